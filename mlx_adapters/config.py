@@ -1,0 +1,172 @@
+"""Every setting as a frozen dataclass that checks itself. Imports no MLX.
+
+`from_mapping` is the one strict way from YAML, JSON or a command line to a setting: an unknown key or a
+wrong type is a ConfigError that names the key and its nearest neighbour.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from mlx_adapters.errors import ConfigError, NotFoundError, did_you_mean
+
+Config = TypeVar("Config")
+
+ADAPTER_TYPES = ("lora", "dora")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
+
+
+def require(condition: bool, message: str, hint: str | None = None) -> None:
+    """Raise ConfigError(message, hint) unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message, hint)
+
+
+def from_mapping(cls: type[Config], values: Mapping[str, Any], where: str = "the settings") -> Config:
+    """Build the dataclass `cls` from `values`, converting lists to tuples and integers to floats.
+
+    Raises ConfigError for an unknown key or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    checked = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise ConfigError(f"Unknown setting '{key}' in {where}.", did_you_mean(key, fields))
+        checked[key] = _convert(value, hints[key], key, where)
+    return cls(**checked)
+
+
+def _convert(value: Any, hint: Any, key: str, where: str) -> Any:
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for option in options:
+            try:
+                return _convert(value, option, key, where)
+            except ConfigError:
+                continue
+    elif origin is Literal:
+        if value in options:
+            return value
+    elif origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_convert(item, options[0], key, where) for item in value)
+    elif origin is dict:
+        if isinstance(value, Mapping):
+            return {str(k): _convert(v, options[1], key, where) for k, v in value.items()}
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return from_mapping(hint, value, f"'{key}' of {where}")  # type: ignore[arg-type]
+    elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"'{key}' in {where} cannot be {value!r}.", f"it must be {_describe(hint)}.")
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(repr(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_describe(option) for option in typing.get_args(hint))
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(hint, str(hint))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML or JSON mapping. Numbers such as 1e-5 are numbers, as in YAML 1.2."""
+    import re
+
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    pattern = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", pattern, list("-+0123456789."))
+    try:
+        value = yaml.load(Path(path).read_bytes(), Loader)
+    except FileNotFoundError:
+        raise NotFoundError(f"There is no config file '{path}'.") from None
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
+        detail = " ".join(str(error).split())
+        raise ConfigError(f"The config file '{path}' cannot be read: {detail}.") from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"The config file '{path}' must hold 'key: value' lines.")
+    return {str(key): item for key, item in value.items()}
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """The settings as plain JSON values (tuples become lists)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """What is adapted and how strongly: y = W x + scale · B A x (LoRA, arXiv 2106.09685).
+
+    `target_modules` holds module names (`q_proj`) or paths (`model.layers.3.mlp.up_proj`), or is "all"
+    for every linear layer of the adapted blocks; `num_layers` counts the last blocks, or is "all".
+    `type` "dora" adds a trained magnitude per output (arXiv 2402.09353).
+    """
+
+    rank: int = 8
+    scale: float = 20.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] | Literal["all"] = "all"
+    num_layers: int | Literal["all"] = "all"
+    type: Literal["lora", "dora"] = "lora"
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, f"rank must be at least 1, not {self.rank}.")
+        require(
+            math.isfinite(self.scale) and self.scale != 0,
+            f"scale must be a number other than 0, not {self.scale}.",
+        )
+        require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}.")
+        require(self.type in ADAPTER_TYPES, f"type must be 'lora' or 'dora', not '{self.type}'.")
+        require(self.target_modules == "all" or len(self.target_modules) > 0, "target_modules is empty.")
+        require(
+            self.num_layers == "all" or self.num_layers >= 1,
+            f"num_layers must be at least 1, not {self.num_layers}.",
+        )
+
+
+# What MLX can quantize to: mode -> (bits, group sizes). Checked against mlx 0.32.4.
+QUANTIZATIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
+    "mxfp4": ((4,), (32,)),
+    "mxfp8": ((8,), (32,)),
+    "nvfp4": ((4,), (16,)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """Weights of `bits` bits in groups of `group_size` that share a scale, in an MLX mode."""
+
+    bits: int = 4
+    group_size: int = 64
+    mode: str = "affine"
+
+    def __post_init__(self) -> None:
+        require(self.mode in QUANTIZATIONS, f"There is no quantization mode '{self.mode}'.",
+                did_you_mean(self.mode, QUANTIZATIONS, "modes: " + ", ".join(QUANTIZATIONS) + "."))  # fmt: skip
+        bits, group_sizes = QUANTIZATIONS[self.mode]
+        require(self.bits in bits, f"Mode '{self.mode}' has no {self.bits} bits.",
+                f"it has {', '.join(map(str, bits))}.")  # fmt: skip
+        require(self.group_size in group_sizes, f"Mode '{self.mode}' has no group size {self.group_size}.",
+                f"it has {', '.join(map(str, group_sizes))}.")  # fmt: skip

@@ -1,0 +1,388 @@
+"""The only writer. Whatever this package leaves on disk is whole or absent.
+
+A file is written under a temporary name beside its target, flushed to the disk and renamed; a folder
+likewise. A crash leaves at most a `.tmp-*` entry, which nothing reads and the next writer sweeps away.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import struct
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from mlx_adapters.errors import ExistsError, FormatError, NotFoundError, StorageError, TrainingError
+
+TEMPORARY_PREFIX = ".tmp-"
+HOME_VARIABLE = "MLX_ADAPTERS_HOME"
+
+
+def home() -> Path:
+    """The folder that holds everything of ours: `$MLX_ADAPTERS_HOME`, else `~/.mlx_adapters`."""
+    return Path(os.environ.get(HOME_VARIABLE) or Path.home() / ".mlx_adapters").expanduser().absolute()
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn the disk's refusals into StorageError with a next step."""
+    try:
+        yield
+    except OSError as error:
+        hints = {
+            errno.ENOSPC: "free some space, or choose another disk with --home or another output folder.",
+            errno.EDQUOT: "your disk quota is used up.",
+            errno.EFBIG: "the file is larger than this process may write (see 'ulimit -f').",
+            errno.EROFS: "the disk is read-only; choose another place.",
+            errno.EACCES: "you have no permission there; choose another place.",
+        }
+        if error.errno not in hints:
+            raise
+        reason = os.strerror(error.errno).lower()
+        raise StorageError(f"Cannot write '{path}': {reason}.", hints[error.errno]) from error
+
+
+def _fsync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file for writing bytes; rename it to `path` when the block ends well.
+
+    Raises StorageError when the disk refuses; then nothing is left behind and an old `path` is untouched.
+    """
+    path = Path(path)
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX)
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+            _fsync_path(path.parent)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+            raise
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Give a temporary folder beside `path`; rename it to `path` when the block ends well.
+
+    Raises ExistsError if `path` exists and `overwrite` is false (checked before and after the work).
+    """
+    path = Path(path).absolute()
+    refuse_existing(path, overwrite)
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent)
+        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
+        try:
+            with lock_file(temporary):
+                yield temporary
+                os.chmod(temporary, 0o755)
+                for folder, _, files in os.walk(temporary):
+                    for file in files:
+                        _fsync_path(Path(folder) / file)
+                    _fsync_path(Path(folder))
+                refuse_existing(path, overwrite)
+                _swap_in(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def _swap_in(new: Path, path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        old = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
+        os.replace(path, old / "old")
+        os.replace(new, path)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(new, path)
+    _fsync_path(path.parent)
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Raise ExistsError if `path` is there and may not be replaced (an empty folder may)."""
+    if overwrite or not os.path.lexists(path):
+        return
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    raise ExistsError(f"'{path}' already exists.", "choose another name, or pass --overwrite to replace it.")
+
+
+def sweep(folder: Path) -> None:
+    """Remove temporary entries of writers that died; what is still being written is locked or young."""
+    for entry in folder.glob(TEMPORARY_PREFIX + "*"):
+        with contextlib.suppress(OSError, TrainingError):
+            if time.time() - entry.stat().st_mtime < 60:
+                continue
+            with lock_file(entry):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+@contextlib.contextmanager
+def lock_file(path: Path, wait: bool = False, busy: str | None = None) -> Iterator[None]:
+    """Hold an exclusive lock on an existing file or folder; it ends with the process, however that ends.
+
+    Raises TrainingError(`busy`) at once if another process holds it and `wait` is false.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise TrainingError(
+                busy or f"'{path}' is in use by another process.", "wait until it ends."
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def lock(name: str, wait: bool = True, busy: str | None = None) -> Iterator[None]:
+    """Hold the lock `name` of the home folder (see `lock_file`)."""
+    path = home() / "locks" / f"{name}.lock"
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    with lock_file(path, wait=wait, busy=busy):
+        yield
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, whole or not at all."""
+    with atomic_file(path) as stream:
+        stream.write(text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON with sorted keys, whole or not at all. NaN is refused."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line to a log in a single write."""
+    with storage_errors(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab") as stream:
+            stream.write(line.rstrip("\n").encode() + b"\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises NotFoundError or FormatError that name the file."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise NotFoundError(f"There is no file '{path}'.") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise FormatError(f"'{path}' is not readable JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise FormatError(f"'{path}' must hold a JSON object.")
+    return value
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source` (a hard link, or a copy where links are not possible)."""
+    target = Path(target)
+    temporary = target.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{target.name}"
+    with storage_errors(target):
+        try:
+            try:
+                os.link(source, temporary)
+            except OSError:
+                shutil.copyfile(source, temporary)
+                _fsync_path(temporary)
+            os.replace(temporary, target)
+            _fsync_path(target.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy one file, whole or not at all."""
+    with atomic_file(target) as out, open(source, "rb") as stream:
+        shutil.copyfileobj(stream, out, 1 << 20)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder so that it is gone at once, even if the deletion is interrupted."""
+    path = Path(path)
+    with storage_errors(path):
+        if path.is_dir() and not path.is_symlink():
+            doomed = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
+            os.replace(path, doomed / "old")
+            shutil.rmtree(doomed, ignore_errors=True)
+        else:
+            path.unlink()
+
+
+def require_free_space(path: Path, needed_bytes: int) -> None:
+    """Raise StorageError if the disk that will hold `path` has less than `needed_bytes` free."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise StorageError(
+            f"'{path}' needs {needed_bytes / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB free.",
+            "free some space, or choose another disk.",
+        )
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file as hexadecimal."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def size_on_disk(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder, hard links counted once."""
+    path = Path(path)
+    if path.is_file():
+        return path.stat().st_size
+    stats = [file.stat() for file in path.rglob("*") if file.is_file()]
+    return sum({(s.st_dev, s.st_ino): s.st_size for s in stats}.values())
+
+
+# -- safetensors -----------------------------------------------------------------------------------
+# The format is eight bytes of header length, a JSON header and the raw tensors. Writing it ourselves
+# lets a shard stream to the disk tensor by tensor, and a full disk is noticed where it happens.
+
+SAFETENSORS_DTYPES = {
+    "float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32", "uint16": "U16", "uint8": "U8",
+    "int32": "I32", "int8": "I8", "int64": "I64", "int16": "I16", "bool": "BOOL", "uint64": "U64",
+}  # fmt: skip
+_ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U16": 2, "U8": 1, "I32": 4, "I8": 1, "I64": 8, "I16": 2,
+               "BOOL": 1, "U64": 8}  # fmt: skip
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write MLX arrays to a safetensors file, whole or not at all.
+
+    The names are sorted and the header is canonical, so equal tensors give equal bytes.
+    """
+    names = sorted(tensors)
+    layout = [
+        (name, str(tensors[name].dtype).removeprefix("mlx.core."), tensors[name].shape) for name in names
+    ]
+    stream_safetensors(path, layout, (tensors[name] for name in names), metadata)
+
+
+def stream_safetensors(
+    path: Path,
+    layout: Iterable[tuple[str, str, tuple[int, ...]]],
+    arrays: Iterable[Any],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file whose arrays are produced one by one, in the order of `layout`.
+
+    `layout` holds (name, dtype as in "bfloat16", shape) and must be known beforehand; `arrays` may be a
+    generator: one array at a time is in memory.
+    """
+    layout = list(layout)
+    header: dict[str, Any] = {"__metadata__": dict(sorted((metadata or {"format": "mlx"}).items()))}
+    offset = 0
+    for name, dtype, shape in layout:
+        code = SAFETENSORS_DTYPES[dtype]
+        size = _ITEM_SIZES[code]
+        for extent in shape:
+            size *= extent
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with atomic_file(path) as stream:
+        stream.write(struct.pack("<Q", len(encoded)))
+        stream.write(encoded)
+        for (name, dtype, shape), array in zip(layout, arrays, strict=True):
+            if tuple(array.shape) != tuple(shape) or not str(array.dtype).endswith(dtype):
+                raise ValueError(f"{name}: promised {dtype} {shape}, got {array.dtype} {array.shape}")
+            stream.write(_raw_bytes(array))
+
+
+def _raw_bytes(array: Any) -> memoryview | bytes:
+    import mlx.core as mx
+    import numpy as np
+
+    if array.size == 0:
+        return b""
+    if array.ndim == 0:
+        array = array.reshape(1)
+    if array.dtype == mx.bfloat16:
+        array = array.view(mx.uint16)
+    return memoryview(np.ascontiguousarray(np.array(array, copy=False))).cast("B")
+
+
+def read_safetensors_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read names, dtypes, shapes and metadata without the tensors, checking every offset.
+
+    Returns ({name: {"dtype", "shape", "data_offsets"}}, metadata). Raises FormatError for a truncated or
+    random file.
+    """
+    path = Path(path)
+    bad = FormatError(
+        f"'{path}' is not a whole safetensors file.", "it may be truncated; copy or download it again."
+    )
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as stream:
+            start = stream.read(8)
+            if len(start) < 8:
+                raise bad
+            length = struct.unpack("<Q", start)[0]
+            if length > min(size - 8, 100_000_000):
+                raise bad
+            header = json.loads(stream.read(length))
+        if not isinstance(header, dict):
+            raise bad
+        metadata = header.pop("__metadata__", {}) or {}
+        ends = [0]
+        for entry in header.values():
+            first, last = entry["data_offsets"]
+            count = _ITEM_SIZES.get(entry["dtype"], 1)
+            for extent in entry["shape"]:
+                count *= extent
+            if entry["dtype"] in _ITEM_SIZES and count != last - first or not 0 <= first <= last:
+                raise bad
+            ends.append(last)
+        if max(ends) != size - 8 - length or not isinstance(metadata, dict):
+            raise bad
+    except FileNotFoundError:
+        raise NotFoundError(f"There is no file '{path}'.") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error):
+        raise bad from None
+    return header, metadata
+
+
+def read_safetensors(path: Path) -> dict[str, Any]:
+    """Read a safetensors file as MLX arrays. Raises NotFoundError or FormatError."""
+    import mlx.core as mx
+
+    read_safetensors_header(path)
+    try:
+        return dict(mx.load(str(path), format="safetensors"))
+    except (RuntimeError, ValueError) as error:
+        raise FormatError(
+            f"'{path}' cannot be read: {error}.", "it may be damaged; copy or download it again."
+        ) from None
