@@ -164,7 +164,7 @@ class Quantization:
 
     def __post_init__(self) -> None:
         require(self.mode in QUANTIZATIONS, f"There is no quantization mode '{self.mode}'.",
-                did_you_mean(self.mode, QUANTIZATIONS, "modes: " + ", ".join(QUANTIZATIONS) + "."))  # fmt: skip
+                did_you_mean(self.mode, QUANTIZATIONS, "modes: " + ", ".join(QUANTIZATIONS)))  # fmt: skip
         bits, group_sizes = QUANTIZATIONS[self.mode]
         require(self.bits in bits, f"Mode '{self.mode}' has no {self.bits} bits.",
                 f"it has {', '.join(map(str, bits))}.")  # fmt: skip

@@ -271,8 +271,8 @@ SAFETENSORS_DTYPES = {
     "float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32", "uint16": "U16", "uint8": "U8",
     "int32": "I32", "int8": "I8", "int64": "I64", "int16": "I16", "bool": "BOOL", "uint64": "U64",
 }  # fmt: skip
-_ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U16": 2, "U8": 1, "I32": 4, "I8": 1, "I64": 8, "I16": 2,
-               "BOOL": 1, "U64": 8}  # fmt: skip
+_ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U16": 2, "U8": 1, "I32": 4, "I8": 1, "I64": 8,
+               "I16": 2, "BOOL": 1, "U64": 8}  # fmt: skip
 
 
 def write_safetensors(
@@ -363,7 +363,7 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]
             count = _ITEM_SIZES.get(entry["dtype"], 1)
             for extent in entry["shape"]:
                 count *= extent
-            if entry["dtype"] in _ITEM_SIZES and count != last - first or not 0 <= first <= last:
+            if (entry["dtype"] in _ITEM_SIZES and count != last - first) or not 0 <= first <= last:
                 raise bad
             ends.append(last)
         if max(ends) != size - 8 - length or not isinstance(metadata, dict):

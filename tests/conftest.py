@@ -1,0 +1,68 @@
+"""Each test gets an empty home folder and no network; tiny and real models are built once per session."""
+
+import os
+
+# Read once by huggingface_hub and by OpenBLAS, so they must be set before either is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import mlx_adapters  # noqa: F401  (before mlx: it loads the fast BLAS on Linux)
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::", "", None)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The empty home folder of this test; nothing of the user's own is seen."""
+    folder = tmp_path / "home"
+    monkeypatch.setenv("MLX_ADAPTERS_HOME", str(folder))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sockets reach this machine only."""
+    connect, look_up = socket.socket.connect, socket.getaddrinfo
+
+    def guarded_connect(self, address):
+        if isinstance(address, tuple) and address[0] not in LOOPBACK:
+            raise AssertionError(f"a test tried to reach {address}")
+        return connect(self, address)
+
+    def guarded_look_up(host, *arguments, **keywords):
+        name = host.decode() if isinstance(host, bytes) else host
+        if name not in LOOPBACK:
+            raise AssertionError(f"a test tried to look up {host}")
+        return look_up(host, *arguments, **keywords)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded_connect)
+    monkeypatch.setattr(socket, "getaddrinfo", guarded_look_up)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_model("llama")`, `tiny_model("qwen3", bits=4)`: the folder of a tiny model. Do not change it.
+
+    Takes the keywords of `tiny_models.build_model`; equal calls give the same folder.
+    """
+    from tiny_models import build_model
+
+    root, built = tmp_path_factory.mktemp("tiny"), {}
+
+    def factory(architecture: str = "llama", bits: int | None = None, **options) -> Path:
+        key = (architecture, bits, *sorted(options.items()))
+        if key not in built:
+            built[key] = build_model(
+                root / f"{architecture}-{len(built)}", architecture, bits=bits, **options
+            )
+        return built[key]
+
+    return factory

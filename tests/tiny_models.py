@@ -1,0 +1,155 @@
+"""Tiny real models, built from mlx-lm's own classes with seeded random weights.
+
+Two blocks of width 64, a vocabulary of 512 and a byte-level BPE tokenizer trained here: every layer type of
+the real architectures, in a few hundred kilobytes. All matrices can be quantized in groups of 32 and 64.
+"""
+
+import importlib
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCABULARY = 64, 2, 4, 2, 16, 128, 512
+
+_COMMON = {
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "intermediate_size": INTERMEDIATE,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 2048,
+    "rope_theta": 10000.0,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+
+# Tied and untied embeddings, biases, merged projections, experts and Conv1D-style names are all here.
+ARCHITECTURES: dict[str, dict] = {
+    "llama": {**_COMMON, "tie_word_embeddings": True},
+    "qwen2": {**_COMMON, "tie_word_embeddings": True},
+    "qwen3": {**_COMMON, "tie_word_embeddings": False, "head_dim": HEAD_DIM},
+    "gemma3_text": {
+        **_COMMON,
+        "tie_word_embeddings": True,
+        "head_dim": HEAD_DIM,
+        "query_pre_attn_scalar": HEAD_DIM,
+        "sliding_window": 64,
+        "sliding_window_pattern": 2,
+    },
+    "phi3": {**_COMMON, "tie_word_embeddings": False, "original_max_position_embeddings": 2048},
+    "mixtral": {**_COMMON, "tie_word_embeddings": False, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        **_COMMON,
+        "tie_word_embeddings": False,
+        "head_dim": HEAD_DIM,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+    },
+    "gpt2": {
+        "n_ctx": 512,
+        "n_positions": 512,
+        "n_embd": HIDDEN,
+        "n_head": HEADS,
+        "n_layer": LAYERS,
+        "layer_norm_epsilon": 1e-5,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+    },
+}
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+_CORPUS = [
+    "List the titles of all courses. SELECT title FROM courses WHERE credits > 3 ORDER BY title;",
+    "How many students are there? SELECT COUNT(*) FROM students;",
+    "user assistant system What is the capital of France? The capital of France is Paris.",
+    "Once upon a time there was a small model that wanted to learn a new skill, and it learned it well.",
+]
+
+
+def build_model(
+    folder: Path,
+    architecture: str,
+    *,
+    bits: int | None = None,
+    group_size: int = 32,
+    mode: str = "affine",
+    dtype: str = "float32",
+    tied: bool | None = None,
+    seed: int = 0,
+    **config: object,
+) -> Path:
+    """Write a whole model folder of `architecture` (a key of ARCHITECTURES) and return it.
+
+    `bits` quantizes it as mlx-lm does; `tied` overrides whether input and output embeddings are one matrix;
+    further keywords override entries of config.json.
+    """
+    from mlx_lm.utils import quantize_model, save_model
+
+    settings = {"model_type": architecture, **ARCHITECTURES[architecture], **config}
+    if tied is not None:
+        settings["tie_word_embeddings"] = tied
+    module = importlib.import_module(f"mlx_lm.models.{architecture}")
+    model = module.Model(module.ModelArgs.from_dict(settings))
+    if architecture == "gemma3_text" and settings["tie_word_embeddings"]:
+        model.sanitize({})  # drops lm_head, as loading a tied checkpoint does
+    model.update(tree_unflatten(_random_weights(model, seed, getattr(mx, dtype))))
+    if bits is not None:
+        model, settings = quantize_model(model, settings, group_size, bits, mode=mode)
+    folder.mkdir(parents=True)
+    save_model(folder, model)
+    (folder / "config.json").write_text(json.dumps(settings, indent=2))
+    write_tokenizer(folder)
+    return folder
+
+
+def _random_weights(model, seed: int, dtype: mx.Dtype) -> list[tuple[str, mx.array]]:
+    """Matrices ~ N(0, 1/in); norms and biases are moved off their start values so that they count."""
+    rng = np.random.default_rng(seed)
+    weights = []
+    for name, value in sorted(tree_flatten(model.parameters())):
+        noise = rng.standard_normal(value.shape).astype(np.float32)
+        start, spread = (0.0, value.shape[-1] ** -0.5) if value.ndim > 1 else (np.array(value), 0.1)
+        weights.append((name, mx.array(start + spread * noise).astype(dtype)))
+    return weights
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Train a byte-level BPE on a few sentences and write tokenizer.json and tokenizer_config.json."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|endoftext|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|im_end|>",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 2048,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
