@@ -1,0 +1,109 @@
+"""Low-rank factors of a matrix, by the singular value decomposition (Eckart and Young: nothing of that rank
+is nearer in the Frobenius norm).
+
+A product of thin factors is decomposed through their QR factors, never formed: D = A·B with A = Qa·Ra and
+Bᵀ = Qb·Rb has the singular values of the small matrix Ra·Rbᵀ. The cost is O((in + out) · R²).
+A matrix that exists only in full is decomposed exactly when it is small, else by randomized subspace
+iteration (Halko, Martinsson, Tropp, arXiv 0909.4061), at O(in · out · R).
+"""
+
+import dataclasses
+
+import numpy as np
+
+from mlx_adapters.merging.arithmetic import Matrix
+
+EXACT_UP_TO = 768
+POWER_ITERATIONS = 4
+OVERSAMPLING = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Decomposition:
+    """D ≈ u · diag(s) · vt, shapes (..., in, r), (..., r), (..., r, out); `total` is ‖D‖² per matrix.
+
+    The leading axis, where there is one, counts the experts of a mixture-of-experts layer.
+    """
+
+    u: Matrix
+    s: Matrix
+    vt: Matrix
+    total: Matrix
+
+    @property
+    def rank(self) -> int:
+        return self.s.shape[-1]
+
+    def kept(self, rank: int) -> float:
+        """Share of ‖D‖² that the first `rank` singular values hold (over all experts together)."""
+        total = float(np.sum(self.total))
+        return (
+            min(1.0, float(np.sum(self.s[..., :rank].astype(np.float64) ** 2)) / total) if total > 0 else 1.0
+        )
+
+    def rank_for(self, energy: float) -> int:
+        """The smallest rank that keeps the share `energy` of ‖D‖², at least 1."""
+        shares = np.cumsum(np.sum(np.atleast_2d(self.s.astype(np.float64) ** 2), axis=0))
+        # Singular values below float32 rounding hold no information: 1 - 1e-9 counts as all.
+        enough = shares >= min(energy, 1 - 1e-9) * float(np.sum(self.total))
+        return int(np.argmax(enough)) + 1 if enough.any() else self.rank
+
+    def cut(self, rank: int) -> "Decomposition":
+        return Decomposition(self.u[..., :rank], self.s[..., :rank], self.vt[..., :rank, :], self.total)
+
+    def factors(self, rank: int) -> tuple[Matrix, Matrix]:
+        """(a, b) with a · b ≈ D, shapes (..., in, rank) and (..., rank, out), padded with zeros if need be.
+
+        The singular values are shared evenly, so that both factors have the same size.
+        """
+        root = np.sqrt(self.s[..., :rank])
+        a = self.u[..., :rank] * root[..., None, :]
+        b = self.vt[..., :rank, :] * root[..., :, None]
+        return pad_rank(a, -1, rank), pad_rank(b, -2, rank)
+
+
+def pad_rank(factor: Matrix, axis: int, rank: int) -> Matrix:
+    """Append zeros along `axis` until it is `rank` long."""
+    missing = rank - factor.shape[axis]
+    if missing <= 0:
+        return factor
+    widths = [(0, 0)] * factor.ndim
+    widths[axis] = (0, missing)
+    return np.pad(factor, widths)
+
+
+def decompose_product(a: Matrix, b: Matrix) -> Decomposition:
+    """The full SVD of a · b, from shapes (..., in, R) and (..., R, out) alone."""
+    q_a, r_a = np.linalg.qr(a)
+    q_b, r_b = np.linalg.qr(np.swapaxes(b, -1, -2))
+    u, s, vt = np.linalg.svd(r_a @ np.swapaxes(r_b, -1, -2), full_matrices=False)
+    return Decomposition(
+        q_a @ u, s, vt @ np.swapaxes(q_b, -1, -2), np.sum(s.astype(np.float64) ** 2, axis=-1)
+    )
+
+
+def decompose_matrix(
+    matrix: Matrix, rank: int | None = None, energy: float = 0.99, seed: int = 0
+) -> Decomposition:
+    """The leading part of the SVD of a full matrix (in, out): `rank` values, or enough to keep `energy`."""
+    total = np.sum(matrix.astype(np.float64) ** 2)
+    size = min(matrix.shape)
+    guess = rank or 32
+    while size > EXACT_UP_TO and guess <= size // 4:
+        found = _decompose_sketch(matrix, guess, np.random.default_rng(seed), total)
+        if rank is not None or found.kept(found.rank) >= energy:
+            return found.cut(rank or found.rank_for(energy))
+        guess *= 2
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    found = Decomposition(u, s, vt, total)
+    return found.cut(rank or found.rank_for(energy))
+
+
+def _decompose_sketch(matrix: Matrix, rank: int, rng: np.random.Generator, total: float) -> Decomposition:
+    width = min(rank + OVERSAMPLING, *matrix.shape)
+    basis = np.linalg.qr(matrix @ rng.standard_normal((matrix.shape[1], width), dtype=np.float32))[0]
+    for _ in range(POWER_ITERATIONS):
+        basis = np.linalg.qr(matrix.T @ basis)[0]
+        basis = np.linalg.qr(matrix @ basis)[0]
+    u, s, vt = np.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return Decomposition((basis @ u)[:, :rank], s[:rank], vt[:rank], np.asarray(total))
