@@ -1,0 +1,209 @@
+"""Rows, masks and batches: pure functions, values checked on a word-level tokenizer."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from mlx_adapters.errors import FormatError, NotFoundError
+from mlx_adapters.training.batches import batch_sequence, epoch_batches, make_batch, pack
+from mlx_adapters.training.data import Row, tokenize, tokenize_row
+from mlx_adapters.training.rows import RawRow, read_data
+
+TEXT = "hi you are what is one two three four red blue tool call system user assistant think"
+WORDS = TEXT.split()
+STABLE = (
+    "{% for m in messages %}<s> {{ m.role }} {{ m.content }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<s> assistant {% endif %}"
+)
+# Like Qwen 3: only the last assistant turn shows its (empty) reasoning.
+FORGETFUL = (
+    "{% for m in messages %}<s> {{ m.role }} "
+    "{% if m.role == 'assistant' and loop.last %}think {% endif %}{{ m.content }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<s> assistant {% endif %}"
+)
+NOWHERE = "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}red{% endif %}"
+
+
+def tokenizer(template=STABLE):
+    vocabulary = {w: i for i, w in enumerate(["<pad>", "<s>", "</s>", *WORDS, "<unk>", "0", "zebra", "."])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="</s>", bos_token="<s>", unk_token="<unk>"
+    )
+    fast.chat_template = template
+    return TokenizerWrapper(fast)
+
+
+def words(tokens, marks=None):
+    names = {i: w for w, i in tokenizer()._tokenizer.get_vocab().items()}
+    picked = tokens if marks is None else tokens[marks]
+    return " ".join(names[int(i)] for i in picked)
+
+
+TWO_TURNS = [
+    {"role": "system", "content": "you are"},
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "two red"},
+    {"role": "user", "content": "three"},
+    {"role": "assistant", "content": "four"},
+]
+
+
+def raw(**values):
+    return RawRow(values, "train.jsonl, line 3")
+
+
+def test_every_assistant_turn_is_trained_or_only_the_last():
+    row = tokenize_row(raw(messages=TWO_TURNS), tokenizer(), mask_prompt=True)
+    assert words(row.tokens).startswith("<s> system you are </s> <s> user one </s>")
+    assert words(row.tokens, row.trained) == "two red </s> four </s>"
+    last = tokenize_row(raw(messages=TWO_TURNS), tokenizer(), mask_prompt=True, last_turn_only=True)
+    assert words(last.tokens, last.trained) == "four </s>"
+
+
+def test_a_template_that_rewrites_earlier_turns_is_still_masked_right():
+    row = tokenize_row(raw(messages=TWO_TURNS), tokenizer(FORGETFUL), mask_prompt=True)
+    assert words(row.tokens, row.trained) == "two red </s> think four </s>"
+
+
+def test_a_template_without_turns_is_refused_with_the_line():
+    with pytest.raises(FormatError, match=r"line 3.*message 3"):
+        tokenize_row(
+            raw(messages=TWO_TURNS), tokenizer(NOWHERE.replace("m.content", "'hi'")), mask_prompt=True
+        )
+
+
+def test_without_mask_all_but_the_first_token_is_trained():
+    row = tokenize_row(raw(text="one two three"), tokenizer())
+    assert words(row.tokens) == "one two three </s>" and row.trained.tolist() == [False, True, True, True]
+
+
+def test_prompt_completion_with_and_without_a_template():
+    values = {"prompt": "what is", "completion": "red blue"}
+    chat = tokenize_row(raw(**values), tokenizer(), mask_prompt=True)
+    assert words(chat.tokens) == "<s> user what is </s> <s> assistant red blue </s>"
+    plain = tokenize_row(raw(**values), tokenizer(None), mask_prompt=True)
+    assert words(plain.tokens) == "what is red blue </s>"
+    assert words(chat.tokens, chat.trained) == words(plain.tokens, plain.trained) == "red blue </s>"
+
+
+def test_tools_reach_the_template():
+    template = "{% for t in tools or [] %}tool {{ t.name }} {% endfor %}" + STABLE
+    row = raw(messages=TWO_TURNS, tools=[{"name": "call"}])
+    assert words(tokenize_row(row, tokenizer(template)).tokens).startswith("tool call <s> system")
+
+
+def test_truncation_keeps_the_start_and_drops_rows_with_nothing_left():
+    rows = [raw(messages=TWO_TURNS), raw(prompt="one two three four", completion="red")]
+    full = tokenize(rows, tokenizer(), mask_prompt=True)
+    assert len(full.rows) == 2 and full.truncated == 0
+    cut = tokenize(rows, tokenizer(), max_seq_length=8, mask_prompt=True)
+    assert cut.rows == () and cut.dropped == ("train.jsonl, line 3",) * 2
+    some = tokenize(rows[1:], tokenizer(), max_seq_length=10, mask_prompt=True)
+    assert some.truncated == 1 and some.rows[0].full_length == 11 and len(some.rows[0].tokens) == 10
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "line 2: the line is empty"),
+        ("{", "line 2: not a JSON object"),
+        ("[1]", "line 2: not a JSON object"),
+        ("\xff", "line 2: not a JSON object"),
+        ('{"prompt": "a"}', "line 2: the row has 'prompt'"),
+        ('{"text": 3}', "line 2: 'text' must be text, not a number"),
+        ('{"messages": []}', "line 2: 'messages' must be a list"),
+        ('{"messages": [{"content": "a"}]}', "line 2: message 1 has no 'role'"),
+        ('{"messages": [{"role": "user"}]}', "line 2: 'content' of message 1 must be text, not null"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    (tmp_path / "train.jsonl").write_bytes(b'{"text": "a"}\n' + line.encode("latin-1") + b'\n{"text": "b"}\n')
+    with pytest.raises(FormatError, match=message):
+        read_data(tmp_path)
+
+
+def test_missing_and_empty_data(tmp_path):
+    with pytest.raises(NotFoundError, match="no data folder"):
+        read_data(tmp_path / "nothing")
+    with pytest.raises(NotFoundError, match=r"no train\.jsonl"):
+        read_data(tmp_path)
+    (tmp_path / "train.jsonl").write_text("")
+    with pytest.raises(FormatError, match="no training row"):
+        read_data(tmp_path)
+    with pytest.raises(FormatError, match=r"neither a \.jsonl"):
+        (tmp_path / "a.csv").write_text("x")
+        read_data(tmp_path / "a.csv")
+
+
+def test_jsonl_and_parquet_give_the_same_rows(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"messages": TWO_TURNS, "tools": [{"name": "call"}]}, {"messages": TWO_TURNS[1:3]}]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "train.jsonl").write_text("\n".join(json.dumps(r) for r in rows) + "\n")
+    (tmp_path / "b").mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "b" / "train.parquet")
+    a, b = read_data(tmp_path / "a").rows("train"), read_data(tmp_path / "b").rows("train")
+    assert [r.values for r in a] == [r.values for r in b] == rows
+    assert b[1].where.endswith("train.parquet, row 2")
+
+
+@given(st.lists(st.integers(2, 60), min_size=1, max_size=80), st.integers(1, 9), st.integers(0, 3))
+def test_every_row_once_per_epoch(lengths, batch_size, epoch):
+    batches = epoch_batches(lengths, batch_size, 5, epoch)
+    assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
+    assert len(batches) == -(-len(lengths) // batch_size)
+
+
+def test_order_depends_on_seed_and_epoch_and_can_be_entered_anywhere():
+    lengths = np.arange(40) % 7 + 3
+    flat = lambda b: np.concatenate(b).tolist()  # noqa: E731
+    same, other = epoch_batches(lengths, 4, 1, 0), epoch_batches(lengths, 4, 2, 0)
+    assert flat(same) == flat(epoch_batches(lengths, 4, 1, 0)) != flat(other)
+    assert flat(same) != flat(epoch_batches(lengths, 4, 1, 1))
+    whole, late = batch_sequence(lengths, 4, 1), batch_sequence(lengths, 4, 1, start=13)
+    expected = [next(whole) for _ in range(25)][13:]
+    for (epoch, rows), (late_epoch, late_rows) in zip(expected, late, strict=False):
+        assert epoch == late_epoch and rows.tolist() == late_rows.tolist()
+
+
+def test_batches_of_like_length_waste_little_padding():
+    lengths = np.random.default_rng(0).integers(5, 400, 200)
+    padded = sum(max(lengths[b]) * len(b) for b in epoch_batches(lengths, 4, 0, 0))
+    assert padded < 1.05 * lengths.sum()
+
+
+def row(tokens, trained):
+    return Row(np.array(tokens, np.int32), np.array(trained, bool), "here", len(tokens))
+
+
+def test_a_batch_lists_exactly_the_trained_positions():
+    batch = make_batch([[row([5, 6, 7], [0, 1, 1])], [row([8, 9, 4, 3, 2], [0, 0, 0, 1, 1])]])
+    assert batch.tokens.tolist() == [[5, 6, 7, 0, 0], [8, 9, 4, 3, 2]]
+    assert batch.trained_tokens == 4 and batch.real_tokens == 8
+    real = batch.weights > 0
+    assert batch.positions[real].tolist() == [0, 1, 6, 7] and batch.targets[real].tolist() == [6, 7, 3, 2]
+    wide = make_batch([[row([5, 6, 7], [0, 1, 1])]], pad_to=16, rows=3)
+    assert wide.tokens.shape == (3, 17) and len(wide.positions) == 128 and wide.trained_tokens == 2
+
+
+def test_packed_rows_never_train_across_a_border():
+    batch = make_batch([[row([5, 6], [0, 1]), row([7, 8], [0, 1])]], packed=True)
+    assert batch.segments.tolist() == [[1, 1, 2, 2]]
+    assert batch.positions[batch.weights > 0].tolist() == [0, 2]
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60))
+def test_packing_holds_every_row_once_within_capacity(lengths):
+    bins = pack(lengths, 50)
+    assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in b) <= 50 for b in bins)
