@@ -1,8 +1,8 @@
 """What each step toward a fast adapter layer brings: decode speed of one model, many ways to attach.
 
-Random weights of a given shape, rank 8 on every linear layer of every block. `base` is also what a fused model
-costs: the same matrices. Variants run round-robin, so that a noisy machine hits all alike; the table shows the
-median, the range and the ratio to `base` of tokens per second.
+Random weights of a given shape, rank 8 on every linear layer of every block. `base` is also what a fused
+model costs: the same matrices. Variants run round-robin, so that a noisy machine hits all alike; the table
+shows the median, the range and the ratio to `base` of tokens per second.
 
     python scripts/benchmarks/decode.py --shapes 8b 0.5b --batches 1 16 --json decode.json
     python scripts/benchmarks/decode.py --shapes tiny --batches 1 4            # on a CPU
@@ -34,7 +34,10 @@ SHAPES = {
                          num_attention_heads=9, num_key_value_heads=3, rms_norm_eps=1e-5, vocab_size=49152,
                          tie_word_embeddings=True)),
 }  # fmt: skip
-GROUPS = {"self_attn": (("q_proj", "k_proj", "v_proj"), ("o_proj",)), "mlp": (("gate_proj", "up_proj"), ("down_proj",))}
+GROUPS = {
+    "self_attn": (("q_proj", "k_proj", "v_proj"), ("o_proj",)),
+    "mlp": (("gate_proj", "up_proj"), ("down_proj",)),
+}
 RANK, SCALE, ADAPTERS = 8, 2.0, 8
 
 
@@ -82,8 +85,15 @@ class Concatenated(nn.Module):
 
     def __call__(self, x):
         if self.quantized:
-            y = mx.quantized_matmul(x, self.weight, scales=self.scales, biases=self.biases, transpose=True,
-                                    group_size=self.group_size, bits=self.bits)  # fmt: skip
+            y = mx.quantized_matmul(
+                x,
+                self.weight,
+                scales=self.scales,
+                biases=self.biases,
+                transpose=True,
+                group_size=self.group_size,
+                bits=self.bits,
+            )
         else:
             y = x @ self.weight.T
         return y + self.bias if "bias" in self else y
@@ -224,8 +234,9 @@ for (int o = blockIdx.x * ROWS + thread; o < end; o += THREADS) {
 
 def kernel_update(factors, slots, threads=512):
     """One CUDA kernel: every block computes z = A x for itself, then its rows of y + B z."""
-    kernel = mx.fast.cuda_kernel(name="lowrank_update", input_names=["y", "x", "a", "b", "slots"],
-                                 output_names=["out"], source=KERNEL)  # fmt: skip
+    kernel = mx.fast.cuda_kernel(
+        name="lowrank_update", input_names=["y", "x", "a", "b", "slots"], output_names=["out"], source=KERNEL
+    )
     count = len(factors[0])
     a = mx.stack([mx.concatenate([f[i][0].T for f in factors]) for i in range(count)])
     b = mx.stack([mx.concatenate([SCALE * f[i][1].T for f in factors]) for i in range(count)])
@@ -234,16 +245,31 @@ def kernel_update(factors, slots, threads=512):
     ends = [sum(widths[: i + 1]) if i + 1 < len(widths) else b.shape[1] for i in range(2)]
     out, rank = b.shape[1], b.shape[2]
     rows = max(32, -(-out // 132 // 32) * 32)
-    template = [("T", a.dtype), ("IN", a.shape[2]), ("OUT", out), ("RANKS", a.shape[1]), ("RANK", rank),
-                ("FIRST", ends[0]), ("SECOND", ends[1]), ("ROWS", rows), ("THREADS", threads)]  # fmt: skip
+    template = [
+        ("T", a.dtype),
+        ("IN", a.shape[2]),
+        ("OUT", out),
+        ("RANKS", a.shape[1]),
+        ("RANK", rank),
+        ("FIRST", ends[0]),
+        ("SECOND", ends[1]),
+        ("ROWS", rows),
+        ("THREADS", threads),
+    ]
     blocks = -(-out // rows)
     slow = matmul_update(factors, slots)
 
     def update(y, x):
         if x.shape[1] > 1:
             return slow(y, x)
-        return kernel(inputs=[y, x, a, b, slots], template=template, grid=(blocks * threads, x.shape[0], 1),
-                      threadgroup=(threads, 1, 1), output_shapes=[y.shape], output_dtypes=[y.dtype])[0]  # fmt: skip
+        return kernel(
+            inputs=[y, x, a, b, slots],
+            template=template,
+            grid=(blocks * threads, x.shape[0], 1),
+            threadgroup=(threads, 1, 1),
+            output_shapes=[y.shape],
+            output_dtypes=[y.dtype],
+        )[0]
 
     return update
 
@@ -260,7 +286,9 @@ def ride(linears, factors, levels=3):
             options = dict(group_size=linears[0].group_size, bits=linears[0].bits)
             codes, scales, biases = mx.quantize(rest.astype(mx.float32), **options)
             scales, biases = scales.astype(a.dtype), biases.astype(a.dtype)
-            rest = rest - mx.dequantize(codes, scales.astype(mx.float32), biases.astype(mx.float32), **options)
+            rest = rest - mx.dequantize(
+                codes, scales.astype(mx.float32), biases.astype(mx.float32), **options
+            )
             parts.append((codes, scales, biases))
         extra = [pad(mx.concatenate(p), 0, 32) for p in zip(*parts, strict=True)]
         wide = pad(mx.concatenate([b] * levels, axis=1), 1, 32)
@@ -293,8 +321,15 @@ def make_factors(model):
         for name in names:
             out, width = sizes(block[name])
             dtype = block[name].scales.dtype if "scales" in block[name] else block[name].weight.dtype
-            group.append([(mx.random.normal((width, RANK), scale=width**-0.5).astype(dtype),
-                           mx.random.normal((RANK, out), scale=0.1).astype(dtype)) for _ in range(ADAPTERS)])  # fmt: skip
+            group.append(
+                [
+                    (
+                        mx.random.normal((width, RANK), scale=width**-0.5).astype(dtype),
+                        mx.random.normal((RANK, out), scale=0.1).astype(dtype),
+                    )
+                    for _ in range(ADAPTERS)
+                ]
+            )
         mx.eval(group)
         groups.append(group)
     return groups
@@ -336,8 +371,21 @@ UPDATES = {
     "dense": dense_mask_update,
     "kernel": kernel_update,
 }
-SINGLE = ["base", "mlx-lm", "each matmul", "each padded", "each gather", "each kernel", "group none",
-          "group matmul", "group padded", "group addmm", "group gather", "group ride", "group kernel"]  # fmt: skip
+SINGLE = [
+    "base",
+    "mlx-lm",
+    "each matmul",
+    "each padded",
+    "each gather",
+    "each kernel",
+    "group none",
+    "group matmul",
+    "group padded",
+    "group addmm",
+    "group gather",
+    "group ride",
+    "group kernel",
+]
 MIXED = ["base", "each gather", "group none", "group matmul", "group gather", "group dense", "group kernel"]
 
 
@@ -404,15 +452,21 @@ def run(shape, bits, dtype, batch, tokens, rounds, only, budget):
                 results[variant]["trials"].append(decode(model, batch, tokens))
     swap_in(original)
     base = statistics.median(results["base"]["trials"])
-    print(f"\n{shape}, {bits or 'no'} bits, {dtype}, batch {batch}, {tokens} tokens, rounds {rounds}, "
-          f"rank {RANK}, {mx.default_device()}, {time.time() - begun:.0f} s", flush=True)  # fmt: skip
+    print(
+        f"\n{shape}, {bits or 'no'} bits, {dtype}, batch {batch}, {tokens} tokens, rounds {rounds}, "
+        f"rank {RANK}, {mx.default_device()}, {time.time() - begun:.0f} s",
+        flush=True,
+    )
     print(f"{'variant':16}{'tok/s':>9}{'min':>9}{'max':>9}{'of base':>9}{'error':>10}")
     for variant, result in results.items():
         trials = result["trials"] or [float("nan")]
         result["median"] = statistics.median(trials)
         error = "" if result["relative_error"] is None else f"{result['relative_error']:.1e}"
-        print(f"{variant:16}{result['median']:9.1f}{min(trials):9.1f}{max(trials):9.1f}"
-              f"{result['median'] / base:9.3f}{error:>10}", flush=True)  # fmt: skip
+        print(
+            f"{variant:16}{result['median']:9.1f}{min(trials):9.1f}{max(trials):9.1f}"
+            f"{result['median'] / base:9.3f}{error:>10}",
+            flush=True,
+        )
     return {"shape": shape, "bits": bits, "batch": batch, "tokens": tokens, "results": results}
 
 
@@ -431,8 +485,18 @@ def main():
     reports = []
     for shape in options.shapes:
         for batch in options.batches:
-            reports.append(run(shape, options.bits, getattr(mx, options.dtype), batch, options.tokens,
-                               options.rounds, options.only, options.budget))  # fmt: skip
+            reports.append(
+                run(
+                    shape,
+                    options.bits,
+                    getattr(mx, options.dtype),
+                    batch,
+                    options.tokens,
+                    options.rounds,
+                    options.only,
+                    options.budget,
+                )
+            )
             mx.clear_cache()
             if options.json:
                 with open(options.json, "w") as file:
