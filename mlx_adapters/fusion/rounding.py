@@ -1,0 +1,241 @@
+"""Round a weight matrix to few bits so that the layer's *output* hardly changes.
+
+A layer computes y = W x. Rounding W to Q moves the output by E x with E = W - Q, and over calibration inputs
+x the mean of |E x|² is tr(E H Eᵀ) with H = mean of x xᵀ. Rounding each weight to its nearest value ignores H;
+GPTQ (arXiv 2210.17323) goes through the columns one by one and moves the columns still to come so that they
+cancel the error made so far. With the Cholesky factor H = R Rᵀ (R upper triangular), tr(E H Eᵀ) = |E R|²,
+and the best value for column j given the columns before it is
+
+    w_j + Σ_{i<j} e_i R_ij / R_jj.
+
+Beyond GPTQ: the grid of each group is searched, starting from several ranges (the base model's own grid among
+them), and refitted by least squares; then sweeps of coordinate descent improve grids and codes together under
+the whole of H. No sweep can make the error larger.
+
+Matrices are transposed, (in, out), float32.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_adapters.config import Quantization
+from mlx_adapters.fusion.grids import Array, Grid, make_grid, pack, to_numpy, unpack
+
+DAMPING = 0.01
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One layer's quantized weight as the model file holds it.
+
+    `weight` uint32 (out, in·bits/32); `scales` and, in mode affine only, `biases` (out, in/group_size).
+    """
+
+    weight: mx.array
+    scales: mx.array
+    biases: mx.array | None
+    quantization: Quantization
+
+    @property
+    def tensors(self) -> dict[str, mx.array]:
+        """The parts by the names that MLX gives them."""
+        parts = {"weight": self.weight, "scales": self.scales, "biases": self.biases}
+        return {name: part for name, part in parts.items() if part is not None}
+
+
+def dequantize(packed: Packed) -> mx.array:
+    """The float32 weight (..., out, in) that `packed` stands for, with no rounding on the way."""
+    q = packed.quantization
+    scales, biases = packed.scales, packed.biases
+    if q.mode == "affine":
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)  # type: ignore[union-attr]
+        return mx.dequantize(packed.weight, scales, biases, group_size=q.group_size, bits=q.bits)
+    return mx.dequantize(
+        packed.weight, scales, group_size=q.group_size, bits=q.bits, mode=q.mode, dtype=mx.float32
+    )
+
+
+def nearest(weight: mx.array, quantization: Quantization, dtype: mx.Dtype) -> Packed:
+    """Round to nearest as `mx.quantize` does. `weight` (..., out, in); `dtype` of the scales."""
+    q = quantization
+    parts = mx.quantize(weight.astype(dtype), group_size=q.group_size, bits=q.bits, mode=q.mode)
+    return Packed(parts[0], parts[1], parts[2] if len(parts) > 2 else None, q)
+
+
+def damped(hessian: Array, damping: float = DAMPING) -> Array:
+    """A usable H: symmetric, positive definite, with mean diagonal 1.
+
+    Columns that calibration never used ("dead") and a singular H get a little of the identity, which
+    means: round those to nearest. An H with no finite positive trace becomes the identity.
+    """
+    n = len(hessian)
+    mean = float(np.trace(hessian)) / n
+    if not np.isfinite(mean) or mean <= 0 or not np.isfinite(hessian).all():
+        return np.eye(n, dtype=np.float32)
+    result = (hessian + hessian.T) * np.float32(0.5 / mean)
+    result[np.diag_indices(n)] += np.float32(damping)
+    return result
+
+
+def feedback_factor(hessian: Array) -> Array:
+    """Upper triangular R with H = R Rᵀ, float32. More damping is added until H is positive definite."""
+    flipped = np.ascontiguousarray(hessian[::-1, ::-1]).astype(
+        np.float64 if len(hessian) <= 4096 else np.float32
+    )
+    extra = DAMPING
+    while True:
+        try:
+            return np.ascontiguousarray(np.linalg.cholesky(flipped)[::-1, ::-1]).astype(np.float32)
+        except np.linalg.LinAlgError:
+            flipped[np.diag_indices(len(flipped))] += extra
+            extra *= 4
+
+
+class Rounder:
+    """The rounding of one matrix (in, out) under one damped H (in, in); state that the steps share."""
+
+    def __init__(
+        self, weight: Array, hessian: Array, quantization: Quantization, dtype: mx.Dtype, start: Packed | None
+    ) -> None:
+        self.weight, self.hessian = weight, hessian
+        self.grid: Grid = make_grid(quantization, dtype)
+        self.group = quantization.group_size
+        shape = (len(weight) // self.group, weight.shape[1])
+        self.scales, self.biases = np.ones(shape, np.float32), np.zeros(shape, np.float32)
+        self.codes = np.zeros(weight.shape, np.uint8)
+        self.errors = np.zeros_like(weight)
+        self.start = None
+        if start is not None and start.quantization == quantization:
+            biases = start.biases if start.biases is not None else mx.zeros(start.scales.shape)
+            self.start = (self.grid.decode_scales(start.scales).T, to_numpy(biases).T)
+
+    def _choose_grid(self, g: int, target: Array, weights: Array) -> tuple[Array, Array]:
+        """The grid (out,) of group `g` with the least error Σ weights · (target - rounded)²."""
+        best, scale, bias = np.full(target.shape[1], np.inf, np.float32), self.scales[g], self.biases[g]
+
+        def offer(s: Array, b: Array) -> Array:
+            nonlocal best, scale, bias
+            codes = self.grid.codes(target, s, b)
+            error = weights @ np.square(target - self.grid.values(codes, s, b))
+            better = error < best
+            best, scale, bias = (np.where(better, x, y) for x, y in ((error, best), (s, scale), (b, bias)))
+            return codes
+
+        for s, b in self.grid.candidates(target):
+            codes = offer(s, b)
+            offer(*self.grid.refit(target, codes, weights))
+        offer(*self.grid.refit(target, self.grid.codes(target, scale, bias), weights))
+        if self.start is not None:
+            offer(self.start[0][g], self.start[1][g])
+        return scale, bias
+
+    def feed_forward(self) -> None:
+        """One pass over the columns with error feedback (GPTQ), choosing each group's grid on the way."""
+        factor = feedback_factor(self.hessian)
+        diagonal = np.diag(factor).copy()
+        factor /= diagonal
+        for g in range(len(self.scales)):
+            a, b = g * self.group, (g + 1) * self.group
+            target = self.weight[a:b] + factor[:a, a:b].T @ self.errors[:a]
+            scale, bias = self._choose_grid(g, target, np.square(diagonal[a:b]))
+            self.scales[g], self.biases[g] = scale, bias
+            block = np.ascontiguousarray(factor[a:b, a:b].T)
+            errors = self.errors[a:b]
+            for j in range(b - a):
+                wanted = target[j] + block[j, :j] @ errors[:j] if j else target[j]
+                codes = self.grid.codes(wanted, scale, bias)
+                self.codes[a + j] = codes
+                errors[j] = self.weight[a + j] - self.grid.values(codes, scale, bias)
+
+    def sweep(self) -> None:
+        """Improve each group's grid, then each of its columns, given everything else."""
+        for g in range(len(self.scales)):
+            a, b = g * self.group, (g + 1) * self.group
+            slope = self.hessian[a:b] @ self.errors
+            block = np.ascontiguousarray(self.hessian[a:b, a:b])
+            slope = self._refit_group(g, slope, block)
+            scale, bias, errors = self.scales[g], self.biases[g], self.errors[a:b]
+            before = errors.copy()
+            moved = np.zeros_like(errors)
+            for j in range(b - a):
+                pull = slope[j] + block[j, :j] @ moved[:j] if j else slope[j]
+                value = self.weight[a + j] - errors[j]
+                codes = self.grid.codes(value + pull / block[j, j], scale, bias)
+                self.codes[a + j] = codes
+                errors[j] = self.weight[a + j] - self.grid.values(codes, scale, bias)
+                moved[j] = errors[j] - before[j]
+
+    def _refit_group(self, g: int, slope: Array, block: Array) -> Array:
+        """Move scale and bias of group `g` to their best under H, where storage lets it help.
+
+        `slope` (group, out) is the group's rows of H·E; the new one is returned. With codes as they are the
+        error is a quadratic in (scale, bias): its minimum is a 2 by 2 system for each output.
+        """
+        a, b = g * self.group, (g + 1) * self.group
+        old_scale, old_bias = self.scales[g], self.biases[g]
+        ones = np.ones_like(old_scale)
+        codes = self.codes[a:b].astype(np.float32)
+        levels = self.grid.values(codes, ones, 0 * ones)
+        curved = block @ levels
+        ss, gs = (levels * curved).sum(0), (levels * slope).sum(0)
+        if self.grid.has_bias:
+            sb, bb, gb = curved.sum(0), block.sum(), slope.sum(0)
+            determinant = np.maximum(ss * bb - sb * sb, 1e-6 * ss * bb + 1e-20)
+            step_s, step_b = (bb * gs - sb * gb) / determinant, (ss * gb - sb * gs) / determinant
+        else:
+            sb, bb, gb = 0 * ss, 0.0, 0 * gs
+            step_s, step_b = gs / np.maximum(ss, 1e-20), 0 * gs
+        scale, bias = self.grid.stored(old_scale + step_s, old_bias + step_b)
+        ds, db = scale - old_scale, bias - old_bias
+        gain = 2 * (ds * gs + db * gb) - (ds * ds * ss + 2 * ds * db * sb + db * db * bb)
+        scale, bias = np.where(gain > 0, scale, old_scale), np.where(gain > 0, bias, old_bias)
+        self.scales[g], self.biases[g] = scale, bias
+        errors = self.weight[a:b] - self.grid.values(codes, scale, bias)
+        slope = slope + block @ (errors - self.errors[a:b])
+        self.errors[a:b] = errors
+        return slope
+
+    def loss(self) -> float:
+        """tr(E H Eᵀ) per weight."""
+        return float(np.vdot(self.errors, self.hessian @ self.errors)) / self.weight.size
+
+    def packed(self) -> Packed:
+        """The result in the file's form."""
+        q = self.grid.quantization
+        dtype = self.grid.dtype
+        scales = mx.array(np.ascontiguousarray(self.grid.encode_scales(self.scales).T)).astype(dtype)
+        biases = mx.array(np.ascontiguousarray(self.biases.T)).astype(dtype) if self.grid.has_bias else None
+        return Packed(mx.array(pack(np.ascontiguousarray(self.codes.T), q.bits)), scales, biases, q)
+
+
+def calibrated(
+    weight: mx.array,
+    hessian: Array,
+    quantization: Quantization,
+    dtype: mx.Dtype,
+    start: Packed | None = None,
+    sweeps: int = 8,
+) -> tuple[Packed, float]:
+    """Round `weight` (out, in) for the least tr(E H Eᵀ), H = `hessian` (in, in) from calibration inputs.
+
+    `start` is the same layer's quantized base, whose grids are tried too; `dtype` is the type of the scales.
+    Returns the packed weight and its error, tr(E H Eᵀ) per weight with H scaled to mean diagonal 1.
+    """
+    rounder = Rounder(np.ascontiguousarray(to_numpy(weight).T), damped(hessian), quantization, dtype, start)
+    rounder.feed_forward()
+    for _ in range(sweeps):
+        rounder.sweep()
+    return rounder.packed(), rounder.loss()
+
+
+def error_under(weight: mx.array, packed: Packed, hessian: Array) -> float:
+    """tr(E H Eᵀ) per weight of any rounding, on the scale that `calibrated` returns."""
+    errors = to_numpy(weight) - to_numpy(dequantize(packed))
+    return float(np.vdot(errors, errors @ damped(hessian))) / errors.size
+
+
+def codes_of(packed: Packed) -> Array:
+    """The codes (out, in) of a packed weight, uint8."""
+    return unpack(np.array(packed.weight), packed.quantization.bits)

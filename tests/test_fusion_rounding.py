@@ -1,0 +1,118 @@
+"""Rounding: packing as MLX packs, grids as MLX decodes, and less error than rounding to nearest."""
+
+import itertools
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_adapters.config import QUANTIZATIONS, Quantization
+from mlx_adapters.fusion import rounding
+from mlx_adapters.fusion.grids import make_grid, pack, unpack
+
+ALL = [
+    Quantization(b, g, mode) for mode, (bits, groups) in QUANTIZATIONS.items() for b in bits for g in groups
+]
+
+
+def hessian(n, rng, tokens=600):
+    """Correlated inputs, some much stronger than others, as in a real layer."""
+    mix = rng.standard_normal((n, n)) * np.exp(-np.arange(n) / 40)[None]
+    x = (rng.standard_normal((tokens, n)) @ mix.T).astype(np.float32)
+    return x.T @ x / tokens
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    bits=st.sampled_from([2, 3, 4, 5, 6, 8]), rows=st.integers(1, 3), words=st.integers(1, 3), data=st.data()
+)
+def test_packing_round_trips_and_is_what_mlx_reads(bits, rows, words, data):
+    n = 32 * words
+    codes = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=rows * n, max_size=rows * n))
+    codes = np.array(codes, np.uint8).reshape(rows, n)
+    packed = pack(codes, bits)
+    np.testing.assert_array_equal(unpack(packed, bits), codes)
+    ones, zeros = mx.ones((rows, words)), mx.zeros((rows, words))
+    seen = mx.dequantize(mx.array(packed), ones, zeros, group_size=32, bits=bits)
+    np.testing.assert_array_equal(np.array(seen), codes.astype(np.float32))
+
+
+@pytest.mark.parametrize("quantization", ALL, ids=str)
+def test_grid_decodes_exactly_as_mlx_does(quantization):
+    rng = np.random.default_rng(1)
+    weight = mx.array(rng.standard_normal((8, 256)).astype(np.float32))
+    packed = rounding.nearest(weight, quantization, mx.bfloat16)
+    grid = make_grid(quantization, mx.bfloat16)
+    scales = np.repeat(grid.decode_scales(packed.scales), quantization.group_size, axis=1)
+    biases = 0 * scales
+    if packed.biases is not None:
+        biases = np.repeat(np.array(packed.biases.astype(mx.float32)), quantization.group_size, axis=1)
+    values = grid.values(rounding.codes_of(packed).astype(np.float32), scales, biases)
+    np.testing.assert_array_equal(values, np.array(rounding.dequantize(packed)))
+
+
+@pytest.mark.parametrize("quantization", ALL, ids=str)
+def test_calibrated_beats_nearest_and_reports_its_error_truly(quantization):
+    rng = np.random.default_rng(2)
+    h = hessian(256, rng)
+    weight = mx.array(rng.standard_normal((48, 256)).astype(np.float32) * 0.02)
+    packed, loss = rounding.calibrated(weight, h, quantization, mx.bfloat16)
+    expected = rounding.nearest(weight, quantization, mx.bfloat16)
+    assert {k: (v.shape, v.dtype) for k, v in packed.tensors.items()} == {
+        k: (v.shape, v.dtype) for k, v in expected.tensors.items()
+    }
+    assert loss == pytest.approx(rounding.error_under(weight, packed, h), rel=1e-3)
+    assert loss < 0.4 * rounding.error_under(weight, expected, h)
+
+
+def test_sweeps_never_make_it_worse():
+    rng = np.random.default_rng(3)
+    h = hessian(128, rng)
+    weight = mx.array(rng.standard_normal((32, 128)).astype(np.float32))
+    losses = [
+        rounding.calibrated(weight, h, Quantization(3, 64), mx.float16, sweeps=n)[1] for n in (0, 1, 2, 4, 8)
+    ]
+    assert all(later <= earlier * (1 + 1e-6) for earlier, later in itertools.pairwise(losses))
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_weights_already_on_the_base_grid_stay_where_they_are():
+    rng = np.random.default_rng(4)
+    weight = mx.array(rng.standard_normal((32, 128)).astype(np.float32))
+    base = rounding.nearest(weight, Quantization(4, 64), mx.bfloat16)
+    packed, loss = rounding.calibrated(
+        rounding.dequantize(base), hessian(128, rng), Quantization(4, 64), mx.bfloat16, start=base
+    )
+    assert loss == 0
+    np.testing.assert_array_equal(np.array(rounding.dequantize(packed)), np.array(rounding.dequantize(base)))
+
+
+@pytest.mark.parametrize("kind", ["zero", "singular", "dead", "nan", "inf"])
+@pytest.mark.parametrize("quantization", [Quantization(4, 64), Quantization(4, 16, "nvfp4")], ids=str)
+def test_bad_hessians_still_give_a_sound_rounding(kind, quantization):
+    rng = np.random.default_rng(5)
+    h = hessian(128, rng)
+    if kind == "zero":
+        h[:] = 0
+    elif kind == "singular":
+        x = rng.standard_normal((3, 128)).astype(np.float32)
+        h = x.T @ x
+    elif kind == "dead":
+        h[:40] = 0
+        h[:, :40] = 0
+    else:
+        h[3, 3] = np.nan if kind == "nan" else np.inf
+    weight = mx.array(rng.standard_normal((16, 128)).astype(np.float32))
+    packed, loss = rounding.calibrated(weight, h, quantization, mx.float32)
+    assert np.isfinite(loss)
+    error = np.abs(np.array(rounding.dequantize(packed) - weight))
+    assert error.mean() < 0.5
+
+
+@pytest.mark.parametrize("quantization", [Quantization(4, 64), Quantization(8, 32, "mxfp8")], ids=str)
+def test_constant_and_zero_groups(quantization):
+    weight = mx.concatenate([mx.zeros((4, 64)), mx.full((4, 64), 0.37)], axis=1)
+    packed, _ = rounding.calibrated(weight, np.eye(128, dtype=np.float32), quantization, mx.float32)
+    np.testing.assert_allclose(np.array(rounding.dequantize(packed)), np.array(weight), rtol=0.04, atol=1e-6)
