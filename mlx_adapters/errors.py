@@ -81,10 +81,5 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str | 
     """A hint that names up to three of `known` that look like `name`, else `otherwise`."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     if near:
-        return (
-            "did you mean "
-            + " or ".join(f"'{n}'" for n in near)
-            + "?"
-            + (f" {otherwise}" if otherwise else "")
-        )
+        return "did you mean " + " or ".join(f"'{n}'" for n in near) + "?" + (f" {otherwise}" if otherwise else "")
     return otherwise or None

@@ -149,9 +149,7 @@ def lock_file(path: Path, wait: bool = False, busy: str | None = None) -> Iterat
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise TrainingError(
-                busy or f"'{path}' is in use by another process.", "wait until it ends."
-            ) from None
+            raise TrainingError(busy or f"'{path}' is in use by another process.", "wait until it ends.") from None
         yield
     finally:
         os.close(descriptor)
@@ -275,17 +273,13 @@ _ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U16": 2, "U8": 1, "I32"
                "I16": 2, "BOOL": 1, "U64": 8}  # fmt: skip
 
 
-def write_safetensors(
-    path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
-) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
     """Write MLX arrays to a safetensors file, whole or not at all.
 
     The names are sorted and the header is canonical, so equal tensors give equal bytes.
     """
     names = sorted(tensors)
-    layout = [
-        (name, str(tensors[name].dtype).removeprefix("mlx.core."), tensors[name].shape) for name in names
-    ]
+    layout = [(name, str(tensors[name].dtype).removeprefix("mlx.core."), tensors[name].shape) for name in names]
     stream_safetensors(path, layout, (tensors[name] for name in names), metadata)
 
 
@@ -318,10 +312,11 @@ def stream_safetensors(
         for (name, dtype, shape), array in zip(layout, arrays, strict=True):
             if tuple(array.shape) != tuple(shape) or not str(array.dtype).endswith(dtype):
                 raise ValueError(f"{name}: promised {dtype} {shape}, got {array.dtype} {array.shape}")
-            stream.write(_raw_bytes(array))
+            stream.write(raw_bytes(array))
 
 
-def _raw_bytes(array: Any) -> memoryview | bytes:
+def raw_bytes(array: Any) -> memoryview | bytes:
+    """The bytes of an MLX array, as safetensors stores them (row-major, little-endian)."""
     import mlx.core as mx
     import numpy as np
 
@@ -341,9 +336,7 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]
     random file.
     """
     path = Path(path)
-    bad = FormatError(
-        f"'{path}' is not a whole safetensors file.", "it may be truncated; copy or download it again."
-    )
+    bad = FormatError(f"'{path}' is not a whole safetensors file.", "it may be truncated; copy or download it again.")
     try:
         size = path.stat().st_size
         with open(path, "rb") as stream:

@@ -1,0 +1,55 @@
+"""Train, own, fuse, measure, serve and publish LoRA adapters on MLX.
+
+Public names load on first use, so importing the package is instant. On Linux the import also loads a fast
+BLAS for MLX if there is one (see `machine`).
+"""
+
+import importlib
+from typing import Any
+
+from mlx_adapters.machine import load_fast_blas
+
+__version__ = "0.1.0"
+
+# Public name -> the module it lives in.
+_PUBLIC = {
+    "Adapter": "adapter",
+    "AdapterConfig": "adapter",
+    "read_adapter": "adapter",
+    "write_adapter": "adapter",
+    "LoraConfig": "config",
+    "Quantization": "config",
+    "Model": "model",
+    "Generation": "model",
+    "load_model": "model",
+    "load_adapter": "registry",
+    "list_adapters": "registry",
+    "environment": "machine",
+    "AdapterError": "errors",
+    "ConfigError": "errors",
+    "NotFoundError": "errors",
+    "ExistsError": "errors",
+    "FormatError": "errors",
+    "IncompatibleError": "errors",
+    "FidelityError": "errors",
+    "TrainingError": "errors",
+    "ModelError": "errors",
+    "StorageError": "errors",
+    "HubError": "errors",
+}
+
+__all__ = [*sorted(_PUBLIC), "__version__"]
+
+load_fast_blas()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'mlx_adapters' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f"mlx_adapters.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,264 @@
+"""An adapter: low-rank weights, the settings they need, and where they come from.
+
+For a linear layer W (out, in) the update is scale · (lora_a lora_b)ᵀ (LoRA, arXiv 2106.09685); DoRA
+(arXiv 2402.09353) then rescales each row of the sum to the trained magnitude m. The tensors say which
+modules are adapted; the config holds rank, scale and type.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_adapters import files, tensor_names
+from mlx_adapters.errors import FormatError, NotFoundError
+from mlx_adapters.tensor_names import (
+    ADAPTER_FILE,
+    ADAPTER_LEAVES,
+    CONFIG_FILE,
+    LORA_A,
+    LORA_B,
+    MAGNITUDE,
+    METADATA_FILE,
+)
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The settings an adapter needs to be applied.
+
+    `keys` are full module paths; `num_layers` is what was asked for when training (-1: all blocks).
+    """
+
+    rank: int
+    scale: float
+    keys: tuple[str, ...]
+    type: str = "lora"
+    dropout: float = 0.0
+    num_layers: int = -1
+
+    def to_mlx_lm(self) -> dict[str, Any]:
+        """The settings as mlx-lm's `adapter_config.json` spells them."""
+        parameters = {
+            "rank": self.rank,
+            "scale": self.scale,
+            "dropout": self.dropout,
+            "keys": list(self.keys),
+        }
+        return {"fine_tune_type": self.type, "num_layers": self.num_layers, "lora_parameters": parameters}
+
+
+def parse_config(raw: Mapping[str, Any], keys: tuple[str, ...], where: str) -> AdapterConfig:
+    """Read mlx-lm's form of the settings; `keys` come from the tensors, which are the truth.
+
+    Raises FormatError that names what is missing or wrong.
+    """
+    kind = raw.get("fine_tune_type", "lora")
+    if kind == "full":
+        raise FormatError(
+            f"{where} holds a full fine-tune, not a low-rank adapter.",
+            "'mlx-adapters extract' makes an adapter of it.",
+        )
+    if "peft_type" in raw:
+        raise FormatError(f"{where} is a PEFT adapter.", "take it in with 'mlx-adapters import-peft'.")
+    parameters = raw.get("lora_parameters")
+    if kind not in ("lora", "dora") or not isinstance(parameters, Mapping):
+        raise FormatError(f"{where}: {CONFIG_FILE} is not an mlx-lm adapter config.")
+    rank, scale, dropout = parameters.get("rank"), parameters.get("scale"), parameters.get("dropout", 0.0)
+    layers = raw.get("num_layers", -1)
+    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+    if not whole or not _is_number(scale) or not _is_number(dropout) or not isinstance(layers, int):
+        raise FormatError(
+            f"{where}: {CONFIG_FILE} needs a whole 'rank' of at least 1 and numbers for 'scale' and 'dropout'."
+        )
+    return AdapterConfig(rank, float(scale), keys, kind, float(dropout), layers)  # type: ignore[arg-type]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True, repr=False)
+class Adapter:
+    """An adapter in memory: `weights` maps `{module path}.lora_a|lora_b|m` to arrays."""
+
+    config: AdapterConfig
+    weights: dict[str, mx.array]
+    metadata: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+    iteration: int | None = None
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"Adapter({self.name!r}, {c.type}, rank {c.rank}, scale {c.scale:g}, {len(c.keys)} layers, "
+            f"{self.parameters:,} parameters, base {self.base_name!r})"
+        )
+
+    @property
+    def name(self) -> str:
+        """The registry's name, else the folder's."""
+        name = self.metadata.get("name") or (self.folder.name if self.folder else "adapter")
+        return f"{name}@{self.iteration}" if self.iteration is not None else str(name)
+
+    @property
+    def base_name(self) -> str | None:
+        """The base model as it was named when the adapter was made."""
+        return base_of(self.metadata).get("name")
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the adapter holds."""
+        return sum(w.size for w in self.weights.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over settings and weights; equal for equal adapters."""
+        digest = hashlib.sha256(repr((self.config.type, self.config.rank, self.config.scale)).encode())
+        for name in sorted(self.weights):
+            array = self.weights[name]
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            digest.update(files.raw_bytes(array))
+        return digest.hexdigest()
+
+    def factors(self, key: str) -> tuple[mx.array, mx.array, mx.array | None]:
+        """(lora_a, lora_b, m or None) of the module at `key`, in the shapes of `tensor_names`."""
+        get = self.weights.get
+        join = tensor_names.join
+        return self.weights[join(key, LORA_A)], self.weights[join(key, LORA_B)], get(join(key, MAGNITUDE))
+
+    def layers(self) -> Iterator[tuple[str, mx.array, mx.array, mx.array | None]]:
+        """(key, lora_a, lora_b, m or None) of each adapted module."""
+        for key in self.config.keys:
+            yield (key, *self.factors(key))
+
+    def with_weights(self, weights: dict[str, mx.array]) -> "Adapter":
+        """The same adapter with other weights."""
+        return replace(self, weights=weights)
+
+    def check(self) -> "Adapter":
+        """Hold tensors against the config; return self.
+
+        Raises FormatError for missing, unknown or misshapen tensors, and for NaN or Inf.
+        """
+        check_shapes({name: tuple(w.shape) for name, w in self.weights.items()}, self.config, self.name)
+        finite = {name: mx.isfinite(w).all() for name, w in self.weights.items()}
+        mx.eval(list(finite.values()))
+        for name, good in finite.items():
+            if not good.item():
+                raise FormatError(
+                    f"Adapter '{self.name}' holds NaN or Inf in '{name}'.",
+                    "its training diverged or the file is damaged; take an earlier checkpoint.",
+                )
+        return self
+
+
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: AdapterConfig, name: str) -> None:
+    """Raise FormatError unless the tensors are a whole adapter of `config`."""
+    for tensor in shapes:
+        path, leaf = tensor_names.split(tensor)
+        if leaf not in ADAPTER_LEAVES or not path:
+            raise FormatError(f"Adapter '{name}' has a tensor '{tensor}' that no adapter has.")
+    if not config.keys:
+        raise FormatError(f"Adapter '{name}' holds no tensors.")
+    for key in config.keys:
+        a, b = (shapes.get(tensor_names.join(key, leaf)) for leaf in (LORA_A, LORA_B))
+        m = shapes.get(tensor_names.join(key, MAGNITUDE))
+        if a is None or b is None:
+            raise FormatError(f"Adapter '{name}' lacks '{tensor_names.join(key, LORA_A if a is None else LORA_B)}'.")
+        if (m is not None) != (config.type == "dora"):
+            raise FormatError(
+                f"Adapter '{name}' is of type {config.type}, but '{key}' has {'a' if m else 'no'} magnitude."
+            )
+        ranks = (a[1], b[0]) if len(a) == len(b) == 2 else (a[1], b[2]) if len(a) == len(b) == 3 else (0, 0)
+        if ranks != (config.rank, config.rank) or (len(a) == 3 and a[0] != b[0]):
+            raise FormatError(f"Adapter '{name}': '{key}' has shapes {a} and {b}, which do not fit rank {config.rank}.")
+
+
+def base_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The base model's record in an adapter's metadata, or {}."""
+    base = metadata.get("base")
+    return base if isinstance(base, dict) else {}
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """An adapter folder's metadata; for a folder made by plain mlx-lm, what its config tells."""
+    path = Path(folder) / METADATA_FILE
+    if path.is_file():
+        return files.read_json(path)
+    config = files.read_json(Path(folder) / CONFIG_FILE)
+    known = {"base": {"name": config["model"]}} if isinstance(config.get("model"), str) else {}
+    return known | {"source": "mlx-lm", "name": Path(folder).name}
+
+
+def iterations_of(folder: Path) -> tuple[int, ...]:
+    """The iterations that the folder has checkpoints of, ascending."""
+    matches = (tensor_names.CHECKPOINT_FILE.fullmatch(path.name) for path in Path(folder).iterdir())
+    return tuple(sorted(int(match.group(1)) for match in matches if match))
+
+
+def weights_file(folder: Path, iteration: int | None = None) -> Path:
+    """The file of the adapter, or of its checkpoint. Raises NotFoundError that lists what there is."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise NotFoundError(f"There is no adapter folder '{folder}'.")
+    path = folder / (ADAPTER_FILE if iteration is None else tensor_names.checkpoint_file(iteration))
+    if path.is_file():
+        return path
+    there = ", ".join(map(str, iterations_of(folder)))
+    if iteration is None:
+        raise NotFoundError(
+            f"'{folder}' has no {ADAPTER_FILE}.",
+            f"its checkpoints: {there}." if there else "is it an adapter folder?",
+        )
+    raise NotFoundError(
+        f"'{folder.name}' has no checkpoint {iteration}.",
+        f"there are: {there}." if there else "it has no checkpoints.",
+    )
+
+
+def keys_of(names: Mapping[str, Any]) -> tuple[str, ...]:
+    """The module paths that the tensors belong to, in a natural order (layer 2 before layer 10)."""
+    paths = {tensor_names.split(name)[0] for name in names}
+    return tuple(sorted(paths, key=tensor_names.natural_order))
+
+
+def read_adapter(folder: Path, iteration: int | None = None) -> Adapter:
+    """Read and check an adapter folder, ours or plain mlx-lm's.
+
+    Raises NotFoundError or FormatError with what is wrong.
+    """
+    folder = Path(folder).expanduser().absolute()
+    path = weights_file(folder, iteration)
+    raw = files.read_json(folder / CONFIG_FILE)
+    if "peft_type" in raw:
+        parse_config(raw, (), str(folder))
+    weights = files.read_safetensors(path)
+    config = parse_config(raw, keys_of(weights), f"'{folder}'")
+    return Adapter(config, weights, read_metadata(folder), folder, iteration).check()
+
+
+def write_adapter(adapter: Adapter, folder: Path, overwrite: bool = False) -> Path:
+    """Write the adapter as a folder that `mlx_lm.load(adapter_path=...)` takes, whole or not at all.
+
+    Raises ExistsError, FormatError or StorageError.
+    """
+    adapter.check()
+    with files.atomic_folder(Path(folder), overwrite) as temporary:
+        write_adapter_files(adapter, temporary)
+    return Path(folder)
+
+
+def write_adapter_files(adapter: Adapter, folder: Path) -> None:
+    """Write the three files of an adapter into a folder (each whole or not at all)."""
+    files.write_safetensors(folder / ADAPTER_FILE, adapter.weights)
+    config = adapter.config.to_mlx_lm()
+    if adapter.base_name:
+        config["model"] = adapter.base_name
+    files.write_json(folder / CONFIG_FILE, config)
+    metadata = adapter.metadata | {"sha256": {ADAPTER_FILE: files.sha256(folder / ADAPTER_FILE)}}
+    files.write_json(folder / METADATA_FILE, metadata)

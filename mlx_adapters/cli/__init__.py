@@ -1,0 +1,105 @@
+"""The command line: parse, call one library function, print its result.
+
+Commands load on first use, so `--help` is instant. The one door for errors is `main`.
+"""
+
+import importlib
+import os
+import signal
+import sys
+from typing import Any
+
+import click
+
+import mlx_adapters
+from mlx_adapters.cli import _output
+from mlx_adapters.errors import AdapterError
+
+# Command -> (module in this folder, one line for the overview).
+COMMANDS = {
+    "list": ("adapters", "Show all adapters."),
+    "show": ("adapters", "Show one adapter."),
+    "generate": ("generate", "Ask a base model, with or without an adapter."),
+    "env": ("env", "Show versions, device, BLAS and the home folder."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command's module when the command is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"mlx_adapters.cli.{COMMANDS[name][0]}")
+        return getattr(module, name.replace("-", "_") + "_command")
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.NoSuchCommand:
+            raise
+        except click.UsageError as error:
+            from mlx_adapters.errors import did_you_mean
+
+            hint = did_you_mean(args[0], COMMANDS) if args else None
+            raise click.UsageError(error.message + (f" {hint[0].upper()}{hint[1:]}" if hint else ""), ctx) from None
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(mlx_adapters.__version__, prog_name="mlx-adapters")
+@click.option(
+    "--home",
+    type=click.Path(file_okay=False),
+    envvar="MLX_ADAPTERS_HOME",
+    help="Where adapters are kept [~/.mlx_adapters].",
+)
+@click.option("--debug", is_flag=True, help="Show the traceback of errors.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress and notes on stderr.")
+def cli(home: str | None, debug: bool, quiet: bool) -> None:
+    """Train, own, fuse, measure, serve and publish LoRA adapters on MLX.
+
+    \b
+    Example:
+      mlx-adapters train demo --data data/sql --name sql
+      mlx-adapters fuse sql out/sql-4bit --bits 4
+      mlx-adapters benchmark base sql out/sql-4bit
+    """
+    if home:
+        os.environ["MLX_ADAPTERS_HOME"] = os.path.abspath(os.path.expanduser(home))
+    _output.configure(quiet=quiet, debug=debug)
+
+
+def main() -> None:
+    """Run the program; every error of ours becomes `Error: …`, `Hint: …` and an exit status."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = cli.main(standalone_mode=False)
+        sys.stdout.flush()
+    except click.exceptions.Exit as exit_:
+        code = exit_.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        _output.error("Interrupted.")
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except AdapterError as error:
+        if _output.debugging():
+            raise
+        _output.error(error.message, error.hint)
+        code = error.exit_code
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,58 @@
+"""Options used by more than one command, defined once, and the types that can fail to parse."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+from mlx_adapters.errors import ConfigError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class ReferenceType(click.ParamType):
+    """An adapter: NAME, NAME@ITERATION, a path, or user/repo[@revision]; names are completed."""
+
+    name = "ref"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from mlx_adapters.registry import parse_reference
+
+        try:
+            return str(value) if parse_reference(str(value)) else ""
+        except ConfigError as error:
+            self.fail(error.message + (f" ({error.hint})" if error.hint else ""), param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from mlx_adapters.registry import names
+
+        return [CompletionItem(name) for name in names() if name.startswith(incomplete)]
+
+
+REFERENCE = ReferenceType()
+
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is there.")
+adapter_option = click.option("--adapter", type=REFERENCE, metavar="REF", help="The adapter to use.")
+base_option = click.option("--base", metavar="BASE", help="Base model: demo, a folder or a Hub id [the adapter's own].")
+any_base_option = click.option("--any-base", is_flag=True, help="Use the adapter on a base it was not trained on.")
+dtype_option = click.option(
+    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
+    help="Type to compute in; auto is float32 on a CPU and the model's own on a GPU.",
+)  # fmt: skip
+
+
+def sampling_options(command: Command) -> Command:
+    """--max-tokens, --temperature, --top-p and --seed."""
+    options = [
+        click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer"),
+        click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: greedy."),
+        click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True,
+                     help="Sample from the likeliest tokens of this mass."),
+        click.option("--seed", type=int, help="Seed of the sampling."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command

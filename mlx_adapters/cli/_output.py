@@ -1,0 +1,185 @@
+"""The only printer: data to stdout, talk to stderr, rounding and units here and nowhere else."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_adapters.events import Event, Note, Progress
+
+_quiet = False
+_debug = False
+
+
+def configure(quiet: bool, debug: bool) -> None:
+    """Set what the global options ask for."""
+    global _quiet, _debug
+    _quiet, _debug = quiet, debug
+
+
+def debugging() -> bool:
+    """Whether tracebacks are wanted."""
+    return _debug
+
+
+def colored(stream: Any) -> bool:
+    """Whether colors make sense: a terminal, and NO_COLOR not set."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def style(text: str, stream: Any = None, **how: Any) -> str:
+    """`text` in color if the stream (default stdout) is a terminal."""
+    return click.style(text, **how) if colored(stream or sys.stdout) else text
+
+
+def out(text: str = "", newline: bool = True) -> None:
+    """Data, to stdout."""
+    click.echo(text, nl=newline)
+
+
+def note(text: str) -> None:
+    """Talk, to stderr."""
+    if not _quiet:
+        _clear_line()
+        click.echo(text, err=True)
+
+
+def warn(text: str) -> None:
+    """A warning, to stderr."""
+    _clear_line()
+    click.echo(style("Warning: ", sys.stderr, fg="yellow") + text, err=True)
+
+
+def error(message: str, hint: str | None = None) -> None:
+    """An error and the next step, to stderr."""
+    _clear_line()
+    click.echo(style("Error: ", sys.stderr, fg="red") + message, err=True)
+    if hint:
+        click.echo(style("Hint: ", sys.stderr, fg="cyan") + hint, err=True)
+
+
+def emit_json(value: Any) -> None:
+    """One JSON document, to stdout. NaN and Inf become null."""
+    click.echo(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def plain(value: Any) -> Any:
+    """A dataclass, path, tuple or number as plain JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value) if isinstance(value, Path) else value
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> None:
+    """A plain table to stdout; the columns in `right` are aligned right."""
+    out(format_table(headers, rows, right))
+
+
+def format_table(headers: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> str:
+    """The table as text, two spaces between columns, no trailing spaces."""
+    lines = [list(headers), *[[str(cell) for cell in row] for row in rows]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(headers))]
+    flush = set(right)
+
+    def render(line: Sequence[str]) -> str:
+        cells = [c.rjust(w) if i in flush else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join(render(line) for line in lines)
+
+
+def size(count: float | None) -> str:
+    """Bytes in powers of 1000: "5.6 MB"."""
+    if count is None:
+        return "-"
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000 or unit == "GB":
+            return (
+                f"{count:.0f} {unit}"
+                if unit == "B"
+                else f"{count:.3g} {unit}"
+                if count < 100
+                else f"{count:,.0f} {unit}"
+            )
+        count /= 1000
+    raise AssertionError
+
+
+def duration(seconds: float) -> str:
+    """ "42 s", "3 min 20 s", "2 h 5 min"."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number with `digits` significant digits; "-" for none."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    return f"{value:,.{digits}g}" if abs(value) < 10**digits else f"{value:,.0f}"
+
+
+def progress() -> Callable[[Event], None]:
+    """An `on_event` that shows progress with rate and time left on stderr: a live line on a terminal, else a
+    line every ten seconds."""
+    started: dict[str, float] = {}
+    shown = [0.0]
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, Note):
+            (warn if event.level == "warning" else note)(event.text)
+        elif isinstance(event, Progress) and not _quiet:
+            now = time.monotonic()
+            start = started.setdefault(event.stage, now)
+            live = sys.stderr.isatty()
+            last = event.done >= event.total
+            if not last and now - shown[0] < (0.1 if live else 10):
+                return
+            shown[0] = now
+            show_live(_progress_text(event, now - start), end=last)
+
+    return on_event
+
+
+def _progress_text(event: Progress, elapsed: float) -> str:
+    text = f"{event.stage}: {event.done}/{event.total} {event.unit}".rstrip()
+    if event.done and elapsed > 0.5:
+        rate = event.done / elapsed
+        text += f", {number(rate)}/s"
+        if event.done < event.total:
+            text += f", {duration((event.total - event.done) / rate)} left"
+    return text
+
+
+def show_live(text: str, end: bool = False) -> None:
+    """Show `text` on the live line of the terminal; in a pipe, as a line."""
+    if _quiet:
+        return
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns
+        sys.stderr.write("\r\x1b[K" + text[: width - 1] + ("\n" if end else ""))
+        sys.stderr.flush()
+    else:
+        click.echo(text, err=True)
+
+
+def _clear_line() -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write("\r\x1b[K")

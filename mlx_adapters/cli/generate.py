@@ -1,0 +1,52 @@
+"""`generate`: ask a model."""
+
+import sys
+
+import click
+
+from mlx_adapters.cli import _output
+from mlx_adapters.cli._options import (
+    adapter_option,
+    any_base_option,
+    base_option,
+    dtype_option,
+    json_option,
+    sampling_options,
+)
+
+
+@click.command("generate")
+@click.argument("prompt")
+@adapter_option
+@base_option
+@any_base_option
+@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
+@sampling_options
+@dtype_option
+@json_option
+def generate_command(
+    prompt: str, adapter: str | None, base: str | None, any_base: bool, raw: bool, max_tokens: int,
+    temperature: float, top_p: float, seed: int | None, dtype: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Write an answer to PROMPT ("-" reads it from stdin), streamed as it is made.
+
+    \b
+    Example:
+      mlx-adapters generate "List all departments." --adapter sql
+    """
+    from mlx_adapters.model import load_model
+    from mlx_adapters.registry import load_adapter
+
+    prompt = sys.stdin.read() if prompt == "-" else prompt
+    loaded = load_adapter(adapter) if adapter else None
+    base = base or (loaded.base_name if loaded else None)
+    if base is None:
+        raise click.UsageError("Give --adapter or --base (the embedded model is 'demo').")
+    model = load_model(base, loaded, dtype=dtype, any_base=any_base)
+    options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "raw": raw}
+    if as_json:
+        _output.emit_json(model.generate(prompt, **options))
+        return
+    for response in model.stream(prompt, **options):
+        _output.out(response.text, newline=False)
+    _output.out()

@@ -1,0 +1,98 @@
+"""The door to mlx-lm: the one place that imports it, says which parts we rely on and checks that they are there.
+
+Importing mlx-lm lowers the process's limit of open files; the limit is put back. Everything else in this
+package imports these names from here.
+"""
+
+import contextlib
+import inspect
+import resource
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import version
+
+from mlx_adapters.errors import ModelError
+
+TESTED = "0.32"
+
+
+@contextlib.contextmanager
+def _unchanged_limits() -> Iterator[None]:
+    set_limit = resource.setrlimit
+    resource.setrlimit = lambda *_: None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        resource.setrlimit = set_limit
+
+
+try:
+    with _unchanged_limits(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import mlx.core as mx
+        import mlx.nn as nn
+        from mlx_lm.generate import BatchGenerator, batch_generate, stream_generate
+        from mlx_lm.models.cache import make_prompt_cache
+        from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+        from mlx_lm.sample_utils import make_logits_processors, make_sampler
+        from mlx_lm.tokenizer_utils import TokenizerWrapper
+        from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
+        from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
+        from mlx_lm.utils import load_config, load_tokenizer
+        from mlx_lm.utils import load_model as load_mlx_model
+except ImportError as error:
+    raise ModelError(
+        f"mlx and mlx-lm {TESTED}.x are needed, but importing them failed: {error}.",
+        f'run \'pip install "mlx-lm=={TESTED}.*"\' (on Linux also "mlx[cpu]=={TESTED}.*" or "mlx[cuda13]").',
+    ) from error
+
+
+def _check() -> None:
+    for package in ("mlx", "mlx-lm"):
+        if not version(package).startswith(TESTED + "."):
+            raise ModelError(
+                f"This version works with {package} {TESTED}.x, but {version(package)} is installed.",
+                f"run 'pip install \"{package}=={TESTED}.*\"'.",
+            )
+    relied_on = {
+        load_mlx_model: ("lazy", "strict", "model_config"),
+        LoRALinear.from_base: ("r", "scale", "dropout"),
+        DoRALinear.from_base: ("r", "scale", "dropout"),
+        LoRASwitchLinear.from_base: ("r", "scale", "dropout"),
+        LoRAEmbedding.from_base: ("r", "scale", "dropout"),
+        stream_generate: ("prompt",),
+        make_sampler: ("temp", "top_p", "top_k", "min_p"),
+        BatchGenerator.__init__: ("max_tokens", "completion_batch_size"),
+    }
+    for function, names in relied_on.items():
+        missing = set(names) - set(inspect.signature(function).parameters)
+        if missing:
+            raise ModelError(
+                f"mlx-lm {version('mlx-lm')} changed '{function.__qualname__}': no parameter {sorted(missing)}.",
+                f"install the tested version: 'pip install \"mlx-lm=={TESTED}.2\"'.",
+            )
+
+
+_check()
+
+__all__ = [
+    "BatchGenerator",
+    "DoRAEmbedding",
+    "DoRALinear",
+    "LoRAEmbedding",
+    "LoRALinear",
+    "LoRASwitchLinear",
+    "QuantizedSwitchLinear",
+    "SwitchLinear",
+    "TokenizerWrapper",
+    "batch_generate",
+    "load_config",
+    "load_mlx_model",
+    "load_tokenizer",
+    "make_logits_processors",
+    "make_prompt_cache",
+    "make_sampler",
+    "mx",
+    "nn",
+    "stream_generate",
+]

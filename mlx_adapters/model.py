@@ -1,0 +1,293 @@
+"""A base model: find it, load it, ask it.
+
+A base is named by `demo` (the embedded real model), a local folder, or a Hub id. On a CPU it computes in
+float32, with quantized layers replaced by dense ones (the same function; MLX's quantized arithmetic is ten
+times slower there); on a GPU it stays as stored.
+"""
+
+import hashlib
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mlx_adapters import files
+from mlx_adapters.adapter import Adapter
+from mlx_adapters.config import DTYPES, require
+from mlx_adapters.door import load_config, load_mlx_model, load_tokenizer, make_sampler, mx, nn, stream_generate
+from mlx_adapters.errors import FormatError, HubError, ModelError, NotFoundError
+from mlx_adapters.layers import attach, check_fits, check_made_for, dequantize_layers, detach
+from mlx_adapters.machine import on_gpu
+
+DEMO = "demo"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+MODEL_FILES = ["*.json", "model*.safetensors", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
+SAMPLES, SAMPLE_BYTES = 64, 1 << 16
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where a base model lies. `revision` is the Hub's commit, None for a folder."""
+
+    name: str
+    folder: Path
+    revision: str | None = None
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The model's config, as mlx-lm needs it (see `normalized_config`)."""
+        files.read_json(self.folder / "config.json")
+        return normalized_config(load_config(self.folder))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the weight files' headers and 64 evenly spaced samples of 64 KiB of each.
+
+        It changes with any retraining or requantization and is read in a fraction of a second.
+        """
+        digest = hashlib.sha256()
+        for path in self.weight_files:
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with open(path, "rb") as stream:
+                for i in range(SAMPLES):
+                    stream.seek(i * max(size - SAMPLE_BYTES, 0) // (SAMPLES - 1))
+                    digest.update(stream.read(SAMPLE_BYTES))
+                    if size <= SAMPLE_BYTES:
+                        break
+        return digest.hexdigest()
+
+    @cached_property
+    def weight_files(self) -> list[Path]:
+        """The safetensors files, sorted. Raises NotFoundError if there is none, FormatError for a broken one."""
+        found = sorted(self.folder.glob("model*.safetensors"))
+        if not found:
+            raise NotFoundError(f"'{self.folder}' has no model*.safetensors.", "is it a whole model folder?")
+        for path in found:
+            files.read_safetensors_header(path)
+        return found
+
+    def record(self) -> dict[str, Any]:
+        """What an adapter's metadata says of its base."""
+        quantization = self.config.get("quantization")
+        return {
+            "name": self.name, "revision": self.revision, "fingerprint": self.fingerprint,
+            "model_type": self.config.get("model_type"), "quantization": quantization,
+        }  # fmt: skip
+
+
+def normalized_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A model config with what mlx-lm 0.32 needs, where transformers 5 spells it otherwise.
+
+    transformers 5 writes `rope_parameters` instead of `rope_theta` and `rope_scaling`; mlx-lm's llama, qwen2,
+    qwen3_moe, mixtral, phi3 and gemma3 would silently compute with rope_theta 10000.
+    """
+    config = dict(config)
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict):
+        config.update(_rope_settings(rope, config))
+    if config.get("model_type") == "qwen3_moe" and "num_local_experts" in config:
+        config.setdefault("num_experts", config["num_local_experts"])
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] = normalized_config(config["text_config"])
+    return config
+
+
+def _rope_settings(rope: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    if "full_attention" in rope:  # gemma3: one set for each kind of attention
+        full, sliding = rope["full_attention"], rope.get("sliding_attention", {})
+        found = _rope_settings(full, config)
+        if "rope_theta" in sliding:
+            found["rope_local_base_freq"] = float(sliding["rope_theta"])
+        return found
+    found = {}
+    if "rope_theta" in rope:
+        found["rope_theta"] = float(rope["rope_theta"])
+    if rope.get("partial_rotary_factor") is not None:
+        found["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if rope.get("rope_type", "default") != "default" and not config.get("rope_scaling"):
+        scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+        found["rope_scaling"] = scaling | {"type": rope["rope_type"]}
+    return found
+
+
+def resolve_base(name: str | Path | Base) -> Base:
+    """Find a base model: `demo`, a folder, or a Hub id with an optional @revision (downloaded once).
+
+    Raises NotFoundError or HubError.
+    """
+    if isinstance(name, Base):
+        return name
+    text = str(name)
+    if text == DEMO:
+        from mlx_adapters.demo.base import demo_base_folder
+
+        return Base(DEMO, demo_base_folder())
+    folder = Path(text).expanduser()
+    if isinstance(name, Path) or text.startswith((".", "/", "~")) or folder.is_dir():
+        if not (folder / "config.json").is_file():
+            what = "no config.json in it" if folder.is_dir() else "no such folder"
+            raise NotFoundError(f"There is no model at '{text}': {what}.")
+        return Base(str(folder.absolute()), folder.absolute())
+    if not HUB_ID.fullmatch(text):
+        raise NotFoundError(
+            f"There is no base model '{text}'.",
+            "a base is 'demo', a folder, or a Hub id such as 'mlx-community/Qwen3-0.6B-4bit'.",
+        )
+    repo, _, revision = text.partition("@")
+    folder = _snapshot(repo, revision or None)
+    return Base(text, folder, folder.name if folder.parent.name == "snapshots" else revision or None)
+
+
+def _snapshot(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    options = {"revision": revision, "allow_patterns": MODEL_FILES}
+    try:
+        folder = Path(snapshot_download(repo, local_files_only=True, **options))
+        if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")):
+            return folder
+    except (LocalEntryNotFoundError, OSError, ValueError):
+        pass
+    try:
+        with files.storage_errors(Path(repo)):
+            return Path(snapshot_download(repo, **options))
+    except HfHubHTTPError as error:
+        raise HubError(f"The Hub has no model '{repo}' that you may read: {error.server_message or error}.") from error
+    except (OSError, ValueError) as error:
+        raise HubError(
+            f"'{repo}' could not be downloaded: {error}.", "check the network, or give a local folder."
+        ) from error
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a model wrote. Times in seconds; `token_ids` without the prompt's."""
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    finish_reason: str
+    seconds_to_first_token: float
+    seconds: float
+
+
+@dataclass(repr=False)
+class Model:
+    """A loaded base model with at most one adapter on it."""
+
+    module: nn.Module
+    tokenizer: Any
+    base: Base
+    config: dict[str, Any]
+    adapter: Adapter | None = field(default=None)
+
+    def __repr__(self) -> str:
+        return f"Model({self.base.name!r}, adapter={self.adapter.name if self.adapter else None!r})"
+
+    def attach(self, adapter: Adapter, any_base: bool = False) -> None:
+        """Put an adapter on, in place of the one that is on. When this raises, nothing was changed."""
+        check_fits(adapter, self.module, f"'{self.base.name}'")
+        if not any_base:
+            check_made_for(adapter, self.base.name, self.base.fingerprint)
+        detach(self.module)
+        attach(self.module, adapter)
+        self.adapter = adapter
+
+    def detach(self) -> None:
+        """Take the adapter off."""
+        detach(self.module)
+        self.adapter = None
+
+    def encode(self, prompt: str, raw: bool = False) -> list[int]:
+        """Token ids of a prompt: through the chat template as the user's turn, or as it is."""
+        if raw or not getattr(self.tokenizer, "has_chat_template", False):
+            return list(self.tokenizer.encode(prompt))
+        messages = [{"role": "user", "content": prompt}]
+        return list(
+            self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        )
+
+    def logits(self, token_ids: list[int] | mx.array) -> mx.array:
+        """(tokens, vocabulary) logits of one sequence, or (rows, tokens, vocabulary) of a batch."""
+        ids = mx.array(token_ids)
+        return self.module(ids[None])[0] if ids.ndim == 1 else self.module(ids)
+
+    def stream(
+        self, prompt: str | list[int], *, max_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,
+        seed: int | None = None, raw: bool = False,
+    ) -> Iterator[Any]:  # fmt: skip
+        """Yield mlx-lm's responses (`.text`, `.token`, `.finish_reason`) as they are made."""
+        require(max_tokens >= 1, f"max_tokens must be at least 1, not {max_tokens}.")
+        require(temperature >= 0, f"temperature must not be negative, not {temperature}.")
+        require(0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}.")
+        ids = self.encode(prompt, raw) if isinstance(prompt, str) else list(prompt)
+        if not ids:
+            raise ModelError("The prompt is empty.", "write something to continue.")
+        if seed is not None:
+            mx.random.seed(seed)
+        sampler = make_sampler(temp=temperature, top_p=top_p)
+        yield from stream_generate(self.module, self.tokenizer, ids, max_tokens=max_tokens, sampler=sampler)
+
+    def generate(
+        self, prompt: str | list[int], *, max_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,
+        seed: int | None = None, raw: bool = False,
+    ) -> Generation:  # fmt: skip
+        """The model's answer to `prompt`; greedy unless a temperature is given."""
+        start = time.perf_counter()
+        first, pieces, tokens, reason, prompt_tokens = 0.0, [], [], "length", 0
+        for response in self.stream(
+            prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, raw=raw
+        ):
+            first = first or time.perf_counter() - start
+            pieces.append(response.text)
+            if response.finish_reason != "stop":
+                tokens.append(int(response.token))
+            reason, prompt_tokens = response.finish_reason or reason, response.prompt_tokens
+        return Generation("".join(pieces), tokens, prompt_tokens, reason, first, time.perf_counter() - start)
+
+
+def load_model(
+    base: str | Path | Base, adapter: Adapter | None = None, *, dtype: str = "auto", dense: bool | None = None,
+    any_base: bool = False,
+) -> Model:  # fmt: skip
+    """Load a base model (or a fused folder), with an adapter on it if one is given.
+
+    dtype: "auto" is float32 on a CPU and as stored on a GPU. dense: replace quantized layers by dense ones
+    (default: on a CPU). Raises NotFoundError, HubError, FormatError, ModelError or IncompatibleError.
+    """
+    require(dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not '{dtype}'.")
+    found = resolve_base(base)
+    module, config = load_module(found)
+    if dense if dense is not None else not on_gpu():
+        dequantize_layers(module, getattr(mx, "float32" if dtype == "auto" else dtype))
+    if dtype != "auto" or not on_gpu():
+        module.set_dtype(getattr(mx, "float32" if dtype == "auto" else dtype))
+    mx.eval(module.parameters())
+    model = Model(module, load_tokenizer_of(found), found, config)
+    if adapter is not None:
+        model.attach(adapter, any_base)
+    return model
+
+
+def load_module(base: Base) -> tuple[nn.Module, dict[str, Any]]:
+    """mlx-lm's module with lazy weights, in evaluation mode, and its config."""
+    _ = base.weight_files
+    try:
+        return load_mlx_model(base.folder, lazy=True, model_config=base.config)
+    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        text = " ".join(str(error).split())[:400]
+        raise ModelError(f"mlx-lm cannot load '{base.name}': {text}.") from error
+
+
+def load_tokenizer_of(base: Base) -> Any:
+    """The base's tokenizer, in mlx-lm's wrapper; never from the network."""
+    eos = base.config.get("eos_token_id")
+    try:
+        return load_tokenizer(base.folder, eos_token_ids=eos)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"The tokenizer of '{base.name}' cannot be loaded: {error}.") from error

@@ -1,0 +1,51 @@
+"""The only speller of tensor names.
+
+MLX dialect (mlx-lm 0.32): an adapter's tensors are `{module path}.{leaf}`.
+
+| layer     | lora_a          | lora_b            | m (DoRA)      |
+| --------- | --------------- | ----------------- | ------------- |
+| linear    | (in, rank)      | (rank, out)       | (out,)        |
+| switch    | (experts, rank, in) | (experts, out, rank) | none     |
+| embedding | (vocab, rank)   | (rank, dim)       | (vocab,)      |
+
+A quantized layer's weight is three tensors: packed codes, scales and, for the mode `affine`, biases.
+"""
+
+import re
+
+LORA_A, LORA_B, MAGNITUDE = "lora_a", "lora_b", "m"
+ADAPTER_LEAVES = (LORA_A, LORA_B, MAGNITUDE)
+WEIGHT, SCALES, BIASES, BIAS = "weight", "scales", "biases", "bias"
+QUANTIZED_LEAVES = (WEIGHT, SCALES, BIASES)
+
+ADAPTER_FILE = "adapters.safetensors"
+CONFIG_FILE = "adapter_config.json"
+METADATA_FILE = "adapter_metadata.json"
+CHECKPOINT_FILE = re.compile(r"(\d{7,})_adapters\.safetensors")
+
+
+def join(path: str, leaf: str) -> str:
+    """The name of the tensor `leaf` of the module at `path`."""
+    return f"{path}.{leaf}" if path else leaf
+
+
+def split(name: str) -> tuple[str, str]:
+    """(module path, leaf) of a tensor name."""
+    path, _, leaf = name.rpartition(".")
+    return path, leaf
+
+
+def checkpoint_file(iteration: int) -> str:
+    """mlx-lm's file name for the adapter as it stood at `iteration`."""
+    return f"{iteration:07d}_adapters.safetensors"
+
+
+def block_index(path: str) -> int | None:
+    """The number of the transformer block that a module path lies in, or None for embeddings and heads."""
+    match = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.|$)", path)
+    return int(match.group(1)) if match else None
+
+
+def natural_order(path: str) -> list[tuple[bool, int, str]]:
+    """A sort key by which block 2 comes before block 10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in path.split(".")]
