@@ -60,9 +60,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def factory(architecture: str = "llama", bits: int | None = None, **options) -> Path:
         key = (architecture, bits, *sorted(options.items()))
         if key not in built:
-            built[key] = build_model(
-                root / f"{architecture}-{len(built)}", architecture, bits=bits, **options
-            )
+            built[key] = build_model(root / f"{architecture}-{len(built)}", architecture, bits=bits, **options)
         return built[key]
 
     return factory

@@ -44,9 +44,7 @@ def source(adapter: str, module: str) -> Update | None:
 def random_update(rng: np.random.Generator, inputs: int, rank: int, outputs: int, experts: int = 0) -> Update:
     lead = (experts,) if experts else ()
     a = rng.standard_normal((*lead, inputs, rank), dtype=np.float32)
-    return Update(
-        a, rng.standard_normal((*lead, rank, outputs), dtype=np.float32), float(rng.uniform(0.1, 20))
-    )
+    return Update(a, rng.standard_normal((*lead, rank, outputs), dtype=np.float32), float(rng.uniform(0.1, 20)))
 
 
 def as_matrix(merged: Update | Decomposition, rank: int) -> np.ndarray:
@@ -124,9 +122,7 @@ def test_each_expert_is_merged_as_a_matrix_of_its_own(name):
         single = [Update(u.a[expert], u.b[expert], u.scale) for u in updates]
         alone = merge_updates(METHODS[name], single, [1, 2], options, rng)
         rank = 6 if name == "cat" else 4
-        np.testing.assert_allclose(
-            as_matrix(together, rank)[expert], as_matrix(alone, rank), rtol=1e-3, atol=1e-3
-        )
+        np.testing.assert_allclose(as_matrix(together, rank)[expert], as_matrix(alone, rank), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.space == "factors"])
@@ -157,9 +153,7 @@ def test_a_large_matrix_is_decomposed_as_well_as_an_exact_svd_would(shape):
     assert found.kept(20) == pytest.approx(exact[:20].sum() / exact.sum(), abs=1e-4)
     residual = np.linalg.norm(matrix - as_matrix(found, 20)) ** 2
     assert residual == pytest.approx(exact[20:].sum(), rel=1e-2)
-    assert decompose_matrix(matrix, energy=0.9).rank == 1 + int(
-        np.argmax(np.cumsum(exact) / exact.sum() >= 0.9)
-    )
+    assert decompose_matrix(matrix, energy=0.9).rank == 1 + int(np.argmax(np.cumsum(exact) / exact.sum() >= 0.9))
 
 
 def test_a_flat_spectrum_falls_back_to_the_exact_svd():
@@ -215,8 +209,7 @@ def test_dropping_keeps_the_mean_and_the_seed_decides(x, y, density):
     again = arithmetic.drop_at_random(x, density, np.random.default_rng(9))
     np.testing.assert_array_equal(one, again)
     draws = [
-        arithmetic.drop_at_random(np.ones((50, 40), np.float32), density, np.random.default_rng(s))
-        for s in range(9)
+        arithmetic.drop_at_random(np.ones((50, 40), np.float32), density, np.random.default_rng(s)) for s in range(9)
     ]
     assert np.mean(draws) == pytest.approx(1, abs=0.25)
     sign = arithmetic.elected_sign([x, y], "total")

@@ -23,9 +23,7 @@ def test_loads_and_runs(tiny_model, architecture, bits):
 def test_equal_calls_share_a_folder_and_other_seeds_differ(tiny_model):
     assert tiny_model("llama") == tiny_model("llama")
     other = tiny_model("llama", seed=1)
-    assert (other / "model.safetensors").read_bytes() != (
-        tiny_model("llama") / "model.safetensors"
-    ).read_bytes()
+    assert (other / "model.safetensors").read_bytes() != (tiny_model("llama") / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("tied", [True, False])

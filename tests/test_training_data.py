@@ -34,9 +34,7 @@ def tokenizer(template=STABLE):
     vocabulary = {w: i for i, w in enumerate(["<pad>", "<s>", "</s>", *WORDS, "<unk>", "0", "zebra", "."])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="</s>", bos_token="<s>", unk_token="<unk>"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
     fast.chat_template = template
     return TokenizerWrapper(fast)
 
@@ -75,9 +73,7 @@ def test_a_template_that_rewrites_earlier_turns_is_still_masked_right():
 
 def test_a_template_without_turns_is_refused_with_the_line():
     with pytest.raises(FormatError, match=r"line 3.*message 3"):
-        tokenize_row(
-            raw(messages=TWO_TURNS), tokenizer(NOWHERE.replace("m.content", "'hi'")), mask_prompt=True
-        )
+        tokenize_row(raw(messages=TWO_TURNS), tokenizer(NOWHERE.replace("m.content", "'hi'")), mask_prompt=True)
 
 
 def test_without_mask_all_but_the_first_token_is_trained():

@@ -37,9 +37,7 @@ class Decomposition:
     def kept(self, rank: int) -> float:
         """Share of ‖D‖² that the first `rank` singular values hold (over all experts together)."""
         total = float(np.sum(self.total))
-        return (
-            min(1.0, float(np.sum(self.s[..., :rank].astype(np.float64) ** 2)) / total) if total > 0 else 1.0
-        )
+        return min(1.0, float(np.sum(self.s[..., :rank].astype(np.float64) ** 2)) / total) if total > 0 else 1.0
 
     def rank_for(self, energy: float) -> int:
         """The smallest rank that keeps the share `energy` of ‖D‖², at least 1."""
@@ -77,14 +75,10 @@ def decompose_product(a: Matrix, b: Matrix) -> Decomposition:
     q_a, r_a = np.linalg.qr(a)
     q_b, r_b = np.linalg.qr(np.swapaxes(b, -1, -2))
     u, s, vt = np.linalg.svd(r_a @ np.swapaxes(r_b, -1, -2), full_matrices=False)
-    return Decomposition(
-        q_a @ u, s, vt @ np.swapaxes(q_b, -1, -2), np.sum(s.astype(np.float64) ** 2, axis=-1)
-    )
+    return Decomposition(q_a @ u, s, vt @ np.swapaxes(q_b, -1, -2), np.sum(s.astype(np.float64) ** 2, axis=-1))
 
 
-def decompose_matrix(
-    matrix: Matrix, rank: int | None = None, energy: float = 0.99, seed: int = 0
-) -> Decomposition:
+def decompose_matrix(matrix: Matrix, rank: int | None = None, energy: float = 0.99, seed: int = 0) -> Decomposition:
     """The leading part of the SVD of a full matrix (in, out): `rank` values, or enough to keep `energy`."""
     total = np.sum(matrix.astype(np.float64) ** 2)
     size = min(matrix.shape)

@@ -124,9 +124,7 @@ def merge_updates(
 
 def stack(updates: Sequence[Update], weights: Sequence[float]) -> Update:
     """The exact weighted sum, as factors side by side."""
-    parts = [
-        np.float32(weight * update.scale) * update.a for weight, update in zip(weights, updates, strict=True)
-    ]
+    parts = [np.float32(weight * update.scale) * update.a for weight, update in zip(weights, updates, strict=True)]
     return Update(np.concatenate(parts, axis=-1), np.concatenate([update.b for update in updates], axis=-2))
 
 

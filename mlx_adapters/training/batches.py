@@ -60,9 +60,7 @@ def batch_sequence(
         epoch, skip = epoch + 1, 0
 
 
-def make_batch(
-    bins: Sequence[Sequence[Row]], pad_to: int = 1, rows: int | None = None, packed: bool = False
-) -> Batch:
+def make_batch(bins: Sequence[Sequence[Row]], pad_to: int = 1, rows: int | None = None, packed: bool = False) -> Batch:
     """Lay out rows, one list of rows per line of the array (more than one only when packing).
 
     The width is rounded up to `pad_to` predictions, and with `rows` the array has at least that many lines

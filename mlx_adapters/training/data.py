@@ -68,9 +68,7 @@ def tokenize(
     """
     kept, dropped = [], []
     for raw in rows:
-        row = tokenize_row(
-            raw, tokenizer, max_seq_length, mask_prompt=mask_prompt, last_turn_only=last_turn_only
-        )
+        row = tokenize_row(raw, tokenizer, max_seq_length, mask_prompt=mask_prompt, last_turn_only=last_turn_only)
         kept.append(row) if row.trained.any() else dropped.append(row.where)
     return Tokenized(tuple(kept), tuple(dropped))
 
@@ -125,9 +123,7 @@ def _plain_completion(raw: RawRow, tokenizer: Any) -> tuple[Tokens, list[tuple[i
     return tokens, [(len(prompt), len(tokens))]
 
 
-def _chat(
-    raw: RawRow, tokenizer: Any, mask_prompt: bool, last_turn_only: bool
-) -> tuple[Tokens, list[tuple[int, int]]]:
+def _chat(raw: RawRow, tokenizer: Any, mask_prompt: bool, last_turn_only: bool) -> tuple[Tokens, list[tuple[int, int]]]:
     if not _has_template(tokenizer):
         raise FormatError(
             f"{raw.where}: a chat row, but the tokenizer has no chat template.",

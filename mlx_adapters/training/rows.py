@@ -78,9 +78,7 @@ def read_data(source: str | Path) -> DataSet:
     else:
         splits = _read_local(Path(source).expanduser())
     if not splits.get("train", Split("train", (), "")).rows:
-        raise FormatError(
-            f"The data '{source}' has no training row.", "put at least one row into train.jsonl."
-        )
+        raise FormatError(f"The data '{source}' has no training row.", "put at least one row into train.jsonl.")
     return DataSet(str(source), splits)
 
 
@@ -130,9 +128,7 @@ def _parse_line(line: bytes, where: str) -> RawRow:
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise FormatError(
-            f"{where}: not a JSON object ({error}).", "every line is one JSON object."
-        ) from None
+        raise FormatError(f"{where}: not a JSON object ({error}).", "every line is one JSON object.") from None
     if not isinstance(values, dict):
         raise FormatError(f"{where}: not a JSON object.", "every line is one JSON object in braces.")
     return RawRow(values, where)
@@ -164,9 +160,7 @@ def _read_hub(name: str) -> dict[str, Split]:
     try:
         import datasets
     except ImportError:
-        raise NotFoundError(
-            f"The data set '{name}' needs the package 'datasets'.", "pip install datasets."
-        ) from None
+        raise NotFoundError(f"The data set '{name}' needs the package 'datasets'.", "pip install datasets.") from None
     try:
         loaded = datasets.load_dataset(name)
     except (OSError, ValueError) as error:
@@ -175,9 +169,7 @@ def _read_hub(name: str) -> dict[str, Split]:
     for split, names in SPLITS.items():
         found = next((loaded[n] for n in names if n in loaded), None)
         if found is not None:
-            rows = tuple(
-                RawRow(_without_nulls(dict(r)), f"{name}, {split} row {i}") for i, r in enumerate(found, 1)
-            )
+            rows = tuple(RawRow(_without_nulls(dict(r)), f"{name}, {split} row {i}") for i, r in enumerate(found, 1))
             digest = hashlib.sha256("\n".join(row.key() for row in rows).encode()).hexdigest()
             splits[split] = Split(split, rows, digest)
     return splits

@@ -1,0 +1,106 @@
+"""The rooms of the house: who may import whom, who may write, print and spell tensor names."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "mlx_adapters"
+LAYERS = [
+    {"errors", "events", "config", "files", "machine"},
+    {"tensor_names", "adapter"},
+    {"door", "layers", "model", "registry"},
+    {"training", "fusion", "merging", "peft_format", "runtime", "benchmarking", "hub", "cards", "evaluation",
+     "inspecting", "packing"},
+    {"demo", "serving"},
+    {"cli"},
+]  # fmt: skip
+ROOM_OF_LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
+# Imports inside a function are lazy on purpose; these may look up a layer.
+LAZY_UPWARD = {("model", "demo"), ("registry", "hub")}
+PRINTING = ("print", "click.echo", "click.secho", "sys.stdout.write", "sys.stderr.write", "rich.print")
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST):
+    """(imported module's dotted name, whether at module level) of every import."""
+    top = set(map(id, ast.iter_child_nodes(tree)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) in top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            folder = PACKAGE.parent / node.module.replace(".", "/")
+            for alias in node.names:  # `from package import module` imports the module
+                is_module = (folder / f"{alias.name}.py").exists() or (folder / alias.name).is_dir()
+                yield f"{node.module}.{alias.name}" if is_module else node.module, id(node) in top
+
+
+def strings(tree: ast.AST):
+    docs = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
+    constants = (n for n in ast.walk(tree) if isinstance(n, ast.Constant) and id(n) not in docs)
+    return (n.value for n in constants if isinstance(n.value, str))
+
+
+def calls(tree: ast.AST):
+    return ((ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call))
+
+
+def writes(function: str, call: ast.Call) -> bool:
+    name = function.rpartition(".")[2]
+    if name in ("write_bytes", "save_safetensors", "savez", "save_gguf"):
+        return True
+    if name == "write_text" and function not in ("files.write_text", "write_text"):
+        return True
+    modes = [*call.args[1:2], *(k.value for k in call.keywords if k.arg == "mode")]
+    text = "".join(str(m.value) for m in modes if isinstance(m, ast.Constant))
+    return function in ("open", "io.open", "os.fdopen", "gzip.open") and any(c in text for c in "wax+")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_module_keeps_to_its_room(path: Path):
+    tree, here = ast.parse(path.read_text()), room(path)
+    for name, _ in imports(tree):
+        assert here == "door" or name.split(".")[0] != "mlx_lm", "mlx_lm is imported in door.py only"
+        assert here not in ("config", "errors") or name.split(".")[0] != "mlx", "no MLX here"
+        if name.startswith("mlx_adapters.") and here not in ("__init__", "__main__"):
+            there = name.split(".")[1]
+            if there in ROOM_OF_LAYER and (here, there) not in LAZY_UPWARD:
+                assert ROOM_OF_LAYER[there] <= ROOM_OF_LAYER[here], f"{here} may not import {there}"
+    if path.name != "_output.py":
+        printing = [function for function, _ in calls(tree) if function in PRINTING]
+        assert not printing, "only cli/_output.py prints"
+    if here != "files":
+        writing = [function for function, node in calls(tree) if writes(function, node)]
+        assert not writing, "only files.py writes"
+    if here != "tensor_names":
+        spelled = [s for s in strings(tree) if s in ("lora_a", "lora_b") or s.endswith((".lora_a", ".lora_b"))]
+        assert not spelled, "only tensor_names.py spells tensor names"
+
+
+def test_every_room_has_a_layer():
+    rooms = {room(path) for path in MODULES} - {"__init__", "__main__"}
+    assert rooms <= set(ROOM_OF_LAYER), f"give these a layer: {rooms - set(ROOM_OF_LAYER)}"
+
+
+def test_no_import_cycle_at_module_level():
+    graph = {}
+    for path in MODULES:
+        name = ".".join(("mlx_adapters", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+        graph[name] = {n for n, top in imports(ast.parse(path.read_text())) if top and n.startswith("mlx_adapters.")}
+    done, doing = set(), []
+
+    def visit(name: str):
+        assert name not in doing, " -> ".join([*doing, name])
+        if name in graph and name not in done:
+            doing.append(name)
+            for other in graph[name]:
+                visit(other)
+            doing.pop()
+            done.add(name)
+
+    for name in graph:
+        visit(name)

@@ -1,0 +1,308 @@
+"""Models load, adapters go on and off, references parse, files are whole or absent."""
+
+import contextlib
+import json
+import resource
+import subprocess
+import sys
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mlx_adapters as ma
+from mlx_adapters import errors, files, layers, registry
+from mlx_adapters.adapter import Adapter, AdapterConfig, read_adapter, write_adapter
+from mlx_adapters.config import LoraConfig, Quantization, from_mapping, read_yaml
+from mlx_adapters.model import load_model, normalized_config, resolve_base
+
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2"]
+TOKENS = [5, 9, 2, 77, 31]
+
+
+def random_adapter(model, kind="lora", rank=4, targets="all", scale=2.0, seed=0, name="random"):
+    lora = LoraConfig(rank=rank, scale=scale, type=kind, target_modules=targets)
+    keys = layers.resolve_target_modules(model.module, lora)
+    if kind == "dora":
+        keys = tuple(k for k in keys if not isinstance(layers.adaptable_layers(model.module)[k], layers.SWITCH))
+    config = AdapterConfig(rank, scale, keys, kind)
+    random = np.random.default_rng(seed)
+    weights = {}
+    for key in keys:
+        layer = layers.adaptable_layers(model.module)[key]
+        for leaf, shape in layers.expected_shapes(layer, config).items():
+            values = random.normal(size=shape, scale=0.1 if len(shape) > 1 else 0.3)
+            weights[f"{key}.{leaf}"] = mx.array((values + (1.5 if leaf == "m" else 0)).astype(np.float32))
+    return Adapter(config, weights, {"name": name, "base": model.base.record()})
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_attached_equals_updated_weights_and_detach_restores(tiny_model, tmp_path, architecture, kind):
+    model = load_model(tiny_model(architecture))
+    before = model.logits(TOKENS)
+    adapter = random_adapter(model, kind)
+    model.attach(adapter)
+    attached = model.logits(TOKENS)
+    assert mx.abs(attached - before).max() > 1e-2
+    folder = write_adapter(adapter, tmp_path / "a")
+    plain, _ = mlx_lm.load(str(tiny_model(architecture)), adapter_path=str(folder), model_config=model.base.config)
+    plain.set_dtype(mx.float32)
+    assert mx.abs(plain(mx.array([TOKENS]))[0] - attached).max() < 1e-4
+    model.detach()
+    assert mx.array_equal(model.logits(TOKENS), before)
+    for key, a, b, m in adapter.layers():
+        layer = layers.adaptable_layers(model.module)[key]
+        layer.weight = layers.updated_weight(layer.weight, a, b, m, adapter.config.scale)
+    assert mx.abs(model.logits(TOKENS) - attached).max() < 1e-4
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_dense_copy_computes_the_same_function(tiny_model, bits):
+    folder = tiny_model("llama", bits=bits)
+    dense, stored = load_model(folder), load_model(folder, dense=False)
+    assert stored.module.model.layers[0].mlp.up_proj.bits == bits
+    stored.module.set_dtype(mx.float32)
+    assert mx.abs(dense.logits(TOKENS) - stored.logits(TOKENS)).max() < 1e-4
+
+
+def test_embedding_and_head_adapters(tiny_model):
+    model = load_model(tiny_model("llama"))
+    adapter = random_adapter(model, targets=("embed_tokens", "q_proj"))
+    assert "model.embed_tokens" in adapter.config.keys
+    before = model.logits(TOKENS)
+    model.attach(adapter)
+    attached = model.logits(TOKENS)
+    model.detach()
+    for key, a, b, m in adapter.layers():
+        layer = layers.adaptable_layers(model.module)[key]
+        layer.weight = layers.updated_weight(layer.weight, a, b, m, 2.0, embedding=key.endswith("embed_tokens"))
+    assert mx.abs(model.logits(TOKENS) - attached).max() < 1e-4
+    assert mx.abs(attached - before).max() > 1e-2
+
+
+def test_target_modules(tiny_model):
+    module = load_model(tiny_model("llama")).module
+    resolve = layers.resolve_target_modules
+    assert resolve(module, LoraConfig(target_modules=("q_proj",))) == tuple(
+        f"model.layers.{i}.self_attn.q_proj" for i in range(len(module.layers))
+    )
+    assert resolve(module, LoraConfig(target_modules=("mlp.up_proj",), num_layers=1)) == (
+        f"model.layers.{len(module.layers) - 1}.mlp.up_proj",
+    )
+    assert len(resolve(module, LoraConfig())) == 7 * len(module.layers)
+    with pytest.raises(errors.ConfigError, match="q_prj") as caught:
+        resolve(module, LoraConfig(target_modules=("q_prj",)))
+    assert "q_proj" in caught.value.hint
+    with pytest.raises(errors.ConfigError, match="blocks"):
+        resolve(module, LoraConfig(num_layers=99))
+
+
+def test_a_failed_attach_changes_nothing(tiny_model):
+    model = load_model(tiny_model("llama"))
+    good = random_adapter(model)
+    model.attach(good)
+    before = model.logits(TOKENS)
+    wrong_shape = dict(good.weights)
+    first = good.config.keys[0]
+    wrong_shape[f"{first}.lora_a"] = mx.zeros((3, 4))
+    with pytest.raises(errors.IncompatibleError, match="needs"):
+        model.attach(good.with_weights(wrong_shape))
+    other = Adapter(good.config, good.weights, {"base": {"name": "x", "fingerprint": "0"}})
+    with pytest.raises(errors.IncompatibleError, match="other weights"):
+        model.attach(other)
+    assert mx.array_equal(model.logits(TOKENS), before)
+    model.attach(other, any_base=True)
+
+
+def broken(adapter, how):
+    weights, key = dict(adapter.weights), adapter.config.keys[0]
+    if how == "nan":
+        weights[f"{key}.lora_b"] = weights[f"{key}.lora_b"] * mx.array(float("nan"))
+    elif how == "missing":
+        del weights[f"{key}.lora_b"]
+    elif how == "extra":
+        weights[f"{key}.lora_c"] = mx.zeros((2,))
+    elif how == "rank":
+        weights[f"{key}.lora_a"] = weights[f"{key}.lora_a"][:, :2]
+    return weights
+
+
+@pytest.mark.parametrize("how", ["nan", "missing", "extra", "rank", "truncated", "random", "empty", "config"])
+def test_damaged_adapters_are_refused(tiny_model, tmp_path, how):
+    adapter = random_adapter(load_model(tiny_model("llama")))
+    folder = write_adapter(adapter, tmp_path / "a")
+    file = folder / "adapters.safetensors"
+    if how == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif how == "random":
+        file.write_bytes(np.random.default_rng(0).bytes(5000))
+    elif how == "empty":
+        file.write_bytes(b"")
+    elif how == "config":
+        (folder / "adapter_config.json").write_text('{"fine_tune_type": "lora", "lora_parameters": {"rank": "8"}}')
+    else:
+        mx.save_safetensors(str(file), broken(adapter, how))
+    with pytest.raises(errors.FormatError):
+        read_adapter(folder)
+    if how in ("nan", "missing", "extra", "rank"):
+        with pytest.raises(errors.FormatError):
+            write_adapter(adapter.with_weights(broken(adapter, how)), tmp_path / "b")
+        assert not (tmp_path / "b").exists()
+
+
+def test_adapter_round_trip(tiny_model, tmp_path):
+    adapter = random_adapter(load_model(tiny_model("qwen2")), "dora")
+    again = read_adapter(write_adapter(adapter, tmp_path / "a"))
+    assert again.config == adapter.config and again.fingerprint == adapter.fingerprint
+    assert again.metadata["base"] == adapter.metadata["base"]
+    with pytest.raises(errors.ExistsError):
+        write_adapter(adapter, tmp_path / "a")
+    write_adapter(adapter, tmp_path / "a", overwrite=True)
+
+
+def test_registry(tiny_model, home):
+    adapter = random_adapter(load_model(tiny_model("llama")))
+    registry.register(adapter, "sql")
+    (home / "adapters" / "bad").mkdir()
+    assert [(e.name, bool(e.problem)) for e in ma.list_adapters()] == [("bad", True), ("sql", False)]
+    assert ma.load_adapter("sql").fingerprint == adapter.fingerprint
+    with pytest.raises(errors.NotFoundError) as caught:
+        ma.load_adapter("sq")
+    assert "sql" in caught.value.hint
+    with pytest.raises(errors.NotFoundError, match="no checkpoint 7"):
+        ma.load_adapter("sql@7")
+
+
+def test_references():
+    parse = registry.parse_reference
+    assert parse("sql") == registry.Reference("name", "sql")
+    assert parse("sql@600") == registry.Reference("name", "sql", 600)
+    assert parse("./a@5") == registry.Reference("path", "./a", 5)
+    assert parse("user/repo@v1") == registry.Reference("hub", "user/repo", revision="v1")
+    for bad in ("", "a b", "sql@", "sql@x", "a/b/c", "-x"):
+        with pytest.raises(errors.ConfigError):
+            parse(bad)
+
+
+@given(st.text(max_size=40))
+def test_any_text_parses_or_is_refused(text):
+    with contextlib.suppress(errors.ConfigError):
+        assert registry.parse_reference(text).kind in ("name", "path", "hub")
+
+
+def test_base_errors(tmp_path, tiny_model):
+    for name in ("nowhere", str(tmp_path / "no"), str(tmp_path)):
+        with pytest.raises(errors.NotFoundError):
+            resolve_base(name)
+    with pytest.raises(errors.HubError):
+        resolve_base("user/does-not-exist")
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "config.json").write_text((tiny_model("llama") / "config.json").read_text())
+    with pytest.raises(errors.NotFoundError, match="safetensors"):
+        load_model(folder)
+    (folder / "model.safetensors").write_bytes(b"x" * 500)
+    with pytest.raises(errors.FormatError):
+        load_model(folder)
+
+
+def test_transformers_5_configs_keep_their_rope():
+    new = {"model_type": "llama", "rope_parameters": {"rope_theta": 500000.0, "rope_type": "llama3", "factor": 8.0}}
+    found = normalized_config(new)
+    assert found["rope_theta"] == 500000.0 and found["rope_scaling"]["factor"] == 8.0
+    gemma = {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}}
+    found = normalized_config(gemma)
+    assert found["rope_theta"] == 1e6 and found["rope_local_base_freq"] == 1e4
+    assert "rope_parameters" in new and "rope_theta" not in new
+
+
+def test_settings_are_strict(tmp_path):
+    assert from_mapping(LoraConfig, {"rank": 4, "scale": 2, "target_modules": ["q_proj"]}).target_modules == ("q_proj",)
+    with pytest.raises(errors.ConfigError) as caught:
+        from_mapping(LoraConfig, {"rnk": 4})
+    assert "rank" in caught.value.hint
+    for wrong in ({"rank": 0}, {"rank": True}, {"rank": "8"}, {"scale": float("nan")}, {"dropout": 1.0}, {"type": "x"}):
+        with pytest.raises(errors.ConfigError):
+            from_mapping(LoraConfig, wrong)
+    for bits, group, mode in ((7, 64, "affine"), (4, 16, "affine"), (8, 32, "mxfp4"), (4, 64, "afine")):
+        with pytest.raises(errors.ConfigError):
+            Quantization(bits, group, mode)
+    (tmp_path / "c.yaml").write_text("learning_rate: 1e-5\nrank: 8\n")
+    assert read_yaml(tmp_path / "c.yaml") == {"learning_rate": 1e-5, "rank": 8}
+
+
+def test_files_are_whole_or_absent(tmp_path):
+    with pytest.raises(KeyError), files.atomic_file(tmp_path / "a") as stream:
+        stream.write(b"half")
+        raise KeyError
+    with pytest.raises(KeyError), files.atomic_folder(tmp_path / "f") as folder:
+        (folder / "x").write_text("half")
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing(tmp_path):
+    code = (
+        "import resource, sys, mlx_adapters, mlx.core as mx\n"
+        "from mlx_adapters import files\n"
+        "from pathlib import Path\n"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        "try:\n"
+        f"    files.write_safetensors(Path({str(tmp_path)!r}) / 'big.safetensors', {{'x': mx.zeros((100, 100))}})\n"
+        "except mlx_adapters.StorageError as error:\n"
+        "    sys.exit(7)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 7
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_safetensors_written_here_are_read_everywhere(tmp_path):
+    from safetensors import safe_open
+
+    tensors = {
+        "f": mx.random.normal((3, 5)),
+        "h": mx.random.normal((2, 4)).astype(mx.bfloat16),
+        "t": mx.random.normal((4, 3)).T,
+        "u": mx.array([[1, 2], [3, 4]], dtype=mx.uint32),
+        "e": mx.zeros((0, 3)),
+        "s": mx.array(2.5),
+    }
+    files.write_safetensors(tmp_path / "x.safetensors", tensors, {"format": "mlx"})
+    back = mx.load(str(tmp_path / "x.safetensors"))
+    assert all(mx.array_equal(back[name], tensors[name]) for name in tensors if tensors[name].size)
+    with safe_open(tmp_path / "x.safetensors", framework="np") as file:
+        assert np.array_equal(file.get_tensor("t"), np.array(tensors["t"]))
+
+
+def test_importing_mlx_lm_keeps_the_limit_of_open_files():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    code = "import mlx_adapters, resource; import mlx_adapters.door; print(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == str(before)
+
+
+def run(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "mlx_adapters", *map(str, arguments)], capture_output=True, text=True, **options
+    )
+
+
+def test_command_line_errors_are_two_lines():
+    for arguments, status in ((["show", "nobody"], 1), (["generate", "x", "--base", "./none"], 1), (["nosuch"], 2)):
+        done = run(*arguments)
+        assert done.returncode == status and "Traceback" not in done.stderr and "Error" in done.stderr, done.stderr
+    assert json.loads(run("list", "--json").stdout) == {"adapters": []}
+
+
+def test_generate_streams_text(tiny_model, home):
+    folder = tiny_model("llama")
+    adapter = random_adapter(load_model(folder))
+    registry.register(adapter, "a")
+    answer = json.loads(run("generate", "hello", "--adapter", "a", "--max-tokens", "4", "--json").stdout)
+    expected = load_model(folder, adapter).generate("hello", max_tokens=4)
+    assert answer["token_ids"] == expected.token_ids and answer["text"] == expected.text
