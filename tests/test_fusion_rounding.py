@@ -12,9 +12,7 @@ from mlx_adapters.config import QUANTIZATIONS, Quantization
 from mlx_adapters.fusion import rounding
 from mlx_adapters.fusion.grids import make_grid, pack, unpack
 
-ALL = [
-    Quantization(b, g, mode) for mode, (bits, groups) in QUANTIZATIONS.items() for b in bits for g in groups
-]
+ALL = [Quantization(b, g, mode) for mode, (bits, groups) in QUANTIZATIONS.items() for b in bits for g in groups]
 
 
 def hessian(n, rng, tokens=600):
@@ -25,9 +23,7 @@ def hessian(n, rng, tokens=600):
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    bits=st.sampled_from([2, 3, 4, 5, 6, 8]), rows=st.integers(1, 3), words=st.integers(1, 3), data=st.data()
-)
+@given(bits=st.sampled_from([2, 3, 4, 5, 6, 8]), rows=st.integers(1, 3), words=st.integers(1, 3), data=st.data())
 def test_packing_round_trips_and_is_what_mlx_reads(bits, rows, words, data):
     n = 32 * words
     codes = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=rows * n, max_size=rows * n))
@@ -71,9 +67,7 @@ def test_sweeps_never_make_it_worse():
     rng = np.random.default_rng(3)
     h = hessian(128, rng)
     weight = mx.array(rng.standard_normal((32, 128)).astype(np.float32))
-    losses = [
-        rounding.calibrated(weight, h, Quantization(3, 64), mx.float16, sweeps=n)[1] for n in (0, 1, 2, 4, 8)
-    ]
+    losses = [rounding.calibrated(weight, h, Quantization(3, 64), mx.float16, sweeps=n)[1] for n in (0, 1, 2, 4, 8)]
     assert all(later <= earlier * (1 + 1e-6) for earlier, later in itertools.pairwise(losses))
     assert losses[-1] < 0.9 * losses[0]
 

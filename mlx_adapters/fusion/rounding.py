@@ -52,9 +52,7 @@ def dequantize(packed: Packed) -> mx.array:
     if q.mode == "affine":
         scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)  # type: ignore[union-attr]
         return mx.dequantize(packed.weight, scales, biases, group_size=q.group_size, bits=q.bits)
-    return mx.dequantize(
-        packed.weight, scales, group_size=q.group_size, bits=q.bits, mode=q.mode, dtype=mx.float32
-    )
+    return mx.dequantize(packed.weight, scales, group_size=q.group_size, bits=q.bits, mode=q.mode, dtype=mx.float32)
 
 
 def nearest(weight: mx.array, quantization: Quantization, dtype: mx.Dtype) -> Packed:
@@ -81,9 +79,7 @@ def damped(hessian: Array, damping: float = DAMPING) -> Array:
 
 def feedback_factor(hessian: Array) -> Array:
     """Upper triangular R with H = R Rᵀ, float32. More damping is added until H is positive definite."""
-    flipped = np.ascontiguousarray(hessian[::-1, ::-1]).astype(
-        np.float64 if len(hessian) <= 4096 else np.float32
-    )
+    flipped = np.ascontiguousarray(hessian[::-1, ::-1]).astype(np.float64 if len(hessian) <= 4096 else np.float32)
     extra = DAMPING
     while True:
         try:

@@ -286,9 +286,7 @@ def ride(linears, factors, levels=3):
             options = dict(group_size=linears[0].group_size, bits=linears[0].bits)
             codes, scales, biases = mx.quantize(rest.astype(mx.float32), **options)
             scales, biases = scales.astype(a.dtype), biases.astype(a.dtype)
-            rest = rest - mx.dequantize(
-                codes, scales.astype(mx.float32), biases.astype(mx.float32), **options
-            )
+            rest = rest - mx.dequantize(codes, scales.astype(mx.float32), biases.astype(mx.float32), **options)
             parts.append((codes, scales, biases))
         extra = [pad(mx.concatenate(p), 0, 32) for p in zip(*parts, strict=True)]
         wide = pad(mx.concatenate([b] * levels, axis=1), 1, 32)
