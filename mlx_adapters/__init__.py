@@ -1,13 +1,10 @@
 """Train, own, fuse, measure, serve and publish LoRA adapters on MLX.
 
-Public names load on first use, so importing the package is instant. On Linux the import also loads a fast
-BLAS for MLX if there is one (see `machine`).
+Public names load on first use, so importing the package is instant. On Linux the import also sees to it that
+MLX gets a fast BLAS if there is one (see `blas`).
 """
 
-import importlib
-from typing import Any
-
-from mlx_adapters.machine import load_fast_blas
+from mlx_adapters.blas import load_before_mlx
 
 __version__ = "0.1.0"
 
@@ -40,10 +37,12 @@ _PUBLIC = {
 
 __all__ = [*sorted(_PUBLIC), "__version__"]
 
-load_fast_blas()
+load_before_mlx()
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
+    import importlib
+
     if name not in _PUBLIC:
         raise AttributeError(f"module 'mlx_adapters' has no attribute '{name}'")
     value = getattr(importlib.import_module(f"mlx_adapters.{_PUBLIC[name]}"), name)

@@ -1,9 +1,4 @@
-"""What this machine is, and the one thing it may need: a fast BLAS on Linux without a GPU.
-
-MLX's Linux CPU wheel is linked to the reference BLAS. Where OpenBLAS is loaded first with global symbols,
-its functions are taken instead: 5 GFLOP/s becomes 150 to 280 on two cores (measured, mlx 0.32.4). It must
-happen before `mlx.core` is imported, so `import mlx_adapters` does it.
-"""
+"""What this machine is: versions, device, memory, BLAS."""
 
 import contextlib
 import ctypes
@@ -15,15 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-OPENBLAS = "libopenblas.so.0"
-INSTALL_OPENBLAS = "install it with 'sudo apt-get install libopenblas0' (Debian, Ubuntu); nothing else is needed."
+from mlx_adapters import files
+from mlx_adapters.blas import INSTALL_OPENBLAS
 
-
-def load_fast_blas() -> None:
-    """Load OpenBLAS for MLX if this is Linux, it is installed and MLX is not imported yet."""
-    if sys.platform == "linux" and "mlx.core" not in sys.modules:
-        with contextlib.suppress(OSError):
-            ctypes.CDLL(OPENBLAS, mode=ctypes.RTLD_GLOBAL)
+SLOW_BLAS = "reference BLAS (slow)"
 
 
 def blas_in_use() -> str:
@@ -33,24 +23,20 @@ def blas_in_use() -> str:
     import mlx.core as mx
 
     mx.eval(mx.zeros((1,)))
-    symbol = getattr(ctypes.CDLL(None), "cblas_sgemm", None)
-    if symbol is None:
-        return "reference BLAS (slow)"
+    process = ctypes.CDLL(None)
+    symbol, info = getattr(process, "cblas_sgemm", None), _SymbolInfo()
+    if symbol is None or not process.dladdr(ctypes.cast(symbol, ctypes.c_void_p), ctypes.byref(info)):
+        return SLOW_BLAS
+    return "OpenBLAS" if "openblas" in os.path.realpath(os.fsdecode(info.file_name or b"")) else SLOW_BLAS
 
-    class SymbolInfo(ctypes.Structure):
-        _fields_ = [
-            ("file", ctypes.c_char_p),
-            ("base", ctypes.c_void_p),
-            ("name", ctypes.c_char_p),
-            ("at", ctypes.c_void_p),
-        ]
 
-    info = SymbolInfo()
-    found = ctypes.CDLL(None).dladdr(ctypes.cast(symbol, ctypes.c_void_p), ctypes.byref(info))
-    file = Path(os.fsdecode(info.file or b"")).name if found else ""
-    return (
-        "OpenBLAS" if "openblas" in os.path.realpath(os.fsdecode(info.file or b"")) + file else "reference BLAS (slow)"
-    )
+class _SymbolInfo(ctypes.Structure):
+    """glibc's Dl_info: which library a symbol was taken from."""
+
+    _fields_ = [
+        (name, ctypes.c_char_p if "name" in name else ctypes.c_void_p)
+        for name in ("file_name", "base", "symbol_name", "at")
+    ]
 
 
 def on_gpu() -> bool:
@@ -113,12 +99,10 @@ def environment() -> Environment:
     """Look at this machine: versions, device, BLAS, home folder."""
     import mlx.core as mx
 
-    from mlx_adapters import files
-
     device = "gpu" if on_gpu() else "cpu"
     name = str(mx.device_info().get("device_name", "")) or chip_name()
     blas = blas_in_use()
-    slow = device == "cpu" and "slow" in blas
+    slow = device == "cpu" and blas == SLOW_BLAS
     if sys.platform == "darwin":
         system = f"macOS {platform.mac_ver()[0]} {platform.machine()}"
     else:
