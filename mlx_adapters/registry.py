@@ -8,6 +8,7 @@ is on the Hub.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -183,3 +184,10 @@ def register(adapter: "Adapter", name: str, overwrite: bool = False) -> "Adapter
     with files.lock(f"adapter-{name}"):
         write_adapter(replace(adapter, metadata=adapter.metadata | {"name": name}), folder, overwrite)
     return read_adapter(folder)
+
+
+def made_now() -> dict[str, Any]:
+    """The date and the versions, for the metadata of an adapter that is being made."""
+    from mlx_adapters.machine import versions
+
+    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}

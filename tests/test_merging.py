@@ -12,7 +12,8 @@ from safetensors import safe_open
 from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.merging import arithmetic
 from mlx_adapters.merging.decomposition import Decomposition, decompose_matrix, decompose_product
-from mlx_adapters.merging.methods import METHODS, Options, Update, inner, merge_updates, stack
+from mlx_adapters.merging.methods import METHODS, Options, merge_updates
+from mlx_adapters.merging.updates import Update, inner, stack
 
 MODULES = ("embed", "q", "v", "up")  # the order in which PEFT visits them
 with safe_open(Path(__file__).parent / "fixtures" / "merges.safetensors", "numpy") as _file:
@@ -65,7 +66,7 @@ def test_equals_peft(case: str):
             continue
         updates, weights = zip(*present, strict=True)
         rank = recipe.get("svd_rank", 6 if "wide" in recipe["sources"] else 4)
-        options = Options(recipe.get("density", 1.0), recipe.get("majority_sign_method", "total"), rank)
+        options = Options(recipe.get("density", 1.0), recipe.get("majority_sign_method", "total"), rank=rank)
         merged = merge_updates(method, updates, weights, options, draws)
         name = f"merged/{case}/{module}"
         if name + "/product" in TENSORS:

@@ -8,6 +8,7 @@ iteration (Halko, Martinsson, Tropp, arXiv 0909.4061), at O(in · out · R).
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -75,12 +76,15 @@ def decompose_product(a: Matrix, b: Matrix) -> Decomposition:
     q_a, r_a = np.linalg.qr(a)
     q_b, r_b = np.linalg.qr(np.swapaxes(b, -1, -2))
     u, s, vt = np.linalg.svd(r_a @ np.swapaxes(r_b, -1, -2), full_matrices=False)
+    # What is left where updates cancel is rounding of float32, not signal.
+    floor = 4 * np.finfo(np.float32).eps * np.linalg.norm(r_a, axis=(-2, -1)) * np.linalg.norm(r_b, axis=(-2, -1))
+    s = np.where(s > floor[..., None], s, np.float32(0))
     return Decomposition(q_a @ u, s, vt @ np.swapaxes(q_b, -1, -2), np.sum(s.astype(np.float64) ** 2, axis=-1))
 
 
 def decompose_matrix(matrix: Matrix, rank: int | None = None, energy: float = 0.99, seed: int = 0) -> Decomposition:
     """The leading part of the SVD of a full matrix (in, out): `rank` values, or enough to keep `energy`."""
-    total = np.sum(matrix.astype(np.float64) ** 2)
+    total = np.asarray(np.vdot(matrix, matrix), np.float64)
     size = min(matrix.shape)
     guess = rank or 32
     while size > EXACT_UP_TO and guess <= size // 4:
@@ -101,3 +105,16 @@ def _decompose_sketch(matrix: Matrix, rank: int, rng: np.random.Generator, total
         basis = np.linalg.qr(matrix @ basis)[0]
     u, s, vt = np.linalg.svd(basis.T @ matrix, full_matrices=False)
     return Decomposition((basis @ u)[:, :rank], s[:rank], vt[:rank], np.asarray(total))
+
+
+def join_decompositions(found: Sequence[Decomposition], experts: bool) -> Decomposition:
+    """One decomposition with a leading axis for the experts; without experts, the only one there is."""
+    if not experts:
+        return found[0]
+    rank = max(one.rank for one in found)
+    return Decomposition(
+        np.stack([pad_rank(one.u, -1, rank) for one in found]),
+        np.stack([pad_rank(one.s, -1, rank) for one in found]),
+        np.stack([pad_rank(one.vt, -2, rank) for one in found]),
+        np.stack([one.total for one in found]),
+    )

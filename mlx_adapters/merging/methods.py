@@ -1,7 +1,6 @@
 """The ways to make one low-rank update out of several, as a table, each with its paper.
 
-An update is ΔW = scale · a · b with a (in, r) and b (r, out); mixture-of-experts layers have a leading axis
-of experts, and each expert is a matrix of its own. Three places to do the arithmetic:
+Each expert of a mixture-of-experts layer is a matrix of its own. Three places to do the arithmetic:
 
 - stack: the factors side by side, [w₁s₁a₁ | w₂s₂a₂] · [b₁ ; b₂]. This *is* Σ wᵢ ΔWᵢ; ranks add up.
 - factors: on all a and on all b separately, with √|wᵢsᵢ| on either side. Cheap, but (Σaᵢ)(Σbᵢ) has cross
@@ -19,7 +18,13 @@ import numpy as np
 from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.merging import arithmetic
 from mlx_adapters.merging.arithmetic import Matrix, SignMethod
-from mlx_adapters.merging.decomposition import Decomposition, decompose_matrix, decompose_product, pad_rank
+from mlx_adapters.merging.decomposition import (
+    Decomposition,
+    decompose_matrix,
+    decompose_product,
+    join_decompositions,
+)
+from mlx_adapters.merging.updates import Update, stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,47 +57,15 @@ METHODS: dict[str, Method] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Update:
-    """ΔW = scale · a · b: a (..., in, r), b (..., r, out), float32."""
-
-    a: Matrix
-    b: Matrix
-    scale: float = 1.0
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[-1]
-
-    def matrix(self) -> Matrix:
-        return np.float32(self.scale) * (self.a @ self.b)
-
-    def norm(self) -> float:
-        """‖ΔW‖ in the Frobenius norm, from the factors: √ tr((aᵀa)(bbᵀ))."""
-        return math.sqrt(max(0.0, inner(self, self)))
-
-    def trimmed(self) -> "Update":
-        """Without the components that are zero in both factors: padding that an adapter of one rank needs."""
-        batch = tuple(range(self.a.ndim - 2))
-        used = np.any(self.a != 0, axis=(*batch, -2)) | np.any(self.b != 0, axis=(*batch, -1))
-        if used.all():
-            return self
-        used[0] = True
-        return Update(self.a[..., used], self.b[..., used, :], self.scale)
-
-
-def inner(x: Update, y: Update) -> float:
-    """⟨ΔX, ΔY⟩ = Σ entries of ΔX ∘ ΔY, in O((in + out) · r²), float64 accumulated over small matrices."""
-    left = (np.swapaxes(x.a, -1, -2) @ y.a).astype(np.float64)
-    right = (x.b @ np.swapaxes(y.b, -1, -2)).astype(np.float64)
-    return x.scale * y.scale * float(np.sum(left * right))
-
-
-@dataclasses.dataclass(frozen=True)
 class Options:
-    """What a method may need beside the weights. `rank` None means the energy decides."""
+    """What a method may need beside the weights.
+
+    `scale` is the one that a stack is to have; `rank` None means that the energy decides.
+    """
 
     density: float = 1.0
     sign_method: SignMethod = "total"
+    scale: float = 1.0
     rank: int | None = None
     energy: float = 0.99
 
@@ -112,20 +85,14 @@ def merge_updates(
     if len(shapes) > 1:
         raise IncompatibleError("the layers have different shapes.", "merge adapters of one base model.")
     if method.space == "stack":
-        stacked = stack(updates, weights)
-        return decompose_product(stacked.a, stacked.b) if method.truncate else stacked
+        stacked = stack(updates, weights, options.scale)
+        return decompose_product(np.float32(stacked.scale) * stacked.a, stacked.b) if method.truncate else stacked
     per_expert = _over_experts(updates)
     if method.space == "factors":
         merged = [_merge_factors(method, expert, weights, options, rng) for expert in per_expert]
         return Update(_join([m.a for m in merged], updates), _join([m.b for m in merged], updates))
     found = [_merge_matrices(method, expert, weights, options, rng) for expert in per_expert]
-    return _join_decompositions(found, updates)
-
-
-def stack(updates: Sequence[Update], weights: Sequence[float]) -> Update:
-    """The exact weighted sum, as factors side by side."""
-    parts = [np.float32(weight * update.scale) * update.a for weight, update in zip(weights, updates, strict=True)]
-    return Update(np.concatenate(parts, axis=-1), np.concatenate([update.b for update in updates], axis=-2))
+    return join_decompositions(found, experts=updates[0].a.ndim == 3)
 
 
 Combine = Callable[[Sequence[Matrix], Sequence[float]], Matrix]
@@ -183,13 +150,3 @@ def _over_experts(updates: Sequence[Update]) -> list[list[Update]]:
 
 def _join(parts: list[Matrix], like: Sequence[Update]) -> Matrix:
     return parts[0] if like[0].a.ndim == 2 else np.stack(parts)
-
-
-def _join_decompositions(found: list[Decomposition], like: Sequence[Update]) -> Decomposition:
-    rank = max(one.rank for one in found)
-    return Decomposition(
-        _join([pad_rank(one.u, -1, rank) for one in found], like),
-        _join([pad_rank(one.s, -1, rank) for one in found], like),
-        _join([pad_rank(one.vt, -2, rank) for one in found], like),
-        _join([np.asarray(one.total) for one in found], like),
-    )

@@ -1,0 +1,156 @@
+"""An adapter out of a full fine-tune: the truncated SVD of what each layer's weight has changed by.
+
+One layer of each model is in memory at a time. What low-rank layers cannot hold (norms, biases, layers that
+were not asked for) is measured and recorded, never passed over in silence.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_adapters import files, registry
+from mlx_adapters.adapter import Adapter, AdapterConfig
+from mlx_adapters.config import LoraConfig, require
+from mlx_adapters.errors import FormatError, IncompatibleError
+from mlx_adapters.events import Note, OnEvent, Progress, ignore
+from mlx_adapters.layers import EMBEDDING, adaptable_layers, dense_weight, resolve_target_modules, weight_shape
+from mlx_adapters.merging.arithmetic import Matrix
+from mlx_adapters.merging.decomposition import Decomposition, decompose_matrix, join_decompositions
+from mlx_adapters.merging.updates import Update, tensors_of
+from mlx_adapters.model import Base, load_module, resolve_base
+from mlx_adapters.tensor_names import ADAPTER_FILE, CONFIG_FILE, QUANTIZED_LEAVES, WEIGHT, join
+
+
+@dataclasses.dataclass(frozen=True)
+class _Change:
+    """What one layer's weight has changed by, as (in, out) matrices (one for each expert)."""
+
+    key: str
+    matrices: list[Matrix]
+    experts: bool
+
+    @property
+    def energy(self) -> float:
+        return float(sum(np.vdot(m, m) for m in self.matrices))
+
+
+def extract(
+    finetuned: str | Path,
+    base: str | Path,
+    *,
+    rank: int | Literal["auto"] = 16,
+    energy: float | None = None,
+    target_modules: tuple[str, ...] | Literal["all"] = "all",
+    name: str | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    overwrite: bool = False,
+    on_event: OnEvent = ignore,
+) -> Adapter:
+    """The rank-R adapter nearest to `finetuned` - `base`; with `name` it is put into the registry.
+
+    finetuned: a model (folder or Hub id), or the folder of an mlx-lm full fine-tune (`fine_tune_type: full`).
+    rank "auto" is what keeps the share `energy` (0.99 if left out) of every layer's ‖ΔW‖². The shares kept, and
+    the norms of what was left out, are in `metadata["extract"]`.
+    Raises ConfigError, NotFoundError, FormatError or IncompatibleError.
+    """
+    require(rank == "auto" or (isinstance(rank, int) and rank >= 1), f"rank cannot be {rank}.")
+    require(energy is None or rank == "auto", "An energy goes with rank 'auto' only.")
+    require(energy is None or 0 < energy <= 1, f"energy must be above 0 and at most 1, not {energy}.")
+    if name is not None:
+        files.refuse_existing(registry.adapter_folder(name), overwrite)
+    found_base = resolve_base(base)
+    module, _ = load_module(found_base)
+    keys = resolve_target_modules(module, LoraConfig(target_modules=target_modules))
+    parts: dict[str, Decomposition] = {}
+    left_out: dict[str, float] = {}
+    for change in _changes(module, _tuned_weights(finetuned, module, found_base), on_event):
+        if change.key in keys and change.energy > 0:
+            parts[change.key] = _decompose(change, None if rank == "auto" else rank, energy or 0.99)
+        elif change.energy > 0:
+            left_out[change.key] = change.energy**0.5
+    if not parts:
+        raise IncompatibleError(
+            f"'{finetuned}' and '{base}' have the same weights in the layers asked for.",
+            f"what differs: {', '.join(sorted(left_out)[:5])}." if left_out else "is it the right pair?",
+        )
+    if left_out:
+        on_event(Note(f"{len(left_out)} changed tensors are not in the adapter, e.g. {min(left_out)}.", "warning"))
+    return _assemble(parts, left_out, found_base, str(finetuned), getattr(mx, dtype), name, overwrite)
+
+
+def _assemble(
+    parts: dict[str, Decomposition], left_out: dict[str, float], base: Base, finetuned: str, dtype: mx.Dtype,
+    name: str | None, overwrite: bool,
+) -> Adapter:  # fmt: skip
+    rank = max(part.rank for part in parts.values())
+    weights: dict[str, mx.array] = {}
+    for key, part in parts.items():
+        weights |= tensors_of(key, Update(*part.factors(rank)), dtype)
+    total = sum(float(np.sum(part.total)) for part in parts.values())
+    kept = {key: part.kept(rank) for key, part in parts.items()}
+    recipe = {
+        "finetuned": finetuned,
+        "energy_kept": sum(kept[key] * float(np.sum(part.total)) for key, part in parts.items()) / total,
+        "energy_by_layer": kept,
+        "left_out": left_out,
+    }
+    metadata = {"source": "extract", "extract": recipe, "base": base.record()} | registry.made_now()
+    adapter = Adapter(AdapterConfig(rank, 1.0, tuple(parts)), weights, metadata).check()
+    return adapter if name is None else registry.register(adapter, name, overwrite=overwrite)
+
+
+def _decompose(change: _Change, rank: int | None, energy: float) -> Decomposition:
+    found = [decompose_matrix(matrix, rank, energy) for matrix in change.matrices]
+    return join_decompositions(found, change.experts)
+
+
+# -- reading the two models, layer by layer -------------------------------------------------------------
+
+
+def _tuned_weights(finetuned: str | Path, module: Any, base: Base) -> Any:
+    """The fine-tuned module with lazy weights, or the base with an mlx-lm full fine-tune's weights over it."""
+    folder = Path(finetuned).expanduser()
+    if (folder / CONFIG_FILE).is_file():
+        if files.read_json(folder / CONFIG_FILE).get("fine_tune_type") != "full":
+            raise FormatError(f"'{finetuned}' is an adapter, not a full fine-tune.", "'merge --method svd' reduces it.")
+        tuned, _ = load_module(base)
+        weights = files.read_safetensors(folder / ADAPTER_FILE)
+        known = {path: value.shape for path, value in tree_flatten(tuned.parameters())}
+        for path, value in weights.items():
+            if known.get(path) != value.shape:
+                raise IncompatibleError(f"'{finetuned}' has '{path}' {value.shape}, which '{base.name}' has not.")
+        tuned.load_weights(list(weights.items()), strict=False)
+        return tuned
+    tuned, _ = load_module(resolve_base(finetuned))
+    return tuned
+
+
+def _changes(base: Any, tuned: Any, on_event: OnEvent) -> Iterator[_Change]:
+    """Each layer's change, and each other parameter's as one of (1, size); frees what has been read."""
+    old, new = adaptable_layers(base), adaptable_layers(tuned)
+    if old.keys() != new.keys():
+        odd = sorted(old.keys() ^ new.keys())[0]
+        raise IncompatibleError(f"The models differ in their layers: only one has '{odd}'.")
+    for done, (key, layer) in enumerate(old.items(), start=1):
+        if weight_shape(layer) != weight_shape(new[key]):
+            shapes = f"{weight_shape(new[key])}, the base's {weight_shape(layer)}"
+            raise IncompatibleError(f"'{key}' differs in shape: the fine-tune's is {shapes}.")
+        difference = np.array(dense_weight(new[key], mx.float32) - dense_weight(layer, mx.float32))
+        if not np.isfinite(difference).all():
+            raise FormatError(f"'{join(key, WEIGHT)}' holds NaN or Inf in one of the models.")
+        experts, embedding = difference.ndim == 3, isinstance(layer, EMBEDDING)
+        matrices = list(difference) if experts else [difference]
+        yield _Change(key, [m if embedding else m.T for m in matrices], experts)
+        for seen in (layer, new[key]):
+            for leaf in QUANTIZED_LEAVES:
+                seen.pop(leaf, None)
+        on_event(Progress("extract", done, len(old), "layer"))
+    rest, tuned_rest = dict(tree_flatten(base.parameters())), dict(tree_flatten(tuned.parameters()))
+    for key in rest.keys() & tuned_rest.keys():
+        difference = np.array((tuned_rest[key] - rest[key]).astype(mx.float32))
+        yield _Change(key, [difference.reshape(1, -1)], False)

@@ -1,0 +1,275 @@
+"""Adapters in, one adapter out: merge, subtract, scale, interpolate. The result records its recipe.
+
+An adapter has one rank and one scale, so layers of lower rank are padded with zeros and what else a layer
+needs is folded into its factors. Both are exact. Results are float32; where the sum only puts the sources'
+own numbers side by side (`cat` with factors that are powers of two), they keep their type, too.
+"""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_adapters import registry
+from mlx_adapters.adapter import Adapter, AdapterConfig, base_of
+from mlx_adapters.config import require
+from mlx_adapters.errors import ConfigError, IncompatibleError, did_you_mean
+from mlx_adapters.events import OnEvent, Progress, ignore
+from mlx_adapters.merging.arithmetic import SIGN_METHODS, SignMethod
+from mlx_adapters.merging.decomposition import Decomposition, pad_rank
+from mlx_adapters.merging.methods import METHODS, Method, Options, merge_updates
+from mlx_adapters.merging.updates import Update, tensors_of, update_of
+from mlx_adapters.tensor_names import natural_order
+
+RESULT_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+Source = Adapter | str
+
+
+def merge(
+    sources: Sequence[Source],
+    weights: Sequence[float] | None = None,
+    *,
+    method: str = "cat",
+    name: str | None = None,
+    rank: int | Literal["auto"] | None = None,
+    energy: float | None = None,
+    density: float | None = None,
+    seed: int | None = None,
+    sign_method: SignMethod | None = None,
+    dtype: str = "auto",
+    any_base: bool = False,
+    overwrite: bool = False,
+    on_event: OnEvent = ignore,
+) -> Adapter:
+    """One adapter out of several (`METHODS` says how); with `name` it is put into the registry.
+
+    weights: one for each source, of either sign; 1/n each if left out. rank: of the result, for `svd` and the
+    methods that end in `-svd` ("auto": what keeps `energy`, 0.99 if left out; default: the largest source's).
+    density: the share of entries that pruning keeps. seed: of random pruning. The share of the exact result's
+    energy ‖ΔW‖² that a truncated rank keeps is in `metadata["merge"]`, over all layers and for each.
+    Raises ConfigError, NotFoundError, FormatError, IncompatibleError or ExistsError.
+    """
+    adapters = [registry.load_adapter(source) for source in sources]
+    weights = _checked_weights(adapters, weights)
+    chosen = _checked_method(method, rank, energy, density, seed, sign_method)
+    require(
+        dtype in ("auto", *RESULT_DTYPES),
+        f"dtype cannot be '{dtype}'.",
+        "auto, float32, bfloat16 or float16.",
+    )
+    check_mergeable(adapters, any_base)
+    if chosen.space == "stack":
+        adapters, weights = _without_zeros(adapters, weights)
+    options = Options(
+        density=1.0 if density is None else density,
+        sign_method=sign_method or "total",
+        scale=abs(weights[0] * adapters[0].config.scale) if method == "cat" else 1.0,
+        rank=None if rank == "auto" else rank or max(adapter.config.rank for adapter in adapters),
+        energy=0.99 if energy is None else energy,
+    )
+    merged = _merge_layers(method, chosen, adapters, weights, options, seed or 0, on_event)
+    result = _assemble(merged, adapters, options, _result_dtype(dtype, method, adapters, weights, options))
+    recipe = {"method": method, "sources": [_describe(*pair) for pair in zip(adapters, weights, strict=True)]}
+    settings = {
+        "density": density,
+        "sign_method": sign_method,
+        "seed": (seed or 0) if chosen.prune == "random" else None,
+    }
+    recipe |= {key: value for key, value in settings.items() if value is not None} | _energies(
+        merged, result.config.rank
+    )
+    return _finish(result, adapters, recipe, name, overwrite)
+
+
+def subtract(minuend: Source, subtrahend: Source, *, weight: float = 1.0, name: str | None = None,
+             any_base: bool = False, overwrite: bool = False) -> Adapter:  # fmt: skip
+    """ΔA - weight · ΔB, exactly: takes away what the second adapter has learned (arXiv 2212.04089)."""
+    return merge([minuend, subtrahend], [1.0, -weight], name=name, any_base=any_base, overwrite=overwrite)
+
+
+def scale(source: Source, factor: float, *, name: str | None = None, overwrite: bool = False) -> Adapter:
+    """factor · ΔW, exactly: the same tensors under another scale."""
+    require(math.isfinite(factor) and factor != 0, f"The factor must be a number other than 0, not {factor}.")
+    adapter = registry.load_adapter(source)
+    check_mergeable([adapter], any_base=True)
+    config = dataclasses.replace(adapter.config, scale=adapter.config.scale * factor)
+    result = Adapter(config, adapter.weights)
+    return _finish(result, [adapter], {"method": "scale", "sources": [_describe(adapter, factor)]}, name, overwrite)
+
+
+def interpolate(
+    first: Source, second: Source, *, steps: int = 5, any_base: bool = False
+) -> list[tuple[float, Adapter]]:
+    """(t, (1 - t) · first + t · second) for `steps` evenly spaced t from 0 to 1, by exact sums."""
+    require(steps >= 2, f"steps must be at least 2, not {steps}.", "the two ends count.")
+    pair = [registry.load_adapter(first), registry.load_adapter(second)]
+    points = [i / (steps - 1) for i in range(steps)]
+    return [(t, merge(pair, [1 - t, t], any_base=any_base)) for t in points]
+
+
+def check_mergeable(adapters: Sequence[Adapter], any_base: bool) -> None:
+    """Raise IncompatibleError for DoRA sources, for other bases, and for layers of other shapes."""
+    for adapter in adapters:
+        if adapter.config.type == "dora":
+            raise IncompatibleError(
+                f"'{adapter.name}' is a DoRA adapter: its update is no low-rank matrix, so it cannot be merged as one.",
+                "'fuse' puts DoRA adapters into the base's weights.",
+            )
+    first = adapters[0]
+    for other in adapters[1:]:
+        if not any_base and not _same_base(first, other):
+            raise IncompatibleError(
+                f"'{first.name}' was made for '{first.base_name}', '{other.name}' for '{other.base_name}'.",
+                "pass --any-base if the bases have the same layers and meaning.",
+            )
+        for key in (key for key in first.config.keys if key in other.config.keys):
+            (a, b, _), (c, d, _) = first.factors(key), other.factors(key)
+            if update_shape(a, b) != update_shape(c, d):
+                raise IncompatibleError(
+                    f"'{key}' is {update_shape(a, b)} in '{first.name}' but {update_shape(c, d)} in '{other.name}'.",
+                    "merge adapters of one base model.",
+                )
+
+
+def update_shape(a: mx.array, b: mx.array) -> tuple[int, ...]:
+    """(in, out) of an update, or (experts, in, out)."""
+    return (a.shape[0], b.shape[1]) if a.ndim == 2 else (a.shape[0], a.shape[2], b.shape[1])
+
+
+def _same_base(x: Adapter, y: Adapter) -> bool:
+    for field in ("fingerprint", "name"):
+        a, b = base_of(x.metadata).get(field), base_of(y.metadata).get(field)
+        if a and b:
+            return a == b
+    return True
+
+
+def _checked_weights(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> list[float]:
+    require(len(adapters) > 0, "There is nothing to merge.", "name at least one adapter.")
+    if weights is None:
+        return [1 / len(adapters)] * len(adapters)
+    require(len(weights) == len(adapters), f"{len(adapters)} adapters need as many weights, not {len(weights)}.",
+            "give one --weight for each adapter, in the same order.")  # fmt: skip
+    require(all(math.isfinite(weight) for weight in weights), "Every weight must be a finite number.")
+    require(any(weight != 0 for weight in weights), "All weights are 0: nothing would be left.")
+    return [float(weight) for weight in weights]
+
+
+def _checked_method(
+    name: str, rank: int | str | None, energy: float | None, density: float | None, seed: int | None,
+    sign_method: str | None,
+) -> Method:  # fmt: skip
+    """The method; what it would ignore or lacks is a ConfigError."""
+    if name not in METHODS:
+        raise ConfigError(f"There is no merge method '{name}'.", did_you_mean(name, METHODS, f"{', '.join(METHODS)}."))
+    method = METHODS[name]
+    require(method.truncate or (rank is None and energy is None), f"Method '{name}' has no rank to choose.",
+            "use 'svd' or a method that ends in '-svd'.")  # fmt: skip
+    require(energy is None or rank == "auto", "An energy goes with rank 'auto' only.")
+    require(energy is None or 0 < energy <= 1, f"energy must be above 0 and at most 1, not {energy}.")
+    require(rank is None or rank == "auto" or (isinstance(rank, int) and rank >= 1), f"rank cannot be {rank}.")
+    require(method.prune is None or density is not None, f"Method '{name}' needs a density.",
+            "the share of entries to keep, for example --density 0.5.")  # fmt: skip
+    require(
+        method.prune is not None or density is None,
+        f"Method '{name}' prunes nothing, so it takes no density.",
+    )
+    require(density is None or 0 < density <= 1, f"density must be above 0 and at most 1, not {density}.")
+    require(seed is None or method.prune == "random", f"Method '{name}' draws nothing, so it takes no seed.")
+    require(seed is None or seed >= 0, f"seed must not be negative, not {seed}.")
+    require(sign_method is None or method.elect, f"Method '{name}' elects no signs, so it takes no sign method.")
+    require(
+        sign_method in (None, *SIGN_METHODS),
+        f"There is no sign method '{sign_method}'.",
+        "total or frequency.",
+    )
+    return method
+
+
+def _without_zeros(adapters: list[Adapter], weights: list[float]) -> tuple[list[Adapter], list[float]]:
+    kept = [(a, w) for a, w in zip(adapters, weights, strict=True) if w != 0]
+    return [a for a, _ in kept], [w for _, w in kept]
+
+
+def _merge_layers(
+    name: str, method: Method, adapters: Sequence[Adapter], weights: Sequence[float], options: Options, seed: int,
+    on_event: OnEvent,
+) -> dict[str, Update | Decomposition]:  # fmt: skip
+    keys = sorted({key for adapter in adapters for key in adapter.config.keys}, key=natural_order)
+    merged: dict[str, Update | Decomposition] = {}
+    for done, key in enumerate(keys, start=1):
+        present = [
+            (update_of(a, key).trimmed(), w) for a, w in zip(adapters, weights, strict=True) if key in a.config.keys
+        ]
+        # A generator for each layer: the result does not depend on which other layers there are.
+        rng = np.random.default_rng([seed, zlib.crc32(key.encode())])
+        try:
+            merged[key] = merge_updates(method, [u for u, _ in present], [w for _, w in present], options, rng)
+        except IncompatibleError as error:
+            raise IncompatibleError(f"'{key}' cannot be merged by '{name}': {error.message}", error.hint) from None
+        on_event(Progress("merge", done, len(keys), "layer"))
+    return merged
+
+
+def _assemble(
+    merged: dict[str, Update | Decomposition], adapters: Sequence[Adapter], options: Options, dtype: mx.Dtype
+) -> Adapter:
+    rank = max(_rank_of(layer, options) for layer in merged.values())
+    weights: dict[str, mx.array] = {}
+    for key, layer in merged.items():
+        if isinstance(layer, Decomposition):
+            update = Update(*layer.factors(rank))
+        else:
+            update = Update(pad_rank(layer.a, -1, rank), pad_rank(layer.b, -2, rank))
+        weights |= tensors_of(key, update, dtype)
+    blocks = [adapter.config.num_layers for adapter in adapters]
+    config = AdapterConfig(rank, options.scale, tuple(merged), num_layers=-1 if min(blocks) < 0 else max(blocks))
+    return Adapter(config, weights)
+
+
+def _rank_of(layer: Update | Decomposition, options: Options) -> int:
+    if isinstance(layer, Update):
+        return layer.rank
+    return min(layer.rank, options.rank or layer.rank_for(options.energy))
+
+
+def _result_dtype(
+    dtype: str, method: str, adapters: Sequence[Adapter], weights: Sequence[float], options: Options
+) -> mx.Dtype:
+    if dtype != "auto":
+        return RESULT_DTYPES[dtype]
+    stored = {w.dtype for adapter in adapters for w in adapter.weights.values()}
+    factors = [weight * adapter.config.scale / options.scale for weight, adapter in zip(weights, adapters, strict=True)]
+    lossless = method == "cat" and len(stored) == 1 and all(math.frexp(abs(factor))[0] == 0.5 for factor in factors)
+    return stored.pop() if lossless else mx.float32
+
+
+def _energies(merged: dict[str, Update | Decomposition], rank: int) -> dict[str, Any]:
+    found = {key: layer for key, layer in merged.items() if isinstance(layer, Decomposition)}
+    if not found:
+        return {}
+    total = sum(float(np.sum(layer.total)) for layer in found.values())
+    by_layer = {key: layer.kept(rank) for key, layer in found.items()}
+    kept = sum(by_layer[key] * float(np.sum(layer.total)) for key, layer in found.items())
+    return {"energy_kept": kept / total if total else 1.0, "energy_by_layer": by_layer}
+
+
+def _describe(adapter: Adapter, weight: float) -> dict[str, Any]:
+    return {"name": adapter.name, "weight": weight, "rank": adapter.config.rank, "scale": adapter.config.scale,
+            "fingerprint": adapter.fingerprint}  # fmt: skip
+
+
+def _finish(
+    result: Adapter, adapters: Sequence[Adapter], recipe: dict[str, Any], name: str | None, overwrite: bool
+) -> Adapter:
+    bases = [base_of(adapter.metadata) for adapter in adapters]
+    base = max(bases, key=len)
+    metadata = {"source": "merge", "merge": recipe} | ({"base": base} if base else {}) | registry.made_now()
+    result = dataclasses.replace(result, metadata=metadata)
+    if name is None:
+        return result.check()
+    return registry.register(result, name, overwrite=overwrite)
