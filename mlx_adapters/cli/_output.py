@@ -1,4 +1,4 @@
-"""The only printer: data to stdout, talk to stderr, rounding and units here and nowhere else."""
+"""The only printer: data to stdout, talk to stderr."""
 
 import dataclasses
 import json
@@ -14,6 +14,8 @@ from typing import Any
 import click
 
 from mlx_adapters.events import Event, Note, Progress
+from mlx_adapters.units import duration, format_table, number
+from mlx_adapters.units import size as size  # the commands take it from here
 
 _quiet = False
 _debug = False
@@ -87,53 +89,6 @@ def plain(value: Any) -> Any:
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> None:
     """A plain table to stdout; the columns in `right` are aligned right."""
     out(format_table(headers, rows, right))
-
-
-def format_table(headers: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> str:
-    """The table as text, two spaces between columns, no trailing spaces."""
-    lines = [list(headers), *[[str(cell) for cell in row] for row in rows]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(headers))]
-    flush = set(right)
-
-    def render(line: Sequence[str]) -> str:
-        cells = [c.rjust(w) if i in flush else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
-        return "  ".join(cells).rstrip()
-
-    return "\n".join(render(line) for line in lines)
-
-
-def size(count: float | None) -> str:
-    """Bytes in powers of 1000: "5.6 MB"."""
-    if count is None:
-        return "-"
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000 or unit == "GB":
-            return (
-                f"{count:.0f} {unit}"
-                if unit == "B"
-                else f"{count:.3g} {unit}"
-                if count < 100
-                else f"{count:,.0f} {unit}"
-            )
-        count /= 1000
-    raise AssertionError
-
-
-def duration(seconds: float) -> str:
-    """ "42 s", "3 min 20 s", "2 h 5 min"."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A number with `digits` significant digits; "-" for none."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "-"
-    return f"{value:,.{digits}g}" if abs(value) < 10**digits else f"{value:,.0f}"
 
 
 def progress() -> Callable[[Event], None]:
