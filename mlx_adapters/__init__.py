@@ -19,6 +19,8 @@ _PUBLIC = {
     "Model": "model",
     "Generation": "model",
     "load_model": "model",
+    "fuse": "fusion.fuse",
+    "FuseResult": "fusion.fuse",
     "load_adapter": "registry",
     "list_adapters": "registry",
     "environment": "machine",

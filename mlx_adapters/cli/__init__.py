@@ -20,6 +20,7 @@ COMMANDS = {
     "list": ("adapters", "Show all adapters."),
     "show": ("adapters", "Show one adapter."),
     "generate": ("generate", "Ask a base model, with or without an adapter."),
+    "fuse": ("fuse", "Write base and adapter as one model, at any precision."),
     "env": ("env", "Show versions, device, BLAS and the home folder."),
 }
 

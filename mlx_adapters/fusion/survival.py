@@ -1,0 +1,43 @@
+"""How much of an adapter's update is still there in a fused layer.
+
+The true update is D = W' - W. What the fused file holds is D̂ = Ŵ - W. Two numbers compare them: their cosine
+(1: the same direction) and the ratio of their norms (1: the same strength). Rounding adds to D̂ an error that
+has nothing to do with D, so for a light adapter the cosine falls and the ratio grows.
+"""
+
+import math
+from dataclasses import dataclass
+
+from mlx_adapters.door import mx
+
+
+@dataclass(frozen=True)
+class Survival:
+    """One layer. `update_ratio` is |D| / |W|: how strong the adapter is there."""
+
+    path: str
+    cosine: float
+    norm_ratio: float
+    update_ratio: float
+
+
+class SurvivalSum:
+    """Adds up a layer's rows as they come by."""
+
+    def __init__(self) -> None:
+        self._sums = mx.zeros(4)
+
+    def add(self, base: mx.array, fused: mx.array, stored: mx.array) -> None:
+        """Rows of W, W' and Ŵ, float32."""
+        wanted, found = fused - base, stored - base
+        sums = [(wanted * found).sum(), wanted.square().sum(), found.square().sum(), base.square().sum()]
+        self._sums = self._sums + mx.stack(sums)
+        mx.eval(self._sums)
+
+    def result(self, path: str) -> Survival:
+        """The layer's two numbers; a layer with no update keeps all of it."""
+        dot, wanted, found, base = self._sums.tolist()
+        if wanted == 0:
+            return Survival(path, 1.0, 1.0, 0.0)
+        cosine = dot / math.sqrt(wanted * found) if found > 0 else 0.0
+        return Survival(path, min(cosine, 1.0), math.sqrt(found / wanted), math.sqrt(wanted / max(base, 1e-30)))

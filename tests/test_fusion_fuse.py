@@ -1,0 +1,228 @@
+"""The fused model computes what base and adapter compute, on every architecture, precision and layer type."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from tiny_models import ARCHITECTURES
+
+from mlx_adapters.adapter import Adapter, AdapterConfig, write_adapter
+from mlx_adapters.config import LoraConfig, Quantization
+from mlx_adapters.errors import ConfigError, ExistsError, FormatError, IncompatibleError
+from mlx_adapters.fusion.fuse import fuse
+from mlx_adapters.fusion.plan import check_precision
+from mlx_adapters.layers import (
+    adaptable_layers,
+    dense_weight,
+    expected_shapes,
+    quantization_of,
+    resolve_target_modules,
+    updated_weight,
+)
+from mlx_adapters.model import load_model, load_module, resolve_base
+
+IDS = mx.array([[3, 9, 27, 81, 40, 7, 300, 12]])
+DORA_LAYERS = ("q_proj", "o_proj", "qkv_proj", "c_attn", "lm_head")
+
+
+def make_adapter(folder, kind="lora", targets=None, seed=0, strength=0.1, rank=4):
+    """A random adapter that visibly changes the model in `folder`."""
+    base = resolve_base(folder)
+    module, _ = load_module(base)
+    layers = adaptable_layers(module)
+    if targets is None:
+        targets = "all"
+        if kind == "dora":
+            targets = tuple(name for name in DORA_LAYERS if any(name in path for path in layers))
+    keys = resolve_target_modules(module, LoraConfig(rank=rank, target_modules=targets))
+    config = AdapterConfig(rank, 2.0, keys, kind)
+    rng, weights = np.random.default_rng(seed), {}
+    for key in keys:
+        for leaf, shape in expected_shapes(layers[key], config).items():
+            noise = mx.array(rng.standard_normal(shape).astype(np.float32)) * strength
+            if leaf == "m":
+                noise = mx.linalg.norm(dense_weight(layers[key], mx.float32), axis=-1) * (1 + noise)
+            weights[f"{key}.{leaf}"] = noise
+    return Adapter(config, weights, {"base": base.record(), "name": "tiny"})
+
+
+def logits(folder, adapter=None):
+    return np.array(load_model(folder, adapter).logits(IDS))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_unquantized_fuse_is_exact(tiny_model, tmp_path, architecture, bits, kind):
+    folder = tiny_model(architecture, bits=bits)
+    adapter = make_adapter(folder, kind)
+    result = fuse(None, adapter, tmp_path / "out", quantization="none")
+    assert result.quantization is None
+    assert result.update_survival == pytest.approx(1, abs=1e-5)
+    wanted = logits(folder, adapter)
+    assert np.abs(wanted - logits(folder)).max() > 0.1
+    np.testing.assert_allclose(logits(tmp_path / "out"), wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_layer_is_what_mlx_would_quantize(tiny_model, tmp_path, architecture, bits):
+    folder = tiny_model(architecture)
+    adapter = make_adapter(folder, targets=None)
+    result = fuse(folder, adapter, tmp_path / "out", quantization=Quantization(bits, 32))
+    fused, _ = load_module(resolve_base(tmp_path / "out"))
+    base, _ = load_module(resolve_base(folder))
+    made = adaptable_layers(fused)
+    for path, layer in adaptable_layers(base).items():
+        weight = dense_weight(layer, mx.float32)
+        if path in adapter.config.keys:
+            weight = updated_weight(weight, *adapter.factors(path), adapter.config.scale)
+        q = made[path]
+        assert (q.bits, q.group_size) == ((8, 64) if path.endswith("mlp.gate") else (bits, 32))
+        parts = mx.quantize(weight, group_size=q.group_size, bits=q.bits)
+        for found, wanted in zip((made[path].weight, made[path].scales, made[path].biases), parts, strict=True):
+            np.testing.assert_array_equal(np.array(found), np.array(wanted), err_msg=path)
+    assert result.bits_per_weight < bits + 2 + 24 / 8
+
+
+@pytest.mark.parametrize(
+    "quantization", [Quantization(4, 32, "mxfp4"), Quantization(8, 32, "mxfp8"), Quantization(4, 16, "nvfp4")], ids=str
+)
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_float_modes_load_in_plain_mlx_lm(tiny_model, tmp_path, architecture, quantization):
+    from mlx_lm.utils import load
+
+    folder = tiny_model(architecture)
+    adapter = make_adapter(folder)
+    fuse(folder, adapter, tmp_path / "out", quantization=quantization)
+    module, tokenizer = load(str(tmp_path / "out"))
+    plain = np.array(module(IDS).astype(mx.float32))[0]
+    assert tokenizer.encode("SELECT title")
+    ours = np.array(load_model(tmp_path / "out", dense=False, dtype="float32").logits(IDS))[0]
+    np.testing.assert_allclose(plain, ours, atol=1e-4)
+    coarse = np.abs(plain - logits(folder, adapter)[0]).mean()
+    assert coarse < 0.5 * np.abs(plain - logits(folder)[0]).mean() + 0.5
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe", "phi3"])
+def test_keep_leaves_untouched_layers_bit_for_bit(tiny_model, tmp_path, architecture):
+    folder = tiny_model(architecture, bits=4)
+    module, config = load_module(resolve_base(folder))
+    touched = next(path for path in adaptable_layers(module) if "o_proj" in path)
+    adapter = make_adapter(folder, targets=(touched,))
+    assert len(adapter.config.keys) == 1
+    result = fuse(folder, adapter, tmp_path / "out")
+    fused, fused_config = load_module(resolve_base(tmp_path / "out"))
+    before, after = dict(tree_flatten(module.parameters())), dict(tree_flatten(fused.parameters()))
+    assert list(before) == list(after)
+    changed = {n for n in before if not np.array_equal(np.array(before[n]), np.array(after[n]), equal_nan=True)}
+    assert changed and all(name.startswith(touched + ".") for name in changed)
+    for path, layer in adaptable_layers(fused).items():
+        assert quantization_of(layer) == quantization_of(adaptable_layers(module)[path])
+    default = {key: config["quantization"][key] for key in ("bits", "group_size")}
+    assert default.items() <= fused_config["quantization"].items()
+    assert [s.path for s in result.survival] == [touched]
+
+
+def test_embeddings_tied_and_untied(tiny_model, tmp_path):
+    for tied in (True, False):
+        folder = tiny_model("llama", tied=tied)
+        targets = ("embed_tokens",) if tied else ("embed_tokens", "lm_head")
+        adapter = make_adapter(folder, targets=targets)
+        fuse(folder, adapter, tmp_path / f"out{tied}", quantization="none")
+        np.testing.assert_allclose(logits(tmp_path / f"out{tied}"), logits(folder, adapter), atol=2e-5)
+
+
+def test_several_adapters_are_added_exactly(tiny_model, tmp_path):
+    folder = tiny_model("qwen3")
+    first, second = make_adapter(folder, seed=1), make_adapter(folder, "dora", seed=2)
+    fuse(folder, [first, second], tmp_path / "out", quantization="none", weights=[0.7, -0.3])
+    base, _ = load_module(resolve_base(folder))
+    fused, _ = load_module(resolve_base(tmp_path / "out"))
+    made = adaptable_layers(fused)
+    for path, layer in adaptable_layers(base).items():
+        weight = np.array(layer.weight)
+        wanted = weight.copy()
+        for adapter, share in ((first, 0.7), (second, -0.3)):
+            if path in adapter.config.keys:
+                changed = updated_weight(layer.weight, *adapter.factors(path), adapter.config.scale)
+                wanted += share * (np.array(changed) - weight)
+        np.testing.assert_allclose(np.array(made[path].weight), wanted, atol=1e-6, err_msg=path)
+
+
+def test_bfloat16_is_rounded_once(tiny_model, tmp_path):
+    folder = tiny_model("llama", dtype="bfloat16")
+    adapter = make_adapter(folder)
+    fuse(folder, adapter, tmp_path / "out", quantization="none")
+    base, _ = load_module(resolve_base(folder))
+    fused, _ = load_module(resolve_base(tmp_path / "out"))
+    for path, layer in adaptable_layers(fused).items():
+        weight = adaptable_layers(base)[path].weight
+        if path in adapter.config.keys:
+            weight = updated_weight(weight, *adapter.factors(path), adapter.config.scale).astype(mx.bfloat16)
+        assert layer.weight.dtype == mx.bfloat16
+        assert mx.array_equal(layer.weight, weight), path
+
+
+def test_a_group_that_does_not_divide_leaves_the_layer_unquantized_and_says_so(tiny_model, tmp_path):
+    folder = tiny_model("llama", intermediate_size=96)
+    result = fuse(folder, make_adapter(folder), tmp_path / "out", quantization=Quantization(4, 64))
+    assert [note.split(":")[0] for note in result.notes] == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    assert "96 inputs" in result.notes[0]
+    assert np.isfinite(logits(tmp_path / "out")).all()
+
+
+def test_shards(tiny_model, tmp_path, monkeypatch):
+    from mlx_adapters.fusion import stream
+
+    folder = tiny_model("llama")
+    adapter = make_adapter(folder)
+    write = stream.write_weights
+    monkeypatch.setattr("mlx_adapters.fusion.fuse.write_weights", lambda f, u, e: write(f, u, e, limit=100_000))
+    fuse(folder, adapter, tmp_path / "out", quantization="none")
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())["weight_map"]
+    shards = sorted(path.name for path in (tmp_path / "out").glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert sorted(set(index.values())) == shards
+    np.testing.assert_allclose(logits(tmp_path / "out"), logits(folder, adapter), atol=2e-5)
+
+
+def test_bad_input_leaves_nothing(tiny_model, tmp_path):
+    folder, other = tiny_model("llama"), tiny_model("llama", seed=5)
+    adapter = make_adapter(folder)
+    out = tmp_path / "out"
+    key = adapter.config.keys[0]
+    bad = adapter.weights | {f"{key}.lora_b": adapter.weights[f"{key}.lora_b"] * float("nan")}
+    with pytest.raises(FormatError, match="NaN"):
+        fuse(folder, adapter.with_weights(bad), out)
+    with pytest.raises(IncompatibleError, match="other weights"):
+        fuse(other, adapter, out)
+    with pytest.raises(IncompatibleError, match="does not fit"):
+        fuse(tiny_model("phi3"), adapter, out)
+    with pytest.raises(ConfigError, match="weights"):
+        fuse(folder, adapter, out, weights=[1, 2])
+    with pytest.raises(ConfigError, match="no 7 bits"):
+        check_precision("7", None, None)
+    with pytest.raises(ConfigError, match="no 6 bits"):
+        check_precision("6", None, "mxfp4")
+    assert list(tmp_path.glob("*out*")) == []
+    fuse(folder, adapter, out, quantization="none")
+    with pytest.raises(ExistsError):
+        fuse(folder, adapter, out)
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_fuses_from_the_command_line(tiny_model, tmp_path, home):
+    from click.testing import CliRunner
+
+    from mlx_adapters.cli import cli
+
+    folder = tiny_model("llama", bits=4)
+    write_adapter(make_adapter(folder), home / "adapters" / "tiny")
+    run = CliRunner().invoke(cli, ["fuse", "tiny", str(tmp_path / "out"), "--bits", "8", "--json"])
+    assert run.exit_code == 0, run.output
+    report = json.loads(run.stdout)
+    assert report["quantization"] == {"bits": 8, "group_size": 64, "mode": "affine"}
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
