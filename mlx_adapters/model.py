@@ -25,6 +25,8 @@ from mlx_adapters.machine import on_gpu
 DEMO = "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 MODEL_FILES = ["*.json", "model*.safetensors", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
+# (mlx-lm's name, of which model type, the name that transformers 5 may write instead)
+RENAMED_SETTINGS = (("num_experts", "qwen3_moe", "num_local_experts"), ("n_ctx", "gpt2", "n_positions"))
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 
 
@@ -89,11 +91,23 @@ def normalized_config(config: dict[str, Any]) -> dict[str, Any]:
     rope = config.get("rope_parameters")
     if isinstance(rope, dict):
         config.update(_rope_settings(rope, config))
-    if config.get("model_type") == "qwen3_moe" and "num_local_experts" in config:
-        config.setdefault("num_experts", config["num_local_experts"])
+    for name, model_type, other in RENAMED_SETTINGS:
+        if config.get("model_type") == model_type and other in config:
+            config.setdefault(name, config[other])
+    kinds = config.get("layer_types")
+    if "gemma3" in str(config.get("model_type")) and isinstance(kinds, list) and "full_attention" in kinds:
+        config["sliding_window_pattern"] = _window_pattern(kinds)
     if isinstance(config.get("text_config"), dict):
         config["text_config"] = normalized_config(config["text_config"])
     return config
+
+
+def _window_pattern(kinds: list[str]) -> int:
+    """Of how many layers in a row the last one looks at everything. Raises ModelError if there is no such rule."""
+    period = kinds.index("full_attention") + 1
+    if any((kind == "full_attention") != ((i + 1) % period == 0) for i, kind in enumerate(kinds)):
+        raise ModelError("mlx-lm cannot follow this model's layer_types: full attention does not come periodically.")
+    return period
 
 
 def _rope_settings(rope: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,343 @@
+"""Make tests/peft_fixtures with the real peft and transformers: tiny bases, adapters, and PEFT's logits.
+
+    pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2 && python scripts/make_peft_fixtures.py
+
+One folder per architecture: `base/` (saved by transformers in float32), `logits.safetensors` (the input
+ids and, per case, PEFT's logits) and one adapter folder per case. `refused/` holds adapters that cannot be
+expressed as an MLX adapter. `rope/` holds bases alone, one per form of rope parameters, with their logits.
+Every case is checked here to move the logits by more than 0.05, so that a test on it can fail.
+"""
+
+import copy
+import json
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path("tests/peft_fixtures")
+VOCAB, HIDDEN, EXPERTS, TOKENS = 64, 32, 4, 8
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+DENSE = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "head_dim": 8,
+         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2}  # fmt: skip
+THETA = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+BASES = {
+    "llama": {**THETA, "tie_word_embeddings": False},
+    "qwen2": {**THETA, "tie_word_embeddings": True},
+    "qwen3": {**THETA, "tie_word_embeddings": True},
+    # mlx-lm rounds sqrt(hidden size) to bfloat16 here; of 16 it is exact.
+    "gemma3_text": {"hidden_size": 16, "tie_word_embeddings": True, "query_pre_attn_scalar": 8, "sliding_window": 4,
+                    "layer_types": ["sliding_attention", "full_attention"],
+                    "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+                                        "full_attention": {"rope_type": "default", "rope_theta": 700.0}}},
+    "phi3": {**THETA, "tie_word_embeddings": False},
+    "mixtral": {**THETA, "tie_word_embeddings": False, "num_local_experts": EXPERTS, "num_experts_per_tok": 2},
+    "qwen3_moe": {**THETA, "tie_word_embeddings": False, "num_experts": EXPERTS, "num_experts_per_tok": 2,
+                  "moe_intermediate_size": 16, "decoder_sparse_step": 1, "norm_topk_prob": True},
+    "gpt2": {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 32},
+}  # fmt: skip
+MOE_ALL = {"target_modules": ATTENTION, "target_parameters": ["gate_up_proj", "down_proj", "gate.weight"]}
+PATTERNS = {"rank_pattern": {r"layers\.0\..*q_proj": 2, "model.layers.1.mlp.down_proj": 6, "proj": 5},
+            "alpha_pattern": {"v_proj": 3.5, r".*\.1\.self_attn.*": 7, "up_proj": 9}}  # fmt: skip
+# architecture -> case -> LoraConfig arguments; "_name", "_dtype", "_merged" and "_edit" steer the script.
+CONVERTED = {
+    "llama": {
+        "all-linear": {"target_modules": "all-linear"},
+        "float-alpha": {"target_modules": ["q_proj", "v_proj"], "lora_alpha": 5.5},
+        "regex": {"target_modules": r".*\.(0\.self_attn\.[qk]_proj|1\.mlp\.up_proj)"},
+        "full-paths": {"target_modules": ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.gate_proj"]},
+        "exclude": {"target_modules": "all-linear", "exclude_modules": ["k_proj", r"model.layers.0.mlp.up_proj"]},
+        "one-layer": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": 1},
+        "layers-list": {"target_modules": ["v_proj"], "layers_to_transform": [0], "layers_pattern": "layers"},
+        "rslora": {"target_modules": ATTENTION, "use_rslora": True, "r": 3},
+        "patterns": {"target_modules": [*ATTENTION, "up_proj", "down_proj"], **PATTERNS},
+        "patterns-rslora-dora": {"target_modules": [*ATTENTION, "down_proj"], **PATTERNS, "use_rslora": True,
+                                 "use_dora": True},
+        "dora": {"target_modules": "all-linear", "use_dora": True},
+        "embeddings": {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+        "bfloat16": {"target_modules": ["q_proj", "down_proj"], "_dtype": torch.bfloat16},
+        "float16": {"target_modules": ["k_proj", "up_proj"], "_dtype": torch.float16},
+        "name-in-keys": {"target_modules": ["q_proj", "v_proj"], "_edit": "name-in-keys"},
+        "subfolder": {"target_modules": ["o_proj"], "_name": "sql"},
+        "newer-fields": {"target_modules": ["o_proj"], "_edit": "newer-fields"},
+        "gaussian": {"target_modules": ["o_proj"], "init_lora_weights": "gaussian"},
+        "orthogonal": {"target_modules": ["o_proj"], "init_lora_weights": "orthogonal"},
+        "pissa-converted": {"target_modules": ["q_proj"], "init_lora_weights": "pissa", "_edit": "pissa"},
+        "parameters-2d": {"target_modules": [], "target_parameters": ["self_attn.q_proj.weight"]},
+        "bias-without-biases": {"target_modules": ["o_proj"], "bias": "all"},
+        "dropout": {"target_modules": ["gate_proj"], "lora_dropout": 0.1, "task_type": "CAUSAL_LM"},
+    },
+    "qwen2": {
+        "all-linear": {"target_modules": "all-linear"},
+        "tied-embedding": {"target_modules": ["embed_tokens", "v_proj"], "_merged": True},
+        "ensure-tying": {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+        "dora": {"target_modules": ["q_proj", "down_proj"], "use_dora": True},
+    },
+    "qwen3": {
+        "all-linear": {"target_modules": "all-linear"},
+        "rslora-dora": {"target_modules": ATTENTION, "use_dora": True, "use_rslora": True},
+    },
+    "gemma3_text": {
+        "all-linear": {"target_modules": "all-linear"},
+        "tied-embedding": {"target_modules": ["embed_tokens", "q_proj"], "_merged": True},
+    },
+    "phi3": {
+        "all-linear": {"target_modules": "all-linear"},
+        "dora": {"target_modules": ["qkv_proj", "gate_up_proj"], "use_dora": True},
+        "lm-head": {"target_modules": ["qkv_proj", "lm_head"]},
+    },
+    "mixtral": {
+        "fused": MOE_ALL,
+        "gate-up-only": {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]},
+        "down-only": {"target_modules": [], "target_parameters": ["experts.down_proj"]},
+        "router": {"target_modules": [], "target_parameters": ["mlp.gate.weight"]},
+        "per-expert": {"_edit": "per-expert"},
+    },
+    "qwen3_moe": {
+        "fused": MOE_ALL,
+        "fused-patterns": {**MOE_ALL, "rank_pattern": {r".*\.gate_up_proj": 8, "down_proj": 2},
+                           "alpha_pattern": {r".*\.gate_up_proj": 16}, "use_rslora": True},
+        "all-linear": {"target_modules": "all-linear"},
+        "attention-dora": {"target_modules": ATTENTION, "use_dora": True},
+        "down-only": {"target_modules": ["k_proj"], "target_parameters": ["down_proj"]},
+        "per-expert": {"_edit": "per-expert"},
+        "some-experts": {"_edit": "some-experts"},
+    },
+    "gpt2": {
+        "all-linear": {"target_modules": "all-linear", "fan_in_fan_out": True},
+        "attention": {"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_rslora": True},
+        "dora": {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True, "use_dora": True},
+        "tied-embedding": {"target_modules": ["wte", "c_attn"], "fan_in_fan_out": True, "_merged": True},
+    },
+}  # fmt: skip
+SMALL = {"target_modules": ["q_proj"]}
+REFUSED = {
+    "llama": {
+        "lora-bias": (peft.LoraConfig, {**SMALL, "lora_bias": True}),
+        "modules-to-save": (peft.LoraConfig, {**SMALL, "modules_to_save": ["lm_head"]}),
+        "norms-to-save": (peft.LoraConfig, {**SMALL, "modules_to_save": ["input_layernorm"]}),
+        "trainable-tokens": (peft.LoraConfig, {**SMALL, "trainable_token_indices": {"embed_tokens": [3, 5]}}),
+        "embedding-dora": (peft.LoraConfig, {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True}),
+        "pissa": (peft.LoraConfig, {**SMALL, "init_lora_weights": "pissa"}),
+        "olora": (peft.LoraConfig, {**SMALL, "init_lora_weights": "olora"}),
+        "alora": (peft.LoraConfig, {**SMALL, "alora_invocation_tokens": [5, 6], "task_type": "CAUSAL_LM"}),
+        "layer-replication": (peft.LoraConfig, {**SMALL, "layer_replication": [[0, 2], [1, 2]]}),
+        "adalora": (peft.AdaLoraConfig, {**SMALL, "total_step": 10}),
+        "ia3": (peft.IA3Config, {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+        "loha": (peft.LoHaConfig, {**SMALL, "r": 2}),
+        "lokr": (peft.LoKrConfig, {**SMALL, "r": 2}),
+        "vera": (peft.VeraConfig, {**SMALL, "r": 2, "save_projection": False}),
+        "prompt-tuning": (peft.PromptTuningConfig, {"num_virtual_tokens": 2, "task_type": "CAUSAL_LM"}),
+    },
+    "qwen2": {
+        "tied-lm-head": (peft.LoraConfig, {"target_modules": ["lm_head"]}),
+        "bias-all": (peft.LoraConfig, {**SMALL, "bias": "all"}),
+        "bias-lora-only": (peft.LoraConfig, {**SMALL, "bias": "lora_only"}),
+        "tied-modules-to-save": (peft.LoraConfig, {**SMALL, "modules_to_save": ["embed_tokens"]}),
+        "resized": (peft.LoraConfig, {"target_modules": ["embed_tokens"], "_edit": "resized"}),
+    },
+    "gpt2": {"bias-all": (peft.LoraConfig, {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "all"})},
+}  # fmt: skip
+LONG = {"long_factor": [1.5, 2.0, 3.0, 4.0], "short_factor": [1.5, 2.0, 3.0, 4.0]}
+# Forms of rope parameters that mlx-lm expresses; logits of the base alone.
+ROPE = {
+    "llama-linear": ("llama", {"rope_type": "linear", "factor": 4.0, "rope_theta": 300.0}),
+    "llama-llama3": ("llama", {"rope_type": "llama3", "rope_theta": 300.0, "factor": 8.0, "low_freq_factor": 1.0,
+                               "high_freq_factor": 4.0, "original_max_position_embeddings": 16}),
+    "qwen2-yarn": ("qwen2", {"rope_type": "yarn", "factor": 4.0, "rope_theta": 300.0,
+                             "original_max_position_embeddings": 32}),
+    "qwen3-yarn": ("qwen3", {"rope_type": "yarn", "factor": 2.0, "rope_theta": 900.0,
+                             "original_max_position_embeddings": 64}),
+    "phi3-partial": ("phi3", {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5}),
+    "phi3-longrope": ("phi3", {"rope_type": "longrope", "rope_theta": 300.0, **LONG}),
+    "gemma3_text-linear": ("gemma3_text", {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 900.0}}),
+    "qwen3_moe-default": ("qwen3_moe", {"rope_type": "default", "rope_theta": 50.0}),
+}  # fmt: skip
+
+
+def scramble(model, seed, only=None):
+    """Fill parameters with noise whose size keeps logits of order one and float32 errors far below 1e-4."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in model.named_parameters():
+        if only is not None and only not in name:
+            continue
+        noise = torch.randn(value.shape, generator=generator)
+        with torch.no_grad():
+            if "magnitude" in name:
+                value.mul_(1 + 0.2 * noise)
+            elif "norm" in name or "ln_" in name or name.endswith(".bias"):
+                value.add_(0.1 * noise)
+            else:
+                value.copy_(noise * (0.3 if only else 1.5 / value.shape[-1] ** 0.5))
+
+
+def build_base(model_type, extra, seed):
+    common = DENSE if "n_embd" not in extra else {k: v for k, v in DENSE.items() if "_id" in k or k == "vocab_size"}
+    config = CONFIG_MAPPING[model_type](**{**common, **extra})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    scramble(model, seed)
+    return model
+
+
+def save_base(model, folder):
+    if hasattr(model, "transformer"):  # as on the Hub, gpt2's tensors carry no "transformer." in front
+        model.transformer.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder)
+    words = {f"w{i}": i for i in range(3, VOCAB)} | {"<pad>": 0, "<s>": 1, "</s>": 2}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+
+
+def load_base(arch):
+    return AutoModelForCausalLM.from_pretrained(
+        ROOT / arch / "base", dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+@torch.no_grad()
+def logits_of(model, ids):
+    return model(input_ids=ids, use_cache=False).logits.float().contiguous()
+
+
+def make_adapter(arch, config_class, options, folder, seed):
+    """Save one adapter to `folder` and return the PEFT model that holds it."""
+    options = dict(options)
+    name, dtype, edit = options.pop("_name", "default"), options.pop("_dtype", None), options.pop("_edit", None)
+    options.pop("_merged", None)
+    if edit in ("per-expert", "some-experts"):
+        return per_expert_adapter(arch, folder, seed, edit)
+    if config_class in (peft.LoraConfig, peft.AdaLoraConfig):
+        options = {"r": 4, "lora_alpha": 8, **options}
+    torch.manual_seed(seed)
+    base = load_base(arch)
+    if edit == "resized":
+        base.resize_token_embeddings(VOCAB + 2, mean_resizing=False)
+    model = peft.get_peft_model(base, config_class(**options), adapter_name=name).eval()
+    if edit == "pissa":
+        model.save_pretrained(folder / "initial")
+    trained = "modules_to_save", "trainable_tokens", "lora_", "ia3_", "hada_", "lokr_", "prompt", "vera_lambda"
+    for key in trained:
+        scramble(model, seed, key)
+    if options.get("bias", "none") != "none":
+        for key, value in model.named_parameters():
+            if key.endswith(".bias") and value.requires_grad:
+                torch.nn.init.normal_(value, std=0.3)
+    if dtype:
+        for key, value in model.named_parameters():
+            if "lora_" in key:
+                value.data = value.data.to(dtype)
+    keep = {"path_initial_model_for_weight_conversion": folder / "initial"} if edit == "pissa" else {}
+    model.save_pretrained(folder, **keep)
+    shutil.rmtree(folder / "initial", ignore_errors=True)
+    tidy(folder, edit)
+    return model
+
+
+def per_expert_adapter(arch, folder, seed, edit):
+    """The transformers 4 layout: one A and B per expert and projection. PEFT fuses it when it loads it."""
+    block, names = {"mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
+                    "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj"))}[arch]  # fmt: skip
+    inner = {"mixtral": 48, "qwen3_moe": 16}[arch]
+    generator = torch.Generator().manual_seed(seed)
+    tensors, zeroed = {}, {}
+    for layer in range(2):
+        for expert in range(EXPERTS):
+            for projection in names:
+                width = (inner, HIDDEN) if projection in ("w2", "down_proj") else (HIDDEN, inner)
+                path = f"base_model.model.model.layers.{layer}.{block}.experts.{expert}.{projection}"
+                a = torch.randn((4, width[0]), generator=generator) * 0.3
+                b = torch.randn((width[1], 4), generator=generator) * 0.3
+                kept = edit == "per-expert" or expert in (0, 2)
+                target = tensors if kept else zeroed
+                target[f"{path}.lora_A.weight"], target[f"{path}.lora_B.weight"] = a, b if kept else b * 0
+        path = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        tensors[f"{path}.lora_A.weight"] = torch.randn((4, HIDDEN), generator=generator) * 0.3
+        tensors[f"{path}.lora_B.weight"] = torch.randn((32, 4), generator=generator) * 0.3
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", *names],
+                             base_model_name_or_path=str(ROOT / arch / "base"))  # fmt: skip
+    for target, content in ((folder, tensors), (folder.with_name("whole"), tensors | zeroed)):
+        target.mkdir(parents=True, exist_ok=True)
+        config.save_pretrained(target)
+        save_file(content, target / "adapter_model.safetensors", metadata={"format": "pt"})
+    model = peft.PeftModel.from_pretrained(load_base(arch), folder.with_name("whole")).eval()
+    shutil.rmtree(folder.with_name("whole"))
+    tidy(folder, None)
+    return model
+
+
+def tidy(folder, edit):
+    for file in folder.rglob("README.md"):
+        file.unlink()
+    path = folder / "adapter_model.safetensors"
+    if edit == "name-in-keys":
+        tensors = {k.replace(".weight", ".default.weight"): v for k, v in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+    if edit == "newer-fields":
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config |= {"peft_version": "0.99.0", "a_newer_field": None, "another": {"nested": [1, 2]}}
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+
+
+def make_architecture(arch, extra, seed):
+    folder = ROOT / arch
+    save_base(build_base(arch, extra, seed), folder / "base")
+    ids = torch.randint(3, VOCAB, (1, TOKENS), generator=torch.Generator().manual_seed(seed))
+    base_logits = logits_of(load_base(arch), ids)
+    saved = {"input_ids": ids.to(torch.int32), "base": base_logits}
+    cases = {n: (peft.LoraConfig, o, folder / n) for n, o in CONVERTED[arch].items()}
+    cases |= {n: (c, o, folder / "refused" / n) for n, (c, o) in REFUSED.get(arch, {}).items()}
+    for index, (name, (config_class, options, target)) in enumerate(cases.items()):
+        model = make_adapter(arch, config_class, options, target, 1000 * seed + index)
+        key = name if target.parent == folder else f"refused/{name}"
+        saved[key] = logits_of(model, ids)[:, -TOKENS:, :VOCAB].contiguous()
+        if options.get("_merged"):
+            saved[key] = logits_of(copy.deepcopy(model).merge_and_unload(), ids)
+        moved = (saved[key] - base_logits).abs().max().item()
+        print(f"{arch}/{key}: moves the logits by {moved:.2f} of {base_logits.abs().max():.1f}", file=sys.stderr)
+        assert moved > 0.05 or name == "alora", f"{arch}/{key} does nothing"
+    save_file(saved, folder / "logits.safetensors")
+
+
+def make_rope():
+    for seed, (name, (arch, rope)) in enumerate(ROPE.items(), 50):
+        sizes = {"hidden_size": 16, "head_dim": 8, "intermediate_size": 16, "num_attention_heads": 2,
+                 "num_key_value_heads": 1, "max_position_embeddings": 128, "num_hidden_layers": 2}  # fmt: skip
+        if name == "phi3-longrope":
+            sizes["original_max_position_embeddings"] = 64
+        model = build_base(arch, {**BASES[arch], **sizes, "rope_parameters": rope}, seed)
+        save_base(model, ROOT / "rope" / name / "base")
+        ids = torch.randint(3, VOCAB, (1, 24), generator=torch.Generator().manual_seed(seed))
+        saved = {"input_ids": ids.to(torch.int32), "base": logits_of(model, ids)}
+        save_file(saved, ROOT / "rope" / name / "logits.safetensors")
+
+
+def main():
+    warnings.filterwarnings("ignore")
+    transformers.utils.logging.disable_progress_bar()
+    shutil.rmtree(ROOT, ignore_errors=True)
+    for seed, (arch, extra) in enumerate(BASES.items(), 1):
+        make_architecture(arch, extra, seed)
+    make_rope()
+    leaked = [p for p in ROOT.rglob("*.json") if os.getcwd() in p.read_text() or tempfile.gettempdir() in p.read_text()]
+    assert not leaked, leaked
+    print(sum(p.stat().st_size for p in ROOT.rglob("*") if p.is_file()) / 1e6, "MB", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
