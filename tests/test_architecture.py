@@ -7,10 +7,10 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mlx_adapters"
 LAYERS = [
-    {"errors", "units", "events", "config", "files", "blas", "machine"},
+    {"charts", "errors", "units", "events", "config", "files", "blas", "machine"},
     {"tensor_names", "adapter"},
     {"door", "layers", "model", "registry"},
-    {"training", "fusion", "merging", "peft_format", "runtime", "benchmarking", "hub", "cards", "evaluation",
+    {"training", "fusion", "merging", "peft_format", "runtime", "benchmarking", "hub", "cards", "staging", "evaluation",
      "inspecting", "packing"},
     {"demo", "serving"},
     {"cli"},
