@@ -26,6 +26,12 @@ from mlx_adapters.tensor_names import (
     METADATA_FILE,
 )
 
+# What plain mlx-lm's trainer records beside the settings of the layers.
+MLX_LM_SETTINGS = (
+    "data", "iters", "batch_size", "learning_rate", "lr_schedule", "optimizer", "seed", "max_seq_length",
+    "mask_prompt", "grad_accumulation_steps",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class AdapterConfig:
@@ -192,7 +198,8 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         return files.read_json(path)
     config = files.read_json(Path(folder) / CONFIG_FILE)
     known = {"base": {"name": config["model"]}} if isinstance(config.get("model"), str) else {}
-    return known | {"source": "mlx-lm", "name": Path(folder).name}
+    training = {key: config[key] for key in MLX_LM_SETTINGS if config.get(key) is not None}
+    return known | {"source": "mlx-lm", "name": Path(folder).name} | ({"training": training} if training else {})
 
 
 def iterations_of(folder: Path) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ likewise. A crash leaves at most a `.tmp-*` entry, which nothing reads and the n
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -12,9 +13,10 @@ import json
 import os
 import shutil
 import struct
+import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -109,14 +111,28 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _swap_in(new: Path, path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
+    if not path.is_dir() or path.is_symlink():
+        os.replace(new, path)
+    elif _exchange(new, path):
+        shutil.rmtree(new, ignore_errors=True)
+    else:
         old = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
         os.replace(path, old / "old")
         os.replace(new, path)
         shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(new, path)
     _fsync_path(path.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two entries of a disk in a single step, so that a kill cannot come between; False if that cannot be."""
+    libc, swap = ctypes.CDLL(None), 2
+    try:
+        if sys.platform == "darwin":
+            return libc.renamex_np(os.fsencode(one), os.fsencode(other), swap) == 0
+        here = -100  # AT_FDCWD
+        return libc.renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0
+    except AttributeError:
+        return False
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
@@ -221,6 +237,14 @@ def copy_file(source: Path, target: Path) -> None:
         shutil.copyfileobj(stream, out, 1 << 20)
 
 
+def move(source: Path, target: Path) -> None:
+    """Rename a file or folder on one disk in a single step. Raises ExistsError if `target` is there."""
+    refuse_existing(target, overwrite=False)
+    with storage_errors(target):
+        os.rename(source, target)
+        _fsync_path(Path(target).parent)
+
+
 def remove(path: Path) -> None:
     """Remove a file or folder so that it is gone at once, even if the deletion is interrupted."""
     path = Path(path)
@@ -252,12 +276,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def size_on_disk(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder, hard links counted once."""
+def size_on_disk(path: Path, without: Collection[Path] = ()) -> int:
+    """Bytes of a file, or of all files below a folder but those below `without`, hard links counted once."""
     path = Path(path)
     if path.is_file():
         return path.stat().st_size
-    stats = [file.stat() for file in path.rglob("*") if file.is_file()]
+    found = (file for file in path.rglob("*") if file.is_file())
+    stats = [file.stat() for file in found if not any(file.is_relative_to(left) for left in without)]
     return sum({(s.st_dev, s.st_ino): s.st_size for s in stats}.values())
 
 

@@ -5,9 +5,10 @@ registry's, a path starts with `.`, `/` or `~` (with `@ITERATION` for a checkpoi
 is on the Hub.
 """
 
+import contextlib
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from mlx_adapters.adapter import Adapter
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,49}")
 HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 
 
@@ -109,7 +111,10 @@ def load_adapter(reference: "str | Path | Adapter") -> "Adapter":
         return reference
     if isinstance(reference, Path):
         return read_adapter(reference)
-    return read_adapter(*locate(reference))
+    parsed = parse_reference(reference)
+    adapter = read_adapter(*locate(parsed))
+    # The registry's name is the folder's, whatever the folder was called when its record was written.
+    return replace(adapter, metadata=adapter.metadata | {"name": parsed.target}) if parsed.kind == "name" else adapter
 
 
 @dataclass(frozen=True)
@@ -127,48 +132,106 @@ class Entry:
     best_validation_loss: float | None = None
     created: str | None = None
     size_bytes: int = 0
+    tags: tuple[str, ...] = ()
     problem: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
-def list_adapters(base: str | None = None) -> list[Entry]:
-    """All named adapters, by name; only those of `base` if one is given. Reads no weights."""
-    return [entry for entry in _entries() if base is None or entry.base == base]
-
-
-def _entries() -> Iterator[Entry]:
-    for name in names():
-        yield read_entry(adapters_folder() / name)
+def list_adapters(base: str | None = None, tag: str | None = None) -> list[Entry]:
+    """All named adapters, by name; only those of `base`, or with `tag`, if given. Reads no weights."""
+    if base is not None and base.startswith((".", "/", "~")):
+        base = str(Path(base).expanduser().absolute())
+    entries = [read_entry(adapters_folder() / name) for name in names()]
+    return [e for e in entries if (base is None or e.base == base) and (tag is None or tag in e.tags)]
 
 
 def read_entry(folder: Path) -> Entry:
     """What an adapter folder says of itself; whatever is wrong ends up in `problem`."""
-    try:
-        config = files.read_json(folder / CONFIG_FILE)
-        metadata = files.read_json(folder / METADATA_FILE) if (folder / METADATA_FILE).is_file() else {}
-        parameters = config.get("lora_parameters") or {}
-        base = metadata.get("base") or {}
-        there = [path.name for path in folder.iterdir()]
-        iterations = tuple(sorted(int(m[1]) for m in map(CHECKPOINT_FILE.fullmatch, there) if m))
-        weights = folder / ADAPTER_FILE
-        problem = None
-        if not weights.is_file():
-            problem = (
-                "unfinished: no adapters.safetensors yet"
-                if metadata.get("status")
-                else "adapters.safetensors is missing"
-            )
-        else:
-            files.read_safetensors_header(weights)
-        return Entry(
-            name=folder.name, folder=folder, base=base.get("name") or config.get("model"),
-            type=config.get("fine_tune_type", "lora"), rank=parameters.get("rank"), scale=parameters.get("scale"),
-            iteration=metadata.get("iteration"), iterations=iterations,
-            best_validation_loss=metadata.get("best_validation_loss"), created=metadata.get("date"),
-            size_bytes=weights.stat().st_size if weights.is_file() else 0, problem=problem, metadata=metadata,
-        )  # fmt: skip
-    except (AdapterError, OSError, AttributeError, TypeError) as error:
-        return Entry(folder.name, folder, problem=str(error))
+    entry, problems = Entry(folder.name, folder), []
+    for step in (_with_files, _with_config, _with_metadata):
+        try:
+            entry = step(entry)
+        except (AdapterError, OSError) as error:
+            problems.append(str(error))
+    return replace(entry, problem=problems[0]) if problems else entry
+
+
+def _with_files(entry: Entry) -> Entry:
+    there = [path.name for path in entry.folder.iterdir()]
+    iterations = tuple(sorted(int(m[1]) for m in map(CHECKPOINT_FILE.fullmatch, there) if m))
+    weights = entry.folder / ADAPTER_FILE
+    if ADAPTER_FILE not in there:
+        return replace(entry, iterations=iterations, problem=f"{ADAPTER_FILE} is missing")
+    files.read_safetensors_header(weights)
+    return replace(entry, iterations=iterations, size_bytes=weights.stat().st_size)
+
+
+def _with_config(entry: Entry) -> Entry:
+    config = files.read_json(entry.folder / CONFIG_FILE)
+    parameters = _typed(config.get("lora_parameters"), dict) or {}
+    rank = _typed(parameters.get("rank"), int)
+    entry = replace(
+        entry, rank=rank, scale=_typed(parameters.get("scale"), int, float), base=_typed(config.get("model"), str),
+        type=_typed(config.get("fine_tune_type", "lora"), str),
+    )  # fmt: skip
+    return entry if rank else replace(entry, problem=f"{CONFIG_FILE} names no rank")
+
+
+def _with_metadata(entry: Entry) -> Entry:
+    path = entry.folder / METADATA_FILE
+    metadata = files.read_json(path) if path.is_file() else {}
+    base = (_typed(metadata.get("base"), dict) or {}).get("name")
+    unfinished = metadata.get("status") == "unfinished" and entry.size_bytes == 0
+    return replace(
+        entry, metadata=metadata, base=_typed(base, str) or entry.base, tags=tags_of(metadata),
+        iteration=_typed(metadata.get("iteration"), int), created=_typed(metadata.get("date"), str),
+        best_validation_loss=_typed(metadata.get("best_validation_loss"), int, float),
+        problem="unfinished: nothing is saved yet" if unfinished else entry.problem,
+    )  # fmt: skip
+
+
+def _typed(value: Any, *kinds: type) -> Any:
+    return value if isinstance(value, kinds) and not isinstance(value, bool) else None
+
+
+def tags_of(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """The tags in an adapter's metadata."""
+    return tuple(tag for tag in _typed(metadata.get("tags"), list) or [] if isinstance(tag, str))
+
+
+def checksums_of(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """File name -> SHA-256, as recorded in an adapter's metadata."""
+    recorded = _typed(metadata.get("sha256"), dict) or {}
+    return {name: value for name, value in recorded.items() if isinstance(value, str)}
+
+
+def losses_of(metadata: Mapping[str, Any], curve: str) -> dict[int, float]:
+    """Iteration -> loss of "train_losses" or "validation_losses" in an adapter's metadata."""
+    points = _typed(metadata.get(curve), list) or []
+    pairs = [p for p in points if isinstance(p, list) and len(p) == 2]
+    return {i: float(loss) for i, loss in pairs if _typed(i, int) is not None and _typed(loss, int, float) is not None}
+
+
+@contextlib.contextmanager
+def changing(*names: str) -> Iterator[None]:
+    """Hold named adapters while they are changed: other short changes wait.
+
+    Raises TrainingError at once if a run is writing into one of them.
+    """
+    with contextlib.ExitStack() as stack:
+        for name in sorted(set(names)):  # always in one order, so that no two can wait for each other
+            stack.enter_context(files.lock(f"adapter-{name}"))
+            stack.enter_context(files.lock(f"training-{name}", wait=False, busy=f"'{name}' is being trained."))
+        yield
+
+
+@contextlib.contextmanager
+def training(name: str) -> Iterator[None]:
+    """Hold a named adapter for a training run: it may be read, but neither changed nor trained by others."""
+    with contextlib.ExitStack() as stack:
+        with files.lock(f"adapter-{name}"):
+            stack.enter_context(files.lock(f"training-{name}", wait=False, busy=f"'{name}' is being trained."))
+        yield
 
 
 def register(adapter: "Adapter", name: str, overwrite: bool = False) -> "Adapter":
@@ -176,12 +239,11 @@ def register(adapter: "Adapter", name: str, overwrite: bool = False) -> "Adapter
 
     Raises ExistsError, FormatError or StorageError; two processes cannot both win a name.
     """
-    from dataclasses import replace
-
     from mlx_adapters.adapter import read_adapter, write_adapter
 
     folder = adapter_folder(name)
-    with files.lock(f"adapter-{name}"):
+    files.refuse_existing(folder, overwrite)
+    with changing(name):
         write_adapter(replace(adapter, metadata=adapter.metadata | {"name": name}), folder, overwrite)
     return read_adapter(folder)
 

@@ -5,31 +5,16 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
+from adapters import LLAMA, MOE, make_adapter
 
 from mlx_adapters.adapter import Adapter, AdapterConfig, read_adapter
 from mlx_adapters.errors import ConfigError, ExistsError, IncompatibleError
-from mlx_adapters.layers import adaptable_layers, expected_shapes
+from mlx_adapters.layers import adaptable_layers
 from mlx_adapters.merging.extraction import extract
 from mlx_adapters.merging.methods import METHODS
 from mlx_adapters.merging.recipes import interpolate, merge, scale, subtract
 from mlx_adapters.merging.updates import update_of
 from mlx_adapters.model import load_model, load_module, resolve_base
-
-LLAMA = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "model.embed_tokens")
-MOE = ("model.layers.0.mlp.switch_mlp.up_proj", "model.layers.1.self_attn.v_proj")
-
-
-def make_adapter(base, keys, *, rank=4, factor=2.0, seed=0, type="lora", dtype=mx.float32, name="a") -> Adapter:
-    """A random adapter that fits the model folder `base`."""
-    layers = adaptable_layers(load_module(resolve_base(base))[0])
-    config = AdapterConfig(rank, factor, tuple(keys), type)
-    rng = np.random.default_rng([seed, rank])
-    weights = {
-        f"{key}.{leaf}": mx.array(rng.standard_normal(shape, dtype=np.float32) * 0.2).astype(dtype)
-        for key in keys
-        for leaf, shape in expected_shapes(layers[key], config).items()
-    }
-    return Adapter(config, weights, {"name": name, "base": {"name": str(base)}})
 
 
 def delta(adapter: Adapter, key: str) -> np.ndarray | float:

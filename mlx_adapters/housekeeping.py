@@ -1,0 +1,177 @@
+"""Naming, renaming, tagging, choosing and removing what is in the registry.
+
+Each step is one rename on the disk, so a kill leaves the old state or the new one. Short changes of one
+adapter wait for each other; an adapter that is being trained is left alone.
+"""
+
+import contextlib
+import itertools
+import os
+import re
+import string
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from mlx_adapters import files, registry
+from mlx_adapters.adapter import read_metadata
+from mlx_adapters.config import require
+from mlx_adapters.errors import AdapterError, ConfigError, ExistsError, NotFoundError, did_you_mean
+from mlx_adapters.registry import Entry, Reference, parse_reference
+from mlx_adapters.tensor_names import ADAPTER_FILE, CHECKPOINTS_FOLDER, METADATA_FILE, checkpoint_file
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What was taken away: iterations of checkpoints ("whole": the adapter itself), and the bytes freed."""
+
+    name: str
+    iterations: tuple[int, ...]
+    freed_bytes: int
+    whole: bool = False
+
+
+@contextlib.contextmanager
+def _changing(name: str) -> Iterator[Path]:
+    """The folder of a named adapter, held while it is changed."""
+    known = Reference("name", registry.check_name(name))
+    registry.locate(known)
+    with registry.changing(name):
+        yield registry.locate(known)[0]
+
+
+def rename(name: str, new: str) -> Entry:
+    """Give an adapter another name. Raises NotFoundError, ExistsError or ConfigError."""
+    target = registry.adapter_folder(new)
+    require(name != new, f"'{name}' has this name already.")
+    with registry.changing(registry.check_name(name), new):
+        folder, _ = registry.locate(Reference("name", name))
+        if os.path.lexists(target):
+            raise ExistsError(f"There is an adapter named '{new}' already.", f"remove it first: 'remove {new}'.")
+        files.move(folder, target)
+        with contextlib.suppress(AdapterError):  # the folder's name counts; a damaged record hinders nobody
+            _update_metadata(target, name=new)
+    return registry.read_entry(target)
+
+
+def tag(name: str, add: Sequence[str] = (), remove: Sequence[str] = ()) -> tuple[str, ...]:
+    """Add and remove tags; the tags there are now."""
+    for text in (*add, *remove):
+        require(
+            bool(registry.TAG.fullmatch(text)), f"'{text}' cannot be a tag.", "letters, digits, '.', '_', ':', '-'."
+        )
+    with _changing(name) as folder:
+        now = (set(registry.tags_of(read_metadata(folder))) | set(add)) - set(remove)
+        _update_metadata(folder, tags=sorted(now))
+    return tuple(sorted(now))
+
+
+def use(reference: str) -> Entry:
+    """Let the bare name mean the checkpoint that `NAME@ITERATION` names.
+
+    Raises ConfigError, NotFoundError, or FormatError if the checkpoint is damaged.
+    """
+    ref = parse_reference(reference)
+    if ref.kind != "name" or ref.iteration is None:
+        raise ConfigError(f"'{reference}' names no checkpoint.", "give NAME@ITERATION, for example sql@600.")
+    with _changing(ref.target) as folder:
+        entry = registry.read_entry(folder)
+        if ref.iteration not in entry.iterations:
+            there = ", ".join(map(str, entry.iterations))
+            raise NotFoundError(f"'{ref.target}' has no checkpoint {ref.iteration}.",
+                                f"there are: {there}." if there else "it has no checkpoints.")  # fmt: skip
+        chosen = folder / checkpoint_file(ref.iteration)
+        files.read_safetensors_header(chosen)
+        checksums = registry.checksums_of(read_metadata(folder)) | {ADAPTER_FILE: files.sha256(chosen)}
+        files.link_or_copy(chosen, folder / ADAPTER_FILE)
+        _update_metadata(folder, iteration=ref.iteration, chosen_by="use", sha256=checksums)
+    return registry.read_entry(folder)
+
+
+def remove(reference: str) -> Removed:
+    """Remove an adapter, or the one checkpoint that `NAME@ITERATION` names."""
+    ref = parse_reference(reference)
+    if ref.kind != "name":
+        raise ConfigError(f"'{reference}' is not in the registry.", "only named adapters can be removed.")
+    if ref.iteration is not None:
+        with _changing(ref.target) as folder:
+            entry = registry.read_entry(folder)
+            if ref.iteration not in entry.iterations:
+                raise NotFoundError(f"'{ref.target}' has no checkpoint {ref.iteration}.")
+            if entry.iteration == ref.iteration:
+                raise ConfigError(
+                    f"'{ref.target}' means this checkpoint.", "choose another first: 'use NAME@ITERATION'."
+                )
+            return _remove_checkpoints(entry, [ref.iteration])
+    with _changing(ref.target) as folder:
+        entry, size = registry.read_entry(folder), files.size_on_disk(folder)
+        files.remove(folder)
+    return Removed(ref.target, entry.iterations, size, whole=True)
+
+
+def prune(name: str, *, keep_best: bool = True, keep_last: int = 1, dry_run: bool = False) -> Removed:
+    """Remove checkpoints, except the best by validation loss, the last `keep_last` and the one in use."""
+    require(keep_last >= 0, f"keep_last must not be negative, not {keep_last}.")
+    with _changing(name) as folder:
+        entry = registry.read_entry(folder)
+        kept = set(entry.iterations[len(entry.iterations) - keep_last :]) | {entry.iteration}
+        if keep_best:
+            kept.add(best_iteration(entry))
+        doomed = [iteration for iteration in entry.iterations if iteration not in kept]
+        return _remove_checkpoints(entry, doomed, dry_run)
+
+
+def best_iteration(entry: Entry) -> int | None:
+    """The checkpoint with the lowest validation loss, the earlier one in a tie; None if no loss is known."""
+    losses = registry.losses_of(entry.metadata, "validation_losses")
+    known = [(loss, iteration) for iteration, loss in losses.items() if iteration in entry.iterations]
+    return min(known)[1] if known else None
+
+
+def _remove_checkpoints(entry: Entry, iterations: Sequence[int], dry_run: bool = False) -> Removed:
+    before = files.size_on_disk(entry.folder)
+    paths = [
+        path
+        for i in iterations
+        for path in (entry.folder / CHECKPOINTS_FOLDER / f"{i:07d}", entry.folder / checkpoint_file(i))
+        if path.exists()
+    ]
+    if dry_run:
+        return Removed(entry.name, tuple(iterations), before - files.size_on_disk(entry.folder, without=paths))
+    for path in paths:
+        files.remove(path)
+    return Removed(entry.name, tuple(iterations), before - files.size_on_disk(entry.folder))
+
+
+def _update_metadata(folder: Path, **values: Any) -> None:
+    files.write_json(folder / METADATA_FILE, read_metadata(folder) | values)
+
+
+def fill_template(template: str, task: str, **known: str | int | None) -> str:
+    """A name by the field's habit, e.g. "{task}_{version}_{date}" -> "sql_v2_20260131".
+
+    Fields: task, date, time, version (the first free one: v1, v2, ...), and what the caller knows (base, rank,
+    method). Raises ConfigError for another field.
+    """
+    now = datetime.now()
+    fields = {"task": task, "date": f"{now:%Y%m%d}", "time": f"{now:%H%M%S}", "version": "", **known}
+    fields = {key: _as_name(str(value)) for key, value in fields.items() if value is not None}
+    try:
+        parts = [(text, name, spec, how) for text, name, spec, how in string.Formatter().parse(template)]
+    except ValueError as error:
+        raise ConfigError(f"The name template '{template}' cannot be read: {error}.") from None
+    for _, name, spec, how in parts:
+        hint = did_you_mean(name or "", fields, f"fields: {', '.join(sorted(fields))}.")
+        require(name is None or (name in fields and not spec and not how), f"A name has no field '{name}'.", hint)
+    for number in itertools.count(1):
+        fields["version"] = f"v{number}"
+        filled = registry.check_name("".join(text + (fields[name] if name else "") for text, name, _, _ in parts))
+        if not os.path.lexists(registry.adapter_folder(filled)) or "version" not in {name for _, name, _, _ in parts}:
+            return filled
+    raise AssertionError
+
+
+def _as_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text.rsplit("/", 1)[-1])

@@ -1,0 +1,65 @@
+"""Adapters for tests: random ones that fit a model, and folders as training leaves them."""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_adapters import files, registry
+from mlx_adapters.adapter import Adapter, AdapterConfig, write_adapter_files
+from mlx_adapters.layers import adaptable_layers, expected_shapes
+from mlx_adapters.model import load_module, resolve_base
+
+LLAMA = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "model.embed_tokens")
+MOE = ("model.layers.0.mlp.switch_mlp.up_proj", "model.layers.1.self_attn.v_proj")
+
+
+def make_adapter(
+    base, keys=LLAMA[:2], *, rank=4, factor=2.0, seed=0, type="lora", dtype=mx.float32, name="a"
+) -> Adapter:
+    """A random adapter that fits the model folder `base`."""
+    found = resolve_base(base)
+    layers = adaptable_layers(load_module(found)[0])
+    config = AdapterConfig(rank, factor, tuple(keys), type)
+    rng = np.random.default_rng([seed, rank])
+    weights = {
+        f"{key}.{leaf}": mx.array(rng.standard_normal(shape, dtype=np.float32) * 0.2).astype(dtype)
+        for key in keys
+        for leaf, shape in expected_shapes(layers[key], config).items()
+    }
+    return Adapter(config, weights, {"name": name, "base": found.record()})
+
+
+def make_run(base, name="sql", losses=((100, 2.0), (200, 1.0), (300, 1.5)), **options) -> Path:
+    """A registered adapter as a finished training run leaves it: checkpoints, their states and losses."""
+    folder = registry.adapter_folder(name)
+    best = min(losses, key=lambda point: point[1])[0]
+    metadata = {"validation_losses": losses, "train_losses": losses, "iteration": best, "status": "finished",
+                "best_validation_loss": min(loss for _, loss in losses), "date": "2026-01-31T12:00:00+00:00",
+                "data": {"name": "sql", "sha256": "ab" * 32, "rows": {"train": 600}}, "seed": 0}  # fmt: skip
+    for iteration, _ in losses:
+        adapter = make_adapter(base, seed=iteration, name=name, **options)
+        target = folder / "checkpoints" / f"{iteration:07d}"
+        files.write_safetensors(target / "adapters.safetensors", adapter.weights)
+        files.write_safetensors(target / "optimizer.safetensors", adapter.weights)
+        files.link_or_copy(target / "adapters.safetensors", folder / f"{iteration:07d}_adapters.safetensors")
+        if iteration == best:
+            chosen = Adapter(adapter.config, adapter.weights, adapter.metadata | metadata)
+    write_adapter_files(chosen, folder)
+    files.link_or_copy(folder / f"{best:07d}_adapters.safetensors", folder / "adapters.safetensors")
+    return folder
+
+
+def make_mlx_lm_folder(base, folder: Path, iterations=(100, 200)) -> Path:
+    """An adapter folder as plain `mlx_lm.lora` leaves it: relative keys, its own settings, no metadata."""
+    folder.mkdir(parents=True)
+    for iteration in iterations:
+        adapter = make_adapter(base, keys=("model.layers.1.self_attn.q_proj",), seed=iteration)
+        mx.save_safetensors(str(folder / f"{iteration:07d}_adapters.safetensors"), adapter.weights)
+    mx.save_safetensors(str(folder / "adapters.safetensors"), adapter.weights)
+    config = {"model": str(base), "fine_tune_type": "lora", "num_layers": 1, "iters": 200, "learning_rate": 1e-5,
+              "data": "data/sql", "lora_parameters": {"rank": 4, "scale": 2.0, "dropout": 0.0,
+                                                      "keys": ["self_attn.q_proj"]}}  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
