@@ -31,7 +31,7 @@ try:
         warnings.simplefilter("ignore")
         import mlx.core as mx
         import mlx.nn as nn
-        from mlx_lm.generate import BatchGenerator, batch_generate, stream_generate
+        from mlx_lm.generate import BatchGenerator, batch_generate, stream_generate, wired_limit
         from mlx_lm.models.cache import make_prompt_cache
         from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
         from mlx_lm.sample_utils import make_logits_processors, make_sampler
@@ -95,4 +95,5 @@ __all__ = [
     "mx",
     "nn",
     "stream_generate",
+    "wired_limit",
 ]

@@ -21,6 +21,7 @@ COMMANDS = {
     "show": ("adapters", "Show one adapter."),
     "generate": ("generate", "Ask a base model, with or without an adapter."),
     "fuse": ("fuse", "Write base and adapter as one model, at any precision."),
+    "benchmark": ("benchmark", "Measure load time, speed and memory of variants side by side."),
     "env": ("env", "Show versions, device, BLAS and the home folder."),
 }
 

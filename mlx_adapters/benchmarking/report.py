@@ -1,0 +1,236 @@
+"""The report of a benchmark: everything measured, and what follows from it.
+
+A report keeps each process's raw result; rows, ratios and sentences are computed from those, so a saved
+report can be read again by a later version and compared with a new one.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mlx_adapters import files
+from mlx_adapters.benchmarking.plan import BenchmarkConfig, Variant
+from mlx_adapters.benchmarking.statistics import Blocks, Ratio, Summary, paired_ratio, summarize
+from mlx_adapters.config import from_mapping, to_mapping
+from mlx_adapters.errors import FormatError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is compared: its name in sentences, whether more is better, whether each shape has its own."""
+
+    title: str
+    unit: str
+    more_is_better: bool
+    per_shape: bool = True
+
+
+METRICS = {
+    "decode_tps": Metric("decode", "tok/s", True),
+    "prefill_tps": Metric("prefill", "tok/s", True),
+    "ttft_seconds": Metric("TTFT", "s", False),
+    "tpot_seconds": Metric("TPOT", "s", False),
+    "load_seconds": Metric("load", "s", False, per_shape=False),
+    "cold_load_seconds": Metric("cold load", "s", False, per_shape=False),
+    "peak_memory_bytes": Metric("peak memory", "B", False),
+}
+COMPARED = ("decode_tps", "prefill_tps", "load_seconds", "peak_memory_bytes")
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The raw result of one process: which variant, in which round."""
+
+    variant: str
+    round: int
+    result: dict[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class ShapeRow:
+    """One variant at one prompt length and batch size.
+
+    `ceiling_share`: bytes that decoding read per second over the device's measured bandwidth.
+    """
+
+    prompt_tokens: int
+    batch: int
+    ttft_seconds: Summary
+    prefill_tps: Summary
+    decode_tps: Summary
+    tpot_seconds: Summary
+    peak_memory_bytes: int
+    kv_cache_bytes: int
+    ceiling_share: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant: its figures, or the error that kept it from having any."""
+
+    label: str
+    error: str | None = None
+    size_bytes: int | None = None
+    load_seconds: Summary | None = None
+    cold_load_seconds: Summary | None = None
+    load_peak_bytes: int | None = None
+    weights_bytes: int | None = None
+    adapter_bytes: int | None = None
+    bytes_per_token: int | None = None
+    bandwidth_bytes_per_second: float | None = None
+    peak_resident_bytes: int | None = None
+    footprint_bytes: int | None = None
+    conditions: dict[str, Any] = field(default_factory=dict)
+    shapes: tuple[ShapeRow, ...] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`variant` held against another in one metric."""
+
+    variant: str
+    against: str
+    metric: str
+    ratio: Ratio
+    prompt_tokens: int | None = None
+    batch: int | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that one benchmark measured, with its conditions."""
+
+    created: str
+    command: str
+    machine: dict[str, Any]
+    state: dict[str, Any]
+    config: BenchmarkConfig
+    variants: tuple[Variant, ...]
+    runs: tuple[Run, ...] = field(repr=False)
+    warnings: tuple[str, ...] = ()
+    seconds: float = 0.0
+    interrupted: bool = False
+    quality: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> list[str]:
+        return [variant.label for variant in self.variants]
+
+    def of(self, label: str) -> list[Run]:
+        """The runs of a variant, in the order of the rounds."""
+        return sorted((run for run in self.runs if run.variant == label), key=lambda run: run.round)
+
+    def blocks(self, label: str, metric: str, shape: Shape | None = None) -> Blocks:
+        """{round: values of the trials} of one metric."""
+        found: dict[int, list[float]] = {}
+        for run in self.of(label):
+            if not METRICS[metric].per_shape:
+                found[run.round] = [run.result[metric]] if run.result.get(metric) else []
+            for measured in run.result.get("shapes", ()) if METRICS[metric].per_shape else ():
+                if shape in (None, (measured["prompt_tokens"], measured["batch"])):
+                    own = [measured[metric]] if metric in measured else [t[metric] for t in measured["trials"]]
+                    found.setdefault(run.round, []).extend(own)
+        return found
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """One row for each variant, in the order they were named."""
+        return [self._row(label) for label in self.labels]
+
+    def _row(self, label: str) -> Row:
+        runs = self.of(label)
+        error = next((run.result["error"] for run in runs if "error" in run.result), None)
+        if error or not runs:
+            return Row(label, error or "not run")
+        results = [run.result for run in runs]
+        return Row(
+            label, None, results[0]["size_bytes"],
+            load_seconds=self.summary(label, "load_seconds"),
+            cold_load_seconds=self.summary(label, "cold_load_seconds"),
+            load_peak_bytes=max(r["load_peak_bytes"] for r in results), weights_bytes=results[0]["weights_bytes"],
+            adapter_bytes=results[0]["adapter_bytes"], bytes_per_token=results[0]["bytes_per_token"],
+            bandwidth_bytes_per_second=_median(r["bandwidth_bytes_per_second"] for r in results),
+            peak_resident_bytes=max(r["process"]["peak_resident_bytes"] for r in results),
+            footprint_bytes=max((r["process"]["footprint_bytes"] or 0 for r in results), default=0) or None,
+            conditions=results[0]["conditions"], shapes=tuple(self._shape(label, s) for s in self.config.shapes),
+        )  # fmt: skip
+
+    def _shape(self, label: str, shape: Shape) -> ShapeRow:
+        results = [run.result for run in self.of(label)]
+        kv = max(t["kv_cache_bytes"] for r in results for m in r["shapes"]
+                 if (m["prompt_tokens"], m["batch"]) == shape for t in m["trials"])  # fmt: skip
+        speeds = {name: self.summary(label, name, shape) for name in ("ttft_seconds", "prefill_tps", "decode_tps",
+                                                                      "tpot_seconds")}  # fmt: skip
+        ceiling = _median(r["bandwidth_bytes_per_second"] for r in results)
+        steps = speeds["decode_tps"].median / shape[1]
+        return ShapeRow(
+            *shape, **speeds, kv_cache_bytes=kv,
+            peak_memory_bytes=int(max(v for b in self.blocks(label, "peak_memory_bytes", shape).values() for v in b)),
+            ceiling_share=steps * (results[0]["bytes_per_token"] + kv) / ceiling,
+        )  # fmt: skip
+
+    def summary(self, label: str, metric: str, shape: Shape | None = None) -> Any:
+        """The summary of all trials of one metric, None if it was not measured."""
+        return summarize([value for values in self.blocks(label, metric, shape).values() for value in values])
+
+    @cached_property
+    def comparisons(self) -> list[Comparison]:
+        """Each variant against each one named before it, in every compared metric."""
+        fine = [row.label for row in self.rows if row.error is None]
+        pairs = [(label, other) for i, label in enumerate(fine) for other in fine[:i]]
+        return [found for label, other in pairs for metric in COMPARED for found in self.compare(label, other, metric)]
+
+    def compare(self, label: str, other: str, metric: str) -> list[Comparison]:
+        """One variant against another in one metric, for each shape that the metric has."""
+        shapes: list[Shape | None] = [*self.config.shapes] if METRICS[metric].per_shape else [None]
+        found = []
+        for shape in shapes:
+            ratio = paired_ratio(self.blocks(label, metric, shape), self.blocks(other, metric, shape))
+            if ratio is not None:
+                found.append(Comparison(label, other, metric, ratio, *(shape or (None, None))))
+        return found
+
+    @property
+    def measured_seconds(self) -> float:
+        """Seconds that went into loads and trials; the rest is starting, warming up and bookkeeping."""
+        total = 0.0
+        for run in self.runs:
+            total += run.result.get("load_seconds", 0) + run.result.get("cold_load_seconds", 0)
+            for measured in run.result.get("shapes", ()):
+                for t in measured["trials"]:
+                    decoded = measured["batch"] * (self.config.decode_tokens - 1)
+                    total += t["ttft_seconds"] + decoded / t["decode_tps"]
+        return total
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON values: conditions, rows, comparisons, and every trial."""
+        raw = {"format": FORMAT} | to_mapping(self)
+        return raw | {"rows": [to_mapping(r) for r in self.rows],
+                      "comparisons": [to_mapping(c) for c in self.comparisons]}  # fmt: skip
+
+
+def read_report(path: Path) -> Report:
+    """Read a saved report. Raises NotFoundError or FormatError."""
+    raw = files.read_json(path)
+    try:
+        if raw["format"] != FORMAT:
+            raise FormatError(f"'{path}' is a report of another version (format {raw['format']}).")
+        known = {name: raw[name] for name in Report.__dataclass_fields__ if name in raw}
+        return Report(**known | {
+            "config": from_mapping(BenchmarkConfig, raw["config"]), "warnings": tuple(raw["warnings"]),
+            "variants": tuple(from_mapping(Variant, variant) for variant in raw["variants"]),
+            "runs": tuple(Run(run["variant"], run["round"], run["result"]) for run in raw["runs"]),
+        })  # fmt: skip
+    except (KeyError, TypeError) as error:
+        raise FormatError(f"'{path}' is no benchmark report: {error}.", "save one with --output.") from None
+
+
+def _median(values: Iterable[float]) -> float:
+    summary = summarize(list(values))
+    assert summary is not None
+    return summary.median

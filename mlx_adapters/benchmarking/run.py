@@ -1,0 +1,150 @@
+"""Run the plan: one process after the other, in shuffled rounds, and gather what they measured."""
+
+import contextlib
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import mlx_adapters
+from mlx_adapters import files
+from mlx_adapters.adapter import Adapter, write_adapter
+from mlx_adapters.benchmarking.plan import BenchmarkConfig, Variant, parse_variants, schedule
+from mlx_adapters.benchmarking.report import Report, Run
+from mlx_adapters.benchmarking.system import system_state, warnings
+from mlx_adapters.config import Quantization, to_mapping
+from mlx_adapters.errors import AdapterError
+from mlx_adapters.events import Note, OnEvent, Progress, ignore
+from mlx_adapters.machine import environment
+
+WORKER = ("-m", "mlx_adapters.benchmarking.worker")
+
+
+def benchmark(
+    variants: Sequence[str | Path | Adapter], base: str | None = None, *,
+    prompt_tokens: int | Sequence[int] = 128, decode_tokens: int = 64, batch: int | Sequence[int] = 1,
+    rounds: int = 5, trials: int = 2, data: str | Path | None = None, dtype: str = "auto", cold_load: bool = True,
+    any_base: bool = False, seed: int = 0, on_event: OnEvent = ignore,
+) -> Report:  # fmt: skip
+    """Measure load time, TTFT, prefill and decode speed, memory and size of each variant.
+
+    variants: "base", adapter references, model folders or ids, "fuse:REF:BITS" (see `plan`). base: what "base"
+    means; by default the first adapter's own. data: where prompts come from, else random tokens.
+    A variant that fails is a row with its error; Ctrl-C ends the run and keeps what is finished.
+    Raises ConfigError or NotFoundError when the plan itself is wrong.
+    """
+    config = BenchmarkConfig(
+        prompt_tokens=_tuple(prompt_tokens), decode_tokens=decode_tokens, batch=_tuple(batch), rounds=rounds,
+        trials=trials, data=None if data is None else str(data), dtype=dtype, cold_load=cold_load,
+        any_base=any_base, seed=seed,
+    )  # fmt: skip
+    with workspace() as folder:
+        texts = [_reference(variant, folder) for variant in variants]
+        return run(parse_variants(texts, base), config, on_event, folder)
+
+
+def run(
+    variants: Sequence[Variant], config: BenchmarkConfig, on_event: OnEvent, folder: Path,
+    worker: Sequence[str] = WORKER,
+) -> Report:  # fmt: skip
+    """Run all processes; `worker` holds the arguments after the Python interpreter, for experiments."""
+    start, before = time.perf_counter(), system_state()
+    runs: list[Run] = []
+    interrupted = False
+    try:
+        ready = [_prepare(variant, number, folder, config, runs, on_event) for number, variant in enumerate(variants)]
+        plan = schedule(len(variants), config.rounds, config.seed)
+        for done, (number, index) in enumerate(plan):
+            on_event(Progress("benchmark", done, len(plan), "runs"))
+            if not any(r.variant == variants[index].label and "error" in r.result for r in runs):
+                runs.append(Run(variants[index].label, number, run_worker(ready[index], config, folder, worker)))
+        on_event(Progress("benchmark", len(plan), len(plan), "runs"))
+    except KeyboardInterrupt:
+        interrupted = True
+        on_event(Note("Interrupted: the finished runs are kept.", "warning"))
+    machine = environment()
+    return Report(
+        created=datetime.now(UTC).isoformat(timespec="seconds"), command=shlex.join(["mlx-adapters", *sys.argv[1:]]),
+        machine=machine.to_json(), state=before, config=config, variants=tuple(variants), runs=tuple(runs),
+        warnings=tuple(warnings(before, system_state(), machine.cores)), seconds=time.perf_counter() - start,
+        interrupted=interrupted,
+    )  # fmt: skip
+
+
+def run_worker(variant: Variant, config: BenchmarkConfig, folder: Path, worker: Sequence[str]) -> dict[str, Any]:
+    """One process: its result, or {"error": ...} if it failed or died."""
+    job, result = folder / "job.json", folder / "result.json"
+    result.unlink(missing_ok=True)
+    files.write_json(job, {"variant": to_mapping(variant), "config": to_mapping(config)})
+    root = str(Path(mlx_adapters.__file__).parent.parent)
+    paths = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *worker, str(job), str(result)], env={**os.environ, "PYTHONPATH": paths},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+    )  # fmt: skip
+    if result.is_file():
+        return files.read_json(result) | {"process_seconds": time.perf_counter() - start}
+    if done.returncode in (-2, 130):
+        raise KeyboardInterrupt
+    last = next((line.strip() for line in reversed(done.stdout.splitlines()) if line.strip()), "no message")
+    if done.returncode < 0:
+        last = f"killed by signal {-done.returncode}" + (", probably out of memory" if done.returncode == -9 else "")
+    return {"error": f"The process failed: {last}.", "output": done.stdout[-4000:]}
+
+
+def _prepare(
+    variant: Variant, number: int, folder: Path, config: BenchmarkConfig, runs: list[Run], on_event: OnEvent
+) -> Variant:
+    """The variant ready to load: fused if it asks for that; a failure is recorded as its run."""
+    if variant.problem:
+        on_event(Note(f"'{variant.label}' is left out: {variant.problem}", "warning"))
+        runs.append(Run(variant.label, 0, {"error": variant.problem}))
+    if variant.problem or variant.fuse_bits is None:
+        return variant
+    from mlx_adapters.fusion.fuse import fuse
+
+    bits = variant.fuse_bits
+    on_event(Note(f"Fusing {variant.adapter} for '{variant.label}' ..."))
+    out = folder / f"fused-{number}"
+    try:
+        fuse(
+            variant.base, str(variant.adapter), out, any_base=config.any_base,
+            quantization=Quantization(int(bits)) if bits.isdecimal() else bits,
+        )  # fmt: skip
+    except AdapterError as error:
+        runs.append(Run(variant.label, 0, {"error": error.message, "hint": error.hint}))
+    return replace(variant, base=str(out), adapter=None)
+
+
+@contextlib.contextmanager
+def workspace() -> Iterator[Path]:
+    """A folder for jobs and fused models, gone afterward; in the home folder, where large models have room."""
+    home = files.home()
+    with files.storage_errors(home):
+        home.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=files.TEMPORARY_PREFIX, dir=home))
+        try:
+            with files.lock_file(folder):
+                yield folder
+        finally:
+            files.remove(folder)
+
+
+def _reference(variant: str | Path | Adapter, folder: Path) -> str:
+    """A variant as text; an adapter that only lives in memory is written into `folder`."""
+    if isinstance(variant, Adapter):
+        iteration = "" if variant.iteration is None else f"@{variant.iteration}"
+        return f"{variant.folder or write_adapter(variant, folder / variant.name)}{iteration}"
+    return str(variant.expanduser().absolute()) if isinstance(variant, Path) else variant
+
+
+def _tuple(value: int | Sequence[int]) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)

@@ -1,0 +1,133 @@
+"""A report in words: the head with the conditions, the table, and a sentence for each difference."""
+
+from collections.abc import Sequence
+
+from mlx_adapters.benchmarking.report import METRICS, Comparison, Report, Row, ShapeRow
+from mlx_adapters.benchmarking.statistics import Ratio, Summary
+from mlx_adapters.units import number, size
+
+HEADERS = ("VARIANT", "LOAD s", "TTFT ms", "PREFILL tok/s", "DECODE tok/s", "PEAK", "DISK")
+WORDS = {"tok/s": ("faster", "slower"), "s": ("longer", "shorter"), "B": ("more", "less")}
+
+
+def head(report: Report) -> list[str]:
+    """The conditions: machine and versions, arithmetic, and how it was measured."""
+    m, c = report.machine, report.config
+    versions = ", ".join(f"{name} {m['versions'][name]}" for name in ("mlx", "mlx-lm", "mlx_adapters")
+                         if name in m["versions"])  # fmt: skip
+    name = report.state.get("gpu") or m["device_name"]
+    prompts = "real prompts of" if c.data else "random prompts of"
+    lengths = ", ".join(map(str, c.prompt_tokens))
+    return [
+        f"{name}, {m['cores']} cores, {size(m['memory_bytes'])} memory, {m['system']}; {versions}",
+        f"{prompts} {lengths} tokens, {c.decode_tokens} decoded, batch {', '.join(map(str, c.batch))}; "
+        f"{c.rounds} rounds of fresh processes, {c.trials} trials each: median (smallest-largest)",
+        *arithmetic(report.rows),
+    ]
+
+
+def arithmetic(rows: Sequence[Row]) -> list[str]:
+    """Which number types were computed with; said once if all variants agree."""
+    lines: dict[str, list[str]] = {}
+    for row in rows:
+        if row.error is None:
+            lines.setdefault(_arithmetic(row.conditions), []).append(row.label)
+    return [f"{', '.join(labels)}: {line}" if len(lines) > 1 else line for line, labels in lines.items()]
+
+
+def _arithmetic(conditions: dict) -> str:
+    stored = conditions["stored_quantization"]
+    kept = f"stored in {stored['bits']} bits" if stored else "stored unquantized"
+    text = f"computed in {conditions['dtype']} on the {conditions['device'].upper()}, {kept}"
+    dense = ", made dense on loading: speed and memory are those of the dense copy, not of the packed weights"
+    return text + (dense if conditions["dense"] else "")
+
+
+def notes(report: Report) -> list[str]:
+    """What a reader must know before comparing the rows."""
+    found = [*report.warnings, *(f"'{row.label}' failed: {row.error}" for row in report.rows if row.error)]
+    fine = [row for row in report.rows if row.error is None]
+    if len({row.conditions["vocabulary"] for row in fine}) > 1:
+        found.append("The variants have different vocabularies: a token is not the same amount of text.")
+    shapes = {(row.conditions["model_type"], row.weights_bytes) for row in fine if not row.adapter_bytes}
+    kinds = {kind for kind, _ in shapes}
+    if len(kinds) > 1:
+        found.append(f"The variants are of different kinds: {', '.join(sorted(map(str, kinds)))}.")
+    if report.config.cold_load:
+        found += _cold_notes(report)
+    if report.interrupted:
+        found.append("The run was interrupted; these are the finished processes.")
+    return found
+
+
+def _cold_notes(report: Report) -> list[str]:
+    results = [run.result for run in report.runs if "error" not in run.result]
+    if not results:
+        return []
+    if not any("cold_load_seconds" in result for result in results):
+        return ["No cold load: only root can drop this system's file cache."]
+    share = min(r["cold_disk_bytes"] / r["size_bytes"] for r in results if "cold_disk_bytes" in r)
+    if share >= 0.9:
+        return []
+    return [f"Cold load: the file cache could not be dropped wholly ({share:.0%} of the bytes came from the disk)."]
+
+
+def cells(row: Row, shape: ShapeRow | None, many: bool) -> tuple[str, ...]:
+    """One line of the table."""
+    if shape is None or row.load_seconds is None:
+        return (row.label, *[""] * many, "failed", *[""] * (len(HEADERS) - 2))
+    return (
+        row.label, *([f"{shape.prompt_tokens} x {shape.batch}"] if many else []), spread(row.load_seconds, 3),
+        spread(shape.ttft_seconds, 3, 1000), spread(shape.prefill_tps), spread(shape.decode_tps),
+        size(shape.peak_memory_bytes), size(row.size_bytes),
+    )  # fmt: skip
+
+
+def spread(summary: Summary, digits: int = 3, factor: float = 1.0) -> str:
+    """ "median (smallest-largest)"."""
+    low, middle, high = (number(v * factor, digits) for v in (summary.minimum, summary.median, summary.maximum))
+    return f"{middle} ({low}-{high})" if summary.count > 1 else middle
+
+
+def table(report: Report) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headers and lines; with several shapes there is one line for each."""
+    many = len(report.config.shapes) > 1
+    headers = (HEADERS[0], "PROMPT x BATCH", *HEADERS[1:]) if many else HEADERS
+    return headers, [cells(row, shape, many) for row in report.rows for shape in row.shapes or (None,)]
+
+
+def phrase(metric: str, ratio: Ratio) -> str:
+    """A ratio in words: "8.0 % slower [6.1, 9.8]" or "no difference seen [-1.2, 2.0] %"."""
+    up, down = WORDS[METRICS[metric].unit]
+    percent = [None if v is None else 100 * (v - 1) for v in (ratio.value, ratio.low, ratio.high)]
+    value, low, high = percent
+    if low is None or high is None or value is None:
+        return f"{value:+.1f} % (one round: no interval)"
+    if not ratio.differs:
+        return f"no difference seen [{low:+.1f}, {high:+.1f}] %"
+    bounds = sorted((abs(low), abs(high)))
+    return f"{abs(value):.1f} % {up if value > 0 else down} [{bounds[0]:.1f}, {bounds[1]:.1f}]"
+
+
+def sentence(found: Comparison, many: bool = False) -> str:
+    """ "sql against base, decode: 8.0 % slower [6.1, 9.8]"."""
+    where = f" at {found.prompt_tokens} x {found.batch}" if many and found.prompt_tokens else ""
+    return f"{found.variant} against {found.against}, {METRICS[found.metric].title}{where}: " + phrase(
+        found.metric, found.ratio
+    )
+
+
+def sentences(report: Report) -> list[str]:
+    """Every variant against the first one that ran."""
+    first = next((row.label for row in report.rows if row.error is None), None)
+    many = len(report.config.shapes) > 1
+    return [sentence(found, many) for found in report.comparisons if found.against == first]
+
+
+def markdown(report: Report) -> str:
+    """The report for a README or a model card."""
+    headers, lines = table(report)
+    right = ["---"] + ["---:"] * (len(headers) - 1)
+    rows = ["| " + " | ".join(line) + " |" for line in (headers, right, *lines)]
+    remarks = [f"- {text}" for text in (*head(report), *sentences(report), *notes(report))]
+    return "\n".join([*rows, "", *remarks, "", f"`{report.command}`, {report.created}", ""])

@@ -1,0 +1,161 @@
+"""One fresh process: load one variant, warm up, measure, write the result. Run by `run.py`.
+
+    python -m mlx_adapters.benchmarking.worker job.json result.json
+
+Load time reaches from the call to evaluated weights, tokenizer and adapter included, imports not. Before the
+warm load the model's files have been read once; before the cold load Linux is told to drop them from its file
+cache, and `cold_disk_bytes` says how much then really came from the disk. macOS lets only root do that, so
+there is no cold load there. Peak memory is MLX's own, reset before the load and before each shape.
+"""
+
+import gc
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from mlx.utils import tree_flatten
+
+from mlx_adapters import files
+from mlx_adapters.adapter import weights_file
+from mlx_adapters.benchmarking import measure
+from mlx_adapters.benchmarking.plan import BenchmarkConfig, Variant
+from mlx_adapters.benchmarking.system import bytes_read_from_disk, drop_from_file_cache, process_memory
+from mlx_adapters.config import from_mapping, require
+from mlx_adapters.door import mx, wired_limit
+from mlx_adapters.errors import AdapterError
+from mlx_adapters.layers import QUANTIZED, adaptable_layers
+from mlx_adapters.machine import on_gpu
+from mlx_adapters.model import Model, load_model, load_tokenizer_of, resolve_base
+from mlx_adapters.registry import load_adapter, locate
+
+
+def main(job_file: str, result_file: str) -> None:
+    """Do the job and write what was measured, or the error."""
+    job = files.read_json(Path(job_file))
+    try:
+        result = run_job(from_mapping(Variant, job["variant"]), from_mapping(BenchmarkConfig, job["config"]))
+    except AdapterError as error:
+        result = {"error": error.message, "hint": error.hint}
+    files.write_json(Path(result_file), result)
+
+
+def run_job(variant: Variant, config: BenchmarkConfig) -> dict[str, Any]:
+    """Everything one process measures for one variant."""
+    load_tokenizer_of(resolve_base(variant.base))  # imports what transformers puts off, which is no load time
+    model, result = measure_loads(variant, config)
+    check_lengths(model, config)
+    with wired_limit(model.module):
+        prompts = {shape: prompts_for(model, config, *shape) for shape in config.shapes}
+        warm_up(model, config, prompts)
+        result["shapes"] = [measure_shape(model, config, shape, prompts[shape]) for shape in config.shapes]
+    read = measure.bytes_per_token(model.module, model.config)
+    result |= {"bytes_per_token": read, "process": process_memory()}
+    adapter_bytes = sum(w.nbytes for w in model.adapter.weights.values()) if model.adapter else 0
+    result["weights_bytes"], result["adapter_bytes"] = measure.bytes_of(model.module) - adapter_bytes, adapter_bytes
+    result["conditions"] = conditions(model)
+    del model
+    gc.collect()
+    mx.clear_cache()
+    result["bandwidth_bytes_per_second"] = measure.bandwidth(read)
+    return result
+
+
+def measure_loads(variant: Variant, config: BenchmarkConfig) -> tuple[Model, dict[str, Any]]:
+    """Load cold (if asked for and possible) and warm; the model and the load's figures."""
+    paths = files_of(variant)
+    result: dict[str, Any] = {"size_bytes": sum(path.stat().st_size for path in paths)}
+    if config.cold_load and drop_from_file_cache(paths):
+        before = bytes_read_from_disk()
+        model, result["cold_load_seconds"] = timed_load(variant, config)
+        result["cold_disk_bytes"] = bytes_read_from_disk() - before
+        del model
+        gc.collect()
+        mx.clear_cache()
+    for path in paths:
+        with open(path, "rb") as stream:
+            while stream.read(1 << 24):
+                pass
+    mx.reset_peak_memory()
+    model, result["load_seconds"] = timed_load(variant, config)
+    result["load_peak_bytes"] = mx.get_peak_memory()
+    return model, result
+
+
+def timed_load(variant: Variant, config: BenchmarkConfig) -> tuple[Model, float]:
+    """The loaded variant, and the seconds until all weights are evaluated."""
+    start = time.perf_counter()
+    adapter = load_adapter(variant.adapter) if variant.adapter else None
+    model = load_model(variant.base, adapter, dtype=config.dtype, any_base=config.any_base)
+    mx.eval(model.module.parameters())
+    mx.synchronize()
+    return model, time.perf_counter() - start
+
+
+def files_of(variant: Variant) -> list[Path]:
+    """The files that loading reads: the model's folder and the adapter's weights and config."""
+    folder = resolve_base(variant.base).folder
+    found = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    if variant.adapter:
+        found.append(weights_file(*locate(variant.adapter)))
+    return found
+
+
+def check_lengths(model: Model, config: BenchmarkConfig) -> None:
+    """Refuse prompts that do not fit into the model's context."""
+    context = model.config.get("max_position_embeddings") or model.config.get("n_positions")
+    longest = max(config.prompt_tokens) + config.decode_tokens
+    require(
+        not context or longest <= context,
+        f"{longest} tokens of prompt and answer are longer than the model's context of {context}.",
+        "choose fewer --prompt-tokens.",
+    )
+
+
+def prompts_for(model: Model, config: BenchmarkConfig, length: int, batch: int) -> mx.array:
+    """(batch, length) token ids: from the data's rows, or random ones with a fixed seed."""
+    if config.data is None:
+        return measure.random_prompts(measure.vocabulary_size(model.module), batch, length, config.seed)
+    from mlx_adapters.benchmarking.prompts import real_prompts
+
+    return real_prompts(config.data, model.tokenizer, batch, length)
+
+
+def warm_up(model: Model, config: BenchmarkConfig, prompts: dict[tuple[int, int], mx.array]) -> None:
+    """Run each shape once for a few tokens, so that kernels are compiled and memory is in place."""
+    for tokens in prompts.values():
+        measure.run_trial(model.module, tokens, 1 + config.warmup_tokens)
+
+
+def measure_shape(model: Model, config: BenchmarkConfig, shape: tuple[int, int], tokens: mx.array) -> dict[str, Any]:
+    """All trials of one prompt length and batch size, with the peak memory while they ran."""
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    trials = [measure.run_trial(model.module, tokens, config.decode_tokens) for _ in range(config.trials)]
+    peak, first = mx.get_peak_memory(), trials[0]["token_ids"]
+    for trial in trials:
+        del trial["token_ids"]
+    return {
+        "prompt_tokens": shape[0], "batch": shape[1], "trials": trials, "peak_memory_bytes": peak, "token_ids": first,
+    }  # fmt: skip
+
+
+def conditions(model: Model) -> dict[str, Any]:
+    """What the figures depend on: the arithmetic, and which weights and vocabulary these are."""
+    stored = model.config.get("quantization")
+    packed = any(isinstance(layer, QUANTIZED) for layer in adaptable_layers(model.module).values())
+    # Norms keep the type that activations have, whatever is packed.
+    types = Counter(str(a.dtype) for _, a in tree_flatten(model.module.parameters()) if a.ndim == 1)
+    adapter_base = model.adapter.base_name if model.adapter else None
+    return {
+        "device": "gpu" if on_gpu() else "cpu", "base": adapter_base or model.base.name,
+        "fingerprint": model.base.fingerprint, "model_type": model.config.get("model_type"),
+        "stored_quantization": stored, "dense": bool(stored) and not packed,
+        "dtype": types.most_common(1)[0][0].removeprefix("mlx.core."),
+        "vocabulary": measure.vocabulary_size(model.module),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

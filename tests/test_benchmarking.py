@@ -1,0 +1,388 @@
+"""Benchmarks: statistics on synthetic samples, the plan, real processes on tiny models; no test asserts a time."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from mlx_adapters.adapter import Adapter, AdapterConfig
+from mlx_adapters.benchmarking import measure, system, text
+from mlx_adapters.benchmarking.plan import BenchmarkConfig, Variant, parse_variant, parse_variants, schedule
+from mlx_adapters.benchmarking.report import Report, Run, read_report
+from mlx_adapters.benchmarking.run import benchmark, run
+from mlx_adapters.benchmarking.statistics import (
+    bootstrap_error,
+    mean,
+    paired_ratio,
+    student,
+    summarize,
+    unpaired_ratio,
+    weighted_mean,
+)
+from mlx_adapters.cli import cli
+from mlx_adapters.errors import ConfigError, NotFoundError
+from mlx_adapters.files import write_json
+from mlx_adapters.model import load_model, resolve_base
+from mlx_adapters.registry import register
+
+# -- statistics ---------------------------------------------------------------------------------------
+
+
+def rounds(random, speed, count=6, trials=3, drift=0.1, process=0.01, trial=0.01, drifts=None):
+    """Blocks as a machine would give them: slow drift shared by all, noise per process and per trial."""
+    drifts = random.normal(0, drift, count) if drifts is None else drifts
+    return {
+        r: list(speed * np.exp(drifts[r] + random.normal(0, process) + random.normal(0, trial, trials)))
+        for r in range(count)
+    }
+
+
+def test_summary_of_a_known_sample():
+    found = summarize([5.0, 1.0, 2.0, 3.0, 4.0])
+    assert (found.median, found.minimum, found.maximum, found.count) == (3, 1, 5, 5)
+    assert found.p5 == pytest.approx(1.2) and found.p95 == pytest.approx(4.8)
+    assert summarize([]) is None
+
+
+def test_two_equal_variants_seldom_differ():
+    """The interval holds the truth in about 19 of 20 samples, even with few rounds."""
+    random = np.random.default_rng(0)
+    for count in (3, 5, 10):
+        false = 0
+        for _ in range(300):
+            drifts = random.normal(0, 0.1, count)
+            a, b = (rounds(random, 100, count, drifts=drifts) for _ in range(2))
+            false += paired_ratio(a, b).differs
+        assert 3 <= false <= 30, (count, false)
+
+
+def test_five_percent_slower_is_found_through_ten_percent_drift():
+    random = np.random.default_rng(1)
+    found = 0
+    for _ in range(100):
+        drifts = random.normal(0, 0.1, 6)
+        base, slow = rounds(random, 100, drifts=drifts), rounds(random, 95, drifts=drifts)
+        ratio = paired_ratio(slow, base)
+        found += ratio.differs and ratio.high < 1
+    assert found >= 95
+
+
+def test_blocks_count_not_trials():
+    """Many trials in few processes make no narrow interval: what a process shares does not average out."""
+    random = np.random.default_rng(2)
+    wide = paired_ratio(*(rounds(random, 100, 4, trials=200, process=0.05, trial=0.001) for _ in range(2)))
+    assert math.log(wide.high / wide.low) > 0.05
+
+
+def test_repeated_reports_agree_within_their_interval():
+    random = np.random.default_rng(3)
+    false = sum(unpaired_ratio(*(rounds(random, 50, 6) for _ in range(2))).differs for _ in range(300))
+    assert 3 <= false <= 30
+
+
+def test_one_round_gives_no_interval_and_no_claim():
+    ratio = paired_ratio({0: [2.0, 4.0]}, {0: [1.0]})
+    assert ratio.value == pytest.approx(3) and ratio.low is None and not ratio.differs
+    assert paired_ratio({0: [1.0]}, {1: [1.0]}) is None
+
+
+def test_bootstrap_error_is_that_of_the_mean():
+    sample = np.random.default_rng(4).normal(0, 1, 40)
+    assert bootstrap_error(sample) == pytest.approx(sample.std(ddof=1) / math.sqrt(40), rel=0.1)
+    assert student(1) == 12.706 and student(10_000) == pytest.approx(1.96, abs=0.001)
+
+
+def test_means_and_their_errors():
+    assert mean([1.0, 1.0, 0.0, 0.0]).value == 0.5
+    assert mean([1.0, 1.0, 0.0, 0.0]).error == pytest.approx(math.sqrt(1 / 3) / 2)
+    assert mean([0.4, 0.5, 0.6, 0.5]).differs and not mean([-1.0, 1.0, 0.5]).differs
+    tokens = weighted_mean([2.0, 12.0], [1.0, 3.0])  # 2.0 a token in the first row, 4.0 in the second
+    assert tokens.value == pytest.approx(3.5)
+
+
+# -- the plan -----------------------------------------------------------------------------------------
+
+
+def make_adapter(folder: Path, name: str = "sql") -> Adapter:
+    """A random rank-2 adapter on two layers of a tiny llama, registered."""
+    keys = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj")
+    shapes = {keys[0]: (64, 64), keys[1]: (64, 128)}
+    random = np.random.default_rng(0)
+    weights = {}
+    for key, (inputs, out) in shapes.items():
+        weights[key + ".lora_a"] = mx.array(random.normal(0, 0.1, (inputs, 2)).astype(np.float32))
+        weights[key + ".lora_b"] = mx.array(random.normal(0, 0.1, (2, out)).astype(np.float32))
+    base = {"name": str(folder), "fingerprint": resolve_base(folder).fingerprint}
+    return register(Adapter(AdapterConfig(2, 2.0, keys), weights, {"base": base}), name)
+
+
+def test_variants_by_their_spelling(tiny_model, tmp_path):
+    folder = tiny_model("llama")
+    make_adapter(folder)
+    found = parse_variants(["base", "sql", "fuse:sql:4", str(folder), "sql"])
+    assert [v.label for v in found] == ["base", "sql", "fuse:sql:4", str(folder), "sql (2)"]
+    assert {v.base for v in found} == {str(folder)}
+    assert [v.adapter for v in found] == [None, "sql", "sql", None, "sql"] and found[2].fuse_bits == "4"
+    assert parse_variant(str(tmp_path / "home" / "adapters" / "sql")).adapter
+    assert parse_variants(["base"], base="demo")[0].base == "demo"
+
+
+@pytest.mark.parametrize("wrong", ["fuse:sql", "fuse:sql:7", "fuse::4", "sql@x", "a b"])
+def test_misspelled_variants_are_refused(wrong):
+    with pytest.raises(ConfigError):
+        parse_variant(wrong)
+
+
+def test_what_is_missing_becomes_a_problem_of_its_row(tiny_model):
+    make_adapter(tiny_model("llama"))
+    found = parse_variants(["base", "sq", "sql"])
+    assert [bool(v.problem) for v in found] == [False, True, False]
+    with pytest.raises(NotFoundError) as caught:
+        parse_variants(["sq"])
+    assert "sql" in caught.value.hint
+    with pytest.raises(ConfigError, match="not known which model"):
+        parse_variants(["base"])
+
+
+def test_settings_check_themselves():
+    for wrong in ({"rounds": 0}, {"prompt_tokens": ()}, {"batch": (0,)}, {"decode_tokens": 1}, {"dtype": "int4"}):
+        with pytest.raises(ConfigError):
+            BenchmarkConfig(**wrong)
+
+
+def test_schedule_runs_all_in_each_round_in_shuffled_order():
+    plan = schedule(4, 6, seed=1)
+    orders = [[v for r, v in plan if r == number] for number in range(6)]
+    assert all(sorted(order) == [0, 1, 2, 3] for order in orders) and len({tuple(o) for o in orders}) > 2
+    assert plan == schedule(4, 6, seed=1) != schedule(4, 6, seed=2)
+
+
+# -- what is measured ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_trial_writes_what_the_model_would_write(tiny_model, architecture):
+    model = load_model(tiny_model(architecture))
+    prompt = measure.random_prompts(512, 2, 9, seed=0)
+    trial = measure.run_trial(model.module, prompt, 6)
+    ids = prompt[0].tolist()
+    for token in trial["token_ids"]:
+        assert token == int(mx.argmax(model.logits(ids)[-1]).item())
+        ids.append(token)
+    assert len(trial["token_ids"]) == 6 and trial["kv_cache_bytes"] > 0
+
+
+def test_prefill_in_chunks_changes_nothing(tiny_model, monkeypatch):
+    model = load_model(tiny_model("llama"))
+    prompt = measure.random_prompts(512, 1, 20, seed=0)
+    whole = measure.run_trial(model.module, prompt, 4)["token_ids"]
+    monkeypatch.setattr(measure, "PREFILL_CHUNK", 7)
+    assert measure.run_trial(model.module, prompt, 4)["token_ids"] == whole
+
+
+def test_bytes_read_per_token(tiny_model):
+    tied, untied, experts = (load_model(tiny_model(name)) for name in ("llama", "phi3", "mixtral"))
+    assert measure.bytes_per_token(tied.module, tied.config) == measure.bytes_of(tied.module)
+    embedding = 512 * 64 * 4
+    assert measure.bytes_per_token(untied.module, untied.config) == measure.bytes_of(untied.module) - embedding + 64 * 4
+    per_block = 3 * 4 * 128 * 64 * 4  # three matrices of four experts, of which two are chosen
+    assert (
+        measure.bytes_per_token(experts.module, experts.config)
+        == measure.bytes_of(experts.module) - embedding + 64 * 4 - 2 * per_block // 2
+    )
+
+
+QUICK = {"rounds": 2, "trials": 2, "decode_tokens": 4, "prompt_tokens": (8, 16)}
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_model, tmp_path_factory):
+    """One real benchmark: base, adapter, a missing folder."""
+    home = tmp_path_factory.mktemp("benchmark")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_ADAPTERS_HOME", str(home))
+        make_adapter(tiny_model("llama"))
+        report = benchmark(["base", "sql", str(home / "nothing")], **QUICK)
+        assert not list(home.glob(".tmp-*"))
+    return report
+
+
+def test_report_has_every_figure(measured):
+    base, adapter, missing = measured.rows
+    assert missing.error and "nothing" in missing.error
+    assert base.size_bytes and adapter.size_bytes > base.size_bytes and adapter.adapter_bytes and not base.adapter_bytes
+    assert [(s.prompt_tokens, s.batch) for s in base.shapes] == [(8, 1), (16, 1)]
+    for row in (base, adapter):
+        assert row.load_seconds.count == 2 and row.peak_resident_bytes and row.bandwidth_bytes_per_second
+        for shape in row.shapes:
+            assert shape.decode_tps.count == 4 and shape.peak_memory_bytes >= row.weights_bytes
+            assert shape.ttft_seconds.minimum > 0 and shape.ceiling_share > 0
+    assert {(c.variant, c.against) for c in measured.comparisons} == {("sql", "base")}
+    assert measured.measured_seconds < measured.seconds
+
+
+def test_report_states_its_conditions(measured):
+    words = "\n".join([*text.head(measured), *text.notes(measured)])
+    for part in ("mlx 0.32", "random prompts of 8, 16 tokens", "computed in float32", "2 rounds", "'nothing' failed"):
+        assert part in words.replace(str(measured.rows[2].label), "nothing"), part
+
+
+def test_report_survives_the_disk(measured, tmp_path):
+    write_json(tmp_path / "report.json", measured.to_json())
+    again = read_report(tmp_path / "report.json")
+    assert again.rows == measured.rows and again.comparisons == measured.comparisons
+    assert json.loads((tmp_path / "report.json").read_text())["rows"][0]["shapes"][0]["decode_tps"]["count"] == 4
+
+
+def test_markdown_is_a_table(measured):
+    lines = text.markdown(measured).splitlines()
+    assert len({line.count("|") for line in lines[:6]}) == 1 and lines[0].startswith("| VARIANT")
+
+
+def test_dense_copies_are_admitted(tiny_model):
+    report = benchmark([str(tiny_model("llama", bits=4))], rounds=1, trials=1, decode_tokens=2, prompt_tokens=4)
+    assert report.rows[0].conditions["dense"] and "made dense" in "\n".join(text.head(report))
+    assert len(text.sentences(report)) == 0
+
+
+# -- when things go wrong -----------------------------------------------------------------------------
+
+FAKE = """
+import json, sys
+job = json.load(open(sys.argv[1]))
+{body}
+"""
+
+
+def fake_worker(folder: Path, body: str) -> tuple[str, ...]:
+    script = folder / "worker.py"
+    script.write_text(FAKE.format(body=body))
+    return (str(script),)
+
+
+def test_a_worker_that_dies_is_a_row_and_runs_once(tmp_path):
+    worker = fake_worker(tmp_path, "open(sys.argv[1] + '.count', 'a').write('x'); import os; os.kill(os.getpid(), 9)")
+    report = run([Variant("a", "m")], BenchmarkConfig(rounds=3), lambda _: None, tmp_path, worker)
+    assert "signal 9" in report.rows[0].error
+    assert (tmp_path / "job.json.count").read_text() == "x"
+
+
+def test_interrupt_keeps_the_finished_rows(tmp_path):
+    worker = fake_worker(
+        tmp_path, "open(sys.argv[2], 'w').write('{}') if job['variant']['label'] == 'a' else sys.exit(130)"
+    )
+    report = run([Variant("a", "m"), Variant("b", "m")], BenchmarkConfig(rounds=4), lambda _: None, tmp_path, worker)
+    assert report.interrupted and {r.variant for r in report.runs} <= {"a"}
+
+
+def test_prompt_longer_than_the_context(tiny_model):
+    report = benchmark([str(tiny_model("llama"))], prompt_tokens=2047, decode_tokens=2, rounds=1)
+    assert "longer than the model's context of 2048" in report.rows[0].error
+
+
+def test_command_prints_table_and_json(tiny_model, tmp_path, measured, monkeypatch):
+    monkeypatch.setattr("mlx_adapters.benchmarking.run.benchmark", lambda *_, **__: measured)
+    shown = CliRunner().invoke(cli, ["benchmark", "base", "sql", "-o", str(tmp_path / "r.json")])
+    assert shown.exit_code == 0 and "DECODE tok/s" in shown.stdout and "against base" in shown.stdout
+    assert read_report(tmp_path / "r.json").rows == measured.rows
+    as_json = CliRunner().invoke(cli, ["benchmark", "base", "--json"])
+    assert json.loads(as_json.stdout)["rows"][0]["label"] == "base"
+    assert CliRunner().invoke(cli, ["benchmark", "base", "--batch", "0"]).exit_code == 2
+
+
+# -- sentences ----------------------------------------------------------------------------------------
+
+
+def synthetic(
+    speeds: dict[str, float], noise: float = 0.002, count: int = 5, seed: int = 0, memory: int = 100
+) -> Report:
+    """A report as if variants of these decode speeds had been measured."""
+    random = np.random.default_rng(seed)
+    config = BenchmarkConfig(prompt_tokens=(8,), decode_tokens=4, rounds=count, trials=2)
+    runs = []
+    for number in range(count):
+        for label, speed in speeds.items():
+            trials = [
+                {"ttft_seconds": 0.1, "prefill_tps": 80.0, "tpot_seconds": 1 / speed, "kv_cache_bytes": 10,
+                 "decode_tps": float(speed * np.exp(random.normal(0, noise)))}
+                for _ in range(2)
+            ]  # fmt: skip
+            shape = {"prompt_tokens": 8, "batch": 1, "trials": trials, "peak_memory_bytes": memory, "token_ids": [1]}
+            conditions = {"device": "gpu", "base": "m", "fingerprint": "f", "model_type": "llama", "dense": False,
+                          "stored_quantization": None, "dtype": "float32", "vocabulary": 512}  # fmt: skip
+            runs.append(Run(label, number, {
+                "size_bytes": 1000, "load_seconds": 0.5, "load_peak_bytes": 90, "shapes": [shape],
+                "bytes_per_token": 80, "weights_bytes": 80,
+                "process": {"peak_resident_bytes": 200, "footprint_bytes": None},
+                "adapter_bytes": 0, "conditions": conditions, "bandwidth_bytes_per_second": 1e5,
+            }))  # fmt: skip
+    machine = {"versions": {"mlx": "0.32.4"}, "device_name": "test", "cores": 2, "memory_bytes": 10**9, "system": "x"}
+    variants = tuple(Variant(label, "m") for label in speeds)
+    return Report("2026-01-01", "mlx-adapters benchmark", machine, {}, config, variants, tuple(runs))
+
+
+def test_sentences_claim_only_what_was_seen():
+    found = text.sentences(synthetic({"base": 100.0, "slow": 92.0, "same": 100.0}))
+    slow = next(line for line in found if line.startswith("slow against base, decode"))
+    assert "slower [" in slow and 7.5 < float(slow.partition(": ")[2].split(" %")[0]) < 8.5
+    assert any(line.startswith("same against base, decode: no difference seen") for line in found)
+
+
+def test_different_vocabularies_are_pointed_out():
+    report = synthetic({"base": 100.0, "other": 100.0})
+    report.runs[1].result["conditions"] = report.runs[1].result["conditions"] | {"vocabulary": 7}
+    assert any("vocabularies" in note for note in text.notes(dataclasses.replace(report)))
+
+
+# -- the system's tools, with recorded output ---------------------------------------------------------
+
+BATTERY = """Now drawing from 'Battery Power'
+ -InternalBattery-0 (id=4653155)\t87%; discharging; 5:12 remaining present: true
+"""
+THERMAL_COOL = """Note: No thermal warning level has been recorded
+Note: No performance warning level has been recorded
+Note: No CPU power status has been recorded
+"""
+THERMAL_HOT = """2026-01-05 10:01:02 +0100 CPU Power notify
+\tCPU_Scheduler_Limit \t= 100
+\tCPU_Available_CPUs \t= 8
+\tCPU_Speed_Limit \t= 62
+"""
+DISPLAYS = """Graphics/Displays:
+
+    Apple M4 Max:
+
+      Chipset Model: Apple M4 Max
+      Type: GPU
+      Bus: Built-In
+      Total Number of Cores: 40
+      Vendor: Apple (0x106b)
+      Metal Support: Metal 4
+"""
+
+
+def test_readers_of_macos_tools():
+    assert system.power_source(BATTERY) == "Battery Power" and system.power_source("") is None
+    assert system.power_source("Now drawing from 'AC Power'\n") == "AC Power"
+    assert system.thermal_pressure(THERMAL_COOL) == "none" and system.thermal_pressure("") is None
+    assert system.thermal_pressure(THERMAL_HOT) == "processor limited to 62 %"
+    assert system.gpu_name(DISPLAYS) == "Apple M4 Max, 40 GPU cores" and system.gpu_name("") is None
+    assert system.low_power_mode(" lowpowermode         1\n") == "on"
+    assert system.low_power_mode(" sleep 1\n powermode            0\n") == "off" and system.low_power_mode("") is None
+
+
+def test_warnings_name_what_spoils_a_run():
+    quiet = {"load_average": 0.1, "power_source": "AC Power", "low_power_mode": "off", "thermal": "none"}
+    assert system.warnings(quiet, quiet, 8) == []
+    spoiled = {"power_source": "Battery Power", "low_power_mode": "on", "thermal": "warning level 1"}
+    assert len(system.warnings(quiet | {"load_average": 6.0}, quiet | spoiled, 8)) == 4
+
+
+def test_process_memory_is_plausible():
+    found = system.process_memory()
+    assert 10**7 < found["peak_resident_bytes"] < 10**12
