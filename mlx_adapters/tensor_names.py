@@ -13,6 +13,8 @@ A quantized layer's weight is three tensors: packed codes, scales and, for the m
 
 import re
 
+from mlx_adapters.errors import FormatError
+
 LORA_A, LORA_B, MAGNITUDE = "lora_a", "lora_b", "m"
 ADAPTER_LEAVES = (LORA_A, LORA_B, MAGNITUDE)
 WEIGHT, SCALES, BIASES, BIAS = "weight", "scales", "biases", "bias"
@@ -50,3 +52,38 @@ def block_index(path: str) -> int | None:
 def natural_order(path: str) -> list[tuple[bool, int, str]]:
     """A sort key by which block 2 comes before block 10."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in path.split(".")]
+
+
+# -- GGUF ------------------------------------------------------------------------------------------
+# GGUF's names for the modules of a llama-like model; leaves keep their names.
+
+GGUF_MODULES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+GGUF_BLOCK_MODULES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def from_gguf(name: str) -> str:
+    """The MLX name of a GGUF tensor: `blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`.
+
+    Raises FormatError for a tensor that no llama-like model has.
+    """
+    path, leaf = split(name)
+    block = re.fullmatch(r"blk\.(\d+)\.(\w+)", path)
+    if block and block[2] in GGUF_BLOCK_MODULES:
+        return join(f"model.layers.{block[1]}.{GGUF_BLOCK_MODULES[block[2]]}", leaf)
+    if path in GGUF_MODULES:
+        return join(GGUF_MODULES[path], leaf)
+    raise FormatError(f"The GGUF file holds a tensor '{name}' that a llama model does not have.")

@@ -64,3 +64,23 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return built[key]
 
     return factory
+
+
+@pytest.fixture(scope="session")
+def demo_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home folder in which the embedded real model is made, once per run, by the code under test."""
+    from mlx_adapters.demo.base import demo_base_folder
+
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # shared by the workers; the lock lets one of them make it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_ADAPTERS_HOME", str(root / "demo-home"))
+        demo_base_folder()
+    return root / "demo-home"
+
+
+@pytest.fixture(scope="session")
+def demo_base(demo_home: Path) -> Path:
+    """The folder of the embedded real model. Do not change it."""
+    return demo_home / "bases" / "demo"
