@@ -120,7 +120,8 @@ class LoraConfig:
 
     `target_modules` holds module names (`q_proj`) or paths (`model.layers.3.mlp.up_proj`), or is "all"
     for every linear layer of the adapted blocks; `num_layers` counts the last blocks, or is "all".
-    `type` "dora" adds a trained magnitude per output (arXiv 2402.09353).
+    `ranks` gives some modules another rank ({"v_proj": 16}). `type` "dora" adds a trained magnitude per
+    output (arXiv 2402.09353).
     """
 
     rank: int = 8
@@ -129,8 +130,11 @@ class LoraConfig:
     target_modules: tuple[str, ...] | Literal["all"] = "all"
     num_layers: int | Literal["all"] = "all"
     type: Literal["lora", "dora"] = "lora"
+    ranks: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, rank in self.ranks.items():
+            require(rank >= 1, f"the rank of '{name}' must be at least 1, not {rank}.")
         require(self.rank >= 1, f"rank must be at least 1, not {self.rank}.")
         require(
             math.isfinite(self.scale) and self.scale != 0,
@@ -170,3 +174,75 @@ class Quantization:
                 f"it has {', '.join(map(str, bits))}.")  # fmt: skip
         require(self.group_size in group_sizes, f"Mode '{self.mode}' has no group size {self.group_size}.",
                 f"it has {', '.join(map(str, group_sizes))}.")  # fmt: skip
+
+
+OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "muon")
+SCHEDULES = ("constant", "cosine", "linear")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How an adapter is trained. One iteration is one optimizer update of
+    `batch_size * grad_accumulation` rows (or packed sequences).
+
+    `warmup` iterations raise the learning rate linearly from 0; cosine and linear then lower it to 0 at
+    `iterations`. `lora_plus_ratio` multiplies it for lora_b (LoRA+, arXiv 2402.12354). `max_grad_norm` clips
+    the global norm of the gradient. `fuse_aware` trains through the rounding of a later fuse, from iteration
+    `fuse_aware_from` on. `early_stop` counts evaluations without a better validation loss. `eval_batches` and
+    `keep` (checkpoints, besides the best) of None mean all.
+    """
+
+    iterations: int = 600
+    batch_size: int = 4
+    learning_rate: float = 1e-4
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup: int = 0
+    optimizer: Literal["adam", "adamw", "sgd", "adafactor", "muon"] = "adamw"
+    weight_decay: float = 0.0
+    lora_plus_ratio: float = 1.0
+    max_grad_norm: float | None = None
+    grad_accumulation: int = 1
+    max_seq_length: int = 2048
+    mask_prompt: bool = False
+    last_turn_only: bool = False
+    packing: bool = False
+    grad_checkpoint: bool = False
+    chunked_loss: Literal["auto", "on", "off"] = "auto"
+    fuse_aware: Quantization | None = None
+    fuse_aware_from: int = 0
+    eval_every: int = 100
+    eval_batches: int | None = None
+    report_every: int = 10
+    save_every: int = 100
+    save_every_minutes: float | None = None
+    keep: int | None = None
+    early_stop: int | None = None
+    seed: int = 0
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+    def __post_init__(self) -> None:
+        positive = ("iterations", "batch_size", "grad_accumulation", "eval_every", "eval_batches", "report_every",
+                    "save_every", "keep", "early_stop")  # fmt: skip
+        for name in positive:
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} must be at least 1, not {value}.")
+        for name in ("learning_rate", "lora_plus_ratio", "max_grad_norm", "save_every_minutes"):
+            value = getattr(self, name)
+            good = value is None or (math.isfinite(value) and value > 0)
+            require(good, f"{name} must be a number above 0, not {value}.")
+        for name in ("weight_decay", "warmup", "fuse_aware_from", "seed"):
+            value = getattr(self, name)
+            require(math.isfinite(value) and value >= 0, f"{name} must be at least 0, not {value}.")
+        require(self.max_seq_length >= 2, f"max_seq_length must be at least 2, not {self.max_seq_length}.")
+        self._check_choices()
+
+    def _check_choices(self) -> None:
+        choices = (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("dtype", DTYPES),
+                   ("chunked_loss", ("auto", "on", "off")))  # fmt: skip
+        for name, known in choices:
+            value = getattr(self, name)
+            require(value in known, f"There is no {name} '{value}'.", f"there are: {', '.join(known)}.")
+        require(self.warmup < self.iterations, "warmup must be shorter than the training itself.")
+        require(self.optimizer != "adam" or self.weight_decay == 0, "adam has no weight decay.", "use adamw.")
+        require(self.mask_prompt or not self.last_turn_only, "last_turn_only needs mask_prompt.")
+        require(self.fuse_aware is not None or self.fuse_aware_from == 0, "fuse_aware_from needs fuse_aware.")

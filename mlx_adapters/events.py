@@ -28,6 +28,37 @@ class Note(Event):
     level: Literal["info", "warning"] = "info"
 
 
+@dataclass(frozen=True)
+class TrainReport(Event):
+    """Means over the iterations since the last report. Tokens per second count trained and real tokens."""
+
+    iteration: int
+    iterations: int
+    train_loss: float
+    learning_rate: float
+    trained_tokens_per_second: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class ValidationReport(Event):
+    """The validation loss in nats per trained token; `best` if no earlier one was lower."""
+
+    iteration: int
+    validation_loss: float
+    best: bool
+
+
+@dataclass(frozen=True)
+class CheckpointSaved(Event):
+    """A whole checkpoint is on the disk."""
+
+    iteration: int
+    folder: str
+    seconds: float
+
+
 OnEvent = Callable[[Event], None]
 
 

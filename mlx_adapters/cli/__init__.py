@@ -17,6 +17,7 @@ from mlx_adapters.errors import AdapterError
 
 # Command -> (module in this folder, one line for the overview).
 COMMANDS = {
+    "train": ("train", "Train an adapter, or go on with a run that was stopped."),
     "list": ("adapters", "Show all adapters."),
     "show": ("adapters", "Show one adapter."),
     "generate": ("generate", "Ask a base model, with or without an adapter."),

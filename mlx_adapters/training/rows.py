@@ -76,7 +76,8 @@ def read_data(source: str | Path) -> DataSet:
     if str(source).startswith(HUB_PREFIX):
         splits = _read_hub(str(source).removeprefix(HUB_PREFIX))
     else:
-        splits = _read_local(Path(source).expanduser())
+        source = Path(source).expanduser().absolute()
+        splits = _read_local(source)
     if not splits.get("train", Split("train", (), "")).rows:
         raise FormatError(f"The data '{source}' has no training row.", "put at least one row into train.jsonl.")
     return DataSet(str(source), splits)

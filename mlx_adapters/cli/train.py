@@ -1,0 +1,108 @@
+"""`train`: make an adapter."""
+
+from typing import Any
+
+import click
+
+from mlx_adapters.cli import _output
+from mlx_adapters.cli._options import REFERENCE, json_option, overwrite_option
+from mlx_adapters.cli._training_options import Settings, read_settings, training_options, typed_command
+from mlx_adapters.config import LoraConfig, TrainConfig, to_mapping
+from mlx_adapters.events import Event, Note, Progress, TrainReport, ValidationReport
+
+
+@click.command("train")
+@click.argument("base", required=False)
+@click.option("--data", metavar="DIR", help="Folder with train.jsonl, valid.jsonl; a file; or hf:user/name.")
+@click.option("--name", metavar="NAME", help="Name of the adapter, or a folder such as ./out.")
+@click.option("--resume", metavar="NAME", help="Go on with a run that was stopped, exactly where it stood.")
+@click.option("--init-from", type=REFERENCE, metavar="REF", help="Start from this adapter's weights.")
+@training_options
+@click.option("--print-config", is_flag=True, help="Show the settings as a config file and stop.")
+@click.option("--log", type=click.Path(dir_okay=False), help="Append every event to this JSONL file.")
+@overwrite_option
+@json_option
+def train_command(
+    resume: str | None, init_from: str | None, print_config: bool, log: str | None, overwrite: bool, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Train a LoRA or DoRA adapter for the model BASE (demo, a folder or a Hub id).
+
+    \b
+    Example:
+      mlx-adapters train demo --data data/sql --name sql --mask-prompt
+      mlx-adapters train --resume sql
+    """
+    settings = read_settings(options)
+    if print_config:
+        _print_config(settings)
+        return
+    from mlx_adapters.training.runs import train
+
+    watch = _Watch(log)
+    if resume is not None:
+        lora, training = _settings_of_run(settings, resume)
+        run = train(
+            settings.base, settings.data, name=resume, lora=lora, training=training, resume=True, on_event=watch
+        )
+    else:
+        if settings.base is None or settings.data is None or settings.name is None:
+            raise click.UsageError("Give BASE, --data and --name (or --resume NAME).")
+        lora = settings.lora_config() if settings.lora or init_from is None else None
+        run = train(
+            settings.base, settings.data, name=settings.name, lora=lora, training=settings.train_config(),
+            init_from=init_from, overwrite=overwrite, command=typed_command(), on_event=watch,
+        )  # fmt: skip
+    if as_json:
+        _output.emit_json(run)
+        return
+    loss = f", validation loss {_output.number(run.best_validation_loss, 4)}" if run.best_validation_loss else ""
+    _output.out(f"{run.best}{loss}; trained {_output.duration(run.duration_seconds)}, kept in {run.folder}")
+
+
+def _settings_of_run(settings: Settings, name: str) -> tuple[LoraConfig, TrainConfig]:
+    from mlx_adapters.training.folder import place_of
+    from mlx_adapters.training.recipe import read_recipe, settings_of
+
+    lora, training = settings_of(read_recipe(place_of(name)[1]))
+    return settings.lora_config(lora), settings.train_config(training)
+
+
+def _print_config(settings: Settings) -> None:
+    import yaml
+
+    places = {"base": settings.base, "data": settings.data, "name": settings.name}
+    groups = {"lora": to_mapping(settings.lora_config()), "training": to_mapping(settings.train_config())}
+    given = {key: value for key, value in places.items() if value is not None}
+    _output.out(yaml.safe_dump(given | groups, sort_keys=False), newline=False)
+
+
+class _Watch:
+    """Prints reports as lines on stderr, the rest as a live line, and keeps the log."""
+
+    def __init__(self, log: str | None) -> None:
+        self._log, self._live = log, _output.progress()
+
+    def __call__(self, event: Event) -> None:
+        if self._log is not None and not isinstance(event, Progress):
+            self._append(event)
+        if isinstance(event, TrainReport):
+            _output.note(
+                f"iteration {event.iteration}/{event.iterations}: loss {event.train_loss:.4f}, "
+                f"learning rate {event.learning_rate:.3g}, {_output.number(event.trained_tokens_per_second)} trained "
+                f"tok/s, {_output.number(event.tokens_per_second)} tok/s, peak {_output.size(event.peak_memory_bytes)}"
+            )
+        elif isinstance(event, ValidationReport):
+            best = " (best so far)" if event.best else ""
+            _output.note(f"iteration {event.iteration}: validation loss {event.validation_loss:.4f}{best}")
+        elif isinstance(event, Progress | Note):
+            self._live(event)
+
+    def _append(self, event: Event) -> None:
+        import json
+        from pathlib import Path
+
+        from mlx_adapters import files
+
+        line = {"event": type(event).__name__} | _output.plain(event)
+        files.append_line(Path(str(self._log)), json.dumps(line))

@@ -1,0 +1,158 @@
+"""The arithmetic of a training step: loss and gradient of a batch, the optimizer's update, evaluation.
+
+The weights of the adapter are the engine's own flat dictionary; the module only lends its structure. The two
+functions (gradient, update) are compiled on a GPU, once for each shape of batch.
+"""
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from mlx.utils import tree_flatten
+
+from mlx_adapters.config import TrainConfig
+from mlx_adapters.door import mx, nn
+from mlx_adapters.tensor_names import block_index
+from mlx_adapters.training import fuse_aware, graph, losses
+from mlx_adapters.training.batches import Batch
+from mlx_adapters.training.losses import Arrays, Weights
+from mlx_adapters.training.optimizers import Optimizer, compiled
+
+EQUAL = 1e-4  # relative; float32 sums in another order differ by less
+
+
+@dataclass(frozen=True)
+class LossPlan:
+    """How the loss is computed: `body` None means the plain way; `chunk` is in logit rows."""
+
+    body: nn.Module | None
+    chunk: int
+
+
+def device_batch(batch: Batch) -> Arrays:
+    """The batch as MLX arrays."""
+    segments = None if batch.segments is None else mx.array(batch.segments)
+    return Arrays(*map(mx.array, (batch.tokens, batch.positions, batch.targets, batch.weights)), segments)
+
+
+@dataclass
+class Engine:
+    """A module with adapter layers, and what trains them. `adapted` maps paths to the adapted layers."""
+
+    module: nn.Module
+    adapted: dict[str, nn.Module]
+    config: TrainConfig
+    plan: LossPlan
+    weights: Weights = field(init=False)
+    optimizer: Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.weights = dict(tree_flatten(self.module.trainable_parameters()))
+        self.optimizer = Optimizer(self.config, self.weights)
+        self._gradient = {
+            rounding: compiled(self._make_gradient(rounding), [mx.random.state]) for rounding in (False, True)
+        }
+        self._evaluate = {rounding: compiled(self._make_evaluate(rounding)) for rounding in (False, True)}
+
+    def gradient(self, batch: Batch, share: float, rounding: bool = False) -> tuple[mx.array, Weights]:
+        """(summed loss, gradient of share * summed loss). `share` is 1 / trained tokens of the update."""
+        a = device_batch(batch)
+        return self._gradient[rounding](
+            self.weights, a.tokens, a.positions, a.targets, a.weights, a.segments, mx.array(share, mx.float32)
+        )
+
+    def update(self, gradients: Weights, rate: float) -> mx.array:
+        """Change the weights; return the norm of the gradient before clipping."""
+        self.weights, norm = self.optimizer.apply(self.weights, gradients, rate)
+        return norm
+
+    def evaluate(self, batches: Iterable[Batch], rounding: bool = False) -> float:
+        """Mean loss per trained token, in nats, without dropout."""
+        total, tokens = 0.0, 0
+        for batch in batches:
+            a = device_batch(batch)
+            loss = self._evaluate[rounding](self.weights, a.tokens, a.positions, a.targets, a.weights, a.segments)
+            total, tokens = total + loss.item(), tokens + batch.trained_tokens
+        return total / tokens
+
+    def _make_gradient(self, rounding: bool):
+        def loss(weights: Weights, batch: Arrays, share: mx.array) -> tuple[mx.array, mx.array]:
+            summed = self._loss(weights, batch, rounding, self.config.grad_checkpoint)
+            return summed * share, summed
+
+        def gradient(weights: Weights, tokens: mx.array, positions: mx.array, targets: mx.array,
+                     counted: mx.array, segments: mx.array | None, share: mx.array) -> tuple:  # fmt: skip
+            self.module.train()
+            batch = Arrays(tokens, positions, targets, counted, segments)
+            (_, summed), gradients = mx.value_and_grad(loss)(weights, batch, share)
+            return summed, gradients
+
+        return gradient
+
+    def _make_evaluate(self, rounding: bool):
+        def evaluate(weights: Weights, tokens: mx.array, positions: mx.array, targets: mx.array,
+                     counted: mx.array, segments: mx.array | None) -> mx.array:  # fmt: skip
+            self.module.eval()
+            return self._loss(weights, Arrays(tokens, positions, targets, counted, segments), rounding, False)
+
+        return evaluate
+
+    def _loss(self, weights: Weights, batch: Arrays, rounding: bool, recompute: bool) -> mx.array:
+        losses.put(self.module, weights)
+        cache = None
+        if batch.segments is not None:
+            cache = [graph.Segments(batch.segments[:, :-1]) for _ in self.module.layers]
+        with contextlib.ExitStack() as stack:
+            if rounding:
+                stack.enter_context(fuse_aware.rounded(self.adapted, self.config.fuse_aware))
+            for layer in self.module.layers if recompute else ():
+                stack.enter_context(graph.recompute(layer))
+            if self.plan.body is None:
+                return losses.plain_loss(self.module, batch, cache)
+            head = {name: w for name, w in weights.items() if block_index(name) is None}
+            return losses.chunked_loss(self.module, self.plan.body, batch, head, self.plan.chunk, cache)
+
+    def lend(self) -> nn.Module:
+        """The module with the current weights in it, for use outside of training."""
+        losses.put(self.module, self.weights)
+        self.module.eval()
+        return self.module
+
+
+def plan_loss(module: nn.Module, config: TrainConfig, vocabulary: int, probe: Batch) -> LossPlan:
+    """The chunked loss where it gives the plain one's value on `probe`, else the plain one."""
+    chunk = max(64, losses.CHUNK_BYTES // (4 * vocabulary))
+    body = graph.find_body(module) if config.chunked_loss != "off" else None
+    if body is not None and _agrees(module, body, probe, chunk):
+        return LossPlan(body, chunk)
+    return LossPlan(None, chunk)
+
+
+def _agrees(module: nn.Module, body: nn.Module, probe: Batch, chunk: int) -> bool:
+    module.eval()
+    batch = device_batch(probe)
+    plain = losses.plain_loss(module, batch).item()
+    try:
+        chunked = losses.chunked_loss(module, body, batch, {}, chunk).item()
+    except (ValueError, TypeError, IndexError, AttributeError):
+        return False
+    return abs(plain - chunked) <= EQUAL * max(abs(plain), 1.0)
+
+
+def packing_is_exact(module: nn.Module, separate: Batch, packed: Batch) -> bool:
+    """Whether rows that share a sequence get the losses that they get alone."""
+    module.eval()
+    alone = losses.plain_loss(module, device_batch(separate)).item()
+    batch = device_batch(packed)
+    try:
+        cache = [graph.Segments(batch.segments[:, :-1]) for _ in module.layers]
+        together = losses.plain_loss(module, batch, cache).item()
+    except (ValueError, TypeError, IndexError, AttributeError):
+        return False
+    return abs(alone - together) <= EQUAL * abs(alone)
+
+
+def add(gradients: Sequence[Weights]) -> Weights:
+    """Sum of gradients."""
+    first, *others = gradients
+    return {name: sum((g[name] for g in others), grad) for name, grad in first.items()}

@@ -1,0 +1,95 @@
+"""Changing how one module of a model is called while a block of code runs, and nothing else.
+
+mlx-lm's models are plain modules that call each other. To take the hidden states before the output head, to
+compute them again in the backward pass, or to round a weight on the way, we give single instances another
+`__call__` for the duration of a trace. No class is touched, so other models in the process are unchanged.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from mlx_adapters.door import mx, nn
+
+
+@contextlib.contextmanager
+def call_as(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Within the block, calling `module` runs `function(original_call, *args, **kwargs)`."""
+    kind = type(module)
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return function(partial(kind.__call__, self), *args, **kwargs)
+
+    module.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+    try:
+        yield
+    finally:
+        module.__class__ = kind
+
+
+def recompute(layer: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Within the block, `layer` keeps only its input for the backward pass (gradient checkpointing,
+    arXiv 1604.06174)."""
+
+    def checkpointed(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def inner(parameters: dict, *inputs: Any) -> Any:
+            layer.update(parameters)
+            return original(*inputs, **kwargs)
+
+        return mx.checkpoint(inner)(layer.trainable_parameters(), *args)
+
+    return call_as(layer, checkpointed)
+
+
+def find_body(module: nn.Module) -> nn.Module | None:
+    """The submodule that holds the blocks and whose output the head reads; None if there is no such split."""
+    last = module.layers[-1]
+    for _, child in module.named_modules():
+        lists = [value for value in child.values() if isinstance(value, list) and value]
+        if any(blocks[-1] is last for blocks in lists):
+            return None if child is module else child
+    return None
+
+
+def hidden_states(module: nn.Module, body: nn.Module, tokens: mx.array, cache: Any = None) -> mx.array:
+    """(rows, length, hidden) that the body gives to the head. The head's own work is never evaluated."""
+    seen: list[mx.array] = []
+
+    def record(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        seen.append(original(*args, **kwargs))
+        return seen[-1]
+
+    with call_as(body, record):
+        module(tokens, cache=cache)
+    return seen[-1]
+
+
+def head_logits(module: nn.Module, body: nn.Module, hidden: mx.array) -> mx.array:
+    """(n, vocabulary) logits of (n, hidden) states, through whatever the model does after its body."""
+    with call_as(body, lambda original, *args, **kwargs: hidden[None]):
+        return module(mx.zeros((1, hidden.shape[0]), mx.int32))[0]
+
+
+class Segments:
+    """Stands in for a layer's cache and makes its attention block-diagonal: packed rows see only themselves.
+
+    `segments`: (rows, length) int32, the number of the packed row that a token belongs to. Nothing is cached;
+    rotary positions are relative, so a row may start anywhere.
+    """
+
+    offset = 0
+
+    def __init__(self, segments: mx.array) -> None:
+        same = segments[:, :, None] == segments[:, None, :]
+        places = mx.arange(segments.shape[1])
+        self._distance = places[:, None] - places[None, :]
+        self._mask = same & (self._distance >= 0)
+
+    def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
+        """(rows, 1, length, length) bool, True where a token may look."""
+        near = self._mask if window_size is None else self._mask & (self._distance < window_size)
+        return near[:, None]
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        return keys, values

@@ -1,0 +1,158 @@
+"""`train`: from a base model and rows to an adapter, in a way that can stop anywhere and go on exactly.
+
+One iteration is one optimizer update. After it the run reports, evaluates and saves if that is due; nothing
+is carried from one iteration to the next but the weights, the optimizer, the random state and the counters
+in `State`, and a checkpoint holds all four.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mlx_adapters.config import TrainConfig
+from mlx_adapters.door import mx
+from mlx_adapters.errors import TrainingError
+from mlx_adapters.events import CheckpointSaved, Event, Note, OnEvent, Progress, TrainReport, ValidationReport
+from mlx_adapters.training import state as states
+from mlx_adapters.training.batches import Batch
+from mlx_adapters.training.engine import Engine
+from mlx_adapters.training.feed import Feed
+from mlx_adapters.training.folder import RunFolder
+from mlx_adapters.training.interrupt import Interrupt
+from mlx_adapters.training.optimizers import learning_rate
+from mlx_adapters.training.state import State
+
+
+@dataclass
+class Loop:
+    """A run in progress."""
+
+    engine: Engine
+    feed: Feed
+    validation: list[Batch]
+    config: TrainConfig
+    folder: RunFolder
+    on_event: OnEvent
+    state: State = field(default_factory=State)
+    _saved_at: float = field(default_factory=time.monotonic)
+
+    def restore(self, checkpoint: states.Checkpoint) -> None:
+        """Stand where the checkpoint stood."""
+        self.state = checkpoint.state
+        self.engine.weights = dict(checkpoint.weights)
+        self.engine.optimizer.restore(checkpoint.optimizer)
+        high, low = self.state.random
+        mx.random.seed(high << 32 | low)  # the key is the seed's two halves
+        self._reported = (self.state.seconds, self.state.trained_tokens, self.state.real_tokens)
+
+    def run(self, interrupt: Interrupt) -> State:
+        """Train to the last iteration. Raises TrainingError, or KeyboardInterrupt after saving."""
+        if self.state.iteration == 0 and not self.state.validation_losses:
+            self._validate()
+        updates = self.feed.updates(self.state.batches)
+        while self.state.iteration < self.config.iterations and not self.state.stopped_early:
+            self._iterate(updates)
+            if interrupt.requested:
+                self.save()
+                self._say(f"Stopped at iteration {self.state.iteration}. {self.folder.how_to_resume()}")
+                raise KeyboardInterrupt
+        return self.state
+
+    def _iterate(self, updates: Iterator[tuple[list[Batch], int]]) -> None:
+        start = time.perf_counter()
+        batches, tokens = next(updates)
+        self._step(batches, tokens)
+        state, config = self.state, self.config
+        state.seconds += time.perf_counter() - start
+        last = state.iteration == config.iterations
+        if last or state.iteration % config.report_every == 0:
+            self._report()
+        best = (last or state.iteration % config.eval_every == 0) and self._validate()
+        if config.early_stop is not None and state.evaluations_since_best >= config.early_stop:
+            state.stopped_early = True
+            self._say(f"Stopped early: no better validation loss than at iteration {state.best_iteration}.")
+        if last or best or state.stopped_early or self._save_is_due():
+            self.save()
+        self.on_event(Progress("train", state.iteration, config.iterations, "iteration"))
+
+    def _step(self, batches: list[Batch], tokens: int) -> None:
+        engine, state = self.engine, self.state
+        rounding = self._rounding(state.iteration + 1)
+        loss, gradients = engine.gradient(batches[0], 1 / tokens, rounding)
+        for batch in batches[1:]:
+            mx.eval(loss, gradients)
+            more, others = engine.gradient(batch, 1 / tokens, rounding)
+            loss, gradients = loss + more, {name: g + others[name] for name, g in gradients.items()}
+        norm = engine.update(gradients, learning_rate(self.config, state.iteration + 1))
+        mx.eval(loss, norm, engine.weights, engine.optimizer.arrays(), mx.random.state)
+        self._require_finite(loss.item(), norm.item(), batches)
+        state.iteration += 1
+        state.batches += len(batches)
+        state.trained_tokens += tokens
+        state.real_tokens += sum(batch.real_tokens for batch in batches)
+        state.pending_loss += loss.item()
+        state.pending_tokens += tokens
+
+    def _rounding(self, iteration: int) -> bool:
+        return self.config.fuse_aware is not None and iteration > self.config.fuse_aware_from
+
+    def _require_finite(self, loss: float, norm: float, batches: list[Batch]) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        rows = [where for batch in batches for where in batch.where]
+        named = "; ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+        what = "loss" if not math.isfinite(loss) else "gradient"
+        raise TrainingError(
+            f"The {what} became NaN or infinite at iteration {self.state.iteration + 1}; rows in the batch: {named}.",
+            f"try a lower learning rate, --max-grad-norm 1 or float32. {self.folder.how_to_resume()}",
+        )
+
+    def _report(self) -> None:
+        state = self.state
+        loss = state.pending_loss / state.pending_tokens
+        state.train_losses.append((state.iteration, loss))
+        seconds = max(state.seconds - self._reported[0], 1e-9)
+        self.on_event(TrainReport(
+            state.iteration, self.config.iterations, loss, learning_rate(self.config, state.iteration),
+            (state.trained_tokens - self._reported[1]) / seconds, (state.real_tokens - self._reported[2]) / seconds,
+            mx.get_peak_memory(),
+        ))  # fmt: skip
+        self._reported = (state.seconds, state.trained_tokens, state.real_tokens)
+        state.pending_loss, state.pending_tokens = 0.0, 0
+
+    def __post_init__(self) -> None:
+        self._reported = (0.0, 0, 0)
+
+    def _validate(self) -> bool:
+        """Evaluate; True if this is the best so far. Without validation rows there is no best."""
+        if not self.validation:
+            return False
+        loss = self.engine.evaluate(self.validation, self._rounding(self.state.iteration))
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"The validation loss became NaN or infinite at iteration {self.state.iteration}.",
+                f"try a lower learning rate, --max-grad-norm 1 or float32. {self.folder.how_to_resume()}",
+            )
+        best = self.state.record_validation(loss)
+        self.on_event(ValidationReport(self.state.iteration, loss, best))
+        return best
+
+    def _save_is_due(self) -> bool:
+        minutes = self.config.save_every_minutes
+        timed = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        return timed or self.state.iteration % self.config.save_every == 0
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment."""
+        start = time.perf_counter()
+        self.state.random = np.array(mx.random.state[0]).tolist()
+        folder = self.folder.save(self.state, self.engine.weights, self.engine.optimizer.arrays())
+        self._saved_at = time.monotonic()
+        self.on_event(CheckpointSaved(self.state.iteration, str(folder), time.perf_counter() - start))
+
+    def _say(self, text: str) -> None:
+        event: Event = Note(text)
+        self.on_event(event)

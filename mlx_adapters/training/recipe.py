@@ -1,0 +1,74 @@
+"""What a run was asked to do, fixed when it starts and compared when it goes on."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_adapters import files
+from mlx_adapters.config import LoraConfig, TrainConfig, from_mapping, to_mapping
+from mlx_adapters.errors import FormatError, IncompatibleError, NotFoundError
+from mlx_adapters.model import Base
+from mlx_adapters.training.rows import DataSet
+from mlx_adapters.training.state import RECIPE_FILE, VERSION
+
+# Settings that may differ when a run goes on: they do not change what is computed up to then.
+FREE = ("iterations", "keep", "save_every_minutes", "early_stop")
+
+
+def make_recipe(
+    base: Base, data: DataSet, lora: LoraConfig, training: TrainConfig,
+    init_from: str | None, world_size: int, command: str | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The recipe as plain JSON values. `init_from` is the fingerprint of the adapter it starts from."""
+    return {
+        "version": VERSION, "base": base.record(), "data": data.describe(), "lora": to_mapping(lora),
+        "training": to_mapping(training), "init_from": init_from, "world_size": world_size,
+        "command": command,
+    }  # fmt: skip
+
+
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """The recipe of the run in `folder`. Raises NotFoundError if there is no run, FormatError if it is newer."""
+    if not (folder / RECIPE_FILE).is_file():
+        what = "no training run in it" if folder.is_dir() else "no such adapter"
+        raise NotFoundError(f"'{folder.name}' cannot be resumed: {what}.", "start it without --resume.")
+    recipe = files.read_json(folder / RECIPE_FILE)
+    if not isinstance(recipe.get("version"), int) or recipe["version"] > VERSION:
+        raise FormatError(f"'{folder.name}' was written by a newer version of this program.", "update mlx_adapters.")
+    return recipe
+
+
+def settings_of(recipe: Mapping[str, Any]) -> tuple[LoraConfig, TrainConfig]:
+    """The settings that a recipe holds."""
+    where = "the run's recipe"
+    return from_mapping(LoraConfig, recipe["lora"], where), from_mapping(TrainConfig, recipe["training"], where)
+
+
+def require_same(old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> None:
+    """Raise IncompatibleError, saying what changed, unless `new` continues `old`."""
+    found = changes(old, new)
+    if found:
+        raise IncompatibleError(
+            f"'{name}' cannot be resumed, because this changed: {'; '.join(found)}.",
+            "put it back, or start a new run (--init-from takes over its weights).",
+        )
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two recipes and matters, in words."""
+    found = []
+    if old["base"]["fingerprint"] != new["base"]["fingerprint"]:
+        found.append(f"the base model ({old['base']['name']} -> {new['base']['name']}, or its weights)")
+    splits = {*old["data"]["splits"], *new["data"]["splits"]}
+    for split in sorted(splits):
+        before, after = (recipe["data"]["splits"].get(split, {}) for recipe in (old, new))
+        if split != "test" and before.get("sha256") != after.get("sha256"):
+            found.append(f"the data ({split}: {before.get('rows', 0)} -> {after.get('rows', 0)} rows)")
+    for group in ("lora", "training"):
+        for key in sorted({*old[group], *new[group]}):
+            before, after = old[group].get(key), new[group].get(key)
+            if key not in FREE and before != after:
+                found.append(f"{key} ({before} -> {after})")
+    if old["world_size"] != new["world_size"]:
+        found.append(f"the number of processes ({old['world_size']} -> {new['world_size']})")
+    return found

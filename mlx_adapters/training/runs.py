@@ -1,0 +1,179 @@
+"""`train`, the public function: check all that can be checked, then run the loop in a locked folder."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_adapters import files
+from mlx_adapters.adapter import Adapter
+from mlx_adapters.config import LoraConfig, TrainConfig
+from mlx_adapters.errors import ConfigError, TrainingError
+from mlx_adapters.events import Note, OnEvent, ignore
+from mlx_adapters.layers import named_layers
+from mlx_adapters.model import Base, load_model, resolve_base
+from mlx_adapters.registry import Reference, load_adapter
+from mlx_adapters.training import start
+from mlx_adapters.training import state as states
+from mlx_adapters.training.folder import RunFolder, place_of
+from mlx_adapters.training.interrupt import Interrupt
+from mlx_adapters.training.loop import Loop
+from mlx_adapters.training.recipe import make_recipe, read_recipe, require_same, settings_of
+from mlx_adapters.training.rows import DataSet, read_data
+from mlx_adapters.training.state import Checkpoint, State
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """A finished run. `best` is what the bare name means; both are references such as 'sql@500'.
+
+    Losses are (iteration, nats per trained token). `duration_seconds` counts the training steps alone.
+    """
+
+    folder: Path
+    best: Reference
+    final: Reference
+    best_validation_loss: float | None
+    train_losses: tuple[tuple[int, float], ...]
+    validation_losses: tuple[tuple[int, float], ...]
+    trained_tokens: int
+    duration_seconds: float
+    stopped_early: bool
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What `train` was asked for, resolved."""
+
+    base: Base
+    data: DataSet
+    lora: LoraConfig
+    training: TrainConfig
+    adapter: Adapter | None
+    command: str | None
+    on_event: OnEvent
+
+
+def train(
+    base: str | Path | Base | None = None,
+    data: str | Path | None = None,
+    *,
+    name: str,
+    lora: LoraConfig | None = None,
+    training: TrainConfig | None = None,
+    resume: bool = False,
+    init_from: str | Path | Adapter | None = None,
+    overwrite: bool = False,
+    command: str | None = None,
+    on_event: OnEvent = ignore,
+) -> TrainRun:
+    """Train an adapter for `base` on `data` and keep it as `name` (or in a folder, if `name` is a path: ./out).
+
+    `resume` goes on exactly where the run's newest whole checkpoint stands. What is not given then is taken
+    from the run; what is given must be the same, except for more iterations. `init_from` starts a new run from
+    another adapter's weights. `command` is recorded as what the user typed. The first Ctrl-C saves and stops.
+
+    Raises ConfigError, NotFoundError, ExistsError, FormatError, IncompatibleError, TrainingError or
+    StorageError; KeyboardInterrupt after saving.
+    """
+    reference, path = place_of(name)
+    if resume:
+        old = read_recipe(path)
+        lora, training = lora or settings_of(old)[0], training or settings_of(old)[1]
+        request = _Request(
+            resolve_base(base or old["base"]["name"]), read_data(data or old["data"]["source"]), lora, training,
+            None, old["command"], on_event,
+        )  # fmt: skip
+        return _resume(request, old, reference, path)
+    files.refuse_existing(path, overwrite)
+    if base is None or data is None:
+        raise ConfigError("A new run needs a base model and data.", "give both, or resume a run.")
+    adapter = load_adapter(init_from) if init_from is not None else None
+    lora = lora or (start.lora_of(adapter) if adapter else LoraConfig())
+    request = _Request(resolve_base(base), read_data(data), lora, training or TrainConfig(), adapter, command, on_event)
+    return _begin(request, reference, path, overwrite)
+
+
+def _begin(request: _Request, reference: Reference, path: Path, overwrite: bool) -> TrainRun:
+    with contextlib.ExitStack() as stack:
+        if path.is_dir():
+            stack.enter_context(_locked(path))
+        loop = _prepare(request, RunFolder(reference, path, {}), None, overwrite)
+        stack.enter_context(_locked(path))
+        if request.adapter is not None:
+            loop.save()
+        return _run(loop)
+
+
+def _resume(request: _Request, old: dict[str, Any], reference: Reference, path: Path) -> TrainRun:
+    with _locked(path):
+        checkpoint, problems = states.newest(path)
+        for problem in problems:
+            request.on_event(Note(f"{problem} Taking the checkpoint before it.", "warning"))
+        if checkpoint is None:
+            request.on_event(Note("No checkpoint was saved yet; starting from the beginning.", "warning"))
+        state = checkpoint.state if checkpoint else State()
+        _require_unfinished(state, request.training, settings_of(old)[1], reference)
+        states.drop_after(path, state.iteration)
+        loop = _prepare(request, RunFolder(reference, path, old), checkpoint, False)
+        return _run(loop)
+
+
+def _run(loop: Loop) -> TrainRun:
+    with Interrupt().watching() as interrupt:
+        state = loop.run(interrupt)
+    folder = loop.folder
+    folder.refresh(state)
+    return TrainRun(
+        folder.path, folder.best(state), folder.final(state), state.best_loss, tuple(state.train_losses),
+        tuple(state.validation_losses), state.trained_tokens, state.seconds, state.stopped_early,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with files.lock_file(path, busy=f"'{path.name}' is being trained by another process."):
+        yield
+
+
+def _require_unfinished(state: State, new: TrainConfig, old: TrainConfig, reference: Reference) -> None:
+    if state.stopped_early and new.early_stop == old.early_stop:
+        raise TrainingError(
+            f"'{reference}' stopped early at iteration {state.iteration}, its validation loss no longer improving.",
+            f"to go on all the same, resume it with --early-stop above {old.early_stop}.",
+        )
+    state.stopped_early = False
+    if state.iteration >= new.iterations:
+        raise TrainingError(
+            f"'{reference}' has finished its {new.iterations} iterations.",
+            f"to train on, resume it with --iterations above {state.iteration}.",
+        )
+
+
+def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None, overwrite: bool) -> Loop:
+    """Load the model, tokenize the rows, add the layers, and create or compare the run's folder."""
+    lora, training = request.lora, request.training
+    resumed = bool(folder.recipe)
+    recipe = make_recipe(
+        request.base, request.data, lora, training, folder.recipe.get("init_from") if resumed
+        else request.adapter and request.adapter.fingerprint, 1, request.command,
+    )  # fmt: skip
+    if resumed:
+        require_same(folder.recipe, recipe, str(folder.reference))
+    model = load_model(request.base, dtype=training.dtype)
+    rows = [
+        start.tokenize_split(request.data, s, model.tokenizer, training, request.on_event) for s in ("train", "valid")
+    ]
+    config = start.add_layers(model, lora, training.seed)
+    if request.adapter is not None:
+        start.initialize_from(model, config, request.adapter)
+    adapted = dict(named_layers(model.module))
+    prepared = start.prepare(model, training, *rows, {key: adapted[key] for key in config.keys})
+    folder = RunFolder(folder.reference, folder.path, recipe)
+    folder.update_recipe() if resumed else folder.create(config, overwrite)
+    validation = prepared.validation.fixed(training.eval_batches) if prepared.validation else []
+    loop = Loop(prepared.engine, prepared.feed, validation, training, folder, request.on_event)
+    if checkpoint is not None:
+        loop.restore(checkpoint)
+    return loop

@@ -1,0 +1,137 @@
+"""Preparing a run: settings, base model, rows, adapter layers, and where an interrupted run goes on."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mlx.utils import tree_flatten
+
+from mlx_adapters.adapter import Adapter, AdapterConfig
+from mlx_adapters.config import LoraConfig, TrainConfig
+from mlx_adapters.door import mx, nn
+from mlx_adapters.errors import ConfigError, FormatError, IncompatibleError, did_you_mean
+from mlx_adapters.events import Note, OnEvent
+from mlx_adapters.layers import add_adapter_layers, resolve_target_modules
+from mlx_adapters.machine import on_gpu
+from mlx_adapters.model import Model
+from mlx_adapters.tensor_names import LORA_A, split
+from mlx_adapters.training import fuse_aware
+from mlx_adapters.training.batches import make_batch
+from mlx_adapters.training.data import Row, tokenize
+from mlx_adapters.training.engine import Engine, packing_is_exact, plan_loss
+from mlx_adapters.training.feed import Feed, make_feed
+from mlx_adapters.training.rows import DataSet
+
+
+def adapter_config(module: nn.Module, lora: LoraConfig) -> AdapterConfig:
+    """The adapter that `lora` describes on this model. Its rank is the largest of all modules' ranks.
+
+    Raises ConfigError for names that match nothing.
+    """
+    keys = resolve_target_modules(module, lora)
+    ranks = module_ranks(keys, lora)
+    layers = -1 if lora.num_layers == "all" else lora.num_layers
+    return AdapterConfig(max(ranks.values()), lora.scale, keys, lora.type, lora.dropout, layers)
+
+
+def module_ranks(keys: tuple[str, ...], lora: LoraConfig) -> dict[str, int]:
+    """The rank of each adapted module: that of the longest name in `ranks` that matches, else `rank`."""
+    for name in lora.ranks:
+        if not any(_matches(key, name) for key in keys):
+            known = {key.rpartition(".")[2] for key in keys}
+            raise ConfigError(f"The rank of '{name}' is for a module that is not adapted.",
+                              did_you_mean(name, known, f"adapted are: {', '.join(sorted(known))}."))  # fmt: skip
+    names = sorted(lora.ranks, key=len, reverse=True)
+    return {key: next((lora.ranks[n] for n in names if _matches(key, n)), lora.rank) for key in keys}
+
+
+def _matches(key: str, name: str) -> bool:
+    return key == name or key.endswith("." + name)
+
+
+def add_layers(model: Model, lora: LoraConfig, seed: int) -> AdapterConfig:
+    """Freeze the base and put fresh adapter layers on it.
+
+    mlx-lm knows one rank per adapter. Smaller ranks are stored as zeros in lora_a beyond the module's own rank;
+    lora_b starts at zero, so both parts have a gradient of exactly zero there and stay zero.
+    """
+    config = adapter_config(model.module, lora)
+    mx.random.seed(seed)
+    model.module.freeze()
+    add_adapter_layers(model.module, config)
+    ranks = module_ranks(config.keys, lora)
+    for name, weight in tree_flatten(model.module.trainable_parameters()):
+        path, leaf = split(name)
+        if leaf == LORA_A and ranks[path] < config.rank:
+            inside = mx.arange(config.rank) < ranks[path]
+            inside = inside[:, None] if weight.ndim == 3 else inside
+            model.module.load_weights([(name, mx.where(inside, weight, 0.0))], strict=False)
+    mx.eval(model.module.trainable_parameters())
+    return config
+
+
+def initialize_from(model: Model, config: AdapterConfig, adapter: Adapter) -> None:
+    """Take over the weights of `adapter`. Raises IncompatibleError unless it has the same layers and rank."""
+    own = {name: w.shape for name, w in tree_flatten(model.module.trainable_parameters())}
+    theirs = {name: tuple(w.shape) for name, w in adapter.weights.items()}
+    if own != theirs or adapter.config.scale != config.scale:
+        wanted = f"{config.type}, rank {config.rank}, scale {config.scale:g}, {len(config.keys)} layers"
+        raise IncompatibleError(
+            f"The run cannot start from {adapter!r}: it needs {wanted}.",
+            "leave rank, scale and target modules out to take the adapter's own.",
+        )
+    model.module.load_weights(list(adapter.weights.items()), strict=False)
+
+
+def lora_of(adapter: Adapter) -> LoraConfig:
+    """The settings that make an adapter like this one."""
+    c = adapter.config
+    return LoraConfig(rank=c.rank, scale=c.scale, dropout=c.dropout, target_modules=c.keys, type=c.type)  # type: ignore[arg-type]
+
+
+def tokenize_split(
+    data: DataSet, split_name: str, tokenizer: Any, config: TrainConfig, on_event: OnEvent
+) -> tuple[Row, ...]:
+    """The rows of one split that have something to train; truncated and dropped rows are reported."""
+    done = tokenize(
+        data.rows(split_name), tokenizer, max_seq_length=config.max_seq_length, mask_prompt=config.mask_prompt,
+        last_turn_only=config.last_turn_only,
+    )  # fmt: skip
+    limit = f"max_seq_length {config.max_seq_length}"
+    if done.truncated:
+        on_event(Note(f"{done.truncated} {split_name} rows are cut at {limit}.", "warning"))
+    if done.dropped:
+        named = ", ".join(done.dropped[:3])
+        on_event(
+            Note(f"{len(done.dropped)} {split_name} rows have nothing to train within {limit}: {named}.", "warning")
+        )
+    if split_name == "train" and not done.rows:
+        raise FormatError(f"No training row has anything to train within {limit}.", "raise --max-seq-length.")
+    return done.rows
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a loop needs."""
+
+    engine: Engine
+    feed: Feed
+    validation: Feed | None
+
+
+def prepare(
+    model: Model, config: TrainConfig, train: tuple[Row, ...], valid: tuple[Row, ...], adapted: dict[str, nn.Module],
+    rank: int = 0, world_size: int = 1,
+) -> Prepared:  # fmt: skip
+    """Feeds and engine; settles how the loss is computed and refuses packing where it is not exact."""
+    feed = make_feed(train, config, gpu=on_gpu(), rank=rank, world_size=world_size)
+    size = min(config.batch_size, len(valid)) or 1
+    plain = replace(config, packing=False, batch_size=size)
+    validation = make_feed(valid, plain, gpu=on_gpu()) if valid else None
+    shortest = sorted(train, key=lambda row: len(row.tokens))[:2]
+    probe = make_batch([[row] for row in shortest])
+    if config.packing and not packing_is_exact(model.module, probe, make_batch([shortest], packed=True)):
+        raise ConfigError("Rows cannot be packed exactly with this architecture.", "train without --packing.")
+    if config.fuse_aware is not None:
+        fuse_aware.check(adapted, config.fuse_aware)
+    plan = plan_loss(model.module, config, int(model.config.get("vocab_size", 1 << 16)), probe)
+    return Prepared(Engine(model.module, adapted, config, plan), feed, validation)

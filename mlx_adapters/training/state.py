@@ -1,0 +1,175 @@
+"""Everything that changes while training, and how it is kept on the disk.
+
+A checkpoint is one atomic folder `checkpoints/NNNNNNN/` with the adapter's weights, the optimizer's arrays
+and `state.json` (counters, losses, random state, and SHA-256 of all three). A crash therefore leaves whole
+checkpoints only; a damaged one is noticed by its hash, and the one before it is taken instead. All else in
+a run's folder (the best adapter, the links to the weights, the metadata) is derived from these.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_adapters import files
+from mlx_adapters.door import mx
+from mlx_adapters.errors import AdapterError, FormatError
+from mlx_adapters.tensor_names import ADAPTER_FILE, checkpoint_file
+
+VERSION = 1
+FOLDER, OPTIMIZER_FILE, STATE_FILE, RECIPE_FILE = "checkpoints", "optimizer.safetensors", "state.json", "recipe.json"
+Weights = dict[str, mx.array]
+
+
+@dataclass
+class State:
+    """The counters of a run. `batches` counts the batches drawn, which is the position in the data.
+
+    `pending_*` belong to the report that is due next. `train_losses` and `validation_losses` hold
+    (iteration, loss in nats per trained token); `saved` the iterations that have been saved.
+    """
+
+    iteration: int = 0
+    batches: int = 0
+    trained_tokens: int = 0
+    real_tokens: int = 0
+    pending_loss: float = 0.0
+    pending_tokens: int = 0
+    train_losses: list[tuple[int, float]] = field(default_factory=list)
+    validation_losses: list[tuple[int, float]] = field(default_factory=list)
+    best_iteration: int | None = None
+    best_loss: float | None = None
+    evaluations_since_best: int = 0
+    stopped_early: bool = False
+    seconds: float = 0.0
+    random: list[int] = field(default_factory=list)
+
+    def record_validation(self, loss: float) -> bool:
+        """Note a validation loss; True if it is the best so far. The untrained adapter cannot be the best."""
+        self.validation_losses.append((self.iteration, loss))
+        if self.iteration == 0:
+            return False
+        if self.best_loss is not None and loss >= self.best_loss:
+            self.evaluations_since_best += 1
+            return False
+        self.best_loss, self.best_iteration, self.evaluations_since_best = loss, self.iteration, 0
+        return True
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint, read back."""
+
+    state: State
+    weights: Weights
+    optimizer: Weights
+
+
+def path_of(run: Path, iteration: int) -> Path:
+    """The folder of one checkpoint."""
+    return run / FOLDER / f"{iteration:07d}"
+
+
+def save(run: Path, state: State, weights: Weights, optimizer: Weights) -> None:
+    """Write a checkpoint; it is there as a whole or not at all."""
+    with files.atomic_folder(path_of(run, state.iteration), overwrite=True) as folder:
+        files.write_safetensors(folder / ADAPTER_FILE, weights)
+        files.write_safetensors(folder / OPTIMIZER_FILE, optimizer)
+        record = {"version": VERSION, "state": dataclasses.asdict(state)}
+        record["sha256"] = {name: files.sha256(folder / name) for name in (ADAPTER_FILE, OPTIMIZER_FILE)}
+        files.write_json(folder / STATE_FILE, record | {"checksum": _checksum(record)})
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    text = json.dumps(record, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def iterations(run: Path) -> list[int]:
+    """The iterations that have a checkpoint folder, ascending."""
+    folder = run / FOLDER
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal()) if folder.is_dir() else []
+
+
+def read_state(run: Path, iteration: int) -> State:
+    """Read and verify one checkpoint's state and the hashes of its files. Raises FormatError."""
+    folder = path_of(run, iteration)
+    record = files.read_json(folder / STATE_FILE)
+    if isinstance(record.get("version"), int) and record["version"] > VERSION:
+        raise NewerError(f"'{folder}' was written by a newer version of this program.", "update mlx_adapters.")
+    checksum = record.pop("checksum", None)
+    if checksum != _checksum(record):
+        raise FormatError(f"'{folder / STATE_FILE}' is damaged.")
+    for name, expected in record["sha256"].items():
+        if not (folder / name).is_file() or files.sha256(folder / name) != expected:
+            raise FormatError(f"'{folder / name}' is damaged.")
+    values = record["state"]
+    for curve in ("train_losses", "validation_losses"):
+        values[curve] = [tuple(point) for point in values[curve]]
+    return State(**values)
+
+
+class NewerError(FormatError):
+    """A checkpoint that only a newer version can read; no reason to fall back to an older one."""
+
+
+def newest(run: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint, and what was wrong with newer ones."""
+    problems = []
+    for iteration in reversed(iterations(run)):
+        try:
+            state = read_state(run, iteration)
+            folder = path_of(run, iteration)
+            weights = files.read_safetensors(folder / ADAPTER_FILE)
+            return Checkpoint(state, weights, files.read_safetensors(folder / OPTIMIZER_FILE)), problems
+        except NewerError:
+            raise
+        except AdapterError as error:
+            problems.append(error.message)
+    return None, problems
+
+
+def drop_after(run: Path, iteration: int) -> None:
+    """Remove checkpoints later than `iteration`: damaged ones, which training will write again."""
+    for later in iterations(run):
+        if later > iteration:
+            _remove(run, later)
+
+
+def prune(run: Path, keep: int | None, best: int | None, save_every: int) -> None:
+    """Remove checkpoints that are neither the newest, nor the best, nor a multiple of `save_every` (those were
+    made for the time being: a former best, or a stop); then all but the last `keep` and the best."""
+    there = iterations(run)
+    regular = [i for i in there if (i and i % save_every == 0) or i == there[-1]]
+    kept = {*regular[-keep if keep else 0 :], best}
+    for iteration in there:
+        if iteration not in kept:
+            _remove(run, iteration)
+
+
+def _remove(run: Path, iteration: int) -> None:
+    link = run / checkpoint_file(iteration)
+    if link.exists():
+        files.remove(link)
+    files.remove(path_of(run, iteration))
+
+
+def link_weights(run: Path, best: int | None) -> None:
+    """Let `adapters.safetensors` be the best (or last) checkpoint's weights and give each checkpoint its
+    `NNNNNNN_adapters.safetensors`, as mlx-lm names them. Hard links: no further space on the disk."""
+    there = iterations(run)
+    for iteration in there:
+        link = run / checkpoint_file(iteration)
+        source = path_of(run, iteration) / ADAPTER_FILE
+        if not (link.exists() and link.samefile(source)):
+            files.link_or_copy(source, link)
+    for link in run.glob("*_" + ADAPTER_FILE):
+        if link.name not in {checkpoint_file(i) for i in there}:
+            files.remove(link)
+    if there:
+        chosen = path_of(run, best if best in there else there[-1]) / ADAPTER_FILE
+        target = run / ADAPTER_FILE
+        if not (target.exists() and target.samefile(chosen)):
+            files.link_or_copy(chosen, target)

@@ -1,0 +1,160 @@
+"""A run that was stopped ends, to the bit, as one that never was."""
+
+import json
+import shutil
+
+import mlx.core as mx
+import pytest
+from training_tools import PowerCut, cut_after, outcome, write_data
+
+from mlx_adapters import LoraConfig, TrainConfig, files, train
+from mlx_adapters.errors import ExistsError, FormatError, IncompatibleError, NotFoundError, TrainingError
+from mlx_adapters.events import CheckpointSaved, Note
+from mlx_adapters.registry import adapter_folder
+from mlx_adapters.training import state as states
+
+LORA = LoraConfig(rank=4, scale=2.0, dropout=0.1, target_modules=("q_proj", "v_proj"))
+SETTINGS = {
+    "iterations": 11, "batch_size": 3, "learning_rate": 0.01, "mask_prompt": True, "eval_every": 4, "save_every": 3,
+    "report_every": 2, "seed": 7, "grad_accumulation": 2, "schedule": "cosine", "warmup": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("rows") / "data")
+
+
+def config(**changes):
+    return TrainConfig(**SETTINGS | changes)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "adafactor", "muon"])
+def test_resumed_equals_uninterrupted_for_every_optimizer(optimizer, tiny_model, data):
+    settings = config(optimizer=optimizer, lora_plus_ratio=4.0)
+    train(tiny_model(), data, name="whole", lora=LORA, training=settings)
+    whole = outcome(adapter_folder("whole"))
+    for first in (1, 5, 10):
+        with pytest.raises(PowerCut):
+            train(tiny_model(), data, name="cut", lora=LORA, training=settings, on_event=cut_after(first))
+        train(name="cut", resume=True)
+        cut = outcome(adapter_folder("cut"))
+        cut["adapter_metadata.json"]["name"] = "whole"
+        assert cut == whole
+        shutil.rmtree(adapter_folder("cut"))
+
+
+def test_dropout_counts_in_the_comparison(tiny_model, data):
+    """Without the random state the runs would part: another seed gives other weights."""
+    a = train(tiny_model(), data, name="a", lora=LORA, training=config())
+    b = train(tiny_model(), data, name="b", lora=LORA, training=config(seed=8))
+    c = train(tiny_model(), data, name="c", lora=LORA, training=config())
+    weights = [files.read_safetensors(run.folder / "adapters.safetensors") for run in (a, b, c)]
+    assert not all(mx.array_equal(weights[0][n], weights[1][n]) for n in weights[0])
+    assert all(mx.array_equal(weights[0][n], weights[2][n]) for n in weights[0])
+
+
+@pytest.fixture
+def stopped(tiny_model, data):
+    with pytest.raises(PowerCut):
+        train(tiny_model(), data, name="run", lora=LORA, training=config(), on_event=cut_after(8))
+    return adapter_folder("run")
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_taken(stopped, tiny_model, data):
+    train(tiny_model(), data, name="whole", lora=LORA, training=config())
+    newest = states.path_of(stopped, max(states.iterations(stopped))) / "optimizer.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.unlink()
+    newest.write_bytes(bytes(content))
+    notes = []
+    train(name="run", resume=True, on_event=lambda e: isinstance(e, Note) and notes.append(e.text))
+    assert any("optimizer.safetensors' is damaged" in text and "before it" in text for text in notes)
+    resumed = outcome(stopped)
+    resumed["adapter_metadata.json"]["name"] = "whole"
+    assert resumed == outcome(adapter_folder("whole"))
+
+
+def test_a_half_written_checkpoint_is_ignored(stopped):
+    (stopped / "checkpoints" / ".tmp-abc").mkdir()
+    (stopped / "checkpoints" / ".tmp-abc" / "adapters.safetensors").write_bytes(b"half")
+    assert train(name="run", resume=True).final.iteration == 11
+
+
+def test_resume_of_finished_missing_newer_and_running(stopped):
+    with pytest.raises(NotFoundError, match="'other' cannot be resumed"):
+        train(name="other", resume=True)
+    with files.lock_file(stopped), pytest.raises(TrainingError, match="by another process"):
+        train(name="run", resume=True)
+    train(name="run", resume=True)
+    with pytest.raises(TrainingError, match="has finished its 11 iterations") as caught:
+        train(name="run", resume=True)
+    assert "--iterations above 11" in caught.value.hint
+    path = states.path_of(stopped, 11) / "state.json"
+    files.write_json(path, files.read_json(path) | {"version": 2})
+    with pytest.raises(FormatError, match="newer version"):
+        train(name="run", resume=True)
+
+
+def test_more_iterations_go_on(stopped):
+    train(name="run", resume=True)
+    run = train(name="run", resume=True, training=config(iterations=14))
+    assert run.final.iteration == 14
+    assert files.read_json(stopped / "recipe.json")["training"]["iterations"] == 14
+
+
+def test_what_changed_is_named(stopped, tiny_model, data, tmp_path):
+    with pytest.raises(IncompatibleError, match=r"learning_rate \(0.01 -> 0.02\)"):
+        train(name="run", resume=True, training=config(learning_rate=0.02))
+    with pytest.raises(IncompatibleError, match=r"scale \(2.0 -> 3.0\)"):
+        train(
+            name="run", resume=True, lora=LoraConfig(rank=4, scale=3.0, dropout=0.1, target_modules=LORA.target_modules)
+        )
+    with pytest.raises(IncompatibleError, match="the base model"):
+        train(tiny_model("llama", seed=1), name="run", resume=True)
+    with pytest.raises(IncompatibleError, match=r"the data \(train: 13 -> 9 rows\)"):
+        train(None, write_data(tmp_path / "other", rows=9), name="run", resume=True)
+
+
+def test_a_name_that_exists_is_not_overwritten(stopped, tiny_model, data):
+    before = outcome(stopped)
+    with pytest.raises(ExistsError):
+        train(tiny_model(), data, name="run", lora=LORA, training=config())
+    assert outcome(stopped) == before
+
+
+def test_keep_never_removes_the_best_or_the_last(tiny_model, data):
+    settings = config(iterations=12, keep=1, save_every=2, eval_every=2, learning_rate=0.5, optimizer="sgd")
+    seen = []
+    run = train(tiny_model(), data, name="run", lora=LORA, training=settings,
+                on_event=lambda e: isinstance(e, CheckpointSaved) and seen.append(e.iteration))  # fmt: skip
+    assert seen == [2, 4, 6, 8, 10, 12]
+    assert set(states.iterations(run.folder)) == {run.best.iteration, 12}
+    best = run.folder / f"{run.best.iteration:07d}_adapters.safetensors"
+    assert best.samefile(run.folder / "adapters.safetensors")
+
+
+def test_interrupts_save_and_leave_no_trace(tiny_model, data):
+    import os
+    import signal
+
+    def interrupt_at(iteration):
+        def on_event(event):
+            if type(event).__name__ == "Progress" and event.done == iteration:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return on_event
+
+    notes = []
+    train(tiny_model(), data, name="whole", lora=LORA, training=config())
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_model(), data, name="run", lora=LORA, training=config(),
+              on_event=lambda e: (interrupt_at(4)(e), notes.append(str(e))))  # fmt: skip
+    assert max(states.iterations(adapter_folder("run"))) in (4, 5)
+    assert any("mlx-adapters train --resume run" in note for note in notes)
+    train(name="run", resume=True)
+    resumed = outcome(adapter_folder("run"))
+    resumed["adapter_metadata.json"]["name"] = "whole"
+    assert json.dumps(sorted(resumed)) == json.dumps(sorted(outcome(adapter_folder("whole"))))
+    assert resumed == outcome(adapter_folder("whole"))

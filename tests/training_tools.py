@@ -1,0 +1,59 @@
+"""Helpers of the training tests: a small data set, and a run that stops as if the power had failed."""
+
+import json
+import random
+from pathlib import Path
+
+from mlx_adapters.events import Event, Progress
+from mlx_adapters.files import read_json
+from mlx_adapters.tensor_names import METADATA_FILE
+
+TIMES = ("date", "duration_seconds", "command")
+
+
+class PowerCut(Exception):
+    """Raised from inside a run: nothing is saved, as in a crash."""
+
+
+def cut_after(iteration: int):
+    """An `on_event` that crashes the run after `iteration`."""
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, Progress) and event.stage == "train" and event.done >= iteration:
+            raise PowerCut
+
+    return on_event
+
+
+def write_data(folder: Path, rows: int = 13, valid: int = 5, seed: int = 0) -> Path:
+    """Prompt-completion rows of very different length."""
+    random_ = random.Random(seed)
+    folder.mkdir(parents=True)
+    for name, count in (("train", rows), ("valid", valid)):
+        lines = [
+            {
+                "prompt": "List " + "the titles of all courses " * random_.randint(1, 4),
+                "completion": "SELECT title " * random_.randint(1, 3) + f"FROM courses {i};",
+            }
+            for i in range(count)
+        ]
+        if count:
+            (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return folder
+
+
+def outcome(folder: Path) -> dict:
+    """All that a run leaves behind, times aside: every file's content."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if name.startswith("recipe") or "/.tmp-" in f"/{name}" or path.is_dir():
+            continue
+        if path.name == METADATA_FILE:
+            found[name] = {k: v for k, v in read_json(path).items() if k not in TIMES}
+        elif path.name == "state.json":
+            state = read_json(path)["state"]
+            found[name] = {k: v for k, v in state.items() if k != "seconds"}
+        else:
+            found[name] = path.read_bytes()
+    return found
