@@ -128,35 +128,37 @@ def _rope_settings(rope: dict[str, Any], config: dict[str, Any]) -> dict[str, An
     return found
 
 
-def resolve_base(name: str | Path | Base) -> Base:
+def resolve_base(name: str | Path | Base, download: bool = True) -> Base:
     """Find a base model: `demo`, a folder, or a Hub id with an optional @revision (downloaded once).
 
-    Raises NotFoundError or HubError.
+    Raises NotFoundError or HubError; without `download`, NotFoundError for what is not on this machine yet.
     """
     if isinstance(name, Base):
         return name
     text = str(name)
     if text == DEMO:
+        if not download and not (files.home() / "bases" / DEMO).is_dir():
+            raise NotFoundError(f"'{DEMO}' is not on this machine yet.")
         from mlx_adapters.demo.base import demo_base_folder
 
         return Base(DEMO, demo_base_folder())
-    folder = Path(text).expanduser()
+    folder = files.expanded(text)
     if isinstance(name, Path) or text.startswith((".", "/", "~")) or folder.is_dir():
         if not (folder / "config.json").is_file():
             what = "no config.json in it" if folder.is_dir() else "no such folder"
             raise NotFoundError(f"There is no model at '{text}': {what}.")
-        return Base(str(folder.absolute()), folder.absolute())
+        return Base(str(folder), folder)
     if not HUB_ID.fullmatch(text):
         raise NotFoundError(
             f"There is no base model '{text}'.",
             "a base is 'demo', a folder, or a Hub id such as 'mlx-community/Qwen3-0.6B-4bit'.",
         )
     repo, _, revision = text.partition("@")
-    folder = _snapshot(repo, revision or None)
+    folder = _snapshot(repo, revision or None, download)
     return Base(text, folder, folder.name if folder.parent.name == "snapshots" else revision or None)
 
 
-def _snapshot(repo: str, revision: str | None) -> Path:
+def _snapshot(repo: str, revision: str | None, download: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -167,6 +169,8 @@ def _snapshot(repo: str, revision: str | None) -> Path:
             return folder
     except (LocalEntryNotFoundError, OSError, ValueError):
         pass
+    if not download:
+        raise NotFoundError(f"'{repo}' is not on this machine yet.")
     try:
         with files.storage_errors(Path(repo)):
             return Path(snapshot_download(repo, **options))
