@@ -5,8 +5,10 @@ float32, with quantized layers replaced by dense ones (the same function; MLX's 
 times slower there); on a GPU it stays as stored.
 """
 
+import contextlib
 import hashlib
 import re
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -159,27 +161,16 @@ def resolve_base(name: str | Path | Base, download: bool = True) -> Base:
 
 
 def _snapshot(repo: str, revision: str | None, download: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    """The model's folder in huggingface_hub's cache; downloaded, if allowed, where it is not whole there."""
+    from mlx_adapters.hub.client import snapshot
 
-    options = {"revision": revision, "allow_patterns": MODEL_FILES}
-    try:
-        folder = Path(snapshot_download(repo, local_files_only=True, **options))
+    with contextlib.suppress(HubError):
+        folder, _ = snapshot(repo, revision, MODEL_FILES, local_only=True)
         if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")):
             return folder
-    except (LocalEntryNotFoundError, OSError, ValueError):
-        pass
     if not download:
         raise NotFoundError(f"'{repo}' is not on this machine yet.")
-    try:
-        with files.storage_errors(Path(repo)):
-            return Path(snapshot_download(repo, **options))
-    except HfHubHTTPError as error:
-        raise HubError(f"The Hub has no model '{repo}' that you may read: {error.server_message or error}.") from error
-    except (OSError, ValueError) as error:
-        raise HubError(
-            f"'{repo}' could not be downloaded: {error}.", "check the network, or give a local folder."
-        ) from error
+    return snapshot(repo, revision, MODEL_FILES, show_progress=sys.stderr.isatty())[0]
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def locate(reference: str | Reference) -> tuple[Path, int | None]:
     if ref.kind == "path":
         return files.expanded(ref.target), ref.iteration
     if ref.kind == "hub":
-        from mlx_adapters.hub import adapter_snapshot
+        from mlx_adapters.hub.downloads import adapter_snapshot
 
         return adapter_snapshot(ref.target, ref.revision), None
     folder = adapter_folder(ref.target)
