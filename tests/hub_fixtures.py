@@ -76,7 +76,7 @@ def base(tiny_model, tmp_path) -> Path:
     return folder
 
 
-def make_adapter(base: Path, kind: str = "lora", **metadata) -> Adapter:
+def new_adapter(base: Path, kind: str = "lora", **metadata) -> Adapter:
     """A rank-4 adapter of random weights on the tiny base."""
     model = load_model(base)
     keys = layers.resolve_target_modules(model.module, LoraConfig(target_modules=("q_proj", "up_proj")))
@@ -87,23 +87,30 @@ def make_adapter(base: Path, kind: str = "lora", **metadata) -> Adapter:
     return Adapter(config, weights, {"base": model.base.record(), **metadata})
 
 
+@pytest.fixture
+def make_adapter():
+    """`make_adapter(base, kind, **metadata)`."""
+    return new_adapter
+
+
 TRAINED = {
     "date": "2026-01-02T03:04:05+00:00",
     "versions": {"mlx_adapters": "0.1.0", "mlx": "0.32.4"},
     "command": "mlx-adapters train /home/joe/models/tiny --data /home/joe/secret/sql --name sql",
     "data": {"source": "/home/joe/secret/sql", "splits": {"train": {"rows": 600, "sha256": "ab" * 32}}},
-    "lora": {"rank": 4, "scale": 2.0},
     "training": {"iterations": 40, "learning_rate": 1e-4, "max_seq_length": 512},
     "train_losses": [[10, 2.5], [20, 1.5], [30, 1.1], [40, 0.9]],
     "validation_losses": [[20, 1.8], [40, 1.25]],
     "best_validation_loss": 1.25,
+    "iteration": 40,
+    "checkpoints": {"20": {"train": 1.5, "validation": 1.8}, "40": {"train": 0.9, "validation": 1.25}},
 }
 
 
 @pytest.fixture
 def sql(base) -> Adapter:
     """The registered adapter `sql`, with a training's metadata and the litter of a run around it."""
-    adapter = registry.register(make_adapter(base, **TRAINED), "sql")
+    adapter = registry.register(new_adapter(base, **TRAINED), "sql")
     folder = adapter.folder
     (folder / "checkpoints" / "0000040").mkdir(parents=True)
     (folder / "checkpoints" / "0000040" / "optimizer.safetensors").write_bytes(b"moments")

@@ -9,7 +9,6 @@ import sys
 import mlx.core as mx
 import mlx_lm
 import pytest
-from hub_fixtures import make_adapter
 from hub_server import READ_TOKEN, WRITE_TOKEN
 
 import mlx_adapters as ma
@@ -60,7 +59,7 @@ def test_publishing_twice_changes_nothing(hub, sql):
     assert second.commit == first.commit and len(hub.repos[REPO].branches["main"]) == 2
 
 
-def test_a_dry_run_tells_everything_and_changes_nothing(hub, sql, base):
+def test_a_dry_run_tells_everything_and_changes_nothing(hub, sql, base, make_adapter):
     publish("sql", REPO)
     hub.requests.clear()
     ma.write_adapter(make_adapter(base, "dora", name="sql"), sql.folder.parent / "other")

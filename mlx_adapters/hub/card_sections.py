@@ -127,7 +127,7 @@ def training(subject: Subject, facts: Facts) -> str:
     parts += [f"![Loss by iteration]({name})" for name in facts["pictures"]]
     settings = metadata.get("training")
     if isinstance(settings, Mapping):
-        parts.append(_details("All settings", settings_table({**(metadata.get("lora") or {}), **settings})))
+        parts.append(_details("All settings", settings_table(settings)))
     for key, title in (("merge", "Merged from"), ("extract", "Extracted from"), ("peft", "Imported from PEFT")):
         if isinstance(metadata.get(key), Mapping):
             parts.append(f"{title}:\n\n{settings_table(_flat(metadata[key]))}")
@@ -137,16 +137,16 @@ def training(subject: Subject, facts: Facts) -> str:
 def _losses(subject: Subject) -> str:
     m = subject.metadata
     parts = []
-    if isinstance(m.get("best_validation_loss"), int | float):
-        best = f" at iteration {m['best_iteration']}" if m.get("best_iteration") else ""
-        parts.append(f"best validation loss {number(m['best_validation_loss'], 4)}{best}")
+    if subject.validation_loss is not None:
+        at = f" at iteration {m['iteration']}" if m.get("iteration") else ""
+        parts.append(f"validation loss {number(subject.validation_loss, 4)}{at}")
     for name, points in subject.curves.items():
         if points:
-            parts.append(f"last {name} loss {number(points[-1][1], 4)}")
+            parts.append(f"last {name} loss of the run {number(points[-1][1], 4)}")
     if isinstance(m.get("duration_seconds"), int | float):
         parts.append(f"trained in {duration(m['duration_seconds'])}")
     text = ", ".join(parts)
-    return f"{text[0].upper()}{text[1:]} (nats per trained token)." if text else ""
+    return f"{text[0].upper()}{text[1:]}. Losses are in nats per trained token." if text else ""
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,11 +262,11 @@ def limits(subject: Subject, facts: Facts) -> str:
     found = []
     base = subject.base
     if subject.kind != "model":
-        made_for = f"It works on {base_name(subject, facts)} only"
         quantization = base.get("quantization")
-        stored = f", stored at {quantization['bits']} bits" if isinstance(quantization, Mapping) else ""
-        revision = f", revision `{base['revision']}`" if base.get("revision") else ""
-        found.append(f"{made_for}; it was made for these weights{revision}{stored}.")
+        stored = f" stored at {quantization['bits']} bits" if isinstance(quantization, Mapping) else ""
+        revision = f" (revision `{base['revision']}`)" if base.get("revision") else ""
+        found.append(f"It needs its base model. It was made on {base_name(subject, facts)}{revision}{stored}; "
+                     "on other weights nobody has measured it.")  # fmt: skip
     settings = subject.metadata.get("training")
     longest = settings.get("max_seq_length") if isinstance(settings, Mapping) else None
     if longest:

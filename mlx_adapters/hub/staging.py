@@ -115,10 +115,18 @@ class Subject:
     def evaluations(self) -> list[dict[str, Any]]:
         """[{"data": name, "metrics": {name: number}}]: the best validation loss and what `eval` saved."""
         found = []
-        loss = self.metadata.get("best_validation_loss")
-        if isinstance(loss, int | float):
-            found.append({"data": self.data_name, "metrics": {"validation_loss": loss}})
+        if self.validation_loss is not None:
+            found.append({"data": self.data_name, "metrics": {"validation_loss": self.validation_loss}})
         return found
+
+    @property
+    def validation_loss(self) -> float | None:
+        """That of the published weights: of the best iteration, or of the checkpoint that was named."""
+        found = self.metadata.get("best_validation_loss")
+        if self.adapter and self.adapter.iteration is not None:
+            checkpoint = (self.metadata.get("checkpoints") or {}).get(str(self.adapter.iteration)) or {}
+            found = checkpoint.get("validation")
+        return float(found) if isinstance(found, int | float) else None
 
     def without(self, patterns: Iterable[str]) -> "Subject":
         """Leave out the files that match one of `patterns`. Raises ConfigError for a file that must go up."""
@@ -284,9 +292,7 @@ def clean(value: Any) -> Any:
 
 
 def clean_text(text: str) -> str:
-    """`text` with every absolute path cut down to its last part."""
-    if re.fullmatch(r"(?:[A-Za-z]:)?[/\\][^/\\\s]+[/\\]?", text):
-        return text.strip("/\\")
+    """`text` with every absolute path of two parts or more cut down to its last part."""
     return ABSOLUTE_PATH.sub(lambda match: re.split(r"[/\\]", match[0].rstrip("/\\"))[-1], text)
 
 
