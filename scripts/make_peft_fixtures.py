@@ -304,6 +304,10 @@ def make_architecture(arch, extra, seed):
     cases |= {n: (c, o, folder / "refused" / n) for n, (c, o) in REFUSED.get(arch, {}).items()}
     for index, (name, (config_class, options, target)) in enumerate(cases.items()):
         model = make_adapter(arch, config_class, options, target, 1000 * seed + index)
+        # What counts is the adapter as PEFT loads it; it cannot load one that leaves experts out.
+        if target.parent == folder and name != "some-experts":
+            saved_in = target / options.get("_name", "")
+            model = peft.PeftModel.from_pretrained(load_base(arch), saved_in).eval()
         key = name if target.parent == folder else f"refused/{name}"
         saved[key] = logits_of(model, ids)[:, -TOKENS:, :VOCAB].contiguous()
         if options.get("_merged"):

@@ -23,10 +23,8 @@ COMMANDS = {
     "generate": ("generate", "Ask a base model, with or without an adapter."),
     "fuse": ("fuse", "Write base and adapter as one model, at any precision."),
     "benchmark": ("benchmark", "Measure load time, speed and memory of variants side by side."),
-    "publish": ("publish", "Upload an adapter or a fused model to the Hugging Face Hub."),
-    "download": ("publish", "Take an adapter or a model from the Hub."),
-    "card": ("publish", "Print or write the model card."),
-    "completion": ("completion", "Print the completion script of a shell."),
+    "import-peft": ("peft", "Take in a PEFT adapter from a folder or the Hub."),
+    "export-peft": ("peft", "Write an adapter as a folder that PEFT loads."),
     "env": ("env", "Show versions, device, BLAS and the home folder."),
 }
 

@@ -1,0 +1,55 @@
+"""`import-peft` and `export-peft`: adapters from and to Hugging Face's peft."""
+
+import click
+
+from mlx_adapters.cli import _output
+from mlx_adapters.cli._options import REFERENCE, json_option, overwrite_option
+
+
+@click.command("import-peft")
+@click.argument("source", metavar="SRC")
+@click.option("--base", metavar="BASE", required=True, help="The MLX base model: demo, a folder or a Hub id.")
+@click.option("--name", metavar="NAME", required=True, help="Name in the registry.")
+@overwrite_option
+@json_option
+def import_peft_command(source: str, base: str, name: str, overwrite: bool, as_json: bool) -> None:
+    """Take in a PEFT LoRA or DoRA adapter: SRC is a folder or a Hub repository.
+
+    The converted adapter computes what PEFT computes; what MLX cannot express is refused with the reason.
+
+    \b
+    Example:
+      mlx-adapters import-peft user/llama-sql-lora --base mlx-community/Llama-3.2-1B-Instruct-4bit --name sql
+    """
+    from mlx_adapters.peft_format import import_peft
+
+    adapter = import_peft(source, base=base, name=name, overwrite=overwrite, on_event=_output.progress())
+    if as_json:
+        _output.emit_json({"name": adapter.name, "folder": adapter.folder, "config": adapter.config,
+                           "parameters": adapter.parameters, "base": adapter.base_name})  # fmt: skip
+        return
+    _output.out(repr(adapter))
+
+
+@click.command("export-peft")
+@click.argument("ref", type=REFERENCE, metavar="REF")
+@click.argument("out", type=click.Path(file_okay=False))
+@click.option("--base-model", metavar="NAME", help="transformers model to name in it [the one it was trained on].")
+@overwrite_option
+@json_option
+def export_peft_command(ref: str, out: str, base_model: str | None, overwrite: bool, as_json: bool) -> None:
+    """Write the adapter REF as a folder OUT that PeftModel.from_pretrained loads.
+
+    \b
+    Example:
+      mlx-adapters export-peft sql out/sql-peft --base-model Qwen/Qwen3-0.6B
+    """
+    from mlx_adapters.peft_format import export_peft
+
+    result = export_peft(ref, out, base_model=base_model, overwrite=overwrite, on_event=_output.progress())
+    if as_json:
+        _output.emit_json(result)
+        return
+    _output.out(
+        f"{result.folder}: {result.tensors} tensors, {_output.size(result.size_bytes)}, for {result.base_model}"
+    )

@@ -1,0 +1,121 @@
+"""Take a PEFT adapter into the registry as an MLX adapter."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_adapters import files, registry, tensor_names
+from mlx_adapters.adapter import Adapter
+from mlx_adapters.errors import HubError, IncompatibleError
+from mlx_adapters.events import Note, OnEvent, ignore
+from mlx_adapters.layers import QUANTIZED, adaptable_layers, check_fits, dense_weight, weight_shape
+from mlx_adapters.model import Base, load_module, resolve_base
+from mlx_adapters.peft_format.reading import PeftAdapter, read_peft, refuse_beyond_lora
+from mlx_adapters.peft_format.to_mlx import Converted, to_mlx
+from mlx_adapters.tensor_names import CONFIG_FILE, PEFT_PICKLE_FILE, PEFT_WEIGHTS_FILE
+
+# How far a base's embedding may lie from the copy in the adapter (relative): rounding to 16 bits, to 4 bits.
+DENSE_TOLERANCE, QUANTIZED_TOLERANCE = 0.01, 0.5
+
+
+def import_peft(
+    source: str | Path,
+    *,
+    base: str | Path | Base,
+    name: str,
+    overwrite: bool = False,
+    on_event: OnEvent = ignore,
+) -> Adapter:
+    """Convert a PEFT LoRA or DoRA adapter for `base` and register it as `name`.
+
+    source: a folder (or the folder above one named adapter), or a Hub repository `user/repo[@revision]`.
+    The converted adapter gives PEFT's own logits on the same base weights. Raises FormatError if the adapter
+    is damaged or MLX cannot express it, IncompatibleError if it is for another base, ExistsError, HubError;
+    then nothing is written.
+    """
+    files.refuse_existing(registry.adapter_folder(name), overwrite)
+    peft = read_peft(peft_folder(source))
+    refuse_beyond_lora(peft)
+    found = resolve_base(base)
+    module, _ = load_module(found)
+    converted = convert(peft, module, found.name)
+    for note in notes_on(peft, converted):
+        on_event(Note(note, "warning"))
+    metadata = {"source": "peft", "peft": record(peft, converted, str(source)), "base": found.record()}
+    adapter = replace(converted.adapter, metadata=metadata | registry.made_now())
+    return registry.register(adapter, name, overwrite)
+
+
+def convert(peft: PeftAdapter, module: Any, base_name: str) -> Converted:
+    """The MLX adapter for a loaded base module, checked against it."""
+    layers = adaptable_layers(module)
+    converted = to_mlx(peft, layers)
+    _check_base_copies(peft, layers, base_name)
+    check_fits(converted.adapter, module, f"'{base_name}'")
+    return converted
+
+
+def peft_folder(source: str | Path) -> Path:
+    """The folder of a PEFT adapter; one on the Hub is downloaded once. Raises NotFoundError or HubError."""
+    text = str(source)
+    if isinstance(source, Path) or text.startswith((".", "/", "~")) or Path(text).is_dir():
+        return Path(text).expanduser()
+    reference = registry.parse_reference(text)
+    if reference.kind != "hub":
+        return Path(text)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    wanted = [CONFIG_FILE, PEFT_WEIGHTS_FILE, PEFT_PICKLE_FILE]
+    try:
+        folder = Path(snapshot_download(reference.target, revision=reference.revision, allow_patterns=wanted))
+        if not (folder / CONFIG_FILE).is_file():
+            inner = [f"*/{file}" for file in wanted]
+            snapshot_download(reference.target, revision=reference.revision, allow_patterns=inner)
+        return folder
+    except HfHubHTTPError as error:
+        raise HubError(f"The Hub has no '{text}' that you may read: {error.server_message or error}.") from error
+    except (OSError, ValueError) as error:
+        raise HubError(f"'{text}' could not be downloaded: {error}.", "check the network, or give a folder.") from error
+
+
+def record(peft: PeftAdapter, converted: Converted, source: str) -> dict[str, Any]:
+    """What export needs for the way back: the config as it was, and how paths and experts were written."""
+    return {
+        "from": source,
+        "config": peft.settings.raw,
+        "renames": [list(pair) for pair in converted.renames],
+        "experts": converted.experts,
+    }
+
+
+def notes_on(peft: PeftAdapter, converted: Converted) -> list[str]:
+    """What the user should know about a conversion that worked."""
+    notes = list(converted.notes)
+    if peft.settings.unknown:
+        notes.append(f"Settings that this version does not know were ignored: {', '.join(peft.settings.unknown)}.")
+    return notes
+
+
+def _check_base_copies(peft: PeftAdapter, layers: dict[str, Any], base_name: str) -> None:
+    """PEFT stores the base's matrix beside an adapted embedding; it must be this base's."""
+    for path, copy in peft.base_copies.items():
+        candidates = [p for p, _ in tensor_names.mlx_paths(path) if p in layers]
+        if not candidates:
+            continue
+        layer = layers[candidates[0]]
+        if tuple(copy.shape) != weight_shape(layer):
+            raise IncompatibleError(
+                f"The PEFT adapter's base has a '{path}' of {tuple(copy.shape)}, '{base_name}' one of "
+                f"{weight_shape(layer)} (a resized vocabulary).",
+                "give the base it was trained on.",
+            )
+        own, copy = dense_weight(layer, mx.float32), copy.astype(mx.float32)
+        distance = mx.sqrt(mx.square(own - copy).sum() / mx.square(copy).sum()).item()
+        if not distance <= (QUANTIZED_TOLERANCE if isinstance(layer, QUANTIZED) else DENSE_TOLERANCE):
+            raise IncompatibleError(
+                f"'{path}' of '{base_name}' differs from the copy in the PEFT adapter (by {distance:.0%}).",
+                "give the base it was trained on.",
+            )

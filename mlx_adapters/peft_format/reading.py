@@ -1,0 +1,195 @@
+"""Read a PEFT adapter folder: every tensor is accounted for, or the folder is refused.
+
+PEFT itself loads an adapter with missing, unknown or NaN tensors with at most a warning. Here each tensor is
+one half of an update, a copy of the base's embedding, or one of the things MLX's adapter layers cannot hold
+(whole modules, biases, single token rows), which are kept apart.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_adapters import files, tensor_names
+from mlx_adapters.errors import FormatError, NotFoundError
+from mlx_adapters.peft_format.settings import FUSE_HINT, PeftSettings
+from mlx_adapters.tensor_names import CONFIG_FILE, PEFT_PICKLE_FILE, PEFT_PREFIX, PEFT_SCALE, PEFT_WEIGHTS_FILE
+
+DTYPES = ("F32", "F16", "BF16")
+TOKEN_ROWS = "trainable_tokens_delta"
+PICKLE_HINT = "pickles can run code; load it in PEFT and save it again, which writes adapter_model.safetensors."
+
+
+@dataclass(frozen=True)
+class PeftModule:
+    """The update of one module: a (rank, in), b (out, rank), m (out,) or None."""
+
+    path: str
+    a: mx.array
+    b: mx.array
+    m: mx.array | None
+    embedding: bool
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """A PEFT adapter in memory, in PEFT's own names and shapes.
+
+    `dense` holds whole weights and biases by tensor name (without the prefix), `token_rows` the replaced
+    rows of embeddings by module path, `base_copies` the copies of the base's embeddings by module path.
+    `exact_scale` is what a folder written by `export_peft` says of alpha / r, to the last bit.
+    """
+
+    folder: Path
+    settings: PeftSettings
+    modules: dict[str, PeftModule]
+    dense: dict[str, mx.array] = field(default_factory=dict)
+    token_rows: dict[str, mx.array] = field(default_factory=dict)
+    base_copies: dict[str, mx.array] = field(default_factory=dict)
+    exact_scale: float | None = None
+
+    @property
+    def beyond_lora(self) -> str | None:
+        """What of the adapter no MLX adapter can hold, as words, or None."""
+        kinds = {
+            "biases": [name for name in self.dense if name.endswith(f".{tensor_names.BIAS}")],
+            "whole modules (modules_to_save)": [n for n in self.dense if not n.endswith(f".{tensor_names.BIAS}")],
+            "rows of single tokens (trainable_token_indices)": list(self.token_rows),
+        }
+        found = [f"{what}, such as '{names[0]}'" for what, names in kinds.items() if names]
+        return "; ".join(found) or None
+
+
+def find_folder(folder: Path) -> Path:
+    """The folder itself, or its one subfolder with an adapter (PEFT makes one for a named adapter).
+
+    Raises NotFoundError that lists what there is.
+    """
+    if (folder / CONFIG_FILE).is_file():
+        return folder
+    if not folder.is_dir():
+        raise NotFoundError(f"There is no folder '{folder}'.")
+    inner = sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}"))
+    if len(inner) == 1:
+        return inner[0]
+    names = ", ".join(path.name for path in inner)
+    raise NotFoundError(
+        f"'{folder}' has no {CONFIG_FILE}.",
+        f"its subfolders hold adapters, name one of them: {names}." if names else "is it a PEFT adapter?",
+    )
+
+
+def read_peft(folder: Path) -> PeftAdapter:
+    """Read and check a PEFT adapter folder.
+
+    Raises NotFoundError, or FormatError with the reason why it cannot be an adapter in MLX or is damaged.
+    """
+    folder = find_folder(Path(folder).expanduser().absolute())
+    raw = files.read_json(folder / CONFIG_FILE)
+    if "fine_tune_type" in raw and "peft_type" not in raw:
+        raise FormatError(f"'{folder}' is an MLX adapter already.", "take it in with 'mlx-adapters add'.")
+    settings = PeftSettings.parse(raw)
+    tensors, scale = _read_tensors(folder)
+    return _sort(PeftAdapter(folder, settings, {}, exact_scale=scale), tensors)
+
+
+def _read_tensors(folder: Path) -> tuple[dict[str, mx.array], float | None]:
+    path = folder / PEFT_WEIGHTS_FILE
+    if not path.is_file() and (folder / PEFT_PICKLE_FILE).is_file():
+        raise FormatError(f"'{folder}' holds its weights in a pickle, {PEFT_PICKLE_FILE}.", PICKLE_HINT)
+    header, metadata = files.read_safetensors_header(path)
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise FormatError(f"'{name}' in '{path}' is of type {entry['dtype']}, not {', '.join(DTYPES)}.")
+    if not header:
+        raise FormatError(f"'{path}' holds no tensors.")
+    tensors = files.read_safetensors(path)
+    finite = {name: mx.isfinite(array).all() for name, array in tensors.items()}
+    mx.eval(finite)
+    for name, good in finite.items():
+        if not good.item():
+            raise FormatError(f"'{name}' in '{path}' holds NaN or Inf.", "the training that made it diverged.")
+    return tensors, _number(metadata.get(PEFT_SCALE))
+
+
+def _number(text: Any) -> float | None:
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return None
+
+
+def _sort(found: PeftAdapter, tensors: dict[str, mx.array]) -> PeftAdapter:
+    halves: dict[str, dict[Any, mx.array]] = {}
+    kinds: dict[str, set[bool]] = {}
+    for name, array in tensors.items():
+        parsed = tensor_names.parse_peft_tensor(name)
+        if parsed is None:
+            _set_apart(name, array, found)
+            continue
+        path, leaf, embedding = parsed
+        if leaf in halves.setdefault(path, {}):
+            raise FormatError(f"Two tensors give the {leaf} of '{path}'.", "the file holds more than one adapter.")
+        halves[path][leaf] = array
+        if leaf != tensor_names.MAGNITUDE:
+            kinds.setdefault(path, set()).add(embedding)
+    for path, leaves in halves.items():
+        found.modules[path] = _module(path, leaves, kinds.get(path, set()), found.settings)
+    if not found.modules and found.beyond_lora is None:
+        raise FormatError(f"'{found.folder}' holds no LoRA tensors.")
+    return found
+
+
+def _module(path: str, leaves: dict[str, mx.array], kinds: set[bool], settings: PeftSettings) -> PeftModule:
+    a, b = leaves.get(tensor_names.LORA_A), leaves.get(tensor_names.LORA_B)
+    m = leaves.get(tensor_names.MAGNITUDE)
+    if a is None or b is None or len(kinds) != 1:
+        raise FormatError(f"The PEFT adapter lacks one of the two factors of '{path}'.", "is the file whole?")
+    embedding = kinds.pop()
+    if embedding and m is not None:
+        raise FormatError(
+            f"The PEFT adapter has DoRA on the embedding '{path}', normed over the vocabulary.",
+            "MLX's DoRA norms an embedding token by token.",
+        )
+    if settings.dora and m is None and not embedding:
+        raise FormatError(f"The PEFT adapter lacks the DoRA magnitude of '{path}'.", "is the file whole?")
+    if m is not None and not settings.dora:
+        raise FormatError(f"The PEFT adapter has a magnitude for '{path}', but its config does not say use_dora.")
+    if m is not None:
+        m = m.reshape(-1) if m.size == max(m.shape, default=0) else m
+    if a.ndim != 2 or b.ndim != 2 or (m is not None and m.shape != (b.shape[0],)):
+        raise FormatError(f"The factors of '{path}' have shapes {a.shape} and {b.shape}, which no LoRA layer has.")
+    return PeftModule(path, a, b, m, embedding)
+
+
+def _set_apart(name: str, array: mx.array, found: PeftAdapter) -> None:
+    """File a tensor that is no LoRA factor where it belongs. Raises FormatError for an unknown one."""
+    path, leaf = tensor_names.split(name.removeprefix(PEFT_PREFIX))
+    if not name.startswith(PEFT_PREFIX):
+        raise FormatError(
+            f"'{name}' does not begin with '{PEFT_PREFIX}'; PEFT itself would ignore it.",
+            "save the adapter again with PEFT.",
+        )
+    if leaf == TOKEN_ROWS:
+        found.token_rows[path.removesuffix(".token_adapter")] = array
+    elif path.endswith(".lora_B") or ".lora_B." in path:
+        raise FormatError(f"The PEFT adapter has lora_bias: '{name}'.", "MLX's LoRA layers have no bias of their own.")
+    elif leaf == tensor_names.WEIGHT and path.endswith(".base_layer"):
+        found.base_copies[path.removesuffix(".base_layer")] = array
+    elif leaf == tensor_names.BIAS or (leaf == tensor_names.WEIGHT and "lora_" not in path):
+        found.dense[tensor_names.join(path.removesuffix(".base_layer"), leaf)] = array
+    else:
+        raise FormatError(f"The PEFT adapter has a tensor that is no part of LoRA: '{name}'.")
+
+
+def refuse_beyond_lora(adapter: PeftAdapter) -> None:
+    """Raise FormatError if the adapter holds more than an MLX adapter can."""
+    kept, rows = adapter.settings.modules_to_save, adapter.settings.raw.get("trainable_token_indices")
+    words = adapter.beyond_lora
+    words = words or (f"whole modules (modules_to_save): {', '.join(kept)}" if kept else None)
+    words = words or ("rows of single tokens (trainable_token_indices)" if rows else None)
+    if adapter.settings.raw.get("lora_bias"):
+        raise FormatError("The PEFT adapter has lora_bias.", "MLX's LoRA layers have no bias of their own.")
+    if words:
+        raise FormatError(f"The PEFT adapter holds more than an MLX adapter can: {words}.", FUSE_HINT)

@@ -1,0 +1,136 @@
+"""The way back to PEFT: bit for bit what came in, and nothing that PEFT would load as something else."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from test_peft_import import ADAPTERS, FIXTURES, base_of, case
+
+from mlx_adapters import files
+from mlx_adapters.adapter import Adapter, AdapterConfig
+from mlx_adapters.errors import ExistsError, FormatError
+from mlx_adapters.layers import adaptable_layers, expected_shapes
+from mlx_adapters.model import load_model
+from mlx_adapters.peft_format import export_peft, import_peft
+from mlx_adapters.tensor_names import join
+
+# One expert's zeros are added where the adapter left experts out, and a scale is divided out of float32.
+NOT_BIT_EQUAL = ("some-experts", "patterns", "patterns-rslora-dora", "fused-patterns")
+ARCHITECTURES = sorted(path.parent.name for path in FIXTURES.glob("*/base"))
+
+
+@pytest.mark.parametrize("folder", ADAPTERS, ids=case)
+def test_peft_to_mlx_to_peft(folder: Path, tmp_path: Path):
+    adapter = import_peft(folder, base=base_of(folder), name="it")
+    export_peft(adapter, tmp_path / "out")
+    source = next(folder.rglob("adapter_config.json")).parent
+    before = {k.replace(".default", ""): v for k, v in mx.load(str(source / "adapter_model.safetensors")).items()}
+    before = {name: array for name, array in before.items() if ".base_layer.weight" not in name}
+    after = mx.load(str(tmp_path / "out" / "adapter_model.safetensors"))
+    assert files.read_json(tmp_path / "out" / "adapter_config.json") == files.read_json(source / "adapter_config.json")
+    assert set(before) <= set(after)
+    for name in after:
+        expected = before.get(name, mx.zeros_like(after[name]))
+        if folder.name in NOT_BIT_EQUAL:
+            assert mx.allclose(after[name], expected, rtol=1e-6, atol=0)
+        else:
+            assert after[name].dtype == expected.dtype
+            assert mx.array_equal(after[name], expected), name
+
+
+def make_adapter(base: Path, keys, kind: str = "lora", scale: float = 0.7 / 3, dtype=mx.float32) -> Adapter:
+    """An adapter with random weights for the layers that `keys(path)` picks."""
+    model = load_model(base)
+    layers = {key: layer for key, layer in adaptable_layers(model.module).items() if keys(key)}
+    config = AdapterConfig(3, scale, tuple(layers), kind, dropout=0.05)
+    weights = {
+        join(key, leaf): (mx.abs(mx.random.normal(shape)) + 1).astype(dtype)
+        for key, layer in layers.items()
+        for leaf, shape in expected_shapes(layer, config).items()
+    }
+    return Adapter(config, weights, {"base": model.base.record()})
+
+
+def linear(key: str) -> bool:
+    return "layers" in key or ".h." in key
+
+
+@pytest.mark.parametrize(
+    "architecture", ["llama", "qwen2", "qwen3", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2"]
+)
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
+def test_mlx_to_peft_to_mlx(architecture: str, dtype: mx.Dtype, tmp_path: Path):
+    base = FIXTURES / architecture / "base"
+    adapter = make_adapter(base, linear, dtype=dtype)
+    export_peft(adapter, tmp_path / "out")
+    back = import_peft(tmp_path / "out", base=base, name="back")
+    assert back.config == replace(adapter.config, dropout=back.config.dropout)
+    assert back.fingerprint == adapter.fingerprint
+
+
+def test_dora_to_peft_and_back(tmp_path: Path):
+    base = FIXTURES / "qwen3" / "base"
+    adapter = make_adapter(base, linear, "dora")
+    export_peft(adapter, tmp_path / "out")
+    back = import_peft(tmp_path / "out", base=base, name="back")
+    assert back.fingerprint == adapter.fingerprint and back.config.dropout == 0.05
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gpt2", "llama"])
+def test_embeddings_to_peft_and_back(architecture: str, tmp_path: Path):
+    """Of a tied base PEFT must get both ends; of an untied one only the input."""
+    base = FIXTURES / architecture / "base"
+    adapter = make_adapter(base, lambda key: key.endswith(("embed_tokens", "wte")))
+    export_peft(adapter, tmp_path / "out")
+    names = set(mx.load(str(tmp_path / "out" / "adapter_model.safetensors")))
+    assert any("lm_head" in name for name in names) == (architecture != "llama")
+    assert import_peft(tmp_path / "out", base=base, name="back").fingerprint == adapter.fingerprint
+
+
+def test_the_folder_names_its_base_and_how_to_load_it(tmp_path: Path):
+    adapter = make_adapter(FIXTURES / "llama" / "base", lambda key: key.endswith("q_proj"))
+    result = export_peft(adapter, tmp_path / "out", base_model="meta-llama/Llama-3.2-1B")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+    config = files.read_json(tmp_path / "out" / "adapter_config.json")
+    assert config["base_model_name_or_path"] == result.base_model == "meta-llama/Llama-3.2-1B"
+    assert config["target_modules"] == ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
+    assert 'from_pretrained("meta-llama/Llama-3.2-1B")' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_an_existing_folder_is_kept(tmp_path: Path):
+    adapter = make_adapter(FIXTURES / "llama" / "base", lambda key: key.endswith("q_proj"))
+    export_peft(adapter, tmp_path / "out")
+    before = files.sha256(tmp_path / "out" / "adapter_model.safetensors")
+    with pytest.raises(ExistsError):
+        export_peft(replace(adapter, config=replace(adapter.config, scale=9.0)), tmp_path / "out")
+    assert files.sha256(tmp_path / "out" / "adapter_model.safetensors") == before
+    export_peft(replace(adapter, config=replace(adapter.config, scale=9.0)), tmp_path / "out", overwrite=True)
+    assert files.read_json(tmp_path / "out" / "adapter_config.json")["lora_alpha"] == 27
+
+
+def test_a_changed_import_is_not_described_by_its_old_config(tmp_path: Path):
+    """Trained on after the import, the padded ranks are in use: the old rank_pattern no longer holds."""
+    folder = FIXTURES / "llama" / "patterns"
+    adapter = import_peft(folder, base=base_of(folder), name="it")
+    changed = adapter.with_weights({name: array + 0.01 for name, array in adapter.weights.items()})
+    export_peft(changed, tmp_path / "out")
+    back = import_peft(tmp_path / "out", base=base_of(folder), name="back")
+    assert back.config.rank == adapter.config.rank and back.config.scale == adapter.config.scale
+    assert all(mx.array_equal(back.weights[name], array) for name, array in changed.weights.items())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys", "kind", "reason"),
+    [
+        ("mixtral", lambda key: key.endswith(".gate"), "dora", "router"),
+        ("llama", lambda key: key.endswith("embed_tokens"), "dora", "DoRA of an embedding"),
+    ],
+)
+def test_what_peft_cannot_express_is_refused(architecture: str, keys, kind: str, reason: str, tmp_path: Path):
+    adapter = make_adapter(FIXTURES / architecture / "base", keys, kind)
+    with pytest.raises(FormatError, match=reason):
+        export_peft(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
