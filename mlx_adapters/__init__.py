@@ -24,6 +24,8 @@ _PUBLIC = {
     "load_model": "model",
     "fuse": "fusion.fuse",
     "benchmark": "benchmarking.run",
+    "evaluate": "evaluation.evaluate",
+    "EvaluationConfig": "evaluation.evaluate",
     "BenchmarkConfig": "benchmarking.plan",
     "read_report": "benchmarking.report",
     "FuseResult": "fusion.fuse",

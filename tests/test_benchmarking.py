@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from mlx_adapters.adapter import Adapter, AdapterConfig
 from mlx_adapters.benchmarking import measure, system, text
-from mlx_adapters.benchmarking.plan import BenchmarkConfig, Variant, parse_variant, parse_variants, schedule
+from mlx_adapters.benchmarking.plan import BenchmarkConfig, schedule
 from mlx_adapters.benchmarking.report import Report, Run, read_report
 from mlx_adapters.benchmarking.run import benchmark, run
 from mlx_adapters.benchmarking.statistics import (
@@ -24,6 +24,7 @@ from mlx_adapters.benchmarking.statistics import (
     unpaired_ratio,
     weighted_mean,
 )
+from mlx_adapters.benchmarking.variants import Variant, parse_variant, parse_variants
 from mlx_adapters.cli import cli
 from mlx_adapters.errors import ConfigError, NotFoundError
 from mlx_adapters.files import write_json

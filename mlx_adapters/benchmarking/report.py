@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters import files
-from mlx_adapters.benchmarking.plan import BenchmarkConfig, Variant
+from mlx_adapters.benchmarking.plan import BenchmarkConfig
 from mlx_adapters.benchmarking.statistics import Blocks, Ratio, Summary, paired_ratio, summarize
+from mlx_adapters.benchmarking.variants import Variant
 from mlx_adapters.config import from_mapping, to_mapping
 from mlx_adapters.errors import FormatError
 

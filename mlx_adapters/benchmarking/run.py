@@ -1,26 +1,23 @@
 """Run the plan: one process after the other, in shuffled rounds, and gather what they measured."""
 
-import contextlib
 import os
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import mlx_adapters
 from mlx_adapters import files
-from mlx_adapters.adapter import Adapter, write_adapter
-from mlx_adapters.benchmarking.plan import BenchmarkConfig, Variant, parse_variants, schedule
+from mlx_adapters.adapter import Adapter
+from mlx_adapters.benchmarking.plan import BenchmarkConfig, schedule
 from mlx_adapters.benchmarking.report import Report, Run
 from mlx_adapters.benchmarking.system import system_state, warnings
-from mlx_adapters.config import Quantization, to_mapping
-from mlx_adapters.errors import AdapterError
+from mlx_adapters.benchmarking.variants import Variant, as_text, parse_variants, prepare, workspace
+from mlx_adapters.config import to_mapping
 from mlx_adapters.events import Note, OnEvent, Progress, ignore
 from mlx_adapters.machine import environment
 
@@ -46,7 +43,7 @@ def benchmark(
         any_base=any_base, seed=seed,
     )  # fmt: skip
     with workspace() as folder:
-        texts = [_reference(variant, folder) for variant in variants]
+        texts = [as_text(variant, folder) for variant in variants]
         return run(parse_variants(texts, base), config, on_event, folder)
 
 
@@ -59,7 +56,8 @@ def run(
     runs: list[Run] = []
     interrupted = False
     try:
-        ready = [_prepare(variant, number, folder, config, runs, on_event) for number, variant in enumerate(variants)]
+        ready = [prepare(variant, folder, config.any_base, on_event) for variant in variants]
+        runs += [Run(variant.label, 0, {"error": variant.problem}) for variant in ready if variant.problem]
         plan = schedule(len(variants), config.rounds, config.seed)
         for done, (number, index) in enumerate(plan):
             on_event(Progress("benchmark", done, len(plan), "runs"))
@@ -98,52 +96,6 @@ def run_worker(variant: Variant, config: BenchmarkConfig, folder: Path, worker: 
     if done.returncode < 0:
         last = f"killed by signal {-done.returncode}" + (", probably out of memory" if done.returncode == -9 else "")
     return {"error": f"The process failed: {last}.", "output": done.stdout[-4000:]}
-
-
-def _prepare(
-    variant: Variant, number: int, folder: Path, config: BenchmarkConfig, runs: list[Run], on_event: OnEvent
-) -> Variant:
-    """The variant ready to load: fused if it asks for that; a failure is recorded as its run."""
-    if variant.problem:
-        on_event(Note(f"'{variant.label}' is left out: {variant.problem}", "warning"))
-        runs.append(Run(variant.label, 0, {"error": variant.problem}))
-    if variant.problem or variant.fuse_bits is None:
-        return variant
-    from mlx_adapters.fusion.fuse import fuse
-
-    bits = variant.fuse_bits
-    on_event(Note(f"Fusing {variant.adapter} for '{variant.label}' ..."))
-    out = folder / f"fused-{number}"
-    try:
-        fuse(
-            variant.base, str(variant.adapter), out, any_base=config.any_base,
-            quantization=Quantization(int(bits)) if bits.isdecimal() else bits,
-        )  # fmt: skip
-    except AdapterError as error:
-        runs.append(Run(variant.label, 0, {"error": error.message, "hint": error.hint}))
-    return replace(variant, base=str(out), adapter=None)
-
-
-@contextlib.contextmanager
-def workspace() -> Iterator[Path]:
-    """A folder for jobs and fused models, gone afterward; in the home folder, where large models have room."""
-    home = files.home()
-    with files.storage_errors(home):
-        home.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=files.TEMPORARY_PREFIX, dir=home))
-        try:
-            with files.lock_file(folder):
-                yield folder
-        finally:
-            files.remove(folder)
-
-
-def _reference(variant: str | Path | Adapter, folder: Path) -> str:
-    """A variant as text; an adapter that only lives in memory is written into `folder`."""
-    if isinstance(variant, Adapter):
-        iteration = "" if variant.iteration is None else f"@{variant.iteration}"
-        return f"{variant.folder or write_adapter(variant, folder / variant.name)}{iteration}"
-    return str(variant.expanduser().absolute()) if isinstance(variant, Path) else variant
 
 
 def _tuple(value: int | Sequence[int]) -> tuple[int, ...]:

@@ -20,8 +20,9 @@ from mlx.utils import tree_flatten
 from mlx_adapters import files
 from mlx_adapters.adapter import weights_file
 from mlx_adapters.benchmarking import measure
-from mlx_adapters.benchmarking.plan import BenchmarkConfig, Variant
+from mlx_adapters.benchmarking.plan import BenchmarkConfig
 from mlx_adapters.benchmarking.system import bytes_read_from_disk, drop_from_file_cache, process_memory
+from mlx_adapters.benchmarking.variants import Variant
 from mlx_adapters.config import from_mapping, require
 from mlx_adapters.door import mx, wired_limit
 from mlx_adapters.errors import AdapterError

@@ -25,6 +25,11 @@ COMMANDS = {
     "benchmark": ("benchmark", "Measure load time, speed and memory of variants side by side."),
     "import-peft": ("peft", "Take in a PEFT adapter from a folder or the Hub."),
     "export-peft": ("peft", "Write an adapter as a folder that PEFT loads."),
+    "publish": ("publish", "Upload an adapter or a fused model to the Hugging Face Hub."),
+    "download": ("publish", "Take an adapter or a model from the Hub."),
+    "card": ("publish", "Print or write the model card."),
+    "completion": ("completion", "Print the completion script of a shell."),
+    "eval": ("eval", "Judge variants on data: loss, distance, task score."),
     "env": ("env", "Show versions, device, BLAS and the home folder."),
 }
 

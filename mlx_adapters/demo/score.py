@@ -1,103 +1,17 @@
-"""Execution accuracy: a predicted query is right if it returns the gold query's rows.
+"""Execution accuracy, see `evaluation.sqlite`."""
 
-The predicted SQL comes from a model, so it may be anything. It runs on a read-only copy of the database in
-memory, where an authorizer allows nothing but reading, with limits on virtual-machine steps, rows and the
-size of a value; whatever goes wrong counts as a wrong answer.
-"""
-
-import re
-import sqlite3
-from collections.abc import Iterable
-from contextlib import closing
-from pathlib import Path
-from typing import Any
-
-from mlx_adapters.errors import FormatError, NotFoundError
-
-MAX_ROWS, MAX_VALUE_BYTES, MAX_SQL_BYTES = 10_000, 1_000_000, 10_000
-STEPS_PER_CHECK, MAX_CHECKS = 10_000, 2_000  # 20 million steps: about a second
-ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
-FENCE = re.compile(r"```[ \t]*(?:sql\w*)?[ \t]*\n?(.*?)(?:```|$)", re.DOTALL | re.IGNORECASE)
-ORDER_BY = re.compile(r"\bORDER\s+BY\b(?!.*\))", re.DOTALL | re.IGNORECASE)  # of the query, not of a subquery
-
-
-class Database:
-    """An SQLite file, held in memory and only read.
-
-    Raises NotFoundError or FormatError if the file is missing or is no database.
-    """
-
-    def __init__(self, path: Path) -> None:
-        path = Path(path)
-        if not path.is_file():
-            raise NotFoundError(f"There is no database '{path}'.")
-        self._image = path.read_bytes()
-        try:
-            with closing(self._connect()) as connection:
-                connection.execute("SELECT name FROM sqlite_master").fetchall()
-        except sqlite3.Error as error:
-            raise FormatError(f"'{path}' is not an SQLite database: {error}.") from None
-
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(":memory:")
-        if self._image:
-            connection.deserialize(self._image)
-        return connection
-
-    def rows(self, sql: str) -> list[tuple[Any, ...]]:
-        """The rows that one query returns. Raises ValueError or sqlite3.Error for any that may not or cannot run."""
-        if len(sql.encode(errors="replace")) > MAX_SQL_BYTES:
-            raise ValueError("the query is too long")
-        checks = iter(range(MAX_CHECKS))
-        with closing(self._connect()) as connection:  # a fresh copy: no query can leave anything behind
-            connection.execute("PRAGMA query_only = ON")
-            connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
-            connection.set_progress_handler(lambda: next(checks, None) is None, STEPS_PER_CHECK)
-            connection.set_authorizer(
-                lambda action, *_: sqlite3.SQLITE_OK if action in ALLOWED else sqlite3.SQLITE_DENY
-            )
-            rows = connection.execute(sql).fetchmany(MAX_ROWS + 1)
-        if len(rows) > MAX_ROWS:
-            raise ValueError("the query returns too many rows")
-        return rows
-
-
-def extract_sql(answer: str) -> str:
-    """The query in a model's answer: inside the first code fence if there is one, up to the first semicolon."""
-    fenced = FENCE.search(answer)
-    return (fenced[1] if fenced else answer).split(";")[0].strip()
-
-
-def same_rows(predicted: Iterable[tuple], gold: Iterable[tuple], ordered: bool) -> bool:
-    """Whether two results are equal, as sequences if `ordered` and else as multisets. 3 equals 3.0."""
-    a, b = ([tuple(_comparable(value) for value in row) for row in rows] for rows in (predicted, gold))
-    return a == b if ordered else sorted(a) == sorted(b)
-
-
-def _comparable(value: Any) -> tuple[str, Any]:
-    """Values of any types, made sortable; floats to 9 digits, so that the order of summation does not count."""
-    if isinstance(value, int | float):
-        return "number", float(f"{value:.9g}")
-    return type(value).__name__, value if value is not None else 0
-
-
-def is_correct(answer: str, gold_sql: str, database: Database) -> bool:
-    """Whether the query in `answer` returns the rows of `gold_sql`; their order counts if gold has ORDER BY.
-
-    Raises FormatError if the gold query itself does not run.
-    """
-    try:
-        gold = database.rows(gold_sql)
-    except (ValueError, sqlite3.Error, sqlite3.Warning) as error:
-        raise FormatError(f"The gold query does not run: {gold_sql!r}: {error}.") from None
-    try:
-        predicted = database.rows(extract_sql(answer))
-    except (ValueError, sqlite3.Error, sqlite3.Warning, OverflowError, MemoryError):
-        return False
-    return same_rows(predicted, gold, ordered=bool(ORDER_BY.search(gold_sql)))
-
-
-def execution_accuracy(answers: Iterable[str], gold: Iterable[str], database: Database) -> float:
-    """The share of answers, 0 to 1, whose query returns the gold query's rows."""
-    results = [is_correct(answer, sql, database) for answer, sql in zip(answers, gold, strict=True)]
-    return sum(results) / len(results) if results else 0.0
+from mlx_adapters.evaluation.sqlite import (
+    Database as Database,
+)
+from mlx_adapters.evaluation.sqlite import (
+    execution_accuracy as execution_accuracy,
+)
+from mlx_adapters.evaluation.sqlite import (
+    extract_sql as extract_sql,
+)
+from mlx_adapters.evaluation.sqlite import (
+    is_correct as is_correct,
+)
+from mlx_adapters.evaluation.sqlite import (
+    same_rows as same_rows,
+)

@@ -1,0 +1,61 @@
+"""`eval`: judge variants on data."""
+
+from pathlib import Path
+
+import click
+
+from mlx_adapters.cli import _output
+from mlx_adapters.cli._options import any_base_option, base_option, dtype_option, json_option
+
+
+@click.command("eval")
+@click.argument("variants", nargs=-1, required=True, metavar="VARIANT...")
+@click.option("--data", required=True, metavar="DIR", help="Folder or file with rows, or hf:user/name.")
+@click.option("--split", type=click.Choice(["test", "valid", "train"]), help="Rows to judge [test, else valid].")
+@click.option("--score", metavar="SCORE", help="exact, regex:PATTERN, sqlite[:FILE] or command:COMMAND.")
+@click.option("--reference", metavar="VARIANT", help="Take KL against this variant [the first adapter].")
+@click.option("--max-rows", type=click.IntRange(min=1), help="Judge only so many rows, evenly spaced.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer.")
+@click.option("--max-seq-length", type=click.IntRange(min=2), default=2048, show_default=True, help="Longest row.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Answers at a time.")
+@click.option("--save/--no-save", default=True, show_default=True, help="Keep the figures with the adapters.")
+@base_option
+@any_base_option
+@dtype_option
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Save figures and answers as JSON."
+)
+@json_option
+def eval_command(
+    variants: tuple[str, ...], data: str, split: str | None, score: str | None, reference: str | None,
+    max_rows: int | None, max_tokens: int, max_seq_length: int, batch_size: int, save: bool, base: str | None,
+    any_base: bool, dtype: str, output: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Judge VARIANTs (spelled as for `benchmark`) on unseen rows; differences are taken row by row.
+
+    \b
+    Example:
+      mlx-adapters eval base sql out/sql-4bit --data data/sql --score sqlite
+    """
+    from mlx_adapters import files
+    from mlx_adapters.evaluation import evaluate as evaluation
+    from mlx_adapters.evaluation import text
+
+    config = evaluation.EvaluationConfig(
+        split, score, reference, max_rows, max_seq_length, max_tokens, batch_size, dtype, any_base
+    )
+    report = evaluation.evaluate(variants, data, base=base, config=config, on_event=_output.progress())
+    if save:
+        for name in evaluation.save(report, variants):
+            _output.note(f"The figures are kept with '{name}'.")
+    if output:
+        files.write_json(output, _output.plain(report.to_json()))
+    if as_json:
+        _output.emit_json(report.to_json())
+    else:
+        headers, lines = text.table(report)
+        _output.table(headers, lines, right=range(1, len(headers)))
+        for line in (*text.sentences(report), *text.notes(report)):
+            _output.out(line)
+    if all(e.error for e in report.evaluations):
+        raise click.exceptions.Exit(1)

@@ -1,0 +1,266 @@
+"""Evaluate variants on a data set: loss, distance from a reference, a task score; with errors and differences.
+
+The rows are the independent units: standard errors come from the spread between rows, and two variants are
+compared row by row, which takes the rows' own difficulty out of the comparison.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_adapters import files
+from mlx_adapters.adapter import Adapter, read_metadata
+from mlx_adapters.benchmarking.statistics import Mean, mean, weighted_mean
+from mlx_adapters.benchmarking.variants import BASE, Variant, as_text, parse_variants, prepare, workspace
+from mlx_adapters.config import require
+from mlx_adapters.errors import AdapterError, NotFoundError
+from mlx_adapters.evaluation.answers import greedy_answers, questions
+from mlx_adapters.evaluation.scores import Score, parse_score
+from mlx_adapters.evaluation.tokens import Batches, TokenFigures, judge, judged_rows
+from mlx_adapters.events import Note, OnEvent, ignore
+from mlx_adapters.model import Model, load_model
+from mlx_adapters.registry import changing, load_adapter, locate, names
+from mlx_adapters.tensor_names import METADATA_FILE
+from mlx_adapters.training.rows import RawRow, read_data
+
+SPLITS = ("test", "valid", "train")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """`split`: rows to judge (default: test, else valid, else train). `score`: see `scores`, None for losses
+    alone. `reference`: the variant that KL is taken against (default: the first adapter, if there are several
+    variants). `max_rows` takes evenly spaced rows."""
+
+    split: str | None = None
+    score: str | None = None
+    reference: str | None = None
+    max_rows: int | None = None
+    max_seq_length: int = 2048
+    max_tokens: int = 256
+    batch_size: int = 8
+    dtype: str = "auto"
+    any_base: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.split in (None, *SPLITS), f"split must be one of {', '.join(SPLITS)}, not '{self.split}'.")
+        for name in ("max_rows", "max_seq_length", "max_tokens", "batch_size"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} must be at least 1, not {value}.")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of one variant. Loss and KL in nats per judged token, each with its standard error."""
+
+    variant: str
+    rows: int = 0
+    tokens: int = 0
+    loss: Mean | None = None
+    kl: Mean | None = None
+    same_top: Mean | None = None
+    score: Mean | None = None
+    error: str | None = None
+    row_scores: tuple[float, ...] = field(default=(), repr=False)
+    answers: tuple[str, ...] = field(default=(), repr=False)
+    figures: TokenFigures | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def perplexity(self) -> float | None:
+        """e to the loss."""
+        return None if self.loss is None else math.exp(min(self.loss.value, 700))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, the answers included."""
+        return {
+            "variant": self.variant, "error": self.error, "rows": self.rows, "tokens": self.tokens,
+            "loss": _plain(self.loss), "perplexity": self.perplexity, "kl": _plain(self.kl),
+            "same_top": _plain(self.same_top), "score": _plain(self.score), "row_scores": list(self.row_scores),
+            "answers": list(self.answers),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`variant` minus `against`, row by row."""
+
+    variant: str
+    against: str
+    loss: Mean
+    score: Mean | None
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """All evaluations of one call, on the same rows."""
+
+    created: str
+    data: dict[str, Any]
+    score: str | None
+    reference: str | None
+    evaluations: tuple[Evaluation, ...]
+
+    @property
+    def differences(self) -> list[Difference]:
+        """Each variant against the first that could be evaluated."""
+        first, *others = [e for e in self.evaluations if e.error is None] or [None]
+        return [_difference(other, first) for other in others if other is not None and first is not None]
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        differences = [
+            {"variant": d.variant, "against": d.against, "loss": _plain(d.loss), "score": _plain(d.score)}
+            for d in self.differences
+        ]
+        return {
+            "created": self.created, "data": self.data, "score": self.score, "reference": self.reference,
+            "evaluations": [e.to_json() for e in self.evaluations], "differences": differences,
+        }  # fmt: skip
+
+
+def evaluate(
+    variants: Sequence[str | Path | Adapter], data: str | Path, *, base: str | None = None,
+    config: EvaluationConfig | None = None, on_event: OnEvent = ignore,
+) -> EvaluationReport:  # fmt: skip
+    """Judge variants (spelled as for `benchmark`) on the rows of `data`.
+
+    A variant that fails keeps its error. Raises ConfigError, NotFoundError or FormatError for wrong settings or
+    data.
+    """
+    config = config or EvaluationConfig()
+    with workspace() as folder:
+        parsed = parse_variants([as_text(variant, folder) for variant in variants], base)
+        ready = [prepare(variant, folder, config.any_base, on_event) for variant in parsed]
+        return evaluate_ready(ready, data, config, on_event)
+
+
+def evaluate_ready(
+    variants: Sequence[Variant], data: str | Path, config: EvaluationConfig, on_event: OnEvent
+) -> EvaluationReport:
+    """`evaluate` for variants that are ready to load."""
+    rows, record = choose_rows(data, config)
+    score = parse_score(config.score, data) if config.score else None
+    label = choose_reference(variants, config)
+    reference = _load(next(v for v in variants if v.label == label), config) if label else None
+    batches: Batches | None = None
+    found = []
+    for variant in variants:
+        try:
+            if variant.problem:
+                raise NotFoundError(variant.problem)
+            model = reference if reference and variant.label == label else _load(variant, config)
+            batches = batches or Batches(judged_rows(rows, reference or model, config.max_seq_length), reference)
+            _check_vocabulary(model, reference)
+            found.append(_evaluate(variant.label, model, rows, batches, score, config, on_event))
+        except AdapterError as error:
+            on_event(Note(f"'{variant.label}' could not be evaluated: {error.message}", "warning"))
+            found.append(Evaluation(variant.label, error=error.message))
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    return EvaluationReport(created, record, config.score, label, tuple(found))
+
+
+def choose_rows(data: str | Path, config: EvaluationConfig) -> tuple[list[RawRow], dict[str, Any]]:
+    """The rows to judge, and what a report says of them."""
+    read = read_data(data)
+    split = config.split or next(name for name in SPLITS if read.rows(name))
+    rows = list(read.rows(split))
+    if not rows:
+        raise NotFoundError(f"The data '{data}' has no {split} rows.", f"it has: {', '.join(read.splits)}.")
+    if config.max_rows and config.max_rows < len(rows):
+        rows = [rows[i * len(rows) // config.max_rows] for i in range(config.max_rows)]
+    return rows, {"source": str(data), "split": split, "sha256": read.splits[split].sha256, "rows": len(rows)}
+
+
+def choose_reference(variants: Sequence[Variant], config: EvaluationConfig) -> str | None:
+    """The label of the variant that the others are held against."""
+    labels = [variant.label for variant in variants if not variant.problem]
+    if config.reference is not None:
+        require(config.reference in labels, f"The reference '{config.reference}' is not among the variants.")
+        return config.reference
+    adapters = [variant.label for variant in variants if variant.adapter and not variant.problem]
+    return adapters[0] if adapters and len(labels) > 1 else None
+
+
+def _load(variant: Variant, config: EvaluationConfig) -> Model:
+    assert variant.base is not None
+    adapter = load_adapter(variant.adapter) if variant.adapter else None
+    return load_model(variant.base, adapter, dtype=config.dtype, any_base=config.any_base)
+
+
+def _check_vocabulary(model: Model, reference: Model | None) -> None:
+    if reference is None or model is reference:
+        return
+    text = "The same text, 123 times: ä → SELECT * FROM x;"
+    same = model.tokenizer.encode(text) == reference.tokenizer.encode(text)
+    require(same, f"'{model.base.name}' and the reference have different tokenizers.", "evaluate them separately.")
+
+
+def _evaluate(
+    label: str, model: Model, rows: list[RawRow], batches: Batches, score: Score | None, config: EvaluationConfig,
+    on_event: OnEvent,
+) -> Evaluation:  # fmt: skip
+    figures = judge(model, batches, on_event)
+    tokens = list(figures.tokens)
+    result = Evaluation(
+        label, len(tokens), int(sum(tokens)), weighted_mean(list(figures.loss), tokens),
+        kl=None if figures.kl is None else weighted_mean(list(figures.kl), tokens),
+        same_top=None if figures.same_top is None else weighted_mean(list(figures.same_top), tokens), figures=figures,
+    )  # fmt: skip
+    if score is None:
+        return result
+    asked = questions(rows, model)
+    prompts = [question.prompt for question in asked]
+    answers = greedy_answers(
+        model, prompts, max_tokens=config.max_tokens, batch_size=config.batch_size, on_event=on_event
+    )
+    scores = [score(a, q.expected, q.row.values) for a, q in zip(answers, asked, strict=True)]
+    return replace(result, score=mean(scores), row_scores=tuple(scores), answers=tuple(answers))
+
+
+def _difference(one: Evaluation, other: Evaluation) -> Difference:
+    assert one.figures is not None and other.figures is not None
+    loss = weighted_mean(list(one.figures.loss - other.figures.loss), list(other.figures.tokens))
+    score = mean(list(np.subtract(one.row_scores, other.row_scores))) if one.row_scores and other.row_scores else None
+    return Difference(one.variant, other.variant, loss, score)
+
+
+def save(report: EvaluationReport, references: Sequence[str]) -> list[str]:
+    """Write each registered adapter's figures into its metadata, under `evaluations`; the names written to.
+
+    An earlier evaluation of the same checkpoint on the same rows with the same score is replaced.
+    """
+    written = []
+    by_label = {evaluation.variant: evaluation for evaluation in report.evaluations if evaluation.error is None}
+    for text in references:
+        if text in by_label and text != BASE and text.partition("@")[0] in names():
+            folder, iteration = locate(text)
+            with changing(folder.name):
+                metadata = read_metadata(folder)
+                entry = _entry(report, by_label[text], iteration)
+                same = ("data", "sha256", "rows", "iteration", "score")
+                kept = [e for e in metadata.get("evaluations", []) if any(e.get(k) != entry[k] for k in same)]
+                files.write_json(folder / METADATA_FILE, metadata | {"evaluations": [*kept, entry]})
+            written.append(text)
+    return written
+
+
+def _entry(report: EvaluationReport, evaluation: Evaluation, iteration: int | None) -> dict[str, Any]:
+    """One evaluation as the adapter's metadata keeps it: `metrics` and their standard `errors` by name."""
+    found = {"loss": evaluation.loss, (report.score or "score").partition(":")[0]: evaluation.score}
+    means = {name: value for name, value in found.items() if value is not None}
+    metrics = {name: value.value for name, value in means.items()} | {"perplexity": evaluation.perplexity}
+    data = report.data
+    return {
+        "date": report.created, "data": data["source"], "split": data["split"], "sha256": data["sha256"],
+        "rows": data["rows"], "iteration": iteration, "score": report.score, "metrics": metrics,
+        "errors": {name: value.error for name, value in means.items()},
+    }  # fmt: skip
+
+
+def _plain(value: Mean | None) -> dict[str, Any] | None:
+    return None if value is None else {"value": value.value, "error": value.error, "count": value.count}

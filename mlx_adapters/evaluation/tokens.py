@@ -1,0 +1,111 @@
+"""What a model expects, token by token: loss, and how far it is from a reference model.
+
+Judged are the answers of chat and prompt-completion rows, and all of a text row. With p the reference's
+distribution over the next token and q the model's, KL(p ‖ q) in nats says what is lost by taking q for p;
+"same top token" is the share of tokens where both put the same token first.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlx_adapters.door import mx
+from mlx_adapters.errors import FormatError
+from mlx_adapters.events import OnEvent, Progress, ignore
+from mlx_adapters.machine import memory_bytes
+from mlx_adapters.model import Model
+from mlx_adapters.training.batches import Batch, make_batch
+from mlx_adapters.training.data import Row, tokenize
+from mlx_adapters.training.rows import RawRow
+
+BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class TokenFigures:
+    """Sums over the judged tokens of each row; float64 arrays (rows,) in the order of the rows.
+
+    `kl` and `same_top` are None without a reference.
+    """
+
+    tokens: np.ndarray
+    loss: np.ndarray
+    kl: np.ndarray | None = None
+    same_top: np.ndarray | None = None
+
+
+def judged_rows(rows: Sequence[RawRow], model: Model, max_seq_length: int) -> list[Row]:
+    """The rows tokenized, answers marked (everything in a text row)."""
+    found = []
+    for raw in rows:
+        masked = raw.format != "text"
+        kept = tokenize([raw], model.tokenizer, max_seq_length=max_seq_length, mask_prompt=masked).rows
+        if not kept:
+            raise FormatError(f"{raw.where}: no token of the answer fits into {max_seq_length} tokens.")
+        found += kept
+    return found
+
+
+class Batches:
+    """Rows in batches of like length, and a reference's log-probabilities for them, kept while they fit.
+
+    What does not fit in an eighth of the machine's memory is computed again for each model.
+    """
+
+    def __init__(self, rows: Sequence[Row], reference: Model | None = None) -> None:
+        self.count, self.reference = len(rows), reference
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
+        self.groups: list[list[int]] = [[]]
+        for i in order:
+            if len(rows[i].tokens) * (len(self.groups[-1]) + 1) > BATCH_TOKENS and self.groups[-1]:
+                self.groups.append([])
+            self.groups[-1].append(i)
+        self.batches = [make_batch([[rows[i]] for i in group]) for group in self.groups]
+        self._kept: dict[int, mx.array] = {}
+        self._room = memory_bytes() // 8
+
+    def expected(self, number: int) -> mx.array | None:
+        """(judged tokens, vocabulary) log-probabilities of the reference."""
+        if self.reference is None:
+            return None
+        if number in self._kept:
+            return self._kept[number]
+        found = log_probabilities(self.reference, self.batches[number])
+        if found.nbytes <= self._room:
+            self._room -= found.nbytes
+            self._kept[number] = found
+        return found
+
+
+def log_probabilities(model: Model, batch: Batch) -> mx.array:
+    """(judged tokens, vocabulary) float32. Raises FormatError for NaN or Inf."""
+    logits = model.logits(mx.array(batch.tokens[:, :-1]))
+    judged = logits.reshape(-1, logits.shape[-1])[mx.array(batch.positions[: batch.trained_tokens])].astype(mx.float32)
+    result = judged - mx.logsumexp(judged, axis=-1, keepdims=True)
+    if not mx.isfinite(result).all().item():
+        raise FormatError(f"'{model.base.name}' computes NaN or Inf.", "are its weights whole?")
+    return result
+
+
+def judge(model: Model, batches: Batches, on_event: OnEvent = ignore) -> TokenFigures:
+    """The figures of one model on all batches."""
+    sums = {name: np.zeros(batches.count) for name in ("tokens", "loss", "kl", "same_top")}
+    for number, (batch, group) in enumerate(zip(batches.batches, batches.groups, strict=True)):
+        expected = batches.expected(number)
+        found = expected if model is batches.reference else log_probabilities(model, batch)
+        assert found is not None
+        targets = mx.array(batch.targets[: batch.trained_tokens])  # beyond are padding
+        loss = -mx.take_along_axis(found, targets[:, None], axis=-1)[:, 0]
+        per_token = {"tokens": mx.ones(len(targets)), "loss": loss}
+        if expected is not None:
+            per_token["kl"] = mx.maximum((mx.exp(expected) * (expected - found)).sum(axis=-1), 0)
+            per_token["same_top"] = expected.argmax(axis=-1) == found.argmax(axis=-1)
+        rows = np.array(group)[batch.positions[: len(targets)] // (batch.tokens.shape[1] - 1)]
+        for name, values in per_token.items():
+            np.add.at(sums[name], rows, np.array(values, dtype=np.float64))
+        mx.clear_cache()
+        on_event(Progress("judge", number + 1, len(batches.batches), "batches"))
+    if batches.reference is None:
+        return TokenFigures(sums["tokens"], sums["loss"])
+    return TokenFigures(**sums)

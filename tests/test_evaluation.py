@@ -1,0 +1,203 @@
+"""Evaluation: figures against NumPy on whole logits, batched answers against single ones, scores, differences."""
+
+import json
+import math
+import sqlite3
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from test_benchmarking import make_adapter
+
+from mlx_adapters.cli import cli
+from mlx_adapters.errors import ConfigError, FormatError, NotFoundError
+from mlx_adapters.evaluation import text
+from mlx_adapters.evaluation.answers import greedy_answers, questions
+from mlx_adapters.evaluation.evaluate import EvaluationConfig, choose_rows, evaluate, save
+from mlx_adapters.evaluation.scores import parse_score
+from mlx_adapters.evaluation.tokens import Batches, judge, judged_rows
+from mlx_adapters.model import load_model
+from mlx_adapters.registry import load_adapter
+from mlx_adapters.training.rows import read_data
+
+ROWS = [
+    ("How many students are there?", "SELECT COUNT(*) FROM students;"),
+    ("List the titles.", "SELECT title FROM courses ORDER BY title;"),
+    ("What is the capital of France?", "Paris."),
+    ("Say it", "It was a small model that wanted to learn a new skill, and it learned it well."),
+    ("", "x"),
+]
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = [json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in ROWS]
+    (folder / "train.jsonl").write_text(lines[0] + "\n")
+    (folder / "test.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def log_softmax(logits):
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def test_figures_equal_those_of_whole_logits(tiny_model, data):
+    folder = tiny_model("llama")
+    adapter = make_adapter(folder)
+    base, adapted = load_model(folder), load_model(folder, adapter)
+    rows = judged_rows(read_data(data).rows("test"), base, 2048)
+    found = judge(base, Batches(rows, adapted))
+    assert len(found.tokens) == len(ROWS)
+    for i, row in enumerate(rows):
+        q, p = (log_softmax(np.array(m.logits(row.tokens.tolist()), np.float64))[:-1] for m in (base, adapted))
+        judged, targets = row.trained[1:], row.tokens[1:]
+        assert found.tokens[i] == judged.sum() > 0
+        loss = -q[np.arange(len(targets)), targets][judged].sum()
+        assert found.loss[i] == pytest.approx(loss, rel=1e-4)
+        assert found.kl[i] == pytest.approx((np.exp(p) * (p - q)).sum(-1)[judged].sum(), rel=1e-3, abs=1e-6)
+        assert found.same_top[i] == (p.argmax(-1) == q.argmax(-1))[judged].sum()
+
+
+def test_reference_is_recomputed_when_memory_is_short(tiny_model, data, monkeypatch):
+    folder = tiny_model("llama")
+    base, adapted = load_model(folder), load_model(folder, make_adapter(folder))
+    rows = judged_rows(read_data(data).rows("test"), base, 2048)
+    kept = judge(base, Batches(rows, adapted))
+    monkeypatch.setattr("mlx_adapters.evaluation.tokens.memory_bytes", lambda: 0)
+    again = judge(base, Batches(rows, adapted))
+    assert np.array_equal(kept.kl, again.kl) and np.array_equal(kept.loss, again.loss)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_batched_answers_equal_single_ones(tiny_model, data, architecture):
+    model = load_model(tiny_model(architecture))
+    asked = questions(read_data(data).rows("test"), model)
+    together = greedy_answers(model, [q.prompt for q in asked], max_tokens=12, batch_size=3)
+    alone = [model.tokenizer.decode(model.generate(list(q.prompt), max_tokens=12).token_ids) for q in asked]
+    assert together == alone and [q.expected for q in asked] == [answer for _, answer in ROWS]
+
+
+def test_evaluate_compares_row_by_row(tiny_model, data):
+    folder = tiny_model("llama")
+    make_adapter(folder)
+    report = evaluate(["base", "sql", "sq", "sql"], data, config=EvaluationConfig(score="exact", max_tokens=4))
+    base, sql, missing, twin = report.evaluations
+    assert report.reference == "sql" and missing.error and report.data["split"] == "test"
+    assert base.kl.value > 0 and sql.kl.value == 0 and sql.same_top.value == 1
+    assert sql.perplexity == pytest.approx(math.exp(sql.loss.value)) and len(sql.answers) == len(ROWS)
+    assert twin.loss == sql.loss and [d.variant for d in report.differences] == ["sql", "sql (2)"]
+    difference = report.differences[0].loss
+    assert difference.value == pytest.approx(sql.loss.value - base.loss.value, rel=1e-6)
+    words = "\n".join(text.sentences(report))
+    assert "sql against base, loss:" in words and "exact: no difference seen" in words
+    assert {len(line) for line in text.table(report)[1]} == {len(text.table(report)[0])}
+
+
+def test_figures_are_kept_with_the_adapter(tiny_model, data):
+    make_adapter(tiny_model("llama"))
+    for _ in range(2):
+        report = evaluate(["sql"], data)
+        assert save(report, ["sql"]) == ["sql"]
+    (kept,) = load_adapter("sql").metadata["evaluations"]
+    assert kept["metrics"]["loss"] == report.evaluations[0].loss.value and kept["rows"] == len(ROWS)
+    other = evaluate(["sql"], data, config=EvaluationConfig(max_rows=2))
+    save(other, ["sql"])
+    assert len(load_adapter("sql").metadata["evaluations"]) == 2
+
+
+def test_rows_are_chosen_evenly(data):
+    rows, record = choose_rows(data, EvaluationConfig(max_rows=2))
+    assert [row.where.rpartition(" ")[2] for row in rows] == ["1", "3"] and record["rows"] == 2
+    with pytest.raises(NotFoundError, match="no valid rows"):
+        choose_rows(data, EvaluationConfig(split="valid"))
+
+
+def test_other_tokenizers_are_refused(tiny_model, data, tmp_path):
+    folder = tiny_model("llama")
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in folder.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    make_adapter(folder)
+    report = evaluate(["sql", str(other)], data)
+    assert "different tokenizers" in report.evaluations[1].error and report.evaluations[0].error is None
+
+
+def test_nan_weights_are_an_error(tiny_model, data):
+    model = load_model(tiny_model("llama"))
+    model.module.model.norm.weight = mx.full(model.module.model.norm.weight.shape, float("nan"))
+    with pytest.raises(FormatError, match="NaN"):
+        judge(model, Batches(judged_rows(read_data(data).rows("test"), model, 2048)))
+
+
+# -- scores -------------------------------------------------------------------------------------------
+
+
+def test_exact_and_regex(tmp_path):
+    exact, number = parse_score("exact", tmp_path), parse_score(r"regex:answer: (\d+)", tmp_path)
+    assert exact(" a  b\n", "a b", {}) == 1 and exact("a b c", "a b", {}) == 0
+    assert number("so the answer: 42.", "answer: 42", {}) == 1 and number("answer: 4", "answer: 42", {}) == 0
+    assert number("no idea", "no idea", {}) == 0
+
+
+def test_sqlite_takes_the_folders_database(tmp_path):
+    with pytest.raises(NotFoundError, match="has no"):
+        parse_score("sqlite", tmp_path)
+    connection = sqlite3.connect(tmp_path / "shop.sqlite")
+    connection.executescript("CREATE TABLE t (a); INSERT INTO t VALUES (1), (2);")
+    connection.close()
+    score = parse_score("sqlite", tmp_path)
+    assert score("SELECT a FROM t WHERE a > 1", "SELECT max(a) FROM t", {}) == 1 and score("DROP", "SELECT 1", {}) == 0
+
+
+def command(folder: Path, body: str) -> str:
+    script = folder / "grade.py"
+    script.write_text(f"import json, sys\nq = json.load(sys.stdin)\n{body}\n")
+    return f"command:{sys.executable} {script}"
+
+
+def test_command_prints_a_number_or_exits(tmp_path):
+    half = parse_score(command(tmp_path, "print('note'); print(0.5 if q['answer'] == 'a' else 0)"), tmp_path)
+    assert half("a", "b", {"k": 1}) == 0.5 and half("b", "b", {}) == 0
+    status = parse_score(command(tmp_path, "sys.exit(q['answer'] != q['expected'])"), tmp_path)
+    assert status("a", "a", {}) == 1 and status("a", "b", {}) == 0
+    wrong = parse_score(command(tmp_path, "print('seven')"), tmp_path)
+    with pytest.raises(FormatError, match="not a number"):
+        wrong("a", "a", {})
+    with pytest.raises(NotFoundError):
+        parse_score("command:/no/such/program", tmp_path)("a", "a", {})
+
+
+@pytest.mark.parametrize("wrong", ["exactly", "regex:", "regex:(", "command:", "exact:x", "command:'"])
+def test_misspelled_scores(wrong, tmp_path):
+    with pytest.raises(ConfigError):
+        parse_score(wrong, tmp_path)
+
+
+def test_text_rows_ask_nothing(tiny_model, tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "Once upon a time"}\n')
+    report = evaluate([str(tiny_model("llama"))], tmp_path)
+    assert report.evaluations[0].loss.value > 0
+    scored = evaluate([str(tiny_model("llama"))], tmp_path, config=EvaluationConfig(score="exact"))
+    assert "asks nothing" in scored.evaluations[0].error
+
+
+def test_command_line(tiny_model, data, tmp_path):
+    make_adapter(tiny_model("llama"))
+    arguments = ["eval", "base", "sql", "--data", str(data), "--score", "exact", "--max-tokens", "2"]
+    shown = CliRunner().invoke(cli, [*arguments, "-o", str(tmp_path / "out.json")])
+    assert shown.exit_code == 0, shown.output
+    assert "PERPLEXITY" in shown.stdout and "5 test rows" in shown.stdout
+    assert len(json.loads((tmp_path / "out.json").read_text())["evaluations"][0]["answers"]) == len(ROWS)
+    as_json = CliRunner().invoke(cli, [*arguments, "--json", "--no-save"])
+    assert json.loads(as_json.stdout)["evaluations"][1]["kl"]["value"] == 0
