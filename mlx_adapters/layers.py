@@ -30,7 +30,13 @@ LINEAR = (nn.Linear, nn.QuantizedLinear)
 SWITCH = (SwitchLinear, QuantizedSwitchLinear)
 EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
 QUANTIZED = (nn.QuantizedLinear, QuantizedSwitchLinear, nn.QuantizedEmbedding)
-ADAPTED = (LoRALinear, DoRALinear, LoRASwitchLinear, LoRAEmbedding, DoRAEmbedding)
+
+
+class AdapterLayer(nn.Module):
+    """Base of adapter layers that are not mlx-lm's; `linear` or `embedding` is the layer below."""
+
+
+ADAPTED = (LoRALinear, DoRALinear, LoRASwitchLinear, LoRAEmbedding, DoRAEmbedding, AdapterLayer)
 
 
 def adaptable_layers(module: nn.Module) -> dict[str, nn.Module]:
@@ -67,9 +73,9 @@ def _inside(path: str, adapted: dict[str, nn.Module]) -> bool:
 
 def base_layer(layer: nn.Module) -> nn.Module:
     """The layer below an adapter layer, or the layer itself."""
-    if isinstance(layer, LoRAEmbedding | DoRAEmbedding):
-        return layer.embedding
-    return layer.linear if isinstance(layer, ADAPTED) else layer
+    if not isinstance(layer, ADAPTED):
+        return layer
+    return layer.embedding if "embedding" in layer else layer.linear
 
 
 def quantization_of(layer: nn.Module) -> Quantization | None:
@@ -247,16 +253,18 @@ def dequantize_layers(module: nn.Module, dtype: mx.Dtype) -> None:
     """Replace every quantized layer by a dense one that computes the same function, one after the other."""
     for path, layer in named_layers(module):
         if isinstance(layer, QUANTIZED):
-            dense = _dense_layer(layer, dtype)
+            dense = dense_layer(layer, dense_weight(layer, dtype))
             mx.eval(dense.parameters())
             module.update_modules(tree_unflatten([(path, dense)]))
 
 
-def _dense_layer(layer: nn.Module, dtype: mx.Dtype) -> nn.Module:
+def dense_layer(layer: nn.Module, weight: mx.array) -> nn.Module:
+    """An unquantized layer of the same kind with that weight and the layer's bias, in the weight's type."""
     kinds = {nn.QuantizedLinear: nn.Linear, nn.QuantizedEmbedding: nn.Embedding, QuantizedSwitchLinear: SwitchLinear}
-    dense = kinds[type(layer)].__new__(kinds[type(layer)])
+    kind = kinds.get(type(layer), type(layer))
+    dense = kind.__new__(kind)
     nn.Module.__init__(dense)
-    dense.weight = dense_weight(layer, dtype)
+    dense.weight = weight
     if "bias" in layer:
-        dense.bias = layer.bias.astype(dtype)
+        dense.bias = layer.bias.astype(weight.dtype)
     return dense

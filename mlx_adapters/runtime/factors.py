@@ -1,0 +1,137 @@
+"""An adapter in the form that inference wants.
+
+Whatever the layer, an adapted weight is W' = gain · W + b a (gain scales rows; it is 1 for LoRA):
+
+| layer                  | a           | b           | gain    |
+| ---------------------- | ----------- | ----------- | ------- |
+| linear W (out, in)     | (r, in)     | (out, r)    | (out,)  |
+| embedding W (vocab, d) | (r, d)      | (vocab, r)  | (vocab,)|
+| experts W (E, out, in) | (E, r, in)  | (E, out, r) | none    |
+
+The scale lies in b. DoRA's m / ‖W + ΔW‖ (arXiv 2402.09353) depends on weights alone, so it is computed once,
+here, and becomes a gain. The change W' - W is linear in (gain - 1, b a): adapters add up, with any weights.
+Both factors are stored with the contracted axis last, as matrix-vector kernels want it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mlx_adapters.adapter import Adapter
+from mlx_adapters.door import mx, nn
+from mlx_adapters.layers import EMBEDDING, SWITCH, dense_weight
+
+
+@dataclass(frozen=True)
+class Factors:
+    """W' = gain · W + b a for one layer or for several, one below the other (shapes above).
+
+    A base product with a bias counts the bias into the gain; `shift` = bias · (1 - gain) takes it out again.
+    """
+
+    a: mx.array
+    b: mx.array
+    gain: mx.array | None = None
+    shift: mx.array | None = None
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All arrays that are there."""
+        return [x for x in (self.a, self.b, self.gain, self.shift) if x is not None]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return sum(x.nbytes for x in self.arrays)
+
+
+def prepare(layer: nn.Module, adapter: Adapter, key: str, dtype: mx.Dtype) -> Factors:
+    """The factors of `adapter` for the layer at `key`, computed in float32 and stored in `dtype`."""
+    lora_a, lora_b, m = (None if x is None else x.astype(mx.float32) for x in adapter.factors(key))
+    if isinstance(layer, SWITCH):
+        a, b = lora_a, lora_b
+    else:
+        a, b = (lora_b, lora_a) if isinstance(layer, EMBEDDING) else (lora_a.T, lora_b.T)
+    b, gain, shift = adapter.config.scale * b, None, None
+    if m is not None:
+        gain = m / mx.linalg.norm(dense_weight(layer, mx.float32) + b @ a, axis=-1)
+        b = gain[:, None] * b
+        shift = layer.bias.astype(mx.float32) * (1 - gain) if "bias" in layer else None
+    made = Factors(*(None if x is None else mx.contiguous(x.astype(dtype)) for x in (a, b, gain, shift)))
+    mx.eval(made.arrays)
+    return made
+
+
+def combine(parts: Sequence[tuple[Factors, float]]) -> Factors:
+    """The weighted sum of updates of one layer: exact, with a rank that is the sum of the ranks."""
+    if len(parts) == 1 and parts[0][1] == 1:
+        return parts[0][0]
+    a = mx.concatenate([f.a for f, _ in parts], axis=-2)
+    b = mx.concatenate([weight * f.b for f, weight in parts], axis=-1)
+    gains = [weight * (f.gain - 1) for f, weight in parts if f.gain is not None]
+    shifts = [weight * f.shift for f, weight in parts if f.shift is not None]
+    return Factors(a, b, 1 + sum(gains) if gains else None, sum(shifts) if shifts else None)
+
+
+def below_each_other(parts: Sequence[Factors | None], widths: Sequence[int]) -> Factors | None:
+    """The factors of several linear layers on one input as those of one layer: b is block-diagonal.
+
+    A part that no adapter touches is None; all None gives None.
+    """
+    there = [f for f in parts if f is not None]
+    if len(parts) == 1 or not there:
+        return there[0] if there else None
+    dtype, total, start, rows = there[0].a.dtype, sum(f.a.shape[0] for f in there), 0, []
+    for f, width in zip(parts, widths, strict=True):
+        if f is None:
+            rows.append(mx.zeros((width, total), dtype))
+        else:
+            rank = f.a.shape[0]
+            rows.append(mx.pad(f.b, [(0, 0), (start, total - start - rank)]))
+            start += rank
+    return Factors(mx.concatenate([f.a for f in there]), mx.concatenate(rows),
+                   _row(parts, widths, "gain", 1, dtype), _row(parts, widths, "shift", 0, dtype))  # fmt: skip
+
+
+def _row(
+    parts: Sequence[Factors | None], widths: Sequence[int], name: str, neutral: float, dtype: mx.Dtype
+) -> mx.array | None:
+    rows = [getattr(f, name, None) for f in parts]
+    if all(row is None for row in rows):
+        return None
+    return mx.concatenate(
+        [mx.full((w,), neutral, dtype) if row is None else row for row, w in zip(rows, widths, strict=True)]
+    )
+
+
+def stack(adapters: Sequence[Factors | None]) -> Factors:
+    """The factors of many adapters for one layer, each in a slot of a new first axis; None is all zero.
+
+    Ranks are padded with zeros to the largest.
+    """
+    like = next(f for f in adapters if f is not None)
+    rank = max(f.a.shape[-2] for f in adapters if f is not None)
+    out = like.b.shape[-2]
+
+    def padded(array: mx.array | None, model: mx.array, axis: int) -> mx.array:
+        shape = list(model.shape)
+        shape[axis] = rank
+        if array is None:
+            return mx.zeros(shape, model.dtype)
+        widths = [(0, 0)] * array.ndim
+        widths[axis] = (0, rank - array.shape[axis])
+        return mx.pad(array, widths)
+
+    def rows(name: str, neutral: float) -> mx.array | None:
+        found = [getattr(f, name, None) for f in adapters]
+        if all(row is None for row in found):
+            return None
+        return mx.stack([mx.full((out,), neutral, like.a.dtype) if row is None else row for row in found])
+
+    a = mx.stack([padded(f and f.a, like.a, -2) for f in adapters])
+    b = mx.stack([padded(f and f.b, like.b, -1) for f in adapters])
+    return Factors(a, b, rows("gain", 1), rows("shift", 0))
+
+
+def slot_of(stacked: Factors, slot: int) -> Factors:
+    """One adapter's factors as views into a stack."""
+    return Factors(*(None if x is None else x[slot] for x in (stacked.a, stacked.b, stacked.gain, stacked.shift)))

@@ -1,0 +1,356 @@
+"""Many adapters on one base: all in memory, one of them (or a mixture, or one for each row) at work.
+
+The base is in memory once. Attaching prepares an adapter's factors (see `factors`); switching then only points
+each site at other arrays, which takes a fraction of a millisecond. Nothing is changed before everything is
+checked, and when the last adapter is gone the base's own layers are back where they were.
+"""
+
+import contextlib
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mlx.utils import tree_flatten
+
+from mlx_adapters.adapter import Adapter
+from mlx_adapters.door import mx, nn
+from mlx_adapters.errors import IncompatibleError, NotFoundError, did_you_mean
+from mlx_adapters.layers import EMBEDDING, SWITCH, adaptable_layers, check_fits, dense_layer, dense_weight
+from mlx_adapters.machine import on_gpu
+from mlx_adapters.runtime.blocks import Block, at_path, find_blocks
+from mlx_adapters.runtime.factors import Factors, combine, prepare, slot_of, stack
+from mlx_adapters.runtime.layers import (
+    AdaptedEmbedding,
+    AdaptedExperts,
+    AdaptedLinear,
+    Group,
+    Site,
+    find_groups,
+    remember_indices,
+    replace_layers,
+)
+from mlx_adapters.runtime.updates import ForAll, PerRow, Rows
+
+
+@dataclass(eq=False)
+class Attached:
+    """An adapter in the pool. `adapter` has no weights any more: its factors are what is kept."""
+
+    name: str
+    adapter: Adapter
+    factors: dict[Site, Factors] = field(default_factory=dict, repr=False)
+    alive: bool = True
+    users: int = 0
+    last_used: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return sum(f.nbytes for f in self.factors.values())
+
+
+# The adapters at work, each with its weight; () is the base.
+Selection = tuple[tuple[Attached, float], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a selection puts where, kept so that switching back costs nothing."""
+
+    selection: Selection
+    updates: dict[Site, ForAll]
+    programs: dict[str, Callable[[mx.array], mx.array]]
+
+
+MAX_PLANS = 32
+
+
+class AdapterPool:
+    """The adapters of one model.
+
+    `group`: linear layers on one input become one product. `compiled`: blocks of such groups become compiled
+    programs at decode. Both save operations, which a GPU's decode speed hangs on; a CPU's does not.
+    """
+
+    def __init__(self, module: nn.Module, group: bool | None = None, compiled: bool | None = None) -> None:
+        self.module = module
+        self.layers = adaptable_layers(module)
+        self.dtype = compute_dtype(module)
+        self.lock = threading.RLock()
+        self.attached: dict[str, Attached] = {}
+        self.selection: Selection = ()
+        self.fused: Selection | None = None
+        self._group = on_gpu() if group is None else group
+        self._compiled = self._group if compiled is None else compiled
+        self._blocks: dict[str, Block] = {}
+        self._plans: dict[tuple, Plan] = {}
+        self._groups: list[tuple[str, ...]] | None = None
+        self._sites: dict[str, Site] = {}
+        self._undo: list[Callable[[], None]] = []
+        self._unfused: dict[str, nn.Module] = {}
+        self._slots: dict[Attached, int] = {}
+        self._stacks: dict[Site, Factors] = {}
+        self._clock = itertools.count(1)
+
+    # -- coming and going ------------------------------------------------------------------------------
+
+    def add(self, name: str, adapter: Adapter) -> Attached:
+        """Take an adapter in under `name`, in place of one of that name. When this raises, nothing changed."""
+        with self.lock:
+            check_fits(adapter, self.module)
+            keys = adapter.config.keys
+            prepared = {key: prepare(self.layers[key], adapter, key, self.dtype) for key in keys}
+            sites = self._install(keys)
+            made = {site: site.assemble(prepared) for site in sites}
+            mx.eval([f.arrays for f in made.values() if f is not None])
+            entry = Attached(name, replace(adapter, weights={}), {s: f for s, f in made.items() if f is not None})
+            if name in self.attached:
+                self._forget(self.attached[name])
+            self.attached[name] = entry
+            self.touch(entry)
+            return entry
+
+    def remove(self, name: str) -> None:
+        """Let an adapter go; with the last one the base's own layers come back."""
+        with self.lock:
+            self._forget(self.get(name))
+            del self.attached[name]
+            if not self.attached:
+                self._uninstall()
+
+    def get(self, name: str) -> Attached:
+        """The adapter of that name. Raises NotFoundError that suggests the nearest."""
+        if name not in self.attached:
+            known = ", ".join(self.attached) or "none"
+            raise NotFoundError(
+                f"No adapter '{name}' is attached.", did_you_mean(name, self.attached, f"attached: {known}.")
+            )
+        return self.attached[name]
+
+    def touch(self, entry: Attached) -> None:
+        """Note that the adapter was used now."""
+        entry.last_used = next(self._clock)
+
+    def least_recently_used(self) -> Attached | None:
+        """The adapter to evict first: one that nobody uses; None if all are in use."""
+        idle = [entry for entry in self.attached.values() if entry.users == 0]
+        return min(idle, key=lambda entry: entry.last_used, default=None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all adapters."""
+        return sum(entry.nbytes for entry in self.attached.values())
+
+    def _forget(self, entry: Attached) -> None:
+        entry.alive = False
+        if any(used is entry for used, _ in self.selection):
+            self.select(())
+        self._drop_stacks()
+
+    # -- the sites -------------------------------------------------------------------------------------
+
+    def _install(self, keys: Sequence[str]) -> list[Site]:
+        """The sites of these layers, new ones put into the model."""
+        if self._groups is None:
+            self._groups = find_groups(self.module, self.layers) if self._group else []
+            self._pure = find_blocks(self.module, self._groups) if self._compiled else []
+        of_group = {path: paths for paths in self._groups for path in paths}
+        sites: dict[Site, None] = {}
+        for key in keys:
+            if key not in self._sites:
+                self._install_site(of_group.get(key, (key,)))
+            sites[self._sites[key]] = None
+        return list(sites)
+
+    def _install_site(self, paths: tuple[str, ...]) -> None:
+        layers = [self.layers[path] for path in paths]
+        site = Group(paths, layers) if len(paths) > 1 else Site(paths, layers)
+        kind = AdaptedLinear
+        if isinstance(layers[0], EMBEDDING):
+            kind = AdaptedEmbedding
+        elif isinstance(layers[0], SWITCH):
+            kind = AdaptedExperts
+            parents = dict(self.module.named_modules())
+            self._undo.append(remember_indices(parents[paths[0].rpartition(".")[0]], site))
+        made = {path: kind(layer, site, i) for i, (path, layer) in enumerate(zip(paths, layers, strict=True))}
+        replace_layers(self.module, made)  # type: ignore[arg-type]
+        self._sites |= dict.fromkeys(paths, site)
+        parent = paths[0].rpartition(".")[0]
+        if len(paths) > 1 and parent in self._pure:
+            self._blocks[parent] = Block(at_path(self.module, parent))
+
+    def _uninstall(self) -> None:
+        self.unfuse()
+        replace_layers(self.module, {path: self.layers[path] for path in self._sites})
+        while self._undo:
+            self._undo.pop()()
+        for block in self._blocks.values():
+            block.restore()
+        self._sites, self._blocks = {}, {}
+        self._drop_stacks()
+
+    # -- at work ---------------------------------------------------------------------------------------
+
+    def choose(self, wanted: str | dict[str, float] | None, scale: float = 1.0) -> Selection:
+        """The selection that a name, {name: weight} or None means."""
+        if wanted is None:
+            return ()
+        weights = {wanted: scale} if isinstance(wanted, str) else wanted
+        return tuple((self.get(name), float(weight)) for name, weight in weights.items())
+
+    def select(self, selection: Selection) -> None:
+        """Put these adapters to work in all layers, for all rows."""
+        with self.lock:
+            for entry, _ in selection:
+                if not entry.alive:
+                    raise IncompatibleError(f"Adapter '{entry.name}' was detached meanwhile.", "attach it again.")
+                self.touch(entry)
+            if self.fused is not None:
+                if same(self.fused, selection):
+                    return
+                self.unfuse()
+            plan = self._plan(selection)
+            for site in set(self._sites.values()):
+                site.update = plan.updates.get(site)
+            for path, block in self._blocks.items():
+                block.program = plan.programs.get(path)
+            self.selection = selection
+
+    def _plan(self, selection: Selection) -> "Plan":
+        key = tuple((id(entry), weight) for entry, weight in selection)
+        if key not in self._plans:
+            updates = {}
+            for site in set(self._sites.values()):
+                parts = [(e.factors[site], weight) for e, weight in selection if site in e.factors]
+                if parts:
+                    updates[site] = ForAll(combine(parts))
+            touched = {path for site in updates for path in site.paths}
+            programs = {
+                path: block.compile()
+                for path, block in self._blocks.items()
+                if any(name.startswith(path + ".") for name in touched)
+            }
+            while len(self._plans) >= MAX_PLANS:
+                del self._plans[next(iter(self._plans))]
+            self._plans[key] = Plan(selection, updates, programs)
+        return self._plans[key]
+
+    @contextlib.contextmanager
+    def applied(self, selection: Selection) -> Iterator[None]:
+        """Put these adapters to work inside the block; other threads wait, and find what was there before."""
+        with self.lock:
+            before = self.selection
+            if not same(before, selection):
+                self.select(selection)
+            try:
+                yield
+            finally:
+                if not same(self.selection, before):
+                    self.select(before if all(entry.alive for entry, _ in before) else ())
+
+    @contextlib.contextmanager
+    def routed(self, entries: Sequence[Attached | None]) -> Iterator[None]:
+        """Inside the block, row i of every batch is computed with adapter `entries[i]` (None: the base)."""
+        first = entries[0]
+        if all(entry is first for entry in entries):
+            with self.applied(((first, 1.0),) if first is not None else ()):
+                yield
+            return
+        with self.lock:
+            self.unfuse()
+            self._build_stacks()
+            rows = self._rows(tuple(0 if entry is None else self._slots[entry] for entry in entries))
+            before = {site: site.update for site in self._stacks}
+            programs = {block: block.program for block in self._blocks.values()}
+            for block in programs:
+                block.program = None
+            for site, update in rows.items():
+                site.update = update
+            try:
+                yield
+            finally:
+                for site, update in before.items():
+                    site.update = update
+                for block, program in programs.items():
+                    block.program = program
+
+    def _rows(self, slots: tuple[int, ...]) -> dict[Site, PerRow]:
+        if self._routing[0] != slots:
+            rows = Rows(slots)
+            self._routing = slots, {site: PerRow(stacked, rows) for site, stacked in self._stacks.items()}
+        return self._routing[1]
+
+    _routing: tuple[tuple[int, ...] | None, dict[Site, PerRow]] = (None, {})
+
+    def _build_stacks(self) -> None:
+        """Stack the factors of all adapters, slot 0 being the base; each adapter keeps views into the stacks."""
+        if self._slots:
+            return
+        entries = list(self.attached.values())
+        for site in set(self._sites.values()):
+            if not any(site in entry.factors for entry in entries):
+                continue
+            stacked = stack([None, *(entry.factors.get(site) for entry in entries)])
+            mx.eval(stacked.arrays)
+            self._stacks[site] = stacked
+            for slot, entry in enumerate(entries, start=1):
+                if site in entry.factors:
+                    entry.factors[site] = slot_of(stacked, slot)
+                    mx.eval(entry.factors[site].arrays)
+        self._slots = {entry: slot for slot, entry in enumerate(entries, start=1)}
+        self._plans = {}
+        self.select(self.selection)
+
+    def _drop_stacks(self) -> None:
+        self._slots, self._stacks, self._routing, self._plans = {}, {}, (None, {}), {}
+
+    # -- fused in place --------------------------------------------------------------------------------
+
+    def fuse(self, selection: Selection) -> None:
+        """Put dense layers with these adapters in them in place of the base's, until `unfuse`."""
+        with self.lock:
+            self.select(selection)
+            made = {}
+            for site in set(self._sites.values()):
+                parts = [(e.factors[site], weight) for e, weight in selection if site in e.factors]
+                if parts:
+                    made |= _fused_layers(site, combine(parts), self.dtype)
+            self._unfused = {path: at_path(self.module, path) for path in made}
+            replace_layers(self.module, made)
+            self.fused = selection
+
+    def unfuse(self) -> None:
+        """Put the base's own layers back."""
+        if self.fused is not None:
+            replace_layers(self.module, self._unfused)
+            self._unfused, self.fused = {}, None
+
+
+def same(one: Selection, other: Selection) -> bool:
+    """Whether two selections are the same adapters with the same weights."""
+    return len(one) == len(other) and all(a is b and v == w for (a, v), (b, w) in zip(one, other, strict=True))
+
+
+def compute_dtype(module: nn.Module) -> mx.Dtype:
+    """The type a model computes in: that of its first floating-point weight that is no packed one's scale."""
+    for name, value in tree_flatten(module.parameters()):
+        if name.endswith("weight") and mx.issubdtype(value.dtype, mx.floating):
+            return value.dtype
+    return mx.float32
+
+
+def _fused_layers(site: Site, factors: Factors, dtype: mx.Dtype) -> dict[str, Any]:
+    """Dense layers that compute what the site's layers and the factors do together."""
+    made, start = {}, 0
+    for path, layer in zip(site.paths, site.layers, strict=True):
+        weight = dense_weight(layer, mx.float32)
+        rows = slice(None) if weight.ndim == 3 else slice(start, start + weight.shape[0])
+        start += weight.shape[0]
+        if factors.gain is not None:
+            weight = weight * factors.gain[rows].astype(mx.float32)[:, None]
+        b, a = factors.b.astype(mx.float32), factors.a.astype(mx.float32)
+        made[path] = dense_layer(layer, (weight + (b[rows] @ a)).astype(dtype))
+    mx.eval([layer.parameters() for layer in made.values()])
+    return made
