@@ -31,6 +31,16 @@ def home() -> Path:
     return Path(os.environ.get(HOME_VARIABLE) or Path.home() / ".mlx_adapters").expanduser().absolute()
 
 
+def expanded(path: str | Path) -> Path:
+    """The absolute path that a user's `path` means. Raises NotFoundError where there can be no such path."""
+    try:
+        found = Path(path).expanduser().absolute()
+        found.exists()
+        return found
+    except (OSError, ValueError, RuntimeError):  # a name too long, a NUL, ~nobody
+        raise NotFoundError(f"There can be no path '{str(path)[:80]!r}'.") from None
+
+
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
     """Turn the disk's refusals into StorageError with a next step."""

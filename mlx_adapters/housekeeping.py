@@ -20,7 +20,7 @@ from mlx_adapters.adapter import read_metadata
 from mlx_adapters.config import require
 from mlx_adapters.errors import AdapterError, ConfigError, ExistsError, NotFoundError, did_you_mean
 from mlx_adapters.registry import Entry, Reference, parse_reference
-from mlx_adapters.tensor_names import ADAPTER_FILE, CHECKPOINTS_FOLDER, METADATA_FILE, checkpoint_file
+from mlx_adapters.tensor_names import ADAPTER_FILE, CHECKPOINTS_FOLDER, METADATA_FILE
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def use(reference: str) -> Entry:
             there = ", ".join(map(str, entry.iterations))
             raise NotFoundError(f"'{ref.target}' has no checkpoint {ref.iteration}.",
                                 f"there are: {there}." if there else "it has no checkpoints.")  # fmt: skip
-        chosen = folder / checkpoint_file(ref.iteration)
+        chosen = registry.checkpoint_path(entry, ref.iteration)
         files.read_safetensors_header(chosen)
         checksums = registry.checksums_of(read_metadata(folder)) | {ADAPTER_FILE: files.sha256(chosen)}
         files.link_or_copy(chosen, folder / ADAPTER_FILE)
@@ -135,7 +135,7 @@ def _remove_checkpoints(entry: Entry, iterations: Sequence[int], dry_run: bool =
     paths = [
         path
         for i in iterations
-        for path in (entry.folder / CHECKPOINTS_FOLDER / f"{i:07d}", entry.folder / checkpoint_file(i))
+        for path in (entry.folder / CHECKPOINTS_FOLDER / f"{i:07d}", registry.checkpoint_path(entry, i))
         if path.exists()
     ]
     if dry_run:

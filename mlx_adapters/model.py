@@ -5,8 +5,10 @@ float32, with quantized layers replaced by dense ones (the same function; MLX's 
 times slower there); on a GPU it stays as stored.
 """
 
+import contextlib
 import hashlib
 import re
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -128,54 +130,47 @@ def _rope_settings(rope: dict[str, Any], config: dict[str, Any]) -> dict[str, An
     return found
 
 
-def resolve_base(name: str | Path | Base) -> Base:
+def resolve_base(name: str | Path | Base, download: bool = True) -> Base:
     """Find a base model: `demo`, a folder, or a Hub id with an optional @revision (downloaded once).
 
-    Raises NotFoundError or HubError.
+    Raises NotFoundError or HubError; without `download`, NotFoundError for what is not on this machine yet.
     """
     if isinstance(name, Base):
         return name
     text = str(name)
     if text == DEMO:
+        if not download and not (files.home() / "bases" / DEMO).is_dir():
+            raise NotFoundError(f"'{DEMO}' is not on this machine yet.")
         from mlx_adapters.demo.base import demo_base_folder
 
         return Base(DEMO, demo_base_folder())
-    folder = Path(text).expanduser()
+    folder = files.expanded(text)
     if isinstance(name, Path) or text.startswith((".", "/", "~")) or folder.is_dir():
         if not (folder / "config.json").is_file():
             what = "no config.json in it" if folder.is_dir() else "no such folder"
             raise NotFoundError(f"There is no model at '{text}': {what}.")
-        return Base(str(folder.absolute()), folder.absolute())
+        return Base(str(folder), folder)
     if not HUB_ID.fullmatch(text):
         raise NotFoundError(
             f"There is no base model '{text}'.",
             "a base is 'demo', a folder, or a Hub id such as 'mlx-community/Qwen3-0.6B-4bit'.",
         )
     repo, _, revision = text.partition("@")
-    folder = _snapshot(repo, revision or None)
+    folder = _snapshot(repo, revision or None, download)
     return Base(text, folder, folder.name if folder.parent.name == "snapshots" else revision or None)
 
 
-def _snapshot(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+def _snapshot(repo: str, revision: str | None, download: bool) -> Path:
+    """The model's folder in huggingface_hub's cache; downloaded, if allowed, where it is not whole there."""
+    from mlx_adapters.hub.client import snapshot
 
-    options = {"revision": revision, "allow_patterns": MODEL_FILES}
-    try:
-        folder = Path(snapshot_download(repo, local_files_only=True, **options))
+    with contextlib.suppress(HubError):
+        folder, _ = snapshot(repo, revision, MODEL_FILES, local_only=True)
         if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")):
             return folder
-    except (LocalEntryNotFoundError, OSError, ValueError):
-        pass
-    try:
-        with files.storage_errors(Path(repo)):
-            return Path(snapshot_download(repo, **options))
-    except HfHubHTTPError as error:
-        raise HubError(f"The Hub has no model '{repo}' that you may read: {error.server_message or error}.") from error
-    except (OSError, ValueError) as error:
-        raise HubError(
-            f"'{repo}' could not be downloaded: {error}.", "check the network, or give a local folder."
-        ) from error
+    if not download:
+        raise NotFoundError(f"'{repo}' is not on this machine yet.")
+    return snapshot(repo, revision, MODEL_FILES, show_progress=sys.stderr.isatty())[0]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mlx_adapters import files
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError, did_you_mean
-from mlx_adapters.tensor_names import ADAPTER_FILE, CHECKPOINT_FILE, CONFIG_FILE, METADATA_FILE
+from mlx_adapters.tensor_names import ADAPTER_FILE, CHECKPOINT_FILE, CONFIG_FILE, METADATA_FILE, checkpoint_file
 
 if TYPE_CHECKING:
     from mlx_adapters.adapter import Adapter
@@ -87,9 +87,9 @@ def locate(reference: str | Reference) -> tuple[Path, int | None]:
     """
     ref = parse_reference(reference) if isinstance(reference, str) else reference
     if ref.kind == "path":
-        return Path(ref.target).expanduser().absolute(), ref.iteration
+        return files.expanded(ref.target), ref.iteration
     if ref.kind == "hub":
-        from mlx_adapters.hub import adapter_snapshot
+        from mlx_adapters.hub.downloads import adapter_snapshot
 
         return adapter_snapshot(ref.target, ref.revision), None
     folder = adapter_folder(ref.target)
@@ -192,6 +192,11 @@ def _with_metadata(entry: Entry) -> Entry:
 
 def _typed(value: Any, *kinds: type) -> Any:
     return value if isinstance(value, kinds) and not isinstance(value, bool) else None
+
+
+def checkpoint_path(entry: Entry, iteration: int) -> Path:
+    """The file of one of an entry's checkpoints."""
+    return entry.folder / checkpoint_file(iteration)
 
 
 def tags_of(metadata: Mapping[str, Any]) -> tuple[str, ...]:

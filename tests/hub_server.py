@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -122,6 +123,11 @@ class _Handler(BaseHTTPRequestHandler):
         extra = {"X_Error_Code": code} if code else {}
         self.answer(status, {"error": message}, X_Error_Message=message, Content_Type="application/json", **extra)
 
+    def hang_up(self):
+        self.close_connection = True
+        self.wfile.flush()
+        self.connection.shutdown(socket.SHUT_RDWR)
+
     @property
     def token(self) -> str:
         return self.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -151,12 +157,15 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.planted_fault()
         if fault and fault.status is None and self.command == "PUT":
             self.rfile.read(int(self.headers["Content-Length"]) // 2)
-            self.connection.close()
+            self.hang_up()
             return
         body = self.read_body()
         self.hub.bodies.append(body)
         if fault and fault.status is not None:
             self.answer(fault.status, {"error": fault.message}, X_Error_Message=fault.message, **fault.headers)
+            return
+        if self.token and self.token not in (WRITE_TOKEN, READ_TOKEN):
+            self.error(401, "Invalid credentials in Authorization header")
             return
         for pattern, method in self.ROUTES:
             command, _, expression = pattern.partition(" ")
@@ -367,6 +376,6 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{oid}"', "X_Repo_Commit": commit[0], "Accept_Ranges": "bytes"}
         if broken:
             self.answer(status, sent[: len(sent) // 2], Content_Length=len(sent), **headers)
-            self.connection.close()
+            self.hang_up()
             return
         self.answer(status, sent, Content_Length=len(sent), **headers)

@@ -11,8 +11,8 @@ from tiny_models import ARCHITECTURES
 from mlx_adapters.adapter import Adapter, AdapterConfig, write_adapter
 from mlx_adapters.config import LoraConfig, Quantization
 from mlx_adapters.errors import ConfigError, ExistsError, FormatError, IncompatibleError
-from mlx_adapters.fusion.fuse import fuse
-from mlx_adapters.fusion.plan import check_precision
+from mlx_adapters.fusion.fuse import FuseOptions, parse_precision, settle_precision
+from mlx_adapters.fusion.fuse import fuse as fuse_and_check
 from mlx_adapters.layers import (
     adaptable_layers,
     dense_weight,
@@ -46,6 +46,12 @@ def make_adapter(folder, kind="lora", targets=None, seed=0, strength=0.1, rank=4
                 noise = mx.linalg.norm(dense_weight(layers[key], mx.float32), axis=-1) * (1 + noise)
             weights[f"{key}.{leaf}"] = noise
     return Adapter(config, weights, {"base": base.record(), "name": "tiny"})
+
+
+def fuse(*arguments, **keywords):
+    """Round to nearest without a check, unless told otherwise: these tests compare weights and logits."""
+    keywords.setdefault("options", FuseOptions(method="nearest", check=False))
+    return fuse_and_check(*arguments, **keywords)
 
 
 def logits(folder, adapter=None):
@@ -180,7 +186,7 @@ def test_shards(tiny_model, tmp_path, monkeypatch):
     folder = tiny_model("llama")
     adapter = make_adapter(folder)
     write = stream.write_weights
-    monkeypatch.setattr("mlx_adapters.fusion.fuse.write_weights", lambda f, u, e: write(f, u, e, limit=100_000))
+    monkeypatch.setattr("mlx_adapters.fusion.job.write_weights", lambda f, u, e: write(f, u, e, limit=100_000))
     fuse(folder, adapter, tmp_path / "out", quantization="none")
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())["weight_map"]
     shards = sorted(path.name for path in (tmp_path / "out").glob("model-*.safetensors"))
@@ -204,9 +210,9 @@ def test_bad_input_leaves_nothing(tiny_model, tmp_path):
     with pytest.raises(ConfigError, match="weights"):
         fuse(folder, adapter, out, weights=[1, 2])
     with pytest.raises(ConfigError, match="no 7 bits"):
-        check_precision("7", None, None)
+        settle_precision(7, resolve_base(folder))
     with pytest.raises(ConfigError, match="no 6 bits"):
-        check_precision("6", None, "mxfp4")
+        parse_precision("6", None, "mxfp4")
     assert list(tmp_path.glob("*out*")) == []
     fuse(folder, adapter, out, quantization="none")
     with pytest.raises(ExistsError):

@@ -32,6 +32,11 @@ def debugging() -> bool:
     return _debug
 
 
+def live() -> bool:
+    """Whether a live line can be shown: stderr is a terminal, and not --quiet."""
+    return not _quiet and sys.stderr.isatty()
+
+
 def colored(stream: Any) -> bool:
     """Whether colors make sense: a terminal, and NO_COLOR not set."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

@@ -1,29 +1,53 @@
 """`fuse`: adapters into base weights."""
 
+from typing import TYPE_CHECKING, Any
+
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import any_base_option, base_option, json_option, overwrite_option
+from mlx_adapters.cli._options import REFERENCE, any_base_option, base_option, json_option, overwrite_option
+
+if TYPE_CHECKING:
+    from mlx_adapters.fusion.fidelity import Fidelity
+    from mlx_adapters.fusion.fuse import FuseResult
 
 BITS = ["keep", "none", "2", "3", "4", "5", "6", "8"]
 
 
 @click.command("fuse")
-@click.argument("refs", nargs=-1, required=True, metavar="REF... OUT")
+@click.argument("refs", nargs=-1, metavar="REF... OUT")
 @click.option("--bits", type=click.Choice(BITS), default="keep", show_default=True,
               help="Bits per weight; keep: the base's own precision, none: unquantized.")  # fmt: skip
-@click.option("--group-size", type=int, help="Weights that share a scale [64; 32 or 16 in the float modes].")
+@click.option("--group-size", type=int, help="Weights that share a scale [the base's at its own bits, else 64].")
 @click.option("--mode", type=click.Choice(["affine", "mxfp4", "mxfp8", "nvfp4"]), help="Quantization mode [affine].")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
               show_default=True, help="Type of scales and of unquantized weights; auto: the base's.")  # fmt: skip
+@click.option("--method", type=click.Choice(["auto", "nearest", "calibrated"]), default="auto", show_default=True,
+              help="How to round; auto: calibrated under 8 bits if there is text.")  # fmt: skip
+@click.option("--calibration", metavar="DIR|FILE",
+              help="Data folder, .jsonl or .txt [the adapter's training data, else a general text].")  # fmt: skip
+@click.option(
+    "--calibration-rows", type=click.IntRange(1), default=128, show_default=True, help="Rows to calibrate on."
+)
+@click.option("--check/--no-check", default=True, help="Compare with the adapter model on text kept aside.")
+@click.option("--check-rows", type=click.IntRange(1), default=64, show_default=True, help="Rows to check on.")
+@click.option("--max-kl", type=click.FloatRange(0, min_open=True),
+              help="More bits where they help most, until KL is at most this.")  # fmt: skip
+@click.option("--budget-bits", type=click.FloatRange(0, min_open=True),
+              help="More bits where they help most, up to this many per weight.")  # fmt: skip
+@click.option("--force", is_flag=True, help="Keep the model even if --max-kl cannot be held.")
 @click.option("--weight", "weights", type=float, multiple=True, help="Share of each adapter, in order [1 each].")
+@click.option("--again", metavar="RECIPE", help="Repeat the fuse of a recipe, to the byte.")
+@click.option("--check-only", metavar="MODEL", help="Write nothing; check a model that was fused before.")
+@click.option("--adapter", "adapter", type=REFERENCE, metavar="REF", help="The adapter, with --check-only.")
 @base_option
 @any_base_option
 @overwrite_option
 @json_option
 def fuse_command(
-    refs: tuple[str, ...], bits: str, group_size: int | None, mode: str | None, dtype: str,
-    weights: tuple[float, ...], base: str | None, any_base: bool, overwrite: bool, as_json: bool,
+    refs: tuple[str, ...], bits: str, group_size: int | None, mode: str | None, dtype: str, weights: tuple[float, ...],
+    base: str | None, any_base: bool, overwrite: bool, as_json: bool, again: str | None, check_only: str | None,
+    adapter: str | None, **settings: Any,
 ) -> None:  # fmt: skip
     """Write the base model with the adapter REF in its weights to the folder OUT.
 
@@ -33,24 +57,83 @@ def fuse_command(
     Example:
       mlx-adapters fuse sql out/sql-4bit --bits 4
       mlx-adapters fuse sql chat out/both --weight 0.7 --weight 0.3
+      mlx-adapters fuse sql out/sql-small --bits 4 --max-kl 0.005
+      mlx-adapters fuse --again out/sql-4bit out/sql-4bit-again
+      mlx-adapters fuse --check-only out/somebody-elses --adapter sql
     """
-    from mlx_adapters.fusion.fuse import fuse
-    from mlx_adapters.fusion.plan import check_precision
+    from mlx_adapters.fusion.fuse import FuseOptions, fuse, fuse_again, parse_precision
 
-    if len(refs) < 2:
+    options, on_event = FuseOptions(**settings), _output.progress()
+    if check_only is not None:
+        _check_only(check_only, [*refs, *([adapter] if adapter else [])], base, weights, options, any_base, as_json)
+        return
+    if adapter is not None:
+        raise click.UsageError("--adapter goes with --check-only; name the adapter before the folder.")
+    if len(refs) < (1 if again else 2):
         raise click.UsageError("Give the adapter and the folder to write.")
     *adapters, out = refs
-    precision = check_precision(bits, group_size, mode)
-    result = fuse(
-        base, adapters, out, quantization=precision, dtype=dtype, weights=weights or None,
-        overwrite=overwrite, any_base=any_base, on_event=_output.progress(),
-    )  # fmt: skip
+    if again is not None:
+        if adapters:
+            raise click.UsageError("--again takes the adapters from the recipe; give only the folder to write.")
+        result = fuse_again(again, out, overwrite=overwrite, on_event=on_event)
+    else:
+        result = fuse(
+            base, adapters, out, quantization=parse_precision(bits, group_size, mode), dtype=dtype,
+            weights=weights or None, options=options, overwrite=overwrite, any_base=any_base, on_event=on_event,
+        )  # fmt: skip
     if as_json:
         _output.emit_json(result)
+    else:
+        _show(result)
+
+
+def _check_only(
+    model: str, adapters: list[str], base: str | None, weights: tuple[float, ...], options: Any, any_base: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    from mlx_adapters.fusion.check import check_fused
+
+    if not adapters:
+        raise click.UsageError("Give the adapter with --adapter.")
+    checked = check_fused(
+        model, adapters, base=base, weights=weights or None, options=options, any_base=any_base,
+        on_event=_output.progress(),
+    )  # fmt: skip
+    if as_json:
+        _output.emit_json(checked)
         return
-    changed = len(result.survival)
+    _show_fidelity(checked.fidelity)
+    _output.out(f"share of the update that survived (mean cosine): {checked.update_survival:.4f}")
+
+
+def _show(result: "FuseResult") -> None:
     _output.out(
-        f"{result.folder}: {result.bits_per_weight:.2f} bits per weight, {_output.size(result.size_bytes)}, "
-        f"{changed} layers changed, made in {_output.duration(result.seconds)}"
+        f"{result.folder}: {result.method} rounding, {result.bits_per_weight:.2f} bits per weight, "
+        f"{_output.size(result.size_bytes)}, {len(result.survival)} layers changed, "
+        f"made in {_output.duration(result.seconds)}"
+        if result.method != "none"
+        else f"{result.folder}: unquantized, {_output.size(result.size_bytes)}, {len(result.survival)} layers changed, "
+        f"made in {_output.duration(result.seconds)}"
     )
-    _output.out(f"share of the update that survives (mean cosine): {result.update_survival:.4f}")
+    if result.text and result.method == "calibrated":
+        _output.out(f"calibrated on {result.text['calibration_rows']} rows of {result.text['source']}")
+    if result.fidelity:
+        _show_fidelity(result.fidelity)
+    weakest = min(result.survival, key=lambda s: s.cosine)
+    _output.out(
+        f"share of the update that survived (cosine): mean {result.update_survival:.4f}, "
+        f"least {weakest.cosine:.4f} in {weakest.path}"
+    )
+
+
+def _show_fidelity(fidelity: "Fidelity") -> None:
+    f = fidelity
+    rows = [("adapter", "", "", "", "", f"{f.loss_adapter:.4f}", f"{f.perplexity_adapter:.3f}")]
+    rows.append(
+        ("fused", f"{f.kl_mean:.5f}", f"{f.kl_median:.5f}", f"{f.kl_p99:.4f}", f"{f.same_top:.2%}",
+         f"{f.loss_fused:.4f}", f"{f.perplexity_fused:.3f}")
+    )  # fmt: skip
+    if f.base_kl is not None and f.base_same_top is not None and f.loss_base is not None:
+        rows.append(("base", f"{f.base_kl:.3f}", "", "", f"{f.base_same_top:.2%}", f"{f.loss_base:.4f}", ""))
+    _output.table(("MODEL", "KL", "MEDIAN", "99 %", "SAME TOP", "LOSS", "PERPLEXITY"), rows, right=range(1, 7))
+    _output.out(f"KL from the adapter model in nats per token, on {f.tokens} tokens of {f.rows} rows kept aside")

@@ -2,41 +2,73 @@
 
 The new weight is computed from the base's exactly dequantized one in float32 and rounded once. At the base's
 own precision every layer that no adapter touches keeps its bits; at any other precision each layer is
-quantized from the best weights there are.
+quantized from the best weights there are. Rounding is to nearest, or calibrated on text (see `rounding`);
+what it cost is measured on other text (see `fidelity`).
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from mlx.utils import tree_flatten
-
-from mlx_adapters import files, tensor_names
+from mlx_adapters import files
 from mlx_adapters.adapter import Adapter
-from mlx_adapters.config import DTYPES, Quantization, require
-from mlx_adapters.door import mx, nn
-from mlx_adapters.errors import ConfigError
+from mlx_adapters.config import DTYPES, QUANTIZATIONS, Quantization, require
+from mlx_adapters.door import mx
+from mlx_adapters.errors import AdapterError, ConfigError, FidelityError, did_you_mean
 from mlx_adapters.events import Note, OnEvent, ignore
-from mlx_adapters.fusion.plan import (
-    LayerPlan,
-    Source,
-    Updates,
-    chunks,
-    is_weight_leaf,
-    packed_shapes,
-    plan_layers,
-    quantization_config,
-)
-from mlx_adapters.fusion.rounding import Packed, dequantize, nearest
-from mlx_adapters.fusion.stream import Unit, copy_companions, dtype_name, write_config, write_weights
-from mlx_adapters.fusion.survival import Survival, SurvivalSum
-from mlx_adapters.layers import check_fits, check_made_for
-from mlx_adapters.model import Base, load_module, resolve_base
+from mlx_adapters.fusion import recipe as recipes
+from mlx_adapters.fusion.blocks import TokenBatch, Variant, make_batches
+from mlx_adapters.fusion.calibrate import Spool, round_layers
+from mlx_adapters.fusion.fidelity import Fidelity, compare
+from mlx_adapters.fusion.job import Job, open_job
+from mlx_adapters.fusion.mixed import finer, order_of_steps, targets_after, until_promise, within_budget
+from mlx_adapters.fusion.plan import Precision, Updates
+from mlx_adapters.fusion.recipe import RECIPE_FILE, Given, Recipe
+from mlx_adapters.fusion.rounding import dequantize
+from mlx_adapters.fusion.stream import dtype_name
+from mlx_adapters.fusion.survival import Survival
+from mlx_adapters.fusion.text import Text, choose_text
+from mlx_adapters.machine import on_gpu
+from mlx_adapters.model import Base, load_tokenizer_of, resolve_base
 from mlx_adapters.registry import load_adapter
 
-RECIPE_FILE, REPORT_FILE = "fuse_recipe.json", "fuse_report.json"
+REPORT_FILE = "fuse_report.json"
+METHODS = ("auto", "nearest", "calibrated")
+
+
+@dataclass(frozen=True)
+class FuseOptions:
+    """How to round and how to check.
+
+    `method`: "nearest", "calibrated", or "auto": calibrated under 8 bits, if there is text. `calibration`:
+    a data folder, a .jsonl, .parquet or .txt file; None: the adapter's training data, else a general text.
+    `max_kl` (nats per token) or `budget_bits` (bits per weight of the whole model) ask for mixed precision.
+    `force`: keep the output even if KL is above `max_kl`.
+    """
+
+    method: Literal["auto", "nearest", "calibrated"] = "auto"
+    calibration: str | None = None
+    calibration_rows: int = 128
+    check: bool = True
+    check_rows: int = 64
+    max_kl: float | None = None
+    budget_bits: float | None = None
+    force: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.method in METHODS, f"There is no method '{self.method}'.", did_you_mean(self.method, METHODS))
+        require(self.calibration_rows >= 1 and self.check_rows >= 1, "calibration and check need at least 1 row.")
+        require(self.max_kl is None or self.max_kl > 0, f"max_kl must be above 0, not {self.max_kl}.")
+        require(self.max_kl is None or self.budget_bits is None, "Give max_kl or budget_bits, not both.")
+        require(self.max_kl is None or self.check, "max_kl is a promise that has to be checked.")
+        if self.budget_bits is not None or self.max_kl is not None:
+            require(self.method != "nearest", "Mixed precision needs the method 'calibrated'.")
+
+
+DEFAULTS = FuseOptions()
 
 
 @dataclass(frozen=True)
@@ -44,12 +76,15 @@ class FuseResult:
     """A fused model. `bits_per_weight` counts all tensors; `notes` say where a layer is not as asked."""
 
     folder: Path
+    method: str
     quantization: dict[str, Any] | None
     size_bytes: int
     bits_per_weight: float
     survival: tuple[Survival, ...]
+    fidelity: Fidelity | None
+    text: dict[str, Any] | None
+    notes: tuple[str, ...]
     seconds: float
-    notes: tuple[str, ...] = ()
 
     @property
     def update_survival(self) -> float:
@@ -57,139 +92,166 @@ class FuseResult:
         return sum(s.cosine for s in self.survival) / max(len(self.survival), 1)
 
     def __repr__(self) -> str:
+        kl = f", KL {self.fidelity.kl_mean:.2g}" if self.fidelity else ""
         return (
-            f"FuseResult('{self.folder}', {self.bits_per_weight:.2f} bits per weight, "
-            f"{self.size_bytes / 1e6:.0f} MB, update survival {self.update_survival:.4f})"
+            f"FuseResult('{self.folder}', {self.method}, {self.bits_per_weight:.2f} bits per weight, "
+            f"{self.size_bytes / 1e6:.0f} MB, update survival {self.update_survival:.4f}{kl})"
         )
 
 
-Rounding = Callable[[str], Packed | None]
+def fuse(
+    base: str | Path | Base | None,
+    adapters: Given | Sequence[Given],
+    out: str | Path,
+    *,
+    quantization: Quantization | int | str = "keep",
+    dtype: str = "auto",
+    weights: Sequence[float] | None = None,
+    options: FuseOptions = DEFAULTS,
+    overwrite: bool = False,
+    any_base: bool = False,
+    replaced: dict[str, mx.array] | None = None,
+    on_event: OnEvent = ignore,
+) -> FuseResult:
+    """Write base + adapters as a whole model folder `out` and return what was made.
+
+    base: a name, folder or Hub id; None takes the one the adapter was made for. adapters: one, or several
+    whose updates are added with `weights`. quantization: "keep" the base's precision, "none", a number of bits,
+    or a `Quantization`. dtype: of everything that is not packed ("auto": the base's). replaced: module path ->
+    a whole new weight for layers that are not merely updated.
+
+    Raises ConfigError, NotFoundError, FormatError, IncompatibleError, ExistsError, FidelityError, ModelError or
+    StorageError; then `out` is as it was before.
+    """
+    started = time.perf_counter()
+    require(dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not '{dtype}'.")
+    out = Path(out)
+    files.refuse_existing(out, overwrite)
+    given = [adapters] if isinstance(adapters, Adapter | str | Path) else list(adapters)
+    updates = gather_updates(given, weights, replaced)
+    found = choose_base(base, updates)
+    asked = settle_precision(quantization, found)
+    job = open_job(found, updates, asked, dtype, any_base)
+    notes = _notes(job, on_event)
+    work = _Work(job, asked, options, on_event)
+    with files.atomic_folder(out, overwrite) as folder:
+        spool = Spool(folder / "parts")
+        work.round(spool)
+        size = job.write(folder, asked, spool.get, on_event)
+        spool.remove()
+        fidelity = work.check(folder)
+        result = FuseResult(
+            folder=out, method=work.method, quantization=job.quantization(asked), size_bytes=size,
+            bits_per_weight=8 * size / job.parameters, survival=tuple(sorted(job.survival, key=lambda s: s.path)),
+            fidelity=fidelity, text=work.text.describe() if work.text else None, notes=notes,
+            seconds=time.perf_counter() - started,
+        )  # fmt: skip
+        _refuse_unfaithful(result, options)
+        files.write_json(folder / REPORT_FILE, report(result))
+        files.write_json(folder / RECIPE_FILE, {"format": 1} | _recipe(work, given, quantization, dtype, folder))
+    return result
 
 
-@dataclass
-class Job:
-    """One fuse in progress: what is read, what is added, what comes out."""
+class _Work:
+    """Rounding and checking of one job: which method, on which text, at which precision."""
 
-    base: Base
-    source: Source
-    config: dict[str, Any]
-    updates: Updates
-    plans: list[LayerPlan]
-    dtype: mx.Dtype | None  # None: every tensor keeps its type
-    survival: list[Survival] = field(default_factory=list)
-    parameters: int = 0
+    def __init__(self, job: Job, asked: Quantization | str, options: FuseOptions, on_event: OnEvent) -> None:
+        self.job, self.asked, self.options, self.on_event = job, asked, options, on_event
+        rounded = [plan.target for plan in job.plans if plan.target is not None and not plan.copied]
+        wanted = options.method == "calibrated" or (
+            options.method == "auto" and any(target.bits < 8 for target in rounded)
+        )
+        self.method = "calibrated" if rounded and wanted else "nearest" if rounded else "none"
+        self.targets: dict[str, Precision] = {}
+        self.text: Text | None = None
+        if self.method == "calibrated" or options.check:
+            self.text = self._choose_text()
 
-    def __post_init__(self) -> None:
-        """Count the model's numbers, a packed weight as the numbers it stands for."""
-        paths = {plan.path for plan in self.plans}
-        everything = tree_flatten(self.source.module.parameters())
-        rest = sum(value.size for name, value in everything if not is_weight_leaf(name, paths))
-        self.parameters = rest + sum(plan.parameters for plan in self.plans)
-
-    @property
-    def weight_dtype(self) -> str:
-        return dtype_name(self.dtype or self.source.dtype)
-
-    def units(self, rounded: Rounding) -> list[Unit]:
-        """All tensors to be written, layer by layer, in the model's order."""
-        paths = {plan.path: plan for plan in self.plans if not plan.copied}
-        units: dict[str, Unit] = {}
-        for name, value in tree_flatten(self.source.module.parameters()):
-            path, _ = tensor_names.split(name)
-            if not is_weight_leaf(name, set(paths)):
-                units[name] = self._copy(name, value)
-            elif path not in units:
-                units[path] = self._layer(paths[path], rounded)
-        return [units[name] for name in sorted(units, key=tensor_names.natural_order)]
-
-    def _copy(self, name: str, value: mx.array) -> Unit:
-        keep = getattr(self.source.module, "cast_predicate", lambda _: True)
-        floating = mx.issubdtype(value.dtype, mx.floating)
-        dtype = self.dtype if self.dtype is not None and floating and keep(name) else value.dtype
-        drop = self._dropper(name)
-        held = [value]
-
-        def make() -> list[mx.array]:
-            made = [held.pop().astype(dtype)]
-            mx.eval(made)
-            drop()
-            return made
-
-        return Unit([(name, dtype_name(dtype), tuple(value.shape))], make)
-
-    def _dropper(self, name: str) -> Callable[[], None]:
-        """Frees the lazily read tensor `name` once it was used."""
-        path, leaf = tensor_names.split(name)
+    def _choose_text(self) -> Text | None:
+        adapters = [adapter for adapter, _ in self.job.updates.adapters]
+        o = self.options
         try:
-            owner = self._modules[path]
-        except KeyError:
-            return lambda: None
-
-        def drop() -> None:
-            if leaf in owner:
-                owner[leaf] = mx.zeros((0,))
-
-        return drop
+            tokenizer = load_tokenizer_of(self.job.base)
+            return choose_text(o.calibration, adapters, tokenizer, o.calibration_rows, o.check_rows)
+        except AdapterError as error:
+            if o.calibration is not None or o.method == "calibrated" or o.max_kl is not None:
+                raise
+            self.on_event(Note(f"No calibration and no check: {error.message}", "warning"))
+            self.method = "nearest" if self.method == "calibrated" else self.method
+            return None
 
     @property
-    def _modules(self) -> dict[str, nn.Module]:
-        if not hasattr(self, "_by_path"):
-            self._by_path = dict(self.source.module.named_modules())
-        return self._by_path
+    def mixed(self) -> bool:
+        return self.options.max_kl is not None or self.options.budget_bits is not None
 
-    def _layer(self, plan: LayerPlan, rounded: Rounding) -> Unit:
-        leaves = packed_shapes(plan, self.weight_dtype)
-        layer = self.source.layers[plan.path]
-        layout = [(tensor_names.join(plan.path, leaf), dtype, shape) for leaf, dtype, shape in leaves]
+    def round(self, spool: Spool) -> None:
+        """Fill `spool` with calibrated layers and settle mixed precision."""
+        if self.method != "calibrated" or self.text is None:
+            return
+        job = self.job
+        self.on_event(Note(f"Calibrating on {len(self.text.calibration)} rows of {self.text.source}."))
+        plans = [plan for plan in job.plans if plan.target is not None and not plan.copied]
+        also = {q for plan in plans for q in finer(plan.target)} if self.mixed else ()
+        round_layers(
+            job.base, job.updates, plans, batches_of(self.text.calibration), job.scale_dtype, spool, self.on_event,
+            also, self.options.seed,
+        )  # fmt: skip
+        if self.mixed:
+            self.targets = self._choose_targets(spool)
+            job.retarget(self.targets)
 
-        def make() -> list[mx.array]:
-            made = self._make_layer(plan, rounded(plan.path))
-            mx.eval(made)
-            for leaf in (*tensor_names.QUANTIZED_LEAVES, "global_scale"):
-                if leaf in layer:
-                    layer[leaf] = mx.zeros((0,))
-            return made
+    def _choose_targets(self, spool: Spool) -> dict[str, Precision]:
+        job, options = self.job, self.options
+        steps = order_of_steps(job.plans, spool.losses, dtype_name(job.scale_dtype))
+        if options.budget_bits is not None:
+            spare = options.budget_bits * job.parameters / 8 - job.size_bytes()
+            if spare < 0:
+                now = 8 * job.size_bytes() / job.parameters
+                raise ConfigError(
+                    f"The model has {now:.2f} bits per weight already, more than the {options.budget_bits} allowed.",
+                    "ask for fewer --bits as the start, or a larger budget.",
+                )
+            return targets_after(steps, within_budget(steps, int(spare)))
+        start = {plan.path: plan.target for plan in job.plans if (plan.path, plan.target) in spool.losses}
+        total = sum(spool.losses[path, target] for path, target in start.items() if target is not None)
+        batches = batches_of(self.text.check) if self.text else []
 
-        return Unit(layout, make)
+        def measure(targets: dict[str, Precision]) -> float:
+            chosen = start | targets
 
-    def _make_layer(self, plan: LayerPlan, packed: Packed | None) -> list[mx.array]:
-        """The layer's tensors, made a few rows at a time; rows are independent in every step."""
-        dtype = self.dtype or self.source.dtype
-        total = SurvivalSum()
-        pieces: list[list[mx.array]] = []
-        for start, stop in chunks(plan.shape):
-            fused = self.source.fused_rows(plan.path, self.updates, start, stop)
-            if plan.target is None:
-                parts = [fused.astype(dtype)]
-                stored = parts[0].astype(mx.float32)
-            elif packed is not None:
-                parts = [part[start:stop] for part in packed.tensors.values()]
-                stored = dequantize(_rows_of(packed, start, stop)) if plan.changed else fused
-            else:
-                piece = nearest(fused, plan.target, dtype)
-                parts, stored = list(piece.tensors.values()), dequantize(piece) if plan.changed else fused
-            mx.eval(parts)
-            pieces.append(parts)
-            if plan.changed:
-                total.add(self.source.rows(plan.path, start, stop), fused, stored)
-        if plan.changed:
-            self.survival.append(total.result(plan.path))
-        return [mx.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*pieces, strict=True)]
+            def stored(path: str) -> mx.array | None:
+                packed = spool.get(path, chosen.get(path))
+                return None if packed is None else dequantize(packed)
+
+            updates = job.updates
+            touched = set(chosen) | updates.paths()
+            fused = Variant(job.base, updates, lambda path: path in touched, stored)
+            return compare(Variant(job.base, updates), fused, None, batches).kl_mean
+
+        count = until_promise(steps, total, options.max_kl or 0.0, measure, self.on_event)
+        return targets_after(steps, count)
+
+    def check(self, folder: Path) -> Fidelity | None:
+        """The fidelity of the model in `folder`, or None if it is not to be checked."""
+        if not self.options.check or self.text is None:
+            return None
+        job = self.job
+        changed = {plan.path for plan in job.plans if not plan.copied}
+        fused = Variant(Base(str(folder), folder), None, changed.__contains__ if job.dtype is None else lambda _: True)
+        batches = batches_of(self.text.check)
+        return compare(Variant(job.base, job.updates), fused, Variant(job.base), batches, self.on_event)
 
 
-def _rows_of(packed: Packed, start: int, stop: int) -> Packed:
-    biases = None if packed.biases is None else packed.biases[start:stop]
-    return Packed(packed.weight[start:stop], packed.scales[start:stop], biases, packed.quantization)
+def batches_of(rows: list) -> list[TokenBatch]:
+    """Batches of rows; on a GPU padded to few shapes, because each new one is compiled for seconds."""
+    return make_batches(rows, 8192, 64) if on_gpu() else make_batches(rows)
 
 
 def gather_updates(
-    adapters: Adapter | str | Path | Sequence[Adapter | str | Path],
-    weights: Sequence[float] | None,
-    replaced: dict[str, mx.array] | None = None,
+    adapters: Sequence[Given], weights: Sequence[float] | None, replaced: dict[str, mx.array] | None = None
 ) -> Updates:
     """Read the adapters and pair them with their weights (default 1 each). Raises ConfigError."""
-    several = [adapters] if isinstance(adapters, Adapter | str | Path) else list(adapters)
-    loaded = [load_adapter(adapter).check() for adapter in several]
+    loaded = [load_adapter(adapter).check() for adapter in adapters]
     shares = [1.0] * len(loaded) if weights is None else [float(w) for w in weights]
     require(len(shares) == len(loaded), f"{len(loaded)} adapters, but {len(shares)} weights.")
     require(all(abs(share) < float("inf") for share in shares), "weights must be finite numbers.")
@@ -208,91 +270,97 @@ def choose_base(base: str | Path | Base | None, updates: Updates) -> Base:
     return resolve_base(base)
 
 
-def open_job(
-    base: Base,
-    updates: Updates,
-    precision: Quantization | str,
-    dtype: str,
-    any_base: bool,
-    per_layer: dict[str, Quantization | None] | None = None,
-) -> Job:
-    """Load the base lazily, hold the adapters against it and plan every layer."""
-    module, config = load_module(base)
-    for adapter, _ in updates.adapters:
-        check_fits(adapter, module, f"'{base.name}'")
-        if not any_base:
-            check_made_for(adapter, base.name, base.fingerprint)
-    source = Source.of(module)
-    missing = set(updates.replaced) - set(source.layers)
-    require(not missing, f"The model has no layer {sorted(missing)}.")
-    plans = plan_layers(source, updates.keys(), precision, per_layer)
-    return Job(base, source, config, updates, plans, None if dtype == "auto" else getattr(mx, dtype))
+def parse_precision(bits: str, group_size: int | None, mode: str | None) -> Quantization | int | str:
+    """What --bits, --group-size and --mode ask for. Raises ConfigError."""
+    if bits in ("keep", "none"):
+        require(group_size is None and mode is None, f"--bits {bits} takes no group size and no mode.")
+        return bits
+    require(bits.isdecimal(), f"bits must be keep, none or a number, not '{bits}'.")
+    if group_size is None and mode in (None, "affine"):
+        return int(bits)
+    mode = mode or "affine"
+    sizes = QUANTIZATIONS[mode][1] if mode in QUANTIZATIONS and mode != "affine" else (64,)
+    return Quantization(int(bits), group_size or sizes[0], mode)
 
 
-def write_model(job: Job, folder: Path, precision: Quantization | str, rounded: Rounding, on_event: OnEvent) -> int:
-    """Write the whole model folder but for recipe and report; return the bytes of the tensors."""
-    default = precision if isinstance(precision, Quantization) else _default_of(job.config)
-    size = write_weights(folder, job.units(rounded), on_event)
-    config = {k: v for k, v in job.base.config.items()}
-    if job.dtype is not None:
-        config |= {key: dtype_name(job.dtype) for key in ("torch_dtype", "dtype") if key in config}
-    write_config(folder, config, quantization_config(job.plans, default))
-    copy_companions(job.base, folder)
-    return size
+def settle_precision(asked: Quantization | int | str, base: Base) -> Quantization | str:
+    """A number of bits means the base's own grouping if it has as many bits, else groups of 64.
 
-
-def _default_of(config: dict[str, Any]) -> Quantization | None:
-    found = config.get("quantization")
-    if not isinstance(found, dict) or "bits" not in found:
-        return None
-    return Quantization(found["bits"], found["group_size"], found.get("mode", "affine"))
-
-
-def fuse(
-    base: str | Path | Base | None,
-    adapters: Adapter | str | Path | Sequence[Adapter | str | Path],
-    out: str | Path,
-    *,
-    quantization: Quantization | str = "keep",
-    dtype: str = "auto",
-    weights: Sequence[float] | None = None,
-    overwrite: bool = False,
-    any_base: bool = False,
-    replaced: dict[str, mx.array] | None = None,
-    on_event: OnEvent = ignore,
-) -> FuseResult:
-    """Write base + adapters as a whole model folder `out` and return what was made.
-
-    base: a name, folder or Hub id; None takes the one the adapter was made for. adapters: one, or several
-    whose updates are added with `weights`. quantization: "keep" the base's precision, "none", or a
-    `Quantization`. dtype: of everything that is not packed ("auto": the base's).
-
-    Raises ConfigError, NotFoundError, FormatError, IncompatibleError, ExistsError, ModelError or StorageError;
-    then `out` is as it was before.
+    A precision that is the base's own means "keep". Raises ConfigError.
     """
-    started = time.perf_counter()
-    require(dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not '{dtype}'.")
-    files.refuse_existing(Path(out), overwrite)
-    updates = gather_updates(adapters, weights, replaced)
-    found = choose_base(base, updates)
-    job = open_job(found, updates, quantization, dtype, any_base)
-    notes = _notes(job.plans, on_event)
-    with files.atomic_folder(Path(out), overwrite) as folder:
-        size = write_model(job, folder, quantization, lambda _: None, on_event)
-    config = quantization_config(job.plans, quantization if isinstance(quantization, Quantization) else None)
-    return FuseResult(
-        Path(out),
-        config,
-        size,
-        8 * size / job.parameters,
-        tuple(job.survival),
-        time.perf_counter() - started,
-        notes,
-    )
+    own = base.config.get("quantization") or {}
+    if isinstance(asked, int):
+        same = own.get("bits") == asked
+        asked = Quantization(asked, own["group_size"], own.get("mode", "affine")) if same else Quantization(asked)
+    if isinstance(asked, str):
+        require(asked in ("keep", "none"), f"quantization must be keep, none or a Quantization, not '{asked}'.")
+        return asked
+    mine = (own.get("bits"), own.get("group_size"), own.get("mode", "affine"))
+    return "keep" if mine == (asked.bits, asked.group_size, asked.mode) else asked
 
 
-def _notes(plans: list[LayerPlan], on_event: OnEvent) -> tuple[str, ...]:
-    notes = tuple(f"{plan.path}: {plan.note}" for plan in plans if plan.note)
+def _notes(job: Job, on_event: OnEvent) -> tuple[str, ...]:
+    notes = tuple(f"{plan.path}: {plan.note}" for plan in job.plans if plan.note)
     if notes:
         on_event(Note(f"{len(notes)} layers stay unquantized; {notes[0]}.", "warning"))
     return notes
+
+
+def _refuse_unfaithful(result: FuseResult, options: FuseOptions) -> None:
+    limit, fidelity = options.max_kl, result.fidelity
+    if limit is not None and fidelity is not None and fidelity.kl_mean > limit and not options.force:
+        raise FidelityError(
+            f"KL from the adapter model is {fidelity.kl_mean:.4g} nats per token, above the {limit:g} allowed.",
+            "allow more bits, or keep the model all the same with --force.",
+        )
+
+
+def report(result: FuseResult) -> dict[str, Any]:
+    """What fuse_report.json says."""
+    from dataclasses import asdict
+
+    plain = asdict(result) | {"folder": str(result.folder), "update_survival": result.update_survival}
+    if result.fidelity:
+        plain["fidelity"] |= {
+            "perplexity_adapter": result.fidelity.perplexity_adapter,
+            "perplexity_fused": result.fidelity.perplexity_fused,
+        }
+    return plain
+
+
+def _recipe(
+    work: _Work, given: Sequence[Given], quantization: Quantization | int | str, dtype: str, folder: Path
+) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    updates = work.job.updates
+    described = [recipes.describe_adapter(g, a, w) for g, (a, w) in zip(given, updates.adapters, strict=True)]
+    made = Recipe(
+        base=work.job.base.record(),
+        adapters=described,
+        quantization=recipes.precision_to_json(work.asked),
+        dtype=dtype,
+        method=work.method,
+        targets={path: recipes.precision_to_json(target) for path, target in work.targets.items()},
+        text=work.text.describe() if work.text else None,
+        options=asdict(work.options),
+        versions=recipes.recipe_versions(),
+        weights_sha256=recipes.weights_sha256(folder),
+    )
+    return asdict(made)
+
+
+def fuse_again(path: str | Path, out: str | Path, *, overwrite: bool = False, on_event: OnEvent = ignore) -> FuseResult:
+    """Fuse once more by a recipe (or the folder that holds one).
+
+    Raises IncompatibleError if base, adapter or text are not what they were, or if the bytes come out
+    differently (another version or processor); then nothing is written.
+    """
+    recipe = recipes.read_recipe(path)
+    base, adapters = recipes.ingredients(recipe)
+    options = FuseOptions(**recipe.options)
+    weights = [entry["weight"] for entry in recipe.adapters]
+    return fuse(
+        base, adapters, out, quantization=recipes.precision_from_json(recipe.quantization) or "none",
+        dtype=recipe.dtype, weights=weights, options=options, overwrite=overwrite, any_base=True, on_event=on_event,
+    )  # fmt: skip

@@ -4,14 +4,14 @@ The plan is made from shapes alone; no weight is read for it.
 """
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from mlx.utils import tree_flatten
 
 from mlx_adapters import tensor_names
 from mlx_adapters.adapter import Adapter
-from mlx_adapters.config import Quantization, require
+from mlx_adapters.config import Quantization
 from mlx_adapters.door import mx, nn
 from mlx_adapters.fusion.rounding import Packed, dequantize
 from mlx_adapters.layers import EMBEDDING, adaptable_layers, dense_weight, quantization_of, updated_weight, weight_shape
@@ -32,7 +32,7 @@ class Updates:
     adapters: tuple[tuple[Adapter, float], ...] = ()
     replaced: dict[str, mx.array] = field(default_factory=dict)
 
-    def keys(self) -> set[str]:
+    def paths(self) -> set[str]:
         """Paths of all layers that change."""
         return {key for adapter, _ in self.adapters for key in adapter.config.keys} | set(self.replaced)
 
@@ -106,10 +106,7 @@ class Source:
         packed = self.packed(path)
         if packed is None:
             return dense_weight(self.layers[path], mx.float32)[start:stop]
-        biases = None if packed.biases is None else packed.biases[start:stop]
-        return dequantize(
-            replace(packed, weight=packed.weight[start:stop], scales=packed.scales[start:stop], biases=biases)
-        )
+        return dequantize(packed.rows(start, stop))
 
     def fused_rows(self, path: str, updates: Updates, start: int, stop: int) -> mx.array:
         """The same rows with the updates in them."""
@@ -139,11 +136,8 @@ def chunks(shape: tuple[int, ...]) -> list[tuple[int, int]]:
     return [(i, min(i + step, shape[0])) for i in range(0, shape[0], step)]
 
 
-def plan_layers(
-    source: Source, keys: set[str], precision: Quantization | str, per_layer: dict[str, Precision] | None = None
-) -> list[LayerPlan]:
+def plan_layers(source: Source, keys: set[str], precision: Quantization | str) -> list[LayerPlan]:
     """Decide every layer's precision. `precision` is a Quantization, "none" or "keep"."""
-    per_layer = per_layer or {}
     unquantized_base = all(quantization_of(layer) is None for layer in source.layers.values())
     plans = []
     for path, layer in source.layers.items():
@@ -154,7 +148,6 @@ def plan_layers(
             target = None
         else:
             target, note = _asked(source, path, layer, precision, origin, unquantized_base)
-        target = per_layer.get(path, target)
         changed = path in keys
         copied = not changed and target == origin
         plans.append(LayerPlan(path, weight_shape(layer), origin, target, changed, copied, note))
@@ -216,17 +209,3 @@ def is_weight_leaf(name: str, paths: set[str]) -> bool:
     """Whether a parameter belongs to the (quantized) weight of one of the layers at `paths`."""
     path, leaf = tensor_names.split(name)
     return path in paths and leaf in (*QUANTIZED_LEAVES, "global_scale")
-
-
-def check_precision(bits: str | int, group_size: int | None, mode: str | None) -> Quantization | str:
-    """The precision that --bits, --group-size and --mode ask for. Raises ConfigError."""
-    from mlx_adapters.config import QUANTIZATIONS
-
-    text = str(bits)
-    if text in ("keep", "none"):
-        require(group_size is None and mode is None, f"--bits {text} takes no group size or mode.")
-        return text
-    require(text.isdecimal(), f"bits must be keep, none or a number, not '{bits}'.")
-    mode = mode or "affine"
-    default = {"affine": 64}.get(mode) or QUANTIZATIONS.get(mode, ((), (64,)))[1][0]
-    return Quantization(int(text), group_size or default, mode)

@@ -44,6 +44,11 @@ class Packed:
         parts = {"weight": self.weight, "scales": self.scales, "biases": self.biases}
         return {name: part for name, part in parts.items() if part is not None}
 
+    def rows(self, start: int, stop: int) -> "Packed":
+        """Rows (or experts) start…stop."""
+        biases = None if self.biases is None else self.biases[start:stop]
+        return Packed(self.weight[start:stop], self.scales[start:stop], biases, self.quantization)
+
 
 def dequantize(packed: Packed) -> mx.array:
     """The float32 weight (..., out, in) that `packed` stands for, with no rounding on the way."""

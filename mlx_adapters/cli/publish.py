@@ -1,0 +1,117 @@
+"""`publish`, `download`, `card`: the Hugging Face Hub."""
+
+import click
+
+from mlx_adapters.cli import _output
+from mlx_adapters.cli._options import REFERENCE, base_option, json_option, overwrite_option
+
+_source = click.argument("source", metavar="REF|MODEL", shell_complete=REFERENCE.shell_complete)
+_base_model = click.option("--base-model", metavar="ID", help="The base's id on the Hub, for the card [from metadata].")
+_license = click.option("--license", metavar="ID", help="License for the card, e.g. apache-2.0 [the base's].")
+
+
+@click.command("publish")
+@_source
+@click.argument("repo", metavar="USER/REPO")
+@click.option("--public", is_flag=True, help="Let everybody see it; without this it is private.")
+@click.option("--dry-run", is_flag=True, help="Show files, card and changes; upload nothing.")
+@click.option("-m", "--message", help="Message of the commit.")
+@click.option("--revision", metavar="BRANCH", help="Branch to upload to; made if it is not there [main].")
+@click.option("--create-pr", is_flag=True, help="Propose the change as a pull request.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out files such as '*.svg'; may be repeated.")
+@_base_model
+@_license
+@json_option
+def publish_command(
+    source: str, repo: str, public: bool, dry_run: bool, message: str | None, revision: str | None, create_pr: bool,
+    exclude: tuple[str, ...], base_model: str | None, license: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Upload an adapter, or the folder of a fused model, with a card made from its metadata.
+
+    Only weights, settings, tokenizer and card go up: no data, logs, checkpoints, local paths or tokens. Sign in
+    first with 'hf auth login'.
+
+    \b
+    Example:
+      mlx-adapters publish sql me/sql-lora --dry-run
+      mlx-adapters publish ./out/sql-4bit me/sql-4bit --public
+    """
+    from mlx_adapters.hub.uploads import publish
+
+    result = publish(
+        source, repo, private=not public, dry_run=dry_run, message=message, revision=revision, create_pr=create_pr,
+        exclude=exclude, base_model=base_model, license=license, show_progress=_output.live(),
+        on_event=_output.progress(),
+    )  # fmt: skip
+    if as_json:
+        _output.emit_json(result)
+        return
+    rows = [(file.path, _output.size(file.size_bytes), file.change) for file in result.files]
+    _output.table(("FILE", "SIZE", "CHANGE"), rows, right=(1,))
+    if result.left_out:
+        _output.note(f"Left out: {', '.join(result.left_out)}.")
+    where = f"{'private' if result.private else 'public'} {result.kind} '{repo}'"
+    if dry_run:
+        _output.out(f"\n{result.card}")
+        _output.note(f"Nothing was uploaded. Without --dry-run this becomes the {where}.")
+    else:
+        _output.out(f"{result.url if result.changed else 'Nothing has changed: ' + str(result.url)}")
+        _output.note(f"Published as the {where}." if result.changed else f"The {where} is up to date.")
+
+
+@click.command("download")
+@click.argument("repo", metavar="USER/REPO[@REVISION]")
+@click.option("--name", help="Name to keep it under [the repository's].")
+@base_option
+@overwrite_option
+@json_option
+def download_command(repo: str, name: str | None, base: str | None, overwrite: bool, as_json: bool) -> None:
+    """Take an adapter (mlx-lm's or PEFT's form) from the Hub into the registry, or a model into the cache.
+
+    \b
+    Example:
+      mlx-adapters download me/sql-lora --name sql
+      mlx-adapters download me/sql-lora@v2 --name sql2
+    """
+    from mlx_adapters.hub.downloads import download
+
+    result = download(repo, name=name, base=base, overwrite=overwrite, show_progress=_output.live())
+    if as_json:
+        _output.emit_json(result)
+    elif result.kind == "adapter":
+        _output.out(f"{result.name}: {result.repo} at {result.commit[:12]}")
+        _output.note(f'Try it: mlx-adapters generate "..." --adapter {result.name}')
+    else:
+        _output.out(f"{result.folder}: {result.repo} at {result.commit[:12]}")
+        _output.note(f'Try it: mlx-adapters generate "..." --base {result.repo}')
+
+
+@click.command("card")
+@_source
+@click.option("--repo", metavar="USER/REPO", help="The repository that the examples name.")
+@click.option("--write", is_flag=True, help="Write README.md (and the loss curve) into the folder; keeps your part.")
+@_base_model
+@_license
+@json_option
+def card_command(
+    source: str, repo: str | None, write: bool, base_model: str | None, license: str | None, as_json: bool
+) -> None:
+    """Print the model card of an adapter or a fused model, as 'publish' would upload it.
+
+    \b
+    Example:
+      mlx-adapters card sql
+      mlx-adapters card ./out/sql-4bit --write
+    """
+    from mlx_adapters.hub.uploads import make_card, write_card
+
+    options = {"repo": repo, "base_model": base_model, "license": license}
+    if write:
+        path = write_card(source, **options)
+        _output.emit_json({"path": path}) if as_json else _output.out(str(path))
+        return
+    card = make_card(source, **options)
+    if as_json:
+        _output.emit_json({"front_matter": card.front, "text": str(card)})
+    else:
+        _output.out(str(card), newline=False)

@@ -1,0 +1,79 @@
+"""Judge a model that somebody fused: how close is it to its base with the adapter?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_adapters.door import mx
+from mlx_adapters.errors import IncompatibleError
+from mlx_adapters.events import OnEvent, ignore
+from mlx_adapters.fusion.blocks import Variant
+from mlx_adapters.fusion.fidelity import Fidelity, compare
+from mlx_adapters.fusion.fuse import DEFAULTS, FuseOptions, batches_of, choose_base, gather_updates
+from mlx_adapters.fusion.job import open_job
+from mlx_adapters.fusion.plan import Source, Updates, chunks
+from mlx_adapters.fusion.recipe import Given
+from mlx_adapters.fusion.survival import Survival, SurvivalSum
+from mlx_adapters.fusion.text import choose_text
+from mlx_adapters.layers import weight_shape
+from mlx_adapters.model import Base, load_module, load_tokenizer_of, resolve_base
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a check found; `survival` of the layers that the adapters change."""
+
+    model: str
+    fidelity: Fidelity
+    survival: tuple[Survival, ...]
+    text: dict[str, Any]
+
+    @property
+    def update_survival(self) -> float:
+        """The mean cosine between the updates wanted and those found."""
+        return sum(s.cosine for s in self.survival) / max(len(self.survival), 1)
+
+
+def check_fused(
+    model: str | Path | Base,
+    adapters: Given | Sequence[Given],
+    *,
+    base: str | Path | Base | None = None,
+    weights: Sequence[float] | None = None,
+    options: FuseOptions = DEFAULTS,
+    any_base: bool = False,
+    on_event: OnEvent = ignore,
+) -> Checked:
+    """Compare the fused `model` with base + adapters on text, and its weights with theirs. Writes nothing.
+
+    Raises IncompatibleError if `model` is not a fused version of the base.
+    """
+    given = [adapters] if isinstance(adapters, Given) else list(adapters)
+    updates = gather_updates(given, weights)
+    found, fused = choose_base(base, updates), resolve_base(model)
+    job = open_job(found, updates, "keep", any_base=any_base)
+    survival = measure_survival(job.source, Source.of(load_module(fused)[0]), updates, str(model))
+    tokenizer = load_tokenizer_of(found)
+    loaded = [adapter for adapter, _ in updates.adapters]
+    text = choose_text(options.calibration, loaded, tokenizer, options.calibration_rows, options.check_rows)
+    variants = Variant(found, updates), Variant(fused, None, lambda _: True), Variant(found)
+    return Checked(str(model), compare(*variants, batches_of(text.check), on_event), survival, text.describe())
+
+
+def measure_survival(base: Source, fused: Source, updates: Updates, name: str) -> tuple[Survival, ...]:
+    """Survival of every changed layer. Raises IncompatibleError if the layers do not correspond."""
+    results = []
+    for path in base.layers:
+        shape = weight_shape(base.layers[path])
+        if path not in fused.layers or weight_shape(fused.layers[path]) != shape:
+            raise IncompatibleError(f"'{name}' is not a fused version of this base: '{path}' differs in shape.")
+        if path not in updates.paths():
+            continue
+        total = SurvivalSum()
+        for start, stop in chunks(shape):
+            wanted = base.fused_rows(path, updates, start, stop)
+            total.add(base.rows(path, start, stop), wanted, fused.rows(path, start, stop))
+        results.append(total.result(path))
+        mx.clear_cache()
+    return tuple(results)

@@ -1,0 +1,103 @@
+"""The recipe that a fused folder carries: enough to make the same bytes again."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_adapters import files
+from mlx_adapters.adapter import Adapter
+from mlx_adapters.config import Quantization
+from mlx_adapters.errors import FormatError, IncompatibleError
+from mlx_adapters.fusion.plan import Precision
+from mlx_adapters.machine import versions
+from mlx_adapters.model import Base, resolve_base
+from mlx_adapters.registry import load_adapter
+
+RECIPE_FILE = "fuse_recipe.json"
+Given = Adapter | str | Path
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the bytes of a fused model. `targets`: layers with a precision of their own."""
+
+    base: dict[str, Any]
+    adapters: list[dict[str, Any]]
+    quantization: dict[str, Any] | str
+    dtype: str
+    method: str
+    targets: dict[str, dict[str, Any] | None]
+    text: dict[str, Any] | None
+    options: dict[str, Any]
+    versions: dict[str, str]
+    weights_sha256: dict[str, str]
+
+
+def precision_to_json(precision: Precision | str) -> dict[str, Any] | str | None:
+    """A precision as JSON; "keep", "none" and None stay as they are."""
+    if not isinstance(precision, Quantization):
+        return precision
+    return {"bits": precision.bits, "group_size": precision.group_size, "mode": precision.mode}
+
+
+def precision_from_json(value: dict[str, Any] | str | None) -> Precision | str:
+    """The inverse of `precision_to_json`."""
+    return Quantization(**value) if isinstance(value, dict) else value
+
+
+def describe_adapter(given: Given, adapter: Adapter, weight: float) -> dict[str, Any]:
+    """How to find an adapter again, and its fingerprint to hold it against."""
+    reference = None
+    if not isinstance(given, Adapter):
+        text = str(given)
+        path = isinstance(given, Path) or text.startswith((".", "/", "~"))
+        reference = str(Path(text).expanduser().absolute()) if path else text
+    elif adapter.folder is not None:
+        suffix = "" if adapter.iteration is None else f"@{adapter.iteration}"
+        reference = f"{adapter.folder}{suffix}"
+    return {"reference": reference, "name": adapter.name, "fingerprint": adapter.fingerprint, "weight": weight}
+
+
+def weights_sha256(folder: Path) -> dict[str, str]:
+    """SHA-256 of each weight file."""
+    return {path.name: files.sha256(path) for path in sorted(folder.glob("model*.safetensors"))}
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Read a recipe from its file or the folder that holds it. Raises NotFoundError or FormatError."""
+    path = Path(path).expanduser()
+    raw = files.read_json(path / RECIPE_FILE if path.is_dir() else path)
+    raw.pop("format", None)
+    try:
+        return Recipe(**raw)
+    except TypeError:
+        raise FormatError(f"'{path}' is not a fuse recipe.", f"it is called {RECIPE_FILE}.") from None
+
+
+def ingredients(recipe: Recipe) -> tuple[Base, list[Adapter]]:
+    """The base and adapters of a recipe, proven to be the same. Raises IncompatibleError if they changed."""
+    base = resolve_base(recipe.base["name"])
+    if base.fingerprint != recipe.base["fingerprint"]:
+        raise IncompatibleError(f"The base '{base.name}' is not the one of the recipe any more.")
+    adapters = []
+    for entry in recipe.adapters:
+        if entry["reference"] is None:
+            raise FormatError("The recipe was made with an adapter that lay in memory only.", "fuse it by hand.")
+        adapter = load_adapter(entry["reference"])
+        if adapter.fingerprint != entry["fingerprint"]:
+            raise IncompatibleError(f"Adapter '{entry['reference']}' is not the one of the recipe any more.")
+        adapters.append(adapter)
+    return base, adapters
+
+
+def differing_files(recipe: Recipe, folder: Path) -> Sequence[str]:
+    """Weight files of `folder` that are not, byte for byte, those that the recipe names."""
+    made = weights_sha256(folder)
+    names = sorted(set(made) | set(recipe.weights_sha256))
+    return [name for name in names if made.get(name) != recipe.weights_sha256.get(name)]
+
+
+def recipe_versions() -> dict[str, str]:
+    """Versions of what computes."""
+    return versions()

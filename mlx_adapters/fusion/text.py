@@ -1,0 +1,149 @@
+"""Text for calibration and for the check, taken apart so that no row serves both.
+
+In this order: what the caller names; the data that the adapter was trained on, if its record still leads
+there; a small general text that the package carries.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_adapters.adapter import Adapter
+from mlx_adapters.errors import AdapterError, FormatError, NotFoundError
+from mlx_adapters.fusion.blocks import Row
+from mlx_adapters.training.data import tokenize_row
+from mlx_adapters.training.rows import RawRow, read_data
+
+GENERAL = "general text of the package"
+MAX_LENGTH = 512
+LEAST_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Text:
+    """Rows of (tokens, judged): `calibration` to round by, `check` to judge by. `source` says whence."""
+
+    calibration: list[Row]
+    check: list[Row]
+    source: str
+    sha256: str
+
+    def describe(self) -> dict[str, Any]:
+        """What recipe and report record."""
+        return {
+            "source": self.source,
+            "sha256": self.sha256,
+            "calibration_rows": len(self.calibration),
+            "calibration_tokens": sum(len(tokens) for tokens, _ in self.calibration),
+            "check_rows": len(self.check),
+        }
+
+
+def choose_text(
+    asked: str | Path | None, adapters: Sequence[Adapter], tokenizer: Any, calibration_rows: int, check_rows: int
+) -> Text:
+    """The text to use, tokenized.
+
+    `asked` is a data folder, a .jsonl, .parquet or .txt file, or None. Raises NotFoundError or FormatError for
+    text that is missing, malformed, or too short.
+    """
+    if asked is not None:
+        source, train, held = str(asked), *read_text(str(asked))
+    else:
+        source, train, held = _own_data(adapters) or (GENERAL, *_split_paragraphs(general_text(), GENERAL))
+    train, held = _apart(train, held, source)
+    digest = hashlib.sha256("\n".join(row.key() for row in [*train, *held]).encode()).hexdigest()
+    calibration = _tokenize(_spread(train, calibration_rows), tokenizer)
+    check = _tokenize(_spread(held, check_rows), tokenizer)
+    for rows, what in ((calibration, "calibration"), (check, "the check")):
+        tokens = sum(len(row) for row, _ in rows)
+        if tokens < LEAST_TOKENS:
+            raise FormatError(
+                f"'{source}' is too short: {tokens} tokens for {what}, at least {LEAST_TOKENS} are needed.",
+                "give more rows, or leave --calibration away to use the general text.",
+            )
+    return Text(calibration, check, source, digest)
+
+
+def read_text(source: str) -> tuple[list[RawRow], list[RawRow]]:
+    """(rows to calibrate on, rows to check on or []) of a data folder, a data file or a .txt file."""
+    path = Path(source).expanduser()
+    if path.suffix == ".txt" and not path.is_dir():
+        try:
+            return _split_paragraphs(path.read_text(encoding="utf-8"), source)
+        except FileNotFoundError:
+            raise NotFoundError(f"There is no text '{source}'.") from None
+        except (UnicodeDecodeError, OSError) as error:
+            raise FormatError(f"'{source}' is not readable UTF-8 text: {error}.") from None
+    data = read_data(source)
+    return list(data.rows("train")), [*data.rows("valid"), *data.rows("test")]
+
+
+def general_text() -> str:
+    """The package's own text: prose, code, mathematics, several languages."""
+    return (package_files("mlx_adapters.fusion") / "general_text.txt").read_text(encoding="utf-8")
+
+
+def _split_paragraphs(text: str, source: str) -> tuple[list[RawRow], list[RawRow]]:
+    parts = [part.strip() for part in text.split("\n\n")]
+    rows = [RawRow({"text": part}, f"{source}, paragraph {i}") for i, part in enumerate(parts, 1) if part]
+    if not rows:
+        raise FormatError(f"'{source}' holds no text.")
+    return rows, []
+
+
+def _own_data(adapters: Sequence[Adapter]) -> tuple[str, list[RawRow], list[RawRow]] | None:
+    """Training data of the adapters whose record leads to data that can still be read."""
+    train: list[RawRow] = []
+    held: list[RawRow] = []
+    sources = []
+    for adapter in adapters:
+        source = data_source(adapter)
+        try:
+            rows = read_text(source) if source else None
+        except AdapterError:
+            rows = None
+        if rows is not None:
+            train, held, sources = train + rows[0], held + rows[1], [*sources, str(source)]
+    return (", ".join(sources), train, held) if train else None
+
+
+def data_source(adapter: Adapter) -> str | None:
+    """Where the adapter's metadata says that its training data lies."""
+    record = adapter.metadata.get("data") or adapter.metadata.get("dataset")
+    if isinstance(record, dict):
+        record = record.get("source") or record.get("path")
+    return record if isinstance(record, str) else None
+
+
+def _apart(train: list[RawRow], held: list[RawRow], source: str) -> tuple[list[RawRow], list[RawRow]]:
+    """No row twice: repeated rows go, rows of the check leave calibration; without a check, a fifth is set aside."""
+    train = list({row.key(): row for row in train}.values())
+    seen = {row.key() for row in train}
+    held = [row for key, row in {row.key(): row for row in held}.items() if key not in seen]
+    if not held:
+        held, train = train[::5], [row for i, row in enumerate(train) if i % 5]
+    if not train or not held:
+        raise FormatError(f"'{source}' is too short to calibrate on and to check by.", "give at least ten rows.")
+    return train, held
+
+
+def _spread(rows: list[RawRow], count: int) -> list[RawRow]:
+    """`count` rows, evenly spaced."""
+    if len(rows) <= count:
+        return rows
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
+def _tokenize(rows: list[RawRow], tokenizer: Any) -> list[Row]:
+    tokenized = []
+    for raw in rows:
+        row = tokenize_row(raw, tokenizer, MAX_LENGTH, mask_prompt=raw.format != "text")
+        if row.trained.any():
+            tokenized.append((np.asarray(row.tokens), np.asarray(row.trained)))
+    return tokenized

@@ -1,0 +1,190 @@
+"""Adapters and models in one file, and from elsewhere into the registry, trusting nothing.
+
+A pack is a gzipped tar with one folder of regular files; equal contents give equal bytes. `unpacking` reads it.
+"""
+
+import gzip
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from mlx_adapters import files, registry
+from mlx_adapters.adapter import iterations_of, parse_config, read_adapter, read_metadata
+from mlx_adapters.config import require
+from mlx_adapters.errors import ConfigError, FormatError, NotFoundError
+from mlx_adapters.events import Note, OnEvent, Progress, ignore
+from mlx_adapters.model import Base
+from mlx_adapters.tensor_names import ADAPTER_FILE, CHECKPOINT_FILE, CONFIG_FILE, METADATA_FILE, checkpoint_file
+from mlx_adapters.unpacking import BLOCK, CHUNK, MAX_BYTES, is_safe, unpack
+
+MODEL_CONFIG = "config.json"
+ENDINGS = (".tar.gz", ".tgz")
+EXTRAS = ("README.md", "LICENSE", "NOTICE")
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A pack that was written: the names in it, its size and its hash."""
+
+    path: Path
+    files: tuple[str, ...]
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Added:
+    """What was taken in: an adapter (with its name in the registry, if it went there) or a model."""
+
+    kind: str
+    folder: Path
+    name: str | None
+    iterations: tuple[int, ...] = ()
+
+
+def pack(source: str, target: str | Path, *, checkpoints: bool = False, overwrite: bool = False,
+         on_event: OnEvent = ignore) -> Pack:  # fmt: skip
+    """Write an adapter (a reference) or a model (a folder) into one .tar.gz file.
+
+    checkpoints: take an adapter's checkpoints along, too. A reference with an iteration packs that checkpoint
+    as what the bare name means. Raises ConfigError, NotFoundError, FormatError or ExistsError.
+    """
+    target = files.expanded(target)
+    require(target.name.endswith(ENDINGS), f"'{target}' must end in .tar.gz.")
+    files.refuse_existing(target, overwrite)
+    folder, iteration = registry.locate(source)
+    if not folder.is_dir():
+        raise NotFoundError(f"There is no adapter or model folder '{folder}'.")
+    if (folder / CONFIG_FILE).is_file():
+        members = _adapter_members(folder, iteration, checkpoints)
+    else:
+        require(not checkpoints and iteration is None, "Only adapters have checkpoints.")
+        members = _model_members(folder, on_event)
+    with files.atomic_file(target) as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as stream:
+        for done, (name, content) in enumerate(sorted(members.items()), start=1):
+            _write_member(stream, f"{folder.name[:60]}/{name}", content)
+            on_event(Progress("pack", done, len(members), "file"))
+        stream.write(bytes(2 * BLOCK))
+    return Pack(target, tuple(sorted(members)), target.stat().st_size, files.sha256(target))
+
+
+def _adapter_members(folder: Path, iteration: int | None, checkpoints: bool) -> dict[str, Path | bytes]:
+    adapter = read_adapter(folder, iteration)
+    chosen = folder / (ADAPTER_FILE if iteration is None else checkpoint_file(iteration))
+    members: dict[str, Path | bytes] = {ADAPTER_FILE: chosen, CONFIG_FILE: folder / CONFIG_FILE}
+    members |= {name: folder / name for name in EXTRAS if (folder / name).is_file()}
+    if checkpoints:
+        members |= {checkpoint_file(i): folder / checkpoint_file(i) for i in iterations_of(folder)}
+    checksums = {name: files.sha256(path) for name, path in members.items() if name.endswith(ADAPTER_FILE)}  # type: ignore[arg-type]
+    metadata = adapter.metadata | {"sha256": checksums} | ({"iteration": iteration} if iteration is not None else {})
+    return members | {METADATA_FILE: json.dumps(metadata, indent=2, sort_keys=True).encode()}
+
+
+def _model_members(folder: Path, on_event: OnEvent) -> dict[str, Path | bytes]:
+    if not (folder / MODEL_CONFIG).is_file():
+        raise NotFoundError(f"'{folder}' is neither an adapter nor a model: no {CONFIG_FILE}, no {MODEL_CONFIG}.")
+    found = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+    left = sorted(path.name for path in found if not is_safe(path.name))
+    if left:
+        on_event(Note(f"left out, because such files are not taken in again: {', '.join(left)}", "warning"))
+    return {path.name: path for path in found if is_safe(path.name)}
+
+
+def _write_member(stream: IO[bytes], name: str, content: Path | bytes) -> None:
+    with open(content, "rb") if isinstance(content, Path) else io.BytesIO(content) as source:
+        info = tarfile.TarInfo(name)
+        info.size, info.mode = source.seek(0, io.SEEK_END), 0o644
+        source.seek(0)
+        stream.write(info.tobuf(tarfile.GNU_FORMAT))
+        while block := source.read(CHUNK):
+            stream.write(block)
+    stream.write(bytes(-info.size % BLOCK))
+
+
+def add(source: str | Path, *, name: str | None = None, out: str | Path | None = None, max_bytes: int = MAX_BYTES,
+        overwrite: bool = False, on_event: OnEvent = ignore) -> Added:  # fmt: skip
+    """Take in an adapter from a folder, a .tar.gz file or the Hub (`user/repo[@revision]`), checked, as a copy.
+
+    name: its name in the registry (default: the file's, folder's or repository's). out: put it into this folder
+    instead; a packed model needs one. Folders made by plain `mlx_lm.lora` are taken as they are, checkpoints too.
+    Raises ConfigError, NotFoundError, FormatError, ExistsError, StorageError or HubError.
+    """
+    require(name is None or out is None, "Give a name or an output folder, not both.")
+    path = files.expanded(source)
+    if path.is_file():
+        require(path.name.endswith(ENDINGS), f"'{source}' is neither a folder nor a .tar.gz file.")
+        own = path.name.removesuffix(".tgz").removesuffix(".tar.gz")
+        return _take_in(
+            lambda folder: unpack(path, folder, max_bytes, on_event), own, name, out, overwrite, str(source)
+        )
+    reference = registry.parse_reference(str(source if isinstance(source, str) else path))
+    if reference.kind == "name":
+        hint = f"for the folder write './{source}'." if path.exists() else "give a path, or user/repo for the Hub."
+        raise ConfigError(f"'{source}' is a name, not a place to add an adapter from.", hint)
+    require(reference.iteration is None, "A whole folder is added, not one checkpoint.")
+    folder, _ = registry.locate(reference)
+    if not folder.is_dir():
+        raise NotFoundError(f"There is no folder or .tar.gz file '{folder}'.")
+    own = reference.target.rsplit("/", 1)[-1] if reference.kind == "hub" else folder.name
+    linked = reference.kind == "hub"  # the Hub's cache is made of links
+    return _take_in(lambda target: _copy(folder, target, linked, on_event), own, name, out, overwrite, str(reference))
+
+
+def _take_in(
+    fill: Callable[[Path], None], own: str, name: str | None, out: str | Path | None, overwrite: bool, source: str
+) -> Added:
+    if out is not None:
+        target = files.expanded(out)
+        with files.atomic_folder(target, overwrite) as folder:
+            fill(folder)
+            kind = _check_contents(folder, target.name, source)
+        return Added(kind, target, None, iterations_of(target) if kind == "adapter" else ())
+    name = name or own
+    target = registry.adapter_folder(name)
+    files.refuse_existing(target, overwrite)
+    with registry.changing(name), files.atomic_folder(target, overwrite) as folder:
+        fill(folder)
+        if _check_contents(folder, name, source) == "model":
+            raise ConfigError(f"'{source}' is a model, not an adapter.", "give --out FOLDER to unpack it there.")
+    return Added("adapter", target, name, iterations_of(target))
+
+
+def _copy(source: Path, target: Path, linked: bool, on_event: OnEvent) -> None:
+    """Copy the files of an adapter, and nothing else, from a folder."""
+    parse_config(files.read_json(source / CONFIG_FILE), (), f"'{source}'")
+    wanted = [path for path in sorted(source.iterdir()) if path.is_file() and _belongs(path.name)]
+    for path in wanted:
+        if path.is_symlink() and not linked:
+            raise FormatError(f"'{path}' is a link.", "put the file itself there.")
+    files.require_free_space(target, sum(path.stat().st_size for path in wanted))
+    for done, path in enumerate(wanted, start=1):
+        files.copy_file(path, target / path.name)
+        on_event(Progress("add", done, len(wanted), "file"))
+
+
+def _belongs(name: str) -> bool:
+    return name in (ADAPTER_FILE, CONFIG_FILE, METADATA_FILE, *EXTRAS) or bool(CHECKPOINT_FILE.fullmatch(name))
+
+
+def _check_contents(folder: Path, name: str, source: str) -> str:
+    """Hold what was unpacked or copied to the same standard as our own; "adapter" or "model"."""
+    if not (folder / CONFIG_FILE).is_file():
+        if not (folder / MODEL_CONFIG).is_file():
+            raise FormatError(f"'{source}' holds neither an adapter nor a model.")
+        _ = Base(name, folder).weight_files
+        return "model"
+    parse_config(files.read_json(folder / CONFIG_FILE), (), f"'{source}'")
+    metadata = read_metadata(folder)
+    recorded, found = registry.checksums_of(metadata), {}
+    for iteration in (None, *iterations_of(folder)):
+        read_adapter(folder, iteration)
+        file = ADAPTER_FILE if iteration is None else checkpoint_file(iteration)
+        found[file] = files.sha256(folder / file)
+        if recorded.get(file, found[file]) != found[file]:
+            raise FormatError(f"'{file}' in '{source}' is not the file that its record names.", "it may be damaged.")
+    files.write_json(folder / METADATA_FILE, metadata | {"name": name, "sha256": found, "added_from": source})
+    return "adapter"

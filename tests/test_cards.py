@@ -1,0 +1,227 @@
+"""Cards say what the metadata says and no more; nothing of this machine leaves it."""
+
+import json
+import re
+import xml.etree.ElementTree
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from huggingface_hub import ModelCard
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mlx_adapters as ma
+from mlx_adapters import charts, errors
+from mlx_adapters.cli import cli
+from mlx_adapters.hub import cards, staging
+from mlx_adapters.hub.uploads import make_card, write_card
+
+pytest_plugins = ["hub_fixtures"]
+
+
+def front(card) -> dict:
+    """The YAML as huggingface_hub reads it."""
+    return ModelCard(str(card)).data.to_dict()
+
+
+def test_an_adapters_card(sql):
+    card = make_card("sql", repo="user/sql-lora")
+    assert front(card) == {
+        "license": "apache-2.0",
+        "language": ["en"],
+        "library_name": "mlx",
+        "pipeline_tag": "text-generation",
+        "base_model": "user/tiny-llama",
+        "base_model_relation": "adapter",
+        "tags": ["mlx", "mlx-adapters", "lora"],
+        "model-index": [
+            {
+                "name": "sql",
+                "results": [
+                    {
+                        "task": {"type": "text-generation"},
+                        "dataset": {"name": "sql", "type": "sql"},
+                        "metrics": [{"type": "validation_loss", "name": "validation loss", "value": 1.25}],
+                    }
+                ],
+            }
+        ],
+    }
+    text = str(card)
+    for said in (
+        "rank 4, scale 2 (alpha 8), 2,560 parameters", "q_proj (2)", "up_proj (2)", "600", "learning rate | 0.0001",
+        "Validation loss 1.25 at iteration 40", "mlx-adapters train tiny --data sql --name sql",
+        "![Loss by iteration](loss.svg)",
+        'adapter_path=snapshot_download("user/sql-lora")', "at most 512 tokens", "mlx_adapters 0.1.0 on 2026-01-02",
+    ):  # fmt: skip
+        assert said in text, said
+    assert "joe" not in text and str(sql.folder.parent.parent) not in text
+
+
+def test_a_checkpoints_card_gives_its_own_loss(sql):
+    text = str(make_card("sql@20"))
+    assert "Checkpoint of iteration 20" in text and "| validation loss | 1.8 |" in text
+    assert "| validation loss | 1.25 |" not in text and front(make_card("sql@20"))["model-index"][0]["results"]
+
+
+def test_nothing_is_invented(base, make_adapter, tmp_path):
+    """An adapter of which nothing is known but its tensors gets a card without data, losses or evaluation."""
+    adapter = make_adapter(base, "dora")
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    ma.write_adapter(ma.Adapter(adapter.config, adapter.weights), folder, overwrite=True)
+    (folder / "adapter_metadata.json").unlink()
+    card = make_card(folder)
+    text = str(card)
+    for heading in ("How it was made", "Evaluation", "What fusing", "Recipe"):
+        assert f"## {heading}" not in text
+    assert "A DoRA adapter" in text and "No evaluation is recorded" in text and "license is not recorded" in text
+    assert {"license", "base_model", "datasets", "model-index"} & set(front(card)) == set()
+
+
+def test_my_part_and_my_keys_survive(sql):
+    path = write_card("sql")
+    text = path.read_text()
+    mine = "It answers in SQLite.\n\n```sql\nSELECT 1\n```"
+    text = text.replace(f"{cards.MINE}\n\n{cards.END_MINE}", f"{cards.MINE}\n{mine}\n{cards.END_MINE}")
+    text = text.replace("tags:\n", "tags:\n- sqlite\n").replace("license: apache-2.0", "license: mit\ninference: false")
+    text = text.replace("rank 4", "rank 400")
+    path.write_text(text)
+    again = write_card("sql").read_text()
+    assert mine in again and "rank 400" not in again and again.count("<!-- /yours -->") == 1
+    found = front(again)
+    assert found["license"] == "mit" and found["inference"] is False and "sqlite" in found["tags"]
+    assert write_card("sql").read_text() == again
+    assert front(write_card("sql", license="cc-by-4.0").read_text())["license"] == "cc-by-4.0"
+
+
+def test_a_readme_written_by_hand_is_kept_whole(sql):
+    (sql.folder / "README.md").write_text("---\nlicense: mit\n---\n# By hand\n\nKeep me.\n")
+    text = write_card("sql").read_text()
+    assert re.search(r"<!-- yours.*\n# By hand\n\nKeep me.\n<!-- /yours -->", text) and "license: mit" in text
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_fused_models_card(sql, base, tmp_path, bits):
+    folder = tmp_path / "out" / "fused"
+    ma.fuse(base, sql, folder, quantization=ma.Quantization(bits, 32) if bits else "none")
+    card = make_card(folder, base_model="user/tiny-llama", repo="user/fused")
+    assert ("4-bit weights in groups of 32" if bits else "not quantized") in str(card)
+    assert ("4-bit" in front(card)["tags"]) == bool(bits) and 'load("user/fused")' in str(card)
+    assert "model.safetensors" in str(card) and front(card)["library_name"] == "mlx"
+
+
+def test_several_bases_and_bad_ones_are_told_apart():
+    def card(**values):
+        return cards.Card({"license": "mit", **values}, "")
+
+    card(base_model=["a/b", "c/d"]).check()
+    card(base_model="a/b").check()
+    for bad in ({"base_model": ["a/b", "x"]}, {"base_model": "a b/c"}, {"license": "apache"}):
+        with pytest.raises(errors.ConfigError):
+            card(**bad).check()
+    with pytest.raises(errors.ConfigError) as caught:
+        card(license="apache").check()
+    assert "apache-2.0" in caught.value.hint
+
+
+def test_front_matter_that_cannot_be_read_is_no_front_matter():
+    for text in ("", "# x", "---\n: [\n---\n", "---\n- a\n---\n", "---\nunclosed"):
+        assert cards.parse_front(text) == {}
+
+
+def test_the_command_prints_and_writes_cards(sql):
+    def run(*arguments):
+        done = CliRunner().invoke(cli, ["card", "sql", *arguments])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    assert run() == str(make_card("sql"))
+    assert json.loads(run("--json"))["front_matter"]["license"] == "apache-2.0"
+    assert run("--write").strip() == str(sql.folder / "README.md")
+    assert (sql.folder / "loss.svg").is_file()
+
+
+# -- paths and secrets -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/home/joe/data/sql", "sql"),
+        ("~/models/x/", "x"),
+        ("C:\\Users\\joe\\data", "data"),
+        ("file:///home/joe/x.json", "x.json"),
+        ("train /Users/joe/base --data=/mnt/d/sql -n a", "train base --data=sql -n a"),
+        ("at:/home/joe/x", "at:x"),
+        ("'/Users/joe/x', '/Users/joe/y'", "'x', 'y'"),
+        ("https://huggingface.co/user/repo/tree/main", "https://huggingface.co/user/repo/tree/main"),
+        ("user/repo", "user/repo"),
+        ("./data/sql", "./data/sql"),
+        ("hf:user/data", "hf:user/data"),
+        ("and/or", "and/or"),
+        ("</s>", "</s>"),
+        ("/think", "/think"),
+        ("say /no_think here", "say /no_think here"),
+        ("model.layers.0", "model.layers.0"),
+        ("1/2 of 3/4", "1/2 of 3/4"),
+    ],
+)
+def test_paths_are_cut_down(text, expected):
+    assert staging.clean_text(text) == expected
+
+
+NAMES = st.text("abcxyz-_.0189", min_size=1, max_size=8).filter(lambda s: s.strip("."))
+
+
+@given(st.lists(NAMES, min_size=2, max_size=5), st.sampled_from(["", "x ", "--data ", "--data=", "(", '"', "\n"]))
+def test_no_folder_of_a_path_survives(parts, before):
+    text = f"{before}/home/{'/'.join(parts)} rest"
+    cleaned = staging.clean_text(text)
+    assert cleaned == f"{before}{parts[-1]} rest"
+    staging.check_paths("x", cleaned)
+
+
+def test_cleaning_reaches_every_corner():
+    value = {"a": ["/home/joe/x", {"/home/joe/key": ("~/y", 3, None, True)}], "chat_template": "{{ '/a/b' }}"}
+    assert staging.clean(value) == {"a": ["x", {"key": ["y", 3, None, True]}], "chat_template": "{{ '/a/b' }}"}
+
+
+def test_secrets_are_found():
+    for secret in (
+        "hf_" + "a" * 34,
+        "ghp_" + "a" * 36,
+        "sk-" + "a" * 40,
+        "AKIA" + "A" * 16,
+        "-----BEGIN PRIVATE KEY-----",
+    ):
+        with pytest.raises(errors.HubError, match="line 2"):
+            staging.check_secrets("x", f"first\nkey = '{secret}'")
+    for harmless in ("hf_hub_download", "hf_model", "sk-learn", "mask-" + "a" * 40):
+        staging.check_secrets("x", harmless)
+
+
+# -- pictures --------------------------------------------------------------------------------------
+
+
+def test_the_curve_is_a_picture_of_the_losses(sql):
+    svg = make_card("sql").pictures["loss.svg"]
+    root = xml.etree.ElementTree.fromstring(svg)
+    lines = [element.get("points").split() for element in root.iter("{http://www.w3.org/2000/svg}polyline")]
+    assert [len(line) for line in lines] == [4, 2]
+    heights = [float(point.split(",")[1]) for point in lines[0]]
+    assert heights == sorted(heights)  # the loss falls, and SVG counts downward
+
+
+@given(st.lists(st.tuples(st.floats(allow_nan=True, width=32), st.floats(width=32)), max_size=20))
+def test_any_points_make_a_picture_or_are_refused(points):
+    try:
+        xml.etree.ElementTree.fromstring(charts.line_chart({"<a & b>": points}, "t", "x", "y"))
+    except ValueError as error:
+        assert str(error) == "nothing to draw"
+
+
+def test_yaml_of_a_card_is_what_was_meant(sql):
+    text = str(make_card("sql"))
+    assert yaml.safe_load(text.split("---")[1]) == front(text)
