@@ -61,10 +61,10 @@ class Engine:
             self.weights, a.tokens, a.positions, a.targets, a.weights, a.segments, mx.array(share, mx.float32)
         )
 
-    def update(self, gradients: Weights, rate: float) -> mx.array:
-        """Change the weights; return the norm of the gradient before clipping."""
-        self.weights, norm = self.optimizer.apply(self.weights, gradients, rate)
-        return norm
+    def update(self, gradients: Weights, rate: float) -> tuple[mx.array, mx.array]:
+        """Change the weights; return the norms of the gradient before clipping and of the new weights."""
+        self.weights, gradient_norm, weight_norm = self.optimizer.apply(self.weights, gradients, rate)
+        return gradient_norm, weight_norm
 
     def evaluate(self, batches: Iterable[Batch], rounding: bool = False) -> float:
         """Mean loss per trained token, in nats, without dropout."""

@@ -86,9 +86,9 @@ class Loop:
             mx.eval(loss, gradients)
             more, others = engine.gradient(batch, 1 / tokens, rounding)
             loss, gradients = loss + more, {name: g + others[name] for name, g in gradients.items()}
-        norm = engine.update(gradients, learning_rate(self.config, state.iteration + 1))
-        mx.eval(loss, norm, engine.weights, engine.optimizer.arrays(), mx.random.state)
-        self._require_finite(loss.item(), norm.item(), batches)
+        norms = engine.update(gradients, learning_rate(self.config, state.iteration + 1))
+        mx.eval(loss, norms, engine.weights, engine.optimizer.arrays(), mx.random.state)
+        self._require_finite({"loss": loss, "gradient": norms[0], "adapter": norms[1]}, batches)
         state.iteration += 1
         state.batches += len(batches)
         state.trained_tokens += tokens
@@ -99,12 +99,12 @@ class Loop:
     def _rounding(self, iteration: int) -> bool:
         return self.config.fuse_aware is not None and iteration > self.config.fuse_aware_from
 
-    def _require_finite(self, loss: float, norm: float, batches: list[Batch]) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
+    def _require_finite(self, values: dict[str, mx.array], batches: list[Batch]) -> None:
+        what = next((name for name, value in values.items() if not math.isfinite(value.item())), None)
+        if what is None:
             return
         rows = [where for batch in batches for where in batch.where]
         named = "; ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-        what = "loss" if not math.isfinite(loss) else "gradient"
         raise TrainingError(
             f"The {what} became NaN or infinite at iteration {self.state.iteration + 1}; rows in the batch: {named}.",
             f"try a lower learning rate, --max-grad-norm 1 or float32. {self.folder.how_to_resume()}",

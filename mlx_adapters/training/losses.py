@@ -14,7 +14,8 @@ from mlx_adapters.door import mx, nn
 from mlx_adapters.training import graph
 
 Weights = dict[str, mx.array]
-CHUNK_BYTES = 64 << 20  # logits of one chunk; more chunks than this only cost time
+# Logits of one chunk. MLX runs about ten operations ahead, so several chunks' worth of memory is in use.
+CHUNK_BYTES = 16 << 20
 
 
 def cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:

@@ -65,12 +65,12 @@ class Optimizer:
     def _states(self) -> list[dict]:
         return [optimizer.state for optimizer, _, _ in self._groups]
 
-    def apply(self, weights: Weights, gradients: Weights, rate: float) -> tuple[Weights, mx.array]:
-        """(new weights, norm of the gradient before clipping)."""
+    def apply(self, weights: Weights, gradients: Weights, rate: float) -> tuple[Weights, mx.array, mx.array]:
+        """(new weights, norm of the gradient before clipping, norm of the new weights)."""
         return self._step(weights, gradients, mx.array(rate, mx.float32))
 
-    def _update(self, weights: Weights, gradients: Weights, rate: mx.array) -> tuple[Weights, mx.array]:
-        norm = mx.sqrt(sum(mx.square(g.astype(mx.float32)).sum() for g in gradients.values()))
+    def _update(self, weights: Weights, gradients: Weights, rate: mx.array) -> tuple[Weights, mx.array, mx.array]:
+        norm = _norm(gradients)
         if self.config.max_grad_norm is not None:
             shrink = mx.minimum(self.config.max_grad_norm / (norm + 1e-6), 1.0)
             gradients = {name: (g * shrink).astype(g.dtype) for name, g in gradients.items()}
@@ -78,7 +78,7 @@ class Optimizer:
         for optimizer, ratio, names in self._groups:
             optimizer.learning_rate = rate * ratio
             new |= optimizer.apply_gradients({n: gradients[n] for n in names}, {n: weights[n] for n in names})
-        return new, norm
+        return new, norm, _norm(new)
 
     def arrays(self) -> Weights:
         """The whole state, flat, to be saved."""
@@ -90,6 +90,10 @@ class Optimizer:
             mine = {name: arrays[f"{index}/{name}"] for name, _ in _flat(state)}
             for name, value in mine.items():
                 _place(state, name.split("/"), value)
+
+
+def _norm(arrays: Weights) -> mx.array:
+    return mx.sqrt(sum(mx.square(array.astype(mx.float32)).sum() for array in arrays.values()))
 
 
 def _flat(state: dict, prefix: str = "") -> list[tuple[str, mx.array]]:

@@ -114,8 +114,9 @@ def _resume(request: _Request, old: dict[str, Any], reference: Reference, path: 
         if checkpoint is None:
             request.on_event(Note("No checkpoint was saved yet; starting from the beginning.", "warning"))
         state = checkpoint.state if checkpoint else State()
-        _require_unfinished(state, request.training, settings_of(old)[1], reference)
         states.drop_after(path, state.iteration)
+        RunFolder(reference, path, old).refresh(state)  # a crash may have come between a save and its links
+        _require_unfinished(state, request.training, settings_of(old)[1], reference)
         loop = _prepare(request, RunFolder(reference, path, old), checkpoint, False)
         return _run(loop)
 

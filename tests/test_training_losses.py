@@ -1,0 +1,174 @@
+"""The chunked loss, packing, recomputation and rounding: equal to the plain way where they must be."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from tiny_models import ARCHITECTURES, VOCABULARY
+
+from mlx_adapters.config import LoraConfig, Quantization, TrainConfig
+from mlx_adapters.layers import adaptable_layers, base_layer, dense_weight, named_layers, updated_weight
+from mlx_adapters.model import load_model
+from mlx_adapters.tensor_names import LORA_B, block_index, split
+from mlx_adapters.training import fuse_aware, graph, losses, start
+from mlx_adapters.training.batches import make_batch
+from mlx_adapters.training.data import Row
+from mlx_adapters.training.engine import Engine, LossPlan, device_batch, packing_is_exact, plan_loss
+
+PACKABLE = sorted(set(ARCHITECTURES) - {"gpt2"})
+
+
+def row(length: int, seed: int) -> Row:
+    random = np.random.default_rng(seed)
+    trained = random.random(length) < 0.6
+    trained[0], trained[-1] = False, True
+    return Row(random.integers(0, VOCABULARY, length).astype(np.int32), trained, "here", length)
+
+
+ROWS = [row(20, 1), row(33, 2), row(70, 3)]
+
+
+def adapted(folder, lora: LoraConfig):
+    """A model with adapter layers whose lora_b is not zero, and its adapter weights."""
+    model = load_model(folder)
+    start.add_layers(model, lora, 0)
+    weights = dict(tree_flatten(model.module.trainable_parameters()))
+    for number, name in enumerate(sorted(weights)):
+        if split(name)[1] == LORA_B:
+            weights[name] = 0.05 * mx.random.normal(weights[name].shape, key=mx.random.key(number))
+    losses.put(model.module, weights)
+    return model, weights
+
+
+def heads(model) -> tuple[str, ...]:
+    """The embedding and, if there is one, the output head: the hardest to adapt."""
+    names = [name for name, _ in named_layers(model.module)]
+    return tuple(n for n in names if n.endswith(("embed_tokens", "wte", "lm_head")))
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_chunked_loss_and_gradient_equal_the_plain_ones(architecture, tiny_model):
+    folder = tiny_model(architecture)
+    blocks = {path.rpartition(".")[2] for path in adaptable_layers(load_model(folder).module) if block_index(path) == 1}
+    targets = (*heads(load_model(folder)), *sorted(blocks))
+    model, weights = adapted(folder, LoraConfig(rank=4, scale=2.0, target_modules=targets))
+    batch, body = device_batch(make_batch([[r] for r in ROWS])), graph.find_body(model.module)
+    head = [name for name in weights if block_index(name) is None]
+    assert head
+
+    def plain(weights):
+        losses.put(model.module, weights)
+        return losses.plain_loss(model.module, batch)
+
+    def chunked(weights):
+        losses.put(model.module, weights)
+        return losses.chunked_loss(model.module, body, batch, {n: weights[n] for n in head}, 16)
+
+    (a, grads_a), (b, grads_b) = mx.value_and_grad(plain)(weights), mx.value_and_grad(chunked)(weights)
+    assert abs(a.item() - b.item()) <= 1e-5 * abs(a.item())
+    for name in weights:
+        assert mx.abs(grads_a[name] - grads_b[name]).max() <= 1e-5 * mx.abs(grads_a[name]).max() + 1e-9
+        assert mx.abs(grads_a[name]).max() > 0
+
+
+def test_cross_entropy_and_its_gradient():
+    import mlx.nn as nn
+
+    logits = 30 * mx.random.normal((7, 50), key=mx.random.key(0))
+    targets, weights = mx.array([1, 2, 3, 4, 5, 6, 49]), mx.array([1.0, 1, 0, 1, 1, 1, 0.5])
+    ours = mx.value_and_grad(lambda x: losses.cross_entropy(x, targets, weights))(logits)
+    theirs = mx.value_and_grad(lambda x: (nn.losses.cross_entropy(x, targets) * weights).sum())(logits)
+    assert mx.allclose(ours[0], theirs[0], rtol=1e-6) and mx.allclose(ours[1], theirs[1], atol=1e-6)
+
+
+def test_chunks_hold_less_memory(tiny_model):
+    """Peak memory with 64 rows of logits at a time is far below that with all of them."""
+    folder = tiny_model("qwen3", vocab_size=40_000)
+    model, weights = adapted(folder, LoraConfig(rank=4, scale=2.0, target_modules=("q_proj",)))
+    batch, body = device_batch(make_batch([[row(300, i)] for i in range(3)])), graph.find_body(model.module)
+    peaks = {}
+    for chunk in (64, 10_000):
+
+        def loss(weights, chunk=chunk):
+            losses.put(model.module, weights)
+            return losses.chunked_loss(model.module, body, batch, {}, chunk)
+
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(mx.value_and_grad(loss)(weights))
+        peaks[chunk] = mx.get_peak_memory() - before
+    assert peaks[64] < 0.4 * peaks[10_000]
+
+
+def test_the_plain_loss_is_taken_where_the_split_is_not_exact(tiny_model, monkeypatch):
+    model, _ = adapted(tiny_model(), LoraConfig(rank=4, scale=2.0))
+    probe = make_batch([[r] for r in ROWS])
+    assert plan_loss(model.module, TrainConfig(), VOCABULARY, probe).body is not None
+    assert plan_loss(model.module, TrainConfig(chunked_loss="off"), VOCABULARY, probe).body is None
+    monkeypatch.setattr(graph, "head_logits", lambda module, body, hidden: 2 * hidden @ mx.ones((64, VOCABULARY)))
+    assert plan_loss(model.module, TrainConfig(), VOCABULARY, probe).body is None
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_packing_is_exact_or_refused(architecture, tiny_model):
+    module = load_model(tiny_model(architecture)).module
+    exact = packing_is_exact(module, make_batch([[r] for r in ROWS]), make_batch([ROWS], packed=True))
+    assert exact == (architecture in PACKABLE)
+
+
+def test_packed_rows_do_not_see_each_other(tiny_model):
+    """Another first row leaves the losses of the second unchanged, also across a sliding window."""
+    module = load_model(tiny_model("gemma3_text")).module
+
+    def second_loss(first: Row) -> float:
+        quiet = replace(first, trained=np.zeros(len(first.tokens), bool))
+        batch = device_batch(make_batch([[quiet, ROWS[2]]], packed=True))
+        cache = [graph.Segments(batch.segments[:, :-1]) for _ in module.layers]
+        return losses.plain_loss(module, batch, cache).item()
+
+    assert second_loss(row(30, 7)) == pytest.approx(second_loss(row(30, 8)), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_fuse_aware_forward_is_the_fused_and_rounded_model(kind, tiny_model):
+    planned = Quantization(4, 32)
+    model, _ = adapted(tiny_model("qwen3"), LoraConfig(rank=4, scale=2.0, type=kind))
+    layers = {p: layer for p, layer in named_layers(model.module) if base_layer(layer) is not layer}
+    model.module.eval()
+    tokens = mx.array(ROWS[0].tokens)[None]
+    with fuse_aware.rounded(layers, planned):
+        rounded = model.module(tokens)
+    plain = model.module(tokens)
+    for layer in layers.values():
+        weight = dense_weight(layer.linear, mx.float32)
+        fused = updated_weight(weight, layer.lora_a, layer.lora_b, layer.get("m"), layer.scale)
+        layer.linear.weight = fuse_aware.round_trip(fused, planned)
+        layer.lora_b = mx.zeros_like(layer.lora_b)
+        if kind == "dora":
+            layer.m = mx.linalg.norm(layer.linear.weight, axis=1)
+    expected = model.module(tokens)
+    assert mx.allclose(rounded, expected, atol=2e-4)
+    assert mx.abs(plain - expected).max() > 1e-2
+
+
+def test_fuse_aware_rounds_experts(tiny_model):
+    model, _ = adapted(tiny_model("mixtral"), LoraConfig(rank=4, scale=2.0, target_modules=("up_proj",)))
+    layers = {p: layer for p, layer in named_layers(model.module) if base_layer(layer) is not layer}
+    config = TrainConfig(fuse_aware=Quantization(2, 32))
+    engine = Engine(model.module, layers, config, LossPlan(None, 64))
+    batch = make_batch([[r] for r in ROWS])
+    rounded, gradients = engine.gradient(batch, 1.0, rounding=True)
+    assert abs(rounded.item() - engine.gradient(batch, 1.0)[0].item()) > 1e-2
+    assert all(mx.any(g != 0).item() for g in gradients.values())
+
+
+def test_patches_touch_no_class_and_are_taken_back(tiny_model):
+    model, _ = adapted(tiny_model(), LoraConfig(rank=4, scale=2.0))
+    layer, other = model.module.layers
+    kind, call = type(layer), type(layer).__call__
+    with graph.recompute(layer):
+        assert type(other) is kind and type(layer) is not kind and isinstance(layer, kind)
+    assert type(layer) is kind and kind.__call__ is call

@@ -1,0 +1,43 @@
+"""Trains in forked processes, one for each line read: importing mlx-lm once instead of thirty times.
+
+Line: JSON keywords of `train`, with settings as mappings. Answers "pid N", and "exit N" when the process ended
+(minus the signal's number if it was killed). Nothing is computed before the fork, so each child is as good as new.
+"""
+
+import json
+import os
+import sys
+import traceback
+
+import mlx_adapters.training.runs as runs
+from mlx_adapters.config import LoraConfig, TrainConfig, from_mapping
+from mlx_adapters.errors import TrainingError
+from mlx_adapters.training.folder import place_of
+
+
+def run(request: dict) -> None:
+    lora = from_mapping(LoraConfig, request.pop("lora"))
+    training = from_mapping(TrainConfig, request.pop("training"))
+    started = (place_of(request["name"])[1] / "recipe.json").exists()
+    try:
+        runs.train(**request, lora=lora, training=training, resume=started)
+    except TrainingError as error:  # killed after its last save
+        assert "has finished" in error.message
+
+
+def main() -> None:
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            try:
+                run(json.loads(line))
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        print("pid", child, flush=True)
+        _, status = os.waitpid(child, 0)
+        print("exit", os.waitstatus_to_exitcode(status), flush=True)
+
+
+main()
