@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_adapters.adapter import Adapter, AdapterConfig
-from mlx_adapters.benchmarking import measure, system, text
+from mlx_adapters.benchmarking import html, measure, system, text
+from mlx_adapters.benchmarking.changes import changes, other_conditions
 from mlx_adapters.benchmarking.plan import BenchmarkConfig, schedule
 from mlx_adapters.benchmarking.report import Report, Run, read_report
 from mlx_adapters.benchmarking.run import benchmark, run
@@ -387,3 +390,128 @@ def test_warnings_name_what_spoils_a_run():
 def test_process_memory_is_plausible():
     found = system.process_memory()
     assert 10**7 < found["peak_resident_bytes"] < 10**12
+
+
+# -- the page and its pictures ------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """Collects what a browser would fetch, and checks that the tags nest."""
+
+    VOID = frozenset(("meta", "br", "circle", "rect", "path"))
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.links, self.tags = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href", "data", "srcset", "action")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+QUALITY = {
+    "data": {"source": "data", "split": "test", "rows": 3}, "score": "exact", "reference": "base",
+    "evaluations": [
+        {"variant": name, "loss": {"value": 0.3, "error": 0.1}, "kl": {"value": 0.1, "error": None}, "same_top": None,
+         "score": {"value": score, "error": 0.05}, "error": None}
+        for name, score in (("base", 0.2), ("<slow & odd>", 0.7))
+    ],
+}  # fmt: skip
+
+
+def test_page_is_self_contained_and_well_formed():
+    report = dataclasses.replace(synthetic({"base": 100.0, "<slow & odd>": 90.0}), quality=QUALITY)
+    text_ = html.html(report)
+    page = Page()
+    page.feed(text_)
+    assert not page.open and not page.links and "script" not in page.tags
+    assert "url(" not in text_ and "@import" not in text_ and len(text_) < 100_000
+    assert "<slow & odd>" not in text_ and "&lt;slow &amp; odd&gt;" in text_
+    assert page.tags.count("svg") == len(html.plots(report)) == 6
+
+
+def test_pictures_are_xml_and_inside_their_frame():
+    report = dataclasses.replace(synthetic({"base": 100.0, "slow": 90.0, "x/" * 60: 3.0}), quality=QUALITY)
+    for title, picture in html.plots(report).items():
+        root = ElementTree.fromstring(picture)
+        width, height = map(float, root.attrib["viewBox"].split()[2:])
+        for element in root.iter():
+            for name, limit in (("x", width), ("cx", width), ("y", height), ("cy", height)):
+                assert 0 <= float(element.attrib.get(name, 0)) <= limit, (title, ElementTree.tostring(element))
+
+
+def test_pages_of_failures_have_no_pictures():
+    failed = dataclasses.replace(synthetic({"base": 1.0}), runs=(Run("base", 0, {"error": "no such model"}),))
+    assert html.plots(failed) == {} and "no such model" in html.html(failed)
+
+
+def test_real_report_makes_a_page(measured):
+    assert set(html.plots(measured)) >= {"Load time", "Decode speed (8 x 1)", "Memory by part (16 x 1)"}
+    memory = html.memory_parts(measured.rows[1], (16, 1))
+    assert memory["adapter"] == measured.rows[1].adapter_bytes > 0 and min(memory.values()) >= 0
+
+
+# -- against an older report --------------------------------------------------------------------------
+
+
+def test_changes_beyond_noise():
+    old = synthetic({"base": 100.0, "sql": 50.0}, seed=1)
+    same, slow = synthetic({"base": 100.0, "sql": 50.0}, seed=2), synthetic({"base": 90.0, "sql": 50.0}, seed=2)
+    assert not any(change.fails(0.0) for change in changes(same, old))
+    failing = [change for change in changes(slow, old) if change.fails(0.05)]
+    assert [(c.variant, c.metric) for c in failing] == [("base", "decode_tps")]
+    assert "slower" in str(failing[0]) and not any(c.fails(0.2) for c in changes(slow, old))
+    assert not any(c.fails(0.0) for c in changes(synthetic({"base": 120.0, "sql": 50.0}, seed=2), old))
+    hungry = synthetic({"base": 100.0, "sql": 50.0}, seed=2, memory=120)
+    assert {c.metric for c in changes(hungry, old) if c.fails(0.05)} == {"peak_memory_bytes"}
+
+
+def test_other_conditions_are_named():
+    old = synthetic({"base": 100.0})
+    new = dataclasses.replace(old, machine=old.machine | {"cores": 4, "versions": {"mlx": "0.33.0"}})
+    found = " ".join(other_conditions(new, old))
+    assert "cores was '2', now '4'" in found and "mlx was 0.32.4, now 0.33.0" in found
+    assert other_conditions(old, old) == []
+
+
+def test_fail_over_fails_the_command(tmp_path, monkeypatch):
+    write_json(tmp_path / "old.json", synthetic({"base": 100.0}).to_json())
+    monkeypatch.setattr("mlx_adapters.benchmarking.run.benchmark", lambda *_, **__: synthetic({"base": 80.0}, seed=3))
+    arguments = ["benchmark", "base", "--against", str(tmp_path / "old.json")]
+    assert CliRunner().invoke(cli, arguments).exit_code == 0
+    failed = CliRunner().invoke(cli, [*arguments, "--fail-over", "5%"])
+    assert failed.exit_code == 1 and "slower" in failed.stderr
+    assert CliRunner().invoke(cli, [*arguments, "--fail-over", "30%"]).exit_code == 0
+    assert CliRunner().invoke(cli, ["benchmark", "base", "--fail-over", "5%"]).exit_code == 2
+    (tmp_path / "bad.json").write_text('{"format": 1}')
+    assert CliRunner().invoke(cli, ["benchmark", "base", "--against", str(tmp_path / "bad.json")]).exit_code == 1
+
+
+def test_all_files_are_written(tmp_path, monkeypatch, measured):
+    monkeypatch.setattr("mlx_adapters.benchmarking.run.benchmark", lambda *_, **__: measured)
+    names = {"--html": "r.html", "--markdown": "r.md", "--plots": "plots", "-o": "r.json"}
+    arguments = [part for flag, name in names.items() for part in (flag, str(tmp_path / name))]
+    assert CliRunner().invoke(cli, ["benchmark", "base", *arguments]).exit_code == 0
+    assert (tmp_path / "plots" / "load-time.svg").read_text().startswith("<svg")
+    assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
+
+
+def test_quality_beside_speed(tiny_model, tmp_path):
+    make_adapter(tiny_model("llama"))
+    (tmp_path / "train.jsonl").write_text('{"prompt": "Say it", "completion": "Paris."}\n' * 2)
+    report = benchmark(["base", "sql", "fuse:sql:8"], rounds=1, trials=1, decode_tokens=2, prompt_tokens=4,
+                       cold_load=False, quality=tmp_path)  # fmt: skip
+    assert [row.error for row in report.rows] == [None] * 3
+    headers, lines = text.table(report)
+    assert headers[-3:] == ("LOSS", "KL", "SAME TOP") and {len(line) for line in lines} == {len(headers)}
+    by_label = {e["variant"]: e for e in report.quality["evaluations"]}
+    assert by_label["sql"]["kl"]["value"] == 0 < by_label["fuse:sql:8"]["kl"]["value"] < by_label["base"]["kl"]["value"]
+    assert "Speed against quality" in html.plots(report)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,14 @@ def benchmark(
     variants: Sequence[str | Path | Adapter], base: str | None = None, *,
     prompt_tokens: int | Sequence[int] = 128, decode_tokens: int = 64, batch: int | Sequence[int] = 1,
     rounds: int = 5, trials: int = 2, data: str | Path | None = None, dtype: str = "auto", cold_load: bool = True,
-    any_base: bool = False, seed: int = 0, on_event: OnEvent = ignore,
+    any_base: bool = False, seed: int = 0, quality: str | Path | None = None, score: str | None = None,
+    max_rows: int | None = None, on_event: OnEvent = ignore,
 ) -> Report:  # fmt: skip
     """Measure load time, TTFT, prefill and decode speed, memory and size of each variant.
 
     variants: "base", adapter references, model folders or ids, "fuse:REF:BITS" (see `plan`). base: what "base"
-    means; by default the first adapter's own. data: where prompts come from, else random tokens.
+    means; by default the first adapter's own. data: where prompts come from, else random tokens. quality: data
+    to judge the variants on as well (see `evaluate`), with a task `score` and at most `max_rows` rows.
     A variant that fails is a row with its error; Ctrl-C ends the run and keeps what is finished.
     Raises ConfigError or NotFoundError when the plan itself is wrong.
     """
@@ -44,7 +47,26 @@ def benchmark(
     )  # fmt: skip
     with workspace() as folder:
         texts = [as_text(variant, folder) for variant in variants]
-        return run(parse_variants(texts, base), config, on_event, folder)
+        report = run(parse_variants(texts, base), config, on_event, folder)
+        if quality is None or report.interrupted:
+            return report
+        return replace(report, quality=_quality(report, quality, score, max_rows, folder, on_event))
+
+
+def _quality(
+    report: Report, data: str | Path, score: str | None, max_rows: int | None, folder: Path, on_event: OnEvent
+) -> dict[str, Any]:
+    """The evaluation of the measured variants, as plain values without the answers."""
+    from mlx_adapters.evaluation.evaluate import EvaluationConfig, evaluate_ready
+
+    c = report.config
+    config = EvaluationConfig(score=score, max_rows=max_rows, dtype=c.dtype, any_base=c.any_base)
+    failed = {row.label: row.error for row in report.rows if row.error}
+    ready = [prepare(replace(v, problem=failed.get(v.label)), folder, c.any_base, ignore) for v in report.variants]
+    found = evaluate_ready(ready, data, config, on_event).to_json()
+    for evaluation in found["evaluations"]:
+        del evaluation["answers"]
+    return found
 
 
 def run(

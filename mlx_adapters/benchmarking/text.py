@@ -53,6 +53,10 @@ def notes(report: Report) -> list[str]:
     kinds = {kind for kind, _ in shapes}
     if len(kinds) > 1:
         found.append(f"The variants are of different kinds: {', '.join(sorted(map(str, kinds)))}.")
+    if report.quality:
+        data, reference = report.quality["data"], report.quality["reference"]
+        against = f"; KL and same top token against '{reference}'" if reference else ""
+        found.append(f"Quality on {data['rows']} {data['split']} rows of {data['source']}{against}.")
     if report.config.cold_load:
         found += _cold_notes(report)
     if report.interrupted:
@@ -72,10 +76,23 @@ def _cold_notes(report: Report) -> list[str]:
     return [f"Cold load: the file cache could not be dropped wholly ({share:.0%} of the bytes came from the disk)."]
 
 
+def table(report: Report) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headers and lines; with several shapes there is one line for each, with quality more columns."""
+    many = len(report.config.shapes) > 1
+    quality = quality_cells(report)
+    headers = (HEADERS[0], *(["PROMPT x BATCH"] if many else []), *HEADERS[1:], *quality.get("", ()))
+    lines = []
+    for row in report.rows:
+        for shape in row.shapes or (None,):
+            line = cells(row, shape, many) + quality.get(row.label, ())
+            lines.append(line + ("",) * (len(headers) - len(line)))
+    return headers, lines
+
+
 def cells(row: Row, shape: ShapeRow | None, many: bool) -> tuple[str, ...]:
-    """One line of the table."""
+    """One line of the table, without quality."""
     if shape is None or row.load_seconds is None:
-        return (row.label, *[""] * many, "failed", *[""] * (len(HEADERS) - 2))
+        return (row.label, *[""] * many, "failed")
     return (
         row.label, *([f"{shape.prompt_tokens} x {shape.batch}"] if many else []), spread(row.load_seconds, 3),
         spread(shape.ttft_seconds, 3, 1000), spread(shape.prefill_tps), spread(shape.decode_tps),
@@ -83,17 +100,24 @@ def cells(row: Row, shape: ShapeRow | None, many: bool) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def quality_cells(report: Report) -> dict[str, tuple[str, ...]]:
+    """Label -> its cells of quality, "" -> their headers; empty if no quality was asked for."""
+    if not report.quality:
+        return {}
+    score = (report.quality["score"] or "").partition(":")[0]
+    keys = ["loss", *(["kl", "same_top"] if report.quality["reference"] else []), *(["score"] if score else [])]
+    names = {"loss": "LOSS", "kl": "KL", "same_top": "SAME TOP", "score": score.upper()}
+    found = {"": tuple(names[key] for key in keys)}
+    for evaluation in report.quality["evaluations"]:
+        values = [evaluation.get(key) for key in keys]
+        found[evaluation["variant"]] = tuple("-" if v is None else number(v["value"]) for v in values)
+    return found
+
+
 def spread(summary: Summary, digits: int = 3, factor: float = 1.0) -> str:
     """ "median (smallest-largest)"."""
     low, middle, high = (number(v * factor, digits) for v in (summary.minimum, summary.median, summary.maximum))
     return f"{middle} ({low}-{high})" if summary.count > 1 else middle
-
-
-def table(report: Report) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Headers and lines; with several shapes there is one line for each."""
-    many = len(report.config.shapes) > 1
-    headers = (HEADERS[0], "PROMPT x BATCH", *HEADERS[1:]) if many else HEADERS
-    return headers, [cells(row, shape, many) for row in report.rows for shape in row.shapes or (None,)]
 
 
 def phrase(metric: str, ratio: Ratio) -> str:

@@ -158,7 +158,8 @@ def prepare(variant: Variant, folder: Path, any_base: bool, on_event: OnEvent) -
         on_event(Note(f"Fusing {variant.adapter} for '{variant.label}' ..."))
         try:
             quantization = Quantization(int(bits)) if bits.isdecimal() else bits
-            fuse(variant.base, str(variant.adapter), out, quantization=quantization, any_base=any_base)
+            if not out.is_dir():
+                fuse(variant.base, str(variant.adapter), out, quantization=quantization, any_base=any_base)
             variant = replace(variant, base=str(out), adapter=None)
         except AdapterError as error:
             variant = replace(variant, problem=error.message)

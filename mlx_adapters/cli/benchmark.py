@@ -1,11 +1,15 @@
 """`benchmark`: measure variants side by side."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import any_base_option, base_option, dtype_option, json_option
+
+if TYPE_CHECKING:
+    from mlx_adapters.benchmarking.report import Report
 
 
 class Counts(click.ParamType):
@@ -22,6 +26,24 @@ class Counts(click.ParamType):
         return tuple(int(part) for part in parts)
 
 
+class Percent(click.ParamType):
+    """ "5%" or "5" as 0.05."""
+
+    name = "percent"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            share = float(str(value).strip().removesuffix("%")) / 100
+        except ValueError:
+            share = -1.0
+        if not 0 <= share < 10:
+            self.fail(f"'{value}' is not a percentage such as 5%.", param, ctx)
+        return share
+
+
+FILE = click.Path(dir_okay=False, path_type=Path)
+
+
 @click.command("benchmark")
 @click.argument("variants", nargs=-1, required=True, metavar="VARIANT...")
 @base_option
@@ -36,13 +58,22 @@ class Counts(click.ParamType):
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order and of the random prompts.")
 @any_base_option
 @dtype_option
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Save the report as JSON.")
-@click.option("--markdown", type=click.Path(dir_okay=False, path_type=Path), help="Write it as Markdown.")
+@click.option("--quality", metavar="DIR", help="Also judge the variants on this data: loss, KL, same top token.")
+@click.option("--score", metavar="SCORE", help="With --quality: exact, regex:PATTERN, sqlite[:FILE], command:COMMAND.")
+@click.option("--max-rows", type=click.IntRange(min=1), help="With --quality: judge only so many rows.")
+@click.option("-o", "--output", type=FILE, help="Save the report as JSON.")
+@click.option("--markdown", type=FILE, help="Write it as Markdown.")
+@click.option("--html", type=FILE, help="Write it as one HTML file with plots.")
+@click.option("--plots", type=click.Path(file_okay=False, path_type=Path), help="Write the plots as SVG into a folder.")
+@click.option("--against", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="An older saved report.")
+@click.option("--fail-over", type=Percent(), metavar="5%", help="With --against: fail if something got worse by more.")
 @json_option
 def benchmark_command(
     variants: tuple[str, ...], base: str | None, prompt_tokens: tuple[int, ...], decode_tokens: int,
     batch: tuple[int, ...], rounds: int, trials: int, data: str | None, cold: bool, seed: int, any_base: bool,
-    dtype: str, output: Path | None, markdown: Path | None, as_json: bool,
+    dtype: str, quality: str | None, score: str | None, max_rows: int | None, output: Path | None,
+    markdown: Path | None, html: Path | None, plots: Path | None, against: Path | None, fail_over: float | None,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Measure load time, speed, memory and size of VARIANTs: `base`, adapters, models, `fuse:ADAPTER:BITS`.
 
@@ -50,42 +81,69 @@ def benchmark_command(
 
     \b
     Example:
-      mlx-adapters benchmark base sql@500 out/sql-4bit fuse:sql:8
+      mlx-adapters benchmark base sql@500 out/sql-4bit fuse:sql:8 --html report.html
     """
-    from mlx_adapters import files
-    from mlx_adapters.benchmarking import text
+    from mlx_adapters.benchmarking.changes import changes
+    from mlx_adapters.benchmarking.report import read_report
     from mlx_adapters.benchmarking.run import benchmark
 
+    if (score or max_rows) and not quality:
+        raise click.UsageError("--score and --max-rows need --quality.")
+    if fail_over is not None and against is None:
+        raise click.UsageError("--fail-over needs --against.")
+    old = read_report(against) if against else None
     report = benchmark(
         variants, base, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens, batch=batch, rounds=rounds,
-        trials=trials, data=data, dtype=dtype, cold_load=cold, any_base=any_base, seed=seed,
-        on_event=_output.progress(),
+        trials=trials, data=data, dtype=dtype, cold_load=cold, any_base=any_base, seed=seed, quality=quality,
+        score=score, max_rows=max_rows, on_event=_output.progress(),
     )  # fmt: skip
+    save(report, output, markdown, html, plots)
+    if as_json:
+        _output.emit_json(report.to_json())
+    else:
+        show(report, old)
+    if report.interrupted:
+        raise KeyboardInterrupt
+    worse = [c for c in changes(report, old) if fail_over is not None and c.fails(fail_over)] if old else []
+    for change in worse:
+        _output.error(f"{change} than in {against}")
+    if worse or not any(row.error is None for row in report.rows):
+        raise click.exceptions.Exit(1)
+
+
+def save(report: "Report", output: Path | None, markdown: Path | None, html: Path | None, plots: Path | None) -> None:
+    """Write the report in the forms that were asked for."""
+    from mlx_adapters import files
+    from mlx_adapters.benchmarking import html as page
+    from mlx_adapters.benchmarking import text
+
     if output:
         files.write_json(output, report.to_json())
     if markdown:
         files.write_text(markdown, text.markdown(report))
-    if as_json:
-        _output.emit_json(report.to_json())
-    else:
-        show(report)
-    if report.interrupted:
-        raise KeyboardInterrupt
-    if not any(row.error is None for row in report.rows):
-        raise click.exceptions.Exit(1)
+    if html:
+        files.write_text(html, page.html(report))
+    for title, picture in page.plots(report).items() if plots else ():
+        name = "".join(c if c.isalnum() else "-" for c in title.lower()).strip("-")
+        files.write_text(plots / f"{name}.svg", picture)
 
 
-def show(report: object) -> None:
-    """Head, table, differences and notes, to stdout."""
+def show(report: "Report", old: "Report | None" = None) -> None:
+    """Head, table, differences, changes and notes, to stdout; warnings to stderr."""
     from mlx_adapters.benchmarking import text
-    from mlx_adapters.benchmarking.report import Report
+    from mlx_adapters.benchmarking.changes import changes, other_conditions
 
-    assert isinstance(report, Report)
     for line in text.head(report):
         _output.out(f"# {line}")
     headers, lines = text.table(report)
     _output.table(headers, lines, right=range(1, len(headers)))
     for line in text.sentences(report):
         _output.out(line)
+    if old is not None:
+        _output.out(f"Since {old.created}:")
+        for change in changes(report, old):
+            _output.out(f"  {change}")
+        for note in other_conditions(report, old):
+            _output.warn(f"The older report was made under other conditions: {note}.")
     for note in text.notes(report):
         _output.warn(note)
