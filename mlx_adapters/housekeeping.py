@@ -62,6 +62,8 @@ def tag(name: str, add: Sequence[str] = (), remove: Sequence[str] = ()) -> tuple
         require(
             bool(registry.TAG.fullmatch(text)), f"'{text}' cannot be a tag.", "letters, digits, '.', '_', ':', '-'."
         )
+    if not add and not remove:
+        return registry.read_entry(registry.locate(Reference("name", registry.check_name(name)))[0]).tags
     with _changing(name) as folder:
         now = (set(registry.tags_of(read_metadata(folder))) | set(add)) - set(remove)
         _update_metadata(folder, tags=sorted(now))

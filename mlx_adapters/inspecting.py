@@ -13,7 +13,9 @@ from typing import Any
 from mlx_adapters import registry
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.config import to_mapping
+from mlx_adapters.events import OnEvent, ignore
 from mlx_adapters.merging.recipes import update_shape
+from mlx_adapters.merging.sweep import losses_on
 from mlx_adapters.merging.updates import Update, inner, update_of
 from mlx_adapters.registry import Entry
 from mlx_adapters.tensor_names import natural_order
@@ -107,8 +109,14 @@ class Comparison:
     losses: tuple[float, float] | None = None
 
 
-def compare(a: "str | Path | Adapter", b: "str | Path | Adapter") -> Comparison:
-    """Settings, data and losses that differ, and norm and cosine of the updates, layer by layer and over all."""
+def compare(
+    a: "str | Path | Adapter", b: "str | Path | Adapter", *, data: str | Path | None = None, base: str | None = None,
+    on_event: OnEvent = ignore,
+) -> Comparison:  # fmt: skip
+    """Settings, data and losses that differ, and norm and cosine of the updates, layer by layer and over all.
+
+    data: also the loss of each on these rows. Raises NotFoundError, FormatError, IncompatibleError or HubError.
+    """
     first, second = registry.load_adapter(a), registry.load_adapter(b)
     keys = sorted({*first.config.keys, *second.config.keys}, key=natural_order)
     rows, total = [], [0.0, 0.0, 0.0]
@@ -119,9 +127,10 @@ def compare(a: "str | Path | Adapter", b: "str | Path | Adapter") -> Comparison:
         rows.append(LayerComparison(key, x and math.sqrt(xx), y and math.sqrt(yy), _cosine(product, xx, yy)))
         total = [t + part for t, part in zip(total, (xx, yy, product or 0.0), strict=True)]
     cosine = _cosine(total[2], total[0], total[1])
+    losses = losses_on(data, [first, second], base, on_event=on_event) if data is not None else None
     return Comparison(
         first.name, second.name, tuple(_differences(first, second)), tuple(rows), math.sqrt(total[0]),
-        math.sqrt(total[1]), cosine,
+        math.sqrt(total[1]), cosine, losses and (losses[0], losses[1]),
     )  # fmt: skip
 
 

@@ -130,8 +130,7 @@ def add(source: str | Path, *, name: str | None = None, out: str | Path | None =
     if not folder.is_dir():
         raise NotFoundError(f"There is no folder or .tar.gz file '{folder}'.")
     own = reference.target.rsplit("/", 1)[-1] if reference.kind == "hub" else folder.name
-    linked = reference.kind == "hub"  # the Hub's cache is made of links
-    return _take_in(lambda target: _copy(folder, target, linked, on_event), own, name, out, overwrite, str(reference))
+    return _take_in(lambda target: _copy(folder, target, on_event), own, name, out, overwrite, str(reference))
 
 
 def _take_in(
@@ -153,12 +152,12 @@ def _take_in(
     return Added("adapter", target, name, iterations_of(target))
 
 
-def _copy(source: Path, target: Path, linked: bool, on_event: OnEvent) -> None:
+def _copy(source: Path, target: Path, on_event: OnEvent) -> None:
     """Copy the files of an adapter, and nothing else, from a folder."""
     parse_config(files.read_json(source / CONFIG_FILE), (), f"'{source}'")
     wanted = [path for path in sorted(source.iterdir()) if path.is_file() and _belongs(path.name)]
     for path in wanted:
-        if path.is_symlink() and not linked:
+        if path.is_symlink():
             raise FormatError(f"'{path}' is a link.", "put the file itself there.")
     files.require_free_space(target, sum(path.stat().st_size for path in wanted))
     for done, path in enumerate(wanted, start=1):

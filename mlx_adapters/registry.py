@@ -221,21 +221,13 @@ def losses_of(metadata: Mapping[str, Any], curve: str) -> dict[int, float]:
 def changing(*names: str) -> Iterator[None]:
     """Hold named adapters while they are changed: other short changes wait.
 
-    Raises TrainingError at once if a run is writing into one of them.
+    Raises TrainingError at once if a run, which holds its folder, is writing into one of them.
     """
     with contextlib.ExitStack() as stack:
         for name in sorted(set(names)):  # always in one order, so that no two can wait for each other
             stack.enter_context(files.lock(f"adapter-{name}"))
-            stack.enter_context(files.lock(f"training-{name}", wait=False, busy=f"'{name}' is being trained."))
-        yield
-
-
-@contextlib.contextmanager
-def training(name: str) -> Iterator[None]:
-    """Hold a named adapter for a training run: it may be read, but neither changed nor trained by others."""
-    with contextlib.ExitStack() as stack:
-        with files.lock(f"adapter-{name}"):
-            stack.enter_context(files.lock(f"training-{name}", wait=False, busy=f"'{name}' is being trained."))
+            if (folder := adapter_folder(name)).is_dir():
+                stack.enter_context(files.lock_file(folder, busy=f"'{name}' is being trained."))
         yield
 
 

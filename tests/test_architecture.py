@@ -11,7 +11,7 @@ LAYERS = [
     {"tensor_names", "adapter"},
     {"door", "layers", "model", "registry"},
     {"training", "fusion", "merging", "peft_format", "runtime", "benchmarking", "hub", "evaluation",
-     "housekeeping", "inspecting", "packing", "unpacking", "verifying"},
+     "housekeeping", "inspecting", "packing", "project", "unpacking", "verifying"},
     {"demo", "serving"},
     {"cli"},
 ]  # fmt: skip

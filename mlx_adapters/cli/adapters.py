@@ -1,54 +1,221 @@
-"""`list` and `show`: the registry."""
+"""`list`, `show`, `compare`, `verify`: looking at adapters."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import REFERENCE, json_option
+from mlx_adapters.cli._output import number, size
+
+if TYPE_CHECKING:
+    from mlx_adapters.inspecting import Comparison, Details, Layer
+    from mlx_adapters.registry import Entry
+    from mlx_adapters.verifying import Verification
+
+SORT_KEYS = {
+    "name": lambda entry: entry.name,
+    "date": lambda entry: entry.created or "",
+    "loss": lambda entry: (entry.best_validation_loss is None, entry.best_validation_loss or 0.0),
+    "size": lambda entry: entry.size_bytes,
+    "base": lambda entry: (entry.base or "", entry.name),
+}
 
 
 @click.command("list")
 @click.option("--base", metavar="BASE", help="Only adapters of this base.")
+@click.option("--tag", metavar="TAG", help="Only adapters with this tag.")
+@click.option(
+    "--sort", type=click.Choice(list(SORT_KEYS)), default="name", show_default=True, help="Order of the rows."
+)
+@click.option("-r", "--reverse", is_flag=True, help="Turn the order around.")
 @json_option
-def list_command(base: str | None, as_json: bool) -> None:
+def list_command(base: str | None, tag: str | None, sort: str, reverse: bool, as_json: bool) -> None:
     """Show all adapters with base, rank, checkpoints and loss.
 
     \b
     Example:
-      mlx-adapters list --base demo
+      mlx-adapters list --base demo --sort loss
     """
     from mlx_adapters.registry import list_adapters
 
-    entries = list_adapters(base)
+    entries = sorted(list_adapters(base, tag), key=SORT_KEYS[sort], reverse=reverse)
     if as_json:
         _output.emit_json({"adapters": entries})
-        return
-    rows = [
-        (e.name, e.type or "-", _output.number(e.rank), _output.number(e.best_validation_loss), str(len(e.iterations)),
-         _output.size(e.size_bytes), (e.created or "-")[:16], e.problem or e.base or "-")
-        for e in entries
-    ]  # fmt: skip
-    if not rows:
-        _output.note("No adapters yet. 'mlx-adapters train' makes one.")
+    elif not entries:
+        _output.note("No such adapters." if base or tag else "No adapters yet. 'mlx-adapters train' makes one.")
     else:
-        _output.table(
-            ("NAME", "TYPE", "RANK", "VALID LOSS", "CHECKPOINTS", "SIZE", "DATE", "BASE"), rows, right=(2, 3, 4, 5)
-        )
+        head = ("NAME", "TYPE", "RANK", "VALID LOSS", "CHECKPOINTS", "SIZE", "DATE", "BASE")
+        _output.table(head, map(_list_row, entries), right=(2, 3, 4, 5))
+        damaged = sum(entry.problem is not None for entry in entries)
+        if damaged:
+            _output.warn(f"{damaged} of {len(entries)} have a problem; 'mlx-adapters verify --all' says more.")
+
+
+def _list_row(e: "Entry") -> tuple[str, ...]:
+    name = e.name if e.iteration is None or not e.iterations else f"{e.name} (@{e.iteration})"
+    tags = "".join(f" #{tag}" for tag in e.tags)
+    about = _output.style(e.problem, fg="red") if e.problem else (e.base or "-") + tags
+    return (name, e.type or "-", number(e.rank), number(e.best_validation_loss), str(len(e.iterations)),
+            size(e.size_bytes), (e.created or "-")[:16].replace("T", " "), about)  # fmt: skip
 
 
 @click.command("show")
 @click.argument("ref", type=REFERENCE)
+@click.option("--layers", is_flag=True, help="One row for each layer instead of one for each kind.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the loss curves into FILE.svg.")
 @json_option
-def show_command(ref: str, as_json: bool) -> None:
-    """Show one adapter: settings, data, losses, layers.
+def show_command(ref: str, layers: bool, plot: Path | None, as_json: bool) -> None:
+    """Show one adapter: settings, data, losses, layers and the norms of their updates, files.
 
     \b
     Example:
-      mlx-adapters show sql@600
+      mlx-adapters show sql@600 --plot losses.svg
     """
-    from mlx_adapters.registry import load_adapter
+    from mlx_adapters.inspecting import describe
 
-    adapter = load_adapter(ref)
+    details = describe(ref)
+    if plot is not None:
+        _plot(details, plot)
     if as_json:
-        _output.emit_json({"config": adapter.config, "metadata": adapter.metadata, "parameters": adapter.parameters})
+        _output.emit_json(details)
         return
-    _output.out(repr(adapter))
+    for name, value in _facts(details):
+        _output.out(f"{name:<16} {value}")
+    _output.out()
+    _output.table(("LAYERS", "SHAPE", "‖ΔW‖"), _layer_rows(details.layers, layers), right=(2,))
+    if details.checkpoints:
+        _output.out()
+        rows = [(f"@{c.iteration}" + (" *" if c.in_use else ""), number(c.train_loss, 4), number(c.validation_loss, 4),
+                 size(c.size_bytes)) for c in details.checkpoints]  # fmt: skip
+        _output.table(("CHECKPOINT", "TRAIN LOSS", "VALID LOSS", "SIZE"), rows, right=(1, 2, 3))
+    if details.files:
+        _output.out()
+        _output.table(("FILE", "SIZE"), [(name, size(count)) for name, count in details.files.items()], right=(1,))
+
+
+def _facts(d: "Details") -> list[tuple[str, str]]:
+    """The lines at the top: what an adapter is, then the plain values of its metadata."""
+    own = [
+        ("name", d.name), ("folder", str(d.folder or "-")), ("base", d.base or "-"),
+        ("type", f"{d.type}, rank {d.rank}, scale {number(d.scale, 6)}"),
+        ("parameters", f"{d.parameters:,} in {len(d.layers)} layers"),
+    ]  # fmt: skip
+    shown = {"name", "base", "type", "rank", "scale", "ranks", "alpha", "checkpoints", "sha256", "versions"}
+    rest = {key: value for key, value in d.metadata.items() if key not in shown and not key.endswith("_losses")}
+    if isinstance(recipe := rest.get("merge"), dict):
+        sources = " + ".join(f"{number(source['weight'])} · {source['name']}" for source in recipe["sources"])
+        rest["merge"] = f"{recipe['method']}: {sources}"
+    return own + [(key.replace("_", " "), text) for key, value in rest.items() if (text := _short(value))]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {text}" for key, v in value.items() if (text := _short(v)) and len(text) < 60)
+    if isinstance(value, list):
+        return ", ".join(_short(v) for v in value) if len(value) < 10 else f"{len(value)} values"
+    return "" if value is None else number(value, 4) if isinstance(value, float) else str(value)
+
+
+def _layer_rows(layers: "tuple[Layer, ...]", each: bool) -> list[tuple[str, str, str]]:
+    """One row for each layer, or one for all layers whose paths differ in the block's number alone."""
+    if each:
+        return [(layer.key, _shape(layer.shape), number(layer.norm)) for layer in layers]
+    groups: dict[tuple[str, tuple[int, ...]], list[Layer]] = {}
+    for layer in layers:
+        groups.setdefault((re.sub(r"\.\d+\.", ".*.", layer.key), layer.shape), []).append(layer)
+    rows = []
+    for (path, shape), members in groups.items():
+        norms = [layer.norm for layer in members]
+        span = number(norms[0]) if len(norms) == 1 else f"{number(min(norms))} to {number(max(norms))}"
+        rows.append((members[0].key if len(norms) == 1 else f"{len(norms)} × {path}", _shape(shape), span))
+    return rows
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape))
+
+
+def _plot(details: "Details", path: Path) -> None:
+    from mlx_adapters import files
+    from mlx_adapters.charts import line_chart
+    from mlx_adapters.errors import ConfigError, NotFoundError
+    from mlx_adapters.registry import losses_of
+
+    if path.suffix != ".svg":
+        raise ConfigError(f"'{path}' must end in .svg.")
+    series = {kind: sorted(losses_of(details.metadata, f"{kind}_losses").items()) for kind in ("train", "validation")}
+    if not any(series.values()):
+        raise NotFoundError(f"No losses are recorded for '{details.name}'.")
+    files.write_text(path, line_chart(series, details.name, "iteration", "loss"))  # type: ignore[arg-type]
+    _output.note(f"Losses drawn in {path}")
+
+
+@click.command("compare")
+@click.argument("a", type=REFERENCE)
+@click.argument("b", type=REFERENCE)
+@click.option("--data", metavar="DIR", help="Also the loss of each on this data.")
+@click.option("--base", metavar="BASE", help="Base to compute the losses on [the adapters' own].")
+@json_option
+def compare_command(a: str, b: str, data: str | None, base: str | None, as_json: bool) -> None:
+    """Compare two adapters: settings, data, losses, and the updates layer by layer.
+
+    \b
+    Example:
+      mlx-adapters compare sql@400 sql@600 --data data/sql
+    """
+    from mlx_adapters.inspecting import compare
+
+    found = compare(a, b, data=data, base=base, on_event=_output.progress())
+    if as_json:
+        _output.emit_json(found)
+        return
+    rows = [(name, _short(x) or "-", _short(y) or "-") for name, x, y in found.settings]
+    _output.table(("DIFFERS IN", found.a, found.b), [*rows, *_loss_rows(found)])
+    _output.out()
+    layers = [(layer.key, number(layer.norm_a), number(layer.norm_b), number(layer.cosine)) for layer in found.layers]
+    total = ("all", number(found.norm_a), number(found.norm_b), number(found.cosine))
+    _output.table(("LAYER", f"‖Δ {found.a}‖", f"‖Δ {found.b}‖", "COSINE"), [*layers, total], right=(1, 2, 3))
+
+
+def _loss_rows(found: "Comparison") -> list[tuple[str, str, str]]:
+    if found.losses is None:
+        return []
+    return [("loss on the data", *(number(loss, 4) for loss in found.losses))]
+
+
+@click.command("verify")
+@click.argument("ref", type=REFERENCE, required=False)
+@click.option("--all", "everything", is_flag=True, help="Every adapter in the registry.")
+@click.option("--base", metavar="BASE", help="Base to hold it against [its own, if it is on this machine].")
+@json_option
+def verify_command(ref: str | None, everything: bool, base: str | None, as_json: bool) -> None:
+    """Check files, checksums, tensors, NaN and the fit to the base. Exit status 1 if anything is wrong.
+
+    \b
+    Example:
+      mlx-adapters verify --all
+    """
+    from mlx_adapters.verifying import verify, verify_all
+
+    if (ref is None) == (not everything):
+        raise click.UsageError("Give a reference or --all.")
+    found = [verify(ref, base=base)] if ref is not None else verify_all(base)
+    if as_json:
+        _output.emit_json({"sound": all(one.sound for one in found), "adapters": found})
+    else:
+        for one in found:
+            _show_verification(one)
+        if not found:
+            _output.note("No adapters yet. 'mlx-adapters train' makes one.")
+    if not all(one.sound for one in found):
+        raise click.exceptions.Exit(1)
+
+
+def _show_verification(found: "Verification") -> None:
+    _output.out(f"{found.name}: {'sound' if found.sound else _output.style('NOT SOUND', fg='red')}")
+    for check in found.checks:
+        mark = {True: "ok", False: _output.style("FAILED", fg="red"), None: "not checked"}[check.sound]
+        _output.out(f"  {check.what}: {mark}: {check.detail}")

@@ -1,0 +1,229 @@
+"""`merge`, `subtract`, `scale`, `interpolate`, `extract`: adapters out of others."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from mlx_adapters.cli import _output
+from mlx_adapters.cli._options import REFERENCE, json_option, overwrite_option
+from mlx_adapters.cli._output import number
+
+if TYPE_CHECKING:
+    from mlx_adapters.adapter import Adapter
+
+# Written out: the table in `merging.methods` needs numpy, and `--help` must be instant. A test compares them.
+METHODS = ("cat", "svd", "linear", "ties", "dare-linear", "dare-ties", "magnitude-prune", "ties-svd",
+           "dare-linear-svd", "dare-ties-svd", "magnitude-prune-svd")  # fmt: skip
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Rank(click.ParamType):
+    """A whole number of at least 1, or "auto"."""
+
+    name = "rank"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "auto" or isinstance(value, int):
+            return value
+        if not value.isdecimal() or int(value) < 1:
+            self.fail(f"'{value}' is neither a whole number of at least 1 nor 'auto'.", param, ctx)
+        return int(value)
+
+
+any_base_option = click.option("--any-base", is_flag=True, help="Merge adapters of different bases.")
+energy_option = click.option(
+    "--energy", type=click.FloatRange(0, 1, min_open=True), help="With --rank auto: share of ‖ΔW‖² to keep [0.99]."
+)
+
+
+def name_options(command: Command) -> Command:
+    """--name, --name-template and --overwrite of a new adapter."""
+    options = (
+        click.option("--name", required=True, metavar="NAME", help="Name of the new adapter."),
+        click.option("--name-template", metavar="TEMPLATE",
+                     help='Make the name of fields, e.g. "{task}_{version}_{date}"; --name is the task.'),
+        overwrite_option,
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _new_name(name: str, template: str | None) -> str:
+    from mlx_adapters.housekeeping import fill_template
+
+    return name if template is None else fill_template(template, name)
+
+
+@click.command("merge")
+@click.argument("refs", type=REFERENCE, nargs=-1, required=True)
+@click.option("--weight", "weights", type=float, multiple=True, metavar="W",
+              help="One for each adapter, in their order; may be negative [1/n each].")  # fmt: skip
+@click.option("--method", type=click.Choice(METHODS), default="cat", show_default=True, metavar="METHOD",
+              help="One of those above.")  # fmt: skip
+@click.option("--rank", type=Rank(), metavar="R|auto", help="Rank of the result, for svd and *-svd [the largest].")
+@energy_option
+@click.option("--density", type=float, help="Share of entries that pruning keeps (ties, dare, magnitude-prune).")
+@click.option("--seed", type=int, help="Seed of random pruning (dare) [0].")
+@click.option("--sign-method", type=click.Choice(["total", "frequency"]), help="How signs are elected (ties) [total].")
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
+              show_default=True, help="Type of the result; auto is float32 unless a smaller one is exact.")  # fmt: skip
+@any_base_option
+@name_options
+@json_option
+def merge_command(
+    refs: tuple[str, ...], weights: tuple[float, ...], method: str, rank: Any, energy: float | None,
+    density: float | None, seed: int | None, sign_method: Any, dtype: str, any_base: bool, name: str,
+    name_template: str | None, overwrite: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Merge adapters of one base into one adapter.
+
+    \b
+    cat     the exact weighted sum of the updates; ranks add up
+    svd     the nearest update of rank R to that sum
+    linear  adds A and B apart as PEFT does: cheap, but NOT the weighted sum
+    ties, dare-linear, dare-ties, magnitude-prune
+            prune and elect on A and B apart; with -svd on the full updates
+
+    \b
+    Example:
+      mlx-adapters merge sql chat --weight 0.7 --weight 0.3 --name both
+      mlx-adapters merge sql chat --method svd --rank auto --energy 0.99 --name both
+    """
+    from mlx_adapters.merging.recipes import merge
+
+    merged = merge(
+        refs, list(weights) or None, method=method, name=_new_name(name, name_template), rank=rank, energy=energy,
+        density=density, seed=seed, sign_method=sign_method, dtype=dtype, any_base=any_base, overwrite=overwrite,
+        on_event=_output.progress(),
+    )  # fmt: skip
+    _show(merged, as_json)
+
+
+@click.command("subtract")
+@click.argument("a", type=REFERENCE)
+@click.argument("b", type=REFERENCE)
+@click.option("--weight", type=float, default=1.0, show_default=True, help="How much of B to take away.")
+@any_base_option
+@name_options
+@json_option
+def subtract_command(
+    a: str, b: str, weight: float, any_base: bool, name: str, name_template: str | None, overwrite: bool, as_json: bool
+) -> None:
+    """Take what B has learned away from A: ΔA - weight · ΔB, exactly.
+
+    \b
+    Example:
+      mlx-adapters subtract chat-sql sql --name chat-only
+    """
+    from mlx_adapters.merging.recipes import subtract
+
+    new = _new_name(name, name_template)
+    _show(subtract(a, b, weight=weight, name=new, any_base=any_base, overwrite=overwrite), as_json)
+
+
+@click.command("scale", context_settings={"ignore_unknown_options": True})  # -0.5 is a factor
+@click.argument("ref", type=REFERENCE)
+@click.argument("factor", type=float)
+@name_options
+@json_option
+def scale_command(
+    ref: str, factor: float, name: str, name_template: str | None, overwrite: bool, as_json: bool
+) -> None:
+    """Make an adapter stronger or weaker: factor · ΔW, exactly.
+
+    \b
+    Example:
+      mlx-adapters scale sql 0.5 --name sql-half
+    """
+    from mlx_adapters.merging.recipes import scale
+
+    _show(scale(ref, factor, name=_new_name(name, name_template), overwrite=overwrite), as_json)
+
+
+@click.command("interpolate")
+@click.argument("a", type=REFERENCE)
+@click.argument("b", type=REFERENCE)
+@click.option(
+    "--steps", type=click.IntRange(min=2), default=5, show_default=True, help="Points, the two ends included."
+)
+@click.option("--data", metavar="DIR", help="Show the loss on this data at each point.")
+@click.option("--base", metavar="BASE", help="Base to compute the losses on [the adapters' own].")
+@click.option("--name", metavar="NAME", help="Keep every point as NAME-0.25, or with --best the best as NAME.")
+@click.option("--best", is_flag=True, help="With --data and --name: keep the point of the lowest loss only.")
+@any_base_option
+@overwrite_option
+@json_option
+def interpolate_command(
+    a: str, b: str, steps: int, data: str | None, base: str | None, name: str | None, best: bool, any_base: bool,
+    overwrite: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Go from A to B in even steps: (1 - t) · ΔA + t · ΔB, exactly.
+
+    \b
+    Example:
+      mlx-adapters interpolate sql chat --steps 5 --data data/sql
+    """
+    from mlx_adapters.merging.sweep import keep, sweep
+
+    if best and not (data and name):
+        raise click.UsageError("--best needs --data and --name.")
+    if not data and not name:
+        raise click.UsageError("Give --data to see losses, --name to keep the points, or both.")
+    on_event = _output.progress()
+    points = sweep(a, b, steps=steps, data=data, base=base, any_base=any_base, on_event=on_event)
+    kept = keep(points, name, best=best, overwrite=overwrite) if name else {}
+    if as_json:
+        _output.emit_json({"points": [{"t": p.t, "loss": p.loss, "name": kept.get(p.t)} for p in points]})
+        return
+    rows = [(number(p.t), number(p.loss, 4), str(p.adapter.config.rank), kept.get(p.t, "-")) for p in points]
+    _output.table(("T", "LOSS", "RANK", "KEPT AS"), rows, right=(0, 1, 2))
+
+
+@click.command("extract")
+@click.argument("finetuned", metavar="FINETUNED")
+@click.argument("base", metavar="BASE")
+@click.option("--rank", type=Rank(), default=16, show_default=True, metavar="R|auto", help="Rank of the adapter.")
+@energy_option
+@click.option("--target-modules", metavar="NAMES", default="all", show_default=True,
+              help="q_proj,v_proj,... or all linear layers of the blocks.")  # fmt: skip
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@name_options
+@json_option
+def extract_command(
+    finetuned: str, base: str, rank: Any, energy: float | None, target_modules: str, dtype: Any, name: str,
+    name_template: str | None, overwrite: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Make an adapter out of a full fine-tune: the nearest low-rank update to FINETUNED - BASE, layer by layer.
+
+    \b
+    Example:
+      mlx-adapters extract ./my-finetune demo --rank 32 --name from-full
+    """
+    from mlx_adapters.merging.extraction import extract
+
+    targets = "all" if target_modules == "all" else tuple(target_modules.split(","))
+    adapter = extract(
+        finetuned, base, rank=rank, energy=energy, target_modules=targets, name=_new_name(name, name_template),
+        dtype=dtype, overwrite=overwrite, on_event=_output.progress(),
+    )  # fmt: skip
+    recipe = adapter.metadata["extract"]
+    if not as_json:
+        rows = [(key, f"{kept:.2%}") for key, kept in recipe["energy_by_layer"].items()]
+        _output.table(("LAYER", "ENERGY KEPT"), rows, right=(1,))
+        _output.out()
+    _show(adapter, as_json)
+
+
+def _show(adapter: "Adapter", as_json: bool) -> None:
+    if as_json:
+        _output.emit_json({"config": adapter.config, "metadata": adapter.metadata, "parameters": adapter.parameters})
+        return
+    config = adapter.config
+    _output.out(f"{adapter.name}: rank {config.rank}, scale {number(config.scale, 4)}, {len(config.keys)} layers")
+    recipe = adapter.metadata.get("merge") or adapter.metadata.get("extract") or {}
+    if "energy_kept" in recipe:
+        lowest = min(recipe["energy_by_layer"], key=recipe["energy_by_layer"].get)
+        least = f"{recipe['energy_by_layer'][lowest]:.2%}"
+        _output.out(f"energy kept: {recipe['energy_kept']:.2%} of all, at least {least} of a layer ({lowest})")

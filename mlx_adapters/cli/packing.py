@@ -1,0 +1,102 @@
+"""`pack`, `add`, `init`: adapters in and out as files."""
+
+from pathlib import Path
+
+import click
+
+from mlx_adapters.cli import _output
+from mlx_adapters.cli._options import json_option, overwrite_option
+
+
+class Size(click.ParamType):
+    """Bytes: 500000, 200MB, 1.5GB (powers of 1000)."""
+
+    name = "size"
+
+    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        text = value.strip().lower().removesuffix("b")
+        factor = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}.get(text[-1:], 1)
+        try:
+            count = float(text.rstrip("kmgt")) * factor
+            if 0 < count < 1e18:
+                return int(count)
+        except ValueError:
+            pass
+        return self.fail(f"'{value}' is no size; for example 200MB or 1.5GB.", param, ctx)
+
+
+@click.command("pack")
+@click.argument("source", metavar="REF|MODEL")
+@click.argument("target", metavar="FILE.tar.gz", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--checkpoints", is_flag=True, help="Take the adapter's checkpoints along.")
+@overwrite_option
+@json_option
+def pack_command(source: str, target: Path, checkpoints: bool, overwrite: bool, as_json: bool) -> None:
+    """Write an adapter, or a model folder (a path), into one file. Equal contents give equal bytes.
+
+    \b
+    Example:
+      mlx-adapters pack sql sql.tar.gz
+    """
+    from mlx_adapters.packing import pack
+
+    done = pack(source, target, checkpoints=checkpoints, overwrite=overwrite, on_event=_output.progress())
+    if as_json:
+        _output.emit_json(done)
+        return
+    _output.out(f"{done.path}: {len(done.files)} files, {_output.size(done.size_bytes)}, sha256 {done.sha256}")
+
+
+@click.command("add")
+@click.argument("source", metavar="PATH|FILE.tar.gz|user/repo[@rev]")
+@click.option("--name", metavar="NAME", help="Its name in the registry [the file's, folder's or repository's].")
+@click.option("--out", type=click.Path(file_okay=False), help="Put it into this folder instead (models need one).")
+@click.option("--max-size", type=Size(), default=None, metavar="SIZE", help="Largest unpacked size, e.g. 5GB.")
+@overwrite_option
+@json_option
+def add_command(
+    source: str, name: str | None, out: str | None, max_size: int | None, overwrite: bool, as_json: bool
+) -> None:
+    """Take in an adapter from a folder, a packed file or the Hub, checked, as a copy.
+
+    Folders made by plain mlx_lm.lora are taken as they are. PEFT adapters: 'import-peft'.
+
+    \b
+    Example:
+      mlx-adapters add ./adapters --name sql
+    """
+    from mlx_adapters.packing import add
+    from mlx_adapters.unpacking import MAX_BYTES
+
+    on_event = _output.progress()
+    limit = max_size or MAX_BYTES
+    done = add(source, name=name, out=out, max_bytes=limit, overwrite=overwrite, on_event=on_event)
+    if as_json:
+        _output.emit_json(done)
+        return
+    where = f"as '{done.name}'" if done.name else f"in {done.folder}"
+    checkpoints = f" with {len(done.iterations)} checkpoints" if done.iterations else ""
+    _output.out(f"Added the {done.kind}{checkpoints} {where}.")
+
+
+@click.command("init")
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path), default=".")
+@overwrite_option
+@json_option
+def init_command(folder: Path, overwrite: bool, as_json: bool) -> None:
+    """Start a project of adapters: a .gitattributes for weights, a .gitignore and a sample config.
+
+    \b
+    Example:
+      mlx-adapters init my-adapters
+    """
+    from mlx_adapters.project import start_project
+
+    written = start_project(folder, overwrite=overwrite)
+    if as_json:
+        _output.emit_json({"folder": folder, "files": written})
+        return
+    _output.out(f"Wrote {', '.join(written)} in {folder}.")
+    _output.note(f"Next: put rows into {folder}/data, then 'mlx-adapters train --config {folder}/train.yaml'.")

@@ -1,0 +1,73 @@
+"""A walk from one adapter to another, with the loss at each step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mlx_adapters import registry
+from mlx_adapters.adapter import Adapter
+from mlx_adapters.config import require
+from mlx_adapters.events import OnEvent, ignore
+from mlx_adapters.merging.recipes import Source, interpolate
+
+MAX_SEQ_LENGTH = 2048
+
+
+@dataclass(frozen=True)
+class Point:
+    """(1 - t) · first + t · second, and its loss in nats per judged token where data was given."""
+
+    t: float
+    adapter: Adapter
+    loss: float | None = None
+
+
+def sweep(
+    first: Source, second: Source, *, steps: int = 5, data: str | Path | None = None, base: str | None = None,
+    any_base: bool = False, on_event: OnEvent = ignore,
+) -> list[Point]:  # fmt: skip
+    """The interpolated adapters, with losses on `data` if given."""
+    points = [Point(t, adapter) for t, adapter in interpolate(first, second, steps=steps, any_base=any_base)]
+    if data is None:
+        return points
+    losses = losses_on(data, [point.adapter for point in points], base, any_base, on_event)
+    return [replace(point, loss=loss) for point, loss in zip(points, losses, strict=True)]
+
+
+def keep(points: Sequence[Point], name: str, *, best: bool = False, overwrite: bool = False) -> dict[float, str]:
+    """Register every point as `name`-t, or the one of the lowest loss as `name`; t -> name."""
+    if best:
+        known = [point for point in points if point.loss is not None]
+        require(bool(known), "Without losses there is no best point.", "give data.")
+        chosen = {min(known, key=lambda point: point.loss or 0.0).t: name}
+    else:
+        chosen = {point.t: f"{name}-{point.t:.4g}" for point in points}
+    for point in points:
+        if point.t in chosen:
+            registry.register(point.adapter, chosen[point.t], overwrite=overwrite)
+    return chosen
+
+
+def losses_on(
+    data: str | Path, adapters: Sequence[Adapter], base: str | None, any_base: bool = False, on_event: OnEvent = ignore
+) -> list[float]:
+    """Loss of each adapter on the test rows of `data` (else valid, else train), in nats per judged token.
+
+    The base is loaded once. Raises ConfigError, NotFoundError, FormatError or IncompatibleError.
+    """
+    from mlx_adapters.evaluation.tokens import Batches, judge, judged_rows
+    from mlx_adapters.model import load_model
+    from mlx_adapters.training.rows import read_data
+
+    read = read_data(data)
+    rows = read.rows("test") or read.rows("valid") or read.rows("train")
+    name = base or adapters[0].base_name
+    require(name is not None, "The adapters name no base.", "name one with --base.")
+    model = load_model(name)  # type: ignore[arg-type]
+    batches = Batches(judged_rows(rows, model, MAX_SEQ_LENGTH))
+    losses = []
+    for adapter in adapters:
+        model.attach(adapter, any_base=any_base)
+        figures = judge(model, batches, on_event)
+        losses.append(float(figures.loss.sum() / figures.tokens.sum()))
+    return losses

@@ -1,0 +1,243 @@
+"""The commands that manage and merge, as they are typed."""
+
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+from adapters import LLAMA, make_adapter, make_mlx_lm_folder, make_run
+
+from mlx_adapters import cli, registry
+from mlx_adapters.cli import merge as merge_commands
+from mlx_adapters.config import LoraConfig, TrainConfig, from_mapping, read_yaml
+from mlx_adapters.evaluation.tokens import judged_rows
+from mlx_adapters.merging.methods import METHODS
+from mlx_adapters.model import load_model
+from mlx_adapters.training.rows import read_data
+
+OURS = ("adapters", "keeping", "packing", "merge")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run("list", "--json") -> (exit status, stdout, stderr), through the program's own door."""
+
+    def run(*arguments, status=0):
+        monkeypatch.setattr(sys, "argv", ["mlx-adapters", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert ended.value.code == status, err
+        assert "Traceback" not in err
+        return out, err
+
+    return run
+
+
+@pytest.fixture
+def base(tiny_model):
+    return tiny_model("llama")
+
+
+def as_json(output):
+    return json.loads(output[0])
+
+
+@pytest.mark.parametrize("command", [name for name, (module, _) in cli.COMMANDS.items() if module in OURS])
+def test_every_command_has_help_with_an_example(run, command):
+    out, _ = run(command, "--help")
+    assert "Example:" in out and f"mlx-adapters {command}" in out and "--json" in out
+
+
+def test_the_commands_know_every_method():
+    assert set(merge_commands.METHODS) == set(METHODS)
+
+
+def test_list_sorts_filters_and_shows_damage(run, base):
+    make_run(base, "sql")
+    make_run(base, "chat", losses=[(100, 3.0), (200, 0.5)])
+    folder = make_run(base, "bad")
+    (folder / "adapter_config.json").write_text("{")
+    out, err = run("list", "--sort", "loss")
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["chat", "bad", "sql"]
+    assert "chat (@200)" in lines[1] and "not readable JSON" in lines[2]
+    assert "1 of 3 have a problem" in err
+    names = [entry["name"] for entry in as_json(run("list", "--sort", "name", "--reverse", "--json"))["adapters"]]
+    assert names == ["sql", "chat", "bad"]
+    assert as_json(run("list", "--base", "another", "--json")) == {"adapters": []}
+    assert "No such adapters" in run("list", "--tag", "x")[1]
+
+
+def test_show_tells_settings_layers_losses_and_files(run, base, tmp_path):
+    make_run(base, "sql", keys=LLAMA)
+    out, _ = run("show", "sql", "--plot", tmp_path / "losses.svg")
+    for text in ("rank 4, scale 2", "512 × 64", "@200 *", "adapter_metadata.json", str(base), "rows train 600"):
+        assert text in out
+    assert "<svg" in (tmp_path / "losses.svg").read_text()
+    assert "model.layers.1.mlp.down_proj" in run("show", "sql@100", "--layers")[0]
+    shown = as_json(run("show", "sql", "--json"))
+    assert [c["validation_loss"] for c in shown["checkpoints"]] == [2.0, 1.0, 1.5]
+    assert {layer["key"] for layer in shown["layers"]} == set(LLAMA)
+    from mlx_adapters.merging.updates import update_of
+
+    exact = np.linalg.norm(update_of(registry.load_adapter("sql"), LLAMA[0]).matrix())
+    norm = next(layer["norm"] for layer in shown["layers"] if layer["key"] == LLAMA[0])
+    assert norm == pytest.approx(exact, rel=1e-5)
+    assert "must end in .svg" in run("show", "sql", "--plot", tmp_path / "x.gif", status=2)[1]
+    registry.register(make_adapter(base), "fresh")
+    assert "No losses" in run("show", "fresh", "--plot", tmp_path / "y.svg", status=1)[1]
+    assert "did you mean 'sql'" in run("show", "sqll", status=1)[1]
+
+
+def test_compare_shows_what_differs_and_the_angle(run, base):
+    registry.register(make_adapter(base, LLAMA, name="x"), "x")
+    registry.register(make_adapter(base, LLAMA[:2], factor=4.0, name="y"), "y")
+    found = as_json(run("compare", "x", "y", "--json"))
+    assert ["scale", 2.0, 4.0] in found["settings"] and ["layers", 3, 2] in found["settings"]
+    same, _, alone = (next(layer for layer in found["layers"] if layer["key"] == key) for key in LLAMA)
+    assert same["cosine"] == pytest.approx(1) and same["norm_b"] == pytest.approx(2 * same["norm_a"])
+    assert alone["norm_b"] is None and alone["cosine"] is None
+    assert "COSINE" in run("compare", "x", "y")[0]
+    other = as_json(run("compare", "x", "x", "--json"))
+    assert other["settings"] == [] and other["cosine"] == pytest.approx(1)
+
+
+def test_verify_exits_with_1_if_anything_is_wrong(run, base):
+    make_run(base, "sql")
+    make_mlx_lm_folder(base, registry.adapter_folder("plain"))
+    out, _ = run("verify", "--all")
+    assert out.count(": sound") == 2 and "fits" in out
+    folder = registry.adapter_folder("sql")
+    (folder / "adapters.safetensors").unlink()  # a link to the checkpoint, which stays whole
+    (folder / "adapters.safetensors").write_bytes((folder / "0000300_adapters.safetensors").read_bytes())
+    out, _ = run("verify", "sql", status=1)
+    assert "not the file that was recorded" in out and "it is checkpoint 300: 'use sql@300'" in out
+    run("use", "sql@300")
+    run("verify", "sql")
+    assert as_json(run("verify", "--all", "--json"))["sound"] is True
+    run("verify", status=2)
+    run("verify", "sql", "--all", status=2)
+
+
+def test_verify_holds_the_adapter_against_its_base(run, base, tiny_model):
+    registry.register(make_adapter(base), "sql")
+    other = tiny_model("llama", hidden_size=96)
+    assert "does not fit" in run("verify", "sql", "--base", other, status=1)[0]
+    assert "other weights" in run("verify", "sql", "--base", tiny_model("llama", seed=5), status=1)[0]
+    adapter = make_adapter(base)
+    adapter.metadata["base"] = {"name": "nobody/here"}
+    registry.register(adapter, "far")
+    assert "base: not checked: 'nobody/here' is not on this machine yet" in run("verify", "far")[0]
+
+
+def test_managing_by_commands(run, base, monkeypatch):
+    make_run(base, "sql")
+    assert "'sql' is now 'queries'" in run("rename", "sql", "queries")[0]
+    assert as_json(run("tag", "queries", "prod", "v1", "--json"))["tags"] == ["prod", "v1"]
+    assert "v1" in run("tag", "queries", "--remove", "prod")[0]
+    assert run("tag", "queries")[0].strip() == "queries: v1"
+    assert as_json(run("use", "queries@100", "--json"))["iteration"] == 100
+    plan = as_json(run("prune", "queries", "--keep-last", "0", "--no-keep-best", "--dry-run", "--json"))
+    assert plan["pruned"][0]["iterations"] == [200, 300]
+    out, err = run("prune", "--all", "--yes")
+    assert "nothing to remove" in out and "0 checkpoints" in err
+    run("prune", status=2)
+    run("remove", "queries", "queris", "--yes", status=1)
+    assert registry.names() == ["queries"], "a wrong name among several removes nothing"
+    for answer, status in (("", 130), ("n\n", 130), ("y\n", 0)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(answer))
+        run("remove", "queries@200", status=status)
+        assert (200 in registry.read_entry(registry.adapter_folder("queries")).iterations) == (status == 130)
+    assert as_json(run("remove", "queries@300", "queries", "--yes", "--json"))["removed"][1]["whole"]
+    assert registry.names() == []
+
+
+def test_packing_by_commands(run, base, tmp_path):
+    make_run(base, "sql")
+    packed = as_json(run("pack", "sql", tmp_path / "sql.tar.gz", "--checkpoints", "--json"))
+    assert len(packed["files"]) == 6
+    assert "with 3 checkpoints as 'copy'" in run("add", tmp_path / "sql.tar.gz", "--name", "copy")[0]
+    assert "more than it may" in run("add", tmp_path / "sql.tar.gz", "--name", "z", "--max-size", "1kB", status=1)[1]
+    run("add", tmp_path / "sql.tar.gz", "--max-size", "huge", status=2)
+    assert "already exists" in run("pack", "sql", tmp_path / "sql.tar.gz", status=1)[1]
+    assert as_json(run("add", tmp_path / "sql.tar.gz", "--out", tmp_path / "o", "--json"))["name"] is None
+
+
+def test_init_writes_a_config_that_train_takes(run, tmp_path):
+    folder = tmp_path / "project"
+    assert as_json(run("init", folder, "--json"))["files"] == [".gitattributes", ".gitignore", "train.yaml"]
+    settings = read_yaml(folder / "train.yaml")
+    assert (
+        from_mapping(LoraConfig, settings["lora"]) and from_mapping(TrainConfig, settings["training"]).iterations == 600
+    )
+    assert "*.safetensors filter=lfs" in (folder / ".gitattributes").read_text()
+    (folder / "train.yaml").write_text("mine")
+    (folder / ".gitignore").unlink()
+    run("init", folder, status=1)
+    assert (folder / "train.yaml").read_text() == "mine" and not (folder / ".gitignore").exists()
+    run("init", folder, "--overwrite")
+
+
+def test_merging_by_commands(run, base):
+    registry.register(make_adapter(base, LLAMA, name="x"), "x")
+    registry.register(make_adapter(base, LLAMA[:2], seed=1, rank=2, name="y"), "y")
+    out, _ = run("merge", "x", "y", "--weight", "0.7", "--weight", "-0.3", "--name", "exact")
+    assert "exact: rank 6" in out
+    assert "cat: 0.7 · x + -0.3 · y" in run("show", "exact")[0]
+    out, _ = run("merge", "x", "y", "--method", "svd", "--rank", "auto", "--energy", "0.8", "--name", "small")
+    assert "energy kept: " in out and "at least" in out
+    done = as_json(
+        run("merge", "x", "x", "--method", "dare-ties", "--density", "0.5", "--seed", "3", "--name", "d", "--json")
+    )
+    assert done["metadata"]["merge"]["seed"] == 3
+    run("subtract", "x", "y", "--weight", "0.5", "--name", "minus")
+    run("scale", "x", "-0.5", "--name", "turned")
+    assert registry.load_adapter("turned").config.scale == -1.0
+    out, _ = run("interpolate", "x", "y", "--steps", "3", "--name", "way")
+    assert "way-0.5" in out and {"way-0", "way-0.5", "way-1"} <= set(registry.names())
+    run("merge", "x", "y", "--name", "mix", "--name-template", "{task}-{version}")
+    assert "mix-v1" in registry.names()
+    for wrong, status in (
+        (["merge", "x", "y", "--method", "ties", "--name", "n"], 2),
+        (["merge", "x", "y", "--rank", "0", "--name", "n"], 2),
+        (["merge", "x", "y", "--method", "linear", "--name", "n"], 1),
+        (["merge", "x", "y", "--name", "exact"], 1),
+        (["merge", "x", "y"], 2),
+        (["merge", "x", "nobody", "--name", "n"], 1),
+        (["scale", "x", "0", "--name", "n"], 2),
+        (["interpolate", "x", "y"], 2),
+        (["interpolate", "x", "y", "--best", "--name", "n"], 2),
+        (["extract", base, base, "--name", "n"], 1),
+        (["extract", base, "./nowhere", "--name", "n"], 1),
+    ):
+        _, err = run(*wrong, status=status)
+        assert "Error" in err
+    assert "n" not in registry.names()
+
+
+def test_extract_by_command(run, base, tiny_model):
+    tuned = tiny_model("llama", seed=3)
+    out, err = run("extract", tuned, base, "--rank", "2", "--target-modules", "q_proj", "--name", "drawn")
+    assert "ENERGY KEPT" in out and "drawn: rank 2" in out and "not in the adapter" in err
+
+
+def test_losses_on_data(run, base, tmp_path):
+    for name, seed in (("x", 0), ("y", 1)):
+        registry.register(make_adapter(base, LLAMA, seed=seed, name=name), name)
+    rows = [{"prompt": f"say {word}", "completion": word} for word in ("course", "student", "title")]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    points = as_json(run("interpolate", "x", "y", "--data", tmp_path, "--name", "w", "--best", "--json"))["points"]
+    best = min(points, key=lambda point: point["loss"])
+    assert [point["name"] for point in points].count("w") == 1 and best["name"] == "w"
+    losses = as_json(run("compare", "x", "y", "--data", tmp_path, "--json"))["losses"]
+    assert losses == pytest.approx([points[0]["loss"], points[-1]["loss"]], rel=1e-5)
+    model = load_model(base, registry.load_adapter("w"))
+    found = []
+    for row in judged_rows(read_data(tmp_path).rows("test"), model, 2048):
+        logits = np.array(model.logits(row.tokens[:-1].tolist()), dtype=np.float64)
+        log = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        found += [-log[i - 1, row.tokens[i]] for i in np.flatnonzero(row.trained)]
+    assert best["loss"] == pytest.approx(np.mean(found), rel=1e-4)
