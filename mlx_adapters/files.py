@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -308,14 +309,16 @@ _ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U16": 2, "U8": 1, "I32"
                "I16": 2, "BOOL": 1, "U64": 8}  # fmt: skip
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
-    """Write MLX arrays to a safetensors file, whole or not at all.
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None, hashed: bool = False
+) -> str:
+    """Write MLX arrays to a safetensors file, whole or not at all; return its SHA-256 if `hashed`, else "".
 
     The names are sorted and the header is canonical, so equal tensors give equal bytes.
     """
     names = sorted(tensors)
     layout = [(name, str(tensors[name].dtype).removeprefix("mlx.core."), tensors[name].shape) for name in names]
-    stream_safetensors(path, layout, (tensors[name] for name in names), metadata)
+    return stream_safetensors(path, layout, (tensors[name] for name in names), metadata, hashed)
 
 
 def stream_safetensors(
@@ -323,11 +326,12 @@ def stream_safetensors(
     layout: Iterable[tuple[str, str, tuple[int, ...]]],
     arrays: Iterable[Any],
     metadata: Mapping[str, str] | None = None,
-) -> None:
+    hashed: bool = False,
+) -> str:
     """Write a safetensors file whose arrays are produced one by one, in the order of `layout`.
 
     `layout` holds (name, dtype as in "bfloat16", shape) and must be known beforehand; `arrays` may be a
-    generator: one array at a time is in memory.
+    generator: one array at a time is in memory. Returns the file's SHA-256 if `hashed`, else "".
     """
     layout = list(layout)
     header: dict[str, Any] = {"__metadata__": dict(sorted((metadata or {"format": "mlx"}).items()))}
@@ -341,13 +345,24 @@ def stream_safetensors(
         offset += size
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with atomic_file(path) as stream:
-        stream.write(struct.pack("<Q", len(encoded)))
-        stream.write(encoded)
+    with atomic_file(path) as stream, ThreadPoolExecutor(1) as worker:
+        digest = hashlib.sha256()
+        hashing = worker.submit(digest.update, b"")
+
+        def write(data: bytes | memoryview) -> None:
+            nonlocal hashing
+            if hashed:  # beside the writing, which takes as long
+                hashing.result()
+                hashing = worker.submit(digest.update, data)
+            stream.write(data)
+
+        write(struct.pack("<Q", len(encoded)) + encoded)
         for (name, dtype, shape), array in zip(layout, arrays, strict=True):
             if tuple(array.shape) != tuple(shape) or not str(array.dtype).endswith(dtype):
                 raise ValueError(f"{name}: promised {dtype} {shape}, got {array.dtype} {array.shape}")
-            stream.write(raw_bytes(array))
+            write(raw_bytes(array))
+        hashing.result()
+    return digest.hexdigest() if hashed else ""
 
 
 def raw_bytes(array: Any) -> memoryview | bytes:

@@ -232,17 +232,17 @@ def changing(*names: str) -> Iterator[None]:
 
 
 def register(adapter: "Adapter", name: str, overwrite: bool = False) -> "Adapter":
-    """Write the adapter into the registry under `name` and return it as it is read back.
+    """Write the adapter into the registry under `name` and return it as it stands there.
 
     Raises ExistsError, FormatError or StorageError; two processes cannot both win a name.
     """
-    from mlx_adapters.adapter import read_adapter, write_adapter
+    from mlx_adapters.adapter import read_metadata, write_adapter
 
     folder = adapter_folder(name)
     files.refuse_existing(folder, overwrite)
     with changing(name):
         write_adapter(replace(adapter, metadata=adapter.metadata | {"name": name}), folder, overwrite)
-    return read_adapter(folder)
+        return replace(adapter, metadata=read_metadata(folder), folder=folder, iteration=None)
 
 
 def made_now() -> dict[str, Any]:

@@ -41,7 +41,7 @@ def import_peft(
     found = resolve_base(base)
     module, _ = load_module(found)
     converted = convert(peft, module, found.name)
-    for note in notes_on(peft, converted):
+    for note in notes_on(peft, converted, found):
         on_event(Note(note, "warning"))
     metadata = {"source": "peft", "peft": record(peft, converted, str(source)), "base": found.record()}
     adapter = replace(converted.adapter, metadata=metadata | registry.made_now())
@@ -91,9 +91,12 @@ def record(peft: PeftAdapter, converted: Converted, source: str) -> dict[str, An
     }
 
 
-def notes_on(peft: PeftAdapter, converted: Converted) -> list[str]:
+def notes_on(peft: PeftAdapter, converted: Converted, base: Base) -> list[str]:
     """What the user should know about a conversion that worked."""
     notes = list(converted.notes)
+    trained_on, given = peft.settings.base_class, base.config.get("architectures") or []
+    if trained_on and given and trained_on not in given:
+        notes.append(f"The adapter was trained on a {trained_on}; '{base.name}' is a {given[0]} of the same shapes.")
     if peft.settings.unknown:
         notes.append(f"Settings that this version does not know were ignored: {', '.join(peft.settings.unknown)}.")
     return notes

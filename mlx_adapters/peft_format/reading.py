@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_adapters import files, tensor_names
+from mlx_adapters.adapter import first_not_finite
 from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.peft_format.settings import FUSE_HINT, PeftSettings
 from mlx_adapters.tensor_names import CONFIG_FILE, PEFT_PICKLE_FILE, PEFT_PREFIX, PEFT_SCALE, PEFT_WEIGHTS_FILE
@@ -105,11 +106,8 @@ def _read_tensors(folder: Path) -> tuple[dict[str, mx.array], float | None]:
     if not header:
         raise FormatError(f"'{path}' holds no tensors.")
     tensors = files.read_safetensors(path)
-    finite = {name: mx.isfinite(array).all() for name, array in tensors.items()}
-    mx.eval(finite)
-    for name, good in finite.items():
-        if not good.item():
-            raise FormatError(f"'{name}' in '{path}' holds NaN or Inf.", "the training that made it diverged.")
+    if bad := first_not_finite(tensors):
+        raise FormatError(f"'{bad}' in '{path}' holds NaN or Inf.", "the training that made it diverged.")
     return tensors, _number(metadata.get(PEFT_SCALE))
 
 

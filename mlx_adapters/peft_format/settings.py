@@ -84,6 +84,13 @@ class PeftSettings:
         name = self.raw.get("base_model_name_or_path")
         return name if isinstance(name, str) and name else None
 
+    @property
+    def base_class(self) -> str | None:
+        """The base model's class in transformers, if the trainer's PEFT wrote it down."""
+        mapping = self.raw.get("auto_mapping")
+        name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+        return name if isinstance(name, str) else None
+
     @cached_property
     def modules_to_save(self) -> tuple[str, ...]:
         """Names of modules that are trained whole."""
