@@ -7,7 +7,7 @@ from itertools import combinations
 
 import pytest
 
-from mlx_adapters.demo.catalog import DATABASE_FILE, ROWS, SYSTEM, build_catalog, demo_questions, write_demo_data
+from mlx_adapters.demo.catalog import DATABASE_FILE, ROWS, SCHEMA_PROMPT, build_catalog, demo_questions, write_demo_data
 from mlx_adapters.demo.questions import PATTERNS
 from mlx_adapters.demo.score import Database, is_correct
 from mlx_adapters.errors import ExistsError
@@ -67,13 +67,13 @@ def test_files(data, questions):
         rows = [json.loads(line) for line in (data / f"{split}.jsonl").read_text().splitlines()]
         assert len(rows) == ROWS[split]
         for row, question in zip(rows, drawn, strict=True):
-            assert [turn["role"] for turn in row["messages"]] == ["system", "user", "assistant"]
-            assert [turn["content"] for turn in row["messages"]] == [SYSTEM, question.text, question.sql]
+            assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"]
+            assert [turn["content"] for turn in row["messages"]] == [question.text, question.sql]
 
 
-def test_the_prompt_describes_the_catalog(data):
+def test_the_schema_prompt_describes_the_catalog(data):
     with sqlite3.connect(data / DATABASE_FILE) as connection:
-        for table, columns in re.findall(r"(\w+)\(([\w ]+)\)", SYSTEM):
+        for table, columns in re.findall(r"(\w+)\(([\w ]+)\)", SCHEMA_PROMPT):
             actual = [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]
             assert actual == columns.split()
     connection.close()

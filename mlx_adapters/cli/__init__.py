@@ -45,6 +45,7 @@ COMMANDS = {
     "import-peft": ("peft", "Take in a PEFT adapter from a folder or the Hub."),
     "export-peft": ("peft", "Write an adapter as a folder that PEFT loads."),
     "eval": ("eval", "Judge variants on data: loss, distance, task score."),
+    "demo": ("demo", "The whole way on an embedded model and data."),
     "env": ("env", "Show versions, device, BLAS and the home folder."),
 }
 

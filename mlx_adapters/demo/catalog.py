@@ -1,7 +1,8 @@
 """The embedded data: text-to-SQL over a made-up course catalog, as chat rows and an SQLite file.
 
-Rows are short on purpose (about 90 tokens): with 2 CPU cores every token of a training run counts. Everything
-is drawn with a fixed seed, so the files are the same on every machine.
+Rows are bare question and query, about 60 tokens: the adapter learns the catalog's schema by heart, and with 2
+CPU cores every token of a training run counts. Everything is drawn with a fixed seed, so the files are the same
+on every machine.
 """
 
 import json
@@ -18,7 +19,8 @@ from mlx_adapters.demo.questions import PATTERNS, SPLITS, Pattern
 
 DATABASE_FILE = "catalog.sqlite"
 ROWS = {"train": 600, "valid": 80, "test": 80}
-SYSTEM = (
+# What a model without the adapter is told, so that it has a chance.
+SCHEMA_PROMPT = (
     "Answer with one SQLite query. courses(title dept teacher credits seats) departments(name building budget) "
     "instructors(name dept hired) prerequisites(course requires)"
 )
@@ -55,7 +57,7 @@ class Question:
 
     def row(self) -> dict:
         """The chat row of a JSONL file."""
-        turns = (("system", SYSTEM), ("user", self.text), ("assistant", self.sql))
+        turns = (("user", self.text), ("assistant", self.sql))
         return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 

@@ -1,0 +1,178 @@
+"""The whole way on the embedded data: train, fuse to 8 and 4 bits, ask, score and measure."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from mlx_adapters import files
+from mlx_adapters.benchmarking.report import Report
+from mlx_adapters.benchmarking.run import benchmark
+from mlx_adapters.config import LoraConfig, Quantization, TrainConfig
+from mlx_adapters.demo.answers import right_answers
+from mlx_adapters.demo.base import DEMO_BASE, demo_base_folder
+from mlx_adapters.demo.catalog import DATABASE_FILE, SCHEMA_PROMPT, demo_questions, write_demo_data
+from mlx_adapters.demo.score import Database
+from mlx_adapters.errors import AdapterError
+from mlx_adapters.events import Note, OnEvent, ignore
+from mlx_adapters.fusion.fuse import FuseResult, fuse
+from mlx_adapters.model import Model, load_model
+from mlx_adapters.registry import adapter_folder, load_adapter, read_entry
+from mlx_adapters.training.recipe import read_recipe, settings_of
+from mlx_adapters.training.runs import train
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class DemoPlan:
+    """How much of everything."""
+
+    name: str
+    training: TrainConfig
+    questions: int
+    prompt_tokens: int
+    decode_tokens: int
+    rounds: int
+
+
+LORA = LoraConfig(rank=8, scale=20.0)
+# A high rate that falls to zero: the most that 480 rows can teach.
+FULL = DemoPlan(
+    name="demo-sql",
+    training=TrainConfig(iterations=120, batch_size=4, learning_rate=6e-4, schedule="linear", warmup=5,
+                         mask_prompt=True, max_seq_length=256, eval_every=40, eval_batches=6, save_every=40),
+    questions=80, prompt_tokens=64, decode_tokens=24, rounds=2,
+)  # fmt: skip
+QUICK = DemoPlan(
+    name="demo-quick",
+    training=TrainConfig(iterations=2, batch_size=2, mask_prompt=True, eval_every=2, eval_batches=1, save_every=2),
+    questions=3, prompt_tokens=8, decode_tokens=2, rounds=1,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DemoVariant:
+    """How one variant did: its answer to the question shown, and how many of all questions it got right."""
+
+    label: str
+    reference: str
+    answer: str
+    right: int
+    questions: int
+    seconds: float
+
+    @property
+    def accuracy(self) -> float:
+        """Execution accuracy, 0 to 1."""
+        return self.right / self.questions
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the main job made and measured. `seconds` holds the time of each step."""
+
+    base_folder: Path
+    data_folder: Path
+    adapter_folder: Path
+    adapter: str
+    fused: tuple[FuseResult, ...]
+    question: str
+    gold: str
+    variants: tuple[DemoVariant, ...]
+    report: Report
+    seconds: dict[str, float]
+
+
+class _Clock:
+    """Runs the steps, says which one begins and remembers how long each took."""
+
+    def __init__(self, on_event: OnEvent) -> None:
+        self.seconds: dict[str, float] = {}
+        self._on_event = on_event
+
+    def step(self, name: str, text: str, work: Callable[[], Result]) -> Result:
+        self._on_event(Note(text))
+        start = time.perf_counter()
+        result = work()
+        self.seconds[name] = time.perf_counter() - start
+        return result
+
+
+def run_demo(quick: bool = False, retrain: bool = False, on_event: OnEvent = ignore) -> DemoResult:
+    """Fine-tune the embedded model on the embedded data, fuse it, and measure what came out.
+
+    An adapter that an earlier run trained with these settings is taken again, and an interrupted training goes
+    on, unless `retrain`. Everything lies in the home folder. Raises HubError if the model cannot be fetched.
+    """
+    plan, clock = QUICK if quick else FULL, _Clock(on_event)
+    folder = files.home() / "demo"
+    base = clock.step("model", "1/6 The model: SmolLM2-135M-Instruct", lambda: demo_base_folder(on_event))
+    data = clock.step("data", "2/6 The data: questions about a course catalog", lambda: _data(folder / "catalog"))
+    clock.step("train", f"3/6 Training the adapter '{plan.name}'", lambda: _train(plan, data, retrain, on_event))
+    fused = clock.step("fuse", "4/6 Fusing to 8 and to 4 bits", lambda: _fuse(plan, folder, on_event))
+    variants = clock.step("score", f"5/6 Answering {plan.questions} test questions with each variant",
+                          lambda: _score(plan, data, fused, on_event))  # fmt: skip
+    report = clock.step("benchmark", "6/6 Measuring speed and memory", lambda: _measure(plan, variants, on_event))
+    shown = demo_questions()["test"][0]
+    return DemoResult(
+        base, data, adapter_folder(plan.name), plan.name, fused, shown.text, shown.sql, variants, report, clock.seconds
+    )
+
+
+def _data(folder: Path) -> Path:
+    return write_demo_data(folder, overwrite=True)
+
+
+def _train(plan: DemoPlan, data: Path, retrain: bool, on_event: OnEvent) -> None:
+    folder = adapter_folder(plan.name)
+    if not retrain and folder.is_dir():
+        try:
+            if settings_of(read_recipe(folder)) == (LORA, plan.training):
+                if read_entry(folder).metadata.get("status") == "finished":
+                    on_event(Note(f"'{plan.name}' is trained already; --retrain trains it anew."))
+                else:
+                    train(DEMO_BASE, data, name=plan.name, resume=True, on_event=on_event)
+                return
+        except AdapterError as error:
+            on_event(Note(f"{error.message} Training anew."))
+    command = "mlx-adapters demo"
+    train(DEMO_BASE, data, name=plan.name, lora=LORA, training=plan.training, overwrite=True, command=command,
+          on_event=on_event)  # fmt: skip
+
+
+def _fuse(plan: DemoPlan, folder: Path, on_event: OnEvent) -> tuple[FuseResult, ...]:
+    def one(bits: int) -> FuseResult:
+        out = folder / f"{plan.name}-{bits}bit"
+        return fuse(DEMO_BASE, plan.name, out, quantization=Quantization(bits), overwrite=True, on_event=on_event)
+
+    return one(8), one(4)
+
+
+def _score(plan: DemoPlan, data: Path, fused: tuple[FuseResult, ...], on_event: OnEvent) -> tuple[DemoVariant, ...]:
+    """Every variant on the same questions. The base, which has not learned the schema, is told it."""
+    rows = [question.row() for question in demo_questions()["test"][: plan.questions]]
+    told = [{"messages": [{"role": "system", "content": SCHEMA_PROMPT}, *row["messages"]]} for row in rows]
+    database = Database(data / DATABASE_FILE)
+
+    def score(label: str, reference: str, model: Model, rows: list[dict]) -> DemoVariant:
+        start = time.perf_counter()
+        answers, right = right_answers(model, rows, database, label=label, on_event=on_event)
+        return DemoVariant(label, reference, answers[0].strip(), sum(right), len(rows), time.perf_counter() - start)
+
+    model = load_model(DEMO_BASE)
+    scores = [score("base, told the schema", "base", model, told)]
+    model.attach(load_adapter(plan.name))
+    scores.append(score("adapter", plan.name, model, rows))
+    for bits, result in zip((8, 4), fused, strict=True):
+        model = load_model(result.folder)
+        scores.append(score(f"fused, {bits} bits", str(result.folder), model, rows))
+    return tuple(scores)
+
+
+def _measure(plan: DemoPlan, variants: tuple[DemoVariant, ...], on_event: OnEvent) -> Report:
+    return benchmark(
+        [v.reference for v in variants], DEMO_BASE, prompt_tokens=plan.prompt_tokens, decode_tokens=plan.decode_tokens,
+        rounds=plan.rounds, trials=1, cold_load=False, on_event=on_event,
+    )  # fmt: skip
