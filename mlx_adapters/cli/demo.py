@@ -24,10 +24,10 @@ def demo_command(quick: bool, retrain: bool, as_json: bool) -> None:
     Example:
       mlx-adapters demo
     """
-    from mlx_adapters.cli.train import _Watch
+    from mlx_adapters.cli.train import Watch
     from mlx_adapters.demo.job import run_demo
 
-    result = run_demo(quick=quick, retrain=retrain, on_event=_Watch(None))
+    result = run_demo(quick=quick, retrain=retrain, on_event=Watch(None))
     if as_json:
         _output.emit_json(result)
     else:

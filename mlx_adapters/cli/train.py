@@ -39,7 +39,7 @@ def train_command(
         return
     from mlx_adapters.training.runs import train
 
-    watch = _Watch(log)
+    watch = Watch(log)
     if resume is not None:
         lora, training = _settings_of_run(settings, resume)
         run = train(
@@ -77,7 +77,7 @@ def _print_config(settings: Settings) -> None:
     _output.out(yaml.safe_dump(given | groups, sort_keys=False), newline=False)
 
 
-class _Watch:
+class Watch:
     """Prints reports as lines on stderr, the rest as a live line, and keeps the log."""
 
     def __init__(self, log: str | None) -> None:
