@@ -135,9 +135,10 @@ def convert(gguf: Path, folder: Path) -> None:
     import mlx.core as mx
 
     try:
-        tensors, metadata = mx.load(str(gguf), format="gguf", return_metadata=True)
+        loaded: Any = mx.load(str(gguf), format="gguf", return_metadata=True)
     except (RuntimeError, ValueError) as error:
         raise FormatError(f"'{gguf}' cannot be read as GGUF: {error}.") from None
+    tensors, metadata = loaded
     config = _config(metadata)
     files.write_safetensors(folder / "model.safetensors", _weights(tensors, config))
     files.write_json(folder / "config.json", config)
