@@ -228,19 +228,27 @@ class Model:
 
     def stream(
         self, prompt: str | list[int], *, max_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,
-        seed: int | None = None, raw: bool = False,
+        seed: int | None = None, raw: bool = False, cache: list[Any] | None = None,
     ) -> Iterator[Any]:  # fmt: skip
-        """Yield mlx-lm's responses (`.text`, `.token`, `.finish_reason`) as they are made."""
+        """Yield mlx-lm's responses (`.text`, `.token`, `.finish_reason`) as they are made.
+
+        `cache` holds what came before the prompt (mlx-lm's prompt cache) and grows by prompt and answer.
+        """
         require(max_tokens >= 1, f"max_tokens must be at least 1, not {max_tokens}.")
         require(temperature >= 0, f"temperature must not be negative, not {temperature}.")
         require(0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}.")
         ids = self.encode(prompt, raw) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise ModelError("The prompt is empty.", "write something to continue.")
+        sampler = self.sampler(temperature, top_p, seed)
+        extra = {} if cache is None else {"prompt_cache": cache}
+        yield from stream_generate(self.module, self.tokenizer, ids, max_tokens=max_tokens, sampler=sampler, **extra)
+
+    def sampler(self, temperature: float, top_p: float, seed: int | None) -> Any:
+        """What chooses the next token from its log-probabilities."""
         if seed is not None:
             mx.random.seed(seed)
-        sampler = make_sampler(temp=temperature, top_p=top_p)
-        yield from stream_generate(self.module, self.tokenizer, ids, max_tokens=max_tokens, sampler=sampler)
+        return make_sampler(temp=temperature, top_p=top_p)
 
     def generate(
         self, prompt: str | list[int], *, max_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,

@@ -34,8 +34,8 @@ def generate_command(
     Example:
       mlx-adapters generate "List all departments." --adapter sql
     """
-    from mlx_adapters.model import load_model
     from mlx_adapters.registry import load_adapter
+    from mlx_adapters.runtime.live import load_model
 
     prompt = sys.stdin.read() if prompt == "-" else prompt
     loaded = load_adapter(adapter) if adapter else None

@@ -74,7 +74,7 @@ class AdapterPool:
     programs at decode. Both save operations, which a GPU's decode speed hangs on; a CPU's does not.
     """
 
-    def __init__(self, module: nn.Module, group: bool | None = None, compiled: bool | None = None) -> None:
+    def __init__(self, module: nn.Module, group: bool | None = None, compiled: bool = False) -> None:
         self.module = module
         self.layers = adaptable_layers(module)
         self.dtype = compute_dtype(module)
@@ -83,7 +83,7 @@ class AdapterPool:
         self.selection: Selection = ()
         self.fused: Selection | None = None
         self._group = on_gpu() if group is None else group
-        self._compiled = self._group if compiled is None else compiled
+        self._compiled = compiled
         self._blocks: dict[str, Block] = {}
         self._plans: dict[tuple, Plan] = {}
         self._groups: list[tuple[str, ...]] | None = None
@@ -319,6 +319,8 @@ class AdapterPool:
                     made |= _fused_layers(site, combine(parts), self.dtype)
             self._unfused = {path: at_path(self.module, path) for path in made}
             replace_layers(self.module, made)
+            for block in self._blocks.values():
+                block.program = None
             self.fused = selection
 
     def unfuse(self) -> None:

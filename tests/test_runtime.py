@@ -1,0 +1,329 @@
+"""Adapters at run time: exact, many on one base, each where it belongs."""
+
+import gc
+import threading
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+import pytest
+
+import mlx_adapters as ma
+from mlx_adapters import layers
+from mlx_adapters.adapter import Adapter, AdapterConfig, write_adapter
+from mlx_adapters.config import LoraConfig
+from mlx_adapters.errors import FormatError, IncompatibleError, NotFoundError
+from mlx_adapters.model import load_model as load_plain_model
+from mlx_adapters.runtime.live import LiveModel, load_model
+from mlx_adapters.runtime.pool import AdapterPool
+
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2"]
+TOKENS = [5, 9, 2, 77, 31, 6, 7, 8, 301, 44]
+
+
+def random_adapter(model, kind="lora", rank=4, targets="all", scale=2.0, seed=0, num_layers="all", name=None):
+    """An adapter with seeded random weights on the target modules (experts left out for DoRA)."""
+    found = layers.adaptable_layers(model.module)
+    lora = LoraConfig(rank=rank, scale=scale, type=kind, target_modules=targets, num_layers=num_layers)
+    keys = layers.resolve_target_modules(model.module, lora)
+    if kind == "dora":
+        keys = tuple(key for key in keys if not isinstance(found[key], layers.SWITCH))
+    config, random, weights = AdapterConfig(rank, scale, keys, kind), np.random.default_rng(seed), {}
+    for key in keys:
+        for leaf, shape in layers.expected_shapes(found[key], config).items():
+            values = random.normal(size=shape, scale=0.1 if len(shape) > 1 else 0.3)
+            weights[f"{key}.{leaf}"] = mx.array((values + (1.5 if leaf == "m" else 0)).astype(np.float32))
+    return Adapter(config, weights, {"name": name or f"random{seed}", "base": model.base.record()})
+
+
+def distance(one, other):
+    return mx.abs(one - other).max().item()
+
+
+@pytest.fixture
+def live(tiny_model):
+    """A live llama with grouped products, as on a GPU."""
+    model = load_model(tiny_model("llama"))
+    model.pool = AdapterPool(model.module, group=True)
+    return model
+
+
+@pytest.mark.parametrize("group", [False, True])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_output_is_mlx_lms_and_without_adapter_the_bases(tiny_model, tmp_path, architecture, kind, group):
+    model = load_model(tiny_model(architecture))
+    model.pool = AdapterPool(model.module, group=group)
+    base = model.logits(TOKENS)
+    adapter = random_adapter(model, kind)
+    folder = write_adapter(adapter, tmp_path / "a")
+    plain, _ = mlx_lm.load(str(tiny_model(architecture)), adapter_path=str(folder), model_config=model.base.config)
+    plain.set_dtype(mx.float32)
+    wanted = plain(mx.array([TOKENS]))[0]
+    assert distance(wanted, base) > 1e-2
+    model.attach(adapter)
+    size = mx.abs(wanted).max().item()
+    assert distance(model.logits(TOKENS), wanted) < 1e-5 * size
+    assert distance(stepwise(model.module), stepwise(plain)) < 1e-5 * size
+    model.use(None)
+    assert mx.array_equal(model.logits(TOKENS), base)
+    model.detach()
+    assert mx.array_equal(model.logits(TOKENS), base)
+    assert not any(isinstance(layer, layers.ADAPTED) for _, layer in model.module.named_modules())
+
+
+def test_compiled_blocks_compute_the_same(tiny_model):
+    model, wanted = load_model(tiny_model("llama")), {}
+    adapters = {"1": random_adapter(model, seed=1), "2": random_adapter(model, "dora", seed=2)}
+    for compiled in (False, True):
+        model.pool = AdapterPool(model.module, group=True, compiled=compiled)
+        for name, adapter in adapters.items():
+            model.attach(adapter, name=name)
+        for name in ("1", "2", None, "1"):
+            model.use(name)
+            assert distance(stepwise(model.module), wanted.setdefault(name, stepwise(model.module))) < 1e-5
+        assert len(model.pool._blocks) == (2 if compiled else 0)
+        model.detach()
+
+
+def stepwise(module):
+    """Logits of the tokens fed one by one through a cache, as decoding does."""
+    cache = mlx_lm.models.cache.make_prompt_cache(module)
+    return mx.concatenate([module(mx.array([[token]]), cache=cache)[0] for token in TOKENS])
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_quantized_base(tiny_model, bits, kind):
+    model, reference = (load_model(tiny_model("llama", bits=bits), dense=False) for _ in range(2))
+    model.module.set_dtype(mx.float32)
+    model.pool = AdapterPool(model.module, group=True)
+    reference.module.set_dtype(mx.float32)
+    base = model.logits(TOKENS)
+    adapter = random_adapter(model, kind)
+    layers.dequantize_layers(reference.module, mx.float32)
+    layers.attach(reference.module, adapter)
+    model.attach(adapter)
+    assert distance(model.logits(TOKENS), reference.module(mx.array([TOKENS]))[0]) < 2e-5
+    model.detach()
+    assert mx.array_equal(model.logits(TOKENS), base)
+
+
+def test_grouping_keeps_the_base_in_memory_once(tiny_model):
+    model = load_model(tiny_model("llama", hidden_size=256, intermediate_size=1024))
+    adapter = random_adapter(model, rank=1, targets=("q_proj", "up_proj"))
+    weights = {path: mx.array(np.array(layer.weight)) for path, layer in model.pool.layers.items()}
+    gc.collect()
+    before = mx.get_active_memory()
+    model.pool = AdapterPool(model.module, group=True)
+    model.attach(adapter)
+    gc.collect()
+    assert mx.get_active_memory() - before < 3 * model.pool.nbytes
+    assert sorted(len(paths) for paths in model.pool._groups) == [2, 2, 3, 3]
+    for path, layer in model.pool.layers.items():
+        assert mx.array_equal(layer.weight, weights[path])
+
+
+def test_memory_of_many_adapters(tiny_model):
+    model = load_model(tiny_model("llama", hidden_size=256, intermediate_size=1024))
+    adapters = [random_adapter(model, seed=i) for i in range(8)]
+    size = sum(w.nbytes for w in adapters[0].weights.values())
+    gc.collect()
+    before = mx.get_active_memory()
+    for adapter in adapters:
+        model.attach(adapter)
+    gc.collect()
+    assert mx.get_active_memory() - before == pytest.approx(8 * size, rel=0.05)
+
+
+def test_nothing_is_held_between_calls(live):
+    live.attach(random_adapter(live))
+    groups = [site for site in set(live.pool._sites.values()) if len(site.paths) > 1]
+    live.logits(TOKENS)
+    assert all(group._held is None for group in groups)
+    x = mx.ones((1, 2, 64))
+    q = live.module.model.layers[0].self_attn.q_proj
+    q(x)
+    held = q._site._held
+    assert set(held[1]) == {1, 2}
+    del x, held
+    gc.collect()
+    assert q._site._held is None
+
+
+def test_switching_scaling_and_mixing(live):
+    a, b = random_adapter(live, rank=4, seed=1), random_adapter(live, "dora", rank=2, seed=2, targets=("q_proj",))
+    live.attach(a, name="a")
+    live.attach(b, name="b", use=False)
+    assert [(i.name, i.weight) for i in live.adapters] == [("a", 1.0), ("b", None)]
+    base, x = None, mx.random.normal((1, 3, 64))
+    q = live.module.model.layers[1].self_attn.q_proj
+    outputs = {}
+    for name in (None, "a", "b"):
+        live.use(name)
+        outputs[name] = q(x)
+    base = outputs[None]
+    live.use({"a": 0.7, "b": 0.3})
+    wanted = base + 0.7 * (outputs["a"] - base) + 0.3 * (outputs["b"] - base)
+    assert distance(q(x), wanted) < 1e-5
+    live.use("a", scale=0.5)
+    assert distance(q(x), base + 0.5 * (outputs["a"] - base)) < 1e-5
+    live.use("a")
+    assert mx.array_equal(q(x), outputs["a"])
+    live.detach("a")
+    assert live.adapter is None and mx.array_equal(q(x), base)
+
+
+def test_using_is_undone_and_takes_what_is_not_attached(live):
+    base = live.logits(TOKENS)
+    live.attach(random_adapter(live, seed=1), name="a")
+    with_a = live.logits(TOKENS)
+    other = random_adapter(live, seed=2)
+    with live.using(other) as model:
+        assert model is live and distance(live.logits(TOKENS), with_a) > 1e-3
+        with live.using(None):
+            assert mx.array_equal(live.logits(TOKENS), base)
+    assert [info.name for info in live.adapters] == ["a"]
+    assert mx.array_equal(live.logits(TOKENS), with_a)
+
+
+def test_failed_attach_changes_nothing(live):
+    live.attach(random_adapter(live, seed=1), name="a")
+    before, names = live.logits(TOKENS), dict(live.module.named_modules()).keys()
+    good = random_adapter(live, seed=2)
+    key = next(iter(good.config.keys))
+    misshapen = good.with_weights(good.weights | {f"{key}.lora_a": mx.zeros((3, 4))})
+    renamed = Adapter(AdapterConfig(4, 2.0, ("model.layers.9.x",)),
+                      {f"model.layers.9.x.lora_{s}": mx.zeros((4, 4)) for s in "ab"})  # fmt: skip
+    foreign = Adapter(good.config, good.weights, {"base": {"name": "other", "fingerprint": "f" * 64}})
+    for bad in (misshapen, renamed, foreign):
+        with pytest.raises((IncompatibleError, FormatError)):
+            live.attach(bad)
+    with pytest.raises(NotFoundError, match="No adapter 'b'"):
+        live.use("b")
+    assert dict(live.module.named_modules()).keys() == names
+    assert [info.name for info in live.adapters] == ["a"] and mx.array_equal(live.logits(TOKENS), before)
+    live.attach(foreign, any_base=True)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_fuse_in_place_and_back(tiny_model, architecture, kind):
+    model = load_model(tiny_model(architecture))
+    model.pool = AdapterPool(model.module, group=True)
+    base = model.logits(TOKENS)
+    model.attach(random_adapter(model, kind, targets=("q_proj", "v_proj", "o_proj")), name="a")
+    attached = model.logits(TOKENS)
+    model.fuse_in_place("a")
+    assert type(model.module.model.layers[0].self_attn.q_proj) is nn.Linear
+    assert distance(model.logits(TOKENS), attached) < 1e-5
+    model.unfuse()
+    assert mx.array_equal(model.logits(TOKENS), attached)
+    model.fuse_in_place("a")
+    model.use(None)
+    assert mx.array_equal(model.logits(TOKENS), base)
+
+
+def test_interleaved_streams_keep_adapter_and_seed(live):
+    for i in (1, 2):
+        live.attach(random_adapter(live, seed=i), name=str(i))
+    options = {"max_tokens": 12, "temperature": 1.0}
+
+    def begin(name, seed):
+        live.use(name)
+        return live.stream("List all", seed=seed, **options)
+
+    jobs = [("1", 3), ("2", 4), (None, 5)]
+    alone = [[r.token for r in begin(*job)] for job in jobs]
+    together = [[] for _ in jobs]
+    streams = [begin(*job) for job in jobs]
+    while any(streams):
+        for i, stream in enumerate(streams):
+            if stream is not None:
+                response = next(stream, None)
+                live.use("2")
+                if response is None:
+                    streams[i] = None
+                else:
+                    together[i].append(response.token)
+    assert together == alone and len({tuple(t) for t in alone}) == 3
+
+
+def test_threads_do_not_mix(live):
+    names = ["1", "2", None]
+    for i in (1, 2):
+        live.attach(random_adapter(live, seed=i), name=str(i))
+    wanted = {}
+    for name in names:
+        with live.using(name):
+            wanted[name] = live.generate([5, 6, 7], max_tokens=8).token_ids
+    failures = []
+
+    def work(name):
+        for _ in range(4):
+            with live.using(name):
+                if live.generate([5, 6, 7], max_tokens=8).token_ids != wanted[name]:
+                    failures.append(name)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in names * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures and len(set(map(tuple, wanted.values()))) == 3
+
+
+def test_cache_is_bound_to_its_adapter(live):
+    live.attach(random_adapter(live, seed=1), name="a")
+    cache = live.new_cache()
+    assert len(list(live.stream([5, 6, 7], max_tokens=3, cache=cache))) == 3
+    assert cache.layers[0].offset in (5, 6)  # the last token may be in it or not yet
+    live.use(None)
+    with pytest.raises(IncompatibleError, match="another adapter"):
+        live.stream([5], cache=cache)
+    live.use("a")
+    stream = live.stream([5], max_tokens=5, cache=cache)
+    next(stream)
+    live.detach("a")
+    with pytest.raises(IncompatibleError, match="detached"):
+        next(stream)
+
+
+def rows_of(model, entries, tokens):
+    with model.pool.routed(entries):
+        found = model.module(tokens)
+        mx.eval(found)
+    return found
+
+
+@pytest.mark.parametrize("group", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_each_row_has_its_own_adapter(tiny_model, architecture, group):
+    model = load_model(tiny_model(architecture))
+    model.pool = AdapterPool(model.module, group=group)
+    embedding = "wte" if architecture == "gpt2" else "embed_tokens"
+    targets = ["all", (embedding,), "all"]
+    kinds = ["lora", "lora", "dora"]
+    for i, (kind, target) in enumerate(zip(kinds, targets, strict=True)):
+        model.attach(random_adapter(model, kind, rank=(4, 7, 2)[i], targets=target, seed=i), name=str(i))
+    order = ["1", None, "0", "2", "0", "2", "1"]
+    tokens = mx.array(np.random.default_rng(0).integers(0, 512, (len(order), 11)))
+    rows = rows_of(model, [name and model.pool.get(name) for name in order], tokens)
+    step = rows_of(model, [name and model.pool.get(name) for name in order], tokens[:, :1])
+    for i, name in enumerate(order):
+        model.use(name)
+        assert distance(rows[i], model.logits(tokens[i])) < 1e-4
+        assert distance(step[i], model.logits(tokens[i, :1])) < 1e-4
+    model.detach("0")
+    model.use("1")
+    assert distance(model.logits(tokens[0]), rows[0]) < 1e-4
+
+
+def test_public_load_model_takes_an_adapter(tiny_model, tmp_path):
+    folder = tiny_model("qwen3")
+    adapter = random_adapter(load_plain_model(folder))
+    path = write_adapter(adapter, tmp_path / "sql")
+    model = ma.load_model(folder, path)
+    assert (isinstance(model, LiveModel) and "sql" in repr(model)) or "random0" in repr(model)
+    assert model.generate("hello", max_tokens=3).finish_reason in ("length", "stop")
