@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mlx_adapters as ma
-from mlx_adapters import charts, errors
+from mlx_adapters import charts, errors, units
 from mlx_adapters.cli import cli
-from mlx_adapters.hub import cards, staging
+from mlx_adapters.hub import cards, cleaning
 from mlx_adapters.hub.uploads import make_card, write_card
 
 pytest_plugins = ["hub_fixtures"]
@@ -80,6 +80,21 @@ def test_nothing_is_invented(base, make_adapter, tmp_path):
     assert {"license", "base_model", "datasets", "model-index"} & set(front(card)) == set()
 
 
+def test_saved_evaluations_of_the_published_weights_are_shown(sql):
+    path = sql.folder / "adapter_metadata.json"
+    entry = {"data": "/home/joe/sql", "split": "test", "sha256": "0", "rows": 80, "score": "sqlite", "date": "2026"}
+    saved = [
+        entry | {"iteration": None, "metrics": {"loss": 0.5, "sqlite": 0.8125}, "errors": {"sqlite": 0.044}},
+        entry | {"iteration": 20, "metrics": {"loss": 0.75}, "errors": {}},
+    ]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"evaluations": saved}))
+    text = str(make_card("sql"))
+    assert "| sql (test, 80 rows) | sqlite | 0.8125 ± 0.044 |" in text and "0.75" not in text
+    results = front(make_card("sql"))["model-index"][0]["results"]
+    assert {"type": "sqlite", "name": "sqlite", "value": 0.8125} in results[1]["metrics"]
+    assert "| loss | 0.75 |" in str(make_card("sql@20")) and "0.8125" not in str(make_card("sql@20"))
+
+
 def test_my_part_and_my_keys_survive(sql):
     path = write_card("sql")
     text = path.read_text()
@@ -110,6 +125,10 @@ def test_a_fused_models_card(sql, base, tmp_path, bits):
     assert ("4-bit weights in groups of 32" if bits else "not quantized") in str(card)
     assert ("4-bit" in front(card)["tags"]) == bool(bits) and 'load("user/fused")' in str(card)
     assert "model.safetensors" in str(card) and front(card)["library_name"] == "mlx"
+    assert front(card)["base_model_relation"] == "finetune" and "with `sql` fused into its weights" in str(card)
+    report = json.loads((folder / "fuse_report.json").read_text())
+    assert f"| **this model** | {units.number(report['fidelity']['kl_mean'], 4)} |" in str(card)
+    assert "How the adapter was made" in str(card) and "joe" not in str(card)
 
 
 def test_several_bases_and_bad_ones_are_told_apart():
@@ -169,7 +188,7 @@ def test_the_command_prints_and_writes_cards(sql):
     ],
 )
 def test_paths_are_cut_down(text, expected):
-    assert staging.clean_text(text) == expected
+    assert cleaning.clean_text(text) == expected
 
 
 NAMES = st.text("abcxyz-_.0189", min_size=1, max_size=8).filter(lambda s: s.strip("."))
@@ -178,14 +197,14 @@ NAMES = st.text("abcxyz-_.0189", min_size=1, max_size=8).filter(lambda s: s.stri
 @given(st.lists(NAMES, min_size=2, max_size=5), st.sampled_from(["", "x ", "--data ", "--data=", "(", '"', "\n"]))
 def test_no_folder_of_a_path_survives(parts, before):
     text = f"{before}/home/{'/'.join(parts)} rest"
-    cleaned = staging.clean_text(text)
+    cleaned = cleaning.clean_text(text)
     assert cleaned == f"{before}{parts[-1]} rest"
-    staging.check_paths("x", cleaned)
+    cleaning.check_paths("x", cleaned)
 
 
 def test_cleaning_reaches_every_corner():
     value = {"a": ["/home/joe/x", {"/home/joe/key": ("~/y", 3, None, True)}], "chat_template": "{{ '/a/b' }}"}
-    assert staging.clean(value) == {"a": ["x", {"key": ["y", 3, None, True]}], "chat_template": "{{ '/a/b' }}"}
+    assert cleaning.clean(value) == {"a": ["x", {"key": ["y", 3, None, True]}], "chat_template": "{{ '/a/b' }}"}
 
 
 def test_secrets_are_found():
@@ -197,9 +216,9 @@ def test_secrets_are_found():
         "-----BEGIN PRIVATE KEY-----",
     ):
         with pytest.raises(errors.HubError, match="line 2"):
-            staging.check_secrets("x", f"first\nkey = '{secret}'")
+            cleaning.check_secrets("x", f"first\nkey = '{secret}'")
     for harmless in ("hf_hub_download", "hf_model", "sk-learn", "mask-" + "a" * 40):
-        staging.check_secrets("x", harmless)
+        cleaning.check_secrets("x", harmless)
 
 
 # -- pictures --------------------------------------------------------------------------------------

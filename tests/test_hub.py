@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
@@ -322,13 +323,69 @@ def test_a_damaged_adapter_on_the_hub_is_refused(hub, sql, home):
     assert not (home / "adapters" / "x").exists()
 
 
+# -- PEFT ------------------------------------------------------------------------------------------
+
+PEFT = Path(__file__).parent / "peft_fixtures" / "llama"
+
+
+def push_peft(hub, case, base_name="user/tiny", repo="user/peft"):
+    folder = PEFT / case
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for path in [path for path in found if path.endswith("adapter_config.json")]:
+        found[path] = json.dumps(json.loads(found[path]) | {"base_model_name_or_path": base_name}).encode()
+    hub.add(repo, found)
+
+
+@pytest.mark.parametrize("case", ["all-linear", "dora", "subfolder"])
+def test_a_peft_adapter_comes_in_and_gives_pefts_logits(hub, case):
+    push_peft(hub, case, "/home/joe/base")
+    result = ma.download("user/peft", name="it", base=PEFT / "base")
+    expected = mx.load(str(PEFT / "logits.safetensors"))
+    adapter = ma.load_adapter("it")
+    logits = load_model(PEFT / "base", adapter).logits(expected["input_ids"])
+    assert mx.abs(logits - expected[case]).max().item() < 1e-4
+    assert adapter.metadata["hub"] == {"repo": "user/peft", "revision": result.commit}
+
+
+def test_a_reference_to_a_peft_adapter_takes_the_base_from_its_config(hub, monkeypatch):
+    hub.add("user/tiny", {path.name: path.read_bytes() for path in (PEFT / "base").iterdir()})
+    push_peft(hub, "all-linear", "user/tiny")
+    got = ma.load_adapter("user/peft")
+    assert got.base_name == "user/tiny" and got.name == "peft"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert ma.load_adapter("user/peft").fingerprint == got.fingerprint
+
+
+def test_a_peft_adapter_of_an_unknown_base_is_refused(hub, home):
+    push_peft(hub, "all-linear", "/home/joe/base")
+    with pytest.raises(errors.HubError, match="does not name its base") as caught:
+        ma.download("user/peft", name="it")
+    assert "--base" in caught.value.hint and not (home / "adapters" / "it").exists()
+
+
+def test_a_peft_export_goes_up_as_peft(hub, tmp_path):
+    ma.import_peft(PEFT / "all-linear", base=PEFT / "base", name="it")
+    out = tmp_path / "export"
+    ma.export_peft("it", out)
+    result = publish(out, "user/export", base_model="user/tiny", license="mit")
+    there = hub.repos["user/export"].files
+    assert there["adapter_model.safetensors"] == (out / "adapter_model.safetensors").read_bytes()
+    assert "library_name: peft" in result.card and "PeftModel.from_pretrained" in result.card
+    assert str(tmp_path).encode() not in uploaded(hub, "user/export")
+    again = ma.download("user/export", name="again", base=PEFT / "base")
+    expected = mx.load(str(PEFT / "logits.safetensors"))
+    logits = load_model(PEFT / "base", ma.load_adapter("again")).logits(expected["input_ids"])
+    assert again.kind == "adapter" and mx.abs(logits - expected["all-linear"]).max().item() < 1e-4
+
+
 # -- models ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def fused(sql, base, tmp_path):
     folder = tmp_path / "out" / "sql-4bit"
-    ma.fuse(base, sql, folder, quantization=ma.Quantization(4, 32))
+    options = ma.FuseOptions(method="nearest", check=False)
+    ma.fuse(base, sql, folder, quantization=ma.Quantization(4, 32), options=options)
     return folder
 
 

@@ -4,12 +4,11 @@
 (the base's id in the front matter, or None) and `pictures` (file name -> SVG).
 """
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlx_adapters.hub.staging import Subject
+from mlx_adapters.hub.subject import RECIPE_FILE, Subject
 from mlx_adapters.tensor_names import ADAPTER_FILE, split
 from mlx_adapters.units import duration, number, size
 
@@ -114,7 +113,7 @@ def _and(names: Sequence[str]) -> str:
 
 def training(subject: Subject, facts: Facts) -> str:
     """Data, settings, losses and the curve; for a merged, extracted or imported adapter, what it came from."""
-    metadata = subject.metadata
+    metadata = subject.trained
     parts = []
     data = metadata.get("data") or {}
     if data.get("splits"):
@@ -131,11 +130,12 @@ def training(subject: Subject, facts: Facts) -> str:
     for key, title in (("merge", "Merged from"), ("extract", "Extracted from"), ("peft", "Imported from PEFT")):
         if isinstance(metadata.get(key), Mapping):
             parts.append(f"{title}:\n\n{settings_table(_flat(metadata[key]))}")
-    return "\n\n".join(["## How it was made", *parts]) if parts else ""
+    title = "How the adapter was made" if subject.kind == "model" else "How it was made"
+    return "\n\n".join([f"## {title}", *parts]) if parts else ""
 
 
 def _losses(subject: Subject) -> str:
-    m = subject.metadata
+    m = subject.trained
     parts = []
     if subject.validation_loss is not None:
         at = f" at iteration {m['iteration']}" if m.get("iteration") else ""
@@ -162,19 +162,47 @@ def _details(summary: str, body: str) -> str:
 
 
 def evaluation(subject: Subject, facts: Facts) -> str:
-    rows = [(scores["data"], name.replace("_", " "), number(value, 4))
-            for scores in subject.evaluations for name, value in scores["metrics"].items()]  # fmt: skip
+    rows = []
+    for scores in subject.evaluations if subject.kind != "model" else ():
+        for name, value in scores["metrics"].items():
+            error = (scores.get("errors") or {}).get(name)
+            spread = f" ± {number(error, 2)}" if error is not None else ""
+            rows.append((scores["data"], name.replace("_", " "), number(value, 4) + spread))
     return f"## Evaluation\n\n{table(('data', 'measure', 'value'), rows)}" if rows else ""
 
 
 def fidelity(subject: Subject, facts: Facts) -> str:
     """What fusing cost, from fuse_report.json."""
-    if not subject.report:
+    report, found = subject.report, subject.report.get("fidelity")
+    if not report:
         return ""
-    text = settings_table(_flat(subject.report))
+    text = report.get("text") or {}
+    parts = [f"Rounding: {report.get('method')}"]
+    if text.get("calibration_rows"):
+        parts.append(f"calibrated on {text['calibration_rows']:,} rows of `{text.get('source')}`")
+    if report.get("bits_per_weight"):
+        parts.append(f"{report['bits_per_weight']:.2f} bits per weight over the whole model")
+    if report.get("update_survival") is not None:
+        parts.append(f"share of the update that survived {report['update_survival']:.4f} (mean cosine)")
+    sections = ["## What fusing changed", ", ".join(parts) + "."]
+    if isinstance(found, Mapping):
+        sections.append(_fidelity_table(found, f"`{text['source']}`" if text.get("source") else "text"))
+    return "\n\n".join(sections)
+
+
+def _fidelity_table(found: Mapping[str, Any], source: str) -> str:
+    rows = [
+        ("base with the adapter", "0", "0", "0", "1", found.get("loss_adapter")),
+        ("**this model**", found.get("kl_mean"), found.get("kl_median"), found.get("kl_p99"), found.get("same_top"),
+         found.get("loss_fused")),
+        ("base alone", found.get("base_kl"), None, None, found.get("base_same_top"), found.get("loss_base")),
+    ]  # fmt: skip
+    cells = [[cell if isinstance(cell, str) else number(cell, 4) for cell in row] for row in rows]
+    headers = ("model", "KL", "KL median", "KL 99 %", "same top token", "loss")
     return (
-        "## What fusing changed\n\nThe fused model against the base with the adapter on it, on rows that fusing never "
-        f"saw. KL is KL(adapter model ‖ fused model) in nats per token.\n\n{text}"
+        f"Measured on {found.get('tokens'):,} tokens of {found.get('rows'):,} rows of {source} that calibration never "
+        "saw. KL is KL(base with the adapter ‖ model) in nats per token, loss is in nats per token.\n\n"
+        f"{table(headers, cells)}"
     )
 
 
@@ -267,7 +295,7 @@ def limits(subject: Subject, facts: Facts) -> str:
         revision = f" (revision `{base['revision']}`)" if base.get("revision") else ""
         found.append(f"It needs its base model. It was made on {base_name(subject, facts)}{revision}{stored}; "
                      "on other weights nobody has measured it.")  # fmt: skip
-    settings = subject.metadata.get("training")
+    settings = subject.trained.get("training")
     longest = settings.get("max_seq_length") if isinstance(settings, Mapping) else None
     if longest:
         found.append(f"Trained on texts of at most {longest:,} tokens.")
@@ -286,8 +314,8 @@ def recipe(subject: Subject, facts: Facts) -> str:
     if isinstance(versions, Mapping):
         parts.append("Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".")
     if subject.recipe:
-        text = json.dumps(_flat(subject.recipe), indent=2)
-        parts.append(_details("Recipe", f"```json\n{text}\n```"))
+        parts.append(f"`{RECIPE_FILE}` holds all settings; with base and adapter at hand the same bytes come out of "
+                     f"`mlx-adapters fuse --again {RECIPE_FILE} OUT`.")  # fmt: skip
     if subject.adapter and (hashes := subject.metadata.get("sha256")) and subject.adapter.iteration is None:
         parts.append(f"SHA-256 of `{ADAPTER_FILE}`: `{hashes[ADAPTER_FILE]}`.")
     return "\n\n".join(["## Recipe", *parts]) if parts else ""

@@ -14,7 +14,7 @@ import yaml
 from mlx_adapters import charts
 from mlx_adapters.errors import ConfigError, did_you_mean
 from mlx_adapters.hub.card_sections import SECTIONS
-from mlx_adapters.hub.staging import Subject
+from mlx_adapters.hub.subject import Subject
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 MINE, END_MINE = "<!-- yours: this part survives the next publish -->", "<!-- /yours -->"

@@ -1,19 +1,26 @@
 """Take adapters and models from the Hugging Face Hub, pinned to a commit and kept for offline use."""
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from mlx_adapters import files
-from mlx_adapters.adapter import read_adapter, read_metadata
+from mlx_adapters.adapter import Adapter, read_adapter, read_metadata, write_adapter_files
 from mlx_adapters.config import require
 from mlx_adapters.errors import HubError
 from mlx_adapters.hub.client import snapshot
 from mlx_adapters.model import resolve_base
 from mlx_adapters.registry import parse_reference, register
-from mlx_adapters.tensor_names import ADAPTER_FILE, CONFIG_FILE, METADATA_FILE
+from mlx_adapters.tensor_names import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    METADATA_FILE,
+    PEFT_PICKLE_FILE,
+    PEFT_WEIGHTS_FILE,
+)
 
-ADAPTER_FILES = [ADAPTER_FILE, CONFIG_FILE, METADATA_FILE, "adapter_model.safetensors", "adapter_model.bin"]
+ADAPTER_FILES = [ADAPTER_FILE, CONFIG_FILE, METADATA_FILE, PEFT_WEIGHTS_FILE, PEFT_PICKLE_FILE]
 
 
 @dataclass(frozen=True)
@@ -50,29 +57,59 @@ def download(
     return Download(reference.target, commit, "adapter", adapter.folder, adapter.folder.name)
 
 
+def adapter_files(repo: str, revision: str | None = None) -> tuple[Path, str]:
+    """Download the files of a Hub adapter as they are: (folder, commit). PEFT's may lie in a subfolder.
+
+    Raises HubError.
+    """
+    found, commit = snapshot(repo, revision, ADAPTER_FILES)
+    if not (found / CONFIG_FILE).is_file():
+        snapshot(repo, commit, [f"*/{name}" for name in ADAPTER_FILES])
+        if not any(found.glob(f"*/{CONFIG_FILE}")):
+            raise HubError(f"'{repo}' holds no adapter: it has no {CONFIG_FILE}.", "a model is used by its id: --base.")
+    return found, commit
+
+
 def adapter_snapshot(repo: str, revision: str | None = None, *, base: str | Path | None = None) -> Path:
     """The folder of a Hub adapter, downloaded (and, in PEFT's form, converted) once per commit.
 
-    Its metadata names repository and commit. Works offline from the cache. Raises HubError or FormatError.
+    Its metadata names repository and commit. `base` is what a PEFT adapter is converted for (default: what its
+    config names). Works offline from the cache. Raises HubError, FormatError or IncompatibleError.
     """
-    found, commit = snapshot(repo, revision, ADAPTER_FILES)
-    folder = files.home() / "hub" / repo.replace("/", "--") / commit
+    found, commit = adapter_files(repo, revision)
+    key = commit if base is None else f"{commit}-{hashlib.sha256(str(base).encode()).hexdigest()[:8]}"
+    folder = files.home() / "hub" / repo.replace("/", "--") / key
     if folder.is_dir():
         return folder
-    if not (found / CONFIG_FILE).is_file():
-        raise HubError(f"'{repo}' holds no adapter: it has no {CONFIG_FILE}.", "a model is used by its id, as --base.")
     pinned = {"hub": {"repo": repo, "revision": commit}}
     with files.lock(f"hub-{repo.replace('/', '--')}"), files.atomic_folder(folder, overwrite=True) as temporary:
-        if "peft_type" in files.read_json(found / CONFIG_FILE):
-            _convert_peft(found, temporary, base, pinned)
+        raw = files.read_json(found / CONFIG_FILE) if (found / CONFIG_FILE).is_file() else {"peft_type": None}
+        if "peft_type" in raw:
+            write_adapter_files(_read_peft(repo, found, raw, base, pinned), temporary)
         else:
             for name in (ADAPTER_FILE, CONFIG_FILE):
-                files.link_or_copy((found / name).resolve(), temporary / name)
+                files.link_or_copy(_there(found / name), temporary / name)
             named = {} if (found / METADATA_FILE).is_file() else {"name": repo.partition("/")[2]}
             files.write_json(temporary / METADATA_FILE, read_metadata(found) | named | pinned)
             read_adapter(temporary)
     return folder
 
 
-def _convert_peft(found: Path, folder: Path, base: str | Path | None, pinned: dict[str, Any]) -> None:
-    raise HubError("PEFT adapters cannot be taken from the Hub yet.")
+def _there(path: Path) -> Path:
+    """The file itself, behind the links of the cache. Raises HubError if the repository has no such file."""
+    if not path.is_file():
+        raise HubError(f"The repository has no {path.name}, so it is no whole adapter.")
+    return path.resolve()
+
+
+def _read_peft(
+    repo: str, folder: Path, raw: dict[str, Any], base: str | Path | None, pinned: dict[str, Any]
+) -> Adapter:
+    from mlx_adapters.peft_format.importing import read_as_mlx
+
+    base = base or raw.get("base_model_name_or_path")
+    if not base or (isinstance(base, str) and base.startswith(("/", "~", ".")) and not Path(base).exists()):
+        raise HubError(f"'{repo}' is a PEFT adapter that does not name its base model on the Hub.",
+                       f"say which one: mlx-adapters download {repo} --base BASE --name NAME")  # fmt: skip
+    adapter = read_as_mlx(folder, base, repo)
+    return replace(adapter, metadata=adapter.metadata | {"name": repo.partition("/")[2]} | pinned)

@@ -19,7 +19,9 @@ from mlx_adapters.config import require
 from mlx_adapters.errors import AdapterError, HubError
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.hub import cards, staging
+from mlx_adapters.hub.cleaning import check_paths, check_secrets
 from mlx_adapters.hub.client import Disconnected, hub_errors, progress_bars, readme, require_token
+from mlx_adapters.hub.subject import Subject, matches, read_subject
 from mlx_adapters.model import HUB_ID, resolve_base
 
 ATTEMPTS, FIRST_WAIT_SECONDS = 5, 2.0
@@ -76,19 +78,19 @@ def make_card(
 
     Raises NotFoundError or FormatError.
     """
-    return _card_of(staging.read_subject(source), repo, base_model, license, old)
+    return _card_of(read_subject(source), repo, base_model, license, old)
 
 
 def write_card(
     source: str | Path | Adapter, *, repo: str | None = None, base_model: str | None = None, license: str | None = None
 ) -> Path:  # fmt: skip
     """Write the card as README.md, with its pictures, into the folder of `source`; the user's part is kept."""
-    subject = staging.read_subject(source)
+    subject = read_subject(source)
     return cards.write_readme(_card_of(subject, repo, base_model, license), subject.folder)
 
 
 def _card_of(
-    subject: staging.Subject, repo: str | None, base_model: str | None, license: str | None, old: str | None = None
+    subject: Subject, repo: str | None, base_model: str | None, license: str | None, old: str | None = None
 ) -> cards.Card:
     if old is None:
         old = _local_readme(subject.folder)
@@ -100,7 +102,7 @@ def _local_readme(folder: Path) -> str:
     return path.read_text(errors="replace") if path.is_file() else ""
 
 
-def _base_card(subject: staging.Subject) -> cards.BaseCard:
+def _base_card(subject: Subject) -> cards.BaseCard:
     """The base's id, license and languages: from its README in its folder, in the cache or on the Hub."""
     recorded = subject.local_base
     if not recorded:
@@ -131,7 +133,7 @@ def publish(
     require(not (create_pr and revision), "A pull request is made against 'main': give no revision with it.")
     if not dry_run:
         require_token(f"upload to '{repo}'")
-    subject = staging.read_subject(source).without(exclude)
+    subject = read_subject(source).without(exclude)
     staging.check(subject, on_event)
     remote = _look(repo, revision, dry_run, on_event)
     if remote.exists and private and not remote.private:
@@ -179,7 +181,7 @@ def _look(repo: str, revision: str | None, dry_run: bool, on_event: OnEvent) -> 
 
 
 def _stage(
-    subject: staging.Subject, folder: Path, repo: str, remote: Remote, exclude: Sequence[str], base_model: str | None,
+    subject: Subject, folder: Path, repo: str, remote: Remote, exclude: Sequence[str], base_model: str | None,
     license: str | None,
 ) -> str:  # fmt: skip
     """Fill `folder` with everything that goes up, and return the card's text."""
@@ -192,11 +194,11 @@ def _stage(
             "say which one it is with --base-model user/name.",
         )
     text = str(card)
-    staging.check_secrets("README.md", text)
-    staging.check_paths("README.md", text)
+    check_secrets("README.md", text)
+    check_paths("README.md", text)
     cards.write_readme(card, folder)
     for path in list(folder.iterdir()):
-        if staging.matches(path.name, exclude):
+        if matches(path.name, exclude):
             path.unlink()
     return text
 
@@ -209,7 +211,7 @@ def _changes(folder: Path, remote: Remote, deletes: Sequence[str]) -> tuple[Publ
         if there:
             change = "unchanged" if there[0] == size and _hash_like(there[1], path) == there[1] else "changed"
         found.append(PublishedFile(path.name, size, change))
-    gone = sorted(n for n in remote.files if staging.matches(n, deletes) and not (folder / n).exists())
+    gone = sorted(n for n in remote.files if matches(n, deletes) and not (folder / n).exists())
     return (*found, *(PublishedFile(name, remote.files[name][0], "deleted") for name in gone))
 
 

@@ -8,13 +8,12 @@ import mlx.core as mx
 
 from mlx_adapters import files, registry, tensor_names
 from mlx_adapters.adapter import Adapter
-from mlx_adapters.errors import HubError, IncompatibleError
+from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.layers import QUANTIZED, adaptable_layers, check_fits, dense_weight, weight_shape
 from mlx_adapters.model import Base, load_module, resolve_base
 from mlx_adapters.peft_format.reading import PeftAdapter, read_peft, refuse_beyond_lora
 from mlx_adapters.peft_format.to_mlx import Converted, to_mlx
-from mlx_adapters.tensor_names import CONFIG_FILE, PEFT_PICKLE_FILE, PEFT_WEIGHTS_FILE
 
 # How far a base's embedding may lie from the copy in the adapter (relative): rounding to 16 bits, to 4 bits.
 DENSE_TOLERANCE, QUANTIZED_TOLERANCE = 0.01, 0.5
@@ -36,16 +35,24 @@ def import_peft(
     then nothing is written.
     """
     files.refuse_existing(registry.adapter_folder(name), overwrite)
-    peft = read_peft(peft_folder(source))
+    adapter = read_as_mlx(peft_folder(source), base, str(source), on_event)
+    return registry.register(adapter, name, overwrite)
+
+
+def read_as_mlx(folder: Path, base: str | Path | Base, source: str, on_event: OnEvent = ignore) -> Adapter:
+    """The MLX adapter that the PEFT adapter in `folder` is on `base`; `source` is what its metadata says of it.
+
+    Raises as `import_peft` does.
+    """
+    peft = read_peft(folder)
     refuse_beyond_lora(peft)
     found = resolve_base(base)
     module, _ = load_module(found)
     converted = convert(peft, module, found.name)
     for note in notes_on(peft, converted, found):
         on_event(Note(note, "warning"))
-    metadata = {"source": "peft", "peft": record(peft, converted, str(source)), "base": found.record()}
-    adapter = replace(converted.adapter, metadata=metadata | registry.made_now())
-    return registry.register(adapter, name, overwrite)
+    metadata = {"source": "peft", "peft": record(peft, converted, source), "base": found.record()}
+    return replace(converted.adapter, metadata=metadata | registry.made_now())
 
 
 def convert(peft: PeftAdapter, module: Any, base_name: str) -> Converted:
@@ -65,20 +72,9 @@ def peft_folder(source: str | Path) -> Path:
     reference = registry.parse_reference(text)
     if reference.kind != "hub":
         return Path(text)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from mlx_adapters.hub.downloads import adapter_files
 
-    wanted = [CONFIG_FILE, PEFT_WEIGHTS_FILE, PEFT_PICKLE_FILE]
-    try:
-        folder = Path(snapshot_download(reference.target, revision=reference.revision, allow_patterns=wanted))
-        if not (folder / CONFIG_FILE).is_file():
-            inner = [f"*/{file}" for file in wanted]
-            snapshot_download(reference.target, revision=reference.revision, allow_patterns=inner)
-        return folder
-    except HfHubHTTPError as error:
-        raise HubError(f"The Hub has no '{text}' that you may read: {error.server_message or error}.") from error
-    except (OSError, ValueError) as error:
-        raise HubError(f"'{text}' could not be downloaded: {error}.", "check the network, or give a folder.") from error
+    return adapter_files(reference.target, reference.revision)[0]
 
 
 def record(peft: PeftAdapter, converted: Converted, source: str) -> dict[str, Any]:
