@@ -9,8 +9,8 @@ import pytest
 
 from mlx_adapters.demo.catalog import DATABASE_FILE, ROWS, SCHEMA_PROMPT, build_catalog, demo_questions, write_demo_data
 from mlx_adapters.demo.questions import PATTERNS
-from mlx_adapters.demo.score import Database, is_correct
 from mlx_adapters.errors import ExistsError
+from mlx_adapters.evaluation.sqlite import Database, is_correct
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from mlx_adapters.demo import job
 from mlx_adapters.demo.answers import answer_all, right_answers
 from mlx_adapters.demo.catalog import DATABASE_FILE, SCHEMA_PROMPT, write_demo_data
-from mlx_adapters.demo.score import Database
+from mlx_adapters.evaluation.sqlite import Database
 from mlx_adapters.events import Note
 from mlx_adapters.model import load_model
 from mlx_adapters.registry import list_adapters

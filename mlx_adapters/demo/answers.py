@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_adapters.demo.score import Database, is_correct
 from mlx_adapters.door import batch_generate
+from mlx_adapters.evaluation.sqlite import Database, is_correct
 from mlx_adapters.events import OnEvent, Progress, ignore
 from mlx_adapters.model import Model
 

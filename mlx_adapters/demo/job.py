@@ -13,8 +13,8 @@ from mlx_adapters.config import LoraConfig, Quantization, TrainConfig
 from mlx_adapters.demo.answers import right_answers
 from mlx_adapters.demo.base import DEMO_BASE, demo_base_folder
 from mlx_adapters.demo.catalog import DATABASE_FILE, SCHEMA_PROMPT, demo_questions, write_demo_data
-from mlx_adapters.demo.score import Database
 from mlx_adapters.errors import AdapterError
+from mlx_adapters.evaluation.sqlite import Database
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.fusion.fuse import FuseResult, fuse
 from mlx_adapters.model import Model, load_model

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_adapters.demo.score import Database, execution_accuracy, extract_sql, is_correct, same_rows
 from mlx_adapters.errors import FormatError, NotFoundError
+from mlx_adapters.evaluation.sqlite import Database, execution_accuracy, extract_sql, is_correct, same_rows
 
 
 @pytest.fixture(scope="module")
