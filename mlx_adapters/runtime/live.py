@@ -6,7 +6,7 @@ each answer keeps its own adapter and its own random numbers.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from mlx_adapters.layers import check_made_for
 from mlx_adapters.model import Base, Model
 from mlx_adapters.model import load_model as load_plain_model
 from mlx_adapters.registry import load_adapter
+from mlx_adapters.runtime.batching import Request, answer_all
 from mlx_adapters.runtime.pool import AdapterPool, Attached, Selection, same
 from mlx_adapters.runtime.sampling import Sampler
+from mlx_adapters.runtime.text import text_of
 
 AnyAdapter = str | Path | Adapter
 
@@ -164,6 +166,23 @@ class LiveModel(Model):
             if response is None:
                 return
             yield response
+
+    def generate_batch(
+        self, prompts: Sequence[tuple[str | list[int], str | None]], *, max_tokens: int = 256,
+        temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None, raw: bool = False, max_batch: int = 16,
+    ) -> list[str]:  # fmt: skip
+        """The answers to (prompt, name of an attached adapter or None) pairs, decoded together."""
+        requests = [
+            Request(
+                self.encode(prompt, raw) if isinstance(prompt, str) else prompt,
+                None if name is None else self.pool.get(name),
+                max_tokens, Sampler(temperature, top_p, seed), frozenset(self.tokenizer.eos_token_ids),
+            )
+            for prompt, name in prompts
+        ]  # fmt: skip
+        with self.pool.lock:
+            answers = dict(answer_all(self.module, self.pool, requests, max_batch))
+        return [text_of(self.tokenizer, answers[request]) for request in requests]
 
     def sampler(self, temperature: float, top_p: float, seed: int | None) -> Sampler:
         """What chooses the next token, with its own random numbers."""

@@ -1,0 +1,48 @@
+"""Tokens to text while they come, and stop words, which may begin in one token and end in another."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class TextStream:
+    """The text of one answer. Text that may be the beginning of a stop word is held back until it is not."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        self._detokenizer, self._stop, self._held = tokenizer.detokenizer, tuple(stop), ""
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """The text that is certain after this token; sets `stopped` when a stop word is complete."""
+        self._detokenizer.add_token(token)
+        return self._take(self._detokenizer.last_segment)
+
+    def finish(self) -> str:
+        """The rest of the text."""
+        self._detokenizer.finalize()
+        rest = self._take(self._detokenizer.last_segment)
+        if not self.stopped:
+            rest, self._held = rest + self._held, ""
+        return rest
+
+    def _take(self, text: str) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + text
+        found = [at for at in (text.find(word) for word in self._stop) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = max((_overlap(text, word) for word in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, word: str) -> int:
+    """How many characters at the end of `text` are the beginning of `word`."""
+    return next((n for n in range(min(len(text), len(word) - 1), 0, -1) if text.endswith(word[:n])), 0)
+
+
+def text_of(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """The text of these tokens, as streaming them gives it."""
+    stream = TextStream(tokenizer)
+    return "".join([stream.add(token) for token in tokens]) + stream.finish()
