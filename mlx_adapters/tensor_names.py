@@ -67,6 +67,8 @@ GGUF_BLOCK_MODULES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
@@ -88,6 +90,22 @@ def from_gguf(name: str) -> str:
         return join(GGUF_MODULES[path], leaf)
     raise FormatError(f"The GGUF file holds a tensor '{name}' that a llama model does not have.")
 
+
+def to_gguf(name: str) -> str:
+    """The inverse of `from_gguf`. Raises FormatError for a tensor that no llama-like model has."""
+    path, leaf = split(name)
+    block = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", path)
+    inner = {mlx: gguf for gguf, mlx in GGUF_BLOCK_MODULES.items()}
+    outer = {mlx: gguf for gguf, mlx in GGUF_MODULES.items()}
+    if block and block[2] in inner:
+        return join(f"blk.{block[1]}.{inner[block[2]]}", leaf)
+    if path in outer:
+        return join(outer[path], leaf)
+    raise FormatError(f"GGUF has no name for the tensor '{name}'.")
+
+
+# GPT-2's matrices that a Hugging Face checkpoint stores transposed, (in, out).
+GPT2_TRANSPOSED = ("c_attn", "c_proj", "c_fc")
 
 # -- The PEFT dialect ------------------------------------------------------------------------------------
 # PEFT names a tensor `base_model.model.{path in transformers}.{leaf}` and stores the transposes of MLX's:

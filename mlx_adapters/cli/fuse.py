@@ -35,6 +35,8 @@ BITS = ["keep", "none", "2", "3", "4", "5", "6", "8"]
               help="More bits where they help most, until KL is at most this.")  # fmt: skip
 @click.option("--budget-bits", type=click.FloatRange(0, min_open=True),
               help="More bits where they help most, up to this many per weight.")  # fmt: skip
+@click.option("--format", type=click.Choice(["mlx", "hf", "gguf"]), default="mlx", show_default=True,
+              help="hf: the original checkpoint's names and types; gguf: one file for llama.cpp.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Keep the model even if --max-kl cannot be held.")
 @click.option("--weight", "weights", type=float, multiple=True, help="Share of each adapter, in order [1 each].")
 @click.option("--again", metavar="RECIPE", help="Repeat the fuse of a recipe, to the byte.")

@@ -36,6 +36,7 @@ from mlx_adapters.registry import load_adapter
 
 REPORT_FILE = "fuse_report.json"
 METHODS = ("auto", "nearest", "calibrated")
+FORMATS = ("mlx", "hf", "gguf")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class FuseOptions:
     `method`: "nearest", "calibrated", or "auto": calibrated under 8 bits, if there is text. `calibration`:
     a data folder, a .jsonl, .parquet or .txt file; None: the adapter's training data, else a general text.
     `max_kl` (nats per token) or `budget_bits` (bits per weight of the whole model) ask for mixed precision.
-    `force`: keep the output even if KL is above `max_kl`.
+    `force`: keep the output even if KL is above `max_kl`. `format`: "mlx"; "hf": unquantized, with the names,
+    types and config of the original checkpoint; "gguf": one file, f16 (or q8_0 at 8 bits), not checked.
     """
 
     method: Literal["auto", "nearest", "calibrated"] = "auto"
@@ -57,6 +59,7 @@ class FuseOptions:
     budget_bits: float | None = None
     force: bool = False
     seed: int = 0
+    format: Literal["mlx", "hf", "gguf"] = "mlx"
 
     def __post_init__(self) -> None:
         require(self.method in METHODS, f"There is no method '{self.method}'.", did_you_mean(self.method, METHODS))
@@ -64,6 +67,7 @@ class FuseOptions:
         require(self.max_kl is None or self.max_kl > 0, f"max_kl must be above 0, not {self.max_kl}.")
         require(self.max_kl is None or self.budget_bits is None, "Give max_kl or budget_bits, not both.")
         require(self.max_kl is None or self.check, "max_kl is a promise that has to be checked.")
+        require(self.format in FORMATS, f"There is no format '{self.format}'.", did_you_mean(self.format, FORMATS))
         if self.budget_bits is not None or self.max_kl is not None:
             require(self.method != "nearest", "Mixed precision needs the method 'calibrated'.")
 
@@ -130,14 +134,14 @@ def fuse(
     given = [adapters] if isinstance(adapters, Adapter | str | Path) else list(adapters)
     updates = gather_updates(given, weights, replaced)
     found = choose_base(base, updates)
-    asked = settle_precision(quantization, found)
+    asked = _plain_format(settle_precision(quantization, found), quantization, options)
     job = open_job(found, updates, asked, dtype, any_base)
     notes = _notes(job, on_event)
     work = _Work(job, asked, options, on_event)
     with files.atomic_folder(out, overwrite) as folder:
         spool = Spool(folder / "parts")
         work.round(spool)
-        size = job.write(folder, asked, spool.get, on_event)
+        size = _write(job, folder, asked, quantization, options.format, spool, on_event)
         spool.remove()
         fidelity = work.check(folder)
         result = FuseResult(
@@ -150,6 +154,38 @@ def fuse(
         files.write_json(folder / REPORT_FILE, report(result))
         files.write_json(folder / RECIPE_FILE, {"format": 1} | _recipe(work, given, quantization, dtype, folder))
     return result
+
+
+def _plain_format(
+    asked: Quantization | str, given: Quantization | int | str, options: FuseOptions
+) -> Quantization | str:
+    """Other programs' formats hold unquantized layers (GGUF also q8_0), whatever the base is. Raises ConfigError."""
+    if options.format == "mlx":
+        return asked
+    eight = options.format == "gguf" and (given == 8 or given == Quantization(8))
+    require(
+        given in ("keep", "none") or eight,
+        f"The format '{options.format}' takes {'--bits none or 8' if options.format == 'gguf' else '--bits none'}.",
+    )
+    require(options.max_kl is None and options.budget_bits is None, "Mixed precision needs the MLX format.")
+    return "none"
+
+
+def _write(
+    job: Job, folder: Path, asked: Quantization | str, given: Quantization | int | str, format: str, spool: Spool,
+    on_event: OnEvent,
+) -> int:  # fmt: skip
+    if format == "hf":
+        from mlx_adapters.fusion.hf_export import write_hf
+
+        return write_hf(job, folder, on_event)
+    if format == "gguf":
+        from mlx_adapters.fusion.gguf_export import write_gguf
+
+        named = {mx.float32: "f32", mx.bfloat16: "bf16"}
+        kind = "q8_0" if given not in ("keep", "none") else named.get(job.dtype, "f16")
+        return write_gguf(job, folder, kind, on_event)
+    return job.write(folder, asked, spool.get, on_event)
 
 
 class _Work:
@@ -233,7 +269,7 @@ class _Work:
 
     def check(self, folder: Path) -> Fidelity | None:
         """The fidelity of the model in `folder`, or None if it is not to be checked."""
-        if not self.options.check or self.text is None:
+        if not self.options.check or self.text is None or self.options.format == "gguf":
             return None
         job = self.job
         changed = {plan.path for plan in job.plans if not plan.copied}

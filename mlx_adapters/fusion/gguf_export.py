@@ -1,0 +1,183 @@
+"""A fused model as one GGUF file (f16, bf16 or q8_0) for llama.cpp, for architectures whose names are known.
+
+llama.cpp expects the rows of q_proj and k_proj of llama-like models in the order of interleaved rotary
+embeddings, the tokenizer as bare lists, and matrices with their axes named in reverse (which the `gguf` package
+does). Norms and biases stay float32.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_adapters import files, tensor_names
+from mlx_adapters.door import mx
+from mlx_adapters.errors import ConfigError, FormatError, ModelError
+from mlx_adapters.events import OnEvent, Progress
+from mlx_adapters.fusion.grids import to_numpy
+from mlx_adapters.fusion.job import Job, not_rounded
+from mlx_adapters.fusion.stream import Unit
+
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+FILE_NAME = "model.gguf"
+TYPES = ("f16", "bf16", "q8_0", "f32")
+NORMAL, CONTROL, BYTE = 1, 3, 6  # llama.cpp's kinds of tokens
+
+
+def check_supported(config: dict[str, Any]) -> None:
+    """Raise ConfigError for a model that cannot be written correctly."""
+    model_type = config.get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise ConfigError(
+            f"'{model_type}' models cannot be written as GGUF.",
+            f"it is there for {', '.join(ARCHITECTURES)}; for others write --format hf and use llama.cpp's converter.",
+        )
+    scaling = config.get("rope_scaling")
+    if scaling and (scaling.get("rope_type") or scaling.get("type")) not in (None, "default", "linear"):
+        raise ConfigError(
+            "This model's rotary scaling is not written to GGUF here.",
+            "write --format hf and use llama.cpp's converter.",
+        )
+
+
+def write_gguf(job: Job, folder: Path, kind: str, on_event: OnEvent) -> int:
+    """Write `folder`/model.gguf; return its size. `job` must be planned for "none". Raises ModelError without
+    the package `gguf`, ConfigError or FormatError for what cannot be written correctly."""
+    try:
+        import gguf
+    except ImportError:
+        raise ModelError("Writing GGUF needs the package 'gguf'.", "pip install 'mlx_adapters[gguf]'.") from None
+    config = job.base.config
+    check_supported(config)
+    job.dtype = mx.float32
+    units = job.units(not_rounded)
+    files.require_free_space(folder, 4 * job.parameters)
+    path = folder / FILE_NAME
+    with files.storage_errors(path):
+        writer = gguf.GGUFWriter(path, ARCHITECTURES[config["model_type"]])
+        try:
+            _write_settings(writer, config, job, kind)
+            _write_tokenizer(writer, job.base.folder, config)
+            _write_tensors(writer, units, config, kind, on_event)
+        finally:
+            writer.close()
+    return path.stat().st_size
+
+
+def _write_settings(writer: Any, config: dict[str, Any], job: Job, kind: str) -> None:
+    import gguf
+
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    file_types = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+    writer.add_name(Path(job.base.name).name)
+    writer.add_file_type(getattr(gguf.LlamaFileType, file_types[kind]))
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config.get("max_position_embeddings", 2048))
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(float(config.get("rope_theta", 10000.0)))
+    writer.add_vocab_size(config["vocab_size"])
+    scaling = config.get("rope_scaling") or {}
+    if (scaling.get("rope_type") or scaling.get("type")) == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(scaling["factor"]))
+
+
+def _write_tokenizer(writer: Any, folder: Path, config: dict[str, Any]) -> None:
+    """The byte-level BPE of tokenizer.json as llama.cpp's "gpt2" tokenizer."""
+    model = files.read_json(folder / "tokenizer.json")
+    bpe = model.get("model", {})
+    if bpe.get("type") != "BPE" or bpe.get("byte_fallback"):
+        raise ConfigError(
+            "Only byte-level BPE tokenizers are written to GGUF here.",
+            "write --format hf and use llama.cpp's converter.",
+        )
+    tokens = {index: (token, NORMAL) for token, index in bpe["vocab"].items()}
+    for added in model.get("added_tokens", []):
+        tokens[added["id"]] = (added["content"], CONTROL if added.get("special") else 4)
+    size = config["vocab_size"]
+    if tokens and max(tokens) >= size:
+        raise FormatError(f"The tokenizer has token {max(tokens)}, but the model's vocabulary is {size}.")
+    listed = [tokens.get(i, (f"[PAD{i}]", 5)) for i in range(size)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer(model.get("pre_tokenizer")))
+    writer.add_token_list([token for token, _ in listed])
+    writer.add_token_types([kind for _, kind in listed])
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]]
+    writer.add_token_merges(merges)
+    settings = folder / "tokenizer_config.json"
+    extra = files.read_json(settings) if settings.is_file() else {}
+    ids = {token: index for index, (token, _) in tokens.items()}
+    for name, add in (("bos_token", writer.add_bos_token_id), ("eos_token", writer.add_eos_token_id),
+                      ("pad_token", writer.add_pad_token_id)):  # fmt: skip
+        token = extra.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token in ids:
+            add(ids[token])
+    writer.add_add_bos_token(bool(extra.get("add_bos_token", False)))
+    template = folder / "chat_template.jinja"
+    text = template.read_text(encoding="utf-8") if template.is_file() else extra.get("chat_template")
+    if isinstance(text, str):
+        writer.add_chat_template(text)
+
+
+def pre_tokenizer(settings: dict[str, Any] | None) -> str:
+    """llama.cpp's name of the way that text is cut up before BPE. Raises ConfigError for an unknown one."""
+    parts = settings.get("pretokenizers", [settings]) if settings else []
+    kinds = [part.get("type") for part in parts]
+    patterns = [str(part.get("pattern", {}).get("Regex", "")) for part in parts if part.get("type") == "Split"]
+    if kinds == ["ByteLevel"]:
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits"):
+        return "smollm"
+    if patterns and r"\p{N}{1,3}" in patterns[0]:
+        return "llama-bpe"
+    if patterns and r"|\p{N}|" in patterns[0]:
+        return "qwen2"
+    raise ConfigError(
+        "This tokenizer's way of cutting up text has no known name in llama.cpp.",
+        "write --format hf and use llama.cpp's converter.",
+    )
+
+
+def _write_tensors(writer: Any, units: list[Unit], config: dict[str, Any], kind: str, on_event: OnEvent) -> None:
+    import gguf
+
+    types = {name: getattr(gguf.GGMLQuantizationType, name.upper()) for name in TYPES}
+    entries = [(unit, entry) for unit in units for entry in unit.layout]
+    chosen = []
+    for _, (name, _, shape) in entries:
+        matrix = len(shape) == 2
+        fits = kind != "q8_0" or shape[-1] % 32 == 0
+        form = types[kind if matrix and fits else "f16" if matrix else "f32"]
+        nbytes = int(np.prod(gguf.quant_shape_to_byte_shape(shape, form)))
+        writer.add_tensor_info(tensor_names.to_gguf(name), shape, np.dtype(np.float32), nbytes, raw_dtype=form)
+        chosen.append(form)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for number, ((unit, (name, _, _)), form) in enumerate(zip(entries, chosen, strict=True), 1):
+        (array,) = unit.make()
+        values = _interleaved(name, to_numpy(array), config)
+        writer.write_tensor_data(gguf.quants.quantize(np.ascontiguousarray(values), form))
+        mx.clear_cache()
+        on_event(Progress("write", number, len(entries), "layer"))
+
+
+def _interleaved(name: str, values: np.ndarray, config: dict[str, Any]) -> np.ndarray:
+    """Rows of q_proj and k_proj of llama-like models, each head's halves interleaved."""
+    if ARCHITECTURES[config["model_type"]] != "llama":
+        return values
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config.get("num_key_value_heads")}
+    count = heads.get(tensor_names.split(name)[0].rpartition(".")[2])
+    if count is None:
+        return values
+    halves = values.reshape(count, 2, -1, *values.shape[1:])
+    return halves.swapaxes(1, 2).reshape(values.shape)
