@@ -38,7 +38,7 @@ class DemoPlan:
 
 
 LORA = LoraConfig(rank=8, scale=20.0)
-# A high rate that falls to zero: the most that 480 rows can teach.
+# A high rate that falls to zero: few iterations have to do.
 FULL = DemoPlan(
     name="demo-sql",
     training=TrainConfig(iterations=120, batch_size=4, learning_rate=6e-4, schedule="linear", warmup=5,
