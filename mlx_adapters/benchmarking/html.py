@@ -24,7 +24,9 @@ section, .warn { background: var(--card); border: 1px solid var(--line); border-
   margin: 14px 0 0; }
 .warn { background: var(--warn-page); color: var(--warn); border-color: transparent; padding: 10px 16px; }
 .warn p:last-child { margin: 0; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 14px; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 14px;
+  margin-top: 14px; }
+.plots section { margin: 0; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: 6px 12px 6px 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { color: var(--soft); font-weight: 600; }
@@ -76,7 +78,7 @@ def plots(report: Report) -> dict[str, str]:
     found["Load time"] = svg.grouped({row.label: _loads(row) for row in fine}, "Load time", "s", number)
     if compared := _intervals(report):
         title = f"Against {fine[0].label}"
-        found[title] = svg.intervals(compared, title, "% (95 % interval)")
+        found[title] = svg.intervals(compared, title, "change in %, with its 95 % interval")
     return found | _quality(report)
 
 

@@ -47,9 +47,10 @@ class _Scale:
     def axis(self, top: float, bottom: float, label: str, show: Format) -> list[str]:
         parts = []
         for value in self.ticks:
-            x = self(value)
+            x, last = self(value), value == self.ticks[-1]
             parts.append(f'<path d="M{x:.1f} {top}V{bottom}" stroke="{INK}" stroke-opacity=".25"/>')
-            parts.append(_text(min(max(x, MARGIN), WIDTH - MARGIN), bottom + 16, show(value), "middle"))
+            anchor = "end" if last else "start" if value == self.ticks[0] else "middle"
+            parts.append(_text(x, bottom + 16, show(value), anchor))
         return [*parts, _text(WIDTH / 2, bottom + 34, label, "middle")]
 
 
@@ -126,8 +127,8 @@ def scatter(points: Mapping[str, tuple[float, float, float]], title: str, x_unit
     """(x, y, standard error of y) of each variant, with a legend below."""
     height = 230
     scale = _Scale(0, max(x for x, _, _ in points.values()))
-    low = min(y - 2 * e for _, y, e in points.values())
-    levels = ticks(min(low, 0) if low > -1e-9 else low, max(y + 2 * e for _, y, e in points.values()), 4)
+    lowest = min(y for _, y, _ in points.values())
+    levels = ticks(min(0.0, lowest), max(y + 2 * e for _, y, e in points.values()), 4)
 
     def up(value: float) -> float:
         return height - (value - levels[0]) / ((levels[-1] - levels[0]) or 1.0) * (height - 34)
@@ -139,7 +140,7 @@ def scatter(points: Mapping[str, tuple[float, float, float]], title: str, x_unit
         parts.append(_text(MARGIN + 2, up(level) - 3, number(level)))
     for i, (x, y, error) in enumerate(points.values()):
         color = COLORS[i % len(COLORS)]
-        whisker = f"M{scale(x):.1f} {up(y - 2 * error):.1f}V{up(y + 2 * error):.1f}"
+        whisker = f"M{scale(x):.1f} {up(max(y - 2 * error, levels[0])):.1f}V{up(y + 2 * error):.1f}"
         parts.append(f'<path d="{whisker}" stroke="{color}" stroke-width="2" stroke-opacity=".5"/>')
         parts.append(f'<circle cx="{scale(x):.1f}" cy="{up(y):.1f}" r="6" fill="{color}"/>')
     for i, label in enumerate(points):

@@ -23,7 +23,16 @@ def head(report: Report) -> list[str]:
         f"{prompts} {lengths} tokens, {c.decode_tokens} decoded, batch {', '.join(map(str, c.batch))}; "
         f"{c.rounds} rounds of fresh processes, {c.trials} trials each: median (smallest-largest)",
         *arithmetic(report.rows),
+        *_quality_head(report),
     ]
+
+
+def _quality_head(report: Report) -> list[str]:
+    if not report.quality:
+        return []
+    data, reference = report.quality["data"], report.quality["reference"]
+    against = f"; KL and same top token against {reference}" if reference else ""
+    return [f"quality on {data['rows']} {data['split']} rows of {data['source']}, loss in nats per token{against}"]
 
 
 def arithmetic(rows: Sequence[Row]) -> list[str]:
@@ -53,10 +62,6 @@ def notes(report: Report) -> list[str]:
     kinds = {kind for kind, _ in shapes}
     if len(kinds) > 1:
         found.append(f"The variants are of different kinds: {', '.join(sorted(map(str, kinds)))}.")
-    if report.quality:
-        data, reference = report.quality["data"], report.quality["reference"]
-        against = f"; KL and same top token against '{reference}'" if reference else ""
-        found.append(f"Quality on {data['rows']} {data['split']} rows of {data['source']}{against}.")
     if report.config.cold_load:
         found += _cold_notes(report)
     if report.interrupted:
