@@ -25,6 +25,8 @@ _PUBLIC = {
     "load_model": "runtime.live",
     "fuse": "fusion.fuse",
     "benchmark": "benchmarking.run",
+    "advise": "benchmarking.advice",
+    "estimate_inference": "benchmarking.forecast",
     "evaluate": "evaluation.evaluate",
     "EvaluationConfig": "evaluation.evaluate",
     "BenchmarkConfig": "benchmarking.plan",

@@ -64,6 +64,22 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def usable_memory_bytes() -> int:
+    """What a model may use: on a Mac Metal's recommended working set, on another GPU its memory, on a CPU what
+    is free now."""
+    import mlx.core as mx
+
+    info = mx.device_info()
+    for key in ("max_recommended_working_set_size", "total_memory", "memory_size"):
+        if on_gpu() and info.get(key):
+            return int(info[key])
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) * 1024
+    return memory_bytes()
+
+
 def versions() -> dict[str, str]:
     """Versions of this package and of what it stands on."""
     from importlib.metadata import PackageNotFoundError, version

@@ -51,11 +51,11 @@ def run_job(variant: Variant, config: BenchmarkConfig) -> dict[str, Any]:
         prompts = {shape: prompts_for(model, config, *shape) for shape in config.shapes}
         warm_up(model, config, prompts)
         result["shapes"] = [measure_shape(model, config, shape, prompts[shape]) for shape in config.shapes]
-    read = measure.bytes_per_token(model.module, model.config)
-    result |= {"bytes_per_token": read, "process": process_memory()}
-    adapter_bytes = sum(w.nbytes for w in model.adapter.weights.values()) if model.adapter else 0
-    result["weights_bytes"], result["adapter_bytes"] = measure.bytes_of(model.module) - adapter_bytes, adapter_bytes
-    result["conditions"] = conditions(model)
+    result |= {"process": process_memory(), "conditions": conditions(model)}
+    model.detach()
+    result["weights_bytes"] = measure.bytes_of(model.module)
+    read = measure.bytes_per_token(model.module, model.config) + result["adapter_bytes"]
+    result["bytes_per_token"] = read
     del model
     gc.collect()
     mx.clear_cache()
@@ -81,6 +81,8 @@ def measure_loads(variant: Variant, config: BenchmarkConfig) -> tuple[Model, dic
     mx.reset_peak_memory()
     model, result["load_seconds"] = timed_load(variant, config)
     result["load_peak_bytes"] = mx.get_peak_memory()
+    adapter = load_adapter(variant.adapter) if variant.adapter else None
+    result["adapter_bytes"] = sum(w.nbytes for w in adapter.weights.values()) if adapter else 0
     return model, result
 
 

@@ -44,6 +44,8 @@ COMMANDS = {
     "completion": ("completion", "Print the completion script of a shell."),
     "import-peft": ("peft", "Take in a PEFT adapter from a folder or the Hub."),
     "export-peft": ("peft", "Write an adapter as a folder that PEFT loads."),
+    "advise": ("advise", "Say which to use, adapter or fused, from measured figures."),
+    "estimate": ("estimate", "Forecast memory before anything is loaded."),
     "eval": ("eval", "Judge variants on data: loss, distance, task score."),
     "demo": ("demo", "The whole way on an embedded model and data."),
     "env": ("env", "Show versions, device, BLAS and the home folder."),

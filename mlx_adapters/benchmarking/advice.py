@@ -1,0 +1,175 @@
+"""The decision that a benchmark is made for: keep the adapter apart or fuse it, and at which precision.
+
+Every sentence stands on figures of the report. A fused model is taken only if it keeps the fine-tune: its
+distance from the adapter model, KL(adapter ‖ fused), may be at most `tolerance` of KL(adapter ‖ base), which is
+what the fine-tune changed in all; or, with a task score, no loss of score may be seen.
+"""
+
+from dataclasses import dataclass
+
+from mlx_adapters.benchmarking.report import METRICS, Report, Row, ShapeRow
+from mlx_adapters.benchmarking.statistics import Ratio
+from mlx_adapters.benchmarking.text import phrase
+from mlx_adapters.errors import ConfigError
+from mlx_adapters.units import number, size
+
+TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What `adapters` fine-tunes of one base take on the disk: as adapters, or each as a fused model."""
+
+    adapters: int
+    as_adapters_bytes: int
+    fused_bytes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """`choice` is the label of the variant to use; the reasons carry their figures."""
+
+    choice: str
+    decision: str
+    reasons: tuple[str, ...]
+    storage: Storage
+
+
+def advise(
+    report: Report, adapter: str, *, adapters: int = 1, batch: int | None = None, memory_bytes: int | None = None,
+    tolerance: float = TOLERANCE,
+) -> Advice:  # fmt: skip
+    """Advise on the adapter variant `adapter` of a report that also measured its base and fused variants.
+
+    adapters: how many such adapters are to be kept on one base. batch: concurrent requests (a batch size that was
+    measured). memory_bytes: what there is for the model.
+    """
+    rows = {row.label: row for row in report.rows if row.error is None}
+    if adapter not in rows or not rows[adapter].adapter_bytes:
+        raise ConfigError(f"The report has no adapter '{adapter}'.", f"it has: {', '.join(rows) or 'nothing'}.")
+    judge = _Judge(report, rows, rows[adapter], batch, memory_bytes, tolerance)
+    fitting = [row for row in judge.fused if judge.fits(row)]
+    keeping = [row for row in fitting if judge.keeps(row)]
+    if adapters > 1:
+        choice, decision = rows[adapter], f"Keep the {adapters} adapters beside one base; switch between them."
+    elif keeping:
+        choice = max(keeping, key=lambda row: (judge.gain(row), -(row.size_bytes or 0)))
+        decision = f"Fuse: use '{choice.label}'."
+        if judge.gain(choice) <= 0:
+            choice, decision = rows[adapter], "Keep the adapter: no fused variant was seen to decode faster."
+    else:
+        choice, decision = rows[adapter], "Keep the adapter: no fused variant fits the memory and keeps the fine-tune."
+    if not judge.fits(rows[adapter]) and choice.label == adapter:
+        decision = "Nothing fits: " + (
+            f"the adapter on its base needs {size(judge.peak(choice))}. Use a base of fewer bits."
+        )
+    storage = judge.storage(adapters)
+    return Advice(choice.label, decision, tuple(judge.reasons(storage)), storage)
+
+
+class _Judge:
+    """The figures of one report, seen from one adapter."""
+
+    def __init__(
+        self,
+        report: Report,
+        rows: dict[str, Row],
+        adapter: Row,
+        batch: int | None,
+        memory: int | None,
+        tolerance: float,
+    ) -> None:
+        self.report, self.rows, self.adapter = report, rows, adapter
+        self.memory, self.tolerance = memory, tolerance
+        bare = [row for row in rows.values() if not row.adapter_bytes]
+        fingerprint = adapter.conditions["fingerprint"]
+        self.base = next((row for row in bare if row.conditions["fingerprint"] == fingerprint), None)
+        self.fused = [row for row in bare if row.conditions["fingerprint"] != fingerprint]
+        self.batch = batch or report.config.batch[0]
+        if self.batch not in report.config.batch:
+            raise ConfigError(f"Batch size {batch} was not measured.", f"measured: {report.config.batch}.")
+        self.quality = {e["variant"]: e for e in report.quality.get("evaluations", ()) if not e.get("error")}
+
+    def shape(self, row: Row) -> ShapeRow:
+        """The row at the longest prompt of the wanted batch size."""
+        return max((s for s in row.shapes if s.batch == self.batch), key=lambda s: s.prompt_tokens)
+
+    def peak(self, row: Row) -> int:
+        return self.shape(row).peak_memory_bytes
+
+    def fits(self, row: Row) -> bool:
+        return self.memory is None or self.peak(row) <= self.memory
+
+    def gain(self, row: Row) -> float:
+        """By which share the fused row decodes faster than the adapter, 0 where no difference was seen."""
+        found = self._compare(row.label, self.adapter.label, "decode_tps")
+        return found.value - 1 if found.differs else 0.0
+
+    def _compare(self, label: str, other: str, metric: str) -> Ratio:
+        shape = self.shape(self.rows[label])
+        wanted = (shape.prompt_tokens, shape.batch) if METRICS[metric].per_shape else (None, None)
+        return next(c.ratio for c in self.report.compare(label, other, metric) if (c.prompt_tokens, c.batch) == wanted)
+
+    def lost(self, row: Row) -> float | None:
+        """KL(adapter ‖ fused) over KL(adapter ‖ base), None if it was not measured."""
+        mine = self.quality.get(row.label, {}).get("kl")
+        base = self.quality.get(self.base.label, {}).get("kl") if self.base else None
+        return mine["value"] / base["value"] if mine and base and base["value"] > 0 else None
+
+    def keeps(self, row: Row) -> bool:
+        """Whether the fused row keeps the fine-tune; what was not measured is not believed."""
+        lost = self.lost(row)
+        return lost is not None and lost <= self.tolerance
+
+    def storage(self, adapters: int) -> Storage:
+        base = self.base.size_bytes if self.base else None
+        own = (self.adapter.size_bytes or 0) - base if base is not None else self.adapter.adapter_bytes or 0
+        shared = base if base is not None else (self.adapter.size_bytes or 0) - own
+        return Storage(adapters, shared + adapters * own, {r.label: adapters * (r.size_bytes or 0) for r in self.fused})
+
+    def reasons(self, storage: Storage) -> list[str]:
+        """A sentence for each thing that was weighed."""
+        return [*self._storage(storage), *self._speed(), *self._quality(), *self._memory()]
+
+    def _storage(self, storage: Storage) -> list[str]:
+        n, apart = storage.adapters, storage.as_adapters_bytes
+        what = f"1 base + {n} adapter{'s' if n > 1 else ''}"
+        return [
+            f"Storage: {what} take {size(apart)}; {n} x '{label}' {size(fused)}, {number(fused / apart)} times as much."
+            for label, fused in storage.fused_bytes.items()
+        ]
+
+    def _speed(self) -> list[str]:
+        lines = []
+        where = f"batch {self.batch}, prompt {self.shape(self.adapter).prompt_tokens}"
+        for metric in ("decode_tps", "prefill_tps", "load_seconds"):
+            for row in self.fused:
+                ratio = self._compare(row.label, self.adapter.label, metric)
+                lines.append(
+                    f"'{row.label}' against the adapter, {METRICS[metric].title} ({where}): {phrase(metric, ratio)}."
+                )
+        return lines
+
+    def _quality(self) -> list[str]:
+        lines = []
+        for row in self.fused:
+            lost, found = self.lost(row), self.quality.get(row.label)
+            if lost is None or found is None:
+                lines.append(
+                    f"'{row.label}': what fusing loses was not measured, so it is not advised (give --quality)."
+                )
+                continue
+            words = (
+                f"'{row.label}' loses {lost:.2%} of what the fine-tune changed (KL {number(found['kl']['value'])} nats"
+            )
+            score, own = found.get("score"), self.quality.get(self.adapter.label, {}).get("score")
+            scores = f"; score {number(score['value'])} against {number(own['value'])}" if score and own else ""
+            verdict = "kept" if lost <= self.tolerance else f"more than the {self.tolerance:.0%} allowed"
+            lines.append(f"{words}{scores}): {verdict}.")
+        return lines
+
+    def _memory(self) -> list[str]:
+        rows = [self.adapter, *self.fused]
+        text = ", ".join(f"'{row.label}' {size(self.peak(row))}" for row in rows)
+        room = "" if self.memory is None else f"; there is {size(self.memory)}"
+        return [f"Peak memory at batch {self.batch}: {text}{room}."]

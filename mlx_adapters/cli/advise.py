@@ -1,0 +1,55 @@
+"""`advise`: adapter or fused, and at which precision."""
+
+from pathlib import Path
+
+import click
+
+from mlx_adapters.cli import _output
+from mlx_adapters.cli._options import REFERENCE, base_option, json_option
+
+
+@click.command("advise")
+@click.argument("ref", type=REFERENCE)
+@click.option("--adapters", type=click.IntRange(min=1), default=1, show_default=True, help="So many on one base.")
+@click.option("--serves", type=click.IntRange(min=1), default=1, show_default=True, help="Requests at a time.")
+@click.option("--memory", type=click.FloatRange(min=0, min_open=True), metavar="GB", help="Memory for the model.")
+@click.option("--quality", metavar="DIR", help="Data to judge what fusing loses; without it no fusing is advised.")
+@click.option("--score", metavar="SCORE", help="With --quality: a task score, see 'eval'.")
+@click.option("--max-rows", type=click.IntRange(min=1), default=50, show_default=True, help="Rows to judge.")
+@click.option("--bits", multiple=True, default=("4", "8"), show_default=True, help="Precisions to try; repeatable.")
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds of measuring.")
+@click.option("--report", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Take the figures from this saved benchmark instead of measuring.")  # fmt: skip
+@base_option
+@json_option
+def advise_command(
+    ref: str, adapters: int, serves: int, memory: float | None, quality: str | None, score: str | None, max_rows: int,
+    bits: tuple[str, ...], rounds: int, report: Path | None, base: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Measure REF, its base and fused variants, and say which to use, with the figures behind each sentence.
+
+    \b
+    Example:
+      mlx-adapters advise sql --adapters 3 --memory 8 --quality data/sql
+    """
+    from mlx_adapters.benchmarking.advice import advise
+    from mlx_adapters.benchmarking.report import read_report
+    from mlx_adapters.benchmarking.run import benchmark
+
+    if report is not None:
+        measured = read_report(report)
+    else:
+        variants = ["base", ref, *(f"fuse:{ref}:{b}" for b in bits)]
+        measured = benchmark(
+            variants, base, batch=serves, rounds=rounds, quality=quality, score=score,
+            max_rows=max_rows if quality else None, on_event=_output.progress(),
+        )  # fmt: skip
+    advice = advise(
+        measured, ref, adapters=adapters, batch=serves, memory_bytes=None if memory is None else int(memory * 1e9)
+    )
+    if as_json:
+        _output.emit_json({"advice": advice, "report": measured.to_json()})
+        return
+    _output.out(advice.decision)
+    for reason in advice.reasons:
+        _output.out(f"- {reason}")
