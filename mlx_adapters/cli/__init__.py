@@ -71,8 +71,6 @@ class LazyGroup(click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         try:
             return super().resolve_command(ctx, args)
-        except click.NoSuchCommand:
-            raise
         except click.UsageError as error:
             from mlx_adapters.errors import did_you_mean
 

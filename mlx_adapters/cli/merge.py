@@ -188,7 +188,8 @@ def interpolate_command(
 @energy_option
 @click.option("--target-modules", metavar="NAMES", default="all", show_default=True,
               help="q_proj,v_proj,... or all linear layers of the blocks.")  # fmt: skip
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True,
+              help="Type of the adapter's tensors.")  # fmt: skip
 @name_options
 @json_option
 def extract_command(

@@ -71,7 +71,7 @@ def _from_status(what: str, error: Any) -> HubError:
     if status == 403:
         return HubError(f"Cannot {what}: you may not ({said}).", "use a token with write access to that namespace.")
     if status == 429:
-        wait = response.headers.get("Retry-After")
+        wait = response.headers.get("Retry-After") if response is not None else None
         return HubError(f"Cannot {what}: the Hub asks to slow down.",
                         f"wait {wait} seconds and try again." if wait else "wait a while and try again.")  # fmt: skip
     if status >= 500 or status == 408:

@@ -155,7 +155,7 @@ def publish(
 
 def _look(repo: str, revision: str | None, dry_run: bool, on_event: OnEvent) -> Remote:
     """What is in the repository now. A dry run goes on without knowing."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, RepoFile
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
@@ -170,7 +170,7 @@ def _look(repo: str, revision: str | None, dry_run: bool, on_event: OnEvent) -> 
                 has_revision = True
             except RevisionNotFoundError:  # a branch that publishing makes, from main
                 entries, has_revision = list(api.list_repo_tree(repo, recursive=True)), False
-            there = {e.path: (e.size, e.lfs.sha256 if e.lfs else e.blob_id) for e in entries if hasattr(e, "size")}
+            there = {e.path: (e.size, e.lfs.sha256 if e.lfs else e.blob_id) for e in entries if isinstance(e, RepoFile)}
             text = readme(repo, revision if has_revision else None) if "README.md" in there else ""
             return Remote(True, True, private, there, text, has_revision)
     except HubError as error:

@@ -1,0 +1,168 @@
+"""The public face: names, docstrings and annotations in Python; help, examples and JSON on the command line."""
+
+import ast
+import importlib.machinery
+import importlib.util
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import click
+import pytest
+
+import mlx_adapters as ma
+from mlx_adapters import registry
+
+ROOT = Path(__file__).parent.parent
+NAMES = [name for name in ma.__all__ if name != "__version__"]
+WITHOUT_JSON = {"mlx-adapters completion"}  # its output is for a shell
+
+
+def load_script(name: str):
+    loader = importlib.machinery.SourceFileLoader(name, str(ROOT / "scripts" / name))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    loader.exec_module(module)
+    return module
+
+
+HELP = load_script("help_snapshot")
+COMMANDS = {name: (command, context) for name, command, context in HELP.all_commands()}
+LEAVES = {name: command for name, (command, _) in COMMANDS.items() if not isinstance(command, click.Group)}
+
+
+# -- Python ----------------------------------------------------------------------------------------
+
+
+def test_all_is_the_table_of_public_names():
+    assert ma.__all__ == [*sorted(ma._PUBLIC), "__version__"] and dir(ma) == sorted(ma.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        ma.nothing  # noqa: B018
+
+
+def test_every_line_of_the_table_is_written_once():
+    """A merge of two branches can leave a name twice in a dict; Python would not say so."""
+    for path in ("mlx_adapters/__init__.py", "mlx_adapters/cli/__init__.py"):
+        for node in ast.walk(ast.parse((ROOT / path).read_text())):
+            if isinstance(node, ast.Dict):
+                keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
+                assert len(keys) == len(set(keys)), path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_public_name(name):
+    thing = getattr(ma, name)
+    assert thing.__name__ == name and len(inspect.getdoc(thing) or "") > 15
+    if inspect.isfunction(thing):
+        parameters = inspect.signature(thing).parameters.values()
+        assert all(p.annotation is not p.empty for p in parameters), "an argument without annotation"
+        assert all(p.kind is not p.VAR_KEYWORD for p in parameters), "**kwargs in the public surface"
+        assert inspect.signature(thing).return_annotation is not inspect.Signature.empty
+    elif not issubclass(thing, Exception):
+        methods = {n: m for n, m in vars(thing).items() if inspect.isfunction(m) and not n.startswith("_")}
+        for method_name, method in methods.items():
+            annotated = set(typing.get_type_hints(method)) | {"self"}
+            assert set(inspect.signature(method).parameters) <= annotated, f"{method_name} lacks an annotation"
+            assert inspect.getdoc(method), f"{method_name} lacks a docstring"
+
+
+def test_importing_loads_nothing_heavy():
+    heavy = ("mlx", "mlx_lm", "numpy", "huggingface_hub", "transformers", "rich", "yaml")
+    code = f"import sys, mlx_adapters, mlx_adapters.cli; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# -- the command line ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_command_has_help_an_example_and_json(name):
+    command = LEAVES[name]
+    assert "Example:" in command.help and re.search(rf"^ +{name}( |$)", command.help, re.M), "no example"
+    assert all(p.help for p in command.params if isinstance(p, click.Option)), "an option without help"
+    has_json = any("--json" in p.opts for p in command.params)
+    assert has_json != (name in WITHOUT_JSON)
+
+
+def example_lines():
+    for name, command in LEAVES.items():
+        for line in command.help.splitlines():
+            if line.strip().startswith("mlx-adapters "):
+                yield name, line.split("#")[0].strip()
+
+
+@pytest.mark.parametrize(("name", "line"), list(example_lines()))
+def test_the_examples_in_the_help_parse(name, line):
+    """Every example is a valid command: known options, right types, nothing missing."""
+    import shlex
+
+    words = [word for word in shlex.split(line.partition(" > ")[0].partition(" >> ")[0].partition(" | ")[0])][1:]
+    command, _ = COMMANDS["mlx-adapters"]
+    rest = command.make_context("mlx-adapters", list(words), resilient_parsing=False)
+    while isinstance(rest.command, click.Group) and rest.protected_args + rest.args:
+        left = [*rest.protected_args, *rest.args]
+        inner = rest.command.get_command(rest, left[0])
+        rest = inner.make_context(left[0], left[1:], parent=rest)
+    assert rest.command_path == name
+
+
+def test_the_readme_shows_the_help_as_it_is():
+    readme = ROOT / "README.md"
+    text = readme.read_text() if readme.exists() else ""
+    if HELP.START in text:
+        assert f"{HELP.START}\n{HELP.snapshot()}\n{HELP.END}" in text, "run scripts/help_snapshot --write"
+    assert f"mlx-adapters {next(iter(LEAVES)).split()[1]}" in HELP.snapshot()
+
+
+def test_global_options_and_mistakes():
+    def run(*arguments, **environment):
+        command = [sys.executable, "-m", "mlx_adapters", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+    assert run("--version").stdout.strip().endswith(ma.__version__)
+    near = run("trian")
+    assert near.returncode == 2 and "train" in near.stderr
+    assert "\x1b" not in run("list").stdout + run("show", "nobody").stderr
+
+
+# -- completion ------------------------------------------------------------------------------------
+
+
+def complete(shell: str, words: str, index: int) -> str:
+    environment = {**os.environ, "_MLX_ADAPTERS_COMPLETE": f"{shell}_complete", "COMP_WORDS": words}
+    environment |= {"COMP_CWORD": str(index) if shell != "fish" else words.split(" ")[-1]}
+    code = "import sys; sys.argv[0] = 'mlx-adapters'; from mlx_adapters.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    return done.stdout
+
+
+@pytest.mark.parametrize("shell", ["zsh", "bash", "fish"])
+def test_completion(shell, home):
+    for name in ("sql", "sql-dora", "chat"):
+        (registry.adapter_folder(name)).mkdir(parents=True)
+    script = subprocess.run(
+        [sys.executable, "-m", "mlx_adapters", "completion", shell], capture_output=True, text=True, check=True
+    ).stdout
+    assert f"_MLX_ADAPTERS_COMPLETE={shell}_complete" in script and "mlx-adapters" in script
+    found = complete(shell, "mlx-adapters show sq", 2)
+    assert set(re.findall(r"sql(?:-dora)?|chat", found)) == {"sql", "sql-dora"}
+    assert "publish" in complete(shell, "mlx-adapters pub", 1)
+
+
+def test_bash_accepts_the_script(tmp_path):
+    script = subprocess.run(
+        [sys.executable, "-m", "mlx_adapters", "completion", "bash"], capture_output=True, text=True, check=True
+    ).stdout
+    (tmp_path / "c.bash").write_text(script)
+    checked = subprocess.run(["bash", "-n", str(tmp_path / "c.bash")], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_json_output_is_one_document():
+    done = subprocess.run([sys.executable, "-m", "mlx_adapters", "list", "--json"], capture_output=True, text=True)
+    assert json.loads(done.stdout) == {"adapters": []} and done.stderr == ""
