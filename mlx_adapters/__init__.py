@@ -40,6 +40,7 @@ _PUBLIC = {
     "import_peft": "peft_format",
     "export_peft": "peft_format",
     "PeftExport": "peft_format",
+    "fuse_peft": "peft_format.fusing",
     "describe": "inspecting",
     "compare": "inspecting",
     "verify": "verifying",

@@ -34,11 +34,15 @@ SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 
 @dataclass(frozen=True)
 class Base:
-    """Where a base model lies. `revision` is the Hub's commit, None for a folder."""
+    """Where a base model lies. `revision` is the Hub's commit, None for a folder.
+
+    `parameters` are biases and norms that `load_module` puts in place of the folder's own, by name.
+    """
 
     name: str
     folder: Path
     revision: str | None = None
+    parameters: dict[str, mx.array] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -295,7 +299,9 @@ def load_module(base: Base) -> tuple[nn.Module, dict[str, Any]]:
     """mlx-lm's module with lazy weights, in evaluation mode, and its config."""
     _ = base.weight_files
     try:
-        return load_mlx_model(base.folder, lazy=True, model_config=base.config)
+        module, config = load_mlx_model(base.folder, lazy=True, model_config=base.config)
+        module.load_weights(list(base.parameters.items()), strict=False)
+        return module, config
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         text = " ".join(str(error).split())[:400]
         raise ModelError(f"mlx-lm cannot load '{base.name}': {text}.") from error

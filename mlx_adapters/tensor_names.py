@@ -147,6 +147,7 @@ _OWN_NAMES = {
     "gpt_bigcode": PEFT_RENAMES[2:3],
     "gpt_neox": PEFT_RENAMES[3:6],
 }
+FAN_IN_FAN_OUT = ("gpt2",)  # transformers stores the linear weights of these as (in, out)
 _EXPERTS_FROM = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _EXPERTS_TO = {mlx: peft for peft, mlx in _EXPERTS_FROM.items()}
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"

@@ -126,6 +126,8 @@ REFUSED = {
         "lora-bias": (peft.LoraConfig, {**SMALL, "lora_bias": True}),
         "modules-to-save": (peft.LoraConfig, {**SMALL, "modules_to_save": ["lm_head"]}),
         "norms-to-save": (peft.LoraConfig, {**SMALL, "modules_to_save": ["input_layernorm"]}),
+        "only-modules-to-save": (peft.LoraConfig, {"target_modules": [], "target_parameters": ["q_proj.weight"],
+                                                   "modules_to_save": ["embed_tokens", "lm_head", "down_proj"]}),
         "trainable-tokens": (peft.LoraConfig, {**SMALL, "trainable_token_indices": {"embed_tokens": [3, 5]}}),
         "embedding-dora": (peft.LoraConfig, {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True}),
         "pissa": (peft.LoraConfig, {**SMALL, "init_lora_weights": "pissa"}),
@@ -144,9 +146,14 @@ REFUSED = {
         "bias-all": (peft.LoraConfig, {**SMALL, "bias": "all"}),
         "bias-lora-only": (peft.LoraConfig, {**SMALL, "bias": "lora_only"}),
         "tied-modules-to-save": (peft.LoraConfig, {**SMALL, "modules_to_save": ["embed_tokens"]}),
+        "tied-tokens": (peft.LoraConfig, {**SMALL, "trainable_token_indices": [7, 9, 11]}),
         "resized": (peft.LoraConfig, {"target_modules": ["embed_tokens"], "_edit": "resized"}),
     },
-    "gpt2": {"bias-all": (peft.LoraConfig, {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "all"})},
+    "gpt2": {
+        "bias-all": (peft.LoraConfig, {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "all"}),
+        "conv1d-to-save": (peft.LoraConfig, {"target_modules": ["c_attn"], "fan_in_fan_out": True,
+                                             "modules_to_save": ["attn.c_proj", "ln_1"]}),
+    },
 }  # fmt: skip
 LONG = {"long_factor": [1.5, 2.0, 3.0, 4.0], "short_factor": [1.5, 2.0, 3.0, 4.0]}
 # Forms of rope parameters that mlx-lm expresses; logits of the base alone.
@@ -201,6 +208,8 @@ def save_base(model, folder):
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    named = folder / "tokenizer_config.json"  # as written, loading would take the architecture's own class
+    named.write_text(named.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     (folder / "generation_config.json").unlink(missing_ok=True)
 
 
@@ -284,6 +293,11 @@ def per_expert_adapter(arch, folder, seed, edit):
 def tidy(folder, edit):
     for file in folder.rglob("README.md"):
         file.unlink()
+    for path in folder.rglob("adapter_config.json"):  # PEFT writes sets, in any order
+        config = json.loads(path.read_text())
+        for field in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):
+            config[field] = sorted(config[field]) if isinstance(config.get(field), list) else config.get(field)
+        path.write_text(json.dumps(config, indent=2, sort_keys=True))
     path = folder / "adapter_model.safetensors"
     if edit == "name-in-keys":
         tensors = {k.replace(".weight", ".default.weight"): v for k, v in load_file(path).items()}

@@ -39,6 +39,8 @@ BITS = ["keep", "none", "2", "3", "4", "5", "6", "8"]
               help="hf: the original checkpoint's names and types; gguf: one file for llama.cpp.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Keep the model even if --max-kl cannot be held.")
 @click.option("--weight", "weights", type=float, multiple=True, help="Share of each adapter, in order [1 each].")
+@click.option("--from-peft", metavar="SRC",
+              help="Fuse a PEFT folder or Hub repository, with its modules_to_save, biases and tokens.")  # fmt: skip
 @click.option("--again", metavar="RECIPE", help="Repeat the fuse of a recipe, to the byte.")
 @click.option("--check-only", metavar="MODEL", help="Write nothing; check a model that was fused before.")
 @click.option("--adapter", "adapter", type=REFERENCE, metavar="REF", help="The adapter, with --check-only.")
@@ -49,7 +51,7 @@ BITS = ["keep", "none", "2", "3", "4", "5", "6", "8"]
 def fuse_command(
     refs: tuple[str, ...], bits: str, group_size: int | None, mode: str | None, dtype: str, weights: tuple[float, ...],
     base: str | None, any_base: bool, overwrite: bool, as_json: bool, again: str | None, check_only: str | None,
-    adapter: str | None, **settings: Any,
+    from_peft: str | None, adapter: str | None, **settings: Any,
 ) -> None:  # fmt: skip
     """Write the base model with the adapter REF in its weights to the folder OUT.
 
@@ -60,6 +62,7 @@ def fuse_command(
       mlx-adapters fuse sql out/sql-4bit --bits 4
       mlx-adapters fuse sql chat out/both --weight 0.7 --weight 0.3
       mlx-adapters fuse sql out/sql-small --bits 4 --max-kl 0.005
+      mlx-adapters fuse --from-peft user/lora-with-lm-head --base meta-llama/Llama-3.2-1B out/whole
       mlx-adapters fuse --again out/sql-4bit out/sql-4bit-again
       mlx-adapters fuse --check-only out/somebody-elses --adapter sql
     """
@@ -71,13 +74,22 @@ def fuse_command(
         return
     if adapter is not None:
         raise click.UsageError("--adapter goes with --check-only; name the adapter before the folder.")
-    if len(refs) < (1 if again else 2):
+    if len(refs) < (1 if again or from_peft else 2):
         raise click.UsageError("Give the adapter and the folder to write.")
     *adapters, out = refs
     if again is not None:
         if adapters:
             raise click.UsageError("--again takes the adapters from the recipe; give only the folder to write.")
         result = fuse_again(again, out, overwrite=overwrite, on_event=on_event)
+    elif from_peft is not None:
+        if adapters or base is None:
+            raise click.UsageError("--from-peft takes --base and the folder to write, and no other adapter.")
+        from mlx_adapters.peft_format.fusing import fuse_peft
+
+        result = fuse_peft(
+            from_peft, out, base=base, quantization=parse_precision(bits, group_size, mode), dtype=dtype,
+            options=options, overwrite=overwrite, on_event=on_event,
+        )  # fmt: skip
     else:
         result = fuse(
             base, adapters, out, quantization=parse_precision(bits, group_size, mode), dtype=dtype,

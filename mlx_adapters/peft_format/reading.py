@@ -183,11 +183,18 @@ def _set_apart(name: str, array: mx.array, found: PeftAdapter) -> None:
 
 def refuse_beyond_lora(adapter: PeftAdapter) -> None:
     """Raise FormatError if the adapter holds more than an MLX adapter can."""
-    kept, rows = adapter.settings.modules_to_save, adapter.settings.raw.get("trainable_token_indices")
-    words = adapter.beyond_lora
-    words = words or (f"whole modules (modules_to_save): {', '.join(kept)}" if kept else None)
-    words = words or ("rows of single tokens (trainable_token_indices)" if rows else None)
-    if adapter.settings.raw.get("lora_bias"):
+    refuse_unsaved(adapter)
+    if adapter.beyond_lora:
+        raise FormatError(f"The PEFT adapter holds more than an MLX adapter can: {adapter.beyond_lora}.", FUSE_HINT)
+
+
+def refuse_unsaved(adapter: PeftAdapter) -> None:
+    """Raise FormatError if the config promises whole modules or tokens that the file does not hold."""
+    raw = adapter.settings.raw
+    if raw.get("lora_bias"):
         raise FormatError("The PEFT adapter has lora_bias.", "MLX's LoRA layers have no bias of their own.")
-    if words:
-        raise FormatError(f"The PEFT adapter holds more than an MLX adapter can: {words}.", FUSE_HINT)
+    for name in adapter.settings.modules_to_save:
+        if not any(f".{name}." in f".{tensor}" for tensor in adapter.dense):
+            raise FormatError(f"The PEFT config names '{name}' in modules_to_save, but the file does not hold it.")
+    if raw.get("trainable_token_indices") and not adapter.token_rows:
+        raise FormatError("The PEFT config has trainable_token_indices, but the file holds no rows for them.")

@@ -113,8 +113,10 @@ class PeftSettings:
         return any(name == target or name.endswith(f".{target}") for target in self.target_parameters)
 
     def targets(self, path: str) -> bool:
-        """Whether target_modules, less exclude_modules and layers_to_transform, names this module."""
+        """Whether target_modules, less exclude_modules, modules_to_save and other layers, names this module."""
         if self._among("exclude_modules", path) or not self._among("target_modules", path):
+            return False
+        if any(f".{name}." in f".{path}." for name in self.modules_to_save):
             return False
         layers = self.raw.get("layers_to_transform")
         if layers is None or layers == [] or isinstance(self.raw.get("target_modules"), str):

@@ -19,6 +19,7 @@ from mlx_adapters.peft_format.to_mlx import FUSED
 from mlx_adapters.tensor_names import (
     DOWN,
     EMBEDDINGS,
+    FAN_IN_FAN_OUT,
     FUSED_DOWN,
     FUSED_GATE_UP,
     GATE,
@@ -32,8 +33,6 @@ from mlx_adapters.tensor_names import (
 
 LM_HEAD = HEADS[0]
 ROUTER = ".gate"
-# transformers stores these models' linear weights as (in, out).
-FAN_IN_FAN_OUT = ("gpt2",)
 
 
 class _NotAsItCame(Exception):
