@@ -295,8 +295,8 @@ def tidy(folder, edit):
         file.unlink()
     for path in folder.rglob("adapter_config.json"):  # PEFT writes sets, in any order
         config = json.loads(path.read_text())
-        for field in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):
-            config[field] = sorted(config[field]) if isinstance(config.get(field), list) else config.get(field)
+        fields = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "feedforward_modules")
+        config |= {field: sorted(config[field]) for field in fields if isinstance(config.get(field), list)}
         path.write_text(json.dumps(config, indent=2, sort_keys=True))
     path = folder / "adapter_model.safetensors"
     if edit == "name-in-keys":
