@@ -16,7 +16,7 @@ from mlx_adapters import files
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.config import DTYPES, QUANTIZATIONS, Quantization, require
 from mlx_adapters.door import mx
-from mlx_adapters.errors import AdapterError, ConfigError, FidelityError, did_you_mean
+from mlx_adapters.errors import AdapterError, ConfigError, FidelityError, IncompatibleError, did_you_mean
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.fusion import recipe as recipes
 from mlx_adapters.fusion.blocks import TokenBatch, Variant, make_batches
@@ -389,14 +389,20 @@ def _recipe(
 def fuse_again(path: str | Path, out: str | Path, *, overwrite: bool = False, on_event: OnEvent = ignore) -> FuseResult:
     """Fuse once more by a recipe (or the folder that holds one).
 
-    Raises IncompatibleError if base, adapter or text are not what they were, or if the bytes come out
-    differently (another version or processor); then nothing is written.
+    Raises IncompatibleError if base, adapter or text are not what they were; then nothing is written. If the bytes
+    come out differently all the same (another version or processor), `on_event` gets a warning.
     """
     recipe = recipes.read_recipe(path)
     base, adapters = recipes.ingredients(recipe)
     options = FuseOptions(**recipe.options)
+    if recipe.text is not None:
+        tokenizer = load_tokenizer_of(base)
+        text = choose_text(options.calibration, adapters, tokenizer, options.calibration_rows, options.check_rows)
+        if text.sha256 != recipe.text["sha256"]:
+            raise IncompatibleError(f"The text '{text.source}' is not the one of the recipe any more.")
     weights = [entry["weight"] for entry in recipe.adapters]
+    given = [entry["reference"] for entry in recipe.adapters]
     return fuse(
-        base, adapters, out, quantization=recipes.precision_from_json(recipe.quantization) or "none",
+        base, given, out, quantization=recipes.precision_from_json(recipe.quantization) or "none",
         dtype=recipe.dtype, weights=weights, options=options, overwrite=overwrite, any_base=True, on_event=on_event,
     )  # fmt: skip

@@ -110,7 +110,7 @@ def fisher_probe(logits: mx.array, key: mx.array) -> mx.array:
     """u (n, vocabulary) with zero mean and covariance diag(p) - p pᵀ for each row's p = softmax(logits)."""
     p = mx.softmax(logits, axis=-1)
     root = mx.sqrt(p) * (2 * mx.random.bernoulli(0.5, logits.shape, key=key).astype(mx.float32) - 1)
-    return root - p * (mx.sqrt(p) * root).sum(axis=-1, keepdims=True)
+    return root - p * root.sum(axis=-1, keepdims=True)
 
 
 def _add_linear(moments: Moments, x: mx.array, g: mx.array, real: mx.array | None) -> None:

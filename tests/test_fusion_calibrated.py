@@ -1,0 +1,395 @@
+"""Calibrated fusing: moments, fidelity, mixed precision, recipe, text."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from test_fusion_fuse import make_adapter
+
+from mlx_adapters import files
+from mlx_adapters.adapter import write_adapter
+from mlx_adapters.cli import cli
+from mlx_adapters.config import Quantization
+from mlx_adapters.errors import ConfigError, FidelityError, FormatError, IncompatibleError, NotFoundError
+from mlx_adapters.fusion import mixed
+from mlx_adapters.fusion.blocks import Blocks, Variant, make_batches
+from mlx_adapters.fusion.check import check_fused
+from mlx_adapters.fusion.fidelity import compare
+from mlx_adapters.fusion.fuse import FuseOptions, fuse, fuse_again
+from mlx_adapters.fusion.hessian import Collector, fisher_probe
+from mlx_adapters.fusion.plan import LayerPlan, Updates
+from mlx_adapters.fusion.text import GENERAL, choose_text
+from mlx_adapters.layers import quantization_of
+from mlx_adapters.model import load_model, load_module, resolve_base
+
+ALL = ["llama", "qwen2", "qwen3", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2"]
+FEW = {"calibration_rows": 12, "check_rows": 12}
+
+
+def some_rows(seed=0, lengths=(9, 14, 20, 33, 12)):
+    rng = np.random.default_rng(seed)
+    rows = []
+    for n in lengths:
+        judged = np.zeros(n, bool)
+        judged[n // 2 :] = True
+        rows.append((rng.integers(0, 500, n).astype(np.int32), judged))
+    return rows
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder of prompt-completion rows: 40 to train on, 12 kept aside."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    words = ["course", "title", "credits", "teacher", "department", "seats", "building", "budget", "room", "student"]
+    rng = np.random.default_rng(0)
+
+    def row():
+        a, b, c = rng.choice(words, 3, replace=False)
+        return {"prompt": f"List the {a} of all with {b} over {c}.", "completion": f"SELECT {a} FROM {b} WHERE {c} > 3"}
+
+    rows = list({json.dumps(row()): None for _ in range(80)})
+    for name, part in (("train", rows[:40]), ("valid", rows[40:52])):
+        (folder / f"{name}.jsonl").write_text("".join(line + "\n" for line in part))
+    return folder
+
+
+def log_softmax(x):
+    return x - mx.logsumexp(x, axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_fidelity_is_the_kl_of_whole_models(tiny_model, tmp_path, architecture):
+    folder = tiny_model(architecture, bits=4)
+    adapter = make_adapter(folder)
+    nearest = FuseOptions(method="nearest", check=False)
+    fuse(folder, adapter, tmp_path / "out", quantization="keep", options=nearest)
+    rows, base = some_rows(), resolve_base(folder)
+    updates = Updates(((adapter, 1.0),))
+    fused = Variant(resolve_base(tmp_path / "out"), None, updates.paths().__contains__)
+    found = compare(Variant(base, updates), fused, Variant(base), make_batches(rows, 48))
+    models = [load_model(folder, adapter), load_model(tmp_path / "out"), load_model(folder)]
+    kls, same, losses = [[], []], [], [[], [], []]
+    for tokens, judged in rows:
+        logs = [log_softmax(model.logits(mx.array(tokens))) for model in models]
+        places = np.flatnonzero(judged[1:])
+        for i in (1, 2):
+            kls[i - 1] += (mx.exp(logs[0]) * (logs[0] - logs[i])).sum(-1)[mx.array(places)].tolist()
+        same += (logs[0].argmax(-1) == logs[1].argmax(-1))[mx.array(places)].tolist()
+        for i in range(3):
+            losses[i] += [-logs[i][p, tokens[p + 1]].item() for p in places.tolist()]
+    assert len(Blocks(load_module(base)[0])) == 2
+    assert found.tokens == len(same) == 45
+    assert found.kl_mean == pytest.approx(np.mean(kls[0]), rel=1e-4)
+    assert found.kl_p99 == pytest.approx(np.quantile(kls[0], 0.99), rel=1e-4)
+    assert found.base_kl == pytest.approx(np.mean(kls[1]), rel=1e-4)
+    assert found.same_top == pytest.approx(np.mean(same))
+    assert [found.loss_adapter, found.loss_fused, found.loss_base] == pytest.approx(
+        [np.mean(x) for x in losses], rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_moments_block_by_block_are_those_of_the_whole_model(tiny_model, architecture):
+    folder = tiny_model(architecture, bits=4)
+    base, updates = resolve_base(folder), Updates(((make_adapter(folder), 1.0),))
+    batches, found = make_batches(some_rows(), 48), []
+    for whole in (False, True):
+        pair = Variant(base, updates), Variant(base, updates)
+        if whole:
+            for variant in pair:
+                variant.blocks.paths = ()
+        moments = {}
+        inside = {path for path in updates.paths() if "layers" in path or ".h." in path}
+        for _, block in Collector(*pair, inside, batches).run():
+            moments |= block
+        found.append(moments)
+    split, whole = found
+    assert set(split) == set(whole) and len(split) >= 8
+    for path in split:
+        np.testing.assert_array_equal(split[path].tokens, whole[path].tokens)
+        for name in ("plain", "fisher"):
+            a, b = (np.array(getattr(m[path], name)) for m in (split, whole))
+            np.testing.assert_allclose(a, b, atol=2e-4 * np.abs(b).max(), err_msg=path)
+
+
+def test_the_probe_has_the_covariance_of_the_fisher_information():
+    logits = mx.array([[2.0, 0.5, -1.0, 0.0]])
+    p = np.array(mx.softmax(logits, axis=-1))[0]
+    probes = np.array(fisher_probe(mx.broadcast_to(logits, (200_000, 4)), mx.random.key(0)))
+    np.testing.assert_allclose(probes.mean(0), 0, atol=5e-3)
+    np.testing.assert_allclose(probes.T @ probes / len(probes), np.diag(p) - np.outer(p, p), atol=5e-3)
+
+
+@pytest.mark.parametrize(("architecture", "kind"), [("llama", "lora"), ("qwen3", "dora"), ("phi3", "lora"),
+                                                    ("mixtral", "lora"), ("gpt2", "lora")])  # fmt: skip
+def test_calibrated_beats_nearest_at_the_same_size(tiny_model, tmp_path, data, architecture, kind):
+    folder = tiny_model(architecture, bits=4)
+    adapter = make_adapter(folder, kind, strength=0.05)
+    results = {}
+    for method in ("nearest", "calibrated"):
+        options = FuseOptions(method=method, calibration=str(data), **FEW)
+        results[method] = fuse(folder, adapter, tmp_path / method, options=options)
+    ours, theirs = results["calibrated"], results["nearest"]
+    assert ours.size_bytes == theirs.size_bytes and ours.quantization == theirs.quantization
+    assert ours.fidelity.kl_mean < 0.6 * theirs.fidelity.kl_mean
+    assert ours.text["source"] == str(data)
+    report = json.loads((tmp_path / "calibrated/fuse_report.json").read_text())
+    assert report["fidelity"]["kl_mean"] == ours.fidelity.kl_mean
+    assert not (tmp_path / "calibrated/parts").exists()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 6])
+def test_calibrated_from_an_unquantized_base(tiny_model, tmp_path, data, bits):
+    folder = tiny_model("llama", tied=bits != 3)
+    adapter = make_adapter(folder, strength=0.05)
+    kl = {}
+    for method in ("nearest", "calibrated"):
+        options = FuseOptions(method=method, calibration=str(data), **FEW)
+        result = fuse(folder, adapter, tmp_path / method, quantization=Quantization(bits, 32), options=options)
+        kl[method] = result.fidelity.kl_mean
+    assert kl["calibrated"] < 0.75 * kl["nearest"]
+
+
+@pytest.mark.parametrize("quantization", [Quantization(4, 32, "mxfp4"), Quantization(4, 16, "nvfp4")], ids=str)
+def test_calibrated_float_modes(tiny_model, tmp_path, data, quantization):
+    folder = tiny_model("llama")
+    adapter = make_adapter(folder)
+    kl = [
+        fuse(
+            folder, adapter, tmp_path / method, quantization=quantization,
+            options=FuseOptions(method=method, calibration=str(data), **FEW),
+        ).fidelity.kl_mean
+        for method in ("nearest", "calibrated")
+    ]  # fmt: skip
+    assert kl[1] < 0.7 * kl[0]
+
+
+def test_a_promise_is_kept_with_bits_of_their_own_for_some_layers(tiny_model, tmp_path, data):
+    from mlx_lm.utils import load
+
+    folder = tiny_model("llama", bits=4)
+    adapter = make_adapter(folder, strength=0.05)
+    free = fuse(folder, adapter, tmp_path / "free", options=FuseOptions(calibration=str(data), **FEW))
+    limit = free.fidelity.kl_mean / 4
+    options = FuseOptions(calibration=str(data), max_kl=limit, **FEW)
+    held = fuse(folder, adapter, tmp_path / "held", options=options)
+    assert held.fidelity.kl_mean <= limit
+    assert free.size_bytes < held.size_bytes < 2.5 * free.size_bytes
+    module, _ = load(str(tmp_path / "held"))
+    precisions = {quantization_of(layer) for _, layer in module.named_modules() if quantization_of(layer)}
+    assert len(precisions) > 1
+    budget = (free.bits_per_weight + held.bits_per_weight) / 2
+    options = FuseOptions(calibration=str(data), budget_bits=budget, **FEW)
+    middle = fuse(folder, adapter, tmp_path / "middle", options=options)
+    assert free.bits_per_weight < middle.bits_per_weight <= budget
+    assert held.fidelity.kl_mean < middle.fidelity.kl_mean < free.fidelity.kl_mean
+    options = FuseOptions(calibration=str(data), budget_bits=3.0, **FEW)
+    with pytest.raises(ConfigError, match="bits per weight already"):
+        fuse(folder, adapter, tmp_path / "small", options=options)
+
+
+def test_greedy_steps_follow_gain_per_byte():
+    four, eight = Quantization(4, 64), Quantization(8, 64)
+    plans = [LayerPlan(path, (64, 64), four, four, True, False) for path in "ab"]
+    losses = {("a", four): 8.0, ("a", eight): 1.0, ("b", four): 2.0, ("b", eight): 0.1}
+    steps = mixed.order_of_steps(plans, losses, "bfloat16")
+    assert [(s.path, s.target) for s in steps] == [("a", eight), ("b", eight), ("a", None), ("b", None)]
+    assert steps[0].extra_bytes == 64 * 64 // 2
+    assert mixed.within_budget(steps, 64 * 64 // 2) == 1
+    measured = []
+
+    def measure(targets):
+        measured.append(targets)
+        return 10.0 - sum(
+            {("a", eight): 7, ("b", eight): 1.9, ("a", None): 8, ("b", None): 2}[x] for x in targets.items()
+        )
+
+    assert mixed.until_promise(steps, 10.0, 1.2, measure, lambda event: None) == 2
+    assert mixed.until_promise(steps, 10.0, 11.0, measure, lambda event: None) == 0
+    assert len(measured) <= 6
+
+
+def test_over_the_limit_means_no_folder_unless_forced(tiny_model, tmp_path, data, monkeypatch):
+    folder = tiny_model("llama", bits=4)
+    adapter = make_adapter(folder)
+    monkeypatch.setattr("mlx_adapters.fusion.fuse.until_promise", lambda *_: 0)
+    options = {"calibration": str(data), "max_kl": 1e-7, **FEW}
+    with pytest.raises(FidelityError, match="above the 1e-07 allowed"):
+        fuse(folder, adapter, tmp_path / "out", options=FuseOptions(**options))
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".tmp-*"))
+    assert fuse(folder, adapter, tmp_path / "out", options=FuseOptions(**options, force=True)).fidelity.kl_mean > 1e-7
+
+
+def test_a_recipe_makes_the_same_bytes_again(tiny_model, tmp_path, data):
+    folder = tiny_model("mixtral", bits=4)
+    write_adapter(make_adapter(folder, strength=0.05), tmp_path / "adapter")
+    options = FuseOptions(calibration=str(data), budget_bits=6.5, **FEW)
+    first = fuse(None, tmp_path / "adapter", tmp_path / "out", weights=[0.8], options=options)
+    again = fuse_again(tmp_path / "out", tmp_path / "again")
+    assert again.fidelity == first.fidelity
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "again").iterdir())
+    for name in names:
+        if name != "fuse_report.json":
+            assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+    lines = (data / "train.jsonl").read_text().splitlines(keepends=True)
+    (data / "train.jsonl").write_text("".join(lines[5:]))
+    with pytest.raises(IncompatibleError, match="text"):
+        fuse_again(tmp_path / "out", tmp_path / "third")
+    write_adapter(make_adapter(folder, seed=9), tmp_path / "adapter", overwrite=True)
+    with pytest.raises(IncompatibleError, match="not the one of the recipe"):
+        fuse_again(tmp_path / "out", tmp_path / "third")
+    assert not (tmp_path / "third").exists()
+
+
+def test_check_rows_are_never_calibrated_on(tiny_model, data):
+    tokenizer = load_model(tiny_model("llama")).tokenizer
+    lines = (data / "train.jsonl").read_text()
+    (data / "valid.jsonl").write_text("".join(lines.splitlines(keepends=True)[:5]) + (data / "valid.jsonl").read_text())
+    text = choose_text(data, [], tokenizer, 1000, 1000)
+    calibration = {tuple(tokens.tolist()) for tokens, _ in text.calibration}
+    assert len(text.check) == 12 and not calibration & {tuple(tokens.tolist()) for tokens, _ in text.check}
+    (data / "valid.jsonl").write_text(lines)  # nothing but training rows: some are set aside
+    text = choose_text(data, [], tokenizer, 1000, 1000)
+    calibration = {tuple(tokens.tolist()) for tokens, _ in text.calibration}
+    check = {tuple(tokens.tolist()) for tokens, _ in text.check}
+    assert len(check) == 8 and len(calibration) == 32 and not calibration & check
+
+
+def test_where_the_text_comes_from(tiny_model, tmp_path, data):
+    folder = tiny_model("llama")
+    tokenizer, adapter = load_model(folder).tokenizer, make_adapter(folder)
+    assert choose_text(None, [adapter], tokenizer, 16, 8).source == GENERAL
+    adapter.metadata["data"] = {"source": str(data)}
+    assert choose_text(None, [adapter], tokenizer, 16, 8).source == str(data)
+    adapter.metadata["data"] = {"source": str(tmp_path / "gone")}
+    assert choose_text(None, [adapter], tokenizer, 16, 8).source == GENERAL
+    (tmp_path / "book.txt").write_text(
+        "\n\n".join(f"Chapter {i}. " + "The rain fell on the roof. " * 9 for i in range(20))
+    )
+    text = choose_text(tmp_path / "book.txt", [], tokenizer, 100, 100)
+    assert len(text.calibration) == 16 and len(text.check) == 4
+    assert all(judged[1:].all() for _, judged in text.calibration)
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [("", FormatError, "no text"), ("One line.", FormatError, "too short"), ("a\n\nb\n\nc", FormatError, "too short"),
+     (None, NotFoundError, "no text")],
+)  # fmt: skip
+def test_bad_text(tiny_model, tmp_path, content, error, message):
+    folder = tiny_model("llama", bits=4)
+    if content is not None:
+        (tmp_path / "book.txt").write_text(content)
+    with pytest.raises(error, match=message):
+        fuse(
+            folder, make_adapter(folder), tmp_path / "out", options=FuseOptions(calibration=str(tmp_path / "book.txt"))
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_options():
+    for settings, message in (
+        ({"method": "gptq"}, "no method"),
+        ({"max_kl": 0.0}, "above 0"),
+        ({"max_kl": 0.1, "budget_bits": 5.0}, "not both"),
+        ({"max_kl": 0.1, "check": False}, "checked"),
+        ({"budget_bits": 5.0, "method": "nearest"}, "calibrated"),
+        ({"format": "onnx"}, "no format"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            FuseOptions(**settings)
+
+
+def test_check_only_judges_what_others_fused(tiny_model, tmp_path, data, home):
+    folder = tiny_model("qwen3", bits=4)
+    adapter = make_adapter(folder, strength=0.05)
+    write_adapter(adapter, home / "adapters" / "tiny")
+    options = FuseOptions(method="nearest", calibration=str(data), **FEW)
+    fused = fuse(folder, adapter, tmp_path / "out", options=options)
+    found = check_fused(tmp_path / "out", adapter, options=options)
+    assert found.fidelity.kl_mean == pytest.approx(fused.fidelity.kl_mean, rel=1e-3)
+    assert found.update_survival == pytest.approx(fused.update_survival, rel=1e-3)
+    arguments = [
+        "fuse",
+        "--check-only",
+        str(tmp_path / "out"),
+        "--adapter",
+        "tiny",
+        "--calibration",
+        str(data),
+        "--json",
+    ]
+    run = CliRunner().invoke(cli, arguments)
+    assert run.exit_code == 0, run.output
+    assert json.loads(run.stdout)["fidelity"]["rows"] == 12
+    with pytest.raises(IncompatibleError, match="not a fused version"):
+        check_fused(tiny_model("llama"), adapter, options=options)
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+import signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from mlx_adapters.cli import main
+sys.argv = ["mlx-adapters", *sys.argv[1:]]
+main()
+"""
+
+
+def program(code, *arguments):
+    return [sys.executable, "-c", code, *map(str, arguments)]
+
+
+def test_a_full_disk_leaves_nothing(tiny_model, tmp_path, home):
+    folder = tiny_model("llama")
+    write_adapter(make_adapter(folder), home / "adapters" / "tiny")
+    out = tmp_path / "fused" / "out"
+    run = subprocess.run(program(LIMITED, "fuse", "tiny", out, "--no-check"), capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "Error: Cannot write" in run.stderr and "Hint:" in run.stderr and "Traceback" not in run.stderr
+    assert list((tmp_path / "fused").iterdir()) == []
+
+
+def test_a_kill_leaves_no_half_folder(tiny_model, tmp_path, home):
+    folder = tiny_model("llama", bits=4)
+    write_adapter(make_adapter(folder), home / "adapters" / "tiny")
+    parent = tmp_path / "fused"
+    code = "import sys\nfrom mlx_adapters.cli import main\nsys.argv = ['x', *sys.argv[1:]]\nmain()"
+    process = subprocess.Popen(program(code, "fuse", "tiny", parent / "out"), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(parent.glob(".tmp-*/*")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (parent / "out").exists()
+    for leftover in parent.glob(".tmp-*"):
+        os.utime(leftover, (0, 0))
+    run = CliRunner().invoke(cli, ["fuse", "tiny", str(parent / "out"), "--no-check"])
+    assert run.exit_code == 0, run.output
+    assert [path.name for path in parent.iterdir()] == ["out"]
+
+
+def test_the_command_prints_a_table(tiny_model, tmp_path, home, data):
+    folder = tiny_model("llama", bits=4)
+    write_adapter(make_adapter(folder), home / "adapters" / "tiny")
+    arguments = ["fuse", "tiny", str(tmp_path / "out"), "--calibration", str(data), "--calibration-rows", "12"]
+    run = CliRunner().invoke(cli, arguments)
+    assert run.exit_code == 0, run.output
+    assert "calibrated rounding" in run.stdout and "SAME TOP" in run.stdout and "survived" in run.stdout
+    recipe = files.read_json(Path(tmp_path / "out/fuse_recipe.json"))
+    assert recipe["method"] == "calibrated" and recipe["adapters"][0]["reference"] == "tiny"
+    again = CliRunner().invoke(cli, ["fuse", "--again", str(tmp_path / "out"), str(tmp_path / "again")])
+    assert again.exit_code == 0, again.output
+    wrong = CliRunner().invoke(cli, ["fuse", "tiny"])
+    assert wrong.exit_code == 2 and "folder" in wrong.output
