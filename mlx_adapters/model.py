@@ -284,15 +284,20 @@ def load_model(
     require(dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not '{dtype}'.")
     found = resolve_base(base)
     module, config = load_module(found)
-    if dense if dense is not None else not on_gpu():
-        dequantize_layers(module, getattr(mx, "float32" if dtype == "auto" else dtype))
-    if dtype != "auto" or not on_gpu():
-        module.set_dtype(getattr(mx, "float32" if dtype == "auto" else dtype))
+    set_precision(module, dtype, dense)
     mx.eval(module.parameters())
     model = Model(module, load_tokenizer_of(found), found, config)
     if adapter is not None:
         model.attach(adapter, any_base)
     return model
+
+
+def set_precision(module: nn.Module, dtype: str = "auto", dense: bool | None = None) -> None:
+    """Give a module the precision that `load_model` promises."""
+    if dense if dense is not None else not on_gpu():
+        dequantize_layers(module, getattr(mx, "float32" if dtype == "auto" else dtype))
+    if dtype != "auto" or not on_gpu():
+        module.set_dtype(getattr(mx, "float32" if dtype == "auto" else dtype))
 
 
 def load_module(base: Base) -> tuple[nn.Module, dict[str, Any]]:

@@ -18,6 +18,7 @@ from mlx_adapters.errors import AdapterError
 # Command -> (module in this folder, one line for the overview).
 COMMANDS = {
     "train": ("train", "Train an adapter, or go on with a run that was stopped."),
+    "data": ("data", "Look at training data before training, and split it."),
     "list": ("adapters", "Show all adapters."),
     "show": ("adapters", "Show one adapter."),
     "compare": ("adapters", "Compare two adapters."),
@@ -45,7 +46,7 @@ COMMANDS = {
     "import-peft": ("peft", "Take in a PEFT adapter from a folder or the Hub."),
     "export-peft": ("peft", "Write an adapter as a folder that PEFT loads."),
     "advise": ("advise", "Say which to use, adapter or fused, from measured figures."),
-    "estimate": ("estimate", "Forecast memory before anything is loaded."),
+    "estimate": ("estimate", "Forecast memory, and the time of a training, beforehand."),
     "eval": ("eval", "Judge variants on data: loss, distance, task score."),
     "demo": ("demo", "The whole way on an embedded model and data."),
     "env": ("env", "Show versions, device, BLAS and the home folder."),

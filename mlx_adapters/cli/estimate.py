@@ -1,14 +1,18 @@
-"""`estimate`: how much memory a model will take."""
+"""`estimate`: how much memory a model will take, for inference or for training."""
+
+from typing import Any
 
 import click
 
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import adapter_option, json_option
+from mlx_adapters.cli._training_options import Settings, read_settings, training_options
 from mlx_adapters.cli.benchmark import Counts
 
 
 @click.command("estimate")
-@click.argument("base")
+@click.argument("base", required=False)
+@click.option("--data", metavar="DIR", help="Forecast the training on this data, with the options of train.")
 @adapter_option
 @click.option("--context", type=Counts(), default="2048,8192", show_default=True, help="Context lengths in tokens.")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences at a time.")
@@ -16,21 +20,32 @@ from mlx_adapters.cli.benchmark import Counts
 @click.option(
     "--memory", type=click.FloatRange(min=0, min_open=True), metavar="GB", help="Memory there is [this machine's]."
 )
+@training_options
 @json_option
 def estimate_command(
-    base: str, adapter: str | None, context: tuple[int, ...], batch: int, bits: tuple[int, ...], memory: float | None,
-    as_json: bool,
+    adapter: str | None, context: tuple[int, ...], batch: int, bits: tuple[int, ...], memory: float | None,
+    as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Forecast the memory of BASE, its adapter and KV cache for inference, at each precision.
+    """Forecast the memory of BASE, its adapter and KV cache for inference, at each precision; with --data, memory
+    and time of a training with the same options (it trains nothing).
 
     \b
     Example:
       mlx-adapters estimate mlx-community/Qwen3-0.6B-4bit --context 4096,32768
+      mlx-adapters estimate demo --data data/sql --batch-size 8
     """
+    settings = read_settings(options)
+    if settings.base is None:
+        raise click.UsageError("Give BASE.")
+    if settings.data is not None:
+        _training(settings, as_json)
+        return
+    if settings.lora or settings.training:
+        raise click.UsageError("The options of train need --data.")
     from mlx_adapters.benchmarking.forecast import estimate_inference
 
     found = estimate_inference(
-        base, adapter, contexts=context, batch=batch, bits=bits,
+        settings.base, adapter, contexts=context, batch=batch, bits=bits,
         memory_bytes=None if memory is None else int(memory * 1e9),
     )  # fmt: skip
     if as_json:
@@ -57,3 +72,32 @@ def estimate_command(
     ]  # fmt: skip
     _output.table(headers, rows, right=range(1, len(headers)))
     _output.out(f"Batch {batch}; there is {size(found.memory_bytes)} of memory.")
+
+
+def _training(settings: Settings, as_json: bool) -> None:
+    from mlx_adapters.training.memory import estimate
+
+    lora, training = settings.lora_config(), settings.train_config()
+    found = estimate(
+        settings.base or "", settings.data or "", lora=lora, training=training, on_event=_output.progress()
+    )
+    if as_json:
+        _output.emit_json(found)
+        return
+    size = _output.size
+    parts = [(name.removesuffix("_bytes"), size(count)) for name, count in vars(found.parts).items()]
+    _output.table(("PART", "AT THE PEAK"), [*parts, ("all", size(found.peak_bytes))], right=(1,))
+    rows, tokens = found.largest_batch
+    _output.out(
+        f"{found.trainable_parameters:,} trained parameters; largest batch {rows} x {tokens} tokens; full fine-tuning "
+        f"in float32 with Adam would need {size(found.full_finetune_bytes)} for weights, gradients and moments"
+    )
+    if found.seconds_per_iteration is not None:
+        each, total = found.seconds_per_iteration, found.seconds_per_iteration * training.iterations
+        _output.out(f"about {_output.number(each)} s per iteration, {_output.duration(total)} in all, validation apart")
+    if found.fits:
+        _output.out(f"It fits: this machine has {size(found.usable_bytes)}.")
+        return
+    _output.out(f"It does not fit: this machine has {size(found.usable_bytes)}. Any one of these would make it fit:")
+    for advice in found.advice:
+        _output.out(f"  {advice}")

@@ -66,6 +66,19 @@ class Engine:
         self.weights, gradient_norm, weight_norm = self.optimizer.apply(self.weights, gradients, rate)
         return gradient_norm, weight_norm
 
+    def step(
+        self, batches: Sequence[Batch], share: float, rate: float, rounding: bool = False
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """One update from several batches: (summed loss, gradient's norm, norm of the new weights), evaluated."""
+        loss, gradients = self.gradient(batches[0], share, rounding)
+        for batch in batches[1:]:
+            mx.eval(loss, gradients)
+            more, others = self.gradient(batch, share, rounding)
+            loss, gradients = loss + more, {name: g + others[name] for name, g in gradients.items()}
+        norms = self.update(gradients, rate)
+        mx.eval(loss, norms, self.weights, self.optimizer.arrays(), mx.random.state)
+        return loss, *norms
+
     def evaluate(self, batches: Iterable[Batch], rounding: bool = False) -> float:
         """Mean loss per trained token, in nats, without dropout."""
         total, tokens = 0.0, 0
@@ -119,9 +132,14 @@ class Engine:
         return self.module
 
 
+def chunk_rows(vocabulary: int) -> int:
+    """How many logit rows a chunk holds."""
+    return max(64, losses.CHUNK_BYTES // (4 * vocabulary))
+
+
 def plan_loss(module: nn.Module, config: TrainConfig, vocabulary: int, probe: Batch) -> LossPlan:
     """The chunked loss where it gives the plain one's value on `probe`, else the plain one."""
-    chunk = max(64, losses.CHUNK_BYTES // (4 * vocabulary))
+    chunk = chunk_rows(vocabulary)
     body = graph.find_body(module) if config.chunked_loss != "off" else None
     if body is not None and _agrees(module, body, probe, chunk):
         return LossPlan(body, chunk)
@@ -150,9 +168,3 @@ def packing_is_exact(module: nn.Module, separate: Batch, packed: Batch) -> bool:
     except (ValueError, TypeError, IndexError, AttributeError):
         return False
     return abs(alone - together) <= EQUAL * abs(alone)
-
-
-def add(gradients: Sequence[Weights]) -> Weights:
-    """Sum of gradients."""
-    first, *others = gradients
-    return {name: sum((g[name] for g in others), grad) for name, grad in first.items()}

@@ -80,15 +80,9 @@ class Loop:
 
     def _step(self, batches: list[Batch], tokens: int) -> None:
         engine, state = self.engine, self.state
-        rounding = self._rounding(state.iteration + 1)
-        loss, gradients = engine.gradient(batches[0], 1 / tokens, rounding)
-        for batch in batches[1:]:
-            mx.eval(loss, gradients)
-            more, others = engine.gradient(batch, 1 / tokens, rounding)
-            loss, gradients = loss + more, {name: g + others[name] for name, g in gradients.items()}
-        norms = engine.update(gradients, learning_rate(self.config, state.iteration + 1))
-        mx.eval(loss, norms, engine.weights, engine.optimizer.arrays(), mx.random.state)
-        self._require_finite({"loss": loss, "gradient": norms[0], "adapter": norms[1]}, batches)
+        rate = learning_rate(self.config, state.iteration + 1)
+        loss, gradient, weights = engine.step(batches, 1 / tokens, rate, self._rounding(state.iteration + 1))
+        self._require_finite({"loss": loss, "gradient": gradient, "adapter": weights}, batches)
         state.iteration += 1
         state.batches += len(batches)
         state.trained_tokens += tokens

@@ -85,6 +85,8 @@ def read_data(source: str | Path) -> DataSet:
 
 def read_split(path: Path, name: str = "train") -> Split:
     """Read one JSONL or Parquet file."""
+    if not path.is_file():
+        raise NotFoundError(f"There is no data file '{path}'.")
     if path.suffix not in SUFFIXES:
         raise FormatError(f"'{path}' is neither a .jsonl nor a .parquet file.", "rename or convert it.")
     rows = _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path)

@@ -1,0 +1,80 @@
+"""`data check` and `data split`."""
+
+import click
+
+from mlx_adapters.cli import _output
+from mlx_adapters.cli._options import json_option, overwrite_option
+
+
+@click.group("data")
+def data_command() -> None:
+    """Look at training data before training, and split it."""
+
+
+@data_command.command("check")
+@click.argument("data", metavar="DIR")
+@click.option("--base", default="demo", show_default=True, help="The model whose tokenizer counts.")
+@click.option("--max-seq-length", type=click.IntRange(2), default=2048, show_default=True, help="Where rows are cut.")
+@click.option("--mask-prompt", is_flag=True, help="Train on the assistant's turns only.")
+@click.option("--last-turn-only", is_flag=True, help="With --mask-prompt: on the last turn only.")
+@json_option
+def check(data: str, base: str, max_seq_length: int, mask_prompt: bool, last_turn_only: bool, as_json: bool) -> None:
+    """Count rows and tokens; find duplicates, overlaps, empty answers and rows that are cut.
+
+    \b
+    Example:
+      mlx-adapters data check data/sql --mask-prompt
+    """
+    from mlx_adapters.config import TrainConfig
+    from mlx_adapters.training.checking import check_data
+
+    settings = TrainConfig(max_seq_length=max_seq_length, mask_prompt=mask_prompt, last_turn_only=last_turn_only)
+    report = check_data(data, base, settings)
+    if as_json:
+        _output.emit_json(report)
+        return
+    rows = [
+        (name, str(s.rows), ", ".join(s.formats), f"{s.tokens:,}", f"{s.trained_tokens:,}", f"{s.median_length:.0f}",
+         str(s.longest), str(s.truncated), str(len(s.dropped)), str(s.duplicates), str(len(s.empty_answers)),
+         str(report.overlaps.get(name, "-")))
+        for name, s in report.splits.items()
+    ]  # fmt: skip
+    heads = ("SPLIT", "ROWS", "FORMAT", "TOKENS", "TRAINED", "MEDIAN", "LONGEST", "CUT", "NOTHING LEFT", "DUPLICATES",
+             "EMPTY ANSWERS", "IN TRAIN TOO")  # fmt: skip
+    _output.table(heads, rows, right=(1, *range(3, 12)))
+    train = report.splits["train"]
+    most = max((count for *_, count in train.histogram), default=1) or 1
+    _output.out("\ntokens per training row")
+    for low, high, count in train.histogram:
+        _output.out(f"{low:>6}-{high:<6} {count:>6}  {'#' * round(40 * count / most)}".rstrip())
+    for name, split in report.splits.items():
+        for what, where in (("empty answer", split.empty_answers), ("nothing left to train", split.dropped)):
+            if where:
+                more = f" and {len(where) - 3} more" if len(where) > 3 else ""
+                _output.out(f"{name}, {what}: {'; '.join(where[:3])}{more}")
+    _output.out("\nfirst training row; the loss counts what stands between [[ and ]]")
+    _output.out("".join(f"[[{text}]]" if trained else text for text, trained in report.first_row))
+
+
+@data_command.command("split")
+@click.argument("file", type=click.Path(dir_okay=False))
+@click.argument("out", type=click.Path())
+@click.option("--valid", type=click.FloatRange(0, 1), default=0.1, show_default=True, help="Share for validation.")
+@click.option("--test", type=click.FloatRange(0, 1), default=0.1, show_default=True, help="Share for testing.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the shuffle.")
+@overwrite_option
+@json_option
+def split(file: str, out: str, valid: float, test: float, seed: int, overwrite: bool, as_json: bool) -> None:
+    """Split FILE into the folder OUT with train.jsonl, valid.jsonl and test.jsonl. Equal rows stay together.
+
+    \b
+    Example:
+      mlx-adapters data split rows.jsonl data/mine --valid 0.1 --test 0.1
+    """
+    from mlx_adapters.training.checking import split_data
+
+    counts = split_data(file, out, valid=valid, test=test, seed=seed, overwrite=overwrite)
+    if as_json:
+        _output.emit_json(counts)
+    else:
+        _output.out(f"{out}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
