@@ -59,6 +59,11 @@ def note(text: str) -> None:
         click.echo(text, err=True)
 
 
+def note_inline(text: str) -> None:
+    """Talk without an end of line (a prompt), to stderr."""
+    click.echo(text, nl=False, err=True)
+
+
 def warn(text: str) -> None:
     """A warning, to stderr."""
     _clear_line()

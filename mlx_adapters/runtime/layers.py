@@ -83,6 +83,7 @@ class Concatenated:
             setattr(self, name, _join(layers, name) if first.get(name) is not None else None)
         self.bias = _join(layers, BIAS) if BIAS in first else None
         self.transposed = self.weight.T
+        mx.eval(self.transposed)
 
     def __call__(self, x: mx.array) -> mx.array:
         if self.options is None:

@@ -1,0 +1,165 @@
+"""`chat`: talk to a model and switch adapters. `ab`: two adapters side by side."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_adapters.cli import _output
+from mlx_adapters.cli._options import (
+    REFERENCE,
+    any_base_option,
+    base_option,
+    dtype_option,
+    json_option,
+    sampling_options,
+)
+from mlx_adapters.errors import AdapterError
+
+if TYPE_CHECKING:
+    from mlx_adapters.runtime.chat import Chat
+    from mlx_adapters.runtime.live import LiveModel
+
+HELP = """/use NAME       answer with this adapter (attached if it is not yet)
+/base           answer without an adapter
+/compare A B    answer the next message with A and with B ('base' is the base)
+/adapters       what is attached
+/reset          forget the conversation
+/quit           end (or Ctrl-D)"""
+
+
+@click.command("chat")
+@click.option("--adapter", "adapters", multiple=True, type=REFERENCE, metavar="REF",
+              help="An adapter to attach (repeatable); the first one answers.")  # fmt: skip
+@base_option
+@any_base_option
+@click.option("--system", help="The system message.")
+@sampling_options
+@dtype_option
+def chat_command(
+    adapters: tuple[str, ...], base: str | None, any_base: bool, system: str | None, dtype: str, **sampling: Any
+) -> None:
+    """Talk to a model. The base is loaded once; /use NAME switches the adapter, /help shows the rest.
+
+    \b
+    Example:
+      mlx-adapters chat --adapter sql --adapter chat
+    """
+    from mlx_adapters.runtime.chat import Chat
+
+    chat = Chat(_load(base, adapters, any_base, dtype), system)
+    if adapters:
+        chat.model.use(chat.model.adapters[0].name)
+    _output.note("Type a message, or /help.")
+    compared: list[str] | None = None
+    while (line := _read_line(chat)) is not None:
+        try:
+            if line.startswith("/"):
+                if line.split()[0] == "/quit":
+                    return
+                compared = _obey(chat, line, any_base)
+            elif line and compared:
+                _compare(chat, line, compared, sampling)
+                compared = None
+            elif line:
+                _answer(chat, line, sampling)
+        except AdapterError as error:
+            _output.error(error.message, error.hint)
+
+
+@click.command("ab")
+@click.argument("prompts", type=click.Path(path_type=Path))
+@click.argument("a")
+@click.argument("b")
+@base_option
+@any_base_option
+@sampling_options
+@dtype_option
+@json_option
+def ab_command(
+    prompts: Path, a: str, b: str, base: str | None, any_base: bool, dtype: str, as_json: bool, **sampling: Any
+) -> None:
+    """Answer a file of PROMPTS with adapters A and B ('base': none), side by side.
+
+    PROMPTS is JSONL with `prompt` or `messages`, or plain text with one prompt a line.
+
+    \b
+    Example:
+      mlx-adapters ab questions.txt sql@500 sql@600
+    """
+    from mlx_adapters.runtime.chat import answer_pairs, read_prompts
+
+    questions = read_prompts(prompts)
+    references = [reference for reference in dict.fromkeys((a, b)) if reference != "base"]
+    model = _load(base, tuple(references), any_base, dtype)
+    names = {"base": None} | dict(zip(references, (info.name for info in model.adapters), strict=True))
+    pairs = answer_pairs(model, questions, names[a], names[b], **sampling)
+    if as_json:
+        _output.emit_json({"a": a, "b": b, "pairs": pairs})
+        return
+    for pair in pairs:
+        _output.out(_output.style(f"> {pair.prompt}", bold=True))
+        _output.out(f"{a}: {pair.a.strip()}")
+        _output.out(f"{b}: {pair.b.strip()}\n")
+
+
+def _load(base: str | None, references: tuple[str, ...], any_base: bool, dtype: str) -> "LiveModel":
+    from mlx_adapters.registry import load_adapter
+    from mlx_adapters.runtime.live import load_model
+
+    loaded = [load_adapter(reference) for reference in references]
+    base = base or next((adapter.base_name for adapter in loaded if adapter.base_name), None)
+    if base is None:
+        raise click.UsageError("Give --base (the embedded model is 'demo').")
+    model = load_model(base, dtype=dtype)
+    for reference, adapter in zip(references, loaded, strict=True):
+        model.attach(adapter, any_base, name=reference, use=False)
+    return model
+
+
+def _read_line(chat: "Chat") -> str | None:
+    if sys.stdin.isatty():
+        at_work = [info.name for info in chat.model.adapters if info.weight is not None]
+        _output.note_inline(f"{at_work[0] if at_work else 'base'}> ")
+    line = sys.stdin.readline()
+    return line.strip() if line else None
+
+
+def _obey(chat: "Chat", line: str, any_base: bool) -> list[str] | None:
+    command, *words = line.split()
+    if command == "/use" and len(words) == 1:
+        _attach(chat, words[0], any_base)
+        chat.model.use(words[0])
+    elif command == "/base" and not words:
+        chat.model.use(None)
+    elif command == "/compare" and len(words) == 2:
+        for word in words:
+            if word != "base":
+                _attach(chat, word, any_base)
+        return words
+    elif command == "/adapters" and not words:
+        for info in chat.model.adapters:
+            _output.note(f"{info.name}  {info.type} rank {info.rank}{'  (in use)' if info.weight is not None else ''}")
+    elif command == "/reset" and not words:
+        chat.reset()
+    else:
+        _output.note(HELP)
+    return None
+
+
+def _attach(chat: "Chat", name: str, any_base: bool) -> None:
+    if name not in chat.model.pool.attached:
+        chat.model.attach(name, any_base, name=name, use=False)
+
+
+def _answer(chat: "Chat", line: str, sampling: dict[str, Any]) -> None:
+    for piece in chat.ask(line, **sampling):
+        _output.out(piece, newline=False)
+    _output.out()
+
+
+def _compare(chat: "Chat", line: str, names: list[str], sampling: dict[str, Any]) -> None:
+    answers = chat.compare(line, [None if name == "base" else name for name in names], **sampling)
+    for name, answer in zip(names, answers, strict=True):
+        _output.out(f"{name}: {answer.strip()}")

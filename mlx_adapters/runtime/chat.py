@@ -1,0 +1,113 @@
+"""A conversation that may change its adapter, and prompts answered by two adapters."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_adapters.errors import FormatError, ModelError, NotFoundError
+from mlx_adapters.runtime.live import LiveModel, PromptCache
+from mlx_adapters.runtime.pool import same
+
+
+@dataclass
+class Chat:
+    """A conversation with a model and the adapters attached to it.
+
+    What was read before is not read again, as long as the adapter stays: keys and values of one adapter mean
+    nothing to another.
+    """
+
+    model: LiveModel
+    system: str | None = None
+    messages: list[dict[str, str]] = field(default_factory=list)
+    _cache: PromptCache | None = field(default=None, repr=False)
+    _cached: list[int] = field(default_factory=list, repr=False)
+
+    def ask(self, text: str, **options: Any) -> Iterator[str]:
+        """The answer of the adapter at work, piece by piece; the turn is remembered when it is complete."""
+        messages = [*self.messages, {"role": "user", "content": text}]
+        pieces = []
+        for piece in self._answer(messages, **options):
+            pieces.append(piece)
+            yield piece
+        self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
+
+    def compare(self, text: str, adapters: list[str | None], **options: Any) -> list[str]:
+        """The answers of several adapters to the same turn; none of them is remembered."""
+        prompt = self._encode([*self.messages, {"role": "user", "content": text}])
+        return self.model.generate_batch([(prompt, name) for name in adapters], **options)
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self.messages, self._cache, self._cached = [], None, []
+
+    def _answer(self, messages: list[dict[str, str]], **options: Any) -> Iterator[str]:
+        prompt = self._encode(messages)
+        known = len(self._cached)
+        usable = self._cache is not None and same(self._cache.selection, self.model.pool.selection)
+        if not usable or known >= len(prompt) or prompt[:known] != self._cached:
+            self._cache, known = self.model.new_cache(), 0
+        cache, self._cached, written = self._cache, [], list(prompt)
+        for response in self.model.stream(prompt[known:], cache=cache, **options):
+            written.append(int(response.token))
+            yield response.text
+        offset = getattr(cache.layers[0], "offset", 0)
+        if isinstance(offset, int) and offset <= len(written):
+            self._cached = written[:offset]
+        else:
+            self._cache = None
+
+    def _encode(self, messages: list[dict[str, str]]) -> list[int]:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        tokenizer = self.model.tokenizer
+        if not getattr(tokenizer, "has_chat_template", False):
+            return list(tokenizer.encode(messages[-1]["content"]))
+        try:
+            found = tokenizer.apply_chat_template(
+                [*system, *messages], add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except Exception as error:  # a template may raise what it likes
+            raise ModelError(f"The chat template refuses this conversation: {error}.") from None
+        return list(found)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt."""
+
+    prompt: str
+    a: str
+    b: str
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts in a file: JSONL rows with `prompt` or `messages` (the last user turn), or one a line."""
+    try:
+        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise NotFoundError(f"There is no file '{path}'.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"'{path}' cannot be read: {error}.") from None
+    found = [_prompt(line, f"'{path}', line {i}") if path.suffix == ".jsonl" else line.strip()
+             for i, line in enumerate(lines, start=1)]  # fmt: skip
+    if not found:
+        raise FormatError(f"'{path}' holds no prompt.")
+    return found
+
+
+def _prompt(line: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+        if isinstance(row.get("prompt"), str):
+            return row["prompt"]
+        return [m["content"] for m in row["messages"] if m["role"] == "user"][-1]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise FormatError(f"{where} has neither 'prompt' nor 'messages' with a user's turn.") from None
+
+
+def answer_pairs(model: LiveModel, prompts: list[str], a: str | None, b: str | None, **options: Any) -> list[Pair]:
+    """The answers of adapters `a` and `b` (None: the base) to each prompt, all decoded together."""
+    answers = model.generate_batch([(prompt, name) for prompt in prompts for name in (a, b)], **options)
+    return [Pair(p, *answers[2 * i : 2 * i + 2]) for i, p in enumerate(prompts)]

@@ -1,0 +1,337 @@
+"""The one thread that runs the model: takes jobs, brings adapters in and out, batches, hands out text.
+
+The web side puts a `Job` in and reads its events from an asyncio queue; nothing else is shared. A job that is
+cancelled, too slow or failed leaves the batch between two steps. An adapter is loaded when a job needs it; when
+there are too many, the least recently used one that no job holds makes room.
+"""
+
+import asyncio
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_adapters.door import mx
+from mlx_adapters.errors import AdapterError, did_you_mean
+from mlx_adapters.registry import load_adapter
+from mlx_adapters.runtime.batching import Batcher, Request, Token
+from mlx_adapters.runtime.live import LiveModel
+from mlx_adapters.runtime.pool import Attached
+from mlx_adapters.runtime.sampling import Sampler
+from mlx_adapters.runtime.text import TextStream
+from mlx_adapters.serving.errors import ApiError
+from mlx_adapters.serving.metrics import Metrics
+from mlx_adapters.serving.settings import ServeSettings
+
+log = logging.getLogger("mlx_adapters.serve")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Something new of an answer; `finish_reason` only with the last."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    finish_reason: str | None
+    completion_tokens: int
+
+
+@dataclass(eq=False)
+class Job:
+    """One answer to be written. `events` gets Pieces, or one ApiError."""
+
+    model: str
+    prompt: list[int]
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    top_logprobs: int | None = None
+    events: asyncio.Queue = field(default_factory=asyncio.Queue)
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    arrived: float = field(default_factory=time.monotonic)
+    first: float | None = None
+    request: Request | None = None
+    text: TextStream | None = None
+    made: int = 0
+    held: list[Token] = field(default_factory=list)
+
+    def send(self, event: Piece | ApiError) -> None:
+        """Hand an event to the web side."""
+        try:
+            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+        except RuntimeError:  # the loop is closed: nobody listens any more
+            log.debug("an event came after the loop was closed")
+
+
+@dataclass(eq=False)
+class Served:
+    """An adapter that can be asked for. `attached` is None while it is out of memory."""
+
+    name: str
+    reference: str
+    attached: Attached | None = None
+
+
+class Engine:
+    """Runs `model` for many jobs. `start` and `stop` it; the other methods may be called from any thread."""
+
+    def __init__(self, model: LiveModel, settings: ServeSettings, base_name: str) -> None:
+        self.model, self.settings, self.base_name = model, settings, base_name
+        self.metrics = Metrics()
+        self.served: dict[str, Served] = {}
+        self.failed: BaseException | None = None
+        self._commands: queue.Queue[Callable[[], None]] = queue.Queue()
+        self._batcher = Batcher(model.module, model.pool, settings.max_batch)
+        self._jobs: dict[int, Job] = {}
+        self._parked: list[Job] = []
+        self._removed: list[Served] = []
+        self._open = 0
+        self._serial = itertools.count()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # -- from outside ----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    def stop(self, seconds: float = 30.0) -> None:
+        """Finish what is under way, for at most `seconds`, then end."""
+        self._stopping.set()
+        self._commands.put(lambda: None)
+        if self._thread.is_alive():
+            self._thread.join(seconds)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine works."""
+        return self._thread.is_alive() and self.failed is None
+
+    @property
+    def names(self) -> list[str]:
+        """Every model name that can be asked for."""
+        return [self.base_name, *self.served, *(split.name for split in self.settings.splits)]
+
+    def resolve(self, name: str, user: str | None) -> str:
+        """The adapter (or base) that a request for `name` gets. Raises ApiError 404 with the list."""
+        for split in self.settings.splits:
+            if split.name == name:
+                return split.choose(user if user is not None else f"request {time.time_ns()}")
+        if name != self.base_name and name not in self.served:
+            hint = did_you_mean(name, self.names)
+            message = f"The model '{name}' does not exist. Served: {', '.join(self.names)}."
+            raise ApiError(404, message + (f" {hint}" if hint else ""), param="model", code="model_not_found")
+        return name
+
+    def submit(self, job: Job) -> None:
+        """Take a job in. Raises ApiError 429 when too many wait, 503 when the server is stopping."""
+        if self._stopping.is_set() or not self.alive:
+            raise ApiError(503, "The server is stopping.", kind="server_error")
+        if self._open >= self.settings.max_queue + self.settings.max_batch:
+            raise ApiError(429, "Too many requests are waiting.", kind="rate_limit_error", code="queue_full")
+        self._open += 1
+        self._commands.put(lambda: self._take(job))
+
+    def cancel(self, job: Job) -> None:
+        """Forget a job; its place in the batch is free before the next step."""
+        self._commands.put(lambda: self._drop(job, "cancelled"))
+
+    def add_adapter(self, name: str, reference: str) -> Served:
+        """Serve another adapter and load it now. Raises AdapterError; then nothing changed."""
+        return self._ask(lambda: self._add_adapter(name, reference))
+
+    def remove_adapter(self, name: str) -> None:
+        """Serve an adapter no more. Answers that are being written with it are finished."""
+        served = self.served.pop(name)
+        self._commands.put(lambda: self._removed.append(served))
+
+    def update_gauges(self) -> None:
+        """Bring the gauges up to date."""
+        pool = self.model.pool
+        gauges = {
+            "queue_length": len(self._batcher.waiting) + len(self._parked), "running": len(self._batcher.rows),
+            "adapters_resident": len(pool.attached), "adapter_bytes": pool.nbytes,
+            "memory_active_bytes": mx.get_active_memory(), "memory_peak_bytes": mx.get_peak_memory(),
+        }  # fmt: skip
+        for name, value in gauges.items():
+            self.metrics.set(name, value)
+
+    def _ask(self, work: Callable[[], Any]) -> Any:
+        """Run `work` in the engine's thread and give its result; directly before the engine is started."""
+        if not self._thread.is_alive():
+            return work()
+        answer: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
+
+        def command() -> None:
+            try:
+                answer.put((work(), None))
+            except Exception as error:
+                answer.put((None, error))
+
+        self._commands.put(command)
+        value, error = answer.get(timeout=self.settings.max_seconds)
+        if error is not None:
+            raise error
+        return value
+
+    # -- in the engine's thread ------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not (self._stopping.is_set() and self._commands.empty() and self._batcher.idle and not self._parked):
+                self._obey()
+                self._step()
+        except BaseException as error:
+            self.failed = error
+            log.exception("the engine stopped")
+            for job in [*self._jobs.values(), *self._parked]:
+                job.send(ApiError(500, "The engine stopped.", kind="server_error"))
+
+    def _obey(self) -> None:
+        """Carry out the commands that are there; wait for one if there is nothing else to do."""
+        wait = self._batcher.idle and not self._removed
+        try:
+            self._commands.get(timeout=0.5 if wait else None, block=wait)()
+            while True:
+                self._commands.get_nowait()()
+        except queue.Empty:
+            return
+
+    def _step(self) -> None:
+        now = time.monotonic()
+        late = [j for j in [*self._jobs.values(), *self._parked] if now - j.arrived > self.settings.max_seconds]
+        for job in late:
+            self._drop(job, "timeout")
+            job.send(ApiError(504, f"No answer within {self.settings.max_seconds:g} seconds.", kind="server_error"))
+        for job in self._parked[:]:
+            self._parked.remove(job)
+            self._begin(job)
+        self._forget_removed()
+        if self._batcher.idle:
+            return
+        try:
+            tokens = self._batcher.step()
+        except Exception:
+            log.exception("a step failed")
+            for request in self._batcher.clear():
+                job = self._jobs.pop(request.number)
+                self._end(job, "error")
+                job.send(ApiError(500, "The model failed on this batch.", kind="server_error"))
+            return
+        if self._batcher.rows:
+            self.metrics.observe("batch_size", len(self._batcher.rows))
+        for token in tokens:
+            self._hand_out(token)
+
+    def _take(self, job: Job) -> None:
+        self._parked.append(job)
+
+    def _begin(self, job: Job) -> None:
+        """Give the job its adapter and queue it, or park it until an adapter can make room."""
+        try:
+            attached = None
+            if job.model != self.base_name:
+                if job.model not in self.served:
+                    raise ApiError(404, f"The model '{job.model}' was removed.", param="model", code="model_not_found")
+                attached = self._resident(self.served[job.model])
+                if attached is None:
+                    self._parked.append(job)
+                    return
+            job.text = TextStream(self.model.tokenizer, job.stop)
+            job.request = Request(
+                job.prompt, attached, job.max_tokens, Sampler(job.temperature, job.top_p, job.seed),
+                frozenset(self.model.tokenizer.eos_token_ids), job.top_logprobs,
+            )  # fmt: skip
+        except ApiError as error:
+            self._end(job, "error")
+            job.send(error)
+            return
+        except AdapterError as error:
+            self._end(job, "error")
+            job.send(ApiError(503, f"Adapter '{job.model}' cannot be loaded: {error.message}", kind="server_error"))
+            return
+        self._jobs[job.request.number] = job
+        self._batcher.submit(job.request)
+        self.metrics.add("prompt_tokens_total", len(job.prompt), model=job.model)
+
+    def _resident(self, served: Served) -> Attached | None:
+        """The adapter in memory, loaded if it is not; None if every other is in use and none can make room."""
+        if served.attached is not None and served.attached.alive:
+            return served.attached
+        if not self._make_room():
+            return None
+        name = f"{served.name}#{next(self._serial)}"
+        self.model.attach(load_adapter(served.reference), name=name, use=False)
+        served.attached = self.model.pool.get(name)
+        self.metrics.add("adapter_loads_total", adapter=served.name)
+        return served.attached
+
+    def _make_room(self) -> bool:
+        pool, limit = self.model.pool, self.settings.max_adapter_bytes
+        while len(pool.attached) >= self.settings.max_adapters or (limit and pool.attached and pool.nbytes > limit):
+            oldest = pool.least_recently_used()
+            if oldest is None:
+                return False
+            pool.remove(oldest.name)
+            self.metrics.add("adapter_evictions_total", adapter=oldest.name.rpartition("#")[0])
+        return True
+
+    def _add_adapter(self, name: str, reference: str) -> Served:
+        served = Served(name, reference)
+        if self._resident(served) is None:
+            raise ApiError(503, "All adapters are in use; none can make room.", kind="server_error")
+        self.served[name] = served
+        return served
+
+    def _forget_removed(self) -> None:
+        for served in self._removed[:]:
+            attached = served.attached
+            if attached is None or not attached.alive or attached.users == 0:
+                self._removed.remove(served)
+                if attached is not None and attached.alive:
+                    self.model.pool.remove(attached.name)
+
+    def _hand_out(self, token: Token) -> None:
+        job = self._jobs[token.request.number]
+        if job.first is None:
+            job.first = time.monotonic()
+            self.metrics.observe("time_to_first_token_seconds", job.first - job.arrived, model=job.model)
+        job.made += 1
+        reason, text = token.finish_reason, ""
+        if reason != "stop":
+            text = job.text.add(token.id)
+            job.held.append(token)
+        if reason is not None:
+            text += job.text.finish()
+        if job.text.stopped:
+            reason = "stop"
+        if text or reason is not None:
+            held, job.held = tuple(job.held), []
+            job.send(Piece(text, held, reason, job.made))
+        if reason is not None:
+            self._drop(job, "ok")
+
+    def _drop(self, job: Job, outcome: str) -> None:
+        """Take a job out, wherever it stands; nothing if it is out already."""
+        if job in self._parked:
+            self._parked.remove(job)
+        elif job.request is None or self._jobs.pop(job.request.number, None) is None:
+            return
+        else:
+            self._batcher.cancel(job.request)
+        self._end(job, outcome)
+
+    def _end(self, job: Job, outcome: str) -> None:
+        self._open -= 1
+        self.metrics.add("requests_total", model=job.model, outcome=outcome)
+        self.metrics.add("completion_tokens_total", job.made, model=job.model)
+        if job.first is not None and job.made > 1:
+            spent = (time.monotonic() - job.first) / (job.made - 1)
+            self.metrics.observe("time_per_output_token_seconds", spent, model=job.model)

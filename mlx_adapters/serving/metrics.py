@@ -1,0 +1,80 @@
+"""Counters, gauges and histograms in Prometheus' text format."""
+
+import threading
+from collections import defaultdict
+from collections.abc import Sequence
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+PREFIX = "mlx_adapters_"
+
+# name -> (type, help, buckets of a histogram)
+METRICS: dict[str, tuple[str, str, Sequence[float]]] = {
+    "requests_total": ("counter", "Requests by model and outcome.", ()),
+    "prompt_tokens_total": ("counter", "Prompt tokens read, by model.", ()),
+    "completion_tokens_total": ("counter", "Tokens written, by model.", ()),
+    "time_to_first_token_seconds": ("histogram", "From arrival to the first token.", SECONDS),
+    "time_per_output_token_seconds": ("histogram", "Mean time between the tokens of an answer.", SECONDS),
+    "batch_size": ("histogram", "Rows of each decode step.", SIZES),
+    "adapter_loads_total": ("counter", "Adapters brought into memory.", ()),
+    "adapter_evictions_total": ("counter", "Adapters put out of memory to make room.", ()),
+    "queue_length": ("gauge", "Requests that wait for a place in the batch.", ()),
+    "running": ("gauge", "Rows in the batch now.", ()),
+    "adapters_resident": ("gauge", "Adapters in memory.", ()),
+    "adapter_bytes": ("gauge", "Bytes of the adapters in memory.", ()),
+    "memory_active_bytes": ("gauge", "Bytes that MLX holds.", ()),
+    "memory_peak_bytes": ("gauge", "The most bytes MLX has held.", ()),
+}
+
+
+class Metrics:
+    """All metrics of a server; thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values: dict[str, dict[tuple[tuple[str, str], ...], float]] = defaultdict(lambda: defaultdict(float))
+        self._histograms: dict[tuple[str, tuple[tuple[str, str], ...]], list[float]] = {}
+
+    def add(self, name: str, amount: float = 1, **labels: str) -> None:
+        """Count up."""
+        with self._lock:
+            self._values[name][tuple(sorted(labels.items()))] += amount
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        """Set a gauge."""
+        with self._lock:
+            self._values[name][tuple(sorted(labels.items()))] = value
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        """Put a value into a histogram."""
+        buckets = METRICS[name][2]
+        with self._lock:
+            cells = self._histograms.setdefault((name, tuple(sorted(labels.items()))), [0.0] * (len(buckets) + 2))
+            for i, bound in enumerate(buckets):
+                cells[i] += value <= bound
+            cells[-2] += 1
+            cells[-1] += value
+
+    def text(self) -> str:
+        """The page that Prometheus reads."""
+        lines: list[str] = []
+        with self._lock:
+            for name, (kind, explanation, buckets) in METRICS.items():
+                lines += [f"# HELP {PREFIX}{name} {explanation}", f"# TYPE {PREFIX}{name} {kind}"]
+                lines += [f"{PREFIX}{name}{_labels(key)} {value:g}" for key, value in self._values[name].items()]
+                for (of, key), cells in self._histograms.items():
+                    if of != name:
+                        continue
+                    bounds = [*(f"{bound:g}" for bound in buckets), "+Inf"]
+                    lines += [f"{PREFIX}{name}_bucket{_labels((*key, ('le', bound)))} {count:g}"
+                              for bound, count in zip(bounds, cells, strict=False)]  # fmt: skip
+                    lines += [f"{PREFIX}{name}_count{_labels(key)} {cells[-2]:g}",
+                              f"{PREFIX}{name}_sum{_labels(key)} {cells[-1]:g}"]  # fmt: skip
+        return "\n".join(lines) + "\n"
+
+
+def _labels(pairs: Sequence[tuple[str, str]]) -> str:
+    def escaped(value: str) -> str:
+        return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+    return "{" + ",".join(f'{key}="{escaped(value)}"' for key, value in pairs) + "}" if pairs else ""

@@ -1,0 +1,98 @@
+"""From settings to a running server."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_adapters.config import require
+from mlx_adapters.errors import ConfigError, NotFoundError
+from mlx_adapters.layers import check_fits
+from mlx_adapters.registry import check_name, load_adapter, parse_reference
+from mlx_adapters.runtime.live import load_model
+from mlx_adapters.serving.engine import Engine, Served
+from mlx_adapters.serving.settings import ServeSettings, check_names
+
+
+def parse_adapter(text: str) -> tuple[str, str]:
+    """(name, reference) of "NAME=REF" or of a registry reference, which is its own name."""
+    name, equals, reference = text.partition("=")
+    if not equals:
+        require(parse_reference(text).kind == "name", f"'{text}' needs a name.", f"write NAME={text}.")
+        name, reference = text.partition("@")[0], text
+    parse_reference(reference)
+    return check_name(name), reference
+
+
+def read_keys(path: Path) -> tuple[str, ...]:
+    """The API keys in a file, one a line; '#' begins a comment."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        raise NotFoundError(f"There is no key file '{path}'.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The key file '{path}' cannot be read: {error}.") from None
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
+    require(len(keys) > 0, f"The key file '{path}' holds no key.")
+    require(all(len(key) >= 16 for key in keys), f"A key in '{path}' is shorter than 16 characters.")
+    return keys
+
+
+def make_engine(
+    base: str, adapters: Sequence[tuple[str, str]], settings: ServeSettings, *, dtype: str = "auto",
+    name: str | None = None,
+) -> Engine:  # fmt: skip
+    """Load the base, check every adapter against it and keep the first ones in memory.
+
+    `base` may be a fused model. It is served as `name`, else as it is called, a folder by its last part. Raises
+    AdapterError before anything listens.
+    """
+    called = name or (Path(base).name if Path(base).is_dir() else base)
+    check_names(called, [adapter for adapter, _ in adapters], settings.splits)
+    model = load_model(base, dtype=dtype)
+    engine = Engine(model, settings, called)
+    for adapter, reference in adapters:
+        if len(model.pool.attached) < settings.max_adapters:
+            engine.add_adapter(adapter, reference)
+        else:
+            check_fits(load_adapter(reference), model.module, f"'{called}'")
+            engine.served[adapter] = Served(adapter, reference)
+    return engine
+
+
+def run_server(engine: Engine, on_start: Callable[[str, Callable[[], None]], None]) -> None:
+    """Listen until interrupted, then finish what is under way.
+
+    `on_start` gets the address and a function that ends the server, when it is about to listen.
+
+    Raises ConfigError if the extra `serve` is missing or the address is taken.
+    """
+    try:
+        import uvicorn
+
+        from mlx_adapters.serving.app import Server
+    except ImportError:
+        raise ConfigError("Serving needs starlette and uvicorn.", "pip install 'mlx_adapters[serve]'.") from None
+    settings = engine.settings
+    listener = _listen(settings.host, settings.port)
+    config: Any = uvicorn.Config(
+        Server(engine).app(), log_level="warning", access_log=False, lifespan="on", timeout_keep_alive=30,
+        timeout_graceful_shutdown=30, server_header=False, h11_max_incomplete_event_size=64 << 10,
+    )  # fmt: skip
+    host, port = listener.getsockname()[:2]
+    server = uvicorn.Server(config)
+    on_start(f"http://{'[' + host + ']' if ':' in host else host}:{port}", lambda: setattr(server, "should_exit", True))
+    server.run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> Any:
+    import socket
+
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(1024)
+    except OSError as error:
+        raise ConfigError(f"Cannot listen on {host}:{port}: {error.strerror}.", "choose another --port.") from None
+    return listener

@@ -1,0 +1,133 @@
+"""chat, ab and serve from the command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+from click.testing import CliRunner
+from test_runtime import random_adapter
+
+from mlx_adapters.cli import cli
+from mlx_adapters.errors import FormatError, NotFoundError
+from mlx_adapters.registry import register
+from mlx_adapters.runtime.chat import Chat, read_prompts
+from mlx_adapters.runtime.live import load_model
+
+OPTIONS = ["--max-tokens", "6"]
+
+
+@pytest.fixture
+def model(tiny_model):
+    """A llama with two registered adapters, one and two."""
+    model = load_model(tiny_model("llama"))
+    for i, name in enumerate(("one", "two")):
+        register(random_adapter(model, seed=i + 1), name)
+    return model
+
+
+def answer(model, name, turns, **options):
+    """What `name` answers to a conversation, read from its beginning."""
+    ids = model.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+    with model.using(name):
+        return model.generate(list(ids), **options).text
+
+
+def test_chat_switches_and_compares(model, tiny_model):
+    typed = (
+        "hello\n/use two\nhello\n/base\nhello\n/use three\n/compare one base\nhi\n/adapters\n/help\n/quit\nnot read\n"
+    )
+    base = str(tiny_model("llama"))
+    result = CliRunner().invoke(cli, ["chat", "--adapter", "one", "--base", base, *OPTIONS], input=typed)
+    assert result.exit_code == 0, result.output
+    turns, wanted = [], []
+    for name in ("one", "two", None):
+        turns.append({"role": "user", "content": "hello"})
+        wanted.append(answer(model, name, turns, max_tokens=6))
+        turns.append({"role": "assistant", "content": wanted[-1]})
+    turns.append({"role": "user", "content": "hi"})
+    wanted += [
+        f"{name}: {answer(model, key, turns, max_tokens=6).strip()}" for name, key in (("one", "one"), ("base", None))
+    ]
+    place = 0
+    for text in wanted:
+        place = result.stdout.index(text, place) + len(text)
+    assert "No adapter named 'three'" in result.stderr and "/compare A B" in result.stderr
+    assert "two  lora rank 4" in result.stderr and "not read" not in result.output
+
+
+def test_a_conversation_is_read_once(model):
+    model.attach("one")
+    chat = Chat(model, system="Be short.")
+    read = []
+    stream = model.stream
+    model.stream = lambda prompt, **options: read.append(len(prompt)) or stream(prompt, **options)
+    turns = [{"role": "system", "content": "Be short."}]
+    for text in ("List all students.", "And all courses?", "How many?"):
+        turns.append({"role": "user", "content": text})
+        got = "".join(chat.ask(text, max_tokens=8))
+        model.stream = stream
+        assert got == answer(model, "one", turns, max_tokens=8)
+        model.stream = lambda prompt, **options: read.append(len(prompt)) or stream(prompt, **options)
+        turns.append({"role": "assistant", "content": got})
+    chat.reset()
+    assert chat.messages == []
+
+
+def test_ab(model, tiny_model, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "List all."}, {"messages": [{"role": "user", "content": "How many?"}, {"role": "assistant"}]}]
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    base = str(tiny_model("llama"))
+    result = CliRunner().invoke(cli, ["ab", str(file), "one", "base", "--base", base, "--json", *OPTIONS])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [pair["prompt"] for pair in found["pairs"]] == ["List all.", "How many?"]
+    for pair in found["pairs"]:
+        turn = [{"role": "user", "content": pair["prompt"]}]
+        assert pair["a"] == answer(model, "one", turn, max_tokens=6)
+        assert pair["b"] == answer(model, None, turn, max_tokens=6)
+    shown = CliRunner().invoke(cli, ["ab", str(file), "one", "two", "--base", base, *OPTIONS])
+    assert shown.stdout.count("\none: ") == 2 and shown.stdout.count("\ntwo: ") == 2
+
+
+def test_prompt_files(tmp_path):
+    with pytest.raises(NotFoundError):
+        read_prompts(tmp_path / "none.txt")
+    for content in ('{"x": 1}', "[]", "3", '{"messages": []}', "{"):
+        file = tmp_path / "bad.jsonl"
+        file.write_text(content)
+        with pytest.raises(FormatError):
+            read_prompts(file)
+    for content in (b"", b"\n\n", b"\xff\xfe\xff"):
+        file = tmp_path / "bad.txt"
+        file.write_bytes(content)
+        with pytest.raises(FormatError):
+            read_prompts(file)
+
+
+def test_serve_listens_and_drains(model, tiny_model):
+    command = [sys.executable, "-m", "mlx_adapters", "serve", str(tiny_model("llama")), "--port", "0",
+               "--adapter", "one", "--adapter", "second=two@", "--name", "base"]  # fmt: skip
+    wrong = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    assert wrong.returncode == 2 and "second" not in wrong.stdout and "Error" in wrong.stderr
+    command[-3] = "second=two"
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
+    try:
+        lines = [server.stderr.readline(), server.stderr.readline()]
+        assert "base, one, second" in lines[0]
+        address = lines[1].split()[2]
+        answer = httpx.post(address + "/v1/completions", json={"model": "second", "prompt": "List", "max_tokens": 4})
+        assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 4
+        server.send_signal(signal.SIGINT)
+        start = time.time()
+        assert server.wait(15) in (0, 130) and time.time() - start < 10
+        assert "Traceback" not in server.stderr.read()
+    finally:
+        server.kill()
+        server.wait()
+        server.stderr.close()

@@ -1,0 +1,380 @@
+"""The server, asked by OpenAI's own client and by clients that mean no good."""
+
+import contextlib
+import json
+import queue
+import socket
+import threading
+import time
+
+import httpx
+import mlx.core as mx
+import openai
+import pytest
+from test_runtime import random_adapter
+
+from mlx_adapters.errors import ConfigError
+from mlx_adapters.registry import register
+from mlx_adapters.runtime.live import load_model
+from mlx_adapters.serving.metrics import Metrics
+from mlx_adapters.serving.settings import ServeSettings, is_loopback, parse_split
+from mlx_adapters.serving.start import make_engine, parse_adapter, read_keys, run_server
+
+PROMPT = "List all students."
+CHAT = [{"role": "user", "content": PROMPT}]
+
+
+@contextlib.contextmanager
+def running(folder, adapters, **settings):
+    """A server with these adapters on a free port; gives (address, engine)."""
+    engine = make_engine(str(folder), adapters, ServeSettings(port=0, **settings), name="base")
+    started = queue.Queue()
+    thread = threading.Thread(target=run_server, args=(engine, lambda *at: started.put(at)), daemon=True)
+    thread.start()
+    address, stop = started.get(timeout=10)
+    try:
+        yield address, engine
+    finally:
+        stop()
+        thread.join(20)
+    assert not thread.is_alive() and not engine._thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def module_home(tmp_path_factory):
+    return tmp_path_factory.mktemp("serving")
+
+
+@pytest.fixture(autouse=True)
+def home(module_home, monkeypatch):
+    """One home for all tests here: the server lives longer than a test."""
+    monkeypatch.setenv("MLX_ADAPTERS_HOME", str(module_home))
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model, module_home):
+    """One server for most tests: adapters a, b, c, of which two fit into memory, and d in the registry."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_ADAPTERS_HOME", str(module_home))
+        folder = tiny_model("llama")
+        model = load_model(folder)
+        for i, name in enumerate("abcd"):
+            register(random_adapter(model, seed=i + 1, rank=2 + i), name)
+        split = parse_split("test=a:0.5,b:0.5")
+        settings = {"max_adapters": 2, "max_batch": 4, "splits": (split,), "allow_load": True, "max_queue": 64}
+        with running(folder, [(n, n) for n in "abc"], **settings) as (address, engine):
+            yield address, engine, model
+
+
+@pytest.fixture
+def client(server):
+    return openai.OpenAI(base_url=server[0] + "/v1", api_key="unused", max_retries=0)
+
+
+def alone(model, name, max_tokens=8, messages=CHAT):
+    """What the adapter writes greedily, by itself."""
+    ids = model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    with model.using(None if name == "base" else name):
+        return model.generate(list(ids), max_tokens=max_tokens).text
+
+
+def test_models_and_unknown_names(client):
+    assert [m.id for m in client.models.list()] == ["base", "a", "b", "c", "test"]
+    assert client.models.retrieve("a").parent == "base"
+    with pytest.raises(openai.NotFoundError, match=r"does not exist. Served: base, a, b, c, test") as caught:
+        client.chat.completions.create(model="aa", messages=CHAT)
+    assert caught.value.code == "model_not_found" and caught.value.param == "model"
+
+
+@pytest.mark.parametrize("name", ["base", "a", "b", "c"])
+def test_chat_is_the_solo_run(client, server, name):
+    answer = client.chat.completions.create(model=name, messages=CHAT, temperature=0, max_tokens=8)
+    assert answer.choices[0].message.content == alone(server[2], name)
+    assert answer.model == name and answer.choices[0].finish_reason in ("length", "stop")
+    usage = answer.usage
+    assert usage.completion_tokens == 8 and usage.total_tokens == usage.prompt_tokens + 8
+
+
+def test_streaming_with_usage_and_logprobs(client, server):
+    options = dict(model="a", messages=CHAT, temperature=0, max_tokens=8, logprobs=True, top_logprobs=3)
+    whole = client.chat.completions.create(**options)
+    chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content == alone(server[2], "a")
+    assert chunks[0].choices[0].delta.role == "assistant" and chunks[-1].usage == whole.usage
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+    streamed = [e for c in chunks if c.choices and c.choices[0].logprobs for e in c.choices[0].logprobs.content]
+    assert [e.token for e in streamed] == [e.token for e in whole.choices[0].logprobs.content]
+    assert len(streamed) == 8
+    for entry in streamed:
+        assert len(entry.top_logprobs) == 3 and entry.logprob == pytest.approx(entry.top_logprobs[0].logprob)
+
+
+def test_completions(client, server):
+    model = server[2]
+    with model.using("b"):
+        wanted = model.generate(PROMPT, max_tokens=6, raw=True).text
+    answer = client.completions.create(model="b", prompt=PROMPT, temperature=0, max_tokens=6, logprobs=2)
+    assert answer.choices[0].text == wanted and len(answer.choices[0].logprobs.tokens) == 6
+    ids = model.tokenizer.encode(PROMPT)
+    streamed = client.completions.create(model="b", prompt=list(ids), temperature=0, max_tokens=6, stream=True)
+    assert "".join(c.choices[0].text for c in streamed) == wanted
+
+
+def test_seed_temperature_and_stop(client):
+    options = dict(model="a", messages=CHAT, max_tokens=24, temperature=1.0, top_p=0.9)
+    one, two = (client.chat.completions.create(**options, seed=7).choices[0].message.content for _ in range(2))
+    assert one == two != client.chat.completions.create(**options, seed=8).choices[0].message.content
+    word = one[5:8]
+    cut = client.chat.completions.create(**options, seed=7, stop=[word])
+    assert cut.choices[0].message.content == one[: one.index(word)] and cut.choices[0].finish_reason == "stop"
+
+
+def test_split_is_stable_and_shown(client, server):
+    def arm(user):
+        answer = client.chat.completions.with_raw_response.create(
+            model="test", messages=CHAT, user=user, max_tokens=2, temperature=0
+        )
+        assert answer.headers["x-adapter"] == answer.parse().model
+        return answer.parse().model
+
+    arms = {user: arm(user) for user in map(str, range(12))}
+    assert set(arms.values()) == {"a", "b"} and all(arm(user) == arms[user] for user in ("0", "5"))
+    split = parse_split("t=x:0.2,y:0.8")
+    share = sum(split.choose(str(user)) == "x" for user in range(4000)) / 4000
+    assert abs(share - 0.2) < 0.03
+
+
+BAD = [
+    (b"{", "valid JSON"),
+    (b'{"model": "a", "messages": \xff}', "valid JSON"),
+    (b"[" * 100_000, "valid JSON"),
+    (b"[]", "JSON object"),
+    ({"messages": CHAT}, "'model'"),
+    ({"model": 3, "messages": CHAT}, "'model' must be a string"),
+    ({"model": "a"}, "'messages'"),
+    ({"model": "a", "messages": []}, "at least one"),
+    ({"model": "a", "messages": "hi"}, "'messages'"),
+    ({"model": "a", "messages": [3]}, "must be an object"),
+    ({"model": "a", "messages": [{"role": "x", "content": "y"}]}, "role"),
+    ({"model": "a", "messages": [{"role": "user", "content": None}]}, "content"),
+    ({"model": "a", "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "text"),
+    ({"model": "a", "messages": CHAT, "max_tokens": 0}, "max_tokens"),
+    ({"model": "a", "messages": CHAT, "max_tokens": -1}, "max_tokens"),
+    ({"model": "a", "messages": CHAT, "max_tokens": 1.5}, "an integer"),
+    ({"model": "a", "messages": CHAT, "max_tokens": 10**30}, "context"),
+    ({"model": "a", "messages": CHAT, "max_tokens": True}, "an integer"),
+    ({"model": "a", "messages": CHAT, "temperature": "hot"}, "a number"),
+    ({"model": "a", "messages": CHAT, "temperature": 1e400}, "valid JSON"),
+    ({"model": "a", "messages": CHAT, "temperature": -1}, "temperature"),
+    ({"model": "a", "messages": CHAT, "top_p": 2}, "top_p"),
+    ({"model": "a", "messages": CHAT, "seed": 2**70}, "seed"),
+    ({"model": "a", "messages": CHAT, "stop": ["a"] * 5}, "stop"),
+    ({"model": "a", "messages": CHAT, "stop": [""]}, "stop"),
+    ({"model": "a", "messages": CHAT, "stream": "yes"}, "boolean"),
+    ({"model": "a", "messages": CHAT, "n": 2}, "does not support 'n'"),
+    ({"model": "a", "messages": CHAT, "tools": [{}]}, "does not support 'tools'"),
+    ({"model": "a", "messages": CHAT, "temprature": 1}, "did you mean 'temperature'"),
+    ({"model": "a", "messages": CHAT, "top_logprobs": 2}, "needs 'logprobs'"),
+    ({"model": "a", "messages": [{"role": "user", "content": "x " * 9000}]}, "context"),
+]
+
+
+@pytest.mark.parametrize(("body", "message"), BAD, ids=[str(i) for i in range(len(BAD))])
+def test_bad_input_is_a_400_in_openais_form(server, body, message):
+    content = body if isinstance(body, bytes) else json.dumps(body).replace("Infinity", "1e400").encode()
+    answer = httpx.post(server[0] + "/v1/chat/completions", content=content)
+    error = answer.json()["error"]
+    if message == "valid JSON" and b"1e400" in content:
+        message = "a number"  # json reads 1e400 as infinite
+    assert answer.status_code == 400 and message in error["message"] and error["type"] == "invalid_request_error"
+    assert httpx.get(server[0] + "/health").status_code == 200
+
+
+def test_other_bad_input(server):
+    address = server[0]
+    lone = b'{"model": "a", "messages": [{"role": "user", "content": "\\ud800"}]}'
+    assert "Unicode" in httpx.post(address + "/v1/chat/completions", content=lone).json()["error"]["message"]
+    assert httpx.post(address + "/v1/chat/completions", content=b" " * (1 << 21)).status_code == 413
+    for prompt in ("", [], [10**9], [-1], [1.5], ["a", "b"], {"a": 1}, None):
+        answer = httpx.post(address + "/v1/completions", json={"model": "a", "prompt": prompt})
+        assert answer.status_code == 400 and "prompt" in answer.json()["error"]["message"]
+    assert httpx.get(address + "/v1/nothing").json()["error"]["code"] == "not_found"
+    assert httpx.get(address + "/v1/completions").status_code == 405
+
+
+def test_loading_and_unloading(server, client):
+    address, engine, model = server
+    post = lambda **body: httpx.post(address + "/v1/adapters", json=body)  # noqa: E731
+    assert post(name="e", reference="./folder").status_code == 403
+    assert post(name="e", reference="nothing").status_code == 404
+    assert post(name="a").status_code == 409
+    assert post(name="../x", reference="d").status_code == 400
+    assert post(name="d").json()["parent"] == "base"
+    answer = client.chat.completions.create(model="d", messages=CHAT, temperature=0, max_tokens=8)
+    assert answer.choices[0].message.content == alone(model, "d")
+    stream = client.chat.completions.create(model="d", messages=CHAT, temperature=0, max_tokens=400, stream=True)
+    next(iter(stream))
+    assert httpx.delete(address + "/v1/adapters/d").json() == {"id": "d", "object": "model", "deleted": True}
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="d", messages=CHAT)
+    rest = "".join(c.choices[0].delta.content or "" for c in stream)
+    assert alone(model, "d", 400).endswith(rest) and len(rest) > 100
+    assert httpx.delete(address + "/v1/adapters/d").status_code == 404
+    assert httpx.delete(address + "/v1/adapters/a").status_code == 409
+    deadline = time.time() + 5
+    while any(name.startswith("d#") for name in engine.model.pool.attached) and time.time() < deadline:
+        time.sleep(0.02)
+    assert len(engine.model.pool.attached) <= 2
+
+
+def test_leaving_frees_the_place(server):
+    address, engine, _ = server
+    body = {"model": "a", "messages": CHAT, "max_tokens": 1500, "stream": True}
+    with httpx.stream("POST", address + "/v1/chat/completions", json=body) as answer:
+        next(answer.iter_lines())
+        assert len(engine._batcher.rows) == 1
+    with contextlib.suppress(httpx.ReadTimeout):
+        httpx.post(address + "/v1/chat/completions", json=body | {"stream": False}, timeout=0.2)
+    deadline = time.time() + 5
+    while not engine._batcher.idle and time.time() < deadline:
+        time.sleep(0.02)
+    assert engine._batcher.idle and engine._open == 0
+    assert all(entry.users == 0 for entry in engine.model.pool.attached.values())
+
+
+def test_many_at_once_equal_solo_runs(server, client):
+    model, names = server[2], ["base", "a", "b", "c"]
+    wanted = {(n, k): alone(model, n, k) for n in names for k in (3, 9, 17)}
+    wrong = []
+
+    def ask(i):
+        name, tokens = names[i % 4], (3, 9, 17)[i % 3]
+        answer = client.chat.completions.create(model=name, messages=CHAT, temperature=0, max_tokens=tokens)
+        if answer.choices[0].message.content != wanted[name, tokens]:
+            wrong.append((name, tokens))
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_metrics_and_page(server):
+    address = server[0]
+    text = httpx.get(address + "/metrics").text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    asked = sum(float(v) for k, v in values.items() if k.startswith('mlx_adapters_requests_total{model="a"'))
+    assert asked > 0 and float(values["mlx_adapters_adapters_resident"]) <= 2
+    assert float(values["mlx_adapters_adapter_evictions_total" + '{adapter="c"}']) > 0
+    assert float(values["mlx_adapters_memory_active_bytes"]) > 0
+    assert 'mlx_adapters_time_to_first_token_seconds_bucket{model="a",le="+Inf"}' in values
+    page = httpx.get(address + "/")
+    assert page.status_code == 200 and page.text.count("<section") == 2 and "v1/chat/completions" in page.text
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+
+
+def test_keys_limits_and_drain(tiny_model, tmp_path):
+    key_file = tmp_path / "keys"
+    key_file.write_text("# ours\nsecret-key-of-the-test\n")
+    settings = {"api_keys": read_keys(key_file), "max_batch": 1, "max_queue": 2, "max_seconds": 3.0}
+    with running(tiny_model("llama"), [], **settings) as (address, engine):
+        assert httpx.get(address + "/health").status_code == 200
+        for headers in ({}, {"Authorization": "Bearer wrong"}):
+            assert httpx.get(address + "/v1/models", headers=headers).status_code == 401
+        headers = {"Authorization": "Bearer secret-key-of-the-test"}
+        assert httpx.get(address + "/v1/models", headers=headers).status_code == 200
+        body = {"model": "base", "messages": CHAT, "temperature": 0}
+        url = address + "/v1/chat/completions"
+        forbidden = httpx.post(address + "/v1/adapters", headers=headers, json={"name": "a"})
+        assert forbidden.status_code == 403 and "--allow-load" in forbidden.json()["error"]["message"]
+        statuses = []
+        send = lambda n: statuses.append(  # noqa: E731
+            httpx.post(url, headers=headers, json=body | {"max_tokens": n}, timeout=20).status_code
+        )
+        engine.settings.__dict__["max_seconds"] = 0.3  # frozen for users, not for a test of lateness
+        late = httpx.post(url, headers=headers, json=body | {"max_tokens": 2000}, timeout=20)
+        assert late.status_code == 504
+        engine.settings.__dict__["max_seconds"] = 60.0
+        threads = [threading.Thread(target=send, args=(150,)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert statuses.count(200) >= 3 and statuses.count(429) >= 1 and set(statuses) == {200, 429}
+        draining = threading.Thread(target=send, args=(300,))
+        draining.start()
+        while not engine._batcher.rows:
+            time.sleep(0.01)
+    draining.join()
+    assert statuses[-1] == 200
+
+
+def test_reader_that_does_not_read(tiny_model):
+    with running(tiny_model("llama"), [], write_seconds=0.5) as (address, engine):
+        host, port = address.removeprefix("http://").split(":")
+        body = json.dumps({"model": "base", "messages": CHAT, "stream": True, "max_tokens": 1500, "logprobs": True,
+                           "top_logprobs": 20}).encode()  # fmt: skip
+        with socket.create_connection((host, int(port))) as reader:
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            reader.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+            )
+            deadline = time.time() + 20
+            while engine._open == 0 and time.time() < deadline:
+                time.sleep(0.01)
+            while engine._open and time.time() < deadline:
+                time.sleep(0.05)
+            assert engine._open == 0 and engine._batcher.idle
+
+
+def test_a_failing_step_ends_its_requests_only(tiny_model, monkeypatch):
+    with running(tiny_model("llama"), []) as (address, engine):
+        body = {"model": "base", "messages": CHAT, "max_tokens": 2}
+        forward = engine._batcher._forward
+        monkeypatch.setattr(engine._batcher, "_forward", lambda _: (_ for _ in ()).throw(RuntimeError("no memory")))
+        assert httpx.post(address + "/v1/chat/completions", json=body).status_code == 500
+        monkeypatch.setattr(engine._batcher, "_forward", forward)
+        assert httpx.post(address + "/v1/chat/completions", json=body).status_code == 200
+
+
+def test_settings_are_checked(tmp_path, tiny_model):
+    assert is_loopback("localhost") and is_loopback("::1") and not is_loopback("0.0.0.0")
+    for wrong in ({"host": "0.0.0.0"}, {"max_batch": 0}, {"port": 70000}, {"max_seconds": 0.0}):
+        with pytest.raises(ConfigError):
+            ServeSettings(**wrong)
+    for wrong in ("test", "t=a", "t=a:x", "t=a:0", "t=a:1,a:1", "=a:1", "t=a:1.2.3"):
+        with pytest.raises(ConfigError):
+            parse_split(wrong)
+    assert parse_adapter("x=./out/a@5") == ("x", "./out/a@5") and parse_adapter("sql@600") == ("sql", "sql@600")
+    for wrong in ("./folder", "x=", "bad name=a", "user/repo"):
+        with pytest.raises(ConfigError):
+            parse_adapter(wrong)
+    keys = tmp_path / "keys"
+    for content in ("", "# only\n", "short\n"):
+        keys.write_text(content)
+        with pytest.raises(ConfigError):
+            read_keys(keys)
+    with pytest.raises(ConfigError, match="used twice"):
+        make_engine(str(tiny_model("llama")), [("a", "a"), ("a", "b")], ServeSettings())
+
+
+def test_histogram_counts():
+    metrics = Metrics()
+    for value in (0.02, 0.02, 700):
+        metrics.observe("time_to_first_token_seconds", value, model='a"b')
+    text = metrics.text()
+    assert r'seconds_bucket{model="a\"b",le="0.025"} 2' in text and r'le="120"} 2' in text
+    assert r'le="+Inf"} 3' in text and r'_count{model="a\"b"} 3' in text
+
+
+def test_memory_stays_flat(server, client):
+    mx.clear_cache()
+    for i in range(6):
+        client.chat.completions.create(model="abc"[i % 3], messages=CHAT, max_tokens=20)
+    before = mx.get_active_memory()
+    for i in range(30):
+        client.chat.completions.create(model="abc"[i % 3], messages=CHAT, max_tokens=20)
+    assert mx.get_active_memory() < before * 1.1
