@@ -6,6 +6,7 @@ is on the Hub.
 """
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -147,47 +148,48 @@ def list_adapters(base: str | None = None, tag: str | None = None) -> list[Entry
 
 def read_entry(folder: Path) -> Entry:
     """What an adapter folder says of itself; whatever is wrong ends up in `problem`."""
-    entry, problems = Entry(folder.name, folder), []
-    for step in (_with_files, _with_config, _with_metadata):
+    found: dict[str, Any] = {}
+    for step in (_look_at_files, _look_at_config, _look_at_metadata):
         try:
-            entry = step(entry)
+            step(os.fspath(folder), found)
         except (AdapterError, OSError) as error:
-            problems.append(str(error))
-    return replace(entry, problem=problems[0]) if problems else entry
+            found.setdefault("problem", str(error))
+    return Entry(folder.name, folder, **found)
 
 
-def _with_files(entry: Entry) -> Entry:
-    there = [path.name for path in entry.folder.iterdir()]
-    iterations = tuple(sorted(int(m[1]) for m in map(CHECKPOINT_FILE.fullmatch, there) if m))
-    weights = entry.folder / ADAPTER_FILE
+def _look_at_files(folder: str, found: dict[str, Any]) -> None:
+    there = os.listdir(folder)
+    found["iterations"] = tuple(sorted(int(m[1]) for m in map(CHECKPOINT_FILE.fullmatch, there) if m))
     if ADAPTER_FILE not in there:
-        return replace(entry, iterations=iterations, problem=f"{ADAPTER_FILE} is missing")
-    files.read_safetensors_header(weights)
-    return replace(entry, iterations=iterations, size_bytes=weights.stat().st_size)
+        found["problem"] = f"{ADAPTER_FILE} is missing"
+    else:
+        found["size_bytes"] = files.glance_at_safetensors(f"{folder}/{ADAPTER_FILE}")
 
 
-def _with_config(entry: Entry) -> Entry:
-    config = files.read_json(entry.folder / CONFIG_FILE)
+def _look_at_config(folder: str, found: dict[str, Any]) -> None:
+    config = files.read_json(f"{folder}/{CONFIG_FILE}")
     parameters = _typed(config.get("lora_parameters"), dict) or {}
-    rank = _typed(parameters.get("rank"), int)
-    entry = replace(
-        entry, rank=rank, scale=_typed(parameters.get("scale"), int, float), base=_typed(config.get("model"), str),
-        type=_typed(config.get("fine_tune_type", "lora"), str),
-    )  # fmt: skip
-    return entry if rank else replace(entry, problem=f"{CONFIG_FILE} names no rank")
+    found["rank"] = _typed(parameters.get("rank"), int)
+    found["scale"] = _typed(parameters.get("scale"), int, float)
+    found["base"] = _typed(config.get("model"), str)
+    found["type"] = _typed(config.get("fine_tune_type", "lora"), str)
+    if not found["rank"]:
+        found.setdefault("problem", f"{CONFIG_FILE} names no rank")
 
 
-def _with_metadata(entry: Entry) -> Entry:
-    path = entry.folder / METADATA_FILE
-    metadata = files.read_json(path) if path.is_file() else {}
+def _look_at_metadata(folder: str, found: dict[str, Any]) -> None:
+    try:
+        metadata = files.read_json(f"{folder}/{METADATA_FILE}")
+    except NotFoundError:  # as plain mlx-lm leaves it
+        return
     base = (_typed(metadata.get("base"), dict) or {}).get("name")
-    unfinished = metadata.get("status") == "unfinished" and entry.size_bytes == 0
-    return replace(
-        entry, metadata=metadata, base=_typed(base, str) or entry.base, tags=tags_of(metadata),
-        iteration=_typed(metadata.get("iteration"), int), created=_typed(metadata.get("date"), str),
-        best_validation_loss=_typed(metadata.get("best_validation_loss"), int, float),
-        problem="unfinished: nothing is saved yet" if unfinished else entry.problem,
-    )  # fmt: skip
+    found["base"] = _typed(base, str) or found.get("base")
+    found["iteration"] = _typed(metadata.get("iteration"), int)
+    found["created"] = _typed(metadata.get("date"), str)
+    found["best_validation_loss"] = _typed(metadata.get("best_validation_loss"), int, float)
+    found["tags"], found["metadata"] = tags_of(metadata), metadata
+    if metadata.get("status") == "unfinished" and "size_bytes" not in found:
+        found["problem"] = "unfinished: nothing is saved yet"
 
 
 def _typed(value: Any, *kinds: type) -> Any:

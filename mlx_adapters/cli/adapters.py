@@ -43,7 +43,7 @@ def list_command(base: str | None, tag: str | None, sort: str, reverse: bool, as
 
     entries = sorted(list_adapters(base, tag), key=SORT_KEYS[sort], reverse=reverse)
     if as_json:
-        _output.emit_json({"adapters": entries})
+        _output.emit_json({"adapters": [_without_metadata(entry) for entry in entries]})
     elif not entries:
         _output.note("No such adapters." if base or tag else "No adapters yet. 'mlx-adapters train' makes one.")
     else:
@@ -52,6 +52,10 @@ def list_command(base: str | None, tag: str | None, sort: str, reverse: bool, as
         damaged = sum(entry.problem is not None for entry in entries)
         if damaged:
             _output.warn(f"{damaged} of {len(entries)} have a problem; 'mlx-adapters verify --all' says more.")
+
+
+def _without_metadata(entry: "Entry") -> dict[str, Any]:
+    return {key: value for key, value in vars(entry).items() if key != "metadata"}  # 'show --json' gives it
 
 
 def _list_row(e: "Entry") -> tuple[str, ...]:
