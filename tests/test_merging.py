@@ -171,17 +171,6 @@ def test_norm_and_inner_product_come_from_the_factors():
     assert inner(x, y) == pytest.approx(float(np.sum(x.matrix() * y.matrix())), rel=1e-3)
 
 
-def test_padding_is_trimmed_but_an_untrained_factor_is_not():
-    rng = np.random.default_rng(8)
-    update = random_update(rng, 6, 4, 5)
-    padded = Update(update.a.copy(), update.b.copy(), update.scale)
-    padded.a[:, 2:], padded.b[2:] = 0, 0
-    assert padded.trimmed().rank == 2
-    np.testing.assert_array_equal(padded.trimmed().matrix(), padded.matrix())
-    assert Update(update.a, np.zeros_like(update.b)).trimmed().rank == 4
-    assert Update(np.zeros_like(update.a), np.zeros_like(update.b)).trimmed().rank == 1
-
-
 def test_zero_updates_merge_to_zero():
     zero = Update(np.zeros((5, 2), np.float32), np.zeros((2, 4), np.float32))
     found = decompose_product(zero.a, zero.b)

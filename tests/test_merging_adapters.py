@@ -129,14 +129,26 @@ def test_half_precision_survives_when_the_sum_only_puts_numbers_side_by_side(tin
     assert {w.dtype for w in merge(pair, [0.7, 0.3], dtype="bfloat16").weights.values()} == {mx.bfloat16}
 
 
-def test_padding_of_a_source_costs_no_rank(tiny_model):
-    base = tiny_model("llama")
-    narrow = make_adapter(base, LLAMA, rank=2)
-    padded = {
-        n: mx.pad(w, [(0, 0), (0, 3)] if n.endswith("lora_a") else [(0, 3), (0, 0)]) for n, w in narrow.weights.items()
-    }
-    wide = Adapter(AdapterConfig(5, 2.0, LLAMA), padded, narrow.metadata)
-    assert merge([wide, narrow], [1, 1]).config.rank == 4
+@pytest.mark.parametrize("architecture, keys", [("llama", LLAMA), ("qwen3_moe", MOE)])
+def test_padding_of_a_source_costs_no_rank(tiny_model, architecture, keys):
+    narrow = make_adapter(tiny_model(architecture), keys, rank=2)
+    padded = {}
+    for name, tensor in narrow.weights.items():
+        axis = 1 if name.endswith("lora_a") else 2 if tensor.ndim == 3 else 0
+        padded[name] = mx.pad(tensor, [(0, 3 if i == axis else 0) for i in range(tensor.ndim)])
+    wide = Adapter(AdapterConfig(5, 2.0, keys), padded, narrow.metadata)
+    merged = merge([wide, narrow], [1, 1])
+    assert merged.config.rank == 4
+    assert_sum(merged, [(narrow, 2.0)])
+    assert merge([wide, narrow], [1, 1], method="linear").config.rank == 2
+
+
+def test_an_untrained_factor_is_no_padding_and_nothing_at_all_has_rank_1(tiny_model):
+    fresh = make_adapter(tiny_model("llama"))
+    half = {n: w if n.endswith("lora_a") else mx.zeros_like(w) for n, w in fresh.weights.items()}
+    nothing = {n: mx.zeros_like(w) for n, w in fresh.weights.items()}
+    assert merge([fresh.with_weights(half), fresh], [1, 1]).config.rank == 8
+    assert merge([fresh.with_weights(nothing), fresh], [1, 1]).config.rank == 5
 
 
 @pytest.mark.parametrize(

@@ -14,16 +14,16 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 
-from mlx_adapters import registry
-from mlx_adapters.adapter import Adapter, AdapterConfig, base_of
+from mlx_adapters import files, registry
+from mlx_adapters.adapter import Adapter, AdapterConfig, base_of, weights_file
 from mlx_adapters.config import require
 from mlx_adapters.errors import ConfigError, IncompatibleError, did_you_mean
 from mlx_adapters.events import OnEvent, Progress, ignore
 from mlx_adapters.merging.arithmetic import SIGN_METHODS, SignMethod
 from mlx_adapters.merging.decomposition import Decomposition, pad_rank
 from mlx_adapters.merging.methods import METHODS, Method, Options, merge_updates
-from mlx_adapters.merging.updates import Update, tensors_of, update_of
-from mlx_adapters.tensor_names import natural_order
+from mlx_adapters.merging.updates import Update, factors_of, stack_tensors, tensors_of, update_of
+from mlx_adapters.tensor_names import ADAPTER_FILE, LORA_A, LORA_B, join, natural_order
 
 RESULT_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 Source = Adapter | str
@@ -71,17 +71,20 @@ def merge(
         rank=None if rank == "auto" else rank or max(adapter.config.rank for adapter in adapters),
         energy=0.99 if energy is None else energy,
     )
-    merged = _merge_layers(method, chosen, adapters, weights, options, seed or 0, on_event)
-    result = _assemble(merged, adapters, options, _result_dtype(dtype, method, adapters, weights, options))
+    result_dtype = _result_dtype(dtype, method, adapters, weights, options)
+    if method == "cat":
+        result, energies = _stack_layers(adapters, weights, options, result_dtype), {}
+    else:
+        merged = _merge_layers(method, chosen, adapters, weights, options, seed or 0, on_event)
+        result = _assemble(merged, adapters, options, result_dtype)
+        energies = _energies(merged, result.config.rank)
     recipe = {"method": method, "sources": [_describe(*pair) for pair in zip(adapters, weights, strict=True)]}
     settings = {
         "density": density,
         "sign_method": sign_method,
         "seed": (seed or 0) if chosen.prune == "random" else None,
     }
-    recipe |= {key: value for key, value in settings.items() if value is not None} | _energies(
-        merged, result.config.rank
-    )
+    recipe |= {key: value for key, value in settings.items() if value is not None} | energies
     return _finish(result, adapters, recipe, name, overwrite)
 
 
@@ -195,16 +198,40 @@ def _without_zeros(adapters: list[Adapter], weights: list[float]) -> tuple[list[
     return [a for a, _ in kept], [w for _, w in kept]
 
 
+def _stack_layers(adapters: Sequence[Adapter], weights: Sequence[float], options: Options, dtype: mx.Dtype) -> Adapter:
+    """The exact sum on the tensors as stored: nothing is computed that factors of 1 make needless."""
+    factors = [weight * a.config.scale / options.scale for weight, a in zip(weights, adapters, strict=True)]
+    parts = {
+        key: [
+            (*factors_of(a, key), factor) for a, factor in zip(adapters, factors, strict=True) if key in a.config.keys
+        ]
+        for key in _all_keys(adapters)
+    }
+    rank = max(sum(a.shape[1] for a, _, _ in sources) for sources in parts.values())
+    tensors: dict[str, mx.array] = {}
+    for key, sources in parts.items():
+        a, b = stack_tensors([(a.astype(dtype), b.astype(dtype), factor) for a, b, factor in sources], rank)
+        tensors |= {join(key, LORA_A): a, join(key, LORA_B): b}
+    return Adapter(_config(adapters, rank, options.scale, tuple(parts)), tensors)
+
+
+def _all_keys(adapters: Sequence[Adapter]) -> list[str]:
+    return sorted({key for adapter in adapters for key in adapter.config.keys}, key=natural_order)
+
+
+def _config(adapters: Sequence[Adapter], rank: int, scale: float, keys: tuple[str, ...]) -> AdapterConfig:
+    blocks = [adapter.config.num_layers for adapter in adapters]
+    return AdapterConfig(rank, scale, keys, num_layers=-1 if min(blocks) < 0 else max(blocks))
+
+
 def _merge_layers(
     name: str, method: Method, adapters: Sequence[Adapter], weights: Sequence[float], options: Options, seed: int,
     on_event: OnEvent,
 ) -> dict[str, Update | Decomposition]:  # fmt: skip
-    keys = sorted({key for adapter in adapters for key in adapter.config.keys}, key=natural_order)
+    keys = _all_keys(adapters)
     merged: dict[str, Update | Decomposition] = {}
     for done, key in enumerate(keys, start=1):
-        present = [
-            (update_of(a, key).trimmed(), w) for a, w in zip(adapters, weights, strict=True) if key in a.config.keys
-        ]
+        present = [(update_of(a, key), w) for a, w in zip(adapters, weights, strict=True) if key in a.config.keys]
         # A generator for each layer: the result does not depend on which other layers there are.
         rng = np.random.default_rng([seed, zlib.crc32(key.encode())])
         try:
@@ -226,9 +253,7 @@ def _assemble(
         else:
             update = Update(pad_rank(layer.a, -1, rank), pad_rank(layer.b, -2, rank))
         weights |= tensors_of(key, update, dtype)
-    blocks = [adapter.config.num_layers for adapter in adapters]
-    config = AdapterConfig(rank, options.scale, tuple(merged), num_layers=-1 if min(blocks) < 0 else max(blocks))
-    return Adapter(config, weights)
+    return Adapter(_config(adapters, rank, options.scale, tuple(merged)), weights)
 
 
 def _rank_of(layer: Update | Decomposition, options: Options) -> int:
@@ -260,7 +285,15 @@ def _energies(merged: dict[str, Update | Decomposition], rank: int) -> dict[str,
 
 def _describe(adapter: Adapter, weight: float) -> dict[str, Any]:
     return {"name": adapter.name, "weight": weight, "rank": adapter.config.rank, "scale": adapter.config.scale,
-            "fingerprint": adapter.fingerprint}  # fmt: skip
+            "sha256": _sha256(adapter)}  # fmt: skip
+
+
+def _sha256(adapter: Adapter) -> str | None:
+    """The hash of the weights file that the adapter was read from; as recorded where it is."""
+    if adapter.folder is None:
+        return None
+    recorded = registry.checksums_of(adapter.metadata).get(ADAPTER_FILE) if adapter.iteration is None else None
+    return recorded or files.sha256(weights_file(adapter.folder, adapter.iteration))
 
 
 def _finish(

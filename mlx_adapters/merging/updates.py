@@ -34,15 +34,6 @@ class Update:
         """‖ΔW‖ in the Frobenius norm, from the factors: √ tr((aᵀa)(bbᵀ))."""
         return math.sqrt(max(0.0, inner(self, self)))
 
-    def trimmed(self) -> "Update":
-        """Without the components that are zero in both factors: padding that an adapter of one rank needs."""
-        batch = tuple(range(self.a.ndim - 2))
-        used = np.any(self.a != 0, axis=(*batch, -2)) | np.any(self.b != 0, axis=(*batch, -1))
-        if used.all():
-            return self
-        used[0] = True
-        return Update(self.a[..., used], self.b[..., used, :], self.scale)
-
 
 def inner(x: Update, y: Update) -> float:
     """⟨ΔX, ΔY⟩ = Σ entries of ΔX ∘ ΔY, in O((in + out) · r²), float64 accumulated over small matrices."""
@@ -59,12 +50,45 @@ def stack(updates: Sequence[Update], weights: Sequence[float], scale: float = 1.
     return Update(np.concatenate(parts, axis=-1), np.concatenate([update.b for update in updates], axis=-2), scale)
 
 
+def factors_of(adapter: Adapter, key: str) -> tuple[mx.array, mx.array]:
+    """(lora_a, lora_b) as stored, without the components that are zero in both.
+
+    Such components are padding, which a layer of lower rank than its adapter's has.
+    """
+    a, b, _ = adapter.factors(key)
+    first = a[0] if a.ndim == 2 else a[0, :, 0]
+    if np.array(first.astype(mx.float32)).all():  # no component can be all zero
+        return a, b
+    wide_a, wide_b = (np.array(x.astype(mx.float32), copy=False) for x in (a, b))
+    in_b = wide_b.any(axis=1) if b.ndim == 2 else wide_b.any(axis=(0, 1))
+    used = wide_a.any(axis=0 if a.ndim == 2 else (0, 2)) | in_b
+    used[0] |= not used.any()
+    kept = mx.array(np.flatnonzero(used))
+    return mx.take(a, kept, axis=1), mx.take(b, kept, axis=0 if b.ndim == 2 else 2)
+
+
 def update_of(adapter: Adapter, key: str) -> Update:
     """The update of the module at `key`, in float32. A DoRA magnitude is left aside."""
-    a, b, _ = (x if x is None else np.array(x.astype(mx.float32), copy=False) for x in adapter.factors(key))
+    a, b = (np.array(x.astype(mx.float32), copy=False) for x in factors_of(adapter, key))
     if a.ndim == 3:  # experts are stored transposed: (experts, rank, in), (experts, out, rank)
         a, b = np.swapaxes(a, -1, -2), np.swapaxes(b, -1, -2)
     return Update(a, b, adapter.config.scale)
+
+
+def stack_tensors(parts: Sequence[tuple[mx.array, mx.array, float]], rank: int) -> tuple[mx.array, mx.array]:
+    """`stack` on tensors as stored: (lora_a, lora_b, factor) of each source, side by side, padded to `rank`.
+
+    A factor of 1 leaves the numbers as they are.
+    """
+    scaled = [a if factor == 1 else a * factor for a, _, factor in parts]
+    return _beside(scaled, 1, rank), _beside([b for _, b, _ in parts], 0 if parts[0][1].ndim == 2 else 2, rank)
+
+
+def _beside(tensors: list[mx.array], axis: int, rank: int) -> mx.array:
+    shape = list(tensors[0].shape)
+    shape[axis] = rank - sum(tensor.shape[axis] for tensor in tensors)
+    padding = [mx.zeros(shape, tensors[0].dtype)] if shape[axis] else []
+    return mx.concatenate([*tensors, *padding], axis=axis) if len(tensors) + len(padding) > 1 else tensors[0]
 
 
 def tensors_of(key: str, update: Update, dtype: mx.Dtype) -> dict[str, mx.array]:
