@@ -106,6 +106,17 @@ class Adapter:
             f"{self.parameters:,} parameters, base {self.base_name!r})"
         )
 
+    def _repr_html_(self) -> str:
+        from mlx_adapters.display import html_block, html_facts, loss_curve
+
+        c, m = self.config, self.metadata
+        facts = {
+            "type": c.type, "rank": c.rank, "scale": f"{c.scale:g}", "layers": len(c.keys),
+            "parameters": f"{self.parameters:,}", "base": self.base_name,
+            "iteration": self.iteration or m.get("iteration"), "best validation loss": m.get("best_validation_loss"),
+        }  # fmt: skip
+        return html_block(self.name, html_facts(facts), loss_curve(*losses_of(m)))
+
     @property
     def name(self) -> str:
         """The registry's name, else the folder's."""
@@ -202,6 +213,13 @@ def base_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The base model's record in an adapter's metadata, or {}."""
     base = metadata.get("base")
     return base if isinstance(base, dict) else {}
+
+
+def losses_of(metadata: Mapping[str, Any]) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """(training, validation) losses as (iteration, nats per trained token); empty where nothing was recorded."""
+    found = [metadata.get(key) or () for key in ("train_losses", "validation_losses")]
+    train, validation = ([(int(i), float(loss)) for i, loss in points] for points in found)
+    return train, validation
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:

@@ -244,3 +244,26 @@ def test_any_points_make_a_picture_or_are_refused(points):
 def test_yaml_of_a_card_is_what_was_meant(sql):
     text = str(make_card("sql"))
     assert yaml.safe_load(text.split("---")[1]) == front(text)
+
+
+# -- notebooks -------------------------------------------------------------------------------------
+
+
+def test_notebooks_show_tables_and_pictures(sql, base, tmp_path):
+    shown = sql._repr_html_()
+    assert "<strong>sql</strong>" in shown and "2,560" in shown and shown.count("<polyline") == 2
+    fused = ma.fuse(base, sql, tmp_path / "fused", quantization=4, options=ma.FuseOptions(calibration_rows=4))
+    shown = fused._repr_html_()
+    assert f"{fused.fidelity.kl_mean:.5f}" in shown and f"{fused.bits_per_weight:.2f}" in shown
+    for html in (shown, sql._repr_html_()):
+        xml.etree.ElementTree.fromstring(html)
+    assert make_card("sql")._repr_markdown_().startswith("# sql")
+
+
+def test_a_saved_benchmark_is_shown_in_the_card(sql, base, tmp_path):
+    report = ma.benchmark(["base", "sql"], str(base), prompt_tokens=8, decode_tokens=4, rounds=1, trials=1)
+    saved = tmp_path / "report.json"
+    saved.write_text(json.dumps(report.to_json()))
+    text = str(make_card("sql", benchmark=saved))
+    assert "## Speed and memory" in text and re.search(r"\| sql \|.*\d", text) and str(tmp_path) not in text
+    assert "Benchmark" in report._repr_html_() and "<svg" in report._repr_html_()

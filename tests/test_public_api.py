@@ -104,8 +104,7 @@ def test_the_examples_in_the_help_parse(name, line):
     words = [word for word in shlex.split(line.partition(" > ")[0].partition(" >> ")[0].partition(" | ")[0])][1:]
     command, _ = COMMANDS["mlx-adapters"]
     rest = command.make_context("mlx-adapters", list(words), resilient_parsing=False)
-    while isinstance(rest.command, click.Group) and rest.protected_args + rest.args:
-        left = [*rest.protected_args, *rest.args]
+    while isinstance(rest.command, click.Group) and (left := [*rest._protected_args, *rest.args]):
         inner = rest.command.get_command(rest, left[0])
         rest = inner.make_context(left[0], left[1:], parent=rest)
     assert rest.command_path == name

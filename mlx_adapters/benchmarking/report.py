@@ -7,6 +7,7 @@ report can be read again by a later version and compared with a new one.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,14 @@ class Report:
     seconds: float = 0.0
     interrupted: bool = False
     quality: dict[str, Any] = field(default_factory=dict)
+
+    def _repr_html_(self) -> str:
+        from mlx_adapters.benchmarking.html import plots
+        from mlx_adapters.benchmarking.text import head, sentences, table
+        from mlx_adapters.display import html_block, html_table
+
+        remarks = [f"<p>{escape(text)}</p>" for text in (*head(self), *sentences(self))]
+        return html_block("Benchmark", html_table(*table(self)), *remarks, *plots(self).values())
 
     @property
     def labels(self) -> list[str]:

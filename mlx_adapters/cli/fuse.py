@@ -141,13 +141,7 @@ def _show(result: "FuseResult") -> None:
 
 
 def _show_fidelity(fidelity: "Fidelity") -> None:
-    f = fidelity
-    rows = [("adapter", "", "", "", "", f"{f.loss_adapter:.4f}", f"{f.perplexity_adapter:.3f}")]
-    rows.append(
-        ("fused", f"{f.kl_mean:.5f}", f"{f.kl_median:.5f}", f"{f.kl_p99:.4f}", f"{f.same_top:.2%}",
-         f"{f.loss_fused:.4f}", f"{f.perplexity_fused:.3f}")
-    )  # fmt: skip
-    if f.base_kl is not None and f.base_same_top is not None and f.loss_base is not None:
-        rows.append(("base", f"{f.base_kl:.3f}", "", "", f"{f.base_same_top:.2%}", f"{f.loss_base:.4f}", ""))
-    _output.table(("MODEL", "KL", "MEDIAN", "99 %", "SAME TOP", "LOSS", "PERPLEXITY"), rows, right=range(1, 7))
-    _output.out(f"KL from the adapter model in nats per token, on {f.tokens} tokens of {f.rows} rows kept aside")
+    _output.table(*fidelity.table(), right=range(1, 7))
+    _output.out(
+        f"KL from the adapter model in nats per token, on {fidelity.tokens} tokens of {fidelity.rows} rows kept aside"
+    )

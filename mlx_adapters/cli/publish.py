@@ -7,6 +7,8 @@ from mlx_adapters.cli._options import REFERENCE, base_option, json_option, overw
 
 _source = click.argument("source", metavar="REF|MODEL", shell_complete=REFERENCE.shell_complete)
 _base_model = click.option("--base-model", metavar="ID", help="The base's id on the Hub, for the card [from metadata].")
+_benchmark = click.option("--benchmark", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
+                          help="Report of 'benchmark --output' to show in the card.")  # fmt: skip
 _license = click.option("--license", metavar="ID", help="License for the card, e.g. apache-2.0 [the base's].")
 
 
@@ -19,12 +21,13 @@ _license = click.option("--license", metavar="ID", help="License for the card, e
 @click.option("--revision", metavar="BRANCH", help="Branch to upload to; made if it is not there [main].")
 @click.option("--create-pr", is_flag=True, help="Propose the change as a pull request.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out files such as '*.svg'; may be repeated.")
+@_benchmark
 @_base_model
 @_license
 @json_option
 def publish_command(
     source: str, repo: str, public: bool, dry_run: bool, message: str | None, revision: str | None, create_pr: bool,
-    exclude: tuple[str, ...], base_model: str | None, license: str | None, as_json: bool,
+    exclude: tuple[str, ...], benchmark: str | None, base_model: str | None, license: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Upload an adapter, or the folder of a fused model, with a card made from its metadata.
 
@@ -40,7 +43,7 @@ def publish_command(
 
     result = publish(
         source, repo, private=not public, dry_run=dry_run, message=message, revision=revision, create_pr=create_pr,
-        exclude=exclude, base_model=base_model, license=license, show_progress=_output.live(),
+        exclude=exclude, benchmark=benchmark, base_model=base_model, license=license, show_progress=_output.live(),
         on_event=_output.progress(),
     )  # fmt: skip
     if as_json:
@@ -90,12 +93,14 @@ def download_command(repo: str, name: str | None, base: str | None, overwrite: b
 @_source
 @click.option("--repo", metavar="USER/REPO", help="The repository that the examples name.")
 @click.option("--write", is_flag=True, help="Write README.md (and the loss curve) into the folder; keeps your part.")
+@_benchmark
 @_base_model
 @_license
 @json_option
 def card_command(
-    source: str, repo: str | None, write: bool, base_model: str | None, license: str | None, as_json: bool
-) -> None:
+    source: str, repo: str | None, write: bool, benchmark: str | None, base_model: str | None, license: str | None,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Print the model card of an adapter or a fused model, as 'publish' would upload it.
 
     \b
@@ -105,7 +110,7 @@ def card_command(
     """
     from mlx_adapters.hub.uploads import make_card, write_card
 
-    options = {"repo": repo, "base_model": base_model, "license": license}
+    options = {"repo": repo, "base_model": base_model, "license": license, "benchmark": benchmark}
     if write:
         path = write_card(source, **options)
         _output.emit_json({"path": path}) if as_json else _output.out(str(path))

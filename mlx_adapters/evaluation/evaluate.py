@@ -105,6 +105,12 @@ class EvaluationReport:
     reference: str | None
     evaluations: tuple[Evaluation, ...]
 
+    def _repr_html_(self) -> str:
+        from mlx_adapters.display import html_block, html_table
+        from mlx_adapters.evaluation.text import table
+
+        return html_block(f"{Path(self.data['source']).name} ({self.data['split']})", html_table(*table(self)))
+
     @property
     def differences(self) -> list[Difference]:
         """Each variant against the first that could be evaluated."""

@@ -95,6 +95,16 @@ class FuseResult:
         """The mean over the changed layers of the cosine between the update wanted and the one stored."""
         return sum(s.cosine for s in self.survival) / max(len(self.survival), 1)
 
+    def _repr_html_(self) -> str:
+        from mlx_adapters.display import html_block, html_facts, html_table
+
+        facts = {
+            "rounding": self.method, "bits per weight": f"{self.bits_per_weight:.2f}",
+            "size": f"{self.size_bytes / 1e6:,.1f} MB", "update survival (cosine)": f"{self.update_survival:.4f}",
+        }  # fmt: skip
+        checked = html_table(*self.fidelity.table()) if self.fidelity else ""
+        return html_block(self.folder.name, html_facts(facts), checked)
+
     def __repr__(self) -> str:
         kl = f", KL {self.fidelity.kl_mean:.2g}" if self.fidelity else ""
         return (

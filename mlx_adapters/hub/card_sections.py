@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mlx_adapters.adapter import losses_of
 from mlx_adapters.hub.subject import RECIPE_FILE, Subject
 from mlx_adapters.tensor_names import ADAPTER_FILE, split
 from mlx_adapters.units import duration, number, size
@@ -140,7 +141,7 @@ def _losses(subject: Subject) -> str:
     if subject.validation_loss is not None:
         at = f" at iteration {m['iteration']}" if m.get("iteration") else ""
         parts.append(f"validation loss {number(subject.validation_loss, 4)}{at}")
-    for name, points in subject.curves.items():
+    for name, points in zip(("training", "validation"), losses_of(m), strict=True):
         if points:
             parts.append(f"last {name} loss of the run {number(points[-1][1], 4)}")
     if isinstance(m.get("duration_seconds"), int | float):
@@ -204,6 +205,11 @@ def _fidelity_table(found: Mapping[str, Any], source: str) -> str:
         "saw. KL is KL(base with the adapter ‖ model) in nats per token, loss is in nats per token.\n\n"
         f"{table(headers, cells)}"
     )
+
+
+def speed(subject: Subject, facts: Facts) -> str:
+    """The benchmark that was given, with its machine and conditions."""
+    return f"## Speed and memory\n\n{subject.benchmark}" if subject.benchmark else ""
 
 
 def files_table(subject: Subject, facts: Facts) -> str:
@@ -321,4 +327,4 @@ def recipe(subject: Subject, facts: Facts) -> str:
     return "\n\n".join(["## Recipe", *parts]) if parts else ""
 
 
-SECTIONS = (what_it_is, training, evaluation, fidelity, files_table, usage, limits, recipe)
+SECTIONS = (what_it_is, training, evaluation, fidelity, speed, files_table, usage, limits, recipe)

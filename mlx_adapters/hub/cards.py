@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from mlx_adapters import charts
+from mlx_adapters.adapter import losses_of
+from mlx_adapters.display import loss_curve
 from mlx_adapters.errors import ConfigError, did_you_mean
 from mlx_adapters.hub.card_sections import SECTIONS
 from mlx_adapters.hub.subject import Subject
@@ -63,6 +64,9 @@ class Card:
     def __str__(self) -> str:
         front = yaml.safe_dump(self.front, sort_keys=False, allow_unicode=True, width=110)
         return f"---\n{front}---\n\n{self.body}\n\n{MINE}\n{self.mine}\n{END_MINE}\n"
+
+    def _repr_markdown_(self) -> str:
+        return f"{self.body}\n\n{self.mine}"
 
     def check(self) -> "Card":
         """Raise ConfigError for a license or base that the Hub would refuse; return self."""
@@ -174,10 +178,8 @@ def _model_index(subject: Subject) -> list[dict[str, Any]] | None:
 
 def _pictures(subject: Subject) -> dict[str, str]:
     """File name -> SVG text."""
-    series = {name: points for name, points in subject.curves.items() if len(points) > 1}
-    if not series:
-        return {}
-    return {CURVE_FILE: charts.line_chart(series, "Loss", "iteration", "nats per token")}
+    picture = loss_curve(*losses_of(subject.trained))
+    return {CURVE_FILE: picture} if picture else {}
 
 
 def write_readme(card: Card, folder: Path) -> Path:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from mlx_adapters import files
 from mlx_adapters.adapter import Adapter, read_adapter, read_metadata, weights_file
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError
-from mlx_adapters.hub.cleaning import clean
+from mlx_adapters.hub.cleaning import clean, clean_text
 from mlx_adapters.registry import load_adapter, locate, parse_reference
 from mlx_adapters.tensor_names import ADAPTER_FILE, CONFIG_FILE, METADATA_FILE, PEFT_WEIGHTS_FILE
 
@@ -51,6 +51,7 @@ class Subject:
     adapter: Adapter | None = None
     local_base: str | None = None  # the base's name as recorded, which may be a folder of this machine
     fused: Adapter | None = None  # the one adapter that was fused in, if it is still here
+    benchmark: str = ""  # a saved benchmark as Markdown
 
     @property
     def base(self) -> dict[str, Any]:
@@ -65,7 +66,7 @@ class Subject:
     @property
     def transformers(self) -> bool:
         """Whether this is a model with the tensor names of the original checkpoint (`fuse --format hf`)."""
-        return self.recipe.get("format") == "hf"
+        return (self.recipe.get("options") or {}).get("format") == "hf"
 
     @property
     def library(self) -> str:
@@ -90,12 +91,6 @@ class Subject:
     @property
     def data_name(self) -> str:
         return str((self.metadata.get("data") or {}).get("source") or "validation rows")
-
-    @property
-    def curves(self) -> dict[str, list[tuple[float, float]]]:
-        """{"training" | "validation": (iteration, loss) points}."""
-        found = {"training": "train_losses", "validation": "validation_losses"}
-        return {name: [(float(x), float(y)) for x, y in self.trained.get(key) or ()] for name, key in found.items()}
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -141,9 +136,10 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
-def read_subject(source: str | Path | Adapter) -> Subject:
+def read_subject(source: str | Path | Adapter, benchmark: str | Path | None = None) -> Subject:
     """Find what `source` means: an adapter's name, NAME@ITERATION, or the folder of an adapter or a model.
 
+    benchmark: a saved report (`benchmark --output`) that belongs to it.
     Raises NotFoundError or FormatError.
     """
     if isinstance(source, Adapter):
@@ -158,7 +154,16 @@ def read_subject(source: str | Path | Adapter) -> Subject:
         raise NotFoundError("This adapter is in memory only.", "save it with write_adapter or register first.")
     if not folder.is_dir():
         raise NotFoundError(f"There is no folder '{folder}'.", "'mlx-adapters list' shows the adapters there are.")
-    return _subject(folder, iteration)
+    return replace(_subject(folder, iteration), benchmark=_benchmark(benchmark))
+
+
+def _benchmark(path: str | Path | None) -> str:
+    if path is None:
+        return ""
+    from mlx_adapters.benchmarking.report import read_report
+    from mlx_adapters.benchmarking.text import markdown
+
+    return clean_text(markdown(read_report(Path(path))).strip())
 
 
 def _subject(folder: Path, iteration: int | None) -> Subject:

@@ -71,21 +71,22 @@ class Remote:
 
 def make_card(
     source: str | Path | Adapter, *, repo: str | None = None, base_model: str | None = None, license: str | None = None,
-    old: str | None = None,
+    benchmark: str | Path | None = None, old: str | None = None,
 ) -> cards.Card:  # fmt: skip
-    """The card of an adapter or model, from its metadata. `old` is the README to take the user's part from
-    (default: README.md in the folder).
+    """The card of an adapter or model, from its metadata. benchmark: a saved report to show. `old` is the README
+    to take the user's part from (default: README.md in the folder).
 
     Raises NotFoundError or FormatError.
     """
-    return _card_of(read_subject(source), repo, base_model, license, old)
+    return _card_of(read_subject(source, benchmark), repo, base_model, license, old)
 
 
 def write_card(
-    source: str | Path | Adapter, *, repo: str | None = None, base_model: str | None = None, license: str | None = None
+    source: str | Path | Adapter, *, repo: str | None = None, base_model: str | None = None, license: str | None = None,
+    benchmark: str | Path | None = None,
 ) -> Path:  # fmt: skip
     """Write the card as README.md, with its pictures, into the folder of `source`; the user's part is kept."""
-    subject = read_subject(source)
+    subject = read_subject(source, benchmark)
     return cards.write_readme(_card_of(subject, repo, base_model, license), subject.folder)
 
 
@@ -119,13 +120,15 @@ def _base_card(subject: Subject) -> cards.BaseCard:
 def publish(
     source: str | Path | Adapter, repo: str, *, private: bool = True, dry_run: bool = False, message: str | None = None,
     revision: str | None = None, create_pr: bool = False, exclude: Sequence[str] = (), base_model: str | None = None,
-    license: str | None = None, show_progress: bool = False, on_event: OnEvent = ignore,
+    license: str | None = None, benchmark: str | Path | None = None, show_progress: bool = False,
+    on_event: OnEvent = ignore,
 ) -> Publication:  # fmt: skip
     """Upload an adapter or a fused model with its card to `repo` ("user/name"), private unless told otherwise.
 
     source: an adapter's name, NAME@ITERATION, or a folder. revision: a branch, made if it is not there.
     create_pr: propose the change instead. exclude: patterns of files to leave out. base_model, license: for the
-    card, where the metadata does not tell. show_progress: huggingface_hub's bars.
+    card, where the metadata does not tell. benchmark: a saved report that the card shows. show_progress: the bars
+    of huggingface_hub.
 
     Raises ConfigError, NotFoundError, FormatError or HubError; then the Hub is as it was before.
     """
@@ -133,7 +136,7 @@ def publish(
     require(not (create_pr and revision), "A pull request is made against 'main': give no revision with it.")
     if not dry_run:
         require_token(f"upload to '{repo}'")
-    subject = read_subject(source).without(exclude)
+    subject = read_subject(source, benchmark).without(exclude)
     staging.check(subject, on_event)
     remote = _look(repo, revision, dry_run, on_event)
     if remote.exists and private and not remote.private:

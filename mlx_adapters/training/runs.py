@@ -41,6 +41,15 @@ class TrainRun:
     duration_seconds: float
     stopped_early: bool
 
+    def _repr_html_(self) -> str:
+        from mlx_adapters.display import html_block, html_facts, loss_curve
+
+        facts = {
+            "best": self.best, "final": self.final, "best validation loss": self.best_validation_loss,
+            "trained tokens": f"{self.trained_tokens:,}", "seconds": f"{self.duration_seconds:.0f}",
+        }  # fmt: skip
+        return html_block(self.folder.name, html_facts(facts), loss_curve(self.train_losses, self.validation_losses))
+
 
 @dataclass(frozen=True)
 class _Request:

@@ -1,0 +1,36 @@
+"""What notebooks show: small HTML tables and pictures, readable on light and dark pages."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from mlx_adapters.charts import Points, line_chart
+
+
+def html_table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table; the first column is flush left, the others right."""
+
+    def line(cells: Sequence[Any], tag: str) -> str:
+        sides = ("left", *["right"] * len(cells))
+        found = [f'<{tag} style="text-align:{sides[i]}">{escape(str(cell))}</{tag}>' for i, cell in enumerate(cells)]
+        return f"<tr>{''.join(found)}</tr>"
+
+    head = f"<thead>{line(headers, 'th')}</thead>" if any(headers) else ""
+    return f"<table>{head}<tbody>{''.join(line(row, 'td') for row in rows)}</tbody></table>"
+
+
+def html_block(title: str, *parts: str) -> str:
+    """A title above tables and pictures; empty parts are left out."""
+    return f"<div><strong>{escape(title)}</strong>" + "".join(part for part in parts if part) + "</div>"
+
+
+def html_facts(facts: Mapping[str, Any]) -> str:
+    """Name and value, line by line; what is None is left out."""
+    return html_table(("", ""), [(name, value) for name, value in facts.items() if value is not None])
+
+
+def loss_curve(train: Points, validation: Points) -> str:
+    """The losses by iteration as an SVG, "" if there are too few to draw a line."""
+    series = {"training": train, "validation": validation}
+    drawn = {name: [(float(x), float(y)) for x, y in points] for name, points in series.items() if len(points) > 1}
+    return line_chart(drawn, "Loss", "iteration", "nats per token") if drawn else ""
