@@ -178,12 +178,12 @@ _EXPONENTS = {mx.float32: (mx.uint32, 0x7F800000), mx.bfloat16: (mx.uint16, 0x7F
 
 def first_not_finite(weights: Mapping[str, mx.array]) -> str | None:
     """The name of the first floating-point array that holds NaN or Inf, or None."""
-    for name, array in weights.items():
-        if array.dtype in _EXPONENTS and array.size:
-            kind, exponent = _EXPONENTS[array.dtype]
-            bits = np.array(array.view(kind), copy=False)
-            if ((bits & exponent) == exponent).any():
-                return name
+    bits = {name: a.view(_EXPONENTS[a.dtype][0]) for name, a in weights.items() if a.dtype in _EXPONENTS and a.size}
+    mx.eval(bits)  # all at once: a tenth of a millisecond for each would add up
+    for name, array in bits.items():
+        exponent = _EXPONENTS[weights[name].dtype][1]
+        if ((np.array(array, copy=False) & exponent) == exponent).any():
+            return name
     return None
 
 
