@@ -1,0 +1,62 @@
+"""import-peft, export-peft and fuse --from-peft as a user types them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+from click.testing import CliRunner, Result
+from test_peft_import import FIXTURES
+
+from mlx_adapters.cli import cli
+from mlx_adapters.errors import AdapterError
+from mlx_adapters.model import load_model
+
+LLAMA = str(FIXTURES / "llama" / "base")
+
+
+def run(*words: str) -> Result:
+    return CliRunner().invoke(cli, words)
+
+
+def test_import_show_and_export(tmp_path: Path):
+    result = run("import-peft", str(FIXTURES / "llama" / "rslora"), "--base", LLAMA, "--name", "sql", "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["name"] == "sql" and told["config"]["rank"] == 3 and told["base"].endswith("llama/base")
+    assert "sql" in run("list").stdout
+    result = run("export-peft", "sql", str(tmp_path / "out"), "--base-model", "some/model")
+    assert result.exit_code == 0 and "16 tensors" in result.stdout and "some/model" in result.stdout
+    before = mx.load(str(FIXTURES / "llama" / "rslora" / "adapter_model.safetensors"))
+    after = mx.load(str(tmp_path / "out" / "adapter_model.safetensors"))
+    assert before.keys() == after.keys() and all(mx.array_equal(before[k], after[k]) for k in before)
+
+
+def test_a_refusal_names_the_way_out_and_that_way_works(tmp_path: Path):
+    source = FIXTURES / "llama" / "refused" / "modules-to-save"
+    result = run("import-peft", str(source), "--base", LLAMA, "--name", "it")
+    assert isinstance(result.exception, AdapterError) and "fuse --from-peft" in result.exception.hint
+    result = run("fuse", "--from-peft", str(source), "--base", LLAMA, "--no-check", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    expected = mx.load(str(FIXTURES / "llama" / "logits.safetensors"))
+    logits = load_model(tmp_path / "out").logits(expected["input_ids"])
+    assert mx.abs(logits - expected["refused/modules-to-save"]).max().item() < 1e-4
+
+
+def test_from_peft_wants_a_base_and_no_other_adapter(tmp_path: Path):
+    source = str(FIXTURES / "llama" / "dora")
+    assert run("fuse", "--from-peft", source, str(tmp_path / "out")).exit_code == 2
+    assert run("fuse", "--from-peft", source, "--base", LLAMA, "sql", str(tmp_path / "out")).exit_code == 2
+
+
+def test_a_warning_goes_to_stderr_and_json_stays_one_document():
+    source = str(FIXTURES / "qwen2" / "tied-embedding")
+    result = run("import-peft", source, "--base", str(FIXTURES / "qwen2" / "base"), "--name", "it", "--json")
+    assert json.loads(result.stdout)["name"] == "it"
+    assert "Warning: The base's input and output embeddings are one matrix" in result.stderr
+
+
+def test_a_folder_in_the_current_directory_needs_no_dot(tmp_path: Path, monkeypatch):
+    shutil.copytree(FIXTURES / "llama" / "dora", tmp_path / "lora")
+    monkeypatch.chdir(tmp_path)
+    assert run("import-peft", "lora", "--base", LLAMA, "--name", "it").exit_code == 0
