@@ -20,7 +20,7 @@ class BenchmarkConfig:
     decode_tokens: int = 64
     batch: tuple[int, ...] = (1,)
     rounds: int = 5
-    trials: int = 2
+    trials: int = 3
     warmup_tokens: int = 8
     dtype: str = "auto"
     cold_load: bool = True

@@ -28,7 +28,7 @@ WORKER = ("-m", "mlx_adapters.benchmarking.worker")
 def benchmark(
     variants: Sequence[str | Path | Adapter], base: str | None = None, *,
     prompt_tokens: int | Sequence[int] = 128, decode_tokens: int = 64, batch: int | Sequence[int] = 1,
-    rounds: int = 5, trials: int = 2, data: str | Path | None = None, dtype: str = "auto", cold_load: bool = True,
+    rounds: int = 5, trials: int = 3, data: str | Path | None = None, dtype: str = "auto", cold_load: bool = True,
     any_base: bool = False, seed: int = 0, quality: str | Path | None = None, score: str | None = None,
     max_rows: int | None = None, on_event: OnEvent = ignore,
 ) -> Report:  # fmt: skip

@@ -52,7 +52,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--batch", type=Counts(), default="1", show_default=True, help="Batch sizes: 1,4.")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True,
               help="Fresh processes per variant, in shuffled rounds.")  # fmt: skip
-@click.option("--trials", type=click.IntRange(min=1), default=2, show_default=True, help="Trials per process.")
+@click.option("--trials", type=click.IntRange(min=1), default=3, show_default=True, help="Trials per process.")
 @click.option("--data", metavar="DIR", help="Take the prompts from this data [random tokens].")
 @click.option("--cold/--no-cold", default=True, show_default=True, help="Also load with the file cache dropped.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order and of the random prompts.")
@@ -123,9 +123,10 @@ def save(report: "Report", output: Path | None, markdown: Path | None, html: Pat
         files.write_text(markdown, text.markdown(report))
     if html:
         files.write_text(html, page.html(report))
-    for title, picture in page.plots(report).items() if plots else ():
-        name = "".join(c if c.isalnum() else "-" for c in title.lower()).strip("-")
-        files.write_text(plots / f"{name}.svg", picture)
+    if plots:
+        for title, picture in page.plots(report).items():
+            name = "".join(c if c.isalnum() else "-" for c in title.lower()).strip("-")
+            files.write_text(plots / f"{name}.svg", picture)
 
 
 def show(report: "Report", old: "Report | None" = None) -> None:

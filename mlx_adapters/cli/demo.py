@@ -52,6 +52,7 @@ def _show(result: "DemoResult") -> None:
     show(result.report)
     _output.out(f"\nSeconds: {', '.join(f'{step} {s:.0f}' for step, s in result.seconds.items())}")
     places = [("base model", result.base_folder), ("data", result.data_folder), ("adapter", result.adapter_folder)]
+    places += [("benchmark", result.report_file)]
     places += [(f"fused, {bits} bits", fused.folder) for bits, fused in zip((8, 4), result.fused, strict=True)]
     _output.table(("WHAT", "WHERE"), [(what, str(where)) for what, where in places])
     _output.out(f"\nAsk it yourself: mlx-adapters generate --adapter {result.adapter} 'List the Physics courses.'")

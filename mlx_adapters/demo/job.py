@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mlx_adapters import files
+from mlx_adapters.benchmarking.html import html
 from mlx_adapters.benchmarking.report import Report
 from mlx_adapters.benchmarking.run import benchmark
 from mlx_adapters.config import LoraConfig, Quantization, TrainConfig
@@ -38,6 +39,7 @@ class DemoPlan:
 
 
 LORA = LoraConfig(rank=8, scale=20.0)
+REPORT_FILE = "benchmark.html"
 # A high rate that falls to zero: few iterations have to do.
 FULL = DemoPlan(
     name="demo-sql",
@@ -82,6 +84,7 @@ class DemoResult:
     gold: str
     variants: tuple[DemoVariant, ...]
     report: Report
+    report_file: Path
     seconds: dict[str, float]
 
 
@@ -115,9 +118,20 @@ def run_demo(quick: bool = False, retrain: bool = False, on_event: OnEvent = ign
     variants = clock.step("score", f"5/6 Answering {plan.questions} test questions with each variant",
                           lambda: _score(plan, data, fused, on_event))  # fmt: skip
     report = clock.step("benchmark", "6/6 Measuring speed and memory", lambda: _measure(plan, variants, on_event))
+    files.write_text(folder / REPORT_FILE, html(report))
     shown = demo_questions()["test"][0]
     return DemoResult(
-        base, data, adapter_folder(plan.name), plan.name, fused, shown.text, shown.sql, variants, report, clock.seconds
+        base,
+        data,
+        adapter_folder(plan.name),
+        plan.name,
+        fused,
+        shown.text,
+        shown.sql,
+        variants,
+        report,
+        folder / REPORT_FILE,
+        clock.seconds,
     )
 
 

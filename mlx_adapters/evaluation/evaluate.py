@@ -114,8 +114,8 @@ class EvaluationReport:
     @property
     def differences(self) -> list[Difference]:
         """Each variant against the first that could be evaluated."""
-        first, *others = [e for e in self.evaluations if e.error is None] or [None]
-        return [_difference(other, first) for other in others if other is not None and first is not None]
+        fine = [e for e in self.evaluations if e.error is None]
+        return [_difference(other, fine[0]) for other in fine[1:]]
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""

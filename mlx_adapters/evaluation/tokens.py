@@ -37,7 +37,7 @@ class TokenFigures:
 
 def judged_rows(rows: Sequence[RawRow], model: Model, max_seq_length: int) -> list[Row]:
     """The rows tokenized, answers marked (everything in a text row)."""
-    found = []
+    found: list[Row] = []
     for raw in rows:
         masked = raw.format != "text"
         kept = tokenize([raw], model.tokenizer, max_seq_length=max_seq_length, mask_prompt=masked).rows
