@@ -64,7 +64,7 @@ def pack(source: str, target: str | Path, *, checkpoints: bool = False, overwrit
     else:
         require(not checkpoints and iteration is None, "Only adapters have checkpoints.")
         members = _model_members(folder, on_event)
-    with files.atomic_file(target) as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as stream:
+    with files.atomic_file(target) as raw, gzip.GzipFile("", "wb", 1, raw, mtime=0) as stream:
         for done, (name, content) in enumerate(sorted(members.items()), start=1):
             _write_member(stream, f"{folder.name[:60]}/{name}", content)
             on_event(Progress("pack", done, len(members), "file"))

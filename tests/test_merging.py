@@ -171,6 +171,19 @@ def test_norm_and_inner_product_come_from_the_factors():
     assert inner(x, y) == pytest.approx(float(np.sum(x.matrix() * y.matrix())), rel=1e-3)
 
 
+def test_factors_of_very_unequal_strength_are_decomposed_to_float32_precision():
+    rng = np.random.default_rng(10)
+    strength = np.float32(10.0) ** np.linspace(0, -5, 8, dtype=np.float32)
+    a = rng.standard_normal((40, 8), dtype=np.float32) * strength
+    b = rng.standard_normal((8, 30), dtype=np.float32) * strength[::-1, None]
+    exact = a.astype(np.float64) @ b.astype(np.float64)
+    found = decompose_product(a, b)
+    singular = np.linalg.svd(exact, compute_uv=False)[:8]
+    np.testing.assert_allclose(found.s, singular, atol=1e-6 * singular[0])
+    np.testing.assert_allclose((found.u * found.s) @ found.vt, exact, atol=2e-6 * singular[0])
+    np.testing.assert_allclose(found.u.T @ found.u, np.eye(8), atol=1e-3)
+
+
 def test_zero_updates_merge_to_zero():
     zero = Update(np.zeros((5, 2), np.float32), np.zeros((2, 4), np.float32))
     found = decompose_product(zero.a, zero.b)
