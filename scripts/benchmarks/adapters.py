@@ -1,4 +1,4 @@
-"""Time what is done to adapter files: list, merge, pack, add, extract.
+"""Time what is done to adapter files: list, merge, pack, add, extract, conversion from and to PEFT.
 
     python scripts/benchmarks/adapters.py list merge            (all parts if none is named)
 
@@ -7,6 +7,7 @@
   bytes are taken over; weights 0.7 and 0.3, whose factors are multiplied), `svd` and one method on full updates
   (on `--blocks` of the 32 blocks, scaled up). Beside it `cp` of the two sources and `sync`, on the same disk.
 - pack: the same adapter into a .tar.gz and back.
+- peft: import-peft and export-peft of such an adapter, beside `cp` of its file and `sync`.
 - extract: rank 16 out of the change of one 4096 x 11008 matrix, by sketch and by the exact SVD.
 
 Each figure is the median of `--trials`, with the range, and the CPU time (all threads, child processes
@@ -15,6 +16,7 @@ included), which a busy machine changes less. Files are warm in the page cache.
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -160,6 +162,48 @@ def bench_pack(options):
     print(f"# {target.stat().st_size / 1e6:.0f} MB packed")
 
 
+def bench_peft(options):
+    from mlx_adapters.peft_format import export_peft, import_peft
+
+    home = Path(os.environ["MLX_ADAPTERS_HOME"])
+    base = sparse_base(home / "base")
+    for dtype in ("float32", "bfloat16"):
+        source = home / f"peft-{dtype}"
+        export_peft(random_adapter(0, dtype), source, base_model="seven-billion")
+        weights = source / "adapter_model.safetensors"
+        print(f"# an adapter of {weights.stat().st_size / 1e6:.0f} MB in {dtype}")
+        copying = copy_time(options, weights)
+        report("cp and sync", copying)
+        taken = timed(options.trials, lambda s=source: import_peft(s, base=base, name="it", overwrite=True))
+        report("import-peft", taken, copying)
+        taken = timed(options.trials, lambda: export_peft("it", home / "out", overwrite=True))
+        report("export-peft", taken, copying)
+
+
+def sparse_base(folder):
+    """A 7B-shaped base whose weights are one hole in a file: an import reads their shapes only."""
+    shapes = {"model.embed_tokens": (32000, 4096), "lm_head": (32000, 4096), "model.norm": (4096,)}
+    for block in range(BLOCKS):
+        path = f"model.layers.{block}"
+        shapes |= {f"{path}.{name}": (outputs, inputs) for name, (inputs, outputs) in SHAPES.items()}
+        shapes |= {f"{path}.{name}": (4096,) for name in ("input_layernorm", "post_attention_layernorm")}
+    header, offset = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        header[f"{name}.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    encoded = json.dumps(header).encode()
+    folder.mkdir()
+    with open(folder / "model.safetensors", "wb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little") + encoded)
+        stream.truncate(8 + len(encoded) + offset)
+    config = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": BLOCKS,
+              "num_attention_heads": 32, "vocab_size": 32000, "rms_norm_eps": 1e-5,
+              "tie_word_embeddings": False}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def bench_extract(options):
     import numpy as np
 
@@ -177,7 +221,7 @@ def bench_extract(options):
         print(f"# energy kept {found.kept(16):.6f}, exact {np.sum(exact[:16] ** 2) / np.sum(exact**2):.6f}")
 
 
-PARTS = {"list": bench_list, "merge": bench_merge, "pack": bench_pack, "extract": bench_extract}
+PARTS = {"list": bench_list, "merge": bench_merge, "pack": bench_pack, "peft": bench_peft, "extract": bench_extract}
 
 
 def main():
