@@ -61,6 +61,7 @@ _PUBLIC = {
     "interpolate": "merging.recipes",
     "extract": "merging.extraction",
     "environment": "machine",
+    "progress_bar": "display",
     "publish": "hub.uploads",
     "download": "hub.downloads",
     "make_card": "hub.uploads",

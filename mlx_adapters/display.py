@@ -5,6 +5,7 @@ from html import escape
 from typing import Any
 
 from mlx_adapters.charts import Points, line_chart
+from mlx_adapters.events import Event, OnEvent, Progress
 
 
 def html_table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -34,3 +35,21 @@ def loss_curve(train: Points, validation: Points) -> str:
     series = {"training": train, "validation": validation}
     drawn = {name: [(float(x), float(y)) for x, y in points] for name, points in series.items() if len(points) > 1}
     return line_chart(drawn, "Loss", "iteration", "nats per token") if drawn else ""
+
+
+def progress_bar() -> OnEvent:
+    """An `on_event` that draws one bar for each stage, in a notebook or a terminal, and prints nothing else."""
+    from tqdm.auto import tqdm
+
+    bars: dict[str, Any] = {}
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, Progress):
+            bar = bars.get(event.stage)
+            if bar is None:
+                bar = bars[event.stage] = tqdm(total=event.total, desc=event.stage, unit=event.unit or "it")
+            bar.update(event.done - bar.n)
+            if event.done >= event.total:
+                bars.pop(event.stage).close()
+
+    return on_event

@@ -20,7 +20,7 @@ from mlx_adapters import registry
 
 ROOT = Path(__file__).parent.parent
 NAMES = [name for name in ma.__all__ if name != "__version__"]
-WITHOUT_JSON = {"mlx-adapters completion"}  # its output is for a shell
+WITHOUT_JSON = {f"mlx-adapters {name}" for name in ("completion", "chat", "serve")}  # for a shell, a person, clients
 
 
 def load_script(name: str):

@@ -1,0 +1,106 @@
+# %% [markdown]
+# # 2. Adapter or fused model?
+#
+# Guides answer this with tables of ticks. Here everything is measured on the machine that ran this notebook: size,
+# load time, speed, memory, and what fusing to 4 bits does to the answers. If `./scripts/demo` has been run, its
+# adapter is taken; otherwise a short one is trained.
+
+# %%
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+import mlx_adapters as ma
+from mlx_adapters.demo.catalog import write_demo_data
+
+BASE = "demo"
+data = write_demo_data(Path("data/sql"), overwrite=True)
+try:
+    sql = ma.load_adapter("demo-sql")
+except ma.NotFoundError:
+    settings = ma.TrainConfig(
+        iterations=16, batch_size=4, learning_rate=6e-4, schedule="linear", mask_prompt=True, max_seq_length=128,
+        eval_every=16, eval_batches=3, save_every=16,
+    )  # fmt: skip
+    ma.train(BASE, data, name="notebook-short", lora=ma.LoraConfig(num_layers=12), training=settings, overwrite=True)
+    sql = ma.load_adapter("notebook-short")
+sql
+
+# %% [markdown]
+# ## What fusing changes
+#
+# Fusing adds the update to the weights and rounds them again. Rounded to the nearest value, a 4-bit model keeps only
+# part of a light update; calibrated rounding steers the error away from what the model uses. The figures come from
+# rows that calibration never saw.
+
+# %%
+options = {"check_rows": 12, "calibration_rows": 24, "calibration": str(data)}
+fused = {
+    "4 bits, nearest": ma.fuse(
+        BASE, sql, "out/nearest", quantization=4, options=ma.FuseOptions(method="nearest", **options), overwrite=True
+    ),
+    "4 bits, calibrated": ma.fuse(
+        BASE, sql, "out/calibrated", quantization=4, options=ma.FuseOptions(**options), overwrite=True
+    ),
+    "8 bits": ma.fuse(BASE, sql, "out/8bit", quantization=8, options=ma.FuseOptions(**options), overwrite=True),
+}
+fused["4 bits, calibrated"]
+
+# %%
+kl = {name: result.fidelity.kl_mean for name, result in fused.items()}
+base_kl = fused["8 bits"].fidelity.base_kl
+figure, axes = plt.subplots(figsize=(8, 2.6))
+axes.barh(list(kl), list(kl.values()), color=["tab:red", "tab:orange", "tab:green"])
+for row, (name, value) in enumerate(kl.items()):
+    axes.text(value, row, f"  {value:.4f}; same top token {fused[name].fidelity.same_top:.1%}", va="center")
+axes.set(xlabel=f"KL from the adapter model, nats per token (base without adapter: {base_kl:.2f})", xscale="log")
+axes.set_xlim(min(kl.values()) / 3, max(kl.values()) * 40)
+axes.invert_yaxis()
+plt.show()
+
+# %% [markdown]
+# ## Size
+#
+# An adapter is a few megabytes beside a base that all adapters share.
+
+# %%
+adapter_mb = (sql.folder / "adapters.safetensors").stat().st_size / 1e6
+base_mb = sum(path.stat().st_size for path in ma.load_model(BASE).base.weight_files) / 1e6
+fused_mb = fused["4 bits, calibrated"].size_bytes / 1e6
+print(f"adapter {adapter_mb:.1f} MB, base {base_mb:.0f} MB, fused model {fused_mb:.0f} MB")
+for count in (1, 3, 10):
+    shared, copies = base_mb + count * adapter_mb, count * fused_mb
+    print(f"{count:>2} tasks: {shared:5.0f} MB as adapters, {copies:5.0f} MB as fused models")
+
+# %% [markdown]
+# ## Load time, speed and memory
+#
+# Each variant runs in fresh processes, in shuffled order. On a CPU all of them compute with dense float32 copies of
+# their weights, so packed weights save no memory there; on a GPU they do.
+
+# %%
+variants = {"base": "base", "adapter": sql.name, "fused, 4 bits": "./out/calibrated"}
+report = ma.benchmark(
+    list(variants.values()), BASE, prompt_tokens=32, decode_tokens=12, rounds=2, trials=2, cold_load=False
+)
+figure, panels = plt.subplots(1, 3, figsize=(10, 2.4))
+titles = {"load_seconds": "load, s", "decode_tps": "decode, tokens/s", "peak_memory_bytes": "peak memory, GB"}
+for axes, (metric, title) in zip(panels, titles.items(), strict=True):
+    scale = 1e9 if metric == "peak_memory_bytes" else 1
+    for row, label in enumerate(report.labels):
+        values = [value / scale for block in report.blocks(label, metric).values() for value in block]
+        axes.plot(values, [row] * len(values), "o", alpha=0.6)
+    axes.set(title=title, yticks=range(len(variants)), yticklabels=variants if axes is panels[0] else [""] * 3)
+    axes.set_xlim(left=0)
+    axes.set_ylim(len(variants) - 0.5, -0.5)
+figure.tight_layout()
+plt.show()
+for sentence in report.comparisons:
+    print(f"{sentence.variant} against {sentence.against}, {sentence.metric}: ratio {sentence.ratio.value:.2f}")
+
+# %% [markdown]
+# ## So which?
+#
+# - Several tasks, frequent updates, A/B tests: adapters. They share one base, load in milliseconds and swap.
+# - One task, or a program that cannot take adapters: fuse, at 8 bits, or at 4 bits calibrated; look at the KL first.
+# - `mlx-adapters advise` writes this decision from such a benchmark, with your own numbers behind each sentence.

@@ -1,0 +1,80 @@
+"""Make the notebooks out of their scripts and run them: `./scripts/notebooks [NAME...]`.
+
+`notebooks/NAME.py` is the source, cells begin with `# %%`; `notebooks/NAME.ipynb` is what people read, with the
+outputs of one run from top to bottom. A notebook that fails, or prints a path of this machine, is not written.
+"""
+
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+LOCAL_PATH = re.compile(r"(?:/(?:home|Users|root|tmp|private|var)/[\w.-]+)")
+
+
+def cells(source: str) -> list:
+    """The cells of a script: `# %%` begins code, `# %% [markdown]` text in comments."""
+    found = []
+    for number, part in enumerate(re.split(r"^# %%", source, flags=re.M)[1:]):
+        head, _, body = part.partition("\n")
+        if "[markdown]" in head:
+            text = "\n".join(line.removeprefix("#").removeprefix(" ") for line in body.strip().splitlines())
+            cell = nbformat.v4.new_markdown_cell(text)
+        else:
+            cell = nbformat.v4.new_code_cell(body.strip().replace("  # fmt: skip", ""))
+        cell["id"] = f"cell-{number}"
+        found.append(cell)
+    return found
+
+
+def tidy(notebook: nbformat.NotebookNode) -> None:
+    """Take out what differs from run to run without saying anything: times, progress on stderr."""
+    for cell in notebook.cells:
+        cell.metadata.clear()
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    notebook.metadata = {
+        "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
+        "language_info": {"name": "python"},
+    }
+
+
+def texts(notebook: nbformat.NotebookNode) -> Iterator[str]:
+    """Every line of text in the outputs; pictures have none."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            shown = [output.get("text", ""), *(v for k, v in output.get("data", {}).items() if k.startswith("text/"))]
+            yield from "\n".join(shown).splitlines()
+
+
+def run(name: str) -> float:
+    """Execute one notebook in an empty folder and write it; seconds it took."""
+    notebook = nbformat.v4.new_notebook(cells=cells((HERE / f"{name}.py").read_text()))
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": folder}}).execute()
+    seconds = time.perf_counter() - start
+    tidy(notebook)
+    if leaks := sorted({line for line in texts(notebook) if LOCAL_PATH.search(line)}):
+        sys.exit("\n".join([f"{name} prints paths of this machine:", *leaks]))
+    nbformat.write(notebook, HERE / f"{name}.ipynb")
+    return seconds
+
+
+def main() -> None:
+    os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ["MLX_ADAPTERS_TESTS"] = str(ROOT / "tests")
+    for name in sys.argv[1:] or sorted(path.stem for path in HERE.glob("[0-9]*.py")):
+        print(f"{name}: {run(name):.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
