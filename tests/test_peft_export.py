@@ -134,3 +134,21 @@ def test_what_peft_cannot_express_is_refused(architecture: str, keys, kind: str,
     with pytest.raises(FormatError, match=reason):
         export_peft(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_without_a_record_takes_its_names_from_the_base(tmp_path: Path):
+    """As plain mlx-lm leaves it: gpt2's modules are called otherwise in transformers."""
+    base = FIXTURES / "gpt2" / "base"
+    adapter = replace(make_adapter(base, linear), metadata={"base": {"name": str(base)}})
+    export_peft(adapter, tmp_path / "out")
+    assert files.read_json(tmp_path / "out" / "adapter_config.json")["fan_in_fan_out"] is True
+    assert import_peft(tmp_path / "out", base=base, name="back").fingerprint == adapter.fingerprint
+    assert all("model.transformer.h" in name for name in mx.load(str(tmp_path / "out" / "adapter_model.safetensors")))
+
+
+def test_a_changed_import_of_a_tied_embedding_keeps_both_ends(tmp_path: Path):
+    folder = FIXTURES / "qwen2" / "tied-embedding"
+    adapter = import_peft(folder, base=base_of(folder), name="it")
+    changed = replace(adapter, config=replace(adapter.config, type="lora"), metadata={"base": adapter.metadata["base"]})
+    export_peft(changed, tmp_path / "out")
+    assert any("lm_head" in name for name in mx.load(str(tmp_path / "out" / "adapter_model.safetensors")))

@@ -56,13 +56,14 @@ def export_peft(
     """Write `adapter` as a PEFT folder, whole or not at all.
 
     base_model: the transformers model to name in it (default: the one it was trained on in PEFT, else its MLX
-    base). base: the MLX base, read only if an embedding is adapted (default: the adapter's own). Raises
+    base). base: the MLX base, read only if an embedding is adapted or its type is not recorded (default: the
+    adapter's own). Raises
     FormatError for what PEFT cannot express, ExistsError, NotFoundError or StorageError.
     """
     out = Path(out).expanduser()
     files.refuse_existing(out, overwrite)
     found = registry.load_adapter(adapter)
-    form = to_peft(found, _is_tied(found, base))
+    form = to_peft(found, lambda: _facts(found, base))
     named = base_model or form.config.get("base_model_name_or_path")
     if not named:
         on_event(Note("The adapter names no base model; PEFT needs one: pass --base-model.", "warning"))
@@ -76,11 +77,12 @@ def export_peft(
     return PeftExport(out, len(form.tensors), files.size_on_disk(out), str(named))
 
 
-def _is_tied(adapter: Adapter, base: str | Path | Base | None) -> bool:
-    """Whether the base's output layer is its embedding; looked up only if that makes a difference."""
-    embeddings = [key for key in adapter.config.keys if tensor_names.split(key)[1] in EMBEDDINGS]
-    name = base or base_of(adapter.metadata).get("name")
-    if not embeddings or isinstance(adapter.metadata.get("peft"), dict) or name is None:
-        return False
-    module, _ = load_module(resolve_base(name))
-    return tied(adaptable_layers(module))
+def _facts(adapter: Adapter, base: str | Path | Base | None) -> tuple[str | None, bool]:
+    """The base's model type, and whether its output layer is its embedding; the base is read only if need be."""
+    recorded = base_of(adapter.metadata)
+    model_type, name = recorded.get("model_type"), base or recorded.get("name")
+    embeddings = any(tensor_names.split(key)[1] in EMBEDDINGS for key in adapter.config.keys)
+    if name is None or (model_type is not None and not embeddings):
+        return model_type, False
+    found = resolve_base(name)
+    return found.config.get("model_type"), embeddings and tied(adaptable_layers(load_module(found)[0]))

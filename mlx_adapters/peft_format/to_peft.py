@@ -5,14 +5,14 @@ config with full module paths; experts are written one by one (transformers 4's 
 into transformers 5's fused experts), tied embeddings as PEFT's ensure_weight_tying stores them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_adapters import tensor_names
-from mlx_adapters.adapter import Adapter, base_of
+from mlx_adapters.adapter import Adapter
 from mlx_adapters.errors import FormatError
 from mlx_adapters.peft_format.settings import PeftSettings
 from mlx_adapters.peft_format.to_mlx import FUSED
@@ -47,8 +47,8 @@ class PeftForm:
     config: dict[str, Any]
 
 
-def to_peft(adapter: Adapter, tied: bool = False) -> PeftForm:
-    """Convert an adapter; `tied` says that its base's input embedding is also the output layer.
+def to_peft(adapter: Adapter, facts: Callable[[], tuple[str | None, bool]]) -> PeftForm:
+    """Convert an adapter; `facts` gives the base's model type and whether its embedding is also the output layer.
 
     Raises FormatError for what PEFT cannot express.
     """
@@ -58,7 +58,7 @@ def to_peft(adapter: Adapter, tied: bool = False) -> PeftForm:
             return _as_it_came(adapter, origin)
         except (_NotAsItCame, FormatError):
             pass
-    return _plain(adapter, tied)
+    return _plain(adapter, *facts())
 
 
 # -- an adapter that came from PEFT -----------------------------------------------------------------------
@@ -139,8 +139,7 @@ def _tensors(path: str, a: mx.array, b: mx.array, m: mx.array | None, embedding:
 # -- an adapter that was made here ------------------------------------------------------------------------
 
 
-def _plain(adapter: Adapter, tied: bool) -> PeftForm:
-    model_type = base_of(adapter.metadata).get("model_type")
+def _plain(adapter: Adapter, model_type: str | None, tied: bool) -> PeftForm:
     tensors: dict[str, mx.array] = {}
     targets: dict[str, None] = {}
     experts: dict[str, dict[str, tuple[mx.array, mx.array]]] = {}
