@@ -53,6 +53,8 @@ def train_command(
             settings.base, settings.data, name=settings.name, lora=lora, training=settings.train_config(),
             init_from=init_from, overwrite=overwrite, command=typed_command(), on_event=watch,
         )  # fmt: skip
+    if run.rank != 0:
+        return
     if as_json:
         _output.emit_json(run)
         return

@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_adapters.config import TrainConfig
@@ -15,6 +16,7 @@ from mlx_adapters.door import mx, nn
 from mlx_adapters.tensor_names import block_index
 from mlx_adapters.training import fuse_aware, graph, losses
 from mlx_adapters.training.batches import Batch
+from mlx_adapters.training.distributed import World
 from mlx_adapters.training.losses import Arrays, Weights
 from mlx_adapters.training.optimizers import Optimizer, compiled
 
@@ -43,6 +45,7 @@ class Engine:
     adapted: dict[str, nn.Module]
     config: TrainConfig
     plan: LossPlan
+    world: World = field(default_factory=World)
     weights: Weights = field(init=False)
     optimizer: Optimizer = field(init=False)
 
@@ -69,12 +72,16 @@ class Engine:
     def step(
         self, batches: Sequence[Batch], share: float, rate: float, rounding: bool = False
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """One update from several batches: (summed loss, gradient's norm, norm of the new weights), evaluated."""
+        """One update from several batches: (summed loss, gradient's norm, norm of the new weights), evaluated.
+
+        Over all processes; a lost one raises LostPeerError before anything has changed but the random state.
+        """
         loss, gradients = self.gradient(batches[0], share, rounding)
         for batch in batches[1:]:
             mx.eval(loss, gradients)
             more, others = self.gradient(batch, share, rounding)
             loss, gradients = loss + more, {name: g + others[name] for name, g in gradients.items()}
+        gradients, (loss,) = self.world.sum_all(gradients, loss)
         norms = self.update(gradients, rate)
         mx.eval(loss, norms, self.weights, self.optimizer.arrays(), mx.random.state)
         return loss, *norms
@@ -86,6 +93,8 @@ class Engine:
             a = device_batch(batch)
             loss = self._evaluate[rounding](self.weights, a.tokens, a.positions, a.targets, a.weights, a.segments)
             total, tokens = total + loss.item(), tokens + batch.trained_tokens
+        if self.world.size > 1:
+            total, tokens = np.array(self.world.sum(mx.array([total, tokens], mx.float32))).tolist()
         return total / tokens
 
     def _make_gradient(self, rounding: bool):

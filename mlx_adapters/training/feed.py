@@ -9,6 +9,7 @@ from mlx_adapters.config import TrainConfig
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.training.batches import Batch, batch_sequence, epoch_batches, make_batch, pack
 from mlx_adapters.training.data import Row
+from mlx_adapters.training.distributed import World
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,7 @@ class Feed:
     config: TrainConfig
     pad_to: int
     pad_lines: bool
-    rank: int = 0
-    world_size: int = 1
+    world: World
 
     def updates(self, start: int) -> Iterator[tuple[list[Batch], int]]:
         """Yield (this process's batches of one update, trained tokens of all processes), from batch `start` on."""
@@ -41,13 +41,13 @@ class Feed:
     def batch(self, indexes: np.ndarray) -> Batch:
         """The lines of a batch that fall to this process; an empty share is a line that counts nothing."""
         lines = [[self.rows[i] for i in self.bins[line]] for line in indexes]
-        mine = lines[self.rank :: self.world_size]
-        share = -(-self.config.batch_size // self.world_size) if self.pad_lines else None
+        mine = lines[self.world.rank :: self.world.size]
+        share = -(-self.config.batch_size // self.world.size) if self.pad_lines else None
         made = make_batch(mine or lines[:1], self.pad_to, share, self.config.packing)
         return made if mine else replace(made, weights=np.zeros_like(made.weights), real_tokens=0)
 
 
-def make_feed(rows: Sequence[Row], config: TrainConfig, *, gpu: bool, rank: int = 0, world_size: int = 1) -> Feed:
+def make_feed(rows: Sequence[Row], config: TrainConfig, *, gpu: bool, world: World | None = None) -> Feed:
     """Bins and padding for `rows`. Raises ConfigError if a batch is larger than the data."""
     lengths = [len(row.tokens) for row in rows]
     bins = pack(lengths, config.max_seq_length) if config.packing else [[i] for i in range(len(rows))]
@@ -56,4 +56,4 @@ def make_feed(rows: Sequence[Row], config: TrainConfig, *, gpu: bool, rank: int 
         raise ConfigError(f"batch_size {config.batch_size} is larger than the {len(bins)} {kind} of training data.",
                           f"use --batch-size {len(bins)} or less.")  # fmt: skip
     # A new shape costs a GPU seconds of compilation; on a CPU the padding costs more.
-    return Feed(rows, bins, config, 64 if gpu else 1, gpu, rank, world_size)
+    return Feed(rows, bins, config, 64 if gpu else 1, gpu, world or World())

@@ -8,13 +8,13 @@ from types import FrameType
 
 
 class Interrupt:
-    """`requested` is set by the first SIGINT or SIGTERM; a second one stops at once."""
+    """`requested` is set by the first SIGINT or SIGTERM; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.requested = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
 

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from mlx_adapters.errors import TrainingError
 from mlx_adapters.events import CheckpointSaved, Event, Note, OnEvent, Progress, TrainReport, ValidationReport
 from mlx_adapters.training import state as states
 from mlx_adapters.training.batches import Batch
+from mlx_adapters.training.distributed import LostPeerError
 from mlx_adapters.training.engine import Engine
 from mlx_adapters.training.feed import Feed
 from mlx_adapters.training.folder import RunFolder
@@ -54,12 +56,33 @@ class Loop:
             self._validate()
         updates = self.feed.updates(self.state.batches)
         while self.state.iteration < self.config.iterations and not self.state.stopped_early:
-            self._iterate(updates)
-            if interrupt.requested:
+            stop = self._stop_is_wanted(interrupt)
+            try:
+                self._iterate(updates)
+            except LostPeerError:
+                self._abandon()
+            unfinished = self.state.iteration < self.config.iterations and not self.state.stopped_early
+            if unfinished and (stop or (interrupt.requested and self.engine.world.size == 1)):
                 self.save()
                 self._say(f"Stopped at iteration {self.state.iteration}. {self.folder.how_to_resume()}")
                 raise KeyboardInterrupt
         return self.state
+
+    def _stop_is_wanted(self, interrupt: Interrupt) -> bool:
+        """Whether any of the processes was asked to stop: all must stop after the same iteration."""
+        if self.engine.world.size == 1:
+            return interrupt.requested
+        try:
+            return bool(self.engine.world.sum(mx.array([float(interrupt.requested)])).item())
+        except LostPeerError:
+            self.save()
+            self._abandon()
+
+    def _abandon(self) -> NoReturn:
+        raise TrainingError(
+            f"Another process of this run was lost after iteration {self.state.iteration}.",
+            f"the last checkpoint is whole. {self.folder.how_to_resume()}",
+        )
 
     def _iterate(self, updates: Iterator[tuple[list[Batch], int]]) -> None:
         start = time.perf_counter()
@@ -81,7 +104,11 @@ class Loop:
     def _step(self, batches: list[Batch], tokens: int) -> None:
         engine, state = self.engine, self.state
         rate = learning_rate(self.config, state.iteration + 1)
-        loss, gradient, weights = engine.step(batches, 1 / tokens, rate, self._rounding(state.iteration + 1))
+        try:
+            loss, gradient, weights = engine.step(batches, 1 / tokens, rate, self._rounding(state.iteration + 1))
+        except LostPeerError:  # nothing has changed yet, and saving needs no other process
+            self.save()
+            self._abandon()
         self._require_finite({"loss": loss, "gradient": gradient, "adapter": weights}, batches)
         state.iteration += 1
         state.batches += len(batches)
@@ -89,6 +116,7 @@ class Loop:
         state.real_tokens += sum(batch.real_tokens for batch in batches)
         state.pending_loss += loss.item()
         state.pending_tokens += tokens
+        state.random = random_state()
 
     def _rounding(self, iteration: int) -> bool:
         return self.config.fuse_aware is not None and iteration > self.config.fuse_aware_from
@@ -118,6 +146,7 @@ class Loop:
         state.pending_loss, state.pending_tokens = 0.0, 0
 
     def __post_init__(self) -> None:
+        self.state.random = random_state()
         self._reported = (0.0, 0, 0)
 
     def _validate(self) -> bool:
@@ -142,7 +171,6 @@ class Loop:
     def save(self) -> None:
         """Write a checkpoint of this moment."""
         start = time.perf_counter()
-        self.state.random = np.array(mx.random.state[0]).tolist()
         folder = self.folder.save(self.state, self.engine.weights, self.engine.optimizer.arrays())
         self._saved_at = time.monotonic()
         self.on_event(CheckpointSaved(self.state.iteration, str(folder), time.perf_counter() - start))
@@ -150,3 +178,8 @@ class Loop:
     def _say(self, text: str) -> None:
         event: Event = Note(text)
         self.on_event(event)
+
+
+def random_state() -> list[int]:
+    """The key of MLX's random numbers."""
+    return np.array(mx.random.state[0]).tolist()

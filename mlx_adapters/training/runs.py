@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.layers import named_layers
 from mlx_adapters.model import Base, load_model, resolve_base
 from mlx_adapters.registry import Reference, load_adapter
-from mlx_adapters.training import start
+from mlx_adapters.training import distributed, start
 from mlx_adapters.training import state as states
+from mlx_adapters.training.distributed import World
 from mlx_adapters.training.folder import RunFolder, place_of
 from mlx_adapters.training.interrupt import Interrupt
 from mlx_adapters.training.loop import Loop
@@ -28,7 +29,8 @@ from mlx_adapters.training.state import Checkpoint, State
 class TrainRun:
     """A finished run. `best` is what the bare name means; both are references such as 'sql@500'.
 
-    Losses are (iteration, nats per trained token). `duration_seconds` counts the training steps alone.
+    Losses are (iteration, nats per trained token). `duration_seconds` counts the training steps alone. `rank` is this
+    process's among those that `mlx.launch` started.
     """
 
     folder: Path
@@ -40,6 +42,7 @@ class TrainRun:
     trained_tokens: int
     duration_seconds: float
     stopped_early: bool
+    rank: int = 0
 
     def _repr_html_(self) -> str:
         from mlx_adapters.display import html_block, html_facts, loss_curve
@@ -62,6 +65,7 @@ class _Request:
     adapter: Adapter | None
     command: str | None
     on_event: OnEvent
+    world: World
 
 
 def train(
@@ -87,47 +91,69 @@ def train(
     StorageError; KeyboardInterrupt after saving.
     """
     reference, path = place_of(name)
+    world = distributed.start()
+    on_event = on_event if world.leads else ignore
     if resume:
-        old = read_recipe(path)
+        old = world.share(lambda: read_recipe(path))
         lora, training = lora or settings_of(old)[0], training or settings_of(old)[1]
         request = _Request(
             resolve_base(base or old["base"]["name"]), read_data(data or old["data"]["source"]), lora, training,
-            None, old["command"], on_event,
+            None, old["command"], on_event, world,
         )  # fmt: skip
         return _resume(request, old, reference, path)
-    files.refuse_existing(path, overwrite)
+    world.share(lambda: files.refuse_existing(path, overwrite))
     if base is None or data is None:
         raise ConfigError("A new run needs a base model and data.", "give both, or resume a run.")
     adapter = load_adapter(init_from) if init_from is not None else None
     lora = lora or (start.lora_of(adapter) if adapter else LoraConfig())
-    request = _Request(resolve_base(base), read_data(data), lora, training or TrainConfig(), adapter, command, on_event)
+    request = _Request(
+        resolve_base(base), read_data(data), lora, training or TrainConfig(), adapter, command, on_event, world
+    )
     return _begin(request, reference, path, overwrite)
 
 
 def _begin(request: _Request, reference: Reference, path: Path, overwrite: bool) -> TrainRun:
     with contextlib.ExitStack() as stack:
-        if path.is_dir():
+        leads = request.world.leads
+        if path.is_dir() and leads:
             stack.enter_context(_locked(path))
-        loop = _prepare(request, RunFolder(reference, path, {}), None, overwrite)
-        stack.enter_context(_locked(path))
+        loop = _prepare(request, RunFolder(reference, path, {}, leads), None, overwrite)
+        if leads:
+            stack.enter_context(_locked(path))
         if request.adapter is not None:
             loop.save()
         return _run(loop)
 
 
 def _resume(request: _Request, old: dict[str, Any], reference: Reference, path: Path) -> TrainRun:
-    with _locked(path):
-        checkpoint, problems = states.newest(path)
-        for problem in problems:
-            request.on_event(Note(f"{problem} Taking the checkpoint before it.", "warning"))
-        if checkpoint is None:
-            request.on_event(Note("No checkpoint was saved yet; starting from the beginning.", "warning"))
-        state = checkpoint.state if checkpoint else State()
-        states.drop_after(path, state.iteration)
-        RunFolder(reference, path, old).refresh(state)  # a crash may have come between a save and its links
+    world, folder = request.world, RunFolder(reference, path, old, request.world.leads)
+    with _locked(path) if world.leads else contextlib.nullcontext():
+        found: list[Checkpoint | None] = [None]
+
+        def look() -> dict[str, Any]:
+            found[0] = _newest(folder, request)
+            return asdict(found[0].state if found[0] else State())
+
+        state = states.state_from(world.share(look))
         _require_unfinished(state, request.training, settings_of(old)[1], reference)
-        loop = _prepare(request, RunFolder(reference, path, old), checkpoint, False)
-        return _run(loop)
+        checkpoint = None
+        if state.iteration or state.random:
+            mine = found[0] or Checkpoint(state, {}, {})
+            checkpoint = Checkpoint(state, world.share_arrays(mine.weights), world.share_arrays(mine.optimizer))
+        return _run(_prepare(request, folder, checkpoint, False))
+
+
+def _newest(folder: RunFolder, request: _Request) -> Checkpoint | None:
+    """The newest whole checkpoint; later ones are damaged and removed."""
+    checkpoint, problems = states.newest(folder.path)
+    for problem in problems:
+        request.on_event(Note(f"{problem} Taking the checkpoint before it.", "warning"))
+    if checkpoint is None:
+        request.on_event(Note("No checkpoint was saved yet; starting from the beginning.", "warning"))
+    state = checkpoint.state if checkpoint else State()
+    states.drop_after(folder.path, state.iteration)
+    folder.refresh(state)  # a crash may have come between a save and its links
+    return checkpoint
 
 
 def _run(loop: Loop) -> TrainRun:
@@ -138,6 +164,7 @@ def _run(loop: Loop) -> TrainRun:
     return TrainRun(
         folder.path, folder.best(state), folder.final(state), state.best_loss, tuple(state.train_losses),
         tuple(state.validation_losses), state.trained_tokens, state.seconds, state.stopped_early,
+        loop.engine.world.rank,
     )  # fmt: skip
 
 
@@ -167,7 +194,7 @@ def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None
     resumed = bool(folder.recipe)
     recipe = make_recipe(
         request.base, request.data, lora, training, folder.recipe.get("init_from") if resumed
-        else request.adapter and request.adapter.fingerprint, 1, request.command,
+        else request.adapter and request.adapter.fingerprint, request.world.size, request.command,
     )  # fmt: skip
     if resumed:
         require_same(folder.recipe, recipe, str(folder.reference))
@@ -179,9 +206,9 @@ def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None
     if request.adapter is not None:
         start.initialize_from(model, config, request.adapter)
     adapted = dict(named_layers(model.module))
-    prepared = start.prepare(model, training, *rows, {key: adapted[key] for key in config.keys})
-    folder = RunFolder(folder.reference, folder.path, recipe)
-    folder.update_recipe() if resumed else folder.create(config, overwrite)
+    prepared = start.prepare(model, training, *rows, {key: adapted[key] for key in config.keys}, request.world)
+    folder = replace(folder, recipe=recipe)
+    request.world.share(lambda: folder.update_recipe() if resumed else folder.create(config, overwrite))
     validation = prepared.validation.fixed(training.eval_batches) if prepared.validation else []
     loop = Loop(prepared.engine, prepared.feed, validation, training, folder, request.on_event)
     if checkpoint is not None:

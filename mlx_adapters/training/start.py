@@ -17,9 +17,12 @@ from mlx_adapters.tensor_names import LORA_A, split
 from mlx_adapters.training import fuse_aware
 from mlx_adapters.training.batches import make_batch
 from mlx_adapters.training.data import Row, tokenize
+from mlx_adapters.training.distributed import World
 from mlx_adapters.training.engine import Engine, packing_is_exact, plan_loss
 from mlx_adapters.training.feed import Feed, make_feed
 from mlx_adapters.training.rows import DataSet
+
+ALONE = World()
 
 
 def adapter_config(module: nn.Module, lora: LoraConfig) -> AdapterConfig:
@@ -120,13 +123,13 @@ class Prepared:
 
 def prepare(
     model: Model, config: TrainConfig, train: tuple[Row, ...], valid: tuple[Row, ...], adapted: dict[str, nn.Module],
-    rank: int = 0, world_size: int = 1,
+    world: World = ALONE,
 ) -> Prepared:  # fmt: skip
     """Feeds and engine; settles how the loss is computed and refuses packing where it is not exact."""
-    feed = make_feed(train, config, gpu=on_gpu(), rank=rank, world_size=world_size)
+    feed = make_feed(train, config, gpu=on_gpu(), world=world)
     size = min(config.batch_size, len(valid)) or 1
     plain = replace(config, packing=False, batch_size=size)
-    validation = make_feed(valid, plain, gpu=on_gpu()) if valid else None
+    validation = make_feed(valid, plain, gpu=on_gpu(), world=world) if valid else None
     shortest = sorted(train, key=lambda row: len(row.tokens))[:2]
     probe = make_batch([[row] for row in shortest])
     if config.packing and not packing_is_exact(model.module, probe, make_batch([shortest], packed=True)):
@@ -134,4 +137,4 @@ def prepare(
     if config.fuse_aware is not None:
         fuse_aware.check(adapted, config.fuse_aware)
     plan = plan_loss(model.module, config, int(model.config.get("vocab_size", 1 << 16)), probe)
-    return Prepared(Engine(model.module, adapted, config, plan), feed, validation)
+    return Prepared(Engine(model.module, adapted, config, plan, world), feed, validation)

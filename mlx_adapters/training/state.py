@@ -105,10 +105,13 @@ def read_state(run: Path, iteration: int) -> State:
     for name, expected in record["sha256"].items():
         if not (folder / name).is_file() or files.sha256(folder / name) != expected:
             raise FormatError(f"'{folder / name}' is damaged.")
-    values = record["state"]
-    for curve in ("train_losses", "validation_losses"):
-        values[curve] = [tuple(point) for point in values[curve]]
-    return State(**values)
+    return state_from(record["state"])
+
+
+def state_from(values: dict[str, Any]) -> State:
+    """A state from its JSON form."""
+    curves = {name: [tuple(point) for point in values[name]] for name in ("train_losses", "validation_losses")}
+    return State(**values | curves)
 
 
 class NewerError(FormatError):
