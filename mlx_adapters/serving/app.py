@@ -267,14 +267,12 @@ class Server:
         """The request's body. Raises ApiError 413 beyond the limit, 408 when it does not come."""
         limit, body = self.settings.max_body_bytes, bytearray()
 
-        async def read() -> None:
-            async for part in request.stream():
-                body.extend(part)
-                if len(body) > limit:
-                    raise ApiError(413, f"The body is larger than {limit} bytes.")
-
         try:
-            await asyncio.wait_for(read(), BODY_SECONDS)
+            async with asyncio.timeout(BODY_SECONDS):
+                async for part in request.stream():
+                    body.extend(part)
+                    if len(body) > limit:
+                        raise ApiError(413, f"The body is larger than {limit} bytes.")
         except TimeoutError:
             raise ApiError(408, "The body did not come in time.") from None
         return bytes(body)
@@ -301,15 +299,17 @@ class EventStream(Response):
                 with contextlib.suppress(TimeoutError, OSError):
                     writing.result()
         finally:
+            self.on_end()
             writing.cancel()
             leaving.cancel()
-            self.on_end()
+            await asyncio.wait([writing, leaving])
 
     async def write(self, send: Send) -> None:
         """Send all events."""
 
         async def put(message: dict[str, Any]) -> None:
-            await asyncio.wait_for(send(message), self.write_seconds)
+            async with asyncio.timeout(self.write_seconds):  # wait_for can lose a cancellation in Python 3.11
+                await send(message)
 
         await put({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for chunk in self.chunks:

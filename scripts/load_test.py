@@ -1,0 +1,194 @@
+"""Two hundred clients against one server: random adapters, clients that leave, requests that are wrong.
+
+A tiny model with eight adapters is built, four of which fit into memory, and served on loopback. Every answer is
+held against the adapter's solo run; every refusal must be the one that was asked for; the server's memory must
+stay flat. Ends with status 1 if anything differs.
+
+    python scripts/load_test.py --clients 200 --seconds 120
+"""
+
+import argparse
+import asyncio
+import collections
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+ADAPTERS = [f"tenant{i}" for i in range(8)]
+PROMPTS = ["List all students.", "How many courses are there?", "Once upon a time", "SELECT", "a b c d e f g"]
+LENGTHS = (1, 7, 24)
+WRONG = [
+    (400, b"{"),
+    (400, b"\xff\xfe"),
+    (400, {"messages": []}),
+    (400, {"max_tokens": -5}),
+    (400, {"max_tokens": 10**12}),
+    (400, {"temperature": "hot"}),
+    (400, {"messages": [{"role": "user", "content": "x " * 20_000}]}),
+    (400, {"unheard_of": 1}),
+    (404, {"model": "nobody"}),
+    (413, b" " * (2 << 20)),
+]
+
+
+def build(folder):
+    """Write the model and register the adapters; give {(name, prompt, length): text} of the solo runs."""
+    from test_runtime import random_adapter
+    from tiny_models import build_model
+
+    from mlx_adapters.registry import register
+    from mlx_adapters.runtime.live import load_model
+
+    model = load_model(build_model(folder / "model", "llama"))
+    wanted = {}
+    for i, name in enumerate(["base", *ADAPTERS]):
+        if name != "base":
+            model.attach(register(random_adapter(model, seed=i, rank=2 + i), name), name=name)
+        model.use(None if name == "base" else name)
+        for prompt in PROMPTS:
+            for length in LENGTHS:
+                wanted[name, prompt, length] = model.generate(prompt, max_tokens=length).text
+    return wanted
+
+
+class Clients:
+    """All clients and what they saw."""
+
+    def __init__(self, http, wanted, seconds):
+        self.http, self.wanted, self.end = http, wanted, time.monotonic() + seconds
+        self.counts, self.failures, self.latencies = collections.Counter(), [], []
+
+    async def one(self, number):
+        chance = random.Random(number)
+        while time.monotonic() < self.end:
+            kind = chance.choices(["whole", "stream", "leave", "wrong"], [40, 30, 15, 15])[0]
+            name, prompt, length = chance.choice(list(self.wanted))
+            body = {"model": name, "messages": [{"role": "user", "content": prompt}], "temperature": 0,
+                    "max_tokens": length}  # fmt: skip
+            try:
+                start = time.monotonic()
+                await getattr(self, kind)(body, self.wanted[name, prompt, length], chance)
+                self.counts[kind] += 1
+                if kind in ("whole", "stream"):
+                    self.latencies.append(time.monotonic() - start)
+            except Exception as error:
+                self.failures.append(f"{kind} {name}: {type(error).__name__} {str(error)[:200]}")
+
+    async def whole(self, body, wanted, chance):
+        answer = await self.http.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 200, answer.text[:200]
+        assert answer.json()["choices"][0]["message"]["content"] == wanted, "another text than the solo run's"
+
+    async def stream(self, body, wanted, chance):
+        text = ""
+        async with self.http.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as answer:
+            assert answer.status_code == 200, answer.status_code
+            async for line in answer.aiter_lines():
+                if line.startswith("data: {"):
+                    text += json.loads(line[6:])["choices"][0]["delta"].get("content", "")
+        assert text == wanted, "another text than the solo run's"
+
+    async def leave(self, body, wanted, chance):
+        body |= {"stream": True, "max_tokens": 500}
+        async with self.http.stream("POST", "/v1/chat/completions", json=body) as answer:
+            assert answer.status_code == 200, answer.status_code
+            lines = answer.aiter_lines()
+            for _ in range(chance.randint(0, 5)):
+                await anext(lines, None)
+
+    async def wrong(self, body, wanted, chance):
+        status, change = chance.choice(WRONG)
+        content = change if isinstance(change, bytes) else json.dumps(body | change).encode()
+        answer = await self.http.post("/v1/chat/completions", content=content)
+        assert answer.status_code == status and "error" in answer.json(), f"{answer.status_code} for {change!r:.60}"
+
+
+def resident_bytes(pid):
+    """The process's memory; from /proc where there is one, else from ps."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except FileNotFoundError:
+        return int(subprocess.check_output(["ps", "-o", "rss=", "-p", str(pid)])) * 1024
+
+
+async def watch(pid, samples):
+    while True:
+        samples.append(resident_bytes(pid))
+        await asyncio.sleep(0.5)
+
+
+async def attack(address, pid, wanted, clients, seconds):
+    limits = httpx.Limits(max_connections=clients * 2, max_keepalive_connections=clients)
+    async with httpx.AsyncClient(base_url=address, timeout=120, limits=limits) as http:
+        crowd, samples = Clients(http, wanted, seconds), []
+        watching = asyncio.ensure_future(watch(pid, samples))
+        await asyncio.gather(*(crowd.one(i) for i in range(clients)))
+        watching.cancel()
+        for _ in range(100):
+            metrics = (await http.get("/metrics")).text
+            values = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if line[0] != "#")
+            if values["mlx_adapters_running"] == values["mlx_adapters_queue_length"] == "0":
+                break
+            await asyncio.sleep(0.1)
+        else:
+            crowd.failures.append("the server still has rows after everybody left")
+        health = (await http.get("/health")).status_code
+    return crowd, samples, values, health
+
+
+def report(crowd, samples, values, health, options):
+    quarter = max(len(samples) // 4, 1)
+    middle, last = (sum(s) / len(s) for s in (samples[quarter : 2 * quarter] or samples, samples[-quarter:]))
+    latencies = sorted(crowd.latencies)
+    answered = len(latencies)
+    print(f"{options.clients} clients, {options.seconds} s: " + ", ".join(f"{n} {k}" for k, n in crowd.counts.items()))
+    print(f"{answered / options.seconds:.1f} full answers/s; latency median {latencies[answered // 2]:.2f} s, "
+          f"99% {latencies[answered * 99 // 100]:.2f} s")  # fmt: skip
+    evictions = sum(float(v) for k, v in values.items() if "evictions_total{" in k)
+    print(f"adapters put out and brought back: {evictions:.0f}")
+    print(f"server memory: second quarter {middle / 1e6:.0f} MB, last quarter {last / 1e6:.0f} MB")
+    print(f"MLX's part: {float(values['mlx_adapters_memory_active_bytes']) / 1e6:.1f} MB")
+    print(f"failures: {len(crowd.failures)}")
+    for failure in collections.Counter(crowd.failures).most_common(10):
+        print("  ", failure)
+    flat = last < middle * 1.05 + 5e6
+    return 0 if flat and health == 200 and not crowd.failures and answered else 1
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=120)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MLX_ADAPTERS_HOME"] = folder + "/home"
+        os.environ["PYTHONPATH"] = str(ROOT)
+        wanted = build(Path(folder))
+        command = [sys.executable, "-m", "mlx_adapters", "serve", folder + "/model", "--name", "base", "--port", "0",
+                   "--max-adapters", "4", "--max-batch", "16", "--max-queue", str(options.clients * 2)]  # fmt: skip
+        for name in ADAPTERS:
+            command += ["--adapter", name]
+        server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        try:
+            address = next(line.split()[2] for line in server.stderr if line.startswith("Listening"))
+            outcome = asyncio.run(attack(address, server.pid, wanted, options.clients, options.seconds))
+        finally:
+            server.terminate()
+            rest = server.communicate(timeout=60)[1]
+    if rest.strip() not in ("", "Error: Interrupted."):
+        print("the server said:", rest[:3000])
+    sys.exit(report(*outcome, options))
+
+
+if __name__ == "__main__":
+    main()
