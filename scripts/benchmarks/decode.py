@@ -14,6 +14,9 @@ import json
 import statistics
 import time
 
+import mlx_adapters  # noqa: F401  (before mlx: it sees to a fast BLAS)
+
+# isort: split
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import llama, qwen2
