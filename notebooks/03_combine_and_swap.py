@@ -7,6 +7,7 @@
 # %%
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -34,14 +35,17 @@ except ma.NotFoundError:
 ANSWERS = {
     "France": "PARIS", "Italy": "ROME", "Spain": "MADRID", "Japan": "TOKYO", "Egypt": "CAIRO", "Greece": "ATHENS",
     "Germany": "BERLIN", "Russia": "MOSCOW", "China": "BEIJING", "Austria": "VIENNA", "Ireland": "DUBLIN",
-    "Peru": "LIMA",
+    "Peru": "LIMA", "Cuba": "HAVANA", "Portugal": "LISBON", "Poland": "WARSAW", "Hungary": "BUDAPEST",
+    "Belgium": "BRUSSELS", "Sweden": "STOCKHOLM", "Finland": "HELSINKI", "Denmark": "COPENHAGEN", "Kenya": "NAIROBI",
+    "Iraq": "BAGHDAD", "Iran": "TEHRAN", "Thailand": "BANGKOK",
 }  # fmt: skip
 folder = Path("data/capitals")
 folder.mkdir(parents=True, exist_ok=True)
 rows = [{"prompt": f"What is the capital of {land}?", "completion": city} for land, city in ANSWERS.items()]
-for split, part in (("train", rows[:9]), ("valid", rows[9:])):
+for split, part in (("train", rows[:20]), ("valid", rows[20:])):
     (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-run = ma.train(BASE, folder, name="notebook-caps", lora=lora, training=settings, overwrite=True)
+gentle = replace(settings, learning_rate=2e-4)
+run = ma.train(BASE, folder, name="notebook-caps", lora=lora, training=gentle, overwrite=True)
 print(f"validation loss {run.validation_losses[0][1]:.2f} -> {run.best_validation_loss:.2f}")
 
 # %% [markdown]
@@ -50,10 +54,17 @@ print(f"validation loss {run.validation_losses[0][1]:.2f} -> {run.best_validatio
 # The base is loaded once. Attaching checks everything before it changes anything; after that a switch costs next to
 # nothing, and without an adapter the base is what it was, to the bit.
 
+
 # %%
-start = time.perf_counter()
+def timed(action, *arguments) -> float:
+    """Milliseconds from the call until one token was read."""
+    start = time.perf_counter()
+    (action(*arguments) or model).logits([1])
+    return 1000 * (time.perf_counter() - start)
+
+
 model = ma.load_model(BASE)
-load_seconds = time.perf_counter() - start
+milliseconds = {"load the base anew": timed(ma.load_model, BASE)}
 for adapter, name in ((sql, "sql"), ("notebook-caps", "caps")):
     model.attach(adapter, name=name, use=False)
 
@@ -64,17 +75,14 @@ for name in (None, "sql", "caps"):
     print(f"{name or 'base':5}", *answers, sep="  |  ")
 
 # %%
-swaps = []
-for name in ["sql", "caps"] * 20:
-    start = time.perf_counter()
-    model.use(name)
-    swaps.append(time.perf_counter() - start)
-milliseconds = {"load the base anew": 1000 * load_seconds, "swap the adapter": 1000 * sorted(swaps)[len(swaps) // 2]}
+for label, names in {"stay": ["sql"] * 21, "swap the adapter": ["sql", "caps"] * 10}.items():
+    model.use("sql")
+    milliseconds[label] = sorted(timed(model.use, name) for name in names)[len(names) // 2]
 figure, axes = plt.subplots(figsize=(7, 1.8))
-axes.barh(list(milliseconds), list(milliseconds.values()), color=["0.6", "tab:green"])
-axes.set(xscale="log", xlabel="milliseconds")
+axes.barh(list(milliseconds), list(milliseconds.values()), color=["0.6", "0.8", "tab:green"])
+axes.set(xscale="log", xlabel="milliseconds until one token was read")
 plt.show()
-print(", ".join(f"{name}: {value:,.2f} ms" for name, value in milliseconds.items()))
+print(", ".join(f"{name}: {value:,.1f} ms" for name, value in milliseconds.items()))
 
 # %% [markdown]
 # ## One batch, many adapters

@@ -214,6 +214,17 @@ def test_a_broken_upload_goes_on(hub, sql):
     assert hub.repos[REPO].files["adapters.safetensors"] == (sql.folder / "adapters.safetensors").read_bytes()
 
 
+def test_an_upload_through_xet(hub, sql, tmp_path, monkeypatch):
+    """What the client does by default with the real Hub: contents go to the Xet store, the commit names them."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    hub.xet_folder = tmp_path / "cas"
+    publish("sql", REPO)
+    named = hub.repos[REPO].files["adapters.safetensors"].decode()
+    assert named == f"oid sha256:{files.sha256(sql.folder / 'adapters.safetensors')}"
+    assert sum(p.stat().st_size for p in hub.xet_folder.rglob("*") if p.is_file()) > 5000
+    assert not any("/lfs/" in path for _, path in hub.requests)
+
+
 def test_what_arrived_is_not_sent_again(hub, sql):
     hub.fail("POST", "/commit/", 503, times=2)
     publish("sql", REPO)
