@@ -28,8 +28,9 @@ from mlx_adapters.door import mx, wired_limit
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.layers import QUANTIZED, adaptable_layers
 from mlx_adapters.machine import on_gpu
-from mlx_adapters.model import Model, load_model, load_tokenizer_of, resolve_base
+from mlx_adapters.model import Model, load_tokenizer_of, resolve_base
 from mlx_adapters.registry import load_adapter, locate
+from mlx_adapters.runtime.live import load_model
 
 
 def main(job_file: str, result_file: str) -> None:
@@ -150,9 +151,8 @@ def conditions(model: Model) -> dict[str, Any]:
     packed = any(isinstance(layer, QUANTIZED) for layer in adaptable_layers(model.module).values())
     # Norms keep the type that activations have, whatever is packed.
     types = Counter(str(a.dtype) for _, a in tree_flatten(model.module.parameters()) if a.ndim == 1)
-    adapter_base = model.adapter.base_name if model.adapter else None
     return {
-        "device": "gpu" if on_gpu() else "cpu", "base": adapter_base or model.base.name,
+        "device": "gpu" if on_gpu() else "cpu", "base": model.base.name,
         "fingerprint": model.base.fingerprint, "model_type": model.config.get("model_type"),
         "stored_quantization": stored, "dense": bool(stored) and not packed,
         "dtype": types.most_common(1)[0][0].removeprefix("mlx.core."),
