@@ -6,13 +6,18 @@ window and holds the two answers against the solo runs. Ends with status 1 if th
     python scripts/check_page.py
 """
 
-import html
+import base64
+import json
 import os
 import re
 import shutil
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -35,17 +40,62 @@ def build(folder):
     return wanted
 
 
+class DevTools:
+    """Just enough of Chrome's debugging protocol to evaluate expressions in the page."""
+
+    def __init__(self, url):
+        address, path = re.fullmatch(r"ws://([^/]+)(/.*)", url).groups()
+        host, port = address.split(":")
+        self.socket, self.number = socket.create_connection((host, int(port)), timeout=30), 0
+        key = base64.b64encode(os.urandom(16)).decode()
+        self.socket.sendall(
+            f"GET {path} HTTP/1.1\r\nHost: {address}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+        )
+        self.stream = self.socket.makefile("rb")
+        while self.stream.readline().strip():
+            pass
+
+    def evaluate(self, expression):
+        """The value of a JavaScript expression."""
+        self.number += 1
+        call = {"id": self.number, "method": "Runtime.evaluate",
+                "params": {"expression": expression, "returnByValue": True}}  # fmt: skip
+        data = json.dumps(call).encode()
+        self.socket.sendall(struct.pack(">BBH4x", 0x81, 0x80 | 126, len(data)) + data)  # masked with zeros
+        while True:
+            answer = json.loads(self.read())
+            if answer.get("id") == self.number:
+                return answer["result"]["result"].get("value")
+
+    def read(self):
+        size = self.stream.read(2)[1] & 127
+        if size >= 126:
+            size = int.from_bytes(self.stream.read(2 if size == 126 else 8), "big")
+        return self.stream.read(size)
+
+
 def browse(browser, address):
-    """The page's DOM after both panes have answered."""
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--timeout=15000", "--dump-dom"]
-    with tempfile.TemporaryDirectory() as profile:
-        command += [f"--user-data-dir={profile}", f"{address}/#ask={QUESTION.replace(' ', '%20')}"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-
-
-def plain(text):
-    """Text as the page shows it: carriage returns and control characters do not survive HTML."""
-    return re.sub(r"[^\x20-\x7e]+", "", html.unescape(text))
+    """What the two panes show when both have answered."""
+    url = f"{address}/#ask={QUESTION.replace(' ', '%20')}"
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0",
+                   f"--user-data-dir={profile}", url]  # fmt: skip
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        try:
+            listening = next(line for line in process.stderr if "DevTools listening" in line)
+            port = re.search(r":(\d+)/", listening)[1]
+            pages = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/json"))
+            page = DevTools(next(p["webSocketDebuggerUrl"] for p in pages if p["type"] == "page"))
+            until = time.monotonic() + 60
+            while time.monotonic() < until:
+                if page.evaluate("document.querySelectorAll('small:not(:empty)').length") == 2:
+                    break
+                time.sleep(0.2)
+            return page.evaluate("[...document.querySelectorAll('.assistant, .error')].map(p => p.textContent)")
+        finally:
+            process.kill()
+            process.communicate()
 
 
 def main():
@@ -60,12 +110,11 @@ def main():
         server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         try:
             address = next(line.split()[2] for line in server.stderr if line.startswith("Listening"))
-            page = browse(browser, address)
+            shown = browse(browser, address)
         finally:
             server.terminate()
             server.communicate(timeout=60)
-    shown = [plain(text) for text in re.findall(r'<p class="assistant">(.*?)</p>', page, re.DOTALL)]
-    good = shown == [plain(wanted["one"]), plain(wanted["two"])]
+    good = shown == [wanted["one"], wanted["two"]]
     print("the page shows both answers" if good else f"the page shows {shown}\nwanted {wanted}")
     sys.exit(0 if good else 1)
 

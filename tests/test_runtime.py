@@ -135,6 +135,10 @@ def test_memory_of_many_adapters(tiny_model):
         model.attach(adapter)
     gc.collect()
     assert mx.get_active_memory() - before == pytest.approx(8 * size, rel=0.05)
+    rows = [model.pool.get(adapters[0].name), model.pool.get(adapters[1].name)]
+    rows_of(model, rows, mx.array([TOKENS] * 2))
+    gc.collect()
+    assert mx.get_active_memory() - before == pytest.approx(9 * size, rel=0.1)  # slot 0 is the base
 
 
 def test_nothing_is_held_between_calls(live):

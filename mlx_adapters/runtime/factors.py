@@ -133,5 +133,6 @@ def stack(adapters: Sequence[Factors | None]) -> Factors:
 
 
 def slot_of(stacked: Factors, slot: int) -> Factors:
-    """One adapter's factors as views into a stack."""
-    return Factors(*(None if x is None else x[slot] for x in (stacked.a, stacked.b, stacked.gain, stacked.shift)))
+    """One adapter's factors as views into a stack (a slice is a view; an index would copy)."""
+    arrays = (stacked.a, stacked.b, stacked.gain, stacked.shift)
+    return Factors(*(None if x is None else x[slot : slot + 1].squeeze(0) for x in arrays))
