@@ -72,6 +72,22 @@ def test_sweeps_never_make_it_worse():
     assert losses[-1] < 0.9 * losses[0]
 
 
+def test_rows_that_are_felt_together_cancel_each_other(rows=192):
+    rng = np.random.default_rng(6)
+    h, g = hessian(128, rng), hessian(rows, rng)
+    weight = rng.standard_normal((rows, 128)).astype(np.float32)
+    losses = []
+    for together in (False, True):
+        packed, loss = rounding.calibrated(
+            mx.array(weight), h, Quantization(4, 64), mx.bfloat16, outputs=g, together=together
+        )
+        error = weight - np.array(rounding.dequantize(packed))
+        felt = rounding.damped(g, rounding.OUTPUT_DAMPING) @ error @ rounding.damped(h)
+        assert loss == pytest.approx(float(np.vdot(felt, error)) / error.size, rel=1e-3)
+        losses.append(loss)
+    assert losses[1] < 0.7 * losses[0]
+
+
 def test_weights_already_on_the_base_grid_stay_where_they_are():
     rng = np.random.default_rng(4)
     weight = mx.array(rng.standard_normal((32, 128)).astype(np.float32))

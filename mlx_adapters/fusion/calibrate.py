@@ -65,21 +65,28 @@ def round_layers(
         for path, found in moments.items():
             start = backward.source.packed(path)
             for target in dict.fromkeys([wanted[path].target, *also]):
-                packed, loss = round_layer(backward.weight(path), found, target, dtype, start)
+                main = target == wanted[path].target
+                packed, loss = round_layer(backward.weight(path), found, target, dtype, start, together=main)
                 spool.put(path, packed, loss)
 
 
 def round_layer(
-    weight: mx.array, moments: Moments, target: Quantization, dtype: mx.Dtype, start: Packed | None
+    weight: mx.array,
+    moments: Moments,
+    target: Quantization,
+    dtype: mx.Dtype,
+    start: Packed | None,
+    together: bool = True,
 ) -> tuple[Packed, float]:
     """Round one layer, experts each by their own moments; also returns the error that Fisher weights expect.
 
-    The error is Σ tr(E H Eᵀ) with the unscaled Fisher-weighted H, over all rows: proportional to the KL that
-    the layer alone would cost.
+    The error is about tr(G E H Eᵀ) with the unscaled moments of what the predictions feel: proportional to the KL
+    that the layer alone would cost. `together`: see `calibrated`.
     """
     plain, fisher = np.array(moments.plain), np.array(moments.fisher)
     if weight.ndim == 2:
-        packed, loss = calibrated(weight, mix(plain, fisher), target, dtype, start)
+        outputs = None if moments.outputs is None else np.array(moments.outputs)
+        packed, loss = calibrated(weight, mix(plain, fisher), target, dtype, start, outputs, together=together)
         return packed, loss * weight.size * _mean_diagonal(fisher)
     parts, total = [], 0.0
     for e in range(weight.shape[0]):

@@ -10,6 +10,7 @@ then one contiguous vector.
 """
 
 import functools
+from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
@@ -81,6 +82,23 @@ class AffineGrid:
         """What the codes stand for."""
         return scale * codes + bias
 
+    def rounder(self, scale: Array, bias: Array) -> Callable[[Array, Array], Array]:
+        """A function that rounds one column (out,): it puts codes into its second argument, returns values."""
+        inverse, buffer, top = 1 / scale, np.empty_like(scale), self.top
+
+        def round_column(wanted: Array, codes: Array) -> Array:
+            np.subtract(wanted, bias, out=buffer)
+            np.multiply(buffer, inverse, out=buffer)
+            np.rint(buffer, out=buffer)
+            np.maximum(buffer, 0.0, out=buffer)
+            np.minimum(buffer, top, out=buffer)
+            codes[:] = buffer
+            np.multiply(buffer, scale, out=buffer)
+            np.add(buffer, bias, out=buffer)
+            return buffer
+
+        return round_column
+
     def stored(self, scale: Array, bias: Array) -> tuple[Array, Array]:
         """`scale` and `bias` as the model file will hold them; a scale is never 0."""
         scale = round_to(scale, self.dtype)
@@ -145,6 +163,15 @@ class FloatGrid:
     def values(self, codes: Array, scale: Array, bias: Array) -> Array:
         """What the codes stand for."""
         return scale * self._levels[codes.astype(np.intp)]
+
+    def rounder(self, scale: Array, bias: Array) -> Callable[[Array, Array], Array]:
+        """A function that rounds one column (out,): it puts codes into its second argument, returns values."""
+
+        def round_column(wanted: Array, codes: Array) -> Array:
+            codes[:] = self._order[np.searchsorted(self._middles, wanted / scale)]
+            return scale * self._levels[codes]
+
+        return round_column
 
     def stored(self, scale: Array, bias: Array) -> tuple[Array, Array]:
         """`scale` as the model file will hold it: a power of two, or (nvfp4) an 8-bit float."""

@@ -136,7 +136,8 @@ class Job:
         total = SurvivalSum()
         pieces: list[list[mx.array]] = []
         for start, stop in chunks(plan.shape):
-            fused = self.source.fused_rows(plan.path, self.updates, start, stop)
+            base = self.source.rows(plan.path, start, stop)
+            fused = self.source.update(plan.path, base, self.updates, start, stop)
             if plan.target is None:
                 parts = [fused.astype(self.scale_dtype)]
                 stored = parts[0].astype(mx.float32)
@@ -145,10 +146,10 @@ class Job:
                     packed.rows(start, stop) if packed is not None else nearest(fused, plan.target, self.scale_dtype)
                 )
                 parts, stored = list(piece.tensors.values()), dequantize(piece) if plan.changed else fused
-            mx.eval(parts)
+            mx.eval(base, fused, stored, parts)
             pieces.append(parts)
             if plan.changed:
-                total.add(self.source.rows(plan.path, start, stop), fused, stored)
+                total.add(base, fused, stored)
         if plan.changed:
             self.survival.append(total.result(plan.path))
         return [mx.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*pieces, strict=True)]

@@ -110,8 +110,11 @@ class Source:
 
     def fused_rows(self, path: str, updates: Updates, start: int, stop: int) -> mx.array:
         """The same rows with the updates in them."""
-        embedding = isinstance(self.layers[path], EMBEDDING)
-        return updates.apply(path, self.rows(path, start, stop), embedding, start, stop)
+        return self.update(path, self.rows(path, start, stop), updates, start, stop)
+
+    def update(self, path: str, rows: mx.array, updates: Updates, start: int, stop: int) -> mx.array:
+        """The base's `rows` start…stop with the updates in them."""
+        return updates.apply(path, rows, isinstance(self.layers[path], EMBEDDING), start, stop)
 
     def fused(self, path: str, updates: Updates) -> mx.array:
         """The whole fused weight in float32."""

@@ -12,9 +12,15 @@ Beyond GPTQ: the grid of each group is searched, starting from several ranges (t
 them), and refitted by least squares; then sweeps of coordinate descent improve grids and codes together under
 the whole of H. No sweep can make the error larger.
 
+Errors of different outputs are felt together: with G = Σ g gᵀ, g the gradient at the layer's output, the loss in
+KL is about tr(G E H Eᵀ), a Kronecker product. So rows feed their errors on too: the rows are cut into blocks, and
+each block aims at what best cancels the errors of the others (two-sided feedback, as in YAQA, arXiv 2505.22988).
+
 Matrices are transposed, (in, out), float32.
 """
 
+import itertools
+import math
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -23,7 +29,8 @@ import numpy as np
 from mlx_adapters.config import Quantization
 from mlx_adapters.fusion.grids import Array, Grid, make_grid, pack, to_numpy, unpack
 
-DAMPING = 0.01
+DAMPING, OUTPUT_DAMPING = 0.01, 0.1
+ROW_BLOCKS = 8
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,12 @@ class Packed:
         """The parts by the names that MLX gives them."""
         parts = {"weight": self.weight, "scales": self.scales, "biases": self.biases}
         return {name: part for name, part in parts.items() if part is not None}
+
+    def chosen(self, rows: Array) -> "Packed":
+        """The rows with these indices."""
+        index = mx.array(rows.astype(np.int32))
+        biases = None if self.biases is None else self.biases[index]
+        return Packed(self.weight[index], self.scales[index], biases, self.quantization)
 
     def rows(self, start: int, stop: int) -> "Packed":
         """Rows (or experts) start…stop."""
@@ -94,13 +107,27 @@ def feedback_factor(hessian: Array) -> Array:
             extra *= 4
 
 
+def column_feedback(hessian: Array) -> tuple[Array, Array]:
+    """(R with each column divided by its diagonal entry, the squared diagonal) of H = R Rᵀ."""
+    factor = feedback_factor(hessian)
+    diagonal = np.diag(factor).copy()
+    return factor / diagonal, np.square(diagonal)
+
+
 class Rounder:
     """The rounding of one matrix (in, out) under one damped H (in, in); state that the steps share."""
 
     def __init__(
-        self, weight: Array, hessian: Array, quantization: Quantization, dtype: mx.Dtype, start: Packed | None
+        self,
+        weight: Array,
+        hessian: Array,
+        factor: tuple[Array, Array],
+        quantization: Quantization,
+        dtype: mx.Dtype,
+        start: Packed | None,
     ) -> None:
         self.weight, self.hessian = weight, hessian
+        self.factor, self.variances = factor
         self.grid: Grid = make_grid(quantization, dtype)
         self.group = quantization.group_size
         shape = (len(weight) // self.group, weight.shape[1])
@@ -134,39 +161,42 @@ class Rounder:
 
     def feed_forward(self) -> None:
         """One pass over the columns with error feedback (GPTQ), choosing each group's grid on the way."""
-        factor = feedback_factor(self.hessian)
-        diagonal = np.diag(factor).copy()
-        factor /= diagonal
         for g in range(len(self.scales)):
             a, b = g * self.group, (g + 1) * self.group
-            target = self.weight[a:b] + factor[:a, a:b].T @ self.errors[:a]
-            scale, bias = self._choose_grid(g, target, np.square(diagonal[a:b]))
-            self.scales[g], self.biases[g] = scale, bias
-            block = np.ascontiguousarray(factor[a:b, a:b].T)
-            errors = self.errors[a:b]
-            for j in range(b - a):
-                wanted = target[j] + block[j, :j] @ errors[:j] if j else target[j]
-                codes = self.grid.codes(wanted, scale, bias)
-                self.codes[a + j] = codes
-                errors[j] = self.weight[a + j] - self.grid.values(codes, scale, bias)
+            target = self.weight[a:b] + self.factor[:a, a:b].T @ self.errors[:a]
+            self.scales[g], self.biases[g] = self._choose_grid(g, target, self.variances[a:b])
+            block = np.ascontiguousarray(self.factor[a:b, a:b].T)
+            self._round_columns(g, target, self.errors[a:b], block)
 
     def sweep(self) -> None:
         """Improve each group's grid, then each of its columns, given everything else."""
         for g in range(len(self.scales)):
             a, b = g * self.group, (g + 1) * self.group
-            slope = self.hessian[a:b] @ self.errors
             block = np.ascontiguousarray(self.hessian[a:b, a:b])
-            slope = self._refit_group(g, slope, block)
-            scale, bias, errors = self.scales[g], self.biases[g], self.errors[a:b]
-            before = errors.copy()
-            moved = np.zeros_like(errors)
-            for j in range(b - a):
-                pull = slope[j] + block[j, :j] @ moved[:j] if j else slope[j]
-                value = self.weight[a + j] - errors[j]
-                codes = self.grid.codes(value + pull / block[j, j], scale, bias)
-                self.codes[a + j] = codes
-                errors[j] = self.weight[a + j] - self.grid.values(codes, scale, bias)
-                moved[j] = errors[j] - before[j]
+            slope = self._refit_group(g, self.hessian[a:b] @ self.errors, block)
+            diagonal = np.diag(block)[:, None]
+            target = self.weight[a:b] - self.errors[a:b] + slope / diagonal
+            self._round_columns(g, target, -self.errors[a:b], block / diagonal, moved=True)
+
+    def _round_columns(self, g: int, target: Array, feeding: Array, block: Array, moved: bool = False) -> None:
+        """Round group `g` column by column to `target` plus what earlier columns feed on through `block`.
+
+        What column i feeds on is its error, or (`moved`) how far its error moved; `feeding` starts as the
+        negative of what is not to count.
+        """
+        a = g * self.group
+        round_to, weight, errors = self.grid.rounder(self.scales[g], self.biases[g]), self.weight, self.errors
+        wanted = np.empty_like(target[0])
+        for j in range(self.group):
+            if j:
+                np.dot(block[j, :j], feeding[:j], out=wanted)
+                np.add(wanted, target[j], out=wanted)
+            else:
+                wanted[:] = target[0]
+            value = round_to(wanted, self.codes[a + j])
+            np.subtract(weight[a + j], value, out=errors[a + j])
+            if moved:
+                np.add(feeding[j], errors[a + j], out=feeding[j])
 
     def _refit_group(self, g: int, slope: Array, block: Array) -> Array:
         """Move scale and bias of group `g` to their best under H, where storage lets it help.
@@ -198,10 +228,6 @@ class Rounder:
         self.errors[a:b] = errors
         return slope
 
-    def loss(self) -> float:
-        """tr(E H Eᵀ) per weight."""
-        return float(np.vdot(self.errors, self.hessian @ self.errors)) / self.weight.size
-
     def packed(self) -> Packed:
         """The result in the file's form."""
         q = self.grid.quantization
@@ -217,18 +243,107 @@ def calibrated(
     quantization: Quantization,
     dtype: mx.Dtype,
     start: Packed | None = None,
-    sweeps: int = 8,
+    outputs: Array | None = None,
+    sweeps: int = 6,
+    together: bool = True,
 ) -> tuple[Packed, float]:
-    """Round `weight` (out, in) for the least tr(E H Eᵀ), H = `hessian` (in, in) from calibration inputs.
+    """Round `weight` (out, in) for the least tr(G E H Eᵀ).
 
-    `start` is the same layer's quantized base, whose grids are tried too; `dtype` is the type of the scales.
-    Returns the packed weight and its error, tr(E H Eᵀ) per weight with H scaled to mean diagonal 1.
+    H = `hessian` (in, in) are second moments of the inputs, G = `outputs` (out, out) of the gradients at the
+    outputs (None: the identity). `start` is the same layer's quantized base, whose grids are tried too; `dtype`
+    is the type of the scales; without `together` rows are rounded each by itself, which takes a quarter of the
+    time, and G only judges. Returns the packed weight and its error, tr(G E H Eᵀ) per weight with G and H scaled
+    to mean diagonal 1.
     """
-    rounder = Rounder(np.ascontiguousarray(to_numpy(weight).T), damped(hessian), quantization, dtype, start)
-    rounder.feed_forward()
-    for _ in range(sweeps):
-        rounder.sweep()
-    return rounder.packed(), rounder.loss()
+    matrix, damped_hessian = to_numpy(weight), damped(hessian)
+    together = together and outputs is not None
+    blocks = row_blocks(len(matrix)) if together else [np.arange(len(matrix))]
+    order = np.concatenate(blocks)
+    felt = None if outputs is None else damped(outputs, OUTPUT_DAMPING)[np.ix_(order, order)]
+    rounder = _BlockedRounder(matrix, damped_hessian, blocks, quantization, dtype, start)
+    if felt is None or len(blocks) == 1:
+        rounder.round_alone(sweeps, felt)
+    else:
+        rounder.round_together(felt)
+    return rounder.packed(np.argsort(order)), rounder.best_loss
+
+
+def row_blocks(rows: int) -> list[Array]:
+    """Indices of the rows in each block: at most ROW_BLOCKS blocks of at least 64, neighbors far apart.
+
+    Rows near each other (one head's) are felt alike; apart, they can cancel each other's errors.
+    """
+    count = max(1, min(ROW_BLOCKS, rows // 64))
+    return [np.arange(b, rows, count) for b in range(count)]
+
+
+class _BlockedRounder:
+    """Rounders of blocks of rows that feed each other. Errors are (in, out) in the blocks' order."""
+
+    def __init__(
+        self,
+        weight: Array,
+        hessian: Array,
+        blocks: list[Array],
+        quantization: Quantization,
+        dtype: mx.Dtype,
+        start: Packed | None,
+    ) -> None:
+        self.hessian, factor = hessian, column_feedback(hessian)
+        self.weights = [np.ascontiguousarray(weight[rows].T) for rows in blocks]
+        self.rounders = [
+            Rounder(part, hessian, factor, quantization, dtype, None if start is None else start.chosen(rows))
+            for part, rows in zip(self.weights, blocks, strict=True)
+        ]
+        edges = np.cumsum([0, *(len(rows) for rows in blocks)])
+        self.spans = [slice(a, b) for a, b in itertools.pairwise(edges.tolist())]
+        self.errors = np.zeros((weight.shape[1], len(weight)), np.float32)
+        self.best_loss = math.inf
+
+    def round_alone(self, sweeps: int, outputs: Array | None) -> None:
+        """Each row by itself; `outputs` only judges."""
+        for number in range(len(self.rounders)):
+            self._round(number, None, sweeps, first=True)
+        self._keep_if_better(outputs)
+
+    def round_together(self, outputs: Array) -> None:
+        """Each block against the errors of those before it, then twice against those of all the others."""
+        factor = feedback_factor(outputs)
+        for number, span in enumerate(self.spans):
+            fed = np.linalg.solve(factor[span, span].T, factor[: span.start, span].T).T
+            self._round(number, self.errors[:, : span.start] @ fed, 2, first=True)
+        self._keep_if_better(outputs)
+        for _ in range(2):
+            for number, span in enumerate(self.spans):
+                fed = np.linalg.solve(outputs[span, span], outputs[span]).T
+                self._round(number, self.errors @ fed - self.errors[:, span], 2, first=False)
+            self._keep_if_better(outputs)
+
+    def _round(self, number: int, shift: Array | None, sweeps: int, first: bool) -> None:
+        rounder, weight = self.rounders[number], self.weights[number]
+        values = rounder.weight - rounder.errors
+        rounder.weight = weight if shift is None else weight + shift.astype(np.float32)
+        if first:
+            rounder.feed_forward()
+        else:
+            rounder.errors = rounder.weight - values
+        for _ in range(sweeps):
+            rounder.sweep()
+        self.errors[:, self.spans[number]] = weight - (rounder.weight - rounder.errors)
+
+    def _keep_if_better(self, outputs: Array | None) -> None:
+        felt = self.errors if outputs is None else self.errors @ outputs
+        loss = float(np.vdot(felt, self.hessian @ self.errors)) / self.errors.size
+        if loss < self.best_loss:
+            self.best_loss = loss
+            self._best = [rounder.packed() for rounder in self.rounders]
+
+    def packed(self, order: Array) -> Packed:
+        """The best result so far, its rows in `order`."""
+        rows = mx.array(order.astype(np.int32))
+        names = self._best[0].tensors
+        parts = {name: mx.concatenate([p.tensors[name] for p in self._best])[rows] for name in names}
+        return Packed(parts["weight"], parts["scales"], parts.get("biases"), self._best[0].quantization)
 
 
 def error_under(weight: mx.array, packed: Packed, hessian: Array) -> float:

@@ -8,6 +8,8 @@ has nothing to do with D, so for a light adapter the cosine falls and the ratio 
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from mlx_adapters.door import mx
 
 
@@ -25,14 +27,14 @@ class SurvivalSum:
     """Adds up a layer's rows as they come by."""
 
     def __init__(self) -> None:
-        self._sums = mx.zeros(4)
+        self._sums = np.zeros(4)
 
     def add(self, base: mx.array, fused: mx.array, stored: mx.array) -> None:
         """Rows of W, W' and Ŵ, float32."""
-        wanted, found = fused - base, stored - base
-        sums = [(wanted * found).sum(), wanted.square().sum(), found.square().sum(), base.square().sum()]
-        self._sums = self._sums + mx.stack(sums)
-        mx.eval(self._sums)
+        base_, fused_, stored_ = (np.array(rows, copy=False).reshape(-1) for rows in (base, fused, stored))
+        wanted, found = fused_ - base_, stored_ - base_
+        pairs = [(wanted, found), (wanted, wanted), (found, found), (base_, base_)]
+        self._sums += [float(np.dot(x, y)) for x, y in pairs]
 
     def result(self, path: str) -> Survival:
         """The layer's two numbers; a layer with no update keeps all of it."""

@@ -7,7 +7,7 @@
 The base is brought to 4 bits in groups of 64 first (by mlx-lm's own quantizer), unless it has that already. KL is
 KL(adapter model || fused model) in nats per judged token, on rows that no method saw; every model is judged
 in dense float32, whatever it was made with. Each method runs in a process of its own: seconds are of its work
-without Python's imports, memory is MLX's peak and the process's largest resident size. "ratio" is mlx_lm.fuse's KL
+without Python's imports (CPU seconds beside them, for a busy machine), memory is MLX's peak and the process's largest resident size. "ratio" is mlx_lm.fuse's KL
 divided by the row's.
 
 mlx_lm.gptq, awq and dwq load their calibration text from the network; here they get our calibration rows, joined
@@ -32,11 +32,11 @@ import fuse as script
 arguments = json.loads(sys.argv[1])
 function = getattr(script, arguments.pop("function"))
 mx.reset_peak_memory()
-started = time.perf_counter()
+started, worked = time.perf_counter(), time.process_time()
 function(**arguments)
-seconds = time.perf_counter() - started
+seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-print("RESULT " + json.dumps(dict(seconds=seconds, mlx_peak=mx.get_peak_memory(), process_peak=peak)))
+print("RESULT " + json.dumps(dict(seconds=seconds, cpu_seconds=cpu_seconds, mlx_peak=mx.get_peak_memory(), process_peak=peak)))
 """
 
 
@@ -256,13 +256,14 @@ def rounding_table(arguments, work):
         shutil.rmtree(out)
     if arguments.detours:
         dense = work / "dense"
-        first = in_process("mlx_lm_fuse", base=base, adapter=adapter, out=str(dense), dequantize=True)["seconds"]
+        first = in_process("mlx_lm_fuse", base=base, adapter=adapter, out=str(dense), dequantize=True)
         for name in arguments.detours:
             out = work / name
             options = {"calibration": arguments.data, "rows": arguments.calibration_rows, "base": base}
             options = {} if name == "convert" else options
             measured = in_process(name, model=str(dense), out=str(out), group_size=arguments.group_size, **options)
-            measured["seconds"] += first
+            for key in ("seconds", "cpu_seconds"):
+                measured[key] += first[key]
             label = f"mlx_lm.fuse --dequantize, {name}"
             results.append(report(label, out, measured, base, adapter, arguments, results))
         in_process("to_dense", base=base, out=str(work / "unquantized"))
@@ -294,7 +295,7 @@ def cells(line):
     from mlx_adapters.units import size
 
     figures = [("bits_per_weight", ".2f"), ("kl", ".5f"), ("ratio", ".1f"), ("kl_p99", ".3f"), ("same_top", ".4f"),
-               ("loss", ".4f"), ("seconds", ".1f")]  # fmt: skip
+               ("loss", ".4f"), ("seconds", ".1f"), ("cpu_seconds", ".1f")]  # fmt: skip
     texts = ["-" if line[name] is None else format(line[name], form) for name, form in figures]
     return [line["name"], *texts, size(line["mlx_peak"]), size(line["process_peak"])]
 
@@ -353,13 +354,25 @@ def main():
         losses = f"adapter's loss {first['loss_adapter']:.4f}, base's {first['loss_base']:.4f}"
         print(f"{losses}, KL of the base {first['base_kl']:.3f}")
         table(
-            ("METHOD", "BITS/WEIGHT", "KL", "RATIO", "99 %", "SAME TOP", "LOSS", "SECONDS", "MLX PEAK", "PROCESS"),
+            (
+                "METHOD",
+                "BITS/WEIGHT",
+                "KL",
+                "RATIO",
+                "99 %",
+                "SAME TOP",
+                "LOSS",
+                "SECONDS",
+                "CPU S",
+                "MLX PEAK",
+                "PROCESS",
+            ),
             [cells(line) for line in results["rounding"]],
         )
     if arguments.memory:
         table(
-            ("METHOD", "LAYERS", "SECONDS", "MLX PEAK", "PROCESS"),
-            [(r["name"], r["layers"], f"{r['seconds']:.2f}", size(r["mlx_peak"]), size(r["process_peak"]))
+            ("METHOD", "LAYERS", "SECONDS", "CPU S", "MLX PEAK", "PROCESS"),
+            [(r["name"], r["layers"], f"{r['seconds']:.2f}", f"{r['cpu_seconds']:.2f}", size(r["mlx_peak"]), size(r["process_peak"]))
              for r in results["memory"]],
         )  # fmt: skip
     if arguments.json:
