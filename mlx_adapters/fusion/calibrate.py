@@ -12,7 +12,7 @@ from mlx_adapters.events import OnEvent
 from mlx_adapters.fusion.blocks import TokenBatch, Variant
 from mlx_adapters.fusion.hessian import Collector, Moments, mix
 from mlx_adapters.fusion.plan import LayerPlan, Updates
-from mlx_adapters.fusion.rounding import Packed, calibrated
+from mlx_adapters.fusion.rounding import OUTPUT_DAMPING, Packed, calibrated
 from mlx_adapters.model import Base
 
 
@@ -86,7 +86,11 @@ def round_layer(
     plain, fisher = np.array(moments.plain), np.array(moments.fisher)
     if weight.ndim == 2:
         outputs = None if moments.outputs is None else np.array(moments.outputs)
-        packed, loss = calibrated(weight, mix(plain, fisher), target, dtype, start, outputs, together=together)
+        # Few tokens know little of how outputs are felt together.
+        damping = OUTPUT_DAMPING + weight.shape[0] / max(moments.output_tokens, 1)
+        packed, loss = calibrated(
+            weight, mix(plain, fisher), target, dtype, start, outputs, together=together, output_damping=damping
+        )
         return packed, loss * weight.size * _mean_diagonal(fisher)
     parts, total = [], 0.0
     for e in range(weight.shape[0]):

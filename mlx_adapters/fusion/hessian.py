@@ -23,7 +23,7 @@ from mlx_adapters.events import OnEvent, Progress, ignore
 from mlx_adapters.fusion.blocks import Blocks, Call, TokenBatch, Variant
 
 FISHER_SHARE = 0.7
-OUTPUT_STRIDE = 3  # every third token is enough for the moments of the outputs
+OUTPUT_STRIDE = 2  # every second token is enough for the moments of the outputs
 MOST_OUTPUTS = 16384  # a vocabulary's would not fit
 
 
@@ -35,16 +35,21 @@ class Moments:
     fisher: mx.array | None = None
     outputs: mx.array | None = None  # (out, out): second moments of the gradients at the output
     tokens: int | np.ndarray = 0  # for experts: how many each one saw
+    output_tokens: int = 0
 
-    def add(self, plain: mx.array, fisher: mx.array, tokens: int | np.ndarray, outputs: mx.array | None = None) -> None:
+    def add(self, plain: mx.array, fisher: mx.array, tokens: int | np.ndarray) -> None:
         """Add one batch's sums."""
-        if outputs is not None:
-            self.outputs = outputs if self.outputs is None else self.outputs + outputs
-            mx.eval(self.outputs)
         self.plain = plain if self.plain is None else self.plain + plain
         self.fisher = fisher if self.fisher is None else self.fisher + fisher
         self.tokens = self.tokens + tokens
         mx.eval(self.plain, self.fisher)
+
+    def add_outputs(self, g: mx.array) -> None:
+        """Add gradients (tokens, out) at the output."""
+        product = g.T @ g
+        self.outputs = product if self.outputs is None else self.outputs + product
+        self.output_tokens += g.shape[0]
+        mx.eval(self.outputs)
 
 
 def mix(plain: np.ndarray, fisher: np.ndarray, share: float = FISHER_SHARE) -> np.ndarray:
@@ -125,8 +130,9 @@ def _add_linear(moments: Moments, x: mx.array, g: mx.array, real: mx.array | Non
     if real is not None:
         x, g = x[real], g[real]
     weighted = x * mx.sqrt(g.square().mean(axis=-1, keepdims=True))
-    some = g[::OUTPUT_STRIDE] if g.shape[-1] <= MOST_OUTPUTS else None
-    moments.add(x.T @ x, weighted.T @ weighted, x.shape[0], None if some is None else some.T @ some)
+    moments.add(x.T @ x, weighted.T @ weighted, x.shape[0])
+    if g.shape[-1] <= MOST_OUTPUTS:
+        moments.add_outputs(g[::OUTPUT_STRIDE])
 
 
 def _add_experts(moments: Moments, x: mx.array, indices: mx.array, g: mx.array, experts: int) -> None:

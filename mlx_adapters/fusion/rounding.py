@@ -246,6 +246,7 @@ def calibrated(
     outputs: Array | None = None,
     sweeps: int = 6,
     together: bool = True,
+    output_damping: float = OUTPUT_DAMPING,
 ) -> tuple[Packed, float]:
     """Round `weight` (out, in) for the least tr(G E H Eᵀ).
 
@@ -259,7 +260,7 @@ def calibrated(
     together = together and outputs is not None
     blocks = row_blocks(len(matrix)) if together else [np.arange(len(matrix))]
     order = np.concatenate(blocks)
-    felt = None if outputs is None else damped(outputs, OUTPUT_DAMPING)[np.ix_(order, order)]
+    felt = None if outputs is None else damped(outputs, output_damping)[np.ix_(order, order)]
     rounder = _BlockedRounder(matrix, damped_hessian, blocks, quantization, dtype, start)
     if felt is None or len(blocks) == 1:
         rounder.round_alone(sweeps, felt)
