@@ -7,8 +7,8 @@
 The base is brought to 4 bits in groups of 64 first (by mlx-lm's own quantizer), unless it has that already. KL is
 KL(adapter model || fused model) in nats per judged token, on rows that no method saw; every model is judged
 in dense float32, whatever it was made with. Each method runs in a process of its own: seconds are of its work
-without Python's imports (CPU seconds beside them, for a busy machine), memory is MLX's peak and the process's largest resident size. "ratio" is mlx_lm.fuse's KL
-divided by the row's.
+without Python's imports (CPU seconds beside them, for a busy machine), memory is MLX's peak and the process's
+largest resident size. "ratio" is mlx_lm.fuse's KL divided by the row's.
 
 mlx_lm.gptq, awq and dwq load their calibration text from the network; here they get our calibration rows, joined
 and cut into pieces of 512 tokens, through their Python functions, in float32 (their quantized arithmetic takes
@@ -36,7 +36,8 @@ started, worked = time.perf_counter(), time.process_time()
 function(**arguments)
 seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-print("RESULT " + json.dumps(dict(seconds=seconds, cpu_seconds=cpu_seconds, mlx_peak=mx.get_peak_memory(), process_peak=peak)))
+result = dict(seconds=seconds, cpu_seconds=cpu_seconds, mlx_peak=mx.get_peak_memory(), process_peak=peak)
+print("RESULT " + json.dumps(result))
 """
 
 
@@ -300,6 +301,14 @@ def cells(line):
     return [line["name"], *texts, size(line["mlx_peak"]), size(line["process_peak"])]
 
 
+def memory_cells(line):
+    """One line of the second table as text."""
+    from mlx_adapters.units import size
+
+    times = [f"{line[name]:.2f}" for name in ("seconds", "cpu_seconds")]
+    return [line["name"], str(line["layers"]), *times, size(line["mlx_peak"]), size(line["process_peak"])]
+
+
 def memory_table(arguments, work):
     """The second table: time and memory of nearest and unquantized fusing as layers are added."""
     lines = []
@@ -340,7 +349,6 @@ def main():
     arguments = parser.parse_args()
 
     from mlx_adapters.machine import environment
-    from mlx_adapters.units import size
 
     machine, results = environment(), {}
     print(f"# {machine.device_name}, {machine.cores} cores, {machine.system}, {machine.blas}; {machine.versions}")
@@ -372,9 +380,8 @@ def main():
     if arguments.memory:
         table(
             ("METHOD", "LAYERS", "SECONDS", "CPU S", "MLX PEAK", "PROCESS"),
-            [(r["name"], r["layers"], f"{r['seconds']:.2f}", f"{r['cpu_seconds']:.2f}", size(r["mlx_peak"]), size(r["process_peak"]))
-             for r in results["memory"]],
-        )  # fmt: skip
+            [memory_cells(line) for line in results["memory"]],
+        )
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(results | {"machine": machine.to_json()}, indent=2))
 
