@@ -465,3 +465,11 @@ def test_the_models_example_in_a_card_runs(hub, sql, base, tmp_path):
     env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf2"), "HF_HUB_DISABLE_XET": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0 and done.stdout, done.stderr
+
+
+def test_a_gguf_model_goes_up(hub, sql, base, tmp_path):
+    folder = tmp_path / "gguf"
+    ma.fuse(base, sql, folder, quantization="none", options=ma.FuseOptions(format="gguf"))
+    result = publish(folder, "user/gguf", base_model="user/tiny-llama")
+    assert hub.repos["user/gguf"].files["model.gguf"] == (folder / "model.gguf").read_bytes()
+    assert "library_name: gguf" in result.card and "llama-cli -hf user/gguf" in result.card

@@ -60,7 +60,7 @@ def base_name(subject: Subject, facts: Facts) -> str:
 
 def what_it_is(subject: Subject, facts: Facts) -> str:
     base = link(facts["base_id"], base_name(subject, facts))
-    describe = {"adapter": _adapter_text, "peft": _peft_text, "model": _model_text}[subject.kind]
+    describe = {"adapter": _adapter_text, "peft": _peft_text}.get(subject.kind, _model_text)
     version = (subject.metadata.get("versions") or subject.recipe.get("versions") or {}).get("mlx_adapters")
     date = str(subject.metadata.get("date") or subject.recipe.get("date") or "")[:10]
     made = f" Made with mlx_adapters {version}{f' on {date}' if date else ''}." if version else ""
@@ -100,6 +100,8 @@ def _model_text(subject: Subject, base: str) -> str:
         precision = f"{quantization['bits']}-bit weights in groups of {quantization.get('group_size')} ({mode})"
         mixed = sum(isinstance(value, Mapping) for value in quantization.values())
         precision += f", {mixed} layers at another precision" if mixed else ""
+    elif subject.kind == "gguf":
+        precision = "one GGUF file"
     else:
         precision = "not quantized"
     return f"{what}: {precision}."
@@ -131,7 +133,7 @@ def training(subject: Subject, facts: Facts) -> str:
     for key, title in (("merge", "Merged from"), ("extract", "Extracted from"), ("peft", "Imported from PEFT")):
         if isinstance(metadata.get(key), Mapping):
             parts.append(f"{title}:\n\n{settings_table(_flat(metadata[key]))}")
-    title = "How the adapter was made" if subject.kind == "model" else "How it was made"
+    title = "How the adapter was made" if subject.is_model else "How it was made"
     return "\n\n".join([f"## {title}", *parts]) if parts else ""
 
 
@@ -164,7 +166,7 @@ def _details(summary: str, body: str) -> str:
 
 def evaluation(subject: Subject, facts: Facts) -> str:
     rows = []
-    for scores in subject.evaluations if subject.kind != "model" else ():
+    for scores in () if subject.is_model else subject.evaluations:
         for name, value in scores["metrics"].items():
             error = (scores.get("errors") or {}).get(name)
             spread = f" ± {number(error, 2)}" if error is not None else ""
@@ -223,7 +225,7 @@ def files_table(subject: Subject, facts: Facts) -> str:
 
 def usage(subject: Subject, facts: Facts) -> str:
     base = facts["base_id"] or subject.base.get("name") or "BASE"
-    examples = {"adapter": _use_adapter, "peft": _use_peft}.get(subject.kind) or (
+    examples = {"adapter": _use_adapter, "peft": _use_peft, "gguf": _use_gguf}.get(subject.kind) or (
         _use_transformers if subject.transformers else _use_model
     )
     return f"## How to use it\n\n{examples(facts['repo'], base)}"
@@ -288,6 +290,10 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("{repo}"), AutoTokenizer
 ```"""
 
 
+def _use_gguf(repo: str, base: str) -> str:
+    return f"With [llama.cpp](https://github.com/ggml-org/llama.cpp): `llama-cli -hf {repo}`."
+
+
 # -- limits and recipe -----------------------------------------------------------------------------
 
 
@@ -295,7 +301,7 @@ def limits(subject: Subject, facts: Facts) -> str:
     """What follows from the metadata; nothing about the model's behavior, which nobody measured."""
     found = []
     base = subject.base
-    if subject.kind != "model":
+    if not subject.is_model:
         quantization = base.get("quantization")
         stored = f" stored at {quantization['bits']} bits" if isinstance(quantization, Mapping) else ""
         revision = f" (revision `{base['revision']}`)" if base.get("revision") else ""

@@ -64,8 +64,9 @@ def _text_of(path: Path) -> str:
     """What of a file may hold a secret or a path: a text as a whole, of safetensors the header's metadata."""
     if path.suffix == ".safetensors":
         return json.dumps(files.read_safetensors_header(path)[1])
-    content = path.read_bytes()
-    return "" if b"\0" in content[:8192] else content.decode("utf-8", "replace")
+    with open(path, "rb") as stream:
+        start = stream.read(8192)
+        return "" if b"\0" in start else (start + stream.read()).decode("utf-8", "replace")
 
 
 def stage(subject: Subject, folder: Path) -> None:

@@ -17,6 +17,7 @@ from mlx_adapters.hub.cleaning import clean, clean_text
 from mlx_adapters.registry import load_adapter, locate, parse_reference
 from mlx_adapters.tensor_names import ADAPTER_FILE, CONFIG_FILE, METADATA_FILE, PEFT_WEIGHTS_FILE
 
+GGUF_FILE = "model.gguf"
 RECIPE_FILE, REPORT_FILE = "fuse_recipe.json", "fuse_report.json"
 TOKENIZER = (
     "tokenizer*.json", "tokenizer*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -29,9 +30,14 @@ PUBLISHED = {
         "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER,
         "preprocessor_config.json", "processor_config.json", "*.py", RECIPE_FILE, REPORT_FILE,
     ),
+    "gguf": (GGUF_FILE, RECIPE_FILE, REPORT_FILE),
 }  # fmt: skip
 LICENSE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
-REQUIRED = {"adapter": (ADAPTER_FILE, CONFIG_FILE), "peft": (PEFT_WEIGHTS_FILE, CONFIG_FILE), "model": ("config.json",)}
+REQUIRED = {
+    "adapter": (ADAPTER_FILE, CONFIG_FILE), "peft": (PEFT_WEIGHTS_FILE, CONFIG_FILE), "model": ("config.json",),
+    "gguf": (GGUF_FILE,),
+}  # fmt: skip
+Kind = Literal["adapter", "peft", "model", "gguf"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Subject:
     """What is to be published. `sources` maps the name in the repository to the local file; `metadata`,
     `config`, `recipe` and `report` are cleaned of local paths."""
 
-    kind: Literal["adapter", "peft", "model"]
+    kind: Kind
     name: str
     folder: Path
     sources: dict[str, Path]
@@ -59,6 +65,11 @@ class Subject:
         return _base_of(self.metadata, self.recipe, self.config)
 
     @property
+    def is_model(self) -> bool:
+        """Whether this is a whole model and not an adapter."""
+        return self.kind in ("model", "gguf")
+
+    @property
     def trained(self) -> dict[str, Any]:
         """The metadata of the training: the adapter's own, or that of the adapter in a fused model."""
         return clean(self.fused.metadata) if self.fused else self.metadata
@@ -70,12 +81,14 @@ class Subject:
 
     @property
     def library(self) -> str:
-        return "peft" if self.kind == "peft" else "transformers" if self.transformers else "mlx"
+        if self.kind in ("peft", "gguf"):
+            return self.kind
+        return "transformers" if self.transformers else "mlx"
 
     @property
     def relation(self) -> str | None:
         """The Hub's base_model_relation; None where nothing says what was done to the base."""
-        if self.kind != "model":
+        if not self.is_model:
             return "adapter"
         adapters = self.recipe.get("adapters") or []
         return "merge" if len(adapters) > 1 else "finetune" if self.recipe else None
@@ -83,7 +96,7 @@ class Subject:
     @property
     def tags(self) -> list[str]:
         kind = self.config.get("fine_tune_type") or ("dora" if self.config.get("use_dora") else "lora")
-        kinds = [kind] if self.kind != "model" else []
+        kinds = [] if self.is_model else [kind]
         quantization = self.config.get("quantization")
         bits = [f"{quantization['bits']}-bit"] if isinstance(quantization, dict) and "bits" in quantization else []
         return [self.library, "mlx-adapters", *kinds, *bits]
@@ -169,7 +182,7 @@ def _benchmark(path: str | Path | None) -> str:
 def _subject(folder: Path, iteration: int | None) -> Subject:
     kind = _kind_of(folder)
     adapter = read_adapter(folder, iteration) if kind == "adapter" else None
-    config = files.read_json(folder / ("config.json" if kind == "model" else CONFIG_FILE))
+    config = {} if kind == "gguf" else files.read_json(folder / ("config.json" if kind == "model" else CONFIG_FILE))
     patterns = (*PUBLISHED[kind], *LICENSE_FILES)
     there = sorted(p.name for p in folder.iterdir())
     sources = {name: folder / name for name in there if matches(name, patterns) and (folder / name).is_file()}
@@ -206,9 +219,11 @@ def _base_of(metadata: Mapping[str, Any], recipe: Mapping[str, Any], config: Map
     return {"name": name} if isinstance(name, str) and name else {}
 
 
-def _kind_of(folder: Path) -> Literal["adapter", "peft", "model"]:
+def _kind_of(folder: Path) -> Kind:
     if (folder / CONFIG_FILE).is_file():
         return "peft" if "peft_type" in files.read_json(folder / CONFIG_FILE) else "adapter"
+    if (folder / GGUF_FILE).is_file():
+        return "gguf"
     if (folder / "config.json").is_file():
         return "model"
     raise NotFoundError(

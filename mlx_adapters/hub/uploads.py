@@ -191,7 +191,7 @@ def _stage(
     staging.stage(subject, folder)
     local = _local_readme(subject.folder)
     card = _card_of(subject, repo, base_model, license, local if cards.is_ours(local) else remote.readme).check()
-    if card.front.get("base_model") is None and subject.kind != "model":
+    if card.front.get("base_model") is None and not subject.is_model:
         raise HubError(
             f"The card cannot name the base model: '{subject.base.get('name', 'unknown')}' is not on the Hub.",
             "say which one it is with --base-model user/name.",

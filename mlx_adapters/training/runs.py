@@ -44,6 +44,10 @@ class TrainRun:
     stopped_early: bool
     rank: int = 0
 
+    def __repr__(self) -> str:
+        loss = "" if self.best_validation_loss is None else f", validation loss {self.best_validation_loss:.4g}"
+        return f"TrainRun(best {self.best}, final {self.final}{loss}, {self.trained_tokens:,} trained tokens)"
+
     def _repr_html_(self) -> str:
         from mlx_adapters.display import html_block, html_facts, loss_curve
 
