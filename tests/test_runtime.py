@@ -43,9 +43,9 @@ def distance(one, other):
 
 @pytest.fixture
 def live(tiny_model):
-    """A live llama with grouped products, as on a GPU."""
+    """A live llama with grouped products and compiled blocks, as on a GPU."""
     model = load_model(tiny_model("llama"))
-    model.pool = AdapterPool(model.module, group=True)
+    model.pool = AdapterPool(model.module, group=True, compiled=True)
     return model
 
 
@@ -254,6 +254,7 @@ def test_interleaved_streams_keep_adapter_and_seed(live):
     assert together == alone and len({tuple(t) for t in alone}) == 3
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_threads_do_not_mix(live):
     names = ["1", "2", None]
     for i in (1, 2):

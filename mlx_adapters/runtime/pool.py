@@ -71,10 +71,11 @@ class AdapterPool:
     """The adapters of one model.
 
     `group`: linear layers on one input become one product. `compiled`: blocks of such groups become compiled
-    programs at decode. Both save operations, which a GPU's decode speed hangs on; a CPU's does not.
+    programs at decode. Both save operations, which a GPU's decode speed hangs on and a CPU's does not, so by
+    default both are on on a GPU only.
     """
 
-    def __init__(self, module: nn.Module, group: bool | None = None, compiled: bool = False) -> None:
+    def __init__(self, module: nn.Module, group: bool | None = None, compiled: bool | None = None) -> None:
         self.module = module
         self.layers = adaptable_layers(module)
         self.dtype = compute_dtype(module)
@@ -83,7 +84,7 @@ class AdapterPool:
         self.selection: Selection = ()
         self.fused: Selection | None = None
         self._group = on_gpu() if group is None else group
-        self._compiled = compiled
+        self._compiled = self._group if compiled is None else compiled
         self._blocks: dict[str, Block] = {}
         self._plans: dict[tuple, Plan] = {}
         self._groups: list[tuple[str, ...]] | None = None
