@@ -43,9 +43,9 @@ def distance(one, other):
 
 @pytest.fixture
 def live(tiny_model):
-    """A live llama with grouped products and compiled blocks, as on a GPU."""
+    """A live llama with grouped products, as on a GPU."""
     model = load_model(tiny_model("llama"))
-    model.pool = AdapterPool(model.module, group=True, compiled=True)
+    model.pool = AdapterPool(model.module, group=True)
     return model
 
 
@@ -71,20 +71,6 @@ def test_output_is_mlx_lms_and_without_adapter_the_bases(tiny_model, tmp_path, a
     model.detach()
     assert mx.array_equal(model.logits(TOKENS), base)
     assert not any(isinstance(layer, layers.ADAPTED) for _, layer in model.module.named_modules())
-
-
-def test_compiled_blocks_compute_the_same(tiny_model):
-    model, wanted = load_model(tiny_model("llama")), {}
-    adapters = {"1": random_adapter(model, seed=1), "2": random_adapter(model, "dora", seed=2)}
-    for compiled in (False, True):
-        model.pool = AdapterPool(model.module, group=True, compiled=compiled)
-        for name, adapter in adapters.items():
-            model.attach(adapter, name=name)
-        for name in ("1", "2", None, "1"):
-            model.use(name)
-            assert distance(stepwise(model.module), wanted.setdefault(name, stepwise(model.module))) < 1e-5
-        assert len(model.pool._blocks) == (2 if compiled else 0)
-        model.detach()
 
 
 def stepwise(module):

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 
 from mlx_adapters.door import mx, nn
 from mlx_adapters.layers import AdapterLayer
-from mlx_adapters.runtime.blocks import at_path
 from mlx_adapters.runtime.factors import Factors, below_each_other
 from mlx_adapters.runtime.updates import PerRow, Update
 from mlx_adapters.tensor_names import BIAS, QUANTIZED_LEAVES, WEIGHT
@@ -219,6 +218,13 @@ def find_groups(module: nn.Module, layers: dict[str, nn.Module]) -> list[tuple[s
 def _kind(layer: nn.Module) -> tuple:
     dtypes = tuple(layer[name].dtype if layer.get(name) is not None else None for name in (*QUANTIZED_LEAVES, BIAS))
     return (type(layer), *(getattr(layer, n, None) for n in ("bits", "group_size", "mode")), dtypes)
+
+
+def at_path(module: nn.Module, path: str) -> nn.Module:
+    """The module at a path."""
+    for part in path.split(".") if path else ():
+        module = module[int(part)] if isinstance(module, list) else getattr(module, part)
+    return module
 
 
 def replace_layers(module: nn.Module, layers: dict[str, nn.Module]) -> None:

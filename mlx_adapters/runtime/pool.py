@@ -19,7 +19,6 @@ from mlx_adapters.door import mx, nn
 from mlx_adapters.errors import IncompatibleError, NotFoundError, did_you_mean
 from mlx_adapters.layers import EMBEDDING, SWITCH, adaptable_layers, check_fits, dense_layer, dense_weight
 from mlx_adapters.machine import on_gpu
-from mlx_adapters.runtime.blocks import Block, at_path, find_blocks
 from mlx_adapters.runtime.factors import Factors, combine, prepare, slot_of, stack
 from mlx_adapters.runtime.layers import (
     AdaptedEmbedding,
@@ -27,6 +26,7 @@ from mlx_adapters.runtime.layers import (
     AdaptedLinear,
     Group,
     Site,
+    at_path,
     find_groups,
     remember_indices,
     replace_layers,
@@ -61,7 +61,6 @@ class Plan:
 
     selection: Selection
     updates: dict[Site, ForAll]
-    programs: dict[str, Callable[[mx.array], mx.array]]
 
 
 MAX_PLANS = 32
@@ -70,12 +69,11 @@ MAX_PLANS = 32
 class AdapterPool:
     """The adapters of one model.
 
-    `group`: linear layers on one input become one product. `compiled`: blocks of such groups become compiled
-    programs at decode. Both save operations, which a GPU's decode speed hangs on and a CPU's does not, so by
-    default both are on on a GPU only.
+    `group`: linear layers on one input become one product. That saves operations, which a GPU's decode speed
+    hangs on and a CPU's does not, so by default it is on on a GPU only.
     """
 
-    def __init__(self, module: nn.Module, group: bool | None = None, compiled: bool | None = None) -> None:
+    def __init__(self, module: nn.Module, group: bool | None = None) -> None:
         self.module = module
         self.layers = adaptable_layers(module)
         self.dtype = compute_dtype(module)
@@ -84,8 +82,6 @@ class AdapterPool:
         self.selection: Selection = ()
         self.fused: Selection | None = None
         self._group = on_gpu() if group is None else group
-        self._compiled = self._group if compiled is None else compiled
-        self._blocks: dict[str, Block] = {}
         self._plans: dict[tuple, Plan] = {}
         self._groups: list[tuple[str, ...]] | None = None
         self._sites: dict[str, Site] = {}
@@ -156,7 +152,6 @@ class AdapterPool:
         """The sites of these layers, new ones put into the model."""
         if self._groups is None:
             self._groups = find_groups(self.module, self.layers) if self._group else []
-            self._pure = find_blocks(self.module, self._groups) if self._compiled else []
         of_group = {path: paths for paths in self._groups for path in paths}
         sites: dict[Site, None] = {}
         for key in keys:
@@ -178,18 +173,13 @@ class AdapterPool:
         made = {path: kind(layer, site, i) for i, (path, layer) in enumerate(zip(paths, layers, strict=True))}
         replace_layers(self.module, made)  # type: ignore[arg-type]
         self._sites |= dict.fromkeys(paths, site)
-        parent = paths[0].rpartition(".")[0]
-        if len(paths) > 1 and parent in self._pure:
-            self._blocks[parent] = Block(at_path(self.module, parent))
 
     def _uninstall(self) -> None:
         self.unfuse()
         replace_layers(self.module, {path: self.layers[path] for path in self._sites})
         while self._undo:
             self._undo.pop()()
-        for block in self._blocks.values():
-            block.restore()
-        self._sites, self._blocks = {}, {}
+        self._sites = {}
         self._drop_stacks()
 
     # -- at work ---------------------------------------------------------------------------------------
@@ -215,8 +205,6 @@ class AdapterPool:
             plan = self._plan(selection)
             for site in set(self._sites.values()):
                 site.update = plan.updates.get(site)
-            for path, block in self._blocks.items():
-                block.program = plan.programs.get(path)
             self.selection = selection
 
     def _plan(self, selection: Selection) -> "Plan":
@@ -227,15 +215,9 @@ class AdapterPool:
                 parts = [(e.factors[site], weight) for e, weight in selection if site in e.factors]
                 if parts:
                     updates[site] = ForAll(combine(parts))
-            touched = {path for site in updates for path in site.paths}
-            programs = {
-                path: block.compile()
-                for path, block in self._blocks.items()
-                if any(name.startswith(path + ".") for name in touched)
-            }
             while len(self._plans) >= MAX_PLANS:
                 del self._plans[next(iter(self._plans))]
-            self._plans[key] = Plan(selection, updates, programs)
+            self._plans[key] = Plan(selection, updates)
         return self._plans[key]
 
     @contextlib.contextmanager
@@ -264,9 +246,6 @@ class AdapterPool:
             self._build_stacks()
             rows = self._rows(tuple(0 if entry is None else self._slots[entry] for entry in entries))
             before = {site: site.update for site in self._stacks}
-            programs = {block: block.program for block in self._blocks.values()}
-            for block in programs:
-                block.program = None
             for site, update in rows.items():
                 site.update = update
             try:
@@ -274,8 +253,6 @@ class AdapterPool:
             finally:
                 for site, update in before.items():
                     site.update = update
-                for block, program in programs.items():
-                    block.program = program
 
     def _rows(self, slots: tuple[int, ...]) -> dict[Site, PerRow]:
         if self._routing[0] != slots:
@@ -320,8 +297,6 @@ class AdapterPool:
                     made |= _fused_layers(site, combine(parts), self.dtype)
             self._unfused = {path: at_path(self.module, path) for path in made}
             replace_layers(self.module, made)
-            for block in self._blocks.values():
-                block.program = None
             self.fused = selection
 
     def unfuse(self) -> None:

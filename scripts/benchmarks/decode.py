@@ -74,12 +74,9 @@ class Gathered(ForAll):
 # Name -> (class of the update, keywords of the pool).
 VARIANTS = {
     "each layer": (ForAll, dict(group=False)),
-    "groups": (ForAll, dict(group=True, compiled=False)),
-    "groups+blocks": (ForAll, dict(group=True, compiled=True)),
-    "groups padded": (Padded, dict(group=True, compiled=False)),
-    "padded+blocks": (Padded, dict(group=True, compiled=True)),
-    "groups gather": (Gathered, dict(group=True, compiled=False)),
-    "gather+blocks": (Gathered, dict(group=True, compiled=True)),
+    "groups": (ForAll, dict(group=True)),
+    "groups padded": (Padded, dict(group=True)),
+    "groups gather": (Gathered, dict(group=True)),
 }
 
 
