@@ -29,6 +29,8 @@ BITS = ["keep", "none", "2", "3", "4", "5", "6", "8"]
 @click.option(
     "--calibration-rows", type=click.IntRange(1), default=128, show_default=True, help="Rows to calibrate on."
 )
+@click.option("--thorough/--quick", default=True,
+              help="Let a layer's rows cancel each other's errors; quick: a third of the rounding time.")  # fmt: skip
 @click.option("--check/--no-check", default=True, help="Compare with the adapter model on text kept aside.")
 @click.option("--check-rows", type=click.IntRange(1), default=64, show_default=True, help="Rows to check on.")
 @click.option("--max-kl", type=click.FloatRange(0, min_open=True),

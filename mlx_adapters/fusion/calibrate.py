@@ -55,6 +55,7 @@ def round_layers(
     on_event: OnEvent,
     also: Iterable[Quantization] = (),
     seed: int = 0,
+    thorough: bool = True,
 ) -> None:
     """Round every layer of `plans` that is to be quantized anew, to its target and to the precisions `also`."""
     wanted = {plan.path: plan for plan in plans if plan.target is not None and not plan.copied}
@@ -65,7 +66,7 @@ def round_layers(
         for path, found in moments.items():
             start = backward.source.packed(path)
             for target in dict.fromkeys([wanted[path].target, *also]):
-                main = target == wanted[path].target
+                main = thorough and target == wanted[path].target
                 packed, loss = round_layer(backward.weight(path), found, target, dtype, start, together=main)
                 spool.put(path, packed, loss)
 

@@ -312,12 +312,12 @@ class _BlockedRounder:
         factor = feedback_factor(outputs)
         for number, span in enumerate(self.spans):
             fed = np.linalg.solve(factor[span, span].T, factor[: span.start, span].T).T
-            self._round(number, self.errors[:, : span.start] @ fed, 2, first=True)
+            self._round(number, self.errors[:, : span.start] @ fed, 1, first=True)
         self._keep_if_better(outputs)
         for _ in range(2):
             for number, span in enumerate(self.spans):
                 fed = np.linalg.solve(outputs[span, span], outputs[span]).T
-                self._round(number, self.errors @ fed - self.errors[:, span], 2, first=False)
+                self._round(number, self.errors @ fed - self.errors[:, span], 1, first=False)
             self._keep_if_better(outputs)
 
     def _round(self, number: int, shift: Array | None, sweeps: int, first: bool) -> None:
