@@ -289,6 +289,17 @@ def test_prompt_longer_than_the_context(tiny_model):
     assert "longer than the model's context of 2048" in report.rows[0].error
 
 
+def test_wrong_data_is_noticed_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlx_adapters.benchmarking.run.run", lambda *_: pytest.fail("measured"))
+    with pytest.raises(NotFoundError):
+        benchmark(["demo"], quality=tmp_path / "none")
+    with pytest.raises(NotFoundError):
+        benchmark(["demo"], data=tmp_path / "none")
+    (tmp_path / "train.jsonl").write_text('{"text": "x"}\n')
+    with pytest.raises(ConfigError):
+        benchmark(["demo"], quality=tmp_path, score="exactly")
+
+
 def test_command_prints_table_and_json(tiny_model, tmp_path, measured, monkeypatch):
     monkeypatch.setattr("mlx_adapters.benchmarking.run.benchmark", lambda *_, **__: measured)
     shown = CliRunner().invoke(cli, ["benchmark", "base", "sql", "-o", str(tmp_path / "r.json")])
@@ -318,7 +329,8 @@ def synthetic(
             ]  # fmt: skip
             shape = {"prompt_tokens": 8, "batch": 1, "trials": trials, "peak_memory_bytes": memory, "token_ids": [1]}
             conditions = {"device": "gpu", "base": "m", "fingerprint": "f", "model_type": "llama", "dense": False,
-                          "stored_quantization": None, "dtype": "float32", "vocabulary": 512}  # fmt: skip
+                          "stored_quantization": None, "dtype": "float32", "vocabulary": 512,
+                          "tokenizer": "t"}  # fmt: skip
             runs.append(Run(label, number, {
                 "size_bytes": 1000, "load_seconds": 0.5, "load_peak_bytes": 90, "shapes": [shape],
                 "bytes_per_token": 80, "weights_bytes": 80,
@@ -337,10 +349,16 @@ def test_sentences_claim_only_what_was_seen():
     assert any(line.startswith("same against base, decode: no difference seen") for line in found)
 
 
-def test_different_vocabularies_are_pointed_out():
-    report = synthetic({"base": 100.0, "other": 100.0})
-    report.runs[1].result["conditions"] = report.runs[1].result["conditions"] | {"vocabulary": 7}
-    assert any("vocabularies" in note for note in text.notes(dataclasses.replace(report)))
+def test_what_cannot_be_compared_is_pointed_out():
+    for key, value, word in (("vocabulary", 7, "tokenizers"), ("tokenizer", "u", "tokenizers"),
+                             ("model_type", "phi3", "kinds"), ("fingerprint", "g", "base models")):  # fmt: skip
+        report = synthetic({"base": 100.0, "other": 100.0})
+        assert not any(word in note for note in text.notes(report))
+        for run_ in report.runs:
+            run_.result["adapter_bytes"] = 1
+        changed = next(r for r in report.runs if r.variant == "other").result
+        changed["conditions"] = changed["conditions"] | {key: value}
+        assert any(word in note for note in text.notes(dataclasses.replace(report))), key
 
 
 # -- the system's tools, with recorded output ---------------------------------------------------------

@@ -45,12 +45,28 @@ def benchmark(
         trials=trials, data=None if data is None else str(data), dtype=dtype, cold_load=cold_load,
         any_base=any_base, seed=seed,
     )  # fmt: skip
+    check_data(config.data, quality, score)
     with workspace() as folder:
         texts = [as_text(variant, folder) for variant in variants]
         report = run(parse_variants(texts, base), config, on_event, folder)
         if quality is None or report.interrupted:
             return report
-        return replace(report, quality=_quality(report, quality, score, max_rows, folder, on_event))
+        try:
+            return replace(report, quality=_quality(report, quality, score, max_rows, folder, on_event))
+        except KeyboardInterrupt:
+            return replace(report, interrupted=True)
+
+
+def check_data(prompts: str | None, quality: str | Path | None, score: str | None) -> None:
+    """Read all data once before anything is measured. Raises what is wrong with it."""
+    from mlx_adapters.evaluation.scores import parse_score
+    from mlx_adapters.training.rows import read_data
+
+    for source in (prompts, quality):
+        if source is not None:
+            read_data(source)
+    if quality is not None and score is not None:
+        parse_score(score, quality)
 
 
 def _quality(

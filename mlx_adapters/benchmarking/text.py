@@ -56,10 +56,11 @@ def notes(report: Report) -> list[str]:
     """What a reader must know before comparing the rows."""
     found = [*report.warnings, *(f"'{row.label}' failed: {row.error}" for row in report.rows if row.error)]
     fine = [row for row in report.rows if row.error is None]
-    if len({row.conditions["vocabulary"] for row in fine}) > 1:
-        found.append("The variants have different vocabularies: a token is not the same amount of text.")
-    shapes = {(row.conditions["model_type"], row.weights_bytes) for row in fine if not row.adapter_bytes}
-    kinds = {kind for kind, _ in shapes}
+    if len({(row.conditions["vocabulary"], row.conditions["tokenizer"]) for row in fine}) > 1:
+        found.append("The variants have different tokenizers: a token is not the same amount of text.")
+    if len({row.conditions["fingerprint"] for row in fine if row.adapter_bytes}) > 1:
+        found.append("The adapters stand on different base models.")
+    kinds = {row.conditions["model_type"] for row in fine}
     if len(kinds) > 1:
         found.append(f"The variants are of different kinds: {', '.join(sorted(map(str, kinds)))}.")
     if report.config.cold_load:

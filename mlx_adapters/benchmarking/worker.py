@@ -156,8 +156,14 @@ def conditions(model: Model) -> dict[str, Any]:
         "fingerprint": model.base.fingerprint, "model_type": model.config.get("model_type"),
         "stored_quantization": stored, "dense": bool(stored) and not packed,
         "dtype": types.most_common(1)[0][0].removeprefix("mlx.core."),
-        "vocabulary": measure.vocabulary_size(model.module),
+        "vocabulary": measure.vocabulary_size(model.module), "tokenizer": tokenizer_fingerprint(model.base.folder),
     }  # fmt: skip
+
+
+def tokenizer_fingerprint(folder: Path) -> str | None:
+    """SHA-256 of the tokenizer's own file."""
+    found = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
+    return files.sha256(found[0]) if found else None
 
 
 if __name__ == "__main__":
