@@ -1,0 +1,63 @@
+"""The README tells the truth: its commands run, in its order, as written."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from mlx_adapters.cli import COMMANDS, cli
+from mlx_adapters.demo.base import MODEL_CARD
+from mlx_adapters.demo.catalog import write_demo_data
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+pytest_plugins = ["hub_fixtures"]
+
+
+def commands() -> list[list[str]]:
+    blocks = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+    lines = [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
+    return [shlex.split(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def place(tiny_model, tmp_path_factory) -> Path:
+    """A folder with the demo's data, and a home in which a tiny model stands for the embedded one."""
+    folder = tmp_path_factory.mktemp("readme")
+    write_demo_data(folder / "data" / "sql")
+    shutil.copytree(tiny_model("llama", bits=4), folder / "home" / "bases" / "demo")
+    (folder / "home" / "bases" / "demo" / "README.md").write_text(MODEL_CARD)
+    (folder / "questions.txt").write_text("List the Physics courses.\nHow many courses are there?\n")
+    return folder
+
+
+def test_every_command_of_the_readme_runs(place, hub, monkeypatch):
+    shown = commands()
+    assert len(shown) > 30
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("MLX_ADAPTERS_HOME", str(place / "home"))
+    for program, *arguments in shown:
+        assert program == "mlx-adapters"
+        result = CliRunner().invoke(cli, arguments)
+        error = getattr(result.exception, "message", result.exception)
+        assert result.exit_code == 0, f"mlx-adapters {shlex.join(arguments)}\n{result.output}\n{error}"
+
+
+def test_the_python_of_the_readme_runs(place):
+    blocks = [b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "ma." in b]
+    assert blocks
+    environment = os.environ | {"MLX_ADAPTERS_HOME": str(place / "home")}
+    for block in blocks:
+        done = subprocess.run([sys.executable, "-c", block], cwd=place, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{block}\n{done.stderr}"
+
+
+def test_every_command_is_in_the_readme():
+    missing = [name for name in COMMANDS if f"mlx-adapters {name}" not in README]
+    assert not missing
