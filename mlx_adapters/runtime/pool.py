@@ -138,7 +138,7 @@ class AdapterPool:
     @property
     def nbytes(self) -> int:
         """Bytes of all adapters."""
-        return sum(entry.nbytes for entry in self.attached.values())
+        return sum(entry.nbytes for entry in list(self.attached.values()))  # other threads may ask
 
     def _forget(self, entry: Attached) -> None:
         entry.alive = False
