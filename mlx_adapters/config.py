@@ -46,6 +46,8 @@ def _convert(value: Any, hint: Any, key: str, where: str) -> Any:
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         for option in options:
+            if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
+                return from_mapping(option, value, f"'{key}' of {where}")  # type: ignore[arg-type]
             try:
                 return _convert(value, option, key, where)
             except ConfigError:

@@ -172,3 +172,25 @@ def test_patches_touch_no_class_and_are_taken_back(tiny_model):
     with graph.recompute(layer):
         assert type(other) is kind and type(layer) is not kind and isinstance(layer, kind)
     assert type(layer) is kind and kind.__call__ is call
+
+
+def test_fuse_aware_rounds_the_other_layers_of_an_unquantized_base(tiny_model):
+    """The validation loss while training is the loss of the model that `fuse` will write."""
+    planned = Quantization(2, 32)
+    lora = LoraConfig(rank=4, scale=2.0, target_modules=("q_proj",))
+    for bits, expected in ((None, True), (2, False)):
+        model, weights = adapted(tiny_model("qwen3", bits=bits), lora)
+        layers = {p: layer for p, layer in named_layers(model.module) if base_layer(layer) is not layer}
+        config = TrainConfig(fuse_aware=planned, batch_size=3)
+        up = dict(named_layers(model.module))["model.layers.0.mlp.up_proj"]
+        before = mx.array(up.weight)
+        engine = start.prepare(model, config, tuple(ROWS), (), layers).engine
+        engine.weights = weights
+        loss = engine.evaluate([make_batch([[r] for r in ROWS])], rounding=True)
+        assert mx.array_equal(up.weight, before).item() is not expected
+        for layer in layers.values():
+            fused = updated_weight(layer.linear.weight, layer.lora_a, layer.lora_b, None, layer.scale)
+            layer.linear.weight, layer.lora_b = fuse_aware.round_trip(fused, planned), mx.zeros_like(layer.lora_b)
+        batch = make_batch([[r] for r in ROWS])
+        plain = losses.plain_loss(model.module, device_batch(batch)).item() / batch.trained_tokens
+        assert loss == pytest.approx(plain, rel=1e-4)

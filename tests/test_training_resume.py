@@ -158,3 +158,18 @@ def test_interrupts_save_and_leave_no_trace(tiny_model, data):
     resumed["adapter_metadata.json"]["name"] = "whole"
     assert json.dumps(sorted(resumed)) == json.dumps(sorted(outcome(adapter_folder("whole"))))
     assert resumed == outcome(adapter_folder("whole"))
+
+
+def test_compiled_as_on_a_gpu_it_resumes_to_the_bit_too(tiny_model, data, monkeypatch):
+    """On a GPU loss and update are compiled; here the compiled functions run on the CPU."""
+    from mlx_adapters.training import optimizers
+
+    monkeypatch.setattr(optimizers, "on_gpu", lambda: True)
+    settings = config(grad_checkpoint=True, iterations=7)
+    plain_losses = train(tiny_model(), data, name="whole", lora=LORA, training=settings).train_losses
+    with pytest.raises(PowerCut):
+        train(tiny_model(), data, name="run", lora=LORA, training=settings, on_event=cut_after(4))
+    assert train(name="run", resume=True).train_losses == plain_losses
+    resumed = outcome(adapter_folder("run"))
+    resumed["adapter_metadata.json"]["name"] = "whole"
+    assert resumed == outcome(adapter_folder("whole"))

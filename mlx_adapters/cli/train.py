@@ -1,5 +1,6 @@
 """`train`: make an adapter."""
 
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -8,7 +9,7 @@ from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import REFERENCE, json_option, overwrite_option
 from mlx_adapters.cli._training_options import Settings, read_settings, training_options, typed_command
 from mlx_adapters.config import LoraConfig, TrainConfig, to_mapping
-from mlx_adapters.events import Event, Note, Progress, TrainReport, ValidationReport
+from mlx_adapters.events import Event, Note, OnEvent, Progress, TrainReport, ValidationReport, ignore
 
 
 @click.command("train")
@@ -20,10 +21,12 @@ from mlx_adapters.events import Event, Note, Progress, TrainReport, ValidationRe
 @training_options
 @click.option("--print-config", is_flag=True, help="Show the settings as a config file and stop.")
 @click.option("--log", type=click.Path(dir_okay=False), help="Append every event to this JSONL file.")
+@click.option("--report-to", type=click.Choice(["tensorboard", "wandb", "trackio"]), help="Send the losses there too.")
 @overwrite_option
 @json_option
 def train_command(
-    resume: str | None, init_from: str | None, print_config: bool, log: str | None, overwrite: bool, as_json: bool,
+    resume: str | None, init_from: str | None, print_config: bool, log: str | None, report_to: str | None,
+    overwrite: bool, as_json: bool,
     **options: Any,
 ) -> None:  # fmt: skip
     """Train a LoRA or DoRA adapter for the model BASE (demo, a folder or a Hub id).
@@ -40,6 +43,8 @@ def train_command(
     from mlx_adapters.training.runs import train
 
     watch = Watch(log)
+    if report_to is not None:
+        watch.report_to(report_to, resume or settings.name or "adapter", settings)
     if resume is not None:
         lora, training = _settings_of_run(settings, resume)
         run = train(
@@ -51,8 +56,9 @@ def train_command(
         lora = settings.lora_config() if settings.lora or init_from is None else None
         run = train(
             settings.base, settings.data, name=settings.name, lora=lora, training=settings.train_config(),
-            init_from=init_from, overwrite=overwrite, command=typed_command(), on_event=watch,
+            init_from=init_from, overwrite=overwrite, command=typed_command(), forecast=True, on_event=watch,
         )  # fmt: skip
+    watch.close()
     if run.rank != 0:
         return
     if as_json:
@@ -84,8 +90,18 @@ class Watch:
 
     def __init__(self, log: str | None) -> None:
         self._log, self._live = log, _output.progress()
+        self._send: OnEvent = ignore
+        self.close: Callable[[], Any] = lambda: None
+
+    def report_to(self, service: str, name: str, settings: Settings) -> None:
+        """Send the losses to a service as well."""
+        from mlx_adapters.files import home
+        from mlx_adapters.training.reporting import reporter
+
+        self._send, self.close = reporter(service, name, settings.lora | settings.training, home() / "runs" / name)
 
     def __call__(self, event: Event) -> None:
+        self._send(event)
         if self._log is not None and not isinstance(event, Progress):
             self._append(event)
         if isinstance(event, TrainReport):

@@ -39,13 +39,15 @@ def device_batch(batch: Batch) -> Arrays:
 
 @dataclass
 class Engine:
-    """A module with adapter layers, and what trains them. `adapted` maps paths to the adapted layers."""
+    """A module with adapter layers, and what trains them. `adapted` maps paths to the adapted layers;
+    `round_all`: fuse-aware training rounds the others too."""
 
     module: nn.Module
     adapted: dict[str, nn.Module]
     config: TrainConfig
     plan: LossPlan
     world: World = field(default_factory=World)
+    round_all: bool = False
     weights: Weights = field(init=False)
     optimizer: Optimizer = field(init=False)
 
@@ -59,6 +61,7 @@ class Engine:
 
     def gradient(self, batch: Batch, share: float, rounding: bool = False) -> tuple[mx.array, Weights]:
         """(summed loss, gradient of share * summed loss). `share` is 1 / trained tokens of the update."""
+        self._round_frozen_once(rounding)
         a = device_batch(batch)
         return self._gradient[rounding](
             self.weights, a.tokens, a.positions, a.targets, a.weights, a.segments, mx.array(share, mx.float32)
@@ -88,6 +91,7 @@ class Engine:
 
     def evaluate(self, batches: Iterable[Batch], rounding: bool = False) -> float:
         """Mean loss per trained token, in nats, without dropout."""
+        self._round_frozen_once(rounding)
         total, tokens = 0.0, 0
         for batch in batches:
             a = device_batch(batch)
@@ -119,13 +123,19 @@ class Engine:
 
         return evaluate
 
+    def _round_frozen_once(self, rounding: bool) -> None:
+        """From the first rounded step on, the layers without an adapter are rounded for good."""
+        if rounding and self.round_all and self.config.fuse_aware is not None:
+            fuse_aware.round_frozen(self.module, self.adapted, self.config.fuse_aware)
+            self.round_all = False
+
     def _loss(self, weights: Weights, batch: Arrays, rounding: bool, recompute: bool) -> mx.array:
         losses.put(self.module, weights)
         cache = None
         if batch.segments is not None:
             cache = [graph.Segments(batch.segments[:, :-1]) for _ in self.module.layers]
         with contextlib.ExitStack() as stack:
-            if rounding:
+            if rounding and self.config.fuse_aware is not None:
                 stack.enter_context(fuse_aware.rounded(self.adapted, self.config.fuse_aware))
             for layer in self.module.layers if recompute else ():
                 stack.enter_context(graph.recompute(layer))

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from mlx_adapters.config import Quantization
-from mlx_adapters.door import DoRALinear, LoRALinear, LoRASwitchLinear, mx, nn
+from mlx_adapters.door import DoRALinear, LoRALinear, LoRASwitchLinear, SwitchLinear, mx, nn
 from mlx_adapters.errors import ConfigError
-from mlx_adapters.layers import dense_weight, updated_weight
+from mlx_adapters.layers import dense_weight, named_layers, updated_weight
 from mlx_adapters.training.graph import call_as
 
 
@@ -59,3 +59,16 @@ def _through_rounding(layer: nn.Module, planned: Quantization) -> Callable[..., 
         return y + mx.gather_mm(x, error, rhs_indices=indices, sorted_indices=ordered)
 
     return call
+
+
+def round_frozen(module: nn.Module, adapted: dict[str, nn.Module], planned: Quantization) -> None:
+    """Give the layers without an adapter the weights that the fused model will have, in place.
+
+    For a base that is not quantized as planned: there the fuse rounds every layer that can be rounded.
+    """
+    for path, layer in named_layers(module):
+        if path in adapted or not isinstance(layer, nn.Linear | nn.Embedding | SwitchLinear):
+            continue
+        if layer.weight.shape[-1] % planned.group_size == 0:
+            layer.weight = round_trip(layer.weight, planned).astype(layer.weight.dtype)
+            mx.eval(layer.weight)

@@ -139,16 +139,22 @@ def _seconds(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainC
 
 def _advice(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig, usable: int) -> list[str]:
     half = max(len(row.tokens) for row in rows) // 2
+    blocks = len(load_module(base)[0].layers)
     changes: list[tuple[str, LoraConfig, TrainConfig]] = [
         ("--grad-checkpoint", lora, replace(training, grad_checkpoint=True)),
         ("--batch-size 1", lora, replace(training, batch_size=1)),
-        ("--num-layers 4", replace(lora, num_layers=4), training),
-        (f"--max-seq-length {half}", lora, replace(training, max_seq_length=half)),
     ]
+    if half >= 2:
+        changes.append((f"--max-seq-length {half}", lora, replace(training, max_seq_length=half)))
+    if blocks > 4 and (lora.num_layers == "all" or lora.num_layers > 4):
+        changes.append(("--num-layers 4", replace(lora, num_layers=4), training))
     found = []
     for text, lora_, training_ in changes:
         cut = [_cut(row, training_.max_seq_length) for row in rows]
-        peak = forecast(base, [row for row in cut if row.trained.any()], lora_, training_)[0].peak_bytes
+        left = [row for row in cut if row.trained.any()]
+        if not left:
+            continue
+        peak = forecast(base, left, lora_, training_)[0].peak_bytes
         if peak <= usable:
             found.append(f"{text}: {peak / 1e9:.2f} GB")
     return found or ["a base model of fewer parameters or bits"]

@@ -12,17 +12,20 @@ from mlx_adapters.config import LoraConfig, TrainConfig
 from mlx_adapters.errors import ConfigError, TrainingError
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.layers import named_layers
-from mlx_adapters.model import Base, load_model, resolve_base
+from mlx_adapters.model import Base, load_model, load_tokenizer_of, resolve_base
 from mlx_adapters.registry import Reference, load_adapter
 from mlx_adapters.training import distributed, start
 from mlx_adapters.training import state as states
+from mlx_adapters.training.data import Row
 from mlx_adapters.training.distributed import World
 from mlx_adapters.training.folder import RunFolder, place_of
 from mlx_adapters.training.interrupt import Interrupt
 from mlx_adapters.training.loop import Loop
+from mlx_adapters.training.memory import estimate_rows
 from mlx_adapters.training.recipe import make_recipe, read_recipe, require_same, settings_of
 from mlx_adapters.training.rows import DataSet, read_data
 from mlx_adapters.training.state import Checkpoint, State
+from mlx_adapters.units import size
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class _Request:
     command: str | None
     on_event: OnEvent
     world: World
+    forecast: bool = False
 
 
 def train(
@@ -83,13 +87,15 @@ def train(
     init_from: str | Path | Adapter | None = None,
     overwrite: bool = False,
     command: str | None = None,
+    forecast: bool = False,
     on_event: OnEvent = ignore,
 ) -> TrainRun:
     """Train an adapter for `base` on `data` and keep it as `name` (or in a folder, if `name` is a path: ./out).
 
     `resume` goes on exactly where the run's newest whole checkpoint stands. What is not given then is taken
     from the run; what is given must be the same, except for more iterations. `init_from` starts a new run from
-    another adapter's weights. `command` is recorded as what the user typed. The first Ctrl-C saves and stops.
+    another adapter's weights. `command` is recorded as what the user typed. `forecast` predicts the peak memory
+    before the model is loaded and warns if it will not fit. The first Ctrl-C saves and stops.
 
     Raises ConfigError, NotFoundError, ExistsError, FormatError, IncompatibleError, TrainingError or
     StorageError; KeyboardInterrupt after saving.
@@ -102,7 +108,7 @@ def train(
         lora, training = lora or settings_of(old)[0], training or settings_of(old)[1]
         request = _Request(
             resolve_base(base or old["base"]["name"]), read_data(data or old["data"]["source"]), lora, training,
-            None, old["command"], on_event, world,
+            None, old["command"], on_event, world, forecast,
         )  # fmt: skip
         return _resume(request, old, reference, path)
     world.share(lambda: files.refuse_existing(path, overwrite))
@@ -111,7 +117,15 @@ def train(
     adapter = load_adapter(init_from) if init_from is not None else None
     lora = lora or (start.lora_of(adapter) if adapter else LoraConfig())
     request = _Request(
-        resolve_base(base), read_data(data), lora, training or TrainConfig(), adapter, command, on_event, world
+        resolve_base(base),
+        read_data(data),
+        lora,
+        training or TrainConfig(),
+        adapter,
+        command,
+        on_event,
+        world,
+        forecast,
     )
     return _begin(request, reference, path, overwrite)
 
@@ -192,6 +206,15 @@ def _require_unfinished(state: State, new: TrainConfig, old: TrainConfig, refere
         )
 
 
+def _tell_forecast(request: _Request, rows: tuple[Row, ...]) -> None:
+    found = estimate_rows(request.base, rows, request.lora, request.training, timed=False)
+    parts = ", ".join(f"{name.removesuffix('_bytes')} {size(count)}" for name, count in vars(found.parts).items())
+    text = f"Predicted peak memory {size(found.peak_bytes)} ({parts}) of {size(found.usable_bytes)}."
+    request.on_event(Note(text))
+    if not found.fits:
+        request.on_event(Note(f"This will hardly fit. What would help: {'; '.join(found.advice)}.", "warning"))
+
+
 def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None, overwrite: bool) -> Loop:
     """Load the model, tokenize the rows, add the layers, and create or compare the run's folder."""
     lora, training = request.lora, request.training
@@ -202,10 +225,11 @@ def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None
     )  # fmt: skip
     if resumed:
         require_same(folder.recipe, recipe, str(folder.reference))
+    tokenizer = load_tokenizer_of(request.base)
+    rows = [start.tokenize_split(request.data, s, tokenizer, training, request.on_event) for s in ("train", "valid")]
+    if request.forecast:
+        _tell_forecast(request, rows[0])
     model = load_model(request.base, dtype=training.dtype)
-    rows = [
-        start.tokenize_split(request.data, s, model.tokenizer, training, request.on_event) for s in ("train", "valid")
-    ]
     config = start.add_layers(model, lora, training.seed)
     if request.adapter is not None:
         start.initialize_from(model, config, request.adapter)

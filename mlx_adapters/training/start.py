@@ -137,4 +137,13 @@ def prepare(
     if config.fuse_aware is not None:
         fuse_aware.check(adapted, config.fuse_aware)
     plan = plan_loss(model.module, config, int(model.config.get("vocab_size", 1 << 16)), probe)
-    return Prepared(Engine(model.module, adapted, config, plan, world), feed, validation)
+    return Prepared(Engine(model.module, adapted, config, plan, world, _rounds_all(model, config)), feed, validation)
+
+
+def _rounds_all(model: Model, config: TrainConfig) -> bool:
+    """Whether the planned fuse rounds the layers without an adapter too: unless the base has that precision."""
+    planned, quantized = config.fuse_aware, model.config.get("quantization") or {}
+    if planned is None:
+        return False
+    same = (quantized.get("bits"), quantized.get("group_size"), quantized.get("mode", "affine"))
+    return same != (planned.bits, planned.group_size, planned.mode)
