@@ -125,12 +125,18 @@ def fisher_probe(logits: mx.array, key: mx.array) -> mx.array:
     return root - p * root.sum(axis=-1, keepdims=True)
 
 
-def _add_linear(moments: Moments, x: mx.array, g: mx.array, real: mx.array | None) -> None:
+def _add_linear(
+    moments: Moments, x: mx.array, g: mx.array, real: mx.array | None, products: dict[int, mx.array]
+) -> None:
+    """`products` keeps x xᵀ sums by input, which q, k and v (or gate and up) share."""
+    shared = id(x)
     x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     if real is not None:
         x, g = x[real], g[real]
     weighted = x * mx.sqrt(g.square().mean(axis=-1, keepdims=True))
-    moments.add(x.T @ x, weighted.T @ weighted, x.shape[0])
+    if shared not in products:
+        products[shared] = x.T @ x
+    moments.add(products[shared], weighted.T @ weighted, x.shape[0])
     if g.shape[-1] <= MOST_OUTPUTS:
         moments.add_outputs(g[::OUTPUT_STRIDE])
 
@@ -201,13 +207,14 @@ class Collector:
 
     def add(self, moments: dict[str, Moments], noted: list, real: mx.array | None) -> None:
         """Add one batch's notes."""
+        products: dict[int, mx.array] = {}
         for path, x, indices, g in noted:
             found = moments.setdefault(path, Moments())
             if indices is not None:
                 experts = self.backward.source.layers[path].weight.shape[0]
                 _add_experts(found, x, indices, g, experts)
             else:
-                _add_linear(found, x, g, real)
+                _add_linear(found, x, g, real, products)
 
 
 class Stages:
