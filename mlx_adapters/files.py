@@ -378,7 +378,7 @@ def raw_bytes(array: Any) -> memoryview | bytes:
         array = array.reshape(1)
     if array.dtype == mx.bfloat16:
         array = array.view(mx.uint16)
-    return memoryview(np.ascontiguousarray(np.array(array, copy=False))).cast("B")
+    return np.ascontiguousarray(np.array(array, copy=False)).data.cast("B")
 
 
 def read_safetensors_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:

@@ -158,8 +158,8 @@ def fill_template(template: str, task: str, **known: str | int | None) -> str:
     method). Raises ConfigError for another field.
     """
     now = datetime.now()
-    fields = {"task": task, "date": f"{now:%Y%m%d}", "time": f"{now:%H%M%S}", "version": "", **known}
-    fields = {key: _as_name(str(value)) for key, value in fields.items() if value is not None}
+    given = {"task": task, "date": f"{now:%Y%m%d}", "time": f"{now:%H%M%S}", "version": "", **known}
+    fields = {key: _as_name(str(value)) for key, value in given.items() if value is not None}
     try:
         parts = [(text, name, spec, how) for text, name, spec, how in string.Formatter().parse(template)]
     except ValueError as error:

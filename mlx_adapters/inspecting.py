@@ -124,13 +124,14 @@ def compare(
         x, y = (update_of(one, key) if key in one.config.keys else None for one in (first, second))
         product = _inner_if_same_shape(x, y)
         xx, yy = (inner(u, u) if u is not None else 0.0 for u in (x, y))
-        rows.append(LayerComparison(key, x and math.sqrt(xx), y and math.sqrt(yy), _cosine(product, xx, yy)))
+        norms = [None if u is None else math.sqrt(uu) for u, uu in ((x, xx), (y, yy))]
+        rows.append(LayerComparison(key, norms[0], norms[1], _cosine(product, xx, yy)))
         total = [t + part for t, part in zip(total, (xx, yy, product or 0.0), strict=True)]
     cosine = _cosine(total[2], total[0], total[1])
     losses = losses_on(data, [first, second], base, on_event=on_event) if data is not None else None
     return Comparison(
         first.name, second.name, tuple(_differences(first, second)), tuple(rows), math.sqrt(total[0]),
-        math.sqrt(total[1]), cosine, losses and (losses[0], losses[1]),
+        math.sqrt(total[1]), cosine, (losses[0], losses[1]) if losses else None,
     )  # fmt: skip
 
 

@@ -94,7 +94,7 @@ def _model_members(folder: Path, on_event: OnEvent) -> dict[str, Path | bytes]:
     return {path.name: path for path in found if is_safe(path.name)}
 
 
-def _write_member(stream: IO[bytes], name: str, content: Path | bytes) -> None:
+def _write_member(stream: gzip.GzipFile, name: str, content: Path | bytes) -> None:
     with open(content, "rb") if isinstance(content, Path) else io.BytesIO(content) as source:
         info = tarfile.TarInfo(name)
         info.size, info.mode = source.seek(0, io.SEEK_END), 0o644

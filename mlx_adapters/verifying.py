@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mlx_adapters import files, registry
 from mlx_adapters.adapter import Adapter, base_of, read_adapter
-from mlx_adapters.errors import AdapterError, FormatError, IncompatibleError, NotFoundError
+from mlx_adapters.errors import AdapterError, FormatError, NotFoundError
 from mlx_adapters.layers import check_fits, check_made_for
 from mlx_adapters.model import Base, load_module, resolve_base
 from mlx_adapters.registry import Entry
@@ -57,7 +58,7 @@ def verify(reference: str, *, base: str | None = None, _modules: Modules | None 
     read: list[Adapter] = []
     for i in (iteration,) if iteration is not None else (None, *entry.iterations):
         what = "tensors" if i is None else f"tensors of @{i}"
-        checks.append(_check(what, lambda i=i: _check_tensors(folder, i, read)))
+        checks.append(_check(what, partial(_check_tensors, folder, i, read)))
     if read:
         modules = {} if _modules is None else _modules
         checks.append(_check("base", lambda: _check_base(read[0], base, modules)))
@@ -123,14 +124,13 @@ def _check_base(adapter: Adapter, base: str | None, modules: Modules) -> str:
             modules[name] = (found, load_module(found)[0])
         except AdapterError as error:
             modules[name] = error
-    match modules[name]:
-        case NotFoundError() as error if base is None:
-            raise _NotCheckedError(error.message)
-        case AdapterError() as error:
-            raise error
-        case (found, module):
-            check_fits(adapter, module, f"'{name}'")
-            check_made_for(adapter, name, found.fingerprint)
-            known = "" if base_of(adapter.metadata).get("fingerprint") else " (its base's weights are not recorded)"
-            return f"fits '{name}'{known}"
-    raise IncompatibleError(f"'{name}' cannot be held against the adapter.")
+    looked_up = modules[name]
+    if isinstance(looked_up, NotFoundError) and base is None:
+        raise _NotCheckedError(looked_up.message)
+    if isinstance(looked_up, AdapterError):
+        raise looked_up
+    found, module = looked_up
+    check_fits(adapter, module, f"'{name}'")
+    check_made_for(adapter, name, found.fingerprint)
+    known = "" if base_of(adapter.metadata).get("fingerprint") else " (its base's weights are not recorded)"
+    return f"fits '{name}'{known}"

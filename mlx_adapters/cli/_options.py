@@ -1,7 +1,7 @@
 """Options used by more than one command, defined once, and the types that can fail to parse."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
@@ -42,6 +42,11 @@ dtype_option = click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
     help="Type to compute in; auto is float32 on a CPU and the model's own on a GPU.",
 )  # fmt: skip
+
+
+def module_names(text: str) -> tuple[str, ...] | Literal["all"]:
+    """What the value of --target-modules names: "all", or names between commas."""
+    return "all" if text == "all" else tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def sampling_options(command: Command) -> Command:

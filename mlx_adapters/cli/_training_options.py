@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
+from mlx_adapters.cli._options import module_names
 from mlx_adapters.config import (
     MODES,
     OPTIMIZERS,
@@ -147,7 +148,7 @@ def _lora_extras(given: Mapping[str, Any]) -> dict[str, Any]:
         else:
             found["rank"] = int(number)
     if targets := given.get("target_modules"):
-        found["target_modules"] = "all" if targets == "all" else [t.strip() for t in targets.split(",") if t.strip()]
+        found["target_modules"] = module_names(targets)
     if layers := given.get("num_layers"):
         if layers != "all" and not layers.isdecimal():
             raise ConfigError(f"--num-layers '{layers}' is neither a number nor 'all'.")

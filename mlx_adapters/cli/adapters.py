@@ -184,7 +184,7 @@ def compare_command(a: str, b: str, data: str | None, base: str | None, as_json:
     _output.table(("LAYER", f"‖Δ {found.a}‖", f"‖Δ {found.b}‖", "COSINE"), [*layers, total], right=(1, 2, 3))
 
 
-def _loss_rows(found: "Comparison") -> list[tuple[str, str, str]]:
+def _loss_rows(found: "Comparison") -> list[tuple[str, ...]]:
     if found.losses is None:
         return []
     return [("loss on the data", *(number(loss, 4) for loss in found.losses))]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import REFERENCE, json_option, overwrite_option
+from mlx_adapters.cli._options import REFERENCE, json_option, module_names, overwrite_option
 from mlx_adapters.cli._output import number
 
 if TYPE_CHECKING:
@@ -204,10 +204,9 @@ def extract_command(
     """
     from mlx_adapters.merging.extraction import extract
 
-    targets = "all" if target_modules == "all" else tuple(target_modules.split(","))
     adapter = extract(
-        finetuned, base, rank=rank, energy=energy, target_modules=targets, name=_new_name(name, name_template),
-        dtype=dtype, overwrite=overwrite, on_event=_output.progress(),
+        finetuned, base, rank=rank, energy=energy, target_modules=module_names(target_modules),
+        name=_new_name(name, name_template), dtype=dtype, overwrite=overwrite, on_event=_output.progress(),
     )  # fmt: skip
     recipe = adapter.metadata["extract"]
     if not as_json:

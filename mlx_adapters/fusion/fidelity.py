@@ -14,7 +14,7 @@ import numpy as np
 from mlx_adapters.door import mx
 from mlx_adapters.errors import FormatError
 from mlx_adapters.events import OnEvent, Progress, ignore
-from mlx_adapters.fusion.blocks import TokenBatch, Variant
+from mlx_adapters.fusion.blocks import Call, TokenBatch, Variant
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Fidelity:
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Headers and lines for people."""
         headers = ("MODEL", "KL", "MEDIAN", "99 %", "SAME TOP", "LOSS", "PERPLEXITY")
-        lines = [
+        lines: list[tuple[str, ...]] = [
             ("adapter", "", "", "", "", f"{self.loss_adapter:.4f}", f"{self.perplexity_adapter:.3f}"),
             ("fused", f"{self.kl_mean:.5f}", f"{self.kl_median:.5f}", f"{self.kl_p99:.4f}", f"{self.same_top:.2%}",
              f"{self.loss_fused:.4f}", f"{self.perplexity_fused:.3f}"),
@@ -111,7 +111,7 @@ def _twin(variants: Sequence[Variant], v: int, index: int, others: Iterable[int]
     return next((u for u in others if not variants[u].differs(index)), None)
 
 
-def _step(variant: Variant, index: int, hidden: mx.array, call: object) -> mx.array:
+def _step(variant: Variant, index: int, hidden: mx.array, call: Call) -> mx.array:
     out = variant.blocks.step(index, hidden, call)
     mx.eval(out)
     return out

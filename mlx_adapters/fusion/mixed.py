@@ -16,6 +16,8 @@ from mlx_adapters.fusion.stream import tensor_bytes
 
 MEASUREMENTS = 8
 
+Point = tuple[int, float, Precision]  # bytes, error, precision
+
 
 @dataclass(frozen=True)
 class Step:
@@ -53,16 +55,17 @@ def order_of_steps(plans: Iterable[LayerPlan], losses: dict[tuple[str, Quantizat
         if plan.target is None or (plan.path, plan.target) not in losses:
             continue
         known = [q for q in (plan.target, *finer(plan.target)) if (plan.path, q) in losses]
-        points = [(layer_bytes(plan, q, dtype), losses[plan.path, q], q) for q in known]
+        points: list[Point] = [(layer_bytes(plan, q, dtype), losses[plan.path, q], q) for q in known]
         points.append((layer_bytes(plan, None, dtype), 0.0, None))
         for before, after in _hull(points):
             steps.append(Step(plan.path, after[2], after[0] - before[0], before[1] - after[1]))
     return sorted(steps, key=lambda step: (-step.gain / step.extra_bytes, step.path))
 
 
-def _hull(points: list[tuple]) -> list[tuple[tuple, tuple]]:
+def _hull(points: list[Point]) -> list[tuple[Point, Point]]:
     """Consecutive pairs of the points on the lower convex hull, from the first point on."""
-    pairs, here = [], points[0]
+    pairs: list[tuple[Point, Point]] = []
+    here = points[0]
     while True:
         further = [p for p in points if p[0] > here[0] and p[1] < here[1]]
         if not further:

@@ -145,12 +145,10 @@ def plan_layers(source: Source, keys: set[str], precision: Quantization | str) -
     plans = []
     for path, layer in source.layers.items():
         origin, note = quantization_of(layer), None
-        if precision == "keep":
-            target = origin
-        elif precision == "none":
-            target = None
-        else:
+        if isinstance(precision, Quantization):
             target, note = _asked(source, path, layer, precision, origin, unquantized_base)
+        else:
+            target = origin if precision == "keep" else None
         changed = path in keys
         copied = not changed and target == origin
         plans.append(LayerPlan(path, weight_shape(layer), origin, target, changed, copied, note))

@@ -16,6 +16,7 @@ from mlx_adapters.registry import load_adapter
 
 RECIPE_FILE = "fuse_recipe.json"
 Given = Adapter | str | Path
+JsonPrecision = dict[str, Any] | str | None
 
 
 @dataclass(frozen=True)
@@ -24,24 +25,24 @@ class Recipe:
 
     base: dict[str, Any]
     adapters: list[dict[str, Any]]
-    quantization: dict[str, Any] | str
+    quantization: JsonPrecision
     dtype: str
     method: str
-    targets: dict[str, dict[str, Any] | None]
+    targets: dict[str, JsonPrecision]
     text: dict[str, Any] | None
     options: dict[str, Any]
     versions: dict[str, str]
     weights_sha256: dict[str, str]
 
 
-def precision_to_json(precision: Precision | str) -> dict[str, Any] | str | None:
+def precision_to_json(precision: Precision | str) -> JsonPrecision:
     """A precision as JSON; "keep", "none" and None stay as they are."""
     if not isinstance(precision, Quantization):
         return precision
     return {"bits": precision.bits, "group_size": precision.group_size, "mode": precision.mode}
 
 
-def precision_from_json(value: dict[str, Any] | str | None) -> Precision | str:
+def precision_from_json(value: JsonPrecision) -> Precision | str:
     """The inverse of `precision_to_json`."""
     return Quantization(**value) if isinstance(value, dict) else value
 

@@ -65,7 +65,7 @@ def write_weights(folder: Path, units: list[Unit], on_event: OnEvent, limit: int
     total = sum(unit.size_bytes for unit in units)
     files.require_free_space(folder, total + (16 << 20))
     shards = make_shards(units, limit)
-    index = {}
+    index: dict[str, str] = {}
     done = iter(range(1, len(units) + 1))
     for number, shard in enumerate(shards, 1):
         count = len(shards)

@@ -101,7 +101,7 @@ def _own_data(adapters: Sequence[Adapter]) -> tuple[str, list[RawRow], list[RawR
     """Training data of the adapters whose record leads to data that can still be read."""
     train: list[RawRow] = []
     held: list[RawRow] = []
-    sources = []
+    sources: list[str] = []
     for adapter in adapters:
         source = data_source(adapter)
         try:

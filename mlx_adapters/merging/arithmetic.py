@@ -60,4 +60,4 @@ def disjoint_mean(tensors: Sequence[Matrix], weights: Sequence[float], method: S
         agrees = np.sign(tensor) == sign
         total += np.float32(weight) * np.where(agrees, tensor, np.float32(0))
         count += agrees
-    return total / np.maximum(count, np.float32(1))
+    return np.divide(total, np.maximum(count, np.float32(1)), dtype=np.float32)

@@ -21,7 +21,7 @@ OVERSAMPLING = 16
 
 @dataclasses.dataclass(frozen=True)
 class Decomposition:
-    """D ≈ u · diag(s) · vt, shapes (..., in, r), (..., r), (..., r, out); `total` is ‖D‖² per matrix.
+    """D ≈ u · diag(s) · vt, shapes (..., in, r), (..., r), (..., r, out); `total` is ‖D‖² per matrix, float64.
 
     The leading axis, where there is one, counts the experts of a mixture-of-experts layer.
     """
@@ -29,7 +29,7 @@ class Decomposition:
     u: Matrix
     s: Matrix
     vt: Matrix
-    total: Matrix
+    total: np.ndarray
 
     @property
     def rank(self) -> int:

@@ -61,7 +61,7 @@ def factors_of(adapter: Adapter, key: str) -> tuple[mx.array, mx.array]:
         return a, b
     wide_a, wide_b = (np.array(x.astype(mx.float32), copy=False) for x in (a, b))
     in_b = wide_b.any(axis=1) if b.ndim == 2 else wide_b.any(axis=(0, 1))
-    used = wide_a.any(axis=0 if a.ndim == 2 else (0, 2)) | in_b
+    used = np.asarray(wide_a.any(axis=0 if a.ndim == 2 else (0, 2)) | in_b)
     used[0] |= not used.any()
     kept = mx.array(np.flatnonzero(used))
     return mx.take(a, kept, axis=1), mx.take(b, kept, axis=0 if b.ndim == 2 else 2)

@@ -70,7 +70,7 @@ class _Walk:
         if kind == "BRANCH":
             return set().union(*(self.through(branch, at) for branch in value[1]))
         if kind in ("MAX_REPEAT", "MIN_REPEAT"):
-            return self._repeat(*value, at)
+            return self._repeat(at, *value)
         if kind == "AT" and str(value) in ("AT_BEGINNING", "AT_BEGINNING_STRING"):
             return at & {0}
         if kind == "AT" and str(value) in ("AT_END", "AT_END_STRING"):
@@ -78,19 +78,19 @@ class _Walk:
         if kind == "AT" and str(value) in ("AT_BOUNDARY", "AT_NON_BOUNDARY"):
             return {i for i in at if self._boundary(i) == (str(value) == "AT_BOUNDARY")}
         if kind in ("ASSERT", "ASSERT_NOT"):
-            return {i for i in at if self._looks(*value, i) == (kind == "ASSERT")}
+            return {i for i in at if self._looks(i, *value) == (kind == "ASSERT")}
         raise FormatError(f"A pattern uses {kind.lower()}, which cannot be followed here.")
 
     def _boundary(self, i: int) -> bool:
         around = [_CATEGORIES["CATEGORY_WORD"](c) for c in (self.text[i - 1 : i], self.text[i : i + 1])]
         return around[0] != around[1]
 
-    def _looks(self, direction: int, body: Any, i: int) -> bool:
+    def _looks(self, i: int, direction: int, body: Any) -> bool:
         starts = {i} if direction > 0 else set(range(i + 1))
         ends = self.through(body, starts)
         return bool(ends) if direction > 0 else i in ends
 
-    def _repeat(self, least: int, most: int, body: Any, at: set[int]) -> set[int]:
+    def _repeat(self, at: set[int], least: int, most: int, body: Any) -> set[int]:
         # After more rounds than the text has positions, a body that can be empty reaches nothing new.
         rounds = len(self.text) + 1
         for _ in range(min(least, rounds)):

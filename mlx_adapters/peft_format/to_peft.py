@@ -116,7 +116,7 @@ def _fused(
         stacked[FUSED_GATE_UP] = (gate[0], mx.concatenate([gate[1], up[1]], axis=1))
     if down:
         stacked[FUSED_DOWN] = down
-    tensors = {}
+    tensors: dict[str, mx.array] = {}
     for parameter, (a, b) in stacked.items():
         path = tensor_names.fused_path(block, inner=parameter == FUSED_GATE_UP and len(stacked) == 2)
         outer = tensor_names.fused_path(block, inner=False)
@@ -173,7 +173,7 @@ def _per_expert(
     block: str, parts: dict[str, tuple[mx.array, mx.array]], targets: dict[str, None]
 ) -> dict[str, mx.array]:
     """One A and B for each expert. With gate or up, PEFT wants all three; what is missing is added as zero."""
-    tensors = {}
+    tensors: dict[str, mx.array] = {}
     partner = parts.get(GATE) or parts.get(UP)
     if partner:
         (experts, rank, inputs), inner = partner[0].shape, partner[1].shape[1]

@@ -164,9 +164,9 @@ def _message(message: Any, where: str) -> dict[str, str]:
     if any(message[name] for name in extra):
         raise ApiError(400, f"'{where}' has '{min(extra)[:100]}', which this server does not support.", param=where)
     if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-                 for part in content]  # fmt: skip
-        if not all(isinstance(part, str) for part in parts):
+        parts = [part["text"] for part in content
+                 if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)]  # fmt: skip
+        if len(parts) != len(content):
             raise ApiError(400, f"'{where}.content' may hold parts of type 'text' only.", param=f"{where}.content")
         content = "".join(parts)
     if not isinstance(content, str):

@@ -8,6 +8,7 @@ chunk * vocabulary instead of rows * length * vocabulary.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from mlx_adapters.door import mx, nn
@@ -49,13 +50,15 @@ def plain_loss(module: nn.Module, batch: "Arrays", cache: Any = None) -> mx.arra
     return cross_entropy(logits.reshape(-1, logits.shape[-1])[batch.positions], batch.targets, batch.weights)
 
 
+@dataclass(frozen=True)
 class Arrays:
     """A batch on the device (see `batches.Batch`)."""
 
-    def __init__(self, tokens: mx.array, positions: mx.array, targets: mx.array, weights: mx.array,
-                 segments: mx.array | None = None) -> None:  # fmt: skip
-        self.tokens, self.positions, self.targets, self.weights = tokens, positions, targets, weights
-        self.segments = segments
+    tokens: mx.array
+    positions: mx.array
+    targets: mx.array
+    weights: mx.array
+    segments: mx.array | None = None
 
 
 def chunked_loss(

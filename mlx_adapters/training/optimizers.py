@@ -74,7 +74,7 @@ class Optimizer:
         if self.config.max_grad_norm is not None:
             shrink = mx.minimum(self.config.max_grad_norm / (norm + 1e-6), 1.0)
             gradients = {name: (g * shrink).astype(g.dtype) for name, g in gradients.items()}
-        new = {}
+        new: Weights = {}
         for optimizer, ratio, names in self._groups:
             optimizer.learning_rate = rate * ratio
             new |= optimizer.apply_gradients({n: gradients[n] for n in names}, {n: weights[n] for n in names})

@@ -120,7 +120,7 @@ class NewerError(FormatError):
 
 def newest(run: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest whole checkpoint, and what was wrong with newer ones."""
-    problems = []
+    problems: list[str] = []
     for iteration in reversed(iterations(run)):
         try:
             state = read_state(run, iteration)
