@@ -44,7 +44,13 @@ def generate_command(
     if base is None:
         raise click.UsageError("Give --adapter or --base (the embedded model is 'demo').")
     model = load_model(base, loaded, dtype=dtype, any_base=any_base)
-    options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "raw": raw}
+    options: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+        "raw": raw,
+    }
     if as_json:
         _output.emit_json(model.generate(prompt, **options))
         return

@@ -58,15 +58,15 @@ def round_layers(
     thorough: bool = True,
 ) -> None:
     """Round every layer of `plans` that is to be quantized anew, to its target and to the precisions `also`."""
-    wanted = {plan.path: plan for plan in plans if plan.target is not None and not plan.copied}
+    wanted = {plan.path: plan.rounded_to for plan in plans if plan.rounded_to is not None}
     if not wanted:
         return
     forward, backward = Variant(base, updates), Variant(base, updates)
     for _, moments in Collector(forward, backward, set(wanted), batches).run(on_event, seed):
         for path, found in moments.items():
             start = backward.source.packed(path)
-            for target in dict.fromkeys([wanted[path].target, *also]):
-                main = thorough and target == wanted[path].target
+            for target in dict.fromkeys([wanted[path], *also]):
+                main = thorough and target == wanted[path]
                 packed, loss = round_layer(backward.weight(path), found, target, dtype, start, together=main)
                 spool.put(path, packed, loss)
 

@@ -205,7 +205,7 @@ class _Work:
 
     def __init__(self, job: Job, asked: Quantization | str, options: FuseOptions, on_event: OnEvent) -> None:
         self.job, self.asked, self.options, self.on_event = job, asked, options, on_event
-        rounded = [plan.target for plan in job.plans if plan.target is not None and not plan.copied]
+        rounded = [plan.rounded_to for plan in job.plans if plan.rounded_to is not None]
         wanted = options.method == "calibrated" or (
             options.method == "auto" and any(target.bits < 8 for target in rounded)
         )
@@ -238,10 +238,9 @@ class _Work:
             return
         job = self.job
         self.on_event(Note(f"Calibrating on {len(self.text.calibration)} rows of {self.text.source}."))
-        plans = [plan for plan in job.plans if plan.target is not None and not plan.copied]
-        also = {q for plan in plans for q in finer(plan.target)} if self.mixed else ()
+        also = {q for plan in job.plans if plan.rounded_to for q in finer(plan.rounded_to)} if self.mixed else ()
         round_layers(
-            job.base, job.updates, plans, batches_of(self.text.calibration), job.scale_dtype, spool, self.on_event,
+            job.base, job.updates, job.plans, batches_of(self.text.calibration), job.scale_dtype, spool, self.on_event,
             also, self.options.seed, self.options.thorough,
         )  # fmt: skip
         if self.mixed:

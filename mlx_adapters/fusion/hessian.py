@@ -243,7 +243,8 @@ class Stages:
             yield count, held_back
 
     def _head(self, blocks: Blocks, hidden: list[mx.array]) -> tuple[dict[str, Moments], list[mx.array]]:
-        c, moments, cotangents = self.collector, {}, []
+        c, cotangents = self.collector, []
+        moments: dict[str, Moments] = {}
         tape = _Tape()
         originals = c.tapped(len(blocks), tape)
         keys = mx.random.split(mx.random.key(self.seed), max(len(hidden), 2))
@@ -263,7 +264,8 @@ class Stages:
         return moments, cotangents
 
     def _block(self, index: int, cotangents: list[mx.array]) -> tuple[dict[str, Moments], list[mx.array]]:
-        c, moments, below = self.collector, {}, []
+        c, below = self.collector, []
+        moments: dict[str, Moments] = {}
         tape = _Tape()
         originals = c.tapped(index, tape)
         entries = c._entries.pop()
@@ -272,7 +274,10 @@ class Stages:
             def run(h: mx.array, call: Call = calls[index]) -> mx.array:
                 return c.backward.blocks.step(index, h, call)
 
-            gradient, noted = _tapped_vjp(run, tape, h, lambda _, sent=sent: sent)
+            def probe(_: mx.array, sent: mx.array = sent) -> mx.array:
+                return sent
+
+            gradient, noted = _tapped_vjp(run, tape, h, probe)
             if index > c.first or c.first == 0:
                 mx.eval(gradient)
             c.add(moments, noted, batch.real)

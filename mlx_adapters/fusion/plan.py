@@ -75,6 +75,11 @@ class LayerPlan:
     note: str | None = None
 
     @property
+    def rounded_to(self) -> Precision:
+        """The precision to which it is rounded anew, if it is."""
+        return None if self.copied else self.target
+
+    @property
     def parameters(self) -> int:
         size = 1
         for extent in self.shape:

@@ -97,7 +97,9 @@ def damped(hessian: Array, damping: float = DAMPING) -> Array:
 
 def feedback_factor(hessian: Array) -> Array:
     """Upper triangular R with H = R Rᵀ, float32. More damping is added until H is positive definite."""
-    flipped = np.ascontiguousarray(hessian[::-1, ::-1]).astype(np.float64 if len(hessian) <= 4096 else np.float32)
+    flipped: np.ndarray = np.ascontiguousarray(hessian[::-1, ::-1]).astype(
+        np.float64 if len(hessian) <= 4096 else np.float32
+    )
     extra = DAMPING
     while True:
         try:

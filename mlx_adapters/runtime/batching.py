@@ -111,9 +111,9 @@ class Batcher:
     def step(self) -> list[Token]:
         """Read what fits of the waiting prompts, compute one step, give the tokens of the step before."""
         self._admit()
-        if not self.rows:
-            return []
         inputs, logprobs = self._inputs, self._logprobs
+        if inputs is None:
+            return []
         with self.pool.routed([row.request.adapter for row in self.rows]):
             self._inputs, self._logprobs = self._forward(inputs)
             mx.async_eval(self._inputs, *([] if self._logprobs is None else [self._logprobs]))
@@ -140,8 +140,10 @@ class Batcher:
         samplers = [row.request.sampler for row in self.rows]
         wanted = any(row.request.top_logprobs is not None for row in self.rows)
         drawn = [i for i, sampler in enumerate(samplers) if sampler.temperature > 0]
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True) if wanted or drawn else None
         following = mx.argmax(logits, axis=-1)
+        if not wanted and not drawn:
+            return following, None
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         if drawn:
             parts = [samplers[i](logprobs[i : i + 1]) if i in drawn else following[i : i + 1]
                      for i in range(len(samplers))]  # fmt: skip
@@ -170,7 +172,7 @@ class Batcher:
     def _join(self, request: Request, cache: list[Any]) -> None:
         last = mx.array([request.prompt[-1]], dtype=mx.uint32)
         merged = [layer.merge([layer]) for layer in cache] if self.can_batch else cache
-        if not self.rows:
+        if self._inputs is None:
             self._caches, self._inputs, self._logprobs = merged, last, None
         else:
             for mine, new in zip(self._caches, merged, strict=True):
@@ -184,7 +186,7 @@ class Batcher:
         if all(keep):
             return
         self.rows = [row for row, stays in zip(self.rows, keep, strict=True) if stays]
-        if not self.rows:
+        if not self.rows or self._inputs is None:
             self._caches, self._inputs, self._logprobs = [], None, None
             return
         indices = mx.array([i for i, stays in enumerate(keep) if stays])
@@ -212,7 +214,8 @@ def answer_all(
     module: nn.Module, pool: AdapterPool, requests: Sequence[Request], max_batch: int = 16
 ) -> Iterator[tuple[Request, list[int]]]:
     """(request, its tokens without the stop token), as the requests finish."""
-    batcher, answers = Batcher(module, pool, max_batch), {request.number: [] for request in requests}
+    batcher = Batcher(module, pool, max_batch)
+    answers: dict[int, list[int]] = {request.number: [] for request in requests}
     for request in requests:
         batcher.submit(request)
     while not batcher.idle:

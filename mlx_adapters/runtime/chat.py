@@ -46,10 +46,10 @@ class Chat:
     def _answer(self, messages: list[dict[str, str]], **options: Any) -> Iterator[str]:
         prompt = self._encode(messages)
         known = len(self._cached)
-        usable = self._cache is not None and same(self._cache.selection, self.model.pool.selection)
-        if not usable or known >= len(prompt) or prompt[:known] != self._cached:
-            self._cache, known = self.model.new_cache(), 0
-        cache, self._cached, written = self._cache, [], list(prompt)
+        cache, continues = self._cache, known < len(prompt) and prompt[:known] == self._cached
+        if cache is None or not continues or not same(cache.selection, self.model.pool.selection):
+            cache, known = self.model.new_cache(), 0
+        self._cache, self._cached, written = cache, [], list(prompt)
         for response in self.model.stream(prompt[known:], cache=cache, **options):
             written.append(int(response.token))
             yield response.text

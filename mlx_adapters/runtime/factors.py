@@ -46,14 +46,15 @@ class Factors:
 
 def prepare(layer: nn.Module, adapter: Adapter, key: str, dtype: mx.Dtype) -> Factors:
     """The factors of `adapter` for the layer at `key`, computed in float32 and stored in `dtype`."""
-    lora_a, lora_b, m = (None if x is None else x.astype(mx.float32) for x in adapter.factors(key))
-    if isinstance(layer, SWITCH):
-        a, b = lora_a, lora_b
-    else:
-        a, b = (lora_b, lora_a) if isinstance(layer, EMBEDDING) else (lora_a.T, lora_b.T)
+    lora_a, lora_b, m = adapter.factors(key)
+    a, b = lora_a.astype(mx.float32), lora_b.astype(mx.float32)
+    if isinstance(layer, EMBEDDING):
+        a, b = b, a
+    elif not isinstance(layer, SWITCH):
+        a, b = a.T, b.T
     b, gain, shift = adapter.config.scale * b, None, None
     if m is not None:
-        gain = m / mx.linalg.norm(dense_weight(layer, mx.float32) + b @ a, axis=-1)
+        gain = m.astype(mx.float32) / mx.linalg.norm(dense_weight(layer, mx.float32) + b @ a, axis=-1)
         b = gain[:, None] * b
         shift = layer.bias.astype(mx.float32) * (1 - gain) if "bias" in layer else None
     made = Factors(*(None if x is None else mx.contiguous(x.astype(dtype)) for x in (a, b, gain, shift)))

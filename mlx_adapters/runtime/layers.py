@@ -73,6 +73,10 @@ class Group(Site):
 class Concatenated:
     """Linear layers of one kind as one; their weights become views of the one array, equal to the bit."""
 
+    weight: mx.array
+    scales: mx.array  # of quantized layers, as `biases`
+    biases: mx.array | None
+
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         first = layers[0]
         self.options: dict[str, object] | None = None

@@ -8,7 +8,7 @@ checked, and when the last adapter is gone the base's own layers are back where 
 import contextlib
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.door import mx, nn
 from mlx_adapters.errors import IncompatibleError, NotFoundError, did_you_mean
-from mlx_adapters.layers import EMBEDDING, SWITCH, adaptable_layers, check_fits, dense_layer, dense_weight
+from mlx_adapters.layers import EMBEDDING, SWITCH, AdapterLayer, adaptable_layers, check_fits, dense_layer, dense_weight
 from mlx_adapters.machine import on_gpu
 from mlx_adapters.runtime.factors import Factors, combine, prepare, slot_of, stack
 from mlx_adapters.runtime.layers import (
@@ -163,7 +163,7 @@ class AdapterPool:
     def _install_site(self, paths: tuple[str, ...]) -> None:
         layers = [self.layers[path] for path in paths]
         site = Group(paths, layers) if len(paths) > 1 else Site(paths, layers)
-        kind = AdaptedLinear
+        kind: type[AdapterLayer] = AdaptedLinear
         if isinstance(layers[0], EMBEDDING):
             kind = AdaptedEmbedding
         elif isinstance(layers[0], SWITCH):
@@ -171,7 +171,7 @@ class AdapterPool:
             parents = dict(self.module.named_modules())
             self._undo.append(remember_indices(parents[paths[0].rpartition(".")[0]], site))
         made = {path: kind(layer, site, i) for i, (path, layer) in enumerate(zip(paths, layers, strict=True))}
-        replace_layers(self.module, made)  # type: ignore[arg-type]
+        replace_layers(self.module, made)
         self._sites |= dict.fromkeys(paths, site)
 
     def _uninstall(self) -> None:
@@ -184,7 +184,7 @@ class AdapterPool:
 
     # -- at work ---------------------------------------------------------------------------------------
 
-    def choose(self, wanted: str | dict[str, float] | None, scale: float = 1.0) -> Selection:
+    def choose(self, wanted: str | Mapping[str, float] | None, scale: float = 1.0) -> Selection:
         """The selection that a name, {name: weight} or None means."""
         if wanted is None:
             return ()
@@ -251,8 +251,8 @@ class AdapterPool:
             try:
                 yield
             finally:
-                for site, update in before.items():
-                    site.update = update
+                for site, earlier in before.items():
+                    site.update = earlier
 
     def _rows(self, slots: tuple[int, ...]) -> dict[Site, PerRow]:
         if self._routing[0] != slots:
@@ -290,7 +290,7 @@ class AdapterPool:
         """Put dense layers with these adapters in them in place of the base's, until `unfuse`."""
         with self.lock:
             self.select(selection)
-            made = {}
+            made: dict[str, nn.Module] = {}
             for site in set(self._sites.values()):
                 parts = [(e.factors[site], weight) for e, weight in selection if site in e.factors]
                 if parts:

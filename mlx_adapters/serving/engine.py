@@ -57,7 +57,7 @@ class Job:
     arrived: float = field(default_factory=time.monotonic)
     first: float | None = None
     request: Request | None = None
-    text: TextStream | None = None
+    text: TextStream = field(init=False, repr=False)  # set when the model begins with it
     made: int = 0
     held: list[Token] = field(default_factory=list)
 

@@ -164,8 +164,7 @@ def _message(message: Any, where: str) -> dict[str, str]:
     if any(message[name] for name in extra):
         raise ApiError(400, f"'{where}' has '{min(extra)[:100]}', which this server does not support.", param=where)
     if isinstance(content, list):
-        parts = [part["text"] for part in content
-                 if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)]  # fmt: skip
+        parts = [part["text"] for part in content if _is_text(part)]
         if len(parts) != len(content):
             raise ApiError(400, f"'{where}.content' may hold parts of type 'text' only.", param=f"{where}.content")
         content = "".join(parts)
@@ -248,6 +247,10 @@ class Writer:
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self._token_text(token)
         return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _finite(logprob: float | None) -> float:
