@@ -1,7 +1,7 @@
 """Every setting as a frozen dataclass that checks itself. Imports no MLX.
 
 `from_mapping` is the one strict way from YAML, JSON or a command line to a setting: an unknown key or a
-wrong type is a ConfigError that names the key and its nearest neighbour.
+wrong type is a ConfigError that names the key and its nearest neighbor.
 """
 
 import dataclasses

@@ -10,7 +10,6 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from mlx_adapters import files, registry
 from mlx_adapters.adapter import iterations_of, parse_config, read_adapter, read_metadata

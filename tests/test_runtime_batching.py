@@ -104,7 +104,7 @@ def test_joining_leaving_cancelling_and_evicting(tiny_model):
     assert batcher.idle and all(entry.users == 0 for entry in model.pool.attached.values())
 
 
-def test_seeds_stop_tokens_and_neighbours(tiny_model):
+def test_seeds_stop_tokens_and_neighbors(tiny_model):
     model = many(load_model(tiny_model("llama")), 2)
     prompt = [5, 6, 7]
 

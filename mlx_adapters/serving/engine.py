@@ -1,7 +1,7 @@
 """The one thread that runs the model: takes jobs, brings adapters in and out, batches, hands out text.
 
 The web side puts a `Job` in and reads its events from an asyncio queue; nothing else is shared. A job that is
-cancelled, too slow or failed leaves the batch between two steps. An adapter is loaded when a job needs it; when
+canceled, too slow or failed leaves the batch between two steps. An adapter is loaded when a job needs it; when
 there are too many, the least recently used one that no job holds makes room.
 """
 
