@@ -349,6 +349,11 @@ def test_sentences_claim_only_what_was_seen():
     assert any(line.startswith("same against base, decode: no difference seen") for line in found)
 
 
+def test_wide_intervals_are_not_called_equality():
+    noisy = synthetic({"base": 100.0, "other": 100.0}, noise=1.0, count=2)
+    assert "other against base, decode: too few or too noisy rounds to tell" in text.sentences(noisy)
+
+
 def test_what_cannot_be_compared_is_pointed_out():
     for key, value, word in (("vocabulary", 7, "tokenizers"), ("tokenizer", "u", "tokenizers"),
                              ("model_type", "phi3", "kinds"), ("fingerprint", "g", "base models")):  # fmt: skip

@@ -7,6 +7,7 @@ from mlx_adapters.benchmarking.statistics import Ratio, Summary
 from mlx_adapters.units import number, size
 
 HEADERS = ("VARIANT", "LOAD s", "TTFT ms", "PREFILL tok/s", "DECODE tok/s", "PEAK", "DISK")
+TELLING = 2  # an interval that reaches over a factor of two says nothing
 WORDS = {"tok/s": ("faster", "slower"), "s": ("longer", "shorter"), "B": ("more", "less")}
 
 
@@ -127,12 +128,14 @@ def spread(summary: Summary, digits: int = 3, factor: float = 1.0) -> str:
 
 
 def phrase(metric: str, ratio: Ratio) -> str:
-    """A ratio in words: "8.0 % slower [6.1, 9.8]" or "no difference seen [-1.2, 2.0] %"."""
+    """A ratio in words: "8.0 % slower [6.1, 9.8]" or "no difference seen [-1.2, +2.0] %"."""
     up, down = WORDS[METRICS[metric].unit]
     percent = [None if v is None else 100 * (v - 1) for v in (ratio.value, ratio.low, ratio.high)]
     value, low, high = percent
     if low is None or high is None or value is None:
         return f"{value:+.1f} % (one round: no interval)"
+    if not ratio.differs and 1 + high / 100 > TELLING * (1 + low / 100):
+        return "too few or too noisy rounds to tell"
     if not ratio.differs:
         return f"no difference seen [{low:+.1f}, {high:+.1f}] %"
     bounds = sorted((abs(low), abs(high)))

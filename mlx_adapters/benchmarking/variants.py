@@ -174,6 +174,7 @@ def workspace() -> Iterator[Path]:
     home = files.home()
     with files.storage_errors(home):
         home.mkdir(parents=True, exist_ok=True)
+        files.sweep(home)
         folder = Path(tempfile.mkdtemp(prefix=files.TEMPORARY_PREFIX, dir=home))
         try:
             with files.lock_file(folder):
