@@ -216,10 +216,15 @@ def base_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def losses_of(metadata: Mapping[str, Any]) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-    """(training, validation) losses as (iteration, nats per trained token); empty where nothing was recorded."""
-    found = [metadata.get(key) or () for key in ("train_losses", "validation_losses")]
-    train, validation = ([(int(i), float(loss)) for i, loss in points] for points in found)
-    return train, validation
+    """(training, validation) losses as (iteration, nats per trained token), ascending; empty where none are known."""
+    return _curve(metadata.get("train_losses")), _curve(metadata.get("validation_losses"))
+
+
+def _curve(points: Any) -> list[tuple[int, float]]:
+    pairs = (
+        [p for p in points if isinstance(p, list | tuple) and len(p) == 2] if isinstance(points, list | tuple) else []
+    )
+    return sorted({int(i): float(loss) for i, loss in pairs if _is_number(i) and _is_number(loss)}.items())
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:

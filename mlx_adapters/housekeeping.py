@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters import files, registry
-from mlx_adapters.adapter import read_metadata
+from mlx_adapters.adapter import losses_of, read_metadata
 from mlx_adapters.config import require
 from mlx_adapters.errors import AdapterError, ConfigError, ExistsError, NotFoundError, did_you_mean
 from mlx_adapters.registry import Entry, Reference, parse_reference
@@ -127,8 +127,8 @@ def prune(name: str, *, keep_best: bool = True, keep_last: int = 1, dry_run: boo
 
 def best_iteration(entry: Entry) -> int | None:
     """The checkpoint with the lowest validation loss, the earlier one in a tie; None if no loss is known."""
-    losses = registry.losses_of(entry.metadata, "validation_losses")
-    known = [(loss, iteration) for iteration, loss in losses.items() if iteration in entry.iterations]
+    _, validation = losses_of(entry.metadata)
+    known = [(loss, iteration) for iteration, loss in validation if iteration in entry.iterations]
     return min(known)[1] if known else None
 
 

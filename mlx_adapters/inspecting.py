@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters import registry
-from mlx_adapters.adapter import Adapter
+from mlx_adapters.adapter import Adapter, losses_of
 from mlx_adapters.config import to_mapping
 from mlx_adapters.events import OnEvent, ignore
 from mlx_adapters.merging.recipes import update_shape
@@ -71,7 +71,7 @@ def describe(reference: "str | Path | Adapter") -> Details:
 
 
 def _checkpoints(entry: Entry) -> tuple[Checkpoint, ...]:
-    train, validation = (registry.losses_of(entry.metadata, curve) for curve in ("train_losses", "validation_losses"))
+    train, validation = map(dict, losses_of(entry.metadata))
     return tuple(
         Checkpoint(
             i, train.get(i), validation.get(i), registry.checkpoint_path(entry, i).stat().st_size, i == entry.iteration

@@ -212,13 +212,6 @@ def checksums_of(metadata: Mapping[str, Any]) -> dict[str, str]:
     return {name: value for name, value in recorded.items() if isinstance(value, str)}
 
 
-def losses_of(metadata: Mapping[str, Any], curve: str) -> dict[int, float]:
-    """Iteration -> loss of "train_losses" or "validation_losses" in an adapter's metadata."""
-    points = _typed(metadata.get(curve), list) or []
-    pairs = [p for p in points if isinstance(p, list) and len(p) == 2]
-    return {i: float(loss) for i, loss in pairs if _typed(i, int) is not None and _typed(loss, int, float) is not None}
-
-
 @contextlib.contextmanager
 def changing(*names: str) -> Iterator[None]:
     """Hold named adapters while they are changed: other short changes wait.

@@ -33,10 +33,12 @@ class Verification:
 
     @property
     def problems(self) -> tuple[Check, ...]:
+        """The checks that failed."""
         return tuple(check for check in self.checks if check.sound is False)
 
     @property
     def sound(self) -> bool:
+        """Whether no check failed."""
         return not self.problems
 
 

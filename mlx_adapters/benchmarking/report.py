@@ -129,6 +129,7 @@ class Report:
 
     @property
     def labels(self) -> list[str]:
+        """The names of the variants, in their order."""
         return [variant.label for variant in self.variants]
 
     def of(self, label: str) -> list[Run]:

@@ -45,7 +45,7 @@ def main(job_file: str, result_file: str) -> None:
 
 def run_job(variant: Variant, config: BenchmarkConfig) -> dict[str, Any]:
     """Everything one process measures for one variant."""
-    load_tokenizer_of(resolve_base(variant.base))  # imports what transformers puts off, which is no load time
+    load_tokenizer_of(resolve_base(str(variant.base)))  # imports what transformers puts off, which is no load time
     model, result = measure_loads(variant, config)
     check_lengths(model, config)
     with wired_limit(model.module):
@@ -91,7 +91,7 @@ def timed_load(variant: Variant, config: BenchmarkConfig) -> tuple[Model, float]
     """The loaded variant, and the seconds until all weights are evaluated."""
     start = time.perf_counter()
     adapter = load_adapter(variant.adapter) if variant.adapter else None
-    model = load_model(variant.base, adapter, dtype=config.dtype, any_base=config.any_base)
+    model = load_model(str(variant.base), adapter, dtype=config.dtype, any_base=config.any_base)
     mx.eval(model.module.parameters())
     mx.synchronize()
     return model, time.perf_counter() - start
@@ -99,7 +99,7 @@ def timed_load(variant: Variant, config: BenchmarkConfig) -> tuple[Model, float]
 
 def files_of(variant: Variant) -> list[Path]:
     """The files that loading reads: the model's folder and the adapter's weights and config."""
-    folder = resolve_base(variant.base).folder
+    folder = resolve_base(str(variant.base)).folder
     found = [path for path in sorted(folder.iterdir()) if path.is_file()]
     if variant.adapter:
         found.append(weights_file(*locate(variant.adapter)))

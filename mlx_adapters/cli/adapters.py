@@ -144,16 +144,16 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 def _plot(details: "Details", path: Path) -> None:
     from mlx_adapters import files
+    from mlx_adapters.adapter import losses_of
     from mlx_adapters.charts import line_chart
     from mlx_adapters.errors import ConfigError, NotFoundError
-    from mlx_adapters.registry import losses_of
 
     if path.suffix != ".svg":
         raise ConfigError(f"'{path}' must end in .svg.")
-    series = {kind: sorted(losses_of(details.metadata, f"{kind}_losses").items()) for kind in ("train", "validation")}
+    series = dict(zip(("train", "validation"), losses_of(details.metadata), strict=True))
     if not any(series.values()):
         raise NotFoundError(f"No losses are recorded for '{details.name}'.")
-    files.write_text(path, line_chart(series, details.name, "iteration", "loss"))  # type: ignore[arg-type]
+    files.write_text(path, line_chart(series, details.name, "iteration", "loss"))
     _output.note(f"Losses drawn in {path}")
 
 

@@ -18,7 +18,9 @@ def data_command() -> None:
 @click.option("--mask-prompt", is_flag=True, help="Train on the assistant's turns only.")
 @click.option("--last-turn-only", is_flag=True, help="With --mask-prompt: on the last turn only.")
 @json_option
-def check(data: str, base: str, max_seq_length: int, mask_prompt: bool, last_turn_only: bool, as_json: bool) -> None:
+def data_check_command(
+    data: str, base: str, max_seq_length: int, mask_prompt: bool, last_turn_only: bool, as_json: bool
+) -> None:
     """Count rows and tokens; find duplicates, overlaps, empty answers and rows that are cut.
 
     \b
@@ -64,7 +66,9 @@ def check(data: str, base: str, max_seq_length: int, mask_prompt: bool, last_tur
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the shuffle.")
 @overwrite_option
 @json_option
-def split(file: str, out: str, valid: float, test: float, seed: int, overwrite: bool, as_json: bool) -> None:
+def data_split_command(
+    file: str, out: str, valid: float, test: float, seed: int, overwrite: bool, as_json: bool
+) -> None:
     """Split FILE into the folder OUT with train.jsonl, valid.jsonl and test.jsonl. Equal rows stay together.
 
     \b

@@ -53,9 +53,9 @@ def train_command(
     else:
         if settings.base is None or settings.data is None or settings.name is None:
             raise click.UsageError("Give BASE, --data and --name (or --resume NAME).")
-        lora = settings.lora_config() if settings.lora or init_from is None else None
+        chosen = settings.lora_config() if settings.lora or init_from is None else None
         run = train(
-            settings.base, settings.data, name=settings.name, lora=lora, training=settings.train_config(),
+            settings.base, settings.data, name=settings.name, lora=chosen, training=settings.train_config(),
             init_from=init_from, overwrite=overwrite, command=typed_command(), forecast=True, on_event=watch,
         )  # fmt: skip
     watch.close()

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_adapters.door import QuantizedSwitchLinear, SwitchLinear, mx, nn
+from mlx_adapters.door import mx, nn
 from mlx_adapters.fusion.plan import Source, Updates
+from mlx_adapters.layers import dense_layer
 from mlx_adapters.model import Base, load_module
-
-DENSE = {nn.QuantizedLinear: nn.Linear, nn.QuantizedEmbedding: nn.Embedding, QuantizedSwitchLinear: SwitchLinear}
 
 
 @dataclass(frozen=True)
@@ -132,17 +131,6 @@ def _block_list(module: nn.Module) -> tuple[str, nn.Module, str] | None:
             if modules and (len(value) > size or best is None):
                 best, size = (path, owner, key), len(value)
     return best
-
-
-def dense_layer(layer: nn.Module, weight: mx.array) -> nn.Module:
-    """An unquantized layer of the same kind with `weight` and the layer's own bias, float32."""
-    kind = DENSE.get(type(layer), type(layer))
-    dense = kind.__new__(kind)
-    nn.Module.__init__(dense)
-    dense.weight = weight
-    if "bias" in layer:
-        dense.bias = layer.bias.astype(mx.float32)
-    return dense
 
 
 class Variant:

@@ -39,10 +39,12 @@ class Fidelity:
 
     @property
     def perplexity_adapter(self) -> float:
+        """exp of the mean loss in nats."""
         return math.exp(min(self.loss_adapter, 700))
 
     @property
     def perplexity_fused(self) -> float:
+        """exp of the mean loss in nats."""
         return math.exp(min(self.loss_fused, 700))
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

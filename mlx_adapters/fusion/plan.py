@@ -81,6 +81,7 @@ class LayerPlan:
 
     @property
     def parameters(self) -> int:
+        """How many weights it has."""
         size = 1
         for extent in self.shape:
             size *= extent
@@ -97,6 +98,7 @@ class Source:
 
     @classmethod
     def of(cls, module: nn.Module) -> "Source":
+        """The source that a model is."""
         return cls(module, adaptable_layers(module), common_dtype(module))
 
     def packed(self, path: str) -> Packed | None:

@@ -1,6 +1,5 @@
 """The recipe that a fused folder carries: enough to make the same bytes again."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,13 +89,6 @@ def ingredients(recipe: Recipe) -> tuple[Base, list[Adapter]]:
             raise IncompatibleError(f"Adapter '{entry['reference']}' is not the one of the recipe any more.")
         adapters.append(adapter)
     return base, adapters
-
-
-def differing_files(recipe: Recipe, folder: Path) -> Sequence[str]:
-    """Weight files of `folder` that are not, byte for byte, those that the recipe names."""
-    made = weights_sha256(folder)
-    names = sorted(set(made) | set(recipe.weights_sha256))
-    return [name for name in names if made.get(name) != recipe.weights_sha256.get(name)]
 
 
 def recipe_versions() -> dict[str, str]:

@@ -28,6 +28,7 @@ class Unit:
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of its tensors."""
         return sum(tensor_bytes(dtype, shape) for _, dtype, shape in self.layout)
 
 

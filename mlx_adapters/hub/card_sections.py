@@ -52,6 +52,7 @@ def link(base_id: str | None, name: str) -> str:
 
 
 def base_name(subject: Subject, facts: Facts) -> str:
+    """The base model as the card names it."""
     return str(facts["base_id"] or subject.base.get("name") or "its base model")
 
 
@@ -59,6 +60,7 @@ def base_name(subject: Subject, facts: Facts) -> str:
 
 
 def what_it_is(subject: Subject, facts: Facts) -> str:
+    """The opening sentences: what was published, and of which base."""
     base = link(facts["base_id"], base_name(subject, facts))
     describe = {"adapter": _adapter_text, "peft": _peft_text}.get(subject.kind, _model_text)
     version = (subject.metadata.get("versions") or subject.recipe.get("versions") or {}).get("mlx_adapters")
@@ -165,6 +167,7 @@ def _details(summary: str, body: str) -> str:
 
 
 def evaluation(subject: Subject, facts: Facts) -> str:
+    """The table of scores, "" if nothing was measured."""
     rows = []
     for scores in () if subject.is_model else subject.evaluations:
         for name, value in scores["metrics"].items():
@@ -215,6 +218,7 @@ def speed(subject: Subject, facts: Facts) -> str:
 
 
 def files_table(subject: Subject, facts: Facts) -> str:
+    """The files and their sizes."""
     rows = [(f"`{name}`", size(path.stat().st_size)) for name, path in subject.sources.items()]
     total = size(sum(path.stat().st_size for path in subject.sources.values()))
     return f"## Files\n\n{table(('file', 'size'), [*rows, ('in all', total)])}"
@@ -224,6 +228,7 @@ def files_table(subject: Subject, facts: Facts) -> str:
 
 
 def usage(subject: Subject, facts: Facts) -> str:
+    """How to load it, by the libraries that can."""
     base = facts["base_id"] or subject.base.get("name") or "BASE"
     examples = {"adapter": _use_adapter, "peft": _use_peft, "gguf": _use_gguf}.get(subject.kind) or (
         _use_transformers if subject.transformers else _use_model

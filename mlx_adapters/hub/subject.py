@@ -81,6 +81,7 @@ class Subject:
 
     @property
     def library(self) -> str:
+        """The Hub's library_name."""
         if self.kind in ("peft", "gguf"):
             return self.kind
         return "transformers" if self.transformers else "mlx"
@@ -95,6 +96,7 @@ class Subject:
 
     @property
     def tags(self) -> list[str]:
+        """The Hub's tags."""
         kind = self.config.get("fine_tune_type") or ("dora" if self.config.get("use_dora") else "lora")
         kinds = [] if self.is_model else [kind]
         quantization = self.config.get("quantization")
@@ -103,6 +105,7 @@ class Subject:
 
     @property
     def data_name(self) -> str:
+        """What the adapter was trained on, for people."""
         return str((self.metadata.get("data") or {}).get("source") or "validation rows")
 
     @property

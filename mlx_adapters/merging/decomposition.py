@@ -33,6 +33,7 @@ class Decomposition:
 
     @property
     def rank(self) -> int:
+        """How many singular values there are."""
         return self.s.shape[-1]
 
     def kept(self, rank: int) -> float:
@@ -48,6 +49,7 @@ class Decomposition:
         return int(np.argmax(enough)) + 1 if enough.any() else self.rank
 
     def cut(self, rank: int) -> "Decomposition":
+        """Only the leading `rank` values."""
         return Decomposition(self.u[..., :rank], self.s[..., :rank], self.vt[..., :rank, :], self.total)
 
     def factors(self, rank: int) -> tuple[Matrix, Matrix]:

@@ -25,9 +25,11 @@ class Update:
 
     @property
     def rank(self) -> int:
+        """r."""
         return self.a.shape[-1]
 
     def matrix(self) -> Matrix:
+        """ΔW itself, (..., in, out)."""
         return np.float32(self.scale) * (self.a @ self.b)
 
     def norm(self) -> float:

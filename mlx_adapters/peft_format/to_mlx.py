@@ -48,6 +48,7 @@ class Update:
 
     @property
     def rank(self) -> int:
+        """r."""
         return self.a.shape[-2] if self.a.ndim == 3 else self.a.shape[-1]
 
 

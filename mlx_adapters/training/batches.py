@@ -33,6 +33,7 @@ class Batch:
 
     @property
     def trained_tokens(self) -> int:
+        """How many tokens the loss counts."""
         return int(self.weights.sum())
 
 

@@ -34,10 +34,12 @@ class Row:
 
     @property
     def truncated(self) -> bool:
+        """Whether tokens were cut off."""
         return self.full_length > len(self.tokens)
 
     @property
     def trained_tokens(self) -> int:
+        """How many tokens the loss counts."""
         return int(self.trained.sum())
 
 

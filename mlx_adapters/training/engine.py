@@ -34,7 +34,15 @@ class LossPlan:
 def device_batch(batch: Batch) -> Arrays:
     """The batch as MLX arrays."""
     segments = None if batch.segments is None else mx.array(batch.segments)
-    return Arrays(*map(mx.array, (batch.tokens, batch.positions, batch.targets, batch.weights)), segments)
+    tokens, positions, targets, weights = map(mx.array, (batch.tokens, batch.positions, batch.targets, batch.weights))
+    return Arrays(tokens, positions, targets, weights, segments)
+
+
+def _segments(module: nn.Module, batch: Arrays) -> list[graph.Segments] | None:
+    """What tells each layer which tokens of a line belong together; None where a line is one row."""
+    if batch.segments is None:
+        return None
+    return [graph.Segments(batch.segments[:, :-1]) for _ in module.layers]
 
 
 @dataclass
@@ -131,9 +139,7 @@ class Engine:
 
     def _loss(self, weights: Weights, batch: Arrays, rounding: bool, recompute: bool) -> mx.array:
         losses.put(self.module, weights)
-        cache = None
-        if batch.segments is not None:
-            cache = [graph.Segments(batch.segments[:, :-1]) for _ in self.module.layers]
+        cache = _segments(self.module, batch)
         with contextlib.ExitStack() as stack:
             if rounding and self.config.fuse_aware is not None:
                 stack.enter_context(fuse_aware.rounded(self.adapted, self.config.fuse_aware))
@@ -182,7 +188,7 @@ def packing_is_exact(module: nn.Module, separate: Batch, packed: Batch) -> bool:
     alone = losses.plain_loss(module, device_batch(separate)).item()
     batch = device_batch(packed)
     try:
-        cache = [graph.Segments(batch.segments[:, :-1]) for _ in module.layers]
+        cache = _segments(module, batch)
         together = losses.plain_loss(module, batch, cache).item()
     except (ValueError, TypeError, IndexError, AttributeError):
         return False

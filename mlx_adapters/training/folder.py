@@ -42,6 +42,7 @@ class RunFolder:
 
     @property
     def settings(self) -> tuple[LoraConfig, TrainConfig]:
+        """The settings that the recipe holds."""
         return settings_of(self.recipe)
 
     def create(self, adapter: AdapterConfig, overwrite: bool) -> None:

@@ -219,22 +219,26 @@ def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None
     """Load the model, tokenize the rows, add the layers, and create or compare the run's folder."""
     lora, training = request.lora, request.training
     resumed = bool(folder.recipe)
+    started_from = request.adapter.fingerprint if request.adapter is not None else None
     recipe = make_recipe(
-        request.base, request.data, lora, training, folder.recipe.get("init_from") if resumed
-        else request.adapter and request.adapter.fingerprint, request.world.size, request.command,
+        request.base, request.data, lora, training, folder.recipe.get("init_from") if resumed else started_from,
+        request.world.size, request.command,
     )  # fmt: skip
     if resumed:
         require_same(folder.recipe, recipe, str(folder.reference))
     tokenizer = load_tokenizer_of(request.base)
-    rows = [start.tokenize_split(request.data, s, tokenizer, training, request.on_event) for s in ("train", "valid")]
+    rows, held_out = (
+        start.tokenize_split(request.data, s, tokenizer, training, request.on_event) for s in ("train", "valid")
+    )
     if request.forecast:
-        _tell_forecast(request, rows[0])
+        _tell_forecast(request, rows)
     model = load_model(request.base, dtype=training.dtype)
     config = start.add_layers(model, lora, training.seed)
     if request.adapter is not None:
         start.initialize_from(model, config, request.adapter)
     adapted = dict(named_layers(model.module))
-    prepared = start.prepare(model, training, *rows, {key: adapted[key] for key in config.keys}, request.world)
+    adapted = {key: adapted[key] for key in config.keys}
+    prepared = start.prepare(model, training, rows, held_out, adapted, request.world)
     folder = replace(folder, recipe=recipe)
     request.world.share(lambda: folder.update_recipe() if resumed else folder.create(config, overwrite))
     validation = prepared.validation.fixed(training.eval_batches) if prepared.validation else []
