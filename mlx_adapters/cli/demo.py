@@ -45,9 +45,14 @@ def _show(result: "DemoResult") -> None:
     _output.table(("VARIANT", "ANSWER"), answers)
     count = result.variants[0].questions
     _output.out(f"\nExecution accuracy on {count} test questions (wordings that training never showed):")
-    rows = [(v.label, f"{v.accuracy:.1%}", f"{v.right}/{v.questions}", _output.duration(v.seconds))
-            for v in result.variants]  # fmt: skip
-    _output.table(("VARIANT", "ACCURACY", "RIGHT", "TIME"), rows, right=(1, 2, 3))
+    distance = {str(fused.folder): fused.fidelity for fused in result.fused}
+    rows = []
+    for v in result.variants:
+        found = distance.get(v.reference)
+        far = (_output.number(found.kl_mean), f"{found.same_top:.1%}") if found else ("-", "-")
+        rows.append((v.label, f"{v.accuracy:.1%}", f"{v.right}/{v.questions}", *far, _output.duration(v.seconds)))
+    _output.table(("VARIANT", "ACCURACY", "RIGHT", "KL", "SAME TOKEN", "TIME"), rows, right=(1, 2, 3, 4, 5))
+    _output.out("KL and SAME TOKEN compare a fused model with the adapter model, token by token, on rows kept aside.")
     _output.out()
     show(result.report)
     _output.out(f"\nSeconds: {', '.join(f'{step} {s:.0f}' for step, s in result.seconds.items())}")
