@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_adapters import files, tensor_names
+from mlx_adapters import files, tensor_files, tensor_names
 from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.tensor_names import (
     ADAPTER_FILE,
@@ -140,7 +140,7 @@ class Adapter:
         for name in sorted(self.weights):
             array = self.weights[name]
             digest.update(f"{name} {array.dtype} {array.shape}".encode())
-            digest.update(files.raw_bytes(array))
+            digest.update(tensor_files.raw_bytes(array))
         return digest.hexdigest()
 
     def factors(self, key: str) -> tuple[mx.array, mx.array, mx.array | None]:
@@ -280,7 +280,7 @@ def read_adapter(folder: Path, iteration: int | None = None) -> Adapter:
     raw = files.read_json(folder / CONFIG_FILE)
     if "peft_type" in raw:
         parse_config(raw, (), str(folder))
-    weights = files.read_safetensors(path)
+    weights = tensor_files.read_safetensors(path)
     config = parse_config(raw, keys_of(weights), f"'{folder}'")
     return Adapter(config, weights, read_metadata(folder), folder, iteration).check()
 
@@ -298,7 +298,7 @@ def write_adapter(adapter: Adapter, folder: Path, overwrite: bool = False) -> Pa
 
 def write_adapter_files(adapter: Adapter, folder: Path) -> None:
     """Write the three files of an adapter into a folder (each whole or not at all)."""
-    digest = files.write_safetensors(folder / ADAPTER_FILE, adapter.weights, hashed=True)
+    digest = tensor_files.write_safetensors(folder / ADAPTER_FILE, adapter.weights, hashed=True)
     config = adapter.config.to_mlx_lm()
     if adapter.base_name:
         config["model"] = adapter.base_name

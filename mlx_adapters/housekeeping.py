@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import files, registry
+from mlx_adapters import files, registry, tensor_files
 from mlx_adapters.adapter import losses_of, read_metadata
 from mlx_adapters.config import require
 from mlx_adapters.errors import AdapterError, ConfigError, ExistsError, NotFoundError, did_you_mean
@@ -85,7 +85,7 @@ def use(reference: str) -> Entry:
             raise NotFoundError(f"'{ref.target}' has no checkpoint {ref.iteration}.",
                                 f"there are: {there}." if there else "it has no checkpoints.")  # fmt: skip
         chosen = registry.checkpoint_path(entry, ref.iteration)
-        files.read_safetensors_header(chosen)
+        tensor_files.read_safetensors_header(chosen)
         checksums = registry.checksums_of(read_metadata(folder)) | {ADAPTER_FILE: files.sha256(chosen)}
         files.link_or_copy(chosen, folder / ADAPTER_FILE)
         _update_metadata(folder, iteration=ref.iteration, chosen_by="use", sha256=checksums)

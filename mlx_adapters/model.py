@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import files
+from mlx_adapters import files, tensor_files
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.config import DTYPES, require
 from mlx_adapters.door import load_config, load_mlx_model, load_tokenizer, make_sampler, mx, nn, stream_generate
@@ -75,7 +75,7 @@ class Base:
         if not found:
             raise NotFoundError(f"'{self.folder}' has no model*.safetensors.", "is it a whole model folder?")
         for path in found:
-            files.read_safetensors_header(path)
+            tensor_files.read_safetensors_header(path)
         return found
 
     def record(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mlx_adapters import files
+from mlx_adapters import files, tensor_files
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError, did_you_mean
 from mlx_adapters.tensor_names import ADAPTER_FILE, CHECKPOINT_FILE, CONFIG_FILE, METADATA_FILE, checkpoint_file
 
@@ -163,7 +163,7 @@ def _look_at_files(folder: str, found: dict[str, Any]) -> None:
     if ADAPTER_FILE not in there:
         found["problem"] = f"{ADAPTER_FILE} is missing"
     else:
-        found["size_bytes"] = files.glance_at_safetensors(f"{folder}/{ADAPTER_FILE}")
+        found["size_bytes"] = tensor_files.glance_at_safetensors(f"{folder}/{ADAPTER_FILE}")
 
 
 def _look_at_config(folder: str, found: dict[str, Any]) -> None:

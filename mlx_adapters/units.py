@@ -23,13 +23,7 @@ def size(count: float | None) -> str:
         return "-"
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000 or unit == "GB":
-            return (
-                f"{count:.0f} {unit}"
-                if unit == "B"
-                else f"{count:.3g} {unit}"
-                if count < 100
-                else f"{count:,.0f} {unit}"
-            )
+            return f"{count:.3g} {unit}" if count < 100 and unit != "B" else f"{count:,.0f} {unit}"
         count /= 1000
     raise AssertionError
 

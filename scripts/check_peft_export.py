@@ -39,7 +39,7 @@ def write(out):
     import mlx.core as mx
 
     import mlx_adapters  # noqa: F401
-    from mlx_adapters import files
+    from mlx_adapters import tensor_files
     from mlx_adapters.adapter import Adapter, AdapterConfig
     from mlx_adapters.layers import adaptable_layers, attach, detach, expected_shapes
     from mlx_adapters.model import load_model
@@ -73,7 +73,7 @@ def write(out):
             logits[name] = mx.contiguous(model.logits(ids))
             detach(model.module)
             export_peft(adapter, out / arch / name, base_model=str(ROOT / arch / "base"), overwrite=True)
-        files.write_safetensors(out / arch / "logits.safetensors", logits)
+        tensor_files.write_safetensors(out / arch / "logits.safetensors", logits)
         print(arch, len(adapters), "adapters written")
 
 

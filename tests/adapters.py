@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_adapters import files, registry
+from mlx_adapters import files, registry, tensor_files
 from mlx_adapters.adapter import Adapter, AdapterConfig, write_adapter_files
 from mlx_adapters.layers import adaptable_layers, expected_shapes
 from mlx_adapters.model import load_module, resolve_base
@@ -41,8 +41,8 @@ def make_run(base, name="sql", losses=((100, 2.0), (200, 1.0), (300, 1.5)), **op
     for iteration, _ in losses:
         adapter = make_adapter(base, seed=iteration, name=name, **options)
         target = folder / "checkpoints" / f"{iteration:07d}"
-        files.write_safetensors(target / "adapters.safetensors", adapter.weights)
-        files.write_safetensors(target / "optimizer.safetensors", adapter.weights)
+        tensor_files.write_safetensors(target / "adapters.safetensors", adapter.weights)
+        tensor_files.write_safetensors(target / "optimizer.safetensors", adapter.weights)
         files.link_or_copy(target / "adapters.safetensors", folder / f"{iteration:07d}_adapters.safetensors")
         if iteration == best:
             chosen = Adapter(adapter.config, adapter.weights, adapter.metadata | metadata)

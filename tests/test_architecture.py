@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mlx_adapters"
 LAYERS = [
-    {"charts", "display", "errors", "units", "events", "config", "files", "blas", "machine"},
+    {"charts", "display", "errors", "units", "events", "config", "files", "tensor_files", "blas", "machine"},
     {"tensor_names", "adapter"},
     {"door", "layers", "model", "registry"},
     {"training", "fusion", "merging", "peft_format", "runtime", "benchmarking", "hub", "evaluation",

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mlx_adapters as ma
-from mlx_adapters import errors, files, layers, registry
+from mlx_adapters import errors, files, layers, registry, tensor_files
 from mlx_adapters.adapter import Adapter, AdapterConfig, read_adapter, write_adapter
 from mlx_adapters.config import LoraConfig, Quantization, from_mapping, read_yaml
 from mlx_adapters.model import load_model, normalized_config, resolve_base
@@ -248,12 +248,12 @@ def test_files_are_whole_or_absent(tmp_path):
 def test_a_full_disk_leaves_nothing(tmp_path):
     code = (
         "import resource, sys, mlx_adapters, mlx.core as mx\n"
-        "from mlx_adapters import files\n"
+        "from mlx_adapters.tensor_files import write_safetensors\n"
         "from pathlib import Path\n"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
         "try:\n"
-        f"    files.write_safetensors(Path({str(tmp_path)!r}) / 'big.safetensors', {{'x': mx.zeros((100, 100))}})\n"
+        f"    write_safetensors(Path({str(tmp_path)!r}) / 'big.safetensors', {{'x': mx.zeros((100, 100))}})\n"
         "except mlx_adapters.StorageError as error:\n"
         "    sys.exit(7)\n"
     )
@@ -272,7 +272,7 @@ def test_safetensors_written_here_are_read_everywhere(tmp_path):
         "e": mx.zeros((0, 3)),
         "s": mx.array(2.5),
     }
-    files.write_safetensors(tmp_path / "x.safetensors", tensors, {"format": "mlx"})
+    tensor_files.write_safetensors(tmp_path / "x.safetensors", tensors, {"format": "mlx"})
     back = mx.load(str(tmp_path / "x.safetensors"))
     assert all(mx.array_equal(back[name], tensors[name]) for name in tensors if tensors[name].size)
     with safe_open(tmp_path / "x.safetensors", framework="np") as file:

@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 from test_fusion_fuse import fuse, logits, make_adapter
 
-from mlx_adapters import files
+from mlx_adapters import tensor_files
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.fusion.fuse import FuseOptions
 from mlx_adapters.model import load_module, resolve_base
@@ -56,7 +56,7 @@ def test_hf_folder_has_the_original_names_and_the_same_function(tiny_model, tmp_
     folder = tiny_model(architecture, bits=bits)
     adapter = make_adapter(folder)
     fuse(folder, adapter, tmp_path / "out", quantization="none", options=HF)
-    header, _ = files.read_safetensors_header(tmp_path / "out/model.safetensors")
+    header, _ = tensor_files.read_safetensors_header(tmp_path / "out/model.safetensors")
     for name, shape in TRANSFORMERS_NAMES.get(architecture, {}).items():
         assert tuple(header[name]["shape"]) == shape, name
     assert not [name for name in header if "switch_mlp" in name or name.endswith((".scales", ".biases"))]
@@ -69,7 +69,7 @@ def test_hf_folder_has_the_original_names_and_the_same_function(tiny_model, tmp_
 def test_hf_folder_has_the_type_of_the_checkpoint(tiny_model, tmp_path):
     folder = tiny_model("llama", bits=4, torch_dtype="bfloat16")
     fuse(folder, make_adapter(folder), tmp_path / "out", quantization="none", options=HF)
-    header, _ = files.read_safetensors_header(tmp_path / "out/model.safetensors")
+    header, _ = tensor_files.read_safetensors_header(tmp_path / "out/model.safetensors")
     assert {entry["dtype"] for entry in header.values()} == {"BF16"}
 
 

@@ -13,7 +13,7 @@ import pytest
 from hub_server import READ_TOKEN, WRITE_TOKEN
 
 import mlx_adapters as ma
-from mlx_adapters import errors, files
+from mlx_adapters import errors, files, tensor_files
 from mlx_adapters.hub.uploads import publish
 from mlx_adapters.model import load_model
 
@@ -96,7 +96,7 @@ def test_message_revision_exclude_and_pull_request(hub, sql):
 
 def test_a_checkpoint_is_published_as_the_adapter(hub, sql):
     weights = {name: weight * 2 for name, weight in sql.weights.items()}
-    files.write_safetensors(sql.folder / "0000020_adapters.safetensors", weights)
+    tensor_files.write_safetensors(sql.folder / "0000020_adapters.safetensors", weights)
     publish("sql@20", REPO)
     there = hub.repos[REPO].files
     assert there["adapters.safetensors"] == (sql.folder / "0000020_adapters.safetensors").read_bytes()
@@ -125,7 +125,7 @@ def plant(sql, base, how):
     elif how == "token in LICENSE":
         (sql.folder / "LICENSE").write_text("MIT\n\nhf_" + "x" * 34)
     elif how == "token in safetensors":
-        files.write_safetensors(sql.folder / "adapters.safetensors", sql.weights, {"by": "hf_" + "x" * 34})
+        tensor_files.write_safetensors(sql.folder / "adapters.safetensors", sql.weights, {"by": "hf_" + "x" * 34})
     elif how == "path in LICENSE":
         (sql.folder / "LICENSE").write_text("MIT\nsee /Users/joe/LICENSE")
     elif how == "NaN":

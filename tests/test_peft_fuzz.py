@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_adapters import files
+from mlx_adapters import tensor_files
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.layers import nn
 from mlx_adapters.model import load_module, resolve_base
@@ -59,7 +59,7 @@ def sound() -> dict[str, tuple[dict, dict]]:
 
 def attempt(folder: Path, config: dict, tensors: dict, base: nn.Module) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    files.write_safetensors(folder / "adapter_model.safetensors", tensors)
+    tensor_files.write_safetensors(folder / "adapter_model.safetensors", tensors)
     start = time.monotonic()
     try:
         peft = read_peft(folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_adapters import files, registry
+from mlx_adapters import registry, tensor_files
 from mlx_adapters.errors import AdapterError, ExistsError, FormatError, IncompatibleError, NotFoundError
 from mlx_adapters.events import Note
 from mlx_adapters.model import load_model
@@ -93,7 +93,7 @@ def edit_tensors(folder: Path, change) -> None:
     tensors = mx.load(str(path))
     change(tensors)
     mx.eval(tensors)
-    files.write_safetensors(path, tensors)
+    tensor_files.write_safetensors(path, tensors)
 
 
 def refused(folder: Path, home: Path, base: Path = FIXTURES / "llama" / "base") -> AdapterError:
@@ -206,7 +206,7 @@ def test_another_base_of_the_same_shape_is_seen_by_its_embedding(tmp_path: Path,
     base = Path(shutil.copytree(FIXTURES / "llama" / "base", tmp_path / "base"))
     edit = mx.load(str(base / "model.safetensors"))
     edit["model.embed_tokens.weight"] = edit["model.embed_tokens.weight"] * 1.5
-    files.write_safetensors(base / "model.safetensors", edit)
+    tensor_files.write_safetensors(base / "model.safetensors", edit)
     assert "differs from the copy" in refused(FIXTURES / "llama" / "embeddings", home, base).message
 
 
@@ -220,9 +220,9 @@ def test_a_quantized_base_takes_the_adapter(tiny_model, tmp_path: Path):
     copy = mx.load(str(plain / "model.safetensors"))["model.embed_tokens.weight"]
     name = "base_model.model.model.embed_tokens.base_layer.weight"
     path = tmp_path / "out" / "adapter_model.safetensors"
-    files.write_safetensors(path, mx.load(str(path)) | {name: copy})
+    tensor_files.write_safetensors(path, mx.load(str(path)) | {name: copy})
     assert import_peft(tmp_path / "out", base=quantized, name="it").fingerprint == adapter.fingerprint
-    files.write_safetensors(path, mx.load(str(path)) | {name: copy[::-1]})
+    tensor_files.write_safetensors(path, mx.load(str(path)) | {name: copy[::-1]})
     with pytest.raises(IncompatibleError, match="differs from the copy"):
         import_peft(tmp_path / "out", base=quantized, name="other")
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from training_tools import write_data
 
-from mlx_adapters import LoraConfig, TrainConfig, files, train
+from mlx_adapters import LoraConfig, TrainConfig, files, tensor_files, train
 from mlx_adapters.config import to_mapping
 from mlx_adapters.training import state as states
 from mlx_adapters.training.batches import epoch_batches
@@ -55,7 +55,7 @@ def test_two_processes_train_as_one(runs, tiny_model):
     assert np.allclose(one.train_losses, two["train_losses"], rtol=1e-4)
     assert np.allclose(one.validation_losses, two["validation_losses"], rtol=1e-4)
     assert one.trained_tokens == two["trained_tokens"]
-    a, b = (files.read_safetensors(folder / "adapters.safetensors") for folder in (one.folder, adapters / "two"))
+    a, b = (tensor_files.read_safetensors(folder / "adapters.safetensors") for folder in (one.folder, adapters / "two"))
     assert all(np.allclose(a[n], b[n], atol=1e-4) for n in a)
 
 
@@ -64,7 +64,7 @@ def test_a_lost_process_ends_the_run_with_a_whole_checkpoint_that_resumes(runs):
     assert "finished" not in said["lost"] and saved == 5
     assert "Another process of this run was lost after iteration 5" in said["lost"]
     assert said["resumed"].count("finished") == 2
-    a, b = (files.read_safetensors(adapters / n / "0000008_adapters.safetensors") for n in ("two", "lost"))
+    a, b = (tensor_files.read_safetensors(adapters / n / "0000008_adapters.safetensors") for n in ("two", "lost"))
     assert all(np.array_equal(a[n], b[n]) for n in a)
 
 

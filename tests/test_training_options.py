@@ -11,8 +11,9 @@ from training_tools import write_data
 from mlx_adapters import LoraConfig, Quantization, TrainConfig, train
 from mlx_adapters.errors import ConfigError, FormatError, IncompatibleError, TrainingError
 from mlx_adapters.events import CheckpointSaved, Note, TrainReport, ValidationReport
-from mlx_adapters.files import read_json, read_safetensors
+from mlx_adapters.files import read_json
 from mlx_adapters.registry import load_adapter
+from mlx_adapters.tensor_files import read_safetensors
 
 LORA = LoraConfig(rank=4, scale=2.0, target_modules=("q_proj", "v_proj"))
 BASE = TrainConfig(iterations=4, batch_size=4, learning_rate=0.01, eval_every=2, save_every=2, report_every=2)

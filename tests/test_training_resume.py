@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 from training_tools import PowerCut, cut_after, outcome, write_data
 
-from mlx_adapters import LoraConfig, TrainConfig, files, train
+from mlx_adapters import LoraConfig, TrainConfig, files, tensor_files, train
 from mlx_adapters.errors import ExistsError, FormatError, IncompatibleError, NotFoundError, TrainingError
 from mlx_adapters.events import CheckpointSaved, Note
 from mlx_adapters.registry import adapter_folder
@@ -49,7 +49,7 @@ def test_dropout_counts_in_the_comparison(tiny_model, data):
     a = train(tiny_model(), data, name="a", lora=LORA, training=config())
     b = train(tiny_model(), data, name="b", lora=LORA, training=config(seed=8))
     c = train(tiny_model(), data, name="c", lora=LORA, training=config())
-    weights = [files.read_safetensors(run.folder / "adapters.safetensors") for run in (a, b, c)]
+    weights = [tensor_files.read_safetensors(run.folder / "adapters.safetensors") for run in (a, b, c)]
     assert not all(mx.array_equal(weights[0][n], weights[1][n]) for n in weights[0])
     assert all(mx.array_equal(weights[0][n], weights[2][n]) for n in weights[0])
 

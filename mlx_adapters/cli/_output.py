@@ -113,9 +113,8 @@ def progress() -> Callable[[Event], None]:
         elif isinstance(event, Progress) and not _quiet:
             now = time.monotonic()
             start = started.setdefault(event.stage, now)
-            live = sys.stderr.isatty()
             last = event.done >= event.total
-            if not last and now - shown[0] < (0.1 if live else 10):
+            if not last and now - shown[0] < (0.1 if sys.stderr.isatty() else 10):
                 return
             shown[0] = now
             show_live(_progress_text(event, now - start), end=last)

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import files, tensor_names
+from mlx_adapters import files, tensor_files, tensor_names
 from mlx_adapters.errors import FormatError, HubError, NotFoundError
 from mlx_adapters.events import Note, OnEvent, ignore
 
@@ -140,7 +140,7 @@ def convert(gguf: Path, folder: Path) -> None:
         raise FormatError(f"'{gguf}' cannot be read as GGUF: {error}.") from None
     tensors, metadata = loaded
     config = _config(metadata)
-    files.write_safetensors(folder / "model.safetensors", _weights(tensors, config))
+    tensor_files.write_safetensors(folder / "model.safetensors", _weights(tensors, config))
     files.write_json(folder / "config.json", config)
     files.write_json(folder / "generation_config.json", {"bos_token_id": config["bos_token_id"],
                                                          "eos_token_id": config["eos_token_id"]})  # fmt: skip

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_adapters import files
+from mlx_adapters import files, tensor_files
 from mlx_adapters.config import Quantization
 from mlx_adapters.door import mx
 from mlx_adapters.events import OnEvent
@@ -29,14 +29,14 @@ class Spool:
         key = (path, packed.quantization)
         self.losses[key] = loss
         self._files[key] = self.folder / f"{len(self._files):06d}.safetensors"
-        files.write_safetensors(self._files[key], packed.tensors)
+        tensor_files.write_safetensors(self._files[key], packed.tensors)
 
     def get(self, path: str, quantization: Quantization | None) -> Packed | None:
         """The layer rounded to that precision, or None."""
         file = self._files.get((path, quantization)) if quantization is not None else None
         if file is None or quantization is None:
             return None
-        parts = files.read_safetensors(file)
+        parts = tensor_files.read_safetensors(file)
         return Packed(parts["weight"], parts["scales"], parts.get("biases"), quantization)
 
     def remove(self) -> None:

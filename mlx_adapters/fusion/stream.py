@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import files
+from mlx_adapters import files, tensor_files
 from mlx_adapters.door import mx
 from mlx_adapters.events import OnEvent, Progress
 from mlx_adapters.model import MODEL_FILES, Base
@@ -82,7 +82,7 @@ def write_weights(folder: Path, units: list[Unit], on_event: OnEvent, limit: int
                 mx.clear_cache()
                 on_event(Progress("write", next(done), len(units), "layer"))
 
-        files.stream_safetensors(folder / name, layout, arrays())
+        tensor_files.stream_safetensors(folder / name, layout, arrays())
         index |= {tensor: name for tensor, _, _ in layout}
     files.write_json(
         folder / "model.safetensors.index.json",

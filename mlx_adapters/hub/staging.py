@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from mlx_adapters import files
+from mlx_adapters import files, tensor_files
 from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.events import OnEvent, Progress, ignore
 from mlx_adapters.hub.cleaning import check_paths, check_secrets, clean
@@ -50,7 +50,7 @@ def _check_finite(path: Path) -> None:
     """Raise FormatError if a floating-point tensor holds NaN or Inf. One tensor is in memory at a time."""
     import mlx.core as mx
 
-    tensors = files.read_safetensors(path)
+    tensors = tensor_files.read_safetensors(path)
     for name in sorted(tensors):
         tensor = tensors.pop(name)
         if mx.issubdtype(tensor.dtype, mx.floating) and not mx.isfinite(tensor).all().item():
@@ -63,7 +63,7 @@ def _check_finite(path: Path) -> None:
 def _text_of(path: Path) -> str:
     """What of a file may hold a secret or a path: a text as a whole, of safetensors the header's metadata."""
     if path.suffix == ".safetensors":
-        return json.dumps(files.read_safetensors_header(path)[1])
+        return json.dumps(tensor_files.read_safetensors_header(path)[1])
     with open(path, "rb") as stream:
         start = stream.read(8192)
         return "" if b"\0" in start else (start + stream.read()).decode("utf-8", "replace")

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_adapters import files, registry
+from mlx_adapters import files, registry, tensor_files
 from mlx_adapters.adapter import Adapter, AdapterConfig
 from mlx_adapters.config import LoraConfig, require
 from mlx_adapters.errors import FormatError, IncompatibleError
@@ -119,7 +119,7 @@ def _tuned_weights(finetuned: str | Path, module: Any, base: Base) -> Any:
         if files.read_json(folder / CONFIG_FILE).get("fine_tune_type") != "full":
             raise FormatError(f"'{finetuned}' is an adapter, not a full fine-tune.", "'merge --method svd' reduces it.")
         tuned, _ = load_module(base)
-        weights = files.read_safetensors(folder / ADAPTER_FILE)
+        weights = tensor_files.read_safetensors(folder / ADAPTER_FILE)
         known = {path: value.shape for path, value in tree_flatten(tuned.parameters())}
         for path, value in weights.items():
             if known.get(path) != value.shape:

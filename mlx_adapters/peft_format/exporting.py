@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_adapters import files, registry, tensor_names
+from mlx_adapters import files, registry, tensor_files, tensor_names
 from mlx_adapters.adapter import Adapter, base_of
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.layers import adaptable_layers
@@ -71,7 +71,7 @@ def export_peft(
     readme = README.format(base=named or "unknown", kind=found.config.type, name=found.name, rank=found.config.rank)
     with files.atomic_folder(out, overwrite) as temporary:
         scale = {PEFT_SCALE: repr(found.config.scale)} if not form.config.get("alpha_pattern") else {}
-        files.write_safetensors(temporary / PEFT_WEIGHTS_FILE, form.tensors, {"format": "pt"} | scale)
+        tensor_files.write_safetensors(temporary / PEFT_WEIGHTS_FILE, form.tensors, {"format": "pt"} | scale)
         files.write_json(temporary / CONFIG_FILE, form.config)
         files.write_text(temporary / "README.md", readme)
     return PeftExport(out, len(form.tensors), files.size_on_disk(out), str(named))

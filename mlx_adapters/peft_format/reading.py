@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_adapters import files, tensor_names
+from mlx_adapters import files, tensor_files, tensor_names
 from mlx_adapters.adapter import first_not_finite
 from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.peft_format.settings import FUSE_HINT, PeftSettings
@@ -99,13 +99,13 @@ def _read_tensors(folder: Path) -> tuple[dict[str, mx.array], float | None]:
     path = folder / PEFT_WEIGHTS_FILE
     if not path.is_file() and (folder / PEFT_PICKLE_FILE).is_file():
         raise FormatError(f"'{folder}' holds its weights in a pickle, {PEFT_PICKLE_FILE}.", PICKLE_HINT)
-    header, metadata = files.read_safetensors_header(path)
+    header, metadata = tensor_files.read_safetensors_header(path)
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
             raise FormatError(f"'{name}' in '{path}' is of type {entry['dtype']}, not {', '.join(DTYPES)}.")
     if not header:
         raise FormatError(f"'{path}' holds no tensors.")
-    tensors = files.read_safetensors(path)
+    tensors = tensor_files.read_safetensors(path)
     if bad := first_not_finite(tensors):
         raise FormatError(f"'{bad}' in '{path}' holds NaN or Inf.", "the training that made it diverged.")
     return tensors, _number(metadata.get(PEFT_SCALE))

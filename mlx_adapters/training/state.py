@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import files
+from mlx_adapters import files, tensor_files
 from mlx_adapters.door import mx
 from mlx_adapters.errors import AdapterError, FormatError
 from mlx_adapters.tensor_names import ADAPTER_FILE, checkpoint_file
@@ -75,8 +75,8 @@ def path_of(run: Path, iteration: int) -> Path:
 def save(run: Path, state: State, weights: Weights, optimizer: Weights) -> None:
     """Write a checkpoint; it is there as a whole or not at all."""
     with files.atomic_folder(path_of(run, state.iteration), overwrite=True) as folder:
-        files.write_safetensors(folder / ADAPTER_FILE, weights)
-        files.write_safetensors(folder / OPTIMIZER_FILE, optimizer)
+        tensor_files.write_safetensors(folder / ADAPTER_FILE, weights)
+        tensor_files.write_safetensors(folder / OPTIMIZER_FILE, optimizer)
         record = {"version": VERSION, "state": dataclasses.asdict(state)}
         record["sha256"] = {name: files.sha256(folder / name) for name in (ADAPTER_FILE, OPTIMIZER_FILE)}
         files.write_json(folder / STATE_FILE, record | {"checksum": _checksum(record)})
@@ -125,8 +125,8 @@ def newest(run: Path) -> tuple[Checkpoint | None, list[str]]:
         try:
             state = read_state(run, iteration)
             folder = path_of(run, iteration)
-            weights = files.read_safetensors(folder / ADAPTER_FILE)
-            return Checkpoint(state, weights, files.read_safetensors(folder / OPTIMIZER_FILE)), problems
+            weights = tensor_files.read_safetensors(folder / ADAPTER_FILE)
+            return Checkpoint(state, weights, tensor_files.read_safetensors(folder / OPTIMIZER_FILE)), problems
         except NewerError:
             raise
         except AdapterError as error:

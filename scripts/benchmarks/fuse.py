@@ -204,13 +204,15 @@ def judge(model, base, adapter, calibration, rows):
 
 def bits_per_weight(folder, base):
     """All tensors' bits over the numbers they stand for."""
-    from mlx_adapters import files
+    from mlx_adapters import tensor_files
     from mlx_adapters.fusion.fuse import gather_updates  # noqa: F401  (loads MLX in the right order)
     from mlx_adapters.fusion.job import open_job
     from mlx_adapters.fusion.plan import Updates
     from mlx_adapters.model import resolve_base
 
-    headers = [files.read_safetensors_header(path)[0] for path in sorted(Path(folder).glob("model*.safetensors"))]
+    headers = [
+        tensor_files.read_safetensors_header(path)[0] for path in sorted(Path(folder).glob("model*.safetensors"))
+    ]
     total = sum(e["data_offsets"][1] - e["data_offsets"][0] for header in headers for e in header.values())
     return 8 * total / open_job(resolve_base(base), Updates(), "keep").parameters
 

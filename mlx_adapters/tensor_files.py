@@ -1,0 +1,169 @@
+"""Safetensors files, written and read whole.
+
+The format is eight bytes of header length, a JSON header and the raw tensors. Writing it ourselves lets a shard
+stream to the disk tensor by tensor, and a full disk is noticed where it happens.
+"""
+
+import hashlib
+import json
+import os
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from mlx_adapters.errors import FormatError, NotFoundError
+from mlx_adapters.files import atomic_file
+
+DTYPES = {
+    "float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32", "uint16": "U16", "uint8": "U8",
+    "int32": "I32", "int8": "I8", "int64": "I64", "int16": "I16", "bool": "BOOL", "uint64": "U64",
+}  # fmt: skip
+_ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U16": 2, "U8": 1, "I32": 4, "I8": 1, "I64": 8,
+               "I16": 2, "BOOL": 1, "U64": 8}  # fmt: skip
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None, hashed: bool = False
+) -> str:
+    """Write MLX arrays to a safetensors file, whole or not at all; return its SHA-256 if `hashed`, else "".
+
+    The names are sorted and the header is canonical, so equal tensors give equal bytes.
+    """
+    names = sorted(tensors)
+    layout = [(name, str(tensors[name].dtype).removeprefix("mlx.core."), tensors[name].shape) for name in names]
+    return stream_safetensors(path, layout, (tensors[name] for name in names), metadata, hashed)
+
+
+def stream_safetensors(
+    path: Path,
+    layout: Iterable[tuple[str, str, tuple[int, ...]]],
+    arrays: Iterable[Any],
+    metadata: Mapping[str, str] | None = None,
+    hashed: bool = False,
+) -> str:
+    """Write a safetensors file whose arrays are produced one by one, in the order of `layout`.
+
+    `layout` holds (name, dtype as in "bfloat16", shape) and must be known beforehand; `arrays` may be a
+    generator: one array at a time is in memory. Returns the file's SHA-256 if `hashed`, else "".
+    """
+    layout = list(layout)
+    header: dict[str, Any] = {"__metadata__": dict(sorted((metadata or {"format": "mlx"}).items()))}
+    offset = 0
+    for name, dtype, shape in layout:
+        code = DTYPES[dtype]
+        size = _ITEM_SIZES[code]
+        for extent in shape:
+            size *= extent
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with atomic_file(path) as stream, ThreadPoolExecutor(1) as worker:
+        digest = hashlib.sha256()
+        hashing = worker.submit(digest.update, b"")
+
+        def write(data: bytes | memoryview) -> None:
+            nonlocal hashing
+            if hashed:  # beside the writing, which takes as long
+                hashing.result()
+                hashing = worker.submit(digest.update, data)
+            stream.write(data)
+
+        write(struct.pack("<Q", len(encoded)) + encoded)
+        for (name, dtype, shape), array in zip(layout, arrays, strict=True):
+            if tuple(array.shape) != tuple(shape) or not str(array.dtype).endswith(dtype):
+                raise ValueError(f"{name}: promised {dtype} {shape}, got {array.dtype} {array.shape}")
+            write(raw_bytes(array))
+        hashing.result()
+    return digest.hexdigest() if hashed else ""
+
+
+def raw_bytes(array: Any) -> memoryview | bytes:
+    """The bytes of an MLX array, as safetensors stores them (row-major, little-endian)."""
+    import mlx.core as mx
+    import numpy as np
+
+    if array.size == 0:
+        return b""
+    if array.ndim == 0:
+        array = array.reshape(1)
+    if array.dtype == mx.bfloat16:
+        array = array.view(mx.uint16)
+    return np.ascontiguousarray(np.array(array, copy=False)).data.cast("B")
+
+
+def read_safetensors_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read names, dtypes, shapes and metadata without the tensors, checking every offset.
+
+    Returns ({name: {"dtype", "shape", "data_offsets"}}, metadata). Raises FormatError for a truncated or
+    random file.
+    """
+    path = Path(path)
+    bad = FormatError(f"'{path}' is not a whole safetensors file.", "it may be truncated; copy or download it again.")
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as stream:
+            start = stream.read(8)
+            if len(start) < 8:
+                raise bad
+            length = struct.unpack("<Q", start)[0]
+            if length > min(size - 8, 100_000_000):
+                raise bad
+            header = json.loads(stream.read(length))
+        if not isinstance(header, dict):
+            raise bad
+        metadata = header.pop("__metadata__", {}) or {}
+        ends = [0]
+        for entry in header.values():
+            first, last = entry["data_offsets"]
+            count = _ITEM_SIZES.get(entry["dtype"], 1)
+            for extent in entry["shape"]:
+                count *= extent
+            if (entry["dtype"] in _ITEM_SIZES and count != last - first) or not 0 <= first <= last:
+                raise bad
+            ends.append(last)
+        if max(ends) != size - 8 - length or not isinstance(metadata, dict):
+            raise bad
+    except FileNotFoundError:
+        raise NotFoundError(f"There is no file '{path}'.") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error):
+        raise bad from None
+    return header, metadata
+
+
+def glance_at_safetensors(path: str | Path) -> int:
+    """The size of a safetensors file that looks whole; some microseconds, whatever its header holds.
+
+    Looks at the header's frame and at where its last tensor ends, which finds truncated and random files; the
+    full check is `read_safetensors_header`. Raises NotFoundError or FormatError.
+    """
+    try:
+        with open(path, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            length = int.from_bytes(stream.read(8), "little")
+            if 2 <= length <= size - 8:
+                tail = min(length, 4096)
+                first = stream.read(1)
+                stream.seek(8 + length - tail)
+                ends = re.findall(rb"\[\s*\d+\s*,\s*(\d+)\s*\]", stream.read(tail))
+                if first == b"{" and (not ends or int(ends[-1]) <= size - 8 - length):
+                    return size
+    except FileNotFoundError:
+        raise NotFoundError(f"There is no file '{path}'.") from None
+    raise FormatError(f"'{path}' is not a whole safetensors file.", "it may be truncated; copy or download it again.")
+
+
+def read_safetensors(path: Path) -> dict[str, Any]:
+    """Read a safetensors file as MLX arrays. Raises NotFoundError or FormatError."""
+    import mlx.core as mx
+
+    read_safetensors_header(path)
+    try:
+        return dict(mx.load(str(path), format="safetensors"))
+    except (RuntimeError, ValueError) as error:
+        raise FormatError(
+            f"'{path}' cannot be read: {error}.", "it may be damaged; copy or download it again."
+        ) from None
