@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 import mlx_adapters as ma
+from mlx_adapters.benchmarking.text import sentences
 from mlx_adapters.demo.catalog import write_demo_data
 
 BASE = "demo"
@@ -75,7 +76,8 @@ for count in (1, 3, 10):
 # ## Load time, speed and memory
 #
 # Each variant runs in fresh processes, in shuffled order. On a CPU all of them compute with dense float32 copies of
-# their weights, so packed weights save no memory there; on a GPU they do.
+# their weights, so packed weights save no memory there; on a GPU they do. Few rounds on a busy machine say little:
+# read the intervals, not the points.
 
 # %%
 variants = {"base": "base", "adapter": sql.name, "fused, 4 bits": "./out/calibrated"}
@@ -90,12 +92,11 @@ for axes, (metric, title) in zip(panels, titles.items(), strict=True):
         values = [value / scale for block in report.blocks(label, metric).values() for value in block]
         axes.plot(values, [row] * len(values), "o", alpha=0.6)
     axes.set(title=title, yticks=range(len(variants)), yticklabels=variants if axes is panels[0] else [""] * 3)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.1 * axes.dataLim.xmax)
     axes.set_ylim(len(variants) - 0.5, -0.5)
 figure.tight_layout()
 plt.show()
-for sentence in report.comparisons:
-    print(f"{sentence.variant} against {sentence.against}, {sentence.metric}: ratio {sentence.ratio.value:.2f}")
+print("\n".join(sentences(report)))
 
 # %% [markdown]
 # ## So which?

@@ -80,7 +80,7 @@ for label, names in {"stay": ["sql"] * 21, "swap the adapter": ["sql", "caps"] *
     milliseconds[label] = sorted(timed(model.use, name) for name in names)[len(names) // 2]
 figure, axes = plt.subplots(figsize=(7, 1.8))
 axes.barh(list(milliseconds), list(milliseconds.values()), color=["0.6", "0.8", "tab:green"])
-axes.set(xscale="log", xlabel="milliseconds until one token was read")
+axes.set(xlabel="milliseconds until one token was read")
 plt.show()
 print(", ".join(f"{name}: {value:,.1f} ms" for name, value in milliseconds.items()))
 
