@@ -16,7 +16,7 @@ class _LoadFirst:
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         if name == "mlx.core":
-            sys.meta_path.remove(self)  # type: ignore[arg-type]
+            sys.meta_path.remove(self)
             import contextlib
             import ctypes
 
@@ -27,4 +27,4 @@ class _LoadFirst:
 def load_before_mlx() -> None:
     """Arrange that OpenBLAS is loaded just before MLX, on Linux."""
     if sys.platform == "linux" and "mlx.core" not in sys.modules:
-        sys.meta_path.insert(0, _LoadFirst())  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _LoadFirst())

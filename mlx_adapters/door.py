@@ -19,7 +19,7 @@ TESTED = "0.32"
 @contextlib.contextmanager
 def _unchanged_limits() -> Iterator[None]:
     set_limit = resource.setrlimit
-    resource.setrlimit = lambda *_: None  # type: ignore[assignment]
+    resource.setrlimit = lambda *_: None
     try:
         yield
     finally:

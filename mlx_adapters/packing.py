@@ -74,13 +74,13 @@ def pack(source: str, target: str | Path, *, checkpoints: bool = False, overwrit
 def _adapter_members(folder: Path, iteration: int | None, checkpoints: bool) -> dict[str, Path | bytes]:
     adapter = read_adapter(folder, iteration)
     chosen = folder / (ADAPTER_FILE if iteration is None else checkpoint_file(iteration))
-    members: dict[str, Path | bytes] = {ADAPTER_FILE: chosen, CONFIG_FILE: folder / CONFIG_FILE}
+    members = {ADAPTER_FILE: chosen, CONFIG_FILE: folder / CONFIG_FILE}
     members |= {name: folder / name for name in EXTRAS if (folder / name).is_file()}
     if checkpoints:
         members |= {checkpoint_file(i): folder / checkpoint_file(i) for i in iterations_of(folder)}
-    checksums = {name: files.sha256(path) for name, path in members.items() if name.endswith(ADAPTER_FILE)}  # type: ignore[arg-type]
+    checksums = {name: files.sha256(path) for name, path in members.items() if name.endswith(ADAPTER_FILE)}
     metadata = adapter.metadata | {"sha256": checksums} | ({"iteration": iteration} if iteration is not None else {})
-    return members | {METADATA_FILE: json.dumps(metadata, indent=2, sort_keys=True).encode()}
+    return {**members, METADATA_FILE: json.dumps(metadata, indent=2, sort_keys=True).encode()}
 
 
 def _model_members(folder: Path, on_event: OnEvent) -> dict[str, Path | bytes]:

@@ -103,13 +103,13 @@ def _intervals(report: Report) -> list[tuple[str, float, float, float]]:
     """Each variant against the first, in percent."""
     first = next(row.label for row in report.rows if row.error is None)
     many = len(report.config.shapes) > 1
-    rows = []
+    rows: list[tuple[str, float, float, float]] = []
     for found in report.comparisons:
         if found.against == first and found.ratio.low is not None and found.ratio.high is not None:
             where = f" {found.prompt_tokens} x {found.batch}" if many and found.prompt_tokens else ""
-            percent = [100 * (v - 1) for v in (found.ratio.low, found.ratio.value, found.ratio.high)]
-            rows.append((f"{METRICS[found.metric].title}{where}: {found.variant}", *percent))
-    return rows  # type: ignore[return-value]
+            low, middle, high = (100 * (v - 1) for v in (found.ratio.low, found.ratio.value, found.ratio.high))
+            rows.append((f"{METRICS[found.metric].title}{where}: {found.variant}", low, middle, high))
+    return rows
 
 
 def _quality(report: Report) -> dict[str, str]:

@@ -164,7 +164,7 @@ def fuse(
         )  # fmt: skip
         _refuse_unfaithful(result, options)
         files.write_json(folder / REPORT_FILE, report(result))
-        files.write_json(folder / RECIPE_FILE, {"format": 1} | _recipe(work, given, quantization, dtype, folder))
+        files.write_json(folder / RECIPE_FILE, {"format": 1} | _recipe(work, given, dtype, folder))
     return result
 
 
@@ -375,9 +375,7 @@ def report(result: FuseResult) -> dict[str, Any]:
     return plain
 
 
-def _recipe(
-    work: _Work, given: Sequence[Given], quantization: Quantization | int | str, dtype: str, folder: Path
-) -> dict[str, Any]:
+def _recipe(work: _Work, given: Sequence[Given], dtype: str, folder: Path) -> dict[str, Any]:
     from dataclasses import asdict
 
     updates = work.job.updates

@@ -68,7 +68,7 @@ def extract(
     keys = resolve_target_modules(module, LoraConfig(target_modules=target_modules))
     parts: dict[str, Decomposition] = {}
     left_out: dict[str, float] = {}
-    for change in _changes(module, _tuned_weights(finetuned, module, found_base), on_event):
+    for change in _changes(module, _tuned_weights(finetuned, found_base), on_event):
         if change.key in keys and change.energy > 0:
             parts[change.key] = _decompose(change, None if rank == "auto" else rank, energy or 0.99)
         elif change.energy > 0:
@@ -112,7 +112,7 @@ def _decompose(change: _Change, rank: int | None, energy: float) -> Decompositio
 # -- reading the two models, layer by layer -------------------------------------------------------------
 
 
-def _tuned_weights(finetuned: str | Path, module: Any, base: Base) -> Any:
+def _tuned_weights(finetuned: str | Path, base: Base) -> Any:
     """The fine-tuned module with lazy weights, or the base with an mlx-lm full fine-tune's weights over it."""
     folder = Path(finetuned).expanduser()
     if (folder / CONFIG_FILE).is_file():

@@ -7,6 +7,7 @@ from pathlib import Path
 from mlx_adapters import registry
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.config import require
+from mlx_adapters.errors import ConfigError
 from mlx_adapters.events import OnEvent, ignore
 from mlx_adapters.merging.recipes import Source, interpolate
 
@@ -62,8 +63,9 @@ def losses_on(
     read = read_data(data)
     rows = read.rows("test") or read.rows("valid") or read.rows("train")
     name = base or adapters[0].base_name
-    require(name is not None, "The adapters name no base.", "name one with --base.")
-    model = load_model(name)  # type: ignore[arg-type]
+    if name is None:
+        raise ConfigError("The adapters name no base.", "name one with --base.")
+    model = load_model(name)
     batches = Batches(judged_rows(rows, model, MAX_SEQ_LENGTH))
     losses = []
     for adapter in adapters:

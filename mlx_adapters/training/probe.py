@@ -4,6 +4,7 @@ import gc
 import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from mlx.utils import tree_flatten
@@ -99,7 +100,7 @@ class Prober:
         return mx.get_peak_memory() - before, statistics.median(seconds[warm_up:])
 
 
-def _through(counts: list[int], measure, wanted: int) -> float:  # noqa: ANN001
+def _through(counts: list[int], measure: Callable[[int], float], wanted: int) -> float:
     """The straight line through the measurements at `counts` blocks, at `wanted` blocks."""
     values = [measure(count) for count in counts]
     if len(values) == 1:
