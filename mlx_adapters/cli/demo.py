@@ -39,7 +39,7 @@ def _show(result: "DemoResult") -> None:
     from mlx_adapters.cli.benchmark import show
 
     _output.out()
-    list_command.callback(base="demo", as_json=False)  # type: ignore[misc]
+    click.get_current_context().invoke(list_command, base="demo")
     _output.out(f"\nOne test question: {result.question}")
     answers = [("gold", result.gold), *((v.label, " ".join(v.answer.split())[:100]) for v in result.variants)]
     _output.table(("VARIANT", "ANSWER"), answers)
