@@ -199,7 +199,11 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON with sorted keys, whole or not at all. NaN is refused."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    try:
+        text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
+    except ValueError as error:
+        raise FormatError(f"'{path}' would hold a number that JSON has not: {error}.") from None
+    write_text(path, text + "\n")
 
 
 def append_line(path: Path, line: str) -> None:
