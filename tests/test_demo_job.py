@@ -42,6 +42,13 @@ def test_right_answers_are_counted(tiny_model, tmp_path):
 def test_the_whole_way(home_with_base, monkeypatch):
     from mlx_adapters.cli import cli
 
+    run_demo, made = job.run_demo, []
+
+    def run_once(**options):
+        made.extend([] if made else [run_demo(**options)])
+        return made[0]
+
+    monkeypatch.setattr(job, "run_demo", run_once)
     shown = CliRunner().invoke(cli, ["demo", "--quick", "--json"], catch_exceptions=False)
     assert shown.exit_code == 0
     result = json.loads(shown.stdout)
@@ -56,6 +63,18 @@ def test_the_whole_way(home_with_base, monkeypatch):
         assert fused["folder"] == str(home_with_base / "demo" / f"demo-quick-{bits}bit")
     measured = {run["variant"] for run in result["report"]["runs"] if "error" not in run["result"]}
     assert measured == {v["reference"] for v in result["variants"]}
+
+    printed = CliRunner().invoke(cli, ["demo", "--quick"], catch_exceptions=False)
+    assert printed.exit_code == 0
+    for expected in (
+        "demo-quick",
+        "fused, 4 bits",
+        "SAME TOKEN",
+        "DECODE tok/s",
+        result["gold"],
+        result["data_folder"],
+    ):
+        assert expected in printed.stdout, expected
 
     notes = []
     monkeypatch.setattr(job, "train", lambda *_, **__: pytest.fail("trained again"))
