@@ -36,11 +36,10 @@ class DemoPlan:
     prompt_tokens: int
     decode_tokens: int
     rounds: int
+    fusing: FuseOptions
 
 
 LORA = LoraConfig(rank=8, scale=20.0)
-# Fewer rows and one-sided rounding: a third of the time, and still a hundredth of nearest rounding's loss.
-QUICK_FUSE = FuseOptions(thorough=False, calibration_rows=48, check_rows=32)
 REPORT_FILE = "benchmark.html"
 # A high rate that falls to zero: few iterations have to do.
 FULL = DemoPlan(
@@ -48,11 +47,13 @@ FULL = DemoPlan(
     training=TrainConfig(iterations=120, batch_size=4, learning_rate=6e-4, schedule="linear", warmup=5,
                          mask_prompt=True, max_seq_length=256, eval_every=40, eval_batches=6, save_every=40),
     questions=40, prompt_tokens=64, decode_tokens=24, rounds=2,
+    # Fewer rows and one-sided rounding: a third of the time of a thorough fuse.
+    fusing=FuseOptions(thorough=False, calibration_rows=48, check_rows=32),
 )  # fmt: skip
 QUICK = DemoPlan(
     name="demo-quick",
     training=TrainConfig(iterations=2, batch_size=2, mask_prompt=True, eval_every=2, eval_batches=1, save_every=2),
-    questions=3, prompt_tokens=8, decode_tokens=2, rounds=1,
+    questions=3, prompt_tokens=8, decode_tokens=2, rounds=1, fusing=FuseOptions(method="nearest", check_rows=16),
 )  # fmt: skip
 
 
@@ -161,7 +162,9 @@ def _train(plan: DemoPlan, data: Path, retrain: bool, on_event: OnEvent) -> None
 def _fuse(plan: DemoPlan, folder: Path, on_event: OnEvent) -> tuple[FuseResult, ...]:
     def one(bits: int) -> FuseResult:
         out = folder / f"{plan.name}-{bits}bit"
-        return fuse(DEMO_BASE, plan.name, out, quantization=bits, options=QUICK_FUSE, overwrite=True, on_event=on_event)
+        return fuse(
+            DEMO_BASE, plan.name, out, quantization=bits, options=plan.fusing, overwrite=True, on_event=on_event
+        )
 
     return one(8), one(4)
 
