@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlx_adapters.errors import ExistsError, FormatError, NotFoundError, StorageError, TrainingError
+from mlx_adapters.units import size
 
 TEMPORARY_PREFIX = ".tmp-"
 HOME_VARIABLE = "MLX_ADAPTERS_HOME"
@@ -279,7 +280,7 @@ def require_free_space(path: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise StorageError(
-            f"'{path}' needs {needed_bytes / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB free.",
+            f"'{folder}' needs {size(needed_bytes)}, but the disk has {size(free)} free.",
             "free some space, or choose another disk.",
         )
 

@@ -5,6 +5,7 @@ import json
 import resource
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx_lm
@@ -242,6 +243,18 @@ def test_files_are_whole_or_absent(tmp_path):
     with pytest.raises(KeyError), files.atomic_folder(tmp_path / "f") as folder:
         (folder / "x").write_text("half")
         raise KeyError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lack_of_space_is_told_in_figures_that_say_something(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2000))
+    with pytest.raises(errors.StorageError, match="needs 70 kB, but the disk has 2 kB free"):
+        files.require_free_space(tmp_path / "x", 70_000)
+
+
+def test_json_never_holds_nan(tmp_path):
+    with pytest.raises(errors.FormatError, match="loss.json"):
+        files.write_json(tmp_path / "loss.json", {"loss": float("nan")})
     assert list(tmp_path.iterdir()) == []
 
 
