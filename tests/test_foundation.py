@@ -253,7 +253,7 @@ def test_a_lack_of_space_is_told_in_figures_that_say_something(tmp_path, monkeyp
 
 
 def test_json_never_holds_nan(tmp_path):
-    with pytest.raises(errors.FormatError, match="loss.json"):
+    with pytest.raises(errors.FormatError, match=r"loss\.json"):
         files.write_json(tmp_path / "loss.json", {"loss": float("nan")})
     assert list(tmp_path.iterdir()) == []
 
