@@ -233,7 +233,7 @@ def test_leaving_frees_the_place(server):
     body = {"model": "a", "messages": CHAT, "max_tokens": 1500, "temperature": 0, "stream": True}
     with httpx.stream("POST", address + "/v1/chat/completions", json=body) as answer:
         next(answer.iter_lines())
-        assert eventually(lambda: len(engine._batcher.rows) == 1)  # the first line may come before the first token
+        assert eventually(lambda: len(engine._batcher.rows) == 1)  # the row may join the batch after the first line
     with contextlib.suppress(httpx.ReadTimeout):
         httpx.post(address + "/v1/chat/completions", json=body | {"stream": False}, timeout=0.2)
     assert eventually(lambda: engine._batcher.idle and engine._open == 0)
