@@ -234,13 +234,21 @@ def test_a_recipe_makes_the_same_bytes_again(tiny_model, tmp_path, data):
     write_adapter(make_adapter(folder, strength=0.05), tmp_path / "adapter")
     options = FuseOptions(calibration=str(data), budget_bits=6.5, **FEW)
     first = fuse(None, tmp_path / "adapter", tmp_path / "out", weights=[0.8], options=options)
-    again = fuse_again(tmp_path / "out", tmp_path / "again")
-    assert again.fidelity == first.fidelity
+    events = []
+    again = fuse_again(tmp_path / "out", tmp_path / "again", on_event=events.append)
+    assert again.fidelity == first.fidelity and again.identical
+    assert "byte for byte" in events[-1].text
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "again").iterdir())
     for name in names:
         if name != "fuse_report.json":
             assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+    other = files.read_json(tmp_path / "out/fuse_recipe.json")
+    other["weights_sha256"] = {"model.safetensors": "0" * 64}
+    files.write_json(tmp_path / "other.json", other)
+    unlike = fuse_again(tmp_path / "other.json", tmp_path / "unlike", on_event=events.append)
+    assert unlike.identical is False and events[-1].level == "warning"
+    assert "differ from the recipe's in model.safetensors: another processor" in events[-1].text
     lines = (data / "train.jsonl").read_text().splitlines(keepends=True)
     (data / "train.jsonl").write_text("".join(lines[5:]))
     with pytest.raises(IncompatibleError, match="text"):
@@ -263,6 +271,52 @@ def test_check_rows_are_never_calibrated_on(tiny_model, data):
     calibration = {tuple(tokens.tolist()) for tokens, _ in text.calibration}
     check = {tuple(tokens.tolist()) for tokens, _ in text.check}
     assert len(check) == 8 and len(calibration) == 32 and not calibration & check
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_own_data_that_is_too_short_gives_way_to_the_general_text(tiny_model, data, home, count):
+    folder = tiny_model("llama")
+    tokenizer, adapter = load_model(folder).tokenizer, make_adapter(folder)
+    lines = (data / "train.jsonl").read_text().splitlines(keepends=True)[:count]
+    (data / "train.jsonl").write_text("".join(lines))
+    (data / "valid.jsonl").unlink()
+    adapter.metadata["data"] = {"source": str(data)}
+    text = choose_text(None, [adapter], tokenizer, 16, 8)
+    assert text.source == GENERAL and f"'{data}' is too short" in text.why and text.describe()["why"] == text.why
+    with pytest.raises(FormatError, match="too short"):
+        choose_text(data, [adapter], tokenizer, 16, 8)
+
+
+def test_rows_that_only_look_different_are_not_in_both_parts(tiny_model, data):
+    tokenizer = load_model(tiny_model("llama")).tokenizer
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    renamed = [json.dumps({**row, "id": i}) + "\n" for i, row in enumerate(rows[:12])]
+    (data / "valid.jsonl").write_text("".join(renamed))
+    text = choose_text(data, [], tokenizer, 1000, 1000)
+    check = {tuple(tokens.tolist()) for tokens, _ in text.check}
+    assert len(check) == 12 and len(text.calibration) == 28
+    assert not check & {tuple(tokens.tolist()) for tokens, _ in text.calibration}
+
+
+def test_a_check_that_is_too_short_takes_training_rows(tiny_model, data):
+    tokenizer = load_model(tiny_model("llama")).tokenizer
+    lines = (data / "valid.jsonl").read_text().splitlines(keepends=True)
+    (data / "valid.jsonl").write_text(lines[0])
+    text = choose_text(data, [], tokenizer, 1000, 1000)
+    assert len(text.check) == 9 and len(text.calibration) == 32
+
+
+def test_a_recipe_on_the_general_text_stays_with_it(tiny_model, tmp_path, data):
+    folder = tiny_model("llama", bits=4)
+    adapter = make_adapter(folder)
+    adapter.metadata["data"] = {"source": str(tmp_path / "later")}
+    write_adapter(adapter, tmp_path / "adapter")
+    options = FuseOptions(calibration_rows=4, check_rows=4)
+    first = fuse(folder, tmp_path / "adapter", tmp_path / "out", options=options)
+    assert first.text["source"] == GENERAL and "no data folder" in first.text["why"]
+    assert json.loads((tmp_path / "out/fuse_report.json").read_text())["text"]["why"] == first.text["why"]
+    data.rename(tmp_path / "later")
+    assert fuse_again(tmp_path / "out", tmp_path / "again").identical
 
 
 def test_where_the_text_comes_from(tiny_model, tmp_path, data):
@@ -389,7 +443,8 @@ def test_the_command_prints_a_table(tiny_model, tmp_path, home, data):
     assert "calibrated rounding" in run.stdout and "SAME TOP" in run.stdout and "survived" in run.stdout
     recipe = files.read_json(Path(tmp_path / "out/fuse_recipe.json"))
     assert recipe["method"] == "calibrated" and recipe["adapters"][0]["reference"] == "tiny"
+    assert f"rows kept aside of {data}" in run.stdout
     again = CliRunner().invoke(cli, ["fuse", "--again", str(tmp_path / "out"), str(tmp_path / "again")])
-    assert again.exit_code == 0, again.output
+    assert again.exit_code == 0 and "byte for byte" in again.output, again.output
     wrong = CliRunner().invoke(cli, ["fuse", "tiny"])
     assert wrong.exit_code == 2 and "folder" in wrong.output

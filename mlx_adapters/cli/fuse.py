@@ -118,7 +118,7 @@ def _check_only(
     if as_json:
         _output.emit_json(checked)
         return
-    _show_fidelity(checked.fidelity)
+    _show_fidelity(checked.fidelity, checked.text)
     _output.out(f"share of the update that survived (mean cosine): {checked.update_survival:.4f}")
 
 
@@ -134,7 +134,7 @@ def _show(result: "FuseResult") -> None:
     if result.text and result.method == "calibrated":
         _output.out(f"calibrated on {result.text['calibration_rows']} rows of {result.text['source']}")
     if result.fidelity:
-        _show_fidelity(result.fidelity)
+        _show_fidelity(result.fidelity, result.text)
     weakest = min(result.survival, key=lambda s: s.cosine)
     _output.out(
         f"share of the update that survived (cosine): mean {result.update_survival:.4f}, "
@@ -142,8 +142,12 @@ def _show(result: "FuseResult") -> None:
     )
 
 
-def _show_fidelity(fidelity: "Fidelity") -> None:
+def _show_fidelity(fidelity: "Fidelity", text: dict[str, Any] | None) -> None:
     _output.table(*fidelity.table(), right=range(1, 7))
+    where = f" of {text['source']}" if text else ""
     _output.out(
         f"KL from the adapter model in nats per token, on {fidelity.tokens} tokens of {fidelity.rows} rows kept aside"
+        + where
     )
+    if text and text["why"]:
+        _output.out(f"the general text, because: {text['why']}")

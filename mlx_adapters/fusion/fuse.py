@@ -8,7 +8,7 @@ what it cost is measured on other text (see `fidelity`).
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ from mlx_adapters.fusion.recipe import RECIPE_FILE, Given, Recipe
 from mlx_adapters.fusion.rounding import dequantize
 from mlx_adapters.fusion.stream import dtype_name
 from mlx_adapters.fusion.survival import Survival
-from mlx_adapters.fusion.text import Text, choose_text
+from mlx_adapters.fusion.text import GENERAL, Text, choose_text
 from mlx_adapters.machine import on_gpu
 from mlx_adapters.model import Base, load_tokenizer_of, resolve_base
 from mlx_adapters.registry import load_adapter
@@ -47,8 +47,10 @@ class FuseOptions:
     a data folder, a .jsonl, .parquet or .txt file; None: the adapter's training data, else a general text.
     `max_kl` (nats per token) or `budget_bits` (bits per weight of the whole model) ask for mixed precision.
     `thorough`: let the rows of a layer cancel each other's errors too; about half the KL for three times the
-    rounding time. `force`: keep the output even if KL is above `max_kl`. `format`: "mlx"; "hf": unquantized, with
-    the names, types and config of the original checkpoint; "gguf": one file, f16 (or q8_0 at 8 bits), not checked.
+    rounding time. Experts (each sees too few tokens to know how its outputs are felt together) and layers of over
+    16,384 outputs (whose moments would not fit) are rounded row by row all the same. `force`: keep the output even if
+    KL is above `max_kl`. `format`: "mlx"; "hf": unquantized, with the names, types and config of the original
+    checkpoint; "gguf": one file, f16 (or q8_0 at 8 bits), not checked.
     """
 
     method: Literal["auto", "nearest", "calibrated"] = "auto"
@@ -79,7 +81,10 @@ DEFAULTS = FuseOptions()
 
 @dataclass(frozen=True)
 class FuseResult:
-    """A fused model. `bits_per_weight` counts all tensors; `notes` say where a layer is not as asked."""
+    """A fused model. `bits_per_weight` counts all tensors; `notes` say where a layer is not as asked.
+
+    `identical`, after `fuse_again`: whether the weight files have the bytes that the recipe records.
+    """
 
     folder: Path
     method: str
@@ -91,6 +96,7 @@ class FuseResult:
     text: dict[str, Any] | None
     notes: tuple[str, ...]
     seconds: float
+    identical: bool | None = None
 
     @property
     def update_survival(self) -> float:
@@ -237,7 +243,8 @@ class _Work:
         if self.method != "calibrated" or self.text is None:
             return
         job = self.job
-        self.on_event(Note(f"Calibrating on {len(self.text.calibration)} rows of {self.text.source}."))
+        why = f" {self.text.why}" if self.text.why else ""
+        self.on_event(Note(f"Calibrating on {len(self.text.calibration)} rows of {self.text.source}.{why}"))
         also = {q for plan in job.plans if plan.rounded_to for q in finer(plan.rounded_to)} if self.mixed else ()
         round_layers(
             job.base, job.updates, job.plans, batches_of(self.text.calibration), job.scale_dtype, spool, self.on_event,
@@ -364,8 +371,6 @@ def _refuse_unfaithful(result: FuseResult, options: FuseOptions) -> None:
 
 def report(result: FuseResult) -> dict[str, Any]:
     """What fuse_report.json says."""
-    from dataclasses import asdict
-
     plain = asdict(result) | {"folder": str(result.folder), "update_survival": result.update_survival}
     if result.fidelity:
         plain["fidelity"] |= {
@@ -376,9 +381,9 @@ def report(result: FuseResult) -> dict[str, Any]:
 
 
 def _recipe(work: _Work, given: Sequence[Given], dtype: str, folder: Path) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    updates = work.job.updates
+    updates, text = work.job.updates, work.text
+    general = text is not None and text.source == GENERAL  # even if the adapter's own data turns up again
+    options = replace(work.options, calibration=GENERAL) if general else work.options
     described = [recipes.describe_adapter(g, a, w) for g, (a, w) in zip(given, updates.adapters, strict=True)]
     made = Recipe(
         base=work.job.base.record(),
@@ -387,8 +392,8 @@ def _recipe(work: _Work, given: Sequence[Given], dtype: str, folder: Path) -> di
         dtype=dtype,
         method=work.method,
         targets={path: recipes.precision_to_json(target) for path, target in work.targets.items()},
-        text=work.text.describe() if work.text else None,
-        options=asdict(work.options),
+        text=text.describe() | {"why": None} if text else None,
+        options=asdict(options),
         versions=recipes.recipe_versions(),
         weights_sha256=recipes.weights_sha256(folder),
     )
@@ -411,7 +416,10 @@ def fuse_again(path: str | Path, out: str | Path, *, overwrite: bool = False, on
             raise IncompatibleError(f"The text '{text.source}' is not the one of the recipe any more.")
     weights = [entry["weight"] for entry in recipe.adapters]
     given = [entry["reference"] for entry in recipe.adapters]
-    return fuse(
+    result = fuse(
         base, given, out, quantization=recipes.precision_from_json(recipe.quantization) or "none",
         dtype=recipe.dtype, weights=weights, options=options, overwrite=overwrite, any_base=True, on_event=on_event,
     )  # fmt: skip
+    unlike = recipes.differences(recipe, recipes.read_recipe(out))
+    on_event(Note(unlike, "warning") if unlike else Note("The weights are the recipe's, byte for byte."))
+    return replace(result, identical=unlike is None)

@@ -14,6 +14,7 @@ from mlx_adapters.model import Base, resolve_base
 from mlx_adapters.registry import load_adapter
 
 RECIPE_FILE = "fuse_recipe.json"
+WEIGHT_FILES = ("model*.safetensors", "*.gguf")
 Given = Adapter | str | Path
 JsonPrecision = dict[str, Any] | str | None
 
@@ -61,7 +62,23 @@ def describe_adapter(given: Given, adapter: Adapter, weight: float) -> dict[str,
 
 def weights_sha256(folder: Path) -> dict[str, str]:
     """SHA-256 of each weight file."""
-    return {path.name: files.sha256(path) for path in sorted(folder.glob("model*.safetensors"))}
+    found = [path for pattern in WEIGHT_FILES for path in sorted(folder.glob(pattern))]
+    return {path.name: files.sha256(path) for path in found}
+
+
+def differences(asked: Recipe, made: Recipe) -> str | None:
+    """A sentence on the weight files of `made` that are unlike those of `asked`, None if there are none."""
+    names = sorted(asked.weights_sha256.keys() | made.weights_sha256.keys())
+    unlike = [name for name in names if asked.weights_sha256.get(name) != made.weights_sha256.get(name)]
+    if not unlike:
+        return None
+    versions = [
+        f"{name} {asked.versions.get(name)}, now {made.versions.get(name)}"
+        for name in sorted(asked.versions.keys() | made.versions.keys())
+        if asked.versions.get(name) != made.versions.get(name)
+    ]
+    because = f"it was made with {'; '.join(versions)}" if versions else "another processor or BLAS can round otherwise"
+    return f"The weights differ from the recipe's in {', '.join(unlike)}: {because}."
 
 
 def read_recipe(path: str | Path) -> Recipe:

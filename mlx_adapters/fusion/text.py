@@ -1,7 +1,7 @@
 """Text for calibration and for the check, taken apart so that no row serves both.
 
 In this order: what the caller names; the data that the adapter was trained on, if its record still leads
-there; a small general text that the package carries.
+there and it is long enough; a small general text that the package carries.
 """
 
 import hashlib
@@ -22,21 +22,27 @@ from mlx_adapters.training.rows import RawRow, read_data
 GENERAL = "general text of the package"
 MAX_LENGTH = 512
 LEAST_TOKENS = 256
+LEAST_CHARACTERS = 4 * LEAST_TOKENS
 
 
 @dataclass(frozen=True)
 class Text:
-    """Rows of (tokens, judged): `calibration` to round by, `check` to judge by. `source` says whence."""
+    """Rows of (tokens, judged): `calibration` to round by, `check` to judge by. `source` says whence.
+
+    `why` says, if it is the general text, why the adapter's own data is not used.
+    """
 
     calibration: list[Row]
     check: list[Row]
     source: str
     sha256: str
+    why: str | None = None
 
     def describe(self) -> dict[str, Any]:
         """What recipe and report record."""
         return {
             "source": self.source,
+            "why": self.why,
             "sha256": self.sha256,
             "calibration_rows": len(self.calibration),
             "calibration_tokens": sum(len(tokens) for tokens, _ in self.calibration),
@@ -49,17 +55,33 @@ def choose_text(
 ) -> Text:
     """The text to use, tokenized.
 
-    `asked` is a data folder, a .jsonl, .parquet or .txt file, or None. Raises NotFoundError or FormatError for
-    text that is missing, malformed, or too short.
+    `asked` is a data folder, a .jsonl, .parquet or .txt file, GENERAL, or None. Raises NotFoundError or FormatError
+    if a text that was asked for is missing, malformed or too short; the adapters' own data then only gives way.
     """
-    if asked is not None:
-        source, train, held = str(asked), *read_text(str(asked))
-    else:
-        source, train, held = _own_data(adapters) or (GENERAL, *_split_paragraphs(general_text(), GENERAL))
-    train, held = _apart(train, held, source)
+
+    def prepare(source: str, rows: tuple[list[RawRow], list[RawRow]], why: str | None = None) -> Text:
+        return _prepare(source, *_apart(*rows, source), tokenizer, calibration_rows, check_rows, why)
+
+    if asked is not None and asked != GENERAL:
+        return prepare(str(asked), read_text(str(asked)))
+    why = None
+    if asked is None:
+        try:
+            return prepare(*_own_data(adapters))
+        except AdapterError as error:
+            why = error.message
+    return prepare(GENERAL, _split_paragraphs(general_text(), GENERAL), why)
+
+
+def _prepare(
+    source: str, train: list[RawRow], held: list[RawRow], tokenizer: Any, calibration_rows: int, check_rows: int,
+    why: str | None,
+) -> Text:  # fmt: skip
     digest = hashlib.sha256("\n".join(row.key() for row in [*train, *held]).encode()).hexdigest()
-    calibration = _tokenize(_spread(train, calibration_rows), tokenizer)
     check = _tokenize(_spread(held, check_rows), tokenizer)
+    judged = {tokens.tobytes() for tokens, _ in check}
+    calibration = _tokenize(_spread(train, calibration_rows), tokenizer)
+    calibration = [row for row in calibration if row[0].tobytes() not in judged]  # other rows may say the same
     for rows, what in ((calibration, "calibration"), (check, "the check")):
         tokens = sum(len(row) for row, _ in rows)
         if tokens < LEAST_TOKENS:
@@ -67,7 +89,7 @@ def choose_text(
                 f"'{source}' is too short: {tokens} tokens for {what}, at least {LEAST_TOKENS} are needed.",
                 "give more rows, or leave --calibration away to use the general text.",
             )
-    return Text(calibration, check, source, digest)
+    return Text(calibration, check, source, digest, why)
 
 
 def read_text(source: str) -> tuple[list[RawRow], list[RawRow]]:
@@ -97,20 +119,25 @@ def _split_paragraphs(text: str, source: str) -> tuple[list[RawRow], list[RawRow
     return rows, []
 
 
-def _own_data(adapters: Sequence[Adapter]) -> tuple[str, list[RawRow], list[RawRow]] | None:
-    """Training data of the adapters whose record leads to data that can still be read."""
+def _own_data(adapters: Sequence[Adapter]) -> tuple[str, tuple[list[RawRow], list[RawRow]]]:
+    """(sources, rows) of the adapters' training data, as far as it can still be read. Raises AdapterError if none."""
     train: list[RawRow] = []
     held: list[RawRow] = []
     sources: list[str] = []
+    reason: AdapterError = NotFoundError("The adapter does not say what it was trained on.")
     for adapter in adapters:
         source = data_source(adapter)
+        if source is None:
+            continue
         try:
-            rows = read_text(source) if source else None
-        except AdapterError:
-            rows = None
-        if rows is not None:
-            train, held, sources = train + rows[0], held + rows[1], [*sources, str(source)]
-    return (", ".join(sources), train, held) if train else None
+            rows = read_text(source)
+        except AdapterError as error:
+            reason = error
+            continue
+        train, held, sources = train + rows[0], held + rows[1], [*sources, source]
+    if not train:
+        raise reason
+    return ", ".join(dict.fromkeys(sources)), (train, held)
 
 
 def data_source(adapter: Adapter) -> str | None:
@@ -122,12 +149,12 @@ def data_source(adapter: Adapter) -> str | None:
 
 
 def _apart(train: list[RawRow], held: list[RawRow], source: str) -> tuple[list[RawRow], list[RawRow]]:
-    """No row twice: repeated rows go, rows of the check leave calibration; without a check, a fifth is set aside."""
+    """No row twice, and none in both parts; with too little to check by, a fifth of the training rows is set aside."""
     train = list({row.key(): row for row in train}.values())
     seen = {row.key() for row in train}
     held = [row for key, row in {row.key(): row for row in held}.items() if key not in seen]
-    if not held:
-        held, train = train[::5], [row for i, row in enumerate(train) if i % 5]
+    if sum(len(row.key()) for row in held) < LEAST_CHARACTERS:
+        held, train = held + train[::5], [row for i, row in enumerate(train) if i % 5]
     if not train or not held:
         raise FormatError(f"'{source}' is too short to calibrate on and to check by.", "give at least ten rows.")
     return train, held
