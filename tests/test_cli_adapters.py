@@ -66,7 +66,7 @@ def test_list_sorts_filters_and_shows_damage(run, base):
     assert "1 of 3 have a problem" in err
     names = [entry["name"] for entry in as_json(run("list", "--sort", "name", "--reverse", "--json"))["adapters"]]
     assert names == ["sql", "chat", "bad"]
-    assert as_json(run("list", "--base", "another", "--json")) == {"adapters": []}
+    assert as_json(run("list", "--base", "another", "--json")) == {"schema": "mlx_adapters/1", "adapters": []}
     assert "No such adapters" in run("list", "--tag", "x")[1]
 
 

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from click.testing import CliRunner
+from test_json import documented
 
 from mlx_adapters.demo import job
 from mlx_adapters.demo.answers import answer_all, right_answers
@@ -52,6 +53,7 @@ def test_the_whole_way(home_with_base, monkeypatch):
     shown = CliRunner().invoke(cli, ["demo", "--quick", "--json"], catch_exceptions=False)
     assert shown.exit_code == 0
     result = json.loads(shown.stdout)
+    assert result.keys() - {"schema"} == documented("demo")
     assert [v["label"] for v in result["variants"]] == [
         "base, told the schema", "adapter", "fused, 8 bits", "fused, 4 bits",
     ]  # fmt: skip

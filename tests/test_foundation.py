@@ -309,7 +309,7 @@ def test_command_line_errors_are_two_lines():
     for arguments, status in ((["show", "nobody"], 1), (["generate", "x", "--base", "./none"], 1), (["nosuch"], 2)):
         done = run(*arguments)
         assert done.returncode == status and "Traceback" not in done.stderr and "Error" in done.stderr, done.stderr
-    assert json.loads(run("list", "--json").stdout) == {"adapters": []}
+    assert json.loads(run("list", "--json").stdout) == {"schema": "mlx_adapters/1", "adapters": []}
 
 
 def test_generate_streams_text(tiny_model, home):

@@ -164,4 +164,4 @@ def test_bash_accepts_the_script(tmp_path):
 
 def test_json_output_is_one_document():
     done = subprocess.run([sys.executable, "-m", "mlx_adapters", "list", "--json"], capture_output=True, text=True)
-    assert json.loads(done.stdout) == {"adapters": []} and done.stderr == ""
+    assert json.loads(done.stdout) == {"schema": "mlx_adapters/1", "adapters": []} and done.stderr == ""

@@ -17,6 +17,8 @@ from mlx_adapters.events import Event, Note, Progress
 from mlx_adapters.units import duration, format_table, number
 from mlx_adapters.units import size as size  # the commands take it from here
 
+SCHEMA = "mlx_adapters/1"  # of the --json documents; fields may be added, any other change counts up (docs/json.md)
+
 _quiet = False
 _debug = False
 
@@ -79,8 +81,8 @@ def error(message: str, hint: str | None = None) -> None:
 
 
 def emit_json(value: Any) -> None:
-    """One JSON document, to stdout. NaN and Inf become null."""
-    click.echo(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False))
+    """One JSON document, to stdout: a mapping or dataclass, and its schema's version. NaN and Inf become null."""
+    click.echo(json.dumps({"schema": SCHEMA} | plain(value), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def plain(value: Any) -> Any:

@@ -1,0 +1,102 @@
+"""Every `--json` document: one object with the schema's version and the fields that docs/json.md names."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from adapters import make_run
+from click.testing import CliRunner
+from test_public_api import LEAVES, WITHOUT_JSON
+
+from mlx_adapters.benchmarking import run as benchmarking
+from mlx_adapters.benchmarking import worker
+from mlx_adapters.benchmarking.variants import Variant
+from mlx_adapters.cli import _output, cli
+from mlx_adapters.demo.catalog import write_demo_data
+
+pytest_plugins = ["hub_fixtures"]
+
+DOCUMENT = (Path(__file__).parent.parent / "docs" / "json.md").read_text()
+LINES = """\
+data check data --base base
+data split data/train.jsonl halves
+estimate base
+estimate base --data data
+train base --data data --name new --iterations 1 --batch-size 1
+list
+show sql
+compare sql@100 sql@200
+verify sql
+rename new newer
+tag sql good
+use sql@200
+prune sql --keep-best --yes
+pack sql sql.tar.gz
+add sql.tar.gz --name copy
+remove newer --yes
+init project
+generate Hello --adapter sql --max-tokens 2
+ab questions.txt sql copy --max-tokens 2
+fuse sql full --bits none
+fuse --check-only full --adapter sql --calibration data --check-rows 12
+merge sql copy --name both
+scale sql 0.5 --name half
+subtract both half --name rest
+interpolate sql copy --steps 2 --data data
+extract full base --rank 2 --name extracted
+benchmark base sql --prompt-tokens 4 --decode-tokens 2 --rounds 2 --trials 1 -o report.json
+advise sql --report report.json
+eval sql --data data --max-rows 2
+card sql
+publish sql user/sql --dry-run
+publish sql user/sql
+download user/sql --name down
+export-peft sql peft
+import-peft peft --base base --name back
+env
+"""
+
+
+def documented(line: str) -> set[str]:
+    """The fields that docs/json.md lists for a line's command, by the longest name of its row that fits."""
+    rows = re.findall(r"^\| `([^`]+)` \|(.*?)\|", DOCUMENT, re.M)
+    fitting = [(name, fields) for name, fields in rows if set(name.split()) <= set(line.split())]
+    return set(re.findall(r"`([a-z0-9_]+)`", max(fitting, key=lambda row: len(row[0]))[1]))
+
+
+def command_of(line: str) -> str:
+    words = line.split()
+    return " ".join(words[:2]) if words[0] == "data" else words[0]
+
+
+@pytest.fixture
+def place(tiny_model, base, hub, tmp_path, monkeypatch):
+    """A folder with a base, data, questions and the adapter `sql`; measuring happens in this process."""
+    monkeypatch.chdir(tmp_path)
+    for path in write_demo_data(tmp_path / "data").glob("*.jsonl"):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:20]))
+    (tmp_path / "questions.txt").write_text("List the Physics courses.\n")
+    make_run(base, "sql", losses=[(100, 2.0), (200, 1.0)])
+
+    def run_here(variant: Variant, config, folder, _):
+        return worker.run_job(variant, config) | {"process_seconds": 1.0}
+
+    monkeypatch.setattr(benchmarking, "run_worker", run_here)
+    return tmp_path
+
+
+def test_the_lines_are_all_commands_with_json():
+    tested = {f"mlx-adapters {command_of(line)}" for line in LINES.splitlines()}
+    assert tested == set(LEAVES) - WITHOUT_JSON - {"mlx-adapters demo"}  # test_demo_job.py runs it
+    assert f'"schema": "{_output.SCHEMA}"' in DOCUMENT
+
+
+def test_every_document_is_as_documented(place):
+    for line in LINES.splitlines():
+        result = CliRunner().invoke(cli, [*line.split(), "--json"])
+        error = getattr(result.exception, "message", result.exception)
+        assert result.exit_code == 0, f"{line}\n{result.output}\n{error}"
+        document = json.loads(result.stdout)
+        assert next(iter(document.items())) == ("schema", _output.SCHEMA)
+        assert document.keys() - {"schema"} == documented(line), line
