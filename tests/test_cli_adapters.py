@@ -76,6 +76,9 @@ def test_show_tells_settings_layers_losses_and_files(run, base, tmp_path):
     for text in ("rank 4, scale 2", "512 × 64", "@200 *", "adapter_metadata.json", str(base), "rows train 600"):
         assert text in out
     assert "<svg" in (tmp_path / "losses.svg").read_text()
+    assert "── training   ━━ validation" in out
+    run("show", "sql", "--plot", tmp_path / "losses.png")
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert "model.layers.1.mlp.down_proj" in run("show", "sql@100", "--layers")[0]
     shown = as_json(run("show", "sql", "--json"))
     assert [c["validation_loss"] for c in shown["checkpoints"]] == [2.0, 1.0, 1.5]
@@ -85,7 +88,7 @@ def test_show_tells_settings_layers_losses_and_files(run, base, tmp_path):
     exact = np.linalg.norm(update_of(registry.load_adapter("sql"), LLAMA[0]).matrix())
     norm = next(layer["norm"] for layer in shown["layers"] if layer["key"] == LLAMA[0])
     assert norm == pytest.approx(exact, rel=1e-5)
-    assert "must end in .svg" in run("show", "sql", "--plot", tmp_path / "x.gif", status=2)[1]
+    assert "must end in .png or .svg" in run("show", "sql", "--plot", tmp_path / "x.gif", status=2)[1]
     registry.register(make_adapter(base), "fresh")
     assert "No losses" in run("show", "fresh", "--plot", tmp_path / "y.svg", status=1)[1]
     assert "did you mean 'sql'" in run("show", "sqll", status=1)[1]

@@ -39,6 +39,11 @@ def live() -> bool:
     return not _quiet and sys.stderr.isatty()
 
 
+def columns() -> int:
+    """The terminal's width, 80 where there is none."""
+    return shutil.get_terminal_size().columns
+
+
 def colored(stream: Any) -> bool:
     """Whether colors make sense: a terminal, and NO_COLOR not set."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
@@ -139,8 +144,7 @@ def show_live(text: str, end: bool = False) -> None:
     if _quiet:
         return
     if sys.stderr.isatty():
-        width = shutil.get_terminal_size().columns
-        sys.stderr.write("\r\x1b[K" + text[: width - 1] + ("\n" if end else ""))
+        sys.stderr.write("\r\x1b[K" + text[: columns() - 1] + ("\n" if end else ""))
         sys.stderr.flush()
     else:
         click.echo(text, err=True)

@@ -69,14 +69,15 @@ def _list_row(e: "Entry") -> tuple[str, ...]:
 @click.command("show")
 @click.argument("ref", type=REFERENCE)
 @click.option("--layers", is_flag=True, help="One row for each layer instead of one for each kind.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the loss curves into FILE.svg.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="Draw the loss curves into FILE.png or .svg.")  # fmt: skip
 @json_option
 def show_command(ref: str, layers: bool, plot: Path | None, as_json: bool) -> None:
     """Show one adapter: settings, data, losses, layers and the norms of their updates, files.
 
     \b
     Example:
-      mlx-adapters show sql@600 --plot losses.svg
+      mlx-adapters show sql@600 --plot losses.png
     """
     from mlx_adapters.inspecting import describe
 
@@ -88,6 +89,7 @@ def show_command(ref: str, layers: bool, plot: Path | None, as_json: bool) -> No
         return
     for name, value in _facts(details):
         _output.out(f"{name:<16} {value}")
+    _show_losses(details)
     _output.out()
     _output.table(("LAYERS", "SHAPE", "‖ΔW‖"), _layer_rows(details.layers, layers), right=(2,))
     if details.checkpoints:
@@ -142,18 +144,38 @@ def _shape(shape: tuple[int, ...]) -> str:
     return " × ".join(map(str, shape))
 
 
+def _losses(details: "Details") -> dict[str, list[tuple[int, float]]]:
+    from mlx_adapters.adapter import losses_of
+
+    found = dict(zip(("training", "validation"), losses_of(details.metadata), strict=True))
+    return {name: points for name, points in found.items() if points}
+
+
+def _show_losses(details: "Details") -> None:
+    """The loss curves in the terminal, if there is more than a point."""
+    from mlx_adapters.charts import terminal
+
+    losses = _losses(details)
+    if any(len(points) > 1 for points in losses.values()):
+        _output.out("\nLOSS by iteration, nats per token")
+        for line in terminal.line_chart(losses, width=min(_output.columns(), 100) - 1):
+            _output.out(line)
+
+
 def _plot(details: "Details", path: Path) -> None:
     from mlx_adapters import files
-    from mlx_adapters.adapter import losses_of
-    from mlx_adapters.charts import line_chart
+    from mlx_adapters.charts import png, svg
     from mlx_adapters.errors import ConfigError, NotFoundError
 
-    if path.suffix != ".svg":
-        raise ConfigError(f"'{path}' must end in .svg.")
-    series = dict(zip(("train", "validation"), losses_of(details.metadata), strict=True))
-    if not any(series.values()):
+    formats = {".svg": lambda *chart: svg.line_chart(*chart).encode(), ".png": png.line_chart}
+    draw = formats.get(path.suffix.lower())
+    if draw is None:
+        raise ConfigError(f"'{path}' must end in .png or .svg.")
+    losses = _losses(details)
+    if not losses:
         raise NotFoundError(f"No losses are recorded for '{details.name}'.")
-    files.write_text(path, line_chart(series, details.name, "iteration", "loss"))
+    with files.atomic_file(path) as stream:
+        stream.write(draw(losses, details.name, "iteration", "nats per token"))
     _output.note(f"Losses drawn in {path}")
 
 
