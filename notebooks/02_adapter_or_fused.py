@@ -2,7 +2,7 @@
 # # 2. Adapter or fused model?
 #
 # Guides answer this with tables of ticks. Here everything is measured on the machine that ran this notebook: size,
-# load time, speed, memory, and what fusing to 4 bits does to the answers. The adapter is small (the last four blocks)
+# load time, speed, memory, and what fusing to 4 bits does to the answers. The adapter is small (the last two blocks)
 # and trained briefly, so that all this takes a minute or two.
 
 # %%
@@ -17,10 +17,10 @@ from mlx_adapters.demo.catalog import write_demo_data
 BASE = "demo"
 data = write_demo_data(Path("data/sql"), overwrite=True)
 settings = ma.TrainConfig(
-    iterations=20, batch_size=4, learning_rate=1e-3, schedule="linear", warmup=2, mask_prompt=True, max_seq_length=128,
-    eval_every=10, eval_batches=3, save_every=20,
+    iterations=12, batch_size=4, learning_rate=2e-3, schedule="linear", warmup=2, mask_prompt=True, max_seq_length=128,
+    eval_every=6, eval_batches=2, save_every=12,
 )  # fmt: skip
-lora = ma.LoraConfig(rank=8, scale=20.0, num_layers=4)
+lora = ma.LoraConfig(rank=8, scale=20.0, num_layers=2)
 ma.train(BASE, data, name="notebook-fuse", lora=lora, training=settings, overwrite=True)
 sql = ma.load_adapter("notebook-fuse")
 sql
