@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import struct
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -28,6 +30,7 @@ from mlx_adapters.benchmarking.statistics import (
     weighted_mean,
 )
 from mlx_adapters.benchmarking.variants import Variant, parse_variant, parse_variants
+from mlx_adapters.charts import png
 from mlx_adapters.cli import cli
 from mlx_adapters.errors import ConfigError, NotFoundError
 from mlx_adapters.files import write_json
@@ -471,6 +474,28 @@ def test_pictures_are_xml_and_inside_their_frame():
                 assert 0 <= float(element.attrib.get(name, 0)) <= limit, (title, ElementTree.tostring(element))
 
 
+def test_a_png_shows_what_the_svg_has():
+    pictures = html.plots(synthetic({"base": 100.0, "slow": 90.0}))
+    pixels = pixels_of(png.picture(pictures["Memory by part"]))
+    for bar in ElementTree.fromstring(pictures["Memory by part"]).iter("{http://www.w3.org/2000/svg}rect"):
+        color, x, y, width = (bar.attrib[name] for name in ("fill", "x", "y", "width"))
+        rgb, share = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]), float(bar.attrib["fill-opacity"])
+        if float(width) > 2:
+            shown = pixels[round(2 * float(y)) + 8, round(2 * float(x)) + 2]
+            assert np.abs(shown - (rgb * share + 255 * (1 - share))).max() < 45  # a grid line may lie below
+    assert all(len(png.picture(picture)) > 1000 for picture in (pictures["Decode speed"], pictures["Against base"]))
+    with pytest.raises(ValueError, match="cannot draw <image>"):
+        png.picture('<svg viewBox="0 0 9 9"><image/></svg>')
+
+
+def pixels_of(data: bytes) -> np.ndarray:
+    """(height, width, 3) of a PNG file of ours, as floats."""
+    width, height = struct.unpack(">II", data[16:24])
+    start = data.index(b"IDAT") + 4
+    lines = np.frombuffer(zlib.decompress(data[start:]), np.uint8).reshape(height, 1 + 3 * width)
+    return lines[:, 1:].reshape(height, width, 3).astype(float)
+
+
 def test_pages_of_failures_have_no_pictures():
     failed = dataclasses.replace(synthetic({"base": 1.0}), runs=(Run("base", 0, {"error": "no such model"}),))
     assert html.plots(failed) == {} and "no such model" in html.html(failed)
@@ -524,6 +549,7 @@ def test_all_files_are_written(tmp_path, monkeypatch, measured):
     arguments = [part for flag, name in names.items() for part in (flag, str(tmp_path / name))]
     assert CliRunner().invoke(cli, ["benchmark", "base", *arguments]).exit_code == 0
     assert (tmp_path / "plots" / "load-time.svg").read_text().startswith("<svg")
+    assert (tmp_path / "plots" / "load-time.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
 
 

@@ -64,7 +64,9 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("-o", "--output", type=FILE, help="Save the report as JSON.")
 @click.option("--markdown", type=FILE, help="Write it as Markdown.")
 @click.option("--html", type=FILE, help="Write it as one HTML file with plots.")
-@click.option("--plots", type=click.Path(file_okay=False, path_type=Path), help="Write the plots as SVG into a folder.")
+@click.option(
+    "--plots", type=click.Path(file_okay=False, path_type=Path), help="Write the plots as SVG and PNG into a folder."
+)
 @click.option("--against", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="An older saved report.")
 @click.option("--fail-over", type=Percent(), metavar="5%", help="With --against: fail if something got worse by more.")
 @json_option
@@ -116,6 +118,7 @@ def save(report: "Report", output: Path | None, markdown: Path | None, html: Pat
     from mlx_adapters import files
     from mlx_adapters.benchmarking import html as page
     from mlx_adapters.benchmarking import text
+    from mlx_adapters.charts import png
 
     if output:
         files.write_json(output, report.to_json())
@@ -127,6 +130,8 @@ def save(report: "Report", output: Path | None, markdown: Path | None, html: Pat
         for title, picture in page.plots(report).items():
             name = "".join(c if c.isalnum() else "-" for c in title.lower()).strip("-")
             files.write_text(plots / f"{name}.svg", picture)
+            with files.atomic_file(plots / f"{name}.png") as stream:
+                stream.write(png.picture(picture))
 
 
 def show(report: "Report", old: "Report | None" = None) -> None:
