@@ -204,7 +204,9 @@ def test_greedy_steps_follow_gain_per_byte():
     steps = mixed.order_of_steps(plans, losses, "bfloat16")
     assert [(s.path, s.target) for s in steps] == [("a", eight), ("b", eight), ("a", None), ("b", None)]
     assert steps[0].extra_bytes == 64 * 64 // 2
-    assert mixed.within_budget(steps, 64 * 64 // 2) == 1
+    assert mixed.within_budget(steps, 64 * 64 // 2) == steps[:1]
+    tall = mixed.Step("c", eight, 10_000, 1e6)
+    assert mixed.within_budget([tall, *steps, mixed.Step("c", None, 1, 0.1)], 64 * 64) == steps[:2]
     measured = []
 
     def measure(targets):

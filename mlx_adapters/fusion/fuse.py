@@ -265,7 +265,7 @@ class _Work:
                     f"The model has {now:.2f} bits per weight already, more than the {options.budget_bits} allowed.",
                     "ask for fewer --bits as the start, or a larger budget.",
                 )
-            return targets_after(steps, within_budget(steps, int(spare)))
+            return targets_after(within_budget(steps, int(spare)))
         start = {plan.path: plan.target for plan in job.plans if (plan.path, plan.target) in spool.losses}
         total = sum(spool.losses[path, target] for path, target in start.items() if target is not None)
         batches = batches_of(self.text.check) if self.text else []
@@ -283,7 +283,7 @@ class _Work:
             return compare(Variant(job.base, updates), fused, None, batches).kl_mean
 
         count = until_promise(steps, total, options.max_kl or 0.0, measure, self.on_event)
-        return targets_after(steps, count)
+        return targets_after(steps[:count])
 
     def check(self, folder: Path) -> Fidelity | None:
         """The fidelity of the model in `folder`, or None if it is not to be checked."""

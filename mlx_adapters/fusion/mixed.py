@@ -75,19 +75,22 @@ def _hull(points: list[Point]) -> list[tuple[Point, Point]]:
         here = best
 
 
-def targets_after(steps: list[Step], count: int) -> dict[str, Precision]:
-    """Path -> precision of the layers that the first `count` steps change."""
-    return {step.path: step.target for step in steps[:count]}
+def targets_after(steps: list[Step]) -> dict[str, Precision]:
+    """Path -> precision of the layers that `steps` change."""
+    return {step.path: step.target for step in steps}
 
 
-def within_budget(steps: list[Step], spare_bytes: int) -> int:
-    """How many steps fit into `spare_bytes`."""
-    used = 0
-    for count, step in enumerate(steps):
-        used += step.extra_bytes
-        if used > spare_bytes:
-            return count
-    return len(steps)
+def within_budget(steps: list[Step], spare_bytes: int) -> list[Step]:
+    """The steps to take with `spare_bytes`: in order, but one that is too large does not stop smaller ones after it."""
+    taken: list[Step] = []
+    closed: set[str] = set()
+    for step in steps:
+        if step.path in closed or step.extra_bytes > spare_bytes:
+            closed.add(step.path)
+            continue
+        spare_bytes -= step.extra_bytes
+        taken.append(step)
+    return taken
 
 
 def until_promise(
@@ -108,7 +111,7 @@ def until_promise(
     low, high = -1, len(steps)  # measured to be too few; believed to be enough
     guess, proven = 0, None
     for _ in range(MEASUREMENTS):
-        kl = measure(targets_after(steps, guess))
+        kl = measure(targets_after(steps[:guess]))
         on_event(Note(f"{guess} of {len(steps)} steps to more bits: KL {kl:.5f}, promised at most {limit:g}."))
         if kl <= limit:
             high, proven = guess, guess

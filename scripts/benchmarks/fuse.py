@@ -1,391 +1,384 @@
 """What fusing costs: our ways and mlx-lm's, same base, adapter, text and machine, judged alike.
 
-    python scripts/benchmarks/fuse.py --adapter sql                     # the table of rounding
-    python scripts/benchmarks/fuse.py --adapter sql --detours convert gptq awq
-    python scripts/benchmarks/fuse.py --memory 12 24 48                 # time and memory as layers are added
+    python scripts/benchmarks/fuse.py quality                 # on the demo's adapter; first run `mlx-adapters demo`
+    python scripts/benchmarks/fuse.py detours --adapter sql --data data/sql
+    python scripts/benchmarks/fuse.py all --tiny              # every part on a random model, in a minute or two
+
+Parts:
+  quality      KL, same top token, loss and the task's score at the same size, with 0.1 and 0.3 more bits per
+               weight, at 8 bits and unquantized
+  detours      `mlx_lm.fuse --dequantize`, then mlx_lm.convert, gptq, awq or dwq, against our fuse at the same size
+  light        the adapter scaled until its update is under 1 % of every weight
+  unquantized  an unquantized base to 4 bits, against mlx_lm.fuse and then mlx_lm.convert
+  speed        seconds, CPU seconds and memory, one after the other, several times; the fastest counts
+  memory       time and memory of random models as layers are added
 
 The base is brought to 4 bits in groups of 64 first (by mlx-lm's own quantizer), unless it has that already. KL is
-KL(adapter model || fused model) in nats per judged token, on rows that no method saw; every model is judged
-in dense float32, whatever it was made with. Each method runs in a process of its own: seconds are of its work
+KL(adapter model || fused model) in nats per judged token, on rows that no method saw; every model is judged in
+dense float32, whatever it was made with. Each method runs in a process of its own: seconds are of its work
 without Python's imports (CPU seconds beside them, for a busy machine), memory is MLX's peak and the process's
-largest resident size. "ratio" is mlx_lm.fuse's KL divided by the row's.
-
-mlx_lm.gptq, awq and dwq load their calibration text from the network; here they get our calibration rows, joined
-and cut into pieces of 512 tokens, through their Python functions, in float32 (their quantized arithmetic takes
-hours on a CPU). dwq trains through quantized layers, so it needs a GPU.
+largest resident size. RATIO is the KL of the part's first row divided by the row's; in brackets stand seconds and
+memory as shares of mlx_lm.fuse's.
 """
 
 import argparse
 import json
+import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-WORKER = """
-import json, resource, sys, time
-import mlx_adapters
-import mlx.core as mx
-sys.path.insert(0, {scripts!r})
-import fuse as script
-arguments = json.loads(sys.argv[1])
-function = getattr(script, arguments.pop("function"))
-mx.reset_peak_memory()
-started, worked = time.perf_counter(), time.process_time()
-function(**arguments)
-seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-result = dict(seconds=seconds, cpu_seconds=cpu_seconds, mlx_peak=mx.get_peak_memory(), process_peak=peak)
-print("RESULT " + json.dumps(result))
-"""
+from fuse_ways import WayFailed, in_process
+
+PARTS = ("quality", "detours", "light", "unquantized", "speed", "memory")
 
 
-def in_process(function, **arguments):
-    """Run one of this file's functions in a fresh process; its seconds and memory."""
-    code = WORKER.format(scripts=str(Path(__file__).parent))
-    command = [sys.executable, "-c", code, json.dumps({"function": function, **arguments})]
-    run = subprocess.run(command, capture_output=True, text=True)
-    found = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
-    if not found:
-        raise SystemExit(f"{function} failed:\n{run.stdout[-2000:]}{run.stderr[-4000:]}")
-    return json.loads(found[0].removeprefix("RESULT "))
+class Judge:
+    """Judges fused folders by the adapter model, whose predictions are computed once."""
 
+    def __init__(self, base, adapter, text):
+        from mlx_adapters.fusion.blocks import Variant
+        from mlx_adapters.fusion.fuse import batches_of
+        from mlx_adapters.fusion.plan import Updates
+        from mlx_adapters.model import resolve_base
 
-def to_four_bits(base, out, group_size):
-    """The base in 4-bit groups by mlx-lm's own quantizer, from its dense weights."""
-    from mlx_lm.utils import quantize_model, save_config, save_model
+        self.batches = batches_of(text.check)
+        found, updates = resolve_base(base), Updates(((adapter, 1.0),))
+        self.reference = self._logs(Variant(found, updates))
+        self.adapter, self.base = self._figures(self.reference), self._figures(self._logs(Variant(found)))
 
-    from mlx_adapters.door import mx
-    from mlx_adapters.fusion.stream import copy_companions
-    from mlx_adapters.layers import dequantize_layers
-    from mlx_adapters.model import load_module, resolve_base
+    def folder(self, folder):
+        """Figures of one fused model."""
+        from mlx_adapters.fusion.blocks import Variant
+        from mlx_adapters.model import resolve_base
 
-    found = resolve_base(base)
-    module, config = load_module(found)
-    dequantize_layers(module, mx.bfloat16)
-    module.set_dtype(mx.bfloat16)
-    config = {k: v for k, v in config.items() if not k.startswith("quantization")}
-    module, config = quantize_model(module, config, group_size, 4)
-    save_model(out, module)
-    save_config(config, Path(out) / "config.json")
-    copy_companions(found, Path(out))
+        return self._figures(self._logs(Variant(resolve_base(folder), None, lambda _: True)))
 
+    def _logs(self, variant):
+        import mlx.core as mx
 
-def to_dense(base, out):
-    """The base unquantized, in bfloat16."""
-    from mlx_lm.utils import save_config, save_model
+        from mlx_adapters.fusion.fidelity import hidden_states
 
-    from mlx_adapters.door import mx
-    from mlx_adapters.fusion.stream import copy_companions
-    from mlx_adapters.layers import dequantize_layers
-    from mlx_adapters.model import load_module, resolve_base
+        logs = []
+        for batch, hidden in zip(self.batches, hidden_states([variant], self.batches)[0], strict=True):
+            logits = variant.blocks.finish(hidden, batch.judged).astype(mx.float32)
+            logs.append(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+            mx.eval(logs[-1])
+        return logs
 
-    found = resolve_base(base)
-    module, config = load_module(found)
-    dequantize_layers(module, mx.bfloat16)
-    save_model(out, module)
-    save_config({k: v for k, v in config.items() if not k.startswith("quantization")}, Path(out) / "config.json")
-    copy_companions(found, Path(out))
+    def _figures(self, logs):
+        import mlx.core as mx
+        import numpy as np
 
-
-def ours(base, adapter, out, precision="keep", dtype="auto", **options):
-    """mlx_adapters.fuse without its check, which is done for all methods alike."""
-    from mlx_adapters.config import Quantization
-    from mlx_adapters.fusion.fuse import FuseOptions, fuse
-
-    if isinstance(precision, list):
-        precision = Quantization(*precision)
-    options = FuseOptions(check=False, **options)
-    fuse(base, adapter, out, quantization=precision, dtype=dtype, options=options, any_base=True)
-
-
-def mlx_lm_fuse(base, adapter, out, dequantize=False):
-    """The command `mlx_lm.fuse`."""
-    from mlx_lm import fuse
-
-    flags = ["--dequantize"] if dequantize else []
-    sys.argv = ["mlx_lm.fuse", "--model", base, "--adapter-path", adapter, "--save-path", out, *flags]
-    fuse.main()
-
-
-def convert(model, out, group_size):
-    """The command `mlx_lm.convert -q`."""
-    from mlx_lm.convert import convert as mlx_lm_convert
-
-    mlx_lm_convert(model, out, quantize=True, q_group_size=group_size, q_bits=4)
-
-
-def _dense(model, base, calibration, rows):
-    """The fused, dequantized model in float32, and our calibration rows as (pieces, 512) tokens."""
-    import mlx.core as mx
-    import numpy as np
-
-    from mlx_adapters.fusion.text import choose_text
-    from mlx_adapters.model import load_model
-
-    loaded = load_model(model, dtype="float32", dense=True)
-    text = choose_text(calibration, [], loaded.tokenizer, rows, 1000)
-    tokens = np.concatenate([row for row, _ in text.calibration])
-    pieces = len(tokens) // 512
-    return loaded, mx.array(tokens[: pieces * 512].reshape(pieces, 512))
-
-
-def _save(loaded, module, config, out):
-    import mlx.core as mx
-    from mlx_lm.utils import save_config, save_model
-
-    from mlx_adapters.fusion.stream import copy_companions
-
-    module.set_dtype(mx.bfloat16)
-    save_model(out, module)
-    save_config(config, Path(out) / "config.json")
-    copy_companions(loaded.base, Path(out))
-
-
-def gptq(model, base, out, group_size, calibration, rows):
-    """mlx_lm.gptq's function at 4 bits for every layer."""
-    from mlx_lm.quant.gptq import gptq_quantize
-
-    loaded, data = _dense(model, base, calibration, rows)
-    module, quantization = gptq_quantize(loaded.module, data, 4, group_size, 4, group_size)
-    _save(loaded, module, {**loaded.config, "quantization": quantization}, out)
-
-
-def awq(model, base, out, group_size, calibration, rows):
-    """mlx_lm.awq's function at 4 bits for every layer, with its default search."""
-    from mlx_lm.quant.awq import AWQ_MODEL_CONFIGS, awq_quantize, update_config
-
-    loaded, data = _dense(model, base, calibration, rows)
-    config = AWQ_MODEL_CONFIGS[loaded.config["model_type"]]
-    awq_quantize(loaded.module, data, config, bits=4, group_size=group_size, embed_bits=4, embed_group_size=group_size)
-    _save(loaded, loaded.module, update_config(loaded.module, dict(loaded.config)), out)
-
-
-def random_model(out, layers, bits):
-    """A SmolLM2-shaped model of random weights and an adapter on all its linear layers, for the memory table."""
-    import mlx.core as mx
-    from mlx_lm.models import llama
-    from mlx_lm.utils import quantize_model, save_config, save_model
-    from tokenizers import Tokenizer, models
-
-    from mlx_adapters.adapter import Adapter, AdapterConfig, write_adapter
-    from mlx_adapters.config import LoraConfig
-    from mlx_adapters.layers import adaptable_layers, expected_shapes, resolve_target_modules
-
-    config = dict(
-        model_type="llama", hidden_size=576, num_hidden_layers=layers, intermediate_size=1536, vocab_size=49152,
-        num_attention_heads=9, num_key_value_heads=3, rms_norm_eps=1e-5, tie_word_embeddings=True,
-    )  # fmt: skip
-    module = llama.Model(llama.ModelArgs.from_dict(config))
-    module.set_dtype(mx.bfloat16)
-    keys = resolve_target_modules(module, LoraConfig())
-    adapter = AdapterConfig(8, 20.0, keys)
-    shapes = {key: expected_shapes(adaptable_layers(module)[key], adapter) for key in keys}
-    if bits:
-        module, config = quantize_model(module, config, 64, bits)
-    save_model(Path(out) / "base", module)
-    save_config(config, Path(out) / "base" / "config.json")
-    Tokenizer(models.BPE()).save(str(Path(out) / "base" / "tokenizer.json"))  # mlx_lm.fuse wants one
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    (Path(out) / "base" / "tokenizer_config.json").write_text(json.dumps(settings))
-    weights = {f"{key}.{leaf}": 0.01 * mx.random.normal(shape) for key in keys for leaf, shape in shapes[key].items()}
-    write_adapter(Adapter(adapter, weights, {"name": "random"}), Path(out) / "adapter")
-
-
-def judge(model, base, adapter, calibration, rows):
-    """Fidelity of a fused folder on rows kept aside."""
-    from mlx_adapters.fusion.check import check_fused
-    from mlx_adapters.fusion.fuse import FuseOptions
-
-    options = FuseOptions(calibration=calibration, check_rows=rows)
-    return check_fused(model, adapter, base=base, options=options, any_base=True)
+        kl, same, loss = [], [], []
+        for reference, log, batch in zip(self.reference, logs, self.batches, strict=True):
+            kl.append(np.array((mx.exp(reference) * (reference - log)).sum(axis=-1)))
+            same.append(np.array(reference.argmax(axis=-1) == log.argmax(axis=-1)))
+            loss.append(-np.array(mx.take_along_axis(log, batch.targets[:, None], axis=-1)))
+        kl = np.maximum(np.concatenate(kl), 0)
+        figures = {"kl": kl.mean(), "kl_p99": np.quantile(kl, 0.99), "same_top": np.concatenate(same).mean(),
+                   "loss": np.concatenate(loss).mean()}  # fmt: skip
+        return {name: float(value) for name, value in figures.items()}
 
 
 def bits_per_weight(folder, base):
     """All tensors' bits over the numbers they stand for."""
     from mlx_adapters import tensor_files
-    from mlx_adapters.fusion.fuse import gather_updates  # noqa: F401  (loads MLX in the right order)
     from mlx_adapters.fusion.job import open_job
     from mlx_adapters.fusion.plan import Updates
     from mlx_adapters.model import resolve_base
 
-    headers = [
-        tensor_files.read_safetensors_header(path)[0] for path in sorted(Path(folder).glob("model*.safetensors"))
-    ]
+    paths = sorted(Path(folder).glob("model*.safetensors"))
+    headers = [tensor_files.read_safetensors_header(path)[0] for path in paths]
     total = sum(e["data_offsets"][1] - e["data_offsets"][0] for header in headers for e in header.values())
     return 8 * total / open_job(resolve_base(base), Updates(), "keep").parameters
 
 
-def table(headers, rows):
-    """Print rows under headers."""
-    from mlx_adapters.cli import _output
+class Bench:
+    """One part's rows. They are printed, and written to --json, as they come."""
 
-    _output.table(headers, rows, right=range(1, len(headers)))
+    def __init__(self, part, arguments, work, everything):
+        self.part, self.arguments, self.work, self.everything = part, arguments, Path(work), everything
+        self.rows = everything.setdefault(part, [])
+
+    def prepare(self, base_of=None):
+        """Adapter, base and judge; `base_of` makes the base from the one given (default: 4 bits)."""
+        from mlx_adapters.adapter import write_adapter
+        from mlx_adapters.fusion.text import GENERAL, choose_text
+        from mlx_adapters.model import load_tokenizer_of, resolve_base
+        from mlx_adapters.registry import load_adapter
+
+        a = self.arguments
+        loaded = load_adapter(a.adapter)
+        self.adapter = str(write_adapter(loaded, self.work / "adapter"))
+        given = str(resolve_base(a.base or loaded.base_name).folder)
+        self.base = (base_of or self._four_bits)(given)
+        tokenizer = load_tokenizer_of(resolve_base(self.base))
+        text = choose_text(a.data, [loaded], tokenizer, a.calibration_rows, a.check_rows)
+        self.text = {"calibration": a.data or (text.source if text.source != GENERAL else None)}
+        self.calibrated = {**self.text, "calibration_rows": a.calibration_rows}
+        self.judged_by(load_adapter(self.adapter), text)
+        self.same_bits = bits_per_weight(self.base, self.base)
+        print(
+            f"## {self.part}: calibrated on {len(text.calibration)} rows, judged on {len(text.check)} of {text.source}"
+        )
+
+    def judged_by(self, adapter, text):
+        """Judge by base + adapter."""
+        self.chosen, self.judge = text, Judge(self.base, adapter, text)
+        for name, figures in (("adapter", self.judge.adapter), ("base", self.judge.base)):
+            self.show(f"{name}: KL {figures['kl']:.4g}, loss {figures['loss']:.4f}, same top {figures['same_top']:.4f}")
+
+    def _four_bits(self, given):
+        from mlx_adapters.model import resolve_base
+
+        wanted = {"bits": 4, "group_size": self.arguments.group_size}
+        found = resolve_base(given).config.get("quantization") or {}
+        if {key: found.get(key) for key in wanted} == wanted and not any("." in key for key in found):
+            return given
+        in_process("dense_base", base=given, out=str(self.work / "base"), **wanted)
+        return str(self.work / "base")
+
+    def unquantized(self, given):
+        """The base without quantization."""
+        in_process("dense_base", base=given, out=str(self.work / "dense-base"))
+        return str(self.work / "dense-base")
+
+    def show(self, text):
+        print(text, file=sys.stderr, flush=True)
+
+    def add(self, row):
+        """Keep and show a row."""
+        self.rows.append(row | {"load_average": os.getloadavg()[0]})
+        self.show(json.dumps(self.rows[-1]))
+        if self.arguments.json:
+            Path(self.arguments.json).write_text(json.dumps(self.everything, indent=2))
+
+    def way(self, name, *steps, scored=False):
+        """Run (function, options) steps one after the other, judge what the last one wrote, add a row."""
+        out, total = self.work / "out", {"seconds": 0.0, "cpu_seconds": 0.0, "mlx_peak": 0, "process_peak": 0}
+        try:
+            for number, (function, options) in enumerate(steps, 1):
+                target = out if number == len(steps) else self.work / f"step-{number}"
+                made = in_process(function, out=str(target), **options)
+                total = {k: max(v, made[k]) if "peak" in k else v + made[k] for k, v in total.items()}
+            row = {"name": name, **self.judge.folder(out), "bits_per_weight": bits_per_weight(out, self.base), **total}
+            first = self.rows[0].get("kl") if self.rows else row["kl"]
+            row["ratio"] = first / row["kl"] if first and row["kl"] else None
+            self.add(row | self.score(scored, model=str(out)))
+        except WayFailed as failure:
+            self.add({"name": name, "failed": str(failure)})
+        finally:
+            for folder in (out, *self.work.glob("step-*")):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def score(self, wanted, **options):
+        """{"right", "questions"} of the demo's task, if the data has its database."""
+        from mlx_adapters.demo.catalog import DATABASE_FILE
+
+        data, count = self.text["calibration"], self.arguments.questions
+        if not wanted or not count or not data or not (Path(data) / DATABASE_FILE).is_file():
+            return {}
+        right, questions = in_process("score", data=data, questions=count, **options)["value"]
+        return {"right": right, "questions": questions}
+
+    def our(self, **options):
+        """One of our ways."""
+        return "ours", {"base": self.base, "adapter": self.adapter, **options}
+
+    def theirs(self, **options):
+        """mlx_lm.fuse."""
+        return "mlx_lm_fuse", {"base": self.base, "adapter": self.adapter, **options}
+
+    def our_sizes(self, precision="keep", scored=False):
+        """Calibrated at the size of the first row, and with more bits."""
+        options = {"precision": precision, **self.calibrated}
+        self.way("ours, calibrated", self.our(method="calibrated", **options), scored=scored)
+        for more in self.arguments.more_bits:
+            step = self.our(budget_bits=self.same_bits + more, **options)
+            self.way(f"ours, at most {more:g} bits more", step, scored=scored)
 
 
-def rounding_table(arguments, work):
-    """The first table: KL, size and time of every way to fuse."""
-    from mlx_adapters.adapter import write_adapter
-    from mlx_adapters.model import resolve_base
+def quality(bench):
+    """Every way of ours against mlx_lm.fuse."""
+    bench.prepare()
+    size = bench.arguments.group_size
+    score = bench.score(True, model=bench.base, adapter=bench.adapter)
+    bench.way("mlx_lm.fuse", bench.theirs(), scored=True)
+    if score:
+        bench.show(f"the adapter's score: {score}")
+        bench.rows[0] |= {"adapter_right": score["right"]}
+    bench.way("ours, nearest", bench.our(method="nearest"))
+    bench.our_sizes(scored=True)
+    bench.way("ours, 8 bits, nearest", bench.our(method="nearest", precision=[8, size]), scored=True)
+    bench.way("ours, bfloat16", bench.our(precision="none", dtype="bfloat16"))
+    bench.way("ours, float32", bench.our(precision="none", dtype="float32"))
+
+
+def detours(bench):
+    """What a knowing user does today: fuse unquantized, then quantize again."""
+    bench.prepare()
+    a = bench.arguments
+    bench.way("mlx_lm.fuse", bench.theirs())
+    bench.way("ours, calibrated", bench.our(method="calibrated", **bench.calibrated))
+    for name in a.detours:
+        options = {"model": str(bench.work / "step-1"), "group_size": a.group_size}
+        if name != "convert":
+            options |= {**bench.text, "rows": a.awq_rows if name == "awq" else a.calibration_rows}
+        if name == "dwq":
+            options["rate"] = a.dwq_rate
+        bench.way(f"mlx_lm.fuse --dequantize, {name}", bench.theirs(dequantize=True), (name, options))
+
+
+def light(bench):
+    """An adapter whose update is under 1 % of the weights."""
+    bench.prepare()
     from mlx_adapters.registry import load_adapter
 
-    loaded = load_adapter(arguments.adapter)
-    adapter = str(write_adapter(loaded, work / "adapter"))
-    base = arguments.base or loaded.base_name
-    wanted = {"bits": 4, "group_size": arguments.group_size}
-    found = resolve_base(base).config.get("quantization") or {}
-    if {key: found.get(key) for key in wanted} != wanted or any("." in key for key in found):
-        to_four_bits(base, work / "base", arguments.group_size)
-        base = str(work / "base")
-    base = str(resolve_base(base).folder)
-    text = {"calibration": arguments.data, "calibration_rows": arguments.calibration_rows}
-    spare = bits_per_weight(base, base)
-    ways = [
-        ("mlx_lm.fuse", "mlx_lm_fuse", {}),
-        ("ours, nearest", "ours", {"method": "nearest"}),
-        ("ours, calibrated", "ours", {"method": "calibrated", **text}),
-        ("ours, + 0.1 bits", "ours", {"budget_bits": spare + 0.1, **text}),
-        ("ours, + 0.3 bits", "ours", {"budget_bits": spare + 0.3, **text}),
-        ("ours, 8 bits", "ours", {"precision": [8, arguments.group_size], "method": "nearest"}),
-        ("ours, bfloat16", "ours", {"precision": "none", "dtype": "bfloat16"}),
-        ("ours, float32", "ours", {"precision": "none", "dtype": "float32"}),
-    ]
-    results = []
-    for number, (name, function, options) in enumerate(ways):
-        out = work / f"out-{number}"
-        measured = in_process(function, base=base, adapter=adapter, out=str(out), **options)
-        results.append(report(name, out, measured, base, adapter, arguments, results))
+    out = str(bench.work / "light")
+    factor = in_process("light_adapter", base=bench.base, adapter=bench.adapter, out=out, most=0.0099)["value"]
+    bench.adapter = out
+    bench.show(f"the adapter's scale times {factor:.4f}")
+    bench.judged_by(load_adapter(out), bench.chosen)
+    bench.way("mlx_lm.fuse", bench.theirs())
+    bench.our_sizes()
+    bench.way("ours, 8 bits, nearest", bench.our(method="nearest", precision=[8, bench.arguments.group_size]))
+    bench.way("ours, float32", bench.our(precision="none", dtype="float32"))
+
+
+def unquantized(bench):
+    """An unquantized base to 4 bits."""
+    bench.prepare(bench.unquantized)
+    size = bench.arguments.group_size
+    then = ("convert", {"model": str(bench.work / "step-1"), "group_size": size})
+    bench.way("mlx_lm.fuse, mlx_lm.convert", bench.theirs(), then)
+    bench.same_bits = bench.rows[0].get("bits_per_weight", 4.5)
+    bench.way("ours, nearest", bench.our(method="nearest", precision=[4, size]))
+    bench.our_sizes(precision=[4, size])
+
+
+SPEED_WAYS = (
+    ("mlx_lm.fuse", "mlx_lm_fuse", {}),
+    ("ours, nearest", "ours", {"method": "nearest"}),
+    ("mlx_lm.fuse --dequantize", "mlx_lm_fuse", {"dequantize": True}),
+    ("ours, unquantized", "ours", {"precision": "none"}),
+)
+
+
+def timed(bench, base, adapter, **extra):
+    """Every way in turn, `--trials` times; the fastest of each, and its ratios to mlx_lm.fuse."""
+    runs = {name: [] for name, _, _ in SPEED_WAYS}
+    for _ in range(bench.arguments.trials):
+        for name, function, options in SPEED_WAYS:
+            runs[name].append(in_process(function, base=base, adapter=adapter, out=str(bench.work / "out"), **options))
+            shutil.rmtree(bench.work / "out")
+    for number, (name, _, _) in enumerate(SPEED_WAYS):
+        best = {key: min(run[key] for run in runs[name]) for key in MEASURED}
+        if number % 2 == 0:
+            theirs = best
+        ratios = {f"{key}_ratio": best[key] / theirs[key] for key in MEASURED}
+        bench.add({"name": name, **extra, **best, **ratios})
+
+
+MEASURED = ("seconds", "cpu_seconds", "mlx_peak", "process_peak")
+
+
+def speed(bench):
+    """Seconds and memory on the adapter given."""
+    bench.prepare()
+    timed(bench, bench.base, bench.adapter)
+    made = in_process("ours", out=str(bench.work / "out"), check=True, method="calibrated", base=bench.base,
+                      adapter=bench.adapter, **bench.calibrated)  # fmt: skip
+    bench.add({"name": "ours, calibrated and checked", **{key: made[key] for key in MEASURED}})
+
+
+def memory(bench):
+    """Time and memory as layers are added."""
+    for layers in bench.arguments.layers:
+        out = bench.work / f"layers-{layers}"
+        tiny = TINY if bench.arguments.tiny else {}
+        in_process("random_model", out=str(out), bits=4, **tiny | {"num_hidden_layers": layers})
+        timed(bench, str(out / "base"), str(out / "adapter"), layers=layers)
         shutil.rmtree(out)
-    if arguments.detours:
-        dense = work / "dense"
-        first = in_process("mlx_lm_fuse", base=base, adapter=adapter, out=str(dense), dequantize=True)
-        for name in arguments.detours:
-            out = work / name
-            options = {"calibration": arguments.data, "rows": arguments.calibration_rows, "base": base}
-            options = {} if name == "convert" else options
-            measured = in_process(name, model=str(dense), out=str(out), group_size=arguments.group_size, **options)
-            for key in ("seconds", "cpu_seconds"):
-                measured[key] += first[key]
-            label = f"mlx_lm.fuse --dequantize, {name}"
-            results.append(report(label, out, measured, base, adapter, arguments, results))
-        in_process("to_dense", base=base, out=str(work / "unquantized"))
-        for name, options in (("nearest", {"method": "nearest"}), ("calibrated", {"method": "calibrated", **text})):
-            out = work / f"all-{name}"
-            options["precision"] = [4, arguments.group_size]
-            measured = in_process("ours", base=str(work / "unquantized"), adapter=adapter, out=str(out), **options)
-            results.append(report(f"ours, every layer, {name}", out, measured, base, adapter, arguments, results))
-    return results
 
 
-def report(name, out, measured, base, adapter, arguments, results):
-    """Judge one folder; print its line at once."""
-    checked = judge(str(out), base, adapter, arguments.data, arguments.check_rows)
-    f = checked.fidelity
-    reference = results[0]["kl"] if results else f.kl_mean
-    line = {
-        "name": name, "kl": f.kl_mean, "kl_p99": f.kl_p99, "same_top": f.same_top, "loss": f.loss_fused,
-        "loss_adapter": f.loss_adapter, "loss_base": f.loss_base, "base_kl": f.base_kl,
-        "ratio": reference / f.kl_mean if f.kl_mean else None, "bits_per_weight": bits_per_weight(out, base),
-        "survival": checked.update_survival, **measured,
-    }  # fmt: skip
-    print(json.dumps(line), file=sys.stderr, flush=True)
-    return line
+TINY = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 512, "num_attention_heads": 4,
+        "num_key_value_heads": 2}  # fmt: skip
 
 
-def cells(line):
-    """One line of the first table as text."""
+def cells(row):
+    """One row as text."""
     from mlx_adapters.units import size
 
-    figures = [("bits_per_weight", ".2f"), ("kl", ".5f"), ("ratio", ".1f"), ("kl_p99", ".3f"), ("same_top", ".4f"),
-               ("loss", ".4f"), ("seconds", ".1f"), ("cpu_seconds", ".1f")]  # fmt: skip
-    texts = ["-" if line[name] is None else format(line[name], form) for name, form in figures]
-    return [line["name"], *texts, size(line["mlx_peak"]), size(line["process_peak"])]
+    if "failed" in row:
+        return [row["name"], "failed"]
+    figures = [("bits_per_weight", ".3f"), ("kl", ".3g"), ("ratio", ".1f"), ("kl_p99", ".3f"), ("same_top", ".4f"),
+               ("loss", ".4f")]  # fmt: skip
+    quality = ["-" if row[name] is None else format(row[name], form) for name, form in figures if "kl" in row]
+    score = [f"{row['right']}/{row['questions']}" if "right" in row else "-"] if quality else []
+    layers = [str(row["layers"])] if "layers" in row else []
+    ratios = [f"({row[k + '_ratio']:.2f})" if k + "_ratio" in row else "" for k in MEASURED]
+    shown = [f"{row['seconds']:.2f}", f"{row['cpu_seconds']:.2f}", size(row["mlx_peak"]), size(row["process_peak"])]
+    return [row["name"], *layers, *quality, *score, *(f"{s} {r}".strip() for s, r in zip(shown, ratios, strict=True))]
 
 
-def memory_cells(line):
-    """One line of the second table as text."""
-    from mlx_adapters.units import size
+def table(rows):
+    """Print a part's rows under headers."""
+    from mlx_adapters.cli import _output
 
-    times = [f"{line[name]:.2f}" for name in ("seconds", "cpu_seconds")]
-    return [line["name"], str(line["layers"]), *times, size(line["mlx_peak"]), size(line["process_peak"])]
-
-
-def memory_table(arguments, work):
-    """The second table: time and memory of nearest and unquantized fusing as layers are added."""
-    lines = []
-    for layers in arguments.memory:
-        folder = work / f"layers-{layers}"
-        in_process("random_model", out=str(folder), layers=layers, bits=4)
-        shared = {"base": str(folder / "base"), "adapter": str(folder / "adapter")}
-        for name, function, options in (
-            ("mlx_lm.fuse", "mlx_lm_fuse", {}),
-            ("ours, nearest", "ours", {"method": "nearest"}),
-            ("mlx_lm.fuse --dequantize", "mlx_lm_fuse", {"dequantize": True}),
-            ("ours, unquantized", "ours", {"precision": "none"}),
-        ):
-            runs = []
-            for _ in range(arguments.trials):
-                out = folder / "out"
-                runs.append(in_process(function, out=str(out), **shared, **options))
-                shutil.rmtree(out)
-            best = min(runs, key=lambda run: run["seconds"])
-            lines.append({"layers": layers, "name": name, **best})
-            print(json.dumps(lines[-1]), file=sys.stderr, flush=True)
-        shutil.rmtree(folder)
-    return lines
+    quality = ["BITS/WEIGHT", "KL", "RATIO", "99 %", "SAME TOP", "LOSS", "SCORE"] if "kl" in rows[0] else []
+    layers = ["LAYERS"] if "layers" in rows[0] else []
+    headers = ["METHOD", *layers, *quality, "SECONDS", "CPU S", "MLX PEAK", "PROCESS"]
+    lines = [cells(row) for row in rows]
+    _output.table(headers, [line + [""] * (len(headers) - len(line)) for line in lines], right=range(1, len(headers)))
 
 
-def main():
+def parse():
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapter", help="the adapter to fuse; a name or a folder")
+    parser.add_argument("parts", nargs="+", choices=[*PARTS, "all"])
+    parser.add_argument("--adapter", default="demo-sql", help="the adapter to fuse; a name or a folder [demo-sql]")
     parser.add_argument("--base", help="its base [the one that the adapter names]")
     parser.add_argument("--data", help="folder with train.jsonl and valid.jsonl [the adapter's own]")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--calibration-rows", type=int, default=128)
-    parser.add_argument("--check-rows", type=int, default=160)
-    parser.add_argument("--detours", nargs="*", default=[], choices=["convert", "gptq", "awq"])
-    parser.add_argument("--memory", nargs="*", type=int, default=[], metavar="LAYERS")
-    parser.add_argument("--trials", type=int, default=3, help="of the memory table; the fastest counts")
-    parser.add_argument("--json", help="also write the figures here")
-    arguments = parser.parse_args()
+    parser.add_argument("--check-rows", type=int, default=64)
+    parser.add_argument("--questions", type=int, default=40, help="questions of the demo's task to score; 0: none")
+    parser.add_argument("--more-bits", nargs="*", type=float, default=[0.1, 0.3])
+    parser.add_argument("--detours", nargs="*", default=["convert", "gptq", "dwq", "awq"])
+    parser.add_argument("--awq-rows", type=int, default=32, help="awq's search takes hours on all rows on a CPU")
+    parser.add_argument("--dwq-rate", type=float, default=1e-5, help="learning rate; its 1e-6 is for 2,048 rows")
+    parser.add_argument("--layers", nargs="*", type=int, default=[12, 24, 48], help="of the memory part")
+    parser.add_argument("--trials", type=int, default=3, help="of the speed and memory parts")
+    parser.add_argument("--tiny", action="store_true", help="a random model of two blocks, to try the script")
+    parser.add_argument("--json", help="also write the figures here, row by row")
+    return parser.parse_args()
 
+
+def main():
+    arguments = parse()
     from mlx_adapters.machine import environment
 
-    machine, results = environment(), {}
+    machine = environment()
     print(f"# {machine.device_name}, {machine.cores} cores, {machine.system}, {machine.blas}; {machine.versions}")
+    everything = {"machine": machine.to_json(), "settings": vars(arguments)}
     with tempfile.TemporaryDirectory() as folder:
-        if arguments.adapter:
-            results["rounding"] = rounding_table(arguments, Path(folder))
-        if arguments.memory:
-            results["memory"] = memory_table(arguments, Path(folder))
-    if arguments.adapter:
-        first = results["rounding"][0]
-        losses = f"adapter's loss {first['loss_adapter']:.4f}, base's {first['loss_base']:.4f}"
-        print(f"{losses}, KL of the base {first['base_kl']:.3f}")
-        table(
-            (
-                "METHOD",
-                "BITS/WEIGHT",
-                "KL",
-                "RATIO",
-                "99 %",
-                "SAME TOP",
-                "LOSS",
-                "SECONDS",
-                "CPU S",
-                "MLX PEAK",
-                "PROCESS",
-            ),
-            [cells(line) for line in results["rounding"]],
-        )
-    if arguments.memory:
-        table(
-            ("METHOD", "LAYERS", "SECONDS", "CPU S", "MLX PEAK", "PROCESS"),
-            [memory_cells(line) for line in results["memory"]],
-        )
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(results | {"machine": machine.to_json()}, indent=2))
+        if arguments.tiny:
+            in_process("random_model", out=f"{folder}/tiny", bits=4, num_hidden_layers=2, **TINY)
+            arguments.adapter, arguments.base = f"{folder}/tiny/adapter", f"{folder}/tiny/base"
+            arguments.layers, arguments.trials = [2, 4], 1
+            arguments.calibration_rows = arguments.check_rows = arguments.awq_rows = 16
+        for part in PARTS if "all" in arguments.parts else arguments.parts:
+            work = Path(folder) / part
+            work.mkdir()
+            bench = Bench(part, arguments, work, everything)
+            globals()[part](bench)
+            table(bench.rows)
+            for row in bench.rows:
+                if "failed" in row:
+                    print(f"{row['name']}: {row['failed']}")
+            shutil.rmtree(work)
 
 
 if __name__ == "__main__":
