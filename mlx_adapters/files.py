@@ -72,9 +72,11 @@ def _fsync_path(path: Path) -> None:
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a temporary file for writing bytes; rename it to `path` when the block ends well.
 
+    It is flushed to the disk first, unless it lies in an `atomic_folder`, which flushes all its files at its end.
     Raises StorageError when the disk refuses; then nothing is left behind and an old `path` is untouched.
     """
     path = Path(path)
+    draft = path.parent.name.startswith(TEMPORARY_PREFIX)
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
@@ -83,10 +85,12 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
                 fcntl.flock(stream, fcntl.LOCK_EX)
                 yield stream
                 stream.flush()
-                os.fsync(stream.fileno())
+                if not draft:
+                    os.fsync(stream.fileno())
             os.chmod(name, 0o644)
             os.replace(name, path)
-            _fsync_path(path.parent)
+            if not draft:
+                _fsync_path(path.parent)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name)

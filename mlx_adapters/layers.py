@@ -5,7 +5,7 @@ plain mlx-lm computes.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from mlx.utils import tree_unflatten
 
@@ -247,6 +247,35 @@ def detach(module: nn.Module) -> None:
     """Take all adapter layers off; the base's own layers come back untouched."""
     wrapped = [(path, base_layer(layer)) for path, layer in module.named_modules() if isinstance(layer, ADAPTED)]
     module.update_modules(tree_unflatten(wrapped))
+
+
+def tied(layers: Mapping[str, nn.Module]) -> bool:
+    """Whether a base's output layer is its input embedding: no linear layer outside the blocks is as tall."""
+    heights = {weight_shape(layer)[0] for layer in layers.values() if isinstance(layer, EMBEDDING)}
+    outside = [layer for path, layer in layers.items() if tensor_names.block_index(path) is None]
+    return not any(isinstance(layer, LINEAR) and weight_shape(layer)[0] in heights for layer in outside)
+
+
+def untie(module: nn.Module) -> None:
+    """Give a model with tied embeddings an output layer of its own, equal to the embedding, in place.
+
+    Raises IncompatibleError for an architecture that mlx-lm has in the tied form only.
+    """
+    owner = getattr(module, "language_model", module)
+    switch = owner if hasattr(owner, "tie_word_embeddings") else getattr(owner, "args", None)
+    embedding = getattr(getattr(owner, "model", None), "embed_tokens", None)
+    if not hasattr(switch, "tie_word_embeddings") or not isinstance(embedding, EMBEDDING):
+        raise IncompatibleError("mlx-lm has this architecture with one matrix for input and output only.")
+    kind = nn.QuantizedLinear if isinstance(embedding, QUANTIZED) else nn.Linear
+    head = kind.__new__(kind)
+    nn.Module.__init__(head)
+    for name in ("bits", "group_size", "mode"):
+        if hasattr(embedding, name):
+            setattr(head, name, getattr(embedding, name))
+    for leaf, array in embedding.parameters().items():
+        head[leaf] = array
+    owner.lm_head = head
+    switch.tie_word_embeddings = False
 
 
 def dequantize_layers(module: nn.Module, dtype: mx.Dtype) -> None:

@@ -11,7 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from mlx_adapters.adapter import Adapter
 from mlx_adapters.config import DTYPES, require
 from mlx_adapters.door import load_config, load_mlx_model, load_tokenizer, make_sampler, mx, nn, stream_generate
 from mlx_adapters.errors import FormatError, HubError, ModelError, NotFoundError
-from mlx_adapters.layers import attach, check_fits, check_made_for, dequantize_layers, detach
+from mlx_adapters.layers import attach, check_fits, check_made_for, dequantize_layers, detach, untie
 from mlx_adapters.machine import on_gpu
 
 DEMO = "demo"
@@ -36,19 +36,22 @@ SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 class Base:
     """Where a base model lies. `revision` is the Hub's commit, None for a folder.
 
-    `parameters` are biases and norms that `load_module` puts in place of the folder's own, by name.
+    `parameters` are biases and norms that `load_module` puts in place of the folder's own, by name. `untied`: the
+    output layer becomes a matrix of its own, equal to the embedding that the folder's model uses for both.
     """
 
     name: str
     folder: Path
     revision: str | None = None
     parameters: dict[str, mx.array] = field(default_factory=dict, repr=False, compare=False)
+    untied: bool = False
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """The model's config, as mlx-lm needs it (see `normalized_config`)."""
         files.read_json(self.folder / "config.json")
-        return normalized_config(load_config(self.folder))
+        config = normalized_config(load_config(self.folder))
+        return config | {"tie_word_embeddings": False} if self.untied else config
 
     @cached_property
     def fingerprint(self) -> str:
@@ -304,7 +307,10 @@ def load_module(base: Base) -> tuple[nn.Module, dict[str, Any]]:
     """mlx-lm's module with lazy weights, in evaluation mode, and its config."""
     _ = base.weight_files
     try:
-        module, config = load_mlx_model(base.folder, lazy=True, model_config=base.config)
+        config = replace(base, untied=False).config
+        module, config = load_mlx_model(base.folder, lazy=True, model_config=config)
+        if base.untied:
+            untie(module)
         module.load_weights(list(base.parameters.items()), strict=False)
         return module, config
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:

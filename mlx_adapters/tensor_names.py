@@ -126,6 +126,7 @@ _PEFT_ADAPTER_TENSOR = re.compile(rf"(.+?)\.({'|'.join(_LEAF_OF_PEFT)})((?:\.[^.
 
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "tok_embeddings", "word_embeddings", "embeddings", "embedding")
 HEADS = ("lm_head", "embed_out")
+POSITIONS = ("wpe", "embed_positions", "position_embeddings")  # embeddings that no output layer shares
 Renames = tuple[tuple[str, str], ...]
 # (beginning or inner part of a module path in transformers, the same in mlx-lm); tried in this order.
 PEFT_RENAMES: Renames = (

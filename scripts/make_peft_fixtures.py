@@ -2,9 +2,10 @@
 
     pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2 && python scripts/make_peft_fixtures.py
 
-One folder per architecture: `base/` (saved by transformers in float32), `logits.safetensors` (the input
-ids and, per case, PEFT's logits) and one adapter folder per case. `refused/` holds adapters that cannot be
-expressed as an MLX adapter. `rope/` holds bases alone, one per form of rope parameters, with their logits.
+One folder per architecture: `base/` (saved by transformers in float32), `logits.safetensors` (the input ids
+and, per case, PEFT's logits, of a tied embedding merged and unmerged) and one adapter folder per case. `refused/`
+holds adapters that cannot be expressed as an MLX adapter. `rope/` holds bases alone, one per form of rope
+parameters, with their logits.
 Every case is checked here to move the logits by more than 0.05, so that a test on it can fail.
 """
 
@@ -148,6 +149,18 @@ REFUSED = {
         "tied-modules-to-save": (peft.LoraConfig, {**SMALL, "modules_to_save": ["embed_tokens"]}),
         "tied-tokens": (peft.LoraConfig, {**SMALL, "trainable_token_indices": [7, 9, 11]}),
         "resized": (peft.LoraConfig, {"target_modules": ["embed_tokens"], "_edit": "resized"}),
+        "tied-both-ends": (peft.LoraConfig, {"target_modules": ["embed_tokens", "lm_head", "k_proj"],
+                                             "alpha_pattern": {"lm_head": 3}}),
+        "tied-head-to-save": (peft.LoraConfig, {**SMALL, "modules_to_save": ["lm_head"]}),
+        "tied-both-to-save": (peft.LoraConfig, {**SMALL, "modules_to_save": ["embed_tokens", "lm_head"]}),
+        "tied-to-save-ensured": (peft.LoraConfig, {**SMALL, "modules_to_save": ["embed_tokens"],
+                                                   "ensure_weight_tying": True}),
+    },
+    "qwen3": {
+        "tied-lm-head-dora": (peft.LoraConfig, {"target_modules": ["lm_head", "v_proj"], "use_dora": True}),
+    },
+    "gemma3_text": {
+        "tied-lm-head": (peft.LoraConfig, {"target_modules": ["lm_head", "up_proj"]}),
     },
     "gpt2": {
         "bias-all": (peft.LoraConfig, {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "all"}),
@@ -325,6 +338,7 @@ def make_architecture(arch, extra, seed):
         key = name if target.parent == folder else f"refused/{name}"
         saved[key] = logits_of(model, ids)[:, -TOKENS:, :VOCAB].contiguous()
         if options.get("_merged"):
+            saved[f"{key}/unmerged"] = saved[key]
             saved[key] = logits_of(copy.deepcopy(model).merge_and_unload(), ids)
         moved = (saved[key] - base_logits).abs().max().item()
         print(f"{arch}/{key}: moves the logits by {moved:.2f} of {base_logits.abs().max():.1f}", file=sys.stderr)

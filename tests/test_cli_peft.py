@@ -50,10 +50,24 @@ def test_from_peft_wants_a_base_and_no_other_adapter(tmp_path: Path):
 
 
 def test_a_warning_goes_to_stderr_and_json_stays_one_document():
-    source = str(FIXTURES / "qwen2" / "tied-embedding")
-    result = run("import-peft", source, "--base", str(FIXTURES / "qwen2" / "base"), "--name", "it", "--json")
+    source = str(FIXTURES / "llama" / "newer-fields")
+    result = run("import-peft", source, "--base", LLAMA, "--name", "it", "--json")
     assert json.loads(result.stdout)["name"] == "it"
-    assert "Warning: The base's input and output embeddings are one matrix" in result.stderr
+    assert "Warning: Settings that this version does not know were ignored: another" in result.stderr
+
+
+def test_an_import_is_told_in_words():
+    result = run("import-peft", str(FIXTURES / "llama" / "dora"), "--base", LLAMA, "--name", "it")
+    assert result.stdout.startswith("Imported 'it': dora, rank 4, scale 2, 14 layers, ")
+
+
+def test_a_tied_embedding_is_tied_on_request_only(tmp_path: Path):
+    words = (str(FIXTURES / "qwen2" / "tied-embedding"), "--base", str(FIXTURES / "qwen2" / "base"), "--name", "it")
+    assert "--tie" in run("import-peft", *words).exception.hint
+    assert run("import-peft", *words, "--tie").exit_code == 0
+    assert run("export-peft", "it", str(tmp_path / "out")).exit_code == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["ensure_weight_tying"] is True and "lm_head" in config["target_modules"]
 
 
 def test_a_folder_in_the_current_directory_needs_no_dot(tmp_path: Path, monkeypatch):

@@ -17,6 +17,7 @@ FIXTURES = Path(__file__).parent / "peft_fixtures"
 ADAPTERS = sorted(p.parent for p in FIXTURES.glob("*/*/adapter_config.json"))
 ADAPTERS += sorted(p.parent.parent for p in FIXTURES.glob("*/*/*/adapter_config.json") if p.parts[-3] != "refused")
 REFUSED = sorted(p.parent for p in FIXTURES.glob("*/refused/*/adapter_config.json"))
+TIED = [folder for folder in ADAPTERS if folder.name == "tied-embedding"]
 REASONS = {
     "lora-bias": "lora_bias",
     "modules-to-save": "modules_to_save",
@@ -38,6 +39,11 @@ REASONS = {
     "vera": "VERA",
     "prompt-tuning": "PROMPT_TUNING",
     "tied-lm-head": "tied embedding",
+    "tied-lm-head-dora": "tied embedding",
+    "tied-both-ends": "tied embedding",
+    "tied-head-to-save": "modules_to_save",
+    "tied-both-to-save": "modules_to_save",
+    "tied-to-save-ensured": "modules_to_save",
     "bias-all": "biases",
     "bias-lora-only": "biases",
     "resized": "resized vocabulary",
@@ -56,7 +62,7 @@ def base_of(folder: Path) -> Path:
 def test_logits_equal_those_of_peft(folder: Path):
     base, key = base_of(folder), "/".join(folder.relative_to(FIXTURES).parts[1:])
     expected = mx.load(str(base.parent / "logits.safetensors"))
-    adapter = import_peft(folder, base=base, name="it")
+    adapter = import_peft(folder, base=base, name="it", tie=folder in TIED)
     model = load_model(base, adapter)
     logits = model.logits(expected["input_ids"])
     assert mx.abs(logits - expected[key]).max().item() < 1e-4
@@ -72,6 +78,26 @@ def test_what_mlx_cannot_hold_is_refused_with_the_reason(folder: Path, home: Pat
         import_peft(folder, base=base_of(folder), name="it")
     assert REASONS[folder.name] in raised.value.message
     assert not (home / "adapters").exists()
+
+
+@pytest.mark.parametrize("folder", TIED, ids=case)
+def test_an_update_of_one_end_of_a_tied_embedding_is_refused(folder: Path, home: Path):
+    with pytest.raises(FormatError, match="one end of the base's tied embedding") as raised:
+        import_peft(folder, base=base_of(folder), name="it")
+    assert "--from-peft" in raised.value.hint and "--tie" in raised.value.hint
+    assert not (home / "adapters").exists()
+
+
+def test_updates_of_both_ends_are_added_where_the_user_ties_them():
+    """PEFT's merge_and_unload adds both to the one matrix; a head's factors are an embedding's, swapped."""
+    folder = FIXTURES / "qwen2" / "refused" / "tied-both-ends"
+    adapter = import_peft(folder, base=base_of(folder), name="it", tie=True)
+    stored = mx.load(str(folder / "adapter_model.safetensors"))
+    a, b = (stored[f"base_model.model.model.embed_tokens.lora_embedding_{x}"] for x in "AB")
+    head_a, head_b = (stored[f"base_model.model.lm_head.lora_{x}.weight"] for x in "AB")
+    lora_a, lora_b, _ = adapter.factors("model.embed_tokens")
+    expected = 8 / 4 * (b @ a).T + 3 / 4 * head_b @ head_a
+    assert mx.abs(adapter.config.scale * lora_a @ lora_b - expected).max().item() < 1e-5
 
 
 # -- damage and disagreement ------------------------------------------------------------------------------
@@ -250,14 +276,10 @@ def test_an_mlx_adapter_is_pointed_to_add(tmp_path: Path, home: Path):
     assert "add" in refused(tmp_path, home).hint
 
 
-def test_the_user_hears_of_unknown_settings_and_of_tied_embeddings():
+def test_the_user_hears_of_unknown_settings():
     notes = []
     base = FIXTURES / "llama" / "base"
     import_peft(FIXTURES / "llama" / "newer-fields", base=base, name="a", on_event=notes.append)
-    import_peft(
-        FIXTURES / "qwen2" / "tied-embedding", base=FIXTURES / "qwen2" / "base", name="b", on_event=notes.append
-    )
     import_peft(FIXTURES / "qwen2" / "ensure-tying", base=FIXTURES / "qwen2" / "base", name="c", on_event=notes.append)
-    assert [type(note) for note in notes] == [Note, Note]
+    assert [type(note) for note in notes] == [Note]
     assert "another" in notes[0].text and "a_newer_field" not in notes[0].text
-    assert "merge_and_unload" in notes[1].text

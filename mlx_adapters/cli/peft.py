@@ -10,9 +10,10 @@ from mlx_adapters.cli._options import REFERENCE, json_option, overwrite_option
 @click.argument("source", metavar="SRC")
 @click.option("--base", metavar="BASE", required=True, help="The MLX base model: demo, a folder or a Hub id.")
 @click.option("--name", metavar="NAME", required=True, help="Name in the registry.")
+@click.option("--tie", is_flag=True, help="Take an update of one end of a tied embedding at both ends.")
 @overwrite_option
 @json_option
-def import_peft_command(source: str, base: str, name: str, overwrite: bool, as_json: bool) -> None:
+def import_peft_command(source: str, base: str, name: str, tie: bool, overwrite: bool, as_json: bool) -> None:
     """Take in a PEFT LoRA or DoRA adapter: SRC is a folder or a Hub repository.
 
     The converted adapter computes what PEFT computes; what MLX cannot express is refused with the reason.
@@ -23,12 +24,16 @@ def import_peft_command(source: str, base: str, name: str, overwrite: bool, as_j
     """
     from mlx_adapters.peft_format import import_peft
 
-    adapter = import_peft(source, base=base, name=name, overwrite=overwrite, on_event=_output.progress())
+    adapter = import_peft(source, base=base, name=name, tie=tie, overwrite=overwrite, on_event=_output.progress())
     if as_json:
         _output.emit_json({"name": adapter.name, "folder": adapter.folder, "config": adapter.config,
                            "parameters": adapter.parameters, "base": adapter.base_name})  # fmt: skip
         return
-    _output.out(repr(adapter))
+    config = adapter.config
+    _output.out(
+        f"Imported '{adapter.name}': {config.type}, rank {config.rank}, scale {_output.number(config.scale, 6)}, "
+        f"{len(config.keys)} layers, {adapter.parameters:,} parameters, for {adapter.base_name}"
+    )
 
 
 @click.command("export-peft")

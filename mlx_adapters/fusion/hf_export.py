@@ -33,6 +33,7 @@ def check_supported(model_type: str | None) -> None:
 def write_hf(job: Job, folder: Path, on_event: OnEvent) -> int:
     """Write the unquantized model; return the bytes of the tensors. `job` must be planned for "none"."""
     raw = files.read_json(job.base.folder / "config.json")
+    raw |= {"tie_word_embeddings": False} if job.base.untied else {}
     model_type = raw.get("model_type")
     check_supported(model_type)
     split = _conv1d if model_type == "gpt2" else _experts

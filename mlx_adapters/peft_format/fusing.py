@@ -16,14 +16,14 @@ from mlx_adapters import tensor_names
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.config import Quantization
 from mlx_adapters.errors import FormatError, IncompatibleError
-from mlx_adapters.events import OnEvent, ignore
+from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.fusion.fuse import DEFAULTS, FuseOptions, FuseResult, fuse
-from mlx_adapters.layers import EMBEDDING, LINEAR, adaptable_layers, dense_weight, nn, weight_shape
+from mlx_adapters.layers import EMBEDDING, LINEAR, adaptable_layers, dense_weight, nn, tied, weight_shape
 from mlx_adapters.model import Base, load_module, resolve_base
 from mlx_adapters.peft_format.importing import convert, peft_folder
 from mlx_adapters.peft_format.reading import PeftAdapter, read_peft, refuse_unsaved
-from mlx_adapters.peft_format.to_mlx import tied
-from mlx_adapters.tensor_names import EMBEDDINGS, FAN_IN_FAN_OUT, HEADS, WEIGHT
+from mlx_adapters.peft_format.tying import is_head, needs_untying
+from mlx_adapters.tensor_names import FAN_IN_FAN_OUT, WEIGHT
 
 Arrays = dict[str, mx.array]
 
@@ -48,6 +48,12 @@ def fuse_peft(
     refuse_unsaved(peft)
     found = resolve_base(base)
     module, _ = load_module(found)
+    if needs_untying(peft, adaptable_layers(module)):
+        if peft.token_rows:
+            raise FormatError("The PEFT adapter has single tokens at both ends of a tied embedding, the rest at one.")
+        found = replace(found, untied=True)
+        module, _ = load_module(found)
+        on_event(Note("The fused model has an output layer of its own: the adapter changes one end of the embedding."))
     replaced, parameters = whole_tensors(peft, module, found)
     adapters: list[Adapter] = []
     if peft.modules:
@@ -67,6 +73,8 @@ def whole_tensors(peft: PeftAdapter, module: nn.Module, base: Base) -> tuple[Arr
     parameters: Arrays = {}
     for name, array in peft.dense.items():
         path, leaf = tensor_names.split(name)
+        if is_head(path) and tied(layers):
+            continue  # it is the embedding's; where it is not, the base was untied
         for place, _ in tensor_names.mlx_paths(path):
             target = tensor_names.join(place, leaf)
             if leaf == WEIGHT and place in layers:
@@ -77,7 +85,6 @@ def whole_tensors(peft: PeftAdapter, module: nn.Module, base: Base) -> tuple[Arr
                 break
         else:
             raise IncompatibleError(f"The base model has no place for '{name}' of the PEFT adapter.")
-    _refuse_half_of_tied(replaced, layers)
     for path, rows in peft.token_rows.items():
         place, array = _with_token_rows(peft, path, rows, layers)
         replaced[place] = array
@@ -97,15 +104,6 @@ def _turned(array: mx.array, layer: nn.Module, base: Base) -> mx.array:
     """transformers stores gpt2's linear weights as (in, out)."""
     conv1d = base.config.get("model_type") in FAN_IN_FAN_OUT and isinstance(layer, LINEAR)
     return array.T if conv1d else array
-
-
-def _refuse_half_of_tied(replaced: Arrays, layers: Mapping[str, Any]) -> None:
-    ends = [path for path in replaced if tensor_names.split(path)[1] in (*EMBEDDINGS, *HEADS)]
-    if ends and tied(layers):
-        raise FormatError(
-            f"The PEFT adapter replaces '{ends[0]}' only at the input, but the base's output is the same matrix.",
-            "untie the base's embeddings first.",
-        )
 
 
 def _with_token_rows(peft: PeftAdapter, path: str, rows: mx.array, layers: Mapping[str, Any]) -> tuple[str, mx.array]:

@@ -24,22 +24,26 @@ def import_peft(
     *,
     base: str | Path | Base,
     name: str,
+    tie: bool = False,
     overwrite: bool = False,
     on_event: OnEvent = ignore,
 ) -> Adapter:
     """Convert a PEFT LoRA or DoRA adapter for `base` and register it as `name`.
 
-    source: a folder (or the folder above one named adapter), or a Hub repository `user/repo[@revision]`.
+    source: a folder (or the folder above one named adapter), or a Hub repository `user/repo[@revision]`. tie: if
+    it adapts one end of a tied embedding, which MLX cannot, adapt both, as PEFT does after merge_and_unload.
     The converted adapter gives PEFT's own logits on the same base weights. Raises FormatError if the adapter
     is damaged or MLX cannot express it, IncompatibleError if it is for another base, ExistsError, HubError;
     then nothing is written.
     """
     files.refuse_existing(registry.adapter_folder(name), overwrite)
-    adapter = read_as_mlx(peft_folder(source), base, str(source), on_event)
+    adapter = read_as_mlx(peft_folder(source), base, str(source), tie, on_event)
     return registry.register(adapter, name, overwrite)
 
 
-def read_as_mlx(folder: Path, base: str | Path | Base, source: str, on_event: OnEvent = ignore) -> Adapter:
+def read_as_mlx(
+    folder: Path, base: str | Path | Base, source: str, tie: bool = False, on_event: OnEvent = ignore
+) -> Adapter:
     """The MLX adapter that the PEFT adapter in `folder` is on `base`; `source` is what its metadata says of it.
 
     Raises as `import_peft` does.
@@ -48,18 +52,18 @@ def read_as_mlx(folder: Path, base: str | Path | Base, source: str, on_event: On
     refuse_beyond_lora(peft)
     found = resolve_base(base)
     module, _ = load_module(found)
-    converted = convert(peft, module, found.name)
-    for note in notes_on(peft, converted, found):
+    converted = convert(peft, module, found.name, tie)
+    for note in notes_on(peft, found):
         on_event(Note(note, "warning"))
     metadata = {"source": "peft", "peft": record(peft, converted, source), "base": found.record()}
     return replace(converted.adapter, metadata=metadata | registry.made_now())
 
 
-def convert(peft: PeftAdapter, module: Any, base_name: str) -> Converted:
+def convert(peft: PeftAdapter, module: Any, base_name: str, tie: bool = False) -> Converted:
     """The MLX adapter for a loaded base module, checked against it."""
     layers = adaptable_layers(module)
-    converted = to_mlx(peft, layers)
     _check_base_copies(peft, layers, base_name)
+    converted = to_mlx(peft, layers, tie)
     check_fits(converted.adapter, module, f"'{base_name}'")
     return converted
 
@@ -84,12 +88,13 @@ def record(peft: PeftAdapter, converted: Converted, source: str) -> dict[str, An
         "config": peft.settings.raw,
         "renames": [list(pair) for pair in converted.renames],
         "experts": converted.experts,
+        "tied": converted.tied,
     }
 
 
-def notes_on(peft: PeftAdapter, converted: Converted, base: Base) -> list[str]:
+def notes_on(peft: PeftAdapter, base: Base) -> list[str]:
     """What the user should know about a conversion that worked."""
-    notes = list(converted.notes)
+    notes = []
     trained_on, given = peft.settings.base_class, base.config.get("architectures") or []
     if trained_on and given and trained_on not in given:
         notes.append(f"The adapter was trained on a {trained_on}; '{base.name}' is a {given[0]} of the same shapes.")

@@ -16,6 +16,8 @@ from mlx_adapters.adapter import Adapter, AdapterConfig
 from mlx_adapters.errors import FormatError, IncompatibleError
 from mlx_adapters.layers import EMBEDDING, SWITCH, nn, weight_shape
 from mlx_adapters.peft_format.reading import PeftAdapter, PeftModule
+from mlx_adapters.peft_format.settings import FUSE_HINT
+from mlx_adapters.peft_format.tying import one_ended, repeated_head
 from mlx_adapters.tensor_names import (
     DOWN,
     FUSED_DOWN,
@@ -25,14 +27,15 @@ from mlx_adapters.tensor_names import (
     LORA_A,
     LORA_B,
     MAGNITUDE,
+    POSITIONS,
     UP,
     Renames,
 )
 
 FUSED, PER_EXPERT = "fused", "per-expert"
-TIED_NOTE = (
-    "The base's input and output embeddings are one matrix: MLX adapts both, as PEFT does after "
-    "merge_and_unload (unmerged, PEFT adapts the input only)."
+TIE_HINT = (
+    "'mlx-adapters fuse --from-peft' writes a model with two matrices, exactly; 'import-peft --tie' takes the update "
+    "at both ends, as PEFT does after merge_and_unload."
 )
 
 
@@ -54,12 +57,15 @@ class Update:
 
 @dataclass(frozen=True)
 class Converted:
-    """The adapter, the renames its paths took, the layout of its experts, and what the user should know."""
+    """The adapter, the renames its paths took, the layout of its experts.
+
+    `tied`: an update that PEFT has at one end of a tied embedding only was taken at both.
+    """
 
     adapter: Adapter
     renames: Renames
     experts: str | None
-    notes: tuple[str, ...] = ()
+    tied: bool
 
 
 class _Places:
@@ -83,25 +89,33 @@ class _Places:
         )
 
 
-def to_mlx(peft: PeftAdapter, layers: Mapping[str, nn.Module]) -> Converted:
+def to_mlx(peft: PeftAdapter, layers: Mapping[str, nn.Module], tie: bool = False) -> Converted:
     """Convert the LoRA part of `peft` for a base with these adaptable `layers`.
 
-    Raises FormatError or IncompatibleError with the reason.
+    tie: where PEFT adapts one end of a tied embedding, adapt both. Raises FormatError or IncompatibleError with
+    the reason.
     """
-    places, notes = _Places(layers), []
-    modules = _without_tied_head(peft, layers)
+    places = _Places(layers)
+    repeated, ends = repeated_head(peft, layers), one_ended(peft, layers)
+    if ends and not tie:
+        raise FormatError(
+            f"The PEFT adapter updates '{ends[0].path}', one end of the base's tied embedding; in MLX both ends are "
+            "one layer.",
+            TIE_HINT,
+        )
+    apart = {m.path for m in (repeated, *ends) if m is not None}
+    modules = {path: module for path, module in peft.modules.items() if path not in apart}
     experts = {path: m for path, m in modules.items() if tensor_names.split_expert(path)}
     fused = {path: m for path, m in modules.items() if tensor_names.split_fused(path)}
     plain = [m for path, m in modules.items() if path not in experts and path not in fused]
     updates = [_plain_update(module, peft, places) for module in plain]
     updates += _expert_updates(experts, peft, places)
     updates += _fused_updates(fused, peft, places)
+    updates += _both_ends(ends, peft, places)
     _refuse_missing(peft, places, {update.key for update in updates})
-    if tied(layers) and len(modules) == len(peft.modules) and any(m.embedding for m in plain):
-        notes.append(TIED_NOTE)
     adapter = _assemble(updates, peft)
     layout = FUSED if fused else PER_EXPERT if experts else None
-    return Converted(adapter, tuple(places.renames), layout, tuple(notes))
+    return Converted(adapter, tuple(places.renames), layout, bool(ends))
 
 
 def _strength(peft: PeftAdapter, module: PeftModule, rank: int, parameter: str | None = None) -> float:
@@ -212,25 +226,24 @@ def _split_experts(
     return a, b, scale
 
 
-def tied(layers: Iterable[str]) -> bool:
-    """Whether a base with these layers uses its input embedding as the output layer."""
-    return not any(path.rpartition(".")[2] in HEADS for path in layers)
-
-
-def _without_tied_head(peft: PeftAdapter, layers: Mapping[str, nn.Module]) -> dict[str, PeftModule]:
-    """Drop an lm_head update that repeats the tied embedding's (PEFT's ensure_weight_tying)."""
-    heads = [m for path, m in peft.modules.items() if path.rpartition(".")[2] in HEADS]
-    if not heads or not tied(layers):
-        return peft.modules
-    head, strength = heads[0], peft.settings.strength
-    for other in peft.modules.values():
-        same = other.embedding and mx.array_equal(head.a, other.b.T) and mx.array_equal(head.b, other.a.T)
-        if same and strength(head.path) == strength(other.path):
-            return {path: module for path, module in peft.modules.items() if module is not head}
-    raise FormatError(
-        f"The PEFT adapter has an update of '{head.path}', but the base's output is its tied embedding.",
-        "MLX has no separate lm_head there; train with ensure_weight_tying=True, or without lm_head.",
-    )
+def _both_ends(ends: list[PeftModule], peft: PeftAdapter, places: _Places) -> list[Update]:
+    """The sum of one-ended updates as one of the tied embedding: an output's factors are an embedding's, swapped."""
+    layers, parts = places.layers, []
+    for end in ends:
+        if end.embedding:
+            parts.append(_plain_update(end, peft, places))
+            continue
+        if end.m is not None:
+            raise FormatError(f"DoRA of '{end.path}' cannot be taken at both ends of a tied embedding.", FUSE_HINT)
+        key = next(p for p, layer in layers.items() if isinstance(layer, EMBEDDING) and not p.endswith(POSITIONS))
+        part = Update(key, end.b, end.a, None, _strength(peft, end, end.a.shape[0]))
+        _check_shape(part, layers[key], end.path)
+        parts.append(part)
+    if len(parts) < 2:
+        return parts
+    parts = _unified(parts)
+    a, b = mx.concatenate([part.a for part in parts], axis=1), mx.concatenate([part.b for part in parts], axis=0)
+    return [replace(parts[0], a=a, b=b)]
 
 
 def _refuse_missing(peft: PeftAdapter, places: _Places, keys: set[str]) -> None:

@@ -66,7 +66,7 @@ def to_peft(adapter: Adapter, facts: Callable[[], tuple[str | None, bool]]) -> P
 
 def _as_it_came(adapter: Adapter, origin: Mapping[str, Any]) -> PeftForm:
     settings = PeftSettings.parse(origin["config"])
-    if settings.dora != (adapter.config.type == "dora"):
+    if settings.dora != (adapter.config.type == "dora") or origin.get("tied"):
         raise _NotAsItCame
     renames: Renames = tuple((str(old), str(new)) for old, new in origin.get("renames", ()))
     tensors: dict[str, mx.array] = {}

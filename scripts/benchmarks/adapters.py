@@ -65,7 +65,7 @@ def random_adapter(seed, dtype, blocks=BLOCKS):
             weights[f"{key}.lora_b"] = mx.random.normal((RANK, outputs)).astype(getattr(mx, dtype))
     mx.eval(weights)
     keys = tuple(f"model.layers.{block}.{name}" for block in range(blocks) for name in SHAPES)
-    return Adapter(AdapterConfig(RANK, 2.0, keys), weights, {"base": {"name": "seven-billion"}})
+    return Adapter(AdapterConfig(RANK, 2.0, keys), weights, {"base": {"name": "seven-billion", "model_type": "llama"}})
 
 
 def bench_list(options):
