@@ -14,6 +14,8 @@ from pathlib import Path
 
 import click
 import pytest
+from adapters import make_run
+from click.shell_completion import ShellComplete
 
 import mlx_adapters as ma
 from mlx_adapters import registry
@@ -151,6 +153,24 @@ def test_completion(shell, home):
     found = complete(shell, "mlx-adapters show sq", 2)
     assert set(re.findall(r"sql(?:-dora)?|chat", found)) == {"sql", "sql-dora"}
     assert "publish" in complete(shell, "mlx-adapters pub", 1)
+
+
+NAMED = ("show", "fuse", "benchmark base", "eval", "pack", "publish", "ab q.txt", "train --resume", "serve x --adapter")
+
+
+def test_names_are_completed_wherever_an_adapter_is_named(home):
+    registry.adapter_folder("sql").mkdir(parents=True)
+    root, _ = COMMANDS["mlx-adapters"]
+    for words in NAMED:
+        found = ShellComplete(root, {}, "mlx-adapters", "X").get_completions(words.split(), "s")
+        assert [item.value for item in found] == ["sql"], words
+    assert [item.type for item in ShellComplete(root, {}, "m", "X").get_completions(["fuse"], "out/")] == ["file"]
+
+
+def test_checkpoints_are_completed(tiny_model):
+    make_run(tiny_model("llama"), "sql")
+    found = ShellComplete(COMMANDS["mlx-adapters"][0], {}, "m", "X").get_completions(["use"], "sql@")
+    assert [item.value for item in found] == ["sql@100", "sql@200", "sql@300"]
 
 
 def test_bash_accepts_the_script(tmp_path):

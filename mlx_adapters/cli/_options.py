@@ -12,7 +12,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class ReferenceType(click.ParamType):
-    """An adapter: NAME, NAME@ITERATION, a path, or user/repo[@revision]; names are completed."""
+    """An adapter: NAME, NAME@ITERATION, a path, or user/repo[@revision]; names and checkpoints are completed."""
 
     name = "ref"
 
@@ -25,12 +25,17 @@ class ReferenceType(click.ParamType):
             self.fail(error.message + (f" ({error.hint})" if error.hint else ""), param, ctx)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        from mlx_adapters.registry import names
+        """The names that begin so, after `NAME@` its checkpoints; if there are none, files."""
+        from mlx_adapters.registry import list_adapters, names
 
-        return [CompletionItem(name) for name in names() if name.startswith(incomplete)]
+        name, at, _ = incomplete.partition("@")
+        found = [f"{name}@{n}" for e in list_adapters() if e.name == name for n in e.iterations] if at else names()
+        items = [CompletionItem(text) for text in found if text.startswith(incomplete)]
+        return items or [CompletionItem(incomplete, type="file")]
 
 
 REFERENCE = ReferenceType()
+complete_references = REFERENCE.shell_complete  # for arguments that may also be something else
 
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")

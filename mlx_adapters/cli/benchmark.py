@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import any_base_option, base_option, dtype_option, json_option
+from mlx_adapters.cli._options import any_base_option, base_option, complete_references, dtype_option, json_option
 
 if TYPE_CHECKING:
     from mlx_adapters.benchmarking.report import Report
@@ -45,7 +45,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command("benchmark")
-@click.argument("variants", nargs=-1, required=True, metavar="VARIANT...")
+@click.argument("variants", nargs=-1, required=True, metavar="VARIANT...", shell_complete=complete_references)
 @base_option
 @click.option("--prompt-tokens", type=Counts(), default="128", show_default=True, help="Prompt lengths: 128,512,2048.")
 @click.option("--decode-tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Tokens to write.")

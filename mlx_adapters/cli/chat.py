@@ -11,6 +11,7 @@ from mlx_adapters.cli._options import (
     REFERENCE,
     any_base_option,
     base_option,
+    complete_references,
     dtype_option,
     json_option,
     sampling_options,
@@ -70,8 +71,8 @@ def chat_command(
 
 @click.command("ab")
 @click.argument("prompts", type=click.Path(path_type=Path))
-@click.argument("a")
-@click.argument("b")
+@click.argument("a", shell_complete=complete_references)
+@click.argument("b", shell_complete=complete_references)
 @base_option
 @any_base_option
 @sampling_options

@@ -5,11 +5,11 @@ from pathlib import Path
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import any_base_option, base_option, dtype_option, json_option
+from mlx_adapters.cli._options import any_base_option, base_option, complete_references, dtype_option, json_option
 
 
 @click.command("eval")
-@click.argument("variants", nargs=-1, required=True, metavar="VARIANT...")
+@click.argument("variants", nargs=-1, required=True, metavar="VARIANT...", shell_complete=complete_references)
 @click.option("--data", required=True, metavar="DIR", help="Folder or file with rows, or hf:user/name.")
 @click.option("--split", type=click.Choice(["test", "valid", "train"]), help="Rows to judge [test, else valid].")
 @click.option("--score", metavar="SCORE", help="exact, regex:PATTERN, sqlite[:FILE] or command:COMMAND.")

@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import REFERENCE, any_base_option, base_option, json_option, overwrite_option
+from mlx_adapters.cli._options import (
+    REFERENCE,
+    any_base_option,
+    base_option,
+    complete_references,
+    json_option,
+    overwrite_option,
+)
 
 if TYPE_CHECKING:
     from mlx_adapters.fusion.fidelity import Fidelity
@@ -15,7 +22,7 @@ BITS = ["keep", "none", "2", "3", "4", "5", "6", "8"]
 
 
 @click.command("fuse")
-@click.argument("refs", nargs=-1, metavar="REF... OUT")
+@click.argument("refs", nargs=-1, metavar="REF... OUT", shell_complete=complete_references)
 @click.option("--bits", type=click.Choice(BITS), default="keep", show_default=True,
               help="Bits per weight; keep: the base's own precision, none: unquantized.")  # fmt: skip
 @click.option("--group-size", type=int, help="Weights that share a scale [the base's at its own bits, else 64].")

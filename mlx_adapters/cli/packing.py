@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import json_option, overwrite_option
+from mlx_adapters.cli._options import complete_references, json_option, overwrite_option
 
 
 class Size(click.ParamType):
@@ -28,7 +28,7 @@ class Size(click.ParamType):
 
 
 @click.command("pack")
-@click.argument("source", metavar="REF|MODEL")
+@click.argument("source", metavar="REF|MODEL", shell_complete=complete_references)
 @click.argument("target", metavar="FILE.tar.gz", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--checkpoints", is_flag=True, help="Take the adapter's checkpoints along.")
 @overwrite_option

@@ -6,12 +6,19 @@ from typing import Any
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import dtype_option
+from mlx_adapters.cli._options import complete_references, dtype_option
 
 
 @click.command("serve")
 @click.argument("base")
-@click.option("--adapter", "adapters", multiple=True, metavar="NAME=REF", help="Serve this adapter (repeatable).")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME=REF",
+    shell_complete=complete_references,
+    help="Serve this adapter (repeatable).",
+)
 @click.option("--name", help="What requests call the base [as given; a folder by its last part].")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Other than loopback needs --api-key-file.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free one.")

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import REFERENCE, json_option, overwrite_option
+from mlx_adapters.cli._options import REFERENCE, complete_references, json_option, overwrite_option
 from mlx_adapters.cli._training_options import Settings, read_settings, training_options, typed_command
 from mlx_adapters.config import LoraConfig, TrainConfig, to_mapping
 from mlx_adapters.events import Event, Note, OnEvent, Progress, TrainReport, ValidationReport, ignore
@@ -16,7 +16,12 @@ from mlx_adapters.events import Event, Note, OnEvent, Progress, TrainReport, Val
 @click.argument("base", required=False)
 @click.option("--data", metavar="DIR", help="Folder with train.jsonl, valid.jsonl; a file; or hf:user/name.")
 @click.option("--name", metavar="NAME", help="Name of the adapter, or a folder such as ./out.")
-@click.option("--resume", metavar="NAME", help="Go on with a run that was stopped, exactly where it stood.")
+@click.option(
+    "--resume",
+    metavar="NAME",
+    shell_complete=complete_references,
+    help="Go on with a run that was stopped, exactly where it stood.",
+)
 @click.option("--init-from", type=REFERENCE, metavar="REF", help="Start from this adapter's weights.")
 @training_options
 @click.option("--print-config", is_flag=True, help="Show the settings as a config file and stop.")
