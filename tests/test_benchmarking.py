@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import struct
+import subprocess
+import sys
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
@@ -472,6 +474,14 @@ def test_pictures_are_xml_and_inside_their_frame():
         for element in root.iter():
             for name, limit in (("x", width), ("cx", width), ("y", height), ("cy", height)):
                 assert 0 <= float(element.attrib.get(name, 0)) <= limit, (title, ElementTree.tostring(element))
+
+
+def test_the_peak_is_the_process_own_not_its_parents():
+    """A child of a large process is small, whatever Linux's ru_maxrss says."""
+    ballast = np.ones(150_000_000, np.uint8)
+    code = "from mlx_adapters.benchmarking.system import peak_resident_bytes as p; print(p())"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 5e6 < int(child.stdout) < system.peak_resident_bytes() - ballast.nbytes / 2
 
 
 def test_a_png_shows_what_the_svg_has():
