@@ -208,10 +208,11 @@ class Report:
 
     @property
     def measured_seconds(self) -> float:
-        """Seconds that went into loads and trials; the rest is starting, warming up and bookkeeping."""
+        """Seconds that went into loads, trials and the bandwidth; the rest is starting, warming up, bookkeeping."""
         total = 0.0
         for run in self.runs:
-            total += run.result.get("load_seconds", 0) + run.result.get("cold_load_seconds", 0)
+            parts = ("load_seconds", "cold_load_seconds", "bandwidth_seconds")
+            total += sum(run.result.get(part, 0) for part in parts)
             for measured in run.result.get("shapes", ()):
                 for t in measured["trials"]:
                     decoded = measured["batch"] * (self.config.decode_tokens - 1)

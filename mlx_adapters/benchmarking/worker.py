@@ -60,7 +60,9 @@ def run_job(variant: Variant, config: BenchmarkConfig) -> dict[str, Any]:
     del model
     gc.collect()
     mx.clear_cache()
+    start = time.perf_counter()
     result["bandwidth_bytes_per_second"] = measure.bandwidth(read)
+    result["bandwidth_seconds"] = time.perf_counter() - start
     return result
 
 
