@@ -1,6 +1,8 @@
 """Calibrated rounding of a whole model, block by block, each result put on the disk at once."""
 
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +10,17 @@ import numpy as np
 from mlx_adapters import files, tensor_files
 from mlx_adapters.config import Quantization
 from mlx_adapters.door import mx
-from mlx_adapters.events import OnEvent
+from mlx_adapters.events import OnEvent, Progress
 from mlx_adapters.fusion.blocks import TokenBatch, Variant
 from mlx_adapters.fusion.hessian import Collector, Moments, mix
 from mlx_adapters.fusion.plan import LayerPlan, Updates
-from mlx_adapters.fusion.rounding import OUTPUT_DAMPING, Packed, calibrated
+from mlx_adapters.fusion.rounding import OUTPUT_DAMPING, Packed
+from mlx_adapters.fusion.stream import dtype_name
+from mlx_adapters.fusion.workers import Task, Workers, worker_count
+from mlx_adapters.layers import weight_shape
 from mlx_adapters.model import Base
+
+Rounded = Future[tuple[Packed, float]]
 
 
 class Spool:
@@ -57,49 +64,68 @@ def round_layers(
     seed: int = 0,
     thorough: bool = True,
 ) -> None:
-    """Round every layer of `plans` that is to be quantized anew, to its target and to the precisions `also`."""
+    """Round every layer of `plans` that is to be quantized anew, to its target and to the precisions `also`.
+
+    Workers round the layers whose moments are there while those of the next ones are collected.
+    """
     wanted = {plan.path: plan.rounded_to for plan in plans if plan.rounded_to is not None}
     if not wanted:
         return
     forward, backward = Variant(base, updates), Variant(base, updates)
-    for _, moments in Collector(forward, backward, set(wanted), batches).run(on_event, seed):
-        for path, found in moments.items():
-            start = backward.source.packed(path)
-            for target in dict.fromkeys([wanted[path], *also]):
-                main = thorough and target == wanted[path]
-                packed, loss = round_layer(backward.weight(path), found, target, dtype, start, together=main)
-                spool.put(path, packed, loss)
+    targets = {path: list(dict.fromkeys([target, *also])) for path, target in wanted.items()}
+    shapes = {path: weight_shape(backward.source.layers[path]) for path in wanted}
+    total = sum(map(len, targets.values()))
+    under_way: deque[tuple[str, list[Rounded]]] = deque()
+
+    def collect(most: int) -> None:
+        """Take finished layers off the queue, waiting until at most so many are left."""
+        while under_way and (len(under_way) > most or all(part.done() for part in under_way[0][1])):
+            path, parts = under_way.popleft()
+            spool.put(path, *_stacked([part.result() for part in parts], len(shapes[path])))
+            on_event(Progress("calibrate: round", len(spool.losses), total, "layer"))
+
+    with Workers(worker_count(shapes.values())) as workers:
+        for _, moments in Collector(forward, backward, set(wanted), batches).run(on_event, seed):
+            for path, found in moments.items():
+                start = backward.source.packed(path)
+                for target in targets[path]:
+                    together = thorough and target == wanted[path]
+                    tasks = tasks_for(backward.weight(path), found, target, dtype, start, together)
+                    under_way.append((path, [workers.submit(task) for task in tasks]))
+                    collect(most=2 * workers.count)
+        collect(most=0)
 
 
-def round_layer(
-    weight: mx.array,
-    moments: Moments,
-    target: Quantization,
-    dtype: mx.Dtype,
-    start: Packed | None,
-    together: bool = True,
-) -> tuple[Packed, float]:
-    """Round one layer, experts each by their own moments; also returns the error that Fisher weights expect.
+def tasks_for(
+    weight: mx.array, moments: Moments, target: Quantization, dtype: mx.Dtype, start: Packed | None, together: bool
+) -> Iterator[Task]:
+    """The rounding of one layer: one task for a matrix, one for each expert by its own moments.
 
-    The error is about tr(G E H Eᵀ) with the unscaled moments of what the predictions feel: proportional to the KL
-    that the layer alone would cost. `together`: see `calibrated`.
+    Their errors are about tr(G E H Eᵀ) with the unscaled moments of what the predictions feel: proportional to the
+    KL that the layer alone would cost. `together`: see `calibrated`.
     """
+    name = dtype_name(dtype)
     plain, fisher = np.array(moments.plain), np.array(moments.fisher)
     if weight.ndim == 2:
         outputs = None if moments.outputs is None else np.array(moments.outputs)
         # Few tokens know little of how outputs are felt together.
         damping = OUTPUT_DAMPING + weight.shape[0] / max(moments.output_tokens, 1)
-        packed, loss = calibrated(
-            weight, mix(plain, fisher), target, dtype, start, outputs, together=together, output_damping=damping
-        )
-        return packed, loss * weight.size * _mean_diagonal(fisher)
-    parts, total = [], 0.0
+        unit = weight.size * _mean_diagonal(fisher)
+        yield Task(weight, mix(plain, fisher), target, name, start, unit, outputs, together, damping)
+        return
     for e in range(weight.shape[0]):
-        part, loss = calibrated(weight[e], mix(plain[e], fisher[e]), target, dtype, _expert(start, e))
-        parts.append(part)
-        total += loss * weight[e].size * _mean_diagonal(fisher[e])
-    stacked = {name: mx.stack([part.tensors[name] for part in parts]) for name in parts[0].tensors}
-    return Packed(stacked["weight"], stacked["scales"], stacked.get("biases"), target), total
+        unit = weight[e].size * _mean_diagonal(fisher[e])
+        yield Task(weight[e], mix(plain[e], fisher[e]), target, name, _expert(start, e), unit)
+
+
+def _stacked(parts: Sequence[tuple[Packed, float]], ndim: int) -> tuple[Packed, float]:
+    """The layer (`ndim` axes) that these matrices are, and the sum of their errors."""
+    if ndim == 2:
+        return parts[0]
+    first = parts[0][0]
+    stacked = {name: mx.stack([packed.tensors[name] for packed, _ in parts]) for name in first.tensors}
+    packed = Packed(stacked["weight"], stacked["scales"], stacked.get("biases"), first.quantization)
+    return packed, sum(loss for _, loss in parts)
 
 
 def _mean_diagonal(fisher: np.ndarray) -> float:
@@ -109,6 +135,5 @@ def _mean_diagonal(fisher: np.ndarray) -> float:
 def _expert(start: Packed | None, e: int) -> Packed | None:
     if start is None:
         return None
-    return Packed(
-        start.weight[e], start.scales[e], None if start.biases is None else start.biases[e], start.quantization
-    )
+    biases = None if start.biases is None else start.biases[e]
+    return Packed(start.weight[e], start.scales[e], biases, start.quantization)

@@ -28,10 +28,13 @@ def to_numpy(array: mx.array) -> Array:
 
 
 def round_to(values: Array, dtype: mx.Dtype) -> Array:
-    """`values` rounded to what `dtype` can store, as float32."""
-    if dtype == mx.float32:
-        return values
-    return to_numpy(mx.array(values).astype(dtype))
+    """`values` (float32) rounded to what `dtype` can store, ties to even, as float32."""
+    if dtype == mx.float16:
+        return values.astype(np.float16).astype(np.float32)
+    if dtype == mx.bfloat16:  # the upper half of a float32; a carry goes on into the exponent, as it should
+        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+    return values
 
 
 def pack(codes: Array, bits: int) -> Array:

@@ -236,8 +236,6 @@ class Stages:
             moments, cotangents = self._block(index, cotangents)
             yield index, moments
             c.backward.release(index)
-            done = count - index
-            self.on_event(Progress("calibrate: round", done, count - c.first + 1, "block"))
         if c.paths & set(c.backward.layer_paths(count)):
             self._input_embedding(held_back, cotangents)
             yield count, held_back

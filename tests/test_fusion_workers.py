@@ -1,0 +1,79 @@
+"""Rounding in processes of their own."""
+
+import subprocess
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_adapters.config import Quantization
+from mlx_adapters.errors import ModelError
+from mlx_adapters.fusion import workers
+from mlx_adapters.fusion.workers import Task, Workers
+
+
+def make_task(seed: int, width: int = 128, out: int = 96, outputs: bool = True) -> Task:
+    random = np.random.default_rng(seed)
+    x, g = random.normal(size=(256, width)), random.normal(size=(256, out))
+    weight = mx.array(random.normal(size=(out, width)).astype(np.float32))
+    felt = (g.T @ g).astype(np.float32) if outputs else None
+    return Task(weight, (x.T @ x).astype(np.float32), Quantization(4, 64), "bfloat16", None, 3.0, felt)
+
+
+def same(one, other) -> bool:
+    parts = zip(one[0].tensors.values(), other[0].tensors.values(), strict=True)
+    return one[1] == other[1] and all(a.dtype == b.dtype and mx.array_equal(a, b).item() for a, b in parts)
+
+
+def test_workers_give_what_the_process_itself_gives():
+    tasks = [make_task(seed, outputs=seed % 2 == 0) for seed in range(5)]
+    with Workers(2) as several, Workers(0) as none:
+        found = [future.result() for future in [several.submit(task) for task in tasks]]
+        assert all(same(a, none.submit(task).result()) for a, task in zip(found, tasks, strict=True))
+    assert not same(found[0], found[2])
+
+
+def test_tasks_under_way_stay_within_the_memory():
+    task, most = make_task(0), 0
+    with Workers(3, memory=2 * task.nbytes) as pool:
+        futures = []
+        for _ in range(6):
+            futures.append(pool.submit(task))
+            most = max(most, pool._used)
+        assert all(future.result()[1] > 0 for future in futures)
+    assert task.nbytes <= most <= 2 * task.nbytes
+    with Workers(1, memory=1) as pool:  # one always runs
+        assert pool.submit(task).result()[1] > 0
+
+
+def test_a_worker_that_dies_is_an_error_and_not_a_wait():
+    command = [sys.executable, "-c", "import sys; sys.stdin.buffer.read(10)"]
+    with pytest.raises(ModelError, match="ended") as caught, Workers(1, command=command) as pool:
+        pool.submit(make_task(0)).result()
+    assert "memory" in str(caught.value.hint)
+
+
+def test_what_fails_in_a_worker_is_told():
+    task = make_task(0)
+    broken = Task(task.weight, np.zeros((3, 3), np.float32), task.quantization, "bfloat16", None)
+    with pytest.raises(RuntimeError, match="Traceback"), Workers(1) as pool:
+        pool.submit(broken).result()
+
+
+def test_leaving_on_an_error_leaves_no_process():
+    with pytest.raises(KeyboardInterrupt), Workers(2) as pool:
+        pool.submit(make_task(0))
+        processes: list[subprocess.Popen] = pool._processes
+        raise KeyboardInterrupt
+    assert [process.poll() is not None for process in processes] == [True, True]
+
+
+def test_only_large_work_is_worth_workers(monkeypatch):
+    assert workers.worker_count([(64, 64)] * 10) == 0
+    if hasattr(workers.os, "sched_getaffinity"):
+        monkeypatch.setattr(workers.os, "sched_getaffinity", lambda _: set(range(6)))
+    else:
+        monkeypatch.setattr(workers.os, "cpu_count", lambda: 6)
+    assert workers.worker_count([(4096, 4096)]) == 6
+    assert workers.worker_count([(8, 1024, 1536)]) == 6  # experts count too
