@@ -71,11 +71,21 @@ class Gathered(ForAll):
         return y + mx.gather_mm(z, self.one_b, self.first, self.first)
 
 
+class Added(Padded):
+    """Product and sum as one operation."""
+
+    def linear(self, y, x):
+        if x.shape[:-1] != (1, 1):
+            return super().linear(y, x)
+        return mx.addmm(y, x @ self.one_a, self.one_b)
+
+
 # Name -> (class of the update, keywords of the pool).
 VARIANTS = {
     "each layer": (ForAll, dict(group=False)),
     "groups": (ForAll, dict(group=True)),
     "groups padded": (Padded, dict(group=True)),
+    "groups addmm": (Added, dict(group=True)),
     "groups gather": (Gathered, dict(group=True)),
 }
 
