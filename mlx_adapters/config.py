@@ -247,4 +247,6 @@ class TrainConfig:
         require(self.warmup < self.iterations, "warmup must be shorter than the training itself.")
         require(self.optimizer != "adam" or self.weight_decay == 0, "adam has no weight decay.", "use adamw.")
         require(self.mask_prompt or not self.last_turn_only, "last_turn_only needs mask_prompt.")
+        in_time = self.early_stop is None or self.eval_every < self.iterations
+        require(in_time, "early_stop needs an evaluation before the end.", f"use --eval-every below {self.iterations}.")
         require(self.fuse_aware is not None or self.fuse_aware_from == 0, "fuse_aware_from needs fuse_aware.")

@@ -322,6 +322,9 @@ def load_tokenizer_of(base: Base) -> Any:
     """The base's tokenizer, in mlx-lm's wrapper; never from the network."""
     eos = base.config.get("eos_token_id")
     try:
-        return load_tokenizer(base.folder, eos_token_ids=eos)
+        tokenizer = load_tokenizer(base.folder, eos_token_ids=eos)
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"The tokenizer of '{base.name}' cannot be loaded: {error}.") from error
+    # It need not warn about long texts: whoever uses it cuts them where the model's limit asks for it.
+    getattr(tokenizer, "deprecation_warnings", {})["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return tokenizer

@@ -110,5 +110,13 @@ def test_a_run_that_will_hardly_fit_says_so(run, monkeypatch):
 def test_data_commands(run, tiny_model, tmp_path):
     check = CliRunner().invoke(cli, ["data", "check", str(run.data), "--base", str(tiny_model()), "--mask-prompt"])
     assert check.exit_code == 0 and "[[SELECT title" in check.stdout and "IN TRAIN TOO" in check.stdout
+    long = tmp_path / "long.jsonl"
+    turns = [{"role": role, "content": "word " * 2000} for role in ("user", "assistant") * 10]
+    long.write_text(json.dumps({"messages": turns}) + "\n")
+    check = CliRunner().invoke(cli, ["data", "check", str(long), "--base", str(tiny_model()), "--mask-prompt",
+                                     "--max-seq-length", "100000"])  # fmt: skip
+    assert len(check.stdout) < 9000 and "characters more …" in check.stdout and "parts more …" in check.stdout
+    assert check.stdout.count("[[") == check.stdout.count("]]") > 5
     split = ["data", "split", str(run.data / "train.jsonl"), str(tmp_path / "out"), "--json"]
-    assert sum(json.loads(CliRunner().invoke(cli, split).stdout).values()) == 13
+    counts = json.loads(CliRunner().invoke(cli, split).stdout)
+    assert counts["train"] + counts["valid"] + counts["test"] == 13

@@ -172,10 +172,24 @@ def test_order_depends_on_seed_and_epoch_and_can_be_entered_anywhere():
         assert epoch == late_epoch and rows.tolist() == late_rows.tolist()
 
 
-def test_batches_of_like_length_waste_little_padding():
-    lengths = np.random.default_rng(0).integers(5, 400, 200)
-    padded = sum(max(lengths[b]) * len(b) for b in epoch_batches(lengths, 4, 0, 0))
-    assert padded < 1.05 * lengths.sum()
+def test_batches_of_like_length_waste_little_padding_and_vary_by_epoch():
+    lengths = np.random.default_rng(0).integers(5, 400, 1000)
+    first, second = (epoch_batches(lengths, 4, 0, epoch) for epoch in (0, 1))
+    assert sum(max(lengths[b]) * len(b) for b in first) < 1.03 * lengths.sum()
+    assert len({frozenset(b) for b in first} & {frozenset(b) for b in second}) < 25  # of 250
+
+
+def test_the_tokenizer_does_not_warn_of_rows_that_are_cut(tiny_model, monkeypatch):
+    from transformers import tokenization_utils_base
+
+    from mlx_adapters.model import load_tokenizer_of, resolve_base
+
+    warned = []
+    monkeypatch.setattr(tokenization_utils_base.logger, "warning", lambda *a, **k: warned.append(a))
+    tokenizer = load_tokenizer_of(resolve_base(tiny_model()))
+    tokenizer._tokenizer.model_max_length = 10
+    tokenize([raw(text="word " * 50)], tokenizer, max_seq_length=8)
+    assert not warned
 
 
 def row(tokens, trained):

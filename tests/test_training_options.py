@@ -127,6 +127,17 @@ def test_early_stop_and_best(observe):
     assert load_adapter("run").metadata["iteration"] == best
 
 
+def test_early_stop_without_validation_is_refused(observe, tmp_path):
+    none = write_data(tmp_path / "none", rows=9, valid=0)
+    (none / "valid.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="needs validation rows, and there are none") as caught:
+        observe(replace(BASE, early_stop=2), where=none)
+    assert "leave --early-stop out" in caught.value.hint
+    assert any("no validation rows" in note.text for note in observe(where=none).of(Note))
+    with pytest.raises(ConfigError, match="an evaluation before the end"):
+        replace(BASE, early_stop=2, eval_every=4)
+
+
 def test_last_turn_only_trains_fewer_tokens(observe, chats):
     plain = replace(BASE, mask_prompt=True)
     every, last = observe(plain, where=chats), observe(replace(plain, last_turn_only=True), where=chats, name="other")
@@ -243,7 +254,7 @@ def test_bad_input(observe, tiny_model, data, tmp_path):
         observe(replace(BASE, batch_size=99))
     assert "--batch-size 17" in caught.value.hint
     one = write_data(tmp_path / "one", rows=1, valid=0)
-    with pytest.raises(ConfigError, match="larger than the 1 rows"):
+    with pytest.raises(ConfigError, match="larger than the 1 row of"):
         observe(where=one)
     assert observe(replace(BASE, batch_size=1), where=one, name="one").run.final.iteration == 4
     with pytest.raises(FormatError, match="No training row has anything to train"):

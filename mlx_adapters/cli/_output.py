@@ -85,6 +85,14 @@ def error(message: str, hint: str | None = None) -> None:
         click.echo(style("Hint: ", sys.stderr, fg="cyan") + hint, err=True)
 
 
+def middle_out(text: str, length: int) -> str:
+    """`text`, or its head and tail if it is longer than `length` characters."""
+    if len(text) <= length:
+        return text
+    head, tail = text[: 2 * length // 3], text[-(length // 3) :]
+    return f"{head} … {len(text) - len(head) - len(tail):,} characters more … {tail}"
+
+
 def emit_json(value: Any) -> None:
     """One JSON document, to stdout: a mapping or dataclass, and its schema's version. NaN and Inf become null."""
     click.echo(json.dumps({"schema": SCHEMA} | plain(value), indent=2, ensure_ascii=False, allow_nan=False))

@@ -1,5 +1,7 @@
 """`data check` and `data split`."""
 
+from collections.abc import Sequence
+
 import click
 
 from mlx_adapters.cli import _output
@@ -55,7 +57,13 @@ def data_check_command(
                 more = f" and {len(where) - 3} more" if len(where) > 3 else ""
                 _output.out(f"{name}, {what}: {'; '.join(where[:3])}{more}")
     _output.out("\nfirst training row; the loss counts what stands between [[ and ]]")
-    _output.out("".join(f"[[{text}]]" if trained else text for text, trained in report.first_row))
+    _output.out("".join(f"[[{text}]]" if trained else text for text, trained in _bounded(report.first_row)))
+
+
+def _bounded(pieces: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
+    """Long pieces with their middle left out, and of many pieces the first and the last."""
+    short = [(_output.middle_out(text, 600), trained) for text, trained in pieces]
+    return short if len(short) <= 12 else [*short[:8], (f" … {len(short) - 12} parts more … ", False), *short[-4:]]
 
 
 @data_command.command("split")

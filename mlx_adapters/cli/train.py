@@ -116,7 +116,7 @@ class Watch:
                 f"tok/s, {_output.number(event.tokens_per_second)} tok/s, peak {_output.size(event.peak_memory_bytes)}"
             )
         elif isinstance(event, ValidationReport):
-            best = " (best so far)" if event.best else ""
+            best = " (best checkpoint so far)" if event.best else ""
             _output.note(f"iteration {event.iteration}: validation loss {event.validation_loss:.4f}{best}")
         elif isinstance(event, Progress | Note):
             self._live(event)

@@ -1,6 +1,7 @@
 """Which rows form a batch, in which order, and how they are padded.
 
-Rows of like length go together, so little is padded; the order of the batches is shuffled anew in each epoch.
+Rows of like length go together, so little is padded. They are sought within pools of `POOL` batches that are drawn
+anew in each epoch, so the same rows do not always meet, and the order of the batches is shuffled.
 All of it is a pure function of the lengths, the seed and the epoch: a resumed run needs to know only how
 many batches it has seen. Every row comes once per epoch, the last, smaller batch included.
 """
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_adapters.training.data import Row
+
+POOL = 50  # batches; with rows of 5 to 400 tokens, 4 in each, 1 to 3 % are padding
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,12 @@ class Batch:
 def epoch_batches(groups: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """The batches of one epoch as arrays of row indexes; `groups` holds the rows' lengths.
 
-    Equal lengths are in a random order, and so are the batches; both depend on (seed, epoch) alone.
+    Pools, equal lengths and batches are in a random order that depends on (seed, epoch) alone.
     """
     random = np.random.default_rng([seed, epoch])
-    order = random.permutation(len(groups))
-    order = order[np.argsort(np.asarray(groups)[order], kind="stable")]
+    lengths, shuffled = np.asarray(groups), random.permutation(len(groups))
+    pools = [shuffled[i : i + POOL * batch_size] for i in range(0, len(shuffled), POOL * batch_size)]
+    order = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     return [batches[i] for i in random.permutation(len(batches))]
 

@@ -52,7 +52,7 @@ def make_feed(rows: Sequence[Row], config: TrainConfig, *, gpu: bool, world: Wor
     lengths = [len(row.tokens) for row in rows]
     bins = pack(lengths, config.max_seq_length) if config.packing else [[i] for i in range(len(rows))]
     if config.batch_size > len(bins):
-        kind = "packed sequences" if config.packing else "rows"
+        kind = ("packed sequence" if config.packing else "row") + "s" * (len(bins) > 1)
         raise ConfigError(f"batch_size {config.batch_size} is larger than the {len(bins)} {kind} of training data.",
                           f"use --batch-size {len(bins)} or less.")  # fmt: skip
     # A new shape costs a GPU seconds of compilation; on a CPU the padding costs more.

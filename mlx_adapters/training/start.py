@@ -112,6 +112,16 @@ def tokenize_split(
     return done.rows
 
 
+def require_validation(rows: tuple[Row, ...], config: TrainConfig, on_event: OnEvent) -> None:
+    """Say what follows if there are no validation rows. Raises ConfigError if they are to stop the run."""
+    if rows:
+        return
+    if config.early_stop is not None:
+        hint = "add valid.jsonl ('mlx-adapters data split' makes one), or leave --early-stop out."
+        raise ConfigError("early_stop needs validation rows, and there are none.", hint)
+    on_event(Note("There are no validation rows: the last checkpoint will count as the best."))
+
+
 @dataclass(frozen=True)
 class Prepared:
     """What a loop needs."""
