@@ -114,8 +114,8 @@ def updated_weight(
     LoRA: W + scale · (a b)ᵀ (arXiv 2106.09685); DoRA: m · (W + ΔW) / ‖W + ΔW‖ row by row (arXiv 2402.09353).
     """
     weight, a, b = (x.astype(mx.float32) for x in (weight, a, b))
-    update = b @ a if a.ndim == 3 else a @ b if embedding else (a @ b).T
-    changed = weight + scale * update
+    left, right = (b, a) if a.ndim == 3 else (a, b) if embedding else (b.T, a.T)
+    changed = mx.addmm(weight, scale * left, right)
     if m is None:
         return changed
     return changed * (m.astype(mx.float32) / mx.linalg.norm(changed, axis=-1))[..., None]

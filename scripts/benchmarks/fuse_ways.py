@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 WORKER = """
-import json, resource, sys, time
+import json, sys, time
 import mlx_adapters
 import mlx.core as mx
+from mlx_adapters.benchmarking.system import process_memory
 sys.path.insert(0, {scripts!r})
 import fuse_ways
 arguments = json.loads(sys.argv[1])
@@ -22,7 +23,7 @@ mx.reset_peak_memory()
 started, worked = time.perf_counter(), time.process_time()
 value = function(**arguments)
 seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+peak = process_memory()["peak_resident_bytes"]
 result = dict(seconds=seconds, cpu_seconds=cpu_seconds, mlx_peak=mx.get_peak_memory(), process_peak=peak, value=value)
 print("RESULT " + json.dumps(result))
 """
