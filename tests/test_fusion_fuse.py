@@ -1,6 +1,7 @@
 """The fused model computes what base and adapter compute, on every architecture, precision and layer type."""
 
 import json
+import shutil
 
 import mlx.core as mx
 import numpy as np
@@ -218,6 +219,23 @@ def test_bad_input_leaves_nothing(tiny_model, tmp_path):
     with pytest.raises(ExistsError):
         fuse(folder, adapter, out)
     assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_nan_and_inf_are_refused(tiny_model, tmp_path):
+    folder, broken = tiny_model("llama"), tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    weights = mx.load(str(folder / "model.safetensors"))
+    adapter = make_adapter(folder, targets=("model.layers.0.mlp.down_proj",))
+    calibrated = FuseOptions(method="calibrated", calibration_rows=4, check_rows=4)
+    for name, factor in (("0.mlp.down_proj", float("nan")), ("1.mlp.up_proj", float("nan")), ("0.mlp.up_proj", 1e38)):
+        bad = {**weights, f"model.layers.{name}.weight": weights[f"model.layers.{name}.weight"] * factor}
+        mx.save_safetensors(str(broken / "model.safetensors"), bad, metadata={"format": "mlx"})
+        if factor != 1e38:
+            with pytest.raises(FormatError, match=f"weight of 'model.layers.{name}' holds NaN"):
+                fuse(broken, adapter, tmp_path / "out", quantization=4, any_base=True)
+        with pytest.raises(FormatError, match="computes NaN or Inf"):
+            fuse(broken, adapter, tmp_path / "out", quantization=4, any_base=True, options=calibrated)
+    assert not list(tmp_path.glob("*out*")) and not list(tmp_path.glob(".tmp-*"))
 
 
 def test_fuses_from_the_command_line(tiny_model, tmp_path, home):

@@ -10,6 +10,7 @@ import numpy as np
 from mlx_adapters import files, tensor_files
 from mlx_adapters.config import Quantization
 from mlx_adapters.door import mx
+from mlx_adapters.errors import FormatError
 from mlx_adapters.events import OnEvent, Progress
 from mlx_adapters.fusion.blocks import TokenBatch, Variant
 from mlx_adapters.fusion.hessian import Collector, Moments, mix
@@ -87,6 +88,7 @@ def round_layers(
     with Workers(worker_count(shapes.values())) as workers:
         for _, moments in Collector(forward, backward, set(wanted), batches).run(on_event, seed):
             for path, found in moments.items():
+                _refuse_not_finite(found)
                 start = backward.source.packed(path)
                 for target in targets[path]:
                     together = thorough and target == wanted[path]
@@ -137,3 +139,8 @@ def _expert(start: Packed | None, e: int) -> Packed | None:
         return None
     biases = None if start.biases is None else start.biases[e]
     return Packed(start.weight[e], start.scales[e], biases, start.quantization)
+
+
+def _refuse_not_finite(moments: Moments) -> None:
+    if not mx.isfinite(mx.stack([moments.plain.sum(), moments.fisher.sum()])).all():
+        raise FormatError("The adapter model computes NaN or Inf on the calibration text.", "is the base whole?")

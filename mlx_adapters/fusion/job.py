@@ -25,7 +25,7 @@ from mlx_adapters.fusion.plan import (
 )
 from mlx_adapters.fusion.rounding import Packed, dequantize, nearest
 from mlx_adapters.fusion.stream import Unit, copy_companions, dtype_name, write_config, write_weights
-from mlx_adapters.fusion.survival import Survival, SurvivalSum
+from mlx_adapters.fusion.survival import Survival, SurvivalSum, not_finite
 from mlx_adapters.layers import check_fits, check_made_for
 from mlx_adapters.model import Base, load_module
 
@@ -146,10 +146,13 @@ class Job:
                     packed.rows(start, stop) if packed is not None else nearest(fused, plan.target, self.scale_dtype)
                 )
                 parts, stored = list(piece.tensors.values()), dequantize(piece) if plan.changed else fused
-            mx.eval(base, fused, stored, parts)
+            finite = plan.changed or mx.isfinite(fused).all()
+            mx.eval(base, fused, stored, parts, finite)
             pieces.append(parts)
             if plan.changed:
                 total.add(base, fused, stored)
+            elif not finite:
+                raise not_finite(plan.path)
         if plan.changed:
             self.survival.append(total.result(plan.path))
         return [mx.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*pieces, strict=True)]

@@ -11,6 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_adapters.door import mx
+from mlx_adapters.errors import FormatError
+
+
+def not_finite(path: str) -> FormatError:
+    """The error for a layer that cannot be fused."""
+    return FormatError(
+        f"The weight of '{path}' holds NaN, Inf or numbers that are too large, with the update in it.",
+        "is the base whole? Download or convert it again.",
+    )
 
 
 @dataclass(frozen=True)
@@ -32,13 +41,16 @@ class SurvivalSum:
     def add(self, base: mx.array, fused: mx.array, stored: mx.array) -> None:
         """Rows of W, W' and Ŵ, float32."""
         base_, fused_, stored_ = (np.array(rows, copy=False).reshape(-1) for rows in (base, fused, stored))
-        wanted, found = fused_ - base_, stored_ - base_
-        pairs = [(wanted, found), (wanted, wanted), (found, found), (base_, base_)]
-        self._sums += [float(np.dot(x, y)) for x, y in pairs]
+        with np.errstate(over="ignore", invalid="ignore"):  # `result` refuses what comes of it
+            wanted, found = fused_ - base_, stored_ - base_
+            pairs = [(wanted, found), (wanted, wanted), (found, found), (base_, base_)]
+            self._sums += [float(np.dot(x, y)) for x, y in pairs]
 
     def result(self, path: str) -> Survival:
-        """The layer's two numbers; a layer with no update keeps all of it."""
+        """The layer's two numbers; a layer with no update keeps all of it. Raises FormatError for NaN or Inf."""
         dot, wanted, found, base = self._sums.tolist()
+        if not np.isfinite(self._sums).all():
+            raise not_finite(path)
         if wanted == 0:
             return Survival(path, 1.0, 1.0, 0.0)
         cosine = dot / math.sqrt(wanted * found) if found > 0 else 0.0
