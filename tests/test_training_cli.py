@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import yaml
@@ -84,19 +85,136 @@ def test_unknown_keys_in_the_config_file_are_named(run, tmp_path):
     assert "Unknown setting 'iteration'" in run("--config", str(file)).exception.message
 
 
-def test_reports_go_where_they_are_asked_to(run, monkeypatch):
+# Option -> (what is typed, the settings that it changes). What the settings do: test_training_options.py.
+SETTINGS = {
+    "--rank": (["--rank", "3", "--rank", "v_proj=5"], {"lora.rank": 3, "lora.ranks": {"v_proj": 5}}),
+    "--scale": (["--scale", "3"], {"lora.scale": 3.0}),
+    "--alpha": (["--alpha", "32"], {"lora.scale": 4.0}),
+    "--rslora": (["--alpha", "32", "--rslora", "--rank", "16"], {"lora.rank": 16, "lora.scale": 8.0}),
+    "--dropout": (["--dropout", "0.1"], {"lora.dropout": 0.1}),
+    "--type": (["--type", "dora"], {"lora.type": "dora"}),
+    "--target-modules": (["--target-modules", "q_proj,v_proj"], {"lora.target_modules": ["q_proj", "v_proj"]}),
+    "--num-layers": (["--num-layers", "1"], {"lora.num_layers": 1}),
+    "--iterations": (["--iterations", "7"], {"training.iterations": 7}),
+    "--batch-size": (["--batch-size", "3"], {"training.batch_size": 3}),
+    "--learning-rate": (["--learning-rate", "1e-3"], {"training.learning_rate": 1e-3}),
+    "--schedule": (["--schedule", "linear"], {"training.schedule": "linear"}),
+    "--warmup": (["--warmup", "5"], {"training.warmup": 5}),
+    "--optimizer": (["--optimizer", "muon"], {"training.optimizer": "muon"}),
+    "--weight-decay": (["--weight-decay", "0.1"], {"training.weight_decay": 0.1}),
+    "--lora-plus-ratio": (["--lora-plus-ratio", "4"], {"training.lora_plus_ratio": 4.0}),
+    "--max-grad-norm": (["--max-grad-norm", "1"], {"training.max_grad_norm": 1.0}),
+    "--grad-accumulation": (["--grad-accumulation", "2"], {"training.grad_accumulation": 2}),
+    "--max-seq-length": (["--max-seq-length", "64"], {"training.max_seq_length": 64}),
+    "--chunked-loss": (["--chunked-loss", "off"], {"training.chunked_loss": "off"}),
+    "--eval-every": (["--eval-every", "9"], {"training.eval_every": 9}),
+    "--eval-batches": (["--eval-batches", "2"], {"training.eval_batches": 2}),
+    "--report-every": (["--report-every", "3"], {"training.report_every": 3}),
+    "--save-every": (["--save-every", "5"], {"training.save_every": 5}),
+    "--save-every-minutes": (["--save-every-minutes", "2.5"], {"training.save_every_minutes": 2.5}),
+    "--keep": (["--keep", "2"], {"training.keep": 2}),
+    "--early-stop": (["--early-stop", "2"], {"training.early_stop": 2}),
+    "--seed": (["--seed", "5"], {"training.seed": 5}),
+    "--dtype": (["--dtype", "bfloat16"], {"training.dtype": "bfloat16"}),
+    "--mask-prompt": (["--mask-prompt"], {"training.mask_prompt": True}),
+    "--last-turn-only": (["--mask-prompt", "--last-turn-only"],
+                         {"training.mask_prompt": True, "training.last_turn_only": True}),
+    "--packing": (["--packing"], {"training.packing": True}),
+    "--grad-checkpoint": (["--grad-checkpoint"], {"training.grad_checkpoint": True}),
+    "--fuse-aware": (["--fuse-aware", "3"], {"training.fuse_aware": {"bits": 3, "group_size": 64, "mode": "affine"}}),
+    "--fuse-aware-group-size": (["--fuse-aware", "4", "--fuse-aware-group-size", "32"],
+                                {"training.fuse_aware": {"bits": 4, "group_size": 32, "mode": "affine"}}),
+    "--fuse-aware-mode": (["--fuse-aware", "4", "--fuse-aware-group-size", "32", "--fuse-aware-mode", "mxfp4"],
+                          {"training.fuse_aware": {"bits": 4, "group_size": 32, "mode": "mxfp4"}}),
+    "--fuse-aware-from": (["--fuse-aware", "4", "--fuse-aware-from", "8"],
+                          {"training.fuse_aware": {"bits": 4, "group_size": 64, "mode": "affine"},
+                           "training.fuse_aware_from": 8}),
+    "--data": (["--data", "elsewhere"], {"data": "elsewhere"}),
+    "--name": (["--name", "other"], {"name": "other"}),
+}  # fmt: skip
+# The other options, and the tests of this file that hold them to their effect.
+ACTIONS = {
+    "--config": "test_a_flag_wins_over_the_config_file", "--print-config": "test_a_flag_wins_over_the_config_file",
+    "--resume": "test_train_then_resume_with_more_iterations", "--log": "test_train_then_resume_with_more_iterations",
+    "--json": "test_train_then_resume_with_more_iterations", "--overwrite": "test_overwrite_and_init_from",
+    "--init-from": "test_overwrite_and_init_from", "--report-to": "test_reports_go_where_they_are_asked_to",
+}  # fmt: skip
+
+
+def settings(run, *arguments: str) -> dict:
+    """The settings by dotted name."""
+    shown = yaml.safe_load(run(*arguments, "--print-config").stdout)
+    nested = {f"{group}.{key}": v for group in ("lora", "training") for key, v in shown.pop(group).items()}
+    return shown | nested
+
+
+def test_every_option_of_train_changes_its_setting_and_no_other(run):
+    plain = settings(run)
+    for option, (typed, expected) in SETTINGS.items():
+        changed = {key: value for key, value in settings(run, *typed).items() if plain.get(key) != value}
+        assert option in typed and changed == expected
+
+
+def test_no_option_is_forgotten_here():
+    options = {name for p in cli.get_command(None, "train").params for name in p.opts if name.startswith("--")}
+    assert options == SETTINGS.keys() | ACTIONS.keys()
+    assert all(callable(globals()[test]) for test in ACTIONS.values())
+
+
+def test_overwrite_and_init_from(run):
+    assert run("--iterations", "2", "--rank", "4").exit_code == 0
+    assert "already exists" in run("--iterations", "3").exception.message
+    assert run("--iterations", "3", "--rank", "4", "--overwrite").stdout.startswith("run@3")
+    assert run("--iterations", "1", "--init-from", "run", "--name", "next").exit_code == 0
+    first, second = (files.read_json(adapter_folder(name) / "adapter_metadata.json") for name in ("run", "next"))
+    assert second["rank"] == 4 and second["validation_losses"][0][1] == pytest.approx(first["final_validation_loss"])
+
+
+@pytest.mark.parametrize("service", ["wandb", "trackio", "tensorboard"])
+def test_reports_go_where_they_are_asked_to(run, monkeypatch, service, tmp_path):
     seen = []
+
+    class SummaryWriter:
+        def __init__(self, logdir=None):
+            seen.append(Path(logdir).name)
+
+        def add_scalar(self, tag, scalar_value, global_step=None):
+            seen.append((global_step, tag))
+
+        def close(self):
+            seen.append("finished")
+
+    def init(project=None, *, name=None, config=None):
+        assert project == "mlx_adapters" and config["rank"] == 8 and config["iterations"] == 2
+        seen.append(name)
+
+    def log(data, step=None):
+        seen.extend((step, key) for key in data)
+
     fake = types.SimpleNamespace(
-        init=lambda **k: seen.append(k["name"]), log=lambda values, step: seen.append((step, *values)),
-        finish=lambda: seen.append("finished"),
+        init=init, log=log, finish=lambda: seen.append("finished"), SummaryWriter=SummaryWriter
     )  # fmt: skip
-    monkeypatch.setitem(sys.modules, "trackio", fake)
-    assert run("--iterations", "2", "--report-every", "1", "--report-to", "trackio").exit_code == 0
+    monkeypatch.setitem(sys.modules, "tensorboardX" if service == "tensorboard" else service, fake)
+    ours = ["--iterations", "2", "--report-every", "1", "--report-to", service]
+    assert run(*ours).exit_code == 0
     assert seen[0] == "run" and (0, "validation_loss") in seen and seen[-1] == "finished"
     assert [s[0] for s in seen if "train_loss" in s] == [1, 2]
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    done = run("--overwrite", "--report-to", "wandb")
-    assert "needs the package 'wandb'" in done.exception.message
+    seen.clear()
+    assert "already exists" in run(*ours).exception.message and not seen  # a refused run is not reported
+    place = tmp_path / "place"
+    assert run(*ours, "--name", str(place)).exit_code == 0 and seen[0] == "place"
+    monkeypatch.setattr("mlx_adapters.training.loop.Loop._step", lambda *a: 1 / 0)
+    seen.clear()
+    assert run(*ours, "--overwrite").exit_code == 1 and seen[-1] == "finished"  # also after a crash
+
+
+@pytest.mark.parametrize("package", ["wandb", "trackio", "tensorboardX"])
+def test_a_missing_reporting_package_is_told_before_anything_begins(run, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    done = run("--report-to", package.removesuffix("X").lower())
+    assert isinstance(done.exception, ConfigError) and f"needs the package '{package}'" in done.exception.message
+    assert done.exception.hint == f"pip install {package}." and not adapter_folder("run").exists()
 
 
 def test_a_run_that_will_hardly_fit_says_so(run, monkeypatch):
@@ -111,7 +229,7 @@ def test_data_commands(run, tiny_model, tmp_path):
     check = CliRunner().invoke(cli, ["data", "check", str(run.data), "--base", str(tiny_model()), "--mask-prompt"])
     assert check.exit_code == 0 and "[[SELECT title" in check.stdout and "IN TRAIN TOO" in check.stdout
     long = tmp_path / "long.jsonl"
-    turns = [{"role": role, "content": "word " * 2000} for role in ("user", "assistant") * 10]
+    turns = [{"role": role, "content": "word " * 200} for role in ("user", "assistant") * 7]
     long.write_text(json.dumps({"messages": turns}) + "\n")
     check = CliRunner().invoke(cli, ["data", "check", str(long), "--base", str(tiny_model()), "--mask-prompt",
                                      "--max-seq-length", "100000"])  # fmt: skip

@@ -1,7 +1,7 @@
 """`train`: make an adapter."""
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -9,7 +9,10 @@ from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import REFERENCE, complete_references, json_option, overwrite_option
 from mlx_adapters.cli._training_options import Settings, read_settings, training_options, typed_command
 from mlx_adapters.config import LoraConfig, TrainConfig, to_mapping
-from mlx_adapters.events import Event, Note, OnEvent, Progress, TrainReport, ValidationReport, ignore
+from mlx_adapters.events import Event, Note, Progress, TrainReport, ValidationReport
+
+if TYPE_CHECKING:
+    from mlx_adapters.training.reporting import Reporter
 
 
 @click.command("train")
@@ -47,23 +50,21 @@ def train_command(
         return
     from mlx_adapters.training.runs import train
 
-    watch = Watch(log)
-    if report_to is not None:
-        watch.report_to(report_to, resume or settings.name or "adapter", settings)
+    name = resume or settings.name
+    if name is None or (resume is None and (settings.base is None or settings.data is None)):
+        raise click.UsageError("Give BASE, --data and --name (or --resume NAME).")
     if resume is not None:
         lora, training = _settings_of_run(settings, resume)
-        run = train(
-            settings.base, settings.data, name=resume, lora=lora, training=training, resume=True, on_event=watch
-        )
+        new: dict[str, Any] = {"resume": True}
     else:
-        if settings.base is None or settings.data is None or settings.name is None:
-            raise click.UsageError("Give BASE, --data and --name (or --resume NAME).")
-        chosen = settings.lora_config() if settings.lora or init_from is None else None
-        run = train(
-            settings.base, settings.data, name=settings.name, lora=chosen, training=settings.train_config(),
-            init_from=init_from, overwrite=overwrite, command=typed_command(), forecast=True, on_event=watch,
-        )  # fmt: skip
-    watch.close()
+        lora = settings.lora_config() if settings.lora or init_from is None else None
+        training = settings.train_config()
+        new = {"init_from": init_from, "overwrite": overwrite, "command": typed_command(), "forecast": True}
+    watch = Watch(log)
+    if report_to is not None:
+        watch.report_to(report_to, name, (to_mapping(lora) if lora else {}) | to_mapping(training))
+    with contextlib.closing(watch):
+        run = train(settings.base, settings.data, name=name, lora=lora, training=training, on_event=watch, **new)
     if run.rank != 0:
         return
     if as_json:
@@ -95,18 +96,25 @@ class Watch:
 
     def __init__(self, log: str | None) -> None:
         self._log, self._live = log, _output.progress()
-        self._send: OnEvent = ignore
-        self.close: Callable[[], Any] = lambda: None
+        self._reporter: Reporter | None = None
 
-    def report_to(self, service: str, name: str, settings: Settings) -> None:
+    def report_to(self, service: str, name: str, config: dict[str, Any]) -> None:
         """Send the losses to a service as well."""
         from mlx_adapters.files import home
-        from mlx_adapters.training.reporting import reporter
+        from mlx_adapters.training.folder import place_of
+        from mlx_adapters.training.reporting import Reporter
 
-        self._send, self.close = reporter(service, name, settings.lora | settings.training, home() / "runs" / name)
+        name = place_of(name)[1].name
+        self._reporter = Reporter(service, name, config, home() / "runs" / name)
+
+    def close(self) -> None:
+        """End what was reported, however the run ended."""
+        if self._reporter is not None:
+            self._reporter.close()
 
     def __call__(self, event: Event) -> None:
-        self._send(event)
+        if self._reporter is not None:
+            self._reporter(event)
         if self._log is not None and not isinstance(event, Progress):
             self._append(event)
         if isinstance(event, TrainReport):

@@ -1,15 +1,20 @@
 """Training against mlx_lm.lora: the same base, rows, batch size, iterations, seed and adapter layers.
 
-Speed: rows of very different length (prompt-completion, loss on the completion), one epoch, each program in a
-fresh process; tokens per second count real tokens, padding apart. Memory: a random Qwen-shaped model with a
-vocabulary of 150,000. Saving: seconds of one whole checkpoint against 100 iterations, the default interval.
-On a busy machine CPU seconds are steadier than seconds; both are given.
+- speed:  rows of very different length (prompt-completion, loss on the completion). After two warm-up iterations
+          one epoch is timed, each program in a fresh process, in turn. Tokens are real ones, padding apart.
+- memory: peak memory with a vocabulary of 150,000 on a small random Qwen 3.
+- save:   seconds of one whole checkpoint within a run, against the 100 iterations between two by default.
 
-Run: python scripts/benchmarks/train.py [speed] [memory] [--base demo] [--rows 48] [--trials 3]
+Both compute on the same dense float32 weights where there is no GPU, with the same BLAS, and nothing is compiled there:
+MLX would call a C++ compiler for each fused kernel, which costs mlx_lm minutes. On a busy machine CPU seconds are
+steadier than seconds; both are given.
+
+    python scripts/benchmarks/train.py --json benchmarks/train.json
 """
 
 import argparse
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -47,37 +52,40 @@ def base_folder(base: str, work: Path) -> str:
     return str(folder if folder.exists() else tiny_models.build_model(folder, "qwen3", tied=True, **WIDE))
 
 
+WARM_UP = 2
+
+
 class Clock:
-    """Times, real tokens and peak memory of the iterations after the first two."""
+    """Times, real tokens and peak memory of the iterations after the warm-up."""
 
     def __init__(self) -> None:
         self.seconds, self.cpu_seconds, self.tokens, self.done = 0.0, 0.0, 0, 0
-        self._last: tuple[float, float] | None = None
+        self._last, self._pending = (0.0, 0.0), 0
 
-    def tick(self, tokens: int) -> None:
+    def tick(self, tokens: int = 0) -> None:
         """An iteration with `tokens` real tokens begins (the one before has ended)."""
         now = (time.perf_counter(), time.process_time())
-        if self._last is not None and self.done > 2:
+        if self.done > WARM_UP:
             self.seconds += now[0] - self._last[0]
             self.cpu_seconds += now[1] - self._last[1]
             self.tokens += self._pending
         self._last, self._pending, self.done = now, tokens, self.done + 1
 
-    def result(self, save_seconds: float = 0.0) -> dict:
+    def result(self) -> dict:
         """The figures as JSON values."""
         import mlx.core as mx
 
         return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "tokens": self.tokens,
-                "peak_bytes": mx.get_peak_memory(), "save_seconds": save_seconds}  # fmt: skip
+                "iterations": self.done - 1 - WARM_UP, "peak_bytes": mx.get_peak_memory()}  # fmt: skip
 
 
-def run_ours(base: str, data: str, iterations: int) -> dict:
-    """`mlx_adapters.train`'s own pieces, with the clock between the iterations."""
+def run_ours(base: str, data: str, epoch: int) -> dict:
+    """`mlx_adapters.train`'s own pieces, with the clock between the iterations: warm-up, then `epoch` batches."""
     from mlx_adapters.config import LoraConfig, TrainConfig
     from mlx_adapters.door import mx
     from mlx_adapters.layers import named_layers
     from mlx_adapters.model import load_model
-    from mlx_adapters.training import start, state
+    from mlx_adapters.training import start
     from mlx_adapters.training.data import tokenize
     from mlx_adapters.training.rows import read_data
 
@@ -88,27 +96,29 @@ def run_ours(base: str, data: str, iterations: int) -> dict:
     layers = dict(named_layers(model.module))
     prepared = start.prepare(model, config, rows, (), {key: layers[key] for key in keys})
     mx.reset_peak_memory()
-    clock, updates, engine = Clock(), prepared.feed.updates(0), prepared.engine
-    for _ in range(iterations):
-        batches, tokens = next(updates)
-        clock.tick(sum(batch.real_tokens for batch in batches))
-        engine.step(batches, 1 / tokens, config.learning_rate)
-    clock.tick(0)
-    before = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        state.save(Path(folder), state.State(), engine.weights, engine.optimizer.arrays())
-    return clock.result(time.perf_counter() - before)
+    clock, engine = Clock(), prepared.engine
+    for first, count in ((0, WARM_UP), (0, epoch)):
+        updates = prepared.feed.updates(first)
+        for _ in range(count):
+            batches, tokens = next(updates)
+            clock.tick(sum(batch.real_tokens for batch in batches))
+            engine.step(batches, 1 / tokens, config.learning_rate)
+    clock.tick()
+    return clock.result()
 
 
-def run_theirs(base: str, data: str, iterations: int) -> dict:
-    """mlx_lm.tuner.trainer.train as mlx_lm.lora calls it, on the same float32 dense base."""
+def run_theirs(base: str, data: str, epoch: int) -> dict:
+    """mlx_lm.tuner.trainer.train as mlx_lm.lora calls it, on the same weights."""
     import mlx.core as mx
     import mlx.optimizers as optim
     import numpy as np
     from mlx_lm.tuner import datasets, trainer, utils
 
+    from mlx_adapters.machine import on_gpu
     from mlx_adapters.model import load_model
 
+    if not on_gpu():
+        mx.disable_compile()
     np.random.seed(SEED)
     mx.random.seed(SEED)
     model = load_model(base)
@@ -122,67 +132,123 @@ def run_theirs(base: str, data: str, iterations: int) -> dict:
     clock = Clock()
 
     def batches(*arguments, **keywords):
-        for batch, lengths in trainer.iterate_batches(*arguments, **keywords):
+        found = trainer.iterate_batches(*arguments, **keywords)
+        first = [next(found) for _ in range(WARM_UP)]
+        for batch, lengths in [*first, *first, *(next(found) for _ in range(epoch - WARM_UP))]:
             clock.tick(int(lengths[:, 1].sum().item()))
             yield batch, lengths
 
     mx.reset_peak_memory()
     with tempfile.TemporaryDirectory() as folder:
         settings = trainer.TrainingArgs(
-            batch_size=BATCH, iters=iterations, steps_per_report=1000, steps_per_eval=1000, steps_per_save=1000,
+            batch_size=BATCH, iters=WARM_UP + epoch, steps_per_report=1000, steps_per_eval=1000, steps_per_save=1000,
             max_seq_length=2048, adapter_file=str(Path(folder) / "adapters.safetensors"),
         )  # fmt: skip
         trainer.train(module, optim.Adam(1e-5), rows, None, settings, iterate_batches=batches)
-        clock.tick(0)
+        clock.tick()
     return clock.result()
 
 
-def compare(base: str, data: Path, iterations: int, trials: int) -> dict[str, list[dict]]:
-    """Both programs in turn, each in a fresh process."""
-    found: dict[str, list[dict]] = {"ours": [], "theirs": []}
-    for _ in range(trials):
-        for program, results in found.items():
-            command = [sys.executable, __file__, "--one", program, base, str(data), str(iterations)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            results.append(json.loads(done.stdout.splitlines()[-1]))
-            sys.stderr.write(f"{program}: {results[-1]}\n")
+def run_saving(base: str, data: str, iterations: int) -> dict:
+    """A run of `train` that saves after every iteration."""
+    from mlx_adapters import LoraConfig, TrainConfig, train
+    from mlx_adapters.events import CheckpointSaved
+
+    saves: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        config = TrainConfig(iterations=iterations, batch_size=BATCH, mask_prompt=True, save_every=1, keep=2)
+        run = train(base, data, name=f"{folder}/run", lora=LoraConfig(rank=RANK), training=config,
+                    on_event=lambda e: saves.append(e.seconds) if isinstance(e, CheckpointSaved) else None)  # fmt: skip
+    return {"save_seconds": saves, "iteration_seconds": run.duration_seconds / iterations}
+
+
+RUNS = {"ours": run_ours, "theirs": run_theirs, "saving": run_saving}
+
+
+def in_a_process(run: str, base: str, data: Path, count: int) -> dict:
+    """What one of RUNS gives in a process of its own."""
+    command = [sys.executable, __file__, "--one", run, base, str(data), str(count)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    print(f"  {run}: {result}", file=sys.stderr, flush=True)
+    return result
+
+
+def compare(base: str, data: Path, epoch: int, trials: int) -> dict[str, list[dict]]:
+    """Both programs in turn, `trials` times."""
+    runs = [{program: in_a_process(program, base, data, epoch) for program in ("ours", "theirs")}
+            for _ in range(trials)]  # fmt: skip
+    return {program: [run[program] for run in runs] for program in ("ours", "theirs")}
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    """Median and range."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def speed(options: argparse.Namespace, work: Path) -> dict:
+    """Real tokens a second of both, and the ratios of each pair of trials."""
+    write_rows(work / "mixed", options.rows, 250)
+    both = compare(options.base, work / "mixed", options.rows // BATCH, options.trials)
+    found: dict = {"runs": both}
+    for unit in ("seconds", "cpu_seconds"):
+        rates = {program: [r["tokens"] / r[unit] for r in runs] for program, runs in both.items()}
+        ratios = [a / b for a, b in zip(rates["ours"], rates["theirs"], strict=True)]
+        found[unit] = {"tokens_per": rates, "ratios": ratios, "ratio": statistics.median(ratios)}
+        print(f"real tokens per {unit.replace('_', ' ')[:-1]}: ours {spread(rates['ours'])}, "
+              f"mlx_lm {spread(rates['theirs'])}, ratio {spread(ratios, 2)}", flush=True)  # fmt: skip
     return found
 
 
-def median(results: list[dict], value) -> float:
-    """The median over the trials."""
-    return statistics.median(value(r) for r in results)
+def memory(options: argparse.Namespace, work: Path) -> dict:
+    """Peak memory of both at a vocabulary of 150,000; it hardly varies, so one run each."""
+    write_rows(work / "long", 4 * BATCH, 400)
+    both = compare(base_folder("wide", work), work / "long", WARM_UP, 1)
+    ours, theirs = (both[p][0]["peak_bytes"] for p in ("ours", "theirs"))
+    print(f"peak memory, vocabulary 150,000: ours {ours / 1e6:,.0f} MB, mlx_lm {theirs / 1e6:,.0f} MB, "
+          f"ratio {ours / theirs:.2f}", flush=True)  # fmt: skip
+    return {"ours_bytes": ours, "theirs_bytes": theirs, "ratio": ours / theirs}
+
+
+def save(options: argparse.Namespace, work: Path) -> dict:
+    """Seconds of a checkpoint, and their share of 100 iterations."""
+    write_rows(work / "saved", 4 * BATCH, 250)
+    found = in_a_process("saving", options.base, work / "saved", 6)
+    one = statistics.median(found["save_seconds"])
+    share = one / (100 * found["iteration_seconds"] + one)
+    print(f"one checkpoint: {spread(found['save_seconds'], 3)} s, an iteration {found['iteration_seconds']:.2f} s; "
+          f"one in 100 iterations is {share:.2%} of the time", flush=True)  # fmt: skip
+    return found | {"share": share}
+
+
+PARTS = {"speed": speed, "memory": memory, "save": save}
 
 
 def main() -> None:
+    """Measure the parts that are named, print them, and keep them as JSON if asked to."""
     if sys.argv[1:2] == ["--one"]:
-        program, base, data, iterations = sys.argv[2:]
-        run = {"ours": run_ours, "theirs": run_theirs}[program]
-        print(json.dumps(run(base, data, int(iterations))))
+        run, base, data, count = sys.argv[2:]
+        print(json.dumps(RUNS[run](base, data, int(count))))
         return
-    parser = argparse.ArgumentParser()
-    parser.add_argument("what", nargs="*", default=["speed", "memory"])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", help=f"of {', '.join(PARTS)} [all]")
     parser.add_argument("--base", default="demo")
-    parser.add_argument("--rows", type=int, default=48)
+    parser.add_argument("--rows", type=int, default=24, help=f"for speed; a multiple of {BATCH}")
     parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if unknown := set(options.what) - PARTS.keys():
+        parser.error(f"there is no part {', '.join(sorted(unknown))}")
+    from mlx_adapters import files
+    from mlx_adapters.machine import versions
+
+    found: dict = {"versions": versions(), "cores": os.cpu_count(), "load_average": os.getloadavg()}
+    found["settings"] = {"base": options.base, "rows": options.rows, "trials": options.trials, "batch": BATCH}
     with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
-        if "speed" in options.what:
-            write_rows(work / "mixed", options.rows, 300)
-            both = compare(options.base, work / "mixed", options.rows // BATCH, options.trials)
-            for unit in ("seconds", "cpu_seconds"):
-                ours, theirs = (median(both[p], lambda r, u=unit: r["tokens"] / r[u]) for p in ("ours", "theirs"))
-                print(f"real tokens per {unit[:-1]}: ours {ours:.1f}, mlx_lm {theirs:.1f}, ratio {ours / theirs:.2f}")
-            each = median(both["ours"], lambda r: r["seconds"] / (options.rows // BATCH - 2))
-            save = median(both["ours"], lambda r: r["save_seconds"])
-            print(f"one checkpoint {save:.3f} s, {save / (100 * each):.2%} of 100 iterations of {each:.2f} s")
-        if "memory" in options.what:
-            write_rows(work / "long", 16, 500)
-            both = compare(base_folder("wide", work), work / "long", 4, 1)
-            ours, theirs = (both[p][0]["peak_bytes"] for p in ("ours", "theirs"))
-            print(f"peak memory, vocabulary 150,000: ours {ours / 1e6:,.0f} MB, mlx_lm {theirs / 1e6:,.0f} MB, "
-                  f"ratio {ours / theirs:.2f}")  # fmt: skip
+        for part in options.what or PARTS:
+            found[part] = PARTS[part](options, Path(name))
+    if options.json:
+        files.write_text(options.json, json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
