@@ -208,7 +208,10 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: AdapterConfig, n
             )
         ranks = (a[1], b[0]) if len(a) == len(b) == 2 else (a[1], b[2]) if len(a) == len(b) == 3 else (0, 0)
         if ranks != (config.rank, config.rank) or (len(a) == 3 and a[0] != b[0]):
-            raise FormatError(f"Adapter '{name}': '{key}' has shapes {a} and {b}, which do not fit rank {config.rank}.")
+            raise FormatError(
+                f"Adapter '{name}': '{key}' has shapes {a} and {b}, which do not fit rank {config.rank}.",
+                "all layers share one rank; pad the factors of smaller ones with zeros.",
+            )
 
 
 def base_of(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -193,8 +193,9 @@ def test_a_promise_is_kept_with_bits_of_their_own_for_some_layers(tiny_model, tm
     assert free.bits_per_weight < middle.bits_per_weight <= budget
     assert held.fidelity.kl_mean < middle.fidelity.kl_mean < free.fidelity.kl_mean
     options = FuseOptions(calibration=str(data), budget_bits=3.0, **FEW)
-    with pytest.raises(ConfigError, match="bits per weight already"):
-        fuse(folder, adapter, tmp_path / "small", options=options)
+    for bits in ("keep", "none"):
+        with pytest.raises(ConfigError, match="bits per weight already"):
+            fuse(folder, adapter, tmp_path / "small", quantization=bits, options=options)
 
 
 def test_greedy_steps_follow_gain_per_byte():

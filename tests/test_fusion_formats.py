@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from test_fusion_fuse import fuse, logits, make_adapter
 
 from mlx_adapters import tensor_files
-from mlx_adapters.errors import ConfigError
+from mlx_adapters.errors import ConfigError, StorageError
 from mlx_adapters.fusion.fuse import FuseOptions
 from mlx_adapters.model import load_module, resolve_base
 from mlx_adapters.tensor_names import from_gguf, to_gguf
@@ -122,6 +122,17 @@ def test_gguf_refuses_what_it_cannot_write(tiny_model, tmp_path, architecture):
     with pytest.raises(ConfigError, match="cannot be written as GGUF"):
         fuse(folder, make_adapter(folder), tmp_path / "out", quantization="none", options=GGUF)
     assert not list(tmp_path.glob("*out*")) and not list(tmp_path.glob(".tmp-*"))
+
+
+def test_gguf_on_a_full_disk(tiny_model, tmp_path, monkeypatch):
+    def write(*_):
+        raise OSError("8192 requested and 2736 written")  # what NumPy's tofile says, with no number
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", write)
+    folder = tiny_model("llama")
+    with pytest.raises(StorageError, match="no space left"):
+        fuse(folder, make_adapter(folder), tmp_path / "out", quantization="none", options=GGUF)
+    assert not (tmp_path / "out").exists()
 
 
 def test_formats_refuse_other_precisions(tiny_model, tmp_path):

@@ -217,6 +217,7 @@ class _Work:
         )
         self.method = "calibrated" if rounded and wanted else "nearest" if rounded else "none"
         self.targets: dict[str, Precision] = {}
+        self._refuse_small_budget()
         self.text: Text | None = None
         if self.method == "calibrated" or options.check:
             self.text = self._choose_text()
@@ -233,6 +234,17 @@ class _Work:
             self.on_event(Note(f"No calibration and no check: {error.message}", "warning"))
             self.method = "nearest" if self.method == "calibrated" else self.method
             return None
+
+    def _refuse_small_budget(self) -> None:
+        budget = self.options.budget_bits
+        if budget is None:
+            return
+        now = 8 * self.job.size_bytes() / self.job.parameters
+        if now > budget:
+            raise ConfigError(
+                f"The model has {now:.2f} bits per weight already, more than the {budget} allowed.",
+                "ask for fewer --bits as the start, or a larger budget.",
+            )
 
     @property
     def mixed(self) -> bool:
@@ -259,12 +271,6 @@ class _Work:
         steps = order_of_steps(job.plans, spool.losses, dtype_name(job.scale_dtype))
         if options.budget_bits is not None:
             spare = options.budget_bits * job.parameters / 8 - job.size_bytes()
-            if spare < 0:
-                now = 8 * job.size_bytes() / job.parameters
-                raise ConfigError(
-                    f"The model has {now:.2f} bits per weight already, more than the {options.budget_bits} allowed.",
-                    "ask for fewer --bits as the start, or a larger budget.",
-                )
             return targets_after(within_budget(steps, int(spare)))
         start = {plan.path: plan.target for plan in job.plans if (plan.path, plan.target) in spool.losses}
         total = sum(spool.losses[path, target] for path, target in start.items() if target is not None)

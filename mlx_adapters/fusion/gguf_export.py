@@ -5,6 +5,7 @@ embeddings, the tokenizer as bare lists, and matrices with their axes named in r
 does). Norms and biases stay float32.
 """
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,10 @@ def _write_tensors(writer: Any, units: list[Unit], config: dict[str, Any], kind:
     for number, ((unit, (name, _, _)), form) in enumerate(zip(entries, chosen, strict=True), 1):
         (array,) = unit.make()
         values = _interleaved(name, to_numpy(array), config)
-        writer.write_tensor_data(gguf.quants.quantize(np.ascontiguousarray(values), form))
+        try:
+            writer.write_tensor_data(gguf.quants.quantize(np.ascontiguousarray(values), form))
+        except OSError as error:  # NumPy does not tell which
+            raise OSError(error.errno or errno.ENOSPC, str(error)) from error
         mx.clear_cache()
         on_event(Progress("write", number, len(entries), "layer"))
 

@@ -101,7 +101,7 @@ def read_text(source: str) -> tuple[list[RawRow], list[RawRow]]:
         except FileNotFoundError:
             raise NotFoundError(f"There is no text '{source}'.") from None
         except (UnicodeDecodeError, OSError) as error:
-            raise FormatError(f"'{source}' is not readable UTF-8 text: {error}.") from None
+            raise FormatError(f"'{source}' is not readable text: {error}.", "save it as UTF-8.") from None
     data = read_data(source)
     return list(data.rows("train")), [*data.rows("valid"), *data.rows("test")]
 
@@ -115,7 +115,7 @@ def _split_paragraphs(text: str, source: str) -> tuple[list[RawRow], list[RawRow
     parts = [part.strip() for part in text.split("\n\n")]
     rows = [RawRow({"text": part}, f"{source}, paragraph {i}") for i, part in enumerate(parts, 1) if part]
     if not rows:
-        raise FormatError(f"'{source}' holds no text.")
+        raise FormatError(f"'{source}' holds no text.", "leave --calibration away to use the general text.")
     return rows, []
 
 
