@@ -95,9 +95,10 @@ def locate(reference: str | Reference) -> tuple[Path, int | None]:
         return adapter_snapshot(ref.target, ref.revision), None
     folder = adapter_folder(ref.target)
     if not folder.is_dir():
-        raise NotFoundError(
-            f"No adapter named '{ref.target}'.", did_you_mean(ref.target, names(), "'mlx-adapters list' shows all.")
-        )
+        hint = did_you_mean(ref.target, names(), "'mlx-adapters list' shows all.")
+        if Path(ref.target).is_dir():
+            hint = f"the folder is './{ref.target}': a path has a slash."
+        raise NotFoundError(f"No adapter named '{ref.target}'.", hint)
     return folder, ref.iteration
 
 

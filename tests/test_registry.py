@@ -270,3 +270,11 @@ def test_a_kill_at_any_moment_leaves_one_whole_adapter(base, home):
         if entry.name == "moved":
             housekeeping.rename("moved", "sql")
     registry.register(make_adapter(base, seed=1), "sql", overwrite=True)
+
+
+def test_a_folder_named_like_an_adapter_is_pointed_at(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("fused").mkdir()
+    with pytest.raises(NotFoundError, match="No adapter named 'fused'") as raised:
+        registry.locate("fused")
+    assert "'./fused'" in raised.value.hint

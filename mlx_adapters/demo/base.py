@@ -35,6 +35,8 @@ GROUP_SIZE, BITS, EMBEDDING_BITS = 32, 4, 8
 
 MODEL_CARD = f"""---
 license: apache-2.0
+language:
+- en
 base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 library_name: mlx
 ---

@@ -47,9 +47,8 @@ def build(folder, width, blocks):
     """A random float32 llama with the tokenizer of the tests' tiny models, made by a process of its own."""
     shape = {"hidden_size": width, "num_hidden_layers": blocks, "intermediate_size": 3 * width,
              "num_attention_heads": width // 64, "num_key_value_heads": width // 128}  # fmt: skip
-    code = (
-        f"from pathlib import Path; from tiny_models import build_model; build_model(Path({str(folder)!r}), **{shape})"
-    )
+    call = f"build_model(Path({str(folder)!r}), 'llama', **{shape})"
+    code = f"from pathlib import Path; from tiny_models import build_model; {call}"
     paths = os.pathsep.join((str(TESTS), str(TESTS.parent)))
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, check=True)
 
