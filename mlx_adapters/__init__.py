@@ -31,6 +31,7 @@ _PUBLIC = {
     "advise": "benchmarking.advice",
     "estimate_inference": "benchmarking.forecast",
     "evaluate": "evaluation.evaluate",
+    "run_tasks": "evaluation.harness",
     "EvaluationConfig": "evaluation.evaluate",
     "BenchmarkConfig": "benchmarking.plan",
     "read_report": "benchmarking.report",

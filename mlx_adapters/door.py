@@ -10,6 +10,7 @@ import resource
 import warnings
 from collections.abc import Iterator
 from importlib.metadata import version
+from typing import Any
 
 from mlx_adapters.errors import ModelError
 
@@ -75,6 +76,20 @@ def _check() -> None:
 
 _check()
 
+
+def harness_model(module: nn.Module, tokenizer: TokenizerWrapper, batch_size: int) -> Any:
+    """mlx-lm's model for lm-evaluation-harness, made of a model that is loaded already."""
+    with _unchanged_limits(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from mlx_lm import evaluate
+
+    load, evaluate.load = evaluate.load, lambda *_, **__: (module, tokenizer)
+    try:
+        return evaluate.MLXLM("", batch_size=batch_size)
+    finally:
+        evaluate.load = load
+
+
 __all__ = [
     "BatchGenerator",
     "DoRAEmbedding",
@@ -86,6 +101,7 @@ __all__ = [
     "SwitchLinear",
     "TokenizerWrapper",
     "batch_generate",
+    "harness_model",
     "load_config",
     "load_mlx_model",
     "load_tokenizer",

@@ -17,6 +17,7 @@ from mlx_adapters.errors import ConfigError, FormatError, NotFoundError
 from mlx_adapters.evaluation import text
 from mlx_adapters.evaluation.answers import greedy_answers, questions
 from mlx_adapters.evaluation.evaluate import EvaluationConfig, choose_rows, evaluate, save
+from mlx_adapters.evaluation.harness import TaskEvaluation, TaskReport, TaskResult, results, run_tasks
 from mlx_adapters.evaluation.scores import parse_score
 from mlx_adapters.evaluation.tokens import Batches, judge, judged_rows
 from mlx_adapters.model import load_model
@@ -201,3 +202,33 @@ def test_command_line(tiny_model, data, tmp_path):
     assert len(json.loads((tmp_path / "out.json").read_text())["evaluations"][0]["answers"]) == len(ROWS)
     as_json = CliRunner().invoke(cli, [*arguments, "--json", "--no-save"])
     assert json.loads(as_json.stdout)["evaluations"][1]["kl"]["value"] == 0
+
+
+# -- public tasks ----------------------------------------------------------------------------------
+
+HARNESS = {  # as lm-eval 0.4.13 gives it
+    "results": {
+        "capitals": {"alias": "capitals", "acc,none": 0.5, "acc_stderr,none": 0.29},
+        "gsm8k": {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": "N/A", "sample_len": 4},
+    },
+    "n-samples": {"capitals": {"original": 8, "effective": 4}},
+}
+
+
+def test_the_harness_results_become_figures_with_errors():
+    assert results(HARNESS) == [
+        TaskResult("capitals", "acc", 0.5, 0.29, 4),
+        TaskResult("gsm8k", "exact_match (strict-match)", 0.25, None, None),
+    ]
+    fine, broken = TaskEvaluation("sql", tuple(results(HARNESS))), TaskEvaluation("x", error="no such model")
+    _, lines = TaskReport("", ("capitals", "gsm8k"), "0.4.13", 4, (fine, broken)).table()
+    assert lines[0] == ("sql", "capitals", "acc", "4", "0.5 ± 0.29") and lines[2][-1] == "no such model"
+
+
+def test_public_tasks_need_their_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ConfigError, match="lm-evaluation-harness is missing") as raised:
+        run_tasks(["base"], ["arc_easy"], base="demo")
+    assert "mlx_adapters[eval]" in raised.value.hint
+    for wrong in (["eval", "base"], ["eval", "base", "--data", "x", "--tasks", "y"]):
+        assert CliRunner().invoke(cli, wrong).exit_code == 2

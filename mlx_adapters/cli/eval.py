@@ -10,7 +10,9 @@ from mlx_adapters.cli._options import any_base_option, base_option, complete_ref
 
 @click.command("eval")
 @click.argument("variants", nargs=-1, required=True, metavar="VARIANT...", shell_complete=complete_references)
-@click.option("--data", required=True, metavar="DIR", help="Folder or file with rows, or hf:user/name.")
+@click.option("--data", metavar="DIR", help="Folder or file with rows, or hf:user/name.")
+@click.option("--tasks", metavar="A,B", help="Instead of --data: tasks of lm-evaluation-harness (extra 'eval').")
+@click.option("--task-folder", type=click.Path(exists=True, file_okay=False), help="With --tasks: YAML tasks of yours.")
 @click.option("--split", type=click.Choice(["test", "valid", "train"]), help="Rows to judge [test, else valid].")
 @click.option("--score", metavar="SCORE", help="exact, regex:PATTERN, sqlite[:FILE] or command:COMMAND.")
 @click.option("--reference", metavar="VARIANT", help="Take KL against this variant [the first adapter].")
@@ -27,16 +29,22 @@ from mlx_adapters.cli._options import any_base_option, base_option, complete_ref
 )
 @json_option
 def eval_command(
-    variants: tuple[str, ...], data: str, split: str | None, score: str | None, reference: str | None,
-    max_rows: int | None, max_tokens: int, max_seq_length: int, batch_size: int, save: bool, base: str | None,
-    any_base: bool, dtype: str, output: Path | None, as_json: bool,
+    variants: tuple[str, ...], data: str | None, tasks: str | None, task_folder: str | None, split: str | None,
+    score: str | None, reference: str | None, max_rows: int | None, max_tokens: int, max_seq_length: int,
+    batch_size: int, save: bool, base: str | None, any_base: bool, dtype: str, output: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Judge VARIANTs (spelled as for `benchmark`) on unseen rows; differences are taken row by row.
 
     \b
     Example:
       mlx-adapters eval base sql out/sql-4bit --data data/sql --score sqlite
+      mlx-adapters eval base sql --tasks arc_easy,hellaswag --max-rows 200
     """
+    if (data is None) == (tasks is None):
+        raise click.UsageError("Give --data or --tasks.")
+    if tasks is not None:
+        _public_tasks(variants, tasks, task_folder, base, max_rows, dtype, any_base, batch_size, output, as_json)
+        return
     from mlx_adapters import files
     from mlx_adapters.evaluation import evaluate as evaluation
     from mlx_adapters.evaluation import text
@@ -44,6 +52,7 @@ def eval_command(
     config = evaluation.EvaluationConfig(
         split, score, reference, max_rows, max_seq_length, max_tokens, batch_size, dtype, any_base
     )
+    assert data is not None
     report = evaluation.evaluate(variants, data, base=base, config=config, on_event=_output.progress())
     if save:
         for name in evaluation.save(report, variants):
@@ -57,5 +66,26 @@ def eval_command(
         _output.table(headers, lines, right=range(1, len(headers)))
         for line in (*text.sentences(report), *text.notes(report)):
             _output.out(line)
+    if all(e.error for e in report.evaluations):
+        raise click.exceptions.Exit(1)
+
+
+def _public_tasks(
+    variants: tuple[str, ...], tasks: str, folder: str | None, base: str | None, max_rows: int | None, dtype: str,
+    any_base: bool, batch_size: int, output: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    from mlx_adapters import files
+    from mlx_adapters.evaluation.harness import run_tasks
+
+    report = run_tasks(
+        variants, [task.strip() for task in tasks.split(",")], base=base, folder=folder, max_rows=max_rows,
+        dtype=dtype, any_base=any_base, batch_size=batch_size, on_event=_output.progress(),
+    )  # fmt: skip
+    if output:
+        files.write_json(output, _output.plain(report))
+    if as_json:
+        _output.emit_json(report)
+    else:
+        _output.table(*report.table(), right=(3,))
     if all(e.error for e in report.evaluations):
         raise click.exceptions.Exit(1)

@@ -1,0 +1,119 @@
+"""Public tasks: EleutherAI's lm-evaluation-harness, through the wrapper that mlx-lm has for it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mlx_adapters.adapter import Adapter
+from mlx_adapters.benchmarking.variants import Variant, as_text, parse_variants, prepare, workspace
+from mlx_adapters.door import harness_model
+from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError
+from mlx_adapters.events import Note, OnEvent, Progress, ignore
+from mlx_adapters.registry import load_adapter
+from mlx_adapters.runtime.live import load_model
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One metric of one task, with its standard error where the harness gives one."""
+
+    task: str
+    metric: str
+    value: float
+    error: float | None
+    rows: int | None
+
+
+@dataclass(frozen=True)
+class TaskEvaluation:
+    """What one variant reached, or why it could not be evaluated."""
+
+    variant: str
+    results: tuple[TaskResult, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """All variants on the same tasks. `harness`: the version of lm-eval."""
+
+    created: str
+    tasks: tuple[str, ...]
+    harness: str
+    max_rows: int | None
+    evaluations: tuple[TaskEvaluation, ...] = field(repr=False)
+
+    def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Headers and lines for people."""
+        lines = []
+        for e in self.evaluations:
+            if e.error is not None:
+                lines.append((e.variant, "-", "-", "-", e.error))
+            for r in e.results:
+                value = f"{r.value:.4g}" + (f" ± {r.error:.2g}" if r.error is not None else "")
+                lines.append((e.variant, r.task, r.metric, str(r.rows or "-"), value))
+        return ("VARIANT", "TASK", "METRIC", "ROWS", "VALUE ± STANDARD ERROR"), lines
+
+
+def run_tasks(
+    variants: Sequence[str | Path | Adapter], tasks: Sequence[str], *, base: str | None = None,
+    folder: str | Path | None = None, max_rows: int | None = None, dtype: str = "auto", any_base: bool = False,
+    batch_size: int = 8, on_event: OnEvent = ignore,
+) -> TaskReport:  # fmt: skip
+    """Judge variants (spelled as for `benchmark`) on tasks of lm-evaluation-harness.
+
+    tasks: names of the harness's tasks. folder: where tasks of your own (YAML) lie. max_rows: so many of each task.
+    A variant that does not load keeps its error. Raises ConfigError if the harness is missing or knows no such task.
+    """
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ConfigError(f"lm-evaluation-harness is missing ({error}).", "pip install 'mlx_adapters[eval]'.") from None
+    manager = TaskManager(include_path=None if folder is None else str(folder))
+    if unknown := [task for task in tasks if not manager.match_tasks([task])]:
+        raise ConfigError(
+            f"There is no task '{unknown[0]}'.", "'lm-eval ls tasks' lists all; --task-folder adds yours."
+        )
+    found = []
+    with workspace() as place:
+        for variant in parse_variants([as_text(v, place) for v in variants], base):
+            on_event(Progress("tasks", len(found), len(variants), "variants"))
+            try:
+                ready = prepare(variant, place, any_base, on_event)
+                model = _load(ready, dtype, any_base, batch_size)
+                raw = lm_eval.simple_evaluate(
+                    model=model, tasks=list(tasks), limit=max_rows, task_manager=manager, log_samples=False,
+                    apply_chat_template=model.use_chat_template, bootstrap_iters=1000,
+                )  # fmt: skip
+                found.append(TaskEvaluation(variant.label, tuple(results(raw))))
+            except AdapterError as error:
+                on_event(Note(f"'{variant.label}' could not be evaluated: {error.message}", "warning"))
+                found.append(TaskEvaluation(variant.label, error=error.message))
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    return TaskReport(created, tuple(tasks), lm_eval.__version__, max_rows, tuple(found))
+
+
+def _load(variant: Variant, dtype: str, any_base: bool, batch_size: int) -> Any:
+    if variant.problem:
+        raise NotFoundError(variant.problem)
+    adapter = load_adapter(variant.adapter) if variant.adapter else None
+    model = load_model(str(variant.base), adapter, dtype=dtype, any_base=any_base)
+    return harness_model(model.module, model.tokenizer, batch_size)
+
+
+def results(raw: dict[str, Any]) -> list[TaskResult]:
+    """The harness's own result by task and metric: `acc,none` has its standard error in `acc_stderr,none`."""
+    found = []
+    for task, values in raw["results"].items():
+        rows = raw.get("n-samples", {}).get(task, {}).get("effective")
+        for key, value in values.items():
+            metric, comma, kind = key.partition(",")
+            if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
+                error = values.get(f"{metric}_stderr,{kind}")
+                error = float(error) if isinstance(error, int | float) else None
+                name = metric if kind == "none" else f"{metric} ({kind})"
+                found.append(TaskResult(task, name, float(value), error, rows))
+    return found
