@@ -275,19 +275,20 @@ def keys_of(names: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(sorted(paths, key=tensor_names.natural_order))
 
 
-def read_adapter(folder: Path, iteration: int | None = None) -> Adapter:
-    """Read and check an adapter folder, ours or plain mlx-lm's.
+def read_adapter(folder: Path, iteration: int | None = None, name: str | None = None) -> Adapter:
+    """Read and check an adapter folder, ours or plain mlx-lm's; `name` is it called instead of what its record says.
 
     Raises NotFoundError or FormatError with what is wrong.
     """
-    folder = Path(folder).expanduser().absolute()
+    folder = files.expanded(folder)
     path = weights_file(folder, iteration)
     raw = files.read_json(folder / CONFIG_FILE)
     if "peft_type" in raw:
         parse_config(raw, (), str(folder))
     weights = tensor_files.read_safetensors(path)
     config = parse_config(raw, keys_of(weights), f"'{folder}'")
-    return Adapter(config, weights, read_metadata(folder), folder, iteration).check()
+    metadata = read_metadata(folder) | ({"name": name} if name else {})
+    return Adapter(config, weights, metadata, folder, iteration).check()
 
 
 def write_adapter(adapter: Adapter, folder: Path, overwrite: bool = False) -> Path:

@@ -236,10 +236,19 @@ def _adapter_layer(layer: nn.Module, key: str, config: AdapterConfig) -> nn.Modu
 
 
 def attach(module: nn.Module, adapter: Adapter) -> None:
-    """Put the adapter on the model in place. Checks first: when this raises, nothing was changed."""
+    """Put the adapter on the model in place. Checks first: when this raises, nothing was changed.
+
+    On float32 layers the adapter is float32, too: mlx-lm's DoRA would compute the new weight's norm in 16 bits.
+    """
     check_fits(adapter, module)
+    layers = adaptable_layers(module)
     add_adapter_layers(module, adapter.config)
-    module.load_weights(list(adapter.weights.items()), strict=False)
+    wide = {key for key in adapter.config.keys if layers[key].weight.dtype == mx.float32}
+    weights = [
+        (name, array.astype(mx.float32) if tensor_names.split(name)[0] in wide else array)
+        for name, array in adapter.weights.items()
+    ]
+    module.load_weights(weights, strict=False)
     module.eval()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from mlx_adapters import files, registry
 from mlx_adapters.adapter import iterations_of, parse_config, read_adapter, read_metadata
 from mlx_adapters.config import require
-from mlx_adapters.errors import ConfigError, FormatError, NotFoundError
+from mlx_adapters.errors import AdapterError, ConfigError, FormatError, NotFoundError
 from mlx_adapters.events import Note, OnEvent, Progress, ignore
 from mlx_adapters.model import Base
 from mlx_adapters.tensor_names import ADAPTER_FILE, CHECKPOINT_FILE, CONFIG_FILE, METADATA_FILE, checkpoint_file
@@ -179,7 +179,10 @@ def _check_contents(folder: Path, name: str, source: str) -> str:
     metadata = read_metadata(folder)
     recorded, found = registry.checksums_of(metadata), {}
     for iteration in (None, *iterations_of(folder)):
-        read_adapter(folder, iteration)
+        try:
+            read_adapter(folder, iteration, name)
+        except AdapterError as error:  # the folder that is being made is nothing that the user knows
+            raise type(error)(error.message.replace(str(folder), source), error.hint) from None
         file = ADAPTER_FILE if iteration is None else checkpoint_file(iteration)
         found[file] = files.sha256(folder / file)
         if recorded.get(file, found[file]) != found[file]:

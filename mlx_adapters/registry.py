@@ -114,9 +114,8 @@ def load_adapter(reference: "str | Path | Adapter") -> "Adapter":
     if isinstance(reference, Path):
         return read_adapter(reference)
     parsed = parse_reference(reference)
-    adapter = read_adapter(*locate(parsed))
     # The registry's name is the folder's, whatever the folder was called when its record was written.
-    return replace(adapter, metadata=adapter.metadata | {"name": parsed.target}) if parsed.kind == "name" else adapter
+    return read_adapter(*locate(parsed), name=parsed.target if parsed.kind == "name" else None)
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ class Entry:
 def list_adapters(base: str | None = None, tag: str | None = None) -> list[Entry]:
     """All named adapters, by name; only those of `base`, or with `tag`, if given. Reads no weights."""
     if base is not None and base.startswith((".", "/", "~")):
-        base = str(Path(base).expanduser().absolute())
+        base = str(files.expanded(base))
     entries = [read_entry(adapters_folder() / name) for name in names()]
     return [e for e in entries if (base is None or e.base == base) and (tag is None or tag in e.tags)]
 

@@ -111,7 +111,7 @@ def _whose(entry: Entry, found: str, path: Path) -> str:
 
 
 def _check_tensors(folder: Path, iteration: int | None, read: list[Adapter]) -> str:
-    adapter = read_adapter(folder, iteration)
+    adapter = read_adapter(folder, iteration, folder.name)
     read.append(adapter)
     return f"{len(adapter.config.keys)} layers of rank {adapter.config.rank}, all finite"
 

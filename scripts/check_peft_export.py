@@ -4,7 +4,7 @@
     python scripts/check_peft_export.py check out/peft-check    (with torch 2.13.0, transformers 5.23.0, peft 0.21.2)
 
 For every architecture of tests/peft_fixtures: each fixture imported and exported again, and adapters made
-here with random weights: all layers with experts and router, DoRA, the last block only, the embedding, one
+here with random weights: all layers with experts and router, DoRA, the last block only, the embeddings, one
 projection of the experts.
 """
 
@@ -19,13 +19,15 @@ ARCHITECTURES = sorted(p.parent.name for p in ROOT.glob("*/base"))
 
 def own_adapters(arch, layers):
     """Name -> (type, keys) of the adapters to make for a base with these layers."""
-    from mlx_adapters.tensor_names import EMBEDDINGS, block_index, split, split_switch
+    from mlx_adapters.tensor_names import EMBEDDINGS, POSITIONS, block_index, split, split_switch
 
     blocks = [key for key in layers if block_index(key) is not None]
     attention = [key for key in blocks if not split_switch(key) and not key.endswith(".gate")]
     cases = {"all": ("lora", blocks), "dora": ("dora", attention), "attention": ("lora", attention[:3]),
              "last-block": ("lora", [k for k in blocks if block_index(k) == 1])}  # fmt: skip
     cases["embedding"] = ("lora", [k for k in layers if split(k)[1] in EMBEDDINGS] + attention[:1])
+    if positions := [k for k in layers if split(k)[1] in POSITIONS]:
+        cases["positions"] = ("lora", positions)
     if "lm_head" in layers:
         cases["lm-head"] = ("lora", ["lm_head"])
     for projection in ("gate_proj", "down_proj"):

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -48,6 +50,36 @@ def as_json(output):
 def test_every_command_has_help_with_an_example(run, command):
     out, _ = run(command, "--help")
     assert "Example:" in out and f"mlx-adapters {command}" in out and "--json" in out
+
+
+def test_a_reader_that_went_away_and_a_closed_output_are_no_errors():
+    program = [sys.executable, "-m", "mlx_adapters", "--help"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:
+        ended = subprocess.run(program, stdout=gone, stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    ended = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *program], stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_a_tilde_is_the_home_wherever_the_shell_leaves_it(run, base, tmp_path, monkeypatch):
+    user = tmp_path / "user ö"
+    user.mkdir()
+    monkeypatch.setenv("HOME", str(user))
+    monkeypatch.chdir(tmp_path)
+    make_run(base, "sql")
+    run("show", "sql", "--plot=~/losses.svg")
+    run("export-peft", "sql", "~/peft")
+    run("import-peft", "~/peft", "--base", base, "--name", "back")
+    run("pack", "sql", "~/sql.tar.gz")
+    run("add", "~/sql.tar.gz", "--out=~/copy")
+    run("fuse", "sql", "~/fused", "--no-check")
+    run("init", "~/project")
+    assert {path.name for path in user.iterdir()} == {"losses.svg", "peft", "sql.tar.gz", "copy", "fused", "project"}
+    assert not (tmp_path / "~").exists()
+    assert "~nobody-here" in run("export-peft", "sql", "~nobody-here/x", status=2)[1]
+    assert "~nobody-here" in run("import-peft", "~nobody-here/x", "--base", base, "--name", "x", status=1)[1]
 
 
 def test_the_commands_know_every_method():

@@ -85,6 +85,17 @@ def test_embedding_and_head_adapters(tiny_model):
     assert mx.abs(attached - before).max() > 1e-2
 
 
+def test_a_16_bit_dora_adapter_is_computed_in_float32_on_a_float32_base(tiny_model):
+    """mlx-lm's DoRALinear takes the norm in the type of the factors: 0.01 off in the logits."""
+    model = load_model(tiny_model("llama"))
+    adapter = random_adapter(model, "dora")
+    small = adapter.with_weights({name: array.astype(mx.bfloat16) for name, array in adapter.weights.items()})
+    model.attach(small)
+    found = model.logits([5, 9, 2])
+    model.attach(small.with_weights({name: array.astype(mx.float32) for name, array in small.weights.items()}))
+    assert mx.array_equal(found, model.logits([5, 9, 2]))
+
+
 def test_target_modules(tiny_model):
     module = load_model(tiny_model("llama")).module
     resolve = layers.resolve_target_modules

@@ -10,10 +10,12 @@ from pathlib import Path
 import mlx.core as mx
 import mlx_lm
 import pytest
+from click.testing import CliRunner
 from hub_server import READ_TOKEN, WRITE_TOKEN
 
 import mlx_adapters as ma
 from mlx_adapters import errors, files, tensor_files
+from mlx_adapters.cli import cli as program
 from mlx_adapters.hub.uploads import publish
 from mlx_adapters.model import load_model
 
@@ -299,6 +301,25 @@ def test_a_plain_mlx_lm_adapter_comes_in(hub, sql):
     hub.add("user/plain", {"adapters.safetensors": weights, "adapter_config.json": config})
     got = ma.load_adapter("user/plain")
     assert got.fingerprint == sql.fingerprint and got.base_name == "user/tiny-llama" and got.name == "plain"
+
+
+def test_add_copies_a_repository_at_a_revision(hub, sql, home):
+    first = publish("sql", REPO).commit
+    twice = sql.with_weights({name: weight * 2 for name, weight in sql.weights.items()})
+    ma.write_adapter(twice, sql.folder, overwrite=True)
+    second = publish("sql", REPO).commit
+    added = CliRunner().invoke(program, ["add", f"{REPO}@{first}", "--name", "old", "--json"])
+    assert added.exit_code == 0 and json.loads(added.stdout)["name"] == "old", added.output
+    ma.add(REPO)
+    for name, expected, commit in (("old", sql, first), ("sql-lora", twice, second)):
+        adapter = ma.load_adapter(name)
+        assert adapter.fingerprint == expected.fingerprint and adapter.metadata["hub"]["revision"] == commit
+        assert adapter.metadata["added_from"].startswith(REPO)
+    assert not (home / "adapters" / "old" / "train.jsonl").exists()
+    for source, reason in ((f"{REPO}@v9", "no such revision"), ("user/nothing", "no such repository")):
+        with pytest.raises(errors.HubError, match=reason):
+            ma.add(source, name="x")
+    assert not (home / "adapters" / "x").exists()
 
 
 def test_a_broken_download_goes_on(hub, sql):

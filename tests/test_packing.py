@@ -9,7 +9,7 @@ import zlib
 
 import mlx.core as mx
 import pytest
-from adapters import make_mlx_lm_folder, make_run
+from adapters import make_adapter, make_mlx_lm_folder, make_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_registry import json_values
@@ -249,6 +249,18 @@ def test_contents_are_held_to_the_standard_of_our_own(base, tmp_path):
     assert "no file" in refused(NotFoundError, **{"adapter_config.json": None})
     wrong = json.dumps({"sha256": {"adapters.safetensors": "0" * 64}}).encode()
     assert "record names" in refused(**{"adapter_metadata.json": wrong})
+
+
+def test_an_error_names_what_the_user_named(base, tmp_path):
+    folder = make_mlx_lm_folder(base, tmp_path / "given")
+    weights = (folder / "adapters.safetensors").read_bytes()
+    (folder / "adapters.safetensors").write_bytes(weights[:-8])
+    with pytest.raises(FormatError, match=f"'{folder}/adapters.safetensors'"):
+        add(folder, name="it")
+    tensors = {name: array * mx.nan for name, array in make_adapter(base).weights.items()}
+    mx.save_safetensors(str(folder / "adapters.safetensors"), tensors)
+    with pytest.raises(FormatError, match="Adapter 'it' holds NaN"):
+        add(folder, name="it")
 
 
 def test_what_is_not_there_or_not_a_source(base, tmp_path):

@@ -88,6 +88,18 @@ def test_embeddings_to_peft_and_back(architecture: str, tmp_path: Path):
     assert import_peft(tmp_path / "out", base=base, name="back").fingerprint == adapter.fingerprint
 
 
+def test_position_embeddings_are_embeddings_that_nothing_is_tied_to(tmp_path: Path):
+    base = FIXTURES / "gpt2" / "base"
+    adapter = make_adapter(base, lambda key: key.endswith(("wpe", "c_attn")))
+    export_peft(adapter, tmp_path / "out")
+    names = set(mx.load(str(tmp_path / "out" / "adapter_model.safetensors")))
+    assert "base_model.model.transformer.wpe.lora_embedding_A" in names
+    assert not any("lm_head" in name for name in names)
+    assert import_peft(tmp_path / "out", base=base, name="back").fingerprint == adapter.fingerprint
+    export_peft("back", tmp_path / "again")
+    assert set(mx.load(str(tmp_path / "again" / "adapter_model.safetensors"))) == names
+
+
 def test_the_folder_names_its_base_and_how_to_load_it(tmp_path: Path):
     adapter = make_adapter(FIXTURES / "llama" / "base", lambda key: key.endswith("q_proj"))
     result = export_peft(adapter, tmp_path / "out", base_model="meta-llama/Llama-3.2-1B")

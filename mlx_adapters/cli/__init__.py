@@ -109,6 +109,9 @@ def cli(home: str | None, debug: bool, quiet: bool) -> None:
 def main() -> None:
     """Run the program; every error of ours becomes `Error: …`, `Hint: …` and an exit status."""
     signal.signal(signal.SIGTERM, _interrupt)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller (`>&-`)
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     try:
         code = cli.main(standalone_mode=False)
         sys.stdout.flush()
@@ -120,7 +123,7 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         _output.error("Interrupted.")
         code = 130
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # click leaves by SystemExit when the reader of a pipe is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except AdapterError as error:

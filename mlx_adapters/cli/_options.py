@@ -1,5 +1,6 @@
 """Options used by more than one command, defined once, and the types that can fail to parse."""
 
+import os
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
@@ -36,6 +37,17 @@ class ReferenceType(click.ParamType):
 
 REFERENCE = ReferenceType()
 complete_references = REFERENCE.shell_complete  # for arguments that may also be something else
+
+
+class UserPath(click.Path):
+    """A path in which `~` is the user's home even where the shell left it (`--out=~/x`)."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        home = os.path.expanduser(value)
+        if str(home).startswith("~"):
+            self.fail(f"'{value}' is in the home of a user that is not known.", param, ctx)
+        return super().convert(home, param, ctx)
+
 
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")

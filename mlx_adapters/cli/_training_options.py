@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from mlx_adapters.cli._options import module_names
+from mlx_adapters.cli._options import UserPath, module_names
 from mlx_adapters.config import (
     MODES,
     OPTIMIZERS,
@@ -67,7 +67,7 @@ FLAGS: list[tuple[str, str]] = [
 def training_options(command: Command) -> Command:
     """All settings of LoraConfig and TrainConfig as options, and --config."""
     options = [
-        click.option("--config", type=click.Path(dir_okay=False), help="YAML with base, data, name, lora, training."),
+        click.option("--config", type=UserPath(dir_okay=False), help="YAML with base, data, name, lora, training."),
         click.option("--rank", "ranks", multiple=True, metavar="N|NAME=N", help="Rank, or one module's rank [8]."),
         click.option("--alpha", type=float, help="Instead of --scale: scale = alpha / rank."),
         click.option("--rslora", is_flag=True, help="With --alpha: scale = alpha / sqrt(rank)."),

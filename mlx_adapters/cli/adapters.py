@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import REFERENCE, json_option
+from mlx_adapters.cli._options import REFERENCE, UserPath, json_option
 from mlx_adapters.cli._output import number, size
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _list_row(e: "Entry") -> tuple[str, ...]:
 @click.command("show")
 @click.argument("ref", type=REFERENCE)
 @click.option("--layers", is_flag=True, help="One row for each layer instead of one for each kind.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+@click.option("--plot", type=UserPath(dir_okay=False, path_type=Path), metavar="FILE",
               help="Draw the loss curves into FILE.png or .svg.")  # fmt: skip
 @json_option
 def show_command(ref: str, layers: bool, plot: Path | None, as_json: bool) -> None:

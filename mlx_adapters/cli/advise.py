@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import REFERENCE, base_option, json_option
+from mlx_adapters.cli._options import REFERENCE, UserPath, base_option, json_option
 
 
 @click.command("advise")
@@ -18,7 +18,7 @@ from mlx_adapters.cli._options import REFERENCE, base_option, json_option
 @click.option("--max-rows", type=click.IntRange(min=1), default=50, show_default=True, help="Rows to judge.")
 @click.option("--bits", multiple=True, default=("4", "8"), show_default=True, help="Precisions to try; repeatable.")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds of measuring.")
-@click.option("--report", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+@click.option("--report", type=UserPath(exists=True, dir_okay=False, path_type=Path),
               help="Take the figures from this saved benchmark instead of measuring.")  # fmt: skip
 @base_option
 @json_option

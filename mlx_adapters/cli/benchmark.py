@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import any_base_option, base_option, complete_references, dtype_option, json_option
+from mlx_adapters.cli._options import (
+    UserPath,
+    any_base_option,
+    base_option,
+    complete_references,
+    dtype_option,
+    json_option,
+)
 
 if TYPE_CHECKING:
     from mlx_adapters.benchmarking.report import Report
@@ -41,7 +48,7 @@ class Percent(click.ParamType):
         return share
 
 
-FILE = click.Path(dir_okay=False, path_type=Path)
+FILE = UserPath(dir_okay=False, path_type=Path)
 
 
 @click.command("benchmark")
@@ -65,9 +72,9 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--markdown", type=FILE, help="Write it as Markdown.")
 @click.option("--html", type=FILE, help="Write it as one HTML file with plots.")
 @click.option(
-    "--plots", type=click.Path(file_okay=False, path_type=Path), help="Write the plots as SVG and PNG into a folder."
+    "--plots", type=UserPath(file_okay=False, path_type=Path), help="Write the plots as SVG and PNG into a folder."
 )
-@click.option("--against", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="An older saved report.")
+@click.option("--against", type=UserPath(exists=True, dir_okay=False, path_type=Path), help="An older saved report.")
 @click.option("--fail-over", type=Percent(), metavar="5%", help="With --against: fail if something got worse by more.")
 @json_option
 def benchmark_command(

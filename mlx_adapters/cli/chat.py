@@ -9,6 +9,7 @@ import click
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import (
     REFERENCE,
+    UserPath,
     any_base_option,
     base_option,
     complete_references,
@@ -70,7 +71,7 @@ def chat_command(
 
 
 @click.command("ab")
-@click.argument("prompts", type=click.Path(path_type=Path))
+@click.argument("prompts", type=UserPath(path_type=Path))
 @click.argument("a", shell_complete=complete_references)
 @click.argument("b", shell_complete=complete_references)
 @base_option

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import json_option, overwrite_option
+from mlx_adapters.cli._options import UserPath, json_option, overwrite_option
 
 
 @click.group("data")
@@ -67,8 +67,8 @@ def _bounded(pieces: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
 
 
 @data_command.command("split")
-@click.argument("file", type=click.Path(dir_okay=False))
-@click.argument("out", type=click.Path())
+@click.argument("file", type=UserPath(dir_okay=False))
+@click.argument("out", type=UserPath())
 @click.option("--valid", type=click.FloatRange(0, 1), default=0.1, show_default=True, help="Share for validation.")
 @click.option("--test", type=click.FloatRange(0, 1), default=0.1, show_default=True, help="Share for testing.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the shuffle.")

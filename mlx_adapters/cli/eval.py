@@ -5,7 +5,14 @@ from pathlib import Path
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import any_base_option, base_option, complete_references, dtype_option, json_option
+from mlx_adapters.cli._options import (
+    UserPath,
+    any_base_option,
+    base_option,
+    complete_references,
+    dtype_option,
+    json_option,
+)
 
 
 @click.command("eval")
@@ -24,9 +31,7 @@ from mlx_adapters.cli._options import any_base_option, base_option, complete_ref
 @base_option
 @any_base_option
 @dtype_option
-@click.option(
-    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Save figures and answers as JSON."
-)
+@click.option("-o", "--output", type=UserPath(dir_okay=False, path_type=Path), help="Save figures and answers as JSON.")
 @json_option
 def eval_command(
     variants: tuple[str, ...], data: str | None, tasks: str | None, task_folder: str | None, split: str | None,

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import complete_references, json_option, overwrite_option
+from mlx_adapters.cli._options import UserPath, complete_references, json_option, overwrite_option
 
 
 class Size(click.ParamType):
@@ -29,7 +29,7 @@ class Size(click.ParamType):
 
 @click.command("pack")
 @click.argument("source", metavar="REF|MODEL", shell_complete=complete_references)
-@click.argument("target", metavar="FILE.tar.gz", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("target", metavar="FILE.tar.gz", type=UserPath(dir_okay=False, path_type=Path))
 @click.option("--checkpoints", is_flag=True, help="Take the adapter's checkpoints along.")
 @overwrite_option
 @json_option
@@ -52,7 +52,7 @@ def pack_command(source: str, target: Path, checkpoints: bool, overwrite: bool, 
 @click.command("add")
 @click.argument("source", metavar="PATH|FILE.tar.gz|user/repo[@rev]")
 @click.option("--name", metavar="NAME", help="Its name in the registry [the file's, folder's or repository's].")
-@click.option("--out", type=click.Path(file_okay=False), help="Put it into this folder instead (models need one).")
+@click.option("--out", type=UserPath(file_okay=False), help="Put it into this folder instead (models need one).")
 @click.option("--max-size", type=Size(), default=None, metavar="SIZE", help="Largest unpacked size, e.g. 5GB.")
 @overwrite_option
 @json_option
@@ -82,7 +82,7 @@ def add_command(
 
 
 @click.command("init")
-@click.argument("folder", type=click.Path(file_okay=False, path_type=Path), default=".")
+@click.argument("folder", type=UserPath(file_okay=False, path_type=Path), default=".")
 @overwrite_option
 @json_option
 def init_command(folder: Path, overwrite: bool, as_json: bool) -> None:

@@ -3,7 +3,7 @@
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import REFERENCE, json_option, overwrite_option
+from mlx_adapters.cli._options import REFERENCE, UserPath, json_option, overwrite_option
 
 
 @click.command("import-peft")
@@ -38,7 +38,7 @@ def import_peft_command(source: str, base: str, name: str, tie: bool, overwrite:
 
 @click.command("export-peft")
 @click.argument("ref", type=REFERENCE, metavar="REF")
-@click.argument("out", type=click.Path(file_okay=False))
+@click.argument("out", type=UserPath(file_okay=False))
 @click.option("--base-model", metavar="NAME", help="transformers model to name in it [the one it was trained on].")
 @overwrite_option
 @json_option

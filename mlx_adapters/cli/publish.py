@@ -3,11 +3,11 @@
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import base_option, complete_references, json_option, overwrite_option
+from mlx_adapters.cli._options import UserPath, base_option, complete_references, json_option, overwrite_option
 
 _source = click.argument("source", metavar="REF|MODEL", shell_complete=complete_references)
 _base_model = click.option("--base-model", metavar="ID", help="The base's id on the Hub, for the card [from metadata].")
-_benchmark = click.option("--benchmark", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
+_benchmark = click.option("--benchmark", type=UserPath(exists=True, dir_okay=False), metavar="FILE",
                           help="Report of 'benchmark --output' to show in the card.")  # fmt: skip
 _license = click.option("--license", metavar="ID", help="License for the card, e.g. apache-2.0 [the base's].")
 

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import complete_references, dtype_option
+from mlx_adapters.cli._options import UserPath, complete_references, dtype_option
 
 
 @click.command("serve")
@@ -22,7 +22,7 @@ from mlx_adapters.cli._options import complete_references, dtype_option
 @click.option("--name", help="What requests call the base [as given; a folder by its last part].")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Other than loopback needs --api-key-file.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free one.")
-@click.option("--api-key-file", type=click.Path(path_type=Path), help="Keys that may ask, one a line.")
+@click.option("--api-key-file", type=UserPath(path_type=Path), help="Keys that may ask, one a line.")
 @click.option("--split", "splits", multiple=True, metavar="NAME=A:0.5,B:0.5",
               help="A name that sends each user to one of several adapters, always the same (repeatable).")  # fmt: skip
 @click.option("--allow-load", is_flag=True, help="Let POST and DELETE /v1/adapters load registered adapters.")

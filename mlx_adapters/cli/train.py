@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import REFERENCE, complete_references, json_option, overwrite_option
+from mlx_adapters.cli._options import REFERENCE, UserPath, complete_references, json_option, overwrite_option
 from mlx_adapters.cli._training_options import Settings, read_settings, training_options, typed_command
 from mlx_adapters.config import LoraConfig, TrainConfig, to_mapping
 from mlx_adapters.events import Event, Note, Progress, TrainReport, ValidationReport
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--init-from", type=REFERENCE, metavar="REF", help="Start from this adapter's weights.")
 @training_options
 @click.option("--print-config", is_flag=True, help="Show the settings as a config file and stop.")
-@click.option("--log", type=click.Path(dir_okay=False), help="Append every event to this JSONL file.")
+@click.option("--log", type=UserPath(dir_okay=False), help="Append every event to this JSONL file.")
 @click.option("--report-to", type=click.Choice(["tensorboard", "wandb", "trackio"]), help="Send the losses there too.")
 @overwrite_option
 @json_option

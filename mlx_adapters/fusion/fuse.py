@@ -147,7 +147,7 @@ def fuse(
     """
     started = time.perf_counter()
     require(dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not '{dtype}'.")
-    out = Path(out)
+    out = files.expanded(out)
     files.refuse_existing(out, overwrite)
     given = [adapters] if isinstance(adapters, Adapter | str | Path) else list(adapters)
     updates = gather_updates(given, weights, replaced)

@@ -114,7 +114,7 @@ def _decompose(change: _Change, rank: int | None, energy: float) -> Decompositio
 
 def _tuned_weights(finetuned: str | Path, base: Base) -> Any:
     """The fine-tuned module with lazy weights, or the base with an mlx-lm full fine-tune's weights over it."""
-    folder = Path(finetuned).expanduser()
+    folder = files.expanded(finetuned)
     if (folder / CONFIG_FILE).is_file():
         if files.read_json(folder / CONFIG_FILE).get("fine_tune_type") != "full":
             raise FormatError(f"'{finetuned}' is an adapter, not a full fine-tune.", "'merge --method svd' reduces it.")

@@ -59,7 +59,7 @@ def export_peft(
     adapter's own). Raises
     FormatError for what PEFT cannot express, ExistsError, NotFoundError or StorageError.
     """
-    out = Path(out).expanduser()
+    out = files.expanded(out)
     files.refuse_existing(out, overwrite)
     found = registry.load_adapter(adapter)
     form = to_peft(found, lambda: _facts(found, base))

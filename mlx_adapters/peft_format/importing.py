@@ -72,7 +72,7 @@ def peft_folder(source: str | Path) -> Path:
     """The folder of a PEFT adapter; one on the Hub is downloaded once. Raises NotFoundError or HubError."""
     text = str(source)
     if isinstance(source, Path) or text.startswith((".", "/", "~")) or Path(text).is_dir():
-        return Path(text).expanduser()
+        return files.expanded(text)
     reference = registry.parse_reference(text)
     if reference.kind != "hub":
         return Path(text)
@@ -88,8 +88,7 @@ def record(peft: PeftAdapter, converted: Converted, source: str) -> dict[str, An
         "config": peft.settings.raw,
         "renames": [list(pair) for pair in converted.renames],
         "experts": converted.experts,
-        "tied": converted.tied,
-    }
+    } | ({"tied": True} if converted.tied else {})
 
 
 def notes_on(peft: PeftAdapter, base: Base) -> list[str]:

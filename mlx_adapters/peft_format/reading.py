@@ -86,7 +86,7 @@ def read_peft(folder: Path) -> PeftAdapter:
 
     Raises NotFoundError, or FormatError with the reason why it cannot be an adapter in MLX or is damaged.
     """
-    folder = find_folder(Path(folder).expanduser().absolute())
+    folder = find_folder(files.expanded(folder))
     raw = files.read_json(folder / CONFIG_FILE)
     if "fine_tune_type" in raw and "peft_type" not in raw:
         raise FormatError(f"'{folder}' is an MLX adapter already.", "take it in with 'mlx-adapters add'.")

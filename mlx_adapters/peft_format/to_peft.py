@@ -27,6 +27,7 @@ from mlx_adapters.tensor_names import (
     LORA_A,
     LORA_B,
     MAGNITUDE,
+    POSITIONS,
     UP,
     Renames,
 )
@@ -82,7 +83,7 @@ def _as_it_came(adapter: Adapter, origin: Mapping[str, Any]) -> PeftForm:
                 cut = _cut(adapter, settings, name, a[expert].T, b[expert].T)
                 tensors |= _tensors(name, *cut, None, False)
         else:
-            embedding = path.rpartition(".")[2] in EMBEDDINGS
+            embedding = path.rpartition(".")[2] in EMBEDDINGS + POSITIONS
             a, b = _cut(adapter, settings, path, a, b)
             tensors |= _tensors(path, a, b, m, embedding)
             if embedding and settings.raw.get("ensure_weight_tying"):
@@ -155,12 +156,12 @@ def _plain(adapter: Adapter, model_type: str | None, tied: bool) -> PeftForm:
             raise FormatError(
                 f"PEFT has no DoRA for the router '{path}'.", "train it as LoRA, or leave the router out."
             )
-        embedding = path.rpartition(".")[2] in EMBEDDINGS
+        embedding = path.rpartition(".")[2] in EMBEDDINGS + POSITIONS
         if m is not None and embedding:
             raise FormatError(f"PEFT's DoRA of an embedding is another function than MLX's: '{path}'.")
         tensors |= _tensors(path, a, b, m, embedding)
         targets[path] = None
-        if embedding and tied:
+        if embedding and tied and not path.endswith(POSITIONS):
             tensors |= _tensors(LM_HEAD, b.T, a.T, None, False)
             targets[LM_HEAD] = None
     for block, parts in experts.items():
