@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from adapters import LLAMA, make_adapter, make_mlx_lm_folder, make_run
 
-from mlx_adapters import cli, registry
+from mlx_adapters import cli, registry, tensor_files
+from mlx_adapters.adapter import write_adapter
 from mlx_adapters.cli import merge as merge_commands
 from mlx_adapters.config import LoraConfig, TrainConfig, from_mapping, read_yaml
 from mlx_adapters.evaluation.tokens import judged_rows
@@ -165,6 +167,38 @@ def test_verify_holds_the_adapter_against_its_base(run, base, tiny_model):
     adapter.metadata["base"] = {"name": "nobody/here"}
     registry.register(adapter, "far")
     assert "base: not checked: 'nobody/here' is not on this machine yet" in run("verify", "far")[0]
+
+
+READERS = (
+    "show bad", "show {folder}", "verify bad", "add {folder} --name newbad", "fuse bad {out} --no-check",
+    "generate hello --base {base} --adapter bad", "merge good bad --name new", "export-peft bad {out}",
+    "compare good bad", "scale bad 2 --name new", "subtract good bad --name new", "interpolate bad good --name new",
+    "pack bad {out}.tar.gz",
+    "publish bad user/bad --dry-run", "card bad", "verify --all", "prune bad --keep-last 0 --yes",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", ["truncated", "random", "nan", "empty", "huge header", "no weights"])
+def test_every_command_that_reads_a_damaged_adapter_says_so_and_writes_nothing(run, base, tmp_path, damage):
+    write_adapter(make_adapter(base), registry.adapter_folder("good"))
+    folder = write_adapter(make_adapter(base, name="bad"), registry.adapter_folder("bad"))
+    path = folder / "adapters.safetensors"
+    whole = path.read_bytes()
+    if damage == "nan":
+        tensors = {name: array * mx.nan for name, array in make_adapter(base).weights.items()}
+        tensor_files.write_safetensors(path, tensors)
+    elif damage == "no weights":
+        path.unlink()
+    else:
+        path.write_bytes({"truncated": whole[:-9], "random": bytes(np.random.default_rng(0).bytes(len(whole))),
+                          "empty": b"", "huge header": b"\xff" * 7 + b"\x7f{}"}[damage])  # fmt: skip
+    before = {p: p.stat().st_mtime_ns for p in registry.adapters_folder().rglob("*")}
+    for command in READERS:
+        words = command.format(folder=folder, out=tmp_path / "out", base=base).split()
+        out, err = run(*words, status=0 if words[0] == "prune" else 1)
+        assert "bad" in out + err
+    assert {p: p.stat().st_mtime_ns for p in registry.adapters_folder().rglob("*")} == before
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_managing_by_commands(run, base, monkeypatch):
