@@ -4,6 +4,7 @@ Commands load on first use, so `--help` is instant. The one door for errors is `
 """
 
 import importlib
+import io
 import os
 import signal
 import sys
@@ -111,7 +112,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller (`>&-`)
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            setattr(sys, name, io.StringIO())
     try:
         code = cli.main(standalone_mode=False)
         sys.stdout.flush()
