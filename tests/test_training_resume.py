@@ -76,10 +76,22 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_taken(stopped, tiny
     assert resumed == outcome(adapter_folder("whole"))
 
 
-def test_a_half_written_checkpoint_is_ignored(stopped):
+def test_a_half_written_checkpoint_is_ignored_and_reported(stopped):
     (stopped / "checkpoints" / ".tmp-abc").mkdir()
     (stopped / "checkpoints" / ".tmp-abc" / "adapters.safetensors").write_bytes(b"half")
-    assert train(name="run", resume=True).final.iteration == 11
+    notes = []
+    run = train(name="run", resume=True, on_event=lambda e: isinstance(e, Note) and notes.append(e.text))
+    assert run.final.iteration == 11 and "A half-written checkpoint was removed" in notes[0]
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(stopped):
+    for path in (stopped / "checkpoints").glob("*/optimizer.safetensors"):
+        path.unlink()
+        path.write_bytes(b"half")
+    before = outcome(stopped)
+    with pytest.raises(FormatError, match="No checkpoint of 'run' is whole") as caught:
+        train(name="run", resume=True)
+    assert "--init-from run" in caught.value.hint and outcome(stopped) == before
 
 
 def test_resume_of_finished_missing_newer_and_running(stopped):

@@ -9,7 +9,7 @@ from typing import Any
 from mlx_adapters import files
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.config import LoraConfig, TrainConfig
-from mlx_adapters.errors import ConfigError, TrainingError
+from mlx_adapters.errors import ConfigError, FormatError, TrainingError
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.layers import named_layers
 from mlx_adapters.model import Base, load_model, load_tokenizer_of, resolve_base
@@ -162,8 +162,13 @@ def _resume(request: _Request, old: dict[str, Any], reference: Reference, path: 
 
 
 def _newest(folder: RunFolder, request: _Request) -> Checkpoint | None:
-    """The newest whole checkpoint; later ones are damaged and removed."""
+    """The newest whole checkpoint; later ones are damaged and removed. FormatError if all are damaged."""
+    if states.drop_half_written(folder.path):
+        request.on_event(Note("A half-written checkpoint was removed: the run ended while saving.", "warning"))
     checkpoint, problems = states.newest(folder.path)
+    if problems and checkpoint is None:
+        raise FormatError(f"No checkpoint of '{folder.reference}' is whole: {' '.join(problems)}",
+                          f"begin a new run with its weights: --init-from {folder.reference}.")  # fmt: skip
     for problem in problems:
         request.on_event(Note(f"{problem} Taking the checkpoint before it.", "warning"))
     if checkpoint is None:

@@ -141,6 +141,14 @@ def drop_after(run: Path, iteration: int) -> None:
             _remove(run, later)
 
 
+def drop_half_written(run: Path) -> int:
+    """Remove what a save left that was killed; how many there were. The caller holds the run's lock."""
+    left = list((run / FOLDER).glob(files.TEMPORARY_PREFIX + "*"))
+    for folder in left:
+        files.remove(folder)
+    return len(left)
+
+
 def prune(run: Path, keep: int | None, best: int | None, save_every: int) -> None:
     """Remove checkpoints that are neither the newest, nor the best, nor a multiple of `save_every` (those were
     made for the time being: a former best, or a stop); then all but the last `keep` and the best."""

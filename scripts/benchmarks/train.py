@@ -23,6 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import mlx_adapters  # before MLX: it loads the fast BLAS, for mlx_lm too
+
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 BATCH, RANK, SCALE, SEED = 4, 8, 2.0, 0
@@ -226,6 +228,7 @@ PARTS = {"speed": speed, "memory": memory, "save": save}
 
 def main() -> None:
     """Measure the parts that are named, print them, and keep them as JSON if asked to."""
+    assert mlx_adapters.__version__
     if sys.argv[1:2] == ["--one"]:
         run, base, data, count = sys.argv[2:]
         print(json.dumps(RUNS[run](base, data, int(count))))
