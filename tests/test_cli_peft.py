@@ -61,6 +61,13 @@ def test_an_import_is_told_in_words():
     assert result.stdout.startswith("Imported 'it': dora, rank 4, scale 2, 14 layers, ")
 
 
+def test_a_name_is_made_by_a_template():
+    words = ("import-peft", str(FIXTURES / "llama" / "dora"), "--base", LLAMA, "--name", "sql")
+    for version in ("v1", "v2"):
+        result = run(*words, "--name-template", "{task}_{base}_{version}", "--json")
+        assert json.loads(result.stdout)["name"] == f"sql_base_{version}"
+
+
 def test_a_tied_embedding_is_tied_on_request_only(tmp_path: Path):
     words = (str(FIXTURES / "qwen2" / "tied-embedding"), "--base", str(FIXTURES / "qwen2" / "base"), "--name", "it")
     assert "--tie" in run("import-peft", *words).exception.hint

@@ -44,6 +44,12 @@ def test_train_then_resume_with_more_iterations(run, tmp_path):
     assert isinstance(finished.exception, AdapterError) and "has finished" in finished.exception.message
 
 
+def test_a_run_is_named_by_a_template(run):
+    done = run("--iterations", "2", "--rank", "2", "--name-template", "{task}-r{rank}-{version}", "--json")
+    assert done.exit_code == 0, done.output
+    assert adapter_folder("run-r2-v1").is_dir() and not adapter_folder("run").exists()
+
+
 def test_a_flag_wins_over_the_config_file(run, tmp_path):
     file = tmp_path / "train.yaml"
     file.write_text("lora: {rank: 3, scale: 1.5}\ntraining: {iterations: 9, learning_rate: 1e-3, mask_prompt: true}\n")
@@ -134,6 +140,7 @@ SETTINGS = {
 }  # fmt: skip
 # The other options, and the tests of this file that hold them to their effect.
 ACTIONS = {
+    "--name-template": "test_a_run_is_named_by_a_template",
     "--config": "test_a_flag_wins_over_the_config_file", "--print-config": "test_a_flag_wins_over_the_config_file",
     "--resume": "test_train_then_resume_with_more_iterations", "--log": "test_train_then_resume_with_more_iterations",
     "--json": "test_train_then_resume_with_more_iterations", "--overwrite": "test_overwrite_and_init_from",

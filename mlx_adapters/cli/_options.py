@@ -52,6 +52,10 @@ class UserPath(click.Path):
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is there.")
+name_template_option = click.option(
+    "--name-template", metavar="TEMPLATE",
+    help='Make the name of fields, e.g. "{task}_{version}_{date}"; --name is the task.',
+)  # fmt: skip
 adapter_option = click.option("--adapter", type=REFERENCE, metavar="REF", help="The adapter to use.")
 base_option = click.option("--base", metavar="BASE", help="Base model: demo, a folder or a Hub id [the adapter's own].")
 any_base_option = click.option("--any-base", is_flag=True, help="Use the adapter on a base it was not trained on.")
@@ -59,6 +63,13 @@ dtype_option = click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
     help="Type to compute in; auto is float32 on a CPU and the model's own on a GPU.",
 )  # fmt: skip
+
+
+def new_name(name: str, template: str | None, **known: str | int | None) -> str:
+    """The name that --name and --name-template make; `known` are fields beside task, version, date and time."""
+    from mlx_adapters.housekeeping import fill_template
+
+    return name if template is None else fill_template(template, name, **known)
 
 
 def module_names(text: str) -> tuple[str, ...] | Literal["all"]:

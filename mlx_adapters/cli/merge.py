@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import REFERENCE, json_option, module_names, overwrite_option
+from mlx_adapters.cli._options import (
+    REFERENCE,
+    json_option,
+    module_names,
+    name_template_option,
+    new_name,
+    overwrite_option,
+)
 from mlx_adapters.cli._output import number
 
 if TYPE_CHECKING:
@@ -41,19 +48,12 @@ def name_options(command: Command) -> Command:
     """--name, --name-template and --overwrite of a new adapter."""
     options = (
         click.option("--name", required=True, metavar="NAME", help="Name of the new adapter."),
-        click.option("--name-template", metavar="TEMPLATE",
-                     help='Make the name of fields, e.g. "{task}_{version}_{date}"; --name is the task.'),
+        name_template_option,
         overwrite_option,
     )  # fmt: skip
     for option in reversed(options):
         command = option(command)
     return command
-
-
-def _new_name(name: str, template: str | None) -> str:
-    from mlx_adapters.housekeeping import fill_template
-
-    return name if template is None else fill_template(template, name)
 
 
 @click.command("merge")
@@ -94,7 +94,7 @@ def merge_command(
     from mlx_adapters.merging.recipes import merge
 
     merged = merge(
-        refs, list(weights) or None, method=method, name=_new_name(name, name_template), rank=rank, energy=energy,
+        refs, list(weights) or None, method=method, name=new_name(name, name_template), rank=rank, energy=energy,
         density=density, seed=seed, sign_method=sign_method, dtype=dtype, any_base=any_base, overwrite=overwrite,
         on_event=_output.progress(),
     )  # fmt: skip
@@ -119,7 +119,7 @@ def subtract_command(
     """
     from mlx_adapters.merging.recipes import subtract
 
-    new = _new_name(name, name_template)
+    new = new_name(name, name_template)
     _show(subtract(a, b, weight=weight, name=new, any_base=any_base, overwrite=overwrite), as_json)
 
 
@@ -139,7 +139,7 @@ def scale_command(
     """
     from mlx_adapters.merging.recipes import scale
 
-    _show(scale(ref, factor, name=_new_name(name, name_template), overwrite=overwrite), as_json)
+    _show(scale(ref, factor, name=new_name(name, name_template), overwrite=overwrite), as_json)
 
 
 @click.command("interpolate")
@@ -206,7 +206,7 @@ def extract_command(
 
     adapter = extract(
         finetuned, base, rank=rank, energy=energy, target_modules=module_names(target_modules),
-        name=_new_name(name, name_template), dtype=dtype, overwrite=overwrite, on_event=_output.progress(),
+        name=new_name(name, name_template), dtype=dtype, overwrite=overwrite, on_event=_output.progress(),
     )  # fmt: skip
     recipe = adapter.metadata["extract"]
     if not as_json:

@@ -3,17 +3,20 @@
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import REFERENCE, UserPath, json_option, overwrite_option
+from mlx_adapters.cli._options import REFERENCE, UserPath, json_option, name_template_option, new_name, overwrite_option
 
 
 @click.command("import-peft")
 @click.argument("source", metavar="SRC")
 @click.option("--base", metavar="BASE", required=True, help="The MLX base model: demo, a folder or a Hub id.")
 @click.option("--name", metavar="NAME", required=True, help="Name in the registry.")
+@name_template_option
 @click.option("--tie", is_flag=True, help="Take an update of one end of a tied embedding at both ends.")
 @overwrite_option
 @json_option
-def import_peft_command(source: str, base: str, name: str, tie: bool, overwrite: bool, as_json: bool) -> None:
+def import_peft_command(
+    source: str, base: str, name: str, name_template: str | None, tie: bool, overwrite: bool, as_json: bool
+) -> None:
     """Take in a PEFT LoRA or DoRA adapter: SRC is a folder or a Hub repository.
 
     The converted adapter computes what PEFT computes; what MLX cannot express is refused with the reason.
@@ -24,6 +27,7 @@ def import_peft_command(source: str, base: str, name: str, tie: bool, overwrite:
     """
     from mlx_adapters.peft_format import import_peft
 
+    name = new_name(name, name_template, base=base)
     adapter = import_peft(source, base=base, name=name, tie=tie, overwrite=overwrite, on_event=_output.progress())
     if as_json:
         _output.emit_json({"name": adapter.name, "folder": adapter.folder, "config": adapter.config,

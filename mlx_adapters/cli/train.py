@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import REFERENCE, UserPath, complete_references, json_option, overwrite_option
+from mlx_adapters.cli._options import (
+    REFERENCE,
+    UserPath,
+    complete_references,
+    json_option,
+    name_template_option,
+    new_name,
+    overwrite_option,
+)
 from mlx_adapters.cli._training_options import Settings, read_settings, training_options, typed_command
 from mlx_adapters.config import LoraConfig, TrainConfig, to_mapping
 from mlx_adapters.events import Event, Note, Progress, TrainReport, ValidationReport
@@ -19,6 +27,7 @@ if TYPE_CHECKING:
 @click.argument("base", required=False)
 @click.option("--data", metavar="DIR", help="Folder with train.jsonl, valid.jsonl; a file; or hf:user/name.")
 @click.option("--name", metavar="NAME", help="Name of the adapter, or a folder such as ./out.")
+@name_template_option
 @click.option(
     "--resume",
     metavar="NAME",
@@ -33,8 +42,8 @@ if TYPE_CHECKING:
 @overwrite_option
 @json_option
 def train_command(
-    resume: str | None, init_from: str | None, print_config: bool, log: str | None, report_to: str | None,
-    overwrite: bool, as_json: bool,
+    name_template: str | None, resume: str | None, init_from: str | None, print_config: bool, log: str | None,
+    report_to: str | None, overwrite: bool, as_json: bool,
     **options: Any,
 ) -> None:  # fmt: skip
     """Train a LoRA or DoRA adapter for the model BASE (demo, a folder or a Hub id).
@@ -59,6 +68,7 @@ def train_command(
     else:
         lora = settings.lora_config() if settings.lora or init_from is None else None
         training = settings.train_config()
+        name = new_name(name, name_template, base=settings.base, rank=settings.lora_config().rank)
         new = {"init_from": init_from, "overwrite": overwrite, "command": typed_command(), "forecast": True}
     watch = Watch(log)
     if report_to is not None:
