@@ -28,6 +28,11 @@ def size(count: float | None) -> str:
     raise AssertionError
 
 
+def count(number: int, thing: str) -> str:
+    """ "1 layer", "1,200 layers"."""
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+
+
 def duration(seconds: float) -> str:
     """ "42 s", "3 min 20 s", "2 h 5 min"."""
     if seconds < 10:

@@ -133,6 +133,14 @@ def test_a_fused_models_card(sql, base, tmp_path, bits):
     report = json.loads((folder / "fuse_report.json").read_text())
     assert f"| **this model** | {units.number(report['fidelity']['kl_mean'], 4)} |" in str(card)
     assert "How the adapter was made" in str(card) and "joe" not in str(card)
+    assert ("calibrated on" in str(card)) == (report["method"] == "calibrated")
+
+
+def test_a_card_claims_no_calibration_that_was_not_done(sql, base, tmp_path):
+    options = ma.FuseOptions(method="nearest", check_rows=4)
+    ma.fuse(base, sql, tmp_path / "fused", quantization=4, options=options)
+    text = str(make_card(tmp_path / "fused"))
+    assert "Rounding: nearest" in text and "calibrated on" not in text
 
 
 def test_several_bases_and_bad_ones_are_told_apart():

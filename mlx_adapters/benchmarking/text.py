@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from mlx_adapters.benchmarking.report import METRICS, Comparison, Report, Row, ShapeRow
 from mlx_adapters.benchmarking.statistics import Ratio, Summary
-from mlx_adapters.units import number, size
+from mlx_adapters.units import count, number, size
 
 HEADERS = ("VARIANT", "LOAD s", "TTFT ms", "PREFILL tok/s", "DECODE tok/s", "PEAK", "DISK")
 TELLING = 2  # an interval that reaches over a factor of two says nothing
@@ -22,7 +22,7 @@ def head(report: Report) -> list[str]:
     return [
         f"{name}, {m['cores']} cores, {size(m['memory_bytes'])} memory, {m['system']}; {versions}",
         f"{prompts} {lengths} tokens, {c.decode_tokens} decoded, batch {', '.join(map(str, c.batch))}; "
-        f"{c.rounds} rounds of fresh processes, {c.trials} trials each: median (smallest-largest)",
+        f"{count(c.rounds, 'round')} of fresh processes, {count(c.trials, 'trial')} each: median (smallest-largest)",
         *arithmetic(report.rows),
         *_quality_head(report),
     ]

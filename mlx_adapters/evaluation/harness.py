@@ -47,7 +47,7 @@ class TaskReport:
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Headers and lines for people."""
-        lines = []
+        lines: list[tuple[str, ...]] = []
         for e in self.evaluations:
             if e.error is not None:
                 lines.append((e.variant, "-", "-", "-", e.error))
@@ -77,7 +77,7 @@ def run_tasks(
         raise ConfigError(
             f"There is no task '{unknown[0]}'.", "'lm-eval ls tasks' lists all; --task-folder adds yours."
         )
-    found = []
+    found: list[TaskEvaluation] = []
     with workspace() as place:
         for variant in parse_variants([as_text(v, place) for v in variants], base):
             on_event(Progress("tasks", len(found), len(variants), "variants"))

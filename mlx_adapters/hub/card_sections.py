@@ -11,7 +11,7 @@ from typing import Any
 from mlx_adapters.adapter import losses_of
 from mlx_adapters.hub.subject import RECIPE_FILE, Subject
 from mlx_adapters.tensor_names import ADAPTER_FILE, split
-from mlx_adapters.units import duration, number, size
+from mlx_adapters.units import count, duration, number, size
 
 Facts = Mapping[str, Any]
 
@@ -101,7 +101,7 @@ def _model_text(subject: Subject, base: str) -> str:
         mode = quantization.get("mode", "affine")
         precision = f"{quantization['bits']}-bit weights in groups of {quantization.get('group_size')} ({mode})"
         mixed = sum(isinstance(value, Mapping) for value in quantization.values())
-        precision += f", {mixed} layers at another precision" if mixed else ""
+        precision += f", {count(mixed, 'layer')} at another precision" if mixed else ""
     elif subject.kind == "gguf":
         precision = "one GGUF file"
     else:
@@ -184,7 +184,7 @@ def fidelity(subject: Subject, facts: Facts) -> str:
         return ""
     text = report.get("text") or {}
     parts = [f"Rounding: {report.get('method')}"]
-    if text.get("calibration_rows"):
+    if text.get("calibration_rows") and report.get("method") == "calibrated":
         parts.append(f"calibrated on {text['calibration_rows']:,} rows of `{text.get('source')}`")
     if report.get("bits_per_weight"):
         parts.append(f"{report['bits_per_weight']:.2f} bits per weight over the whole model")
