@@ -79,20 +79,34 @@ def work(job_file, result_file, clock):
     worker.main(job_file, result_file)
 
 
-def forked(clock):
-    """A replacement of `run_worker` that forks this process instead of starting Python anew."""
+def serve_forks(clock):
+    """Import everything and compute nothing (threads do not survive a fork); a child for each pair of files."""
+    import mlx_lm  # noqa: F401
+
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            try:
+                work(*json.loads(line), clock)
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        sys.stdout.write("done\n")
+        sys.stdout.flush()
+
+
+def forked(cpu_time):
+    """A replacement of `run_worker` whose processes are forks of one that has imported everything."""
+    command = [sys.executable, __file__, "--forks-cpu" if cpu_time else "--forks"]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run_worker(variant, config, folder, _):
         job, result = folder / "job.json", folder / "result.json"
         result.unlink(missing_ok=True)
         files.write_json(job, {"variant": to_mapping(variant), "config": to_mapping(config)})
-        child = os.fork()
-        if child == 0:
-            try:
-                work(str(job), str(result), clock)
-            finally:
-                os._exit(0)
-        os.waitpid(child, 0)
+        server.stdin.write(json.dumps([str(job), str(result)]) + "\n")
+        server.stdin.flush()
+        server.stdout.readline()
         return files.read_json(result) if result.is_file() else {"error": "The process failed."}
 
     return run_worker
@@ -146,9 +160,7 @@ def main():
     if share is not None:
         print(f"benchmark of {options.overhead}, time outside loads, trials and bandwidth: {share:.1%}", flush=True)
     if not options.spawn and sys.platform == "linux" and not on_gpu():
-        import mlx_lm  # noqa: F401
-
-        running.run_worker = forked(time.process_time if options.cpu_time else time.perf_counter)
+        running.run_worker = forked(options.cpu_time)
     with tempfile.TemporaryDirectory() as place, workspace() as folder:
         build(Path(place) / "model", options.width, options.blocks)
         reports = repeat(options, Path(place) / "model", folder)
@@ -175,7 +187,12 @@ def main():
 
 if __name__ == "__main__":
     assert mlx_adapters.__version__
-    if sys.argv[1:2] in (["--worker"], ["--worker-cpu"]):
-        work(*sys.argv[2:], time.process_time if sys.argv[1] == "--worker-cpu" else time.perf_counter)
+    mode, clock = sys.argv[1] if sys.argv[1:] else "", time.perf_counter
+    if mode.endswith("-cpu"):
+        mode, clock = mode.removesuffix("-cpu"), time.process_time
+    if mode == "--worker":
+        work(*sys.argv[2:], clock)
+    elif mode == "--forks":
+        serve_forks(clock)
     else:
         main()
