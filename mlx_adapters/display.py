@@ -6,6 +6,7 @@ from typing import Any
 
 from mlx_adapters.charts import Points, line_chart
 from mlx_adapters.events import Event, OnEvent, Progress
+from mlx_adapters.units import number
 
 
 def html_table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -26,8 +27,9 @@ def html_block(title: str, *parts: str) -> str:
 
 
 def html_facts(facts: Mapping[str, Any]) -> str:
-    """Name and value, line by line; what is None is left out."""
-    return html_table(("", ""), [(name, value) for name, value in facts.items() if value is not None])
+    """Name and value, line by line; what is None is left out, and floats get four digits."""
+    shown = {k: number(v, 4) if isinstance(v, float) else v for k, v in facts.items() if v is not None}
+    return html_table(("", ""), shown.items())
 
 
 def loss_curve(train: Points, validation: Points) -> str:

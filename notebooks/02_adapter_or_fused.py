@@ -18,7 +18,7 @@ BASE = "demo"
 data = write_demo_data(Path("data/sql"), overwrite=True)
 settings = ma.TrainConfig(
     iterations=12, batch_size=4, learning_rate=2e-3, schedule="linear", warmup=2, mask_prompt=True, max_seq_length=128,
-    eval_every=6, eval_batches=2, save_every=12,
+    eval_every=6, eval_batches=2, save_every=12, report_every=2,
 )  # fmt: skip
 lora = ma.LoraConfig(rank=8, scale=20.0, num_layers=2)
 ma.train(BASE, data, name="notebook-fuse", lora=lora, training=settings, overwrite=True)
