@@ -1,6 +1,6 @@
 """Training against mlx_lm.lora: the same base, rows, batch size, iterations, seed and adapter layers.
 
-- speed:  rows of very different length (prompt-completion, loss on the completion). After two warm-up iterations
+- speed:  rows of very different length (prompt-completion, loss on the completion). After the warm-up
           one epoch is timed, each program in a fresh process, in turn. Tokens are real ones, padding apart.
 - memory: peak memory with a vocabulary of 150,000 on a small random Qwen 3.
 - save:   seconds of one whole checkpoint within a run, against the 100 iterations between two by default.
@@ -54,20 +54,18 @@ def base_folder(base: str, work: Path) -> str:
     return str(folder if folder.exists() else tiny_models.build_model(folder, "qwen3", tied=True, **WIDE))
 
 
-WARM_UP = 2
-
-
 class Clock:
     """Times, real tokens and peak memory of the iterations after the warm-up."""
 
-    def __init__(self) -> None:
+    def __init__(self, warm_up: int) -> None:
+        self.warm_up = warm_up
         self.seconds, self.cpu_seconds, self.tokens, self.done = 0.0, 0.0, 0, 0
         self._last, self._pending = (0.0, 0.0), 0
 
     def tick(self, tokens: int = 0) -> None:
         """An iteration with `tokens` real tokens begins (the one before has ended)."""
         now = (time.perf_counter(), time.process_time())
-        if self.done > WARM_UP:
+        if self.done > self.warm_up:
             self.seconds += now[0] - self._last[0]
             self.cpu_seconds += now[1] - self._last[1]
             self.tokens += self._pending
@@ -78,10 +76,10 @@ class Clock:
         import mlx.core as mx
 
         return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "tokens": self.tokens,
-                "iterations": self.done - 1 - WARM_UP, "peak_bytes": mx.get_peak_memory()}  # fmt: skip
+                "iterations": self.done - 1 - self.warm_up, "peak_bytes": mx.get_peak_memory()}  # fmt: skip
 
 
-def run_ours(base: str, data: str, epoch: int) -> dict:
+def run_ours(base: str, data: str, epoch: int, warm_up: int) -> dict:
     """`mlx_adapters.train`'s own pieces, with the clock between the iterations: warm-up, then `epoch` batches."""
     from mlx_adapters.config import LoraConfig, TrainConfig
     from mlx_adapters.door import mx
@@ -98,8 +96,8 @@ def run_ours(base: str, data: str, epoch: int) -> dict:
     layers = dict(named_layers(model.module))
     prepared = start.prepare(model, config, rows, (), {key: layers[key] for key in keys})
     mx.reset_peak_memory()
-    clock, engine = Clock(), prepared.engine
-    for first, count in ((0, WARM_UP), (0, epoch)):
+    clock, engine = Clock(warm_up), prepared.engine
+    for first, count in ((0, warm_up), (0, epoch)):
         updates = prepared.feed.updates(first)
         for _ in range(count):
             batches, tokens = next(updates)
@@ -109,7 +107,7 @@ def run_ours(base: str, data: str, epoch: int) -> dict:
     return clock.result()
 
 
-def run_theirs(base: str, data: str, epoch: int) -> dict:
+def run_theirs(base: str, data: str, epoch: int, warm_up: int) -> dict:
     """mlx_lm.tuner.trainer.train as mlx_lm.lora calls it, on the same weights."""
     import mlx.core as mx
     import mlx.optimizers as optim
@@ -131,19 +129,19 @@ def run_theirs(base: str, data: str, epoch: int) -> dict:
     rows = datasets.CacheDataset(
         datasets.CompletionsDataset(rows, model.tokenizer, "prompt", "completion", mask_prompt=True)
     )
-    clock = Clock()
+    clock = Clock(warm_up)
 
     def batches(*arguments, **keywords):
         found = trainer.iterate_batches(*arguments, **keywords)
-        first = [next(found) for _ in range(WARM_UP)]
-        for batch, lengths in [*first, *first, *(next(found) for _ in range(epoch - WARM_UP))]:
+        first = [next(found) for _ in range(warm_up)]
+        for batch, lengths in [*first, *first, *(next(found) for _ in range(epoch - warm_up))]:
             clock.tick(int(lengths[:, 1].sum().item()))
             yield batch, lengths
 
     mx.reset_peak_memory()
     with tempfile.TemporaryDirectory() as folder:
         settings = trainer.TrainingArgs(
-            batch_size=BATCH, iters=WARM_UP + epoch, steps_per_report=1000, steps_per_eval=1000, steps_per_save=1000,
+            batch_size=BATCH, iters=warm_up + epoch, steps_per_report=1000, steps_per_eval=1000, steps_per_save=1000,
             max_seq_length=2048, adapter_file=str(Path(folder) / "adapters.safetensors"),
         )  # fmt: skip
         trainer.train(module, optim.Adam(1e-5), rows, None, settings, iterate_batches=batches)
@@ -151,34 +149,34 @@ def run_theirs(base: str, data: str, epoch: int) -> dict:
     return clock.result()
 
 
-def run_saving(base: str, data: str, iterations: int) -> dict:
+def run_saving(base: str, data: str, iterations: int, warm_up: int) -> dict:
     """A run of `train` that saves after every iteration."""
     from mlx_adapters import LoraConfig, TrainConfig, train
     from mlx_adapters.events import CheckpointSaved
 
     saves: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        config = TrainConfig(iterations=iterations, batch_size=BATCH, mask_prompt=True, save_every=1, keep=2)
+        config = TrainConfig(iterations=warm_up + iterations, batch_size=BATCH, mask_prompt=True, save_every=1, keep=2)
         run = train(base, data, name=f"{folder}/run", lora=LoraConfig(rank=RANK), training=config,
                     on_event=lambda e: saves.append(e.seconds) if isinstance(e, CheckpointSaved) else None)  # fmt: skip
-    return {"save_seconds": saves, "iteration_seconds": run.duration_seconds / iterations}
+    return {"save_seconds": saves, "iteration_seconds": run.duration_seconds / (warm_up + iterations)}
 
 
 RUNS = {"ours": run_ours, "theirs": run_theirs, "saving": run_saving}
 
 
-def in_a_process(run: str, base: str, data: Path, count: int) -> dict:
+def in_a_process(run: str, base: str, data: Path, count: int, warm_up: int) -> dict:
     """What one of RUNS gives in a process of its own."""
-    command = [sys.executable, __file__, "--one", run, base, str(data), str(count)]
+    command = [sys.executable, __file__, "--one", run, base, str(data), str(count), str(warm_up)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result = json.loads(done.stdout.splitlines()[-1])
     print(f"  {run}: {result}", file=sys.stderr, flush=True)
     return result
 
 
-def compare(base: str, data: Path, epoch: int, trials: int) -> dict[str, list[dict]]:
+def compare(base: str, data: Path, epoch: int, warm_up: int, trials: int) -> dict[str, list[dict]]:
     """Both programs in turn, `trials` times."""
-    runs = [{program: in_a_process(program, base, data, epoch) for program in ("ours", "theirs")}
+    runs = [{program: in_a_process(program, base, data, epoch, warm_up) for program in ("ours", "theirs")}
             for _ in range(trials)]  # fmt: skip
     return {program: [run[program] for run in runs] for program in ("ours", "theirs")}
 
@@ -191,7 +189,7 @@ def spread(values: list[float], digits: int = 1) -> str:
 def speed(options: argparse.Namespace, work: Path) -> dict:
     """Real tokens a second of both, and the ratios of each pair of trials."""
     write_rows(work / "mixed", options.rows, 250)
-    both = compare(options.base, work / "mixed", options.rows // BATCH, options.trials)
+    both = compare(options.base, work / "mixed", options.rows // BATCH, options.warm_up, options.trials)
     found: dict = {"runs": both}
     for unit in ("seconds", "cpu_seconds"):
         rates = {program: [r["tokens"] / r[unit] for r in runs] for program, runs in both.items()}
@@ -205,7 +203,7 @@ def speed(options: argparse.Namespace, work: Path) -> dict:
 def memory(options: argparse.Namespace, work: Path) -> dict:
     """Peak memory of both at a vocabulary of 150,000; it hardly varies, so one run each."""
     write_rows(work / "long", 4 * BATCH, 400)
-    both = compare(base_folder("wide", work), work / "long", WARM_UP, 1)
+    both = compare(base_folder("wide", work), work / "long", 2, 2, 1)
     ours, theirs = (both[p][0]["peak_bytes"] for p in ("ours", "theirs"))
     print(f"peak memory, vocabulary 150,000: ours {ours / 1e6:,.0f} MB, mlx_lm {theirs / 1e6:,.0f} MB, "
           f"ratio {ours / theirs:.2f}", flush=True)  # fmt: skip
@@ -215,7 +213,7 @@ def memory(options: argparse.Namespace, work: Path) -> dict:
 def save(options: argparse.Namespace, work: Path) -> dict:
     """Seconds of a checkpoint, and their share of 100 iterations."""
     write_rows(work / "saved", 4 * BATCH, 250)
-    found = in_a_process("saving", options.base, work / "saved", 6)
+    found = in_a_process("saving", options.base, work / "saved", 4, 0)
     one = statistics.median(found["save_seconds"])
     share = one / (100 * found["iteration_seconds"] + one)
     print(f"one checkpoint: {spread(found['save_seconds'], 3)} s, an iteration {found['iteration_seconds']:.2f} s; "
@@ -230,13 +228,14 @@ def main() -> None:
     """Measure the parts that are named, print them, and keep them as JSON if asked to."""
     assert mlx_adapters.__version__
     if sys.argv[1:2] == ["--one"]:
-        run, base, data, count = sys.argv[2:]
-        print(json.dumps(RUNS[run](base, data, int(count))))
+        run, base, data, count, warm_up = sys.argv[2:]
+        print(json.dumps(RUNS[run](base, data, int(count), int(warm_up))))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", help=f"of {', '.join(PARTS)} [all]")
     parser.add_argument("--base", default="demo")
-    parser.add_argument("--rows", type=int, default=24, help=f"for speed; a multiple of {BATCH}")
+    parser.add_argument("--rows", type=int, default=16, help=f"for speed; a multiple of {BATCH}")
+    parser.add_argument("--warm-up", type=int, default=1, help="iterations; at most an epoch, which a GPU needs")
     parser.add_argument("--trials", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -246,7 +245,8 @@ def main() -> None:
     from mlx_adapters.machine import versions
 
     found: dict = {"versions": versions(), "cores": os.cpu_count(), "load_average": os.getloadavg()}
-    found["settings"] = {"base": options.base, "rows": options.rows, "trials": options.trials, "batch": BATCH}
+    found["settings"] = {"base": options.base, "rows": options.rows, "trials": options.trials, "batch": BATCH,
+                         "warm_up": options.warm_up}  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         for part in options.what or PARTS:
             found[part] = PARTS[part](options, Path(name))
