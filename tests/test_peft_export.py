@@ -112,6 +112,18 @@ def test_the_folder_names_its_base_and_how_to_load_it(tmp_path: Path):
     assert 'from_pretrained("meta-llama/Llama-3.2-1B")' in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_base_that_transformers_does_not_load_is_remarked_on(tmp_path: Path):
+    made = make_adapter(FIXTURES / "llama" / "base", lambda key: key.endswith("q_proj"))
+    record, notes = made.metadata["base"], []
+    for i, (base, options) in enumerate([
+        ({"name": "demo"}, {}), ({"name": "mlx-community/a-4bit", "quantization": {"bits": 4}}, {}),
+        ({"name": "org/model"}, {}), ({"name": "demo"}, {"base_model": "org/model"}),
+    ]):  # fmt: skip
+        adapter = replace(made, metadata={"base": record | base})
+        export_peft(adapter, tmp_path / str(i), on_event=lambda note, i=i: notes.append((i, note.text)), **options)
+    assert [i for i, _ in notes] == [0, 1] and all("--base-model" in text for _, text in notes)
+
+
 def test_an_existing_folder_is_kept(tmp_path: Path):
     adapter = make_adapter(FIXTURES / "llama" / "base", lambda key: key.endswith("q_proj"))
     export_peft(adapter, tmp_path / "out")

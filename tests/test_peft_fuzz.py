@@ -1,5 +1,6 @@
 """Whatever a PEFT folder holds, reading and converting it ends well or with one of our errors, and soon."""
 
+import contextlib
 import json
 import re
 import time
@@ -12,11 +13,13 @@ from hypothesis import strategies as st
 
 from mlx_adapters import tensor_files
 from mlx_adapters.errors import AdapterError
-from mlx_adapters.layers import nn
+from mlx_adapters.layers import adaptable_layers, nn
 from mlx_adapters.model import load_module, resolve_base
+from mlx_adapters.peft_format.fusing import whole_tensors
 from mlx_adapters.peft_format.importing import convert
 from mlx_adapters.peft_format.patterns import full_match
-from mlx_adapters.peft_format.reading import read_peft, refuse_beyond_lora
+from mlx_adapters.peft_format.reading import PeftAdapter, read_peft, refuse_beyond_lora, refuse_unsaved
+from mlx_adapters.peft_format.tying import needs_untying
 
 FIXTURES = Path(__file__).parent / "peft_fixtures"
 CASES = (
@@ -25,6 +28,8 @@ CASES = (
     "qwen3_moe/fused",
     "qwen3_moe/per-expert",
     "qwen2/ensure-tying",
+    "qwen2/refused/tied-both-ends",
+    "qwen2/refused/tied-both-to-save",
 )
 TYPES = [mx.float16, mx.bfloat16, mx.int32, mx.bool_, mx.uint8]
 FUZZ = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None, "derandomize": True}
@@ -45,7 +50,8 @@ names = st.lists(pieces, max_size=9).map(".".join) | st.text(max_size=30)
 
 @pytest.fixture(scope="module")
 def bases() -> dict[str, nn.Module]:
-    return {case: load_module(resolve_base(FIXTURES / case.split("/")[0] / "base"))[0] for case in CASES}
+    loaded = {arch: load_module(resolve_base(FIXTURES / arch / "base"))[0] for arch in {c.split("/")[0] for c in CASES}}
+    return {case: loaded[case.split("/")[0]] for case in CASES}
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +63,31 @@ def sound() -> dict[str, tuple[dict, dict]]:
     return {case: read(case) for case in CASES}
 
 
+def take_in(peft: PeftAdapter, base: nn.Module, tie: bool = False) -> None:
+    refuse_beyond_lora(peft)
+    convert(peft, base, "base", tie).adapter.check()
+
+
+def take_in_tied(peft: PeftAdapter, base: nn.Module) -> None:
+    take_in(peft, base, tie=True)
+
+
+def take_whole(peft: PeftAdapter, base: nn.Module) -> None:
+    """What `fuse --from-peft` does before it fuses."""
+    refuse_unsaved(peft)
+    needs_untying(peft, adaptable_layers(base))
+    whole_tensors(peft, base, resolve_base(FIXTURES / "llama" / "base"))
+
+
 def attempt(folder: Path, config: dict, tensors: dict, base: nn.Module) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config))
     tensor_files.write_safetensors(folder / "adapter_model.safetensors", tensors)
     start = time.monotonic()
-    try:
+    with contextlib.suppress(AdapterError):
         peft = read_peft(folder)
-        refuse_beyond_lora(peft)
-        convert(peft, base, "base").adapter.check()
-    except AdapterError:
-        pass
+        for use in (take_in, take_in_tied, take_whole):
+            with contextlib.suppress(AdapterError):
+                use(peft, base)
     assert time.monotonic() - start < 20, "one folder may not hold up the program"
 
 

@@ -66,6 +66,9 @@ def export_peft(
     named = base_model or form.config.get("base_model_name_or_path")
     if not named:
         on_event(Note("The adapter names no base model; PEFT needs one: pass --base-model.", "warning"))
+    elif base_model is None and "peft" not in found.metadata and not _known_to_transformers(found):
+        on_event(Note(f"The folder names '{named}' as its base, which transformers does not load: pass --base-model.",
+                      "warning"))  # fmt: skip
     form.config["base_model_name_or_path"] = named
     readme = README.format(base=named or "unknown", kind=found.config.type, name=found.name, rank=found.config.rank)
     with files.atomic_folder(out, overwrite) as temporary:
@@ -74,6 +77,12 @@ def export_peft(
         files.write_json(temporary / CONFIG_FILE, form.config)
         files.write_text(temporary / "README.md", readme)
     return PeftExport(out, len(form.tensors), files.size_on_disk(out), str(named))
+
+
+def _known_to_transformers(adapter: Adapter) -> bool:
+    """Whether the base is named by a Hub id and was not quantized for MLX."""
+    name, quantized = adapter.base_name, base_of(adapter.metadata).get("quantization")
+    return not quantized and registry.HUB.fullmatch(name or "") is not None
 
 
 def _facts(adapter: Adapter, base: str | Path | Base | None) -> tuple[str | None, bool]:
