@@ -1,0 +1,69 @@
+"""The examples in the help run as written, on a tiny model, but for those that the README's test runs too."""
+
+import shlex
+import shutil
+
+import pytest
+from adapters import make_run
+from click.testing import CliRunner
+from test_public_api import example_lines
+from test_readme import commands
+
+import mlx_adapters as ma
+from mlx_adapters.cli import cli
+from mlx_adapters.demo.base import MODEL_CARD
+from mlx_adapters.demo.catalog import write_demo_data
+from mlx_adapters.housekeeping import tag
+
+pytest_plugins = ["hub_fixtures"]
+
+ELSEWHERE = {  # what needs more than a command line, and the test that runs it
+    "train --resume": "test_training_resume", "chat": "test_runtime_chat", "serve": "test_serving",
+    "completion": "test_public_api", "demo": "test_demo_job", "fuse --from-peft": "test_peft_fuse",
+    "eval": "test_evaluation: --tasks needs the extra", "advise": "test_advice",
+}  # fmt: skip
+
+
+def covers(words: list[str], others: list[str]) -> bool:
+    """Whether a command line has all options of another one of the same command."""
+    options, needed = ({word for word in line if word.startswith("--")} for line in (words, others))
+    return words[1] == others[1] and needed <= options
+
+
+def examples() -> list[str]:
+    lines = [line.partition(" > ")[0].partition(" >> ")[0] for _, line in example_lines()]
+    own = [line for line in lines if not any(line.startswith(f"mlx-adapters {name}") for name in ELSEWHERE)]
+    return [line for line in own if not any(covers(words, shlex.split(line)) for words in commands())]
+
+
+@pytest.fixture(scope="module")
+def template(tiny_model, tmp_path_factory):
+    """A folder with a home, data, a fused model and questions, as the examples take them for granted."""
+    folder = tmp_path_factory.mktemp("examples")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_ADAPTERS_HOME", str(folder / "home"))
+        shutil.copytree(tiny_model("llama", bits=4), folder / "home" / "bases" / "demo")
+        (folder / "home" / "bases" / "demo" / "README.md").write_text(MODEL_CARD)
+        for path in write_demo_data(folder / "data" / "sql").glob("*.jsonl"):
+            path.write_text("".join(path.read_text().splitlines(keepends=True)[:12]))
+        shutil.copy(folder / "data" / "sql" / "train.jsonl", folder / "rows.jsonl")
+        make_run("demo", "sql", losses=[(200, 2.0), (400, 1.0), (500, 1.1), (600, 1.5)])
+        make_run("demo", "chat", losses=[(100, 2.0), (200, 1.0)])
+        tag("sql", ["candidate"])
+        options = ma.FuseOptions(method="nearest", check=False)
+        ma.fuse(None, "sql", folder / "out" / "sql-4bit", quantization=4, options=options)
+    return folder
+
+
+@pytest.mark.parametrize("line", examples())
+def test_the_example_runs(line, template, hub, tmp_path, monkeypatch):
+    place = shutil.copytree(template, tmp_path / "place")
+    monkeypatch.setenv("MLX_ADAPTERS_HOME", str(place / "home"))
+    monkeypatch.chdir(place)
+    words = shlex.split(line.replace("mlx-community/Qwen3-0.6B-4bit", "demo").replace("me/", "user/"))
+    result = CliRunner().invoke(cli, words[1:])
+    assert result.exit_code == 0, f"{line}\n{result.output}\n{getattr(result.exception, 'message', result.exception)}"
+
+
+def test_no_test_of_examples_is_forgotten():
+    assert len(examples()) > 10 and len(commands()) > 30
