@@ -27,11 +27,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_adapters.config import Quantization
-from mlx_adapters.fusion.grids import Array, Grid, make_grid, pack, to_numpy, unpack
+from mlx_adapters.fusion.grids import Array, Grid, make_grid, pack, to_numpy
 
 DAMPING, OUTPUT_DAMPING = 0.01, 0.1
 ROW_BLOCKS = 8
-LARGE = 1 << 23  # weights of a matrix whose last pass, worth 1 to 4 % of its error, would take minutes
+LARGE = 1 << 23  # weights; for larger matrices two passes, worth some percent of the error, would take minutes
+PROBES = 256
 
 
 @dataclass(frozen=True)
@@ -311,7 +312,7 @@ class _BlockedRounder:
         self._keep_if_better(outputs)
 
     def round_together(self, outputs: Array) -> None:
-        """Each block against the errors of those before it, then once or twice against those of all the others."""
+        """Each block against the errors of those before it, then twice (large: once) against those of all others."""
         factor = feedback_factor(outputs)
         for number, span in enumerate(self.spans):
             fed = np.linalg.solve(factor[span, span].T, factor[: span.start, span].T).T
@@ -320,7 +321,7 @@ class _BlockedRounder:
         for _ in range(2 if self.errors.size <= LARGE else 1):
             for number, (span, fed) in enumerate(zip(self.spans, feeds, strict=True)):
                 self._round(number, self.errors @ fed - self.errors[:, span], 1, first=False)
-            self._keep_if_better(outputs)
+            self._keep_if_better(outputs, factor)
 
     def _round(self, number: int, shift: Array | None, sweeps: int, first: bool) -> None:
         rounder, weight = self.rounders[number], self.weights[number]
@@ -334,9 +335,8 @@ class _BlockedRounder:
             rounder.sweep()
         self.errors[:, self.spans[number]] = weight - (rounder.weight - rounder.errors)
 
-    def _keep_if_better(self, outputs: Array | None) -> None:
-        felt = self.errors if outputs is None else self.errors @ outputs
-        loss = float(np.vdot(felt, self.hessian @ self.errors)) / self.errors.size
+    def _keep_if_better(self, outputs: Array | None, factor: Array | None = None) -> None:
+        loss = error_felt(self.errors, self.hessian, outputs, factor) / self.errors.size
         if loss < self.best_loss:
             self.best_loss = loss
             self._best = [rounder.packed() for rounder in self.rounders]
@@ -349,12 +349,15 @@ class _BlockedRounder:
         return Packed(parts["weight"], parts["scales"], parts.get("biases"), self._best[0].quantization)
 
 
-def error_under(weight: mx.array, packed: Packed, hessian: Array) -> float:
-    """tr(E H Eᵀ) per weight of any rounding, on the scale that `calibrated` returns."""
-    errors = to_numpy(weight) - to_numpy(dequantize(packed))
-    return float(np.vdot(errors, errors @ damped(hessian))) / errors.size
+def error_felt(errors: Array, hessian: Array, outputs: Array | None = None, factor: Array | None = None) -> float:
+    """tr(G Eᵀ H E) of errors (in, out), H (in, in) and G (out, out; None: the identity).
 
-
-def codes_of(packed: Packed) -> Array:
-    """The codes (out, in) of a packed weight, uint8."""
-    return unpack(np.array(packed.weight), packed.quantization.bits)
+    With a `factor` R of G = R Rᵀ it is estimated for a large matrix: it is the mean over random u of covariance G
+    of what H makes of E u.
+    """
+    if factor is not None and errors.size > LARGE:
+        noise = np.random.default_rng(0).standard_normal((len(factor), PROBES), np.float32)
+        moved = errors @ (factor @ noise)
+        return float(np.vdot(moved, hessian @ moved)) / PROBES
+    felt = errors if outputs is None else errors @ outputs
+    return float(np.vdot(felt, hessian @ errors))
