@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -72,6 +73,15 @@ def test_what_was_not_measured_is_not_believed():
     blind = dataclasses.replace(report((300, 220, 280, 300)), quality={})
     found = advise(blind, "sql")
     assert found.choice == "sql" and any("was not measured" in reason for reason in found.reasons)
+    assert "is known to keep the fine-tune" in found.decision and "memory" not in found.decision
+
+
+def test_speeds_come_with_their_figures():
+    words = "\n".join(advise(report((300, 220, 280, 300)), "sql").reasons)
+    figure = r"2\d\d against (2|3)\d\d tok/s, \d+\.\d % (slower|faster) \["
+    assert re.search(rf"'sql' against the base, decode at \d+ x 1: {figure}", words)
+    assert re.search(rf"'f8' against the adapter, decode at \d+ x 1: {figure}", words)
+    assert re.search(r"'f8' against the adapter, load: [\d.]+ against [\d.]+ s, ", words)
 
 
 def test_unknown_adapter_or_batch():

@@ -356,7 +356,7 @@ def test_sentences_claim_only_what_was_seen():
 
 def test_wide_intervals_are_not_called_equality():
     noisy = synthetic({"base": 100.0, "other": 100.0}, noise=1.0, count=2)
-    assert "other against base, decode: too few or too noisy rounds to tell" in text.sentences(noisy)
+    assert text.sentences(noisy)[0].startswith("other against base, decode: too few or too noisy rounds to tell [-9")
 
 
 def test_what_cannot_be_compared_is_pointed_out():

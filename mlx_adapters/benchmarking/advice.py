@@ -58,7 +58,8 @@ def advise(
         if judge.gain(choice) <= 0:
             choice, decision = rows[adapter], "Keep the adapter: no fused variant was seen to decode faster."
     else:
-        choice, decision = rows[adapter], "Keep the adapter: no fused variant fits the memory and keeps the fine-tune."
+        fits = "" if memory_bytes is None else "fits the memory and "
+        choice, decision = rows[adapter], f"Keep the adapter: no fused variant {fits}is known to keep the fine-tune."
     if not judge.fits(rows[adapter]) and choice.label == adapter:
         decision = "Nothing fits: " + (
             f"the adapter on its base needs {size(judge.peak(choice))}. Use a base of fewer bits."
@@ -140,15 +141,20 @@ class _Judge:
         ]
 
     def _speed(self) -> list[str]:
-        lines = []
-        where = f"batch {self.batch}, prompt {self.shape(self.adapter).prompt_tokens}"
-        for metric in ("decode_tps", "prefill_tps", "load_seconds"):
-            for row in self.fused:
-                ratio = self._compare(row.label, self.adapter.label, metric)
-                lines.append(
-                    f"'{row.label}' against the adapter, {METRICS[metric].title} ({where}): {phrase(metric, ratio)}."
-                )
-        return lines
+        """What the adapter costs beside its bare base, then what each fused model gains over the adapter."""
+        pairs = [(self.adapter, self.base, "base")] if self.base else []
+        pairs += [(row, self.adapter, "adapter") for row in self.fused]
+        return [
+            self._faster(metric, *pair) for pair in pairs for metric in ("decode_tps", "prefill_tps", "load_seconds")
+        ]
+
+    def _faster(self, metric: str, row: Row, other: Row, name: str) -> str:
+        m, shape = METRICS[metric], self.shape(row)
+        found = [r.load_seconds if metric == "load_seconds" else getattr(self.shape(r), metric) for r in (row, other)]
+        figures = " against ".join(number(summary.median) for summary in found if summary)
+        where = f" at {shape.prompt_tokens} x {shape.batch}" if m.per_shape else ""
+        ratio = phrase(metric, self._compare(row.label, other.label, metric))
+        return f"'{row.label}' against the {name}, {m.title}{where}: {figures} {m.unit}, {ratio}."
 
     def _quality(self) -> list[str]:
         lines = []

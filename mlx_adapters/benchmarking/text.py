@@ -135,7 +135,7 @@ def phrase(metric: str, ratio: Ratio) -> str:
     if low is None or high is None or value is None:
         return f"{value:+.1f} % (one round: no interval)"
     if not ratio.differs and 1 + high / 100 > TELLING * (1 + low / 100):
-        return "too few or too noisy rounds to tell"
+        return f"too few or too noisy rounds to tell [{low:+.0f}, {high:+.0f}] %"
     if not ratio.differs:
         return f"no difference seen [{low:+.1f}, {high:+.1f}] %"
     bounds = sorted((abs(low), abs(high)))
