@@ -308,7 +308,8 @@ def test_notebooks_show_tables_and_pictures(sql, base, tmp_path):
     assert f"{fused.fidelity.kl_mean:.5f}" in shown and f"{fused.bits_per_weight:.2f}" in shown
     for html in (shown, sql._repr_html_()):
         xml.etree.ElementTree.fromstring(html)
-    assert make_card("sql")._repr_markdown_().startswith("# sql")
+    shown = make_card("sql")._repr_markdown_()
+    assert shown.startswith("# sql") and "](data:image/svg+xml;base64," in shown and "loss.svg" not in shown
 
 
 def test_a_saved_benchmark_is_shown_in_the_card(sql, base, tmp_path):

@@ -4,6 +4,7 @@ A card is YAML front matter that the Hub validates (hf.co/docs/hub/model-cards),
 and one part between two markers that belongs to the user and is carried over.
 """
 
+import base64
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,7 +67,11 @@ class Card:
         return f"---\n{front}---\n\n{self.body}\n\n{MINE}\n{self.mine}\n{END_MINE}\n"
 
     def _repr_markdown_(self) -> str:
-        return f"{self.body}\n\n{self.mine}"
+        text = f"{self.body}\n\n{self.mine}"
+        for name, picture in self.pictures.items():  # a notebook has no file beside it
+            data = base64.b64encode(picture.encode()).decode()
+            text = text.replace(f"]({name})", f"](data:image/svg+xml;base64,{data})")
+        return text
 
     def check(self) -> "Card":
         """Raise ConfigError for a license or base that the Hub would refuse; return self."""
