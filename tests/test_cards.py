@@ -138,7 +138,8 @@ def test_a_fused_models_card(sql, base, tmp_path, bits):
 
 def test_a_card_claims_no_calibration_that_was_not_done(sql, base, tmp_path):
     options = ma.FuseOptions(method="nearest", check_rows=4)
-    ma.fuse(base, sql, tmp_path / "fused", quantization=4, options=options)
+    fused = ma.fuse(base, sql, tmp_path / "fused", quantization=4, options=options)
+    assert "FuseResult('fused', nearest" in repr(fused)  # no path of this machine in a notebook
     text = str(make_card(tmp_path / "fused"))
     assert "Rounding: nearest" in text and "calibrated on" not in text
 

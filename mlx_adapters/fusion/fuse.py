@@ -116,7 +116,7 @@ class FuseResult:
     def __repr__(self) -> str:
         kl = f", KL {self.fidelity.kl_mean:.2g}" if self.fidelity else ""
         return (
-            f"FuseResult('{self.folder}', {self.method}, {self.bits_per_weight:.2f} bits per weight, "
+            f"FuseResult('{self.folder.name}', {self.method}, {self.bits_per_weight:.2f} bits per weight, "
             f"{self.size_bytes / 1e6:.0f} MB, update survival {self.update_survival:.4f}{kl})"
         )
 
