@@ -9,14 +9,16 @@ import json
 import os
 import re
 import struct
+from collections import deque
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.files import atomic_file
 
+HASHED_LATER = 32  # tensors that may wait, written, for their hash
 DTYPES = {
     "float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32", "uint16": "U16", "uint8": "U8",
     "int32": "I32", "int8": "I8", "int64": "I64", "int16": "I16", "bool": "BOOL", "uint64": "U64",
@@ -34,7 +36,11 @@ def write_safetensors(
     """
     names = sorted(tensors)
     layout = [(name, str(tensors[name].dtype).removeprefix("mlx.core."), tensors[name].shape) for name in names]
-    return stream_safetensors(path, layout, (tensors[name] for name in names), metadata, hashed)
+    import mlx.core as mx
+
+    bits = [_bits(tensors[name]) for name in names]
+    mx.eval(bits)  # all at once: each evaluation waits for another thread
+    return stream_safetensors(path, layout, bits, metadata, hashed)
 
 
 def stream_safetensors(
@@ -63,36 +69,42 @@ def stream_safetensors(
     encoded += b" " * (-len(encoded) % 8)
     with atomic_file(path) as stream, ThreadPoolExecutor(1) as worker:
         digest = hashlib.sha256()
-        hashing = worker.submit(digest.update, b"")
+        hashing: deque[Future[None]] = deque()
 
         def write(data: bytes | memoryview) -> None:
-            nonlocal hashing
             if hashed:  # beside the writing, which takes as long
-                hashing.result()
-                hashing = worker.submit(digest.update, data)
+                hashing.append(worker.submit(digest.update, data))
+                if len(hashing) > HASHED_LATER:
+                    hashing.popleft().result()
             stream.write(data)
 
         write(struct.pack("<Q", len(encoded)) + encoded)
         for (name, dtype, shape), array in zip(layout, arrays, strict=True):
-            if tuple(array.shape) != tuple(shape) or not str(array.dtype).endswith(dtype):
+            found = str(array.dtype).removeprefix("mlx.core.")
+            if tuple(array.shape) != tuple(shape) or (found != dtype and (found, dtype) != ("uint16", "bfloat16")):
                 raise ValueError(f"{name}: promised {dtype} {shape}, got {array.dtype} {array.shape}")
             write(raw_bytes(array))
-        hashing.result()
+        for hashed_one in hashing:
+            hashed_one.result()
     return digest.hexdigest() if hashed else ""
 
 
 def raw_bytes(array: Any) -> memoryview | bytes:
     """The bytes of an MLX array, as safetensors stores them (row-major, little-endian)."""
-    import mlx.core as mx
     import numpy as np
 
     if array.size == 0:
         return b""
-    if array.ndim == 0:
-        array = array.reshape(1)
-    if array.dtype == mx.bfloat16:
-        array = array.view(mx.uint16)
-    return np.ascontiguousarray(np.array(array, copy=False)).data.cast("B")
+    return np.ascontiguousarray(np.array(_bits(array), copy=False)).reshape(-1).data.cast("B")
+
+
+def _bits(array: Any) -> Any:
+    """The array in a type that NumPy knows, with the same bits: bfloat16 as uint16."""
+    import mlx.core as mx
+
+    if array.dtype != mx.bfloat16:
+        return array
+    return array.view(mx.uint16) if array.ndim else array.reshape(1).view(mx.uint16).reshape(())
 
 
 def read_safetensors_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
