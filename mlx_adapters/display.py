@@ -14,11 +14,15 @@ def html_table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
     def line(cells: Sequence[Any], tag: str) -> str:
         sides = ("left", *["right"] * len(cells))
-        found = [f'<{tag} style="text-align:{sides[i]}">{escape(str(cell))}</{tag}>' for i, cell in enumerate(cells)]
+        found = [
+            f'<{tag} style="text-align:{sides[i]};white-space:nowrap">{escape(str(cell))}</{tag}>'
+            for i, cell in enumerate(cells)
+        ]
         return f"<tr>{''.join(found)}</tr>"
 
     head = f"<thead>{line(headers, 'th')}</thead>" if any(headers) else ""
-    return f"<table>{head}<tbody>{''.join(line(row, 'td') for row in rows)}</tbody></table>"
+    table = f"<table>{head}<tbody>{''.join(line(row, 'td') for row in rows)}</tbody></table>"
+    return f'<div style="overflow-x:auto">{table}</div>'
 
 
 def html_block(title: str, *parts: str) -> str:
@@ -30,6 +34,13 @@ def html_facts(facts: Mapping[str, Any]) -> str:
     """Name and value, line by line; what is None is left out, and floats get four digits."""
     shown = {k: number(v, 4) if isinstance(v, float) else v for k, v in facts.items() if v is not None}
     return html_table(("", ""), shown.items())
+
+
+def html_pictures(pictures: Mapping[str, str]) -> str:
+    """SVGs with their titles, side by side as far as there is room."""
+    frame = '<figure style="margin:0;width:400px;max-width:100%">'
+    figures = [f"{frame}<figcaption>{escape(title)}</figcaption>{svg}</figure>" for title, svg in pictures.items()]
+    return f'<div style="display:flex;flex-wrap:wrap;gap:16px">{"".join(figures)}</div>' if figures else ""
 
 
 def loss_curve(train: Points, validation: Points) -> str:

@@ -248,6 +248,12 @@ def test_report_survives_the_disk(measured, tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["rows"][0]["shapes"][0]["decode_tps"]["count"] == 4
 
 
+def test_a_report_names_no_foreign_command(measured):
+    """Called from a notebook or a test, there is no command line of ours to repeat."""
+    assert measured.command == "" and "``" not in text.markdown(measured)
+    assert repr(measured).startswith("Report(") and "/" not in repr(measured).replace(measured.labels[-1], "")
+
+
 def test_markdown_is_a_table(measured):
     lines = text.markdown(measured).splitlines()
     assert len({line.count("|") for line in lines[:6]}) == 1 and lines[0].startswith("| VARIANT")

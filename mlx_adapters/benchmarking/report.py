@@ -119,13 +119,16 @@ class Report:
     interrupted: bool = False
     quality: dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"Report({', '.join(self.labels)}; {self.config.rounds} rounds, {self.created})"
+
     def _repr_html_(self) -> str:
         from mlx_adapters.benchmarking.html import plots
         from mlx_adapters.benchmarking.text import head, sentences, table
-        from mlx_adapters.display import html_block, html_table
+        from mlx_adapters.display import html_block, html_pictures, html_table
 
         remarks = [f"<p>{escape(text)}</p>" for text in (*head(self), *sentences(self))]
-        return html_block("Benchmark", html_table(*table(self)), *remarks, *plots(self).values())
+        return html_block("Benchmark", html_table(*table(self)), *remarks, html_pictures(plots(self)))
 
     @property
     def labels(self) -> list[str]:

@@ -163,4 +163,6 @@ def markdown(report: Report) -> str:
     right = ["---"] + ["---:"] * (len(headers) - 1)
     rows = ["| " + " | ".join(line) + " |" for line in (headers, right, *lines)]
     remarks = [f"- {text}" for text in (*head(report), *sentences(report), *notes(report))]
-    return "\n".join([*rows, "", *remarks, "", f"`{report.command}`, {report.created}", ""])
+    return "\n".join(
+        [*rows, "", *remarks, "", f"`{report.command}`, {report.created}" if report.command else report.created, ""]
+    )
