@@ -172,7 +172,7 @@ def main():
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MLX_ADAPTERS_HOME"] = folder + "/home"
-        os.environ["PYTHONPATH"] = str(ROOT)
+        os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
         wanted = build(Path(folder))
         command = [sys.executable, "-m", "mlx_adapters", "serve", folder + "/model", "--name", "base", "--port", "0",
                    "--max-adapters", "4", "--max-batch", "16", "--max-queue", str(options.clients * 2)]  # fmt: skip
