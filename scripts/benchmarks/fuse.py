@@ -222,6 +222,7 @@ def detours(bench):
     a = bench.arguments
     bench.way("mlx_lm.fuse", bench.theirs())
     bench.way("ours, calibrated", bench.our(method="calibrated", **bench.calibrated))
+    bench.way("ours, calibrated, --quick", bench.our(method="calibrated", thorough=False, **bench.calibrated))
     for name in a.detours:
         options = {"model": str(bench.work / "step-1"), "group_size": a.group_size}
         if name != "convert":
