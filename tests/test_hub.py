@@ -379,6 +379,16 @@ def test_a_peft_adapter_comes_in_and_gives_pefts_logits(hub, case):
     assert adapter.metadata["hub"] == {"repo": "user/peft", "revision": result.commit}
 
 
+def test_import_peft_takes_a_repository_at_a_revision(hub):
+    push_peft(hub, "subfolder")
+    first = hub.repos["user/peft"].branches["main"][-1][0]
+    push_peft(hub, "dora")
+    for name, source, expected in (("old", f"user/peft@{first}", "lora"), ("new", "user/peft", "dora")):
+        adapter = ma.import_peft(source, base=PEFT / "base", name=name)
+        assert adapter.config.type == expected and adapter.metadata["hub"]["repo"] == "user/peft"
+    assert ma.load_adapter("old").metadata["hub"]["revision"] == first
+
+
 def test_a_reference_to_a_peft_adapter_takes_the_base_from_its_config(hub, monkeypatch):
     hub.add("user/tiny", {path.name: path.read_bytes() for path in (PEFT / "base").iterdir()})
     push_peft(hub, "all-linear", "user/tiny")

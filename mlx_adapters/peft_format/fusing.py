@@ -44,7 +44,7 @@ def fuse_peft(
     source: a folder or a Hub repository. The other arguments and the result are those of `fuse`. Raises
     FormatError or IncompatibleError with the reason if PEFT's model cannot be written as one for mlx-lm.
     """
-    peft = read_peft(peft_folder(source))
+    peft = read_peft(peft_folder(source)[0])
     refuse_unsaved(peft)
     found = resolve_base(base)
     module, _ = load_module(found)

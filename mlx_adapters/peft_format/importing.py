@@ -37,8 +37,9 @@ def import_peft(
     then nothing is written.
     """
     files.refuse_existing(registry.adapter_folder(name), overwrite)
-    adapter = read_as_mlx(peft_folder(source), base, str(source), tie, on_event)
-    return registry.register(adapter, name, overwrite)
+    folder, hub = peft_folder(source)
+    adapter = read_as_mlx(folder, base, str(source), tie, on_event)
+    return registry.register(replace(adapter, metadata=adapter.metadata | hub), name, overwrite)
 
 
 def read_as_mlx(
@@ -68,17 +69,21 @@ def convert(peft: PeftAdapter, module: Any, base_name: str, tie: bool = False) -
     return converted
 
 
-def peft_folder(source: str | Path) -> Path:
-    """The folder of a PEFT adapter; one on the Hub is downloaded once. Raises NotFoundError or HubError."""
+def peft_folder(source: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of a PEFT adapter, and what to record of the Hub's repository, from which it is downloaded once.
+
+    Raises NotFoundError or HubError.
+    """
     text = str(source)
     if isinstance(source, Path) or text.startswith((".", "/", "~")) or Path(text).is_dir():
-        return files.expanded(text)
+        return files.expanded(text), {}
     reference = registry.parse_reference(text)
     if reference.kind != "hub":
-        return Path(text)
+        return Path(text), {}
     from mlx_adapters.hub.downloads import adapter_files
 
-    return adapter_files(reference.target, reference.revision)[0]
+    folder, commit = adapter_files(reference.target, reference.revision)
+    return folder, {"hub": {"repo": reference.target, "revision": commit}}
 
 
 def record(peft: PeftAdapter, converted: Converted, source: str) -> dict[str, Any]:
