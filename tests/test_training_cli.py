@@ -38,8 +38,12 @@ def test_train_then_resume_with_more_iterations(run, tmp_path):
     events = [json.loads(line) for line in log.read_text().splitlines()]
     assert {"TrainReport", "ValidationReport", "CheckpointSaved"} <= {e["event"] for e in events}
     assert files.read_json(adapter_folder("run") / "adapter_metadata.json")["command"].startswith("mlx-adapters")
-    again = run("--resume", "run", "--iterations", "6", "--json", new=False)
-    assert json.loads(again.stdout)["final"]["iteration"] == 6
+    again = run("--resume", "run", "--iterations", "14", "--json", new=False)
+    assert json.loads(again.stdout)["final"]["iteration"] == 14
+    assert "Predicted peak memory" in again.stderr
+    assert (
+        "s per iteration, " in again.stderr and "for the remaining 4." in again.stderr
+    )  # of 10: 3 to warm up, 3 timed
     finished = run("--resume", "run", new=False)
     assert isinstance(finished.exception, AdapterError) and "has finished" in finished.exception.message
 

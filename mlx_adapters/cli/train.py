@@ -62,6 +62,7 @@ def train_command(
     name = resume or settings.name
     if name is None or (resume is None and (settings.base is None or settings.data is None)):
         raise click.UsageError("Give BASE, --data and --name (or --resume NAME).")
+    lora: LoraConfig | None
     if resume is not None:
         lora, training = _settings_of_run(settings, resume)
         new: dict[str, Any] = {"resume": True}
@@ -69,12 +70,14 @@ def train_command(
         lora = settings.lora_config() if settings.lora or init_from is None else None
         training = settings.train_config()
         name = new_name(name, name_template, base=settings.base, rank=settings.lora_config().rank)
-        new = {"init_from": init_from, "overwrite": overwrite, "command": typed_command(), "forecast": True}
+        new = {"init_from": init_from, "overwrite": overwrite, "command": typed_command()}
     watch = Watch(log)
     if report_to is not None:
         watch.report_to(report_to, name, (to_mapping(lora) if lora else {}) | to_mapping(training))
     with contextlib.closing(watch):
-        run = train(settings.base, settings.data, name=name, lora=lora, training=training, on_event=watch, **new)
+        run = train(
+            settings.base, settings.data, name=name, lora=lora, training=training, forecast=True, on_event=watch, **new
+        )
     if run.rank != 0:
         return
     if as_json:

@@ -24,6 +24,12 @@ class Feed:
     pad_lines: bool
     world: World
 
+    @property
+    def tokens_per_update(self) -> float:
+        """The mean number of real tokens in this process's share of an update."""
+        lines = self.config.batch_size * self.config.grad_accumulation / self.world.size
+        return lines * sum(len(row.tokens) for row in self.rows) / len(self.bins)
+
     def updates(self, start: int) -> Iterator[tuple[list[Batch], int]]:
         """Yield (this process's batches of one update, trained tokens of all processes), from batch `start` on."""
         lengths = [sum(len(self.rows[i].tokens) for i in line) for line in self.bins]

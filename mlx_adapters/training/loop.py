@@ -26,6 +26,9 @@ from mlx_adapters.training.folder import RunFolder
 from mlx_adapters.training.interrupt import Interrupt
 from mlx_adapters.training.optimizers import learning_rate
 from mlx_adapters.training.state import State
+from mlx_adapters.units import duration, number
+
+WARM_UP = 3  # iterations: the first ones compile and fill caches
 
 
 @dataclass
@@ -90,6 +93,7 @@ class Loop:
         self._step(batches, tokens)
         state, config = self.state, self.config
         state.seconds += time.perf_counter() - start
+        self._tell_pace()
         last = state.iteration == config.iterations
         if last or state.iteration % config.report_every == 0:
             self._report()
@@ -148,6 +152,18 @@ class Loop:
     def __post_init__(self) -> None:
         self.state.random = random_state()
         self._reported = (0.0, 0, 0)
+        self._steps, self._warm = 0, (0.0, 0)
+
+    def _tell_pace(self) -> None:
+        """After three iterations of warm-up and three more: how long one takes, and the rest."""
+        state, left = self.state, self.config.iterations - self.state.iteration
+        self._steps += 1
+        if self._steps == WARM_UP:
+            self._warm = (state.seconds, state.real_tokens)
+        elif self._steps == 2 * WARM_UP and left:
+            seconds, tokens = state.seconds - self._warm[0], state.real_tokens - self._warm[1]
+            each = seconds / max(tokens, 1) * self.feed.tokens_per_update
+            self._say(f"About {number(each)} s per iteration, {duration(each * left)} for the remaining {left}.")
 
     def _validate(self) -> bool:
         """Evaluate; True if this is the best so far. Without validation rows there is no best."""
