@@ -131,7 +131,8 @@ def run_leg(names, side, job):
     question, answer = Path(job["place"]) / "leg.json", Path(job["place"]) / "answer.json"
     answer.unlink(missing_ok=True)
     question.write_text(json.dumps(job))
-    environment_ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+    paths = os.pathsep.join(p for p in (str(REPOSITORY), os.environ.get("PYTHONPATH")) if p)
+    environment_ = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, race_legs.__file__, side, ",".join(names), str(question), str(answer)]
     done = subprocess.run(command, env=environment_, capture_output=True, text=True)
     if answer.is_file():
