@@ -80,7 +80,7 @@ for count in (1, 3, 10):
 
 # %%
 ma.benchmark(
-    ["base", sql.name, "./out/calibrated"], BASE, prompt_tokens=32, decode_tokens=12, rounds=2, trials=2,
+    ["base", sql.name, "./out/calibrated"], BASE, prompt_tokens=32, decode_tokens=12, rounds=3, trials=2,
     cold_load=False,
 )  # fmt: skip
 

@@ -148,7 +148,7 @@ def main():
     parser.add_argument("--trials", type=int, default=3)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--decode-tokens", type=int, default=64)
+    parser.add_argument("--decode-tokens", type=int, default=192)
     parser.add_argument("--budget", type=float, default=420, help="stop repeating after so many seconds")
     parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds")
     parser.add_argument("--spawn", action="store_true", help="start each process as the program does")
