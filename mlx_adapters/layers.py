@@ -273,7 +273,7 @@ def untie(module: nn.Module) -> None:
     owner = getattr(module, "language_model", module)
     switch = owner if hasattr(owner, "tie_word_embeddings") else getattr(owner, "args", None)
     embedding = getattr(getattr(owner, "model", None), "embed_tokens", None)
-    if not hasattr(switch, "tie_word_embeddings") or not isinstance(embedding, EMBEDDING):
+    if switch is None or not hasattr(switch, "tie_word_embeddings") or not isinstance(embedding, EMBEDDING):
         raise IncompatibleError("mlx-lm has this architecture with one matrix for input and output only.")
     kind = nn.QuantizedLinear if isinstance(embedding, QUANTIZED) else nn.Linear
     head = kind.__new__(kind)

@@ -142,5 +142,6 @@ def _expert(start: Packed | None, e: int) -> Packed | None:
 
 
 def _refuse_not_finite(moments: Moments) -> None:
-    if not mx.isfinite(mx.stack([moments.plain.sum(), moments.fisher.sum()])).all():
+    sums = [matrix.sum() for matrix in (moments.plain, moments.fisher) if matrix is not None]
+    if not mx.isfinite(mx.stack(sums)).all():
         raise FormatError("The adapter model computes NaN or Inf on the calibration text.", "is the base whole?")

@@ -157,10 +157,10 @@ def main() -> None:
         except EOFError:
             return
         try:
-            answer = task.run(), None
+            result, problem = task.run(), None
         except Exception:
-            answer = None, traceback.format_exc()
-        pickle.dump(answer, pipe_out, protocol=5)
+            result, problem = None, traceback.format_exc()
+        pickle.dump((result, problem), pipe_out, protocol=5)
         pipe_out.flush()
 
 
