@@ -189,22 +189,27 @@ def first_not_finite(weights: Mapping[str, mx.array]) -> str | None:
     return None
 
 
+_DAMAGED = "its file and its config do not belong together; copy or download both again."
+
+
 def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: AdapterConfig, name: str) -> None:
     """Raise FormatError unless the tensors are a whole adapter of `config`."""
     for tensor in shapes:
         path, leaf = tensor_names.split(tensor)
         if leaf not in ADAPTER_LEAVES or not path:
-            raise FormatError(f"Adapter '{name}' has a tensor '{tensor}' that no adapter has.")
+            raise FormatError(f"Adapter '{name}' has a tensor '{tensor}' that no adapter has.", _DAMAGED)
     if not config.keys:
-        raise FormatError(f"Adapter '{name}' holds no tensors.")
+        raise FormatError(f"Adapter '{name}' holds no tensors.", _DAMAGED)
     for key in config.keys:
         a, b = (shapes.get(tensor_names.join(key, leaf)) for leaf in (LORA_A, LORA_B))
         m = shapes.get(tensor_names.join(key, MAGNITUDE))
         if a is None or b is None:
-            raise FormatError(f"Adapter '{name}' lacks '{tensor_names.join(key, LORA_A if a is None else LORA_B)}'.")
+            lacking = tensor_names.join(key, LORA_A if a is None else LORA_B)
+            raise FormatError(f"Adapter '{name}' lacks '{lacking}'.", _DAMAGED)
         if (m is not None) != (config.type == "dora"):
             raise FormatError(
-                f"Adapter '{name}' is of type {config.type}, but '{key}' has {'a' if m else 'no'} magnitude."
+                f"Adapter '{name}' is of type {config.type}, but '{key}' has {'a' if m else 'no'} magnitude.",
+                _DAMAGED,
             )
         ranks = (a[1], b[0]) if len(a) == len(b) == 2 else (a[1], b[2]) if len(a) == len(b) == 3 else (0, 0)
         if ranks != (config.rank, config.rank) or (len(a) == 3 and a[0] != b[0]):
@@ -253,7 +258,7 @@ def weights_file(folder: Path, iteration: int | None = None) -> Path:
     """The file of the adapter, or of its checkpoint. Raises NotFoundError that lists what there is."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise NotFoundError(f"There is no adapter folder '{folder}'.")
+        raise NotFoundError(f"There is no adapter folder '{folder}'.", "'mlx-adapters list' shows the named ones.")
     path = folder / (ADAPTER_FILE if iteration is None else tensor_names.checkpoint_file(iteration))
     if path.is_file():
         return path

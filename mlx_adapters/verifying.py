@@ -53,7 +53,7 @@ def verify(reference: str, *, base: str | None = None, _modules: Modules | None 
     """
     folder, iteration = registry.locate(reference)
     if not folder.is_dir():
-        raise NotFoundError(f"There is no adapter folder '{folder}'.")
+        raise NotFoundError(f"There is no adapter folder '{folder}'.", "'mlx-adapters list' shows the named ones.")
     entry = registry.read_entry(folder)
     checks = [Check("files", entry.problem is None, entry.problem or "all there and readable")]
     checks.append(_check("checksums", lambda: _check_checksums(entry)))

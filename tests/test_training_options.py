@@ -267,11 +267,23 @@ def test_bad_input(observe, tiny_model, data, tmp_path):
 def test_nan_stops_at_the_last_checkpoint_and_names_the_rows(observe, tmp_path):
     from mlx_adapters.registry import adapter_folder
 
+    observe(name="sound")  # a run that begins with its weights has a checkpoint from the start
     with pytest.raises(TrainingError, match=r"iteration \d+; rows in the batch: .*train.jsonl, line") as caught:
-        observe(replace(BASE, iterations=40, learning_rate=1e38, optimizer="sgd", save_every=1, eval_every=50))
+        diverging = replace(BASE, iterations=40, learning_rate=1e38, optimizer="sgd", save_every=1, eval_every=50)
+        observe(diverging, name="run", init_from="sound")
     assert "--resume run" in caught.value.hint
-    for path in adapter_folder("run").glob("*_adapters.safetensors"):
+    saved = list(adapter_folder("run").glob("*_adapters.safetensors"))
+    assert saved
+    for path in saved:
         assert all(mx.isfinite(w).all().item() for w in read_safetensors(path).values())
+
+
+def test_a_run_that_fails_before_it_saved_anything_leaves_nothing(observe, tmp_path):
+    with pytest.raises(TrainingError, match="NaN") as caught:
+        observe(replace(BASE, iterations=40, learning_rate=1e38, optimizer="sgd", save_every=100, eval_every=50))
+    assert "Nothing was saved" in caught.value.hint and "--resume" not in caught.value.hint
+    assert not (tmp_path / "home" / "adapters" / "run").exists()
+    assert observe().run.final.iteration == BASE.iterations  # the name is free
 
 
 def test_truncated_and_dropped_rows_are_told(observe):

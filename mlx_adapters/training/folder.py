@@ -78,6 +78,8 @@ class RunFolder:
 
     def how_to_resume(self) -> str:
         """What to type to go on."""
+        if self.writes and not states.iterations(self.path):
+            return "Nothing was saved yet."
         return f"Go on with: mlx-adapters train --resume {self.reference}"
 
     def best(self, state: State) -> Reference:

@@ -140,7 +140,19 @@ def _begin(request: _Request, reference: Reference, path: Path, overwrite: bool)
             stack.enter_context(_locked(path))
         if request.adapter is not None:
             loop.save()
-        return _run(loop)
+        with _removed_if_empty(loop.folder):
+            return _run(loop)
+
+
+@contextlib.contextmanager
+def _removed_if_empty(folder: RunFolder) -> Iterator[None]:
+    """A run that fails before it saved anything leaves nothing behind."""
+    try:
+        yield
+    except BaseException:
+        if folder.writes and not states.iterations(folder.path):
+            files.remove(folder.path)
+        raise
 
 
 def _resume(request: _Request, old: dict[str, Any], reference: Reference, path: Path) -> TrainRun:
