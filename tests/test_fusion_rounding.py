@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mlx_adapters.config import QUANTIZATIONS, Quantization
 from mlx_adapters.fusion import rounding
+from mlx_adapters.fusion.eight_bits import to_nearest
 from mlx_adapters.fusion.grids import make_grid, pack, round_to, to_numpy, unpack
 
 ALL = [Quantization(b, g, mode) for mode, (bits, groups) in QUANTIZATIONS.items() for b in bits for g in groups]
@@ -167,3 +168,21 @@ def test_a_large_matrix_is_rounded_almost_as_well(monkeypatch):
     felt = rounding.error_felt(errors, rounding.damped(h), rounding.damped(outputs, rounding.OUTPUT_DAMPING))
     monkeypatch.undo()
     assert felt / errors.size < 1.1 * thorough
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_a_light_update_survives_eight_bits(dtype):
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal((64, 256)).astype(np.float32)
+    update = 0.008 * (rng.standard_normal((64, 1)) @ rng.standard_normal((1, 256))).astype(np.float32)
+    weight, quantization = mx.array(base + update), Quantization(8, 64)
+    errors, kept = [], []
+    for way in (to_nearest, rounding.nearest):
+        packed = way(weight, quantization, dtype)
+        found = np.array(rounding.dequantize(packed)) - base
+        errors.append(np.linalg.norm(found - update) / np.linalg.norm(update))
+        kept.append((found * update).sum() / np.square(update).sum())
+        assert packed.scales.dtype == packed.biases.dtype == dtype
+    assert abs(kept[0] - 1) < 0.05 and errors[0] < 0.85 * errors[1] if dtype == mx.bfloat16 else errors[0] < errors[1]
+    flat = to_nearest(mx.zeros((2, 64)), quantization, dtype)
+    assert mx.array_equal(rounding.dequantize(flat), mx.zeros((2, 64)))

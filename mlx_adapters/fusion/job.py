@@ -12,6 +12,7 @@ from mlx_adapters import tensor_names
 from mlx_adapters.config import Quantization, require
 from mlx_adapters.door import mx, nn
 from mlx_adapters.events import OnEvent
+from mlx_adapters.fusion.eight_bits import to_nearest
 from mlx_adapters.fusion.plan import (
     LayerPlan,
     Precision,
@@ -23,7 +24,7 @@ from mlx_adapters.fusion.plan import (
     plan_layers,
     quantization_config,
 )
-from mlx_adapters.fusion.rounding import Packed, dequantize, nearest
+from mlx_adapters.fusion.rounding import Packed, dequantize
 from mlx_adapters.fusion.stream import Unit, copy_companions, dtype_name, write_config, write_weights
 from mlx_adapters.fusion.survival import Survival, SurvivalSum, not_finite
 from mlx_adapters.layers import check_fits, check_made_for
@@ -143,7 +144,7 @@ class Job:
                 stored = parts[0].astype(mx.float32)
             else:
                 piece = (
-                    packed.rows(start, stop) if packed is not None else nearest(fused, plan.target, self.scale_dtype)
+                    packed.rows(start, stop) if packed is not None else to_nearest(fused, plan.target, self.scale_dtype)
                 )
                 parts, stored = list(piece.tensors.values()), dequantize(piece) if plan.changed else fused
             finite = plan.changed or mx.isfinite(fused).all()
