@@ -14,6 +14,7 @@ WORKER = """
 import json, os, sys, time
 import mlx_adapters
 import mlx.core as mx
+import mlx_lm.fuse, mlx_adapters.fusion.fuse  # what both need is not timed
 from mlx_adapters.benchmarking.system import process_memory
 sys.path.insert(0, {scripts!r})
 import fuse_ways
