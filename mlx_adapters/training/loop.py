@@ -175,6 +175,8 @@ class Loop:
                 f"The validation loss became NaN or infinite at iteration {self.state.iteration}.",
                 f"try a lower learning rate, --max-grad-norm 1 or float32. {self.folder.how_to_resume()}",
             )
+        if self._rounding(self.state.iteration) and not self._rounding(self.state.best_iteration or 0):
+            self.state.best_loss = None  # losses with and without rounding cannot be compared
         best = self.state.record_validation(loss)
         self.on_event(ValidationReport(self.state.iteration, loss, best))
         return best
