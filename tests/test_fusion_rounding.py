@@ -186,3 +186,23 @@ def test_a_light_update_survives_eight_bits(dtype):
     assert abs(kept[0] - 1) < 0.05 and errors[0] < 0.85 * errors[1] if dtype == mx.bfloat16 else errors[0] < errors[1]
     flat = to_nearest(mx.zeros((2, 64)), quantization, dtype)
     assert mx.array_equal(rounding.dequantize(flat), mx.zeros((2, 64)))
+
+
+def test_a_light_update_keeps_its_length():
+    rng = np.random.default_rng(5)
+    h = hessian(256, rng)
+    base = rounding.nearest(
+        mx.array(rng.standard_normal((192, 256)).astype(np.float32)), Quantization(4, 64), mx.float32
+    )
+    factors = rng.standard_normal((192, 4)) @ rng.standard_normal((4, 256))
+    update = mx.array((0.02 * factors).astype(np.float32))  # a quarter of the grid's steps
+    weight = rounding.dequantize(base) + update
+
+    def kept(**options):
+        packed, _ = rounding.calibrated(weight, h, Quantization(4, 64), mx.float32, base, **options)
+        stored = to_numpy(rounding.dequantize(packed) - rounding.dequantize(base)).T
+        felt = rounding.damped(h) @ to_numpy(update).T
+        return float(np.vdot(stored, felt) / np.vdot(to_numpy(update).T, felt))
+
+    assert kept() < 0.95
+    assert abs(kept(update=update) - 1) < 0.5 * (1 - kept())

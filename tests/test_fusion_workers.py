@@ -10,15 +10,17 @@ import pytest
 from mlx_adapters.config import Quantization
 from mlx_adapters.errors import ModelError
 from mlx_adapters.fusion import workers
+from mlx_adapters.fusion.rounding import nearest
 from mlx_adapters.fusion.workers import Task, Workers
 
 
 def make_task(seed: int, width: int = 128, out: int = 96, outputs: bool = True) -> Task:
     random = np.random.default_rng(seed)
     x, g = random.normal(size=(256, width)), random.normal(size=(256, out))
-    weight = mx.array(random.normal(size=(out, width)).astype(np.float32))
+    weight = mx.array(random.normal(size=(out, width)).astype(np.float32)) + 0  # not computed yet
     felt = (g.T @ g).astype(np.float32) if outputs else None
-    return Task(weight, (x.T @ x).astype(np.float32), Quantization(4, 64), "bfloat16", None, 3.0, felt)
+    hessian, start = (x.T @ x).astype(np.float32), nearest(weight, Quantization(4, 64), mx.bfloat16)
+    return Task(weight, hessian, Quantization(4, 64), "bfloat16", start, 3.0, felt, update=0.01 * weight)
 
 
 def same(one, other) -> bool:

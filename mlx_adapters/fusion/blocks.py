@@ -193,6 +193,12 @@ class Variant:
         """The dense float32 weight of a layer in a prepared block."""
         return self._dense[path].weight
 
+    def change(self, path: str) -> mx.array | None:
+        """What the updates add to a layer in a prepared block, dense float32; None if they do not touch it."""
+        if path not in self.updates.paths() or path in self.updates.replaced:
+            return None
+        return self.weight(path) - self.source.fused(path, Updates())
+
     def release(self, index: int) -> None:
         """Drop the weights of block `index`; it cannot be used again."""
         for path in self.layer_paths(index):

@@ -90,16 +90,23 @@ def round_layers(
             for path, found in moments.items():
                 _refuse_not_finite(found)
                 start = backward.source.packed(path)
+                update = backward.change(path)
                 for target in targets[path]:
                     together = thorough and target == wanted[path]
-                    tasks = tasks_for(backward.weight(path), found, target, dtype, start, together)
+                    tasks = tasks_for(backward.weight(path), found, target, dtype, start, together, update)
                     under_way.append((path, [workers.submit(task) for task in tasks]))
                     collect(most=2 * workers.count)
         collect(most=0)
 
 
 def tasks_for(
-    weight: mx.array, moments: Moments, target: Quantization, dtype: mx.Dtype, start: Packed | None, together: bool
+    weight: mx.array,
+    moments: Moments,
+    target: Quantization,
+    dtype: mx.Dtype,
+    start: Packed | None,
+    together: bool,
+    update: mx.array | None,
 ) -> Iterator[Task]:
     """The rounding of one layer: one task for a matrix, one for each expert by its own moments.
 
@@ -113,11 +120,12 @@ def tasks_for(
         # Few tokens know little of how outputs are felt together.
         damping = OUTPUT_DAMPING + weight.shape[0] / max(moments.output_tokens, 1)
         unit = weight.size * _mean_diagonal(fisher)
-        yield Task(weight, mix(plain, fisher), target, name, start, unit, outputs, together, damping)
+        yield Task(weight, mix(plain, fisher), target, name, start, unit, outputs, together, damping, update)
         return
     for e in range(weight.shape[0]):
         unit = weight[e].size * _mean_diagonal(fisher[e])
-        yield Task(weight[e], mix(plain[e], fisher[e]), target, name, _expert(start, e), unit)
+        mine = None if update is None else update[e]
+        yield Task(weight[e], mix(plain[e], fisher[e]), target, name, _expert(start, e), unit, update=mine)
 
 
 def _stacked(parts: Sequence[tuple[Packed, float]], ndim: int) -> tuple[Packed, float]:

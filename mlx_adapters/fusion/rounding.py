@@ -12,6 +12,11 @@ Beyond GPTQ: the grid of each group is searched, starting from several ranges (t
 them), and refitted by least squares; then sweeps of coordinate descent improve grids and codes together under
 the whole of H. No sweep can make the error larger.
 
+The best approximation of a matrix is a little shorter than the matrix, and an update that is not much larger than
+the grid's steps loses most: in every layer the same share in the same direction, which no error elsewhere cancels.
+So the first pass measures what it kept of the update D, r = <D', D> / <D, D> under H and G, and the later ones
+aim at W + D / r.
+
 Errors of different outputs are felt together: with G = Σ g gᵀ, g the gradient at the layer's output, the loss in
 KL is about tr(G E H Eᵀ), a Kronecker product. So rows feed their errors on too: the rows are cut into blocks, and
 each block aims at what best cancels the errors of the others (two-sided feedback, as in YAQA, arXiv 2505.22988).
@@ -33,6 +38,7 @@ DAMPING, OUTPUT_DAMPING = 0.01, 0.1
 ROW_BLOCKS = 8
 LARGE = 1 << 23  # weights; for larger matrices two passes, worth some percent of the error, would take minutes
 PROBES = 256
+MOST_AIM = 1.0
 
 
 @dataclass(frozen=True)
@@ -251,14 +257,16 @@ def calibrated(
     sweeps: int = 6,
     together: bool = True,
     output_damping: float = OUTPUT_DAMPING,
+    update: mx.array | None = None,
 ) -> tuple[Packed, float]:
     """Round `weight` (out, in) for the least tr(G E H Eᵀ).
 
     H = `hessian` (in, in) are second moments of the inputs, G = `outputs` (out, out) of the gradients at the
     outputs (None: the identity). `start` is the same layer's quantized base, whose grids are tried too; `dtype`
     is the type of the scales; without `together` rows are rounded each by itself, which takes a quarter of the
-    time, and G only judges. Returns the packed weight and its error, tr(G E H Eᵀ) per weight with G and H scaled
-    to mean diagonal 1.
+    time, and G only judges. `update` (out, in) is the part of `weight` that is to keep its length. Returns the
+    packed weight and its error, tr(G E H Eᵀ) per weight with G and H scaled to mean diagonal 1 (with an `update`,
+    the error against the weight aimed at).
     """
     matrix, damped_hessian = to_numpy(weight), damped(hessian)
     together = together and outputs is not None
@@ -266,10 +274,11 @@ def calibrated(
     order = np.concatenate(blocks)
     felt = None if outputs is None else damped(outputs, output_damping)[np.ix_(order, order)]
     rounder = _BlockedRounder(matrix, damped_hessian, blocks, quantization, dtype, start)
+    change = None if update is None else np.ascontiguousarray(to_numpy(update)[order].T)
     if felt is None or len(blocks) == 1:
-        rounder.round_alone(sweeps, felt)
+        rounder.round_alone(sweeps, felt, change)
     else:
-        rounder.round_together(felt)
+        rounder.round_together(felt, change)
     return rounder.packed(np.argsort(order)), rounder.best_loss
 
 
@@ -304,24 +313,52 @@ class _BlockedRounder:
         self.spans = [slice(a, b) for a, b in itertools.pairwise(edges.tolist())]
         self.errors = np.zeros((weight.shape[1], len(weight)), np.float32)
         self.best_loss = math.inf
+        # Of an update that is to keep its length: how much more of it is aimed at, and what the first pass kept.
+        self.aim, self.kept, self.felt = 0.0, 1.0, None
 
-    def round_alone(self, sweeps: int, outputs: Array | None) -> None:
+    def round_alone(self, sweeps: int, outputs: Array | None, update: Array | None = None) -> None:
         """Each row by itself; `outputs` only judges."""
         for number in range(len(self.rounders)):
             self._round(number, None, sweeps, first=True)
+        if update is not None and self._correct_aim(update, None):
+            for number in range(len(self.rounders)):
+                self._round(number, None, sweeps, first=True)
         self._keep_if_better(outputs)
 
-    def round_together(self, outputs: Array) -> None:
+    def round_together(self, outputs: Array, update: Array | None = None) -> None:
         """Each block against the errors of those before it, then twice (large: once) against those of all others."""
         factor = feedback_factor(outputs)
         for number, span in enumerate(self.spans):
             fed = np.linalg.solve(factor[span, span].T, factor[: span.start, span].T).T
             self._round(number, self.errors[:, : span.start] @ fed, 1, first=True)
         feeds = [np.linalg.solve(outputs[span, span], outputs[span]).T for span in self.spans]
-        for _ in range(2 if self.errors.size <= LARGE else 1):
+        for passed in range(2 if self.errors.size <= LARGE else 1):
+            anew = update is not None and self._correct_aim(update, outputs) and not passed
             for number, (span, fed) in enumerate(zip(self.spans, feeds, strict=True)):
-                self._round(number, self.errors @ fed - self.errors[:, span], 1, first=False)
+                self._round(number, self.errors @ fed - self.errors[:, span], 1, first=anew)
             self._keep_if_better(outputs, factor)
+
+    def _correct_aim(self, update: Array, outputs: Array | None) -> bool:
+        """Aim at so much more (or less) of the update D as rounding lost (or won) of it; whether it had lost any.
+
+        With errors W + aim · D - Q, what Q keeps of D is 1 + aim - <errors, D> / <D, D>.
+        """
+        if self.felt is None:
+            self.felt = self.hessian @ update if outputs is None else self.hessian @ update @ outputs
+        whole = float(np.vdot(update, self.felt))
+        lost = float(np.vdot(self.errors, self.felt)) / whole - self.aim if whole > 0 else 0.0
+        self.kept = self.kept if self.aim else 1 - lost
+        if not 0 < self.kept < 1:
+            return False
+        more = min(lost / self.kept, MOST_AIM - self.aim)
+        self.aim += more
+        for number, span in enumerate(self.spans):
+            added = np.float32(more) * update[:, span]
+            self.weights[number] = self.weights[number] + added
+            self.rounders[number].weight = self.rounders[number].weight + added
+            self.rounders[number].errors = self.rounders[number].errors + added
+            self.errors[:, span] += added
+        return True
 
     def _round(self, number: int, shift: Array | None, sweeps: int, first: bool) -> None:
         rounder, weight = self.rounders[number], self.weights[number]

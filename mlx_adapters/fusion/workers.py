@@ -45,14 +45,21 @@ class Task:
     outputs: np.ndarray | None = None
     together: bool = True
     output_damping: float = OUTPUT_DAMPING
+    update: mx.array | None = None
 
     def run(self) -> tuple[Packed, float]:
         """The rounded weight and its error."""
         packed, loss = calibrated(
             self.weight, self.hessian, self.quantization, getattr(mx, self.dtype), self.start, self.outputs,
-            together=self.together, output_damping=self.output_damping,
+            together=self.together, output_damping=self.output_damping, update=self.update,
         )  # fmt: skip
         return packed, loss * self.unit
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All MLX arrays."""
+        start = list(self.start.tensors.values()) if self.start else []
+        return [self.weight, *start, *([] if self.update is None else [self.update])]
 
     @property
     def nbytes(self) -> int:
@@ -113,6 +120,7 @@ class Workers:
             done: Future[tuple[Packed, float]] = Future()
             done.set_result(task.run())
             return done
+        mx.eval(task.arrays)  # another thread than the one that made them cannot
         need = task.nbytes
         with self._room:
             self._room.wait_for(
