@@ -38,7 +38,7 @@ DAMPING, OUTPUT_DAMPING = 0.01, 0.1
 ROW_BLOCKS = 8
 LARGE = 1 << 23  # weights; for larger matrices two passes, worth some percent of the error, would take minutes
 PROBES = 256
-MOST_AIM = 1.0
+NOTABLE_LOSS, MOST_AIM = 0.01, 1.0  # of an update's length
 
 
 @dataclass(frozen=True)
@@ -322,7 +322,7 @@ class _BlockedRounder:
             self._round(number, None, sweeps, first=True)
         if update is not None and self._correct_aim(update, None):
             for number in range(len(self.rounders)):
-                self._round(number, None, sweeps, first=True)
+                self._round(number, None, min(sweeps, 2), first=True)
         self._keep_if_better(outputs)
 
     def round_together(self, outputs: Array, update: Array | None = None) -> None:
@@ -339,7 +339,7 @@ class _BlockedRounder:
             self._keep_if_better(outputs, factor)
 
     def _correct_aim(self, update: Array, outputs: Array | None) -> bool:
-        """Aim at so much more (or less) of the update D as rounding lost (or won) of it; whether it had lost any.
+        """Aim at so much more (or less) of the update D as rounding lost (or won) of it; whether it lost much at first.
 
         With errors W + aim · D - Q, what Q keeps of D is 1 + aim - <errors, D> / <D, D>.
         """
@@ -348,7 +348,7 @@ class _BlockedRounder:
         whole = float(np.vdot(update, self.felt))
         lost = float(np.vdot(self.errors, self.felt)) / whole - self.aim if whole > 0 else 0.0
         self.kept = self.kept if self.aim else 1 - lost
-        if not 0 < self.kept < 1:
+        if not 0 < self.kept < 1 - NOTABLE_LOSS:
             return False
         more = min(lost / self.kept, MOST_AIM - self.aim)
         self.aim += more
