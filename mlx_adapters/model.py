@@ -32,6 +32,12 @@ RENAMED_SETTINGS = (("num_experts", "qwen3_moe", "num_local_experts"), ("n_ctx",
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 
 
+def untied_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of a model whose output layer has become a matrix of its own; `config` is as it was."""
+    inner = {"text_config": untied_config(config["text_config"])} if isinstance(config.get("text_config"), dict) else {}
+    return config | {"tie_word_embeddings": False} | inner
+
+
 @dataclass(frozen=True)
 class Base:
     """Where a base model lies. `revision` is the Hub's commit, None for a folder.
@@ -51,7 +57,7 @@ class Base:
         """The model's config, as mlx-lm needs it (see `normalized_config`)."""
         files.read_json(self.folder / "config.json")
         config = normalized_config(load_config(self.folder))
-        return config | {"tie_word_embeddings": False} if self.untied else config
+        return untied_config(config) if self.untied else config
 
     @cached_property
     def fingerprint(self) -> str:

@@ -54,6 +54,20 @@ def test_every_command_has_help_with_an_example(run, command):
     assert "Example:" in out and f"mlx-adapters {command}" in out and "--json" in out
 
 
+def test_what_leaves_by_exit_keeps_its_status(monkeypatch):
+    import mlx_adapters.cli as program
+
+    for status in (3, "no such dataset"):
+
+        def leave(standalone_mode: bool, status: int | str = status) -> None:
+            raise SystemExit(status)
+
+        monkeypatch.setattr(program.cli, "main", leave)
+        with pytest.raises(SystemExit) as caught:
+            program.main()
+        assert caught.value.code == status
+
+
 def test_a_reader_that_went_away_and_a_closed_output_are_no_errors():
     program = [sys.executable, "-m", "mlx_adapters", "--help"]
     reader, writer = os.pipe()

@@ -230,5 +230,10 @@ def test_public_tasks_need_their_extra(monkeypatch):
     with pytest.raises(ConfigError, match="lm-evaluation-harness is missing") as raised:
         run_tasks(["base"], ["arc_easy"], base="demo")
     assert "mlx_adapters[eval]" in raised.value.hint
-    for wrong in (["eval", "base"], ["eval", "base", "--data", "x", "--tasks", "y"]):
-        assert CliRunner().invoke(cli, wrong).exit_code == 2
+    ignored = (
+        ["--tasks", "y", "--score", "exact"],
+        ["--tasks", "y", "--no-save"],
+        ["--data", "x", "--task-folder", "."],
+    )
+    for wrong in ([], ["--data", "x", "--tasks", "y"], *ignored):
+        assert CliRunner().invoke(cli, ["eval", "base", *wrong]).exit_code == 2

@@ -52,7 +52,8 @@ def test_tasks_under_way_stay_within_the_memory():
 def test_a_worker_that_dies_is_an_error_and_not_a_wait():
     command = [sys.executable, "-c", "import sys; sys.stdin.buffer.read(10)"]
     with pytest.raises(ModelError, match="ended") as caught, Workers(1, command=command) as pool:
-        pool.submit(make_task(0)).result()
+        futures = [pool.submit(make_task(seed)) for seed in range(2)]
+        [future.result() for future in futures]
     assert "memory" in str(caught.value.hint)
 
 

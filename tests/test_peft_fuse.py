@@ -118,3 +118,16 @@ def test_another_base_is_refused(tmp_path: Path):
     with pytest.raises(AdapterError):
         fuse_peft(folder, tmp_path / "out", base=FIXTURES / "gpt2" / "base")
     assert not (tmp_path / "out").exists()
+
+
+def test_untying_reaches_the_config_of_the_text_model():
+    from mlx_adapters.model import untied_config
+
+    config = {
+        "model_type": "mistral3",
+        "tie_word_embeddings": True,
+        "text_config": {"tie_word_embeddings": True, "a": 1},
+    }
+    changed = untied_config(config)
+    assert changed["tie_word_embeddings"] is False and changed["text_config"] == {"tie_word_embeddings": False, "a": 1}
+    assert config["text_config"]["tie_word_embeddings"] and "text_config" not in untied_config({"model_type": "llama"})

@@ -67,7 +67,10 @@ def picture(svg: str) -> bytes:
 
 def _draw_element(canvas: np.ndarray, kind: str, a: dict[str, str], text: str) -> None:
     if kind == "path":
-        x, y, way, end = re.fullmatch(r"M(\S+) ?(\S+?)([HV])(\S+)", a["d"]).groups()  # type: ignore[union-attr]
+        found = re.fullmatch(r"M(\S+) ?(\S+?)([HV])(\S+)", a["d"])
+        if found is None:
+            raise ValueError(f"no straight path: {a['d']}")
+        x, y, way, end = found.groups()
         start = (float(x), float(y))
         stop = (float(end), start[1]) if way == "H" else (start[0], float(end))
         opacity = float(a.get("stroke-opacity", 1))

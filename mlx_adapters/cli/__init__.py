@@ -124,15 +124,18 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         _output.error("Interrupted.")
         code = 130
-    except (BrokenPipeError, SystemExit):  # click leaves by SystemExit when the reader of a pipe is gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+    except (BrokenPipeError, SystemExit) as error:
+        # click leaves by SystemExit when the reader of a pipe is gone, its own wrapper around stdout
+        gone = isinstance(error, BrokenPipeError) or type(sys.stdout).__name__.endswith("PacifyFlushWrapper")
+        if gone:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 0 if gone else error.code  # type: ignore[union-attr]
     except AdapterError as error:
         if _output.debugging():
             raise
         _output.error(error.message, error.hint)
         code = error.exit_code
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(code if isinstance(code, int | str) else 0)
 
 
 def _interrupt(*_: object) -> None:

@@ -14,12 +14,14 @@ from mlx_adapters.cli._options import (
     json_option,
 )
 
+ONLY_ROWS = "split score reference max_tokens max_seq_length save"
+
 
 @click.command("eval")
 @click.argument("variants", nargs=-1, required=True, metavar="VARIANT...", shell_complete=complete_references)
 @click.option("--data", metavar="DIR", help="Folder or file with rows, or hf:user/name.")
 @click.option("--tasks", metavar="A,B", help="Instead of --data: tasks of lm-evaluation-harness (extra 'eval').")
-@click.option("--task-folder", type=click.Path(exists=True, file_okay=False), help="With --tasks: YAML tasks of yours.")
+@click.option("--task-folder", type=UserPath(exists=True, file_okay=False), help="With --tasks: YAML tasks of yours.")
 @click.option("--split", type=click.Choice(["test", "valid", "train"]), help="Rows to judge [test, else valid].")
 @click.option("--score", metavar="SCORE", help="exact, regex:PATTERN, sqlite[:FILE] or command:COMMAND.")
 @click.option("--reference", metavar="VARIANT", help="Take KL against this variant [the first adapter].")
@@ -47,6 +49,7 @@ def eval_command(
     """
     if (data is None) == (tasks is None):
         raise click.UsageError("Give --data or --tasks.")
+    _refuse_what_would_be_ignored("task_folder" if tasks is None else ONLY_ROWS)
     if tasks is not None:
         _public_tasks(variants, tasks, task_folder, base, max_rows, dtype, any_base, batch_size, output, as_json)
         return
@@ -94,3 +97,13 @@ def _public_tasks(
         _output.table(*report.table(), right=(3,))
     if all(e.error for e in report.evaluations):
         raise click.exceptions.Exit(1)
+
+
+def _refuse_what_would_be_ignored(names: str) -> None:
+    context = click.get_current_context()
+    given = click.core.ParameterSource.COMMANDLINE
+    for name in names.split():
+        if context.get_parameter_source(name) is given:
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} does not go with {'--tasks' if context.params['tasks'] else '--data'}."
+            )

@@ -81,6 +81,7 @@ def run_tasks(
     with workspace() as place:
         for variant in parse_variants([as_text(v, place) for v in variants], base):
             on_event(Progress("tasks", len(found), len(variants), "variants"))
+            model = None  # let the one before go first
             try:
                 ready = prepare(variant, place, any_base, on_event)
                 model = _load(ready, dtype, any_base, batch_size)
@@ -89,9 +90,10 @@ def run_tasks(
                     apply_chat_template=model.use_chat_template, bootstrap_iters=1000,
                 )  # fmt: skip
                 found.append(TaskEvaluation(variant.label, tuple(results(raw))))
-            except AdapterError as error:
-                on_event(Note(f"'{variant.label}' could not be evaluated: {error.message}", "warning"))
-                found.append(TaskEvaluation(variant.label, error=error.message))
+            except Exception as error:  # the harness raises what its data sets raise: no network, no access, ...
+                why = error.message if isinstance(error, AdapterError) else f"{type(error).__name__}: {error}"
+                on_event(Note(f"'{variant.label}' could not be evaluated: {why}", "warning"))
+                found.append(TaskEvaluation(variant.label, error=why))
     created = datetime.now(UTC).isoformat(timespec="seconds")
     return TaskReport(created, tuple(tasks), lm_eval.__version__, max_rows, tuple(found))
 

@@ -19,7 +19,7 @@ def to_nearest(weight: mx.array, quantization: Quantization, dtype: mx.Dtype) ->
     rounded = low.astype(dtype)
     biases = mx.where(rounded.astype(mx.float32) > low, (low - step * mx.abs(low)).astype(dtype), rounded)
     span = high - biases.astype(mx.float32)
-    scales = mx.maximum(span / 255 * (1 + step / 2), 1e-8).astype(dtype)
+    scales = mx.maximum(span / 255 * (1 + step / 2), 1e-7).astype(dtype)  # float16 holds 6e-8 and above
     codes = mx.round((groups - biases[..., None].astype(mx.float32)) / scales[..., None].astype(mx.float32))
     packed = mx.clip(codes, 0, 255).astype(mx.uint8).reshape(weight.shape).view(mx.uint32)
     return Packed(packed, scales, biases, quantization)

@@ -15,6 +15,7 @@ from mlx_adapters.errors import ConfigError
 from mlx_adapters.events import OnEvent
 from mlx_adapters.fusion.job import Job, not_rounded
 from mlx_adapters.fusion.stream import Layout, Unit, copy_companions, dtype_name, write_config, write_weights
+from mlx_adapters.model import untied_config
 
 # Architectures whose names are known to be right; the others differ in ways that are not written down here.
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2")
@@ -33,7 +34,7 @@ def check_supported(model_type: str | None) -> None:
 def write_hf(job: Job, folder: Path, on_event: OnEvent) -> int:
     """Write the unquantized model; return the bytes of the tensors. `job` must be planned for "none"."""
     raw = files.read_json(job.base.folder / "config.json")
-    raw |= {"tie_word_embeddings": False} if job.base.untied else {}
+    raw = untied_config(raw) if job.base.untied else raw
     model_type = raw.get("model_type")
     check_supported(model_type)
     split = _conv1d if model_type == "gpt2" else _experts

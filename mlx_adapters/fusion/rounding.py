@@ -333,13 +333,15 @@ class _BlockedRounder:
             self._round(number, self.errors[:, : span.start] @ fed, 1, first=True)
         feeds = [np.linalg.solve(outputs[span, span], outputs[span]).T for span in self.spans]
         for passed in range(2 if self.errors.size <= LARGE else 1):
-            anew = update is not None and self._correct_aim(update, outputs) and not passed
+            moved = update is not None and self._correct_aim(update, outputs)
+            if moved:
+                self.best_loss = math.inf  # of another target
             for number, (span, fed) in enumerate(zip(self.spans, feeds, strict=True)):
-                self._round(number, self.errors @ fed - self.errors[:, span], 1, first=anew)
+                self._round(number, self.errors @ fed - self.errors[:, span], 1, first=moved and not passed)
             self._keep_if_better(outputs, factor)
 
     def _correct_aim(self, update: Array, outputs: Array | None) -> bool:
-        """Aim at so much more (or less) of the update D as rounding lost (or won) of it; whether it lost much at first.
+        """Aim at so much more (or less) of the update D as rounding lost (or won) of it; whether the aim has moved.
 
         With errors W + aim · D - Q, what Q keeps of D is 1 + aim - <errors, D> / <D, D>.
         """

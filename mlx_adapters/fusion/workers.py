@@ -1,10 +1,11 @@
 """Rounding in several processes: layers are rounded each by itself, and one of them keeps one core busy.
 
 A worker is this module run as a program, with one BLAS thread, so that a result does not depend on how many
-there are. It is neither forked (MLX's threads do not survive that) nor a child of `multiprocessing` (which would
-run a script without a main guard once more). Tasks and results go through its pipes.
+workers there are. It is neither forked (MLX's threads do not survive that) nor a child of `multiprocessing` (which
+would run a script without a main guard once more). Tasks and results go through its pipes.
 """
 
+import contextlib
 import os
 import pickle
 import queue
@@ -17,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import mlx.core as mx
 import numpy as np
@@ -105,15 +107,12 @@ class Workers:
         for process in self._processes:
             if kind is not None:
                 process.kill()
-            elif process.stdin:
-                process.stdin.close()
+            _close(process.stdin)
         if self._threads:
             self._threads.shutdown(cancel_futures=True)
         for process in self._processes:
             process.wait()
-            for pipe in (process.stdin, process.stdout):
-                if pipe and not pipe.closed:
-                    pipe.close()
+            _close(process.stdout)
 
     def submit(self, task: Task) -> "Future[tuple[Packed, float]]":
         """Run a task; waits until there is room for it."""
@@ -153,6 +152,12 @@ class Workers:
         if failure:
             raise RuntimeError(failure)
         return result
+
+
+def _close(pipe: IO[bytes] | None) -> None:
+    if pipe is not None:
+        with contextlib.suppress(OSError):  # what was not sent to a process that is gone
+            pipe.close()
 
 
 def main() -> None:

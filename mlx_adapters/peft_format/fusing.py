@@ -73,7 +73,7 @@ def whole_tensors(peft: PeftAdapter, module: nn.Module, base: Base) -> tuple[Arr
     parameters: Arrays = {}
     for name, array in peft.dense.items():
         path, leaf = tensor_names.split(name)
-        if is_head(path) and tied(layers):
+        if leaf == WEIGHT and is_head(path) and tied(layers):
             continue  # it is the embedding's; where it is not, the base was untied
         for place, _ in tensor_names.mlx_paths(path):
             target = tensor_names.join(place, leaf)

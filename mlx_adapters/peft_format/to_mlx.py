@@ -20,6 +20,7 @@ from mlx_adapters.peft_format.settings import FUSE_HINT
 from mlx_adapters.peft_format.tying import one_ended, repeated_head
 from mlx_adapters.tensor_names import (
     DOWN,
+    EMBEDDINGS,
     FUSED_DOWN,
     FUSED_GATE_UP,
     GATE,
@@ -27,7 +28,6 @@ from mlx_adapters.tensor_names import (
     LORA_A,
     LORA_B,
     MAGNITUDE,
-    POSITIONS,
     UP,
     Renames,
 )
@@ -235,7 +235,7 @@ def _both_ends(ends: list[PeftModule], peft: PeftAdapter, places: _Places) -> li
             continue
         if end.m is not None:
             raise FormatError(f"DoRA of '{end.path}' cannot be taken at both ends of a tied embedding.", FUSE_HINT)
-        key = next(p for p, layer in layers.items() if isinstance(layer, EMBEDDING) and not p.endswith(POSITIONS))
+        key = next(path for path in layers if path.rpartition(".")[2] in EMBEDDINGS)
         part = Update(key, end.b, end.a, None, _strength(peft, end, end.a.shape[0]))
         _check_shape(part, layers[key], end.path)
         parts.append(part)

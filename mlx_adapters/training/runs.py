@@ -9,7 +9,7 @@ from typing import Any
 from mlx_adapters import files
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.config import LoraConfig, TrainConfig
-from mlx_adapters.errors import ConfigError, FormatError, TrainingError
+from mlx_adapters.errors import AdapterError, ConfigError, FormatError, TrainingError
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.layers import named_layers
 from mlx_adapters.model import Base, load_model, load_tokenizer_of, resolve_base
@@ -138,9 +138,9 @@ def _begin(request: _Request, reference: Reference, path: Path, overwrite: bool)
         loop = _prepare(request, RunFolder(reference, path, {}, leads), None, overwrite)
         if leads:
             stack.enter_context(_locked(path))
-        if request.adapter is not None:
-            loop.save()
         with _removed_if_empty(loop.folder):
+            if request.adapter is not None:
+                loop.save()
             return _run(loop)
 
 
@@ -149,7 +149,7 @@ def _removed_if_empty(folder: RunFolder) -> Iterator[None]:
     """A run that fails before it saved anything leaves nothing behind."""
     try:
         yield
-    except BaseException:
+    except AdapterError:
         if folder.writes and not states.iterations(folder.path):
             files.remove(folder.path)
         raise

@@ -328,7 +328,8 @@ def table(rows):
     """Print a part's rows under headers."""
     from mlx_adapters.cli import _output
 
-    quality = ["BITS/WEIGHT", "KL", "RATIO", "99 %", "SAME TOP", "LOSS", "SCORE"] if "kl" in rows[0] else []
+    judged = any("kl" in row for row in rows)
+    quality = ["BITS/WEIGHT", "KL", "RATIO", "99 %", "SAME TOP", "LOSS", "SCORE"] if judged else []
     layers = ["LAYERS"] if "layers" in rows[0] else []
     headers = ["METHOD", *layers, *quality, "SECONDS", "CPU S", "MLX PEAK", "PROCESS"]
     lines = [cells(row) for row in rows]
@@ -363,7 +364,8 @@ def main():
 
     machine = environment()
     print(f"# {machine.device_name}, {machine.cores} cores, {machine.system}, {machine.blas}; {machine.versions}")
-    everything = {"machine": machine.to_json(), "settings": vars(arguments)}
+    about = {name: value for name, value in machine.to_json().items() if name != "home"}
+    everything = {"machine": about, "settings": vars(arguments)}
     with tempfile.TemporaryDirectory() as folder:
         if arguments.tiny:
             in_process("random_model", out=f"{folder}/tiny", bits=4, num_hidden_layers=2, **TINY)

@@ -241,9 +241,9 @@ def main():
             notes = [f"{what}: {why}" for what, why in errors.items()]
             notes += [f"{name}: {NO_RIVAL[name]}" for name in names if name in NO_RIVAL]
             notes += warnings(before, system_state(), machine.cores)
+            settings = {k: os.path.basename(str(v)) for k, v in vars(options).items() if k not in ("json", "readme")}
             common = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "state": before, "notes": notes,
-                      "settings": {k: str(v) for k, v in vars(options).items() if k not in ("json", "readme")},
-                      "seconds": time.time() - begun}  # fmt: skip
+                      "settings": settings, "seconds": time.time() - begun}  # fmt: skip
             for discipline in names:
                 found = {discipline: values[discipline]} if discipline in values else {}
                 saved["parts"][discipline] = common | {"rows": rows_of(found)}
