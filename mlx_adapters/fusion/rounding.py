@@ -314,7 +314,8 @@ class _BlockedRounder:
         self.errors = np.zeros((weight.shape[1], len(weight)), np.float32)
         self.best_loss = math.inf
         # Of an update that is to keep its length: how much more of it is aimed at, and what the first pass kept.
-        self.aim, self.kept, self.felt = 0.0, 1.0, None
+        self.aim, self.kept = 0.0, 1.0
+        self.felt: Array | None = None
 
     def round_alone(self, sweeps: int, outputs: Array | None, update: Array | None = None) -> None:
         """Each row by itself; `outputs` only judges."""
