@@ -254,6 +254,20 @@ def test_a_failed_publish_into_an_existing_repository_leaves_it(hub, sql):
     assert hub.repos[REPO].files["notes.txt"] == b"mine"
 
 
+def test_the_part_by_hand_is_taken_from_where_it_is(hub, sql):
+    empty, filled = "<!-- yours -->\n\n<!-- /yours -->", "<!-- yours -->\nKept by {}.\n<!-- /yours -->"
+    (sql.folder / "README.md").write_text("By hand, without markers.")
+    publish("sql", REPO)
+    assert b"By hand, without markers." in hub.repos[REPO].files["README.md"]
+    (sql.folder / "README.md").write_text(empty)
+    hub.repos[REPO].files["README.md"] = filled.format("the Hub").encode()
+    publish("sql", REPO)
+    assert b"Kept by the Hub." in hub.repos[REPO].files["README.md"]
+    (sql.folder / "README.md").write_text(filled.format("the folder"))
+    publish("sql", REPO)
+    assert b"Kept by the folder." in hub.repos[REPO].files["README.md"]
+
+
 def test_interrupted_before_the_commit(hub, sql, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt

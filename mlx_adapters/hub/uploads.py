@@ -190,7 +190,8 @@ def _stage(
     """Fill `folder` with everything that goes up, and return the card's text."""
     staging.stage(subject, folder)
     local = _local_readme(subject.folder)
-    card = _card_of(subject, repo, base_model, license, local if cards.is_ours(local) else remote.readme).check()
+    mine = cards.handwritten(local) and (cards.is_ours(local) or not remote.readme)
+    card = _card_of(subject, repo, base_model, license, local if mine else remote.readme or local).check()
     if card.front.get("base_model") is None and not subject.is_model:
         raise HubError(
             f"The card cannot name the base model: '{subject.base.get('name', 'unknown')}' is not on the Hub.",
