@@ -11,9 +11,20 @@ from hypothesis import strategies as st
 from mlx_adapters.config import QUANTIZATIONS, Quantization
 from mlx_adapters.fusion import rounding
 from mlx_adapters.fusion.eight_bits import to_nearest
-from mlx_adapters.fusion.grids import make_grid, pack, round_to, to_numpy, unpack
+from mlx_adapters.fusion.grids import make_grid, pack, round_to, to_numpy
 
 ALL = [Quantization(b, g, mode) for mode, (bits, groups) in QUANTIZATIONS.items() for b in bits for g in groups]
+
+
+def unpack(words, bits):
+    """The inverse of `pack`: uint8 codes."""
+    stream = np.ascontiguousarray(words).view(np.uint8)
+    if bits == 8:
+        return stream
+    planes = np.unpackbits(stream, axis=-1, bitorder="little")
+    planes = planes.reshape(*stream.shape[:-1], -1, bits)
+    weights = (1 << np.arange(bits)).astype(np.uint8)
+    return (planes * weights).sum(axis=-1, dtype=np.uint8)
 
 
 def hessian(n, rng, tokens=600):

@@ -54,17 +54,6 @@ def pack(codes: Array, bits: int) -> Array:
     return np.ascontiguousarray(stream).view(np.uint32)
 
 
-def unpack(words: Array, bits: int) -> Array:
-    """The inverse of `pack`: uint8 codes."""
-    stream = np.ascontiguousarray(words).view(np.uint8)
-    if bits == 8:
-        return stream
-    planes = np.unpackbits(stream, axis=-1, bitorder="little")
-    planes = planes.reshape(*stream.shape[:-1], -1, bits)
-    weights = (1 << np.arange(bits)).astype(np.uint8)
-    return (planes * weights).sum(axis=-1, dtype=np.uint8)
-
-
 class AffineGrid:
     """scale · code + bias. Scales and biases are kept in the type that the model stores (`dtype`)."""
 

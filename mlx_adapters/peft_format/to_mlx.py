@@ -17,14 +17,13 @@ from mlx_adapters.errors import FormatError, IncompatibleError
 from mlx_adapters.layers import EMBEDDING, SWITCH, nn, weight_shape
 from mlx_adapters.peft_format.reading import PeftAdapter, PeftModule
 from mlx_adapters.peft_format.settings import FUSE_HINT
-from mlx_adapters.peft_format.tying import one_ended, repeated_head
+from mlx_adapters.peft_format.tying import is_head, one_ended, repeated_head
 from mlx_adapters.tensor_names import (
     DOWN,
     EMBEDDINGS,
     FUSED_DOWN,
     FUSED_GATE_UP,
     GATE,
-    HEADS,
     LORA_A,
     LORA_B,
     MAGNITUDE,
@@ -148,9 +147,7 @@ def _check_shape(update: Update, layer: nn.Module, source: str) -> None:
     a, b = update.a.shape, update.b.shape
     found = (a[0], b[1]) if isinstance(layer, EMBEDDING) else (b[-2], a[-1]) if len(a) == 3 else (b[1], a[0])
     if found != (out, inputs):
-        resized = (
-            " (a resized vocabulary)" if isinstance(layer, EMBEDDING) or source.rpartition(".")[2] in HEADS else ""
-        )
+        resized = " (a resized vocabulary)" if isinstance(layer, EMBEDDING) or is_head(source) else ""
         raise IncompatibleError(
             f"'{source}' of the PEFT adapter is made for a weight of {found[0]} x {found[1]}, "
             f"but the base's is {out} x {inputs}{resized}.",

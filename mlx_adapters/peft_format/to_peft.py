@@ -156,12 +156,13 @@ def _plain(adapter: Adapter, model_type: str | None, tied: bool) -> PeftForm:
             raise FormatError(
                 f"PEFT has no DoRA for the router '{path}'.", "train it as LoRA, or leave the router out."
             )
-        embedding = path.rpartition(".")[2] in EMBEDDINGS + POSITIONS
+        layer = path.rpartition(".")[2]
+        embedding = layer in EMBEDDINGS + POSITIONS
         if m is not None and embedding:
             raise FormatError(f"PEFT's DoRA of an embedding is another function than MLX's: '{path}'.")
         tensors |= _tensors(path, a, b, m, embedding)
         targets[path] = None
-        if embedding and tied and not path.endswith(POSITIONS):
+        if tied and layer in EMBEDDINGS:
             tensors |= _tensors(LM_HEAD, b.T, a.T, None, False)
             targets[LM_HEAD] = None
     for block, parts in experts.items():

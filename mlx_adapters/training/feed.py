@@ -10,6 +10,7 @@ from mlx_adapters.errors import ConfigError
 from mlx_adapters.training.batches import Batch, batch_sequence, epoch_batches, make_batch, pack
 from mlx_adapters.training.data import Row
 from mlx_adapters.training.distributed import World
+from mlx_adapters.units import count
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ def make_feed(rows: Sequence[Row], config: TrainConfig, *, gpu: bool, world: Wor
     lengths = [len(row.tokens) for row in rows]
     bins = pack(lengths, config.max_seq_length) if config.packing else [[i] for i in range(len(rows))]
     if config.batch_size > len(bins):
-        kind = ("packed sequence" if config.packing else "row") + "s" * (len(bins) > 1)
-        raise ConfigError(f"batch_size {config.batch_size} is larger than the {len(bins)} {kind} of training data.",
+        there = count(len(bins), "packed sequence" if config.packing else "row")
+        raise ConfigError(f"batch_size {config.batch_size} is larger than the {there} of training data.",
                           f"use --batch-size {len(bins)} or less.")  # fmt: skip
     # A new shape costs a GPU seconds of compilation; on a CPU the padding costs more.
     return Feed(rows, bins, config, 64 if gpu else 1, gpu, world or World())
