@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -91,6 +92,13 @@ def versions() -> dict[str, str]:
     return found
 
 
+def typed_command() -> str:
+    """How our program was called; "" if it is another one that uses the package."""
+    program = Path(sys.argv[0])
+    ours = program.stem == "mlx-adapters" or program.parts[-2:] == ("mlx_adapters", "__main__.py")
+    return shlex.join(["mlx-adapters", *sys.argv[1:]]) if ours else ""
+
+
 @dataclass(frozen=True)
 class Environment:
     """What `mlx-adapters env` shows."""
@@ -107,8 +115,8 @@ class Environment:
     home: str
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return asdict(self)
+        """What describes the machine, as plain JSON values: all fields but `home`, which names its user."""
+        return {name: value for name, value in asdict(self).items() if name != "home"}
 
 
 def environment() -> Environment:

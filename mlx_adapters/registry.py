@@ -241,7 +241,8 @@ def register(adapter: "Adapter", name: str, overwrite: bool = False) -> "Adapter
 
 
 def made_now() -> dict[str, Any]:
-    """The date and the versions, for the metadata of an adapter that is being made."""
-    from mlx_adapters.machine import versions
+    """The date, the versions and the command line, if it is ours, for the metadata of an adapter in the making."""
+    from mlx_adapters.machine import typed_command, versions
 
-    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
+    typed = {"command": command} if (command := typed_command()) else {}
+    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()} | typed

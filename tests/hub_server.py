@@ -69,6 +69,7 @@ class HubServer:
         self.requests: list[tuple[str, str]] = []
         self.bodies: list[bytes] = []
         self.faults: list[Fault] = []
+        self.orgs: list[str] = []
         self.xet_folder: Path | None = None  # where the Xet client itself stores contents, if it is used
         self.lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -224,7 +225,15 @@ class _Handler(BaseHTTPRequestHandler):
         role = {WRITE_TOKEN: "write", READ_TOKEN: "read"}.get(self.token)
         if role is None:
             return self.error(401, "Invalid credentials in Authorization header")
-        self.answer(200, {"name": USER, "type": "user", "orgs": [], "auth": {"accessToken": {"role": role}}})
+        self.answer(
+            200,
+            {
+                "name": USER,
+                "type": "user",
+                "orgs": [{"name": n} for n in self.hub.orgs],
+                "auth": {"accessToken": {"role": role}},
+            },
+        )
 
     def create(self, body, **_):
         if not self.may_write():

@@ -229,10 +229,10 @@ def test_managing_by_commands(run, base, monkeypatch):
     run("prune", status=2)
     run("remove", "queries", "queris", "--yes", status=1)
     assert registry.names() == ["queries"], "a wrong name among several removes nothing"
-    for answer, status in (("", 130), ("n\n", 130), ("y\n", 0)):
+    for answer, status in (("", 2), ("n\n", 1), ("y\n", 0)):
         monkeypatch.setattr(sys, "stdin", io.StringIO(answer))
         run("remove", "queries@200", status=status)
-        assert (200 in registry.read_entry(registry.adapter_folder("queries")).iterations) == (status == 130)
+        assert (200 in registry.read_entry(registry.adapter_folder("queries")).iterations) == (status > 0)
     assert as_json(run("remove", "queries@300", "queries", "--yes", "--json"))["removed"][1]["whole"]
     assert registry.names() == []
 
@@ -324,3 +324,27 @@ def test_losses_on_data(run, base, tmp_path):
         log = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         found += [-log[i - 1, row.tokens[i]] for i in np.flatnonzero(row.trained)]
     assert best["loss"] == pytest.approx(np.mean(found), rel=1e-4)
+
+
+def test_a_question_that_nobody_can_answer_names_yes(run, base, monkeypatch):
+    make_run(base, "sql", losses=[(100, 2.0), (200, 1.0), (300, 1.5)])
+    for command in (("remove", "sql"), ("prune", "sql", "--keep-last", "0")):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+        _, err = run(*command, status=2)
+        assert "nobody can answer here: pass --yes" in err and "Interrupted" not in err
+        monkeypatch.setattr(sys, "stdin", io.StringIO("n\n"))
+        _, err = run(*command, status=1)
+        assert "Nothing was removed." in err
+    assert registry.load_adapter("sql@100").iteration == 100
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+    run("remove", "sql")
+    assert registry.names() == []
+
+
+@pytest.mark.parametrize("option", ["-q", "--quiet", "--debug", "--home", "--version"])
+def test_a_global_option_after_the_command_is_told_to_go_before(run, option):
+    for command in ("list", "train", "data check"):
+        _, err = run(*command.split(), option, status=2)
+        assert f"{option} goes before the command: mlx-adapters {option} {command.split()[0]}" in err
+    _, err = run("list", "--qiet", status=2)
+    assert "before the command" not in err

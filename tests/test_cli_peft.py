@@ -8,9 +8,11 @@ import mlx.core as mx
 from click.testing import CliRunner, Result
 from test_peft_import import FIXTURES
 
+from mlx_adapters import files
 from mlx_adapters.cli import cli
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.model import load_model
+from mlx_adapters.registry import adapter_folder
 
 LLAMA = str(FIXTURES / "llama" / "base")
 
@@ -81,3 +83,17 @@ def test_a_folder_in_the_current_directory_needs_no_dot(tmp_path: Path, monkeypa
     shutil.copytree(FIXTURES / "llama" / "dora", tmp_path / "lora")
     monkeypatch.chdir(tmp_path)
     assert run("import-peft", "lora", "--base", LLAMA, "--name", "it").exit_code == 0
+
+
+def test_an_export_whose_base_peft_cannot_load_is_told_in_one_line(tmp_path: Path):
+    run("import-peft", str(FIXTURES / "llama" / "rslora"), "--base", LLAMA, "--name", "sql")
+    file = adapter_folder("sql") / "adapter_metadata.json"
+    for name in (LLAMA, "demo", "/models/mine"):
+        metadata = files.read_json(file)
+        metadata["peft"]["config"]["base_model_name_or_path"] = name
+        files.write_json(file, metadata)
+        out = run("export-peft", "sql", str(tmp_path / "out"), "--overwrite")
+        (said,) = [line for line in out.stderr.splitlines() if line.startswith("Warning")]
+        assert f"'{name}', which is known to this machine only" in said and "--base-model user/name" in said
+    out = run("export-peft", "sql", str(tmp_path / "out"), "--overwrite", "--base-model", "some/model")
+    assert "Warning" not in out.stderr

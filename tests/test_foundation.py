@@ -330,3 +330,10 @@ def test_generate_streams_text(tiny_model, home):
     answer = json.loads(run("generate", "hello", "--adapter", "a", "--max-tokens", "4", "--json").stdout)
     expected = load_model(folder, adapter).generate("hello", max_tokens=4)
     assert answer["token_ids"] == expected.token_ids and answer["text"] == expected.text
+
+
+def test_what_is_saved_of_the_machine_names_no_folder_of_its_user(home):
+    from mlx_adapters.machine import environment
+
+    found = environment()
+    assert found.home == str(home) and "home" not in found.to_json() and str(home) not in str(found.to_json())

@@ -28,7 +28,8 @@ def run(tiny_model, tmp_path):
     return run
 
 
-def test_train_then_resume_with_more_iterations(run, tmp_path):
+def test_train_then_resume_with_more_iterations(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["mlx-adapters", "train", "..."])
     log = tmp_path / "log.jsonl"
     done = run("--iterations", "4", "--rank", "4", "--rank", "v_proj=2", "--alpha", "8", "--rslora", "--log", str(log))
     assert done.exit_code == 0, done.output

@@ -1,7 +1,6 @@
 """Run the plan: one process after the other, in shuffled rounds, and gather what they measured."""
 
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from mlx_adapters.benchmarking.system import system_state, warnings
 from mlx_adapters.benchmarking.variants import Variant, as_text, parse_variants, prepare, workspace
 from mlx_adapters.config import to_mapping
 from mlx_adapters.events import Note, OnEvent, Progress, ignore
-from mlx_adapters.machine import environment
+from mlx_adapters.machine import environment, typed_command
 
 WORKER = ("-m", "mlx_adapters.benchmarking.worker")
 
@@ -107,7 +106,7 @@ def run(
         on_event(Note("Interrupted: the finished runs are kept.", "warning"))
     machine = environment()
     return Report(
-        created=datetime.now(UTC).isoformat(timespec="seconds"), command=_command(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"), command=typed_command(),
         machine=machine.to_json(), state=before, config=config, variants=tuple(variants), runs=tuple(runs),
         warnings=tuple(warnings(before, system_state(), machine.cores)), seconds=time.perf_counter() - start,
         interrupted=interrupted,
@@ -134,13 +133,6 @@ def run_worker(variant: Variant, config: BenchmarkConfig, folder: Path, worker: 
     if done.returncode < 0:
         last = f"killed by signal {-done.returncode}" + (", probably out of memory" if done.returncode == -9 else "")
     return {"error": f"The process failed: {last}.", "output": done.stdout[-4000:]}
-
-
-def _command() -> str:
-    """How the program was called; "" if it is another program that uses the package."""
-    program = Path(sys.argv[0])
-    ours = program.stem == "mlx-adapters" or program.parts[-2:] == ("mlx_adapters", "__main__.py")
-    return shlex.join(["mlx-adapters", *sys.argv[1:]]) if ours else ""
 
 
 def _tuple(value: int | Sequence[int]) -> tuple[int, ...]:

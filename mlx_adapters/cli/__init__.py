@@ -73,6 +73,15 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except click.NoSuchOption as error:
+            if any(error.option_name in option.opts for option in self.get_params(ctx)):
+                where = f"mlx-adapters {error.option_name} {ctx.invoked_subcommand} ..."
+                raise click.UsageError(f"{error.option_name} goes before the command: {where}", error.ctx) from None
+            raise
+
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         try:
             return super().resolve_command(ctx, args)

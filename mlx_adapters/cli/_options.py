@@ -1,12 +1,14 @@
 """Options used by more than one command, defined once, and the types that can fail to parse."""
 
 import os
+import sys
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
 
+from mlx_adapters.cli import _output
 from mlx_adapters.errors import ConfigError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -63,6 +65,22 @@ dtype_option = click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
     help="Type to compute in; auto is float32 on a CPU and the model's own on a GPU.",
 )  # fmt: skip
+
+
+def confirm(question: str, yes: bool) -> None:
+    """Ask unless --yes was given. Ends the command after a no, and where nobody can answer."""
+    if yes:
+        return
+    try:
+        agreed = click.confirm(question, err=True)
+    except click.Abort:
+        if sys.stdin.isatty():  # Ctrl-C
+            raise
+        _output.note_inline("\n")
+        raise click.UsageError("This asks first, and nobody can answer here: pass --yes.") from None
+    if not agreed:
+        _output.note("Nothing was removed.")
+        raise click.exceptions.Exit(1)
 
 
 def new_name(name: str, template: str | None, **known: str | int | None) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import shutil
@@ -27,6 +28,14 @@ def configure(quiet: bool, debug: bool) -> None:
     """Set what the global options ask for."""
     global _quiet, _debug
     _quiet, _debug = quiet, debug
+    log = logging.getLogger("mlx_adapters.hub")  # what happens below functions that take no on_event
+    log.setLevel(logging.INFO)
+    log.handlers = [_NoteHandler()]
+
+
+class _NoteHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
 
 
 def debugging() -> bool:

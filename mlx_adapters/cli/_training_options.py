@@ -2,8 +2,6 @@
 
 import dataclasses
 import math
-import shlex
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -173,8 +171,3 @@ def _scale_of_alpha(given: Mapping[str, Any], settings: Settings) -> dict[str, A
         raise ConfigError("Give --scale or --alpha, not both.", "scale = alpha / rank.")
     rank = settings.lora_config().rank
     return {"scale": given["alpha"] / (math.sqrt(rank) if given.get("rslora") else rank)}
-
-
-def typed_command() -> str:
-    """The command as the user typed it."""
-    return shlex.join(["mlx-adapters", *sys.argv[1:]])

@@ -3,7 +3,7 @@
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import REFERENCE, json_option, yes_option
+from mlx_adapters.cli._options import REFERENCE, confirm, json_option, yes_option
 
 
 @click.command("rename")
@@ -74,8 +74,7 @@ def remove_command(refs: tuple[str, ...], yes: bool, as_json: bool) -> None:
     for ref in refs:  # a wrong name among several removes nothing
         if parse_reference(ref).kind == "name":
             locate(ref)
-    if not yes:
-        click.confirm(f"Remove {', '.join(refs)} for good?", abort=True, err=True)
+    confirm(f"Remove {', '.join(refs)} for good?", yes)
     removed = [remove(ref) for ref in refs]
     freed = _output.size(sum(one.freed_bytes for one in removed))
     _say(f"Removed {', '.join(refs)}: {freed} freed.", {"removed": removed}, as_json)
@@ -107,8 +106,7 @@ def prune_command(
     plans = [prune(name, keep_best=keep_best, keep_last=keep_last, dry_run=True) for name in names]
     total = f"{sum(len(p.iterations) for p in plans)} checkpoints, {_output.size(sum(p.freed_bytes for p in plans))}"
     if not dry_run and any(plan.iterations for plan in plans):
-        if not yes:
-            click.confirm(f"Remove {total}?", abort=True, err=True)
+        confirm(f"Remove {total}?", yes)
         plans = [prune(name, keep_best=keep_best, keep_last=keep_last) for name in names]
     if as_json:
         _output.emit_json({"dry_run": dry_run, "pruned": plans})

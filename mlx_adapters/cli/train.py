@@ -15,7 +15,7 @@ from mlx_adapters.cli._options import (
     new_name,
     overwrite_option,
 )
-from mlx_adapters.cli._training_options import Settings, read_settings, training_options, typed_command
+from mlx_adapters.cli._training_options import Settings, read_settings, training_options
 from mlx_adapters.config import LoraConfig, TrainConfig, to_mapping
 from mlx_adapters.events import Event, Note, Progress, TrainReport, ValidationReport
 
@@ -57,6 +57,7 @@ def train_command(
     if print_config:
         _print_config(settings)
         return
+    from mlx_adapters.machine import typed_command
     from mlx_adapters.training.runs import train
 
     name = resume or settings.name
@@ -70,7 +71,7 @@ def train_command(
         lora = settings.lora_config() if settings.lora or init_from is None else None
         training = settings.train_config()
         name = new_name(name, name_template, base=settings.base, rank=settings.lora_config().rank)
-        new = {"init_from": init_from, "overwrite": overwrite, "command": typed_command()}
+        new = {"init_from": init_from, "overwrite": overwrite, "command": typed_command() or None}
     watch = Watch(log)
     if report_to is not None:
         watch.report_to(report_to, name, (to_mapping(lora) if lora else {}) | to_mapping(training))

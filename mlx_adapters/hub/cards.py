@@ -16,9 +16,9 @@ from mlx_adapters.adapter import losses_of
 from mlx_adapters.display import loss_curve
 from mlx_adapters.errors import ConfigError, did_you_mean
 from mlx_adapters.hub.card_sections import SECTIONS
+from mlx_adapters.hub.client import REPO
 from mlx_adapters.hub.subject import Subject
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 MINE, END_MINE = "<!-- yours: this part survives the next publish -->", "<!-- /yours -->"
 _MINE = re.compile(r"<!-- yours\b.*?-->\n?(.*?)\n?<!-- /yours -->", re.S)
 _FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n---\r?\n?", re.S)
@@ -75,17 +75,25 @@ class Card:
 
     def check(self) -> "Card":
         """Raise ConfigError for a license or base that the Hub would refuse; return self."""
-        found = self.front.get("license")
-        if found is not None and found not in LICENSES:
-            raise ConfigError(
-                f"The card's license '{found}' is not one that the Hub knows.",
-                did_you_mean(str(found), LICENSES, "give it with --license; 'other' needs license_name in the card."),
-            )
+        if (license := self.front.get("license")) is not None:
+            _check_license(license)
         bases = self.front.get("base_model")
         for base in [bases] if isinstance(bases, str) else bases or []:
-            if not HUB_ID.fullmatch(str(base)):
-                raise ConfigError(f"The card's base model '{base}' is no Hub id.", "give --base-model user/name.")
+            _check_base(base)
         return self
+
+
+def _check_license(license: Any) -> None:
+    if license not in LICENSES:
+        raise ConfigError(
+            f"The card's license '{license}' is not one that the Hub knows.",
+            did_you_mean(str(license), LICENSES, "give it with --license; 'other' needs license_name in the card."),
+        )
+
+
+def _check_base(base: Any) -> None:
+    if not REPO.fullmatch(str(base)):
+        raise ConfigError(f"The card's base model '{base}' is no Hub id.", "give --base-model user/name.")
 
 
 def parse_front(text: str) -> dict[str, Any]:
@@ -133,7 +141,14 @@ def make_card(
     subject: Subject, base: BaseCard, *, repo: str | None = None, old: str = "", license: str | None = None,
     base_model: str | None = None,
 ) -> Card:  # fmt: skip
-    """The card of `subject`. `old` is the README that is there: the user's part and keys are taken over."""
+    """The card of `subject`. `old` is the README that is there: the user's part and keys are taken over.
+
+    Raises ConfigError for a `license` or `base_model` that the Hub would refuse.
+    """
+    if license is not None:
+        _check_license(license)
+    if base_model is not None:
+        _check_base(base_model)
     front = front_matter(subject, base, license, base_model or base.hub_id)
     replaced = (*OWN, "license", "license_name", "license_link") if license else OWN
     before = {k: v for k, v in parse_front(old).items() if k not in replaced}

@@ -4,20 +4,30 @@ Tokens come from huggingface_hub's own places (`hf auth login`, HF_TOKEN) and pa
 """
 
 import contextlib
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_adapters import files
-from mlx_adapters.errors import AdapterError, HubError, NotFoundError
+from mlx_adapters.config import require
+from mlx_adapters.errors import AdapterError, ConfigError, HubError
 
+log = logging.getLogger("mlx_adapters.hub")
 SIGN_IN = "sign in with 'hf auth login', or set HF_TOKEN."
+REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+BAD_BRANCH = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|^[-/.]|/\.|[/.]$|\.lock(?=/|$)|^@$")
 
 
 @contextlib.contextmanager
 def hub_errors(what: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises into HubError; `what` says what was tried ("upload to user/repo")."""
+    """Turn what huggingface_hub raises into HubError, or ConfigError for a name that no repository can have, and
+    keep its warnings off the screen; `what` says what was tried ("upload to user/repo")."""
+    theirs = logging.getLogger("huggingface_hub")
+    level = theirs.level
+    theirs.setLevel(logging.ERROR)
     try:
         yield
     except AdapterError:
@@ -27,16 +37,34 @@ def hub_errors(what: str) -> Iterator[None]:
         if found is None:
             raise
         raise found from error
+    finally:
+        theirs.setLevel(level)
 
 
-def _translate(what: str, error: BaseException) -> HubError | None:
-    """The HubError for an exception of huggingface_hub; None for one that is a bug."""
+def check_repo(repo: str) -> None:
+    """Raise ConfigError unless `repo` is "user/name" and a name that the Hub accepts."""
+    from huggingface_hub.utils import validate_repo_id
+
+    require(REPO.fullmatch(repo) is not None, f"'{repo}' is no repository: it is 'user/name'.")
+    with hub_errors(f"use '{repo}'"):
+        validate_repo_id(repo)
+
+
+def check_branch(name: str) -> None:
+    """Raise ConfigError for what git does not accept as the name of a branch (git-check-ref-format)."""
+    bad = BAD_BRANCH.search(name)
+    require(bool(name) and not bad, f"'{name}' cannot be the name of a branch.",
+            f"it has {bad[0]!r} in it." if bad else "it is empty.")  # fmt: skip
+
+
+def _translate(what: str, error: BaseException) -> AdapterError | None:
+    """The error of ours for an exception of huggingface_hub; None for one that is a bug."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
 
     if isinstance(error, HfHubHTTPError):
         return _from_status(what, error)
     if isinstance(error, HFValidationError):
-        return HubError(f"Cannot {what}: {_short(error)}")
+        return ConfigError(f"Cannot {what}: {_short(error)}")
     if isinstance(error, LocalEntryNotFoundError):
         return HubError(f"Cannot {what}: it is not in the cache, and the Hub cannot be reached.",
                         "check the network, and HF_HUB_OFFLINE.")  # fmt: skip
@@ -114,21 +142,37 @@ def snapshot(
 ) -> tuple[Path, str]:  # fmt: skip
     """Download the files of `repo` that match, once, into huggingface_hub's cache: (folder, commit).
 
-    Without network, or with `local_only`, the cached files are taken. Raises HubError.
+    Where the Hub does not answer (no network, no token for a private one) cached files are taken, which the
+    logger of this module tells; with `local_only` it is not asked. Raises HubError.
     """
     from huggingface_hub import snapshot_download
 
+    problem = None if local_only or COMMIT.fullmatch(revision or "") else _problem(repo, revision)
     with hub_errors(f"download '{repo}'"), progress_bars(show_progress), files.storage_errors(Path(repo)):
         folder = Path(snapshot_download(
             repo, revision=revision, allow_patterns=list(patterns), local_files_only=local_only
         ))  # fmt: skip
+    if problem:
+        log.info("'%s' comes from the cache, commit %s. %s", repo, folder.name[:12], problem)
     return folder, folder.name
+
+
+def _problem(repo: str, revision: str | None) -> str:
+    """Why the Hub does not tell what a revision means now; "" if it does."""
+    from huggingface_hub import HfApi
+
+    try:
+        with hub_errors(f"ask the Hub for '{repo}'"):
+            HfApi().repo_info(repo, revision=revision)
+    except HubError as error:
+        return error.message
+    return ""
 
 
 def readme(repo: str, revision: str | None = None) -> str:
     """The README.md of a repository, "" if there is none that can be read (offline: from the cache)."""
     from huggingface_hub import hf_hub_download
 
-    with contextlib.suppress(HubError, OSError, NotFoundError), hub_errors("read a README"), progress_bars(False):
+    with contextlib.suppress(AdapterError, OSError), hub_errors("read a README"), progress_bars(False):
         return Path(hf_hub_download(repo, "README.md", revision=revision)).read_text(errors="replace")
     return ""

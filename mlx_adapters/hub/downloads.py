@@ -50,6 +50,8 @@ def download(
         reference.target, reference.revision, [*ADAPTER_FILES, "config.json"], show_progress=show_progress
     )
     if not (found / CONFIG_FILE).is_file() and (found / "config.json").is_file():
+        require(name is None and base is None, f"'{reference.target}' is a model: it stays in the cache under its id.",
+                "--name and --base are for adapters; use the model by its id, --base user/name.")  # fmt: skip
         return Download(reference.target, commit, "model", resolve_base(f"{reference.target}@{commit}").folder)
     folder = adapter_snapshot(reference.target, commit, base=base)
     adapter = register(read_adapter(folder), name or reference.target.partition("/")[2], overwrite)
@@ -112,4 +114,6 @@ def _read_peft(
         raise HubError(f"'{repo}' is a PEFT adapter that does not name its base model on the Hub.",
                        f"say which one: mlx-adapters download {repo} --base BASE --name NAME")  # fmt: skip
     adapter = read_as_mlx(folder, base, repo)
-    return replace(adapter, metadata=adapter.metadata | {"name": repo.partition("/")[2]} | pinned)
+    # Converted once for whatever command came first, which says nothing of how it was made.
+    metadata = {key: value for key, value in adapter.metadata.items() if key != "command"}
+    return replace(adapter, metadata=metadata | {"name": repo.partition("/")[2]} | pinned)

@@ -26,11 +26,11 @@ def check(subject: Subject, on_event: OnEvent = ignore) -> None:
     weights = [path for name, path in subject.sources.items() if name.endswith(".safetensors")]
     if subject.kind == "model":
         _check_model(subject)
-    for number, path in enumerate(weights, 1):
-        _check_finite(path)
-        on_event(Progress("check", number, len(weights), "file"))
     for name, path in subject.sources.items():
         check_secrets(name, _text_of(path))
+    for number, path in enumerate(weights, 1):
+        _check_finite(path)
+        on_event(Progress("reading weights for NaN", number, len(weights), "file"))
 
 
 def _check_model(subject: Subject) -> None:

@@ -5,37 +5,35 @@ fails, an empty repository that was made for it is removed. The same publish twi
 """
 
 import contextlib
-import hashlib
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from mlx_adapters import files
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.config import require
 from mlx_adapters.errors import AdapterError, HubError
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.hub import cards, staging
 from mlx_adapters.hub.cleaning import check_paths, check_secrets
-from mlx_adapters.hub.client import Disconnected, hub_errors, progress_bars, readme, require_token
+from mlx_adapters.hub.client import (
+    Disconnected,
+    check_branch,
+    check_repo,
+    hub_errors,
+    progress_bars,
+    readme,
+    require_token,
+)
+from mlx_adapters.hub.remote import PublishedFile, Remote, changes, foresee_refusal, look
 from mlx_adapters.hub.subject import Subject, matches, read_subject
 from mlx_adapters.model import HUB_ID, resolve_base
 
 ATTEMPTS, FIRST_WAIT_SECONDS = 5, 2.0
 # Old shards beside new ones would be loaded too.
 REPLACED = ["model*.safetensors", "model.safetensors.index.json"]
-
-
-@dataclass(frozen=True)
-class PublishedFile:
-    """One file of the repository and what publishing does to it; "unknown" if the Hub cannot be asked."""
-
-    path: str
-    size_bytes: int
-    change: Literal["new", "changed", "unchanged", "deleted", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -55,18 +53,6 @@ class Publication:
     def changed(self) -> bool:
         """Whether anything differs from what is there."""
         return any(file.change != "unchanged" for file in self.files)
-
-
-@dataclass(frozen=True)
-class Remote:
-    """The repository as it stands: {path: (size, hash)}, the hash SHA-256 for large files, else git's."""
-
-    known: bool = True
-    exists: bool = False
-    private: bool = True
-    files: dict[str, tuple[int, str]] = field(default_factory=dict)
-    readme: str = ""
-    has_revision: bool = True
 
 
 def make_card(
@@ -132,66 +118,41 @@ def publish(
 
     Raises ConfigError, NotFoundError, FormatError or HubError; then the Hub is as it was before.
     """
-    require(HUB_ID.fullmatch(repo) is not None and "@" not in repo, f"'{repo}' is no repository: it is 'user/name'.")
+    check_repo(repo)
+    if revision is not None:
+        check_branch(revision)
     require(not (create_pr and revision), "A pull request is made against 'main': give no revision with it.")
     if not dry_run:
         require_token(f"upload to '{repo}'")
     subject = read_subject(source, benchmark).without(exclude)
     staging.check(subject, on_event)
-    remote = _look(repo, revision, dry_run, on_event)
+    remote = look(repo, revision, dry_run, on_event)
+    if dry_run and remote.known and not create_pr:
+        foresee_refusal(repo, on_event)
     if remote.exists and private and not remote.private:
         raise HubError(f"'{repo}' is public.", "pass --public to publish there, or choose another name.")
     with tempfile.TemporaryDirectory(prefix="mlx-adapters-") as name:
         folder = Path(name)
-        card = _stage(subject, folder, repo, remote, exclude, base_model, license)
+        card = _stage(subject, folder, repo, remote, exclude, base_model, license, on_event)
         deletes = REPLACED if subject.kind == "model" else []
-        publication = Publication(
-            repo, subject.kind, private, _changes(folder, remote, deletes), subject.left_out, card
-        )  # fmt: skip
+        left_out = tuple(name for name in subject.left_out if not (folder / name).exists())
+        publication = Publication(repo, subject.kind, private, changes(folder, remote, deletes), left_out, card)
         if dry_run:
             return publication
         uploader = _Uploader(repo, folder, private, revision, create_pr, message, deletes, on_event)
         with progress_bars(show_progress):
             commit, url = uploader.run(remote, card)
-    return Publication(repo, subject.kind, private, publication.files, subject.left_out, card, commit, url)
-
-
-def _look(repo: str, revision: str | None, dry_run: bool, on_event: OnEvent) -> Remote:
-    """What is in the repository now. A dry run goes on without knowing."""
-    from huggingface_hub import HfApi, RepoFile
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-
-    try:
-        with hub_errors(f"look at '{repo}'"):
-            api = HfApi()
-            try:
-                private = bool(api.repo_info(repo).private)
-            except RepositoryNotFoundError:
-                return Remote()
-            try:
-                entries = list(api.list_repo_tree(repo, recursive=True, revision=revision))
-                has_revision = True
-            except RevisionNotFoundError:  # a branch that publishing makes, from main
-                entries, has_revision = list(api.list_repo_tree(repo, recursive=True)), False
-            there = {e.path: (e.size, e.lfs.sha256 if e.lfs else e.blob_id) for e in entries if isinstance(e, RepoFile)}
-            text = readme(repo, revision if has_revision else None) if "README.md" in there else ""
-            return Remote(True, True, private, there, text, has_revision)
-    except HubError as error:
-        if not dry_run:
-            raise
-        on_event(Note(f"What is there already is not known. {error.message}", "warning"))
-        return Remote(known=False)
+    return replace(publication, commit=commit, url=url)
 
 
 def _stage(
     subject: Subject, folder: Path, repo: str, remote: Remote, exclude: Sequence[str], base_model: str | None,
-    license: str | None,
+    license: str | None, on_event: OnEvent,
 ) -> str:  # fmt: skip
     """Fill `folder` with everything that goes up, and return the card's text."""
     staging.stage(subject, folder)
-    local = _local_readme(subject.folder)
-    mine = cards.handwritten(local) and (cards.is_ours(local) or not remote.readme)
-    card = _card_of(subject, repo, base_model, license, local if mine else remote.readme or local).check()
+    old = _readme_to_keep(_local_readme(subject.folder), remote.readme, repo, on_event)
+    card = _card_of(subject, repo, base_model, license, old).check()
     if card.front.get("base_model") is None and not subject.is_model:
         raise HubError(
             f"The card cannot name the base model: '{subject.base.get('name', 'unknown')}' is not on the Hub.",
@@ -207,24 +168,14 @@ def _stage(
     return text
 
 
-def _changes(folder: Path, remote: Remote, deletes: Sequence[str]) -> tuple[PublishedFile, ...]:
-    found = []
-    for path in sorted(folder.iterdir()):
-        size, there = path.stat().st_size, remote.files.get(path.name)
-        change: Any = "new" if remote.known else "unknown"
-        if there:
-            change = "unchanged" if there[0] == size and _hash_like(there[1], path) == there[1] else "changed"
-        found.append(PublishedFile(path.name, size, change))
-    gone = sorted(n for n in remote.files if matches(n, deletes) and not (folder / n).exists())
-    return (*found, *(PublishedFile(name, remote.files[name][0], "deleted") for name in gone))
-
-
-def _hash_like(other: str, path: Path) -> str:
-    """The file's SHA-256, or its git blob id where `other` is one."""
-    if len(other) == 64:
-        return files.sha256(path)
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+def _readme_to_keep(local: str, there: str, repo: str, on_event: OnEvent) -> str:
+    """The README whose part by hand is kept: of two that have one, the folder's if it has our markers."""
+    here_by_hand, there_by_hand = cards.handwritten(local), cards.handwritten(there)
+    local_wins = bool(here_by_hand) and (cards.is_ours(local) or not there_by_hand)
+    if here_by_hand and there_by_hand and here_by_hand != there_by_hand:
+        kept, lost = ("the folder's", f"that of '{repo}'") if local_wins else (f"that of '{repo}'", "the folder's")
+        on_event(Note(f"Two READMEs differ in the part by hand: {kept} is kept, {lost} is not.", "warning"))
+    return local if local_wins else there or local
 
 
 @dataclass

@@ -64,10 +64,8 @@ def export_peft(
     found = registry.load_adapter(adapter)
     form = to_peft(found, lambda: _facts(found, base))
     named = base_model or form.config.get("base_model_name_or_path")
-    if not named:
-        on_event(Note("The adapter names no base model; PEFT needs one: pass --base-model.", "warning"))
-    elif base_model is None and "peft" not in found.metadata and not _known_to_transformers(found):
-        on_event(Note(f"The folder names '{named}' as its base, which transformers does not load: pass --base-model.",
+    if not base_model and (problem := _base_problem(found, named)):
+        on_event(Note(f"PEFT cannot load it yet: {problem}. Name the original model: --base-model user/name.",
                       "warning"))  # fmt: skip
     form.config["base_model_name_or_path"] = named
     readme = README.format(base=named or "unknown", kind=found.config.type, name=found.name, rank=found.config.rank)
@@ -79,10 +77,15 @@ def export_peft(
     return PeftExport(out, len(form.tensors), files.size_on_disk(out), str(named))
 
 
-def _known_to_transformers(adapter: Adapter) -> bool:
-    """Whether the base is named by a Hub id and was not quantized for MLX."""
-    name, quantized = adapter.base_name, base_of(adapter.metadata).get("quantization")
-    return not quantized and registry.HUB.fullmatch(name or "") is not None
+def _base_problem(adapter: Adapter, named: str | None) -> str:
+    """What keeps transformers from loading the base that the folder names; "" for nothing that is known here."""
+    if not named:
+        return "the adapter names no base model"
+    if not registry.HUB.fullmatch(named):
+        return f"its base is named '{named}', which is known to this machine only"
+    if "peft" not in adapter.metadata and base_of(adapter.metadata).get("quantization"):
+        return f"its base '{named}' is quantized for MLX"
+    return ""
 
 
 def _facts(adapter: Adapter, base: str | Path | Base | None) -> tuple[str | None, bool]:

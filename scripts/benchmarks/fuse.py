@@ -364,8 +364,7 @@ def main():
 
     machine = environment()
     print(f"# {machine.device_name}, {machine.cores} cores, {machine.system}, {machine.blas}; {machine.versions}")
-    about = {name: value for name, value in machine.to_json().items() if name != "home"}
-    everything = {"machine": about, "settings": vars(arguments)}
+    everything = {"machine": machine.to_json(), "settings": vars(arguments)}
     with tempfile.TemporaryDirectory() as folder:
         if arguments.tiny:
             in_process("random_model", out=f"{folder}/tiny", bits=4, num_hidden_layers=2, **TINY)

@@ -230,8 +230,7 @@ def main():
     if unknown := set(options.disciplines) - set(race_legs.DISCIPLINES):
         parser.error(f"there is no discipline {', '.join(sorted(unknown))}")
     start, machine = time.time(), environment()
-    about = {name: value for name, value in machine.to_json().items() if name != "home"}  # the file gets committed
-    saved = {"machine": about, "parts": {}}
+    saved = {"machine": machine.to_json(), "parts": {}}
     saved["parts"] = earlier(options.json, saved["machine"])
     with tempfile.TemporaryDirectory() as name:
         job = prepare(Path(name), options)
