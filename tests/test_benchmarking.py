@@ -94,10 +94,22 @@ def test_repeated_reports_agree_within_their_interval():
     assert 3 <= false <= 30
 
 
-def test_one_round_gives_no_interval_and_no_claim():
-    ratio = paired_ratio({0: [2.0, 4.0]}, {0: [1.0]})
-    assert ratio.value == pytest.approx(3) and ratio.low is None and not ratio.differs
+def test_fewer_than_three_rounds_give_no_interval_and_no_claim():
+    """Two rounds that agree by chance have an interval of almost no width."""
+    for compare in (paired_ratio, unpaired_ratio):
+        for count in (1, 2, 3):
+            ratio = compare({i: [2.0 + i / 1e6, 4.0] for i in range(count)}, {i: [1.0] for i in range(count)})
+            assert ratio.value == pytest.approx(3) and ratio.rounds == count
+            assert (ratio.low is None, ratio.differs) == (count < 3, count == 3)
     assert paired_ratio({0: [1.0]}, {1: [1.0]}) is None
+
+
+def test_with_too_few_rounds_the_ratios_of_a_variant_share_a_line():
+    (line,) = text.sentences(synthetic({"base": 100.0, "slow": 83.0}, noise=0.0, count=2))
+    assert line.startswith("slow against base: decode -17.0 %, prefill ") and line.endswith("(too few rounds to say)")
+    assert (
+        "%" in line and "[" not in line and "too few rounds" in text.markdown(synthetic({"a": 1.0, "b": 2.0}, count=2))
+    )
 
 
 def test_bootstrap_error_is_that_of_the_mean():
@@ -361,8 +373,8 @@ def test_sentences_claim_only_what_was_seen():
 
 
 def test_wide_intervals_are_not_called_equality():
-    noisy = synthetic({"base": 100.0, "other": 100.0}, noise=1.0, count=2)
-    assert text.sentences(noisy)[0].startswith("other against base, decode: too few or too noisy rounds to tell [-9")
+    noisy = synthetic({"base": 100.0, "other": 100.0}, noise=1.0, count=3)
+    assert text.sentences(noisy)[0].startswith("other against base, decode: too few or too noisy rounds to tell [-")
 
 
 def test_what_cannot_be_compared_is_pointed_out():
@@ -555,6 +567,8 @@ def test_fail_over_fails_the_command(tmp_path, monkeypatch):
     assert failed.exit_code == 1 and "slower" in failed.stderr
     assert CliRunner().invoke(cli, [*arguments, "--fail-over", "30%"]).exit_code == 0
     assert CliRunner().invoke(cli, ["benchmark", "base", "--fail-over", "5%"]).exit_code == 2
+    few = CliRunner().invoke(cli, [*arguments, "--fail-over", "5%", "--rounds", "2"])
+    assert few.exit_code == 2 and "needs 3 rounds" in few.stderr
     (tmp_path / "bad.json").write_text('{"format": 1}')
     assert CliRunner().invoke(cli, ["benchmark", "base", "--against", str(tmp_path / "bad.json")]).exit_code == 1
 

@@ -9,6 +9,7 @@ from adapters import make_run
 from click.testing import CliRunner
 from test_public_api import LEAVES, WITHOUT_JSON
 
+from mlx_adapters import registry
 from mlx_adapters.benchmarking import run as benchmarking
 from mlx_adapters.benchmarking import worker
 from mlx_adapters.benchmarking.variants import Variant
@@ -90,6 +91,29 @@ def test_the_lines_are_all_commands_with_json():
     tested = {f"mlx-adapters {command_of(line)}" for line in LINES.splitlines()}
     assert tested == set(LEAVES) - WITHOUT_JSON - {"mlx-adapters demo"}  # test_demo_job.py runs it
     assert f'"schema": "{_output.SCHEMA}"' in DOCUMENT
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "verify sql",
+        "eval ./none --data data --base base",
+        "benchmark ./none --base base --rounds 1",
+        "card sql --write",
+    ],
+)
+def test_a_document_beside_a_failure(place, line, monkeypatch):
+    """The commands of which docs/json.md says that a document comes with status 1 too, with the same fields."""
+    failing = not line.startswith("card")
+    if line.startswith("verify"):
+        (registry.adapter_folder("sql") / "adapters.safetensors").write_bytes(b"damaged")
+    monkeypatch.setattr(benchmarking, "run_worker", lambda *_: {"error": "It does not load."})
+    result = CliRunner().invoke(cli, [*line.split(), "--json"])
+    assert result.exit_code == failing, result.output
+    fields = json.loads(result.stdout).keys() - {"schema"}
+    assert fields == (documented(line) if failing else {"path"})
+    named = re.search(r"a check failed\nor every variant did \((.*?)\)", DOCUMENT)[1]
+    assert f"`{line.split()[0]}`" in (named if failing else "`card`")
 
 
 def test_every_document_is_as_documented(place):

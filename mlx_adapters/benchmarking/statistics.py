@@ -5,7 +5,8 @@ process, not the trial, is the unit of evidence: trials come in blocks, one bloc
 variant runs once in each round of blocks. Two variants are compared by the ratio of their medians within a
 round, which cancels slow drift. The rounds' log ratios are resampled (bootstrap) for the standard error; with
 few rounds the plain percentile interval is far too narrow, so the interval is that error, corrected by
-√(n/(n-1)), times Student's t (Hesterberg, arXiv 1411.5279, section 3.2).
+√(n/(n-1)), times Student's t (Hesterberg, arXiv 1411.5279, section 3.2). Two rounds that happen to agree
+would look like certainty, so below MIN_ROUNDS there is a ratio, but no interval and no claim.
 
 Pure functions on numbers; "blocks" are {round: [values of its trials]}.
 """
@@ -25,6 +26,7 @@ STUDENT = (
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
 RESAMPLES = 2000
+MIN_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def summarize(values: Sequence[float]) -> Summary | None:
 
 @dataclass(frozen=True)
 class Ratio:
-    """a / b with its 95 % interval; no interval (None) from a single round."""
+    """a / b with its 95 % interval; no interval (None) from fewer than MIN_ROUNDS rounds."""
 
     value: float
     low: float | None
@@ -88,8 +90,8 @@ def paired_ratio(a: Blocks, b: Blocks) -> Ratio | None:
     if not logs:
         return None
     center = statistics.fmean(logs)
-    if len(logs) == 1:
-        return Ratio(math.exp(center), None, None, 1)
+    if len(logs) < MIN_ROUNDS:
+        return Ratio(math.exp(center), None, None, len(logs))
     margin = student(len(logs) - 1) * bootstrap_error(logs)
     return Ratio(math.exp(center), math.exp(center - margin), math.exp(center + margin), len(logs))
 
@@ -101,8 +103,8 @@ def unpaired_ratio(a: Blocks, b: Blocks) -> Ratio | None:
         return None
     center = statistics.fmean(one) - statistics.fmean(two)
     rounds = min(len(one), len(two))
-    if rounds == 1:
-        return Ratio(math.exp(center), None, None, 1)
+    if rounds < MIN_ROUNDS:
+        return Ratio(math.exp(center), None, None, rounds)
     variances = [bootstrap_error(x, seed) ** 2 for seed, x in enumerate((one, two))]
     total = sum(variances)
     parts = sum(v**2 / (len(x) - 1) for v, x in zip(variances, (one, two), strict=True))

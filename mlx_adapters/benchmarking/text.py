@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
-from mlx_adapters.benchmarking.report import METRICS, Comparison, Report, Row, ShapeRow
+from mlx_adapters.benchmarking.report import METRICS, Report, Row, ShapeRow
 from mlx_adapters.benchmarking.statistics import Ratio, Summary
 from mlx_adapters.units import count, number, size
 
 HEADERS = ("VARIANT", "LOAD s", "TTFT ms", "PREFILL tok/s", "DECODE tok/s", "PEAK", "DISK")
+TOO_FEW = "(too few rounds to say)"
 TELLING = 2  # an interval that reaches over a factor of two says nothing
 WORDS = {"tok/s": ("faster", "slower"), "s": ("longer", "shorter"), "B": ("more", "less")}
 
@@ -133,7 +134,7 @@ def phrase(metric: str, ratio: Ratio) -> str:
     percent = [None if v is None else 100 * (v - 1) for v in (ratio.value, ratio.low, ratio.high)]
     value, low, high = percent
     if low is None or high is None or value is None:
-        return f"{value:+.1f} % (one round: no interval)"
+        return f"{value:+.1f} % {TOO_FEW}"
     if not ratio.differs and 1 + high / 100 > TELLING * (1 + low / 100):
         return f"too few or too noisy rounds to tell [{low:+.0f}, {high:+.0f}] %"
     if not ratio.differs:
@@ -142,19 +143,23 @@ def phrase(metric: str, ratio: Ratio) -> str:
     return f"{abs(value):.1f} % {up if value > 0 else down} [{bounds[0]:.1f}, {bounds[1]:.1f}]"
 
 
-def sentence(found: Comparison, many: bool = False) -> str:
-    """ "sql against base, decode: 8.0 % slower [6.1, 9.8]"."""
-    where = f" at {found.prompt_tokens} x {found.batch}" if many and found.prompt_tokens else ""
-    return f"{found.variant} against {found.against}, {METRICS[found.metric].title}{where}: " + phrase(
-        found.metric, found.ratio
-    )
-
-
 def sentences(report: Report) -> list[str]:
-    """Every variant against the first one that ran."""
+    """Every variant against the first one that ran: "sql against base, decode: 8.0 % slower [6.1, 9.8]".
+
+    Where there are too few rounds for a claim, the ratios of a variant share a line.
+    """
     first = next((row.label for row in report.rows if row.error is None), None)
     many = len(report.config.shapes) > 1
-    return [sentence(found, many) for found in report.comparisons if found.against == first]
+    lines, short = [], dict[str, list[str]]()
+    for found in (c for c in report.comparisons if c.against == first):
+        who, said = f"{found.variant} against {first}", phrase(found.metric, found.ratio)
+        where = f" at {found.prompt_tokens} x {found.batch}" if many and found.prompt_tokens else ""
+        what = METRICS[found.metric].title + where
+        if found.ratio.low is None:
+            short.setdefault(who, []).append(f"{what} {said.removesuffix(TOO_FEW).rstrip()}")
+        else:
+            lines.append(f"{who}, {what}: {said}")
+    return lines + [f"{who}: {', '.join(parts)} {TOO_FEW}" for who, parts in short.items()]
 
 
 def markdown(report: Report) -> str:

@@ -58,7 +58,7 @@ FILE = UserPath(dir_okay=False, path_type=Path)
 @click.option("--decode-tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Tokens to write.")
 @click.option("--batch", type=Counts(), default="1", show_default=True, help="Batch sizes: 1,4.")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True,
-              help="Fresh processes per variant, in shuffled rounds.")  # fmt: skip
+              help="Fresh processes per variant, in shuffled rounds; fewer than 3 show no difference.")  # fmt: skip
 @click.option("--trials", type=click.IntRange(min=1), default=3, show_default=True, help="Trials per process.")
 @click.option("--data", metavar="DIR", help="Take the prompts from this data [random tokens].")
 @click.option("--cold/--no-cold", default=True, show_default=True, help="Also load with the file cache dropped.")
@@ -95,12 +95,15 @@ def benchmark_command(
     from mlx_adapters.benchmarking.changes import changes
     from mlx_adapters.benchmarking.report import read_report
     from mlx_adapters.benchmarking.run import benchmark
+    from mlx_adapters.benchmarking.statistics import MIN_ROUNDS
 
     if (score or max_rows) and not quality:
         raise click.UsageError("--score and --max-rows need --quality.")
     if fail_over is not None and against is None:
         raise click.UsageError("--fail-over needs --against.")
     old = read_report(against) if against else None
+    if old and fail_over is not None and min(rounds, old.config.rounds) < MIN_ROUNDS:
+        raise click.UsageError(f"--fail-over needs {MIN_ROUNDS} rounds in both reports: fewer prove nothing.")
     report = benchmark(
         variants, base, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens, batch=batch, rounds=rounds,
         trials=trials, data=data, dtype=dtype, cold_load=cold, any_base=any_base, seed=seed, quality=quality,

@@ -3,8 +3,8 @@
 - same:   two copies of one model, compared; a claimed difference is a false alarm (5 % are expected).
 - slower: a copy whose every step is made 5 % longer; found if the whole interval says slower.
 - repeat: two reports of the same command, one after the other; they agree if no difference is seen.
-- overhead: one benchmark of --overhead with the program's defaults; what part of its time goes into anything but
-  loads, trials and the bandwidth.
+- overhead: one benchmark of --overhead, of two rounds and else with the program's defaults; what part of its time
+  goes into anything but loads, trials and the bandwidth.
 
 The model of the first three is a random llama, so that a step takes milliseconds and nothing is downloaded. They do
 what the processes of `mlx-adapters benchmark` do; so that hundreds of them take minutes, each is a fork of one that
@@ -119,7 +119,7 @@ def claims(report):
 
 
 def overhead(model):
-    """Share of the time of a benchmark with the program's defaults that is neither load, trial nor bandwidth."""
+    """Share of the time of a benchmark of two rounds that is neither load, trial nor bandwidth."""
     report = running.benchmark(["base"], model, rounds=2)
     failed = next((row.error for row in report.rows if row.error), None)
     return sys.exit(failed) if failed else 1 - report.measured_seconds / report.seconds
@@ -168,7 +168,7 @@ def main():
     slow = [claims(report)[1] for report in reports]
     repeated = [c.ratio.differs for old, new in itertools.pairwise(reports)
                 for c in changes(new, old) if c.metric in SPEEDS]  # fmt: skip
-    caught, first = sum(ratio.high < 1 for ratio in slow), reports[0]
+    caught, first = sum(ratio.differs and ratio.high < 1 for ratio in slow), reports[0]
     result = {
         "versions": first.machine["versions"], "machine": first.machine["device_name"],
         "cores": first.machine["cores"], "load_average": [r.state["load_average"] for r in reports],
