@@ -137,6 +137,7 @@ def test_global_options_and_mistakes():
 def complete(shell: str, words: str, index: int) -> str:
     environment = {**os.environ, "_MLX_ADAPTERS_COMPLETE": f"{shell}_complete", "COMP_WORDS": words}
     environment |= {"COMP_CWORD": str(index) if shell != "fish" else words.split(" ")[-1]}
+    environment |= {"COMP_LINE": words, "COMP_PIECE": words.split(" ")[-1]}
     code = "import sys; sys.argv[0] = 'mlx-adapters'; from mlx_adapters.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     return done.stdout
@@ -171,6 +172,42 @@ def test_checkpoints_are_completed(tiny_model):
     make_run(tiny_model("llama"), "sql")
     found = ShellComplete(COMMANDS["mlx-adapters"][0], {}, "m", "X").get_completions(["use"], "sql@")
     assert [item.value for item in found] == ["sql@100", "sql@200", "sql@300"]
+
+
+@pytest.mark.parametrize("shell", ["zsh", "bash", "fish"])
+def test_words_with_a_sign_in_them_are_completed_whole(shell, home):
+    registry.adapter_folder("sql").mkdir(parents=True)
+    for word, whole in (("--resume=sq", "--resume=sql"), ("--init-from=s", "--init-from=sql")):
+        found = complete(shell, f"mlx-adapters train {word}", 2)
+        assert re.search(rf"(?:^|,|\n){whole}(?:\s|$)", found), found
+
+
+def test_references_are_completed_after_a_name(tiny_model):
+    make_run(tiny_model("llama"), "sql")
+    for typed, expected in (("chat=s", ["chat=sql"]), ("chat=sql@1", ["chat=sql@100"]), ("s", ["sql"])):
+        found = ShellComplete(COMMANDS["mlx-adapters"][0], {}, "m", "X").get_completions(
+            ["serve", "demo", "--adapter"], typed
+        )
+        assert [item.value for item in found] == expected
+
+
+def test_bash_gets_back_the_piece_that_it_replaces(tiny_model, tmp_path):
+    """bash cuts words at "@" and "=" and replaces the last piece only, which begins with the "@"."""
+    make_run(tiny_model("llama"), "sql")
+    program = tmp_path / "mlx-adapters"
+    program.write_text(f"#!{sys.executable}\nimport sys; sys.argv[0] = 'mlx-adapters'\n"
+                       f"sys.path.insert(0, {str(Path(ma.__file__).parent.parent)!r})\n"
+                       "from mlx_adapters.cli import main; main()\n")  # fmt: skip
+    program.chmod(0o755)
+    script = subprocess.run([program, "completion", "bash"], capture_output=True, text=True, check=True).stdout
+    lines = {"use sql@1": ("@1", "@100"), "serve demo --adapter chat=s": ("s", "sql"), "show s": ("s", "sql"),
+             "serve demo --adapter=chat=sql@2": ("@2", "@200"), "pub": ("pub", "publish")}  # fmt: skip
+    for line, (piece, expected) in lines.items():
+        call = f"""{script}
+            COMP_LINE="mlx-adapters {line}"; COMP_POINT=${{#COMP_LINE}}
+            _mlx_adapters_completion "{program}" "{piece}"; printf '%s\\n' "${{COMPREPLY[@]}}" """
+        done = subprocess.run(["bash", "--norc", "-c", call], capture_output=True, text=True)
+        assert done.stdout.splitlines() == [expected], (line, done)
 
 
 def test_bash_accepts_the_script(tmp_path):

@@ -122,6 +122,8 @@ def main() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller (`>&-`)
             setattr(sys, name, io.StringIO())
+    if "_MLX_ADAPTERS_COMPLETE" in os.environ:
+        importlib.import_module("mlx_adapters.cli.completion")  # registers the shells
     try:
         code = cli.main(standalone_mode=False)
         sys.stdout.flush()

@@ -41,6 +41,13 @@ REFERENCE = ReferenceType()
 complete_references = REFERENCE.shell_complete  # for arguments that may also be something else
 
 
+def complete_named_references(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Completion of REF and of NAME=REF."""
+    name, equals, reference = incomplete.partition("=")
+    items = complete_references(ctx, param, reference if equals else incomplete)
+    return [CompletionItem(f"{name}={item.value}" if equals else item.value, type=item.type) for item in items]
+
+
 class UserPath(click.Path):
     """A path in which `~` is the user's home even where the shell left it (`--out=~/x`)."""
 

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import UserPath, complete_references, dtype_option
+from mlx_adapters.cli._options import UserPath, complete_named_references, dtype_option
 
 
 @click.command("serve")
@@ -16,7 +16,7 @@ from mlx_adapters.cli._options import UserPath, complete_references, dtype_optio
     "adapters",
     multiple=True,
     metavar="NAME=REF",
-    shell_complete=complete_references,
+    shell_complete=complete_named_references,
     help="Serve this adapter (repeatable).",
 )
 @click.option("--name", help="What requests call the base [as given; a folder by its last part].")
