@@ -53,6 +53,15 @@ def test_a_run_is_named_by_a_template(run):
     done = run("--iterations", "2", "--rank", "2", "--name-template", "{task}-r{rank}-{version}", "--json")
     assert done.exit_code == 0, done.output
     assert adapter_folder("run-r2-v1").is_dir() and not adapter_folder("run").exists()
+    template = ("--name-template", "{task}-r{rank}-{version}")
+    done = run("--iterations", "2", "--init-from", "run-r2-v1", *template)  # the rank is that of the other adapter
+    assert done.exit_code == 0 and adapter_folder("run-r2-v2").is_dir(), done.output
+
+
+@pytest.mark.parametrize("ignored", ["--name x", "--name-template {task}", "--init-from x", "--overwrite"])
+def test_what_resuming_would_ignore_is_refused(run, ignored):
+    done = run("--resume", "run", *ignored.split(), new=False)
+    assert done.exit_code == 2 and f"{ignored.split()[0]} does not go with --resume" in done.stderr
 
 
 def test_a_flag_wins_over_the_config_file(run, tmp_path):

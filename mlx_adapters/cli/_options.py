@@ -97,6 +97,14 @@ def new_name(name: str, template: str | None, **known: str | int | None) -> str:
     return name if template is None else fill_template(template, name, **known)
 
 
+def refuse_ignored(names: str, why: str) -> None:
+    """Raise a usage error if one of these parameters was given on the command line, where it would be ignored."""
+    context = click.get_current_context()
+    for name in names.split():
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name.replace('_', '-')} does not go with {why}.")
+
+
 def module_names(text: str) -> tuple[str, ...] | Literal["all"]:
     """What the value of --target-modules names: "all", or names between commas."""
     return "all" if text == "all" else tuple(name.strip() for name in text.split(",") if name.strip())

@@ -12,6 +12,7 @@ from mlx_adapters.cli._options import (
     complete_references,
     dtype_option,
     json_option,
+    refuse_ignored,
 )
 
 ONLY_ROWS = "split score reference max_tokens max_seq_length save"
@@ -49,7 +50,7 @@ def eval_command(
     """
     if (data is None) == (tasks is None):
         raise click.UsageError("Give --data or --tasks.")
-    _refuse_what_would_be_ignored("task_folder" if tasks is None else ONLY_ROWS)
+    refuse_ignored(*(("task_folder", "--data") if tasks is None else (ONLY_ROWS, "--tasks")))
     if tasks is not None:
         _public_tasks(variants, tasks, task_folder, base, max_rows, dtype, any_base, batch_size, output, as_json)
         return
@@ -97,13 +98,3 @@ def _public_tasks(
         _output.table(*report.table(), right=(3,))
     if all(e.error for e in report.evaluations):
         raise click.exceptions.Exit(1)
-
-
-def _refuse_what_would_be_ignored(names: str) -> None:
-    context = click.get_current_context()
-    given = click.core.ParameterSource.COMMANDLINE
-    for name in names.split():
-        if context.get_parameter_source(name) is given:
-            raise click.UsageError(
-                f"--{name.replace('_', '-')} does not go with {'--tasks' if context.params['tasks'] else '--data'}."
-            )

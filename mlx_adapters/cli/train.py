@@ -14,6 +14,7 @@ from mlx_adapters.cli._options import (
     name_template_option,
     new_name,
     overwrite_option,
+    refuse_ignored,
 )
 from mlx_adapters.cli._training_options import Settings, read_settings, training_options
 from mlx_adapters.config import LoraConfig, TrainConfig, to_mapping
@@ -58,6 +59,7 @@ def train_command(
         _print_config(settings)
         return
     from mlx_adapters.machine import typed_command
+    from mlx_adapters.registry import load_adapter
     from mlx_adapters.training.runs import train
 
     name = resume or settings.name
@@ -65,12 +67,15 @@ def train_command(
         raise click.UsageError("Give BASE, --data and --name (or --resume NAME).")
     lora: LoraConfig | None
     if resume is not None:
+        refuse_ignored("name name_template init_from overwrite", "--resume NAME: it goes on with that run as it is")
         lora, training = _settings_of_run(settings, resume)
         new: dict[str, Any] = {"resume": True}
     else:
         lora = settings.lora_config() if settings.lora or init_from is None else None
         training = settings.train_config()
-        name = new_name(name, name_template, base=settings.base, rank=settings.lora_config().rank)
+        if name_template is not None:
+            rank = lora.rank if lora else load_adapter(str(init_from)).config.rank
+            name = new_name(name, name_template, base=settings.base, rank=rank)
         new = {"init_from": init_from, "overwrite": overwrite, "command": typed_command() or None}
     watch = Watch(log)
     if report_to is not None:
