@@ -7,14 +7,17 @@ times slower there); on a GPU it stays as stored.
 
 import contextlib
 import hashlib
+import math
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mlx_adapters import files, tensor_files
 from mlx_adapters.adapter import Adapter
@@ -225,8 +228,27 @@ class Model:
         detach(self.module)
         self.adapter = None
 
+    @cached_property
+    def vocabulary(self) -> int:
+        """How many token ids the model has a row for; another id would read foreign memory."""
+        text_config = self.config.get("text_config") or {}
+        return self.config.get("vocab_size") or text_config.get("vocab_size") or len(self.tokenizer)
+
+    def checked_ids(self, ids: Sequence[int] | mx.array) -> mx.array:
+        """The token ids as an array. Raises ModelError for none, and for what is no id of the model's."""
+        found = np.asarray(ids)
+        if found.size == 0:
+            raise ModelError("The prompt is empty.", "write something to continue.")
+        if found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= self.vocabulary:
+            raise ModelError(f"A prompt must be token ids from 0 to {self.vocabulary - 1}.", "or a text.")
+        return mx.array(found.astype(np.int32))
+
     def encode(self, prompt: str, raw: bool = False) -> list[int]:
         """Token ids of a prompt: through the chat template as the user's turn, or as it is."""
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise ModelError("The prompt is not valid Unicode.", "is its file UTF-8?") from None
         if raw or not getattr(self.tokenizer, "has_chat_template", False):
             return list(self.tokenizer.encode(prompt))
         messages = [{"role": "user", "content": prompt}]
@@ -236,7 +258,7 @@ class Model:
 
     def logits(self, token_ids: list[int] | mx.array) -> mx.array:
         """(tokens, vocabulary) logits of one sequence, or (rows, tokens, vocabulary) of a batch."""
-        ids = mx.array(token_ids)
+        ids = self.checked_ids(token_ids)
         return self.module(ids[None])[0] if ids.ndim == 1 else self.module(ids)
 
     def stream(
@@ -248,11 +270,9 @@ class Model:
         `cache` holds what came before the prompt (mlx-lm's prompt cache) and grows by prompt and answer.
         """
         require(max_tokens >= 1, f"max_tokens must be at least 1, not {max_tokens}.")
-        require(temperature >= 0, f"temperature must not be negative, not {temperature}.")
+        require(0 <= temperature < math.inf, f"temperature must be finite and not negative, not {temperature}.")
         require(0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}.")
-        ids = self.encode(prompt, raw) if isinstance(prompt, str) else list(prompt)
-        if not ids:
-            raise ModelError("The prompt is empty.", "write something to continue.")
+        ids = self.checked_ids(self.encode(prompt, raw) if isinstance(prompt, str) else prompt)
         sampler = self.sampler(temperature, top_p, seed)
         extra = {} if cache is None else {"prompt_cache": cache}
         yield from stream_generate(self.module, self.tokenizer, ids, max_tokens=max_tokens, sampler=sampler, **extra)

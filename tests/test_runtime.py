@@ -13,7 +13,7 @@ import mlx_adapters as ma
 from mlx_adapters import layers
 from mlx_adapters.adapter import Adapter, AdapterConfig, write_adapter
 from mlx_adapters.config import LoraConfig
-from mlx_adapters.errors import FormatError, IncompatibleError, NotFoundError
+from mlx_adapters.errors import ConfigError, FormatError, IncompatibleError, ModelError, NotFoundError
 from mlx_adapters.model import load_model as load_plain_model
 from mlx_adapters.runtime.live import LiveModel, load_model
 from mlx_adapters.runtime.pool import AdapterPool
@@ -318,3 +318,35 @@ def test_public_load_model_takes_an_adapter(tiny_model, tmp_path):
     model = ma.load_model(folder, path)
     assert (isinstance(model, LiveModel) and "sql" in repr(model)) or "random0" in repr(model)
     assert model.generate("hello", max_tokens=3).finish_reason in ("length", "stop")
+
+
+def test_ids_that_the_model_has_no_row_for_are_refused(tiny_model):
+    """They would read foreign memory: on the CPU the process died."""
+    model = load_model(tiny_model("llama"))
+    for wrong in ([], [512], [-1], [10**12], [1.5], ["a"]):
+        for work in (lambda ids: model.generate(ids, max_tokens=1), lambda ids: model.generate_batch([(ids, None)]),
+                     model.logits):  # fmt: skip
+            with pytest.raises(ModelError):
+                work(wrong)
+    for text in ("\ud800", "caf\udcff"):
+        with pytest.raises(ModelError, match="Unicode"):
+            model.generate(text)
+    for options in ({"temperature": float("nan")}, {"temperature": float("inf")}):
+        with pytest.raises(ConfigError, match="temperature"):
+            model.generate("a", **options)
+
+
+def test_weights_and_adapters_in_memory_are_checked(live):
+    adapter = random_adapter(live)
+    name = next(iter(adapter.weights))
+    for weights in (
+        adapter.weights | {name: adapter.weights[name] * float("nan")},
+        {key: value for key, value in adapter.weights.items() if key != name},
+    ):
+        with pytest.raises(FormatError):
+            live.attach(adapter.with_weights(weights))
+    assert live.adapters == ()
+    live.attach(adapter, name="a")
+    for weight in (float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="finite"):
+            live.use("a", scale=weight)

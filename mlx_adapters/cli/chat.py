@@ -130,11 +130,11 @@ def _read_line(chat: "Chat") -> str | None:
 
 def _obey(chat: "Chat", line: str, any_base: bool) -> list[str] | None:
     command, *words = line.split()
-    if command == "/use" and len(words) == 1:
+    if line.split() in (["/base"], ["/use", "base"]):
+        chat.model.use(None)
+    elif command == "/use" and len(words) == 1:
         _attach(chat, words[0], any_base)
         chat.model.use(words[0])
-    elif command == "/base" and not words:
-        chat.model.use(None)
     elif command == "/compare" and len(words) == 2:
         for word in words:
             if word != "base":
@@ -156,8 +156,13 @@ def _attach(chat: "Chat", name: str, any_base: bool) -> None:
 
 
 def _answer(chat: "Chat", line: str, sampling: dict[str, Any]) -> None:
-    for piece in chat.ask(line, **sampling):
-        _output.out(piece, newline=False)
+    try:
+        for piece in chat.ask(line, **sampling):
+            _output.out(piece, newline=False)
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
+        _output.note(" (stopped; Ctrl-D ends the chat)")
     _output.out()
 
 

@@ -46,7 +46,7 @@ def serve_command(
       mlx-adapters serve demo --adapter sql --adapter chat=./out/chat --split "test=sql:0.5,demo:0.5"
     """
     from mlx_adapters.serving.settings import ServeSettings, parse_split
-    from mlx_adapters.serving.start import make_engine, parse_adapter, read_keys, run_server
+    from mlx_adapters.serving.start import bind, make_engine, parse_adapter, read_keys, run_server
 
     checked = ServeSettings(
         api_keys=read_keys(api_key_file) if api_key_file else (),
@@ -54,6 +54,7 @@ def serve_command(
         max_adapter_bytes=max_adapter_mb * 1_000_000 if max_adapter_mb else None,
         **settings,
     )
+    listener = bind(checked.host, checked.port)
     engine = make_engine(base, [parse_adapter(text) for text in adapters], checked, dtype=dtype, name=name)
     _output.note(f"Serving {', '.join(engine.names)}.")
-    run_server(engine, lambda address, _: _output.note(f"Listening on {address} (Ctrl-C ends it)."))
+    run_server(engine, lambda address, _: _output.note(f"Listening on {address} (Ctrl-C ends it)."), listener)

@@ -65,9 +65,12 @@ class Chat:
         if not getattr(tokenizer, "has_chat_template", False):
             return list(tokenizer.encode(messages[-1]["content"]))
         try:
+            messages[-1]["content"].encode()
             found = tokenizer.apply_chat_template(
                 [*system, *messages], add_generation_prompt=True, tokenize=True, return_dict=False
             )
+        except UnicodeEncodeError:
+            raise ModelError("The message is not valid Unicode.") from None
         except Exception as error:  # a template may raise what it likes
             raise ModelError(f"The chat template refuses this conversation: {error}.") from None
         return list(found)
@@ -85,12 +88,12 @@ class Pair:
 def read_prompts(path: Path) -> list[str]:
     """The prompts in a file: JSONL rows with `prompt` or `messages` (the last user turn), or one a line."""
     try:
-        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except FileNotFoundError:
         raise NotFoundError(f"There is no file '{path}'.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise FormatError(f"'{path}' cannot be read: {error}.") from None
-    found = [_prompt(line, f"'{path}', line {i}") if path.suffix == ".jsonl" else line.strip()
+    found = [_prompt(line, f"'{path}', line {i}") if path.suffix.lower() == ".jsonl" else line.strip()
              for i, line in enumerate(lines, start=1)]  # fmt: skip
     if not found:
         raise FormatError(f"'{path}' holds no prompt.")
@@ -102,7 +105,10 @@ def _prompt(line: str, where: str) -> str:
         row = json.loads(line)
         if isinstance(row.get("prompt"), str):
             return row["prompt"]
-        return [m["content"] for m in row["messages"] if m["role"] == "user"][-1]
+        content = [m["content"] for m in row["messages"] if m["role"] == "user"][-1]
+        if isinstance(content, str):
+            return content
+        raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise FormatError(f"{where} has neither 'prompt' nor 'messages' with a user's turn.") from None
 

@@ -82,6 +82,7 @@ class LiveModel(Model):
         return entry.name
 
     def _add(self, adapter: Adapter, any_base: bool, name: str | None) -> Attached:
+        adapter.check()
         if not any_base:
             check_made_for(adapter, self.base.name, self.base.fingerprint)
         return self.pool.add(name or adapter.name, adapter)
@@ -174,7 +175,7 @@ class LiveModel(Model):
         """The answers to (prompt, name of an attached adapter or None) pairs, decoded together."""
         requests = [
             Request(
-                self.encode(prompt, raw) if isinstance(prompt, str) else prompt,
+                self.checked_ids(self.encode(prompt, raw) if isinstance(prompt, str) else prompt).tolist(),
                 None if name is None else self.pool.get(name),
                 max_tokens, Sampler(temperature, top_p, seed), frozenset(self.tokenizer.eos_token_ids),
             )

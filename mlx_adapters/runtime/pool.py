@@ -7,6 +7,7 @@ checked, and when the last adapter is gone the base's own layers are back where 
 
 import contextlib
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from typing import Any
 from mlx.utils import tree_flatten
 
 from mlx_adapters.adapter import Adapter
+from mlx_adapters.config import require
 from mlx_adapters.door import mx, nn
 from mlx_adapters.errors import IncompatibleError, NotFoundError, did_you_mean
 from mlx_adapters.layers import EMBEDDING, SWITCH, AdapterLayer, adaptable_layers, check_fits, dense_layer, dense_weight
@@ -189,6 +191,8 @@ class AdapterPool:
         if wanted is None:
             return ()
         weights = {wanted: scale} if isinstance(wanted, str) else wanted
+        for name, weight in weights.items():
+            require(abs(weight) < math.inf, f"The weight of '{name}' must be finite, not {weight}.")
         return tuple((self.get(name), float(weight)) for name, weight in weights.items())
 
     def select(self, selection: Selection) -> None:

@@ -1,15 +1,22 @@
 """Tokens to text while they come, and stop words, which may begin in one token and end in another."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 
 class TextStream:
-    """The text of one answer. Text that may be the beginning of a stop word is held back until it is not."""
+    """The text of one answer. Text that may be the beginning of a stop word is held back until it is not.
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    With `continues` it goes on from a text: a space that it begins with is kept, which mlx-lm takes off.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), continues: bool = False) -> None:
         self._detokenizer, self._stop, self._held = tokenizer.detokenizer, tuple(stop), ""
         self.stopped = False
+        if continues:
+            with contextlib.suppress(AttributeError):  # those that compute their text take nothing off
+                self._detokenizer.text, self._detokenizer.offset = ".", 1
 
     def add(self, token: int) -> str:
         """The text that is certain after this token; sets `stopped` when a stop word is complete."""

@@ -9,6 +9,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.resources import files as package_files
 from typing import Any
+from urllib.parse import quote
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
@@ -35,7 +36,6 @@ class Server:
         self.engine, self.settings = engine, engine.settings
         self.tokenizer = engine.model.tokenizer
         self.context = context_of(engine.model.config)
-        self.vocabulary = len(self.tokenizer)
         self._keys = [hashlib.sha256(key.encode()).digest() for key in self.settings.api_keys]
         self._tokenizing = threading.Lock()
 
@@ -84,7 +84,8 @@ class Server:
         """Raise ApiError 401 unless a key is given (compared in constant time) or none is needed."""
         if not self._keys:
             return
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+        header = request.headers.get("authorization", "")
+        given = header[7:].strip() if header[:7].lower() == "bearer " else header
         digest = hashlib.sha256(given.encode()).digest()
         if not any([hmac.compare_digest(digest, key) for key in self._keys]):
             raise ApiError(401, "The API key is wrong or missing.", code="invalid_api_key")
@@ -176,7 +177,7 @@ class Server:
     async def completion(self, request: Request) -> Response:
         """POST /v1/completions."""
         raw = protocol.read_json(await self.body(request))
-        asked, prompt = protocol.read_request(raw, chat=False), protocol.read_prompt(raw, self.vocabulary)
+        asked, prompt = protocol.read_request(raw, chat=False), protocol.read_prompt(raw, self.engine.model.vocabulary)
         model = self.engine.resolve(asked.model, asked.user)
         if isinstance(prompt, str):
             prompt = await asyncio.to_thread(self.text_tokens, prompt)
@@ -202,22 +203,26 @@ class Server:
 
     async def answer(self, request: Request, asked: Asked, model: str, prompt: list[int], chat: bool) -> Response:
         """Put a job in and answer with its text, streamed or whole."""
-        job = Job(model, prompt, self.token_limit(asked, len(prompt)), asked.temperature, asked.top_p, asked.seed,
-                  asked.stop, asked.top_logprobs)  # fmt: skip
+        where = "messages" if chat else "prompt"
+        if not all(token < self.engine.model.vocabulary for token in prompt):
+            raise ApiError(400, "The text has tokens that the model does not know.", param=where)
+        limit = self.token_limit(asked, len(prompt), where)
+        job = Job(model, prompt, limit, asked.temperature, asked.top_p, asked.seed, asked.stop, asked.top_logprobs,
+                  continues=not chat)  # fmt: skip
         writer = Writer(asked, model, chat, lambda token: self.tokenizer.decode([token]))
         self.engine.submit(job)
-        headers = {"X-Adapter": model}
+        headers = {"X-Adapter": quote(model, safe="/:@ ")}
         if asked.stream:
             chunks = self.chunks(job, writer, asked)
             return EventStream(chunks, lambda: self.engine.cancel(job), self.settings.write_seconds, headers)
         return JSONResponse(await self.whole(request, job, writer), headers=headers)
 
-    def token_limit(self, asked: Asked, prompt_tokens: int) -> int:
+    def token_limit(self, asked: Asked, prompt_tokens: int, where: str) -> int:
         """How many tokens may be written. Raises ApiError 400 beyond the context or the server's limit."""
         room = self.context - prompt_tokens
         if room < 1 or (asked.max_tokens or 0) > room:
             raise ApiError(400, f"The context holds {self.context} tokens; the prompt has {prompt_tokens} and "
-                           f"{asked.max_tokens or 1} were asked for.", param="messages",
+                           f"{asked.max_tokens or 1} were asked for.", param=where,
                            code="context_length_exceeded")  # fmt: skip
         if (asked.max_tokens or 0) > self.settings.max_tokens:
             raise ApiError(400, f"max_tokens may be at most {self.settings.max_tokens} here.", param="max_tokens")

@@ -8,6 +8,7 @@ there are too many, the least recently used one that no job holds makes room.
 import asyncio
 import itertools
 import logging
+import math
 import queue
 import threading
 import time
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_adapters.config import require
 from mlx_adapters.door import mx
 from mlx_adapters.errors import AdapterError, did_you_mean
 from mlx_adapters.registry import load_adapter
@@ -28,6 +30,8 @@ from mlx_adapters.serving.metrics import Metrics
 from mlx_adapters.serving.settings import ServeSettings
 
 log = logging.getLogger("mlx_adapters.serve")
+
+PATIENCE = 1.0  # seconds that others may overtake a job whose adapter finds no room
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Job:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
+    continues: bool = False  # the prompt is a text to go on from: a leading space is kept
     events: asyncio.Queue = field(default_factory=asyncio.Queue)
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     arrived: float = field(default_factory=time.monotonic)
@@ -71,11 +76,12 @@ class Job:
 
 @dataclass(eq=False)
 class Served:
-    """An adapter that can be asked for. `attached` is None while it is out of memory."""
+    """An adapter that can be asked for. `attached` is None while it is out of memory, `nbytes` until it was read."""
 
     name: str
     reference: str
     attached: Attached | None = None
+    nbytes: int | None = None
 
 
 class Engine:
@@ -91,7 +97,7 @@ class Engine:
         self._jobs: dict[int, Job] = {}
         self._parked: list[Job] = []
         self._removed: list[Served] = []
-        self._open = 0
+        self._open: set[Job] = set()
         self._serial = itertools.count()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -103,11 +109,12 @@ class Engine:
         self._thread.start()
 
     def stop(self, seconds: float = 30.0) -> None:
-        """Finish what is under way, for at most `seconds`, then end."""
+        """Finish what is under way, for at most `seconds`, drop the rest, then end."""
         self._stopping.set()
-        self._commands.put(lambda: None)
-        if self._thread.is_alive():
-            self._thread.join(seconds)
+        for work, patience in ((lambda: None, seconds), (self._drop_all, 10)):
+            self._commands.put(work)
+            if self._thread.is_alive():  # a thread that computes while Python ends would bring the process down
+                self._thread.join(patience)
 
     @property
     def alive(self) -> bool:
@@ -132,12 +139,13 @@ class Engine:
 
     def submit(self, job: Job) -> None:
         """Take a job in. Raises ApiError 429 when too many wait, 503 when the server is stopping."""
-        if self._stopping.is_set() or not self.alive:
-            raise ApiError(503, "The server is stopping.", kind="server_error")
-        if self._open >= self.settings.max_queue + self.settings.max_batch:
+        if len(self._open) >= self.settings.max_queue + self.settings.max_batch:
             raise ApiError(429, "Too many requests are waiting.", kind="rate_limit_error", code="queue_full")
-        self._open += 1
-        self._commands.put(lambda: self._take(job))
+        self._open.add(job)  # before the look at the engine, which tells all open jobs when it fails
+        if self._stopping.is_set() or not self.alive:
+            self._open.discard(job)
+            raise ApiError(503, "The server is stopping.", kind="server_error")
+        self._commands.put(lambda: self._parked.append(job))
 
     def cancel(self, job: Job) -> None:
         """Forget a job; its place in the batch is free before the next step."""
@@ -191,7 +199,7 @@ class Engine:
         except BaseException as error:
             self.failed = error
             log.exception("the engine stopped")
-            for job in [*self._jobs.values(), *self._parked]:
+            for job in list(self._open):
                 job.send(ApiError(500, "The engine stopped.", kind="server_error"))
 
     def _obey(self) -> None:
@@ -210,9 +218,11 @@ class Engine:
         for job in late:
             self._drop(job, "timeout")
             job.send(ApiError(504, f"No answer within {self.settings.max_seconds:g} seconds.", kind="server_error"))
-        for job in self._parked[:]:
-            self._parked.remove(job)
-            self._begin(job)
+        waiting, self._parked = self._parked, []
+        for job in waiting:
+            blocked = len(self._parked) > 0 and now - self._parked[0].arrived > PATIENCE
+            if blocked or not self._begin(job):
+                self._parked.append(job)
         self._forget_removed()
         if self._batcher.idle:
             return
@@ -221,20 +231,16 @@ class Engine:
         except Exception:
             log.exception("a step failed")
             for request in self._batcher.clear():
-                job = self._jobs.pop(request.number)
-                self._end(job, "error")
-                job.send(ApiError(500, "The model failed on this batch.", kind="server_error"))
+                error = ApiError(500, "The model failed on this batch.", kind="server_error")
+                self._fail(self._jobs.pop(request.number), error)
             return
         if self._batcher.rows:
             self.metrics.observe("batch_size", len(self._batcher.rows))
         for token in tokens:
             self._hand_out(token)
 
-    def _take(self, job: Job) -> None:
-        self._parked.append(job)
-
-    def _begin(self, job: Job) -> None:
-        """Give the job its adapter and queue it, or park it until an adapter can make room."""
+    def _begin(self, job: Job) -> bool:
+        """Give the job its adapter and queue it. False if it must wait until another adapter makes room."""
         try:
             attached = None
             if job.model != self.base_name:
@@ -242,40 +248,50 @@ class Engine:
                     raise ApiError(404, f"The model '{job.model}' was removed.", param="model", code="model_not_found")
                 attached = self._resident(self.served[job.model])
                 if attached is None:
-                    self._parked.append(job)
-                    return
-            job.text = TextStream(self.model.tokenizer, job.stop)
+                    return False
+            job.text = TextStream(self.model.tokenizer, job.stop, job.continues)
             job.request = Request(
                 job.prompt, attached, job.max_tokens, Sampler(job.temperature, job.top_p, job.seed),
                 frozenset(self.model.tokenizer.eos_token_ids), job.top_logprobs,
             )  # fmt: skip
         except ApiError as error:
-            self._end(job, "error")
-            job.send(error)
-            return
-        except AdapterError as error:
-            self._end(job, "error")
-            job.send(ApiError(503, f"Adapter '{job.model}' cannot be loaded: {error.message}", kind="server_error"))
-            return
+            self._fail(job, error)
+            return True
+        except Exception as error:  # a damaged file may raise what it likes; the other jobs go on
+            log.warning("adapter '%s' cannot be loaded: %r", job.model, error)
+            why = f": {error.message}" if isinstance(error, AdapterError) else "."
+            self._fail(job, ApiError(503, f"Adapter '{job.model}' cannot be loaded{why}", kind="server_error"))
+            return True
         self._jobs[job.request.number] = job
         self._batcher.submit(job.request)
         self.metrics.add("prompt_tokens_total", len(job.prompt), model=job.model)
+        return True
+
+    def _fail(self, job: Job, error: ApiError) -> None:
+        self._end(job, "error")
+        job.send(error)
 
     def _resident(self, served: Served) -> Attached | None:
         """The adapter in memory, loaded if it is not; None if every other is in use and none can make room."""
         if served.attached is not None and served.attached.alive:
             return served.attached
-        if not self._make_room():
+        adapter = None
+        if served.nbytes is None:
+            adapter = load_adapter(served.reference)
+            served.nbytes = sum(w.size for w in adapter.weights.values()) * self.model.pool.dtype.size
+        if not self._make_room(served):
             return None
         name = f"{served.name}#{next(self._serial)}"
-        self.model.attach(load_adapter(served.reference), name=name, use=False)
+        self.model.attach(adapter or load_adapter(served.reference), name=name, use=False)
         served.attached = self.model.pool.get(name)
         self.metrics.add("adapter_loads_total", adapter=served.name)
         return served.attached
 
-    def _make_room(self) -> bool:
-        pool, limit = self.model.pool, self.settings.max_adapter_bytes
-        while len(pool.attached) >= self.settings.max_adapters or (limit and pool.attached and pool.nbytes > limit):
+    def _make_room(self, served: Served) -> bool:
+        """Put adapters out until this one is within the limits too. False if those in use leave no room."""
+        pool, limit, nbytes = self.model.pool, self.settings.max_adapter_bytes or math.inf, served.nbytes or 0
+        require(nbytes <= limit, f"'{served.name}' has {nbytes / 1e6:.1f} MB; all may have {limit / 1e6:.1f} MB.")
+        while len(pool.attached) >= self.settings.max_adapters or pool.nbytes + nbytes > limit:
             oldest = pool.least_recently_used()
             if oldest is None:
                 return False
@@ -284,6 +300,7 @@ class Engine:
         return True
 
     def _add_adapter(self, name: str, reference: str) -> Served:
+        require(name not in self.names, f"'{name}' is served already.")
         served = Served(name, reference)
         if self._resident(served) is None:
             raise ApiError(503, "All adapters are in use; none can make room.", kind="server_error")
@@ -328,8 +345,12 @@ class Engine:
             self._batcher.cancel(job.request)
         self._end(job, outcome)
 
+    def _drop_all(self) -> None:
+        for job in list(self._open):
+            self._drop(job, "cancelled")
+
     def _end(self, job: Job, outcome: str) -> None:
-        self._open -= 1
+        self._open.discard(job)
         self.metrics.add("requests_total", model=job.model, outcome=outcome)
         self.metrics.add("completion_tokens_total", job.made, model=job.model)
         if job.first is not None and job.made > 1:

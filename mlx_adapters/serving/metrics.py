@@ -61,16 +61,21 @@ class Metrics:
         with self._lock:
             for name, (kind, explanation, buckets) in METRICS.items():
                 lines += [f"# HELP {PREFIX}{name} {explanation}", f"# TYPE {PREFIX}{name} {kind}"]
-                lines += [f"{PREFIX}{name}{_labels(key)} {value:g}" for key, value in self._values[name].items()]
+                lines += [f"{PREFIX}{name}{_labels(key)} {_number(value)}" for key, value in self._values[name].items()]
                 for (of, key), cells in self._histograms.items():
                     if of != name:
                         continue
                     bounds = [*(f"{bound:g}" for bound in buckets), "+Inf"]
-                    lines += [f"{PREFIX}{name}_bucket{_labels((*key, ('le', bound)))} {count:g}"
+                    lines += [f"{PREFIX}{name}_bucket{_labels((*key, ('le', bound)))} {_number(count)}"
                               for bound, count in zip(bounds, cells, strict=False)]  # fmt: skip
-                    lines += [f"{PREFIX}{name}_count{_labels(key)} {cells[-2]:g}",
-                              f"{PREFIX}{name}_sum{_labels(key)} {cells[-1]:g}"]  # fmt: skip
+                    lines += [f"{PREFIX}{name}_count{_labels(key)} {_number(cells[-2])}",
+                              f"{PREFIX}{name}_sum{_labels(key)} {_number(cells[-1])}"]  # fmt: skip
         return "\n".join(lines) + "\n"
+
+
+def _number(value: float) -> str:
+    """Every digit: a counter that is rounded seems to stand still."""
+    return str(int(value)) if value == int(value) else repr(value)
 
 
 def _labels(pairs: Sequence[tuple[str, str]]) -> str:

@@ -51,7 +51,11 @@ class Asked:
 def read_json(body: bytes) -> dict[str, Any]:
     """The JSON object of a request's body. Raises ApiError 400."""
     try:
-        value = json.loads(body, parse_constant=_no_constant)
+        value = json.loads(body, parse_constant=_no_constant, parse_float=_finite_float)
+        if b"\\" in body:  # JSON can spell half a surrogate pair, which is no text
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ApiError(400, "The body is not valid Unicode.") from None
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"The body is not valid JSON: {str(error)[:200]}.") from None
     if not isinstance(value, dict):
@@ -61,6 +65,12 @@ def read_json(body: bytes) -> dict[str, Any]:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _finite_float(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return value
 
 
 def read_request(raw: Mapping[str, Any], chat: bool) -> Asked:
@@ -105,11 +115,7 @@ def _get(
     value = raw.get(name)
     if value is None:
         return default
-    numeric = isinstance(value, int | float) and not isinstance(value, bool)
-    fits = numeric and math.isfinite(value) if kind is float else isinstance(value, kind)
-    if kind is int and (isinstance(value, bool) or (isinstance(value, float) and value == int(value))):
-        fits = False
-    if not fits:
+    if not isinstance(value, (int, float) if kind is float else kind) or (isinstance(value, bool) and kind is not bool):
         names = {int: "an integer", float: "a number", str: "a string", bool: "a boolean"}
         raise ApiError(400, f"'{name}' must be {names[kind]}.", param=name)
     if (low is not None and value < low) or (high is not None and value > high):
@@ -167,10 +173,10 @@ def _message(message: Any, where: str) -> dict[str, str]:
         parts = [part["text"] for part in content if _is_text(part)]
         if len(parts) != len(content):
             raise ApiError(400, f"'{where}.content' may hold parts of type 'text' only.", param=f"{where}.content")
-        content = "".join(parts)
+        content = "".join(parts) if parts else None
     if not isinstance(content, str):
         raise ApiError(400, f"'{where}.content' must be a string.", param=f"{where}.content")
-    return {"role": "system" if role == "developer" else role, "content": checked_text(content, where)}
+    return {"role": "system" if role == "developer" else role, "content": content}
 
 
 def read_prompt(raw: Mapping[str, Any], vocabulary: int) -> str | list[int]:
@@ -179,20 +185,11 @@ def read_prompt(raw: Mapping[str, Any], vocabulary: int) -> str | list[int]:
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
         prompt = prompt[0]
     if isinstance(prompt, str) and prompt:
-        return checked_text(prompt, "prompt")
+        return prompt
     ids = isinstance(prompt, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt)
     if prompt and ids and all(0 <= i < vocabulary for i in prompt):
         return list(prompt)
     raise ApiError(400, f"'prompt' must be one text, or a list of token ids below {vocabulary}.", param="prompt")
-
-
-def checked_text(text: str, where: str) -> str:
-    """The text, if it is valid Unicode (JSON can spell half a surrogate pair)."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ApiError(400, f"'{where}' is not valid Unicode.", param=where) from None
-    return text
 
 
 class Writer:
@@ -246,7 +243,8 @@ class Writer:
 
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self._token_text(token)
-        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+        whole = "\ufffd" not in text  # else the token holds a part of a character
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode()) if whole else None}
 
 
 def _is_text(part: Any) -> bool:

@@ -10,6 +10,8 @@ from mlx_adapters.config import require
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.registry import NAME
 
+MAX_SECONDS = 1_000_000
+
 
 @dataclass(frozen=True)
 class Split:
@@ -65,7 +67,8 @@ class ServeSettings:
     def __post_init__(self) -> None:
         for name in ("max_adapters", "max_batch", "max_queue", "max_tokens", "max_body_bytes"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}.")
-        require(self.max_seconds > 0 and self.write_seconds > 0, "times must be above 0.")
+        for seconds in (self.max_seconds, self.write_seconds):
+            require(0 < seconds <= MAX_SECONDS, f"times must be above 0 and at most {MAX_SECONDS:,} seconds.")
         require(0 <= self.port < 65536, f"port must be between 0 and 65535, not {self.port}.")
         require(
             is_loopback(self.host) or len(self.api_keys) > 0,
@@ -84,6 +87,9 @@ def is_loopback(host: str) -> bool:
 
 def check_names(base: str, adapters: Sequence[str], splits: Sequence[Split]) -> None:
     """Raise ConfigError for a name used twice or an arm that does not exist."""
+    require(
+        base.isprintable() and base.strip() != "", f"{base!r} cannot be the base's name.", "choose one with --name."
+    )
     names = [base, *adapters, *(split.name for split in splits)]
     for name in names:
         require(names.count(name) == 1, f"The name '{name}' is used twice.", "rename one: --adapter NAME=REF.")

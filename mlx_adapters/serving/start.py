@@ -1,6 +1,9 @@
 """From settings to a running server."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import logging
+import socket
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ def parse_adapter(text: str) -> tuple[str, str]:
 def read_keys(path: Path) -> tuple[str, ...]:
     """The API keys in a file, one a line; '#' begins a comment."""
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except FileNotFoundError:
         raise NotFoundError(f"There is no key file '{path}'.") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -34,6 +37,7 @@ def read_keys(path: Path) -> tuple[str, ...]:
     keys = tuple(line for line in lines if line and not line.startswith("#"))
     require(len(keys) > 0, f"The key file '{path}' holds no key.")
     require(all(len(key) >= 16 for key in keys), f"A key in '{path}' is shorter than 16 characters.")
+    require(all(key.isascii() for key in keys), f"A key in '{path}' is not ASCII, which HTTP cannot carry safely.")
     return keys
 
 
@@ -59,10 +63,13 @@ def make_engine(
     return engine
 
 
-def run_server(engine: Engine, on_start: Callable[[str, Callable[[], None]], None]) -> None:
-    """Listen until interrupted, then finish what is under way.
+def run_server(
+    engine: Engine, on_start: Callable[[str, Callable[[], None]], None], listener: socket.socket | None = None
+) -> None:
+    """Listen until interrupted, then finish what is under way; a second interrupt drops it (KeyboardInterrupt).
 
-    `on_start` gets the address and a function that ends the server, when it is about to listen.
+    `on_start` gets the address and a function that ends the server, when it is about to listen. `listener`: what
+    `bind` gave, where an address that is taken must be known before the model is loaded.
 
     Raises ConfigError if the extra `serve` is missing or the address is taken.
     """
@@ -73,26 +80,39 @@ def run_server(engine: Engine, on_start: Callable[[str, Callable[[], None]], Non
     except ImportError:
         raise ConfigError("Serving needs starlette and uvicorn.", "pip install 'mlx_adapters[serve]'.") from None
     settings = engine.settings
-    listener = _listen(settings.host, settings.port)
+    listener = listener or bind(settings.host, settings.port)
     config: Any = uvicorn.Config(
         Server(engine).app(), log_level="warning", access_log=False, lifespan="on", timeout_keep_alive=30,
         timeout_graceful_shutdown=30, server_header=False, h11_max_incomplete_event_size=64 << 10,
     )  # fmt: skip
     host, port = listener.getsockname()[:2]
     server = uvicorn.Server(config)
+    with _address_errors(host, port):
+        listener.listen(1024)  # not in `bind`: clients would wait for the model to be loaded
     on_start(f"http://{'[' + host + ']' if ':' in host else host}:{port}", lambda: setattr(server, "should_exit", True))
-    server.run(sockets=[listener])
-
-
-def _listen(host: str, port: int) -> Any:
-    import socket
-
+    # What a second interrupt drops leaves tracebacks that are no news.
+    logging.getLogger("uvicorn.error").addFilter(lambda _: not server.force_exit)
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.socket(family)
+        server.run(sockets=[listener])
+    except KeyboardInterrupt:  # uvicorn gives the signal on when it has ended
+        if server.force_exit:
+            engine.stop(0)
+            raise
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Take the address. Raises ConfigError if it cannot be had."""
+    with _address_errors(host, port):
+        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-        listener.listen(1024)
-    except OSError as error:
-        raise ConfigError(f"Cannot listen on {host}:{port}: {error.strerror}.", "choose another --port.") from None
-    return listener
+        return listener
+
+
+@contextlib.contextmanager
+def _address_errors(host: str, port: int) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or "this is no address"
+        raise ConfigError(f"Cannot listen on {host}:{port}: {why}.", "choose another --port or --host.") from None
