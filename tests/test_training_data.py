@@ -203,7 +203,7 @@ def test_a_batch_lists_exactly_the_trained_positions():
     real = batch.weights > 0
     assert batch.positions[real].tolist() == [0, 1, 6, 7] and batch.targets[real].tolist() == [6, 7, 3, 2]
     wide = make_batch([[row([5, 6, 7], [0, 1, 1])]], pad_to=16, rows=3)
-    assert wide.tokens.shape == (3, 17) and len(wide.positions) == 128 and wide.trained_tokens == 2
+    assert wide.tokens.shape == (3, 17) and len(wide.positions) == 32 and wide.trained_tokens == 2
 
 
 def test_packed_rows_never_train_across_a_border():

@@ -68,8 +68,9 @@ def batch_sequence(
 def make_batch(bins: Sequence[Sequence[Row]], pad_to: int = 1, rows: int | None = None, packed: bool = False) -> Batch:
     """Lay out rows, one list of rows per line of the array (more than one only when packing).
 
-    The width is rounded up to `pad_to` predictions, and with `rows` the array has at least that many lines
-    (empty ones at the end): few shapes mean few compilations on a GPU, while on a CPU padding costs time.
+    The width is rounded up to `pad_to` predictions, the trained positions to twice that, and with `rows` the
+    array has at least that many lines (empty ones at the end): few shapes mean few compilations on a GPU, while
+    on a CPU padding costs time.
     """
     width = 1 + _round_up(max(sum(len(r.tokens) for r in line) for line in bins) - 1, pad_to)
     height = max(len(bins), rows or 0)
@@ -85,7 +86,7 @@ def make_batch(bins: Sequence[Sequence[Row]], pad_to: int = 1, rows: int | None 
             offset = stop
     positions = np.flatnonzero(trained[:, 1:]).astype(np.int32)
     targets = tokens[:, 1:].reshape(-1)[positions]
-    extra = _round_up(len(positions), 8 * pad_to) - len(positions)
+    extra = _round_up(len(positions), 2 * pad_to) - len(positions)
     weights = np.ones(len(positions), np.float32)
     return Batch(
         tokens=tokens,

@@ -158,8 +158,8 @@ class Engine:
 
 
 def chunk_rows(vocabulary: int) -> int:
-    """How many logit rows a chunk holds."""
-    return max(64, losses.CHUNK_BYTES // (4 * vocabulary))
+    """How many logit rows a chunk holds: a multiple of 64, as the trained positions are on a GPU."""
+    return max(64, losses.CHUNK_BYTES // (4 * vocabulary) // 64 * 64)
 
 
 def plan_loss(module: nn.Module, config: TrainConfig, vocabulary: int, probe: Batch) -> LossPlan:

@@ -63,4 +63,4 @@ def make_feed(rows: Sequence[Row], config: TrainConfig, *, gpu: bool, world: Wor
         raise ConfigError(f"batch_size {config.batch_size} is larger than the {there} of training data.",
                           f"use --batch-size {len(bins)} or less.")  # fmt: skip
     # A new shape costs a GPU seconds of compilation; on a CPU the padding costs more.
-    return Feed(rows, bins, config, 64 if gpu else 1, gpu, world or World())
+    return Feed(rows, bins, config, 32 if gpu else 1, gpu, world or World())
