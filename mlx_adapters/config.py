@@ -169,8 +169,9 @@ class Quantization:
     mode: str = "affine"
 
     def __post_init__(self) -> None:
-        require(self.mode in QUANTIZATIONS, f"There is no quantization mode '{self.mode}'.",
-                did_you_mean(self.mode, QUANTIZATIONS, "modes: " + ", ".join(QUANTIZATIONS)))  # fmt: skip
+        if self.mode not in QUANTIZATIONS:  # (a hint takes time, and this is made for every layer of a model)
+            hint = did_you_mean(self.mode, QUANTIZATIONS, "modes: " + ", ".join(QUANTIZATIONS))
+            raise ConfigError(f"There is no quantization mode '{self.mode}'.", hint)
         bits, group_sizes = QUANTIZATIONS[self.mode]
         require(self.bits in bits, f"Mode '{self.mode}' has no {self.bits} bits.",
                 f"it has {', '.join(map(str, bits))}.")  # fmt: skip

@@ -371,8 +371,9 @@ def test_check_only_judges_what_others_fused(tiny_model, tmp_path, data, home):
     folder = tiny_model("qwen3", bits=4)
     adapter = make_adapter(folder, strength=0.05)
     write_adapter(adapter, home / "adapters" / "tiny")
-    options = FuseOptions(method="nearest", calibration=str(data), **FEW)
-    fused = fuse(folder, adapter, tmp_path / "out", options=options)
+    options, events = FuseOptions(method="nearest", calibration=str(data), **FEW), []
+    fused = fuse(folder, adapter, tmp_path / "out", options=options, on_event=events.append)
+    assert fused.fidelity.kl_mean > 0.001 and any("--method calibrated" in str(event) for event in events)
     found = check_fused(tmp_path / "out", adapter, options=options)
     assert found.fidelity.kl_mean == pytest.approx(fused.fidelity.kl_mean, rel=1e-3)
     assert found.update_survival == pytest.approx(fused.update_survival, rel=1e-3)

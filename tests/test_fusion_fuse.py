@@ -14,6 +14,7 @@ from mlx_adapters.config import LoraConfig, Quantization
 from mlx_adapters.errors import ConfigError, ExistsError, FormatError, IncompatibleError
 from mlx_adapters.fusion.fuse import FuseOptions, parse_precision, settle_precision
 from mlx_adapters.fusion.fuse import fuse as fuse_and_check
+from mlx_adapters.fusion.survival import SurvivalSum, sample
 from mlx_adapters.layers import (
     adaptable_layers,
     dense_weight,
@@ -250,3 +251,14 @@ def test_fuses_from_the_command_line(tiny_model, tmp_path, home):
     report = json.loads(run.stdout)
     assert report["quantization"] == {"bits": 8, "group_size": 64, "mode": "affine"}
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_survival_looks_at_some_rows_of_a_tall_layer_and_tells_the_same():
+    rng = np.random.default_rng(0)
+    base, update, noise = (mx.array(rng.standard_normal((1024, 64)).astype(np.float32)) for _ in range(3))
+    rows = base, base + 0.1 * update, base + 0.1 * update + 0.05 * noise
+    whole, some = SurvivalSum(), SurvivalSum()
+    whole.add(*rows)
+    some.add(*(part[sample(1024)] for part in rows))
+    assert rows[0][sample(1024)].shape[0] == 256 and rows[0][sample(100)].shape[0] == 100
+    assert some.result("x").cosine == pytest.approx(whole.result("x").cosine, rel=0.02)

@@ -124,8 +124,8 @@ def tasks_for(
         return
     for e in range(weight.shape[0]):
         unit = weight[e].size * _mean_diagonal(fisher[e])
-        mine = None if update is None else update[e]
-        yield Task(weight[e], mix(plain[e], fisher[e]), target, name, _expert(start, e), unit, update=mine)
+        mine, first = (None if part is None else part[e] for part in (update, start))
+        yield Task(weight[e], mix(plain[e], fisher[e]), target, name, first, unit, update=mine)
 
 
 def _stacked(parts: Sequence[tuple[Packed, float]], ndim: int) -> tuple[Packed, float]:
@@ -140,13 +140,6 @@ def _stacked(parts: Sequence[tuple[Packed, float]], ndim: int) -> tuple[Packed, 
 
 def _mean_diagonal(fisher: np.ndarray) -> float:
     return float(np.trace(fisher)) / len(fisher)
-
-
-def _expert(start: Packed | None, e: int) -> Packed | None:
-    if start is None:
-        return None
-    biases = None if start.biases is None else start.biases[e]
-    return Packed(start.weight[e], start.scales[e], biases, start.quantization)
 
 
 def _refuse_not_finite(moments: Moments) -> None:

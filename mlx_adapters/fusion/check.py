@@ -14,7 +14,7 @@ from mlx_adapters.fusion.fuse import DEFAULTS, FuseOptions, batches_of, choose_b
 from mlx_adapters.fusion.job import open_job
 from mlx_adapters.fusion.plan import Source, Updates, chunks
 from mlx_adapters.fusion.recipe import Given
-from mlx_adapters.fusion.survival import Survival, SurvivalSum
+from mlx_adapters.fusion.survival import Survival, SurvivalSum, sample
 from mlx_adapters.fusion.text import choose_text
 from mlx_adapters.layers import weight_shape
 from mlx_adapters.model import Base, load_module, load_tokenizer_of, resolve_base
@@ -72,8 +72,9 @@ def measure_survival(base: Source, fused: Source, updates: Updates, name: str) -
             continue
         total = SurvivalSum()
         for start, stop in chunks(shape):
-            wanted = base.fused_rows(path, updates, start, stop)
-            total.add(base.rows(path, start, stop), wanted, fused.rows(path, start, stop))
+            plain = base.rows(path, start, stop)
+            rows = plain, base.update(path, plain, updates, start, stop), fused.rows(path, start, stop)
+            total.add(*(part[sample(stop - start)] for part in rows))
         results.append(total.result(path))
         mx.clear_cache()
     return tuple(results)

@@ -35,6 +35,7 @@ from mlx_adapters.model import Base, load_tokenizer_of, resolve_base
 from mlx_adapters.registry import load_adapter
 
 REPORT_FILE = "fuse_report.json"
+NOTABLE_KL = 0.001  # nats per token that rounding to nearest may cost without a word
 METHODS = ("auto", "nearest", "calibrated")
 FORMATS = ("mlx", "hf", "gguf")
 
@@ -162,6 +163,8 @@ def fuse(
         size = _write(job, folder, asked, quantization, options.format, spool, on_event)
         spool.remove()
         fidelity = work.check(folder)
+        if work.method == "nearest" and fidelity is not None and fidelity.kl_mean > NOTABLE_KL:
+            on_event(Note("Rounding to nearest lost part of the adapter; --method calibrated keeps more.", "warning"))
         result = FuseResult(
             folder=out, method=work.method, quantization=job.quantization(asked), size_bytes=size,
             bits_per_weight=8 * size / job.parameters, survival=tuple(sorted(job.survival, key=lambda s: s.path)),
@@ -311,7 +314,7 @@ def gather_updates(
     adapters: Sequence[Given], weights: Sequence[float] | None, replaced: dict[str, mx.array] | None = None
 ) -> Updates:
     """Read the adapters and pair them with their weights (default 1 each). Raises ConfigError."""
-    loaded = [load_adapter(adapter).check() for adapter in adapters]
+    loaded = [a.check() if isinstance(a, Adapter) else load_adapter(a) for a in adapters]
     shares = [1.0] * len(loaded) if weights is None else [float(w) for w in weights]
     require(len(shares) == len(loaded), f"{len(loaded)} adapters, but {len(shares)} weights.")
     require(all(abs(share) < float("inf") for share in shares), "weights must be finite numbers.")

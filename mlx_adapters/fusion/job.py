@@ -1,5 +1,6 @@
 """One fuse in progress: the base's tensors, the updates, the plan, and the tensors that come of them."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,7 +27,7 @@ from mlx_adapters.fusion.plan import (
 )
 from mlx_adapters.fusion.rounding import Packed, dequantize
 from mlx_adapters.fusion.stream import Unit, copy_companions, dtype_name, write_config, write_weights
-from mlx_adapters.fusion.survival import Survival, SurvivalSum, not_finite
+from mlx_adapters.fusion.survival import Survival, SurvivalSum, not_finite, sample
 from mlx_adapters.layers import check_fits, check_made_for
 from mlx_adapters.model import Base, load_module
 
@@ -139,21 +140,20 @@ class Job:
         for start, stop in chunks(plan.shape):
             base = self.source.rows(plan.path, start, stop)
             fused = self.source.update(plan.path, base, self.updates, start, stop)
+            some = sample(stop - start)
             if plan.target is None:
                 parts = [fused.astype(self.scale_dtype)]
-                stored = parts[0].astype(mx.float32)
+                stored = parts[0][some].astype(mx.float32)
             else:
-                piece = (
-                    packed.rows(start, stop) if packed is not None else to_nearest(fused, plan.target, self.scale_dtype)
-                )
-                parts, stored = list(piece.tensors.values()), dequantize(piece) if plan.changed else fused
-            finite = plan.changed or mx.isfinite(fused).all()
-            mx.eval(base, fused, stored, parts, finite)
+                piece = packed[start:stop] if packed is not None else to_nearest(fused, plan.target, self.scale_dtype)
+                parts, stored = list(piece.tensors.values()), dequantize(piece[some])
+            base, wanted, whole = base[some], fused[some], fused.sum()
+            mx.eval(parts, whole, *([base, wanted, stored] if plan.changed else []))
             pieces.append(parts)
-            if plan.changed:
-                total.add(base, fused, stored)
-            elif not finite:
+            if not math.isfinite(whole.item()):
                 raise not_finite(plan.path)
+            if plan.changed:
+                total.add(base, wanted, stored)
         if plan.changed:
             self.survival.append(total.result(plan.path))
         return [mx.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*pieces, strict=True)]

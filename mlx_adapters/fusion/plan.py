@@ -113,7 +113,7 @@ class Source:
         packed = self.packed(path)
         if packed is None:
             return dense_weight(self.layers[path], mx.float32)[start:stop]
-        return dequantize(packed.rows(start, stop))
+        return dequantize(packed[start:stop])
 
     def fused_rows(self, path: str, updates: Updates, start: int, stop: int) -> mx.array:
         """The same rows with the updates in them."""

@@ -59,16 +59,10 @@ class Packed:
         parts = {"weight": self.weight, "scales": self.scales, "biases": self.biases}
         return {name: part for name, part in parts.items() if part is not None}
 
-    def chosen(self, rows: Array) -> "Packed":
-        """The rows with these indices."""
-        index = mx.array(rows.astype(np.int32))
-        biases = None if self.biases is None else self.biases[index]
-        return Packed(self.weight[index], self.scales[index], biases, self.quantization)
-
-    def rows(self, start: int, stop: int) -> "Packed":
-        """Rows (or experts) start…stop."""
-        biases = None if self.biases is None else self.biases[start:stop]
-        return Packed(self.weight[start:stop], self.scales[start:stop], biases, self.quantization)
+    def __getitem__(self, some: slice | mx.array) -> "Packed":
+        """Some of the rows (or experts)."""
+        biases = None if self.biases is None else self.biases[some]
+        return Packed(self.weight[some], self.scales[some], biases, self.quantization)
 
 
 def dequantize(packed: Packed) -> mx.array:
@@ -306,7 +300,14 @@ class _BlockedRounder:
         self.hessian, factor = hessian, column_feedback(hessian)
         self.weights = [np.ascontiguousarray(weight[rows].T) for rows in blocks]
         self.rounders = [
-            Rounder(part, hessian, factor, quantization, dtype, None if start is None else start.chosen(rows))
+            Rounder(
+                part,
+                hessian,
+                factor,
+                quantization,
+                dtype,
+                None if start is None else start[mx.array(rows.astype(np.int32))],
+            )
             for part, rows in zip(self.weights, blocks, strict=True)
         ]
         edges = np.cumsum([0, *(len(rows) for rows in blocks)])

@@ -174,11 +174,9 @@ class Bench:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def score(self, wanted, **options):
-        """{"right", "questions"} of the demo's task, if the data has its database."""
-        from mlx_adapters.demo.catalog import DATABASE_FILE
-
+        """{"right", "questions"} on the data's test rows, if it has any."""
         data, count = self.text["calibration"], self.arguments.questions
-        if not wanted or not count or not data or not (Path(data) / DATABASE_FILE).is_file():
+        if not wanted or not count or not data or not (Path(data) / "test.jsonl").is_file():
             return {}
         right, questions = in_process("score", data=data, questions=count, **options)["value"]
         return {"right": right, "questions": questions}
@@ -199,11 +197,19 @@ class Bench:
             step = self.our(budget_bits=self.same_bits + more, **options)
             self.way(f"ours, at most {more:g} bits more", step, scored=scored)
 
+    def eight_bits(self, scored=False):
+        """Both methods at 8 bits."""
+        precision = [8, self.arguments.group_size]
+        self.way("ours, 8 bits, nearest", self.our(method="nearest", precision=precision), scored=scored)
+        self.way(
+            "ours, 8 bits, calibrated", self.our(method="calibrated", precision=precision, **self.calibrated),
+            scored=scored,
+        )  # fmt: skip
+
 
 def quality(bench):
     """Every way of ours against mlx_lm.fuse."""
     bench.prepare()
-    size = bench.arguments.group_size
     score = bench.score(True, model=bench.base, adapter=bench.adapter)
     bench.way("mlx_lm.fuse", bench.theirs(), scored=True)
     if score:
@@ -211,7 +217,7 @@ def quality(bench):
         bench.rows[0] |= {"adapter_right": score["right"]}
     bench.way("ours, nearest", bench.our(method="nearest"))
     bench.our_sizes(scored=True)
-    bench.way("ours, 8 bits, nearest", bench.our(method="nearest", precision=[8, size]), scored=True)
+    bench.eight_bits(scored=True)
     bench.way("ours, bfloat16", bench.our(precision="none", dtype="bfloat16"))
     bench.way("ours, float32", bench.our(precision="none", dtype="float32"))
 
@@ -244,7 +250,7 @@ def light(bench):
     bench.judged_by(load_adapter(out), bench.chosen)
     bench.way("mlx_lm.fuse", bench.theirs())
     bench.our_sizes()
-    bench.way("ours, 8 bits, nearest", bench.our(method="nearest", precision=[8, bench.arguments.group_size]))
+    bench.eight_bits()
     bench.way("ours, float32", bench.our(precision="none", dtype="float32"))
 
 
@@ -346,7 +352,7 @@ def parse():
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--calibration-rows", type=int, default=128)
     parser.add_argument("--check-rows", type=int, default=64)
-    parser.add_argument("--questions", type=int, default=40, help="questions of the demo's task to score; 0: none")
+    parser.add_argument("--questions", type=int, default=40, help="test questions to score; 0: none")
     parser.add_argument("--more-bits", nargs="*", type=float, default=[0.1, 0.3])
     parser.add_argument("--detours", nargs="*", default=["convert", "gptq", "dwq", "awq"])
     parser.add_argument("--awq-rows", type=int, default=32, help="awq's search takes hours on all rows on a CPU")

@@ -9,7 +9,6 @@ one that the package carries. Cost is linear in blocks, so `seconds a block` tim
 
 import argparse
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ from mlx.utils import tree_flatten
 
 from mlx_adapters import layers
 from mlx_adapters.adapter import Adapter, AdapterConfig
+from mlx_adapters.benchmarking.system import peak_resident_bytes
 from mlx_adapters.config import LoraConfig
 from mlx_adapters.door import load_mlx_model
 from mlx_adapters.events import Note, Progress
@@ -92,7 +92,7 @@ def main():
             report[method] = {
                 "seconds": seconds, "seconds_per_block": seconds / options.blocks,
                 "peak_mlx_bytes": mx.get_peak_memory(),
-                "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "peak_resident_bytes": peak_resident_bytes(),
                 "bits_per_weight": result.bits_per_weight, "model_bytes": result.size_bytes,
                 "kl": result.fidelity.kl_mean if result.fidelity else None,
             }  # fmt: skip

@@ -219,19 +219,21 @@ def _learning(layer):
 
 
 def score(model, data, questions, adapter=None):
-    """(right answers, questions): execution accuracy on the demo's test questions, decoded greedily."""
-    from mlx_adapters.demo.answers import right_answers
-    from mlx_adapters.demo.catalog import DATABASE_FILE
-    from mlx_adapters.evaluation.sqlite import Database
+    """(right answers, questions), decoded greedily: what queries return if the data has a database, else the text."""
+    from mlx_adapters.evaluation.answers import greedy_answers
+    from mlx_adapters.evaluation.answers import questions as as_questions
+    from mlx_adapters.evaluation.scores import parse_score
     from mlx_adapters.model import load_model
     from mlx_adapters.registry import load_adapter
     from mlx_adapters.training.rows import read_data
 
-    test = [row.values for row in read_data(data).rows("test")]
+    test = read_data(data).rows("test")
     count = min(questions, len(test))
-    rows = [test[i * len(test) // count] for i in range(count)]
     loaded = load_model(model, load_adapter(adapter) if adapter else None, any_base=True)
-    return sum(right_answers(loaded, rows, Database(Path(data) / DATABASE_FILE))[1]), count
+    asked = as_questions([test[i * len(test) // count] for i in range(count)], loaded)
+    answers = greedy_answers(loaded, [question.prompt for question in asked], max_tokens=64, batch_size=40)
+    judge = parse_score("sqlite" if list(Path(data).glob("*.sqlite")) else "exact", data)
+    return sum(judge(a, q.expected, q.row.values) for a, q in zip(answers, asked, strict=True)), count
 
 
 SMOLLM2 = {
