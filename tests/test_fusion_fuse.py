@@ -260,5 +260,5 @@ def test_survival_looks_at_some_rows_of_a_tall_layer_and_tells_the_same():
     whole, some = SurvivalSum(), SurvivalSum()
     whole.add(*rows)
     some.add(*(part[sample(1024)] for part in rows))
-    assert rows[0][sample(1024)].shape[0] == 256 and rows[0][sample(100)].shape[0] == 100
+    assert rows[0][sample(1024)].shape[0] == 256 and sample(100) == slice(None, None, 1)
     assert some.result("x").cosine == pytest.approx(whole.result("x").cosine, rel=0.02)
