@@ -26,6 +26,7 @@ from mlx_adapters.tensor_names import (
     MAGNITUDE,
     METADATA_FILE,
 )
+from mlx_adapters.units import count
 
 # What plain mlx-lm's trainer records beside the settings of the layers.
 MLX_LM_SETTINGS = (
@@ -102,7 +103,7 @@ class Adapter:
     def __repr__(self) -> str:
         c = self.config
         return (
-            f"Adapter({self.name!r}, {c.type}, rank {c.rank}, scale {c.scale:g}, {len(c.keys)} layers, "
+            f"Adapter({self.name!r}, {c.type}, rank {c.rank}, scale {c.scale:g}, {count(len(c.keys), 'layer')}, "
             f"{self.parameters:,} parameters, base {self.base_name!r})"
         )
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 
 from mlx.utils import tree_unflatten
 
-from mlx_adapters import tensor_names
+from mlx_adapters import tensor_names, units
 from mlx_adapters.adapter import Adapter, AdapterConfig, base_of
 from mlx_adapters.config import LoraConfig, Quantization
 from mlx_adapters.door import (
@@ -132,7 +132,7 @@ def resolve_target_modules(module: nn.Module, lora: LoraConfig) -> tuple[str, ..
     blocks = {tensor_names.block_index(path) for path in layers} - {None}
     count = len(blocks) if lora.num_layers == "all" else lora.num_layers
     if count > len(blocks):
-        raise ConfigError(f"The model has {len(blocks)} blocks, so num_layers cannot be {count}.")
+        raise ConfigError(f"The model has {units.count(len(blocks), 'block')}, so num_layers cannot be {count}.")
     first = len(blocks) - count
     adapted = [path for path in layers if (index := tensor_names.block_index(path)) is None or index >= first]
     if lora.target_modules == "all":

@@ -29,8 +29,8 @@ def size(count: float | None) -> str:
 
 
 def count(number: int, thing: str) -> str:
-    """ "1 layer", "1,200 layers"."""
-    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+    """ "1 layer", "1,200 layers", "3 batches"."""
+    return f"{number:,} {thing}" + ("" if number == 1 else "es" if thing.endswith("ch") else "s")
 
 
 def duration(seconds: float) -> str:

@@ -13,6 +13,7 @@ from mlx_adapters.layers import check_fits, check_made_for
 from mlx_adapters.model import Base, load_module, resolve_base
 from mlx_adapters.registry import Entry
 from mlx_adapters.tensor_names import ADAPTER_FILE, CHECKPOINTS_FOLDER
+from mlx_adapters.units import count
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def _whose(entry: Entry, found: str, path: Path) -> str:
 def _check_tensors(folder: Path, iteration: int | None, read: list[Adapter]) -> str:
     adapter = read_adapter(folder, iteration, folder.name)
     read.append(adapter)
-    return f"{len(adapter.config.keys)} layers of rank {adapter.config.rank}, all finite"
+    return f"{count(len(adapter.config.keys), 'layer')} of rank {adapter.config.rank}, all finite"
 
 
 def _check_base(adapter: Adapter, base: str | None, modules: Modules) -> str:

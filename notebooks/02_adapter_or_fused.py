@@ -69,7 +69,7 @@ fused_mb = fused["4 bits, calibrated"].size_bytes / 1e6
 print(f"adapter {adapter_mb:.1f} MB, base {base_mb:.0f} MB, fused model {fused_mb:.0f} MB")
 for count in (1, 3, 10):
     shared, copies = base_mb + count * adapter_mb, count * fused_mb
-    print(f"{count:>2} tasks: {shared:5.0f} MB as adapters, {copies:5.0f} MB as fused models")
+    print(f"tasks: {count:>2}, {shared:5.0f} MB as adapters, {copies:5.0f} MB as fused models")
 
 # %% [markdown]
 # ## Load time, speed and memory

@@ -1,9 +1,12 @@
 """The rooms of the house: who may import whom, who may write, print and spell tensor names."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
+
+from mlx_adapters.units import count
 
 PACKAGE = Path(__file__).parent.parent / "mlx_adapters"
 LAYERS = [
@@ -104,3 +107,13 @@ def test_no_import_cycle_at_module_level():
 
     for name in graph:
         visit(name)
+
+
+def test_things_are_counted_in_good_grammar():
+    """`{...} layers` in a text reads "1 layers" sooner or later; `units.count` knows."""
+    things = "adapter|batch|checkpoint|core|file|iteration|layer|question|round|row|run|task|trial|variant|weight"
+    by_hand = re.compile(rf"\{{(?:len\([^}}]*\)|[\w.]+)\}} (?:[a-z]+ )?(?:{things})(?:e?s)\b")
+    found = {f"{path.name}: {m[0]}" for path in MODULES for m in by_hand.finditer(path.read_text())}
+    assert not found
+    assert [count(n, "batch") for n in (0, 1, 2)] == ["0 batches", "1 batch", "2 batches"]
+    assert count(1, "task") == "1 task" and count(1200, "layer") == "1,200 layers"

@@ -155,7 +155,7 @@ def test_an_untrained_factor_is_no_padding_and_nothing_at_all_has_rank_1(tiny_mo
     "settings, message",
     [
         ({"method": "tie"}, "no merge method 'tie'"),
-        ({"weights": [1]}, "2 adapters need as many weights, not 1"),
+        ({"weights": [1]}, "There are 2 adapters, but 1 weight."),
         ({"weights": [1, math.nan]}, "finite"),
         ({"weights": [0, 0]}, "nothing would be left"),
         ({"rank": 4}, "no rank to choose"),

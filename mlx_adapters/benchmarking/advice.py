@@ -11,7 +11,7 @@ from mlx_adapters.benchmarking.report import METRICS, Report, Row, ShapeRow
 from mlx_adapters.benchmarking.statistics import Ratio
 from mlx_adapters.benchmarking.text import phrase
 from mlx_adapters.errors import ConfigError
-from mlx_adapters.units import number, size
+from mlx_adapters.units import count, number, size
 
 TOLERANCE = 0.01
 
@@ -51,7 +51,7 @@ def advise(
     fitting = [row for row in judge.fused if judge.fits(row)]
     keeping = [row for row in fitting if judge.keeps(row)]
     if adapters > 1:
-        choice, decision = rows[adapter], f"Keep the {adapters} adapters beside one base; switch between them."
+        choice, decision = rows[adapter], f"Keep the {count(adapters, 'adapter')} beside one base; switch between them."
     elif keeping:
         choice = max(keeping, key=lambda row: (judge.gain(row), -(row.size_bytes or 0)))
         decision = f"Fuse: use '{choice.label}'."
@@ -134,7 +134,7 @@ class _Judge:
 
     def _storage(self, storage: Storage) -> list[str]:
         n, apart = storage.adapters, storage.as_adapters_bytes
-        what = f"1 base + {n} adapter{'s' if n > 1 else ''}"
+        what = f"1 base + {count(n, 'adapter')}"
         return [
             f"Storage: {what} take {size(apart)}; {n} x '{label}' {size(fused)}, {number(fused / apart)} times as much."
             for label, fused in storage.fused_bytes.items()

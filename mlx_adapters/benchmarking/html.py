@@ -8,7 +8,7 @@ from typing import Any
 from mlx_adapters.benchmarking import svg, text
 from mlx_adapters.benchmarking.report import METRICS, Report, Row
 from mlx_adapters.config import to_mapping
-from mlx_adapters.units import duration, number, size
+from mlx_adapters.units import count, duration, number, size
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1b1f24; --soft: #5b6470; --line: #dfe3e8;
@@ -44,7 +44,7 @@ def html(report: Report) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <title>Benchmark: {escape(", ".join(report.labels))}</title><style>{STYLE}</style></head><body><main>
-<h1>{len(report.labels)} variants, {report.created[:10]}</h1>
+<h1>{count(len(report.labels), "variant")}, {report.created[:10]}</h1>
 {"".join(f'<p class="soft">{escape(line)}</p>' for line in text.head(report))}
 {f'<div class="warn">{warnings}</div>' if warnings else ""}
 {_section("Figures", f'<div class="wide">{_table(*text.table(report))}</div>')}

@@ -17,6 +17,7 @@ from mlx_adapters.benchmarking.statistics import Blocks, Ratio, Summary, paired_
 from mlx_adapters.benchmarking.variants import Variant
 from mlx_adapters.config import from_mapping, to_mapping
 from mlx_adapters.errors import FormatError
+from mlx_adapters.units import count
 
 FORMAT = 1
 
@@ -120,7 +121,7 @@ class Report:
     quality: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        return f"Report({', '.join(self.labels)}; {self.config.rounds} rounds, {self.created})"
+        return f"Report({', '.join(self.labels)}; {count(self.config.rounds, 'round')}, {self.created})"
 
     def _repr_html_(self) -> str:
         from mlx_adapters.benchmarking.html import plots

@@ -97,10 +97,10 @@ def run(
         runs += [Run(variant.label, 0, {"error": variant.problem}) for variant in ready if variant.problem]
         plan = schedule(len(variants), config.rounds, config.seed)
         for done, (number, index) in enumerate(plan):
-            on_event(Progress("benchmark", done, len(plan), "runs"))
+            on_event(Progress("benchmark", done, len(plan), "run"))
             if not any(r.variant == variants[index].label and "error" in r.result for r in runs):
                 runs.append(Run(variants[index].label, number, run_worker(ready[index], config, folder, worker)))
-        on_event(Progress("benchmark", len(plan), len(plan), "runs"))
+        on_event(Progress("benchmark", len(plan), len(plan), "run"))
     except KeyboardInterrupt:
         interrupted = True
         on_event(Note("Interrupted: the finished runs are kept.", "warning"))

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from mlx_adapters.units import count
+
 RUSAGE_INFO_V0_BYTES, FOOTPRINT_OFFSET = 96, 72
 
 
@@ -112,7 +114,7 @@ def warnings(before: dict[str, str | float | None], after: dict[str, str | float
     found = []
     load = before.get("load_average")
     if isinstance(load, float) and load > max(1.0, 0.5 * cores):
-        found.append(f"The machine was busy when the run began (load {load:.1f} on {cores} cores).")
+        found.append(f"The machine was busy when the run began (load {load:.1f} on {count(cores, 'core')}).")
     for state in (before, after):
         if state.get("power_source") not in (None, "AC Power"):
             found.append("The machine ran on battery.")

@@ -21,7 +21,7 @@ def head(report: Report) -> list[str]:
     prompts = "real prompts of" if c.data else "random prompts of"
     lengths = ", ".join(map(str, c.prompt_tokens))
     return [
-        f"{name}, {m['cores']} cores, {size(m['memory_bytes'])} memory, {m['system']}; {versions}",
+        f"{name}, {count(m['cores'], 'core')}, {size(m['memory_bytes'])} memory, {m['system']}; {versions}",
         f"{prompts} {lengths} tokens, {c.decode_tokens} decoded, batch {', '.join(map(str, c.batch))}; "
         f"{count(c.rounds, 'round')} of fresh processes, {count(c.trials, 'trial')} each: median (smallest-largest)",
         *arithmetic(report.rows),

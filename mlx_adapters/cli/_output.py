@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from mlx_adapters.events import Event, Note, Progress
-from mlx_adapters.units import duration, format_table, number
+from mlx_adapters.units import count, duration, format_table, number
 from mlx_adapters.units import size as size  # the commands take it from here
 
 SCHEMA = "mlx_adapters/1"  # of the --json documents; fields may be added, any other change counts up (docs/json.md)
@@ -147,7 +147,7 @@ def progress() -> Callable[[Event], None]:
 
 
 def _progress_text(event: Progress, elapsed: float) -> str:
-    text = f"{event.stage}: {event.done}/{event.total} {event.unit}".rstrip()
+    text = f"{event.stage}: {event.done:,}/{count(event.total, event.unit) if event.unit else event.total}"
     if event.done and elapsed > 0.5:
         rate = event.done / elapsed
         text += f", {number(rate)}/s"

@@ -9,6 +9,7 @@ import click
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import REFERENCE, UserPath, json_option
 from mlx_adapters.cli._output import number, size
+from mlx_adapters.units import count
 
 if TYPE_CHECKING:
     from mlx_adapters.inspecting import Comparison, Details, Layer
@@ -107,7 +108,7 @@ def _facts(d: "Details") -> list[tuple[str, str]]:
     own = [
         ("name", d.name), ("folder", str(d.folder or "-")), ("base", d.base or "-"),
         ("type", f"{d.type}, rank {d.rank}, scale {number(d.scale, 6)}"),
-        ("parameters", f"{d.parameters:,} in {len(d.layers)} layers"),
+        ("parameters", f"{d.parameters:,} in {count(len(d.layers), 'layer')}"),
     ]  # fmt: skip
     shown = {"name", "base", "type", "rank", "scale", "ranks", "alpha", "checkpoints", "sha256", "versions"}
     rest = {key: value for key, value in d.metadata.items() if key not in shown and not key.endswith("_losses")}

@@ -103,7 +103,7 @@ def benchmark_command(
         raise click.UsageError("--fail-over needs --against.")
     old = read_report(against) if against else None
     if old and fail_over is not None and min(rounds, old.config.rounds) < MIN_ROUNDS:
-        raise click.UsageError(f"--fail-over needs {MIN_ROUNDS} rounds in both reports: fewer prove nothing.")
+        raise click.UsageError(f"--fail-over needs --rounds {MIN_ROUNDS} in both reports: fewer prove nothing.")
     report = benchmark(
         variants, base, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens, batch=batch, rounds=rounds,
         trials=trials, data=data, dtype=dtype, cold_load=cold, any_base=any_base, seed=seed, quality=quality,

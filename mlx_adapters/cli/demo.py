@@ -6,6 +6,7 @@ import click
 
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import json_option
+from mlx_adapters.units import count
 
 if TYPE_CHECKING:
     from mlx_adapters.demo.job import DemoResult
@@ -43,8 +44,8 @@ def _show(result: "DemoResult") -> None:
     _output.out(f"\nOne test question: {result.question}")
     answers = [("gold", result.gold), *((v.label, " ".join(v.answer.split())[:100]) for v in result.variants)]
     _output.table(("VARIANT", "ANSWER"), answers)
-    count = result.variants[0].questions
-    _output.out(f"\nExecution accuracy on {count} test questions (wordings that training never showed):")
+    asked = count(result.variants[0].questions, "test question")
+    _output.out(f"\nExecution accuracy on {asked} (wordings that training never showed):")
     distance = {str(fused.folder): fused.fidelity for fused in result.fused}
     rows = []
     for v in result.variants:

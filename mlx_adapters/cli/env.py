@@ -4,6 +4,7 @@ import click
 
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import json_option
+from mlx_adapters.units import count
 
 
 @click.command("env")
@@ -23,7 +24,8 @@ def env_command(as_json: bool) -> None:
         return
     for name, version in found.versions.items():
         _output.out(f"{name:<16} {version}")
-    _output.out(f"{'system':<16} {found.system}, {found.cores} cores, {_output.size(found.memory_bytes)} memory")
+    cores, memory = count(found.cores, "core"), _output.size(found.memory_bytes)
+    _output.out(f"{'system':<16} {found.system}, {cores}, {memory} memory")
     _output.out(f"{'device':<16} {found.device} ({found.device_name})")
     _output.out(f"{'BLAS':<16} {found.blas}")
     if found.blas_hint:

@@ -13,6 +13,7 @@ from mlx_adapters.cli._options import (
     json_option,
     overwrite_option,
 )
+from mlx_adapters.units import count
 
 if TYPE_CHECKING:
     from mlx_adapters.fusion.fidelity import Fidelity
@@ -130,13 +131,10 @@ def _check_only(
 
 
 def _show(result: "FuseResult") -> None:
+    how = f"{result.method} rounding, {result.bits_per_weight:.2f} bits per weight"
     _output.out(
-        f"{result.folder}: {result.method} rounding, {result.bits_per_weight:.2f} bits per weight, "
-        f"{_output.size(result.size_bytes)}, {len(result.survival)} layers changed, "
-        f"made in {_output.duration(result.seconds)}"
-        if result.method != "none"
-        else f"{result.folder}: unquantized, {_output.size(result.size_bytes)}, {len(result.survival)} layers changed, "
-        f"made in {_output.duration(result.seconds)}"
+        f"{result.folder}: {'unquantized' if result.method == 'none' else how}, {_output.size(result.size_bytes)}, "
+        f"{count(len(result.survival), 'layer')} changed, made in {_output.duration(result.seconds)}"
     )
     if result.text and result.method == "calibrated":
         _output.out(f"calibrated on {result.text['calibration_rows']} rows of {result.text['source']}")
@@ -152,9 +150,7 @@ def _show(result: "FuseResult") -> None:
 def _show_fidelity(fidelity: "Fidelity", text: dict[str, Any] | None) -> None:
     _output.table(*fidelity.table(), right=range(1, 7))
     where = f" of {text['source']}" if text else ""
-    _output.out(
-        f"KL from the adapter model in nats per token, on {fidelity.tokens} tokens of {fidelity.rows} rows kept aside"
-        + where
-    )
+    rows = count(fidelity.rows, "row")
+    _output.out(f"KL from the adapter model in nats per token, on {fidelity.tokens} tokens of {rows} kept aside{where}")
     if text and text["why"]:
         _output.out(f"the general text, because: {text['why']}")

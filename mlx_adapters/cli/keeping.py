@@ -4,6 +4,7 @@ import click
 
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import REFERENCE, confirm, json_option, yes_option
+from mlx_adapters.units import count
 
 
 @click.command("rename")
@@ -104,7 +105,8 @@ def prune_command(
         raise click.UsageError("Give names or --all.")
     names = names or tuple(registry.names())
     plans = [prune(name, keep_best=keep_best, keep_last=keep_last, dry_run=True) for name in names]
-    total = f"{sum(len(p.iterations) for p in plans)} checkpoints, {_output.size(sum(p.freed_bytes for p in plans))}"
+    many = sum(len(plan.iterations) for plan in plans)
+    total = f"{count(many, 'checkpoint')}, {_output.size(sum(plan.freed_bytes for plan in plans))}"
     if not dry_run and any(plan.iterations for plan in plans):
         confirm(f"Remove {total}?", yes)
         plans = [prune(name, keep_best=keep_best, keep_last=keep_last) for name in names]

@@ -15,6 +15,7 @@ from mlx_adapters.cli._options import (
     overwrite_option,
 )
 from mlx_adapters.cli._output import number
+from mlx_adapters.units import count
 
 if TYPE_CHECKING:
     from mlx_adapters.adapter import Adapter
@@ -221,7 +222,8 @@ def _show(adapter: "Adapter", as_json: bool) -> None:
         _output.emit_json({"config": adapter.config, "metadata": adapter.metadata, "parameters": adapter.parameters})
         return
     config = adapter.config
-    _output.out(f"{adapter.name}: rank {config.rank}, scale {number(config.scale, 4)}, {len(config.keys)} layers")
+    layers = count(len(config.keys), "layer")
+    _output.out(f"{adapter.name}: rank {config.rank}, scale {number(config.scale, 4)}, {layers}")
     recipe = adapter.metadata.get("merge") or adapter.metadata.get("extract") or {}
     if "energy_kept" in recipe:
         lowest = min(recipe["energy_by_layer"], key=recipe["energy_by_layer"].get)

@@ -6,6 +6,7 @@ import click
 
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import UserPath, complete_references, json_option, overwrite_option
+from mlx_adapters.units import count
 
 
 class Size(click.ParamType):
@@ -46,7 +47,7 @@ def pack_command(source: str, target: Path, checkpoints: bool, overwrite: bool, 
     if as_json:
         _output.emit_json(done)
         return
-    _output.out(f"{done.path}: {len(done.files)} files, {_output.size(done.size_bytes)}, sha256 {done.sha256}")
+    _output.out(f"{done.path}: {count(len(done.files), 'file')}, {_output.size(done.size_bytes)}, sha256 {done.sha256}")
 
 
 @click.command("add")
@@ -77,7 +78,7 @@ def add_command(
         _output.emit_json(done)
         return
     where = f"as '{done.name}'" if done.name else f"in {done.folder}"
-    checkpoints = f" with {len(done.iterations)} checkpoints" if done.iterations else ""
+    checkpoints = f" with {count(len(done.iterations), 'checkpoint')}" if done.iterations else ""
     _output.out(f"Added the {done.kind}{checkpoints} {where}.")
 
 

@@ -4,6 +4,7 @@ import click
 
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import REFERENCE, UserPath, json_option, name_template_option, new_name, overwrite_option
+from mlx_adapters.units import count
 
 
 @click.command("import-peft")
@@ -36,7 +37,7 @@ def import_peft_command(
     config = adapter.config
     _output.out(
         f"Imported '{adapter.name}': {config.type}, rank {config.rank}, scale {_output.number(config.scale, 6)}, "
-        f"{len(config.keys)} layers, {adapter.parameters:,} parameters, for {adapter.base_name}"
+        f"{count(len(config.keys), 'layer')}, {adapter.parameters:,} parameters, for {adapter.base_name}"
     )
 
 

@@ -25,7 +25,7 @@ def answer_all(
     for start in range(0, len(prompts), BATCH):
         batch = prompts[start : start + BATCH]
         answers += batch_generate(model.module, model.tokenizer, batch, max_tokens=max_tokens, verbose=False).texts
-        on_event(Progress(label, len(answers), len(prompts), "questions"))
+        on_event(Progress(label, len(answers), len(prompts), "question"))
     return answers
 
 

@@ -22,6 +22,7 @@ from mlx_adapters.model import Model, load_model
 from mlx_adapters.registry import adapter_folder, load_adapter, read_entry
 from mlx_adapters.training.recipe import read_recipe, settings_of
 from mlx_adapters.training.runs import train
+from mlx_adapters.units import count
 
 Result = TypeVar("Result")
 
@@ -118,7 +119,7 @@ def run_demo(quick: bool = False, retrain: bool = False, on_event: OnEvent = ign
     data = clock.step("data", "2/6 The data: questions about a course catalog", lambda: _data(folder / "catalog"))
     clock.step("train", f"3/6 Training the adapter '{plan.name}'", lambda: _train(plan, data, retrain, on_event))
     fused = clock.step("fuse", "4/6 Fusing to 8 and to 4 bits", lambda: _fuse(plan, folder, on_event))
-    variants = clock.step("score", f"5/6 Answering {plan.questions} test questions with each variant",
+    variants = clock.step("score", f"5/6 Answering {count(plan.questions, 'test question')} with each variant",
                           lambda: _score(plan, data, fused, on_event))  # fmt: skip
     report = clock.step("benchmark", "6/6 Measuring speed and memory", lambda: _measure(plan, variants, on_event))
     files.write_text(folder / REPORT_FILE, html(report))

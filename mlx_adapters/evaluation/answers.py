@@ -59,6 +59,6 @@ def greedy_answers(
                     written[response.uid].append(response.token)
                 if response.finish_reason is not None:
                     done += 1
-                    on_event(Progress("answer", done, len(prompts), "questions"))
+                    on_event(Progress("answer", done, len(prompts), "question"))
         generator.close()
     return [model.tokenizer.decode(tokens) for tokens in written.values()]

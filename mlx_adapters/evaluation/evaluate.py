@@ -176,7 +176,7 @@ def choose_rows(data: str | Path, config: EvaluationConfig) -> tuple[list[RawRow
     split = config.split or next(name for name in SPLITS if read.rows(name))
     rows = list(read.rows(split))
     if not rows:
-        raise NotFoundError(f"The data '{data}' has no {split} rows.", f"it has: {', '.join(read.splits)}.")
+        raise NotFoundError(f"The data '{data}' has no rows of '{split}'.", f"it has: {', '.join(read.splits)}.")
     if config.max_rows and config.max_rows < len(rows):
         rows = [rows[i * len(rows) // config.max_rows] for i in range(config.max_rows)]
     return rows, {"source": str(data), "split": split, "sha256": read.splits[split].sha256, "rows": len(rows)}

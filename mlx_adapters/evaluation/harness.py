@@ -80,7 +80,7 @@ def run_tasks(
     found: list[TaskEvaluation] = []
     with workspace() as place:
         for variant in parse_variants([as_text(v, place) for v in variants], base):
-            on_event(Progress("tasks", len(found), len(variants), "variants"))
+            on_event(Progress("tasks", len(found), len(variants), "variant"))
             model = None  # let the one before go first
             try:
                 ready = prepare(variant, place, any_base, on_event)

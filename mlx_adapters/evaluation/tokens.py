@@ -105,7 +105,7 @@ def judge(model: Model, batches: Batches, on_event: OnEvent = ignore) -> TokenFi
         for name, values in per_token.items():
             np.add.at(sums[name], rows, np.array(values, dtype=np.float64))
         mx.clear_cache()
-        on_event(Progress("judge", number + 1, len(batches.batches), "batches"))
+        on_event(Progress("judge", number + 1, len(batches.batches), "batch"))
     if batches.reference is None:
         return TokenFigures(sums["tokens"], sums["loss"])
     return TokenFigures(**sums)

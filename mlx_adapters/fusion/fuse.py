@@ -33,6 +33,7 @@ from mlx_adapters.fusion.text import GENERAL, Text, choose_text
 from mlx_adapters.machine import on_gpu
 from mlx_adapters.model import Base, load_tokenizer_of, resolve_base
 from mlx_adapters.registry import load_adapter
+from mlx_adapters.units import count
 
 REPORT_FILE = "fuse_report.json"
 NOTABLE_KL = 0.001  # nats per token that rounding to nearest may cost without a word
@@ -259,7 +260,7 @@ class _Work:
             return
         job = self.job
         why = f" {self.text.why}" if self.text.why else ""
-        self.on_event(Note(f"Calibrating on {len(self.text.calibration)} rows of {self.text.source}.{why}"))
+        self.on_event(Note(f"Calibrating on {count(len(self.text.calibration), 'row')} of {self.text.source}.{why}"))
         also = {q for plan in job.plans if plan.rounded_to for q in finer(plan.rounded_to)} if self.mixed else ()
         round_layers(
             job.base, job.updates, job.plans, batches_of(self.text.calibration), job.scale_dtype, spool, self.on_event,
@@ -316,7 +317,7 @@ def gather_updates(
     """Read the adapters and pair them with their weights (default 1 each). Raises ConfigError."""
     loaded = [a.check() if isinstance(a, Adapter) else load_adapter(a) for a in adapters]
     shares = [1.0] * len(loaded) if weights is None else [float(w) for w in weights]
-    require(len(shares) == len(loaded), f"{len(loaded)} adapters, but {len(shares)} weights.")
+    require(len(shares) == len(loaded), f"{count(len(loaded), 'adapter')}, but {count(len(shares), 'weight')}.")
     require(all(abs(share) < float("inf") for share in shares), "weights must be finite numbers.")
     require(bool(loaded) or bool(replaced), "Nothing to fuse: no adapter was given.")
     return Updates(tuple(zip(loaded, shares, strict=True)), replaced or {})
@@ -365,7 +366,7 @@ def settle_precision(asked: Quantization | int | str, base: Base) -> Quantizatio
 def _notes(job: Job, on_event: OnEvent) -> tuple[str, ...]:
     notes = tuple(f"{plan.path}: {plan.note}" for plan in job.plans if plan.note)
     if notes:
-        on_event(Note(f"{len(notes)} layers stay unquantized; {notes[0]}.", "warning"))
+        on_event(Note(f"{count(len(notes), 'layer')} not quantized; {notes[0]}.", "warning"))
     return notes
 
 

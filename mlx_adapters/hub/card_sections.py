@@ -81,7 +81,7 @@ def _adapter_text(subject: Subject, base: str) -> str:
     return (
         f"A {kind} adapter for {base}: rank {config.rank}, scale {config.scale:g} "
         f"(alpha {config.scale * config.rank:g}), {adapter.parameters:,} parameters "
-        f"in {len(config.keys)} layers: {named}.{at}"
+        f"in {count(len(config.keys), 'layer')}: {named}.{at}"
     )
 
 

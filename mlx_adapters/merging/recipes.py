@@ -24,6 +24,7 @@ from mlx_adapters.merging.decomposition import Decomposition, pad_rank
 from mlx_adapters.merging.methods import METHODS, Method, Options, merge_updates
 from mlx_adapters.merging.updates import Update, factors_of, stack_tensors, tensors_of, update_of
 from mlx_adapters.tensor_names import ADAPTER_FILE, LORA_A, LORA_B, join, natural_order
+from mlx_adapters.units import count
 
 RESULT_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 Source = Adapter | str
@@ -155,8 +156,8 @@ def _checked_weights(adapters: Sequence[Adapter], weights: Sequence[float] | Non
     require(len(adapters) > 0, "There is nothing to merge.", "name at least one adapter.")
     if weights is None:
         return [1 / len(adapters)] * len(adapters)
-    require(len(weights) == len(adapters), f"{len(adapters)} adapters need as many weights, not {len(weights)}.",
-            "give one --weight for each adapter, in the same order.")  # fmt: skip
+    there = f"{count(len(adapters), 'adapter')}, but {count(len(weights), 'weight')}"
+    require(len(weights) == len(adapters), f"There are {there}.", "give one --weight for each, in the same order.")
     require(all(math.isfinite(weight) for weight in weights), "Every weight must be a finite number.")
     require(any(weight != 0 for weight in weights), "All weights are 0: nothing would be left.")
     return [float(weight) for weight in weights]

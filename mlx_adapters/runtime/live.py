@@ -22,6 +22,7 @@ from mlx_adapters.runtime.batching import Request, answer_all
 from mlx_adapters.runtime.pool import AdapterPool, Attached, Selection, same
 from mlx_adapters.runtime.sampling import Sampler
 from mlx_adapters.runtime.text import text_of
+from mlx_adapters.units import count
 
 AnyAdapter = str | Path | Adapter
 
@@ -55,7 +56,8 @@ class LiveModel(Model):
 
     def __repr__(self) -> str:
         at_work = ", ".join(f"{info.name}: {info.weight:g}" for info in self.adapters if info.weight is not None)
-        return f"LiveModel({self.base.name!r}, {len(self.pool.attached)} adapters, at work: {at_work or 'none'})"
+        adapters = count(len(self.pool.attached), "adapter")
+        return f"LiveModel({self.base.name!r}, {adapters}, at work: {at_work or 'none'})"
 
     @property
     def adapters(self) -> tuple[AdapterInfo, ...]:

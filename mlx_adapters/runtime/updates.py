@@ -59,7 +59,7 @@ class Rows:
             for extent in lead:
                 count *= extent
             if count % rows or lead[0] % rows:
-                raise IncompatibleError(f"A layer sees {lead} entries for {rows} rows; they cannot be told apart.")
+                raise IncompatibleError(f"A layer sees {lead} entries for a batch of {rows}: which is whose?")
             slots = mx.repeat(self.slots, count // rows) if count > rows else self.slots
             self._spread[lead] = slots, mx.arange(count, dtype=mx.uint32)
         return self._spread[lead]

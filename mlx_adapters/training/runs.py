@@ -25,7 +25,7 @@ from mlx_adapters.training.memory import estimate_rows
 from mlx_adapters.training.recipe import make_recipe, read_recipe, require_same, settings_of
 from mlx_adapters.training.rows import DataSet, read_data
 from mlx_adapters.training.state import Checkpoint, State
-from mlx_adapters.units import size
+from mlx_adapters.units import count, size
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def _require_unfinished(state: State, new: TrainConfig, old: TrainConfig, refere
     state.stopped_early = False
     if state.iteration >= new.iterations:
         raise TrainingError(
-            f"'{reference}' has finished its {new.iterations} iterations.",
+            f"'{reference}' has finished its {count(new.iterations, 'iteration')}.",
             f"to train on, resume it with --iterations above {state.iteration}.",
         )
 

@@ -21,6 +21,7 @@ from mlx_adapters.training.distributed import World
 from mlx_adapters.training.engine import Engine, packing_is_exact, plan_loss
 from mlx_adapters.training.feed import Feed, make_feed
 from mlx_adapters.training.rows import DataSet
+from mlx_adapters.units import count
 
 ALONE = World()
 
@@ -77,7 +78,7 @@ def initialize_from(model: Model, config: AdapterConfig, adapter: Adapter) -> No
     own = {name: w.shape for name, w in tree_flatten(model.module.trainable_parameters())}
     theirs = {name: tuple(w.shape) for name, w in adapter.weights.items()}
     if own != theirs or adapter.config.scale != config.scale:
-        wanted = f"{config.type}, rank {config.rank}, scale {config.scale:g}, {len(config.keys)} layers"
+        wanted = f"{config.type}, rank {config.rank}, scale {config.scale:g}, {count(len(config.keys), 'layer')}"
         raise IncompatibleError(
             f"The run cannot start from {adapter!r}: it needs {wanted}.",
             "leave rank, scale and target modules out to take the adapter's own.",
@@ -101,12 +102,11 @@ def tokenize_split(
     )  # fmt: skip
     limit = f"max_seq_length {config.max_seq_length}"
     if done.truncated:
-        on_event(Note(f"{done.truncated} {split_name} rows are cut at {limit}.", "warning"))
+        on_event(Note(f"{count(done.truncated, f'{split_name} row')} cut at {limit}.", "warning"))
     if done.dropped:
         named = ", ".join(done.dropped[:3])
-        on_event(
-            Note(f"{len(done.dropped)} {split_name} rows have nothing to train within {limit}: {named}.", "warning")
-        )
+        many = count(len(done.dropped), f"{split_name} row")
+        on_event(Note(f"{many} with nothing to train within {limit}: {named}.", "warning"))
     if split_name == "train" and not done.rows:
         raise FormatError(f"No training row has anything to train within {limit}.", "raise --max-seq-length.")
     return done.rows
