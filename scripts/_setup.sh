@@ -1,12 +1,12 @@
 # Make .venv and install this package into it: `. scripts/_setup.sh EXTRAS`, e.g. "" or "test".
-# Sets $python. Does nothing when .venv already holds what pyproject.toml asks for.
+# Sets $python. Does nothing when .venv already holds what pyproject.toml asks for. PYTHON chooses the interpreter.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 say() { printf '%s\n' "$*" >&2; }
 
 find_python() {
   local candidate
-  for candidate in python3.13 python3.12 python3.11 python3 python; do
+  for candidate in ${PYTHON:-python3.13 python3.12 python3.11 python3 python}; do
     if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
       command -v "$candidate"
       return
@@ -48,7 +48,7 @@ set_up() {
     return
   fi
   if command -v uv >/dev/null; then
-    "$python" -c '' 2>/dev/null || uv venv --quiet --clear --python '>=3.11' .venv
+    "$python" -c '' 2>/dev/null || uv venv --quiet --clear --python "${PYTHON:->=3.11}" .venv
     say "Installing into .venv with uv"
     uv pip install --quiet --python "$python" -e ".${extras:+[$extras]}"
   else

@@ -8,6 +8,7 @@ if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,14 @@ import pytest
 import mlx_adapters  # noqa: F401  (before mlx: it loads the fast BLAS on Linux)
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::", "", None)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a Mac the tests marked `metal` are not collected."""
+    if sys.platform != "darwin":
+        metal = [item for item in items if item.get_closest_marker("metal")]
+        items[:] = [item for item in items if item not in metal]
+        config.hook.pytest_deselected(items=metal)
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 Line: JSON keywords of `train`, with settings as mappings. Answers "pid N", and "exit N" when the process ended
 (minus the signal's number if it was killed). Nothing is computed before the fork, so each child is as good as new.
+A Mac's frameworks do not survive a fork; there each line gets a new process.
 """
 
 import json
@@ -25,19 +26,29 @@ def run(request: dict) -> None:
         assert "has finished" in error.message
 
 
+def start(line: str) -> int:
+    if sys.platform == "darwin":
+        return os.posix_spawn(sys.executable, [sys.executable, __file__, line], os.environ)
+    child = os.fork()
+    if child == 0:
+        try:
+            run(json.loads(line))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return child
+
+
 def main() -> None:
     for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            try:
-                run(json.loads(line))
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
+        child = start(line)
         print("pid", child, flush=True)
         _, status = os.waitpid(child, 0)
         print("exit", os.waitstatus_to_exitcode(status), flush=True)
 
 
-main()
+if sys.argv[1:]:
+    run(json.loads(sys.argv[1]))
+else:
+    main()
