@@ -15,7 +15,7 @@ def html_table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     def line(cells: Sequence[Any], tag: str) -> str:
         sides = ("left", *["right"] * len(cells))
         found = [
-            f'<{tag} style="text-align:{sides[i]};white-space:nowrap">{escape(str(cell))}</{tag}>'
+            f'<{tag} style="text-align:{sides[i]};padding:2px 8px;white-space:nowrap">{escape(str(cell))}</{tag}>'
             for i, cell in enumerate(cells)
         ]
         return f"<tr>{''.join(found)}</tr>"

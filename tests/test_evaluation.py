@@ -115,7 +115,7 @@ def test_figures_are_kept_with_the_adapter(tiny_model, data):
 def test_rows_are_chosen_evenly(data):
     rows, record = choose_rows(data, EvaluationConfig(max_rows=2))
     assert [row.where.rpartition(" ")[2] for row in rows] == ["1", "3"] and record["rows"] == 2
-    with pytest.raises(NotFoundError, match="no valid rows"):
+    with pytest.raises(NotFoundError, match="no rows of 'valid'"):
         choose_rows(data, EvaluationConfig(split="valid"))
 
 

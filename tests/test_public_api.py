@@ -19,6 +19,7 @@ from click.shell_completion import ShellComplete
 
 import mlx_adapters as ma
 from mlx_adapters import registry
+from mlx_adapters.cli import _output
 
 ROOT = Path(__file__).parent.parent
 NAMES = [name for name in ma.__all__ if name != "__version__"]
@@ -217,6 +218,17 @@ def test_bash_accepts_the_script(tmp_path):
     (tmp_path / "c.bash").write_text(script)
     checked = subprocess.run(["bash", "-n", str(tmp_path / "c.bash")], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr
+
+
+def test_a_dumb_terminal_gets_no_escapes(monkeypatch, capsys):
+    """A terminal that cannot go back in its line (TERM=dumb, an editor's) gets lines; NO_COLOR takes colors only."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for term, no_color, expected in (("dumb", "", 0), ("xterm", "1", 1), ("xterm", "", 3)):
+        monkeypatch.setenv("TERM", term)
+        monkeypatch.setenv("NO_COLOR", no_color)
+        _output.error("It does not work.")
+        assert capsys.readouterr().err.count("\x1b") == expected
+        assert _output.live() == (term == "xterm")
 
 
 def test_json_output_is_one_document():

@@ -297,5 +297,5 @@ def test_a_run_that_fails_before_it_saved_anything_leaves_nothing(observe, tmp_p
 
 def test_truncated_and_dropped_rows_are_told(observe):
     notes = [n.text for n in observe(replace(BASE, max_seq_length=30, mask_prompt=True)).of(Note)]
-    assert any("are cut at max_seq_length 30" in note for note in notes)
+    assert any("rows cut at max_seq_length 30" in note for note in notes)
     assert any("nothing to train within max_seq_length 30" in note for note in notes)

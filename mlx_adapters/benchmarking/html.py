@@ -40,6 +40,7 @@ def html(report: Report) -> str:
     cards = "".join(_section(name, picture) for name, picture in plots(report).items())
     warnings = "".join(f"<p>{escape(note)}</p>" for note in text.notes(report))
     sentences = "".join(f"<li>{escape(line)}</li>" for line in text.sentences(report))
+    brackets = "<p class=soft>In brackets: 95 % intervals.</p>" if "[" in sentences else ""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
@@ -48,7 +49,7 @@ def html(report: Report) -> str:
 {"".join(f'<p class="soft">{escape(line)}</p>' for line in text.head(report))}
 {f'<div class="warn">{warnings}</div>' if warnings else ""}
 {_section("Figures", f'<div class="wide">{_table(*text.table(report))}</div>')}
-{_section("Differences", f"<ul>{sentences}</ul><p class=soft>In brackets: 95 % intervals.</p>") if sentences else ""}
+{_section("Differences", f"<ul>{sentences}</ul>{brackets}") if sentences else ""}
 <div class="plots">{cards}</div>
 {_section("Ceiling", _ceiling(report))}
 {_section("Conditions", _conditions(report))}

@@ -28,6 +28,8 @@ def configure(quiet: bool, debug: bool) -> None:
     """Set what the global options ask for."""
     global _quiet, _debug
     _quiet, _debug = quiet, debug
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported
     log = logging.getLogger("mlx_adapters.hub")  # what happens below functions that take no on_event
     log.setLevel(logging.INFO)
     log.handlers = [_NoteHandler()]
@@ -44,8 +46,12 @@ def debugging() -> bool:
 
 
 def live() -> bool:
-    """Whether a live line can be shown: stderr is a terminal, and not --quiet."""
-    return not _quiet and sys.stderr.isatty()
+    """Whether a live line can be shown: not --quiet, and a terminal that can go back in its line."""
+    return not _quiet and _redraws()
+
+
+def _redraws() -> bool:
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def columns() -> int:
@@ -138,7 +144,7 @@ def progress() -> Callable[[Event], None]:
             now = time.monotonic()
             start = started.setdefault(event.stage, now)
             last = event.done >= event.total
-            if not last and now - shown[0] < (0.1 if sys.stderr.isatty() else 10):
+            if not last and now - shown[0] < (0.1 if _redraws() else 10):
                 return
             shown[0] = now
             show_live(_progress_text(event, now - start), end=last)
@@ -160,7 +166,7 @@ def show_live(text: str, end: bool = False) -> None:
     """Show `text` on the live line of the terminal; in a pipe, as a line."""
     if _quiet:
         return
-    if sys.stderr.isatty():
+    if _redraws():
         sys.stderr.write("\r\x1b[K" + text[: columns() - 1] + ("\n" if end else ""))
         sys.stderr.flush()
     else:
@@ -168,5 +174,5 @@ def show_live(text: str, end: bool = False) -> None:
 
 
 def _clear_line() -> None:
-    if sys.stderr.isatty():
+    if _redraws():
         sys.stderr.write("\r\x1b[K")

@@ -27,6 +27,7 @@ from mlx_adapters.model import Model, load_model
 from mlx_adapters.registry import changing, load_adapter, locate, names
 from mlx_adapters.tensor_names import METADATA_FILE
 from mlx_adapters.training.rows import RawRow, read_data
+from mlx_adapters.units import count
 
 SPLITS = ("test", "valid", "train")
 
@@ -105,11 +106,19 @@ class EvaluationReport:
     reference: str | None
     evaluations: tuple[Evaluation, ...]
 
+    def __repr__(self) -> str:
+        rows = count(self.data["rows"], f"{self.data['split']} row")
+        return f"EvaluationReport({', '.join(e.variant for e in self.evaluations)}; {rows} of {self._source})"
+
     def _repr_html_(self) -> str:
         from mlx_adapters.display import html_block, html_table
         from mlx_adapters.evaluation.text import table
 
-        return html_block(f"{Path(self.data['source']).name} ({self.data['split']})", html_table(*table(self)))
+        return html_block(f"{self._source} ({self.data['split']})", html_table(*table(self)))
+
+    @property
+    def _source(self) -> str:
+        return Path(self.data["source"]).name
 
     @property
     def differences(self) -> list[Difference]:

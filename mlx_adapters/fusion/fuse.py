@@ -33,7 +33,7 @@ from mlx_adapters.fusion.text import GENERAL, Text, choose_text
 from mlx_adapters.machine import on_gpu
 from mlx_adapters.model import Base, load_tokenizer_of, resolve_base
 from mlx_adapters.registry import load_adapter
-from mlx_adapters.units import count
+from mlx_adapters.units import count, size
 
 REPORT_FILE = "fuse_report.json"
 NOTABLE_KL = 0.001  # nats per token that rounding to nearest may cost without a word
@@ -110,7 +110,7 @@ class FuseResult:
 
         facts = {
             "rounding": self.method, "bits per weight": f"{self.bits_per_weight:.2f}",
-            "size": f"{self.size_bytes / 1e6:,.1f} MB", "update survival (cosine)": f"{self.update_survival:.4f}",
+            "size": size(self.size_bytes), "update survival (cosine)": f"{self.update_survival:.4f}",
         }  # fmt: skip
         checked = html_table(*self.fidelity.table()) if self.fidelity else ""
         return html_block(self.folder.name, html_facts(facts), checked)
@@ -119,7 +119,7 @@ class FuseResult:
         kl = f", KL {self.fidelity.kl_mean:.2g}" if self.fidelity else ""
         return (
             f"FuseResult('{self.folder.name}', {self.method}, {self.bits_per_weight:.2f} bits per weight, "
-            f"{self.size_bytes / 1e6:.0f} MB, update survival {self.update_survival:.4f}{kl})"
+            f"{size(self.size_bytes)}, update survival {self.update_survival:.4f}{kl})"
         )
 
 

@@ -25,7 +25,7 @@ from mlx_adapters.training.memory import estimate_rows
 from mlx_adapters.training.recipe import make_recipe, read_recipe, require_same, settings_of
 from mlx_adapters.training.rows import DataSet, read_data
 from mlx_adapters.training.state import Checkpoint, State
-from mlx_adapters.units import count, size
+from mlx_adapters.units import count, duration, size
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class TrainRun:
 
         facts = {
             "best": self.best, "final": self.final, "best validation loss": self.best_validation_loss,
-            "trained tokens": f"{self.trained_tokens:,}", "seconds": f"{self.duration_seconds:.0f}",
+            "trained tokens": f"{self.trained_tokens:,}", "time": duration(self.duration_seconds),
         }  # fmt: skip
         return html_block(self.folder.name, html_facts(facts), loss_curve(self.train_losses, self.validation_losses))
 
