@@ -350,7 +350,8 @@ def load_tokenizer_of(base: Base) -> Any:
     try:
         tokenizer = load_tokenizer(base.folder, eos_token_ids=eos)
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        raise FormatError(f"The tokenizer of '{base.name}' cannot be loaded: {error}.") from error
+        why = " ".join(str(error).split())[:300].rstrip(".")
+        raise FormatError(f"The tokenizer of '{base.name}' cannot be loaded: {why}.") from error
     # It need not warn about long texts: whoever uses it cuts them where the model's limit asks for it.
     getattr(tokenizer, "deprecation_warnings", {})["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer

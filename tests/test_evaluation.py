@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from test_benchmarking import make_adapter
 
+from mlx_adapters.benchmarking.run import check_data
 from mlx_adapters.cli import cli
 from mlx_adapters.errors import ConfigError, FormatError, NotFoundError
 from mlx_adapters.evaluation import text
@@ -110,6 +111,21 @@ def test_figures_are_kept_with_the_adapter(tiny_model, data):
     other = evaluate(["sql"], data, config=EvaluationConfig(max_rows=2))
     save(other, ["sql"])
     assert len(load_adapter("sql").metadata["evaluations"]) == 2
+
+
+def test_a_folder_with_test_rows_alone_can_be_judged_but_not_trained_on(tmp_path):
+    (tmp_path / "test.jsonl").write_text('{"text": "One row."}\n')
+    rows, record = choose_rows(tmp_path, EvaluationConfig())
+    assert len(rows) == 1 and record["split"] == "test"
+    check_data(str(tmp_path), tmp_path, None)
+    with pytest.raises(NotFoundError, match=r"no train\.jsonl"):
+        read_data(tmp_path)
+    (tmp_path / "test.jsonl").write_text("")
+    with pytest.raises(FormatError, match="has no row"):
+        choose_rows(tmp_path, EvaluationConfig())
+    (tmp_path / "test.jsonl").unlink()
+    with pytest.raises(NotFoundError, match="has no rows"):
+        choose_rows(tmp_path, EvaluationConfig())
 
 
 def test_rows_are_chosen_evenly(data):

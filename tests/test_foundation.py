@@ -18,7 +18,7 @@ import mlx_adapters as ma
 from mlx_adapters import errors, files, layers, registry, tensor_files
 from mlx_adapters.adapter import Adapter, AdapterConfig, read_adapter, write_adapter
 from mlx_adapters.config import LoraConfig, Quantization, from_mapping, read_yaml
-from mlx_adapters.model import load_model, normalized_config, resolve_base
+from mlx_adapters.model import load_model, load_tokenizer_of, normalized_config, resolve_base
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2"]
 TOKENS = [5, 9, 2, 77, 31]
@@ -337,3 +337,10 @@ def test_what_is_saved_of_the_machine_names_no_folder_of_its_user(home):
 
     found = environment()
     assert found.home == str(home) and "home" not in found.to_json() and str(home) not in str(found.to_json())
+
+
+def test_a_tokenizer_that_does_not_load_is_told_in_one_line(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(errors.FormatError) as caught:
+        load_tokenizer_of(resolve_base(tmp_path))
+    assert "\n" not in caught.value.message and not caught.value.message.endswith("..")

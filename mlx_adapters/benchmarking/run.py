@@ -63,7 +63,7 @@ def check_data(prompts: str | None, quality: str | Path | None, score: str | Non
 
     for source in (prompts, quality):
         if source is not None:
-            read_data(source)
+            read_data(source, judging=True)
     if quality is not None and score is not None:
         parse_score(score, quality)
 

@@ -181,7 +181,7 @@ def evaluate_ready(
 
 def choose_rows(data: str | Path, config: EvaluationConfig) -> tuple[list[RawRow], dict[str, Any]]:
     """The rows to judge, and what a report says of them."""
-    read = read_data(data)
+    read = read_data(data, judging=True)
     split = config.split or next(name for name in SPLITS if read.rows(name))
     rows = list(read.rows(split))
     if not rows:

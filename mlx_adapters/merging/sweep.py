@@ -60,7 +60,7 @@ def losses_on(
     from mlx_adapters.model import load_model
     from mlx_adapters.training.rows import read_data
 
-    read = read_data(data)
+    read = read_data(data, judging=True)
     rows = read.rows("test") or read.rows("valid") or read.rows("train")
     name = base or adapters[0].base_name
     if name is None:

@@ -53,7 +53,7 @@ class Split:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set: where it lies and its splits by name; "train" is always there and never empty."""
+    """A data set: where it lies and its splits by name; "train" is there, unless it was read for judging alone."""
 
     source: str
     splits: Mapping[str, Split]
@@ -68,18 +68,29 @@ class DataSet:
         return {"source": self.source, "splits": splits}
 
 
-def read_data(source: str | Path) -> DataSet:
+def read_data(source: str | Path, judging: bool = False) -> DataSet:
     """Read a data set from a folder, a file or the Hub (`hf:user/name`, which needs `datasets`).
 
-    Raises NotFoundError when there is nothing, FormatError (naming the line) for a malformed row.
+    It needs rows to train on; for `judging`, rows of any split will do. Raises NotFoundError when there is nothing,
+    FormatError (naming the line) for a malformed row.
     """
     if str(source).startswith(HUB_PREFIX):
         splits = _read_hub(str(source).removeprefix(HUB_PREFIX))
     else:
         source = Path(source).expanduser().absolute()
         splits = _read_local(source)
-    if not splits.get("train", Split("train", (), "")).rows:
-        raise FormatError(f"The data '{source}' has no training row.", "put at least one row into train.jsonl.")
+    if judging and not splits:
+        raise NotFoundError(
+            f"The data folder '{source}' has no rows.", "it needs test.jsonl, valid.jsonl or train.jsonl."
+        )
+    if not judging and "train" not in splits:
+        raise NotFoundError(
+            f"The data folder '{source}' has no train.jsonl.",
+            "it needs train.jsonl or train.parquet; valid.* and test.* are optional.",
+        )
+    if not any(split.rows for name, split in splits.items() if judging or name == "train"):
+        what = "row" if judging else "training row"
+        raise FormatError(f"The data '{source}' has no {what}.", "put at least one row into train.jsonl.")
     return DataSet(str(source), splits)
 
 
@@ -110,11 +121,6 @@ def _read_local(path: Path) -> dict[str, Split]:
             raise FormatError(f"Both '{found[0]}' and '{found[1]}' exist.", f"keep one file for {name}.")
         if found:
             splits[name] = read_split(found[0], name)
-    if "train" not in splits:
-        raise NotFoundError(
-            f"The data folder '{path}' has no train.jsonl.",
-            "it needs train.jsonl or train.parquet; valid.* and test.* are optional.",
-        )
     return splits
 
 
