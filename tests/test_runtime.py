@@ -350,3 +350,24 @@ def test_weights_and_adapters_in_memory_are_checked(live):
     for weight in (float("nan"), float("inf")):
         with pytest.raises(ConfigError, match="finite"):
             live.use("a", scale=weight)
+
+
+def test_factors_stay_laid_out_for_one_rows_products(tiny_model):
+    """Alone, mixed, and as slots of a batch: bᵀ lies in one piece, or a row's product takes twice as long."""
+    model = load_model(tiny_model("qwen2"))
+    for i in range(2):
+        model.attach(random_adapter(model, rank=2 + i, seed=i), name=str(i), use=False)
+
+    def check():
+        for site in set(model.pool._sites.values()):
+            b = np.array(site.update.b, copy=False)
+            embedding = isinstance(site.layers[0], layers.EMBEDDING)
+            assert embedding or b.flags.c_contiguous, (site.paths, b.shape, b.strides)
+
+    for selection in ("0", {"0": 0.5, "1": 2.0}):
+        model.use(selection)
+        check()
+    model.generate_batch([(TOKENS, "0"), (TOKENS, "1")], max_tokens=2)
+    check()
+    model.use("1")
+    check()

@@ -10,7 +10,7 @@ Whatever the layer, an adapted weight is W' = gain · W + b a (gain scales rows;
 
 The scale lies in b. DoRA's m / ‖W + ΔW‖ (arXiv 2402.09353) depends on weights alone, so it is computed once,
 here, and becomes a gain. The change W' - W is linear in (gain - 1, b a): adapters add up, with any weights.
-Both factors are stored with the contracted axis last, as matrix-vector kernels want it.
+Both factors are stored with the contracted axis last, as matrix-vector kernels want it; but see `stored`.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,17 @@ from dataclasses import dataclass
 
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.door import mx, nn
-from mlx_adapters.layers import EMBEDDING, SWITCH, dense_weight
+from mlx_adapters.layers import EMBEDDING, LINEAR, SWITCH, dense_weight
+from mlx_adapters.machine import on_gpu
+
+
+def stored(b: mx.array) -> mx.array:
+    """The factor b of linear layers, laid out in memory for products with bᵀ.
+
+    On a CPU that is (r, out): BLAS packs an (out, r) so slowly that the product of one row takes 1.7 times as long
+    (8.5 to 5.0 µs for (576, 8), 11.9 to 6.6 µs for (1536, 8); OpenBLAS, one core).
+    """
+    return mx.contiguous(b) if on_gpu() else mx.contiguous(b.swapaxes(-1, -2)).swapaxes(-1, -2)
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,8 @@ def prepare(layer: nn.Module, adapter: Adapter, key: str, dtype: mx.Dtype) -> Fa
         gain = m.astype(mx.float32) / mx.linalg.norm(dense_weight(layer, mx.float32) + b @ a, axis=-1)
         b = gain[:, None] * b
         shift = layer.bias.astype(mx.float32) * (1 - gain) if "bias" in layer else None
-    made = Factors(*(None if x is None else mx.contiguous(x.astype(dtype)) for x in (a, b, gain, shift)))
+    a, b, gain, shift = (None if x is None else mx.contiguous(x.astype(dtype)) for x in (a, b, gain, shift))
+    made = Factors(a, stored(b) if isinstance(layer, LINEAR) else b, gain, shift)
     mx.eval(made.arrays)
     return made
 
@@ -70,7 +81,7 @@ def combine(parts: Sequence[tuple[Factors, float]]) -> Factors:
     b = mx.concatenate([weight * f.b for f, weight in parts], axis=-1)
     gains = [weight * (f.gain - 1) for f, weight in parts if f.gain is not None]
     shifts = [weight * f.shift for f, weight in parts if f.shift is not None]
-    return Factors(a, b, 1 + sum(gains) if gains else None, sum(shifts) if shifts else None)
+    return Factors(a, stored(b), 1 + sum(gains) if gains else None, sum(shifts) if shifts else None)
 
 
 def below_each_other(parts: Sequence[Factors | None], widths: Sequence[int]) -> Factors | None:
@@ -89,7 +100,7 @@ def below_each_other(parts: Sequence[Factors | None], widths: Sequence[int]) -> 
             rank = f.a.shape[0]
             rows.append(mx.pad(f.b, [(0, 0), (start, total - start - rank)]))
             start += rank
-    return Factors(mx.concatenate([f.a for f in there]), mx.concatenate(rows),
+    return Factors(mx.concatenate([f.a for f in there]), stored(mx.concatenate(rows)),
                    _row(parts, widths, "gain", 1, dtype), _row(parts, widths, "shift", 0, dtype))  # fmt: skip
 
 
@@ -104,8 +115,8 @@ def _row(
     )
 
 
-def stack(adapters: Sequence[Factors | None]) -> Factors:
-    """The factors of many adapters for one layer, each in a slot of a new first axis; None is all zero.
+def stack(adapters: Sequence[Factors | None], linear: bool) -> Factors:
+    """The factors of many adapters for one layer (linear or not), each in a slot of a new first axis; None is all zero.
 
     Ranks are padded with zeros to the largest.
     """
@@ -130,7 +141,7 @@ def stack(adapters: Sequence[Factors | None]) -> Factors:
 
     a = mx.stack([padded(f and f.a, like.a, -2) for f in adapters])
     b = mx.stack([padded(f and f.b, like.b, -1) for f in adapters])
-    return Factors(a, b, rows("gain", 1), rows("shift", 0))
+    return Factors(a, stored(b) if linear else b, rows("gain", 1), rows("shift", 0))
 
 
 def slot_of(stacked: Factors, slot: int) -> Factors:

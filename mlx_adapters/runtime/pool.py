@@ -19,7 +19,16 @@ from mlx_adapters.adapter import Adapter
 from mlx_adapters.config import require
 from mlx_adapters.door import mx, nn
 from mlx_adapters.errors import IncompatibleError, NotFoundError, did_you_mean
-from mlx_adapters.layers import EMBEDDING, SWITCH, AdapterLayer, adaptable_layers, check_fits, dense_layer, dense_weight
+from mlx_adapters.layers import (
+    EMBEDDING,
+    LINEAR,
+    SWITCH,
+    AdapterLayer,
+    adaptable_layers,
+    check_fits,
+    dense_layer,
+    dense_weight,
+)
 from mlx_adapters.machine import on_gpu
 from mlx_adapters.runtime.factors import Factors, combine, prepare, slot_of, stack
 from mlx_adapters.runtime.layers import (
@@ -274,7 +283,8 @@ class AdapterPool:
         for site in set(self._sites.values()):
             if not any(site in entry.factors for entry in entries):
                 continue
-            stacked = stack([None, *(entry.factors.get(site) for entry in entries)])
+            factors = [None, *(entry.factors.get(site) for entry in entries)]
+            stacked = stack(factors, isinstance(site.layers[0], LINEAR))
             mx.eval(stacked.arrays)
             self._stacks[site] = stacked
             for slot, entry in enumerate(entries, start=1):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from mlx_adapters.door import mx
 from mlx_adapters.errors import IncompatibleError
+from mlx_adapters.machine import on_gpu
 from mlx_adapters.runtime.factors import Factors
 
 
@@ -20,6 +21,7 @@ class ForAll:
         if self.a.ndim == 2:  # for one row: a product of equal ranks needs no reshaping around it
             self.one_a, self.one_b = self.a[None], self.b[None]
             mx.eval(self.one_a, self.one_b)
+        self.adds = not on_gpu() and self.b.dtype == mx.float32  # a product that adds is one operation less
         mx.eval(self.a, self.b)
 
     def linear(self, y: mx.array, x: mx.array) -> mx.array:
@@ -29,8 +31,10 @@ class ForAll:
             if self.shift is not None:
                 y = y + self.shift
         if x.ndim == 3 and x.shape[0] == 1:
-            return y + (x @ self.one_a) @ self.one_b
-        return y + (x @ self.a) @ self.b
+            a, b = self.one_a, self.one_b
+        else:
+            a, b = self.a, self.b
+        return mx.addmm(y, x @ a, b) if self.adds else y + (x @ a) @ b
 
     def lookup(self, y: mx.array, ids: mx.array) -> mx.array:
         """y (..., dim) and ids (...)."""
