@@ -172,9 +172,9 @@ def weight_shape(layer: nn.Module) -> tuple[int, ...]:
     return tuple(layer.weight.shape)
 
 
-def check_fits(adapter: Adapter, module: nn.Module, base: str = "the base") -> None:
-    """Raise IncompatibleError unless every tensor of the adapter has its place in the model."""
-    layers = adaptable_layers(module)
+def check_fits(adapter: Adapter, model: nn.Module | Mapping[str, nn.Module], base: str = "the base") -> None:
+    """Raise IncompatibleError unless every tensor of the adapter has its place in the model (or its layers)."""
+    layers = adaptable_layers(model) if isinstance(model, nn.Module) else model
     made_for = f"it was made for '{adapter.base_name}'." if adapter.base_name else None
     for key in adapter.config.keys:
         if key not in layers:

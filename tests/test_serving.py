@@ -15,7 +15,7 @@ import openai
 import pytest
 from test_runtime import random_adapter
 
-from mlx_adapters.errors import ConfigError
+from mlx_adapters.errors import ConfigError, IncompatibleError
 from mlx_adapters.registry import register
 from mlx_adapters.runtime.live import load_model
 from mlx_adapters.serving.metrics import Metrics
@@ -459,6 +459,18 @@ def test_adapters_stay_within_their_bytes(registered):
             assert engine.model.pool.nbytes == size
 
 
+def test_an_adapter_of_another_base_is_refused_at_the_start(registered, tiny_model):
+    """Also one for which there is no room yet."""
+    folder, adapters = registered
+    for most in (1, 2):
+        with pytest.raises(IncompatibleError, match="other weights"):
+            make_engine(str(tiny_model("llama", seed=1)), adapters[:most], ServeSettings(max_adapters=1))
+    foreign = random_adapter(load_model(tiny_model("llama", seed=1)))
+    register(foreign, "foreign", overwrite=True)
+    with pytest.raises(IncompatibleError, match="other weights"):
+        make_engine(str(folder), [*adapters, ("foreign", "foreign")], ServeSettings(max_adapters=1))
+
+
 def test_no_adapter_waits_for_ever_behind_busy_ones(registered):
     """With room for one adapter and a crowd that always asks for it, the other one gets its turn."""
     folder, adapters = registered
@@ -486,6 +498,7 @@ def test_a_damaged_adapter_and_a_dead_engine(registered, monkeypatch):
     with running(folder, adapters, max_adapters=1) as (address, engine):
         url, body = address + "/v1/chat/completions", {"messages": CHAT, "max_tokens": 2}
         with monkeypatch.context() as patch:
+            patch.setattr("mlx_adapters.runtime.live.load_adapter", lambda _: 1 / 0)
             patch.setattr("mlx_adapters.serving.engine.load_adapter", lambda _: 1 / 0)
             assert httpx.post(url, json=body | {"model": "q"}).status_code == 503
         assert httpx.post(url, json=body | {"model": "q"}).status_code == 200

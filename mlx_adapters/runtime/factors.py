@@ -69,7 +69,8 @@ def prepare(layer: nn.Module, adapter: Adapter, key: str, dtype: mx.Dtype) -> Fa
         shift = layer.bias.astype(mx.float32) * (1 - gain) if "bias" in layer else None
     a, b, gain, shift = (None if x is None else mx.contiguous(x.astype(dtype)) for x in (a, b, gain, shift))
     made = Factors(a, stored(b) if isinstance(layer, LINEAR) else b, gain, shift)
-    mx.eval(made.arrays)
+    if gain is not None:  # else it is small, and evaluating all layers at once takes less time
+        mx.eval(made.arrays)
     return made
 
 

@@ -77,14 +77,14 @@ class LiveModel(Model):
         It is called `name`, else by its own name, under which it replaces an older one. Returns the name. When
         this raises (NotFoundError, FormatError, IncompatibleError), nothing was changed.
         """
-        entry = self._add(load_adapter(adapter), any_base, name)
+        loaded = adapter.check() if isinstance(adapter, Adapter) else load_adapter(adapter)
+        entry = self._add(loaded, any_base, name)
         if use:
             self.pool.select(((entry, 1.0),))
             self.adapter = entry.adapter
         return entry.name
 
     def _add(self, adapter: Adapter, any_base: bool, name: str | None) -> Attached:
-        adapter.check()
         if not any_base:
             check_made_for(adapter, self.base.name, self.base.fingerprint)
         return self.pool.add(name or adapter.name, adapter)
@@ -110,7 +110,7 @@ class LiveModel(Model):
         with self.pool.lock:
             temporary = None
             if isinstance(adapter, Path | Adapter) or (isinstance(adapter, str) and adapter not in self.pool.attached):
-                loaded = load_adapter(adapter)
+                loaded = adapter.check() if isinstance(adapter, Adapter) else load_adapter(adapter)
                 temporary = self._add(loaded, False, f"{loaded.name} ({len(self.pool.attached)})")
             chosen = ((temporary, scale),) if temporary else self.pool.choose(adapter, scale)  # type: ignore[arg-type]
             try:

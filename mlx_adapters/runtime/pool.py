@@ -107,7 +107,7 @@ class AdapterPool:
     def add(self, name: str, adapter: Adapter) -> Attached:
         """Take an adapter in under `name`, in place of one of that name. When this raises, nothing changed."""
         with self.lock:
-            check_fits(adapter, self.module)
+            check_fits(adapter, self.layers)
             keys = adapter.config.keys
             prepared = {key: prepare(self.layers[key], adapter, key, self.dtype) for key in keys}
             sites = self._install(keys)
@@ -228,6 +228,7 @@ class AdapterPool:
                 parts = [(e.factors[site], weight) for e, weight in selection if site in e.factors]
                 if parts:
                     updates[site] = ForAll(combine(parts))
+            mx.eval([update.arrays for update in updates.values()])  # at once: each eval takes its time
             while len(self._plans) >= MAX_PLANS:
                 del self._plans[next(iter(self._plans))]
             self._plans[key] = Plan(selection, updates)

@@ -20,9 +20,12 @@ class ForAll:
         self.a, self.b = factors.a.swapaxes(-1, -2), factors.b.swapaxes(-1, -2)
         if self.a.ndim == 2:  # for one row: a product of equal ranks needs no reshaping around it
             self.one_a, self.one_b = self.a[None], self.b[None]
-            mx.eval(self.one_a, self.one_b)
         self.adds = not on_gpu() and self.b.dtype == mx.float32  # a product that adds is one operation less
-        mx.eval(self.a, self.b)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What must be evaluated before it is used."""
+        return [self.a, self.b, *([self.one_a, self.one_b] if self.a.ndim == 2 else [])]
 
     def linear(self, y: mx.array, x: mx.array) -> mx.array:
         """y (..., out) and x (..., in)."""

@@ -282,7 +282,7 @@ class Engine:
         if not self._make_room(served):
             return None
         name = f"{served.name}#{next(self._serial)}"
-        self.model.attach(adapter or load_adapter(served.reference), name=name, use=False)
+        self.model.attach(adapter or served.reference, name=name, use=False)
         served.attached = self.model.pool.get(name)
         self.metrics.add("adapter_loads_total", adapter=served.name)
         return served.attached

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_adapters.config import require
 from mlx_adapters.errors import ConfigError, NotFoundError
-from mlx_adapters.layers import check_fits
+from mlx_adapters.layers import check_fits, check_made_for
 from mlx_adapters.registry import check_name, load_adapter, parse_reference
 from mlx_adapters.runtime.live import load_model
 from mlx_adapters.serving.engine import Engine, Served
@@ -58,7 +58,9 @@ def make_engine(
         if len(model.pool.attached) < settings.max_adapters:
             engine.add_adapter(adapter, reference)
         else:
-            check_fits(load_adapter(reference), model.module, f"'{called}'")
+            loaded = load_adapter(reference)
+            check_fits(loaded, model.module, f"'{called}'")
+            check_made_for(loaded, model.base.name, model.base.fingerprint)
             engine.served[adapter] = Served(adapter, reference)
     return engine
 

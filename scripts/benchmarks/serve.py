@@ -5,8 +5,8 @@
 
 Adapters have random weights, rank 8 on every linear layer. `load` is mlx_lm.load of the base with one adapter's
 folder, until its weights are evaluated. `switch` is between attached adapters; its first time costs a plan, and
-`from disk` is what an adapter costs that was put out of memory. Batches are 16 requests of one prompt length, greedy, with the same
-number of tokens each; every variant is run in turn `--rounds` times and the median is shown.
+`from disk` is what an adapter costs that was put out of memory. Batches are 16 requests of one prompt length,
+greedy, with the same number of tokens each; every variant is run in turn `--rounds` times and the median is shown.
 """
 
 import argparse
