@@ -10,7 +10,13 @@ from mlx_adapters.cli._options import UserPath, json_option, overwrite_option
 
 @click.group("data")
 def data_command() -> None:
-    """Look at training data before training, and split it."""
+    """Look at training data before training, and split it.
+
+    \b
+    Example:
+      mlx-adapters data split rows.jsonl data/mine
+      mlx-adapters data check data/mine
+    """
 
 
 @data_command.command("check")

@@ -118,7 +118,8 @@ def _get(
     if not isinstance(value, (int, float) if kind is float else kind) or (isinstance(value, bool) and kind is not bool):
         names = {int: "an integer", float: "a number", str: "a string", bool: "a boolean"}
         raise ApiError(400, f"'{name}' must be {names[kind]}.", param=name)
-    if (low is not None and value < low) or (high is not None and value > high):
+    number: Any = value  # only numbers come with bounds
+    if (low is not None and number < low) or (high is not None and number > high):
         bounds = f"at least {low:g}" + (f" and at most {high:g}" if high is not None else "")
         raise ApiError(400, f"'{name}' must be {bounds}.", param=name)
     return kind(value)
