@@ -26,6 +26,7 @@ from mlx_adapters.door import load_config, load_mlx_model, load_tokenizer, make_
 from mlx_adapters.errors import FormatError, HubError, ModelError, NotFoundError
 from mlx_adapters.layers import attach, check_fits, check_made_for, dequantize_layers, detach, untie
 from mlx_adapters.machine import on_gpu
+from mlx_adapters.tensor_names import CONFIG_FILE
 
 DEMO = "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
@@ -164,7 +165,7 @@ def resolve_base(name: str | Path | Base, download: bool = True) -> Base:
     if isinstance(name, Path) or text.startswith((".", "/", "~")) or folder.is_dir():
         if not (folder / "config.json").is_file():
             what = "no config.json in it" if folder.is_dir() else "no such folder"
-            raise NotFoundError(f"There is no model at '{text}': {what}.")
+            raise NotFoundError(f"There is no model at '{text}': {what}.", _adapter_hint(folder))
         return Base(str(folder), folder)
     if not HUB_ID.fullmatch(text):
         raise NotFoundError(
@@ -173,7 +174,13 @@ def resolve_base(name: str | Path | Base, download: bool = True) -> Base:
         )
     repo, _, revision = text.partition("@")
     folder = _snapshot(repo, revision or None, download)
+    if not (folder / "config.json").is_file():
+        raise NotFoundError(f"There is no model in '{text}': no config.json in it.", _adapter_hint(folder))
     return Base(text, folder, folder.name if folder.parent.name == "snapshots" else revision or None)
+
+
+def _adapter_hint(folder: Path) -> str | None:
+    return "it is an adapter: name it with --adapter." if (folder / CONFIG_FILE).is_file() else None
 
 
 def _snapshot(repo: str, revision: str | None, download: bool) -> Path:

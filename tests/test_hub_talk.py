@@ -101,6 +101,18 @@ def test_a_name_for_a_whole_model_is_refused(hub, base):
     assert ma.download("user/model").kind == "model"
 
 
+def test_an_adapter_named_as_the_base_is_told_apart(hub, sql, tmp_path):
+    publish("sql", REPO)
+    for name in (REPO, sql.folder):
+        with pytest.raises(errors.NotFoundError, match=r"no config\.json") as caught:
+            ma.load_model(name)
+        assert "it is an adapter" in caught.value.hint
+    hub.requests.clear()
+    with pytest.raises(errors.ConfigError, match="cannot be an adapter's name"):
+        ma.download(REPO, name="a b")
+    assert not hub.requests
+
+
 def test_what_comes_from_the_cache_is_said_to(hub, sql, monkeypatch, caplog):
     publish("sql", REPO)
     caplog.set_level(logging.INFO, logger="mlx_adapters.hub")

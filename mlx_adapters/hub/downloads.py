@@ -11,7 +11,7 @@ from mlx_adapters.config import require
 from mlx_adapters.errors import HubError
 from mlx_adapters.hub.client import snapshot
 from mlx_adapters.model import resolve_base
-from mlx_adapters.registry import parse_reference, register
+from mlx_adapters.registry import check_name, parse_reference, register
 from mlx_adapters.tensor_names import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -45,6 +45,8 @@ def download(
     FormatError, IncompatibleError or ExistsError.
     """
     reference = parse_reference(repo)
+    if name is not None:
+        check_name(name)
     require(reference.kind == "hub", f"'{repo}' is no repository: it is 'user/name' or 'user/name@revision'.")
     found, commit = snapshot(
         reference.target, reference.revision, [*ADAPTER_FILES, "config.json"], show_progress=show_progress
