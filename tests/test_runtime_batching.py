@@ -6,13 +6,14 @@ import pytest
 from test_runtime import distance, random_adapter
 
 from mlx_adapters.errors import ConfigError
-from mlx_adapters.runtime.batching import Batcher, Request
+from mlx_adapters.runtime.batching import Batcher, Request, answer_all
 from mlx_adapters.runtime.live import load_model
 from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.runtime.sampling import Sampler
 from mlx_adapters.runtime.text import TextStream
 
 ARCHITECTURES = ["llama", "gemma3_text", "qwen3_moe"]
+PROMPT = [5, 9, 2, 77, 31]
 
 
 def many(model, count, group=False):
@@ -183,3 +184,29 @@ def test_routed_rows_do_not_leak_into_the_next_call(tiny_model):
         rows = model.module(mx.array([[1, 2, 3]] * 3))
         mx.eval(rows)
     assert distance(rows[2], base) < 1e-4 and mx.array_equal(model.logits([1, 2, 3]), base)
+
+
+def test_adapters_of_any_rank_come_while_others_are_mixed(tiny_model):
+    """A batch of old and new adapters equals the solo runs, and no adapter takes the room of the largest."""
+    model = load_model(tiny_model("qwen3_moe"))
+    names, solo = [None], [model.generate(PROMPT, max_tokens=6).token_ids]
+    for i, rank in enumerate((2, 2, 16, 3)):
+        name = model.attach(random_adapter(model, rank=rank, seed=i), name=str(i), use=False)
+        with model.using(name):
+            solo.append(model.generate(PROMPT, max_tokens=6).token_ids)
+        names.append(name)
+        before = model.pool.nbytes
+        requests = [Request(PROMPT, name and model.pool.get(name), 6) for name in names]
+        answers = dict(answer_all(model.module, model.pool, requests))
+        assert [answers[request] for request in requests] == solo
+        assert model.pool.nbytes == before
+
+
+def test_mixtures_are_not_kept_for_ever(tiny_model):
+    model = load_model(tiny_model("llama"))
+    for i in range(2):
+        model.attach(random_adapter(model, rank=64, seed=i), name=str(i), use=False)
+    before = mx.get_active_memory()
+    for i in range(10):
+        model.use({"0": 0.1 * i + 0.1, "1": 0.5})
+    assert mx.get_active_memory() < before + 2.5 * model.pool.nbytes

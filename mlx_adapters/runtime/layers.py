@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from mlx_adapters.door import mx, nn
 from mlx_adapters.layers import AdapterLayer
 from mlx_adapters.runtime.factors import Factors, below_each_other
-from mlx_adapters.runtime.updates import PerRow, Update
+from mlx_adapters.runtime.updates import Update
 from mlx_adapters.tensor_names import BIAS, QUANTIZED_LEAVES, WEIGHT
 
 
@@ -170,8 +170,8 @@ def remember_indices(block: nn.Module, site: Site) -> Callable[[], None]:
 
     class Remembering(kind):  # type: ignore[misc, valid-type]
         def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
-            if isinstance(site.update, PerRow):
-                site.update.rows.indices = indices
+            for part in getattr(site.update, "parts", ()):
+                part.rows.indices = indices
             return super().__call__(x, indices)
 
     Remembering.__name__, Remembering.__qualname__ = kind.__name__, kind.__qualname__

@@ -21,7 +21,6 @@ from mlx_adapters.door import mx, nn
 from mlx_adapters.errors import IncompatibleError, NotFoundError, did_you_mean
 from mlx_adapters.layers import (
     EMBEDDING,
-    LINEAR,
     SWITCH,
     AdapterLayer,
     adaptable_layers,
@@ -30,7 +29,7 @@ from mlx_adapters.layers import (
     dense_weight,
 )
 from mlx_adapters.machine import on_gpu
-from mlx_adapters.runtime.factors import Factors, combine, prepare, slot_of, stack
+from mlx_adapters.runtime.factors import Factors, combine, prepare
 from mlx_adapters.runtime.layers import (
     AdaptedEmbedding,
     AdaptedExperts,
@@ -42,7 +41,8 @@ from mlx_adapters.runtime.layers import (
     remember_indices,
     replace_layers,
 )
-from mlx_adapters.runtime.updates import ForAll, PerRow, Rows
+from mlx_adapters.runtime.stacks import Stacks
+from mlx_adapters.runtime.updates import ForAll
 
 
 @dataclass(eq=False)
@@ -74,7 +74,7 @@ class Plan:
     updates: dict[Site, ForAll]
 
 
-MAX_PLANS = 32
+MAX_MIXTURES = 2  # kept for switching back
 
 
 class AdapterPool:
@@ -98,8 +98,7 @@ class AdapterPool:
         self._sites: dict[str, Site] = {}
         self._undo: list[Callable[[], None]] = []
         self._unfused: dict[str, nn.Module] = {}
-        self._slots: dict[Attached, int] = {}
-        self._stacks: dict[Site, Factors] = {}
+        self._stacks: Stacks | None = None
         self._clock = itertools.count(1)
 
     # -- coming and going ------------------------------------------------------------------------------
@@ -117,6 +116,7 @@ class AdapterPool:
             if name in self.attached:
                 self._forget(self.attached[name])
             self.attached[name] = entry
+            self._stacks = None
             self.touch(entry)
             return entry
 
@@ -155,7 +155,7 @@ class AdapterPool:
         entry.alive = False
         if any(used is entry for used, _ in self.selection):
             self.select(())
-        self._drop_stacks()
+        self._stacks, self._plans = None, {}
 
     # -- the sites -------------------------------------------------------------------------------------
 
@@ -191,7 +191,7 @@ class AdapterPool:
         while self._undo:
             self._undo.pop()()
         self._sites = {}
-        self._drop_stacks()
+        self._stacks, self._plans = None, {}
 
     # -- at work ---------------------------------------------------------------------------------------
 
@@ -229,8 +229,10 @@ class AdapterPool:
                 if parts:
                     updates[site] = ForAll(combine(parts))
             mx.eval([update.arrays for update in updates.values()])  # at once: each eval takes its time
-            while len(self._plans) >= MAX_PLANS:
-                del self._plans[next(iter(self._plans))]
+            if key and (len(key) > 1 or key[0][1] != 1):  # a mixture holds arrays of its own
+                mixtures = [old for old in self._plans if old and (len(old) > 1 or old[0][1] != 1)]
+                for old in mixtures[: len(mixtures) + 1 - MAX_MIXTURES]:
+                    del self._plans[old]
             self._plans[key] = Plan(selection, updates)
         return self._plans[key]
 
@@ -257,47 +259,19 @@ class AdapterPool:
             return
         with self.lock:
             self.unfuse()
-            self._build_stacks()
-            rows = self._rows(tuple(0 if entry is None else self._slots[entry] for entry in entries))
-            before = {site: site.update for site in self._stacks}
-            for site, update in rows.items():
-                site.update = update
+            if self._stacks is None:
+                self._stacks = Stacks(self.attached.values(), set(self._sites.values()))
+                self._plans = {}  # they hold the factors from before
+                self.select(self.selection)
+            updates = self._stacks.updates(entries)
+            before = {site: site.update for site in set(self._sites.values())}
+            for site in before:
+                site.update = updates.get(site)
             try:
                 yield
             finally:
                 for site, earlier in before.items():
                     site.update = earlier
-
-    def _rows(self, slots: tuple[int, ...]) -> dict[Site, PerRow]:
-        if self._routing[0] != slots:
-            rows = Rows(slots)
-            self._routing = slots, {site: PerRow(stacked, rows) for site, stacked in self._stacks.items()}
-        return self._routing[1]
-
-    _routing: tuple[tuple[int, ...] | None, dict[Site, PerRow]] = (None, {})
-
-    def _build_stacks(self) -> None:
-        """Stack the factors of all adapters, slot 0 being the base; each adapter keeps views into the stacks."""
-        if self._slots:
-            return
-        entries = list(self.attached.values())
-        for site in set(self._sites.values()):
-            if not any(site in entry.factors for entry in entries):
-                continue
-            factors = [None, *(entry.factors.get(site) for entry in entries)]
-            stacked = stack(factors, isinstance(site.layers[0], LINEAR))
-            mx.eval(stacked.arrays)
-            self._stacks[site] = stacked
-            for slot, entry in enumerate(entries, start=1):
-                if site in entry.factors:
-                    entry.factors[site] = slot_of(stacked, slot)
-                    mx.eval(entry.factors[site].arrays)
-        self._slots = {entry: slot for slot, entry in enumerate(entries, start=1)}
-        self._plans = {}
-        self.select(self.selection)
-
-    def _drop_stacks(self) -> None:
-        self._slots, self._stacks, self._routing, self._plans = {}, {}, (None, {}), {}
 
     # -- fused in place --------------------------------------------------------------------------------
 

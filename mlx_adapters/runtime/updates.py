@@ -84,7 +84,7 @@ class PerRow:
     S-LoRA, arXiv 2311.03285). `stacked` holds (slots, r, in) and (slots, out, r); slot 0 is all zero."""
 
     def __init__(self, stacked: Factors, rows: Rows) -> None:
-        self.stacked, self.rows = stacked, rows
+        self.stacked, self.rows, self.parts = stacked, rows, (self,)
         self.a, self.b = stacked.a.swapaxes(-1, -2), stacked.b.swapaxes(-1, -2)
 
     def linear(self, y: mx.array, x: mx.array) -> mx.array:
@@ -118,4 +118,29 @@ class PerRow:
         return y + mx.gather_mm(z, self.b.flatten(0, 1), rhs_indices=which)
 
 
-Update = ForAll | PerRow
+class InTurn:
+    """Updates after one another; of those of one row all but one are zero."""
+
+    def __init__(self, parts: Sequence[PerRow]) -> None:
+        self.parts = tuple(parts)
+
+    def linear(self, y: mx.array, x: mx.array) -> mx.array:
+        """See PerRow."""
+        for part in self.parts:
+            y = part.linear(y, x)
+        return y
+
+    def lookup(self, y: mx.array, ids: mx.array) -> mx.array:
+        """See PerRow."""
+        for part in self.parts:
+            y = part.lookup(y, ids)
+        return y
+
+    def experts(self, y: mx.array, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
+        """See PerRow."""
+        for part in self.parts:
+            y = part.experts(y, x, indices, sorted_indices)
+        return y
+
+
+Update = ForAll | PerRow | InTurn

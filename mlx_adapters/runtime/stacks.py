@@ -1,0 +1,56 @@
+"""The factors of many adapters side by side, for batches whose rows have different adapters.
+
+Adapters of one rank lie in one stack for each site, whose slot 0 is all zero: the base. So nothing is padded to
+another adapter's rank, and a batch computes with the stacks of its own adapters alone.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from mlx_adapters.door import mx
+from mlx_adapters.layers import LINEAR
+from mlx_adapters.runtime.factors import Factors, slot_of, stack
+from mlx_adapters.runtime.layers import Site
+from mlx_adapters.runtime.updates import InTurn, PerRow, Rows, Update
+
+if TYPE_CHECKING:
+    from mlx_adapters.runtime.pool import Attached
+
+
+class Stacks:
+    """The stacks of these adapters. From now on each adapter's own factors are views into them."""
+
+    def __init__(self, entries: Iterable["Attached"], sites: Iterable[Site]) -> None:
+        groups: dict[int, list[Attached]] = {}
+        for entry in entries:
+            groups.setdefault(entry.adapter.config.rank, []).append(entry)
+        self._places = {e: (rank, slot) for rank, equal in groups.items() for slot, e in enumerate(equal, start=1)}
+        self._stacks: dict[int, dict[Site, Factors]] = {rank: {} for rank in groups}
+        for site in sites:
+            for rank, equal in groups.items():
+                if any(site in entry.factors for entry in equal):
+                    self._stacks[rank][site] = _stacked(site, equal)
+        self._latest: tuple[tuple[Attached | None, ...], dict[Site, Update]] = ((), {})
+
+    def updates(self, entries: Sequence["Attached | None"]) -> dict[Site, Update]:
+        """What each site adds when row i of a batch has adapter `entries[i]` (None: the base)."""
+        if self._latest[0] != tuple(entries):
+            places = [(0, 0) if entry is None else self._places[entry] for entry in entries]
+            found: dict[Site, list[PerRow]] = {}
+            for rank in sorted({rank for rank, slot in places if slot}):
+                rows = Rows([slot if of == rank else 0 for of, slot in places])
+                for site, stacked in self._stacks[rank].items():
+                    found.setdefault(site, []).append(PerRow(stacked, rows))
+            made = {site: parts[0] if len(parts) == 1 else InTurn(parts) for site, parts in found.items()}
+            self._latest = tuple(entries), made
+        return self._latest[1]
+
+
+def _stacked(site: Site, entries: Sequence["Attached"]) -> Factors:
+    made = stack([None, *(entry.factors.get(site) for entry in entries)], isinstance(site.layers[0], LINEAR))
+    mx.eval(made.arrays)
+    for slot, entry in enumerate(entries, start=1):
+        if site in entry.factors:
+            entry.factors[site] = slot_of(made, slot)
+            mx.eval(entry.factors[site].arrays)
+    return made
