@@ -2,9 +2,11 @@
 
 import ast
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mlx_adapters.units import count
 
@@ -117,3 +119,20 @@ def test_things_are_counted_in_good_grammar():
     assert not found
     assert [count(n, "batch") for n in (0, 1, 2)] == ["0 batches", "1 batch", "2 batches"]
     assert count(1, "task") == "1 task" and count(1200, "layer") == "1,200 layers"
+
+
+def test_shell_scripts_run_on_a_mac_too():
+    """There bash is 3.2 and the tools are BSD's; what needs Linux stands behind a check of the system."""
+    scripts = [p for p in (PACKAGE.parent / "scripts").iterdir() if p.is_file() and "bash" in p.read_text()[:200]]
+    assert len(scripts) >= 5
+    lacking = (
+        r"\b(?:timeout|nproc|flock|mapfile|readarray|realpath|declare -A|readlink -f|sed -i|grep -P|stat -c|xargs -r)\b"
+    )
+    for path in scripts:
+        text = path.read_text()
+        assert not re.search(rf"^[^#\n]*{lacking}|\$\{{\w+(?:,,|\^\^)|&>>|\|&", text, re.M), path.name
+        assert subprocess.run(["bash", "-n", str(path)], capture_output=True).returncode == 0
+    ci = yaml.safe_load((PACKAGE.parent / ".github" / "workflows" / "ci.yml").read_text())
+    for job in ci["jobs"].values():  # without it the scripts take the newest Python of the machine
+        (setup,) = [step["with"] for step in job["steps"] if "setup-python" in step.get("uses", "")]
+        assert job["env"]["PYTHON"] == f"python{setup['python-version']}"
