@@ -23,6 +23,7 @@ from mlx_adapters.benchmarking.plan import BenchmarkConfig, schedule
 from mlx_adapters.benchmarking.report import Report, Run, read_report
 from mlx_adapters.benchmarking.run import benchmark, run
 from mlx_adapters.benchmarking.statistics import (
+    Ratio,
     bootstrap_error,
     mean,
     paired_ratio,
@@ -370,6 +371,10 @@ def test_sentences_claim_only_what_was_seen():
     slow = next(line for line in found if line.startswith("slow against base, decode"))
     assert "slower [" in slow and 7.5 < float(slow.partition(": ")[2].split(" %")[0]) < 8.5
     assert any(line.startswith("same against base, decode: no difference seen") for line in found)
+
+
+def test_nothing_changes_by_minus_zero():
+    assert text.phrase("decode_tps", Ratio(0.9999, 0.9997, 1.0001, 5)) == "no difference seen [+0.0, +0.0] %"
 
 
 def test_wide_intervals_are_not_called_equality():

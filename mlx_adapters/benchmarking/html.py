@@ -108,7 +108,7 @@ def _intervals(report: Report) -> list[tuple[str, float, float, float]]:
     for found in report.comparisons:
         if found.against == first and found.ratio.low is not None and found.ratio.high is not None:
             where = f" {found.prompt_tokens} x {found.batch}" if many and found.prompt_tokens else ""
-            low, middle, high = (100 * (v - 1) for v in (found.ratio.low, found.ratio.value, found.ratio.high))
+            low, middle, high = (text.percent(v) for v in (found.ratio.low, found.ratio.value, found.ratio.high))
             rows.append((f"{METRICS[found.metric].title}{where}: {found.variant}", low, middle, high))
     return rows
 

@@ -128,11 +128,15 @@ def spread(summary: Summary, digits: int = 3, factor: float = 1.0) -> str:
     return f"{middle} ({low}-{high})" if summary.count > 1 else middle
 
 
+def percent(ratio: float) -> float:
+    """The change in percent to one digit after the point; 0, never -0."""
+    return round(100 * (ratio - 1), 1) + 0.0
+
+
 def phrase(metric: str, ratio: Ratio) -> str:
     """A ratio in words: "8.0 % slower [6.1, 9.8]" or "no difference seen [-1.2, +2.0] %"."""
     up, down = WORDS[METRICS[metric].unit]
-    percent = [None if v is None else 100 * (v - 1) for v in (ratio.value, ratio.low, ratio.high)]
-    value, low, high = percent
+    value, low, high = (None if v is None else percent(v) for v in (ratio.value, ratio.low, ratio.high))
     if low is None or high is None or value is None:
         return f"{value:+.1f} % {TOO_FEW}"
     if not ratio.differs and 1 + high / 100 > TELLING * (1 + low / 100):
@@ -140,7 +144,7 @@ def phrase(metric: str, ratio: Ratio) -> str:
     if not ratio.differs:
         return f"no difference seen [{low:+.1f}, {high:+.1f}] %"
     bounds = sorted((abs(low), abs(high)))
-    return f"{abs(value):.1f} % {up if value > 0 else down} [{bounds[0]:.1f}, {bounds[1]:.1f}]"
+    return f"{abs(value):.1f} % {up if ratio.value > 1 else down} [{bounds[0]:.1f}, {bounds[1]:.1f}]"
 
 
 def sentences(report: Report) -> list[str]:
