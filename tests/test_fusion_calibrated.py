@@ -23,8 +23,9 @@ from mlx_adapters.fusion import mixed
 from mlx_adapters.fusion.blocks import Blocks, Variant, make_batches
 from mlx_adapters.fusion.check import check_fused
 from mlx_adapters.fusion.fidelity import compare
-from mlx_adapters.fusion.fuse import FuseOptions, fuse, fuse_again
+from mlx_adapters.fusion.fuse import fuse, fuse_again
 from mlx_adapters.fusion.hessian import Collector, fisher_probe
+from mlx_adapters.fusion.options import FuseOptions
 from mlx_adapters.fusion.plan import LayerPlan, Updates
 from mlx_adapters.fusion.text import GENERAL, choose_text
 from mlx_adapters.layers import quantization_of
@@ -224,7 +225,7 @@ def test_greedy_steps_follow_gain_per_byte():
 def test_over_the_limit_means_no_folder_unless_forced(tiny_model, tmp_path, data, monkeypatch):
     folder = tiny_model("llama", bits=4)
     adapter = make_adapter(folder)
-    monkeypatch.setattr("mlx_adapters.fusion.fuse.until_promise", lambda *_: 0)
+    monkeypatch.setattr("mlx_adapters.fusion.work.until_promise", lambda *_: 0)
     options = {"calibration": str(data), "max_kl": 1e-7, **FEW}
     with pytest.raises(FidelityError, match="above the 1e-07 allowed"):
         fuse(folder, adapter, tmp_path / "out", options=FuseOptions(**options))

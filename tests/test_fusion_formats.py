@@ -11,7 +11,7 @@ from test_fusion_fuse import fuse, logits, make_adapter
 
 from mlx_adapters import tensor_files
 from mlx_adapters.errors import ConfigError, StorageError
-from mlx_adapters.fusion.fuse import FuseOptions
+from mlx_adapters.fusion.options import FuseOptions
 from mlx_adapters.model import load_module, resolve_base
 from mlx_adapters.tensor_names import from_gguf, to_gguf
 

@@ -12,8 +12,9 @@ from tiny_models import ARCHITECTURES
 from mlx_adapters.adapter import Adapter, AdapterConfig, write_adapter
 from mlx_adapters.config import LoraConfig, Quantization
 from mlx_adapters.errors import ConfigError, ExistsError, FormatError, IncompatibleError
-from mlx_adapters.fusion.fuse import FuseOptions, parse_precision, settle_precision
 from mlx_adapters.fusion.fuse import fuse as fuse_and_check
+from mlx_adapters.fusion.fuse import parse_precision, settle_precision
+from mlx_adapters.fusion.options import FuseOptions
 from mlx_adapters.fusion.survival import SurvivalSum, sample
 from mlx_adapters.layers import (
     adaptable_layers,

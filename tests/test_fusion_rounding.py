@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from mlx_adapters.config import QUANTIZATIONS, Quantization
 from mlx_adapters.fusion import rounding
-from mlx_adapters.fusion.eight_bits import to_nearest
 from mlx_adapters.fusion.grids import make_grid, pack, round_to, to_numpy
+from mlx_adapters.fusion.hessian import gram
+from mlx_adapters.fusion.packed import dequantize, nearest, to_nearest
 
 ALL = [Quantization(b, g, mode) for mode, (bits, groups) in QUANTIZATIONS.items() for b in bits for g in groups]
 
@@ -36,7 +37,7 @@ def hessian(n, rng, tokens=600):
 
 def error_under(weight, packed, h):
     """tr(E H Eᵀ) per weight, on the scale that `calibrated` returns."""
-    errors = to_numpy(weight) - to_numpy(rounding.dequantize(packed))
+    errors = to_numpy(weight) - to_numpy(dequantize(packed))
     return rounding.error_felt(errors.T, rounding.damped(h)) / errors.size
 
 
@@ -65,14 +66,14 @@ def test_packing_round_trips_and_is_what_mlx_reads(bits, rows, words, data):
 def test_grid_decodes_exactly_as_mlx_does(quantization):
     rng = np.random.default_rng(1)
     weight = mx.array(rng.standard_normal((8, 256)).astype(np.float32))
-    packed = rounding.nearest(weight, quantization, mx.bfloat16)
+    packed = nearest(weight, quantization, mx.bfloat16)
     grid = make_grid(quantization, mx.bfloat16)
     scales = np.repeat(grid.decode_scales(packed.scales), quantization.group_size, axis=1)
     biases = 0 * scales
     if packed.biases is not None:
         biases = np.repeat(np.array(packed.biases.astype(mx.float32)), quantization.group_size, axis=1)
     values = grid.values(unpack(np.array(packed.weight), quantization.bits).astype(np.float32), scales, biases)
-    np.testing.assert_array_equal(values, np.array(rounding.dequantize(packed)))
+    np.testing.assert_array_equal(values, np.array(dequantize(packed)))
 
 
 @pytest.mark.parametrize("quantization", ALL, ids=str)
@@ -81,7 +82,7 @@ def test_calibrated_beats_nearest_and_reports_its_error_truly(quantization):
     h = hessian(256, rng)
     weight = mx.array(rng.standard_normal((48, 256)).astype(np.float32) * 0.02)
     packed, loss = rounding.calibrated(weight, h, quantization, mx.bfloat16)
-    expected = rounding.nearest(weight, quantization, mx.bfloat16)
+    expected = nearest(weight, quantization, mx.bfloat16)
     assert {k: (v.shape, v.dtype) for k, v in packed.tensors.items()} == {
         k: (v.shape, v.dtype) for k, v in expected.tensors.items()
     }
@@ -107,7 +108,7 @@ def test_rows_that_are_felt_together_cancel_each_other(rows=192):
         packed, loss = rounding.calibrated(
             mx.array(weight), h, Quantization(4, 64), mx.bfloat16, outputs=g, together=together
         )
-        error = weight - np.array(rounding.dequantize(packed))
+        error = weight - np.array(dequantize(packed))
         felt = rounding.damped(g, rounding.OUTPUT_DAMPING) @ error @ rounding.damped(h)
         assert loss == pytest.approx(float(np.vdot(felt, error)) / error.size, rel=1e-3)
         losses.append(loss)
@@ -117,12 +118,12 @@ def test_rows_that_are_felt_together_cancel_each_other(rows=192):
 def test_weights_already_on_the_base_grid_stay_where_they_are():
     rng = np.random.default_rng(4)
     weight = mx.array(rng.standard_normal((32, 128)).astype(np.float32))
-    base = rounding.nearest(weight, Quantization(4, 64), mx.bfloat16)
+    base = nearest(weight, Quantization(4, 64), mx.bfloat16)
     packed, loss = rounding.calibrated(
-        rounding.dequantize(base), hessian(128, rng), Quantization(4, 64), mx.bfloat16, start=base
+        dequantize(base), hessian(128, rng), Quantization(4, 64), mx.bfloat16, start=base
     )
     assert loss == 0
-    np.testing.assert_array_equal(np.array(rounding.dequantize(packed)), np.array(rounding.dequantize(base)))
+    np.testing.assert_array_equal(np.array(dequantize(packed)), np.array(dequantize(base)))
 
 
 @pytest.mark.parametrize("kind", ["zero", "singular", "dead", "nan", "inf"])
@@ -143,7 +144,7 @@ def test_bad_hessians_still_give_a_sound_rounding(kind, quantization):
     weight = mx.array(rng.standard_normal((16, 128)).astype(np.float32))
     packed, loss = rounding.calibrated(weight, h, quantization, mx.float32)
     assert np.isfinite(loss)
-    error = np.abs(np.array(rounding.dequantize(packed) - weight))
+    error = np.abs(np.array(dequantize(packed) - weight))
     assert error.mean() < 0.5
 
 
@@ -151,7 +152,7 @@ def test_bad_hessians_still_give_a_sound_rounding(kind, quantization):
 def test_constant_and_zero_groups(quantization):
     weight = mx.concatenate([mx.zeros((4, 64)), mx.full((4, 64), 0.37)], axis=1)
     packed, _ = rounding.calibrated(weight, np.eye(128, dtype=np.float32), quantization, mx.float32)
-    np.testing.assert_allclose(np.array(rounding.dequantize(packed)), np.array(weight), rtol=0.04, atol=1e-6)
+    np.testing.assert_allclose(np.array(dequantize(packed)), np.array(weight), rtol=0.04, atol=1e-6)
 
 
 def test_the_error_of_a_large_matrix_is_estimated_within_some_percent(monkeypatch):
@@ -175,7 +176,7 @@ def test_a_large_matrix_is_rounded_almost_as_well(monkeypatch):
     _, thorough = rounding.calibrated(weight, h, Quantization(4, 64), mx.float32, None, outputs)
     monkeypatch.setattr(rounding, "LARGE", 0)
     packed, _ = rounding.calibrated(weight, h, Quantization(4, 64), mx.float32, None, outputs)
-    errors = to_numpy(weight - rounding.dequantize(packed)).T
+    errors = to_numpy(weight - dequantize(packed)).T
     felt = rounding.error_felt(errors, rounding.damped(h), rounding.damped(outputs, rounding.OUTPUT_DAMPING))
     monkeypatch.undo()
     assert felt / errors.size < 1.1 * thorough
@@ -188,32 +189,36 @@ def test_a_light_update_survives_eight_bits(dtype):
     update = 0.008 * (rng.standard_normal((64, 1)) @ rng.standard_normal((1, 256))).astype(np.float32)
     weight, quantization = mx.array(base + update), Quantization(8, 64)
     errors, kept = [], []
-    for way in (to_nearest, rounding.nearest):
+    for way in (to_nearest, nearest):
         packed = way(weight, quantization, dtype)
-        found = np.array(rounding.dequantize(packed)) - base
+        found = np.array(dequantize(packed)) - base
         errors.append(np.linalg.norm(found - update) / np.linalg.norm(update))
         kept.append((found * update).sum() / np.square(update).sum())
         assert packed.scales.dtype == packed.biases.dtype == dtype
     assert abs(kept[0] - 1) < 0.05 and errors[0] < 0.85 * errors[1] if dtype == mx.bfloat16 else errors[0] < errors[1]
     flat = to_nearest(mx.zeros((2, 64)), quantization, dtype)
-    assert mx.array_equal(rounding.dequantize(flat), mx.zeros((2, 64)))
+    assert mx.array_equal(dequantize(flat), mx.zeros((2, 64)))
 
 
 def test_a_light_update_keeps_its_length():
     rng = np.random.default_rng(5)
     h = hessian(256, rng)
-    base = rounding.nearest(
-        mx.array(rng.standard_normal((192, 256)).astype(np.float32)), Quantization(4, 64), mx.float32
-    )
+    base = nearest(mx.array(rng.standard_normal((192, 256)).astype(np.float32)), Quantization(4, 64), mx.float32)
     factors = rng.standard_normal((192, 4)) @ rng.standard_normal((4, 256))
     update = mx.array((0.02 * factors).astype(np.float32))  # a quarter of the grid's steps
-    weight = rounding.dequantize(base) + update
+    weight = dequantize(base) + update
 
     def kept(**options):
         packed, _ = rounding.calibrated(weight, h, Quantization(4, 64), mx.float32, base, **options)
-        stored = to_numpy(rounding.dequantize(packed) - rounding.dequantize(base)).T
+        stored = to_numpy(dequantize(packed) - dequantize(base)).T
         felt = rounding.damped(h) @ to_numpy(update).T
         return float(np.vdot(stored, felt) / np.vdot(to_numpy(update).T, felt))
 
     assert kept() < 0.95
     assert abs(kept(update=update) - 1) < 0.5 * (1 - kept())
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 300])
+def test_gram_is_the_product_of_a_matrix_with_itself(tokens):
+    rows = np.random.default_rng(0).standard_normal((tokens, 96)).astype(np.float32)
+    np.testing.assert_allclose(np.array(gram(mx.array(rows))), rows.T @ rows, atol=1e-3)

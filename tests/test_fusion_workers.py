@@ -10,7 +10,7 @@ import pytest
 from mlx_adapters.config import Quantization
 from mlx_adapters.errors import ModelError
 from mlx_adapters.fusion import workers
-from mlx_adapters.fusion.rounding import nearest
+from mlx_adapters.fusion.packed import nearest
 from mlx_adapters.fusion.workers import Task, Workers
 
 

@@ -8,7 +8,7 @@ from test_peft_import import ADAPTERS, FIXTURES, base_of, case
 
 from mlx_adapters import files, tensor_files
 from mlx_adapters.errors import AdapterError, FormatError, IncompatibleError
-from mlx_adapters.fusion.fuse import FuseOptions
+from mlx_adapters.fusion.options import FuseOptions
 from mlx_adapters.model import load_model
 from mlx_adapters.peft_format.fusing import fuse_peft
 

@@ -17,7 +17,7 @@ from mlx_adapters.units import count
 
 if TYPE_CHECKING:
     from mlx_adapters.fusion.fidelity import Fidelity
-    from mlx_adapters.fusion.fuse import FuseResult
+    from mlx_adapters.fusion.result import FuseResult
 
 BITS = ["keep", "none", "2", "3", "4", "5", "6", "8"]
 
@@ -76,7 +76,8 @@ def fuse_command(
       mlx-adapters fuse --again out/sql-4bit out/sql-4bit-again
       mlx-adapters fuse --check-only out/somebody-elses --adapter sql
     """
-    from mlx_adapters.fusion.fuse import FuseOptions, fuse, fuse_again, parse_precision
+    from mlx_adapters.fusion.fuse import fuse, fuse_again, parse_precision
+    from mlx_adapters.fusion.options import FuseOptions
 
     options, on_event = FuseOptions(**settings), _output.progress()
     if check_only is not None:

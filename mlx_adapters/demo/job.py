@@ -17,7 +17,9 @@ from mlx_adapters.demo.catalog import DATABASE_FILE, SCHEMA_PROMPT, demo_questio
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.evaluation.sqlite import Database
 from mlx_adapters.events import Note, OnEvent, ignore
-from mlx_adapters.fusion.fuse import FuseOptions, FuseResult, fuse
+from mlx_adapters.fusion.fuse import fuse
+from mlx_adapters.fusion.options import FuseOptions
+from mlx_adapters.fusion.result import FuseResult
 from mlx_adapters.model import Model, load_model
 from mlx_adapters.registry import adapter_folder, load_adapter, read_entry
 from mlx_adapters.training.recipe import read_recipe, settings_of

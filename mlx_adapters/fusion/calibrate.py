@@ -14,8 +14,9 @@ from mlx_adapters.errors import FormatError
 from mlx_adapters.events import OnEvent, Progress
 from mlx_adapters.fusion.blocks import TokenBatch, Variant
 from mlx_adapters.fusion.hessian import Collector, Moments, mix
+from mlx_adapters.fusion.packed import Packed
 from mlx_adapters.fusion.plan import LayerPlan, Updates
-from mlx_adapters.fusion.rounding import OUTPUT_DAMPING, Packed
+from mlx_adapters.fusion.rounding import OUTPUT_DAMPING
 from mlx_adapters.fusion.stream import dtype_name
 from mlx_adapters.fusion.workers import Task, Workers, worker_count
 from mlx_adapters.layers import weight_shape

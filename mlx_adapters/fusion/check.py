@@ -10,12 +10,14 @@ from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.events import OnEvent, ignore
 from mlx_adapters.fusion.blocks import Variant
 from mlx_adapters.fusion.fidelity import Fidelity, compare
-from mlx_adapters.fusion.fuse import DEFAULTS, FuseOptions, batches_of, choose_base, gather_updates
+from mlx_adapters.fusion.fuse import choose_base, gather_updates
 from mlx_adapters.fusion.job import open_job
+from mlx_adapters.fusion.options import DEFAULTS, FuseOptions
 from mlx_adapters.fusion.plan import Source, Updates, chunks
 from mlx_adapters.fusion.recipe import Given
 from mlx_adapters.fusion.survival import Survival, SurvivalSum, sample
 from mlx_adapters.fusion.text import choose_text
+from mlx_adapters.fusion.work import batches_of
 from mlx_adapters.layers import weight_shape
 from mlx_adapters.model import Base, load_module, load_tokenizer_of, resolve_base
 

@@ -21,10 +21,19 @@ from mlx.utils import tree_unflatten
 from mlx_adapters.door import SwitchLinear, mx, nn
 from mlx_adapters.events import OnEvent, Progress, ignore
 from mlx_adapters.fusion.blocks import Blocks, Call, TokenBatch, Variant
+from mlx_adapters.machine import on_gpu
 
 FISHER_SHARE = 0.7
 OUTPUT_STRIDE = 2  # every second token is enough for the moments of the outputs
 MOST_OUTPUTS = 16384  # a vocabulary's would not fit
+
+
+def gram(rows: mx.array) -> mx.array:
+    """rowsᵀ rows. On a CPU by NumPy, which computes half of it and mirrors that."""
+    if on_gpu():
+        return rows.T @ rows
+    array = np.array(rows, copy=False)
+    return mx.array(array.T @ array)
 
 
 @dataclass
@@ -46,7 +55,7 @@ class Moments:
 
     def add_outputs(self, g: mx.array) -> None:
         """Add gradients (tokens, out) at the output."""
-        product = g.T @ g
+        product = gram(g)
         self.outputs = product if self.outputs is None else self.outputs + product
         self.output_tokens += g.shape[0]
         mx.eval(self.outputs)
@@ -135,8 +144,8 @@ def _add_linear(
         x, g = x[real], g[real]
     weighted = x * mx.sqrt(g.square().mean(axis=-1, keepdims=True))
     if shared not in products:
-        products[shared] = x.T @ x
-    moments.add(products[shared], weighted.T @ weighted, x.shape[0])
+        products[shared] = gram(x)
+    moments.add(products[shared], gram(weighted), x.shape[0])
     if g.shape[-1] <= MOST_OUTPUTS:
         moments.add_outputs(g[::OUTPUT_STRIDE])
 
@@ -152,8 +161,8 @@ def _add_experts(moments: Moments, x: mx.array, indices: mx.array, g: mx.array, 
     for expert in range(experts):
         rows = mx.array(np.flatnonzero(chosen == expert).astype(np.int32))
         a, b = x[rows], weighted[rows]
-        plain.append(a.T @ a)
-        fisher.append(b.T @ b)
+        plain.append(gram(a))
+        fisher.append(gram(b))
     moments.add(mx.stack(plain), mx.stack(fisher), np.bincount(chosen, minlength=experts)[:experts])
 
 
@@ -291,5 +300,5 @@ class Stages:
                 moments[path] = Moments()
                 for batch, g in zip(c.batches, cotangents, strict=True):
                     rows = g.reshape(-1, g.shape[-1])[batch.real]
-                    product = rows.T @ rows
+                    product = gram(rows)
                     moments[path].add(product, product, rows.shape[0])

@@ -13,7 +13,7 @@ from mlx_adapters import tensor_names
 from mlx_adapters.config import Quantization, require
 from mlx_adapters.door import mx, nn
 from mlx_adapters.events import OnEvent
-from mlx_adapters.fusion.eight_bits import to_nearest
+from mlx_adapters.fusion.packed import Packed, dequantize, to_nearest
 from mlx_adapters.fusion.plan import (
     LayerPlan,
     Precision,
@@ -25,7 +25,6 @@ from mlx_adapters.fusion.plan import (
     plan_layers,
     quantization_config,
 )
-from mlx_adapters.fusion.rounding import Packed, dequantize
 from mlx_adapters.fusion.stream import Unit, copy_companions, dtype_name, write_config, write_weights
 from mlx_adapters.fusion.survival import Survival, SurvivalSum, not_finite, sample
 from mlx_adapters.layers import check_fits, check_made_for

@@ -13,7 +13,7 @@ from mlx_adapters import tensor_names
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.config import Quantization
 from mlx_adapters.door import mx, nn
-from mlx_adapters.fusion.rounding import Packed, dequantize
+from mlx_adapters.fusion.packed import Packed, dequantize
 from mlx_adapters.layers import EMBEDDING, adaptable_layers, dense_weight, quantization_of, updated_weight, weight_shape
 from mlx_adapters.tensor_names import BIASES, QUANTIZED_LEAVES, SCALES, WEIGHT
 

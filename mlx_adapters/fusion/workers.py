@@ -26,7 +26,8 @@ import numpy as np
 import mlx_adapters
 from mlx_adapters.config import Quantization
 from mlx_adapters.errors import ModelError
-from mlx_adapters.fusion.rounding import OUTPUT_DAMPING, Packed, calibrated
+from mlx_adapters.fusion.packed import Packed
+from mlx_adapters.fusion.rounding import OUTPUT_DAMPING, calibrated
 from mlx_adapters.machine import memory_bytes
 
 MOST_WORKERS = 16

@@ -39,8 +39,8 @@ class Judge:
 
     def __init__(self, base, adapter, text):
         from mlx_adapters.fusion.blocks import Variant
-        from mlx_adapters.fusion.fuse import batches_of
         from mlx_adapters.fusion.plan import Updates
+        from mlx_adapters.fusion.work import batches_of
         from mlx_adapters.model import resolve_base
 
         self.batches = batches_of(text.check)
@@ -161,7 +161,7 @@ class Bench:
         try:
             for number, (function, options) in enumerate(steps, 1):
                 target = out if number == len(steps) else self.work / f"step-{number}"
-                made = in_process(function, out=str(target), **options)
+                made = in_process(function, self.arguments.limit, out=str(target), **options)
                 total = {k: max(v, made[k]) if "peak" in k else v + made[k] for k, v in total.items()}
             row = {"name": name, **self.judge.folder(out), "bits_per_weight": bits_per_weight(out, self.base), **total}
             first = self.rows[0].get("kl") if self.rows else row["kl"]
@@ -229,6 +229,8 @@ def detours(bench):
     bench.way("mlx_lm.fuse", bench.theirs())
     bench.way("ours, calibrated", bench.our(method="calibrated", **bench.calibrated))
     bench.way("ours, calibrated, --quick", bench.our(method="calibrated", thorough=False, **bench.calibrated))
+    half = bench.calibrated | {"calibration_rows": a.calibration_rows // 2}
+    bench.way("ours, calibrated, half the rows", bench.our(method="calibrated", **half))
     for name in a.detours:
         options = {"model": str(bench.work / "step-1"), "group_size": a.group_size}
         if name != "convert":
@@ -356,6 +358,7 @@ def parse():
     parser.add_argument("--more-bits", nargs="*", type=float, default=[0.1, 0.3])
     parser.add_argument("--detours", nargs="*", default=["convert", "gptq", "dwq", "awq"])
     parser.add_argument("--awq-rows", type=int, default=32, help="awq's search takes hours on all rows on a CPU")
+    parser.add_argument("--limit", type=float, help="stop a way after so many seconds [never]")
     parser.add_argument("--dwq-rate", type=float, default=1e-5, help="learning rate; its 1e-6 is for 2,048 rows")
     parser.add_argument("--layers", nargs="*", type=int, default=[12, 24, 48], help="of the memory part")
     parser.add_argument("--trials", type=int, default=3, help="of the speed and memory parts")

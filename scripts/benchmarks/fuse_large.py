@@ -26,7 +26,7 @@ from mlx_adapters.benchmarking.system import peak_resident_bytes
 from mlx_adapters.config import LoraConfig
 from mlx_adapters.door import load_mlx_model
 from mlx_adapters.events import Note, Progress
-from mlx_adapters.fusion.fuse import FuseOptions
+from mlx_adapters.fusion.options import FuseOptions
 
 WIDE = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32,
         "vocab_size": 32000, "max_position_embeddings": 4096}  # fmt: skip

@@ -34,11 +34,17 @@ class WayFailed(Exception):
     """A way did not come to its end; the text says why."""
 
 
-def in_process(function, **arguments):
-    """Run one of this file's functions in a fresh process: seconds of its work, memory, and what it returned."""
+def in_process(function, limit=None, **arguments):
+    """Run one of this file's functions in a fresh process: seconds of its work, memory, and what it returned.
+
+    After `limit` seconds it is stopped and has failed.
+    """
     code = WORKER.format(scripts=str(Path(__file__).parent))
     command = [sys.executable, "-c", code, json.dumps({"function": function, **arguments})]
-    run = subprocess.run(command, capture_output=True, text=True)
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        raise WayFailed(f"not done after {limit:,.0f} s") from None
     found = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
     if not found:
         lines = [line for line in run.stderr.splitlines() if line.strip()]
@@ -88,7 +94,8 @@ def light_adapter(base, adapter, out, most):
 def ours(base, adapter, out, precision="keep", dtype="auto", **options):
     """mlx_adapters.fuse; its check is left out unless asked for, because all methods are judged alike."""
     from mlx_adapters.config import Quantization
-    from mlx_adapters.fusion.fuse import FuseOptions, fuse
+    from mlx_adapters.fusion.fuse import fuse
+    from mlx_adapters.fusion.options import FuseOptions
 
     if isinstance(precision, list):
         precision = Quantization(*precision)

@@ -1,0 +1,62 @@
+"""What came of a fuse."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_adapters.fusion.fidelity import Fidelity
+from mlx_adapters.fusion.survival import Survival
+from mlx_adapters.units import size
+
+
+@dataclass(frozen=True)
+class FuseResult:
+    """A fused model. `bits_per_weight` counts all tensors; `notes` say where a layer is not as asked.
+
+    `identical`, after `fuse_again`: whether the weight files have the bytes that the recipe records.
+    """
+
+    folder: Path
+    method: str
+    quantization: dict[str, Any] | None
+    size_bytes: int
+    bits_per_weight: float
+    survival: tuple[Survival, ...]
+    fidelity: Fidelity | None
+    text: dict[str, Any] | None
+    notes: tuple[str, ...]
+    seconds: float
+    identical: bool | None = None
+
+    @property
+    def update_survival(self) -> float:
+        """The mean over the changed layers of the cosine between the update wanted and the one stored."""
+        return sum(s.cosine for s in self.survival) / max(len(self.survival), 1)
+
+    def _repr_html_(self) -> str:
+        from mlx_adapters.display import html_block, html_facts, html_table
+
+        facts = {
+            "rounding": self.method, "bits per weight": f"{self.bits_per_weight:.2f}",
+            "size": size(self.size_bytes), "update survival (cosine)": f"{self.update_survival:.4f}",
+        }  # fmt: skip
+        checked = html_table(*self.fidelity.table()) if self.fidelity else ""
+        return html_block(self.folder.name, html_facts(facts), checked)
+
+    def __repr__(self) -> str:
+        kl = f", KL {self.fidelity.kl_mean:.2g}" if self.fidelity else ""
+        return (
+            f"FuseResult('{self.folder.name}', {self.method}, {self.bits_per_weight:.2f} bits per weight, "
+            f"{size(self.size_bytes)}, update survival {self.update_survival:.4f}{kl})"
+        )
+
+
+def report(result: FuseResult) -> dict[str, Any]:
+    """What fuse_report.json says."""
+    plain = asdict(result) | {"folder": str(result.folder), "update_survival": result.update_survival}
+    if result.fidelity:
+        plain["fidelity"] |= {
+            "perplexity_adapter": result.fidelity.perplexity_adapter,
+            "perplexity_fused": result.fidelity.perplexity_fused,
+        }
+    return plain

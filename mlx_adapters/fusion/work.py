@@ -1,0 +1,122 @@
+"""The part of a fuse that reads text: which method and precision, calibration, and the check."""
+
+from pathlib import Path
+
+from mlx_adapters.config import Quantization
+from mlx_adapters.door import mx
+from mlx_adapters.errors import AdapterError, ConfigError
+from mlx_adapters.events import Note, OnEvent
+from mlx_adapters.fusion.blocks import TokenBatch, Variant, make_batches
+from mlx_adapters.fusion.calibrate import Spool, round_layers
+from mlx_adapters.fusion.fidelity import Fidelity, compare
+from mlx_adapters.fusion.job import Job
+from mlx_adapters.fusion.mixed import finer, order_of_steps, targets_after, until_promise, within_budget
+from mlx_adapters.fusion.options import FuseOptions
+from mlx_adapters.fusion.packed import dequantize
+from mlx_adapters.fusion.plan import Precision
+from mlx_adapters.fusion.stream import dtype_name
+from mlx_adapters.fusion.text import Text, choose_text
+from mlx_adapters.machine import on_gpu
+from mlx_adapters.model import Base, load_tokenizer_of
+from mlx_adapters.units import count
+
+
+class Work:
+    """Rounding and checking of one job: which method, on which text, at which precision."""
+
+    def __init__(self, job: Job, asked: Quantization | str, options: FuseOptions, on_event: OnEvent) -> None:
+        self.job, self.asked, self.options, self.on_event = job, asked, options, on_event
+        rounded = [plan.rounded_to for plan in job.plans if plan.rounded_to is not None]
+        wanted = options.method == "calibrated" or (
+            options.method == "auto" and any(target.bits < 8 for target in rounded)
+        )
+        self.method = "calibrated" if rounded and wanted else "nearest" if rounded else "none"
+        self.targets: dict[str, Precision] = {}
+        self._refuse_small_budget()
+        self.text: Text | None = None
+        if self.method == "calibrated" or options.check:
+            self.text = self._choose_text()
+
+    def _choose_text(self) -> Text | None:
+        adapters = [adapter for adapter, _ in self.job.updates.adapters]
+        o = self.options
+        try:
+            tokenizer = load_tokenizer_of(self.job.base)
+            return choose_text(o.calibration, adapters, tokenizer, o.calibration_rows, o.check_rows)
+        except AdapterError as error:
+            if o.calibration is not None or o.method == "calibrated" or o.max_kl is not None:
+                raise
+            self.on_event(Note(f"No calibration and no check: {error.message}", "warning"))
+            self.method = "nearest" if self.method == "calibrated" else self.method
+            return None
+
+    def _refuse_small_budget(self) -> None:
+        budget = self.options.budget_bits
+        if budget is None:
+            return
+        now = 8 * self.job.size_bytes() / self.job.parameters
+        if now > budget:
+            raise ConfigError(
+                f"The model has {now:.2f} bits per weight already, more than the {budget} allowed.",
+                "ask for fewer --bits as the start, or a larger budget.",
+            )
+
+    @property
+    def mixed(self) -> bool:
+        return self.options.max_kl is not None or self.options.budget_bits is not None
+
+    def round(self, spool: Spool) -> None:
+        """Fill `spool` with calibrated layers and settle mixed precision."""
+        if self.method != "calibrated" or self.text is None:
+            return
+        job = self.job
+        why = f" {self.text.why}" if self.text.why else ""
+        self.on_event(Note(f"Calibrating on {count(len(self.text.calibration), 'row')} of {self.text.source}.{why}"))
+        also = {q for plan in job.plans if plan.rounded_to for q in finer(plan.rounded_to)} if self.mixed else ()
+        round_layers(
+            job.base, job.updates, job.plans, batches_of(self.text.calibration), job.scale_dtype, spool, self.on_event,
+            also, self.options.seed, self.options.thorough,
+        )  # fmt: skip
+        if self.mixed:
+            self.targets = self._choose_targets(spool)
+            job.retarget(self.targets)
+
+    def _choose_targets(self, spool: Spool) -> dict[str, Precision]:
+        job, options = self.job, self.options
+        steps = order_of_steps(job.plans, spool.losses, dtype_name(job.scale_dtype))
+        if options.budget_bits is not None:
+            spare = options.budget_bits * job.parameters / 8 - job.size_bytes()
+            return targets_after(within_budget(steps, int(spare)))
+        start = {plan.path: plan.target for plan in job.plans if (plan.path, plan.target) in spool.losses}
+        total = sum(spool.losses[path, target] for path, target in start.items() if target is not None)
+        batches = batches_of(self.text.check) if self.text else []
+
+        def measure(targets: dict[str, Precision]) -> float:
+            chosen = start | targets
+
+            def stored(path: str) -> mx.array | None:
+                packed = spool.get(path, chosen.get(path))
+                return None if packed is None else dequantize(packed)
+
+            updates = job.updates
+            touched = set(chosen) | updates.paths()
+            fused = Variant(job.base, updates, lambda path: path in touched, stored)
+            return compare(Variant(job.base, updates), fused, None, batches).kl_mean
+
+        count = until_promise(steps, total, options.max_kl or 0.0, measure, self.on_event)
+        return targets_after(steps[:count])
+
+    def check(self, folder: Path) -> Fidelity | None:
+        """The fidelity of the model in `folder`, or None if it is not to be checked."""
+        if not self.options.check or self.text is None or self.options.format == "gguf":
+            return None
+        job = self.job
+        changed = {plan.path for plan in job.plans if not plan.copied}
+        fused = Variant(Base(str(folder), folder), None, changed.__contains__ if job.dtype is None else lambda _: True)
+        batches = batches_of(self.text.check)
+        return compare(Variant(job.base, job.updates), fused, Variant(job.base), batches, self.on_event)
+
+
+def batches_of(rows: list) -> list[TokenBatch]:
+    """Batches of rows; on a GPU padded to few shapes, because each new one is compiled for seconds."""
+    return make_batches(rows, 8192, 64) if on_gpu() else make_batches(rows)
