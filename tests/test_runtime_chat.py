@@ -7,14 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from click.testing import CliRunner
 from test_runtime import random_adapter
 
+import mlx_adapters.cli.chat as chat_module
 from mlx_adapters.cli import cli
-from mlx_adapters.errors import FormatError, NotFoundError
+from mlx_adapters.errors import FormatError, ModelError, NotFoundError
 from mlx_adapters.registry import register
 from mlx_adapters.runtime.chat import Chat, read_prompts
 from mlx_adapters.runtime.live import load_model
@@ -160,3 +162,26 @@ def test_serve_listens_and_drains(model, tiny_model):
         server.kill()
         server.wait()
         server.stderr.close()
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(monkeypatch, capsys):
+    class Slow:
+        def ask(self, line, **_):
+            yield "half"
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat_module.sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    chat_module._answer(Slow(), "x", {})
+    assert "half" in capsys.readouterr().out
+    monkeypatch.setattr(chat_module.sys, "stdin", SimpleNamespace(isatty=lambda: False))
+    with pytest.raises(KeyboardInterrupt):
+        chat_module._answer(Slow(), "x", {})
+
+
+def test_use_base_and_what_is_no_text(model):
+    chat = Chat(model)
+    model.attach("one")
+    chat_module._obey(chat, "/use base", False)
+    assert all(info.weight is None for info in model.adapters)
+    with pytest.raises(ModelError, match="Unicode"):
+        list(chat.ask("caf\udcff"))

@@ -300,6 +300,10 @@ def test_many_at_once_equal_solo_runs(server, client):
 
 def test_metrics_and_page(server):
     address = server[0]
+    refused = server[1].metrics._values["refusals_total"]
+    before = refused[("status", "404"),]
+    assert httpx.get(address + "/v1/models/nobody").status_code == 404
+    assert refused[("status", "404"),] == before + 1
     text = httpx.get(address + "/metrics").text
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     asked = sum(float(v) for k, v in values.items() if k.startswith('mlx_adapters_requests_total{model="a"'))

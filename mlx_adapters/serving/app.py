@@ -74,6 +74,7 @@ class Server:
                 self.check_key(request)
                 return await handler(request)
             except ApiError as error:
+                self.engine.metrics.add("refusals_total", status=str(error.status))
                 return error_response(error)
             except ClientDisconnect:
                 return Response(status_code=499)

@@ -11,6 +11,7 @@ PREFIX = "mlx_adapters_"
 # name -> (type, help, buckets of a histogram)
 METRICS: dict[str, tuple[str, str, Sequence[float]]] = {
     "requests_total": ("counter", "Requests by model and outcome.", ()),
+    "refusals_total": ("counter", "Requests that got an error instead of an answer, by HTTP status.", ()),
     "prompt_tokens_total": ("counter", "Prompt tokens read, by model.", ()),
     "completion_tokens_total": ("counter", "Tokens written, by model.", ()),
     "time_to_first_token_seconds": ("histogram", "From arrival to the first token.", SECONDS),
