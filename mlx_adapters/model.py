@@ -241,6 +241,15 @@ class Model:
         text_config = self.config.get("text_config") or {}
         return self.config.get("vocab_size") or text_config.get("vocab_size") or len(self.tokenizer)
 
+    @cached_property
+    def positions(self) -> int | None:
+        """How many positions a model has that learned each of them (GPT-2); None for all others."""
+        return self.config.get("n_positions")
+
+    def room(self, prompt_tokens: int, max_tokens: int) -> int:
+        """How many of `max_tokens` have a position after such a prompt."""
+        return max_tokens if self.positions is None else min(max_tokens, self.positions - prompt_tokens + 1)
+
     def checked_ids(self, ids: Sequence[int] | mx.array) -> mx.array:
         """The token ids as an array. Raises ModelError for none, and for what is no id of the model's."""
         found = np.asarray(ids)
@@ -248,6 +257,8 @@ class Model:
             raise ModelError("The prompt is empty.", "write something to continue.")
         if found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= self.vocabulary:
             raise ModelError(f"A prompt must be token ids from 0 to {self.vocabulary - 1}.", "or a text.")
+        if self.positions is not None and found.shape[-1] > self.positions:
+            raise ModelError(f"The prompt has {found.shape[-1]} tokens; the model has {self.positions} positions.")
         return mx.array(found.astype(np.int32))
 
     def encode(self, prompt: str, raw: bool = False) -> list[int]:
@@ -280,7 +291,7 @@ class Model:
         require(0 <= temperature < math.inf, f"temperature must be finite and not negative, not {temperature}.")
         require(0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}.")
         ids = self.checked_ids(self.encode(prompt, raw) if isinstance(prompt, str) else prompt)
-        sampler = self.sampler(temperature, top_p, seed)
+        sampler, max_tokens = self.sampler(temperature, top_p, seed), self.room(ids.size, max_tokens)
         extra = {} if cache is None else {"prompt_cache": cache}
         yield from stream_generate(self.module, self.tokenizer, ids, max_tokens=max_tokens, sampler=sampler, **extra)
 

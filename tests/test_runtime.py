@@ -371,3 +371,13 @@ def test_factors_stay_laid_out_for_one_rows_products(tiny_model):
     check()
     model.use("1")
     check()
+
+
+def test_a_model_with_learned_positions_ends_with_them(tiny_model):
+    """Beyond them it would read foreign memory."""
+    model = load_model(tiny_model("gpt2"))
+    for work in (lambda ids: model.generate(ids, max_tokens=1), lambda ids: model.generate_batch([(ids, None)])):
+        with pytest.raises(ModelError, match="512 positions"):
+            work([5] * 513)
+    assert len(model.generate([5] * 508, max_tokens=30).token_ids) == 5
+    assert model.generate_batch([([5] * 508, None)], max_tokens=30) == [model.generate([5] * 508, max_tokens=5).text]

@@ -175,13 +175,13 @@ class LiveModel(Model):
         temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None, raw: bool = False, max_batch: int = 16,
     ) -> list[str]:  # fmt: skip
         """The answers to (prompt, name of an attached adapter or None) pairs, decoded together."""
+        ids = [self.checked_ids(self.encode(p, raw) if isinstance(p, str) else p).tolist() for p, _ in prompts]
         requests = [
             Request(
-                self.checked_ids(self.encode(prompt, raw) if isinstance(prompt, str) else prompt).tolist(),
-                None if name is None else self.pool.get(name),
-                max_tokens, Sampler(temperature, top_p, seed), frozenset(self.tokenizer.eos_token_ids),
+                prompt, None if name is None else self.pool.get(name), self.room(len(prompt), max_tokens),
+                Sampler(temperature, top_p, seed), frozenset(self.tokenizer.eos_token_ids),
             )
-            for prompt, name in prompts
+            for prompt, (_, name) in zip(ids, prompts, strict=True)
         ]  # fmt: skip
         with self.pool.lock:
             answers = dict(answer_all(self.module, self.pool, requests, max_batch))
