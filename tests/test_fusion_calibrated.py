@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -453,3 +454,24 @@ def test_the_command_prints_a_table(tiny_model, tmp_path, home, data):
     assert again.exit_code == 0 and "byte for byte" in again.output, again.output
     wrong = CliRunner().invoke(cli, ["fuse", "tiny"])
     assert wrong.exit_code == 2 and "folder" in wrong.output
+
+
+@pytest.mark.parametrize(
+    ("change", "method"),
+    [
+        ({}, "nearest"),
+        ({"fuse_aware": {"bits": 3, "group_size": 64, "mode": "affine"}}, "calibrated"),
+        ({"fuse_aware": None}, "calibrated"),
+        ({"fuse_aware_from": 5}, "calibrated"),
+    ],
+)
+def test_an_adapter_that_was_trained_through_the_rounding_is_rounded_the_same_way(tiny_model, tmp_path, change, method):
+    base = tiny_model("llama", bits=4, group_size=64)
+    adapter = replace(make_adapter(base), iteration=5)
+    planned = {"fuse_aware": {"bits": 4, "group_size": 64, "mode": "affine"}, "fuse_aware_from": 4}
+    adapter.metadata["training"] = planned | change
+    notes = []
+    result = fuse(base, adapter, tmp_path / "out", options=FuseOptions(**FEW), on_event=notes.append)
+    assert result.method == method
+    assert any("trained through" in str(note) for note in notes) == (method == "nearest")
+    assert not any("lost part" in str(note) for note in notes)

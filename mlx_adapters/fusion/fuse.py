@@ -76,7 +76,8 @@ def fuse(
         size = _write(job, folder, asked, quantization, options.format, spool, on_event)
         spool.remove()
         fidelity = work.check(folder)
-        if work.method == "nearest" and fidelity is not None and fidelity.kl_mean > NOTABLE_KL:
+        lost = fidelity is not None and fidelity.kl_mean > NOTABLE_KL
+        if work.method == "nearest" and lost and not work.trained_through:
             on_event(Note("Rounding to nearest lost part of the adapter; --method calibrated keeps more.", "warning"))
         result = FuseResult(
             folder=out, method=work.method, quantization=job.quantization(asked), size_bytes=size,

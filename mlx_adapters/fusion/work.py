@@ -1,8 +1,9 @@
 """The part of a fuse that reads text: which method and precision, calibration, and the check."""
 
 from pathlib import Path
+from typing import Literal
 
-from mlx_adapters.config import Quantization
+from mlx_adapters.config import Quantization, to_mapping
 from mlx_adapters.door import mx
 from mlx_adapters.errors import AdapterError, ConfigError
 from mlx_adapters.events import Note, OnEvent
@@ -13,12 +14,18 @@ from mlx_adapters.fusion.job import Job
 from mlx_adapters.fusion.mixed import finer, order_of_steps, targets_after, until_promise, within_budget
 from mlx_adapters.fusion.options import FuseOptions
 from mlx_adapters.fusion.packed import dequantize
-from mlx_adapters.fusion.plan import Precision
+from mlx_adapters.fusion.plan import Precision, Updates
 from mlx_adapters.fusion.stream import dtype_name
 from mlx_adapters.fusion.text import Text, choose_text
 from mlx_adapters.machine import on_gpu
 from mlx_adapters.model import Base, load_tokenizer_of
 from mlx_adapters.units import count
+
+Method = Literal["none", "nearest", "calibrated", "auto"]
+THROUGH = (
+    "The adapter was trained through this rounding (--fuse-aware), so its layers are rounded to nearest, as they were "
+    "then. Judge by the loss: the KL is from the adapter before rounding, which it was not trained to be good as."
+)
 
 
 class Work:
@@ -26,16 +33,22 @@ class Work:
 
     def __init__(self, job: Job, asked: Quantization | str, options: FuseOptions, on_event: OnEvent) -> None:
         self.job, self.asked, self.options, self.on_event = job, asked, options, on_event
-        rounded = [plan.rounded_to for plan in job.plans if plan.rounded_to is not None]
-        wanted = options.method == "calibrated" or (
-            options.method == "auto" and any(target.bits < 8 for target in rounded)
-        )
-        self.method = "calibrated" if rounded and wanted else "nearest" if rounded else "none"
+        targets = {plan.rounded_to for plan in job.plans if plan.rounded_to is not None}
+        self.trained_through = trained_through(job.updates, targets)
+        self.method = self._choose_method(targets)
         self.targets: dict[str, Precision] = {}
         self._refuse_small_budget()
         self.text: Text | None = None
         if self.method == "calibrated" or options.check:
             self.text = self._choose_text()
+
+    def _choose_method(self, targets: set[Quantization]) -> Method:
+        if not targets or self.options.method != "auto":
+            return self.options.method if targets else "none"
+        if self.trained_through and not self.mixed:
+            self.on_event(Note(THROUGH))
+            return "nearest"
+        return "calibrated" if any(target.bits < 8 for target in targets) else "nearest"
 
     def _choose_text(self) -> Text | None:
         adapters = [adapter for adapter, _ in self.job.updates.adapters]
@@ -115,6 +128,18 @@ class Work:
         fused = Variant(Base(str(folder), folder), None, changed.__contains__ if job.dtype is None else lambda _: True)
         batches = batches_of(self.text.check)
         return compare(Variant(job.base, job.updates), fused, Variant(job.base), batches, self.on_event)
+
+
+def trained_through(updates: Updates, targets: set[Quantization]) -> bool:
+    """Whether this is one adapter, whole, that saw the rounding to `targets` in its training."""
+    if len(updates.adapters) != 1 or updates.replaced:
+        return False
+    adapter, share = updates.adapters[0]
+    training = adapter.metadata.get("training")
+    if share != 1 or not isinstance(training, dict):
+        return False
+    rounded = adapter.iteration is None or adapter.iteration > training.get("fuse_aware_from", 0)
+    return rounded and [to_mapping(target) for target in targets] == [training.get("fuse_aware")]
 
 
 def batches_of(rows: list) -> list[TokenBatch]:
