@@ -41,7 +41,9 @@ class Stacks:
                 rows = Rows([slot if of == rank else 0 for of, slot in places])
                 for site, stacked in self._stacks[rank].items():
                     found.setdefault(site, []).append(PerRow(stacked, rows))
-            made = {site: parts[0] if len(parts) == 1 else InTurn(parts) for site, parts in found.items()}
+            made: dict[Site, Update] = {
+                site: parts[0] if len(parts) == 1 else InTurn(parts) for site, parts in found.items()
+            }
             self._latest = tuple(entries), made
         return self._latest[1]
 
