@@ -49,7 +49,7 @@ FULL = DemoPlan(
     name="demo-sql",
     training=TrainConfig(iterations=120, batch_size=4, learning_rate=6e-4, schedule="linear", warmup=5,
                          mask_prompt=True, max_seq_length=256, eval_every=40, eval_batches=6, save_every=40),
-    questions=40, prompt_tokens=64, decode_tokens=24, rounds=2,
+    questions=40, prompt_tokens=64, decode_tokens=24, rounds=3,
     # Fewer rows and one-sided rounding: a third of the time of a thorough fuse.
     fusing=FuseOptions(thorough=False, calibration_rows=48, check_rows=32),
 )  # fmt: skip
