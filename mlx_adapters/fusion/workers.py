@@ -30,7 +30,7 @@ from mlx_adapters.fusion.packed import Packed
 from mlx_adapters.fusion.rounding import OUTPUT_DAMPING, calibrated
 from mlx_adapters.machine import memory_bytes
 
-MOST_WORKERS = 16
+MOST_WORKERS = 64
 WORTH_WORKERS = 1e10  # multiplications (in² · out, summed over the layers); below, starting them costs more
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 COMMAND = (sys.executable, "-P", "-m", "mlx_adapters.fusion.workers")
@@ -73,7 +73,7 @@ class Task:
 
 
 def worker_count(shapes: Iterable[tuple[int, ...]]) -> int:
-    """How many workers layers of these shapes (..., out, in) are worth: one for each core up to 16, or none."""
+    """How many workers layers of these shapes (..., out, in) are worth: one for each core up to 64, or none."""
     work = sum(float(np.prod(shape)) * shape[-1] for shape in shapes)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MOST_WORKERS) if work > WORTH_WORKERS and cores > 1 else 0
