@@ -18,6 +18,7 @@ from test_runtime import random_adapter
 from mlx_adapters.errors import ConfigError, IncompatibleError
 from mlx_adapters.registry import register
 from mlx_adapters.runtime.live import load_model
+from mlx_adapters.serving.errors import ApiError
 from mlx_adapters.serving.metrics import Metrics
 from mlx_adapters.serving.settings import ServeSettings, is_loopback, parse_split
 from mlx_adapters.serving.start import bind, make_engine, parse_adapter, read_keys, run_server
@@ -199,6 +200,7 @@ BAD = [
     ({"model": "\ud800", "messages": CHAT}, "Unicode"),
     ({"model": "a", "messages": CHAT, "\udfff": 1}, "Unicode"),
     ({"model": "a", "messages": [{"role": "user", "content": "\ud800"}]}, "Unicode"),
+    (b'{"model": "a", "messages": [{"role": "user", "content": "\xed\xa0\x80"}]}', "Unicode"),
     ({"model": "a", "messages": [{"role": "user", "content": []}]}, "content"),
     ({"model": "a", "messages": CHAT, "temperature": -1}, "temperature"),
     ({"model": "a", "messages": CHAT, "top_p": 2}, "top_p"),
@@ -508,8 +510,17 @@ def test_a_damaged_adapter_and_a_dead_engine(registered, monkeypatch):
         assert httpx.post(url, json=body | {"model": "q"}).status_code == 200
         monkeypatch.setattr(engine._batcher, "step", lambda: sys.exit())
         assert httpx.post(url, json=body | {"model": "q"}).status_code == 500
+        assert not engine._open
         assert httpx.post(url, json=body | {"model": "q"}).status_code == 503
         assert httpx.get(address + "/health").status_code == 503
+
+
+def test_what_the_engine_does_not_come_to_in_time_is_told(tiny_model, monkeypatch):
+    engine = make_engine(str(tiny_model("llama")), [], ServeSettings(max_seconds=0.01))
+    monkeypatch.setattr(engine._thread, "is_alive", lambda: True)  # as if it were busy
+    with pytest.raises(ApiError) as caught:
+        engine.add_adapter("a", "a")
+    assert caught.value.status == 504
 
 
 def test_memory_stays_flat(server, client):

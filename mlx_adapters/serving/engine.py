@@ -152,7 +152,11 @@ class Engine:
         self._commands.put(lambda: self._drop(job, "cancelled"))
 
     def add_adapter(self, name: str, reference: str) -> Served:
-        """Serve another adapter and load it now. Raises AdapterError; then nothing changed."""
+        """Serve another adapter and load it now.
+
+        Raises AdapterError, or ApiError 503 if there is no room; then nothing changed. ApiError 504 if the engine
+        does not come to it in time: it may still be served then.
+        """
         return self._ask(lambda: self._add_adapter(name, reference))
 
     def remove_adapter(self, name: str) -> None:
@@ -184,7 +188,10 @@ class Engine:
                 answer.put((None, error))
 
         self._commands.put(command)
-        value, error = answer.get(timeout=self.settings.max_seconds)
+        try:
+            value, error = answer.get(timeout=self.settings.max_seconds)
+        except queue.Empty:
+            raise ApiError(504, "The engine did not come to this in time; it may yet.", kind="server_error") from None
         if error is not None:
             raise error
         return value
@@ -200,6 +207,7 @@ class Engine:
             self.failed = error
             log.exception("the engine stopped")
             for job in list(self._open):
+                self._open.discard(job)  # else a full queue would tell what comes later to try again
                 job.send(ApiError(500, "The engine stopped.", kind="server_error"))
 
     def _obey(self) -> None:
@@ -230,8 +238,8 @@ class Engine:
             tokens = self._batcher.step()
         except Exception:
             log.exception("a step failed")
+            error = ApiError(500, "The model failed on this batch.", kind="server_error")
             for request in self._batcher.clear():
-                error = ApiError(500, "The model failed on this batch.", kind="server_error")
                 self._fail(self._jobs.pop(request.number), error)
             return
         if self._batcher.rows:
@@ -244,9 +252,10 @@ class Engine:
         try:
             attached = None
             if job.model != self.base_name:
-                if job.model not in self.served:
+                served = self.served.get(job.model)  # once: other threads remove adapters
+                if served is None:
                     raise ApiError(404, f"The model '{job.model}' was removed.", param="model", code="model_not_found")
-                attached = self._resident(self.served[job.model])
+                attached = self._resident(served)
                 if attached is None:
                     return False
             job.text = TextStream(self.model.tokenizer, job.stop, job.continues)

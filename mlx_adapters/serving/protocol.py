@@ -52,8 +52,7 @@ def read_json(body: bytes) -> dict[str, Any]:
     """The JSON object of a request's body. Raises ApiError 400."""
     try:
         value = json.loads(body, parse_constant=_no_constant, parse_float=_finite_float)
-        if b"\\" in body:  # JSON can spell half a surrogate pair, which is no text
-            json.dumps(value, ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair, spelled or in bytes, is no text
     except UnicodeEncodeError:
         raise ApiError(400, "The body is not valid Unicode.") from None
     except (ValueError, RecursionError) as error:

@@ -92,14 +92,20 @@ def run_server(
     with _address_errors(host, port):
         listener.listen(1024)  # not in `bind`: clients would wait for the model to be loaded
     on_start(f"http://{'[' + host + ']' if ':' in host else host}:{port}", lambda: setattr(server, "should_exit", True))
-    # What a second interrupt drops leaves tracebacks that are no news.
-    logging.getLogger("uvicorn.error").addFilter(lambda _: not server.force_exit)
+    log = logging.getLogger("uvicorn.error")
+
+    def is_news(_: logging.LogRecord) -> bool:
+        return not server.force_exit  # what a second interrupt drops leaves tracebacks
+
+    log.addFilter(is_news)
     try:
         server.run(sockets=[listener])
     except KeyboardInterrupt:  # uvicorn gives the signal on when it has ended
         if server.force_exit:
             engine.stop(0)
             raise
+    finally:
+        log.removeFilter(is_news)
 
 
 def bind(host: str, port: int) -> socket.socket:
