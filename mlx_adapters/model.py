@@ -250,15 +250,19 @@ class Model:
         """How many of `max_tokens` have a position after such a prompt."""
         return max_tokens if self.positions is None else min(max_tokens, self.positions - prompt_tokens + 1)
 
-    def checked_ids(self, ids: Sequence[int] | mx.array) -> mx.array:
-        """The token ids as an array. Raises ModelError for none, and for what is no id of the model's."""
+    def checked_ids(self, ids: Sequence[int] | mx.array, before: int = 0) -> mx.array:
+        """The token ids as an array; `before` tokens were read already.
+
+        Raises ModelError for none, for what is no id of the model's, and for more than it has positions.
+        """
         found = np.asarray(ids)
         if found.size == 0:
             raise ModelError("The prompt is empty.", "write something to continue.")
         if found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= self.vocabulary:
             raise ModelError(f"A prompt must be token ids from 0 to {self.vocabulary - 1}.", "or a text.")
-        if self.positions is not None and found.shape[-1] > self.positions:
-            raise ModelError(f"The prompt has {found.shape[-1]} tokens; the model has {self.positions} positions.")
+        if self.positions is not None and before + found.shape[-1] > self.positions:
+            tokens = before + found.shape[-1]
+            raise ModelError(f"The prompt has {tokens} tokens; the model has {self.positions} positions.")
         return mx.array(found.astype(np.int32))
 
     def encode(self, prompt: str, raw: bool = False) -> list[int]:
@@ -290,8 +294,9 @@ class Model:
         require(max_tokens >= 1, f"max_tokens must be at least 1, not {max_tokens}.")
         require(0 <= temperature < math.inf, f"temperature must be finite and not negative, not {temperature}.")
         require(0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}.")
-        ids = self.checked_ids(self.encode(prompt, raw) if isinstance(prompt, str) else prompt)
-        sampler, max_tokens = self.sampler(temperature, top_p, seed), self.room(ids.size, max_tokens)
+        before = getattr(cache[0], "offset", 0) if cache else 0
+        ids = self.checked_ids(self.encode(prompt, raw) if isinstance(prompt, str) else prompt, before)
+        sampler, max_tokens = self.sampler(temperature, top_p, seed), self.room(before + ids.size, max_tokens)
         extra = {} if cache is None else {"prompt_cache": cache}
         yield from stream_generate(self.module, self.tokenizer, ids, max_tokens=max_tokens, sampler=sampler, **extra)
 

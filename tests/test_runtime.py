@@ -381,3 +381,9 @@ def test_a_model_with_learned_positions_ends_with_them(tiny_model):
             work([5] * 513)
     assert len(model.generate([5] * 508, max_tokens=30).token_ids) == 5
     assert model.generate_batch([([5] * 508, None)], max_tokens=30) == [model.generate([5] * 508, max_tokens=5).text]
+    cache = model.new_cache()
+    list(model.stream([5] * 500, max_tokens=1, cache=cache))
+    read = cache.layers[0].offset
+    with pytest.raises(ModelError, match="513 tokens"):
+        list(model.stream([5] * (513 - read), cache=cache))
+    assert len(list(model.stream([5] * (508 - read), max_tokens=30, cache=cache))) == 5
