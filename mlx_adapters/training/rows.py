@@ -79,15 +79,15 @@ def read_data(source: str | Path, judging: bool = False) -> DataSet:
     else:
         source = Path(source).expanduser().absolute()
         splits = _read_local(source)
-    if judging and not splits:
-        raise NotFoundError(
-            f"The data folder '{source}' has no rows.", "it needs test.jsonl, valid.jsonl or train.jsonl."
-        )
-    if not judging and "train" not in splits:
-        raise NotFoundError(
-            f"The data folder '{source}' has no train.jsonl.",
-            "it needs train.jsonl or train.parquet; valid.* and test.* are optional.",
-        )
+        if judging and not splits:
+            raise NotFoundError(
+                f"The data folder '{source}' has no rows.", "it needs test.jsonl, valid.jsonl or train.jsonl."
+            )
+        if not judging and "train" not in splits:
+            raise NotFoundError(
+                f"The data folder '{source}' has no train.jsonl.",
+                "it needs train.jsonl or train.parquet; valid.* and test.* are optional.",
+            )
     if not any(split.rows for name, split in splits.items() if judging or name == "train"):
         what = "row" if judging else "training row"
         raise FormatError(f"The data '{source}' has no {what}.", "put at least one row into train.jsonl.")
