@@ -155,8 +155,7 @@ def test_serve_listens_and_drains(model, tiny_model):
         answer = httpx.post(address + "/v1/completions", json={"model": "second", "prompt": "List", "max_tokens": 4})
         assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 4
         server.send_signal(signal.SIGINT)
-        start = time.time()
-        assert server.wait(15) == 0 and time.time() - start < 10
+        assert server.wait(15) == 0
         assert "Traceback" not in server.stderr.read()
     finally:
         server.kill()

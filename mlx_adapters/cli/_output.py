@@ -153,7 +153,8 @@ def progress() -> Callable[[Event], None]:
 
 
 def _progress_text(event: Progress, elapsed: float) -> str:
-    text = f"{event.stage}: {event.done:,}/{count(event.total, event.unit) if event.unit else event.total}"
+    total = count(event.total, event.unit) if event.unit else f"{event.total:,}"
+    text = f"{event.stage}: {event.done:,}/{total}"
     if event.done and elapsed > 0.5:
         rate = event.done / elapsed
         text += f", {number(rate)}/s"

@@ -24,7 +24,7 @@ from mlx_adapters.units import count
 Method = Literal["none", "nearest", "calibrated", "auto"]
 THROUGH = (
     "The adapter was trained through this rounding (--fuse-aware), so its layers are rounded to nearest, as they were "
-    "then. Judge by the loss: the KL is from the adapter before rounding, which it was not trained to be good as."
+    "then. Judge by the loss: the KL is from the adapter before rounding, which it was not trained to equal."
 )
 
 
@@ -116,8 +116,8 @@ class Work:
             fused = Variant(job.base, updates, lambda path: path in touched, stored)
             return compare(Variant(job.base, updates), fused, None, batches).kl_mean
 
-        count = until_promise(steps, total, options.max_kl or 0.0, measure, self.on_event)
-        return targets_after(steps[:count])
+        enough = until_promise(steps, total, options.max_kl or 0.0, measure, self.on_event)
+        return targets_after(steps[:enough])
 
     def check(self, folder: Path) -> Fidelity | None:
         """The fidelity of the model in `folder`, or None if it is not to be checked."""

@@ -229,8 +229,8 @@ class AdapterPool:
                 if parts:
                     updates[site] = ForAll(combine(parts))
             mx.eval([update.arrays for update in updates.values()])  # at once: each eval takes its time
-            if key and (len(key) > 1 or key[0][1] != 1):  # a mixture holds arrays of its own
-                mixtures = [old for old in self._plans if old and (len(old) > 1 or old[0][1] != 1)]
+            if _is_mixture(selection):
+                mixtures = [old for old, plan in self._plans.items() if _is_mixture(plan.selection)]
                 for old in mixtures[: len(mixtures) + 1 - MAX_MIXTURES]:
                     del self._plans[old]
             self._plans[key] = Plan(selection, updates)
@@ -298,6 +298,11 @@ class AdapterPool:
 def same(one: Selection, other: Selection) -> bool:
     """Whether two selections are the same adapters with the same weights."""
     return len(one) == len(other) and all(a is b and v == w for (a, v), (b, w) in zip(one, other, strict=True))
+
+
+def _is_mixture(selection: Selection) -> bool:
+    """Whether its plan holds arrays of its own, not those of one adapter."""
+    return len(selection) > 1 or any(weight != 1 for _, weight in selection)
 
 
 def compute_dtype(module: nn.Module) -> mx.Dtype:
