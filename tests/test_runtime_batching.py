@@ -1,5 +1,8 @@
 """Every row of a mixed batch is what it is alone, whatever comes, goes and stops around it."""
 
+import gc
+import weakref
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -200,6 +203,19 @@ def test_adapters_of_any_rank_come_while_others_are_mixed(tiny_model):
         answers = dict(answer_all(model.module, model.pool, requests))
         assert [answers[request] for request in requests] == solo
         assert model.pool.nbytes == before
+
+
+def test_stacks_go_without_waiting_for_the_garbage_collector(tiny_model):
+    """It counts objects and not bytes, so that what only it frees may fill the memory first."""
+    model = many(load_model(tiny_model("llama")), 2)
+    model.generate_batch([(PROMPT, "0"), (PROMPT, "1")], max_tokens=2)
+    parts = [weakref.ref(p) for update in model.pool._stacks._latest[1].values() for p in update.parts]
+    gc.disable()
+    try:
+        model.detach("1")
+        assert parts and not any(part() for part in parts)
+    finally:
+        gc.enable()
 
 
 def test_mixtures_are_not_kept_for_ever(tiny_model):

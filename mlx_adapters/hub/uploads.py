@@ -62,7 +62,7 @@ def make_card(
     """The card of an adapter or model, from its metadata. benchmark: a saved report to show. `old` is the README
     to take the user's part from (default: README.md in the folder).
 
-    Raises NotFoundError or FormatError.
+    Raises NotFoundError, FormatError or, for a license or base that the Hub would refuse, ConfigError.
     """
     return _card_of(read_subject(source, benchmark), repo, base_model, license, old)
 
@@ -116,7 +116,8 @@ def publish(
     card, where the metadata does not tell. benchmark: a saved report that the card shows. show_progress: the bars
     of huggingface_hub.
 
-    Raises ConfigError, NotFoundError, FormatError or HubError; then the Hub is as it was before.
+    Raises ConfigError, NotFoundError, FormatError or HubError; then the Hub is as it was before, but for a branch that
+    was made for this, which may stay.
     """
     check_repo(repo)
     if revision is not None:

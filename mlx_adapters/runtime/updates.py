@@ -84,8 +84,13 @@ class PerRow:
     S-LoRA, arXiv 2311.03285). `stacked` holds (slots, r, in) and (slots, out, r); slot 0 is all zero."""
 
     def __init__(self, stacked: Factors, rows: Rows) -> None:
-        self.stacked, self.rows, self.parts = stacked, rows, (self,)
+        self.stacked, self.rows = stacked, rows
         self.a, self.b = stacked.a.swapaxes(-1, -2), stacked.b.swapaxes(-1, -2)
+
+    @property
+    def parts(self) -> tuple["PerRow"]:
+        """Itself, as the only part. (No attribute: what refers to itself stays in memory longer.)"""
+        return (self,)
 
     def linear(self, y: mx.array, x: mx.array) -> mx.array:
         """y (rows, ..., out) and x (rows, ..., in)."""
