@@ -453,7 +453,10 @@ def registered(tiny_model):
     return tiny_model("llama"), [("p", "p"), ("q", "q")]
 
 
-def test_adapters_stay_within_their_bytes(registered):
+@pytest.mark.parametrize("grouped", [False, True])
+def test_adapters_stay_within_their_bytes(registered, monkeypatch, grouped):
+    """Also on a GPU, where layers in groups take more bytes than the adapter's file."""
+    monkeypatch.setattr("mlx_adapters.runtime.pool.on_gpu", lambda: grouped)
     folder, adapters = registered
     size = make_engine(str(folder), adapters[:1], ServeSettings()).model.pool.nbytes
     with pytest.raises(ConfigError, match=r"'p' has 0.0 MB; all may have"):

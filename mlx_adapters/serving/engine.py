@@ -76,7 +76,10 @@ class Job:
 
 @dataclass(eq=False)
 class Served:
-    """An adapter that can be asked for. `attached` is None while it is out of memory, `nbytes` until it was read."""
+    """An adapter that can be asked for. `attached` is None while it is out of memory.
+
+    `nbytes`: what its weights take, or once it was in memory what it took there; None until it was read.
+    """
 
     name: str
     reference: str
@@ -99,6 +102,7 @@ class Engine:
         self._removed: list[Served] = []
         self._open: set[Job] = set()
         self._serial = itertools.count()
+        self._byte_limit = settings.max_adapter_bytes or math.inf
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -293,12 +297,16 @@ class Engine:
         name = f"{served.name}#{next(self._serial)}"
         self.model.attach(adapter or served.reference, name=name, use=False)
         served.attached = self.model.pool.get(name)
+        served.nbytes = served.attached.nbytes
+        if self.model.pool.nbytes > self._byte_limit:  # in groups of layers it takes more than in its file
+            self.model.pool.remove(name)
+            return self._resident(served)
         self.metrics.add("adapter_loads_total", adapter=served.name)
         return served.attached
 
     def _make_room(self, served: Served) -> bool:
         """Put adapters out until this one is within the limits too. False if those in use leave no room."""
-        pool, limit, nbytes = self.model.pool, self.settings.max_adapter_bytes or math.inf, served.nbytes or 0
+        pool, limit, nbytes = self.model.pool, self._byte_limit, served.nbytes or 0
         require(nbytes <= limit, f"'{served.name}' has {nbytes / 1e6:.1f} MB; all may have {limit / 1e6:.1f} MB.")
         while len(pool.attached) >= self.settings.max_adapters or pool.nbytes + nbytes > limit:
             oldest = pool.least_recently_used()
