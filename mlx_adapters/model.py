@@ -150,7 +150,8 @@ def _rope_settings(rope: dict[str, Any], config: dict[str, Any]) -> dict[str, An
 def resolve_base(name: str | Path | Base, download: bool = True) -> Base:
     """Find a base model: `demo`, a folder, or a Hub id with an optional @revision (downloaded once).
 
-    Raises NotFoundError or HubError; without `download`, NotFoundError for what is not on this machine yet.
+    Raises NotFoundError, HubError or, for a name that no repository can have, ConfigError; without `download`,
+    NotFoundError for what is not on this machine yet.
     """
     if isinstance(name, Base):
         return name

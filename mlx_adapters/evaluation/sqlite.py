@@ -95,9 +95,3 @@ def is_correct(answer: str, gold_sql: str, database: Database) -> bool:
     except (ValueError, sqlite3.Error, sqlite3.Warning, OverflowError, MemoryError):
         return False
     return same_rows(predicted, gold, ordered=bool(ORDER_BY.search(gold_sql)))
-
-
-def execution_accuracy(answers: Iterable[str], gold: Iterable[str], database: Database) -> float:
-    """The share of answers, 0 to 1, whose query returns the gold query's rows."""
-    results = [is_correct(answer, sql, database) for answer, sql in zip(answers, gold, strict=True)]
-    return sum(results) / len(results) if results else 0.0

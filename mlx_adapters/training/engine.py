@@ -150,12 +150,6 @@ class Engine:
             head = {name: w for name, w in weights.items() if block_index(name) is None}
             return losses.chunked_loss(self.module, self.plan.body, batch, head, self.plan.chunk, cache)
 
-    def lend(self) -> nn.Module:
-        """The module with the current weights in it, for use outside of training."""
-        losses.put(self.module, self.weights)
-        self.module.eval()
-        return self.module
-
 
 def chunk_rows(vocabulary: int) -> int:
     """How many logit rows a chunk holds: a multiple of 64, as the trained positions are on a GPU."""
