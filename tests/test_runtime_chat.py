@@ -177,6 +177,15 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(monkeypatch, capsys):
         chat_module._answer(Slow(), "x", {})
 
 
+def test_what_was_read_of_a_stopped_answer_is_not_read_on(model):
+    chat = Chat(model)
+    stopped = chat.ask("Count to a hundred.", max_tokens=20)
+    next(stopped)
+    stopped.close()
+    again, fresh = ("".join(one.ask("Hello", max_tokens=12)) for one in (chat, Chat(model)))
+    assert chat.messages[0]["content"] == "Hello" and again == fresh
+
+
 def test_use_base_and_what_is_no_text(model):
     chat = Chat(model)
     model.attach("one")

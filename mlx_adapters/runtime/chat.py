@@ -49,15 +49,13 @@ class Chat:
         cache, continues = self._cache, known < len(prompt) and prompt[:known] == self._cached
         if cache is None or not continues or not same(cache.selection, self.model.pool.selection):
             cache, known = self.model.new_cache(), 0
-        self._cache, self._cached, written = cache, [], list(prompt)
+        self._cache, self._cached, written = None, [], list(prompt)  # an answer may be stopped: then both are lost
         for response in self.model.stream(prompt[known:], cache=cache, **options):
             written.append(int(response.token))
             yield response.text
         offset = getattr(cache.layers[0], "offset", 0)
         if isinstance(offset, int) and offset <= len(written):
-            self._cached = written[:offset]
-        else:
-            self._cache = None
+            self._cache, self._cached = cache, written[:offset]
 
     def _encode(self, messages: list[dict[str, str]]) -> list[int]:
         system = [{"role": "system", "content": self.system}] if self.system else []
