@@ -14,7 +14,7 @@ from test_benchmarking import make_adapter
 
 from mlx_adapters.benchmarking.run import check_data
 from mlx_adapters.cli import cli
-from mlx_adapters.errors import ConfigError, FormatError, NotFoundError
+from mlx_adapters.errors import ConfigError, FormatError, ModelError, NotFoundError
 from mlx_adapters.evaluation import text
 from mlx_adapters.evaluation.answers import greedy_answers, questions
 from mlx_adapters.evaluation.evaluate import EvaluationConfig, choose_rows, evaluate, save
@@ -23,7 +23,7 @@ from mlx_adapters.evaluation.scores import parse_score
 from mlx_adapters.evaluation.tokens import Batches, judge, judged_rows
 from mlx_adapters.model import load_model
 from mlx_adapters.registry import load_adapter
-from mlx_adapters.training.rows import read_data
+from mlx_adapters.training.rows import RawRow, read_data
 
 ROWS = [
     ("How many students are there?", "SELECT COUNT(*) FROM students;"),
@@ -83,6 +83,17 @@ def test_batched_answers_equal_single_ones(tiny_model, data, architecture):
     together = greedy_answers(model, [q.prompt for q in asked], max_tokens=12, batch_size=3)
     alone = [model.tokenizer.decode(model.generate(list(q.prompt), max_tokens=12).token_ids) for q in asked]
     assert together == alone and [q.expected for q in asked] == [answer for _, answer in ROWS]
+
+
+def test_answers_end_with_learned_positions(tiny_model):
+    model = load_model(tiny_model("gpt2"))
+    asked = [[5] * 508, [5] * 12]
+    alone = [model.tokenizer.decode(model.generate(prompt, max_tokens=20).token_ids) for prompt in asked]
+    assert greedy_answers(model, asked, max_tokens=20) == alone
+    with pytest.raises(ModelError, match="512 positions"):
+        greedy_answers(model, [[5] * 513], max_tokens=1)
+    (row,) = judged_rows([RawRow({"text": "word " * 600}, "line 1")], model, 2048)
+    assert len(row.tokens) == 512
 
 
 def test_evaluate_compares_row_by_row(tiny_model, data):

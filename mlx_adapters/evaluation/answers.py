@@ -45,13 +45,18 @@ def greedy_answers(
     model: Model, prompts: Sequence[Sequence[int]], *, max_tokens: int = 256, batch_size: int = 8,
     on_event: OnEvent = ignore,
 ) -> list[str]:  # fmt: skip
-    """The likeliest continuation of each prompt, up to an end token or `max_tokens`; `batch_size` at a time."""
+    """The likeliest continuation of each prompt, up to an end token, `max_tokens` or the model's last position.
+
+    `batch_size` at a time. Raises ModelError for a prompt that the model cannot read.
+    """
+    asked = [model.checked_ids(prompt).tolist() for prompt in prompts]
+    limits = [model.room(len(prompt), max_tokens) for prompt in asked]
     with wired_limit(model.module):
         generator = BatchGenerator(
-            model.module, max_tokens=max_tokens, completion_batch_size=batch_size,
+            model.module, completion_batch_size=batch_size,
             stop_tokens=[[token] for token in model.tokenizer.eos_token_ids],
         )  # fmt: skip
-        written: dict[int, list[int]] = {uid: [] for uid in generator.insert([list(p) for p in prompts])}
+        written: dict[int, list[int]] = {uid: [] for uid in generator.insert(asked, limits)}
         done = 0
         while responses := generator.next_generated():
             for response in responses:

@@ -36,8 +36,9 @@ class TokenFigures:
 
 
 def judged_rows(rows: Sequence[RawRow], model: Model, max_seq_length: int) -> list[Row]:
-    """The rows tokenized, answers marked (everything in a text row)."""
+    """The rows tokenized, answers marked (everything in a text row), cut where the model has no more positions."""
     found: list[Row] = []
+    max_seq_length = min(max_seq_length, model.positions or max_seq_length)
     for raw in rows:
         masked = raw.format != "text"
         kept = tokenize([raw], model.tokenizer, max_seq_length=max_seq_length, mask_prompt=masked).rows
