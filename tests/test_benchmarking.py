@@ -32,7 +32,7 @@ from mlx_adapters.benchmarking.statistics import (
     unpaired_ratio,
     weighted_mean,
 )
-from mlx_adapters.benchmarking.variants import Variant, parse_variant, parse_variants
+from mlx_adapters.benchmarking.variants import Variant, parse_variant, parse_variants, prepare
 from mlx_adapters.charts import png
 from mlx_adapters.cli import cli
 from mlx_adapters.errors import ConfigError, NotFoundError
@@ -152,6 +152,12 @@ def test_variants_by_their_spelling(tiny_model, tmp_path):
     assert [v.adapter for v in found] == [None, "sql", "sql", None, "sql"] and found[2].fuse_bits == "4"
     assert parse_variant(str(tmp_path / "home" / "adapters" / "sql")).adapter
     assert parse_variants(["base"], base="demo")[0].base == "demo"
+
+
+def test_a_variant_to_fuse_is_what_fuse_makes_of_it(tiny_model, tmp_path):
+    make_adapter(tiny_model("llama", bits=4, group_size=32))
+    variant = prepare(parse_variants(["fuse:sql:4"])[0], tmp_path, False, print)
+    assert resolve_base(variant.base).config["quantization"] == {"bits": 4, "group_size": 32, "mode": "affine"}
 
 
 @pytest.mark.parametrize("wrong", ["fuse:sql", "fuse:sql:7", "fuse::4", "sql@x", "a b"])

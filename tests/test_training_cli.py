@@ -96,6 +96,16 @@ def test_wrong_settings_are_config_errors_and_leave_nothing(run, arguments, mess
     assert not adapter_folder("run").exists()
 
 
+@pytest.mark.parametrize(("bits", "group"), [("4", 32), ("3", 64)])
+def test_fuse_aware_takes_the_grouping_that_a_fuse_will_take(run, tiny_model, tmp_path, bits, group):
+    base = tiny_model("llama", bits=4, group_size=32)
+    file = tmp_path / "train.yaml"
+    file.write_text(f"base: {base}\ntraining: {{fuse_aware: {{bits: {bits}}}}}\n")
+    for arguments in (["--config", str(file)], [str(base), "--data", "d", "--name", "n", "--fuse-aware", bits]):
+        shown = yaml.safe_load(run(*arguments, "--print-config", new=False).stdout)
+        assert shown["training"]["fuse_aware"] == {"bits": int(bits), "group_size": group, "mode": "affine"}
+
+
 def test_unknown_keys_in_the_config_file_are_named(run, tmp_path):
     file = tmp_path / "train.yaml"
     file.write_text("trainig: {}\n")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_adapters import files
-from mlx_adapters.config import Quantization, require
+from mlx_adapters.config import require
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError, did_you_mean
 from mlx_adapters.events import Note, OnEvent
 from mlx_adapters.registry import names, parse_reference
@@ -157,7 +157,7 @@ def prepare(variant: Variant, folder: Path, any_base: bool, on_event: OnEvent) -
         bits, out = variant.fuse_bits, folder / variant.label.replace(":", "-").replace("/", "-")
         on_event(Note(f"Fusing {variant.adapter} for '{variant.label}' ..."))
         try:
-            quantization = Quantization(int(bits)) if bits.isdecimal() else bits
+            quantization = int(bits) if bits.isdecimal() else bits  # the base's grouping, as a fuse
             if not out.is_dir():
                 fuse(variant.base, str(variant.adapter), out, quantization=quantization, any_base=any_base)
             variant = replace(variant, base=str(out), adapter=None)

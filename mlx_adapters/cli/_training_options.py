@@ -19,7 +19,7 @@ from mlx_adapters.config import (
     read_yaml,
     to_mapping,
 )
-from mlx_adapters.errors import ConfigError, did_you_mean
+from mlx_adapters.errors import AdapterError, ConfigError, did_you_mean
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
@@ -116,6 +116,9 @@ def read_settings(options: dict[str, Any]) -> Settings:
     if quantization := _fuse_aware(given):
         training["fuse_aware"] = quantization
     places = {key: given.get(key, file.get(key)) for key in ("base", "data", "name")}
+    if set(training.get("fuse_aware") or ()) == {"bits"} and places["base"] is not None:
+        own = _own_grouping(places["base"], training["fuse_aware"]["bits"], not given.get("print_config"))
+        training["fuse_aware"] = training["fuse_aware"] | own
     settings = Settings(**places, lora=lora, training=training)
     return dataclasses.replace(settings, lora=lora | _scale_of_alpha(given, settings))
 
@@ -160,6 +163,17 @@ def _fuse_aware(given: Mapping[str, Any]) -> dict[str, Any]:
     if found and "bits" not in found:
         raise ConfigError("--fuse-aware-group-size and --fuse-aware-mode need --fuse-aware BITS.")
     return found
+
+
+def _own_grouping(base: str, bits: int, download: bool) -> dict[str, Any]:
+    """The base's own group size and mode if it has as many bits: 'fuse --bits' will take them too."""
+    from mlx_adapters.model import resolve_base
+
+    try:
+        own = resolve_base(base, download).config.get("quantization") or {}
+    except AdapterError:
+        return {}  # the training says it, with the rest
+    return {"group_size": own["group_size"], "mode": own.get("mode", "affine")} if own.get("bits") == bits else {}
 
 
 def _scale_of_alpha(given: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
