@@ -292,6 +292,16 @@ def test_own_data_that_is_too_short_gives_way_to_the_general_text(tiny_model, da
         choose_text(data, [adapter], tokenizer, 16, 8)
 
 
+def test_few_rows_asked_for_are_still_of_the_own_data(tiny_model, data, home):
+    folder = tiny_model("llama")
+    adapter = make_adapter(folder)
+    adapter.metadata["data"] = {"source": str(data)}
+    text = choose_text(None, [adapter], load_model(folder).tokenizer, 1, 1)
+    for rows in (text.calibration, text.check):
+        assert sum(len(tokens) for tokens, _ in rows) >= 256 and len(rows) > 1
+    assert text.source == str(data) and text.why is None
+
+
 def test_rows_that_only_look_different_are_not_in_both_parts(tiny_model, data):
     tokenizer = load_model(tiny_model("llama")).tokenizer
     rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]

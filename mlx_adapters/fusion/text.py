@@ -78,13 +78,11 @@ def _prepare(
     why: str | None,
 ) -> Text:  # fmt: skip
     digest = hashlib.sha256("\n".join(row.key() for row in [*train, *held]).encode()).hexdigest()
-    check = _tokenize(_spread(held, check_rows), tokenizer)
+    check = _enough(held, check_rows, tokenizer, set())
     judged = {tokens.tobytes() for tokens, _ in check}
-    calibration = _tokenize(_spread(train, calibration_rows), tokenizer)
-    calibration = [row for row in calibration if row[0].tobytes() not in judged]  # other rows may say the same
+    calibration = _enough(train, calibration_rows, tokenizer, judged)  # other rows may say the same
     for rows, what in ((calibration, "calibration"), (check, "the check")):
-        tokens = sum(len(row) for row, _ in rows)
-        if tokens < LEAST_TOKENS:
+        if (tokens := _tokens(rows)) < LEAST_TOKENS:
             raise FormatError(
                 f"'{source}' is too short: {tokens} tokens for {what}, at least {LEAST_TOKENS} are needed.",
                 "give more rows, or leave --calibration away to use the general text.",
@@ -99,7 +97,9 @@ def read_text(source: str) -> tuple[list[RawRow], list[RawRow]]:
         try:
             return _split_paragraphs(path.read_text(encoding="utf-8"), source)
         except FileNotFoundError:
-            raise NotFoundError(f"There is no text '{source}'.") from None
+            raise NotFoundError(
+                f"There is no text '{source}'.", "--calibration takes a data folder, a .jsonl, .parquet or .txt file."
+            ) from None
         except (UnicodeDecodeError, OSError) as error:
             raise FormatError(f"'{source}' is not readable text: {error}.", "save it as UTF-8.") from None
     data = read_data(source)
@@ -158,6 +158,19 @@ def _apart(train: list[RawRow], held: list[RawRow], source: str) -> tuple[list[R
     if not train or not held:
         raise FormatError(f"'{source}' is too short to calibrate on and to check by.", "give at least ten rows.")
     return train, held
+
+
+def _enough(rows: list[RawRow], count: int, tokenizer: Any, without: set[bytes]) -> list[Row]:
+    """`count` rows, evenly spaced, or as many more as LEAST_TOKENS take; none whose tokens are in `without`."""
+    while True:
+        found = [row for row in _tokenize(_spread(rows, count), tokenizer) if row[0].tobytes() not in without]
+        if count >= len(rows) or _tokens(found) >= LEAST_TOKENS:
+            return found
+        count *= 2
+
+
+def _tokens(rows: list[Row]) -> int:
+    return sum(len(tokens) for tokens, _ in rows)
 
 
 def _spread(rows: list[RawRow], count: int) -> list[RawRow]:
