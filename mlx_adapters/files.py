@@ -53,11 +53,23 @@ def storage_errors(path: Path) -> Iterator[None]:
             errno.EFBIG: "the file is larger than this process may write (see 'ulimit -f').",
             errno.EROFS: "the disk is read-only; choose another place.",
             errno.EACCES: "you have no permission there; choose another place.",
+            errno.EPERM: "you have no permission there; choose another place.",
         }
         if error.errno not in hints:
             raise
         reason = os.strerror(error.errno).lower()
         raise StorageError(f"Cannot write '{path}': {reason}.", hints[error.errno]) from error
+
+
+@contextlib.contextmanager
+def _made_in(folder: Path) -> Iterator[None]:
+    """Make `folder`; StorageError if it, or what the block makes in it, cannot be because of what stands there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+        hint = "a file stands in the way, or the system keeps the place for itself; choose another."
+        raise StorageError(f"'{folder}' is no folder to write in.", hint) from error
 
 
 def _fsync_path(path: Path) -> None:
@@ -78,8 +90,8 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     path = Path(path)
     draft = path.parent.name.startswith(TEMPORARY_PREFIX)
     with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
+        with _made_in(path.parent):
+            descriptor, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
         try:
             with os.fdopen(descriptor, "wb") as stream:
                 fcntl.flock(stream, fcntl.LOCK_EX)
@@ -106,9 +118,9 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     path = Path(path).absolute()
     refuse_existing(path, overwrite)
     with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path.parent)
-        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
+        with _made_in(path.parent):
+            sweep(path.parent)
+            temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
         try:
             with lock_file(temporary):
                 yield temporary

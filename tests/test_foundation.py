@@ -5,6 +5,7 @@ import json
 import resource
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -255,6 +256,14 @@ def test_files_are_whole_or_absent(tmp_path):
         (folder / "x").write_text("half")
         raise KeyError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_is_no_folder_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "x", tmp_path / "file" / "y" / "x", Path("/dev/null/x")):
+        for writer in (files.atomic_file, files.atomic_folder):
+            with pytest.raises(errors.StorageError, match="no folder to write in"), writer(path):
+                pass
 
 
 def test_a_lack_of_space_is_told_in_figures_that_say_something(tmp_path, monkeypatch):
