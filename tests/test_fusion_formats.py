@@ -85,7 +85,8 @@ def rows_put_back(array, heads):
 def test_gguf_reads_back(tiny_model, tmp_path, architecture, bits, dtype, tolerance):
     folder = tiny_model(architecture, bits=4)
     adapter = make_adapter(folder)
-    fuse(folder, adapter, tmp_path / "out", quantization=bits, dtype=dtype, options=GGUF)
+    made = fuse(folder, adapter, tmp_path / "out", quantization=bits, dtype=dtype, options=GGUF)
+    assert made.method == ("nearest" if bits == 8 else "none")
     fuse(folder, adapter, tmp_path / "plain", quantization="none", dtype="float32")
     wanted = dict(tree_flatten(load_module(resolve_base(tmp_path / "plain"))[0].parameters()))
     reader = gguf.GGUFReader(tmp_path / "out/model.gguf")

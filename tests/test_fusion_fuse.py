@@ -216,6 +216,13 @@ def test_bad_input_leaves_nothing(tiny_model, tmp_path):
         settle_precision(7, resolve_base(folder))
     with pytest.raises(ConfigError, match="no 6 bits"):
         parse_precision("6", None, "mxfp4")
+    with pytest.raises(ConfigError, match="keep takes no group size") as caught:
+        parse_precision("keep", None, "mxfp8")
+    assert "--bits: 8" in caught.value.hint
+    odd = tiny_model("llama", intermediate_size=160)
+    with pytest.raises(ConfigError, match="No layer can be quantized") as caught:
+        fuse(odd, make_adapter(odd), out, quantization=Quantization(4, 128))
+    assert "--group-size" in caught.value.hint
     assert list(tmp_path.glob("*out*")) == []
     fuse(folder, adapter, out, quantization="none")
     with pytest.raises(ExistsError):

@@ -79,8 +79,9 @@ def fuse(
         lost = fidelity is not None and fidelity.kl_mean > NOTABLE_KL
         if work.method == "nearest" and lost and not work.trained_through:
             on_event(Note("Rounding to nearest lost part of the adapter; --method calibrated keeps more.", "warning"))
+        q8 = options.format == "gguf" and quantization not in ("keep", "none")
         result = FuseResult(
-            folder=out, method=work.method, quantization=job.quantization(asked), size_bytes=size,
+            folder=out, method="nearest" if q8 else work.method, quantization=job.quantization(asked), size_bytes=size,
             bits_per_weight=8 * size / job.parameters, survival=tuple(sorted(job.survival, key=lambda s: s.path)),
             fidelity=fidelity, text=work.text.describe() if work.text else None, notes=notes,
             seconds=time.perf_counter() - started,
@@ -149,7 +150,9 @@ def choose_base(base: str | Path | Base | None, updates: Updates) -> Base:
 def parse_precision(bits: str, group_size: int | None, mode: str | None) -> Quantization | int | str:
     """What --bits, --group-size and --mode ask for. Raises ConfigError."""
     if bits in ("keep", "none"):
-        require(group_size is None and mode is None, f"--bits {bits} takes no group size and no mode.")
+        have = ", ".join(map(str, QUANTIZATIONS.get(mode or "affine", QUANTIZATIONS["affine"])[0]))
+        require(group_size is None and mode is None, f"--bits {bits} takes no group size and no mode.",
+                f"say how many bits with --bits: {have}.")  # fmt: skip
         return bits
     require(bits.isdecimal(), f"bits must be keep, none or a number, not '{bits}'.")
     if group_size is None and mode in (None, "affine"):
@@ -177,6 +180,8 @@ def settle_precision(asked: Quantization | int | str, base: Base) -> Quantizatio
 
 def _notes(job: Job, on_event: OnEvent) -> tuple[str, ...]:
     notes = tuple(f"{plan.path}: {plan.note}" for plan in job.plans if plan.note)
+    if notes and all(plan.target is None for plan in job.plans):
+        raise ConfigError(f"No layer can be quantized like that. {notes[0]}.", "choose a smaller --group-size.")
     if notes:
         on_event(Note(f"{count(len(notes), 'layer')} not quantized; {notes[0]}.", "warning"))
     return notes
