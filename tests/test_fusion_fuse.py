@@ -198,6 +198,18 @@ def test_shards(tiny_model, tmp_path, monkeypatch):
     np.testing.assert_allclose(logits(tmp_path / "out"), logits(folder, adapter), atol=2e-5)
 
 
+def test_overwrite_replaces_neither_the_base_nor_a_folder_of_other_things(tiny_model, tmp_path):
+    folder, other = tiny_model("llama"), tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("years of work")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for out, message in ((folder, "base model itself"), (other, "other things")):
+        with pytest.raises(ExistsError, match=message):
+            fuse(folder, make_adapter(folder), out, overwrite=True)
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert (other / "thesis.txt").exists()
+
+
 def test_bad_input_leaves_nothing(tiny_model, tmp_path):
     folder, other = tiny_model("llama"), tiny_model("llama", seed=5)
     adapter = make_adapter(folder)

@@ -16,7 +16,7 @@ from mlx_adapters import files
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.config import DTYPES, QUANTIZATIONS, Quantization, require
 from mlx_adapters.door import mx
-from mlx_adapters.errors import ConfigError, FidelityError, IncompatibleError
+from mlx_adapters.errors import ConfigError, ExistsError, FidelityError, IncompatibleError
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.fusion import recipe as recipes
 from mlx_adapters.fusion.calibrate import Spool
@@ -66,6 +66,7 @@ def fuse(
     given = [adapters] if isinstance(adapters, Adapter | str | Path) else list(adapters)
     updates = gather_updates(given, weights, replaced)
     found = choose_base(base, updates)
+    _refuse_precious(out, found)
     asked = _plain_format(settle_precision(quantization, found), quantization, options)
     job = open_job(found, updates, asked, dtype, any_base)
     notes = _notes(job, on_event)
@@ -90,6 +91,14 @@ def fuse(
         files.write_json(folder / REPORT_FILE, report(result))
         files.write_json(folder / RECIPE_FILE, {"format": 1} | _recipe(work, given, dtype, folder))
     return result
+
+
+def _refuse_precious(out: Path, base: Base) -> None:
+    """--overwrite replaces a model, but never the base that is read nor a folder of other things."""
+    if out.resolve() == base.folder.resolve():
+        raise ExistsError(f"'{out}' is the base model itself.", "choose another folder to write.")
+    if out.is_dir() and any(out.iterdir()) and not any((out / f).is_file() for f in ("config.json", REPORT_FILE)):
+        raise ExistsError(f"'{out}' holds no model but other things.", "choose another folder to write.")
 
 
 def _plain_format(
