@@ -113,7 +113,8 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Give a temporary folder beside `path`; rename it to `path` when the block ends well.
 
-    Raises ExistsError if `path` exists and `overwrite` is false (checked before and after the work).
+    Raises ExistsError if `path` exists and `overwrite` is false (checked before and after the work), and with
+    `overwrite` if it holds nothing of the kind that would replace it.
     """
     path = Path(path).absolute()
     refuse_existing(path, overwrite)
@@ -130,10 +131,18 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
                         _fsync_path(Path(folder) / file)
                     _fsync_path(Path(folder))
                 refuse_existing(path, overwrite)
+                _refuse_other_things(temporary, path)
                 _swap_in(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def _refuse_other_things(new: Path, path: Path) -> None:
+    """Raise ExistsError where a folder would go that has no entry of a name that the new one has."""
+    old = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    if old and old.isdisjoint(entry.name for entry in new.iterdir()):
+        raise ExistsError(f"'{path}' holds other things than what would replace it.", "choose another folder to write.")
 
 
 def _swap_in(new: Path, path: Path) -> None:

@@ -258,6 +258,19 @@ def test_files_are_whole_or_absent(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_overwriting_replaces_a_folder_of_its_kind_only(tmp_path):
+    for name, kept in (("model", False), ("photos", True), ("empty", False)):
+        (tmp_path / name).mkdir()
+        if name != "empty":
+            (tmp_path / name / ("config.json" if name == "model" else "holiday.jpg")).write_text("old")
+        refused = pytest.raises(errors.ExistsError, match="other things") if kept else contextlib.nullcontext()
+        with refused, files.atomic_folder(tmp_path / name, overwrite=True) as folder:
+            (folder / "config.json").write_text("new")
+    assert (tmp_path / "photos" / "holiday.jpg").read_text() == "old"
+    assert {p.read_text() for p in tmp_path.glob("*/config.json")} == {"new"}
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_a_place_that_is_no_folder_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file" / "x", tmp_path / "file" / "y" / "x", Path("/dev/null/x")):

@@ -74,8 +74,8 @@ def training_options(command: Command) -> Command:
         *(click.option(flag, type=kind, help=text) for flag, kind, text in LORA_OPTIONS + TRAINING_OPTIONS),
         *(click.option(flag, is_flag=True, default=None, help=text) for flag, text in FLAGS),
         click.option("--fuse-aware", type=int, metavar="BITS", help="Train through the rounding of a fuse to BITS."),
-        click.option("--fuse-aware-group-size", type=int, help="Its group size [64]."),
-        click.option("--fuse-aware-mode", type=click.Choice(MODES), help="Its mode [affine]."),
+        click.option("--fuse-aware-group-size", type=int, help="Its group size [the base's at its own bits, else 64]."),
+        click.option("--fuse-aware-mode", type=click.Choice(MODES), help="Its mode [likewise, else affine]."),
     ]
     for option in reversed(options):
         command = option(command)

@@ -24,7 +24,8 @@ from mlx_adapters.units import count
 Method = Literal["none", "nearest", "calibrated", "auto"]
 THROUGH = (
     "The adapter was trained through this rounding (--fuse-aware), so its layers are rounded to nearest, as they were "
-    "then. Judge by the loss: the KL is from the adapter before rounding, which it was not trained to equal."
+    "then. Judge by the loss: the KL is from the adapter before rounding, which it was not trained to equal. After a "
+    "short training, compare with --method calibrated."
 )
 
 
