@@ -270,7 +270,15 @@ def test_bad_input(observe, tiny_model, data, tmp_path):
         observe(replace(BASE, max_seq_length=3, mask_prompt=True))
     with pytest.raises(ConfigError, match="packed exactly"):
         observe(replace(BASE, packing=True, batch_size=1), replace(LORA, target_modules="all"), base=tiny_model("gpt2"))
+    long = tmp_path / "long"
+    long.mkdir()
+    (long / "train.jsonl").write_text(json.dumps({"text": "SELECT title FROM courses " * 200}) + "\n")
+    gpt2 = {"base": tiny_model("gpt2"), "where": long, "lora": replace(LORA, target_modules="all")}
+    with pytest.raises(ConfigError, match="more than the model's 512 positions") as caught:
+        observe(replace(BASE, batch_size=1), **gpt2)
+    assert "--max-seq-length 513" in caught.value.hint
     assert not (tmp_path / "home" / "adapters" / "run").exists()
+    assert observe(replace(BASE, batch_size=1, max_seq_length=513), name="cut", **gpt2).run.final.iteration == 4
 
 
 def test_nan_stops_at_the_last_checkpoint_and_names_the_rows(observe, tmp_path):

@@ -40,7 +40,10 @@ class FuseOptions:
         require(self.method in METHODS, f"There is no method '{self.method}'.", did_you_mean(self.method, METHODS))
         require(self.calibration_rows >= 1 and self.check_rows >= 1, "calibration and check need at least 1 row.")
         require(self.max_kl is None or self.max_kl > 0, f"max_kl must be above 0, not {self.max_kl}.")
-        require(self.max_kl is None or self.budget_bits is None, "Give max_kl or budget_bits, not both.")
+        require(
+            self.max_kl is None or self.budget_bits is None,
+            "Give --max-kl (max_kl) or --budget-bits (budget_bits), not both.",
+        )
         require(self.max_kl is None or self.check, "max_kl is a promise that has to be checked.")
         require(self.format in FORMATS, f"There is no format '{self.format}'.", did_you_mean(self.format, FORMATS))
         if self.budget_bits is not None or self.max_kl is not None:

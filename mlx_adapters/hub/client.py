@@ -67,7 +67,8 @@ def _translate(what: str, error: BaseException) -> AdapterError | None:
         return ConfigError(f"Cannot {what}: {_short(error)}")
     if isinstance(error, LocalEntryNotFoundError):
         return HubError(f"Cannot {what}: it is not in the cache, and the Hub cannot be reached.",
-                        "check the network, and HF_HUB_OFFLINE.")  # fmt: skip
+                        "if it is meant to be a folder, there is none of that name here; else check the network, and "
+                        "HF_HUB_OFFLINE.")  # fmt: skip
     if type(error) is RuntimeError and error.__cause__ is not None:  # a thread of an upload failed
         return _translate(what, error.__cause__)
     if type(error) is RuntimeError or isinstance(error, HTTPError | ConnectionError | TimeoutError):

@@ -1,5 +1,6 @@
 """Preparing a run: settings, base model, rows, adapter layers, and where an interrupted run goes on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -120,6 +121,16 @@ def require_validation(rows: tuple[Row, ...], config: TrainConfig, on_event: OnE
         hint = "add valid.jsonl ('mlx-adapters data split' makes one), or leave --early-stop out."
         raise ConfigError("early_stop needs validation rows, and there are none.", hint)
     on_event(Note("There are no validation rows: the last checkpoint will count as the best."))
+
+
+def require_positions(rows: Sequence[Row], positions: int | None) -> None:
+    """Raise ConfigError for rows longer than a model that learned each of its `positions` (GPT-2) can read."""
+    longest = max((len(row.tokens) for row in rows), default=0)
+    if positions is not None and longest - 1 > positions:
+        raise ConfigError(
+            f"A row has {longest} tokens, more than the model's {positions} positions.",
+            f"use --max-seq-length {positions + 1} or less.",
+        )
 
 
 @dataclass(frozen=True)
