@@ -3,13 +3,12 @@
 Commands load on first use, so `--help` is instant. The one door for errors is `main`.
 """
 
-import contextlib
 import importlib
 import io
 import os
 import signal
 import sys
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
@@ -134,8 +133,7 @@ def main() -> None:
         error.show()
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        _output.error("Interrupted.")
-        _leave(130)
+        _output.leave_interrupted()
     except (BrokenPipeError, SystemExit) as error:
         # click leaves by SystemExit when the reader of a pipe is gone, its own wrapper around stdout
         gone = isinstance(error, BrokenPipeError) or type(sys.stdout).__name__.endswith("PacifyFlushWrapper")
@@ -148,14 +146,6 @@ def main() -> None:
         _output.error(error.message, error.hint)
         code = error.exit_code
     sys.exit(code if isinstance(code, int | str) else 0)
-
-
-def _leave(code: int) -> NoReturn:
-    """End without Python's clearing up: MLX aborts where one of its threads is still ending."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
-            stream.flush()
-    os._exit(code)
 
 
 def _interrupt(*_: object) -> None:

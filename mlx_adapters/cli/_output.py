@@ -1,5 +1,6 @@
 """The only printer: data to stdout, talk to stderr."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -10,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -177,3 +178,12 @@ def show_live(text: str, end: bool = False) -> None:
 def _clear_line() -> None:
     if _redraws():
         sys.stderr.write("\r\x1b[K")
+
+
+def leave_interrupted() -> NoReturn:
+    """End with 130, without Python's clearing up: MLX aborts where one of its threads is still at work."""
+    error("Interrupted.")
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(130)

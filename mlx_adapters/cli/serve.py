@@ -57,4 +57,7 @@ def serve_command(
     listener = bind(checked.host, checked.port)
     engine = make_engine(base, [parse_adapter(text) for text in adapters], checked, dtype=dtype, name=name)
     _output.note(f"Serving {', '.join(engine.names)}.")
-    run_server(engine, lambda address, _: _output.note(f"Listening on {address} (Ctrl-C ends it)."), listener)
+    run_server(
+        engine, lambda address, _: _output.note(f"Listening on {address} (Ctrl-C ends it)."), listener,
+        _output.leave_interrupted,
+    )  # fmt: skip

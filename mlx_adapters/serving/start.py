@@ -1,10 +1,10 @@
 """From settings to a running server."""
 
 import contextlib
-import logging
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from mlx_adapters.config import require
@@ -66,12 +66,14 @@ def make_engine(
 
 
 def run_server(
-    engine: Engine, on_start: Callable[[str, Callable[[], None]], None], listener: socket.socket | None = None
-) -> None:
-    """Listen until interrupted, then finish what is under way; a second interrupt drops it (KeyboardInterrupt).
+    engine: Engine, on_start: Callable[[str, Callable[[], None]], None], listener: socket.socket | None = None,
+    on_second_interrupt: Callable[[], None] = lambda: None,
+) -> None:  # fmt: skip
+    """Listen until interrupted, then finish what is under way.
 
-    `on_start` gets the address and a function that ends the server, when it is about to listen. `listener`: what
-    `bind` gave, where an address that is taken must be known before the model is loaded.
+    `on_second_interrupt` is called, in the signal's handler, by an interrupt that comes meanwhile. `on_start` gets
+    the address and a function that ends the server, when it is about to listen. `listener`: what `bind` gave, where
+    an address that is taken must be known before the model is loaded.
 
     Raises ConfigError if the extra `serve` is missing or the address is taken.
     """
@@ -88,24 +90,19 @@ def run_server(
         timeout_graceful_shutdown=30, server_header=False, h11_max_incomplete_event_size=64 << 10,
     )  # fmt: skip
     host, port = listener.getsockname()[:2]
-    server = uvicorn.Server(config)
+
+    class Listening(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if self.should_exit:
+                on_second_interrupt()
+            super().handle_exit(sig, frame)
+
+    server = Listening(config)
     with _address_errors(host, port):
         listener.listen(1024)  # not in `bind`: clients would wait for the model to be loaded
     on_start(f"http://{'[' + host + ']' if ':' in host else host}:{port}", lambda: setattr(server, "should_exit", True))
-    log = logging.getLogger("uvicorn.error")
-
-    def is_news(_: logging.LogRecord) -> bool:
-        return not server.force_exit  # what a second interrupt drops leaves tracebacks
-
-    log.addFilter(is_news)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn gives the signal on when it has ended
         server.run(sockets=[listener])
-    except KeyboardInterrupt:  # uvicorn gives the signal on when it has ended
-        if server.force_exit:
-            engine.stop(0)
-            raise
-    finally:
-        log.removeFilter(is_news)
 
 
 def bind(host: str, port: int) -> socket.socket:
