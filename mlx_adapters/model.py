@@ -21,7 +21,7 @@ import numpy as np
 
 from mlx_adapters import files, tensor_files
 from mlx_adapters.adapter import Adapter
-from mlx_adapters.config import DTYPES, require
+from mlx_adapters.config import DTYPES, Quantization, require
 from mlx_adapters.door import load_config, load_mlx_model, load_tokenizer, make_sampler, mx, nn, stream_generate
 from mlx_adapters.errors import FormatError, HubError, ModelError, NotFoundError
 from mlx_adapters.layers import attach, check_fits, check_made_for, dequantize_layers, detach, untie
@@ -62,6 +62,18 @@ class Base:
         files.read_json(self.folder / "config.json")
         config = normalized_config(load_config(self.folder))
         return untied_config(config) if self.untied else config
+
+    @property
+    def positions(self) -> int | None:
+        """How many positions a model has that learned each of them (GPT-2); None for all others."""
+        return self.config.get("n_positions")
+
+    def quantization_of(self, bits: int) -> Quantization:
+        """What so many bits mean here: the base's own grouping if it has as many, else groups of 64."""
+        own = self.config.get("quantization") or {}
+        if own.get("bits") != bits:
+            return Quantization(bits)
+        return Quantization(bits, own["group_size"], own.get("mode", "affine"))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -242,10 +254,10 @@ class Model:
         text_config = self.config.get("text_config") or {}
         return self.config.get("vocab_size") or text_config.get("vocab_size") or len(self.tokenizer)
 
-    @cached_property
+    @property
     def positions(self) -> int | None:
-        """How many positions a model has that learned each of them (GPT-2); None for all others."""
-        return self.config.get("n_positions")
+        """See `Base.positions`."""
+        return self.base.positions
 
     def room(self, prompt_tokens: int, max_tokens: int) -> int:
         """How many of `max_tokens` have a position after such a prompt."""

@@ -103,14 +103,14 @@ def locate(reference: str | Reference) -> tuple[Path, int | None]:
 
 
 def load_adapter(reference: "str | Path | Adapter") -> "Adapter":
-    """Read the adapter that a reference (or a folder) means; an `Adapter` is given back as it is.
+    """Read the adapter that a reference (or a folder) means; an `Adapter` is checked and given back.
 
     Raises NotFoundError, FormatError or HubError.
     """
     from mlx_adapters.adapter import Adapter, read_adapter
 
     if isinstance(reference, Adapter):
-        return reference
+        return reference.check()
     if isinstance(reference, Path):
         return read_adapter(reference)
     parsed = parse_reference(reference)

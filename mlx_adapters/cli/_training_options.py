@@ -166,14 +166,13 @@ def _fuse_aware(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _own_grouping(base: str, bits: int, download: bool) -> dict[str, Any]:
-    """The base's own group size and mode if it has as many bits: 'fuse --bits' will take them too."""
+    """The grouping that 'fuse --bits' will take; {} if there is none."""
     from mlx_adapters.model import resolve_base
 
     try:
-        own = resolve_base(base, download).config.get("quantization") or {}
+        return to_mapping(resolve_base(base, download).quantization_of(bits))
     except AdapterError:
         return {}  # the training says it, with the rest
-    return {"group_size": own["group_size"], "mode": own.get("mode", "affine")} if own.get("bits") == bits else {}
 
 
 def _scale_of_alpha(given: Mapping[str, Any], settings: Settings) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def gather_updates(
     adapters: Sequence[Given], weights: Sequence[float] | None, replaced: dict[str, mx.array] | None = None
 ) -> Updates:
     """Read the adapters and pair them with their weights (default 1 each). Raises ConfigError."""
-    loaded = [a.check() if isinstance(a, Adapter) else load_adapter(a) for a in adapters]
+    loaded = [load_adapter(adapter) for adapter in adapters]
     shares = [1.0] * len(loaded) if weights is None else [float(w) for w in weights]
     require(len(shares) == len(loaded), f"{count(len(loaded), 'adapter')}, but {count(len(shares), 'weight')}.")
     require(all(abs(share) < float("inf") for share in shares), "weights must be finite numbers.")
@@ -172,17 +172,16 @@ def parse_precision(bits: str, group_size: int | None, mode: str | None) -> Quan
 
 
 def settle_precision(asked: Quantization | int | str, base: Base) -> Quantization | str:
-    """A number of bits means the base's own grouping if it has as many bits, else groups of 64.
+    """A number of bits means what `Base.quantization_of` says.
 
     A precision that is the base's own means "keep". Raises ConfigError.
     """
-    own = base.config.get("quantization") or {}
     if isinstance(asked, int):
-        same = own.get("bits") == asked
-        asked = Quantization(asked, own["group_size"], own.get("mode", "affine")) if same else Quantization(asked)
+        asked = base.quantization_of(asked)
     if isinstance(asked, str):
         require(asked in ("keep", "none"), f"quantization must be keep, none or a Quantization, not '{asked}'.")
         return asked
+    own = base.config.get("quantization") or {}
     mine = (own.get("bits"), own.get("group_size"), own.get("mode", "affine"))
     return "keep" if mine == (asked.bits, asked.group_size, asked.mode) else asked
 

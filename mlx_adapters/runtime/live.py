@@ -77,8 +77,7 @@ class LiveModel(Model):
         It is called `name`, else by its own name, under which it replaces an older one. Returns the name. When
         this raises (NotFoundError, FormatError, IncompatibleError), nothing was changed.
         """
-        loaded = adapter.check() if isinstance(adapter, Adapter) else load_adapter(adapter)
-        entry = self._add(loaded, any_base, name)
+        entry = self._add(load_adapter(adapter), any_base, name)
         if use:
             self.pool.select(((entry, 1.0),))
             self.adapter = entry.adapter
@@ -110,7 +109,7 @@ class LiveModel(Model):
         with self.pool.lock:
             temporary = None
             if isinstance(adapter, Path | Adapter) or (isinstance(adapter, str) and adapter not in self.pool.attached):
-                loaded = adapter.check() if isinstance(adapter, Adapter) else load_adapter(adapter)
+                loaded = load_adapter(adapter)
                 temporary = self._add(loaded, False, f"{loaded.name} ({len(self.pool.attached)})")
             chosen = ((temporary, scale),) if temporary else self.pool.choose(adapter, scale)  # type: ignore[arg-type]
             try:

@@ -248,7 +248,7 @@ def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None
         start.tokenize_split(request.data, s, tokenizer, training, request.on_event) for s in ("train", "valid")
     )
     start.require_validation(held_out, training, request.on_event)
-    start.require_positions((*rows, *held_out), request.base.config.get("n_positions"))
+    start.require_positions((*rows, *held_out), request.base.positions)
     if request.forecast:
         _tell_forecast(request, rows)
     model = load_model(request.base, dtype=training.dtype)
