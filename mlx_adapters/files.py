@@ -88,7 +88,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     Raises StorageError when the disk refuses; then nothing is left behind and an old `path` is untouched.
     """
     path = Path(path)
-    draft = path.parent.name.startswith(TEMPORARY_PREFIX)
+    draft = any(part.startswith(TEMPORARY_PREFIX) for part in path.absolute().parent.parts)
     with storage_errors(path):
         with _made_in(path.parent):
             descriptor, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 from test_fusion_fuse import make_adapter
 
-from mlx_adapters import files
+from mlx_adapters import errors, files
 from mlx_adapters.adapter import write_adapter
 from mlx_adapters.cli import cli
 from mlx_adapters.config import Quantization
@@ -25,7 +26,7 @@ from mlx_adapters.fusion.blocks import Blocks, Variant, make_batches
 from mlx_adapters.fusion.check import check_fused
 from mlx_adapters.fusion.fidelity import compare
 from mlx_adapters.fusion.fuse import fuse, fuse_again
-from mlx_adapters.fusion.hessian import Collector, fisher_probe
+from mlx_adapters.fusion.hessian import Collector, HiddenStates, fisher_probe
 from mlx_adapters.fusion.options import FuseOptions
 from mlx_adapters.fusion.plan import LayerPlan, Updates
 from mlx_adapters.fusion.text import GENERAL, choose_text
@@ -100,7 +101,7 @@ def test_fidelity_is_the_kl_of_whole_models(tiny_model, tmp_path, architecture):
 
 
 @pytest.mark.parametrize("architecture", ALL)
-def test_moments_block_by_block_are_those_of_the_whole_model(tiny_model, architecture):
+def test_moments_block_by_block_are_those_of_the_whole_model(tiny_model, architecture, tmp_path):
     folder = tiny_model(architecture, bits=4)
     base, updates = resolve_base(folder), Updates(((make_adapter(folder), 1.0),))
     batches, found = make_batches(some_rows(), 48), []
@@ -111,8 +112,9 @@ def test_moments_block_by_block_are_those_of_the_whole_model(tiny_model, archite
                 variant.blocks.paths = ()
         moments = {}
         inside = {path for path in updates.paths() if "layers" in path or ".h." in path}
-        for _, block in Collector(*pair, inside, batches).run():
+        for _, block in Collector(*pair, inside, batches, tmp_path).run():
             moments |= block
+        assert not list(tmp_path.iterdir())
         found.append(moments)
     split, whole = found
     assert set(split) == set(whole) and len(split) >= 8
@@ -121,6 +123,43 @@ def test_moments_block_by_block_are_those_of_the_whole_model(tiny_model, archite
         for name in ("plain", "fisher"):
             a, b = (np.array(getattr(m[path], name)) for m in (split, whole))
             np.testing.assert_allclose(a, b, atol=2e-4 * np.abs(b).max(), err_msg=path)
+
+
+def test_calibration_holds_the_activations_of_one_block(tiny_model, tmp_path):
+    folder = tiny_model("llama", num_hidden_layers=12)
+    base = resolve_base(folder)
+    rows = [(np.full(200, i, np.int32), np.ones(200, bool)) for i in range(1, 60)]
+    variants = Variant(base), Variant(base)
+    paths = set(variants[0].layer_paths(0))
+    collector = Collector(*variants, paths, make_batches(rows), tmp_path)
+    before = mx.get_active_memory()
+    last = collector.run_forward(lambda event: None)
+    kept = sum(h.nbytes for h in last)
+    assert mx.get_active_memory() - before < 3 * kept
+    assert len(list(tmp_path.iterdir())) == 12
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) > 12 * kept
+
+
+def test_calibration_asks_for_room_on_the_disk_before_it_works(tiny_model, tmp_path, monkeypatch):
+    base = resolve_base(tiny_model("llama"))
+    collector = Collector(
+        Variant(base), Variant(base), {"model.layers.0.mlp.up_proj"}, make_batches(some_rows()), tmp_path
+    )
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(errors.StorageError, match="the disk has 1 kB free"):
+        collector.run_forward(lambda event: None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_hidden_states_come_back_from_last_to_first(tmp_path):
+    states = HiddenStates(tmp_path)
+    lists = [[mx.random.normal((i + 1, 3)) for i in range(k + 1)] for k in range(12)]
+    for arrays in lists:
+        states.put(arrays)
+    for arrays in reversed(lists):
+        taken = states.take()
+        assert [a.tolist() for a in taken] == [a.tolist() for a in arrays]
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_probe_has_the_covariance_of_the_fisher_information():

@@ -87,7 +87,7 @@ def round_layers(
             on_event(Progress("calibrate: round", len(spool.losses), total, "layer"))
 
     with Workers(worker_count(shapes.values())) as workers:
-        for _, moments in Collector(forward, backward, set(wanted), batches).run(on_event, seed):
+        for _, moments in Collector(forward, backward, set(wanted), batches, spool.folder).run(on_event, seed):
             for path, found in moments.items():
                 _refuse_not_finite(found)
                 start = backward.source.packed(path)

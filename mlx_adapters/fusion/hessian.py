@@ -7,17 +7,19 @@ the two models is half of |u · change of the logits|² in the mean), and g = J�
 output. Then Σ |g|² x xᵀ, the Fisher-weighted H, says what an error in the layer costs in KL (as in GuidedQuant,
 arXiv 2505.07004). Few tokens carry most of that weight, so it is noisy; `mix` blends it with the plain one.
 
-One forward pass stores the hidden state before each block; then blocks are visited from the last to the first,
-so that memory holds the weights of one block.
+One forward pass puts the hidden state before each block on the disk; then blocks are visited from the last to
+the first, so that memory holds the weights and the activations of one block, however many there are.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from mlx_adapters import files, tensor_files
 from mlx_adapters.door import SwitchLinear, mx, nn
 from mlx_adapters.events import OnEvent, Progress, ignore
 from mlx_adapters.fusion.blocks import Blocks, Call, TokenBatch, Variant
@@ -166,19 +168,44 @@ def _add_experts(moments: Moments, x: mx.array, indices: mx.array, g: mx.array, 
     moments.add(mx.stack(plain), mx.stack(fisher), np.bincount(chosen, minlength=experts)[:experts])
 
 
+class HiddenStates:
+    """Lists of arrays on the disk, put in one after the other and taken out from the last to the first."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: list[Path] = []
+
+    def put(self, arrays: list[mx.array]) -> None:
+        """Write one list. Raises StorageError when the disk refuses."""
+        self._files.append(self.folder / f"hidden-{len(self._files):04d}.safetensors")
+        tensor_files.write_safetensors(self._files[-1], {f"{i:06d}": array for i, array in enumerate(arrays)})
+
+    def take(self) -> list[mx.array]:
+        """The list put in last, read into memory; its file is deleted."""
+        path = self._files.pop()
+        found = tensor_files.read_safetensors(path)
+        arrays = [found[name] for name in sorted(found)]
+        mx.eval(arrays)
+        path.unlink()
+        return arrays
+
+
 class Collector:
     """Collects the moments of the layers at `paths`, block by block from the last to the first.
 
-    `forward` and `backward` are two variants of the same model (each goes through its blocks once).
+    `forward` and `backward` are two variants of the same model (each goes through its blocks once). `folder` holds
+    the hidden states before every block meanwhile: 4 bytes x tokens x width for each.
     """
 
-    def __init__(self, forward: Variant, backward: Variant, paths: set[str], batches: Sequence[TokenBatch]) -> None:
+    def __init__(
+        self, forward: Variant, backward: Variant, paths: set[str], batches: Sequence[TokenBatch], folder: Path
+    ) -> None:
         self.forward, self.backward, self.paths, self.batches = forward, backward, paths, list(batches)
         blocks = len(forward.blocks)
         wanted = [i for i in range(blocks + 1) if paths & set(forward.layer_paths(i))]
         outside = paths & set(forward.layer_paths(blocks))
         self.first = 0 if outside else min(wanted, default=blocks)
-        self._entries: list[list[mx.array]] = []
+        self._entries = HiddenStates(folder)
         self._calls: list[list[Call]] = []
 
     def run(self, on_event: OnEvent = ignore, seed: int = 0) -> "Stages":
@@ -186,14 +213,15 @@ class Collector:
         return Stages(self, on_event, seed)
 
     def run_forward(self, on_event: OnEvent) -> list[mx.array]:
-        """Store the hidden state before every wanted block; return those after the last one."""
+        """Put the hidden state before every wanted block on the disk; return those after the last one."""
         count, variant = len(self.forward.blocks), self.forward
         variant.prepare(count)
         entered = [variant.blocks.enter(batch.tokens) for batch in self.batches]
         hidden, self._calls = [h for h, _ in entered], [c for _, c in entered]
+        files.require_free_space(self._entries.folder, (count - self.first) * sum(h.nbytes for h in hidden))
         for index in range(count):
             if index >= self.first:
-                self._entries.append(hidden)
+                self._entries.put(hidden)
             variant.prepare(index)
             after = []
             for h, calls in zip(hidden, self._calls, strict=True):
@@ -275,7 +303,7 @@ class Stages:
         moments: dict[str, Moments] = {}
         tape = _Tape()
         originals = c.tapped(index, tape)
-        entries = c._entries.pop()
+        entries = c._entries.take()
         for batch, h, calls, sent in zip(c.batches, entries, c._calls, cotangents, strict=True):
 
             def run(h: mx.array, call: Call = calls[index]) -> mx.array:
