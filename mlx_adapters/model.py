@@ -7,11 +7,12 @@ times slower there); on a GPU it stays as stored.
 
 import contextlib
 import hashlib
+import json
 import math
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -278,18 +279,32 @@ class Model:
             raise ModelError(f"The prompt has {tokens} tokens; the model has {self.positions} positions.")
         return mx.array(found.astype(np.int32))
 
+    @property
+    def has_template(self) -> bool:
+        """Whether the tokenizer has a chat template, which says how a conversation is written."""
+        return bool(getattr(self.tokenizer, "has_chat_template", False))
+
     def encode(self, prompt: str, raw: bool = False) -> list[int]:
-        """Token ids of a prompt: through the chat template as the user's turn, or as it is."""
+        """Token ids of a prompt: through the chat template as the user's turn, or as it is. Raises ModelError."""
+        if self.has_template and not raw:
+            return self.encode_chat([{"role": "user", "content": prompt}])
+        _require_unicode(prompt)
+        return list(self.tokenizer.encode(prompt))
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None = None) -> list[int]:
+        """Token ids of a conversation up to the answer that is to come, through the chat template.
+
+        Raises ModelError for what the template refuses and for what is not valid Unicode.
+        """
+        _require_unicode(json.dumps(messages, ensure_ascii=False))
         try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise ModelError("The prompt is not valid Unicode.", "is its file UTF-8?") from None
-        if raw or not getattr(self.tokenizer, "has_chat_template", False):
-            return list(self.tokenizer.encode(prompt))
-        messages = [{"role": "user", "content": prompt}]
-        return list(
-            self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-        )
+            return list(
+                self.tokenizer.apply_chat_template(
+                    messages, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False
+                )
+            )
+        except Exception as error:  # a template may raise what it likes
+            raise ModelError(f"The chat template refuses this conversation: {error}.") from None
 
     def logits(self, token_ids: list[int] | mx.array) -> mx.array:
         """(tokens, vocabulary) logits of one sequence, or (rows, tokens, vocabulary) of a batch."""
@@ -335,6 +350,14 @@ class Model:
                 tokens.append(int(response.token))
             reason, prompt_tokens = response.finish_reason or reason, response.prompt_tokens
         return Generation("".join(pieces), tokens, prompt_tokens, reason, first, time.perf_counter() - start)
+
+
+def _require_unicode(text: str) -> None:
+    """Raise ModelError for half a surrogate pair, as a file that is not UTF-8 leaves it: no tokenizer takes that."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ModelError("The prompt is not valid Unicode.", "is its file UTF-8?") from None
 
 
 def load_model(

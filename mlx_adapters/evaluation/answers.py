@@ -33,12 +33,9 @@ def _question(row: RawRow, model: Model) -> Question:
     if last == 0 or not isinstance(messages[last].get("content"), str):
         raise FormatError(f"{row.where}: there is no answer to a question in the row.")
     expected = messages[last]["content"]
-    if row.format == "completion" and not getattr(model.tokenizer, "has_chat_template", False):
-        return Question(tuple(model.tokenizer.encode(row.values["prompt"])), expected, row)
-    prompt = model.tokenizer.apply_chat_template(
-        messages[:last], tools=row.values.get("tools") or None, add_generation_prompt=True, return_dict=False
-    )
-    return Question(tuple(prompt), expected, row)
+    if row.format == "completion" and not model.has_template:
+        return Question(tuple(model.encode(row.values["prompt"])), expected, row)
+    return Question(tuple(model.encode_chat(messages[:last], row.values.get("tools") or None)), expected, row)
 
 
 def greedy_answers(

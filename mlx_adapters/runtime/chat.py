@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters.errors import FormatError, ModelError, NotFoundError
+from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.runtime.live import LiveModel, PromptCache
 from mlx_adapters.runtime.pool import same
 
@@ -58,20 +58,10 @@ class Chat:
             self._cache, self._cached = cache, written[:offset]
 
     def _encode(self, messages: list[dict[str, str]]) -> list[int]:
+        if not self.model.has_template:
+            return self.model.encode(messages[-1]["content"])
         system = [{"role": "system", "content": self.system}] if self.system else []
-        tokenizer = self.model.tokenizer
-        if not getattr(tokenizer, "has_chat_template", False):
-            return list(tokenizer.encode(messages[-1]["content"]))
-        try:
-            messages[-1]["content"].encode()
-            found = tokenizer.apply_chat_template(
-                [*system, *messages], add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        except UnicodeEncodeError:
-            raise ModelError("The message is not valid Unicode.") from None
-        except Exception as error:  # a template may raise what it likes
-            raise ModelError(f"The chat template refuses this conversation: {error}.") from None
-        return list(found)
+        return self.model.encode_chat([*system, *messages])
 
 
 @dataclass(frozen=True)
