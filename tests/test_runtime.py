@@ -127,6 +127,26 @@ def test_memory_of_many_adapters(tiny_model):
     assert mx.get_active_memory() - before == pytest.approx(9 * size, rel=0.1)  # slot 0 is the base
 
 
+def test_what_is_detached_leaves_memory_at_once(tiny_model):
+    """Whoever still holds its entry, and although the others lay in one stack with it."""
+    model = load_model(tiny_model("llama", hidden_size=256, intermediate_size=1024))
+    adapters = [random_adapter(model, rank=64, seed=i) for i in range(4)]
+    size = sum(w.nbytes for w in adapters[0].weights.values())
+    gc.collect()
+    before = mx.get_active_memory()
+    for i, adapter in enumerate(adapters):
+        model.attach(adapter, name=str(i))
+    wanted = model.logits(TOKENS)
+    entries = list(model.pool.attached.values())
+    rows_of(model, entries, mx.array([TOKENS] * 4))
+    for name in "01":
+        model.detach(name)
+    assert mx.get_active_memory() - before == pytest.approx(2 * size, rel=0.1) and len(entries) == 4
+    assert mx.array_equal(model.logits(TOKENS), wanted)
+    rows = rows_of(model, [*entries[2:], None], mx.array([TOKENS] * 3))
+    assert distance(rows[1], wanted) < 1e-4
+
+
 def test_nothing_is_held_between_calls(live):
     live.attach(random_adapter(live))
     groups = [site for site in set(live.pool._sites.values()) if len(site.paths) > 1]

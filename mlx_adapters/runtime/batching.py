@@ -13,7 +13,8 @@ from typing import Any
 
 from mlx_adapters.config import require
 from mlx_adapters.door import make_prompt_cache, mx, nn
-from mlx_adapters.runtime.pool import AdapterPool, Attached
+from mlx_adapters.runtime.attached import Attached
+from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.runtime.sampling import Sampler
 
 PREFILL_TOKENS = 512

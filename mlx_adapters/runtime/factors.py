@@ -149,3 +149,9 @@ def slot_of(stacked: Factors, slot: int) -> Factors:
     """One adapter's factors as views into a stack (a slice is a view; an index would copy)."""
     arrays = (stacked.a, stacked.b, stacked.gain, stacked.shift)
     return Factors(*(None if x is None else x[slot : slot + 1].squeeze(0) for x in arrays))
+
+
+def own(factors: Factors, linear: bool) -> Factors:
+    """The same factors in arrays of their own, where they are views into larger ones."""
+    a, gain, shift = (None if x is None else mx.contiguous(x) for x in (factors.a, factors.gain, factors.shift))
+    return Factors(a, stored(factors.b) if linear else mx.contiguous(factors.b), gain, shift)

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Sequence
 
 from mlx_adapters.door import mx, nn
-from mlx_adapters.layers import AdapterLayer
+from mlx_adapters.layers import EMBEDDING, SWITCH, AdapterLayer, dense_layer, dense_weight
 from mlx_adapters.runtime.factors import Factors, below_each_other
 from mlx_adapters.runtime.updates import Update
 from mlx_adapters.tensor_names import BIAS, QUANTIZED_LEAVES, WEIGHT
@@ -107,6 +107,21 @@ def _join(layers: Sequence[nn.Module], name: str) -> mx.array:
     return whole
 
 
+def fused_layers(site: Site, factors: Factors, dtype: mx.Dtype) -> dict[str, nn.Module]:
+    """Dense layers that compute what the site's layers and the factors do together."""
+    made, start = {}, 0
+    for path, layer in zip(site.paths, site.layers, strict=True):
+        weight = dense_weight(layer, mx.float32)
+        rows = slice(None) if weight.ndim == 3 else slice(start, start + weight.shape[0])
+        start += weight.shape[0]
+        if factors.gain is not None:
+            weight = weight * factors.gain[rows].astype(mx.float32)[:, None]
+        b, a = factors.b.astype(mx.float32), factors.a.astype(mx.float32)
+        made[path] = dense_layer(layer, (weight + (b[rows] @ a)).astype(dtype))
+    mx.eval([layer.parameters() for layer in made.values()])
+    return made
+
+
 class AdaptedLinear(AdapterLayer):
     """A linear layer whose output its site computes."""
 
@@ -158,6 +173,16 @@ class AdaptedExperts(AdapterLayer):
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         y, update = self.linear(x, indices, sorted_indices=sorted_indices), self._site.update
         return y if update is None else update.experts(y, x, indices, sorted_indices)
+
+
+def wrap(site: Site) -> dict[str, AdapterLayer]:
+    """The site's layers by path, each in the place for an adapter that its kind has."""
+    kind: type[AdaptedLinear | AdaptedEmbedding | AdaptedExperts] = AdaptedLinear
+    if isinstance(site.layers[0], EMBEDDING):
+        kind = AdaptedEmbedding
+    elif isinstance(site.layers[0], SWITCH):
+        kind = AdaptedExperts
+    return {path: kind(layer, site, i) for i, (path, layer) in enumerate(zip(site.paths, site.layers, strict=True))}
 
 
 def remember_indices(block: nn.Module, site: Site) -> Callable[[], None]:

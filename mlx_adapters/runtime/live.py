@@ -18,8 +18,9 @@ from mlx_adapters.layers import check_made_for
 from mlx_adapters.model import Base, Model
 from mlx_adapters.model import load_model as load_plain_model
 from mlx_adapters.registry import load_adapter
+from mlx_adapters.runtime.attached import Attached, Selection, same
 from mlx_adapters.runtime.batching import Request, answer_all
-from mlx_adapters.runtime.pool import AdapterPool, Attached, Selection, same
+from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.runtime.sampling import Sampler
 from mlx_adapters.runtime.text import text_of
 from mlx_adapters.units import count

@@ -10,8 +10,7 @@ import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from mlx.utils import tree_flatten
 
@@ -19,51 +18,22 @@ from mlx_adapters.adapter import Adapter
 from mlx_adapters.config import require
 from mlx_adapters.door import mx, nn
 from mlx_adapters.errors import IncompatibleError, NotFoundError, did_you_mean
-from mlx_adapters.layers import (
-    EMBEDDING,
-    SWITCH,
-    AdapterLayer,
-    adaptable_layers,
-    check_fits,
-    dense_layer,
-    dense_weight,
-)
+from mlx_adapters.layers import SWITCH, adaptable_layers, check_fits
 from mlx_adapters.machine import on_gpu
-from mlx_adapters.runtime.factors import Factors, combine, prepare
+from mlx_adapters.runtime.attached import Attached, Selection, combined, is_mixture, same
+from mlx_adapters.runtime.factors import prepare
 from mlx_adapters.runtime.layers import (
-    AdaptedEmbedding,
-    AdaptedExperts,
-    AdaptedLinear,
     Group,
     Site,
     at_path,
     find_groups,
+    fused_layers,
     remember_indices,
     replace_layers,
+    wrap,
 )
-from mlx_adapters.runtime.stacks import Stacks
+from mlx_adapters.runtime.stacks import Stacks, part
 from mlx_adapters.runtime.updates import ForAll
-
-
-@dataclass(eq=False)
-class Attached:
-    """An adapter in the pool. `adapter` has no weights any more: its factors are what is kept."""
-
-    name: str
-    adapter: Adapter
-    factors: dict[Site, Factors] = field(default_factory=dict, repr=False)
-    alive: bool = True
-    users: int = 0
-    last_used: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory."""
-        return sum(f.nbytes for f in self.factors.values())
-
-
-# The adapters at work, each with its weight; () is the base.
-Selection = tuple[tuple[Attached, float], ...]
 
 
 @dataclass(frozen=True)
@@ -152,10 +122,14 @@ class AdapterPool:
         return sum(entry.nbytes for entry in list(self.attached.values()))  # other threads may ask
 
     def _forget(self, entry: Attached) -> None:
+        """Let go of its arrays, wherever they are: whoever still holds the entry holds no memory with it."""
         entry.alive = False
         if any(used is entry for used, _ in self.selection):
             self.select(())
+        entry.factors = {}
         self._stacks, self._plans = None, {}
+        if part(self.attached.values()):
+            self.select(self.selection)
 
     # -- the sites -------------------------------------------------------------------------------------
 
@@ -174,15 +148,10 @@ class AdapterPool:
     def _install_site(self, paths: tuple[str, ...]) -> None:
         layers = [self.layers[path] for path in paths]
         site = Group(paths, layers) if len(paths) > 1 else Site(paths, layers)
-        kind: type[AdapterLayer] = AdaptedLinear
-        if isinstance(layers[0], EMBEDDING):
-            kind = AdaptedEmbedding
-        elif isinstance(layers[0], SWITCH):
-            kind = AdaptedExperts
-            parents = dict(self.module.named_modules())
-            self._undo.append(remember_indices(parents[paths[0].rpartition(".")[0]], site))
-        made = {path: kind(layer, site, i) for i, (path, layer) in enumerate(zip(paths, layers, strict=True))}
-        replace_layers(self.module, made)
+        if isinstance(layers[0], SWITCH):
+            block = at_path(self.module, paths[0].rpartition(".")[0])
+            self._undo.append(remember_indices(block, site))
+        replace_layers(self.module, wrap(site))
         self._sites |= dict.fromkeys(paths, site)
 
     def _uninstall(self) -> None:
@@ -220,17 +189,14 @@ class AdapterPool:
                 site.update = plan.updates.get(site)
             self.selection = selection
 
-    def _plan(self, selection: Selection) -> "Plan":
+    def _plan(self, selection: Selection) -> Plan:
         key = tuple((id(entry), weight) for entry, weight in selection)
         if key not in self._plans:
-            updates = {}
-            for site in set(self._sites.values()):
-                parts = [(e.factors[site], weight) for e, weight in selection if site in e.factors]
-                if parts:
-                    updates[site] = ForAll(combine(parts))
+            found = {site: combined(selection, site) for site in set(self._sites.values())}
+            updates = {site: ForAll(factors) for site, factors in found.items() if factors is not None}
             mx.eval([update.arrays for update in updates.values()])  # at once: each eval takes its time
-            if _is_mixture(selection):
-                mixtures = [old for old, plan in self._plans.items() if _is_mixture(plan.selection)]
+            if is_mixture(selection):
+                mixtures = [old for old, plan in self._plans.items() if is_mixture(plan.selection)]
                 for old in mixtures[: len(mixtures) + 1 - MAX_MIXTURES]:
                     del self._plans[old]
             self._plans[key] = Plan(selection, updates)
@@ -281,9 +247,9 @@ class AdapterPool:
             self.select(selection)
             made: dict[str, nn.Module] = {}
             for site in set(self._sites.values()):
-                parts = [(e.factors[site], weight) for e, weight in selection if site in e.factors]
-                if parts:
-                    made |= _fused_layers(site, combine(parts), self.dtype)
+                factors = combined(selection, site)
+                if factors is not None:
+                    made |= fused_layers(site, factors, self.dtype)
             self._unfused = {path: at_path(self.module, path) for path in made}
             replace_layers(self.module, made)
             self.fused = selection
@@ -295,34 +261,9 @@ class AdapterPool:
             self._unfused, self.fused = {}, None
 
 
-def same(one: Selection, other: Selection) -> bool:
-    """Whether two selections are the same adapters with the same weights."""
-    return len(one) == len(other) and all(a is b and v == w for (a, v), (b, w) in zip(one, other, strict=True))
-
-
-def _is_mixture(selection: Selection) -> bool:
-    """Whether its plan holds arrays of its own, not those of one adapter."""
-    return len(selection) > 1 or any(weight != 1 for _, weight in selection)
-
-
 def compute_dtype(module: nn.Module) -> mx.Dtype:
     """The type a model computes in: that of its first floating-point weight that is no packed one's scale."""
     for name, value in tree_flatten(module.parameters()):
         if name.endswith("weight") and mx.issubdtype(value.dtype, mx.floating):
             return value.dtype
     return mx.float32
-
-
-def _fused_layers(site: Site, factors: Factors, dtype: mx.Dtype) -> dict[str, Any]:
-    """Dense layers that compute what the site's layers and the factors do together."""
-    made, start = {}, 0
-    for path, layer in zip(site.paths, site.layers, strict=True):
-        weight = dense_weight(layer, mx.float32)
-        rows = slice(None) if weight.ndim == 3 else slice(start, start + weight.shape[0])
-        start += weight.shape[0]
-        if factors.gain is not None:
-            weight = weight * factors.gain[rows].astype(mx.float32)[:, None]
-        b, a = factors.b.astype(mx.float32), factors.a.astype(mx.float32)
-        made[path] = dense_layer(layer, (weight + (b[rows] @ a)).astype(dtype))
-    mx.eval([layer.parameters() for layer in made.values()])
-    return made

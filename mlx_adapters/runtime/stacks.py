@@ -5,22 +5,20 @@ another adapter's rank, and a batch computes with the stacks of its own adapters
 """
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+
 
 from mlx_adapters.door import mx
 from mlx_adapters.layers import LINEAR
-from mlx_adapters.runtime.factors import Factors, slot_of, stack
+from mlx_adapters.runtime.attached import Attached
+from mlx_adapters.runtime.factors import Factors, own, slot_of, stack
 from mlx_adapters.runtime.layers import Site
 from mlx_adapters.runtime.updates import InTurn, PerRow, Rows, Update
-
-if TYPE_CHECKING:
-    from mlx_adapters.runtime.pool import Attached
 
 
 class Stacks:
     """The stacks of these adapters. From now on each adapter's own factors are views into them."""
 
-    def __init__(self, entries: Iterable["Attached"], sites: Iterable[Site]) -> None:
+    def __init__(self, entries: Iterable[Attached], sites: Iterable[Site]) -> None:
         groups: dict[int, list[Attached]] = {}
         for entry in entries:
             groups.setdefault(entry.adapter.config.rank, []).append(entry)
@@ -32,7 +30,7 @@ class Stacks:
                     self._stacks[rank][site] = _stacked(site, equal)
         self._latest: tuple[tuple[Attached | None, ...], dict[Site, Update]] = ((), {})
 
-    def updates(self, entries: Sequence["Attached | None"]) -> dict[Site, Update]:
+    def updates(self, entries: Sequence[Attached | None]) -> dict[Site, Update]:
         """What each site adds when row i of a batch has adapter `entries[i]` (None: the base)."""
         if self._latest[0] != tuple(entries):
             places = [(0, 0) if entry is None else self._places[entry] for entry in entries]
@@ -48,11 +46,24 @@ class Stacks:
         return self._latest[1]
 
 
-def _stacked(site: Site, entries: Sequence["Attached"]) -> Factors:
+def _stacked(site: Site, entries: Sequence[Attached]) -> Factors:
     made = stack([None, *(entry.factors.get(site) for entry in entries)], isinstance(site.layers[0], LINEAR))
     mx.eval(made.arrays)
     for slot, entry in enumerate(entries, start=1):
         if site in entry.factors:
-            entry.factors[site] = slot_of(made, slot)
+            entry.factors[site], entry.stacked = slot_of(made, slot), True
             mx.eval(entry.factors[site].arrays)
     return made
+
+
+def part(entries: Iterable[Attached]) -> bool:
+    """Give adapters that lie in a stack arrays of their own, so that the stack can leave memory; whether any did."""
+    stacked = [entry for entry in entries if entry.stacked]
+    for site in dict.fromkeys(site for entry in stacked for site in entry.factors):
+        for entry in stacked:
+            if site in entry.factors:
+                entry.factors[site] = own(entry.factors[site], isinstance(site.layers[0], LINEAR))
+                mx.eval(entry.factors[site].arrays)
+    for entry in stacked:
+        entry.stacked = False
+    return bool(stacked)

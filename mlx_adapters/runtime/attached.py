@@ -1,0 +1,48 @@
+"""An adapter in memory, and which of them are at work."""
+
+from dataclasses import dataclass, field
+
+from mlx_adapters.adapter import Adapter
+from mlx_adapters.runtime.factors import Factors, combine
+from mlx_adapters.runtime.layers import Site
+
+
+@dataclass(eq=False)
+class Attached:
+    """An adapter in the pool. `adapter` has no weights any more: its factors are what is kept.
+
+    `stacked`: they are views into a stack (see `stacks`). `users`: how many requests hold it.
+    """
+
+    name: str
+    adapter: Adapter
+    factors: dict[Site, Factors] = field(default_factory=dict, repr=False)
+    stacked: bool = False
+    alive: bool = True
+    users: int = 0
+    last_used: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return sum(f.nbytes for f in self.factors.values())
+
+
+# The adapters at work, each with its weight; () is the base.
+Selection = tuple[tuple[Attached, float], ...]
+
+
+def same(one: Selection, other: Selection) -> bool:
+    """Whether two selections are the same adapters with the same weights."""
+    return len(one) == len(other) and all(a is b and v == w for (a, v), (b, w) in zip(one, other, strict=True))
+
+
+def is_mixture(selection: Selection) -> bool:
+    """Whether it needs factors of its own, not just those of one adapter."""
+    return len(selection) > 1 or any(weight != 1 for _, weight in selection)
+
+
+def combined(selection: Selection, site: Site) -> Factors | None:
+    """What the selection adds to a site; None where it does not touch it."""
+    parts = [(entry.factors[site], weight) for entry, weight in selection if site in entry.factors]
+    return combine(parts) if parts else None
