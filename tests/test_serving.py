@@ -511,7 +511,7 @@ def test_a_damaged_adapter_and_a_dead_engine(registered, monkeypatch):
         url, body = address + "/v1/chat/completions", {"messages": CHAT, "max_tokens": 2}
         with monkeypatch.context() as patch:
             patch.setattr("mlx_adapters.runtime.live.load_adapter", lambda _: 1 / 0)
-            patch.setattr("mlx_adapters.serving.engine.load_adapter", lambda _: 1 / 0)
+            patch.setattr("mlx_adapters.serving.residents.load_adapter", lambda _: 1 / 0)
             assert httpx.post(url, json=body | {"model": "q"}).status_code == 503
         assert httpx.post(url, json=body | {"model": "q"}).status_code == 200
         monkeypatch.setattr(engine._batcher, "step", lambda: sys.exit())

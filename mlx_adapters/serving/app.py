@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
-import json
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.resources import files as package_files
@@ -15,18 +14,17 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.registry import check_name, parse_reference
 from mlx_adapters.serving import protocol
-from mlx_adapters.serving.engine import Engine, Job, Piece
+from mlx_adapters.serving.engine import Engine
 from mlx_adapters.serving.errors import ApiError
+from mlx_adapters.serving.jobs import Job, Piece
 from mlx_adapters.serving.protocol import Asked, Writer, usage
+from mlx_adapters.serving.transport import EventStream, error_response, left, read_body
 
-BODY_SECONDS = 30
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "model_max_length")
-OPEN_PATHS = ("/", "/health")
 
 
 class Server:
@@ -124,8 +122,7 @@ class Server:
         served = self.engine.served.get(name)
         record = {"id": name, "object": "model", "created": 0, "owned_by": "mlx_adapters"}
         if served is not None:
-            resident = served.attached is not None and served.attached.alive
-            record |= {"parent": self.engine.base_name, "resident": resident}
+            record |= {"parent": self.engine.base_name, "resident": served.resident}
         for split in self.settings.splits:
             if split.name == name:
                 record |= {"split": dict(split.arms)}
@@ -134,7 +131,7 @@ class Server:
     async def add_adapter(self, request: Request) -> Response:
         """POST {"name": NAME, "reference": NAME[@ITERATION]}: serve a registered adapter too."""
         self.check_loading()
-        raw = protocol.read_json(await self.body(request))
+        raw = await self.json(request)
         name, reference = raw.get("name"), raw.get("reference", raw.get("name"))
         if not isinstance(name, str) or not isinstance(reference, str) or set(raw) - {"name", "reference"}:
             raise ApiError(400, "Send 'name' and, if it is called otherwise, its 'reference'.")
@@ -165,11 +162,15 @@ class Server:
         if not self.settings.allow_load:
             raise ApiError(403, "Loading adapters is off; start the server with --allow-load.")
 
+    async def json(self, request: Request) -> dict[str, Any]:
+        """The JSON object of the request's body. Raises ApiError."""
+        return protocol.read_json(await read_body(request, self.settings.max_body_bytes))
+
     # -- answers ---------------------------------------------------------------------------------------
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        raw = protocol.read_json(await self.body(request))
+        raw = await self.json(request)
         asked, messages = protocol.read_request(raw, chat=True), protocol.read_messages(raw)
         model = self.engine.resolve(asked.model, asked.user)
         prompt = await asyncio.to_thread(self.chat_tokens, messages)
@@ -177,7 +178,7 @@ class Server:
 
     async def completion(self, request: Request) -> Response:
         """POST /v1/completions."""
-        raw = protocol.read_json(await self.body(request))
+        raw = await self.json(request)
         asked, prompt = protocol.read_request(raw, chat=False), protocol.read_prompt(raw, self.engine.model.vocabulary)
         model = self.engine.resolve(asked.model, asked.user)
         if isinstance(prompt, str):
@@ -185,17 +186,14 @@ class Server:
         return await self.answer(request, asked, model, prompt, chat=False)
 
     def chat_tokens(self, messages: list[dict[str, str]]) -> list[int]:
-        """The prompt of a chat, through the model's template."""
-        if not getattr(self.tokenizer, "has_chat_template", False):
+        """The prompt of a chat, through the model's template. Raises ApiError 400."""
+        if not self.engine.model.has_template:
             raise ApiError(400, "This model has no chat template; use /v1/completions.", param="messages")
         with self._tokenizing:
             try:
-                found = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True,
-                                                           return_dict=False)  # fmt: skip
-            except Exception as error:  # a template may raise what it likes
-                raise ApiError(400, f"The chat template refuses these messages: {str(error)[:200]}",
-                               param="messages") from None  # fmt: skip
-        return list(found)
+                return self.engine.model.encode_chat(messages)
+            except AdapterError as error:
+                raise ApiError(400, error.message[:240], param="messages") from None
 
     def text_tokens(self, text: str) -> list[int]:
         """The tokens of a plain prompt."""
@@ -231,7 +229,7 @@ class Server:
 
     async def whole(self, request: Request, job: Job, writer: Writer) -> dict[str, Any]:
         """Wait for the answer, or for the client to go away."""
-        gone = asyncio.ensure_future(disconnected(request))
+        gone = asyncio.ensure_future(left(request.receive))
         text, tokens = "", []
         try:
             while True:
@@ -269,81 +267,6 @@ class Server:
                     yield writer.usage_chunk(usage(len(job.prompt), piece.completion_tokens))
                 return
 
-    async def body(self, request: Request) -> bytes:
-        """The request's body. Raises ApiError 413 beyond the limit, 408 when it does not come."""
-        limit, body = self.settings.max_body_bytes, bytearray()
-
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                async for part in request.stream():
-                    body.extend(part)
-                    if len(body) > limit:
-                        raise ApiError(413, f"The body is larger than {limit} bytes.")
-        except TimeoutError:
-            raise ApiError(408, "The body did not come in time.") from None
-        return bytes(body)
-
-
-class EventStream(Response):
-    """Server-sent events; `on_end` is called however it ends, a reader that stops reading is let go."""
-
-    def __init__(
-        self, chunks: AsyncIterator[dict[str, Any] | ApiError], on_end: Callable[[], None], write_seconds: float,
-        headers: dict[str, str],
-    ) -> None:  # fmt: skip
-        super().__init__(None, 200, {"Cache-Control": "no-cache", **headers}, "text/event-stream")
-        del self.headers["content-length"]
-        self.chunks, self.on_end, self.write_seconds = chunks, on_end, write_seconds
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send until the end, the client's leaving or its silence."""
-        writing = asyncio.ensure_future(self.write(send))
-        leaving = asyncio.ensure_future(left(receive))
-        try:
-            await asyncio.wait([writing, leaving], return_when=asyncio.FIRST_COMPLETED)
-            if writing.done():
-                with contextlib.suppress(TimeoutError, OSError):
-                    writing.result()
-        finally:
-            self.on_end()
-            writing.cancel()
-            leaving.cancel()
-            await asyncio.wait([writing, leaving])
-
-    async def write(self, send: Send) -> None:
-        """Send all events."""
-
-        async def put(message: dict[str, Any]) -> None:
-            async with asyncio.timeout(self.write_seconds):  # wait_for can lose a cancellation in Python 3.11
-                await send(message)
-
-        await put({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for chunk in self.chunks:
-            data = chunk.body if isinstance(chunk, ApiError) else chunk
-            await put({"type": "http.response.body", "body": event(json.dumps(data)), "more_body": True})
-        await put({"type": "http.response.body", "body": event("[DONE]"), "more_body": False})
-
-
-def event(data: str) -> bytes:
-    """One server-sent event."""
-    return f"data: {data}\n\n".encode()
-
-
-async def disconnected(request: Request) -> None:
-    """Return when the client has gone away."""
-    await left(request.receive)
-
-
-async def left(receive: Receive) -> None:
-    """Return when the client has gone away."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-def error_response(error: ApiError) -> JSONResponse:
-    """OpenAI's form of a refusal."""
-    headers = {"Retry-After": "1"} if error.status == 429 else {}
-    return JSONResponse(error.body, error.status, headers)
 
 
 def context_of(config: dict[str, Any]) -> int:

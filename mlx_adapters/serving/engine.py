@@ -1,90 +1,29 @@
-"""The one thread that runs the model: takes jobs, brings adapters in and out, batches, hands out text.
+"""The one thread that runs the model: takes jobs, batches them, hands out text.
 
 The web side puts a `Job` in and reads its events from an asyncio queue; nothing else is shared. A job that is
-canceled, too slow or failed leaves the batch between two steps. An adapter is loaded when a job needs it; when
-there are too many, the least recently used one that no job holds makes room.
+canceled, too slow or failed leaves the batch between two steps.
 """
 
-import asyncio
-import itertools
-import logging
-import math
 import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_adapters.config import require
 from mlx_adapters.door import mx
 from mlx_adapters.errors import AdapterError, did_you_mean
-from mlx_adapters.registry import load_adapter
 from mlx_adapters.runtime.batching import Batcher, Request, Token
 from mlx_adapters.runtime.live import LiveModel
-from mlx_adapters.runtime.pool import Attached
 from mlx_adapters.runtime.sampling import Sampler
 from mlx_adapters.runtime.text import TextStream
 from mlx_adapters.serving.errors import ApiError
+from mlx_adapters.serving.jobs import Job, Piece, log
 from mlx_adapters.serving.metrics import Metrics
+from mlx_adapters.serving.residents import Residents, Served
 from mlx_adapters.serving.settings import ServeSettings
 
-log = logging.getLogger("mlx_adapters.serve")
-
 PATIENCE = 1.0  # seconds that others may overtake a job whose adapter finds no room
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Something new of an answer; `finish_reason` only with the last."""
-
-    text: str
-    tokens: tuple[Token, ...]
-    finish_reason: str | None
-    completion_tokens: int
-
-
-@dataclass(eq=False)
-class Job:
-    """One answer to be written. `events` gets Pieces, or one ApiError."""
-
-    model: str
-    prompt: list[int]
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    top_logprobs: int | None = None
-    continues: bool = False  # the prompt is a text to go on from: a leading space is kept
-    events: asyncio.Queue = field(default_factory=asyncio.Queue)
-    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
-    arrived: float = field(default_factory=time.monotonic)
-    first: float | None = None
-    request: Request | None = None
-    text: TextStream = field(init=False, repr=False)  # set when the model begins with it
-    made: int = 0
-    held: list[Token] = field(default_factory=list)
-
-    def send(self, event: Piece | ApiError) -> None:
-        """Hand an event to the web side."""
-        try:
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
-        except RuntimeError:  # the loop is closed: nobody listens any more
-            log.debug("an event came after the loop was closed")
-
-
-@dataclass(eq=False)
-class Served:
-    """An adapter that can be asked for. `attached` is None while it is out of memory.
-
-    `nbytes`: what its weights take, or once it was in memory what it took there; None until it was read.
-    """
-
-    name: str
-    reference: str
-    attached: Attached | None = None
-    nbytes: int | None = None
 
 
 class Engine:
@@ -99,10 +38,8 @@ class Engine:
         self._batcher = Batcher(model.module, model.pool, settings.max_batch)
         self._jobs: dict[int, Job] = {}
         self._parked: list[Job] = []
-        self._removed: list[Served] = []
         self._open: set[Job] = set()
-        self._serial = itertools.count()
-        self._byte_limit = settings.max_adapter_bytes or math.inf
+        self._residents = Residents(model, settings, self.metrics)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -166,7 +103,7 @@ class Engine:
     def remove_adapter(self, name: str) -> None:
         """Serve an adapter no more. Answers that are being written with it are finished."""
         served = self.served.pop(name)
-        self._commands.put(lambda: self._removed.append(served))
+        self._commands.put(lambda: self._residents.leaving.append(served))
 
     def update_gauges(self) -> None:
         """Bring the gauges up to date."""
@@ -216,7 +153,7 @@ class Engine:
 
     def _obey(self) -> None:
         """Carry out the commands that are there; wait for one if there is nothing else to do."""
-        wait = self._batcher.idle and not self._removed
+        wait = self._batcher.idle and not self._residents.leaving
         try:
             self._commands.get(timeout=0.5 if wait else None, block=wait)()
             while True:
@@ -235,7 +172,7 @@ class Engine:
             blocked = len(self._parked) > 0 and now - self._parked[0].arrived > PATIENCE
             if blocked or not self._begin(job):
                 self._parked.append(job)
-        self._forget_removed()
+        self._residents.let_go()
         if self._batcher.idle:
             return
         try:
@@ -259,7 +196,7 @@ class Engine:
                 served = self.served.get(job.model)  # once: other threads remove adapters
                 if served is None:
                     raise ApiError(404, f"The model '{job.model}' was removed.", param="model", code="model_not_found")
-                attached = self._resident(served)
+                attached = self._residents.bring_in(served)
                 if attached is None:
                     return False
             job.text = TextStream(self.model.tokenizer, job.stop, job.continues)
@@ -284,53 +221,13 @@ class Engine:
         self._end(job, "error")
         job.send(error)
 
-    def _resident(self, served: Served) -> Attached | None:
-        """The adapter in memory, loaded if it is not; None if every other is in use and none can make room."""
-        if served.attached is not None and served.attached.alive:
-            return served.attached
-        adapter = None
-        if served.nbytes is None:
-            adapter = load_adapter(served.reference)
-            served.nbytes = sum(w.size for w in adapter.weights.values()) * self.model.pool.dtype.size
-        if not self._make_room(served):
-            return None
-        name = f"{served.name}#{next(self._serial)}"
-        self.model.attach(adapter or served.reference, name=name, use=False)
-        served.attached = self.model.pool.get(name)
-        served.nbytes = served.attached.nbytes
-        if self.model.pool.nbytes > self._byte_limit:  # in groups of layers it takes more than in its file
-            self.model.pool.remove(name)
-            return self._resident(served)
-        self.metrics.add("adapter_loads_total", adapter=served.name)
-        return served.attached
-
-    def _make_room(self, served: Served) -> bool:
-        """Put adapters out until this one is within the limits too. False if those in use leave no room."""
-        pool, limit, nbytes = self.model.pool, self._byte_limit, served.nbytes or 0
-        require(nbytes <= limit, f"'{served.name}' has {nbytes / 1e6:.1f} MB; all may have {limit / 1e6:.1f} MB.")
-        while len(pool.attached) >= self.settings.max_adapters or pool.nbytes + nbytes > limit:
-            oldest = pool.least_recently_used()
-            if oldest is None:
-                return False
-            pool.remove(oldest.name)
-            self.metrics.add("adapter_evictions_total", adapter=oldest.name.rpartition("#")[0])
-        return True
-
     def _add_adapter(self, name: str, reference: str) -> Served:
         require(name not in self.names, f"'{name}' is served already.")
         served = Served(name, reference)
-        if self._resident(served) is None:
+        if self._residents.bring_in(served) is None:
             raise ApiError(503, "All adapters are in use; none can make room.", kind="server_error")
         self.served[name] = served
         return served
-
-    def _forget_removed(self) -> None:
-        for served in self._removed[:]:
-            attached = served.attached
-            if attached is None or not attached.alive or attached.users == 0:
-                self._removed.remove(served)
-                if attached is not None and attached.alive:
-                    self.model.pool.remove(attached.name)
 
     def _hand_out(self, token: Token) -> None:
         job = self._jobs[token.request.number]

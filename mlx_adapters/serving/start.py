@@ -12,7 +12,8 @@ from mlx_adapters.errors import ConfigError, NotFoundError
 from mlx_adapters.layers import check_fits, check_made_for
 from mlx_adapters.registry import check_name, load_adapter, parse_reference
 from mlx_adapters.runtime.live import load_model
-from mlx_adapters.serving.engine import Engine, Served
+from mlx_adapters.serving.engine import Engine
+from mlx_adapters.serving.residents import Served
 from mlx_adapters.serving.settings import ServeSettings, check_names
 
 

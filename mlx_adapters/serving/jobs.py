@@ -1,0 +1,52 @@
+"""What passes between the web side and the engine: jobs in, pieces of their answers out."""
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field
+
+from mlx_adapters.runtime.batching import Request, Token
+from mlx_adapters.runtime.text import TextStream
+from mlx_adapters.serving.errors import ApiError
+
+log = logging.getLogger("mlx_adapters.serve")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Something new of an answer; `finish_reason` only with the last."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    finish_reason: str | None
+    completion_tokens: int
+
+
+@dataclass(eq=False)
+class Job:
+    """One answer to be written. `events` gets Pieces, or one ApiError."""
+
+    model: str
+    prompt: list[int]
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    top_logprobs: int | None = None
+    continues: bool = False  # the prompt is a text to go on from: a leading space is kept
+    events: asyncio.Queue = field(default_factory=asyncio.Queue)
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    arrived: float = field(default_factory=time.monotonic)
+    first: float | None = None
+    request: Request | None = None
+    text: TextStream = field(init=False, repr=False)  # set when the model begins with it
+    made: int = 0
+    held: list[Token] = field(default_factory=list)
+
+    def send(self, event: Piece | ApiError) -> None:
+        """Hand an event to the web side."""
+        try:
+            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+        except RuntimeError:  # the loop is closed: nobody listens any more
+            log.debug("an event came after the loop was closed")
