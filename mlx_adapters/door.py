@@ -32,7 +32,7 @@ try:
         warnings.simplefilter("ignore")
         import mlx.core as mx
         import mlx.nn as nn
-        from mlx_lm.generate import BatchGenerator, batch_generate, stream_generate, wired_limit
+        from mlx_lm.generate import BatchGenerator, stream_generate, wired_limit
         from mlx_lm.models.cache import make_prompt_cache
         from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
         from mlx_lm.sample_utils import make_logits_processors, make_sampler
@@ -100,7 +100,6 @@ __all__ = [
     "QuantizedSwitchLinear",
     "SwitchLinear",
     "TokenizerWrapper",
-    "batch_generate",
     "harness_model",
     "load_config",
     "load_mlx_model",

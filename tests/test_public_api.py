@@ -11,6 +11,7 @@ import subprocess
 import sys
 import typing
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -20,6 +21,7 @@ from click.shell_completion import ShellComplete
 import mlx_adapters as ma
 from mlx_adapters import registry
 from mlx_adapters.cli import _output
+from mlx_adapters.events import Progress
 
 ROOT = Path(__file__).parent.parent
 NAMES = [name for name in ma.__all__ if name != "__version__"]
@@ -231,3 +233,14 @@ def test_a_dumb_terminal_gets_no_escapes(monkeypatch, capsys):
 def test_json_output_is_one_document():
     done = subprocess.run([sys.executable, "-m", "mlx_adapters", "list", "--json"], capture_output=True, text=True)
     assert json.loads(done.stdout) == {"schema": "mlx_adapters/1", "adapters": []} and done.stderr == ""
+
+
+def test_a_stage_that_comes_again_has_a_pace_of_its_own(monkeypatch, capsys):
+    """As the answers of one variant after another."""
+    clock = iter([0, 10, 100, 101])
+    monkeypatch.setattr(_output, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    on_event = _output.progress()
+    for done in (1, 10, 1, 10):
+        on_event(Progress("answer", done, 10, "question"))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "10/10" in line] == [f"answer: 10/10 questions, {rate}/s" for rate in (1, 10)]

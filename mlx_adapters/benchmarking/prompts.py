@@ -12,7 +12,7 @@ from mlx_adapters.training.rows import read_data
 def real_prompts(source: str, tokenizer: Any, batch: int, length: int) -> mx.array:
     """(batch, length) token ids from the test rows (else valid, else train), each prompt starting elsewhere."""
     data = read_data(source, judging=True)
-    rows = data.rows("test") or data.rows("valid") or data.rows("train")
+    rows = data.rows(data.judging)
     lines = [row.tokens.tolist() for row in tokenize(rows, tokenizer).rows]
     if not lines:
         raise FormatError(f"The data '{source}' has no row that makes a prompt.")

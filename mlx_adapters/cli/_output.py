@@ -149,6 +149,8 @@ def progress() -> Callable[[Event], None]:
                 return
             shown[0] = now
             show_live(_progress_text(event, now - start), end=last)
+            if last:
+                del started[event.stage]  # another variant may come, with a pace of its own
 
     return on_event
 

@@ -26,10 +26,8 @@ from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.model import Model, load_model
 from mlx_adapters.registry import changing, load_adapter, locate, names
 from mlx_adapters.tensor_names import METADATA_FILE
-from mlx_adapters.training.rows import RawRow, read_data
+from mlx_adapters.training.rows import SPLITS, RawRow, read_data, spread
 from mlx_adapters.units import count
-
-SPLITS = ("test", "valid", "train")
 
 
 @dataclass(frozen=True)
@@ -182,12 +180,11 @@ def evaluate_ready(
 def choose_rows(data: str | Path, config: EvaluationConfig) -> tuple[list[RawRow], dict[str, Any]]:
     """The rows to judge, and what a report says of them."""
     read = read_data(data, judging=True)
-    split = config.split or next(name for name in SPLITS if read.rows(name))
+    split = config.split or read.judging
     rows = list(read.rows(split))
     if not rows:
         raise NotFoundError(f"The data '{data}' has no rows of '{split}'.", f"it has: {', '.join(read.splits)}.")
-    if config.max_rows and config.max_rows < len(rows):
-        rows = [rows[i * len(rows) // config.max_rows] for i in range(config.max_rows)]
+    rows = spread(rows, config.max_rows or len(rows))
     return rows, {"source": str(data), "split": split, "sha256": read.splits[split].sha256, "rows": len(rows)}
 
 

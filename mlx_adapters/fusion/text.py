@@ -17,7 +17,7 @@ from mlx_adapters.adapter import Adapter
 from mlx_adapters.errors import AdapterError, FormatError, NotFoundError
 from mlx_adapters.fusion.blocks import Row
 from mlx_adapters.training.data import tokenize_row
-from mlx_adapters.training.rows import RawRow, read_data
+from mlx_adapters.training.rows import RawRow, read_data, spread
 
 GENERAL = "general text of the package"
 MAX_LENGTH = 512
@@ -163,7 +163,7 @@ def _apart(train: list[RawRow], held: list[RawRow], source: str) -> tuple[list[R
 def _enough(rows: list[RawRow], count: int, tokenizer: Any, without: set[bytes]) -> list[Row]:
     """`count` rows, evenly spaced, or as many more as LEAST_TOKENS take; none whose tokens are in `without`."""
     while True:
-        found = [row for row in _tokenize(_spread(rows, count), tokenizer) if row[0].tobytes() not in without]
+        found = [row for row in _tokenize(spread(rows, count), tokenizer) if row[0].tobytes() not in without]
         if count >= len(rows) or _tokens(found) >= LEAST_TOKENS:
             return found
         count *= 2
@@ -171,13 +171,6 @@ def _enough(rows: list[RawRow], count: int, tokenizer: Any, without: set[bytes])
 
 def _tokens(rows: list[Row]) -> int:
     return sum(len(tokens) for tokens, _ in rows)
-
-
-def _spread(rows: list[RawRow], count: int) -> list[RawRow]:
-    """`count` rows, evenly spaced."""
-    if len(rows) <= count:
-        return rows
-    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def _tokenize(rows: list[RawRow], tokenizer: Any) -> list[Row]:

@@ -61,7 +61,7 @@ def losses_on(
     from mlx_adapters.training.rows import read_data
 
     read = read_data(data, judging=True)
-    rows = read.rows("test") or read.rows("valid") or read.rows("train")
+    rows = read.rows(read.judging)
     name = base or adapters[0].base_name
     if name is None:
         raise ConfigError("The adapters name no base.", "name one with --base.")

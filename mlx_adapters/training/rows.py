@@ -12,10 +12,10 @@ Every row knows where it came from, so that an error can name the line.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.files import sha256
@@ -23,6 +23,7 @@ from mlx_adapters.files import sha256
 SPLITS = {"train": ("train",), "valid": ("valid", "validation"), "test": ("test",)}
 SUFFIXES = (".jsonl", ".parquet")
 HUB_PREFIX = "hf:"
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,20 @@ class DataSet:
         """The rows of one split, none if it does not exist."""
         return self.splits[split].rows if split in self.splits else ()
 
+    @property
+    def judging(self) -> str:
+        """The split to judge by: test, else valid, else train."""
+        return next(name for name in reversed(SPLITS) if self.rows(name))
+
     def describe(self) -> dict[str, Any]:
         """What a recipe records: the source, and SHA-256 and row count of each split."""
         splits = {n: {"sha256": s.sha256, "rows": len(s.rows)} for n, s in self.splits.items()}
         return {"source": self.source, "splits": splits}
+
+
+def spread(rows: Sequence[Item], count: int) -> list[Item]:
+    """`count` of the rows, evenly spaced; all if there are no more."""
+    return [rows[i * len(rows) // count] for i in range(count)] if count < len(rows) else list(rows)
 
 
 def read_data(source: str | Path, judging: bool = False) -> DataSet:
