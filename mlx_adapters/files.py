@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -131,17 +131,17 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
                         _fsync_path(Path(folder) / file)
                     _fsync_path(Path(folder))
                 refuse_existing(path, overwrite)
-                _refuse_other_things(temporary, path)
+                refuse_other_things(path, (entry.name for entry in temporary.iterdir()))
                 _swap_in(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
-def _refuse_other_things(new: Path, path: Path) -> None:
-    """Raise ExistsError where a folder would go that has no entry of a name that the new one has."""
+def refuse_other_things(path: Path, names: Iterable[str]) -> None:
+    """Raise ExistsError for a folder that holds something, but none of the names that what would replace it has."""
     old = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-    if old and old.isdisjoint(entry.name for entry in new.iterdir()):
+    if old and old.isdisjoint(names):
         raise ExistsError(f"'{path}' holds other things than what would replace it.", "choose another folder to write.")
 
 

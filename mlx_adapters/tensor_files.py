@@ -6,6 +6,7 @@ stream to the disk tensor by tensor, and a full disk is noticed where it happens
 
 import hashlib
 import json
+import math
 import os
 import re
 import struct
@@ -60,9 +61,7 @@ def stream_safetensors(
     offset = 0
     for name, dtype, shape in layout:
         code = DTYPES[dtype]
-        size = _ITEM_SIZES[code]
-        for extent in shape:
-            size *= extent
+        size = _ITEM_SIZES[code] * math.prod(shape)
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     encoded = json.dumps(header, separators=(",", ":")).encode()
@@ -131,9 +130,7 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]
         ends = [0]
         for entry in header.values():
             first, last = entry["data_offsets"]
-            count = _ITEM_SIZES.get(entry["dtype"], 1)
-            for extent in entry["shape"]:
-                count *= extent
+            count = _ITEM_SIZES.get(entry["dtype"], 1) * math.prod(entry["shape"])
             if (entry["dtype"] in _ITEM_SIZES and count != last - first) or not 0 <= first <= last:
                 raise bad
             ends.append(last)

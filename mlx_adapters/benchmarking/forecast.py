@@ -5,6 +5,7 @@ context without evaluating anything (MLX is lazy), and the caches that come out 
 sliding windows and shared layers count as they are. Activations are those of one prefill chunk, estimated.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,10 +108,8 @@ def _sizes(module: nn.Module) -> list[tuple[int, bool]]:
     for path, array in tree_flatten(module.parameters()):
         owner, _, leaf = path.rpartition(".")
         if owner in layers and leaf == "weight":
-            size = 1
-            for extent in weight_shape(layers[owner]):
-                size *= extent
-            found.append((size, weight_shape(layers[owner])[-1] % 32 == 0))
+            shape = weight_shape(layers[owner])
+            found.append((math.prod(shape), shape[-1] % 32 == 0))
         elif not (owner in layers and leaf in ("scales", "biases")):
             found.append((array.size, False))
     return found

@@ -15,7 +15,7 @@ from mlx_adapters.fusion.job import open_job
 from mlx_adapters.fusion.options import DEFAULTS, FuseOptions
 from mlx_adapters.fusion.plan import Source, Updates, chunks
 from mlx_adapters.fusion.recipe import Given
-from mlx_adapters.fusion.survival import Survival, SurvivalSum, sample
+from mlx_adapters.fusion.survival import Survival, SurvivalSum, mean_cosine, sample
 from mlx_adapters.fusion.text import choose_text
 from mlx_adapters.fusion.work import batches_of
 from mlx_adapters.layers import weight_shape
@@ -34,7 +34,7 @@ class Checked:
     @property
     def update_survival(self) -> float:
         """The mean cosine between the updates wanted and those found."""
-        return sum(s.cosine for s in self.survival) / max(len(self.survival), 1)
+        return mean_cosine(self.survival)
 
 
 def check_fused(

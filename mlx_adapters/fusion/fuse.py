@@ -27,6 +27,7 @@ from mlx_adapters.fusion.recipe import RECIPE_FILE, Given, Recipe
 from mlx_adapters.fusion.result import FuseResult, report
 from mlx_adapters.fusion.text import GENERAL, choose_text
 from mlx_adapters.fusion.work import Work
+from mlx_adapters.machine import versions
 from mlx_adapters.model import Base, load_tokenizer_of, resolve_base
 from mlx_adapters.registry import load_adapter
 from mlx_adapters.units import count
@@ -66,7 +67,9 @@ def fuse(
     given = [adapters] if isinstance(adapters, Adapter | str | Path) else list(adapters)
     updates = gather_updates(given, weights, replaced)
     found = choose_base(base, updates)
-    _refuse_precious(out, found)
+    if out.resolve() == found.folder.resolve():
+        raise ExistsError(f"'{out}' is the base model itself.", "choose another folder to write.")
+    files.refuse_other_things(out, ("config.json", REPORT_FILE))  # before minutes of work
     asked = _plain_format(settle_precision(quantization, found), quantization, options)
     job = open_job(found, updates, asked, dtype, any_base)
     notes = _notes(job, on_event)
@@ -91,14 +94,6 @@ def fuse(
         files.write_json(folder / REPORT_FILE, report(result))
         files.write_json(folder / RECIPE_FILE, {"format": 1} | _recipe(work, given, dtype, folder))
     return result
-
-
-def _refuse_precious(out: Path, base: Base) -> None:
-    """--overwrite replaces a model, but never the base that is read nor a folder of other things."""
-    if out.resolve() == base.folder.resolve():
-        raise ExistsError(f"'{out}' is the base model itself.", "choose another folder to write.")
-    if out.is_dir() and any(out.iterdir()) and not any((out / f).is_file() for f in ("config.json", REPORT_FILE)):
-        raise ExistsError(f"'{out}' holds no model but other things.", "choose another folder to write.")
 
 
 def _plain_format(
@@ -218,7 +213,7 @@ def _recipe(work: Work, given: Sequence[Given], dtype: str, folder: Path) -> dic
         targets={path: recipes.precision_to_json(target) for path, target in work.targets.items()},
         text=text.describe() | {"why": None} if text else None,
         options=asdict(options),
-        versions=recipes.recipe_versions(),
+        versions=versions(),
         weights_sha256=recipes.weights_sha256(folder),
     )
     return asdict(made)

@@ -3,6 +3,7 @@
 The plan is made from shapes alone; no weight is read for it.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from mlx_adapters import tensor_names
 from mlx_adapters.adapter import Adapter
-from mlx_adapters.config import Quantization
+from mlx_adapters.config import Quantization, to_mapping
 from mlx_adapters.door import mx, nn
 from mlx_adapters.fusion.packed import Packed, dequantize
 from mlx_adapters.layers import EMBEDDING, adaptable_layers, dense_weight, quantization_of, updated_weight, weight_shape
@@ -82,10 +83,7 @@ class LayerPlan:
     @property
     def parameters(self) -> int:
         """How many weights it has."""
-        size = 1
-        for extent in self.shape:
-            size *= extent
-        return size
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -139,10 +137,7 @@ def common_dtype(module: nn.Module) -> mx.Dtype:
 
 def chunks(shape: tuple[int, ...]) -> list[tuple[int, int]]:
     """Ranges of the first axis with at most CHUNK weights each."""
-    row = 1
-    for extent in shape[1:]:
-        row *= extent
-    step = max(1, CHUNK // row)
+    step = max(1, CHUNK // math.prod(shape[1:]))
     return [(i, min(i + step, shape[0])) for i in range(0, shape[0], step)]
 
 
@@ -189,15 +184,11 @@ def quantization_config(plans: list[LayerPlan], default: Quantization | None) ->
         return None
     if default is None or default not in counts:
         default = counts.most_common(1)[0][0]
-    entries: dict[str, Any] = _entry(default)
+    entries: dict[str, Any] = to_mapping(default)
     for plan in plans:
         if plan.target is not None and plan.target != default:
-            entries[plan.path] = _entry(plan.target)
+            entries[plan.path] = to_mapping(plan.target)
     return entries
-
-
-def _entry(quantization: Quantization) -> dict[str, Any]:
-    return {"group_size": quantization.group_size, "bits": quantization.bits, "mode": quantization.mode}
 
 
 def packed_shapes(plan: LayerPlan, dtype: str) -> list[tuple[str, str, tuple[int, ...]]]:

@@ -6,10 +6,9 @@ from typing import Any
 
 from mlx_adapters import files
 from mlx_adapters.adapter import Adapter
-from mlx_adapters.config import Quantization
+from mlx_adapters.config import Quantization, to_mapping
 from mlx_adapters.errors import FormatError, IncompatibleError
 from mlx_adapters.fusion.plan import Precision
-from mlx_adapters.machine import versions
 from mlx_adapters.model import Base, resolve_base
 from mlx_adapters.registry import load_adapter
 
@@ -37,9 +36,7 @@ class Recipe:
 
 def precision_to_json(precision: Precision | str) -> JsonPrecision:
     """A precision as JSON; "keep", "none" and None stay as they are."""
-    if not isinstance(precision, Quantization):
-        return precision
-    return {"bits": precision.bits, "group_size": precision.group_size, "mode": precision.mode}
+    return to_mapping(precision) if isinstance(precision, Quantization) else precision
 
 
 def precision_from_json(value: JsonPrecision) -> Precision | str:
@@ -106,8 +103,3 @@ def ingredients(recipe: Recipe) -> tuple[Base, list[Adapter]]:
             raise IncompatibleError(f"Adapter '{entry['reference']}' is not the one of the recipe any more.")
         adapters.append(adapter)
     return base, adapters
-
-
-def recipe_versions() -> dict[str, str]:
-    """Versions of what computes."""
-    return versions()

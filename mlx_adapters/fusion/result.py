@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.fusion.fidelity import Fidelity
-from mlx_adapters.fusion.survival import Survival
+from mlx_adapters.fusion.survival import Survival, mean_cosine
 from mlx_adapters.units import size
 
 
@@ -31,7 +31,7 @@ class FuseResult:
     @property
     def update_survival(self) -> float:
         """The mean over the changed layers of the cosine between the update wanted and the one stored."""
-        return sum(s.cosine for s in self.survival) / max(len(self.survival), 1)
+        return mean_cosine(self.survival)
 
     def _repr_html_(self) -> str:
         from mlx_adapters.display import html_block, html_facts, html_table

@@ -5,6 +5,7 @@ function that makes them. Units are packed into shards; a shard is written as it
 the unit read is dropped at once.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +40,7 @@ def dtype_name(dtype: mx.Dtype) -> str:
 
 def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
     """Bytes of a tensor."""
-    size = getattr(mx, "bool_" if dtype == "bool" else dtype).size
-    for extent in shape:
-        size *= extent
-    return size
+    return getattr(mx, "bool_" if dtype == "bool" else dtype).size * math.prod(shape)
 
 
 def make_shards(units: list[Unit], limit: int = SHARD_BYTES) -> list[list[Unit]]:

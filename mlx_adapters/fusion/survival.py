@@ -6,6 +6,7 @@ has nothing to do with D, so for a light adapter the cosine falls and the ratio 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +36,11 @@ class Survival:
     cosine: float
     norm_ratio: float
     update_ratio: float
+
+
+def mean_cosine(survival: Sequence[Survival]) -> float:
+    """The mean over the layers of the cosine between the update wanted and the one stored."""
+    return sum(layer.cosine for layer in survival) / max(len(survival), 1)
 
 
 class SurvivalSum:

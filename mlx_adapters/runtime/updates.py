@@ -4,6 +4,7 @@ Both kinds know the three layers: `linear(y, x)`, `lookup(y, ids)` for embedding
 sorted_indices)` for mixtures. y is the base layer's output and is never changed in place.
 """
 
+import math
 from collections.abc import Sequence
 
 from mlx_adapters.door import mx
@@ -62,9 +63,7 @@ class Rows:
     def spread(self, lead: tuple[int, ...]) -> tuple[mx.array, mx.array]:
         """(slot of each entry, entry's own number) for arrays whose leading axes are `lead`, both flat."""
         if lead not in self._spread:
-            rows, count = self.slots.size, 1
-            for extent in lead:
-                count *= extent
+            rows, count = self.slots.size, math.prod(lead)
             if count % rows or lead[0] % rows:
                 raise IncompatibleError(f"A layer sees {lead} entries for a batch of {rows}: which is whose?")
             slots = mx.repeat(self.slots, count // rows) if count > rows else self.slots
