@@ -8,10 +8,12 @@ iteration (Halko, Martinsson, Tropp, arXiv 0909.4061), at O(in · out · R).
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from mlx_adapters.config import require
 from mlx_adapters.merging.arithmetic import Matrix
 
 EXACT_UP_TO = 768
@@ -140,3 +142,20 @@ def join_decompositions(found: Sequence[Decomposition], experts: bool) -> Decomp
         np.stack([pad_rank(one.vt, -2, rank) for one in found]),
         np.stack([one.total for one in found]),
     )
+
+
+def kept_energy(parts: Mapping[str, Decomposition], rank: int) -> dict[str, Any]:
+    """What a recipe records of a cut to `rank`: the share of ‖ΔW‖² that is kept, over all layers and for each."""
+    if not parts:
+        return {}
+    total = sum(float(np.sum(part.total)) for part in parts.values())
+    by_layer = {key: part.kept(rank) for key, part in parts.items()}
+    kept = sum(by_layer[key] * float(np.sum(part.total)) for key, part in parts.items())
+    return {"energy_kept": kept / total if total else 1.0, "energy_by_layer": by_layer}
+
+
+def check_rank(rank: int | str | None, energy: float | None) -> None:
+    """Raise ConfigError unless `rank` is a number, "auto" or None, and `energy`, if given, a share beside "auto"."""
+    require(rank in (None, "auto") or (isinstance(rank, int) and rank >= 1), f"rank cannot be {rank}.")
+    require(energy is None or rank == "auto", "An energy goes with rank 'auto' only.")
+    require(energy is None or 0 < energy <= 1, f"energy must be above 0 and at most 1, not {energy}.")

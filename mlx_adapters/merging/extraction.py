@@ -15,12 +15,18 @@ from mlx.utils import tree_flatten
 
 from mlx_adapters import files, registry, tensor_files
 from mlx_adapters.adapter import Adapter, AdapterConfig
-from mlx_adapters.config import LoraConfig, require
+from mlx_adapters.config import LoraConfig
 from mlx_adapters.errors import FormatError, IncompatibleError
 from mlx_adapters.events import Note, OnEvent, Progress, ignore
 from mlx_adapters.layers import EMBEDDING, adaptable_layers, dense_weight, resolve_target_modules, weight_shape
 from mlx_adapters.merging.arithmetic import Matrix
-from mlx_adapters.merging.decomposition import Decomposition, decompose_matrix, join_decompositions
+from mlx_adapters.merging.decomposition import (
+    Decomposition,
+    check_rank,
+    decompose_matrix,
+    join_decompositions,
+    kept_energy,
+)
 from mlx_adapters.merging.updates import Update, tensors_of
 from mlx_adapters.model import Base, load_module, resolve_base
 from mlx_adapters.tensor_names import ADAPTER_FILE, CONFIG_FILE, QUANTIZED_LEAVES, WEIGHT, join
@@ -58,9 +64,7 @@ def extract(
     the norms of what was left out, are in `metadata["extract"]`.
     Raises ConfigError, NotFoundError, FormatError or IncompatibleError.
     """
-    require(rank == "auto" or (isinstance(rank, int) and rank >= 1), f"rank cannot be {rank}.")
-    require(energy is None or rank == "auto", "An energy goes with rank 'auto' only.")
-    require(energy is None or 0 < energy <= 1, f"energy must be above 0 and at most 1, not {energy}.")
+    check_rank(rank, energy)
     if name is not None:
         files.refuse_existing(registry.adapter_folder(name), overwrite)
     found_base = resolve_base(base)
@@ -91,14 +95,7 @@ def _assemble(
     weights: dict[str, mx.array] = {}
     for key, part in parts.items():
         weights |= tensors_of(key, Update(*part.factors(rank)), dtype)
-    total = sum(float(np.sum(part.total)) for part in parts.values())
-    kept = {key: part.kept(rank) for key, part in parts.items()}
-    recipe = {
-        "finetuned": finetuned,
-        "energy_kept": sum(kept[key] * float(np.sum(part.total)) for key, part in parts.items()) / total,
-        "energy_by_layer": kept,
-        "left_out": left_out,
-    }
+    recipe = {"finetuned": finetuned, **kept_energy(parts, rank), "left_out": left_out}
     metadata = {"source": "extract", "extract": recipe, "base": base.record()} | registry.made_now()
     adapter = Adapter(AdapterConfig(rank, 1.0, tuple(parts)), weights, metadata).check()
     return adapter if name is None else registry.register(adapter, name, overwrite=overwrite)

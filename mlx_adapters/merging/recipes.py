@@ -16,17 +16,16 @@ import numpy as np
 
 from mlx_adapters import files, registry
 from mlx_adapters.adapter import Adapter, AdapterConfig, base_of, weights_file
-from mlx_adapters.config import require
+from mlx_adapters.config import DTYPES, require
 from mlx_adapters.errors import ConfigError, IncompatibleError, did_you_mean
 from mlx_adapters.events import OnEvent, Progress, ignore
 from mlx_adapters.merging.arithmetic import SIGN_METHODS, SignMethod
-from mlx_adapters.merging.decomposition import Decomposition, pad_rank
+from mlx_adapters.merging.decomposition import Decomposition, check_rank, kept_energy, pad_rank
 from mlx_adapters.merging.methods import METHODS, Method, Options, merge_updates
 from mlx_adapters.merging.updates import Update, factors_of, stack_tensors, tensors_of, update_of
 from mlx_adapters.tensor_names import ADAPTER_FILE, LORA_A, LORA_B, join, natural_order
 from mlx_adapters.units import count
 
-RESULT_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 Source = Adapter | str
 
 
@@ -57,11 +56,7 @@ def merge(
     adapters = [registry.load_adapter(source) for source in sources]
     weights = _checked_weights(adapters, weights)
     chosen = _checked_method(method, rank, energy, density, seed, sign_method)
-    require(
-        dtype in ("auto", *RESULT_DTYPES),
-        f"dtype cannot be '{dtype}'.",
-        "auto, float32, bfloat16 or float16.",
-    )
+    require(dtype in DTYPES, f"dtype cannot be '{dtype}'.", "auto, float32, bfloat16 or float16.")
     check_mergeable(adapters, any_base)
     if chosen.space == "stack":
         adapters, weights = _without_zeros(adapters, weights)
@@ -78,13 +73,11 @@ def merge(
     else:
         merged = _merge_layers(method, chosen, adapters, weights, options, seed or 0, on_event)
         result = _assemble(merged, adapters, options, result_dtype)
-        energies = _energies(merged, result.config.rank)
+        cut = {key: layer for key, layer in merged.items() if isinstance(layer, Decomposition)}
+        energies = kept_energy(cut, result.config.rank)
     recipe = {"method": method, "sources": [_describe(*pair) for pair in zip(adapters, weights, strict=True)]}
-    settings = {
-        "density": density,
-        "sign_method": sign_method,
-        "seed": (seed or 0) if chosen.prune == "random" else None,
-    }
+    seed_used = (seed or 0) if chosen.prune == "random" else None
+    settings = {"density": density, "sign_method": sign_method, "seed": seed_used}
     recipe |= {key: value for key, value in settings.items() if value is not None} | energies
     return _finish(result, adapters, recipe, name, overwrite)
 
@@ -173,24 +166,16 @@ def _checked_method(
     method = METHODS[name]
     require(method.truncate or (rank is None and energy is None), f"Method '{name}' has no rank to choose.",
             "use 'svd' or a method that ends in '-svd'.")  # fmt: skip
-    require(energy is None or rank == "auto", "An energy goes with rank 'auto' only.")
-    require(energy is None or 0 < energy <= 1, f"energy must be above 0 and at most 1, not {energy}.")
-    require(rank is None or rank == "auto" or (isinstance(rank, int) and rank >= 1), f"rank cannot be {rank}.")
+    check_rank(rank, energy)
     require(method.prune is None or density is not None, f"Method '{name}' needs a density.",
             "the share of entries to keep, for example --density 0.5.")  # fmt: skip
-    require(
-        method.prune is not None or density is None,
-        f"Method '{name}' prunes nothing, so it takes no density.",
-    )
+    require(method.prune is not None or density is None, f"Method '{name}' prunes nothing, so it takes no density.")
     require(density is None or 0 < density <= 1, f"density must be above 0 and at most 1, not {density}.")
     require(seed is None or method.prune == "random", f"Method '{name}' draws nothing, so it takes no seed.")
     require(seed is None or seed >= 0, f"seed must not be negative, not {seed}.")
     require(sign_method is None or method.elect, f"Method '{name}' elects no signs, so it takes no sign method.")
-    require(
-        sign_method in (None, *SIGN_METHODS),
-        f"There is no sign method '{sign_method}'.",
-        "total or frequency.",
-    )
+    known = sign_method in (None, *SIGN_METHODS)
+    require(known, f"There is no sign method '{sign_method}'.", "total or frequency.")
     return method
 
 
@@ -267,21 +252,11 @@ def _result_dtype(
     dtype: str, method: str, adapters: Sequence[Adapter], weights: Sequence[float], options: Options
 ) -> mx.Dtype:
     if dtype != "auto":
-        return RESULT_DTYPES[dtype]
+        return getattr(mx, dtype)
     stored = {w.dtype for adapter in adapters for w in adapter.weights.values()}
     factors = [weight * adapter.config.scale / options.scale for weight, adapter in zip(weights, adapters, strict=True)]
     lossless = method == "cat" and len(stored) == 1 and all(math.frexp(abs(factor))[0] == 0.5 for factor in factors)
     return stored.pop() if lossless else mx.float32
-
-
-def _energies(merged: dict[str, Update | Decomposition], rank: int) -> dict[str, Any]:
-    found = {key: layer for key, layer in merged.items() if isinstance(layer, Decomposition)}
-    if not found:
-        return {}
-    total = sum(float(np.sum(layer.total)) for layer in found.values())
-    by_layer = {key: layer.kept(rank) for key, layer in found.items()}
-    kept = sum(by_layer[key] * float(np.sum(layer.total)) for key, layer in found.items())
-    return {"energy_kept": kept / total if total else 1.0, "energy_by_layer": by_layer}
 
 
 def _describe(adapter: Adapter, weight: float) -> dict[str, Any]:
