@@ -18,7 +18,6 @@ Config = TypeVar("Config")
 
 ADAPTER_TYPES = ("lora", "dora")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 
 
 def require(condition: bool, message: str, hint: str | None = None) -> None:
@@ -158,6 +157,7 @@ QUANTIZATIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "mxfp8": ((8,), (32,)),
     "nvfp4": ((4,), (16,)),
 }
+MODES = tuple(QUANTIZATIONS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from mlx_adapters.cli import _output
+from mlx_adapters.config import DTYPES
 from mlx_adapters.errors import ConfigError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -69,7 +70,7 @@ adapter_option = click.option("--adapter", type=REFERENCE, metavar="REF", help="
 base_option = click.option("--base", metavar="BASE", help="Base model: demo, a folder or a Hub id [the adapter's own].")
 any_base_option = click.option("--any-base", is_flag=True, help="Use the adapter on a base it was not trained on.")
 dtype_option = click.option(
-    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
+    "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
     help="Type to compute in; auto is float32 on a CPU and the model's own on a GPU.",
 )  # fmt: skip
 

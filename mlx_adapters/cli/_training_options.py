@@ -10,6 +10,8 @@ import click
 
 from mlx_adapters.cli._options import UserPath, module_names
 from mlx_adapters.config import (
+    ADAPTER_TYPES,
+    DTYPES,
     MODES,
     OPTIMIZERS,
     SCHEDULES,
@@ -22,13 +24,12 @@ from mlx_adapters.config import (
 from mlx_adapters.errors import AdapterError, ConfigError, did_you_mean
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-DTYPES = ["auto", "float32", "bfloat16", "float16"]
 
 # Flag, type, help; the setting is the flag's name.
 LORA_OPTIONS: list[tuple[str, Any, str]] = [
     ("--scale", float, "Factor on the update B·A [20]."),
     ("--dropout", float, "Dropout on the adapter's input [0]."),
-    ("--type", click.Choice(["lora", "dora"]), "Kind of adapter [lora]."),
+    ("--type", click.Choice(ADAPTER_TYPES), "Kind of adapter [lora]."),
 ]
 TRAINING_OPTIONS: list[tuple[str, Any, str]] = [
     ("--iterations", int, "Optimizer updates [600]."),

@@ -13,6 +13,8 @@ from mlx_adapters.cli._options import (
     json_option,
     overwrite_option,
 )
+from mlx_adapters.config import DTYPES, MODES
+from mlx_adapters.fusion.options import FORMATS, METHODS
 from mlx_adapters.units import count
 
 if TYPE_CHECKING:
@@ -27,10 +29,10 @@ BITS = ["keep", "none", "2", "3", "4", "5", "6", "8"]
 @click.option("--bits", type=click.Choice(BITS), default="keep", show_default=True,
               help="Bits per weight; keep: the base's own precision, none: unquantized.")  # fmt: skip
 @click.option("--group-size", type=int, help="Weights that share a scale [the base's at its own bits, else 64].")
-@click.option("--mode", type=click.Choice(["affine", "mxfp4", "mxfp8", "nvfp4"]), help="Quantization mode [affine].")
-@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
+@click.option("--mode", type=click.Choice(MODES), help="Quantization mode [affine].")
+@click.option("--dtype", type=click.Choice(DTYPES), default="auto",
               show_default=True, help="Type of scales and of unquantized weights; auto: the base's.")  # fmt: skip
-@click.option("--method", type=click.Choice(["auto", "nearest", "calibrated"]), default="auto", show_default=True,
+@click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True,
               help="How to round; auto: calibrated under 8 bits if there is text.")  # fmt: skip
 @click.option("--calibration", metavar="DIR|FILE",
               help="Data folder, .jsonl or .txt [the adapter's training data, else a general text].")  # fmt: skip
@@ -45,7 +47,7 @@ BITS = ["keep", "none", "2", "3", "4", "5", "6", "8"]
               help="More bits where they help most, until KL is at most this.")  # fmt: skip
 @click.option("--budget-bits", type=click.FloatRange(0, min_open=True),
               help="More bits where they help most, up to this many per weight.")  # fmt: skip
-@click.option("--format", type=click.Choice(["mlx", "hf", "gguf"]), default="mlx", show_default=True,
+@click.option("--format", type=click.Choice(FORMATS), default="mlx", show_default=True,
               help="hf: the original checkpoint's names and types; gguf: one file for llama.cpp.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Keep the model even if --max-kl cannot be held.")
 @click.option("--weight", "weights", type=float, multiple=True, help="Share of each adapter, in order [1 each].")

@@ -15,6 +15,7 @@ from mlx_adapters.cli._options import (
     overwrite_option,
 )
 from mlx_adapters.cli._output import number
+from mlx_adapters.config import DTYPES
 from mlx_adapters.units import count
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def name_options(command: Command) -> Command:
 @click.option("--density", type=float, help="Share of entries that pruning keeps (ties, dare, magnitude-prune).")
 @click.option("--seed", type=int, help="Seed of random pruning (dare) [0].")
 @click.option("--sign-method", type=click.Choice(["total", "frequency"]), help="How signs are elected (ties) [total].")
-@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
+@click.option("--dtype", type=click.Choice(DTYPES), default="auto",
               show_default=True, help="Type of the result; auto is float32 unless a smaller one is exact.")  # fmt: skip
 @any_base_option
 @name_options
@@ -189,7 +190,7 @@ def interpolate_command(
 @energy_option
 @click.option("--target-modules", metavar="NAMES", default="all", show_default=True,
               help="q_proj,v_proj,... or all linear layers of the blocks.")  # fmt: skip
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True,
+@click.option("--dtype", type=click.Choice(DTYPES[1:]), default="float32", show_default=True,
               help="Type of the adapter's tensors.")  # fmt: skip
 @name_options
 @json_option

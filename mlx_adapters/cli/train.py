@@ -19,6 +19,7 @@ from mlx_adapters.cli._options import (
 from mlx_adapters.cli._training_options import Settings, read_settings, training_options
 from mlx_adapters.config import LoraConfig, TrainConfig, to_mapping
 from mlx_adapters.events import Event, Note, Progress, TrainReport, ValidationReport
+from mlx_adapters.training.reporting import SERVICES
 
 if TYPE_CHECKING:
     from mlx_adapters.training.reporting import Reporter
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 @training_options
 @click.option("--print-config", is_flag=True, help="Show the settings as a config file and stop.")
 @click.option("--log", type=UserPath(dir_okay=False), help="Append every event to this JSONL file.")
-@click.option("--report-to", type=click.Choice(["tensorboard", "wandb", "trackio"]), help="Send the losses there too.")
+@click.option("--report-to", type=click.Choice(SERVICES), help="Send the losses there too.")
 @overwrite_option
 @json_option
 def train_command(
