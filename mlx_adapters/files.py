@@ -31,6 +31,11 @@ def home() -> Path:
     return Path(os.environ.get(HOME_VARIABLE) or Path.home() / ".mlx_adapters").expanduser().absolute()
 
 
+def is_path(text: str) -> bool:
+    """Whether a reference is spelled as a path: with a beginning that no name and no Hub id has."""
+    return text.startswith((".", "/", "~"))
+
+
 def expanded(path: str | Path) -> Path:
     """The absolute path that a user's `path` means. Raises NotFoundError where there can be no such path."""
     try:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters import files, registry, tensor_files
-from mlx_adapters.adapter import losses_of, read_metadata
+from mlx_adapters.adapter import losses_of, read_metadata, weights_file
 from mlx_adapters.config import require
 from mlx_adapters.errors import AdapterError, ConfigError, ExistsError, NotFoundError, did_you_mean
 from mlx_adapters.registry import Entry, Reference, parse_reference
@@ -80,11 +80,7 @@ def use(reference: str) -> Entry:
         raise ConfigError(f"'{reference}' names no checkpoint.", "give NAME@ITERATION, for example sql@600.")
     with _changing(ref.target) as folder:
         entry = registry.read_entry(folder)
-        if ref.iteration not in entry.iterations:
-            there = ", ".join(map(str, entry.iterations))
-            raise NotFoundError(f"'{ref.target}' has no checkpoint {ref.iteration}.",
-                                f"there are: {there}." if there else "it has no checkpoints.")  # fmt: skip
-        chosen = registry.checkpoint_path(entry, ref.iteration)
+        chosen = weights_file(folder, ref.iteration)
         tensor_files.read_safetensors_header(chosen)
         checksums = registry.checksums_of(read_metadata(folder)) | {ADAPTER_FILE: files.sha256(chosen)}
         files.link_or_copy(chosen, folder / ADAPTER_FILE)
@@ -100,8 +96,7 @@ def remove(reference: str) -> Removed:
     if ref.iteration is not None:
         with _changing(ref.target) as folder:
             entry = registry.read_entry(folder)
-            if ref.iteration not in entry.iterations:
-                raise NotFoundError(f"'{ref.target}' has no checkpoint {ref.iteration}.")
+            weights_file(folder, ref.iteration)  # raises where there is none
             if entry.iteration == ref.iteration:
                 raise ConfigError(
                     f"'{ref.target}' means this checkpoint.", "choose another first: 'use NAME@ITERATION'."

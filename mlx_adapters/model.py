@@ -176,7 +176,7 @@ def resolve_base(name: str | Path | Base, download: bool = True) -> Base:
 
         return Base(DEMO, demo_base_folder())
     folder = files.expanded(text)
-    if isinstance(name, Path) or text.startswith((".", "/", "~")) or folder.is_dir():
+    if isinstance(name, Path) or files.is_path(text) or folder.is_dir():
         if not (folder / "config.json").is_file():
             what = "no config.json in it" if folder.is_dir() else "no such folder"
             raise NotFoundError(f"There is no model at '{text}': {what}.", _adapter_hint(folder))

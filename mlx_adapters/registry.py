@@ -52,7 +52,7 @@ def check_name(name: str) -> str:
 
 def parse_reference(text: str) -> Reference:
     """Parse NAME, NAME@ITERATION, a path, or user/repo[@revision]. Raises ConfigError."""
-    if text.startswith((".", "/", "~")):
+    if files.is_path(text):
         match = re.fullmatch(r"(.+)@(\d+)", text)
         return Reference("path", match[1], int(match[2])) if match else Reference("path", text)
     if match := HUB.fullmatch(text):
@@ -140,7 +140,7 @@ class Entry:
 
 def list_adapters(base: str | None = None, tag: str | None = None) -> list[Entry]:
     """All named adapters, by name; only those of `base`, or with `tag`, if given. Reads no weights."""
-    if base is not None and base.startswith((".", "/", "~")):
+    if base is not None and files.is_path(base):
         base = str(files.expanded(base))
     entries = [read_entry(adapters_folder() / name) for name in names()]
     return [e for e in entries if (base is None or e.base == base) and (tag is None or tag in e.tags)]

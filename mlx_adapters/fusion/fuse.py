@@ -23,7 +23,7 @@ from mlx_adapters.fusion.calibrate import Spool
 from mlx_adapters.fusion.job import Job, open_job
 from mlx_adapters.fusion.options import DEFAULTS, FuseOptions
 from mlx_adapters.fusion.plan import Updates
-from mlx_adapters.fusion.recipe import RECIPE_FILE, Given, Recipe
+from mlx_adapters.fusion.recipe import RECIPE_FILE, REPORT_FILE, Given, Recipe
 from mlx_adapters.fusion.result import FuseResult, report
 from mlx_adapters.fusion.text import GENERAL, choose_text
 from mlx_adapters.fusion.work import Work
@@ -32,7 +32,6 @@ from mlx_adapters.model import Base, load_tokenizer_of, resolve_base
 from mlx_adapters.registry import load_adapter
 from mlx_adapters.units import count
 
-REPORT_FILE = "fuse_report.json"
 NOTABLE_KL = 0.001  # nats per token that rounding to nearest may cost without a word
 
 

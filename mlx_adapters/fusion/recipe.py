@@ -12,7 +12,7 @@ from mlx_adapters.fusion.plan import Precision
 from mlx_adapters.model import Base, resolve_base
 from mlx_adapters.registry import load_adapter
 
-RECIPE_FILE = "fuse_recipe.json"
+RECIPE_FILE, REPORT_FILE = "fuse_recipe.json", "fuse_report.json"
 WEIGHT_FILES = ("model*.safetensors", "*.gguf")
 Given = Adapter | str | Path
 JsonPrecision = dict[str, Any] | str | None
@@ -49,8 +49,8 @@ def describe_adapter(given: Given, adapter: Adapter, weight: float) -> dict[str,
     reference = None
     if not isinstance(given, Adapter):
         text = str(given)
-        path = isinstance(given, Path) or text.startswith((".", "/", "~"))
-        reference = str(Path(text).expanduser().absolute()) if path else text
+        path = isinstance(given, Path) or files.is_path(text)
+        reference = str(files.expanded(text)) if path else text
     elif adapter.folder is not None:
         suffix = "" if adapter.iteration is None else f"@{adapter.iteration}"
         reference = f"{adapter.folder}{suffix}"

@@ -14,10 +14,15 @@ from typing import Any
 from mlx_adapters import files, tensor_files
 from mlx_adapters.door import mx
 from mlx_adapters.events import OnEvent, Progress
+from mlx_adapters.fusion.recipe import RECIPE_FILE, REPORT_FILE
 from mlx_adapters.model import MODEL_FILES, Base
+from mlx_adapters.tensor_names import CONFIG_FILE, METADATA_FILE
 
 SHARD_BYTES = 5 << 30
 Layout = list[tuple[str, str, tuple[int, ...]]]
+# What a fused model makes anew, or what is not its own.
+SKIPPED = ("config.json", "model.safetensors.index.json", "hf_quant_config.json", RECIPE_FILE, REPORT_FILE, CONFIG_FILE,
+           METADATA_FILE)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,10 +87,7 @@ def write_weights(folder: Path, units: list[Unit], on_event: OnEvent, limit: int
 
         tensor_files.stream_safetensors(folder / name, layout, arrays())
         index |= {tensor: name for tensor, _, _ in layout}
-    files.write_json(
-        folder / "model.safetensors.index.json",
-        {"metadata": {"total_size": total}, "weight_map": index},
-    )
+    files.write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
     return total
 
 
@@ -96,17 +98,6 @@ def copy_companions(base: Base, folder: Path) -> None:
             skip = source.suffix == ".safetensors" or source.name in SKIPPED
             if source.is_file() and not skip and not (folder / source.name).exists():
                 files.copy_file(source, folder / source.name)
-
-
-SKIPPED = {
-    "config.json",
-    "model.safetensors.index.json",
-    "hf_quant_config.json",
-    "fuse_recipe.json",
-    "fuse_report.json",
-    "adapter_config.json",
-    "adapter_metadata.json",
-}
 
 
 def write_config(folder: Path, config: dict[str, Any], quantization: dict[str, Any] | None) -> None:

@@ -75,7 +75,7 @@ def peft_folder(source: str | Path) -> tuple[Path, dict[str, Any]]:
     Raises NotFoundError or HubError.
     """
     text = str(source)
-    if isinstance(source, Path) or text.startswith((".", "/", "~")) or Path(text).is_dir():
+    if isinstance(source, Path) or files.is_path(text) or Path(text).is_dir():
         return files.expanded(text), {}
     reference = registry.parse_reference(text)
     if reference.kind != "hub":

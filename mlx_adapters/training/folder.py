@@ -12,6 +12,7 @@ from typing import Any
 from mlx_adapters import files, registry
 from mlx_adapters.adapter import AdapterConfig
 from mlx_adapters.config import LoraConfig, TrainConfig
+from mlx_adapters.errors import ConfigError
 from mlx_adapters.machine import versions
 from mlx_adapters.registry import Reference
 from mlx_adapters.tensor_names import ADAPTER_FILE, CONFIG_FILE, METADATA_FILE
@@ -24,10 +25,10 @@ def place_of(name: str) -> tuple[Reference, Path]:
     """A run's reference and folder: a name is in the registry, a path (./out) is where it says."""
     reference = registry.parse_reference(name)
     if reference.kind == "hub" or reference.iteration is not None:
-        raise registry.ConfigError(f"'{name}' cannot name a training run.", "give a name, or a path such as ./out.")
+        raise ConfigError(f"'{name}' cannot name a training run.", "give a name, or a path such as ./out.")
     if reference.kind == "name":
         return reference, registry.adapter_folder(reference.target)
-    path = Path(reference.target).expanduser().absolute()
+    path = files.expanded(reference.target)
     return Reference("path", str(path)), path
 
 

@@ -1,4 +1,4 @@
-"""Preparing a run: settings, base model, rows, adapter layers, and where an interrupted run goes on."""
+"""Preparing a run: rows, adapter layers and the engine, with all that can be refused before the first step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

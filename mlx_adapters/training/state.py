@@ -16,10 +16,10 @@ from typing import Any
 from mlx_adapters import files, tensor_files
 from mlx_adapters.door import mx
 from mlx_adapters.errors import AdapterError, FormatError
-from mlx_adapters.tensor_names import ADAPTER_FILE, checkpoint_file
+from mlx_adapters.tensor_names import ADAPTER_FILE, CHECKPOINTS_FOLDER, checkpoint_file
 
 VERSION = 1
-FOLDER, OPTIMIZER_FILE, STATE_FILE, RECIPE_FILE = "checkpoints", "optimizer.safetensors", "state.json", "recipe.json"
+OPTIMIZER_FILE, STATE_FILE, RECIPE_FILE = "optimizer.safetensors", "state.json", "recipe.json"
 Weights = dict[str, mx.array]
 
 
@@ -28,7 +28,7 @@ class State:
     """The counters of a run. `batches` counts the batches drawn, which is the position in the data.
 
     `pending_*` belong to the report that is due next. `train_losses` and `validation_losses` hold
-    (iteration, loss in nats per trained token); `saved` the iterations that have been saved.
+    (iteration, loss in nats per trained token). `random` is the key of MLX's random numbers (see `loop.random_state`).
     """
 
     iteration: int = 0
@@ -69,7 +69,7 @@ class Checkpoint:
 
 def path_of(run: Path, iteration: int) -> Path:
     """The folder of one checkpoint."""
-    return run / FOLDER / f"{iteration:07d}"
+    return run / CHECKPOINTS_FOLDER / f"{iteration:07d}"
 
 
 def save(run: Path, state: State, weights: Weights, optimizer: Weights) -> None:
@@ -89,7 +89,7 @@ def _checksum(record: dict[str, Any]) -> str:
 
 def iterations(run: Path) -> list[int]:
     """The iterations that have a checkpoint folder, ascending."""
-    folder = run / FOLDER
+    folder = run / CHECKPOINTS_FOLDER
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal()) if folder.is_dir() else []
 
 
@@ -143,7 +143,7 @@ def drop_after(run: Path, iteration: int) -> None:
 
 def drop_half_written(run: Path) -> int:
     """Remove what a save left that was killed; how many there were. The caller holds the run's lock."""
-    left = list((run / FOLDER).glob(files.TEMPORARY_PREFIX + "*"))
+    left = list((run / CHECKPOINTS_FOLDER).glob(files.TEMPORARY_PREFIX + "*"))
     for folder in left:
         files.remove(folder)
     return len(left)
