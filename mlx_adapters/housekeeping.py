@@ -18,7 +18,7 @@ from typing import Any
 from mlx_adapters import files, registry, tensor_files
 from mlx_adapters.adapter import losses_of, read_metadata, weights_file
 from mlx_adapters.config import require
-from mlx_adapters.errors import AdapterError, ConfigError, ExistsError, NotFoundError, did_you_mean
+from mlx_adapters.errors import AdapterError, ConfigError, ExistsError, did_you_mean
 from mlx_adapters.registry import Entry, Reference, parse_reference
 from mlx_adapters.tensor_names import ADAPTER_FILE, CHECKPOINTS_FOLDER, METADATA_FILE
 
@@ -79,7 +79,6 @@ def use(reference: str) -> Entry:
     if ref.kind != "name" or ref.iteration is None:
         raise ConfigError(f"'{reference}' names no checkpoint.", "give NAME@ITERATION, for example sql@600.")
     with _changing(ref.target) as folder:
-        entry = registry.read_entry(folder)
         chosen = weights_file(folder, ref.iteration)
         tensor_files.read_safetensors_header(chosen)
         checksums = registry.checksums_of(read_metadata(folder)) | {ADAPTER_FILE: files.sha256(chosen)}

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.errors import FormatError, NotFoundError
-from mlx_adapters.runtime.live import LiveModel, PromptCache
 from mlx_adapters.runtime.attached import same
+from mlx_adapters.runtime.live import LiveModel, PromptCache
 
 
 @dataclass

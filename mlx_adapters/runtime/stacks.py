@@ -6,7 +6,6 @@ another adapter's rank, and a batch computes with the stacks of its own adapters
 
 from collections.abc import Iterable, Sequence
 
-
 from mlx_adapters.door import mx
 from mlx_adapters.layers import LINEAR
 from mlx_adapters.runtime.attached import Attached

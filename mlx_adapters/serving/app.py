@@ -268,7 +268,6 @@ class Server:
                 return
 
 
-
 def context_of(config: dict[str, Any]) -> int:
     """How many tokens the model's context holds."""
     for source in (config, config.get("text_config") or {}):

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from mlx_adapters.config import require
 from mlx_adapters.registry import load_adapter
-from mlx_adapters.runtime.live import LiveModel
 from mlx_adapters.runtime.attached import Attached
+from mlx_adapters.runtime.live import LiveModel
 from mlx_adapters.serving.metrics import Metrics
 from mlx_adapters.serving.settings import ServeSettings
 
