@@ -51,12 +51,7 @@ class AdapterConfig:
 
     def to_mlx_lm(self) -> dict[str, Any]:
         """The settings as mlx-lm's `adapter_config.json` spells them."""
-        parameters = {
-            "rank": self.rank,
-            "scale": self.scale,
-            "dropout": self.dropout,
-            "keys": list(self.keys),
-        }
+        parameters = {"rank": self.rank, "scale": self.scale, "dropout": self.dropout, "keys": list(self.keys)}
         return {"fine_tune_type": self.type, "num_layers": self.num_layers, "lora_parameters": parameters}
 
 
@@ -68,8 +63,7 @@ def parse_config(raw: Mapping[str, Any], keys: tuple[str, ...], where: str) -> A
     kind = raw.get("fine_tune_type", "lora")
     if kind == "full":
         raise FormatError(
-            f"{where} holds a full fine-tune, not a low-rank adapter.",
-            "'mlx-adapters extract' makes an adapter of it.",
+            f"{where} holds a full fine-tune, not a low-rank adapter.", "'mlx-adapters extract' makes an adapter of it."
         )
     if "peft_type" in raw:
         raise FormatError(f"{where} is a PEFT adapter.", "take it in with 'mlx-adapters import-peft'.")
@@ -209,8 +203,7 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: AdapterConfig, n
             raise FormatError(f"Adapter '{name}' lacks '{lacking}'.", _DAMAGED)
         if (m is not None) != (config.type == "dora"):
             raise FormatError(
-                f"Adapter '{name}' is of type {config.type}, but '{key}' has {'a' if m else 'no'} magnitude.",
-                _DAMAGED,
+                f"Adapter '{name}' is of type {config.type}, but '{key}' has {'a' if m else 'no'} magnitude.", _DAMAGED
             )
         ranks = (a[1], b[0]) if len(a) == len(b) == 2 else (a[1], b[2]) if len(a) == len(b) == 3 else (0, 0)
         if ranks != (config.rank, config.rank) or (len(a) == 3 and a[0] != b[0]):
@@ -266,12 +259,10 @@ def weights_file(folder: Path, iteration: int | None = None) -> Path:
     there = ", ".join(map(str, iterations_of(folder)))
     if iteration is None:
         raise NotFoundError(
-            f"'{folder}' has no {ADAPTER_FILE}.",
-            f"its checkpoints: {there}." if there else "is it an adapter folder?",
+            f"'{folder}' has no {ADAPTER_FILE}.", f"its checkpoints: {there}." if there else "is it an adapter folder?"
         )
     raise NotFoundError(
-        f"'{folder.name}' has no checkpoint {iteration}.",
-        f"there are: {there}." if there else "it has no checkpoints.",
+        f"'{folder.name}' has no checkpoint {iteration}.", f"there are: {there}." if there else "it has no checkpoints."
     )
 
 

@@ -138,15 +138,13 @@ class LoraConfig:
             require(rank >= 1, f"the rank of '{name}' must be at least 1, not {rank}.")
         require(self.rank >= 1, f"rank must be at least 1, not {self.rank}.")
         require(
-            math.isfinite(self.scale) and self.scale != 0,
-            f"scale must be a number other than 0, not {self.scale}.",
+            math.isfinite(self.scale) and self.scale != 0, f"scale must be a number other than 0, not {self.scale}."
         )
         require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}.")
         require(self.type in ADAPTER_TYPES, f"type must be 'lora' or 'dora', not '{self.type}'.")
         require(self.target_modules == "all" or len(self.target_modules) > 0, "target_modules is empty.")
         require(
-            self.num_layers == "all" or self.num_layers >= 1,
-            f"num_layers must be at least 1, not {self.num_layers}.",
+            self.num_layers == "all" or self.num_layers >= 1, f"num_layers must be at least 1, not {self.num_layers}."
         )
 
 

@@ -1,16 +1,11 @@
-"""A base model: find it, load it, ask it.
+"""A base model in memory: load it, put an adapter on it, ask it.
 
-A base is named by `demo` (the embedded real model), a local folder, or a Hub id. On a CPU it computes in
-float32, with quantized layers replaced by dense ones (the same function; MLX's quantized arithmetic is ten
-times slower there); on a GPU it stays as stored.
+On a CPU it computes in float32, with quantized layers replaced by dense ones (the same function; MLX's quantized
+arithmetic is ten times slower there); on a GPU it stays as stored.
 """
 
-import contextlib
-import hashlib
 import json
 import math
-import re
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,194 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from mlx_adapters import files, tensor_files
 from mlx_adapters.adapter import Adapter
-from mlx_adapters.config import DTYPES, Quantization, require
-from mlx_adapters.door import load_config, load_mlx_model, load_tokenizer, make_sampler, mx, nn, stream_generate
-from mlx_adapters.errors import FormatError, HubError, ModelError, NotFoundError
+from mlx_adapters.bases import HUB_ID as HUB_ID
+from mlx_adapters.bases import Base, resolve_base
+from mlx_adapters.config import DTYPES, require
+from mlx_adapters.door import load_mlx_model, load_tokenizer, make_sampler, mx, nn, stream_generate
+from mlx_adapters.errors import FormatError, ModelError
 from mlx_adapters.layers import attach, check_fits, check_made_for, dequantize_layers, detach, untie
 from mlx_adapters.machine import on_gpu
-from mlx_adapters.tensor_names import CONFIG_FILE
-
-DEMO = "demo"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
-MODEL_FILES = ["*.json", "model*.safetensors", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
-# (mlx-lm's name, of which model type, the name that transformers 5 may write instead)
-RENAMED_SETTINGS = (("num_experts", "qwen3_moe", "num_local_experts"), ("n_ctx", "gpt2", "n_positions"))
-SAMPLES, SAMPLE_BYTES = 64, 1 << 16
-
-
-def untied_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The config of a model whose output layer has become a matrix of its own; `config` is as it was."""
-    inner = {"text_config": untied_config(config["text_config"])} if isinstance(config.get("text_config"), dict) else {}
-    return config | {"tie_word_embeddings": False} | inner
-
-
-@dataclass(frozen=True)
-class Base:
-    """Where a base model lies. `revision` is the Hub's commit, None for a folder.
-
-    `parameters` are biases and norms that `load_module` puts in place of the folder's own, by name. `untied`: the
-    output layer becomes a matrix of its own, equal to the embedding that the folder's model uses for both.
-    """
-
-    name: str
-    folder: Path
-    revision: str | None = None
-    parameters: dict[str, mx.array] = field(default_factory=dict, repr=False, compare=False)
-    untied: bool = False
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        """The model's config, as mlx-lm needs it (see `normalized_config`)."""
-        files.read_json(self.folder / "config.json")
-        config = normalized_config(load_config(self.folder))
-        return untied_config(config) if self.untied else config
-
-    @property
-    def positions(self) -> int | None:
-        """How many positions a model has that learned each of them (GPT-2); None for all others."""
-        return self.config.get("n_positions")
-
-    def quantization_of(self, bits: int) -> Quantization:
-        """What so many bits mean here: the base's own grouping if it has as many, else groups of 64."""
-        own = self.config.get("quantization") or {}
-        if own.get("bits") != bits:
-            return Quantization(bits)
-        return Quantization(bits, own["group_size"], own.get("mode", "affine"))
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 over the weight files' headers and 64 evenly spaced samples of 64 KiB of each.
-
-        It changes with any retraining or requantization and is read in a fraction of a second.
-        """
-        digest = hashlib.sha256()
-        for path in self.weight_files:
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}".encode())
-            with open(path, "rb") as stream:
-                for i in range(SAMPLES):
-                    stream.seek(i * max(size - SAMPLE_BYTES, 0) // (SAMPLES - 1))
-                    digest.update(stream.read(SAMPLE_BYTES))
-                    if size <= SAMPLE_BYTES:
-                        break
-        return digest.hexdigest()
-
-    @cached_property
-    def weight_files(self) -> list[Path]:
-        """The safetensors files, sorted. Raises NotFoundError if there is none, FormatError for a broken one."""
-        found = sorted(self.folder.glob("model*.safetensors"))
-        if not found:
-            raise NotFoundError(f"'{self.folder}' has no model*.safetensors.", "is it a whole model folder?")
-        for path in found:
-            tensor_files.read_safetensors_header(path)
-        return found
-
-    def record(self) -> dict[str, Any]:
-        """What an adapter's metadata says of its base."""
-        quantization = self.config.get("quantization")
-        return {
-            "name": self.name, "revision": self.revision, "fingerprint": self.fingerprint,
-            "model_type": self.config.get("model_type"), "quantization": quantization,
-        }  # fmt: skip
-
-
-def normalized_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A model config with what mlx-lm 0.32 needs, where transformers 5 spells it otherwise.
-
-    transformers 5 writes `rope_parameters` instead of `rope_theta` and `rope_scaling`; mlx-lm's llama, qwen2,
-    qwen3_moe, mixtral, phi3 and gemma3 would silently compute with rope_theta 10000.
-    """
-    config = dict(config)
-    rope = config.get("rope_parameters")
-    if isinstance(rope, dict):
-        config.update(_rope_settings(rope, config))
-    for name, model_type, other in RENAMED_SETTINGS:
-        if config.get("model_type") == model_type and other in config:
-            config.setdefault(name, config[other])
-    kinds = config.get("layer_types")
-    if "gemma3" in str(config.get("model_type")) and isinstance(kinds, list) and "full_attention" in kinds:
-        config["sliding_window_pattern"] = _window_pattern(kinds)
-    if isinstance(config.get("text_config"), dict):
-        config["text_config"] = normalized_config(config["text_config"])
-    return config
-
-
-def _window_pattern(kinds: list[str]) -> int:
-    """Of how many layers in a row the last one looks at everything. Raises ModelError if there is no such rule."""
-    period = kinds.index("full_attention") + 1
-    if any((kind == "full_attention") != ((i + 1) % period == 0) for i, kind in enumerate(kinds)):
-        raise ModelError("mlx-lm cannot follow this model's layer_types: full attention does not come periodically.")
-    return period
-
-
-def _rope_settings(rope: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    if "full_attention" in rope:  # gemma3: one set for each kind of attention
-        full, sliding = rope["full_attention"], rope.get("sliding_attention", {})
-        found = _rope_settings(full, config)
-        if "rope_theta" in sliding:
-            found["rope_local_base_freq"] = float(sliding["rope_theta"])
-        return found
-    found = {}
-    if "rope_theta" in rope:
-        found["rope_theta"] = float(rope["rope_theta"])
-    if rope.get("partial_rotary_factor") is not None:
-        found["partial_rotary_factor"] = rope["partial_rotary_factor"]
-    if rope.get("rope_type", "default") != "default" and not config.get("rope_scaling"):
-        scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
-        found["rope_scaling"] = scaling | {"type": rope["rope_type"]}
-    return found
-
-
-def resolve_base(name: str | Path | Base, download: bool = True) -> Base:
-    """Find a base model: `demo`, a folder, or a Hub id with an optional @revision (downloaded once).
-
-    Raises NotFoundError, HubError or, for a name that no repository can have, ConfigError; without `download`,
-    NotFoundError for what is not on this machine yet.
-    """
-    if isinstance(name, Base):
-        return name
-    text = str(name)
-    if text == DEMO:
-        if not download and not (files.home() / "bases" / DEMO).is_dir():
-            raise NotFoundError(f"'{DEMO}' is not on this machine yet.")
-        from mlx_adapters.demo.base import demo_base_folder
-
-        return Base(DEMO, demo_base_folder())
-    folder = files.expanded(text)
-    if isinstance(name, Path) or files.is_path(text) or folder.is_dir():
-        if not (folder / "config.json").is_file():
-            what = "no config.json in it" if folder.is_dir() else "no such folder"
-            raise NotFoundError(f"There is no model at '{text}': {what}.", _adapter_hint(folder))
-        return Base(str(folder), folder)
-    if not HUB_ID.fullmatch(text):
-        raise NotFoundError(
-            f"There is no base model '{text}'.",
-            "a base is 'demo', a folder, or a Hub id such as 'mlx-community/Qwen3-0.6B-4bit'.",
-        )
-    repo, _, revision = text.partition("@")
-    folder = _snapshot(repo, revision or None, download)
-    if not (folder / "config.json").is_file():
-        raise NotFoundError(f"There is no model in '{text}': no config.json in it.", _adapter_hint(folder))
-    return Base(text, folder, folder.name if folder.parent.name == "snapshots" else revision or None)
-
-
-def _adapter_hint(folder: Path) -> str | None:
-    return "it is an adapter: name it with --adapter." if (folder / CONFIG_FILE).is_file() else None
-
-
-def _snapshot(repo: str, revision: str | None, download: bool) -> Path:
-    """The model's folder in huggingface_hub's cache; downloaded, if allowed, where it is not whole there."""
-    from mlx_adapters.hub.client import snapshot
-
-    with contextlib.suppress(HubError):
-        folder, _ = snapshot(repo, revision, MODEL_FILES, local_only=True)
-        if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")):
-            return folder
-    if not download:
-        raise NotFoundError(f"'{repo}' is not on this machine yet.")
-    return snapshot(repo, revision, MODEL_FILES, show_progress=sys.stderr.isatty())[0]
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from mlx_adapters import files, registry
 from mlx_adapters.adapter import iterations_of, parse_config, read_adapter, read_metadata
+from mlx_adapters.bases import Base
 from mlx_adapters.config import require
 from mlx_adapters.errors import AdapterError, ConfigError, FormatError, NotFoundError
 from mlx_adapters.events import Note, OnEvent, Progress, ignore
-from mlx_adapters.model import Base
 from mlx_adapters.tensor_names import ADAPTER_FILE, CHECKPOINT_FILE, CONFIG_FILE, METADATA_FILE, checkpoint_file
 from mlx_adapters.unpacking import BLOCK, CHUNK, MAX_BYTES, is_safe, unpack
 

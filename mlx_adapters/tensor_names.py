@@ -57,11 +57,7 @@ def natural_order(path: str) -> list[tuple[bool, int, str]]:
 # -- GGUF ------------------------------------------------------------------------------------------
 # GGUF's names for the modules of a llama-like model; leaves keep their names.
 
-GGUF_MODULES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
+GGUF_MODULES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 GGUF_BLOCK_MODULES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -143,11 +139,7 @@ PEFT_RENAMES: Renames = (
     ("model.", "language_model.model."),
 )
 # How transformers names the modules of an adapter that was made here, where mlx-lm differs.
-_OWN_NAMES = {
-    "gpt2": PEFT_RENAMES[2:3],
-    "gpt_bigcode": PEFT_RENAMES[2:3],
-    "gpt_neox": PEFT_RENAMES[3:6],
-}
+_OWN_NAMES = {"gpt2": PEFT_RENAMES[2:3], "gpt_bigcode": PEFT_RENAMES[2:3], "gpt_neox": PEFT_RENAMES[3:6]}
 FAN_IN_FAN_OUT = ("gpt2",)  # transformers stores the linear weights of these as (in, out)
 _EXPERTS_FROM = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _EXPERTS_TO = {mlx: peft for peft, mlx in _EXPERTS_FROM.items()}

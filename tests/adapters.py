@@ -8,8 +8,9 @@ import numpy as np
 
 from mlx_adapters import files, registry, tensor_files
 from mlx_adapters.adapter import Adapter, AdapterConfig, write_adapter_files
+from mlx_adapters.bases import resolve_base
 from mlx_adapters.layers import adaptable_layers, expected_shapes
-from mlx_adapters.model import load_module, resolve_base
+from mlx_adapters.model import load_module
 
 LLAMA = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "model.embed_tokens")
 MOE = ("model.layers.0.mlp.switch_mlp.up_proj", "model.layers.1.self_attn.v_proj")

@@ -11,13 +11,14 @@ from click.testing import CliRunner
 from mlx.utils import tree_flatten
 from test_benchmarking import make_adapter, synthetic
 
+from mlx_adapters.bases import resolve_base
 from mlx_adapters.benchmarking import forecast, measure
 from mlx_adapters.benchmarking.advice import advise
 from mlx_adapters.benchmarking.report import Run
 from mlx_adapters.cli import cli
 from mlx_adapters.errors import ConfigError, IncompatibleError
 from mlx_adapters.files import write_json
-from mlx_adapters.model import load_model, load_module, resolve_base
+from mlx_adapters.model import load_model, load_module
 
 MB = 10**6
 SIZES = {"base": 350 * MB, "sql": 356 * MB, "f8": 600 * MB, "f4": 350 * MB}

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "mlx_adapters"
 LAYERS = [
     {"charts", "display", "errors", "units", "events", "config", "files", "tensor_files", "blas", "machine"},
     {"tensor_names", "adapter"},
-    {"door", "layers", "model", "registry"},
+    {"bases", "door", "layers", "model", "registry"},
     {"training", "fusion", "merging", "peft_format", "runtime", "benchmarking", "hub", "evaluation",
      "housekeeping", "inspecting", "packing", "project", "unpacking", "verifying"},
     {"demo", "serving"},
@@ -22,7 +22,7 @@ LAYERS = [
 ]  # fmt: skip
 ROOM_OF_LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 # Imports inside a function are lazy on purpose; these may look up a layer.
-LAZY_UPWARD = {("model", "demo"), ("model", "hub"), ("registry", "hub")}
+LAZY_UPWARD = {("bases", "demo"), ("bases", "hub"), ("registry", "hub")}
 PRINTING = ("print", "click.echo", "click.secho", "sys.stdout.write", "sys.stderr.write", "rich.print")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_adapters.adapter import Adapter, AdapterConfig
+from mlx_adapters.bases import resolve_base
 from mlx_adapters.benchmarking import html, measure, system, text
 from mlx_adapters.benchmarking.changes import changes, other_conditions
 from mlx_adapters.benchmarking.plan import BenchmarkConfig, schedule
@@ -37,7 +38,7 @@ from mlx_adapters.charts import png
 from mlx_adapters.cli import cli
 from mlx_adapters.errors import ConfigError, NotFoundError
 from mlx_adapters.files import write_json
-from mlx_adapters.model import load_model, resolve_base
+from mlx_adapters.model import load_model
 from mlx_adapters.registry import register
 
 # -- statistics ---------------------------------------------------------------------------------------

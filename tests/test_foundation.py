@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 import mlx_adapters as ma
 from mlx_adapters import errors, files, layers, registry, tensor_files
 from mlx_adapters.adapter import Adapter, AdapterConfig, read_adapter, write_adapter
+from mlx_adapters.bases import normalized_config, resolve_base
 from mlx_adapters.config import LoraConfig, Quantization, from_mapping, read_yaml
-from mlx_adapters.model import load_model, load_tokenizer_of, normalized_config, resolve_base
+from mlx_adapters.model import load_model, load_tokenizer_of
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2"]
 TOKENS = [5, 9, 2, 77, 31]

@@ -18,6 +18,7 @@ from test_fusion_fuse import make_adapter
 
 from mlx_adapters import errors, files
 from mlx_adapters.adapter import write_adapter
+from mlx_adapters.bases import resolve_base
 from mlx_adapters.cli import cli
 from mlx_adapters.config import Quantization
 from mlx_adapters.errors import ConfigError, FidelityError, FormatError, IncompatibleError, NotFoundError
@@ -31,7 +32,7 @@ from mlx_adapters.fusion.options import FuseOptions
 from mlx_adapters.fusion.plan import LayerPlan, Updates
 from mlx_adapters.fusion.text import GENERAL, choose_text
 from mlx_adapters.layers import quantization_of
-from mlx_adapters.model import load_model, load_module, resolve_base
+from mlx_adapters.model import load_model, load_module
 
 ALL = ["llama", "qwen2", "qwen3", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2"]
 FEW = {"calibration_rows": 12, "check_rows": 12}

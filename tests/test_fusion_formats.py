@@ -10,9 +10,10 @@ from mlx.utils import tree_flatten
 from test_fusion_fuse import fuse, logits, make_adapter
 
 from mlx_adapters import tensor_files
+from mlx_adapters.bases import resolve_base
 from mlx_adapters.errors import ConfigError, StorageError
 from mlx_adapters.fusion.options import FuseOptions
-from mlx_adapters.model import load_module, resolve_base
+from mlx_adapters.model import load_module
 from mlx_adapters.tensor_names import from_gguf, to_gguf
 
 HF = FuseOptions(method="nearest", check=False, format="hf")

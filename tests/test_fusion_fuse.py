@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 from tiny_models import ARCHITECTURES
 
 from mlx_adapters.adapter import Adapter, AdapterConfig, write_adapter
+from mlx_adapters.bases import resolve_base
 from mlx_adapters.config import LoraConfig, Quantization
 from mlx_adapters.errors import ConfigError, ExistsError, FormatError, IncompatibleError
 from mlx_adapters.fusion.fuse import fuse as fuse_and_check
@@ -24,7 +25,7 @@ from mlx_adapters.layers import (
     resolve_target_modules,
     updated_weight,
 )
-from mlx_adapters.model import load_model, load_module, resolve_base
+from mlx_adapters.model import load_model, load_module
 
 IDS = mx.array([[3, 9, 27, 81, 40, 7, 300, 12]])
 DORA_LAYERS = ("q_proj", "o_proj", "qkv_proj", "c_attn", "lm_head")

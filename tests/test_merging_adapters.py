@@ -8,13 +8,14 @@ import pytest
 from adapters import LLAMA, MOE, make_adapter
 
 from mlx_adapters.adapter import Adapter, AdapterConfig, read_adapter
+from mlx_adapters.bases import resolve_base
 from mlx_adapters.errors import ConfigError, ExistsError, IncompatibleError
 from mlx_adapters.layers import adaptable_layers
 from mlx_adapters.merging.extraction import extract
 from mlx_adapters.merging.methods import METHODS
 from mlx_adapters.merging.recipes import interpolate, merge, scale, subtract
 from mlx_adapters.merging.updates import update_of
-from mlx_adapters.model import load_model, load_module, resolve_base
+from mlx_adapters.model import load_model, load_module
 
 
 def delta(adapter: Adapter, key: str) -> np.ndarray | float:

@@ -121,7 +121,7 @@ def test_another_base_is_refused(tmp_path: Path):
 
 
 def test_untying_reaches_the_config_of_the_text_model():
-    from mlx_adapters.model import untied_config
+    from mlx_adapters.bases import untied_config
 
     config = {
         "model_type": "mistral3",

@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlx_adapters import tensor_files
+from mlx_adapters.bases import resolve_base
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.layers import adaptable_layers, nn
-from mlx_adapters.model import load_module, resolve_base
+from mlx_adapters.model import load_module
 from mlx_adapters.peft_format.fusing import whole_tensors
 from mlx_adapters.peft_format.importing import convert
 from mlx_adapters.peft_format.patterns import full_match

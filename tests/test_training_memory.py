@@ -8,9 +8,10 @@ import pytest
 from training_tools import write_data
 
 from mlx_adapters import LoraConfig, TrainConfig, estimate
+from mlx_adapters.bases import resolve_base
 from mlx_adapters.door import mx
 from mlx_adapters.layers import named_layers
-from mlx_adapters.model import load_model, resolve_base
+from mlx_adapters.model import load_model
 from mlx_adapters.training import memory, start
 from mlx_adapters.training.data import Row
 from mlx_adapters.training.optimizers import Optimizer

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_adapters.adapter import Adapter
+from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.benchmarking.measure import PREFILL_CHUNK, bytes_of
 from mlx_adapters.config import Quantization, require
 from mlx_adapters.door import make_prompt_cache, mx, nn
 from mlx_adapters.layers import adaptable_layers, check_fits, weight_shape
 from mlx_adapters.machine import on_gpu, usable_memory_bytes
-from mlx_adapters.model import Base, load_module, resolve_base
+from mlx_adapters.model import load_module
 from mlx_adapters.registry import load_adapter
 
 SCALE_BYTES = 2  # of a group's scale, and of its bias

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.door import mx
 from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.events import OnEvent, ignore
@@ -19,7 +20,7 @@ from mlx_adapters.fusion.survival import Survival, SurvivalSum, mean_cosine, sam
 from mlx_adapters.fusion.text import choose_text
 from mlx_adapters.fusion.work import batches_of
 from mlx_adapters.layers import weight_shape
-from mlx_adapters.model import Base, load_module, load_tokenizer_of, resolve_base
+from mlx_adapters.model import load_module, load_tokenizer_of
 
 
 @dataclass(frozen=True)

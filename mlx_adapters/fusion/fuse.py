@@ -14,6 +14,7 @@ from typing import Any
 
 from mlx_adapters import files
 from mlx_adapters.adapter import Adapter
+from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.config import DTYPES, QUANTIZATIONS, Quantization, require
 from mlx_adapters.door import mx
 from mlx_adapters.errors import ConfigError, ExistsError, FidelityError, IncompatibleError
@@ -28,7 +29,7 @@ from mlx_adapters.fusion.result import FuseResult, report
 from mlx_adapters.fusion.text import GENERAL, choose_text
 from mlx_adapters.fusion.work import Work
 from mlx_adapters.machine import versions
-from mlx_adapters.model import Base, load_tokenizer_of, resolve_base
+from mlx_adapters.model import load_tokenizer_of
 from mlx_adapters.registry import load_adapter
 from mlx_adapters.units import count
 
@@ -175,9 +176,7 @@ def settle_precision(asked: Quantization | int | str, base: Base) -> Quantizatio
     if isinstance(asked, str):
         require(asked in ("keep", "none"), f"quantization must be keep, none or a Quantization, not '{asked}'.")
         return asked
-    own = base.config.get("quantization") or {}
-    mine = (own.get("bits"), own.get("group_size"), own.get("mode", "affine"))
-    return "keep" if mine == (asked.bits, asked.group_size, asked.mode) else asked
+    return "keep" if asked == base.quantization else asked
 
 
 def _notes(job: Job, on_event: OnEvent) -> tuple[str, ...]:

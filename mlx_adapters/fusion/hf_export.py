@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters import files, tensor_names
+from mlx_adapters.bases import untied_config
 from mlx_adapters.door import mx
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.events import OnEvent
 from mlx_adapters.fusion.job import Job, not_rounded
 from mlx_adapters.fusion.stream import Layout, Unit, copy_companions, dtype_name, write_config, write_weights
-from mlx_adapters.model import untied_config
 
 # Architectures whose names are known to be right; the others differ in ways that are not written down here.
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2")

@@ -10,6 +10,7 @@ from typing import Any
 from mlx.utils import tree_flatten
 
 from mlx_adapters import tensor_names
+from mlx_adapters.bases import Base, quantization_in
 from mlx_adapters.config import Quantization, require
 from mlx_adapters.door import mx, nn
 from mlx_adapters.events import OnEvent
@@ -28,7 +29,7 @@ from mlx_adapters.fusion.plan import (
 from mlx_adapters.fusion.stream import Unit, copy_companions, dtype_name, write_config, write_weights
 from mlx_adapters.fusion.survival import Survival, SurvivalSum, not_finite, sample
 from mlx_adapters.layers import check_fits, check_made_for
-from mlx_adapters.model import Base, load_module
+from mlx_adapters.model import load_module
 
 Rounded = Callable[[str, Precision], Packed | None]
 
@@ -57,7 +58,7 @@ class Job:
     @property
     def default(self) -> Quantization | None:
         """The base's own precision, None if it is not quantized."""
-        return default_quantization(self.config)
+        return quantization_in(self.config)
 
     def quantization(self, asked: Quantization | str) -> dict[str, Any] | None:
         """config.json's "quantization" for the plan."""
@@ -166,14 +167,6 @@ class Job:
         write_config(folder, config, self.quantization(asked))
         copy_companions(self.base, folder)
         return size
-
-
-def default_quantization(config: dict[str, Any]) -> Quantization | None:
-    """The precision that a model's config gives as its own."""
-    found = config.get("quantization")
-    if not isinstance(found, dict) or "bits" not in found:
-        return None
-    return Quantization(found["bits"], found["group_size"], found.get("mode", "affine"))
 
 
 def open_job(

@@ -6,10 +6,10 @@ from typing import Any
 
 from mlx_adapters import files
 from mlx_adapters.adapter import Adapter
+from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.config import Quantization, to_mapping
 from mlx_adapters.errors import FormatError, IncompatibleError
 from mlx_adapters.fusion.plan import Precision
-from mlx_adapters.model import Base, resolve_base
 from mlx_adapters.registry import load_adapter
 
 RECIPE_FILE, REPORT_FILE = "fuse_recipe.json", "fuse_report.json"

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
+from mlx_adapters.bases import Base
 from mlx_adapters.config import Quantization, to_mapping
 from mlx_adapters.door import mx
 from mlx_adapters.errors import AdapterError, ConfigError
@@ -18,7 +19,7 @@ from mlx_adapters.fusion.plan import Precision, Updates
 from mlx_adapters.fusion.stream import dtype_name
 from mlx_adapters.fusion.text import Text, choose_text
 from mlx_adapters.machine import on_gpu
-from mlx_adapters.model import Base, load_tokenizer_of
+from mlx_adapters.model import load_tokenizer_of
 from mlx_adapters.units import count
 
 Method = Literal["none", "nearest", "calibrated", "auto"]

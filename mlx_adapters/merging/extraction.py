@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 
 from mlx_adapters import files, registry, tensor_files
 from mlx_adapters.adapter import Adapter, AdapterConfig
+from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.config import LoraConfig
 from mlx_adapters.errors import FormatError, IncompatibleError
 from mlx_adapters.events import Note, OnEvent, Progress, ignore
@@ -28,7 +29,7 @@ from mlx_adapters.merging.decomposition import (
     kept_energy,
 )
 from mlx_adapters.merging.updates import Update, tensors_of
-from mlx_adapters.model import Base, load_module, resolve_base
+from mlx_adapters.model import load_module
 from mlx_adapters.tensor_names import ADAPTER_FILE, CONFIG_FILE, QUANTIZED_LEAVES, WEIGHT, join
 
 

@@ -18,12 +18,7 @@ import numpy as np
 from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.merging import arithmetic
 from mlx_adapters.merging.arithmetic import Matrix, SignMethod
-from mlx_adapters.merging.decomposition import (
-    Decomposition,
-    decompose_matrix,
-    decompose_product,
-    join_decompositions,
-)
+from mlx_adapters.merging.decomposition import Decomposition, decompose_matrix, decompose_product, join_decompositions
 from mlx_adapters.merging.updates import Update, stack
 
 
@@ -71,11 +66,7 @@ class Options:
 
 
 def merge_updates(
-    method: Method,
-    updates: Sequence[Update],
-    weights: Sequence[float],
-    options: Options,
-    rng: np.random.Generator,
+    method: Method, updates: Sequence[Update], weights: Sequence[float], options: Options, rng: np.random.Generator
 ) -> Update | Decomposition:
     """Merge the updates of one layer. Methods that truncate return what the caller cuts.
 
@@ -112,11 +103,7 @@ def _combiner(method: Method, options: Options, rng: np.random.Generator) -> Com
 
 
 def _merge_factors(
-    method: Method,
-    updates: Sequence[Update],
-    weights: Sequence[float],
-    options: Options,
-    rng: np.random.Generator,
+    method: Method, updates: Sequence[Update], weights: Sequence[float], options: Options, rng: np.random.Generator
 ) -> Update:
     if len({update.rank for update in updates}) > 1:
         ranks = ", ".join(str(update.rank) for update in updates)
@@ -132,11 +119,7 @@ def _merge_factors(
 
 
 def _merge_matrices(
-    method: Method,
-    updates: Sequence[Update],
-    weights: Sequence[float],
-    options: Options,
-    rng: np.random.Generator,
+    method: Method, updates: Sequence[Update], weights: Sequence[float], options: Options, rng: np.random.Generator
 ) -> Decomposition:
     combined = _combiner(method, options, rng)([update.matrix() for update in updates], weights)
     return decompose_matrix(combined, options.rank, options.energy)

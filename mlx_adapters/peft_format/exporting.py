@@ -5,9 +5,10 @@ from pathlib import Path
 
 from mlx_adapters import files, registry, tensor_files, tensor_names
 from mlx_adapters.adapter import Adapter, base_of
+from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.layers import adaptable_layers, tied
-from mlx_adapters.model import Base, load_module, resolve_base
+from mlx_adapters.model import load_module
 from mlx_adapters.peft_format.to_peft import to_peft
 from mlx_adapters.tensor_names import CONFIG_FILE, EMBEDDINGS, PEFT_SCALE, PEFT_WEIGHTS_FILE
 

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlx_adapters import tensor_names
 from mlx_adapters.adapter import Adapter
+from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.config import Quantization
 from mlx_adapters.errors import FormatError, IncompatibleError
 from mlx_adapters.events import Note, OnEvent, ignore
@@ -21,7 +22,7 @@ from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.fusion.options import DEFAULTS, FuseOptions
 from mlx_adapters.fusion.result import FuseResult
 from mlx_adapters.layers import EMBEDDING, LINEAR, adaptable_layers, dense_weight, nn, tied, weight_shape
-from mlx_adapters.model import Base, load_module, resolve_base
+from mlx_adapters.model import load_module
 from mlx_adapters.peft_format.importing import convert, peft_folder
 from mlx_adapters.peft_format.reading import PeftAdapter, read_peft, refuse_unsaved
 from mlx_adapters.peft_format.tying import is_head, needs_untying

@@ -8,10 +8,11 @@ import mlx.core as mx
 
 from mlx_adapters import files, registry, tensor_names
 from mlx_adapters.adapter import Adapter
+from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.layers import QUANTIZED, adaptable_layers, check_fits, dense_weight, weight_shape
-from mlx_adapters.model import Base, load_module, resolve_base
+from mlx_adapters.model import load_module
 from mlx_adapters.peft_format.reading import PeftAdapter, read_peft, refuse_beyond_lora
 from mlx_adapters.peft_format.to_mlx import Converted, to_mlx
 

@@ -124,10 +124,7 @@ def _fused(
         cut = [_cut(adapter, settings, outer, x.T, y.T, parameter) for x, y in zip(a, b, strict=True)]
         lora_a = mx.concatenate([x.T for x, _ in cut])
         lora_b = mx.stack([y.T for _, y in cut], axis=-1).reshape(b.shape[1], -1)
-        tensors |= {
-            tensor_names.peft_tensor(path, LORA_A): lora_a,
-            tensor_names.peft_tensor(path, LORA_B): lora_b,
-        }
+        tensors |= {tensor_names.peft_tensor(path, LORA_A): lora_a, tensor_names.peft_tensor(path, LORA_B): lora_b}
     return tensors
 
 

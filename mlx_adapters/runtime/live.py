@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.adapter import Adapter
+from mlx_adapters.bases import Base
 from mlx_adapters.door import make_prompt_cache, mx
 from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.layers import check_made_for
-from mlx_adapters.model import Base, Model
+from mlx_adapters.model import Model
 from mlx_adapters.model import load_model as load_plain_model
 from mlx_adapters.registry import load_adapter
 from mlx_adapters.runtime.attached import Attached, Selection, same

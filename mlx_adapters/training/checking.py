@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from mlx_adapters import files
+from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.config import TrainConfig, require
-from mlx_adapters.model import Base, load_tokenizer_of, resolve_base
+from mlx_adapters.model import load_tokenizer_of
 from mlx_adapters.training.data import Row, tokenize_row
 from mlx_adapters.training.rows import DataSet, RawRow, read_data, read_split
 

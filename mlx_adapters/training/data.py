@@ -76,12 +76,7 @@ def tokenize(
 
 
 def tokenize_row(
-    raw: RawRow,
-    tokenizer: Any,
-    max_seq_length: int = 2048,
-    *,
-    mask_prompt: bool = False,
-    last_turn_only: bool = False,
+    raw: RawRow, tokenizer: Any, max_seq_length: int = 2048, *, mask_prompt: bool = False, last_turn_only: bool = False
 ) -> Row:
     """One row as tokens and trained marks, cut to `max_seq_length`."""
     kind = raw.format

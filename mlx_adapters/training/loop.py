@@ -83,8 +83,7 @@ class Loop:
 
     def _abandon(self) -> NoReturn:
         raise TrainingError(
-            f"Another process of this run was lost after iteration {self.state.iteration}.",
-            self.folder.how_to_resume(),
+            f"Another process of this run was lost after iteration {self.state.iteration}.", self.folder.how_to_resume()
         )
 
     def _iterate(self, updates: Iterator[tuple[list[Batch], int]]) -> None:

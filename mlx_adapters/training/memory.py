@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.config import LoraConfig, TrainConfig
 from mlx_adapters.events import OnEvent, ignore
 from mlx_adapters.layers import named_layers, weight_shape
 from mlx_adapters.machine import on_gpu, usable_memory_bytes
-from mlx_adapters.model import Base, load_module, load_tokenizer_of, resolve_base
+from mlx_adapters.model import load_module, load_tokenizer_of
 from mlx_adapters.training import start
 from mlx_adapters.training.batches import Batch
 from mlx_adapters.training.data import Row

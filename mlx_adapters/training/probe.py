@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from mlx.utils import tree_flatten
 
 from mlx_adapters.adapter import AdapterConfig
+from mlx_adapters.bases import Base
 from mlx_adapters.config import TrainConfig
 from mlx_adapters.door import mx, nn
 from mlx_adapters.layers import QUANTIZED, add_adapter_layers, expected_shapes, named_layers, weight_shape
 from mlx_adapters.machine import on_gpu
-from mlx_adapters.model import Base, load_module, set_precision
+from mlx_adapters.model import load_module, set_precision
 from mlx_adapters.tensor_names import block_index
 from mlx_adapters.training import graph
 from mlx_adapters.training.batches import Batch

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters import files
+from mlx_adapters.bases import Base
 from mlx_adapters.config import LoraConfig, TrainConfig, from_mapping, to_mapping
 from mlx_adapters.errors import FormatError, IncompatibleError, NotFoundError
-from mlx_adapters.model import Base
 from mlx_adapters.training.rows import DataSet
 from mlx_adapters.training.state import RECIPE_FILE, VERSION
 

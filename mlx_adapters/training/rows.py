@@ -218,8 +218,7 @@ def _check_messages(messages: Any, where: str) -> None:
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise FormatError(
-                f"{where}: message {number} has no 'role'.",
-                'a message is {"role": "user", "content": "..."}.',
+                f"{where}: message {number} has no 'role'.", 'a message is {"role": "user", "content": "..."}.'
             )
         content = message.get("content")
         if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):

@@ -8,11 +8,12 @@ from typing import Any
 
 from mlx_adapters import files
 from mlx_adapters.adapter import Adapter
+from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.config import LoraConfig, TrainConfig
 from mlx_adapters.errors import AdapterError, ConfigError, FormatError, TrainingError
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.layers import named_layers
-from mlx_adapters.model import Base, load_model, load_tokenizer_of, resolve_base
+from mlx_adapters.model import load_model, load_tokenizer_of
 from mlx_adapters.registry import Reference, load_adapter
 from mlx_adapters.training import distributed, start
 from mlx_adapters.training import state as states

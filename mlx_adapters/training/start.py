@@ -7,6 +7,7 @@ from typing import Any
 from mlx.utils import tree_flatten
 
 from mlx_adapters.adapter import Adapter, AdapterConfig
+from mlx_adapters.bases import quantization_in
 from mlx_adapters.config import LoraConfig, TrainConfig
 from mlx_adapters.door import mx, nn
 from mlx_adapters.errors import ConfigError, FormatError, IncompatibleError, did_you_mean
@@ -163,8 +164,4 @@ def prepare(
 
 def _rounds_all(model: Model, config: TrainConfig) -> bool:
     """Whether the planned fuse rounds the layers without an adapter too: unless the base has that precision."""
-    planned, quantized = config.fuse_aware, model.config.get("quantization") or {}
-    if planned is None:
-        return False
-    same = (quantized.get("bits"), quantized.get("group_size"), quantized.get("mode", "affine"))
-    return same != (planned.bits, planned.group_size, planned.mode)
+    return config.fuse_aware not in (None, quantization_in(model.config))

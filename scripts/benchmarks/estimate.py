@@ -54,10 +54,11 @@ def rows_of(batch_size: int, length: int, vocabulary: int) -> list:
 
 def one(number: int, measure: bool, work: Path) -> int:
     """Bytes predicted or measured for a setting, in this process."""
+    from mlx_adapters.bases import resolve_base
     from mlx_adapters.config import LoraConfig, TrainConfig
     from mlx_adapters.door import mx
     from mlx_adapters.layers import named_layers
-    from mlx_adapters.model import load_model, resolve_base
+    from mlx_adapters.model import load_model
     from mlx_adapters.training import memory, start
 
     _, name, lora, training, shape = SETTINGS[number]

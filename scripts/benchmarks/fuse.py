@@ -38,10 +38,10 @@ class Judge:
     """Judges fused folders by the adapter model, whose predictions are computed once."""
 
     def __init__(self, base, adapter, text):
+        from mlx_adapters.bases import resolve_base
         from mlx_adapters.fusion.blocks import Variant
         from mlx_adapters.fusion.plan import Updates
         from mlx_adapters.fusion.work import batches_of
-        from mlx_adapters.model import resolve_base
 
         self.batches = batches_of(text.check)
         found, updates = resolve_base(base), Updates(((adapter, 1.0),))
@@ -50,8 +50,8 @@ class Judge:
 
     def folder(self, folder):
         """Figures of one fused model."""
+        from mlx_adapters.bases import resolve_base
         from mlx_adapters.fusion.blocks import Variant
-        from mlx_adapters.model import resolve_base
 
         return self._figures(self._logs(Variant(resolve_base(folder), None, lambda _: True)))
 
@@ -85,9 +85,9 @@ class Judge:
 def bits_per_weight(folder, base):
     """All tensors' bits over the numbers they stand for."""
     from mlx_adapters import tensor_files
+    from mlx_adapters.bases import resolve_base
     from mlx_adapters.fusion.job import open_job
     from mlx_adapters.fusion.plan import Updates
-    from mlx_adapters.model import resolve_base
 
     paths = sorted(Path(folder).glob("model*.safetensors"))
     headers = [tensor_files.read_safetensors_header(path)[0] for path in paths]
@@ -105,8 +105,9 @@ class Bench:
     def prepare(self, base_of=None):
         """Adapter, base and judge; `base_of` makes the base from the one given (default: 4 bits)."""
         from mlx_adapters.adapter import write_adapter
+        from mlx_adapters.bases import resolve_base
         from mlx_adapters.fusion.text import GENERAL, choose_text
-        from mlx_adapters.model import load_tokenizer_of, resolve_base
+        from mlx_adapters.model import load_tokenizer_of
         from mlx_adapters.registry import load_adapter
 
         a = self.arguments
@@ -131,7 +132,7 @@ class Bench:
             self.show(f"{name}: KL {figures['kl']:.4g}, loss {figures['loss']:.4f}, same top {figures['same_top']:.4f}")
 
     def _four_bits(self, given):
-        from mlx_adapters.model import resolve_base
+        from mlx_adapters.bases import resolve_base
 
         wanted = {"bits": 4, "group_size": self.arguments.group_size}
         found = resolve_base(given).config.get("quantization") or {}

@@ -56,9 +56,10 @@ def dense_base(base, out, bits=None, group_size=64):
     """The base unquantized in bfloat16; with `bits`, quantized from that by mlx-lm's own quantizer."""
     from mlx_lm.utils import quantize_model
 
+    from mlx_adapters.bases import resolve_base
     from mlx_adapters.door import mx
     from mlx_adapters.layers import dequantize_layers
-    from mlx_adapters.model import load_module, resolve_base
+    from mlx_adapters.model import load_module
 
     found = resolve_base(base)
     module, config = load_module(found)
@@ -77,8 +78,9 @@ def light_adapter(base, adapter, out, most):
     import mlx.core as mx
 
     from mlx_adapters.adapter import write_adapter
+    from mlx_adapters.bases import resolve_base
     from mlx_adapters.fusion.plan import Source, Updates
-    from mlx_adapters.model import load_module, resolve_base
+    from mlx_adapters.model import load_module
     from mlx_adapters.registry import load_adapter
 
     given, source = load_adapter(adapter), Source.of(load_module(resolve_base(base))[0])
@@ -256,9 +258,10 @@ def random_model(out, bits, **config):
     from tiny_models import build_model
 
     from mlx_adapters.adapter import Adapter, AdapterConfig, write_adapter
+    from mlx_adapters.bases import resolve_base
     from mlx_adapters.config import LoraConfig
     from mlx_adapters.layers import adaptable_layers, expected_shapes, resolve_target_modules
-    from mlx_adapters.model import load_module, resolve_base
+    from mlx_adapters.model import load_module
 
     build_model(Path(out) / "plain", "llama", **({"dtype": "bfloat16"} | SMOLLM2 | config))
     dense_base(str(Path(out) / "plain"), str(Path(out) / "base"), bits)

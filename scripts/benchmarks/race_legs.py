@@ -45,7 +45,8 @@ def loaded(side, job, adapter):
 
 def load(side, job):
     """Seconds from the call to evaluated weights, from files that were read before; imports are no load time."""
-    from mlx_adapters.model import load_tokenizer_of, resolve_base
+    from mlx_adapters.bases import resolve_base
+    from mlx_adapters.model import load_tokenizer_of
 
     for module in ("mlx_lm", "mlx_adapters.runtime.live"):
         importlib.import_module(module)

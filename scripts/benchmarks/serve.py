@@ -24,10 +24,10 @@ import mlx.core as mx
 import mlx_lm
 
 from mlx_adapters.adapter import Adapter, AdapterConfig, write_adapter
+from mlx_adapters.bases import resolve_base
 from mlx_adapters.config import LoraConfig
 from mlx_adapters.layers import adaptable_layers, expected_shapes, resolve_target_modules
 from mlx_adapters.machine import environment
-from mlx_adapters.model import resolve_base
 from mlx_adapters.runtime.batching import Batcher, Request
 from mlx_adapters.runtime.live import load_model
 
