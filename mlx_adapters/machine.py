@@ -92,6 +92,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def child_environment() -> dict[str, str]:
+    """The environment in which a child process finds this package, wherever it lies."""
+    paths = (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH"))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 def typed_command() -> str:
     """How our program was called; "" if it is another one that uses the package."""
     program = Path(sys.argv[0])

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import httpx
@@ -116,6 +115,15 @@ def test_prompt_files(tmp_path):
             read_prompts(file)
 
 
+def refused(address):
+    """Whether the server takes no connections any more."""
+    try:
+        httpx.get(address + "/health")
+    except httpx.TransportError:
+        return True
+    return False
+
+
 def test_a_second_interrupt_drops_what_is_under_way(tiny_model):
     command = [sys.executable, "-m", "mlx_adapters", "serve", str(tiny_model("llama")), "--port", "0"]
     server = subprocess.Popen([*command, "--name", "base"], stderr=subprocess.PIPE, text=True, env=os.environ)
@@ -130,7 +138,8 @@ def test_a_second_interrupt_drops_what_is_under_way(tiny_model):
             lines = answer.iter_lines()
             next(lines)
             server.send_signal(signal.SIGINT)
-            time.sleep(0.2)
+            while not refused(address):  # then the first one is handled
+                pass
             server.send_signal(signal.SIGINT)
             list(lines)
         assert server.wait(10) == 130

@@ -1,6 +1,5 @@
 """Run the plan: one process after the other, in shuffled rounds, and gather what they measured."""
 
-import os
 import subprocess
 import sys
 import time
@@ -10,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import mlx_adapters
 from mlx_adapters import files
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.benchmarking.plan import BenchmarkConfig, schedule
@@ -19,7 +17,7 @@ from mlx_adapters.benchmarking.system import system_state, warnings
 from mlx_adapters.benchmarking.variants import Variant, as_text, parse_variants, prepare, workspace
 from mlx_adapters.config import to_mapping
 from mlx_adapters.events import Note, OnEvent, Progress, ignore
-from mlx_adapters.machine import environment, typed_command
+from mlx_adapters.machine import child_environment, environment, typed_command
 
 WORKER = ("-m", "mlx_adapters.benchmarking.worker")
 
@@ -118,12 +116,10 @@ def run_worker(variant: Variant, config: BenchmarkConfig, folder: Path, worker: 
     job, result = folder / "job.json", folder / "result.json"
     result.unlink(missing_ok=True)
     files.write_json(job, {"variant": to_mapping(variant), "config": to_mapping(config)})
-    root = str(Path(mlx_adapters.__file__).parent.parent)
-    paths = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
     start = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, *worker, str(job), str(result)], env={**os.environ, "PYTHONPATH": paths},
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        [sys.executable, *worker, str(job), str(result)], env=child_environment(), stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
     )  # fmt: skip
     if result.is_file():
         return files.read_json(result) | {"process_seconds": time.perf_counter() - start}

@@ -56,14 +56,8 @@ def estimate_command(
         _output.emit_json({**_output.plain(found), "forecasts": forecasts})
         return
     size = _output.size
-    headers = [
-        "PRECISION",
-        "DISK",
-        "WEIGHTS",
-        "ADAPTER",
-        *(f"KV {n}" for n in context),
-        *(f"PEAK {n}" for n in context),
-    ]
+    lengths = (*(f"KV {n}" for n in context), *(f"PEAK {n}" for n in context))
+    headers = ["PRECISION", "DISK", "WEIGHTS", "ADAPTER", *lengths]
     rows = [
         [f.precision, size(f.disk_bytes), size(f.weights_bytes), size(f.adapter_bytes),
          *(size(f.kv_cache_bytes[n]) for n in context),

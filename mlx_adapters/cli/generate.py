@@ -26,9 +26,8 @@ from mlx_adapters.cli._options import (
 @dtype_option
 @json_option
 def generate_command(
-    prompt: str, adapter: str | None, base: str | None, any_base: bool, raw: bool, max_tokens: int,
-    temperature: float, top_p: float, seed: int | None, dtype: str, as_json: bool,
-) -> None:  # fmt: skip
+    prompt: str, adapter: str | None, base: str | None, any_base: bool, dtype: str, as_json: bool, **options: Any
+) -> None:
     """Write an answer to PROMPT ("-" reads it from stdin), streamed as it is made.
 
     \b
@@ -44,13 +43,6 @@ def generate_command(
     if base is None:
         raise click.UsageError("Give --adapter or --base (the embedded model is 'demo').")
     model = load_model(base, loaded, dtype=dtype, any_base=any_base)
-    options: dict[str, Any] = {
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": seed,
-        "raw": raw,
-    }
     if as_json:
         _output.emit_json(model.generate(prompt, **options))
         return

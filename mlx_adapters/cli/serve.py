@@ -11,14 +11,8 @@ from mlx_adapters.cli._options import UserPath, complete_named_references, dtype
 
 @click.command("serve")
 @click.argument("base")
-@click.option(
-    "--adapter",
-    "adapters",
-    multiple=True,
-    metavar="NAME=REF",
-    shell_complete=complete_named_references,
-    help="Serve this adapter (repeatable).",
-)
+@click.option("--adapter", "adapters", multiple=True, metavar="NAME=REF", shell_complete=complete_named_references,
+              help="Serve this adapter (repeatable).")  # fmt: skip
 @click.option("--name", help="What requests call the base [as given; a folder by its last part].")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Other than loopback needs --api-key-file.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free one.")

@@ -30,12 +30,8 @@ if TYPE_CHECKING:
 @click.option("--data", metavar="DIR", help="Folder with train.jsonl, valid.jsonl; a file; or hf:user/name.")
 @click.option("--name", metavar="NAME", help="Name of the adapter, or a folder such as ./out.")
 @name_template_option
-@click.option(
-    "--resume",
-    metavar="NAME",
-    shell_complete=complete_references,
-    help="Go on with a run that was stopped, exactly where it stood.",
-)
+@click.option("--resume", metavar="NAME", shell_complete=complete_references,
+              help="Go on with a run that was stopped, exactly where it stood.")  # fmt: skip
 @click.option("--init-from", type=REFERENCE, metavar="REF", help="Start from this adapter's weights.")
 @training_options
 @click.option("--print-config", is_flag=True, help="Show the settings as a config file and stop.")

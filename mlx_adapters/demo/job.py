@@ -130,18 +130,9 @@ def run_demo(quick: bool = False, retrain: bool = False, on_event: OnEvent = ign
     files.write_text(folder / REPORT_FILE, html(report))
     shown = demo_questions()["test"][0]
     return DemoResult(
-        base,
-        data,
-        adapter_folder(plan.name),
-        plan.name,
-        fused,
-        shown.text,
-        shown.sql,
-        variants,
-        report,
-        folder / REPORT_FILE,
-        clock.seconds,
-    )
+        base, data, adapter_folder(plan.name), plan.name, fused, shown.text, shown.sql, variants, report,
+        folder / REPORT_FILE, clock.seconds,
+    )  # fmt: skip
 
 
 def _data(folder: Path) -> Path:

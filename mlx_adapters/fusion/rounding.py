@@ -136,16 +136,10 @@ class _BlockedRounder:
     ) -> None:
         self.hessian, factor = hessian, column_feedback(hessian)
         self.weights = [np.ascontiguousarray(weight[rows].T) for rows in blocks]
+        starts = [None if start is None else start[mx.array(rows.astype(np.int32))] for rows in blocks]
         self.rounders = [
-            Rounder(
-                part,
-                hessian,
-                factor,
-                quantization,
-                dtype,
-                None if start is None else start[mx.array(rows.astype(np.int32))],
-            )
-            for part, rows in zip(self.weights, blocks, strict=True)
+            Rounder(part, hessian, factor, quantization, dtype, own)
+            for part, own in zip(self.weights, starts, strict=True)
         ]
         edges = np.cumsum([0, *(len(rows) for rows in blocks)])
         self.spans = [slice(a, b) for a, b in itertools.pairwise(edges.tolist())]

@@ -17,18 +17,16 @@ import traceback
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO
 
 import mlx.core as mx
 import numpy as np
 
-import mlx_adapters
 from mlx_adapters.config import Quantization
 from mlx_adapters.errors import ModelError
 from mlx_adapters.fusion.packed import Packed
 from mlx_adapters.fusion.rounding import OUTPUT_DAMPING, calibrated
-from mlx_adapters.machine import memory_bytes
+from mlx_adapters.machine import child_environment, memory_bytes
 
 MOST_WORKERS = 64
 WORTH_WORKERS = 1e10  # multiplications (in² · out, summed over the layers); below, starting them costs more
@@ -94,9 +92,7 @@ class Workers:
 
     def __enter__(self) -> "Workers":
         if self.count:
-            root = str(Path(mlx_adapters.__file__).parent.parent)
-            paths = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
-            environment = {**os.environ, "PYTHONPATH": paths, **dict.fromkeys(THREADS, "1")}
+            environment = child_environment() | dict.fromkeys(THREADS, "1")
             for _ in range(self.count):
                 process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
                 self._processes.append(process)

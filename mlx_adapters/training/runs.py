@@ -204,10 +204,8 @@ def _run(loop: Loop) -> TrainRun:
     )  # fmt: skip
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with files.lock_file(path, busy=f"'{path.name}' is being trained by another process."):
-        yield
+def _locked(path: Path) -> contextlib.AbstractContextManager[None]:
+    return files.lock_file(path, busy=f"'{path.name}' is being trained by another process.")
 
 
 def _require_unfinished(state: State, new: TrainConfig, old: TrainConfig, reference: Reference) -> None:
