@@ -228,13 +228,17 @@ def write_text(path: Path, text: str) -> None:
         stream.write(text.encode())
 
 
+def json_text(value: Any, name: str | Path) -> str:
+    """`value` as indented JSON with sorted keys, for the file `name`. Raises FormatError for NaN."""
+    try:
+        return json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise FormatError(f"'{name}' would hold a number that JSON has not: {error}.") from None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON with sorted keys, whole or not at all. NaN is refused."""
-    try:
-        text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
-    except ValueError as error:
-        raise FormatError(f"'{path}' would hold a number that JSON has not: {error}.") from None
-    write_text(path, text + "\n")
+    write_text(path, json_text(value, path))
 
 
 def append_line(path: Path, line: str) -> None:

@@ -191,7 +191,7 @@ class _Handler(BaseHTTPRequestHandler):
         (f"POST /api/models/{REPO}/preupload/(.+)", "preupload"),
         (f"GET /api/models/{REPO}/xet-write-token/(.+)", "xet_token"),
         (f"POST /api/models/{REPO}/commit/(.+)", "make_commit"),
-        (f"POST /api/models/{REPO}/branch/(.+)", "branch"),
+        (f"POST|DELETE /api/models/{REPO}/branch/(.+)", "branch"),
         (f"GET /api/models/{REPO}/revision/(.+)", "info"),
         (f"GET /api/models/{REPO}/tree/([^/]+)(?:/.*)?", "tree"),
         (f"GET /api/models/{REPO}", "info"),
@@ -262,6 +262,9 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.hub.repos[name]
         if not self.may_write():
             return
+        if self.command == "DELETE":
+            del repo.branches[branch]
+            return self.answer(204)
         if branch in repo.branches:
             return self.error(409, "Reference already exists")
         repo.branches[branch] = list(repo.branches["main"])

@@ -498,7 +498,7 @@ def test_the_command_line_end_to_end(cli, hub, sql):
     done = cli("download", REPO, "--name", "back", "--json", token=None)
     assert done.returncode == 0 and json.loads(done.stdout)["name"] == "back", done.stderr
     done = cli("publish", "sql", "user/two", token="hf_" + "b" * 34)
-    assert done.returncode == 1 and "\nError: " in done.stderr and "Hint: sign in" in done.stderr
+    assert done.returncode == 1 and done.stderr.startswith("Error: ") and "Hint: sign in" in done.stderr
     assert "Traceback" not in done.stderr and "hf_bbb" not in done.stderr + done.stdout
 
 

@@ -1,5 +1,6 @@
 """What publishing and downloading say and refuse: wrong names, what is kept, what is known beforehand."""
 
+import json
 import logging
 import re
 
@@ -10,7 +11,9 @@ from hub_server import READ_TOKEN
 import mlx_adapters as ma
 from mlx_adapters import errors
 from mlx_adapters.cli import cli as program
-from mlx_adapters.hub.uploads import make_card, publish
+from mlx_adapters.hub import cards
+from mlx_adapters.hub.uploads import make_card, publish, write_card
+from mlx_adapters.units import size
 
 pytest_plugins = ["hub_fixtures"]
 REPO = "user/sql-lora"
@@ -143,3 +146,80 @@ def test_the_card_of_an_adapter_out_of_others_has_the_command(sql, monkeypatch):
     done = CliRunner().invoke(program, ["scale", "sql", "0.5", "--name", "half"])
     assert done.exit_code == 0, done.output
     assert "```shell\nmlx-adapters scale sql 0.5 --name half\n```" in str(make_card("half"))
+
+
+def test_words_outside_the_marks_are_not_dropped_without_a_word(hub, sql):
+    path = write_card("sql")
+    publish("sql", REPO)
+    metadata = json.loads((sql.folder / "adapter_metadata.json").read_text())
+    (sql.folder / "adapter_metadata.json").write_text(json.dumps(metadata | {"best_validation_loss": 1.125}))
+    assert not notes(publish, "sql", REPO, dry_run=True)  # the card says something new; nobody wrote the old
+    made, add = path.read_text(), "## Limits\n\nIt knows no dates.\n\nNor joins.\n"
+    path.write_text(made.replace("## Limits\n", add))
+    for dry_run in (True, False):
+        (said,) = notes(publish, "sql", REPO, dry_run=dry_run)
+        assert "2 lines" in said and "README.md in the folder" in said and f"'{cards.MINE}'" in said
+    path.write_text(made)
+    there = hub.repos[REPO].files
+    hub.add(REPO, {"README.md": there["README.md"].replace(b"## Limits\n", add.encode())})
+    (said,) = notes(publish, "sql", REPO)
+    assert "2 lines" in said and f"README.md of '{REPO}'" in said and not notes(publish, "sql", REPO)
+    assert b"joins" not in hub.repos[REPO].files["README.md"]
+
+
+def test_writing_a_card_over_edited_words_says_so(sql):
+    path = write_card("sql")
+    for text in (path.read_text().replace("# sql\n", "# sql\n\nMine.\n"), "Mine.\n<!-- made: 0123456789abcdef -->\n"):
+        path.write_text(text)
+        done = CliRunner().invoke(program, ["card", "sql", "--write"])
+        assert done.exit_code == 0 and "Warning: The new card drops 1 line that" in done.stderr
+        assert "Mine." not in path.read_text()
+    assert "Warning" not in CliRunner().invoke(program, ["card", "sql", "--write"]).stderr
+
+
+def test_the_card_and_the_list_of_files_give_the_same_sizes(hub, sql):
+    result = publish("sql", REPO)
+    shown = dict(re.findall(r"\| `(.+?)` \| (.+?) \|", result.card))
+    assert {"adapters.safetensors", "adapter_config.json", "adapter_metadata.json"} <= set(shown)
+    listed = {file.path: file.size_bytes for file in result.files}
+    raw = (sql.folder / "adapter_metadata.json").stat().st_size
+    assert size(listed["adapter_metadata.json"]) != size(raw)  # paths of this machine are cut out
+    assert shown == {name: size(listed[name]) for name in shown}
+
+
+@pytest.mark.parametrize("options", [{"license": "apache"}, {"base_model": "x y"}, {}, {"private": True}])
+def test_what_is_cheap_is_refused_before_weights_are_read(hub, sql, base, options):
+    (base / "README.md").write_text("---\nlicense: nobody's\nbase_model: user/tiny-llama\n---\n")
+    if "private" in options:
+        hub.add(REPO, {"x": b""})
+    said = []
+    with pytest.raises((errors.ConfigError, errors.HubError)):
+        publish("sql", REPO, on_event=said.append, **options)
+    assert not said
+
+
+def test_a_failed_publish_leaves_no_branch_of_its_own(hub, sql, monkeypatch):
+    hub.add(REPO, {"notes.txt": b"mine"}, private=True)
+    branches = hub.repos[REPO].branches
+    branches["old"] = list(branches["main"])
+    hub.fail("POST", "/commit/", 403, times=1000)
+    for name in ("new", "feature/new", "old"):
+        with pytest.raises(errors.HubError):
+            publish("sql", REPO, revision=name)
+    assert set(branches) == {"main", "old"}
+
+    def meanwhile(event):  # somebody makes the branch after we have looked
+        branches.setdefault("theirs", list(branches["main"]))
+
+    with pytest.raises(errors.HubError):
+        publish("sql", REPO, revision="theirs", on_event=meanwhile)
+    assert set(branches) == {"main", "old", "theirs"}
+
+    def committed(*_, **__):
+        hub.commit(REPO, "full", "weights", {})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", committed)
+    with pytest.raises(KeyboardInterrupt):
+        publish("sql", REPO, revision="full")
+    assert len(branches["full"]) == 3

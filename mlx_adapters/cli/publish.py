@@ -112,7 +112,7 @@ def card_command(
 
     options = {"repo": repo, "base_model": base_model, "license": license, "benchmark": benchmark}
     if write:
-        path = write_card(source, **options)
+        path = write_card(source, **options, on_event=_output.progress())
         _output.emit_json({"path": path}) if as_json else _output.out(str(path))
         return
     card = make_card(source, **options)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_adapters.adapter import losses_of
+from mlx_adapters.hub import staging
 from mlx_adapters.hub.subject import RECIPE_FILE, Subject
 from mlx_adapters.tensor_names import ADAPTER_FILE, split
 from mlx_adapters.units import count, duration, number, size
@@ -218,10 +219,10 @@ def speed(subject: Subject, facts: Facts) -> str:
 
 
 def files_table(subject: Subject, facts: Facts) -> str:
-    """The files and their sizes."""
-    rows = [(f"`{name}`", size(path.stat().st_size)) for name, path in subject.sources.items()]
-    total = size(sum(path.stat().st_size for path in subject.sources.values()))
-    return f"## Files\n\n{table(('file', 'size'), [*rows, ('in all', total)])}"
+    """The files and their sizes, as they go up."""
+    found = staging.sizes(subject)
+    rows = [(f"`{name}`", size(nbytes)) for name, nbytes in found.items()]
+    return f"## Files\n\n{table(('file', 'size'), [*rows, ('in all', size(sum(found.values())))])}"
 
 
 # -- use -------------------------------------------------------------------------------------------

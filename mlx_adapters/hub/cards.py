@@ -1,10 +1,12 @@
 """Model cards, made from metadata only: what a file does not say is left out, nothing is invented.
 
 A card is YAML front matter that the Hub validates (hf.co/docs/hub/model-cards), sections made anew each time,
-and one part between two markers that belongs to the user and is carried over.
+one part between two marks that belongs to the user and is carried over, and a stamp of the sections' lines, by
+which the next card knows those that somebody else wrote.
 """
 
 import base64
+import hashlib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +24,7 @@ from mlx_adapters.hub.subject import Subject
 MINE, END_MINE = "<!-- yours: this part survives the next publish -->", "<!-- /yours -->"
 _MINE = re.compile(r"<!-- yours\b.*?-->\n?(.*?)\n?<!-- /yours -->", re.S)
 _FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n---\r?\n?", re.S)
+_STAMP = re.compile(r"<!-- made: ([0-9a-f]*) -->")
 CURVE_FILE = "loss.svg"
 # Keys of the front matter that are made anew each time; others that the user added are kept.
 OWN = ("base_model", "base_model_relation", "library_name", "pipeline_tag", "model-index")
@@ -64,7 +67,7 @@ class Card:
 
     def __str__(self) -> str:
         front = yaml.safe_dump(self.front, sort_keys=False, allow_unicode=True, width=110)
-        return f"---\n{front}---\n\n{self.body}\n\n{MINE}\n{self.mine}\n{END_MINE}\n"
+        return f"---\n{front}---\n\n{self.body}\n\n{MINE}\n{self.mine}\n{END_MINE}\n{_stamp(made_lines(self.body))}\n"
 
     def _repr_markdown_(self) -> str:
         text = f"{self.body}\n\n{self.mine}"
@@ -81,6 +84,14 @@ class Card:
         for base in [bases] if isinstance(bases, str) else bases or []:
             _check_base(base)
         return self
+
+
+def check_given(license: str | None, base_model: str | None) -> None:
+    """Raise ConfigError for a `license` or `base_model` that the Hub would refuse."""
+    if license is not None:
+        _check_license(license)
+    if base_model is not None:
+        _check_base(base_model)
 
 
 def _check_license(license: Any) -> None:
@@ -107,14 +118,40 @@ def parse_front(text: str) -> dict[str, Any]:
 
 
 def is_ours(text: str) -> bool:
-    """Whether a README has our markers."""
-    return _MINE.search(text) is not None
+    """Whether a README was made here: it has our marks, or what is left of them."""
+    return bool(_MINE.search(text) or _STAMP.search(text))
 
 
 def handwritten(text: str) -> str:
-    """The user's part of a README; of one without our markers, all of it below the front matter."""
+    """The user's part of a README; of one that was not made here, all of it below the front matter."""
     found = _MINE.search(text)
-    return (found[1] if found else _FRONT.sub("", text)).strip()
+    return (found[1] if found else "" if is_ours(text) else _FRONT.sub("", text)).strip()
+
+
+def made_lines(text: str) -> list[str]:
+    """The lines of a README that are made anew each time: all but front matter, user's part and empty ones."""
+    rest = _STAMP.sub("", _MINE.sub("", _FRONT.sub("", text), count=1))
+    return [line.rstrip() for line in rest.splitlines() if line.strip()]
+
+
+def lost_lines(old: str, new: Card) -> int:
+    """How many lines that somebody wrote outside the marks of `old` are not in `new`.
+
+    The stamp of `old` tells them from lines that were made, maybe of other metadata.
+    """
+    stamp = _STAMP.search(old)
+    made = set(re.findall("....", stamp[1])) if stamp else set()
+    known = set(made_lines(str(new)))
+    lines = made_lines(old) if is_ours(old) else []
+    return sum(line not in known and _mark(line) not in made for line in lines)
+
+
+def _stamp(lines: list[str]) -> str:
+    return f"<!-- made: {''.join(map(_mark, lines))} -->"
+
+
+def _mark(line: str) -> str:
+    return hashlib.sha256(line.encode()).hexdigest()[:4]
 
 
 def base_card(name: str, text: str, is_hub_id: bool) -> BaseCard:
@@ -145,10 +182,7 @@ def make_card(
 
     Raises ConfigError for a `license` or `base_model` that the Hub would refuse.
     """
-    if license is not None:
-        _check_license(license)
-    if base_model is not None:
-        _check_base(base_model)
+    check_given(license, base_model)
     front = front_matter(subject, base, license, base_model or base.hub_id)
     replaced = (*OWN, "license", "license_name", "license_link") if license else OWN
     before = {k: v for k, v in parse_front(old).items() if k not in replaced}

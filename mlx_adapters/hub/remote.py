@@ -25,7 +25,10 @@ class PublishedFile:
 
 @dataclass(frozen=True)
 class Remote:
-    """The repository as it stands: {path: (size, hash)}, the hash SHA-256 for large files, else git's."""
+    """The repository as it stands: {path: (size, hash)}, the hash SHA-256 for large files, else git's.
+
+    `head`: the commit of the main branch, None if there is no repository.
+    """
 
     known: bool = True
     exists: bool = False
@@ -33,6 +36,7 @@ class Remote:
     files: dict[str, tuple[int, str]] = field(default_factory=dict)
     readme: str = ""
     has_revision: bool = True
+    head: str | None = None
 
 
 def look(repo: str, revision: str | None, dry_run: bool, on_event: OnEvent) -> Remote:
@@ -44,7 +48,7 @@ def look(repo: str, revision: str | None, dry_run: bool, on_event: OnEvent) -> R
         with hub_errors(f"look at '{repo}'"):
             api = HfApi()
             try:
-                private = bool(api.repo_info(repo).private)
+                info = api.repo_info(repo)
             except RepositoryNotFoundError:
                 return Remote()
             try:
@@ -54,7 +58,7 @@ def look(repo: str, revision: str | None, dry_run: bool, on_event: OnEvent) -> R
                 entries, has_revision = list(api.list_repo_tree(repo, recursive=True)), False
             there = {e.path: (e.size, e.lfs.sha256 if e.lfs else e.blob_id) for e in entries if isinstance(e, RepoFile)}
             text = readme(repo, revision if has_revision else None) if "README.md" in there else ""
-            return Remote(True, True, private, there, text, has_revision)
+            return Remote(True, True, bool(info.private), there, text, has_revision, info.sha)
     except HubError as error:
         if not dry_run:
             raise

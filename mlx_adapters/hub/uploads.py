@@ -1,7 +1,7 @@
 """Publish adapters and models to the Hugging Face Hub.
 
 A new repository is created private and becomes public, if asked for, when everything is in it; if the upload
-fails, an empty repository that was made for it is removed. The same publish twice changes nothing.
+fails, an empty repository or branch that was made for it is removed. The same publish twice changes nothing.
 """
 
 import contextlib
@@ -30,6 +30,7 @@ from mlx_adapters.hub.client import (
 from mlx_adapters.hub.remote import PublishedFile, Remote, changes, foresee_refusal, look
 from mlx_adapters.hub.subject import Subject, matches, read_subject
 from mlx_adapters.model import HUB_ID, resolve_base
+from mlx_adapters.units import count
 
 ATTEMPTS, FIRST_WAIT_SECONDS = 5, 2.0
 # Old shards beside new ones would be loaded too.
@@ -69,11 +70,13 @@ def make_card(
 
 def write_card(
     source: str | Path | Adapter, *, repo: str | None = None, base_model: str | None = None, license: str | None = None,
-    benchmark: str | Path | None = None,
+    benchmark: str | Path | None = None, on_event: OnEvent = ignore,
 ) -> Path:  # fmt: skip
     """Write the card as README.md, with its pictures, into the folder of `source`; the user's part is kept."""
     subject = read_subject(source, benchmark)
-    return cards.write_readme(_card_of(subject, repo, base_model, license), subject.folder)
+    card = _card_of(subject, repo, base_model, license)
+    _tell_lost(card, "README.md", _local_readme(subject.folder), on_event)
+    return cards.write_readme(card, subject.folder)
 
 
 def _card_of(
@@ -116,17 +119,18 @@ def publish(
     card, where the metadata does not tell. benchmark: a saved report that the card shows. show_progress: the bars
     of huggingface_hub.
 
-    Raises ConfigError, NotFoundError, FormatError or HubError; then the Hub is as it was before, but for a branch that
-    was made for this, which may stay.
+    Raises ConfigError, NotFoundError, FormatError or HubError; then the Hub is as it was before, as far
+    as the connection allows.
     """
     check_repo(repo)
+    cards.check_given(license, base_model)
     if revision is not None:
         check_branch(revision)
     require(not (create_pr and revision), "A pull request is made against 'main': give no revision with it.")
     if not dry_run:
         require_token(f"upload to '{repo}'")
     subject = read_subject(source, benchmark).without(exclude)
-    staging.check(subject, on_event)
+    staging.check(subject)
     remote = look(repo, revision, dry_run, on_event)
     if dry_run and remote.known and not create_pr:
         foresee_refusal(repo, on_event)
@@ -135,6 +139,7 @@ def publish(
     with tempfile.TemporaryDirectory(prefix="mlx-adapters-") as name:
         folder = Path(name)
         card = _stage(subject, folder, repo, remote, exclude, base_model, license, on_event)
+        staging.check_finite(subject, on_event)
         deletes = REPLACED if subject.kind == "model" else []
         left_out = tuple(name for name in subject.left_out if not (folder / name).exists())
         publication = Publication(repo, subject.kind, private, changes(folder, remote, deletes), left_out, card)
@@ -152,8 +157,12 @@ def _stage(
 ) -> str:  # fmt: skip
     """Fill `folder` with everything that goes up, and return the card's text."""
     staging.stage(subject, folder)
-    old = _readme_to_keep(_local_readme(subject.folder), remote.readme, repo, on_event)
+    local = _local_readme(subject.folder)
+    old = _readme_to_keep(local, remote.readme, repo, on_event)
     card = _card_of(subject, repo, base_model, license, old).check()
+    _tell_lost(card, "README.md in the folder", local, on_event)
+    if remote.readme != local:
+        _tell_lost(card, f"README.md of '{repo}'", remote.readme, on_event)
     if card.front.get("base_model") is None and not subject.is_model:
         raise HubError(
             f"The card cannot name the base model: '{subject.base.get('name', 'unknown')}' is not on the Hub.",
@@ -179,6 +188,14 @@ def _readme_to_keep(local: str, there: str, repo: str, on_event: OnEvent) -> str
     return local if local_wins else there or local
 
 
+def _tell_lost(card: cards.Card, where: str, text: str, on_event: OnEvent) -> None:
+    """Warn of words outside the marks of the README `text`, which the new card has no more."""
+    if lost := cards.lost_lines(text, card):
+        words = f"The new card drops {count(lost, 'line')} that somebody wrote outside the marks of {where}"
+        keep = f"put what is to stay between '{cards.MINE}' and '{cards.END_MINE}'."
+        on_event(Note(f"{words}: {keep}", "warning"))
+
+
 @dataclass
 class _Uploader:
     """One upload: creates, uploads with retries, and cleans up after itself."""
@@ -198,6 +215,7 @@ class _Uploader:
 
         self.api = HfApi(library_name="mlx_adapters")
         self.new_branch = self.revision if not (remote.exists and remote.has_revision) else None
+        self.made_branch = False
         with hub_errors(f"upload to '{self.repo}'"):
             if (self.folder / "README.md").exists():
                 self._validate(ModelCard(card))
@@ -206,8 +224,7 @@ class _Uploader:
         try:
             info = self._upload_with_retries()
         except BaseException:
-            if not remote.exists:
-                self._remove_if_empty()
+            self._clean_up(remote)
             raise
         if remote.private and not self.private:
             with hub_errors(f"make '{self.repo}' public, though everything is uploaded"):
@@ -235,15 +252,33 @@ class _Uploader:
         raise AssertionError
 
     def _upload(self) -> Any:
-        if self.new_branch:
-            self.api.create_branch(self.repo, branch=self.new_branch, exist_ok=True)
+        if self.new_branch and not self.made_branch:
+            self.made_branch = self._make_branch(self.new_branch)
         return self.api.upload_folder(
             repo_id=self.repo, folder_path=self.folder, revision=self.revision, create_pr=self.create_pr,
             commit_message=self.message or "Upload with mlx_adapters", delete_patterns=list(self.deletes) or None,
         )  # fmt: skip
 
-    def _remove_if_empty(self) -> None:
-        """Best effort: without a connection an empty private repository stays."""
+    def _make_branch(self, branch: str) -> bool:
+        """Make a branch; False if somebody made it meanwhile."""
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            self.api.create_branch(self.repo, branch=branch)
+        except HfHubHTTPError as error:
+            if error.response.status_code != 409:
+                raise
+            self.new_branch = None
+        return self.new_branch is not None
+
+    def _clean_up(self, remote: Remote) -> None:
+        """Remove what was made for this and has nothing in it. Best effort: without a connection it stays."""
         with contextlib.suppress(HubError), hub_errors("clean up"):
-            if set(self.api.list_repo_files(self.repo)) <= {".gitattributes"}:
-                self.api.delete_repo(self.repo)
+            if not remote.exists:
+                if set(self.api.list_repo_files(self.repo)) <= {".gitattributes"}:
+                    self.api.delete_repo(self.repo)
+            elif self.new_branch and self.made_branch and self._head(self.new_branch) == remote.head:
+                self.api.delete_branch(self.repo, branch=self.new_branch)
+
+    def _head(self, branch: str) -> str | None:
+        return self.api.repo_info(self.repo, revision=branch).sha
