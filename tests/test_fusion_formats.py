@@ -13,6 +13,7 @@ from mlx_adapters import tensor_files
 from mlx_adapters.bases import resolve_base
 from mlx_adapters.errors import ConfigError, StorageError
 from mlx_adapters.fusion.options import FuseOptions
+from mlx_adapters.layers import adaptable_layers, dense_weight
 from mlx_adapters.model import load_module
 from mlx_adapters.tensor_names import from_gguf, to_gguf
 
@@ -90,6 +91,8 @@ def test_gguf_reads_back(tiny_model, tmp_path, architecture, bits, dtype, tolera
     assert made.method == ("nearest" if bits == 8 else "none")
     fuse(folder, adapter, tmp_path / "plain", quantization="none", dtype="float32")
     wanted = dict(tree_flatten(load_module(resolve_base(tmp_path / "plain"))[0].parameters()))
+    survived = {survival.path: survival for survival in made.survival}
+    before = adaptable_layers(load_module(resolve_base(folder))[0])
     reader = gguf.GGUFReader(tmp_path / "out/model.gguf")
     assert {from_gguf(tensor.name) for tensor in reader.tensors} == set(wanted)
     for tensor in reader.tensors:
@@ -100,6 +103,12 @@ def test_gguf_reads_back(tiny_model, tmp_path, architecture, bits, dtype, tolera
             values = rows_put_back(values, 4 if "q_proj" in name else 2)
         reach = np.abs(np.array(wanted[name])).max()
         np.testing.assert_allclose(values, np.array(wanted[name]), atol=tolerance * 2 * reach + 1e-7, err_msg=name)
+        if survival := survived.pop(name.removesuffix(".weight"), None):
+            base = np.array(dense_weight(before[survival.path], mx.float32)).astype(float)
+            update, there = np.array(wanted[name]) - base, values - base
+            cosine = (update * there).sum() / np.sqrt((update**2).sum() * (there**2).sum())
+            assert 1 - survival.cosine == pytest.approx(1 - cosine, rel=0.2, abs=1e-6)
+    assert not survived
     fields = reader.fields
     assert fields["general.architecture"].contents() == architecture
     assert fields[f"{architecture}.attention.head_count_kv"].contents() == 2

@@ -21,7 +21,6 @@ from mlx_adapters.fusion.stream import Unit
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 FILE_NAME = "model.gguf"
-TYPES = ("f16", "bf16", "q8_0", "f32")
 NORMAL, CONTROL, BYTE = 1, 3, 6  # llama.cpp's kinds of tokens
 
 
@@ -50,7 +49,7 @@ def write_gguf(job: Job, folder: Path, kind: str, on_event: OnEvent) -> int:
         raise ModelError("Writing GGUF needs the package 'gguf'.", "pip install 'mlx_adapters[gguf]'.") from None
     config = job.base.config
     check_supported(config)
-    job.dtype = mx.float32
+    job.dtype, job.stored = mx.float32, lambda rows: _as_stored(rows, kind)
     units = job.units(not_rounded)
     files.require_free_space(folder, 4 * job.parameters)
     path = folder / FILE_NAME
@@ -151,13 +150,10 @@ def pre_tokenizer(settings: dict[str, Any] | None) -> str:
 def _write_tensors(writer: Any, units: list[Unit], config: dict[str, Any], kind: str, on_event: OnEvent) -> None:
     import gguf
 
-    types = {name: getattr(gguf.GGMLQuantizationType, name.upper()) for name in TYPES}
     entries = [(unit, entry) for unit in units for entry in unit.layout]
     chosen = []
     for _, (name, _, shape) in entries:
-        matrix = len(shape) == 2
-        fits = kind != "q8_0" or shape[-1] % 32 == 0
-        form = types[kind if matrix and fits else "f16" if matrix else "f32"]
+        form = _form(shape, kind)
         nbytes = int(np.prod(gguf.quant_shape_to_byte_shape(shape, form)))
         writer.add_tensor_info(tensor_names.to_gguf(name), shape, np.dtype(np.float32), nbytes, raw_dtype=form)
         chosen.append(form)
@@ -173,6 +169,22 @@ def _write_tensors(writer: Any, units: list[Unit], config: dict[str, Any], kind:
             raise OSError(error.errno or errno.ENOSPC, str(error)) from error
         mx.clear_cache()
         on_event(Progress("write", number, len(entries), "layer"))
+
+
+def _form(shape: tuple[int, ...], kind: str) -> Any:
+    """A tensor's type in the file: vectors stay float32, and q8_0 needs rows of whole blocks of 32."""
+    import gguf
+
+    name = "f32" if len(shape) != 2 else "f16" if kind == "q8_0" and shape[-1] % 32 else kind
+    return getattr(gguf.GGMLQuantizationType, name.upper())
+
+
+def _as_stored(rows: mx.array, kind: str) -> mx.array:
+    """Float32 rows as they come back from the file."""
+    import gguf
+
+    form = _form(rows.shape, kind)
+    return mx.array(gguf.quants.dequantize(gguf.quants.quantize(to_numpy(rows), form), form))
 
 
 def _interleaved(name: str, values: np.ndarray, config: dict[str, Any]) -> np.ndarray:

@@ -40,7 +40,8 @@ def not_rounded(path: str, target: Precision) -> None:
 
 @dataclass
 class Job:
-    """`dtype` None: every tensor keeps its type. Writing consumes the lazily read `source`."""
+    """`dtype` None: every tensor keeps its type. Writing consumes the lazily read `source`. `stored` gives the numbers
+    that a file holds of unquantized float32 rows, where its format rounds them itself."""
 
     base: Base
     source: Source
@@ -49,6 +50,7 @@ class Job:
     plans: list[LayerPlan]
     dtype: mx.Dtype | None
     survival: list[Survival] = field(default_factory=list)
+    stored: Callable[[mx.array], mx.array] | None = None
 
     @property
     def scale_dtype(self) -> mx.Dtype:
@@ -144,6 +146,7 @@ class Job:
             if plan.target is None:
                 parts = [fused.astype(self.scale_dtype)]
                 stored = parts[0][some].astype(mx.float32)
+                stored = self.stored(stored) if self.stored and plan.changed else stored
             else:
                 piece = packed[start:stop] if packed is not None else to_nearest(fused, plan.target, self.scale_dtype)
                 parts, stored = list(piece.tensors.values()), dequantize(piece[some])
