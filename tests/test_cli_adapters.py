@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from mlx_adapters.adapter import write_adapter
 from mlx_adapters.cli import merge as merge_commands
 from mlx_adapters.config import LoraConfig, TrainConfig, from_mapping, read_yaml
 from mlx_adapters.evaluation.tokens import judged_rows
+from mlx_adapters.inspecting import Comparison, LayerComparison
 from mlx_adapters.merging.methods import METHODS
 from mlx_adapters.model import load_model
 from mlx_adapters.training.rows import read_data
@@ -151,8 +153,24 @@ def test_compare_shows_what_differs_and_the_angle(run, base):
     assert same["cosine"] == pytest.approx(1) and same["norm_b"] == pytest.approx(2 * same["norm_a"])
     assert alone["norm_b"] is None and alone["cosine"] is None
     assert "COSINE" in run("compare", "x", "y")[0]
+    each = run("compare", "x", "y", "--layers")[0]
+    assert all(re.search(rf"^{re.escape(key)} ", each, re.M) for key in LLAMA) and "Most different" not in each
     other = as_json(run("compare", "x", "x", "--json"))
     assert other["settings"] == [] and other["cosine"] == pytest.approx(1)
+
+
+def test_compare_of_many_layers_fits_a_screen(run, base, monkeypatch):
+    comparison = [LayerComparison(f"model.layers.{i}.{name}", 1.0 + i, 2.0, None if i == 7 else 1 - i / 100)
+                  for i in range(30) for name in ("self_attn.q_proj", "mlp.up_proj")]  # fmt: skip
+    found = Comparison("x", "y", (), tuple(comparison), 30.0, 2.0, 0.9)
+    monkeypatch.setattr("mlx_adapters.inspecting.compare", lambda *_, **__: found)
+    shown, _ = run("compare", "x", "y")
+    assert shown.count("\n") < 20
+    assert re.search(r"^30 × model\.layers\.\*\.mlp\.up_proj +1 to 30 +2 +0\.71 to 1$", shown, re.M)
+    farthest = [line.split() for line in shown.partition("Most different")[2].splitlines()[2:]]
+    assert [row[0].split(".")[2] for row in farthest] == ["7", "7", "29", "29", "28"] and farthest[0][-1] == "-"
+    assert run("compare", "x", "y", "--layers")[0].count("\n") > 60
+    assert len(as_json(run("compare", "x", "y", "--json"))["layers"]) == 60
 
 
 def test_verify_exits_with_1_if_anything_is_wrong(run, base):

@@ -1,6 +1,7 @@
 """`list`, `show`, `compare`, `verify`: looking at adapters."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,11 @@ from mlx_adapters.cli._output import number, size
 from mlx_adapters.units import count
 
 if TYPE_CHECKING:
-    from mlx_adapters.inspecting import Comparison, Details, Layer
+    from mlx_adapters.inspecting import Comparison, Details, Layer, LayerComparison
     from mlx_adapters.registry import Entry
     from mlx_adapters.verifying import Verification
 
+MOST_DIFFERENT = 5
 SORT_KEYS = {
     "name": lambda entry: entry.name,
     "date": lambda entry: entry.created or "",
@@ -126,19 +128,33 @@ def _short(value: Any) -> str:
     return "" if value is None else number(value, 4) if isinstance(value, float) else str(value)
 
 
+def _kind(path: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", path)
+
+
+def _members(path: str, keys: list[str]) -> str:
+    return keys[0] if len(keys) == 1 else f"{len(keys)} × {path}"
+
+
+def _span(values: Iterable[float | None]) -> str:
+    found = [value for value in values if value is not None]
+    if not found:
+        return "-"
+    low, high = number(min(found)), number(max(found))
+    return low if low == high else f"{low} to {high}"
+
+
 def _layer_rows(layers: "tuple[Layer, ...]", each: bool) -> list[tuple[str, str, str]]:
     """One row for each layer, or one for all layers whose paths differ in the block's number alone."""
     if each:
         return [(layer.key, _shape(layer.shape), number(layer.norm)) for layer in layers]
     groups: dict[tuple[str, tuple[int, ...]], list[Layer]] = {}
     for layer in layers:
-        groups.setdefault((re.sub(r"\.\d+\.", ".*.", layer.key), layer.shape), []).append(layer)
-    rows = []
-    for (path, shape), members in groups.items():
-        norms = [layer.norm for layer in members]
-        span = number(norms[0]) if len(norms) == 1 else f"{number(min(norms))} to {number(max(norms))}"
-        rows.append((members[0].key if len(norms) == 1 else f"{len(norms)} × {path}", _shape(shape), span))
-    return rows
+        groups.setdefault((_kind(layer.key), layer.shape), []).append(layer)
+    return [
+        (_members(path, [layer.key for layer in members]), _shape(shape), _span(layer.norm for layer in members))
+        for (path, shape), members in groups.items()
+    ]
 
 
 def _shape(shape: tuple[int, ...]) -> str:
@@ -185,9 +201,10 @@ def _plot(details: "Details", path: Path) -> None:
 @click.argument("b", type=REFERENCE)
 @click.option("--data", metavar="DIR", help="Also the loss of each on this data.")
 @click.option("--base", metavar="BASE", help="Base to compute the losses on [the adapters' own].")
+@click.option("--layers", is_flag=True, help="One row for each layer instead of one for each kind.")
 @json_option
-def compare_command(a: str, b: str, data: str | None, base: str | None, as_json: bool) -> None:
-    """Compare two adapters: settings, data, losses, and the updates layer by layer.
+def compare_command(a: str, b: str, data: str | None, base: str | None, layers: bool, as_json: bool) -> None:
+    """Compare two adapters: settings, data, losses, and the updates by kind of layer.
 
     \b
     Example:
@@ -202,9 +219,30 @@ def compare_command(a: str, b: str, data: str | None, base: str | None, as_json:
     rows = [(name, _short(x) or "-", _short(y) or "-") for name, x, y in found.settings]
     _output.table(("DIFFERS IN", found.a, found.b), [*rows, *_loss_rows(found)])
     _output.out()
-    layers = [(layer.key, number(layer.norm_a), number(layer.norm_b), number(layer.cosine)) for layer in found.layers]
+    heads = ("LAYERS", f"‖Δ {found.a}‖", f"‖Δ {found.b}‖", "COSINE")
     total = ("all", number(found.norm_a), number(found.norm_b), number(found.cosine))
-    _output.table(("LAYER", f"‖Δ {found.a}‖", f"‖Δ {found.b}‖", "COSINE"), [*layers, total], right=(1, 2, 3))
+    shown = [_row(layer) for layer in found.layers] if layers else _kind_rows(found.layers)
+    _output.table(heads, [*shown, total], right=(1, 2, 3))
+    if len(shown) < len(found.layers):
+        farthest = sorted(found.layers, key=lambda layer: -2 if layer.cosine is None else layer.cosine)
+        _output.out("\nMost different (--layers shows each):")
+        _output.table(("LAYER", *heads[1:]), map(_row, farthest[:MOST_DIFFERENT]), right=(1, 2, 3))
+
+
+def _row(layer: "LayerComparison") -> tuple[str, ...]:
+    return layer.key, number(layer.norm_a), number(layer.norm_b), number(layer.cosine)
+
+
+def _kind_rows(layers: "tuple[LayerComparison, ...]") -> list[tuple[str, ...]]:
+    """One row for all layers whose paths differ in the block's number alone: from the least to the most."""
+    groups: dict[str, list[LayerComparison]] = {}
+    for layer in layers:
+        groups.setdefault(_kind(layer.key), []).append(layer)
+    rows = []
+    for path, members in groups.items():
+        spans = [_span(getattr(layer, what) for layer in members) for what in ("norm_a", "norm_b", "cosine")]
+        rows.append((_members(path, [layer.key for layer in members]), *spans))
+    return rows
 
 
 def _loss_rows(found: "Comparison") -> list[tuple[str, ...]]:
