@@ -34,6 +34,11 @@ class AdapterError(Exception):
         self.message = message
         self.hint = hint
 
+    @property
+    def with_hint(self) -> str:
+        """Message and hint in one line, for a row of a report."""
+        return f"{self.message} Hint: {self.hint}" if self.hint else self.message
+
 
 class ConfigError(AdapterError):
     """A setting has a wrong name, type or value."""

@@ -33,7 +33,7 @@ from mlx_adapters.benchmarking.statistics import (
     unpaired_ratio,
     weighted_mean,
 )
-from mlx_adapters.benchmarking.variants import Variant, parse_variant, parse_variants, prepare
+from mlx_adapters.benchmarking.variants import Variant, parse_variant, parse_variants, prepare, short_names
 from mlx_adapters.charts import png
 from mlx_adapters.cli import cli
 from mlx_adapters.errors import ConfigError, NotFoundError
@@ -256,7 +256,7 @@ def test_report_has_every_figure(measured):
 
 
 def test_report_states_its_conditions(measured):
-    words = "\n".join([*text.head(measured), *text.notes(measured)])
+    words = "\n".join([*text.head(measured), *text.failures(measured), *text.notes(measured)])
     for part in ("mlx 0.32", "random prompts of 8, 16 tokens", "computed in float32", "2 rounds", "'nothing' failed"):
         assert part in words.replace(str(measured.rows[2].label), "nothing"), part
 
@@ -283,6 +283,33 @@ def test_dense_copies_are_admitted(tiny_model):
     report = benchmark([str(tiny_model("llama", bits=4))], rounds=1, trials=1, decode_tokens=2, prompt_tokens=4)
     assert report.rows[0].conditions["dense"] and "made dense" in "\n".join(text.head(report))
     assert len(text.sentences(report)) == 0
+
+
+def test_people_read_short_names_of_folders():
+    home = Path.home()
+    told = short_names(["base", "sql", "sql@500", "/x/fused-8bit", "/x/sql-4@60", "fuse:/x/sql:4", "user/repo",
+                        "out/fused", "a/b/c/", "user/repo@refs/pr/1", "/x/m (2)"])  # fmt: skip
+    assert list(told.values()) == ["base", "sql", "sql@500", "fused-8bit", "sql-4@60", "fuse:sql:4", "user/repo",
+                                   "out/fused", "c", "user/repo@refs/pr/1", "m (2)"]  # fmt: skip
+    alike = [f"{home}/a/sql", "/b/sql", "sql", "./sql", "~/base", f"fuse:{home}/sql:4", "fuse:/x/sql:4"]
+    assert list(short_names(alike).values()) == [
+        "~/a/sql", "/b/sql", "sql", "./sql", "~/base", "fuse:~/sql:4", "fuse:/x/sql:4"
+    ]  # fmt: skip
+    assert short_names(short_names(alike).values()) == {name: name for name in short_names(alike).values()}
+
+
+def test_reports_show_short_names_and_keep_the_references(tmp_path):
+    report = synthetic({"base": 100.0, "/x/y/fused-8bit": 90.0})
+    evaluations = [{"variant": label, "error": None, "loss": {"value": 1.0, "error": 0.1}} for label in report.labels]
+    quality = {"data": {"rows": 1, "split": "test", "source": "d"}, "reference": "/x/y/fused-8bit", "score": None,
+               "evaluations": evaluations}  # fmt: skip
+    report = dataclasses.replace(report, quality=quality)
+    for told in (text.markdown(report), report._repr_html_(), "".join(html.plots(report).values()), repr(report)):
+        assert "fused-8bit" in told and "/x/y" not in told
+    old = synthetic({"base": 100.0, "/x/y/fused-8bit": 200.0}, seed=1)
+    assert any(str(change).startswith("fused-8bit, decode at 8 x 1: 5") for change in changes(report, old))
+    assert "/x/y/fused-8bit" in html.html(report)  # among the conditions
+    assert json.dumps(report.to_json()).count("/x/y/fused-8bit") > 5
 
 
 # -- when things go wrong -----------------------------------------------------------------------------
@@ -334,10 +361,12 @@ def test_wrong_data_is_noticed_before_anything_is_measured(tmp_path, monkeypatch
 def test_command_prints_table_and_json(tiny_model, tmp_path, measured, monkeypatch):
     monkeypatch.setattr("mlx_adapters.benchmarking.run.benchmark", lambda *_, **__: measured)
     shown = CliRunner().invoke(cli, ["benchmark", "base", "sql", "-o", str(tmp_path / "r.json")])
-    assert shown.exit_code == 0 and "DECODE tok/s" in shown.stdout and "against base" in shown.stdout
+    assert "DECODE tok/s" in shown.stdout and "against base" in shown.stdout
     assert read_report(tmp_path / "r.json").rows == measured.rows
     as_json = CliRunner().invoke(cli, ["benchmark", "base", "--json"])
-    assert json.loads(as_json.stdout)["rows"][0]["label"] == "base"
+    assert [row["label"] for row in json.loads(as_json.stdout)["rows"]] == measured.labels
+    for done in (shown, as_json):  # what was measured is there, and that one failed too
+        assert done.exit_code == 1 and "Error: 'nothing' failed: There is no adapter folder" in done.stderr
     assert CliRunner().invoke(cli, ["benchmark", "base", "--batch", "0"]).exit_code == 2
 
 
@@ -589,7 +618,7 @@ def test_all_files_are_written(tmp_path, monkeypatch, measured):
     monkeypatch.setattr("mlx_adapters.benchmarking.run.benchmark", lambda *_, **__: measured)
     names = {"--html": "r.html", "--markdown": "r.md", "--plots": "plots", "-o": "r.json"}
     arguments = [part for flag, name in names.items() for part in (flag, str(tmp_path / name))]
-    assert CliRunner().invoke(cli, ["benchmark", "base", *arguments]).exit_code == 0
+    CliRunner().invoke(cli, ["benchmark", "base", *arguments])
     assert (tmp_path / "plots" / "load-time.svg").read_text().startswith("<svg")
     assert (tmp_path / "plots" / "load-time.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sqlite3
 import sys
 from pathlib import Path
@@ -229,6 +230,21 @@ def test_command_line(tiny_model, data, tmp_path):
     assert len(json.loads((tmp_path / "out.json").read_text())["evaluations"][0]["answers"]) == len(ROWS)
     as_json = CliRunner().invoke(cli, [*arguments, "--json", "--no-save"])
     assert json.loads(as_json.stdout)["evaluations"][1]["kl"]["value"] == 0
+
+
+def test_one_variant_that_fails_fails_the_command_after_the_others(tiny_model, data, tmp_path):
+    folder = str(tiny_model("llama"))
+    for option in ([], ["--json"]):
+        done = CliRunner().invoke(cli, ["eval", folder, "nosuch", "--data", str(data), *option])
+        assert done.exit_code == 1 and done.stderr.count("'nosuch'") == 4
+        assert "Error: 'nosuch' failed: No adapter or model named 'nosuch'. Hint: " in done.stderr
+        if not option:
+            assert re.search(rf"^{Path(folder).name} +\d", done.stdout, re.M) and re.search(
+                "^nosuch +failed", done.stdout, re.M
+            )
+        else:
+            fine, failed = json.loads(done.stdout)["evaluations"]
+            assert fine["variant"] == folder and fine["loss"] and failed["error"]
 
 
 # -- public tasks ----------------------------------------------------------------------------------

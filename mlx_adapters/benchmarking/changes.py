@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from mlx_adapters.benchmarking.report import COMPARED, METRICS, Report
 from mlx_adapters.benchmarking.statistics import Ratio, unpaired_ratio
 from mlx_adapters.benchmarking.text import phrase
+from mlx_adapters.benchmarking.variants import short_names
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,12 @@ def changes(new: Report, old: Report) -> list[Change]:
     """What both reports measured: variants of the same name at the same prompt lengths and batch sizes."""
     shapes = [shape for shape in new.config.shapes if shape in old.config.shapes]
     found = []
-    for label in new.labels:
+    for label, name in short_names(new.labels).items():
         for metric in COMPARED if label in old.labels else ():
             for shape in shapes if METRICS[metric].per_shape else [None]:
                 ratio = unpaired_ratio(new.blocks(label, metric, shape), old.blocks(label, metric, shape))
                 if ratio is not None:
-                    found.append(Change(label, metric, ratio, *(shape or (None, None))))
+                    found.append(Change(name, metric, ratio, *(shape or (None, None))))
     return found
 
 
@@ -56,9 +57,10 @@ def other_conditions(new: Report, old: Report) -> list[str]:
             found.append(f"{name} was {versions[1].get(name)}, now {versions[0].get(name)}")
     if new.config.decode_tokens != old.config.decode_tokens:
         found.append(f"decode_tokens was {old.config.decode_tokens}, now {new.config.decode_tokens}")
+    names = short_names(new.labels)
     for label in set(new.labels) & set(old.labels):
         prints = [next((row.conditions.get("fingerprint") for row in r.rows if row.label == label), None)
                   for r in (new, old)]  # fmt: skip
         if None not in prints and prints[0] != prints[1]:
-            found.append(f"'{label}' has other weights now")
+            found.append(f"'{names[label]}' has other weights now")
     return found

@@ -37,8 +37,9 @@ pre { overflow-x: auto; font-size: .8rem; } summary { cursor: pointer; }
 
 def html(report: Report) -> str:
     """The whole page."""
+    saved, report = report, report.readable
     cards = "".join(_section(name, picture) for name, picture in plots(report).items())
-    warnings = "".join(f"<p>{escape(note)}</p>" for note in text.notes(report))
+    warnings = "".join(f"<p>{escape(note)}</p>" for note in (*text.failures(report), *text.notes(report)))
     sentences = "".join(f"<li>{escape(line)}</li>" for line in text.sentences(report))
     brackets = "<p class=soft>In brackets: 95 % intervals.</p>" if "[" in sentences else ""
     return f"""<!doctype html>
@@ -52,7 +53,7 @@ def html(report: Report) -> str:
 {_section("Differences", f"<ul>{sentences}</ul>{brackets}") if sentences else ""}
 <div class="plots">{cards}</div>
 {_section("Ceiling", _ceiling(report))}
-{_section("Conditions", _conditions(report))}
+{_section("Conditions", _conditions(saved))}
 </main></body></html>
 """
 
@@ -63,6 +64,7 @@ def _section(title: str, content: str) -> str:
 
 def plots(report: Report) -> dict[str, str]:
     """Title -> SVG, for the shapes that were measured; what was not measured has no picture."""
+    report = report.readable
     fine = [row for row in report.rows if row.error is None]
     if not fine:
         return {}

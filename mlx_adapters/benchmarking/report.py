@@ -5,7 +5,7 @@ report can be read again by a later version and compared with a new one.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 from mlx_adapters import files
 from mlx_adapters.benchmarking.plan import BenchmarkConfig
 from mlx_adapters.benchmarking.statistics import Blocks, Ratio, Summary, paired_ratio, summarize
-from mlx_adapters.benchmarking.variants import Variant
+from mlx_adapters.benchmarking.variants import Variant, short_names
 from mlx_adapters.config import from_mapping, to_mapping
 from mlx_adapters.errors import FormatError
 from mlx_adapters.units import count
@@ -121,20 +121,43 @@ class Report:
     quality: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        return f"Report({', '.join(self.labels)}; {count(self.config.rounds, 'round')}, {self.created})"
+        return f"Report({', '.join(self.readable.labels)}; {count(self.config.rounds, 'round')}, {self.created})"
 
     def _repr_html_(self) -> str:
         from mlx_adapters.benchmarking.html import plots
         from mlx_adapters.benchmarking.text import head, sentences, table
         from mlx_adapters.display import html_block, html_pictures, html_table
 
-        remarks = [f"<p>{escape(text)}</p>" for text in (*head(self), *sentences(self))]
-        return html_block("Benchmark", html_table(*table(self)), *remarks, html_pictures(plots(self)))
+        shown = self.readable
+        remarks = [f"<p>{escape(text)}</p>" for text in (*head(shown), *sentences(shown))]
+        return html_block("Benchmark", html_table(*table(shown)), *remarks, html_pictures(plots(shown)))
 
     @property
     def labels(self) -> list[str]:
         """The names of the variants, in their order."""
         return [variant.label for variant in self.variants]
+
+    @cached_property
+    def readable(self) -> "Report":
+        """The same report with short names for folders: what people read. What is saved keeps the references."""
+        names = short_names(self.labels)
+        if list(names) == list(names.values()):
+            return self
+        quality = {**self.quality}
+        if quality:
+            evaluations = [{**e, "variant": names.get(e["variant"], e["variant"])} for e in quality["evaluations"]]
+            quality |= {"evaluations": evaluations, "reference": names.get(quality["reference"])}
+        return replace(
+            self, variants=tuple(replace(v, label=names[v.label]) for v in self.variants), quality=quality,
+            runs=tuple(replace(run, variant=names[run.variant]) for run in self.runs),
+        )  # fmt: skip
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Label -> why the variant could not be measured, or not be judged."""
+        judged = {e["variant"]: e["error"] for e in self.quality.get("evaluations", ())}
+        found = {row.label: row.error or judged.get(row.label) for row in self.rows}
+        return {label: error for label, error in found.items() if error}
 
     def of(self, label: str) -> list[Run]:
         """The runs of a variant, in the order of the rounds."""

@@ -54,9 +54,14 @@ def _arithmetic(conditions: dict) -> str:
     return text + (dense if conditions["dense"] else "")
 
 
+def failures(report: Report) -> list[str]:
+    """A sentence for each variant that could not be measured, or not be judged."""
+    return [f"'{label}' failed: {error}" for label, error in report.failures.items()]
+
+
 def notes(report: Report) -> list[str]:
     """What a reader must know before comparing the rows."""
-    found = [*report.warnings, *(f"'{row.label}' failed: {row.error}" for row in report.rows if row.error)]
+    found = [*report.warnings]
     fine = [row for row in report.rows if row.error is None]
     if len({(row.conditions["vocabulary"], row.conditions["tokenizer"]) for row in fine}) > 1:
         found.append("The variants have different tokenizers: a token is not the same amount of text.")
@@ -168,10 +173,11 @@ def sentences(report: Report) -> list[str]:
 
 def markdown(report: Report) -> str:
     """The report for a README or a model card."""
+    report = report.readable
     headers, lines = table(report)
     right = ["---"] + ["---:"] * (len(headers) - 1)
     rows = ["| " + " | ".join(line) + " |" for line in (headers, right, *lines)]
-    remarks = [f"- {text}" for text in (*head(report), *sentences(report), *notes(report))]
+    remarks = [f"- {text}" for text in (*head(report), *sentences(report), *failures(report), *notes(report))]
     return "\n".join(
         [*rows, "", *remarks, "", f"`{report.command}`, {report.created}" if report.command else report.created, ""]
     )

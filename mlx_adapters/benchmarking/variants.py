@@ -6,9 +6,10 @@ comparing a model with itself shows how far the machine's noise reaches.
 """
 
 import contextlib
+import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,7 +100,7 @@ def parse_variants(texts: Sequence[str], base: str | None = None) -> list[Varian
             raise
         except AdapterError as error:
             errors.append(error)
-            variants.append(Variant(text, problem=error.message))
+            variants.append(Variant(text, problem=error.with_hint))
     if len(errors) == len(texts):
         raise errors[0]
     return _numbered(_with_common_base(variants, base))
@@ -124,15 +125,35 @@ def _numbered(variants: list[Variant]) -> list[Variant]:
     return result
 
 
+def short_names(labels: Iterable[str]) -> dict[str, str]:
+    """{label: what people read in its place}: of a folder its last part, `~/...` where two would read alike."""
+    short = {label: _last_part(label) for label in labels}
+    shared = Counter([*short.values(), *({BASE, "demo"} - short.keys())])
+    return {label: name if shared[name] == 1 else _from_home(label) for label, name in short.items()}
+
+
+def _last_part(label: str) -> str:
+    start, path = (f"{FUSE}:", label[len(FUSE) + 1 :]) if label.startswith(f"{FUSE}:") else ("", label)
+    is_folder = path.startswith(("/", "~", ".")) or path.partition("@")[0].count("/") > 1
+    return start + re.sub(r".*/(?=[^/\s])", "", path).rstrip("/") if is_folder else label
+
+
+def _from_home(label: str) -> str:
+    home = f"{Path.home()}/"
+    return label.replace(home, "~/", 1) if label.removeprefix(f"{FUSE}:").startswith(home) else label
+
+
 def _with_base(variant: Variant, base: str | None) -> Variant:
     if variant.adapter is None or variant.base is not None:
         return variant
     if base is not None:
         return replace(variant, base=base)
-    from mlx_adapters.adapter import base_of, read_metadata
+    from mlx_adapters.adapter import base_of, read_metadata, weights_file
     from mlx_adapters.registry import locate
 
-    name = base_of(read_metadata(locate(variant.adapter)[0])).get("name")
+    folder, iteration = locate(variant.adapter)
+    weights_file(folder, iteration)  # says what is missing
+    name = base_of(read_metadata(folder)).get("name")
     require(bool(name), f"Adapter '{variant.adapter}' does not say what base it was made for.", "give --base.")
     return replace(variant, base=name)
 
@@ -162,7 +183,7 @@ def prepare(variant: Variant, folder: Path, any_base: bool, on_event: OnEvent) -
                 fuse(variant.base, str(variant.adapter), out, quantization=quantization, any_base=any_base)
             variant = replace(variant, base=str(out), adapter=None)
         except AdapterError as error:
-            variant = replace(variant, problem=error.message)
+            variant = replace(variant, problem=error.with_hint)
     if variant.problem:
         on_event(Note(f"'{variant.label}' is left out: {variant.problem}", "warning"))
     return variant

@@ -39,7 +39,7 @@ def main(job_file: str, result_file: str) -> None:
     try:
         result = run_job(from_mapping(Variant, job["variant"]), from_mapping(BenchmarkConfig, job["config"]))
     except AdapterError as error:
-        result = {"error": error.message, "hint": error.hint}
+        result = {"error": error.with_hint, "hint": error.hint}
     files.write_json(Path(result_file), result)
 
 

@@ -101,6 +101,15 @@ def error(message: str, hint: str | None = None) -> None:
         click.echo(style("Hint: ", sys.stderr, fg="cyan") + hint, err=True)
 
 
+def end_if_failed(failures: Iterable[str]) -> None:
+    """End with status 1, after an error for each of several things that failed; the others are printed by now."""
+    failed = list(failures)
+    for failure in failed:
+        error(failure)
+    if failed:
+        raise click.exceptions.Exit(1)
+
+
 def middle_out(text: str, length: int) -> str:
     """`text`, or its head and tail if it is longer than `length` characters."""
     if len(text) <= length:

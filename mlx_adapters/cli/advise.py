@@ -35,6 +35,8 @@ def advise_command(
     from mlx_adapters.benchmarking.advice import advise
     from mlx_adapters.benchmarking.report import read_report
     from mlx_adapters.benchmarking.run import benchmark
+    from mlx_adapters.benchmarking.text import failures
+    from mlx_adapters.benchmarking.variants import short_names
 
     if report is not None:
         measured = read_report(report)
@@ -44,12 +46,18 @@ def advise_command(
             variants, base, batch=serves, rounds=rounds, quality=quality, score=score,
             max_rows=max_rows if quality else None, on_event=_output.progress(),
         )  # fmt: skip
+    shown = measured if as_json else measured.readable
     advice = advise(
-        measured, ref, adapters=adapters, batch=serves, memory_bytes=None if memory is None else int(memory * 1e9)
+        shown,
+        ref if as_json else short_names(measured.labels).get(ref, ref),
+        adapters=adapters,
+        batch=serves,
+        memory_bytes=None if memory is None else int(memory * 1e9),
     )
     if as_json:
         _output.emit_json({"advice": advice, "report": measured.to_json()})
-        return
-    _output.out(advice.decision)
-    for reason in advice.reasons:
-        _output.out(f"- {reason}")
+    else:
+        _output.out(advice.decision)
+        for reason in advice.reasons:
+            _output.out(f"- {reason}")
+    _output.end_if_failed(failures(measured.readable))

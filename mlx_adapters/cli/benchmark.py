@@ -96,6 +96,7 @@ def benchmark_command(
     from mlx_adapters.benchmarking.report import read_report
     from mlx_adapters.benchmarking.run import benchmark
     from mlx_adapters.benchmarking.statistics import MIN_ROUNDS
+    from mlx_adapters.benchmarking.text import failures
 
     if (score or max_rows) and not quality:
         raise click.UsageError("--score and --max-rows need --quality.")
@@ -117,10 +118,7 @@ def benchmark_command(
     if report.interrupted:
         raise KeyboardInterrupt
     worse = [c for c in changes(report, old) if fail_over is not None and c.fails(fail_over)] if old else []
-    for change in worse:
-        _output.error(f"{change} than in {against}")
-    if worse or not any(row.error is None for row in report.rows):
-        raise click.exceptions.Exit(1)
+    _output.end_if_failed([*failures(report.readable), *(f"{change} than in {against}" for change in worse)])
 
 
 def save(report: "Report", output: Path | None, markdown: Path | None, html: Path | None, plots: Path | None) -> None:
@@ -149,6 +147,7 @@ def show(report: "Report", old: "Report | None" = None) -> None:
     from mlx_adapters.benchmarking import text
     from mlx_adapters.benchmarking.changes import changes, other_conditions
 
+    saved, report = report, report.readable
     for line in text.head(report):
         _output.out(f"# {line}")
     headers, lines = text.table(report)
@@ -157,9 +156,9 @@ def show(report: "Report", old: "Report | None" = None) -> None:
         _output.out(line)
     if old is not None:
         _output.out(f"Since {old.created}:")
-        for change in changes(report, old):
+        for change in changes(saved, old):
             _output.out(f"  {change}")
-        for note in other_conditions(report, old):
+        for note in other_conditions(saved, old):
             _output.warn(f"The older report was made under other conditions: {note}.")
     for note in text.notes(report):
         _output.warn(note)

@@ -25,6 +25,7 @@ def demo_command(quick: bool, retrain: bool, as_json: bool) -> None:
     Example:
       mlx-adapters demo
     """
+    from mlx_adapters.benchmarking.text import failures
     from mlx_adapters.cli.train import Watch
     from mlx_adapters.demo.job import run_demo
 
@@ -33,6 +34,7 @@ def demo_command(quick: bool, retrain: bool, as_json: bool) -> None:
         _output.emit_json(result)
     else:
         _show(result)
+    _output.end_if_failed(failures(result.report.readable))
 
 
 def _show(result: "DemoResult") -> None:

@@ -71,12 +71,12 @@ def eval_command(
     if as_json:
         _output.emit_json(report.to_json())
     else:
-        headers, lines = text.table(report)
+        shown = report.readable
+        headers, lines = text.table(shown)
         _output.table(headers, lines, right=range(1, len(headers)))
-        for line in (*text.sentences(report), *text.notes(report)):
+        for line in (*text.sentences(shown), *text.notes(shown)):
             _output.out(line)
-    if all(e.error for e in report.evaluations):
-        raise click.exceptions.Exit(1)
+    _output.end_if_failed(f"'{e.variant}' failed: {e.error}" for e in report.readable.evaluations if e.error)
 
 
 def _public_tasks(
@@ -84,6 +84,7 @@ def _public_tasks(
     any_base: bool, batch_size: int, output: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     from mlx_adapters import files
+    from mlx_adapters.benchmarking.variants import short_names
     from mlx_adapters.evaluation.harness import run_tasks
 
     report = run_tasks(
@@ -96,5 +97,5 @@ def _public_tasks(
         _output.emit_json(report)
     else:
         _output.table(*report.table(), right=(3,))
-    if all(e.error for e in report.evaluations):
-        raise click.exceptions.Exit(1)
+    names = short_names(e.variant for e in report.evaluations)
+    _output.end_if_failed(f"'{names[e.variant]}' failed: {e.error}" for e in report.evaluations if e.error)

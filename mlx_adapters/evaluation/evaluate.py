@@ -16,7 +16,7 @@ import numpy as np
 from mlx_adapters import files
 from mlx_adapters.adapter import Adapter, read_metadata
 from mlx_adapters.benchmarking.statistics import Mean, mean, weighted_mean
-from mlx_adapters.benchmarking.variants import BASE, Variant, as_text, parse_variants, prepare, workspace
+from mlx_adapters.benchmarking.variants import BASE, Variant, as_text, parse_variants, prepare, short_names, workspace
 from mlx_adapters.config import require
 from mlx_adapters.errors import AdapterError, NotFoundError
 from mlx_adapters.evaluation.answers import greedy_answers, questions
@@ -106,13 +106,20 @@ class EvaluationReport:
 
     def __repr__(self) -> str:
         rows = count(self.data["rows"], f"{self.data['split']} row")
-        return f"EvaluationReport({', '.join(e.variant for e in self.evaluations)}; {rows} of {self._source})"
+        return f"EvaluationReport({', '.join(e.variant for e in self.readable.evaluations)}; {rows} of {self._source})"
 
     def _repr_html_(self) -> str:
         from mlx_adapters.display import html_block, html_table
         from mlx_adapters.evaluation.text import table
 
-        return html_block(f"{self._source} ({self.data['split']})", html_table(*table(self)))
+        return html_block(f"{self._source} ({self.data['split']})", html_table(*table(self.readable)))
+
+    @property
+    def readable(self) -> "EvaluationReport":
+        """The same report with short names for folders: what people read."""
+        names = short_names(e.variant for e in self.evaluations)
+        shown = tuple(replace(e, variant=names[e.variant]) for e in self.evaluations)
+        return replace(self, evaluations=shown, reference=self.reference and names[self.reference])
 
     @property
     def _source(self) -> str:
@@ -171,8 +178,9 @@ def evaluate_ready(
             _check_vocabulary(model, reference)
             found.append(_evaluate(variant.label, model, rows, batches, score, config, on_event))
         except AdapterError as error:
-            on_event(Note(f"'{variant.label}' could not be evaluated: {error.message}", "warning"))
-            found.append(Evaluation(variant.label, error=error.message))
+            if not variant.problem:  # else it was said already
+                on_event(Note(f"'{variant.label}' could not be evaluated: {error.message}", "warning"))
+            found.append(Evaluation(variant.label, error=error.with_hint))
     created = datetime.now(UTC).isoformat(timespec="seconds")
     return EvaluationReport(created, record, config.score, label, tuple(found))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.adapter import Adapter
-from mlx_adapters.benchmarking.variants import Variant, as_text, parse_variants, prepare, workspace
+from mlx_adapters.benchmarking.variants import Variant, as_text, parse_variants, prepare, short_names, workspace
 from mlx_adapters.door import harness_model
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError
 from mlx_adapters.events import Note, OnEvent, Progress, ignore
@@ -48,12 +48,13 @@ class TaskReport:
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Headers and lines for people."""
         lines: list[tuple[str, ...]] = []
+        names = short_names(e.variant for e in self.evaluations)
         for e in self.evaluations:
             if e.error is not None:
-                lines.append((e.variant, "-", "-", "-", e.error))
+                lines.append((names[e.variant], "-", "-", "-", e.error))
             for r in e.results:
                 value = f"{r.value:.4g}" + (f" ± {r.error:.2g}" if r.error is not None else "")
-                lines.append((e.variant, r.task, r.metric, str(r.rows or "-"), value))
+                lines.append((names[e.variant], r.task, r.metric, str(r.rows or "-"), value))
         return ("VARIANT", "TASK", "METRIC", "ROWS", "VALUE ± STANDARD ERROR"), lines
 
 
@@ -91,7 +92,7 @@ def run_tasks(
                 )  # fmt: skip
                 found.append(TaskEvaluation(variant.label, tuple(results(raw))))
             except Exception as error:  # the harness raises what its data sets raise: no network, no access, ...
-                why = error.message if isinstance(error, AdapterError) else f"{type(error).__name__}: {error}"
+                why = error.with_hint if isinstance(error, AdapterError) else f"{type(error).__name__}: {error}"
                 on_event(Note(f"'{variant.label}' could not be evaluated: {why}", "warning"))
                 found.append(TaskEvaluation(variant.label, error=why))
     created = datetime.now(UTC).isoformat(timespec="seconds")
