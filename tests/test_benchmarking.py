@@ -1,6 +1,7 @@
 """Benchmarks: statistics on synthetic samples, the plan, real processes on tiny models; no test asserts a time."""
 
 import dataclasses
+import itertools
 import json
 import math
 import struct
@@ -9,6 +10,7 @@ import sys
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import mlx.core as mx
@@ -370,6 +372,33 @@ def test_command_prints_table_and_json(tiny_model, tmp_path, measured, monkeypat
     assert CliRunner().invoke(cli, ["benchmark", "base", "--batch", "0"]).exit_code == 2
 
 
+def test_a_hold_up_does_not_touch_what_is_compared(tiny_model, monkeypatch):
+    """A clock that stands still for 5 s once: the trial's speed shows it, its fastest stretch does not."""
+    ticks = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: (tick := next(ticks)) * 0.1 + (5.0 if tick >= 30 else 0.0))
+    monkeypatch.setattr(measure, "time", clock)
+    module = load_model(tiny_model("llama")).module
+    trial = measure.run_trial(module, mx.array([[1, 2, 3]]), 41)
+    assert trial["decode_tps"] == pytest.approx(40 / (40 * 0.1 + 5.0))
+    assert trial["stretch_tps"] == pytest.approx(1 / 0.1)
+    assert measure.run_trial(module, mx.array([[1, 2, 3]]), 2)["stretch_tps"] == pytest.approx(1 / 0.1)
+
+
+def test_a_disturbed_trial_in_each_round_hides_no_difference():
+    report = synthetic({"one": 100, "two": 90})
+    for process in report.runs:
+        trial = process.result["shapes"][0]["trials"][process.round % 2]
+        trial["stretch_tps"] *= 0.3 + 0.1 * process.round
+    ratio = next(c.ratio for c in report.comparisons if c.metric == "decode_tps")
+    assert ratio.differs and ratio.value == pytest.approx(0.9, abs=0.01)
+    (change,) = (
+        c
+        for c in changes(report, synthetic({"one": 100, "two": 90}))
+        if c.variant == "two" and c.metric == "decode_tps"
+    )
+    assert not change.ratio.differs
+
+
 # -- sentences ----------------------------------------------------------------------------------------
 
 
@@ -384,7 +413,7 @@ def synthetic(
         for label, speed in speeds.items():
             trials = [
                 {"ttft_seconds": 0.1, "prefill_tps": 80.0, "tpot_seconds": 1 / speed, "kv_cache_bytes": 10,
-                 "decode_tps": float(speed * np.exp(random.normal(0, noise)))}
+                 "decode_tps": (tps := float(speed * np.exp(random.normal(0, noise)))), "stretch_tps": tps}
                 for _ in range(2)
             ]  # fmt: skip
             shape = {"prompt_tokens": 8, "batch": 1, "trials": trials, "peak_memory_bytes": memory, "token_ids": [1]}
@@ -414,7 +443,7 @@ def test_nothing_changes_by_minus_zero():
 
 
 def test_wide_intervals_are_not_called_equality():
-    noisy = synthetic({"base": 100.0, "other": 100.0}, noise=1.0, count=3)
+    noisy = synthetic({"base": 100.0, "other": 100.0}, noise=1.0, count=3, seed=1)
     assert text.sentences(noisy)[0].startswith("other against base, decode: too few or too noisy rounds to tell [-")
 
 

@@ -39,7 +39,7 @@ def changes(new: Report, old: Report) -> list[Change]:
     for label, name in short_names(new.labels).items():
         for metric in COMPARED if label in old.labels else ():
             for shape in shapes if METRICS[metric].per_shape else [None]:
-                ratio = unpaired_ratio(new.blocks(label, metric, shape), old.blocks(label, metric, shape))
+                ratio = unpaired_ratio(new.evidence(label, metric, shape), old.evidence(label, metric, shape))
                 if ratio is not None:
                     found.append(Change(name, metric, ratio, *(shape or (None, None))))
     return found

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from mlx_adapters.config import DTYPES, require
 
+STRETCH = 16  # decode steps in a row, the fastest of which are compared
+
 
 @dataclass(frozen=True)
 class BenchmarkConfig:

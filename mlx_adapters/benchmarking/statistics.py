@@ -2,11 +2,12 @@
 
 Timings of one process have much in common (its memory layout, what else the machine did just then), so the
 process, not the trial, is the unit of evidence: trials come in blocks, one block per process, and every
-variant runs once in each round of blocks. Two variants are compared by the ratio of their medians within a
-round, which cancels slow drift. The rounds' log ratios are resampled (bootstrap) for the standard error; with
-few rounds the plain percentile interval is far too narrow, so the interval is that error, corrected by
-√(n/(n-1)), times Student's t (Hesterberg, arXiv 1411.5279, section 3.2). Two rounds that happen to agree
-would look like certainty, so below MIN_ROUNDS there is a ratio, but no interval and no claim.
+variant runs once in each round of blocks. Two variants are compared by the ratio within a round (of their
+medians, where a round has several values), which cancels slow drift. The rounds' log ratios are resampled
+(bootstrap) for the standard error; with few rounds the plain percentile interval is far too narrow, so the
+interval is that error, corrected by √(n/(n-1)), times Student's t (Hesterberg, arXiv 1411.5279, section 3.2).
+Two rounds that happen to agree would look like certainty, so below MIN_ROUNDS there is a ratio, but no
+interval and no claim.
 
 Pure functions on numbers; "blocks" are {round: [values of its trials]}.
 """

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from mlx_adapters.benchmarking.plan import STRETCH
 from mlx_adapters.benchmarking.report import METRICS, Report, Row, ShapeRow
 from mlx_adapters.benchmarking.statistics import Ratio, Summary
 from mlx_adapters.units import count, number, size
@@ -24,6 +25,7 @@ def head(report: Report) -> list[str]:
         f"{name}, {count(m['cores'], 'core')}, {size(m['memory_bytes'])} memory, {m['system']}; {versions}",
         f"{prompts} {lengths} tokens, {c.decode_tokens} decoded, batch {', '.join(map(str, c.batch))}; "
         f"{count(c.rounds, 'round')} of fresh processes, {count(c.trials, 'trial')} each: median (smallest-largest)",
+        f"compared by each round's best trial, decoding by its fastest {STRETCH} steps in a row",
         *arithmetic(report.rows),
         *_quality_head(report),
     ]
