@@ -16,7 +16,7 @@ from typing import Any
 from mlx_adapters import files, tensor_files
 from mlx_adapters.config import Quantization
 from mlx_adapters.door import load_config, mx
-from mlx_adapters.errors import HubError, ModelError, NotFoundError
+from mlx_adapters.errors import HubError, ModelError, NotFoundError, did_you_mean
 from mlx_adapters.tensor_names import CONFIG_FILE
 
 DEMO = "demo"
@@ -180,22 +180,36 @@ def resolve_base(name: str | Path | Base, download: bool = True) -> Base:
     if isinstance(name, Path) or files.is_path(text) or folder.is_dir():
         if not (folder / "config.json").is_file():
             what = "no config.json in it" if folder.is_dir() else "no such folder"
-            raise NotFoundError(f"There is no model at '{text}': {what}.", _adapter_hint(folder))
+            raise NotFoundError(f"There is no model at '{text}': {what}.", _hint(text, folder))
         return Base(str(folder), folder)
     if not HUB_ID.fullmatch(text):
-        raise NotFoundError(
-            f"There is no base model '{text}'.",
-            "a base is 'demo', a folder, or a Hub id such as 'mlx-community/Qwen3-0.6B-4bit'.",
-        )
+        raise NotFoundError(f"There is no model '{text}'.", _hint(text, folder))
     repo, _, revision = text.partition("@")
-    folder = _snapshot(repo, revision or None, download)
-    if not (folder / "config.json").is_file():
-        raise NotFoundError(f"There is no model in '{text}': no config.json in it.", _adapter_hint(folder))
-    return Base(text, folder, folder.name if folder.parent.name == "snapshots" else revision or None)
+    try:
+        snapshot = _snapshot(repo, revision or None, download)
+    except HubError as error:
+        if near := did_you_mean(text, _models_beside(text, folder)):
+            raise HubError(error.message, f"{near} Else {error.hint or 'check the name.'}") from error
+        raise
+    if not (snapshot / "config.json").is_file():
+        raise NotFoundError(f"There is no model in '{text}': no config.json in it.", _hint(text, snapshot))
+    return Base(text, snapshot, snapshot.name if snapshot.parent.name == "snapshots" else revision or None)
 
 
-def _adapter_hint(folder: Path) -> str | None:
-    return "it is an adapter: name it with --adapter." if (folder / CONFIG_FILE).is_file() else None
+def _hint(text: str, folder: Path) -> str | None:
+    """The next step where `folder`, called `text`, holds no model."""
+    if (folder / CONFIG_FILE).is_file():
+        return "it is an adapter: name it with --adapter."
+    general = "a model is 'demo', a folder with config.json, or a Hub id such as 'mlx-community/Qwen3-0.6B-4bit'."
+    return did_you_mean(text, _models_beside(text, folder), general)
+
+
+def _models_beside(text: str, folder: Path) -> list[str]:
+    """The model folders beside `folder`, spelled as `text` is."""
+    start = text.rstrip("/").removesuffix(folder.name)
+    with contextlib.suppress(OSError):
+        return [f"{start}{path.name}" for path in folder.parent.iterdir() if (path / "config.json").is_file()]
+    return []
 
 
 def _snapshot(repo: str, revision: str | None, download: bool) -> Path:

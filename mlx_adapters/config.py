@@ -93,7 +93,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         value = yaml.load(Path(path).read_bytes(), Loader)
     except FileNotFoundError:
-        raise NotFoundError(f"There is no config file '{path}'.") from None
+        raise NotFoundError(f"There is no config file '{path}'.", "'train --print-config' makes one.") from None
     except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         detail = " ".join(str(error).split())
         raise ConfigError(f"The config file '{path}' cannot be read: {detail}.") from None

@@ -212,7 +212,7 @@ def add_adapter_layers(module: nn.Module, config: AdapterConfig) -> None:
     layers = adaptable_layers(module)
     missing = [key for key in config.keys if key not in layers]
     if missing:
-        raise IncompatibleError(f"The model has no layer '{missing[0]}'.")
+        raise IncompatibleError(f"The model has no layer '{missing[0]}'.", "is it the base that the adapter is for?")
     made = [(key, _adapter_layer(layers[key], key, config)) for key in config.keys]
     module.update_modules(tree_unflatten(made))
 

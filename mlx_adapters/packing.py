@@ -57,7 +57,9 @@ def pack(source: str, target: str | Path, *, checkpoints: bool = False, overwrit
     files.refuse_existing(target, overwrite)
     folder, iteration = registry.locate(source)
     if not folder.is_dir():
-        raise NotFoundError(f"There is no adapter or model folder '{folder}'.")
+        raise NotFoundError(
+            f"There is no adapter or model folder '{folder}'.", "'mlx-adapters list' shows the adapters."
+        )
     if (folder / CONFIG_FILE).is_file():
         members = _adapter_members(folder, iteration, checkpoints)
     else:

@@ -6,11 +6,14 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from mlx.utils import tree_flatten
 from tiny_models import ARCHITECTURES
 
+from mlx_adapters import registry
 from mlx_adapters.adapter import Adapter, AdapterConfig, write_adapter
 from mlx_adapters.bases import resolve_base
+from mlx_adapters.cli import cli
 from mlx_adapters.config import LoraConfig, Quantization
 from mlx_adapters.errors import ConfigError, ExistsError, FormatError, IncompatibleError
 from mlx_adapters.fusion.fuse import fuse as fuse_and_check
@@ -261,10 +264,6 @@ def test_nan_and_inf_are_refused(tiny_model, tmp_path):
 
 
 def test_fuses_from_the_command_line(tiny_model, tmp_path, home):
-    from click.testing import CliRunner
-
-    from mlx_adapters.cli import cli
-
     folder = tiny_model("llama", bits=4)
     write_adapter(make_adapter(folder), home / "adapters" / "tiny")
     run = CliRunner().invoke(cli, ["fuse", "tiny", str(tmp_path / "out"), "--bits", "8", "--json"])
@@ -283,3 +282,30 @@ def test_survival_looks_at_some_rows_of_a_tall_layer_and_tells_the_same():
     some.add(*(part[sample(1024)] for part in rows))
     assert rows[0][sample(1024)].shape[0] == 256 and sample(100) == slice(None, None, 1)
     assert some.result("x").cosine == pytest.approx(whole.result("x").cosine, rel=0.02)
+
+
+def test_a_mistyped_model_folder_is_named_with_the_one_that_was_meant(tiny_model, home, tmp_path, monkeypatch):
+    """As a path, as a folder that could be a Hub id, and as a bare name."""
+    folder = tiny_model("llama")
+    registry.register(make_adapter(folder), "sql")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sql-8bit").symlink_to(folder)
+    (tmp_path / "sql-8bit").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    for wrong in ("./out/sql-8bti", f"{tmp_path}/out/sql-8bti", "out/sql-8bti", "sql-8bti"):
+        error = CliRunner().invoke(cli, ["fuse", "--check-only", wrong, "--adapter", "sql"]).exception
+        assert f"'{wrong}'" in error.message
+        assert error.hint.startswith(f"did you mean '{wrong.replace('bti', 'bit')}'?")
+    (tmp_path / "empty").mkdir()
+    error = CliRunner().invoke(cli, ["fuse", "--check-only", "./empty", "--adapter", "sql"]).exception
+    assert "no config.json in it" in error.message and "a model is 'demo'" in error.hint
+
+
+def test_refused_settings_say_what_to_do(tiny_model, tmp_path):
+    folder = tiny_model("llama")
+    adapter = make_adapter(folder)
+    for options in ({"weights": [1, 2]}, {"quantization": 4, "options": FuseOptions(format="hf")},
+                    {"options": FuseOptions(format="gguf", max_kl=0.1)}):  # fmt: skip
+        with pytest.raises(ConfigError) as caught:
+            fuse(folder, adapter, tmp_path / "out", **options)
+        assert "--" in caught.value.hint

@@ -15,7 +15,7 @@ def real_prompts(source: str, tokenizer: Any, batch: int, length: int) -> mx.arr
     rows = data.rows(data.judging)
     lines = [row.tokens.tolist() for row in tokenize(rows, tokenizer).rows]
     if not lines:
-        raise FormatError(f"The data '{source}' has no row that makes a prompt.")
+        raise FormatError(f"The data '{source}' has no row that makes a prompt.", "are all of them empty?")
     prompts = []
     for number in range(batch):
         start = number * len(lines) // batch

@@ -269,7 +269,7 @@ def read_report(path: Path) -> Report:
     raw = files.read_json(path)
     try:
         if raw["format"] != FORMAT:
-            raise FormatError(f"'{path}' is a report of another version (format {raw['format']}).")
+            raise FormatError(f"'{path}' is a report of another version (format {raw['format']}).", "measure again.")
         known = {name: raw[name] for name in Report.__dataclass_fields__ if name in raw}
         return Report(**known | {
             "config": from_mapping(BenchmarkConfig, raw["config"]), "warnings": tuple(raw["warnings"]),

@@ -224,9 +224,12 @@ def compare_command(a: str, b: str, data: str | None, base: str | None, layers: 
     shown = [_row(layer) for layer in found.layers] if layers else _kind_rows(found.layers)
     _output.table(heads, [*shown, total], right=(1, 2, 3))
     if len(shown) < len(found.layers):
-        farthest = sorted(found.layers, key=lambda layer: -2 if layer.cosine is None else layer.cosine)
+        shared = [layer for layer in found.layers if layer.cosine is not None]
         _output.out("\nMost different (--layers shows each):")
-        _output.table(("LAYER", *heads[1:]), map(_row, farthest[:MOST_DIFFERENT]), right=(1, 2, 3))
+        farthest = sorted(shared, key=lambda layer: layer.cosine or 0.0)[:MOST_DIFFERENT]
+        _output.table(("LAYER", *heads[1:]), map(_row, farthest), right=(1, 2, 3))
+        if alone := len(found.layers) - len(shared):
+            _output.out(f"No cosine in {count(alone, 'layer')}: only one of the two changes it.")
 
 
 def _row(layer: "LayerComparison") -> tuple[str, ...]:

@@ -31,7 +31,8 @@ def _question(row: RawRow, model: Model) -> Question:
     messages = messages_of(row)
     last = next((i for i in reversed(range(len(messages))) if messages[i]["role"] == "assistant"), 0)
     if last == 0 or not isinstance(messages[last].get("content"), str):
-        raise FormatError(f"{row.where}: there is no answer to a question in the row.")
+        raise FormatError(f"{row.where}: there is no answer to a question in the row.",
+                          "without --score none is needed.")  # fmt: skip
     expected = messages[last]["content"]
     if row.format == "completion" and not model.has_template:
         return Question(tuple(model.encode(row.values["prompt"])), expected, row)

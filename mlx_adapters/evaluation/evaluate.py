@@ -200,7 +200,8 @@ def choose_reference(variants: Sequence[Variant], config: EvaluationConfig) -> s
     """The label of the variant that the others are held against."""
     labels = [variant.label for variant in variants if not variant.problem]
     if config.reference is not None:
-        require(config.reference in labels, f"The reference '{config.reference}' is not among the variants.")
+        require(config.reference in labels, f"The reference '{config.reference}' is not among the variants.",
+                f"one of: {', '.join(labels)}.")  # fmt: skip
         return config.reference
     adapters = [variant.label for variant in variants if variant.adapter and not variant.problem]
     return adapters[0] if adapters and len(labels) > 1 else None

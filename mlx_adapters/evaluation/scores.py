@@ -72,7 +72,9 @@ def _command(detail: str, data: Path) -> Score:
         try:
             done = subprocess.run(command, input=question, capture_output=True, text=True, timeout=COMMAND_SECONDS)
         except FileNotFoundError:
-            raise NotFoundError(f"There is no program '{command[0]}' to score with.") from None
+            raise NotFoundError(
+                f"There is no program '{command[0]}' to score with.", "is it installed, and on the PATH?"
+            ) from None
         except (subprocess.TimeoutExpired, PermissionError) as error:
             raise FormatError(f"The score command '{detail}' failed: {error}.") from None
         return _number(done.stdout, done.returncode, detail)

@@ -30,7 +30,7 @@ class Database:
     def __init__(self, path: Path) -> None:
         path = Path(path)
         if not path.is_file():
-            raise NotFoundError(f"There is no database '{path}'.")
+            raise NotFoundError(f"There is no database '{path}'.", "name it: --score sqlite:FILE.")
         self._image = path.read_bytes()
         try:
             with closing(self._connect()) as connection:

@@ -103,11 +103,11 @@ def _plain_format(
     if options.format == "mlx":
         return asked
     eight = options.format == "gguf" and (given == 8 or given == Quantization(8))
-    require(
-        given in ("keep", "none") or eight,
-        f"The format '{options.format}' takes {'--bits none or 8' if options.format == 'gguf' else '--bits none'}.",
-    )
-    require(options.max_kl is None and options.budget_bits is None, "Mixed precision needs the MLX format.")
+    bits = "--bits none or 8" if options.format == "gguf" else "--bits none"
+    other = "for other bits leave --format out: the MLX format has them all."
+    require(given in ("keep", "none") or eight, f"The format '{options.format}' takes {bits}.", other)
+    mixed = options.max_kl is not None or options.budget_bits is not None
+    require(not mixed, "Mixed precision needs the MLX format.", "leave out --max-kl and --budget-bits, or --format.")
     return "none"
 
 
@@ -134,7 +134,8 @@ def gather_updates(
     """Read the adapters and pair them with their weights (default 1 each). Raises ConfigError."""
     loaded = [load_adapter(adapter) for adapter in adapters]
     shares = [1.0] * len(loaded) if weights is None else [float(w) for w in weights]
-    require(len(shares) == len(loaded), f"{count(len(loaded), 'adapter')}, but {count(len(shares), 'weight')}.")
+    require(len(shares) == len(loaded), f"{count(len(loaded), 'adapter')}, but {count(len(shares), 'weight')}.",
+            "give --weight once for each adapter, in their order, or not at all.")  # fmt: skip
     require(all(abs(share) < float("inf") for share in shares), "weights must be finite numbers.")
     require(bool(loaded) or bool(replaced), "Nothing to fuse: no adapter was given.")
     return Updates(tuple(zip(loaded, shares, strict=True)), replaced or {})
@@ -230,7 +231,7 @@ def fuse_again(path: str | Path, out: str | Path, *, overwrite: bool = False, on
         tokenizer = load_tokenizer_of(base)
         text = choose_text(options.calibration, adapters, tokenizer, options.calibration_rows, options.check_rows)
         if text.sha256 != recipe.text["sha256"]:
-            raise IncompatibleError(f"The text '{text.source}' is not the one of the recipe any more.")
+            raise IncompatibleError(f"The text '{text.source}' is not the one of the recipe any more.", recipes.ANEW)
     weights = [entry["weight"] for entry in recipe.adapters]
     given = [entry["reference"] for entry in recipe.adapters]
     result = fuse(

@@ -44,10 +44,12 @@ class FuseOptions:
             self.max_kl is None or self.budget_bits is None,
             "Give --max-kl (max_kl) or --budget-bits (budget_bits), not both.",
         )
-        require(self.max_kl is None or self.check, "max_kl is a promise that has to be checked.")
+        require(
+            self.max_kl is None or self.check, "max_kl is a promise that has to be checked.", "leave out --no-check."
+        )
         require(self.format in FORMATS, f"There is no format '{self.format}'.", did_you_mean(self.format, FORMATS))
         if self.budget_bits is not None or self.max_kl is not None:
-            require(self.method != "nearest", "Mixed precision needs the method 'calibrated'.")
+            require(self.method != "nearest", "Mixed precision needs the method 'calibrated'.", "leave --method out.")
 
 
 DEFAULTS = FuseOptions()

@@ -14,6 +14,7 @@ from mlx_adapters.registry import load_adapter
 
 RECIPE_FILE, REPORT_FILE = "fuse_recipe.json", "fuse_report.json"
 WEIGHT_FILES = ("model*.safetensors", "*.gguf")
+ANEW = "put the old one back, or fuse anew without --again."
 Given = Adapter | str | Path
 JsonPrecision = dict[str, Any] | str | None
 
@@ -93,13 +94,13 @@ def ingredients(recipe: Recipe) -> tuple[Base, list[Adapter]]:
     """The base and adapters of a recipe, proven to be the same. Raises IncompatibleError if they changed."""
     base = resolve_base(recipe.base["name"])
     if base.fingerprint != recipe.base["fingerprint"]:
-        raise IncompatibleError(f"The base '{base.name}' is not the one of the recipe any more.")
+        raise IncompatibleError(f"The base '{base.name}' is not the one of the recipe any more.", ANEW)
     adapters = []
     for entry in recipe.adapters:
         if entry["reference"] is None:
             raise FormatError("The recipe was made with an adapter that lay in memory only.", "fuse it by hand.")
         adapter = load_adapter(entry["reference"])
         if adapter.fingerprint != entry["fingerprint"]:
-            raise IncompatibleError(f"Adapter '{entry['reference']}' is not the one of the recipe any more.")
+            raise IncompatibleError(f"Adapter '{entry['reference']}' is not the one of the recipe any more.", ANEW)
         adapters.append(adapter)
     return base, adapters

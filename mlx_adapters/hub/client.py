@@ -96,7 +96,8 @@ def _from_status(what: str, error: Any) -> HubError:
     if status == 401 and "nvalid" in said:
         return HubError(f"Cannot {what}: the Hub does not accept your token.", SIGN_IN)
     if status in (401, 404):
-        return HubError(f"Cannot {what}: there is no such repository, or you may not see it.", SIGN_IN)
+        return HubError(f"Cannot {what}: there is no such repository, or you may not see it.",
+                        f"check its name; for a private one {SIGN_IN}")  # fmt: skip
     if status == 403:
         return HubError(f"Cannot {what}: you may not ({said}).", "use a token with write access to that namespace.")
     if status == 429:

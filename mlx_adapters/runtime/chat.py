@@ -84,7 +84,7 @@ def read_prompts(path: Path) -> list[str]:
     found = [_prompt(line, f"'{path}', line {i}") if path.suffix.lower() == ".jsonl" else line.strip()
              for i, line in enumerate(lines, start=1)]  # fmt: skip
     if not found:
-        raise FormatError(f"'{path}' holds no prompt.")
+        raise FormatError(f"'{path}' holds no prompt.", "write one to a line.")
     return found
 
 
