@@ -255,6 +255,14 @@ def test_any_points_make_a_picture_or_are_refused(points):
         assert str(error) == "nothing to draw"
 
 
+@pytest.mark.parametrize(("last", "shown"), [(12, "0 5 10 15"), (3, "0 1 2 3"), (600, "0 200 400 600")])
+def test_iterations_are_counted_in_whole_numbers(last, shown):
+    root = xml.etree.ElementTree.fromstring(charts.line_chart({"loss": [(0, 1.0), (last, 2.5)]}, "", "", ""))
+    texts = [element for element in root.iter("{http://www.w3.org/2000/svg}text") if (element.text or "").isdigit()]
+    lowest = max(float(element.get("y")) for element in texts)
+    assert " ".join(element.text for element in texts if float(element.get("y")) == lowest) == shown
+
+
 CURVES = {"training": [(10, 3.0), (20, 1.0), (30, 0.5)], "validation": [(0, 3.0), (30, 1.0)]}
 
 

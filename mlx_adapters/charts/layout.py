@@ -45,12 +45,14 @@ class Label:
 Mark = Rule | Curve | Label
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers that cover `low` to `high`."""
+def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[float]:
+    """About `count` round numbers that cover `low` to `high`; `whole`: no fractions."""
     span = (high - low) or abs(high) or 1.0
     raw = span / count
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * 0.999)
+    factors = (1, 2, 5, 10) if whole else (1, 2, 2.5, 5, 10)
+    step = next(power * factor for factor in factors if power * factor >= raw * 0.999)
+    step = max(step, 1.0) if whole else step
     first = math.floor(low / step)
     return [round(i * step, 12) for i in range(first, math.ceil(high / step - 1e-9) + 1)]
 
@@ -70,7 +72,8 @@ def line_marks(
 ) -> list[Mark]:
     """The marks of a chart of `series` (name -> (x, y) points) with grid, axis labels and a legend."""
     kept = finite(series)
-    xs = ticks(min(x for p in kept.values() for x, _ in p), max(x for p in kept.values() for x, _ in p))
+    places = [x for points in kept.values() for x, _ in points]
+    xs = ticks(min(places), max(places), whole=all(x.is_integer() for x in map(float, places)))
     ys = ticks(min(y for p in kept.values() for _, y in p), max(y for p in kept.values() for _, y in p))
     right, bottom = width - RIGHT, height - BOTTOM
 
