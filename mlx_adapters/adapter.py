@@ -28,6 +28,7 @@ from mlx_adapters.tensor_names import (
 )
 from mlx_adapters.units import count
 
+Weights = dict[str, mx.array]  # by tensor name
 # What plain mlx-lm's trainer records beside the settings of the layers.
 MLX_LM_SETTINGS = (
     "data", "iters", "batch_size", "learning_rate", "lr_schedule", "optimizer", "seed", "max_seq_length",
@@ -89,7 +90,7 @@ class Adapter:
     """An adapter in memory: `weights` maps `{module path}.lora_a|lora_b|m` to arrays."""
 
     config: AdapterConfig
-    weights: dict[str, mx.array]
+    weights: Weights
     metadata: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     iteration: int | None = None
@@ -149,7 +150,7 @@ class Adapter:
         for key in self.config.keys:
             yield (key, *self.factors(key))
 
-    def with_weights(self, weights: dict[str, mx.array]) -> "Adapter":
+    def with_weights(self, weights: Weights) -> "Adapter":
         """The same adapter with other weights."""
         return replace(self, weights=weights)
 

@@ -24,6 +24,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 MODEL_FILES = ["*.json", "model*.safetensors", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
 # (mlx-lm's name, of which model type, the name that transformers 5 may write instead)
 RENAMED_SETTINGS = (("num_experts", "qwen3_moe", "num_local_experts"), ("n_ctx", "gpt2", "n_positions"))
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "model_max_length")
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 
 
@@ -58,6 +59,15 @@ class Base:
     def positions(self) -> int | None:
         """How many positions a model has that learned each of them (GPT-2); None for all others."""
         return self.config.get("n_positions")
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens the model is made for; None where its config does not tell."""
+        for config in (self.config, self.config.get("text_config") or {}):
+            for key in CONTEXT_KEYS:
+                if isinstance(config.get(key), int) and config[key] > 0:
+                    return config[key]
+        return None
 
     @property
     def quantization(self) -> Quantization | None:

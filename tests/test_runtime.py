@@ -336,8 +336,8 @@ def test_public_load_model_takes_an_adapter(tiny_model, tmp_path):
     adapter = random_adapter(load_plain_model(folder))
     path = write_adapter(adapter, tmp_path / "sql")
     model = ma.load_model(folder, path)
-    assert (isinstance(model, LiveModel) and "sql" in repr(model)) or "random0" in repr(model)
-    assert model.generate("hello", max_tokens=3).finish_reason in ("length", "stop")
+    assert isinstance(model, LiveModel) and "at work: random0: 1" in repr(model)
+    assert 1 <= len(model.generate("hello", max_tokens=3).token_ids) <= 3
 
 
 def test_ids_that_the_model_has_no_row_for_are_refused(tiny_model):

@@ -110,7 +110,7 @@ def files_of(variant: Variant) -> list[Path]:
 
 def check_lengths(model: Model, config: BenchmarkConfig) -> None:
     """Refuse prompts that do not fit into the model's context."""
-    context = model.config.get("max_position_embeddings") or model.config.get("n_positions")
+    context = model.base.context
     longest = max(config.prompt_tokens) + config.decode_tokens
     require(
         not context or longest <= context,

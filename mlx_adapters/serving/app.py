@@ -24,7 +24,7 @@ from mlx_adapters.serving.jobs import Job, Piece
 from mlx_adapters.serving.protocol import Asked, Writer, usage
 from mlx_adapters.serving.transport import EventStream, error_response, left, read_body
 
-CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "model_max_length")
+DEFAULT_CONTEXT = 8192  # of a model whose config does not tell
 
 
 class Server:
@@ -33,7 +33,7 @@ class Server:
     def __init__(self, engine: Engine) -> None:
         self.engine, self.settings = engine, engine.settings
         self.tokenizer = engine.model.tokenizer
-        self.context = context_of(engine.model.config)
+        self.context = engine.model.base.context or DEFAULT_CONTEXT
         self._keys = [hashlib.sha256(key.encode()).digest() for key in self.settings.api_keys]
         self._tokenizing = threading.Lock()
 
@@ -266,12 +266,3 @@ class Server:
                 if asked.include_usage:
                     yield writer.usage_chunk(usage(len(job.prompt), piece.completion_tokens))
                 return
-
-
-def context_of(config: dict[str, Any]) -> int:
-    """How many tokens the model's context holds."""
-    for source in (config, config.get("text_config") or {}):
-        for key in CONTEXT_KEYS:
-            if isinstance(source.get(key), int) and source[key] > 0:
-                return source[key]
-    return 8192

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from mlx_adapters import errors
+from mlx_adapters.adapter import Weights
 from mlx_adapters.door import mx
 from mlx_adapters.errors import AdapterError
 
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-Weights = dict[str, mx.array]
 
 
 class LostPeerError(Exception):

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_adapters.adapter import Weights
 from mlx_adapters.config import TrainConfig
 from mlx_adapters.door import mx, nn
 from mlx_adapters.tensor_names import block_index
 from mlx_adapters.training import fuse_aware, graph, losses
 from mlx_adapters.training.batches import Batch
 from mlx_adapters.training.distributed import World
-from mlx_adapters.training.losses import Arrays, Weights
+from mlx_adapters.training.losses import Arrays
 from mlx_adapters.training.optimizers import Optimizer, compiled
 
 EQUAL = 1e-4  # relative; float32 sums in another order differ by less

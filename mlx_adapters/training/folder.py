@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters import files, registry
-from mlx_adapters.adapter import AdapterConfig
+from mlx_adapters.adapter import AdapterConfig, Weights
 from mlx_adapters.config import LoraConfig, TrainConfig
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.machine import versions
@@ -18,7 +18,7 @@ from mlx_adapters.registry import Reference
 from mlx_adapters.tensor_names import ADAPTER_FILE, CONFIG_FILE, METADATA_FILE
 from mlx_adapters.training import state as states
 from mlx_adapters.training.recipe import settings_of
-from mlx_adapters.training.state import RECIPE_FILE, State, Weights
+from mlx_adapters.training.state import RECIPE_FILE, State
 
 
 def place_of(name: str) -> tuple[Reference, Path]:

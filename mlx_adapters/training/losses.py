@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_adapters.adapter import Weights
 from mlx_adapters.door import mx, nn
 from mlx_adapters.training import graph
 
-Weights = dict[str, mx.array]
 # Logits of one chunk. MLX runs about ten operations ahead, so several chunks' worth of memory is in use.
 CHUNK_BYTES = 16 << 20
 

@@ -10,12 +10,11 @@ from typing import Any
 
 from mlx import optimizers
 
+from mlx_adapters.adapter import Weights
 from mlx_adapters.config import TrainConfig
 from mlx_adapters.door import mx
 from mlx_adapters.machine import on_gpu
 from mlx_adapters.tensor_names import LORA_B, split
-
-Weights = dict[str, mx.array]
 
 
 def compiled(function: Callable, state: Any = None) -> Callable:

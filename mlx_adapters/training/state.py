@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters import files, tensor_files
-from mlx_adapters.door import mx
+from mlx_adapters.adapter import Weights
 from mlx_adapters.errors import AdapterError, FormatError
 from mlx_adapters.tensor_names import ADAPTER_FILE, CHECKPOINTS_FOLDER, checkpoint_file
 
 VERSION = 1
 OPTIMIZER_FILE, STATE_FILE, RECIPE_FILE = "optimizer.safetensors", "state.json", "recipe.json"
-Weights = dict[str, mx.array]
 
 
 @dataclass
