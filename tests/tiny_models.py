@@ -118,12 +118,13 @@ def build_model(
 
 
 def _random_weights(model, seed: int, dtype: mx.Dtype) -> list[tuple[str, mx.array]]:
-    """Matrices ~ N(0, 1/in); norms and biases are moved off their start values so that they count."""
+    """Matrices ~ N(0, 1/in); norms lie around 1 and biases around 0, never where MLX's own random numbers put them."""
     rng = np.random.default_rng(seed)
     weights = []
     for name, value in sorted(tree_flatten(model.parameters())):
         noise = rng.standard_normal(value.shape).astype(np.float32)
-        start, spread = (0.0, value.shape[-1] ** -0.5) if value.ndim > 1 else (np.array(value), 0.1)
+        bias = name.endswith("bias")
+        start, spread = (0.0, value.shape[-1] ** -0.5) if value.ndim > 1 else (0.0 if bias else np.array(value), 0.1)
         weights.append((name, mx.array(start + spread * noise).astype(dtype)))
     return weights
 
