@@ -229,7 +229,7 @@ def main():
     options = parser.parse_args()
     if unknown := set(options.disciplines) - set(race_legs.DISCIPLINES):
         parser.error(f"there is no discipline {', '.join(sorted(unknown))}")
-    start, machine = time.time(), environment()
+    start, machine, at_start = time.time(), environment(), system_state()
     saved = {"machine": machine.to_json(), "parts": {}}
     saved["parts"] = earlier(options.json, saved["machine"])
     with tempfile.TemporaryDirectory() as name:
@@ -239,7 +239,7 @@ def main():
             values, errors = run_part(names, job, options.rounds)
             notes = [f"{what}: {why}" for what, why in errors.items()]
             notes += [f"{name}: {NO_RIVAL[name]}" for name in names if name in NO_RIVAL]
-            notes += warnings(before, system_state(), machine.cores)
+            notes += warnings(at_start, system_state(), machine.cores)  # the load of earlier parts is our own
             settings = {k: os.path.basename(str(v)) for k, v in vars(options).items() if k not in ("json", "readme")}
             common = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "state": before, "notes": notes,
                       "settings": settings, "seconds": time.time() - begun}  # fmt: skip
