@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from mlx_adapters.adapter import Adapter
-from mlx_adapters.bases import HUB_ID as HUB_ID
 from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.config import DTYPES, require
 from mlx_adapters.door import load_mlx_model, load_tokenizer, make_sampler, mx, nn, stream_generate

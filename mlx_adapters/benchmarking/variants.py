@@ -18,6 +18,7 @@ from mlx_adapters import files
 from mlx_adapters.config import require
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError, did_you_mean
 from mlx_adapters.events import Note, OnEvent
+from mlx_adapters.fusion.options import BITS
 from mlx_adapters.registry import names, parse_reference
 from mlx_adapters.tensor_names import CONFIG_FILE
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from mlx_adapters.adapter import Adapter
 
 BASE, FUSE = "base", "fuse"
-FUSE_BITS = ("keep", "none", "2", "3", "4", "5", "6", "8")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def parse_variant(text: str) -> Variant:
     head, _, rest = text.partition(":")
     if head == FUSE:
         reference, _, bits = rest.rpartition(":")
-        if bits not in FUSE_BITS or not reference:
+        if bits not in BITS or not reference:
             raise ConfigError(f"'{text}' is no variant.", "write fuse:ADAPTER:BITS, for example fuse:sql:4.")
         parse_reference(reference)
         return Variant(text, adapter=reference, fuse_bits=bits)

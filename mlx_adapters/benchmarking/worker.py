@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 
 from mlx_adapters import files
 from mlx_adapters.adapter import weights_file
+from mlx_adapters.bases import resolve_base
 from mlx_adapters.benchmarking import measure
 from mlx_adapters.benchmarking.plan import BenchmarkConfig
 from mlx_adapters.benchmarking.system import bytes_read_from_disk, drop_from_file_cache, process_memory
@@ -28,7 +29,7 @@ from mlx_adapters.door import mx, wired_limit
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.layers import QUANTIZED, adaptable_layers
 from mlx_adapters.machine import on_gpu
-from mlx_adapters.model import Model, load_tokenizer_of, resolve_base
+from mlx_adapters.model import Model, load_tokenizer_of
 from mlx_adapters.registry import load_adapter, locate
 from mlx_adapters.runtime.live import load_model
 

@@ -14,14 +14,12 @@ from mlx_adapters.cli._options import (
     overwrite_option,
 )
 from mlx_adapters.config import DTYPES, MODES
-from mlx_adapters.fusion.options import FORMATS, METHODS
+from mlx_adapters.fusion.options import BITS, FORMATS, METHODS
 from mlx_adapters.units import count
 
 if TYPE_CHECKING:
     from mlx_adapters.fusion.fidelity import Fidelity
     from mlx_adapters.fusion.result import FuseResult
-
-BITS = ["keep", "none", "2", "3", "4", "5", "6", "8"]
 
 
 @click.command("fuse")

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from mlx_adapters.bases import Base
 from mlx_adapters.door import mx, nn
 from mlx_adapters.fusion.plan import Source, Updates
 from mlx_adapters.layers import dense_layer
-from mlx_adapters.model import Base, load_module
+from mlx_adapters.model import load_module
 
 
 @dataclass(frozen=True)

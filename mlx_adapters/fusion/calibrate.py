@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_adapters import files, tensor_files
+from mlx_adapters.bases import Base
 from mlx_adapters.config import Quantization
 from mlx_adapters.door import mx
 from mlx_adapters.errors import FormatError
@@ -20,7 +21,6 @@ from mlx_adapters.fusion.rounding import OUTPUT_DAMPING
 from mlx_adapters.fusion.stream import dtype_name
 from mlx_adapters.fusion.workers import Task, Workers, worker_count
 from mlx_adapters.layers import weight_shape
-from mlx_adapters.model import Base
 
 Rounded = Future[tuple[Packed, float]]
 
@@ -45,8 +45,7 @@ class Spool:
         file = self._files.get((path, quantization)) if quantization is not None else None
         if file is None or quantization is None:
             return None
-        parts = tensor_files.read_safetensors(file)
-        return Packed(parts["weight"], parts["scales"], parts.get("biases"), quantization)
+        return Packed.of(tensor_files.read_safetensors(file), quantization)
 
     def remove(self) -> None:
         """Delete everything."""
@@ -135,8 +134,7 @@ def _stacked(parts: Sequence[tuple[Packed, float]], ndim: int) -> tuple[Packed, 
         return parts[0]
     first = parts[0][0]
     stacked = {name: mx.stack([packed.tensors[name] for packed, _ in parts]) for name in first.tensors}
-    packed = Packed(stacked["weight"], stacked["scales"], stacked.get("biases"), first.quantization)
-    return packed, sum(loss for _, loss in parts)
+    return Packed.of(stacked, first.quantization), sum(loss for _, loss in parts)
 
 
 def _mean_diagonal(fisher: np.ndarray) -> float:

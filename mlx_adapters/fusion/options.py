@@ -8,6 +8,7 @@ from mlx_adapters.errors import did_you_mean
 
 METHODS = ("auto", "nearest", "calibrated")
 FORMATS = ("mlx", "hf", "gguf")
+BITS = ("keep", "none", "2", "3", "4", "5", "6", "8")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """A layer's weight as the model file holds it, quantized, and how to get there by rounding to nearest."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -18,6 +19,11 @@ class Packed:
     scales: mx.array
     biases: mx.array | None
     quantization: Quantization
+
+    @classmethod
+    def of(cls, parts: Mapping[str, mx.array], quantization: Quantization) -> "Packed":
+        """The weight whose `tensors` these are."""
+        return cls(parts["weight"], parts["scales"], parts.get("biases"), quantization)
 
     @property
     def tensors(self) -> dict[str, mx.array]:

@@ -104,7 +104,7 @@ class Source:
         layer, quantization = self.layers[path], quantization_of(self.layers[path])
         if quantization is None or layer.get("global_scale") is not None:
             return None
-        return Packed(layer.weight, layer.scales, layer.get("biases"), quantization)
+        return Packed.of(layer, quantization)
 
     def rows(self, path: str, start: int, stop: int) -> mx.array:
         """Rows (or experts) of the base's weight in float32, dequantized exactly."""

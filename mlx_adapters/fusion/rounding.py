@@ -218,7 +218,7 @@ class _BlockedRounder:
         rows = mx.array(order.astype(np.int32))
         names = self._best[0].tensors
         parts = {name: mx.concatenate([p.tensors[name] for p in self._best])[rows] for name in names}
-        return Packed(parts["weight"], parts["scales"], parts.get("biases"), self._best[0].quantization)
+        return Packed.of(parts, self._best[0].quantization)
 
 
 def error_felt(errors: Array, hessian: Array, outputs: Array | None = None, factor: Array | None = None) -> float:

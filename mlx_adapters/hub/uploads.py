@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.adapter import Adapter
+from mlx_adapters.bases import HUB_ID, resolve_base
 from mlx_adapters.config import require
 from mlx_adapters.errors import AdapterError, HubError
 from mlx_adapters.events import Note, OnEvent, ignore
@@ -29,7 +30,6 @@ from mlx_adapters.hub.client import (
 )
 from mlx_adapters.hub.remote import PublishedFile, Remote, changes, foresee_refusal, look
 from mlx_adapters.hub.subject import Subject, matches, read_subject
-from mlx_adapters.model import HUB_ID, resolve_base
 from mlx_adapters.units import count
 
 ATTEMPTS, FIRST_WAIT_SECONDS = 5, 2.0
