@@ -30,6 +30,7 @@ from types import SimpleNamespace
 
 import mlx_adapters  # (before MLX: it loads the fast BLAS on Linux)
 from mlx_adapters import files
+from mlx_adapters.bases import resolve_base
 from mlx_adapters.benchmarking import measure, text, worker
 from mlx_adapters.benchmarking import run as running
 from mlx_adapters.benchmarking.changes import changes
@@ -120,6 +121,7 @@ def claims(report):
 
 def overhead(model):
     """Share of the time of a benchmark of two rounds that is neither load, trial nor bandwidth."""
+    resolve_base(model)  # the first time it may be fetched
     report = running.benchmark(["base"], model, rounds=2)
     failed = next((row.error for row in report.rows if row.error), None)
     return sys.exit(failed) if failed else 1 - report.measured_seconds / report.seconds
