@@ -399,6 +399,13 @@ def test_a_disturbed_trial_in_each_round_hides_no_difference():
     assert not change.ratio.differs
 
 
+def test_a_negligible_difference_is_none_however_exact():
+    same = paired_ratio({r: [100_010.0] for r in range(3)}, {r: [100_000.0] for r in range(3)})
+    assert not same.differs and text.phrase("peak_memory_bytes", same) == "no difference seen [+0.0, +0.0] %"
+    more = paired_ratio({r: [101_000.0] for r in range(3)}, {r: [100_000.0] for r in range(3)})
+    assert more.differs and text.phrase("peak_memory_bytes", more) == "1.0 % more [1.0, 1.0]"
+
+
 # -- sentences ----------------------------------------------------------------------------------------
 
 

@@ -28,6 +28,7 @@ STUDENT = (
 )  # fmt: skip
 RESAMPLES = 2000
 MIN_ROUNDS = 3
+NEGLIGIBLE = 0.0005  # 0.05 %, which is printed as 0.0: no difference, however exactly it repeats (memory does)
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,10 @@ class Ratio:
 
     @property
     def differs(self) -> bool:
-        """Whether the interval excludes 1: otherwise no difference was seen."""
-        return self.low is not None and self.high is not None and not self.low <= 1 <= self.high
+        """Whether the interval excludes 1 and what is next to it: otherwise no difference was seen."""
+        if self.low is None or self.high is None:
+            return False
+        return self.low > 1 + NEGLIGIBLE or self.high < 1 - NEGLIGIBLE
 
 
 def student(degrees: float) -> float:
