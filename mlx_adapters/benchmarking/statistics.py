@@ -101,7 +101,12 @@ def paired_ratio(a: Blocks, b: Blocks) -> Ratio | None:
 
 
 def unpaired_ratio(a: Blocks, b: Blocks) -> Ratio | None:
-    """a / b when the rounds have nothing to do with each other, such as two reports (Welch's degrees)."""
+    """a / b of two reports, whose rounds have nothing to do with each other (Welch's degrees).
+
+    All rounds of a report are of one occasion, and the machine's state of another one (its clock, its neighbors)
+    differs from it at least as one round does from the next. That does not average out over rounds: the variance
+    of a report's mean is taken as s² + s² / n, not s² / n.
+    """
     one, two = list(log_medians(a).values()), list(log_medians(b).values())
     if not one or not two:
         return None
@@ -109,7 +114,7 @@ def unpaired_ratio(a: Blocks, b: Blocks) -> Ratio | None:
     rounds = min(len(one), len(two))
     if rounds < MIN_ROUNDS:
         return Ratio(math.exp(center), None, None, rounds)
-    variances = [bootstrap_error(x, seed) ** 2 for seed, x in enumerate((one, two))]
+    variances = [bootstrap_error(x, seed) ** 2 * (len(x) + 1) for seed, x in enumerate((one, two))]
     total = sum(variances)
     parts = sum(v**2 / (len(x) - 1) for v, x in zip(variances, (one, two), strict=True))
     margin = student(total**2 / parts if parts else 1) * math.sqrt(total)
