@@ -1,7 +1,8 @@
-"""Make the notebooks out of their scripts and run them: `./scripts/notebooks [NAME...]`.
+"""Make the notebooks out of their scripts: `./scripts/notebooks [NAME...]`.
 
-`notebooks/NAME.py` is the source, cells begin with `# %%`; `notebooks/NAME.ipynb` is what people read, with the
-outputs of one run from top to bottom. A notebook that fails, or prints a path of this machine, is not written.
+`notebooks/NAME.py` is the source, cells begin with `# %%`; `notebooks/NAME.ipynb` is
+what people read, with the outputs of one run from top to bottom. A notebook that fails,
+or prints a path of this machine, is not written.
 """
 
 import os
@@ -26,33 +27,34 @@ def cells(source: str) -> list:
     for number, part in enumerate(re.split(r"^# %%", source, flags=re.M)[1:]):
         head, _, body = part.partition("\n")
         if "[markdown]" in head:
-            text = "\n".join(line.removeprefix("#").removeprefix(" ") for line in body.strip().splitlines())
-            cell = nbformat.v4.new_markdown_cell(text)
+            lines = body.strip().splitlines()
+            text = [line.removeprefix("#").removeprefix(" ") for line in lines]
+            cell = nbformat.v4.new_markdown_cell("\n".join(text))
         else:
-            cell = nbformat.v4.new_code_cell(body.strip().replace("  # fmt: skip", ""))
+            code = body.strip().replace("  # fmt: skip", "")
+            cell = nbformat.v4.new_code_cell(code)
         cell["id"] = f"cell-{number}"
         found.append(cell)
     return found
 
 
 def tidy(notebook: nbformat.NotebookNode) -> None:
-    """Take out what differs from run to run without saying anything: times, progress on stderr."""
+    """Take out what differs from run to run and says nothing: times, stderr."""
     for cell in notebook.cells:
         cell.metadata.clear()
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-    notebook.metadata = {
-        "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
-        "language_info": {"name": "python"},
-    }
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
 
 
 def texts(notebook: nbformat.NotebookNode) -> Iterator[str]:
     """Every line of text in the outputs; pictures have none."""
     for cell in notebook.cells:
         for output in cell.get("outputs", ()):
-            shown = [output.get("text", ""), *(v for k, v in output.get("data", {}).items() if k.startswith("text/"))]
-            yield from "\n".join(shown).splitlines()
+            data = output.get("data", {}).items()
+            shown = [text for kind, text in data if kind.startswith("text/")]
+            yield from "\n".join([output.get("text", ""), *shown]).splitlines()
 
 
 def run(name: str) -> float:
@@ -60,7 +62,11 @@ def run(name: str) -> float:
     notebook = nbformat.v4.new_notebook(cells=cells((HERE / f"{name}.py").read_text()))
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": folder}}).execute()
+        where = {"metadata": {"path": folder}}
+        NotebookClient(
+            notebook, timeout=900, kernel_name="python3", resources=where,
+            coalesce_streams=True,
+        ).execute()  # fmt: skip
     seconds = time.perf_counter() - start
     tidy(notebook)
     if leaks := sorted({line for line in texts(notebook) if LOCAL_PATH.search(line)}):
