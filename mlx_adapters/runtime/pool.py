@@ -1,7 +1,7 @@
 """Many adapters on one base: all in memory, one of them (or a mixture, or one for each row) at work.
 
 The base is in memory once. Attaching prepares an adapter's factors (see `factors`); switching then only points
-each site at other arrays, which takes a fraction of a millisecond. Nothing is changed before everything is
+each site at other arrays, which takes microseconds to two milliseconds. Nothing is changed before everything is
 checked, and when the last adapter is gone the base's own layers are back where they were.
 """
 
