@@ -404,6 +404,13 @@ def test_a_disturbed_trial_in_each_round_hides_no_difference():
     assert not change.ratio.differs
 
 
+def test_the_head_names_as_many_steps_as_were_compared():
+    short = synthetic({"base": 100.0})  # 4 tokens decoded: 3 steps
+    assert any(line.endswith("fastest 3 steps in a row") for line in text.head(short))
+    long = dataclasses.replace(short, config=dataclasses.replace(short.config, decode_tokens=64))
+    assert any(line.endswith("fastest 16 steps in a row") for line in text.head(long))
+
+
 def test_a_negligible_difference_is_none_however_exact():
     same = paired_ratio({r: [100_010.0] for r in range(3)}, {r: [100_000.0] for r in range(3)})
     assert not same.differs and text.phrase("peak_memory_bytes", same) == "no difference seen [+0.0, +0.0] %"

@@ -5,8 +5,8 @@
 - Prefill speed: prompt tokens of the whole batch over the TTFT.
 - Decode speed: tokens of the whole batch after the first, over the time from the first token to the last.
   One step is always queued ahead, so that a GPU does not wait for Python.
-- Stretch speed: the same over the fastest STRETCH steps in a row, the least disturbed part of the trial. A single
-  step would not do: after a hold-up of Python the one that was queued seems to take no time.
+- Stretch speed: the same over the fastest steps in a row (see `plan.stretch`), the least disturbed part of the
+  trial. A single step would not do: after a hold-up of Python the one that was queued seems to take no time.
 
 Decoding is greedy and does not stop at an end token: every trial does the same amount of work.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_adapters.benchmarking.plan import STRETCH
+from mlx_adapters.benchmarking.plan import stretch
 from mlx_adapters.door import make_prompt_cache, mx, nn
 from mlx_adapters.layers import EMBEDDING, SWITCH, adaptable_layers
 from mlx_adapters.machine import on_gpu
@@ -59,11 +59,11 @@ def run_trial(module: nn.Module, tokens: mx.array, decode_tokens: int) -> dict[s
         marks.append(time.perf_counter())
         written.append(current)
     ttft, decode = marks[0] - start, marks[-1] - marks[0]
-    stretch = min(STRETCH, decode_tokens - 1)
-    fastest = min(np.subtract(marks[stretch:], marks[:-stretch]))
+    steps = stretch(decode_tokens)
+    fastest = min(np.subtract(marks[steps:], marks[:-steps]))
     return {
         "ttft_seconds": ttft, "prefill_tps": batch * length / ttft, "decode_tps": batch * (decode_tokens - 1) / decode,
-        "stretch_tps": batch * stretch / float(fastest), "tpot_seconds": float(np.median(np.diff(marks))),
+        "stretch_tps": batch * steps / float(fastest), "tpot_seconds": float(np.median(np.diff(marks))),
         "kv_cache_bytes": sum(layer.nbytes for layer in cache), "token_ids": [token[0].item() for token in written],
     }  # fmt: skip
 

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 from mlx_adapters.config import DTYPES, require
 
-STRETCH = 16  # decode steps in a row, the fastest of which are compared
+
+def stretch(decode_tokens: int) -> int:
+    """How many decode steps in a row are compared, the fastest of a trial."""
+    return min(16, decode_tokens - 1)
 
 
 @dataclass(frozen=True)

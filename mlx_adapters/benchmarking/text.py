@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mlx_adapters.benchmarking.plan import STRETCH
+from mlx_adapters.benchmarking.plan import stretch
 from mlx_adapters.benchmarking.report import METRICS, Report, Row, ShapeRow
 from mlx_adapters.benchmarking.statistics import Ratio, Summary
 from mlx_adapters.units import count, number, size
@@ -21,11 +21,12 @@ def head(report: Report) -> list[str]:
     name = report.state.get("gpu") or m["device_name"]
     prompts = "real prompts of" if c.data else "random prompts of"
     lengths = ", ".join(map(str, c.prompt_tokens))
+    steps = count(stretch(c.decode_tokens), "step")
     return [
         f"{name}, {count(m['cores'], 'core')}, {size(m['memory_bytes'])} memory, {m['system']}; {versions}",
         f"{prompts} {lengths} tokens, {c.decode_tokens} decoded, batch {', '.join(map(str, c.batch))}; "
         f"{count(c.rounds, 'round')} of fresh processes, {count(c.trials, 'trial')} each: median (smallest-largest)",
-        f"compared by each round's best trial, decoding by its fastest {STRETCH} steps in a row",
+        f"compared by each round's best trial, decoding by its fastest {steps} in a row",
         *arithmetic(report.rows),
         *_quality_head(report),
     ]

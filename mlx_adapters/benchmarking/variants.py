@@ -134,7 +134,7 @@ def short_names(labels: Iterable[str]) -> dict[str, str]:
 
 def _last_part(label: str) -> str:
     start, path = (f"{FUSE}:", label[len(FUSE) + 1 :]) if label.startswith(f"{FUSE}:") else ("", label)
-    is_folder = path.startswith(("/", "~", ".")) or path.partition("@")[0].count("/") > 1
+    is_folder = files.is_path(path) or path.partition("@")[0].count("/") > 1
     return start + re.sub(r".*/(?=[^/\s])", "", path).rstrip("/") if is_folder else label
 
 

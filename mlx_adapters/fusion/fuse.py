@@ -24,13 +24,14 @@ from mlx_adapters.fusion.calibrate import Spool
 from mlx_adapters.fusion.job import Job, open_job
 from mlx_adapters.fusion.options import DEFAULTS, FuseOptions
 from mlx_adapters.fusion.plan import Updates
-from mlx_adapters.fusion.recipe import RECIPE_FILE, REPORT_FILE, Given, Recipe
+from mlx_adapters.fusion.recipe import Given, Recipe
 from mlx_adapters.fusion.result import FuseResult, report
 from mlx_adapters.fusion.text import GENERAL, choose_text
 from mlx_adapters.fusion.work import Work
 from mlx_adapters.machine import versions
 from mlx_adapters.model import load_tokenizer_of
 from mlx_adapters.registry import load_adapter
+from mlx_adapters.tensor_names import RECIPE_FILE, REPORT_FILE
 from mlx_adapters.units import count
 
 NOTABLE_KL = 0.001  # nats per token that rounding to nearest may cost without a word

@@ -11,8 +11,8 @@ from mlx_adapters.config import Quantization, to_mapping
 from mlx_adapters.errors import FormatError, IncompatibleError
 from mlx_adapters.fusion.plan import Precision
 from mlx_adapters.registry import load_adapter
+from mlx_adapters.tensor_names import RECIPE_FILE
 
-RECIPE_FILE, REPORT_FILE = "fuse_recipe.json", "fuse_report.json"
 WEIGHT_FILES = ("model*.safetensors", "*.gguf")
 ANEW = "put the old one back, or fuse anew without --again."
 Given = Adapter | str | Path

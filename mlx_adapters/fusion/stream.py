@@ -15,8 +15,7 @@ from mlx_adapters import files, tensor_files
 from mlx_adapters.bases import MODEL_FILES, Base
 from mlx_adapters.door import mx
 from mlx_adapters.events import OnEvent, Progress
-from mlx_adapters.fusion.recipe import RECIPE_FILE, REPORT_FILE
-from mlx_adapters.tensor_names import CONFIG_FILE, METADATA_FILE
+from mlx_adapters.tensor_names import CONFIG_FILE, METADATA_FILE, RECIPE_FILE, REPORT_FILE
 
 SHARD_BYTES = 5 << 30
 Layout = list[tuple[str, str, tuple[int, ...]]]

@@ -10,8 +10,8 @@ from typing import Any
 
 from mlx_adapters.adapter import losses_of
 from mlx_adapters.hub import staging
-from mlx_adapters.hub.subject import RECIPE_FILE, Subject
-from mlx_adapters.tensor_names import ADAPTER_FILE, split
+from mlx_adapters.hub.subject import Subject
+from mlx_adapters.tensor_names import ADAPTER_FILE, RECIPE_FILE, split
 from mlx_adapters.units import count, duration, number, size
 
 Facts = Mapping[str, Any]

@@ -112,7 +112,7 @@ def _read_peft(
     from mlx_adapters.peft_format.importing import read_as_mlx
 
     base = base or raw.get("base_model_name_or_path")
-    if not base or (isinstance(base, str) and base.startswith(("/", "~", ".")) and not Path(base).exists()):
+    if not base or (isinstance(base, str) and files.is_path(base) and not Path(base).exists()):
         raise HubError(f"'{repo}' is a PEFT adapter that does not name its base model on the Hub.",
                        f"say which one: mlx-adapters download {repo} --base BASE --name NAME")  # fmt: skip
     adapter = read_as_mlx(folder, base, repo)

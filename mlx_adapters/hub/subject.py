@@ -15,10 +15,16 @@ from mlx_adapters.adapter import Adapter, read_adapter, read_metadata, weights_f
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError
 from mlx_adapters.hub.cleaning import clean, clean_text
 from mlx_adapters.registry import load_adapter, locate, parse_reference
-from mlx_adapters.tensor_names import ADAPTER_FILE, CONFIG_FILE, METADATA_FILE, PEFT_WEIGHTS_FILE
+from mlx_adapters.tensor_names import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    METADATA_FILE,
+    PEFT_WEIGHTS_FILE,
+    RECIPE_FILE,
+    REPORT_FILE,
+)  # fmt: skip
 
 GGUF_FILE = "model.gguf"
-RECIPE_FILE, REPORT_FILE = "fuse_recipe.json", "fuse_report.json"
 TOKENIZER = (
     "tokenizer*.json", "tokenizer*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "*.jinja", "spiece.model", "sentencepiece*.model",
@@ -164,8 +170,8 @@ def read_subject(source: str | Path | Adapter, benchmark: str | Path | None = No
         folder, iteration = source.expanduser().absolute(), None
     else:
         # Nothing is published from the Hub to the Hub: what has a slash is a folder.
-        is_path = "/" in source and not source.startswith((".", "/", "~"))
-        folder, iteration = locate(parse_reference(f"./{source}" if is_path else source))
+        bare = "/" in source and not files.is_path(source)
+        folder, iteration = locate(parse_reference(f"./{source}" if bare else source))
     if folder is None:
         raise NotFoundError("This adapter is in memory only.", "save it with write_adapter or register first.")
     if not folder.is_dir():
