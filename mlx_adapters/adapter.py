@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_adapters import files, tensor_files, tensor_names
+from mlx_adapters import files, paths, tensor_files, tensor_names
 from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.tensor_names import (
     ADAPTER_FILE,
@@ -278,7 +278,7 @@ def read_adapter(folder: Path, iteration: int | None = None, name: str | None = 
 
     Raises NotFoundError or FormatError with what is wrong.
     """
-    folder = files.expanded(folder)
+    folder = paths.expanded(folder)
     path = weights_file(folder, iteration)
     raw = files.read_json(folder / CONFIG_FILE)
     if "peft_type" in raw:

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import files, tensor_files
+from mlx_adapters import files, paths, tensor_files
 from mlx_adapters.config import Quantization
 from mlx_adapters.door import load_config, mx
 from mlx_adapters.errors import HubError, ModelError, NotFoundError, did_you_mean
@@ -181,13 +181,13 @@ def resolve_base(name: str | Path | Base, download: bool = True) -> Base:
         return name
     text = str(name)
     if text == DEMO:
-        if not download and not (files.home() / "bases" / DEMO).is_dir():
+        if not download and not (paths.home() / "bases" / DEMO).is_dir():
             raise NotFoundError(f"'{DEMO}' is not on this machine yet.")
         from mlx_adapters.demo.base import demo_base_folder
 
         return Base(DEMO, demo_base_folder())
-    folder = files.expanded(text)
-    if isinstance(name, Path) or files.is_path(text) or folder.is_dir():
+    folder = paths.expanded(text)
+    if isinstance(name, Path) or paths.is_path(text) or folder.is_dir():
         if not (folder / "config.json").is_file():
             what = "no config.json in it" if folder.is_dir() else "no such folder"
             raise NotFoundError(f"There is no model at '{text}': {what}.", _hint(text, folder))

@@ -6,7 +6,6 @@ likewise. A crash leaves at most a `.tmp-*` entry, which nothing reads and the n
 
 import contextlib
 import ctypes
-import errno
 import fcntl
 import hashlib
 import json
@@ -15,55 +14,15 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from mlx_adapters.errors import ExistsError, FormatError, NotFoundError, StorageError, TrainingError
-from mlx_adapters.units import size
+from mlx_adapters.locks import lock_file
+from mlx_adapters.paths import storage_errors
 
 TEMPORARY_PREFIX = ".tmp-"
-HOME_VARIABLE = "MLX_ADAPTERS_HOME"
-
-
-def home() -> Path:
-    """The folder that holds everything of ours: `$MLX_ADAPTERS_HOME`, else `~/.mlx_adapters`."""
-    return Path(os.environ.get(HOME_VARIABLE) or Path.home() / ".mlx_adapters").expanduser().absolute()
-
-
-def is_path(text: str) -> bool:
-    """Whether a reference is spelled as a path: with a beginning that no name and no Hub id has."""
-    return text.startswith((".", "/", "~"))
-
-
-def expanded(path: str | Path) -> Path:
-    """The absolute path that a user's `path` means. Raises NotFoundError where there can be no such path."""
-    try:
-        found = Path(path).expanduser().absolute()
-        found.exists()
-        return found
-    except (OSError, ValueError, RuntimeError):  # a name too long, a NUL, ~nobody
-        raise NotFoundError(f"There can be no path '{str(path)[:80]!r}'.") from None
-
-
-@contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn the disk's refusals into StorageError with a next step."""
-    try:
-        yield
-    except OSError as error:
-        hints = {
-            errno.ENOSPC: "free some space, or choose another disk with --home or another output folder.",
-            errno.EDQUOT: "your disk quota is used up.",
-            errno.EFBIG: "the file is larger than this process may write (see 'ulimit -f').",
-            errno.EROFS: "the disk is read-only; choose another place.",
-            errno.EACCES: "you have no permission there; choose another place.",
-            errno.EPERM: "you have no permission there; choose another place.",
-        }
-        if error.errno not in hints:
-            raise
-        reason = os.strerror(error.errno).lower()
-        raise StorageError(f"Cannot write '{path}': {reason}.", hints[error.errno]) from error
 
 
 @contextlib.contextmanager
@@ -194,34 +153,6 @@ def sweep(folder: Path) -> None:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
-@contextlib.contextmanager
-def lock_file(path: Path, wait: bool = False, busy: str | None = None) -> Iterator[None]:
-    """Hold an exclusive lock on an existing file or folder; it ends with the process, however that ends.
-
-    Raises TrainingError(`busy`) at once if another process holds it and `wait` is false.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise TrainingError(busy or f"'{path}' is in use by another process.", "wait until it ends.") from None
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def lock(name: str, wait: bool = True, busy: str | None = None) -> Iterator[None]:
-    """Hold the lock `name` of the home folder (see `lock_file`)."""
-    path = home() / "locks" / f"{name}.lock"
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    with lock_file(path, wait=wait, busy=busy):
-        yield
-
-
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, whole or not at all."""
     with atomic_file(path) as stream:
@@ -306,30 +237,7 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
-def require_free_space(path: Path, needed_bytes: int) -> None:
-    """Raise StorageError if the disk that will hold `path` has less than `needed_bytes` free."""
-    folder = Path(path).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise StorageError(
-            f"'{folder}' needs {size(needed_bytes)}, but the disk has {size(free)} free.",
-            "free some space, or choose another disk.",
-        )
-
-
 def sha256(path: Path) -> str:
     """SHA-256 of a file as hexadecimal."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def size_on_disk(path: Path, without: Collection[Path] = ()) -> int:
-    """Bytes of a file, or of all files below a folder but those below `without`, hard links counted once."""
-    path = Path(path)
-    if path.is_file():
-        return path.stat().st_size
-    found = (file for file in path.rglob("*") if file.is_file())
-    stats = [file.stat() for file in found if not any(file.is_relative_to(left) for left in without)]
-    return sum({(s.st_dev, s.st_ino): s.st_size for s in stats}.values())

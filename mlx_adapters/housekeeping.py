@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import files, registry, tensor_files
+from mlx_adapters import files, paths, registry, tensor_files
 from mlx_adapters.adapter import losses_of, read_metadata, weights_file
 from mlx_adapters.config import require
 from mlx_adapters.errors import AdapterError, ConfigError, ExistsError, did_you_mean
@@ -102,7 +102,7 @@ def remove(reference: str) -> Removed:
                 )
             return _remove_checkpoints(entry, [ref.iteration])
     with _changing(ref.target) as folder:
-        entry, size = registry.read_entry(folder), files.size_on_disk(folder)
+        entry, size = registry.read_entry(folder), paths.size_on_disk(folder)
         files.remove(folder)
     return Removed(ref.target, entry.iterations, size, whole=True)
 
@@ -127,18 +127,18 @@ def best_iteration(entry: Entry) -> int | None:
 
 
 def _remove_checkpoints(entry: Entry, iterations: Sequence[int], dry_run: bool = False) -> Removed:
-    before = files.size_on_disk(entry.folder)
-    paths = [
+    before = paths.size_on_disk(entry.folder)
+    doomed = [
         path
         for i in iterations
         for path in (entry.folder / CHECKPOINTS_FOLDER / f"{i:07d}", registry.checkpoint_path(entry, i))
         if path.exists()
     ]
     if dry_run:
-        return Removed(entry.name, tuple(iterations), before - files.size_on_disk(entry.folder, without=paths))
-    for path in paths:
+        return Removed(entry.name, tuple(iterations), before - paths.size_on_disk(entry.folder, without=doomed))
+    for path in doomed:
         files.remove(path)
-    return Removed(entry.name, tuple(iterations), before - files.size_on_disk(entry.folder))
+    return Removed(entry.name, tuple(iterations), before - paths.size_on_disk(entry.folder))
 
 
 def _update_metadata(folder: Path, **values: Any) -> None:

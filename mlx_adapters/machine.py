@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import files
+from mlx_adapters import paths
 from mlx_adapters.blas import INSTALL_OPENBLAS
 
 SLOW_BLAS = "reference BLAS (slow)"
@@ -140,5 +140,5 @@ def environment() -> Environment:
     return Environment(
         versions=versions(), system=system, chip=chip_name(), cores=os.cpu_count() or 1, memory_bytes=memory_bytes(),
         device=device, device_name=name, blas=blas, blas_hint=INSTALL_OPENBLAS if slow else None,
-        home=str(files.home()),
+        home=str(paths.home()),
     )  # fmt: skip

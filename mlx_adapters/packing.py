@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_adapters import files, registry
+from mlx_adapters import files, paths, registry
 from mlx_adapters.adapter import iterations_of, parse_config, read_adapter, read_metadata
 from mlx_adapters.bases import Base
 from mlx_adapters.config import require
@@ -52,7 +52,7 @@ def pack(source: str, target: str | Path, *, checkpoints: bool = False, overwrit
     checkpoints: take an adapter's checkpoints along, too. A reference with an iteration packs that checkpoint
     as what the bare name means. Raises ConfigError, NotFoundError, FormatError or ExistsError.
     """
-    target = files.expanded(target)
+    target = paths.expanded(target)
     require(target.name.endswith(ENDINGS), f"'{target}' must end in .tar.gz.")
     files.refuse_existing(target, overwrite)
     folder, iteration = registry.locate(source)
@@ -115,7 +115,7 @@ def add(source: str | Path, *, name: str | None = None, out: str | Path | None =
     Raises ConfigError, NotFoundError, FormatError, ExistsError, StorageError or HubError.
     """
     require(name is None or out is None, "Give a name or an output folder, not both.")
-    path = files.expanded(source)
+    path = paths.expanded(source)
     if path.is_file():
         require(path.name.endswith(ENDINGS), f"'{source}' is neither a folder nor a .tar.gz file.")
         own = path.name.removesuffix(".tgz").removesuffix(".tar.gz")
@@ -138,7 +138,7 @@ def _take_in(
     fill: Callable[[Path], None], own: str, name: str | None, out: str | Path | None, overwrite: bool, source: str
 ) -> Added:
     if out is not None:
-        target = files.expanded(out)
+        target = paths.expanded(out)
         with files.atomic_folder(target, overwrite) as folder:
             fill(folder)
             kind = _check_contents(folder, target.name, source)
@@ -160,7 +160,7 @@ def _copy(source: Path, target: Path, on_event: OnEvent) -> None:
     for path in wanted:
         if path.is_symlink():
             raise FormatError(f"'{path}' is a link.", "put the file itself there.")
-    files.require_free_space(target, sum(path.stat().st_size for path in wanted))
+    paths.require_free_space(target, sum(path.stat().st_size for path in wanted))
     for done, path in enumerate(wanted, start=1):
         files.copy_file(path, target / path.name)
         on_event(Progress("add", done, len(wanted), "file"))

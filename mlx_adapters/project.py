@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from mlx_adapters import files
+from mlx_adapters import files, paths
 
 TRAIN_YAML = """\
 # mlx-adapters train --config train.yaml        (flags win over this file)
@@ -37,7 +37,7 @@ def start_project(folder: str | Path, *, overwrite: bool = False) -> tuple[str, 
 
     Raises ExistsError, before anything is written, if one of them is there.
     """
-    place = files.expanded(folder)
+    place = paths.expanded(folder)
     for name in FILES:
         files.refuse_existing(place / name, overwrite)
     for name, text in FILES.items():

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mlx_adapters import files, tensor_files
+from mlx_adapters import files, locks, paths, tensor_files
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError, did_you_mean
 from mlx_adapters.tensor_names import ADAPTER_FILE, CHECKPOINT_FILE, CONFIG_FILE, METADATA_FILE, checkpoint_file
 
@@ -52,7 +52,7 @@ def check_name(name: str) -> str:
 
 def parse_reference(text: str) -> Reference:
     """Parse NAME, NAME@ITERATION, a path, or user/repo[@revision]. Raises ConfigError."""
-    if files.is_path(text):
+    if paths.is_path(text):
         match = re.fullmatch(r"(.+)@(\d+)", text)
         return Reference("path", match[1], int(match[2])) if match else Reference("path", text)
     if match := HUB.fullmatch(text):
@@ -65,7 +65,7 @@ def parse_reference(text: str) -> Reference:
 
 def adapters_folder() -> Path:
     """Where named adapters live."""
-    return files.home() / "adapters"
+    return paths.home() / "adapters"
 
 
 def adapter_folder(name: str) -> Path:
@@ -88,7 +88,7 @@ def locate(reference: str | Reference) -> tuple[Path, int | None]:
     """
     ref = parse_reference(reference) if isinstance(reference, str) else reference
     if ref.kind == "path":
-        return files.expanded(ref.target), ref.iteration
+        return paths.expanded(ref.target), ref.iteration
     if ref.kind == "hub":
         from mlx_adapters.hub.downloads import adapter_snapshot
 
@@ -140,8 +140,8 @@ class Entry:
 
 def list_adapters(base: str | None = None, tag: str | None = None) -> list[Entry]:
     """All named adapters, by name; only those of `base`, or with `tag`, if given. Reads no weights."""
-    if base is not None and files.is_path(base):
-        base = str(files.expanded(base))
+    if base is not None and paths.is_path(base):
+        base = str(paths.expanded(base))
     entries = [read_entry(adapters_folder() / name) for name in names()]
     return [e for e in entries if (base is None or e.base == base) and (tag is None or tag in e.tags)]
 
@@ -220,9 +220,9 @@ def changing(*names: str) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         for name in sorted(set(names)):  # always in one order, so that no two can wait for each other
-            stack.enter_context(files.lock(f"adapter-{name}"))
+            stack.enter_context(locks.lock(f"adapter-{name}"))
             if (folder := adapter_folder(name)).is_dir():
-                stack.enter_context(files.lock_file(folder, busy=f"'{name}' is being trained."))
+                stack.enter_context(locks.lock_file(folder, busy=f"'{name}' is being trained."))
         yield
 
 

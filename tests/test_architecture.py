@@ -12,7 +12,8 @@ from mlx_adapters.units import count
 
 PACKAGE = Path(__file__).parent.parent / "mlx_adapters"
 LAYERS = [
-    {"charts", "display", "errors", "units", "events", "config", "files", "tensor_files", "blas", "machine"},
+    {"charts", "display", "errors", "units", "events", "config", "paths", "locks", "files", "tensor_files", "blas",
+     "machine"},
     {"tensor_names", "adapter"},
     {"bases", "door", "layers", "model", "registry"},
     {"training", "fusion", "merging", "peft_format", "runtime", "benchmarking", "hub", "evaluation",

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mlx_adapters as ma
-from mlx_adapters import errors, files, layers, registry, tensor_files
+from mlx_adapters import errors, files, layers, paths, registry, tensor_files
 from mlx_adapters.adapter import Adapter, AdapterConfig, read_adapter, write_adapter
 from mlx_adapters.bases import normalized_config, resolve_base
 from mlx_adapters.config import LoraConfig, Quantization, from_mapping, read_yaml
@@ -283,7 +283,7 @@ def test_a_place_that_is_no_folder_is_told(tmp_path):
 def test_a_lack_of_space_is_told_in_figures_that_say_something(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2000))
     with pytest.raises(errors.StorageError, match="needs 70 kB, but the disk has 2 kB free"):
-        files.require_free_space(tmp_path / "x", 70_000)
+        paths.require_free_space(tmp_path / "x", 70_000)
 
 
 def test_json_never_holds_nan(tmp_path):

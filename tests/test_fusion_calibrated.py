@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 from test_fusion_fuse import make_adapter
 
-from mlx_adapters import errors, files
+from mlx_adapters import errors, files, paths
 from mlx_adapters.adapter import write_adapter
 from mlx_adapters.bases import resolve_base
 from mlx_adapters.cli import cli
@@ -146,7 +146,7 @@ def test_calibration_asks_for_room_on_the_disk_before_it_works(tiny_model, tmp_p
     collector = Collector(
         Variant(base), Variant(base), {"model.layers.0.mlp.up_proj"}, make_batches(some_rows()), tmp_path
     )
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(paths.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(errors.StorageError, match="the disk has 1 kB free"):
         collector.run_forward(lambda event: None)
     assert not list(tmp_path.iterdir())

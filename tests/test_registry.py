@@ -14,7 +14,7 @@ from adapters import make_adapter, make_mlx_lm_folder, make_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_adapters import files, housekeeping, registry
+from mlx_adapters import files, housekeeping, locks, paths, registry
 from mlx_adapters.adapter import read_adapter
 from mlx_adapters.errors import ConfigError, ExistsError, FormatError, NotFoundError, TrainingError
 
@@ -144,12 +144,12 @@ def test_use_decides_what_the_bare_name_means(base):
 def test_prune_keeps_the_best_the_last_and_the_one_in_use(base):
     folder = make_run(base, "sql", losses=[(i, abs(i - 300) + 1.0) for i in range(100, 900, 100)])
     housekeeping.use("sql@100")
-    before = files.size_on_disk(folder)
+    before = paths.size_on_disk(folder)
     planned = housekeeping.prune("sql", keep_last=2, dry_run=True)
-    assert files.size_on_disk(folder) == before
+    assert paths.size_on_disk(folder) == before
     done = housekeeping.prune("sql", keep_last=2)
     assert done == planned and done.iterations == (200, 400, 500, 600)
-    assert done.freed_bytes == before - files.size_on_disk(folder) > 0
+    assert done.freed_bytes == before - paths.size_on_disk(folder) > 0
     assert registry.read_entry(folder).iterations == (100, 300, 700, 800)
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["0000100", "0000300", "0000700", "0000800"]
     for iteration in (None, 100, 300, 700, 800):
@@ -175,7 +175,7 @@ def test_remove_takes_an_adapter_or_one_checkpoint(base):
 
 def test_an_adapter_that_is_being_trained_is_left_alone(base):
     make_run(base, "sql")
-    with files.lock_file(registry.adapter_folder("sql")):  # as a run holds it
+    with locks.lock_file(registry.adapter_folder("sql")):  # as a run holds it
         for change in (
             lambda: housekeeping.rename("sql", "other"),
             lambda: housekeeping.remove("sql"),

@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 from training_tools import PowerCut, cut_after, outcome, write_data
 
-from mlx_adapters import LoraConfig, TrainConfig, files, tensor_files, train
+from mlx_adapters import LoraConfig, TrainConfig, files, locks, tensor_files, train
 from mlx_adapters.errors import ExistsError, FormatError, IncompatibleError, NotFoundError, TrainingError
 from mlx_adapters.events import CheckpointSaved, Note
 from mlx_adapters.registry import adapter_folder
@@ -97,7 +97,7 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(stopped):
 def test_resume_of_finished_missing_newer_and_running(stopped):
     with pytest.raises(NotFoundError, match="'other' cannot be resumed"):
         train(name="other", resume=True)
-    with files.lock_file(stopped), pytest.raises(TrainingError, match="by another process"):
+    with locks.lock_file(stopped), pytest.raises(TrainingError, match="by another process"):
         train(name="run", resume=True)
     train(name="run", resume=True)
     with pytest.raises(TrainingError, match="has finished its 11 iterations") as caught:

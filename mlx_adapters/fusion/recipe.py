@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import files
+from mlx_adapters import files, paths
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.config import Quantization, to_mapping
@@ -50,8 +50,8 @@ def describe_adapter(given: Given, adapter: Adapter, weight: float) -> dict[str,
     reference = None
     if not isinstance(given, Adapter):
         text = str(given)
-        path = isinstance(given, Path) or files.is_path(text)
-        reference = str(files.expanded(text)) if path else text
+        path = isinstance(given, Path) or paths.is_path(text)
+        reference = str(paths.expanded(text)) if path else text
     elif adapter.folder is not None:
         suffix = "" if adapter.iteration is None else f"@{adapter.iteration}"
         reference = f"{adapter.folder}{suffix}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import files, tensor_files
+from mlx_adapters import files, paths, tensor_files
 from mlx_adapters.bases import MODEL_FILES, Base
 from mlx_adapters.door import mx
 from mlx_adapters.events import OnEvent, Progress
@@ -66,7 +66,7 @@ def write_weights(folder: Path, units: list[Unit], on_event: OnEvent, limit: int
     Raises StorageError when the disk is too small, before anything is computed.
     """
     total = sum(unit.size_bytes for unit in units)
-    files.require_free_space(folder, total + (16 << 20))
+    paths.require_free_space(folder, total + (16 << 20))
     shards = make_shards(units, limit)
     index: dict[str, str] = {}
     done = iter(range(1, len(units) + 1))

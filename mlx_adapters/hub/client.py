@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import files
+from mlx_adapters import paths
 from mlx_adapters.config import require
 from mlx_adapters.errors import AdapterError, ConfigError, HubError
 
@@ -150,7 +150,7 @@ def snapshot(
     from huggingface_hub import snapshot_download
 
     problem = None if local_only or COMMIT.fullmatch(revision or "") else _problem(repo, revision)
-    with hub_errors(f"download '{repo}'"), progress_bars(show_progress), files.storage_errors(Path(repo)):
+    with hub_errors(f"download '{repo}'"), progress_bars(show_progress), paths.storage_errors(Path(repo)):
         folder = Path(snapshot_download(
             repo, revision=revision, allow_patterns=list(patterns), local_files_only=local_only
         ))  # fmt: skip

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mlx_adapters import files
+from mlx_adapters import files, locks, paths
 from mlx_adapters.adapter import Adapter, read_adapter, read_metadata, write_adapter_files
 from mlx_adapters.bases import resolve_base
 from mlx_adapters.config import require
@@ -82,11 +82,11 @@ def adapter_snapshot(repo: str, revision: str | None = None, *, base: str | Path
     """
     found, commit = adapter_files(repo, revision)
     key = commit if base is None else f"{commit}-{hashlib.sha256(str(base).encode()).hexdigest()[:8]}"
-    folder = files.home() / "hub" / repo.replace("/", "--") / key
+    folder = paths.home() / "hub" / repo.replace("/", "--") / key
     if folder.is_dir():
         return folder
     pinned = {"hub": {"repo": repo, "revision": commit}}
-    with files.lock(f"hub-{repo.replace('/', '--')}"), files.atomic_folder(folder, overwrite=True) as temporary:
+    with locks.lock(f"hub-{repo.replace('/', '--')}"), files.atomic_folder(folder, overwrite=True) as temporary:
         raw = files.read_json(found / CONFIG_FILE) if (found / CONFIG_FILE).is_file() else {"peft_type": None}
         if "peft_type" in raw:
             write_adapter_files(_read_peft(repo, found, raw, base, pinned), temporary)
@@ -112,7 +112,7 @@ def _read_peft(
     from mlx_adapters.peft_format.importing import read_as_mlx
 
     base = base or raw.get("base_model_name_or_path")
-    if not base or (isinstance(base, str) and files.is_path(base) and not Path(base).exists()):
+    if not base or (isinstance(base, str) and paths.is_path(base) and not Path(base).exists()):
         raise HubError(f"'{repo}' is a PEFT adapter that does not name its base model on the Hub.",
                        f"say which one: mlx-adapters download {repo} --base BASE --name NAME")  # fmt: skip
     adapter = read_as_mlx(folder, base, repo)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mlx_adapters import files
+from mlx_adapters import files, paths
 from mlx_adapters.adapter import Adapter, read_adapter, read_metadata, weights_file
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError
 from mlx_adapters.hub.cleaning import clean, clean_text
@@ -170,7 +170,7 @@ def read_subject(source: str | Path | Adapter, benchmark: str | Path | None = No
         folder, iteration = source.expanduser().absolute(), None
     else:
         # Nothing is published from the Hub to the Hub: what has a slash is a folder.
-        bare = "/" in source and not files.is_path(source)
+        bare = "/" in source and not paths.is_path(source)
         folder, iteration = locate(parse_reference(f"./{source}" if bare else source))
     if folder is None:
         raise NotFoundError("This adapter is in memory only.", "save it with write_adapter or register first.")

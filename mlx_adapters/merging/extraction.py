@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_adapters import files, registry, tensor_files
+from mlx_adapters import files, paths, registry, tensor_files
 from mlx_adapters.adapter import Adapter, AdapterConfig
 from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.config import LoraConfig
@@ -112,7 +112,7 @@ def _decompose(change: _Change, rank: int | None, energy: float) -> Decompositio
 
 def _tuned_weights(finetuned: str | Path, base: Base) -> Any:
     """The fine-tuned module with lazy weights, or the base with an mlx-lm full fine-tune's weights over it."""
-    folder = files.expanded(finetuned)
+    folder = paths.expanded(finetuned)
     if (folder / CONFIG_FILE).is_file():
         if files.read_json(folder / CONFIG_FILE).get("fine_tune_type") != "full":
             raise FormatError(f"'{finetuned}' is an adapter, not a full fine-tune.", "'merge --method svd' reduces it.")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_adapters import files, registry, tensor_files, tensor_names
+from mlx_adapters import files, paths, registry, tensor_files, tensor_names
 from mlx_adapters.adapter import Adapter, base_of
 from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.events import Note, OnEvent, ignore
@@ -60,7 +60,7 @@ def export_peft(
     adapter's own). Raises
     FormatError for what PEFT cannot express, ExistsError, NotFoundError or StorageError.
     """
-    out = files.expanded(out)
+    out = paths.expanded(out)
     files.refuse_existing(out, overwrite)
     found = registry.load_adapter(adapter)
     form = to_peft(found, lambda: _facts(found, base))
@@ -75,7 +75,7 @@ def export_peft(
         tensor_files.write_safetensors(temporary / PEFT_WEIGHTS_FILE, form.tensors, {"format": "pt"} | scale)
         files.write_json(temporary / CONFIG_FILE, form.config)
         files.write_text(temporary / "README.md", readme)
-    return PeftExport(out, len(form.tensors), files.size_on_disk(out), str(named))
+    return PeftExport(out, len(form.tensors), paths.size_on_disk(out), str(named))
 
 
 def _base_problem(adapter: Adapter, named: str | None) -> str:

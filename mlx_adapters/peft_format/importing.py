@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_adapters import files, registry, tensor_names
+from mlx_adapters import files, paths, registry, tensor_names
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.errors import IncompatibleError
@@ -76,8 +76,8 @@ def peft_folder(source: str | Path) -> tuple[Path, dict[str, Any]]:
     Raises NotFoundError or HubError.
     """
     text = str(source)
-    if isinstance(source, Path) or files.is_path(text) or Path(text).is_dir():
-        return files.expanded(text), {}
+    if isinstance(source, Path) or paths.is_path(text) or Path(text).is_dir():
+        return paths.expanded(text), {}
     reference = registry.parse_reference(text)
     if reference.kind != "hub":
         return Path(text), {}

@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_adapters import files, tensor_files, tensor_names
+from mlx_adapters import files, paths, tensor_files, tensor_names
 from mlx_adapters.adapter import first_not_finite
 from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.peft_format.settings import FUSE_HINT, PeftSettings
@@ -86,7 +86,7 @@ def read_peft(folder: Path) -> PeftAdapter:
 
     Raises NotFoundError, or FormatError with the reason why it cannot be an adapter in MLX or is damaged.
     """
-    folder = find_folder(files.expanded(folder))
+    folder = find_folder(paths.expanded(folder))
     raw = files.read_json(folder / CONFIG_FILE)
     if "fine_tune_type" in raw and "peft_type" not in raw:
         raise FormatError(f"'{folder}' is an MLX adapter already.", "take it in with 'mlx-adapters add'.")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import files, registry
+from mlx_adapters import files, paths, registry
 from mlx_adapters.adapter import AdapterConfig, Weights
 from mlx_adapters.config import LoraConfig, TrainConfig
 from mlx_adapters.errors import ConfigError
@@ -28,7 +28,7 @@ def place_of(name: str) -> tuple[Reference, Path]:
         raise ConfigError(f"'{name}' cannot name a training run.", "give a name, or a path such as ./out.")
     if reference.kind == "name":
         return reference, registry.adapter_folder(reference.target)
-    path = files.expanded(reference.target)
+    path = paths.expanded(reference.target)
     return Reference("path", str(path)), path
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import files
+from mlx_adapters import files, locks
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.config import LoraConfig, TrainConfig
@@ -205,7 +205,7 @@ def _run(loop: Loop) -> TrainRun:
 
 
 def _locked(path: Path) -> contextlib.AbstractContextManager[None]:
-    return files.lock_file(path, busy=f"'{path.name}' is being trained by another process.")
+    return locks.lock_file(path, busy=f"'{path.name}' is being trained by another process.")
 
 
 def _require_unfinished(state: State, new: TrainConfig, old: TrainConfig, reference: Reference) -> None:

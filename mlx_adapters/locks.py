@@ -1,0 +1,38 @@
+"""Locks between processes, which end with the process that holds them, however that ends."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from mlx_adapters.errors import TrainingError
+from mlx_adapters.paths import home, storage_errors
+
+
+@contextlib.contextmanager
+def lock_file(path: Path, wait: bool = False, busy: str | None = None) -> Iterator[None]:
+    """Hold an exclusive lock on an existing file or folder; it ends with the process, however that ends.
+
+    Raises TrainingError(`busy`) at once if another process holds it and `wait` is false.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise TrainingError(busy or f"'{path}' is in use by another process.", "wait until it ends.") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def lock(name: str, wait: bool = True, busy: str | None = None) -> Iterator[None]:
+    """Hold the lock `name` of the home folder (see `lock_file`)."""
+    path = home() / "locks" / f"{name}.lock"
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    with lock_file(path, wait=wait, busy=busy):
+        yield

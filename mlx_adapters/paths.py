@@ -1,0 +1,76 @@
+"""Paths and the disks behind them: where things of ours are kept, how a path is spelled, how much room there is."""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from mlx_adapters.errors import NotFoundError, StorageError
+from mlx_adapters.units import size
+
+HOME_VARIABLE = "MLX_ADAPTERS_HOME"
+
+
+def home() -> Path:
+    """The folder that holds everything of ours: `$MLX_ADAPTERS_HOME`, else `~/.mlx_adapters`."""
+    return Path(os.environ.get(HOME_VARIABLE) or Path.home() / ".mlx_adapters").expanduser().absolute()
+
+
+def is_path(text: str) -> bool:
+    """Whether a reference is spelled as a path: with a beginning that no name and no Hub id has."""
+    return text.startswith((".", "/", "~"))
+
+
+def expanded(path: str | Path) -> Path:
+    """The absolute path that a user's `path` means. Raises NotFoundError where there can be no such path."""
+    try:
+        found = Path(path).expanduser().absolute()
+        found.exists()
+        return found
+    except (OSError, ValueError, RuntimeError):  # a name too long, a NUL, ~nobody
+        raise NotFoundError(f"There can be no path '{str(path)[:80]!r}'.") from None
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn the disk's refusals into StorageError with a next step."""
+    try:
+        yield
+    except OSError as error:
+        hints = {
+            errno.ENOSPC: "free some space, or choose another disk with --home or another output folder.",
+            errno.EDQUOT: "your disk quota is used up.",
+            errno.EFBIG: "the file is larger than this process may write (see 'ulimit -f').",
+            errno.EROFS: "the disk is read-only; choose another place.",
+            errno.EACCES: "you have no permission there; choose another place.",
+            errno.EPERM: "you have no permission there; choose another place.",
+        }
+        if error.errno not in hints:
+            raise
+        reason = os.strerror(error.errno).lower()
+        raise StorageError(f"Cannot write '{path}': {reason}.", hints[error.errno]) from error
+
+
+def require_free_space(path: Path, needed_bytes: int) -> None:
+    """Raise StorageError if the disk that will hold `path` has less than `needed_bytes` free."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise StorageError(
+            f"'{folder}' needs {size(needed_bytes)}, but the disk has {size(free)} free.",
+            "free some space, or choose another disk.",
+        )
+
+
+def size_on_disk(path: Path, without: Collection[Path] = ()) -> int:
+    """Bytes of a file, or of all files below a folder but those below `without`, hard links counted once."""
+    path = Path(path)
+    if path.is_file():
+        return path.stat().st_size
+    found = (file for file in path.rglob("*") if file.is_file())
+    stats = [file.stat() for file in found if not any(file.is_relative_to(left) for left in without)]
+    return sum({(s.st_dev, s.st_ino): s.st_size for s in stats}.values())
