@@ -22,7 +22,7 @@ from mlx_adapters.bases import resolve_base
 from mlx_adapters.cli import cli
 from mlx_adapters.config import Quantization
 from mlx_adapters.errors import ConfigError, FidelityError, FormatError, IncompatibleError, NotFoundError
-from mlx_adapters.fusion import mixed
+from mlx_adapters.fusion import mixed, work
 from mlx_adapters.fusion.blocks import Blocks, Variant, make_batches
 from mlx_adapters.fusion.check import check_fused
 from mlx_adapters.fusion.fidelity import compare
@@ -525,3 +525,14 @@ def test_an_adapter_that_was_trained_through_the_rounding_is_rounded_the_same_wa
     assert result.method == method
     assert any("trained through" in str(note) for note in notes) == (method == "nearest")
     assert not any("lost part" in str(note) for note in notes)
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_no_row_reaches_past_the_positions_that_a_model_learned(gpu, tiny_model, tmp_path, monkeypatch):
+    """Past them lies foreign memory. Rows are longer than the positions, and on a GPU padded to more."""
+    base = resolve_base(tiny_model("gpt2", n_positions=40, n_ctx=40))
+    monkeypatch.setattr(work, "on_gpu", lambda: gpu)
+    text = choose_text(GENERAL, [], load_model(base).tokenizer, 8, 8, base.positions)
+    batches = work.batches_of(text.calibration, base) + work.batches_of(text.check, base)
+    assert max(batch.tokens.shape[1] for batch in batches) == 40
+    assert all(batch.judged.max().item() < batch.tokens.size for batch in batches)

@@ -232,24 +232,30 @@ def _to_float32(value: mx.array) -> mx.array:
 Row = tuple[np.ndarray, np.ndarray]
 
 
-def make_batches(rows: list[Row], tokens_per_batch: int = 2048, pad_to: int = 1) -> list[TokenBatch]:
-    """Batches of (tokens, judged) rows of like length. judged[t]: whether the loss counts token t as a target."""
+def make_batches(
+    rows: list[Row], tokens_per_batch: int = 2048, pad_to: int = 1, most: int | None = None
+) -> list[TokenBatch]:
+    """Batches of (tokens, judged) rows of like length. judged[t]: whether the loss counts token t as a target.
+
+    Rows are padded to a multiple of `pad_to`, but to no more than `most` tokens.
+    """
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i][0]), i))
     groups: list[list[int]] = []
     for i in order:
-        width = _padded(len(rows[i][0]), pad_to)
+        width = _padded(len(rows[i][0]), pad_to, most)
         if not groups or (len(groups[-1]) + 1) * width > tokens_per_batch:
             groups.append([])
         groups[-1].append(i)
-    return [_make_batch([rows[i] for i in group], pad_to) for group in groups]
+    return [_make_batch([rows[i] for i in group], pad_to, most) for group in groups]
 
 
-def _padded(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
+def _padded(length: int, multiple: int, most: int | None) -> int:
+    padded = -(-length // multiple) * multiple
+    return padded if most is None else max(length, min(padded, most))
 
 
-def _make_batch(rows: list[Row], pad_to: int) -> TokenBatch:
-    width = _padded(max(len(tokens) for tokens, _ in rows), pad_to)
+def _make_batch(rows: list[Row], pad_to: int, most: int | None) -> TokenBatch:
+    width = _padded(max(len(tokens) for tokens, _ in rows), pad_to, most)
     tokens = np.zeros((len(rows), width), np.int32)
     judged, targets, real = [], [], []
     for r, (row, counts) in enumerate(rows):

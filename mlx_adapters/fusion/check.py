@@ -59,9 +59,11 @@ def check_fused(
     survival = measure_survival(job.source, Source.of(load_module(fused)[0]), updates, str(model))
     tokenizer = load_tokenizer_of(found)
     loaded = [adapter for adapter, _ in updates.adapters]
-    text = choose_text(options.calibration, loaded, tokenizer, options.calibration_rows, options.check_rows)
+    text = choose_text(
+        options.calibration, loaded, tokenizer, options.calibration_rows, options.check_rows, found.positions
+    )
     variants = Variant(found, updates), Variant(fused, None, lambda _: True), Variant(found)
-    return Checked(str(model), compare(*variants, batches_of(text.check), on_event), survival, text.describe())
+    return Checked(str(model), compare(*variants, batches_of(text.check, found), on_event), survival, text.describe())
 
 
 def measure_survival(base: Source, fused: Source, updates: Updates, name: str) -> tuple[Survival, ...]:

@@ -230,7 +230,9 @@ def fuse_again(path: str | Path, out: str | Path, *, overwrite: bool = False, on
     options = FuseOptions(**recipe.options)
     if recipe.text is not None:
         tokenizer = load_tokenizer_of(base)
-        text = choose_text(options.calibration, adapters, tokenizer, options.calibration_rows, options.check_rows)
+        text = choose_text(
+            options.calibration, adapters, tokenizer, options.calibration_rows, options.check_rows, base.positions
+        )
         if text.sha256 != recipe.text["sha256"]:
             raise IncompatibleError(f"The text '{text.source}' is not the one of the recipe any more.", recipes.ANEW)
     weights = [entry["weight"] for entry in recipe.adapters]

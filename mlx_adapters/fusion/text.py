@@ -5,7 +5,7 @@ there and it is long enough; a small general text that the package carries.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -23,6 +23,7 @@ GENERAL = "general text of the package"
 MAX_LENGTH = 512
 LEAST_TOKENS = 256
 LEAST_CHARACTERS = 4 * LEAST_TOKENS
+Tokenize = Callable[[list[RawRow]], list[Row]]
 
 
 @dataclass(frozen=True)
@@ -51,16 +52,26 @@ class Text:
 
 
 def choose_text(
-    asked: str | Path | None, adapters: Sequence[Adapter], tokenizer: Any, calibration_rows: int, check_rows: int
+    asked: str | Path | None,
+    adapters: Sequence[Adapter],
+    tokenizer: Any,
+    calibration_rows: int,
+    check_rows: int,
+    positions: int | None = None,
 ) -> Text:
-    """The text to use, tokenized.
+    """The text to use, tokenized, rows cut to 512 tokens, or to the `positions` of a model that learned each.
 
     `asked` is a data folder, a .jsonl, .parquet or .txt file, GENERAL, or None. Raises NotFoundError or FormatError
     if a text that was asked for is missing, malformed or too short; the adapters' own data then only gives way.
     """
 
+    length = MAX_LENGTH if positions is None else min(MAX_LENGTH, positions)
+
+    def tokens_of(rows: list[RawRow]) -> list[Row]:
+        return _tokenize(rows, tokenizer, length)
+
     def prepare(source: str, rows: tuple[list[RawRow], list[RawRow]], why: str | None = None) -> Text:
-        return _prepare(source, *_apart(*rows, source), tokenizer, calibration_rows, check_rows, why)
+        return _prepare(source, *_apart(*rows, source), tokens_of, calibration_rows, check_rows, why)
 
     if asked is not None and asked != GENERAL:
         return prepare(str(asked), read_text(str(asked)))
@@ -74,13 +85,13 @@ def choose_text(
 
 
 def _prepare(
-    source: str, train: list[RawRow], held: list[RawRow], tokenizer: Any, calibration_rows: int, check_rows: int,
+    source: str, train: list[RawRow], held: list[RawRow], tokens_of: Tokenize, calibration_rows: int, check_rows: int,
     why: str | None,
 ) -> Text:  # fmt: skip
     digest = hashlib.sha256("\n".join(row.key() for row in [*train, *held]).encode()).hexdigest()
-    check = _enough(held, check_rows, tokenizer, set())
+    check = _enough(held, check_rows, tokens_of, set())
     judged = {tokens.tobytes() for tokens, _ in check}
-    calibration = _enough(train, calibration_rows, tokenizer, judged)  # other rows may say the same
+    calibration = _enough(train, calibration_rows, tokens_of, judged)  # other rows may say the same
     for rows, what in ((calibration, "calibration"), (check, "the check")):
         if (tokens := _tokens(rows)) < LEAST_TOKENS:
             raise FormatError(
@@ -160,10 +171,10 @@ def _apart(train: list[RawRow], held: list[RawRow], source: str) -> tuple[list[R
     return train, held
 
 
-def _enough(rows: list[RawRow], count: int, tokenizer: Any, without: set[bytes]) -> list[Row]:
+def _enough(rows: list[RawRow], count: int, tokens_of: Tokenize, without: set[bytes]) -> list[Row]:
     """`count` rows, evenly spaced, or as many more as LEAST_TOKENS take; none whose tokens are in `without`."""
     while True:
-        found = [row for row in _tokenize(spread(rows, count), tokenizer) if row[0].tobytes() not in without]
+        found = [row for row in tokens_of(spread(rows, count)) if row[0].tobytes() not in without]
         if count >= len(rows) or _tokens(found) >= LEAST_TOKENS:
             return found
         count *= 2
@@ -173,10 +184,10 @@ def _tokens(rows: list[Row]) -> int:
     return sum(len(tokens) for tokens, _ in rows)
 
 
-def _tokenize(rows: list[RawRow], tokenizer: Any) -> list[Row]:
+def _tokenize(rows: list[RawRow], tokenizer: Any, length: int) -> list[Row]:
     tokenized = []
     for raw in rows:
-        row = tokenize_row(raw, tokenizer, MAX_LENGTH, mask_prompt=raw.format != "text")
+        row = tokenize_row(raw, tokenizer, length, mask_prompt=raw.format != "text")
         if row.trained.any():
             tokenized.append((np.asarray(row.tokens), np.asarray(row.trained)))
     return tokenized

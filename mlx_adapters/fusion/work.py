@@ -57,7 +57,9 @@ class Work:
         o = self.options
         try:
             tokenizer = load_tokenizer_of(self.job.base)
-            return choose_text(o.calibration, adapters, tokenizer, o.calibration_rows, o.check_rows)
+            return choose_text(
+                o.calibration, adapters, tokenizer, o.calibration_rows, o.check_rows, self.job.base.positions
+            )
         except AdapterError as error:
             if o.calibration is not None or o.method == "calibrated" or o.max_kl is not None:
                 raise
@@ -88,9 +90,10 @@ class Work:
         why = f" {self.text.why}" if self.text.why else ""
         self.on_event(Note(f"Calibrating on {count(len(self.text.calibration), 'row')} of {self.text.source}.{why}"))
         also = {q for plan in job.plans if plan.rounded_to for q in finer(plan.rounded_to)} if self.mixed else ()
+        batches = batches_of(self.text.calibration, job.base)
         round_layers(
-            job.base, job.updates, job.plans, batches_of(self.text.calibration), job.scale_dtype, spool, self.on_event,
-            also, self.options.seed, self.options.thorough,
+            job.base, job.updates, job.plans, batches, job.scale_dtype, spool, self.on_event, also, self.options.seed,
+            self.options.thorough,
         )  # fmt: skip
         if self.mixed:
             self.targets = self._choose_targets(spool)
@@ -104,7 +107,7 @@ class Work:
             return targets_after(within_budget(steps, int(spare)))
         start = {plan.path: plan.target for plan in job.plans if (plan.path, plan.target) in spool.losses}
         total = sum(spool.losses[path, target] for path, target in start.items() if target is not None)
-        batches = batches_of(self.text.check) if self.text else []
+        batches = batches_of(self.text.check, job.base) if self.text else []
 
         def measure(targets: dict[str, Precision]) -> float:
             chosen = start | targets
@@ -128,7 +131,7 @@ class Work:
         job = self.job
         changed = {plan.path for plan in job.plans if not plan.copied}
         fused = Variant(Base(str(folder), folder), None, changed.__contains__ if job.dtype is None else lambda _: True)
-        batches = batches_of(self.text.check)
+        batches = batches_of(self.text.check, job.base)
         return compare(Variant(job.base, job.updates), fused, Variant(job.base), batches, self.on_event)
 
 
@@ -144,6 +147,9 @@ def trained_through(updates: Updates, targets: set[Quantization]) -> bool:
     return rounded and [to_mapping(target) for target in targets] == [training.get("fuse_aware")]
 
 
-def batches_of(rows: list) -> list[TokenBatch]:
-    """Batches of rows; on a GPU padded to few shapes, because each new one is compiled for seconds."""
-    return make_batches(rows, 8192, 64) if on_gpu() else make_batches(rows)
+def batches_of(rows: list, base: Base) -> list[TokenBatch]:
+    """Batches of rows; on a GPU padded to few shapes, because each new one is compiled for seconds.
+
+    Never to more tokens than a model with learned positions has: the next ones would be foreign memory.
+    """
+    return make_batches(rows, 8192, 64, base.positions) if on_gpu() else make_batches(rows)
