@@ -4,7 +4,6 @@ Commands load on first use, so `--help` is instant. The one door for errors is `
 """
 
 import importlib
-import io
 import os
 import signal
 import sys
@@ -119,33 +118,42 @@ def cli(home: str | None, debug: bool, quiet: bool) -> None:
 def main() -> None:
     """Run the program; every error of ours becomes `Error: …`, `Hint: …` and an exit status."""
     signal.signal(signal.SIGTERM, _interrupt)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the caller (`>&-`)
-            setattr(sys, name, io.StringIO())
+    _output.open_streams()
     if "_MLX_ADAPTERS_COMPLETE" in os.environ:
         importlib.import_module("mlx_adapters.cli.completion")  # registers the shells
     try:
         code = cli.main(standalone_mode=False)
-        sys.stdout.flush()
+        _output.flush()
     except click.exceptions.Exit as exit_:
         code = exit_.exit_code
     except click.ClickException as error:
-        error.show()
+        _output.usage(error)
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
         _output.leave_interrupted()
     except (BrokenPipeError, SystemExit) as error:
         # click leaves by SystemExit when the reader of a pipe is gone, its own wrapper around stdout
         gone = isinstance(error, BrokenPipeError) or type(sys.stdout).__name__.endswith("PacifyFlushWrapper")
-        if gone:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 0 if gone else error.code  # type: ignore[union-attr]
-    except AdapterError as error:
+    except (AdapterError, OSError, UnicodeError, MemoryError) as error:
         if _output.debugging():
             raise
-        _output.error(error.message, error.hint)
-        code = error.exit_code
+        _output.error(*_said(error))
+        code = getattr(error, "exit_code", 1)
+    _output.discard()
     sys.exit(code if isinstance(code, int | str) else 0)
+
+
+def _said(error: Exception) -> tuple[str, str | None]:
+    """Message and hint of what ends the program: our errors, and what the machine refused."""
+    if isinstance(error, AdapterError):
+        return error.message, error.hint
+    if isinstance(error, MemoryError):
+        return "There is not enough memory.", "'mlx-adapters estimate' forecasts what a model takes."
+    if isinstance(error, UnicodeError):
+        return f"A text is not valid Unicode: {error}.", "is its file UTF-8?"
+    why, file = getattr(error, "strerror", None) or str(error), getattr(error, "filename", None)
+    return (f"'{file}': {why}." if file else f"The system refused: {why}."), None
 
 
 def _interrupt(*_: object) -> None:

@@ -80,7 +80,7 @@ def confirm(question: str, yes: bool) -> None:
     if yes:
         return
     try:
-        agreed = click.confirm(question, err=True)
+        agreed = click.confirm(_output.printable(question, line=True), err=True)
     except click.Abort:
         if sys.stdin.isatty():  # Ctrl-C
             raise
@@ -96,6 +96,19 @@ def new_name(name: str, template: str | None, **known: str | int | None) -> str:
     from mlx_adapters.housekeeping import fill_template
 
     return name if template is None else fill_template(template, name, **known)
+
+
+def text_or_stdin(text: str) -> str:
+    """`text`, or for "-" what standard input holds."""
+    if text != "-":
+        return text
+    try:
+        found = sys.stdin.read()
+    except (OSError, UnicodeError) as error:
+        raise click.UsageError(f"Standard input cannot be read: {error}.") from None
+    if not found:
+        raise click.UsageError("There is nothing on standard input.")
+    return found
 
 
 def refuse_ignored(names: str, why: str) -> None:

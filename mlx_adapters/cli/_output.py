@@ -1,25 +1,41 @@
-"""The only printer: data to stdout, talk to stderr."""
+"""The only printer: data to stdout, talk to stderr.
+
+Names, tags, templates, answers and other programs' error messages come from files that somebody else wrote, so no
+control character of theirs reaches a terminal. Talk that cannot be written is lost and stops nothing; data that
+cannot be written is an error.
+"""
 
 import contextlib
 import dataclasses
+import io
 import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
+from mlx_adapters.errors import StorageError
 from mlx_adapters.events import Event, Note, Progress
 from mlx_adapters.units import count, duration, format_table, number
 from mlx_adapters.units import size as size  # the commands take it from here
 
 SCHEMA = "mlx_adapters/1"  # of the --json documents; fields may be added, any other change counts up (docs/json.md)
+
+# Escape sequences whole, then what is left of control characters but tab and newline, and what turns the direction.
+_CONTROLS = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|"
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+)
+_LINE_ENDS = re.compile(r"[\t\n\x0b\x0c\r\x1c-\x1e\x85\u2028\u2029]+")
+_OUR_ESCAPE = os.urandom(8).hex()  # stands for ESC in what `style` gives: no text from elsewhere can hold it
 
 _quiet = False
 _debug = False
@@ -34,6 +50,55 @@ def configure(quiet: bool, debug: bool) -> None:
     log = logging.getLogger("mlx_adapters.hub")  # what happens below functions that take no on_event
     log.setLevel(logging.INFO)
     log.handlers = [_NoteHandler()]
+
+
+def open_streams() -> None:
+    """Make the standard streams fit to be used, whatever the caller left: closed, or of another encoding."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: the next file that is opened would take its number, and get what is printed
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # not a file
+            stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")  # type: ignore[union-attr]
+
+
+def flush() -> None:
+    """Write what is still held back of stdout. Raises StorageError."""
+    with _data():
+        sys.stdout.flush()
+
+
+def discard() -> None:
+    """Let what is still held back of the streams go nowhere: they cannot be written, and Python would say so again."""
+    with contextlib.suppress(OSError):
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextlib.contextmanager
+def _data() -> Iterator[None]:
+    """Around what writes data: a reader that went away stays BrokenPipeError, any other refusal is StorageError."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError) as error:
+        why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        raise StorageError(f"Standard output cannot be written: {why}.") from None
+
+
+def printable(text: str, line: bool = False) -> str:
+    """`text` without what would steer a terminal; with `line`, in one line."""
+    if line:
+        text = _LINE_ENDS.sub(" ", text)
+    return _CONTROLS.sub("", text)
 
 
 class _NoteHandler(logging.Handler):
@@ -67,38 +132,53 @@ def colored(stream: Any) -> bool:
 
 def style(text: str, stream: Any = None, **how: Any) -> str:
     """`text` in color if the stream (default stdout) is a terminal."""
-    return click.style(text, **how) if colored(stream or sys.stdout) else text
+    text = printable(text)
+    return click.style(text, **how).replace("\x1b", _OUR_ESCAPE) if colored(stream or sys.stdout) else text
 
 
 def out(text: str = "", newline: bool = True) -> None:
-    """Data, to stdout."""
-    click.echo(text, nl=newline)
+    """Data, to stdout. Raises StorageError where it cannot be written."""
+    with _data():
+        click.echo(_styled(printable(text)), nl=newline)
+
+
+def _styled(text: str) -> str:
+    return text.replace(_OUR_ESCAPE, "\x1b")
+
+
+def _talk(text: str, newline: bool = True, clear: bool = True) -> None:
+    with contextlib.suppress(OSError, ValueError):  # nobody listens: the work goes on
+        click.echo(("\r\x1b[K" if clear and _redraws() else "") + _styled(printable(text)), nl=newline, err=True)
 
 
 def note(text: str) -> None:
     """Talk, to stderr."""
     if not _quiet:
-        _clear_line()
-        click.echo(text, err=True)
+        _talk(text)
 
 
 def note_inline(text: str) -> None:
     """Talk without an end of line (a prompt), to stderr."""
-    click.echo(text, nl=False, err=True)
+    _talk(text, newline=False, clear=False)
 
 
 def warn(text: str) -> None:
     """A warning, to stderr."""
-    _clear_line()
-    click.echo(style("Warning: ", sys.stderr, fg="yellow") + text, err=True)
+    _talk(style("Warning: ", sys.stderr, fg="yellow") + text)
 
 
 def error(message: str, hint: str | None = None) -> None:
-    """An error and the next step, to stderr."""
-    _clear_line()
-    click.echo(style("Error: ", sys.stderr, fg="red") + message, err=True)
+    """An error and the next step, to stderr, each in one line."""
+    _talk(style("Error: ", sys.stderr, fg="red") + printable(message, line=True))
     if hint:
-        click.echo(style("Hint: ", sys.stderr, fg="cyan") + hint, err=True)
+        _talk(style("Hint: ", sys.stderr, fg="cyan") + printable(hint, line=True))
+
+
+def usage(problem: click.ClickException) -> None:
+    """What click says of a wrong command line, to stderr."""
+    said = io.StringIO()
+    problem.show(file=said)
+    _talk(said.getvalue().rstrip("\n"))
 
 
 def end_if_failed(failures: Iterable[str]) -> None:
@@ -120,7 +200,19 @@ def middle_out(text: str, length: int) -> str:
 
 def emit_json(value: Any) -> None:
     """One JSON document, to stdout: a mapping or dataclass, and its schema's version. NaN and Inf become null."""
-    click.echo(json.dumps({"schema": SCHEMA} | plain(value), indent=2, ensure_ascii=False, allow_nan=False))
+    text = json.dumps({"schema": SCHEMA} | plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+    with _data():
+        click.echo(_json_for(text, getattr(sys.stdout, "encoding", None) or "utf-8"))
+
+
+def _json_for(text: str, encoding: str) -> str:
+    """JSON in which what a terminal obeys, or an encoding lacks, is written as \\uXXXX."""
+    text = re.sub(r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda found: f"\\u{ord(found[0]):04x}", text)
+    try:
+        text.encode(encoding)
+        return text
+    except UnicodeEncodeError:
+        return json.dumps(json.loads(text), indent=2)
 
 
 def plain(value: Any) -> Any:
@@ -138,7 +230,8 @@ def plain(value: Any) -> Any:
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> None:
     """A plain table to stdout; the columns in `right` are aligned right."""
-    out(format_table(headers, rows, right))
+    lines = ([printable(str(cell), line=True) for cell in row] for row in rows)
+    out(format_table([printable(head, line=True) for head in headers], lines, right))
 
 
 def progress() -> Callable[[Event], None]:
@@ -180,21 +273,13 @@ def show_live(text: str, end: bool = False) -> None:
     if _quiet:
         return
     if _redraws():
-        sys.stderr.write("\r\x1b[K" + text[: columns() - 1] + ("\n" if end else ""))
-        sys.stderr.flush()
+        _talk(printable(text, line=True)[: columns() - 1], newline=end)
     else:
-        click.echo(text, err=True)
-
-
-def _clear_line() -> None:
-    if _redraws():
-        sys.stderr.write("\r\x1b[K")
+        _talk(text)
 
 
 def leave_interrupted() -> NoReturn:
     """End with 130, without Python's clearing up: MLX aborts where one of its threads is still at work."""
     error("Interrupted.")
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
-            stream.flush()
+    discard()
     os._exit(130)

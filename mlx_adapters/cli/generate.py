@@ -1,6 +1,5 @@
 """`generate`: ask a model."""
 
-import sys
 from typing import Any
 
 import click
@@ -13,6 +12,7 @@ from mlx_adapters.cli._options import (
     dtype_option,
     json_option,
     sampling_options,
+    text_or_stdin,
 )
 
 
@@ -37,7 +37,7 @@ def generate_command(
     from mlx_adapters.registry import load_adapter
     from mlx_adapters.runtime.live import load_model
 
-    prompt = sys.stdin.read() if prompt == "-" else prompt
+    prompt = text_or_stdin(prompt)
     loaded = load_adapter(adapter) if adapter else None
     base = base or (loaded.base_name if loaded else None)
     if base is None:
