@@ -50,9 +50,9 @@ def rename(name: str, new: str) -> Entry:
         folder, _ = registry.locate(Reference("name", name))
         if os.path.lexists(target):
             raise ExistsError(f"There is an adapter named '{new}' already.", f"remove it first: 'remove {new}'.")
-        files.move(folder, target)
         with contextlib.suppress(AdapterError):  # the folder's name counts; a damaged record hinders nobody
-            _update_metadata(target, name=new)
+            _update_metadata(folder, name=new)
+        files.move(folder, target)
     return registry.read_entry(target)
 
 
@@ -112,7 +112,7 @@ def prune(name: str, *, keep_best: bool = True, keep_last: int = 1, dry_run: boo
     require(keep_last >= 0, f"keep_last must not be negative, not {keep_last}.")
     with _changing(name) as folder:
         entry = registry.read_entry(folder)
-        kept = set(entry.iterations[len(entry.iterations) - keep_last :]) | {entry.iteration}
+        kept = {*(entry.iterations[-keep_last:] if keep_last else ()), entry.iteration}
         if keep_best:
             kept.add(best_iteration(entry))
         doomed = [iteration for iteration in entry.iterations if iteration not in kept]

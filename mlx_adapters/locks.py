@@ -2,7 +2,9 @@
 
 import contextlib
 import fcntl
+import hashlib
 import os
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,10 +29,17 @@ def lock_file(path: Path, wait: bool = False, busy: str | None = None) -> Iterat
         os.close(descriptor)
 
 
+def place_name(path: Path) -> str:
+    """The name of a lock on a place on the disk, whether there is anything or not, however its path is spelled."""
+    spelled = os.path.join(os.path.realpath(path.parent), path.name)
+    folded = unicodedata.normalize("NFC", spelled.casefold())
+    return f"{path.name[:60]}-{hashlib.sha256(os.fsencode(folded)).hexdigest()[:16]}"
+
+
 @contextlib.contextmanager
 def lock(name: str, wait: bool = True, busy: str | None = None) -> Iterator[None]:
-    """Hold the lock `name` of the home folder (see `lock_file`)."""
-    path = home() / "locks" / f"{name}.lock"
+    """Hold the lock `name` of the home folder, whatever its case (see `lock_file`): many disks know no case."""
+    path = home() / "locks" / f"{name.casefold()}.lock"
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()

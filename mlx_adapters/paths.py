@@ -33,6 +33,19 @@ def expanded(path: str | Path) -> Path:
         raise NotFoundError(f"There can be no path '{str(path)[:80]!r}'.") from None
 
 
+def same_place(one: str | Path, other: str | Path) -> bool:
+    """Whether two paths lead to the same file or folder, whatever their spelling, links and the disk's rules of case.
+
+    Where one leads nowhere, their spelling tells, with links resolved.
+    """
+    try:
+        return os.path.samefile(one, other)
+    except ValueError:  # a NUL: no path at all
+        return False
+    except OSError:
+        return os.path.realpath(one) == os.path.realpath(other)
+
+
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
     """Turn the disk's refusals into StorageError with a next step."""

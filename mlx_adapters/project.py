@@ -35,11 +35,20 @@ FILES: Mapping[str, str] = {
 def start_project(folder: str | Path, *, overwrite: bool = False) -> tuple[str, ...]:
     """Write a .gitattributes that keeps weights in Git LFS, a .gitignore and a sample config; their names.
 
-    Raises ExistsError, before anything is written, if one of them is there.
+    What holds the same text already, as a killed start leaves it, is left alone. Raises ExistsError, before anything
+    is written, if one of them is there with another.
     """
     place = paths.expanded(folder)
-    for name in FILES:
+    lacking = {name: text for name, text in FILES.items() if not _holds(place / name, text)}
+    for name in lacking:
         files.refuse_existing(place / name, overwrite)
-    for name, text in FILES.items():
+    for name, text in lacking.items():
         files.write_text(place / name, text)
     return tuple(FILES)
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        return path.read_bytes() == text.encode()
+    except OSError:
+        return False

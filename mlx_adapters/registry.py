@@ -216,13 +216,30 @@ def checksums_of(metadata: Mapping[str, Any]) -> dict[str, str]:
 def changing(*names: str) -> Iterator[None]:
     """Hold named adapters while they are changed: other short changes wait.
 
-    Raises TrainingError at once if a run, which holds its folder, is writing into one of them.
+    Raises TrainingError at once if a run is writing into one of them.
     """
+    folders = {locks.place_name(folder): folder for folder in map(adapter_folder, names)}
     with contextlib.ExitStack() as stack:
-        for name in sorted(set(names)):  # always in one order, so that no two can wait for each other
-            stack.enter_context(locks.lock(f"adapter-{name}"))
-            if (folder := adapter_folder(name)).is_dir():
-                stack.enter_context(locks.lock_file(folder, busy=f"'{name}' is being trained."))
+        for place, folder in sorted(folders.items()):  # always in one order, so that no two can wait for each other
+            busy = f"'{folder.name}' is being trained."
+            stack.enter_context(locks.lock(f"change-{place}"))
+            stack.enter_context(locks.lock(f"run-{place}", wait=False, busy=busy))
+            if folder.is_dir():  # a run of another home holds its folder alone
+                stack.enter_context(locks.lock_file(folder, busy=busy))
+        yield
+
+
+@contextlib.contextmanager
+def training_lock(folder: Path) -> Iterator[None]:
+    """Hold the place that a run writes to, there or not yet, as long as the run lasts; short changes end first.
+
+    Raises TrainingError at once if another run holds it.
+    """
+    place = locks.place_name(folder)
+    with contextlib.ExitStack() as stack:
+        with locks.lock(f"change-{place}"):
+            busy = f"'{folder.name}' is being trained by another process."
+            stack.enter_context(locks.lock(f"run-{place}", wait=False, busy=busy))
         yield
 
 

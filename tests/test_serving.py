@@ -521,6 +521,26 @@ def test_a_damaged_adapter_and_a_dead_engine(registered, monkeypatch):
         assert httpx.get(address + "/health").status_code == 503
 
 
+def test_a_name_that_comes_to_mean_another_adapter_is_not_served_under_it(registered):
+    """What is in memory stays; what is read again must be what it was, until it is added anew."""
+    folder, adapters = registered
+    other = random_adapter(load_model(folder), seed=77)
+    with running(folder, adapters, max_adapters=1, allow_load=True) as (address, engine):
+        url, body = address + "/v1/chat/completions", {"messages": CHAT, "max_tokens": 2}
+        for name in "pq":  # q was only looked at when the server started, p is in memory
+            register(other, name, overwrite=True)
+        assert httpx.post(url, json=body | {"model": "p"}).status_code == 200
+        for name in "qq":
+            answer = httpx.post(url, json=body | {"model": name})
+            assert answer.status_code == 503 and "'q' has changed" in answer.json()["error"]["message"]
+        engine.served["p"].attached = None  # as if it had been put out
+        assert "'p' has changed" in httpx.post(url, json=body | {"model": "p"}).text
+        assert httpx.delete(address + "/v1/adapters/q").status_code in (200, 204)
+        assert httpx.post(address + "/v1/adapters", json={"name": "q", "reference": "q"}).status_code in (200, 201)
+        assert httpx.post(url, json=body | {"model": "q"}).status_code == 200
+        assert engine.served["q"].fingerprint == other.fingerprint
+
+
 def test_what_the_engine_does_not_come_to_in_time_is_told(tiny_model, monkeypatch):
     engine = make_engine(str(tiny_model("llama")), [], ServeSettings(max_seconds=0.01))
     monkeypatch.setattr(engine._thread, "is_alive", lambda: True)  # as if it were busy

@@ -8,7 +8,9 @@ import itertools
 import math
 from dataclasses import dataclass
 
+from mlx_adapters.adapter import Adapter
 from mlx_adapters.config import require
+from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.registry import load_adapter
 from mlx_adapters.runtime.attached import Attached
 from mlx_adapters.runtime.live import LiveModel
@@ -20,6 +22,7 @@ from mlx_adapters.serving.settings import ServeSettings
 class Served:
     """An adapter that can be asked for. `attached` is None while it is out of memory.
 
+    `fingerprint`: of the adapter that was first read, which is the one that is served: a name may come to mean another.
     `nbytes`: what its weights take, or once it was in memory what it took there; None until it was read.
     """
 
@@ -27,6 +30,19 @@ class Served:
     reference: str
     attached: Attached | None = None
     nbytes: int | None = None
+    fingerprint: str | None = None
+
+    def read(self) -> Adapter:
+        """The adapter, from the disk. Raises IncompatibleError if it is no longer the one that was first read."""
+        adapter = load_adapter(self.reference)
+        found = adapter.fingerprint
+        self.fingerprint = self.fingerprint or found
+        if found != self.fingerprint:
+            raise IncompatibleError(
+                f"'{self.reference}' has changed since it was first served as '{self.name}'.",
+                "remove it from the server and add it anew, or start the server again.",
+            )
+        return adapter
 
     @property
     def resident(self) -> bool:
@@ -49,12 +65,12 @@ class Residents:
             return served.attached
         pool, adapter = self.model.pool, None
         if served.nbytes is None:
-            adapter = load_adapter(served.reference)
+            adapter = served.read()
             served.nbytes = sum(w.size for w in adapter.weights.values()) * pool.dtype.size
         if not self._make_room(served, served.nbytes):
             return None
         name = f"{served.name}#{next(self._serial)}"
-        self.model.attach(adapter or served.reference, name=name, use=False)
+        self.model.attach(adapter or served.read(), name=name, use=False)
         served.attached = pool.get(name)
         served.nbytes = served.attached.nbytes
         if pool.nbytes > self._byte_limit:  # in groups of layers it takes more than in its file

@@ -10,7 +10,7 @@ from typing import Any
 from mlx_adapters.config import require
 from mlx_adapters.errors import ConfigError, NotFoundError
 from mlx_adapters.layers import check_fits, check_made_for
-from mlx_adapters.registry import check_name, load_adapter, parse_reference
+from mlx_adapters.registry import check_name, parse_reference
 from mlx_adapters.runtime.live import load_model
 from mlx_adapters.serving.engine import Engine
 from mlx_adapters.serving.residents import Served
@@ -59,10 +59,11 @@ def make_engine(
         if len(model.pool.attached) < settings.max_adapters:
             engine.add_adapter(adapter, reference)
         else:
-            loaded = load_adapter(reference)
+            served = Served(adapter, reference)
+            loaded = served.read()
             check_fits(loaded, model.module, f"'{called}'")
             check_made_for(loaded, model.base.name, model.base.fingerprint)
-            engine.served[adapter] = Served(adapter, reference)
+            engine.served[adapter] = served
     return engine
 
 

@@ -14,7 +14,7 @@ from mlx_adapters.errors import AdapterError, ConfigError, FormatError, Training
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.layers import named_layers
 from mlx_adapters.model import load_model, load_tokenizer_of
-from mlx_adapters.registry import Reference, load_adapter
+from mlx_adapters.registry import Reference, load_adapter, training_lock
 from mlx_adapters.training import distributed, start
 from mlx_adapters.training import state as states
 from mlx_adapters.training.data import Row
@@ -134,6 +134,8 @@ def train(
 def _begin(request: _Request, reference: Reference, path: Path, overwrite: bool) -> TrainRun:
     with contextlib.ExitStack() as stack:
         leads = request.world.leads
+        if leads:  # before the model loads: of two runs of one new name the later one ends here
+            stack.enter_context(training_lock(path))
         if path.is_dir() and leads:
             stack.enter_context(_locked(path))
         loop = _prepare(request, RunFolder(reference, path, {}, leads), None, overwrite)
@@ -158,7 +160,10 @@ def _removed_if_empty(folder: RunFolder) -> Iterator[None]:
 
 def _resume(request: _Request, old: dict[str, Any], reference: Reference, path: Path) -> TrainRun:
     world, folder = request.world, RunFolder(reference, path, old, request.world.leads)
-    with _locked(path) if world.leads else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if world.leads:
+            stack.enter_context(training_lock(path))
+            stack.enter_context(_locked(path))
         found: list[Checkpoint | None] = [None]
 
         def look() -> dict[str, Any]:
