@@ -54,6 +54,19 @@ ARCHITECTURES: dict[str, dict] = {
         "moe_intermediate_size": 64,
         "norm_topk_prob": True,
     },
+    # Keys, values and per-layer inputs go from block to block by keyword; the last two blocks have no own keys.
+    "gemma4_text": {
+        **_COMMON,
+        "num_hidden_layers": 4,
+        "tie_word_embeddings": True,
+        "head_dim": HEAD_DIM,
+        "global_head_dim": 2 * HEAD_DIM,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "sliding_window": 8,
+        "hidden_size_per_layer_input": 32,
+        "vocab_size_per_layer_input": VOCABULARY,
+    },
     "gpt2": {
         "n_ctx": 512,
         "n_positions": 512,

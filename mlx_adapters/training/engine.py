@@ -5,7 +5,7 @@ functions (gradient, update) are compiled on a GPU, once for each shape of batch
 """
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -64,7 +64,8 @@ class Engine:
         self.weights = dict(tree_flatten(self.module.trainable_parameters()))
         self.optimizer = Optimizer(self.config, self.weights)
         self._gradient = {
-            rounding: compiled(self._make_gradient(rounding), [mx.random.state]) for rounding in (False, True)
+            rounding: compiled(self._make_gradient(rounding, self.config.grad_checkpoint), [mx.random.state])
+            for rounding in (False, True)
         }
         self._evaluate = {rounding: compiled(self._make_evaluate(rounding)) for rounding in (False, True)}
 
@@ -110,16 +111,26 @@ class Engine:
             total, tokens = np.array(self.world.sum(mx.array([total, tokens], mx.float32))).tolist()
         return total / tokens
 
-    def _make_gradient(self, rounding: bool):
+    def gradient_of(self, probe: Batch, recompute: bool) -> Weights:
+        """The gradient of the summed loss on `probe`, not compiled. Uses up no random number."""
+        a, key = device_batch(probe), graph.random_key()
+        gradient = self._make_gradient(False, recompute)
+        _, found = gradient(self.weights, a.tokens, a.positions, a.targets, a.weights, a.segments, mx.array(1.0))
+        mx.eval(found)
+        graph.set_random_key(key)
+        return found
+
+    def _make_gradient(self, rounding: bool, recompute: bool):
         def loss(weights: Weights, batch: Arrays, share: mx.array) -> tuple[mx.array, mx.array]:
-            summed = self._loss(weights, batch, rounding, self.config.grad_checkpoint)
+            summed = self._loss(weights, batch)
             return summed * share, summed
 
         def gradient(weights: Weights, tokens: mx.array, positions: mx.array, targets: mx.array,
                      counted: mx.array, segments: mx.array | None, share: mx.array) -> tuple:  # fmt: skip
             self.module.train()
             batch = Arrays(tokens, positions, targets, counted, segments)
-            (_, summed), gradients = mx.value_and_grad(loss)(weights, batch, share)
+            with self._at_work(rounding, recompute):  # the backward pass calls blocks again
+                (_, summed), gradients = mx.value_and_grad(loss)(weights, batch, share)
             return summed, gradients
 
         return gradient
@@ -128,9 +139,22 @@ class Engine:
         def evaluate(weights: Weights, tokens: mx.array, positions: mx.array, targets: mx.array,
                      counted: mx.array, segments: mx.array | None) -> mx.array:  # fmt: skip
             self.module.eval()
-            return self._loss(weights, Arrays(tokens, positions, targets, counted, segments), rounding, False)
+            with self._at_work(rounding, False):
+                return self._loss(weights, Arrays(tokens, positions, targets, counted, segments))
 
         return evaluate
+
+    @contextlib.contextmanager
+    def _at_work(self, rounding: bool, recompute: bool) -> Iterator[None]:
+        """The module as the step calls it. Afterwards it has its own weights again, and no array of a trace."""
+        own = dict(tree_flatten(self.module.trainable_parameters()))
+        with contextlib.ExitStack() as stack:
+            stack.callback(losses.put, self.module, own)
+            if rounding and self.config.fuse_aware is not None:
+                stack.enter_context(fuse_aware.rounded(self.adapted, self.config.fuse_aware))
+            for layer in self.module.layers if recompute else ():
+                stack.enter_context(graph.recompute(layer))
+            yield
 
     def _round_frozen_once(self, rounding: bool) -> None:
         """From the first rounded step on, the layers without an adapter are rounded for good."""
@@ -138,18 +162,13 @@ class Engine:
             fuse_aware.round_frozen(self.module, self.adapted, self.config.fuse_aware)
             self.round_all = False
 
-    def _loss(self, weights: Weights, batch: Arrays, rounding: bool, recompute: bool) -> mx.array:
+    def _loss(self, weights: Weights, batch: Arrays) -> mx.array:
         losses.put(self.module, weights)
         cache = _segments(self.module, batch)
-        with contextlib.ExitStack() as stack:
-            if rounding and self.config.fuse_aware is not None:
-                stack.enter_context(fuse_aware.rounded(self.adapted, self.config.fuse_aware))
-            for layer in self.module.layers if recompute else ():
-                stack.enter_context(graph.recompute(layer))
-            if self.plan.body is None:
-                return losses.plain_loss(self.module, batch, cache)
-            head = {name: w for name, w in weights.items() if block_index(name) is None}
-            return losses.chunked_loss(self.module, self.plan.body, batch, head, self.plan.chunk, cache)
+        if self.plan.body is None:
+            return losses.plain_loss(self.module, batch, cache)
+        head = {name: w for name, w in weights.items() if block_index(name) is None}
+        return losses.chunked_loss(self.module, self.plan.body, batch, head, self.plan.chunk, cache)
 
 
 def chunk_rows(vocabulary: int) -> int:
@@ -188,3 +207,14 @@ def packing_is_exact(module: nn.Module, separate: Batch, packed: Batch) -> bool:
     except (ValueError, TypeError, IndexError, AttributeError):
         return False
     return abs(alone - together) <= EQUAL * abs(alone)
+
+
+def checkpointing_is_exact(engine: Engine, probe: Batch) -> bool:
+    """Whether blocks that are computed again give the gradient that kept ones give."""
+    kept, again = (engine.gradient_of(probe, recompute) for recompute in (False, True))
+    return all(_near(again[name], gradient) for name, gradient in kept.items())
+
+
+def _near(found: mx.array, expected: mx.array) -> bool:
+    """Equal but for sums in another order, as a GPU makes some."""
+    return bool((mx.linalg.norm(found - expected) <= 100 * EQUAL * mx.linalg.norm(expected)).item())

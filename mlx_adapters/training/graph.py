@@ -28,16 +28,41 @@ def call_as(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
         module.__class__ = kind
 
 
+def random_key() -> mx.array:
+    """The key that MLX draws its next random numbers from, as an array of its own."""
+    return mx.array(mx.random.state[0])
+
+
+def set_random_key(key: mx.array) -> None:
+    """Let MLX draw its next random numbers from `key`."""
+    mx.random.state[0][...] = key
+
+
 def recompute(layer: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Within the block, `layer` keeps only its input for the backward pass (gradient checkpointing,
-    arXiv 1604.06174)."""
+    """Within the block, `layer` keeps only its inputs for the backward pass (gradient checkpointing,
+    arXiv 1604.06174). The backward pass has to happen within the block too.
+
+    Whatever carries a gradient is an input: the weights, and arrays anywhere in positional and keyword arguments
+    (Gemma 4 hands keys and values from block to block by keyword). Dropout draws the same numbers again.
+    """
 
     def checkpointed(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        def inner(parameters: dict, *inputs: Any) -> Any:
-            layer.update(parameters)
-            return original(*inputs, **kwargs)
+        key, again = random_key(), False
 
-        return mx.checkpoint(inner)(layer.trainable_parameters(), *args)
+        def inner(given: dict, args: tuple, kwargs: dict) -> Any:
+            nonlocal again
+            own, now = layer.trainable_parameters(), random_key()
+            layer.update(given)
+            set_random_key(key)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                layer.update(own)
+                if again:
+                    set_random_key(now)
+                again = True
+
+        return mx.checkpoint(inner)(layer.trainable_parameters(), args, kwargs)
 
     return call_as(layer, checkpointed)
 

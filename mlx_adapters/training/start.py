@@ -1,6 +1,7 @@
 """Preparing a run: rows, adapter layers and the engine, with all that can be refused before the first step."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from mlx_adapters.adapter import Adapter, AdapterConfig
 from mlx_adapters.bases import quantization_in
 from mlx_adapters.config import LoraConfig, TrainConfig
 from mlx_adapters.door import mx, nn
-from mlx_adapters.errors import ConfigError, FormatError, IncompatibleError, did_you_mean
+from mlx_adapters.errors import AdapterError, ConfigError, FormatError, IncompatibleError, ModelError, did_you_mean
 from mlx_adapters.events import Note, OnEvent
 from mlx_adapters.layers import add_adapter_layers, resolve_target_modules
 from mlx_adapters.machine import on_gpu
@@ -20,7 +21,7 @@ from mlx_adapters.training import fuse_aware
 from mlx_adapters.training.batches import make_batch
 from mlx_adapters.training.data import Row, tokenize
 from mlx_adapters.training.distributed import World
-from mlx_adapters.training.engine import Engine, packing_is_exact, plan_loss
+from mlx_adapters.training.engine import Engine, checkpointing_is_exact, packing_is_exact, plan_loss
 from mlx_adapters.training.feed import Feed, make_feed
 from mlx_adapters.training.rows import DataSet
 from mlx_adapters.units import count
@@ -154,12 +155,34 @@ def prepare(
     validation = make_feed(valid, plain, gpu=on_gpu(), world=world) if valid else None
     shortest = sorted(train, key=lambda row: len(row.tokens))[:2]
     probe = make_batch([[row] for row in shortest])
-    if config.packing and not packing_is_exact(model.module, probe, make_batch([shortest], packed=True)):
-        raise ConfigError("Rows cannot be packed exactly with this architecture.", "train without --packing.")
     if config.fuse_aware is not None:
         fuse_aware.check(adapted, config.fuse_aware)
-    plan = plan_loss(model.module, config, int(model.config.get("vocab_size", 1 << 16)), probe)
-    return Prepared(Engine(model.module, adapted, config, plan, world, _rounds_all(model, config)), feed, validation)
+    with _model_errors():
+        if config.packing and not packing_is_exact(model.module, probe, make_batch([shortest], packed=True)):
+            raise ConfigError("Rows cannot be packed exactly with this architecture.", "train without --packing.")
+        plan = plan_loss(model.module, config, int(model.config.get("vocab_size", 1 << 16)), probe)
+        engine = Engine(model.module, adapted, config, plan, world, _rounds_all(model, config))
+        if not config.grad_checkpoint:
+            engine.gradient_of(
+                probe, recompute=False
+            )  # what cannot be differentiated shows before the run's folder is made
+        elif not checkpointing_is_exact(engine, probe):
+            raise ConfigError("This architecture's gradients change when its blocks are computed again.",
+                              "train without --grad-checkpoint.")  # fmt: skip
+    return Prepared(engine, feed, validation)
+
+
+@contextlib.contextmanager
+def _model_errors() -> Iterator[None]:
+    """What a model's own code raises in its first step, as ModelError: it cannot be trained like this."""
+    try:
+        yield
+    except AdapterError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:300].rstrip(".")
+        raise ModelError(f"mlx-lm's code for this model cannot be trained so: {text}.",
+                         "choose other --target-modules, such as q_proj,v_proj.") from error  # fmt: skip
 
 
 def _rounds_all(model: Model, config: TrainConfig) -> bool:
