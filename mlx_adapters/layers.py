@@ -5,7 +5,9 @@ plain mlx-lm computes.
 """
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from mlx.utils import tree_unflatten
 
@@ -23,13 +25,13 @@ from mlx_adapters.door import (
     mx,
     nn,
 )
-from mlx_adapters.errors import ConfigError, IncompatibleError, did_you_mean
-from mlx_adapters.tensor_names import LORA_A, LORA_B, MAGNITUDE
+from mlx_adapters.errors import ConfigError, IncompatibleError, ModelError, did_you_mean
+from mlx_adapters.tensor_names import LORA_A, LORA_B, MAGNITUDE, SCALES, WEIGHT
 
 LINEAR = (nn.Linear, nn.QuantizedLinear)
 SWITCH = (SwitchLinear, QuantizedSwitchLinear)
 EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
-QUANTIZED = (nn.QuantizedLinear, QuantizedSwitchLinear, nn.QuantizedEmbedding)
+ADAPTABLE = LINEAR + SWITCH + EMBEDDING
 
 
 class AdapterLayer(nn.Module):
@@ -44,13 +46,17 @@ def adaptable_layers(module: nn.Module) -> dict[str, nn.Module]:
 
     An adapted layer is given as the layer it wraps, so the paths do not change when an adapter is attached.
     """
-    found: dict[str, nn.Module] = {}
-    for path, layer in named_layers(module):
-        if isinstance(layer, ADAPTED):
-            found[path] = base_layer(layer)
-        elif isinstance(layer, LINEAR + SWITCH + EMBEDDING):
-            found[path] = layer
-    return found
+    return {path: layer for path, layer in weight_layers(module).items() if isinstance(layer, ADAPTABLE)}
+
+
+def weight_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """The adaptable layers, and those that no adapter takes but mlx-lm quantizes (the matrices of each head in MLA)."""
+    layers = ((path, base_layer(layer)) for path, layer in named_layers(module))
+    return {path: layer for path, layer in layers if isinstance(layer, ADAPTABLE) or _quantizable(layer)}
+
+
+def _quantizable(layer: nn.Module) -> bool:
+    return is_quantized(layer) or (hasattr(layer, "to_quantized") and WEIGHT in layer)
 
 
 def named_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -78,9 +84,16 @@ def base_layer(layer: nn.Module) -> nn.Module:
     return layer.embedding if "embedding" in layer else layer.linear
 
 
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether the layer's weight is packed, whatever its class is."""
+    return SCALES in layer and hasattr(layer, "bits") and hasattr(layer, "group_size")
+
+
 def quantization_of(layer: nn.Module) -> Quantization | None:
     """How a layer's weight is quantized, or None."""
-    return Quantization(layer.bits, layer.group_size, layer.mode) if isinstance(layer, QUANTIZED) else None
+    if not is_quantized(layer):
+        return None
+    return Quantization(layer.bits, layer.group_size, getattr(layer, "mode", "affine"))
 
 
 def dense_weight(layer: nn.Module, dtype: mx.Dtype | None = None) -> mx.array:
@@ -88,7 +101,7 @@ def dense_weight(layer: nn.Module, dtype: mx.Dtype | None = None) -> mx.array:
 
     float32 is exact for every mode; without `dtype` an unquantized weight keeps its own.
     """
-    if not isinstance(layer, QUANTIZED):
+    if not is_quantized(layer):
         return layer.weight if dtype is None else layer.weight.astype(dtype)
     dtype = dtype or mx.float32
     scales, biases = layer.scales, layer.get("biases")
@@ -167,7 +180,7 @@ def expected_shapes(layer: nn.Module, config: AdapterConfig) -> dict[str, tuple[
 
 def weight_shape(layer: nn.Module) -> tuple[int, ...]:
     """The shape of the layer's dense weight."""
-    if isinstance(layer, QUANTIZED):
+    if is_quantized(layer):
         return (*layer.weight.shape[:-1], layer.weight.shape[-1] * 32 // layer.bits)
     return tuple(layer.weight.shape)
 
@@ -222,7 +235,7 @@ def _adapter_layer(layer: nn.Module, key: str, config: AdapterConfig) -> nn.Modu
     if isinstance(layer, SWITCH):
         kind = None if dora else LoRASwitchLinear
     elif isinstance(layer, EMBEDDING):
-        kind = LoRAEmbedding if not dora else None if isinstance(layer, QUANTIZED) else DoRAEmbedding
+        kind = LoRAEmbedding if not dora else None if is_quantized(layer) else DoRAEmbedding
     else:
         kind = DoRALinear if dora else LoRALinear
     if kind is None:
@@ -275,7 +288,7 @@ def untie(module: nn.Module) -> None:
     embedding = getattr(getattr(owner, "model", None), "embed_tokens", None)
     if switch is None or not hasattr(switch, "tie_word_embeddings") or not isinstance(embedding, EMBEDDING):
         raise IncompatibleError("mlx-lm has this architecture with one matrix for input and output only.")
-    kind = nn.QuantizedLinear if isinstance(embedding, QUANTIZED) else nn.Linear
+    kind = nn.QuantizedLinear if is_quantized(embedding) else nn.Linear
     head = kind.__new__(kind)
     nn.Module.__init__(head)
     for name in ("bits", "group_size", "mode"):
@@ -290,16 +303,26 @@ def untie(module: nn.Module) -> None:
 def dequantize_layers(module: nn.Module, dtype: mx.Dtype) -> None:
     """Replace every quantized layer by a dense one that computes the same function, one after the other."""
     for path, layer in named_layers(module):
-        if isinstance(layer, QUANTIZED):
+        if is_quantized(layer) and dense_class(layer) is not None:
             dense = dense_layer(layer, dense_weight(layer, dtype))
             mx.eval(dense.parameters())
             module.update_modules(tree_unflatten([(path, dense)]))
 
 
+def dense_class(layer: nn.Module) -> type[nn.Module] | None:
+    """The class of the same layer unquantized: `Linear` for `QuantizedLinear`, from the same module; or None."""
+    if not is_quantized(layer):
+        return type(layer)
+    name = type(layer).__name__.replace("Quantized", "")
+    found = getattr(sys.modules[type(layer).__module__], name, None) or getattr(nn, name, None)
+    return found if hasattr(found, "to_quantized") else None
+
+
 def dense_layer(layer: nn.Module, weight: mx.array) -> nn.Module:
     """An unquantized layer of the same kind with that weight and the layer's bias, in the weight's type."""
-    kinds = {nn.QuantizedLinear: nn.Linear, nn.QuantizedEmbedding: nn.Embedding, QuantizedSwitchLinear: SwitchLinear}
-    kind = kinds.get(type(layer), type(layer))
+    kind: Any = dense_class(layer)
+    if kind is None:
+        raise ModelError(f"mlx-lm's '{type(layer).__name__}' cannot be computed unquantized.")
     dense = kind.__new__(kind)
     nn.Module.__init__(dense)
     dense.weight = weight

@@ -81,6 +81,72 @@ ARCHITECTURES: dict[str, dict] = {
     },
 }
 
+# Layers that mlx-lm quantizes and no adapter takes, layers called once for each token, tensors that mlx-lm leaves out.
+_MLA = {
+    **_COMMON,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "moe_intermediate_size": 64,
+    "n_shared_experts": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "routed_scaling_factor": 1.0,
+    "norm_topk_prob": True,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "attention_bias": False,
+    "kv_lora_rank": 64,
+    "q_lora_rank": 64,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+}
+RARE: dict[str, dict] = {
+    "deepseek_v3": _MLA,
+    "glm4_moe_lite": {**_MLA, "tie_word_embeddings": False},
+    "kimi_vl": {
+        "text_config": {**_MLA, "model_type": "deepseek_v3"},
+        "vision_config": {"hidden_size": 32},
+        "eos_token_id": 2,
+    },
+    "gemma3": {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "text_config": {**ARCHITECTURES["gemma3_text"], "model_type": "gemma3_text"},
+        "vision_config": {"hidden_size": 32, "model_type": "siglip_vision_model"},
+        "vocab_size": VOCABULARY,
+        "eos_token_id": 2,
+    },
+    "mamba": {
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": LAYERS,
+        "state_size": 16,
+        "conv_kernel": 4,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "time_step_rank": 32,
+        "eos_token_id": 2,
+    },
+    "jamba": {
+        **_COMMON,
+        "attn_layer_offset": 1,
+        "attn_layer_period": 2,
+        "expert_layer_offset": 1,
+        "expert_layer_period": 2,
+        "mamba_d_conv": 4,
+        "mamba_d_state": 16,
+        "mamba_expand": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": True,
+    },
+}
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -106,18 +172,20 @@ def build_model(
     seed: int = 0,
     **config: object,
 ) -> Path:
-    """Write a whole model folder of `architecture` (a key of ARCHITECTURES) and return it.
+    """Write a whole model folder of `architecture` (a key of ARCHITECTURES or RARE) and return it.
 
     `bits` quantizes it as mlx-lm does; `tied` overrides whether input and output embeddings are one matrix;
     further keywords override entries of config.json.
     """
     from mlx_lm.utils import quantize_model, save_model
 
-    settings = {"model_type": architecture, **ARCHITECTURES[architecture], **config}
+    settings = {"model_type": architecture, **(ARCHITECTURES | RARE)[architecture], **config}
     if tied is not None:
         settings["tie_word_embeddings"] = tied
     module = importlib.import_module(f"mlx_lm.models.{architecture}")
-    model = module.Model(module.ModelArgs.from_dict(settings))
+    model = module.Model(module.ModelArgs.from_dict(json.loads(json.dumps(settings))))  # which some of them change
+    if architecture == "gemma3":
+        model.language_model.sanitize({})
     if architecture == "gemma3_text" and settings["tie_word_embeddings"]:
         model.sanitize({})  # drops lm_head, as loading a tied checkpoint does
     model.update(tree_unflatten(_random_weights(model, seed, getattr(mx, dtype))))

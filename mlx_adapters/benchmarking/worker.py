@@ -27,7 +27,7 @@ from mlx_adapters.benchmarking.variants import Variant
 from mlx_adapters.config import from_mapping, require
 from mlx_adapters.door import mx, wired_limit
 from mlx_adapters.errors import AdapterError
-from mlx_adapters.layers import QUANTIZED, adaptable_layers
+from mlx_adapters.layers import adaptable_layers, is_quantized
 from mlx_adapters.machine import on_gpu
 from mlx_adapters.model import Model, load_tokenizer_of
 from mlx_adapters.registry import load_adapter, locate
@@ -151,7 +151,7 @@ def measure_shape(model: Model, config: BenchmarkConfig, shape: tuple[int, int],
 def conditions(model: Model) -> dict[str, Any]:
     """What the figures depend on: the arithmetic, and which weights and vocabulary these are."""
     stored = model.config.get("quantization")
-    packed = any(isinstance(layer, QUANTIZED) for layer in adaptable_layers(model.module).values())
+    packed = any(is_quantized(layer) for layer in adaptable_layers(model.module).values())
     # Norms keep the type that activations have, whatever is packed.
     types = Counter(str(a.dtype) for _, a in tree_flatten(model.module.parameters()) if a.ndim == 1)
     return {

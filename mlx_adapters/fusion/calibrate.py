@@ -14,7 +14,8 @@ from mlx_adapters.door import mx
 from mlx_adapters.errors import FormatError
 from mlx_adapters.events import OnEvent, Progress
 from mlx_adapters.fusion.blocks import TokenBatch, Variant
-from mlx_adapters.fusion.hessian import Collector, Moments, mix
+from mlx_adapters.fusion.hessian import Collector
+from mlx_adapters.fusion.moments import Moments, mix
 from mlx_adapters.fusion.packed import Packed
 from mlx_adapters.fusion.plan import LayerPlan, Updates
 from mlx_adapters.fusion.rounding import OUTPUT_DAMPING
@@ -64,14 +65,15 @@ def round_layers(
     also: Iterable[Quantization] = (),
     seed: int = 0,
     thorough: bool = True,
-) -> None:
+) -> list[str]:
     """Round every layer of `plans` that is to be quantized anew, to its target and to the precisions `also`.
 
-    Workers round the layers whose moments are there while those of the next ones are collected.
+    Workers round the layers whose moments are there while those of the next ones are collected. Returns the paths of
+    layers of which calibration tells nothing: they are not rounded.
     """
     wanted = {plan.path: plan.rounded_to for plan in plans if plan.rounded_to is not None}
     if not wanted:
-        return
+        return []
     forward, backward = Variant(base, updates), Variant(base, updates)
     targets = {path: list(dict.fromkeys([target, *also])) for path, target in wanted.items()}
     shapes = {path: weight_shape(backward.source.layers[path]) for path in wanted}
@@ -97,6 +99,8 @@ def round_layers(
                     under_way.append((path, [workers.submit(task) for task in tasks]))
                     collect(most=2 * workers.count)
         collect(most=0)
+    known = {path for path, _ in spool.losses}
+    return [path for path in wanted if path not in known]
 
 
 def tasks_for(

@@ -88,7 +88,8 @@ def fuse(
         result = FuseResult(
             folder=out, method="nearest" if q8 else work.method, quantization=job.quantization(asked), size_bytes=size,
             bits_per_weight=8 * size / job.parameters, survival=tuple(sorted(job.survival, key=lambda s: s.path)),
-            fidelity=fidelity, text=work.text.describe() if work.text else None, notes=notes,
+            fidelity=fidelity, text=work.text.describe() if work.text else None,
+            notes=notes + work.notes,
             seconds=time.perf_counter() - started,
         )  # fmt: skip
         _refuse_unfaithful(result, options)

@@ -15,7 +15,7 @@ from mlx_adapters.adapter import Adapter
 from mlx_adapters.config import Quantization, to_mapping
 from mlx_adapters.door import mx, nn
 from mlx_adapters.fusion.packed import Packed, dequantize
-from mlx_adapters.layers import EMBEDDING, adaptable_layers, dense_weight, quantization_of, updated_weight, weight_shape
+from mlx_adapters.layers import EMBEDDING, dense_weight, quantization_of, updated_weight, weight_layers, weight_shape
 from mlx_adapters.tensor_names import BIASES, QUANTIZED_LEAVES, SCALES, WEIGHT
 
 CHUNK = 1 << 22  # weights handled at once: 16 MB in float32
@@ -91,13 +91,13 @@ class Source:
     """The base with lazily loaded weights: nothing is read until it is used."""
 
     module: nn.Module
-    layers: dict[str, nn.Module]
+    layers: dict[str, nn.Module]  # see `weight_layers`
     dtype: mx.Dtype
 
     @classmethod
     def of(cls, module: nn.Module) -> "Source":
         """The source that a model is."""
-        return cls(module, adaptable_layers(module), common_dtype(module))
+        return cls(module, weight_layers(module), common_dtype(module))
 
     def packed(self, path: str) -> Packed | None:
         """The layer's quantized weight, if it is quantized without a tensor scale."""

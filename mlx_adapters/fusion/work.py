@@ -28,6 +28,7 @@ THROUGH = (
     "then. Judge by the loss: the KL is from the adapter before rounding, which it was not trained to equal. After a "
     "short training, compare with --method calibrated."
 )
+UNKNOWN = "calibration does not see what it computes of which token"
 
 
 class Work:
@@ -39,6 +40,7 @@ class Work:
         self.trained_through = trained_through(job.updates, targets)
         self.method = self._choose_method(targets)
         self.targets: dict[str, Precision] = {}
+        self.notes: tuple[str, ...] = ()
         self._refuse_small_budget()
         self.text: Text | None = None
         if self.method == "calibrated" or options.check:
@@ -91,10 +93,14 @@ class Work:
         self.on_event(Note(f"Calibrating on {count(len(self.text.calibration), 'row')} of {self.text.source}.{why}"))
         also = {q for plan in job.plans if plan.rounded_to for q in finer(plan.rounded_to)} if self.mixed else ()
         batches = batches_of(self.text.calibration, job.base)
-        round_layers(
+        unknown = round_layers(
             job.base, job.updates, job.plans, batches, job.scale_dtype, spool, self.on_event, also, self.options.seed,
             self.options.thorough,
         )  # fmt: skip
+        self.notes = tuple(f"{path}: rounded to nearest: {UNKNOWN}" for path in unknown)
+        if unknown:
+            layers = count(len(unknown), "layer")
+            self.on_event(Note(f"{layers} rounded to nearest; {unknown[0]}: {UNKNOWN}.", "warning"))
         if self.mixed:
             self.targets = self._choose_targets(spool)
             job.retarget(self.targets)

@@ -11,7 +11,7 @@ from mlx_adapters.adapter import Adapter
 from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.events import Note, OnEvent, ignore
-from mlx_adapters.layers import QUANTIZED, adaptable_layers, check_fits, dense_weight, weight_shape
+from mlx_adapters.layers import adaptable_layers, check_fits, dense_weight, is_quantized, weight_shape
 from mlx_adapters.model import load_module
 from mlx_adapters.peft_format.reading import PeftAdapter, read_peft, refuse_beyond_lora
 from mlx_adapters.peft_format.to_mlx import Converted, to_mlx
@@ -123,7 +123,7 @@ def _check_base_copies(peft: PeftAdapter, layers: dict[str, Any], base_name: str
             )
         own, copy = dense_weight(layer, mx.float32), copy.astype(mx.float32)
         distance = mx.sqrt(mx.square(own - copy).sum() / mx.square(copy).sum()).item()
-        if not distance <= (QUANTIZED_TOLERANCE if isinstance(layer, QUANTIZED) else DENSE_TOLERANCE):
+        if not distance <= (QUANTIZED_TOLERANCE if is_quantized(layer) else DENSE_TOLERANCE):
             raise IncompatibleError(
                 f"'{path}' of '{base_name}' differs from the copy in the PEFT adapter (by {distance:.0%}).",
                 "give the base it was trained on.",

@@ -13,7 +13,7 @@ from mlx_adapters.adapter import AdapterConfig
 from mlx_adapters.bases import Base
 from mlx_adapters.config import TrainConfig
 from mlx_adapters.door import mx, nn
-from mlx_adapters.layers import QUANTIZED, add_adapter_layers, expected_shapes, named_layers, weight_shape
+from mlx_adapters.layers import add_adapter_layers, expected_shapes, is_quantized, named_layers, weight_shape
 from mlx_adapters.machine import on_gpu
 from mlx_adapters.model import load_module, set_precision
 from mlx_adapters.tensor_names import block_index
@@ -120,7 +120,7 @@ def first_block(adapter: AdapterConfig, blocks: int) -> int:
 def weight_bytes(module: nn.Module, dtype: str) -> int:
     """Bytes of the frozen weights once they are loaded for training in `dtype`."""
     item = {"auto": None if on_gpu() else 4, "float32": 4, "bfloat16": 2, "float16": 2}[dtype]
-    dense = {} if on_gpu() else {path: layer for path, layer in named_layers(module) if isinstance(layer, QUANTIZED)}
+    dense = {} if on_gpu() else {path: layer for path, layer in named_layers(module) if is_quantized(layer)}
     total = sum((item or 4) * math.prod(weight_shape(layer)) for layer in dense.values())
     for name, array in tree_flatten(module.parameters()):
         path, _, leaf = name.rpartition(".")
