@@ -77,6 +77,14 @@ class Engine:
             self.weights, a.tokens, a.positions, a.targets, a.weights, a.segments, mx.array(share, mx.float32)
         )
 
+    def restore(self, weights: Weights, optimizer: Weights) -> None:
+        """Take back saved arrays, in the engine's own order: norms are summed in it, and a file has another.
+
+        Raises KeyError if one is missing.
+        """
+        self.weights = {name: weights[name] for name in self.weights}
+        self.optimizer.restore(optimizer)
+
     def update(self, gradients: Weights, rate: float) -> tuple[mx.array, mx.array]:
         """Change the weights; return the norms of the gradient before clipping and of the new weights."""
         self.weights, gradient_norm, weight_norm = self.optimizer.apply(self.weights, gradients, rate)

@@ -47,8 +47,7 @@ class Loop:
     def restore(self, checkpoint: states.Checkpoint) -> None:
         """Stand where the checkpoint stood."""
         self.state = checkpoint.state
-        self.engine.weights = dict(checkpoint.weights)
-        self.engine.optimizer.restore(checkpoint.optimizer)
+        self.engine.restore(checkpoint.weights, checkpoint.optimizer)
         high, low = self.state.random
         mx.random.seed(high << 32 | low)  # the key is the seed's two halves
         self._reported = (self.state.seconds, self.state.trained_tokens, self.state.real_tokens)

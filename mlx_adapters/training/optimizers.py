@@ -77,6 +77,7 @@ class Optimizer:
         for optimizer, ratio, names in self._groups:
             optimizer.learning_rate = rate * ratio
             new |= optimizer.apply_gradients({n: gradients[n] for n in names}, {n: weights[n] for n in names})
+        new = {name: new[name] for name in weights}  # one order for ever: the norms are summed in it
         return new, norm, _norm(new)
 
     def arrays(self) -> Weights:

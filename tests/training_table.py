@@ -1,0 +1,55 @@
+"""Ways to train, and every setting among them: what an exact resume is tried with.
+
+A setting that joins LoraConfig or TrainConfig must join a row here (`test_every_setting_is_in_the_table`).
+"""
+
+from typing import Any, NamedTuple
+
+from mlx_adapters import LoraConfig, Quantization, TrainConfig
+
+LORA = {"rank": 4, "scale": 2.0, "dropout": 0.1}
+TRAINING = {
+    "iterations": 10, "batch_size": 3, "learning_rate": 0.01, "eval_every": 4, "save_every": 3, "report_every": 2,
+    "seed": 7,
+}  # fmt: skip
+
+
+class Way(NamedTuple):
+    """One way to train: settings besides LORA and TRAINING, the base, and whether it starts from an adapter."""
+
+    lora: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    base: dict[str, Any] = {}
+    init_from: bool = False
+
+    @property
+    def settings(self) -> tuple[LoraConfig, TrainConfig]:
+        return LoraConfig(**LORA | self.lora), TrainConfig(**TRAINING | self.training)
+
+
+CLIPPED = {"max_grad_norm": 0.05}  # so low that every step is clipped
+QUARTER = Quantization(4, 32)
+WAYS = {
+    "adam": Way({}, {"optimizer": "adam", **CLIPPED}),
+    "adamw": Way({}, {"weight_decay": 0.1, "lora_plus_ratio": 4.0, **CLIPPED}),
+    "sgd": Way({}, {"optimizer": "sgd", "schedule": "cosine", "warmup": 2, **CLIPPED}),
+    "adafactor": Way({}, {"optimizer": "adafactor", "schedule": "linear", **CLIPPED}),
+    "muon": Way({}, {"optimizer": "muon", "grad_accumulation": 2, **CLIPPED}),
+    "muon, experts": Way({}, {"optimizer": "muon", **CLIPPED}, {"architecture": "qwen3_moe"}),
+    "without dropout": Way({"dropout": 0.0}, CLIPPED),
+    "some modules": Way({"target_modules": ("q_proj", "v_proj"), "num_layers": 1, "ranks": {"v_proj": 2}}),
+    "embeddings": Way({"target_modules": ("embed_tokens", "v_proj")}, CLIPPED),
+    "dora": Way({"type": "dora"}, {"mask_prompt": True, **CLIPPED}),
+    "packing": Way({}, {"packing": True, "max_seq_length": 96, "batch_size": 2, "grad_accumulation": 3, **CLIPPED}),
+    "less memory": Way({}, {"grad_checkpoint": True, "chunked_loss": "on", **CLIPPED}),
+    "plain loss": Way({}, {"chunked_loss": "off", "mask_prompt": True, "last_turn_only": True}),
+    "bfloat16": Way({}, {"dtype": "bfloat16", **CLIPPED}),
+    "float16": Way({}, {"dtype": "float16", "learning_rate": 0.001, **CLIPPED}),
+    "float32": Way({}, {"dtype": "float32"}, {"bits": 4, "group_size": 32}),
+    "fuse-aware": Way({}, {"fuse_aware": QUARTER, "fuse_aware_from": 4, **CLIPPED}),
+    "fuse-aware, its base": Way({}, {"fuse_aware": QUARTER, **CLIPPED}, {"bits": 4, "group_size": 32}),
+    "early stop": Way({}, {"learning_rate": 3.0, "optimizer": "sgd", "early_stop": 2, "eval_every": 1,
+                           "eval_batches": 1, "iterations": 30, "max_grad_norm": 5.0}),
+    "few kept": Way({}, {"keep": 1, "save_every": 2, "eval_every": 2, "save_every_minutes": 1e9, **CLIPPED}),
+    "from an adapter": Way({}, CLIPPED, init_from=True),
+}  # fmt: skip
