@@ -3,7 +3,8 @@
 A setting that joins LoraConfig or TrainConfig must join a row here (`test_every_setting_is_in_the_table`).
 """
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 from mlx_adapters import LoraConfig, Quantization, TrainConfig
 
@@ -14,12 +15,13 @@ TRAINING = {
 }  # fmt: skip
 
 
-class Way(NamedTuple):
+@dataclass(frozen=True)
+class Way:
     """One way to train: settings besides LORA and TRAINING, the base, and whether it starts from an adapter."""
 
-    lora: dict[str, Any] = {}
-    training: dict[str, Any] = {}
-    base: dict[str, Any] = {}
+    lora: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=dict)
     init_from: bool = False
 
     @property
