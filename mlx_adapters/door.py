@@ -1,7 +1,7 @@
 """The door to mlx-lm: the one place that imports it, says which parts we rely on and checks that they are there.
 
-Importing mlx-lm lowers the process's limit of open files; the limit is put back. Everything else in this
-package imports these names from here.
+Importing mlx-lm sets the process's limit of open files; it is raised here instead. Everything else in this package
+imports these names from here.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ from importlib.metadata import version
 from typing import Any
 
 from mlx_adapters.errors import ModelError
+from mlx_adapters.limits import raise_open_files
 
 TESTED = "0.32"
 
@@ -32,7 +33,7 @@ try:
         warnings.simplefilter("ignore")
         import mlx.core as mx
         import mlx.nn as nn
-        from mlx_lm.generate import BatchGenerator, stream_generate, wired_limit
+        from mlx_lm.generate import BatchGenerator, stream_generate
         from mlx_lm.models.cache import make_prompt_cache
         from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
         from mlx_lm.sample_utils import make_logits_processors, make_sampler
@@ -75,6 +76,7 @@ def _check() -> None:
 
 
 _check()
+raise_open_files()
 
 
 def harness_model(module: nn.Module, tokenizer: TokenizerWrapper, batch_size: int) -> Any:
@@ -110,5 +112,4 @@ __all__ = [
     "mx",
     "nn",
     "stream_generate",
-    "wired_limit",
 ]

@@ -47,17 +47,40 @@ def on_gpu() -> bool:
     return mx.default_device().type == mx.DeviceType.gpu
 
 
+def tool(*command: str) -> str:
+    """What a tool of macOS prints, without space around it; "" if it fails or is not there."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        paths = "/usr/bin:/usr/sbin:/bin:/sbin"
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, env={"PATH": paths}, check=True)
+        return done.stdout.strip()
+    return ""
+
+
 def chip_name() -> str:
     """The name of the processor, e.g. "Apple M4 Max" or "AMD EPYC"."""
-    if sys.platform == "darwin":
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
-            return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    if sys.platform == "darwin" and (name := tool("sysctl", "-n", "machdep.cpu.brand_string")):
+        return name
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def system_name() -> str:
+    """ "macOS 26.1 arm64", "Linux 6.8.0 x86_64". A Python built for an older macOS calls 26 "16"; sw_vers knows."""
+    if sys.platform == "darwin":
+        return f"macOS {tool('sw_vers', '-productVersion') or platform.mac_ver()[0]} {platform.machine()}"
+    return f"{platform.system()} {platform.release()} {platform.machine()}"
+
+
+def performance_cores() -> int:
+    """Cores that are worth a process that computes: on a Mac the fast ones, elsewhere those this process may use."""
+    if sys.platform == "darwin" and (fast := tool("sysctl", "-n", "hw.perflevel0.physicalcpu")).isdigit():
+        return max(1, int(fast))
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def memory_bytes() -> int:
@@ -79,6 +102,14 @@ def usable_memory_bytes() -> int:
             if line.startswith("MemAvailable"):
                 return int(line.split()[1]) * 1024
     return memory_bytes()
+
+
+def memory_beside_model_bytes() -> int:
+    """What other processes may use meanwhile: a quarter of the memory; where the GPU shares it, of what MLX leaves."""
+    import mlx.core as mx
+
+    shared = mx.get_active_memory() + mx.get_cache_memory() if mx.metal.is_available() else 0
+    return max(0, memory_bytes() - shared) // 4
 
 
 def versions() -> dict[str, str]:
@@ -133,12 +164,8 @@ def environment() -> Environment:
     name = str(mx.device_info().get("device_name", "")) or chip_name()
     blas = blas_in_use()
     slow = device == "cpu" and blas == SLOW_BLAS
-    if sys.platform == "darwin":
-        system = f"macOS {platform.mac_ver()[0]} {platform.machine()}"
-    else:
-        system = f"{platform.system()} {platform.release()} {platform.machine()}"
     return Environment(
-        versions=versions(), system=system, chip=chip_name(), cores=os.cpu_count() or 1, memory_bytes=memory_bytes(),
-        device=device, device_name=name, blas=blas, blas_hint=INSTALL_OPENBLAS if slow else None,
-        home=str(paths.home()),
+        versions=versions(), system=system_name(), chip=chip_name(), cores=os.cpu_count() or 1,
+        memory_bytes=memory_bytes(), device=device, device_name=name, blas=blas,
+        blas_hint=INSTALL_OPENBLAS if slow else None, home=str(paths.home()),
     )  # fmt: skip

@@ -21,6 +21,7 @@ from mlx_adapters.config import DTYPES, require
 from mlx_adapters.door import load_mlx_model, load_tokenizer, make_sampler, mx, nn, stream_generate
 from mlx_adapters.errors import FormatError, ModelError
 from mlx_adapters.layers import attach, check_fits, check_made_for, dequantize_layers, detach, untie
+from mlx_adapters.limits import wire_memory
 from mlx_adapters.machine import on_gpu
 
 
@@ -203,7 +204,8 @@ def set_precision(module: nn.Module, dtype: str = "auto", dense: bool | None = N
 
 
 def load_module(base: Base) -> tuple[nn.Module, dict[str, Any]]:
-    """mlx-lm's module with lazy weights, in evaluation mode, and its config."""
+    """mlx-lm's module with lazy weights, in evaluation mode, and its config. All work with a model begins here."""
+    wire_memory()
     _ = base.weight_files
     try:
         config = replace(base, untied=False).config

@@ -483,15 +483,6 @@ def test_what_cannot_be_compared_is_pointed_out():
 BATTERY = """Now drawing from 'Battery Power'
  -InternalBattery-0 (id=4653155)\t87%; discharging; 5:12 remaining present: true
 """
-THERMAL_COOL = """Note: No thermal warning level has been recorded
-Note: No performance warning level has been recorded
-Note: No CPU power status has been recorded
-"""
-THERMAL_HOT = """2026-01-05 10:01:02 +0100 CPU Power notify
-\tCPU_Scheduler_Limit \t= 100
-\tCPU_Available_CPUs \t= 8
-\tCPU_Speed_Limit \t= 62
-"""
 DISPLAYS = """Graphics/Displays:
 
     Apple M4 Max:
@@ -508,17 +499,17 @@ DISPLAYS = """Graphics/Displays:
 def test_readers_of_macos_tools():
     assert system.power_source(BATTERY) == "Battery Power" and system.power_source("") is None
     assert system.power_source("Now drawing from 'AC Power'\n") == "AC Power"
-    assert system.thermal_pressure(THERMAL_COOL) == "none" and system.thermal_pressure("") is None
-    assert system.thermal_pressure(THERMAL_HOT) == "processor limited to 62 %"
+    assert [system.thermal_state(text) for text in "0123"] == ["nominal", "fair", "serious", "critical"]
+    assert {system.thermal_state(text) for text in ("", "7", "-1", "undefined", "²")} == {"unknown"}
     assert system.gpu_name(DISPLAYS) == "Apple M4 Max, 40 GPU cores" and system.gpu_name("") is None
     assert system.low_power_mode(" lowpowermode         1\n") == "on"
     assert system.low_power_mode(" sleep 1\n powermode            0\n") == "off" and system.low_power_mode("") is None
 
 
 def test_warnings_name_what_spoils_a_run():
-    quiet = {"load_average": 0.1, "power_source": "AC Power", "low_power_mode": "off", "thermal": "none"}
-    assert system.warnings(quiet, quiet, 8) == []
-    spoiled = {"power_source": "Battery Power", "low_power_mode": "on", "thermal": "warning level 1"}
+    quiet = {"load_average": 0.1, "power_source": "AC Power", "low_power_mode": "off", "thermal": "nominal"}
+    assert system.warnings(quiet, quiet, 8) == system.warnings(quiet | {"thermal": "unknown"}, quiet, 8) == []
+    spoiled = {"power_source": "Battery Power", "low_power_mode": "on", "thermal": "serious"}
     assert len(system.warnings(quiet | {"load_average": 6.0}, quiet | spoiled, 8)) == 4
 
 

@@ -74,9 +74,6 @@ def test_leaving_on_an_error_leaves_no_process():
 
 def test_only_large_work_is_worth_workers(monkeypatch):
     assert workers.worker_count([(64, 64)] * 10) == 0
-    if hasattr(workers.os, "sched_getaffinity"):
-        monkeypatch.setattr(workers.os, "sched_getaffinity", lambda _: set(range(6)))
-    else:
-        monkeypatch.setattr(workers.os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(workers, "performance_cores", lambda: 6)
     assert workers.worker_count([(4096, 4096)]) == 6
     assert workers.worker_count([(8, 1024, 1536)]) == 6  # experts count too

@@ -8,19 +8,22 @@ import ctypes
 import os
 import re
 import resource
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from mlx_adapters.machine import tool
 from mlx_adapters.units import count
 
 RUSAGE_INFO_V0_BYTES, FOOTPRINT_OFFSET = 96, 72
+# Apple silicon tells `pmset` nothing about heat. A new process asks each time: a long one would see an old state.
+THERMAL_STATE = "ObjC.import('Foundation'); $.NSProcessInfo.processInfo.thermalState"
+THERMAL_STATES = ("nominal", "fair", "serious", "critical")  # NSProcessInfoThermalState, 0 to 3
 
 
 def drop_from_file_cache(paths: Iterable[Path]) -> bool:
     """Ask the system to forget the files' contents; False where only root can (macOS: `sudo purge`)."""
-    if not hasattr(os, "posix_fadvise"):
+    if sys.platform != "linux":
         return False
     for path in paths:
         with open(path, "rb") as stream:
@@ -66,18 +69,9 @@ def system_state() -> dict[str, str | float | None]:
         power, settings = tool("pmset", "-g", "batt"), tool("pmset", "-g")
         state["power_source"] = power_source(power)
         state["low_power_mode"] = low_power_mode(settings)
-        state["thermal"] = thermal_pressure(tool("pmset", "-g", "therm"))
+        state["thermal"] = thermal_state(tool("osascript", "-l", "JavaScript", "-e", THERMAL_STATE))
         state["gpu"] = gpu_name(tool("system_profiler", "SPDisplaysDataType"))
     return state
-
-
-def tool(*command: str) -> str:
-    """What a tool of macOS prints, "" if it fails."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        paths = "/usr/bin:/usr/sbin:/bin:/sbin"
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, env={"PATH": paths}, check=True)
-        return done.stdout
-    return ""
 
 
 def power_source(text: str) -> str | None:
@@ -92,15 +86,9 @@ def low_power_mode(text: str) -> str | None:
     return None if match is None else "on" if match[1] == "1" else "off"
 
 
-def thermal_pressure(text: str) -> str | None:
-    """ "none", or the limit that `pmset -g therm` reports."""
-    limits = [int(value) for value in re.findall(r"CPU_(?:Speed_Limit|Scheduler_Limit)\s*=\s*(\d+)", text)]
-    if limits and min(limits) < 100:
-        return f"processor limited to {min(limits)} %"
-    levels = [int(value) for value in re.findall(r"(?:thermal|performance) warning level.*?(\d+)", text, re.I)]
-    if levels and max(levels) > 0:
-        return f"warning level {max(levels)}"
-    return "none" if text.strip() else None
+def thermal_state(text: str) -> str:
+    """What NSProcessInfo's number means; "unknown" where it is not to be had."""
+    return THERMAL_STATES[int(text)] if text in ("0", "1", "2", "3") else "unknown"
 
 
 def gpu_name(text: str) -> str | None:
@@ -120,6 +108,6 @@ def warnings(before: dict[str, str | float | None], after: dict[str, str | float
             found.append("The machine ran on battery.")
         if state.get("low_power_mode") == "on":
             found.append("Low-power mode was on.")
-        if state.get("thermal") not in (None, "none"):
-            found.append(f"The machine was hot: {state['thermal']}.")
+        if state.get("thermal") in THERMAL_STATES[1:]:
+            found.append(f"The machine was warm: macOS calls its thermal state '{state['thermal']}'.")
     return list(dict.fromkeys(found))

@@ -25,7 +25,7 @@ from mlx_adapters.benchmarking.plan import BenchmarkConfig
 from mlx_adapters.benchmarking.system import bytes_read_from_disk, drop_from_file_cache, process_memory
 from mlx_adapters.benchmarking.variants import Variant
 from mlx_adapters.config import from_mapping, require
-from mlx_adapters.door import mx, wired_limit
+from mlx_adapters.door import mx
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.layers import adaptable_layers, is_quantized
 from mlx_adapters.machine import on_gpu
@@ -49,10 +49,9 @@ def run_job(variant: Variant, config: BenchmarkConfig) -> dict[str, Any]:
     load_tokenizer_of(resolve_base(str(variant.base)))  # imports what transformers puts off, which is no load time
     model, result = measure_loads(variant, config)
     check_lengths(model, config)
-    with wired_limit(model.module):
-        prompts = {shape: prompts_for(model, config, *shape) for shape in config.shapes}
-        warm_up(model, config, prompts)
-        result["shapes"] = [measure_shape(model, config, shape, prompts[shape]) for shape in config.shapes]
+    prompts = {shape: prompts_for(model, config, *shape) for shape in config.shapes}
+    warm_up(model, config, prompts)
+    result["shapes"] = [measure_shape(model, config, shape, prompts[shape]) for shape in config.shapes]
     result |= {"process": process_memory(), "conditions": conditions(model)}
     model.detach()
     result["weights_bytes"] = measure.bytes_of(model.module)

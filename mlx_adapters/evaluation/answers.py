@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlx_adapters.door import BatchGenerator, wired_limit
+from mlx_adapters.door import BatchGenerator
 from mlx_adapters.errors import FormatError
 from mlx_adapters.events import OnEvent, Progress, ignore
 from mlx_adapters.model import Model
@@ -49,19 +49,18 @@ def greedy_answers(
     """
     asked = [model.checked_ids(prompt).tolist() for prompt in prompts]
     limits = [model.room(len(prompt), max_tokens) for prompt in asked]
-    with wired_limit(model.module):
-        generator = BatchGenerator(
-            model.module, completion_batch_size=batch_size,
-            stop_tokens=[[token] for token in model.tokenizer.eos_token_ids],
-        )  # fmt: skip
-        written: dict[int, list[int]] = {uid: [] for uid in generator.insert(asked, limits)}
-        done = 0
-        while responses := generator.next_generated():
-            for response in responses:
-                if response.finish_reason != "stop":
-                    written[response.uid].append(response.token)
-                if response.finish_reason is not None:
-                    done += 1
-                    on_event(Progress("answer", done, len(prompts), "question"))
-        generator.close()
+    generator = BatchGenerator(
+        model.module, completion_batch_size=batch_size,
+        stop_tokens=[[token] for token in model.tokenizer.eos_token_ids],
+    )  # fmt: skip
+    written: dict[int, list[int]] = {uid: [] for uid in generator.insert(asked, limits)}
+    done = 0
+    while responses := generator.next_generated():
+        for response in responses:
+            if response.finish_reason != "stop":
+                written[response.uid].append(response.token)
+            if response.finish_reason is not None:
+                done += 1
+                on_event(Progress("answer", done, len(prompts), "question"))
+    generator.close()
     return [model.tokenizer.decode(tokens) for tokens in written.values()]

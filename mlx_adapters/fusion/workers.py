@@ -6,7 +6,6 @@ would run a script without a main guard once more). Tasks and results go through
 """
 
 import contextlib
-import os
 import pickle
 import queue
 import signal
@@ -26,7 +25,7 @@ from mlx_adapters.config import Quantization
 from mlx_adapters.errors import ModelError
 from mlx_adapters.fusion.packed import Packed
 from mlx_adapters.fusion.rounding import OUTPUT_DAMPING, calibrated
-from mlx_adapters.machine import child_environment, memory_bytes
+from mlx_adapters.machine import child_environment, memory_beside_model_bytes, performance_cores
 
 MOST_WORKERS = 64
 WORTH_WORKERS = 1e10  # multiplications (in² · out, summed over the layers); below, starting them costs more
@@ -71,20 +70,20 @@ class Task:
 
 
 def worker_count(shapes: Iterable[tuple[int, ...]]) -> int:
-    """How many workers layers of these shapes (..., out, in) are worth: one for each core up to 64, or none."""
+    """How many workers layers of these shapes (..., out, in) are worth: one for each fast core up to 64, or none."""
     work = sum(float(np.prod(shape)) * shape[-1] for shape in shapes)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = performance_cores()
     return min(cores, MOST_WORKERS) if work > WORTH_WORKERS and cores > 1 else 0
 
 
 class Workers:
     """A context manager around `count` processes; with 0, tasks run in this one.
 
-    Tasks under way take at most a quarter of the machine's memory (one always runs), or `memory` bytes.
+    Tasks under way take at most `memory` bytes (default: `memory_beside_model_bytes`); one always runs.
     """
 
     def __init__(self, count: int, memory: int | None = None, command: Sequence[str] = COMMAND) -> None:
-        self.count, self.memory, self.command = count, memory or memory_bytes() // 4, command
+        self.count, self.memory, self.command = count, memory or memory_beside_model_bytes(), command
         self._processes: list[subprocess.Popen] = []
         self._idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
         self._threads: ThreadPoolExecutor | None = None

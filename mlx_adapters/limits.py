@@ -1,0 +1,40 @@
+"""What this process may hold: open files, and memory that stays where the GPU finds it.
+
+A Mac's shell allows 256 open files, which a base in many shards exceeds. Metal may move weights out of memory
+between two uses unless the process asks for them to stay (from macOS 15 on); mlx-lm asks in its own loops alone.
+"""
+
+import contextlib
+import functools
+import resource
+
+MOST_FILES = 10_240  # macOS refuses more, also where the hard limit is "unlimited"
+
+
+def raise_open_files() -> int:
+    """Raise the soft limit of open files to the hard one, up to MOST_FILES; gives what holds now. Never lowers it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return soft
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (OSError, ValueError):  # a system with a lower bound of its own
+        return soft
+    return wanted
+
+
+@functools.cache
+def wire_memory() -> int:
+    """Keep MLX's memory resident, up to the size that Metal recommends, until the process ends; once for all work.
+
+    Gives that size in bytes; 0 without Metal, or where it is refused: the work then goes on, only slower.
+    """
+    import mlx.core as mx
+
+    size = int(mx.device_info().get("max_recommended_working_set_size", 0)) if mx.metal.is_available() else 0
+    with contextlib.suppress(RuntimeError, ValueError):
+        if size:
+            mx.set_wired_limit(size)
+            return size
+    return 0

@@ -1,0 +1,158 @@
+"""What a Mac does otherwise, simulated: tools by recorded output, limits by patches, shells by stand-ins."""
+
+import resource
+import subprocess
+import sys
+import textwrap
+
+import mlx.core as mx
+import pytest
+
+from mlx_adapters import limits, machine
+from mlx_adapters.bases import resolve_base
+from mlx_adapters.benchmarking import system
+from mlx_adapters.fusion.workers import Workers
+from mlx_adapters.model import load_model, load_module
+
+GB = 1 << 30
+
+
+# -- the machine, by its tools' recorded output -------------------------------------------------------
+
+TOOLS = {
+    ("sw_vers", "-productVersion"): "26.1",
+    ("sysctl", "-n", "machdep.cpu.brand_string"): "Apple M4 Max",
+    ("sysctl", "-n", "hw.perflevel0.physicalcpu"): "12",
+    ("osascript", "-l", "JavaScript", "-e", system.THERMAL_STATE): "2",
+    ("pmset", "-g", "batt"): "Now drawing from 'AC Power'",
+    ("pmset", "-g"): " lowpowermode         0",
+}
+
+
+@pytest.fixture
+def a_mac(monkeypatch):
+    """`sys.platform` and the tools of an M4 Max with macOS 26, as a Python built before macOS 26 sees it."""
+
+    def tool(*command: str) -> str:
+        return TOOLS.get(command, "")
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(machine, "tool", tool)
+    monkeypatch.setattr(system, "tool", tool)
+    monkeypatch.setattr(machine.platform, "mac_ver", lambda: ("16.0", ("", "", ""), "arm64"))
+    monkeypatch.setattr(machine.platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 16)
+
+
+def test_a_mac_describes_itself(a_mac):
+    assert machine.system_name() == "macOS 26.1 arm64"
+    assert machine.chip_name() == "Apple M4 Max"
+    assert machine.performance_cores() == 12
+
+
+def test_a_mac_without_the_tools_is_described_too(a_mac, monkeypatch):
+    monkeypatch.setattr(machine, "tool", lambda *_: "")
+    assert machine.system_name() == "macOS 16.0 arm64"
+    assert machine.performance_cores() == 16
+
+
+def test_heat_is_what_macos_says_of_it(a_mac, monkeypatch):
+    state = system.system_state()
+    assert state["thermal"] == "serious" and state["power_source"] == "AC Power" and state["low_power_mode"] == "off"
+    assert any("warm" in warning for warning in system.warnings(state, state, 16))
+    monkeypatch.setattr(system, "tool", lambda *_: "")
+    assert system.system_state()["thermal"] == "unknown"
+
+
+def test_a_tool_that_fails_says_nothing():
+    assert machine.tool("false") == "" == machine.tool("/no/such/tool")
+    assert machine.tool("echo", " 12 ") == "12"
+
+
+# -- memory ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def metal(monkeypatch):
+    """MLX as it presents itself with Metal; gives what the wired limit was set to."""
+    wired = []
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda *_: {"max_recommended_working_set_size": 48 * GB})
+    monkeypatch.setattr(mx, "set_wired_limit", lambda size: wired.append(size) or 0)
+    limits.wire_memory.cache_clear()
+    yield wired
+    limits.wire_memory.cache_clear()
+
+
+def test_memory_is_wired_once_by_whatever_loads_a_model(metal, tiny_model):
+    base = resolve_base(str(tiny_model("llama")))
+    load_module(base)  # fuse, train, estimate
+    load_model(base)  # generate, chat, serve, eval, benchmark
+    assert metal == [48 * GB]
+
+
+def test_wired_memory_that_is_refused_stops_nothing(metal, monkeypatch, tiny_model):
+    def refuse(_):
+        raise ValueError("[metal::set_wired_limit] larger than the maximum working set size")
+
+    monkeypatch.setattr(mx, "set_wired_limit", refuse)
+    assert limits.wire_memory() == 0
+    assert load_model(tiny_model("llama")).logits([1, 2]).shape[-1] == 512
+
+
+def test_without_metal_nothing_is_wired(monkeypatch):
+    monkeypatch.setattr(mx, "set_wired_limit", lambda _: pytest.fail("there is no Metal"))
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    limits.wire_memory.cache_clear()
+    assert limits.wire_memory() == 0
+
+
+def test_workers_leave_the_memory_that_the_model_holds_on_a_shared_one(metal, monkeypatch):
+    monkeypatch.setattr(machine, "memory_bytes", lambda: 64 * GB)
+    monkeypatch.setattr(mx, "get_active_memory", lambda: 40 * GB)
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: 4 * GB)
+    assert machine.memory_beside_model_bytes() == 5 * GB == Workers(2).memory
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    assert machine.memory_beside_model_bytes() == 16 * GB
+
+
+# -- open files --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "before, hard, after",
+    [
+        (256, resource.RLIM_INFINITY, 10_240),  # Terminal's
+        (256, 4096, 4096),
+        (256, 256, 256),
+        (20_000, resource.RLIM_INFINITY, 20_000),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, resource.RLIM_INFINITY),
+    ],
+)
+def test_the_limit_of_open_files_is_raised_and_never_lowered(monkeypatch, before, hard, after):
+    held = [(before, hard)]
+    monkeypatch.setattr(limits.resource, "getrlimit", lambda _: held[-1])
+    monkeypatch.setattr(limits.resource, "setrlimit", lambda _, pair: held.append(pair))
+    assert limits.raise_open_files() == after == held[-1][0]
+    assert held[-1][1] == hard
+
+
+def test_a_system_that_refuses_more_open_files_is_left_as_it_is(monkeypatch):
+    def refuse(*_):
+        raise ValueError("current limit exceeds maximum limit")
+
+    monkeypatch.setattr(limits.resource, "getrlimit", lambda _: (256, resource.RLIM_INFINITY))
+    monkeypatch.setattr(limits.resource, "setrlimit", refuse)
+    assert limits.raise_open_files() == 256
+
+
+def test_a_process_under_a_shells_low_limit_raises_it():
+    program = """
+        import resource
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, 5000))
+        import mlx_adapters.door
+        print(resource.getrlimit(resource.RLIMIT_NOFILE))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    shown = subprocess.run(command, capture_output=True, text=True, env=machine.child_environment())
+    assert shown.stdout.strip() == "(5000, 5000)", shown.stderr
