@@ -20,6 +20,7 @@ from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.tensor_names import (
     ADAPTER_FILE,
     ADAPTER_LEAVES,
+    ADAPTER_OUTPUT,
     CONFIG_FILE,
     LORA_A,
     LORA_B,
@@ -295,7 +296,7 @@ def write_adapter(adapter: Adapter, folder: Path, overwrite: bool = False) -> Pa
     Raises ExistsError, FormatError or StorageError.
     """
     adapter.check()
-    with files.atomic_folder(Path(folder), overwrite) as temporary:
+    with files.atomic_folder(Path(folder), overwrite, ADAPTER_OUTPUT) as temporary:
         write_adapter_files(adapter, temporary)
     return Path(folder)
 

@@ -1,28 +1,28 @@
 """The only writer. Whatever this package leaves on disk is whole or absent.
 
-A file is written under a temporary name beside its target, flushed to the disk and renamed; a folder
-likewise. A crash leaves at most a `.tmp-*` entry, which nothing reads and the next writer sweeps away.
+A file is written in a hidden folder beside its target, flushed to the disk and renamed; a folder likewise. A crash
+leaves at most such a draft (see `temporaries`), which nothing reads and the next writer sweeps away. Who may read
+what is written is the user's umask to say, and never more people than could read what it replaces.
 """
 
 import contextlib
-import ctypes
-import fcntl
+import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import sys
-import tempfile
-import time
-from collections.abc import Iterable, Iterator
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from mlx_adapters.errors import ExistsError, FormatError, NotFoundError, StorageError, TrainingError
-from mlx_adapters.locks import lock_file
-from mlx_adapters.paths import storage_errors
+from mlx_adapters.errors import FormatError, NotFoundError, StorageError
+from mlx_adapters.paths import TEMPORARY_PREFIX, storage_errors
+from mlx_adapters.replacing import NOTHING, Output, refuse_existing
+from mlx_adapters.temporaries import draft, flush, flush_path, flush_tree, in_draft, swap_in
 
-TEMPORARY_PREFIX = ".tmp-"
+IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 
 
 @contextlib.contextmanager
@@ -36,12 +36,13 @@ def _made_in(folder: Path) -> Iterator[None]:
         raise StorageError(f"'{folder}' is no folder to write in.", hint) from error
 
 
-def _fsync_path(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+@contextlib.contextmanager
+def _draft_for(path: Path) -> Iterator[Path]:
+    """A draft beside `path`, whose own refusals by the disk are told as those of `path`."""
+    with storage_errors(path), contextlib.ExitStack() as stack:
+        with _made_in(path.parent):
+            folder = stack.enter_context(draft(path.parent))
+        yield folder
 
 
 @contextlib.contextmanager
@@ -52,105 +53,68 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     Raises StorageError when the disk refuses; then nothing is left behind and an old `path` is untouched.
     """
     path = Path(path)
-    draft = any(part.startswith(TEMPORARY_PREFIX) for part in path.absolute().parent.parts)
-    with storage_errors(path):
+    if path.is_dir():
+        raise StorageError(f"'{path}' is a folder, not a file to write.", "name a file in it.")
+    drafted = in_draft(path)
+    with storage_errors(path), contextlib.ExitStack() as stack:
         with _made_in(path.parent):
-            descriptor, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
+            folder = path.parent if drafted else stack.enter_context(draft(path.parent))
+            temporary = folder / f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}"
+            stream = stack.enter_context(open(temporary, "xb"))
         try:
-            with os.fdopen(descriptor, "wb") as stream:
-                fcntl.flock(stream, fcntl.LOCK_EX)
+            _keep_private(path, temporary)
+            with stream:
                 yield stream
                 stream.flush()
-                if not draft:
-                    os.fsync(stream.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-            if not draft:
-                _fsync_path(path.parent)
+                if not drafted:
+                    flush(stream.fileno())
+            os.replace(temporary, path)
         except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
+            temporary.unlink(missing_ok=True)
             raise
+        if not drafted:
+            flush_path(path.parent)
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(path: Path, overwrite: bool = False, ours: Output = NOTHING) -> Iterator[Path]:
     """Give a temporary folder beside `path`; rename it to `path` when the block ends well.
 
-    Raises ExistsError if `path` exists and `overwrite` is false (checked before and after the work), and with
-    `overwrite` if it holds nothing of the kind that would replace it.
+    A link is followed: the folder behind it is written. Raises ExistsError if `path` exists and `overwrite` is
+    false, or if it holds a file that is none of `ours` (both checked before and after the work).
     """
-    path = Path(path).absolute()
-    refuse_existing(path, overwrite)
-    with storage_errors(path):
-        with _made_in(path.parent):
-            sweep(path.parent)
-            temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
+    path = _behind_link(Path(path).absolute())
+    refuse_existing(path, overwrite, ours)
+    with _draft_for(path) as folder:
+        new = folder / "new"
+        new.mkdir()
+        _keep_private(path, new)
+        yield new
+        flush_tree(new)
         try:
-            with lock_file(temporary):
-                yield temporary
-                os.chmod(temporary, 0o755)
-                for folder, _, files in os.walk(temporary):
-                    for file in files:
-                        _fsync_path(Path(folder) / file)
-                    _fsync_path(Path(folder))
-                refuse_existing(path, overwrite)
-                refuse_other_things(path, (entry.name for entry in temporary.iterdir()))
-                _swap_in(temporary, path)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+            os.rename(new, path)
+        except OSError as error:
+            if error.errno not in IN_THE_WAY:
+                raise
+            refuse_existing(path, overwrite, ours)
+            swap_in(new, path)
+        flush_path(path.parent)
 
 
-def refuse_other_things(path: Path, names: Iterable[str]) -> None:
-    """Raise ExistsError for a folder that holds something, but none of the names that what would replace it has."""
-    old = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-    if old and old.isdisjoint(names):
-        raise ExistsError(f"'{path}' holds other things than what would replace it.", "choose another folder to write.")
+def _behind_link(path: Path) -> Path:
+    if not path.is_symlink() and ".." not in path.parts:
+        return path
+    real = Path(os.path.realpath(path))
+    if path.is_symlink() and not real.exists():
+        raise StorageError(f"'{path}' is a link to '{real}', which is not there.", "choose another place to write.")
+    return real
 
 
-def _swap_in(new: Path, path: Path) -> None:
-    if not path.is_dir() or path.is_symlink():
-        os.replace(new, path)
-    elif _exchange(new, path):
-        shutil.rmtree(new, ignore_errors=True)
-    else:
-        old = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
-        os.replace(path, old / "old")
-        os.replace(new, path)
-        shutil.rmtree(old, ignore_errors=True)
-    _fsync_path(path.parent)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two entries of a disk in a single step, so that a kill cannot come between; False if that cannot be."""
-    libc, swap = ctypes.CDLL(None), 2
-    try:
-        if sys.platform == "darwin":
-            return libc.renamex_np(os.fsencode(one), os.fsencode(other), swap) == 0
-        here = -100  # AT_FDCWD
-        return libc.renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0
-    except AttributeError:
-        return False
-
-
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raise ExistsError if `path` is there and may not be replaced (an empty folder may)."""
-    if overwrite or not os.path.lexists(path):
-        return
-    if path.is_dir() and not any(path.iterdir()):
-        return
-    raise ExistsError(f"'{path}' already exists.", "choose another name, or pass --overwrite to replace it.")
-
-
-def sweep(folder: Path) -> None:
-    """Remove temporary entries of writers that died; what is still being written is locked or young."""
-    for entry in folder.glob(TEMPORARY_PREFIX + "*"):
-        with contextlib.suppress(OSError, TrainingError):
-            if time.time() - entry.stat().st_mtime < 60:
-                continue
-            with lock_file(entry):
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+def _keep_private(old: Path, new: Path) -> None:
+    """What replaces something is open to nobody whom that was closed to."""
+    with contextlib.suppress(OSError):  # nothing is there, or a disk without rights
+        both = old.stat().st_mode & new.stat().st_mode
+        os.chmod(new, stat.S_IMODE(both))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -197,18 +161,15 @@ def read_json(path: str | Path) -> dict[str, Any]:
 def link_or_copy(source: Path, target: Path) -> None:
     """Make `target` the same file as `source` (a hard link, or a copy where links are not possible)."""
     target = Path(target)
-    temporary = target.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{target.name}"
-    with storage_errors(target):
+    with _draft_for(target) as folder:
+        temporary = folder / "new"
         try:
-            try:
-                os.link(source, temporary)
-            except OSError:
-                shutil.copyfile(source, temporary)
-                _fsync_path(temporary)
-            os.replace(temporary, target)
-            _fsync_path(target.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+            flush_path(temporary)
+        os.replace(temporary, target)
+        flush_path(target.parent)
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -222,7 +183,7 @@ def move(source: Path, target: Path) -> None:
     refuse_existing(target, overwrite=False)
     with storage_errors(target):
         os.rename(source, target)
-        _fsync_path(Path(target).parent)
+        flush_path(Path(target).parent)
 
 
 def remove(path: Path) -> None:
@@ -230,9 +191,8 @@ def remove(path: Path) -> None:
     path = Path(path)
     with storage_errors(path):
         if path.is_dir() and not path.is_symlink():
-            doomed = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
-            os.replace(path, doomed / "old")
-            shutil.rmtree(doomed, ignore_errors=True)
+            with draft(path.parent) as folder:
+                os.replace(path, folder / "gone")
         else:
             path.unlink()
 

@@ -1,8 +1,11 @@
 """Locks between processes, which end with the process that holds them, however that ends."""
 
 import contextlib
+import errno
 import fcntl
+import functools
 import hashlib
+import logging
 import os
 import unicodedata
 from collections.abc import Iterator
@@ -11,20 +14,30 @@ from pathlib import Path
 from mlx_adapters.errors import TrainingError
 from mlx_adapters.paths import home, storage_errors
 
+log = logging.getLogger("mlx_adapters.locks")
+NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+
 
 @contextlib.contextmanager
-def lock_file(path: Path, wait: bool = False, busy: str | None = None) -> Iterator[None]:
+def lock_file(path: Path, wait: bool = False, busy: str | None = None) -> Iterator[bool]:
     """Hold an exclusive lock on an existing file or folder; it ends with the process, however that ends.
 
-    Raises TrainingError(`busy`) at once if another process holds it and `wait` is false.
+    Gives whether it is held: some network shares have no locks, which is said once. Raises TrainingError(`busy`)
+    at once if another process holds it and `wait` is false.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
+        held = True
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise TrainingError(busy or f"'{path}' is in use by another process.", "wait until it ends.") from None
-        yield
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            held = False
+            _tell_once("This disk or network share has no locks: run one command at a time on it.")
+        yield held
     finally:
         os.close(descriptor)
 
@@ -34,6 +47,11 @@ def place_name(path: Path) -> str:
     spelled = os.path.join(os.path.realpath(path.parent), path.name)
     folded = unicodedata.normalize("NFC", spelled.casefold())
     return f"{path.name[:60]}-{hashlib.sha256(os.fsencode(folded)).hexdigest()[:16]}"
+
+
+@functools.cache
+def _tell_once(text: str) -> None:
+    log.warning(text)
 
 
 @contextlib.contextmanager

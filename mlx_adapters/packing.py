@@ -6,22 +6,33 @@ A pack is a gzipped tar with one folder of regular files; equal contents give eq
 import gzip
 import io
 import json
+import re
 import tarfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_adapters import files, paths, registry
+from mlx_adapters import files, paths, registry, replacing
 from mlx_adapters.adapter import iterations_of, parse_config, read_adapter, read_metadata
 from mlx_adapters.bases import Base
 from mlx_adapters.config import require
-from mlx_adapters.errors import AdapterError, ConfigError, FormatError, NotFoundError
+from mlx_adapters.errors import AdapterError, ConfigError, ExistsError, FormatError, NotFoundError
 from mlx_adapters.events import Note, OnEvent, Progress, ignore
-from mlx_adapters.tensor_names import ADAPTER_FILE, CHECKPOINT_FILE, CONFIG_FILE, METADATA_FILE, checkpoint_file
+from mlx_adapters.replacing import Output
+from mlx_adapters.tensor_names import (
+    ADAPTER_FILE,
+    ADAPTER_OUTPUT,
+    CHECKPOINT_FILE,
+    CONFIG_FILE,
+    METADATA_FILE,
+    checkpoint_file,
+)
 from mlx_adapters.unpacking import BLOCK, CHUNK, MAX_BYTES, is_safe, unpack
 
 MODEL_CONFIG = "config.json"
 ENDINGS = (".tar.gz", ".tgz")
+MODEL_OUTPUT = Output(MODEL_CONFIG, r"[^/]+")
 EXTRAS = ("README.md", "LICENSE", "NOTICE")
 
 
@@ -54,7 +65,9 @@ def pack(source: str, target: str | Path, *, checkpoints: bool = False, overwrit
     """
     target = paths.expanded(target)
     require(target.name.endswith(ENDINGS), f"'{target}' must end in .tar.gz.")
-    files.refuse_existing(target, overwrite)
+    replacing.refuse_existing(target, overwrite)
+    if target.exists() and not _is_pack(target):
+        raise ExistsError(f"'{target}' is no pack of this program.", "choose another name.")
     folder, iteration = registry.locate(source)
     if not folder.is_dir():
         raise NotFoundError(
@@ -71,6 +84,16 @@ def pack(source: str, target: str | Path, *, checkpoints: bool = False, overwrit
             on_event(Progress("pack", done, len(members), "file"))
         stream.write(bytes(2 * BLOCK))
     return Pack(target, tuple(sorted(members)), target.stat().st_size, files.sha256(target))
+
+
+def _is_pack(path: Path) -> bool:
+    """Whether a file begins as our packs do: with a file of a safe kind in a folder, and without a date."""
+    try:
+        with gzip.open(path) as stream:
+            info = tarfile.TarInfo.frombuf(stream.read(BLOCK), "utf-8", "surrogateescape")
+    except (OSError, EOFError, zlib.error, tarfile.HeaderError):
+        return False
+    return info.mtime == 0 and info.name.count("/") == 1 and is_safe(info.name.partition("/")[2])
 
 
 def _adapter_members(folder: Path, iteration: int | None, checkpoints: bool) -> dict[str, Path | bytes]:
@@ -120,7 +143,7 @@ def add(source: str | Path, *, name: str | None = None, out: str | Path | None =
         require(path.name.endswith(ENDINGS), f"'{source}' is neither a folder nor a .tar.gz file.")
         own = path.name.removesuffix(".tgz").removesuffix(".tar.gz")
         return _take_in(
-            lambda folder: unpack(path, folder, max_bytes, on_event), own, name, out, overwrite, str(source)
+            lambda folder: unpack(path, folder, max_bytes, on_event), path, own, name, out, overwrite, str(source)
         )
     reference = registry.parse_reference(str(source if isinstance(source, str) else path))
     if reference.kind == "name":
@@ -131,22 +154,29 @@ def add(source: str | Path, *, name: str | None = None, out: str | Path | None =
     if not folder.is_dir():
         raise NotFoundError(f"There is no folder or .tar.gz file '{folder}'.")
     own = reference.target.rsplit("/", 1)[-1] if reference.kind == "hub" else folder.name
-    return _take_in(lambda target: _copy(folder, target, on_event), own, name, out, overwrite, str(reference))
+    return _take_in(lambda target: _copy(folder, target, on_event), folder, own, name, out, overwrite, str(reference))
 
 
 def _take_in(
-    fill: Callable[[Path], None], own: str, name: str | None, out: str | Path | None, overwrite: bool, source: str
-) -> Added:
+    fill: Callable[[Path], None], read: Path, own: str, name: str | None, out: str | Path | None, overwrite: bool,
+    source: str,
+) -> Added:  # fmt: skip
     if out is not None:
         target = paths.expanded(out)
-        with files.atomic_folder(target, overwrite) as folder:
+        ours = ADAPTER_OUTPUT if (target / CONFIG_FILE).is_file() else MODEL_OUTPUT
+        replacing.refuse_reading_inside(target, [read])
+        with files.atomic_folder(target, overwrite, ours) as folder:
             fill(folder)
             kind = _check_contents(folder, target.name, source)
+            if kind == "model":  # another model's file may look like this one's, but would be gone
+                names = "|".join(re.escape(path.name) for path in folder.iterdir())
+                replacing.refuse_existing(target, overwrite, Output(MODEL_CONFIG, names))
         return Added(kind, target, None, iterations_of(target) if kind == "adapter" else ())
     name = name or own
     target = registry.adapter_folder(name)
-    files.refuse_existing(target, overwrite)
-    with registry.changing(name), files.atomic_folder(target, overwrite) as folder:
+    replacing.refuse_existing(target, overwrite, ADAPTER_OUTPUT)
+    replacing.refuse_reading_inside(target, [read])
+    with registry.changing(name), files.atomic_folder(target, overwrite, ADAPTER_OUTPUT) as folder:
         fill(folder)
         if _check_contents(folder, name, source) == "model":
             raise ConfigError(f"'{source}' is a model, not an adapter.", "give --out FOLDER to unpack it there.")

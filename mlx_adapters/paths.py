@@ -4,13 +4,15 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from mlx_adapters.errors import NotFoundError, StorageError
 from mlx_adapters.units import size
 
 HOME_VARIABLE = "MLX_ADAPTERS_HOME"
+TEMPORARY_PREFIX = ".mlx-adapters-tmp-"
+LITTER = (".DS_Store", ".localized", "Icon\r", "Thumbs.db", "desktop.ini")  # what systems put into folders they show
 
 
 def home() -> Path:
@@ -46,6 +48,16 @@ def same_place(one: str | Path, other: str | Path) -> bool:
         return os.path.realpath(one) == os.path.realpath(other)
 
 
+def is_litter(name: str) -> bool:
+    """Whether a file of this name was put there by an operating system, for itself: it is nobody's data."""
+    return name in LITTER or name.startswith("._")
+
+
+def visible(entries: Iterable[Path]) -> list[Path]:
+    """The entries of a folder whose names do not begin with a dot, sorted: what is hidden is never data."""
+    return sorted(path for path in entries if not path.name.startswith("."))
+
+
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
     """Turn the disk's refusals into StorageError with a next step."""
@@ -59,11 +71,28 @@ def storage_errors(path: Path) -> Iterator[None]:
             errno.EROFS: "the disk is read-only; choose another place.",
             errno.EACCES: "you have no permission there; choose another place.",
             errno.EPERM: "you have no permission there; choose another place.",
+            errno.ENOTSUP: "this disk or network share cannot do it; choose a disk of this machine.",
+            errno.EOPNOTSUPP: "this disk or network share cannot do it; choose a disk of this machine.",
         }
+        about = error.filename
+        if isinstance(about, str | bytes) and not _belongs_to(Path(os.fsdecode(about)), Path(path)):
+            raise StorageError(
+                f"Cannot read '{os.fsdecode(about)}': {_reason(error)}.", "is it there, and yours?"
+            ) from error
         if error.errno not in hints:
             raise
-        reason = os.strerror(error.errno).lower()
-        raise StorageError(f"Cannot write '{path}': {reason}.", hints[error.errno]) from error
+        raise StorageError(f"Cannot write '{path}': {_reason(error)}.", hints[error.errno]) from error
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno).lower() if error.errno else str(error)
+
+
+def _belongs_to(named: Path, written: Path) -> bool:
+    """Whether a path that the system refused belongs to the writing of `written`: it, around it, in it or a draft."""
+    named, written = named.absolute(), written.absolute()
+    draft = any(part.startswith(TEMPORARY_PREFIX) for part in named.parts)
+    return draft or written.is_relative_to(named) or named.is_relative_to(written)
 
 
 def require_free_space(path: Path, needed_bytes: int) -> None:

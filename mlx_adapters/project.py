@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from mlx_adapters import files, paths
+from mlx_adapters import files, paths, replacing
 
 TRAIN_YAML = """\
 # mlx-adapters train --config train.yaml        (flags win over this file)
@@ -41,7 +41,7 @@ def start_project(folder: str | Path, *, overwrite: bool = False) -> tuple[str, 
     place = paths.expanded(folder)
     lacking = {name: text for name, text in FILES.items() if not _holds(place / name, text)}
     for name in lacking:
-        files.refuse_existing(place / name, overwrite)
+        replacing.refuse_existing(place / name, overwrite)
     for name, text in lacking.items():
         files.write_text(place / name, text)
     return tuple(FILES)

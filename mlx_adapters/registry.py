@@ -14,9 +14,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mlx_adapters import files, locks, paths, tensor_files
+from mlx_adapters import files, locks, paths, replacing, temporaries, tensor_files
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError, did_you_mean
-from mlx_adapters.tensor_names import ADAPTER_FILE, CHECKPOINT_FILE, CONFIG_FILE, METADATA_FILE, checkpoint_file
+from mlx_adapters.tensor_names import (
+    ADAPTER_FILE,
+    ADAPTER_OUTPUT,
+    CHECKPOINT_FILE,
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    METADATA_FILE,
+    checkpoint_file,
+)
 
 if TYPE_CHECKING:
     from mlx_adapters.adapter import Adapter
@@ -226,6 +234,8 @@ def changing(*names: str) -> Iterator[None]:
             stack.enter_context(locks.lock(f"run-{place}", wait=False, busy=busy))
             if folder.is_dir():  # a run of another home holds its folder alone
                 stack.enter_context(locks.lock_file(folder, busy=busy))
+            for written in (folder.parent, folder, folder / CHECKPOINTS_FOLDER):
+                temporaries.sweep(written)
         yield
 
 
@@ -251,7 +261,7 @@ def register(adapter: "Adapter", name: str, overwrite: bool = False) -> "Adapter
     from mlx_adapters.adapter import read_metadata, write_adapter
 
     folder = adapter_folder(name)
-    files.refuse_existing(folder, overwrite)
+    replacing.refuse_existing(folder, overwrite, ADAPTER_OUTPUT)
     with changing(name):
         write_adapter(replace(adapter, metadata=adapter.metadata | {"name": name}), folder, overwrite)
         return replace(adapter, metadata=read_metadata(folder), folder=folder, iteration=None)

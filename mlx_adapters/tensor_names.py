@@ -14,6 +14,7 @@ A quantized layer's weight is three tensors: packed codes, scales and, for the m
 import re
 
 from mlx_adapters.errors import FormatError
+from mlx_adapters.replacing import Output
 
 LORA_A, LORA_B, MAGNITUDE = "lora_a", "lora_b", "m"
 ADAPTER_LEAVES = (LORA_A, LORA_B, MAGNITUDE)
@@ -26,6 +27,13 @@ METADATA_FILE = "adapter_metadata.json"
 RECIPE_FILE, REPORT_FILE = "fuse_recipe.json", "fuse_report.json"
 CHECKPOINTS_FOLDER = "checkpoints"
 CHECKPOINT_FILE = re.compile(r"(\d{7,})_adapters\.safetensors")
+# All that is ever written into an adapter's folder, by training, by choosing, by `card` and by `add`.
+CHECKPOINT_OUTPUT = Output("state.json", r"(adapters|optimizer)\.safetensors")
+ADAPTER_OUTPUT = Output(
+    CONFIG_FILE,
+    r"adapters\.safetensors|adapter_metadata\.json|recipe\.json|\d{7,}_adapters\.safetensors|README\.md|loss\.svg"
+    r"|LICENSE|NOTICE|checkpoints/\d+/(adapters\.safetensors|optimizer\.safetensors|state\.json)",
+)
 
 
 def join(path: str, leaf: str) -> str:
@@ -110,6 +118,7 @@ GPT2_TRANSPOSED = ("c_attn", "c_proj", "c_fc")
 # (dim, rank); of n fused experts lora_A (n · rank, in), expert by expert, lora_B (out, rank · n), rank by rank.
 
 PEFT_WEIGHTS_FILE, PEFT_PICKLE_FILE = "adapter_model.safetensors", "adapter_model.bin"
+PEFT_OUTPUT = Output(CONFIG_FILE, r"adapter_model\.safetensors|README\.md")
 PEFT_SCALE = "mlx_scale"  # in the file's metadata: the scale to the bit, where lora_alpha / r rounds
 PEFT_PREFIX = "base_model.model."
 PEFT_LINEAR = {LORA_A: "lora_A.weight", LORA_B: "lora_B.weight", MAGNITUDE: "lora_magnitude_vector"}

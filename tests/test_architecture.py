@@ -12,8 +12,8 @@ from mlx_adapters.units import count
 
 PACKAGE = Path(__file__).parent.parent / "mlx_adapters"
 LAYERS = [
-    {"charts", "display", "errors", "units", "events", "config", "paths", "locks", "files", "tensor_files", "blas",
-     "limits", "machine"},
+    {"charts", "display", "errors", "units", "events", "config", "paths", "locks", "temporaries", "replacing", "files",
+     "tensor_files", "blas", "limits", "machine"},
     {"tensor_names", "adapter"},
     {"bases", "door", "layers", "model", "registry"},
     {"training", "fusion", "merging", "peft_format", "runtime", "benchmarking", "hub", "evaluation",

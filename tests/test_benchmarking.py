@@ -244,7 +244,7 @@ def measured(tiny_model, tmp_path_factory):
         patch.setenv("MLX_ADAPTERS_HOME", str(home))
         make_adapter(tiny_model("llama"))
         report = benchmark(["base", "sql", str(home / "nothing")], **QUICK)
-        assert not list(home.glob(".tmp-*"))
+        assert not list(home.glob(".mlx-adapters-tmp-*"))
     return report
 
 

@@ -21,6 +21,7 @@ from mlx_adapters.adapter import Adapter, AdapterConfig, read_adapter, write_ada
 from mlx_adapters.bases import normalized_config, resolve_base
 from mlx_adapters.config import LoraConfig, Quantization, from_mapping, read_yaml
 from mlx_adapters.model import load_model, load_tokenizer_of
+from mlx_adapters.replacing import Output
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2"]
 TOKENS = [5, 9, 2, 77, 31]
@@ -265,7 +266,7 @@ def test_overwriting_replaces_a_folder_of_its_kind_only(tmp_path):
         if name != "empty":
             (tmp_path / name / ("config.json" if name == "model" else "holiday.jpg")).write_text("old")
         refused = pytest.raises(errors.ExistsError, match="other things") if kept else contextlib.nullcontext()
-        with refused, files.atomic_folder(tmp_path / name, overwrite=True) as folder:
+        with refused, files.atomic_folder(tmp_path / name, True, Output("config.json")) as folder:
             (folder / "config.json").write_text("new")
     assert (tmp_path / "photos" / "holiday.jpg").read_text() == "old"
     assert {p.read_text() for p in tmp_path.glob("*/config.json")} == {"new"}

@@ -270,7 +270,7 @@ def test_over_the_limit_means_no_folder_unless_forced(tiny_model, tmp_path, data
     options = {"calibration": str(data), "max_kl": 1e-7, **FEW}
     with pytest.raises(FidelityError, match="above the 1e-07 allowed"):
         fuse(folder, adapter, tmp_path / "out", options=FuseOptions(**options))
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".tmp-*"))
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".mlx-adapters-tmp-*"))
     assert fuse(folder, adapter, tmp_path / "out", options=FuseOptions(**options, force=True)).fidelity.kl_mean > 1e-7
 
 
@@ -478,12 +478,12 @@ def test_a_kill_leaves_no_half_folder(tiny_model, tmp_path, home):
     code = "import sys\nfrom mlx_adapters.cli import main\nsys.argv = ['x', *sys.argv[1:]]\nmain()"
     process = subprocess.Popen(program(code, "fuse", "tiny", parent / "out"), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not list(parent.glob(".tmp-*/*")) and time.monotonic() < deadline and process.poll() is None:
+    while not list(parent.glob(".mlx-adapters-tmp-*/new/*")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (parent / "out").exists()
-    for leftover in parent.glob(".tmp-*"):
+    for leftover in parent.glob(".mlx-adapters-tmp-*"):
         os.utime(leftover, (0, 0))
     run = CliRunner().invoke(cli, ["fuse", "tiny", str(parent / "out"), "--no-check"])
     assert run.exit_code == 0, run.output

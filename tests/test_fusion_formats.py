@@ -132,7 +132,7 @@ def test_gguf_refuses_what_it_cannot_write(tiny_model, tmp_path, architecture):
     folder = tiny_model(architecture)
     with pytest.raises(ConfigError, match="cannot be written as GGUF"):
         fuse(folder, make_adapter(folder), tmp_path / "out", quantization="none", options=GGUF)
-    assert not list(tmp_path.glob("*out*")) and not list(tmp_path.glob(".tmp-*"))
+    assert not list(tmp_path.glob("*out*")) and not list(tmp_path.glob(".mlx-adapters-tmp-*"))
 
 
 def test_gguf_on_a_full_disk(tiny_model, tmp_path, monkeypatch):

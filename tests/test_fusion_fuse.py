@@ -207,7 +207,7 @@ def test_overwrite_replaces_neither_the_base_nor_a_folder_of_other_things(tiny_m
     other.mkdir()
     (other / "thesis.txt").write_text("years of work")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    for out, message in ((folder, "base model itself"), (other, "other things")):
+    for out, message in ((folder, "other things"), (other, "other things")):
         with pytest.raises(ExistsError, match=message):
             fuse(folder, make_adapter(folder), out, overwrite=True)
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -243,7 +243,7 @@ def test_bad_input_leaves_nothing(tiny_model, tmp_path):
     fuse(folder, adapter, out, quantization="none")
     with pytest.raises(ExistsError):
         fuse(folder, adapter, out)
-    assert not list(tmp_path.glob(".tmp-*"))
+    assert not list(tmp_path.glob(".mlx-adapters-tmp-*"))
 
 
 def test_nan_and_inf_are_refused(tiny_model, tmp_path):
@@ -260,7 +260,7 @@ def test_nan_and_inf_are_refused(tiny_model, tmp_path):
                 fuse(broken, adapter, tmp_path / "out", quantization=4, any_base=True)
         with pytest.raises(FormatError, match="computes NaN or Inf"):
             fuse(broken, adapter, tmp_path / "out", quantization=4, any_base=True, options=calibrated)
-    assert not list(tmp_path.glob("*out*")) and not list(tmp_path.glob(".tmp-*"))
+    assert not list(tmp_path.glob("*out*")) and not list(tmp_path.glob(".mlx-adapters-tmp-*"))
 
 
 def test_fuses_from_the_command_line(tiny_model, tmp_path, home):

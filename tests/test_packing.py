@@ -41,7 +41,7 @@ def members_of(folder):
 
 
 def left_behind(folder):
-    return [path for path in folder.rglob("*") if path.name.startswith(".tmp-")]
+    return [path for path in folder.rglob("*") if path.name.startswith(".mlx-adapters-tmp-")]
 
 
 # -- round trips --------------------------------------------------------------------------------------

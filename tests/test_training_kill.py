@@ -66,7 +66,7 @@ def wait_until(condition, seconds: float) -> None:
 
 
 def half_written(folder: Path) -> set[Path]:
-    return set(folder.glob("checkpoints/.tmp-*/*"))
+    return set(folder.glob("checkpoints/.mlx-adapters-tmp-*/new/*"))
 
 
 def kill_somewhere(pid: int, folder: Path, random_: random.Random, in_save: bool) -> None:

@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 from training_tools import PowerCut, cut_after, outcome, write_data
 
-from mlx_adapters import LoraConfig, TrainConfig, files, locks, tensor_files, train
+from mlx_adapters import LoraConfig, TrainConfig, files, locks, paths, temporaries, tensor_files, train
 from mlx_adapters.errors import ExistsError, FormatError, IncompatibleError, NotFoundError, TrainingError
 from mlx_adapters.events import CheckpointSaved, Note
 from mlx_adapters.registry import adapter_folder
@@ -61,11 +61,14 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_taken(stopped, tiny
 
 
 def test_a_half_written_checkpoint_is_ignored_and_reported(stopped):
-    (stopped / "checkpoints" / ".tmp-abc").mkdir()
-    (stopped / "checkpoints" / ".tmp-abc" / "adapters.safetensors").write_bytes(b"half")
+    half = stopped / "checkpoints" / f"{paths.TEMPORARY_PREFIX}abc"
+    (half / "new").mkdir(parents=True)
+    (half / temporaries.MARKER).touch()
+    (half / "new" / "adapters.safetensors").write_bytes(b"half")
     notes = []
     run = train(name="run", resume=True, on_event=lambda e: isinstance(e, Note) and notes.append(e.text))
     assert run.final.iteration == 11 and "A half-written checkpoint was removed" in notes[0]
+    assert not half.exists()
 
 
 def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(stopped):

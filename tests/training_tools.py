@@ -47,7 +47,7 @@ def outcome(folder: Path) -> dict:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if name.startswith("recipe") or "/.tmp-" in f"/{name}" or path.is_dir():
+        if name.startswith("recipe") or "/.mlx-adapters-tmp-" in f"/{name}" or path.is_dir():
             continue
         if path.name == METADATA_FILE:
             found[name] = {k: v for k, v in read_json(path).items() if k not in TIMES}

@@ -7,14 +7,13 @@ comparing a model with itself shows how far the machine's noise reaches.
 
 import contextlib
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_adapters import files, locks, paths
+from mlx_adapters import paths, temporaries
 from mlx_adapters.config import require
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError, did_you_mean
 from mlx_adapters.events import Note, OnEvent
@@ -195,10 +194,5 @@ def workspace() -> Iterator[Path]:
     home = paths.home()
     with paths.storage_errors(home):
         home.mkdir(parents=True, exist_ok=True)
-        files.sweep(home)
-        folder = Path(tempfile.mkdtemp(prefix=files.TEMPORARY_PREFIX, dir=home))
-        try:
-            with locks.lock_file(folder):
-                yield folder
-        finally:
-            files.remove(folder)
+        with temporaries.draft(home) as folder:
+            yield folder

@@ -47,9 +47,10 @@ def configure(quiet: bool, debug: bool) -> None:
     _quiet, _debug = quiet, debug
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported
-    log = logging.getLogger("mlx_adapters.hub")  # what happens below functions that take no on_event
-    log.setLevel(logging.INFO)
-    log.handlers = [_NoteHandler()]
+    for name in ("mlx_adapters.hub", "mlx_adapters.locks"):  # what happens below functions that take no on_event
+        log = logging.getLogger(name)
+        log.setLevel(logging.INFO)
+        log.handlers = [_NoteHandler()]
 
 
 def open_streams() -> None:
@@ -103,7 +104,7 @@ def printable(text: str, line: bool = False) -> str:
 
 class _NoteHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        note(record.getMessage())
+        (warn if record.levelno >= logging.WARNING else note)(record.getMessage())
 
 
 def debugging() -> bool:

@@ -16,8 +16,10 @@ from pathlib import Path
 from mlx_adapters import files
 from mlx_adapters.demo import questions
 from mlx_adapters.demo.questions import PATTERNS, SPLITS, Pattern
+from mlx_adapters.replacing import Output
 
 DATABASE_FILE = "catalog.sqlite"
+DATA_OUTPUT = Output("train.jsonl", r"(valid|test)\.jsonl|catalog\.sqlite")
 ROWS = {"train": 600, "valid": 80, "test": 80}
 # What a model without the adapter is told, so that it has a chance.
 SCHEMA_PROMPT = (
@@ -146,7 +148,7 @@ def _has_answer(catalog: sqlite3.Connection, sql: str) -> bool:
 
 def write_demo_data(folder: Path, overwrite: bool = False) -> Path:
     """Write train.jsonl, valid.jsonl, test.jsonl and catalog.sqlite to `folder`, all or nothing."""
-    with files.atomic_folder(folder, overwrite=overwrite) as temporary:
+    with files.atomic_folder(folder, overwrite, DATA_OUTPUT) as temporary:
         for split, drawn in demo_questions().items():
             lines = (json.dumps(question.row(), ensure_ascii=False) for question in drawn)
             files.write_text(temporary / f"{split}.jsonl", "\n".join(lines) + "\n")

@@ -12,12 +12,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import files, paths
+from mlx_adapters import files, paths, replacing
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.config import DTYPES, QUANTIZATIONS, Quantization, require
 from mlx_adapters.door import mx
-from mlx_adapters.errors import ConfigError, ExistsError, FidelityError, IncompatibleError
+from mlx_adapters.errors import ConfigError, FidelityError, IncompatibleError
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.fusion import recipe as recipes
 from mlx_adapters.fusion.calibrate import Spool
@@ -64,18 +64,17 @@ def fuse(
     started = time.perf_counter()
     require(dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not '{dtype}'.")
     out = paths.expanded(out)
-    files.refuse_existing(out, overwrite)
+    ours = recipes.earlier_output(out)
+    replacing.refuse_existing(out, overwrite, ours)
     given = [adapters] if isinstance(adapters, Adapter | str | Path) else list(adapters)
     updates = gather_updates(given, weights, replaced)
     found = choose_base(base, updates)
-    if out.resolve() == found.folder.resolve():
-        raise ExistsError(f"'{out}' is the base model itself.", "choose another folder to write.")
-    files.refuse_other_things(out, ("config.json", REPORT_FILE))  # before minutes of work
+    replacing.refuse_reading_inside(out, [found, options.calibration, *(adapter for adapter, _ in updates.adapters)])
     asked = _plain_format(settle_precision(quantization, found), quantization, options)
     job = open_job(found, updates, asked, dtype, any_base)
     notes = _notes(job, on_event)
     work = Work(job, asked, options, on_event)
-    with files.atomic_folder(out, overwrite) as folder:
+    with files.atomic_folder(out, overwrite, ours) as folder:
         spool = Spool(folder / "parts")
         work.round(spool)
         size = _write(job, folder, asked, quantization, options.format, spool, on_event)
@@ -93,8 +92,8 @@ def fuse(
             seconds=time.perf_counter() - started,
         )  # fmt: skip
         _refuse_unfaithful(result, options)
-        files.write_json(folder / REPORT_FILE, report(result))
         files.write_json(folder / RECIPE_FILE, {"format": 1} | _recipe(work, given, dtype, folder))
+        files.write_json(folder / REPORT_FILE, report(result) | {"files": recipes.written_in(folder)})
     return result
 
 
@@ -227,6 +226,7 @@ def fuse_again(path: str | Path, out: str | Path, *, overwrite: bool = False, on
     come out differently all the same (another version or processor), `on_event` gets a warning.
     """
     recipe = recipes.read_recipe(path)
+    replacing.refuse_reading_inside(paths.expanded(out), [path])
     base, adapters = recipes.ingredients(recipe)
     options = FuseOptions(**recipe.options)
     if recipe.text is not None:

@@ -1,5 +1,6 @@
 """The recipe that a fused folder carries: enough to make the same bytes again."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,18 @@ from mlx_adapters import files, paths
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.config import Quantization, to_mapping
-from mlx_adapters.errors import FormatError, IncompatibleError
+from mlx_adapters.errors import AdapterError, FormatError, IncompatibleError
 from mlx_adapters.fusion.plan import Precision
 from mlx_adapters.registry import load_adapter
-from mlx_adapters.tensor_names import RECIPE_FILE
+from mlx_adapters.replacing import NOTHING, Output
+from mlx_adapters.tensor_names import RECIPE_FILE, REPORT_FILE
 
 WEIGHT_FILES = ("model*.safetensors", "*.gguf")
+# What a fused model consisted of before its report listed its files.
+UNRECORDED = (
+    r"(generation_)?config\.json|model[^/]*\.(safetensors|json|gguf)|fuse_recipe\.json|(special_tokens_map|added_tokens)"
+    r"\.json|tokenizer[^/]*|vocab\.(json|txt)|merges\.txt|chat_template[^/]*|(pre)?processor_config\.json|LICENSE"
+)
 ANEW = "put the old one back, or fuse anew without --again."
 Given = Adapter | str | Path
 JsonPrecision = dict[str, Any] | str | None
@@ -62,6 +69,21 @@ def weights_sha256(folder: Path) -> dict[str, str]:
     """SHA-256 of each weight file."""
     found = [path for pattern in WEIGHT_FILES for path in sorted(folder.glob(pattern))]
     return {path.name: files.sha256(path) for path in found}
+
+
+def earlier_output(out: Path) -> Output:
+    """What an earlier fuse, by its own report, has written into the folder `out`, and what `card` adds to it."""
+    try:
+        recorded = files.read_json(out / REPORT_FILE).get("files")
+    except AdapterError:
+        return NOTHING
+    known = "|".join(re.escape(str(name)) for name in recorded) if isinstance(recorded, list) else UNRECORDED
+    return Output(REPORT_FILE, f"README\\.md|loss\\.svg|{known}")
+
+
+def written_in(folder: Path) -> list[str]:
+    """The files of a fused model, by their paths in its folder."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def differences(asked: Recipe, made: Recipe) -> str | None:

@@ -14,6 +14,7 @@ from mlx_adapters.hub.client import snapshot
 from mlx_adapters.registry import check_name, parse_reference, register
 from mlx_adapters.tensor_names import (
     ADAPTER_FILE,
+    ADAPTER_OUTPUT,
     CONFIG_FILE,
     METADATA_FILE,
     PEFT_PICKLE_FILE,
@@ -86,7 +87,7 @@ def adapter_snapshot(repo: str, revision: str | None = None, *, base: str | Path
     if folder.is_dir():
         return folder
     pinned = {"hub": {"repo": repo, "revision": commit}}
-    with locks.lock(f"hub-{repo.replace('/', '--')}"), files.atomic_folder(folder, overwrite=True) as temporary:
+    with locks.lock(f"hub-{repo.replace('/', '--')}"), files.atomic_folder(folder, True, ADAPTER_OUTPUT) as temporary:
         raw = files.read_json(found / CONFIG_FILE) if (found / CONFIG_FILE).is_file() else {"peft_type": None}
         if "peft_type" in raw:
             write_adapter_files(_read_peft(repo, found, raw, base, pinned), temporary)

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_adapters import files, paths, registry, tensor_files
+from mlx_adapters import files, paths, registry, replacing, tensor_files
 from mlx_adapters.adapter import Adapter, AdapterConfig
 from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.config import LoraConfig
@@ -30,7 +30,7 @@ from mlx_adapters.merging.decomposition import (
 )
 from mlx_adapters.merging.updates import Update, tensors_of
 from mlx_adapters.model import load_module
-from mlx_adapters.tensor_names import ADAPTER_FILE, CONFIG_FILE, QUANTIZED_LEAVES, WEIGHT, join
+from mlx_adapters.tensor_names import ADAPTER_FILE, ADAPTER_OUTPUT, CONFIG_FILE, QUANTIZED_LEAVES, WEIGHT, join
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,8 @@ def extract(
     """
     check_rank(rank, energy)
     if name is not None:
-        files.refuse_existing(registry.adapter_folder(name), overwrite)
+        replacing.refuse_existing(registry.adapter_folder(name), overwrite, ADAPTER_OUTPUT)
+        replacing.refuse_reading_inside(registry.adapter_folder(name), [finetuned, base])
     found_base = resolve_base(base)
     module, _ = load_module(found_base)
     keys = resolve_target_modules(module, LoraConfig(target_modules=target_modules))

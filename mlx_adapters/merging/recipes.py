@@ -14,7 +14,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 
-from mlx_adapters import files, registry
+from mlx_adapters import files, registry, replacing
 from mlx_adapters.adapter import Adapter, AdapterConfig, base_of, weights_file
 from mlx_adapters.config import DTYPES, require
 from mlx_adapters.errors import ConfigError, IncompatibleError, did_you_mean
@@ -281,4 +281,6 @@ def _finish(
     result = dataclasses.replace(result, metadata=metadata)
     if name is None:
         return result.check()
+    target = registry.adapter_folder(name)  # a source may be replaced by what is made of it, but nothing inside it
+    replacing.refuse_reading_inside(target, [adapter for adapter in adapters if adapter.folder != target])
     return registry.register(result, name, overwrite=overwrite)

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_adapters import files, paths, registry, tensor_files, tensor_names
+from mlx_adapters import files, paths, registry, replacing, tensor_files, tensor_names
 from mlx_adapters.adapter import Adapter, base_of
 from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.layers import adaptable_layers, tied
 from mlx_adapters.model import load_module
 from mlx_adapters.peft_format.to_peft import to_peft
-from mlx_adapters.tensor_names import CONFIG_FILE, EMBEDDINGS, PEFT_SCALE, PEFT_WEIGHTS_FILE
+from mlx_adapters.tensor_names import CONFIG_FILE, EMBEDDINGS, PEFT_OUTPUT, PEFT_SCALE, PEFT_WEIGHTS_FILE
 
 README = """---
 base_model: {base}
@@ -61,8 +61,9 @@ def export_peft(
     FormatError for what PEFT cannot express, ExistsError, NotFoundError or StorageError.
     """
     out = paths.expanded(out)
-    files.refuse_existing(out, overwrite)
+    replacing.refuse_existing(out, overwrite, PEFT_OUTPUT)
     found = registry.load_adapter(adapter)
+    replacing.refuse_reading_inside(out, [found, base])
     form = to_peft(found, lambda: _facts(found, base))
     named = base_model or form.config.get("base_model_name_or_path")
     if not base_model and (problem := _base_problem(found, named)):
@@ -70,7 +71,7 @@ def export_peft(
                       "warning"))  # fmt: skip
     form.config["base_model_name_or_path"] = named
     readme = README.format(base=named or "unknown", kind=found.config.type, name=found.name, rank=found.config.rank)
-    with files.atomic_folder(out, overwrite) as temporary:
+    with files.atomic_folder(out, overwrite, PEFT_OUTPUT) as temporary:
         scale = {PEFT_SCALE: repr(found.config.scale)} if not form.config.get("alpha_pattern") else {}
         tensor_files.write_safetensors(temporary / PEFT_WEIGHTS_FILE, form.tensors, {"format": "pt"} | scale)
         files.write_json(temporary / CONFIG_FILE, form.config)

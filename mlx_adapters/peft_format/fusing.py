@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_adapters import tensor_names
+from mlx_adapters import paths, replacing, tensor_names
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.config import Quantization
@@ -48,6 +48,7 @@ def fuse_peft(
     FormatError or IncompatibleError with the reason if PEFT's model cannot be written as one for mlx-lm.
     """
     peft = read_peft(peft_folder(source)[0])
+    replacing.refuse_reading_inside(paths.expanded(out), [peft])
     refuse_unsaved(peft)
     found = resolve_base(base)
     module, _ = load_module(found)

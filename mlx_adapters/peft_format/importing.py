@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_adapters import files, paths, registry, tensor_names
+from mlx_adapters import paths, registry, replacing, tensor_names
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.errors import IncompatibleError
@@ -15,6 +15,7 @@ from mlx_adapters.layers import adaptable_layers, check_fits, dense_weight, is_q
 from mlx_adapters.model import load_module
 from mlx_adapters.peft_format.reading import PeftAdapter, read_peft, refuse_beyond_lora
 from mlx_adapters.peft_format.to_mlx import Converted, to_mlx
+from mlx_adapters.tensor_names import ADAPTER_OUTPUT
 
 # How far a base's embedding may lie from the copy in the adapter (relative): rounding to 16 bits, to 4 bits.
 DENSE_TOLERANCE, QUANTIZED_TOLERANCE = 0.01, 0.5
@@ -37,8 +38,9 @@ def import_peft(
     is damaged or MLX cannot express it, IncompatibleError if it is for another base, ExistsError, HubError;
     then nothing is written.
     """
-    files.refuse_existing(registry.adapter_folder(name), overwrite)
+    replacing.refuse_existing(registry.adapter_folder(name), overwrite, ADAPTER_OUTPUT)
     folder, hub = peft_folder(source)
+    replacing.refuse_reading_inside(registry.adapter_folder(name), [folder, base])
     adapter = read_as_mlx(folder, base, str(source), tie, on_event)
     return registry.register(replace(adapter, metadata=adapter.metadata | hub), name, overwrite)
 

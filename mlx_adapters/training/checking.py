@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from mlx_adapters import files
+from mlx_adapters import files, paths, replacing
 from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.config import TrainConfig, require
 from mlx_adapters.model import load_tokenizer_of
 from mlx_adapters.training.data import Row, tokenize_row
 from mlx_adapters.training.rows import DataSet, RawRow, read_data, read_split
+
+SPLIT_OUTPUT = replacing.Output("train.jsonl", r"(valid|test)\.jsonl")
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,9 @@ def split_data(
     Equal rows stay together, so no row of valid or test stands in train. Shares are of the rows; each share
     above 0 gets at least one row. Raises ConfigError, FormatError or ExistsError.
     """
+    out = paths.expanded(out)
+    replacing.refuse_existing(out, overwrite, SPLIT_OUTPUT)
+    replacing.refuse_reading_inside(out, [file])
     require(0 <= valid < 1 and 0 <= test < 1 and valid + test < 1, "valid and test must be shares that leave a rest.")
     rows = read_split(Path(file).expanduser()).rows
     groups: dict[str, list[RawRow]] = {}
@@ -140,7 +145,7 @@ def split_data(
         target = next((name for name, count in wanted.items() if len(parts[name]) < count), "train")
         parts[target] += groups[key]
     require(bool(parts["train"]), f"'{file}' has too few different rows to split.")
-    with files.atomic_folder(Path(out).expanduser(), overwrite) as folder:
+    with files.atomic_folder(out, overwrite, SPLIT_OUTPUT) as folder:
         for name, part in parts.items():
             if part:
                 lines = [json.dumps(dict(row.values), ensure_ascii=False) for row in part]

@@ -15,7 +15,7 @@ from mlx_adapters.config import LoraConfig, TrainConfig
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.machine import versions
 from mlx_adapters.registry import Reference
-from mlx_adapters.tensor_names import ADAPTER_FILE, CONFIG_FILE, METADATA_FILE
+from mlx_adapters.tensor_names import ADAPTER_FILE, ADAPTER_OUTPUT, CONFIG_FILE, METADATA_FILE
 from mlx_adapters.training import state as states
 from mlx_adapters.training.recipe import settings_of
 from mlx_adapters.training.state import RECIPE_FILE, State
@@ -50,7 +50,7 @@ class RunFolder:
         """Make the folder, whole, with nothing trained yet. Raises ExistsError."""
         if not self.writes:
             return
-        with files.atomic_folder(self.path, overwrite) as folder:
+        with files.atomic_folder(self.path, overwrite, ADAPTER_OUTPUT) as folder:
             files.write_json(folder / RECIPE_FILE, self.recipe)
             config = adapter.to_mlx_lm() | {"model": self.recipe["base"]["name"]}
             files.write_json(folder / CONFIG_FILE, config)

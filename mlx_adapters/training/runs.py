@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import files, locks
+from mlx_adapters import files, locks, replacing
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.config import LoraConfig, TrainConfig
@@ -15,6 +15,7 @@ from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.layers import named_layers
 from mlx_adapters.model import load_model, load_tokenizer_of
 from mlx_adapters.registry import Reference, load_adapter, training_lock
+from mlx_adapters.tensor_names import ADAPTER_OUTPUT
 from mlx_adapters.training import distributed, start
 from mlx_adapters.training import state as states
 from mlx_adapters.training.data import Row
@@ -112,7 +113,7 @@ def train(
             None, old["command"], on_event, world, forecast,
         )  # fmt: skip
         return _resume(request, old, reference, path)
-    world.share(lambda: files.refuse_existing(path, overwrite))
+    world.share(lambda: replacing.refuse_existing(path, overwrite, ADAPTER_OUTPUT))
     if base is None or data is None:
         raise ConfigError("A new run needs a base model and data.", "give both, or resume a run.")
     adapter = load_adapter(init_from) if init_from is not None else None
@@ -209,7 +210,7 @@ def _run(loop: Loop) -> TrainRun:
     )  # fmt: skip
 
 
-def _locked(path: Path) -> contextlib.AbstractContextManager[None]:
+def _locked(path: Path) -> contextlib.AbstractContextManager[bool]:
     return locks.lock_file(path, busy=f"'{path.name}' is being trained by another process.")
 
 

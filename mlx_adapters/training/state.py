@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import files, tensor_files
+from mlx_adapters import files, temporaries, tensor_files
 from mlx_adapters.adapter import Weights
 from mlx_adapters.errors import AdapterError, FormatError
-from mlx_adapters.tensor_names import ADAPTER_FILE, CHECKPOINTS_FOLDER, checkpoint_file
+from mlx_adapters.tensor_names import ADAPTER_FILE, CHECKPOINT_OUTPUT, CHECKPOINTS_FOLDER, checkpoint_file
 
 VERSION = 1
 OPTIMIZER_FILE, STATE_FILE, RECIPE_FILE = "optimizer.safetensors", "state.json", "recipe.json"
@@ -73,7 +73,7 @@ def path_of(run: Path, iteration: int) -> Path:
 
 def save(run: Path, state: State, weights: Weights, optimizer: Weights) -> None:
     """Write a checkpoint; it is there as a whole or not at all."""
-    with files.atomic_folder(path_of(run, state.iteration), overwrite=True) as folder:
+    with files.atomic_folder(path_of(run, state.iteration), overwrite=True, ours=CHECKPOINT_OUTPUT) as folder:
         tensor_files.write_safetensors(folder / ADAPTER_FILE, weights)
         tensor_files.write_safetensors(folder / OPTIMIZER_FILE, optimizer)
         record = {"version": VERSION, "state": dataclasses.asdict(state)}
@@ -142,10 +142,8 @@ def drop_after(run: Path, iteration: int) -> None:
 
 def drop_half_written(run: Path) -> int:
     """Remove what a save left that was killed; how many there were. The caller holds the run's lock."""
-    left = list((run / CHECKPOINTS_FOLDER).glob(files.TEMPORARY_PREFIX + "*"))
-    for folder in left:
-        files.remove(folder)
-    return len(left)
+    temporaries.sweep(run, young_seconds=0)
+    return temporaries.sweep(run / CHECKPOINTS_FOLDER, young_seconds=0)
 
 
 def prune(run: Path, keep: int | None, best: int | None, save_every: int) -> None:
