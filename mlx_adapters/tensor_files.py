@@ -25,7 +25,8 @@ DTYPES = {
     "int32": "I32", "int8": "I8", "int64": "I64", "int16": "I16", "bool": "BOOL", "uint64": "U64",
 }  # fmt: skip
 _ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U16": 2, "U8": 1, "I32": 4, "I8": 1, "I64": 8,
-               "I16": 2, "BOOL": 1, "U64": 8}  # fmt: skip
+               "I16": 2, "BOOL": 1, "U64": 8, "F64": 8, "C64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}  # fmt: skip
+_MAX_AXIS = 2**31 - 1  # MLX counts along an axis in 32 bits
 
 
 def write_safetensors(
@@ -109,8 +110,9 @@ def _bits(array: Any) -> Any:
 def read_safetensors_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Read names, dtypes, shapes and metadata without the tensors, checking every offset.
 
-    Returns ({name: {"dtype", "shape", "data_offsets"}}, metadata). Raises FormatError for a truncated or
-    random file.
+    Tensors lie one after the other and fill the file, as the format demands: none shares its bytes with another,
+    so what is read is never more than the file holds. Returns ({name: {"dtype", "shape", "data_offsets"}}, metadata).
+    Raises NotFoundError, or FormatError for what is no whole safetensors file.
     """
     path = Path(path)
     bad = FormatError(f"'{path}' is not a whole safetensors file.", "it may be truncated; copy or download it again.")
@@ -127,20 +129,29 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]
         if not isinstance(header, dict):
             raise bad
         metadata = header.pop("__metadata__", {}) or {}
-        ends = [0]
-        for entry in header.values():
-            first, last = entry["data_offsets"]
-            count = _ITEM_SIZES.get(entry["dtype"], 1) * math.prod(entry["shape"])
-            if (entry["dtype"] in _ITEM_SIZES and count != last - first) or not 0 <= first <= last:
-                raise bad
-            ends.append(last)
-        if max(ends) != size - 8 - length or not isinstance(metadata, dict):
+        spans = sorted(_span(entry) for entry in header.values())
+        starts, ends = [first for first, _ in spans], [last for _, last in spans]
+        if [*starts, size - 8 - length] != [0, *ends] or not isinstance(metadata, dict):
             raise bad
     except FileNotFoundError:
         raise NotFoundError(f"There is no file '{path}'.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error):
         raise bad from None
     return header, metadata
+
+
+def _span(entry: Mapping[str, Any]) -> tuple[int, int]:
+    """Where one tensor lies in the file's data. Raises ValueError, TypeError or KeyError for what cannot be."""
+    (first, last), shape = entry["data_offsets"], entry["shape"]
+    if (
+        any(type(number) is not int or number < 0 for number in (first, last, *shape))
+        or max(shape, default=0) > _MAX_AXIS
+    ):
+        raise ValueError("sizes are whole numbers from 0")
+    known = _ITEM_SIZES.get(entry["dtype"])
+    if first > last or (known is not None and known * math.prod(shape) != last - first):
+        raise ValueError("a tensor's bytes are those of its shape")
+    return first, last
 
 
 def glance_at_safetensors(path: str | Path) -> int:

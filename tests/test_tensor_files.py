@@ -1,0 +1,96 @@
+"""Safetensors files from strangers: what is read lies in the file, each byte once."""
+
+import json
+import struct
+
+import mlx.core as mx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mlx_adapters.errors import FormatError
+from mlx_adapters.tensor_files import read_safetensors, read_safetensors_header
+
+
+def write(path, header: dict, data: bytes):
+    encoded = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
+    return path
+
+
+def entry(first, last, shape=None, dtype="F32") -> dict:
+    return {"dtype": dtype, "shape": [(last - first) // 4] if shape is None else shape, "data_offsets": [first, last]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": entry(0, 16), "b": entry(0, 16)},
+        {"a": entry(0, 16), "b": entry(8, 16)},
+        {"a": entry(0, 8), "b": entry(12, 16)},
+        {"a": entry(4, 16)},
+        {"a": entry(0, 12)},
+        {"a": entry(0, 16, [-2, -2])},
+        {"a": entry(0, 16, [4.0])},
+        {"a": entry(0, 16, [True, 4])},
+        {"a": entry(0, 16, [2])},
+        {"a": entry(0, 16, [2, 2, 2])},
+        {"a": entry(0, 16, "4")},
+        {"a": entry(0, 16), "b": entry(16, 16, [0, 2**40])},
+        {"a": entry(0, 16), "b": entry(-4, 0, [1])},
+        {"a": entry(0.0, 16.0, [4])},
+        {"a": entry(0, 16, [4], "F9")},
+        {"a": {"dtype": "F32", "shape": [4]}},
+        {"a": [0, 16]},
+    ],
+)
+def test_tensors_that_overlap_leave_holes_or_cannot_be_are_refused(tmp_path, header):
+    with pytest.raises(FormatError):
+        read_safetensors(write(tmp_path / "x.safetensors", header, bytes(16)))
+
+
+def test_many_tensors_on_the_same_bytes_take_no_memory(tmp_path):
+    """400 layers that all point at the same megabyte would be 400 MB."""
+    size = 1 << 20
+    path = write(tmp_path / "x.safetensors", {f"layers.{i}": entry(0, size) for i in range(400)}, bytes(size))
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    with pytest.raises(FormatError, match="not a whole safetensors file"):
+        read_safetensors(path)
+    assert mx.get_peak_memory() - before < size
+
+
+def test_empty_tensors_scalars_and_any_order_are_read(tmp_path):
+    header = {
+        "z": entry(0, 4, []),
+        "b": entry(12, 16),
+        "e": entry(4, 4, [0, 3]),
+        "a": entry(4, 12),
+        "f": entry(16, 16, [0]),
+    }
+    found = read_safetensors(write(tmp_path / "x.safetensors", header, struct.pack("<4f", 1, 2, 3, 4)))
+    assert {name: array.tolist() for name, array in found.items()} == {"z": 1, "a": [2, 3], "b": [4], "e": [], "f": []}
+    assert read_safetensors(write(tmp_path / "none.safetensors", {}, b"")) == {}
+
+
+numbers = st.one_of(st.integers(-8, 40), st.sampled_from([2**31, 2**63, 10**30, 1.5, None, "4", True]))
+entries = st.builds(
+    lambda dtype, shape, offsets: {"dtype": dtype, "shape": shape, "data_offsets": offsets},
+    st.sampled_from(["F32", "BF16", "U8", "I64", "F8_E4M3", "F9", 3]),
+    st.lists(numbers, max_size=3),
+    st.lists(numbers, min_size=1, max_size=3),
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(st.text(max_size=3), st.one_of(entries, st.none(), st.integers()), max_size=3), st.integers(0, 40)
+)
+def test_any_header_is_read_within_its_file_or_refused(tmp_path, header, size):
+    path = write(tmp_path / "x.safetensors", header, bytes(size))
+    try:
+        names = read_safetensors_header(path)[0]
+        found = read_safetensors(path)
+    except FormatError:
+        return
+    assert set(found) == set(names) and sum(array.nbytes for array in found.values()) == size
