@@ -117,6 +117,12 @@ def _keep_private(old: Path, new: Path) -> None:
         os.chmod(new, stat.S_IMODE(both))
 
 
+def require_writable(path: Path) -> None:
+    """Raise StorageError unless a folder can be made at `path`: better known before hours of work than after."""
+    with _draft_for(_behind_link(path)):
+        pass
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, whole or not at all."""
     with atomic_file(path) as stream:

@@ -1,18 +1,21 @@
 """A run's folder: an adapter that plain mlx-lm loads, with all that is needed to go on training it.
 
-`recipe.json` is there from the start, `checkpoints/` holds the truth, and the rest is derived from it after
-each save: the best adapter, the links to each checkpoint's weights, and the metadata.
+A run leaves nothing on the disk before its first checkpoint: with that the folder comes into being, whole, and only
+then takes the place of an older adapter. `checkpoints/` holds the truth, and the rest is derived from it after each
+save: the adapter that the bare name means, the links to each checkpoint's weights, and the metadata.
 """
 
+import contextlib
 import datetime
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import files, paths, registry
+from mlx_adapters import files, locks, paths, registry, replacing
 from mlx_adapters.adapter import AdapterConfig, Weights
 from mlx_adapters.config import LoraConfig, TrainConfig
-from mlx_adapters.errors import ConfigError
+from mlx_adapters.errors import AdapterError, ConfigError
 from mlx_adapters.machine import versions
 from mlx_adapters.registry import Reference
 from mlx_adapters.tensor_names import ADAPTER_FILE, ADAPTER_OUTPUT, CONFIG_FILE, METADATA_FILE
@@ -32,71 +35,103 @@ def place_of(name: str) -> tuple[Reference, Path]:
     return Reference("path", str(path)), path
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunFolder:
-    """Where a run writes. `writes` is false in all but one of several processes."""
+    """Where a run writes.
+
+    `adapter` is known from its first step on. `writes` is false in all but one of several processes. `begun`: whether
+    the folder at `path` is this run's; what is there before that stays as it is. `held`: locks, until the run ends.
+    """
 
     reference: Reference
     path: Path
     recipe: dict[str, Any]
+    held: contextlib.ExitStack
+    adapter: AdapterConfig | None = None
     writes: bool = True
+    begun: bool = False
+    overwrite: bool = False
 
     @property
     def settings(self) -> tuple[LoraConfig, TrainConfig]:
         """The settings that the recipe holds."""
         return settings_of(self.recipe)
 
-    def create(self, adapter: AdapterConfig, overwrite: bool) -> None:
-        """Make the folder, whole, with nothing trained yet. Raises ExistsError."""
-        if not self.writes:
-            return
-        with files.atomic_folder(self.path, overwrite, ADAPTER_OUTPUT) as folder:
-            files.write_json(folder / RECIPE_FILE, self.recipe)
-            config = adapter.to_mlx_lm() | {"model": self.recipe["base"]["name"]}
-            files.write_json(folder / CONFIG_FILE, config)
-            files.write_json(folder / METADATA_FILE, self._metadata(folder, State()))
+    def require_place(self) -> None:
+        """Raise ExistsError or StorageError, before there is anything to lose, if the run could not be kept here."""
+        replacing.refuse_existing(self.path, self.overwrite, ADAPTER_OUTPUT)
+        files.require_writable(self.path)
 
-    def update_recipe(self) -> None:
-        """Record the settings that a resumed run may change."""
-        if self.writes and files.read_json(self.path / RECIPE_FILE) != self.recipe:
+    def update_recipe(self, recipe: dict[str, Any]) -> None:
+        """Record the settings that a resumed run may change; what else the record holds stays."""
+        self.recipe = self.recipe | recipe
+        if self.writes and self.begun and files.read_json(self.path / RECIPE_FILE) != self.recipe:
             files.write_json(self.path / RECIPE_FILE, self.recipe)
 
     def save(self, state: State, weights: Weights, optimizer: Weights) -> Path:
         """Write a checkpoint and bring everything else up to date; the checkpoint's folder."""
-        if self.writes:
+        if self.writes and self.begun:
             states.save(self.path, state, weights, optimizer)
             self.refresh(state)
+        elif self.writes:
+            assert self.adapter is not None
+            with files.atomic_folder(self.path, self.overwrite, ADAPTER_OUTPUT) as folder:
+                files.write_json(folder / RECIPE_FILE, self.recipe)
+                files.write_json(
+                    folder / CONFIG_FILE, self.adapter.to_mlx_lm() | {"model": self.recipe["base"]["name"]}
+                )
+                states.save(folder, state, weights, optimizer)
+                self._derive(folder, state)
+            self.hold(wait=True)
+        self.begun = True
         return states.path_of(self.path, state.iteration)
+
+    def hold(self, wait: bool = False) -> None:
+        """Lock the folder that is at `path` until the run ends. Raises TrainingError if another run holds it."""
+        busy = f"'{self.path.name}' is being trained by another process."
+        self.held.enter_context(locks.lock_file(self.path, wait=wait, busy=busy))
 
     def refresh(self, state: State) -> None:
         """Derive all other files from the checkpoints and `state`. Doing it again changes nothing."""
-        if not self.writes:
-            return
-        config = self.settings[1]
-        states.prune(self.path, config.keep, state.best_iteration, config.save_every)
-        states.link_weights(self.path, state.best_iteration)
-        files.write_json(self.path / METADATA_FILE, self._metadata(self.path, state))
+        if self.writes and self.begun:
+            self._derive(self.path, state)
+
+    def _derive(self, folder: Path, state: State) -> None:
+        config, before = self.settings[1], _metadata_in(folder)
+        chosen = chosen_by_hand(before)
+        states.prune(folder, config.keep, {state.best_iteration, chosen}, config.save_every)
+        there = states.iterations(folder)
+        meant = next((i for i in (chosen, state.best_iteration) if i in there), there[-1])
+        states.link_weights(folder, meant)
+        known = self._metadata(folder, state) | {"iteration": meant}
+        digest = {ADAPTER_FILE: files.sha256(folder / ADAPTER_FILE)}
+        after = before | known | {"sha256": registry.checksums_of(before) | digest}
+        if meant != chosen:
+            after.pop("chosen_by", None)
+        if _without_times(after) != _without_times(before):
+            files.write_json(folder / METADATA_FILE, after)
 
     def how_to_resume(self) -> str:
         """What to type to go on."""
-        if self.writes and not states.iterations(self.path):
-            return "Nothing was saved yet."
-        return f"Go on with: mlx-adapters train --resume {self.reference}"
+        if self.begun:
+            return f"Go on with: mlx-adapters train --resume {self.reference}"
+        old = f" '{self.reference}' is as it was." if self.path.is_dir() else ""
+        return f"Nothing was saved yet.{old}"
 
     def best(self, state: State) -> Reference:
-        """The checkpoint that the bare name means."""
-        iteration = state.iteration if state.best_iteration is None else state.best_iteration
-        return replace(self.reference, iteration=iteration)
+        """The checkpoint with the lowest validation loss, or the last one."""
+        gone = self.writes and state.best_iteration not in states.iterations(self.path)
+        return replace(self.reference, iteration=state.iteration if gone else state.best_iteration or state.iteration)
 
     def final(self, state: State) -> Reference:
         """The last checkpoint."""
         return replace(self.reference, iteration=state.iteration)
 
     def _metadata(self, folder: Path, state: State) -> dict[str, Any]:
+        """What training knows of the adapter."""
         lora, config = self.settings
         losses = {"train": dict(state.train_losses), "validation": dict(state.validation_losses)}
         rank = max([lora.rank, *lora.ranks.values()])
-        weights = folder / ADAPTER_FILE
         done = state.iteration >= config.iterations
         return {
             "name": self.path.name,
@@ -112,7 +147,6 @@ class RunFolder:
             "training": self.recipe["training"],
             "init_from": self.recipe["init_from"],
             "seed": config.seed,
-            "iteration": self.best(state).iteration,
             "iterations": state.iteration,
             "trained_tokens": state.trained_tokens,
             "best_validation_loss": state.best_loss,
@@ -128,5 +162,20 @@ class RunFolder:
             "duration_seconds": state.seconds,
             "versions": versions(),
             "command": self.recipe["command"],
-            "sha256": {ADAPTER_FILE: files.sha256(weights)} if weights.exists() else {},
         }
+
+
+def _metadata_in(folder: Path) -> dict[str, Any]:
+    """What the folder's record says by now, also what training knows nothing of; a damaged one says nothing."""
+    with contextlib.suppress(AdapterError):
+        return files.read_json(folder / METADATA_FILE)
+    return {}
+
+
+def _without_times(metadata: Mapping[str, Any]) -> str:
+    return files.json_text({k: v for k, v in metadata.items() if k not in ("date", "versions")}, METADATA_FILE)
+
+
+def chosen_by_hand(metadata: Mapping[str, Any]) -> int | None:
+    """The checkpoint that 'use' chose for the bare name, or None."""
+    return metadata.get("iteration") if metadata.get("chosen_by") == "use" else None

@@ -1,16 +1,15 @@
 """`train`, the public function: check all that can be checked, then run the loop in a locked folder."""
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import files, locks, replacing
+from mlx_adapters import replacing
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.config import LoraConfig, TrainConfig
-from mlx_adapters.errors import AdapterError, ConfigError, FormatError, TrainingError
+from mlx_adapters.errors import ConfigError, FormatError, TrainingError
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.layers import named_layers
 from mlx_adapters.model import load_model, load_tokenizer_of
@@ -32,7 +31,8 @@ from mlx_adapters.units import count, duration, size
 
 @dataclass(frozen=True)
 class TrainRun:
-    """A finished run. `best` is what the bare name means; both are references such as 'sql@500'.
+    """A finished run. `best` has the lowest validation loss and is what the bare name means, unless `use` chose
+    another; both are references such as 'sql@500'.
 
     Losses are (iteration, nats per trained token). `duration_seconds` counts the training steps alone. `rank` is this
     process's among those that `mlx.launch` started.
@@ -133,68 +133,57 @@ def train(
 
 
 def _begin(request: _Request, reference: Reference, path: Path, overwrite: bool) -> TrainRun:
-    with contextlib.ExitStack() as stack:
-        leads = request.world.leads
-        if leads:  # before the model loads: of two runs of one new name the later one ends here
-            stack.enter_context(training_lock(path))
-        if path.is_dir() and leads:
-            stack.enter_context(_locked(path))
-        loop = _prepare(request, RunFolder(reference, path, {}, leads), None, overwrite)
-        if leads:
-            stack.enter_context(_locked(path))
-        with _removed_if_empty(loop.folder):
-            if request.adapter is not None:
-                loop.save()
-            return _run(loop)
+    world = request.world
+    with contextlib.ExitStack() as held:
+        folder = RunFolder(reference, path, {}, held, writes=world.leads, overwrite=overwrite)
 
+        def claim() -> None:  # before the model loads: of two runs of one new name the later one ends here
+            held.enter_context(training_lock(path))
+            folder.require_place()
+            if path.is_dir():
+                folder.hold()
 
-@contextlib.contextmanager
-def _removed_if_empty(folder: RunFolder) -> Iterator[None]:
-    """A run that fails before it saved anything leaves nothing behind."""
-    try:
-        yield
-    except AdapterError:
-        if folder.writes and not states.iterations(folder.path):
-            files.remove(folder.path)
-        raise
+        world.share(claim)
+        return _run(_prepare(request, folder, None))
 
 
 def _resume(request: _Request, old: dict[str, Any], reference: Reference, path: Path) -> TrainRun:
-    world, folder = request.world, RunFolder(reference, path, old, request.world.leads)
-    with contextlib.ExitStack() as stack:
-        if world.leads:
-            stack.enter_context(training_lock(path))
-            stack.enter_context(_locked(path))
-        found: list[Checkpoint | None] = [None]
+    world = request.world
+    with contextlib.ExitStack() as held:
+        folder = RunFolder(reference, path, old, held, writes=world.leads, begun=True)
+        found: list[Checkpoint] = []
 
         def look() -> dict[str, Any]:
-            found[0] = _newest(folder, request)
-            return asdict(found[0].state if found[0] else State())
+            held.enter_context(training_lock(path))
+            folder.hold()
+            if read_recipe(path) != old:
+                raise TrainingError(
+                    f"'{reference}' has just been replaced by another run.", "look at it and try again."
+                )
+            found.append(_newest(folder, request))
+            return asdict(found[0].state)
 
         state = states.state_from(world.share(look))
         _require_unfinished(state, request.training, settings_of(old)[1], reference)
-        checkpoint = None
-        if state.iteration or state.random:
-            mine = found[0] or Checkpoint(state, {}, {})
-            checkpoint = Checkpoint(state, world.share_arrays(mine.weights), world.share_arrays(mine.optimizer))
-        return _run(_prepare(request, folder, checkpoint, False))
+        mine = found[0] if found else Checkpoint(state, {}, {})
+        checkpoint = Checkpoint(state, world.share_arrays(mine.weights), world.share_arrays(mine.optimizer))
+        return _run(_prepare(request, folder, checkpoint))
 
 
-def _newest(folder: RunFolder, request: _Request) -> Checkpoint | None:
-    """The newest whole checkpoint; later ones are damaged and removed. FormatError if all are damaged."""
+def _newest(folder: RunFolder, request: _Request) -> Checkpoint:
+    """The newest whole checkpoint; later ones are damaged and removed. Raises FormatError if there is none."""
     if states.drop_half_written(folder.path):
         request.on_event(Note("A half-written checkpoint was removed: the run ended while saving.", "warning"))
     checkpoint, problems = states.newest(folder.path)
-    if problems and checkpoint is None:
+    if checkpoint is None and not problems:
+        raise FormatError(f"'{folder.reference}' cannot be resumed: it has no checkpoint.", "start it anew.")
+    if checkpoint is None:
         raise FormatError(f"No checkpoint of '{folder.reference}' is whole: {' '.join(problems)}",
                           f"begin a new run with its weights: --init-from {folder.reference}.")  # fmt: skip
     for problem in problems:
         request.on_event(Note(f"{problem} Taking the checkpoint before it.", "warning"))
-    if checkpoint is None:
-        request.on_event(Note("No checkpoint was saved yet; starting from the beginning.", "warning"))
-    state = checkpoint.state if checkpoint else State()
-    states.drop_after(folder.path, state.iteration)
-    folder.refresh(state)  # a crash may have come between a save and its links
+    states.drop_after(folder.path, checkpoint.state.iteration)
+    folder.refresh(checkpoint.state)  # a crash may have come between a save and its links
     return checkpoint
 
 
@@ -208,10 +197,6 @@ def _run(loop: Loop) -> TrainRun:
         tuple(state.validation_losses), state.trained_tokens, state.seconds, state.stopped_early,
         loop.engine.world.rank,
     )  # fmt: skip
-
-
-def _locked(path: Path) -> contextlib.AbstractContextManager[bool]:
-    return locks.lock_file(path, busy=f"'{path.name}' is being trained by another process.")
 
 
 def _require_unfinished(state: State, new: TrainConfig, old: TrainConfig, reference: Reference) -> None:
@@ -237,10 +222,10 @@ def _tell_forecast(request: _Request, rows: tuple[Row, ...]) -> None:
         request.on_event(Note(f"This will hardly fit. What would help: {'; '.join(found.advice)}.", "warning"))
 
 
-def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None, overwrite: bool) -> Loop:
-    """Load the model, tokenize the rows, add the layers, and create or compare the run's folder."""
+def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None) -> Loop:
+    """Load the model, tokenize the rows, add the layers, and compare a resumed run with what it was."""
     lora, training = request.lora, request.training
-    resumed = bool(folder.recipe)
+    resumed = checkpoint is not None
     started_from = request.adapter.fingerprint if request.adapter is not None else None
     recipe = make_recipe(
         request.base, request.data, lora, training, folder.recipe.get("init_from") if resumed else started_from,
@@ -263,8 +248,8 @@ def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None
     adapted = dict(named_layers(model.module))
     adapted = {key: adapted[key] for key in config.keys}
     prepared = start.prepare(model, training, rows, held_out, adapted, request.world)
-    folder = replace(folder, recipe=recipe)
-    request.world.share(lambda: folder.update_recipe() if resumed else folder.create(config, overwrite))
+    folder.adapter = config
+    request.world.share(lambda: folder.update_recipe(recipe))
     validation = prepared.validation.fixed(training.eval_batches) if prepared.validation else []
     loop = Loop(prepared.engine, prepared.feed, validation, training, folder, request.on_event)
     if checkpoint is not None:

@@ -146,12 +146,12 @@ def drop_half_written(run: Path) -> int:
     return temporaries.sweep(run / CHECKPOINTS_FOLDER, young_seconds=0)
 
 
-def prune(run: Path, keep: int | None, best: int | None, save_every: int) -> None:
-    """Remove checkpoints that are neither the newest, nor the best, nor a multiple of `save_every` (those were
-    made for the time being: a former best, or a stop); then all but the last `keep` and the best."""
+def prune(run: Path, keep: int | None, wanted: set[int | None], save_every: int) -> None:
+    """Remove checkpoints that are neither the newest, nor wanted, nor a multiple of `save_every` (those were made
+    for the time being: a former best, or a stop); then all but the last `keep` and the wanted ones."""
     there = iterations(run)
     regular = [i for i in there if (i and i % save_every == 0) or i == there[-1]]
-    kept = {*regular[-keep if keep else 0 :], best}
+    kept = {*regular[-keep if keep else 0 :], *wanted}
     for iteration in there:
         if iteration not in kept:
             _remove(run, iteration)
@@ -164,8 +164,8 @@ def _remove(run: Path, iteration: int) -> None:
     files.remove(path_of(run, iteration))
 
 
-def link_weights(run: Path, best: int | None) -> None:
-    """Let `adapters.safetensors` be the best (or last) checkpoint's weights and give each checkpoint its
+def link_weights(run: Path, meant: int) -> None:
+    """Let `adapters.safetensors` be the weights of checkpoint `meant` and give each checkpoint its
     `NNNNNNN_adapters.safetensors`, as mlx-lm names them. Hard links: no further space on the disk."""
     there = iterations(run)
     for iteration in there:
@@ -176,8 +176,6 @@ def link_weights(run: Path, best: int | None) -> None:
     for link in run.glob("*_" + ADAPTER_FILE):
         if link.name not in {checkpoint_file(i) for i in there}:
             files.remove(link)
-    if there:
-        chosen = path_of(run, best if best in there else there[-1]) / ADAPTER_FILE
-        target = run / ADAPTER_FILE
-        if not (target.exists() and target.samefile(chosen)):
-            files.link_or_copy(chosen, target)
+    chosen, target = path_of(run, meant) / ADAPTER_FILE, run / ADAPTER_FILE
+    if not (target.exists() and target.samefile(chosen)):
+        files.link_or_copy(chosen, target)
