@@ -6,7 +6,6 @@ modules are adapted; the config holds rank, scale and type.
 """
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +16,15 @@ import numpy as np
 
 from mlx_adapters import files, paths, tensor_files, tensor_names
 from mlx_adapters.errors import FormatError, NotFoundError
+from mlx_adapters.metadata import (
+    base_of,
+    check_config,
+    iterations_of,
+    losses_of,
+    read_config,
+    read_metadata,
+    read_whole,
+)
 from mlx_adapters.tensor_names import (
     ADAPTER_FILE,
     ADAPTER_LEAVES,
@@ -30,11 +38,6 @@ from mlx_adapters.tensor_names import (
 from mlx_adapters.units import count
 
 Weights = dict[str, mx.array]  # by tensor name
-# What plain mlx-lm's trainer records beside the settings of the layers.
-MLX_LM_SETTINGS = (
-    "data", "iters", "batch_size", "learning_rate", "lr_schedule", "optimizer", "seed", "max_seq_length",
-    "mask_prompt", "grad_accumulation_steps",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,28 +65,12 @@ def parse_config(raw: Mapping[str, Any], keys: tuple[str, ...], where: str) -> A
 
     Raises FormatError that names what is missing or wrong.
     """
-    kind = raw.get("fine_tune_type", "lora")
-    if kind == "full":
-        raise FormatError(
-            f"{where} holds a full fine-tune, not a low-rank adapter.", "'mlx-adapters extract' makes an adapter of it."
-        )
-    if "peft_type" in raw:
-        raise FormatError(f"{where} is a PEFT adapter.", "take it in with 'mlx-adapters import-peft'.")
-    parameters = raw.get("lora_parameters")
-    if kind not in ("lora", "dora") or not isinstance(parameters, Mapping):
-        raise FormatError(f"{where}: {CONFIG_FILE} is not an mlx-lm adapter config.")
-    rank, scale, dropout = parameters.get("rank"), parameters.get("scale"), parameters.get("dropout", 0.0)
-    layers = raw.get("num_layers", -1)
-    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
-    if not whole or not _is_number(scale) or not _is_number(dropout) or not isinstance(layers, int):
-        raise FormatError(
-            f"{where}: {CONFIG_FILE} needs a whole 'rank' of at least 1 and numbers for 'scale' and 'dropout'."
-        )
-    return AdapterConfig(rank, float(scale), keys, kind, float(dropout), layers)  # type: ignore[arg-type]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    check_config(raw, where)
+    parameters, layers = raw["lora_parameters"], raw.get("num_layers")
+    scale, dropout = float(parameters["scale"]), float(parameters.get("dropout", 0.0))
+    return AdapterConfig(
+        parameters["rank"], scale, keys, raw.get("fine_tune_type", "lora"), dropout, -1 if layers is None else layers
+    )
 
 
 @dataclass(frozen=True, repr=False)
@@ -215,41 +202,6 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: AdapterConfig, n
             )
 
 
-def base_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The base model's record in an adapter's metadata, or {}."""
-    base = metadata.get("base")
-    return base if isinstance(base, dict) else {}
-
-
-def losses_of(metadata: Mapping[str, Any]) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-    """(training, validation) losses as (iteration, nats per trained token), ascending; empty where none are known."""
-    return _curve(metadata.get("train_losses")), _curve(metadata.get("validation_losses"))
-
-
-def _curve(points: Any) -> list[tuple[int, float]]:
-    pairs = (
-        [p for p in points if isinstance(p, list | tuple) and len(p) == 2] if isinstance(points, list | tuple) else []
-    )
-    return sorted({int(i): float(loss) for i, loss in pairs if _is_number(i) and _is_number(loss)}.items())
-
-
-def read_metadata(folder: Path) -> dict[str, Any]:
-    """An adapter folder's metadata; for a folder made by plain mlx-lm, what its config tells."""
-    path = Path(folder) / METADATA_FILE
-    if path.is_file():
-        return files.read_json(path)
-    config = files.read_json(Path(folder) / CONFIG_FILE)
-    known = {"base": {"name": config["model"]}} if isinstance(config.get("model"), str) else {}
-    training = {key: config[key] for key in MLX_LM_SETTINGS if config.get(key) is not None}
-    return known | {"source": "mlx-lm", "name": Path(folder).name} | ({"training": training} if training else {})
-
-
-def iterations_of(folder: Path) -> tuple[int, ...]:
-    """The iterations that the folder has checkpoints of, ascending."""
-    matches = (tensor_names.CHECKPOINT_FILE.fullmatch(path.name) for path in Path(folder).iterdir())
-    return tuple(sorted(int(match.group(1)) for match in matches if match))
-
-
 def weights_file(folder: Path, iteration: int | None = None) -> Path:
     """The file of the adapter, or of its checkpoint. Raises NotFoundError that lists what there is."""
     folder = Path(folder)
@@ -280,10 +232,14 @@ def read_adapter(folder: Path, iteration: int | None = None, name: str | None = 
     Raises NotFoundError or FormatError with what is wrong.
     """
     folder = paths.expanded(folder)
+    weights = ADAPTER_FILE if iteration is None else tensor_names.checkpoint_file(iteration)
+    return read_whole(folder, (CONFIG_FILE, METADATA_FILE, weights), lambda: _read(folder, iteration, name))
+
+
+def _read(folder: Path, iteration: int | None, name: str | None) -> Adapter:
     path = weights_file(folder, iteration)
-    raw = files.read_json(folder / CONFIG_FILE)
-    if "peft_type" in raw:
-        parse_config(raw, (), str(folder))
+    raw = read_config(folder)
+    check_config(raw, f"'{folder}'")
     weights = tensor_files.read_safetensors(path)
     config = parse_config(raw, keys_of(weights), f"'{folder}'")
     metadata = read_metadata(folder) | ({"name": name} if name else {})

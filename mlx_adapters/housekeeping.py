@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters import files, paths, registry, tensor_files
-from mlx_adapters.adapter import losses_of, read_metadata, weights_file
+from mlx_adapters.adapter import weights_file
 from mlx_adapters.config import require
 from mlx_adapters.errors import AdapterError, ConfigError, ExistsError, did_you_mean
+from mlx_adapters.metadata import losses_of, read_metadata
 from mlx_adapters.registry import Entry, Reference, parse_reference
 from mlx_adapters.tensor_names import ADAPTER_FILE, CHECKPOINTS_FOLDER, METADATA_FILE
 
@@ -81,9 +82,14 @@ def use(reference: str) -> Entry:
     with _changing(ref.target) as folder:
         chosen = weights_file(folder, ref.iteration)
         tensor_files.read_safetensors_header(chosen)
-        checksums = registry.checksums_of(read_metadata(folder)) | {ADAPTER_FILE: files.sha256(chosen)}
-        files.link_or_copy(chosen, folder / ADAPTER_FILE)
-        _update_metadata(folder, iteration=ref.iteration, chosen_by="use", sha256=checksums)
+        metadata = read_metadata(folder)
+        checksums = registry.checksums_of(metadata) | {ADAPTER_FILE: files.sha256(chosen)}
+        metadata |= {"iteration": ref.iteration, "chosen_by": "use", "sha256": checksums}
+        # The weights file alone decides, in one step. The metadata are whole on the disk before it, and follow it.
+        with files.atomic_file(folder / METADATA_FILE) as stream:
+            stream.write(files.json_text(metadata, METADATA_FILE).encode())
+            stream.flush()  # a full disk shows here
+            files.link_or_copy(chosen, folder / ADAPTER_FILE)
     return registry.read_entry(folder)
 
 

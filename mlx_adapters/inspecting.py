@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters import registry
-from mlx_adapters.adapter import Adapter, losses_of
+from mlx_adapters.adapter import Adapter
 from mlx_adapters.config import to_mapping
 from mlx_adapters.events import OnEvent, ignore
 from mlx_adapters.merging.recipes import update_shape
 from mlx_adapters.merging.sweep import losses_on
 from mlx_adapters.merging.updates import Update, inner, update_of
+from mlx_adapters.metadata import losses_of
 from mlx_adapters.registry import Entry
 from mlx_adapters.tensor_names import natural_order
 

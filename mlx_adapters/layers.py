@@ -12,7 +12,7 @@ from typing import Any
 from mlx.utils import tree_unflatten
 
 from mlx_adapters import tensor_names, units
-from mlx_adapters.adapter import Adapter, AdapterConfig, base_of
+from mlx_adapters.adapter import Adapter, AdapterConfig
 from mlx_adapters.config import LoraConfig, Quantization
 from mlx_adapters.door import (
     DoRAEmbedding,
@@ -26,6 +26,7 @@ from mlx_adapters.door import (
     nn,
 )
 from mlx_adapters.errors import ConfigError, IncompatibleError, ModelError, did_you_mean
+from mlx_adapters.metadata import base_of
 from mlx_adapters.tensor_names import LORA_A, LORA_B, MAGNITUDE, SCALES, WEIGHT
 
 LINEAR = (nn.Linear, nn.QuantizedLinear)

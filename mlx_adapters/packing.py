@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_adapters import files, paths, registry, replacing
-from mlx_adapters.adapter import iterations_of, parse_config, read_adapter, read_metadata
+from mlx_adapters.adapter import read_adapter
 from mlx_adapters.bases import Base
 from mlx_adapters.config import require
 from mlx_adapters.errors import AdapterError, ConfigError, ExistsError, FormatError, NotFoundError
 from mlx_adapters.events import Note, OnEvent, Progress, ignore
+from mlx_adapters.metadata import check_config, iterations_of, read_config, read_metadata
 from mlx_adapters.replacing import Output
 from mlx_adapters.tensor_names import (
     ADAPTER_FILE,
@@ -185,7 +186,7 @@ def _take_in(
 
 def _copy(source: Path, target: Path, on_event: OnEvent) -> None:
     """Copy the files of an adapter, and nothing else, from a folder."""
-    parse_config(files.read_json(source / CONFIG_FILE), (), f"'{source}'")
+    check_config(read_config(source), f"'{source}'")
     wanted = [path for path in sorted(source.iterdir()) if path.is_file() and _belongs(path.name)]
     for path in wanted:
         if path.is_symlink():
@@ -207,7 +208,7 @@ def _check_contents(folder: Path, name: str, source: str) -> str:
             raise FormatError(f"'{source}' holds neither an adapter nor a model.")
         _ = Base(name, folder).weight_files
         return "model"
-    parse_config(files.read_json(folder / CONFIG_FILE), (), f"'{source}'")
+    check_config(read_config(folder), f"'{source}'")
     metadata = read_metadata(folder)
     recorded, found = registry.checksums_of(metadata), {}
     for iteration in (None, *iterations_of(folder)):

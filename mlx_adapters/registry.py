@@ -14,8 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mlx_adapters import files, locks, paths, replacing, temporaries, tensor_files
+from mlx_adapters import locks, paths, replacing, temporaries, tensor_files
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError, did_you_mean
+from mlx_adapters.metadata import base_of, check_config, examine_metadata, read_config, read_whole
 from mlx_adapters.tensor_names import (
     ADAPTER_FILE,
     ADAPTER_OUTPUT,
@@ -156,48 +157,54 @@ def list_adapters(base: str | None = None, tag: str | None = None) -> list[Entry
 
 def read_entry(folder: Path) -> Entry:
     """What an adapter folder says of itself; whatever is wrong ends up in `problem`."""
-    found: dict[str, Any] = {}
-    for step in (_look_at_files, _look_at_config, _look_at_metadata):
-        try:
-            step(os.fspath(folder), found)
-        except (AdapterError, OSError) as error:
-            found.setdefault("problem", str(error))
-    return Entry(folder.name, folder, **found)
+
+    def read() -> Entry:
+        found: dict[str, Any] = {}
+        for step in (_look_at_files, _look_at_config, _look_at_metadata):
+            try:
+                step(folder, found)
+            except (AdapterError, OSError) as error:
+                found.setdefault("problem", str(error))
+        return Entry(folder.name, folder, **found)
+
+    try:
+        return read_whole(folder, (ADAPTER_FILE, CONFIG_FILE, METADATA_FILE), read)
+    except AdapterError as error:
+        return Entry(folder.name, folder, problem=error.message)
 
 
-def _look_at_files(folder: str, found: dict[str, Any]) -> None:
+def _look_at_files(folder: Path, found: dict[str, Any]) -> None:
     there = os.listdir(folder)
     found["iterations"] = tuple(sorted(int(m[1]) for m in map(CHECKPOINT_FILE.fullmatch, there) if m))
     if ADAPTER_FILE not in there:
         found["problem"] = f"{ADAPTER_FILE} is missing"
     else:
-        found["size_bytes"] = tensor_files.glance_at_safetensors(f"{folder}/{ADAPTER_FILE}")
+        found["size_bytes"] = tensor_files.glance_at_safetensors(folder / ADAPTER_FILE)
 
 
-def _look_at_config(folder: str, found: dict[str, Any]) -> None:
-    config = files.read_json(f"{folder}/{CONFIG_FILE}")
+def _look_at_config(folder: Path, found: dict[str, Any]) -> None:
+    config = read_config(folder)
     parameters = _typed(config.get("lora_parameters"), dict) or {}
     found["rank"] = _typed(parameters.get("rank"), int)
     found["scale"] = _typed(parameters.get("scale"), int, float)
     found["base"] = _typed(config.get("model"), str)
     found["type"] = _typed(config.get("fine_tune_type", "lora"), str)
-    if not found["rank"]:
-        found.setdefault("problem", f"{CONFIG_FILE} names no rank")
+    check_config(config, f"'{folder.name}'")
 
 
-def _look_at_metadata(folder: str, found: dict[str, Any]) -> None:
-    try:
-        metadata = files.read_json(f"{folder}/{METADATA_FILE}")
-    except NotFoundError:  # as plain mlx-lm leaves it
+def _look_at_metadata(folder: Path, found: dict[str, Any]) -> None:
+    if not (folder / METADATA_FILE).exists():  # as plain mlx-lm leaves it
         return
-    base = (_typed(metadata.get("base"), dict) or {}).get("name")
-    found["base"] = _typed(base, str) or found.get("base")
-    found["iteration"] = _typed(metadata.get("iteration"), int)
-    found["created"] = _typed(metadata.get("date"), str)
-    found["best_validation_loss"] = _typed(metadata.get("best_validation_loss"), int, float)
+    metadata, wrong = examine_metadata(folder)
+    found["base"] = base_of(metadata).get("name") or found.get("base")
+    found["iteration"], found["created"] = metadata.get("iteration"), metadata.get("date")
+    found["best_validation_loss"] = metadata.get("best_validation_loss")
     found["tags"], found["metadata"] = tags_of(metadata), metadata
     if metadata.get("status") == "unfinished" and "size_bytes" not in found:
         found["problem"] = "unfinished: nothing is saved yet"
+    if wrong:
+        shown = ", ".join(repr(name) for name in wrong[:3]) + (" and others" if len(wrong) > 3 else "")
+        found.setdefault("problem", f"{METADATA_FILE} holds nothing that can be used as {shown}")
 
 
 def _typed(value: Any, *kinds: type) -> Any:
@@ -258,7 +265,8 @@ def register(adapter: "Adapter", name: str, overwrite: bool = False) -> "Adapter
 
     Raises ExistsError, FormatError or StorageError; two processes cannot both win a name.
     """
-    from mlx_adapters.adapter import read_metadata, write_adapter
+    from mlx_adapters.adapter import write_adapter
+    from mlx_adapters.metadata import read_metadata
 
     folder = adapter_folder(name)
     replacing.refuse_existing(folder, overwrite, ADAPTER_OUTPUT)

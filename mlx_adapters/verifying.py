@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters import files, registry
-from mlx_adapters.adapter import Adapter, base_of, read_adapter
+from mlx_adapters.adapter import Adapter, read_adapter
 from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.errors import AdapterError, FormatError, NotFoundError
 from mlx_adapters.layers import check_fits, check_made_for
+from mlx_adapters.metadata import base_of
 from mlx_adapters.model import load_module
 from mlx_adapters.registry import Entry
 from mlx_adapters.tensor_names import ADAPTER_FILE, CHECKPOINTS_FOLDER

@@ -147,7 +147,8 @@ def _with_base(variant: Variant, base: str | None) -> Variant:
         return variant
     if base is not None:
         return replace(variant, base=base)
-    from mlx_adapters.adapter import base_of, read_metadata, weights_file
+    from mlx_adapters.adapter import weights_file
+    from mlx_adapters.metadata import base_of, read_metadata
     from mlx_adapters.registry import locate
 
     folder, iteration = locate(variant.adapter)

@@ -162,7 +162,7 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def _losses(details: "Details") -> dict[str, list[tuple[int, float]]]:
-    from mlx_adapters.adapter import losses_of
+    from mlx_adapters.metadata import losses_of
 
     found = dict(zip(("training", "validation"), losses_of(details.metadata), strict=True))
     return {name: points for name, points in found.items() if points}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mlx_adapters import files
-from mlx_adapters.adapter import Adapter, read_metadata
+from mlx_adapters.adapter import Adapter
 from mlx_adapters.benchmarking.statistics import Mean, mean, weighted_mean
 from mlx_adapters.benchmarking.variants import BASE, Variant, as_text, parse_variants, prepare, short_names, workspace
 from mlx_adapters.config import require
@@ -23,6 +23,7 @@ from mlx_adapters.evaluation.answers import greedy_answers, questions
 from mlx_adapters.evaluation.scores import Score, parse_score
 from mlx_adapters.evaluation.tokens import Batches, TokenFigures, judge, judged_rows
 from mlx_adapters.events import Note, OnEvent, ignore
+from mlx_adapters.metadata import read_metadata
 from mlx_adapters.model import Model, load_model
 from mlx_adapters.registry import changing, load_adapter, locate, names
 from mlx_adapters.tensor_names import METADATA_FILE

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlx_adapters.adapter import losses_of
 from mlx_adapters.hub import staging
 from mlx_adapters.hub.subject import Subject
+from mlx_adapters.metadata import losses_of
 from mlx_adapters.tensor_names import ADAPTER_FILE, RECIPE_FILE, split
 from mlx_adapters.units import count, duration, number, size
 
@@ -334,8 +334,9 @@ def recipe(subject: Subject, facts: Facts) -> str:
     if subject.recipe:
         parts.append(f"`{RECIPE_FILE}` holds all settings; with base and adapter at hand the same bytes come out of "
                      f"`mlx-adapters fuse --again {RECIPE_FILE} OUT`.")  # fmt: skip
-    if subject.adapter and (hashes := subject.metadata.get("sha256")) and subject.adapter.iteration is None:
-        parts.append(f"SHA-256 of `{ADAPTER_FILE}`: `{hashes[ADAPTER_FILE]}`.")
+    recorded = (subject.metadata.get("sha256") or {}).get(ADAPTER_FILE)
+    if recorded and subject.adapter and subject.adapter.iteration is None:
+        parts.append(f"SHA-256 of `{ADAPTER_FILE}`: `{recorded}`.")
     return "\n\n".join(["## Recipe", *parts]) if parts else ""
 
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import yaml
 
-from mlx_adapters.adapter import losses_of
 from mlx_adapters.display import loss_curve
 from mlx_adapters.errors import ConfigError, did_you_mean
 from mlx_adapters.hub.card_sections import SECTIONS
 from mlx_adapters.hub.client import REPO
 from mlx_adapters.hub.subject import Subject
+from mlx_adapters.metadata import losses_of
 
 MINE, END_MINE = "<!-- yours: this part survives the next publish -->", "<!-- /yours -->"
 _MINE = re.compile(r"<!-- yours\b.*?-->\n?(.*?)\n?<!-- /yours -->", re.S)

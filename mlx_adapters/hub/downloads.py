@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlx_adapters import files, locks, paths
-from mlx_adapters.adapter import Adapter, read_adapter, read_metadata, write_adapter_files
+from mlx_adapters.adapter import Adapter, read_adapter, write_adapter_files
 from mlx_adapters.bases import resolve_base
 from mlx_adapters.config import require
 from mlx_adapters.errors import HubError
 from mlx_adapters.hub.client import snapshot
+from mlx_adapters.metadata import read_metadata
 from mlx_adapters.registry import check_name, parse_reference, register
 from mlx_adapters.tensor_names import (
     ADAPTER_FILE,

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlx_adapters import files, paths
-from mlx_adapters.adapter import Adapter, read_adapter, read_metadata, weights_file
+from mlx_adapters.adapter import Adapter, read_adapter, weights_file
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError
 from mlx_adapters.hub.cleaning import clean, clean_text
+from mlx_adapters.metadata import read_config, read_metadata
 from mlx_adapters.registry import load_adapter, locate, parse_reference
 from mlx_adapters.tensor_names import (
     ADAPTER_FILE,
@@ -133,7 +134,7 @@ class Subject:
         wanted = {named} if named is not None else {None, self.metadata.get("iteration")}
         saved = self.metadata.get("evaluations") or () if self.kind == "adapter" else ()
         return [{**entry, "data": f"{entry['data']} ({entry['split']}, {entry['rows']} rows)"}
-                for entry in saved if entry["iteration"] in wanted]  # fmt: skip
+                for entry in saved if entry.get("iteration") in wanted]  # fmt: skip
 
     @property
     def validation_loss(self) -> float | None:
@@ -191,7 +192,9 @@ def _benchmark(path: str | Path | None) -> str:
 def _subject(folder: Path, iteration: int | None) -> Subject:
     kind = _kind_of(folder)
     adapter = read_adapter(folder, iteration) if kind == "adapter" else None
-    config = {} if kind == "gguf" else files.read_json(folder / ("config.json" if kind == "model" else CONFIG_FILE))
+    config = (
+        {} if kind == "gguf" else files.read_json(folder / "config.json") if kind == "model" else read_config(folder)
+    )
     patterns = (*PUBLISHED[kind], *LICENSE_FILES)
     there = sorted(p.name for p in folder.iterdir())
     sources = {name: folder / name for name in there if matches(name, patterns) and (folder / name).is_file()}
@@ -230,7 +233,7 @@ def _base_of(metadata: Mapping[str, Any], recipe: Mapping[str, Any], config: Map
 
 def _kind_of(folder: Path) -> Kind:
     if (folder / CONFIG_FILE).is_file():
-        return "peft" if "peft_type" in files.read_json(folder / CONFIG_FILE) else "adapter"
+        return "peft" if "peft_type" in read_config(folder) else "adapter"
     if (folder / GGUF_FILE).is_file():
         return "gguf"
     if (folder / "config.json").is_file():

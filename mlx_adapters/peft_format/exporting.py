@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_adapters import files, paths, registry, replacing, tensor_files, tensor_names
-from mlx_adapters.adapter import Adapter, base_of
+from mlx_adapters.adapter import Adapter
 from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.layers import adaptable_layers, tied
+from mlx_adapters.metadata import base_of
 from mlx_adapters.model import load_module
 from mlx_adapters.peft_format.to_peft import to_peft
 from mlx_adapters.tensor_names import CONFIG_FILE, EMBEDDINGS, PEFT_OUTPUT, PEFT_SCALE, PEFT_WEIGHTS_FILE
