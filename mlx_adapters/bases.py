@@ -15,8 +15,8 @@ from typing import Any
 
 from mlx_adapters import files, paths, tensor_files
 from mlx_adapters.config import Quantization
-from mlx_adapters.door import load_config, mx
-from mlx_adapters.errors import HubError, ModelError, NotFoundError, did_you_mean
+from mlx_adapters.door import load_config, mx, refusals
+from mlx_adapters.errors import FormatError, HubError, ModelError, NotFoundError, did_you_mean
 from mlx_adapters.tensor_names import CONFIG_FILE
 
 DEMO = "demo"
@@ -25,6 +25,7 @@ MODEL_FILES = ["*.json", "model*.safetensors", "*.py", "*.model", "*.tiktoken", 
 # (mlx-lm's name, of which model type, the name that transformers 5 may write instead)
 RENAMED_SETTINGS = (("num_experts", "qwen3_moe", "num_local_experts"), ("n_ctx", "gpt2", "n_positions"))
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "model_max_length")
+MOST_LAYERS = 10_000
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 
 
@@ -52,7 +53,11 @@ class Base:
     def config(self) -> dict[str, Any]:
         """The model's config, as mlx-lm needs it (see `normalized_config`)."""
         files.read_json(self.folder / "config.json")
-        config = normalized_config(load_config(self.folder))
+        if odd := next((path for path in self.folder.iterdir() if not (path.is_file() or path.is_dir())), None):
+            raise FormatError(f"'{odd}' is neither a file nor a folder.", "a pipe or a broken link? Take it away.")
+        with refusals(lambda why: FormatError(f"The config of '{self.name}' cannot be used: {why}.")):
+            config = normalized_config(load_config(self.folder))
+            _check(config)
         return untied_config(config) if self.untied else config
 
     @property
@@ -114,6 +119,21 @@ class Base:
             "name": self.name, "revision": self.revision, "fingerprint": self.fingerprint,
             "model_type": self.config.get("model_type"), "quantization": quantization,
         }  # fmt: skip
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    """Raise ValueError unless what this package itself reads from a config has its type."""
+    if not isinstance(config.get("text_config") or {}, dict):
+        raise ValueError("'text_config' is no object")
+    quantization_in(config)
+    for part in (config, config.get("text_config") or {}):
+        for key in ("n_positions", "vocab_size"):
+            value = part.get(key)
+            if value is not None and (type(value) is not int or not 0 < value < 1 << 31):
+                raise ValueError(f"'{key}' is {str(value)[:40]!r}")
+        for key, value in part.items():  # mlx-lm would build them one by one, until the memory ends
+            if "layer" in key and isinstance(value, int) and value > MOST_LAYERS:
+                raise ValueError(f"'{key}' is {value:,}")
 
 
 def quantization_in(config: Mapping[str, Any]) -> Quantization | None:

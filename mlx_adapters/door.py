@@ -6,14 +6,17 @@ imports these names from here.
 
 import contextlib
 import inspect
+import io
 import resource
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from mlx_adapters.errors import ModelError
+from mlx_adapters.errors import AdapterError, ModelError
 from mlx_adapters.limits import raise_open_files
+from mlx_adapters.templates import Bounded
 
 TESTED = "0.32"
 
@@ -40,8 +43,9 @@ try:
         from mlx_lm.tokenizer_utils import TokenizerWrapper
         from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
         from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
-        from mlx_lm.utils import load_config, load_tokenizer
-        from mlx_lm.utils import load_model as load_mlx_model
+        from mlx_lm.utils import load_config, load_model
+        from mlx_lm.utils import load_tokenizer as load_mlx_tokenizer
+        from transformers.utils import chat_template_utils
 except ImportError as error:
     raise ModelError(
         f"mlx and mlx-lm {TESTED}.x are needed, but importing them failed: {error}.",
@@ -57,7 +61,8 @@ def _check() -> None:
                 f"run 'pip install \"{package}=={TESTED}.*\"'.",
             )
     relied_on = {
-        load_mlx_model: ("lazy", "strict", "model_config"),
+        load_model: ("lazy", "strict", "model_config", "trust_remote_code"),
+        load_mlx_tokenizer: ("tokenizer_config_extra", "eos_token_ids"),
         LoRALinear.from_base: ("r", "scale", "dropout"),
         DoRALinear.from_base: ("r", "scale", "dropout"),
         LoRASwitchLinear.from_base: ("r", "scale", "dropout"),
@@ -74,9 +79,47 @@ def _check() -> None:
                 f"install the tested version: 'pip install \"mlx-lm=={TESTED}.2\"'.",
             )
 
+    if not hasattr(chat_template_utils, "ImmutableSandboxedEnvironment"):
+        raise ModelError(
+            f"transformers {version('transformers')} renders chat templates in a way that is not known here.",
+            "install an older one: 'pip install \"transformers<6\"'.",
+        )
+
 
 _check()
 raise_open_files()
+chat_template_utils.ImmutableSandboxedEnvironment = Bounded  # the sandbox of chat templates, with limits
+
+
+@contextlib.contextmanager
+def refusals(refused: Callable[[str], AdapterError]) -> Iterator[None]:
+    """Turn whatever reading somebody's model raises in the libraries into `refused(why)`.
+
+    They check little and raise what they like: transformers its own classes, tokenizers bare exceptions and Rust's
+    panics, a module of mlx-lm SystemExit. What they print meanwhile does not belong on stdout; it is the reason of
+    an exit.
+    """
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (AdapterError, KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:
+        said = printed.getvalue() if isinstance(error, SystemExit) else str(error)
+        why = " ".join(said.split())[:300].rstrip(".") or type(error).__name__
+        raise refused(why) from error
+
+
+def load_mlx_model(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """mlx-lm's module with lazy weights, and its config. No code of the folder's is run."""
+    return load_model(folder, lazy=True, model_config=config, trust_remote_code=False)
+
+
+def load_tokenizer(folder: Path, eos_token_ids: Any) -> TokenizerWrapper:
+    """The folder's tokenizer. Without being told, transformers asks on stdin whether to run code of the folder's."""
+    return load_mlx_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=eos_token_ids)
 
 
 def harness_model(module: nn.Module, tokenizer: TokenizerWrapper, batch_size: int) -> Any:
@@ -111,5 +154,6 @@ __all__ = [
     "make_sampler",
     "mx",
     "nn",
+    "refusals",
     "stream_generate",
 ]

@@ -18,7 +18,16 @@ import numpy as np
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.config import DTYPES, require
-from mlx_adapters.door import load_mlx_model, load_tokenizer, make_sampler, mx, nn, stream_generate
+from mlx_adapters.door import (
+    load_mlx_model,
+    load_tokenizer,
+    make_prompt_cache,
+    make_sampler,
+    mx,
+    nn,
+    refusals,
+    stream_generate,
+)
 from mlx_adapters.errors import FormatError, ModelError
 from mlx_adapters.layers import attach, check_fits, check_made_for, dequantize_layers, detach, untie
 from mlx_adapters.limits import wire_memory
@@ -187,8 +196,9 @@ def load_model(
     require(dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not '{dtype}'.")
     found = resolve_base(base)
     module, config = load_module(found)
-    set_precision(module, dtype, dense)
-    mx.eval(module.parameters())
+    with refusals(lambda why: ModelError(f"The weights of '{found.name}' cannot be read: {why}.")):
+        set_precision(module, dtype, dense)
+        mx.eval(module.parameters())
     model = Model(module, load_tokenizer_of(found), found, config)
     if adapter is not None:
         model.attach(adapter, any_base)
@@ -207,26 +217,30 @@ def load_module(base: Base) -> tuple[nn.Module, dict[str, Any]]:
     """mlx-lm's module with lazy weights, in evaluation mode, and its config. All work with a model begins here."""
     wire_memory()
     _ = base.weight_files
-    try:
-        config = replace(base, untied=False).config
-        module, config = load_mlx_model(base.folder, lazy=True, model_config=config)
+    config = replace(base, untied=False).config
+    with refusals(lambda why: ModelError(f"mlx-lm cannot load '{base.name}': {why}.")):
+        module, config = load_mlx_model(base.folder, config)
         if base.untied:
             untie(module)
         module.load_weights(list(base.parameters.items()), strict=False)
-        return module, config
-    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-        text = " ".join(str(error).split())[:400]
-        raise ModelError(f"mlx-lm cannot load '{base.name}': {text}.") from error
+        _trace(module)
+    return module, config
+
+
+def _trace(module: nn.Module) -> None:
+    """Build the graph of one token's pass, and compute nothing: what does not fit together raises here, not later."""
+    token = mx.zeros((1, 1), mx.int32)
+    try:
+        module(token, cache=make_prompt_cache(module))
+    except Exception:  # some take no cache, or none of these
+        module(token)
 
 
 def load_tokenizer_of(base: Base) -> Any:
-    """The base's tokenizer, in mlx-lm's wrapper; never from the network."""
+    """The base's tokenizer, in mlx-lm's wrapper; never from the network. Raises FormatError."""
     eos = base.config.get("eos_token_id")
-    try:
-        tokenizer = load_tokenizer(base.folder, eos_token_ids=eos)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        why = " ".join(str(error).split())[:300].rstrip(".")
-        raise FormatError(f"The tokenizer of '{base.name}' cannot be loaded: {why}.") from error
+    with refusals(lambda why: FormatError(f"The tokenizer of '{base.name}' cannot be loaded: {why}.")):
+        tokenizer = load_tokenizer(base.folder, eos)
     # It need not warn about long texts: whoever uses it cuts them where the model's limit asks for it.
     getattr(tokenizer, "deprecation_warnings", {})["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer

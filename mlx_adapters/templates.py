@@ -1,0 +1,181 @@
+"""Chat templates are programs of the base's maker: they get some seconds, some memory, and no more.
+
+transformers renders them in jinja's sandbox, which keeps them from the machine but not from endless work. `Bounded`
+is that sandbox with limits. A loop is ended by an exception that a watching thread sets in the thread that renders;
+a single operation that would make something huge cannot be ended so, and is refused before it begins.
+"""
+
+import contextlib
+import ctypes
+import functools
+import os
+import re
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import BuiltinMethodType
+from typing import Any
+
+from jinja2 import Template
+from jinja2.exceptions import TemplateRuntimeError
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+SECONDS, MEMORY_BYTES = 5.0, 1_000_000_000
+LONGEST = 10_000_000  # characters or items that one operation may make
+MOST_BITS = 100_000  # of a number
+LONG_TEXT, GROWTH = 1_000_000, 8  # a longer text must come from a conversation at least an eighth as long
+_WIDTH = re.compile(r"\d{7,}|\*")  # in a format: a width or precision of ten million, or taken from a value
+
+
+class LimitError(TemplateRuntimeError):
+    """A template does more than a template has to."""
+
+
+class _TooLongError(LimitError):
+    """Set in a thread from outside, which gives the class alone."""
+
+    def __init__(self) -> None:
+        super().__init__(f"it takes more than {SECONDS:g} seconds or {MEMORY_BYTES / 1e9:g} GB")
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class _Watch:
+    """One thread that looks at all renderings at work, every 20 ms, and sleeps while there are none."""
+
+    def __init__(self) -> None:
+        self._lock, self._begun = threading.Lock(), threading.Event()
+        self._at_work: dict[int, tuple[float, int]] = {}  # thread -> (when to end it, peak memory at which)
+        self._ended: set[int] = set()
+        self._thread: threading.Thread | None = None
+
+    @contextlib.contextmanager
+    def limits(self) -> Iterator[None]:
+        """Raise _TooLongError in the block when it takes too long or too much; a block inside a block is part of it."""
+        here = threading.get_ident()
+        if here in self._at_work:
+            yield
+            return
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._look, name="chat templates", daemon=True)
+            self._thread.start()
+        self._at_work[here] = (time.monotonic() + SECONDS, _peak_bytes() + MEMORY_BYTES)
+        self._begun.set()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._at_work.pop(here, None)
+            if here in self._ended:  # it comes at the next step of this thread, if it did not come yet
+                self._ended.discard(here)
+                with contextlib.suppress(_TooLongError):
+                    time.sleep(0.001)
+
+    def _look(self) -> None:
+        while self._begun.wait():
+            time.sleep(0.02)
+            peak, now = _peak_bytes(), time.monotonic()
+            with self._lock:
+                for thread, (end, memory) in list(self._at_work.items()):
+                    if now > end or (peak > memory and now > end - SECONDS + 0.1):
+                        del self._at_work[thread]
+                        self._ended.add(thread)
+                        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                            ctypes.c_ulong(thread), ctypes.py_object(_TooLongError)
+                        )
+                if not self._at_work:
+                    self._begun.clear()
+
+
+_watch = _Watch()
+
+
+def _renew() -> None:
+    global _watch
+    _watch = _Watch()  # a fork has no watching thread, and may have its lock held
+
+
+os.register_at_fork(after_in_child=_renew)
+
+
+class _LimitedTemplate(Template):
+    def render(self, *args: Any, **kwargs: Any) -> str:
+        """See jinja2.Template.render. Raises LimitError."""
+        with _watch.limits():
+            text = super().render(*args, **kwargs)
+        if len(text) > LONG_TEXT and len(text) > GROWTH * len(str((args, kwargs))):
+            raise LimitError(f"it makes {len(text):,} characters of a short conversation")
+        return text
+
+
+class Bounded(ImmutableSandboxedEnvironment):
+    """jinja's sandbox, in which no operation makes something huge and a whole rendering has its limits."""
+
+    template_class = _LimitedTemplate
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Refuse products, powers and formats that would be huge."""
+        _check_binop(operator, left, right)
+        return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """Refuse calls of methods of texts and numbers that would make something huge."""
+        if isinstance(__obj, BuiltinMethodType):
+            _check_call(__obj.__name__, (__obj.__self__, *args, *kwargs.values()))
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """See jinja2's sandbox; the method that it makes of a text's `format` is bounded."""
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None:
+            return None
+
+        def checked(*args: Any, **kwargs: Any) -> str:
+            _check_call("format", (value.__self__, *args, *kwargs.values()))
+            return wrapped(*args, **kwargs)
+
+        return checked
+
+    def from_string(self, *args: Any, **kwargs: Any) -> Template:
+        """See jinja2.Environment.from_string; the filters that are there by now are bounded as calls are."""
+        self.filters.update({name: _bounded(name, function) for name, function in self.filters.items()})
+        return super().from_string(*args, **kwargs)
+
+
+def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)  # jinja's marks of what is to be passed go along
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        _check_call(name, (*args, *kwargs.values()))
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def _check_binop(operator: str, left: Any, right: Any) -> None:
+    if operator == "%":
+        if isinstance(left, str) and _WIDTH.search(left):
+            raise LimitError("it writes a number of huge width")
+        return
+    if isinstance(left, int) and isinstance(right, int):
+        bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+        if bits > MOST_BITS:
+            raise LimitError("it computes a huge number")
+    for one, other in ((left, right), (right, left)):
+        if isinstance(one, int) and hasattr(other, "__len__") and one * len(other) > LONGEST:
+            raise LimitError("it makes a huge text or list")
+
+
+def _check_call(name: str, values: tuple[Any, ...]) -> None:
+    if any(isinstance(value, int) and not isinstance(value, bool) and abs(value) > LONGEST for value in values[1:]):
+        raise LimitError(f"it calls '{name}' with a huge number")
+    lengths = [len(value) for value in values if isinstance(value, str | bytes | list | tuple)]
+    if name in ("replace", "join", "indent") and len(lengths) > 1 and lengths[0] * max(lengths[1:]) > LONGEST:
+        raise LimitError(f"it calls '{name}' with huge texts")
+    if name in ("format", "format_map") and any(isinstance(v, str) and _WIDTH.search(v) for v in values[:2]):
+        raise LimitError("it writes a number of huge width")

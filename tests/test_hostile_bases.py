@@ -1,0 +1,144 @@
+"""Bases that somebody broke: whatever the libraries raise is one of our errors, and nobody's code runs."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_adapters.bases import resolve_base
+from mlx_adapters.door import refusals
+from mlx_adapters.errors import AdapterError, FormatError, ModelError
+from mlx_adapters.model import load_model, load_module, load_tokenizer_of
+
+
+class Panic(BaseException):
+    """As pyo3 raises where Rust gives up."""
+
+
+@pytest.fixture
+def broken(tiny_model, tmp_path):
+    """broken("config.json", quantization=1): a copy of the tiny model with changed settings in a file."""
+
+    def broken(file: str, architecture: str = "llama", **settings) -> Path:
+        folder = tmp_path / f"broken-{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(tiny_model(architecture), folder)
+        path = folder / file
+        found = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(found | settings))
+        return folder
+
+    return broken
+
+
+def test_whatever_is_raised_becomes_the_given_error(capsys):
+    def leave() -> None:
+        print("pip install it:\nnow")
+        sys.exit(1)
+
+    for error, why in [
+        (Panic("no\nway."), "no way"),
+        (ValueError(), "ValueError"),
+        (KeyError("x"), "'x'"),
+        (leave, "pip install it: now"),
+    ]:
+        with pytest.raises(ModelError) as refused, refusals(lambda why: ModelError(f"Cannot: {why}.")):
+            if callable(error):
+                error()
+            raise error
+        assert refused.value.message == f"Cannot: {why}." and capsys.readouterr().out == ""
+    for error in (KeyboardInterrupt(), FormatError("ours")):
+        with pytest.raises(type(error)), refusals(ModelError):
+            raise error
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quantization": {"bits": 4}}, {"quantization": {"bits": [], "group_size": 64}},
+        {"rope_parameters": {"rope_theta": "x"}},
+        {"rope_parameters": {"full_attention": 1}}, {"text_config": 1}, {"vocab_size": "x"}, {"vocab_size": 10**12},
+        {"model_type": "olmo"}, {"model_type": "..x"}, {"model_type": None}, {"model_type": ["llama"]},
+        {"num_hidden_layers": 10**9}, {"hidden_size": 10**12}, {"num_attention_heads": 0}, {"num_attention_heads": "4"},
+        {"rope_theta": "", "x": 1}, {"rope_scaling": {"rope_type": "llama3"}}, {"rms_norm_eps": []},
+        {"layer_types": ["x"]},
+        {"bos_token_id": "x"}, {"eos_token_id": [2, "x"]}, {"max_position_embeddings": "many"},
+        {"model_file": "code.py"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_broken_config_is_refused_or_read(broken, settings):
+    folder = broken("config.json", **settings)
+    try:
+        load_model(folder).generate("hi", max_tokens=1)
+    except AdapterError as error:
+        assert "\n" not in error.message and error.message.endswith(".") and "Error(" not in error.message
+
+
+@pytest.mark.parametrize("content", [b"1", b"[]", b'"x"', b"{", b"\xff", b"[" * 100_000, b'{"eos_token_id": [[]]}'])
+def test_a_broken_generation_config_is_no_traceback(broken, content):
+    folder = broken("config.json")
+    (folder / "generation_config.json").write_bytes(content)
+    try:
+        load_model(folder)
+    except FormatError as error:
+        assert "cannot be" in error.message
+
+
+@pytest.mark.parametrize(
+    "file, content",
+    [
+        ("tokenizer.json", b"[" * 100_000), ("tokenizer.json", b"1"), ("tokenizer.json", b'{"model": {"type": "BPE"}}'),
+        ("tokenizer.json", b""), ("tokenizer_config.json", b"[" * 100_000), ("tokenizer_config.json", b"[]"),
+        ("tokenizer_config.json", b'{"tool_parser_type": 1}'),
+        ("tokenizer_config.json", b'{"chat_template_type": "..x"}'),
+        ("tokenizer_config.json", b'{"tokenizer_class": 3}'), ("tokenizer_config.json", b'{"chat_template": "{% for"}'),
+    ],
+    ids=lambda value: str(value)[:40],
+)  # fmt: skip
+def test_a_broken_tokenizer_is_refused_or_read(broken, file, content):
+    folder = broken("config.json")
+    (folder / file).write_bytes(content)
+    try:
+        load_model(folder).encode("hi")
+    except AdapterError as error:
+        assert str(folder) in error.message or "chat template" in error.message
+
+
+def test_what_is_no_file_is_refused_before_it_is_read(broken):
+    folder = broken("config.json")
+    os.mkfifo(folder / "special_tokens_map.json")
+    with pytest.raises(FormatError, match="neither a file nor a folder"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("settings", [
+    {"auto_map": {"AutoTokenizer": ["code.T", None]}, "tokenizer_class": "T"},
+    {"auto_map": {"AutoTokenizer": ["code.T", "code.T"]}},
+])  # fmt: skip
+def test_code_of_the_folder_never_runs_even_after_a_yes(broken, monkeypatch, tmp_path, settings):
+    """transformers would ask, on standard input."""
+    folder = broken("tokenizer_config.json", **settings)
+    ran, auto = tmp_path / "ran", {"AutoConfig": "code.T"}
+    (folder / "code.py").write_text(f"open({str(ran)!r}, 'w')\nclass T: pass\n")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": auto, "model_file": "code.py"}))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+    for load in (load_tokenizer_of, load_module):
+        with contextlib.suppress(AdapterError):  # or a class that transformers has
+            load(resolve_base(folder))
+    assert not ran.exists() and sys.stdin.read() == "y\n" * 9
+
+
+def test_a_short_fuzz_of_every_command(tmp_path):
+    """The long form: `scripts/torture`, or `python tests/hostile.py --count 1000`."""
+    seed = "20261128"
+    command = [sys.executable, str(Path(__file__).parent / "hostile.py"), "--count", "50", "--seed", seed]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and re.search("^0 faults", done.stdout, re.M), done.stdout + done.stderr
