@@ -13,6 +13,8 @@ from mlx_adapters.units import count
 PACKAGE = Path(__file__).parent.parent / "mlx_adapters"
 LAYERS = [
     {"charts", "display", "errors", "units", "events", "config", "paths", "locks", "temporaries", "replacing", "files",
+     "tensor_files", "blas", "limits", "machine", "templates"},
+    {"tensor_names", "metadata", "adapter"},
     {"bases", "door", "layers", "model", "registry"},
     {"training", "fusion", "merging", "peft_format", "runtime", "benchmarking", "hub", "evaluation",
      "housekeeping", "inspecting", "packing", "project", "unpacking", "verifying"},
