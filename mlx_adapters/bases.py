@@ -238,7 +238,7 @@ def _models_beside(text: str, folder: Path) -> list[str]:
     """The model folders beside `folder`, spelled as `text` is."""
     start = text.rstrip("/").removesuffix(folder.name)
     with contextlib.suppress(OSError):
-        return [f"{start}{path.name}" for path in folder.parent.iterdir() if (path / "config.json").is_file()]
+        return [f"{start}{path.name}" for path in paths.visible(folder.parent) if (path / "config.json").is_file()]
     return []
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import registry
+from mlx_adapters import paths, registry
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.config import to_mapping
 from mlx_adapters.events import OnEvent, ignore
@@ -82,7 +82,7 @@ def _checkpoints(entry: Entry) -> tuple[Checkpoint, ...]:
 
 
 def _files(folder: Path) -> dict[str, int]:
-    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    found = [path for path in paths.visible(folder, "**/*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
 
 

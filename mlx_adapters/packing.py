@@ -112,7 +112,7 @@ def _adapter_members(folder: Path, iteration: int | None, checkpoints: bool) -> 
 def _model_members(folder: Path, on_event: OnEvent) -> dict[str, Path | bytes]:
     if not (folder / MODEL_CONFIG).is_file():
         raise NotFoundError(f"'{folder}' is neither an adapter nor a model: no {CONFIG_FILE}, no {MODEL_CONFIG}.")
-    found = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+    found = [path for path in paths.visible(folder) if path.is_file()]
     left = sorted(path.name for path in found if not is_safe(path.name))
     if left:
         on_event(Note(f"left out, because such files are not taken in again: {', '.join(left)}", "warning"))
@@ -187,7 +187,7 @@ def _take_in(
 def _copy(source: Path, target: Path, on_event: OnEvent) -> None:
     """Copy the files of an adapter, and nothing else, from a folder."""
     check_config(read_config(source), f"'{source}'")
-    wanted = [path for path in sorted(source.iterdir()) if path.is_file() and _belongs(path.name)]
+    wanted = [path for path in paths.visible(source) if path.is_file() and _belongs(path.name)]
     for path in wanted:
         if path.is_symlink():
             raise FormatError(f"'{path}' is a link.", "put the file itself there.")

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from mlx_adapters.errors import NotFoundError, StorageError
@@ -53,9 +53,10 @@ def is_litter(name: str) -> bool:
     return name in LITTER or name.startswith("._")
 
 
-def visible(entries: Iterable[Path]) -> list[Path]:
-    """The entries of a folder whose names do not begin with a dot, sorted: what is hidden is never data."""
-    return sorted(path for path in entries if not path.name.startswith("."))
+def visible(folder: Path, pattern: str = "*") -> list[Path]:
+    """What `pattern` finds below `folder`, sorted, without names that begin with a dot: those are never data."""
+    found = folder.glob(pattern)
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import files, registry
+from mlx_adapters import files, paths, registry
 from mlx_adapters.adapter import Adapter, read_adapter
 from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.errors import AdapterError, FormatError, NotFoundError
@@ -91,7 +91,7 @@ def _check(what: str, look: Callable[[], str]) -> Check:
 
 def _check_checksums(entry: Entry) -> str:
     folders = {entry.folder: entry.metadata}
-    for state in sorted(entry.folder.glob(f"{CHECKPOINTS_FOLDER}/*/state.json")):
+    for state in paths.visible(entry.folder, f"{CHECKPOINTS_FOLDER}/*/state.json"):
         folders[state.parent] = files.read_json(state)
     recorded = [(folder, *pair) for folder, record in folders.items() for pair in registry.checksums_of(record).items()]
     if not recorded:

@@ -17,7 +17,7 @@ from typing import Any
 
 from mlx.utils import tree_flatten
 
-from mlx_adapters import files
+from mlx_adapters import files, paths
 from mlx_adapters.adapter import weights_file
 from mlx_adapters.bases import resolve_base
 from mlx_adapters.benchmarking import measure
@@ -102,7 +102,7 @@ def timed_load(variant: Variant, config: BenchmarkConfig) -> tuple[Model, float]
 def files_of(variant: Variant) -> list[Path]:
     """The files that loading reads: the model's folder and the adapter's weights and config."""
     folder = resolve_base(str(variant.base)).folder
-    found = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    found = [path for path in paths.visible(folder) if path.is_file()]
     if variant.adapter:
         found.append(weights_file(*locate(variant.adapter)))
     return found

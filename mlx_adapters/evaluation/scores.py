@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mlx_adapters import paths
 from mlx_adapters.errors import ConfigError, FormatError, NotFoundError, did_you_mean
 from mlx_adapters.evaluation.sqlite import Database, is_correct
 
@@ -52,7 +53,7 @@ def _regex(detail: str, data: Path) -> Score:
 
 
 def _sqlite(detail: str, data: Path) -> Score:
-    found = [Path(detail)] if detail else sorted(data.glob("*.sqlite")) if data.is_dir() else []
+    found = [Path(detail)] if detail else paths.visible(data, "*.sqlite")
     if len(found) != 1:
         raise NotFoundError(f"The data '{data}' has {len(found) or 'no'} .sqlite files.", "write sqlite:FILE.")
     database = Database(found[0])

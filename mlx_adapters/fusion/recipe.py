@@ -67,7 +67,7 @@ def describe_adapter(given: Given, adapter: Adapter, weight: float) -> dict[str,
 
 def weights_sha256(folder: Path) -> dict[str, str]:
     """SHA-256 of each weight file."""
-    found = [path for pattern in WEIGHT_FILES for path in sorted(folder.glob(pattern))]
+    found = [path for pattern in WEIGHT_FILES for path in paths.visible(folder, pattern)]
     return {path.name: files.sha256(path) for path in found}
 
 
@@ -83,7 +83,7 @@ def earlier_output(out: Path) -> Output:
 
 def written_in(folder: Path) -> list[str]:
     """The files of a fused model, by their paths in its folder."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in paths.visible(folder, "**/*") if path.is_file())
 
 
 def differences(asked: Recipe, made: Recipe) -> str | None:

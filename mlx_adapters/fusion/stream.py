@@ -93,7 +93,7 @@ def write_weights(folder: Path, units: list[Unit], on_event: OnEvent, limit: int
 def copy_companions(base: Base, folder: Path) -> None:
     """Copy tokenizer, chat template, generation settings and code; not weights, config or the index."""
     for pattern in MODEL_FILES:
-        for source in sorted(base.folder.glob(pattern)):
+        for source in paths.visible(base.folder, pattern):
             skip = source.suffix == ".safetensors" or source.name in SKIPPED
             if source.is_file() and not skip and not (folder / source.name).exists():
                 files.copy_file(source, folder / source.name)

@@ -71,7 +71,7 @@ def adapter_files(repo: str, revision: str | None = None) -> tuple[Path, str]:
     found, commit = snapshot(repo, revision, ADAPTER_FILES)
     if not (found / CONFIG_FILE).is_file():
         snapshot(repo, commit, [f"*/{name}" for name in ADAPTER_FILES])
-        if not any(found.glob(f"*/{CONFIG_FILE}")):
+        if not paths.visible(found, f"*/{CONFIG_FILE}"):
             raise HubError(f"'{repo}' holds no adapter: it has no {CONFIG_FILE}.", "a model is used by its id: --base.")
     return found, commit
 

@@ -196,13 +196,13 @@ def _subject(folder: Path, iteration: int | None) -> Subject:
         {} if kind == "gguf" else files.read_json(folder / "config.json") if kind == "model" else read_config(folder)
     )
     patterns = (*PUBLISHED[kind], *LICENSE_FILES)
-    there = sorted(p.name for p in folder.iterdir())
+    there = [path.name for path in paths.visible(folder)]
     sources = {name: folder / name for name in there if matches(name, patterns) and (folder / name).is_file()}
     metadata = adapter.metadata if adapter else read_metadata(folder) if kind == "peft" else {}
     if adapter and iteration is not None:
         sources[ADAPTER_FILE] = weights_file(folder, iteration)
         metadata = metadata | {"iteration": iteration, "sha256": {ADAPTER_FILE: files.sha256(sources[ADAPTER_FILE])}}
-    left_out = [name for name in there if name not in sources and not name.startswith(".") and name != "README.md"]
+    left_out = [name for name in there if name not in sources and name != "README.md"]
     name = adapter.name.partition("@")[0] if adapter else folder.name
     optional = {f: files.read_json(folder / f) if (folder / f).is_file() else {} for f in (RECIPE_FILE, REPORT_FILE)}
     recipe, report = optional[RECIPE_FILE], optional[REPORT_FILE]

@@ -71,7 +71,7 @@ def find_folder(folder: Path) -> Path:
         return folder
     if not folder.is_dir():
         raise NotFoundError(f"There is no folder '{folder}'.")
-    inner = sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}"))
+    inner = [path.parent for path in paths.visible(folder, f"*/{CONFIG_FILE}")]
     if len(inner) == 1:
         return inner[0]
     names = ", ".join(path.name for path in inner)

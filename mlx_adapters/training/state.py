@@ -16,7 +16,13 @@ from typing import Any
 from mlx_adapters import files, temporaries, tensor_files
 from mlx_adapters.adapter import Weights
 from mlx_adapters.errors import AdapterError, FormatError
-from mlx_adapters.tensor_names import ADAPTER_FILE, CHECKPOINT_OUTPUT, CHECKPOINTS_FOLDER, checkpoint_file
+from mlx_adapters.tensor_names import (
+    ADAPTER_FILE,
+    CHECKPOINT_FILE,
+    CHECKPOINT_OUTPUT,
+    CHECKPOINTS_FOLDER,
+    checkpoint_file,
+)
 
 VERSION = 1
 OPTIMIZER_FILE, STATE_FILE, RECIPE_FILE = "optimizer.safetensors", "state.json", "recipe.json"
@@ -173,8 +179,8 @@ def link_weights(run: Path, meant: int) -> None:
         source = path_of(run, iteration) / ADAPTER_FILE
         if not (link.exists() and link.samefile(source)):
             files.link_or_copy(source, link)
-    for link in run.glob("*_" + ADAPTER_FILE):
-        if link.name not in {checkpoint_file(i) for i in there}:
+    for link in run.iterdir():
+        if CHECKPOINT_FILE.fullmatch(link.name) and link.name not in {checkpoint_file(i) for i in there}:
             files.remove(link)
     chosen, target = path_of(run, meant) / ADAPTER_FILE, run / ADAPTER_FILE
     if not (target.exists() and target.samefile(chosen)):
