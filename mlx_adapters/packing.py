@@ -169,9 +169,9 @@ def _take_in(
         with files.atomic_folder(target, overwrite, ours) as folder:
             fill(folder)
             kind = _check_contents(folder, target.name, source)
-            if kind == "model":  # another model's file may look like this one's, but would be gone
-                names = "|".join(re.escape(path.name) for path in folder.iterdir())
-                replacing.refuse_existing(target, overwrite, Output(MODEL_CONFIG, names))
+            names = "|".join(re.escape(path.name) for path in folder.iterdir())
+            new = Output(MODEL_CONFIG, names)  # another model's files look like this one's: none of them may vanish
+            replacing.refuse_existing(target, overwrite, ADAPTER_OUTPUT if kind == "adapter" else new)
         return Added(kind, target, None, iterations_of(target) if kind == "adapter" else ())
     name = name or own
     target = registry.adapter_folder(name)

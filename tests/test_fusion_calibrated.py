@@ -24,6 +24,7 @@ from mlx_adapters.config import Quantization
 from mlx_adapters.errors import ConfigError, FidelityError, FormatError, IncompatibleError, NotFoundError
 from mlx_adapters.fusion import mixed, work
 from mlx_adapters.fusion.blocks import Blocks, Variant, make_batches
+from mlx_adapters.fusion.calibrate import Spool
 from mlx_adapters.fusion.check import check_fused
 from mlx_adapters.fusion.fidelity import compare
 from mlx_adapters.fusion.fuse import fuse, fuse_again
@@ -150,6 +151,27 @@ def test_calibration_asks_for_room_on_the_disk_before_it_works(tiny_model, tmp_p
     with pytest.raises(errors.StorageError, match="the disk has 1 kB free"):
         collector.run_forward(lambda event: None)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_disk_too_small_is_known_before_calibration(tiny_model, tmp_path, home, data, monkeypatch, mixed):
+    """Room is asked for what the model takes and for the rounded layers that calibration keeps beside it."""
+    folder, asked, events = tiny_model("llama", bits=4), [], []
+    monkeypatch.setattr(paths, "require_free_space", lambda path, needed: asked.append((path, needed)))
+    monkeypatch.setattr(Spool, "remove", lambda spool: None)
+    options = FuseOptions(calibration=str(data), calibration_rows=4, check=False, budget_bits=7.0 if mixed else None)
+    out = fuse(folder, make_adapter(folder), tmp_path / "out", options=options).folder
+    first, before = asked[0]
+    kept, written = paths.size_on_disk(out / "parts"), paths.size_on_disk(out, without=[out / "parts"])
+    assert first == tmp_path / "out" and kept + written < before < kept + written + (18 << 20)
+
+    def full(path, needed):
+        raise errors.StorageError("full")
+
+    monkeypatch.setattr(paths, "require_free_space", full)
+    with pytest.raises(errors.StorageError, match="full"):
+        fuse(folder, make_adapter(folder), tmp_path / "again", options=options, on_event=events.append)
+    assert not any("alibrat" in str(event) for event in events) and not (tmp_path / "again").exists()
 
 
 def test_hidden_states_come_back_from_last_to_first(tmp_path):

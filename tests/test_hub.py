@@ -15,6 +15,7 @@ from hub_server import READ_TOKEN, WRITE_TOKEN
 
 import mlx_adapters as ma
 from mlx_adapters import errors, files, tensor_files
+from mlx_adapters.adapter import write_adapter_files
 from mlx_adapters.cli import cli as program
 from mlx_adapters.hub.uploads import publish
 from mlx_adapters.model import load_model
@@ -298,7 +299,7 @@ def test_a_reference_to_the_hub_is_pinned_and_works_offline(hub, sql, monkeypatc
     first = publish("sql", REPO).commit
     assert ma.load_adapter(f"{REPO}@main").fingerprint == sql.fingerprint
     sql_twice = sql.with_weights({name: weight * 2 for name, weight in sql.weights.items()})
-    ma.write_adapter(sql_twice, sql.folder, overwrite=True)
+    write_adapter_files(sql_twice, sql.folder)
     publish("sql", REPO)
     assert ma.load_adapter(REPO).fingerprint == sql_twice.fingerprint
     assert ma.load_adapter(f"{REPO}@{first}").fingerprint == sql.fingerprint
@@ -320,7 +321,7 @@ def test_a_plain_mlx_lm_adapter_comes_in(hub, sql):
 def test_add_copies_a_repository_at_a_revision(hub, sql, home):
     first = publish("sql", REPO).commit
     twice = sql.with_weights({name: weight * 2 for name, weight in sql.weights.items()})
-    ma.write_adapter(twice, sql.folder, overwrite=True)
+    write_adapter_files(twice, sql.folder)
     second = publish("sql", REPO).commit
     added = CliRunner().invoke(program, ["add", f"{REPO}@{first}", "--name", "old", "--json"])
     assert added.exit_code == 0 and json.loads(added.stdout)["name"] == "old", added.output

@@ -26,6 +26,7 @@ from mlx_adapters.fusion.options import DEFAULTS, FuseOptions
 from mlx_adapters.fusion.plan import Updates
 from mlx_adapters.fusion.recipe import Given, Recipe
 from mlx_adapters.fusion.result import FuseResult, report
+from mlx_adapters.fusion.stream import SPARE_BYTES
 from mlx_adapters.fusion.text import GENERAL, choose_text
 from mlx_adapters.fusion.work import Work
 from mlx_adapters.machine import versions
@@ -74,6 +75,7 @@ def fuse(
     job = open_job(found, updates, asked, dtype, any_base)
     notes = _notes(job, on_event)
     work = Work(job, asked, options, on_event)
+    paths.require_free_space(out, work.disk_bytes() + SPARE_BYTES)
     with files.atomic_folder(out, overwrite, ours) as folder:
         spool = Spool(folder / "parts")
         work.round(spool)

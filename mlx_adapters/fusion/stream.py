@@ -18,6 +18,7 @@ from mlx_adapters.events import OnEvent, Progress
 from mlx_adapters.tensor_names import CONFIG_FILE, METADATA_FILE, RECIPE_FILE, REPORT_FILE
 
 SHARD_BYTES = 5 << 30
+SPARE_BYTES = 16 << 20  # of the disk: tokenizer, config and report
 Layout = list[tuple[str, str, tuple[int, ...]]]
 # What a fused model makes anew, or what is not its own.
 SKIPPED = ("config.json", "model.safetensors.index.json", "hf_quant_config.json", RECIPE_FILE, REPORT_FILE, CONFIG_FILE,
@@ -66,7 +67,7 @@ def write_weights(folder: Path, units: list[Unit], on_event: OnEvent, limit: int
     Raises StorageError when the disk is too small, before anything is computed.
     """
     total = sum(unit.size_bytes for unit in units)
-    paths.require_free_space(folder, total + (16 << 20))
+    paths.require_free_space(folder, total + SPARE_BYTES)
     shards = make_shards(units, limit)
     index: dict[str, str] = {}
     done = iter(range(1, len(units) + 1))

@@ -12,7 +12,7 @@ from mlx_adapters.fusion.blocks import TokenBatch, Variant, make_batches
 from mlx_adapters.fusion.calibrate import Spool, round_layers
 from mlx_adapters.fusion.fidelity import Fidelity, compare
 from mlx_adapters.fusion.job import Job
-from mlx_adapters.fusion.mixed import finer, order_of_steps, targets_after, until_promise, within_budget
+from mlx_adapters.fusion.mixed import finer, layer_bytes, order_of_steps, targets_after, until_promise, within_budget
 from mlx_adapters.fusion.options import FuseOptions
 from mlx_adapters.fusion.packed import dequantize
 from mlx_adapters.fusion.plan import Precision, Updates
@@ -84,6 +84,24 @@ class Work:
     def mixed(self) -> bool:
         return self.options.max_kl is not None or self.options.budget_bits is not None
 
+    def disk_bytes(self) -> int:
+        """Bytes that the fused model takes on the disk at most, with what calibration keeps beside it until then."""
+        size, job = self.job.size_bytes(), self.job
+        if self.method != "calibrated" or self.text is None:
+            return size
+        kept = 0
+        for plan in job.plans:
+            if plan.rounded_to:
+                made = [layer_bytes(plan, q, dtype_name(job.scale_dtype)) for q in {plan.rounded_to, *self._finer()}]
+                kept, size = kept + sum(made), size + max(made) - min(made)  # the finest may be chosen
+        return kept + size
+
+    def _finer(self) -> set[Quantization]:
+        """The precisions besides their own that layers are rounded to, to choose from."""
+        return (
+            {q for plan in self.job.plans if plan.rounded_to for q in finer(plan.rounded_to)} if self.mixed else set()
+        )
+
     def round(self, spool: Spool) -> None:
         """Fill `spool` with calibrated layers and settle mixed precision."""
         if self.method != "calibrated" or self.text is None:
@@ -91,11 +109,10 @@ class Work:
         job = self.job
         why = f" {self.text.why}" if self.text.why else ""
         self.on_event(Note(f"Calibrating on {count(len(self.text.calibration), 'row')} of {self.text.source}.{why}"))
-        also = {q for plan in job.plans if plan.rounded_to for q in finer(plan.rounded_to)} if self.mixed else ()
         batches = batches_of(self.text.calibration, job.base)
         unknown = round_layers(
-            job.base, job.updates, job.plans, batches, job.scale_dtype, spool, self.on_event, also, self.options.seed,
-            self.options.thorough,
+            job.base, job.updates, job.plans, batches, job.scale_dtype, spool, self.on_event, self._finer(),
+            self.options.seed, self.options.thorough,
         )  # fmt: skip
         self.notes = tuple(f"{path}: rounded to nearest: {UNKNOWN}" for path in unknown)
         if unknown:
