@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_adapters import tensor_names, units
 from mlx_adapters.adapter import Adapter, AdapterConfig
@@ -69,8 +69,6 @@ def named_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _flatten(leaves: dict) -> Iterable[tuple[str, nn.Module]]:
-    from mlx.utils import tree_flatten
-
     return tree_flatten(leaves, is_leaf=nn.Module.is_module)
 
 
@@ -330,3 +328,11 @@ def dense_layer(layer: nn.Module, weight: mx.array) -> nn.Module:
     if "bias" in layer:
         dense.bias = layer.bias.astype(weight.dtype)
     return dense
+
+
+def compute_dtype(module: nn.Module) -> mx.Dtype:
+    """The type a model computes in: that of its first floating-point weight that is no packed one's scale."""
+    for name, value in tree_flatten(module.parameters()):
+        if name.endswith(WEIGHT) and mx.issubdtype(value.dtype, mx.floating):
+            return value.dtype
+    return mx.float32

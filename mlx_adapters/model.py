@@ -29,9 +29,10 @@ from mlx_adapters.door import (
     stream_generate,
 )
 from mlx_adapters.errors import FormatError, ModelError
-from mlx_adapters.layers import attach, check_fits, check_made_for, dequantize_layers, detach, untie
+from mlx_adapters.layers import attach, check_fits, check_made_for, compute_dtype, dequantize_layers, detach, untie
 from mlx_adapters.limits import wire_memory
 from mlx_adapters.machine import on_gpu
+from mlx_adapters.quantized_check import replace_miscomputed
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,8 @@ def load_model(
     """Load a base model (or a fused folder), with an adapter on it if one is given.
 
     dtype: "auto" is float32 on a CPU and as stored on a GPU. dense: replace quantized layers by dense ones
-    (default: on a CPU). Raises NotFoundError, HubError, FormatError, ModelError or IncompatibleError.
+    (default: on a CPU). On a GPU, quantized layers that MLX computes wrong there are made dense and named in a
+    MiscomputedWarning. Raises NotFoundError, HubError, FormatError, ModelError or IncompatibleError.
     """
     require(dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not '{dtype}'.")
     found = resolve_base(base)
@@ -199,6 +201,8 @@ def load_model(
     with refusals(lambda why: ModelError(f"The weights of '{found.name}' cannot be read: {why}.")):
         set_precision(module, dtype, dense)
         mx.eval(module.parameters())
+    if on_gpu():
+        replace_miscomputed(module, compute_dtype(module))
     model = Model(module, load_tokenizer_of(found), found, config)
     if adapter is not None:
         model.attach(adapter, any_base)

@@ -15,7 +15,7 @@ LAYERS = [
     {"charts", "display", "errors", "units", "events", "config", "paths", "locks", "temporaries", "replacing", "files",
      "tensor_files", "blas", "limits", "machine", "templates"},
     {"tensor_names", "metadata", "adapter"},
-    {"bases", "door", "layers", "model", "registry"},
+    {"bases", "door", "layers", "model", "quantized_check", "registry"},
     {"training", "fusion", "merging", "peft_format", "runtime", "benchmarking", "hub", "evaluation",
      "housekeeping", "inspecting", "packing", "project", "unpacking", "verifying"},
     {"demo", "serving"},

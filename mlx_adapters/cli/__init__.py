@@ -7,6 +7,7 @@ import importlib
 import os
 import signal
 import sys
+import warnings
 from typing import Any
 
 import click
@@ -119,6 +120,7 @@ def main() -> None:
     """Run the program; every error of ours becomes `Error: …`, `Hint: …` and an exit status."""
     signal.signal(signal.SIGTERM, _interrupt)
     _output.open_streams()
+    warnings.showwarning = lambda message, *_, **__: _output.warn(str(message))
     if "_MLX_ADAPTERS_COMPLETE" in os.environ:
         importlib.import_module("mlx_adapters.cli.completion")  # registers the shells
     try:

@@ -12,13 +12,11 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mlx.utils import tree_flatten
-
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.config import require
 from mlx_adapters.door import mx, nn
 from mlx_adapters.errors import IncompatibleError, NotFoundError, did_you_mean
-from mlx_adapters.layers import SWITCH, adaptable_layers, check_fits
+from mlx_adapters.layers import SWITCH, adaptable_layers, check_fits, compute_dtype
 from mlx_adapters.machine import on_gpu
 from mlx_adapters.runtime.attached import Attached, Selection, combined, is_mixture, same
 from mlx_adapters.runtime.factors import prepare
@@ -259,11 +257,3 @@ class AdapterPool:
         if self.fused is not None:
             replace_layers(self.module, self._unfused)
             self._unfused, self.fused = {}, None
-
-
-def compute_dtype(module: nn.Module) -> mx.Dtype:
-    """The type a model computes in: that of its first floating-point weight that is no packed one's scale."""
-    for name, value in tree_flatten(module.parameters()):
-        if name.endswith("weight") and mx.issubdtype(value.dtype, mx.floating):
-            return value.dtype
-    return mx.float32
