@@ -1,8 +1,9 @@
 """Options used by more than one command, defined once, and the types that can fail to parse."""
 
+import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 import click
@@ -111,12 +112,56 @@ def text_or_stdin(text: str) -> str:
     return found
 
 
+class Reads:
+    """Decorates a command whose parameters are not all read at all times; what would be ignored is refused.
+
+    `modes`: where the parameter was given, these are read, and nothing else. `needs`: the parameter is read only
+    where one of these was given, too. So a new option of a command with modes is refused in each until it is named.
+    """
+
+    def __init__(self, modes: Mapping[str, str] | None = None, needs: Mapping[str, str] | None = None) -> None:
+        self.modes = {mode: {mode, *names.split()} for mode, names in (modes or {}).items()}
+        self.needs = {name: set(others.split()) for name, others in (needs or {}).items()}
+
+    def __call__(self, command: Command) -> Command:
+        @functools.wraps(command)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            self.check(click.get_current_context())
+            return command(*args, **kwargs)
+
+        checked.reads = self  # type: ignore[attr-defined]
+        return checked  # type: ignore[return-value]
+
+    def check(self, context: click.Context) -> None:
+        """Raise a usage error for the first parameter on the command line that would be ignored."""
+        given = _given(context)
+        for mode in (mode for mode in self.modes if mode in given):
+            for name in given:
+                if name not in self.modes[mode]:
+                    raise click.UsageError(f"{_spelled(context, name)} does not go with {_spelled(context, mode)}.")
+        for name, others in self.needs.items():
+            if name in given and not others & set(given):
+                wanted = " or ".join(_spelled(context, other) for other in sorted(others))
+                raise click.UsageError(f"{_spelled(context, name)} needs {wanted}.")
+
+
+def _given(context: click.Context) -> list[str]:
+    """The parameters that stand on the command line, in the order of the help."""
+    names = [str(parameter.name) for parameter in context.command.get_params(context)]
+    return [name for name in names if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
+
+
+def _spelled(context: click.Context, name: str) -> str:
+    (found,) = (parameter for parameter in context.command.get_params(context) if parameter.name == name)
+    return max(found.opts, key=len) if isinstance(found, click.Option) else found.make_metavar(context)
+
+
 def refuse_ignored(names: str, why: str) -> None:
     """Raise a usage error if one of these parameters was given on the command line, where it would be ignored."""
     context = click.get_current_context()
-    for name in names.split():
-        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--{name.replace('_', '-')} does not go with {why}.")
+    for name in _given(context):
+        if name in names.split():
+            raise click.UsageError(f"{_spelled(context, name)} does not go with {why}.")
 
 
 def module_names(text: str) -> tuple[str, ...] | Literal["all"]:

@@ -63,6 +63,14 @@ FLAGS: list[tuple[str, str]] = [
 ]
 
 
+_FLAGS = (flag for flag, *_ in [*LORA_OPTIONS, *TRAINING_OPTIONS, *FLAGS])
+# The parameters that `training_options` makes.
+SETTINGS = " ".join(
+    ["config", "ranks", "alpha", "rslora", "target_modules", "num_layers", "fuse_aware", "fuse_aware_group_size",
+     "fuse_aware_mode", *(flag.removeprefix("--").replace("-", "_") for flag in _FLAGS)]
+)  # fmt: skip
+
+
 def training_options(command: Command) -> Command:
     """All settings of LoraConfig and TrainConfig as options, and --config."""
     options = [

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import REFERENCE, UserPath, json_option
+from mlx_adapters.cli._options import REFERENCE, Reads, UserPath, json_option
 from mlx_adapters.cli._output import number, size
 from mlx_adapters.units import count
 
@@ -203,6 +203,7 @@ def _plot(details: "Details", path: Path) -> None:
 @click.option("--base", metavar="BASE", help="Base to compute the losses on [the adapters' own].")
 @click.option("--layers", is_flag=True, help="One row for each layer instead of one for each kind.")
 @json_option
+@Reads(needs={"base": "data"})
 def compare_command(a: str, b: str, data: str | None, base: str | None, layers: bool, as_json: bool) -> None:
     """Compare two adapters: settings, data, losses, and the updates by kind of layer.
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import REFERENCE, UserPath, base_option, json_option
+from mlx_adapters.cli._options import REFERENCE, Reads, UserPath, base_option, json_option
 
 
 @click.command("advise")
@@ -22,6 +22,10 @@ from mlx_adapters.cli._options import REFERENCE, UserPath, base_option, json_opt
               help="Take the figures from this saved benchmark instead of measuring.")  # fmt: skip
 @base_option
 @json_option
+@Reads(
+    modes={"report": "ref adapters serves memory as_json"},
+    needs={"score": "quality", "max_rows": "quality"},
+)
 def advise_command(
     ref: str, adapters: int, serves: int, memory: float | None, quality: str | None, score: str | None, max_rows: int,
     bits: tuple[str, ...], rounds: int, report: Path | None, base: str | None, as_json: bool,

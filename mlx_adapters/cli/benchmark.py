@@ -7,6 +7,7 @@ import click
 
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import (
+    Reads,
     UserPath,
     any_base_option,
     base_option,
@@ -77,6 +78,7 @@ FILE = UserPath(dir_okay=False, path_type=Path)
 @click.option("--against", type=UserPath(exists=True, dir_okay=False, path_type=Path), help="An older saved report.")
 @click.option("--fail-over", type=Percent(), metavar="5%", help="With --against: fail if something got worse by more.")
 @json_option
+@Reads(needs={"score": "quality", "max_rows": "quality", "fail_over": "against"})
 def benchmark_command(
     variants: tuple[str, ...], base: str | None, prompt_tokens: tuple[int, ...], decode_tokens: int,
     batch: tuple[int, ...], rounds: int, trials: int, data: str | None, cold: bool, seed: int, any_base: bool,
@@ -98,10 +100,6 @@ def benchmark_command(
     from mlx_adapters.benchmarking.statistics import MIN_ROUNDS
     from mlx_adapters.benchmarking.text import failures
 
-    if (score or max_rows) and not quality:
-        raise click.UsageError("--score and --max-rows need --quality.")
-    if fail_over is not None and against is None:
-        raise click.UsageError("--fail-over needs --against.")
     old = read_report(against) if against else None
     if old and fail_over is not None and min(rounds, old.config.rounds) < MIN_ROUNDS:
         raise click.UsageError(f"--fail-over needs --rounds {MIN_ROUNDS} in both reports: fewer prove nothing.")

@@ -5,8 +5,8 @@ from typing import Any
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import adapter_option, json_option
-from mlx_adapters.cli._training_options import Settings, read_settings, training_options
+from mlx_adapters.cli._options import Reads, adapter_option, json_option, refuse_ignored
+from mlx_adapters.cli._training_options import SETTINGS, Settings, read_settings, training_options
 from mlx_adapters.cli.benchmark import Counts
 
 
@@ -22,6 +22,10 @@ from mlx_adapters.cli.benchmark import Counts
 )
 @training_options
 @json_option
+@Reads(
+    modes={"data": f"base {SETTINGS} as_json"},
+    needs={setting: "data config" for setting in SETTINGS.split() if setting != "config"},
+)
 def estimate_command(
     adapter: str | None, context: tuple[int, ...], batch: int, bits: tuple[int, ...], memory: float | None,
     as_json: bool, **options: Any,
@@ -38,6 +42,7 @@ def estimate_command(
     if settings.base is None:
         raise click.UsageError("Give BASE.")
     if settings.data is not None:
+        refuse_ignored("adapter context batch bits memory", "the data of the config file")
         _training(settings, as_json)
         return
     if settings.lora or settings.training:

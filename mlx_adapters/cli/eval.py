@@ -6,16 +6,14 @@ import click
 
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import (
+    Reads,
     UserPath,
     any_base_option,
     base_option,
     complete_references,
     dtype_option,
     json_option,
-    refuse_ignored,
 )
-
-ONLY_ROWS = "split score reference max_tokens max_seq_length save"
 
 
 @click.command("eval")
@@ -36,6 +34,14 @@ ONLY_ROWS = "split score reference max_tokens max_seq_length save"
 @dtype_option
 @click.option("-o", "--output", type=UserPath(dir_okay=False, path_type=Path), help="Save figures and answers as JSON.")
 @json_option
+@Reads(
+    modes={
+        "data": "variants split score reference max_rows max_tokens max_seq_length batch_size save base any_base dtype "
+        "output as_json",
+        "tasks": "variants task_folder max_rows batch_size base any_base dtype output as_json",
+    },
+    needs={"max_tokens": "score"},
+)
 def eval_command(
     variants: tuple[str, ...], data: str | None, tasks: str | None, task_folder: str | None, split: str | None,
     score: str | None, reference: str | None, max_rows: int | None, max_tokens: int, max_seq_length: int,
@@ -48,9 +54,8 @@ def eval_command(
       mlx-adapters eval base sql out/sql-4bit --data data/sql --score sqlite
       mlx-adapters eval base sql --tasks arc_easy,hellaswag --max-rows 200
     """
-    if (data is None) == (tasks is None):
+    if data is None and tasks is None:
         raise click.UsageError("Give --data or --tasks.")
-    refuse_ignored(*(("task_folder", "--data") if tasks is None else (ONLY_ROWS, "--tasks")))
     if tasks is not None:
         _public_tasks(variants, tasks, task_folder, base, max_rows, dtype, any_base, batch_size, output, as_json)
         return

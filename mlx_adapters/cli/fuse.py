@@ -7,11 +7,13 @@ import click
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import (
     REFERENCE,
+    Reads,
     any_base_option,
     base_option,
     complete_references,
     json_option,
     overwrite_option,
+    refuse_ignored,
 )
 from mlx_adapters.config import DTYPES, MODES
 from mlx_adapters.fusion.options import BITS, FORMATS, METHODS
@@ -58,6 +60,15 @@ if TYPE_CHECKING:
 @any_base_option
 @overwrite_option
 @json_option
+@Reads(
+    modes={
+        "again": "refs overwrite as_json",
+        "check_only": "refs adapter weights base any_base calibration calibration_rows check_rows as_json",
+        "from_peft": "refs base bits group_size mode dtype method calibration calibration_rows thorough check "
+        "check_rows max_kl budget_bits format force overwrite as_json",
+    },
+    needs={"adapter": "check_only", "force": "max_kl"},
+)
 def fuse_command(
     refs: tuple[str, ...], bits: str, group_size: int | None, mode: str | None, dtype: str, weights: tuple[float, ...],
     base: str | None, any_base: bool, overwrite: bool, as_json: bool, again: str | None, check_only: str | None,
@@ -83,8 +94,11 @@ def fuse_command(
     if check_only is not None:
         _check_only(check_only, [*refs, *([adapter] if adapter else [])], base, weights, options, any_base, as_json)
         return
-    if adapter is not None:
-        raise click.UsageError("--adapter goes with --check-only; name the adapter before the folder.")
+    if not options.check:
+        refuse_ignored("check_rows", "--no-check")
+    if options.method == "nearest" or bits == "none":
+        refuse_ignored("method thorough calibration_rows" if bits == "none" else "thorough calibration_rows",
+                       "--bits none" if bits == "none" else "--method nearest")  # fmt: skip
     if len(refs) < (1 if again or from_peft else 2):
         raise click.UsageError("Give the adapter and the folder to write.")
     *adapters, out = refs

@@ -6,6 +6,7 @@ import click
 
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import (
+    Reads,
     adapter_option,
     any_base_option,
     base_option,
@@ -25,6 +26,7 @@ from mlx_adapters.cli._options import (
 @sampling_options
 @dtype_option
 @json_option
+@Reads(needs={"any_base": "adapter"})
 def generate_command(
     prompt: str, adapter: str | None, base: str | None, any_base: bool, dtype: str, as_json: bool, **options: Any
 ) -> None:

@@ -8,6 +8,7 @@ import click
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import (
     REFERENCE,
+    Reads,
     json_option,
     module_names,
     name_template_option,
@@ -157,6 +158,7 @@ def scale_command(
 @any_base_option
 @overwrite_option
 @json_option
+@Reads(needs={"base": "data", "best": "data", "overwrite": "name"})
 def interpolate_command(
     a: str, b: str, steps: int, data: str | None, base: str | None, name: str | None, best: bool, any_base: bool,
     overwrite: bool, as_json: bool,

@@ -8,15 +8,15 @@ import click
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import (
     REFERENCE,
+    Reads,
     UserPath,
     complete_references,
     json_option,
     name_template_option,
     new_name,
     overwrite_option,
-    refuse_ignored,
 )
-from mlx_adapters.cli._training_options import Settings, read_settings, training_options
+from mlx_adapters.cli._training_options import SETTINGS, Settings, read_settings, training_options
 from mlx_adapters.config import LoraConfig, TrainConfig, to_mapping
 from mlx_adapters.events import Event, Note, Progress, TrainReport, ValidationReport
 from mlx_adapters.training.reporting import SERVICES
@@ -39,6 +39,12 @@ if TYPE_CHECKING:
 @click.option("--report-to", type=click.Choice(SERVICES), help="Send the losses there too.")
 @overwrite_option
 @json_option
+@Reads(
+    modes={
+        "resume": f"base data {SETTINGS} log report_to as_json",
+        "print_config": f"base data name {SETTINGS}",
+    }
+)
 def train_command(
     name_template: str | None, resume: str | None, init_from: str | None, print_config: bool, log: str | None,
     report_to: str | None, overwrite: bool, as_json: bool,
@@ -64,7 +70,6 @@ def train_command(
         raise click.UsageError("Give BASE, --data and --name (or --resume NAME).")
     lora: LoraConfig | None
     if resume is not None:
-        refuse_ignored("name name_template init_from overwrite", "--resume NAME: it goes on with that run as it is")
         lora, training = _settings_of_run(settings, resume)
         new: dict[str, Any] = {"resume": True}
     else:
