@@ -43,7 +43,7 @@ try:
         from mlx_lm.tokenizer_utils import TokenizerWrapper
         from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
         from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
-        from mlx_lm.utils import load_config, load_model
+        from mlx_lm.utils import _get_classes, load_config, load_model
         from mlx_lm.utils import load_tokenizer as load_mlx_tokenizer
         from transformers.utils import chat_template_utils
 except ImportError as error:
@@ -122,6 +122,12 @@ def load_tokenizer(folder: Path, eos_token_ids: Any) -> TokenizerWrapper:
     return load_mlx_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=eos_token_ids)
 
 
+def make_module(config: dict[str, Any]) -> nn.Module:
+    """mlx-lm's model of this config, unquantized and with weights that nothing computes until they are read."""
+    model, arguments = _get_classes(config)
+    return model(arguments.from_dict(config))
+
+
 def harness_model(module: nn.Module, tokenizer: TokenizerWrapper, batch_size: int) -> Any:
     """mlx-lm's model for lm-evaluation-harness, made of a model that is loaded already."""
     with _unchanged_limits(), warnings.catch_warnings():
@@ -149,6 +155,7 @@ __all__ = [
     "load_config",
     "load_mlx_model",
     "load_tokenizer",
+    "make_module",
     "make_logits_processors",
     "make_prompt_cache",
     "make_sampler",

@@ -147,9 +147,18 @@ PEFT_RENAMES: Renames = (
     ("language_model.model.", "model."),
     ("language_model.lm_head", "lm_head"),
     ("model.", "language_model.model."),
+    ("model.", "backbone."),
 )
-# How transformers names the modules of an adapter that was made here, where mlx-lm differs.
-_OWN_NAMES = {"gpt2": PEFT_RENAMES[2:3], "gpt_bigcode": PEFT_RENAMES[2:3], "gpt_neox": PEFT_RENAMES[3:6]}
+# How transformers names modules where its checkpoints have other names; AutoModelForCausalLM takes only the text model
+# of some.
+_TEXT_MODEL: Renames = (("model.", "language_model.model."), ("lm_head", "language_model.lm_head"))
+OWN_NAMES = {
+    "gpt2": PEFT_RENAMES[2:3],
+    "gpt_bigcode": PEFT_RENAMES[2:3],
+    "gpt_neox": PEFT_RENAMES[3:6],
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "llama4"), _TEXT_MODEL),
+    "nemotron_h": (("model.", "backbone."),),
+}
 FAN_IN_FAN_OUT = ("gpt2",)  # transformers stores the linear weights of these as (in, out)
 _EXPERTS_FROM = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _EXPERTS_TO = {mlx: peft for peft, mlx in _EXPERTS_FROM.items()}
@@ -192,7 +201,7 @@ def mlx_paths(path: str) -> list[tuple[str, Renames]]:
 def peft_path(path: str, model_type: str | None = None, renames: Renames | None = None) -> str:
     """The path in transformers of a module of mlx-lm; `renames` are those that its import used, if it was imported."""
     if renames is None:
-        renames = _OWN_NAMES.get(model_type or "", PEFT_RENAMES[:2])
+        renames = OWN_NAMES.get(model_type or "", PEFT_RENAMES[:2])
     for old, new in reversed(renames):
         path = _rename(path, new, old)
     return path
@@ -237,3 +246,79 @@ def split_fused(path: str) -> tuple[str, bool] | None:
 def fused_path(block: str, inner: bool) -> str:
     """The path at which PEFT stores the update of one of the two fused parameters of a block's experts."""
     return f"{block}.experts" + (".base_layer" if inner else "")
+
+
+# -- Original checkpoints --------------------------------------------------------------------------------
+# How Hugging Face's checkpoints may spell what mlx-lm has under another name; each is tried, none is trusted.
+
+CHECKPOINT_RENAMES: tuple[Renames, ...] = (
+    (("language_model.model.", "model.language_model."), ("language_model.lm_head.", "lm_head.")),
+    (("language_model.", ""),),
+    (("model.h.", "gpt_neox.layers."), ("model.embed_out.", "embed_out."), ("model.", "gpt_neox.")),
+    (("model.", ""),),
+    ((".gate_proj.", ".w1."), (".down_proj.", ".w2."), (".up_proj.", ".w3.")),
+)
+_SAME = {name: name for name in (GATE, UP, DOWN)}
+# (mlx-lm's block, the checkpoint's; layout; names of the projections)
+EXPERT_FORMS: tuple[tuple[str, str, str, dict[str, str]], ...] = tuple(
+    (own, block, "each", names)
+    for own, block in (("", ""), (".mlp", ".block_sparse_moe"))
+    for names in (_SAME, _EXPERTS_TO, {"fc1": UP, "fc2": DOWN})
+) + tuple(("", "", layout, _SAME) for layout in ("fused", "fused transposed", "linear"))
+
+
+def checkpoint_experts(
+    shapes: dict[str, tuple[int, ...]], switches: list[str], form: tuple[str, str, str, dict[str, str]]
+) -> dict[str, tuple[int, ...]]:
+    """`shapes` with the stacked layers at `switches` as one of EXPERT_FORMS has them."""
+    own, block, layout, names = form
+    found: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        path, leaf = split(name)
+        stacked = leaf == WEIGHT and any(path == place or path.endswith(f".{place}") for place in switches)
+        inside, projection = path.rpartition(".")[0].rpartition(".")[0], path.rpartition(".")[2]
+        if stacked and projection not in names:
+            return shapes
+        if not stacked or not inside.endswith(own):
+            found[name] = shape
+            continue
+        inside = inside.removesuffix(own) + block
+        experts, out, inputs = shape
+        if layout == "each":
+            places = [f"{inside}.experts.{e}.{names[projection]}.{WEIGHT}" for e in range(experts)]
+            found |= dict.fromkeys(places, (out, inputs))
+            continue
+        rows = out if projection == DOWN else 2 * out
+        whole = (experts, inputs, rows) if layout == "fused transposed" else (experts, rows, inputs)
+        if layout == "linear":
+            found[f"{inside}.{'output' if projection == DOWN else 'input'}_linear.{WEIGHT}"] = whole
+        else:
+            found[f"{inside}.experts.{FUSED_DOWN if projection == DOWN else FUSED_GATE_UP}"] = whole
+    return found
+
+
+def checkpoint_joined(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Gate and up of a dense block as the two halves of one matrix."""
+    found = {}
+    for name, shape in shapes.items():
+        path, leaf = split(name)
+        if path.endswith(f".mlp.{DOWN}"):
+            found[f"{path.removesuffix(f'mlp.{DOWN}')}shared_mlp.output_linear.{leaf}"] = shape
+        elif path.endswith((f".mlp.{GATE}", f".mlp.{UP}")):
+            found[f"{path.rpartition('.mlp.')[0]}.shared_mlp.input_linear.{leaf}"] = (2 * shape[0], *shape[1:])
+        else:
+            found[name] = shape
+    return found
+
+
+def checkpoint_latent(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The two maps out of a latent vector (MLA) as one matrix of all heads' rows."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        path, leaf = split(name)
+        other = shapes.get(f"{path.removesuffix('embed_q')}unembed_out.{leaf}")
+        if path.endswith(".embed_q") and other and len(shape) == len(other) == 3:
+            found[f"{path.removesuffix('embed_q')}kv_b_proj.{leaf}"] = (shape[0] * (shape[2] + other[1]), shape[1])
+        elif not path.endswith(".unembed_out"):
+            found[name] = shape
+    return found

@@ -46,6 +46,7 @@ def write(out):
     from mlx_adapters.layers import adaptable_layers, attach, detach, expected_shapes
     from mlx_adapters.model import load_model
     from mlx_adapters.peft_format import export_peft
+    from mlx_adapters.peft_format.checkpoint import layout_of
     from mlx_adapters.peft_format.importing import convert, record
     from mlx_adapters.peft_format.reading import read_peft
     from mlx_adapters.tensor_names import join
@@ -57,7 +58,9 @@ def write(out):
         adapters = {}
         for folder in sorted(p for p in (ROOT / arch).iterdir() if p.name not in ("base", "refused") and p.is_dir()):
             peft = read_peft(folder)
-            converted = convert(peft, model.module, arch, tie=folder.name == "tied-embedding")
+            converted = convert(
+                peft, model.module, layout_of(model.base, model.module), arch, tie=folder.name == "tied-embedding"
+            )
             metadata = {"peft": record(peft, converted, arch), "base": model.base.record()}
             adapters[f"fixture-{folder.name}"] = Adapter(converted.adapter.config, converted.adapter.weights, metadata)
         for seed, (name, (kind, keys)) in enumerate(own_adapters(arch, layers).items()):

@@ -1,6 +1,7 @@
 """Make tests/peft_fixtures with the real peft and transformers: tiny bases, adapters, and PEFT's logits.
 
-    pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2 && python scripts/make_peft_fixtures.py
+    pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2
+    python scripts/make_peft_fixtures.py [ARCHITECTURE ...]
 
 One folder per architecture: `base/` (saved by transformers in float32), `logits.safetensors` (the input ids
 and, per case, PEFT's logits, of a tied embedding merged and unmerged) and one adapter folder per case. `refused/`
@@ -32,6 +33,18 @@ DENSE = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 48, "n
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "head_dim": 8,
          "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2}  # fmt: skip
 THETA = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+SPARSE = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+          "shared_expert_intermediate_size": 24}  # fmt: skip
+GATED_DELTA = {"linear_conv_kernel_dim": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+               "linear_num_key_heads": 2, "linear_num_value_heads": 4, "full_attention_interval": 2,
+               "layer_types": ["linear_attention", "full_attention"]}  # fmt: skip
+# mlx-lm leaves two of Falcon-H1's multipliers out, so those are 1 here.
+FALCON = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8,
+          "mamba_d_conv": 4, "mamba_chunk_size": 8, "mamba_rms_norm": False, "time_step_limit": [0.0, 100.0],
+          "attention_in_multiplier": 1.0, "key_multiplier": 1.0, "attention_out_multiplier": 0.9,
+          "embedding_multiplier": 1.7, "lm_head_multiplier": 0.4, "mlp_multipliers": [0.7, 1.3],
+          "ssm_in_multiplier": 1.25, "ssm_out_multiplier": 0.5,
+          "ssm_multipliers": [0.9, 0.8, 0.7, 1.1, 1.2]}  # fmt: skip
 BASES = {
     "llama": {**THETA, "tie_word_embeddings": False},
     "qwen2": {**THETA, "tie_word_embeddings": True},
@@ -46,7 +59,17 @@ BASES = {
     "qwen3_moe": {**THETA, "tie_word_embeddings": False, "num_experts": EXPERTS, "num_experts_per_tok": 2,
                   "moe_intermediate_size": 16, "decoder_sparse_step": 1, "norm_topk_prob": True},
     "gpt2": {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 32},
+    # Those whose weights mlx-lm changes when it loads them.
+    "falcon_h1": {**THETA, **FALCON, "tie_word_embeddings": False},
+    "falcon_h1-tied": {**THETA, **FALCON, "tie_word_embeddings": True},
+    "qwen3_next": {**THETA, **GATED_DELTA, **SPARSE, "tie_word_embeddings": False, "decoder_sparse_step": 1,
+                   "norm_topk_prob": True},
+    "qwen3_5_text": {**THETA, **GATED_DELTA, "tie_word_embeddings": False},
+    "qwen2_moe": {**THETA, **SPARSE, "tie_word_embeddings": False, "decoder_sparse_step": 1, "norm_topk_prob": False},
+    "lfm2_moe": {"rope_parameters": THETA["rope_parameters"], "rope_theta": 500.0, **SPARSE, "num_dense_layers": 1,
+                 "layer_types": ["conv", "full_attention"], "tie_word_embeddings": True},
 }  # fmt: skip
+MLP = ["gate_proj", "up_proj", "down_proj"]
 MOE_ALL = {"target_modules": ATTENTION, "target_parameters": ["gate_up_proj", "down_proj", "gate.weight"]}
 PATTERNS = {"rank_pattern": {r"layers\.0\..*q_proj": 2, "model.layers.1.mlp.down_proj": 6, "proj": 5},
             "alpha_pattern": {"v_proj": 3.5, r".*\.1\.self_attn.*": 7, "up_proj": 9}}  # fmt: skip
@@ -120,8 +143,22 @@ CONVERTED = {
         "dora": {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True, "use_dora": True},
         "tied-embedding": {"target_modules": ["wte", "c_attn"], "fan_in_fan_out": True, "_merged": True},
     },
+    "falcon_h1": {
+        "linear": {"target_modules": [*ATTENTION, "in_proj", *MLP, "lm_head", "embed_tokens"]},
+        "dora": {"target_modules": ["q_proj", "o_proj", "in_proj", "gate_proj", "down_proj", "lm_head"],
+                 "use_dora": True},
+        "bfloat16": {"target_modules": ["in_proj", "down_proj"], "_dtype": torch.bfloat16},
+    },
+    "falcon_h1-tied": {"tied-embedding": {"target_modules": ["embed_tokens", "o_proj"], "_merged": True}},
+    "qwen3_next": {"linear": {"target_modules": [*ATTENTION, "in_proj_qkvz", "in_proj_ba", "out_proj", *MLP]}},
+    "qwen3_5_text": {"linear": {"target_modules": [*ATTENTION, "in_proj_qkv", "in_proj_z", "in_proj_a", "out_proj",
+                                                   *MLP]},
+                     "dora": {"target_modules": "all-linear", "use_dora": True}},
+    "qwen2_moe": {"linear": {"target_modules": "all-linear"}, "per-expert": {"_edit": "per-expert"}},
+    "lfm2_moe": {"linear": {"target_modules": "all-linear"}},
 }  # fmt: skip
 SMALL = {"target_modules": ["q_proj"]}
+NORMS = ["input_layernorm", "post_attention_layernorm", "norm", "q_norm", "k_norm"]
 REFUSED = {
     "llama": {
         "lora-bias": (peft.LoraConfig, {**SMALL, "lora_bias": True}),
@@ -167,6 +204,19 @@ REFUSED = {
         "conv1d-to-save": (peft.LoraConfig, {"target_modules": ["c_attn"], "fan_in_fan_out": True,
                                              "modules_to_save": ["attn.c_proj", "ln_1"]}),
     },
+    "falcon_h1": {
+        "modules-to-save": (peft.LoraConfig, {**SMALL, "modules_to_save": ["embed_tokens", "lm_head", "in_proj",
+                                                                           "down_proj", "input_layernorm"]}),
+        "trainable-tokens": (peft.LoraConfig, {**SMALL, "trainable_token_indices": {"embed_tokens": [3, 5]}}),
+    },
+    "falcon_h1-tied": {
+        "tied-lm-head": (peft.LoraConfig, {"target_modules": ["lm_head", "o_proj"]}),
+        "tied-both-ends": (peft.LoraConfig, {"target_modules": ["embed_tokens", "lm_head", "k_proj"],
+                                             "alpha_pattern": {"lm_head": 3}}),
+        "tied-modules-to-save": (peft.LoraConfig, {**SMALL, "modules_to_save": ["embed_tokens"]}),
+    },
+    "qwen3_next": {"norms-to-save": (peft.LoraConfig, {**SMALL, "modules_to_save": NORMS})},
+    "qwen3_5_text": {"norms-to-save": (peft.LoraConfig, {**SMALL, "modules_to_save": NORMS})},
 }  # fmt: skip
 LONG = {"long_factor": [1.5, 2.0, 3.0, 4.0], "short_factor": [1.5, 2.0, 3.0, 4.0]}
 # Forms of rope parameters that mlx-lm expresses; logits of the base alone.
@@ -205,7 +255,7 @@ def scramble(model, seed, only=None):
 
 def build_base(model_type, extra, seed):
     common = DENSE if "n_embd" not in extra else {k: v for k, v in DENSE.items() if "_id" in k or k == "vocab_size"}
-    config = CONFIG_MAPPING[model_type](**{**common, **extra})
+    config = CONFIG_MAPPING[model_type.partition("-")[0]](**copy.deepcopy({**common, **extra}))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     scramble(model, seed)
     return model
@@ -224,6 +274,11 @@ def save_base(model, folder):
     named = folder / "tokenizer_config.json"  # as written, loading would take the architecture's own class
     named.write_text(named.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     (folder / "generation_config.json").unlink(missing_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    if config["model_type"].endswith("_text") and "gemma" not in config["model_type"]:  # as on the Hub
+        config = {"model_type": config["model_type"].removesuffix("_text"), "text_config": config,
+                  "tie_word_embeddings": config["tie_word_embeddings"]}  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
 def load_base(arch):
@@ -274,8 +329,8 @@ def make_adapter(arch, config_class, options, folder, seed):
 def per_expert_adapter(arch, folder, seed, edit):
     """The transformers 4 layout: one A and B per expert and projection. PEFT fuses it when it loads it."""
     block, names = {"mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
-                    "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj"))}[arch]  # fmt: skip
-    inner = {"mixtral": 48, "qwen3_moe": 16}[arch]
+                    "qwen3_moe": ("mlp", MLP), "qwen2_moe": ("mlp", MLP)}[arch]  # fmt: skip
+    inner = 48 if arch == "mixtral" else 16
     generator = torch.Generator().manual_seed(seed)
     tensors, zeroed = {}, {}
     for layer in range(2):
@@ -362,10 +417,14 @@ def make_rope():
 def main():
     warnings.filterwarnings("ignore")
     transformers.utils.logging.disable_progress_bar()
-    shutil.rmtree(ROOT, ignore_errors=True)
+    only = sys.argv[1:]
     for seed, (arch, extra) in enumerate(BASES.items(), 1):
-        make_architecture(arch, extra, seed)
-    make_rope()
+        if not only or arch in only:
+            shutil.rmtree(ROOT / arch, ignore_errors=True)
+            make_architecture(arch, extra, seed)
+    if not only:
+        shutil.rmtree(ROOT / "rope", ignore_errors=True)
+        make_rope()
     leaked = [p for p in ROOT.rglob("*.json") if os.getcwd() in p.read_text() or tempfile.gettempdir() in p.read_text()]
     assert not leaked, leaked
     print(sum(p.stat().st_size for p in ROOT.rglob("*") if p.is_file()) / 1e6, "MB", file=sys.stderr)

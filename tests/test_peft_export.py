@@ -120,6 +120,7 @@ def test_a_base_that_transformers_does_not_load_is_remarked_on(tmp_path: Path):
         ({"name": "org/model"}, {}), ({"name": "demo"}, {"base_model": "org/model"}),
     ]):  # fmt: skip
         adapter = replace(made, metadata={"base": record | base})
+        options["base"] = FIXTURES / "llama" / "base"
         export_peft(adapter, tmp_path / str(i), on_event=lambda note, i=i: notes.append((i, note.text)), **options)
     assert [i for i, _ in notes] == [0, 1] and all("--base-model" in text for _, text in notes)
 

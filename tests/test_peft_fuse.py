@@ -30,6 +30,13 @@ FUSIBLE = [
     "qwen2/refused/tied-to-save-ensured",
     "qwen3/refused/tied-lm-head-dora",
     "gemma3_text/refused/tied-lm-head",
+    "falcon_h1/refused/modules-to-save",
+    "falcon_h1/refused/trainable-tokens",
+    "falcon_h1-tied/refused/tied-lm-head",
+    "falcon_h1-tied/refused/tied-both-ends",
+    "falcon_h1-tied/refused/tied-modules-to-save",
+    "qwen3_next/refused/norms-to-save",
+    "qwen3_5_text/refused/norms-to-save",
 ]
 NOT_FUSIBLE = {
     "llama/refused/lora-bias": "lora_bias",
@@ -57,7 +64,9 @@ def test_the_fused_model_computes_what_peft_computes(name: str, tmp_path: Path):
     assert mx.abs(fused - expected).max().item() < 1e-4
 
 
-@pytest.mark.parametrize("folder", [f for f in ADAPTERS if f.name in ("dora", "fused", "tied-embedding")], ids=case)
+@pytest.mark.parametrize(
+    "folder", [f for f in ADAPTERS if f.name in ("dora", "fused", "tied-embedding", "linear")], ids=case
+)
 def test_plain_adapters_are_fused_as_well(folder: Path, tmp_path: Path):
     if case(folder) in NOT_FUSIBLE:
         return

@@ -16,11 +16,13 @@ from mlx_adapters.bases import resolve_base
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.layers import adaptable_layers, nn
 from mlx_adapters.model import load_module
-from mlx_adapters.peft_format.fusing import whole_tensors
+from mlx_adapters.peft_format.checkpoint import layout_of
 from mlx_adapters.peft_format.importing import convert
 from mlx_adapters.peft_format.patterns import full_match
+from mlx_adapters.peft_format.probing import Layout
 from mlx_adapters.peft_format.reading import PeftAdapter, read_peft, refuse_beyond_lora, refuse_unsaved
 from mlx_adapters.peft_format.tying import needs_untying
+from mlx_adapters.peft_format.whole import whole_tensors
 
 FIXTURES = Path(__file__).parent / "peft_fixtures"
 CASES = (
@@ -49,9 +51,16 @@ pieces = st.sampled_from(
 names = st.lists(pieces, max_size=9).map(".".join) | st.text(max_size=30)
 
 
+LAYOUTS: dict[int, Layout] = {}  # by the module that `bases` loaded
+
+
 @pytest.fixture(scope="module")
 def bases() -> dict[str, nn.Module]:
-    loaded = {arch: load_module(resolve_base(FIXTURES / arch / "base"))[0] for arch in {c.split("/")[0] for c in CASES}}
+    loaded = {}
+    for arch in {case.split("/")[0] for case in CASES}:
+        base = resolve_base(FIXTURES / arch / "base")
+        loaded[arch] = load_module(base)[0]
+        LAYOUTS[id(loaded[arch])] = layout_of(base, loaded[arch])
     return {case: loaded[case.split("/")[0]] for case in CASES}
 
 
@@ -66,7 +75,7 @@ def sound() -> dict[str, tuple[dict, dict]]:
 
 def take_in(peft: PeftAdapter, base: nn.Module, tie: bool = False) -> None:
     refuse_beyond_lora(peft)
-    convert(peft, base, "base", tie).adapter.check()
+    convert(peft, base, LAYOUTS[id(base)], "base", tie).adapter.check()
 
 
 def take_in_tied(peft: PeftAdapter, base: nn.Module) -> None:
@@ -77,7 +86,7 @@ def take_whole(peft: PeftAdapter, base: nn.Module) -> None:
     """What `fuse --from-peft` does before it fuses."""
     refuse_unsaved(peft)
     needs_untying(peft, adaptable_layers(base))
-    whole_tensors(peft, base, resolve_base(FIXTURES / "llama" / "base"))
+    whole_tensors(peft, base, LAYOUTS[id(base)], False)
 
 
 def attempt(folder: Path, config: dict, tensors: dict, base: nn.Module) -> None:
@@ -147,7 +156,7 @@ def test_mutated_bytes(position: int, cut: int, noise: bytes, bases, sound, tmp_
     try:
         peft = read_peft(folder)
         refuse_beyond_lora(peft)
-        convert(peft, bases[case], "base").adapter.check()
+        convert(peft, bases[case], LAYOUTS[id(bases[case])], "base").adapter.check()
     except AdapterError:
         pass
 

@@ -5,14 +5,17 @@ from pathlib import Path
 
 from mlx_adapters import files, paths, registry, replacing, tensor_files, tensor_names
 from mlx_adapters.adapter import Adapter
-from mlx_adapters.bases import Base, resolve_base
+from mlx_adapters.bases import DEMO, Base, resolve_base
+from mlx_adapters.errors import HubError, NotFoundError
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.layers import adaptable_layers, tied
 from mlx_adapters.metadata import base_of
 from mlx_adapters.model import load_module
-from mlx_adapters.peft_format.to_peft import to_peft
+from mlx_adapters.peft_format.checkpoint import layout_of
+from mlx_adapters.peft_format.to_peft import Facts, to_peft
 from mlx_adapters.tensor_names import CONFIG_FILE, EMBEDDINGS, PEFT_OUTPUT, PEFT_SCALE, PEFT_WEIGHTS_FILE
 
+NAME_BASE = "name the base it was trained on with --base."
 README = """---
 base_model: {base}
 library_name: peft
@@ -57,9 +60,9 @@ def export_peft(
     """Write `adapter` as a PEFT folder, whole or not at all.
 
     base_model: the transformers model to name in it (default: the one it was trained on in PEFT, else its MLX
-    base). base: the MLX base, read only if an embedding is adapted or its type is not recorded (default: the
-    adapter's own). Raises
-    FormatError for what PEFT cannot express, ExistsError, NotFoundError or StorageError.
+    base). base: the MLX base, of which names are read unless the adapter came from PEFT (default: the adapter's
+    own, if it is on this machine). Raises FormatError for what PEFT cannot express, ExistsError, NotFoundError or
+    StorageError.
     """
     out = paths.expanded(out)
     replacing.refuse_existing(out, overwrite, PEFT_OUTPUT)
@@ -91,12 +94,16 @@ def _base_problem(adapter: Adapter, named: str | None) -> str:
     return ""
 
 
-def _facts(adapter: Adapter, base: str | Path | Base | None) -> tuple[str | None, bool]:
-    """The base's model type, and whether its output layer is its embedding; the base is read only if need be."""
-    recorded = base_of(adapter.metadata)
-    model_type, name = recorded.get("model_type"), base or recorded.get("name")
+def _facts(adapter: Adapter, base: str | Path | Base | None) -> Facts:
+    """What the base tells. Raises NotFoundError if it is not on this machine."""
+    name = base or base_of(adapter.metadata).get("name")
+    if name is None:
+        raise NotFoundError("The adapter does not say what base it is for.", NAME_BASE)
+    try:
+        found = resolve_base(name, download=base is not None or name == DEMO)
+    except (NotFoundError, HubError) as error:
+        raise NotFoundError(f"PEFT's names are read off the adapter's base. {error.message}", NAME_BASE) from error
+    module = load_module(found)[0]
     embeddings = any(tensor_names.split(key)[1] in EMBEDDINGS for key in adapter.config.keys)
-    if name is None or (model_type is not None and not embeddings):
-        return model_type, False
-    found = resolve_base(name)
-    return found.config.get("model_type"), embeddings and tied(adaptable_layers(load_module(found)[0]))
+    is_tied = embeddings and tied(adaptable_layers(module))
+    return Facts(found.config.get("model_type"), is_tied, layout_of(found, module))

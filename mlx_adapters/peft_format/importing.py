@@ -1,5 +1,6 @@
 """Take a PEFT adapter into the registry as an MLX adapter."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.layers import adaptable_layers, check_fits, dense_weight, is_quantized, weight_shape
 from mlx_adapters.model import load_module
+from mlx_adapters.peft_format.checkpoint import layout_of
+from mlx_adapters.peft_format.places import Places
+from mlx_adapters.peft_format.probing import Layout
 from mlx_adapters.peft_format.reading import PeftAdapter, read_peft, refuse_beyond_lora
 from mlx_adapters.peft_format.to_mlx import Converted, to_mlx
 from mlx_adapters.tensor_names import ADAPTER_OUTPUT
@@ -56,18 +60,21 @@ def read_as_mlx(
     refuse_beyond_lora(peft)
     found = resolve_base(base)
     module, _ = load_module(found)
-    converted = convert(peft, module, found.name, tie)
+    converted = convert(peft, module, layout_of(found, module), found.name, tie)
     for note in notes_on(peft, found):
         on_event(Note(note, "warning"))
     metadata = {"source": "peft", "peft": record(peft, converted, source), "base": found.record()}
     return replace(converted.adapter, metadata=metadata | registry.made_now())
 
 
-def convert(peft: PeftAdapter, module: Any, base_name: str, tie: bool = False) -> Converted:
-    """The MLX adapter for a loaded base module, checked against it."""
+def convert(
+    peft: PeftAdapter, module: Any, layout: Layout, base_name: str, tie: bool = False,
+    replaced: Mapping[str, mx.array] | None = None,
+) -> Converted:  # fmt: skip
+    """The MLX adapter for a loaded base module, checked against it; `replaced`: weights that are not the module's."""
     layers = adaptable_layers(module)
-    _check_base_copies(peft, layers, base_name)
-    converted = to_mlx(peft, layers, tie)
+    _check_base_copies(peft, Places(layers, layout), base_name, replaced or {})
+    converted = to_mlx(peft, layers, layout, tie)
     check_fits(converted.adapter, module, f"'{base_name}'")
     return converted
 
@@ -90,13 +97,15 @@ def peft_folder(source: str | Path) -> tuple[Path, dict[str, Any]]:
 
 
 def record(peft: PeftAdapter, converted: Converted, source: str) -> dict[str, Any]:
-    """What export needs for the way back: the config as it was, and how paths and experts were written."""
+    """What export needs for the way back: the config as it was, how paths and experts were written, and what loading
+    multiplied the weights by."""
+    extra = {"tied": converted.tied, "paths": converted.paths, "folds": converted.folds}
     return {
         "from": source,
         "config": peft.settings.raw,
         "renames": [list(pair) for pair in converted.renames],
         "experts": converted.experts,
-    } | ({"tied": True} if converted.tied else {})
+    } | {name: value for name, value in extra.items() if value}
 
 
 def notes_on(peft: PeftAdapter, base: Base) -> list[str]:
@@ -110,20 +119,21 @@ def notes_on(peft: PeftAdapter, base: Base) -> list[str]:
     return notes
 
 
-def _check_base_copies(peft: PeftAdapter, layers: dict[str, Any], base_name: str) -> None:
+def _check_base_copies(peft: PeftAdapter, places: Places, base_name: str, replaced: Mapping[str, mx.array]) -> None:
     """PEFT stores the base's matrix beside an adapted embedding; it must be this base's."""
     for path, copy in peft.base_copies.items():
-        candidates = [p for p, _ in tensor_names.mlx_paths(path) if p in layers]
-        if not candidates:
+        pieces, _ = places.look_up(path)
+        if not pieces:
             continue
-        layer = layers[candidates[0]]
+        key = tensor_names.split(pieces[0].target)[0]
+        layer = places.layers[key]
         if tuple(copy.shape) != weight_shape(layer):
             raise IncompatibleError(
                 f"The PEFT adapter's base has a '{path}' of {tuple(copy.shape)}, '{base_name}' one of "
                 f"{weight_shape(layer)} (a resized vocabulary).",
                 "give the base it was trained on.",
             )
-        own, copy = dense_weight(layer, mx.float32), copy.astype(mx.float32)
+        own, copy = replaced.get(key, dense_weight(layer, mx.float32)), pieces[0].apply(copy.astype(mx.float32))
         distance = mx.sqrt(mx.square(own - copy).sum() / mx.square(copy).sum()).item()
         if not distance <= (QUANTIZED_TOLERANCE if is_quantized(layer) else DENSE_TOLERANCE):
             raise IncompatibleError(

@@ -14,6 +14,8 @@ import mlx.core as mx
 from mlx_adapters import tensor_names
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.errors import FormatError
+from mlx_adapters.peft_format.places import Factors, Fold, back, fold_of
+from mlx_adapters.peft_format.probing import Layout
 from mlx_adapters.peft_format.settings import PeftSettings
 from mlx_adapters.peft_format.to_mlx import FUSED
 from mlx_adapters.tensor_names import (
@@ -29,6 +31,7 @@ from mlx_adapters.tensor_names import (
     MAGNITUDE,
     POSITIONS,
     UP,
+    WEIGHT,
     Renames,
 )
 
@@ -48,18 +51,24 @@ class PeftForm:
     config: dict[str, Any]
 
 
-def to_peft(adapter: Adapter, facts: Callable[[], tuple[str | None, bool]]) -> PeftForm:
-    """Convert an adapter; `facts` gives the base's model type and whether its embedding is also the output layer.
+@dataclass(frozen=True)
+class Facts:
+    """Of the base: its model type, whether its embedding is also the output layer, its original checkpoint."""
 
-    Raises FormatError for what PEFT cannot express.
-    """
+    model_type: str | None
+    tied: bool
+    layout: Layout
+
+
+def to_peft(adapter: Adapter, facts: Callable[[], Facts]) -> PeftForm:
+    """Convert an adapter; `facts` are asked for unless it came from PEFT. Raises FormatError for what PEFT lacks."""
     origin = adapter.metadata.get("peft")
     if isinstance(origin, Mapping):
         try:
             return _as_it_came(adapter, origin)
         except (_NotAsItCame, FormatError):
             pass
-    return _plain(adapter, *facts())
+    return _plain(adapter, facts())
 
 
 # -- an adapter that came from PEFT -----------------------------------------------------------------------
@@ -70,21 +79,22 @@ def _as_it_came(adapter: Adapter, origin: Mapping[str, Any]) -> PeftForm:
     if settings.dora != (adapter.config.type == "dora") or origin.get("tied"):
         raise _NotAsItCame
     renames: Renames = tuple((str(old), str(new)) for old, new in origin.get("renames", ()))
+    paths, folds = ({**origin.get(name, {})} for name in ("paths", "folds"))
     tensors: dict[str, mx.array] = {}
     stacks: dict[str, dict[str, tuple[mx.array, mx.array]]] = {}
     for key, a, b, m in adapter.layers():
-        path = tensor_names.peft_path(key, None, renames)
+        path = paths.get(key) or tensor_names.peft_path(key, None, renames)
         switch = tensor_names.split_switch(path)
         if switch and origin.get("experts") == FUSED:
             stacks.setdefault(switch[0], {})[switch[1]] = (a, b)
-        elif switch:
+        elif a.ndim == 3:
             for expert in range(a.shape[0]):
-                name = tensor_names.expert_path(*switch, expert)
-                cut = _cut(adapter, settings, name, a[expert].T, b[expert].T)
-                tensors |= _tensors(name, *cut, None, False)
+                name = tensor_names.expert_path(*switch, expert) if switch else path.replace("{}", str(expert))
+                cut = _cut(adapter, settings, name, a[expert].T, b[expert].T, None, folds.get(key))
+                tensors |= _tensors(name, *cut, False)
         else:
             embedding = path.rpartition(".")[2] in EMBEDDINGS + POSITIONS
-            a, b = _cut(adapter, settings, path, a, b)
+            a, b, m = _cut(adapter, settings, path, a, b, m, folds.get(key), embedding=embedding)
             tensors |= _tensors(path, a, b, m, embedding)
             if embedding and settings.raw.get("ensure_weight_tying"):
                 tensors |= _tensors(LM_HEAD, b.T, a.T, None, False)
@@ -94,15 +104,29 @@ def _as_it_came(adapter: Adapter, origin: Mapping[str, Any]) -> PeftForm:
 
 
 def _cut(
-    adapter: Adapter, settings: PeftSettings, path: str, a: mx.array, b: mx.array, parameter: str | None = None
-) -> tuple[mx.array, mx.array]:
-    """Undo the padding and the change of scale: a (in, R) -> (in, r), b (R, out) -> (r, out)."""
+    adapter: Adapter, settings: PeftSettings, path: str, a: mx.array, b: mx.array, m: mx.array | None = None,
+    fold: Fold | None = None, parameter: str | None = None, embedding: bool = False,
+) -> tuple[mx.array, mx.array, mx.array | None]:  # fmt: skip
+    """Undo padding, change of scale and what loading does: a (in, R) -> (in, r), b (R, out) -> (r, out), m."""
     rank, scale = settings.strength(path, parameter)
     padding = [a[:, rank:], b[rank:]]
     if a.shape[1] < rank or any(part.size and mx.any(part != 0).item() for part in padding):
         raise _NotAsItCame
-    ratio = adapter.config.scale / scale
-    return a[:, :rank], b[:rank] if ratio == 1 else (b[:rank].astype(mx.float32) * ratio).astype(a.dtype)
+    a, b, m, factor = _unloaded(a[:, :rank], b[:rank], m, fold, embedding)
+    ratio = adapter.config.scale / (scale * factor)
+    if ratio != 1 or fold is not None:
+        b = (b.astype(mx.float32) * ratio).astype(a.dtype)
+    return a, b, m if m is None or fold is None else m.astype(a.dtype)
+
+
+def _unloaded(
+    a: mx.array, b: mx.array, m: mx.array | None, fold: Fold | None, embedding: bool
+) -> tuple[mx.array, mx.array, mx.array | None, float]:
+    """a, b and m as they were before loading multiplied the weight, and what the scale has still to be divided by."""
+    left, right = (a, b) if embedding else (b.T, a.T)
+    factors, factor = back(Factors(left, right, m), fold)
+    a, b = (factors.left, factors.right) if embedding else (factors.right.T, factors.left.T)
+    return a, b, factors.m, factor
 
 
 def _fused(
@@ -121,9 +145,9 @@ def _fused(
     for parameter, (a, b) in stacked.items():
         path = tensor_names.fused_path(block, inner=parameter == FUSED_GATE_UP and len(stacked) == 2)
         outer = tensor_names.fused_path(block, inner=False)
-        cut = [_cut(adapter, settings, outer, x.T, y.T, parameter) for x, y in zip(a, b, strict=True)]
-        lora_a = mx.concatenate([x.T for x, _ in cut])
-        lora_b = mx.stack([y.T for _, y in cut], axis=-1).reshape(b.shape[1], -1)
+        cut = [_cut(adapter, settings, outer, x.T, y.T, parameter=parameter) for x, y in zip(a, b, strict=True)]
+        lora_a = mx.concatenate([x.T for x, _, _ in cut])
+        lora_b = mx.stack([y.T for _, y, _ in cut], axis=-1).reshape(b.shape[1], -1)
         tensors |= {tensor_names.peft_tensor(path, LORA_A): lora_a, tensor_names.peft_tensor(path, LORA_B): lora_b}
     return tensors
 
@@ -137,18 +161,16 @@ def _tensors(path: str, a: mx.array, b: mx.array, m: mx.array | None, embedding:
 # -- an adapter that was made here ------------------------------------------------------------------------
 
 
-def _plain(adapter: Adapter, model_type: str | None, tied: bool) -> PeftForm:
+def _plain(adapter: Adapter, facts: Facts) -> PeftForm:
     tensors: dict[str, mx.array] = {}
     targets: dict[str, None] = {}
     experts: dict[str, dict[str, tuple[mx.array, mx.array]]] = {}
     for key, a, b, m in adapter.layers():
-        path = tensor_names.peft_path(key, model_type)
-        switch = tensor_names.split_switch(path)
-        if switch:
-            experts.setdefault(switch[0], {})[switch[1]] = (a, b)
-            continue
         if a.ndim == 3:
-            raise FormatError(f"PEFT has no name for the experts '{key}'.")
+            block, _, projection = key.rpartition(".")
+            experts.setdefault(block, {})[projection] = (a, b)
+            continue
+        path, fold = _origin(key, facts)
         if m is not None and path.endswith(ROUTER):
             raise FormatError(
                 f"PEFT has no DoRA for the router '{path}'.", "train it as LoRA, or leave the router out."
@@ -157,19 +179,40 @@ def _plain(adapter: Adapter, model_type: str | None, tied: bool) -> PeftForm:
         embedding = layer in EMBEDDINGS + POSITIONS
         if m is not None and embedding:
             raise FormatError(f"PEFT's DoRA of an embedding is another function than MLX's: '{path}'.")
+        a, b, m, factor = _unloaded(a, b, m, fold, embedding)
+        b = b if factor == 1 else b.astype(mx.float32) / factor
         tensors |= _tensors(path, a, b, m, embedding)
         targets[path] = None
-        if tied and layer in EMBEDDINGS:
+        if facts.tied and layer in EMBEDDINGS:
             tensors |= _tensors(LM_HEAD, b.T, a.T, None, False)
             targets[LM_HEAD] = None
     for block, parts in experts.items():
-        tensors |= _per_expert(block, parts, targets)
+        tensors |= _per_expert(block, parts, targets, facts)
     whole = bool(experts) or any(path.endswith(ROUTER) for path in targets)
-    return PeftForm(tensors, _plain_config(adapter, list(targets), whole, tied and LM_HEAD in targets, model_type))
+    tying = facts.tied and LM_HEAD in targets
+    return PeftForm(tensors, _plain_config(adapter, list(targets), whole, tying, facts.model_type))
+
+
+def _origin(key: str, facts: Facts) -> tuple[str, Fold | None]:
+    """The path in transformers of a layer's module, and what loading multiplies its weight by.
+
+    Raises FormatError if there is no such module.
+    """
+    weight = tensor_names.join(key, WEIGHT)
+    pieces = facts.layout.into(weight)
+    if len(pieces) != 1 or not pieces[0].whole or pieces[0].index is not None:
+        why = facts.layout.problems.get(weight, "it is a part of a larger matrix there")
+        raise FormatError(f"transformers has no module of its own for '{key}': {why}.", "leave it out of the targets.")
+    path, leaf = tensor_names.split(pieces[0].source)
+    if leaf != WEIGHT:
+        raise FormatError(f"transformers has '{pieces[0].source}' for '{key}', which is no module that PEFT can adapt.")
+    if path == key or facts.model_type in tensor_names.OWN_NAMES:
+        path = tensor_names.peft_path(key, facts.model_type)
+    return path, fold_of(pieces[0])
 
 
 def _per_expert(
-    block: str, parts: dict[str, tuple[mx.array, mx.array]], targets: dict[str, None]
+    block: str, parts: dict[str, tuple[mx.array, mx.array]], targets: dict[str, None], facts: Facts
 ) -> dict[str, mx.array]:
     """One A and B for each expert. With gate or up, PEFT wants all three; what is missing is added as zero."""
     tensors: dict[str, mx.array] = {}
@@ -183,8 +226,14 @@ def _per_expert(
         }
         parts = nothing | parts
     for projection, (a, b) in parts.items():
-        for expert in range(a.shape[0]):
-            path = tensor_names.expert_path(block, projection, expert)
+        key = tensor_names.join(block, projection)
+        pieces = facts.layout.into(tensor_names.join(key, WEIGHT))
+        if len(pieces) != a.shape[0] or any(piece.index is None or not piece.whole for piece in pieces):
+            raise FormatError(f"PEFT has no name for the experts '{key}'.", "leave them out of the targets.")
+        for expert, piece in enumerate(pieces):
+            if fold_of(piece):
+                raise FormatError(f"mlx-lm multiplies the weights of the experts '{key}' when it loads them.")
+            path = tensor_names.split(piece.source)[0]
             tensors |= _tensors(path, a[expert].T, b[expert].T, None, False)
             targets[path] = None
     return tensors
