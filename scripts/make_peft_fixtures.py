@@ -154,7 +154,7 @@ CONVERTED = {
     "qwen3_5_text": {"linear": {"target_modules": [*ATTENTION, "in_proj_qkv", "in_proj_z", "in_proj_a", "out_proj",
                                                    *MLP]},
                      "dora": {"target_modules": "all-linear", "use_dora": True}},
-    "qwen2_moe": {"linear": {"target_modules": "all-linear"}, "per-expert": {"_edit": "per-expert"}},
+    "qwen2_moe": {"linear": {"target_modules": "all-linear"}},
     "lfm2_moe": {"linear": {"target_modules": "all-linear"}},
 }  # fmt: skip
 SMALL = {"target_modules": ["q_proj"]}
@@ -329,7 +329,7 @@ def make_adapter(arch, config_class, options, folder, seed):
 def per_expert_adapter(arch, folder, seed, edit):
     """The transformers 4 layout: one A and B per expert and projection. PEFT fuses it when it loads it."""
     block, names = {"mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
-                    "qwen3_moe": ("mlp", MLP), "qwen2_moe": ("mlp", MLP)}[arch]  # fmt: skip
+                    "qwen3_moe": ("mlp", MLP)}[arch]  # fmt: skip
     inner = 48 if arch == "mixtral" else 16
     generator = torch.Generator().manual_seed(seed)
     tensors, zeroed = {}, {}

@@ -17,6 +17,8 @@ from mlx_adapters.tensor_names import join
 
 # One expert's zeros are added where the adapter left experts out, and a scale is divided out of float32.
 NOT_BIT_EQUAL = ("some-experts", "patterns", "patterns-rslora-dora", "fused-patterns")
+# mlx-lm multiplies weights when it loads them, so a factor is multiplied on the way in and divided on the way out.
+FOLDED = ("falcon_h1", "falcon_h1-tied")
 ARCHITECTURES = sorted(path.parent.name for path in FIXTURES.glob("*/base"))
 
 
@@ -32,7 +34,7 @@ def test_peft_to_mlx_to_peft(folder: Path, tmp_path: Path):
     assert set(before) <= set(after)
     for name in after:
         expected = before.get(name, mx.zeros_like(after[name]))
-        if folder.name in NOT_BIT_EQUAL:
+        if folder.name in NOT_BIT_EQUAL or case(folder).split("/")[0] in FOLDED:
             assert mx.allclose(after[name], expected, rtol=1e-6, atol=0)
         else:
             assert after[name].dtype == expected.dtype
@@ -178,4 +180,9 @@ def test_an_update_that_was_tied_goes_back_tied(folder: Path, tmp_path: Path):
     export_peft(adapter, tmp_path / "out")
     assert any("lm_head" in name for name in mx.load(str(tmp_path / "out" / "adapter_model.safetensors")))
     assert files.read_json(tmp_path / "out" / "adapter_config.json")["ensure_weight_tying"] is True
-    assert import_peft(tmp_path / "out", base=base_of(folder), name="back").fingerprint == adapter.fingerprint
+    back = import_peft(tmp_path / "out", base=base_of(folder), name="back")
+    if case(folder).split("/")[0] not in FOLDED:
+        assert back.fingerprint == adapter.fingerprint
+    for key, a, b, _ in adapter.layers():
+        c, d, _ = back.factors(key)
+        assert mx.allclose(back.config.scale * c @ d, adapter.config.scale * a @ b, rtol=1e-5, atol=1e-6)

@@ -8,6 +8,7 @@ What is not of this kind is a `Piece` of nothing, with the reason.
 """
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,6 +20,7 @@ import numpy as np
 Shapes = dict[str, tuple[int, ...]]
 Tensors = dict[str, mx.array]
 Sanitize = Callable[[Tensors], Tensors]
+LARGE = 1 << 25  # numbers in a checkpoint that is not probed whole for the sake of a tensor that is not understood
 THIN, SEVERAL = 3, 2  # how much of a width, and of the experts, a probe needs
 
 
@@ -104,7 +106,7 @@ def trace(sanitize: Sanitize, shapes: Shapes, wanted: Shapes) -> Layout:
     thin = {name: _thin(shape) for name, shape in shapes.items()}
     with contextlib.suppress(Exception):  # code that looks at widths may raise anything
         found = replace(_trace(sanitize, thin), shapes=shapes)
-        if found.fits(wanted):
+        if found.fits(wanted) and (not found.problems or sum(map(math.prod, shapes.values())) > LARGE):
             return found
     return _trace(sanitize, shapes)
 
@@ -174,6 +176,8 @@ def _pieces(target: str, arrays: list[np.ndarray], names: list[str], shapes: Sha
             raise _NotUnderstood("it joins several tensors of the checkpoint")
         name = names[source.flat[0] - 1]
         depth = len(shapes[name])
+        if index is not None and depth != source.ndim:
+            raise _NotUnderstood("it joins several tensors of the checkpoint")
         coordinates = [place[at] for place in places[:depth]]
         expected = np.array(_noise(int(source.flat[0]) - 1, shapes[name]))[tuple(coordinates)] * scale[at] + offset[at]
         if not np.allclose(expected, noise[at], rtol=1e-5, atol=1e-6):
