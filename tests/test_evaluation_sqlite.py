@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_adapters.errors import FormatError, NotFoundError
-from mlx_adapters.evaluation.sqlite import Database, extract_sql, is_correct, same_rows
+from mlx_adapters.evaluation.sqlite import Database, extract_sql, is_correct, is_ordered, same_rows
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +111,38 @@ def test_same_rows_ignores_order_only_if_told():
     assert same_rows([(1, "a"), (None, 2.0)], [(None, 2), (1.0, "a")], ordered=False)
     assert not same_rows([(1,), (2,)], [(2,), (1,)], ordered=True)
     assert not same_rows([(1,), (1,), (2,)], [(1,), (2,), (2,)], ordered=False)
+
+
+@pytest.mark.parametrize(
+    "sql, ordered",
+    [
+        ("SELECT name FROM t ORDER BY COUNT(*) DESC", True),
+        ("SELECT name FROM t GROUP BY name ORDER BY COUNT(*) DESC LIMIT (SELECT 3)", True),
+        ("SELECT a FROM t order /* x */ -- (\n by a", True),
+        ("WITH s AS (SELECT a FROM t ORDER BY a) SELECT a FROM s", False),
+        ("WITH s AS (SELECT a FROM t) SELECT a FROM s UNION SELECT b FROM t ORDER BY (a)", True),
+        ("SELECT a FROM (SELECT a FROM t ORDER BY a)", False),
+        ("SELECT ROW_NUMBER() OVER (ORDER BY a) FROM t", False),
+        ("SELECT ')', '(' FROM t ORDER BY a", True),
+        ("SELECT 'ORDER BY' AS \"order by\", [order by], `order by` FROM t -- ORDER BY a", False),
+        ("SELECT '(' FROM t WHERE a IN (SELECT a FROM t ORDER BY a)", False),
+        ('SELECT border, bytes FROM "order"', False),
+    ],
+)
+def test_the_order_of_the_outermost_query_counts(sql, ordered):
+    assert is_ordered(sql) is ordered
+
+
+def test_a_reversed_answer_to_an_ordered_question_is_wrong(tmp_path):
+    path = tmp_path / "votes.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE votes (name TEXT)")
+        connection.executemany("INSERT INTO votes VALUES (?)", [("a",), ("b",), ("b",)])
+    gold = "SELECT name FROM votes GROUP BY name ORDER BY COUNT(*) DESC"
+    database = Database(path)
+    assert is_correct(gold, gold, database)
+    assert not is_correct(gold.replace("DESC", "ASC"), gold, database)
+
+
+def test_a_semicolon_in_a_string_ends_no_query():
+    assert extract_sql("SELECT ';' FROM t; DROP TABLE t") == "SELECT ';' FROM t"

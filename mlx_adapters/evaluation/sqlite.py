@@ -18,7 +18,10 @@ MAX_ROWS, MAX_VALUE_BYTES, MAX_SQL_BYTES = 10_000, 1_000_000, 10_000
 STEPS_PER_CHECK, MAX_CHECKS = 10_000, 2_000  # 20 million steps: about a second
 ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 FENCE = re.compile(r"```[ \t]*(?:sql\w*)?[ \t]*\n?(.*?)(?:```|$)", re.DOTALL | re.IGNORECASE)
-ORDER_BY = re.compile(r"\bORDER\s+BY\b(?!.*\))", re.DOTALL | re.IGNORECASE)  # of the query, not of a subquery
+# SQLite's lexical grammar (sqlite.org/lang.html): comments, strings, quoted names, words, single characters.
+TOKEN = re.compile(
+    r"""--[^\n]*|/\*.*?(?:\*/|\Z)|'(?:[^']|'')*'?|"(?:[^"]|"")*"?|`(?:[^`]|``)*`?|\[[^\]]*\]?|[\w$]+|\S""", re.DOTALL
+)
 
 
 class Database:
@@ -65,7 +68,22 @@ class Database:
 def extract_sql(answer: str) -> str:
     """The query in a model's answer: inside the first code fence if there is one, up to the first semicolon."""
     fenced = FENCE.search(answer)
-    return (fenced[1] if fenced else answer).split(";")[0].strip()
+    text = fenced[1] if fenced else answer
+    end = next((token.start() for token in TOKEN.finditer(text) if token[0] == ";"), len(text))
+    return text[:end].strip()
+
+
+def is_ordered(sql: str) -> bool:
+    """Whether the outermost query has ORDER BY: outside all parentheses, strings, names and comments."""
+    depth, before = 0, ""
+    for token in (match[0].upper() for match in TOKEN.finditer(sql)):
+        if token.startswith(("--", "/*")):
+            continue
+        if depth == 0 and (before, token) == ("ORDER", "BY"):
+            return True
+        depth += (token == "(") - (token == ")")
+        before = token
+    return False
 
 
 def same_rows(predicted: Iterable[tuple], gold: Iterable[tuple], ordered: bool) -> bool:
@@ -82,7 +100,7 @@ def _comparable(value: Any) -> tuple[str, Any]:
 
 
 def is_correct(answer: str, gold_sql: str, database: Database) -> bool:
-    """Whether the query in `answer` returns the rows of `gold_sql`; their order counts if gold has ORDER BY.
+    """Whether the query in `answer` returns the rows of `gold_sql`; their order counts if gold orders them.
 
     Raises FormatError if the gold query itself does not run.
     """
@@ -94,4 +112,4 @@ def is_correct(answer: str, gold_sql: str, database: Database) -> bool:
         predicted = database.rows(extract_sql(answer))
     except (ValueError, sqlite3.Error, sqlite3.Warning, OverflowError, MemoryError):
         return False
-    return same_rows(predicted, gold, ordered=bool(ORDER_BY.search(gold_sql)))
+    return same_rows(predicted, gold, ordered=is_ordered(gold_sql))
