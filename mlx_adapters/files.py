@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlx_adapters.errors import FormatError, NotFoundError, StorageError
-from mlx_adapters.paths import TEMPORARY_PREFIX, storage_errors
+from mlx_adapters.paths import TEMPORARY_PREFIX, same_place, storage_errors
 from mlx_adapters.replacing import NOTHING, Output, refuse_existing
 from mlx_adapters.temporaries import draft, flush, flush_path, flush_tree, in_draft, swap_in
 
@@ -172,7 +172,7 @@ def link_or_copy(source: Path, target: Path) -> None:
         try:
             os.link(source, temporary)
         except OSError:
-            shutil.copyfile(source, temporary)
+            shutil.copy2(source, temporary)  # with its time, by which a copy is known
             flush_path(temporary)
         os.replace(temporary, target)
         flush_path(target.parent)
@@ -185,9 +185,15 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def move(source: Path, target: Path) -> None:
-    """Rename a file or folder on one disk in a single step. Raises ExistsError if `target` is there."""
-    refuse_existing(target, overwrite=False)
+    """Rename a file or folder on one disk in a single step.
+
+    Raises ExistsError if `target` is there, unless it is the same thing: a disk that knows no case finds it there.
+    """
+    if not same_place(source, target):
+        refuse_existing(target, overwrite=False)
     with storage_errors(target):
+        if target.is_symlink():
+            target.unlink()
         os.rename(source, target)
         flush_path(Path(target).parent)
 

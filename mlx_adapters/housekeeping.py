@@ -45,11 +45,12 @@ def _changing(name: str) -> Iterator[Path]:
 
 def rename(name: str, new: str) -> Entry:
     """Give an adapter another name. Raises NotFoundError, ExistsError or ConfigError."""
-    target = registry.adapter_folder(new)
-    require(name != new, f"'{name}' has this name already.")
+    target = registry.adapters_folder() / registry.check_name(new)
     with registry.changing(registry.check_name(name), new):
         folder, _ = registry.locate(Reference("name", name))
-        if os.path.lexists(target):
+        require(folder.name != new, f"'{new}' has this name already.")
+        taken = registry.adapter_folder(new)  # the same adapter's where only the case changes
+        if os.path.lexists(taken) and not paths.same_place(taken, folder):
             raise ExistsError(f"There is an adapter named '{new}' already.", f"remove it first: 'remove {new}'.")
         with contextlib.suppress(AdapterError):  # the folder's name counts; a damaged record hinders nobody
             _update_metadata(folder, name=new)

@@ -46,7 +46,7 @@ def place_name(path: Path) -> str:
     """The name of a lock on a place on the disk, whether there is anything or not, however its path is spelled."""
     spelled = os.path.join(os.path.realpath(path.parent), path.name)
     folded = unicodedata.normalize("NFC", spelled.casefold())
-    return f"{path.name[:60]}-{hashlib.sha256(os.fsencode(folded)).hexdigest()[:16]}"
+    return f"{path.name[:60].casefold()}-{hashlib.sha256(os.fsencode(folded)).hexdigest()[:16]}"
 
 
 @functools.cache

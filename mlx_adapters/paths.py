@@ -59,6 +59,13 @@ def visible(folder: Path, pattern: str = "*") -> list[Path]:
     return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
+def same_source(one: str, other: str) -> bool:
+    """Whether two names of a model are one: the same id on the Hub, or paths to the same place."""
+    if is_path(one) and is_path(other):
+        return same_place(os.path.expanduser(one), os.path.expanduser(other))
+    return one == other
+
+
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
     """Turn the disk's refusals into StorageError with a next step."""

@@ -78,8 +78,17 @@ def adapters_folder() -> Path:
 
 
 def adapter_folder(name: str) -> Path:
-    """The folder of a named adapter, whether it exists or not."""
-    return adapters_folder() / check_name(name)
+    """The folder of a named adapter, whether it exists or not.
+
+    Names that differ in case alone are one name, as they are one folder on many disks.
+    """
+    check_name(name)
+    try:
+        there = os.listdir(adapters_folder())
+    except OSError:
+        there = []
+    alike = [name] if name in there else [other for other in there if other.casefold() == name.casefold()]
+    return adapters_folder() / (alike[0] if alike else name)
 
 
 def names() -> list[str]:
@@ -123,8 +132,9 @@ def load_adapter(reference: "str | Path | Adapter") -> "Adapter":
     if isinstance(reference, Path):
         return read_adapter(reference)
     parsed = parse_reference(reference)
+    folder, iteration = locate(parsed)
     # The registry's name is the folder's, whatever the folder was called when its record was written.
-    return read_adapter(*locate(parsed), name=parsed.target if parsed.kind == "name" else None)
+    return read_adapter(folder, iteration, name=folder.name if parsed.kind == "name" else None)
 
 
 @dataclass(frozen=True)
@@ -149,10 +159,12 @@ class Entry:
 
 def list_adapters(base: str | None = None, tag: str | None = None) -> list[Entry]:
     """All named adapters, by name; only those of `base`, or with `tag`, if given. Reads no weights."""
-    if base is not None and paths.is_path(base):
-        base = str(paths.expanded(base))
     entries = [read_entry(adapters_folder() / name) for name in names()]
-    return [e for e in entries if (base is None or e.base == base) and (tag is None or tag in e.tags)]
+    return [
+        e
+        for e in entries
+        if (base is None or (e.base and paths.same_source(e.base, base))) and (tag is None or tag in e.tags)
+    ]
 
 
 def read_entry(folder: Path) -> Entry:

@@ -1,14 +1,22 @@
 """What a name means, at every moment: kills, refusals, two processes, disks that know no case."""
 
+import contextlib
+import errno
+import os
+import shutil
+import subprocess
+import sys
 import threading
+from collections import Counter
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from adapters import make_adapter, make_run
 
 import mlx_adapters as ma
-from mlx_adapters import files, housekeeping, locks, paths, project, registry
-from mlx_adapters.errors import ExistsError, TrainingError
+from mlx_adapters import files, housekeeping, locks, packing, paths, project, registry, verifying
+from mlx_adapters.errors import ConfigError, ExistsError, StorageError, TrainingError
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,7 +56,7 @@ def test_a_place_has_one_lock_however_it_is_spelled(tmp_path, home):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     spellings = ("real/x", "link/x", "real/X", "real/../link/x")
-    names = {locks.place_name(tmp_path / spelling).casefold() for spelling in spellings}
+    names = {locks.place_name(tmp_path / spelling) for spelling in spellings}
     assert len(names) == 1
     assert locks.place_name(tmp_path / "real/y") not in names
 
@@ -96,3 +104,202 @@ def test_a_run_waits_for_a_short_change(base):
         order.append("training")
     thread.join()
     assert order == ["changed", "training"]
+
+
+# -- disks that know no case -------------------------------------------------------------------------------
+
+
+def test_names_that_differ_in_case_alone_are_one(base):
+    make_run(base, "sql")
+    assert registry.load_adapter("SQL@100").name == "sql@100"
+    with pytest.raises(ExistsError):
+        registry.register(make_adapter(base), "Sql")
+    registry.register(make_adapter(base), "Sql", overwrite=True)
+    assert registry.names() == ["sql"]
+    housekeeping.tag("SQL", ["kept"])
+    assert housekeeping.rename("sql", "SQL").name == "SQL" and registry.names() == ["SQL"]
+    assert registry.load_adapter("sql").metadata["name"] == "SQL" and registry.read_entry(
+        registry.adapter_folder("sQl")
+    ).tags == ("kept",)
+    with pytest.raises(ConfigError, match="already"):
+        housekeeping.rename("sql", "SQL")
+    make_run(base, "chat")
+    with pytest.raises(ExistsError, match="'sql'"):
+        housekeeping.rename("chat", "sql")
+
+
+def test_a_pure_change_of_case_where_both_spellings_are_there(base):
+    """A link stands for what a disk that knows no case does."""
+    folder = make_run(base, "sql")
+    (folder.parent / "SQL").symlink_to("sql")
+    assert housekeeping.rename("sql", "SQL").iterations == (100, 200, 300)
+    assert registry.names() == ["SQL"] and not (folder.parent / "SQL").is_symlink()
+
+
+def test_adapters_of_a_base_are_found_however_its_path_is_spelled(base, tmp_path):
+    make_run(base, "sql")
+    (tmp_path / "link").symlink_to(base)
+    assert [e.name for e in registry.list_adapters(base=str(tmp_path / "link"))] == ["sql"]
+    assert registry.list_adapters(base=str(tmp_path)) == []
+
+
+# -- kills and refusals at every step ----------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """What a kill is here: from this disk operation on nothing reaches the disk, not even clearing up."""
+
+
+class Killer:
+    """Counts what changes the disk, and from the operation `at` on lets none through."""
+
+    CHANGES = ("os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.symlink")
+
+    def __init__(self):
+        self.at, self.done, self.on = 0, 0, False
+        sys.addaudithook(self)
+
+    def __call__(self, event, arguments):
+        if self.on and (event in self.CHANGES or (event == "open" and self._writes(*arguments))):
+            self.done += 1
+            if self.at and self.done >= self.at:
+                raise Killed
+
+    @staticmethod
+    def _writes(path, mode, flags) -> bool:
+        return isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR) != 0 and "locks" not in str(path)
+
+    @contextlib.contextmanager
+    def killing(self, at: int):
+        self.at, self.done, self.on = at, 0, True
+        try:
+            yield
+        finally:
+            self.on = False
+
+
+killer = Killer()
+
+
+def state(home: Path):
+    """Of each adapter what the name means, by the list, by loading it and to plain mlx-lm."""
+    found = {}
+    for entry in registry.list_adapters():
+        assert entry.problem is None, entry.problem
+        adapter = registry.load_adapter(entry.name)
+        plain = mx.load(str(entry.folder / "adapters.safetensors"))
+        assert all(mx.array_equal(adapter.weights[name], plain[name]) for name in plain)
+        if entry.iterations:
+            assert adapter.fingerprint == registry.load_adapter(f"{entry.name}@{entry.iteration}").fingerprint
+        assert adapter.metadata.get("iteration") == entry.iteration
+        for iteration in entry.iterations:
+            registry.load_adapter(f"{entry.name}@{iteration}")
+        checks = {check.what: check for check in verifying.verify(entry.name, base="nowhere").checks}
+        assert checks["checksums"].sound is not False, checks["checksums"].detail
+        found[entry.name] = (entry.iterations, entry.iteration, entry.tags, adapter.fingerprint)
+    for path in home.glob("*.tar.gz"):
+        assert packing.add(path, out=home / "unpacked", overwrite=True).kind == "adapter"
+        found[path.name] = files.sha256(path)
+    for name in project.FILES:
+        if (home / "project" / name).exists():
+            assert (home / "project" / name).read_text() == project.FILES[name]
+    return found
+
+
+COMMANDS = {
+    "use": lambda home: housekeeping.use("a@100"),
+    "rename": lambda home: housekeeping.rename("a", "z"),
+    "tag": lambda home: housekeeping.tag("a", ["good"]),
+    "prune": lambda home: housekeeping.prune("a"),
+    "remove": lambda home: housekeeping.remove("a"),
+    "remove one": lambda home: housekeeping.remove("a@100"),
+    "register": lambda home: registry.register(registry.load_adapter("b"), "a", overwrite=True),
+    "pack": lambda home: packing.pack("a", home / "a.tar.gz", checkpoints=True, overwrite=True),
+    "init": lambda home: project.start_project(home / "project"),
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "links"), [*((command, True) for command in COMMANDS), ("use", False), ("prune", False)]
+)
+def test_a_kill_at_any_step_leaves_the_old_or_the_new_and_can_be_repeated(
+    base, home, tmp_path, monkeypatch, command, links
+):
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(1, "no links")))
+    run = COMMANDS[command]
+    make_run(base, "a")
+    registry.register(make_adapter(base, seed=9), "b")
+    packing.pack("b", home / "a.tar.gz")
+    fresh = tmp_path / "fresh"
+    shutil.copytree(home, fresh) if not links else subprocess.run(["cp", "-a", home, fresh], check=True)
+    before = state(home)
+    with killer.killing(0):
+        run(home)
+    steps, after = killer.done, state(home)
+    assert steps >= 2
+    for at in range(1, steps + 1):
+        shutil.rmtree(home)
+        subprocess.run(["cp", "-a", fresh, home], check=True)
+        with pytest.raises(Killed), killer.killing(at):
+            run(home)
+        found = state(home)
+        if command != "prune":  # checkpoint by checkpoint
+            assert found in (before, after), f"step {at} of {steps}"
+        for draft in home.rglob(".tmp-*"):
+            os.utime(draft, (0, 0))
+        if found != after or command == "init":
+            run(home)
+        assert state(home) == after
+    assert not list(registry.adapters_folder().rglob(".tmp-*")) or command in ("pack", "init")
+
+
+def test_a_refused_use_changes_nothing(base, home, monkeypatch):
+    """The disk is full when the metadata are written, or when the weights are linked."""
+    folder = make_run(base, "a")
+    before, kept = state(home), sorted(p.name for p in folder.iterdir())
+    full = OSError(errno.ENOSPC, "full")
+    for what in ("os.link", "os.replace", "shutil.copy2"):
+        with monkeypatch.context() as patch:
+            for name in {what, "shutil.copy2"}:
+                patch.setattr(name, lambda *_, **__: (_ for _ in ()).throw(full))
+            if what != "shutil.copy2":
+                with pytest.raises(StorageError):
+                    housekeeping.use("a@100")
+                assert state(home) == before and sorted(p.name for p in folder.iterdir()) == kept
+    assert housekeeping.use("a@100").iteration == 100
+
+
+# -- two processes ------------------------------------------------------------------------------------------
+
+OVERWRITE = """
+import dataclasses, sys
+from mlx_adapters import registry
+a, b = registry.load_adapter("a"), registry.load_adapter("b")
+print("ready", flush=True)
+while True:
+    for adapter in (a, b):
+        registry.register(adapter, "x", overwrite=True)
+"""
+
+
+def test_a_read_beside_overwrites_is_of_one_adapter(base, home):
+    wanted = set()
+    for name, factor in (("a", 2.0), ("b", 777.0)):
+        adapter = registry.register(make_adapter(base, seed=int(factor), factor=factor), name)
+        wanted.add((adapter.fingerprint, factor))
+    registry.register(adapter, "x")
+    environment = os.environ | {"MLX_ADAPTERS_HOME": str(home), "PYTHONPATH": str(ROOT)}
+    writer = subprocess.Popen([sys.executable, "-c", OVERWRITE], env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert writer.stdout.readline().strip() == "ready"
+        seen = Counter()
+        while len(seen) < 2 or seen.total() < 300:
+            x = registry.load_adapter("x")
+            seen[x.fingerprint, x.config.scale] += 1
+            entry = registry.read_entry(registry.adapter_folder("x"))
+            assert entry.problem is None and entry.scale in (2.0, 777.0)
+    finally:
+        writer.kill()
+        writer.communicate()
+    assert set(seen) == wanted

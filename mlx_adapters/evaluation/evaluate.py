@@ -259,7 +259,7 @@ def save(report: EvaluationReport, references: Sequence[str]) -> list[str]:
     written = []
     by_label = {evaluation.variant: evaluation for evaluation in report.evaluations if evaluation.error is None}
     for text in references:
-        if text in by_label and text != BASE and text.partition("@")[0] in names():
+        if text in by_label and text != BASE and text.partition("@")[0].casefold() in map(str.casefold, names()):
             folder, iteration = locate(text)
             with changing(folder.name):
                 metadata = read_metadata(folder)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 
-from mlx_adapters import files, registry, replacing
+from mlx_adapters import files, paths, registry, replacing
 from mlx_adapters.adapter import Adapter, AdapterConfig, weights_file
 from mlx_adapters.config import DTYPES, require
 from mlx_adapters.errors import ConfigError, IncompatibleError, did_you_mean
@@ -142,7 +142,7 @@ def _same_base(x: Adapter, y: Adapter) -> bool:
     for field in ("fingerprint", "name"):
         a, b = base_of(x.metadata).get(field), base_of(y.metadata).get(field)
         if a and b:
-            return a == b
+            return paths.same_source(a, b)
     return True
 
 
