@@ -12,7 +12,7 @@ from training_tools import write_data
 
 from mlx_adapters import files
 from mlx_adapters.cli import cli
-from mlx_adapters.errors import AdapterError, ConfigError
+from mlx_adapters.errors import AdapterError, ConfigError, StorageError
 from mlx_adapters.registry import adapter_folder
 
 
@@ -237,6 +237,36 @@ def test_reports_go_where_they_are_asked_to(run, monkeypatch, service, tmp_path)
     monkeypatch.setattr("mlx_adapters.training.loop.Loop._step", lambda *a: 1 / 0)
     seen.clear()
     assert run(*ours, "--overwrite").exit_code == 1 and seen[-1] == "finished"  # also after a crash
+
+
+@pytest.mark.parametrize("fails", ["init", "log", "finish"])
+@pytest.mark.parametrize("error", [RuntimeError("api_key not configured\n(no-tty)."), SystemExit(1), OSError()])
+def test_a_report_that_fails_is_one_warning_and_the_run_goes_on(run, monkeypatch, fails, error):
+    calls = []
+
+    def call(name):
+        calls.append(name)
+        if name == fails:
+            raise error
+
+    fake = types.SimpleNamespace(
+        init=lambda **k: call("init"), log=lambda *a, **k: call("log"), finish=lambda: call("finish")
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    done = run("--iterations", "3", "--report-every", "1", "--report-to", "wandb")
+    assert done.exit_code == 0 and done.stdout.startswith("run@") and "iteration 3/3" in done.stderr
+    assert done.stderr.count("The report to wandb failed") == 1
+    assert calls.count(fails) == 1 and (fails == "init") != ("finish" in calls)
+
+
+def test_a_log_that_cannot_be_written_is_told_before_or_once(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run("--iterations", "1", "--log", str(tmp_path / "file" / "log"))
+    assert isinstance(done.exception, StorageError) and not adapter_folder("run").exists()
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "gone" / "log").symlink_to("/dev/full")
+    done = run("--iterations", "2", "--report-every", "1", "--log", str(tmp_path / "gone" / "log"))
+    assert done.exit_code == 0 and done.stderr.count("the run goes on without it") == 1
 
 
 @pytest.mark.parametrize("package", ["wandb", "trackio", "tensorboardX"])

@@ -1,6 +1,7 @@
 """`train`: make an adapter."""
 
 import contextlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +19,7 @@ from mlx_adapters.cli._options import (
 )
 from mlx_adapters.cli._training_options import SETTINGS, Settings, read_settings, training_options
 from mlx_adapters.config import LoraConfig, TrainConfig, to_mapping
+from mlx_adapters.errors import AdapterError
 from mlx_adapters.events import Event, Note, Progress, TrainReport, ValidationReport
 from mlx_adapters.training.reporting import SERVICES
 
@@ -116,6 +118,10 @@ class Watch:
     """Prints reports as lines on stderr, the rest as a live line, and keeps the log."""
 
     def __init__(self, log: str | None) -> None:
+        from mlx_adapters import files
+
+        if log is not None:
+            files.require_writable(Path(log))
         self._log, self._live = log, _output.progress()
         self._reporter: Reporter | None = None
 
@@ -126,7 +132,7 @@ class Watch:
         from mlx_adapters.training.reporting import Reporter
 
         name = place_of(name)[1].name
-        self._reporter = Reporter(service, name, config, home() / "runs" / name)
+        self._reporter = Reporter(service, name, config, home() / "runs" / name, self)
 
     def close(self) -> None:
         """End what was reported, however the run ended."""
@@ -152,9 +158,12 @@ class Watch:
 
     def _append(self, event: Event) -> None:
         import json
-        from pathlib import Path
 
         from mlx_adapters import files
 
         line = {"event": type(event).__name__} | _output.plain(event)
-        files.append_line(Path(str(self._log)), json.dumps(line))
+        try:
+            files.append_line(Path(str(self._log)), json.dumps(line))
+        except (AdapterError, OSError) as error:  # watching a run never stops it
+            log, self._log = self._log, None
+            _output.warn(f"The log '{log}' cannot be written ({error}); the run goes on without it.")

@@ -1,4 +1,7 @@
-"""Losses to TensorBoard, Weights & Biases or trackio; each is imported only when it is asked for."""
+"""Losses to TensorBoard, Weights & Biases or trackio; each is imported only when it is asked for.
+
+A service may refuse the login, lose the network or fail in any other way: watching a run never stops it.
+"""
 
 import importlib
 from collections.abc import Callable
@@ -6,20 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.errors import ConfigError
-from mlx_adapters.events import Event, TrainReport, ValidationReport
+from mlx_adapters.events import Event, Note, OnEvent, TrainReport, ValidationReport
 
 SERVICES = ("tensorboard", "wandb", "trackio")
 Log = Callable[[int, dict[str, float]], None]
+
+
+ANYTHING = (Exception, SystemExit)  # what a service's package may raise
 
 
 class Reporter:
     """An `on_event` that sends the losses of the run `name` to `service`; `close` ends the report.
 
     The service's package is looked for at once, and the report begins with the first loss, so a run that is refused
-    leaves none. `folder` takes TensorBoard's files. Raises ConfigError if there is no such service or package.
+    leaves none. `folder` takes TensorBoard's files. The first failure after that ends the report with one warning to
+    `on_event`. Raises ConfigError if there is no such service or package.
     """
 
-    def __init__(self, service: str, name: str, config: dict[str, Any], folder: Path) -> None:
+    def __init__(self, service: str, name: str, config: dict[str, Any], folder: Path, on_event: OnEvent) -> None:
         if service not in SERVICES:
             raise ConfigError(f"There is no service '{service}' to report to.", f"there are: {', '.join(SERVICES)}.")
         if service == "tensorboard":
@@ -28,8 +35,10 @@ class Reporter:
         else:
             module = _load(service)
             self._open = lambda: _web(module, name, config)
+        self._service, self._on_event = service, on_event
         self._log: Log | None = None
-        self._close: Callable[[], Any] = lambda: None
+        self._close: Callable[[], Any] | None = None
+        self._failed = False
 
     def __call__(self, event: Event) -> None:
         """Send the event's figures, if it has any."""
@@ -40,13 +49,30 @@ class Reporter:
             self._send(event.iteration, {"validation_loss": event.validation_loss})
 
     def _send(self, iteration: int, values: dict[str, float]) -> None:
-        if self._log is None:
-            self._log, self._close = self._open()
-        self._log(iteration, values)
+        if self._failed:
+            return
+        try:
+            if self._log is None:
+                self._log, self._close = self._open()
+            self._log(iteration, values)
+        except ANYTHING as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        self._failed = True
+        why = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+        self._on_event(Note(f"The report to {self._service} failed ({why}); the run goes on without it.", "warning"))
 
     def close(self) -> None:
         """End the report; what was sent is kept."""
-        self._close()
+        close, self._close = self._close, None
+        if close is None:
+            return
+        try:
+            close()
+        except ANYTHING as error:
+            if not self._failed:
+                self._fail(error)
 
 
 def _tensorboard(writer: Any) -> tuple[Log, Callable[[], Any]]:
@@ -68,4 +94,9 @@ def _load(package: str, *others: str) -> Any:
             return importlib.import_module(name)
         except ImportError:
             continue
+        except ANYTHING as error:
+            why = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+            raise ConfigError(
+                f"The package '{name}' cannot be imported: {why}.", "mend it, or report elsewhere."
+            ) from None
     raise ConfigError(f"Reporting needs the package '{package}'.", f"pip install {package}.")
