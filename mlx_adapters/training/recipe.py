@@ -1,6 +1,8 @@
 """What a run was asked to do, fixed when it starts and compared when it goes on."""
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ from mlx_adapters import files
 from mlx_adapters.bases import Base
 from mlx_adapters.config import LoraConfig, TrainConfig, from_mapping, to_mapping
 from mlx_adapters.errors import FormatError, IncompatibleError, NotFoundError
+from mlx_adapters.training.data import Row
 from mlx_adapters.training.rows import DataSet
 from mlx_adapters.training.state import RECIPE_FILE, VERSION
 
@@ -17,14 +20,32 @@ FREE = ("iterations", "keep", "save_every_minutes", "early_stop")
 
 def make_recipe(
     base: Base, data: DataSet, lora: LoraConfig, training: TrainConfig,
-    init_from: str | None, world_size: int, command: str | None,
+    init_from: str | None, world_size: int, command: str | None, started: str,
 ) -> dict[str, Any]:  # fmt: skip
-    """The recipe as plain JSON values. `init_from` is the fingerprint of the adapter it starts from."""
+    """The recipe as plain JSON values. `init_from` is the fingerprint of the adapter it starts from; `started`: when
+    it began, in ISO form, which is the date that its chat template prints."""
     return {
-        "version": VERSION, "base": base.record(), "data": data.describe(), "lora": to_mapping(lora),
+        "version": VERSION, "base": base.record(), "base_config": _digest(files.read_json(base.folder / "config.json")),
+        "data": data.describe(), "lora": to_mapping(lora),
         "training": to_mapping(training), "init_from": init_from, "world_size": world_size,
-        "command": command,
+        "command": command, "started": started,
     }  # fmt: skip
+
+
+def text_record(tokenizer: Any, splits: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
+    """What the rows became: hashes of the chat template and of each split's tokens and trained marks."""
+    return {
+        "chat_template": _digest(str(getattr(tokenizer, "chat_template", None))),
+        "rows": {name: _digest([_row_digest(row) for row in rows]) for name, rows in splits.items()},
+    }
+
+
+def _row_digest(row: Row) -> str:
+    return hashlib.sha256(row.tokens.tobytes() + row.trained.tobytes()).hexdigest()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
@@ -59,6 +80,9 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     found = []
     if old["base"]["fingerprint"] != new["base"]["fingerprint"]:
         found.append(f"the base model ({old['base']['name']} -> {new['base']['name']}, or its weights)")
+    if old.get("base_config", new["base_config"]) != new["base_config"]:
+        found.append("the base model's config.json")
+    found += _changed_text(old.get("text"), new.get("text"))
     splits = {*old["data"]["splits"], *new["data"]["splits"]}
     for split in sorted(splits):
         before, after = (recipe["data"]["splits"].get(split, {}) for recipe in (old, new))
@@ -72,3 +96,15 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     if old["world_size"] != new["world_size"]:
         found.append(f"the number of processes ({old['world_size']} -> {new['world_size']})")
     return found
+
+
+def _changed_text(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> list[str]:
+    if old is None or new is None:  # not tokenized yet, or a run of an older version
+        return []
+    if old["chat_template"] != new["chat_template"]:
+        return ["the base's chat template"]
+    return [
+        f"the tokens of split '{split}'"
+        for split in sorted(old["rows"])
+        if old["rows"][split] != new["rows"].get(split)
+    ]

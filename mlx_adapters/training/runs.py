@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from mlx_adapters.training.folder import RunFolder, place_of
 from mlx_adapters.training.interrupt import Interrupt
 from mlx_adapters.training.loop import Loop
 from mlx_adapters.training.memory import estimate_rows
-from mlx_adapters.training.recipe import make_recipe, read_recipe, require_same, settings_of
+from mlx_adapters.training.recipe import make_recipe, read_recipe, require_same, settings_of, text_record
 from mlx_adapters.training.rows import DataSet, read_data
 from mlx_adapters.training.state import Checkpoint, State
 from mlx_adapters.units import count, duration, size
@@ -222,6 +223,10 @@ def _tell_forecast(request: _Request, rows: tuple[Row, ...]) -> None:
         request.on_event(Note(f"This will hardly fit. What would help: {'; '.join(found.advice)}.", "warning"))
 
 
+def _now() -> str:
+    return datetime.now().astimezone().isoformat()
+
+
 def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None) -> Loop:
     """Load the model, tokenize the rows, add the layers, and compare a resumed run with what it was."""
     lora, training = request.lora, request.training
@@ -229,14 +234,18 @@ def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None
     started_from = request.adapter.fingerprint if request.adapter is not None else None
     recipe = make_recipe(
         request.base, request.data, lora, training, folder.recipe.get("init_from") if resumed else started_from,
-        request.world.size, request.command,
+        request.world.size, request.command, folder.recipe.get("started") or request.world.share(_now),
     )  # fmt: skip
     if resumed:
         require_same(folder.recipe, recipe, str(folder.reference))
     tokenizer = load_tokenizer_of(request.base)
-    rows, held_out = (
-        start.tokenize_split(request.data, s, tokenizer, training, request.on_event) for s in ("train", "valid")
-    )
+    with start.template_date(datetime.fromisoformat(recipe["started"])):
+        rows, held_out = (
+            start.tokenize_split(request.data, s, tokenizer, training, request.on_event) for s in ("train", "valid")
+        )
+    recipe["text"] = text_record(tokenizer, {"train": rows, "valid": held_out})
+    if resumed:
+        require_same(folder.recipe, recipe, str(folder.reference))
     start.require_validation(held_out, training, request.on_event)
     start.require_positions((*rows, *held_out), request.base.positions)
     if request.forecast:

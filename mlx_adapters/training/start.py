@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime, tzinfo
 from typing import Any
 
 from mlx.utils import tree_flatten
@@ -93,6 +94,30 @@ def lora_of(adapter: Adapter) -> LoraConfig:
     """The settings that make an adapter like this one."""
     c = adapter.config
     return LoraConfig(rank=c.rank, scale=c.scale, dropout=c.dropout, target_modules=c.keys, type=c.type)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def template_date(moment: datetime) -> Iterator[None]:
+    """Within the block chat templates that print the date (`strftime_now`) print that of `moment`.
+
+    transformers takes it from the `datetime` of its own module, and hands no function of ours to a template.
+    """
+    from transformers.utils import chat_template_utils as templates
+
+    class Then(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
+            return moment
+
+    real = getattr(templates, "datetime", None)
+    if real is None:  # a version that does it otherwise: a resume still compares the tokens
+        yield
+        return
+    templates.datetime = Then
+    try:
+        yield
+    finally:
+        templates.datetime = real
 
 
 def tokenize_split(
