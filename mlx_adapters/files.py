@@ -37,7 +37,7 @@ def _made_in(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _draft_for(path: Path) -> Iterator[Path]:
+def draft_beside(path: Path) -> Iterator[Path]:
     """A draft beside `path`, whose own refusals by the disk are told as those of `path`."""
     with storage_errors(path), contextlib.ExitStack() as stack:
         with _made_in(path.parent):
@@ -85,7 +85,7 @@ def atomic_folder(path: Path, overwrite: bool = False, ours: Output = NOTHING) -
     """
     path = _behind_link(Path(path).absolute())
     refuse_existing(path, overwrite, ours)
-    with _draft_for(path) as folder:
+    with draft_beside(path) as folder:
         new = folder / "new"
         new.mkdir()
         _keep_private(path, new)
@@ -119,7 +119,7 @@ def _keep_private(old: Path, new: Path) -> None:
 
 def require_writable(path: Path) -> None:
     """Raise StorageError unless a folder can be made at `path`: better known before hours of work than after."""
-    with _draft_for(_behind_link(path)):
+    with draft_beside(_behind_link(path)):
         pass
 
 
@@ -167,7 +167,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 def link_or_copy(source: Path, target: Path) -> None:
     """Make `target` the same file as `source` (a hard link, or a copy where links are not possible)."""
     target = Path(target)
-    with _draft_for(target) as folder:
+    with draft_beside(target) as folder:
         temporary = folder / "new"
         try:
             os.link(source, temporary)

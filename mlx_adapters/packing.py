@@ -159,9 +159,14 @@ def add(source: str | Path, *, name: str | None = None, out: str | Path | None =
 
 
 def _take_in(
-    fill: Callable[[Path], None], read: Path, own: str, name: str | None, out: str | Path | None, overwrite: bool,
+    fill: Callable[[Path], None],
+    read: Path,
+    own: str,
+    name: str | None,
+    out: str | Path | None,
+    overwrite: bool,
     source: str,
-) -> Added:  # fmt: skip
+) -> Added:
     if out is not None:
         target = paths.expanded(out)
         ours = ADAPTER_OUTPUT if (target / CONFIG_FILE).is_file() else MODEL_OUTPUT

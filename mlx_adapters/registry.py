@@ -175,8 +175,10 @@ def read_entry(folder: Path) -> Entry:
         for step in (_look_at_files, _look_at_config, _look_at_metadata):
             try:
                 step(folder, found)
-            except (AdapterError, OSError) as error:
+            except AdapterError as error:
                 found.setdefault("problem", str(error))
+            except OSError as error:
+                found.setdefault("problem", f"{error.strerror}: '{error.filename}'")
         return Entry(folder.name, folder, **found)
 
     try:

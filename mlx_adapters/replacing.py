@@ -47,8 +47,9 @@ def refuse_existing(path: Path, overwrite: bool, ours: Output | None = None) -> 
         raise ExistsError(f"'{path}' is {kind}, so it is no earlier output of this command.", "choose another place.")
     if ours is not None and (found := ours.strangers(path)):
         more = f" and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
+        lacks = "" if (path / ours.mark).exists() else f" (it has no {ours.mark})"
         raise ExistsError(
-            f"'{path}' holds other things than this command writes: {', '.join(found[:SHOWN])}{more}.",
+            f"'{path}' holds other things than this command writes{lacks}: {', '.join(found[:SHOWN])}{more}.",
             "choose another folder to write, or move them away.",
         )
 
@@ -79,6 +80,15 @@ def refuse_reading_inside(out: Path, reads: Iterable[object]) -> None:
         if place is not None and _lies_in(str(place), out):
             raise ExistsError(
                 f"'{place}' is read, and would be replaced with '{out}'.", "choose another place to write."
+            )
+
+
+def refuse_writing_into(file: Path, reads: Iterable[object]) -> None:
+    """Raise ExistsError if `file` is there and is one of `reads` (paths as the user spelled them) or lies in one."""
+    for read in reads:
+        if _lies_in(str(file), Path(str(read)).expanduser()):
+            raise ExistsError(
+                f"'{file}' would be written, and belongs to '{read}', which is read.", "name another file."
             )
 
 

@@ -87,6 +87,8 @@ def _check(what: str, look: Callable[[], str]) -> Check:
         return Check(what, None, str(reason))
     except AdapterError as error:
         return Check(what, False, error.message + (f" ({error.hint})" if error.hint else ""))
+    except OSError as error:  # one folder that cannot be read hides none of the others
+        return Check(what, False, f"{error.strerror}: '{error.filename}'")
 
 
 def _check_checksums(entry: Entry) -> str:

@@ -59,8 +59,14 @@ def test_only_what_proves_to_be_ours_is_swept(tmp_path):
     with locks.lock_file(tmp_path / f"{PREFIX}busy" / temporaries.MARKER):
         assert temporaries.sweep(tmp_path) == 2
     assert {path.name.removeprefix(PREFIX) for path in tmp_path.iterdir()} == {
-        ".tmp-notes", "notes", "file", "elsewhere", "link", "young", "busy",
-    }  # fmt: skip
+        ".tmp-notes",
+        "notes",
+        "file",
+        "elsewhere",
+        "link",
+        "young",
+        "busy",
+    }
     assert (tmp_path / ".tmp-notes" / "thesis.txt").read_text() == "mine"
     assert (tmp_path / f"{PREFIX}notes" / "thesis.txt").read_text() == "mine"
 

@@ -1,6 +1,10 @@
 """--overwrite, command by command: nothing of anybody else's goes, and nothing that the command reads."""
 
+import builtins
+import errno
+import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -20,6 +24,7 @@ from mlx_adapters.inspecting import describe
 from mlx_adapters.packing import pack
 from mlx_adapters.tensor_names import ADAPTER_OUTPUT
 from mlx_adapters.training import state as states
+from mlx_adapters.verifying import verify_all
 
 ROWS = "".join(json.dumps({"prompt": f"List {i}.", "completion": f"SELECT {i};"}) + "\n" for i in range(20))
 
@@ -162,7 +167,7 @@ def test_what_is_called_like_a_checkpoint_but_is_none_stays(base, home):
     folder = make_run(base, "sql")
     for name in ("my_adapters.safetensors", "._0000100_adapters.safetensors"):
         (folder / name).write_text("mine")
-    states.link_weights(folder, None)
+    states.link_weights(folder, 100)
     assert {"my_adapters.safetensors", "._0000100_adapters.safetensors"} <= tree(folder).keys()
 
 
@@ -205,3 +210,60 @@ def test_what_is_hidden_is_never_data_and_never_goes_along(place, base):
     with pytest.raises(NotFoundError, match=r"no \.sqlite files"):
         parse_score("sqlite", place / "data")
     run("scale", "a", "0.5", "--name", "a", "--overwrite", code=1)  # .hidden.json may be somebody's
+
+
+# -- reports --------------------------------------------------------------------------------------------
+
+
+OUTPUTS = {
+    "benchmark": ("benchmark", "base", "./folder", "--base", "model", "--quality", "data", "--rounds", "1"),
+    "eval": ("eval", "base", "./folder", "--base", "model", "--data", "data"),
+    "show": ("show", "./folder"),
+    "train": ("train", "model", "--data", "data", "--name", "t"),
+}
+
+
+@pytest.mark.parametrize(
+    "command, option, target",
+    [
+        ("benchmark", "-o", "data/train.jsonl"),
+        ("benchmark", "--markdown", "folder/adapter_config.json"),
+        ("benchmark", "--html", "link/config.json"),
+        ("eval", "-o", "model/config.json"),
+        ("show", "--plot", "folder/loss.svg"),
+        ("train", "--log", "data/train.jsonl"),
+    ],
+)
+def test_a_report_is_not_written_over_what_was_read_for_it(place, base, command, option, target):
+    shutil.copytree(base, place / "model")
+    (place / "link").symlink_to(place / "model")
+    (place / "folder" / "loss.svg").write_text("mine")
+    before = tree(place)
+    assert "is read" in run(*OUTPUTS[command], option, target, code=1).replace("which is", "is")
+    assert tree(place) == before
+
+
+# -- folders that may not be read -----------------------------------------------------------------------
+
+
+def test_an_unreadable_adapter_hides_no_other(base, home, monkeypatch):
+    """As the system refuses it to all but root: looking into the folder and opening its files."""
+    for name in "abc":
+        registry.register(make_adapter(base), name)
+    closed = str(registry.adapter_folder("b"))
+
+    def guarded(function):
+        def call(path, *rest, **keywords):
+            inside = isinstance(path, str | Path) and str(path).startswith(closed + "/")
+            if inside or (function is listdir and str(path) == closed):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return function(path, *rest, **keywords)
+
+        return call
+
+    listdir = os.listdir
+    for module, name in ((os, "stat"), (os, "listdir"), (os, "open"), (builtins, "open"), (io, "open")):
+        monkeypatch.setattr(module, name, guarded(getattr(module, name)))
+    problems = {entry.name: entry.problem for entry in registry.list_adapters()}
+    assert problems["a"] is None and problems["c"] is None and "Permission denied" in problems["b"]
+    assert [(one.name, one.sound) for one in verify_all()] == [("a", True), ("b", False), ("c", True)]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_adapters import paths, temporaries
+from mlx_adapters import files, paths
 from mlx_adapters.config import require
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError, did_you_mean
 from mlx_adapters.events import Note, OnEvent
@@ -192,8 +192,5 @@ def prepare(variant: Variant, folder: Path, any_base: bool, on_event: OnEvent) -
 @contextlib.contextmanager
 def workspace() -> Iterator[Path]:
     """A folder for jobs and fused models, gone afterward; in the home folder, where large models have room."""
-    home = paths.home()
-    with paths.storage_errors(home):
-        home.mkdir(parents=True, exist_ok=True)
-        with temporaries.draft(home) as folder:
-            yield folder
+    with files.draft_beside(paths.home() / "workspace") as folder:
+        yield folder

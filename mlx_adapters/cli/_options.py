@@ -4,6 +4,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import click
@@ -60,6 +61,11 @@ class UserPath(click.Path):
         return super().convert(home, param, ctx)
 
 
+class OutputFile(UserPath):
+    """A file that is written besides what the command is for: a report, a picture, a log."""
+
+
+OUTPUT_FILE = OutputFile(dir_okay=False, path_type=Path)
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is there.")
@@ -162,6 +168,23 @@ def refuse_ignored(names: str, why: str) -> None:
     for name in _given(context):
         if name in names.split():
             raise click.UsageError(f"{_spelled(context, name)} does not go with {why}.")
+
+
+def refuse_outputs_that_are_read() -> None:
+    """Raise ExistsError if a file to be written belongs to something that another parameter names."""
+    from mlx_adapters.replacing import refuse_writing_into
+
+    context = click.get_current_context()
+    outputs, reads = list[Path](), set[str]()
+    for param in context.command.params:
+        value = context.params.get(param.name or "")
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(param.type, OutputFile) and one is not None:
+                outputs.append(one)
+            elif isinstance(one, str | Path):
+                reads |= {str(one), *str(one).split(":")} - {""}  # sqlite:FILE, fuse:ADAPTER:8
+    for output in outputs:
+        refuse_writing_into(output, sorted(reads))
 
 
 def module_names(text: str) -> tuple[str, ...] | Literal["all"]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import REFERENCE, Reads, UserPath, json_option
+from mlx_adapters.cli._options import OUTPUT_FILE, REFERENCE, Reads, json_option, refuse_outputs_that_are_read
 from mlx_adapters.cli._output import number, size
 from mlx_adapters.units import count
 
@@ -72,7 +72,7 @@ def _list_row(e: "Entry") -> tuple[str, ...]:
 @click.command("show")
 @click.argument("ref", type=REFERENCE)
 @click.option("--layers", is_flag=True, help="One row for each layer instead of one for each kind.")
-@click.option("--plot", type=UserPath(dir_okay=False, path_type=Path), metavar="FILE",
+@click.option("--plot", type=OUTPUT_FILE, metavar="FILE",
               help="Draw the loss curves into FILE.png or .svg.")  # fmt: skip
 @json_option
 def show_command(ref: str, layers: bool, plot: Path | None, as_json: bool) -> None:
@@ -84,6 +84,7 @@ def show_command(ref: str, layers: bool, plot: Path | None, as_json: bool) -> No
     """
     from mlx_adapters.inspecting import describe
 
+    refuse_outputs_that_are_read()
     details = describe(ref)
     if plot is not None:
         _plot(details, plot)

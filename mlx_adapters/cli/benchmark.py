@@ -7,6 +7,7 @@ import click
 
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import (
+    OUTPUT_FILE,
     Reads,
     UserPath,
     any_base_option,
@@ -14,6 +15,7 @@ from mlx_adapters.cli._options import (
     complete_references,
     dtype_option,
     json_option,
+    refuse_outputs_that_are_read,
 )
 
 if TYPE_CHECKING:
@@ -49,9 +51,6 @@ class Percent(click.ParamType):
         return share
 
 
-FILE = UserPath(dir_okay=False, path_type=Path)
-
-
 @click.command("benchmark")
 @click.argument("variants", nargs=-1, required=True, metavar="VARIANT...", shell_complete=complete_references)
 @base_option
@@ -69,9 +68,9 @@ FILE = UserPath(dir_okay=False, path_type=Path)
 @click.option("--quality", metavar="DIR", help="Also judge the variants on this data: loss, KL, same top token.")
 @click.option("--score", metavar="SCORE", help="With --quality: exact, regex:PATTERN, sqlite[:FILE], command:COMMAND.")
 @click.option("--max-rows", type=click.IntRange(min=1), help="With --quality: judge only so many rows.")
-@click.option("-o", "--output", type=FILE, help="Save the report as JSON.")
-@click.option("--markdown", type=FILE, help="Write it as Markdown.")
-@click.option("--html", type=FILE, help="Write it as one HTML file with plots.")
+@click.option("-o", "--output", type=OUTPUT_FILE, help="Save the report as JSON.")
+@click.option("--markdown", type=OUTPUT_FILE, help="Write it as Markdown.")
+@click.option("--html", type=OUTPUT_FILE, help="Write it as one HTML file with plots.")
 @click.option(
     "--plots", type=UserPath(file_okay=False, path_type=Path), help="Write the plots as SVG and PNG into a folder."
 )
@@ -100,6 +99,7 @@ def benchmark_command(
     from mlx_adapters.benchmarking.statistics import MIN_ROUNDS
     from mlx_adapters.benchmarking.text import failures
 
+    refuse_outputs_that_are_read()
     old = read_report(against) if against else None
     if old and fail_over is not None and min(rounds, old.config.rounds) < MIN_ROUNDS:
         raise click.UsageError(f"--fail-over needs --rounds {MIN_ROUNDS} in both reports: fewer prove nothing.")

@@ -6,6 +6,7 @@ import click
 
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import (
+    OUTPUT_FILE,
     Reads,
     UserPath,
     any_base_option,
@@ -13,6 +14,7 @@ from mlx_adapters.cli._options import (
     complete_references,
     dtype_option,
     json_option,
+    refuse_outputs_that_are_read,
 )
 
 
@@ -32,7 +34,7 @@ from mlx_adapters.cli._options import (
 @base_option
 @any_base_option
 @dtype_option
-@click.option("-o", "--output", type=UserPath(dir_okay=False, path_type=Path), help="Save figures and answers as JSON.")
+@click.option("-o", "--output", type=OUTPUT_FILE, help="Save figures and answers as JSON.")
 @json_option
 @Reads(
     modes={
@@ -56,6 +58,7 @@ def eval_command(
     """
     if data is None and tasks is None:
         raise click.UsageError("Give --data or --tasks.")
+    refuse_outputs_that_are_read()
     if tasks is not None:
         _public_tasks(variants, tasks, task_folder, base, max_rows, dtype, any_base, batch_size, output, as_json)
         return

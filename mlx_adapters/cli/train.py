@@ -8,14 +8,15 @@ import click
 
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import (
+    OUTPUT_FILE,
     REFERENCE,
     Reads,
-    UserPath,
     complete_references,
     json_option,
     name_template_option,
     new_name,
     overwrite_option,
+    refuse_outputs_that_are_read,
 )
 from mlx_adapters.cli._training_options import SETTINGS, Settings, read_settings, training_options
 from mlx_adapters.config import LoraConfig, TrainConfig, to_mapping
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 @click.option("--init-from", type=REFERENCE, metavar="REF", help="Start from this adapter's weights.")
 @training_options
 @click.option("--print-config", is_flag=True, help="Show the settings as a config file and stop.")
-@click.option("--log", type=UserPath(dir_okay=False), help="Append every event to this JSONL file.")
+@click.option("--log", type=OUTPUT_FILE, help="Append every event to this JSONL file.")
 @click.option("--report-to", type=click.Choice(SERVICES), help="Send the losses there too.")
 @overwrite_option
 @json_option
@@ -67,6 +68,7 @@ def train_command(
     from mlx_adapters.registry import load_adapter
     from mlx_adapters.training.runs import train
 
+    refuse_outputs_that_are_read()
     name = resume or settings.name
     if name is None or (resume is None and (settings.base is None or settings.data is None)):
         raise click.UsageError("Give BASE, --data and --name (or --resume NAME).")
