@@ -1,4 +1,5 @@
-"""The server's page in a real browser: both panes must show what their adapters write.
+"""The server's page in a real browser: both panes must show what their adapters write, also after a Clear in the
+middle of an answer.
 
 Needs Chromium or Chrome. Builds a tiny model with two adapters, serves it on loopback, opens the page without a
 window and holds the two answers against the solo runs. Ends with status 1 if they differ.
@@ -23,6 +24,15 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 QUESTION = "List all students."
+# What the panes show, and what they will send next time.
+SHOWN = """[[...document.querySelectorAll('.log p')].map(p => p.textContent),
+           panes.flatMap(pane => pane.messages.map(message => message.content))]"""
+# What an impatient user does: asks, asks again at once (must wait), clears in the middle, asks anew.
+IMPATIENT = f"""
+const box = form.querySelector("textarea"), ask_now = () => {{ box.value = "{QUESTION}"; form.requestSubmit(); }};
+ask_now(); ask_now();
+setTimeout(() => {{ field("clear").click(); ask_now(); }}, 30);
+"""
 
 
 def build(folder):
@@ -75,8 +85,14 @@ class DevTools:
         return self.stream.read(size)
 
 
+def wait_for_answers(page):
+    until = time.monotonic() + 60
+    while time.monotonic() < until and page.evaluate("document.querySelectorAll('small:not(:empty)').length") != 2:
+        time.sleep(0.2)
+
+
 def browse(browser, address):
-    """What the two panes show when both have answered."""
+    """What the two panes show when both have answered, and when an impatient user has his answers."""
     url = f"{address}/#ask={QUESTION.replace(' ', '%20')}"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0",
@@ -87,12 +103,13 @@ def browse(browser, address):
             port = re.search(r":(\d+)/", listening)[1]
             pages = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/json"))
             page = DevTools(next(p["webSocketDebuggerUrl"] for p in pages if p["type"] == "page"))
-            until = time.monotonic() + 60
-            while time.monotonic() < until:
-                if page.evaluate("document.querySelectorAll('small:not(:empty)').length") == 2:
-                    break
-                time.sleep(0.2)
-            return page.evaluate("[...document.querySelectorAll('.assistant, .error')].map(p => p.textContent)")
+            wait_for_answers(page)
+            first = page.evaluate(SHOWN)
+            page.evaluate("field('clear').click()")
+            page.evaluate(IMPATIENT)
+            wait_for_answers(page)
+            time.sleep(1)  # an answer that was ended would be late
+            return first, page.evaluate(SHOWN)
         finally:
             process.kill()
             process.communicate()
@@ -114,8 +131,8 @@ def main():
         finally:
             server.terminate()
             server.communicate(timeout=60)
-    good = shown == [wanted["one"], wanted["two"]]
-    print("the page shows both answers" if good else f"the page shows {shown}\nwanted {wanted}")
+    good = shown == ([[QUESTION, wanted["one"], QUESTION, wanted["two"]]] * 2,) * 2
+    print("the page shows both answers, also after a Clear" if good else f"the page shows {shown}\nwanted {wanted}")
     sys.exit(0 if good else 1)
 
 
