@@ -6,10 +6,13 @@ import pytest
 from mlx_lm.utils import load_model as load_as_mlx_lm_does
 from test_fusion_calibrated import some_rows
 from test_fusion_fuse import IDS, make_adapter
+from tiny_models import build_model
 
 from mlx_adapters import files
+from mlx_adapters.adapter import Adapter, AdapterConfig
 from mlx_adapters.bases import resolve_base
 from mlx_adapters.config import Quantization
+from mlx_adapters.errors import FormatError
 from mlx_adapters.fusion.blocks import Variant, make_batches
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.fusion.hessian import Collector
@@ -124,3 +127,32 @@ def test_calls_that_do_not_fit_the_weight_tell_nothing():
     assert fits(seen((30, 1, 8), (30, 1, 16), (30,)), (4, 16, 8))
     assert not fits(seen((2, 5, 8), (2, 5, 16)), (4, 16, 8))
     assert not fits(seen((7, 1, 8), (30, 1, 16), (30,)), (4, 16, 8))
+
+
+def overflowing(base, row):
+    """An adapter that lifts one row of a layer above what float16 holds."""
+    key, up = "model.layers.0.mlp.up_proj", mx.zeros((1, 256))
+    up[0, row] = 1000.0
+    weights = {f"{key}.lora_a": mx.ones((64, 1)), f"{key}.lora_b": up}
+    return Adapter(AdapterConfig(1, 100.0, (key,)), weights, {"base": resolve_base(base).record()})
+
+
+@pytest.mark.parametrize("row", [0, 1, 2, 3])
+@pytest.mark.parametrize("asked", ["none", 8, Quantization(4, 32), Quantization(4, 32, "mxfp4")])
+def test_a_number_too_large_for_the_file_is_refused_in_every_row(row, asked, tiny_model, tmp_path):
+    base = tiny_model("llama", dtype="float16", intermediate_size=256)
+    with pytest.raises(FormatError, match=r"up_proj' holds NaN, Inf or numbers that are too large"):
+        fuse(base, overflowing(base, row), tmp_path / "out", quantization=asked, options=NEAREST)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_cast_makes_infinite_is_refused(tmp_path):
+    base = build_model(tmp_path / "base", "llama", dtype="bfloat16")
+    weights = mx.load(str(base / "model.safetensors"))
+    weights["model.norm.weight"][3] = 1e5
+    weights["model.layers.1.input_layernorm.weight"][3] = float("inf")
+    mx.save_safetensors(str(base / "model.safetensors"), weights, {"format": "mlx"})
+    adapter = make_adapter(base)
+    with pytest.raises(FormatError, match="norm"):
+        fuse(base, adapter, tmp_path / "out", dtype="float16", options=NEAREST)
+    fuse(base, adapter, tmp_path / "out", dtype="float32", options=NEAREST)  # what the base had, it keeps

@@ -1,6 +1,5 @@
 """One fuse in progress: the base's tensors, the updates, the plan, and the tensors that come of them."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -27,7 +26,7 @@ from mlx_adapters.fusion.plan import (
     quantization_config,
 )
 from mlx_adapters.fusion.stream import Unit, copy_companions, dtype_name, write_config, write_weights
-from mlx_adapters.fusion.survival import Survival, SurvivalSum, not_finite, sample
+from mlx_adapters.fusion.survival import Survival, SurvivalSum, require_finite, sample
 from mlx_adapters.layers import check_fits, check_made_for
 from mlx_adapters.model import load_module
 
@@ -108,8 +107,11 @@ class Job:
         owner, held = self._modules.get(path), [value]
 
         def make() -> list[mx.array]:
-            made = [held.pop().astype(dtype)]
+            value = held.pop()
+            made = [value.astype(dtype)]
             mx.eval(made)
+            if dtype != value.dtype:  # what was Inf already is the base's own
+                require_finite(name, mx.where(mx.isfinite(value), made[0], 0))
             if owner is not None and leaf in owner:
                 owner[leaf] = mx.zeros((0,))
             return made
@@ -150,11 +152,10 @@ class Job:
             else:
                 piece = packed[start:stop] if packed is not None else to_nearest(fused, plan.target, self.scale_dtype)
                 parts, stored = list(piece.tensors.values()), dequantize(piece[some])
-            base, wanted, whole = base[some], fused[some], fused.sum()
-            mx.eval(parts, whole, *([base, wanted, stored] if plan.changed else []))
+            base, wanted = base[some], fused[some]
+            mx.eval(parts, *([base, wanted, stored] if plan.changed else []))
+            require_finite(plan.path, fused.astype(self.scale_dtype), *parts)
             pieces.append(parts)
-            if not math.isfinite(whole.item()):
-                raise not_finite(plan.path)
             if plan.changed:
                 total.add(base, wanted, stored)
         if plan.changed:

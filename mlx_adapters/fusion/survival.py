@@ -19,8 +19,15 @@ def not_finite(path: str) -> FormatError:
     """The error for a layer that cannot be fused."""
     return FormatError(
         f"The weight of '{path}' holds NaN, Inf or numbers that are too large, with the update in it.",
-        "is the base whole? Download or convert it again.",
+        "is the base whole? What is too large for float16 (65504), --dtype bfloat16 holds.",
     )
+
+
+def require_finite(path: str, *stored: mx.array) -> None:
+    """Raise FormatError if a floating array that a file is to hold for the layer at `path` has NaN or Inf in it."""
+    floating = [array for array in stored if mx.issubdtype(array.dtype, mx.floating)]
+    if floating and not mx.stack([mx.isfinite(array).all() for array in floating]).all().item():
+        raise not_finite(path)
 
 
 def sample(rows: int) -> slice:
