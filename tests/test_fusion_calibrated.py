@@ -558,3 +558,27 @@ def test_no_row_reaches_past_the_positions_that_a_model_learned(gpu, tiny_model,
     batches = work.batches_of(text.calibration, base) + work.batches_of(text.check, base)
     assert max(batch.tokens.shape[1] for batch in batches) == 40
     assert all(batch.judged.max().item() < batch.tokens.size for batch in batches)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "bits", "quantization", "strength", "told"),
+    [("llama", None, Quantization(8, 32, "mxfp8"), 0.3, ["rounded to nearest"]),
+     ("gemma3_text", None, Quantization(4, 32, "mxfp4"), 0.3, []),
+     ("llama", 4, Quantization(4, 16, "nvfp4"), 0.02, ["rounding to nearest"])],
+)  # fmt: skip
+def test_calibration_is_never_worse_than_rounding_to_nearest_on_its_own_rows(
+    architecture, bits, quantization, strength, told, tiny_model, data, tmp_path
+):
+    shape = {"group_size": quantization.group_size, "mode": quantization.mode} if bits else {}
+    base = tiny_model(architecture, bits=bits, **shape)
+    adapter, found, results = make_adapter(base, strength=strength), resolve_base(base), {}
+    text = choose_text(data, [], load_model(base).tokenizer, 8, 8)
+    batches = work.batches_of(text.calibration, found)
+    for method in ("nearest", "calibrated"):
+        options = FuseOptions(method=method, calibration=str(data), calibration_rows=8, check=False)
+        result = fuse(base, adapter, tmp_path / method, quantization=quantization, options=options)
+        fused = Variant(resolve_base(tmp_path / method), None, lambda _: True)
+        updates = Updates(((adapter, 1.0),))
+        results[method] = compare(Variant(found, updates), fused, None, batches).kl_mean, result
+    assert results["calibrated"][0] <= results["nearest"][0] * (1 + 1e-6)
+    assert [note.split(":")[0].split(" was")[0] for note in results["calibrated"][1].notes] == told

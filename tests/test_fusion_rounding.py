@@ -222,3 +222,28 @@ def test_a_light_update_keeps_its_length():
 def test_gram_is_the_product_of_a_matrix_with_itself(tokens):
     rows = np.random.default_rng(0).standard_normal((tokens, 96)).astype(np.float32)
     np.testing.assert_allclose(np.array(gram(mx.array(rows))), rows.T @ rows, atol=1e-3)
+
+
+def test_nearest_is_kept_where_it_moves_the_outputs_less():
+    weight, h = mx.random.normal((64, 128), key=mx.random.key(1)), np.eye(128, dtype=np.float32)
+    quantization = Quantization(4, 32)
+    plain = to_nearest(weight, quantization, mx.float32)
+    packed, _ = rounding.calibrated(weight, h, quantization, mx.float32)
+    assert rounding.nearest_if_better(packed, weight, h, mx.float32) is None
+    worse = to_nearest(weight * 1.2, quantization, mx.float32)
+    kept, loss = rounding.nearest_if_better(worse, weight, h, mx.float32)
+    assert all(mx.array_equal(a, b) for a, b in zip(kept.tensors.values(), plain.tensors.values(), strict=True))
+    error = weight - dequantize(plain)
+    assert loss == pytest.approx(error.square().mean().item() * 1.01, rel=1e-4)  # H is damped by 1 %
+
+
+def test_few_tokens_are_doubted():
+    """What is best for one token moves all others; nearest moves none much."""
+    weight, token = mx.random.normal((64, 128), key=mx.random.key(1)), np.zeros((128, 128), np.float32)
+    token[0, 0] = 1
+    quantization = Quantization(4, 32)
+    packed, _ = rounding.calibrated(weight, token, quantization, mx.float32)
+    assert rounding.nearest_if_better(packed, weight, token, mx.float32, damping=1e-4) is None
+    spoiled = to_nearest(mx.concatenate([weight[:, :1], weight[:, 1:] * 1.5], axis=1), quantization, mx.float32)
+    spoiled.weight[:, :1] = packed.weight[:, :1]
+    assert rounding.nearest_if_better(spoiled, weight, token, mx.float32, damping=128.0) is not None

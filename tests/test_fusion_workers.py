@@ -24,8 +24,8 @@ def make_task(seed: int, width: int = 128, out: int = 96, outputs: bool = True) 
 
 
 def same(one, other) -> bool:
-    parts = zip(one[0].tensors.values(), other[0].tensors.values(), strict=True)
-    return one[1] == other[1] and all(a.dtype == b.dtype and mx.array_equal(a, b).item() for a, b in parts)
+    parts = zip(one.packed.tensors.values(), other.packed.tensors.values(), strict=True)
+    return one.loss == other.loss and all(a.dtype == b.dtype and mx.array_equal(a, b).item() for a, b in parts)
 
 
 def test_workers_give_what_the_process_itself_gives():
@@ -43,10 +43,10 @@ def test_tasks_under_way_stay_within_the_memory():
         for _ in range(6):
             futures.append(pool.submit(task))
             most = max(most, pool._used)
-        assert all(future.result()[1] > 0 for future in futures)
+        assert all(future.result().loss > 0 for future in futures)
     assert task.nbytes <= most <= 2 * task.nbytes
     with Workers(1, memory=1) as pool:  # one always runs
-        assert pool.submit(task).result()[1] > 0
+        assert pool.submit(task).result().loss > 0
 
 
 def test_a_worker_that_dies_is_an_error_and_not_a_wait():

@@ -18,12 +18,10 @@ from mlx_adapters.fusion.hessian import Collector
 from mlx_adapters.fusion.moments import Moments, mix
 from mlx_adapters.fusion.packed import Packed
 from mlx_adapters.fusion.plan import LayerPlan, Updates
-from mlx_adapters.fusion.rounding import OUTPUT_DAMPING
+from mlx_adapters.fusion.rounding import DAMPING, OUTPUT_DAMPING
 from mlx_adapters.fusion.stream import dtype_name
-from mlx_adapters.fusion.workers import Task, Workers, worker_count
+from mlx_adapters.fusion.workers import Done, Task, Workers, worker_count
 from mlx_adapters.layers import weight_shape
-
-Rounded = Future[tuple[Packed, float]]
 
 
 class Spool:
@@ -32,14 +30,17 @@ class Spool:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.losses: dict[tuple[str, Quantization], float] = {}
+        self.nearest: set[tuple[str, Quantization]] = set()  # where that was better than calibration
         self._files: dict[tuple[str, Quantization], Path] = {}
 
-    def put(self, path: str, packed: Packed, loss: float) -> None:
+    def put(self, path: str, done: Done) -> None:
         """Keep one rounded layer."""
-        key = (path, packed.quantization)
-        self.losses[key] = loss
+        key = (path, done.packed.quantization)
+        self.losses[key] = done.loss
+        if done.nearest:
+            self.nearest.add(key)
         self._files[key] = self.folder / f"{len(self._files):06d}.safetensors"
-        tensor_files.write_safetensors(self._files[key], packed.tensors)
+        tensor_files.write_safetensors(self._files[key], done.packed.tensors)
 
     def get(self, path: str, quantization: Quantization | None) -> Packed | None:
         """The layer rounded to that precision, or None."""
@@ -49,7 +50,8 @@ class Spool:
         return Packed.of(tensor_files.read_safetensors(file), quantization)
 
     def remove(self) -> None:
-        """Delete everything."""
+        """Delete and forget everything."""
+        self._files = {}
         if self.folder.is_dir():
             files.remove(self.folder)
 
@@ -78,13 +80,13 @@ def round_layers(
     targets = {path: list(dict.fromkeys([target, *also])) for path, target in wanted.items()}
     shapes = {path: weight_shape(backward.source.layers[path]) for path in wanted}
     total = sum(map(len, targets.values()))
-    under_way: deque[tuple[str, list[Rounded]]] = deque()
+    under_way: deque[tuple[str, list[Future[Done]]]] = deque()
 
     def collect(most: int) -> None:
         """Take finished layers off the queue, waiting until at most so many are left."""
         while under_way and (len(under_way) > most or all(part.done() for part in under_way[0][1])):
             path, parts = under_way.popleft()
-            spool.put(path, *_stacked([part.result() for part in parts], len(shapes[path])))
+            spool.put(path, _stacked([part.result() for part in parts], len(shapes[path])))
             on_event(Progress("calibrate: round", len(spool.losses), total, "layer"))
 
     with Workers(worker_count(shapes.values())) as workers:
@@ -124,21 +126,25 @@ def tasks_for(
         # Few tokens know little of how outputs are felt together.
         damping = OUTPUT_DAMPING + weight.shape[0] / max(moments.output_tokens, 1)
         unit = weight.size * _mean_diagonal(fisher)
-        yield Task(weight, mix(plain, fisher), target, name, start, unit, outputs, together, damping, update)
+        doubt = DAMPING + weight.shape[1] / max(int(moments.tokens), 1)
+        yield Task(weight, mix(plain, fisher), target, name, start, unit, outputs, together, damping, update, doubt)
         return
+    seen = np.asarray(moments.tokens)
     for e in range(weight.shape[0]):
         unit = weight[e].size * _mean_diagonal(fisher[e])
         mine, first = (None if part is None else part[e] for part in (update, start))
-        yield Task(weight[e], mix(plain[e], fisher[e]), target, name, first, unit, update=mine)
+        doubt = DAMPING + weight.shape[2] / max(int(seen[e]), 1)
+        yield Task(weight[e], mix(plain[e], fisher[e]), target, name, first, unit, update=mine, doubt=doubt)
 
 
-def _stacked(parts: Sequence[tuple[Packed, float]], ndim: int) -> tuple[Packed, float]:
-    """The layer (`ndim` axes) that these matrices are, and the sum of their errors."""
+def _stacked(parts: Sequence[Done], ndim: int) -> Done:
+    """The layer (`ndim` axes) that these matrices are, with the sum of their errors."""
     if ndim == 2:
         return parts[0]
-    first = parts[0][0]
-    stacked = {name: mx.stack([packed.tensors[name] for packed, _ in parts]) for name in first.tensors}
-    return Packed.of(stacked, first.quantization), sum(loss for _, loss in parts)
+    first = parts[0].packed
+    stacked = {name: mx.stack([part.packed.tensors[name] for part in parts]) for name in first.tensors}
+    loss, nearest = sum(part.loss for part in parts), all(part.nearest for part in parts)
+    return Done(Packed.of(stacked, first.quantization), loss, nearest)
 
 
 def _mean_diagonal(fisher: np.ndarray) -> float:

@@ -83,7 +83,7 @@ def fuse(
         spool.remove()
         fidelity = work.check(folder)
         lost = fidelity is not None and fidelity.kl_mean > NOTABLE_KL
-        if work.method == "nearest" and lost and not work.trained_through:
+        if work.method == "nearest" and lost and not (work.trained_through or work.calibrated_in_vain):
             on_event(Note("Rounding to nearest lost part of the adapter; --method calibrated keeps more.", "warning"))
         q8 = options.format == "gguf" and quantization not in ("keep", "none")
         result = FuseResult(

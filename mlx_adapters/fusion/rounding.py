@@ -32,7 +32,7 @@ import numpy as np
 
 from mlx_adapters.config import Quantization
 from mlx_adapters.fusion.grids import Array, to_numpy
-from mlx_adapters.fusion.packed import Packed
+from mlx_adapters.fusion.packed import Packed, dequantize, to_nearest
 from mlx_adapters.fusion.rounder import Rounder
 
 DAMPING, OUTPUT_DAMPING = 0.01, 0.1
@@ -111,6 +111,29 @@ def calibrated(
     else:
         rounder.round_together(felt, change)
     return rounder.packed(np.argsort(order)), rounder.best_loss
+
+
+def nearest_if_better(
+    packed: Packed,
+    weight: mx.array,
+    hessian: Array,
+    dtype: mx.Dtype,
+    outputs: Array | None = None,
+    damping: float = DAMPING,
+    output_damping: float = OUTPUT_DAMPING,
+) -> tuple[Packed, float] | None:
+    """`weight` rounded to nearest and its error, if it moves the layer's outputs less than `packed` does; else None.
+
+    What calibration found is best for its own tokens; a larger `damping` judges by more than they say. The error is in
+    the units of `calibrated`. Of a large matrix some rows are compared, each by itself.
+    """
+    plain, matrix = to_nearest(weight, packed.quantization, dtype), to_numpy(weight)
+    some = slice(None, None, -(-matrix.size // LARGE))
+    felt = None if outputs is None or matrix.size > LARGE else damped(outputs, output_damping)
+    judge = damped(hessian, damping)
+    errors = [matrix[some].T - to_numpy(dequantize(each[some])).T for each in (plain, packed)]
+    losses = [error_felt(error, judge, felt) / error.size for error in errors]
+    return (plain, losses[0]) if losses[0] < losses[1] else None
 
 
 def row_blocks(rows: int) -> list[Array]:

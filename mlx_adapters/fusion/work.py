@@ -14,12 +14,13 @@ from mlx_adapters.fusion.fidelity import Fidelity, compare
 from mlx_adapters.fusion.job import Job
 from mlx_adapters.fusion.mixed import finer, layer_bytes, order_of_steps, targets_after, until_promise, within_budget
 from mlx_adapters.fusion.options import FuseOptions
-from mlx_adapters.fusion.packed import dequantize
+from mlx_adapters.fusion.packed import dequantize, to_nearest
 from mlx_adapters.fusion.plan import Precision, Updates
 from mlx_adapters.fusion.stream import dtype_name
 from mlx_adapters.fusion.text import Text, choose_text
 from mlx_adapters.machine import on_gpu
 from mlx_adapters.model import load_tokenizer_of
+from mlx_adapters.training.rows import spread
 from mlx_adapters.units import count
 
 Method = Literal["none", "nearest", "calibrated", "auto"]
@@ -28,6 +29,8 @@ THROUGH = (
     "then. Judge by the loss: the KL is from the adapter before rounding, which it was not trained to equal. After a "
     "short training, compare with --method calibrated."
 )
+JUDGING_ROWS = 16
+NEAREST = "on the calibration rows that keeps more of the adapter than calibration does; more rows may help"
 UNKNOWN = "calibration does not see what it computes of which token"
 
 
@@ -41,6 +44,7 @@ class Work:
         self.method = self._choose_method(targets)
         self.targets: dict[str, Precision] = {}
         self.notes: tuple[str, ...] = ()
+        self.calibrated_in_vain = False
         self._refuse_small_budget()
         self.text: Text | None = None
         if self.method == "calibrated" or options.check:
@@ -118,9 +122,45 @@ class Work:
         if unknown:
             layers = count(len(unknown), "layer")
             self.on_event(Note(f"{layers} rounded to nearest; {unknown[0]}: {UNKNOWN}.", "warning"))
+        if spool.nearest:
+            layers = count(len(spool.nearest), "layer")
+            self.notes += (f"rounding to nearest was better than calibration for {layers} of {len(spool.losses)}",)
+        if not self.mixed and self._nearest_is_better(spool):
+            self.method, self.calibrated_in_vain = "nearest", True
+            self.notes += (f"rounded to nearest: {NEAREST}",)
+            self.on_event(Note(f"Rounded to nearest: {NEAREST}."))
+            spool.remove()
+            return
         if self.mixed:
             self.targets = self._choose_targets(spool)
             job.retarget(self.targets)
+
+    def _rounded(self, spool: Spool) -> dict[str, Precision]:
+        """The precision of the layers that calibration rounded."""
+        return {plan.path: plan.target for plan in self.job.plans if (plan.path, plan.target) in spool.losses}
+
+    def _nearest_is_better(self, spool: Spool) -> bool:
+        """Whether the whole model strays less on (some of) the calibration rows with all layers rounded to nearest.
+
+        Layers are judged one by one before; few rows do not tell how their errors add up.
+        """
+        job, targets = self.job, self._rounded(spool)
+        rows = spread(self.text.calibration, JUDGING_ROWS) if self.text else []
+
+        def calibrated(path: str) -> mx.array | None:
+            packed = spool.get(path, targets.get(path))
+            return None if packed is None else dequantize(packed)
+
+        def nearest(path: str) -> mx.array | None:
+            target = targets.get(path)
+            if target is None:
+                return None
+            return dequantize(to_nearest(plain.source.fused(path, job.updates), target, job.scale_dtype))
+
+        touched = set(targets) | job.updates.paths()
+        fused, plain = (Variant(job.base, job.updates, touched.__contains__, f) for f in (calibrated, nearest))
+        found = compare(Variant(job.base, job.updates), fused, plain, batches_of(rows, job.base))
+        return found.base_kl is not None and found.base_kl < found.kl_mean
 
     def _choose_targets(self, spool: Spool) -> dict[str, Precision]:
         job, options = self.job, self.options
@@ -128,7 +168,7 @@ class Work:
         if options.budget_bits is not None:
             spare = options.budget_bits * job.parameters / 8 - job.size_bytes()
             return targets_after(within_budget(steps, int(spare)))
-        start = {plan.path: plan.target for plan in job.plans if (plan.path, plan.target) in spool.losses}
+        start = self._rounded(spool)
         total = sum(spool.losses[path, target] for path, target in start.items() if target is not None)
         batches = batches_of(self.text.check, job.base) if self.text else []
 

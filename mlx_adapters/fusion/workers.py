@@ -15,7 +15,7 @@ import threading
 import traceback
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO
 
 import mlx.core as mx
@@ -24,7 +24,7 @@ import numpy as np
 from mlx_adapters.config import Quantization
 from mlx_adapters.errors import ModelError
 from mlx_adapters.fusion.packed import Packed
-from mlx_adapters.fusion.rounding import OUTPUT_DAMPING, calibrated
+from mlx_adapters.fusion.rounding import DAMPING, OUTPUT_DAMPING, calibrated, nearest_if_better
 from mlx_adapters.machine import child_environment, memory_beside_model_bytes, performance_cores
 
 MOST_WORKERS = 64
@@ -47,14 +47,18 @@ class Task:
     together: bool = True
     output_damping: float = OUTPUT_DAMPING
     update: mx.array | None = None
+    doubt: float = DAMPING
 
-    def run(self) -> tuple[Packed, float]:
-        """The rounded weight and its error."""
+    def run(self) -> "Done":
+        """The rounded weight: calibrated, or to nearest where that is better; `doubt`: the damping of that judgment."""
+        dtype = getattr(mx, self.dtype)
         packed, loss = calibrated(
-            self.weight, self.hessian, self.quantization, getattr(mx, self.dtype), self.start, self.outputs,
+            self.weight, self.hessian, self.quantization, dtype, self.start, self.outputs,
             together=self.together, output_damping=self.output_damping, update=self.update,
         )  # fmt: skip
-        return packed, loss * self.unit
+        outputs, damping = self.outputs, self.output_damping
+        plain = nearest_if_better(packed, self.weight, self.hessian, dtype, outputs, self.doubt, damping)
+        return Done(*(plain or (packed, loss)), plain is not None).times(self.unit)
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -67,6 +71,19 @@ class Task:
         """About what running it takes: H, its factor and copies; the matrix, its errors and copies; G and its."""
         out, width = self.weight.shape
         return 4 * (6 * width * width + 7 * width * out + (3 * out * out if self.outputs is not None else 0))
+
+
+@dataclass(frozen=True)
+class Done:
+    """A rounded weight, its error, and whether it was rounded to nearest after all."""
+
+    packed: Packed
+    loss: float
+    nearest: bool = False
+
+    def times(self, unit: float) -> "Done":
+        """The same with the error in other units."""
+        return replace(self, loss=self.loss * unit)
 
 
 def worker_count(shapes: Iterable[tuple[int, ...]]) -> int:
@@ -110,10 +127,10 @@ class Workers:
             process.wait()
             _close(process.stdout)
 
-    def submit(self, task: Task) -> "Future[tuple[Packed, float]]":
+    def submit(self, task: Task) -> "Future[Done]":
         """Run a task; waits until there is room for it."""
         if self._threads is None:
-            done: Future[tuple[Packed, float]] = Future()
+            done: Future[Done] = Future()
             done.set_result(task.run())
             return done
         mx.eval(task.arrays)  # another thread than the one that made them cannot
@@ -132,7 +149,7 @@ class Workers:
             self._used, self._flying = self._used - need, self._flying - 1
             self._room.notify_all()
 
-    def _run(self, task: Task) -> tuple[Packed, float]:
+    def _run(self, task: Task) -> Done:
         process = self._idle.get()
         try:
             assert process.stdin and process.stdout
