@@ -8,14 +8,14 @@ import pytest
 from mlx.utils import tree_flatten
 from tiny_models import ARCHITECTURES, VOCABULARY
 
-from mlx_adapters.config import LoraConfig, Quantization, TrainConfig
-from mlx_adapters.layers import adaptable_layers, base_layer, dense_weight, named_layers, updated_weight
+from mlx_adapters.config import LoraConfig, TrainConfig
+from mlx_adapters.layers import adaptable_layers, named_layers
 from mlx_adapters.model import load_model
 from mlx_adapters.tensor_names import LORA_B, block_index, split
-from mlx_adapters.training import fuse_aware, graph, losses, start
+from mlx_adapters.training import graph, losses, start
 from mlx_adapters.training.batches import make_batch
 from mlx_adapters.training.data import Row
-from mlx_adapters.training.engine import Engine, LossPlan, device_batch, packing_is_exact, plan_loss
+from mlx_adapters.training.engine import device_batch, packing_is_exact, plan_loss
 
 PACKABLE = sorted(set(ARCHITECTURES) - {"gpt2"})
 
@@ -132,39 +132,6 @@ def test_packed_rows_do_not_see_each_other(tiny_model):
     assert second_loss(row(30, 7)) == pytest.approx(second_loss(row(30, 8)), rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_fuse_aware_forward_is_the_fused_and_rounded_model(kind, tiny_model):
-    planned = Quantization(4, 32)
-    model, _ = adapted(tiny_model("qwen3"), LoraConfig(rank=4, scale=2.0, type=kind))
-    layers = {p: layer for p, layer in named_layers(model.module) if base_layer(layer) is not layer}
-    model.module.eval()
-    tokens = mx.array(ROWS[0].tokens)[None]
-    with fuse_aware.rounded(layers, planned):
-        rounded = model.module(tokens)
-    plain = model.module(tokens)
-    for layer in layers.values():
-        weight = dense_weight(layer.linear, mx.float32)
-        fused = updated_weight(weight, layer.lora_a, layer.lora_b, layer.get("m"), layer.scale)
-        layer.linear.weight = fuse_aware.round_trip(fused, planned)
-        layer.lora_b = mx.zeros_like(layer.lora_b)
-        if kind == "dora":
-            layer.m = mx.linalg.norm(layer.linear.weight, axis=1)
-    expected = model.module(tokens)
-    assert mx.allclose(rounded, expected, atol=2e-4)
-    assert mx.abs(plain - expected).max() > 1e-2
-
-
-def test_fuse_aware_rounds_experts(tiny_model):
-    model, _ = adapted(tiny_model("mixtral"), LoraConfig(rank=4, scale=2.0, target_modules=("up_proj",)))
-    layers = {p: layer for p, layer in named_layers(model.module) if base_layer(layer) is not layer}
-    config = TrainConfig(fuse_aware=Quantization(2, 32))
-    engine = Engine(model.module, layers, config, LossPlan(None, 64))
-    batch = make_batch([[r] for r in ROWS])
-    rounded, gradients = engine.gradient(batch, 1.0, rounding=True)
-    assert abs(rounded.item() - engine.gradient(batch, 1.0)[0].item()) > 1e-2
-    assert all(mx.any(g != 0).item() for g in gradients.values())
-
-
 def test_patches_touch_no_class_and_are_taken_back(tiny_model):
     model, _ = adapted(tiny_model(), LoraConfig(rank=4, scale=2.0))
     layer, other = model.module.layers
@@ -172,25 +139,3 @@ def test_patches_touch_no_class_and_are_taken_back(tiny_model):
     with graph.recompute(layer):
         assert type(other) is kind and type(layer) is not kind and isinstance(layer, kind)
     assert type(layer) is kind and kind.__call__ is call
-
-
-def test_fuse_aware_rounds_the_other_layers_of_an_unquantized_base(tiny_model):
-    """The validation loss while training is the loss of the model that `fuse` will write."""
-    planned = Quantization(2, 32)
-    lora = LoraConfig(rank=4, scale=2.0, target_modules=("q_proj",))
-    for bits, expected in ((None, True), (2, False)):
-        model, weights = adapted(tiny_model("qwen3", bits=bits), lora)
-        layers = {p: layer for p, layer in named_layers(model.module) if base_layer(layer) is not layer}
-        config = TrainConfig(fuse_aware=planned, batch_size=3)
-        up = dict(named_layers(model.module))["model.layers.0.mlp.up_proj"]
-        before = mx.array(up.weight)
-        engine = start.prepare(model, config, tuple(ROWS), (), layers).engine
-        engine.weights = weights
-        loss = engine.evaluate([make_batch([[r] for r in ROWS])], rounding=True)
-        assert mx.array_equal(up.weight, before).item() is not expected
-        for layer in layers.values():
-            fused = updated_weight(layer.linear.weight, layer.lora_a, layer.lora_b, None, layer.scale)
-            layer.linear.weight, layer.lora_b = fuse_aware.round_trip(fused, planned), mx.zeros_like(layer.lora_b)
-        batch = make_batch([[r] for r in ROWS])
-        plain = losses.plain_loss(model.module, device_batch(batch)).item() / batch.trained_tokens
-        assert loss == pytest.approx(plain, rel=1e-4)

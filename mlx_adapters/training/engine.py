@@ -18,6 +18,7 @@ from mlx_adapters.tensor_names import block_index
 from mlx_adapters.training import fuse_aware, graph, losses
 from mlx_adapters.training.batches import Batch
 from mlx_adapters.training.distributed import World
+from mlx_adapters.training.fuse_aware import Rounding
 from mlx_adapters.training.losses import Arrays
 from mlx_adapters.training.optimizers import Optimizer, compiled
 
@@ -48,17 +49,18 @@ def _segments(module: nn.Module, batch: Arrays) -> list[graph.Segments] | None:
 
 @dataclass
 class Engine:
-    """A module with adapter layers, and what trains them. `adapted` maps paths to the adapted layers;
-    `round_all`: fuse-aware training rounds the others too."""
+    """A module with adapter layers, and what trains them. `adapted` maps paths to the adapted layers; `rounding`
+    is what fuse-aware training goes through."""
 
     module: nn.Module
     adapted: dict[str, nn.Module]
     config: TrainConfig
     plan: LossPlan
     world: World = field(default_factory=World)
-    round_all: bool = False
+    rounding: Rounding | None = None
     weights: Weights = field(init=False)
     optimizer: Optimizer = field(init=False)
+    _frozen_are_rounded: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.weights = dict(tree_flatten(self.module.trainable_parameters()))
@@ -129,16 +131,17 @@ class Engine:
         return found
 
     def _make_gradient(self, rounding: bool, recompute: bool):
-        def loss(weights: Weights, batch: Arrays, share: mx.array) -> tuple[mx.array, mx.array]:
+        def loss(weights: Weights, batch: Arrays, share: mx.array) -> tuple[mx.array, ...]:
             summed = self._loss(weights, batch)
-            return summed * share, summed
+            return summed * share, summed, graph.random_key()
 
         def gradient(weights: Weights, tokens: mx.array, positions: mx.array, targets: mx.array,
                      counted: mx.array, segments: mx.array | None, share: mx.array) -> tuple:  # fmt: skip
             self.module.train()
             batch = Arrays(tokens, positions, targets, counted, segments)
             with self._at_work(rounding, recompute):  # the backward pass calls blocks again
-                (_, summed), gradients = mx.value_and_grad(loss)(weights, batch, share)
+                (_, summed, key), gradients = mx.value_and_grad(loss)(weights, batch, share)
+            graph.set_random_key(key)  # as the forward pass left it
             return summed, gradients
 
         return gradient
@@ -158,17 +161,17 @@ class Engine:
         own = dict(tree_flatten(self.module.trainable_parameters()))
         with contextlib.ExitStack() as stack:
             stack.callback(losses.put, self.module, own)
-            if rounding and self.config.fuse_aware is not None:
-                stack.enter_context(fuse_aware.rounded(self.adapted, self.config.fuse_aware))
+            if rounding and self.rounding is not None:
+                stack.enter_context(fuse_aware.rounded(self.adapted, self.rounding))
             for layer in self.module.layers if recompute else ():
                 stack.enter_context(graph.recompute(layer))
             yield
 
     def _round_frozen_once(self, rounding: bool) -> None:
         """From the first rounded step on, the layers without an adapter are rounded for good."""
-        if rounding and self.round_all and self.config.fuse_aware is not None:
-            fuse_aware.round_frozen(self.module, self.adapted, self.config.fuse_aware)
-            self.round_all = False
+        if rounding and self.rounding is not None and not self._frozen_are_rounded:
+            fuse_aware.round_frozen(self.module, self.adapted, self.rounding)
+            self._frozen_are_rounded = True
 
     def _loss(self, weights: Weights, batch: Arrays) -> mx.array:
         losses.put(self.module, weights)

@@ -7,50 +7,79 @@ adapter that of the unrounded one.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from mlx.utils import tree_unflatten
+
 from mlx_adapters.config import Quantization
-from mlx_adapters.door import DoRALinear, LoRALinear, LoRASwitchLinear, SwitchLinear, mx, nn
+from mlx_adapters.door import LoRASwitchLinear, mx, nn
 from mlx_adapters.errors import ConfigError
-from mlx_adapters.layers import dense_weight, named_layers, updated_weight
+from mlx_adapters.fusion.packed import dequantize, to_nearest
+from mlx_adapters.fusion.plan import Precision, Source, plan_layers
+from mlx_adapters.layers import (
+    EMBEDDING,
+    QUANTIZED,
+    dense_layer,
+    dense_weight,
+    named_layers,
+    updated_weight,
+    weight_shape,
+)
 from mlx_adapters.training.graph import call_as
 
 
-def round_trip(weight: mx.array, planned: Quantization) -> mx.array:
-    """The weight as it will be after quantization, in float32."""
-    options = {"group_size": planned.group_size, "bits": planned.bits, "mode": planned.mode}
-    codes, scales, *biases = mx.quantize(weight, **options)
-    return mx.dequantize(codes, scales, *biases, **options).astype(mx.float32)
+@dataclass(frozen=True)
+class Rounding:
+    """What the fuse to come will write anew: each such layer's precision (None: unquantized) by its path, and the
+    type of its scales and unquantized weights."""
+
+    targets: dict[str, Precision]
+    dtype: mx.Dtype
+
+    def stored(self, path: str, weight: mx.array) -> mx.array:
+        """The float32 `weight` (..., out, in) as the fused model will hold it, in float32."""
+        target = self.targets[path]
+        if target is None:
+            return weight.astype(self.dtype).astype(mx.float32)
+        return dequantize(to_nearest(weight, target, self.dtype))
 
 
-def check(adapted: dict[str, nn.Module], planned: Quantization) -> None:
-    """Raise ConfigError for an adapted layer whose rounding cannot be trained through."""
-    for path, layer in adapted.items():
-        if not isinstance(layer, LoRALinear | DoRALinear | LoRASwitchLinear):
-            raise ConfigError(f"fuse-aware training cannot round '{path}'.", "leave embeddings out of the targets.")
-        if dense_weight(layer.linear).shape[-1] % planned.group_size:
+def plan_rounding(module: nn.Module, keys: Sequence[str], asked: Quantization) -> Rounding:
+    """What `fuse` to `asked` will do to the base `module`, as its folder holds it, with an adapter at `keys`.
+
+    Raises ConfigError for an adapted layer whose rounding cannot be trained through.
+    """
+    source = Source.of(module)
+    for key in keys:
+        if isinstance(source.layers[key], EMBEDDING):
+            raise ConfigError(f"fuse-aware training cannot round '{key}'.", "leave embeddings out of the targets.")
+        width = weight_shape(source.layers[key])[-1]
+        if width % asked.group_size:
             raise ConfigError(
-                f"'{path}' has inputs that are no multiple of group size {planned.group_size}.",
-                "choose another group size.",
+                f"'{key}' has {width} inputs, no multiple of the group size {asked.group_size}.",
+                "choose another --fuse-aware-group-size, or leave it out of --target-modules.",
             )
+    plans = plan_layers(source, set(keys), asked)
+    return Rounding({plan.path: plan.target for plan in plans if not plan.copied}, source.dtype)
 
 
 @contextlib.contextmanager
-def rounded(adapted: dict[str, nn.Module], planned: Quantization) -> Iterator[None]:
+def rounded(adapted: dict[str, nn.Module], rounding: Rounding) -> Iterator[None]:
     """Within the block, every adapted layer computes with its fused and quantized weight."""
     with contextlib.ExitStack() as stack:
-        for layer in adapted.values():
-            stack.enter_context(call_as(layer, _through_rounding(layer, planned)))
+        for path, layer in adapted.items():
+            stack.enter_context(call_as(layer, _through_rounding(path, layer, rounding)))
         yield
 
 
-def _through_rounding(layer: nn.Module, planned: Quantization) -> Callable[..., mx.array]:
+def _through_rounding(path: str, layer: nn.Module, rounding: Rounding) -> Callable[..., mx.array]:
     def call(original: Callable[..., mx.array], x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         fused = updated_weight(
             dense_weight(layer.linear, mx.float32), layer.lora_a, layer.lora_b, layer.get("m"), layer.scale
         )
-        error = mx.stop_gradient(round_trip(fused, planned) - fused).astype(x.dtype).swapaxes(-1, -2)
+        error = mx.stop_gradient(rounding.stored(path, fused) - fused).astype(x.dtype).swapaxes(-1, -2)
         if not isinstance(layer, LoRASwitchLinear):
             return original(x, *args, **kwargs) + x @ error
         y = original(x, *args, **kwargs)
@@ -61,14 +90,15 @@ def _through_rounding(layer: nn.Module, planned: Quantization) -> Callable[..., 
     return call
 
 
-def round_frozen(module: nn.Module, adapted: dict[str, nn.Module], planned: Quantization) -> None:
-    """Give the layers without an adapter the weights that the fused model will have, in place.
-
-    For a base that is not quantized as planned: there the fuse rounds every layer that can be rounded.
-    """
-    for path, layer in named_layers(module):
-        if path in adapted or not isinstance(layer, nn.Linear | nn.Embedding | SwitchLinear):
-            continue
-        if layer.weight.shape[-1] % planned.group_size == 0:
-            layer.weight = round_trip(layer.weight, planned).astype(layer.weight.dtype)
-            mx.eval(layer.weight)
+def round_frozen(module: nn.Module, adapted: dict[str, nn.Module], rounding: Rounding) -> None:
+    """Give the layers without an adapter the weights that the fused model will have, in place."""
+    layers = dict(named_layers(module))
+    for path in rounding.targets.keys() - adapted.keys():
+        layer = layers[path]
+        weight = rounding.stored(path, dense_weight(layer, mx.float32))
+        if isinstance(layer, QUANTIZED):
+            layer = dense_layer(layer, weight.astype(rounding.dtype))
+            module.update_modules(tree_unflatten([(path, layer)]))
+        else:
+            layer.weight = weight.astype(layer.weight.dtype)
+        mx.eval(layer.weight)

@@ -23,6 +23,7 @@ from mlx_adapters.training.batches import Batch
 from mlx_adapters.training.data import Row
 from mlx_adapters.training.engine import chunk_rows
 from mlx_adapters.training.feed import Feed, make_feed
+from mlx_adapters.training.fuse_aware import plan_rounding
 from mlx_adapters.training.probe import Prober, adapter_bytes, first_block, weight_bytes
 from mlx_adapters.training.rows import read_data
 
@@ -112,7 +113,9 @@ def forecast(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainC
 
 def _prober(base: Base, lora: LoraConfig, training: TrainConfig) -> Prober:
     module, config = load_module(base)
-    return Prober(base, start.adapter_config(module, lora), training, int(config.get("vocab_size", 1 << 16)))
+    adapter, asked = start.adapter_config(module, lora), training.fuse_aware
+    rounding = None if asked is None else plan_rounding(module, adapter.keys, asked)
+    return Prober(base, adapter, training, int(config.get("vocab_size", 1 << 16)), rounding)
 
 
 def _lengths(feed: Feed) -> list[int]:

@@ -5,7 +5,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlx.utils import tree_flatten
 
@@ -20,6 +20,7 @@ from mlx_adapters.tensor_names import block_index
 from mlx_adapters.training import graph
 from mlx_adapters.training.batches import Batch
 from mlx_adapters.training.engine import Engine, LossPlan, chunk_rows
+from mlx_adapters.training.fuse_aware import Rounding
 from mlx_adapters.training.optimizers import Optimizer
 
 
@@ -31,6 +32,7 @@ class Prober:
     adapter: AdapterConfig
     training: TrainConfig
     vocabulary: int
+    rounding: Rounding | None = None
 
     def step_bytes(self, batch: Batch, blocks: int) -> float:
         """Bytes that one step needs above what lies in memory all the time, for `blocks` adapted blocks."""
@@ -67,24 +69,25 @@ class Prober:
     def _engine(self, blocks: int) -> Engine:
         module = self._cut_module(blocks)
         first = first_block(self.adapter, 1 << 30)
-        keys = []
+        there = {}  # key in the cut module -> key in the whole one
         for key in self.adapter.keys:
             index = block_index(key)
             if index is None:
-                keys.append(key)
+                there[key] = key
             elif first <= index < first + blocks:
-                keys.append(key.replace(f".{index}.", f".{index - first}.", 1))
+                there[key.replace(f".{index}.", f".{index - first}.", 1)] = key
+        keys, rounding = tuple(there), self.rounding
+        if rounding is not None:  # of the adapted layers only: the others are rounded before the first step
+            rounding = replace(rounding, targets={key: rounding.targets[there[key]] for key in keys})
         set_precision(module, self.training.dtype)
         module.freeze()
-        config = AdapterConfig(
-            self.adapter.rank, self.adapter.scale, tuple(keys), self.adapter.type, self.adapter.dropout
-        )
+        config = AdapterConfig(self.adapter.rank, self.adapter.scale, keys, self.adapter.type, self.adapter.dropout)
         add_adapter_layers(module, config)
         mx.eval(module.parameters())
         layers = dict(named_layers(module))
         body = None if self.training.chunked_loss == "off" else graph.find_body(module)
         plan = LossPlan(body, chunk_rows(self.vocabulary))
-        return Engine(module, {key: layers[key] for key in keys}, self.training, plan)
+        return Engine(module, {key: layers[key] for key in keys}, self.training, plan, rounding=rounding)
 
     def _measure(self, batch: Batch, blocks: int, warm_up: int, timed: int) -> tuple[int, float]:
         engine = self._engine(blocks)

@@ -9,21 +9,20 @@ from typing import Any
 from mlx.utils import tree_flatten
 
 from mlx_adapters.adapter import Adapter, AdapterConfig
-from mlx_adapters.bases import quantization_in
 from mlx_adapters.config import LoraConfig, TrainConfig
 from mlx_adapters.door import mx, nn
 from mlx_adapters.errors import AdapterError, ConfigError, FormatError, IncompatibleError, ModelError, did_you_mean
 from mlx_adapters.events import Note, OnEvent
 from mlx_adapters.layers import add_adapter_layers, resolve_target_modules
 from mlx_adapters.machine import on_gpu
-from mlx_adapters.model import Model
+from mlx_adapters.model import Model, load_module
 from mlx_adapters.tensor_names import LORA_A, split
-from mlx_adapters.training import fuse_aware
 from mlx_adapters.training.batches import make_batch
 from mlx_adapters.training.data import Row, tokenize
 from mlx_adapters.training.distributed import World
 from mlx_adapters.training.engine import Engine, checkpointing_is_exact, packing_is_exact, plan_loss
 from mlx_adapters.training.feed import Feed, make_feed
+from mlx_adapters.training.fuse_aware import plan_rounding
 from mlx_adapters.training.rows import DataSet
 from mlx_adapters.units import count
 
@@ -180,13 +179,14 @@ def prepare(
     validation = make_feed(valid, plain, gpu=on_gpu(), world=world) if valid else None
     shortest = sorted(train, key=lambda row: len(row.tokens))[:2]
     probe = make_batch([[row] for row in shortest])
+    rounding = None
     if config.fuse_aware is not None:
-        fuse_aware.check(adapted, config.fuse_aware)
+        rounding = plan_rounding(load_module(model.base)[0], tuple(adapted), config.fuse_aware)
     with _model_errors():
         if config.packing and not packing_is_exact(model.module, probe, make_batch([shortest], packed=True)):
             raise ConfigError("Rows cannot be packed exactly with this architecture.", "train without --packing.")
         plan = plan_loss(model.module, config, int(model.config.get("vocab_size", 1 << 16)), probe)
-        engine = Engine(model.module, adapted, config, plan, world, _rounds_all(model, config))
+        engine = Engine(model.module, adapted, config, plan, world, rounding)
         if not config.grad_checkpoint:
             engine.gradient_of(
                 probe, recompute=False
@@ -208,8 +208,3 @@ def _model_errors() -> Iterator[None]:
         text = " ".join(str(error).split())[:300].rstrip(".")
         raise ModelError(f"mlx-lm's code for this model cannot be trained so: {text}.",
                          "choose other --target-modules, such as q_proj,v_proj.") from error  # fmt: skip
-
-
-def _rounds_all(model: Model, config: TrainConfig) -> bool:
-    """Whether the planned fuse rounds the layers without an adapter too: unless the base has that precision."""
-    return config.fuse_aware not in (None, quantization_in(model.config))
