@@ -20,9 +20,9 @@ from mlx_adapters.fusion.packed import dequantize, to_nearest
 from mlx_adapters.fusion.plan import Precision, Source, plan_layers
 from mlx_adapters.layers import (
     EMBEDDING,
-    QUANTIZED,
     dense_layer,
     dense_weight,
+    is_quantized,
     named_layers,
     updated_weight,
     weight_shape,
@@ -96,7 +96,7 @@ def round_frozen(module: nn.Module, adapted: dict[str, nn.Module], rounding: Rou
     for path in rounding.targets.keys() - adapted.keys():
         layer = layers[path]
         weight = rounding.stored(path, dense_weight(layer, mx.float32))
-        if isinstance(layer, QUANTIZED):
+        if is_quantized(layer):
             layer = dense_layer(layer, weight.astype(rounding.dtype))
             module.update_modules(tree_unflatten([(path, layer)]))
         else:
