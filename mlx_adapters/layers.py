@@ -230,13 +230,7 @@ def add_adapter_layers(module: nn.Module, config: AdapterConfig) -> None:
 
 
 def _adapter_layer(layer: nn.Module, key: str, config: AdapterConfig) -> nn.Module:
-    dora = config.type == "dora"
-    if isinstance(layer, SWITCH):
-        kind = None if dora else LoRASwitchLinear
-    elif isinstance(layer, EMBEDDING):
-        kind = LoRAEmbedding if not dora else None if is_quantized(layer) else DoRAEmbedding
-    else:
-        kind = DoRALinear if dora else LoRALinear
+    kind = _adapter_class(layer, config.type)
     if kind is None:
         raise ConfigError(f"'{key}' cannot take a DoRA adapter.", "leave it out of the target modules, or train LoRA.")
     made = kind.from_base(layer, r=config.rank, dropout=config.dropout, scale=config.scale)
@@ -245,6 +239,29 @@ def _adapter_layer(layer: nn.Module, key: str, config: AdapterConfig) -> nn.Modu
         bound = 1 / math.sqrt(shape[0])
         made.lora_a = mx.random.uniform(low=-bound, high=bound, shape=shape)
     return made
+
+
+def _adapter_class(layer: nn.Module, kind: str) -> Any:
+    """mlx-lm's adapter layer for a layer, None if it has none."""
+    if isinstance(layer, SWITCH):
+        return None if kind == "dora" else LoRASwitchLinear
+    if isinstance(layer, EMBEDDING):
+        return LoRAEmbedding if kind == "lora" else None if is_quantized(layer) else DoRAEmbedding
+    return DoRALinear if kind == "dora" else LoRALinear
+
+
+def loads_in_mlx_lm(layer: nn.Module, config: AdapterConfig) -> bool:
+    """Whether mlx-lm's own adapter layer on `layer`, as the base's folder holds it, takes tensors of our shapes.
+
+    Tried, not listed: its DoRA has other shapes on layers packed in 3, 5 or 6 bits. Draws random numbers.
+    """
+    kind = _adapter_class(layer, config.type)
+    try:
+        made = None if kind is None else kind.from_base(layer, r=config.rank, scale=config.scale)
+    except (ValueError, TypeError, AttributeError):
+        return False
+    shapes = expected_shapes(layer, config)
+    return made is not None and all(tuple(made[leaf].shape) == shape for leaf, shape in shapes.items())
 
 
 def attach(module: nn.Module, adapter: Adapter) -> None:

@@ -12,7 +12,7 @@ from mlx_adapters.adapter import Adapter
 from mlx_adapters.bases import Base, resolve_base
 from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.events import Note, OnEvent, ignore
-from mlx_adapters.layers import adaptable_layers, check_fits, dense_weight, is_quantized, weight_shape
+from mlx_adapters.layers import adaptable_layers, check_fits, dense_weight, is_quantized, loads_in_mlx_lm, weight_shape
 from mlx_adapters.model import load_module
 from mlx_adapters.peft_format.checkpoint import layout_of
 from mlx_adapters.peft_format.places import Places
@@ -61,7 +61,10 @@ def read_as_mlx(
     found = resolve_base(base)
     module, _ = load_module(found)
     converted = convert(peft, module, layout_of(found, module), found.name, tie)
-    for note in notes_on(peft, found):
+    layers, config = adaptable_layers(module), converted.adapter.config
+    bad = [key for key in config.keys if not loads_in_mlx_lm(layers[key], config)]
+    elsewhere = [f"Plain mlx-lm could not load it on '{bad[0]}' of this base."] if bad else []
+    for note in notes_on(peft, found) + elsewhere:
         on_event(Note(note, "warning"))
     metadata = {"source": "peft", "peft": record(peft, converted, source), "base": found.record()}
     return replace(converted.adapter, metadata=metadata | registry.made_now())

@@ -114,6 +114,7 @@ def forecast(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainC
 def _prober(base: Base, lora: LoraConfig, training: TrainConfig) -> Prober:
     module, config = load_module(base)
     adapter, asked = start.adapter_config(module, lora), training.fuse_aware
+    start.require_loadable(module, adapter)
     rounding = None if asked is None else plan_rounding(module, adapter.keys, asked)
     return Prober(base, adapter, training, int(config.get("vocab_size", 1 << 16)), rounding)
 

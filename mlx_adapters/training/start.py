@@ -13,10 +13,16 @@ from mlx_adapters.config import LoraConfig, TrainConfig
 from mlx_adapters.door import mx, nn
 from mlx_adapters.errors import AdapterError, ConfigError, FormatError, IncompatibleError, ModelError, did_you_mean
 from mlx_adapters.events import Note, OnEvent
-from mlx_adapters.layers import add_adapter_layers, resolve_target_modules
+from mlx_adapters.layers import (
+    adaptable_layers,
+    add_adapter_layers,
+    loads_in_mlx_lm,
+    quantization_of,
+    resolve_target_modules,
+)
 from mlx_adapters.machine import on_gpu
 from mlx_adapters.model import Model, load_module
-from mlx_adapters.tensor_names import LORA_A, split
+from mlx_adapters.tensor_names import LORA_A, MAGNITUDE, split
 from mlx_adapters.training.batches import make_batch
 from mlx_adapters.training.data import Row, tokenize
 from mlx_adapters.training.distributed import World
@@ -62,9 +68,11 @@ def add_layers(model: Model, lora: LoraConfig, seed: int) -> AdapterConfig:
     lora_b starts at zero, so both parts have a gradient of exactly zero there and stay zero.
     """
     config = adapter_config(model.module, lora)
+    require_loadable(load_module(model.base)[0], config)
     mx.random.seed(seed)
     model.module.freeze()
     add_adapter_layers(model.module, config)
+    _require_norms(model.module)
     ranks = module_ranks(config.keys, lora)
     for name, weight in tree_flatten(model.module.trainable_parameters()):
         path, leaf = split(name)
@@ -74,6 +82,33 @@ def add_layers(model: Model, lora: LoraConfig, seed: int) -> AdapterConfig:
             model.module.load_weights([(name, mx.where(inside, weight, 0.0))], strict=False)
     mx.eval(model.module.trainable_parameters())
     return config
+
+
+def require_loadable(module: nn.Module, config: AdapterConfig) -> None:
+    """Raise ConfigError for layers on which plain mlx-lm could not load the adapter. `module` is as its folder holds
+    it; on a CPU it is trained unquantized, and would not tell."""
+    layers = adaptable_layers(module)
+    bad = [key for key in config.keys if not loads_in_mlx_lm(layers[key], config)]
+    if bad:
+        quantization = quantization_of(layers[bad[0]])
+        bits = f" in {quantization.bits} bits" if quantization else ""
+        raise ConfigError(
+            f"mlx-lm could not load a DoRA adapter on '{bad[0]}'{bits} ({count(len(bad), 'layer')} of this kind).",
+            "train LoRA, leave them out of --target-modules, or take the unquantized base.",
+        )
+
+
+def _require_norms(module: nn.Module) -> None:
+    """Raise ConfigError for rows of zeros under a DoRA adapter, which divides by each row's norm."""
+    norms = {name: m for name, m in tree_flatten(module.trainable_parameters()) if split(name)[1] == MAGNITUDE}
+    zeros = {split(name)[0]: (m == 0).sum() for name, m in norms.items()}
+    mx.eval(zeros)
+    for path, found in zeros.items():
+        if found.item():
+            raise ConfigError(
+                f"{count(found.item(), 'row')} of '{path}' hold only zeros, and DoRA divides by their norm.",
+                "train LoRA, or leave the layer out of --target-modules.",
+            )
 
 
 def initialize_from(model: Model, config: AdapterConfig, adapter: Adapter) -> None:
