@@ -3,7 +3,9 @@
 A pack is a gzipped tar with one folder of regular files; equal contents give equal bytes. `unpacking` reads it.
 """
 
+import contextlib
 import gzip
+import hashlib
 import io
 import json
 import re
@@ -12,6 +14,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from mlx_adapters import files, paths, registry, replacing
 from mlx_adapters.adapter import read_adapter
@@ -19,7 +22,7 @@ from mlx_adapters.bases import Base
 from mlx_adapters.config import require
 from mlx_adapters.errors import AdapterError, ConfigError, ExistsError, FormatError, NotFoundError
 from mlx_adapters.events import Note, OnEvent, Progress, ignore
-from mlx_adapters.metadata import check_config, iterations_of, read_config, read_metadata
+from mlx_adapters.metadata import check_config, iterations_of, read_config, read_metadata, read_whole
 from mlx_adapters.replacing import Output
 from mlx_adapters.tensor_names import (
     ADAPTER_FILE,
@@ -74,12 +77,21 @@ def pack(source: str, target: str | Path, *, checkpoints: bool = False, overwrit
         raise NotFoundError(
             f"There is no adapter or model folder '{folder}'.", "'mlx-adapters list' shows the adapters."
         )
-    if (folder / CONFIG_FILE).is_file():
-        members = _adapter_members(folder, iteration, checkpoints)
-    else:
+    opened = contextlib.ExitStack()
+
+    def members_of() -> dict[str, IO[bytes]]:
+        opened.close()  # those of an attempt that came between two versions
+        if (folder / CONFIG_FILE).is_file():
+            return _adapter_members(folder, iteration, checkpoints, opened)
         require(not checkpoints and iteration is None, "Only adapters have checkpoints.")
-        members = _model_members(folder, on_event)
-    with files.atomic_file(target) as raw, gzip.GzipFile("", "wb", 1, raw, mtime=0) as stream:
+        return _model_members(folder, opened, on_event)
+
+    # Once they are open, what replaces or removes the files does not touch what is packed.
+    names = tuple(path.name for path in paths.visible(folder))
+    with opened, contextlib.ExitStack() as writing:
+        members = read_whole(folder, (ADAPTER_FILE, CONFIG_FILE, METADATA_FILE, *names), members_of)
+        raw = writing.enter_context(files.atomic_file(target))
+        stream = writing.enter_context(gzip.GzipFile("", "wb", 1, raw, mtime=0))
         for done, (name, content) in enumerate(sorted(members.items()), start=1):
             _write_member(stream, f"{folder.name[:60]}/{name}", content)
             on_event(Progress("pack", done, len(members), "file"))
@@ -97,36 +109,43 @@ def _is_pack(path: Path) -> bool:
     return info.mtime == 0 and info.name.count("/") == 1 and is_safe(info.name.partition("/")[2])
 
 
-def _adapter_members(folder: Path, iteration: int | None, checkpoints: bool) -> dict[str, Path | bytes]:
+def _adapter_members(
+    folder: Path, iteration: int | None, checkpoints: bool, opened: contextlib.ExitStack
+) -> dict[str, IO[bytes]]:
     adapter = read_adapter(folder, iteration)
     chosen = folder / (ADAPTER_FILE if iteration is None else checkpoint_file(iteration))
     members = {ADAPTER_FILE: chosen, CONFIG_FILE: folder / CONFIG_FILE}
     members |= {name: folder / name for name in EXTRAS if (folder / name).is_file()}
     if checkpoints:
         members |= {checkpoint_file(i): folder / checkpoint_file(i) for i in iterations_of(folder)}
-    checksums = {name: files.sha256(path) for name, path in members.items() if name.endswith(ADAPTER_FILE)}
+    streams = _open_all(members, opened)
+    weights = {name: stream for name, stream in streams.items() if name.endswith(ADAPTER_FILE)}
+    checksums = {name: hashlib.file_digest(stream, "sha256").hexdigest() for name, stream in weights.items()}  # type: ignore[arg-type]
     metadata = adapter.metadata | {"sha256": checksums} | ({"iteration": iteration} if iteration is not None else {})
-    return {**members, METADATA_FILE: json.dumps(metadata, indent=2, sort_keys=True).encode()}
+    return {**streams, METADATA_FILE: io.BytesIO(json.dumps(metadata, indent=2, sort_keys=True).encode())}
 
 
-def _model_members(folder: Path, on_event: OnEvent) -> dict[str, Path | bytes]:
+def _model_members(folder: Path, opened: contextlib.ExitStack, on_event: OnEvent) -> dict[str, IO[bytes]]:
     if not (folder / MODEL_CONFIG).is_file():
         raise NotFoundError(f"'{folder}' is neither an adapter nor a model: no {CONFIG_FILE}, no {MODEL_CONFIG}.")
     found = [path for path in paths.visible(folder) if path.is_file()]
     left = sorted(path.name for path in found if not is_safe(path.name))
     if left:
         on_event(Note(f"left out, because such files are not taken in again: {', '.join(left)}", "warning"))
-    return {path.name: path for path in found if is_safe(path.name)}
+    return _open_all({path.name: path for path in found if is_safe(path.name)}, opened)
 
 
-def _write_member(stream: gzip.GzipFile, name: str, content: Path | bytes) -> None:
-    with open(content, "rb") if isinstance(content, Path) else io.BytesIO(content) as source:
-        info = tarfile.TarInfo(name)
-        info.size, info.mode = source.seek(0, io.SEEK_END), 0o644
-        source.seek(0)
-        stream.write(info.tobuf(tarfile.GNU_FORMAT))
-        while block := source.read(CHUNK):
-            stream.write(block)
+def _open_all(members: dict[str, Path], opened: contextlib.ExitStack) -> dict[str, IO[bytes]]:
+    return {name: opened.enter_context(path.open("rb")) for name, path in members.items()}
+
+
+def _write_member(stream: gzip.GzipFile, name: str, content: IO[bytes]) -> None:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = content.seek(0, io.SEEK_END), 0o644
+    content.seek(0)
+    stream.write(info.tobuf(tarfile.GNU_FORMAT))
+    while block := content.read(CHUNK):
+        stream.write(block)
     stream.write(bytes(-info.size % BLOCK))
 
 

@@ -15,6 +15,7 @@ import pytest
 from adapters import make_adapter, make_run
 
 import mlx_adapters as ma
+import mlx_adapters.adapter as adapter_module
 from mlx_adapters import files, housekeeping, locks, packing, paths, project, registry, verifying
 from mlx_adapters.errors import ConfigError, ExistsError, StorageError, TrainingError
 
@@ -268,6 +269,56 @@ def test_a_refused_use_changes_nothing(base, home, monkeypatch):
                     housekeeping.use("a@100")
                 assert state(home) == before and sorted(p.name for p in folder.iterdir()) == kept
     assert housekeeping.use("a@100").iteration == 100
+
+
+# -- changes in the middle of a read ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", ["read_config", "read_safetensors", "read_metadata", "first_not_finite"])
+@pytest.mark.parametrize("change", ["overwrite", "use"])
+def test_a_read_that_is_overtaken_by_a_change_is_of_the_new_version(base, monkeypatch, step, change):
+    make_run(base, "x")
+    other = make_adapter(base, seed=5, factor=777.0, rank=2)
+    module = adapter_module.tensor_files if step == "read_safetensors" else adapter_module
+    read, overtaken = getattr(module, step), []
+
+    def overtaking(*arguments):
+        if not overtaken:
+            overtaken.append(step)
+            registry.register(other, "x", overwrite=True) if change == "overwrite" else housekeeping.use("x@300")
+        return read(*arguments)
+
+    monkeypatch.setattr(module, step, overtaking)
+    x = registry.load_adapter("x")
+    if change == "overwrite":
+        assert (x.fingerprint, x.config.rank) == (other.fingerprint, 2) and "iteration" not in x.metadata
+    else:
+        assert x.metadata["iteration"] == 300 and x.fingerprint == registry.load_adapter("x@300").fingerprint
+        assert registry.checksums_of(x.metadata)["adapters.safetensors"] == files.sha256(
+            x.folder / "adapters.safetensors"
+        )
+
+
+def test_a_pack_beside_changes_is_of_one_version(base, tmp_path, monkeypatch):
+    """The adapter is replaced while its files are opened, and again while they are packed."""
+    make_run(base, "x")
+    others = [make_adapter(base, seed=seed, factor=777.0, rank=2) for seed in (5, 6)]
+    packs = (lambda *_: registry.register(others[0], "x", overwrite=True)), (
+        lambda event: registry.register(others[1], "x", overwrite=True))  # fmt: skip
+    read, changed = packing.read_adapter, []
+
+    def overtaking(*arguments):
+        found = read(*arguments)
+        if not changed:
+            changed.append(packs[0]())
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "read_adapter", overtaking)
+        packing.pack("x", tmp_path / "x.tar.gz", checkpoints=True, on_event=packs[1])
+    packing.add(tmp_path / "x.tar.gz", out=tmp_path / "out")
+    assert registry.load_adapter(tmp_path / "out").fingerprint == others[0].fingerprint
+    assert registry.load_adapter("x").fingerprint == others[1].fingerprint
 
 
 # -- two processes ------------------------------------------------------------------------------------------
