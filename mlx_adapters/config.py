@@ -4,6 +4,7 @@
 wrong type is a ConfigError that names the key and its nearest neighbor.
 """
 
+import contextlib
 import dataclasses
 import math
 import types
@@ -35,6 +36,7 @@ def from_mapping(cls: type[Config], values: Mapping[str, Any], where: str = "the
     fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     checked = {}
     for key, value in values.items():
+        key = str(key)
         if key not in fields:
             raise ConfigError(f"Unknown setting '{key}' in {where}.", did_you_mean(key, fields))
         checked[key] = _convert(value, hints[key], key, where)
@@ -61,7 +63,8 @@ def _convert(value: Any, hint: Any, key: str, where: str) -> Any:
         if isinstance(value, Mapping):
             return {str(k): _convert(v, options[1], key, where) for k, v in value.items()}
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        with contextlib.suppress(OverflowError):
+            return float(value)
     elif dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return from_mapping(hint, value, f"'{key}' of {where}")  # type: ignore[arg-type]
     elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
@@ -74,6 +77,12 @@ def _describe(hint: Any) -> str:
         return " or ".join(repr(option) for option in typing.get_args(hint))
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_describe(option) for option in typing.get_args(hint))
+    if dataclasses.is_dataclass(hint):
+        return f"a mapping with {', '.join(field.name for field in dataclasses.fields(hint))}"
+    if typing.get_origin(hint) is tuple:
+        return "a list"
+    if typing.get_origin(hint) is dict:
+        return "a mapping"
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
     return names.get(hint, str(hint))
 
@@ -233,7 +242,8 @@ class TrainConfig:
             require(good, f"{name} must be a number above 0, not {value}.")
         for name in ("weight_decay", "warmup", "fuse_aware_from", "seed"):
             value = getattr(self, name)
-            require(math.isfinite(value) and value >= 0, f"{name} must be at least 0, not {value}.")
+            require(0 <= value < math.inf, f"{name} must be at least 0, not {value}.")
+        require(self.seed < 1 << 64, f"seed must be below 2**64, not {self.seed}.")
         require(self.max_seq_length >= 2, f"max_seq_length must be at least 2, not {self.max_seq_length}.")
         self._check_choices()
 

@@ -1,5 +1,6 @@
 """`train` on the command line: flags, config file, resume, log, reports and errors."""
 
+import dataclasses
 import json
 import sys
 import types
@@ -10,7 +11,7 @@ import yaml
 from click.testing import CliRunner
 from training_tools import write_data
 
-from mlx_adapters import files
+from mlx_adapters import LoraConfig, TrainConfig, files
 from mlx_adapters.cli import cli
 from mlx_adapters.errors import AdapterError, ConfigError, StorageError
 from mlx_adapters.registry import adapter_folder
@@ -192,6 +193,43 @@ def test_no_option_is_forgotten_here():
     assert all(callable(globals()[test]) for test in ACTIONS.values())
 
 
+ODD_VALUES = [
+    *("4", "-1", "1.5", "1e400", ".nan", "true", "2026-01-01", "12:30", "word", "''", "[]", "[1, [2]]", "{}"),
+    *("{1: 2}", "{bits: 4}", "{bits: 7}", "{bits: x}", "!!binary aGk=", "!!set {a}", "[q_proj, 1]"),
+]
+
+
+@pytest.mark.parametrize("value", ODD_VALUES)
+def test_whatever_a_config_file_holds_is_settled_in_a_sentence(run, value, tmp_path):
+    path = tmp_path / "config.yaml"
+    groups = {"lora": LoraConfig, "training": TrainConfig}
+    lines = [f"{key}: {value}" for key in ("base", "data", "name", *groups)]
+    lines += [f"{group}: {{{f.name}: {value}}}" for group, c in groups.items() for f in dataclasses.fields(c)]
+    lines += [f"lora: {{? {value} : 1}}", f"? {value}\n: 1"]
+    for line in (*lines, f"training: {{seed: {'9' * 400}}}"):
+        path.write_text(line + "\n")
+        done = CliRunner().invoke(cli, ["train", "--config", str(path), "--print-config"])
+        assert done.exit_code == 0 or isinstance(done.exception, ConfigError), f"{line}: {done.exception!r}"
+        assert done.exit_code == 0 or "<class" not in f"{done.exception.message}{done.exception.hint}"
+
+
+@pytest.mark.parametrize(
+    ("line", "told", "hint"),
+    [
+        ("name: 2026-01-01", "'name' in the config file must be text, not 2026-01-01", "name: '...'"),
+        ("data: [a, b]", "'data' in the config file must be text", "in quotes"),
+        ("training: {fuse_aware: 4}", "'fuse_aware' in the training settings cannot be 4", "bits, group_size, mode"),
+        ("training: {seed: 18446744073709551616}", "seed must be below 2", ""),
+        ("lora: false", "'lora' in the config file must hold 'key: value' lines", ""),
+    ],
+)
+def test_a_config_file_of_wrong_types_says_what_is_right(run, line, told, hint, tmp_path):
+    (tmp_path / "config.yaml").write_text(line + "\n")
+    done = CliRunner().invoke(cli, ["train", "base", "--config", str(tmp_path / "config.yaml"), "--print-config"])
+    assert isinstance(done.exception, ConfigError) and told in done.exception.message
+    assert hint in (done.exception.hint or "")
+
+
 def test_overwrite_and_init_from(run):
     assert run("--iterations", "2", "--rank", "4").exit_code == 0
     assert "already exists" in run("--iterations", "3").exception.message
@@ -251,7 +289,7 @@ def test_a_report_that_fails_is_one_warning_and_the_run_goes_on(run, monkeypatch
 
     fake = types.SimpleNamespace(
         init=lambda **k: call("init"), log=lambda *a, **k: call("log"), finish=lambda: call("finish")
-    )  # fmt: skip
+    )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     done = run("--iterations", "3", "--report-every", "1", "--report-to", "wandb")
     assert done.exit_code == 0 and done.stdout.startswith("run@") and "iteration 3/3" in done.stderr

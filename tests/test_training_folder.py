@@ -19,8 +19,9 @@ OTHER = LoraConfig(rank=4, scale=2.0, target_modules=("q_proj",))
 
 
 def config(**changes):
-    return TrainConfig(**{"iterations": 6, "batch_size": 3, "learning_rate": 0.01, "eval_every": 2, "save_every": 2}
-                       | changes)  # fmt: skip
+    return TrainConfig(
+        **{"iterations": 6, "batch_size": 3, "learning_rate": 0.01, "eval_every": 2, "save_every": 2} | changes
+    )
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 from training_tools import PowerCut, cut_after, outcome, write_data
 
 from mlx_adapters import LoraConfig, TrainConfig, files, locks, paths, temporaries, tensor_files, train
-from mlx_adapters.errors import ExistsError, FormatError, IncompatibleError, NotFoundError, TrainingError
+from mlx_adapters.errors import ConfigError, ExistsError, FormatError, IncompatibleError, NotFoundError, TrainingError
 from mlx_adapters.events import CheckpointSaved, Note
 from mlx_adapters.registry import adapter_folder
 from mlx_adapters.training import state as states
@@ -82,6 +82,9 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(stopped):
 
 
 def test_resume_of_finished_missing_newer_and_running(stopped):
+    for given in ({"init_from": "run"}, {"overwrite": True}):
+        with pytest.raises(ConfigError, match="goes on as it is"):
+            train(name="run", resume=True, **given)
     with pytest.raises(NotFoundError, match="'other' cannot be resumed"):
         train(name="other", resume=True)
     with locks.lock_file(stopped), pytest.raises(TrainingError, match="by another process"):

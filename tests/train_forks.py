@@ -1,7 +1,8 @@
 """Trains in forked processes, one for each line read: importing mlx-lm once instead of thirty times.
 
-Line: JSON keywords of `train`, with settings as mappings. Answers "pid N", and "exit N" when the process ended
-(minus the signal's number if it was killed). Nothing is computed before the fork, so each child is as good as new.
+Line: JSON keywords of `train`, with settings as mappings, and the home folder. Answers "pid N", and "exit N" when the
+process ended (minus the signal's number if it was killed). Nothing is computed before the fork, so each child is as
+good as new.
 A Mac's frameworks do not survive a fork; there each line gets a new process.
 """
 
@@ -17,9 +18,12 @@ from mlx_adapters.training.folder import place_of
 
 
 def run(request: dict) -> None:
+    os.environ["MLX_ADAPTERS_HOME"] = request.pop("home")
     lora = from_mapping(LoraConfig, request.pop("lora"))
     training = from_mapping(TrainConfig, request.pop("training"))
     started = (place_of(request["name"])[1] / "recipe.json").exists()
+    if started:
+        request.pop("init_from", None)
     try:
         runs.train(**request, lora=lora, training=training, resume=started)
     except TrainingError as error:  # killed after its last save

@@ -10,9 +10,14 @@ from mlx_adapters import LoraConfig, Quantization, TrainConfig
 
 LORA = {"rank": 4, "scale": 2.0, "dropout": 0.1}
 TRAINING = {
-    "iterations": 10, "batch_size": 3, "learning_rate": 0.01, "eval_every": 4, "save_every": 3, "report_every": 2,
+    "iterations": 10,
+    "batch_size": 3,
+    "learning_rate": 0.01,
+    "eval_every": 4,
+    "save_every": 3,
+    "report_every": 2,
     "seed": 7,
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,18 @@ WAYS = {
     "float32": Way({}, {"dtype": "float32"}, {"bits": 4, "group_size": 32}),
     "fuse-aware": Way({}, {"fuse_aware": QUARTER, "fuse_aware_from": 4, **CLIPPED}),
     "fuse-aware, its base": Way({}, {"fuse_aware": QUARTER, **CLIPPED}, {"bits": 4, "group_size": 32}),
-    "early stop": Way({}, {"learning_rate": 3.0, "optimizer": "sgd", "early_stop": 2, "eval_every": 1,
-                           "eval_batches": 1, "iterations": 30, "max_grad_norm": 5.0}),
+    "early stop": Way(
+        {},
+        {
+            "learning_rate": 3.0,
+            "optimizer": "sgd",
+            "early_stop": 2,
+            "eval_every": 1,
+            "eval_batches": 1,
+            "iterations": 30,
+            "max_grad_norm": 5.0,
+        },
+    ),
     "few kept": Way({}, {"keep": 1, "save_every": 2, "eval_every": 2, "save_every_minutes": 1e9, **CLIPPED}),
     "from an adapter": Way({}, CLIPPED, init_from=True),
-}  # fmt: skip
+}

@@ -124,19 +124,27 @@ def read_settings(options: dict[str, Any]) -> Settings:
     training |= {_key(flag): True for flag, _ in FLAGS if given.get(_key(flag))}
     if quantization := _fuse_aware(given):
         training["fuse_aware"] = quantization
-    places = {key: given.get(key, file.get(key)) for key in ("base", "data", "name")}
-    if set(training.get("fuse_aware") or ()) == {"bits"} and places["base"] is not None:
-        own = _own_grouping(places["base"], training["fuse_aware"]["bits"], not given.get("print_config"))
-        training["fuse_aware"] = training["fuse_aware"] | own
+    places = {key: given.get(key, _text(file, key)) for key in ("base", "data", "name")}
+    own_bits = training.get("fuse_aware")
+    if isinstance(own_bits, dict) and set(own_bits) == {"bits"} and places["base"] is not None:
+        own = _own_grouping(places["base"], own_bits["bits"], not given.get("print_config"))
+        training["fuse_aware"] = own_bits | own
     settings = Settings(**places, lora=lora, training=training)
     return dataclasses.replace(settings, lora=lora | _scale_of_alpha(given, settings))
 
 
+def _text(file: Mapping[str, Any], key: str) -> str | None:
+    value = file.get(key)
+    if value is not None and not isinstance(value, str):
+        raise ConfigError(f"'{key}' in the config file must be text, not {value}.", f"write {key}: '...' in quotes.")
+    return value
+
+
 def _mapping(file: Mapping[str, Any], key: str) -> dict[str, Any]:
-    value = file.get(key) or {}
-    if not isinstance(value, dict):
+    value = file.get(key)
+    if value is not None and not isinstance(value, dict):
         raise ConfigError(f"'{key}' in the config file must hold 'key: value' lines.")
-    return dict(value)
+    return {str(name): setting for name, setting in (value or {}).items()}
 
 
 def _key(flag: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from mlx_adapters import replacing
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.bases import Base, resolve_base
-from mlx_adapters.config import LoraConfig, TrainConfig
+from mlx_adapters.config import LoraConfig, TrainConfig, require
 from mlx_adapters.errors import ConfigError, FormatError, TrainingError
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.layers import named_layers
@@ -107,6 +107,7 @@ def train(
     world = distributed.start()
     on_event = on_event if world.leads else ignore
     if resume:
+        require(init_from is None and not overwrite, "A resumed run goes on as it is: no init_from, no overwrite.")
         old = world.share(lambda: read_recipe(path))
         lora, training = lora or settings_of(old)[0], training or settings_of(old)[1]
         request = _Request(
