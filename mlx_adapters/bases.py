@@ -20,8 +20,20 @@ from mlx_adapters.errors import FormatError, HubError, ModelError, NotFoundError
 from mlx_adapters.tensor_names import CONFIG_FILE
 
 DEMO = "demo"
+INDEX_FILE = "model.safetensors.index.json"
+OTHER_FILE = "other.safetensors"  # of a fused model: tensors that mlx-lm does not use (see `fusion.left_out`)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
-MODEL_FILES = ["*.json", "model*.safetensors", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
+MODEL_FILES = [
+    "*.json",
+    "model*.safetensors",
+    OTHER_FILE,
+    "*.py",
+    "*.model",
+    "*.tiktoken",
+    "*.txt",
+    "*.jsonl",
+    "*.jinja",
+]
 # (mlx-lm's name, of which model type, the name that transformers 5 may write instead)
 RENAMED_SETTINGS = (("num_experts", "qwen3_moe", "num_local_experts"), ("n_ctx", "gpt2", "n_positions"))
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "model_max_length")

@@ -128,6 +128,25 @@ def make_module(config: dict[str, Any]) -> nn.Module:
     return model(arguments.from_dict(config))
 
 
+def sanitize_of(module: nn.Module) -> Callable[[dict[str, mx.array]], dict[str, mx.array]]:
+    """What mlx-lm makes of a checkpoint's tensors for this model of `make_module`.
+
+    It may be called again: some take layers out of their model.
+    """
+    if not hasattr(module, "sanitize"):
+        return dict
+    parts = [(part, dict(part)) for _, part in module.named_modules() if hasattr(part, "sanitize")]
+
+    def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        try:
+            return module.sanitize(weights)
+        finally:
+            for part, children in parts:
+                dict.update(part, children)
+
+    return sanitize
+
+
 def harness_model(module: nn.Module, tokenizer: TokenizerWrapper, batch_size: int) -> Any:
     """mlx-lm's model for lm-evaluation-harness, made of a model that is loaded already."""
     with _unchanged_limits(), warnings.catch_warnings():
@@ -161,6 +180,7 @@ __all__ = [
     "make_sampler",
     "mx",
     "nn",
+    "sanitize_of",
     "refusals",
     "stream_generate",
 ]

@@ -11,14 +11,17 @@ import os
 import re
 import struct
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.files import atomic_file
+from mlx_adapters.paths import require_free_space
 
+BLOCK = 16 << 20  # bytes copied at once
 HASHED_LATER = 32  # tensors that may wait, written, for their hash
 DTYPES = {
     "float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32", "uint16": "U16", "uint8": "U8",
@@ -65,8 +68,7 @@ def stream_safetensors(
         size = _ITEM_SIZES[code] * math.prod(shape)
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    frame = _frame(header)
     with atomic_file(path) as stream, ThreadPoolExecutor(1) as worker:
         digest = hashlib.sha256()
         hashing: deque[Future[None]] = deque()
@@ -78,7 +80,7 @@ def stream_safetensors(
                     hashing.popleft().result()
             stream.write(data)
 
-        write(struct.pack("<Q", len(encoded)) + encoded)
+        write(frame)
         for (name, dtype, shape), array in zip(layout, arrays, strict=True):
             found = str(array.dtype).removeprefix("mlx.core.")
             if tuple(array.shape) != tuple(shape) or (found != dtype and (found, dtype) != ("uint16", "bfloat16")):
@@ -87,6 +89,13 @@ def stream_safetensors(
         for hashed_one in hashing:
             hashed_one.result()
     return digest.hexdigest() if hashed else ""
+
+
+def _frame(header: Mapping[str, Any]) -> bytes:
+    """The file's beginning: the header behind its length."""
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return struct.pack("<Q", len(encoded)) + encoded
 
 
 def raw_bytes(array: Any) -> memoryview | bytes:
@@ -187,3 +196,56 @@ def read_safetensors(path: Path) -> dict[str, Any]:
         raise FormatError(
             f"'{path}' cannot be read: {error}.", "it may be damaged; copy or download it again."
         ) from None
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor's bytes lie; `dtype` in the file's own spelling."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    def read(self, first: int, length: int) -> bytes:
+        """At most `length` of its bytes, from number `first` on."""
+        with open(self.path, "rb") as stream:
+            stream.seek(self.start + first)
+            return stream.read(min(length, self.nbytes - first))
+
+    def blocks(self) -> Iterator[bytes]:
+        """Its bytes, some megabytes at a time."""
+        return (self.read(first, BLOCK) for first in range(0, self.nbytes, BLOCK))
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Where the tensors of a safetensors file lie, by name. Raises NotFoundError or FormatError."""
+    header, _ = read_safetensors_header(path)
+    with open(path, "rb") as stream:
+        begin = 8 + struct.unpack("<Q", stream.read(8))[0]
+    return {
+        name: StoredTensor(path, entry["dtype"], tuple(entry["shape"]), begin + first, last - first)
+        for name, entry in header.items()
+        for first, last in [entry["data_offsets"]]
+    }
+
+
+def copy_tensors(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Write tensors of other files to a new one as they are, in the order of their names, some megabytes at a time.
+
+    Raises StorageError when the disk refuses.
+    """
+    require_free_space(path.parent, sum(tensor.nbytes for tensor in tensors.values()))
+    names, offset = sorted(tensors), 0
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    for name in names:
+        tensor = tensors[name]
+        span = [offset, offset + tensor.nbytes]
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": span}
+        offset = span[1]
+    with atomic_file(path) as stream:
+        stream.write(_frame(header))
+        for name in names:
+            for block in tensors[name].blocks():
+                stream.write(block)

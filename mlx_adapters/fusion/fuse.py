@@ -22,6 +22,7 @@ from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.fusion import recipe as recipes
 from mlx_adapters.fusion.calibrate import Spool
 from mlx_adapters.fusion.job import Job, open_job
+from mlx_adapters.fusion.left_out import described, left_out
 from mlx_adapters.fusion.options import DEFAULTS, FuseOptions
 from mlx_adapters.fusion.plan import Updates
 from mlx_adapters.fusion.recipe import Given, Recipe
@@ -81,6 +82,10 @@ def fuse(
         work.round(spool)
         size = _write(job, folder, asked, quantization, options.format, spool, on_event)
         spool.remove()
+        if options.format != "mlx" and (others := left_out(found)[0]):
+            job.notes.append(f"{described(others)} left out: the format '{options.format}' has no place for them")
+        for note in job.notes:
+            on_event(Note(f"{note}.", "warning" if "left out" in note else "info"))
         fidelity = work.check(folder)
         lost = fidelity is not None and fidelity.kl_mean > NOTABLE_KL
         if work.method == "nearest" and lost and not (work.trained_through or work.calibrated_in_vain):
@@ -90,8 +95,7 @@ def fuse(
             folder=out, method="nearest" if q8 else work.method, quantization=job.quantization(asked), size_bytes=size,
             bits_per_weight=8 * size / job.parameters, survival=tuple(sorted(job.survival, key=lambda s: s.path)),
             fidelity=fidelity, text=work.text.describe() if work.text else None,
-            notes=notes + work.notes,
-            seconds=time.perf_counter() - started,
+            notes=(*notes, *work.notes, *job.notes), seconds=time.perf_counter() - started,
         )  # fmt: skip
         _refuse_unfaithful(result, options)
         files.write_json(folder / RECIPE_FILE, {"format": 1} | _recipe(work, given, dtype, folder))

@@ -13,6 +13,7 @@ from mlx_adapters.bases import Base, quantization_in
 from mlx_adapters.config import Quantization, require
 from mlx_adapters.door import mx, nn
 from mlx_adapters.events import OnEvent
+from mlx_adapters.fusion.left_out import hand_on, quantization_with
 from mlx_adapters.fusion.packed import Packed, dequantize, to_nearest
 from mlx_adapters.fusion.plan import (
     LayerPlan,
@@ -50,6 +51,7 @@ class Job:
     dtype: mx.Dtype | None
     survival: list[Survival] = field(default_factory=list)
     stored: Callable[[mx.array], mx.array] | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def scale_dtype(self) -> mx.Dtype:
@@ -168,7 +170,9 @@ class Job:
         config = dict(self.base.config)
         if self.dtype is not None:
             config |= {key: dtype_name(self.dtype) for key in ("torch_dtype", "dtype") if key in config}
-        write_config(folder, config, self.quantization(asked))
+        others, notes = hand_on(self.base, folder)
+        self.notes += notes
+        write_config(folder, config, quantization_with(others, self.base.config, self.quantization(asked)))
         copy_companions(self.base, folder)
         return size
 

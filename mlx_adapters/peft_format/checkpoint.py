@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 
 from mlx_adapters import tensor_files, tensor_names
 from mlx_adapters.bases import Base
-from mlx_adapters.door import make_module
+from mlx_adapters.door import make_module, sanitize_of
 from mlx_adapters.layers import SWITCH, nn
 from mlx_adapters.peft_format.probing import Layout, Shapes, Tensors, trace
 from mlx_adapters.tensor_names import CHECKPOINT_RENAMES, EXPERT_FORMS, WEIGHT, Renames
@@ -42,22 +42,6 @@ def layout_of(base: Base, module: nn.Module) -> Layout:
             if found.fits(wanted):
                 return found
     return trace(sanitize, _original(blank, wanted, sanitize), wanted)
-
-
-def sanitize_of(blank: nn.Module) -> Callable[[Tensors], Tensors]:
-    """`blank`'s sanitize, which may be called again: some take layers out of their model."""
-    if not hasattr(blank, "sanitize"):
-        return dict
-    parts = [(module, dict(module)) for _, module in blank.named_modules() if hasattr(module, "sanitize")]
-
-    def sanitize(weights: Tensors) -> Tensors:
-        try:
-            return blank.sanitize(weights)
-        finally:
-            for module, children in parts:
-                dict.update(module, children)
-
-    return sanitize
 
 
 def _stored(base: Base) -> Shapes | None:

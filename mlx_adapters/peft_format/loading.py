@@ -9,10 +9,9 @@ import mlx.core as mx
 from mlx_adapters import tensor_names
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.bases import Base
-from mlx_adapters.door import make_module
+from mlx_adapters.door import make_module, sanitize_of
 from mlx_adapters.errors import FidelityError
 from mlx_adapters.layers import updated_weight
-from mlx_adapters.peft_format.checkpoint import sanitize_of
 from mlx_adapters.peft_format.probing import Layout, Shapes, Tensors
 from mlx_adapters.peft_format.reading import PeftAdapter, PeftModule
 from mlx_adapters.peft_format.whole import Whole
