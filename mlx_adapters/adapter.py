@@ -145,9 +145,15 @@ class Adapter:
     def check(self) -> "Adapter":
         """Hold tensors against the config; return self.
 
-        Raises FormatError for missing, unknown or misshapen tensors, and for NaN or Inf.
+        Raises FormatError for missing, unknown, empty or misshapen tensors, for other numbers than floats, and for NaN
+        or Inf.
         """
         check_shapes({name: tuple(w.shape) for name, w in self.weights.items()}, self.config, self.name)
+        for name, array in self.weights.items():
+            if array.dtype not in _INFINITY:
+                kinds = "float32, bfloat16 or float16"
+                found = str(array.dtype).removeprefix("mlx.core.")
+                raise FormatError(f"Adapter '{self.name}': '{name}' is {found}; an adapter's are {kinds}.", _DAMAGED)
         if bad := first_not_finite(self.weights):
             raise FormatError(
                 f"Adapter '{self.name}' holds NaN or Inf in '{bad}'.",
@@ -182,6 +188,8 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: AdapterConfig, n
         path, leaf = tensor_names.split(tensor)
         if leaf not in ADAPTER_LEAVES or not path:
             raise FormatError(f"Adapter '{name}' has a tensor '{tensor}' that no adapter has.", _DAMAGED)
+        if 0 in shapes[tensor]:
+            raise FormatError(f"Adapter '{name}': '{tensor}' is empty, with shape {shapes[tensor]}.", _DAMAGED)
     if not config.keys:
         raise FormatError(f"Adapter '{name}' holds no tensors.", _DAMAGED)
     for key in config.keys:

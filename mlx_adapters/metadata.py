@@ -17,6 +17,7 @@ from mlx_adapters.tensor_names import ADAPTER_FILE, CHECKPOINT_FILE, CONFIG_FILE
 
 MAX_BYTES = 64 << 20  # a loss curve of a million points has 30 MB
 MAX_DEPTH = 20
+LARGEST_SCALE = 3e38  # float32 ends there
 
 
 class Whole(dict[str, Any]):
@@ -56,10 +57,10 @@ def plain(value: Any) -> Any:
     return None if found is _OUT else found
 
 
-def is_number(value: Any) -> bool:
-    """Whether it is a finite number, and one that a float can hold."""
+def is_number(value: Any, limit: float = math.inf) -> bool:
+    """Whether it is a finite number that a float can hold, below `limit` in size."""
     try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(float(value)) < limit
     except OverflowError:
         return False
 
@@ -129,8 +130,8 @@ def check_config(raw: Mapping[str, Any], where: str) -> None:
     rank, scale, dropout = parameters.get("rank"), parameters.get("scale"), parameters.get("dropout", 0.0)
     needed = {
         "rank": (rank, "a whole number of at least 1", _is_whole(rank, least=1)),
-        "scale": (scale, "a number", is_number(scale)),
-        "dropout": (dropout, "a number", is_number(dropout)),
+        "scale": (scale, "a number that float32 holds", is_number(scale, LARGEST_SCALE)),
+        "dropout": (dropout, "a number from 0 to below 1", is_number(dropout) and 0 <= dropout < 1),
         "num_layers": (layers, "a whole number", layers is None or _is_whole(layers)),
     }
     for name, (value, what, right) in needed.items():

@@ -4,14 +4,15 @@ import json
 import math
 from contextlib import suppress
 
+import mlx.core as mx
 import pytest
 from adapters import make_adapter, make_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_adapters import files, housekeeping, inspecting, metadata, registry, verifying
+from mlx_adapters import files, housekeeping, inspecting, metadata, registry, tensor_files, verifying
 from mlx_adapters.adapter import read_adapter
-from mlx_adapters.errors import AdapterError
+from mlx_adapters.errors import AdapterError, FormatError
 from mlx_adapters.hub.uploads import make_card
 
 HUGE = 10**400
@@ -151,7 +152,8 @@ def test_odd_configs_are_read_or_refused(base, home, path, value):
 
 @pytest.mark.parametrize(("field", "value", "words"), [
     ("scale", None, "'scale', which is missing"), ("scale", HUGE, "'scale'"), ("rank", HUGE, "'rank'"),
-    ("rank", 0, "at least 1 as 'rank', not '0'"), ("dropout", "x", "a number as 'dropout', not 'x'"),
+    ("rank", 0, "at least 1 as 'rank', not '0'"), ("dropout", "x", "below 1 as 'dropout', not 'x'"),
+    ("scale", 1e308, "float32 holds as 'scale', not '1e\\+308'"), ("dropout", 1, "below 1 as 'dropout'"),
 ])  # fmt: skip
 def test_a_config_error_names_the_culprit(base, field, value, words):
     registry.register(make_adapter(base), "odd")
@@ -182,3 +184,34 @@ def test_a_huge_or_deep_file_is_refused_and_hides_nothing(base, monkeypatch):
     (registry.adapter_folder("deep") / "adapter_config.json").write_text(json.dumps({"x": [[[1]]] * 3}))
     assert [(e.name, e.problem is None) for e in registry.list_adapters()] == [
         ("deep", False), ("good", True), ("huge", False)]  # fmt: skip
+
+
+NOT_TENSORS_OF_AN_ADAPTER = {
+    "empty": (lambda a: a[:0], "is empty, with shape"),
+    "whole numbers": (lambda a: a.astype(mx.int32), "is int32; an adapter's are float32"),
+    "one row too many": (lambda a: mx.concatenate([a, a], axis=1), "do not fit rank 4"),
+    "a scalar": (lambda a: a[0, 0], "do not fit rank 4"),
+    "NaN": (lambda a: a * mx.nan, "holds NaN or Inf"),
+}
+
+
+@pytest.mark.parametrize("how", NOT_TENSORS_OF_AN_ADAPTER)
+def test_tensors_that_no_adapter_has_are_refused_by_name(base, how):
+    change, words = NOT_TENSORS_OF_AN_ADAPTER[how]
+    registry.register(make_adapter(base), "odd")
+    path = registry.adapter_folder("odd") / "adapters.safetensors"
+    weights = dict(mx.load(str(path)))
+    name = sorted(weights)[0]
+    tensor_files.write_safetensors(path, weights | {name: change(weights[name])})
+    for read in (registry.load_adapter, inspecting.describe, lambda one: inspecting.compare(one, one)):
+        with pytest.raises(FormatError, match=words):
+            read("odd")
+    assert not verifying.verify("odd").sound
+
+
+def test_norms_of_huge_factors_are_numbers(base):
+    weights = make_adapter(base).weights
+    huge = {name: mx.full(array.shape, 1e30) for name, array in weights.items()}
+    registry.register(make_adapter(base).with_weights(huge), "huge")
+    assert all(math.isfinite(layer.norm) and layer.norm > 1e60 for layer in inspecting.describe("huge").layers)
+    assert inspecting.compare("huge", "huge").cosine == pytest.approx(1.0)

@@ -38,9 +38,9 @@ class Update:
 
 
 def inner(x: Update, y: Update) -> float:
-    """⟨ΔX, ΔY⟩ = Σ entries of ΔX ∘ ΔY, in O((in + out) · r²), float64 accumulated over small matrices."""
-    left = (np.swapaxes(x.a, -1, -2) @ y.a).astype(np.float64)
-    right = (x.b @ np.swapaxes(y.b, -1, -2)).astype(np.float64)
+    """⟨ΔX, ΔY⟩ = Σ entries of ΔX ∘ ΔY, in O((in + out) · r²), in float64, where no float32 factor overflows."""
+    xa, xb, ya, yb = (factor.astype(np.float64) for factor in (x.a, x.b, y.a, y.b))
+    left, right = np.swapaxes(xa, -1, -2) @ ya, xb @ np.swapaxes(yb, -1, -2)
     return x.scale * y.scale * float(np.sum(left * right))
 
 
