@@ -11,17 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from mlx_adapters import files, paths, tensor_names
+from mlx_adapters import paths, tensor_names
 from mlx_adapters.door import mx
 from mlx_adapters.errors import ConfigError, FormatError, ModelError
-from mlx_adapters.events import OnEvent, Progress
+from mlx_adapters.events import Note, OnEvent, Progress
+from mlx_adapters.fusion.gguf_tokenizer import check_strings, read_tokenizer
 from mlx_adapters.fusion.grids import to_numpy
 from mlx_adapters.fusion.job import Job, not_rounded
 from mlx_adapters.fusion.stream import Unit
+from mlx_adapters.fusion.survival import not_finite
+from mlx_adapters.model import load_tokenizer_of
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 FILE_NAME = "model.gguf"
-NORMAL, CONTROL, BYTE = 1, 3, 6  # llama.cpp's kinds of tokens
+LARGEST = {"f16": 65504.0, "q8_0": 127 * 65504.0}  # what fits; float32 and bfloat16 reach as far as ours
 
 
 def check_supported(config: dict[str, Any]) -> None:
@@ -49,6 +52,10 @@ def write_gguf(job: Job, folder: Path, kind: str, on_event: OnEvent) -> int:
         raise ModelError("Writing GGUF needs the package 'gguf'.", "pip install 'mlx_adapters[gguf]'.") from None
     config = job.base.config
     check_supported(config)
+    loaded = load_tokenizer_of(job.base)
+    tokenizer = read_tokenizer(job.base.folder, config["vocab_size"], loaded)
+    for text in check_strings(tokenizer, loaded):
+        on_event(Note(f"llama.cpp cuts up {text!r} otherwise than this tokenizer.", "warning"))
     job.dtype, job.stored = mx.float32, lambda rows: _as_stored(rows, kind)
     units = job.units(not_rounded)
     paths.require_free_space(folder, 4 * job.parameters)
@@ -57,7 +64,7 @@ def write_gguf(job: Job, folder: Path, kind: str, on_event: OnEvent) -> int:
         writer = gguf.GGUFWriter(path, ARCHITECTURES[config["model_type"]])
         try:
             _write_settings(writer, config, job, kind)
-            _write_tokenizer(writer, job.base.folder, config)
+            tokenizer.write(writer)
             _write_tensors(writer, units, config, kind, on_event)
         finally:
             writer.close()
@@ -90,63 +97,6 @@ def _write_settings(writer: Any, config: dict[str, Any], job: Job, kind: str) ->
         writer.add_rope_scaling_factor(float(scaling["factor"]))
 
 
-def _write_tokenizer(writer: Any, folder: Path, config: dict[str, Any]) -> None:
-    """The byte-level BPE of tokenizer.json as llama.cpp's "gpt2" tokenizer."""
-    model = files.read_json(folder / "tokenizer.json")
-    bpe = model.get("model", {})
-    if bpe.get("type") != "BPE" or bpe.get("byte_fallback"):
-        raise ConfigError(
-            "Only byte-level BPE tokenizers are written to GGUF here.",
-            "write --format hf and use llama.cpp's converter.",
-        )
-    tokens = {index: (token, NORMAL) for token, index in bpe["vocab"].items()}
-    for added in model.get("added_tokens", []):
-        tokens[added["id"]] = (added["content"], CONTROL if added.get("special") else 4)
-    size = config["vocab_size"]
-    if tokens and max(tokens) >= size:
-        raise FormatError(f"The tokenizer has token {max(tokens)}, but the model's vocabulary is {size}.")
-    listed = [tokens.get(i, (f"[PAD{i}]", 5)) for i in range(size)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer(model.get("pre_tokenizer")))
-    writer.add_token_list([token for token, _ in listed])
-    writer.add_token_types([kind for _, kind in listed])
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]]
-    writer.add_token_merges(merges)
-    settings = folder / "tokenizer_config.json"
-    extra = files.read_json(settings) if settings.is_file() else {}
-    ids = {token: index for index, (token, _) in tokens.items()}
-    for name, add in (("bos_token", writer.add_bos_token_id), ("eos_token", writer.add_eos_token_id),
-                      ("pad_token", writer.add_pad_token_id)):  # fmt: skip
-        token = extra.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
-        if token in ids:
-            add(ids[token])
-    writer.add_add_bos_token(bool(extra.get("add_bos_token", False)))
-    template = folder / "chat_template.jinja"
-    text = template.read_text(encoding="utf-8") if template.is_file() else extra.get("chat_template")
-    if isinstance(text, str):
-        writer.add_chat_template(text)
-
-
-def pre_tokenizer(settings: dict[str, Any] | None) -> str:
-    """llama.cpp's name of the way that text is cut up before BPE. Raises ConfigError for an unknown one."""
-    parts = settings.get("pretokenizers", [settings]) if settings else []
-    kinds = [part.get("type") for part in parts]
-    patterns = [str(part.get("pattern", {}).get("Regex", "")) for part in parts if part.get("type") == "Split"]
-    if kinds == ["ByteLevel"]:
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits"):
-        return "smollm"
-    if patterns and r"\p{N}{1,3}" in patterns[0]:
-        return "llama-bpe"
-    if patterns and r"|\p{N}|" in patterns[0]:
-        return "qwen2"
-    raise ConfigError(
-        "This tokenizer's way of cutting up text has no known name in llama.cpp.",
-        "write --format hf and use llama.cpp's converter.",
-    )
-
-
 def _write_tensors(writer: Any, units: list[Unit], config: dict[str, Any], kind: str, on_event: OnEvent) -> None:
     import gguf
 
@@ -163,12 +113,24 @@ def _write_tensors(writer: Any, units: list[Unit], config: dict[str, Any], kind:
     for number, ((unit, (name, _, _)), form) in enumerate(zip(entries, chosen, strict=True), 1):
         (array,) = unit.make()
         values = _interleaved(name, to_numpy(array), config)
+        _require_room(name, values, form.name.lower())
         try:
             writer.write_tensor_data(gguf.quants.quantize(np.ascontiguousarray(values), form))
         except OSError as error:  # NumPy does not tell which
             raise OSError(error.errno or errno.ENOSPC, str(error)) from error
         mx.clear_cache()
         on_event(Progress("write", number, len(entries), "layer"))
+
+
+def _require_room(name: str, values: np.ndarray, form: str) -> None:
+    """Raise FormatError for NaN, and for what the file's type cannot hold."""
+    reach, limit = float(np.abs(values).max(initial=0)), LARGEST.get(form, np.finfo(np.float32).max)
+    if not np.isfinite(reach):
+        raise not_finite(tensor_names.split(name)[0])
+    if reach > limit:
+        raise FormatError(
+            f"'{name}' holds {reach:.3g}, which {form} cannot (up to {limit:.3g}).", "pass --dtype bfloat16."
+        )
 
 
 def _form(shape: tuple[int, ...], kind: str) -> Any:
