@@ -8,6 +8,8 @@ import contextlib
 import functools
 import resource
 
+from mlx_adapters.units import count
+
 MOST_FILES = 10_240  # macOS refuses more, also where the hard limit is "unlimited"
 
 
@@ -22,6 +24,14 @@ def raise_open_files() -> int:
     except (OSError, ValueError):  # a system with a lower bound of its own
         return soft
     return wanted
+
+
+def files_hint(needed: int) -> str | None:
+    """What to do where opening `needed` files, twice and with a few others, is more than this process may."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or 2 * needed + 50 <= soft:
+        return None
+    return f"it is in {count(needed, 'file')}, and this process may open {soft}: run 'ulimit -n {MOST_FILES}' before."
 
 
 @functools.cache

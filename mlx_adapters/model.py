@@ -30,7 +30,7 @@ from mlx_adapters.door import (
 )
 from mlx_adapters.errors import FormatError, ModelError
 from mlx_adapters.layers import attach, check_fits, check_made_for, compute_dtype, dequantize_layers, detach, untie
-from mlx_adapters.limits import wire_memory
+from mlx_adapters.limits import files_hint, wire_memory
 from mlx_adapters.machine import on_gpu
 from mlx_adapters.quantized_check import replace_miscomputed
 
@@ -220,9 +220,8 @@ def set_precision(module: nn.Module, dtype: str = "auto", dense: bool | None = N
 def load_module(base: Base) -> tuple[nn.Module, dict[str, Any]]:
     """mlx-lm's module with lazy weights, in evaluation mode, and its config. All work with a model begins here."""
     wire_memory()
-    _ = base.weight_files
-    config = replace(base, untied=False).config
-    with refusals(lambda why: ModelError(f"mlx-lm cannot load '{base.name}': {why}.")):
+    files, config = len(base.weight_files), replace(base, untied=False).config
+    with refusals(lambda why: ModelError(f"mlx-lm cannot load '{base.name}': {why}.", files_hint(files))):
         module, config = load_mlx_model(base.folder, config)
         if base.untied:
             untie(module)

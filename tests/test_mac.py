@@ -1,6 +1,8 @@
 """What a Mac does otherwise, simulated: tools by recorded output, limits by patches, shells by stand-ins."""
 
+import json
 import resource
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -156,3 +158,67 @@ def test_a_process_under_a_shells_low_limit_raises_it():
     command = [sys.executable, "-c", textwrap.dedent(program)]
     shown = subprocess.run(command, capture_output=True, text=True, env=machine.child_environment())
     assert shown.stdout.strip() == "(5000, 5000)", shown.stderr
+
+
+MANY_SHARDS = """
+    import resource, sys
+    resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[2])))
+    import mlx_adapters as ma
+    from mlx_adapters.config import LoraConfig, TrainConfig
+    base, data = sys.argv[1], sys.argv[3]
+    ma.train(base, data, name="many", lora=LoraConfig(rank=4), training=TrainConfig(iterations=2, batch_size=2))
+    attached = ma.load_model(base)
+    with attached.using(ma.load_adapter("many")):
+        print(len(attached.generate("List all.", max_tokens=4).token_ids))
+    del attached
+    options = ma.FuseOptions(method="calibrated", calibration_rows=4, check_rows=2, thorough=False)
+    print(ma.fuse(base, "many", "out", quantization=4, options=options).method)
+"""
+
+
+def in_shards(folder, copy, count):
+    """A copy of a model in so many files."""
+    shutil.copytree(folder, copy)
+    tensors = mx.load(str(copy / "model.safetensors"))
+    (copy / "model.safetensors").unlink()
+    names, where = sorted(tensors), {}
+    for i in range(count):
+        file = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+        part = {name: tensors[name] for name in names[i::count]}
+        mx.save_safetensors(str(copy / file), part, {"format": "mlx"})
+        where |= dict.fromkeys(part, file)
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return copy
+
+
+def with_few_files(tmp_path, program, base, limit):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("train", "valid"):
+        row = json.dumps({"prompt": "List all students.", "completion": "SELECT * FROM students;"})
+        (data / f"{name}.jsonl").write_text((row + "\n") * 4)
+    command = [sys.executable, "-c", textwrap.dedent(program), str(base), str(limit), str(data)]
+    environment = machine.child_environment()
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+
+
+def test_a_base_in_many_shards_needs_few_open_files(tmp_path, tiny_model):
+    """A fuse goes through two copies of the base at a time; three would not fit."""
+    base = in_shards(tiny_model("llama", num_hidden_layers=6), tmp_path / "base", 52)
+    done = with_few_files(tmp_path, MANY_SHARDS, base, 150)
+    assert done.stdout.split() == ["4", "calibrated"], done.stderr
+
+
+def test_too_few_open_files_are_named(tmp_path, tiny_model):
+    base = in_shards(tiny_model("llama", num_hidden_layers=6), tmp_path / "base", 52)
+    program = """
+        import resource, sys
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+        import mlx_adapters as ma
+        try:
+            ma.load_model(sys.argv[1])
+        except ma.ModelError as error:
+            print(error.hint)
+    """
+    done = with_few_files(tmp_path, program, base, 40)
+    assert done.stdout.strip() == "it is in 52 files, and this process may open 40: run 'ulimit -n 10240' before."

@@ -40,11 +40,11 @@ def not_rounded(path: str, target: Precision) -> None:
 
 @dataclass
 class Job:
-    """`dtype` None: every tensor keeps its type. Writing consumes the lazily read `source`. `stored` gives the numbers
-    that a file holds of unquantized float32 rows, where its format rounds them itself."""
+    """`dtype` None: every tensor keeps its type. `stored` gives the numbers that a file holds of unquantized float32
+    rows, where its format rounds them itself."""
 
     base: Base
-    source: Source
+    opened: Source | None
     config: dict[str, Any]
     updates: Updates
     plans: list[LayerPlan]
@@ -52,6 +52,17 @@ class Job:
     survival: list[Survival] = field(default_factory=list)
     stored: Callable[[mx.array], mx.array] | None = None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def source(self) -> Source:
+        """The base, lazily read; writing consumes it."""
+        self.opened = self.opened or Source.of(load_module(self.base)[0])
+        return self.opened
+
+    def close(self) -> None:
+        """Close the base's files until they are used again: each has one for each shard, and so has each variant."""
+        self.opened = None
+        self.__dict__.pop("_modules", None)
 
     @property
     def scale_dtype(self) -> mx.Dtype:

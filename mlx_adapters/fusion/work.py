@@ -113,9 +113,10 @@ class Work:
         job = self.job
         why = f" {self.text.why}" if self.text.why else ""
         self.on_event(Note(f"Calibrating on {count(len(self.text.calibration), 'row')} of {self.text.source}.{why}"))
-        batches = batches_of(self.text.calibration, job.base)
+        batches, dtype = batches_of(self.text.calibration, job.base), job.scale_dtype
+        job.close()
         unknown = round_layers(
-            job.base, job.updates, job.plans, batches, job.scale_dtype, spool, self.on_event, self._finer(),
+            job.base, job.updates, job.plans, batches, dtype, spool, self.on_event, self._finer(),
             self.options.seed, self.options.thorough,
         )  # fmt: skip
         self.notes = tuple(f"{path}: rounded to nearest: {UNKNOWN}" for path in unknown)
@@ -179,6 +180,7 @@ class Work:
                 packed = spool.get(path, chosen.get(path))
                 return None if packed is None else dequantize(packed)
 
+            job.close()
             updates = job.updates
             touched = set(chosen) | updates.paths()
             fused = Variant(job.base, updates, lambda path: path in touched, stored)
