@@ -18,7 +18,7 @@ LAYERS = [
     {"bases", "door", "layers", "model", "quantized_check", "registry"},
     {"training", "fusion", "merging", "peft_format", "runtime", "benchmarking", "hub", "evaluation",
      "housekeeping", "inspecting", "packing", "project", "unpacking", "verifying"},
-    {"demo", "serving"},
+    {"demo", "selftest", "serving"},
     {"cli"},
 ]  # fmt: skip
 ROOM_OF_LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

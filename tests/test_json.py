@@ -56,6 +56,7 @@ download user/sql --name down
 export-peft sql peft
 import-peft peft --base base --name back
 env
+env --check
 """
 
 

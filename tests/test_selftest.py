@@ -1,0 +1,138 @@
+"""The self-tests pass here, and each notices its fault."""
+
+import json
+
+import mlx.core as mx
+import pytest
+from click.testing import CliRunner
+
+from mlx_adapters.cli import cli
+from mlx_adapters.errors import StorageError
+from mlx_adapters.model import Model
+from mlx_adapters.selftest import numbers, run, surroundings
+from mlx_adapters.selftest.numbers import Numbers
+
+
+def test_the_block_says_what_was_checked_and_leaves_nothing(home):
+    shown = CliRunner().invoke(cli, ["env", "--check"])
+    assert shown.exit_code == 0, shown.output
+    for name in ("mlx ", "system", "device", "conditions", "gradient", "exact resume", "locks", "open files"):
+        assert f"\n{name}" in f"\n{shown.stdout}"
+    assert "FAILED" not in shown.stdout and str(home) not in shown.stdout
+    assert [path.name for path in home.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
+
+
+def test_one_document_and_status_1_when_a_check_fails_or_raises(monkeypatch):
+    monkeypatch.setattr(Numbers, "generation", lambda self: numbers.Outcome(False, "off"))
+    monkeypatch.setattr(Numbers, "fused_bits", lambda self: 1 / 0)
+    shown = CliRunner().invoke(cli, ["env", "--check", "--json"])
+    found = json.loads(shown.stdout)
+    failed = {check["name"]: check["seen"] for check in found["checks"] if not check["passed"]}
+    assert shown.exit_code == 1 and found["passed"] is False and len(found["checks"]) == 9
+    assert failed["generate"] == "off" and failed["fuse to 4 bits"].startswith("ZeroDivisionError: division by zero (")
+    assert set(failed) == {"generate", "fuse to 4 bits"}
+    assert found["environment"]["versions"]["mlx"] and "load_average" in found["conditions"]
+
+
+@pytest.fixture
+def checks(tmp_path):
+    return Numbers(tmp_path)
+
+
+def test_a_wrong_gradient_is_noticed(checks, monkeypatch):
+    assert checks.gradient().passed
+    true = numbers.Engine.gradient_of
+
+    def too_long(self, probe, recompute):
+        return {name: 1.1 * g for name, g in true(self, probe, recompute).items()}
+
+    monkeypatch.setattr(numbers.Engine, "gradient_of", too_long)
+    assert not checks.gradient().passed
+
+
+def test_a_resume_that_is_not_exact_is_noticed(checks, monkeypatch):
+    true = numbers.train
+
+    def drifting(*arguments, training, resume=False, **options):
+        return true(*arguments, training=training, resume=resume, **options) if not resume else None
+
+    def another(reference):
+        adapter = true_load(reference.replace("parts", "whole"))
+        drift = {name: w + 1e-6 for name, w in adapter.weights.items()}
+        return adapter.with_weights(drift) if reference.startswith("parts") else adapter
+
+    true_load = numbers.load_adapter
+    monkeypatch.setattr(numbers, "train", drifting)
+    monkeypatch.setattr(numbers, "load_adapter", another)
+    outcome = checks.resume()
+    assert not outcome.passed and "differ" in outcome.seen
+
+
+def test_a_fuse_that_loses_the_adapter_is_noticed(checks, monkeypatch):
+    true = numbers.fuse
+    monkeypatch.setattr(
+        numbers, "fuse", lambda base, adapter, out, **options: true(base, halved(adapter), out, **options)
+    )
+    assert not checks.fused_bits().passed
+    assert not checks.generation().passed
+
+
+def halved(adapter):
+    return adapter.with_weights({name: 0.5 * w for name, w in adapter.weights.items()})
+
+
+def test_a_wrong_product_of_a_quantized_layer_is_noticed(checks, monkeypatch):
+    true = mx.quantized_matmul
+
+    def wrong(x, *arguments, **options):
+        y = true(x, *arguments, **options)
+        return y if y.shape[-2] != 5 else mx.zeros_like(y)
+
+    monkeypatch.setattr(mx, "quantized_matmul", wrong)
+    outcome = checks.quantized_layers()
+    assert not outcome.passed and "4 bits in 64, float32" in outcome.seen
+
+
+def test_logits_that_depend_on_the_length_are_noticed(checks, monkeypatch):
+    true = Model.logits
+    calls = []
+
+    def unsteady(self, ids):
+        calls.append(len(ids))
+        return true(self, ids) * (2 if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(Model, "logits", unsteady)
+    assert not checks.generation().passed
+
+
+def test_a_disk_without_locks_is_noticed(home, monkeypatch):
+    home.mkdir()
+    assert surroundings.home_locks().passed
+    monkeypatch.setattr("fcntl.flock", lambda *_: None)
+    assert not surroundings.home_locks().passed
+
+
+def test_few_open_files_are_noticed(monkeypatch):
+    monkeypatch.setattr(surroundings, "raise_open_files", lambda: 256)
+    outcome = surroundings.open_files()
+    assert not outcome.passed and outcome.seen == "up to 256 files"
+
+
+def test_a_refused_full_flush_is_said_and_passes(tmp_path, monkeypatch):
+    monkeypatch.setattr("fcntl.F_FULLFSYNC", 51, raising=False)
+
+    def refuse(*_):
+        raise OSError(45, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.fcntl", refuse)
+    outcome = surroundings.flushed_writes(tmp_path)
+    assert outcome.passed and "refuses F_FULLFSYNC" in outcome.seen
+    monkeypatch.setattr("fcntl.fcntl", lambda *_: 0)
+    assert surroundings.flushed_writes(tmp_path).seen == "F_FULLFSYNC"
+
+
+def test_a_home_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MLX_ADAPTERS_HOME", str(tmp_path / "file" / "home"))
+    with pytest.raises(StorageError, match="no folder to write in"):
+        run.self_test()
