@@ -10,11 +10,12 @@ import numpy as np
 from mlx_adapters import tensor_files
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.config import LoraConfig, TrainConfig
-from mlx_adapters.door import mx, nn
+from mlx_adapters.door import mx
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.fusion.options import FuseOptions
 from mlx_adapters.layers import named_layers
 from mlx_adapters.model import Model, load_model, load_tokenizer_of
+from mlx_adapters.quantized_check import check_device
 from mlx_adapters.registry import load_adapter
 from mlx_adapters.selftest.sample import ROW, make_base, write_data
 from mlx_adapters.tensor_names import BIASES, SCALES, WEIGHT, join
@@ -29,8 +30,6 @@ LORA = LoraConfig(rank=4, scale=8.0)
 TRAINING = TrainConfig(iterations=4, batch_size=2, learning_rate=1e-2, save_every=2, eval_every=4, dtype="float32")
 NEAREST = FuseOptions(method="nearest", check=False)
 GROUP = 64
-# Of the largest number; a wrong kernel is off by all of it. float32 may be TF32; MLX's CPU sums bfloat16 in bfloat16.
-TOLERANCES = {"float32": 0.02, "bfloat16": 0.1}
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,11 @@ class Numbers:
 
     def quantized_layers(self) -> Outcome:
         """Quantized products against the same of the dequantized weight, computed on the CPU."""
-        found = {f"{bits} bits in {group}, {dtype}": quantized_error(bits, group, getattr(mx, dtype)) / tolerance
-                 for bits, group in ((4, 64), (4, 32), (8, 64)) for dtype, tolerance in TOLERANCES.items()}  # fmt: skip
-        wrong = [kind for kind, error in found.items() if not error < 1]
-        worst = f"largest error {100 * max(found.values()):.2g} % of what is allowed"
-        return Outcome(not wrong, "; ".join(wrong) if wrong else f"{count(len(found), 'kind')}, {worst}")
+        found = check_device()
+        wrong = [check.kind for check in found if not check.right]
+        worst = max(check.error for check in found)
+        text = "; ".join(wrong) if wrong else f"{count(len(found), 'kind')}, largest error {100 * worst:.2g} %"
+        return Outcome(not wrong, text)
 
     def gradient(self) -> Outcome:
         """Along the gradient g the loss rises by |g| per unit: against differences of losses."""
@@ -137,21 +136,6 @@ class Numbers:
         texts = [model.generate(ROW["prompt"], max_tokens=16).token_ids for model in (attached, fused)]
         said = "the same text" if texts[0] == texts[1] else "another text (near ties)"
         return Outcome(error < 0.01, f"logits off by {100 * error:.2g} %, {said}")
-
-
-def quantized_error(bits: int, group: int, dtype: mx.Dtype) -> float:
-    """The largest error of a quantized layer's products, relative to the largest number; several kernels' lengths."""
-    layer = nn.Linear(512, 256, bias=False)
-    layer.set_dtype(dtype)
-    packed = layer.to_quantized(group, bits)
-    with mx.stream(mx.cpu):
-        dense = mx.dequantize(packed.weight, packed.scales, packed.biases, group, bits).astype(mx.float32)
-    error = 0.0
-    for tokens in (1, 2, 5, 9, 40, 130):
-        x = mx.random.normal((tokens, 512), key=mx.random.key(tokens)).astype(dtype)
-        wanted = np.array(x.astype(mx.float32)) @ np.array(dense).T
-        error = max(error, float(np.abs(np.array(packed(x).astype(mx.float32)) - wanted).max() / np.abs(wanted).max()))
-    return error
 
 
 def unpacked(codes: np.ndarray, scales: np.ndarray, biases: np.ndarray) -> np.ndarray:
