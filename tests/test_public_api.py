@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import typing
@@ -208,6 +209,55 @@ def test_bash_gets_back_the_piece_that_it_replaces(tiny_model, tmp_path):
             _mlx_adapters_completion "{program}" "{piece}"; printf '%s\\n' "${{COMPREPLY[@]}}" """
         done = subprocess.run(["bash", "--norc", "-c", call], capture_output=True, text=True)
         assert done.stdout.splitlines() == [expected], (line, done)
+
+
+@pytest.mark.parametrize("version", ["3.2", "5.2"])
+def test_bash_of_a_mac_completes_too(version, tmp_path):
+    """3.2 knows neither compopt nor `-o nosort`; it is told to complete files where nothing else fits."""
+    program = tmp_path / "mlx-adapters"
+    program.write_text("#!/bin/sh\necho plain,publish\necho file,\n")
+    program.chmod(0o755)
+    script = completion_script("bash")
+    old = """
+        compopt() { echo "compopt: command not found" >&2; return 127; }
+        complete() {
+            case "$*" in *nosort*) echo "complete: nosort: invalid option name" >&2; return 1 ;; esac
+            builtin complete "$@"
+        }
+    """
+    call = f"""{old if version == "3.2" else ""}
+        {script}
+        compopt() {{ [ {version} != 3.2 ]; }}
+        COMP_LINE="mlx-adapters pub"; COMP_POINT=${{#COMP_LINE}}
+        _mlx_adapters_completion "{program}" pub; printf '%s\n' "${{COMPREPLY[@]}}"; complete -p mlx-adapters"""
+    done = subprocess.run(["bash", "--norc", "-c", call], capture_output=True, text=True)
+    option = "default" if version == "3.2" else "nosort"
+    registered = f"complete -o {option} -F _mlx_adapters_completion mlx-adapters"
+    assert done.stdout.splitlines() == ["publish", registered] and done.stderr == "", done
+
+
+def completion_script(shell: str) -> str:
+    command = [sys.executable, "-m", "mlx_adapters", "completion", shell]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_zsh_sets_up_completion_before_it_uses_it():
+    """On a Mac without a ~/.zshrc nobody has; where somebody has, it is not done again."""
+    lines = completion_script("zsh").splitlines()
+    assert lines[0] == "#compdef mlx-adapters"
+    guard = "(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i }"
+    uses = [number for number, line in enumerate(lines) if line.strip().startswith("compdef ")]
+    assert uses and lines.index(guard) < min(uses)
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh on this machine")
+def test_zsh_takes_the_script_as_it_starts(tmp_path):
+    (tmp_path / "c.zsh").write_text(completion_script("zsh"))
+    call = f"source {tmp_path}/c.zsh && print $_comps[mlx-adapters]"
+    done = subprocess.run(
+        ["zsh", "-f", "-c", call], capture_output=True, text=True, env=os.environ | {"HOME": str(tmp_path)}
+    )
+    assert done.stdout.strip() == "_mlx_adapters_completion", done.stderr
 
 
 def test_bash_accepts_the_script(tmp_path):

@@ -17,7 +17,8 @@ from click.shell_completion import (
 from mlx_adapters.cli import _output
 
 # bash breaks words at COMP_WORDBREAKS, "@" and "=" among them, and replaces its second argument, the last piece,
-# alone; so `_Bash` splits the line itself and gives back as much of each word.
+# alone; so `_Bash` splits the line itself and gives back as much of each word. A Mac's /bin/bash is 3.2: it has no
+# compopt (from 4.0) and no nosort (from 4.4), and is told beforehand to complete files where nothing else fits.
 BASH = """\
 %(complete_func)s() {
     local IFS=$'\\n' completion type value
@@ -26,13 +27,18 @@ BASH = """\
             %(complete_var)s=bash_complete "$1"); do
         IFS=',' read -r type value <<< "$completion"
         case $type in
-            dir) compopt -o dirnames ;;
-            file) compopt -o default ;;
+            dir) compopt -o dirnames 2> /dev/null ;;
+            file) compopt -o default 2> /dev/null ;;
             plain) COMPREPLY+=("$value") ;;
         esac
     done
 }
-complete -o nosort -F %(complete_func)s %(prog_name)s
+complete -o nosort -F %(complete_func)s %(prog_name)s 2> /dev/null ||
+    complete -o default -F %(complete_func)s %(prog_name)s
+"""
+# A Mac's own ~/.zshrc does not exist, so nothing has set up completion; folders that others may write are left out.
+ZSH = """\
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i }
 """
 
 
@@ -65,7 +71,9 @@ class _Bash(_WholeWords, BashComplete):
 
 @add_completion_class
 class _Zsh(_WholeWords, ZshComplete):
-    pass
+    def source(self) -> str:
+        first, rest = super().source().split("\n", 1)  # "#compdef" stays first: then zsh finds it in $fpath, too
+        return f"{first}\n{ZSH}{rest}"
 
 
 @add_completion_class
@@ -84,7 +92,7 @@ def completion_command(ctx: click.Context, shell: str) -> None:
 
     \b
     Example:
-      mlx-adapters completion zsh > ~/.mlx-adapters.zsh    # then add 'source ~/.mlx-adapters.zsh' to ~/.zshrc
+      mlx-adapters completion zsh > ~/.mlx-adapters.zsh    # then 'source ~/.mlx-adapters.zsh' at the end of ~/.zshrc
       mlx-adapters completion bash >> ~/.bashrc
       mlx-adapters completion fish > ~/.config/fish/completions/mlx-adapters.fish
     """
