@@ -4,10 +4,23 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 say() { printf '%s\n' "$*" >&2; }
 
-find_python() {
+# Whether an interpreter can carry MLX; says why not where pip would only say "No matching distribution".
+usable() {
+  local kind
+  kind=$("$1" -c 'import platform, sys; print(sys.platform, platform.machine(), sys.version_info >= (3, 11))' 2>/dev/null) || return 1
+  case $kind in
+    darwin\ x86_64*)
+      say "Skipping $(command -v "$1"): it runs as an Intel program, and MLX needs Apple silicon's own (arm64)."
+      return 1 ;;
+    *True) return 0 ;;
+    *) return 1 ;;
+  esac
+}
+
+find_python() { # the tested ones first; for newer ones there may be no wheels yet
   local candidate
-  for candidate in ${PYTHON:-python3.13 python3.12 python3.11 python3 python}; do
-    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+  for candidate in ${PYTHON:-python3.13 python3.12 python3.11 python3.14 python3.15 python3.16 python3.17 python3 python}; do
+    if command -v "$candidate" >/dev/null && usable "$candidate"; then
       command -v "$candidate"
       return
     fi
@@ -37,6 +50,16 @@ fast_blas() { # MLX's Linux CPU build needs OpenBLAS to be usable; the package l
   fi
 }
 
+uv_python() { # what uv is to fetch: of this machine's own kind, also where uv itself runs under Rosetta
+  if [ -n "${PYTHON:-}" ]; then
+    echo "$PYTHON"
+  elif [ "$(uname -s)" = Darwin ]; then
+    echo cpython-3.13-macos-aarch64-none
+  else
+    echo 3.13
+  fi
+}
+
 set_up() {
   local extra extras wanted stamp=.venv/.installed
   extra=$(gpu_extra)
@@ -47,16 +70,20 @@ set_up() {
     fast_blas "$extra"
     return
   fi
+  if [ -e .venv ] && ! usable "$python"; then rm -rf .venv; fi # of another machine, or an interpreter that is gone
   if command -v uv >/dev/null; then
-    "$python" -c '' 2>/dev/null || uv venv --quiet --clear --python "${PYTHON:->=3.11}" .venv
+    if [ ! -x "$python" ]; then
+      uv venv --quiet --python "$(find_python || uv_python)" .venv
+    fi
     say "Installing into .venv with uv"
     uv pip install --quiet --python "$python" -e ".${extras:+[$extras]}"
   else
     if ! "$python" -m pip --version >/dev/null 2>&1; then
       local base
-      base=$(find_python) || {
-        say "Error: Python 3.11 or newer (with venv) is needed, or uv."
+      base=$(find_python) && "$base" -c 'import venv, ensurepip' 2>/dev/null || {
+        say "Error: Python 3.11 or newer (with venv) is needed${PYTHON:+, and '$PYTHON' is none}, or uv."
         say "Hint: macOS: brew install python; Debian, Ubuntu: sudo apt-get install python3-venv; or https://docs.astral.sh/uv"
+        if [ "$(uname -sm)" = "Darwin x86_64" ]; then say "Hint: is this shell an Intel one? Try: arch -arm64 $0"; fi
         exit 1
       }
       rm -rf .venv
