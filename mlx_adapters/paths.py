@@ -4,12 +4,14 @@ import contextlib
 import errno
 import os
 import shutil
+import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from mlx_adapters.errors import NotFoundError, StorageError
 from mlx_adapters.units import size
 
+PURGEABLE = " Finder counts what it could delete (purgeable space) as available; that is not free yet."
 HOME_VARIABLE = "MLX_ADAPTERS_HOME"
 TEMPORARY_PREFIX = ".mlx-adapters-tmp-"
 LITTER = (".DS_Store", ".localized", "Icon\r", "Thumbs.db", "desktop.ini")  # what systems put into folders they show
@@ -112,7 +114,7 @@ def require_free_space(path: Path, needed_bytes: int) -> None:
     if free < needed_bytes:
         raise StorageError(
             f"'{folder}' needs {size(needed_bytes)}, but the disk has {size(free)} free.",
-            "free some space, or choose another disk.",
+            "free some space, or choose another disk." + (PURGEABLE if sys.platform == "darwin" else ""),
         )
 
 

@@ -3,18 +3,25 @@
 import json
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import textwrap
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
+from packaging.requirements import Requirement
 
-from mlx_adapters import limits, machine
+from mlx_adapters import limits, machine, paths
 from mlx_adapters.bases import resolve_base
 from mlx_adapters.benchmarking import system
+from mlx_adapters.errors import ConfigError, StorageError
 from mlx_adapters.fusion.workers import Workers
 from mlx_adapters.model import load_model, load_module
+from mlx_adapters.serving.start import bind
 
 GB = 1 << 30
 
@@ -222,3 +229,34 @@ def test_too_few_open_files_are_named(tmp_path, tiny_model):
     """
     done = with_few_files(tmp_path, program, base, 40)
     assert done.stdout.strip() == "it is in 52 files, and this process may open 40: run 'ulimit -n 10240' before."
+
+
+# -- the disk and the network -------------------------------------------------------------------------
+
+
+def test_the_space_that_finder_shows_is_explained(monkeypatch, tmp_path):
+    monkeypatch.setattr(paths.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    for platform, said in (("darwin", True), ("linux", False)):
+        monkeypatch.setattr(sys, "platform", platform)
+        with pytest.raises(StorageError) as refused:
+            paths.require_free_space(tmp_path / "out", GB)
+        assert ("purgeable" in refused.value.hint) == said
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_a_port_that_a_mac_would_give_twice_is_refused(host, monkeypatch):
+    """There 127.0.0.1 can be bound beside a program that has the port on all addresses."""
+    with socket.create_server(("0.0.0.0", 0)) as other:
+        port = other.getsockname()[1]
+        monkeypatch.setattr(socket.socket, "bind", lambda *_: None)
+        with pytest.raises(ConfigError, match=f"Cannot listen on {host}:{port}: another program answers there"):
+            bind(host, port)
+    bind(host, port).close()  # it is gone
+
+
+def test_on_a_mac_numpy_is_one_that_knows_accelerate():
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    asked = [r for r in map(Requirement, project["dependencies"]) if r.name == "numpy"]
+    on_a_mac = [r for r in asked if r.marker.evaluate({"sys_platform": "darwin"})]
+    assert [r.specifier.contains("2.3.5") for r in on_a_mac] == [False]
+    assert [r.specifier.contains("2.4.0") for r in on_a_mac] == [True]

@@ -1,6 +1,7 @@
 """From settings to a running server."""
 
 import contextlib
+import errno
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -108,12 +109,23 @@ def run_server(
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Take the address. Raises ConfigError if it cannot be had."""
+    """Take the address. Raises ConfigError if it cannot be had, or if somebody else answers there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with _address_errors(host, port):
-        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        if port and _answers(family, host, port):
+            raise OSError(errno.EADDRINUSE, "another program answers there")
+        listener = socket.socket(family)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         return listener
+
+
+def _answers(family: socket.AddressFamily, host: str, port: int) -> bool:
+    """Whether a program listens there. A Mac lets a second one bind 127.0.0.1 beside one that has all addresses."""
+    with socket.socket(family) as probe:
+        probe.settimeout(0.5)
+        taken = probe.connect_ex(({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)) == 0
+        return taken and probe.getsockname() != probe.getpeername()  # a free port may connect to itself
 
 
 @contextlib.contextmanager
