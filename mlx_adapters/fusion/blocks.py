@@ -147,12 +147,16 @@ class Variant:
         updates: Updates | None = None,
         unlike: Callable[[str], bool] | None = None,
         stored: Callable[[str], mx.array | None] = lambda path: None,
+        beside: "Variant | None" = None,
     ) -> None:
         """`unlike(path)`: whether that layer is unlike the base's (default: the updates change it).
 
-        `stored(path)` gives a layer's dense weight, or None for the base's with the updates.
+        `stored(path)` gives a layer's dense weight, or None for the base's with the updates. `beside`: a new variant
+        of the same base with which this one goes through the blocks; both read from one set of open files.
         """
         module, _ = load_module(base)
+        if beside is not None:
+            module.update(beside.source.module.parameters())
         self.source = Source.of(module)
         self.updates = updates or Updates()
         self.blocks = Blocks(module)

@@ -62,7 +62,9 @@ def check_fused(
     text = choose_text(
         options.calibration, loaded, tokenizer, options.calibration_rows, options.check_rows, found.positions
     )
-    variants = Variant(found, updates), Variant(fused, None, lambda _: True), Variant(found)
+    job.close()
+    exact = Variant(found, updates)
+    variants = exact, Variant(fused, None, lambda _: True), Variant(found, beside=exact)
     return Checked(str(model), compare(*variants, batches_of(text.check, found), on_event), survival, text.describe())
 
 

@@ -98,6 +98,7 @@ def hidden_states(
             twin = _twin(variants, v, index, [u for u in range(v) if before[u] is before[v]])
             if twin is not None:
                 hidden[v] = hidden[twin]
+                variant.release(index)
                 continue
             variant.prepare(index)
             hidden[v] = [_step(variant, index, h, c[index]) for h, c in zip(before[v], calls, strict=True)]

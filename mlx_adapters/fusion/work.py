@@ -156,11 +156,14 @@ class Work:
             target = targets.get(path)
             if target is None:
                 return None
-            return dequantize(to_nearest(plain.source.fused(path, job.updates), target, job.scale_dtype))
+            return dequantize(to_nearest(plain.source.fused(path, job.updates), target, dtype))
 
         touched = set(targets) | job.updates.paths()
-        fused, plain = (Variant(job.base, job.updates, touched.__contains__, f) for f in (calibrated, nearest))
-        found = compare(Variant(job.base, job.updates), fused, plain, batches_of(rows, job.base))
+        dtype = job.scale_dtype
+        job.close()
+        exact = Variant(job.base, job.updates)
+        fused, plain = (Variant(job.base, job.updates, touched.__contains__, f, exact) for f in (calibrated, nearest))
+        found = compare(exact, fused, plain, batches_of(rows, job.base))
         return found.base_kl is not None and found.base_kl < found.kl_mean
 
     def _choose_targets(self, spool: Spool) -> dict[str, Precision]:
@@ -183,8 +186,9 @@ class Work:
             job.close()
             updates = job.updates
             touched = set(chosen) | updates.paths()
-            fused = Variant(job.base, updates, lambda path: path in touched, stored)
-            return compare(Variant(job.base, updates), fused, None, batches).kl_mean
+            exact = Variant(job.base, updates)
+            fused = Variant(job.base, updates, lambda path: path in touched, stored, exact)
+            return compare(exact, fused, None, batches).kl_mean
 
         enough = until_promise(steps, total, options.max_kl or 0.0, measure, self.on_event)
         return targets_after(steps[:enough])
@@ -197,7 +201,8 @@ class Work:
         changed = {plan.path for plan in job.plans if not plan.copied}
         fused = Variant(Base(str(folder), folder), None, changed.__contains__ if job.dtype is None else lambda _: True)
         batches = batches_of(self.text.check, job.base)
-        return compare(Variant(job.base, job.updates), fused, Variant(job.base), batches, self.on_event)
+        exact = Variant(job.base, job.updates)
+        return compare(exact, fused, Variant(job.base, beside=exact), batches, self.on_event)
 
 
 def trained_through(updates: Updates, targets: set[Quantization]) -> bool:
