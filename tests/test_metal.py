@@ -4,8 +4,10 @@ import mlx.core as mx
 import pytest
 
 from mlx_adapters.benchmarking import system
-from mlx_adapters.machine import environment, memory_bytes, usable_memory_bytes
+from mlx_adapters.limits import wire_memory
+from mlx_adapters.machine import environment, memory_bytes, performance_cores, tool, usable_memory_bytes
 from mlx_adapters.model import load_model
+from mlx_adapters.selftest.run import self_test
 
 pytestmark = pytest.mark.metal
 
@@ -14,12 +16,23 @@ def test_the_machine_is_a_mac_with_metal():
     found = environment()
     assert found.device == "gpu" and found.system.startswith("macOS") and found.blas == "Accelerate"
     assert found.chip.startswith("Apple") and found.device_name and found.cores >= 1
-    assert 0 < usable_memory_bytes() <= memory_bytes()
+    assert found.system.split()[1] == tool("sw_vers", "-productVersion")
+    assert 0 < usable_memory_bytes() <= memory_bytes() and 1 <= performance_cores() <= found.cores
 
 
 def test_the_tools_of_macos_are_read():
     state = system.system_state()
     assert state["power_source"] and state["gpu"] and state["load_average"] >= 0
+    assert state["thermal"] in system.THERMAL_STATES
+
+
+def test_memory_is_wired():
+    assert wire_memory() == usable_memory_bytes()
+    assert mx.set_wired_limit(wire_memory()) == wire_memory()  # gives what held before
+
+
+def test_the_self_tests_pass():
+    assert [f"{check.name}: {check.seen}" for check in self_test().checks if not check.passed] == []
 
 
 def test_memory_is_measured(tiny_model):

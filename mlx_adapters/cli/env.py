@@ -59,7 +59,7 @@ def _check(ctx: click.Context, as_json: bool) -> None:
     found = self_test(on_event=_output.progress())
     if as_json:
         _output.emit_json({
-            "passed": found.passed, "environment": found.environment, "conditions": found.conditions,
+            "passed": found.passed, "environment": found.environment.to_json(), "conditions": found.conditions,
             "checks": found.checks, "seconds": found.seconds,
         })  # fmt: skip
     else:

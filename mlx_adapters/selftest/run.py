@@ -73,7 +73,8 @@ def _run(name: str, test: Callable[[], Outcome]) -> Check:
     except Exception as error:  # whatever it is: it is what the report is for
         where = traceback.extract_tb(error.__traceback__)[-1]
         text = error.with_hint if isinstance(error, AdapterError) else f"{type(error).__name__}: {error}"
-        outcome = Outcome(False, f"{' '.join(text.split())[:300]} ({Path(where.filename).name}:{where.lineno})")
+        text = " ".join(text.split()).replace(str(Path.home()), "~")  # the block is for others to read
+        outcome = Outcome(False, f"{text[:300]} ({Path(where.filename).name}:{where.lineno})")
     return Check(name, outcome.passed, outcome.seen, time.perf_counter() - began)
 
 
