@@ -157,7 +157,7 @@ class Variant:
         module, _ = load_module(base)
         if beside is not None:
             module.update(beside.source.module.parameters())
-        self.source = Source.of(module)
+        self.source: Source = Source.of(module)
         self.updates = updates or Updates()
         self.blocks = Blocks(module)
         self._stored = stored
