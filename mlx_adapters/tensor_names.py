@@ -148,6 +148,7 @@ PEFT_RENAMES: Renames = (
     ("language_model.lm_head", "lm_head"),
     ("model.", "language_model.model."),
     ("model.", "backbone."),
+    (".router", ".router.layer"),
 )
 # How transformers names modules where its checkpoints have other names; AutoModelForCausalLM takes only the text model
 # of some.
@@ -158,6 +159,7 @@ OWN_NAMES = {
     "gpt_neox": PEFT_RENAMES[3:6],
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "llama4"), _TEXT_MODEL),
     "nemotron_h": (("model.", "backbone."),),
+    **dict.fromkeys(("granitemoe", "granitemoehybrid"), ((".router", ".router.layer"),)),
 }
 FAN_IN_FAN_OUT = ("gpt2",)  # transformers stores the linear weights of these as (in, out)
 _EXPERTS_FROM = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -166,6 +168,21 @@ GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 FUSED_GATE_UP, FUSED_DOWN = "gate_up_proj", "down_proj"
 _EXPERT = re.compile(r"(.+)\.experts\.(\d{1,5})\.(w1|w2|w3|gate_proj|up_proj|down_proj)")
 _SWITCH = re.compile(r"(.+)\.switch_mlp\.(gate_proj|up_proj|down_proj)")
+
+
+ROUTERS = ("gate", "router")
+# What PEFT 0.21 takes for parts of experts wherever it stands, on a base that has experts.
+PEFT_AS_PARAMETERS = (*ROUTERS, GATE, UP, DOWN, *_EXPERTS_FROM)
+# Model types whose experts PEFT 0.21 takes one by one, and modules whose weights transformers reads past PEFT's layer.
+PEFT_EXPERTS_EACH = (
+    *("afmoe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe"),
+    *("glm4_moe_lite", "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash", "mellum", "minimax", "mixtral", "olmoe"),
+    *("qwen3_moe", "qwen3_next", "solar_open"),
+)
+PEFT_UNHEEDED = {
+    **dict.fromkeys(("falcon_h1", "mamba2", "nemotron_h"), ("out_proj", "conv1d")),
+    **dict.fromkeys(("mamba", "falcon_mamba"), ("out_proj", "conv1d", "dt_proj")),
+}
 
 
 def parse_peft_tensor(name: str) -> tuple[str, str, bool] | None:

@@ -17,12 +17,17 @@ ROOT = Path("tests/peft_fixtures")
 ARCHITECTURES = sorted(p.parent.name for p in ROOT.glob("*/base"))
 
 
-def own_adapters(arch, layers):
-    """Name -> (type, keys) of the adapters to make for a base with these layers."""
+def own_adapters(model_type, layers):
+    """Name -> (type, keys) of the adapters to make for a base with these layers, less what PEFT has no module for."""
+    from mlx_adapters import tensor_names
     from mlx_adapters.tensor_names import EMBEDDINGS, POSITIONS, block_index, split, split_switch
 
-    blocks = [key for key in layers if block_index(key) is not None]
-    attention = [key for key in blocks if not split_switch(key) and not key.endswith(".gate")]
+    unheeded, stacked = tensor_names.PEFT_UNHEEDED.get(model_type, ()), any(map(split_switch, layers))
+    each = model_type in tensor_names.PEFT_EXPERTS_EACH
+    blocks = [key for key in layers if block_index(key) is not None and split(key)[1] not in unheeded]
+    blocks = [key for key in blocks if each or not split_switch(key)]
+    parts = tensor_names.PEFT_AS_PARAMETERS if stacked else ()
+    attention = [key for key in blocks if not split_switch(key) and split(key)[1] not in parts]
     cases = {"all": ("lora", blocks), "dora": ("dora", attention), "attention": ("lora", attention[:3]),
              "last-block": ("lora", [k for k in blocks if block_index(k) == 1])}  # fmt: skip
     cases["embedding"] = ("lora", [k for k in layers if split(k)[1] in EMBEDDINGS] + attention[:1])
@@ -63,7 +68,7 @@ def write(out):
             )
             metadata = {"peft": record(peft, converted, arch), "base": model.base.record()}
             adapters[f"fixture-{folder.name}"] = Adapter(converted.adapter.config, converted.adapter.weights, metadata)
-        for seed, (name, (kind, keys)) in enumerate(own_adapters(arch, layers).items()):
+        for seed, (name, (kind, keys)) in enumerate(own_adapters(model.base.config["model_type"], layers).items()):
             mx.random.seed(seed)
             config = AdapterConfig(rank=3, scale=1.7, keys=tuple(keys), type=kind)
             weights = {}

@@ -186,3 +186,46 @@ def test_an_update_that_was_tied_goes_back_tied(folder: Path, tmp_path: Path):
     for key, a, b, _ in adapter.layers():
         c, d, _ = back.factors(key)
         assert mx.allclose(back.config.scale * c @ d, adapter.config.scale * a @ b, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_called_like_a_part_of_an_expert_is_named_as_a_parameter(tmp_path: Path):
+    """PEFT 0.21 takes a target `...shared_expert.down_proj` for the experts' down_proj, and drops its update."""
+    base = FIXTURES / "qwen3_next" / "base"
+    adapter = make_adapter(base, lambda key: "shared_expert" in key or key.endswith((".gate", "q_proj")))
+    export_peft(adapter, tmp_path / "out", base=base)
+    config = files.read_json(tmp_path / "out" / "adapter_config.json")
+    parts = [f"shared_expert.{part}_proj.weight" for part in ("down", "gate", "up")]
+    named = [f"model.layers.{i}.mlp.{part}" for i in range(2) for part in parts]
+    assert sorted(config["target_parameters"]) == sorted(named) and config["lora_dropout"] == 0
+    assert {name.rpartition(".")[2] for name in config["target_modules"]} == {"gate", "q_proj", "shared_expert_gate"}
+    back = import_peft(tmp_path / "out", base=base, name="back")
+    assert back.fingerprint == adapter.fingerprint
+
+
+def test_names_are_those_of_the_class_that_peft_users_load(tmp_path: Path):
+    """AutoModelForCausalLM gives the text model of some bases; LFM2 has w1, w2 and w3 there."""
+    for architecture, kind, expected in [
+        ("qwen3_5_text", "q_proj", "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"),
+        ("lfm2_moe", "feed_forward.gate_proj", "base_model.model.model.layers.0.feed_forward.w1.lora_A.weight"),
+    ]:
+        base = FIXTURES / architecture / "base"
+        adapter = make_adapter(base, lambda key, kind=kind: key.endswith(kind))
+        export_peft(adapter, tmp_path / architecture, base=base)
+        assert expected in mx.load(str(tmp_path / architecture / "adapter_model.safetensors"))
+        assert import_peft(tmp_path / architecture, base=base, name=architecture).fingerprint == adapter.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys", "reason"),
+    [
+        ("falcon_h1", "mamba.out_proj", "reads the weight of 'model.layers.0.mamba.out_proj' itself"),
+        ("qwen2_moe", "switch_mlp.down_proj", "no name for the experts"),
+        ("lfm2_moe", "switch_mlp.up_proj", "no name for the experts"),
+    ],
+)
+def test_what_peft_would_take_and_not_heed_is_refused(architecture: str, keys: str, reason: str, tmp_path: Path):
+    base = FIXTURES / architecture / "base"
+    adapter = make_adapter(base, lambda key: key.endswith(keys))
+    with pytest.raises(FormatError, match=reason):
+        export_peft(adapter, tmp_path / "out", base=base)
+    assert not (tmp_path / "out").exists()

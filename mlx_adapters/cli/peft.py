@@ -45,10 +45,15 @@ def import_peft_command(
 @click.argument("ref", type=REFERENCE, metavar="REF")
 @click.argument("out", type=UserPath(file_okay=False))
 @click.option("--base-model", metavar="NAME", help="transformers model to name in it [the one it was trained on].")
+@click.option("--base", metavar="BASE", help="The MLX base model, of which PEFT's names are read [the adapter's].")
 @overwrite_option
 @json_option
-def export_peft_command(ref: str, out: str, base_model: str | None, overwrite: bool, as_json: bool) -> None:
+def export_peft_command(
+    ref: str, out: str, base_model: str | None, base: str | None, overwrite: bool, as_json: bool
+) -> None:
     """Write the adapter REF as a folder OUT that PeftModel.from_pretrained loads.
+
+    What PEFT has no module for, or would take and not heed, is refused with the reason.
 
     \b
     Example:
@@ -56,7 +61,7 @@ def export_peft_command(ref: str, out: str, base_model: str | None, overwrite: b
     """
     from mlx_adapters.peft_format import export_peft
 
-    result = export_peft(ref, out, base_model=base_model, overwrite=overwrite, on_event=_output.progress())
+    result = export_peft(ref, out, base_model=base_model, base=base, overwrite=overwrite, on_event=_output.progress())
     if as_json:
         _output.emit_json(result)
         return

@@ -8,11 +8,12 @@ from mlx_adapters.adapter import Adapter
 from mlx_adapters.bases import DEMO, Base, resolve_base
 from mlx_adapters.errors import HubError, NotFoundError
 from mlx_adapters.events import Note, OnEvent, ignore
-from mlx_adapters.layers import adaptable_layers, tied
+from mlx_adapters.layers import SWITCH, adaptable_layers, tied
 from mlx_adapters.metadata import base_of
 from mlx_adapters.model import load_module
 from mlx_adapters.peft_format.checkpoint import layout_of
-from mlx_adapters.peft_format.to_peft import Facts, to_peft
+from mlx_adapters.peft_format.own_form import Facts
+from mlx_adapters.peft_format.to_peft import to_peft
 from mlx_adapters.tensor_names import CONFIG_FILE, EMBEDDINGS, PEFT_OUTPUT, PEFT_SCALE, PEFT_WEIGHTS_FILE
 
 NAME_BASE = "name the base it was trained on with --base."
@@ -105,5 +106,6 @@ def _facts(adapter: Adapter, base: str | Path | Base | None) -> Facts:
         raise NotFoundError(f"PEFT's names are read off the adapter's base. {error.message}", NAME_BASE) from error
     module = load_module(found)[0]
     embeddings = any(tensor_names.split(key)[1] in EMBEDDINGS for key in adapter.config.keys)
-    is_tied = embeddings and tied(adaptable_layers(module))
-    return Facts(found.config.get("model_type"), is_tied, layout_of(found, module))
+    layers = adaptable_layers(module)
+    experts = any(isinstance(layer, SWITCH) for layer in layers.values())
+    return Facts(found.config.get("model_type"), embeddings and tied(layers), experts, layout_of(found, module))

@@ -1,0 +1,188 @@
+"""PEFT's form of an adapter that was made here: its names, and a config that names each module by its full path.
+
+Experts are written one by one (transformers 4's layout, which PEFT loads into transformers 5's fused experts). On a
+base with experts, PEFT takes a module that is called like a part of an expert for one, whatever its path; so those
+are named as parameters (not routers, which are parts of experts to PEFT as well). Tied embeddings are written as PEFT's
+ensure_weight_tying stores them.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_adapters import tensor_names
+from mlx_adapters.adapter import Adapter
+from mlx_adapters.errors import FormatError
+from mlx_adapters.peft_format.places import Factors, Fold, back, fold_of
+from mlx_adapters.peft_format.probing import Layout
+from mlx_adapters.tensor_names import (
+    DOWN,
+    EMBEDDINGS,
+    FAN_IN_FAN_OUT,
+    GATE,
+    HEADS,
+    LORA_A,
+    LORA_B,
+    MAGNITUDE,
+    PEFT_AS_PARAMETERS,
+    PEFT_EXPERTS_EACH,
+    PEFT_UNHEEDED,
+    POSITIONS,
+    ROUTERS,
+    UP,
+    WEIGHT,
+)
+
+LM_HEAD = HEADS[0]
+LEAVE_OUT = "leave it out of the targets."
+
+
+@dataclass(frozen=True)
+class PeftForm:
+    """The tensors by PEFT's names, and the config."""
+
+    tensors: dict[str, mx.array]
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of the base: its type, whether its embedding is also the output layer, whether it has experts, its checkpoint."""
+
+    model_type: str | None
+    tied: bool
+    experts: bool
+    layout: Layout
+
+
+def own_form(adapter: Adapter, facts: Facts) -> PeftForm:
+    """PEFT's form of an adapter that was made here. Raises FormatError for what PEFT cannot express."""
+    tensors: dict[str, mx.array] = {}
+    targets: dict[str, None] = {}
+    parameters: list[str] = []
+    experts: dict[str, dict[str, tuple[mx.array, mx.array]]] = {}
+    for key, a, b, m in adapter.layers():
+        if a.ndim == 3:
+            block, _, projection = key.rpartition(".")
+            experts.setdefault(block, {})[projection] = (a, b)
+            continue
+        path, fold = _origin(key, facts)
+        layer = path.rpartition(".")[2]
+        _refuse_unheeded(path, layer, facts.model_type)
+        embedding, parameter = layer in EMBEDDINGS + POSITIONS, facts.experts and layer in PEFT_AS_PARAMETERS
+        if m is not None and parameter:
+            what = "router" if layer in ROUTERS else "layer"
+            raise FormatError(
+                f"PEFT has no DoRA for the {what} '{path}'.", f"train it as LoRA, or leave the {what} out."
+            )
+        if m is not None and embedding:
+            raise FormatError(f"PEFT's DoRA of an embedding is another function than MLX's: '{path}'.")
+        a, b, m, factor = unloaded(a, b, m, fold, embedding)
+        b = b if factor == 1 else b.astype(mx.float32) / factor
+        tensors |= tensors_of(path, a, b, m, embedding)
+        if parameter and not (layer in ROUTERS and facts.model_type in PEFT_EXPERTS_EACH):
+            parameters.append(tensor_names.join(path, WEIGHT))
+        else:
+            targets[path] = None
+        if facts.tied and layer in EMBEDDINGS:
+            tensors |= tensors_of(LM_HEAD, b.T, a.T, None, False)
+            targets[LM_HEAD] = None
+    for block, parts in experts.items():
+        tensors |= _per_expert(block, parts, targets, facts)
+    tying = facts.tied and LM_HEAD in targets
+    config = _config(adapter, list(targets), parameters, tying, facts.model_type)
+    if experts or parameters or any(path.rpartition(".")[2] in ROUTERS for path in targets):
+        config["lora_dropout"] = 0.0  # PEFT has none for experts and parameters
+    return PeftForm(tensors, config)
+
+
+def _refuse_unheeded(path: str, layer: str, model_type: str | None) -> None:
+    """Raise FormatError for a module of a Mamba model whose weight is read past PEFT's layer."""
+    if layer in PEFT_UNHEEDED.get(model_type or "", ()):
+        raise FormatError(
+            f"transformers reads the weight of '{path}' itself, so that an adapter there does nothing in PEFT.",
+            LEAVE_OUT,
+        )
+
+
+def _origin(key: str, facts: Facts) -> tuple[str, Fold | None]:
+    """The path in transformers of a layer's module, and what loading multiplies its weight by.
+
+    Raises FormatError if there is no such module.
+    """
+    weight = tensor_names.join(key, WEIGHT)
+    pieces = facts.layout.into(weight)
+    if len(pieces) != 1 or not pieces[0].whole or pieces[0].index is not None:
+        why = facts.layout.problems.get(weight, "it is a part of a larger matrix there")
+        raise FormatError(f"transformers has no module of its own for '{key}': {why}.", LEAVE_OUT)
+    path, leaf = tensor_names.split(pieces[0].source)
+    if leaf != WEIGHT:
+        raise FormatError(f"transformers has '{pieces[0].source}' for '{key}', which is no module that PEFT can adapt.")
+    if path == key or facts.model_type in tensor_names.OWN_NAMES:
+        path = tensor_names.peft_path(key, facts.model_type)
+    return path, fold_of(pieces[0])
+
+
+def _per_expert(
+    block: str, parts: dict[str, tuple[mx.array, mx.array]], targets: dict[str, None], facts: Facts
+) -> dict[str, mx.array]:
+    """One A and B for each expert. With gate or up, PEFT wants all three; what is missing is added as zero."""
+    if facts.model_type not in PEFT_EXPERTS_EACH:
+        raise FormatError(f"PEFT has no name for the experts '{block}' of a {facts.model_type}.", LEAVE_OUT)
+    tensors: dict[str, mx.array] = {}
+    partner = parts.get(GATE) or parts.get(UP)
+    if partner:
+        (experts, rank, inputs), inner = partner[0].shape, partner[1].shape[1]
+        shapes = {GATE: (inputs, inner), UP: (inputs, inner), DOWN: (inner, inputs)}
+        nothing = {
+            name: (mx.zeros((experts, rank, i), partner[0].dtype), mx.zeros((experts, o, rank), partner[1].dtype))
+            for name, (i, o) in shapes.items()
+        }
+        parts = nothing | parts
+    for projection, (a, b) in parts.items():
+        key = tensor_names.join(block, projection)
+        pieces = facts.layout.into(tensor_names.join(key, WEIGHT))
+        if len(pieces) != a.shape[0] or any(piece.index is None or not piece.whole for piece in pieces):
+            raise FormatError(f"PEFT has no name for the experts '{key}'.", LEAVE_OUT)
+        for expert, piece in enumerate(pieces):
+            if fold_of(piece):
+                raise FormatError(f"mlx-lm multiplies the weights of the experts '{key}' when it loads them.")
+            path = tensor_names.split(piece.source)[0]
+            tensors |= tensors_of(path, a[expert].T, b[expert].T, None, False)
+            targets[path] = None
+    return tensors
+
+
+def _config(
+    adapter: Adapter, targets: list[str], parameters: list[str], tying: bool, model_type: str | None
+) -> dict[str, Any]:
+    config = adapter.config
+    alpha = config.scale * config.rank
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
+        "base_model_name_or_path": adapter.base_name, "revision": None,
+        "r": config.rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": False, "use_dora": config.type == "dora", "init_lora_weights": True,
+        "target_modules": targets, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None,
+        "fan_in_fan_out": model_type in FAN_IN_FAN_OUT, "layers_to_transform": None, "layers_pattern": None,
+        **({"ensure_weight_tying": True} if tying else {}),
+        **({"target_parameters": parameters} if parameters else {}),
+    }  # fmt: skip
+
+
+def unloaded(
+    a: mx.array, b: mx.array, m: mx.array | None, fold: Fold | None, embedding: bool
+) -> tuple[mx.array, mx.array, mx.array | None, float]:
+    """a, b and m as they were before loading multiplied the weight, and what the scale has still to be divided by."""
+    left, right = (a, b) if embedding else (b.T, a.T)
+    factors, factor = back(Factors(left, right, m), fold)
+    a, b = (factors.left, factors.right) if embedding else (factors.right.T, factors.left.T)
+    return a, b, factors.m, factor
+
+
+def tensors_of(path: str, a: mx.array, b: mx.array, m: mx.array | None, embedding: bool) -> dict[str, mx.array]:
+    """PEFT's tensors of one module from a (in, r), b (r, out), m (out,)."""
+    leaves = {LORA_A: a.T, LORA_B: b.T} | ({} if m is None else {MAGNITUDE: m})
+    return {tensor_names.peft_tensor(path, leaf, embedding): array for leaf, array in leaves.items()}
