@@ -35,7 +35,7 @@ KINDS: Mapping[str, Any] = {
     "versions": {"*": str}, "train_losses": [[float]], "validation_losses": [[float]],
     "checkpoints": {"*": {"*": float}}, "training": {"iterations": int, "fuse_aware": {}, "fuse_aware_from": int},
     "base": {"name": str, "revision": str, "fingerprint": str, "model_type": str, "quantization": {}},
-    "data": {"source": str, "splits": {"*": {"rows": int, "sha256": str}}},
+    "signature": str, "data": {"source": str, "splits": {"*": {"rows": int, "sha256": str}}},
     "evaluations": [Whole(data=str, split=str, rows=int, metrics={"*": float})],
     "merge": Whole(method=str, sources=[Whole(name=str, weight=float)]),
     "extract": {"energy_kept": float, "energy_by_layer": {"*": float}},

@@ -13,7 +13,7 @@ from mlx_adapters.units import count
 PACKAGE = Path(__file__).parent.parent / "mlx_adapters"
 LAYERS = [
     {"charts", "display", "errors", "units", "events", "config", "paths", "locks", "temporaries", "replacing", "files",
-     "tensor_files", "blas", "limits", "machine", "templates"},
+     "tensor_files", "blas", "limits", "machine", "origin", "templates"},
     {"tensor_names", "metadata", "adapter"},
     {"bases", "door", "layers", "model", "quantized_check", "registry"},
     {"training", "fusion", "merging", "peft_format", "runtime", "benchmarking", "hub", "evaluation",

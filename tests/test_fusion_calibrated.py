@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 from test_fusion_fuse import make_adapter
 
-from mlx_adapters import errors, files, paths
+from mlx_adapters import TrainConfig, errors, files, load_adapter, origin, paths, train
 from mlx_adapters.adapter import write_adapter
 from mlx_adapters.bases import resolve_base
 from mlx_adapters.cli import cli
@@ -34,6 +34,7 @@ from mlx_adapters.fusion.plan import LayerPlan, Updates
 from mlx_adapters.fusion.text import GENERAL, choose_text
 from mlx_adapters.layers import quantization_of
 from mlx_adapters.model import load_model, load_module
+from mlx_adapters.training.rows import read_data
 
 ALL = ["llama", "qwen2", "qwen3", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2"]
 FEW = {"calibration_rows": 12, "check_rows": 12}
@@ -65,6 +66,11 @@ def data(tmp_path):
     for name, part in (("train", rows[:40]), ("valid", rows[40:52])):
         (folder / f"{name}.jsonl").write_text("".join(line + "\n" for line in part))
     return folder
+
+
+def trained_on(adapter, data):
+    """Let the adapter's record say that it was trained here, on `data`."""
+    adapter.metadata.update({"data": {"source": str(data)}, "signature": origin.signature(str(data))})
 
 
 def log_softmax(x):
@@ -347,7 +353,7 @@ def test_own_data_that_is_too_short_gives_way_to_the_general_text(tiny_model, da
     lines = (data / "train.jsonl").read_text().splitlines(keepends=True)[:count]
     (data / "train.jsonl").write_text("".join(lines))
     (data / "valid.jsonl").unlink()
-    adapter.metadata["data"] = {"source": str(data)}
+    trained_on(adapter, data)
     text = choose_text(None, [adapter], tokenizer, 16, 8)
     assert text.source == GENERAL and f"'{data}' is too short" in text.why and text.describe()["why"] == text.why
     with pytest.raises(FormatError, match="too short"):
@@ -357,7 +363,7 @@ def test_own_data_that_is_too_short_gives_way_to_the_general_text(tiny_model, da
 def test_few_rows_asked_for_are_still_of_the_own_data(tiny_model, data, home):
     folder = tiny_model("llama")
     adapter = make_adapter(folder)
-    adapter.metadata["data"] = {"source": str(data)}
+    trained_on(adapter, data)
     text = choose_text(None, [adapter], load_model(folder).tokenizer, 1, 1)
     for rows in (text.calibration, text.check):
         assert sum(len(tokens) for tokens, _ in rows) >= 256 and len(rows) > 1
@@ -386,7 +392,7 @@ def test_a_check_that_is_too_short_takes_training_rows(tiny_model, data):
 def test_a_recipe_on_the_general_text_stays_with_it(tiny_model, tmp_path, data):
     folder = tiny_model("llama", bits=4)
     adapter = make_adapter(folder)
-    adapter.metadata["data"] = {"source": str(tmp_path / "later")}
+    trained_on(adapter, tmp_path / "later")
     write_adapter(adapter, tmp_path / "adapter")
     options = FuseOptions(calibration_rows=4, check_rows=4)
     first = fuse(folder, tmp_path / "adapter", tmp_path / "out", options=options)
@@ -400,9 +406,9 @@ def test_where_the_text_comes_from(tiny_model, tmp_path, data):
     folder = tiny_model("llama")
     tokenizer, adapter = load_model(folder).tokenizer, make_adapter(folder)
     assert choose_text(None, [adapter], tokenizer, 16, 8).source == GENERAL
-    adapter.metadata["data"] = {"source": str(data)}
+    trained_on(adapter, data)
     assert choose_text(None, [adapter], tokenizer, 16, 8).source == str(data)
-    adapter.metadata["data"] = {"source": str(tmp_path / "gone")}
+    trained_on(adapter, tmp_path / "gone")
     assert choose_text(None, [adapter], tokenizer, 16, 8).source == GENERAL
     (tmp_path / "book.txt").write_text(
         "\n\n".join(f"Chapter {i}. " + "The rain fell on the roof. " * 9 for i in range(20))
@@ -582,3 +588,39 @@ def test_calibration_is_never_worse_than_rounding_to_nearest_on_its_own_rows(
         results[method] = compare(Variant(found, updates), fused, None, batches).kl_mean, result
     assert results["calibrated"][0] <= results["nearest"][0] * (1 + 1e-6)
     assert [note.split(":")[0].split(" was")[0] for note in results["calibrated"][1].notes] == told
+
+
+@pytest.mark.parametrize("signed", [None, "", "0" * 64, 7, ["x"], "é", "of another path", "of another machine"])
+def test_data_that_a_stranger_names_is_not_opened(signed, tiny_model, data, home, monkeypatch):
+    """Neither a path nor a data set of the Hub; it is named, and used if it is asked for."""
+    folder, opened = tiny_model("llama"), []
+    adapter, tokenizer = make_adapter(folder), load_model(folder).tokenizer
+    monkeypatch.setattr("mlx_adapters.fusion.text.read_data", lambda *a, **k: opened.append(a) or read_data(*a, **k))
+    if signed == "of another path":
+        signed = origin.signature(str(data.parent))
+    if signed == "of another machine":
+        signed = origin.signature(str(data))
+        (home / "machine.key").unlink()
+    for source in (str(data), "hf:someone/secrets", "data"):
+        adapter.metadata.update({"data": {"source": source}, "signature": signed})
+        text = choose_text(None, [adapter], tokenizer, 8, 8)
+        assert text.source == GENERAL and f"'{source}'" in text.why and not opened
+    adapter.metadata.update({"data": None, "dataset": str(data)})
+    assert choose_text(None, [adapter], tokenizer, 8, 8).source == GENERAL and not opened
+    assert choose_text(str(data), [adapter], tokenizer, 8, 8).source == str(data)
+
+
+def test_the_secret_is_nobody_elses(home):
+    first = origin.signature("data/sql")
+    assert (home / "machine.key").stat().st_mode & 0o077 == 0
+    assert origin.made_here("data/sql", first) and origin.signature("data/sql") == first
+    assert not origin.made_here("data/sq", first)
+
+
+def test_an_adapter_that_was_trained_here_is_calibrated_on_its_data(tiny_model, data, home, monkeypatch):
+    train(tiny_model("llama"), data, name="sql", training=TrainConfig(iterations=1, batch_size=2))
+    adapter, tokenizer = load_adapter("sql"), load_model(tiny_model("llama")).tokenizer
+    assert choose_text(None, [adapter], tokenizer, 8, 8).source == str(data)
+    monkeypatch.setenv("MLX_ADAPTERS_HOME", str(home.parent / "another machine"))
+    text = choose_text(None, [adapter], tokenizer, 8, 8)
+    assert text.source == GENERAL and "was not trained here" in text.why

@@ -1,7 +1,7 @@
 """Text for calibration and for the check, taken apart so that no row serves both.
 
-In this order: what the caller names; the data that the adapter was trained on, if its record still leads
-there and it is long enough; a small general text that the package carries.
+In this order: what the caller names; the data that the adapter was trained on, if that was on this machine (a
+stranger's record may name anything), it is still there and long enough; a small general text of the package.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ import numpy as np
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.errors import AdapterError, FormatError, NotFoundError
 from mlx_adapters.fusion.blocks import Row
+from mlx_adapters.origin import made_here
 from mlx_adapters.training.data import tokenize_row
 from mlx_adapters.training.rows import RawRow, read_data, spread
 
@@ -131,7 +132,7 @@ def _split_paragraphs(text: str, source: str) -> tuple[list[RawRow], list[RawRow
 
 
 def _own_data(adapters: Sequence[Adapter]) -> tuple[str, tuple[list[RawRow], list[RawRow]]]:
-    """(sources, rows) of the adapters' training data, as far as it can still be read. Raises AdapterError if none."""
+    """(sources, rows) of the training data of adapters trained here, as far as it can be read. Raises AdapterError."""
     train: list[RawRow] = []
     held: list[RawRow] = []
     sources: list[str] = []
@@ -139,6 +140,11 @@ def _own_data(adapters: Sequence[Adapter]) -> tuple[str, tuple[list[RawRow], lis
     for adapter in adapters:
         source = data_source(adapter)
         if source is None:
+            continue
+        if not made_here(source, adapter.metadata.get("signature")):
+            reason = NotFoundError(
+                f"It names '{source}' as its data, but was not trained here: use that with --calibration."
+            )
             continue
         try:
             rows = read_text(source)

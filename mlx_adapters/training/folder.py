@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import files, locks, paths, registry, replacing
+from mlx_adapters import files, locks, origin, paths, registry, replacing
 from mlx_adapters.adapter import AdapterConfig, Weights
 from mlx_adapters.config import LoraConfig, TrainConfig
 from mlx_adapters.errors import AdapterError, ConfigError
@@ -139,6 +139,7 @@ class RunFolder:
             "status": "finished" if done else "stopped early" if state.stopped_early else "unfinished",
             "base": self.recipe["base"],
             "data": self.recipe["data"],
+            "signature": origin.signature(self.recipe["data"]["source"]),
             "type": lora.type,
             "rank": rank,
             "ranks": lora.ranks,
