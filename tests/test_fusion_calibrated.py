@@ -623,4 +623,4 @@ def test_an_adapter_that_was_trained_here_is_calibrated_on_its_data(tiny_model, 
     assert choose_text(None, [adapter], tokenizer, 8, 8).source == str(data)
     monkeypatch.setenv("MLX_ADAPTERS_HOME", str(home.parent / "another machine"))
     text = choose_text(None, [adapter], tokenizer, 8, 8)
-    assert text.source == GENERAL and "was not trained here" in text.why
+    assert text.source == GENERAL and "not trained on this machine" in text.why

@@ -14,6 +14,9 @@ from mlx_adapters.bases import resolve_base
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.fusion.left_out import left_out
 from mlx_adapters.fusion.options import FuseOptions
+from mlx_adapters.fusion.recipe import read_recipe
+from mlx_adapters.hub import staging
+from mlx_adapters.hub.subject import read_subject
 from mlx_adapters.model import load_model
 
 VISION = {
@@ -127,3 +130,14 @@ def test_an_ordinary_model_has_nothing_left_out(architecture, tiny_model, tmp_pa
     base = tiny_model(architecture)
     fuse(base, make_adapter(base), tmp_path / "out", options=NEAREST)
     assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_the_file_is_published_hashed_and_replaced_with_the_model(tmp_path):
+    base = with_tensors(build_model(tmp_path / "base", "gemma3"), VISION)
+    files.write_json(base / "video_preprocessor_config.json", {"size": 32})
+    for overwrite in (False, True):
+        fuse(base, make_adapter(base), tmp_path / "out", options=NEAREST, overwrite=overwrite)
+    assert {"other.safetensors", "model.safetensors"} == set(read_recipe(tmp_path / "out").weights_sha256)
+    subject = read_subject(tmp_path / "out")
+    staging.check(subject)
+    assert {"other.safetensors", "video_preprocessor_config.json"} <= set(subject.sources) and not subject.left_out

@@ -96,9 +96,10 @@ def fuse_command(
         return
     if not options.check:
         refuse_ignored("check_rows", "--no-check")
+    if options.method == "calibrated" and bits == "none":
+        refuse_ignored("method", "--bits none")
     if options.method == "nearest" or bits == "none":
-        refuse_ignored("method thorough calibration_rows" if bits == "none" else "thorough calibration_rows",
-                       "--bits none" if bits == "none" else "--method nearest")  # fmt: skip
+        refuse_ignored("thorough calibration_rows", "--bits none" if bits == "none" else "--method nearest")
     if len(refs) < (1 if again or from_peft else 2):
         raise click.UsageError("Give the adapter and the folder to write.")
     *adapters, out = refs

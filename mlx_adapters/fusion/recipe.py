@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_adapters import files, paths
 from mlx_adapters.adapter import Adapter
-from mlx_adapters.bases import Base, resolve_base
+from mlx_adapters.bases import OTHER_FILE, Base, resolve_base
 from mlx_adapters.config import Quantization, to_mapping
 from mlx_adapters.errors import AdapterError, FormatError, IncompatibleError
 from mlx_adapters.fusion.plan import Precision
@@ -15,7 +15,7 @@ from mlx_adapters.registry import load_adapter
 from mlx_adapters.replacing import NOTHING, Output
 from mlx_adapters.tensor_names import RECIPE_FILE, REPORT_FILE
 
-WEIGHT_FILES = ("model*.safetensors", "*.gguf")
+WEIGHT_FILES = ("model*.safetensors", OTHER_FILE, "*.gguf")
 # What a fused model consisted of before its report listed its files.
 UNRECORDED = (
     r"(generation_)?config\.json|model[^/]*\.(safetensors|json|gguf)|fuse_recipe\.json|(special_tokens_map|added_tokens)"

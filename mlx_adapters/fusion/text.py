@@ -142,9 +142,8 @@ def _own_data(adapters: Sequence[Adapter]) -> tuple[str, tuple[list[RawRow], lis
         if source is None:
             continue
         if not made_here(source, adapter.metadata.get("signature")):
-            reason = NotFoundError(
-                f"It names '{source}' as its data, but was not trained here: use that with --calibration."
-            )
+            why = f"The adapter names '{source}' as its data, but was not trained on this machine"
+            reason = NotFoundError(f"{why}; --calibration takes it all the same.")
             continue
         try:
             rows = read_text(source)

@@ -29,7 +29,7 @@ THROUGH = (
     "then. Judge by the loss: the KL is from the adapter before rounding, which it was not trained to equal. After a "
     "short training, compare with --method calibrated."
 )
-JUDGING_ROWS = 16
+JUDGING_ROWS = 8
 NEAREST = "on the calibration rows that keeps more of the adapter than calibration does; more rows may help"
 UNKNOWN = "calibration does not see what it computes of which token"
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from mlx_adapters import files, paths
 from mlx_adapters.adapter import Adapter, read_adapter, weights_file
+from mlx_adapters.bases import INDEX_FILE, OTHER_FILE
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError
 from mlx_adapters.hub.cleaning import clean, clean_text
 from mlx_adapters.metadata import read_config, read_metadata
@@ -34,8 +35,8 @@ PUBLISHED = {
     "adapter": (ADAPTER_FILE, CONFIG_FILE, METADATA_FILE),
     "peft": (PEFT_WEIGHTS_FILE, CONFIG_FILE, *TOKENIZER),
     "model": (
-        "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER,
-        "preprocessor_config.json", "processor_config.json", "*.py", RECIPE_FILE, REPORT_FILE,
+        "config.json", "generation_config.json", "model*.safetensors", OTHER_FILE, INDEX_FILE, *TOKENIZER,
+        "*preprocessor_config.json", "processor_config.json", "chat_template.json", "*.py", RECIPE_FILE, REPORT_FILE,
     ),
     "gguf": (GGUF_FILE, RECIPE_FILE, REPORT_FILE),
 }  # fmt: skip

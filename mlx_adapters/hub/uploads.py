@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.adapter import Adapter
-from mlx_adapters.bases import HUB_ID, resolve_base
+from mlx_adapters.bases import HUB_ID, INDEX_FILE, OTHER_FILE, resolve_base
 from mlx_adapters.config import require
 from mlx_adapters.errors import AdapterError, HubError
 from mlx_adapters.events import Note, OnEvent, ignore
@@ -34,7 +34,7 @@ from mlx_adapters.units import count
 
 ATTEMPTS, FIRST_WAIT_SECONDS = 5, 2.0
 # Old shards beside new ones would be loaded too.
-REPLACED = ["model*.safetensors", "model.safetensors.index.json"]
+REPLACED = ["model*.safetensors", OTHER_FILE, INDEX_FILE]
 
 
 @dataclass(frozen=True)
