@@ -7,6 +7,7 @@ import functools
 import hashlib
 import logging
 import os
+import re
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +47,8 @@ def place_name(path: Path) -> str:
     """The name of a lock on a place on the disk, whether there is anything or not, however its path is spelled."""
     spelled = os.path.join(os.path.realpath(path.parent), path.name)
     folded = unicodedata.normalize("NFC", spelled.casefold())
-    return f"{path.name[:60].casefold()}-{hashlib.sha256(os.fsencode(folded)).hexdigest()[:16]}"
+    readable = re.sub(r"[^a-z0-9._-]+", "", path.name.casefold())[:60]  # for people; the hash alone counts
+    return f"{readable}-{hashlib.sha256(os.fsencode(folded)).hexdigest()[:16]}"
 
 
 @functools.cache

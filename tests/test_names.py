@@ -60,6 +60,8 @@ def test_a_place_has_one_lock_however_it_is_spelled(tmp_path, home):
     names = {locks.place_name(tmp_path / spelling) for spelling in spellings}
     assert len(names) == 1
     assert locks.place_name(tmp_path / "real/y") not in names
+    with registry.training_lock(tmp_path / ("\U0001f600" * 60)):
+        pass
 
 
 def test_the_same_place_is_told_by_the_disk(tmp_path):
