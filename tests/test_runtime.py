@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import mlx_adapters as ma
-from mlx_adapters import layers
+from mlx_adapters import layers, machine
 from mlx_adapters.adapter import Adapter, AdapterConfig, write_adapter
 from mlx_adapters.config import LoraConfig
 from mlx_adapters.errors import ConfigError, FormatError, IncompatibleError, ModelError, NotFoundError
@@ -19,6 +19,7 @@ from mlx_adapters.runtime.live import LiveModel, load_model
 from mlx_adapters.runtime.pool import AdapterPool
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2"]
+PAGE = 16_384  # bytes, on Apple silicon
 TOKENS = [5, 9, 2, 77, 31, 6, 7, 8, 301, 44]
 
 
@@ -111,6 +112,20 @@ def test_grouping_keeps_the_base_in_memory_once(tiny_model):
         assert mx.array_equal(layer.weight, weights[path])
 
 
+def held_by(model, size, before):
+    """Whether MLX holds about `size` bytes of adapters more than `before`, and what the pool says.
+
+    Where layers of one input are grouped (on a GPU), b is block-diagonal: the zeros take up to 0.6 of an adapter more.
+    A GPU also gives memory in whole pages.
+    """
+    gc.collect()
+    held, pool = mx.get_active_memory() - before, model.pool
+    arrays = sum(len(factors.arrays) for entry in pool.attached.values() for factors in entry.factors.values())
+    pages = 2 * PAGE * arrays if mx.default_device() == mx.gpu else 0
+    most = 1.6 if pool._group else 1.0
+    return 0.9 * size <= held <= 1.1 * most * size + pages and pool.nbytes <= 1.01 * most * size
+
+
 def test_memory_of_many_adapters(tiny_model):
     model = load_model(tiny_model("llama", hidden_size=256, intermediate_size=1024))
     adapters = [random_adapter(model, seed=i) for i in range(8)]
@@ -119,12 +134,10 @@ def test_memory_of_many_adapters(tiny_model):
     before = mx.get_active_memory()
     for adapter in adapters:
         model.attach(adapter)
-    gc.collect()
-    assert mx.get_active_memory() - before == pytest.approx(8 * size, rel=0.05)
+    assert held_by(model, 8 * size, before)
     rows = [model.pool.get(adapters[0].name), model.pool.get(adapters[1].name)]
     rows_of(model, rows, mx.array([TOKENS] * 2))
-    gc.collect()
-    assert mx.get_active_memory() - before == pytest.approx(9 * size, rel=0.1)  # slot 0 is the base
+    assert held_by(model, 9 * size, before)  # slot 0 is the base
 
 
 def test_what_is_detached_leaves_memory_at_once(tiny_model):
@@ -141,7 +154,7 @@ def test_what_is_detached_leaves_memory_at_once(tiny_model):
     rows_of(model, entries, mx.array([TOKENS] * 4))
     for name in "01":
         model.detach(name)
-    assert mx.get_active_memory() - before == pytest.approx(2 * size, rel=0.1) and len(entries) == 4
+    assert held_by(model, 2 * size, before) and len(entries) == 4
     assert mx.array_equal(model.logits(TOKENS), wanted)
     rows = rows_of(model, [*entries[2:], None], mx.array([TOKENS] * 3))
     assert distance(rows[1], wanted) < 1e-4
@@ -373,7 +386,7 @@ def test_weights_and_adapters_in_memory_are_checked(live):
 
 
 def test_factors_stay_laid_out_for_one_rows_products(tiny_model):
-    """Alone, mixed, and as slots of a batch: bᵀ lies in one piece, or a row's product takes twice as long."""
+    """Alone, mixed, and as slots of a batch: bᵀ (on a GPU b) lies in one piece, or a row's product takes longer."""
     model = load_model(tiny_model("qwen2"))
     for i in range(2):
         model.attach(random_adapter(model, rank=2 + i, seed=i), name=str(i), use=False)
@@ -382,7 +395,8 @@ def test_factors_stay_laid_out_for_one_rows_products(tiny_model):
         for site in set(model.pool._sites.values()):
             b = np.array(site.update.b, copy=False)
             embedding = isinstance(site.layers[0], layers.EMBEDDING)
-            assert embedding or b.flags.c_contiguous, (site.paths, b.shape, b.strides)
+            in_one_piece = b.flags.f_contiguous if machine.on_gpu() else b.flags.c_contiguous
+            assert embedding or in_one_piece, (site.paths, b.shape, b.strides)
 
     for selection in ("0", {"0": 0.5, "1": 2.0}):
         model.use(selection)
