@@ -51,8 +51,8 @@ def tool(*command: str) -> str:
     """What a tool of macOS prints, without space around it; "" if it fails or is not there."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         paths = "/usr/bin:/usr/sbin:/bin:/sbin"
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, env={"PATH": paths}, check=True)
-        return done.stdout.strip()
+        done = subprocess.run(command, capture_output=True, timeout=20, env={"PATH": paths}, check=True)
+        return done.stdout.decode(errors="replace").strip()
     return ""
 
 

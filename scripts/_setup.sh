@@ -28,6 +28,15 @@ find_python() { # the tested ones first; for newer ones there may be no wheels y
   return 1
 }
 
+require_macos() { # here, too, pip would only say "No matching distribution"
+  local version
+  [ "$(uname -s)" = Darwin ] || return 0
+  version=$(SYSTEM_VERSION_COMPAT=0 sw_vers -productVersion)
+  [ "${version%%.*}" -lt 14 ] || return 0
+  say "Error: MLX needs macOS 14 or newer, and this is $version."
+  exit 1
+}
+
 gpu_extra() { # the build of MLX for this machine
   if [ "$(uname -s)" != Linux ]; then
     echo ""
@@ -70,6 +79,7 @@ set_up() {
     fast_blas "$extra"
     return
   fi
+  require_macos
   if [ -e .venv ] && ! usable "$python"; then rm -rf .venv; fi # of another machine, or an interpreter that is gone
   if command -v uv >/dev/null; then
     if [ ! -x "$python" ]; then

@@ -76,6 +76,7 @@ def test_heat_is_what_macos_says_of_it(a_mac, monkeypatch):
 def test_a_tool_that_fails_says_nothing():
     assert machine.tool("false") == "" == machine.tool("/no/such/tool")
     assert machine.tool("echo", " 12 ") == "12"
+    assert machine.tool("printf", "\\377 Mac") == "\ufffd Mac"
 
 
 # -- memory ------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ class Machine:
         (self.project / "pyproject.toml").write_text("")
         for tool in ("cat", "sed", "cksum", "grep", "touch", "rm", "mkdir", "cp", "dirname"):
             (self.bin / tool).symlink_to(shutil.which(tool))
+        self.program("sw_vers", f"#!{BASH}\necho 15.5\n")
         self.program("uname", f'#!{BASH}\ncase "$1" in -sm) echo "{system} arm64" ;; *) echo {system} ;; esac\n')
 
     def program(self, name: str, text: str) -> Path:
@@ -87,6 +88,13 @@ def test_without_a_python_that_can_carry_mlx_nothing_is_made(mac):
     done = mac.set_up()
     assert done.returncode == 1 and "Error: Python 3.11 or newer" in done.stderr and "brew install" in done.stderr
     assert not (mac.project / ".venv").exists()
+
+
+def test_a_macos_that_is_too_old_is_named(mac):
+    mac.python("python3.13", ARM)
+    mac.program("sw_vers", f"#!{BASH}\necho 13.7.1\n")
+    done = mac.set_up()
+    assert done.returncode == 1 and done.stderr == "Error: MLX needs macOS 14 or newer, and this is 13.7.1.\n"
 
 
 def test_a_chosen_python_that_is_not_there_is_named(mac):
