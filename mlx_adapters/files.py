@@ -86,7 +86,7 @@ def atomic_folder(path: Path, overwrite: bool = False, ours: Output = NOTHING) -
     path = _behind_link(Path(path).absolute())
     refuse_existing(path, overwrite, ours)
     with draft_beside(path) as folder:
-        new = folder / "new"
+        new = folder / path.name  # so that without the draft its files' paths are the ones they will have
         new.mkdir()
         _keep_private(path, new)
         yield new

@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import files, paths, registry, tensor_files
+from mlx_adapters import files, paths, registry, temporaries, tensor_files
 from mlx_adapters.adapter import weights_file
 from mlx_adapters.config import require
 from mlx_adapters.errors import AdapterError, ConfigError, ExistsError, did_you_mean
@@ -38,6 +38,7 @@ class Removed:
 def _changing(name: str) -> Iterator[Path]:
     """The folder of a named adapter, held while it is changed."""
     known = Reference("name", registry.check_name(name))
+    temporaries.sweep(registry.adapters_folder())  # also where a kill came after the adapter had gone
     registry.locate(known)
     with registry.changing(name):
         yield registry.locate(known)[0]

@@ -86,12 +86,16 @@ def storage_errors(path: Path) -> Iterator[None]:
         }
         about = error.filename
         if isinstance(about, str | bytes) and not _belongs_to(Path(os.fsdecode(about)), Path(path)):
-            raise StorageError(
-                f"Cannot read '{os.fsdecode(about)}': {_reason(error)}.", "is it there, and yours?"
-            ) from error
+            read = undrafted(Path(os.fsdecode(about)))
+            raise StorageError(f"Cannot read '{read}': {_reason(error)}.", "is it there, and yours?") from error
         if error.errno not in hints:
             raise
-        raise StorageError(f"Cannot write '{path}': {_reason(error)}.", hints[error.errno]) from error
+        raise StorageError(f"Cannot write '{undrafted(path)}': {_reason(error)}.", hints[error.errno]) from error
+
+
+def undrafted(path: Path) -> Path:
+    """The path that a file of a draft will have in the end: what the user knows."""
+    return Path(*(part for part in Path(path).parts if not part.startswith(TEMPORARY_PREFIX)))
 
 
 def _reason(error: OSError) -> str:
@@ -113,7 +117,7 @@ def require_free_space(path: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise StorageError(
-            f"'{folder}' needs {size(needed_bytes)}, but the disk has {size(free)} free.",
+            f"Cannot write '{undrafted(path)}': it needs {size(needed_bytes)}, but the disk has {size(free)} free.",
             "free some space, or choose another disk." + (PURGEABLE if sys.platform == "darwin" else ""),
         )
 

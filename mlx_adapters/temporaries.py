@@ -21,7 +21,7 @@ from mlx_adapters.locks import lock_file
 from mlx_adapters.paths import TEMPORARY_PREFIX
 
 MARKER = "written-by-mlx-adapters"
-OLD = "old"  # what a swap on a disk without exchange has put aside
+OLD = f"{TEMPORARY_PREFIX}old"  # what a swap on a disk without exchange has put aside
 YOUNG_SECONDS = 60  # its writer may be about to lock it
 UNLOCKABLE_SECONDS = 7 * 24 * 3600  # where there are no locks, nothing is written for longer
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)

@@ -293,7 +293,7 @@ def test_macos_flushes_the_drive_and_not_only_the_system(tmp_path, monkeypatch, 
         make(place, "config.json", "sub/1")
     # All files and folders first, then once the drive, and the rename at the end.
     last, renamed = calls[-2:]
-    assert sorted(calls[:-2]) == sorted(["config.json", "1", "new", "sub"])
+    assert sorted(calls[:-2]) == sorted(["config.json", "1", "out", "sub"])
     assert last.lower() in ("config.json", "1") and renamed.lower() == tmp_path.name.lower()
     assert refuse or (last == last.upper() and renamed == tmp_path.name.upper())
     calls.clear()
@@ -341,6 +341,20 @@ def test_a_refusal_of_the_disk_is_a_sentence_with_a_hint(tmp_path, number):
     with pytest.raises(StorageError, match=r"Cannot write .*out'") as caught, files.atomic_file(tmp_path / "out"):
         raise OSError(number, "no")
     assert caught.value.hint and everything(tmp_path) == set()
+
+
+def test_an_error_names_a_file_by_the_path_it_would_have_had(tmp_path):
+    with (
+        pytest.raises(StorageError) as caught,
+        files.atomic_folder(tmp_path / "out") as folder,
+        files.atomic_folder(folder / "sub" / "0001") as inner,
+        files.atomic_file(inner / "weights"),
+    ):
+        raise OSError(errno.ENOSPC, "full")
+    assert caught.value.message.startswith(f"Cannot write '{tmp_path}/out/sub/0001/weights': ")
+    with pytest.raises(StorageError) as caught, files.atomic_folder(tmp_path / "out") as folder:
+        paths.require_free_space(folder / "weights", 1 << 60)
+    assert caught.value.message.startswith(f"Cannot write '{tmp_path}/out/weights': it needs ")
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ENOENT, errno.EIO, errno.EISDIR])

@@ -506,7 +506,7 @@ def test_a_kill_leaves_no_half_folder(tiny_model, tmp_path, home):
     code = "import sys\nfrom mlx_adapters.cli import main\nsys.argv = ['x', *sys.argv[1:]]\nmain()"
     process = subprocess.Popen(program(code, "fuse", "tiny", parent / "out"), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not list(parent.glob(".mlx-adapters-tmp-*/new/*")) and time.monotonic() < deadline and process.poll() is None:
+    while not list(parent.glob(".mlx-adapters-tmp-*/*/*")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL

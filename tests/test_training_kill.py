@@ -65,7 +65,7 @@ def wait_until(condition, seconds: float) -> None:
 
 
 def half_written(folder: Path) -> set[Path]:
-    return set(folder.glob("checkpoints/.mlx-adapters-tmp-*/new/*"))
+    return set(folder.glob("checkpoints/.mlx-adapters-tmp-*/*/*"))
 
 
 def kill_somewhere(pid: int, folder: Path, random_: random.Random, in_save: bool) -> None:

@@ -148,6 +148,7 @@ def drop_after(run: Path, iteration: int) -> None:
 
 def drop_half_written(run: Path) -> int:
     """Remove what a save left that was killed; how many there were. The caller holds the run's lock."""
+    temporaries.sweep(run.parent)
     temporaries.sweep(run, young_seconds=0)
     return temporaries.sweep(run / CHECKPOINTS_FOLDER, young_seconds=0)
 
