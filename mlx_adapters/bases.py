@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlx_adapters import files, paths, tensor_files
 from mlx_adapters.config import Quantization
 from mlx_adapters.door import load_config, mx, refusals
@@ -76,6 +78,20 @@ class Base:
     def positions(self) -> int | None:
         """How many positions a model has that learned each of them (GPT-2); None for all others."""
         return self.config.get("n_positions")
+
+    @property
+    def vocabulary(self) -> int | None:
+        """How many token ids the model has a row for; None where its config does not tell."""
+        return self.config.get("vocab_size") or (self.config.get("text_config") or {}).get("vocab_size")
+
+    def check_tokens(self, tokens: np.ndarray, where: str) -> None:
+        """Raise ModelError for an id that the model has no row for: its embedding would read foreign memory."""
+        bad = tokens[(tokens < 0) | (tokens >= self.vocabulary)] if self.vocabulary is not None else tokens[:0]
+        if bad.size:
+            raise ModelError(
+                f"{where}: '{self.name}' has no token {bad[0]}, its ids end at {(self.vocabulary or 0) - 1}.",
+                "its tokenizer is another model's, or was given more tokens than the model.",
+            )
 
     @property
     def context(self) -> int | None:

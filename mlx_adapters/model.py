@@ -77,8 +77,7 @@ class Model:
     @cached_property
     def vocabulary(self) -> int:
         """How many token ids the model has a row for; another id would read foreign memory."""
-        text_config = self.config.get("text_config") or {}
-        return self.config.get("vocab_size") or text_config.get("vocab_size") or len(self.tokenizer)
+        return self.base.vocabulary or len(self.tokenizer)
 
     @property
     def positions(self) -> int | None:
@@ -86,8 +85,17 @@ class Model:
         return self.base.positions
 
     def room(self, prompt_tokens: int, max_tokens: int) -> int:
-        """How many of `max_tokens` have a position after such a prompt."""
-        return max_tokens if self.positions is None else min(max_tokens, self.positions - prompt_tokens + 1)
+        """How many of `max_tokens` the model's context has room for after such a prompt; the last one is never read.
+
+        Raises ModelError if it has none: beyond its context a model writes nonsense.
+        """
+        context = self.base.context
+        if context is None:
+            return max_tokens
+        if prompt_tokens > context:
+            raise ModelError(f"The prompt has {prompt_tokens} tokens; the model's context has {context}.",
+                             "shorten it, or begin a new conversation.")  # fmt: skip
+        return min(max_tokens, context - prompt_tokens + 1)
 
     def checked_ids(self, ids: Sequence[int] | mx.array, before: int = 0) -> mx.array:
         """The token ids as an array; `before` tokens were read already.
@@ -97,8 +105,9 @@ class Model:
         found = np.asarray(ids)
         if found.size == 0:
             raise ModelError("The prompt is empty.", "write something to continue.")
-        if found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= self.vocabulary:
+        if found.dtype.kind not in "iu":
             raise ModelError(f"A prompt must be token ids from 0 to {self.vocabulary - 1}.", "or a text.")
+        self.base.check_tokens(found, "The prompt")
         if self.positions is not None and before + found.shape[-1] > self.positions:
             tokens = before + found.shape[-1]
             raise ModelError(f"The prompt has {tokens} tokens; the model has {self.positions} positions.")
@@ -142,16 +151,19 @@ class Model:
     ) -> Iterator[Any]:  # fmt: skip
         """Yield mlx-lm's responses (`.text`, `.token`, `.finish_reason`) as they are made.
 
-        `cache` holds what came before the prompt (mlx-lm's prompt cache) and grows by prompt and answer.
+        `cache` holds what came before the prompt (mlx-lm's prompt cache) and grows by prompt and answer. An answer
+        that the model's context has no more room for ends with the reason "context".
         """
         require(max_tokens >= 1, f"max_tokens must be at least 1, not {max_tokens}.")
         require(0 <= temperature < math.inf, f"temperature must be finite and not negative, not {temperature}.")
         require(0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}.")
         before = getattr(cache[0], "offset", 0) if cache else 0
         ids = self.checked_ids(self.encode(prompt, raw) if isinstance(prompt, str) else prompt, before)
-        sampler, max_tokens = self.sampler(temperature, top_p, seed), self.room(before + ids.size, max_tokens)
+        sampler, room = self.sampler(temperature, top_p, seed), self.room(before + ids.size, max_tokens)
         extra = {} if cache is None else {"prompt_cache": cache}
-        yield from stream_generate(self.module, self.tokenizer, ids, max_tokens=max_tokens, sampler=sampler, **extra)
+        for response in stream_generate(self.module, self.tokenizer, ids, max_tokens=room, sampler=sampler, **extra):
+            full = room < max_tokens and response.finish_reason == "length"
+            yield replace(response, finish_reason="context") if full else response
 
     def sampler(self, temperature: float, top_p: float, seed: int | None) -> Any:
         """What chooses the next token from its log-probabilities."""

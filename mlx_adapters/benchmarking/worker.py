@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_adapters import files, paths
@@ -125,7 +126,9 @@ def prompts_for(model: Model, config: BenchmarkConfig, length: int, batch: int) 
         return measure.random_prompts(measure.vocabulary_size(model.module), batch, length, config.seed)
     from mlx_adapters.benchmarking.prompts import real_prompts
 
-    return real_prompts(config.data, model.tokenizer, batch, length)
+    found = real_prompts(config.data, model.tokenizer, batch, length)
+    model.base.check_tokens(np.array(found), config.data)
+    return found
 
 
 def warm_up(model: Model, config: BenchmarkConfig, prompts: dict[tuple[int, int], mx.array]) -> None:

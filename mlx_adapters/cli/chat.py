@@ -156,14 +156,18 @@ def _attach(chat: "Chat", name: str, any_base: bool) -> None:
 
 
 def _answer(chat: "Chat", line: str, sampling: dict[str, Any]) -> None:
+    full = False
     try:
         for piece in chat.ask(line, **sampling):
             _output.out(piece, newline=False)
+        full = chat.full
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
             raise
         _output.note(" (stopped; Ctrl-D ends the chat)")
     _output.out()
+    if full:
+        _output.warn("The answer stopped where the model's context ends; /reset begins a new conversation.")
 
 
 def _compare(chat: "Chat", line: str, names: list[str], sampling: dict[str, Any]) -> None:

@@ -48,6 +48,10 @@ def generate_command(
     if as_json:
         _output.emit_json(model.generate(prompt, **options))
         return
+    reason = None
     for response in model.stream(prompt, **options):
         _output.out(response.text, newline=False)
+        reason = response.finish_reason
     _output.out()
+    if reason == "context":
+        _output.warn(f"The answer stopped where the model's context of {model.base.context} tokens ends.")

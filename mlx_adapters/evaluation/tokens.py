@@ -45,6 +45,7 @@ def judged_rows(rows: Sequence[RawRow], model: Model, max_seq_length: int) -> li
         if not kept:
             raise FormatError(f"{raw.where}: no token of the answer fits into {max_seq_length} tokens.",
                               "raise --max-seq-length, or shorten the row.")  # fmt: skip
+        model.base.check_tokens(kept[0].tokens, raw.where)
         found += kept
     return found
 
@@ -81,7 +82,8 @@ class Batches:
 
 
 def log_probabilities(model: Model, batch: Batch) -> mx.array:
-    """(judged tokens, vocabulary) float32. Raises FormatError for NaN or Inf."""
+    """(judged tokens, vocabulary) float32. Raises FormatError for NaN or Inf, ModelError for tokens it has not."""
+    model.base.check_tokens(batch.targets, "A judged row")
     logits = model.logits(mx.array(batch.tokens[:, :-1]))
     judged = logits.reshape(-1, logits.shape[-1])[mx.array(batch.positions[: batch.trained_tokens])].astype(mx.float32)
     result = judged - mx.logsumexp(judged, axis=-1, keepdims=True)

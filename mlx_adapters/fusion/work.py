@@ -63,9 +63,12 @@ class Work:
         o = self.options
         try:
             tokenizer = load_tokenizer_of(self.job.base)
-            return choose_text(
+            text = choose_text(
                 o.calibration, adapters, tokenizer, o.calibration_rows, o.check_rows, self.job.base.positions
             )
+            for tokens, _ in [*text.calibration, *text.check]:
+                self.job.base.check_tokens(tokens, text.source)
+            return text
         except AdapterError as error:
             if o.calibration is not None or o.method == "calibrated" or o.max_kl is not None:
                 raise

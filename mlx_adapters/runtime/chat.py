@@ -16,12 +16,13 @@ class Chat:
     """A conversation with a model and the adapters attached to it.
 
     What was read before is not read again, as long as the adapter stays: keys and values of one adapter mean
-    nothing to another.
+    nothing to another. `full`: the last answer stopped where the model's context ends.
     """
 
     model: LiveModel
     system: str | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
+    full: bool = field(default=False, init=False)
     _cache: PromptCache | None = field(default=None, repr=False)
     _cached: list[int] = field(default_factory=list, repr=False)
 
@@ -52,6 +53,7 @@ class Chat:
         self._cache, self._cached, written = None, [], list(prompt)  # an answer may be stopped: then both are lost
         for response in self.model.stream(prompt[known:], cache=cache, **options):
             written.append(int(response.token))
+            self.full = response.finish_reason == "context"
             yield response.text
         offset = getattr(cache.layers[0], "offset", 0)
         if isinstance(offset, int) and offset <= len(written):

@@ -56,9 +56,11 @@ def check_data(data: str | Path, base: str | Path | Base, training: TrainConfig 
     Raises NotFoundError, or FormatError that names the first bad line.
     """
     training = training or TrainConfig()
-    tokenizer = load_tokenizer_of(resolve_base(base))
-    found = read_data(data)
+    resolved = resolve_base(base)
+    tokenizer, found = load_tokenizer_of(resolved), read_data(data)
     rows = {name: [_tokens(raw, tokenizer, training) for raw in split.rows] for name, split in found.splits.items()}
+    for row in (row for split in rows.values() for row in split):
+        resolved.check_tokens(row.tokens, row.where)
     splits = {name: _report(found.rows(name), rows[name]) for name in rows}
     return DataReport(found.source, splits, _overlaps(found), first_row(rows["train"][0], tokenizer))
 

@@ -77,6 +77,7 @@ def estimate(
     found, lora, training = resolve_base(base), lora or LoraConfig(), training or TrainConfig()
     tokenizer = load_tokenizer_of(found)
     rows = start.tokenize_split(read_data(data), "train", tokenizer, training, on_event)
+    start.require_readable(rows, found)
     return estimate_rows(found, rows, lora, training, timed)
 
 

@@ -248,7 +248,7 @@ def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None
     if resumed:
         require_same(folder.recipe, recipe, str(folder.reference))
     start.require_validation(held_out, training, request.on_event)
-    start.require_positions((*rows, *held_out), request.base.positions)
+    start.require_readable((*rows, *held_out), request.base)
     if request.forecast:
         _tell_forecast(request, rows)
     model = load_model(request.base, dtype=training.dtype)

@@ -9,6 +9,7 @@ from typing import Any
 from mlx.utils import tree_flatten
 
 from mlx_adapters.adapter import Adapter, AdapterConfig
+from mlx_adapters.bases import Base
 from mlx_adapters.config import LoraConfig, TrainConfig
 from mlx_adapters.door import mx, nn
 from mlx_adapters.errors import AdapterError, ConfigError, FormatError, IncompatibleError, ModelError, did_you_mean
@@ -184,9 +185,12 @@ def require_validation(rows: tuple[Row, ...], config: TrainConfig, on_event: OnE
     on_event(Note("There are no validation rows: the last checkpoint will count as the best."))
 
 
-def require_positions(rows: Sequence[Row], positions: int | None) -> None:
-    """Raise ConfigError for rows longer than a model that learned each of its `positions` (GPT-2) can read."""
-    longest = max((len(row.tokens) for row in rows), default=0)
+def require_readable(rows: Sequence[Row], base: Base) -> None:
+    """Raise ModelError for rows with a token that the base has no row for, ConfigError for rows longer than a model
+    that learned each of its positions (GPT-2) can read."""
+    for row in rows:
+        base.check_tokens(row.tokens, row.where)
+    longest, positions = max((len(row.tokens) for row in rows), default=0), base.positions
     if positions is not None and longest - 1 > positions:
         raise ConfigError(
             f"A row has {longest} tokens, more than the model's {positions} positions.",
