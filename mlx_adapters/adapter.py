@@ -19,6 +19,7 @@ from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.metadata import (
     base_of,
     check_config,
+    is_number,
     iterations_of,
     losses_of,
     read_config,
@@ -38,6 +39,7 @@ from mlx_adapters.tensor_names import (
 from mlx_adapters.units import count
 
 Weights = dict[str, mx.array]  # by tensor name
+LARGE_SCALE, LARGEST_UPDATE = 1e6, 1e15
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,17 @@ def parse_config(raw: Mapping[str, Any], keys: tuple[str, ...], where: str) -> A
 
 @dataclass(frozen=True, repr=False)
 class Adapter:
-    """An adapter in memory: `weights` maps `{module path}.lora_a|lora_b|m` to arrays."""
+    """An adapter in memory: `weights` maps `{module path}.lora_a|lora_b|m` to arrays.
+
+    `alpha`: what a config holds beside the scale, None for most; see `strength_note`.
+    """
 
     config: AdapterConfig
     weights: Weights
     metadata: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     iteration: int | None = None
+    alpha: float | None = None
 
     def __repr__(self) -> str:
         c = self.config
@@ -111,6 +117,21 @@ class Adapter:
     def base_name(self) -> str | None:
         """The base model as it was named when the adapter was made."""
         return base_of(self.metadata).get("name")
+
+    @property
+    def strength_note(self) -> str | None:
+        """What to tell of an adapter that was trained at another strength than it is used at, as far as one can know.
+
+        mlx-lm before mid-2024 computed scale · alpha / rank where the config has both; today it takes the scale alone.
+        """
+        c, alpha = self.config, self.alpha
+        if alpha is None or alpha in (0, c.rank):
+            return None
+        return (
+            f"'{self.name}' has alpha {alpha:g} beside scale {c.scale:g}: mlx-lm before mid-2024 trained that at "
+            f"{c.scale * alpha / c.rank:g}. It is used at {c.scale:g}, as mlx-lm does today; "
+            f"'mlx-adapters scale {self.name} {alpha / c.rank:g} --name NAME' makes one of the other strength."
+        )
 
     @property
     def parameters(self) -> int:
@@ -145,8 +166,8 @@ class Adapter:
     def check(self) -> "Adapter":
         """Hold tensors against the config; return self.
 
-        Raises FormatError for missing, unknown, empty or misshapen tensors, for other numbers than floats, and for NaN
-        or Inf.
+        Raises FormatError for missing, unknown, empty or misshapen tensors, for other numbers than floats, and for NaN,
+        Inf and a scale that makes them.
         """
         check_shapes({name: tuple(w.shape) for name, w in self.weights.items()}, self.config, self.name)
         for name, array in self.weights.items():
@@ -159,7 +180,21 @@ class Adapter:
                 f"Adapter '{self.name}' holds NaN or Inf in '{bad}'.",
                 "its training diverged or the file is damaged; take an earlier checkpoint.",
             )
+        self._check_scale()
         return self
+
+    def _check_scale(self) -> None:
+        """Raise FormatError for an update scale · B·A whose squares float32 could not add up."""
+        scale = abs(self.config.scale)
+        if scale < LARGE_SCALE:  # no need to look
+            return
+        tops = [(mx.abs(a).max(), mx.abs(b).max()) for _, a, b, _ in self.layers()]
+        largest = max((a.astype(mx.float32) * b.astype(mx.float32)).item() for a, b in tops)
+        if scale > LARGEST_UPDATE or scale * self.config.rank * largest > LARGEST_UPDATE:
+            raise FormatError(
+                f"Adapter '{self.name}' has scale {self.config.scale:g}, which makes an update beyond float32.",
+                "give it a smaller one.",
+            )
 
 
 # The bits of +Inf. NaN and Inf are what lies there or above, as a signed number (if positive) or without the sign
@@ -251,7 +286,8 @@ def _read(folder: Path, iteration: int | None, name: str | None) -> Adapter:
     weights = tensor_files.read_safetensors(path)
     config = parse_config(raw, keys_of(weights), f"'{folder}'")
     metadata = read_metadata(folder) | ({"name": name} if name else {})
-    return Adapter(config, weights, metadata, folder, iteration).check()
+    alpha = raw["lora_parameters"].get("alpha")
+    return Adapter(config, weights, metadata, folder, iteration, float(alpha) if is_number(alpha) else None).check()
 
 
 def write_adapter(adapter: Adapter, folder: Path, overwrite: bool = False) -> Path:

@@ -57,6 +57,7 @@ class Details:
     checkpoints: tuple[Checkpoint, ...]
     files: dict[str, int]
     metadata: dict[str, Any] = field(repr=False)
+    strength_note: str | None = None
 
 
 def describe(reference: "str | Path | Adapter") -> Details:
@@ -68,6 +69,7 @@ def describe(reference: "str | Path | Adapter") -> Details:
     return Details(
         adapter.name, adapter.folder, config.type, config.rank, config.scale, adapter.parameters, adapter.base_name,
         layers, _checkpoints(entry) if entry else (), _files(entry.folder) if entry else {}, adapter.metadata,
+        adapter.strength_note,
     )  # fmt: skip
 
 

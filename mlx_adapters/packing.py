@@ -162,9 +162,10 @@ def add(source: str | Path, *, name: str | None = None, out: str | Path | None =
     if path.is_file():
         require(path.name.endswith(ENDINGS), f"'{source}' is neither a folder nor a .tar.gz file.")
         own = path.name.removesuffix(".tgz").removesuffix(".tar.gz")
-        return _take_in(
+        taken = _take_in(
             lambda folder: unpack(path, folder, max_bytes, on_event), path, own, name, out, overwrite, str(source)
         )
+        return _tell_strength(taken, on_event)
     reference = registry.parse_reference(str(source if isinstance(source, str) else path))
     if reference.kind == "name":
         hint = f"for the folder write './{source}'." if path.exists() else "give a path, or user/repo for the Hub."
@@ -174,7 +175,14 @@ def add(source: str | Path, *, name: str | None = None, out: str | Path | None =
     if not folder.is_dir():
         raise NotFoundError(f"There is no folder or .tar.gz file '{folder}'.")
     own = reference.target.rsplit("/", 1)[-1] if reference.kind == "hub" else folder.name
-    return _take_in(lambda target: _copy(folder, target, on_event), folder, own, name, out, overwrite, str(reference))
+    taken = _take_in(lambda target: _copy(folder, target, on_event), folder, own, name, out, overwrite, str(reference))
+    return _tell_strength(taken, on_event)
+
+
+def _tell_strength(added: Added, on_event: OnEvent) -> Added:
+    if added.kind == "adapter" and (note := read_adapter(added.folder, name=added.name).strength_note):
+        on_event(Note(note, "warning"))
+    return added
 
 
 def _take_in(

@@ -118,7 +118,8 @@ def _whose(entry: Entry, found: str, path: Path) -> str:
 def _check_tensors(folder: Path, iteration: int | None, read: list[Adapter]) -> str:
     adapter = read_adapter(folder, iteration, folder.name)
     read.append(adapter)
-    return f"{count(len(adapter.config.keys), 'layer')} of rank {adapter.config.rank}, all finite"
+    note = f". {adapter.strength_note}" if adapter.strength_note else ""
+    return f"{count(len(adapter.config.keys), 'layer')} of rank {adapter.config.rank}, all finite{note}"
 
 
 def _check_base(adapter: Adapter, base: str | None, modules: Modules) -> str:
