@@ -75,17 +75,26 @@ def describe(reference: "str | Path | Adapter") -> Details:
 
 def _checkpoints(entry: Entry) -> tuple[Checkpoint, ...]:
     train, validation = map(dict, losses_of(entry.metadata))
+    sizes = {i: _size(registry.checkpoint_path(entry, i)) for i in entry.iterations}
     return tuple(
-        Checkpoint(
-            i, train.get(i), validation.get(i), registry.checkpoint_path(entry, i).stat().st_size, i == entry.iteration
-        )
-        for i in entry.iterations
+        Checkpoint(i, train.get(i), validation.get(i), size, i == entry.iteration)
+        for i, size in sizes.items()
+        if size is not None
     )
 
 
 def _files(folder: Path) -> dict[str, int]:
     found = [path for path in paths.visible(folder, "**/*") if path.is_file()]
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
+    sizes = {path.relative_to(folder).as_posix(): _size(path) for path in found}
+    return {name: size for name, size in sizes.items() if size is not None}
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a file, or None: it was pruned just now."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
 
 
 @dataclass(frozen=True)

@@ -27,20 +27,30 @@ class Whole(dict[str, Any]):
 # A name stands for a value's kind: a type, a pattern for text, [kind], or the kinds of a mapping's fields, "*" for any
 # other name. Under names that are not here any plain value may stand.
 NAME = re.compile(r"[^./\\~][^/\\]{0,199}")  # an adapter's name becomes part of file names
+TEXTS = ["source", "status", "type", "date", "command", "chosen_by", "added_from", "init_from"]
+WHOLE_NUMBERS = ["rank", "iteration", "iterations", "trained_tokens", "seed"]
+NUMBERS = ["scale", "alpha", "best_validation_loss", "final_validation_loss", "final_train_loss", "duration_seconds"]
 KINDS: Mapping[str, Any] = {
-    "name": NAME, "source": str, "status": str, "type": str, "date": str, "command": str, "chosen_by": str,
-    "added_from": str, "init_from": str, "rank": int, "iteration": int, "iterations": int, "trained_tokens": int,
-    "seed": int, "scale": float, "alpha": float, "best_validation_loss": float, "final_validation_loss": float,
-    "final_train_loss": float, "duration_seconds": float, "tags": [str], "ranks": {"*": int}, "sha256": {"*": str},
-    "versions": {"*": str}, "train_losses": [[float]], "validation_losses": [[float]],
-    "checkpoints": {"*": {"*": float}}, "training": {"iterations": int, "fuse_aware": {}, "fuse_aware_from": int},
+    **dict.fromkeys(TEXTS, str),
+    **dict.fromkeys(WHOLE_NUMBERS, int),
+    **dict.fromkeys(NUMBERS, float),
+    "train_losses": [[float]],
+    "validation_losses": [[float]],
+    "sha256": {"*": str},
+    "versions": {"*": str},
+    "hub": {"*": str},
+    "name": NAME,
+    "tags": [str],
+    "ranks": {"*": int},
+    "checkpoints": {"*": {"*": float}},
     "base": {"name": str, "revision": str, "fingerprint": str, "model_type": str, "quantization": {}},
-    "signature": str, "data": {"source": str, "splits": {"*": {"rows": int, "sha256": str}}},
+    "data": {"source": str, "splits": {"*": {"rows": int, "sha256": str}}},
+    "training": {"iterations": int, "fuse_aware": {}, "fuse_aware_from": int},
     "evaluations": [Whole(data=str, split=str, rows=int, metrics={"*": float})],
     "merge": Whole(method=str, sources=[Whole(name=str, weight=float)]),
     "extract": {"energy_kept": float, "energy_by_layer": {"*": float}},
-    "peft": Whole(config={}), "hub": {"*": str},
-}  # fmt: skip
+    "peft": Whole(config={}),
+}
 
 _OUT = object()
 
@@ -145,6 +155,8 @@ def _is_whole(value: Any, least: int = -(1 << 62)) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise FormatError(f"'{path}' is not a file.")
     if path.is_file() and path.stat().st_size > MAX_BYTES:
         raise FormatError(f"'{path}' has more than {MAX_BYTES >> 20} MB.", "this is no record of an adapter.")
     return files.read_json(path)
@@ -168,7 +180,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 def examine_metadata(folder: Path) -> tuple[dict[str, Any], list[str]]:
     """Metadata as `read_metadata` gives it, and the names of what was left out."""
     path = Path(folder) / METADATA_FILE
-    if path.is_file():
+    if path.exists():
         found, wrong = clean(_read(path))
         return _of_the_weights(Path(folder), found), wrong
     config = read_config(folder)

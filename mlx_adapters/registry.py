@@ -190,7 +190,7 @@ def read_entry(folder: Path) -> Entry:
 def _look_at_files(folder: Path, found: dict[str, Any]) -> None:
     there = os.listdir(folder)
     found["iterations"] = tuple(sorted(int(m[1]) for m in map(CHECKPOINT_FILE.fullmatch, there) if m))
-    if ADAPTER_FILE not in there:
+    if ADAPTER_FILE not in there or not (folder / ADAPTER_FILE).is_file():
         found["problem"] = f"{ADAPTER_FILE} is missing"
     else:
         found["size_bytes"] = tensor_files.glance_at_safetensors(folder / ADAPTER_FILE)

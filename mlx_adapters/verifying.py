@@ -1,5 +1,6 @@
 """Whether an adapter is sound: its files, its tensors, its fit to the base."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -73,7 +74,11 @@ def verify(reference: str, *, base: str | None = None, _modules: Modules | None 
 def verify_all(base: str | None = None) -> list[Verification]:
     """`verify` for every named adapter; each base's layers are looked up once."""
     modules: Modules = {}
-    return [verify(name, base=base, _modules=modules) for name in registry.names()]
+    found = []
+    for name in registry.names():
+        with contextlib.suppress(NotFoundError):  # removed meanwhile
+            found.append(verify(name, base=base, _modules=modules))
+    return found
 
 
 class _NotCheckedError(Exception):

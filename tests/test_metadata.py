@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from contextlib import suppress
 
 import mlx.core as mx
@@ -87,12 +88,20 @@ ODD_METADATA = {
     "curves": {"train_losses": [[1, HUGE], [HUGE, 1], 3], "validation_losses": {"a": 1}},
     "lists": {"tags": "prod", "evaluations": [1, {"a": 1}, {"data": "x"}], "checkpoints": [1], "versions": 1},
     "records": {"base": [1], "data": 1, "training": ["x"], "merge": {"method": "cat", "sources": [1]}, "peft": 1},
-    "nested": {"base": {"name": 1, "fingerprint": 1, "quantization": 1}, "data": {"splits": {"train": 1}},
-               "merge": {}, "extract": {"energy_kept": "x"}, "training": {"fuse_aware": 1, "fuse_aware_from": "x"}},
+    "nested": {
+        "base": {"name": 1, "fingerprint": 1, "quantization": 1},
+        "data": {"splits": {"train": 1}},
+        "merge": {},
+        "extract": {"energy_kept": "x"},
+        "training": {"fuse_aware": 1, "fuse_aware_from": "x"},
+    },
     "text": {"date": "\ud800", "command": "\udfff", "source": "\x1b]0;x\x07", "name": 1, "sha256": {"a": 1}},
-    "peft": {"peft": {"config": {}}}, "renames": {"peft": {"config": {"r": 4}, "renames": [1, ["a"]]}},
-    "sums": {"sha256": {}}, "string data": {"data": "rows"}, "hub": {"hub": {"repo": 1}},
-}  # fmt: skip
+    "peft": {"peft": {"config": {}}},
+    "renames": {"peft": {"config": {"r": 4}, "renames": [1, ["a"]]}},
+    "sums": {"sha256": {}},
+    "string data": {"data": "rows"},
+    "hub": {"hub": {"repo": 1}},
+}
 
 
 @pytest.mark.parametrize("kind", ODD_METADATA)
@@ -121,8 +130,16 @@ def mutated(raw, path, value):
     raw[last] = value
 
 
-CONFIG_PATHS = [("model",), ("fine_tune_type",), ("num_layers",), ("lora_parameters",), ("lora_parameters", "rank"),
-                ("lora_parameters", "scale"), ("lora_parameters", "dropout"), ("lora_parameters", "keys")]  # fmt: skip
+CONFIG_PATHS = [
+    ("model",),
+    ("fine_tune_type",),
+    ("num_layers",),
+    ("lora_parameters",),
+    ("lora_parameters", "rank"),
+    ("lora_parameters", "scale"),
+    ("lora_parameters", "dropout"),
+    ("lora_parameters", "keys"),
+]
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -150,11 +167,18 @@ def test_odd_configs_are_read_or_refused(base, home, path, value):
         config.write_text(kept)
 
 
-@pytest.mark.parametrize(("field", "value", "words"), [
-    ("scale", None, "'scale', which is missing"), ("scale", HUGE, "'scale'"), ("rank", HUGE, "'rank'"),
-    ("rank", 0, "at least 1 as 'rank', not '0'"), ("dropout", "x", "below 1 as 'dropout', not 'x'"),
-    ("scale", 1e308, "float32 holds as 'scale', not '1e\\+308'"), ("dropout", 1, "below 1 as 'dropout'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("scale", None, "'scale', which is missing"),
+        ("scale", HUGE, "'scale'"),
+        ("rank", HUGE, "'rank'"),
+        ("rank", 0, "at least 1 as 'rank', not '0'"),
+        ("dropout", "x", "below 1 as 'dropout', not 'x'"),
+        ("scale", 1e308, "float32 holds as 'scale', not '1e\\+308'"),
+        ("dropout", 1, "below 1 as 'dropout'"),
+    ],
+)
 def test_a_config_error_names_the_culprit(base, field, value, words):
     registry.register(make_adapter(base), "odd")
     path = registry.adapter_folder("odd") / "adapter_config.json"
@@ -183,7 +207,10 @@ def test_a_huge_or_deep_file_is_refused_and_hides_nothing(base, monkeypatch):
     monkeypatch.setattr(metadata, "MAX_BYTES", 90_000)
     (registry.adapter_folder("deep") / "adapter_config.json").write_text(json.dumps({"x": [[[1]]] * 3}))
     assert [(e.name, e.problem is None) for e in registry.list_adapters()] == [
-        ("deep", False), ("good", True), ("huge", False)]  # fmt: skip
+        ("deep", False),
+        ("good", True),
+        ("huge", False),
+    ]
 
 
 NOT_TENSORS_OF_AN_ADAPTER = {
@@ -215,3 +242,33 @@ def test_norms_of_huge_factors_are_numbers(base):
     registry.register(make_adapter(base).with_weights(huge), "huge")
     assert all(math.isfinite(layer.norm) and layer.norm > 1e60 for layer in inspecting.describe("huge").layers)
     assert inspecting.compare("huge", "huge").cosine == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("name", ["adapters.safetensors", "adapter_config.json", "adapter_metadata.json"])
+def test_a_pipe_or_a_folder_in_place_of_a_file_is_reported_and_not_waited_for(base, name):
+    make_run(base, "good")
+    for make, odd in ((os.mkfifo, "odd-pipe"), (os.mkdir, "odd-folder")):
+        path = make_run(base, odd) / name
+        path.unlink()
+        make(path)
+        with pytest.raises(AdapterError):
+            registry.load_adapter(odd)
+    assert [(e.name, e.problem is None) for e in registry.list_adapters()] == [
+        ("good", True),
+        ("odd-folder", False),
+        ("odd-pipe", False),
+    ]
+    assert [one.sound for one in verifying.verify_all()] == [True, False, False]
+
+
+def test_what_is_pruned_while_it_is_looked_at_is_not_shown(base, monkeypatch):
+    folder = make_run(base, "sql")
+    read = registry.read_entry
+
+    def late(place):
+        entry = read(place)
+        (folder / "0000100_adapters.safetensors").unlink()
+        return entry
+
+    monkeypatch.setattr(registry, "read_entry", late)
+    assert [one.iteration for one in inspecting.describe("sql").checkpoints] == [200, 300]

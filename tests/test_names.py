@@ -305,8 +305,10 @@ def test_a_pack_beside_changes_is_of_one_version(base, tmp_path, monkeypatch):
     """The adapter is replaced while its files are opened, and again while they are packed."""
     make_run(base, "x")
     others = [make_adapter(base, seed=seed, factor=777.0, rank=2) for seed in (5, 6)]
-    packs = (lambda *_: registry.register(others[0], "x", overwrite=True)), (
-        lambda event: registry.register(others[1], "x", overwrite=True))  # fmt: skip
+    packs = (
+        (lambda *_: registry.register(others[0], "x", overwrite=True)),
+        (lambda event: registry.register(others[1], "x", overwrite=True)),
+    )
     read, changed = packing.read_adapter, []
 
     def overtaking(*arguments):
