@@ -27,9 +27,9 @@ def raise_open_files() -> int:
 
 
 def files_hint(needed: int) -> str | None:
-    """What to do where opening `needed` files, twice and with a few others, is more than this process may."""
+    """What to do where opening `needed` files, three times and with a few others, is more than this process may."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or 2 * needed + 50 <= soft:
+    if soft == resource.RLIM_INFINITY or 3 * needed + 50 <= soft:
         return None
     return f"it is in {count(needed, 'file')}, and this process may open {soft}: run 'ulimit -n {MOST_FILES}' before."
 

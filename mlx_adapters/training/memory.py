@@ -89,25 +89,27 @@ def estimate_rows(
     usable = usable_memory_bytes()
     fits = parts.peak_bytes <= usable
     advice = () if fits else tuple(_advice(base, rows, lora, training, usable))
+    seconds = _seconds(base, rows, lora, training) if timed else None
     module, _ = load_module(base)
     parameters = sum(int(np.prod(weight_shape(layer))) for _, layer in named_layers(module) if "weight" in layer)
     return Estimate(
-        parts, parts.peak_bytes, usable, fits, advice, _seconds(base, rows, lora, training) if timed else None,
+        parts, parts.peak_bytes, usable, fits, advice, seconds,
         largest.tokens.shape, parts.adapter_bytes // 4, 16 * parameters,
     )  # fmt: skip
 
 
 def forecast(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig) -> tuple[Parts, Batch]:
     """Predict the peak, part by part, and give the largest batch."""
-    module, _ = load_module(base)
     prober = _prober(base, lora, training)
     feed = make_feed(rows, training, gpu=on_gpu())
     largest = feed.batch(np.argsort(_lengths(feed))[-training.batch_size :])
+    module, _ = load_module(base)
     reached = len(module.layers) - first_block(prober.adapter, len(module.layers))
-    step = int(prober.step_bytes(largest, max(reached, 1)))
     adapter, optimizer = adapter_bytes(module, prober.adapter, training)
-    logits = min(_logits_bytes(largest, prober.vocabulary, training), max(step - adapter, 0))
     weights = weight_bytes(module, training.dtype)
+    del module  # its files are closed before the prober opens them
+    step = int(prober.step_bytes(largest, max(reached, 1)))
+    logits = min(_logits_bytes(largest, prober.vocabulary, training), max(step - adapter, 0))
     activations = max(step - adapter - logits, 0)
     return Parts(weights, adapter, optimizer, adapter, activations, logits), largest
 
@@ -132,12 +134,12 @@ def _logits_bytes(batch: Batch, vocabulary: int, training: TrainConfig) -> int:
 
 
 def _seconds(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig) -> float:
-    module, _ = load_module(base)
+    blocks = len(load_module(base)[0].layers)
     prober, feed = _prober(base, lora, training), make_feed(rows, training, gpu=on_gpu())
     order = np.argsort(_lengths(feed))
     middle = max(len(order) // 2 - training.batch_size // 2, 0)
     typical = feed.batch(order[middle : middle + training.batch_size])
-    reached = len(module.layers) - first_block(prober.adapter, len(module.layers))
+    reached = blocks - first_block(prober.adapter, blocks)
     seconds = prober.seconds(typical, max(reached, 1))
     mean = float(np.mean([len(row.tokens) for row in rows])) * training.batch_size
     return seconds * mean / max(typical.real_tokens, 1)
