@@ -229,3 +229,14 @@ def test_what_peft_would_take_and_not_heed_is_refused(architecture: str, keys: s
     with pytest.raises(FormatError, match=reason):
         export_peft(adapter, tmp_path / "out", base=base)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "extra", [{"paths": 5}, {"folds": "x"}, {"folds": {"model.layers.0.self_attn.o_proj": [["a"]]}}]
+)
+def test_a_record_that_is_nonsense_is_no_record(extra: dict, tmp_path: Path):
+    folder = FIXTURES / "llama" / "dropout"
+    adapter = import_peft(folder, base=base_of(folder), name="it")
+    told = {"peft": adapter.metadata["peft"] | extra} | {"base": adapter.metadata["base"]}
+    export_peft(replace(adapter, metadata=told), tmp_path / "out", base=base_of(folder))
+    assert import_peft(tmp_path / "out", base=base_of(folder), name="back").fingerprint == adapter.fingerprint

@@ -7,6 +7,7 @@ exactly this model. A rule that `sanitize` does not know changes nothing, so a w
 """
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import CodeType
@@ -71,8 +72,9 @@ def _original(blank: nn.Module, wanted: Shapes, sanitize: Callable[[Tensors], Te
 
 def _made(sanitize: Callable[[Tensors], Tensors], shapes: Shapes) -> Shapes:
     """The shapes that come out; nothing is computed for it. Empty if `sanitize` cannot take these."""
+    blanks = {shape: mx.zeros(shape) for shape in set(shapes.values())}
     try:
-        made = sanitize({name: mx.zeros(shape) for name, shape in shapes.items()})
+        made = sanitize({name: blanks[shape] for name, shape in shapes.items()})
         return {name: tuple(array.shape) for name, array in made.items()}
     except Exception:  # another model's code, given what it may not expect
         return {}
@@ -103,7 +105,10 @@ def _same_place(source: str, target: str) -> bool:
 def _rules(blank: nn.Module) -> Iterator[Rule]:
     yield partial(_torch_convolutions, blank=blank)
     switches = [path for path, layer in blank.named_modules() if isinstance(layer, SWITCH)]
+    counts = any(re.search(r"experts\.(\d|$)", text) for text in _texts(blank))  # code that goes through experts
     for form in EXPERT_FORMS:
+        if not counts and form[2] == "each":
+            continue
         yield partial(tensor_names.checkpoint_experts, switches=switches, form=form)
     for renames in CHECKPOINT_RENAMES:
         yield partial(_renamed, renames=renames)

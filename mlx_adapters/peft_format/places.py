@@ -57,7 +57,8 @@ class Places:
         for candidate, _ in tensor_names.mlx_paths(path):
             weight = tensor_names.join(candidate, WEIGHT)
             if weight in self.layout.shapes or weight in self.layout.problems:
-                why = self.layout.problems.get(weight, "its rows become parts of other tensors")
+                other = "it is no linear layer there" if self.layout.of(weight) else "it becomes parts of other tensors"
+                why = self.layout.problems.get(weight, other)
                 raise FormatError(f"mlx-lm holds '{source}' in another form, which no adapter layer can update: {why}.")
         raise IncompatibleError(
             f"The base model has no layer for '{source}' of the PEFT adapter.", "is it the base it was trained on?"

@@ -21,7 +21,7 @@ Shapes = dict[str, tuple[int, ...]]
 Tensors = dict[str, mx.array]
 Sanitize = Callable[[Tensors], Tensors]
 LARGE = 1 << 25  # numbers in a checkpoint that is not probed whole for the sake of a tensor that is not understood
-THIN, SEVERAL = 3, 2  # how much of a width, and of the experts, a probe needs
+CORNERS, SEVERAL = ((4, 3), (1 << 30, 3)), 2  # of a matrix, of stacked experts
 
 
 @dataclass(frozen=True)
@@ -101,19 +101,20 @@ def _part(shape: tuple[int, ...], piece: Piece) -> tuple[int, ...]:
 def trace(sanitize: Sanitize, shapes: Shapes, wanted: Shapes) -> Layout:
     """Run `sanitize` on probes of these `shapes`; `wanted` are the model's. Raises whatever `sanitize` raises.
 
-    Probes are cut where a whole width tells no more than three columns, unless it matters after all.
+    Most weights are moved as wholes, and a corner tells as much as all of them; if the pieces of corners do not fit
+    the model, whole rows are tried, then everything.
     """
-    thin = {name: _thin(shape) for name, shape in shapes.items()}
-    with contextlib.suppress(Exception):  # code that looks at widths may raise anything
-        found = replace(_trace(sanitize, thin), shapes=shapes)
-        if found.fits(wanted) and (not found.problems or sum(map(math.prod, shapes.values())) > LARGE):
-            return found
+    for corner in CORNERS:
+        with contextlib.suppress(Exception):  # code that looks at sizes may raise anything
+            found = replace(_trace(sanitize, {n: _cut(s, corner) for n, s in shapes.items()}), shapes=shapes)
+            if found.fits(wanted) and (not found.problems or sum(map(math.prod, shapes.values())) > LARGE):
+                return found
     return _trace(sanitize, shapes)
 
 
-def _thin(shape: tuple[int, ...]) -> tuple[int, ...]:
+def _cut(shape: tuple[int, ...], corner: tuple[int, int]) -> tuple[int, ...]:
     if len(shape) == 2:
-        return shape[0], min(shape[1], THIN)
+        return min(shape[0], corner[0]), min(shape[1], corner[1])
     if len(shape) == 3 and min(shape) > 16:
         return SEVERAL, *shape[1:]
     return shape
@@ -131,9 +132,9 @@ def _trace(sanitize: Sanitize, shapes: Shapes) -> Layout:
     runs += [run(lambda i, shape: mx.full(shape, float(i + 1))), run(_noise)]
     runs += [coordinate(axis) for axis in range(deepest)]
     names, layout = list(shapes), Layout(shapes)
-    for target in runs[0]:
+    for target in list(runs[0]):
         try:
-            arrays = [np.array(outputs[target].astype(mx.float32)) for outputs in runs]
+            arrays = [np.array(outputs.pop(target).astype(mx.float32)) for outputs in runs]
             layout.pieces[target] = _pieces(target, arrays, names, shapes)
         except _NotUnderstood as reason:
             layout.problems[target] = str(reason)

@@ -45,8 +45,8 @@ def to_peft(adapter: Adapter, facts: Callable[[], Facts]) -> PeftForm:
     if isinstance(origin, Mapping):
         try:
             return _as_it_came(adapter, origin)
-        except (_NotAsItCame, FormatError):
-            pass
+        except (_NotAsItCame, FormatError, TypeError, ValueError, KeyError, AttributeError):
+            pass  # or metadata from elsewhere, in which anything may stand
     return own_form(adapter, facts())
 
 

@@ -169,7 +169,7 @@ def bench_peft(options):
     base = sparse_base(home / "base")
     for dtype in ("float32", "bfloat16"):
         source = home / f"peft-{dtype}"
-        export_peft(random_adapter(0, dtype), source, base_model="seven-billion")
+        export_peft(random_adapter(0, dtype), source, base_model="seven-billion", base=base)
         weights = source / "adapter_model.safetensors"
         print(f"# an adapter of {weights.stat().st_size / 1e6:.0f} MB in {dtype}")
         copying = copy_time(options, weights)
