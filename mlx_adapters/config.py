@@ -18,6 +18,7 @@ from mlx_adapters.errors import ConfigError, NotFoundError, did_you_mean
 Config = TypeVar("Config")
 
 ADAPTER_TYPES = ("lora", "dora")
+MOST_BYTES, MOST_VALUES = 1_000_000, 100_000  # of a config file
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -45,6 +46,8 @@ def from_mapping(cls: type[Config], values: Mapping[str, Any], where: str = "the
 
 def _convert(value: Any, hint: Any, key: str, where: str) -> Any:
     origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
     if origin in (typing.Union, types.UnionType):
         for option in options:
             if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
@@ -54,7 +57,7 @@ def _convert(value: Any, hint: Any, key: str, where: str) -> Any:
             except ConfigError:
                 continue
     elif origin is Literal:
-        if value in options:
+        if isinstance(value, str | int) and value in options:
             return value
     elif origin is tuple:
         if isinstance(value, list | tuple):
@@ -69,7 +72,15 @@ def _convert(value: Any, hint: Any, key: str, where: str) -> Any:
         return from_mapping(hint, value, f"'{key}' of {where}")  # type: ignore[arg-type]
     elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise ConfigError(f"'{key}' in {where} cannot be {value!r}.", f"it must be {_describe(hint)}.")
+    raise ConfigError(f"'{key}' in {where} cannot be {_shown(value)}.", f"it must be {_describe(hint)}.")
+
+
+def _shown(value: Any) -> str:
+    """A value from a file, as the short text of an error."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"a number of {value.bit_length():,} bits"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _describe(hint: Any) -> str:
@@ -100,7 +111,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", pattern, list("-+0123456789."))
     try:
-        value = yaml.load(Path(path).read_bytes(), Loader)
+        with open(path, "rb") as stream:
+            text = stream.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
+        value = yaml.load(text, Loader)
+        _check_size(value)
     except FileNotFoundError:
         raise NotFoundError(f"There is no config file '{path}'.", "'train --print-config' makes one.") from None
     except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
@@ -111,6 +127,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"The config file '{path}' must hold 'key: value' lines.")
     return {str(key): item for key, item in value.items()}
+
+
+def _check_size(value: Any) -> None:
+    """Raise ValueError for a value that its YAML aliases make huge: written out, it would fill the memory."""
+    left = [value]
+    for _ in range(MOST_VALUES):
+        if not left:
+            return
+        item = left.pop()
+        left += item.values() if isinstance(item, dict) else item if isinstance(item, list | tuple | set) else ()
+    raise ValueError(f"it holds more than {MOST_VALUES:,} values")
 
 
 def to_mapping(config: Any) -> dict[str, Any]:

@@ -61,6 +61,14 @@ def clean(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return _fit(raw, KINDS, "", wrong), wrong
 
 
+def check(raw: Mapping[str, Any], kinds: Whole, where: str) -> None:
+    """Raise FormatError, naming what is missing or of another kind, unless a record has all its fields."""
+    wrong: list[str] = []
+    if _fit(raw, kinds, "", wrong) is _OUT or wrong:
+        fields = wrong or [name for name in kinds if raw.get(name) is None]
+        raise FormatError(f"{where} is damaged: {', '.join(fields[:5])} missing, or not as it was written.")
+
+
 def plain(value: Any) -> Any:
     """A JSON value with text, numbers and depth that everything can take; what is beyond them is left out."""
     found = _fit(value, object, "", [])

@@ -38,7 +38,7 @@ from mlx_adapters.benchmarking.statistics import (
 from mlx_adapters.benchmarking.variants import Variant, parse_variant, parse_variants, prepare, short_names
 from mlx_adapters.charts import png
 from mlx_adapters.cli import cli
-from mlx_adapters.errors import ConfigError, NotFoundError
+from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError
 from mlx_adapters.files import write_json
 from mlx_adapters.model import load_model
 from mlx_adapters.registry import register
@@ -273,6 +273,22 @@ def test_report_survives_the_disk(measured, tmp_path):
     again = read_report(tmp_path / "report.json")
     assert again.rows == measured.rows and again.comparisons == measured.comparisons
     assert json.loads((tmp_path / "report.json").read_text())["rows"][0]["shapes"][0]["decode_tps"]["count"] == 4
+
+
+def test_a_damaged_report_is_refused_or_can_be_shown(measured, tmp_path):
+    from test_hostile_files import every_change
+
+    path = tmp_path / "report.json"
+    refused = 0
+    for change in itertools.islice(every_change(measured.to_json()), 600):
+        path.write_text(json.dumps(change))
+        try:
+            found = read_report(path)
+            text.table(found.readable), text.head(found)
+        except AdapterError as error:
+            refused += 1
+            assert "report" in error.message or error.message.endswith(".")
+    assert refused > 20
 
 
 def test_a_report_names_no_foreign_command(measured):

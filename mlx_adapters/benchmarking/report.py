@@ -265,19 +265,23 @@ class Report:
 
 
 def read_report(path: Path) -> Report:
-    """Read a saved report. Raises NotFoundError or FormatError."""
+    """Read a saved report, one that can be shown whole. Raises NotFoundError or FormatError."""
+    from mlx_adapters.benchmarking import text
+
     raw = files.read_json(path)
     try:
         if raw["format"] != FORMAT:
             raise FormatError(f"'{path}' is a report of another version (format {raw['format']}).", "measure again.")
         known = {name: raw[name] for name in Report.__dataclass_fields__ if name in raw}
-        return Report(**known | {
+        report = Report(**known | {
             "config": from_mapping(BenchmarkConfig, raw["config"]), "warnings": tuple(raw["warnings"]),
             "variants": tuple(from_mapping(Variant, variant) for variant in raw["variants"]),
             "runs": tuple(Run(run["variant"], run["round"], run["result"]) for run in raw["runs"]),
         })  # fmt: skip
-    except (KeyError, TypeError) as error:
-        raise FormatError(f"'{path}' is no benchmark report: {error}.", "save one with --output.") from None
+        text.sentences(report.readable), text.table(report.readable), text.head(report), text.notes(report)
+        return report
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, StopIteration) as error:
+        raise FormatError(f"'{path}' is no whole benchmark report: {error}.", "save one with --output.") from None
 
 
 def _median(values: Iterable[float]) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 from mlx_adapters import files, paths, replacing
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.bases import Base, resolve_base
-from mlx_adapters.config import DTYPES, QUANTIZATIONS, Quantization, require
+from mlx_adapters.config import DTYPES, QUANTIZATIONS, Quantization, from_mapping, require
 from mlx_adapters.door import mx
 from mlx_adapters.errors import ConfigError, FidelityError, IncompatibleError
 from mlx_adapters.events import Note, OnEvent, ignore
@@ -237,13 +237,13 @@ def fuse_again(path: str | Path, out: str | Path, *, overwrite: bool = False, on
     recipe = recipes.read_recipe(path)
     replacing.refuse_reading_inside(paths.expanded(out), [path])
     base, adapters = recipes.ingredients(recipe)
-    options = FuseOptions(**recipe.options)
+    options = from_mapping(FuseOptions, recipe.options, "the fuse recipe")
     if recipe.text is not None:
         tokenizer = load_tokenizer_of(base)
         text = choose_text(
             options.calibration, adapters, tokenizer, options.calibration_rows, options.check_rows, base.positions
         )
-        if text.sha256 != recipe.text["sha256"]:
+        if text.sha256 != recipe.text.get("sha256"):
             raise IncompatibleError(f"The text '{text.source}' is not the one of the recipe any more.", recipes.ANEW)
     weights = [entry["weight"] for entry in recipe.adapters]
     given = [entry["reference"] for entry in recipe.adapters]

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import files, paths
+from mlx_adapters import files, metadata, paths
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.bases import OTHER_FILE, Base, resolve_base
-from mlx_adapters.config import Quantization, to_mapping
+from mlx_adapters.config import Quantization, from_mapping, to_mapping
 from mlx_adapters.errors import AdapterError, FormatError, IncompatibleError
 from mlx_adapters.fusion.plan import Precision
 from mlx_adapters.registry import load_adapter
@@ -21,6 +21,10 @@ UNRECORDED = (
     r"(generation_)?config\.json|model[^/]*\.(safetensors|json|gguf)|fuse_recipe\.json|(special_tokens_map|added_tokens)"
     r"\.json|tokenizer[^/]*|vocab\.(json|txt)|merges\.txt|chat_template[^/]*|(pre)?processor_config\.json|LICENSE"
 )
+KINDS = metadata.Whole(
+    base=metadata.Whole(name=str, fingerprint=str), adapters=[metadata.Whole(fingerprint=str, weight=float)],
+    dtype=str, method=str, targets={}, options={}, versions={"*": str}, weights_sha256={"*": str},
+)  # fmt: skip
 ANEW = "put the old one back, or fuse anew without --again."
 Given = Adapter | str | Path
 JsonPrecision = dict[str, Any] | str | None
@@ -49,7 +53,7 @@ def precision_to_json(precision: Precision | str) -> JsonPrecision:
 
 def precision_from_json(value: JsonPrecision) -> Precision | str:
     """The inverse of `precision_to_json`."""
-    return Quantization(**value) if isinstance(value, dict) else value
+    return from_mapping(Quantization, value, "the fuse recipe") if isinstance(value, dict) else value
 
 
 def describe_adapter(given: Given, adapter: Adapter, weight: float) -> dict[str, Any]:
@@ -107,9 +111,13 @@ def read_recipe(path: str | Path) -> Recipe:
     raw = files.read_json(path / RECIPE_FILE if path.is_dir() else path)
     raw.pop("format", None)
     try:
-        return Recipe(**raw)
+        recipe = Recipe(**raw)
     except TypeError:
         raise FormatError(f"'{path}' is not a fuse recipe.", f"it is called {RECIPE_FILE}.") from None
+    metadata.check(raw, KINDS, f"The fuse recipe '{path}'")
+    if not isinstance(recipe.text, dict | None) or not isinstance(recipe.quantization, dict | str | None):
+        raise FormatError(f"The fuse recipe '{path}' is damaged: text or quantization is not as it was written.")
+    return recipe
 
 
 def ingredients(recipe: Recipe) -> tuple[Base, list[Adapter]]:
@@ -119,9 +127,9 @@ def ingredients(recipe: Recipe) -> tuple[Base, list[Adapter]]:
         raise IncompatibleError(f"The base '{base.name}' is not the one of the recipe any more.", ANEW)
     adapters = []
     for entry in recipe.adapters:
-        if entry["reference"] is None:
+        if entry.get("reference") is None:
             raise FormatError("The recipe was made with an adapter that lay in memory only.", "fuse it by hand.")
-        adapter = load_adapter(entry["reference"])
+        adapter = load_adapter(str(entry["reference"]))
         if adapter.fingerprint != entry["fingerprint"]:
             raise IncompatibleError(f"Adapter '{entry['reference']}' is not the one of the recipe any more.", ANEW)
         adapters.append(adapter)

@@ -112,7 +112,7 @@ def parse_front(text: str) -> dict[str, Any]:
     match = _FRONT.match(text)
     try:
         front = yaml.safe_load(match[1]) if match else {}
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return front if isinstance(front, dict) else {}
 

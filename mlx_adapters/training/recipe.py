@@ -3,10 +3,11 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import files
+from mlx_adapters import files, metadata
 from mlx_adapters.bases import Base
 from mlx_adapters.config import LoraConfig, TrainConfig, from_mapping, to_mapping
 from mlx_adapters.errors import FormatError, IncompatibleError, NotFoundError
@@ -14,6 +15,10 @@ from mlx_adapters.training.data import Row
 from mlx_adapters.training.rows import DataSet
 from mlx_adapters.training.state import RECIPE_FILE, VERSION
 
+KINDS = metadata.Whole(
+    base=metadata.Whole(name=str, fingerprint=str), data=metadata.Whole(source=str, splits={"*": {"sha256": str}}),
+    lora={}, training={}, world_size=int,
+)  # fmt: skip
 # Settings that may differ when a run goes on: they do not change what is computed up to then.
 FREE = ("iterations", "keep", "save_every_minutes", "early_stop")
 
@@ -56,6 +61,11 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     recipe = files.read_json(folder / RECIPE_FILE)
     if not isinstance(recipe.get("version"), int) or recipe["version"] > VERSION:
         raise FormatError(f"'{folder.name}' was written by a newer version of this program.", "update mlx_adapters.")
+    metadata.check(recipe, KINDS, f"The recipe of the run '{folder.name}'")
+    try:
+        datetime.fromisoformat(recipe.get("started") or "2026-01-01")
+    except (TypeError, ValueError):
+        raise FormatError(f"The recipe of the run '{folder.name}' is damaged: 'started' is no date.") from None
     return recipe
 
 

@@ -151,6 +151,12 @@ def _parse_line(line: bytes, where: str) -> RawRow:
         raise FormatError(f"{where}: not a JSON object ({error}).", "every line is one JSON object.") from None
     if not isinstance(values, dict):
         raise FormatError(f"{where}: not a JSON object.", "every line is one JSON object in braces.")
+    if b"\\ud" in line.lower():  # it may name half of a character
+        try:
+            json.dumps(values, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            half = "the text holds half of a surrogate pair, which is no Unicode"
+            raise FormatError(f"{where}: {half}.", "write the character whole, or leave it out.") from None
     return RawRow(values, where)
 
 
@@ -170,10 +176,13 @@ def _read_parquet(path: Path) -> list[RawRow]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Parquet and Arrow fill absent fields of a struct with null; a chat template must not see those."""
+    """A value as JSON would hold it. Parquet and Arrow fill absent fields of a struct with null, which a chat
+    template must not see; dates, decimals and bytes become text."""
     if isinstance(value, Mapping):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list | tuple):
+        return [_without_nulls(item) for item in value]
+    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 def _read_hub(name: str) -> dict[str, Split]:

@@ -1,0 +1,140 @@
+"""YAML, recipes and rows from elsewhere that are not what they say are refused in a sentence."""
+
+import json
+import time
+
+import pytest
+from adapters import make_run
+from click.testing import CliRunner
+
+from mlx_adapters.cli import cli
+from mlx_adapters.config import LoraConfig, from_mapping, read_yaml
+from mlx_adapters.errors import AdapterError, ConfigError, FormatError
+from mlx_adapters.fusion.recipe import read_recipe
+from mlx_adapters.hub.cards import parse_front
+from mlx_adapters.tensor_names import RECIPE_FILE
+from mlx_adapters.training.checking import split_data
+from mlx_adapters.training.rows import read_split
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+ODD = [None, True, -1, 10**400, 1e308, "x", "\ud800", [], [1], {}, {"a": 1}, [[]], [None]]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [BOMB, "a: &a [*a]", "- 1", "1", "x", "[" * 5000, "{" * 5000, "a: 2026-13-45", "a: !!python/object:os.system x",
+     "\x00", "a: " + "9" * 5000, "? [1]\n: 2", "a: b: c", "&a : *a", "%YAML 9", "y" * 2_000_000, "<<: 1", "a: !!int x"],
+    ids=range(18),
+)  # fmt: skip
+def test_hostile_yaml_is_refused_or_read_soon(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    begun = time.monotonic()
+    try:
+        assert isinstance(read_yaml(path), dict)
+    except ConfigError as error:
+        assert len(error.message) < 1000
+    assert time.monotonic() - begun < 20
+    assert isinstance(parse_front(f"---\n{text}\n---\n"), dict)
+    ended = CliRunner().invoke(cli, ["train", "--config", str(path), "--print-config"])
+    assert ended.exception is None or isinstance(ended.exception, SystemExit | AdapterError), ended.exception
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ("name: 2026-01-01", "'name' in the config file must be text"), ("base: [1]", "'base' in the config file"),
+        ("data: {a: 1}", "'data' in the config file"), 
+        ("training: {fuse_aware: 4}", "a mapping with bits, group_size, mode"),
+        ("training: 3", "must hold 'key: value' lines"), ("lora: {rank: 1.5}", "'rank' in the lora settings"),
+        ("lora: {scale: 1" + "0" * 400 + "}", "a number of 1,329 bits"), ("lora: {type: [lora]}", "'lora' or 'dora'"),
+        ("training: {fuse_aware: {bits: [4]}}", "'bits' in 'fuse_aware'"), ("lora: {ranks: [1]}", "'ranks'"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_in_a_config_is_named(tmp_path, text, why):
+    path = tmp_path / "config.yaml"
+    path.write_text("base: demo\n" * (not text.startswith("base")) + text)
+    ended = CliRunner().invoke(cli, ["train", "--config", str(path), "--print-config"])
+    assert isinstance(ended.exception, ConfigError), ended.exception
+    assert why in f"{ended.exception.message} {ended.exception.hint}"
+
+
+def test_numbers_of_a_config_keep_their_values():
+    assert from_mapping(LoraConfig, {"scale": 10**30}).scale == 1e30
+    with pytest.raises(ConfigError, match=r"cannot be \['x', 'x'"):
+        from_mapping(LoraConfig, {"rank": ["x"] * 1000})
+
+
+def places(value, at=()):
+    yield at
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places(item, (*at, key))
+
+
+def changed(value, at, new):
+    if not at:
+        return new
+    copy = value.copy()
+    copy[at[0]] = changed(value[at[0]], at[1:], new)
+    return copy
+
+
+def every_change(value):
+    """The value with each of its places made odd in turn, and with each taken away."""
+    for number, at in enumerate(list(places(value))):
+        yield changed(value, at, ODD[number % len(ODD)])
+        yield changed(value, at, ODD[(number * 7 + 3) % len(ODD)])
+
+
+def test_a_damaged_fuse_recipe_is_refused(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_run(tiny_model("llama"), "sql")
+    arguments = ["--bits", "8", "--group-size", "32", "--no-check", "--method", "nearest"]
+    assert CliRunner().invoke(cli, ["fuse", "sql", "out", *arguments]).exit_code == 0
+    recipe = json.loads((tmp_path / "out" / RECIPE_FILE).read_text())
+    refused = 0
+    for change in every_change(recipe):
+        (tmp_path / "recipe.json").write_text(json.dumps(change))
+        ended = CliRunner().invoke(cli, ["fuse", "--again", "recipe.json", "again", "--overwrite"])
+        assert ended.exit_code == 0 or isinstance(ended.exception, SystemExit | AdapterError), (change, ended.exception)
+        refused += ended.exit_code != 0
+    assert refused > 20
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe | {"adapters": 1}))
+    with pytest.raises(FormatError, match=r"recipe.json' is damaged: adapters missing"):
+        read_recipe(tmp_path / "recipe.json")
+
+
+def test_a_damaged_recipe_of_a_run_is_refused(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.jsonl").write_text('{"text": "How many students are there?"}\n' * 4)
+    settings = ["--iterations", "1", "--batch-size", "1", "--max-seq-length", "32", "--rank", "2"]
+    arguments = ["train", str(tiny_model("llama")), "--data", "train.jsonl", "--name", "./run", *settings]
+    assert CliRunner().invoke(cli, arguments, catch_exceptions=False).exit_code == 0
+    path = next((tmp_path / "run").rglob("*recipe*.json"))
+    recipe = json.loads(path.read_text())
+    for change in every_change(recipe):
+        path.write_text(json.dumps(change))
+        ended = CliRunner().invoke(cli, ["train", "--resume", "./run"])
+        assert ended.exit_code == 0 or isinstance(ended.exception, SystemExit | AdapterError), (change, ended.exception)
+
+
+def test_half_characters_and_odd_columns_of_data(tmp_path):
+    import datetime
+
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "ok \\ud83d\\ude00"}\n{"text": "half \\ud83d"}\n')
+    for read in (read_split, lambda path: split_data(path, tmp_path / "out")):
+        with pytest.raises(FormatError, match=r"rows.jsonl, line 2: the text holds half of a surrogate pair"):
+            read(rows)
+    rows.write_text('{"text": "ok \\ud83d\\ude00", "path": "C:\\\\udder"}\n')
+    assert read_split(rows).rows[0].values["text"] == "ok \U0001f600"
+    table = {"text": ["a", "b"], "when": [datetime.datetime(2026, 1, 1)] * 2, "raw": [b"\xff", None]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "train.parquet")
+    found = read_split(tmp_path / "train.parquet").rows
+    assert found[0].values["when"] == "2026-01-01 00:00:00" and json.loads(found[1].key())["text"] == "b"
