@@ -151,6 +151,8 @@ class Base:
 
 def _check(config: Mapping[str, Any]) -> None:
     """Raise ValueError unless what this package itself reads from a config has its type."""
+    if config.get("model_file") is not None:
+        raise ValueError(f"it asks to run code of its own, '{config['model_file']}', which is never done")
     if not isinstance(config.get("text_config") or {}, dict):
         raise ValueError("'text_config' is no object")
     quantization_in(config)

@@ -256,6 +256,7 @@ def load_tokenizer_of(base: Base) -> Any:
     eos = base.config.get("eos_token_id")
     with refusals(lambda why: FormatError(f"The tokenizer of '{base.name}' cannot be loaded: {why}.")):
         tokenizer = load_tokenizer(base.folder, eos)
+        tokenizer.encode("What is odd in its settings shows here.")
     # It need not warn about long texts: whoever uses it cuts them where the model's limit asks for it.
     getattr(tokenizer, "deprecation_warnings", {})["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer

@@ -98,7 +98,9 @@ def test_a_broken_generation_config_is_no_traceback(broken, content):
         ("tokenizer.json", b""), ("tokenizer_config.json", b"[" * 100_000), ("tokenizer_config.json", b"[]"),
         ("tokenizer_config.json", b'{"tool_parser_type": 1}'),
         ("tokenizer_config.json", b'{"chat_template_type": "..x"}'),
-        ("tokenizer_config.json", b'{"tokenizer_class": 3}'), ("tokenizer_config.json", b'{"chat_template": "{% for"}'),
+        ("tokenizer_config.json", b'{"tokenizer_class": 3}'),
+        ("tokenizer_config.json", b'{"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": "x"}'),
+        ("tokenizer_config.json", b'{"chat_template": "{% for"}'),
     ],
     ids=lambda value: str(value)[:40],
 )  # fmt: skip
@@ -109,6 +111,11 @@ def test_a_broken_tokenizer_is_refused_or_read(broken, file, content):
         load_model(folder).encode("hi")
     except AdapterError as error:
         assert str(folder) in error.message or "chat template" in error.message
+
+
+def test_a_model_that_asks_for_its_own_code_is_told_so(broken):
+    with pytest.raises(FormatError, match=r"asks to run code of its own, 'mdl.py', which is never done\."):
+        load_model(broken("config.json", model_file="mdl.py"))
 
 
 def test_what_is_no_file_is_refused_before_it_is_read(broken):
