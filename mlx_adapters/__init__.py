@@ -1,10 +1,10 @@
 """Train, own, fuse, measure, serve and publish LoRA adapters on MLX.
 
 Public names load on first use, so importing the package is instant. On Linux the import also sees to it that
-MLX gets a fast BLAS if there is one (see `blas`).
+MLX gets a fast BLAS if there is one, and everywhere that its float32 products are float32 (see `blas`).
 """
 
-from mlx_adapters.blas import load_before_mlx
+from mlx_adapters.blas import keep_float32, load_before_mlx
 
 __version__ = "0.1.0"
 
@@ -82,6 +82,7 @@ _PUBLIC = {
 __all__ = [*sorted(_PUBLIC), "__version__"]
 
 load_before_mlx()
+keep_float32()
 
 
 def __getattr__(name: str) -> object:

@@ -5,6 +5,7 @@ its functions are taken instead: 5 GFLOP/s becomes 150 to 280 on two cores (meas
 happen before `mlx.core` is imported, so importing this package sets a hook that does it then.
 """
 
+import os
 import sys
 
 OPENBLAS = "libopenblas.so.0"
@@ -22,6 +23,16 @@ class _LoadFirst:
 
             with contextlib.suppress(OSError):
                 ctypes.CDLL(OPENBLAS, mode=ctypes.RTLD_GLOBAL)
+
+
+def keep_float32() -> None:
+    """Have MLX compute float32 products in float32 on GPUs too, unless the user has set MLX_ENABLE_TF32.
+
+    CUDA's default, and that of Apple's newest GPUs, is TF32, which keeps 10 bits of a factor: too few for gradients,
+    moments and judgments. MLX reads the variable once, when it starts; child processes inherit it.
+    """
+    if "mlx.core" not in sys.modules:
+        os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 
 def load_before_mlx() -> None:

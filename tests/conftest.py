@@ -2,8 +2,9 @@
 
 import os
 
-# Read once by huggingface_hub and by OpenBLAS, so they must be set before either is imported.
+# Read once by huggingface_hub, MLX and OpenBLAS, so they must be set before any of them is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MLX_ENABLE_TF32"] = "0"  # on a GPU: float32 products with 24 bits, not 11
 if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
