@@ -27,7 +27,7 @@ training:
 
 FILES: Mapping[str, str] = {
     ".gitattributes": "".join(f"*.{end} filter=lfs diff=lfs merge=lfs -text\n" for end in ("safetensors", "tar.gz")),
-    ".gitignore": "# states for resuming a run; the adapters themselves lie beside them\ncheckpoints/\n.tmp-*\n",
+    ".gitignore": "# states for resuming a run; the adapters lie beside them\ncheckpoints/\n.mlx-adapters-tmp-*\n",
     "train.yaml": TRAIN_YAML,
 }
 
