@@ -11,11 +11,12 @@ from test_peft_import import ADAPTERS, FIXTURES, base_of, case
 
 from mlx_adapters import tensor_files
 from mlx_adapters.bases import resolve_base
+from mlx_adapters.door import make_module
 from mlx_adapters.errors import FidelityError
 from mlx_adapters.fusion.options import FuseOptions
 from mlx_adapters.model import load_model, load_module
 from mlx_adapters.peft_format import export_peft, import_peft
-from mlx_adapters.peft_format.checkpoint import layout_of
+from mlx_adapters.peft_format.checkpoint import layout_of, original_shapes, sanitize_of
 from mlx_adapters.peft_format.fusing import fuse_peft
 from mlx_adapters.peft_format.places import Factors, back, fold_of, through
 from mlx_adapters.peft_format.probing import Piece, trace
@@ -182,3 +183,19 @@ def test_an_own_adapter_of_a_folded_base_is_exported_unfolded(tmp_path: Path):
     name = join("base_model.model.model.layers.0.mamba.in_proj", "lora_B.weight")
     ratio = stored[name] / source[name]
     assert mx.allclose(ratio, ratio[0, 0], rtol=1e-4)
+
+
+def test_a_name_that_the_code_only_looks_for_is_found():
+    """Step 3.5's norms are shifted if some names are the original's; no rule here knows those names."""
+    config = {
+        "model_type": "step3p5", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "num_attention_heads": 4,
+        "num_attention_groups": 2, "head_dim": 8, "intermediate_size": 48, "rope_theta": [1e4, 1e4],
+        "moe_num_experts": 4, "moe_top_k": 2, "moe_intermediate_size": 16, "share_expert_dim": 16,
+        "moe_layers_enum": "1", "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4,
+    }  # fmt: skip
+    blank = make_module(config)
+    wanted = {name: tuple(value.shape) for name, value in tree_flatten(blank.parameters())}
+    layout = trace(sanitize_of(blank), original_shapes(blank, wanted), wanted)
+    assert {target for target, pieces in layout.pieces.items() if pieces[0].offset == 1} == {
+        target for target in wanted if "norm" in target
+    }

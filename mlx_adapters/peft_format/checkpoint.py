@@ -42,7 +42,7 @@ def layout_of(base: Base, module: nn.Module) -> Layout:
             found = trace(sanitize, stored, wanted)
             if found.fits(wanted):
                 return found
-    return trace(sanitize, _original(blank, wanted, sanitize), wanted)
+    return trace(sanitize, original_shapes(blank, wanted), wanted)
 
 
 def _stored(base: Base) -> Shapes | None:
@@ -56,8 +56,9 @@ def _stored(base: Base) -> Shapes | None:
     return shapes
 
 
-def _original(blank: nn.Module, wanted: Shapes, sanitize: Callable[[Tensors], Tensors]) -> Shapes:
-    """The form that is furthest from the model's own of those that `sanitize` turns into the model."""
+def original_shapes(blank: nn.Module, wanted: Shapes) -> Shapes:
+    """The form that is furthest from the model's own, `wanted`, of those that loading turns into the model."""
+    sanitize = sanitize_of(blank)
     found, rules = wanted, list(_rules(blank))
     while True:
         for i, rule in enumerate(rules):
@@ -156,19 +157,20 @@ def _hinted(blank: nn.Module, shapes: Shapes, wanted: Shapes, sanitize: Callable
             renamed = {name.replace(own, other): shape for name, shape in shapes.items()}
             if len(renamed) != len(shapes) or _made(sanitize, renamed) != wanted:
                 continue
-            plain = plain or _effects(trace(sanitize, shapes, wanted))
-            if _effects(trace(sanitize, renamed, wanted)) != plain:
+            plain = plain or _effects(sanitize, shapes)
+            if _effects(sanitize, renamed) != plain:
                 return renamed
     return shapes
 
 
-def _effects(layout: Layout) -> dict[str, Any]:
-    return {
-        target: [
-            (piece.offset, piece.scale if isinstance(piece.scale, float) else piece.scale.tolist()) for piece in pieces
-        ]
-        for target, pieces in layout.pieces.items()
-    } | layout.problems
+def _effects(sanitize: Callable[[Tensors], Tensors], shapes: Shapes) -> dict[str, list[float]]:
+    """By target, what its first number becomes of zeros and of ones; tensors that repeat one number take no memory."""
+    made = [
+        sanitize({name: mx.broadcast_to(mx.array(number), shape) for name, shape in shapes.items()})
+        for number in (0.0, 1.0)
+    ]
+    first = {target: [run[target][(0,) * run[target].ndim] for run in made] for target in made[0]}
+    return {target: [number.item() for number in numbers] for target, numbers in first.items()}
 
 
 def _texts(blank: nn.Module) -> Iterator[str]:
