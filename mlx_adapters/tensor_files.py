@@ -98,13 +98,27 @@ def _frame(header: Mapping[str, Any]) -> bytes:
     return struct.pack("<Q", len(encoded)) + encoded
 
 
+def as_numpy(array: Any) -> Any:
+    """An MLX array as a NumPy view of the same memory, bfloat16 as its bits in uint16.
+
+    It is evaluated first: where that fails (a file that is shorter than it was, no memory), NumPy's own way to it
+    ends the process instead of raising.
+    """
+    import mlx.core as mx
+    import numpy as np
+
+    bits = _bits(array)
+    mx.eval(bits)
+    return np.array(bits, copy=False)
+
+
 def raw_bytes(array: Any) -> memoryview | bytes:
     """The bytes of an MLX array, as safetensors stores them (row-major, little-endian)."""
     import numpy as np
 
     if array.size == 0:
         return b""
-    return np.ascontiguousarray(np.array(_bits(array), copy=False)).reshape(-1).data.cast("B")
+    return np.ascontiguousarray(as_numpy(array)).reshape(-1).data.cast("B")
 
 
 def _bits(array: Any) -> Any:

@@ -368,3 +368,17 @@ def test_a_tokenizer_that_does_not_load_is_told_in_one_line(tmp_path):
     with pytest.raises(errors.FormatError) as caught:
         load_tokenizer_of(resolve_base(tmp_path))
     assert "\n" not in caught.value.message and not caught.value.message.endswith("..")
+
+
+@pytest.mark.parametrize("function", ["as_numpy", "raw_bytes"])
+def test_an_array_that_cannot_be_evaluated_raises_and_ends_no_process(tmp_path, function):
+    path = tmp_path / "a.safetensors"
+    code = (
+        "import os, sys, mlx_adapters, mlx.core as mx; from mlx_adapters import tensor_files\n"
+        "mx.save_safetensors(sys.argv[1], {'a': mx.zeros((300, 300))}); late = mx.load(sys.argv[1])['a'] + 1\n"
+        "os.truncate(sys.argv[1], 5000)\n"
+        "try: getattr(tensor_files, sys.argv[2])(late)\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path), function], capture_output=True, text=True)
+    assert done.returncode == 0 and "Unable to read" in done.stdout, done.stderr

@@ -15,6 +15,7 @@ from mlx_adapters.errors import FormatError
 from mlx_adapters.events import OnEvent, Progress, ignore
 from mlx_adapters.machine import memory_bytes
 from mlx_adapters.model import Model
+from mlx_adapters.tensor_files import as_numpy
 from mlx_adapters.training.batches import Batch, make_batch
 from mlx_adapters.training.data import Row, tokenize
 from mlx_adapters.training.rows import RawRow
@@ -107,7 +108,7 @@ def judge(model: Model, batches: Batches, on_event: OnEvent = ignore) -> TokenFi
             per_token["same_top"] = expected.argmax(axis=-1) == found.argmax(axis=-1)
         rows = np.array(group)[batch.positions[: len(targets)] // (batch.tokens.shape[1] - 1)]
         for name, values in per_token.items():
-            np.add.at(sums[name], rows, np.array(values, dtype=np.float64))
+            np.add.at(sums[name], rows, as_numpy(values).astype(np.float64))
         mx.clear_cache()
         on_event(Progress("judge", number + 1, len(batches.batches), "batch"))
     if batches.reference is None:

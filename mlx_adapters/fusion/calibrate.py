@@ -22,6 +22,7 @@ from mlx_adapters.fusion.rounding import DAMPING, OUTPUT_DAMPING
 from mlx_adapters.fusion.stream import dtype_name
 from mlx_adapters.fusion.workers import Done, Task, Workers, worker_count
 from mlx_adapters.layers import weight_shape
+from mlx_adapters.tensor_files import as_numpy
 
 
 class Spool:
@@ -120,9 +121,9 @@ def tasks_for(
     KL that the layer alone would cost. `together`: see `calibrated`.
     """
     name = dtype_name(dtype)
-    plain, fisher = np.array(moments.plain), np.array(moments.fisher)
+    plain, fisher = as_numpy(moments.plain), as_numpy(moments.fisher)
     if weight.ndim == 2:
-        outputs = None if moments.outputs is None else np.array(moments.outputs)
+        outputs = None if moments.outputs is None else as_numpy(moments.outputs)
         # Few tokens know little of how outputs are felt together.
         damping = OUTPUT_DAMPING + weight.shape[0] / max(moments.output_tokens, 1)
         unit = weight.size * _mean_diagonal(fisher)

@@ -15,6 +15,7 @@ from mlx_adapters.door import mx
 from mlx_adapters.errors import FormatError
 from mlx_adapters.events import OnEvent, Progress, ignore
 from mlx_adapters.fusion.blocks import Call, TokenBatch, Variant
+from mlx_adapters.tensor_files import as_numpy
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def _judge(tally: _Tally, reference: mx.array, log: mx.array, batch: TokenBatch)
     same = reference.argmax(axis=-1) == log.argmax(axis=-1)
     loss = -mx.take_along_axis(log, batch.targets[:, None], axis=-1)[:, 0]
     for name, values in (("kl", kl), ("same", same), ("loss", loss)):
-        getattr(tally, name).append(np.array(values).astype(np.float64))
+        getattr(tally, name).append(as_numpy(values).astype(np.float64))
 
 
 def _summary(

@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_adapters.config import Quantization
+from mlx_adapters.tensor_files import as_numpy
 
 Array = np.ndarray
 
@@ -24,7 +25,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 def to_numpy(array: mx.array) -> Array:
     """Any MLX float array as NumPy float32."""
-    return np.array(array.astype(mx.float32))
+    return as_numpy(array.astype(mx.float32)).copy()
 
 
 def round_to(values: Array, dtype: mx.Dtype) -> Array:

@@ -15,8 +15,7 @@ from typing import Any
 from mlx_adapters import files, tensor_files, tensor_names
 from mlx_adapters.bases import INDEX_FILE, OTHER_FILE, Base, quantization_in
 from mlx_adapters.config import to_mapping
-from mlx_adapters.door import make_module, mx, refusals, sanitize_of
-from mlx_adapters.errors import ModelError
+from mlx_adapters.door import make_module, mx, sanitize_of
 from mlx_adapters.tensor_files import StoredTensor
 from mlx_adapters.tensor_names import SCALES
 from mlx_adapters.units import count
@@ -45,9 +44,8 @@ def left_out(base: Base) -> tuple[Stored, list[str]]:
 
 def _read(base: Base, arrays: dict[str, mx.array]) -> set[str]:
     """The names of the arrays that something depends on in what mlx-lm makes of them. Nothing is computed."""
-    with refusals(lambda why: ModelError(f"mlx-lm cannot load '{base.name}': {why}.")):
-        module = make_module(copy.deepcopy(base.config))
-        results = list(sanitize_of(module)(dict(arrays)).values())
+    module = make_module(copy.deepcopy(base.config))
+    results = list(sanitize_of(module)(dict(arrays)).values())
     names = {id(array): name for name, array in arrays.items()}
     read = {names[id(array)] for array in results if id(array) in names}
     made = [array for array in results if id(array) not in names]
@@ -70,12 +68,14 @@ def _others(base: Base) -> tuple[Stored, list[str]]:
     """What the index names in files that mlx-lm does not open, and the names whose file is missing."""
     opened, index = {path.name for path in base.weight_files}, base.folder / INDEX_FILE
     places = files.read_json(index).get("weight_map") if index.is_file() else None
-    listed = places if isinstance(places, dict) else {}
-    others = {f for f in listed.values() if isinstance(f, str) and f not in opened and Path(f).suffix == ".safetensors"}
-    there = {f for f in others if Path(f).name == f and (base.folder / f).is_file()}
-    stored = {f: tensor_files.stored_tensors(base.folder / f) for f in there}
-    found = {name: stored[f][name] for name, f in listed.items() if f in there and name in stored[f]}
-    missing = sorted(name for name, f in listed.items() if f in others and name not in found)
+    found, missing = Stored(), []
+    for name, file in places.items() if isinstance(places, dict) else ():
+        if not isinstance(file, str) or file in opened or Path(file).name != file:
+            continue
+        if (base.folder / file).is_file():
+            found |= {name: tensor_files.stored_tensors(base.folder / file)[name]}
+        else:
+            missing.append(name)
     return found, missing
 
 

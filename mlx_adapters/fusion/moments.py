@@ -12,6 +12,7 @@ import numpy as np
 
 from mlx_adapters.door import mx
 from mlx_adapters.machine import on_gpu
+from mlx_adapters.tensor_files import as_numpy
 
 FISHER_SHARE = 0.7
 OUTPUT_STRIDE = 2  # every second token is enough for the moments of the outputs
@@ -22,7 +23,7 @@ def gram(rows: mx.array) -> mx.array:
     """rowsᵀ rows. On a CPU by NumPy, which computes half of it and mirrors that."""
     if on_gpu():
         return rows.T @ rows
-    array = np.array(rows, copy=False)
+    array = as_numpy(rows)
     return mx.array(array.T @ array)
 
 
@@ -102,7 +103,7 @@ def add_calls(
     if others:
         x = mx.concatenate([seen.x.reshape(-1, shape[-1]) for seen in others])
         g = mx.concatenate([seen.g.reshape(-1, shape[-2]) for seen in others])
-        felt = np.flatnonzero(np.array(mx.abs(g).max(axis=-1)))
+        felt = np.flatnonzero(as_numpy(mx.abs(g).max(axis=-1)))
         _add_linear(moments, x, g, mx.array(felt.astype(np.int32)), {})
 
 
@@ -133,7 +134,7 @@ def _add_experts(moments: Moments, x: mx.array, indices: mx.array, g: mx.array, 
     weights = g.reshape(-1, g.shape[-1]).square().mean(axis=-1, keepdims=True)
     weighted = x * mx.sqrt(weights)
     # Padding reaches experts too; nothing depends on it, so its gradient is exactly zero.
-    chosen = np.where(np.array(weights)[:, 0] > 0, np.array(indices).reshape(-1), experts)
+    chosen = np.where(as_numpy(weights)[:, 0] > 0, as_numpy(indices).reshape(-1), experts)
     plain, fisher = [], []
     for expert in range(experts):
         rows = mx.array(np.flatnonzero(chosen == expert).astype(np.int32))

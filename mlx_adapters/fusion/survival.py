@@ -13,6 +13,7 @@ import numpy as np
 
 from mlx_adapters.door import mx
 from mlx_adapters.errors import FormatError
+from mlx_adapters.tensor_files import as_numpy
 
 
 def not_finite(path: str) -> FormatError:
@@ -58,7 +59,7 @@ class SurvivalSum:
 
     def add(self, base: mx.array, fused: mx.array, stored: mx.array) -> None:
         """Rows of W, W' and Ŵ, float32."""
-        base_, fused_, stored_ = (np.array(rows, copy=False).reshape(-1) for rows in (base, fused, stored))
+        base_, fused_, stored_ = (as_numpy(rows).reshape(-1) for rows in (base, fused, stored))
         with np.errstate(over="ignore", invalid="ignore"):  # `result` refuses what comes of it
             wanted, found = fused_ - base_, stored_ - base_
             pairs = [(wanted, found), (wanted, wanted), (found, found), (base_, base_)]

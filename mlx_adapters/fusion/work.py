@@ -8,7 +8,7 @@ from mlx_adapters.config import Quantization, to_mapping
 from mlx_adapters.door import mx
 from mlx_adapters.errors import AdapterError, ConfigError
 from mlx_adapters.events import Note, OnEvent
-from mlx_adapters.fusion.blocks import Row, TokenBatch, Variant, make_batches
+from mlx_adapters.fusion.blocks import TokenBatch, Variant, make_batches
 from mlx_adapters.fusion.calibrate import Spool, round_layers
 from mlx_adapters.fusion.fidelity import Fidelity, compare
 from mlx_adapters.fusion.job import Job
@@ -29,7 +29,7 @@ THROUGH = (
     "then. Judge by the loss: the KL is from the adapter before rounding, which it was not trained to equal. After a "
     "short training, compare with --method calibrated."
 )
-JUDGING_ROWS, JUDGING_TOKENS = 8, 1024  # enough to tell, a small part of what calibrating takes
+JUDGING_ROWS = 8
 NEAREST = "on the calibration rows that keeps more of the adapter than calibration does; more rows may help"
 UNKNOWN = "calibration does not see what it computes of which token"
 
@@ -149,10 +149,7 @@ class Work:
         Layers are judged one by one before; few rows do not tell how their errors add up.
         """
         job, targets = self.job, self._rounded(spool)
-        rows: list[Row] = []
-        for row in spread(self.text.calibration, JUDGING_ROWS) if self.text else []:
-            if not rows or sum(len(tokens) for tokens, _ in [*rows, row]) <= JUDGING_TOKENS:
-                rows.append(row)
+        rows = spread(self.text.calibration, JUDGING_ROWS) if self.text else []
 
         def calibrated(path: str) -> mx.array | None:
             packed = spool.get(path, targets.get(path))

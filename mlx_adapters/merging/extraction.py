@@ -30,6 +30,7 @@ from mlx_adapters.merging.decomposition import (
 )
 from mlx_adapters.merging.updates import Update, tensors_of
 from mlx_adapters.model import load_module
+from mlx_adapters.tensor_files import as_numpy
 from mlx_adapters.tensor_names import ADAPTER_FILE, ADAPTER_OUTPUT, CONFIG_FILE, QUANTIZED_LEAVES, WEIGHT, join
 
 
@@ -139,7 +140,7 @@ def _changes(base: Any, tuned: Any, on_event: OnEvent) -> Iterator[_Change]:
         if weight_shape(layer) != weight_shape(new[key]):
             shapes = f"{weight_shape(new[key])}, the base's {weight_shape(layer)}"
             raise IncompatibleError(f"'{key}' differs in shape: the fine-tune's is {shapes}.")
-        difference = np.array(dense_weight(new[key], mx.float32) - dense_weight(layer, mx.float32))
+        difference = as_numpy(dense_weight(new[key], mx.float32) - dense_weight(layer, mx.float32))
         if not np.isfinite(difference).all():
             raise FormatError(f"'{join(key, WEIGHT)}' holds NaN or Inf in one of the models.")
         experts, embedding = difference.ndim == 3, isinstance(layer, EMBEDDING)
@@ -151,5 +152,5 @@ def _changes(base: Any, tuned: Any, on_event: OnEvent) -> Iterator[_Change]:
         on_event(Progress("extract", done, len(old), "layer"))
     rest, tuned_rest = dict(tree_flatten(base.parameters())), dict(tree_flatten(tuned.parameters()))
     for key in rest.keys() & tuned_rest.keys():
-        difference = np.array((tuned_rest[key] - rest[key]).astype(mx.float32))
+        difference = as_numpy((tuned_rest[key] - rest[key]).astype(mx.float32))
         yield _Change(key, [difference.reshape(1, -1)], False)

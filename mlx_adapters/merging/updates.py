@@ -9,6 +9,7 @@ import numpy as np
 
 from mlx_adapters.adapter import Adapter
 from mlx_adapters.merging.arithmetic import Matrix
+from mlx_adapters.tensor_files import as_numpy
 from mlx_adapters.tensor_names import LORA_A, LORA_B, join
 
 
@@ -59,9 +60,9 @@ def factors_of(adapter: Adapter, key: str) -> tuple[mx.array, mx.array]:
     """
     a, b, _ = adapter.factors(key)
     first = a[0] if a.ndim == 2 else a[0, :, 0]
-    if np.array(first.astype(mx.float32)).all():  # no component can be all zero
+    if as_numpy(first.astype(mx.float32)).all():  # no component can be all zero
         return a, b
-    wide_a, wide_b = (np.array(x.astype(mx.float32), copy=False) for x in (a, b))
+    wide_a, wide_b = (as_numpy(x.astype(mx.float32)) for x in (a, b))
     in_b = wide_b.any(axis=1) if b.ndim == 2 else wide_b.any(axis=(0, 1))
     used = np.asarray(wide_a.any(axis=0 if a.ndim == 2 else (0, 2)) | in_b)
     used[0] |= not used.any()
@@ -71,7 +72,7 @@ def factors_of(adapter: Adapter, key: str) -> tuple[mx.array, mx.array]:
 
 def update_of(adapter: Adapter, key: str) -> Update:
     """The update of the module at `key`, in float32. A DoRA magnitude is left aside."""
-    a, b = (np.array(x.astype(mx.float32), copy=False) for x in factors_of(adapter, key))
+    a, b = (as_numpy(x.astype(mx.float32)) for x in factors_of(adapter, key))
     if a.ndim == 3:  # experts are stored transposed: (experts, rank, in), (experts, out, rank)
         a, b = np.swapaxes(a, -1, -2), np.swapaxes(b, -1, -2)
     return Update(a, b, adapter.config.scale)

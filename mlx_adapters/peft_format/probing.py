@@ -17,6 +17,8 @@ from itertools import pairwise
 import mlx.core as mx
 import numpy as np
 
+from mlx_adapters.tensor_files import as_numpy
+
 Shapes = dict[str, tuple[int, ...]]
 Tensors = dict[str, mx.array]
 Sanitize = Callable[[Tensors], Tensors]
@@ -134,7 +136,7 @@ def _trace(sanitize: Sanitize, shapes: Shapes) -> Layout:
     names, layout = list(shapes), Layout(shapes)
     for target in list(runs[0]):
         try:
-            arrays = [np.array(outputs.pop(target).astype(mx.float32)) for outputs in runs]
+            arrays = [as_numpy(outputs.pop(target).astype(mx.float32)) for outputs in runs]
             layout.pieces[target] = _pieces(target, arrays, names, shapes)
         except _NotUnderstood as reason:
             layout.problems[target] = str(reason)
