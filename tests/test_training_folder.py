@@ -163,3 +163,16 @@ def test_a_run_without_checkpoints_is_not_begun_from_other_weights(run):
     with pytest.raises(FormatError, match="cannot be resumed: it has no checkpoint"):
         train(name="run", resume=True)
     assert outcome(folder) == before
+
+
+def test_other_versions_of_the_arithmetic_are_told(run):
+    folder, notes = run().folder, []
+    path = folder / "adapter_metadata.json"
+    metadata = files.read_json(path)
+    files.write_json(path, metadata | {"versions": metadata["versions"] | {"mlx": "0.0.1", "numpy": "0.0.1"}})
+    train(
+        name="run", resume=True, training=config(iterations=7), on_event=lambda e: notes.append(getattr(e, "text", ""))
+    )
+    told = [text for text in notes if "other versions" in text]
+    assert len(told) == 1 and "mlx 0.0.1 -> " in told[0] and "numpy" not in told[0]
+    assert files.read_json(path)["versions"] == metadata["versions"]

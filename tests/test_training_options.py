@@ -301,6 +301,12 @@ def test_a_run_that_fails_before_it_saved_anything_leaves_nothing(observe, tmp_p
     assert observe().run.final.iteration == BASE.iterations  # the name is free
 
 
+def test_nan_before_anything_is_trained_blames_no_learning_rate(observe):
+    with pytest.raises(TrainingError, match="The gradient became NaN or infinite at iteration 1") as caught:
+        observe(lora=replace(LORA, scale=1e38))
+    assert "nothing is trained yet" in caught.value.hint and "learning rate" not in caught.value.hint
+
+
 def test_truncated_and_dropped_rows_are_told(observe):
     notes = [n.text for n in observe(replace(BASE, max_seq_length=30, mask_prompt=True)).of(Note)]
     assert any("rows cut at max_seq_length 30" in note for note in notes)

@@ -1,6 +1,8 @@
 """A run that was stopped ends, to the bit, as one that never was."""
 
 import json
+import os
+import signal
 
 import mlx.core as mx
 import pytest
@@ -137,22 +139,30 @@ def test_keep_never_removes_the_best_or_the_last(tiny_model, data):
     assert best.samefile(run.folder / "adapters.safetensors")
 
 
-def test_interrupts_save_and_leave_no_trace(tiny_model, data):
-    import os
-    import signal
+def send(number, at):
+    def on_event(event):
+        if type(event).__name__ == "Progress" and event.done == at:
+            os.kill(os.getpid(), number)
 
-    def interrupt_at(iteration):
-        def on_event(event):
-            if type(event).__name__ == "Progress" and event.done == iteration:
-                os.kill(os.getpid(), signal.SIGINT)
+    return on_event
 
-        return on_event
 
+def test_a_signal_that_is_ignored_stays_ignored(tiny_model, data):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        run = train(tiny_model(), data, name="run", lora=LORA, training=config(), on_event=send(signal.SIGHUP, 4))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert run.final.iteration == 11
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupts_save_and_leave_no_trace(number, tiny_model, data):
     notes = []
     train(tiny_model(), data, name="whole", lora=LORA, training=config())
     with pytest.raises(KeyboardInterrupt):
         train(tiny_model(), data, name="run", lora=LORA, training=config(),
-              on_event=lambda e: (interrupt_at(4)(e), notes.append(str(e))))  # fmt: skip
+              on_event=lambda e: (send(number, 4)(e), notes.append(str(e))))  # fmt: skip
     assert max(states.iterations(adapter_folder("run"))) in (4, 5)
     assert any("mlx-adapters train --resume run" in note for note in notes)
     train(name="run", resume=True)

@@ -23,6 +23,8 @@ from mlx_adapters.training import state as states
 from mlx_adapters.training.recipe import settings_of
 from mlx_adapters.training.state import RECIPE_FILE, State
 
+ARITHMETIC = ("mlx", "mlx-lm")  # the libraries that decide what is computed
+
 
 def place_of(name: str) -> tuple[Reference, Path]:
     """A run's reference and folder: a name is in the registry, a path (./out) is where it says."""
@@ -110,6 +112,16 @@ class RunFolder:
             after.pop("chosen_by", None)
         if _without_times(after) != _without_times(before):
             files.write_json(folder / METADATA_FILE, after)
+
+    def other_versions(self) -> list[str]:
+        """The libraries that compute otherwise than at the last save, as "mlx 0.32.3 -> 0.32.4"."""
+        before, now = _metadata_in(self.path).get("versions"), versions()
+        before = before if isinstance(before, dict) else {}
+        return [
+            f"{name} {before[name]} -> {now[name]}"
+            for name in ARITHMETIC
+            if name in before and before[name] != now.get(name)
+        ]
 
     def how_to_resume(self) -> str:
         """What to type to go on."""

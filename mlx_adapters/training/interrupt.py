@@ -6,9 +6,11 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a shutdown, a closed terminal
+
 
 class Interrupt:
-    """`requested` is set by the first SIGINT or SIGTERM; a second Ctrl-C stops at once."""
+    """`requested` is set by the first signal of STOPS; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -20,11 +22,12 @@ class Interrupt:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator["Interrupt"]:
-        """Take over the signals within the block (only the main thread can)."""
+        """Take over the signals within the block (only the main thread can); what is ignored (`nohup`) stays so."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        heeded = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._handle) for number in heeded}
         try:
             yield self
         finally:

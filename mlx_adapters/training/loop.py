@@ -131,8 +131,15 @@ class Loop:
         named = "; ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
         raise TrainingError(
             f"The {what} became NaN or infinite at iteration {self.state.iteration + 1}; rows in the batch: {named}.",
-            f"try a lower learning rate, --max-grad-norm 1 or float32. {self.folder.how_to_resume()}",
+            self._against_nan(trained=self.state.iteration > 0 or what == "adapter"),
         )
+
+    def _against_nan(self, trained: bool) -> str:
+        if not trained:  # no learning rate can have to do with it
+            return (
+                "nothing is trained yet: try --dtype float32 or a smaller --scale, and look at the base and these rows."
+            )
+        return f"try a lower learning rate, --max-grad-norm 1 or float32. {self.folder.how_to_resume()}"
 
     def _report(self) -> None:
         state = self.state
@@ -171,7 +178,7 @@ class Loop:
         if not math.isfinite(loss):
             raise TrainingError(
                 f"The validation loss became NaN or infinite at iteration {self.state.iteration}.",
-                f"try a lower learning rate, --max-grad-norm 1 or float32. {self.folder.how_to_resume()}",
+                self._against_nan(trained=self.state.iteration > 0),
             )
         if self._rounding(self.state.iteration) and not self._rounding(self.state.best_iteration or 0):
             self.state.best_loss = None  # losses with and without rounding cannot be compared

@@ -184,6 +184,9 @@ def _newest(folder: RunFolder, request: _Request) -> Checkpoint:
                           f"begin a new run with its weights: --init-from {folder.reference}.")  # fmt: skip
     for problem in problems:
         request.on_event(Note(f"{problem} Taking the checkpoint before it.", "warning"))
+    if others := folder.other_versions():
+        text = f"The run goes on with other versions ({', '.join(others)}), so not to the bit as it would have."
+        request.on_event(Note(text, "warning"))
     states.drop_after(folder.path, checkpoint.state.iteration)
     folder.refresh(checkpoint.state)  # a crash may have come between a save and its links
     return checkpoint
