@@ -2,12 +2,13 @@
 
 import os
 import stat
+from types import SimpleNamespace
 
 import pytest
 from training_tools import PowerCut, cut_after, outcome, write_data
 
 from mlx_adapters import LoraConfig, TrainConfig, files, train
-from mlx_adapters.errors import FormatError, StorageError, TrainingError
+from mlx_adapters.errors import AdapterError, FormatError, StorageError, TrainingError
 from mlx_adapters.events import CheckpointSaved, ValidationReport
 from mlx_adapters.housekeeping import remove, tag, use
 from mlx_adapters.registry import list_adapters, load_adapter
@@ -110,6 +111,29 @@ def test_a_place_that_takes_nothing_is_told_before_the_model_loads(run, tmp_path
     if os.geteuid():  # root may write anywhere
         with pytest.raises(StorageError):
             run(str(closed / "run"))
+
+
+def test_a_full_disk_is_told_before_the_first_step(run, monkeypatch):
+    monkeypatch.setattr("mlx_adapters.paths.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(Engine, "step", lambda *a: pytest.fail("stepped"))
+    with pytest.raises(StorageError, match="but the disk has 1 kB free"):
+        run()
+
+
+def test_a_damaged_recipe_is_told(run):
+    path = run().folder / "recipe.json"
+    recipe = files.read_json(path)
+    changes = [{key: odd} for key in recipe for odd in (None, 5, "x", [], {}, [1], {"x": 1})]
+    changes += [{"data": recipe["data"] | {"splits": odd}} for odd in (None, 5, [1], {"train": 5})]
+    for change in changes:
+        files.write_json(path, recipe | change)
+        with pytest.raises(AdapterError):
+            train(name="run", resume=True)
+        assert files.read_json(path) == recipe | change
+    for key in recipe.keys() - {"text", "started", "base_config"}:
+        files.write_json(path, {k: v for k, v in recipe.items() if k != key})
+        with pytest.raises(FormatError):
+            train(name="run", resume=True)
 
 
 def test_a_resume_changes_only_what_training_knows(run):

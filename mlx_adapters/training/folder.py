@@ -64,6 +64,11 @@ class RunFolder:
         replacing.refuse_existing(self.path, self.overwrite, ADAPTER_OUTPUT)
         files.require_writable(self.path)
 
+    def require_space(self, *saved: Weights) -> None:
+        """Raise StorageError, before there is anything to lose, if the disk has no room for a checkpoint."""
+        if self.writes:
+            paths.require_free_space(self.path, sum(a.nbytes for arrays in saved for a in arrays.values()))
+
     def update_recipe(self, recipe: dict[str, Any]) -> None:
         """Record the settings that a resumed run may change; what else the record holds stays."""
         self.recipe = self.recipe | recipe

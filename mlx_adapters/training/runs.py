@@ -262,9 +262,11 @@ def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None
     adapted = {key: adapted[key] for key in config.keys}
     prepared = start.prepare(model, training, rows, held_out, adapted, request.world)
     folder.adapter = config
+    engine = prepared.engine
     request.world.share(lambda: folder.update_recipe(recipe))
+    request.world.share(lambda: folder.require_space(engine.weights, engine.optimizer.arrays()))
     validation = prepared.validation.fixed(training.eval_batches) if prepared.validation else []
-    loop = Loop(prepared.engine, prepared.feed, validation, training, folder, request.on_event)
+    loop = Loop(engine, prepared.feed, validation, training, folder, request.on_event)
     if checkpoint is not None:
         loop.restore(checkpoint)
     return loop
