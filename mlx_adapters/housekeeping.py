@@ -172,7 +172,9 @@ def fill_template(template: str, task: str, **known: str | int | None) -> str:
     for number in itertools.count(1):
         fields["version"] = f"v{number}"
         filled = registry.check_name("".join(text + (fields[name] if name else "") for text, name, _, _ in parts))
-        if not os.path.lexists(registry.adapter_folder(filled)) or "version" not in {name for _, name, _, _ in parts}:
+        folder = registry.adapter_folder(filled)
+        free = not os.path.lexists(folder) and not registry.is_being_trained(folder)
+        if free or "version" not in {name for _, name, _, _ in parts}:
             return filled
     raise AssertionError
 

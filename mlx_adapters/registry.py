@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlx_adapters import locks, paths, replacing, temporaries, tensor_files
-from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError, did_you_mean
+from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError, TrainingError, did_you_mean
 from mlx_adapters.metadata import base_of, check_config, examine_metadata, read_config, read_whole
 from mlx_adapters.tensor_names import (
     ADAPTER_FILE,
@@ -272,6 +272,15 @@ def training_lock(folder: Path) -> Iterator[None]:
             busy = f"'{folder.name}' is being trained by another process."
             stack.enter_context(locks.lock(f"run-{place}", wait=False, busy=busy))
         yield
+
+
+def is_being_trained(folder: Path) -> bool:
+    """Whether a run holds the place; it may have saved nothing yet."""
+    try:
+        with training_lock(folder):
+            return False
+    except TrainingError:
+        return True
 
 
 def register(adapter: "Adapter", name: str, overwrite: bool = False) -> "Adapter":

@@ -1,7 +1,9 @@
 """What a run leaves on the disk at every moment: never less than was there before it."""
 
 import os
+import shutil
 import stat
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +12,7 @@ from training_tools import PowerCut, cut_after, outcome, write_data
 from mlx_adapters import LoraConfig, TrainConfig, files, train
 from mlx_adapters.errors import AdapterError, FormatError, StorageError, TrainingError
 from mlx_adapters.events import CheckpointSaved, ValidationReport
-from mlx_adapters.housekeeping import remove, tag, use
+from mlx_adapters.housekeeping import fill_template, remove, tag, use
 from mlx_adapters.registry import list_adapters, load_adapter
 from mlx_adapters.training import state as states
 from mlx_adapters.training.engine import Engine
@@ -100,6 +102,26 @@ def test_only_one_run_at_a_time_begins_a_name(run, place):
         run(place, on_event=second)
 
 
+def test_a_version_that_is_being_trained_is_taken(run):
+    def second(event):
+        assert fill_template("{task}_{version}", "run") == "run_v2"
+        raise PowerCut
+
+    with pytest.raises(PowerCut):
+        run("run_v1", on_event=second)
+    assert fill_template("{task}_{version}", "run") == "run_v1"
+
+
+def test_a_folder_that_somebody_took_away_is_made_anew(run):
+    def take_away(event):
+        if isinstance(event, CheckpointSaved) and event.iteration == 2:
+            shutil.rmtree(Path(event.folder).parent.parent)
+
+    folder = run(on_event=take_away).folder
+    assert load_adapter("run").metadata["iterations"] == 6 and states.iterations(folder) == [4, 6]
+    assert train(name="run", resume=True, training=config(iterations=8)).final.iteration == 8
+
+
 def test_a_place_that_takes_nothing_is_told_before_the_model_loads(run, tmp_path, monkeypatch):
     monkeypatch.setattr("mlx_adapters.training.runs.load_model", lambda *a, **k: pytest.fail("loaded"))
     (tmp_path / "file").write_text("")
@@ -144,7 +166,9 @@ def test_a_resume_changes_only_what_training_knows(run):
     files.write_json(path, files.read_json(path) | {"evaluations": [{"iteration": 2}], "note": "theirs"})
     recipe = folder / "recipe.json"
     files.write_json(recipe, files.read_json(recipe) | {"note": "theirs"})
-    train(name="run", resume=True, training=config(iterations=8, keep=1))
+    notes: list[str] = []
+    train(name="run", resume=True, training=config(iterations=8, keep=1), on_event=lambda e: notes.append(str(e)))
+    assert any("'run' still means its checkpoint 2" in note for note in notes)
     after = files.read_json(path)
     assert after["tags"] == ["production"] and after["evaluations"] == [{"iteration": 2}] and after["note"] == "theirs"
     assert after["iteration"] == 2 and after["chosen_by"] == "use" and after["iterations"] == 8

@@ -77,10 +77,10 @@ class RunFolder:
 
     def save(self, state: State, weights: Weights, optimizer: Weights) -> Path:
         """Write a checkpoint and bring everything else up to date; the checkpoint's folder."""
-        if self.writes and self.begun:
+        if self.writes and self.begun and (self.path / RECIPE_FILE).is_file():
             states.save(self.path, state, weights, optimizer)
             self.refresh(state)
-        elif self.writes:
+        elif self.writes:  # the first time, or somebody took the folder away
             assert self.adapter is not None
             with files.atomic_folder(self.path, self.overwrite, ADAPTER_OUTPUT) as folder:
                 files.write_json(folder / RECIPE_FILE, self.recipe)
@@ -134,6 +134,10 @@ class RunFolder:
             return f"Go on with: mlx-adapters train --resume {self.reference}"
         old = f" '{self.reference}' is as it was." if self.path.is_dir() else ""
         return f"Nothing was saved yet.{old}"
+
+    def chosen(self) -> int | None:
+        """The checkpoint that 'use' chose for the bare name, or None."""
+        return chosen_by_hand(_metadata_in(self.path)) if self.writes else None
 
     def best(self, state: State) -> Reference:
         """The checkpoint with the lowest validation loss, or the last one."""

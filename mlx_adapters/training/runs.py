@@ -197,6 +197,8 @@ def _run(loop: Loop) -> TrainRun:
         state = loop.run(interrupt)
     folder = loop.folder
     folder.refresh(state)
+    if (chosen := folder.chosen()) is not None:
+        loop.on_event(Note(f"'{folder.reference}' still means its checkpoint {chosen}, which 'use' chose."))
     return TrainRun(
         folder.path, folder.best(state), folder.final(state), state.best_loss, tuple(state.train_losses),
         tuple(state.validation_losses), state.trained_tokens, state.seconds, state.stopped_early,
