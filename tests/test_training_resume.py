@@ -147,7 +147,7 @@ def send(number, at):
     return on_event
 
 
-def test_a_signal_that_is_ignored_stays_ignored(tiny_model, data):
+def test_nohup_ignores_a_closed_terminal(tiny_model, data):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
         run = train(tiny_model(), data, name="run", lora=LORA, training=config(), on_event=send(signal.SIGHUP, 4))
@@ -156,7 +156,13 @@ def test_a_signal_that_is_ignored_stays_ignored(tiny_model, data):
     assert run.final.iteration == 11
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.fixture(params=[signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def number(request):
+    before = signal.signal(request.param, signal.SIG_DFL)  # whatever the tests were started under
+    yield request.param
+    signal.signal(request.param, before)
+
+
 def test_interrupts_save_and_leave_no_trace(number, tiny_model, data):
     notes = []
     train(tiny_model(), data, name="whole", lora=LORA, training=config())

@@ -22,11 +22,13 @@ class Interrupt:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator["Interrupt"]:
-        """Take over the signals within the block (only the main thread can); what is ignored (`nohup`) stays so."""
+        """Take over the signals within the block (only the main thread can); under `nohup` a
+        closed terminal stays ignored."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        heeded = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        heeded = [number for number in STOPS if number not in ignored]
         before = {number: signal.signal(number, self._handle) for number in heeded}
         try:
             yield self
