@@ -62,10 +62,15 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     if not isinstance(recipe.get("version"), int) or recipe["version"] > VERSION:
         raise FormatError(f"'{folder.name}' was written by a newer version of this program.", "update mlx_adapters.")
     metadata.check(recipe, KINDS, f"The recipe of the run '{folder.name}'")
-    try:
+    try:  # all that a resume reads of it
         datetime.fromisoformat(recipe.get("started") or "2026-01-01")
-    except (TypeError, ValueError):
-        raise FormatError(f"The recipe of the run '{folder.name}' is damaged: 'started' is no date.") from None
+        whole = not changes(recipe, recipe) and {"command", "init_from"} <= recipe.keys()
+    except (KeyError, TypeError, ValueError, AttributeError):
+        whole = False
+    if not whole:
+        raise FormatError(
+            f"The recipe of the run '{folder.name}' is damaged.", "start anew: --init-from takes over its weights."
+        )
     return recipe
 
 
