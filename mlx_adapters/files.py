@@ -9,6 +9,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -135,6 +136,15 @@ def json_text(value: Any, name: str | Path) -> str:
         return json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
     except ValueError as error:
         raise FormatError(f"'{name}' would hold a number that JSON has not: {error}.") from None
+
+
+def tagged(value: Any) -> Any:
+    """`value` with what JSON has no number for as transformers 5 and mlx-lm write it: {"__float__": "Infinity"}."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"__float__": "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+    if isinstance(value, dict):
+        return {key: tagged(inner) for key, inner in value.items()}
+    return [tagged(inner) for inner in value] if isinstance(value, list) else value
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,12 +1,14 @@
 """Fused models for other programs: Hugging Face folders and GGUF files."""
 
 import json
+import shutil
 
 import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.utils import load_config
 from test_fusion_fuse import fuse, logits, make_adapter
 
 from mlx_adapters import tensor_files
@@ -14,7 +16,7 @@ from mlx_adapters.bases import resolve_base
 from mlx_adapters.errors import ConfigError, StorageError
 from mlx_adapters.fusion.options import FuseOptions
 from mlx_adapters.layers import adaptable_layers, dense_weight
-from mlx_adapters.model import load_module
+from mlx_adapters.model import load_model, load_module
 from mlx_adapters.tensor_names import from_gguf, to_gguf
 
 HF = FuseOptions(method="nearest", check=False, format="hf")
@@ -151,3 +153,20 @@ def test_formats_refuse_other_precisions(tiny_model, tmp_path):
     for options, bits in ((HF, 4), (HF, 8), (GGUF, 4)):
         with pytest.raises(ConfigError, match="takes --bits"):
             fuse(folder, make_adapter(folder), tmp_path / "out", quantization=bits, options=options)
+
+
+@pytest.mark.parametrize("written", ["[0.0, Infinity]", '{"__float__": "-Infinity"}', "NaN"])
+@pytest.mark.parametrize("fmt", ["mlx", "hf"])
+def test_numbers_that_json_has_not_are_written_as_mlx_lm_reads_them(tiny_model, tmp_path, written, fmt):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model("llama"), base)
+    config = (base / "config.json").read_text().rstrip().removesuffix("}")
+    (base / "config.json").write_text(f'{config}, "time_step_limit": {written}}}')
+    bits = "none" if fmt == "hf" else 4
+    options = FuseOptions(method="nearest", check=False, format=fmt)
+    fuse(base, make_adapter(base), tmp_path / "out", quantization=bits, options=options)
+    text = (tmp_path / "out" / "config.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    after, before = load_config(tmp_path / "out")["time_step_limit"], load_config(base)["time_step_limit"]
+    assert repr(after) == repr(before)
+    load_model(tmp_path / "out")

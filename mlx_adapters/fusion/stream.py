@@ -107,4 +107,4 @@ def write_config(folder: Path, config: dict[str, Any], quantization: dict[str, A
         kept["text_config"] = {k: v for k, v in kept["text_config"].items() if k != "quantization_config"}
     if quantization is not None:
         kept |= {"quantization": quantization, "quantization_config": quantization}
-    files.write_json(folder / "config.json", kept)
+    files.write_json(folder / "config.json", files.tagged(kept))

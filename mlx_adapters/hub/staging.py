@@ -105,4 +105,4 @@ def _clean_copy(subject: Subject, name: str) -> dict[str, Any] | None:
         return None
     value = files.read_json(source)
     cleaned = subject.metadata if name == METADATA_FILE else clean(value)
-    return None if cleaned == value else cleaned
+    return None if cleaned == value else files.tagged(cleaned)
