@@ -140,6 +140,14 @@ class Base:
             tensor_files.read_safetensors_header(path)
         return found
 
+    @property
+    def lacking(self) -> list[str]:
+        """The weight files that the index names and the folder has not."""
+        index = self.folder / INDEX_FILE
+        places = files.read_json(index).get("weight_map") if index.is_file() else None
+        named = {name for name in places.values() if isinstance(name, str)} if isinstance(places, dict) else set()
+        return sorted(name for name in named if not (self.folder / name).is_file())
+
     def record(self) -> dict[str, Any]:
         """What an adapter's metadata says of its base."""
         quantization = self.config.get("quantization")

@@ -28,7 +28,7 @@ from mlx_adapters.door import (
     refusals,
     stream_generate,
 )
-from mlx_adapters.errors import FormatError, ModelError
+from mlx_adapters.errors import AdapterError, FormatError, ModelError
 from mlx_adapters.layers import attach, check_fits, check_made_for, compute_dtype, dequantize_layers, detach, untie
 from mlx_adapters.limits import files_hint, wire_memory
 from mlx_adapters.machine import on_gpu
@@ -233,7 +233,14 @@ def load_module(base: Base) -> tuple[nn.Module, dict[str, Any]]:
     """mlx-lm's module with lazy weights, in evaluation mode, and its config. All work with a model begins here."""
     wire_memory()
     files, config = len(base.weight_files), replace(base, untied=False).config
-    with refusals(lambda why: ModelError(f"mlx-lm cannot load '{base.name}': {why}.", files_hint(files))):
+
+    def refused(why: str) -> AdapterError:
+        lacking = base.lacking
+        why = f"it lacks {', '.join(lacking[:3])}, which its index names" if lacking else why
+        hint = "copy or download the whole model." if lacking else files_hint(files)
+        return ModelError(f"mlx-lm cannot load '{base.name}': {why}.", hint)
+
+    with refusals(refused):
         module, config = load_mlx_model(base.folder, config)
         if base.untied:
             untie(module)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from mlx_adapters.bases import resolve_base
@@ -149,3 +150,18 @@ def test_a_short_fuzz_of_every_command(tmp_path):
     command = [sys.executable, str(Path(__file__).parent / "hostile.py"), "--count", "50", "--seed", seed]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and re.search("^0 faults", done.stdout, re.M), done.stdout + done.stderr
+
+
+def test_a_shard_that_is_missing_is_named(tiny_model, tmp_path):
+    """The index names it; mlx-lm would name some tensor."""
+    folder, weights = tmp_path / "base", {}
+    shutil.copytree(tiny_model("llama", bits=4), folder)
+    weights = dict(mx.load(str(folder / "model.safetensors")))
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    files = {name: f"model-{1 + i % 2:05d}-of-00002.safetensors" for i, name in enumerate(names)}
+    kept = {name: weights[name] for name in names if "00001" in files[name]}
+    mx.save_safetensors(str(folder / "model-00001-of-00002.safetensors"), kept, {"format": "mlx"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    with pytest.raises(ModelError, match="it lacks model-00002-of-00002"):
+        load_model(folder)
