@@ -75,6 +75,10 @@ def parse_config(raw: Mapping[str, Any], keys: tuple[str, ...], where: str) -> A
     )
 
 
+class StrengthWarning(UserWarning):
+    """An adapter may have been trained at another strength than it is used at (see `Adapter.strength_note`)."""
+
+
 @dataclass(frozen=True, repr=False)
 class Adapter:
     """An adapter in memory: `weights` maps `{module path}.lora_a|lora_b|m` to arrays.

@@ -8,6 +8,7 @@ is on the Hub.
 import contextlib
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -123,18 +124,23 @@ def locate(reference: str | Reference) -> tuple[Path, int | None]:
 def load_adapter(reference: "str | Path | Adapter") -> "Adapter":
     """Read the adapter that a reference (or a folder) means; an `Adapter` is checked and given back.
 
+    Warns with a StrengthWarning of one that may have been trained at another strength than it is used at.
     Raises NotFoundError, FormatError or HubError.
     """
-    from mlx_adapters.adapter import Adapter, read_adapter
+    from mlx_adapters.adapter import Adapter, StrengthWarning, read_adapter
 
     if isinstance(reference, Adapter):
         return reference.check()
     if isinstance(reference, Path):
-        return read_adapter(reference)
-    parsed = parse_reference(reference)
-    folder, iteration = locate(parsed)
-    # The registry's name is the folder's, whatever the folder was called when its record was written.
-    return read_adapter(folder, iteration, name=folder.name if parsed.kind == "name" else None)
+        adapter = read_adapter(reference)
+    else:
+        parsed = parse_reference(reference)
+        folder, iteration = locate(parsed)
+        # The registry's name is the folder's, whatever the folder was called when its record was written.
+        adapter = read_adapter(folder, iteration, name=folder.name if parsed.kind == "name" else None)
+    if adapter.strength_note:
+        warnings.warn(adapter.strength_note, StrengthWarning, stacklevel=2)
+    return adapter
 
 
 @dataclass(frozen=True)

@@ -231,8 +231,12 @@ def test_other_bad_input(server):
     for prompt in ("", [], [10**9], [-1], [1.5], ["a", "b"], {"a": 1}, None):
         answer = httpx.post(address + "/v1/completions", json={"model": "a", "prompt": prompt})
         assert answer.status_code == 400 and "prompt" in answer.json()["error"]["message"]
-    long = httpx.post(address + "/v1/completions", json={"model": "a", "prompt": [5] * 2048}).json()["error"]
-    assert long["code"] == "context_length_exceeded" and long["param"] == "prompt"
+    for tokens, asked in ((2049, 1), (2048, 2), (2000, 50)):
+        body = {"model": "a", "prompt": [5] * tokens, "max_tokens": asked}
+        long = httpx.post(address + "/v1/completions", json=body).json()["error"]
+        assert long["code"] == "context_length_exceeded" and long["param"] == "prompt"
+    whole = httpx.post(address + "/v1/completions", json={"model": "a", "prompt": [5] * 2048})  # as in `generate`
+    assert whole.status_code == 200 and whole.json()["usage"]["completion_tokens"] == 1
     assert httpx.get(address + "/v1/nothing").json()["error"]["code"] == "not_found"
     assert httpx.get(address + "/v1/completions").status_code == 405
 

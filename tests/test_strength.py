@@ -1,17 +1,21 @@
 """Adapters of mlx-lm before mid-2024 carry alpha beside scale, and were trained at scale · alpha / rank."""
 
 import json
+import warnings
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from test_fusion_fuse import make_adapter
+from training_tools import write_data
 
-from mlx_adapters.adapter import read_adapter, write_adapter
+from mlx_adapters.adapter import StrengthWarning, read_adapter, write_adapter
+from mlx_adapters.benchmarking.run import benchmark
 from mlx_adapters.cli import cli
 from mlx_adapters.errors import FormatError
 from mlx_adapters.model import load_model
+from mlx_adapters.serving.residents import Served
 
 IDS = mx.array([[3, 9, 27, 81, 40, 7, 300, 12]])
 
@@ -35,18 +39,25 @@ def run(*words):
     return CliRunner().invoke(cli, list(map(str, words)))
 
 
+@pytest.mark.filterwarnings("ignore:'o")
 def test_both_strengths_are_told_and_the_other_can_be_made(old, tiny_model, tmp_path):
-    folder = old(alpha=8)
+    folder, data = old(alpha=8), write_data(tmp_path / "data", rows=4, valid=4)
     for command in (
         ("add", folder, "--name", "old"),
         ("show", "old"),
         ("fuse", folder, tmp_path / "fused", "--base", tiny_model(), "--no-check"),
         ("generate", "List", "--adapter", folder, "--base", tiny_model(), "--max-tokens", "1"),
         ("chat", "--adapter", folder, "--base", tiny_model()),
+        ("merge", folder, "old", "--any-base", "--name", "both"),
+        ("eval", folder, "--base", tiny_model(), "--data", data),
+        ("export-peft", folder, tmp_path / "peft", "--base", tiny_model()),
     ):
-        result = run(*command)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            result = run(*command)
         assert result.exit_code == 0, result.output
-        assert "alpha 8 beside scale 10" in result.stderr and "trained that at 20" in result.stderr, command
+        said = result.stderr + "".join(str(w.message) for w in told)
+        assert "alpha 8 beside scale 10" in said and "trained that at 20" in said, command
     assert "alpha 8 beside scale 10" in run("verify", "old").output
     assert run("scale", "old", "2", "--name", "other").exit_code == 0
     assert "alpha" not in run("show", "other").output
@@ -60,6 +71,16 @@ def test_both_strengths_are_told_and_the_other_can_be_made(old, tiny_model, tmp_
     made = load_model(tiny_model(), load_adapter("other"))
     assert np.allclose(np.array(made.logits(IDS)), np.array(trained.logits(IDS)), atol=1e-4)
     assert np.abs(np.array(made.logits(IDS)) - np.array(module(IDS))).max() > 0.1
+
+
+def test_serving_tells_the_strength(old, tiny_model):
+    with pytest.warns(StrengthWarning, match="trained that at 20"):
+        Served("old", str(old(alpha=8))).read()
+
+
+def test_a_benchmark_tells_what_its_processes_were_told(old, tiny_model):
+    report = benchmark([str(old(alpha=8))], str(tiny_model()), prompt_tokens=4, decode_tokens=2, rounds=1, trials=1)
+    assert any("trained that at 20" in text for text in report.warnings)
 
 
 @pytest.mark.parametrize("parameters", [{}, {"alpha": 4}, {"alpha": None}, {"alpha": "eight"}])

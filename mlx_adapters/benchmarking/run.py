@@ -103,10 +103,11 @@ def run(
         interrupted = True
         on_event(Note("Interrupted: the finished runs are kept.", "warning"))
     machine = environment()
+    told = dict.fromkeys(text for run in runs for text in run.result.get("warnings", ()))
     return Report(
         created=datetime.now(UTC).isoformat(timespec="seconds"), command=typed_command(),
         machine=machine.to_json(), state=before, config=config, variants=tuple(variants), runs=tuple(runs),
-        warnings=tuple(warnings(before, system_state(), machine.cores)), seconds=time.perf_counter() - start,
+        warnings=(*told, *warnings(before, system_state(), machine.cores)), seconds=time.perf_counter() - start,
         interrupted=interrupted,
     )  # fmt: skip
 

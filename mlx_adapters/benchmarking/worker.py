@@ -11,6 +11,7 @@ there is no cold load there. Peak memory is MLX's own, reset before the load and
 import gc
 import sys
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_adapters import files, paths
-from mlx_adapters.adapter import weights_file
+from mlx_adapters.adapter import StrengthWarning, weights_file
 from mlx_adapters.bases import resolve_base
 from mlx_adapters.benchmarking import measure
 from mlx_adapters.benchmarking.plan import BenchmarkConfig
@@ -31,6 +32,7 @@ from mlx_adapters.errors import AdapterError
 from mlx_adapters.layers import adaptable_layers, is_quantized
 from mlx_adapters.machine import on_gpu
 from mlx_adapters.model import Model, load_tokenizer_of
+from mlx_adapters.quantized_check import MiscomputedWarning
 from mlx_adapters.registry import load_adapter, locate
 from mlx_adapters.runtime.live import load_model
 
@@ -38,10 +40,12 @@ from mlx_adapters.runtime.live import load_model
 def main(job_file: str, result_file: str) -> None:
     """Do the job and write what was measured, or the error."""
     job = files.read_json(Path(job_file))
-    try:
-        result = run_job(from_mapping(Variant, job["variant"]), from_mapping(BenchmarkConfig, job["config"]))
-    except AdapterError as error:
-        result = {"error": error.with_hint, "hint": error.hint}
+    with warnings.catch_warnings(record=True) as told:  # of this process nobody reads stderr
+        try:
+            result = run_job(from_mapping(Variant, job["variant"]), from_mapping(BenchmarkConfig, job["config"]))
+        except AdapterError as error:
+            result = {"error": error.with_hint, "hint": error.hint}
+    result["warnings"] = [str(w.message) for w in told if w.category in (StrengthWarning, MiscomputedWarning)]
     files.write_json(Path(result_file), result)
 
 
@@ -111,11 +115,11 @@ def files_of(variant: Variant) -> list[Path]:
 
 def check_lengths(model: Model, config: BenchmarkConfig) -> None:
     """Refuse prompts that do not fit into the model's context."""
-    context = model.base.context
-    longest = max(config.prompt_tokens) + config.decode_tokens
+    longest = max(config.prompt_tokens)
     require(
-        not context or longest <= context,
-        f"{longest} tokens of prompt and answer are longer than the model's context of {context}.",
+        model.room(longest, config.decode_tokens) == config.decode_tokens,
+        f"{longest + config.decode_tokens} tokens of prompt and answer are longer than the model's context of "
+        f"{model.base.context}.",
         "choose fewer --prompt-tokens.",
     )
 

@@ -93,8 +93,6 @@ def show_command(ref: str, layers: bool, plot: Path | None, as_json: bool) -> No
         return
     for name, value in _facts(details):
         _output.out(f"{name:<16} {value}")
-    if details.strength_note:
-        _output.warn(details.strength_note)
     _show_losses(details)
     _output.out()
     _output.table(("LAYERS", "SHAPE", "‖ΔW‖"), _layer_rows(details.layers, layers), right=(2,))

@@ -116,8 +116,6 @@ def _load(base: str | None, references: tuple[str, ...], any_base: bool, dtype: 
         raise click.UsageError("Give --base (the embedded model is 'demo').")
     model = load_model(base, dtype=dtype)
     for reference, adapter in zip(references, loaded, strict=True):
-        if adapter.strength_note:
-            _output.warn(adapter.strength_note)
         model.attach(adapter, any_base, name=reference, use=False)
     return model
 

@@ -44,8 +44,6 @@ def generate_command(
     base = base or (loaded.base_name if loaded else None)
     if base is None:
         raise click.UsageError("Give --adapter or --base (the embedded model is 'demo').")
-    if loaded and loaded.strength_note:
-        _output.warn(loaded.strength_note)
     model = load_model(base, loaded, dtype=dtype, any_base=any_base)
     if as_json:
         _output.emit_json(model.generate(prompt, **options))

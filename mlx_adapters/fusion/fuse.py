@@ -70,9 +70,6 @@ def fuse(
     replacing.refuse_existing(out, overwrite, ours)
     given = [adapters] if isinstance(adapters, Adapter | str | Path) else list(adapters)
     updates = gather_updates(given, weights, replaced)
-    for adapter, _ in updates.adapters:
-        if adapter.strength_note:
-            on_event(Note(adapter.strength_note, "warning"))
     found = choose_base(base, updates)
     replacing.refuse_reading_inside(out, [found, options.calibration, *(adapter for adapter, _ in updates.adapters)])
     asked = _plain_format(settle_precision(quantization, found), quantization, options)

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from mlx_adapters.errors import AdapterError
+from mlx_adapters.errors import AdapterError, ModelError
 from mlx_adapters.registry import check_name, parse_reference
 from mlx_adapters.serving import protocol
 from mlx_adapters.serving.engine import Engine
@@ -24,8 +24,6 @@ from mlx_adapters.serving.jobs import Job, Piece
 from mlx_adapters.serving.protocol import Asked, Writer, usage
 from mlx_adapters.serving.transport import EventStream, error_response, left, read_body
 
-DEFAULT_CONTEXT = 8192  # of a model whose config does not tell
-
 
 class Server:
     """The handlers of one engine."""
@@ -33,7 +31,6 @@ class Server:
     def __init__(self, engine: Engine) -> None:
         self.engine, self.settings = engine, engine.settings
         self.tokenizer = engine.model.tokenizer
-        self.context = engine.model.base.context or DEFAULT_CONTEXT
         self._keys = [hashlib.sha256(key.encode()).digest() for key in self.settings.api_keys]
         self._tokenizing = threading.Lock()
 
@@ -218,14 +215,18 @@ class Server:
 
     def token_limit(self, asked: Asked, prompt_tokens: int, where: str) -> int:
         """How many tokens may be written. Raises ApiError 400 beyond the context or the server's limit."""
-        room = self.context - prompt_tokens
-        if room < 1 or (asked.max_tokens or 0) > room:
-            raise ApiError(400, f"The context holds {self.context} tokens; the prompt has {prompt_tokens} and "
-                           f"{asked.max_tokens or 1} were asked for.", param=where,
+        most = asked.max_tokens or min(protocol.DEFAULT_MAX_TOKENS, self.settings.max_tokens)
+        try:
+            room = self.engine.model.room(prompt_tokens, most)
+        except ModelError as error:
+            raise ApiError(400, error.message, param=where, code="context_length_exceeded") from None
+        if asked.max_tokens and asked.max_tokens > room:
+            raise ApiError(400, f"The prompt has {prompt_tokens} tokens and {asked.max_tokens} were asked for; the "
+                           f"model's context has room for {room}.", param=where,
                            code="context_length_exceeded")  # fmt: skip
         if (asked.max_tokens or 0) > self.settings.max_tokens:
             raise ApiError(400, f"max_tokens may be at most {self.settings.max_tokens} here.", param="max_tokens")
-        return asked.max_tokens or min(room, protocol.DEFAULT_MAX_TOKENS, self.settings.max_tokens)
+        return room
 
     async def whole(self, request: Request, job: Job, writer: Writer) -> dict[str, Any]:
         """Wait for the answer, or for the client to go away."""
