@@ -96,23 +96,45 @@ def use(reference: str) -> Entry:
 
 
 def remove(reference: str) -> Removed:
-    """Remove an adapter, or the one checkpoint that `NAME@ITERATION` names."""
+    """Remove an adapter, or the one checkpoint that `NAME@ITERATION` names.
+
+    Raises ConfigError, NotFoundError, or TrainingError if it is being trained.
+    """
+    with _removing(reference) as (entry, iteration):
+        if iteration is not None:
+            return _remove_checkpoints(entry, [iteration])
+        size = paths.size_on_disk(entry.folder)
+        files.remove(entry.folder)
+    return Removed(entry.name, entry.iterations, size, whole=True)
+
+
+def removable(references: Sequence[str]) -> list[str]:
+    """What `remove` takes one after the other so that all of `references` go: each once, checkpoints before adapters.
+
+    Raises what `remove` would raise at any of them, with nothing removed.
+    """
+    found: dict[tuple[Path, int | None], str] = {}
+    for reference in references:
+        with _removing(reference) as (entry, iteration):
+            found.setdefault((entry.folder, iteration), reference)
+    return [reference for (_, iteration), reference in sorted(found.items(), key=lambda item: item[0][1] is None)]
+
+
+@contextlib.contextmanager
+def _removing(reference: str) -> Iterator[tuple[Entry, int | None]]:
+    """The adapter that is held, and the one checkpoint that is meant, once nothing speaks against their removal."""
     ref = parse_reference(reference)
     if ref.kind != "name":
         raise ConfigError(f"'{reference}' is not in the registry.", "only named adapters can be removed.")
-    if ref.iteration is not None:
-        with _changing(ref.target) as folder:
-            entry = registry.read_entry(folder)
+    with _changing(ref.target) as folder:
+        entry = registry.read_entry(folder)
+        if ref.iteration is not None:
             weights_file(folder, ref.iteration)  # raises where there is none
             if entry.iteration == ref.iteration:
                 raise ConfigError(
                     f"'{ref.target}' means this checkpoint.", "choose another first: 'use NAME@ITERATION'."
                 )
-            return _remove_checkpoints(entry, [ref.iteration])
-    with _changing(ref.target) as folder:
-        entry, size = registry.read_entry(folder), paths.size_on_disk(folder)
-        files.remove(folder)
-    return Removed(ref.target, entry.iterations, size, whole=True)
+        yield entry, ref.iteration
 
 
 def prune(name: str, *, keep_best: bool = True, keep_last: int = 1, dry_run: bool = False) -> Removed:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlx_adapters import locks, paths, replacing, temporaries, tensor_files
-from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError, TrainingError, did_you_mean
+from mlx_adapters.errors import AdapterError, ConfigError, HubError, NotFoundError, TrainingError, did_you_mean
 from mlx_adapters.metadata import base_of, check_config, examine_metadata, read_config, read_whole
 from mlx_adapters.tensor_names import (
     ADAPTER_FILE,
@@ -67,6 +67,8 @@ def parse_reference(text: str) -> Reference:
         return Reference("path", match[1], int(match[2])) if match else Reference("path", text)
     if match := HUB.fullmatch(text):
         return Reference("hub", match[1], revision=match[2])
+    if "/" in text:
+        raise ConfigError(f"'{text}' is neither a name nor 'user/repo'.", f"write a path as './{text}'.")
     name, at, iteration = text.partition("@")
     if at and not iteration.isdecimal():
         raise ConfigError(f"'{text}' is no reference: after '@' comes an iteration.", f"for example '{name}@600'.")
@@ -111,7 +113,12 @@ def locate(reference: str | Reference) -> tuple[Path, int | None]:
     if ref.kind == "hub":
         from mlx_adapters.hub.downloads import adapter_snapshot
 
-        return adapter_snapshot(ref.target, ref.revision), None
+        try:
+            return adapter_snapshot(ref.target, ref.revision), None
+        except HubError as error:
+            if not Path(ref.target).is_dir():
+                raise
+            raise HubError(error.message, f"the folder is './{ref.target}'; 'user/repo' means the Hub.") from None
     folder = adapter_folder(ref.target)
     if not folder.is_dir():
         hint = did_you_mean(ref.target, names(), "'mlx-adapters list' shows all.")

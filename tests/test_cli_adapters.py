@@ -250,11 +250,15 @@ def test_managing_by_commands(run, base, monkeypatch):
     run("prune", status=2)
     run("remove", "queries", "queris", "--yes", status=1)
     assert registry.names() == ["queries"], "a wrong name among several removes nothing"
+    for wrong in ("queries@150", "queries@100", "./queries"):  # not there, the one in use, not in the registry
+        run("remove", "queries@200", "queries@200", wrong, "--yes", status=2 if wrong != "queries@150" else 1)
+    assert registry.read_entry(registry.adapter_folder("queries")).iterations == (100, 200, 300)
     for answer, status in (("", 2), ("n\n", 1), ("y\n", 0)):
         monkeypatch.setattr(sys, "stdin", io.StringIO(answer))
         run("remove", "queries@200", status=status)
         assert (200 in registry.read_entry(registry.adapter_folder("queries")).iterations) == (status > 0)
-    assert as_json(run("remove", "queries@300", "queries", "--yes", "--json"))["removed"][1]["whole"]
+    twice = ("queries", "Queries", "queries@300", "queries@300")
+    assert [r["whole"] for r in as_json(run("remove", *twice, "--yes", "--json"))["removed"]] == [False, True]
     assert registry.names() == []
 
 

@@ -17,7 +17,7 @@ from adapters import make_adapter, make_run
 import mlx_adapters as ma
 import mlx_adapters.adapter as adapter_module
 from mlx_adapters import files, housekeeping, locks, packing, paths, project, registry, verifying
-from mlx_adapters.errors import ConfigError, ExistsError, StorageError, TrainingError
+from mlx_adapters.errors import ConfigError, ExistsError, HubError, StorageError, TrainingError
 
 ROOT = Path(__file__).parent.parent
 
@@ -358,3 +358,14 @@ def test_a_read_beside_overwrites_is_of_one_adapter(base, home):
         writer.kill()
         writer.communicate()
     assert set(seen) == wanted
+
+
+def test_a_folder_without_its_slash_is_told_how_to_write_it(tmp_path, monkeypatch):
+    (tmp_path / "out" / "sql").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        registry.parse_reference("home/out/sql")
+    assert "'./home/out/sql'" in caught.value.hint
+    with pytest.raises(HubError) as caught:
+        registry.locate("out/sql")
+    assert "'./out/sql'" in caught.value.hint

@@ -95,6 +95,8 @@ def test_resume_of_finished_missing_newer_and_running(stopped):
     with pytest.raises(TrainingError, match="has finished its 11 iterations") as caught:
         train(name="run", resume=True)
     assert "--iterations above 11" in caught.value.hint
+    with pytest.raises(TrainingError, match="has finished its 11 iterations"):
+        train(name="run", resume=True, training=config(iterations=4))
     path = states.path_of(stopped, 11) / "state.json"
     files.write_json(path, files.read_json(path) | {"version": 2})
     with pytest.raises(FormatError, match="newer version"):

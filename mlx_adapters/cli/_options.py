@@ -159,7 +159,10 @@ def _given(context: click.Context) -> list[str]:
 
 def _spelled(context: click.Context, name: str) -> str:
     (found,) = (parameter for parameter in context.command.get_params(context) if parameter.name == name)
-    return max(found.opts, key=len) if isinstance(found, click.Option) else found.make_metavar(context)
+    if not isinstance(found, click.Option):
+        return found.make_metavar(context)
+    no = context.params.get(name) is False and found.secondary_opts  # --quick of --thorough/--quick
+    return max(no or found.opts, key=len)
 
 
 def refuse_ignored(names: str, why: str) -> None:

@@ -69,16 +69,13 @@ def remove_command(refs: tuple[str, ...], yes: bool, as_json: bool) -> None:
     Example:
       mlx-adapters remove sql-old sql@200 --yes
     """
-    from mlx_adapters.housekeeping import remove
-    from mlx_adapters.registry import locate, parse_reference
+    from mlx_adapters.housekeeping import removable, remove
 
-    for ref in refs:  # a wrong name among several removes nothing
-        if parse_reference(ref).kind == "name":
-            locate(ref)
-    confirm(f"Remove {', '.join(refs)} for good?", yes)
-    removed = [remove(ref) for ref in refs]
+    found = removable(refs)  # a wrong name among several removes nothing
+    confirm(f"Remove {', '.join(found)} for good?", yes)
+    removed = [remove(ref) for ref in found]
     freed = _output.size(sum(one.freed_bytes for one in removed))
-    _say(f"Removed {', '.join(refs)}: {freed} freed.", {"removed": removed}, as_json)
+    _say(f"Removed {', '.join(found)}: {freed} freed.", {"removed": removed}, as_json)
 
 
 @click.command("prune")

@@ -99,5 +99,5 @@ def init_command(folder: Path, overwrite: bool, as_json: bool) -> None:
     if as_json:
         _output.emit_json({"folder": folder, "files": written})
         return
-    _output.out(f"Wrote {', '.join(written)} in {folder}.")
+    _output.out(f"Wrote {', '.join(written)} in '{folder}'.")
     _output.note(f"Next: put rows into {folder}/data, then 'mlx-adapters train --config {folder}/train.yaml'.")

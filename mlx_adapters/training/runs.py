@@ -215,7 +215,7 @@ def _require_unfinished(state: State, new: TrainConfig, old: TrainConfig, refere
     state.stopped_early = False
     if state.iteration >= new.iterations:
         raise TrainingError(
-            f"'{reference}' has finished its {count(new.iterations, 'iteration')}.",
+            f"'{reference}' has finished its {count(state.iteration, 'iteration')}.",
             f"to train on, resume it with --iterations above {state.iteration}.",
         )
 
