@@ -19,8 +19,8 @@ ARCHITECTURES = sorted(p.parent.name for p in ROOT.glob("*/base"))
 
 def own_adapters(model_type, layers):
     """Name -> (type, keys) of the adapters to make for a base with these layers, less what PEFT has no module for."""
-    from mlx_adapters import tensor_names
-    from mlx_adapters.tensor_names import EMBEDDINGS, POSITIONS, block_index, split, split_switch
+    from mlx_adapters.storage import tensor_names
+    from mlx_adapters.storage.tensor_names import EMBEDDINGS, POSITIONS, block_index, split, split_switch
 
     unheeded, stacked = tensor_names.PEFT_UNHEEDED.get(model_type, ()), any(map(split_switch, layers))
     each = model_type in tensor_names.PEFT_EXPERTS_EACH
@@ -46,15 +46,15 @@ def write(out):
     import mlx.core as mx
 
     import mlx_adapters  # noqa: F401
-    from mlx_adapters import tensor_files
-    from mlx_adapters.adapter import Adapter, AdapterConfig
-    from mlx_adapters.layers import adaptable_layers, attach, detach, expected_shapes
-    from mlx_adapters.model import load_model
-    from mlx_adapters.peft_format import export_peft
-    from mlx_adapters.peft_format.checkpoint import layout_of
-    from mlx_adapters.peft_format.importing import convert, record
+    from mlx_adapters.adapters.peft_export import export_peft
+    from mlx_adapters.adapters.peft_import import convert, record
+    from mlx_adapters.checkpoints.originals import layout_of
+    from mlx_adapters.models.adapter import Adapter, AdapterConfig
+    from mlx_adapters.models.layers import adaptable_layers, attach, detach, expected_shapes
+    from mlx_adapters.models.model import load_model
     from mlx_adapters.peft_format.reading import read_peft
-    from mlx_adapters.tensor_names import join
+    from mlx_adapters.storage import tensor_files
+    from mlx_adapters.storage.tensor_names import join
 
     for arch in ARCHITECTURES:
         model = load_model(ROOT / arch / "base")

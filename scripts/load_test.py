@@ -46,8 +46,8 @@ def build(folder):
     from test_runtime import random_adapter
     from tiny_models import build_model
 
-    from mlx_adapters.registry import register
-    from mlx_adapters.runtime.live import load_model
+    from mlx_adapters.generation.live import load_model
+    from mlx_adapters.sources.registry import register
 
     model = load_model(build_model(folder / "model", "llama"))
     wanted = {}

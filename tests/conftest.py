@@ -79,7 +79,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def demo_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home folder in which the embedded real model is made, once per run, by the code under test."""
-    from mlx_adapters.demo.base import demo_base_folder
+    from mlx_adapters.sources.demo_base import demo_base_folder
 
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:

@@ -258,10 +258,6 @@ def main() -> int:
     subprocess.run([sys.executable, "-c", f"import hostile, pathlib; hostile.prepare(pathlib.Path({str(root)!r}))"],
                    env=os.environ | {"PYTHONPATH": paths}, check=True)  # fmt: skip
     sys.path[:0] = paths.split(os.pathsep)
-    import mlx_adapters.fusion.fuse
-    import mlx_adapters.runtime.live
-    import mlx_adapters.training.runs
-    import mlx_adapters.verifying  # noqa: F401  (loaded once, for all forks)
 
     (root / "yes").write_text("y\n" * 100)
     faults = 0

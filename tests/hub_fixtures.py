@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from hub_server import WRITE_TOKEN, HubServer
 
-from mlx_adapters import layers, registry
-from mlx_adapters.adapter import Adapter, AdapterConfig
-from mlx_adapters.config import LoraConfig
-from mlx_adapters.model import load_model
+from mlx_adapters.config.training import LoraConfig
+from mlx_adapters.models import layers
+from mlx_adapters.models.adapter import Adapter, AdapterConfig
+from mlx_adapters.models.model import load_model
+from mlx_adapters.sources import registry
 
 BASE_CARD = """---
 license: apache-2.0
@@ -46,7 +47,7 @@ def hub(tmp_path, monkeypatch):
         for name, value in values.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(http.time, "sleep", lambda _: None)
-        monkeypatch.setattr("mlx_adapters.hub.uploads.FIRST_WAIT_SECONDS", 0.0)
+        monkeypatch.setattr("mlx_adapters.publishing.uploads.FIRST_WAIT_SECONDS", 0.0)
         yield server
 
 

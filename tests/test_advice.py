@@ -11,14 +11,15 @@ from click.testing import CliRunner
 from mlx.utils import tree_flatten
 from test_benchmarking import make_adapter, synthetic
 
-from mlx_adapters.bases import resolve_base
-from mlx_adapters.benchmarking import forecast, measure
+from mlx_adapters.benchmarking import trials
 from mlx_adapters.benchmarking.advice import advise
-from mlx_adapters.benchmarking.report import Run
+from mlx_adapters.benchmarking.measurements import Run
 from mlx_adapters.cli import cli
 from mlx_adapters.errors import ConfigError, IncompatibleError
-from mlx_adapters.files import write_json
-from mlx_adapters.model import load_model, load_module
+from mlx_adapters.generation import memory
+from mlx_adapters.models.base import resolve_base
+from mlx_adapters.models.model import load_model, load_module
+from mlx_adapters.storage.files import write_json
 
 MB = 10**6
 SIZES = {"base": 350 * MB, "sql": 356 * MB, "f8": 600 * MB, "f4": 350 * MB}
@@ -122,44 +123,44 @@ def test_advise_measures_base_adapter_and_fused_variants(tiny_model, monkeypatch
 def test_kv_cache_is_exact_and_nothing_is_computed(tiny_model, architecture):
     folder = tiny_model(architecture)
     module, _ = load_module(resolve_base(folder))
-    found = forecast.kv_cache_bytes(module, 100, 2, 4)
-    trial = measure.run_trial(load_model(folder).module, measure.random_prompts(512, 2, 100, 0), 2)
+    found = memory.kv_cache_bytes(module, 100, 2, 4)
+    trial = trials.run_trial(load_model(folder).module, trials.random_prompts(512, 2, 100, 0), 2)
     assert found == trial["kv_cache_bytes"]
-    assert forecast.kv_cache_bytes(module, 100, 2, 2) * 2 == found
+    assert memory.kv_cache_bytes(module, 100, 2, 2) * 2 == found
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi3", "mixtral"])
 def test_weights_are_counted_as_mlx_packs_them(tiny_model, architecture):
     module, _ = load_module(resolve_base(tiny_model(architecture, dtype="float16")))
-    assert forecast.parameter_count(module) == sum(a.size for _, a in tree_flatten(module.parameters()))
-    expected = forecast.weights_bytes(module, 4, 32)
-    assert forecast.weights_bytes(module, 16, 32) == measure.bytes_of(module)
+    assert memory.parameter_count(module) == sum(a.size for _, a in tree_flatten(module.parameters()))
+    expected = memory.weights_bytes(module, 4, 32)
+    assert memory.weights_bytes(module, 16, 32) == trials.bytes_of(module)
     nn.quantize(module, 32, 4)
     mx.eval(module.parameters())
-    assert expected == pytest.approx(measure.bytes_of(module), rel=0.02)  # mlx-lm leaves small router gates whole
-    assert forecast.weights_bytes(module, 8, 32) > expected
+    assert expected == pytest.approx(trials.bytes_of(module), rel=0.02)  # mlx-lm leaves small router gates whole
+    assert memory.weights_bytes(module, 8, 32) > expected
 
 
 def test_packed_models_are_counted_unpacked(tiny_model):
     dense, _ = load_module(resolve_base(tiny_model("llama")))
     packed, _ = load_module(resolve_base(tiny_model("llama", bits=4)))
-    assert forecast.parameter_count(packed) == forecast.parameter_count(dense)
+    assert memory.parameter_count(packed) == memory.parameter_count(dense)
 
 
 def test_estimate_names_what_does_not_fit(tiny_model):
     folder = tiny_model("llama", bits=4)
     adapter = make_adapter(tiny_model("llama"))
-    found = forecast.estimate_inference(folder, adapter, contexts=(64, 2048), batch=3, memory_bytes=3 * MB)
+    found = memory.estimate_inference(folder, adapter, contexts=(64, 2048), batch=3, memory_bytes=3 * MB)
     assert [f.precision for f in found.forecasts] == ["as stored", "4-bit", "8-bit", "16-bit"]
     first = found.forecasts[0]
     assert first.adapter_bytes == sum(w.nbytes for w in adapter.weights.values())
     assert first.fits(found.memory_bytes) == {64: True, 2048: False}
     with pytest.raises(IncompatibleError):
-        forecast.estimate_inference(tiny_model("gpt2"), adapter)
+        memory.estimate_inference(tiny_model("gpt2"), adapter)
     with pytest.raises(ConfigError):
-        forecast.estimate_inference(folder, contexts=())
+        memory.estimate_inference(folder, contexts=())
     with pytest.raises(ConfigError):
-        forecast.estimate_inference(folder, bits=(7,))
+        memory.estimate_inference(folder, bits=(7,))
 
 
 def test_estimate_command(tiny_model):

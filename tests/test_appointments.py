@@ -6,7 +6,7 @@ import sys
 from datetime import date
 from pathlib import Path
 
-from mlx_adapters.training.rows import read_data
+from mlx_adapters.data.datasets import read_data
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "benchmarks" / "appointments.py"
 

@@ -11,25 +11,55 @@ import yaml
 from mlx_adapters.units import count
 
 PACKAGE = Path(__file__).parent.parent / "mlx_adapters"
-LAYERS = [
-    {"charts", "display", "errors", "units", "events", "config", "paths", "locks", "temporaries", "replacing", "files",
-     "tensor_files", "blas", "limits", "machine", "origin", "templates"},
-    {"tensor_names", "metadata", "adapter"},
-    {"bases", "door", "layers", "model", "quantized_check", "registry"},
-    {"training", "fusion", "merging", "peft_format", "runtime", "benchmarking", "hub", "evaluation",
-     "housekeeping", "inspecting", "packing", "project", "unpacking", "verifying"},
-    {"demo", "selftest", "serving"},
-    {"cli"},
-]  # fmt: skip
-ROOM_OF_LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
-# Imports inside a function are lazy on purpose; these may look up a layer.
-LAZY_UPWARD = {("bases", "demo"), ("bases", "hub"), ("registry", "hub")}
+# A room imports only from rooms below it here, lazily or not. docs/architecture.md says what each of them is.
+ROOMS = [
+    "cli",
+    "demo",
+    "publishing",
+    "serving",
+    "benchmarking",
+    "adapters",
+    "merging",
+    "evaluation",
+    "fusion",
+    "training",
+    "calibration",
+    "optimization",
+    "generation",
+    "data",
+    "sources",
+    "peft_format",
+    "assembly",
+    "checkpoints",
+    "runtime",
+    "rounding",
+    "surgery",
+    "models",
+    "system",
+    "storage",
+    "config",
+    "display",
+    "errors",
+    "events",
+    "units",
+]
+ROOM_OF_LAYER = {room: number for number, room in enumerate(reversed(ROOMS))}
+# Still to be opened: (from, to).
+CLIMBING = {
+    ("fusion.peft", "adapters.peft_import"), ("generation.memory", "benchmarking.trials"),
+    ("models.base", "sources.demo_base"), ("models.base", "sources.hub"), ("models.low_rank", "merging.arithmetic"),
+    ("sources.downloads", "adapters.peft_import"), ("system.door", "models.templates"),
+}  # fmt: skip
 PRINTING = ("print", "click.echo", "click.secho", "sys.stdout.write", "sys.stderr.write", "rich.print")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def room(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def module(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
 def imports(tree: ast.AST):
@@ -70,19 +100,20 @@ def writes(function: str, call: ast.Call) -> bool:
 def test_module_keeps_to_its_room(path: Path):
     tree, here = ast.parse(path.read_text()), room(path)
     for name, _ in imports(tree):
-        assert here == "door" or name.split(".")[0] != "mlx_lm", "mlx_lm is imported in door.py only"
+        assert module(path) == "system.door" or name.split(".")[0] != "mlx_lm", "mlx_lm is imported in door.py only"
         assert here not in ("config", "errors") or name.split(".")[0] != "mlx", "no MLX here"
         if name.startswith("mlx_adapters.") and here not in ("__init__", "__main__"):
             there = name.split(".")[1]
-            if there in ROOM_OF_LAYER and (here, there) not in LAZY_UPWARD:
+            step = (module(path), name.removeprefix("mlx_adapters."))
+            if there in ROOM_OF_LAYER and step not in CLIMBING:
                 assert ROOM_OF_LAYER[there] <= ROOM_OF_LAYER[here], f"{here} may not import {there}"
     if path.name != "_output.py":
         printing = [function for function, _ in calls(tree) if function in PRINTING]
         assert not printing, "only cli/_output.py prints"
-    if here != "files":
+    if module(path) != "storage.files":
         writing = [function for function, node in calls(tree) if writes(function, node)]
         assert not writing, "only files.py writes"
-    if here != "tensor_names":
+    if module(path) != "storage.tensor_names":
         spelled = [s for s in strings(tree) if s in ("lora_a", "lora_b") or s.endswith((".lora_a", ".lora_b"))]
         assert not spelled, "only tensor_names.py spells tensor names"
 

@@ -18,14 +18,15 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mlx_adapters.adapter import Adapter, AdapterConfig
-from mlx_adapters.bases import resolve_base
-from mlx_adapters.benchmarking import html, measure, system, text
-from mlx_adapters.benchmarking.changes import changes, other_conditions
-from mlx_adapters.benchmarking.plan import BenchmarkConfig, schedule
-from mlx_adapters.benchmarking.report import Report, Run, read_report
+from mlx_adapters.benchmarking import page, trials, words
+from mlx_adapters.benchmarking.measurements import Report, Run, read_report
+from mlx_adapters.benchmarking.reports import changes, other_conditions
 from mlx_adapters.benchmarking.run import benchmark, run
-from mlx_adapters.benchmarking.statistics import (
+from mlx_adapters.benchmarking.schedule import BenchmarkConfig, schedule
+from mlx_adapters.cli import cli
+from mlx_adapters.display import png
+from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError
+from mlx_adapters.evaluation.statistics import (
     Ratio,
     bootstrap_error,
     mean,
@@ -35,13 +36,13 @@ from mlx_adapters.benchmarking.statistics import (
     unpaired_ratio,
     weighted_mean,
 )
-from mlx_adapters.benchmarking.variants import Variant, parse_variant, parse_variants, prepare, short_names
-from mlx_adapters.charts import png
-from mlx_adapters.cli import cli
-from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError
-from mlx_adapters.files import write_json
-from mlx_adapters.model import load_model
-from mlx_adapters.registry import register
+from mlx_adapters.evaluation.variants import Variant, parse_variant, parse_variants, prepare, short_names
+from mlx_adapters.models.adapter import Adapter, AdapterConfig
+from mlx_adapters.models.base import resolve_base
+from mlx_adapters.models.model import load_model
+from mlx_adapters.sources.registry import register
+from mlx_adapters.storage.files import write_json
+from mlx_adapters.system import conditions
 
 # -- statistics ---------------------------------------------------------------------------------------
 
@@ -114,10 +115,10 @@ def test_fewer_than_three_rounds_give_no_interval_and_no_claim():
 
 
 def test_with_too_few_rounds_the_ratios_of_a_variant_share_a_line():
-    (line,) = text.sentences(synthetic({"base": 100.0, "slow": 83.0}, noise=0.0, count=2))
+    (line,) = words.sentences(synthetic({"base": 100.0, "slow": 83.0}, noise=0.0, count=2))
     assert line.startswith("slow against base: decode -17.0 %, prefill ") and line.endswith("(too few rounds to say)")
     assert (
-        "%" in line and "[" not in line and "too few rounds" in text.markdown(synthetic({"a": 1.0, "b": 2.0}, count=2))
+        "%" in line and "[" not in line and "too few rounds" in words.markdown(synthetic({"a": 1.0, "b": 2.0}, count=2))
     )
 
 
@@ -204,8 +205,8 @@ def test_schedule_runs_all_in_each_round_in_shuffled_order():
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
 def test_trial_writes_what_the_model_would_write(tiny_model, architecture):
     model = load_model(tiny_model(architecture))
-    prompt = measure.random_prompts(512, 2, 9, seed=0)
-    trial = measure.run_trial(model.module, prompt, 6)
+    prompt = trials.random_prompts(512, 2, 9, seed=0)
+    trial = trials.run_trial(model.module, prompt, 6)
     ids = prompt[0].tolist()
     for token in trial["token_ids"]:
         assert token == int(mx.argmax(model.logits(ids)[-1]).item())
@@ -215,21 +216,21 @@ def test_trial_writes_what_the_model_would_write(tiny_model, architecture):
 
 def test_prefill_in_chunks_changes_nothing(tiny_model, monkeypatch):
     model = load_model(tiny_model("llama"))
-    prompt = measure.random_prompts(512, 1, 20, seed=0)
-    whole = measure.run_trial(model.module, prompt, 4)["token_ids"]
-    monkeypatch.setattr(measure, "PREFILL_CHUNK", 7)
-    assert measure.run_trial(model.module, prompt, 4)["token_ids"] == whole
+    prompt = trials.random_prompts(512, 1, 20, seed=0)
+    whole = trials.run_trial(model.module, prompt, 4)["token_ids"]
+    monkeypatch.setattr(trials, "PREFILL_CHUNK", 7)
+    assert trials.run_trial(model.module, prompt, 4)["token_ids"] == whole
 
 
 def test_bytes_read_per_token(tiny_model):
     tied, untied, experts = (load_model(tiny_model(name)) for name in ("llama", "phi3", "mixtral"))
-    assert measure.bytes_per_token(tied.module, tied.config) == measure.bytes_of(tied.module)
+    assert trials.bytes_per_token(tied.module, tied.config) == trials.bytes_of(tied.module)
     embedding = 512 * 64 * 4
-    assert measure.bytes_per_token(untied.module, untied.config) == measure.bytes_of(untied.module) - embedding + 64 * 4
+    assert trials.bytes_per_token(untied.module, untied.config) == trials.bytes_of(untied.module) - embedding + 64 * 4
     per_block = 3 * 4 * 128 * 64 * 4  # three matrices of four experts, of which two are chosen
     assert (
-        measure.bytes_per_token(experts.module, experts.config)
-        == measure.bytes_of(experts.module) - embedding + 64 * 4 - 2 * per_block // 2
+        trials.bytes_per_token(experts.module, experts.config)
+        == trials.bytes_of(experts.module) - embedding + 64 * 4 - 2 * per_block // 2
     )
 
 
@@ -263,9 +264,9 @@ def test_report_has_every_figure(measured):
 
 
 def test_report_states_its_conditions(measured):
-    words = "\n".join([*text.head(measured), *text.failures(measured), *text.notes(measured)])
+    said = "\n".join([*words.head(measured), *words.failures(measured), *words.notes(measured)])
     for part in ("mlx 0.32", "random prompts of 8, 16 tokens", "computed in float32", "2 rounds", "'nothing' failed"):
-        assert part in words.replace(str(measured.rows[2].label), "nothing"), part
+        assert part in said.replace(str(measured.rows[2].label), "nothing"), part
 
 
 def test_report_survives_the_disk(measured, tmp_path):
@@ -284,7 +285,7 @@ def test_a_damaged_report_is_refused_or_can_be_shown(measured, tmp_path):
         path.write_text(json.dumps(change))
         try:
             found = read_report(path)
-            text.table(found.readable), text.head(found)
+            words.table(found.readable), words.head(found)
         except AdapterError as error:
             refused += 1
             assert "report" in error.message or error.message.endswith(".")
@@ -293,19 +294,19 @@ def test_a_damaged_report_is_refused_or_can_be_shown(measured, tmp_path):
 
 def test_a_report_names_no_foreign_command(measured):
     """Called from a notebook or a test, there is no command line of ours to repeat."""
-    assert measured.command == "" and "``" not in text.markdown(measured)
+    assert measured.command == "" and "``" not in words.markdown(measured)
     assert repr(measured).startswith("Report(") and "/" not in repr(measured).replace(measured.labels[-1], "")
 
 
 def test_markdown_is_a_table(measured):
-    lines = text.markdown(measured).splitlines()
+    lines = words.markdown(measured).splitlines()
     assert len({line.count("|") for line in lines[:6]}) == 1 and lines[0].startswith("| VARIANT")
 
 
 def test_dense_copies_are_admitted(tiny_model):
     report = benchmark([str(tiny_model("llama", bits=4))], rounds=1, trials=1, decode_tokens=2, prompt_tokens=4)
-    assert report.rows[0].conditions["dense"] and "made dense" in "\n".join(text.head(report))
-    assert len(text.sentences(report)) == 0
+    assert report.rows[0].conditions["dense"] and "made dense" in "\n".join(words.head(report))
+    assert len(words.sentences(report)) == 0
 
 
 def test_people_read_short_names_of_folders():
@@ -327,11 +328,11 @@ def test_reports_show_short_names_and_keep_the_references(tmp_path):
     quality = {"data": {"rows": 1, "split": "test", "source": "d"}, "reference": "/x/y/fused-8bit", "score": None,
                "evaluations": evaluations}  # fmt: skip
     report = dataclasses.replace(report, quality=quality)
-    for told in (text.markdown(report), report._repr_html_(), "".join(html.plots(report).values()), repr(report)):
+    for told in (words.markdown(report), report._repr_html_(), "".join(page.plots(report).values()), repr(report)):
         assert "fused-8bit" in told and "/x/y" not in told
     old = synthetic({"base": 100.0, "/x/y/fused-8bit": 200.0}, seed=1)
     assert any(str(change).startswith("fused-8bit, decode at 8 x 1: 5") for change in changes(report, old))
-    assert "/x/y/fused-8bit" in html.html(report)  # among the conditions
+    assert "/x/y/fused-8bit" in page.html(report)  # among the conditions
     assert json.dumps(report.to_json()).count("/x/y/fused-8bit") > 5
 
 
@@ -397,12 +398,12 @@ def test_a_hold_up_does_not_touch_what_is_compared(tiny_model, monkeypatch):
     """A clock that stands still for 5 s once: the trial's speed shows it, its fastest stretch does not."""
     ticks = itertools.count()
     clock = SimpleNamespace(perf_counter=lambda: (tick := next(ticks)) * 0.1 + (5.0 if tick >= 30 else 0.0))
-    monkeypatch.setattr(measure, "time", clock)
+    monkeypatch.setattr(trials, "time", clock)
     module = load_model(tiny_model("llama")).module
-    trial = measure.run_trial(module, mx.array([[1, 2, 3]]), 41)
+    trial = trials.run_trial(module, mx.array([[1, 2, 3]]), 41)
     assert trial["decode_tps"] == pytest.approx(40 / (40 * 0.1 + 5.0))
     assert trial["stretch_tps"] == pytest.approx(1 / 0.1)
-    assert measure.run_trial(module, mx.array([[1, 2, 3]]), 2)["stretch_tps"] == pytest.approx(1 / 0.1)
+    assert trials.run_trial(module, mx.array([[1, 2, 3]]), 2)["stretch_tps"] == pytest.approx(1 / 0.1)
 
 
 def test_a_disturbed_trial_in_each_round_hides_no_difference():
@@ -422,16 +423,16 @@ def test_a_disturbed_trial_in_each_round_hides_no_difference():
 
 def test_the_head_names_as_many_steps_as_were_compared():
     short = synthetic({"base": 100.0})  # 4 tokens decoded: 3 steps
-    assert any(line.endswith("fastest 3 steps in a row") for line in text.head(short))
+    assert any(line.endswith("fastest 3 steps in a row") for line in words.head(short))
     long = dataclasses.replace(short, config=dataclasses.replace(short.config, decode_tokens=64))
-    assert any(line.endswith("fastest 16 steps in a row") for line in text.head(long))
+    assert any(line.endswith("fastest 16 steps in a row") for line in words.head(long))
 
 
 def test_a_negligible_difference_is_none_however_exact():
     same = paired_ratio({r: [100_010.0] for r in range(3)}, {r: [100_000.0] for r in range(3)})
-    assert not same.differs and text.phrase("peak_memory_bytes", same) == "no difference seen [+0.0, +0.0] %"
+    assert not same.differs and words.phrase("peak_memory_bytes", same) == "no difference seen [+0.0, +0.0] %"
     more = paired_ratio({r: [101_000.0] for r in range(3)}, {r: [100_000.0] for r in range(3)})
-    assert more.differs and text.phrase("peak_memory_bytes", more) == "1.0 % more [1.0, 1.0]"
+    assert more.differs and words.phrase("peak_memory_bytes", more) == "1.0 % more [1.0, 1.0]"
 
 
 # -- sentences ----------------------------------------------------------------------------------------
@@ -467,31 +468,31 @@ def synthetic(
 
 
 def test_sentences_claim_only_what_was_seen():
-    found = text.sentences(synthetic({"base": 100.0, "slow": 92.0, "same": 100.0}))
+    found = words.sentences(synthetic({"base": 100.0, "slow": 92.0, "same": 100.0}))
     slow = next(line for line in found if line.startswith("slow against base, decode"))
     assert "slower [" in slow and 7.5 < float(slow.partition(": ")[2].split(" %")[0]) < 8.5
     assert any(line.startswith("same against base, decode: no difference seen") for line in found)
 
 
 def test_nothing_changes_by_minus_zero():
-    assert text.phrase("decode_tps", Ratio(0.9999, 0.9997, 1.0001, 5)) == "no difference seen [+0.0, +0.0] %"
+    assert words.phrase("decode_tps", Ratio(0.9999, 0.9997, 1.0001, 5)) == "no difference seen [+0.0, +0.0] %"
 
 
 def test_wide_intervals_are_not_called_equality():
     noisy = synthetic({"base": 100.0, "other": 100.0}, noise=1.0, count=3, seed=1)
-    assert text.sentences(noisy)[0].startswith("other against base, decode: too few or too noisy rounds to tell [-")
+    assert words.sentences(noisy)[0].startswith("other against base, decode: too few or too noisy rounds to tell [-")
 
 
 def test_what_cannot_be_compared_is_pointed_out():
     for key, value, word in (("vocabulary", 7, "tokenizers"), ("tokenizer", "u", "tokenizers"),
                              ("model_type", "phi3", "kinds"), ("fingerprint", "g", "base models")):  # fmt: skip
         report = synthetic({"base": 100.0, "other": 100.0})
-        assert not any(word in note for note in text.notes(report))
+        assert not any(word in note for note in words.notes(report))
         for run_ in report.runs:
             run_.result["adapter_bytes"] = 1
         changed = next(r for r in report.runs if r.variant == "other").result
         changed["conditions"] = changed["conditions"] | {key: value}
-        assert any(word in note for note in text.notes(dataclasses.replace(report))), key
+        assert any(word in note for note in words.notes(dataclasses.replace(report))), key
 
 
 # -- the system's tools, with recorded output ---------------------------------------------------------
@@ -513,24 +514,27 @@ DISPLAYS = """Graphics/Displays:
 
 
 def test_readers_of_macos_tools():
-    assert system.power_source(BATTERY) == "Battery Power" and system.power_source("") is None
-    assert system.power_source("Now drawing from 'AC Power'\n") == "AC Power"
-    assert [system.thermal_state(text) for text in "0123"] == ["nominal", "fair", "serious", "critical"]
-    assert {system.thermal_state(text) for text in ("", "7", "-1", "undefined", "²")} == {"unknown"}
-    assert system.gpu_name(DISPLAYS) == "Apple M4 Max, 40 GPU cores" and system.gpu_name("") is None
-    assert system.low_power_mode(" lowpowermode         1\n") == "on"
-    assert system.low_power_mode(" sleep 1\n powermode            0\n") == "off" and system.low_power_mode("") is None
+    assert conditions.power_source(BATTERY) == "Battery Power" and conditions.power_source("") is None
+    assert conditions.power_source("Now drawing from 'AC Power'\n") == "AC Power"
+    assert [conditions.thermal_state(words) for words in "0123"] == ["nominal", "fair", "serious", "critical"]
+    assert {conditions.thermal_state(words) for words in ("", "7", "-1", "undefined", "²")} == {"unknown"}
+    assert conditions.gpu_name(DISPLAYS) == "Apple M4 Max, 40 GPU cores" and conditions.gpu_name("") is None
+    assert conditions.low_power_mode(" lowpowermode         1\n") == "on"
+    assert (
+        conditions.low_power_mode(" sleep 1\n powermode            0\n") == "off"
+        and conditions.low_power_mode("") is None
+    )
 
 
 def test_warnings_name_what_spoils_a_run():
     quiet = {"load_average": 0.1, "power_source": "AC Power", "low_power_mode": "off", "thermal": "nominal"}
-    assert system.warnings(quiet, quiet, 8) == system.warnings(quiet | {"thermal": "unknown"}, quiet, 8) == []
+    assert conditions.warnings(quiet, quiet, 8) == conditions.warnings(quiet | {"thermal": "unknown"}, quiet, 8) == []
     spoiled = {"power_source": "Battery Power", "low_power_mode": "on", "thermal": "serious"}
-    assert len(system.warnings(quiet | {"load_average": 6.0}, quiet | spoiled, 8)) == 4
+    assert len(conditions.warnings(quiet | {"load_average": 6.0}, quiet | spoiled, 8)) == 4
 
 
 def test_process_memory_is_plausible():
-    found = system.process_memory()
+    found = conditions.process_memory()
     assert 10**7 < found["peak_resident_bytes"] < 10**12
 
 
@@ -571,18 +575,18 @@ QUALITY = {
 
 def test_page_is_self_contained_and_well_formed():
     report = dataclasses.replace(synthetic({"base": 100.0, "<slow & odd>": 90.0}), quality=QUALITY)
-    text_ = html.html(report)
-    page = Page()
-    page.feed(text_)
-    assert not page.open and not page.links and "script" not in page.tags
+    text_ = page.html(report)
+    parser = Page()
+    parser.feed(text_)
+    assert not parser.open and not parser.links and "script" not in parser.tags
     assert "url(" not in text_ and "@import" not in text_ and len(text_) < 100_000
     assert "<slow & odd>" not in text_ and "&lt;slow &amp; odd&gt;" in text_
-    assert page.tags.count("svg") == len(html.plots(report)) == 6
+    assert parser.tags.count("svg") == len(page.plots(report)) == 6
 
 
 def test_pictures_are_xml_and_inside_their_frame():
     report = dataclasses.replace(synthetic({"base": 100.0, "slow": 90.0, "x/" * 60: 3.0}), quality=QUALITY)
-    for title, picture in html.plots(report).items():
+    for title, picture in page.plots(report).items():
         root = ElementTree.fromstring(picture)
         width, height = map(float, root.attrib["viewBox"].split()[2:])
         for element in root.iter():
@@ -593,13 +597,13 @@ def test_pictures_are_xml_and_inside_their_frame():
 def test_the_peak_is_the_process_own_not_its_parents():
     """A child of a large process is small, whatever Linux's ru_maxrss says."""
     ballast = np.ones(150_000_000, np.uint8)
-    code = "from mlx_adapters.benchmarking.system import peak_resident_bytes as p; print(p())"
+    code = "from mlx_adapters.system.conditions import peak_resident_bytes as p; print(p())"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert 5e6 < int(child.stdout) < system.peak_resident_bytes() - ballast.nbytes / 2
+    assert 5e6 < int(child.stdout) < conditions.peak_resident_bytes() - ballast.nbytes / 2
 
 
 def test_a_png_shows_what_the_svg_has():
-    pictures = html.plots(synthetic({"base": 100.0, "slow": 90.0}))
+    pictures = page.plots(synthetic({"base": 100.0, "slow": 90.0}))
     pixels = pixels_of(png.picture(pictures["Memory by part"]))
     for bar in ElementTree.fromstring(pictures["Memory by part"]).iter("{http://www.w3.org/2000/svg}rect"):
         color, x, y, width = (bar.attrib[name] for name in ("fill", "x", "y", "width"))
@@ -622,12 +626,12 @@ def pixels_of(data: bytes) -> np.ndarray:
 
 def test_pages_of_failures_have_no_pictures():
     failed = dataclasses.replace(synthetic({"base": 1.0}), runs=(Run("base", 0, {"error": "no such model"}),))
-    assert html.plots(failed) == {} and "no such model" in html.html(failed)
+    assert page.plots(failed) == {} and "no such model" in page.html(failed)
 
 
 def test_real_report_makes_a_page(measured):
-    assert set(html.plots(measured)) >= {"Load time", "Decode speed (8 x 1)", "Memory by part (16 x 1)"}
-    memory = html.memory_parts(measured.rows[1], (16, 1))
+    assert set(page.plots(measured)) >= {"Load time", "Decode speed (8 x 1)", "Memory by part (16 x 1)"}
+    memory = page.memory_parts(measured.rows[1], (16, 1))
     assert memory["adapter"] == measured.rows[1].adapter_bytes > 0 and min(memory.values()) >= 0
 
 
@@ -685,8 +689,8 @@ def test_quality_beside_speed(tiny_model, tmp_path):
     report = benchmark(["base", "sql", "fuse:sql:8"], rounds=1, trials=1, decode_tokens=2, prompt_tokens=4,
                        cold_load=False, quality=tmp_path)  # fmt: skip
     assert [row.error for row in report.rows] == [None] * 3
-    headers, lines = text.table(report)
+    headers, lines = words.table(report)
     assert headers[-3:] == ("LOSS", "KL", "SAME TOP") and {len(line) for line in lines} == {len(headers)}
     by_label = {e["variant"]: e for e in report.quality["evaluations"]}
     assert by_label["sql"]["kl"]["value"] == 0 < by_label["fuse:sql:8"]["kl"]["value"] < by_label["base"]["kl"]["value"]
-    assert "Speed against quality" in html.plots(report)
+    assert "Speed against quality" in page.plots(report)

@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mlx_adapters as ma
-from mlx_adapters import charts, display, errors, units
-from mlx_adapters.charts import png, terminal
+from mlx_adapters import charts, errors, units
 from mlx_adapters.cli import cli
-from mlx_adapters.hub import cards, cleaning
-from mlx_adapters.hub.uploads import make_card, write_card
+from mlx_adapters.display import notebook, png, terminal
+from mlx_adapters.publishing import cards, cleaning
+from mlx_adapters.publishing.uploads import make_card, write_card
 
 pytest_plugins = ["hub_fixtures"]
 
@@ -303,7 +303,7 @@ def test_yaml_of_a_card_is_what_was_meant(sql):
 
 
 def test_facts_are_rounded_and_escaped():
-    shown = display.html_facts({"loss": 1.320185966232196, "rank": 8, "none": None, "<b>": "x & y"})
+    shown = notebook.html_facts({"loss": 1.320185966232196, "rank": 8, "none": None, "<b>": "x & y"})
     assert (
         ">1.32<" in shown and ">8<" in shown and "none" not in shown and "&lt;b&gt;" in shown and "x &amp; y" in shown
     )

@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 from adapters import LLAMA, make_adapter, make_mlx_lm_folder, make_run
 
-from mlx_adapters import cli, registry, tensor_files
-from mlx_adapters.adapter import write_adapter
+from mlx_adapters import cli
+from mlx_adapters.adapters.inspecting import Comparison, LayerComparison
 from mlx_adapters.cli import merge as merge_commands
-from mlx_adapters.config import LoraConfig, TrainConfig, from_mapping, read_yaml
+from mlx_adapters.config.training import LoraConfig, TrainConfig, from_mapping, read_yaml
+from mlx_adapters.data.datasets import read_data
 from mlx_adapters.evaluation.tokens import judged_rows
-from mlx_adapters.inspecting import Comparison, LayerComparison
 from mlx_adapters.merging.methods import METHODS
-from mlx_adapters.model import load_model
-from mlx_adapters.training.rows import read_data
+from mlx_adapters.models.adapter import write_adapter
+from mlx_adapters.models.model import load_model
+from mlx_adapters.sources import registry
+from mlx_adapters.storage import tensor_files
 
 OURS = ("adapters", "keeping", "packing", "merge")
 
@@ -133,7 +135,7 @@ def test_show_tells_settings_layers_losses_and_files(run, base, tmp_path):
     shown = as_json(run("show", "sql", "--json"))
     assert [c["validation_loss"] for c in shown["checkpoints"]] == [2.0, 1.0, 1.5]
     assert {layer["key"] for layer in shown["layers"]} == set(LLAMA)
-    from mlx_adapters.merging.updates import update_of
+    from mlx_adapters.models.low_rank import update_of
 
     exact = np.linalg.norm(update_of(registry.load_adapter("sql"), LLAMA[0]).matrix())
     norm = next(layer["norm"] for layer in shown["layers"] if layer["key"] == LLAMA[0])
@@ -163,7 +165,7 @@ def test_compare_of_many_layers_fits_a_screen(run, base, monkeypatch):
     comparison = [LayerComparison(f"model.layers.{i}.{name}", 1.0 + i, 2.0, None if i == 7 else 1 - i / 100)
                   for i in range(30) for name in ("self_attn.q_proj", "mlp.up_proj")]  # fmt: skip
     found = Comparison("x", "y", (), tuple(comparison), 30.0, 2.0, 0.9)
-    monkeypatch.setattr("mlx_adapters.inspecting.compare", lambda *_, **__: found)
+    monkeypatch.setattr("mlx_adapters.adapters.inspecting.compare", lambda *_, **__: found)
     shown, _ = run("compare", "x", "y")
     assert shown.count("\n") < 20
     assert re.search(r"^30 × model\.layers\.\*\.mlp\.up_proj +1 to 30 +2 +0\.71 to 1$", shown, re.M)

@@ -8,11 +8,11 @@ import mlx.core as mx
 from click.testing import CliRunner, Result
 from test_peft_import import FIXTURES
 
-from mlx_adapters import files
 from mlx_adapters.cli import cli
 from mlx_adapters.errors import AdapterError
-from mlx_adapters.model import load_model
-from mlx_adapters.registry import adapter_folder
+from mlx_adapters.models.model import load_model
+from mlx_adapters.sources.registry import adapter_folder
+from mlx_adapters.storage import files
 
 LLAMA = str(FIXTURES / "llama" / "base")
 

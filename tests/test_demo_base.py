@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_adapters.demo import base as demo
 from mlx_adapters.errors import FormatError, HubError, NotFoundError
-from mlx_adapters.model import load_model
+from mlx_adapters.models.model import load_model
+from mlx_adapters.sources import demo_base as demo
 
 QUESTION = "What is the capital of France?"
 
@@ -135,7 +135,7 @@ def test_two_processes_make_it_once(tmp_path, home, monkeypatch):
     script = tmp_path / "make.py"
     script.write_text(
         "import sys, time, os\n"
-        "from mlx_adapters.demo import base\n"
+        "from mlx_adapters.sources import demo_base as base\n"
         "def convert(gguf, folder):\n"
         "    open(sys.argv[1], 'a').write('made\\n'); time.sleep(0.5); (folder / 'config.json').write_text('{}')\n"
         "base._gguf, base.convert = lambda *_: None, convert\n"

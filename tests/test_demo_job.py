@@ -11,8 +11,8 @@ from mlx_adapters.demo import job
 from mlx_adapters.demo.catalog import SCHEMA_PROMPT
 from mlx_adapters.evaluation.answers import greedy_answers
 from mlx_adapters.events import Note
-from mlx_adapters.model import load_model
-from mlx_adapters.registry import list_adapters
+from mlx_adapters.models.model import load_model
+from mlx_adapters.sources.registry import list_adapters
 
 QUESTIONS = ["What is the capital of France?", "Name a color.", "How many days has a week? Answer in one word."]
 

@@ -15,16 +15,16 @@ from test_benchmarking import make_adapter
 
 from mlx_adapters.benchmarking.run import check_data
 from mlx_adapters.cli import cli
+from mlx_adapters.data.datasets import RawRow, read_data
 from mlx_adapters.errors import ConfigError, FormatError, ModelError, NotFoundError
-from mlx_adapters.evaluation import text
+from mlx_adapters.evaluation import reports
 from mlx_adapters.evaluation.answers import greedy_answers, questions
 from mlx_adapters.evaluation.evaluate import EvaluationConfig, choose_rows, evaluate, save
 from mlx_adapters.evaluation.harness import TaskEvaluation, TaskReport, TaskResult, results, run_tasks
 from mlx_adapters.evaluation.scores import parse_score
 from mlx_adapters.evaluation.tokens import Batches, judge, judged_rows
-from mlx_adapters.model import load_model
-from mlx_adapters.registry import load_adapter
-from mlx_adapters.training.rows import RawRow, read_data
+from mlx_adapters.models.model import load_model
+from mlx_adapters.sources.registry import load_adapter
 
 ROWS = [
     ("How many students are there?", "SELECT COUNT(*) FROM students;"),
@@ -108,9 +108,9 @@ def test_evaluate_compares_row_by_row(tiny_model, data):
     assert twin.loss == sql.loss and [d.variant for d in report.differences] == ["sql", "sql (2)"]
     difference = report.differences[0].loss
     assert difference.value == pytest.approx(sql.loss.value - base.loss.value, rel=1e-6)
-    words = "\n".join(text.sentences(report))
+    words = "\n".join(reports.sentences(report))
     assert "sql against base, loss:" in words and "exact: no difference seen" in words
-    assert {len(line) for line in text.table(report)[1]} == {len(text.table(report)[0])}
+    assert {len(line) for line in reports.table(report)[1]} == {len(reports.table(report)[0])}
 
 
 def test_figures_are_kept_with_the_adapter(tiny_model, data):

@@ -10,10 +10,10 @@ from test_public_api import example_lines
 from test_readme import commands
 
 import mlx_adapters as ma
+from mlx_adapters.adapters.keeping import tag
 from mlx_adapters.cli import cli
-from mlx_adapters.demo.base import MODEL_CARD
 from mlx_adapters.demo.catalog import write_demo_data
-from mlx_adapters.housekeeping import tag
+from mlx_adapters.sources.demo_base import MODEL_CARD
 
 pytest_plugins = ["hub_fixtures"]
 

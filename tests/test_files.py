@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from mlx_adapters import files, locks, paths, replacing, temporaries
 from mlx_adapters.errors import ExistsError, StorageError
-from mlx_adapters.replacing import Output
+from mlx_adapters.storage import files, locks, paths, replacing, temporaries
+from mlx_adapters.storage.replacing import Output
 
 OURS = Output("config.json", r"weights\.bin|sub/\d+")
 PREFIX = paths.TEMPORARY_PREFIX

@@ -16,12 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mlx_adapters as ma
-from mlx_adapters import errors, files, layers, paths, registry, tensor_files
-from mlx_adapters.adapter import Adapter, AdapterConfig, read_adapter, write_adapter
-from mlx_adapters.bases import normalized_config, resolve_base
-from mlx_adapters.config import LoraConfig, Quantization, from_mapping, read_yaml
-from mlx_adapters.model import load_model, load_tokenizer_of
-from mlx_adapters.replacing import Output
+from mlx_adapters import errors
+from mlx_adapters.config.training import LoraConfig, Quantization, from_mapping, read_yaml
+from mlx_adapters.models import layers
+from mlx_adapters.models.adapter import Adapter, AdapterConfig, read_adapter, write_adapter
+from mlx_adapters.models.base import normalized_config, resolve_base
+from mlx_adapters.models.model import load_model, load_tokenizer_of
+from mlx_adapters.sources import registry
+from mlx_adapters.storage import files, paths, tensor_files
+from mlx_adapters.storage.replacing import Output
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2"]
 TOKENS = [5, 9, 2, 77, 31]
@@ -296,7 +299,7 @@ def test_json_never_holds_nan(tmp_path):
 def test_a_full_disk_leaves_nothing(tmp_path):
     code = (
         "import resource, sys, mlx_adapters, mlx.core as mx\n"
-        "from mlx_adapters.tensor_files import write_safetensors\n"
+        "from mlx_adapters.storage.tensor_files import write_safetensors\n"
         "from pathlib import Path\n"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
@@ -329,7 +332,7 @@ def test_safetensors_written_here_are_read_everywhere(tmp_path):
 
 def test_importing_mlx_lm_keeps_the_limit_of_open_files():
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    code = "import mlx_adapters, resource; import mlx_adapters.door; print(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    code = "import mlx_adapters, resource as r; import mlx_adapters.system.door; print(r.getrlimit(r.RLIMIT_NOFILE))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == str(before)
 
@@ -357,7 +360,7 @@ def test_generate_streams_text(tiny_model, home):
 
 
 def test_what_is_saved_of_the_machine_names_no_folder_of_its_user(home):
-    from mlx_adapters.machine import environment
+    from mlx_adapters.system.machine import environment
 
     found = environment()
     assert found.home == str(home) and "home" not in found.to_json() and str(home) not in str(found.to_json())
@@ -374,7 +377,7 @@ def test_a_tokenizer_that_does_not_load_is_told_in_one_line(tmp_path):
 def test_an_array_that_cannot_be_evaluated_raises_and_ends_no_process(tmp_path, function):
     path = tmp_path / "a.safetensors"
     code = (
-        "import os, sys, mlx_adapters, mlx.core as mx; from mlx_adapters import tensor_files\n"
+        "import os, sys, mlx_adapters, mlx.core as mx; from mlx_adapters.storage import tensor_files\n"
         "mx.save_safetensors(sys.argv[1], {'a': mx.zeros((300, 300))}); late = mx.load(sys.argv[1])['a'] + 1\n"
         "os.truncate(sys.argv[1], 5000)\n"
         "try: getattr(tensor_files, sys.argv[2])(late)\n"

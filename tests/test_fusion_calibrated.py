@@ -16,25 +16,27 @@ import pytest
 from click.testing import CliRunner
 from test_fusion_fuse import make_adapter
 
-from mlx_adapters import TrainConfig, errors, files, load_adapter, origin, paths, train
-from mlx_adapters.adapter import write_adapter
-from mlx_adapters.bases import resolve_base
+from mlx_adapters import TrainConfig, errors, load_adapter, train
+from mlx_adapters.assembly.plan import LayerPlan, Updates
+from mlx_adapters.calibration import mixed, strategy
+from mlx_adapters.calibration.blockwise import Blocks, Variant, make_batches
+from mlx_adapters.calibration.calibrate import Spool
+from mlx_adapters.calibration.collecting import Collector, HiddenStates, fisher_probe
+from mlx_adapters.calibration.fidelity import compare
+from mlx_adapters.calibration.texts import GENERAL, choose_text
 from mlx_adapters.cli import cli
-from mlx_adapters.config import Quantization
+from mlx_adapters.config.fusing import FuseOptions
+from mlx_adapters.config.training import Quantization
+from mlx_adapters.data.datasets import read_data
 from mlx_adapters.errors import ConfigError, FidelityError, FormatError, IncompatibleError, NotFoundError
-from mlx_adapters.fusion import mixed, work
-from mlx_adapters.fusion.blocks import Blocks, Variant, make_batches
-from mlx_adapters.fusion.calibrate import Spool
 from mlx_adapters.fusion.check import check_fused
-from mlx_adapters.fusion.fidelity import compare
 from mlx_adapters.fusion.fuse import fuse, fuse_again
-from mlx_adapters.fusion.hessian import Collector, HiddenStates, fisher_probe
-from mlx_adapters.fusion.options import FuseOptions
-from mlx_adapters.fusion.plan import LayerPlan, Updates
-from mlx_adapters.fusion.text import GENERAL, choose_text
-from mlx_adapters.layers import quantization_of
-from mlx_adapters.model import load_model, load_module
-from mlx_adapters.training.rows import read_data
+from mlx_adapters.models.adapter import write_adapter
+from mlx_adapters.models.base import resolve_base
+from mlx_adapters.models.layers import quantization_of
+from mlx_adapters.models.model import load_model, load_module
+from mlx_adapters.sources import origin
+from mlx_adapters.storage import files, paths
 
 ALL = ["llama", "qwen2", "qwen3", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2"]
 FEW = {"calibration_rows": 12, "check_rows": 12}
@@ -294,7 +296,7 @@ def test_greedy_steps_follow_gain_per_byte():
 def test_over_the_limit_means_no_folder_unless_forced(tiny_model, tmp_path, data, monkeypatch):
     folder = tiny_model("llama", bits=4)
     adapter = make_adapter(folder)
-    monkeypatch.setattr("mlx_adapters.fusion.work.until_promise", lambda *_: 0)
+    monkeypatch.setattr("mlx_adapters.calibration.strategy.until_promise", lambda *_: 0)
     options = {"calibration": str(data), "max_kl": 1e-7, **FEW}
     with pytest.raises(FidelityError, match="above the 1e-07 allowed"):
         fuse(folder, adapter, tmp_path / "out", options=FuseOptions(**options))
@@ -559,9 +561,9 @@ def test_an_adapter_that_was_trained_through_the_rounding_is_rounded_the_same_wa
 def test_no_row_reaches_past_the_positions_that_a_model_learned(gpu, tiny_model, tmp_path, monkeypatch):
     """Past them lies foreign memory. Rows are longer than the positions, and on a GPU padded to more."""
     base = resolve_base(tiny_model("gpt2", n_positions=40, n_ctx=40))
-    monkeypatch.setattr(work, "on_gpu", lambda: gpu)
+    monkeypatch.setattr(strategy, "on_gpu", lambda: gpu)
     text = choose_text(GENERAL, [], load_model(base).tokenizer, 8, 8, base.positions)
-    batches = work.batches_of(text.calibration, base) + work.batches_of(text.check, base)
+    batches = strategy.batches_of(text.calibration, base) + strategy.batches_of(text.check, base)
     assert max(batch.tokens.shape[1] for batch in batches) == 40
     assert all(batch.judged.max().item() < batch.tokens.size for batch in batches)
 
@@ -579,7 +581,7 @@ def test_calibration_is_never_worse_than_rounding_to_nearest_on_its_own_rows(
     base = tiny_model(architecture, bits=bits, **shape)
     adapter, found, results = make_adapter(base, strength=strength), resolve_base(base), {}
     text = choose_text(data, [], load_model(base).tokenizer, 8, 8)
-    batches = work.batches_of(text.calibration, found)
+    batches = strategy.batches_of(text.calibration, found)
     for method in ("nearest", "calibrated"):
         options = FuseOptions(method=method, calibration=str(data), calibration_rows=8, check=False)
         result = fuse(base, adapter, tmp_path / method, quantization=quantization, options=options)
@@ -595,7 +597,9 @@ def test_data_that_a_stranger_names_is_not_opened(signed, tiny_model, data, home
     """Neither a path nor a data set of the Hub; it is named, and used if it is asked for."""
     folder, opened = tiny_model("llama"), []
     adapter, tokenizer = make_adapter(folder), load_model(folder).tokenizer
-    monkeypatch.setattr("mlx_adapters.fusion.text.read_data", lambda *a, **k: opened.append(a) or read_data(*a, **k))
+    monkeypatch.setattr(
+        "mlx_adapters.calibration.texts.read_data", lambda *a, **k: opened.append(a) or read_data(*a, **k)
+    )
     if signed == "of another path":
         signed = origin.signature(str(data.parent))
     if signed == "of another machine":

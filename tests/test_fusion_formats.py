@@ -11,13 +11,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_config
 from test_fusion_fuse import fuse, logits, make_adapter
 
-from mlx_adapters import tensor_files
-from mlx_adapters.bases import resolve_base
+from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.errors import ConfigError, StorageError
-from mlx_adapters.fusion.options import FuseOptions
-from mlx_adapters.layers import adaptable_layers, dense_weight
-from mlx_adapters.model import load_model, load_module
-from mlx_adapters.tensor_names import from_gguf, to_gguf
+from mlx_adapters.models.layers import adaptable_layers, dense_weight
+from mlx_adapters.models.model import load_model, load_module
+from mlx_adapters.storage.tensor_names import from_gguf, to_gguf
 
 HF = FuseOptions(method="nearest", check=False, format="hf")
 GGUF = FuseOptions(method="nearest", check=False, format="gguf")

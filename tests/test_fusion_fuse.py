@@ -10,17 +10,16 @@ from click.testing import CliRunner
 from mlx.utils import tree_flatten
 from tiny_models import ARCHITECTURES
 
-from mlx_adapters import registry
-from mlx_adapters.adapter import Adapter, AdapterConfig, write_adapter
-from mlx_adapters.bases import resolve_base
+from mlx_adapters.assembly.survival import SurvivalSum, sample
 from mlx_adapters.cli import cli
-from mlx_adapters.config import LoraConfig, Quantization
+from mlx_adapters.config.fusing import FuseOptions
+from mlx_adapters.config.training import LoraConfig, Quantization
 from mlx_adapters.errors import ConfigError, ExistsError, FormatError, IncompatibleError
 from mlx_adapters.fusion.fuse import fuse as fuse_and_check
 from mlx_adapters.fusion.fuse import parse_precision, settle_precision
-from mlx_adapters.fusion.options import FuseOptions
-from mlx_adapters.fusion.survival import SurvivalSum, sample
-from mlx_adapters.layers import (
+from mlx_adapters.models.adapter import Adapter, AdapterConfig, write_adapter
+from mlx_adapters.models.base import resolve_base
+from mlx_adapters.models.layers import (
     adaptable_layers,
     dense_weight,
     expected_shapes,
@@ -28,7 +27,8 @@ from mlx_adapters.layers import (
     resolve_target_modules,
     updated_weight,
 )
-from mlx_adapters.model import load_model, load_module
+from mlx_adapters.models.model import load_model, load_module
+from mlx_adapters.sources import registry
 
 IDS = mx.array([[3, 9, 27, 81, 40, 7, 300, 12]])
 DORA_LAYERS = ("q_proj", "o_proj", "qkv_proj", "c_attn", "lm_head")
@@ -188,12 +188,12 @@ def test_a_group_that_does_not_divide_leaves_the_layer_unquantized_and_says_so(t
 
 
 def test_shards(tiny_model, tmp_path, monkeypatch):
-    from mlx_adapters.fusion import stream
+    from mlx_adapters.assembly import writing
 
     folder = tiny_model("llama")
     adapter = make_adapter(folder)
-    write = stream.write_weights
-    monkeypatch.setattr("mlx_adapters.fusion.job.write_weights", lambda f, u, e: write(f, u, e, limit=100_000))
+    write = writing.write_weights
+    monkeypatch.setattr("mlx_adapters.assembly.tensors.write_weights", lambda f, u, e: write(f, u, e, limit=100_000))
     fuse(folder, adapter, tmp_path / "out", quantization="none")
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())["weight_map"]
     shards = sorted(path.name for path in (tmp_path / "out").glob("model-*.safetensors"))

@@ -8,18 +8,18 @@ from test_fusion_calibrated import some_rows
 from test_fusion_fuse import IDS, make_adapter
 from tiny_models import build_model
 
-from mlx_adapters import files
-from mlx_adapters.adapter import Adapter, AdapterConfig
-from mlx_adapters.bases import resolve_base
-from mlx_adapters.config import Quantization
+from mlx_adapters.calibration.blockwise import Variant, make_batches
+from mlx_adapters.calibration.collecting import Collector
+from mlx_adapters.calibration.moments import Seen, fits
+from mlx_adapters.config.fusing import FuseOptions
+from mlx_adapters.config.training import Quantization
 from mlx_adapters.errors import FormatError
-from mlx_adapters.fusion.blocks import Variant, make_batches
 from mlx_adapters.fusion.fuse import fuse
-from mlx_adapters.fusion.hessian import Collector
-from mlx_adapters.fusion.moments import Seen, fits
-from mlx_adapters.fusion.options import FuseOptions
-from mlx_adapters.layers import adaptable_layers, dense_layer, dense_weight, weight_layers
-from mlx_adapters.model import load_model, load_module
+from mlx_adapters.models.adapter import Adapter, AdapterConfig
+from mlx_adapters.models.base import resolve_base
+from mlx_adapters.models.layers import adaptable_layers, dense_layer, dense_weight, weight_layers
+from mlx_adapters.models.model import load_model, load_module
+from mlx_adapters.storage import files
 
 MLA = ["deepseek_v3", "glm4_moe_lite", "kimi_vl"]
 NEAREST = FuseOptions(method="nearest", check=False)

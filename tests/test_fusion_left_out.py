@@ -9,15 +9,15 @@ from mlx_lm.utils import load_model as load_as_mlx_lm_does
 from test_fusion_fuse import IDS, make_adapter
 from tiny_models import build_model
 
-from mlx_adapters import files, tensor_files
-from mlx_adapters.bases import resolve_base
+from mlx_adapters.assembly.left_out import left_out
+from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.fusion.fuse import fuse
-from mlx_adapters.fusion.left_out import left_out
-from mlx_adapters.fusion.options import FuseOptions
 from mlx_adapters.fusion.recipe import read_recipe
-from mlx_adapters.hub import staging
-from mlx_adapters.hub.subject import read_subject
-from mlx_adapters.model import load_model
+from mlx_adapters.models.base import resolve_base
+from mlx_adapters.models.model import load_model
+from mlx_adapters.publishing import staging
+from mlx_adapters.publishing.subject import read_subject
+from mlx_adapters.storage import files, tensor_files
 
 VISION = {
     "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight": (32, 32),

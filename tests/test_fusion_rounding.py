@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_adapters.config import QUANTIZATIONS, Quantization
-from mlx_adapters.fusion import rounding
-from mlx_adapters.fusion.grids import make_grid, pack, round_to, to_numpy
-from mlx_adapters.fusion.hessian import gram
-from mlx_adapters.fusion.packed import dequantize, nearest, to_nearest
+from mlx_adapters.calibration.collecting import gram
+from mlx_adapters.config.training import QUANTIZATIONS, Quantization
+from mlx_adapters.rounding import feedback
+from mlx_adapters.rounding.grids import make_grid, pack, round_to, to_numpy
+from mlx_adapters.rounding.packed import dequantize, nearest, to_nearest
 
 ALL = [Quantization(b, g, mode) for mode, (bits, groups) in QUANTIZATIONS.items() for b in bits for g in groups]
 
@@ -38,7 +38,7 @@ def hessian(n, rng, tokens=600):
 def error_under(weight, packed, h):
     """tr(E H Eᵀ) per weight, on the scale that `calibrated` returns."""
     errors = to_numpy(weight) - to_numpy(dequantize(packed))
-    return rounding.error_felt(errors.T, rounding.damped(h)) / errors.size
+    return feedback.error_felt(errors.T, feedback.damped(h)) / errors.size
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32], ids=str)
@@ -81,7 +81,7 @@ def test_calibrated_beats_nearest_and_reports_its_error_truly(quantization):
     rng = np.random.default_rng(2)
     h = hessian(256, rng)
     weight = mx.array(rng.standard_normal((48, 256)).astype(np.float32) * 0.02)
-    packed, loss = rounding.calibrated(weight, h, quantization, mx.bfloat16)
+    packed, loss = feedback.calibrated(weight, h, quantization, mx.bfloat16)
     expected = nearest(weight, quantization, mx.bfloat16)
     assert {k: (v.shape, v.dtype) for k, v in packed.tensors.items()} == {
         k: (v.shape, v.dtype) for k, v in expected.tensors.items()
@@ -94,7 +94,7 @@ def test_sweeps_never_make_it_worse():
     rng = np.random.default_rng(3)
     h = hessian(128, rng)
     weight = mx.array(rng.standard_normal((32, 128)).astype(np.float32))
-    losses = [rounding.calibrated(weight, h, Quantization(3, 64), mx.float16, sweeps=n)[1] for n in (0, 1, 2, 4, 8)]
+    losses = [feedback.calibrated(weight, h, Quantization(3, 64), mx.float16, sweeps=n)[1] for n in (0, 1, 2, 4, 8)]
     assert all(later <= earlier * (1 + 1e-6) for earlier, later in itertools.pairwise(losses))
     assert losses[-1] < 0.9 * losses[0]
 
@@ -105,11 +105,11 @@ def test_rows_that_are_felt_together_cancel_each_other(rows=192):
     weight = rng.standard_normal((rows, 128)).astype(np.float32)
     losses = []
     for together in (False, True):
-        packed, loss = rounding.calibrated(
+        packed, loss = feedback.calibrated(
             mx.array(weight), h, Quantization(4, 64), mx.bfloat16, outputs=g, together=together
         )
         error = weight - np.array(dequantize(packed))
-        felt = rounding.damped(g, rounding.OUTPUT_DAMPING) @ error @ rounding.damped(h)
+        felt = feedback.damped(g, feedback.OUTPUT_DAMPING) @ error @ feedback.damped(h)
         assert loss == pytest.approx(float(np.vdot(felt, error)) / error.size, rel=1e-3)
         losses.append(loss)
     assert losses[1] < 0.7 * losses[0]
@@ -119,7 +119,7 @@ def test_weights_already_on_the_base_grid_stay_where_they_are():
     rng = np.random.default_rng(4)
     weight = mx.array(rng.standard_normal((32, 128)).astype(np.float32))
     base = nearest(weight, Quantization(4, 64), mx.bfloat16)
-    packed, loss = rounding.calibrated(
+    packed, loss = feedback.calibrated(
         dequantize(base), hessian(128, rng), Quantization(4, 64), mx.bfloat16, start=base
     )
     assert loss == 0
@@ -142,7 +142,7 @@ def test_bad_hessians_still_give_a_sound_rounding(kind, quantization):
     else:
         h[3, 3] = np.nan if kind == "nan" else np.inf
     weight = mx.array(rng.standard_normal((16, 128)).astype(np.float32))
-    packed, loss = rounding.calibrated(weight, h, quantization, mx.float32)
+    packed, loss = feedback.calibrated(weight, h, quantization, mx.float32)
     assert np.isfinite(loss)
     error = np.abs(np.array(dequantize(packed) - weight))
     assert error.mean() < 0.5
@@ -151,7 +151,7 @@ def test_bad_hessians_still_give_a_sound_rounding(kind, quantization):
 @pytest.mark.parametrize("quantization", [Quantization(4, 64), Quantization(8, 32, "mxfp8")], ids=str)
 def test_constant_and_zero_groups(quantization):
     weight = mx.concatenate([mx.zeros((4, 64)), mx.full((4, 64), 0.37)], axis=1)
-    packed, _ = rounding.calibrated(weight, np.eye(128, dtype=np.float32), quantization, mx.float32)
+    packed, _ = feedback.calibrated(weight, np.eye(128, dtype=np.float32), quantization, mx.float32)
     np.testing.assert_allclose(np.array(dequantize(packed)), np.array(weight), rtol=0.04, atol=1e-6)
 
 
@@ -160,12 +160,12 @@ def test_the_error_of_a_large_matrix_is_estimated_within_some_percent(monkeypatc
     errors = random.normal(size=(96, 160)).astype(np.float32)
     x, g = random.normal(size=(300, 96)), random.normal(size=(300, 160)) * np.linspace(0.2, 2, 160)
     hessian, outputs = (x.T @ x).astype(np.float32), (g.T @ g).astype(np.float32)
-    exact = rounding.error_felt(errors, hessian, outputs)
+    exact = feedback.error_felt(errors, hessian, outputs)
     assert exact == pytest.approx(np.trace(outputs @ errors.T @ hessian @ errors), rel=1e-4)
-    factor = rounding.feedback_factor(outputs)
-    assert rounding.error_felt(errors, hessian, outputs, factor) == exact
-    monkeypatch.setattr(rounding, "LARGE", 0)
-    estimate = rounding.error_felt(errors, hessian, outputs, factor)
+    factor = feedback.feedback_factor(outputs)
+    assert feedback.error_felt(errors, hessian, outputs, factor) == exact
+    monkeypatch.setattr(feedback, "LARGE", 0)
+    estimate = feedback.error_felt(errors, hessian, outputs, factor)
     assert estimate != exact and estimate == pytest.approx(exact, rel=0.05)
 
 
@@ -173,11 +173,11 @@ def test_a_large_matrix_is_rounded_almost_as_well(monkeypatch):
     rng = np.random.default_rng(4)
     weight = mx.array(rng.standard_normal((512, 128)).astype(np.float32))
     h, outputs = hessian(128, rng), hessian(512, rng)
-    _, thorough = rounding.calibrated(weight, h, Quantization(4, 64), mx.float32, None, outputs)
-    monkeypatch.setattr(rounding, "LARGE", 0)
-    packed, _ = rounding.calibrated(weight, h, Quantization(4, 64), mx.float32, None, outputs)
+    _, thorough = feedback.calibrated(weight, h, Quantization(4, 64), mx.float32, None, outputs)
+    monkeypatch.setattr(feedback, "LARGE", 0)
+    packed, _ = feedback.calibrated(weight, h, Quantization(4, 64), mx.float32, None, outputs)
     errors = to_numpy(weight - dequantize(packed)).T
-    felt = rounding.error_felt(errors, rounding.damped(h), rounding.damped(outputs, rounding.OUTPUT_DAMPING))
+    felt = feedback.error_felt(errors, feedback.damped(h), feedback.damped(outputs, feedback.OUTPUT_DAMPING))
     monkeypatch.undo()
     assert felt / errors.size < 1.1 * thorough
 
@@ -209,9 +209,9 @@ def test_a_light_update_keeps_its_length():
     weight = dequantize(base) + update
 
     def kept(**options):
-        packed, _ = rounding.calibrated(weight, h, Quantization(4, 64), mx.float32, base, **options)
+        packed, _ = feedback.calibrated(weight, h, Quantization(4, 64), mx.float32, base, **options)
         stored = to_numpy(dequantize(packed) - dequantize(base)).T
-        felt = rounding.damped(h) @ to_numpy(update).T
+        felt = feedback.damped(h) @ to_numpy(update).T
         return float(np.vdot(stored, felt) / np.vdot(to_numpy(update).T, felt))
 
     assert kept() < 0.95
@@ -228,10 +228,10 @@ def test_nearest_is_kept_where_it_moves_the_outputs_less():
     weight, h = mx.random.normal((64, 128), key=mx.random.key(1)), np.eye(128, dtype=np.float32)
     quantization = Quantization(4, 32)
     plain = to_nearest(weight, quantization, mx.float32)
-    packed, _ = rounding.calibrated(weight, h, quantization, mx.float32)
-    assert rounding.nearest_if_better(packed, weight, h, mx.float32) is None
+    packed, _ = feedback.calibrated(weight, h, quantization, mx.float32)
+    assert feedback.nearest_if_better(packed, weight, h, mx.float32) is None
     worse = to_nearest(weight * 1.2, quantization, mx.float32)
-    kept, loss = rounding.nearest_if_better(worse, weight, h, mx.float32)
+    kept, loss = feedback.nearest_if_better(worse, weight, h, mx.float32)
     assert all(mx.array_equal(a, b) for a, b in zip(kept.tensors.values(), plain.tensors.values(), strict=True))
     error = weight - dequantize(plain)
     assert loss == pytest.approx(error.square().mean().item() * 1.01, rel=1e-4)  # H is damped by 1 %
@@ -242,8 +242,8 @@ def test_few_tokens_are_doubted():
     weight, token = mx.random.normal((64, 128), key=mx.random.key(1)), np.zeros((128, 128), np.float32)
     token[0, 0] = 1
     quantization = Quantization(4, 32)
-    packed, _ = rounding.calibrated(weight, token, quantization, mx.float32)
-    assert rounding.nearest_if_better(packed, weight, token, mx.float32, damping=1e-4) is None
+    packed, _ = feedback.calibrated(weight, token, quantization, mx.float32)
+    assert feedback.nearest_if_better(packed, weight, token, mx.float32, damping=1e-4) is None
     spoiled = to_nearest(mx.concatenate([weight[:, :1], weight[:, 1:] * 1.5], axis=1), quantization, mx.float32)
     spoiled.weight[:, :1] = packed.weight[:, :1]
-    assert rounding.nearest_if_better(spoiled, weight, token, mx.float32, damping=128.0) is not None
+    assert feedback.nearest_if_better(spoiled, weight, token, mx.float32, damping=128.0) is not None

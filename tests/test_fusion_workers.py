@@ -7,11 +7,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_adapters.config import Quantization
+from mlx_adapters.config.training import Quantization
 from mlx_adapters.errors import ModelError
-from mlx_adapters.fusion import workers
-from mlx_adapters.fusion.packed import nearest
-from mlx_adapters.fusion.workers import Task, Workers
+from mlx_adapters.rounding import workers
+from mlx_adapters.rounding.packed import nearest
+from mlx_adapters.rounding.workers import Task, Workers
 
 
 def make_task(seed: int, width: int = 128, out: int = 96, outputs: bool = True) -> Task:

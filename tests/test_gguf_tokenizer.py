@@ -11,13 +11,13 @@ from gguf_tokenizers import own_spelling, retokenize, split_by
 from tokenizers import pre_tokenizers
 
 from mlx_adapters import FuseOptions, fuse
-from mlx_adapters.bases import resolve_base
-from mlx_adapters.door import mx
+from mlx_adapters.assembly.gguf_tokenizer import PRE_TOKENIZERS, check_strings, read_tokenizer
+from mlx_adapters.assembly.hard_strings import hard_strings
 from mlx_adapters.errors import ConfigError, FormatError
 from mlx_adapters.events import Note
-from mlx_adapters.fusion.gguf_tokenizer import PRE_TOKENIZERS, check_strings, read_tokenizer
-from mlx_adapters.fusion.hard_strings import hard_strings
-from mlx_adapters.model import load_tokenizer_of
+from mlx_adapters.models.base import resolve_base
+from mlx_adapters.models.model import load_tokenizer_of
+from mlx_adapters.system.door import mx
 
 GGUF = FuseOptions(method="nearest", check=False, format="gguf")
 NAMES = [pre.name for pre in PRE_TOKENIZERS]

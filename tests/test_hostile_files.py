@@ -8,13 +8,13 @@ from adapters import make_run
 from click.testing import CliRunner
 
 from mlx_adapters.cli import cli
-from mlx_adapters.config import LoraConfig, from_mapping, read_yaml
+from mlx_adapters.config.training import LoraConfig, from_mapping, read_yaml
+from mlx_adapters.data.checking import split_data
+from mlx_adapters.data.datasets import read_split
 from mlx_adapters.errors import AdapterError, ConfigError, FormatError
 from mlx_adapters.fusion.recipe import read_recipe
-from mlx_adapters.hub.cards import parse_front
-from mlx_adapters.tensor_names import RECIPE_FILE
-from mlx_adapters.training.checking import split_data
-from mlx_adapters.training.rows import read_split
+from mlx_adapters.publishing.cards import parse_front
+from mlx_adapters.storage.tensor_names import RECIPE_FILE
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)

@@ -14,11 +14,12 @@ from click.testing import CliRunner
 from hub_server import READ_TOKEN, WRITE_TOKEN
 
 import mlx_adapters as ma
-from mlx_adapters import errors, files, tensor_files
-from mlx_adapters.adapter import write_adapter_files
+from mlx_adapters import errors
 from mlx_adapters.cli import cli as program
-from mlx_adapters.hub.uploads import publish
-from mlx_adapters.model import load_model
+from mlx_adapters.models.adapter import write_adapter_files
+from mlx_adapters.models.model import load_model
+from mlx_adapters.publishing.uploads import publish
+from mlx_adapters.storage import files, tensor_files
 
 pytest_plugins = ["hub_fixtures"]
 TOKENS = [5, 9, 2, 77, 31]
@@ -273,7 +274,7 @@ def test_interrupted_before_the_commit(hub, sql, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mlx_adapters.hub.uploads._Uploader._upload", interrupt)
+    monkeypatch.setattr("mlx_adapters.publishing.uploads._Uploader._upload", interrupt)
     with pytest.raises(KeyboardInterrupt):
         publish("sql", REPO)
     assert not hub.repos

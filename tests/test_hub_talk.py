@@ -11,8 +11,8 @@ from hub_server import READ_TOKEN
 import mlx_adapters as ma
 from mlx_adapters import errors
 from mlx_adapters.cli import cli as program
-from mlx_adapters.hub import cards
-from mlx_adapters.hub.uploads import make_card, publish, write_card
+from mlx_adapters.publishing import cards
+from mlx_adapters.publishing.uploads import make_card, publish, write_card
 from mlx_adapters.units import size
 
 pytest_plugins = ["hub_fixtures"]

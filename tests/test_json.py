@@ -9,12 +9,12 @@ from adapters import make_run
 from click.testing import CliRunner
 from test_public_api import LEAVES, WITHOUT_JSON
 
-from mlx_adapters import registry
 from mlx_adapters.benchmarking import run as benchmarking
 from mlx_adapters.benchmarking import worker
-from mlx_adapters.benchmarking.variants import Variant
 from mlx_adapters.cli import _output, cli
 from mlx_adapters.demo.catalog import write_demo_data
+from mlx_adapters.evaluation.variants import Variant
+from mlx_adapters.sources import registry
 
 pytest_plugins = ["hub_fixtures"]
 

@@ -15,13 +15,13 @@ import mlx.core as mx
 import pytest
 from packaging.requirements import Requirement
 
-from mlx_adapters import limits, machine, paths
-from mlx_adapters.bases import resolve_base
-from mlx_adapters.benchmarking import system
 from mlx_adapters.errors import ConfigError, StorageError
-from mlx_adapters.fusion.workers import Workers
-from mlx_adapters.model import load_model, load_module
+from mlx_adapters.models.base import resolve_base
+from mlx_adapters.models.model import load_model, load_module
+from mlx_adapters.rounding.workers import Workers
 from mlx_adapters.serving.start import bind
+from mlx_adapters.storage import paths
+from mlx_adapters.system import conditions, limits, machine
 
 GB = 1 << 30
 
@@ -32,7 +32,7 @@ TOOLS = {
     ("sw_vers", "-productVersion"): "26.1",
     ("sysctl", "-n", "machdep.cpu.brand_string"): "Apple M4 Max",
     ("sysctl", "-n", "hw.perflevel0.physicalcpu"): "12",
-    ("osascript", "-l", "JavaScript", "-e", system.THERMAL_STATE): "2",
+    ("osascript", "-l", "JavaScript", "-e", conditions.THERMAL_STATE): "2",
     ("pmset", "-g", "batt"): "Now drawing from 'AC Power'",
     ("pmset", "-g"): " lowpowermode         0",
 }
@@ -47,7 +47,7 @@ def a_mac(monkeypatch):
 
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(machine, "tool", tool)
-    monkeypatch.setattr(system, "tool", tool)
+    monkeypatch.setattr(conditions, "tool", tool)
     monkeypatch.setattr(machine.platform, "mac_ver", lambda: ("16.0", ("", "", ""), "arm64"))
     monkeypatch.setattr(machine.platform, "machine", lambda: "arm64")
     monkeypatch.setattr(machine.os, "cpu_count", lambda: 16)
@@ -66,11 +66,11 @@ def test_a_mac_without_the_tools_is_described_too(a_mac, monkeypatch):
 
 
 def test_heat_is_what_macos_says_of_it(a_mac, monkeypatch):
-    state = system.system_state()
+    state = conditions.system_state()
     assert state["thermal"] == "serious" and state["power_source"] == "AC Power" and state["low_power_mode"] == "off"
-    assert any("warm" in warning for warning in system.warnings(state, state, 16))
-    monkeypatch.setattr(system, "tool", lambda *_: "")
-    assert system.system_state()["thermal"] == "unknown"
+    assert any("warm" in warning for warning in conditions.warnings(state, state, 16))
+    monkeypatch.setattr(conditions, "tool", lambda *_: "")
+    assert conditions.system_state()["thermal"] == "unknown"
 
 
 def test_a_tool_that_fails_says_nothing():
@@ -160,7 +160,7 @@ def test_a_process_under_a_shells_low_limit_raises_it():
     program = """
         import resource
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, 5000))
-        import mlx_adapters.door
+        import mlx_adapters.system.door
         print(resource.getrlimit(resource.RLIMIT_NOFILE))
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
@@ -172,7 +172,7 @@ MANY_SHARDS = """
     import resource, sys
     resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[2])))
     import mlx_adapters as ma
-    from mlx_adapters.config import LoraConfig, TrainConfig
+    from mlx_adapters.config.training import LoraConfig, TrainConfig
     base, data = sys.argv[1], sys.argv[3]
     print(ma.estimate(base, data).fits)
     ma.train(base, data, name="many", lora=LoraConfig(rank=4), training=TrainConfig(iterations=2, batch_size=2))

@@ -13,7 +13,7 @@ from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.merging import arithmetic
 from mlx_adapters.merging.decomposition import Decomposition, decompose_matrix, decompose_product
 from mlx_adapters.merging.methods import METHODS, Options, merge_updates
-from mlx_adapters.merging.updates import Update, inner, stack
+from mlx_adapters.models.low_rank import Update, inner, stack
 
 MODULES = ("embed", "q", "v", "up")  # the order in which PEFT visits them
 with safe_open(Path(__file__).parent / "fixtures" / "merges.safetensors", "numpy") as _file:

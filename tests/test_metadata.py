@@ -11,10 +11,13 @@ from adapters import make_adapter, make_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_adapters import files, housekeeping, inspecting, metadata, registry, tensor_files, verifying
-from mlx_adapters.adapter import read_adapter
+from mlx_adapters.adapters import inspecting, keeping, verifying
 from mlx_adapters.errors import AdapterError, FormatError
-from mlx_adapters.hub.uploads import make_card
+from mlx_adapters.models import metadata
+from mlx_adapters.models.adapter import read_adapter
+from mlx_adapters.publishing.uploads import make_card
+from mlx_adapters.sources import registry
+from mlx_adapters.storage import files, tensor_files
 
 HUGE = 10**400
 
@@ -118,9 +121,9 @@ def test_odd_metadata_hinder_no_command(base, kind):
     assert inspecting.compare("odd", "good").cosine == pytest.approx(1.0)
     assert {check.what: check.sound for check in verifying.verify("odd").checks}["tensors"] is True
     assert "# odd" in str(make_card("odd", base_model="a/b"))
-    assert housekeeping.tag("odd", ["new"])[-1] == "new"
+    assert keeping.tag("odd", ["new"])[-1] == "new"
     assert registry.read_entry(folder).problem is None, "what was written is clean"
-    assert housekeeping.prune("odd").iterations == (100,)
+    assert keeping.prune("odd").iterations == (100,)
 
 
 def mutated(raw, path, value):

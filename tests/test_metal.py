@@ -3,11 +3,11 @@
 import mlx.core as mx
 import pytest
 
-from mlx_adapters.benchmarking import system
-from mlx_adapters.limits import wire_memory
-from mlx_adapters.machine import environment, memory_bytes, performance_cores, tool, usable_memory_bytes
-from mlx_adapters.model import load_model
-from mlx_adapters.selftest.run import self_test
+from mlx_adapters.demo.selftest import self_test
+from mlx_adapters.models.model import load_model
+from mlx_adapters.system import conditions
+from mlx_adapters.system.limits import wire_memory
+from mlx_adapters.system.machine import environment, memory_bytes, performance_cores, tool, usable_memory_bytes
 
 pytestmark = pytest.mark.metal
 
@@ -21,9 +21,9 @@ def test_the_machine_is_a_mac_with_metal():
 
 
 def test_the_tools_of_macos_are_read():
-    state = system.system_state()
+    state = conditions.system_state()
     assert state["power_source"] and state["gpu"] and state["load_average"] >= 0
-    assert state["thermal"] in system.THERMAL_STATES
+    assert state["thermal"] in conditions.THERMAL_STATES
 
 
 def test_memory_is_wired():
@@ -36,8 +36,8 @@ def test_the_self_tests_pass():
 
 
 def test_memory_is_measured(tiny_model):
-    before = system.footprint_bytes()
-    assert 1_000_000 < before < memory_bytes() and system.peak_resident_bytes() > 1_000_000
+    before = conditions.footprint_bytes()
+    assert 1_000_000 < before < memory_bytes() and conditions.peak_resident_bytes() > 1_000_000
     mx.reset_peak_memory()
     load_model(tiny_model("llama", bits=4)).logits([1, 2, 3])
     assert mx.get_peak_memory() > 0

@@ -9,13 +9,13 @@ from training_tools import write_data
 
 from mlx_adapters import LoraConfig, TrainConfig, estimate, train
 from mlx_adapters.cli import cli
+from mlx_adapters.config.fusing import FuseOptions
+from mlx_adapters.data.checking import check_data
 from mlx_adapters.errors import ModelError
 from mlx_adapters.evaluation.answers import greedy_answers
 from mlx_adapters.evaluation.evaluate import EvaluationConfig, evaluate
 from mlx_adapters.fusion.fuse import fuse
-from mlx_adapters.fusion.options import FuseOptions
-from mlx_adapters.runtime.live import load_model
-from mlx_adapters.training.checking import check_data
+from mlx_adapters.generation.live import load_model
 
 LORA, TRAINING = LoraConfig(rank=4), TrainConfig(iterations=1, batch_size=2)
 

@@ -11,13 +11,15 @@ from collections import Counter
 from pathlib import Path
 
 import mlx.core as mx
+import mlx_adapters.adapter as adapter_module
 import pytest
 from adapters import make_adapter, make_run
 
 import mlx_adapters as ma
-import mlx_adapters.adapter as adapter_module
-from mlx_adapters import files, housekeeping, locks, packing, paths, project, registry, verifying
+from mlx_adapters.adapters import keeping, packing, project, verifying
 from mlx_adapters.errors import ConfigError, ExistsError, HubError, StorageError, TrainingError
+from mlx_adapters.sources import registry
+from mlx_adapters.storage import files, locks, paths
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,7 +32,7 @@ def base(tiny_model):
 @pytest.mark.parametrize("keep_last", [2, 3, 4, 5, 6, 100])
 def test_prune_that_keeps_more_than_there_is_removes_nothing_it_should_keep(base, keep_last):
     make_run(base, "sql")
-    removed = housekeeping.prune("sql", keep_last=keep_last, keep_best=False).iterations
+    removed = keeping.prune("sql", keep_last=keep_last, keep_best=False).iterations
     assert removed == ((100,) if keep_last == 2 else ())  # 200 is in use
 
 
@@ -119,23 +121,23 @@ def test_names_that_differ_in_case_alone_are_one(base):
         registry.register(make_adapter(base), "Sql")
     registry.register(make_adapter(base), "Sql", overwrite=True)
     assert registry.names() == ["sql"]
-    housekeeping.tag("SQL", ["kept"])
-    assert housekeeping.rename("sql", "SQL").name == "SQL" and registry.names() == ["SQL"]
+    keeping.tag("SQL", ["kept"])
+    assert keeping.rename("sql", "SQL").name == "SQL" and registry.names() == ["SQL"]
     assert registry.load_adapter("sql").metadata["name"] == "SQL" and registry.read_entry(
         registry.adapter_folder("sQl")
     ).tags == ("kept",)
     with pytest.raises(ConfigError, match="already"):
-        housekeeping.rename("sql", "SQL")
+        keeping.rename("sql", "SQL")
     make_run(base, "chat")
     with pytest.raises(ExistsError, match="'sql'"):
-        housekeeping.rename("chat", "sql")
+        keeping.rename("chat", "sql")
 
 
 def test_a_pure_change_of_case_where_both_spellings_are_there(base):
     """A link stands for what a disk that knows no case does."""
     folder = make_run(base, "sql")
     (folder.parent / "SQL").symlink_to("sql")
-    assert housekeeping.rename("sql", "SQL").iterations == (100, 200, 300)
+    assert keeping.rename("sql", "SQL").iterations == (100, 200, 300)
     assert registry.names() == ["SQL"] and not (folder.parent / "SQL").is_symlink()
 
 
@@ -210,12 +212,12 @@ def state(home: Path):
 
 
 COMMANDS = {
-    "use": lambda home: housekeeping.use("a@100"),
-    "rename": lambda home: housekeeping.rename("a", "z"),
-    "tag": lambda home: housekeeping.tag("a", ["good"]),
-    "prune": lambda home: housekeeping.prune("a"),
-    "remove": lambda home: housekeeping.remove("a"),
-    "remove one": lambda home: housekeeping.remove("a@100"),
+    "use": lambda home: keeping.use("a@100"),
+    "rename": lambda home: keeping.rename("a", "z"),
+    "tag": lambda home: keeping.tag("a", ["good"]),
+    "prune": lambda home: keeping.prune("a"),
+    "remove": lambda home: keeping.remove("a"),
+    "remove one": lambda home: keeping.remove("a@100"),
     "register": lambda home: registry.register(registry.load_adapter("b"), "a", overwrite=True),
     "pack": lambda home: packing.pack("a", home / "a.tar.gz", checkpoints=True, overwrite=True),
     "init": lambda home: project.start_project(home / "project"),
@@ -268,9 +270,9 @@ def test_a_refused_use_changes_nothing(base, home, monkeypatch):
                 patch.setattr(name, lambda *_, **__: (_ for _ in ()).throw(full))
             if what != "shutil.copy2":
                 with pytest.raises(StorageError):
-                    housekeeping.use("a@100")
+                    keeping.use("a@100")
                 assert state(home) == before and sorted(p.name for p in folder.iterdir()) == kept
-    assert housekeeping.use("a@100").iteration == 100
+    assert keeping.use("a@100").iteration == 100
 
 
 # -- changes in the middle of a read ---------------------------------------------------------------------
@@ -287,7 +289,7 @@ def test_a_read_that_is_overtaken_by_a_change_is_of_the_new_version(base, monkey
     def overtaking(*arguments):
         if not overtaken:
             overtaken.append(step)
-            registry.register(other, "x", overwrite=True) if change == "overwrite" else housekeeping.use("x@300")
+            registry.register(other, "x", overwrite=True) if change == "overwrite" else keeping.use("x@300")
         return read(*arguments)
 
     monkeypatch.setattr(module, step, overtaking)
@@ -329,7 +331,7 @@ def test_a_pack_beside_changes_is_of_one_version(base, tmp_path, monkeypatch):
 
 OVERWRITE = """
 import dataclasses, sys
-from mlx_adapters import registry
+from mlx_adapters.sources import registry
 a, b = registry.load_adapter("a"), registry.load_adapter("b")
 print("ready", flush=True)
 while True:

@@ -12,19 +12,21 @@ import pytest
 from adapters import make_adapter, make_run
 from click.testing import CliRunner
 
-from mlx_adapters import files, housekeeping, paths, registry
-from mlx_adapters.adapter import write_adapter
-from mlx_adapters.benchmarking.variants import Variant
+from mlx_adapters.adapters import keeping
+from mlx_adapters.adapters.inspecting import describe
+from mlx_adapters.adapters.packing import pack
+from mlx_adapters.adapters.verifying import verify_all
 from mlx_adapters.benchmarking.worker import files_of
 from mlx_adapters.cli import cli
 from mlx_adapters.errors import NotFoundError
 from mlx_adapters.evaluation.scores import parse_score
-from mlx_adapters.hub.subject import read_subject
-from mlx_adapters.inspecting import describe
-from mlx_adapters.packing import pack
-from mlx_adapters.tensor_names import ADAPTER_OUTPUT
+from mlx_adapters.evaluation.variants import Variant
+from mlx_adapters.models.adapter import write_adapter
+from mlx_adapters.publishing.subject import read_subject
+from mlx_adapters.sources import registry
+from mlx_adapters.storage import files, paths
+from mlx_adapters.storage.tensor_names import ADAPTER_OUTPUT
 from mlx_adapters.training import state as states
-from mlx_adapters.verifying import verify_all
 
 ROWS = "".join(json.dumps({"prompt": f"List {i}.", "completion": f"SELECT {i};"}) + "\n" for i in range(20))
 
@@ -152,8 +154,8 @@ def test_all_that_we_put_into_an_adapter_is_known_to_be_ours(base, home):
     folder = make_run(base, "sql")
     states.save(folder, states.State(iteration=400), make_adapter(base).weights, {})
     files.write_json(folder / states.RECIPE_FILE, {})
-    housekeeping.use("sql@100")
-    housekeeping.tag("sql", ["good"])
+    keeping.use("sql@100")
+    keeping.tag("sql", ["good"])
     run("card", "sql", "--write", "--base-model", "x/y")
     assert len(tree(folder)) > 8 and ADAPTER_OUTPUT.strangers(folder) == []
     (folder / "notes.md").write_text("mine")

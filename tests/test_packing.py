@@ -14,11 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_registry import json_values
 
-from mlx_adapters import files, housekeeping, registry, unpacking
-from mlx_adapters.adapter import read_adapter
+from mlx_adapters.adapters import keeping
+from mlx_adapters.adapters.packing import add, pack
+from mlx_adapters.adapters.verifying import verify
 from mlx_adapters.errors import AdapterError, ConfigError, ExistsError, FormatError, NotFoundError
-from mlx_adapters.packing import add, pack
-from mlx_adapters.verifying import verify
+from mlx_adapters.models.adapter import read_adapter
+from mlx_adapters.sources import registry
+from mlx_adapters.storage import files, unpacking
 
 
 @pytest.fixture
@@ -351,7 +353,7 @@ def test_fuzzed_folders_are_added_whole_or_refused(fuzzed, tmp_path, config, par
         assert not registry.adapter_folder(folder.name).exists()
     else:
         assert registry.load_adapter(added.name).check()
-        housekeeping.remove(added.name)
+        keeping.remove(added.name)
 
 
 @FUZZ
@@ -389,5 +391,5 @@ def test_fuzzed_archives_are_added_whole_or_refused(fuzzed, tmp_path, data):
     except AdapterError as error:
         assert error.message and not registry.adapter_folder(folder.name).exists()
     else:
-        housekeeping.remove(added.name)
+        keeping.remove(added.name)
     plain.unlink(), path.unlink()

@@ -7,13 +7,14 @@ import mlx.core as mx
 import pytest
 from test_peft_import import ADAPTERS, FIXTURES, TIED, base_of, case
 
-from mlx_adapters import files
-from mlx_adapters.adapter import Adapter, AdapterConfig
+from mlx_adapters.adapters.peft_export import export_peft
+from mlx_adapters.adapters.peft_import import import_peft
 from mlx_adapters.errors import ExistsError, FormatError
-from mlx_adapters.layers import adaptable_layers, expected_shapes
-from mlx_adapters.model import load_model
-from mlx_adapters.peft_format import export_peft, import_peft
-from mlx_adapters.tensor_names import join
+from mlx_adapters.models.adapter import Adapter, AdapterConfig
+from mlx_adapters.models.layers import adaptable_layers, expected_shapes
+from mlx_adapters.models.model import load_model
+from mlx_adapters.storage import files
+from mlx_adapters.storage.tensor_names import join
 
 # One expert's zeros are added where the adapter left experts out, and a scale is divided out of float32.
 NOT_BIT_EQUAL = ("some-experts", "patterns", "patterns-rslora-dora", "fused-patterns")

@@ -6,11 +6,11 @@ import mlx.core as mx
 import pytest
 from test_peft_import import ADAPTERS, FIXTURES, base_of, case
 
-from mlx_adapters import files, tensor_files
+from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.errors import AdapterError, FormatError, IncompatibleError
-from mlx_adapters.fusion.options import FuseOptions
-from mlx_adapters.model import load_model
-from mlx_adapters.peft_format.fusing import fuse_peft
+from mlx_adapters.fusion.peft import fuse_peft
+from mlx_adapters.models.model import load_model
+from mlx_adapters.storage import files, tensor_files
 
 FUSIBLE = [
     "llama/refused/modules-to-save",
@@ -130,7 +130,7 @@ def test_another_base_is_refused(tmp_path: Path):
 
 
 def test_untying_reaches_the_config_of_the_text_model():
-    from mlx_adapters.bases import untied_config
+    from mlx_adapters.models.base import untied_config
 
     config = {
         "model_type": "mistral3",

@@ -7,11 +7,13 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_adapters import registry, tensor_files
+from mlx_adapters.adapters.peft_export import export_peft
+from mlx_adapters.adapters.peft_import import import_peft
 from mlx_adapters.errors import AdapterError, ExistsError, FormatError, IncompatibleError, NotFoundError
 from mlx_adapters.events import Note
-from mlx_adapters.model import load_model
-from mlx_adapters.peft_format import export_peft, import_peft
+from mlx_adapters.models.model import load_model
+from mlx_adapters.sources import registry
+from mlx_adapters.storage import tensor_files
 
 FIXTURES = Path(__file__).parent / "peft_fixtures"
 ADAPTERS = sorted(p.parent for p in FIXTURES.glob("*/*/adapter_config.json"))

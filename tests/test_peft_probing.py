@@ -9,18 +9,19 @@ import pytest
 from mlx.utils import tree_flatten
 from test_peft_import import ADAPTERS, FIXTURES, base_of, case
 
-from mlx_adapters import tensor_files
-from mlx_adapters.bases import resolve_base
-from mlx_adapters.door import make_module
+from mlx_adapters.adapters.peft_export import export_peft
+from mlx_adapters.adapters.peft_import import import_peft
+from mlx_adapters.checkpoints.originals import layout_of, original_shapes, sanitize_of
+from mlx_adapters.checkpoints.places import Factors, back, fold_of, through
+from mlx_adapters.checkpoints.probing import Piece, trace
+from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.errors import FidelityError
-from mlx_adapters.fusion.options import FuseOptions
-from mlx_adapters.model import load_model, load_module
-from mlx_adapters.peft_format import export_peft, import_peft
-from mlx_adapters.peft_format.checkpoint import layout_of, original_shapes, sanitize_of
-from mlx_adapters.peft_format.fusing import fuse_peft
-from mlx_adapters.peft_format.places import Factors, back, fold_of, through
-from mlx_adapters.peft_format.probing import Piece, trace
-from mlx_adapters.tensor_names import join
+from mlx_adapters.fusion.peft import fuse_peft
+from mlx_adapters.models.base import resolve_base
+from mlx_adapters.models.model import load_model, load_module
+from mlx_adapters.storage import tensor_files
+from mlx_adapters.storage.tensor_names import join
+from mlx_adapters.system.door import make_module
 
 QUIET = FuseOptions(method="nearest", check=False)
 CHANGED = ("falcon_h1", "falcon_h1-tied", "qwen3_next", "qwen3_5_text", "lfm2_moe", "qwen2_moe", "gpt2", "mixtral")

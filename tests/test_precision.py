@@ -11,7 +11,7 @@ import os, sys
 {before}
 import mlx_adapters
 early = "mlx.core" in sys.modules
-from mlx_adapters.door import mx
+from mlx_adapters.system.door import mx
 print(os.environ.get("MLX_ENABLE_TF32"), early)
 """
 

@@ -20,9 +20,9 @@ from adapters import make_run
 from click.shell_completion import ShellComplete
 
 import mlx_adapters as ma
-from mlx_adapters import registry
 from mlx_adapters.cli import _output
 from mlx_adapters.events import Progress
+from mlx_adapters.sources import registry
 
 ROOT = Path(__file__).parent.parent
 NAMES = [name for name in ma.__all__ if name != "__version__"]

@@ -9,11 +9,11 @@ import pytest
 from mlx_lm.models.mla import MultiLinear
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from mlx_adapters import quantized_check
 from mlx_adapters.errors import ModelError
-from mlx_adapters.layers import is_quantized, weight_layers
-from mlx_adapters.model import load_model
-from mlx_adapters.quantized_check import MiscomputedWarning, check_device, check_layer, kind_of
+from mlx_adapters.models import quantized_check
+from mlx_adapters.models.layers import is_quantized, weight_layers
+from mlx_adapters.models.model import load_model
+from mlx_adapters.models.quantized_check import MiscomputedWarning, check_device, check_layer, kind_of
 
 DENSE = [
     nn.Linear(64, 48),
@@ -51,7 +51,7 @@ def lying_kernel(monkeypatch):
         return y * 1.5 if x.shape[-1] == 64 and x.shape[-2] > 1 else y
 
     monkeypatch.setattr(mx, "quantized_matmul", lie)
-    monkeypatch.setattr("mlx_adapters.model.on_gpu", lambda: True)
+    monkeypatch.setattr("mlx_adapters.models.model.on_gpu", lambda: True)
 
 
 def test_wrong_layers_become_dense_with_a_warning(tiny_model, lying_kernel, monkeypatch):
@@ -89,7 +89,7 @@ def test_a_dense_copy_that_does_not_fit_is_refused(tiny_model, lying_kernel, mon
 
 
 def test_right_layers_are_left_alone(tiny_model, monkeypatch):
-    monkeypatch.setattr("mlx_adapters.model.on_gpu", lambda: True)
+    monkeypatch.setattr("mlx_adapters.models.model.on_gpu", lambda: True)
     with warnings.catch_warnings():
         warnings.simplefilter("error", MiscomputedWarning)
         model = load_model(tiny_model("qwen3_moe", bits=4))

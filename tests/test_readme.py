@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_adapters.cli import COMMANDS, cli
-from mlx_adapters.demo.base import MODEL_CARD
 from mlx_adapters.demo.catalog import write_demo_data
+from mlx_adapters.sources.demo_base import MODEL_CARD
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 

@@ -14,9 +14,11 @@ from adapters import make_adapter, make_mlx_lm_folder, make_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_adapters import files, housekeeping, locks, paths, registry
-from mlx_adapters.adapter import read_adapter
+from mlx_adapters.adapters import keeping
 from mlx_adapters.errors import ConfigError, ExistsError, FormatError, NotFoundError, TrainingError
+from mlx_adapters.models.adapter import read_adapter
+from mlx_adapters.sources import registry
+from mlx_adapters.storage import files, locks, paths
 
 TESTS = Path(__file__).parent
 
@@ -29,7 +31,7 @@ def base(tiny_model):
 def test_list_filters_by_base_and_tag_and_reads_what_is_there(base, tiny_model):
     make_run(base, "sql")
     registry.register(make_adapter(tiny_model("qwen3")), "chat")
-    housekeeping.tag("chat", ["prod"])
+    keeping.tag("chat", ["prod"])
     sql = registry.list_adapters(base=str(base))
     assert [e.name for e in sql] == ["sql"]
     assert (sql[0].iterations, sql[0].iteration, sql[0].best_validation_loss, sql[0].rank) == (
@@ -63,7 +65,7 @@ def test_a_damaged_entry_is_reported_and_hides_nothing(base, how):
     DAMAGE[how](make_run(base, "bad"))
     bad, good = registry.list_adapters()
     assert bad.problem and not good.problem
-    housekeeping.remove("bad")
+    keeping.remove("bad")
     assert registry.names() == ["good"]
 
 
@@ -85,7 +87,7 @@ def test_any_json_in_an_entry_is_read_or_reported(home, metadata, config, parame
     (entry,) = registry.list_adapters()
     assert entry.problem  # there are no weights
     assert isinstance(entry.created, str | None) and isinstance(entry.base, str | None)
-    housekeeping.best_iteration(entry)
+    keeping.best_iteration(entry)
 
 
 def test_a_folder_of_plain_mlx_lm_is_an_adapter_as_it_is(base, home):
@@ -94,94 +96,94 @@ def test_a_folder_of_plain_mlx_lm_is_an_adapter_as_it_is(base, home):
     assert (entry.name, entry.rank, entry.scale, entry.iterations, entry.problem) == ("plain", 4, 2.0, (100, 200), None)
     adapter = registry.load_adapter("plain@100")
     assert adapter.metadata["source"] == "mlx-lm" and adapter.metadata["training"]["learning_rate"] == 1e-5
-    housekeeping.tag("plain", ["old"])
+    keeping.tag("plain", ["old"])
     assert registry.list_adapters()[0].tags == ("old",) and registry.load_adapter("plain").base_name == str(base)
 
 
 def test_rename_moves_everything_and_the_new_name_counts(base):
     make_run(base, "sql")
-    housekeeping.tag("sql", ["prod"])
-    assert housekeeping.rename("sql", "queries").iterations == (100, 200, 300)
+    keeping.tag("sql", ["prod"])
+    assert keeping.rename("sql", "queries").iterations == (100, 200, 300)
     assert registry.names() == ["queries"] and registry.load_adapter("queries@100").name == "queries@100"
     make_run(base, "sql")
     with pytest.raises(ExistsError):
-        housekeeping.rename("sql", "queries")
+        keeping.rename("sql", "queries")
     with pytest.raises(ConfigError):
-        housekeeping.rename("sql", "../out")
+        keeping.rename("sql", "../out")
     with pytest.raises(NotFoundError):
-        housekeeping.rename("nobody", "somebody")
+        keeping.rename("nobody", "somebody")
     with pytest.raises(ConfigError, match="already"):
-        housekeeping.rename("sql", "sql")
+        keeping.rename("sql", "sql")
 
 
 def test_tags_are_added_and_removed(base):
     make_run(base, "sql")
-    assert housekeeping.tag("sql", ["prod", "v2"]) == ("prod", "v2")
-    assert housekeeping.tag("sql", ["best"], remove=["prod", "never"]) == ("best", "v2")
+    assert keeping.tag("sql", ["prod", "v2"]) == ("prod", "v2")
+    assert keeping.tag("sql", ["best"], remove=["prod", "never"]) == ("best", "v2")
     with pytest.raises(ConfigError, match="cannot be a tag"):
-        housekeeping.tag("sql", ["two words"])
+        keeping.tag("sql", ["two words"])
 
 
 def test_use_decides_what_the_bare_name_means(base):
     folder = make_run(base, "sql")
-    entry = housekeeping.use("sql@100")
+    entry = keeping.use("sql@100")
     assert entry.iteration == 100
     assert registry.load_adapter("sql").fingerprint == registry.load_adapter("sql@100").fingerprint
     recorded = registry.checksums_of(entry.metadata)["adapters.safetensors"]
     assert recorded == files.sha256(folder / "0000100_adapters.safetensors")
     assert files.sha256(folder / "0000200_adapters.safetensors") != recorded, "the other checkpoint is untouched"
     with pytest.raises(NotFoundError, match="no checkpoint 700") as caught:
-        housekeeping.use("sql@700")
+        keeping.use("sql@700")
     assert "100, 200, 300" in caught.value.hint
     with pytest.raises(ConfigError, match="names no checkpoint"):
-        housekeeping.use("sql")
+        keeping.use("sql")
     os.truncate(folder / "0000300_adapters.safetensors", 400)
     with pytest.raises(FormatError):
-        housekeeping.use("sql@300")
+        keeping.use("sql@300")
     assert registry.load_adapter("sql").fingerprint == registry.load_adapter("sql@100").fingerprint
 
 
 def test_prune_keeps_the_best_the_last_and_the_one_in_use(base):
     folder = make_run(base, "sql", losses=[(i, abs(i - 300) + 1.0) for i in range(100, 900, 100)])
-    housekeeping.use("sql@100")
+    keeping.use("sql@100")
     before = paths.size_on_disk(folder)
-    planned = housekeeping.prune("sql", keep_last=2, dry_run=True)
+    planned = keeping.prune("sql", keep_last=2, dry_run=True)
     assert paths.size_on_disk(folder) == before
-    done = housekeeping.prune("sql", keep_last=2)
+    done = keeping.prune("sql", keep_last=2)
     assert done == planned and done.iterations == (200, 400, 500, 600)
     assert done.freed_bytes == before - paths.size_on_disk(folder) > 0
     assert registry.read_entry(folder).iterations == (100, 300, 700, 800)
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["0000100", "0000300", "0000700", "0000800"]
     for iteration in (None, 100, 300, 700, 800):
         read_adapter(folder, iteration)
-    assert housekeeping.prune("sql", keep_best=False, keep_last=0).iterations == (300, 700, 800)
+    assert keeping.prune("sql", keep_best=False, keep_last=0).iterations == (300, 700, 800)
     assert registry.load_adapter("sql").metadata["iteration"] == 100
 
 
 def test_remove_takes_an_adapter_or_one_checkpoint(base):
     make_run(base, "sql")
-    assert housekeeping.remove("sql@100").iterations == (100,)
+    assert keeping.remove("sql@100").iterations == (100,)
     with pytest.raises(ConfigError, match="means this checkpoint"):
-        housekeeping.remove("sql@200")
+        keeping.remove("sql@200")
     with pytest.raises(NotFoundError):
-        housekeeping.remove("sql@100")
-    assert housekeeping.remove("sql").whole and registry.names() == []
+        keeping.remove("sql@100")
+    assert keeping.remove("sql").whole and registry.names() == []
     with pytest.raises(NotFoundError):
-        housekeeping.remove("sql")
+        keeping.remove("sql")
     for outside in ("./sql", "user/repo"):
         with pytest.raises(ConfigError, match="not in the registry"):
-            housekeeping.remove(outside)
+            keeping.remove(outside)
 
 
 def test_an_adapter_that_is_being_trained_is_left_alone(base):
     make_run(base, "sql")
     with locks.lock_file(registry.adapter_folder("sql")):  # as a run holds it
         for change in (
-            lambda: housekeeping.rename("sql", "other"),
-            lambda: housekeeping.remove("sql"),
-            lambda: housekeeping.prune("sql"),
-            lambda: housekeeping.use("sql@100"),
-            lambda: housekeeping.tag("sql", ["x"]),
+            lambda: keeping.rename("sql", "other"),
+            lambda: keeping.remove("sql"),
+            lambda: keeping.prune("sql"),
+            lambda: keeping.use("sql@100"),
+            lambda: keeping.tag("sql", ["x"]),
             lambda: registry.register(make_adapter(base), "sql", overwrite=True),
         ):
             with pytest.raises(TrainingError, match="is being trained"):
@@ -191,13 +193,13 @@ def test_an_adapter_that_is_being_trained_is_left_alone(base):
 
 def test_name_templates(base):
     today = time.strftime("%Y%m%d")
-    assert housekeeping.fill_template("{task}_{version}_{date}", "data/sql") == f"sql_v1_{today}"
+    assert keeping.fill_template("{task}_{version}_{date}", "data/sql") == f"sql_v1_{today}"
     registry.register(make_adapter(base), f"sql_v1_{today}")
-    assert housekeeping.fill_template("{task}_{version}_{date}", "sql") == f"sql_v2_{today}"
-    assert housekeeping.fill_template("{base}-r{rank}", "x", base="org/Qwen3 0.6B", rank=8) == "Qwen3-0.6B-r8"
+    assert keeping.fill_template("{task}_{version}_{date}", "sql") == f"sql_v2_{today}"
+    assert keeping.fill_template("{base}-r{rank}", "x", base="org/Qwen3 0.6B", rank=8) == "Qwen3-0.6B-r8"
     for bad in ("{tsk}", "{task.__class__}", "{task!r}", "{task:>9}", "{", "{}", "/{task}", "", "{0}"):
         with pytest.raises(ConfigError):
-            housekeeping.fill_template(bad, "sql")
+            keeping.fill_template(bad, "sql")
 
 
 # -- several processes ----------------------------------------------------------------------------------
@@ -213,7 +215,8 @@ def start(home: Path, code: str, *arguments: str) -> subprocess.Popen:
 
 REGISTER = """
 from adapters import make_adapter
-from mlx_adapters import housekeeping, registry
+from mlx_adapters.adapters import keeping as housekeeping
+from mlx_adapters.sources import registry
 from mlx_adapters.errors import ExistsError
 adapter, who = make_adapter(sys.argv[1], seed=int(sys.argv[2])), sys.argv[2]
 won = 0
@@ -244,7 +247,8 @@ def test_two_processes_at_once_lose_nothing(base, home):
 
 OVERWRITE = """
 from adapters import make_adapter
-from mlx_adapters import housekeeping, registry
+from mlx_adapters.adapters import keeping as housekeeping
+from mlx_adapters.sources import registry
 adapters = [make_adapter(sys.argv[1], seed=seed) for seed in (1, 2)]
 print("ready", flush=True)
 while True:
@@ -268,7 +272,7 @@ def test_a_kill_at_any_moment_leaves_one_whole_adapter(base, home):
         (entry,) = registry.list_adapters()
         assert entry.problem is None and registry.load_adapter(entry.name).fingerprint in allowed
         if entry.name == "moved":
-            housekeeping.rename("moved", "sql")
+            keeping.rename("moved", "sql")
     registry.register(make_adapter(base, seed=1), "sql", overwrite=True)
 
 

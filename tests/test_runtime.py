@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 import mlx_adapters as ma
-from mlx_adapters import layers, machine
-from mlx_adapters.adapter import Adapter, AdapterConfig, write_adapter
-from mlx_adapters.config import LoraConfig
+from mlx_adapters.config.training import LoraConfig
 from mlx_adapters.errors import ConfigError, FormatError, IncompatibleError, ModelError, NotFoundError
-from mlx_adapters.model import load_model as load_plain_model
-from mlx_adapters.runtime.live import LiveModel, load_model
+from mlx_adapters.generation.live import LiveModel, load_model
+from mlx_adapters.models import layers
+from mlx_adapters.models.adapter import Adapter, AdapterConfig, write_adapter
+from mlx_adapters.models.model import load_model as load_plain_model
 from mlx_adapters.runtime.pool import AdapterPool
+from mlx_adapters.system import machine
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2"]
 PAGE = 16_384  # bytes, on Apple silicon

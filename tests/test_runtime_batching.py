@@ -9,11 +9,11 @@ import pytest
 from test_runtime import distance, random_adapter
 
 from mlx_adapters.errors import ConfigError
-from mlx_adapters.runtime.batching import Batcher, Request, answer_all
-from mlx_adapters.runtime.live import load_model
+from mlx_adapters.generation.batching import Batcher, Request, answer_all
+from mlx_adapters.generation.live import load_model
+from mlx_adapters.generation.sampling import Sampler
+from mlx_adapters.generation.text_stream import TextStream
 from mlx_adapters.runtime.pool import AdapterPool
-from mlx_adapters.runtime.sampling import Sampler
-from mlx_adapters.runtime.text import TextStream
 
 ARCHITECTURES = ["llama", "gemma3_text", "qwen3_moe"]
 PROMPT = [5, 9, 2, 77, 31]

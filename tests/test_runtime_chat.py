@@ -16,9 +16,9 @@ from test_runtime import random_adapter
 import mlx_adapters.cli.chat as chat_module
 from mlx_adapters.cli import cli
 from mlx_adapters.errors import FormatError, ModelError, NotFoundError
-from mlx_adapters.registry import register
-from mlx_adapters.runtime.chat import Chat, read_prompts
-from mlx_adapters.runtime.live import load_model
+from mlx_adapters.generation.chat import Chat, read_prompts
+from mlx_adapters.generation.live import load_model
+from mlx_adapters.sources.registry import register
 
 OPTIONS = ["--max-tokens", "6"]
 

@@ -8,10 +8,10 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_adapters.cli import cli
+from mlx_adapters.demo import arithmetic, selftest, surroundings
+from mlx_adapters.demo.arithmetic import Numbers
 from mlx_adapters.errors import StorageError
-from mlx_adapters.model import Model
-from mlx_adapters.selftest import numbers, run, surroundings
-from mlx_adapters.selftest.numbers import Numbers
+from mlx_adapters.models.model import Model
 
 
 def test_the_block_says_what_was_checked_and_leaves_nothing(home):
@@ -24,7 +24,7 @@ def test_the_block_says_what_was_checked_and_leaves_nothing(home):
 
 
 def test_one_document_and_status_1_when_a_check_fails_or_raises(monkeypatch):
-    monkeypatch.setattr(Numbers, "generation", lambda self: numbers.Outcome(False, "off"))
+    monkeypatch.setattr(Numbers, "generation", lambda self: arithmetic.Outcome(False, "off"))
     monkeypatch.setattr(Numbers, "fused_bits", lambda self: 1 / 0)
     monkeypatch.setattr(surroundings, "home_locks", lambda: (Path.home() / "none").read_text())
     shown = CliRunner().invoke(cli, ["env", "--check", "--json"])
@@ -45,17 +45,17 @@ def checks(tmp_path):
 
 def test_a_wrong_gradient_is_noticed(checks, monkeypatch):
     assert checks.gradient().passed
-    true = numbers.Engine.gradient_of
+    true = arithmetic.Engine.gradient_of
 
     def too_long(self, probe, recompute):
         return {name: 1.1 * g for name, g in true(self, probe, recompute).items()}
 
-    monkeypatch.setattr(numbers.Engine, "gradient_of", too_long)
+    monkeypatch.setattr(arithmetic.Engine, "gradient_of", too_long)
     assert not checks.gradient().passed
 
 
 def test_a_resume_that_is_not_exact_is_noticed(checks, monkeypatch):
-    true = numbers.train
+    true = arithmetic.train
 
     def drifting(*arguments, training, resume=False, **options):
         return true(*arguments, training=training, resume=resume, **options) if not resume else None
@@ -65,17 +65,17 @@ def test_a_resume_that_is_not_exact_is_noticed(checks, monkeypatch):
         drift = {name: w + 1e-6 for name, w in adapter.weights.items()}
         return adapter.with_weights(drift) if reference.startswith("parts") else adapter
 
-    true_load = numbers.load_adapter
-    monkeypatch.setattr(numbers, "train", drifting)
-    monkeypatch.setattr(numbers, "load_adapter", another)
+    true_load = arithmetic.load_adapter
+    monkeypatch.setattr(arithmetic, "train", drifting)
+    monkeypatch.setattr(arithmetic, "load_adapter", another)
     outcome = checks.resume()
     assert not outcome.passed and "differ" in outcome.seen
 
 
 def test_a_fuse_that_loses_the_adapter_is_noticed(checks, monkeypatch):
-    true = numbers.fuse
+    true = arithmetic.fuse
     monkeypatch.setattr(
-        numbers, "fuse", lambda base, adapter, out, **options: true(base, halved(adapter), out, **options)
+        arithmetic, "fuse", lambda base, adapter, out, **options: true(base, halved(adapter), out, **options)
     )
     assert not checks.fused_bits().passed
     assert not checks.generation().passed
@@ -139,4 +139,4 @@ def test_a_home_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MLX_ADAPTERS_HOME", str(tmp_path / "file" / "home"))
     with pytest.raises(StorageError, match="no folder to write in"):
-        run.self_test()
+        selftest.self_test()

@@ -16,12 +16,12 @@ import pytest
 from test_runtime import random_adapter
 
 from mlx_adapters.errors import ConfigError, IncompatibleError
-from mlx_adapters.registry import register
-from mlx_adapters.runtime.live import load_model
+from mlx_adapters.generation.live import load_model
 from mlx_adapters.serving.errors import ApiError
 from mlx_adapters.serving.metrics import Metrics
 from mlx_adapters.serving.settings import ServeSettings, is_loopback, parse_split
 from mlx_adapters.serving.start import bind, make_engine, parse_adapter, read_keys, run_server
+from mlx_adapters.sources.registry import register
 
 PROMPT = "List all students."
 CHAT = [{"role": "user", "content": PROMPT}]
@@ -514,7 +514,7 @@ def test_a_damaged_adapter_and_a_dead_engine(registered, monkeypatch):
     with running(folder, adapters, max_adapters=1) as (address, engine):
         url, body = address + "/v1/chat/completions", {"messages": CHAT, "max_tokens": 2}
         with monkeypatch.context() as patch:
-            patch.setattr("mlx_adapters.runtime.live.load_adapter", lambda _: 1 / 0)
+            patch.setattr("mlx_adapters.generation.live.load_adapter", lambda _: 1 / 0)
             patch.setattr("mlx_adapters.serving.residents.load_adapter", lambda _: 1 / 0)
             assert httpx.post(url, json=body | {"model": "q"}).status_code == 503
         assert httpx.post(url, json=body | {"model": "q"}).status_code == 200

@@ -10,11 +10,11 @@ from click.testing import CliRunner
 from test_fusion_fuse import make_adapter
 from training_tools import write_data
 
-from mlx_adapters.adapter import StrengthWarning, read_adapter, write_adapter
 from mlx_adapters.benchmarking.run import benchmark
 from mlx_adapters.cli import cli
 from mlx_adapters.errors import FormatError
-from mlx_adapters.model import load_model
+from mlx_adapters.models.adapter import StrengthWarning, read_adapter, write_adapter
+from mlx_adapters.models.model import load_model
 from mlx_adapters.serving.residents import Served
 
 IDS = mx.array([[3, 9, 27, 81, 40, 7, 300, 12]])

@@ -7,10 +7,10 @@ import pytest
 from hostile import TEMPLATES
 from tiny_models import CHAT_TEMPLATE
 
-from mlx_adapters import templates
-from mlx_adapters.bases import resolve_base
 from mlx_adapters.errors import AdapterError, ModelError
-from mlx_adapters.model import load_model, load_tokenizer_of
+from mlx_adapters.models import templates
+from mlx_adapters.models.base import resolve_base
+from mlx_adapters.models.model import load_model, load_tokenizer_of
 
 ENDLESS = [text for text in TEMPLATES if "range(99" in text]
 
@@ -101,8 +101,8 @@ def test_a_template_renders_as_it_does_without_limits(model):
 
 
 def test_training_names_the_row(model, quick):
-    from mlx_adapters.training.data import tokenize_row
-    from mlx_adapters.training.rows import RawRow
+    from mlx_adapters.data.datasets import RawRow
+    from mlx_adapters.data.tokenizing import tokenize_row
 
     tokenizer = load_tokenizer_of(resolve_base(str(model.base.folder)))
     tokenizer.chat_template = ENDLESS[0]

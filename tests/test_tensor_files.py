@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlx_adapters.errors import FormatError
-from mlx_adapters.tensor_files import read_safetensors, read_safetensors_header
+from mlx_adapters.storage.tensor_files import read_safetensors, read_safetensors_header
 
 
 def write(path, header: dict, data: bytes):

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from mlx_adapters import check_data, split_data
-from mlx_adapters.config import TrainConfig
+from mlx_adapters.config.training import TrainConfig
+from mlx_adapters.data.checking import histogram
+from mlx_adapters.data.datasets import read_data
 from mlx_adapters.errors import ConfigError, ExistsError, FormatError, NotFoundError
-from mlx_adapters.training.checking import histogram
-from mlx_adapters.training.rows import read_data
 
 
 def write(path, rows):

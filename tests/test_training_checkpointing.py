@@ -8,16 +8,18 @@ import pytest
 from mlx.utils import tree_flatten
 from tiny_models import ARCHITECTURES, VOCABULARY
 
-from mlx_adapters.config import LoraConfig, Quantization, TrainConfig
+from mlx_adapters.config.training import LoraConfig, Quantization, TrainConfig
+from mlx_adapters.data.batches import Batch, make_batch
+from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.errors import ConfigError, ModelError
-from mlx_adapters.layers import named_layers
-from mlx_adapters.model import load_model
-from mlx_adapters.tensor_names import LORA_B, split
-from mlx_adapters.training import engine as engines
-from mlx_adapters.training import graph, losses, start
-from mlx_adapters.training.batches import Batch, make_batch
-from mlx_adapters.training.data import Row
-from mlx_adapters.training.engine import Engine, LossPlan, checkpointing_is_exact
+from mlx_adapters.models.layers import named_layers
+from mlx_adapters.models.model import load_model
+from mlx_adapters.optimization import losses
+from mlx_adapters.optimization import step as engines
+from mlx_adapters.optimization.step import Engine, LossPlan, checkpointing_is_exact
+from mlx_adapters.storage.tensor_names import LORA_B, split
+from mlx_adapters.surgery import calls
+from mlx_adapters.training import setup
 
 
 def row(length: int, seed: int) -> Row:
@@ -34,7 +36,7 @@ BATCH = make_batch([[r] for r in ROWS])
 def engine(folder, training: TrainConfig, **lora) -> Engine:
     """An engine whose lora_b is not zero, so that every tensor has a gradient."""
     model = load_model(folder)
-    keys = start.add_layers(model, LoraConfig(**{"rank": 4, "scale": 2.0, **lora}), 0).keys
+    keys = setup.add_layers(model, LoraConfig(**{"rank": 4, "scale": 2.0, **lora}), 0).keys
     weights = dict(tree_flatten(model.module.trainable_parameters()))
     for number, name in enumerate(sorted(weights)):
         if split(name)[1] == LORA_B:
@@ -85,7 +87,7 @@ def test_the_random_numbers_go_on_as_without_it(tiny_model):
     after = []
     for checkpoint in (False, True):
         gradients(engine(tiny_model(), TrainConfig(grad_checkpoint=checkpoint), dropout=0.3))
-        after.append(graph.random_key())
+        after.append(calls.random_key())
     assert mx.array_equal(*after).item()
 
 
@@ -105,17 +107,17 @@ def test_an_architecture_that_hides_a_gradient_is_refused(tiny_model, monkeypatc
 
     first.__class__ = second.__class__ = Sharing
     assert not checkpointing_is_exact(made, BATCH)
-    monkeypatch.setattr(start, "checkpointing_is_exact", lambda *_: False)
+    monkeypatch.setattr(setup, "checkpointing_is_exact", lambda *_: False)
     with pytest.raises(ConfigError) as caught:
         prepared(tiny_model(), TrainConfig(grad_checkpoint=True, batch_size=2))
     assert "--grad-checkpoint" in caught.value.hint
 
 
-def prepared(folder, training: TrainConfig) -> start.Prepared:
+def prepared(folder, training: TrainConfig) -> setup.Prepared:
     model = load_model(folder)
-    keys = start.add_layers(model, LoraConfig(rank=4), 0).keys
+    keys = setup.add_layers(model, LoraConfig(rank=4), 0).keys
     layers = dict(named_layers(model.module))
-    return start.prepare(model, training, tuple(ROWS), (), {key: layers[key] for key in keys})
+    return setup.prepare(model, training, tuple(ROWS), (), {key: layers[key] for key in keys})
 
 
 def test_what_cannot_be_differentiated_is_told_before_the_run(tiny_model, monkeypatch):

@@ -11,10 +11,11 @@ import yaml
 from click.testing import CliRunner
 from training_tools import write_data
 
-from mlx_adapters import LoraConfig, TrainConfig, files
+from mlx_adapters import LoraConfig, TrainConfig
 from mlx_adapters.cli import cli
 from mlx_adapters.errors import AdapterError, ConfigError, StorageError
-from mlx_adapters.registry import adapter_folder
+from mlx_adapters.sources.registry import adapter_folder
+from mlx_adapters.storage import files
 
 
 @pytest.fixture
@@ -317,9 +318,9 @@ def test_a_missing_reporting_package_is_told_before_anything_begins(run, monkeyp
 
 
 def test_a_run_that_will_hardly_fit_says_so(run, monkeypatch):
-    from mlx_adapters.training import memory
+    from mlx_adapters.training import forecast
 
-    monkeypatch.setattr(memory, "usable_memory_bytes", lambda: 1000)
+    monkeypatch.setattr(forecast, "usable_memory_bytes", lambda: 1000)
     done = run("--iterations", "1")
     assert done.exit_code == 0 and "This will hardly fit" in done.stderr
 

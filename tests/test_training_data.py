@@ -10,10 +10,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from mlx_adapters.data.batches import batch_sequence, epoch_batches, make_batch, pack
+from mlx_adapters.data.datasets import RawRow, read_data
+from mlx_adapters.data.tokenizing import Row, tokenize, tokenize_row
 from mlx_adapters.errors import FormatError, NotFoundError
-from mlx_adapters.training.batches import batch_sequence, epoch_batches, make_batch, pack
-from mlx_adapters.training.data import Row, tokenize, tokenize_row
-from mlx_adapters.training.rows import RawRow, read_data
 
 TEXT = "hi you are what is one two three four red blue tool call system user assistant think"
 WORDS = TEXT.split()
@@ -182,8 +182,8 @@ def test_batches_of_like_length_waste_little_padding_and_vary_by_epoch():
 def test_the_tokenizer_does_not_warn_of_rows_that_are_cut(tiny_model, monkeypatch):
     from transformers import tokenization_utils_base
 
-    from mlx_adapters.bases import resolve_base
-    from mlx_adapters.model import load_tokenizer_of
+    from mlx_adapters.models.base import resolve_base
+    from mlx_adapters.models.model import load_tokenizer_of
 
     warned = []
     monkeypatch.setattr(tokenization_utils_base.logger, "warning", lambda *a, **k: warned.append(a))

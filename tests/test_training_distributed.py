@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from training_tools import write_data
 
-from mlx_adapters import LoraConfig, TrainConfig, files, tensor_files, train
-from mlx_adapters.config import to_mapping
+from mlx_adapters import LoraConfig, TrainConfig, train
+from mlx_adapters.config.training import to_mapping
+from mlx_adapters.data.batches import epoch_batches
+from mlx_adapters.data.tokenizing import Row
+from mlx_adapters.optimization.distributed import World
+from mlx_adapters.optimization.feed import make_feed
+from mlx_adapters.storage import files, tensor_files
 from mlx_adapters.training import state as states
-from mlx_adapters.training.batches import epoch_batches
-from mlx_adapters.training.data import Row
-from mlx_adapters.training.distributed import World
-from mlx_adapters.training.feed import make_feed
 
 HERE = Path(__file__).parent
 LORA = LoraConfig(rank=4, scale=2.0, target_modules=("q_proj", "v_proj"))

@@ -9,7 +9,7 @@ from training_table import LORA, TRAINING, WAYS
 from training_tools import PowerCut, cut_after, outcome, write_data
 
 from mlx_adapters import LoraConfig, TrainConfig, train
-from mlx_adapters.registry import adapter_folder
+from mlx_adapters.sources.registry import adapter_folder
 
 CONFIGS = (LoraConfig, TrainConfig)
 

@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import pytest
 from training_tools import PowerCut, cut_after, outcome, write_data
 
-from mlx_adapters import LoraConfig, TrainConfig, files, train
+from mlx_adapters import LoraConfig, TrainConfig, train
+from mlx_adapters.adapters.keeping import fill_template, remove, tag, use
 from mlx_adapters.errors import AdapterError, FormatError, StorageError, TrainingError
 from mlx_adapters.events import CheckpointSaved, ValidationReport
-from mlx_adapters.housekeeping import fill_template, remove, tag, use
-from mlx_adapters.registry import list_adapters, load_adapter
+from mlx_adapters.optimization.step import Engine
+from mlx_adapters.sources.registry import list_adapters, load_adapter
+from mlx_adapters.storage import files
 from mlx_adapters.training import state as states
-from mlx_adapters.training.engine import Engine
 
 LORA = LoraConfig(rank=2, scale=2.0, target_modules=("q_proj",))
 OTHER = LoraConfig(rank=4, scale=2.0, target_modules=("q_proj",))
@@ -136,7 +137,7 @@ def test_a_place_that_takes_nothing_is_told_before_the_model_loads(run, tmp_path
 
 
 def test_a_full_disk_is_told_before_the_first_step(run, monkeypatch):
-    monkeypatch.setattr("mlx_adapters.paths.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr("mlx_adapters.storage.paths.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     monkeypatch.setattr(Engine, "step", lambda *a: pytest.fail("stepped"))
     with pytest.raises(StorageError, match="but the disk has 1 kB free"):
         run()

@@ -8,19 +8,20 @@ from tiny_models import VOCABULARY
 from training_tools import write_data
 
 from mlx_adapters import estimate
-from mlx_adapters.adapter import Adapter
-from mlx_adapters.bases import resolve_base
-from mlx_adapters.config import LoraConfig, Quantization, TrainConfig
+from mlx_adapters.config.fusing import FuseOptions
+from mlx_adapters.config.training import LoraConfig, Quantization, TrainConfig
+from mlx_adapters.data.batches import make_batch
+from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.fusion.fuse import fuse
-from mlx_adapters.fusion.options import FuseOptions
-from mlx_adapters.layers import dense_weight, named_layers, updated_weight
-from mlx_adapters.model import load_model, load_module
-from mlx_adapters.tensor_names import LORA_B, split
-from mlx_adapters.training import fuse_aware, losses, start
-from mlx_adapters.training.batches import make_batch
-from mlx_adapters.training.data import Row
-from mlx_adapters.training.engine import Engine, LossPlan
+from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.base import resolve_base
+from mlx_adapters.models.layers import dense_weight, named_layers, updated_weight
+from mlx_adapters.models.model import load_model, load_module
+from mlx_adapters.optimization import losses, through_rounding
+from mlx_adapters.optimization.step import Engine, LossPlan
+from mlx_adapters.storage.tensor_names import LORA_B, split
+from mlx_adapters.training import setup
 
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (3, 20)).astype(np.int32)
 ROWS = tuple(Row(tokens, np.arange(20) > 0, "here", 20) for tokens in TOKENS)
@@ -30,7 +31,7 @@ BATCH = make_batch([[row] for row in ROWS])
 def run(folder, planned: Quantization, kind: str = "lora", targets="all", strength: float = 0.05):
     """(engine, adapter) of a run that will be fused to `planned`, and has learned something."""
     model = load_model(folder)
-    config = start.add_layers(model, LoraConfig(rank=4, scale=2.0, type=kind, target_modules=targets), 0)
+    config = setup.add_layers(model, LoraConfig(rank=4, scale=2.0, type=kind, target_modules=targets), 0)
     weights = dict(tree_flatten(model.module.trainable_parameters()))
     for number, name in enumerate(sorted(weights)):
         if split(name)[1] == LORA_B:
@@ -38,7 +39,7 @@ def run(folder, planned: Quantization, kind: str = "lora", targets="all", streng
     losses.put(model.module, weights)
     layers = dict(named_layers(model.module))
     training = TrainConfig(fuse_aware=planned, batch_size=3)
-    engine = start.prepare(model, training, ROWS, (), {key: layers[key] for key in config.keys}).engine
+    engine = setup.prepare(model, training, ROWS, (), {key: layers[key] for key in config.keys}).engine
     return engine, Adapter(config, weights, {"base": resolve_base(folder).record(), "name": "tiny"})
 
 
@@ -68,7 +69,7 @@ def test_the_step_has_the_weights_that_fuse_writes(plan, dtype, tiny_model, tmp_
         for path, layer in engine.adapted.items():
             own = updated_weight(dense_weight(layer.linear), layer.lora_a, layer.lora_b, None, layer.scale)
             assert mx.array_equal(engine.rounding.stored(path, own), written[path].weight).item(), path
-        fuse_aware.round_frozen(engine.module, engine.adapted, engine.rounding)
+        through_rounding.round_frozen(engine.module, engine.adapted, engine.rounding)
         for path, layer in named_layers(engine.module):
             if path not in engine.adapted and "weight" in layer:
                 assert mx.array_equal(layer.weight, written[path].weight).item(), path
@@ -111,11 +112,11 @@ def test_other_layers_are_rounded_unless_the_base_has_that_precision(dense, tiny
     """Also where they stay quantized in memory, as on a GPU."""
     for bits, expected in ((None, True), (8, True), (2, False)):
         folder, keys = tiny_model("qwen3", bits=bits), ("model.layers.0.self_attn.q_proj",)
-        rounding = fuse_aware.plan_rounding(load_module(resolve_base(folder))[0], keys, Quantization(2, 32))
+        rounding = through_rounding.plan_rounding(load_module(resolve_base(folder))[0], keys, Quantization(2, 32))
         module = load_model(folder, dense=dense).module
         path = "model.layers.0.mlp.up_proj"
         before = dense_weight(dict(named_layers(module))[path])
-        fuse_aware.round_frozen(module, dict.fromkeys(keys), rounding)
+        through_rounding.round_frozen(module, dict.fromkeys(keys), rounding)
         after = dense_weight(dict(named_layers(module))[path])
         assert mx.array_equal(before, after).item() is not expected
         if expected:

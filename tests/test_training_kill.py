@@ -14,8 +14,8 @@ import pytest
 from training_table import WAYS
 from training_tools import outcome, write_data
 
-from mlx_adapters.config import to_mapping
-from mlx_adapters.registry import adapter_folder
+from mlx_adapters.config.training import to_mapping
+from mlx_adapters.sources.registry import adapter_folder
 from mlx_adapters.training import state as states
 
 KILLS = 2  # of each way to train

@@ -8,14 +8,16 @@ import pytest
 from mlx.utils import tree_flatten
 from tiny_models import ARCHITECTURES, VOCABULARY
 
-from mlx_adapters.config import LoraConfig, TrainConfig
-from mlx_adapters.layers import adaptable_layers, named_layers
-from mlx_adapters.model import load_model
-from mlx_adapters.tensor_names import LORA_B, block_index, split
-from mlx_adapters.training import graph, losses, start
-from mlx_adapters.training.batches import make_batch
-from mlx_adapters.training.data import Row
-from mlx_adapters.training.engine import device_batch, packing_is_exact, plan_loss
+from mlx_adapters.config.training import LoraConfig, TrainConfig
+from mlx_adapters.data.batches import make_batch
+from mlx_adapters.data.tokenizing import Row
+from mlx_adapters.models.layers import adaptable_layers, named_layers
+from mlx_adapters.models.model import load_model
+from mlx_adapters.optimization import losses
+from mlx_adapters.optimization.step import device_batch, packing_is_exact, plan_loss
+from mlx_adapters.storage.tensor_names import LORA_B, block_index, split
+from mlx_adapters.surgery import calls
+from mlx_adapters.training import setup
 
 PACKABLE = sorted(set(ARCHITECTURES) - {"gpt2"})
 
@@ -33,7 +35,7 @@ ROWS = [row(20, 1), row(33, 2), row(70, 3)]
 def adapted(folder, lora: LoraConfig):
     """A model with adapter layers whose lora_b is not zero, and its adapter weights."""
     model = load_model(folder)
-    start.add_layers(model, lora, 0)
+    setup.add_layers(model, lora, 0)
     weights = dict(tree_flatten(model.module.trainable_parameters()))
     for number, name in enumerate(sorted(weights)):
         if split(name)[1] == LORA_B:
@@ -54,7 +56,7 @@ def test_chunked_loss_and_gradient_equal_the_plain_ones(architecture, tiny_model
     blocks = {path.rpartition(".")[2] for path in adaptable_layers(load_model(folder).module) if block_index(path) == 1}
     targets = (*heads(load_model(folder)), *sorted(blocks))
     model, weights = adapted(folder, LoraConfig(rank=4, scale=2.0, target_modules=targets))
-    batch, body = device_batch(make_batch([[r] for r in ROWS])), graph.find_body(model.module)
+    batch, body = device_batch(make_batch([[r] for r in ROWS])), calls.find_body(model.module)
     head = [name for name in weights if block_index(name) is None]
     assert head
 
@@ -87,7 +89,7 @@ def test_chunks_hold_less_memory(tiny_model):
     """Peak memory with 64 rows of logits at a time is far below that with all of them."""
     folder = tiny_model("qwen3", vocab_size=40_000)
     model, weights = adapted(folder, LoraConfig(rank=4, scale=2.0, target_modules=("q_proj",)))
-    batch, body = device_batch(make_batch([[row(300, i)] for i in range(3)])), graph.find_body(model.module)
+    batch, body = device_batch(make_batch([[row(300, i)] for i in range(3)])), calls.find_body(model.module)
     peaks = {}
     for chunk in (64, 10_000):
 
@@ -108,7 +110,7 @@ def test_the_plain_loss_is_taken_where_the_split_is_not_exact(tiny_model, monkey
     probe = make_batch([[r] for r in ROWS])
     assert plan_loss(model.module, TrainConfig(), VOCABULARY, probe).body is not None
     assert plan_loss(model.module, TrainConfig(chunked_loss="off"), VOCABULARY, probe).body is None
-    monkeypatch.setattr(graph, "head_logits", lambda module, body, hidden: 2 * hidden @ mx.ones((64, VOCABULARY)))
+    monkeypatch.setattr(calls, "head_logits", lambda module, body, hidden: 2 * hidden @ mx.ones((64, VOCABULARY)))
     assert plan_loss(model.module, TrainConfig(), VOCABULARY, probe).body is None
 
 
@@ -126,7 +128,7 @@ def test_packed_rows_do_not_see_each_other(tiny_model):
     def second_loss(first: Row) -> float:
         quiet = replace(first, trained=np.zeros(len(first.tokens), bool))
         batch = device_batch(make_batch([[quiet, ROWS[2]]], packed=True))
-        cache = [graph.Segments(batch.segments[:, :-1]) for _ in module.layers]
+        cache = [calls.Segments(batch.segments[:, :-1]) for _ in module.layers]
         return losses.plain_loss(module, batch, cache).item()
 
     assert second_loss(row(30, 7)) == pytest.approx(second_loss(row(30, 8)), rel=1e-6)
@@ -136,6 +138,6 @@ def test_patches_touch_no_class_and_are_taken_back(tiny_model):
     model, _ = adapted(tiny_model(), LoraConfig(rank=4, scale=2.0))
     layer, other = model.module.layers
     kind, call = type(layer), type(layer).__call__
-    with graph.recompute(layer):
+    with calls.recompute(layer):
         assert type(other) is kind and type(layer) is not kind and isinstance(layer, kind)
     assert type(layer) is kind and kind.__call__ is call

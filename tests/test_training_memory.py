@@ -8,13 +8,13 @@ import pytest
 from training_tools import write_data
 
 from mlx_adapters import LoraConfig, TrainConfig, estimate
-from mlx_adapters.bases import resolve_base
-from mlx_adapters.door import mx
-from mlx_adapters.layers import named_layers
-from mlx_adapters.model import load_model
-from mlx_adapters.training import memory, start
-from mlx_adapters.training.data import Row
-from mlx_adapters.training.optimizers import Optimizer
+from mlx_adapters.data.tokenizing import Row
+from mlx_adapters.models.base import resolve_base
+from mlx_adapters.models.layers import named_layers
+from mlx_adapters.models.model import load_model
+from mlx_adapters.optimization.optimizers import Optimizer
+from mlx_adapters.system.door import mx
+from mlx_adapters.training import forecast, setup
 
 DEEP = {"num_hidden_layers": 10, "hidden_size": 128, "intermediate_size": 256}
 LORA, TRAINING = LoraConfig(rank=8), TrainConfig(batch_size=4)
@@ -28,9 +28,9 @@ def rows(length: int, count: int = 8) -> tuple[Row, ...]:
 
 def measured(folder, rows, lora, training) -> int:
     model = load_model(folder)
-    keys = start.add_layers(model, lora, 0).keys
+    keys = setup.add_layers(model, lora, 0).keys
     layers = dict(named_layers(model.module))
-    prepared = start.prepare(model, training, rows, (), {key: layers[key] for key in keys})
+    prepared = setup.prepare(model, training, rows, (), {key: layers[key] for key in keys})
     updates = prepared.feed.updates(0)
     mx.eval(prepared.engine.weights, prepared.engine.optimizer.arrays())
     gc.collect()
@@ -64,19 +64,19 @@ CASES = {
 def test_forecast_is_within_15_percent(case, tiny_model):
     lora, training, length = CASES[case]
     folder = tiny_model("llama", **DEEP)
-    peak = memory.forecast(resolve_base(folder), rows(length), lora, training)[0].peak_bytes
+    peak = forecast.forecast(resolve_base(folder), rows(length), lora, training)[0].peak_bytes
     assert peak == pytest.approx(measured(folder, rows(length), lora, training), rel=0.15)
 
 
 def test_parts_are_counted_exactly(tiny_model):
     folder = tiny_model("llama", **DEEP)
-    parts, _ = memory.forecast(resolve_base(folder), rows(50), LORA, TRAINING)
+    parts, _ = forecast.forecast(resolve_base(folder), rows(50), LORA, TRAINING)
     module = load_model(folder).module
     from mlx.utils import tree_flatten
 
     assert parts.weights_bytes == sum(a.nbytes for _, a in tree_flatten(module.parameters()))
     model = load_model(folder)
-    start.add_layers(model, LORA, 0)
+    setup.add_layers(model, LORA, 0)
     adapter = dict(tree_flatten(model.module.trainable_parameters()))
     assert parts.adapter_bytes == parts.gradients_bytes == sum(a.nbytes for a in adapter.values())
     state = Optimizer(TRAINING, adapter).arrays()
@@ -85,7 +85,7 @@ def test_parts_are_counted_exactly(tiny_model):
 
 def test_quantized_base_counts_as_it_is_loaded(tiny_model):
     folder = tiny_model("llama", bits=4, **DEEP)
-    parts, _ = memory.forecast(resolve_base(folder), rows(50), LORA, TRAINING)
+    parts, _ = forecast.forecast(resolve_base(folder), rows(50), LORA, TRAINING)
     from mlx.utils import tree_flatten
 
     loaded = sum(a.nbytes for _, a in tree_flatten(load_model(folder).module.parameters()))
@@ -103,10 +103,10 @@ def test_estimate_says_what_would_fit(tiny_model, tmp_path, monkeypatch):
         np.prod(layer.weight.shape) for _, layer in named_layers(load_model(folder).module) if "weight" in layer
     )
     assert found.full_finetune_bytes == 16 * total
-    monkeypatch.setattr(memory, "usable_memory_bytes", lambda: int(found.peak_bytes * 0.8))
+    monkeypatch.setattr(forecast, "usable_memory_bytes", lambda: int(found.peak_bytes * 0.8))
     tight = estimate(folder, data, lora=LORA, training=TRAINING, timed=False)
     assert not tight.fits and any(advice.startswith("--grad-checkpoint") for advice in tight.advice)
-    monkeypatch.setattr(memory, "usable_memory_bytes", lambda: 1000)
+    monkeypatch.setattr(forecast, "usable_memory_bytes", lambda: 1000)
     assert estimate(folder, data, lora=LORA, training=TRAINING, timed=False).advice == (
         "a base model of fewer parameters or bits",
     )
@@ -114,5 +114,5 @@ def test_estimate_says_what_would_fit(tiny_model, tmp_path, monkeypatch):
 
 def test_memory_grows_with_batch_and_length(tiny_model):
     base = resolve_base(tiny_model("llama", **DEEP))
-    peak = lambda training, length: memory.forecast(base, rows(length), LORA, training)[0].peak_bytes  # noqa: E731
+    peak = lambda training, length: forecast.forecast(base, rows(length), LORA, training)[0].peak_bytes  # noqa: E731
     assert peak(TRAINING, 100) < peak(TRAINING, 200) < peak(replace(TRAINING, batch_size=8), 200)

@@ -11,9 +11,9 @@ from training_tools import write_data
 from mlx_adapters import LoraConfig, Quantization, TrainConfig, train
 from mlx_adapters.errors import ConfigError, FormatError, IncompatibleError, TrainingError
 from mlx_adapters.events import CheckpointSaved, Note, TrainReport, ValidationReport
-from mlx_adapters.files import read_json
-from mlx_adapters.registry import load_adapter
-from mlx_adapters.tensor_files import read_safetensors
+from mlx_adapters.sources.registry import load_adapter
+from mlx_adapters.storage.files import read_json
+from mlx_adapters.storage.tensor_files import read_safetensors
 
 LORA = LoraConfig(rank=4, scale=2.0, target_modules=("q_proj", "v_proj"))
 BASE = TrainConfig(iterations=4, batch_size=4, learning_rate=0.01, eval_every=2, save_every=2, report_every=2)
@@ -128,7 +128,7 @@ def test_early_stop_and_best(observe):
 
 
 def test_the_best_is_one_that_was_judged_with_the_rounding(observe, monkeypatch):
-    from mlx_adapters.training.engine import Engine
+    from mlx_adapters.optimization.step import Engine
 
     losses = iter([9.0, 1.0, 3.0, 2.0, 4.0])  # at 0, 2, 4, 6 and 8
     monkeypatch.setattr(Engine, "evaluate", lambda *a: next(losses))
@@ -175,7 +175,7 @@ def test_grad_checkpoint_gives_the_same_weights_with_a_second_forward(observe, m
 
 
 def test_chunked_loss_off_computes_the_plain_loss(observe, monkeypatch):
-    from mlx_adapters.training import losses
+    from mlx_adapters.optimization import losses
 
     calls, plain = [0], losses.plain_loss
     monkeypatch.setattr(losses, "plain_loss", lambda *a: (calls.__setitem__(0, calls[0] + 1), plain(*a))[1])
@@ -282,7 +282,7 @@ def test_bad_input(observe, tiny_model, data, tmp_path):
 
 
 def test_nan_stops_at_the_last_checkpoint_and_names_the_rows(observe, tmp_path):
-    from mlx_adapters.registry import adapter_folder
+    from mlx_adapters.sources.registry import adapter_folder
 
     with pytest.raises(TrainingError, match=r"iteration \d+; rows in the batch: .*train.jsonl, line") as caught:
         observe(replace(BASE, iterations=40, learning_rate=1e19, optimizer="sgd", save_every=1, eval_every=50))

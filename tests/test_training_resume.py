@@ -8,10 +8,11 @@ import mlx.core as mx
 import pytest
 from training_tools import PowerCut, cut_after, outcome, write_data
 
-from mlx_adapters import LoraConfig, TrainConfig, files, locks, paths, temporaries, tensor_files, train
+from mlx_adapters import LoraConfig, TrainConfig, train
 from mlx_adapters.errors import ConfigError, ExistsError, FormatError, IncompatibleError, NotFoundError, TrainingError
 from mlx_adapters.events import CheckpointSaved, Note
-from mlx_adapters.registry import adapter_folder
+from mlx_adapters.sources.registry import adapter_folder
+from mlx_adapters.storage import files, locks, paths, temporaries, tensor_files
 from mlx_adapters.training import state as states
 
 LORA = LoraConfig(rank=4, scale=2.0, dropout=0.1, target_modules=("q_proj", "v_proj"))
@@ -182,7 +183,7 @@ def test_interrupts_save_and_leave_no_trace(number, tiny_model, data):
 
 def test_compiled_as_on_a_gpu_it_resumes_to_the_bit_too(tiny_model, data, monkeypatch):
     """On a GPU loss and update are compiled; here the compiled functions run on the CPU."""
-    from mlx_adapters.training import optimizers
+    from mlx_adapters.optimization import optimizers
 
     monkeypatch.setattr(optimizers, "on_gpu", lambda: True)
     settings = config(grad_checkpoint=True, iterations=7)

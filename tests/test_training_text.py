@@ -9,9 +9,10 @@ from tiny_models import CHAT_TEMPLATE
 from training_tools import PowerCut, cut_after, outcome, write_data
 from transformers.utils import chat_template_utils
 
-from mlx_adapters import LoraConfig, TrainConfig, files, train
+from mlx_adapters import LoraConfig, TrainConfig, train
 from mlx_adapters.errors import IncompatibleError
-from mlx_adapters.registry import adapter_folder
+from mlx_adapters.sources.registry import adapter_folder
+from mlx_adapters.storage import files
 
 LORA = LoraConfig(rank=2, scale=2.0, target_modules=("q_proj",))
 TRAINING = TrainConfig(iterations=6, batch_size=3, learning_rate=0.01, eval_every=2, save_every=2)
@@ -64,7 +65,7 @@ def test_another_template_tokenizer_or_config_is_named(name, changed, told, base
 
 
 def test_other_tokens_of_the_same_rows_are_named(base, data, monkeypatch):
-    from mlx_adapters.training import data as rows
+    from mlx_adapters.data import tokenizing as rows
 
     stop(base, data)
     chat = rows._chat

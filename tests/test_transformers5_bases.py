@@ -5,8 +5,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_adapters.bases import normalized_config
-from mlx_adapters.model import load_model
+from mlx_adapters.models.base import normalized_config
+from mlx_adapters.models.model import load_model
 
 FIXTURES = Path(__file__).parent / "peft_fixtures"
 BASES = sorted(p.parent for p in FIXTURES.glob("*/base")) + sorted(p.parent for p in FIXTURES.glob("rope/*/base"))

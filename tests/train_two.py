@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from mlx_adapters.config import LoraConfig, TrainConfig, from_mapping
+from mlx_adapters.config.training import LoraConfig, TrainConfig, from_mapping
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.training import loop, runs
 

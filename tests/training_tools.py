@@ -5,8 +5,8 @@ import random
 from pathlib import Path
 
 from mlx_adapters.events import Event, Progress
-from mlx_adapters.files import read_json
-from mlx_adapters.tensor_names import METADATA_FILE
+from mlx_adapters.storage.files import read_json
+from mlx_adapters.storage.tensor_names import METADATA_FILE
 
 TIMES = ("date", "duration_seconds", "command")
 

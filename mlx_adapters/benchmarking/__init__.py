@@ -1,1 +1,1 @@
-"""Measure variants of a model fairly: fresh processes, shuffled blocks, ratios with intervals, a report."""
+"""Speed and memory of variants, measured and reported."""

@@ -7,10 +7,10 @@ what the fine-tune changed in all; or, with a task score, no loss of score may b
 
 from dataclasses import dataclass
 
-from mlx_adapters.benchmarking.report import METRICS, Report, Row, ShapeRow
-from mlx_adapters.benchmarking.statistics import Ratio
-from mlx_adapters.benchmarking.text import phrase
+from mlx_adapters.benchmarking.measurements import METRICS, Report, Row, ShapeRow
+from mlx_adapters.benchmarking.words import phrase
 from mlx_adapters.errors import ConfigError
+from mlx_adapters.evaluation.statistics import Ratio
 from mlx_adapters.units import count, number, size
 
 TOLERANCE = 0.01

@@ -3,10 +3,10 @@
 from itertools import cycle, islice
 from typing import Any
 
-from mlx_adapters.door import mx
+from mlx_adapters.data.datasets import read_data
+from mlx_adapters.data.tokenizing import tokenize
 from mlx_adapters.errors import FormatError
-from mlx_adapters.training.data import tokenize
-from mlx_adapters.training.rows import read_data
+from mlx_adapters.system.door import mx
 
 
 def real_prompts(source: str, tokenizer: Any, batch: int, length: int) -> mx.array:

@@ -9,15 +9,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import files
-from mlx_adapters.adapter import Adapter
-from mlx_adapters.benchmarking.plan import BenchmarkConfig, schedule
-from mlx_adapters.benchmarking.report import Report, Run
-from mlx_adapters.benchmarking.system import system_state, warnings
-from mlx_adapters.benchmarking.variants import Variant, as_text, parse_variants, prepare, workspace
-from mlx_adapters.config import to_mapping
+from mlx_adapters.benchmarking.measurements import Report, Run
+from mlx_adapters.benchmarking.schedule import BenchmarkConfig, schedule
+from mlx_adapters.config.training import to_mapping
+from mlx_adapters.evaluation.variants import Variant, as_text, parse_variants, prepare, workspace
 from mlx_adapters.events import Note, OnEvent, Progress, ignore
-from mlx_adapters.machine import child_environment, environment, typed_command
+from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.storage import files
+from mlx_adapters.system.conditions import system_state, warnings
+from mlx_adapters.system.machine import child_environment, environment, typed_command
 
 WORKER = ("-m", "mlx_adapters.benchmarking.worker")
 
@@ -56,8 +56,8 @@ def benchmark(
 
 def check_data(prompts: str | None, quality: str | Path | None, score: str | None) -> None:
     """Read all data once before anything is measured. Raises what is wrong with it."""
+    from mlx_adapters.data.datasets import read_data
     from mlx_adapters.evaluation.scores import parse_score
-    from mlx_adapters.training.rows import read_data
 
     for source in (prompts, quality):
         if source is not None:

@@ -19,22 +19,22 @@ from typing import Any
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_adapters import files, paths
-from mlx_adapters.adapter import StrengthWarning, weights_file
-from mlx_adapters.bases import resolve_base
-from mlx_adapters.benchmarking import measure
-from mlx_adapters.benchmarking.plan import BenchmarkConfig
-from mlx_adapters.benchmarking.system import bytes_read_from_disk, drop_from_file_cache, process_memory
-from mlx_adapters.benchmarking.variants import Variant
-from mlx_adapters.config import from_mapping, require
-from mlx_adapters.door import mx
+from mlx_adapters.benchmarking import trials
+from mlx_adapters.benchmarking.schedule import BenchmarkConfig
+from mlx_adapters.config.training import from_mapping, require
 from mlx_adapters.errors import AdapterError
-from mlx_adapters.layers import adaptable_layers, is_quantized
-from mlx_adapters.machine import on_gpu
-from mlx_adapters.model import Model, load_tokenizer_of
-from mlx_adapters.quantized_check import MiscomputedWarning
-from mlx_adapters.registry import load_adapter, locate
-from mlx_adapters.runtime.live import load_model
+from mlx_adapters.evaluation.variants import Variant
+from mlx_adapters.generation.live import load_model
+from mlx_adapters.models.adapter import StrengthWarning, weights_file
+from mlx_adapters.models.base import resolve_base
+from mlx_adapters.models.layers import adaptable_layers, is_quantized
+from mlx_adapters.models.model import Model, load_tokenizer_of
+from mlx_adapters.models.quantized_check import MiscomputedWarning
+from mlx_adapters.sources.registry import load_adapter, locate
+from mlx_adapters.storage import files, paths
+from mlx_adapters.system.conditions import bytes_read_from_disk, drop_from_file_cache, process_memory
+from mlx_adapters.system.door import mx
+from mlx_adapters.system.machine import on_gpu
 
 
 def main(job_file: str, result_file: str) -> None:
@@ -59,14 +59,14 @@ def run_job(variant: Variant, config: BenchmarkConfig) -> dict[str, Any]:
     result["shapes"] = [measure_shape(model, config, shape, prompts[shape]) for shape in config.shapes]
     result |= {"process": process_memory(), "conditions": conditions(model)}
     model.detach()
-    result["weights_bytes"] = measure.bytes_of(model.module)
-    read = measure.bytes_per_token(model.module, model.config) + result["adapter_bytes"]
+    result["weights_bytes"] = trials.bytes_of(model.module)
+    read = trials.bytes_per_token(model.module, model.config) + result["adapter_bytes"]
     result["bytes_per_token"] = read
     del model
     gc.collect()
     mx.clear_cache()
     start = time.perf_counter()
-    result["bandwidth_bytes_per_second"] = measure.bandwidth(read)
+    result["bandwidth_bytes_per_second"] = trials.bandwidth(read)
     result["bandwidth_seconds"] = time.perf_counter() - start
     return result
 
@@ -127,7 +127,7 @@ def check_lengths(model: Model, config: BenchmarkConfig) -> None:
 def prompts_for(model: Model, config: BenchmarkConfig, length: int, batch: int) -> mx.array:
     """(batch, length) token ids: from the data's rows, or random ones with a fixed seed."""
     if config.data is None:
-        return measure.random_prompts(measure.vocabulary_size(model.module), batch, length, config.seed)
+        return trials.random_prompts(trials.vocabulary_size(model.module), batch, length, config.seed)
     from mlx_adapters.benchmarking.prompts import real_prompts
 
     found = real_prompts(config.data, model.tokenizer, batch, length)
@@ -138,14 +138,14 @@ def prompts_for(model: Model, config: BenchmarkConfig, length: int, batch: int) 
 def warm_up(model: Model, config: BenchmarkConfig, prompts: dict[tuple[int, int], mx.array]) -> None:
     """Run each shape once for a few tokens, so that kernels are compiled and memory is in place."""
     for tokens in prompts.values():
-        measure.run_trial(model.module, tokens, 1 + config.warmup_tokens)
+        trials.run_trial(model.module, tokens, 1 + config.warmup_tokens)
 
 
 def measure_shape(model: Model, config: BenchmarkConfig, shape: tuple[int, int], tokens: mx.array) -> dict[str, Any]:
     """All trials of one prompt length and batch size, with the peak memory while they ran."""
     mx.clear_cache()
     mx.reset_peak_memory()
-    trials = [measure.run_trial(model.module, tokens, config.decode_tokens) for _ in range(config.trials)]
+    trials = [trials.run_trial(model.module, tokens, config.decode_tokens) for _ in range(config.trials)]
     peak, first = mx.get_peak_memory(), trials[0]["token_ids"]
     for trial in trials:
         del trial["token_ids"]
@@ -165,7 +165,7 @@ def conditions(model: Model) -> dict[str, Any]:
         "fingerprint": model.base.fingerprint, "model_type": model.config.get("model_type"),
         "stored_quantization": stored, "dense": bool(stored) and not packed,
         "dtype": types.most_common(1)[0][0].removeprefix("mlx.core."),
-        "vocabulary": measure.vocabulary_size(model.module), "tokenizer": tokenizer_fingerprint(model.base.folder),
+        "vocabulary": trials.vocabulary_size(model.module), "tokenizer": tokenizer_fingerprint(model.base.folder),
     }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from mlx_adapters.cli import _output
-from mlx_adapters.config import DTYPES
+from mlx_adapters.config.training import DTYPES
 from mlx_adapters.errors import ConfigError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -23,7 +23,7 @@ class ReferenceType(click.ParamType):
     name = "ref"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from mlx_adapters.registry import parse_reference
+        from mlx_adapters.sources.registry import parse_reference
 
         try:
             return str(value) if parse_reference(str(value)) else ""
@@ -32,7 +32,7 @@ class ReferenceType(click.ParamType):
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """The names that begin so, after `NAME@` its checkpoints; if there are none, files."""
-        from mlx_adapters.registry import list_adapters, names
+        from mlx_adapters.sources.registry import list_adapters, names
 
         name, at, _ = incomplete.partition("@")
         found = [f"{name}@{n}" for e in list_adapters() if e.name == name for n in e.iterations] if at else names()
@@ -100,7 +100,7 @@ def confirm(question: str, yes: bool) -> None:
 
 def new_name(name: str, template: str | None, **known: str | int | None) -> str:
     """The name that --name and --name-template make; `known` are fields beside task, version, date and time."""
-    from mlx_adapters.housekeeping import fill_template
+    from mlx_adapters.adapters.keeping import fill_template
 
     return name if template is None else fill_template(template, name, **known)
 
@@ -175,7 +175,7 @@ def refuse_ignored(names: str, why: str) -> None:
 
 def refuse_outputs_that_are_read() -> None:
     """Raise ExistsError if a file to be written belongs to something that another parameter names."""
-    from mlx_adapters.replacing import refuse_writing_into
+    from mlx_adapters.storage.replacing import refuse_writing_into
 
     context = click.get_current_context()
     outputs, reads = list[Path](), set[str]()

@@ -47,7 +47,10 @@ def configure(quiet: bool, debug: bool) -> None:
     _quiet, _debug = quiet, debug
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported
-    for name in ("mlx_adapters.hub", "mlx_adapters.locks"):  # what happens below functions that take no on_event
+    for name in (
+        "mlx_adapters.hub",
+        "mlx_adapters.storage.locks",
+    ):  # what happens below functions that take no on_event
         log = logging.getLogger(name)
         log.setLevel(logging.INFO)
         log.handlers = [_NoteHandler()]

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from mlx_adapters.cli._options import UserPath, module_names
-from mlx_adapters.config import (
+from mlx_adapters.config.training import (
     ADAPTER_TYPES,
     DTYPES,
     MODES,
@@ -184,7 +184,7 @@ def _fuse_aware(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _own_grouping(base: str, bits: int, download: bool) -> dict[str, Any]:
     """The grouping that 'fuse --bits' will take; {} if there is none."""
-    from mlx_adapters.bases import resolve_base
+    from mlx_adapters.models.base import resolve_base
 
     try:
         return to_mapping(resolve_base(base, download).quantization_of(bits))

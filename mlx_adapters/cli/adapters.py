@@ -13,9 +13,9 @@ from mlx_adapters.cli._output import number, size
 from mlx_adapters.units import count
 
 if TYPE_CHECKING:
-    from mlx_adapters.inspecting import Comparison, Details, Layer, LayerComparison
-    from mlx_adapters.registry import Entry
-    from mlx_adapters.verifying import Verification
+    from mlx_adapters.adapters.inspecting import Comparison, Details, Layer, LayerComparison
+    from mlx_adapters.adapters.verifying import Verification
+    from mlx_adapters.sources.registry import Entry
 
 MOST_DIFFERENT = 5
 SORT_KEYS = {
@@ -42,7 +42,7 @@ def list_command(base: str | None, tag: str | None, sort: str, reverse: bool, as
     Example:
       mlx-adapters list --base demo --sort loss
     """
-    from mlx_adapters.registry import list_adapters
+    from mlx_adapters.sources.registry import list_adapters
 
     entries = sorted(list_adapters(base, tag), key=SORT_KEYS[sort], reverse=reverse)
     if as_json:
@@ -82,7 +82,7 @@ def show_command(ref: str, layers: bool, plot: Path | None, as_json: bool) -> No
     Example:
       mlx-adapters show sql@600 --plot losses.png
     """
-    from mlx_adapters.inspecting import describe
+    from mlx_adapters.adapters.inspecting import describe
 
     refuse_outputs_that_are_read()
     details = describe(ref)
@@ -163,7 +163,7 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def _losses(details: "Details") -> dict[str, list[tuple[int, float]]]:
-    from mlx_adapters.metadata import losses_of
+    from mlx_adapters.models.metadata import losses_of
 
     found = dict(zip(("training", "validation"), losses_of(details.metadata), strict=True))
     return {name: points for name, points in found.items() if points}
@@ -171,7 +171,7 @@ def _losses(details: "Details") -> dict[str, list[tuple[int, float]]]:
 
 def _show_losses(details: "Details") -> None:
     """The loss curves in the terminal, if there is more than a point."""
-    from mlx_adapters.charts import terminal
+    from mlx_adapters.display import terminal
 
     losses = _losses(details)
     if any(len(points) > 1 for points in losses.values()):
@@ -181,9 +181,9 @@ def _show_losses(details: "Details") -> None:
 
 
 def _plot(details: "Details", path: Path) -> None:
-    from mlx_adapters import files
-    from mlx_adapters.charts import png, svg
+    from mlx_adapters.display import png, svg
     from mlx_adapters.errors import ConfigError, NotFoundError
+    from mlx_adapters.storage import files
 
     formats = {".svg": lambda *chart: svg.line_chart(*chart).encode(), ".png": png.line_chart}
     draw = formats.get(path.suffix.lower())
@@ -212,7 +212,7 @@ def compare_command(a: str, b: str, data: str | None, base: str | None, layers: 
     Example:
       mlx-adapters compare sql@400 sql@600 --data data/sql
     """
-    from mlx_adapters.inspecting import compare
+    from mlx_adapters.adapters.inspecting import compare
 
     found = compare(a, b, data=data, base=base, on_event=_output.progress())
     if as_json:
@@ -268,7 +268,7 @@ def verify_command(ref: str | None, everything: bool, base: str | None, as_json:
     Example:
       mlx-adapters verify --all
     """
-    from mlx_adapters.verifying import verify, verify_all
+    from mlx_adapters.adapters.verifying import verify, verify_all
 
     if (ref is None) == (not everything):
         raise click.UsageError("Give a reference or --all.")

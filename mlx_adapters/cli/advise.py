@@ -37,10 +37,10 @@ def advise_command(
       mlx-adapters advise sql --adapters 3 --memory 8 --quality data/sql
     """
     from mlx_adapters.benchmarking.advice import advise
-    from mlx_adapters.benchmarking.report import read_report
+    from mlx_adapters.benchmarking.measurements import read_report
     from mlx_adapters.benchmarking.run import benchmark
-    from mlx_adapters.benchmarking.text import failures
-    from mlx_adapters.benchmarking.variants import short_names
+    from mlx_adapters.benchmarking.words import failures
+    from mlx_adapters.evaluation.variants import short_names
 
     if report is not None:
         measured = read_report(report)

@@ -19,7 +19,7 @@ from mlx_adapters.cli._options import (
 )
 
 if TYPE_CHECKING:
-    from mlx_adapters.benchmarking.report import Report
+    from mlx_adapters.benchmarking.measurements import Report
 
 
 class Counts(click.ParamType):
@@ -93,11 +93,11 @@ def benchmark_command(
     Example:
       mlx-adapters benchmark base sql@500 out/sql-4bit fuse:sql:8 --html report.html
     """
-    from mlx_adapters.benchmarking.changes import changes
-    from mlx_adapters.benchmarking.report import read_report
+    from mlx_adapters.benchmarking.measurements import read_report
+    from mlx_adapters.benchmarking.reports import changes
     from mlx_adapters.benchmarking.run import benchmark
-    from mlx_adapters.benchmarking.statistics import MIN_ROUNDS
-    from mlx_adapters.benchmarking.text import failures
+    from mlx_adapters.benchmarking.words import failures
+    from mlx_adapters.evaluation.statistics import MIN_ROUNDS
 
     refuse_outputs_that_are_read()
     old = read_report(against) if against else None
@@ -121,15 +121,14 @@ def benchmark_command(
 
 def save(report: "Report", output: Path | None, markdown: Path | None, html: Path | None, plots: Path | None) -> None:
     """Write the report in the forms that were asked for."""
-    from mlx_adapters import files
-    from mlx_adapters.benchmarking import html as page
-    from mlx_adapters.benchmarking import text
-    from mlx_adapters.charts import png
+    from mlx_adapters.benchmarking import page, words
+    from mlx_adapters.display import png
+    from mlx_adapters.storage import files
 
     if output:
         files.write_json(output, report.to_json())
     if markdown:
-        files.write_text(markdown, text.markdown(report))
+        files.write_text(markdown, words.markdown(report))
     if html:
         files.write_text(html, page.html(report))
     if plots:
@@ -142,15 +141,15 @@ def save(report: "Report", output: Path | None, markdown: Path | None, html: Pat
 
 def show(report: "Report", old: "Report | None" = None) -> None:
     """Head, table, differences, changes and notes, to stdout; warnings to stderr."""
-    from mlx_adapters.benchmarking import text
-    from mlx_adapters.benchmarking.changes import changes, other_conditions
+    from mlx_adapters.benchmarking import words
+    from mlx_adapters.benchmarking.reports import changes, other_conditions
 
     saved, report = report, report.readable
-    for line in text.head(report):
+    for line in words.head(report):
         _output.out(f"# {line}")
-    headers, lines = text.table(report)
+    headers, lines = words.table(report)
     _output.table(headers, lines, right=range(1, len(headers)))
-    for line in text.sentences(report):
+    for line in words.sentences(report):
         _output.out(line)
     if old is not None:
         _output.out(f"Since {old.created}:")
@@ -158,5 +157,5 @@ def show(report: "Report", old: "Report | None" = None) -> None:
             _output.out(f"  {change}")
         for note in other_conditions(saved, old):
             _output.warn(f"The older report was made under other conditions: {note}.")
-    for note in text.notes(report):
+    for note in words.notes(report):
         _output.warn(note)

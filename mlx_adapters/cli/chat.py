@@ -20,8 +20,8 @@ from mlx_adapters.cli._options import (
 from mlx_adapters.errors import AdapterError
 
 if TYPE_CHECKING:
-    from mlx_adapters.runtime.chat import Chat
-    from mlx_adapters.runtime.live import LiveModel
+    from mlx_adapters.generation.chat import Chat
+    from mlx_adapters.generation.live import LiveModel
 
 HELP = """/use NAME       answer with this adapter (attached if it is not yet)
 /base           answer without an adapter
@@ -48,7 +48,7 @@ def chat_command(
     Example:
       mlx-adapters chat --adapter sql --adapter chat
     """
-    from mlx_adapters.runtime.chat import Chat
+    from mlx_adapters.generation.chat import Chat
 
     chat = Chat(_load(base, adapters, any_base, dtype), system)
     if adapters:
@@ -90,7 +90,7 @@ def ab_command(
     Example:
       mlx-adapters ab questions.txt sql@500 sql@600
     """
-    from mlx_adapters.runtime.chat import answer_pairs, read_prompts
+    from mlx_adapters.generation.chat import answer_pairs, read_prompts
 
     questions = read_prompts(prompts)
     references = [reference for reference in dict.fromkeys((a, b)) if reference != "base"]
@@ -107,8 +107,8 @@ def ab_command(
 
 
 def _load(base: str | None, references: tuple[str, ...], any_base: bool, dtype: str) -> "LiveModel":
-    from mlx_adapters.registry import load_adapter
-    from mlx_adapters.runtime.live import load_model
+    from mlx_adapters.generation.live import load_model
+    from mlx_adapters.sources.registry import load_adapter
 
     loaded = [load_adapter(reference) for reference in references]
     base = base or next((adapter.base_name for adapter in loaded if adapter.base_name), None)

@@ -35,8 +35,8 @@ def data_check_command(
     Example:
       mlx-adapters data check data/sql --mask-prompt
     """
-    from mlx_adapters.config import TrainConfig
-    from mlx_adapters.training.checking import check_data
+    from mlx_adapters.config.training import TrainConfig
+    from mlx_adapters.data.checking import check_data
 
     settings = TrainConfig(max_seq_length=max_seq_length, mask_prompt=mask_prompt, last_turn_only=last_turn_only)
     report = check_data(data, base, settings)
@@ -89,7 +89,7 @@ def data_split_command(
     Example:
       mlx-adapters data split rows.jsonl data/mine --valid 0.1 --test 0.1
     """
-    from mlx_adapters.training.checking import split_data
+    from mlx_adapters.data.checking import split_data
 
     counts = split_data(file, out, valid=valid, test=test, seed=seed, overwrite=overwrite)
     if as_json:

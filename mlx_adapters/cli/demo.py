@@ -25,7 +25,7 @@ def demo_command(quick: bool, retrain: bool, as_json: bool) -> None:
     Example:
       mlx-adapters demo
     """
-    from mlx_adapters.benchmarking.text import failures
+    from mlx_adapters.benchmarking.words import failures
     from mlx_adapters.cli.train import Watch
     from mlx_adapters.demo.job import run_demo
 

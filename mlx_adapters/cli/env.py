@@ -26,7 +26,7 @@ def env_command(ctx: click.Context, check: bool, as_json: bool) -> None:
     if check:
         _check(ctx, as_json)
         return
-    from mlx_adapters.machine import environment
+    from mlx_adapters.system.machine import environment
 
     found = environment()
     if as_json:
@@ -54,7 +54,7 @@ def _short(value: str | float | None) -> str:
 
 
 def _check(ctx: click.Context, as_json: bool) -> None:
-    from mlx_adapters.selftest.run import self_test
+    from mlx_adapters.demo.selftest import self_test
 
     found = self_test(on_event=_output.progress())
     if as_json:

@@ -47,7 +47,7 @@ def estimate_command(
         return
     if settings.lora or settings.training:
         raise click.UsageError("The options of train need --data.")
-    from mlx_adapters.benchmarking.forecast import estimate_inference
+    from mlx_adapters.generation.memory import estimate_inference
 
     found = estimate_inference(
         settings.base, adapter, contexts=context, batch=batch, bits=bits,
@@ -74,7 +74,7 @@ def estimate_command(
 
 
 def _training(settings: Settings, as_json: bool) -> None:
-    from mlx_adapters.training.memory import estimate
+    from mlx_adapters.training.forecast import estimate
 
     lora, training = settings.lora_config(), settings.train_config()
     found = estimate(

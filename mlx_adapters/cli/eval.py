@@ -62,9 +62,9 @@ def eval_command(
     if tasks is not None:
         _public_tasks(variants, tasks, task_folder, base, max_rows, dtype, any_base, batch_size, output, as_json)
         return
-    from mlx_adapters import files
     from mlx_adapters.evaluation import evaluate as evaluation
-    from mlx_adapters.evaluation import text
+    from mlx_adapters.evaluation import reports
+    from mlx_adapters.storage import files
 
     config = evaluation.EvaluationConfig(
         split, score, reference, max_rows, max_seq_length, max_tokens, batch_size, dtype, any_base
@@ -80,9 +80,9 @@ def eval_command(
         _output.emit_json(report.to_json())
     else:
         shown = report.readable
-        headers, lines = text.table(shown)
+        headers, lines = reports.table(shown)
         _output.table(headers, lines, right=range(1, len(headers)))
-        for line in (*text.sentences(shown), *text.notes(shown)):
+        for line in (*reports.sentences(shown), *reports.notes(shown)):
             _output.out(line)
     _output.end_if_failed(f"'{e.variant}' failed: {e.error}" for e in report.readable.evaluations if e.error)
 
@@ -91,9 +91,9 @@ def _public_tasks(
     variants: tuple[str, ...], tasks: str, folder: str | None, base: str | None, max_rows: int | None, dtype: str,
     any_base: bool, batch_size: int, output: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
-    from mlx_adapters import files
-    from mlx_adapters.benchmarking.variants import short_names
     from mlx_adapters.evaluation.harness import run_tasks
+    from mlx_adapters.evaluation.variants import short_names
+    from mlx_adapters.storage import files
 
     report = run_tasks(
         variants, [task.strip() for task in tasks.split(",")], base=base, folder=folder, max_rows=max_rows,

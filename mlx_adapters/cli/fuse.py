@@ -15,12 +15,12 @@ from mlx_adapters.cli._options import (
     overwrite_option,
     refuse_ignored,
 )
-from mlx_adapters.config import DTYPES, MODES
-from mlx_adapters.fusion.options import BITS, FORMATS, METHODS
+from mlx_adapters.config.fusing import BITS, FORMATS, METHODS
+from mlx_adapters.config.training import DTYPES, MODES
 from mlx_adapters.units import count
 
 if TYPE_CHECKING:
-    from mlx_adapters.fusion.fidelity import Fidelity
+    from mlx_adapters.calibration.fidelity import Fidelity
     from mlx_adapters.fusion.result import FuseResult
 
 
@@ -87,8 +87,8 @@ def fuse_command(
       mlx-adapters fuse --again out/sql-4bit out/sql-4bit-again
       mlx-adapters fuse --check-only out/somebody-elses --adapter sql
     """
+    from mlx_adapters.config.fusing import FuseOptions
     from mlx_adapters.fusion.fuse import fuse, fuse_again, parse_precision
-    from mlx_adapters.fusion.options import FuseOptions
 
     options, on_event = FuseOptions(**settings), _output.progress()
     if check_only is not None:
@@ -110,7 +110,7 @@ def fuse_command(
     elif from_peft is not None:
         if adapters or base is None:
             raise click.UsageError("--from-peft takes --base and the folder to write, and no other adapter.")
-        from mlx_adapters.peft_format.fusing import fuse_peft
+        from mlx_adapters.fusion.peft import fuse_peft
 
         result = fuse_peft(
             from_peft, out, base=base, quantization=parse_precision(bits, group_size, mode), dtype=dtype,

@@ -18,7 +18,7 @@ def rename_command(name: str, new: str, as_json: bool) -> None:
     Example:
       mlx-adapters rename sql sql-v1
     """
-    from mlx_adapters.housekeeping import rename
+    from mlx_adapters.adapters.keeping import rename
 
     entry = rename(name, new)
     _say(f"'{name}' is now '{new}'.", entry, as_json)
@@ -36,7 +36,7 @@ def tag_command(name: str, tags: tuple[str, ...], removed: tuple[str, ...], as_j
     Example:
       mlx-adapters tag sql production --remove candidate
     """
-    from mlx_adapters.housekeeping import tag
+    from mlx_adapters.adapters.keeping import tag
 
     now = tag(name, tags, removed)
     _say(f"{name}: {', '.join(now) or 'no tags'}", {"name": name, "tags": now}, as_json)
@@ -52,7 +52,7 @@ def use_command(ref: str, as_json: bool) -> None:
     Example:
       mlx-adapters use sql@400
     """
-    from mlx_adapters.housekeeping import use
+    from mlx_adapters.adapters.keeping import use
 
     entry = use(ref)
     _say(f"'{entry.name}' now means checkpoint {entry.iteration}.", entry, as_json)
@@ -69,7 +69,7 @@ def remove_command(refs: tuple[str, ...], yes: bool, as_json: bool) -> None:
     Example:
       mlx-adapters remove sql-old sql@200 --yes
     """
-    from mlx_adapters.housekeeping import removable, remove
+    from mlx_adapters.adapters.keeping import removable, remove
 
     found = removable(refs)  # a wrong name among several removes nothing
     confirm(f"Remove {', '.join(found)} for good?", yes)
@@ -95,8 +95,8 @@ def prune_command(
     Example:
       mlx-adapters prune sql --keep-best --keep-last 2 --dry-run
     """
-    from mlx_adapters import registry
-    from mlx_adapters.housekeeping import prune
+    from mlx_adapters.adapters.keeping import prune
+    from mlx_adapters.sources import registry
 
     if bool(names) == everything:
         raise click.UsageError("Give names or --all.")

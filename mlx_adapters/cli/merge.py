@@ -16,11 +16,11 @@ from mlx_adapters.cli._options import (
     overwrite_option,
 )
 from mlx_adapters.cli._output import number
-from mlx_adapters.config import DTYPES
+from mlx_adapters.config.training import DTYPES
 from mlx_adapters.units import count
 
 if TYPE_CHECKING:
-    from mlx_adapters.adapter import Adapter
+    from mlx_adapters.models.adapter import Adapter
 
 # Written out: the table in `merging.methods` needs numpy, and `--help` must be instant. A test compares them.
 METHODS = ("cat", "svd", "linear", "ties", "dare-linear", "dare-ties", "magnitude-prune", "ties-svd",

@@ -41,7 +41,7 @@ def pack_command(source: str, target: Path, checkpoints: bool, overwrite: bool, 
     Example:
       mlx-adapters pack sql sql.tar.gz
     """
-    from mlx_adapters.packing import pack
+    from mlx_adapters.adapters.packing import pack
 
     done = pack(source, target, checkpoints=checkpoints, overwrite=overwrite, on_event=_output.progress())
     if as_json:
@@ -68,8 +68,8 @@ def add_command(
     Example:
       mlx-adapters add ./adapters --name sql
     """
-    from mlx_adapters.packing import add
-    from mlx_adapters.unpacking import MAX_BYTES
+    from mlx_adapters.adapters.packing import add
+    from mlx_adapters.storage.unpacking import MAX_BYTES
 
     on_event = _output.progress()
     limit = max_size or MAX_BYTES
@@ -93,7 +93,7 @@ def init_command(folder: Path, overwrite: bool, as_json: bool) -> None:
     Example:
       mlx-adapters init my-adapters
     """
-    from mlx_adapters.project import start_project
+    from mlx_adapters.adapters.project import start_project
 
     written = start_project(folder, overwrite=overwrite)
     if as_json:

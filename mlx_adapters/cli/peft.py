@@ -26,7 +26,7 @@ def import_peft_command(
     Example:
       mlx-adapters import-peft user/llama-sql-lora --base mlx-community/Llama-3.2-1B-Instruct-4bit --name sql
     """
-    from mlx_adapters.peft_format import import_peft
+    from mlx_adapters.adapters.peft_import import import_peft
 
     name = new_name(name, name_template, base=base)
     adapter = import_peft(source, base=base, name=name, tie=tie, overwrite=overwrite, on_event=_output.progress())
@@ -59,7 +59,7 @@ def export_peft_command(
     Example:
       mlx-adapters export-peft sql out/sql-peft --base-model Qwen/Qwen3-0.6B
     """
-    from mlx_adapters.peft_format import export_peft
+    from mlx_adapters.adapters.peft_export import export_peft
 
     result = export_peft(ref, out, base_model=base_model, base=base, overwrite=overwrite, on_event=_output.progress())
     if as_json:

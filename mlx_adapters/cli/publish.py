@@ -39,7 +39,7 @@ def publish_command(
       mlx-adapters publish sql me/sql-lora --dry-run
       mlx-adapters publish ./out/sql-4bit me/sql-4bit --public
     """
-    from mlx_adapters.hub.uploads import publish
+    from mlx_adapters.publishing.uploads import publish
 
     result = publish(
         source, repo, private=not public, dry_run=dry_run, message=message, revision=revision, create_pr=create_pr,
@@ -76,7 +76,7 @@ def download_command(repo: str, name: str | None, base: str | None, overwrite: b
       mlx-adapters download me/sql-lora --name sql
       mlx-adapters download me/sql-lora@v2 --name sql2
     """
-    from mlx_adapters.hub.downloads import download
+    from mlx_adapters.sources.downloads import download
 
     result = download(repo, name=name, base=base, overwrite=overwrite, show_progress=_output.live())
     if as_json:
@@ -108,7 +108,7 @@ def card_command(
       mlx-adapters card sql
       mlx-adapters card ./out/sql-4bit --write
     """
-    from mlx_adapters.hub.uploads import make_card, write_card
+    from mlx_adapters.publishing.uploads import make_card, write_card
 
     options = {"repo": repo, "base_model": base_model, "license": license, "benchmark": benchmark}
     if write:

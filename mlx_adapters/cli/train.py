@@ -19,7 +19,7 @@ from mlx_adapters.cli._options import (
     refuse_outputs_that_are_read,
 )
 from mlx_adapters.cli._training_options import SETTINGS, Settings, read_settings, training_options
-from mlx_adapters.config import LoraConfig, TrainConfig, to_mapping
+from mlx_adapters.config.training import LoraConfig, TrainConfig, to_mapping
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.events import Event, Note, Progress, TrainReport, ValidationReport
 from mlx_adapters.training.reporting import SERVICES
@@ -64,8 +64,8 @@ def train_command(
     if print_config:
         _print_config(settings)
         return
-    from mlx_adapters.machine import typed_command
-    from mlx_adapters.registry import load_adapter
+    from mlx_adapters.sources.registry import load_adapter
+    from mlx_adapters.system.machine import typed_command
     from mlx_adapters.training.runs import train
 
     refuse_outputs_that_are_read()
@@ -120,7 +120,7 @@ class Watch:
     """Prints reports as lines on stderr, the rest as a live line, and keeps the log."""
 
     def __init__(self, log: str | None) -> None:
-        from mlx_adapters import files
+        from mlx_adapters.storage import files
 
         if log is not None:
             files.require_writable(Path(log))
@@ -129,7 +129,7 @@ class Watch:
 
     def report_to(self, service: str, name: str, config: dict[str, Any]) -> None:
         """Send the losses to a service as well."""
-        from mlx_adapters.paths import home
+        from mlx_adapters.storage.paths import home
         from mlx_adapters.training.folder import place_of
         from mlx_adapters.training.reporting import Reporter
 
@@ -161,7 +161,7 @@ class Watch:
     def _append(self, event: Event) -> None:
         import json
 
-        from mlx_adapters import files
+        from mlx_adapters.storage import files
 
         line = {"event": type(event).__name__} | _output.plain(event)
         try:

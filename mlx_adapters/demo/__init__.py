@@ -1,1 +1,1 @@
-"""The embedded example: a real model, made-up data, a score, and the whole way from one to the other."""
+"""Whole ways at small size: the embedded example from training to figures, and the self-tests of a device."""

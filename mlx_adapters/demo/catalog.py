@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_adapters import files
 from mlx_adapters.demo import questions
 from mlx_adapters.demo.questions import PATTERNS, SPLITS, Pattern
-from mlx_adapters.replacing import Output
+from mlx_adapters.storage import files
+from mlx_adapters.storage.replacing import Output
 
 DATABASE_FILE = "catalog.sqlite"
 DATA_OUTPUT = Output("train.jsonl", r"(valid|test)\.jsonl|catalog\.sqlite")

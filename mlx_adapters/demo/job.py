@@ -6,25 +6,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from mlx_adapters import files, paths
-from mlx_adapters.benchmarking.html import html
-from mlx_adapters.benchmarking.report import Report
+from mlx_adapters.benchmarking.measurements import Report
+from mlx_adapters.benchmarking.page import html
 from mlx_adapters.benchmarking.run import benchmark
-from mlx_adapters.benchmarking.system import system_state, warnings
-from mlx_adapters.config import LoraConfig, TrainConfig
-from mlx_adapters.demo.base import DEMO_BASE, demo_base_folder
+from mlx_adapters.config.fusing import FuseOptions
+from mlx_adapters.config.training import LoraConfig, TrainConfig
+from mlx_adapters.data.datasets import spread
 from mlx_adapters.demo.catalog import DATABASE_FILE, SCHEMA_PROMPT, demo_questions, write_demo_data
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.evaluation.answers import greedy_answers
 from mlx_adapters.evaluation.sqlite import Database, is_correct
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.fusion.fuse import fuse
-from mlx_adapters.fusion.options import FuseOptions
 from mlx_adapters.fusion.result import FuseResult
-from mlx_adapters.model import Model, load_model
-from mlx_adapters.registry import adapter_folder, load_adapter, read_entry
+from mlx_adapters.models.model import Model, load_model
+from mlx_adapters.sources.demo_base import DEMO_BASE, demo_base_folder
+from mlx_adapters.sources.registry import adapter_folder, load_adapter, read_entry
+from mlx_adapters.storage import files, paths
+from mlx_adapters.system.conditions import system_state, warnings
 from mlx_adapters.training.recipe import read_recipe, settings_of
-from mlx_adapters.training.rows import spread
 from mlx_adapters.training.runs import train
 from mlx_adapters.units import count
 

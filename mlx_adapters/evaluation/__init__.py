@@ -1,1 +1,1 @@
-"""How good a model is on rows it has not seen: loss, distance from another model, task scores, with errors."""
+"""Loss, KL and task scores on rows; what is held side by side, and what repeated figures say."""

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlx_adapters.door import BatchGenerator
+from mlx_adapters.data.datasets import RawRow
+from mlx_adapters.data.tokenizing import messages_of
 from mlx_adapters.errors import FormatError
 from mlx_adapters.events import OnEvent, Progress, ignore
-from mlx_adapters.model import Model
-from mlx_adapters.training.data import messages_of
-from mlx_adapters.training.rows import RawRow
+from mlx_adapters.models.model import Model
+from mlx_adapters.system.door import BatchGenerator
 
 
 @dataclass(frozen=True)

@@ -13,21 +13,21 @@ from typing import Any
 
 import numpy as np
 
-from mlx_adapters import files
-from mlx_adapters.adapter import Adapter
-from mlx_adapters.benchmarking.statistics import Mean, mean, weighted_mean
-from mlx_adapters.benchmarking.variants import BASE, Variant, as_text, parse_variants, prepare, short_names, workspace
-from mlx_adapters.config import require
+from mlx_adapters.config.training import require
+from mlx_adapters.data.datasets import SPLITS, RawRow, read_data, spread
 from mlx_adapters.errors import AdapterError, NotFoundError
 from mlx_adapters.evaluation.answers import greedy_answers, questions
 from mlx_adapters.evaluation.scores import Score, parse_score
+from mlx_adapters.evaluation.statistics import Mean, mean, weighted_mean
 from mlx_adapters.evaluation.tokens import Batches, TokenFigures, judge, judged_rows
+from mlx_adapters.evaluation.variants import BASE, Variant, as_text, parse_variants, prepare, short_names, workspace
 from mlx_adapters.events import Note, OnEvent, ignore
-from mlx_adapters.metadata import read_metadata
-from mlx_adapters.model import Model, load_model
-from mlx_adapters.registry import changing, load_adapter, locate, names
-from mlx_adapters.tensor_names import METADATA_FILE
-from mlx_adapters.training.rows import SPLITS, RawRow, read_data, spread
+from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.metadata import read_metadata
+from mlx_adapters.models.model import Model, load_model
+from mlx_adapters.sources.registry import changing, load_adapter, locate, names
+from mlx_adapters.storage import files
+from mlx_adapters.storage.tensor_names import METADATA_FILE
 from mlx_adapters.units import count
 
 
@@ -110,8 +110,8 @@ class EvaluationReport:
         return f"EvaluationReport({', '.join(e.variant for e in self.readable.evaluations)}; {rows} of {self._source})"
 
     def _repr_html_(self) -> str:
-        from mlx_adapters.display import html_block, html_table
-        from mlx_adapters.evaluation.text import table
+        from mlx_adapters.display.notebook import html_block, html_table
+        from mlx_adapters.evaluation.reports import table
 
         return html_block(f"{self._source} ({self.data['split']})", html_table(*table(self.readable)))
 

@@ -6,13 +6,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters.adapter import Adapter
-from mlx_adapters.benchmarking.variants import Variant, as_text, parse_variants, prepare, short_names, workspace
-from mlx_adapters.door import harness_model
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError
+from mlx_adapters.evaluation.variants import Variant, as_text, parse_variants, prepare, short_names, workspace
 from mlx_adapters.events import Note, OnEvent, Progress, ignore
-from mlx_adapters.registry import load_adapter
-from mlx_adapters.runtime.live import load_model
+from mlx_adapters.generation.live import load_model
+from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.sources.registry import load_adapter
+from mlx_adapters.system.door import harness_model
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import paths
 from mlx_adapters.errors import ConfigError, FormatError, NotFoundError, did_you_mean
 from mlx_adapters.evaluation.sqlite import Database, is_correct
+from mlx_adapters.storage import paths
 
 Score = Callable[[str, str, Mapping[str, Any]], float]
 COMMAND_SECONDS = 60

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_adapters.door import mx
+from mlx_adapters.data.batches import Batch, make_batch
+from mlx_adapters.data.datasets import RawRow
+from mlx_adapters.data.tokenizing import Row, tokenize
 from mlx_adapters.errors import FormatError
 from mlx_adapters.events import OnEvent, Progress, ignore
-from mlx_adapters.machine import memory_bytes
-from mlx_adapters.model import Model
-from mlx_adapters.tensor_files import as_numpy
-from mlx_adapters.training.batches import Batch, make_batch
-from mlx_adapters.training.data import Row, tokenize
-from mlx_adapters.training.rows import RawRow
+from mlx_adapters.models.model import Model
+from mlx_adapters.storage.tensor_files import as_numpy
+from mlx_adapters.system.door import mx
+from mlx_adapters.system.machine import memory_bytes
 
 BATCH_TOKENS = 2048
 

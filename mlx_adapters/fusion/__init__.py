@@ -1,1 +1,1 @@
-"""Adapter into base weights: fuse, quantize with little loss, and measure what was lost."""
+"""One fuse, from request to result."""

@@ -5,22 +5,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters.bases import Base, resolve_base
-from mlx_adapters.door import mx
+from mlx_adapters.assembly.plan import Source, Updates, chunks
+from mlx_adapters.assembly.survival import Survival, SurvivalSum, mean_cosine, sample
+from mlx_adapters.assembly.tensors import open_job
+from mlx_adapters.calibration.blockwise import Variant
+from mlx_adapters.calibration.fidelity import Fidelity, compare
+from mlx_adapters.calibration.strategy import batches_of
+from mlx_adapters.calibration.texts import choose_text
+from mlx_adapters.config.fusing import DEFAULTS, FuseOptions
 from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.events import OnEvent, ignore
-from mlx_adapters.fusion.blocks import Variant
-from mlx_adapters.fusion.fidelity import Fidelity, compare
 from mlx_adapters.fusion.fuse import choose_base, gather_updates
-from mlx_adapters.fusion.job import open_job
-from mlx_adapters.fusion.options import DEFAULTS, FuseOptions
-from mlx_adapters.fusion.plan import Source, Updates, chunks
 from mlx_adapters.fusion.recipe import Given
-from mlx_adapters.fusion.survival import Survival, SurvivalSum, mean_cosine, sample
-from mlx_adapters.fusion.text import choose_text
-from mlx_adapters.fusion.work import batches_of
-from mlx_adapters.layers import weight_shape
-from mlx_adapters.model import load_module, load_tokenizer_of
+from mlx_adapters.models.base import Base, resolve_base
+from mlx_adapters.models.layers import weight_shape
+from mlx_adapters.models.model import load_module, load_tokenizer_of
+from mlx_adapters.system.door import mx
 
 
 @dataclass(frozen=True)

@@ -12,28 +12,28 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import files, paths, replacing
-from mlx_adapters.adapter import Adapter
-from mlx_adapters.bases import Base, resolve_base
-from mlx_adapters.config import DTYPES, QUANTIZATIONS, Quantization, from_mapping, require
-from mlx_adapters.door import mx
+from mlx_adapters.assembly.left_out import described, left_out
+from mlx_adapters.assembly.plan import Updates
+from mlx_adapters.assembly.tensors import Job, open_job
+from mlx_adapters.assembly.writing import SPARE_BYTES
+from mlx_adapters.calibration.calibrate import Spool
+from mlx_adapters.calibration.strategy import Work
+from mlx_adapters.calibration.texts import GENERAL, choose_text
+from mlx_adapters.config.fusing import DEFAULTS, FuseOptions
+from mlx_adapters.config.training import DTYPES, QUANTIZATIONS, Quantization, from_mapping, require
 from mlx_adapters.errors import ConfigError, FidelityError, IncompatibleError
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.fusion import recipe as recipes
-from mlx_adapters.fusion.calibrate import Spool
-from mlx_adapters.fusion.job import Job, open_job
-from mlx_adapters.fusion.left_out import described, left_out
-from mlx_adapters.fusion.options import DEFAULTS, FuseOptions
-from mlx_adapters.fusion.plan import Updates
 from mlx_adapters.fusion.recipe import Given, Recipe
 from mlx_adapters.fusion.result import FuseResult, report
-from mlx_adapters.fusion.stream import SPARE_BYTES
-from mlx_adapters.fusion.text import GENERAL, choose_text
-from mlx_adapters.fusion.work import Work
-from mlx_adapters.machine import versions
-from mlx_adapters.model import load_tokenizer_of
-from mlx_adapters.registry import load_adapter
-from mlx_adapters.tensor_names import RECIPE_FILE, REPORT_FILE
+from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.base import Base, resolve_base
+from mlx_adapters.models.model import load_tokenizer_of
+from mlx_adapters.sources.registry import load_adapter
+from mlx_adapters.storage import files, paths, replacing
+from mlx_adapters.storage.tensor_names import RECIPE_FILE, REPORT_FILE
+from mlx_adapters.system.door import mx
+from mlx_adapters.system.machine import versions
 from mlx_adapters.units import count
 
 NOTABLE_KL = 0.001  # nats per token that rounding to nearest may cost without a word
@@ -123,11 +123,11 @@ def _write(
     on_event: OnEvent,
 ) -> int:  # fmt: skip
     if format == "hf":
-        from mlx_adapters.fusion.hf_export import write_hf
+        from mlx_adapters.assembly.hf import write_hf
 
         return write_hf(job, folder, on_event)
     if format == "gguf":
-        from mlx_adapters.fusion.gguf_export import write_gguf
+        from mlx_adapters.assembly.gguf import write_gguf
 
         named = {mx.float32: "f32", mx.bfloat16: "bf16"}
         kind = "q8_0" if given not in ("keep", "none") else named.get(job.dtype, "f16")

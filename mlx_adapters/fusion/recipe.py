@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import files, metadata, paths
-from mlx_adapters.adapter import Adapter
-from mlx_adapters.bases import OTHER_FILE, Base, resolve_base
-from mlx_adapters.config import Quantization, from_mapping, to_mapping
+from mlx_adapters.assembly.plan import Precision
+from mlx_adapters.config.training import Quantization, from_mapping, to_mapping
 from mlx_adapters.errors import AdapterError, FormatError, IncompatibleError
-from mlx_adapters.fusion.plan import Precision
-from mlx_adapters.registry import load_adapter
-from mlx_adapters.replacing import NOTHING, Output
-from mlx_adapters.tensor_names import RECIPE_FILE, REPORT_FILE
+from mlx_adapters.models import metadata
+from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.base import OTHER_FILE, Base, resolve_base
+from mlx_adapters.sources.registry import load_adapter
+from mlx_adapters.storage import files, paths
+from mlx_adapters.storage.replacing import NOTHING, Output
+from mlx_adapters.storage.tensor_names import RECIPE_FILE, REPORT_FILE
 
 WEIGHT_FILES = ("model*.safetensors", OTHER_FILE, "*.gguf")
 # What a fused model consisted of before its report listed its files.

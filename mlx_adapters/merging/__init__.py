@@ -1,1 +1,1 @@
-"""Several adapters into one, and an adapter out of a full fine-tune."""
+"""Several adapters into one."""

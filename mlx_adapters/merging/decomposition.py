@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_adapters.config import require
+from mlx_adapters.config.training import require
 from mlx_adapters.merging.arithmetic import Matrix
 
 EXACT_UP_TO = 768

@@ -13,13 +13,9 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_adapters import files, paths, registry, replacing, tensor_files
-from mlx_adapters.adapter import Adapter, AdapterConfig
-from mlx_adapters.bases import Base, resolve_base
-from mlx_adapters.config import LoraConfig
+from mlx_adapters.config.training import LoraConfig
 from mlx_adapters.errors import FormatError, IncompatibleError
 from mlx_adapters.events import Note, OnEvent, Progress, ignore
-from mlx_adapters.layers import EMBEDDING, adaptable_layers, dense_weight, resolve_target_modules, weight_shape
 from mlx_adapters.merging.arithmetic import Matrix
 from mlx_adapters.merging.decomposition import (
     Decomposition,
@@ -28,10 +24,15 @@ from mlx_adapters.merging.decomposition import (
     join_decompositions,
     kept_energy,
 )
-from mlx_adapters.merging.updates import Update, tensors_of
-from mlx_adapters.model import load_module
-from mlx_adapters.tensor_files import as_numpy
-from mlx_adapters.tensor_names import ADAPTER_FILE, ADAPTER_OUTPUT, CONFIG_FILE, QUANTIZED_LEAVES, WEIGHT, join
+from mlx_adapters.models.adapter import Adapter, AdapterConfig
+from mlx_adapters.models.base import Base, resolve_base
+from mlx_adapters.models.layers import EMBEDDING, adaptable_layers, dense_weight, resolve_target_modules, weight_shape
+from mlx_adapters.models.low_rank import Update, tensors_of
+from mlx_adapters.models.model import load_module
+from mlx_adapters.sources import registry
+from mlx_adapters.storage import files, paths, replacing, tensor_files
+from mlx_adapters.storage.tensor_files import as_numpy
+from mlx_adapters.storage.tensor_names import ADAPTER_FILE, ADAPTER_OUTPUT, CONFIG_FILE, QUANTIZED_LEAVES, WEIGHT, join
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.merging import arithmetic
 from mlx_adapters.merging.arithmetic import Matrix, SignMethod
 from mlx_adapters.merging.decomposition import Decomposition, decompose_matrix, decompose_product, join_decompositions
-from mlx_adapters.merging.updates import Update, stack
+from mlx_adapters.models.low_rank import Update, stack
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,17 +14,18 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 
-from mlx_adapters import files, paths, registry, replacing
-from mlx_adapters.adapter import Adapter, AdapterConfig, weights_file
-from mlx_adapters.config import DTYPES, require
+from mlx_adapters.config.training import DTYPES, require
 from mlx_adapters.errors import ConfigError, IncompatibleError, did_you_mean
 from mlx_adapters.events import OnEvent, Progress, ignore
 from mlx_adapters.merging.arithmetic import SIGN_METHODS, SignMethod
 from mlx_adapters.merging.decomposition import Decomposition, check_rank, kept_energy, pad_rank
 from mlx_adapters.merging.methods import METHODS, Method, Options, merge_updates
-from mlx_adapters.merging.updates import Update, factors_of, stack_tensors, tensors_of, update_of
-from mlx_adapters.metadata import base_of
-from mlx_adapters.tensor_names import ADAPTER_FILE, LORA_A, LORA_B, join, natural_order
+from mlx_adapters.models.adapter import Adapter, AdapterConfig, weights_file
+from mlx_adapters.models.low_rank import Update, factors_of, stack_tensors, tensors_of, update_of
+from mlx_adapters.models.metadata import base_of
+from mlx_adapters.sources import registry
+from mlx_adapters.storage import files, paths, replacing
+from mlx_adapters.storage.tensor_names import ADAPTER_FILE, LORA_A, LORA_B, join, natural_order
 from mlx_adapters.units import count
 
 Source = Adapter | str

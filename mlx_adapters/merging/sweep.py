@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlx_adapters import registry
-from mlx_adapters.adapter import Adapter
-from mlx_adapters.config import require
+from mlx_adapters.config.training import require
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.events import OnEvent, ignore
 from mlx_adapters.merging.recipes import Source, interpolate
+from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.sources import registry
 
 MAX_SEQ_LENGTH = 2048
 
@@ -56,9 +56,9 @@ def losses_on(
 
     The base is loaded once. Raises ConfigError, NotFoundError, FormatError or IncompatibleError.
     """
+    from mlx_adapters.data.datasets import read_data
     from mlx_adapters.evaluation.tokens import Batches, judge, judged_rows
-    from mlx_adapters.model import load_model
-    from mlx_adapters.training.rows import read_data
+    from mlx_adapters.models.model import load_model
 
     read = read_data(data, judging=True)
     rows = read.rows(read.judging)

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from mlx_adapters import tensor_names
+from mlx_adapters.checkpoints.places import Places
 from mlx_adapters.errors import FormatError, IncompatibleError
-from mlx_adapters.layers import SWITCH, nn, weight_shape
-from mlx_adapters.peft_format.places import Places
+from mlx_adapters.models.layers import SWITCH, nn, weight_shape
 from mlx_adapters.peft_format.reading import PeftAdapter, PeftModule
 from mlx_adapters.peft_format.updates import Update, check_shape, strength, unified
-from mlx_adapters.tensor_names import DOWN, FUSED_DOWN, FUSED_GATE_UP, GATE, UP
+from mlx_adapters.storage import tensor_names
+from mlx_adapters.storage.tensor_names import DOWN, FUSED_DOWN, FUSED_GATE_UP, GATE, UP
 
 
 def expert_updates(found: Mapping[str, tuple[str, int]], peft: PeftAdapter, places: Places) -> list[Update]:

@@ -11,12 +11,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_adapters import tensor_names
-from mlx_adapters.adapter import Adapter
+from mlx_adapters.checkpoints.places import Factors, Fold, back, fold_of
+from mlx_adapters.checkpoints.probing import Layout
 from mlx_adapters.errors import FormatError
-from mlx_adapters.peft_format.places import Factors, Fold, back, fold_of
-from mlx_adapters.peft_format.probing import Layout
-from mlx_adapters.tensor_names import (
+from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.storage import tensor_names
+from mlx_adapters.storage.tensor_names import (
     DOWN,
     EMBEDDINGS,
     FAN_IN_FAN_OUT,

@@ -11,11 +11,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_adapters import files, paths, tensor_files, tensor_names
-from mlx_adapters.adapter import first_not_finite
 from mlx_adapters.errors import FormatError, NotFoundError
+from mlx_adapters.models.adapter import first_not_finite
 from mlx_adapters.peft_format.settings import FUSE_HINT, PeftSettings
-from mlx_adapters.tensor_names import CONFIG_FILE, PEFT_PICKLE_FILE, PEFT_PREFIX, PEFT_SCALE, PEFT_WEIGHTS_FILE
+from mlx_adapters.storage import files, paths, tensor_files, tensor_names
+from mlx_adapters.storage.tensor_names import CONFIG_FILE, PEFT_PICKLE_FILE, PEFT_PREFIX, PEFT_SCALE, PEFT_WEIGHTS_FILE
 
 DTYPES = ("F32", "F16", "BF16")
 TOKEN_ROWS = "trainable_tokens_delta"

@@ -5,18 +5,18 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from mlx_adapters import tensor_names
-from mlx_adapters.adapter import Adapter, AdapterConfig
+from mlx_adapters.checkpoints.places import Factors, Fold, Places, through
+from mlx_adapters.checkpoints.probing import Layout, Piece
 from mlx_adapters.errors import FormatError, IncompatibleError
-from mlx_adapters.layers import EMBEDDING, SWITCH, nn
+from mlx_adapters.models.adapter import Adapter, AdapterConfig
+from mlx_adapters.models.layers import EMBEDDING, SWITCH, nn
 from mlx_adapters.peft_format.experts import expert_updates, fused_updates
-from mlx_adapters.peft_format.places import Factors, Fold, Places, through
-from mlx_adapters.peft_format.probing import Layout, Piece
 from mlx_adapters.peft_format.reading import PeftAdapter, PeftModule
 from mlx_adapters.peft_format.settings import FUSE_HINT
 from mlx_adapters.peft_format.tying import one_ended, repeated_head
 from mlx_adapters.peft_format.updates import Update, check_shape, strength, unified
-from mlx_adapters.tensor_names import (
+from mlx_adapters.storage import tensor_names
+from mlx_adapters.storage.tensor_names import (
     DOWN,
     EMBEDDINGS,
     FUSED_DOWN,

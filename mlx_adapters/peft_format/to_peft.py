@@ -10,14 +10,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_adapters import tensor_names
-from mlx_adapters.adapter import Adapter
+from mlx_adapters.checkpoints.places import Fold
 from mlx_adapters.errors import FormatError
+from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.peft_format.own_form import Facts, PeftForm, own_form, tensors_of, unloaded
-from mlx_adapters.peft_format.places import Fold
 from mlx_adapters.peft_format.settings import PeftSettings
 from mlx_adapters.peft_format.to_mlx import FUSED
-from mlx_adapters.tensor_names import (
+from mlx_adapters.storage import tensor_names
+from mlx_adapters.storage.tensor_names import (
     DOWN,
     EMBEDDINGS,
     FUSED_DOWN,

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
-from mlx_adapters.layers import nn, tied
+from mlx_adapters.models.layers import nn, tied
 from mlx_adapters.peft_format.reading import PeftAdapter, PeftModule
-from mlx_adapters.tensor_names import EMBEDDINGS, HEADS, POSITIONS, WEIGHT, split
+from mlx_adapters.storage.tensor_names import EMBEDDINGS, HEADS, POSITIONS, WEIGHT, split
 
 
 def is_head(path: str) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from mlx_adapters.errors import FormatError, IncompatibleError
-from mlx_adapters.layers import EMBEDDING, nn, weight_shape
+from mlx_adapters.models.layers import EMBEDDING, nn, weight_shape
 from mlx_adapters.peft_format.reading import PeftAdapter, PeftModule
 from mlx_adapters.peft_format.tying import is_head
 

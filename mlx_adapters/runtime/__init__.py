@@ -1,1 +1,1 @@
-"""Many adapters on one base: layers made for inference, switching, mixed batches."""
+"""Adapters at work inside layers."""

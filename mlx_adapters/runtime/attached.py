@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from mlx_adapters.adapter import Adapter
+from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.runtime.factors import Factors, combine
-from mlx_adapters.runtime.layers import Site
+from mlx_adapters.runtime.sites import Site
 
 
 @dataclass(eq=False)

@@ -16,10 +16,10 @@ Both factors are stored with the contracted axis last, as matrix-vector kernels 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlx_adapters.adapter import Adapter
-from mlx_adapters.door import mx, nn
-from mlx_adapters.layers import EMBEDDING, LINEAR, SWITCH, dense_weight
-from mlx_adapters.machine import on_gpu
+from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.layers import EMBEDDING, LINEAR, SWITCH, dense_weight
+from mlx_adapters.system.door import mx, nn
+from mlx_adapters.system.machine import on_gpu
 
 
 def stored(b: mx.array) -> mx.array:

@@ -12,15 +12,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mlx_adapters.adapter import Adapter
-from mlx_adapters.config import require
-from mlx_adapters.door import mx, nn
+from mlx_adapters.config.training import require
 from mlx_adapters.errors import IncompatibleError, NotFoundError, did_you_mean
-from mlx_adapters.layers import SWITCH, adaptable_layers, check_fits, compute_dtype
-from mlx_adapters.machine import on_gpu
+from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.layers import SWITCH, adaptable_layers, check_fits, compute_dtype
+from mlx_adapters.runtime.additions import ForAll
 from mlx_adapters.runtime.attached import Attached, Selection, combined, is_mixture, same
 from mlx_adapters.runtime.factors import prepare
-from mlx_adapters.runtime.layers import (
+from mlx_adapters.runtime.sites import (
     Group,
     Site,
     at_path,
@@ -31,7 +30,8 @@ from mlx_adapters.runtime.layers import (
     wrap,
 )
 from mlx_adapters.runtime.stacks import Stacks, part
-from mlx_adapters.runtime.updates import ForAll
+from mlx_adapters.system.door import mx, nn
+from mlx_adapters.system.machine import on_gpu
 
 
 @dataclass(frozen=True)

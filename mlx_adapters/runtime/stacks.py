@@ -6,12 +6,12 @@ another adapter's rank, and a batch computes with the stacks of its own adapters
 
 from collections.abc import Iterable, Sequence
 
-from mlx_adapters.door import mx
-from mlx_adapters.layers import LINEAR
+from mlx_adapters.models.layers import LINEAR
+from mlx_adapters.runtime.additions import InTurn, PerRow, Rows, Update
 from mlx_adapters.runtime.attached import Attached
 from mlx_adapters.runtime.factors import Factors, own, slot_of, stack
-from mlx_adapters.runtime.layers import Site
-from mlx_adapters.runtime.updates import InTurn, PerRow, Rows, Update
+from mlx_adapters.runtime.sites import Site
+from mlx_adapters.system.door import mx
 
 
 class Stacks:

@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server for one base and many adapters."""
+"""OpenAI's protocol over one base and many adapters."""

@@ -10,18 +10,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from mlx_adapters.config import require
-from mlx_adapters.door import mx
+from mlx_adapters.config.training import require
 from mlx_adapters.errors import AdapterError, did_you_mean
-from mlx_adapters.runtime.batching import Batcher, Request, Token
-from mlx_adapters.runtime.live import LiveModel
-from mlx_adapters.runtime.sampling import Sampler
-from mlx_adapters.runtime.text import TextStream
+from mlx_adapters.generation.batching import Batcher, Request, Token
+from mlx_adapters.generation.live import LiveModel
+from mlx_adapters.generation.sampling import Sampler
+from mlx_adapters.generation.text_stream import TextStream
 from mlx_adapters.serving.errors import ApiError
 from mlx_adapters.serving.jobs import Job, Piece, log
 from mlx_adapters.serving.metrics import Metrics
 from mlx_adapters.serving.residents import Residents, Served
 from mlx_adapters.serving.settings import ServeSettings
+from mlx_adapters.system.door import mx
 
 PATIENCE = 1.0  # seconds that others may overtake a job whose adapter finds no room
 

@@ -5,8 +5,8 @@ import logging
 import time
 from dataclasses import dataclass, field
 
-from mlx_adapters.runtime.batching import Request, Token
-from mlx_adapters.runtime.text import TextStream
+from mlx_adapters.generation.batching import Request, Token
+from mlx_adapters.generation.text_stream import TextStream
 from mlx_adapters.serving.errors import ApiError
 
 log = logging.getLogger("mlx_adapters.serve")

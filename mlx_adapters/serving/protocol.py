@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_adapters.errors import did_you_mean
-from mlx_adapters.runtime.batching import Token
+from mlx_adapters.generation.batching import Token
 from mlx_adapters.serving.errors import ApiError
 
 DEFAULT_MAX_TOKENS = 512

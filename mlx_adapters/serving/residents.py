@@ -8,14 +8,14 @@ import itertools
 import math
 from dataclasses import dataclass
 
-from mlx_adapters.adapter import Adapter
-from mlx_adapters.config import require
+from mlx_adapters.config.training import require
 from mlx_adapters.errors import IncompatibleError
-from mlx_adapters.registry import load_adapter
+from mlx_adapters.generation.live import LiveModel
+from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.runtime.attached import Attached
-from mlx_adapters.runtime.live import LiveModel
 from mlx_adapters.serving.metrics import Metrics
 from mlx_adapters.serving.settings import ServeSettings
+from mlx_adapters.sources.registry import load_adapter
 
 
 @dataclass(eq=False)

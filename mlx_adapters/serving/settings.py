@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mlx_adapters.config import require
+from mlx_adapters.config.training import require
 from mlx_adapters.errors import ConfigError
-from mlx_adapters.registry import NAME
+from mlx_adapters.sources.registry import NAME
 
 MAX_SECONDS = 1_000_000
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from mlx_adapters.config import require
+from mlx_adapters.config.training import require
 from mlx_adapters.errors import ConfigError, NotFoundError
-from mlx_adapters.layers import check_fits, check_made_for
-from mlx_adapters.registry import check_name, parse_reference
-from mlx_adapters.runtime.live import load_model
+from mlx_adapters.generation.live import load_model
+from mlx_adapters.models.layers import check_fits, check_made_for
 from mlx_adapters.serving.engine import Engine
 from mlx_adapters.serving.residents import Served
 from mlx_adapters.serving.settings import ServeSettings, check_names
+from mlx_adapters.sources.registry import check_name, parse_reference
 
 
 def parse_adapter(text: str) -> tuple[str, str]:

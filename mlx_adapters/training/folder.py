@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import files, locks, origin, paths, registry, replacing
-from mlx_adapters.adapter import AdapterConfig, Weights
-from mlx_adapters.config import LoraConfig, TrainConfig
+from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.errors import AdapterError, ConfigError
-from mlx_adapters.machine import versions
-from mlx_adapters.registry import Reference
-from mlx_adapters.tensor_names import ADAPTER_FILE, ADAPTER_OUTPUT, CONFIG_FILE, METADATA_FILE
+from mlx_adapters.models.adapter import AdapterConfig, Weights
+from mlx_adapters.sources import origin, registry
+from mlx_adapters.sources.registry import Reference
+from mlx_adapters.storage import files, locks, paths, replacing
+from mlx_adapters.storage.tensor_names import ADAPTER_FILE, ADAPTER_OUTPUT, CONFIG_FILE, METADATA_FILE
+from mlx_adapters.system.machine import versions
 from mlx_adapters.training import state as states
 from mlx_adapters.training.recipe import settings_of
 from mlx_adapters.training.state import RECIPE_FILE, State

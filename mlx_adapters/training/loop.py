@@ -13,18 +13,18 @@ from typing import NoReturn
 
 import numpy as np
 
-from mlx_adapters.config import TrainConfig
-from mlx_adapters.door import mx
+from mlx_adapters.config.training import TrainConfig
+from mlx_adapters.data.batches import Batch
 from mlx_adapters.errors import TrainingError
 from mlx_adapters.events import CheckpointSaved, Event, Note, OnEvent, Progress, TrainReport, ValidationReport
+from mlx_adapters.optimization.distributed import LostPeerError
+from mlx_adapters.optimization.feed import Feed
+from mlx_adapters.optimization.optimizers import learning_rate
+from mlx_adapters.optimization.step import Engine
+from mlx_adapters.system.door import mx
 from mlx_adapters.training import state as states
-from mlx_adapters.training.batches import Batch
-from mlx_adapters.training.distributed import LostPeerError
-from mlx_adapters.training.engine import Engine
-from mlx_adapters.training.feed import Feed
 from mlx_adapters.training.folder import RunFolder
 from mlx_adapters.training.interrupt import Interrupt
-from mlx_adapters.training.optimizers import learning_rate
 from mlx_adapters.training.state import State
 from mlx_adapters.units import duration, number
 

@@ -7,12 +7,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import files, metadata
-from mlx_adapters.bases import Base
-from mlx_adapters.config import LoraConfig, TrainConfig, from_mapping, to_mapping
+from mlx_adapters.config.training import LoraConfig, TrainConfig, from_mapping, to_mapping
+from mlx_adapters.data.datasets import DataSet
+from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.errors import FormatError, IncompatibleError, NotFoundError
-from mlx_adapters.training.data import Row
-from mlx_adapters.training.rows import DataSet
+from mlx_adapters.models import metadata
+from mlx_adapters.models.base import Base
+from mlx_adapters.storage import files
 from mlx_adapters.training.state import RECIPE_FILE, VERSION
 
 KINDS = metadata.Whole(

@@ -6,26 +6,27 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import replacing
-from mlx_adapters.adapter import Adapter
-from mlx_adapters.bases import Base, resolve_base
-from mlx_adapters.config import LoraConfig, TrainConfig, require
+from mlx_adapters.config.training import LoraConfig, TrainConfig, require
+from mlx_adapters.data.datasets import DataSet, read_data
+from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.errors import ConfigError, FormatError, TrainingError
 from mlx_adapters.events import Note, OnEvent, ignore
-from mlx_adapters.layers import named_layers
-from mlx_adapters.model import load_model, load_tokenizer_of
-from mlx_adapters.registry import Reference, load_adapter, training_lock
-from mlx_adapters.tensor_names import ADAPTER_OUTPUT
-from mlx_adapters.training import distributed, start
+from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.base import Base, resolve_base
+from mlx_adapters.models.layers import named_layers
+from mlx_adapters.models.model import load_model, load_tokenizer_of
+from mlx_adapters.optimization import distributed
+from mlx_adapters.optimization.distributed import World
+from mlx_adapters.sources.registry import Reference, load_adapter, training_lock
+from mlx_adapters.storage import replacing
+from mlx_adapters.storage.tensor_names import ADAPTER_OUTPUT
+from mlx_adapters.training import setup
 from mlx_adapters.training import state as states
-from mlx_adapters.training.data import Row
-from mlx_adapters.training.distributed import World
 from mlx_adapters.training.folder import RunFolder, place_of
+from mlx_adapters.training.forecast import estimate_rows
 from mlx_adapters.training.interrupt import Interrupt
 from mlx_adapters.training.loop import Loop
-from mlx_adapters.training.memory import estimate_rows
 from mlx_adapters.training.recipe import make_recipe, read_recipe, require_same, settings_of, text_record
-from mlx_adapters.training.rows import DataSet, read_data
 from mlx_adapters.training.state import Checkpoint, State
 from mlx_adapters.units import count, duration, size
 
@@ -55,7 +56,7 @@ class TrainRun:
         return f"TrainRun(best {self.best}, final {self.final}{loss}, {self.trained_tokens:,} trained tokens)"
 
     def _repr_html_(self) -> str:
-        from mlx_adapters.display import html_block, html_facts, loss_curve
+        from mlx_adapters.display.notebook import html_block, html_facts, loss_curve
 
         facts = {
             "best": self.best, "final": self.final, "best validation loss": self.best_validation_loss,
@@ -119,7 +120,7 @@ def train(
     if base is None or data is None:
         raise ConfigError("A new run needs a base model and data.", "give both, or resume a run.")
     adapter = load_adapter(init_from) if init_from is not None else None
-    lora = lora or (start.lora_of(adapter) if adapter else LoraConfig())
+    lora = lora or (setup.lora_of(adapter) if adapter else LoraConfig())
     request = _Request(
         resolve_base(base),
         read_data(data),
@@ -245,24 +246,24 @@ def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None
     if resumed:
         require_same(folder.recipe, recipe, str(folder.reference))
     tokenizer = load_tokenizer_of(request.base)
-    with start.template_date(datetime.fromisoformat(recipe["started"])):
+    with setup.template_date(datetime.fromisoformat(recipe["started"])):
         rows, held_out = (
-            start.tokenize_split(request.data, s, tokenizer, training, request.on_event) for s in ("train", "valid")
+            setup.tokenize_split(request.data, s, tokenizer, training, request.on_event) for s in ("train", "valid")
         )
     recipe["text"] = text_record(tokenizer, {"train": rows, "valid": held_out})
     if resumed:
         require_same(folder.recipe, recipe, str(folder.reference))
-    start.require_validation(held_out, training, request.on_event)
-    start.require_readable((*rows, *held_out), request.base)
+    setup.require_validation(held_out, training, request.on_event)
+    setup.require_readable((*rows, *held_out), request.base)
     if request.forecast:
         _tell_forecast(request, rows)
     model = load_model(request.base, dtype=training.dtype)
-    config = start.add_layers(model, lora, training.seed)
+    config = setup.add_layers(model, lora, training.seed)
     if request.adapter is not None:
-        start.initialize_from(model, config, request.adapter)
+        setup.initialize_from(model, config, request.adapter)
     adapted = dict(named_layers(model.module))
     adapted = {key: adapted[key] for key in config.keys}
-    prepared = start.prepare(model, training, rows, held_out, adapted, request.world)
+    prepared = setup.prepare(model, training, rows, held_out, adapted, request.world)
     folder.adapter = config
     engine = prepared.engine
     request.world.share(lambda: folder.update_recipe(recipe))

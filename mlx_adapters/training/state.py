@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters import files, temporaries, tensor_files
-from mlx_adapters.adapter import Weights
 from mlx_adapters.errors import AdapterError, FormatError
-from mlx_adapters.tensor_names import (
+from mlx_adapters.models.adapter import Weights
+from mlx_adapters.storage import files, temporaries, tensor_files
+from mlx_adapters.storage.tensor_names import (
     ADAPTER_FILE,
     CHECKPOINT_FILE,
     CHECKPOINT_OUTPUT,

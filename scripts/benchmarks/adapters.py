@@ -54,7 +54,7 @@ def random_adapter(seed, dtype, blocks=BLOCKS):
     """An adapter with trained-looking factors on every linear layer of `blocks` blocks."""
     import mlx.core as mx
 
-    from mlx_adapters.adapter import Adapter, AdapterConfig
+    from mlx_adapters.models.adapter import Adapter, AdapterConfig
 
     mx.random.seed(seed)
     weights = {}
@@ -69,7 +69,7 @@ def random_adapter(seed, dtype, blocks=BLOCKS):
 
 
 def bench_list(options):
-    from mlx_adapters import registry
+    from mlx_adapters.sources import registry
 
     folder = registry.adapters_folder()
     template = random_adapter(0, "bfloat16")
@@ -119,8 +119,8 @@ def copy_time(options, *paths):
 
 
 def bench_merge(options):
-    from mlx_adapters import registry
     from mlx_adapters.merging.recipes import merge
+    from mlx_adapters.sources import registry
 
     for dtype in ("float32", "bfloat16"):
         names = [f"{dtype}-{seed}" for seed in (0, 1)]
@@ -152,8 +152,8 @@ def link_apart(paths):
 
 
 def bench_pack(options):
-    from mlx_adapters import registry
-    from mlx_adapters.packing import add, pack
+    from mlx_adapters.adapters.packing import add, pack
+    from mlx_adapters.sources import registry
 
     registry.register(random_adapter(0, "bfloat16"), "packed", overwrite=True)
     target = Path(os.environ["MLX_ADAPTERS_HOME"]) / "packed.tar.gz"
@@ -163,7 +163,8 @@ def bench_pack(options):
 
 
 def bench_peft(options):
-    from mlx_adapters.peft_format import export_peft, import_peft
+    from mlx_adapters.adapters.peft_export import export_peft
+    from mlx_adapters.adapters.peft_import import import_peft
 
     home = Path(os.environ["MLX_ADAPTERS_HOME"])
     base = sparse_base(home / "base")

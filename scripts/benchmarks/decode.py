@@ -23,13 +23,13 @@ from mlx_lm.models import llama, qwen2
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.lora import LoRALinear
 
-from mlx_adapters.adapter import Adapter, AdapterConfig
-from mlx_adapters.config import LoraConfig
-from mlx_adapters.layers import adaptable_layers, resolve_target_modules, weight_shape
+from mlx_adapters.config.training import LoraConfig
+from mlx_adapters.models.adapter import Adapter, AdapterConfig
+from mlx_adapters.models.layers import adaptable_layers, resolve_target_modules, weight_shape
 from mlx_adapters.runtime import pool as pool_module
-from mlx_adapters.runtime.layers import replace_layers
+from mlx_adapters.runtime.additions import ForAll
 from mlx_adapters.runtime.pool import AdapterPool
-from mlx_adapters.runtime.updates import ForAll
+from mlx_adapters.runtime.sites import replace_layers
 
 SHAPES = {
     "8b": (llama, dict(model_type="llama", hidden_size=4096, num_hidden_layers=32, intermediate_size=14336,

@@ -42,7 +42,7 @@ def base_folder(name: str, work: Path):
 
 def rows_of(batch_size: int, length: int, vocabulary: int) -> list:
     """Random rows, two thirds of each trained."""
-    from mlx_adapters.training.data import Row
+    from mlx_adapters.data.tokenizing import Row
 
     random = np.random.default_rng(0)
     trained = np.arange(length) >= length // 3
@@ -54,23 +54,23 @@ def rows_of(batch_size: int, length: int, vocabulary: int) -> list:
 
 def one(number: int, measure: bool, work: Path) -> int:
     """Bytes predicted or measured for a setting, in this process."""
-    from mlx_adapters.bases import resolve_base
-    from mlx_adapters.config import LoraConfig, TrainConfig
-    from mlx_adapters.door import mx
-    from mlx_adapters.layers import named_layers
-    from mlx_adapters.model import load_model
-    from mlx_adapters.training import memory, start
+    from mlx_adapters.config.training import LoraConfig, TrainConfig
+    from mlx_adapters.models.base import resolve_base
+    from mlx_adapters.models.layers import named_layers
+    from mlx_adapters.models.model import load_model
+    from mlx_adapters.system.door import mx
+    from mlx_adapters.training import forecast, setup
 
     _, name, lora, training, shape = SETTINGS[number]
     base = resolve_base(base_folder(name, work))
     config = TrainConfig(batch_size=shape["batch_size"], **training)
     rows = rows_of(shape["batch_size"], shape["length"], base.config["vocab_size"])
     if not measure:
-        return memory.forecast(base, rows, LoraConfig(**lora), config)[0].peak_bytes
+        return forecast.forecast(base, rows, LoraConfig(**lora), config)[0].peak_bytes
     model = load_model(base)
-    keys = start.add_layers(model, LoraConfig(**lora), 0).keys
+    keys = setup.add_layers(model, LoraConfig(**lora), 0).keys
     layers = dict(named_layers(model.module))
-    engine, feed, _ = vars(start.prepare(model, config, tuple(rows), (), {k: layers[k] for k in keys})).values()
+    engine, feed, _ = vars(setup.prepare(model, config, tuple(rows), (), {k: layers[k] for k in keys})).values()
     mx.clear_cache()
     mx.reset_peak_memory()
     updates = feed.updates(0)

@@ -38,10 +38,10 @@ class Judge:
     """Judges fused folders by the adapter model, whose predictions are computed once."""
 
     def __init__(self, base, adapter, text):
-        from mlx_adapters.bases import resolve_base
-        from mlx_adapters.fusion.blocks import Variant
-        from mlx_adapters.fusion.plan import Updates
-        from mlx_adapters.fusion.work import batches_of
+        from mlx_adapters.assembly.plan import Updates
+        from mlx_adapters.calibration.blockwise import Variant
+        from mlx_adapters.calibration.strategy import batches_of
+        from mlx_adapters.models.base import resolve_base
 
         self.batches = batches_of(text.check)
         found, updates = resolve_base(base), Updates(((adapter, 1.0),))
@@ -50,15 +50,15 @@ class Judge:
 
     def folder(self, folder):
         """Figures of one fused model."""
-        from mlx_adapters.bases import resolve_base
-        from mlx_adapters.fusion.blocks import Variant
+        from mlx_adapters.calibration.blockwise import Variant
+        from mlx_adapters.models.base import resolve_base
 
         return self._figures(self._logs(Variant(resolve_base(folder), None, lambda _: True)))
 
     def _logs(self, variant):
         import mlx.core as mx
 
-        from mlx_adapters.fusion.fidelity import hidden_states
+        from mlx_adapters.calibration.fidelity import hidden_states
 
         logs = []
         for batch, hidden in zip(self.batches, hidden_states([variant], self.batches)[0], strict=True):
@@ -84,10 +84,10 @@ class Judge:
 
 def bits_per_weight(folder, base):
     """All tensors' bits over the numbers they stand for."""
-    from mlx_adapters import tensor_files
-    from mlx_adapters.bases import resolve_base
-    from mlx_adapters.fusion.job import open_job
-    from mlx_adapters.fusion.plan import Updates
+    from mlx_adapters.assembly.plan import Updates
+    from mlx_adapters.assembly.tensors import open_job
+    from mlx_adapters.models.base import resolve_base
+    from mlx_adapters.storage import tensor_files
 
     paths = sorted(Path(folder).glob("model*.safetensors"))
     headers = [tensor_files.read_safetensors_header(path)[0] for path in paths]
@@ -104,11 +104,11 @@ class Bench:
 
     def prepare(self, base_of=None):
         """Adapter, base and judge; `base_of` makes the base from the one given (default: 4 bits)."""
-        from mlx_adapters.adapter import write_adapter
-        from mlx_adapters.bases import resolve_base
-        from mlx_adapters.fusion.text import GENERAL, choose_text
-        from mlx_adapters.model import load_tokenizer_of
-        from mlx_adapters.registry import load_adapter
+        from mlx_adapters.calibration.texts import GENERAL, choose_text
+        from mlx_adapters.models.adapter import write_adapter
+        from mlx_adapters.models.base import resolve_base
+        from mlx_adapters.models.model import load_tokenizer_of
+        from mlx_adapters.sources.registry import load_adapter
 
         a = self.arguments
         loaded = load_adapter(a.adapter)
@@ -132,7 +132,7 @@ class Bench:
             self.show(f"{name}: KL {figures['kl']:.4g}, loss {figures['loss']:.4f}, same top {figures['same_top']:.4f}")
 
     def _four_bits(self, given):
-        from mlx_adapters.bases import resolve_base
+        from mlx_adapters.models.base import resolve_base
 
         wanted = {"bits": 4, "group_size": self.arguments.group_size}
         found = resolve_base(given).config.get("quantization") or {}
@@ -244,7 +244,7 @@ def detours(bench):
 def light(bench):
     """An adapter whose update is under 1 % of the weights."""
     bench.prepare()
-    from mlx_adapters.registry import load_adapter
+    from mlx_adapters.sources.registry import load_adapter
 
     out = str(bench.work / "light")
     factor = in_process("light_adapter", base=bench.base, adapter=bench.adapter, out=out, most=0.0099)["value"]
@@ -370,7 +370,7 @@ def parse():
 
 def main():
     arguments = parse()
-    from mlx_adapters.machine import environment
+    from mlx_adapters.system.machine import environment
 
     machine = environment()
     print(f"# {machine.device_name}, {machine.cores} cores, {machine.system}, {machine.blas}; {machine.versions}")

@@ -20,13 +20,13 @@ import mlx_adapters as ma  # isort: skip  (before mlx: it loads the fast BLAS on
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_adapters import layers
-from mlx_adapters.adapter import Adapter, AdapterConfig
-from mlx_adapters.benchmarking.system import peak_resident_bytes
-from mlx_adapters.config import LoraConfig
-from mlx_adapters.door import load_mlx_model
+from mlx_adapters.config.fusing import FuseOptions
+from mlx_adapters.config.training import LoraConfig
 from mlx_adapters.events import Note, Progress
-from mlx_adapters.fusion.options import FuseOptions
+from mlx_adapters.models import layers
+from mlx_adapters.models.adapter import Adapter, AdapterConfig
+from mlx_adapters.system.conditions import peak_resident_bytes
+from mlx_adapters.system.door import load_mlx_model
 
 WIDE = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32,
         "vocab_size": 32000, "max_position_embeddings": 4096}  # fmt: skip

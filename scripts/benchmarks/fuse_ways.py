@@ -15,7 +15,7 @@ import json, os, sys, time
 import mlx_adapters
 import mlx.core as mx
 import mlx_lm.fuse, mlx_adapters.fusion.fuse  # what both need is not timed
-from mlx_adapters.benchmarking.system import process_memory
+from mlx_adapters.system.conditions import process_memory
 sys.path.insert(0, {scripts!r})
 import fuse_ways
 arguments = json.loads(sys.argv[1])
@@ -56,10 +56,10 @@ def dense_base(base, out, bits=None, group_size=64):
     """The base unquantized in bfloat16; with `bits`, quantized from that by mlx-lm's own quantizer."""
     from mlx_lm.utils import quantize_model
 
-    from mlx_adapters.bases import resolve_base
-    from mlx_adapters.door import mx
-    from mlx_adapters.layers import dequantize_layers
-    from mlx_adapters.model import load_module
+    from mlx_adapters.models.base import resolve_base
+    from mlx_adapters.models.layers import dequantize_layers
+    from mlx_adapters.models.model import load_module
+    from mlx_adapters.system.door import mx
 
     found = resolve_base(base)
     module, config = load_module(found)
@@ -77,11 +77,11 @@ def light_adapter(base, adapter, out, most):
 
     import mlx.core as mx
 
-    from mlx_adapters.adapter import write_adapter
-    from mlx_adapters.bases import resolve_base
-    from mlx_adapters.fusion.plan import Source, Updates
-    from mlx_adapters.model import load_module
-    from mlx_adapters.registry import load_adapter
+    from mlx_adapters.assembly.plan import Source, Updates
+    from mlx_adapters.models.adapter import write_adapter
+    from mlx_adapters.models.base import resolve_base
+    from mlx_adapters.models.model import load_module
+    from mlx_adapters.sources.registry import load_adapter
 
     given, source = load_adapter(adapter), Source.of(load_module(resolve_base(base))[0])
     updates, shares = Updates(((given, 1.0),)), []
@@ -95,9 +95,9 @@ def light_adapter(base, adapter, out, most):
 
 def ours(base, adapter, out, precision="keep", dtype="auto", **options):
     """mlx_adapters.fuse; its check is left out unless asked for, because all methods are judged alike."""
-    from mlx_adapters.config import Quantization
+    from mlx_adapters.config.fusing import FuseOptions
+    from mlx_adapters.config.training import Quantization
     from mlx_adapters.fusion.fuse import fuse
-    from mlx_adapters.fusion.options import FuseOptions
 
     if isinstance(precision, list):
         precision = Quantization(*precision)
@@ -123,8 +123,8 @@ def convert(model, out, group_size):
 
 def _dense(model, calibration, rows):
     """The fused, unquantized model in float32, and the tokens of our calibration rows."""
-    from mlx_adapters.fusion.text import choose_text
-    from mlx_adapters.model import load_model
+    from mlx_adapters.calibration.texts import choose_text
+    from mlx_adapters.models.model import load_model
 
     loaded = load_model(model, dtype="float32", dense=True)
     text = choose_text(calibration, [], loaded.tokenizer, rows, 64)
@@ -144,7 +144,7 @@ def _save(base, module, config, out):
     import mlx.core as mx
     from mlx_lm.utils import save_config, save_model
 
-    from mlx_adapters.fusion.stream import copy_companions
+    from mlx_adapters.assembly.writing import copy_companions
 
     module.set_dtype(mx.bfloat16)
     save_model(out, module)
@@ -229,12 +229,12 @@ def _learning(layer):
 
 def score(model, data, questions, adapter=None):
     """(right answers, questions), decoded greedily: what queries return if the data has a database, else the text."""
+    from mlx_adapters.data.datasets import read_data
     from mlx_adapters.evaluation.answers import greedy_answers
     from mlx_adapters.evaluation.answers import questions as as_questions
     from mlx_adapters.evaluation.scores import parse_score
-    from mlx_adapters.model import load_model
-    from mlx_adapters.registry import load_adapter
-    from mlx_adapters.training.rows import read_data
+    from mlx_adapters.models.model import load_model
+    from mlx_adapters.sources.registry import load_adapter
 
     test = read_data(data).rows("test")
     count = min(questions, len(test))
@@ -257,11 +257,11 @@ def random_model(out, bits, **config):
     import mlx.core as mx
     from tiny_models import build_model
 
-    from mlx_adapters.adapter import Adapter, AdapterConfig, write_adapter
-    from mlx_adapters.bases import resolve_base
-    from mlx_adapters.config import LoraConfig
-    from mlx_adapters.layers import adaptable_layers, expected_shapes, resolve_target_modules
-    from mlx_adapters.model import load_module
+    from mlx_adapters.config.training import LoraConfig
+    from mlx_adapters.models.adapter import Adapter, AdapterConfig, write_adapter
+    from mlx_adapters.models.base import resolve_base
+    from mlx_adapters.models.layers import adaptable_layers, expected_shapes, resolve_target_modules
+    from mlx_adapters.models.model import load_module
 
     build_model(Path(out) / "plain", "llama", **({"dtype": "bfloat16"} | SMOLLM2 | config))
     dense_base(str(Path(out) / "plain"), str(Path(out) / "base"), bits)

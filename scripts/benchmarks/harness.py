@@ -29,16 +29,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import mlx_adapters  # (before MLX: it loads the fast BLAS on Linux)
-from mlx_adapters import files
-from mlx_adapters.bases import resolve_base
-from mlx_adapters.benchmarking import measure, text, worker
 from mlx_adapters.benchmarking import run as running
-from mlx_adapters.benchmarking.changes import changes
-from mlx_adapters.benchmarking.plan import BenchmarkConfig
-from mlx_adapters.benchmarking.variants import Variant, workspace
-from mlx_adapters.config import to_mapping
-from mlx_adapters.door import mx
-from mlx_adapters.machine import on_gpu
+from mlx_adapters.benchmarking import trials, words, worker
+from mlx_adapters.benchmarking.reports import changes
+from mlx_adapters.benchmarking.schedule import BenchmarkConfig
+from mlx_adapters.config.training import to_mapping
+from mlx_adapters.evaluation.variants import Variant, workspace
+from mlx_adapters.models.base import resolve_base
+from mlx_adapters.storage import files
+from mlx_adapters.system.door import mx
+from mlx_adapters.system.machine import on_gpu
 
 SPEEDS = ("decode_tps", "prefill_tps")
 TESTS = Path(__file__).resolve().parents[2] / "tests"
@@ -56,8 +56,8 @@ def build(folder, width, blocks):
 
 def slow_down(factor, clock):
     """Make every step of this process `factor` times as long; 1 only waits for it, as the slower one does."""
-    fast = measure.step
-    measure.time = SimpleNamespace(perf_counter=clock)
+    fast = trials.step
+    trials.time = SimpleNamespace(perf_counter=clock)
 
     def step(module, cache, tokens):
         start = clock()
@@ -68,15 +68,15 @@ def slow_down(factor, clock):
             pass
         return result
 
-    measure.step = step
+    trials.step = step
 
 
 def work(job_file, result_file, clock):
     """What a process of the benchmark does; a variant that begins with "slow" is slowed by 5 %."""
     label = json.loads(Path(job_file).read_text())["variant"]["label"]
     slow_down(1.05 if label.startswith("slow") else 1.0, clock)
-    bandwidth = measure.bandwidth
-    measure.bandwidth = lambda size_bytes: bandwidth(size_bytes, seconds=0.01)  # judged by nobody here
+    bandwidth = trials.bandwidth
+    trials.bandwidth = lambda size_bytes: bandwidth(size_bytes, seconds=0.01)  # judged by nobody here
     worker.main(job_file, result_file)
 
 
@@ -139,7 +139,7 @@ def repeat(options, model, folder):
         variants = [Variant(name, str(model)) for name in ("one", "two", "slow")]
         reports.append(running.run(variants, config, lambda _: None, folder, arguments))
         twins, slow = claims(reports[-1])
-        print(f"{len(reports)}: twins differ {twins}, slow {text.phrase('decode_tps', slow)}", flush=True)
+        print(f"{len(reports)}: twins differ {twins}, slow {words.phrase('decode_tps', slow)}", flush=True)
     return reports
 
 

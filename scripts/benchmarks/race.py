@@ -29,11 +29,11 @@ from pathlib import Path
 import race_legs
 
 import mlx_adapters  # (before MLX: it loads the fast BLAS on Linux)
-from mlx_adapters import files
-from mlx_adapters.benchmarking.plan import schedule
-from mlx_adapters.benchmarking.statistics import paired_ratio, summarize
-from mlx_adapters.benchmarking.system import system_state, warnings
-from mlx_adapters.machine import environment, on_gpu
+from mlx_adapters.benchmarking.schedule import schedule
+from mlx_adapters.evaluation.statistics import paired_ratio, summarize
+from mlx_adapters.storage import files
+from mlx_adapters.system.conditions import system_state, warnings
+from mlx_adapters.system.machine import environment, on_gpu
 from mlx_adapters.units import duration, format_table, number, size
 
 SIDES = ("ours", "mlx-lm")
@@ -50,8 +50,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 def prepare(place, options):
     """Base, its dense copy for a CPU, two adapters and data, in `place`."""
-    from mlx_adapters.bases import resolve_base
     from mlx_adapters.demo.catalog import write_demo_data
+    from mlx_adapters.models.base import resolve_base
 
     base = resolve_base(options.base)
     job = {"base": str(base.folder), "dense": str(base.folder), "place": str(place),
@@ -67,7 +67,7 @@ def dense_copy(base, folder):
     """The base in float32, as mlx-lm loads it."""
     from mlx_lm.utils import save_model
 
-    from mlx_adapters.model import load_model
+    from mlx_adapters.models.model import load_model
 
     save_model(folder, load_model(base).module)
     for path in base.folder.iterdir():
@@ -81,7 +81,7 @@ def dense_copy(base, folder):
 
 def find_adapter(options, job, folder):
     """The adapter that was asked for, a copy of the demo's, or one trained here for a few iterations."""
-    from mlx_adapters.config import LoraConfig, TrainConfig
+    from mlx_adapters.config.training import LoraConfig, TrainConfig
 
     if options.adapter:
         return options.adapter
@@ -142,8 +142,8 @@ def run_leg(names, side, job):
 
 def kl_of_fused(job):
     """KL of both fused models from the adapter model, on the test rows. Rounding is no matter of chance: once."""
-    from mlx_adapters.benchmarking.variants import Variant
     from mlx_adapters.evaluation.evaluate import EvaluationConfig, evaluate_ready
+    from mlx_adapters.evaluation.variants import Variant
 
     fused = {side: Path(job["place"]) / f"fused-{side}" for side in SIDES}
     variants = [Variant("adapter", job["base"], job["adapter"])]

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import mlx_adapters  # (before MLX: it loads the fast BLAS on Linux)
-from mlx_adapters.benchmarking.system import process_memory
+from mlx_adapters.system.conditions import process_memory
 
 
 def cli(side, job):
@@ -45,10 +45,10 @@ def loaded(side, job, adapter):
 
 def load(side, job):
     """Seconds from the call to evaluated weights, from files that were read before; imports are no load time."""
-    from mlx_adapters.bases import resolve_base
-    from mlx_adapters.model import load_tokenizer_of
+    from mlx_adapters.models.base import resolve_base
+    from mlx_adapters.models.model import load_tokenizer_of
 
-    for module in ("mlx_lm", "mlx_adapters.runtime.live"):
+    for module in ("mlx_lm", "mlx_adapters.generation.live"):
         importlib.import_module(module)
     load_tokenizer_of(resolve_base(job["dense"]))
     for path in Path(job["dense"]).glob("model*.safetensors"):
@@ -60,7 +60,7 @@ def load(side, job):
 
 def decode(side, job):
     """Seconds per token, with the adapter beside the base."""
-    from mlx_adapters.benchmarking.measure import random_prompts, run_trial
+    from mlx_adapters.benchmarking.trials import random_prompts, run_trial
 
     _, module = loaded(side, job, job["adapter"])
     prompt = random_prompts(1000, 1, 64, seed=0)
@@ -71,7 +71,7 @@ def decode(side, job):
 
 def swap(side, job):
     """Seconds from one adapter to another and its first tokens; mlx-lm's server loads the model anew for that."""
-    from mlx_adapters.benchmarking.measure import random_prompts, run_trial
+    from mlx_adapters.benchmarking.trials import random_prompts, run_trial
 
     model, module = loaded(side, job, job["adapter"])
     prompt = random_prompts(1000, 1, 8, seed=0)
@@ -90,7 +90,7 @@ def train(side, job):
     iterations, every = str(job["iterations"]), str(max(job["iterations"] // 4, 1))
     out = Path(tempfile.mkdtemp(dir=job["place"]))
     if side == "ours":
-        from mlx_adapters.config import LoraConfig, TrainConfig
+        from mlx_adapters.config.training import LoraConfig, TrainConfig
         from mlx_adapters.events import TrainReport
 
         reports = []

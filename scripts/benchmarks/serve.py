@@ -23,13 +23,13 @@ import mlx_adapters  # noqa: F401  (before mlx: it sees to a fast BLAS)
 import mlx.core as mx
 import mlx_lm
 
-from mlx_adapters.adapter import Adapter, AdapterConfig, write_adapter
-from mlx_adapters.bases import resolve_base
-from mlx_adapters.config import LoraConfig
-from mlx_adapters.layers import adaptable_layers, expected_shapes, resolve_target_modules
-from mlx_adapters.machine import environment
-from mlx_adapters.runtime.batching import Batcher, Request
-from mlx_adapters.runtime.live import load_model
+from mlx_adapters.config.training import LoraConfig
+from mlx_adapters.generation.batching import Batcher, Request
+from mlx_adapters.generation.live import load_model
+from mlx_adapters.models.adapter import Adapter, AdapterConfig, write_adapter
+from mlx_adapters.models.base import resolve_base
+from mlx_adapters.models.layers import adaptable_layers, expected_shapes, resolve_target_modules
+from mlx_adapters.system.machine import environment
 
 
 def random_adapter(model, rank, seed):

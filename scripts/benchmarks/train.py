@@ -81,20 +81,20 @@ class Clock:
 
 def run_ours(base: str, data: str, epoch: int, warm_up: int) -> dict:
     """`mlx_adapters.train`'s own pieces, with the clock between the iterations: warm-up, then `epoch` batches."""
-    from mlx_adapters.config import LoraConfig, TrainConfig
-    from mlx_adapters.door import mx
-    from mlx_adapters.layers import named_layers
-    from mlx_adapters.model import load_model
-    from mlx_adapters.training import start
-    from mlx_adapters.training.data import tokenize
-    from mlx_adapters.training.rows import read_data
+    from mlx_adapters.config.training import LoraConfig, TrainConfig
+    from mlx_adapters.data.datasets import read_data
+    from mlx_adapters.data.tokenizing import tokenize
+    from mlx_adapters.models.layers import named_layers
+    from mlx_adapters.models.model import load_model
+    from mlx_adapters.system.door import mx
+    from mlx_adapters.training import setup
 
     config = TrainConfig(batch_size=BATCH, mask_prompt=True, optimizer="adam", learning_rate=1e-5, seed=SEED)
     model = load_model(base)
     rows = tokenize(read_data(data).rows("train"), model.tokenizer, mask_prompt=True).rows
-    keys = start.add_layers(model, LoraConfig(rank=RANK, scale=SCALE), SEED).keys
+    keys = setup.add_layers(model, LoraConfig(rank=RANK, scale=SCALE), SEED).keys
     layers = dict(named_layers(model.module))
-    prepared = start.prepare(model, config, rows, (), {key: layers[key] for key in keys})
+    prepared = setup.prepare(model, config, rows, (), {key: layers[key] for key in keys})
     mx.reset_peak_memory()
     clock, engine = Clock(warm_up), prepared.engine
     for first, count in ((0, warm_up), (0, epoch)):
@@ -114,8 +114,8 @@ def run_theirs(base: str, data: str, epoch: int, warm_up: int) -> dict:
     import numpy as np
     from mlx_lm.tuner import datasets, trainer, utils
 
-    from mlx_adapters.machine import on_gpu
-    from mlx_adapters.model import load_model
+    from mlx_adapters.models.model import load_model
+    from mlx_adapters.system.machine import on_gpu
 
     if not on_gpu():
         mx.disable_compile()
@@ -241,8 +241,8 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.what) - PARTS.keys():
         parser.error(f"there is no part {', '.join(sorted(unknown))}")
-    from mlx_adapters import files
-    from mlx_adapters.machine import versions
+    from mlx_adapters.storage import files
+    from mlx_adapters.system.machine import versions
 
     found: dict = {"versions": versions(), "cores": os.cpu_count(), "load_average": os.getloadavg()}
     found["settings"] = {"base": options.base, "rows": options.rows, "trials": options.trials, "batch": BATCH,

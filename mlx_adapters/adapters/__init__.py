@@ -1,0 +1,1 @@
+"""The adapters one has: kept, seen, packed, in and out."""

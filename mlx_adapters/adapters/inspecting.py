@@ -1,0 +1,181 @@
+"""What an adapter is, and how two of them differ.
+
+Norms and cosines are those of the updates scale · B·A, from the factors: ⟨ΔX, ΔY⟩ = sₓsᵧ tr((AₓᵀAᵧ)(BᵧBₓᵀ)).
+Of a DoRA adapter that is the low-rank part; its magnitudes are left aside.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_adapters.config.training import to_mapping
+from mlx_adapters.events import OnEvent, ignore
+from mlx_adapters.merging.recipes import update_shape
+from mlx_adapters.merging.sweep import losses_on
+from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.low_rank import Update, inner, update_of
+from mlx_adapters.models.metadata import losses_of
+from mlx_adapters.sources import registry
+from mlx_adapters.sources.registry import Entry
+from mlx_adapters.storage import paths
+from mlx_adapters.storage.tensor_names import natural_order
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An adapted module: `shape` is (in, out), with the experts first where there are any; ‖ΔW‖ Frobenius."""
+
+    key: str
+    shape: tuple[int, ...]
+    norm: float
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A saved iteration with the losses measured there."""
+
+    iteration: int
+    train_loss: float | None
+    validation_loss: float | None
+    size_bytes: int
+    in_use: bool
+
+
+@dataclass(frozen=True)
+class Details:
+    """Everything `show` shows."""
+
+    name: str
+    folder: Path | None
+    type: str
+    rank: int
+    scale: float
+    parameters: int
+    base: str | None
+    layers: tuple[Layer, ...]
+    checkpoints: tuple[Checkpoint, ...]
+    files: dict[str, int]
+    metadata: dict[str, Any] = field(repr=False)
+    strength_note: str | None = None
+
+
+def describe(reference: "str | Path | Adapter") -> Details:
+    """Read an adapter and what lies around it. Raises NotFoundError, FormatError or HubError."""
+    adapter = registry.load_adapter(reference)
+    entry = registry.read_entry(adapter.folder) if adapter.folder else None
+    config = adapter.config
+    layers = tuple(Layer(key, update_shape(a, b), update_of(adapter, key).norm()) for key, a, b, _ in adapter.layers())
+    return Details(
+        adapter.name, adapter.folder, config.type, config.rank, config.scale, adapter.parameters, adapter.base_name,
+        layers, _checkpoints(entry) if entry else (), _files(entry.folder) if entry else {}, adapter.metadata,
+        adapter.strength_note,
+    )  # fmt: skip
+
+
+def _checkpoints(entry: Entry) -> tuple[Checkpoint, ...]:
+    train, validation = map(dict, losses_of(entry.metadata))
+    sizes = {i: _size(registry.checkpoint_path(entry, i)) for i in entry.iterations}
+    return tuple(
+        Checkpoint(i, train.get(i), validation.get(i), size, i == entry.iteration)
+        for i, size in sizes.items()
+        if size is not None
+    )
+
+
+def _files(folder: Path) -> dict[str, int]:
+    found = [path for path in paths.visible(folder, "**/*") if path.is_file()]
+    sizes = {path.relative_to(folder).as_posix(): _size(path) for path in found}
+    return {name: size for name, size in sizes.items() if size is not None}
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a file, or None: it was pruned just now."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+@dataclass(frozen=True)
+class LayerComparison:
+    """‖ΔA‖ and ‖ΔB‖ of one module and the cosine between them; None where only one adapts it."""
+
+    key: str
+    norm_a: float | None
+    norm_b: float | None
+    cosine: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two adapters side by side. `settings` holds what differs, as (name, value of a, value of b)."""
+
+    a: str
+    b: str
+    settings: tuple[tuple[str, Any, Any], ...]
+    layers: tuple[LayerComparison, ...]
+    norm_a: float
+    norm_b: float
+    cosine: float | None
+    losses: tuple[float, float] | None = None
+
+
+def compare(
+    a: "str | Path | Adapter", b: "str | Path | Adapter", *, data: str | Path | None = None, base: str | None = None,
+    on_event: OnEvent = ignore,
+) -> Comparison:  # fmt: skip
+    """Settings, data and losses that differ, and norm and cosine of the updates, layer by layer and over all.
+
+    data: also the loss of each on these rows. Raises NotFoundError, FormatError, IncompatibleError or HubError.
+    """
+    first, second = registry.load_adapter(a), registry.load_adapter(b)
+    keys = sorted({*first.config.keys, *second.config.keys}, key=natural_order)
+    rows, total = [], [0.0, 0.0, 0.0]
+    for key in keys:
+        x, y = (update_of(one, key) if key in one.config.keys else None for one in (first, second))
+        product = _inner_if_same_shape(x, y)
+        xx, yy = (inner(u, u) if u is not None else 0.0 for u in (x, y))
+        norms = [None if u is None else math.sqrt(uu) for u, uu in ((x, xx), (y, yy))]
+        rows.append(LayerComparison(key, norms[0], norms[1], _cosine(product, xx, yy)))
+        total = [t + part for t, part in zip(total, (xx, yy, product or 0.0), strict=True)]
+    cosine = _cosine(total[2], total[0], total[1])
+    losses = losses_on(data, [first, second], base, on_event=on_event) if data is not None else None
+    return Comparison(
+        first.name, second.name, tuple(_differences(first, second)), tuple(rows), math.sqrt(total[0]),
+        math.sqrt(total[1]), cosine, (losses[0], losses[1]) if losses else None,
+    )  # fmt: skip
+
+
+def _inner_if_same_shape(x: Update | None, y: Update | None) -> float | None:
+    if x is None or y is None or x.a.shape[:-1] != y.a.shape[:-1] or x.b.shape[-1] != y.b.shape[-1]:
+        return None
+    return inner(x, y)
+
+
+def _cosine(product: float | None, xx: float, yy: float) -> float | None:
+    return product / math.sqrt(xx * yy) if product is not None and xx > 0 and yy > 0 else None
+
+
+def _differences(a: Adapter, b: Adapter) -> Iterator[tuple[str, Any, Any]]:
+    x, y = _settings(a), _settings(b)
+    for name in dict.fromkeys((*x, *y)):
+        if x.get(name) != y.get(name):
+            yield name, x.get(name), y.get(name)
+
+
+def _settings(adapter: Adapter) -> dict[str, Any]:
+    """Settings, base, data and losses as one flat mapping with dotted names; no curves, dates or checksums."""
+    config = {key: value for key, value in to_mapping(adapter.config).items() if key != "keys"}
+    skipped = {"name", "sha256", "train_losses", "validation_losses", "checkpoints", "versions", "command", *config}
+    rest = {key: value for key, value in adapter.metadata.items() if key not in skipped}
+    return dict(_flat(config | {"layers": len(adapter.config.keys)} | rest))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,206 @@
+"""Naming, renaming, tagging, choosing and removing what is in the registry.
+
+Each step is one rename on the disk, so a kill leaves the old state or the new one. Short changes of one
+adapter wait for each other; an adapter that is being trained is left alone.
+"""
+
+import contextlib
+import itertools
+import os
+import re
+import string
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from mlx_adapters.config.training import require
+from mlx_adapters.errors import AdapterError, ConfigError, ExistsError, did_you_mean
+from mlx_adapters.models.adapter import weights_file
+from mlx_adapters.models.metadata import losses_of, read_metadata
+from mlx_adapters.sources import registry
+from mlx_adapters.sources.registry import Entry, Reference, parse_reference
+from mlx_adapters.storage import files, paths, temporaries, tensor_files
+from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CHECKPOINTS_FOLDER, METADATA_FILE
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What was taken away: iterations of checkpoints ("whole": the adapter itself), and the bytes freed."""
+
+    name: str
+    iterations: tuple[int, ...]
+    freed_bytes: int
+    whole: bool = False
+
+
+@contextlib.contextmanager
+def _changing(name: str) -> Iterator[Path]:
+    """The folder of a named adapter, held while it is changed."""
+    known = Reference("name", registry.check_name(name))
+    temporaries.sweep(registry.adapters_folder())  # also where a kill came after the adapter had gone
+    registry.locate(known)
+    with registry.changing(name):
+        yield registry.locate(known)[0]
+
+
+def rename(name: str, new: str) -> Entry:
+    """Give an adapter another name. Raises NotFoundError, ExistsError or ConfigError."""
+    target = registry.adapters_folder() / registry.check_name(new)
+    with registry.changing(registry.check_name(name), new):
+        folder, _ = registry.locate(Reference("name", name))
+        require(folder.name != new, f"'{new}' has this name already.")
+        taken = registry.adapter_folder(new)  # the same adapter's where only the case changes
+        if os.path.lexists(taken) and not paths.same_place(taken, folder):
+            raise ExistsError(f"There is an adapter named '{new}' already.", f"remove it first: 'remove {new}'.")
+        with contextlib.suppress(AdapterError):  # the folder's name counts; a damaged record hinders nobody
+            _update_metadata(folder, name=new)
+        files.move(folder, target)
+    return registry.read_entry(target)
+
+
+def tag(name: str, add: Sequence[str] = (), remove: Sequence[str] = ()) -> tuple[str, ...]:
+    """Add and remove tags; the tags there are now."""
+    for text in (*add, *remove):
+        require(
+            bool(registry.TAG.fullmatch(text)), f"'{text}' cannot be a tag.", "letters, digits, '.', '_', ':', '-'."
+        )
+    if not add and not remove:
+        return registry.read_entry(registry.locate(Reference("name", registry.check_name(name)))[0]).tags
+    with _changing(name) as folder:
+        now = (set(registry.tags_of(read_metadata(folder))) | set(add)) - set(remove)
+        _update_metadata(folder, tags=sorted(now))
+    return tuple(sorted(now))
+
+
+def use(reference: str) -> Entry:
+    """Let the bare name mean the checkpoint that `NAME@ITERATION` names.
+
+    Raises ConfigError, NotFoundError, or FormatError if the checkpoint is damaged.
+    """
+    ref = parse_reference(reference)
+    if ref.kind != "name" or ref.iteration is None:
+        raise ConfigError(f"'{reference}' names no checkpoint.", "give NAME@ITERATION, for example sql@600.")
+    with _changing(ref.target) as folder:
+        chosen = weights_file(folder, ref.iteration)
+        tensor_files.read_safetensors_header(chosen)
+        metadata = read_metadata(folder)
+        checksums = registry.checksums_of(metadata) | {ADAPTER_FILE: files.sha256(chosen)}
+        metadata |= {"iteration": ref.iteration, "chosen_by": "use", "sha256": checksums}
+        # The weights file alone decides, in one step. The metadata are whole on the disk before it, and follow it.
+        with files.atomic_file(folder / METADATA_FILE) as stream:
+            stream.write(files.json_text(metadata, METADATA_FILE).encode())
+            stream.flush()  # a full disk shows here
+            files.link_or_copy(chosen, folder / ADAPTER_FILE)
+    return registry.read_entry(folder)
+
+
+def remove(reference: str) -> Removed:
+    """Remove an adapter, or the one checkpoint that `NAME@ITERATION` names.
+
+    Raises ConfigError, NotFoundError, or TrainingError if it is being trained.
+    """
+    with _removing(reference) as (entry, iteration):
+        if iteration is not None:
+            return _remove_checkpoints(entry, [iteration])
+        size = paths.size_on_disk(entry.folder)
+        files.remove(entry.folder)
+    return Removed(entry.name, entry.iterations, size, whole=True)
+
+
+def removable(references: Sequence[str]) -> list[str]:
+    """What `remove` takes one after the other so that all of `references` go: each once, checkpoints before adapters.
+
+    Raises what `remove` would raise at any of them, with nothing removed.
+    """
+    found: dict[tuple[Path, int | None], str] = {}
+    for reference in references:
+        with _removing(reference) as (entry, iteration):
+            found.setdefault((entry.folder, iteration), reference)
+    return [reference for (_, iteration), reference in sorted(found.items(), key=lambda item: item[0][1] is None)]
+
+
+@contextlib.contextmanager
+def _removing(reference: str) -> Iterator[tuple[Entry, int | None]]:
+    """The adapter that is held, and the one checkpoint that is meant, once nothing speaks against their removal."""
+    ref = parse_reference(reference)
+    if ref.kind != "name":
+        raise ConfigError(f"'{reference}' is not in the registry.", "only named adapters can be removed.")
+    with _changing(ref.target) as folder:
+        entry = registry.read_entry(folder)
+        if ref.iteration is not None:
+            weights_file(folder, ref.iteration)  # raises where there is none
+            if entry.iteration == ref.iteration:
+                raise ConfigError(
+                    f"'{ref.target}' means this checkpoint.", "choose another first: 'use NAME@ITERATION'."
+                )
+        yield entry, ref.iteration
+
+
+def prune(name: str, *, keep_best: bool = True, keep_last: int = 1, dry_run: bool = False) -> Removed:
+    """Remove checkpoints, except the best by validation loss, the last `keep_last` and the one in use."""
+    require(keep_last >= 0, f"keep_last must not be negative, not {keep_last}.")
+    with _changing(name) as folder:
+        entry = registry.read_entry(folder)
+        kept = {*(entry.iterations[-keep_last:] if keep_last else ()), entry.iteration}
+        if keep_best:
+            kept.add(best_iteration(entry))
+        doomed = [iteration for iteration in entry.iterations if iteration not in kept]
+        return _remove_checkpoints(entry, doomed, dry_run)
+
+
+def best_iteration(entry: Entry) -> int | None:
+    """The checkpoint with the lowest validation loss, the earlier one in a tie; None if no loss is known."""
+    _, validation = losses_of(entry.metadata)
+    known = [(loss, iteration) for iteration, loss in validation if iteration in entry.iterations]
+    return min(known)[1] if known else None
+
+
+def _remove_checkpoints(entry: Entry, iterations: Sequence[int], dry_run: bool = False) -> Removed:
+    before = paths.size_on_disk(entry.folder)
+    doomed = [
+        path
+        for i in iterations
+        for path in (entry.folder / CHECKPOINTS_FOLDER / f"{i:07d}", registry.checkpoint_path(entry, i))
+        if path.exists()
+    ]
+    if dry_run:
+        return Removed(entry.name, tuple(iterations), before - paths.size_on_disk(entry.folder, without=doomed))
+    for path in doomed:
+        files.remove(path)
+    return Removed(entry.name, tuple(iterations), before - paths.size_on_disk(entry.folder))
+
+
+def _update_metadata(folder: Path, **values: Any) -> None:
+    files.write_json(folder / METADATA_FILE, read_metadata(folder) | values)
+
+
+def fill_template(template: str, task: str, **known: str | int | None) -> str:
+    """A name by the field's habit, e.g. "{task}_{version}_{date}" -> "sql_v2_20260131".
+
+    Fields: task, date, time, version (the first free one: v1, v2, ...), and what the caller knows (base, rank,
+    method). Raises ConfigError for another field.
+    """
+    now = datetime.now()
+    given = {"task": task, "date": f"{now:%Y%m%d}", "time": f"{now:%H%M%S}", "version": "", **known}
+    fields = {key: _as_name(str(value)) for key, value in given.items() if value is not None}
+    try:
+        parts = [(text, name, spec, how) for text, name, spec, how in string.Formatter().parse(template)]
+    except ValueError as error:
+        raise ConfigError(f"The name template '{template}' cannot be read: {error}.") from None
+    for _, name, spec, how in parts:
+        hint = did_you_mean(name or "", fields, f"fields: {', '.join(sorted(fields))}.")
+        require(name is None or (name in fields and not spec and not how), f"A name has no field '{name}'.", hint)
+    for number in itertools.count(1):
+        fields["version"] = f"v{number}"
+        filled = registry.check_name("".join(text + (fields[name] if name else "") for text, name, _, _ in parts))
+        folder = registry.adapter_folder(filled)
+        free = not os.path.lexists(folder) and not registry.is_being_trained(folder)
+        if free or "version" not in {name for _, name, _, _ in parts}:
+            return filled
+    raise AssertionError
+
+
+def _as_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text.rsplit("/", 1)[-1])

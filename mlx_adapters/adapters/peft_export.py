@@ -1,0 +1,112 @@
+"""Write an adapter as a folder that `PeftModel.from_pretrained` loads."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_adapters.checkpoints.originals import layout_of
+from mlx_adapters.errors import HubError, NotFoundError
+from mlx_adapters.events import Note, OnEvent, ignore
+from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.base import DEMO, Base, resolve_base
+from mlx_adapters.models.layers import SWITCH, adaptable_layers, tied
+from mlx_adapters.models.metadata import base_of
+from mlx_adapters.models.model import load_module
+from mlx_adapters.peft_format.own_form import Facts
+from mlx_adapters.peft_format.to_peft import to_peft
+from mlx_adapters.sources import registry
+from mlx_adapters.storage import files, paths, replacing, tensor_files, tensor_names
+from mlx_adapters.storage.tensor_names import CONFIG_FILE, EMBEDDINGS, PEFT_OUTPUT, PEFT_SCALE, PEFT_WEIGHTS_FILE
+
+NAME_BASE = "name the base it was trained on with --base."
+README = """---
+base_model: {base}
+library_name: peft
+pipeline_tag: text-generation
+tags:
+- {kind}
+---
+
+# {name}
+
+A {kind} adapter of rank {rank} for `{base}`, converted from MLX by mlx_adapters.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+```
+"""
+
+
+@dataclass(frozen=True)
+class PeftExport:
+    """What was written: the folder, its tensors, and the base model it names."""
+
+    folder: Path
+    tensors: int
+    size_bytes: int
+    base_model: str
+
+
+def export_peft(
+    adapter: str | Path | Adapter,
+    out: str | Path,
+    *,
+    base_model: str | None = None,
+    base: str | Path | Base | None = None,
+    overwrite: bool = False,
+    on_event: OnEvent = ignore,
+) -> PeftExport:
+    """Write `adapter` as a PEFT folder, whole or not at all.
+
+    base_model: the transformers model to name in it (default: the one it was trained on in PEFT, else its MLX
+    base). base: the MLX base, of which names are read unless the adapter came from PEFT (default: the adapter's
+    own, if it is on this machine). Raises FormatError for what PEFT cannot express, ExistsError, NotFoundError or
+    StorageError.
+    """
+    out = paths.expanded(out)
+    replacing.refuse_existing(out, overwrite, PEFT_OUTPUT)
+    found = registry.load_adapter(adapter)
+    replacing.refuse_reading_inside(out, [found, base])
+    form = to_peft(found, lambda: _facts(found, base))
+    named = base_model or form.config.get("base_model_name_or_path")
+    if not base_model and (problem := _base_problem(found, named)):
+        on_event(Note(f"PEFT cannot load it yet: {problem}. Name the original model: --base-model user/name.",
+                      "warning"))  # fmt: skip
+    form.config["base_model_name_or_path"] = named
+    readme = README.format(base=named or "unknown", kind=found.config.type, name=found.name, rank=found.config.rank)
+    with files.atomic_folder(out, overwrite, PEFT_OUTPUT) as temporary:
+        scale = {PEFT_SCALE: repr(found.config.scale)} if not form.config.get("alpha_pattern") else {}
+        tensor_files.write_safetensors(temporary / PEFT_WEIGHTS_FILE, form.tensors, {"format": "pt"} | scale)
+        files.write_json(temporary / CONFIG_FILE, form.config)
+        files.write_text(temporary / "README.md", readme)
+    return PeftExport(out, len(form.tensors), paths.size_on_disk(out), str(named))
+
+
+def _base_problem(adapter: Adapter, named: str | None) -> str:
+    """What keeps transformers from loading the base that the folder names; "" for nothing that is known here."""
+    if not named:
+        return "the adapter names no base model"
+    if not registry.HUB.fullmatch(named):
+        return f"its base is named '{named}', which is known to this machine only"
+    if "peft" not in adapter.metadata and base_of(adapter.metadata).get("quantization"):
+        return f"its base '{named}' is quantized for MLX"
+    return ""
+
+
+def _facts(adapter: Adapter, base: str | Path | Base | None) -> Facts:
+    """What the base tells. Raises NotFoundError if it is not on this machine."""
+    name = base or base_of(adapter.metadata).get("name")
+    if name is None:
+        raise NotFoundError("The adapter does not say what base it is for.", NAME_BASE)
+    try:
+        found = resolve_base(name, download=base is not None or name == DEMO)
+    except (NotFoundError, HubError) as error:
+        raise NotFoundError(f"PEFT's names are read off the adapter's base. {error.message}", NAME_BASE) from error
+    module = load_module(found)[0]
+    embeddings = any(tensor_names.split(key)[1] in EMBEDDINGS for key in adapter.config.keys)
+    layers = adaptable_layers(module)
+    experts = any(isinstance(layer, SWITCH) for layer in layers.values())
+    return Facts(found.config.get("model_type"), embeddings and tied(layers), experts, layout_of(found, module))

@@ -1,0 +1,54 @@
+"""The start of a project of adapters: a folder to keep under version control."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from mlx_adapters.storage import files, paths, replacing
+
+TRAIN_YAML = """\
+# mlx-adapters train --config train.yaml        (flags win over this file)
+# 'mlx-adapters train --print-config' shows every setting with its default.
+base: demo            # demo, a folder, or a Hub id such as mlx-community/Qwen3-0.6B-4bit
+data: data            # a folder with train.jsonl and, to know the best checkpoint, valid.jsonl
+name: first
+
+lora:
+  rank: 8
+  scale: 20.0
+  target_modules: all # or a list such as [q_proj, v_proj]
+  num_layers: all
+
+training:
+  iterations: 600
+  batch_size: 4
+  learning_rate: 1e-4
+  mask_prompt: true
+"""
+
+FILES: Mapping[str, str] = {
+    ".gitattributes": "".join(f"*.{end} filter=lfs diff=lfs merge=lfs -text\n" for end in ("safetensors", "tar.gz")),
+    ".gitignore": "# states for resuming a run; the adapters lie beside them\ncheckpoints/\n.mlx-adapters-tmp-*\n",
+    "train.yaml": TRAIN_YAML,
+}
+
+
+def start_project(folder: str | Path, *, overwrite: bool = False) -> tuple[str, ...]:
+    """Write a .gitattributes that keeps weights in Git LFS, a .gitignore and a sample config; their names.
+
+    What holds the same text already, as a killed start leaves it, is left alone. Raises ExistsError, before anything
+    is written, if one of them is there with another.
+    """
+    place = paths.expanded(folder)
+    lacking = {name: text for name, text in FILES.items() if not _holds(place / name, text)}
+    for name in lacking:
+        replacing.refuse_existing(place / name, overwrite)
+    for name, text in lacking.items():
+        files.write_text(place / name, text)
+    return tuple(FILES)
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        return path.read_bytes() == text.encode()
+    except OSError:
+        return False

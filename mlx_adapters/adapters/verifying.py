@@ -1,0 +1,150 @@
+"""Whether an adapter is sound: its files, its tensors, its fit to the base."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mlx_adapters.errors import AdapterError, FormatError, NotFoundError
+from mlx_adapters.models.adapter import Adapter, read_adapter
+from mlx_adapters.models.base import Base, resolve_base
+from mlx_adapters.models.layers import check_fits, check_made_for
+from mlx_adapters.models.metadata import base_of
+from mlx_adapters.models.model import load_module
+from mlx_adapters.sources import registry
+from mlx_adapters.sources.registry import Entry
+from mlx_adapters.storage import files, paths
+from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CHECKPOINTS_FOLDER
+from mlx_adapters.units import count
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at. `sound` None: it could not be looked at, `detail` says why."""
+
+    what: str
+    sound: bool | None
+    detail: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All checks of one adapter."""
+
+    name: str
+    checks: tuple[Check, ...]
+
+    @property
+    def problems(self) -> tuple[Check, ...]:
+        """The checks that failed."""
+        return tuple(check for check in self.checks if check.sound is False)
+
+    @property
+    def sound(self) -> bool:
+        """Whether no check failed."""
+        return not self.problems
+
+
+Modules = dict[str, tuple[Base, Any] | AdapterError]
+
+
+def verify(reference: str, *, base: str | None = None, _modules: Modules | None = None) -> Verification:
+    """Checksums, tensors against the config, NaN, all checkpoints, and the fit to the base's layers.
+
+    base: the base to hold the adapter against (default: its own, if it is on this machine; nothing is downloaded).
+    Raises ConfigError, NotFoundError or HubError if there is no such adapter; what is wrong with it is returned.
+    """
+    folder, iteration = registry.locate(reference)
+    if not folder.is_dir():
+        raise NotFoundError(f"There is no adapter folder '{folder}'.", "'mlx-adapters list' shows the named ones.")
+    entry = registry.read_entry(folder)
+    checks = [Check("files", entry.problem is None, entry.problem or "all there and readable")]
+    checks.append(_check("checksums", lambda: _check_checksums(entry)))
+    read: list[Adapter] = []
+    for i in (iteration,) if iteration is not None else (None, *entry.iterations):
+        what = "tensors" if i is None else f"tensors of @{i}"
+        checks.append(_check(what, partial(_check_tensors, folder, i, read)))
+    if read:
+        modules = {} if _modules is None else _modules
+        checks.append(_check("base", lambda: _check_base(read[0], base, modules)))
+    return Verification(str(reference), tuple(checks))
+
+
+def verify_all(base: str | None = None) -> list[Verification]:
+    """`verify` for every named adapter; each base's layers are looked up once."""
+    modules: Modules = {}
+    found = []
+    for name in registry.names():
+        with contextlib.suppress(NotFoundError):  # removed meanwhile
+            found.append(verify(name, base=base, _modules=modules))
+    return found
+
+
+class _NotCheckedError(Exception):
+    """What was to be checked is not there to be checked."""
+
+
+def _check(what: str, look: Callable[[], str]) -> Check:
+    try:
+        return Check(what, True, look())
+    except _NotCheckedError as reason:
+        return Check(what, None, str(reason))
+    except AdapterError as error:
+        return Check(what, False, error.message + (f" ({error.hint})" if error.hint else ""))
+    except OSError as error:  # one folder that cannot be read hides none of the others
+        return Check(what, False, f"{error.strerror}: '{error.filename}'")
+
+
+def _check_checksums(entry: Entry) -> str:
+    folders = {entry.folder: entry.metadata}
+    for state in paths.visible(entry.folder, f"{CHECKPOINTS_FOLDER}/*/state.json"):
+        folders[state.parent] = files.read_json(state)
+    recorded = [(folder, *pair) for folder, record in folders.items() for pair in registry.checksums_of(record).items()]
+    if not recorded:
+        raise _NotCheckedError("none are recorded")
+    for folder, name, expected in recorded:
+        shown = f"{folder.name}/{name}"
+        if name not in {path.name for path in folder.iterdir() if path.is_file()}:
+            raise FormatError(f"'{shown}' is recorded but missing.")
+        if (found := files.sha256(folder / name)) != expected:
+            raise FormatError(f"'{shown}' is not the file that was recorded.", _whose(entry, found, folder / name))
+    return f"{len(recorded)} {'file' if len(recorded) == 1 else 'files'} as recorded"
+
+
+def _whose(entry: Entry, found: str, path: Path) -> str:
+    if path.name == ADAPTER_FILE and path.parent == entry.folder:
+        for iteration in entry.iterations:
+            if files.sha256(registry.checkpoint_path(entry, iteration)) == found:
+                return f"it is checkpoint {iteration}: 'use {entry.name}@{iteration}' records that."
+    return "it was changed or damaged after it was written."
+
+
+def _check_tensors(folder: Path, iteration: int | None, read: list[Adapter]) -> str:
+    adapter = read_adapter(folder, iteration, folder.name)
+    read.append(adapter)
+    note = f". {adapter.strength_note}" if adapter.strength_note else ""
+    return f"{count(len(adapter.config.keys), 'layer')} of rank {adapter.config.rank}, all finite{note}"
+
+
+def _check_base(adapter: Adapter, base: str | None, modules: Modules) -> str:
+    name = base or adapter.base_name
+    if not isinstance(name, str):
+        raise _NotCheckedError("its base is not recorded; name one with --base")
+    if name not in modules:
+        try:
+            found = resolve_base(name, download=base is not None)
+            modules[name] = (found, load_module(found)[0])
+        except AdapterError as error:
+            modules[name] = error
+    looked_up = modules[name]
+    if isinstance(looked_up, NotFoundError) and base is None:
+        raise _NotCheckedError(looked_up.message)
+    if isinstance(looked_up, AdapterError):
+        raise looked_up
+    found, module = looked_up
+    check_fits(adapter, module, f"'{name}'")
+    check_made_for(adapter, name, found.fingerprint)
+    known = "" if base_of(adapter.metadata).get("fingerprint") else " (its base's weights are not recorded)"
+    return f"fits '{name}'{known}"

@@ -1,0 +1,1 @@
+"""A fused model's tensors, planned and written layer by layer."""

@@ -1,0 +1,132 @@
+"""Tensors of a base that mlx-lm has no use for: a vision tower, layers that predict further tokens.
+
+mlx-lm drops them when it loads a model; which they are is seen by running its own `sanitize` on the base's tensors and
+asking which of them no result depends on. A fused model hands them on as they are, in a file that mlx-lm does not open
+and that the index names, where mlx-vlm and transformers look.
+"""
+
+import copy
+import io
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_adapters.config.training import to_mapping
+from mlx_adapters.models.base import INDEX_FILE, OTHER_FILE, Base, quantization_in
+from mlx_adapters.storage import files, tensor_files, tensor_names
+from mlx_adapters.storage.tensor_files import StoredTensor
+from mlx_adapters.storage.tensor_names import SCALES
+from mlx_adapters.system.door import make_module, mx, sanitize_of
+from mlx_adapters.units import count
+
+AT_ONCE = 1000  # arrays that can be given by name in one call
+LOOK = 4096  # bytes that mostly tell two tensors apart
+
+Stored = dict[str, StoredTensor]
+
+
+def left_out(base: Base) -> tuple[Stored, list[str]]:
+    """(the tensors that mlx-lm leaves out, by name; names in the index whose file is not there).
+
+    Not among them is a second copy of a matrix that it reads, as of tied embeddings.
+    """
+    arrays, own = dict[str, mx.array](), Stored()
+    for path in base.weight_files:
+        arrays |= tensor_files.read_safetensors(path)
+        own |= tensor_files.stored_tensors(path)
+    read = _read(base, arrays)
+    others, missing = _others(base)
+    kept = [own[name] for name in read]
+    dropped = {name: own[name] for name in arrays if name not in read} | others
+    return {name: dropped[name] for name in sorted(dropped) if not _is_copy(dropped[name], kept)}, missing
+
+
+def _read(base: Base, arrays: dict[str, mx.array]) -> set[str]:
+    """The names of the arrays that something depends on in what mlx-lm makes of them. Nothing is computed."""
+    module = make_module(copy.deepcopy(base.config))
+    results = list(sanitize_of(module)(dict(arrays)).values())
+    names = {id(array): name for name, array in arrays.items()}
+    read = {names[id(array)] for array in results if id(array) in names}
+    made = [array for array in results if id(array) not in names]
+    rest = [name for name in arrays if name not in read]
+    return read | _ancestors(made, rest, arrays)
+
+
+def _ancestors(made: Sequence[mx.array], names: Sequence[str], arrays: dict[str, mx.array]) -> set[str]:
+    """Of the `names` those whose arrays `made` is computed from, by the graph that MLX keeps of it."""
+    found: set[str] = set()
+    for first in range(0, len(names) if made else 0, AT_ONCE):
+        some = names[first : first + AT_ONCE]
+        graph = io.StringIO()
+        mx.export_to_dot(graph, *made, **{f"input{i}": arrays[name] for i, name in enumerate(some)})
+        found |= {some[int(i)] for i in re.findall(r'"input(\d+)" ->', graph.getvalue())}
+    return found
+
+
+def _others(base: Base) -> tuple[Stored, list[str]]:
+    """What the index names in files that mlx-lm does not open, and the names whose file is missing."""
+    opened, index = {path.name for path in base.weight_files}, base.folder / INDEX_FILE
+    places = files.read_json(index).get("weight_map") if index.is_file() else None
+    found, missing = Stored(), []
+    for name, file in places.items() if isinstance(places, dict) else ():
+        if not isinstance(file, str) or file in opened or Path(file).name != file:
+            continue
+        if (base.folder / file).is_file():
+            found |= {name: tensor_files.stored_tensors(base.folder / file)[name]}
+        else:
+            missing.append(name)
+    return found, missing
+
+
+def _is_copy(tensor: StoredTensor, others: Iterable[StoredTensor]) -> bool:
+    """Whether a matrix is equal to one of the others, and not just to one as empty."""
+    if len(tensor.shape) < 2:
+        return False
+    start = tensor.read(0, LOOK)
+    alike = [o for o in others if (o.dtype, o.shape) == (tensor.dtype, tensor.shape) and o.read(0, LOOK) == start]
+    return len(set(start)) > 1 and any(
+        all(a == b for a, b in zip(tensor.blocks(), other.blocks(), strict=True)) for other in alike
+    )
+
+
+def hand_on(base: Base, folder: Path) -> tuple[Stored, list[str]]:
+    """Write what `left_out` finds into a model folder and its index; return it, and what is to be told about it."""
+    tensors, missing = left_out(base)
+    notes = []
+    if tensors:
+        tensor_files.copy_tensors(folder / OTHER_FILE, tensors)
+        index = files.read_json(folder / INDEX_FILE)
+        index["weight_map"] |= dict.fromkeys(tensors, OTHER_FILE)
+        index["metadata"]["total_size"] += sum(tensor.nbytes for tensor in tensors.values())
+        files.write_json(folder / INDEX_FILE, index)
+        notes.append(f"{described(tensors)} copied as in the base; mlx-lm does not use them")
+    if missing:
+        notes.append(f"{described(missing)} left out: the base's folder lacks their file, which its index names")
+    return tensors, notes
+
+
+def described(names: Iterable[str]) -> str:
+    """ "3 tensors (vision_tower, mtp)"."""
+    names = list(names)
+    roots = list(dict.fromkeys(".".join(name.split(".")[: 1 + name.startswith("model.")]) for name in names))
+    return f"{count(len(names), 'tensor')} ({', '.join(roots[:3])}{', …' if len(roots) > 3 else ''})"
+
+
+def quantization_with(
+    tensors: Iterable[str], base: dict[str, Any], fused: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """config.json's "quantization" of the fused model that also tells how `tensors`, left out by mlx-lm, are packed."""
+    own, default = base.get("quantization"), quantization_in(base)
+    if not isinstance(own, dict) or default is None:
+        return fused
+    entries: dict[str, Any] = {}
+    for path in dict.fromkeys(tensor_names.split(name)[0] for name in tensors):
+        if path in own:
+            entries[path] = own[path]
+    packed = [path for path, leaf in map(tensor_names.split, tensors) if leaf == SCALES and path not in entries]
+    if fused is None:
+        return to_mapping(default) | entries if packed or any(entries.values()) else None
+    plain = to_mapping(default)
+    differs = any(fused.get(key) != value for key, value in plain.items())
+    return fused | entries | (dict.fromkeys(packed, plain) if differs else {})

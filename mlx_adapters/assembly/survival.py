@@ -1,0 +1,76 @@
+"""How much of an adapter's update is still there in a fused layer.
+
+The true update is D = W' - W. What the fused file holds is D̂ = Ŵ - W. Two numbers compare them: their cosine
+(1: the same direction) and the ratio of their norms (1: the same strength). Rounding adds to D̂ an error that
+has nothing to do with D, so for a light adapter the cosine falls and the ratio grows.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlx_adapters.errors import FormatError
+from mlx_adapters.storage.tensor_files import as_numpy
+from mlx_adapters.system.door import mx
+
+
+def not_finite(path: str) -> FormatError:
+    """The error for a layer that cannot be fused."""
+    return FormatError(
+        f"The weight of '{path}' holds NaN, Inf or numbers that are too large, with the update in it.",
+        "is the base whole? What is too large for float16 (65504), --dtype bfloat16 holds.",
+    )
+
+
+def require_finite(path: str, *stored: mx.array) -> None:
+    """Raise FormatError if a floating array that a file is to hold for the layer at `path` has NaN or Inf in it."""
+    floating = [array for array in stored if mx.issubdtype(array.dtype, mx.floating)]
+    if floating and not mx.stack([mx.isfinite(array).all() for array in floating]).all().item():
+        raise not_finite(path)
+
+
+def sample(rows: int) -> slice:
+    """Which rows are looked at: up to every fourth tells as much as all."""
+    return slice(None, None, max(1, min(4, rows // 64)))
+
+
+@dataclass(frozen=True)
+class Survival:
+    """One layer. `update_ratio` is |D| / |W|: how strong the adapter is there."""
+
+    path: str
+    cosine: float
+    norm_ratio: float
+    update_ratio: float
+
+
+def mean_cosine(survival: Sequence[Survival]) -> float:
+    """The mean over the layers of the cosine between the update wanted and the one stored."""
+    return sum(layer.cosine for layer in survival) / max(len(survival), 1)
+
+
+class SurvivalSum:
+    """Adds up a layer's rows as they come by."""
+
+    def __init__(self) -> None:
+        self._sums = np.zeros(4)
+
+    def add(self, base: mx.array, fused: mx.array, stored: mx.array) -> None:
+        """Rows of W, W' and Ŵ, float32."""
+        base_, fused_, stored_ = (as_numpy(rows).reshape(-1) for rows in (base, fused, stored))
+        with np.errstate(over="ignore", invalid="ignore"):  # `result` refuses what comes of it
+            wanted, found = fused_ - base_, stored_ - base_
+            pairs = [(wanted, found), (wanted, wanted), (found, found), (base_, base_)]
+            self._sums += [float(np.einsum("i,i->", x, y)) for x, y in pairs]  # (np.dot wakes BLAS threads)
+
+    def result(self, path: str) -> Survival:
+        """The layer's two numbers; a layer with no update keeps all of it. Raises FormatError for NaN or Inf."""
+        dot, wanted, found, base = self._sums.tolist()
+        if not np.isfinite(self._sums).all():
+            raise not_finite(path)
+        if wanted == 0:
+            return Survival(path, 1.0, 1.0, 0.0)
+        cosine = dot / math.sqrt(wanted * found) if found > 0 else 0.0
+        return Survival(path, min(cosine, 1.0), math.sqrt(found / wanted), math.sqrt(wanted / max(base, 1e-30)))

@@ -1,0 +1,110 @@
+"""Write a model folder layer by layer, so that memory holds one layer and not the model.
+
+Every layer of the model becomes a unit: the tensors it will have (name, type, shape), known beforehand, and a
+function that makes them. Units are packed into shards; a shard is written as its units are made, and what
+the unit read is dropped at once.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_adapters.events import OnEvent, Progress
+from mlx_adapters.models.base import MODEL_FILES, Base
+from mlx_adapters.storage import files, paths, tensor_files
+from mlx_adapters.storage.tensor_names import CONFIG_FILE, METADATA_FILE, RECIPE_FILE, REPORT_FILE
+from mlx_adapters.system.door import mx
+
+SHARD_BYTES = 5 << 30
+SPARE_BYTES = 16 << 20  # of the disk: tokenizer, config and report
+Layout = list[tuple[str, str, tuple[int, ...]]]
+# What a fused model makes anew, or what is not its own.
+SKIPPED = ("config.json", "model.safetensors.index.json", "hf_quant_config.json", RECIPE_FILE, REPORT_FILE, CONFIG_FILE,
+           METADATA_FILE)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One layer to be written: its tensors as (name, dtype, shape) and how to make them, in that order."""
+
+    layout: Layout
+    make: Callable[[], list[mx.array]]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor_bytes(dtype, shape) for _, dtype, shape in self.layout)
+
+
+def dtype_name(dtype: mx.Dtype) -> str:
+    """ "bfloat16" for mx.bfloat16."""
+    return str(dtype).removeprefix("mlx.core.")
+
+
+def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
+    """Bytes of a tensor."""
+    return getattr(mx, "bool_" if dtype == "bool" else dtype).size * math.prod(shape)
+
+
+def make_shards(units: list[Unit], limit: int = SHARD_BYTES) -> list[list[Unit]]:
+    """Units in order, cut where a shard would grow over `limit` bytes."""
+    shards: list[list[Unit]] = []
+    size = 0
+    for unit in units:
+        if not shards or size + unit.size_bytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(unit)
+        size += unit.size_bytes
+    return shards
+
+
+def write_weights(folder: Path, units: list[Unit], on_event: OnEvent, limit: int = SHARD_BYTES) -> int:
+    """Write all units as model*.safetensors with an index; return the bytes of the tensors.
+
+    Raises StorageError when the disk is too small, before anything is computed.
+    """
+    total = sum(unit.size_bytes for unit in units)
+    paths.require_free_space(folder, total + SPARE_BYTES)
+    shards = make_shards(units, limit)
+    index: dict[str, str] = {}
+    done = iter(range(1, len(units) + 1))
+    for number, shard in enumerate(shards, 1):
+        count = len(shards)
+        name = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        layout = [entry for unit in shard for entry in unit.layout]
+
+        def arrays(shard: list[Unit] = shard) -> Iterator[mx.array]:
+            for unit in shard:
+                made = unit.make()
+                mx.eval(made)
+                while made:
+                    yield made.pop(0)
+                mx.clear_cache()
+                on_event(Progress("write", next(done), len(units), "layer"))
+
+        tensor_files.stream_safetensors(folder / name, layout, arrays())
+        index |= {tensor: name for tensor, _, _ in layout}
+    files.write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+    return total
+
+
+def copy_companions(base: Base, folder: Path) -> None:
+    """Copy tokenizer, chat template, generation settings and code; not weights, config or the index."""
+    for pattern in MODEL_FILES:
+        for source in paths.visible(base.folder, pattern):
+            skip = source.suffix == ".safetensors" or source.name in SKIPPED
+            if source.is_file() and not skip and not (folder / source.name).exists():
+                files.copy_file(source, folder / source.name)
+
+
+def write_config(folder: Path, config: dict[str, Any], quantization: dict[str, Any] | None) -> None:
+    """Write config.json with the quantization as mlx-lm reads it, or without any."""
+    kept = {k: v for k, v in config.items() if k not in ("quantization", "quantization_config", "_name_or_path")}
+    if isinstance(kept.get("text_config"), dict):
+        kept["text_config"] = {k: v for k, v in kept["text_config"].items() if k != "quantization_config"}
+    if quantization is not None:
+        kept |= {"quantization": quantization, "quantization_config": quantization}
+    files.write_json(folder / "config.json", files.tagged(kept))

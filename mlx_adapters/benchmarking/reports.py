@@ -1,0 +1,66 @@
+"""Two reports held against each other: what changed beyond noise, and whether a build should fail for it."""
+
+from dataclasses import dataclass
+
+from mlx_adapters.benchmarking.measurements import COMPARED, METRICS, Report
+from mlx_adapters.benchmarking.words import phrase
+from mlx_adapters.evaluation.statistics import Ratio, unpaired_ratio
+from mlx_adapters.evaluation.variants import short_names
+
+
+@dataclass(frozen=True)
+class Change:
+    """One metric of one variant: new over old."""
+
+    variant: str
+    metric: str
+    ratio: Ratio
+    prompt_tokens: int | None = None
+    batch: int | None = None
+
+    @property
+    def worse_by(self) -> float:
+        """By which share it got worse: 0.07 for 7 % slower or 7 % more; below 0 where it got better."""
+        return 1 - self.ratio.value if METRICS[self.metric].more_is_better else self.ratio.value - 1
+
+    def fails(self, over: float) -> bool:
+        """Whether it got worse by more than `over`, and that beyond noise."""
+        return self.ratio.differs and self.worse_by > over
+
+    def __str__(self) -> str:
+        where = f" at {self.prompt_tokens} x {self.batch}" if self.prompt_tokens else ""
+        return f"{self.variant}, {METRICS[self.metric].title}{where}: {phrase(self.metric, self.ratio)}"
+
+
+def changes(new: Report, old: Report) -> list[Change]:
+    """What both reports measured: variants of the same name at the same prompt lengths and batch sizes."""
+    shapes = [shape for shape in new.config.shapes if shape in old.config.shapes]
+    found = []
+    for label, name in short_names(new.labels).items():
+        for metric in COMPARED if label in old.labels else ():
+            for shape in shapes if METRICS[metric].per_shape else [None]:
+                ratio = unpaired_ratio(new.evidence(label, metric, shape), old.evidence(label, metric, shape))
+                if ratio is not None:
+                    found.append(Change(name, metric, ratio, *(shape or (None, None))))
+    return found
+
+
+def other_conditions(new: Report, old: Report) -> list[str]:
+    """Why a change may come from something else than the variants."""
+    found = []
+    for key in ("system", "chip", "cores", "device_name", "blas"):
+        if new.machine.get(key) != old.machine.get(key):
+            found.append(f"{key} was '{old.machine.get(key)}', now '{new.machine.get(key)}'")
+    versions = new.machine.get("versions", {}), old.machine.get("versions", {})
+    for name in sorted(versions[0].keys() | versions[1].keys()):
+        if versions[0].get(name) != versions[1].get(name):
+            found.append(f"{name} was {versions[1].get(name)}, now {versions[0].get(name)}")
+    if new.config.decode_tokens != old.config.decode_tokens:
+        found.append(f"decode_tokens was {old.config.decode_tokens}, now {new.config.decode_tokens}")
+    names = short_names(new.labels)
+    for label in set(new.labels) & set(old.labels):
+        prints = [next((row.conditions.get("fingerprint") for row in r.rows if row.label == label), None)
+                  for r in (new, old)]  # fmt: skip
+        if None not in prints and prints[0] != prints[1]:
+            found.append(f"'{names[label]}' has other weights now")
+    return found

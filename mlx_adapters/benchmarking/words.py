@@ -1,0 +1,186 @@
+"""A report in words: the head with the conditions, the table, and a sentence for each difference."""
+
+from collections.abc import Sequence
+
+from mlx_adapters.benchmarking.measurements import METRICS, Report, Row, ShapeRow
+from mlx_adapters.benchmarking.schedule import stretch
+from mlx_adapters.evaluation.statistics import Ratio, Summary
+from mlx_adapters.units import count, number, size
+
+HEADERS = ("VARIANT", "LOAD s", "TTFT ms", "PREFILL tok/s", "DECODE tok/s", "PEAK", "DISK")
+TOO_FEW = "(too few rounds to say)"
+TELLING = 2  # an interval that reaches over a factor of two says nothing
+WORDS = {"tok/s": ("faster", "slower"), "s": ("longer", "shorter"), "B": ("more", "less")}
+
+
+def head(report: Report) -> list[str]:
+    """The conditions: machine and versions, arithmetic, and how it was measured."""
+    m, c = report.machine, report.config
+    versions = ", ".join(f"{name} {m['versions'][name]}" for name in ("mlx", "mlx-lm", "mlx_adapters")
+                         if name in m["versions"])  # fmt: skip
+    name = report.state.get("gpu") or m["device_name"]
+    prompts = "real prompts of" if c.data else "random prompts of"
+    lengths = ", ".join(map(str, c.prompt_tokens))
+    steps = count(stretch(c.decode_tokens), "step")
+    return [
+        f"{name}, {count(m['cores'], 'core')}, {size(m['memory_bytes'])} memory, {m['system']}; {versions}",
+        f"{prompts} {lengths} tokens, {c.decode_tokens} decoded, batch {', '.join(map(str, c.batch))}; "
+        f"{count(c.rounds, 'round')} of fresh processes, {count(c.trials, 'trial')} each: median (smallest-largest)",
+        f"compared by each round's best trial, decoding by its fastest {steps} in a row",
+        *arithmetic(report.rows),
+        *_quality_head(report),
+    ]
+
+
+def _quality_head(report: Report) -> list[str]:
+    if not report.quality:
+        return []
+    data, reference = report.quality["data"], report.quality["reference"]
+    against = f"; KL and same top token against {reference}" if reference else ""
+    return [f"quality on {data['rows']} {data['split']} rows of {data['source']}, loss in nats per token{against}"]
+
+
+def arithmetic(rows: Sequence[Row]) -> list[str]:
+    """Which number types were computed with; said once if all variants agree."""
+    lines: dict[str, list[str]] = {}
+    for row in rows:
+        if row.error is None:
+            lines.setdefault(_arithmetic(row.conditions), []).append(row.label)
+    return [f"{', '.join(labels)}: {line}" if len(lines) > 1 else line for line, labels in lines.items()]
+
+
+def _arithmetic(conditions: dict) -> str:
+    stored = conditions["stored_quantization"]
+    kept = f"stored in {stored['bits']} bits" if stored else "stored unquantized"
+    text = f"computed in {conditions['dtype']} on the {conditions['device'].upper()}, {kept}"
+    dense = ", made dense on loading: speed and memory are those of the dense copy, not of the packed weights"
+    return text + (dense if conditions["dense"] else "")
+
+
+def failures(report: Report) -> list[str]:
+    """A sentence for each variant that could not be measured, or not be judged."""
+    return [f"'{label}' failed: {error}" for label, error in report.failures.items()]
+
+
+def notes(report: Report) -> list[str]:
+    """What a reader must know before comparing the rows."""
+    found = [*report.warnings]
+    fine = [row for row in report.rows if row.error is None]
+    if len({(row.conditions["vocabulary"], row.conditions["tokenizer"]) for row in fine}) > 1:
+        found.append("The variants have different tokenizers: a token is not the same amount of text.")
+    if len({row.conditions["fingerprint"] for row in fine if row.adapter_bytes}) > 1:
+        found.append("The adapters stand on different base models.")
+    kinds = {row.conditions["model_type"] for row in fine}
+    if len(kinds) > 1:
+        found.append(f"The variants are of different kinds: {', '.join(sorted(map(str, kinds)))}.")
+    if report.config.cold_load:
+        found += _cold_notes(report)
+    if report.interrupted:
+        found.append("The run was interrupted; these are the finished processes.")
+    return found
+
+
+def _cold_notes(report: Report) -> list[str]:
+    results = [run.result for run in report.runs if "error" not in run.result]
+    if not results:
+        return []
+    if not any("cold_load_seconds" in result for result in results):
+        return ["No cold load: only root can drop this system's file cache."]
+    share = min(r["cold_disk_bytes"] / r["size_bytes"] for r in results if "cold_disk_bytes" in r)
+    if share >= 0.9:
+        return []
+    return [f"Cold load: the file cache could not be dropped wholly ({share:.0%} of the bytes came from the disk)."]
+
+
+def table(report: Report) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headers and lines; with several shapes there is one line for each, with quality more columns."""
+    many = len(report.config.shapes) > 1
+    quality = quality_cells(report)
+    headers = (HEADERS[0], *(["PROMPT x BATCH"] if many else []), *HEADERS[1:], *quality.get("", ()))
+    lines = []
+    for row in report.rows:
+        for shape in row.shapes or (None,):
+            line = cells(row, shape, many) + quality.get(row.label, ())
+            lines.append(line + ("",) * (len(headers) - len(line)))
+    return headers, lines
+
+
+def cells(row: Row, shape: ShapeRow | None, many: bool) -> tuple[str, ...]:
+    """One line of the table, without quality."""
+    if shape is None or row.load_seconds is None:
+        return (row.label, *[""] * many, "failed")
+    return (
+        row.label, *([f"{shape.prompt_tokens} x {shape.batch}"] if many else []), spread(row.load_seconds, 3),
+        spread(shape.ttft_seconds, 3, 1000), spread(shape.prefill_tps), spread(shape.decode_tps),
+        size(shape.peak_memory_bytes), size(row.size_bytes),
+    )  # fmt: skip
+
+
+def quality_cells(report: Report) -> dict[str, tuple[str, ...]]:
+    """Label -> its cells of quality, "" -> their headers; empty if no quality was asked for."""
+    if not report.quality:
+        return {}
+    score = (report.quality["score"] or "").partition(":")[0]
+    keys = ["loss", *(["kl", "same_top"] if report.quality["reference"] else []), *(["score"] if score else [])]
+    names = {"loss": "LOSS", "kl": "KL", "same_top": "SAME TOP", "score": score.upper()}
+    found = {"": tuple(names[key] for key in keys)}
+    for evaluation in report.quality["evaluations"]:
+        values = [evaluation.get(key) for key in keys]
+        found[evaluation["variant"]] = tuple("-" if v is None else number(v["value"]) for v in values)
+    return found
+
+
+def spread(summary: Summary, digits: int = 3, factor: float = 1.0) -> str:
+    """ "median (smallest-largest)"."""
+    low, middle, high = (number(v * factor, digits) for v in (summary.minimum, summary.median, summary.maximum))
+    return f"{middle} ({low}-{high})" if summary.count > 1 else middle
+
+
+def percent(ratio: float) -> float:
+    """The change in percent to one digit after the point; 0, never -0."""
+    return round(100 * (ratio - 1), 1) + 0.0
+
+
+def phrase(metric: str, ratio: Ratio) -> str:
+    """A ratio in words: "8.0 % slower [6.1, 9.8]" or "no difference seen [-1.2, +2.0] %"."""
+    up, down = WORDS[METRICS[metric].unit]
+    value, low, high = (None if v is None else percent(v) for v in (ratio.value, ratio.low, ratio.high))
+    if low is None or high is None or value is None:
+        return f"{value:+.1f} % {TOO_FEW}"
+    if not ratio.differs and 1 + high / 100 > TELLING * (1 + low / 100):
+        return f"too few or too noisy rounds to tell [{low:+.0f}, {high:+.0f}] %"
+    if not ratio.differs:
+        return f"no difference seen [{low:+.1f}, {high:+.1f}] %"
+    bounds = sorted((abs(low), abs(high)))
+    return f"{abs(value):.1f} % {up if ratio.value > 1 else down} [{bounds[0]:.1f}, {bounds[1]:.1f}]"
+
+
+def sentences(report: Report) -> list[str]:
+    """Every variant against the first one that ran: "sql against base, decode: 8.0 % slower [6.1, 9.8]".
+
+    Where there are too few rounds for a claim, the ratios of a variant share a line.
+    """
+    first = next((row.label for row in report.rows if row.error is None), None)
+    many = len(report.config.shapes) > 1
+    lines, short = [], dict[str, list[str]]()
+    for found in (c for c in report.comparisons if c.against == first):
+        who, said = f"{found.variant} against {first}", phrase(found.metric, found.ratio)
+        where = f" at {found.prompt_tokens} x {found.batch}" if many and found.prompt_tokens else ""
+        what = METRICS[found.metric].title + where
+        if found.ratio.low is None:
+            short.setdefault(who, []).append(f"{what} {said.removesuffix(TOO_FEW).rstrip()}")
+        else:
+            lines.append(f"{who}, {what}: {said}")
+    return lines + [f"{who}: {', '.join(parts)} {TOO_FEW}" for who, parts in short.items()]
+
+
+def markdown(report: Report) -> str:
+    """The report for a README or a model card."""
+    report = report.readable
+    headers, lines = table(report)
+    right = ["---"] + ["---:"] * (len(headers) - 1)
+    rows = ["| " + " | ".join(line) + " |" for line in (headers, right, *lines)]
+    remarks = [f"- {text}" for text in (*head(report), *sentences(report), *failures(report), *notes(report))]
+    return "\n".join(
+        [*rows, "", *remarks, "", f"`{report.command}`, {report.created}" if report.command else report.created, ""]
+    )

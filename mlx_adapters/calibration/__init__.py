@@ -1,0 +1,1 @@
+"""Text decides how to round, and judges it."""

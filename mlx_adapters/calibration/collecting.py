@@ -1,0 +1,197 @@
+"""What calibration text does to each layer: the second moments of its inputs, weighted by what they matter.
+
+Rounding wants H = Σ x xᵀ over the inputs x of a layer. Not every input matters alike: a token whose output
+hardly moves the model's predictions may be rounded badly. How much it matters is the gradient: let u be
+a random vector whose covariance is the Fisher information of the predictions, diag(p) - p pᵀ (so that KL between
+the two models is half of |u · change of the logits|² in the mean), and g = Jᵀ u its gradient at the layer's
+output. Then Σ |g|² x xᵀ, the Fisher-weighted H, says what an error in the layer costs in KL (as in GuidedQuant,
+arXiv 2505.07004). Few tokens carry most of that weight, so it is noisy; `mix` blends it with the plain one.
+
+One forward pass puts the hidden state before each block on the disk; then blocks are visited from the last to
+the first, so that memory holds the weights and the activations of one block, however many there are.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx.utils import tree_unflatten
+
+from mlx_adapters.calibration.blockwise import Blocks, Call, TokenBatch, Variant
+from mlx_adapters.calibration.moments import Moments, Seen, add_calls, fits, gram
+from mlx_adapters.events import OnEvent, Progress, ignore
+from mlx_adapters.models.layers import ADAPTABLE, weight_shape
+from mlx_adapters.storage import paths, tensor_files
+from mlx_adapters.surgery.taps import Tap, Tape, fisher_probe, tapped_vjp
+from mlx_adapters.system.door import mx, nn
+
+
+class HiddenStates:
+    """Lists of arrays on the disk, put in one after the other and taken out from the last to the first."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: list[Path] = []
+
+    def put(self, arrays: list[mx.array]) -> None:
+        """Write one list. Raises StorageError when the disk refuses."""
+        self._files.append(self.folder / f"hidden-{len(self._files):04d}.safetensors")
+        tensor_files.write_safetensors(self._files[-1], {f"{i:06d}": array for i, array in enumerate(arrays)})
+
+    def take(self) -> list[mx.array]:
+        """The list put in last, read into memory; its file is deleted."""
+        path = self._files.pop()
+        found = tensor_files.read_safetensors(path)
+        arrays = [found[name] for name in sorted(found)]
+        mx.eval(arrays)
+        path.unlink()
+        return arrays
+
+
+class Collector:
+    """Collects the moments of the layers at `paths`, block by block from the last to the first.
+
+    `forward` and `backward` are two variants of the same model (each goes through its blocks once). `folder` holds
+    the hidden states before every block meanwhile: 4 bytes x tokens x width for each.
+    """
+
+    def __init__(
+        self, forward: Variant, backward: Variant, paths: set[str], batches: Sequence[TokenBatch], folder: Path
+    ) -> None:
+        self.forward, self.backward, self.batches = forward, backward, list(batches)
+        layers, blocks = backward.source.layers, len(forward.blocks)
+        self.paths = paths = {path for path in paths if isinstance(layers[path], ADAPTABLE)}
+        wanted = [i for i in range(blocks + 1) if paths & set(forward.layer_paths(i))]
+        outside = paths & set(forward.layer_paths(blocks))
+        self.first = 0 if outside else min(wanted, default=blocks)
+        self.unknown: set[str] = set()
+        self._entries = HiddenStates(folder)
+        self._calls: list[list[Call]] = []
+
+    def run(self, on_event: OnEvent = ignore, seed: int = 0) -> "Stages":
+        """Yield (paths, moments) of the head, then of each block from the last to the first."""
+        return Stages(self, on_event, seed)
+
+    def run_forward(self, on_event: OnEvent) -> list[mx.array]:
+        """Put the hidden state before every wanted block on the disk; return those after the last one."""
+        count, variant = len(self.forward.blocks), self.forward
+        variant.prepare(count)
+        entered = [variant.blocks.enter(batch.tokens) for batch in self.batches]
+        hidden, self._calls = [h for h, _ in entered], [c for _, c in entered]
+        paths.require_free_space(self._entries.folder, (count - self.first) * sum(h.nbytes for h in hidden))
+        for index in range(count):
+            if index >= self.first:
+                self._entries.put(hidden)
+            variant.prepare(index)
+            after = []
+            for h, calls in zip(hidden, self._calls, strict=True):
+                out = variant.blocks.step(index, h, calls[index])
+                mx.eval(out)
+                after.append(out)
+            hidden = after
+            variant.release(index)
+            on_event(Progress("calibrate: forward", index + 1, count, "block"))
+        return hidden
+
+    def tapped(self, index: int, tape: Tape) -> list[tuple[str, nn.Module]]:
+        """Put taps on the wanted layers of block `index`; returns what `update_modules` needs to undo it."""
+        module = self.backward.source.module
+        here = self.paths & set(self.backward.layer_paths(index))
+        originals = {path: layer for path, layer in module.named_modules() if path in here}
+        taps = [(path, Tap(layer, path, tape)) for path, layer in originals.items()]
+        module.update_modules(tree_unflatten(taps))
+        return list(originals.items())
+
+    def add(self, moments: dict[str, Moments], noted: list, batch: TokenBatch, real: mx.array | None) -> None:
+        """Add one batch's notes; `real`: see `add_calls`. Layers whose calls tell nothing become `unknown`."""
+        calls: dict[str, list[Seen]] = {}
+        for path, x, indices, g in noted:
+            calls.setdefault(path, []).append(Seen(x, indices, g))
+        products: dict[int, mx.array] = {}
+        for path, seen in calls.items():
+            shape = weight_shape(self.backward.source.layers[path])
+            if not all(fits(one, shape) for one in seen):
+                self.unknown.add(path)
+            if path not in self.unknown:
+                add_calls(moments.setdefault(path, Moments()), seen, shape, batch.tokens.shape, real, products)
+
+
+class Stages:
+    """The iteration behind `Collector.run`: (layer paths, moments by path), the head first."""
+
+    def __init__(self, collector: Collector, on_event: OnEvent, seed: int) -> None:
+        self.collector, self.on_event, self.seed = collector, on_event, seed
+
+    def __iter__(self) -> Any:
+        c = self.collector
+        hidden = c.run_forward(self.on_event)
+        count = len(c.backward.blocks)
+        c.backward.prepare(count)
+        moments, cotangents = self._head(c.backward.blocks, hidden)
+        del hidden
+        held_back = moments  # a tied embedding also gets what reaches it from below
+        for index in range(count - 1, c.first - 1, -1):
+            c.backward.prepare(index)
+            moments, cotangents = self._block(index, cotangents)
+            yield index, self._known(moments)
+            c.backward.release(index)
+        if c.paths & set(c.backward.layer_paths(count)):
+            self._input_embedding(held_back, cotangents)
+            yield count, self._known(held_back)
+
+    def _known(self, moments: dict[str, Moments]) -> dict[str, Moments]:
+        return {path: found for path, found in moments.items() if path not in self.collector.unknown}
+
+    def _head(self, blocks: Blocks, hidden: list[mx.array]) -> tuple[dict[str, Moments], list[mx.array]]:
+        c, cotangents = self.collector, []
+        moments: dict[str, Moments] = {}
+        tape = Tape()
+        originals = c.tapped(len(blocks), tape)
+        keys = mx.random.split(mx.random.key(self.seed), max(len(hidden), 2))
+        for batch, h, key in zip(c.batches, hidden, keys, strict=False):
+
+            def run(h: mx.array, batch: TokenBatch = batch) -> mx.array:
+                return blocks.finish(h, batch.judged)
+
+            def probe(out: mx.array, key: mx.array = key) -> mx.array:
+                return fisher_probe(out, key)
+
+            gradient, noted = tapped_vjp(run, tape, h, probe)
+            c.add(moments, noted, batch, None if len(blocks) else batch.real)
+            mx.eval(gradient)
+            cotangents.append(gradient)
+        c.backward.source.module.update_modules(tree_unflatten(originals))
+        return moments, cotangents
+
+    def _block(self, index: int, cotangents: list[mx.array]) -> tuple[dict[str, Moments], list[mx.array]]:
+        c, below = self.collector, []
+        moments: dict[str, Moments] = {}
+        tape = Tape()
+        originals = c.tapped(index, tape)
+        entries = c._entries.take()
+        for batch, h, calls, sent in zip(c.batches, entries, c._calls, cotangents, strict=True):
+
+            def run(h: mx.array, call: Call = calls[index]) -> mx.array:
+                return c.backward.blocks.step(index, h, call)
+
+            def probe(_: mx.array, sent: mx.array = sent) -> mx.array:
+                return sent
+
+            gradient, noted = tapped_vjp(run, tape, h, probe)
+            if index > c.first or c.first == 0:
+                mx.eval(gradient)
+            c.add(moments, noted, batch, batch.real)
+            below.append(gradient)
+        c.backward.source.module.update_modules(tree_unflatten(originals))
+        return moments, below
+
+    def _input_embedding(self, moments: dict[str, Moments], cotangents: list[mx.array]) -> None:
+        """An embedding that is no output layer is judged by the gradients that reach the first block."""
+        c = self.collector
+        for path in c.paths & set(c.backward.layer_paths(len(c.backward.blocks))):
+            if path not in moments and isinstance(c.backward.source.layers[path], nn.Embedding | nn.QuantizedEmbedding):
+                moments[path] = Moments()
+                for batch, g in zip(c.batches, cotangents, strict=True):
+                    rows = g.reshape(-1, g.shape[-1])[batch.real]
+                    product = gram(rows)
+                    moments[path].add(product, product, rows.shape[0])

@@ -1,0 +1,172 @@
+"""How far a fused model strays from the adapter model, measured on rows that calibration never saw.
+
+For every judged token (the answers of chat and prompt-completion rows, everything of a text) both models give a
+distribution over the next token. KL(adapter ‖ fused), in nats, is what is lost by using one for the other:
+0 means that nothing was. All models compute in dense float32, so that only the weights differ.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlx_adapters.calibration.blockwise import Call, TokenBatch, Variant
+from mlx_adapters.errors import FormatError
+from mlx_adapters.events import OnEvent, Progress, ignore
+from mlx_adapters.storage.tensor_files import as_numpy
+from mlx_adapters.system.door import mx
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Figures over `tokens` judged tokens of `rows` rows. Losses and KL in nats per token.
+
+    `kl_*`: KL(adapter ‖ fused). `same_top`: share of tokens where both put the same token first. `base_kl` is
+    KL(adapter ‖ base), for scale: what fusing badly could cost at most.
+    """
+
+    rows: int
+    tokens: int
+    kl_mean: float
+    kl_median: float
+    kl_p99: float
+    same_top: float
+    loss_adapter: float
+    loss_fused: float
+    loss_base: float | None = None
+    base_kl: float | None = None
+    base_same_top: float | None = None
+
+    @property
+    def perplexity_adapter(self) -> float:
+        """exp of the mean loss in nats."""
+        return math.exp(min(self.loss_adapter, 700))
+
+    @property
+    def perplexity_fused(self) -> float:
+        """exp of the mean loss in nats."""
+        return math.exp(min(self.loss_fused, 700))
+
+    def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Headers and lines for people."""
+        headers = ("MODEL", "KL", "MEDIAN", "99 %", "SAME TOP", "LOSS", "PERPLEXITY")
+        lines: list[tuple[str, ...]] = [
+            ("adapter", "", "", "", "", f"{self.loss_adapter:.4f}", f"{self.perplexity_adapter:.3f}"),
+            ("fused", f"{self.kl_mean:.5f}", f"{self.kl_median:.5f}", f"{self.kl_p99:.4f}", f"{self.same_top:.2%}",
+             f"{self.loss_fused:.4f}", f"{self.perplexity_fused:.3f}"),
+        ]  # fmt: skip
+        if self.base_kl is not None and self.base_same_top is not None and self.loss_base is not None:
+            lines.append(
+                ("base", f"{self.base_kl:.3f}", "", "", f"{self.base_same_top:.2%}", f"{self.loss_base:.4f}", "")
+            )
+        return headers, lines
+
+
+@dataclass
+class _Tally:
+    """Per-token figures of one model against the reference."""
+
+    kl: list[np.ndarray]
+    same: list[np.ndarray]
+    loss: list[np.ndarray]
+
+    def mean(self, name: str) -> float:
+        return float(np.concatenate(getattr(self, name)).mean())
+
+
+def hidden_states(
+    variants: Sequence[Variant], batches: Sequence[TokenBatch], on_event: OnEvent = ignore
+) -> list[list[mx.array]]:
+    """hidden[v][b]: the state after the last block of variant v on batch b.
+
+    All variants go through the blocks together; as long as one has the same weights as the base and the same
+    input as the first variant of that kind, it shares the result.
+    """
+    count = len(variants[0].blocks)
+    hidden: list[list[mx.array]] = []
+    calls: list = []
+    for v, variant in enumerate(variants):
+        variant.prepare(count)
+        entered = [variant.blocks.enter(batch.tokens) for batch in batches]
+        calls = calls or [call for _, call in entered]
+        twin = _twin(variants, v, count, range(v))
+        hidden.append([h for h, _ in entered] if twin is None else hidden[twin])
+        mx.eval(hidden[-1])
+    for index in range(count):
+        before = list(hidden)
+        for v, variant in enumerate(variants):
+            twin = _twin(variants, v, index, [u for u in range(v) if before[u] is before[v]])
+            if twin is not None:
+                hidden[v] = hidden[twin]
+                variant.release(index)
+                continue
+            variant.prepare(index)
+            hidden[v] = [_step(variant, index, h, c[index]) for h, c in zip(before[v], calls, strict=True)]
+            variant.release(index)
+        on_event(Progress("check", index + 1, count, "block"))
+    return hidden
+
+
+def _twin(variants: Sequence[Variant], v: int, index: int, others: Iterable[int]) -> int | None:
+    """One of the `others` that has the base's weights in block `index`, if variant v has them too."""
+    if variants[v].differs(index):
+        return None
+    return next((u for u in others if not variants[u].differs(index)), None)
+
+
+def _step(variant: Variant, index: int, hidden: mx.array, call: Call) -> mx.array:
+    out = variant.blocks.step(index, hidden, call)
+    mx.eval(out)
+    return out
+
+
+def compare(
+    adapter: Variant, fused: Variant, base: Variant | None, batches: Sequence[TokenBatch], on_event: OnEvent = ignore
+) -> Fidelity:
+    """Judge `fused` (and, for scale, `base`) by `adapter`. Raises FormatError for NaN or Inf logits."""
+    variants = [v for v in (base, adapter, fused) if v is not None]
+    hidden = hidden_states(variants, batches, on_event)
+    reference = variants.index(adapter)
+    tallies = [_Tally([], [], []) for _ in variants]
+    for b, batch in enumerate(batches):
+        logs = [_log_probabilities(v, h[b], batch) for v, h in zip(variants, hidden, strict=True)]
+        for tally, log in zip(tallies, logs, strict=True):
+            _judge(tally, logs[reference], log, batch)
+        mx.clear_cache()
+    return _summary(tallies, variants.index(fused), reference, base is not None, batches)
+
+
+def _log_probabilities(variant: Variant, hidden: mx.array, batch: TokenBatch) -> mx.array:
+    logits = variant.blocks.finish(hidden, batch.judged).astype(mx.float32)
+    result = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    if not mx.isfinite(result).all().item():
+        raise FormatError("The model computes NaN or Inf on the check's text.", "are its weights whole?")
+    return result
+
+
+def _judge(tally: _Tally, reference: mx.array, log: mx.array, batch: TokenBatch) -> None:
+    kl = (mx.exp(reference) * (reference - log)).sum(axis=-1)
+    same = reference.argmax(axis=-1) == log.argmax(axis=-1)
+    loss = -mx.take_along_axis(log, batch.targets[:, None], axis=-1)[:, 0]
+    for name, values in (("kl", kl), ("same", same), ("loss", loss)):
+        getattr(tally, name).append(as_numpy(values).astype(np.float64))
+
+
+def _summary(
+    tallies: list[_Tally], fused: int, reference: int, has_base: bool, batches: Sequence[TokenBatch]
+) -> Fidelity:
+    kl = np.maximum(np.concatenate(tallies[fused].kl), 0)
+    return Fidelity(
+        rows=sum(batch.tokens.shape[0] for batch in batches),
+        tokens=len(kl),
+        kl_mean=float(kl.mean()),
+        kl_median=float(np.median(kl)),
+        kl_p99=float(np.quantile(kl, 0.99)),
+        same_top=tallies[fused].mean("same"),
+        loss_adapter=tallies[reference].mean("loss"),
+        loss_fused=tallies[fused].mean("loss"),
+        loss_base=tallies[0].mean("loss") if has_base else None,
+        base_kl=tallies[0].mean("kl") if has_base else None,
+        base_same_top=tallies[0].mean("same") if has_base else None,
+    )

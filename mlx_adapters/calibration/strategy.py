@@ -1,0 +1,235 @@
+"""The part of a fuse that reads text: which method and precision, calibration, and the check."""
+
+from pathlib import Path
+from typing import Literal
+
+from mlx_adapters.assembly.plan import Precision, Updates
+from mlx_adapters.assembly.tensors import Job
+from mlx_adapters.assembly.writing import dtype_name
+from mlx_adapters.calibration.blockwise import TokenBatch, Variant, make_batches
+from mlx_adapters.calibration.calibrate import Spool, round_layers
+from mlx_adapters.calibration.fidelity import Fidelity, compare
+from mlx_adapters.calibration.mixed import (
+    finer,
+    layer_bytes,
+    order_of_steps,
+    targets_after,
+    until_promise,
+    within_budget,
+)
+from mlx_adapters.calibration.texts import Text, choose_text
+from mlx_adapters.config.fusing import FuseOptions
+from mlx_adapters.config.training import Quantization, to_mapping
+from mlx_adapters.data.datasets import spread
+from mlx_adapters.errors import AdapterError, ConfigError
+from mlx_adapters.events import Note, OnEvent
+from mlx_adapters.models.base import Base
+from mlx_adapters.models.model import load_tokenizer_of
+from mlx_adapters.rounding.packed import dequantize, to_nearest
+from mlx_adapters.system.door import mx
+from mlx_adapters.system.machine import on_gpu
+from mlx_adapters.units import count
+
+Method = Literal["none", "nearest", "calibrated", "auto"]
+THROUGH = (
+    "The adapter was trained through this rounding (--fuse-aware), so its layers are rounded to nearest, as they were "
+    "then. Judge by the loss: the KL is from the adapter before rounding, which it was not trained to equal. After a "
+    "short training, compare with --method calibrated."
+)
+JUDGING_ROWS = 8
+NEAREST = "on the calibration rows that keeps more of the adapter than calibration does; more rows may help"
+UNKNOWN = "calibration does not see what it computes of which token"
+
+
+class Work:
+    """Rounding and checking of one job: which method, on which text, at which precision."""
+
+    def __init__(self, job: Job, asked: Quantization | str, options: FuseOptions, on_event: OnEvent) -> None:
+        self.job, self.asked, self.options, self.on_event = job, asked, options, on_event
+        targets = {plan.rounded_to for plan in job.plans if plan.rounded_to is not None}
+        self.trained_through = trained_through(job.updates, targets)
+        self.method = self._choose_method(targets)
+        self.targets: dict[str, Precision] = {}
+        self.notes: tuple[str, ...] = ()
+        self.calibrated_in_vain = False
+        self._refuse_small_budget()
+        self.text: Text | None = None
+        if self.method == "calibrated" or options.check:
+            self.text = self._choose_text()
+
+    def _choose_method(self, targets: set[Quantization]) -> Method:
+        if not targets or self.options.method != "auto":
+            return self.options.method if targets else "none"
+        if self.trained_through and not self.mixed:
+            self.on_event(Note(THROUGH))
+            return "nearest"
+        return "calibrated" if any(target.bits < 8 for target in targets) else "nearest"
+
+    def _choose_text(self) -> Text | None:
+        adapters = [adapter for adapter, _ in self.job.updates.adapters]
+        o = self.options
+        try:
+            tokenizer = load_tokenizer_of(self.job.base)
+            text = choose_text(
+                o.calibration, adapters, tokenizer, o.calibration_rows, o.check_rows, self.job.base.positions
+            )
+            for tokens, _ in [*text.calibration, *text.check]:
+                self.job.base.check_tokens(tokens, text.source)
+            return text
+        except AdapterError as error:
+            if o.calibration is not None or o.method == "calibrated" or o.max_kl is not None:
+                raise
+            self.on_event(Note(f"No calibration and no check: {error.message}", "warning"))
+            self.method = "nearest" if self.method == "calibrated" else self.method
+            return None
+
+    def _refuse_small_budget(self) -> None:
+        budget = self.options.budget_bits
+        if budget is None:
+            return
+        now = 8 * self.job.size_bytes() / self.job.parameters
+        if now > budget:
+            raise ConfigError(
+                f"The model has {now:.2f} bits per weight already, more than the {budget} allowed.",
+                "ask for fewer --bits as the start, or a larger budget.",
+            )
+
+    @property
+    def mixed(self) -> bool:
+        return self.options.max_kl is not None or self.options.budget_bits is not None
+
+    def disk_bytes(self) -> int:
+        """Bytes that the fused model takes on the disk at most, with what calibration keeps beside it until then."""
+        size, job = self.job.size_bytes(), self.job
+        if self.method != "calibrated" or self.text is None:
+            return size
+        kept = 0
+        for plan in job.plans:
+            if plan.rounded_to:
+                made = [layer_bytes(plan, q, dtype_name(job.scale_dtype)) for q in {plan.rounded_to, *self._finer()}]
+                kept, size = kept + sum(made), size + max(made) - min(made)  # the finest may be chosen
+        return kept + size
+
+    def _finer(self) -> set[Quantization]:
+        """The precisions besides their own that layers are rounded to, to choose from."""
+        return (
+            {q for plan in self.job.plans if plan.rounded_to for q in finer(plan.rounded_to)} if self.mixed else set()
+        )
+
+    def round(self, spool: Spool) -> None:
+        """Fill `spool` with calibrated layers and settle mixed precision."""
+        if self.method != "calibrated" or self.text is None:
+            return
+        job = self.job
+        why = f" {self.text.why}" if self.text.why else ""
+        self.on_event(Note(f"Calibrating on {count(len(self.text.calibration), 'row')} of {self.text.source}.{why}"))
+        batches, dtype = batches_of(self.text.calibration, job.base), job.scale_dtype
+        job.close()
+        unknown = round_layers(
+            job.base, job.updates, job.plans, batches, dtype, spool, self.on_event, self._finer(),
+            self.options.seed, self.options.thorough,
+        )  # fmt: skip
+        self.notes = tuple(f"{path}: rounded to nearest: {UNKNOWN}" for path in unknown)
+        if unknown:
+            layers = count(len(unknown), "layer")
+            self.on_event(Note(f"{layers} rounded to nearest; {unknown[0]}: {UNKNOWN}.", "warning"))
+        if spool.nearest:
+            layers = count(len(spool.nearest), "layer")
+            self.notes += (f"rounding to nearest was better than calibration for {layers} of {len(spool.losses)}",)
+        if not self.mixed and self._nearest_is_better(spool):
+            self.method, self.calibrated_in_vain = "nearest", True
+            self.notes += (f"rounded to nearest: {NEAREST}",)
+            self.on_event(Note(f"Rounded to nearest: {NEAREST}."))
+            spool.remove()
+            return
+        if self.mixed:
+            self.targets = self._choose_targets(spool)
+            job.retarget(self.targets)
+
+    def _rounded(self, spool: Spool) -> dict[str, Precision]:
+        """The precision of the layers that calibration rounded."""
+        return {plan.path: plan.target for plan in self.job.plans if (plan.path, plan.target) in spool.losses}
+
+    def _nearest_is_better(self, spool: Spool) -> bool:
+        """Whether the whole model strays less on (some of) the calibration rows with all layers rounded to nearest.
+
+        Layers are judged one by one before; few rows do not tell how their errors add up.
+        """
+        job, targets = self.job, self._rounded(spool)
+        rows = spread(self.text.calibration, JUDGING_ROWS) if self.text else []
+
+        def calibrated(path: str) -> mx.array | None:
+            packed = spool.get(path, targets.get(path))
+            return None if packed is None else dequantize(packed)
+
+        def nearest(path: str) -> mx.array | None:
+            target = targets.get(path)
+            if target is None:
+                return None
+            return dequantize(to_nearest(plain.source.fused(path, job.updates), target, dtype))
+
+        touched = set(targets) | job.updates.paths()
+        dtype = job.scale_dtype
+        job.close()
+        exact = Variant(job.base, job.updates)
+        fused, plain = (Variant(job.base, job.updates, touched.__contains__, f, exact) for f in (calibrated, nearest))
+        found = compare(exact, fused, plain, batches_of(rows, job.base))
+        return found.base_kl is not None and found.base_kl < found.kl_mean
+
+    def _choose_targets(self, spool: Spool) -> dict[str, Precision]:
+        job, options = self.job, self.options
+        steps = order_of_steps(job.plans, spool.losses, dtype_name(job.scale_dtype))
+        if options.budget_bits is not None:
+            spare = options.budget_bits * job.parameters / 8 - job.size_bytes()
+            return targets_after(within_budget(steps, int(spare)))
+        start = self._rounded(spool)
+        total = sum(spool.losses[path, target] for path, target in start.items() if target is not None)
+        batches = batches_of(self.text.check, job.base) if self.text else []
+
+        def measure(targets: dict[str, Precision]) -> float:
+            chosen = start | targets
+
+            def stored(path: str) -> mx.array | None:
+                packed = spool.get(path, chosen.get(path))
+                return None if packed is None else dequantize(packed)
+
+            job.close()
+            updates = job.updates
+            touched = set(chosen) | updates.paths()
+            exact = Variant(job.base, updates)
+            fused = Variant(job.base, updates, lambda path: path in touched, stored, exact)
+            return compare(exact, fused, None, batches).kl_mean
+
+        enough = until_promise(steps, total, options.max_kl or 0.0, measure, self.on_event)
+        return targets_after(steps[:enough])
+
+    def check(self, folder: Path) -> Fidelity | None:
+        """The fidelity of the model in `folder`, or None if it is not to be checked."""
+        if not self.options.check or self.text is None or self.options.format == "gguf":
+            return None
+        job = self.job
+        changed = {plan.path for plan in job.plans if not plan.copied}
+        fused = Variant(Base(str(folder), folder), None, changed.__contains__ if job.dtype is None else lambda _: True)
+        batches = batches_of(self.text.check, job.base)
+        exact = Variant(job.base, job.updates)
+        return compare(exact, fused, Variant(job.base, beside=exact), batches, self.on_event)
+
+
+def trained_through(updates: Updates, targets: set[Quantization]) -> bool:
+    """Whether this is one adapter, whole, that saw the rounding to `targets` in its training."""
+    if len(updates.adapters) != 1 or updates.replaced:
+        return False
+    adapter, share = updates.adapters[0]
+    training = adapter.metadata.get("training")
+    if share != 1 or not isinstance(training, dict):
+        return False
+    rounded = adapter.iteration is None or adapter.iteration > training.get("fuse_aware_from", 0)
+    return rounded and [to_mapping(target) for target in targets] == [training.get("fuse_aware")]
+
+
+def batches_of(rows: list, base: Base) -> list[TokenBatch]:
+    """Batches of rows; on a GPU padded to few shapes, because each new one is compiled for seconds.
+
+    Never to more tokens than a model with learned positions has: the next ones would be foreign memory.
+    """
+    return make_batches(rows, 8192, 64, base.positions) if on_gpu() else make_batches(rows)

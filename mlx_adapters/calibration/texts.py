@@ -1,0 +1,198 @@
+"""Text for calibration and for the check, taken apart so that no row serves both.
+
+In this order: what the caller names; the data that the adapter was trained on, if that was on this machine (a
+stranger's record may name anything), it is still there and long enough; a small general text of the package.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_adapters.calibration.blockwise import Row
+from mlx_adapters.data.datasets import RawRow, read_data, spread
+from mlx_adapters.data.tokenizing import tokenize_row
+from mlx_adapters.errors import AdapterError, FormatError, NotFoundError
+from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.sources.origin import made_here
+
+GENERAL = "general text of the package"
+MAX_LENGTH = 512
+LEAST_TOKENS = 256
+LEAST_CHARACTERS = 4 * LEAST_TOKENS
+Tokenize = Callable[[list[RawRow]], list[Row]]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Rows of (tokens, judged): `calibration` to round by, `check` to judge by. `source` says whence.
+
+    `why` says, if it is the general text, why the adapter's own data is not used.
+    """
+
+    calibration: list[Row]
+    check: list[Row]
+    source: str
+    sha256: str
+    why: str | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """What recipe and report record."""
+        return {
+            "source": self.source,
+            "why": self.why,
+            "sha256": self.sha256,
+            "calibration_rows": len(self.calibration),
+            "calibration_tokens": sum(len(tokens) for tokens, _ in self.calibration),
+            "check_rows": len(self.check),
+        }
+
+
+def choose_text(
+    asked: str | Path | None,
+    adapters: Sequence[Adapter],
+    tokenizer: Any,
+    calibration_rows: int,
+    check_rows: int,
+    positions: int | None = None,
+) -> Text:
+    """The text to use, tokenized, rows cut to 512 tokens, or to the `positions` of a model that learned each.
+
+    `asked` is a data folder, a .jsonl, .parquet or .txt file, GENERAL, or None. Raises NotFoundError or FormatError
+    if a text that was asked for is missing, malformed or too short; the adapters' own data then only gives way.
+    """
+
+    length = MAX_LENGTH if positions is None else min(MAX_LENGTH, positions)
+
+    def tokens_of(rows: list[RawRow]) -> list[Row]:
+        return _tokenize(rows, tokenizer, length)
+
+    def prepare(source: str, rows: tuple[list[RawRow], list[RawRow]], why: str | None = None) -> Text:
+        return _prepare(source, *_apart(*rows, source), tokens_of, calibration_rows, check_rows, why)
+
+    if asked is not None and asked != GENERAL:
+        return prepare(str(asked), read_text(str(asked)))
+    why = None
+    if asked is None:
+        try:
+            return prepare(*_own_data(adapters))
+        except AdapterError as error:
+            why = error.message
+    return prepare(GENERAL, _split_paragraphs(general_text(), GENERAL), why)
+
+
+def _prepare(
+    source: str, train: list[RawRow], held: list[RawRow], tokens_of: Tokenize, calibration_rows: int, check_rows: int,
+    why: str | None,
+) -> Text:  # fmt: skip
+    digest = hashlib.sha256("\n".join(row.key() for row in [*train, *held]).encode()).hexdigest()
+    check = _enough(held, check_rows, tokens_of, set())
+    judged = {tokens.tobytes() for tokens, _ in check}
+    calibration = _enough(train, calibration_rows, tokens_of, judged)  # other rows may say the same
+    for rows, what in ((calibration, "calibration"), (check, "the check")):
+        if (tokens := _tokens(rows)) < LEAST_TOKENS:
+            raise FormatError(
+                f"'{source}' is too short: {tokens} tokens for {what}, at least {LEAST_TOKENS} are needed.",
+                "give more rows, or leave --calibration away to use the general text.",
+            )
+    return Text(calibration, check, source, digest, why)
+
+
+def read_text(source: str) -> tuple[list[RawRow], list[RawRow]]:
+    """(rows to calibrate on, rows to check on or []) of a data folder, a data file or a .txt file."""
+    path = Path(source).expanduser()
+    if path.suffix == ".txt" and not path.is_dir():
+        try:
+            return _split_paragraphs(path.read_text(encoding="utf-8"), source)
+        except FileNotFoundError:
+            raise NotFoundError(
+                f"There is no text '{source}'.", "--calibration takes a data folder, a .jsonl, .parquet or .txt file."
+            ) from None
+        except (UnicodeDecodeError, OSError) as error:
+            raise FormatError(f"'{source}' is not readable text: {error}.", "save it as UTF-8.") from None
+    data = read_data(source)
+    return list(data.rows("train")), [*data.rows("valid"), *data.rows("test")]
+
+
+def general_text() -> str:
+    """The package's own text: prose, code, mathematics, several languages."""
+    return (package_files("mlx_adapters.calibration") / "general_text.txt").read_text(encoding="utf-8")
+
+
+def _split_paragraphs(text: str, source: str) -> tuple[list[RawRow], list[RawRow]]:
+    parts = [part.strip() for part in text.split("\n\n")]
+    rows = [RawRow({"text": part}, f"{source}, paragraph {i}") for i, part in enumerate(parts, 1) if part]
+    if not rows:
+        raise FormatError(f"'{source}' holds no text.", "leave --calibration away to use the general text.")
+    return rows, []
+
+
+def _own_data(adapters: Sequence[Adapter]) -> tuple[str, tuple[list[RawRow], list[RawRow]]]:
+    """(sources, rows) of the training data of adapters trained here, as far as it can be read. Raises AdapterError."""
+    train: list[RawRow] = []
+    held: list[RawRow] = []
+    sources: list[str] = []
+    reason: AdapterError = NotFoundError("The adapter does not say what it was trained on.")
+    for adapter in adapters:
+        source = data_source(adapter)
+        if source is None:
+            continue
+        if not made_here(source, adapter.metadata.get("signature")):
+            why = f"The adapter names '{source}' as its data, but was not trained on this machine"
+            reason = NotFoundError(f"{why}; --calibration takes it all the same.")
+            continue
+        try:
+            rows = read_text(source)
+        except AdapterError as error:
+            reason = error
+            continue
+        train, held, sources = train + rows[0], held + rows[1], [*sources, source]
+    if not train:
+        raise reason
+    return ", ".join(dict.fromkeys(sources)), (train, held)
+
+
+def data_source(adapter: Adapter) -> str | None:
+    """Where the adapter's metadata says that its training data lies."""
+    record = adapter.metadata.get("data") or adapter.metadata.get("dataset")
+    if isinstance(record, dict):
+        record = record.get("source") or record.get("path")
+    return record if isinstance(record, str) else None
+
+
+def _apart(train: list[RawRow], held: list[RawRow], source: str) -> tuple[list[RawRow], list[RawRow]]:
+    """No row twice, and none in both parts; with too little to check by, a fifth of the training rows is set aside."""
+    train = list({row.key(): row for row in train}.values())
+    seen = {row.key() for row in train}
+    held = [row for key, row in {row.key(): row for row in held}.items() if key not in seen]
+    if sum(len(row.key()) for row in held) < LEAST_CHARACTERS:
+        held, train = held + train[::5], [row for i, row in enumerate(train) if i % 5]
+    if not train or not held:
+        raise FormatError(f"'{source}' is too short to calibrate on and to check by.", "give at least ten rows.")
+    return train, held
+
+
+def _enough(rows: list[RawRow], count: int, tokens_of: Tokenize, without: set[bytes]) -> list[Row]:
+    """`count` rows, evenly spaced, or as many more as LEAST_TOKENS take; none whose tokens are in `without`."""
+    while True:
+        found = [row for row in tokens_of(spread(rows, count)) if row[0].tobytes() not in without]
+        if count >= len(rows) or _tokens(found) >= LEAST_TOKENS:
+            return found
+        count *= 2
+
+
+def _tokens(rows: list[Row]) -> int:
+    return sum(len(tokens) for tokens, _ in rows)
+
+
+def _tokenize(rows: list[RawRow], tokenizer: Any, length: int) -> list[Row]:
+    tokenized = []
+    for raw in rows:
+        row = tokenize_row(raw, tokenizer, length, mask_prompt=raw.format != "text")
+        if row.trained.any():
+            tokenized.append((np.asarray(row.tokens), np.asarray(row.trained)))
+    return tokenized

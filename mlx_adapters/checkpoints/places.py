@@ -1,0 +1,174 @@
+"""Where the modules of a PEFT adapter lie in mlx-lm's model, and what loading does to their weights there.
+
+A module's update is a product of two factors, left (rows, r) and right (r, columns). What loading does to a weight
+that is cut, stacked, scaled by rows or turned around, it does to one of the two.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_adapters.checkpoints.probing import Layout, Piece, runs_of
+from mlx_adapters.errors import FormatError, IncompatibleError
+from mlx_adapters.models.layers import nn
+from mlx_adapters.storage import tensor_names
+from mlx_adapters.storage.tensor_names import WEIGHT, Renames
+
+Fold = float | list[Any]  # one factor of a weight's numbers, or [[rows, factor], ...]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """left · right, (rows, r) and (r, columns), in the orientation of an MLX weight; m (rows,) or None."""
+
+    left: mx.array
+    right: mx.array
+    m: mx.array | None = None
+
+
+class Places:
+    """Finds the base's layer for each module path of transformers and remembers how it was found.
+
+    `renames` are what the paths took; `paths` are those that the renames do not lead back to, by layer (`{}` stands
+    for the expert); `folds` what loading multiplies the layers' weights by, if it does.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], layout: Layout) -> None:
+        self.layers, self.layout = layers, layout
+        self.renames: dict[tuple[str, str], None] = {}
+        self.taken: dict[str, str] = {}
+        self.paths: dict[str, str] = {}
+        self.folds: dict[str, Fold] = {}
+
+    def find(self, path: str, source: str) -> list[Piece]:
+        """How the weight of `path` comes into the model; `source` is the PEFT module that adapts it.
+
+        Raises IncompatibleError if the base has nothing of the kind, FormatError if no layer's weight is made of it.
+        """
+        pieces, renames = self.look_up(path)
+        if pieces:
+            self.renames |= dict.fromkeys(renames)
+            for piece in pieces:
+                self._take(tensor_names.split(piece.target)[0], piece, source)
+            return pieces
+        for candidate, _ in tensor_names.mlx_paths(path):
+            weight = tensor_names.join(candidate, WEIGHT)
+            if weight in self.layout.shapes or weight in self.layout.problems:
+                other = "it is no linear layer there" if self.layout.of(weight) else "it becomes parts of other tensors"
+                why = self.layout.problems.get(weight, other)
+                raise FormatError(f"mlx-lm holds '{source}' in another form, which no adapter layer can update: {why}.")
+        raise IncompatibleError(
+            f"The base model has no layer for '{source}' of the PEFT adapter.", "is it the base it was trained on?"
+        )
+
+    def look_up(self, path: str) -> tuple[list[Piece], Renames]:
+        """How the weight of `path` comes into the model's layers, and the renames for it; none if it does not."""
+        found = ((self._pieces(candidate), renames) for candidate, renames in tensor_names.mlx_paths(path))
+        return next((pair for pair in found if pair[0]), ([], ()))
+
+    def tensor(self, name: str) -> list[Piece]:
+        """How any tensor comes into the model; nothing if it does not as a whole."""
+        path, leaf = tensor_names.split(name)
+        for place, _ in tensor_names.mlx_paths(path):
+            target = tensor_names.join(place, leaf)
+            pieces = self.layout.of(target)
+            found = [p for p in pieces if p.target == target] or pieces or self.layout.into(target)
+            if found:
+                return found
+        return []
+
+    def _pieces(self, path: str) -> list[Piece]:
+        weight = tensor_names.join(path, WEIGHT)
+        pieces = [p for p in self.layout.of(weight) if tensor_names.split(p.target)[0] in self.layers]
+        own = [piece for piece in pieces if piece.target == weight]
+        return own or pieces or (self.layout.into(weight) if path in self.layers else [])
+
+    def _take(self, key: str, piece: Piece, source: str) -> None:
+        if self.taken.setdefault(key, source) != source and piece.index is None:
+            raise FormatError(f"Two PEFT modules, '{source}' and '{self.taken[key]}', are one layer.")
+        if (fold := fold_of(piece)) and self.folds.setdefault(key, fold) != fold:
+            raise FormatError(f"mlx-lm multiplies the experts of '{key}' by different numbers.")
+
+    def expert(self, path: str) -> tuple[str, int] | None:
+        """(stacked layer, expert) of a module path that is one of several experts, else None."""
+        for candidate, renames in tensor_names.mlx_paths(path):
+            pieces = self.layout.of(tensor_names.join(candidate, WEIGHT))
+            if len(pieces) == 1 and pieces[0].index is not None:
+                self.renames |= dict.fromkeys(renames)
+                key, expert = tensor_names.split(pieces[0].target)[0], pieces[0].index
+                self._take(key, pieces[0], path)
+                switch = tensor_names.split_switch(tensor_names.peft_path(key, None, tuple(self.renames)))
+                if switch is None or tensor_names.expert_path(*switch, expert) != path:
+                    self.paths[key] = path.replace(f".{expert}.", ".{}.")
+                return key, expert
+        found = tensor_names.split_expert(path)
+        if found is None:
+            return None
+        pieces = self.find(found[0], path)
+        return tensor_names.split(pieces[0].target)[0], found[1]
+
+    def remember(self, key: str, path: str) -> None:
+        """Note the path in transformers of a layer if the renames do not lead back to it."""
+        if tensor_names.peft_path(key, None, tuple(self.renames)) != path:
+            self.paths[key] = path
+
+    def path_of(self, key: str) -> str:
+        """The path in transformers of a layer, as far as the modules found so far tell."""
+        if key in self.paths:
+            return self.paths[key]
+        pieces = self.layout.into(tensor_names.join(key, WEIGHT))
+        if len(pieces) == 1 and pieces[0].source != pieces[0].target and not self.renames:
+            return tensor_names.split(pieces[0].source)[0]
+        return tensor_names.peft_path(key, None, tuple(self.renames))
+
+
+def fold_of(piece: Piece) -> Fold | None:
+    """What a weight's rows are multiplied by, None for 1. Raises FormatError if the numbers in a row differ."""
+    if isinstance(piece.scale, float):
+        return None if piece.scale == 1 else piece.scale
+    if piece.scale.size != piece.scale.shape[0]:
+        raise FormatError(f"mlx-lm multiplies the numbers of '{piece.source}' one by one; no adapter can follow.")
+    return [list(run) for run in runs_of(piece.scale.reshape(-1))]
+
+
+def unfolded(fold: Fold | None, rows: int) -> tuple[float, mx.array | None]:
+    """(factor of all, factor of each row (rows,) or None) of a fold."""
+    if fold is None or isinstance(fold, float | int):
+        return float(fold or 1.0), None
+    vector = np.repeat([factor for _, factor in fold], [count for count, _ in fold]).astype(np.float32)
+    if vector.shape != (rows,):
+        raise FormatError("The record of what mlx-lm multiplies a weight by does not fit the weight.")
+    return 1.0, mx.array(vector)
+
+
+def through(piece: Piece, factors: Factors) -> tuple[Factors, float]:
+    """The factors of the target's update, and what remains to be multiplied into its scale.
+
+    A matrix that comes out turned around is one that transformers keeps as (in, out); PEFT's factors are those of
+    the function, so nothing is turned here.
+    """
+    rows, columns = (piece.select[axis] for axis in piece.axes)
+    left, right, m = factors.left[rows], factors.right[:, columns], factors.m
+    m = None if m is None else m[rows]
+    factor, vector = unfolded(fold_of(piece), left.shape[0])
+    if vector is not None:
+        left = left.astype(mx.float32) * vector[:, None]
+        m = None if m is None else m.astype(mx.float32) * mx.abs(vector)
+    elif factor != 1 and m is not None:
+        m = m.astype(mx.float32) * abs(factor)
+    return Factors(left, right, m), factor
+
+
+def back(factors: Factors, fold: Fold | None) -> tuple[Factors, float]:
+    """The inverse of `through` for a whole weight: the factors before loading, and what its scale was divided by."""
+    factor, vector = unfolded(fold, factors.left.shape[0])
+    left, m = factors.left, factors.m
+    if vector is not None:
+        left = left.astype(mx.float32) / vector[:, None]
+        m = None if m is None else m.astype(mx.float32) / mx.abs(vector)
+    elif factor != 1 and m is not None:
+        m = m.astype(mx.float32) / abs(factor)
+    return Factors(left, factors.right, m), factor

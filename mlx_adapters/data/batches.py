@@ -1,0 +1,122 @@
+"""Which rows form a batch, in which order, and how they are padded.
+
+Rows of like length go together, so little is padded. They are sought within pools of `POOL` batches that are drawn
+anew in each epoch, so the same rows do not always meet, and the order of the batches is shuffled.
+All of it is a pure function of the lengths, the seed and the epoch: a resumed run needs to know only how
+many batches it has seen. Every row comes once per epoch, the last, smaller batch included.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlx_adapters.data.tokenizing import Row
+
+POOL = 50  # batches; with rows of 5 to 400 tokens, 4 in each, 1 to 3 % are padding
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as one array.
+
+    `tokens`: (rows, width) int32, padded with 0 at the right. `positions`: (n,) int32, where in the flat
+    (rows * (width - 1)) grid of predictions a trained token is foretold. `targets`: (n,) int32, these tokens.
+    `weights`: (n,) float32, 1 for a trained token and 0 for padding of the list. `segments`: (rows, width)
+    int32 numbering the packed rows from 1 (0 is padding), or None when nothing is packed.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    segments: np.ndarray | None
+    real_tokens: int
+    where: tuple[str, ...]
+
+    @property
+    def trained_tokens(self) -> int:
+        """How many tokens the loss counts."""
+        return int(self.weights.sum())
+
+
+def epoch_batches(groups: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """The batches of one epoch as arrays of row indexes; `groups` holds the rows' lengths.
+
+    Pools, equal lengths and batches are in a random order that depends on (seed, epoch) alone.
+    """
+    random = np.random.default_rng([seed, epoch])
+    lengths, shuffled = np.asarray(groups), random.permutation(len(groups))
+    pools = [shuffled[i : i + POOL * batch_size] for i in range(0, len(shuffled), POOL * batch_size)]
+    order = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return [batches[i] for i in random.permutation(len(batches))]
+
+
+def batch_sequence(
+    groups: Sequence[int], batch_size: int, seed: int, start: int = 0
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (epoch, row indexes) without end, from the batch numbered `start` on."""
+    per_epoch = -(-len(groups) // batch_size)
+    epoch, skip = divmod(start, per_epoch)
+    while True:
+        for batch in epoch_batches(groups, batch_size, seed, epoch)[skip:]:
+            yield epoch, batch
+        epoch, skip = epoch + 1, 0
+
+
+def make_batch(bins: Sequence[Sequence[Row]], pad_to: int = 1, rows: int | None = None, packed: bool = False) -> Batch:
+    """Lay out rows, one list of rows per line of the array (more than one only when packing).
+
+    The width is rounded up to `pad_to` predictions, the trained positions to twice that, and with `rows` the
+    array has at least that many lines (empty ones at the end): few shapes mean few compilations on a GPU, while
+    on a CPU padding costs time.
+    """
+    width = 1 + _round_up(max(sum(len(r.tokens) for r in line) for line in bins) - 1, pad_to)
+    height = max(len(bins), rows or 0)
+    tokens = np.zeros((height, width), np.int32)
+    trained = np.zeros((height, width), bool)
+    segments = np.zeros((height, width), np.int32)
+    for i, line in enumerate(bins):
+        offset = 0
+        for number, row in enumerate(line, 1):
+            stop = offset + len(row.tokens)
+            tokens[i, offset:stop], trained[i, offset:stop] = row.tokens, row.trained
+            segments[i, offset:stop] = number
+            offset = stop
+    positions = np.flatnonzero(trained[:, 1:]).astype(np.int32)
+    targets = tokens[:, 1:].reshape(-1)[positions]
+    extra = _round_up(len(positions), 2 * pad_to) - len(positions)
+    weights = np.ones(len(positions), np.float32)
+    return Batch(
+        tokens=tokens,
+        positions=np.pad(positions, (0, extra)),
+        targets=np.pad(targets, (0, extra)),
+        weights=np.pad(weights, (0, extra)),
+        segments=segments if packed else None,
+        real_tokens=int((segments > 0).sum()),
+        where=tuple(row.where for line in bins for row in line),
+    )
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Put rows into bins of at most `capacity` tokens, longest first into the fullest bin that has room.
+
+    Returns lists of row indexes; every row is in exactly one bin (best-fit decreasing).
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fitting = [b for b, free in enumerate(room) if free >= lengths[index]]
+        if fitting:
+            best = min(fitting, key=lambda b: room[b])
+            bins[best].append(index)
+            room[best] -= lengths[index]
+        else:
+            bins.append([index])
+            room.append(capacity - lengths[index])
+    return bins

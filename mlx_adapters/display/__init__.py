@@ -1,0 +1,1 @@
+"""Pictures and tables. No library is needed for any of them."""

@@ -1,0 +1,65 @@
+"""An evaluation in words: a table with standard errors, and a sentence for each paired difference."""
+
+from mlx_adapters.evaluation.evaluate import Difference, Evaluation, EvaluationReport
+from mlx_adapters.evaluation.statistics import Mean, student
+from mlx_adapters.units import number
+
+
+def table(report: EvaluationReport) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headers and lines; columns without a figure are left out."""
+    headers = ["VARIANT", "LOSS", "PERPLEXITY"]
+    headers += ["KL", "SAME TOP"] if report.reference else []
+    headers += [report.score.partition(":")[0].upper()] if report.score else []
+    return tuple(headers), [_line(evaluation, report) for evaluation in report.evaluations]
+
+
+def _line(e: Evaluation, report: EvaluationReport) -> tuple[str, ...]:
+    if e.loss is None:
+        return (e.variant, "failed", *[""] * (1 + 2 * bool(report.reference) + bool(report.score)))
+    cells = [e.variant, plus_minus(e.loss), number(e.perplexity, 4)]
+    if report.reference:
+        cells += ["0", "1"] if e.variant == report.reference else [plus_minus(e.kl), plus_minus(e.same_top)]
+    return (*cells, plus_minus(e.score)) if report.score else tuple(cells)
+
+
+def plus_minus(value: Mean | None) -> str:
+    """ "0.213 ±0.012": mean and standard error."""
+    if value is None:
+        return "-"
+    return number(value.value) + (f" ±{number(value.error, 2)}" if value.error is not None else "")
+
+
+def notes(report: EvaluationReport) -> list[str]:
+    """What the figures stand on."""
+    data = report.data
+    lines = [
+        f"{data['rows']} {data['split']} rows of {data['source']}; loss and KL in nats per token; ± standard error"
+    ]
+    if report.reference:
+        lines.append(f"KL and same top token against '{report.reference}'")
+    return lines
+
+
+def sentences(report: EvaluationReport) -> list[str]:
+    """Each variant against the first, row by row."""
+    return [text for difference in report.differences for text in _sentences(difference, report)]
+
+
+def _sentences(d: Difference, report: EvaluationReport) -> list[str]:
+    who = f"{d.variant} against {d.against}"
+    lines = [f"{who}, loss: {_phrase(d.loss, 'higher', 'lower')}"]
+    if d.score is not None and report.score:
+        lines.append(f"{who}, {report.score.partition(':')[0]}: {_phrase(d.score, 'higher', 'lower')}")
+    return lines
+
+
+def _phrase(value: Mean, up: str, down: str) -> str:
+    """A paired difference with its 95 % interval."""
+    if value.error is None:
+        return f"{value.value:+.3g} (one row: no interval)"
+    margin = student(value.count - 1) * value.error
+    low, high = value.value - margin, value.value + margin
+    if not value.differs:
+        return f"no difference seen [{low:+.2g}, {high:+.2g}]"
+    bounds = sorted((abs(low), abs(high)))
+    return f"{abs(value.value):.3g} {up if value.value > 0 else down} [{bounds[0]:.2g}, {bounds[1]:.2g}]"

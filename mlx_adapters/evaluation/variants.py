@@ -1,0 +1,196 @@
+"""What each variant on the command line means, and making it ready to load. Imports no MLX.
+
+A variant is `base`, an adapter reference (`sql`, `sql@500`, `./folder`, `user/repo`), a model (`demo`, a
+folder, a Hub id) or `fuse:REF:BITS`, which is fused for the occasion. The same variant may be given twice:
+comparing a model with itself shows how far the machine's noise reaches.
+"""
+
+import contextlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlx_adapters.config.fusing import BITS
+from mlx_adapters.config.training import require
+from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError, did_you_mean
+from mlx_adapters.events import Note, OnEvent
+from mlx_adapters.sources.registry import names, parse_reference
+from mlx_adapters.storage import files, paths
+from mlx_adapters.storage.tensor_names import CONFIG_FILE
+
+if TYPE_CHECKING:
+    from mlx_adapters.models.adapter import Adapter
+
+BASE, FUSE = "base", "fuse"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the report: a base model, maybe with an adapter on it.
+
+    `fuse_bits` asks for fusing first; the fused folder then takes the place of both. `problem` says why the
+    variant cannot be measured.
+    """
+
+    label: str
+    base: str | None = None
+    adapter: str | None = None
+    fuse_bits: str | None = None
+    problem: str | None = None
+
+
+def parse_variant(text: str) -> Variant:
+    """The variant that `text` spells. Raises ConfigError or NotFoundError."""
+    if text == BASE:
+        return Variant(text)
+    head, _, rest = text.partition(":")
+    if head == FUSE:
+        reference, _, bits = rest.rpartition(":")
+        if bits not in BITS or not reference:
+            raise ConfigError(f"'{text}' is no variant.", "write fuse:ADAPTER:BITS, for example fuse:sql:4.")
+        parse_reference(reference)
+        return Variant(text, adapter=reference, fuse_bits=bits)
+    folder = Path(text).expanduser()
+    if folder.is_dir() and ("/" in text or text.startswith((".", "~"))):
+        is_adapter = (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
+        return Variant(text, adapter=str(folder.absolute())) if is_adapter else Variant(text, base=text)
+    kind = parse_reference(text).kind
+    if text == "demo":
+        return Variant(text, base=text)
+    if kind == "hub":
+        return Variant(text, adapter=text) if is_hub_adapter(text) else Variant(text, base=text)
+    if kind == "name" and parse_reference(text).target not in names():
+        near = did_you_mean(text, [*names(), BASE, "demo"], "'mlx-adapters list' shows the adapters.")
+        raise NotFoundError(f"No adapter or model named '{text}'.", near)
+    return Variant(text, adapter=text)
+
+
+def is_hub_adapter(text: str) -> bool:
+    """Whether a repository on the Hub (or in its cache) holds an adapter rather than a whole model."""
+    from huggingface_hub import file_exists, try_to_load_from_cache
+
+    repo, _, revision = text.partition("@")
+    if isinstance(try_to_load_from_cache(repo, CONFIG_FILE, revision=revision or None), str):
+        return True
+    if isinstance(try_to_load_from_cache(repo, "config.json", revision=revision or None), str):
+        return False
+    try:
+        return file_exists(repo, CONFIG_FILE, revision=revision or None)
+    except (OSError, ValueError):
+        return False  # the download that follows says what is wrong
+
+
+def parse_variants(texts: Sequence[str], base: str | None = None) -> list[Variant]:
+    """All variants, with the base each stands on; repeated ones are numbered.
+
+    `base` is what the word "base" means; by default the base that the first adapter was trained on. What is
+    not there or not readable becomes the variant's `problem`. Raises ConfigError for what cannot be a variant,
+    and when no variant can be measured the first one's error.
+    """
+    require(len(texts) > 0, "Name at least one variant.", "for example: benchmark base sql")
+    variants, errors = [], []
+    for text in texts:
+        try:
+            variants.append(_with_base(parse_variant(text), base))
+        except ConfigError:
+            raise
+        except AdapterError as error:
+            errors.append(error)
+            variants.append(Variant(text, problem=error.with_hint))
+    if len(errors) == len(texts):
+        raise errors[0]
+    return _numbered(_with_common_base(variants, base))
+
+
+def _with_common_base(variants: list[Variant], base: str | None) -> list[Variant]:
+    """The variants, `base` among them standing on the common base."""
+    found = base or next((v.base for v in variants if v.adapter and v.base), None)
+    if found is None and any(v.base is None and not v.problem for v in variants):
+        raise ConfigError("It is not known which model 'base' means.", "give --base, or an adapter among the variants.")
+    return [replace(variant, base=variant.base or found) for variant in variants]
+
+
+def _numbered(variants: list[Variant]) -> list[Variant]:
+    """The variants with "(2)", "(3)", ... behind labels that come again."""
+    seen: Counter[str] = Counter()
+    result = []
+    for variant in variants:
+        seen[variant.label] += 1
+        count = seen[variant.label]
+        result.append(variant if count == 1 else replace(variant, label=f"{variant.label} ({count})"))
+    return result
+
+
+def short_names(labels: Iterable[str]) -> dict[str, str]:
+    """{label: what people read in its place}: of a folder its last part, `~/...` where two would read alike."""
+    short = {label: _last_part(label) for label in labels}
+    shared = Counter([*short.values(), *({BASE, "demo"} - short.keys())])
+    return {label: name if shared[name] == 1 else _from_home(label) for label, name in short.items()}
+
+
+def _last_part(label: str) -> str:
+    start, path = (f"{FUSE}:", label[len(FUSE) + 1 :]) if label.startswith(f"{FUSE}:") else ("", label)
+    is_folder = paths.is_path(path) or path.partition("@")[0].count("/") > 1
+    return start + re.sub(r".*/(?=[^/\s])", "", path).rstrip("/") if is_folder else label
+
+
+def _from_home(label: str) -> str:
+    home = f"{Path.home()}/"
+    return label.replace(home, "~/", 1) if label.removeprefix(f"{FUSE}:").startswith(home) else label
+
+
+def _with_base(variant: Variant, base: str | None) -> Variant:
+    if variant.adapter is None or variant.base is not None:
+        return variant
+    if base is not None:
+        return replace(variant, base=base)
+    from mlx_adapters.models.adapter import weights_file
+    from mlx_adapters.models.metadata import base_of, read_metadata
+    from mlx_adapters.sources.registry import locate
+
+    folder, iteration = locate(variant.adapter)
+    weights_file(folder, iteration)  # says what is missing
+    name = base_of(read_metadata(folder)).get("name")
+    require(bool(name), f"Adapter '{variant.adapter}' does not say what base it was made for.", "give --base.")
+    return replace(variant, base=name)
+
+
+def as_text(variant: "str | Path | Adapter", folder: Path) -> str:
+    """A variant as it is spelled; an adapter that only lives in memory is written into `folder`."""
+    if isinstance(variant, str):
+        return variant
+    if isinstance(variant, Path):
+        return str(variant.expanduser().absolute())
+    from mlx_adapters.models.adapter import write_adapter
+
+    iteration = "" if variant.iteration is None else f"@{variant.iteration}"
+    return f"{variant.folder or write_adapter(variant, folder / variant.name)}{iteration}"
+
+
+def prepare(variant: Variant, folder: Path, any_base: bool, on_event: OnEvent) -> Variant:
+    """The variant ready to load: fused into `folder` if it asks for that. What fails becomes its `problem`."""
+    if not variant.problem and variant.fuse_bits is not None:
+        from mlx_adapters.fusion.fuse import fuse
+
+        bits, out = variant.fuse_bits, folder / variant.label.replace(":", "-").replace("/", "-")
+        on_event(Note(f"Fusing {variant.adapter} for '{variant.label}' ..."))
+        try:
+            quantization = int(bits) if bits.isdecimal() else bits  # the base's grouping, as a fuse
+            if not out.is_dir():
+                fuse(variant.base, str(variant.adapter), out, quantization=quantization, any_base=any_base)
+            variant = replace(variant, base=str(out), adapter=None)
+        except AdapterError as error:
+            variant = replace(variant, problem=error.with_hint)
+    if variant.problem:
+        on_event(Note(f"'{variant.label}' is left out: {variant.problem}", "warning"))
+    return variant
+
+
+@contextlib.contextmanager
+def workspace() -> Iterator[Path]:
+    """A folder for jobs and fused models, gone afterward; in the home folder, where large models have room."""
+    with files.draft_beside(paths.home() / "workspace") as folder:
+        yield folder

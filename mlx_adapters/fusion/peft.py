@@ -1,0 +1,67 @@
+"""Fuse a PEFT adapter with all that MLX's adapter layers cannot hold.
+
+Whole modules (modules_to_save), biases and rows of single tokens are not low-rank updates, so they have no
+place in an MLX adapter; in a fused model they are simply the model's weights.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from mlx_adapters.adapters.peft_import import convert, peft_folder
+from mlx_adapters.checkpoints.originals import layout_of
+from mlx_adapters.config.fusing import DEFAULTS, FuseOptions
+from mlx_adapters.config.training import Quantization
+from mlx_adapters.errors import FormatError
+from mlx_adapters.events import Note, OnEvent, ignore
+from mlx_adapters.fusion.fuse import fuse
+from mlx_adapters.fusion.peft_check import check_as_loaded
+from mlx_adapters.fusion.peft_whole import whole_tensors
+from mlx_adapters.fusion.result import FuseResult
+from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.base import Base, resolve_base
+from mlx_adapters.models.layers import adaptable_layers
+from mlx_adapters.models.model import load_module
+from mlx_adapters.peft_format.reading import read_peft, refuse_unsaved
+from mlx_adapters.peft_format.tying import needs_untying
+from mlx_adapters.storage import paths, replacing
+
+
+def fuse_peft(
+    source: str | Path,
+    out: str | Path,
+    *,
+    base: str | Path | Base,
+    quantization: Quantization | int | str = "keep",
+    dtype: str = "auto",
+    options: FuseOptions = DEFAULTS,
+    overwrite: bool = False,
+    on_event: OnEvent = ignore,
+) -> FuseResult:
+    """Write `base` with the whole PEFT adapter in it to `out`: LoRA or DoRA, biases, modules_to_save, tokens.
+
+    source: a folder or a Hub repository. The other arguments and the result are those of `fuse`. Raises
+    FormatError or IncompatibleError with the reason if PEFT's model cannot be written as one for mlx-lm.
+    """
+    peft = read_peft(peft_folder(source)[0])
+    replacing.refuse_reading_inside(paths.expanded(out), [peft])
+    refuse_unsaved(peft)
+    found = resolve_base(base)
+    module, _ = load_module(found)
+    if needs_untying(peft, adaptable_layers(module)):
+        if peft.token_rows:
+            raise FormatError("The PEFT adapter has single tokens at both ends of a tied embedding, the rest at one.")
+        found = replace(found, untied=True)
+        module, _ = load_module(found)
+        on_event(Note("The fused model has an output layer of its own: the adapter changes one end of the embedding."))
+    layout = layout_of(found, module)
+    whole = whole_tensors(peft, module, layout, found.untied)
+    adapters: list[Adapter] = []
+    if peft.modules:
+        name = {"name": peft.folder.name, "base": found.record()}
+        converted = convert(peft, module, layout, found.name, replaced=whole.replaced)
+        adapters.append(replace(converted.adapter, metadata=name))
+    check_as_loaded(peft, found, layout, whole, adapters)
+    return fuse(
+        replace(found, parameters=whole.parameters), adapters, out, quantization=quantization, dtype=dtype,
+        options=options, overwrite=overwrite, replaced=whole.replaced, on_event=on_event,
+    )  # fmt: skip

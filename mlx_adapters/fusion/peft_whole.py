@@ -1,0 +1,108 @@
+"""Whole tensors of a PEFT adapter (modules_to_save, biases, rows of single tokens) as the model's own."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlx_adapters.checkpoints.places import Places
+from mlx_adapters.checkpoints.probing import Layout, Piece
+from mlx_adapters.errors import FormatError, IncompatibleError
+from mlx_adapters.models.layers import EMBEDDING, adaptable_layers, dense_weight, nn, tied, weight_shape
+from mlx_adapters.peft_format.reading import PeftAdapter
+from mlx_adapters.peft_format.tying import is_head
+from mlx_adapters.storage import tensor_names
+from mlx_adapters.storage.tensor_names import EMBEDDINGS, WEIGHT
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What replaces weights of layers, by layer path, and what replaces other parameters, by name."""
+
+    replaced: dict[str, mx.array] = field(default_factory=dict)
+    parameters: dict[str, mx.array] = field(default_factory=dict)
+
+
+def whole_tensors(peft: PeftAdapter, module: nn.Module, layout: Layout, untied: bool) -> Whole:
+    """The whole tensors of `peft`, taken through what mlx-lm does when it loads them.
+
+    untied: the module's output layer was made of its embedding. Raises IncompatibleError or FormatError.
+    """
+    layers, whole = adaptable_layers(module), Whole()
+    shapes = {name: tuple(value.shape) for name, value in tree_flatten(module.parameters())}
+    places = Places(layers, layout)
+    if untied:
+        _untie(layers, layout, whole)
+    for name, array in peft.dense.items():
+        path, leaf = tensor_names.split(name)
+        if leaf == WEIGHT and is_head(path) and tied(layers):
+            continue  # it is the embedding's; where it is not, the base was untied
+        pieces = places.tensor(name)
+        if not pieces:
+            known = tensor_names.mlx_paths(path)
+            if any(tensor_names.join(place, leaf) in layout.shapes for place, _ in known):
+                raise FormatError(f"mlx-lm makes other tensors of '{name}', so that it cannot be put in as a whole.")
+            raise IncompatibleError(f"The base model has no place for '{name}' of the PEFT adapter.")
+        for piece in pieces:
+            _put(piece, name, array, layers, shapes, whole)
+    for path, rows in peft.token_rows.items():
+        place, array = _with_token_rows(peft, path, rows, places)
+        whole.replaced[place] = array
+    return whole
+
+
+def _put(
+    piece: Piece, name: str, array: mx.array, layers: Mapping[str, nn.Module], shapes: Mapping[str, tuple[int, ...]],
+    whole: Whole,
+) -> None:  # fmt: skip
+    path, leaf = tensor_names.split(piece.target)
+    layer = layers.get(path) if leaf == WEIGHT else None
+    wanted = shapes[piece.target] if layer is None else weight_shape(layer)
+    wanted = wanted if piece.index is None else wanted[1:]
+    if array.ndim != len(piece.select) or piece.shape(tuple(array.shape)) != wanted:
+        raise IncompatibleError(
+            f"'{name}' of the PEFT adapter is {tuple(array.shape)}, the base's is {wanted}.",
+            "a resized vocabulary needs a base that was resized the same way.",
+        )
+    made = piece.apply(array)
+    if piece.index is not None and layer is not None:
+        stack = whole.replaced.get(path)
+        stack = dense_weight(layer, mx.float32) if stack is None else stack
+        stack[piece.index] = made.astype(mx.float32)
+        made = stack
+    if layer is None:
+        whole.parameters[piece.target] = made
+    else:
+        whole.replaced[path] = made
+
+
+def _untie(layers: Mapping[str, nn.Module], layout: Layout, whole: Whole) -> None:
+    """Where loading multiplies the two ends by different numbers, the new head is not the embedding as it is."""
+    embedding = next((path for path in layers if path.rpartition(".")[2] in EMBEDDINGS), None)
+    head = next((path for path in layers if is_head(path)), None)
+    if embedding is None or head is None:
+        return
+    one, other = (layout.into(tensor_names.join(path, WEIGHT)) for path in (embedding, head))
+    if one and other and one[0].scale != other[0].scale:
+        ratio = float(other[0].scale) / float(one[0].scale)
+        whole.replaced[head] = dense_weight(layers[embedding], mx.float32) * ratio
+
+
+def _with_token_rows(peft: PeftAdapter, path: str, rows: mx.array, places: Places) -> tuple[str, mx.array]:
+    """The embedding with the rows of some tokens replaced. A tied output sees them too, as in PEFT."""
+    pieces, _ = places.look_up(path)
+    place = tensor_names.split(pieces[0].target)[0] if pieces else ""
+    if not isinstance(places.layers.get(place), EMBEDDING):
+        raise IncompatibleError(f"The base model has no embedding '{path}' for the PEFT adapter's tokens.")
+    indices: Any = peft.settings.raw.get("trainable_token_indices")
+    if isinstance(indices, dict):
+        indices = next((found for name, found in indices.items() if f".{path}".endswith(f".{name}")), None)
+    vocabulary, width = weight_shape(places.layers[place])
+    sound = isinstance(indices, list) and all(type(i) is int and 0 <= i < vocabulary for i in indices)
+    if not sound or tuple(rows.shape) != (len(indices or ()), width):
+        raise FormatError(f"The rows for '{path}' do not fit trainable_token_indices in the PEFT config.")
+    weight = dense_weight(places.layers[place], mx.float32)
+    weight[mx.array(indices)] = pieces[0].apply(rows.astype(mx.float32))
+    return place, weight

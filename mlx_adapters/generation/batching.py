@@ -1,0 +1,227 @@
+"""Continuous batching with another adapter for each row.
+
+One decode step computes one token for every row, whatever its adapter (see `updates.PerRow`); requests join and
+leave between steps. A prompt is read alone, in pieces, with its own adapter; then its keys and values join the
+batch's. While a step is computed the tokens of the one before are handed out, so the device never waits.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_adapters.config.training import require
+from mlx_adapters.generation.sampling import Sampler
+from mlx_adapters.runtime.attached import Attached
+from mlx_adapters.runtime.pool import AdapterPool
+from mlx_adapters.system.door import make_prompt_cache, mx, nn
+
+PREFILL_TOKENS = 512
+_numbers = itertools.count()
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt and how to go on from it. `top_logprobs` None: no log-probabilities; n: also of the n likeliest.
+
+    `adapter` None is the base. `stop_tokens` end the answer and are not part of it.
+    """
+
+    prompt: Sequence[int]
+    adapter: Attached | None = None
+    max_tokens: int = 256
+    sampler: Sampler = field(default_factory=Sampler)
+    stop_tokens: frozenset[int] = frozenset()
+    top_logprobs: int | None = None
+    number: int = field(default_factory=lambda: next(_numbers))
+
+    def __post_init__(self) -> None:
+        require(len(self.prompt) > 0, "The prompt is empty.")
+        require(self.max_tokens >= 1, f"max_tokens must be at least 1, not {self.max_tokens}.")
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of an answer. The last one says why it is the last; at "stop" it is the stop token itself."""
+
+    request: Request
+    id: int
+    finish_reason: str | None = None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(eq=False)
+class _Row:
+    request: Request
+    made: int = 0
+    fresh: bool = True  # its next input is still the prompt's last token
+
+
+class Batcher:
+    """Requests come in with `submit`, tokens come out of `step`. To be used from one thread."""
+
+    def __init__(self, module: nn.Module, pool: AdapterPool, max_batch: int = 16, prefill: int = PREFILL_TOKENS):
+        self.module, self.pool, self.prefill = module, pool, prefill
+        self.can_batch = all(hasattr(cache, "merge") for cache in make_prompt_cache(module))
+        self.max_batch = max_batch if self.can_batch else 1
+        self.waiting: deque[Request] = deque()
+        self.rows: list[_Row] = []
+        self._reading: tuple[Request, list[Any], int] | None = None
+        self._caches: list[Any] = []
+        self._inputs: mx.array | None = None
+        self._logprobs: mx.array | None = None
+        self._steps = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self.rows or self.waiting or self._reading)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Its adapter will not be evicted before it ends."""
+        if request.adapter is not None:
+            request.adapter.users += 1
+            self.pool.touch(request.adapter)
+        self.waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """Forget a request, wherever it stands; its place is free at once."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        elif self._reading is not None and self._reading[0] is request:
+            self._reading = None
+        elif any(row.request is request for row in self.rows):
+            self._keep([row.request is not request for row in self.rows])
+        else:
+            return
+        self._release(request)
+
+    def clear(self) -> list[Request]:
+        """Forget everything, after a failure; gives the requests that were under way or waiting."""
+        lost = [row.request for row in self.rows] + list(self.waiting)
+        lost += [self._reading[0]] if self._reading else []
+        for request in lost:
+            self._release(request)
+        self.rows, self._reading, self._caches = [], None, []
+        self.waiting.clear()
+        self._inputs = self._logprobs = None
+        return lost
+
+    def step(self) -> list[Token]:
+        """Read what fits of the waiting prompts, compute one step, give the tokens of the step before."""
+        self._admit()
+        inputs, logprobs = self._inputs, self._logprobs
+        if inputs is None:
+            return []
+        with self.pool.routed([row.request.adapter for row in self.rows]):
+            self._inputs, self._logprobs = self._forward(inputs)
+            mx.async_eval(self._inputs, *([] if self._logprobs is None else [self._logprobs]))
+        tokens, keep = [], []
+        for i, (row, token) in enumerate(zip(self.rows, inputs.tolist(), strict=True)):
+            if row.fresh:
+                row.fresh = False
+                keep.append(True)
+                continue
+            row.made += 1
+            tokens.append(_token(row, token, logprobs, i))
+            keep.append(tokens[-1].finish_reason is None)
+            if not keep[-1]:
+                self._release(row.request)
+        self._keep(keep)
+        self._steps += 1
+        if self._steps % 256 == 0:
+            mx.clear_cache()
+        return tokens
+
+    def _forward(self, inputs: mx.array) -> tuple[mx.array, mx.array | None]:
+        """(next tokens, log-probabilities if a row wants them) of a step with the tokens `inputs` (rows,)."""
+        logits = self.module(inputs[:, None], cache=self._caches)[:, -1]
+        samplers = [row.request.sampler for row in self.rows]
+        wanted = any(row.request.top_logprobs is not None for row in self.rows)
+        drawn = [i for i, sampler in enumerate(samplers) if sampler.temperature > 0]
+        following = mx.argmax(logits, axis=-1)
+        if not wanted and not drawn:
+            return following, None
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        if drawn:
+            parts = [samplers[i](logprobs[i : i + 1]) if i in drawn else following[i : i + 1]
+                     for i in range(len(samplers))]  # fmt: skip
+            following = mx.concatenate([part.astype(mx.uint32) for part in parts])
+        return following, logprobs if wanted else None
+
+    def _admit(self) -> None:
+        """Read waiting prompts: all that fit into the batch, but `prefill` tokens at most while rows wait."""
+        budget = self.prefill
+        while (self._reading or self.waiting) and len(self.rows) < self.max_batch and (budget > 0 or not self.rows):
+            if self._reading is None:
+                request = self.waiting.popleft()
+                self._reading = request, make_prompt_cache(self.module), 0
+            request, cache, done = self._reading
+            piece = list(request.prompt[done : min(done + self.prefill, len(request.prompt) - 1)])
+            if piece:
+                with self.pool.routed([request.adapter]):
+                    self.module(mx.array([piece]), cache=cache)
+                    mx.eval([layer.state for layer in cache])
+            budget -= len(piece) + 1
+            self._reading = request, cache, done + len(piece)
+            if done + len(piece) == len(request.prompt) - 1:
+                self._reading = None
+                self._join(request, cache)
+
+    def _join(self, request: Request, cache: list[Any]) -> None:
+        last = mx.array([request.prompt[-1]], dtype=mx.uint32)
+        merged = [layer.merge([layer]) for layer in cache] if self.can_batch else cache
+        if self._inputs is None:
+            self._caches, self._inputs, self._logprobs = merged, last, None
+        else:
+            for mine, new in zip(self._caches, merged, strict=True):
+                mine.extend(new)
+            self._inputs = mx.concatenate([self._inputs.astype(mx.uint32), last])
+            if self._logprobs is not None:
+                self._logprobs = mx.pad(self._logprobs, [(0, 1), (0, 0)])
+        self.rows.append(_Row(request))
+
+    def _keep(self, keep: list[bool]) -> None:
+        if all(keep):
+            return
+        self.rows = [row for row, stays in zip(self.rows, keep, strict=True) if stays]
+        if not self.rows or self._inputs is None:
+            self._caches, self._inputs, self._logprobs = [], None, None
+            return
+        indices = mx.array([i for i, stays in enumerate(keep) if stays])
+        for cache in self._caches:
+            cache.filter(indices)
+        self._inputs = self._inputs[indices]
+        self._logprobs = None if self._logprobs is None else self._logprobs[indices]
+
+    def _release(self, request: Request) -> None:
+        if request.adapter is not None:
+            request.adapter.users -= 1
+
+
+def _token(row: _Row, token: int, logprobs: mx.array | None, index: int) -> Token:
+    request = row.request
+    reason = "stop" if token in request.stop_tokens else "length" if row.made >= request.max_tokens else None
+    if request.top_logprobs is None or logprobs is None:
+        return Token(request, token, reason)
+    found = logprobs[index].astype(mx.float32)
+    top = mx.argsort(-found)[: request.top_logprobs].tolist()
+    return Token(request, token, reason, found[token].item(), tuple((i, found[i].item()) for i in top))
+
+
+def answer_all(
+    module: nn.Module, pool: AdapterPool, requests: Sequence[Request], max_batch: int = 16
+) -> Iterator[tuple[Request, list[int]]]:
+    """(request, its tokens without the stop token), as the requests finish."""
+    batcher = Batcher(module, pool, max_batch)
+    answers: dict[int, list[int]] = {request.number: [] for request in requests}
+    for request in requests:
+        batcher.submit(request)
+    while not batcher.idle:
+        for token in batcher.step():
+            if token.finish_reason != "stop":
+                answers[token.request.number].append(token.id)
+            if token.finish_reason is not None:
+                yield token.request, answers[token.request.number]

@@ -1,0 +1,109 @@
+"""A conversation that may change its adapter, and prompts answered by two adapters."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_adapters.errors import FormatError, NotFoundError
+from mlx_adapters.generation.live import LiveModel, PromptCache
+from mlx_adapters.runtime.attached import same
+
+
+@dataclass
+class Chat:
+    """A conversation with a model and the adapters attached to it.
+
+    What was read before is not read again, as long as the adapter stays: keys and values of one adapter mean
+    nothing to another. `full`: the last answer stopped where the model's context ends.
+    """
+
+    model: LiveModel
+    system: str | None = None
+    messages: list[dict[str, str]] = field(default_factory=list)
+    full: bool = field(default=False, init=False)
+    _cache: PromptCache | None = field(default=None, repr=False)
+    _cached: list[int] = field(default_factory=list, repr=False)
+
+    def ask(self, text: str, **options: Any) -> Iterator[str]:
+        """The answer of the adapter at work, piece by piece; the turn is remembered when it is complete."""
+        messages = [*self.messages, {"role": "user", "content": text}]
+        pieces = []
+        for piece in self._answer(messages, **options):
+            pieces.append(piece)
+            yield piece
+        self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
+
+    def compare(self, text: str, adapters: list[str | None], **options: Any) -> list[str]:
+        """The answers of several adapters to the same turn; none of them is remembered."""
+        prompt = self._encode([*self.messages, {"role": "user", "content": text}])
+        return self.model.generate_batch([(prompt, name) for name in adapters], **options)
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self.messages, self._cache, self._cached = [], None, []
+
+    def _answer(self, messages: list[dict[str, str]], **options: Any) -> Iterator[str]:
+        prompt = self._encode(messages)
+        known = len(self._cached)
+        cache, continues = self._cache, known < len(prompt) and prompt[:known] == self._cached
+        if cache is None or not continues or not same(cache.selection, self.model.pool.selection):
+            cache, known = self.model.new_cache(), 0
+        self._cache, self._cached, written = None, [], list(prompt)  # an answer may be stopped: then both are lost
+        for response in self.model.stream(prompt[known:], cache=cache, **options):
+            written.append(int(response.token))
+            self.full = response.finish_reason == "context"
+            yield response.text
+        offset = getattr(cache.layers[0], "offset", 0)
+        if isinstance(offset, int) and offset <= len(written):
+            self._cache, self._cached = cache, written[:offset]
+
+    def _encode(self, messages: list[dict[str, str]]) -> list[int]:
+        if not self.model.has_template:
+            return self.model.encode(messages[-1]["content"])
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return self.model.encode_chat([*system, *messages])
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt."""
+
+    prompt: str
+    a: str
+    b: str
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts in a file: JSONL rows with `prompt` or `messages` (the last user turn), or one a line."""
+    try:
+        lines = [line for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise NotFoundError(f"There is no file '{path}'.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"'{path}' cannot be read: {error}.") from None
+    found = [_prompt(line, f"'{path}', line {i}") if path.suffix.lower() == ".jsonl" else line.strip()
+             for i, line in enumerate(lines, start=1)]  # fmt: skip
+    if not found:
+        raise FormatError(f"'{path}' holds no prompt.", "write one to a line.")
+    return found
+
+
+def _prompt(line: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+        if isinstance(row.get("prompt"), str):
+            return row["prompt"]
+        content = [m["content"] for m in row["messages"] if m["role"] == "user"][-1]
+        if isinstance(content, str):
+            return content
+        raise TypeError
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise FormatError(f"{where} has neither 'prompt' nor 'messages' with a user's turn.") from None
+
+
+def answer_pairs(model: LiveModel, prompts: list[str], a: str | None, b: str | None, **options: Any) -> list[Pair]:
+    """The answers of adapters `a` and `b` (None: the base) to each prompt, all decoded together."""
+    answers = model.generate_batch([(prompt, name) for prompt in prompts for name in (a, b)], **options)
+    return [Pair(p, *answers[2 * i : 2 * i + 2]) for i, p in enumerate(prompts)]

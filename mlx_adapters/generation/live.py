@@ -1,0 +1,209 @@
+"""A loaded base with any number of adapters: `load_model` gives this.
+
+Everything a `Model` does, and: adapters by name, switching, weighted mixtures, answers that are bound to the
+adapter they were begun with, a temporary merge. Threads may share a model: they take turns step by step, and
+each answer keeps its own adapter and its own random numbers.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_adapters.errors import IncompatibleError
+from mlx_adapters.generation.batching import Request, answer_all
+from mlx_adapters.generation.sampling import Sampler
+from mlx_adapters.generation.text_stream import text_of
+from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.base import Base
+from mlx_adapters.models.layers import check_made_for
+from mlx_adapters.models.model import Model
+from mlx_adapters.models.model import load_model as load_plain_model
+from mlx_adapters.runtime.attached import Attached, Selection, same
+from mlx_adapters.runtime.pool import AdapterPool
+from mlx_adapters.sources.registry import load_adapter
+from mlx_adapters.system.door import make_prompt_cache, mx
+from mlx_adapters.units import count
+
+AnyAdapter = str | Path | Adapter
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """One attached adapter. `weight` is how strongly it is at work, None if it is not."""
+
+    name: str
+    type: str
+    rank: int
+    layers: int
+    bytes: int
+    weight: float | None
+
+
+@dataclass(eq=False)
+class PromptCache:
+    """Keys and values of a conversation, bound to the adapters they were computed with."""
+
+    layers: list[Any]
+    selection: Selection
+
+
+class LiveModel(Model):
+    """A base model that many adapters share. See the module's docstring."""
+
+    def __init__(self, plain: Model) -> None:
+        super().__init__(plain.module, plain.tokenizer, plain.base, plain.config)
+        self.pool = AdapterPool(self.module)
+
+    def __repr__(self) -> str:
+        at_work = ", ".join(f"{info.name}: {info.weight:g}" for info in self.adapters if info.weight is not None)
+        adapters = count(len(self.pool.attached), "adapter")
+        return f"LiveModel({self.base.name!r}, {adapters}, at work: {at_work or 'none'})"
+
+    @property
+    def adapters(self) -> tuple[AdapterInfo, ...]:
+        """All attached adapters, oldest first."""
+        weights = {entry: weight for entry, weight in self.pool.selection}
+        return tuple(
+            AdapterInfo(e.name, e.adapter.config.type, e.adapter.config.rank, len(e.adapter.config.keys), e.nbytes,
+                        weights.get(e))
+            for e in self.pool.attached.values()
+        )  # fmt: skip
+
+    def attach(  # type: ignore[override]
+        self, adapter: AnyAdapter, any_base: bool = False, *, name: str | None = None, use: bool = True
+    ) -> str:
+        """Add an adapter (a reference, a folder or an `Adapter`) and, unless `use` is false, put it to work.
+
+        It is called `name`, else by its own name, under which it replaces an older one. Returns the name. When
+        this raises (NotFoundError, FormatError, IncompatibleError), nothing was changed.
+        """
+        entry = self._add(load_adapter(adapter), any_base, name)
+        if use:
+            self.pool.select(((entry, 1.0),))
+            self.adapter = entry.adapter
+        return entry.name
+
+    def _add(self, adapter: Adapter, any_base: bool, name: str | None) -> Attached:
+        if not any_base:
+            check_made_for(adapter, self.base.name, self.base.fingerprint)
+        return self.pool.add(name or adapter.name, adapter)
+
+    def detach(self, name: str | None = None) -> None:
+        """Take an adapter off and forget it; without a name, all of them. Then the base is as it was."""
+        for each in [name] if name is not None else list(self.pool.attached):
+            self.pool.remove(each)
+        self._note_selection()
+
+    def use(self, adapter: str | Mapping[str, float] | None, scale: float = 1.0) -> None:
+        """Put an attached adapter to work, or several with weights ({"a": 0.7, "b": 0.3}), or None: the base."""
+        self.pool.select(self.pool.choose(adapter, scale))
+        self._note_selection()
+
+    def _note_selection(self) -> None:
+        selection = self.pool.selection
+        self.adapter = selection[0][0].adapter if len(selection) == 1 else None
+
+    @contextlib.contextmanager
+    def using(self, adapter: AnyAdapter | Mapping[str, float] | None, scale: float = 1.0) -> Iterator["LiveModel"]:
+        """The adapter at work inside the block only; attached for the block if it is not attached yet."""
+        with self.pool.lock:
+            temporary = None
+            if isinstance(adapter, Path | Adapter) or (isinstance(adapter, str) and adapter not in self.pool.attached):
+                loaded = load_adapter(adapter)
+                temporary = self._add(loaded, False, f"{loaded.name} ({len(self.pool.attached)})")
+            chosen = ((temporary, scale),) if temporary else self.pool.choose(adapter, scale)  # type: ignore[arg-type]
+            try:
+                with self.pool.applied(chosen):
+                    self._note_selection()
+                    yield self
+            finally:
+                if temporary is not None and temporary.alive:
+                    self.pool.remove(temporary.name)
+                self._note_selection()
+
+    def fuse_in_place(self, adapter: str | Mapping[str, float], scale: float = 1.0) -> None:
+        """Merge attached adapters into dense copies of their layers, for the base's own speed.
+
+        The base is kept beside them, so this costs memory; `unfuse`, or any other choice of adapter, brings
+        it back to the bit.
+        """
+        self.pool.fuse(self.pool.choose(adapter, scale))
+        self._note_selection()
+
+    def unfuse(self) -> None:
+        """Undo `fuse_in_place`; the adapters stay at work, beside the base."""
+        with self.pool.lock:
+            selection = self.pool.selection
+            self.pool.unfuse()
+            self.pool.select(selection)
+
+    def new_cache(self) -> PromptCache:
+        """An empty cache for `stream(cache=...)`, bound to the adapters that are at work now."""
+        return PromptCache(make_prompt_cache(self.module), self.pool.selection)
+
+    def logits(self, token_ids: list[int] | mx.array) -> mx.array:
+        """See `Model.logits`; evaluated, so that a later switch cannot reach it."""
+        with self.pool.lock:
+            found = super().logits(token_ids)
+            mx.eval(found)
+            return found
+
+    def stream(self, prompt: str | list[int], *, cache: Any = None, **options: Any) -> Iterator[Any]:
+        """See `Model.stream`. Other streams and switches in between do not change this one.
+
+        Raises IncompatibleError if `cache` was made with other adapters, or its adapter is detached meanwhile.
+        """
+        selection = self.pool.selection
+        if isinstance(cache, PromptCache):
+            if not same(cache.selection, selection):
+                raise IncompatibleError("This cache was made with another adapter.", "take a new one: new_cache().")
+            cache = cache.layers
+        inner = super().stream(prompt, cache=cache, **options)
+        return self._steps(inner, selection)
+
+    def _steps(self, inner: Iterator[Any], selection: Selection) -> Iterator[Any]:
+        while True:
+            with self.pool.applied(selection):
+                response = next(inner, None)
+            if response is None:
+                return
+            yield response
+
+    def generate_batch(
+        self, prompts: Sequence[tuple[str | list[int], str | None]], *, max_tokens: int = 256,
+        temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None, raw: bool = False, max_batch: int = 16,
+    ) -> list[str]:  # fmt: skip
+        """The answers to (prompt, name of an attached adapter or None) pairs, decoded together."""
+        ids = [self.checked_ids(self.encode(p, raw) if isinstance(p, str) else p).tolist() for p, _ in prompts]
+        requests = [
+            Request(
+                prompt, None if name is None else self.pool.get(name), self.room(len(prompt), max_tokens),
+                Sampler(temperature, top_p, seed), frozenset(self.tokenizer.eos_token_ids),
+            )
+            for prompt, (_, name) in zip(ids, prompts, strict=True)
+        ]  # fmt: skip
+        with self.pool.lock:
+            answers = dict(answer_all(self.module, self.pool, requests, max_batch))
+        return [text_of(self.tokenizer, answers[request]) for request in requests]
+
+    def sampler(self, temperature: float, top_p: float, seed: int | None) -> Sampler:
+        """What chooses the next token, with its own random numbers."""
+        return Sampler(temperature, top_p, seed)
+
+
+def load_model(
+    base: str | Path | Base, adapter: AnyAdapter | None = None, *, dtype: str = "auto", dense: bool | None = None,
+    any_base: bool = False,
+) -> LiveModel:  # fmt: skip
+    """Load a base model (or a fused folder) once, for any number of adapters; with `adapter` on it.
+
+    dtype: "auto" is float32 on a CPU and as stored on a GPU. dense: replace quantized layers by dense ones
+    (default: on a CPU). Raises NotFoundError, HubError, FormatError, ModelError or IncompatibleError.
+    """
+    loaded = None if adapter is None else load_adapter(adapter)
+    model = LiveModel(load_plain_model(base, dtype=dtype, dense=dense))
+    if loaded is not None:
+        model.attach(loaded, any_base)
+    return model

@@ -1,0 +1,152 @@
+"""How much memory inference will take, told without loading the weights.
+
+Weights are counted from the shapes in the model's files. The KV cache is exact: the model is called on the whole
+context without evaluating anything (MLX is lazy), and the caches that come out are asked for their size, so
+sliding windows and shared layers count as they are. Activations are those of one prefill chunk, estimated.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_adapters.benchmarking.trials import PREFILL_CHUNK, bytes_of
+from mlx_adapters.config.training import Quantization, require
+from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.base import Base, resolve_base
+from mlx_adapters.models.layers import adaptable_layers, check_fits, weight_shape
+from mlx_adapters.models.model import load_module
+from mlx_adapters.sources.registry import load_adapter
+from mlx_adapters.system.door import make_prompt_cache, mx, nn
+from mlx_adapters.system.machine import on_gpu, usable_memory_bytes
+
+SCALE_BYTES = 2  # of a group's scale, and of its bias
+STORED = "as stored"
+
+
+@dataclass(frozen=True)
+class MemoryForecast:
+    """Bytes in memory at one precision. `kv_cache_bytes` and `peak_bytes` by context length.
+
+    `disk_bytes` is the size of the weights in files. On a CPU `weights_bytes` is that of the dense float32 copy.
+    """
+
+    precision: str
+    disk_bytes: int
+    weights_bytes: int
+    adapter_bytes: int
+    activation_bytes: int
+    kv_cache_bytes: dict[int, int]
+
+    @property
+    def peak_bytes(self) -> dict[int, int]:
+        """Weights, adapter, KV cache and activations by context length."""
+        standing = self.weights_bytes + self.adapter_bytes
+        return {n: standing + kv + min(n, PREFILL_CHUNK) * self.activation_bytes for n, kv in
+                self.kv_cache_bytes.items()}  # fmt: skip
+
+    def fits(self, memory_bytes: int) -> dict[int, bool]:
+        """Whether each context length fits into so much memory."""
+        return {context: peak <= memory_bytes for context, peak in self.peak_bytes.items()}
+
+
+@dataclass(frozen=True)
+class InferenceEstimate:
+    """The forecasts of one base model, with the memory that there is."""
+
+    base: str
+    batch: int
+    memory_bytes: int
+    forecasts: tuple[MemoryForecast, ...]
+
+
+def estimate_inference(
+    base: str | Path | Base, adapter: str | Path | Adapter | None = None, *, contexts: Sequence[int] = (2048, 8192),
+    batch: int = 1, bits: Sequence[int] = (4, 8, 16), group_size: int = 64, memory_bytes: int | None = None,
+) -> InferenceEstimate:  # fmt: skip
+    """Forecast the memory of inference: as stored, and at other precisions. `activation_bytes` is per token.
+
+    Raises ConfigError, NotFoundError, ModelError or IncompatibleError.
+    """
+    require(batch >= 1 and len(contexts) > 0 and min(contexts) >= 1, "contexts and batch must be at least 1.")
+    found = base if isinstance(base, Base) else resolve_base(base)
+    module, _ = load_module(found)
+    factors = load_adapter(adapter) if adapter is not None else None
+    if factors is not None:
+        check_fits(factors, module, f"'{found.name}'")
+    item = 2 if on_gpu() else 4
+    cache = {context: kv_cache_bytes(module, context, batch, item) for context in contexts}
+    extra = sum(w.nbytes for w in factors.weights.values()) if factors else 0
+    dense = 4 * parameter_count(module)
+    sizes = {STORED: sum(path.stat().st_size for path in found.weight_files)}
+    sizes |= {f"{b}-bit": weights_bytes(module, b, group_size) for b in bits}
+    forecasts = [
+        MemoryForecast(
+            name, disk, _in_memory(disk, name, module, dense), extra, activations(module, batch, item), cache
+        )
+        for name, disk in sizes.items()
+    ]
+    return InferenceEstimate(found.name, batch, memory_bytes or usable_memory_bytes(), tuple(forecasts))
+
+
+def _in_memory(disk: int, name: str, module: nn.Module, dense: int) -> int:
+    if not on_gpu():
+        return dense
+    return bytes_of(module) if name == STORED else disk
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Numbers in the model, packed weights counted unpacked."""
+    return sum(size for size, _ in _sizes(module))
+
+
+def _sizes(module: nn.Module) -> list[tuple[int, bool]]:
+    """(numbers, whether it can be quantized) of each weight; scales and biases of groups are no weights."""
+    from mlx.utils import tree_flatten
+
+    layers = adaptable_layers(module)
+    found = []
+    for path, array in tree_flatten(module.parameters()):
+        owner, _, leaf = path.rpartition(".")
+        if owner in layers and leaf == "weight":
+            shape = weight_shape(layers[owner])
+            found.append((math.prod(shape), shape[-1] % 32 == 0))
+        elif not (owner in layers and leaf in ("scales", "biases")):
+            found.append((array.size, False))
+    return found
+
+
+def weights_bytes(module: nn.Module, bits: int, group_size: int) -> int:
+    """Bytes of the weights with all linear, expert and embedding layers in `bits` bits, the rest in 16."""
+    if bits == 16:
+        return sum(2 * size for size, _ in _sizes(module))
+    require(bits == 32 or Quantization(bits, group_size).bits == bits, f"There is no {bits}-bit format.")
+    per_weight = bits / 8 + 2 * SCALE_BYTES / group_size
+    return round(sum(size * (per_weight if packable else 2) for size, packable in _sizes(module)))
+
+
+def kv_cache_bytes(module: nn.Module, context: int, batch: int, item_bytes: int) -> int:
+    """Bytes of the cache after `context` tokens, for activations of `item_bytes`; nothing is computed."""
+    from mlx.utils import tree_flatten
+
+    cache = make_prompt_cache(module)
+    for start in range(0, context - 1, PREFILL_CHUNK):
+        module(mx.zeros((batch, min(PREFILL_CHUNK, context - 1 - start)), mx.int32), cache=cache)
+    module(mx.zeros((batch, 1), mx.int32), cache=cache)  # one by one, a sliding window drops what it leaves behind
+    total = 0
+    for layer in cache:
+        arrays = [a for _, a in tree_flatten(layer.state) if isinstance(a, mx.array)]
+        own = sum(a.nbytes for a in arrays)
+        wide = sum(a.size * item_bytes for a in arrays if mx.issubdtype(a.dtype, mx.floating))
+        total += round(layer.nbytes * wide / own) if own else 0
+    return total
+
+
+def activations(module: nn.Module, batch: int, item_bytes: int) -> int:
+    """Bytes per token of the largest block at work: its input and the two widest products in flight."""
+    layers = [
+        layer for path, layer in adaptable_layers(module).items() if ".layers." in f".{path}" or ".h." in f".{path}"
+    ]
+    widths = sorted((weight_shape(layer)[-2] for layer in layers), reverse=True)
+    hidden = min((weight_shape(layer)[-1] for layer in layers), default=0)
+    return batch * item_bytes * (3 * hidden + sum(widths[:2])) if widths else 0

@@ -1,1 +1,0 @@
-"""Publish to the Hugging Face Hub and take from it, with model cards made from metadata."""

@@ -1,0 +1,316 @@
+"""An adapter: low-rank weights, the settings they need, and where they come from.
+
+For a linear layer W (out, in) the update is scale · (lora_a lora_b)ᵀ (LoRA, arXiv 2106.09685); DoRA
+(arXiv 2402.09353) then rescales each row of the sum to the trained magnitude m. The tensors say which
+modules are adapted; the config holds rank, scale and type.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_adapters.errors import FormatError, NotFoundError
+from mlx_adapters.models.metadata import (
+    base_of,
+    check_config,
+    is_number,
+    iterations_of,
+    losses_of,
+    read_config,
+    read_metadata,
+    read_whole,
+)
+from mlx_adapters.storage import files, paths, tensor_files, tensor_names
+from mlx_adapters.storage.tensor_names import (
+    ADAPTER_FILE,
+    ADAPTER_LEAVES,
+    ADAPTER_OUTPUT,
+    CONFIG_FILE,
+    LORA_A,
+    LORA_B,
+    MAGNITUDE,
+    METADATA_FILE,
+)
+from mlx_adapters.units import count
+
+Weights = dict[str, mx.array]  # by tensor name
+LARGE_SCALE, LARGEST_UPDATE = 1e6, 1e15
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The settings an adapter needs to be applied.
+
+    `keys` are full module paths; `num_layers` is what was asked for when training (-1: all blocks).
+    """
+
+    rank: int
+    scale: float
+    keys: tuple[str, ...]
+    type: str = "lora"
+    dropout: float = 0.0
+    num_layers: int = -1
+
+    def to_mlx_lm(self) -> dict[str, Any]:
+        """The settings as mlx-lm's `adapter_config.json` spells them."""
+        parameters = {"rank": self.rank, "scale": self.scale, "dropout": self.dropout, "keys": list(self.keys)}
+        return {"fine_tune_type": self.type, "num_layers": self.num_layers, "lora_parameters": parameters}
+
+
+def parse_config(raw: Mapping[str, Any], keys: tuple[str, ...], where: str) -> AdapterConfig:
+    """Read mlx-lm's form of the settings; `keys` come from the tensors, which are the truth.
+
+    Raises FormatError that names what is missing or wrong.
+    """
+    check_config(raw, where)
+    parameters, layers = raw["lora_parameters"], raw.get("num_layers")
+    scale, dropout = float(parameters["scale"]), float(parameters.get("dropout", 0.0))
+    return AdapterConfig(
+        parameters["rank"], scale, keys, raw.get("fine_tune_type", "lora"), dropout, -1 if layers is None else layers
+    )
+
+
+class StrengthWarning(UserWarning):
+    """An adapter may have been trained at another strength than it is used at (see `Adapter.strength_note`)."""
+
+
+@dataclass(frozen=True, repr=False)
+class Adapter:
+    """An adapter in memory: `weights` maps `{module path}.lora_a|lora_b|m` to arrays.
+
+    `alpha`: what a config holds beside the scale, None for most; see `strength_note`.
+    """
+
+    config: AdapterConfig
+    weights: Weights
+    metadata: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+    iteration: int | None = None
+    alpha: float | None = None
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"Adapter({self.name!r}, {c.type}, rank {c.rank}, scale {c.scale:g}, {count(len(c.keys), 'layer')}, "
+            f"{self.parameters:,} parameters, base {self.base_name!r})"
+        )
+
+    def _repr_html_(self) -> str:
+        from mlx_adapters.display.notebook import html_block, html_facts, loss_curve
+
+        c, m = self.config, self.metadata
+        facts = {
+            "type": c.type, "rank": c.rank, "scale": f"{c.scale:g}", "layers": len(c.keys),
+            "parameters": f"{self.parameters:,}", "base": self.base_name,
+            "iteration": self.iteration or m.get("iteration"), "best validation loss": m.get("best_validation_loss"),
+        }  # fmt: skip
+        return html_block(self.name, html_facts(facts), loss_curve(*losses_of(m)))
+
+    @property
+    def name(self) -> str:
+        """The registry's name, else the folder's."""
+        name = self.metadata.get("name") or (self.folder.name if self.folder else "adapter")
+        return f"{name}@{self.iteration}" if self.iteration is not None else str(name)
+
+    @property
+    def base_name(self) -> str | None:
+        """The base model as it was named when the adapter was made."""
+        return base_of(self.metadata).get("name")
+
+    @property
+    def strength_note(self) -> str | None:
+        """What to tell of an adapter that was trained at another strength than it is used at, as far as one can know.
+
+        mlx-lm before mid-2024 computed scale · alpha / rank where the config has both; today it takes the scale alone.
+        """
+        c, alpha = self.config, self.alpha
+        if alpha is None or alpha in (0, c.rank):
+            return None
+        return (
+            f"'{self.name}' has alpha {alpha:g} beside scale {c.scale:g}: mlx-lm before mid-2024 trained that at "
+            f"{c.scale * alpha / c.rank:g}. It is used at {c.scale:g}, as mlx-lm does today; "
+            f"'mlx-adapters scale {self.name} {alpha / c.rank:g} --name NAME' makes one of the other strength."
+        )
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the adapter holds."""
+        return sum(w.size for w in self.weights.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over settings and weights; equal for equal adapters."""
+        digest = hashlib.sha256(repr((self.config.type, self.config.rank, self.config.scale)).encode())
+        for name in sorted(self.weights):
+            array = self.weights[name]
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            digest.update(tensor_files.raw_bytes(array))
+        return digest.hexdigest()
+
+    def factors(self, key: str) -> tuple[mx.array, mx.array, mx.array | None]:
+        """(lora_a, lora_b, m or None) of the module at `key`, in the shapes of `tensor_names`."""
+        get = self.weights.get
+        join = tensor_names.join
+        return self.weights[join(key, LORA_A)], self.weights[join(key, LORA_B)], get(join(key, MAGNITUDE))
+
+    def layers(self) -> Iterator[tuple[str, mx.array, mx.array, mx.array | None]]:
+        """(key, lora_a, lora_b, m or None) of each adapted module."""
+        for key in self.config.keys:
+            yield (key, *self.factors(key))
+
+    def with_weights(self, weights: Weights) -> "Adapter":
+        """The same adapter with other weights."""
+        return replace(self, weights=weights)
+
+    def check(self) -> "Adapter":
+        """Hold tensors against the config; return self.
+
+        Raises FormatError for missing, unknown, empty or misshapen tensors, for other numbers than floats, and for NaN,
+        Inf and a scale that makes them.
+        """
+        check_shapes({name: tuple(w.shape) for name, w in self.weights.items()}, self.config, self.name)
+        for name, array in self.weights.items():
+            if array.dtype not in _INFINITY:
+                kinds = "float32, bfloat16 or float16"
+                found = str(array.dtype).removeprefix("mlx.core.")
+                raise FormatError(f"Adapter '{self.name}': '{name}' is {found}; an adapter's are {kinds}.", _DAMAGED)
+        if bad := first_not_finite(self.weights):
+            raise FormatError(
+                f"Adapter '{self.name}' holds NaN or Inf in '{bad}'.",
+                "its training diverged or the file is damaged; take an earlier checkpoint.",
+            )
+        self._check_scale()
+        return self
+
+    def _check_scale(self) -> None:
+        """Raise FormatError for an update scale · B·A whose squares float32 could not add up."""
+        scale = abs(self.config.scale)
+        if scale < LARGE_SCALE:  # no need to look
+            return
+        tops = [(mx.abs(a).max(), mx.abs(b).max()) for _, a, b, _ in self.layers()]
+        largest = max((a.astype(mx.float32) * b.astype(mx.float32)).item() for a, b in tops)
+        if scale > LARGEST_UPDATE or scale * self.config.rank * largest > LARGEST_UPDATE:
+            raise FormatError(
+                f"Adapter '{self.name}' has scale {self.config.scale:g}, which makes an update beyond float32.",
+                "give it a smaller one.",
+            )
+
+
+# The bits of +Inf. NaN and Inf are what lies there or above, as a signed number (if positive) or without the sign
+# bit (if negative): two maxima tell, twenty times faster than isfinite.
+_INFINITY = {mx.float32: (mx.int32, 0x7F800000), mx.bfloat16: (mx.int16, 0x7F80), mx.float16: (mx.int16, 0x7C00)}
+
+
+def first_not_finite(weights: Mapping[str, mx.array]) -> str | None:
+    """The name of the first floating-point array that holds NaN or Inf, or None."""
+    bits = {name: a.view(_INFINITY[a.dtype][0]) for name, a in weights.items() if a.dtype in _INFINITY and a.size}
+    mx.eval(bits)  # all at once: a tenth of a millisecond for each would add up
+    for name, array in bits.items():
+        infinity, signed = _INFINITY[weights[name].dtype][1], np.array(array, copy=False)
+        unsigned = signed.view(f"u{signed.itemsize}")
+        if signed.max() >= infinity or unsigned.max() >= infinity + (1 << (8 * signed.itemsize - 1)):
+            return name
+    return None
+
+
+_DAMAGED = "its file and its config do not belong together; copy or download both again."
+
+
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: AdapterConfig, name: str) -> None:
+    """Raise FormatError unless the tensors are a whole adapter of `config`."""
+    for tensor in shapes:
+        path, leaf = tensor_names.split(tensor)
+        if leaf not in ADAPTER_LEAVES or not path:
+            raise FormatError(f"Adapter '{name}' has a tensor '{tensor}' that no adapter has.", _DAMAGED)
+        if 0 in shapes[tensor]:
+            raise FormatError(f"Adapter '{name}': '{tensor}' is empty, with shape {shapes[tensor]}.", _DAMAGED)
+    if not config.keys:
+        raise FormatError(f"Adapter '{name}' holds no tensors.", _DAMAGED)
+    for key in config.keys:
+        a, b = (shapes.get(tensor_names.join(key, leaf)) for leaf in (LORA_A, LORA_B))
+        m = shapes.get(tensor_names.join(key, MAGNITUDE))
+        if a is None or b is None:
+            lacking = tensor_names.join(key, LORA_A if a is None else LORA_B)
+            raise FormatError(f"Adapter '{name}' lacks '{lacking}'.", _DAMAGED)
+        if (m is not None) != (config.type == "dora"):
+            raise FormatError(
+                f"Adapter '{name}' is of type {config.type}, but '{key}' has {'a' if m else 'no'} magnitude.", _DAMAGED
+            )
+        ranks = (a[1], b[0]) if len(a) == len(b) == 2 else (a[1], b[2]) if len(a) == len(b) == 3 else (0, 0)
+        if ranks != (config.rank, config.rank) or (len(a) == 3 and a[0] != b[0]):
+            raise FormatError(
+                f"Adapter '{name}': '{key}' has shapes {a} and {b}, which do not fit rank {config.rank}.",
+                "all layers share one rank; pad the factors of smaller ones with zeros.",
+            )
+
+
+def weights_file(folder: Path, iteration: int | None = None) -> Path:
+    """The file of the adapter, or of its checkpoint. Raises NotFoundError that lists what there is."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise NotFoundError(f"There is no adapter folder '{folder}'.", "'mlx-adapters list' shows the named ones.")
+    path = folder / (ADAPTER_FILE if iteration is None else tensor_names.checkpoint_file(iteration))
+    if path.is_file():
+        return path
+    there = ", ".join(map(str, iterations_of(folder)))
+    if iteration is None:
+        raise NotFoundError(
+            f"'{folder}' has no {ADAPTER_FILE}.", f"its checkpoints: {there}." if there else "is it an adapter folder?"
+        )
+    raise NotFoundError(
+        f"'{folder.name}' has no checkpoint {iteration}.", f"there are: {there}." if there else "it has no checkpoints."
+    )
+
+
+def keys_of(names: Mapping[str, Any]) -> tuple[str, ...]:
+    """The module paths that the tensors belong to, in a natural order (layer 2 before layer 10)."""
+    paths = {tensor_names.split(name)[0] for name in names}
+    return tuple(sorted(paths, key=tensor_names.natural_order))
+
+
+def read_adapter(folder: Path, iteration: int | None = None, name: str | None = None) -> Adapter:
+    """Read and check an adapter folder, ours or plain mlx-lm's; `name` is it called instead of what its record says.
+
+    Raises NotFoundError or FormatError with what is wrong.
+    """
+    folder = paths.expanded(folder)
+    weights = ADAPTER_FILE if iteration is None else tensor_names.checkpoint_file(iteration)
+    return read_whole(folder, (CONFIG_FILE, METADATA_FILE, weights), lambda: _read(folder, iteration, name))
+
+
+def _read(folder: Path, iteration: int | None, name: str | None) -> Adapter:
+    path = weights_file(folder, iteration)
+    raw = read_config(folder)
+    check_config(raw, f"'{folder}'")
+    weights = tensor_files.read_safetensors(path)
+    config = parse_config(raw, keys_of(weights), f"'{folder}'")
+    metadata = read_metadata(folder) | ({"name": name} if name else {})
+    alpha = raw["lora_parameters"].get("alpha")
+    return Adapter(config, weights, metadata, folder, iteration, float(alpha) if is_number(alpha) else None).check()
+
+
+def write_adapter(adapter: Adapter, folder: Path, overwrite: bool = False) -> Path:
+    """Write the adapter as a folder that `mlx_lm.load(adapter_path=...)` takes, whole or not at all.
+
+    Raises ExistsError, FormatError or StorageError.
+    """
+    adapter.check()
+    with files.atomic_folder(Path(folder), overwrite, ADAPTER_OUTPUT) as temporary:
+        write_adapter_files(adapter, temporary)
+    return Path(folder)
+
+
+def write_adapter_files(adapter: Adapter, folder: Path) -> None:
+    """Write the three files of an adapter into a folder (each whole or not at all)."""
+    digest = tensor_files.write_safetensors(folder / ADAPTER_FILE, adapter.weights, hashed=True)
+    config = adapter.config.to_mlx_lm()
+    if adapter.base_name:
+        config["model"] = adapter.base_name
+    files.write_json(folder / CONFIG_FILE, config)
+    metadata = adapter.metadata | {"sha256": {ADAPTER_FILE: digest}}
+    files.write_json(folder / METADATA_FILE, metadata)

@@ -1,0 +1,293 @@
+"""A base model on the disk: where it lies, what its config says, and whether it is still the same one.
+
+A base is named by `demo` (the embedded real model), a local folder, or a Hub id with an optional @revision.
+"""
+
+import contextlib
+import hashlib
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_adapters.config.training import Quantization
+from mlx_adapters.errors import FormatError, HubError, ModelError, NotFoundError, did_you_mean
+from mlx_adapters.storage import files, paths, tensor_files
+from mlx_adapters.storage.tensor_names import CONFIG_FILE
+from mlx_adapters.system.door import load_config, mx, refusals
+
+DEMO = "demo"
+INDEX_FILE = "model.safetensors.index.json"
+OTHER_FILE = "other.safetensors"  # of a fused model: tensors that mlx-lm does not use (see `fusion.left_out`)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+MODEL_FILES = [
+    "*.json",
+    "model*.safetensors",
+    OTHER_FILE,
+    "*.py",
+    "*.model",
+    "*.tiktoken",
+    "*.txt",
+    "*.jsonl",
+    "*.jinja",
+]
+# (mlx-lm's name, of which model type, the name that transformers 5 may write instead)
+RENAMED_SETTINGS = (("num_experts", "qwen3_moe", "num_local_experts"), ("n_ctx", "gpt2", "n_positions"))
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "model_max_length")
+MOST_LAYERS = 10_000
+SAMPLES, SAMPLE_BYTES = 64, 1 << 16
+
+
+def untied_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of a model whose output layer has become a matrix of its own; `config` is as it was."""
+    inner = {"text_config": untied_config(config["text_config"])} if isinstance(config.get("text_config"), dict) else {}
+    return config | {"tie_word_embeddings": False} | inner
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where a base model lies. `revision` is the Hub's commit, None for a folder.
+
+    `parameters` are biases and norms that `load_module` puts in place of the folder's own, by name. `untied`: the
+    output layer becomes a matrix of its own, equal to the embedding that the folder's model uses for both.
+    """
+
+    name: str
+    folder: Path
+    revision: str | None = None
+    parameters: dict[str, mx.array] = field(default_factory=dict, repr=False, compare=False)
+    untied: bool = False
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The model's config, as mlx-lm needs it (see `normalized_config`)."""
+        files.read_json(self.folder / "config.json")
+        if odd := next((path for path in self.folder.iterdir() if not (path.is_file() or path.is_dir())), None):
+            raise FormatError(f"'{odd}' is neither a file nor a folder.", "a pipe or a broken link? Take it away.")
+        with refusals(lambda why: FormatError(f"The config of '{self.name}' cannot be used: {why}.")):
+            config = normalized_config(load_config(self.folder))
+            _check(config)
+        return untied_config(config) if self.untied else config
+
+    @property
+    def positions(self) -> int | None:
+        """How many positions a model has that learned each of them (GPT-2); None for all others."""
+        return self.config.get("n_positions")
+
+    @property
+    def vocabulary(self) -> int | None:
+        """How many token ids the model has a row for; None where its config does not tell."""
+        return self.config.get("vocab_size") or (self.config.get("text_config") or {}).get("vocab_size")
+
+    def check_tokens(self, tokens: np.ndarray, where: str) -> None:
+        """Raise ModelError for an id that the model has no row for: its embedding would read foreign memory."""
+        bad = tokens[(tokens < 0) | (tokens >= self.vocabulary)] if self.vocabulary is not None else tokens[:0]
+        if bad.size:
+            raise ModelError(
+                f"{where}: '{self.name}' has no token {bad[0]}, its ids end at {(self.vocabulary or 0) - 1}.",
+                "its tokenizer is another model's, or was given more tokens than the model.",
+            )
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens the model is made for; None where its config does not tell."""
+        for config in (self.config, self.config.get("text_config") or {}):
+            for key in CONTEXT_KEYS:
+                if isinstance(config.get(key), int) and config[key] > 0:
+                    return config[key]
+        return None
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """The precision that the model as a whole is stored in; None if it is not quantized."""
+        return quantization_in(self.config)
+
+    def quantization_of(self, bits: int) -> Quantization:
+        """What so many bits mean here: the base's own grouping if it has as many, else groups of 64."""
+        own = self.quantization
+        return own if own is not None and own.bits == bits else Quantization(bits)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the weight files' headers and 64 evenly spaced samples of 64 KiB of each.
+
+        It changes with any retraining or requantization and is read in a fraction of a second.
+        """
+        digest = hashlib.sha256()
+        for path in self.weight_files:
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with open(path, "rb") as stream:
+                for i in range(SAMPLES):
+                    stream.seek(i * max(size - SAMPLE_BYTES, 0) // (SAMPLES - 1))
+                    digest.update(stream.read(SAMPLE_BYTES))
+                    if size <= SAMPLE_BYTES:
+                        break
+        return digest.hexdigest()
+
+    @cached_property
+    def weight_files(self) -> list[Path]:
+        """The safetensors files, sorted. Raises NotFoundError if there is none, FormatError for a broken one."""
+        found = sorted(self.folder.glob("model*.safetensors"))
+        if not found:
+            raise NotFoundError(f"'{self.folder}' has no model*.safetensors.", "is it a whole model folder?")
+        for path in found:
+            tensor_files.read_safetensors_header(path)
+        return found
+
+    @property
+    def lacking(self) -> list[str]:
+        """The weight files that the index names and the folder has not."""
+        index = self.folder / INDEX_FILE
+        places = files.read_json(index).get("weight_map") if index.is_file() else None
+        named = {name for name in places.values() if isinstance(name, str)} if isinstance(places, dict) else set()
+        return sorted(name for name in named if not (self.folder / name).is_file())
+
+    def record(self) -> dict[str, Any]:
+        """What an adapter's metadata says of its base."""
+        quantization = self.config.get("quantization")
+        return {
+            "name": self.name, "revision": self.revision, "fingerprint": self.fingerprint,
+            "model_type": self.config.get("model_type"), "quantization": quantization,
+        }  # fmt: skip
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    """Raise ValueError unless what this package itself reads from a config has its type."""
+    if config.get("model_file") is not None:
+        raise ValueError(f"it asks to run code of its own, '{config['model_file']}', which is never done")
+    if not isinstance(config.get("text_config") or {}, dict):
+        raise ValueError("'text_config' is no object")
+    quantization_in(config)
+    for part in (config, config.get("text_config") or {}):
+        for key in ("n_positions", "vocab_size"):
+            value = part.get(key)
+            if value is not None and (type(value) is not int or not 0 < value < 1 << 31):
+                raise ValueError(f"'{key}' is {str(value)[:40]!r}")
+        for key, value in part.items():  # mlx-lm would build them one by one, until the memory ends
+            if "layer" in key and isinstance(value, int) and value > MOST_LAYERS:
+                raise ValueError(f"'{key}' is {value:,}")
+
+
+def quantization_in(config: Mapping[str, Any]) -> Quantization | None:
+    """The precision that a model's config gives as its own, None if it gives none."""
+    found = config.get("quantization")
+    if not isinstance(found, dict) or "bits" not in found:
+        return None
+    return Quantization(found["bits"], found["group_size"], found.get("mode", "affine"))
+
+
+def normalized_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A model config with what mlx-lm 0.32 needs, where transformers 5 spells it otherwise.
+
+    transformers 5 writes `rope_parameters` instead of `rope_theta` and `rope_scaling`; mlx-lm's llama, qwen2,
+    qwen3_moe, mixtral, phi3 and gemma3 would silently compute with rope_theta 10000.
+    """
+    config = dict(config)
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict):
+        config.update(_rope_settings(rope, config))
+    for name, model_type, other in RENAMED_SETTINGS:
+        if config.get("model_type") == model_type and other in config:
+            config.setdefault(name, config[other])
+    kinds = config.get("layer_types")
+    if "gemma3" in str(config.get("model_type")) and isinstance(kinds, list) and "full_attention" in kinds:
+        config["sliding_window_pattern"] = _window_pattern(kinds)
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] = normalized_config(config["text_config"])
+    return config
+
+
+def _window_pattern(kinds: list[str]) -> int:
+    """Of how many layers in a row the last one looks at everything. Raises ModelError if there is no such rule."""
+    period = kinds.index("full_attention") + 1
+    if any((kind == "full_attention") != ((i + 1) % period == 0) for i, kind in enumerate(kinds)):
+        raise ModelError("mlx-lm cannot follow this model's layer_types: full attention does not come periodically.")
+    return period
+
+
+def _rope_settings(rope: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    if "full_attention" in rope:  # gemma3: one set for each kind of attention
+        full, sliding = rope["full_attention"], rope.get("sliding_attention", {})
+        found = _rope_settings(full, config)
+        if "rope_theta" in sliding:
+            found["rope_local_base_freq"] = float(sliding["rope_theta"])
+        return found
+    found = {}
+    if "rope_theta" in rope:
+        found["rope_theta"] = float(rope["rope_theta"])
+    if rope.get("partial_rotary_factor") is not None:
+        found["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if rope.get("rope_type", "default") != "default" and not config.get("rope_scaling"):
+        scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+        found["rope_scaling"] = scaling | {"type": rope["rope_type"]}
+    return found
+
+
+def resolve_base(name: str | Path | Base, download: bool = True) -> Base:
+    """Find a base model: `demo`, a folder, or a Hub id with an optional @revision (downloaded once).
+
+    Raises NotFoundError, HubError or, for a name that no repository can have, ConfigError; without `download`,
+    NotFoundError for what is not on this machine yet.
+    """
+    if isinstance(name, Base):
+        return name
+    text = str(name)
+    if text == DEMO:
+        if not download and not (paths.home() / "bases" / DEMO).is_dir():
+            raise NotFoundError(f"'{DEMO}' is not on this machine yet.")
+        from mlx_adapters.sources.demo_base import demo_base_folder
+
+        return Base(DEMO, demo_base_folder())
+    folder = paths.expanded(text)
+    if isinstance(name, Path) or paths.is_path(text) or folder.is_dir():
+        if not (folder / "config.json").is_file():
+            what = "no config.json in it" if folder.is_dir() else "no such folder"
+            raise NotFoundError(f"There is no model at '{text}': {what}.", _hint(text, folder))
+        return Base(str(folder), folder)
+    if not HUB_ID.fullmatch(text):
+        raise NotFoundError(f"There is no model '{text}'.", _hint(text, folder))
+    repo, _, revision = text.partition("@")
+    try:
+        snapshot = _snapshot(repo, revision or None, download)
+    except HubError as error:
+        if near := did_you_mean(text, _models_beside(text, folder)):
+            raise HubError(error.message, f"{near} Else {error.hint or 'check the name.'}") from error
+        raise
+    if not (snapshot / "config.json").is_file():
+        raise NotFoundError(f"There is no model in '{text}': no config.json in it.", _hint(text, snapshot))
+    return Base(text, snapshot, snapshot.name if snapshot.parent.name == "snapshots" else revision or None)
+
+
+def _hint(text: str, folder: Path) -> str | None:
+    """The next step where `folder`, called `text`, holds no model."""
+    if (folder / CONFIG_FILE).is_file():
+        return "it is an adapter: name it with --adapter."
+    general = "a model is 'demo', a folder with config.json, or a Hub id such as 'mlx-community/Qwen3-0.6B-4bit'."
+    return did_you_mean(text, _models_beside(text, folder), general)
+
+
+def _models_beside(text: str, folder: Path) -> list[str]:
+    """The model folders beside `folder`, spelled as `text` is."""
+    start = text.rstrip("/").removesuffix(folder.name)
+    with contextlib.suppress(OSError):
+        return [f"{start}{path.name}" for path in paths.visible(folder.parent) if (path / "config.json").is_file()]
+    return []
+
+
+def _snapshot(repo: str, revision: str | None, download: bool) -> Path:
+    """The model's folder in huggingface_hub's cache; downloaded, if allowed, where it is not whole there."""
+    from mlx_adapters.sources.hub import snapshot
+
+    with contextlib.suppress(HubError):
+        folder, _ = snapshot(repo, revision, MODEL_FILES, local_only=True)
+        if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")):
+            return folder
+    if not download:
+        raise NotFoundError(f"'{repo}' is not on this machine yet.")
+    return snapshot(repo, revision, MODEL_FILES, show_progress=sys.stderr.isatty())[0]

@@ -1,0 +1,102 @@
+"""The update of one layer as a pair of factors, and what they tell without the full matrix."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_adapters.merging.arithmetic import Matrix
+from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.storage.tensor_files import as_numpy
+from mlx_adapters.storage.tensor_names import LORA_A, LORA_B, join
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """ΔW = scale · a · b, float32: a (..., in, r), b (..., r, out).
+
+    The leading axis, where there is one, counts the experts of a mixture-of-experts layer.
+    """
+
+    a: Matrix
+    b: Matrix
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.a.shape[-1]
+
+    def matrix(self) -> Matrix:
+        """ΔW itself, (..., in, out)."""
+        return np.float32(self.scale) * (self.a @ self.b)
+
+    def norm(self) -> float:
+        """‖ΔW‖ in the Frobenius norm, from the factors: √ tr((aᵀa)(bbᵀ))."""
+        return math.sqrt(max(0.0, inner(self, self)))
+
+
+def inner(x: Update, y: Update) -> float:
+    """⟨ΔX, ΔY⟩ = Σ entries of ΔX ∘ ΔY, in O((in + out) · r²), in float64, where no float32 factor overflows."""
+    xa, xb, ya, yb = (factor.astype(np.float64) for factor in (x.a, x.b, y.a, y.b))
+    left, right = np.swapaxes(xa, -1, -2) @ ya, xb @ np.swapaxes(yb, -1, -2)
+    return x.scale * y.scale * float(np.sum(left * right))
+
+
+def stack(updates: Sequence[Update], weights: Sequence[float], scale: float = 1.0) -> Update:
+    """The exact weighted sum Σ wᵢ ΔWᵢ, as factors side by side, to be multiplied by `scale`."""
+    parts = [
+        np.float32(weight * update.scale / scale) * update.a for weight, update in zip(weights, updates, strict=True)
+    ]
+    return Update(np.concatenate(parts, axis=-1), np.concatenate([update.b for update in updates], axis=-2), scale)
+
+
+def factors_of(adapter: Adapter, key: str) -> tuple[mx.array, mx.array]:
+    """(lora_a, lora_b) as stored, without the components that are zero in both.
+
+    Such components are padding, which a layer of lower rank than its adapter's has.
+    """
+    a, b, _ = adapter.factors(key)
+    first = a[0] if a.ndim == 2 else a[0, :, 0]
+    if as_numpy(first.astype(mx.float32)).all():  # no component can be all zero
+        return a, b
+    wide_a, wide_b = (as_numpy(x.astype(mx.float32)) for x in (a, b))
+    in_b = wide_b.any(axis=1) if b.ndim == 2 else wide_b.any(axis=(0, 1))
+    used = np.asarray(wide_a.any(axis=0 if a.ndim == 2 else (0, 2)) | in_b)
+    used[0] |= not used.any()
+    kept = mx.array(np.flatnonzero(used))
+    return mx.take(a, kept, axis=1), mx.take(b, kept, axis=0 if b.ndim == 2 else 2)
+
+
+def update_of(adapter: Adapter, key: str) -> Update:
+    """The update of the module at `key`, in float32. A DoRA magnitude is left aside."""
+    a, b = (as_numpy(x.astype(mx.float32)) for x in factors_of(adapter, key))
+    if a.ndim == 3:  # experts are stored transposed: (experts, rank, in), (experts, out, rank)
+        a, b = np.swapaxes(a, -1, -2), np.swapaxes(b, -1, -2)
+    return Update(a, b, adapter.config.scale)
+
+
+def stack_tensors(parts: Sequence[tuple[mx.array, mx.array, float]], rank: int) -> tuple[mx.array, mx.array]:
+    """`stack` on tensors as stored: (lora_a, lora_b, factor) of each source, side by side, padded to `rank`.
+
+    A factor of 1 leaves the numbers as they are.
+    """
+    scaled = [a if factor == 1 else a * factor for a, _, factor in parts]
+    return _beside(scaled, 1, rank), _beside([b for _, b, _ in parts], 0 if parts[0][1].ndim == 2 else 2, rank)
+
+
+def _beside(tensors: list[mx.array], axis: int, rank: int) -> mx.array:
+    shape = list(tensors[0].shape)
+    shape[axis] = rank - sum(tensor.shape[axis] for tensor in tensors)
+    padding = [mx.zeros(shape, tensors[0].dtype)] if shape[axis] else []
+    return mx.concatenate([*tensors, *padding], axis=axis) if len(tensors) + len(padding) > 1 else tensors[0]
+
+
+def tensors_of(key: str, update: Update, dtype: mx.Dtype) -> dict[str, mx.array]:
+    """The update as an adapter's tensors; its scale is the adapter's to keep."""
+    a, b = update.a, update.b
+    if a.ndim == 3:
+        a, b = np.swapaxes(a, -1, -2), np.swapaxes(b, -1, -2)
+    return {join(key, LORA_A): mx.array(a).astype(dtype), join(key, LORA_B): mx.array(b).astype(dtype)}

@@ -1,0 +1,289 @@
+"""What lies beside an adapter's weights: its config and its metadata, read as from a stranger.
+
+Whatever the two files hold, what comes out of here is plain: text that can be written, numbers that a float or 64 bits
+hold, and under each name that we know a value of its kind. What is not so is left out, and named.
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mlx_adapters.errors import AdapterError, FormatError, TrainingError
+from mlx_adapters.storage import files
+from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CHECKPOINT_FILE, CONFIG_FILE, METADATA_FILE, checkpoint_file
+
+MAX_BYTES = 64 << 20  # a loss curve of a million points has 30 MB
+MAX_DEPTH = 20
+LARGEST_SCALE = 3e38  # float32 ends there
+
+
+class Whole(dict[str, Any]):
+    """The kinds of a record that says nothing unless all its fields are there."""
+
+
+# A name stands for a value's kind: a type, a pattern for text, [kind], or the kinds of a mapping's fields, "*" for any
+# other name. Under names that are not here any plain value may stand.
+NAME = re.compile(r"[^./\\~][^/\\]{0,199}")  # an adapter's name becomes part of file names
+TEXTS = ["source", "status", "type", "date", "command", "chosen_by", "added_from", "init_from"]
+WHOLE_NUMBERS = ["rank", "iteration", "iterations", "trained_tokens", "seed"]
+NUMBERS = ["scale", "alpha", "best_validation_loss", "final_validation_loss", "final_train_loss", "duration_seconds"]
+KINDS: Mapping[str, Any] = {
+    **dict.fromkeys(TEXTS, str),
+    **dict.fromkeys(WHOLE_NUMBERS, int),
+    **dict.fromkeys(NUMBERS, float),
+    "train_losses": [[float]],
+    "validation_losses": [[float]],
+    "sha256": {"*": str},
+    "versions": {"*": str},
+    "hub": {"*": str},
+    "name": NAME,
+    "tags": [str],
+    "ranks": {"*": int},
+    "checkpoints": {"*": {"*": float}},
+    "base": {"name": str, "revision": str, "fingerprint": str, "model_type": str, "quantization": {}},
+    "data": {"source": str, "splits": {"*": {"rows": int, "sha256": str}}},
+    "training": {"iterations": int, "fuse_aware": {}, "fuse_aware_from": int},
+    "evaluations": [Whole(data=str, split=str, rows=int, metrics={"*": float})],
+    "merge": Whole(method=str, sources=[Whole(name=str, weight=float)]),
+    "extract": {"energy_kept": float, "energy_by_layer": {"*": float}},
+    "peft": Whole(config={}),
+}
+
+_OUT = object()
+
+
+def clean(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Metadata with what is not of its kind left out, and the names of what was, as in "base.name"."""
+    wrong: list[str] = []
+    return _fit(raw, KINDS, "", wrong), wrong
+
+
+def check(raw: Mapping[str, Any], kinds: Whole, where: str) -> None:
+    """Raise FormatError, naming what is missing or of another kind, unless a record has all its fields."""
+    wrong: list[str] = []
+    if _fit(raw, kinds, "", wrong) is _OUT or wrong:
+        fields = wrong or [name for name in kinds if raw.get(name) is None]
+        raise FormatError(f"{where} is damaged: {', '.join(fields[:5])} missing, or not as it was written.")
+
+
+def plain(value: Any) -> Any:
+    """A JSON value with text, numbers and depth that everything can take; what is beyond them is left out."""
+    found = _fit(value, object, "", [])
+    return None if found is _OUT else found
+
+
+def is_number(value: Any, limit: float = math.inf) -> bool:
+    """Whether it is a finite number that a float can hold, below `limit` in size."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(float(value)) < limit
+    except OverflowError:
+        return False
+
+
+def text(value: str) -> str:
+    """Text that can be encoded: halves of a character and control characters are replaced, but tab and newline."""
+    return "".join(c if c in "\t\n" or not (c < " " or "\x7f" <= c < "\xa0" or _half(c)) else "\ufffd" for c in value)
+
+
+def _half(character: str) -> bool:
+    return "\ud800" <= character <= "\udfff"
+
+
+def _fit(value: Any, kind: Any, where: str, wrong: list[str], depth: int = 0) -> Any:
+    """The value made plain, or `_OUT`, and `where` added to `wrong`, if it is not of its kind. None is of any kind."""
+    found: Any = _OUT
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        if depth < MAX_DEPTH and (kind is object or isinstance(kind, Mapping)):
+            found = _fit_fields(value, kind, where, wrong, depth + 1)
+    elif isinstance(value, list):
+        if depth < MAX_DEPTH and (kind is object or isinstance(kind, list)):
+            each = kind[0] if isinstance(kind, list) else object
+            items = [_fit(item, each, f"{where}[{i}]", wrong, depth + 1) for i, item in enumerate(value)]
+            found = [item for item in items if item is not _OUT]
+    elif isinstance(value, str):
+        clean_text = text(value)
+        if kind in (str, object) or (isinstance(kind, re.Pattern) and kind.fullmatch(clean_text)):
+            found = clean_text
+    elif isinstance(value, bool):
+        found = value if kind in (bool, object) else _OUT
+    elif kind in (type(value), float, object) and is_number(value):
+        found = value if kind is float or isinstance(value, float) or abs(value) < 1 << 63 else _OUT
+    if found is _OUT and where:
+        wrong.append(where)
+    return found
+
+
+def _fit_fields(values: Mapping[str, Any], kind: Any, where: str, wrong: list[str], depth: int) -> Any:
+    fields = {} if kind is object else kind
+    found = {}
+    for name, value in values.items():
+        inner = f"{where}.{text(name)}" if where else text(name)
+        fitted = _fit(value, fields.get(name, fields.get("*", object)), inner, wrong, depth)
+        if fitted is not _OUT:
+            found[text(name)] = fitted
+    return _OUT if isinstance(kind, Whole) and any(found.get(name) is None for name in kind) else found
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """An adapter folder's config, as plain values. Raises NotFoundError or FormatError."""
+    return plain(_read(Path(folder) / CONFIG_FILE))
+
+
+def check_config(raw: Mapping[str, Any], where: str) -> None:
+    """Raise FormatError, saying what is missing or wrong, unless this is mlx-lm's form of an adapter's settings."""
+    kind, parameters, layers = raw.get("fine_tune_type", "lora"), raw.get("lora_parameters"), raw.get("num_layers")
+    if kind == "full":
+        raise FormatError(
+            f"{where} holds a full fine-tune, not a low-rank adapter.", "'mlx-adapters extract' makes an adapter of it."
+        )
+    if "peft_type" in raw:
+        raise FormatError(f"{where} is a PEFT adapter.", "take it in with 'mlx-adapters import-peft'.")
+    if kind not in ("lora", "dora") or not isinstance(parameters, Mapping):
+        raise FormatError(f"{where}: {CONFIG_FILE} is not an mlx-lm adapter config.")
+    rank, scale, dropout = parameters.get("rank"), parameters.get("scale"), parameters.get("dropout", 0.0)
+    needed = {
+        "rank": (rank, "a whole number of at least 1", _is_whole(rank, least=1)),
+        "scale": (scale, "a number that float32 holds", is_number(scale, LARGEST_SCALE)),
+        "dropout": (dropout, "a number from 0 to below 1", is_number(dropout) and 0 <= dropout < 1),
+        "num_layers": (layers, "a whole number", layers is None or _is_whole(layers)),
+    }
+    for name, (value, what, right) in needed.items():
+        if not right:
+            found = "which is missing" if value is None else f"not {str(value)[:40]!r}"
+            raise FormatError(f"{where}: {CONFIG_FILE} needs {what} as '{name}', {found}.")
+
+
+def _is_whole(value: Any, least: int = -(1 << 62)) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 1 << 62
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise FormatError(f"'{path}' is not a file.")
+    if path.is_file() and path.stat().st_size > MAX_BYTES:
+        raise FormatError(f"'{path}' has more than {MAX_BYTES >> 20} MB.", "this is no record of an adapter.")
+    return files.read_json(path)
+
+
+# What plain mlx-lm's trainer records beside the settings of the layers.
+MLX_LM_SETTINGS = (
+    "data", "iters", "batch_size", "learning_rate", "lr_schedule", "optimizer", "seed", "max_seq_length",
+    "mask_prompt", "grad_accumulation_steps",
+)  # fmt: skip
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """An adapter folder's metadata; for a folder made by plain mlx-lm, what its config tells.
+
+    Raises NotFoundError or FormatError.
+    """
+    return examine_metadata(folder)[0]
+
+
+def examine_metadata(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """Metadata as `read_metadata` gives it, and the names of what was left out."""
+    path = Path(folder) / METADATA_FILE
+    if path.exists():
+        found, wrong = clean(_read(path))
+        return _of_the_weights(Path(folder), found), wrong
+    config = read_config(folder)
+    known = {"base": {"name": config["model"]}} if isinstance(config.get("model"), str) else {}
+    training = {key: config[key] for key in MLX_LM_SETTINGS if config.get(key) is not None}
+    return known | {"source": "mlx-lm", "name": Path(folder).name} | ({"training": training} if training else {}), []
+
+
+def _of_the_weights(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    """The metadata, true to the weights: which checkpoint `adapters.safetensors` is, is decided by that file alone.
+
+    It is replaced in one step, and the metadata after it: a kill in between leaves these behind.
+    """
+    recorded = metadata.get("iteration")
+    chosen = chosen_iteration(folder, recorded)
+    if chosen is None or chosen == recorded:
+        return metadata
+    sums = {name: value for name, value in (metadata.get("sha256") or {}).items() if name != ADAPTER_FILE}
+    return metadata | {"iteration": chosen, "sha256": sums}
+
+
+def chosen_iteration(folder: Path, recorded: int | None) -> int | None:
+    """The checkpoint that `adapters.safetensors` is: a hard link to it or, on a disk without links, its copy.
+
+    A copy is known by its size and time. Where several could be meant, or none, it is the one `recorded`.
+    """
+    weights = _stat(folder / ADAPTER_FILE)
+    if weights is None:
+        return recorded
+    links, copies = set(), set()
+    for iteration in iterations_of(folder):
+        found = _stat(folder / checkpoint_file(iteration))
+        if found and os.path.samestat(found, weights):
+            links.add(iteration)
+        elif found and (found.st_size, found.st_mtime_ns) == (weights.st_size, weights.st_mtime_ns):
+            copies.add(iteration)
+    likely = links or copies
+    return recorded if recorded in likely or len(likely) != 1 else likely.pop()
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except (OSError, ValueError):
+        return None
+
+
+def iterations_of(folder: Path) -> tuple[int, ...]:
+    """The iterations that the folder has checkpoints of, ascending."""
+    matches = (CHECKPOINT_FILE.fullmatch(path.name) for path in Path(folder).iterdir())
+    return tuple(sorted(int(match.group(1)) for match in matches if match))
+
+
+def base_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The base model's record in an adapter's metadata, or {}."""
+    base = metadata.get("base")
+    return base if isinstance(base, dict) else {}
+
+
+def losses_of(metadata: Mapping[str, Any]) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """(training, validation) losses as (iteration, nats per trained token), ascending; empty where none are known."""
+    return _curve(metadata.get("train_losses")), _curve(metadata.get("validation_losses"))
+
+
+def _curve(points: Any) -> list[tuple[int, float]]:
+    pairs = (
+        [p for p in points if isinstance(p, list | tuple) and len(p) == 2] if isinstance(points, list | tuple) else []
+    )
+    return sorted({int(i): float(loss) for i, loss in pairs if is_number(i) and is_number(loss)}.items())
+
+
+ATTEMPTS = 100
+T = TypeVar("T")
+
+
+def read_whole(folder: Path, names: tuple[str, ...], read: Callable[[], T]) -> T:
+    """What `read` gives of a folder's files `names`, all from one version of them.
+
+    Files and folders are replaced, never changed: what is there before and after is the same, or it is read again.
+    Raises TrainingError if it never stays the same, and what `read` raises.
+    """
+    for _ in range(ATTEMPTS):
+        before = _version(folder, names)
+        try:
+            found = read()
+        except (AdapterError, OSError):
+            if _version(folder, names) == before:
+                raise
+            continue
+        if _version(folder, names) == before:
+            return found
+    raise TrainingError(f"'{folder}' keeps being changed while it is read.", "wait until that ends.")
+
+
+def _version(folder: Path, names: tuple[str, ...]) -> list[tuple[int, ...] | None]:
+    place, *found = (_stat(folder / name) for name in ("", *names))
+    versions = [s and (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in found]
+    return [place and (place.st_dev, place.st_ino), *versions]

@@ -1,0 +1,277 @@
+"""A base model in memory: load it, put an adapter on it, ask it.
+
+On a CPU it computes in float32, with quantized layers replaced by dense ones (the same function; MLX's quantized
+arithmetic is ten times slower there); on a GPU it stays as stored.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_adapters.config.training import DTYPES, require
+from mlx_adapters.errors import AdapterError, FormatError, ModelError
+from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.base import Base, resolve_base
+from mlx_adapters.models.layers import (
+    attach,
+    check_fits,
+    check_made_for,
+    compute_dtype,
+    dequantize_layers,
+    detach,
+    untie,
+)
+from mlx_adapters.models.quantized_check import replace_miscomputed
+from mlx_adapters.system.door import (
+    load_mlx_model,
+    load_tokenizer,
+    make_prompt_cache,
+    make_sampler,
+    mx,
+    nn,
+    refusals,
+    stream_generate,
+)
+from mlx_adapters.system.limits import files_hint, wire_memory
+from mlx_adapters.system.machine import on_gpu
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a model wrote. Times in seconds; `token_ids` without the prompt's."""
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    finish_reason: str
+    seconds_to_first_token: float
+    seconds: float
+
+
+@dataclass(repr=False)
+class Model:
+    """A loaded base model with at most one adapter on it."""
+
+    module: nn.Module
+    tokenizer: Any
+    base: Base
+    config: dict[str, Any]
+    adapter: Adapter | None = field(default=None)
+
+    def __repr__(self) -> str:
+        return f"Model({self.base.name!r}, adapter={self.adapter.name if self.adapter else None!r})"
+
+    def attach(self, adapter: Adapter, any_base: bool = False) -> None:
+        """Put an adapter on, in place of the one that is on. When this raises, nothing was changed."""
+        check_fits(adapter, self.module, f"'{self.base.name}'")
+        if not any_base:
+            check_made_for(adapter, self.base.name, self.base.fingerprint)
+        detach(self.module)
+        attach(self.module, adapter)
+        self.adapter = adapter
+
+    def detach(self) -> None:
+        """Take the adapter off."""
+        detach(self.module)
+        self.adapter = None
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """How many token ids the model has a row for; another id would read foreign memory."""
+        return self.base.vocabulary or len(self.tokenizer)
+
+    @property
+    def positions(self) -> int | None:
+        """See `Base.positions`."""
+        return self.base.positions
+
+    def room(self, prompt_tokens: int, max_tokens: int) -> int:
+        """How many of `max_tokens` the model's context has room for after such a prompt; the last one is never read.
+
+        Raises ModelError if it has none: beyond its context a model writes nonsense.
+        """
+        context = self.base.context
+        if context is None:
+            return max_tokens
+        if prompt_tokens > context:
+            raise ModelError(f"The prompt has {prompt_tokens} tokens; the model's context has {context}.",
+                             "shorten it, or begin a new conversation.")  # fmt: skip
+        return min(max_tokens, context - prompt_tokens + 1)
+
+    def checked_ids(self, ids: Sequence[int] | mx.array, before: int = 0) -> mx.array:
+        """The token ids as an array; `before` tokens were read already.
+
+        Raises ModelError for none, for what is no id of the model's, and for more than it has positions.
+        """
+        found = np.asarray(ids)
+        if found.size == 0:
+            raise ModelError("The prompt is empty.", "write something to continue.")
+        if found.dtype.kind not in "iu":
+            raise ModelError(f"A prompt must be token ids from 0 to {self.vocabulary - 1}.", "or a text.")
+        self.base.check_tokens(found, "The prompt")
+        if self.positions is not None and before + found.shape[-1] > self.positions:
+            tokens = before + found.shape[-1]
+            raise ModelError(f"The prompt has {tokens} tokens; the model has {self.positions} positions.")
+        return mx.array(found.astype(np.int32))
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the tokenizer has a chat template, which says how a conversation is written."""
+        return bool(getattr(self.tokenizer, "has_chat_template", False))
+
+    def encode(self, prompt: str, raw: bool = False) -> list[int]:
+        """Token ids of a prompt: through the chat template as the user's turn, or as it is. Raises ModelError."""
+        if self.has_template and not raw:
+            return self.encode_chat([{"role": "user", "content": prompt}])
+        _require_unicode(prompt)
+        return list(self.tokenizer.encode(prompt))
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None = None) -> list[int]:
+        """Token ids of a conversation up to the answer that is to come, through the chat template.
+
+        Raises ModelError for what the template refuses and for what is not valid Unicode.
+        """
+        _require_unicode(json.dumps(messages, ensure_ascii=False))
+        try:
+            return list(
+                self.tokenizer.apply_chat_template(
+                    messages, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False
+                )
+            )
+        except Exception as error:  # a template may raise what it likes
+            raise ModelError(f"The chat template refuses this conversation: {error}.") from None
+
+    def logits(self, token_ids: list[int] | mx.array) -> mx.array:
+        """(tokens, vocabulary) logits of one sequence, or (rows, tokens, vocabulary) of a batch."""
+        ids = self.checked_ids(token_ids)
+        return self.module(ids[None])[0] if ids.ndim == 1 else self.module(ids)
+
+    def stream(
+        self, prompt: str | list[int], *, max_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,
+        seed: int | None = None, raw: bool = False, cache: list[Any] | None = None,
+    ) -> Iterator[Any]:  # fmt: skip
+        """Yield mlx-lm's responses (`.text`, `.token`, `.finish_reason`) as they are made.
+
+        `cache` holds what came before the prompt (mlx-lm's prompt cache) and grows by prompt and answer. An answer
+        that the model's context has no more room for ends with the reason "context".
+        """
+        require(max_tokens >= 1, f"max_tokens must be at least 1, not {max_tokens}.")
+        require(0 <= temperature < math.inf, f"temperature must be finite and not negative, not {temperature}.")
+        require(0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}.")
+        before = getattr(cache[0], "offset", 0) if cache else 0
+        ids = self.checked_ids(self.encode(prompt, raw) if isinstance(prompt, str) else prompt, before)
+        sampler, room = self.sampler(temperature, top_p, seed), self.room(before + ids.size, max_tokens)
+        extra = {} if cache is None else {"prompt_cache": cache}
+        for response in stream_generate(self.module, self.tokenizer, ids, max_tokens=room, sampler=sampler, **extra):
+            full = room < max_tokens and response.finish_reason == "length"
+            yield replace(response, finish_reason="context") if full else response
+
+    def sampler(self, temperature: float, top_p: float, seed: int | None) -> Any:
+        """What chooses the next token from its log-probabilities."""
+        if seed is not None:
+            mx.random.seed(seed)
+        return make_sampler(temp=temperature, top_p=top_p)
+
+    def generate(
+        self, prompt: str | list[int], *, max_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,
+        seed: int | None = None, raw: bool = False,
+    ) -> Generation:  # fmt: skip
+        """The model's answer to `prompt`; greedy unless a temperature is given."""
+        start = time.perf_counter()
+        first, pieces, tokens, reason, prompt_tokens = 0.0, [], [], "length", 0
+        for response in self.stream(
+            prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, raw=raw
+        ):
+            first = first or time.perf_counter() - start
+            pieces.append(response.text)
+            if response.finish_reason != "stop":
+                tokens.append(int(response.token))
+            reason, prompt_tokens = response.finish_reason or reason, response.prompt_tokens
+        return Generation("".join(pieces), tokens, prompt_tokens, reason, first, time.perf_counter() - start)
+
+
+def _require_unicode(text: str) -> None:
+    """Raise ModelError for half a surrogate pair, as a file that is not UTF-8 leaves it: no tokenizer takes that."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ModelError("The prompt is not valid Unicode.", "is its file UTF-8?") from None
+
+
+def load_model(
+    base: str | Path | Base, adapter: Adapter | None = None, *, dtype: str = "auto", dense: bool | None = None,
+    any_base: bool = False,
+) -> Model:  # fmt: skip
+    """Load a base model (or a fused folder), with an adapter on it if one is given.
+
+    dtype: "auto" is float32 on a CPU and as stored on a GPU. dense: replace quantized layers by dense ones
+    (default: on a CPU). On a GPU, quantized layers that MLX computes wrong there are made dense and named in a
+    MiscomputedWarning. Raises NotFoundError, HubError, FormatError, ModelError or IncompatibleError.
+    """
+    require(dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not '{dtype}'.")
+    found = resolve_base(base)
+    module, config = load_module(found)
+    with refusals(lambda why: ModelError(f"The weights of '{found.name}' cannot be read: {why}.")):
+        set_precision(module, dtype, dense)
+        mx.eval(module.parameters())
+    if on_gpu():
+        replace_miscomputed(module, compute_dtype(module))
+    model = Model(module, load_tokenizer_of(found), found, config)
+    if adapter is not None:
+        model.attach(adapter, any_base)
+    return model
+
+
+def set_precision(module: nn.Module, dtype: str = "auto", dense: bool | None = None) -> None:
+    """Give a module the precision that `load_model` promises."""
+    if dense if dense is not None else not on_gpu():
+        dequantize_layers(module, getattr(mx, "float32" if dtype == "auto" else dtype))
+    if dtype != "auto" or not on_gpu():
+        module.set_dtype(getattr(mx, "float32" if dtype == "auto" else dtype))
+
+
+def load_module(base: Base) -> tuple[nn.Module, dict[str, Any]]:
+    """mlx-lm's module with lazy weights, in evaluation mode, and its config. All work with a model begins here."""
+    wire_memory()
+    files, config = len(base.weight_files), replace(base, untied=False).config
+
+    def refused(why: str) -> AdapterError:
+        lacking = base.lacking
+        why = f"it lacks {', '.join(lacking[:3])}, which its index names" if lacking else why
+        hint = "copy or download the whole model." if lacking else files_hint(files)
+        return ModelError(f"mlx-lm cannot load '{base.name}': {why}.", hint)
+
+    with refusals(refused):
+        module, config = load_mlx_model(base.folder, config)
+        if base.untied:
+            untie(module)
+        module.load_weights(list(base.parameters.items()), strict=False)
+        _trace(module)
+    return module, config
+
+
+def _trace(module: nn.Module) -> None:
+    """Build the graph of one token's pass, and compute nothing: what does not fit together raises here, not later."""
+    token = mx.zeros((1, 1), mx.int32)
+    try:
+        module(token, cache=make_prompt_cache(module))
+    except Exception:  # some take no cache, or none of these
+        module(token)
+
+
+def load_tokenizer_of(base: Base) -> Any:
+    """The base's tokenizer, in mlx-lm's wrapper; never from the network. Raises FormatError."""
+    eos = base.config.get("eos_token_id")
+    with refusals(lambda why: FormatError(f"The tokenizer of '{base.name}' cannot be loaded: {why}.")):
+        tokenizer = load_tokenizer(base.folder, eos)
+        tokenizer.encode("What is odd in its settings shows here.")
+    # It need not warn about long texts: whoever uses it cuts them where the model's limit asks for it.
+    getattr(tokenizer, "deprecation_warnings", {})["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return tokenizer

@@ -1,0 +1,217 @@
+"""Quantized layers that this machine's MLX computes wrong are noticed at load, and computed another way.
+
+MLX chooses among many kernels by shape, number of tokens, bits and type, and a wrong one says nothing: the CUDA
+build of MLX 0.32.4 is off by the size of the result for matrices of one group per row in float32 and float16, and
+for a few output columns. So the first layer of each kind (class, shape, bits, group size, mode, types) reads some
+random tokens, in counts that reach all kernels, and is compared with its own dequantized weight on the CPU. What is
+found is remembered for this version of MLX and this device; a layer of a wrong kind becomes a dense one, and a
+warning names it.
+"""
+
+import contextlib
+import hashlib
+import inspect
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from mlx.utils import tree_unflatten
+
+from mlx_adapters.config.training import Quantization
+from mlx_adapters.errors import AdapterError, ModelError
+from mlx_adapters.models.layers import dense_layer, dense_weight, is_quantized, weight_layers, weight_shape
+from mlx_adapters.storage import files, paths
+from mlx_adapters.storage.tensor_names import BIAS, SCALES
+from mlx_adapters.system.door import SwitchLinear, mx, nn
+from mlx_adapters.system.machine import usable_memory_bytes
+from mlx_adapters.units import count, size
+
+TOKENS = (1, 2, 5, 9, 40, 130)
+ROWS, EXPERTS = 256, 4  # of a large weight, so many output rows and experts are compared
+# Of a token's or a row's result, by norm; what is wrong is off by all of it. float32 products may be TF32's, and a
+# CPU adds up in bfloat16.
+TOLERANCE = {mx.float32: 0.01, mx.float16: 0.02, mx.bfloat16: 0.15}
+
+
+class MiscomputedWarning(UserWarning):
+    """MLX computes a quantized layer wrong on this machine; it was replaced by a dense one."""
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """What the check of one kind of layer gave: the largest error of a token's or a row's result, relative to it."""
+
+    kind: str
+    error: float
+    right: bool
+
+
+def replace_miscomputed(module: nn.Module, dtype: mx.Dtype) -> list[str]:
+    """Make dense what this device computes wrong in activations of `dtype`, in place; the paths. Warns once for all.
+
+    Raises ModelError if the dense layers would not fit the memory.
+    """
+    layers = {path: layer for path, layer in weight_layers(module).items() if is_quantized(layer)}
+    known, wrong = _read(), {}
+    fresh: dict[str, Any] = {}
+    for path, layer in layers.items():
+        kind = kind_of(layer, dtype)
+        if kind not in known and kind not in fresh:
+            fresh[kind] = check_layer(layer, dtype).error
+        if not _is_right({**known, **fresh}[kind], dtype):
+            wrong[path] = layer
+    if fresh:
+        _write(known | fresh)
+    if wrong:
+        _make_dense(module, wrong, dtype)
+    return list(wrong)
+
+
+def _make_dense(module: nn.Module, wrong: dict[str, nn.Module], dtype: mx.Dtype) -> None:
+    needed = sum(dtype.size * math.prod(weight_shape(layer)) for layer in wrong.values())
+    first = next(iter(wrong))
+    what = f"MLX {version('mlx')} computes {count(len(wrong), 'quantized layer')} wrong on this device ('{first}'"
+    what += f": {kind_of(wrong[first], dtype)})"
+    if needed > 0.8 * usable_memory_bytes():
+        raise ModelError(f"{what}, and there is no room for unquantized ones ({size(needed)}).", "use another --bits.")
+    for path, layer in wrong.items():
+        dense = dense_layer(layer, dense_weight(layer, dtype))
+        mx.eval(dense.parameters())
+        module.update_modules(tree_unflatten([(path, dense)]))
+    text = f"{what}. They are computed unquantized here ({size(needed)}); plain mlx-lm would answer wrong."
+    warnings.warn(text, MiscomputedWarning, stacklevel=4)
+
+
+def kind_of(layer: nn.Module, dtype: mx.Dtype) -> str:
+    """What decides which kernel runs: class, shape, precision and types."""
+    shape = "x".join(map(str, weight_shape(layer)))
+    types = " on ".join(dict.fromkeys(str(t).rpartition(".")[2] for t in (layer[SCALES].dtype, dtype)))
+    mode = getattr(layer, "mode", "affine")
+    return f"{type(layer).__name__} {shape}, {layer.bits} bits, groups of {layer.group_size}, {mode}, {types}"
+
+
+def check_layer(layer: nn.Module, dtype: mx.Dtype) -> LayerCheck:
+    """Compare a quantized layer with its dequantized weight on random tokens of `dtype`, the weight's first rows."""
+    error = 0.0
+    try:
+        for y, reference in _products(layer, dtype):
+            error = max(error, _distance(y, reference))
+    except RuntimeError as refused:  # "No implementation for problem shape": it would end the answer, too
+        return LayerCheck(f"{kind_of(layer, dtype)}: {refused}", math.inf, False)
+    return LayerCheck(kind_of(layer, dtype), error, _is_right(error, dtype))
+
+
+def _products(layer: nn.Module, dtype: mx.Dtype) -> Iterator[tuple[mx.array, mx.array]]:
+    """(the layer's output, the same of its dense weight on the CPU) in the first rows, in all ways mlx-lm calls it."""
+    parameters = inspect.signature(type(layer).__call__).parameters
+    dense = _head_of(layer)  # (rows, inputs), or (heads or experts, rows, inputs)
+    for tokens in TOKENS:
+        if "indices" in parameters:
+            yield from _experts(layer, dense, tokens, dtype)
+            continue
+        x = _tokens((1, *dense.shape[:-2], tokens, dense.shape[-1]), dtype)
+        with mx.stream(mx.cpu):
+            reference = x.astype(mx.float32) @ dense.swapaxes(-1, -2)  # (1, heads, tokens, rows)
+            if BIAS in layer:
+                reference = reference + layer[BIAS][: dense.shape[-2]].astype(mx.float32)
+        y = layer.as_linear(x) if hasattr(layer, "as_linear") else layer(x)
+        yield y[..., : dense.shape[-2]], reference
+        if "transpose" in parameters and dense.shape[-2] == weight_shape(layer)[-2]:
+            x = _tokens((1, *dense.shape[:-2], tokens, dense.shape[-2]), dtype)
+            with mx.stream(mx.cpu):
+                reference = x.astype(mx.float32) @ dense  # (1, heads, tokens, inputs)
+            yield layer(x, transpose=False), reference
+
+
+def _experts(layer: nn.Module, dense: mx.array, tokens: int, dtype: mx.Dtype) -> Iterator[tuple[mx.array, mx.array]]:
+    """One input for all chosen experts, one for each, and tokens sorted by expert, as in a long text."""
+    experts, rows, inputs = dense.shape
+    chosen = mx.random.randint(0, experts, (tokens, 2), key=mx.random.key(tokens))
+    shared = _tokens((tokens, 1, 1, inputs), dtype)
+    order = mx.argsort(chosen.flatten())
+    for x, indices, is_sorted in (
+        (shared, chosen, False),
+        (_tokens((tokens, 2, 1, inputs), dtype), chosen, False),
+        (shared.reshape(tokens, 1, inputs)[order // 2], chosen.flatten()[order], True),
+    ):
+        with mx.stream(mx.cpu):
+            reference = x.astype(mx.float32) @ dense[indices].swapaxes(-1, -2)  # (..., 1, rows)
+            if BIAS in layer:
+                reference = reference + layer[BIAS][:experts, :rows].astype(mx.float32)[indices][..., None, :]
+        yield layer(x, indices, sorted_indices=is_sorted)[..., :rows], reference
+
+
+def _tokens(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(shape[-2])).astype(dtype)
+
+
+def _head_of(layer: nn.Module) -> mx.array:
+    """The first rows (of the first experts) of a layer's weight in float32, dequantized on the CPU."""
+    kind: Any = type(layer)
+    part = kind.__new__(kind)
+    nn.Module.__init__(part)
+    for name in ("bits", "group_size", "mode"):
+        setattr(part, name, getattr(layer, name))
+    experts = "indices" in inspect.signature(type(layer).__call__).parameters
+    for name, array in layer.parameters().items():
+        cut = array[:EXPERTS] if experts and array.ndim else array
+        part[name] = cut[..., :ROWS, :] if name != BIAS and array.ndim >= 2 else cut
+    with mx.stream(mx.cpu):
+        dense = dense_weight(part, mx.float32)
+        mx.eval(dense)
+    return dense
+
+
+def _distance(y: mx.array, reference: mx.array) -> float:
+    y = y.astype(mx.float32)
+    mx.eval(y, reference)
+    with mx.stream(mx.cpu):
+        wrong, right = (a.reshape(-1, a.shape[-1]) for a in (y - reference, reference))  # (tokens, rows)
+        axes = (1, 0) if wrong.shape[0] > 5 else (1,)  # of each token; of each row, too, where there are some tokens
+        each = [mx.max(mx.linalg.norm(wrong, axis=a) / mx.linalg.norm(right, axis=a)) for a in axes]
+        error = float(mx.max(mx.stack(each)).item())
+    return error if math.isfinite(error) else math.inf
+
+
+def check_device() -> list[LayerCheck]:
+    """Check sample layers on this device: the common precisions of linear layers, embeddings and experts.
+
+    Example: `[check.kind for check in check_device() if not check.right]`.
+    """
+    checks = []
+    for quantization in (Quantization(4), Quantization(4, 32), Quantization(8), Quantization(4, 32, "mxfp4")):
+        options = {"group_size": quantization.group_size, "bits": quantization.bits, "mode": quantization.mode}
+        for dense in (
+            nn.Linear(512, 256, bias=False),
+            nn.Linear(512, 8, bias=False),
+            SwitchLinear(512, 256, 8, bias=False),
+        ):
+            dense.set_dtype(mx.bfloat16)
+            checks.append(check_layer(dense.to_quantized(**options), mx.bfloat16))
+    return checks
+
+
+def _is_right(error: float, dtype: mx.Dtype) -> bool:
+    return error <= TOLERANCE.get(dtype, 0.01)
+
+
+def _where() -> Any:
+    device = str(mx.device_info().get("device_name", mx.default_device()))
+    name = hashlib.sha256(f"{version('mlx')} {device}".encode()).hexdigest()[:16]
+    return paths.home() / "checks" / f"quantized-{name}.json"
+
+
+def _read() -> dict[str, float]:
+    try:
+        found = files.read_json(_where())
+    except AdapterError:
+        return {}
+    return {kind: float(error) for kind, error in found.items() if isinstance(error, int | float)}
+
+
+def _write(known: dict[str, float]) -> None:
+    with contextlib.suppress(AdapterError):  # a full disk: it is looked at again next time
+        files.write_json(_where(), {kind: min(error, 1e9) for kind, error in known.items()})

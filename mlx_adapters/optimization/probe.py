@@ -1,0 +1,145 @@
+"""Measuring training steps on a few of a model's blocks, on this device."""
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from mlx.utils import tree_flatten
+
+from mlx_adapters.config.training import TrainConfig
+from mlx_adapters.data.batches import Batch
+from mlx_adapters.models.adapter import AdapterConfig
+from mlx_adapters.models.base import Base
+from mlx_adapters.models.layers import add_adapter_layers, expected_shapes, is_quantized, named_layers, weight_shape
+from mlx_adapters.models.model import load_module, set_precision
+from mlx_adapters.optimization.optimizers import Optimizer
+from mlx_adapters.optimization.step import Engine, LossPlan, chunk_rows
+from mlx_adapters.optimization.through_rounding import Rounding
+from mlx_adapters.storage.tensor_names import block_index
+from mlx_adapters.surgery import calls
+from mlx_adapters.system.door import mx, nn
+from mlx_adapters.system.machine import on_gpu
+
+
+@dataclass(frozen=True)
+class Prober:
+    """A run whose steps are measured. `vocabulary` is the number of logits."""
+
+    base: Base
+    adapter: AdapterConfig
+    training: TrainConfig
+    vocabulary: int
+    rounding: Rounding | None = None
+
+    def step_bytes(self, batch: Batch, blocks: int) -> float:
+        """Bytes that one step needs above what lies in memory all the time, for `blocks` adapted blocks."""
+        return _through(self._counts(blocks), lambda n: self._measure(batch, n, 0, 1)[0], blocks)
+
+    def seconds(self, batch: Batch, blocks: int, warm_up: int = 3, timed: int = 3) -> float:
+        """Median time of a step after `warm_up` steps, for `blocks` adapted blocks."""
+        return _through(self._counts(blocks), lambda n: self._measure(batch, n, warm_up, timed)[1], blocks)
+
+    def _counts(self, blocks: int) -> list[int]:
+        for few, more in ((2, 4), (6, 12)):
+            if blocks <= more:
+                return [blocks]
+            if self._runs_with(few):
+                return [few, more]
+        return [blocks]
+
+    def _runs_with(self, blocks: int) -> bool:
+        """Whether the model computes with so few blocks (some index into their list)."""
+        try:
+            mx.eval(self._cut_module(blocks)(mx.zeros((1, 2), mx.int32)))
+        except (IndexError, ValueError, TypeError):
+            return False
+        return True
+
+    def _cut_module(self, blocks: int) -> nn.Module:
+        module, _ = load_module(self.base)
+        first = first_block(self.adapter, len(module.layers))
+        body = calls.find_body(module) or module
+        name = next(k for k, v in body.items() if isinstance(v, list) and v and v[-1] is module.layers[-1])
+        body[name] = body[name][first : first + blocks]
+        return module
+
+    def _engine(self, blocks: int) -> Engine:
+        module = self._cut_module(blocks)
+        first = first_block(self.adapter, 1 << 30)
+        there = {}  # key in the cut module -> key in the whole one
+        for key in self.adapter.keys:
+            index = block_index(key)
+            if index is None:
+                there[key] = key
+            elif first <= index < first + blocks:
+                there[key.replace(f".{index}.", f".{index - first}.", 1)] = key
+        keys, rounding = tuple(there), self.rounding
+        if rounding is not None:  # of the adapted layers only: the others are rounded before the first step
+            rounding = replace(rounding, targets={key: rounding.targets[there[key]] for key in keys})
+        set_precision(module, self.training.dtype)
+        module.freeze()
+        config = AdapterConfig(self.adapter.rank, self.adapter.scale, keys, self.adapter.type, self.adapter.dropout)
+        add_adapter_layers(module, config)
+        mx.eval(module.parameters())
+        layers = dict(named_layers(module))
+        body = None if self.training.chunked_loss == "off" else calls.find_body(module)
+        plan = LossPlan(body, chunk_rows(self.vocabulary))
+        return Engine(module, {key: layers[key] for key in keys}, self.training, plan, rounding=rounding)
+
+    def _measure(self, batch: Batch, blocks: int, warm_up: int, timed: int) -> tuple[int, float]:
+        engine = self._engine(blocks)
+        mx.eval(engine.weights, engine.optimizer.arrays())
+        gc.collect()
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before, seconds = mx.get_active_memory(), []
+        batches = [batch] * self.training.grad_accumulation
+        for _ in range(warm_up + timed):
+            start = time.perf_counter()
+            engine.step(batches, 1.0, 1e-12, rounding=self.training.fuse_aware is not None)
+            seconds.append(time.perf_counter() - start)
+        return mx.get_peak_memory() - before, statistics.median(seconds[warm_up:])
+
+
+def _through(counts: list[int], measure: Callable[[int], float], wanted: int) -> float:
+    """The straight line through the measurements at `counts` blocks, at `wanted` blocks."""
+    values = [measure(count) for count in counts]
+    if len(values) == 1:
+        return values[0]
+    slope = max((values[1] - values[0]) / (counts[1] - counts[0]), 0)
+    return values[1] + slope * (wanted - counts[1])
+
+
+def first_block(adapter: AdapterConfig, blocks: int) -> int:
+    """The first block that the backward pass reaches: 0 if an embedding is adapted."""
+    indexes = [block_index(key) for key in adapter.keys]
+    before = any(index is None and "lm_head" not in key for index, key in zip(indexes, adapter.keys, strict=True))
+    return 0 if before else min((i for i in indexes if i is not None), default=blocks)
+
+
+def weight_bytes(module: nn.Module, dtype: str) -> int:
+    """Bytes of the frozen weights once they are loaded for training in `dtype`."""
+    item = {"auto": None if on_gpu() else 4, "float32": 4, "bfloat16": 2, "float16": 2}[dtype]
+    dense = {} if on_gpu() else {path: layer for path, layer in named_layers(module) if is_quantized(layer)}
+    total = sum((item or 4) * math.prod(weight_shape(layer)) for layer in dense.values())
+    for name, array in tree_flatten(module.parameters()):
+        path, _, leaf = name.rpartition(".")
+        if path in dense and leaf in ("weight", "scales", "biases"):
+            continue
+        floating = mx.issubdtype(array.dtype, mx.floating)
+        total += array.size * item if item and floating else array.nbytes
+    return total
+
+
+def adapter_bytes(module: nn.Module, adapter: AdapterConfig, training: TrainConfig) -> tuple[int, int]:
+    """(bytes of the adapter's float32 weights, bytes of the optimizer's state)."""
+    layers = dict(named_layers(module))
+    shapes = {
+        f"{key}.{leaf}": shape for key in adapter.keys for leaf, shape in expected_shapes(layers[key], adapter).items()
+    }
+    weights = {name: mx.zeros(shape) for name, shape in shapes.items()}  # lazy: never evaluated
+    state = Optimizer(training, weights).arrays()
+    return sum(w.nbytes for w in weights.values()), sum(a.nbytes for a in state.values())

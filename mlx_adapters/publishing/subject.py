@@ -1,0 +1,245 @@
+"""What is to be published: an adapter, a PEFT export or a model, and what its files say of it.
+
+Only known file names go up, so data, logs, checkpoints and optimizer states stay.
+"""
+
+import contextlib
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError
+from mlx_adapters.models.adapter import Adapter, read_adapter, weights_file
+from mlx_adapters.models.base import INDEX_FILE, OTHER_FILE
+from mlx_adapters.models.metadata import read_config, read_metadata
+from mlx_adapters.publishing.cleaning import clean, clean_text
+from mlx_adapters.sources.registry import load_adapter, locate, parse_reference
+from mlx_adapters.storage import files, paths
+from mlx_adapters.storage.tensor_names import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    METADATA_FILE,
+    PEFT_WEIGHTS_FILE,
+    RECIPE_FILE,
+    REPORT_FILE,
+)
+
+GGUF_FILE = "model.gguf"
+TOKENIZER = (
+    "tokenizer*.json", "tokenizer*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "*.jinja", "spiece.model", "sentencepiece*.model",
+)  # fmt: skip
+PUBLISHED = {
+    "adapter": (ADAPTER_FILE, CONFIG_FILE, METADATA_FILE),
+    "peft": (PEFT_WEIGHTS_FILE, CONFIG_FILE, *TOKENIZER),
+    "model": (
+        "config.json", "generation_config.json", "model*.safetensors", OTHER_FILE, INDEX_FILE, *TOKENIZER,
+        "*preprocessor_config.json", "processor_config.json", "chat_template.json", "*.py", RECIPE_FILE, REPORT_FILE,
+    ),
+    "gguf": (GGUF_FILE, RECIPE_FILE, REPORT_FILE),
+}  # fmt: skip
+LICENSE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+REQUIRED = {
+    "adapter": (ADAPTER_FILE, CONFIG_FILE), "peft": (PEFT_WEIGHTS_FILE, CONFIG_FILE), "model": ("config.json",),
+    "gguf": (GGUF_FILE,),
+}  # fmt: skip
+Kind = Literal["adapter", "peft", "model", "gguf"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is to be published. `sources` maps the name in the repository to the local file; `metadata`,
+    `config`, `recipe` and `report` are cleaned of local paths."""
+
+    kind: Kind
+    name: str
+    folder: Path
+    sources: dict[str, Path]
+    left_out: tuple[str, ...]
+    config: dict[str, Any]
+    metadata: dict[str, Any]
+    recipe: dict[str, Any]
+    report: dict[str, Any]
+    adapter: Adapter | None = None
+    local_base: str | None = None  # the base's name as recorded, which may be a folder of this machine
+    fused: Adapter | None = None  # the one adapter that was fused in, if it is still here
+    benchmark: str = ""  # a saved benchmark as Markdown
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """The base model's record, {} if it is not known."""
+        return _base_of(self.metadata, self.recipe, self.config)
+
+    @property
+    def is_model(self) -> bool:
+        """Whether this is a whole model and not an adapter."""
+        return self.kind in ("model", "gguf")
+
+    @property
+    def trained(self) -> dict[str, Any]:
+        """The metadata of the training: the adapter's own, or that of the adapter in a fused model."""
+        return clean(self.fused.metadata) if self.fused else self.metadata
+
+    @property
+    def transformers(self) -> bool:
+        """Whether this is a model with the tensor names of the original checkpoint (`fuse --format hf`)."""
+        return (self.recipe.get("options") or {}).get("format") == "hf"
+
+    @property
+    def library(self) -> str:
+        """The Hub's library_name."""
+        if self.kind in ("peft", "gguf"):
+            return self.kind
+        return "transformers" if self.transformers else "mlx"
+
+    @property
+    def relation(self) -> str | None:
+        """The Hub's base_model_relation; None where nothing says what was done to the base."""
+        if not self.is_model:
+            return "adapter"
+        adapters = self.recipe.get("adapters") or []
+        return "merge" if len(adapters) > 1 else "finetune" if self.recipe else None
+
+    @property
+    def tags(self) -> list[str]:
+        """The Hub's tags."""
+        kind = self.config.get("fine_tune_type") or ("dora" if self.config.get("use_dora") else "lora")
+        kinds = [] if self.is_model else [kind]
+        quantization = self.config.get("quantization")
+        bits = [f"{quantization['bits']}-bit"] if isinstance(quantization, dict) and "bits" in quantization else []
+        return [self.library, "mlx-adapters", *kinds, *bits]
+
+    @property
+    def data_name(self) -> str:
+        """What the adapter was trained on, for people."""
+        return str((self.metadata.get("data") or {}).get("source") or "validation rows")
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """[{"data": name, "metrics": {name: number}}]: validation loss, fidelity, and what `eval` saved."""
+        found = []
+        fidelity, text = self.report.get("fidelity"), self.report.get("text") or {}
+        if isinstance(fidelity, dict) and text.get("source"):
+            names = {"loss_fused": "loss", "perplexity_fused": "perplexity", "kl_mean": "kl_from_adapter_model"}
+            metrics = {name: fidelity[key] for key, name in names.items() if isinstance(fidelity.get(key), float)}
+            found.append({"data": str(text["source"]), "metrics": metrics})
+        if self.validation_loss is not None:
+            found.append({"data": self.data_name, "metrics": {"validation_loss": self.validation_loss}})
+        return [*found, *self._saved_evaluations()]
+
+    def _saved_evaluations(self) -> list[dict[str, Any]]:
+        """Those of the published weights: of the named checkpoint, or of what the bare name means."""
+        named = self.adapter.iteration if self.adapter else None
+        wanted = {named} if named is not None else {None, self.metadata.get("iteration")}
+        saved = self.metadata.get("evaluations") or () if self.kind == "adapter" else ()
+        return [{**entry, "data": f"{entry['data']} ({entry['split']}, {entry['rows']} rows)"}
+                for entry in saved if entry.get("iteration") in wanted]  # fmt: skip
+
+    @property
+    def validation_loss(self) -> float | None:
+        """That of the published weights: of the best iteration, or of the checkpoint that was named."""
+        found = self.metadata.get("best_validation_loss")
+        if self.adapter and self.adapter.iteration is not None:
+            checkpoint = (self.metadata.get("checkpoints") or {}).get(str(self.adapter.iteration)) or {}
+            found = checkpoint.get("validation")
+        return float(found) if isinstance(found, int | float) else None
+
+    def without(self, patterns: Iterable[str]) -> "Subject":
+        """Leave out the files that match one of `patterns`. Raises ConfigError for a file that must go up."""
+        kept = {name: path for name, path in self.sources.items() if not matches(name, patterns)}
+        missing = [name for name in REQUIRED[self.kind] if name not in kept]
+        if missing:
+            raise ConfigError(f"'{missing[0]}' cannot be left out: without it the rest is useless.")
+        return replace(self, sources=kept, left_out=(*self.left_out, *sorted(set(self.sources) - set(kept))))
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a file name fits one of the wildcard patterns."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
+def read_subject(source: str | Path | Adapter, benchmark: str | Path | None = None) -> Subject:
+    """Find what `source` means: an adapter's name, NAME@ITERATION, or the folder of an adapter or a model.
+
+    benchmark: a saved report (`benchmark --output`) that belongs to it.
+    Raises NotFoundError or FormatError.
+    """
+    if isinstance(source, Adapter):
+        folder, iteration = source.folder, source.iteration
+    elif isinstance(source, Path):
+        folder, iteration = source.expanduser().absolute(), None
+    else:
+        # Nothing is published from the Hub to the Hub: what has a slash is a folder.
+        bare = "/" in source and not paths.is_path(source)
+        folder, iteration = locate(parse_reference(f"./{source}" if bare else source))
+    if folder is None:
+        raise NotFoundError("This adapter is in memory only.", "save it with write_adapter or register first.")
+    if not folder.is_dir():
+        raise NotFoundError(f"There is no folder '{folder}'.", "'mlx-adapters list' shows the adapters there are.")
+    return replace(_subject(folder, iteration), benchmark=_benchmark(benchmark))
+
+
+def _benchmark(path: str | Path | None) -> str:
+    if path is None:
+        return ""
+    from mlx_adapters.benchmarking.measurements import read_report
+    from mlx_adapters.benchmarking.words import markdown
+
+    return clean_text(markdown(read_report(Path(path))).strip())
+
+
+def _subject(folder: Path, iteration: int | None) -> Subject:
+    kind = _kind_of(folder)
+    adapter = read_adapter(folder, iteration) if kind == "adapter" else None
+    config = (
+        {} if kind == "gguf" else files.read_json(folder / "config.json") if kind == "model" else read_config(folder)
+    )
+    patterns = (*PUBLISHED[kind], *LICENSE_FILES)
+    there = [path.name for path in paths.visible(folder)]
+    sources = {name: folder / name for name in there if matches(name, patterns) and (folder / name).is_file()}
+    metadata = adapter.metadata if adapter else read_metadata(folder) if kind == "peft" else {}
+    if adapter and iteration is not None:
+        sources[ADAPTER_FILE] = weights_file(folder, iteration)
+        metadata = metadata | {"iteration": iteration, "sha256": {ADAPTER_FILE: files.sha256(sources[ADAPTER_FILE])}}
+    left_out = [name for name in there if name not in sources and name != "README.md"]
+    name = adapter.name.partition("@")[0] if adapter else folder.name
+    optional = {f: files.read_json(folder / f) if (folder / f).is_file() else {} for f in (RECIPE_FILE, REPORT_FILE)}
+    recipe, report = optional[RECIPE_FILE], optional[REPORT_FILE]
+    return Subject(
+        kind, name, folder, sources, tuple(left_out), clean(config), clean(metadata), clean(recipe), clean(report),
+        adapter, _base_of(metadata, recipe, config).get("name"), _fused_adapter(recipe),
+    )  # fmt: skip
+
+
+def _fused_adapter(recipe: Mapping[str, Any]) -> Adapter | None:
+    """The adapter that the recipe names, if it is one, still there and still the same."""
+    entries = recipe.get("adapters") or []
+    reference = entries[0].get("reference") if len(entries) == 1 else None
+    with contextlib.suppress(AdapterError):
+        if reference and parse_reference(reference).kind != "hub":
+            adapter = load_adapter(reference)
+            return adapter if adapter.fingerprint == entries[0].get("fingerprint") else None
+    return None
+
+
+def _base_of(metadata: Mapping[str, Any], recipe: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    found = metadata.get("base") or recipe.get("base")
+    if isinstance(found, dict):
+        return found
+    name = config.get("base_model_name_or_path")
+    return {"name": name} if isinstance(name, str) and name else {}
+
+
+def _kind_of(folder: Path) -> Kind:
+    if (folder / CONFIG_FILE).is_file():
+        return "peft" if "peft_type" in read_config(folder) else "adapter"
+    if (folder / GGUF_FILE).is_file():
+        return "gguf"
+    if (folder / "config.json").is_file():
+        return "model"
+    raise NotFoundError(
+        f"'{folder}' holds neither an adapter nor a model.",
+        f"it needs {CONFIG_FILE} with {ADAPTER_FILE}, or config.json with model*.safetensors.",
+    )

@@ -1,0 +1,284 @@
+"""Publish adapters and models to the Hugging Face Hub.
+
+A new repository is created private and becomes public, if asked for, when everything is in it; if the upload
+fails, an empty repository or branch that was made for it is removed. The same publish twice changes nothing.
+"""
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mlx_adapters.config.training import require
+from mlx_adapters.errors import AdapterError, HubError
+from mlx_adapters.events import Note, OnEvent, ignore
+from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.base import HUB_ID, INDEX_FILE, OTHER_FILE, resolve_base
+from mlx_adapters.publishing import cards, staging
+from mlx_adapters.publishing.cleaning import check_paths, check_secrets
+from mlx_adapters.publishing.remote import PublishedFile, Remote, changes, foresee_refusal, look
+from mlx_adapters.publishing.subject import Subject, matches, read_subject
+from mlx_adapters.sources.hub import (
+    Disconnected,
+    check_branch,
+    check_repo,
+    hub_errors,
+    progress_bars,
+    readme,
+    require_token,
+)
+from mlx_adapters.units import count
+
+ATTEMPTS, FIRST_WAIT_SECONDS = 5, 2.0
+# Old shards beside new ones would be loaded too.
+REPLACED = ["model*.safetensors", OTHER_FILE, INDEX_FILE]
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What was published, or would be (`commit` is None then). `left_out` names the folder's other files."""
+
+    repo: str
+    kind: str
+    private: bool
+    files: tuple[PublishedFile, ...]
+    left_out: tuple[str, ...]
+    card: str = field(repr=False)
+    commit: str | None = None
+    url: str | None = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything differs from what is there."""
+        return any(file.change != "unchanged" for file in self.files)
+
+
+def make_card(
+    source: str | Path | Adapter, *, repo: str | None = None, base_model: str | None = None, license: str | None = None,
+    benchmark: str | Path | None = None, old: str | None = None,
+) -> cards.Card:  # fmt: skip
+    """The card of an adapter or model, from its metadata. benchmark: a saved report to show. `old` is the README
+    to take the user's part from (default: README.md in the folder).
+
+    Raises NotFoundError, FormatError or, for a license or base that the Hub would refuse, ConfigError.
+    """
+    return _card_of(read_subject(source, benchmark), repo, base_model, license, old)
+
+
+def write_card(
+    source: str | Path | Adapter, *, repo: str | None = None, base_model: str | None = None, license: str | None = None,
+    benchmark: str | Path | None = None, on_event: OnEvent = ignore,
+) -> Path:  # fmt: skip
+    """Write the card as README.md, with its pictures, into the folder of `source`; the user's part is kept."""
+    subject = read_subject(source, benchmark)
+    card = _card_of(subject, repo, base_model, license)
+    _tell_lost(card, "README.md", _local_readme(subject.folder), on_event)
+    return cards.write_readme(card, subject.folder)
+
+
+def _card_of(
+    subject: Subject, repo: str | None, base_model: str | None, license: str | None, old: str | None = None
+) -> cards.Card:
+    if old is None:
+        old = _local_readme(subject.folder)
+    return cards.make_card(subject, _base_card(subject), repo=repo, old=old, license=license, base_model=base_model)
+
+
+def _local_readme(folder: Path) -> str:
+    path = folder / "README.md"
+    return path.read_text(errors="replace") if path.is_file() else ""
+
+
+def _base_card(subject: Subject) -> cards.BaseCard:
+    """The base's id, license and languages: from its README in its folder, in the cache or on the Hub."""
+    recorded = subject.local_base
+    if not recorded:
+        return cards.BaseCard()
+    if HUB_ID.fullmatch(recorded) and not Path(recorded).is_dir():
+        repo, _, revision = recorded.partition("@")
+        return cards.base_card(recorded, readme(repo, revision or None), True)
+    text = ""
+    with contextlib.suppress(AdapterError):
+        text = _local_readme(resolve_base(recorded).folder)
+    return cards.base_card(recorded, text, False)
+
+
+def publish(
+    source: str | Path | Adapter, repo: str, *, private: bool = True, dry_run: bool = False, message: str | None = None,
+    revision: str | None = None, create_pr: bool = False, exclude: Sequence[str] = (), base_model: str | None = None,
+    license: str | None = None, benchmark: str | Path | None = None, show_progress: bool = False,
+    on_event: OnEvent = ignore,
+) -> Publication:  # fmt: skip
+    """Upload an adapter or a fused model with its card to `repo` ("user/name"), private unless told otherwise.
+
+    source: an adapter's name, NAME@ITERATION, or a folder. revision: a branch, made if it is not there.
+    create_pr: propose the change instead. exclude: patterns of files to leave out. base_model, license: for the
+    card, where the metadata does not tell. benchmark: a saved report that the card shows. show_progress: the bars
+    of huggingface_hub.
+
+    Raises ConfigError, NotFoundError, FormatError or HubError; then the Hub is as it was before, as far
+    as the connection allows.
+    """
+    check_repo(repo)
+    cards.check_given(license, base_model)
+    if revision is not None:
+        check_branch(revision)
+    require(not (create_pr and revision), "A pull request is made against 'main': give no revision with it.")
+    if not dry_run:
+        require_token(f"upload to '{repo}'")
+    subject = read_subject(source, benchmark).without(exclude)
+    staging.check(subject)
+    remote = look(repo, revision, dry_run, on_event)
+    if dry_run and remote.known and not create_pr:
+        foresee_refusal(repo, on_event)
+    if remote.exists and private and not remote.private:
+        raise HubError(f"'{repo}' is public.", "pass --public to publish there, or choose another name.")
+    with tempfile.TemporaryDirectory(prefix="mlx-adapters-") as name:
+        folder = Path(name)
+        card = _stage(subject, folder, repo, remote, exclude, base_model, license, on_event)
+        staging.check_finite(subject, on_event)
+        deletes = REPLACED if subject.kind == "model" else []
+        left_out = tuple(name for name in subject.left_out if not (folder / name).exists())
+        publication = Publication(repo, subject.kind, private, changes(folder, remote, deletes), left_out, card)
+        if dry_run:
+            return publication
+        uploader = _Uploader(repo, folder, private, revision, create_pr, message, deletes, on_event)
+        with progress_bars(show_progress):
+            commit, url = uploader.run(remote, card)
+    return replace(publication, commit=commit, url=url)
+
+
+def _stage(
+    subject: Subject, folder: Path, repo: str, remote: Remote, exclude: Sequence[str], base_model: str | None,
+    license: str | None, on_event: OnEvent,
+) -> str:  # fmt: skip
+    """Fill `folder` with everything that goes up, and return the card's text."""
+    staging.stage(subject, folder)
+    local = _local_readme(subject.folder)
+    old = _readme_to_keep(local, remote.readme, repo, on_event)
+    card = _card_of(subject, repo, base_model, license, old).check()
+    _tell_lost(card, "README.md in the folder", local, on_event)
+    if remote.readme != local:
+        _tell_lost(card, f"README.md of '{repo}'", remote.readme, on_event)
+    if card.front.get("base_model") is None and not subject.is_model:
+        raise HubError(
+            f"The card cannot name the base model: '{subject.base.get('name', 'unknown')}' is not on the Hub.",
+            "say which one it is with --base-model user/name.",
+        )
+    text = str(card)
+    check_secrets("README.md", text)
+    check_paths("README.md", text)
+    cards.write_readme(card, folder)
+    for path in list(folder.iterdir()):
+        if matches(path.name, exclude):
+            path.unlink()
+    return text
+
+
+def _readme_to_keep(local: str, there: str, repo: str, on_event: OnEvent) -> str:
+    """The README whose part by hand is kept: of two that have one, the folder's if it has our markers."""
+    here_by_hand, there_by_hand = cards.handwritten(local), cards.handwritten(there)
+    local_wins = bool(here_by_hand) and (cards.is_ours(local) or not there_by_hand)
+    if here_by_hand and there_by_hand and here_by_hand != there_by_hand:
+        kept, lost = ("the folder's", f"that of '{repo}'") if local_wins else (f"that of '{repo}'", "the folder's")
+        on_event(Note(f"Two READMEs differ in the part by hand: {kept} is kept, {lost} is not.", "warning"))
+    return local if local_wins else there or local
+
+
+def _tell_lost(card: cards.Card, where: str, text: str, on_event: OnEvent) -> None:
+    """Warn of words outside the marks of the README `text`, which the new card has no more."""
+    if lost := cards.lost_lines(text, card):
+        words = f"The new card drops {count(lost, 'line')} that somebody wrote outside the marks of {where}"
+        keep = f"put what is to stay between '{cards.MINE}' and '{cards.END_MINE}'."
+        on_event(Note(f"{words}: {keep}", "warning"))
+
+
+@dataclass
+class _Uploader:
+    """One upload: creates, uploads with retries, and cleans up after itself."""
+
+    repo: str
+    folder: Path
+    private: bool
+    revision: str | None
+    create_pr: bool
+    message: str | None
+    deletes: Sequence[str]
+    on_event: OnEvent
+
+    def run(self, remote: Remote, card: str) -> tuple[str, str]:
+        """Returns (commit, address). Raises HubError."""
+        from huggingface_hub import HfApi, ModelCard
+
+        self.api = HfApi(library_name="mlx_adapters")
+        self.new_branch = self.revision if not (remote.exists and remote.has_revision) else None
+        self.made_branch = False
+        with hub_errors(f"upload to '{self.repo}'"):
+            if (self.folder / "README.md").exists():
+                self._validate(ModelCard(card))
+            if not remote.exists:
+                self.api.create_repo(self.repo, private=True)
+        try:
+            info = self._upload_with_retries()
+        except BaseException:
+            self._clean_up(remote)
+            raise
+        if remote.private and not self.private:
+            with hub_errors(f"make '{self.repo}' public, though everything is uploaded"):
+                self.api.update_repo_settings(self.repo, private=False)
+        return str(info.oid), str(info.pr_url or info.commit_url)
+
+    def _validate(self, card: Any) -> None:
+        try:
+            card.validate()
+        except ValueError as error:
+            raise HubError(f"The Hub refuses the card: {' '.join(str(error).split())}",
+                           "see --license and --base-model.") from error  # fmt: skip
+
+    def _upload_with_retries(self) -> Any:
+        """What is already there is not sent again, so each attempt goes on where the last one broke."""
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                with hub_errors(f"upload to '{self.repo}'"):
+                    return self._upload()
+            except Disconnected as error:
+                if attempt == ATTEMPTS:
+                    raise
+                self.on_event(Note(f"{error.message} Going on (attempt {attempt + 1} of {ATTEMPTS}).", "warning"))
+                time.sleep(FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
+        raise AssertionError
+
+    def _upload(self) -> Any:
+        if self.new_branch and not self.made_branch:
+            self.made_branch = self._make_branch(self.new_branch)
+        return self.api.upload_folder(
+            repo_id=self.repo, folder_path=self.folder, revision=self.revision, create_pr=self.create_pr,
+            commit_message=self.message or "Upload with mlx_adapters", delete_patterns=list(self.deletes) or None,
+        )  # fmt: skip
+
+    def _make_branch(self, branch: str) -> bool:
+        """Make a branch; False if somebody made it meanwhile."""
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            self.api.create_branch(self.repo, branch=branch)
+        except HfHubHTTPError as error:
+            if error.response.status_code != 409:
+                raise
+            self.new_branch = None
+        return self.new_branch is not None
+
+    def _clean_up(self, remote: Remote) -> None:
+        """Remove what was made for this and has nothing in it. Best effort: without a connection it stays."""
+        with contextlib.suppress(HubError), hub_errors("clean up"):
+            if not remote.exists:
+                if set(self.api.list_repo_files(self.repo)) <= {".gitattributes"}:
+                    self.api.delete_repo(self.repo)
+            elif self.new_branch and self.made_branch and self._head(self.new_branch) == remote.head:
+                self.api.delete_branch(self.repo, branch=self.new_branch)
+
+    def _head(self, branch: str) -> str | None:
+        return self.api.repo_info(self.repo, revision=branch).sha

@@ -1,0 +1,195 @@
+"""Rounding in several processes: layers are rounded each by itself, and one of them keeps one core busy.
+
+A worker is this module run as a program, with one BLAS thread, so that a result does not depend on how many
+workers there are. It is neither forked (MLX's threads do not survive that) nor a child of `multiprocessing` (which
+would run a script without a main guard once more). Tasks and results go through its pipes.
+"""
+
+import contextlib
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import IO
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_adapters.config.training import Quantization
+from mlx_adapters.errors import ModelError
+from mlx_adapters.rounding.feedback import DAMPING, OUTPUT_DAMPING, calibrated, nearest_if_better
+from mlx_adapters.rounding.packed import Packed
+from mlx_adapters.system.machine import child_environment, memory_beside_model_bytes, performance_cores
+
+MOST_WORKERS = 64
+WORTH_WORKERS = 1e10  # multiplications (in² · out, summed over the layers); below, starting them costs more
+THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+COMMAND = (sys.executable, "-P", "-m", "mlx_adapters.rounding.workers")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One call of `calibrated`: its arguments, with `dtype` by name; the error is given in units of `unit`."""
+
+    weight: mx.array
+    hessian: np.ndarray
+    quantization: Quantization
+    dtype: str
+    start: Packed | None
+    unit: float = 1.0
+    outputs: np.ndarray | None = None
+    together: bool = True
+    output_damping: float = OUTPUT_DAMPING
+    update: mx.array | None = None
+    doubt: float = DAMPING
+
+    def run(self) -> "Done":
+        """The rounded weight: calibrated, or to nearest where that is better; `doubt`: the damping of that judgment."""
+        dtype = getattr(mx, self.dtype)
+        packed, loss = calibrated(
+            self.weight, self.hessian, self.quantization, dtype, self.start, self.outputs,
+            together=self.together, output_damping=self.output_damping, update=self.update,
+        )  # fmt: skip
+        outputs, damping = self.outputs, self.output_damping
+        plain = nearest_if_better(packed, self.weight, self.hessian, dtype, outputs, self.doubt, damping)
+        return Done(*(plain or (packed, loss)), plain is not None).times(self.unit)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All MLX arrays."""
+        start = list(self.start.tensors.values()) if self.start else []
+        return [self.weight, *start, *([] if self.update is None else [self.update])]
+
+    @property
+    def nbytes(self) -> int:
+        """About what running it takes: H, its factor and copies; the matrix, its errors and copies; G and its."""
+        out, width = self.weight.shape
+        return 4 * (6 * width * width + 7 * width * out + (3 * out * out if self.outputs is not None else 0))
+
+
+@dataclass(frozen=True)
+class Done:
+    """A rounded weight, its error, and whether it was rounded to nearest after all."""
+
+    packed: Packed
+    loss: float
+    nearest: bool = False
+
+    def times(self, unit: float) -> "Done":
+        """The same with the error in other units."""
+        return replace(self, loss=self.loss * unit)
+
+
+def worker_count(shapes: Iterable[tuple[int, ...]]) -> int:
+    """How many workers layers of these shapes (..., out, in) are worth: one for each fast core up to 64, or none."""
+    work = sum(float(np.prod(shape)) * shape[-1] for shape in shapes)
+    cores = performance_cores()
+    return min(cores, MOST_WORKERS) if work > WORTH_WORKERS and cores > 1 else 0
+
+
+class Workers:
+    """A context manager around `count` processes; with 0, tasks run in this one.
+
+    Tasks under way take at most `memory` bytes (default: `memory_beside_model_bytes`); one always runs.
+    """
+
+    def __init__(self, count: int, memory: int | None = None, command: Sequence[str] = COMMAND) -> None:
+        self.count, self.memory, self.command = count, memory or memory_beside_model_bytes(), command
+        self._processes: list[subprocess.Popen] = []
+        self._idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
+        self._threads: ThreadPoolExecutor | None = None
+        self._room, self._used, self._flying = threading.Condition(), 0, 0
+
+    def __enter__(self) -> "Workers":
+        if self.count:
+            environment = child_environment() | dict.fromkeys(THREADS, "1")
+            for _ in range(self.count):
+                process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+                self._processes.append(process)
+                self._idle.put(process)
+            self._threads = ThreadPoolExecutor(self.count)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for process in self._processes:
+            if kind is not None:
+                process.kill()
+            _close(process.stdin)
+        if self._threads:
+            self._threads.shutdown(cancel_futures=True)
+        for process in self._processes:
+            process.wait()
+            _close(process.stdout)
+
+    def submit(self, task: Task) -> "Future[Done]":
+        """Run a task; waits until there is room for it."""
+        if self._threads is None:
+            done: Future[Done] = Future()
+            done.set_result(task.run())
+            return done
+        mx.eval(task.arrays)  # another thread than the one that made them cannot
+        need = task.nbytes
+        with self._room:
+            self._room.wait_for(
+                lambda: not self._flying or (self._used + need <= self.memory and self._flying <= self.count)
+            )
+            self._used, self._flying = self._used + need, self._flying + 1
+        future = self._threads.submit(self._run, task)
+        future.add_done_callback(lambda _: self._leave(need))
+        return future
+
+    def _leave(self, need: int) -> None:
+        with self._room:
+            self._used, self._flying = self._used - need, self._flying - 1
+            self._room.notify_all()
+
+    def _run(self, task: Task) -> Done:
+        process = self._idle.get()
+        try:
+            assert process.stdin and process.stdout
+            pickle.dump(task, process.stdin, protocol=5)
+            process.stdin.flush()
+            result, failure = pickle.load(process.stdout)
+        except (EOFError, OSError, pickle.UnpicklingError) as error:
+            raise ModelError(
+                "A process that rounds layers ended.", "probably for lack of memory: --quick takes half."
+            ) from error
+        finally:
+            self._idle.put(process)
+        if failure:
+            raise RuntimeError(failure)
+        return result
+
+
+def _close(pipe: IO[bytes] | None) -> None:
+    if pipe is not None:
+        with contextlib.suppress(OSError):  # what was not sent to a process that is gone
+            pipe.close()
+
+
+def main() -> None:
+    """Answer tasks on standard input until it ends. Ctrl-C is the parent's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    mx.set_default_device(mx.cpu)
+    pipe_in, pipe_out = sys.stdin.buffer, sys.stdout.buffer
+    while True:
+        try:
+            task = pickle.load(pipe_in)
+        except EOFError:
+            return
+        try:
+            result, problem = task.run(), None
+        except Exception:
+            result, problem = None, traceback.format_exc()
+        pickle.dump((result, problem), pipe_out, protocol=5)
+        pipe_out.flush()
+
+
+if __name__ == "__main__":
+    main()

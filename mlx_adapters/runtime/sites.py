@@ -1,0 +1,263 @@
+"""Base layers with a place for an adapter, made for inference.
+
+A `Site` is where an update applies: a linear layer, a group of linear layers on one input, an embedding or the
+experts of a mixture. With `site.update` None, its layers compute exactly what the base computes.
+
+At decode a layer costs as much for each small operation as for its whole matrix product, so linear layers
+that share an input (q, k, v; gate, up) form a group: their base matrices lie below each other in one array, of
+which the layers' own weights become views, and one product, one a and one block-diagonal b serve them all.
+The model still calls each layer by itself; the first call computes, the others take their part.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+
+from mlx_adapters.models.layers import EMBEDDING, SWITCH, AdapterLayer, dense_layer, dense_weight
+from mlx_adapters.runtime.additions import Update
+from mlx_adapters.runtime.factors import Factors, below_each_other
+from mlx_adapters.storage.tensor_names import BIAS, QUANTIZED_LEAVES, WEIGHT
+from mlx_adapters.system.door import mx, nn
+
+
+class Site:
+    """One layer that can take an update."""
+
+    def __init__(self, paths: Sequence[str], layers: Sequence[nn.Module]) -> None:
+        self.paths, self.layers = tuple(paths), tuple(layers)
+        self.update: Update | None = None
+
+    def assemble(self, factors: dict[str, Factors]) -> Factors | None:
+        """The adapter's factors for this site, from those of its layers; None if it touches none of them."""
+        return factors.get(self.paths[0])
+
+    def linear(self, x: mx.array, index: int = 0) -> mx.array:
+        """The output of the layer number `index`."""
+        y = self.layers[0](x)
+        return y if self.update is None else self.update.linear(y, x)
+
+
+class Group(Site):
+    """Linear layers on one input."""
+
+    def __init__(self, paths: Sequence[str], layers: Sequence[nn.Module]) -> None:
+        super().__init__(paths, layers)
+        self.widths = [layer.weight.shape[0] for layer in layers]
+        self.ends = [sum(self.widths[: i + 1]) for i in range(len(layers) - 1)]
+        self.product = Concatenated(layers)
+        self._held: tuple[weakref.ref, dict[int, mx.array]] | None = None
+
+    def assemble(self, factors: dict[str, Factors]) -> Factors | None:
+        """See Site."""
+        return below_each_other([factors.get(path) for path in self.paths], self.widths)
+
+    def linear(self, x: mx.array, index: int = 0) -> mx.array:
+        """See Site. The parts live until they are taken or x dies, whichever comes first."""
+        if self.update is None:
+            return self.layers[index](x)
+        held = self._held
+        if held is None or held[0]() is not x or index not in held[1]:
+            y = self.update.linear(self.product(x), x)
+            parts = dict(enumerate(mx.split(y, self.ends, axis=-1)))
+            held = self._held = (weakref.ref(x, self._drop), parts)
+        part = held[1].pop(index)
+        if not held[1]:
+            self._held = None
+        return part
+
+    def _drop(self, reference: weakref.ref) -> None:
+        held = self._held
+        if held is not None and held[0] is reference:
+            self._held = None
+
+
+class Concatenated:
+    """Linear layers of one kind as one; their weights become views of the one array, equal to the bit."""
+
+    weight: mx.array
+    scales: mx.array  # of quantized layers, as `biases`
+    biases: mx.array | None
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        first = layers[0]
+        self.options: dict[str, object] | None = None
+        if isinstance(first, nn.QuantizedLinear):
+            self.options = {"group_size": first.group_size, "bits": first.bits, "mode": first.mode}
+        for name in QUANTIZED_LEAVES if self.options else (WEIGHT,):
+            setattr(self, name, _join(layers, name) if first.get(name) is not None else None)
+        self.bias = _join(layers, BIAS) if BIAS in first else None
+        self.transposed = self.weight.T
+        mx.eval(self.transposed)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self.options is None:
+            y = x @ self.transposed
+        else:
+            y = mx.quantized_matmul(x, self.weight, self.scales, self.biases, transpose=True, **self.options)
+        return y if self.bias is None else y + self.bias
+
+
+def _join(layers: Sequence[nn.Module], name: str) -> mx.array:
+    whole, start = mx.concatenate([layer[name] for layer in layers]), 0
+    mx.eval(whole)
+    for layer in layers:
+        extent = layer[name].shape[0]
+        layer[name] = whole[start : start + extent]
+        start += extent
+    mx.eval([layer[name] for layer in layers])
+    return whole
+
+
+def fused_layers(site: Site, factors: Factors, dtype: mx.Dtype) -> dict[str, nn.Module]:
+    """Dense layers that compute what the site's layers and the factors do together."""
+    made, start = {}, 0
+    for path, layer in zip(site.paths, site.layers, strict=True):
+        weight = dense_weight(layer, mx.float32)
+        rows = slice(None) if weight.ndim == 3 else slice(start, start + weight.shape[0])
+        start += weight.shape[0]
+        if factors.gain is not None:
+            weight = weight * factors.gain[rows].astype(mx.float32)[:, None]
+        b, a = factors.b.astype(mx.float32), factors.a.astype(mx.float32)
+        made[path] = dense_layer(layer, (weight + (b[rows] @ a)).astype(dtype))
+    mx.eval([layer.parameters() for layer in made.values()])
+    return made
+
+
+class AdaptedLinear(AdapterLayer):
+    """A linear layer whose output its site computes."""
+
+    def __init__(self, linear: nn.Module, site: Site, index: int) -> None:
+        super().__init__()
+        self.linear = linear
+        self._site, self._index = site, index
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self._site.linear(x, self._index)
+
+
+class AdaptedEmbedding(AdapterLayer):
+    """An embedding; with tied weights its update reaches the output side too, as in mlx-lm."""
+
+    def __init__(self, embedding: nn.Module, site: Site, index: int) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self._site = site
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        y, update = self.embedding(ids), self._site.update
+        return y if update is None else update.lookup(y, ids)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """The logits of x (..., dim)."""
+        y, update = self.embedding.as_linear(x), self._site.update
+        return y if update is None else update.linear(y, x)
+
+
+class AdaptedExperts(AdapterLayer):
+    """One linear layer of all experts of a mixture."""
+
+    def __init__(self, linear: nn.Module, site: Site, index: int) -> None:
+        super().__init__()
+        self.linear = linear
+        self._site = site
+
+    @property
+    def input_dims(self) -> int:
+        """Width of the input, as mlx-lm's layer tells it."""
+        return self.linear.input_dims
+
+    @property
+    def output_dims(self) -> int:
+        """Width of the output."""
+        return self.linear.output_dims
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        y, update = self.linear(x, indices, sorted_indices=sorted_indices), self._site.update
+        return y if update is None else update.experts(y, x, indices, sorted_indices)
+
+
+def wrap(site: Site) -> dict[str, AdapterLayer]:
+    """The site's layers by path, each in the place for an adapter that its kind has."""
+    kind: type[AdaptedLinear | AdaptedEmbedding | AdaptedExperts] = AdaptedLinear
+    if isinstance(site.layers[0], EMBEDDING):
+        kind = AdaptedEmbedding
+    elif isinstance(site.layers[0], SWITCH):
+        kind = AdaptedExperts
+    return {path: kind(layer, site, i) for i, (path, layer) in enumerate(zip(site.paths, site.layers, strict=True))}
+
+
+def remember_indices(block: nn.Module, site: Site) -> Callable[[], None]:
+    """Let a block of experts tell the rows of a mixed batch which experts its tokens go to.
+
+    mlx-lm sorts (token, expert) pairs before its expert layers see them; with the indices from before, the
+    layer can tell whose pair is whose. Gives the function that undoes it.
+    """
+    kind = type(block)
+
+    class Remembering(kind):  # type: ignore[misc, valid-type]
+        def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+            for part in getattr(site.update, "parts", ()):
+                part.rows.indices = indices
+            return super().__call__(x, indices)
+
+    Remembering.__name__, Remembering.__qualname__ = kind.__name__, kind.__qualname__
+    block.__class__ = Remembering
+
+    def undo() -> None:
+        block.__class__ = kind
+
+    return undo
+
+
+class _Recorder(nn.Module):
+    def __init__(self, path: str, layer: nn.Module, calls: list[tuple[str, mx.array]]) -> None:
+        super().__init__()
+        self.layer = layer
+        self._path, self._calls = path, calls
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self._calls.append((self._path, x))
+        return self.layer(x)
+
+
+def find_groups(module: nn.Module, layers: dict[str, nn.Module]) -> list[tuple[str, ...]]:
+    """Paths of the linear layers that get the same input object, found by watching one forward pass.
+
+    The pass is only traced, not computed, and no architecture is known by name. A group's layers lie in one
+    block, are called once each and are of one kind (type, quantization, bias, dtype).
+    """
+    linear = {path: layer for path, layer in layers.items() if type(layer) in (nn.Linear, nn.QuantizedLinear)}
+    calls: list[tuple[str, mx.array]] = []
+    replace_layers(module, {path: _Recorder(path, layer, calls) for path, layer in linear.items()})
+    try:
+        module(mx.zeros((1, 1), dtype=mx.uint32))
+    except (TypeError, ValueError, AttributeError):
+        calls = []
+    finally:
+        replace_layers(module, linear)
+    count: dict[str, int] = {}
+    for path, _ in calls:
+        count[path] = count.get(path, 0) + 1
+    groups: dict[tuple, list[str]] = {}
+    for path, x in calls:
+        if count[path] == 1 and linear[path].weight.shape[0] % 8 == 0:
+            groups.setdefault((path.rpartition(".")[0], id(x), _kind(linear[path])), []).append(path)
+    return [tuple(paths) for paths in groups.values() if len(paths) > 1]
+
+
+def _kind(layer: nn.Module) -> tuple:
+    dtypes = tuple(layer[name].dtype if layer.get(name) is not None else None for name in (*QUANTIZED_LEAVES, BIAS))
+    return (type(layer), *(getattr(layer, n, None) for n in ("bits", "group_size", "mode")), dtypes)
+
+
+def at_path(module: nn.Module, path: str) -> nn.Module:
+    """The module at a path."""
+    for part in path.split(".") if path else ():
+        module = module[int(part)] if isinstance(module, list) else getattr(module, part)
+    return module
+
+
+def replace_layers(module: nn.Module, layers: dict[str, nn.Module]) -> None:
+    """Put `layers` at their paths."""
+    for path, layer in layers.items():
+        parent, _, name = path.rpartition(".")
+        at_path(module, parent)[name] = layer

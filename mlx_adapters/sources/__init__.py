@@ -1,0 +1,1 @@
+"""What a reference means: an adapter, a base, a repository on the Hub."""

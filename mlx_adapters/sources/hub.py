@@ -1,0 +1,180 @@
+"""The door to the Hugging Face Hub: one client, and its failures as HubError with a next step.
+
+Tokens come from huggingface_hub's own places (`hf auth login`, HF_TOKEN) and pass through nothing of ours.
+"""
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_adapters.config.training import require
+from mlx_adapters.errors import AdapterError, ConfigError, HubError
+from mlx_adapters.storage import paths
+
+log = logging.getLogger("mlx_adapters.hub")
+SIGN_IN = "sign in with 'hf auth login', or set HF_TOKEN."
+REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+BAD_BRANCH = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|^[-/.]|/\.|[/.]$|\.lock(?=/|$)|^@$")
+
+
+@contextlib.contextmanager
+def hub_errors(what: str) -> Iterator[None]:
+    """Turn what huggingface_hub raises into HubError, or ConfigError for a name that no repository can have, and
+    keep its warnings off the screen; `what` says what was tried ("upload to user/repo")."""
+    theirs = logging.getLogger("huggingface_hub")
+    level = theirs.level
+    theirs.setLevel(logging.ERROR)
+    try:
+        yield
+    except AdapterError:
+        raise
+    except Exception as error:
+        found = _translate(what, error)
+        if found is None:
+            raise
+        raise found from error
+    finally:
+        theirs.setLevel(level)
+
+
+def check_repo(repo: str) -> None:
+    """Raise ConfigError unless `repo` is "user/name" and a name that the Hub accepts."""
+    from huggingface_hub.utils import validate_repo_id
+
+    require(REPO.fullmatch(repo) is not None, f"'{repo}' is no repository: it is 'user/name'.")
+    with hub_errors(f"use '{repo}'"):
+        validate_repo_id(repo)
+
+
+def check_branch(name: str) -> None:
+    """Raise ConfigError for what git does not accept as the name of a branch (git-check-ref-format)."""
+    bad = BAD_BRANCH.search(name)
+    require(bool(name) and not bad, f"'{name}' cannot be the name of a branch.",
+            f"it has {bad[0]!r} in it." if bad else "it is empty.")  # fmt: skip
+
+
+def _translate(what: str, error: BaseException) -> AdapterError | None:
+    """The error of ours for an exception of huggingface_hub; None for one that is a bug."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
+
+    if isinstance(error, HfHubHTTPError):
+        return _from_status(what, error)
+    if isinstance(error, HFValidationError):
+        return ConfigError(f"Cannot {what}: {_short(error)}")
+    if isinstance(error, LocalEntryNotFoundError):
+        return HubError(f"Cannot {what}: it is not in the cache, and the Hub cannot be reached.",
+                        "if it is meant to be a folder, there is none of that name here; else check the network, and "
+                        "HF_HUB_OFFLINE.")  # fmt: skip
+    if type(error) is RuntimeError and error.__cause__ is not None:  # a thread of an upload failed
+        return _translate(what, error.__cause__)
+    if type(error) is RuntimeError or isinstance(error, HTTPError | ConnectionError | TimeoutError):
+        return Disconnected(
+            f"Cannot {what}: the connection failed ({_short(error)}).",
+            "check the network and run the same command again; it goes on where it stopped.",
+        )
+    return None
+
+
+class Disconnected(HubError):
+    """The connection broke or the Hub is overloaded: trying again may help."""
+
+
+def _from_status(what: str, error: Any) -> HubError:
+    from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
+
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", 0)
+    said = _short(getattr(error, "server_message", None) or error)
+    if isinstance(error, GatedRepoError):
+        return HubError(f"Cannot {what}: access must be asked for on the repository's page.", SIGN_IN)
+    if isinstance(error, RevisionNotFoundError):
+        return HubError(f"Cannot {what}: there is no such revision.", "give a branch, tag or commit that exists.")
+    if status == 401 and "nvalid" in said:
+        return HubError(f"Cannot {what}: the Hub does not accept your token.", SIGN_IN)
+    if status in (401, 404):
+        return HubError(f"Cannot {what}: there is no such repository, or you may not see it.",
+                        f"check its name; for a private one {SIGN_IN}")  # fmt: skip
+    if status == 403:
+        return HubError(f"Cannot {what}: you may not ({said}).", "use a token with write access to that namespace.")
+    if status == 429:
+        wait = response.headers.get("Retry-After") if response is not None else None
+        return HubError(f"Cannot {what}: the Hub asks to slow down.",
+                        f"wait {wait} seconds and try again." if wait else "wait a while and try again.")  # fmt: skip
+    if status >= 500 or status == 408:
+        return Disconnected(f"Cannot {what}: the Hub answered {status}.", "try again later.")
+    return HubError(f"Cannot {what}: {said}")
+
+
+def _short(error: Any) -> str:
+    """The first sentence of a message, without what looks like a token."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = re.sub(r"\b(?:hf|api_org)_[A-Za-z0-9]{8,}", "hf_...", " ".join(lines[:3]))
+    return text[:300] or type(error).__name__
+
+
+def require_token(what: str) -> None:
+    """Raise HubError if nobody is signed in."""
+    from huggingface_hub import get_token
+
+    if not get_token():
+        raise HubError(f"Cannot {what}: you are not signed in to the Hub.", SIGN_IN)
+
+
+@contextlib.contextmanager
+def progress_bars(show: bool) -> Iterator[None]:
+    """huggingface_hub's own bars (on stderr), or none."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    before = are_progress_bars_disabled()
+    if not show:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not show and not before:
+            enable_progress_bars()
+
+
+def snapshot(
+    repo: str, revision: str | None, patterns: Sequence[str], *, show_progress: bool = False, local_only: bool = False
+) -> tuple[Path, str]:  # fmt: skip
+    """Download the files of `repo` that match, once, into huggingface_hub's cache: (folder, commit).
+
+    Where the Hub does not answer (no network, no token for a private one) cached files are taken, which the
+    logger of this module tells; with `local_only` it is not asked. Raises HubError.
+    """
+    from huggingface_hub import snapshot_download
+
+    problem = None if local_only or COMMIT.fullmatch(revision or "") else _problem(repo, revision)
+    with hub_errors(f"download '{repo}'"), progress_bars(show_progress), paths.storage_errors(Path(repo)):
+        folder = Path(snapshot_download(
+            repo, revision=revision, allow_patterns=list(patterns), local_files_only=local_only
+        ))  # fmt: skip
+    if problem:
+        log.info("'%s' comes from the cache, commit %s. %s", repo, folder.name[:12], problem)
+    return folder, folder.name
+
+
+def _problem(repo: str, revision: str | None) -> str:
+    """Why the Hub does not tell what a revision means now; "" if it does."""
+    from huggingface_hub import HfApi
+
+    try:
+        with hub_errors(f"ask the Hub for '{repo}'"):
+            HfApi().repo_info(repo, revision=revision)
+    except HubError as error:
+        return error.message
+    return ""
+
+
+def readme(repo: str, revision: str | None = None) -> str:
+    """The README.md of a repository, "" if there is none that can be read (offline: from the cache)."""
+    from huggingface_hub import hf_hub_download
+
+    with contextlib.suppress(AdapterError, OSError), hub_errors("read a README"), progress_bars(False):
+        return Path(hf_hub_download(repo, "README.md", revision=revision)).read_text(errors="replace")
+    return ""

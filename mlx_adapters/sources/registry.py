@@ -1,0 +1,319 @@
+"""Named adapters in the home folder, and what a reference to one means.
+
+A reference is decided by its spelling, never by what happens to exist: `NAME` and `NAME@ITERATION` are the
+registry's, a path starts with `.`, `/` or `~` (with `@ITERATION` for a checkpoint), `user/repo[@revision]`
+is on the Hub.
+"""
+
+import contextlib
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mlx_adapters.errors import AdapterError, ConfigError, HubError, NotFoundError, TrainingError, did_you_mean
+from mlx_adapters.models.metadata import base_of, check_config, examine_metadata, read_config, read_whole
+from mlx_adapters.storage import locks, paths, replacing, temporaries, tensor_files
+from mlx_adapters.storage.tensor_names import (
+    ADAPTER_FILE,
+    ADAPTER_OUTPUT,
+    CHECKPOINT_FILE,
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    METADATA_FILE,
+    checkpoint_file,
+)
+
+if TYPE_CHECKING:
+    from mlx_adapters.models.adapter import Adapter
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,49}")
+HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A parsed reference. `target` is a name, a path or a Hub id."""
+
+    kind: Literal["name", "path", "hub"]
+    target: str
+    iteration: int | None = None
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        suffix = self.revision if self.kind == "hub" else self.iteration
+        return self.target if suffix is None else f"{self.target}@{suffix}"
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it can name an adapter, else raise ConfigError."""
+    if not NAME.fullmatch(name):
+        raise ConfigError(
+            f"'{name}' cannot be an adapter's name.",
+            "use up to 100 letters, digits, '.', '_' and '-'; begin with a letter or digit.",
+        )
+    return name
+
+
+def parse_reference(text: str) -> Reference:
+    """Parse NAME, NAME@ITERATION, a path, or user/repo[@revision]. Raises ConfigError."""
+    if paths.is_path(text):
+        match = re.fullmatch(r"(.+)@(\d+)", text)
+        return Reference("path", match[1], int(match[2])) if match else Reference("path", text)
+    if match := HUB.fullmatch(text):
+        return Reference("hub", match[1], revision=match[2])
+    if "/" in text:
+        raise ConfigError(f"'{text}' is neither a name nor 'user/repo'.", f"write a path as './{text}'.")
+    name, at, iteration = text.partition("@")
+    if at and not iteration.isdecimal():
+        raise ConfigError(f"'{text}' is no reference: after '@' comes an iteration.", f"for example '{name}@600'.")
+    return Reference("name", check_name(name), int(iteration) if at else None)
+
+
+def adapters_folder() -> Path:
+    """Where named adapters live."""
+    return paths.home() / "adapters"
+
+
+def adapter_folder(name: str) -> Path:
+    """The folder of a named adapter, whether it exists or not.
+
+    Names that differ in case alone are one name, as they are one folder on many disks.
+    """
+    check_name(name)
+    try:
+        there = os.listdir(adapters_folder())
+    except OSError:
+        there = []
+    alike = [name] if name in there else [other for other in there if other.casefold() == name.casefold()]
+    return adapters_folder() / (alike[0] if alike else name)
+
+
+def names() -> list[str]:
+    """All registered names, sorted."""
+    folder = adapters_folder()
+    if not folder.is_dir():
+        return []
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and NAME.fullmatch(p.name))
+
+
+def locate(reference: str | Reference) -> tuple[Path, int | None]:
+    """(folder, iteration) that a reference means; a Hub reference is downloaded once.
+
+    Raises NotFoundError that suggests the nearest names.
+    """
+    ref = parse_reference(reference) if isinstance(reference, str) else reference
+    if ref.kind == "path":
+        return paths.expanded(ref.target), ref.iteration
+    if ref.kind == "hub":
+        from mlx_adapters.sources.downloads import adapter_snapshot
+
+        try:
+            return adapter_snapshot(ref.target, ref.revision), None
+        except HubError as error:
+            if not Path(ref.target).is_dir():
+                raise
+            raise HubError(error.message, f"the folder is './{ref.target}'; 'user/repo' means the Hub.") from None
+    folder = adapter_folder(ref.target)
+    if not folder.is_dir():
+        hint = did_you_mean(ref.target, names(), "'mlx-adapters list' shows all.")
+        if Path(ref.target).is_dir():
+            hint = f"the folder is './{ref.target}': a path has a slash."
+        raise NotFoundError(f"No adapter named '{ref.target}'.", hint)
+    return folder, ref.iteration
+
+
+def load_adapter(reference: "str | Path | Adapter") -> "Adapter":
+    """Read the adapter that a reference (or a folder) means; an `Adapter` is checked and given back.
+
+    Warns with a StrengthWarning of one that may have been trained at another strength than it is used at.
+    Raises NotFoundError, FormatError or HubError.
+    """
+    from mlx_adapters.models.adapter import Adapter, StrengthWarning, read_adapter
+
+    if isinstance(reference, Adapter):
+        return reference.check()
+    if isinstance(reference, Path):
+        adapter = read_adapter(reference)
+    else:
+        parsed = parse_reference(reference)
+        folder, iteration = locate(parsed)
+        # The registry's name is the folder's, whatever the folder was called when its record was written.
+        adapter = read_adapter(folder, iteration, name=folder.name if parsed.kind == "name" else None)
+    if adapter.strength_note:
+        warnings.warn(adapter.strength_note, StrengthWarning, stacklevel=2)
+    return adapter
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of `list`. A damaged adapter has `problem` and as much of the rest as could be read."""
+
+    name: str
+    folder: Path
+    base: str | None = None
+    type: str | None = None
+    rank: int | None = None
+    scale: float | None = None
+    iteration: int | None = None
+    iterations: tuple[int, ...] = ()
+    best_validation_loss: float | None = None
+    created: str | None = None
+    size_bytes: int = 0
+    tags: tuple[str, ...] = ()
+    problem: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
+def list_adapters(base: str | None = None, tag: str | None = None) -> list[Entry]:
+    """All named adapters, by name; only those of `base`, or with `tag`, if given. Reads no weights."""
+    entries = [read_entry(adapters_folder() / name) for name in names()]
+    return [
+        e
+        for e in entries
+        if (base is None or (e.base and paths.same_source(e.base, base))) and (tag is None or tag in e.tags)
+    ]
+
+
+def read_entry(folder: Path) -> Entry:
+    """What an adapter folder says of itself; whatever is wrong ends up in `problem`."""
+
+    def read() -> Entry:
+        found: dict[str, Any] = {}
+        for step in (_look_at_files, _look_at_config, _look_at_metadata):
+            try:
+                step(folder, found)
+            except AdapterError as error:
+                found.setdefault("problem", str(error))
+            except OSError as error:
+                found.setdefault("problem", f"{error.strerror}: '{error.filename}'")
+        return Entry(folder.name, folder, **found)
+
+    try:
+        return read_whole(folder, (ADAPTER_FILE, CONFIG_FILE, METADATA_FILE), read)
+    except AdapterError as error:
+        return Entry(folder.name, folder, problem=error.message)
+
+
+def _look_at_files(folder: Path, found: dict[str, Any]) -> None:
+    there = os.listdir(folder)
+    found["iterations"] = tuple(sorted(int(m[1]) for m in map(CHECKPOINT_FILE.fullmatch, there) if m))
+    if ADAPTER_FILE not in there or not (folder / ADAPTER_FILE).is_file():
+        found["problem"] = f"{ADAPTER_FILE} is missing"
+    else:
+        found["size_bytes"] = tensor_files.glance_at_safetensors(folder / ADAPTER_FILE)
+
+
+def _look_at_config(folder: Path, found: dict[str, Any]) -> None:
+    config = read_config(folder)
+    parameters = _typed(config.get("lora_parameters"), dict) or {}
+    found["rank"] = _typed(parameters.get("rank"), int)
+    found["scale"] = _typed(parameters.get("scale"), int, float)
+    found["base"] = _typed(config.get("model"), str)
+    found["type"] = _typed(config.get("fine_tune_type", "lora"), str)
+    check_config(config, f"'{folder.name}'")
+
+
+def _look_at_metadata(folder: Path, found: dict[str, Any]) -> None:
+    if not (folder / METADATA_FILE).exists():  # as plain mlx-lm leaves it
+        return
+    metadata, wrong = examine_metadata(folder)
+    found["base"] = base_of(metadata).get("name") or found.get("base")
+    found["iteration"], found["created"] = metadata.get("iteration"), metadata.get("date")
+    found["best_validation_loss"] = metadata.get("best_validation_loss")
+    found["tags"], found["metadata"] = tags_of(metadata), metadata
+    if metadata.get("status") == "unfinished" and "size_bytes" not in found:
+        found["problem"] = "unfinished: nothing is saved yet"
+    if wrong:
+        shown = ", ".join(repr(name) for name in wrong[:3]) + (" and others" if len(wrong) > 3 else "")
+        found.setdefault("problem", f"{METADATA_FILE} holds nothing that can be used as {shown}")
+
+
+def _typed(value: Any, *kinds: type) -> Any:
+    return value if isinstance(value, kinds) and not isinstance(value, bool) else None
+
+
+def checkpoint_path(entry: Entry, iteration: int) -> Path:
+    """The file of one of an entry's checkpoints."""
+    return entry.folder / checkpoint_file(iteration)
+
+
+def tags_of(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """The tags in an adapter's metadata."""
+    return tuple(tag for tag in _typed(metadata.get("tags"), list) or [] if isinstance(tag, str))
+
+
+def checksums_of(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """File name -> SHA-256, as recorded in an adapter's metadata."""
+    recorded = _typed(metadata.get("sha256"), dict) or {}
+    return {name: value for name, value in recorded.items() if isinstance(value, str)}
+
+
+@contextlib.contextmanager
+def changing(*names: str) -> Iterator[None]:
+    """Hold named adapters while they are changed: other short changes wait.
+
+    Raises TrainingError at once if a run is writing into one of them.
+    """
+    folders = {locks.place_name(folder): folder for folder in map(adapter_folder, names)}
+    with contextlib.ExitStack() as stack:
+        for place, folder in sorted(folders.items()):  # always in one order, so that no two can wait for each other
+            busy = f"'{folder.name}' is being trained."
+            stack.enter_context(locks.lock(f"change-{place}"))
+            stack.enter_context(locks.lock(f"run-{place}", wait=False, busy=busy))
+            if folder.is_dir():  # a run of another home holds its folder alone
+                stack.enter_context(locks.lock_file(folder, busy=busy))
+            for written in (folder.parent, folder, folder / CHECKPOINTS_FOLDER):
+                temporaries.sweep(written)
+        yield
+
+
+@contextlib.contextmanager
+def training_lock(folder: Path) -> Iterator[None]:
+    """Hold the place that a run writes to, there or not yet, as long as the run lasts; short changes end first.
+
+    Raises TrainingError at once if another run holds it.
+    """
+    place = locks.place_name(folder)
+    with contextlib.ExitStack() as stack:
+        with locks.lock(f"change-{place}"):
+            busy = f"'{folder.name}' is being trained by another process."
+            stack.enter_context(locks.lock(f"run-{place}", wait=False, busy=busy))
+        yield
+
+
+def is_being_trained(folder: Path) -> bool:
+    """Whether a run holds the place; it may have saved nothing yet."""
+    try:
+        with training_lock(folder):
+            return False
+    except TrainingError:
+        return True
+
+
+def register(adapter: "Adapter", name: str, overwrite: bool = False) -> "Adapter":
+    """Write the adapter into the registry under `name` and return it as it stands there.
+
+    Raises ExistsError, FormatError or StorageError; two processes cannot both win a name.
+    """
+    from mlx_adapters.models.adapter import write_adapter
+    from mlx_adapters.models.metadata import read_metadata
+
+    folder = adapter_folder(name)
+    replacing.refuse_existing(folder, overwrite, ADAPTER_OUTPUT)
+    with changing(name):
+        write_adapter(replace(adapter, metadata=adapter.metadata | {"name": name}), folder, overwrite)
+        return replace(adapter, metadata=read_metadata(folder), folder=folder, iteration=None)
+
+
+def made_now() -> dict[str, Any]:
+    """The date, the versions and the command line, if it is ours, for the metadata of an adapter in the making."""
+    from mlx_adapters.system.machine import typed_command, versions
+
+    typed = {"command": command} if (command := typed_command()) else {}
+    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()} | typed

@@ -1,0 +1,1 @@
+"""What lies on the disk, written whole or not at all."""

@@ -1,0 +1,67 @@
+"""Locks between processes, which end with the process that holds them, however that ends."""
+
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import re
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+
+from mlx_adapters.errors import TrainingError
+from mlx_adapters.storage.paths import home, storage_errors
+
+log = logging.getLogger("mlx_adapters.storage.locks")
+NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+
+
+@contextlib.contextmanager
+def lock_file(path: Path, wait: bool = False, busy: str | None = None) -> Iterator[bool]:
+    """Hold an exclusive lock on an existing file or folder; it ends with the process, however that ends.
+
+    Gives whether it is held: some network shares have no locks, which is said once. Raises TrainingError(`busy`)
+    at once if another process holds it and `wait` is false.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        held = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise TrainingError(busy or f"'{path}' is in use by another process.", "wait until it ends.") from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            held = False
+            _tell_once("This disk or network share has no locks: run one command at a time on it.")
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+def place_name(path: Path) -> str:
+    """The name of a lock on a place on the disk, whether there is anything or not, however its path is spelled."""
+    spelled = os.path.join(os.path.realpath(path.parent), path.name)
+    folded = unicodedata.normalize("NFC", spelled.casefold())
+    readable = re.sub(r"[^a-z0-9._-]+", "", path.name.casefold())[:60]  # for people; the hash alone counts
+    return f"{readable}-{hashlib.sha256(os.fsencode(folded)).hexdigest()[:16]}"
+
+
+@functools.cache
+def _tell_once(text: str) -> None:
+    log.warning(text)
+
+
+@contextlib.contextmanager
+def lock(name: str, wait: bool = True, busy: str | None = None) -> Iterator[None]:
+    """Hold the lock `name` of the home folder, whatever its case (see `lock_file`): many disks know no case."""
+    path = home() / "locks" / f"{name.casefold()}.lock"
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    with lock_file(path, wait=wait, busy=busy):
+        yield

@@ -1,0 +1,100 @@
+"""What may be replaced: an earlier output of the same command, with nothing in it that is somebody else's.
+
+A command says which files it writes. A folder that holds any other file is not replaced, nor is one that holds
+what the command reads.
+"""
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_adapters.errors import ExistsError
+from mlx_adapters.storage.paths import TEMPORARY_PREFIX, is_litter
+
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Output:
+    """The files of a folder that a command writes, by their paths in it: `mark` is always there, `also` is a pattern
+    of the others."""
+
+    mark: str = ""
+    also: str = ""
+
+    def strangers(self, folder: Path) -> list[str]:
+        """What is in `folder` besides these files and the system's litter; without the mark, all there is."""
+        known = re.compile(f"{re.escape(self.mark)}|{self.also}" if (folder / self.mark).is_file() else "")
+        return [name for name in _files(folder) if not known.fullmatch(name)]
+
+
+NOTHING = Output()
+
+
+def refuse_existing(path: Path, overwrite: bool, ours: Output | None = None) -> None:
+    """Raise ExistsError if `path` is there and may not be replaced (an empty folder may).
+
+    ours: what the command writes into the folder; None for a command that writes one file.
+    """
+    if not os.path.lexists(path) or (ours is not None and _is_empty(path)):
+        return
+    if not overwrite:
+        raise ExistsError(f"'{path}' already exists.", "choose another name, or pass --overwrite to replace it.")
+    if (ours is None) == path.is_dir():
+        kind = "a folder, not a file" if ours is None else "not a folder"
+        raise ExistsError(f"'{path}' is {kind}, so it is no earlier output of this command.", "choose another place.")
+    if ours is not None and (found := ours.strangers(path)):
+        more = f" and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
+        lacks = "" if (path / ours.mark).exists() else f" (it has no {ours.mark})"
+        raise ExistsError(
+            f"'{path}' holds other things than this command writes{lacks}: {', '.join(found[:SHOWN])}{more}.",
+            "choose another folder to write, or move them away.",
+        )
+
+
+def _files(folder: Path) -> list[str]:
+    """The files and links below `folder`, by their paths in it, without litter and drafts."""
+    found: list[str] = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(TEMPORARY_PREFIX)]
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        found += [
+            os.path.relpath(os.path.join(place, name), folder) for name in (*names, *links) if not is_litter(name)
+        ]
+    return sorted(found)
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and all(is_litter(name) for name in os.listdir(path))
+
+
+def refuse_reading_inside(out: Path, reads: Iterable[object]) -> None:
+    """Raise ExistsError if something that is read is `out` or lies inside it.
+
+    reads: paths as the user spelled them, or what has a `folder`; None and ids of the Hub are passed over.
+    """
+    for read in reads:
+        place = getattr(read, "folder", read)
+        if place is not None and _lies_in(str(place), out):
+            raise ExistsError(
+                f"'{place}' is read, and would be replaced with '{out}'.", "choose another place to write."
+            )
+
+
+def refuse_writing_into(file: Path, reads: Iterable[object]) -> None:
+    """Raise ExistsError if `file` is there and is one of `reads` (paths as the user spelled them) or lies in one."""
+    for read in reads:
+        if _lies_in(str(file), Path(str(read)).expanduser()):
+            raise ExistsError(
+                f"'{file}' would be written, and belongs to '{read}', which is read.", "name another file."
+            )
+
+
+def _lies_in(place: str, out: Path) -> bool:
+    try:  # by the disk's own word: links, and on some disks letters in either case, are other spellings of one place
+        found = Path(place).expanduser().resolve(strict=True)
+        return out.exists() and any(path.samefile(out) for path in (found, *found.parents))
+    except (OSError, ValueError, RuntimeError):  # nothing that is on this disk
+        return False

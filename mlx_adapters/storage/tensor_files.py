@@ -1,0 +1,265 @@
+"""Safetensors files, written and read whole.
+
+The format is eight bytes of header length, a JSON header and the raw tensors. Writing it ourselves lets a shard
+stream to the disk tensor by tensor, and a full disk is noticed where it happens.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import struct
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_adapters.errors import FormatError, NotFoundError
+from mlx_adapters.storage.files import atomic_file
+from mlx_adapters.storage.paths import require_free_space
+
+BLOCK = 16 << 20  # bytes copied at once
+HASHED_LATER = 32  # tensors that may wait, written, for their hash
+DTYPES = {
+    "float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32", "uint16": "U16", "uint8": "U8",
+    "int32": "I32", "int8": "I8", "int64": "I64", "int16": "I16", "bool": "BOOL", "uint64": "U64",
+}  # fmt: skip
+_ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U16": 2, "U8": 1, "I32": 4, "I8": 1, "I64": 8,
+               "I16": 2, "BOOL": 1, "U64": 8, "F64": 8, "C64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}  # fmt: skip
+_MAX_AXIS = 2**31 - 1  # MLX counts along an axis in 32 bits
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None, hashed: bool = False
+) -> str:
+    """Write MLX arrays to a safetensors file, whole or not at all; return its SHA-256 if `hashed`, else "".
+
+    The names are sorted and the header is canonical, so equal tensors give equal bytes.
+    """
+    names = sorted(tensors)
+    layout = [(name, str(tensors[name].dtype).removeprefix("mlx.core."), tensors[name].shape) for name in names]
+    import mlx.core as mx
+
+    bits = [_bits(tensors[name]) for name in names]
+    mx.eval(bits)  # all at once: each evaluation waits for another thread
+    return stream_safetensors(path, layout, bits, metadata, hashed)
+
+
+def stream_safetensors(
+    path: Path,
+    layout: Iterable[tuple[str, str, tuple[int, ...]]],
+    arrays: Iterable[Any],
+    metadata: Mapping[str, str] | None = None,
+    hashed: bool = False,
+) -> str:
+    """Write a safetensors file whose arrays are produced one by one, in the order of `layout`.
+
+    `layout` holds (name, dtype as in "bfloat16", shape) and must be known beforehand; `arrays` may be a
+    generator: one array at a time is in memory. Returns the file's SHA-256 if `hashed`, else "".
+    """
+    layout = list(layout)
+    header: dict[str, Any] = {"__metadata__": dict(sorted((metadata or {"format": "mlx"}).items()))}
+    offset = 0
+    for name, dtype, shape in layout:
+        code = DTYPES[dtype]
+        size = _ITEM_SIZES[code] * math.prod(shape)
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    frame = _frame(header)
+    with atomic_file(path) as stream, ThreadPoolExecutor(1) as worker:
+        digest = hashlib.sha256()
+        hashing: deque[Future[None]] = deque()
+
+        def write(data: bytes | memoryview) -> None:
+            if hashed:  # beside the writing, which takes as long
+                hashing.append(worker.submit(digest.update, data))
+                if len(hashing) > HASHED_LATER:
+                    hashing.popleft().result()
+            stream.write(data)
+
+        write(frame)
+        for (name, dtype, shape), array in zip(layout, arrays, strict=True):
+            found = str(array.dtype).removeprefix("mlx.core.")
+            if tuple(array.shape) != tuple(shape) or (found != dtype and (found, dtype) != ("uint16", "bfloat16")):
+                raise ValueError(f"{name}: promised {dtype} {shape}, got {array.dtype} {array.shape}")
+            write(raw_bytes(array))
+        for hashed_one in hashing:
+            hashed_one.result()
+    return digest.hexdigest() if hashed else ""
+
+
+def _frame(header: Mapping[str, Any]) -> bytes:
+    """The file's beginning: the header behind its length."""
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def as_numpy(array: Any) -> Any:
+    """An MLX array as a NumPy view of the same memory, bfloat16 as its bits in uint16.
+
+    It is evaluated first: where that fails (a file that is shorter than it was, no memory), NumPy's own way to it
+    ends the process instead of raising.
+    """
+    import mlx.core as mx
+    import numpy as np
+
+    bits = _bits(array)
+    mx.eval(bits)
+    return np.array(bits, copy=False)
+
+
+def raw_bytes(array: Any) -> memoryview | bytes:
+    """The bytes of an MLX array, as safetensors stores them (row-major, little-endian)."""
+    import numpy as np
+
+    if array.size == 0:
+        return b""
+    return np.ascontiguousarray(as_numpy(array)).reshape(-1).data.cast("B")
+
+
+def _bits(array: Any) -> Any:
+    """The array in a type that NumPy knows, with the same bits: bfloat16 as uint16."""
+    import mlx.core as mx
+
+    if array.dtype != mx.bfloat16:
+        return array
+    return array.view(mx.uint16) if array.ndim else array.reshape(1).view(mx.uint16).reshape(())
+
+
+def read_safetensors_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read names, dtypes, shapes and metadata without the tensors, checking every offset.
+
+    Tensors lie one after the other and fill the file, as the format demands: none shares its bytes with another,
+    so what is read is never more than the file holds. Returns ({name: {"dtype", "shape", "data_offsets"}}, metadata).
+    Raises NotFoundError, or FormatError for what is no whole safetensors file.
+    """
+    path = Path(path)
+    bad = FormatError(f"'{path}' is not a whole safetensors file.", "it may be truncated; copy or download it again.")
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as stream:
+            start = stream.read(8)
+            if len(start) < 8:
+                raise bad
+            length = struct.unpack("<Q", start)[0]
+            if length > min(size - 8, 100_000_000):
+                raise bad
+            header = json.loads(stream.read(length))
+        if not isinstance(header, dict):
+            raise bad
+        metadata = header.pop("__metadata__", {}) or {}
+        spans = sorted(_span(entry) for entry in header.values())
+        starts, ends = [first for first, _ in spans], [last for _, last in spans]
+        if [*starts, size - 8 - length] != [0, *ends] or not isinstance(metadata, dict):
+            raise bad
+    except FileNotFoundError:
+        raise NotFoundError(f"There is no file '{path}'.") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error):
+        raise bad from None
+    return header, metadata
+
+
+def _span(entry: Mapping[str, Any]) -> tuple[int, int]:
+    """Where one tensor lies in the file's data. Raises ValueError, TypeError or KeyError for what cannot be."""
+    (first, last), shape = entry["data_offsets"], entry["shape"]
+    if (
+        any(type(number) is not int or number < 0 for number in (first, last, *shape))
+        or max(shape, default=0) > _MAX_AXIS
+    ):
+        raise ValueError("sizes are whole numbers from 0")
+    known = _ITEM_SIZES.get(entry["dtype"])
+    if first > last or (known is not None and known * math.prod(shape) != last - first):
+        raise ValueError("a tensor's bytes are those of its shape")
+    return first, last
+
+
+def glance_at_safetensors(path: str | Path) -> int:
+    """The size of a safetensors file that looks whole; some microseconds, whatever its header holds.
+
+    Looks at the header's frame and at where its last tensor ends, which finds truncated and random files; the
+    full check is `read_safetensors_header`. Raises NotFoundError or FormatError.
+    """
+    try:
+        with open(path, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            length = int.from_bytes(stream.read(8), "little")
+            if 2 <= length <= size - 8:
+                tail = min(length, 4096)
+                first = stream.read(1)
+                stream.seek(8 + length - tail)
+                ends = re.findall(rb"\[\s*\d+\s*,\s*(\d+)\s*\]", stream.read(tail))
+                if first == b"{" and (not ends or int(ends[-1]) <= size - 8 - length):
+                    return size
+    except FileNotFoundError:
+        raise NotFoundError(f"There is no file '{path}'.") from None
+    raise FormatError(f"'{path}' is not a whole safetensors file.", "it may be truncated; copy or download it again.")
+
+
+def read_safetensors(path: Path) -> dict[str, Any]:
+    """Read a safetensors file as MLX arrays. Raises NotFoundError or FormatError."""
+    import mlx.core as mx
+
+    read_safetensors_header(path)
+    try:
+        return dict(mx.load(str(path), format="safetensors"))
+    except (RuntimeError, ValueError) as error:
+        raise FormatError(
+            f"'{path}' cannot be read: {error}.", "it may be damaged; copy or download it again."
+        ) from None
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor's bytes lie; `dtype` in the file's own spelling."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    def read(self, first: int, length: int) -> bytes:
+        """At most `length` of its bytes, from number `first` on."""
+        with open(self.path, "rb") as stream:
+            stream.seek(self.start + first)
+            return stream.read(min(length, self.nbytes - first))
+
+    def blocks(self) -> Iterator[bytes]:
+        """Its bytes, some megabytes at a time."""
+        return (self.read(first, BLOCK) for first in range(0, self.nbytes, BLOCK))
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Where the tensors of a safetensors file lie, by name. Raises NotFoundError or FormatError."""
+    header, _ = read_safetensors_header(path)
+    with open(path, "rb") as stream:
+        begin = 8 + struct.unpack("<Q", stream.read(8))[0]
+    return {
+        name: StoredTensor(path, entry["dtype"], tuple(entry["shape"]), begin + first, last - first)
+        for name, entry in header.items()
+        for first, last in [entry["data_offsets"]]
+    }
+
+
+def copy_tensors(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Write tensors of other files to a new one as they are, in the order of their names, some megabytes at a time.
+
+    Raises StorageError when the disk refuses.
+    """
+    require_free_space(path.parent, sum(tensor.nbytes for tensor in tensors.values()))
+    names, offset = sorted(tensors), 0
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    for name in names:
+        tensor = tensors[name]
+        span = [offset, offset + tensor.nbytes]
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": span}
+        offset = span[1]
+    with atomic_file(path) as stream:
+        stream.write(_frame(header))
+        for name in names:
+            for block in tensors[name].blocks():
+                stream.write(block)

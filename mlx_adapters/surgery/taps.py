@@ -1,0 +1,75 @@
+"""Taps in a model: what each layer is given, and the gradient at what it gives."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_adapters.system.door import SwitchLinear, mx, nn
+
+
+class Tap(nn.Module):
+    """Wraps a layer: notes its inputs, and adds a probe to its output whose gradient is the output's."""
+
+    def __init__(self, layer: nn.Module, path: str, tape: "Tape") -> None:
+        super().__init__()
+        self.__dict__.update(_layer=layer, _path=path, _tape=tape)
+
+    def __call__(self, x: mx.array, *arguments: Any, **keywords: Any) -> mx.array:
+        layer = self.__dict__["_layer"]
+        y = layer(x, *arguments, **keywords)
+        if isinstance(layer, nn.Embedding):
+            return y
+        indices = None
+        if isinstance(layer, SwitchLinear):
+            indices = arguments[0] if arguments else keywords["indices"]
+        return self.__dict__["_tape"].note(self.__dict__["_path"], x, indices, y)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        y = self.__dict__["_layer"].as_linear(x)
+        return self.__dict__["_tape"].note(self.__dict__["_path"], x, None, y)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"], name)
+
+
+@dataclass
+class Tape:
+    """One run's notes, in the order of the calls. Without `probes` only the outputs' shapes are wanted."""
+
+    probes: list[mx.array] | None = None
+    notes: list[tuple[str, mx.array, mx.array | None]] = field(default_factory=list)
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+
+    def note(self, path: str, x: mx.array, indices: mx.array | None, y: mx.array) -> mx.array:
+        self.notes.append((path, x, indices))
+        self.shapes.append(y.shape)
+        return y if self.probes is None else y + self.probes[len(self.notes) - 1]
+
+
+def tapped_vjp(
+    run: Callable[[mx.array], mx.array], tape: Tape, hidden: mx.array, cotangent: Callable[[mx.array], mx.array]
+) -> tuple[mx.array, list[tuple[str, mx.array, mx.array | None, mx.array]]]:
+    """(gradient at `hidden`, [(path, input, expert indices, gradient at the output)]) of `run`."""
+    tape.probes, tape.notes, tape.shapes = None, [], []
+    out = run(hidden)  # lazy: only for the shapes, and for what the cotangent needs of it
+    sent = cotangent(out)
+    probes = [mx.zeros(shape) for shape in tape.shapes]
+
+    def probed(hidden: mx.array, *probes: mx.array) -> mx.array:
+        tape.probes, tape.notes, tape.shapes = list(probes), [], []
+        return run(hidden)
+
+    if mx.issubdtype(hidden.dtype, mx.floating):
+        _, gradients = mx.vjp(probed, [hidden, *probes], [sent])
+    else:  # the whole model at once: its input is token ids
+        _, gradients = mx.vjp(lambda *probes: probed(hidden, *probes), probes, [sent])
+        gradients = [mx.zeros(1), *gradients]
+    noted = [(*note, g) for note, g in zip(tape.notes, gradients[1:], strict=True)]
+    return gradients[0], noted
+
+
+def fisher_probe(logits: mx.array, key: mx.array) -> mx.array:
+    """u (n, vocabulary) with zero mean and covariance diag(p) - p pᵀ for each row's p = softmax(logits)."""
+    p = mx.softmax(logits, axis=-1)
+    root = mx.sqrt(p) * (2 * mx.random.bernoulli(0.5, logits.shape, key=key).astype(mx.float32) - 1)
+    return root - p * root.sum(axis=-1, keepdims=True)

@@ -1,0 +1,1 @@
+"""This machine, and the door to mlx-lm."""

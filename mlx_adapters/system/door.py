@@ -1,0 +1,186 @@
+"""The door to mlx-lm: the one place that imports it, says which parts we rely on and checks that they are there.
+
+Importing mlx-lm sets the process's limit of open files; it is raised here instead. Everything else in this package
+imports these names from here.
+"""
+
+import contextlib
+import inspect
+import io
+import resource
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mlx_adapters.errors import AdapterError, ModelError
+from mlx_adapters.models.templates import Bounded
+from mlx_adapters.system.limits import raise_open_files
+
+TESTED = "0.32"
+
+
+@contextlib.contextmanager
+def _unchanged_limits() -> Iterator[None]:
+    set_limit = resource.setrlimit
+    resource.setrlimit = lambda *_: None
+    try:
+        yield
+    finally:
+        resource.setrlimit = set_limit
+
+
+try:
+    with _unchanged_limits(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import mlx.core as mx
+        import mlx.nn as nn
+        from mlx_lm.generate import BatchGenerator, stream_generate
+        from mlx_lm.models.cache import make_prompt_cache
+        from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+        from mlx_lm.sample_utils import make_logits_processors, make_sampler
+        from mlx_lm.tokenizer_utils import TokenizerWrapper
+        from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
+        from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
+        from mlx_lm.utils import _get_classes, load_config, load_model
+        from mlx_lm.utils import load_tokenizer as load_mlx_tokenizer
+        from transformers.utils import chat_template_utils
+except ImportError as error:
+    raise ModelError(
+        f"mlx and mlx-lm {TESTED}.x are needed, but importing them failed: {error}.",
+        f'run \'pip install "mlx-lm=={TESTED}.*"\' (on Linux also "mlx[cpu]=={TESTED}.*" or "mlx[cuda13]").',
+    ) from error
+
+
+def _check() -> None:
+    for package in ("mlx", "mlx-lm"):
+        if not version(package).startswith(TESTED + "."):
+            raise ModelError(
+                f"This version works with {package} {TESTED}.x, but {version(package)} is installed.",
+                f"run 'pip install \"{package}=={TESTED}.*\"'.",
+            )
+    relied_on = {
+        load_model: ("lazy", "strict", "model_config", "trust_remote_code"),
+        load_mlx_tokenizer: ("tokenizer_config_extra", "eos_token_ids"),
+        LoRALinear.from_base: ("r", "scale", "dropout"),
+        DoRALinear.from_base: ("r", "scale", "dropout"),
+        LoRASwitchLinear.from_base: ("r", "scale", "dropout"),
+        LoRAEmbedding.from_base: ("r", "scale", "dropout"),
+        stream_generate: ("prompt",),
+        make_sampler: ("temp", "top_p", "top_k", "min_p"),
+        BatchGenerator.__init__: ("max_tokens", "completion_batch_size"),
+    }
+    for function, names in relied_on.items():
+        missing = set(names) - set(inspect.signature(function).parameters)
+        if missing:
+            raise ModelError(
+                f"mlx-lm {version('mlx-lm')} changed '{function.__qualname__}': no parameter {sorted(missing)}.",
+                f"install the tested version: 'pip install \"mlx-lm=={TESTED}.2\"'.",
+            )
+
+    if not hasattr(chat_template_utils, "ImmutableSandboxedEnvironment"):
+        raise ModelError(
+            f"transformers {version('transformers')} renders chat templates in a way that is not known here.",
+            "install an older one: 'pip install \"transformers<6\"'.",
+        )
+
+
+_check()
+raise_open_files()
+chat_template_utils.ImmutableSandboxedEnvironment = Bounded  # the sandbox of chat templates, with limits
+
+
+@contextlib.contextmanager
+def refusals(refused: Callable[[str], AdapterError]) -> Iterator[None]:
+    """Turn whatever reading somebody's model raises in the libraries into `refused(why)`.
+
+    They check little and raise what they like: transformers its own classes, tokenizers bare exceptions and Rust's
+    panics, a module of mlx-lm SystemExit. What they print meanwhile does not belong on stdout; it is the reason of
+    an exit.
+    """
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (AdapterError, KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:
+        said = printed.getvalue() if isinstance(error, SystemExit) else str(error)
+        why = " ".join(said.split())[:300].rstrip(".") or type(error).__name__
+        raise refused(why) from error
+
+
+def load_mlx_model(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """mlx-lm's module with lazy weights, and its config. No code of the folder's is run."""
+    return load_model(folder, lazy=True, model_config=config, trust_remote_code=False)
+
+
+def load_tokenizer(folder: Path, eos_token_ids: Any) -> TokenizerWrapper:
+    """The folder's tokenizer. Without being told, transformers asks on stdin whether to run code of the folder's."""
+    return load_mlx_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=eos_token_ids)
+
+
+def make_module(config: dict[str, Any]) -> nn.Module:
+    """mlx-lm's model of this config, unquantized and with weights that nothing computes until they are read."""
+    model, arguments = _get_classes(config)
+    return model(arguments.from_dict(config))
+
+
+def sanitize_of(module: nn.Module) -> Callable[[dict[str, mx.array]], dict[str, mx.array]]:
+    """What mlx-lm makes of a checkpoint's tensors for this model of `make_module`.
+
+    It may be called again: some take layers out of their model.
+    """
+    if not hasattr(module, "sanitize"):
+        return dict
+    parts = [(part, dict(part)) for _, part in module.named_modules() if hasattr(part, "sanitize")]
+
+    def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        try:
+            return module.sanitize(weights)
+        finally:
+            for part, children in parts:
+                dict.update(part, children)
+
+    return sanitize
+
+
+def harness_model(module: nn.Module, tokenizer: TokenizerWrapper, batch_size: int) -> Any:
+    """mlx-lm's model for lm-evaluation-harness, made of a model that is loaded already."""
+    with _unchanged_limits(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from mlx_lm import evaluate
+
+    load, evaluate.load = evaluate.load, lambda *_, **__: (module, tokenizer)
+    try:
+        return evaluate.MLXLM("", batch_size=batch_size)
+    finally:
+        evaluate.load = load
+
+
+__all__ = [
+    "BatchGenerator",
+    "DoRAEmbedding",
+    "DoRALinear",
+    "LoRAEmbedding",
+    "LoRALinear",
+    "LoRASwitchLinear",
+    "QuantizedSwitchLinear",
+    "SwitchLinear",
+    "TokenizerWrapper",
+    "harness_model",
+    "load_config",
+    "load_mlx_model",
+    "load_tokenizer",
+    "make_module",
+    "make_logits_processors",
+    "make_prompt_cache",
+    "make_sampler",
+    "mx",
+    "nn",
+    "sanitize_of",
+    "refusals",
+    "stream_generate",
+]

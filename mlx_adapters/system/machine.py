@@ -1,0 +1,171 @@
+"""What this machine is: versions, device, memory, BLAS."""
+
+import contextlib
+import ctypes
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_adapters.storage import paths
+from mlx_adapters.system.blas import INSTALL_OPENBLAS
+
+SLOW_BLAS = "reference BLAS (slow)"
+
+
+def blas_in_use() -> str:
+    """The BLAS that MLX's CPU calls resolve to: "Accelerate", "OpenBLAS" or "reference BLAS (slow)"."""
+    if sys.platform == "darwin":
+        return "Accelerate"
+    import mlx.core as mx
+
+    mx.eval(mx.zeros((1,)))
+    process = ctypes.CDLL(None)
+    symbol, info = getattr(process, "cblas_sgemm", None), _SymbolInfo()
+    if symbol is None or not process.dladdr(ctypes.cast(symbol, ctypes.c_void_p), ctypes.byref(info)):
+        return SLOW_BLAS
+    return "OpenBLAS" if "openblas" in os.path.realpath(os.fsdecode(info.file_name or b"")) else SLOW_BLAS
+
+
+class _SymbolInfo(ctypes.Structure):
+    """glibc's Dl_info: which library a symbol was taken from."""
+
+    _fields_ = [
+        (name, ctypes.c_char_p if "name" in name else ctypes.c_void_p)
+        for name in ("file_name", "base", "symbol_name", "at")
+    ]
+
+
+def on_gpu() -> bool:
+    """Whether MLX computes on a GPU (Metal or CUDA) by default."""
+    import mlx.core as mx
+
+    return mx.default_device().type == mx.DeviceType.gpu
+
+
+def tool(*command: str) -> str:
+    """What a tool of macOS prints, without space around it; "" if it fails or is not there."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        paths = "/usr/bin:/usr/sbin:/bin:/sbin"
+        done = subprocess.run(command, capture_output=True, timeout=20, env={"PATH": paths}, check=True)
+        return done.stdout.decode(errors="replace").strip()
+    return ""
+
+
+def chip_name() -> str:
+    """The name of the processor, e.g. "Apple M4 Max" or "AMD EPYC"."""
+    if sys.platform == "darwin" and (name := tool("sysctl", "-n", "machdep.cpu.brand_string")):
+        return name
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def system_name() -> str:
+    """ "macOS 26.1 arm64", "Linux 6.8.0 x86_64". A Python built for an older macOS calls 26 "16"; sw_vers knows."""
+    if sys.platform == "darwin":
+        return f"macOS {tool('sw_vers', '-productVersion') or platform.mac_ver()[0]} {platform.machine()}"
+    return f"{platform.system()} {platform.release()} {platform.machine()}"
+
+
+def performance_cores() -> int:
+    """Cores that are worth a process that computes: on a Mac the fast ones, elsewhere those this process may use."""
+    if sys.platform == "darwin" and (fast := tool("sysctl", "-n", "hw.perflevel0.physicalcpu")).isdigit():
+        return max(1, int(fast))
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def memory_bytes() -> int:
+    """The machine's physical memory in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def usable_memory_bytes() -> int:
+    """What a model may use: on a Mac Metal's recommended working set, on another GPU its memory, on a CPU what
+    is free now."""
+    import mlx.core as mx
+
+    info = mx.device_info()
+    for key in ("max_recommended_working_set_size", "total_memory", "memory_size"):
+        if on_gpu() and info.get(key):
+            return int(info[key])
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) * 1024
+    return memory_bytes()
+
+
+def memory_beside_model_bytes() -> int:
+    """What other processes may use meanwhile: a quarter of the memory; where the GPU shares it, of what MLX leaves."""
+    import mlx.core as mx
+
+    shared = mx.get_active_memory() + mx.get_cache_memory() if mx.metal.is_available() else 0
+    return max(0, memory_bytes() - shared) // 4
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of what it stands on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for name in ("mlx_adapters", "mlx", "mlx-lm", "numpy", "safetensors", "huggingface-hub", "transformers"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def child_environment() -> dict[str, str]:
+    """The environment in which a child process finds this package, wherever it lies."""
+    paths = (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH"))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def typed_command() -> str:
+    """How our program was called; "" if it is another one that uses the package."""
+    program = Path(sys.argv[0])
+    ours = program.stem == "mlx-adapters" or program.parts[-2:] == ("mlx_adapters", "__main__.py")
+    return shlex.join(["mlx-adapters", *sys.argv[1:]]) if ours else ""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What `mlx-adapters env` shows."""
+
+    versions: dict[str, str]
+    system: str
+    chip: str
+    cores: int
+    memory_bytes: int
+    device: str
+    device_name: str
+    blas: str
+    blas_hint: str | None
+    home: str
+
+    def to_json(self) -> dict[str, Any]:
+        """What describes the machine, as plain JSON values: all fields but `home`, which names its user."""
+        return {name: value for name, value in asdict(self).items() if name != "home"}
+
+
+def environment() -> Environment:
+    """Look at this machine: versions, device, BLAS, home folder."""
+    import mlx.core as mx
+
+    device = "gpu" if on_gpu() else "cpu"
+    name = str(mx.device_info().get("device_name", "")) or chip_name()
+    blas = blas_in_use()
+    slow = device == "cpu" and blas == SLOW_BLAS
+    return Environment(
+        versions=versions(), system=system_name(), chip=chip_name(), cores=os.cpu_count() or 1,
+        memory_bytes=memory_bytes(), device=device, device_name=name, blas=blas,
+        blas_hint=INSTALL_OPENBLAS if slow else None, home=str(paths.home()),
+    )  # fmt: skip

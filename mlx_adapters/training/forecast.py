@@ -1,0 +1,172 @@
+"""How much memory and time a training run will take, told beforehand.
+
+What lies in memory all the time (weights, adapter, optimizer) is counted from shapes. What a step needs on top
+is measured on this device with a few of the model's blocks, at the shape of the largest batch, and extended to
+all: each block that the backward pass reaches keeps its activations, the blocks before keep nothing. So a
+model that does not fit can be judged too.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from mlx_adapters.config.training import LoraConfig, TrainConfig
+from mlx_adapters.data.batches import Batch
+from mlx_adapters.data.datasets import read_data
+from mlx_adapters.data.tokenizing import Row
+from mlx_adapters.events import OnEvent, ignore
+from mlx_adapters.models.base import Base, resolve_base
+from mlx_adapters.models.layers import named_layers, weight_shape
+from mlx_adapters.models.model import load_module, load_tokenizer_of
+from mlx_adapters.optimization.feed import Feed, make_feed
+from mlx_adapters.optimization.probe import Prober, adapter_bytes, first_block, weight_bytes
+from mlx_adapters.optimization.step import chunk_rows
+from mlx_adapters.optimization.through_rounding import plan_rounding
+from mlx_adapters.system.machine import on_gpu, usable_memory_bytes
+from mlx_adapters.training import setup
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes in memory at the peak of a training step, by what they are for."""
+
+    weights_bytes: int
+    adapter_bytes: int
+    optimizer_bytes: int
+    gradients_bytes: int
+    activations_bytes: int
+    logits_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """All of it: what `mx.get_peak_memory()` will show."""
+        standing = self.weights_bytes + self.adapter_bytes + self.optimizer_bytes
+        return standing + self.gradients_bytes + self.activations_bytes + self.logits_bytes
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The forecast of a run.
+
+    `seconds_per_iteration` is for a batch of the mean size, None if it was not timed; `largest_batch` is
+    (rows, tokens). `advice` names single changes that would make it fit, with the peak each leads to.
+    `full_finetune_bytes`, for comparison: weights, gradients and both of Adam's moments in float32.
+    """
+
+    parts: Parts
+    peak_bytes: int
+    usable_bytes: int
+    fits: bool
+    advice: tuple[str, ...]
+    seconds_per_iteration: float | None
+    largest_batch: tuple[int, int]
+    trainable_parameters: int
+    full_finetune_bytes: int
+
+
+def estimate(
+    base: str | Path | Base, data: str | Path, *, lora: LoraConfig | None = None,
+    training: TrainConfig | None = None, timed: bool = True, on_event: OnEvent = ignore,
+) -> Estimate:  # fmt: skip
+    """Predict peak memory and time per iteration of `train` with the same arguments. Trains nothing.
+
+    Raises what `train` would raise for wrong settings or data.
+    """
+    found, lora, training = resolve_base(base), lora or LoraConfig(), training or TrainConfig()
+    tokenizer = load_tokenizer_of(found)
+    rows = setup.tokenize_split(read_data(data), "train", tokenizer, training, on_event)
+    setup.require_readable(rows, found)
+    return estimate_rows(found, rows, lora, training, timed)
+
+
+def estimate_rows(
+    base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig, timed: bool = True
+) -> Estimate:
+    """`estimate` for rows that are already tokenized."""
+    parts, largest = forecast(base, rows, lora, training)
+    usable = usable_memory_bytes()
+    fits = parts.peak_bytes <= usable
+    advice = () if fits else tuple(_advice(base, rows, lora, training, usable))
+    seconds = _seconds(base, rows, lora, training) if timed else None
+    module, _ = load_module(base)
+    parameters = sum(int(np.prod(weight_shape(layer))) for _, layer in named_layers(module) if "weight" in layer)
+    return Estimate(
+        parts, parts.peak_bytes, usable, fits, advice, seconds,
+        largest.tokens.shape, parts.adapter_bytes // 4, 16 * parameters,
+    )  # fmt: skip
+
+
+def forecast(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig) -> tuple[Parts, Batch]:
+    """Predict the peak, part by part, and give the largest batch."""
+    prober = _prober(base, lora, training)
+    feed = make_feed(rows, training, gpu=on_gpu())
+    largest = feed.batch(np.argsort(_lengths(feed))[-training.batch_size :])
+    module, _ = load_module(base)
+    reached = len(module.layers) - first_block(prober.adapter, len(module.layers))
+    adapter, optimizer = adapter_bytes(module, prober.adapter, training)
+    weights = weight_bytes(module, training.dtype)
+    del module  # its files are closed before the prober opens them
+    step = int(prober.step_bytes(largest, max(reached, 1)))
+    logits = min(_logits_bytes(largest, prober.vocabulary, training), max(step - adapter, 0))
+    activations = max(step - adapter - logits, 0)
+    return Parts(weights, adapter, optimizer, adapter, activations, logits), largest
+
+
+def _prober(base: Base, lora: LoraConfig, training: TrainConfig) -> Prober:
+    module, config = load_module(base)
+    adapter, asked = setup.adapter_config(module, lora), training.fuse_aware
+    setup.require_loadable(module, adapter)
+    rounding = None if asked is None else plan_rounding(module, adapter.keys, asked)
+    return Prober(base, adapter, training, int(config.get("vocab_size", 1 << 16)), rounding)
+
+
+def _lengths(feed: Feed) -> list[int]:
+    return [sum(len(feed.rows[i].tokens) for i in line) for line in feed.bins]
+
+
+def _logits_bytes(batch: Batch, vocabulary: int, training: TrainConfig) -> int:
+    """Logits, softmax and gradient, float32, of a chunk or (plain) of every position."""
+    every = batch.tokens.shape[0] * (batch.tokens.shape[1] - 1)
+    chunk = min(len(batch.positions), chunk_rows(vocabulary))
+    return 3 * 4 * vocabulary * (every if training.chunked_loss == "off" else chunk)
+
+
+def _seconds(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig) -> float:
+    blocks = len(load_module(base)[0].layers)
+    prober, feed = _prober(base, lora, training), make_feed(rows, training, gpu=on_gpu())
+    order = np.argsort(_lengths(feed))
+    middle = max(len(order) // 2 - training.batch_size // 2, 0)
+    typical = feed.batch(order[middle : middle + training.batch_size])
+    reached = blocks - first_block(prober.adapter, blocks)
+    seconds = prober.seconds(typical, max(reached, 1))
+    mean = float(np.mean([len(row.tokens) for row in rows])) * training.batch_size
+    return seconds * mean / max(typical.real_tokens, 1)
+
+
+def _advice(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig, usable: int) -> list[str]:
+    half = max(len(row.tokens) for row in rows) // 2
+    blocks = len(load_module(base)[0].layers)
+    changes: list[tuple[str, LoraConfig, TrainConfig]] = [
+        ("--grad-checkpoint", lora, replace(training, grad_checkpoint=True)),
+        ("--batch-size 1", lora, replace(training, batch_size=1)),
+    ]
+    if half >= 2:
+        changes.append((f"--max-seq-length {half}", lora, replace(training, max_seq_length=half)))
+    if blocks > 4 and (lora.num_layers == "all" or lora.num_layers > 4):
+        changes.append(("--num-layers 4", replace(lora, num_layers=4), training))
+    found = []
+    for text, lora_, training_ in changes:
+        cut = [_cut(row, training_.max_seq_length) for row in rows]
+        left = [row for row in cut if row.trained.any()]
+        if not left:
+            continue
+        peak = forecast(base, left, lora_, training_)[0].peak_bytes
+        if peak <= usable:
+            found.append(f"{text}: {peak / 1e9:.2f} GB")
+    return found or ["a base model of fewer parameters or bits"]
+
+
+def _cut(row: Row, length: int) -> Row:
+    return replace(row, tokens=row.tokens[:length], trained=row.trained[:length])

@@ -1,0 +1,249 @@
+"""Preparing a run: rows, adapter layers and the engine, with all that can be refused before the first step."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, tzinfo
+from typing import Any
+
+from mlx.utils import tree_flatten
+
+from mlx_adapters.config.training import LoraConfig, TrainConfig
+from mlx_adapters.data.batches import make_batch
+from mlx_adapters.data.datasets import DataSet
+from mlx_adapters.data.tokenizing import Row, tokenize
+from mlx_adapters.errors import AdapterError, ConfigError, FormatError, IncompatibleError, ModelError, did_you_mean
+from mlx_adapters.events import Note, OnEvent
+from mlx_adapters.models.adapter import Adapter, AdapterConfig
+from mlx_adapters.models.base import Base
+from mlx_adapters.models.layers import (
+    adaptable_layers,
+    add_adapter_layers,
+    loads_in_mlx_lm,
+    quantization_of,
+    resolve_target_modules,
+)
+from mlx_adapters.models.model import Model, load_module
+from mlx_adapters.optimization.distributed import World
+from mlx_adapters.optimization.feed import Feed, make_feed
+from mlx_adapters.optimization.step import Engine, checkpointing_is_exact, packing_is_exact, plan_loss
+from mlx_adapters.optimization.through_rounding import plan_rounding
+from mlx_adapters.storage.tensor_names import LORA_A, MAGNITUDE, split
+from mlx_adapters.system.door import mx, nn
+from mlx_adapters.system.machine import on_gpu
+from mlx_adapters.units import count
+
+ALONE = World()
+
+
+def adapter_config(module: nn.Module, lora: LoraConfig) -> AdapterConfig:
+    """The adapter that `lora` describes on this model. Its rank is the largest of all modules' ranks.
+
+    Raises ConfigError for names that match nothing.
+    """
+    keys = resolve_target_modules(module, lora)
+    ranks = module_ranks(keys, lora)
+    layers = -1 if lora.num_layers == "all" else lora.num_layers
+    return AdapterConfig(max(ranks.values()), lora.scale, keys, lora.type, lora.dropout, layers)
+
+
+def module_ranks(keys: tuple[str, ...], lora: LoraConfig) -> dict[str, int]:
+    """The rank of each adapted module: that of the longest name in `ranks` that matches, else `rank`."""
+    for name in lora.ranks:
+        if not any(_matches(key, name) for key in keys):
+            known = {key.rpartition(".")[2] for key in keys}
+            raise ConfigError(f"The rank of '{name}' is for a module that is not adapted.",
+                              did_you_mean(name, known, f"adapted are: {', '.join(sorted(known))}."))  # fmt: skip
+    names = sorted(lora.ranks, key=len, reverse=True)
+    return {key: next((lora.ranks[n] for n in names if _matches(key, n)), lora.rank) for key in keys}
+
+
+def _matches(key: str, name: str) -> bool:
+    return key == name or key.endswith("." + name)
+
+
+def add_layers(model: Model, lora: LoraConfig, seed: int) -> AdapterConfig:
+    """Freeze the base and put fresh adapter layers on it.
+
+    mlx-lm knows one rank per adapter. Smaller ranks are stored as zeros in lora_a beyond the module's own rank;
+    lora_b starts at zero, so both parts have a gradient of exactly zero there and stay zero.
+    """
+    config = adapter_config(model.module, lora)
+    require_loadable(load_module(model.base)[0], config)
+    mx.random.seed(seed)
+    model.module.freeze()
+    add_adapter_layers(model.module, config)
+    _require_norms(model.module)
+    ranks = module_ranks(config.keys, lora)
+    for name, weight in tree_flatten(model.module.trainable_parameters()):
+        path, leaf = split(name)
+        if leaf == LORA_A and ranks[path] < config.rank:
+            inside = mx.arange(config.rank) < ranks[path]
+            inside = inside[:, None] if weight.ndim == 3 else inside
+            model.module.load_weights([(name, mx.where(inside, weight, 0.0))], strict=False)
+    mx.eval(model.module.trainable_parameters())
+    return config
+
+
+def require_loadable(module: nn.Module, config: AdapterConfig) -> None:
+    """Raise ConfigError for layers on which plain mlx-lm could not load the adapter. `module` is as its folder holds
+    it; on a CPU it is trained unquantized, and would not tell."""
+    layers = adaptable_layers(module)
+    bad = [key for key in config.keys if not loads_in_mlx_lm(layers[key], config)]
+    if bad:
+        quantization = quantization_of(layers[bad[0]])
+        bits = f" in {quantization.bits} bits" if quantization else ""
+        raise ConfigError(
+            f"mlx-lm could not load a DoRA adapter on '{bad[0]}'{bits} ({count(len(bad), 'layer')} of this kind).",
+            "train LoRA, leave them out of --target-modules, or take the unquantized base.",
+        )
+
+
+def _require_norms(module: nn.Module) -> None:
+    """Raise ConfigError for rows of zeros under a DoRA adapter, which divides by each row's norm."""
+    norms = {name: m for name, m in tree_flatten(module.trainable_parameters()) if split(name)[1] == MAGNITUDE}
+    zeros = {split(name)[0]: (m == 0).sum() for name, m in norms.items()}
+    mx.eval(zeros)
+    for path, found in zeros.items():
+        if found.item():
+            raise ConfigError(
+                f"{count(found.item(), 'row')} of '{path}' hold only zeros, and DoRA divides by their norm.",
+                "train LoRA, or leave the layer out of --target-modules.",
+            )
+
+
+def initialize_from(model: Model, config: AdapterConfig, adapter: Adapter) -> None:
+    """Take over the weights of `adapter`. Raises IncompatibleError unless it has the same layers and rank."""
+    own = {name: w.shape for name, w in tree_flatten(model.module.trainable_parameters())}
+    theirs = {name: tuple(w.shape) for name, w in adapter.weights.items()}
+    if own != theirs or adapter.config.scale != config.scale:
+        wanted = f"{config.type}, rank {config.rank}, scale {config.scale:g}, {count(len(config.keys), 'layer')}"
+        raise IncompatibleError(
+            f"The run cannot start from {adapter!r}: it needs {wanted}.",
+            "leave rank, scale and target modules out to take the adapter's own.",
+        )
+    model.module.load_weights(list(adapter.weights.items()), strict=False)
+
+
+def lora_of(adapter: Adapter) -> LoraConfig:
+    """The settings that make an adapter like this one."""
+    c = adapter.config
+    return LoraConfig(rank=c.rank, scale=c.scale, dropout=c.dropout, target_modules=c.keys, type=c.type)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def template_date(moment: datetime) -> Iterator[None]:
+    """Within the block chat templates that print the date (`strftime_now`) print that of `moment`.
+
+    transformers takes it from the `datetime` of its own module, and hands no function of ours to a template.
+    """
+    from transformers.utils import chat_template_utils as templates
+
+    class Then(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
+            return moment
+
+    real = getattr(templates, "datetime", None)
+    if real is None:  # a version that does it otherwise: a resume still compares the tokens
+        yield
+        return
+    templates.datetime = Then
+    try:
+        yield
+    finally:
+        templates.datetime = real
+
+
+def tokenize_split(
+    data: DataSet, split_name: str, tokenizer: Any, config: TrainConfig, on_event: OnEvent
+) -> tuple[Row, ...]:
+    """The rows of one split that have something to train; truncated and dropped rows are reported."""
+    done = tokenize(
+        data.rows(split_name), tokenizer, max_seq_length=config.max_seq_length, mask_prompt=config.mask_prompt,
+        last_turn_only=config.last_turn_only,
+    )  # fmt: skip
+    limit = f"max_seq_length {config.max_seq_length}"
+    if done.truncated:
+        on_event(Note(f"{count(done.truncated, f'{split_name} row')} cut at {limit}.", "warning"))
+    if done.dropped:
+        named = ", ".join(done.dropped[:3])
+        many = count(len(done.dropped), f"{split_name} row")
+        on_event(Note(f"{many} with nothing to train within {limit}: {named}.", "warning"))
+    if split_name == "train" and not done.rows:
+        raise FormatError(f"No training row has anything to train within {limit}.", "raise --max-seq-length.")
+    return done.rows
+
+
+def require_validation(rows: tuple[Row, ...], config: TrainConfig, on_event: OnEvent) -> None:
+    """Say what follows if there are no validation rows. Raises ConfigError if they are to stop the run."""
+    if rows:
+        return
+    if config.early_stop is not None:
+        hint = "add valid.jsonl ('mlx-adapters data split' makes one), or leave --early-stop out."
+        raise ConfigError("early_stop needs validation rows, and there are none.", hint)
+    on_event(Note("There are no validation rows: the last checkpoint will count as the best."))
+
+
+def require_readable(rows: Sequence[Row], base: Base) -> None:
+    """Raise ModelError for rows with a token that the base has no row for, ConfigError for rows longer than a model
+    that learned each of its positions (GPT-2) can read."""
+    for row in rows:
+        base.check_tokens(row.tokens, row.where)
+    longest, positions = max((len(row.tokens) for row in rows), default=0), base.positions
+    if positions is not None and longest - 1 > positions:
+        raise ConfigError(
+            f"A row has {longest} tokens, more than the model's {positions} positions.",
+            f"use --max-seq-length {positions + 1} or less.",
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a loop needs."""
+
+    engine: Engine
+    feed: Feed
+    validation: Feed | None
+
+
+def prepare(
+    model: Model, config: TrainConfig, train: tuple[Row, ...], valid: tuple[Row, ...], adapted: dict[str, nn.Module],
+    world: World = ALONE,
+) -> Prepared:  # fmt: skip
+    """Feeds and engine; settles how the loss is computed and refuses packing where it is not exact."""
+    feed = make_feed(train, config, gpu=on_gpu(), world=world)
+    size = min(config.batch_size, len(valid)) or 1
+    plain = replace(config, packing=False, batch_size=size)
+    validation = make_feed(valid, plain, gpu=on_gpu(), world=world) if valid else None
+    shortest = sorted(train, key=lambda row: len(row.tokens))[:2]
+    probe = make_batch([[row] for row in shortest])
+    rounding = None
+    if config.fuse_aware is not None:
+        rounding = plan_rounding(load_module(model.base)[0], tuple(adapted), config.fuse_aware)
+    with _model_errors():
+        if config.packing and not packing_is_exact(model.module, probe, make_batch([shortest], packed=True)):
+            raise ConfigError("Rows cannot be packed exactly with this architecture.", "train without --packing.")
+        plan = plan_loss(model.module, config, int(model.config.get("vocab_size", 1 << 16)), probe)
+        engine = Engine(model.module, adapted, config, plan, world, rounding)
+        if not config.grad_checkpoint:
+            engine.gradient_of(
+                probe, recompute=False
+            )  # what cannot be differentiated shows before the run's folder is made
+        elif not checkpointing_is_exact(engine, probe):
+            raise ConfigError("This architecture's gradients change when its blocks are computed again.",
+                              "train without --grad-checkpoint.")  # fmt: skip
+    return Prepared(engine, feed, validation)
+
+
+@contextlib.contextmanager
+def _model_errors() -> Iterator[None]:
+    """What a model's own code raises in its first step, as ModelError: it cannot be trained like this."""
+    try:
+        yield
+    except AdapterError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:300].rstrip(".")
+        raise ModelError(f"mlx-lm's code for this model cannot be trained so: {text}.",
+                         "choose other --target-modules, such as q_proj,v_proj.") from error  # fmt: skip
