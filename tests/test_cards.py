@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mlx_adapters as ma
-from mlx_adapters import charts, errors, units
+from mlx_adapters import errors, units
 from mlx_adapters.cli import cli
-from mlx_adapters.display import notebook, png, terminal
+from mlx_adapters.display import layout, notebook, png, svg, terminal
 from mlx_adapters.publishing import cards, cleaning
 from mlx_adapters.publishing.uploads import make_card, write_card
 
@@ -249,7 +249,7 @@ def test_the_curve_is_a_picture_of_the_losses(sql):
 @given(st.lists(st.tuples(st.floats(allow_nan=True, width=32), st.floats(width=32)), max_size=20))
 def test_any_points_make_a_picture_or_are_refused(points):
     try:
-        xml.etree.ElementTree.fromstring(charts.line_chart({"<a & b>": points}, "t", "x", "y"))
+        xml.etree.ElementTree.fromstring(svg.line_chart({"<a & b>": points}, "t", "x", "y"))
         assert len(terminal.line_chart({"<a & b>": points})) == 15
     except ValueError as error:
         assert str(error) == "nothing to draw"
@@ -257,7 +257,7 @@ def test_any_points_make_a_picture_or_are_refused(points):
 
 @pytest.mark.parametrize(("last", "shown"), [(12, "0 5 10 15"), (3, "0 1 2 3"), (600, "0 200 400 600")])
 def test_iterations_are_counted_in_whole_numbers(last, shown):
-    root = xml.etree.ElementTree.fromstring(charts.line_chart({"loss": [(0, 1.0), (last, 2.5)]}, "", "", ""))
+    root = xml.etree.ElementTree.fromstring(svg.line_chart({"loss": [(0, 1.0), (last, 2.5)]}, "", "", ""))
     texts = [element for element in root.iter("{http://www.w3.org/2000/svg}text") if (element.text or "").isdigit()]
     lowest = max(float(element.get("y")) for element in texts)
     assert " ".join(element.text for element in texts if float(element.get("y")) == lowest) == shown
@@ -276,12 +276,12 @@ def test_a_png_shows_both_curves_where_the_svg_has_them():
     lines = np.frombuffer(zlib.decompress(body), np.uint8).reshape(640, 1 + 3 * 1280)
     assert not lines[:, 0].any()
     pixels = lines[:, 1:].reshape(640, 1280, 3)
-    root = xml.etree.ElementTree.fromstring(charts.line_chart(CURVES, "sql é", "iteration", "loss"))
+    root = xml.etree.ElementTree.fromstring(svg.line_chart(CURVES, "sql é", "iteration", "loss"))
     for line in root.iter("{http://www.w3.org/2000/svg}polyline"):
         color = [int(line.get("stroke")[i : i + 2], 16) for i in (1, 3, 5)]
         for point in line.get("points").split():
             x, y = (round(2 * float(part)) for part in point.split(","))
-            assert pixels[y, x].tolist() in (color, [int(charts.COLORS[1][i : i + 2], 16) for i in (1, 3, 5)])
+            assert pixels[y, x].tolist() in (color, [int(layout.COLORS[1][i : i + 2], 16) for i in (1, 3, 5)])
     assert {tuple(p) for p in pixels[10:40].reshape(-1, 3)} >= {(255, 255, 255), (128, 128, 128)}  # the title
 
 

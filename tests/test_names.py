@@ -11,11 +11,11 @@ from collections import Counter
 from pathlib import Path
 
 import mlx.core as mx
-import mlx_adapters.adapter as adapter_module
 import pytest
 from adapters import make_adapter, make_run
 
 import mlx_adapters as ma
+import mlx_adapters.models.adapter as adapter_module
 from mlx_adapters.adapters import keeping, packing, project, verifying
 from mlx_adapters.errors import ConfigError, ExistsError, HubError, StorageError, TrainingError
 from mlx_adapters.sources import registry

@@ -128,7 +128,7 @@ def test_what_cannot_be_differentiated_is_told_before_the_run(tiny_model, monkey
         y = self.down_proj(self.gate_proj(x))
         return mx.take_along_axis(y, mx.abs(y).astype(mx.uint32) % y.shape[-1], axis=-1)
 
-    for broken in (lambda self, x: x @ self.gate_proj.weight.T, indexing):
+    for broken in (lambda self, x: self.down_proj(x @ self.gate_proj.weight.T), indexing):
         monkeypatch.setattr(kind, "__call__", broken)
         with pytest.raises(ModelError, match="cannot be trained"):
             prepared(tiny_model(), TrainConfig(batch_size=2))

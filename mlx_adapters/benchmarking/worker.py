@@ -145,12 +145,12 @@ def measure_shape(model: Model, config: BenchmarkConfig, shape: tuple[int, int],
     """All trials of one prompt length and batch size, with the peak memory while they ran."""
     mx.clear_cache()
     mx.reset_peak_memory()
-    trials = [trials.run_trial(model.module, tokens, config.decode_tokens) for _ in range(config.trials)]
-    peak, first = mx.get_peak_memory(), trials[0]["token_ids"]
-    for trial in trials:
+    measured = [trials.run_trial(model.module, tokens, config.decode_tokens) for _ in range(config.trials)]
+    peak, first = mx.get_peak_memory(), measured[0]["token_ids"]
+    for trial in measured:
         del trial["token_ids"]
     return {
-        "prompt_tokens": shape[0], "batch": shape[1], "trials": trials, "peak_memory_bytes": peak, "token_ids": first,
+        "prompt_tokens": shape[0], "batch": shape[1], "trials": measured, "peak_memory_bytes": peak, "token_ids": first,
     }  # fmt: skip
 
 

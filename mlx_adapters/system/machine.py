@@ -125,7 +125,7 @@ def versions() -> dict[str, str]:
 
 def child_environment() -> dict[str, str]:
     """The environment in which a child process finds this package, wherever it lies."""
-    paths = (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH"))
+    paths = (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 

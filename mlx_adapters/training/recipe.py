@@ -96,7 +96,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     found = []
     if old["base"]["fingerprint"] != new["base"]["fingerprint"]:
         found.append(f"the base model ({old['base']['name']} -> {new['base']['name']}, or its weights)")
-    if old.get("base_config", new["base_config"]) != new["base_config"]:
+    if "base_config" in old and old["base_config"] != new["base_config"]:  # a run of an older version has none
         found.append("the base model's config.json")
     found += _changed_text(old.get("text"), new.get("text"))
     splits = {*old["data"]["splits"], *new["data"]["splits"]}
