@@ -628,3 +628,39 @@ def test_an_adapter_that_was_trained_here_is_calibrated_on_its_data(tiny_model, 
     monkeypatch.setenv("MLX_ADAPTERS_HOME", str(home.parent / "another machine"))
     text = choose_text(None, [adapter], tokenizer, 8, 8)
     assert text.source == GENERAL and "not trained on this machine" in text.why
+
+
+def test_the_grouping_of_calibration_rows_stays_as_it_is():
+    """The bytes of a calibrated fuse hang on it: sums are in the order of the batches and of their rows."""
+    rows = []
+    for i, n in enumerate((9, 3, 20, 12, 3, 9)):
+        rows.append((np.arange(100 * i, 100 * i + n, dtype=np.int32), np.arange(n) % 4 == 2))
+    found = make_batches(rows, 27)
+    assert [batch.tokens.shape for batch in found] == [(3, 9), (2, 12), (1, 20)]
+    assert [batch.tokens[:, 0].tolist() for batch in found] == [[100, 400, 0], [500, 300], [200]]
+    assert found[0].tokens[1].tolist() == [400, 401, 402, 0, 0, 0, 0, 0, 0]
+    assert [batch.judged.tolist() for batch in found] == [[1, 10, 19, 23], [1, 5, 13, 17, 21], [1, 5, 9, 13, 17]]
+    assert [batch.targets.tolist() for batch in found] == [
+        [102, 402, 2, 6],
+        [502, 506, 302, 306, 310],
+        [202, 206, 210, 214, 218],
+    ]
+    assert [batch.real.tolist() for batch in found] == [
+        [0, 1, 9, 10, *range(18, 26)],
+        [*range(8), *range(12, 23)],
+        [*range(19)],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pad_to", "most", "shapes"),
+    [
+        (1, None, [(4, 9), (2, 20)]),
+        (8, None, [(3, 16), (2, 16), (1, 24)]),
+        (8, 21, [(3, 16), (2, 16), (1, 21)]),
+        (64, 10, [(4, 10), (2, 20)]),
+    ],
+)
+def test_calibration_rows_are_padded_to_few_widths(pad_to, most, shapes):
+    rows = [(np.zeros(n, np.int32), np.ones(n, bool)) for n in (9, 3, 20, 12, 3, 9)]
+    assert [batch.tokens.shape for batch in make_batches(rows, 48, pad_to, most)] == shapes
