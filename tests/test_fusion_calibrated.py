@@ -19,7 +19,7 @@ from test_fusion_fuse import make_adapter
 from mlx_adapters import TrainConfig, errors, load_adapter, train
 from mlx_adapters.assembly.plan import LayerPlan, Updates
 from mlx_adapters.calibration import mixed, strategy
-from mlx_adapters.calibration.blockwise import Blocks, Variant, make_batches
+from mlx_adapters.calibration.blockwise import Blocks, Variant
 from mlx_adapters.calibration.calibrate import Spool
 from mlx_adapters.calibration.collecting import Collector, HiddenStates, fisher_probe
 from mlx_adapters.calibration.fidelity import compare
@@ -27,6 +27,7 @@ from mlx_adapters.calibration.texts import GENERAL, choose_text
 from mlx_adapters.cli import cli
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.config.training import Quantization
+from mlx_adapters.data.batches import make_batches
 from mlx_adapters.data.datasets import read_data
 from mlx_adapters.errors import ConfigError, FidelityError, FormatError, IncompatibleError, NotFoundError
 from mlx_adapters.fusion.check import check_fused

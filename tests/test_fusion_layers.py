@@ -8,11 +8,12 @@ from test_fusion_calibrated import some_rows
 from test_fusion_fuse import IDS, make_adapter
 from tiny_models import build_model
 
-from mlx_adapters.calibration.blockwise import Variant, make_batches
+from mlx_adapters.calibration.blockwise import Variant
 from mlx_adapters.calibration.collecting import Collector
 from mlx_adapters.calibration.moments import Seen, fits
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.config.training import Quantization
+from mlx_adapters.data.batches import make_batches
 from mlx_adapters.errors import FormatError
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.models.adapter import Adapter, AdapterConfig

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_adapters.assembly.plan import Source, Updates
@@ -19,18 +18,6 @@ from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import dense_layer
 from mlx_adapters.models.model import load_module
 from mlx_adapters.system.door import mx, nn
-
-
-@dataclass(frozen=True)
-class TokenBatch:
-    """Rows of one batch. `tokens` (rows, length) int32, padded on the right; `judged` (n,) indices into the
-    flattened (rows · length) positions whose next token `targets` (n,) the loss counts; `real` (m,) indices of
-    positions that are not padding."""
-
-    tokens: mx.array
-    judged: mx.array
-    targets: mx.array
-    real: mx.array
 
 
 @dataclass(frozen=True)
@@ -231,42 +218,3 @@ class _Outside:
 
 def _to_float32(value: mx.array) -> mx.array:
     return value.astype(mx.float32) if mx.issubdtype(value.dtype, mx.floating) else value
-
-
-Row = tuple[np.ndarray, np.ndarray]
-
-
-def make_batches(
-    rows: list[Row], tokens_per_batch: int = 2048, pad_to: int = 1, most: int | None = None
-) -> list[TokenBatch]:
-    """Batches of (tokens, judged) rows of like length. judged[t]: whether the loss counts token t as a target.
-
-    Rows are padded to a multiple of `pad_to`, but to no more than `most` tokens.
-    """
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i][0]), i))
-    groups: list[list[int]] = []
-    for i in order:
-        width = _padded(len(rows[i][0]), pad_to, most)
-        if not groups or (len(groups[-1]) + 1) * width > tokens_per_batch:
-            groups.append([])
-        groups[-1].append(i)
-    return [_make_batch([rows[i] for i in group], pad_to, most) for group in groups]
-
-
-def _padded(length: int, multiple: int, most: int | None) -> int:
-    padded = -(-length // multiple) * multiple
-    return padded if most is None else max(length, min(padded, most))
-
-
-def _make_batch(rows: list[Row], pad_to: int, most: int | None) -> TokenBatch:
-    width = _padded(max(len(tokens) for tokens, _ in rows), pad_to, most)
-    tokens = np.zeros((len(rows), width), np.int32)
-    judged, targets, real = [], [], []
-    for r, (row, counts) in enumerate(rows):
-        tokens[r, : len(row)] = row
-        places = np.flatnonzero(counts[1:])
-        judged.append(r * width + places)
-        targets.append(row[1:][places])
-        real.append(r * width + np.arange(len(row) - 1))
-    parts = (np.concatenate(p).astype(np.int32) for p in (judged, targets, real))
-    return TokenBatch(mx.array(tokens), *(mx.array(part) for part in parts))

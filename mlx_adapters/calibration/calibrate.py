@@ -9,10 +9,11 @@ import numpy as np
 
 from mlx_adapters.assembly.plan import LayerPlan, Updates
 from mlx_adapters.assembly.writing import dtype_name
-from mlx_adapters.calibration.blockwise import TokenBatch, Variant
+from mlx_adapters.calibration.blockwise import Variant
 from mlx_adapters.calibration.collecting import Collector
 from mlx_adapters.calibration.moments import Moments, mix
 from mlx_adapters.config.training import Quantization
+from mlx_adapters.data.batches import TokenBatch
 from mlx_adapters.errors import FormatError
 from mlx_adapters.events import OnEvent, Progress
 from mlx_adapters.models.base import Base

@@ -17,8 +17,9 @@ from typing import Any
 
 from mlx.utils import tree_unflatten
 
-from mlx_adapters.calibration.blockwise import Blocks, Call, TokenBatch, Variant
+from mlx_adapters.calibration.blockwise import Blocks, Call, Variant
 from mlx_adapters.calibration.moments import Moments, Seen, add_calls, fits, gram
+from mlx_adapters.data.batches import TokenBatch
 from mlx_adapters.events import OnEvent, Progress, ignore
 from mlx_adapters.models.layers import ADAPTABLE, weight_shape
 from mlx_adapters.storage import paths, tensor_files

@@ -6,7 +6,7 @@ from typing import Literal
 from mlx_adapters.assembly.plan import Precision, Updates
 from mlx_adapters.assembly.tensors import Job
 from mlx_adapters.assembly.writing import dtype_name
-from mlx_adapters.calibration.blockwise import TokenBatch, Variant, make_batches
+from mlx_adapters.calibration.blockwise import Variant
 from mlx_adapters.calibration.calibrate import Spool, round_layers
 from mlx_adapters.calibration.fidelity import Fidelity, compare
 from mlx_adapters.calibration.mixed import (
@@ -20,6 +20,7 @@ from mlx_adapters.calibration.mixed import (
 from mlx_adapters.calibration.texts import Text, choose_text
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.config.training import Quantization, to_mapping
+from mlx_adapters.data.batches import TokenBatch, make_batches
 from mlx_adapters.data.datasets import spread
 from mlx_adapters.errors import AdapterError, ConfigError
 from mlx_adapters.events import Note, OnEvent

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_adapters.calibration.blockwise import Row
+from mlx_adapters.data.batches import TokenRow
 from mlx_adapters.data.datasets import RawRow, read_data, spread
 from mlx_adapters.data.tokenizing import tokenize_row
 from mlx_adapters.errors import AdapterError, FormatError, NotFoundError
@@ -24,7 +24,7 @@ GENERAL = "general text of the package"
 MAX_LENGTH = 512
 LEAST_TOKENS = 256
 LEAST_CHARACTERS = 4 * LEAST_TOKENS
-Tokenize = Callable[[list[RawRow]], list[Row]]
+Tokenize = Callable[[list[RawRow]], list[TokenRow]]
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Text:
     `why` says, if it is the general text, why the adapter's own data is not used.
     """
 
-    calibration: list[Row]
-    check: list[Row]
+    calibration: list[TokenRow]
+    check: list[TokenRow]
     source: str
     sha256: str
     why: str | None = None
@@ -68,7 +68,7 @@ def choose_text(
 
     length = MAX_LENGTH if positions is None else min(MAX_LENGTH, positions)
 
-    def tokens_of(rows: list[RawRow]) -> list[Row]:
+    def tokens_of(rows: list[RawRow]) -> list[TokenRow]:
         return _tokenize(rows, tokenizer, length)
 
     def prepare(source: str, rows: tuple[list[RawRow], list[RawRow]], why: str | None = None) -> Text:
@@ -176,7 +176,7 @@ def _apart(train: list[RawRow], held: list[RawRow], source: str) -> tuple[list[R
     return train, held
 
 
-def _enough(rows: list[RawRow], count: int, tokens_of: Tokenize, without: set[bytes]) -> list[Row]:
+def _enough(rows: list[RawRow], count: int, tokens_of: Tokenize, without: set[bytes]) -> list[TokenRow]:
     """`count` rows, evenly spaced, or as many more as LEAST_TOKENS take; none whose tokens are in `without`."""
     while True:
         found = [row for row in tokens_of(spread(rows, count)) if row[0].tobytes() not in without]
@@ -185,11 +185,11 @@ def _enough(rows: list[RawRow], count: int, tokens_of: Tokenize, without: set[by
         count *= 2
 
 
-def _tokens(rows: list[Row]) -> int:
+def _tokens(rows: list[TokenRow]) -> int:
     return sum(len(tokens) for tokens, _ in rows)
 
 
-def _tokenize(rows: list[RawRow], tokenizer: Any, length: int) -> list[Row]:
+def _tokenize(rows: list[RawRow], tokenizer: Any, length: int) -> list[TokenRow]:
     tokenized = []
     for raw in rows:
         row = tokenize_row(raw, tokenizer, length, mask_prompt=raw.format != "text")

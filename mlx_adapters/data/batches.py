@@ -4,6 +4,8 @@ Rows of like length go together, so little is padded. They are sought within poo
 anew in each epoch, so the same rows do not always meet, and the order of the batches is shuffled.
 All of it is a pure function of the lengths, the seed and the epoch: a resumed run needs to know only how
 many batches it has seen. Every row comes once per epoch, the last, smaller batch included.
+
+Calibration and the check of a fuse go through their rows once, sorted by length (`make_batches`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_adapters.data.tokenizing import Row
+from mlx_adapters.system.door import mx
 
 POOL = 50  # batches; with rows of 5 to 400 tokens, 4 in each, 1 to 3 % are padding
 
@@ -120,3 +123,54 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
             bins.append([index])
             room.append(capacity - lengths[index])
     return bins
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Rows of one batch. `tokens` (rows, length) int32, padded on the right; `judged` (n,) indices into the
+    flattened (rows · length) positions whose next token `targets` (n,) the loss counts; `real` (m,) indices of
+    positions that are not padding."""
+
+    tokens: mx.array
+    judged: mx.array
+    targets: mx.array
+    real: mx.array
+
+
+TokenRow = tuple[np.ndarray, np.ndarray]  # tokens (length,) int32, and which of them the loss counts (length,) bool
+
+
+def make_batches(
+    rows: list[TokenRow], tokens_per_batch: int = 2048, pad_to: int = 1, most: int | None = None
+) -> list[TokenBatch]:
+    """Batches of (tokens, judged) rows of like length. judged[t]: whether the loss counts token t as a target.
+
+    Rows are padded to a multiple of `pad_to`, but to no more than `most` tokens.
+    """
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i][0]), i))
+    groups: list[list[int]] = []
+    for i in order:
+        width = _padded(len(rows[i][0]), pad_to, most)
+        if not groups or (len(groups[-1]) + 1) * width > tokens_per_batch:
+            groups.append([])
+        groups[-1].append(i)
+    return [_lay_out([rows[i] for i in group], pad_to, most) for group in groups]
+
+
+def _padded(length: int, multiple: int, most: int | None) -> int:
+    padded = _round_up(length, multiple)
+    return padded if most is None else max(length, min(padded, most))
+
+
+def _lay_out(rows: list[TokenRow], pad_to: int, most: int | None) -> TokenBatch:
+    width = _padded(max(len(tokens) for tokens, _ in rows), pad_to, most)
+    tokens = np.zeros((len(rows), width), np.int32)
+    judged, targets, real = [], [], []
+    for r, (row, counts) in enumerate(rows):
+        tokens[r, : len(row)] = row
+        places = np.flatnonzero(counts[1:])
+        judged.append(r * width + places)
+        targets.append(row[1:][places])
+        real.append(r * width + np.arange(len(row) - 1))
+    parts = (np.concatenate(p).astype(np.int32) for p in (judged, targets, real))
+    return TokenBatch(mx.array(tokens), *(mx.array(part) for part in parts))
