@@ -4,7 +4,78 @@ Public names load on first use, so importing the package is instant. On Linux th
 MLX gets a fast BLAS if there is one, and everywhere that its float32 products are float32 (see `blas`).
 """
 
+from typing import TYPE_CHECKING
+
 from mlx_adapters.system.blas import keep_float32, load_before_mlx
+
+if TYPE_CHECKING:  # what editors and type checkers read
+    from mlx_adapters.adapters.inspecting import compare as compare
+    from mlx_adapters.adapters.inspecting import describe as describe
+    from mlx_adapters.adapters.keeping import prune as prune
+    from mlx_adapters.adapters.keeping import remove as remove
+    from mlx_adapters.adapters.keeping import rename as rename
+    from mlx_adapters.adapters.keeping import tag as tag
+    from mlx_adapters.adapters.keeping import use as use
+    from mlx_adapters.adapters.packing import add as add
+    from mlx_adapters.adapters.packing import pack as pack
+    from mlx_adapters.adapters.peft_export import PeftExport as PeftExport
+    from mlx_adapters.adapters.peft_export import export_peft as export_peft
+    from mlx_adapters.adapters.peft_import import import_peft as import_peft
+    from mlx_adapters.adapters.verifying import verify as verify
+    from mlx_adapters.adapters.verifying import verify_all as verify_all
+    from mlx_adapters.benchmarking.advice import advise as advise
+    from mlx_adapters.benchmarking.measurements import read_report as read_report
+    from mlx_adapters.benchmarking.run import benchmark as benchmark
+    from mlx_adapters.benchmarking.schedule import BenchmarkConfig as BenchmarkConfig
+    from mlx_adapters.config.fusing import FuseOptions as FuseOptions
+    from mlx_adapters.config.training import LoraConfig as LoraConfig
+    from mlx_adapters.config.training import Quantization as Quantization
+    from mlx_adapters.config.training import TrainConfig as TrainConfig
+    from mlx_adapters.data.checking import check_data as check_data
+    from mlx_adapters.data.checking import split_data as split_data
+    from mlx_adapters.display.notebook import progress_bar as progress_bar
+    from mlx_adapters.errors import AdapterError as AdapterError
+    from mlx_adapters.errors import ConfigError as ConfigError
+    from mlx_adapters.errors import ExistsError as ExistsError
+    from mlx_adapters.errors import FidelityError as FidelityError
+    from mlx_adapters.errors import FormatError as FormatError
+    from mlx_adapters.errors import HubError as HubError
+    from mlx_adapters.errors import IncompatibleError as IncompatibleError
+    from mlx_adapters.errors import ModelError as ModelError
+    from mlx_adapters.errors import NotFoundError as NotFoundError
+    from mlx_adapters.errors import StorageError as StorageError
+    from mlx_adapters.errors import TrainingError as TrainingError
+    from mlx_adapters.evaluation.evaluate import EvaluationConfig as EvaluationConfig
+    from mlx_adapters.evaluation.evaluate import evaluate as evaluate
+    from mlx_adapters.evaluation.harness import run_tasks as run_tasks
+    from mlx_adapters.fusion.check import check_fused as check_fused
+    from mlx_adapters.fusion.fuse import fuse as fuse
+    from mlx_adapters.fusion.fuse import fuse_again as fuse_again
+    from mlx_adapters.fusion.peft import fuse_peft as fuse_peft
+    from mlx_adapters.fusion.result import FuseResult as FuseResult
+    from mlx_adapters.generation.live import LiveModel as LiveModel
+    from mlx_adapters.generation.live import load_model as load_model
+    from mlx_adapters.generation.memory import estimate_inference as estimate_inference
+    from mlx_adapters.merging.extraction import extract as extract
+    from mlx_adapters.merging.recipes import interpolate as interpolate
+    from mlx_adapters.merging.recipes import merge as merge
+    from mlx_adapters.merging.recipes import scale as scale
+    from mlx_adapters.merging.recipes import subtract as subtract
+    from mlx_adapters.models.adapter import Adapter as Adapter
+    from mlx_adapters.models.adapter import AdapterConfig as AdapterConfig
+    from mlx_adapters.models.adapter import read_adapter as read_adapter
+    from mlx_adapters.models.adapter import write_adapter as write_adapter
+    from mlx_adapters.models.model import Generation as Generation
+    from mlx_adapters.models.model import Model as Model
+    from mlx_adapters.publishing.uploads import make_card as make_card
+    from mlx_adapters.publishing.uploads import publish as publish
+    from mlx_adapters.sources.downloads import download as download
+    from mlx_adapters.sources.registry import list_adapters as list_adapters
+    from mlx_adapters.sources.registry import load_adapter as load_adapter
+    from mlx_adapters.system.machine import environment as environment
+    from mlx_adapters.training.forecast import estimate as estimate
+    from mlx_adapters.training.runs import TrainRun as TrainRun
+    from mlx_adapters.training.runs import train as train
 
 __version__ = "0.1.0"
 
@@ -85,14 +156,16 @@ load_before_mlx()
 keep_float32()
 
 
-def __getattr__(name: str) -> object:
-    import importlib
+if not TYPE_CHECKING:  # to a type checker there are the names above and no others
 
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'mlx_adapters' has no attribute '{name}'")
-    value = getattr(importlib.import_module(f"mlx_adapters.{_PUBLIC[name]}"), name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> object:
+        import importlib
+
+        if name not in _PUBLIC:
+            raise AttributeError(f"module 'mlx_adapters' has no attribute '{name}'")
+        value = getattr(importlib.import_module(f"mlx_adapters.{_PUBLIC[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
