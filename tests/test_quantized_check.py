@@ -54,8 +54,9 @@ def lying_kernel(monkeypatch):
     monkeypatch.setattr("mlx_adapters.models.model.on_gpu", lambda: True)
 
 
-def test_wrong_layers_become_dense_with_a_warning(tiny_model, lying_kernel, monkeypatch):
+def test_wrong_layers_become_dense_with_a_warning(tiny_model, lying_kernel, monkeypatch, caplog):
     folder = tiny_model("llama", bits=4)
+    caplog.set_level("INFO", logger="mlx_adapters.models.quantized_check")
     with pytest.warns(
         MiscomputedWarning, match=r"computes \d+ quantized layers wrong on this device \('.*embed_tokens'"
     ):
@@ -70,6 +71,7 @@ def test_wrong_layers_become_dense_with_a_warning(tiny_model, lying_kernel, monk
     monkeypatch.setattr(quantized_check, "check_layer", None)  # what was found is remembered
     with pytest.warns(MiscomputedWarning):
         load_model(folder)
+    assert caplog.messages == ["5 kinds of quantized layers are tried on this device, once."]
 
 
 def test_a_kernel_that_raises_is_wrong_too(monkeypatch):

@@ -37,6 +37,9 @@ _CONTROLS = re.compile(
 _LINE_ENDS = re.compile(r"[\t\n\x0b\x0c\r\x1c-\x1e\x85\u2028\u2029]+")
 _OUR_ESCAPE = os.urandom(8).hex()  # stands for ESC in what `style` gives: no text from elsewhere can hold it
 
+# Loggers of what happens below functions that take no on_event; what they say is a note.
+TOLD = ("mlx_adapters.hub", "mlx_adapters.storage.locks", "mlx_adapters.models.quantized_check")
+
 _quiet = False
 _debug = False
 
@@ -47,10 +50,7 @@ def configure(quiet: bool, debug: bool) -> None:
     _quiet, _debug = quiet, debug
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported
-    for name in (
-        "mlx_adapters.hub",
-        "mlx_adapters.storage.locks",
-    ):  # what happens below functions that take no on_event
+    for name in TOLD:
         log = logging.getLogger(name)
         log.setLevel(logging.INFO)
         log.handlers = [_NoteHandler()]

@@ -11,6 +11,7 @@ warning names it.
 import contextlib
 import hashlib
 import inspect
+import logging
 import math
 import warnings
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ from mlx_adapters.storage.tensor_names import BIAS, SCALES
 from mlx_adapters.system.door import SwitchLinear, mx, nn
 from mlx_adapters.system.machine import usable_memory_bytes
 from mlx_adapters.units import count, size
+
+log = logging.getLogger("mlx_adapters.models.quantized_check")
 
 TOKENS = (1, 2, 5, 9, 40, 130)
 ROWS, EXPERTS = 256, 4  # of a large weight, so many output rows and experts are compared
@@ -57,9 +60,12 @@ def replace_miscomputed(module: nn.Module, dtype: mx.Dtype) -> list[str]:
     layers = {path: layer for path, layer in weight_layers(module).items() if is_quantized(layer)}
     known, wrong = _read(), {}
     fresh: dict[str, Any] = {}
+    unknown = {kind_of(layer, dtype) for layer in layers.values()} - known.keys()
+    if unknown:
+        log.info("%s of quantized layers are tried on this device, once.", count(len(unknown), "kind"))
     for path, layer in layers.items():
         kind = kind_of(layer, dtype)
-        if kind not in known and kind not in fresh:
+        if kind in unknown and kind not in fresh:
             fresh[kind] = check_layer(layer, dtype).error
         if not _is_right({**known, **fresh}[kind], dtype):
             wrong[path] = layer
