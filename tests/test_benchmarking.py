@@ -37,6 +37,7 @@ from mlx_adapters.evaluation.statistics import (
     weighted_mean,
 )
 from mlx_adapters.evaluation.variants import Variant, parse_variant, parse_variants, prepare, short_names
+from mlx_adapters.generation import memory
 from mlx_adapters.models.adapter import Adapter, AdapterConfig
 from mlx_adapters.models.base import resolve_base
 from mlx_adapters.models.model import load_model
@@ -224,13 +225,13 @@ def test_prefill_in_chunks_changes_nothing(tiny_model, monkeypatch):
 
 def test_bytes_read_per_token(tiny_model):
     tied, untied, experts = (load_model(tiny_model(name)) for name in ("llama", "phi3", "mixtral"))
-    assert trials.bytes_per_token(tied.module, tied.config) == trials.bytes_of(tied.module)
+    assert trials.bytes_per_token(tied.module, tied.config) == memory.bytes_of(tied.module)
     embedding = 512 * 64 * 4
-    assert trials.bytes_per_token(untied.module, untied.config) == trials.bytes_of(untied.module) - embedding + 64 * 4
+    assert trials.bytes_per_token(untied.module, untied.config) == memory.bytes_of(untied.module) - embedding + 64 * 4
     per_block = 3 * 4 * 128 * 64 * 4  # three matrices of four experts, of which two are chosen
     assert (
         trials.bytes_per_token(experts.module, experts.config)
-        == trials.bytes_of(experts.module) - embedding + 64 * 4 - 2 * per_block // 2
+        == memory.bytes_of(experts.module) - embedding + 64 * 4 - 2 * per_block // 2
     )
 
 

@@ -15,14 +15,12 @@ import time
 from typing import Any
 
 import numpy as np
-from mlx.utils import tree_flatten
 
 from mlx_adapters.benchmarking.schedule import stretch
+from mlx_adapters.generation.memory import PREFILL_CHUNK, bytes_of
 from mlx_adapters.models.layers import EMBEDDING, SWITCH, adaptable_layers
 from mlx_adapters.system.door import make_prompt_cache, mx, nn
 from mlx_adapters.system.machine import on_gpu
-
-PREFILL_CHUNK = 2048
 
 
 def prefill(module: nn.Module, cache: list[Any], tokens: mx.array) -> mx.array:
@@ -76,11 +74,6 @@ def random_prompts(vocabulary: int, batch: int, length: int, seed: int) -> mx.ar
 def vocabulary_size(module: nn.Module) -> int:
     """Rows of the token embedding."""
     return next(layer.weight.shape[0] for layer in adaptable_layers(module).values() if isinstance(layer, EMBEDDING))
-
-
-def bytes_of(module: nn.Module) -> int:
-    """Bytes of all weights."""
-    return sum(array.nbytes for _, array in tree_flatten(module.parameters()))
 
 
 def bytes_per_token(module: nn.Module, config: dict[str, Any]) -> int:

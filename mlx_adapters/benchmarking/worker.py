@@ -24,6 +24,7 @@ from mlx_adapters.benchmarking.schedule import BenchmarkConfig
 from mlx_adapters.config.training import from_mapping, require
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.evaluation.variants import Variant
+from mlx_adapters.generation import memory
 from mlx_adapters.generation.live import load_model
 from mlx_adapters.models.adapter import StrengthWarning, weights_file
 from mlx_adapters.models.base import resolve_base
@@ -59,7 +60,7 @@ def run_job(variant: Variant, config: BenchmarkConfig) -> dict[str, Any]:
     result["shapes"] = [measure_shape(model, config, shape, prompts[shape]) for shape in config.shapes]
     result |= {"process": process_memory(), "conditions": conditions(model)}
     model.detach()
-    result["weights_bytes"] = trials.bytes_of(model.module)
+    result["weights_bytes"] = memory.bytes_of(model.module)
     read = trials.bytes_per_token(model.module, model.config) + result["adapter_bytes"]
     result["bytes_per_token"] = read
     del model

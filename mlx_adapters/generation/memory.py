@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_adapters.benchmarking.trials import PREFILL_CHUNK, bytes_of
+from mlx.utils import tree_flatten
+
 from mlx_adapters.config.training import Quantization, require
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base, resolve_base
@@ -20,6 +21,7 @@ from mlx_adapters.sources.registry import load_adapter
 from mlx_adapters.system.door import make_prompt_cache, mx, nn
 from mlx_adapters.system.machine import on_gpu, usable_memory_bytes
 
+PREFILL_CHUNK = 2048
 SCALE_BYTES = 2  # of a group's scale, and of its bias
 STORED = "as stored"
 
@@ -95,6 +97,11 @@ def _in_memory(disk: int, name: str, module: nn.Module, dense: int) -> int:
     return bytes_of(module) if name == STORED else disk
 
 
+def bytes_of(module: nn.Module) -> int:
+    """Bytes of all weights."""
+    return sum(array.nbytes for _, array in tree_flatten(module.parameters()))
+
+
 def parameter_count(module: nn.Module) -> int:
     """Numbers in the model, packed weights counted unpacked."""
     return sum(size for size, _ in _sizes(module))
@@ -102,8 +109,6 @@ def parameter_count(module: nn.Module) -> int:
 
 def _sizes(module: nn.Module) -> list[tuple[int, bool]]:
     """(numbers, whether it can be quantized) of each weight; scales and biases of groups are no weights."""
-    from mlx.utils import tree_flatten
-
     layers = adaptable_layers(module)
     found = []
     for path, array in tree_flatten(module.parameters()):
@@ -127,8 +132,6 @@ def weights_bytes(module: nn.Module, bits: int, group_size: int) -> int:
 
 def kv_cache_bytes(module: nn.Module, context: int, batch: int, item_bytes: int) -> int:
     """Bytes of the cache after `context` tokens, for activations of `item_bytes`; nothing is computed."""
-    from mlx.utils import tree_flatten
-
     cache = make_prompt_cache(module)
     for start in range(0, context - 1, PREFILL_CHUNK):
         module(mx.zeros((batch, min(PREFILL_CHUNK, context - 1 - start)), mx.int32), cache=cache)
