@@ -47,7 +47,7 @@ ROOM_OF_LAYER = {room: number for number, room in enumerate(reversed(ROOMS))}
 # Still to be opened: (from, to).
 CLIMBING = {
     ("fusion.peft", "adapters.peft_import"),
-    ("models.base", "sources.demo_base"), ("models.base", "sources.hub"), ("models.low_rank", "merging.arithmetic"),
+    ("models.base", "sources.demo_base"), ("models.base", "sources.hub"),
     ("sources.downloads", "adapters.peft_import"), ("system.door", "models.templates"),
 }  # fmt: skip
 PRINTING = ("print", "click.echo", "click.secho", "sys.stdout.write", "sys.stderr.write", "rich.print")

@@ -13,7 +13,7 @@ from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.merging import arithmetic
 from mlx_adapters.merging.decomposition import Decomposition, decompose_matrix, decompose_product
 from mlx_adapters.merging.methods import METHODS, Options, merge_updates
-from mlx_adapters.models.low_rank import Update, inner, stack
+from mlx_adapters.models.low_rank import LowRankUpdate, inner, stack
 
 MODULES = ("embed", "q", "v", "up")  # the order in which PEFT visits them
 with safe_open(Path(__file__).parent / "fixtures" / "merges.safetensors", "numpy") as _file:
@@ -35,21 +35,21 @@ class RecordedDraws:
         return np.where(mask == 1, 0.0, 1.0)
 
 
-def source(adapter: str, module: str) -> Update | None:
+def source(adapter: str, module: str) -> LowRankUpdate | None:
     name = f"source/{adapter}/{module}"
     if name + "/A" not in TENSORS:
         return None
-    return Update(TENSORS[name + "/A"].T, TENSORS[name + "/B"].T, SCALINGS[f"{adapter}/{module}"])
+    return LowRankUpdate(TENSORS[name + "/A"].T, TENSORS[name + "/B"].T, SCALINGS[f"{adapter}/{module}"])
 
 
-def random_update(rng: np.random.Generator, inputs: int, rank: int, outputs: int, experts: int = 0) -> Update:
+def random_update(rng: np.random.Generator, inputs: int, rank: int, outputs: int, experts: int = 0) -> LowRankUpdate:
     lead = (experts,) if experts else ()
     a = rng.standard_normal((*lead, inputs, rank), dtype=np.float32)
-    return Update(a, rng.standard_normal((*lead, rank, outputs), dtype=np.float32), float(rng.uniform(0.1, 20)))
+    return LowRankUpdate(a, rng.standard_normal((*lead, rank, outputs), dtype=np.float32), float(rng.uniform(0.1, 20)))
 
 
-def as_matrix(merged: Update | Decomposition, rank: int) -> np.ndarray:
-    if isinstance(merged, Update):
+def as_matrix(merged: LowRankUpdate | Decomposition, rank: int) -> np.ndarray:
+    if isinstance(merged, LowRankUpdate):
         return merged.matrix()
     a, b = merged.factors(rank)
     return a @ b
@@ -120,7 +120,7 @@ def test_each_expert_is_merged_as_a_matrix_of_its_own(name):
     options = Options(density=0.5 if METHODS[name].prune == "magnitude" else 1.0, rank=4)
     together = merge_updates(METHODS[name], updates, [1, 2], options, rng)
     for expert in range(2):
-        single = [Update(u.a[expert], u.b[expert], u.scale) for u in updates]
+        single = [LowRankUpdate(u.a[expert], u.b[expert], u.scale) for u in updates]
         alone = merge_updates(METHODS[name], single, [1, 2], options, rng)
         rank = 6 if name == "cat" else 4
         np.testing.assert_allclose(as_matrix(together, rank)[expert], as_matrix(alone, rank), rtol=1e-3, atol=1e-3)
@@ -185,7 +185,7 @@ def test_factors_of_very_unequal_strength_are_decomposed_to_float32_precision():
 
 
 def test_zero_updates_merge_to_zero():
-    zero = Update(np.zeros((5, 2), np.float32), np.zeros((2, 4), np.float32))
+    zero = LowRankUpdate(np.zeros((5, 2), np.float32), np.zeros((2, 4), np.float32))
     found = decompose_product(zero.a, zero.b)
     assert found.kept(1) == 1.0 and found.rank_for(0.99) == 1 and not found.factors(1)[0].any()
 

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.config.training import to_mapping
+from mlx_adapters.evaluation.tokens import losses_on
 from mlx_adapters.events import OnEvent, ignore
-from mlx_adapters.merging.recipes import update_shape
-from mlx_adapters.merging.sweep import losses_on
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.low_rank import Update, inner, update_of
+from mlx_adapters.models.low_rank import LowRankUpdate, inner, update_of, update_shape
 from mlx_adapters.models.metadata import losses_of
 from mlx_adapters.sources import registry
 from mlx_adapters.sources.registry import Entry
@@ -148,7 +147,7 @@ def compare(
     )  # fmt: skip
 
 
-def _inner_if_same_shape(x: Update | None, y: Update | None) -> float | None:
+def _inner_if_same_shape(x: LowRankUpdate | None, y: LowRankUpdate | None) -> float | None:
     if x is None or y is None or x.a.shape[:-1] != y.a.shape[:-1] or x.b.shape[-1] != y.b.shape[-1]:
         return None
     return inner(x, y)

@@ -7,20 +7,23 @@ distribution over the next token and q the model's, KL(p ‖ q) in nats says wha
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from mlx_adapters.data.batches import Batch, make_batch
-from mlx_adapters.data.datasets import RawRow
+from mlx_adapters.data.datasets import RawRow, read_data
 from mlx_adapters.data.tokenizing import Row, tokenize
-from mlx_adapters.errors import FormatError
+from mlx_adapters.errors import ConfigError, FormatError
 from mlx_adapters.events import OnEvent, Progress, ignore
-from mlx_adapters.models.model import Model
+from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.model import Model, load_model
 from mlx_adapters.storage.tensor_files import as_numpy
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.machine import memory_bytes
 
 BATCH_TOKENS = 2048
+MAX_SEQ_LENGTH = 2048  # of the rows that `losses_on` judges
 
 
 @dataclass(frozen=True)
@@ -114,3 +117,25 @@ def judge(model: Model, batches: Batches, on_event: OnEvent = ignore) -> TokenFi
     if batches.reference is None:
         return TokenFigures(sums["tokens"], sums["loss"])
     return TokenFigures(**sums)
+
+
+def losses_on(
+    data: str | Path, adapters: Sequence[Adapter], base: str | None, any_base: bool = False, on_event: OnEvent = ignore
+) -> list[float]:
+    """Loss of each adapter on the test rows of `data` (else valid, else train), in nats per judged token.
+
+    The base is loaded once. Raises ConfigError, NotFoundError, FormatError or IncompatibleError.
+    """
+    read = read_data(data, judging=True)
+    rows = read.rows(read.judging)
+    name = base or adapters[0].base_name
+    if name is None:
+        raise ConfigError("The adapters name no base.", "name one with --base.")
+    model = load_model(name)
+    batches = Batches(judged_rows(rows, model, MAX_SEQ_LENGTH))
+    losses = []
+    for adapter in adapters:
+        model.attach(adapter, any_base=any_base)
+        figures = judge(model, batches, on_event)
+        losses.append(float(figures.loss.sum() / figures.tokens.sum()))
+    return losses

@@ -6,11 +6,12 @@ except where a docstring says so. Magnitude pruning and sign election look at th
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-Matrix = np.ndarray[Any, np.dtype[np.float32]]
+from mlx_adapters.models.low_rank import Matrix
+
 SignMethod = Literal["total", "frequency"]
 SIGN_METHODS = ("total", "frequency")
 

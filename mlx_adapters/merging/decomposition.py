@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mlx_adapters.config.training import require
-from mlx_adapters.merging.arithmetic import Matrix
+from mlx_adapters.models.low_rank import Matrix
 
 EXACT_UP_TO = 768
 POWER_ITERATIONS = 4

@@ -16,7 +16,6 @@ from mlx.utils import tree_flatten
 from mlx_adapters.config.training import LoraConfig
 from mlx_adapters.errors import FormatError, IncompatibleError
 from mlx_adapters.events import Note, OnEvent, Progress, ignore
-from mlx_adapters.merging.arithmetic import Matrix
 from mlx_adapters.merging.decomposition import (
     Decomposition,
     check_rank,
@@ -27,7 +26,7 @@ from mlx_adapters.merging.decomposition import (
 from mlx_adapters.models.adapter import Adapter, AdapterConfig
 from mlx_adapters.models.base import Base, resolve_base
 from mlx_adapters.models.layers import EMBEDDING, adaptable_layers, dense_weight, resolve_target_modules, weight_shape
-from mlx_adapters.models.low_rank import Update, tensors_of
+from mlx_adapters.models.low_rank import LowRankUpdate, Matrix, tensors_of
 from mlx_adapters.models.model import load_module
 from mlx_adapters.sources import registry
 from mlx_adapters.storage import files, paths, replacing, tensor_files
@@ -98,7 +97,7 @@ def _assemble(
     rank = max(part.rank for part in parts.values())
     weights: dict[str, mx.array] = {}
     for key, part in parts.items():
-        weights |= tensors_of(key, Update(*part.factors(rank)), dtype)
+        weights |= tensors_of(key, LowRankUpdate(*part.factors(rank)), dtype)
     recipe = {"finetuned": finetuned, **kept_energy(parts, rank), "left_out": left_out}
     metadata = {"source": "extract", "extract": recipe, "base": base.record()} | registry.made_now()
     adapter = Adapter(AdapterConfig(rank, 1.0, tuple(parts)), weights, metadata).check()

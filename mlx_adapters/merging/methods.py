@@ -17,9 +17,9 @@ import numpy as np
 
 from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.merging import arithmetic
-from mlx_adapters.merging.arithmetic import Matrix, SignMethod
+from mlx_adapters.merging.arithmetic import SignMethod
 from mlx_adapters.merging.decomposition import Decomposition, decompose_matrix, decompose_product, join_decompositions
-from mlx_adapters.models.low_rank import Update, stack
+from mlx_adapters.models.low_rank import LowRankUpdate, Matrix, stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +66,12 @@ class Options:
 
 
 def merge_updates(
-    method: Method, updates: Sequence[Update], weights: Sequence[float], options: Options, rng: np.random.Generator
-) -> Update | Decomposition:
+    method: Method,
+    updates: Sequence[LowRankUpdate],
+    weights: Sequence[float],
+    options: Options,
+    rng: np.random.Generator,
+) -> LowRankUpdate | Decomposition:
     """Merge the updates of one layer. Methods that truncate return what the caller cuts.
 
     Raises IncompatibleError if the layers differ in shape, or in rank where the arithmetic needs equal ones.
@@ -81,7 +85,7 @@ def merge_updates(
     per_expert = _over_experts(updates)
     if method.space == "factors":
         merged = [_merge_factors(method, expert, weights, options, rng) for expert in per_expert]
-        return Update(_join([m.a for m in merged], updates), _join([m.b for m in merged], updates))
+        return LowRankUpdate(_join([m.a for m in merged], updates), _join([m.b for m in merged], updates))
     found = [_merge_matrices(method, expert, weights, options, rng) for expert in per_expert]
     return join_decompositions(found, experts=updates[0].a.ndim == 3)
 
@@ -103,8 +107,12 @@ def _combiner(method: Method, options: Options, rng: np.random.Generator) -> Com
 
 
 def _merge_factors(
-    method: Method, updates: Sequence[Update], weights: Sequence[float], options: Options, rng: np.random.Generator
-) -> Update:
+    method: Method,
+    updates: Sequence[LowRankUpdate],
+    weights: Sequence[float],
+    options: Options,
+    rng: np.random.Generator,
+) -> LowRankUpdate:
     if len({update.rank for update in updates}) > 1:
         ranks = ", ".join(str(update.rank) for update in updates)
         raise IncompatibleError(
@@ -115,21 +123,25 @@ def _merge_factors(
     roots = [math.sqrt(abs(strength)) for strength in strengths]
     combine = _combiner(method, options, rng)
     a = combine([u.a for u in updates], [math.copysign(r, s) for r, s in zip(roots, strengths, strict=True)])
-    return Update(a, combine([update.b for update in updates], roots))
+    return LowRankUpdate(a, combine([update.b for update in updates], roots))
 
 
 def _merge_matrices(
-    method: Method, updates: Sequence[Update], weights: Sequence[float], options: Options, rng: np.random.Generator
+    method: Method,
+    updates: Sequence[LowRankUpdate],
+    weights: Sequence[float],
+    options: Options,
+    rng: np.random.Generator,
 ) -> Decomposition:
     combined = _combiner(method, options, rng)([update.matrix() for update in updates], weights)
     return decompose_matrix(combined, options.rank, options.energy)
 
 
-def _over_experts(updates: Sequence[Update]) -> list[list[Update]]:
+def _over_experts(updates: Sequence[LowRankUpdate]) -> list[list[LowRankUpdate]]:
     if updates[0].a.ndim == 2:
         return [list(updates)]
-    return [[Update(u.a[e], u.b[e], u.scale) for u in updates] for e in range(updates[0].a.shape[0])]
+    return [[LowRankUpdate(u.a[e], u.b[e], u.scale) for u in updates] for e in range(updates[0].a.shape[0])]
 
 
-def _join(parts: list[Matrix], like: Sequence[Update]) -> Matrix:
+def _join(parts: list[Matrix], like: Sequence[LowRankUpdate]) -> Matrix:
     return parts[0] if like[0].a.ndim == 2 else np.stack(parts)

@@ -21,7 +21,7 @@ from mlx_adapters.merging.arithmetic import SIGN_METHODS, SignMethod
 from mlx_adapters.merging.decomposition import Decomposition, check_rank, kept_energy, pad_rank
 from mlx_adapters.merging.methods import METHODS, Method, Options, merge_updates
 from mlx_adapters.models.adapter import Adapter, AdapterConfig, weights_file
-from mlx_adapters.models.low_rank import Update, factors_of, stack_tensors, tensors_of, update_of
+from mlx_adapters.models.low_rank import LowRankUpdate, factors_of, stack_tensors, tensors_of, update_of, update_shape
 from mlx_adapters.models.metadata import base_of
 from mlx_adapters.sources import registry
 from mlx_adapters.storage import files, paths, replacing
@@ -134,11 +134,6 @@ def check_mergeable(adapters: Sequence[Adapter], any_base: bool) -> None:
                 )
 
 
-def update_shape(a: mx.array, b: mx.array) -> tuple[int, ...]:
-    """(in, out) of an update, or (experts, in, out)."""
-    return (a.shape[0], b.shape[1]) if a.ndim == 2 else (a.shape[0], a.shape[2], b.shape[1])
-
-
 def _same_base(x: Adapter, y: Adapter) -> bool:
     for field in ("fingerprint", "name"):
         a, b = base_of(x.metadata).get(field), base_of(y.metadata).get(field)
@@ -215,9 +210,9 @@ def _config(adapters: Sequence[Adapter], rank: int, scale: float, keys: tuple[st
 def _merge_layers(
     name: str, method: Method, adapters: Sequence[Adapter], weights: Sequence[float], options: Options, seed: int,
     on_event: OnEvent,
-) -> dict[str, Update | Decomposition]:  # fmt: skip
+) -> dict[str, LowRankUpdate | Decomposition]:  # fmt: skip
     keys = _all_keys(adapters)
-    merged: dict[str, Update | Decomposition] = {}
+    merged: dict[str, LowRankUpdate | Decomposition] = {}
     for done, key in enumerate(keys, start=1):
         present = [(update_of(a, key), w) for a, w in zip(adapters, weights, strict=True) if key in a.config.keys]
         # A generator for each layer: the result does not depend on which other layers there are.
@@ -231,21 +226,21 @@ def _merge_layers(
 
 
 def _assemble(
-    merged: dict[str, Update | Decomposition], adapters: Sequence[Adapter], options: Options, dtype: mx.Dtype
+    merged: dict[str, LowRankUpdate | Decomposition], adapters: Sequence[Adapter], options: Options, dtype: mx.Dtype
 ) -> Adapter:
     rank = max(_rank_of(layer, options) for layer in merged.values())
     weights: dict[str, mx.array] = {}
     for key, layer in merged.items():
         if isinstance(layer, Decomposition):
-            update = Update(*layer.factors(rank))
+            update = LowRankUpdate(*layer.factors(rank))
         else:
-            update = Update(pad_rank(layer.a, -1, rank), pad_rank(layer.b, -2, rank))
+            update = LowRankUpdate(pad_rank(layer.a, -1, rank), pad_rank(layer.b, -2, rank))
         weights |= tensors_of(key, update, dtype)
     return Adapter(_config(adapters, rank, options.scale, tuple(merged)), weights)
 
 
-def _rank_of(layer: Update | Decomposition, options: Options) -> int:
-    if isinstance(layer, Update):
+def _rank_of(layer: LowRankUpdate | Decomposition, options: Options) -> int:
+    if isinstance(layer, LowRankUpdate):
         return layer.rank
     return min(layer.rank, options.rank or layer.rank_for(options.energy))
 

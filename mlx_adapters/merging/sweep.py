@@ -5,13 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_adapters.config.training import require
-from mlx_adapters.errors import ConfigError
+from mlx_adapters.evaluation.tokens import losses_on
 from mlx_adapters.events import OnEvent, ignore
 from mlx_adapters.merging.recipes import Source, interpolate
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.sources import registry
-
-MAX_SEQ_LENGTH = 2048
 
 
 @dataclass(frozen=True)
@@ -47,29 +45,3 @@ def keep(points: Sequence[Point], name: str, *, best: bool = False, overwrite: b
         if point.t in chosen:
             registry.register(point.adapter, chosen[point.t], overwrite=overwrite)
     return chosen
-
-
-def losses_on(
-    data: str | Path, adapters: Sequence[Adapter], base: str | None, any_base: bool = False, on_event: OnEvent = ignore
-) -> list[float]:
-    """Loss of each adapter on the test rows of `data` (else valid, else train), in nats per judged token.
-
-    The base is loaded once. Raises ConfigError, NotFoundError, FormatError or IncompatibleError.
-    """
-    from mlx_adapters.data.datasets import read_data
-    from mlx_adapters.evaluation.tokens import Batches, judge, judged_rows
-    from mlx_adapters.models.model import load_model
-
-    read = read_data(data, judging=True)
-    rows = read.rows(read.judging)
-    name = base or adapters[0].base_name
-    if name is None:
-        raise ConfigError("The adapters name no base.", "name one with --base.")
-    model = load_model(name)
-    batches = Batches(judged_rows(rows, model, MAX_SEQ_LENGTH))
-    losses = []
-    for adapter in adapters:
-        model.attach(adapter, any_base=any_base)
-        figures = judge(model, batches, on_event)
-        losses.append(float(figures.loss.sum() / figures.tokens.sum()))
-    return losses

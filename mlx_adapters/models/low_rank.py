@@ -3,18 +3,20 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_adapters.merging.arithmetic import Matrix
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.storage.tensor_files import as_numpy
 from mlx_adapters.storage.tensor_names import LORA_A, LORA_B, join
 
+Matrix = np.ndarray[Any, np.dtype[np.float32]]
+
 
 @dataclasses.dataclass(frozen=True)
-class Update:
+class LowRankUpdate:
     """ΔW = scale · a · b, float32: a (..., in, r), b (..., r, out).
 
     The leading axis, where there is one, counts the experts of a mixture-of-experts layer.
@@ -38,19 +40,21 @@ class Update:
         return math.sqrt(max(0.0, inner(self, self)))
 
 
-def inner(x: Update, y: Update) -> float:
+def inner(x: LowRankUpdate, y: LowRankUpdate) -> float:
     """⟨ΔX, ΔY⟩ = Σ entries of ΔX ∘ ΔY, in O((in + out) · r²), in float64, where no float32 factor overflows."""
     xa, xb, ya, yb = (factor.astype(np.float64) for factor in (x.a, x.b, y.a, y.b))
     left, right = np.swapaxes(xa, -1, -2) @ ya, xb @ np.swapaxes(yb, -1, -2)
     return x.scale * y.scale * float(np.sum(left * right))
 
 
-def stack(updates: Sequence[Update], weights: Sequence[float], scale: float = 1.0) -> Update:
+def stack(updates: Sequence[LowRankUpdate], weights: Sequence[float], scale: float = 1.0) -> LowRankUpdate:
     """The exact weighted sum Σ wᵢ ΔWᵢ, as factors side by side, to be multiplied by `scale`."""
     parts = [
         np.float32(weight * update.scale / scale) * update.a for weight, update in zip(weights, updates, strict=True)
     ]
-    return Update(np.concatenate(parts, axis=-1), np.concatenate([update.b for update in updates], axis=-2), scale)
+    return LowRankUpdate(
+        np.concatenate(parts, axis=-1), np.concatenate([update.b for update in updates], axis=-2), scale
+    )
 
 
 def factors_of(adapter: Adapter, key: str) -> tuple[mx.array, mx.array]:
@@ -70,12 +74,17 @@ def factors_of(adapter: Adapter, key: str) -> tuple[mx.array, mx.array]:
     return mx.take(a, kept, axis=1), mx.take(b, kept, axis=0 if b.ndim == 2 else 2)
 
 
-def update_of(adapter: Adapter, key: str) -> Update:
+def update_shape(a: mx.array, b: mx.array) -> tuple[int, ...]:
+    """(in, out) of an update, or (experts, in, out)."""
+    return (a.shape[0], b.shape[1]) if a.ndim == 2 else (a.shape[0], a.shape[2], b.shape[1])
+
+
+def update_of(adapter: Adapter, key: str) -> LowRankUpdate:
     """The update of the module at `key`, in float32. A DoRA magnitude is left aside."""
     a, b = (as_numpy(x.astype(mx.float32)) for x in factors_of(adapter, key))
     if a.ndim == 3:  # experts are stored transposed: (experts, rank, in), (experts, out, rank)
         a, b = np.swapaxes(a, -1, -2), np.swapaxes(b, -1, -2)
-    return Update(a, b, adapter.config.scale)
+    return LowRankUpdate(a, b, adapter.config.scale)
 
 
 def stack_tensors(parts: Sequence[tuple[mx.array, mx.array, float]], rank: int) -> tuple[mx.array, mx.array]:
@@ -94,7 +103,7 @@ def _beside(tensors: list[mx.array], axis: int, rank: int) -> mx.array:
     return mx.concatenate([*tensors, *padding], axis=axis) if len(tensors) + len(padding) > 1 else tensors[0]
 
 
-def tensors_of(key: str, update: Update, dtype: mx.Dtype) -> dict[str, mx.array]:
+def tensors_of(key: str, update: LowRankUpdate, dtype: mx.Dtype) -> dict[str, mx.array]:
     """The update as an adapter's tensors; its scale is the adapter's to keep."""
     a, b = update.a, update.b
     if a.ndim == 3:
