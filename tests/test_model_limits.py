@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from tiny_models import build_model
 from training_tools import write_data
 
 from mlx_adapters import LoraConfig, TrainConfig, estimate, train
@@ -16,6 +17,7 @@ from mlx_adapters.evaluation.answers import greedy_answers
 from mlx_adapters.evaluation.evaluate import EvaluationConfig, evaluate
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.generation.live import load_model
+from mlx_adapters.models.base import resolve_base
 
 LORA, TRAINING = LoraConfig(rank=4), TrainConfig(iterations=1, batch_size=2)
 
@@ -84,3 +86,17 @@ def test_generate_and_chat_tell_that_the_context_is_full(tiny_model, monkeypatch
     assert "context has 40" in str(long.exception) and long.stdout == ""
     talk = CliRunner().invoke(cli, ["chat", "--base", str(folder), "--max-tokens", "500"], input="List\n~\n")
     assert talk.exit_code == 0 and "/reset begins a new conversation" in talk.stderr
+
+
+def test_a_config_that_does_not_tell_the_vocabulary_is_no_way_around(tmp_path):
+    """Vision-language configs leave it to a default; the model that mlx-lm makes of them knows."""
+    folder = build_model(tmp_path / "base", "gemma3", vocab_size=300)
+    config = json.loads((folder / "config.json").read_text())
+    del config["text_config"]["vocab_size"]
+    with_top = json.dumps(config)
+    del config["vocab_size"]
+    base = resolve_base(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert base.vocabulary == 262208  # mlx-lm's default
+    (folder / "config.json").write_text(with_top)
+    assert resolve_base(folder).vocabulary == 300

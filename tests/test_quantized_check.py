@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 from mlx_lm.models.mla import MultiLinear
 from mlx_lm.models.switch_layers import SwitchLinear
+from test_fusion_fuse import make_adapter
+from training_tools import write_data
 
+from mlx_adapters import TrainConfig, train
 from mlx_adapters.errors import ModelError
+from mlx_adapters.generation.live import load_model as load_live_model
 from mlx_adapters.models import quantized_check
 from mlx_adapters.models.layers import is_quantized, weight_layers
 from mlx_adapters.models.model import load_model
-from mlx_adapters.models.quantized_check import MiscomputedWarning, check_device, check_layer, kind_of
+from mlx_adapters.models.quantized_check import LayerCheck, MiscomputedWarning, check_device, check_layer, kind_of
 
 DENSE = [
     nn.Linear(64, 48),
@@ -97,6 +101,85 @@ def test_right_layers_are_left_alone(tiny_model, monkeypatch):
         model = load_model(tiny_model("qwen3_moe", bits=4))
     kinds = {kind_of(layer, mx.float32) for layer in weight_layers(model.module).values() if is_quantized(layer)}
     assert any(kind.startswith("QuantizedSwitchLinear 4x64x64, 4 bits") for kind in kinds), kinds
+
+
+def lie_about(monkeypatch, name, wrong):
+    """Let the kernel `name` answer half as much again where `wrong(x, weight, options)`."""
+    right = getattr(mx, name)
+
+    def lie(x, weight, *rest, **options):
+        y = right(x, weight, *rest, **options)
+        return y * 1.5 if wrong(x, weight, options) else y
+
+    monkeypatch.setattr(mx, name, lie)
+    monkeypatch.setattr("mlx_adapters.models.model.on_gpu", lambda: True)
+    monkeypatch.setattr("mlx_adapters.runtime.pool.on_gpu", lambda: True)
+
+
+def test_a_product_of_several_layers_that_is_wrong_is_left_apart(tiny_model, monkeypatch):
+    """q, k and v (64 + 32 + 32 rows) are right each by itself, and wrong as one matrix."""
+    folder = tiny_model("llama", bits=4, tied=False)
+    adapter = make_adapter(folder)
+    lie_about(monkeypatch, "quantized_matmul", lambda x, weight, _: weight.shape[0] == 128 and x.shape[-1] == 64)
+    monkeypatch.setattr("mlx_adapters.models.model.replace_miscomputed", lambda *_: [])  # of gate and up, with 128 rows
+    model = load_live_model(folder, adapter)
+    assert {len(paths) for paths in model.pool._groups} == {2}  # gate and up, 256 rows
+    part = [path for path in model.pool._sites if path.endswith("q_proj")]
+    assert part and all(len(model.pool._sites[path].paths) == 1 for path in part)
+
+
+def test_rows_at_the_end_and_the_last_experts_are_looked_at(monkeypatch):
+    linear = nn.QuantizedLinear(64, 600, bits=4, group_size=32)
+    experts = SwitchLinear(64, 300, 7).to_quantized(group_size=32, bits=4)
+    right, right_experts = mx.quantized_matmul, mx.gather_qmm
+    tail = mx.where(mx.arange(600) < 598, 1.0, 2.0)
+
+    monkeypatch.setattr(mx, "quantized_matmul", lambda *a, **k: right(*a, **k) * tail)
+    assert not check_layer(linear, mx.float32).right
+
+    def last_expert(x, *rest, rhs_indices, **options):
+        y = right_experts(x, *rest, rhs_indices=rhs_indices, **options)
+        return mx.where((rhs_indices == 6)[..., None, None], 0 * y, y)
+
+    assert check_layer(experts, mx.float32).right
+    monkeypatch.setattr(mx, "gather_qmm", last_expert)
+    assert not check_layer(experts, mx.float32).right
+
+
+@pytest.mark.parametrize("dense", DENSE, ids=lambda layer: f"{type(layer).__name__}-{layer.weight.shape[-2]}")
+def test_gradients_that_are_wrong_count_where_they_are_needed(dense, monkeypatch):
+    layer = dense.to_quantized(group_size=32, bits=4)
+    assert check_layer(layer, mx.float32, gradients=True).error < 1e-3
+    name = "gather_qmm" if isinstance(dense, SwitchLinear) else "quantized_matmul"
+    right = getattr(mx, name)
+
+    def lie(x, *rest, **options):
+        @mx.custom_function
+        def product(x):
+            return right(x, *rest, **options)
+
+        @product.vjp
+        def back(x, cotangent, _):
+            return 1.5 * mx.vjp(lambda x: right(x, *rest, **options), [x], [cotangent])[1][0]
+
+        return product(x)
+
+    monkeypatch.setattr(mx, name, lie)
+    assert check_layer(layer, mx.float32).right
+    assert not check_layer(layer, mx.float32, gradients=True).right
+
+
+def test_training_computes_layers_of_wrong_gradients_unquantized(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("mlx_adapters.models.model.on_gpu", lambda: True)
+    wrong = LayerCheck("wrong", 1.0, False)
+    right = LayerCheck("right", 0.0, True)
+    monkeypatch.setattr(quantized_check, "check_layer", lambda *a: wrong if a[2] else right)
+    data = write_data(tmp_path / "data", rows=4, valid=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MiscomputedWarning)
+        load_model(tiny_model("llama", bits=4))
+    with pytest.warns(MiscomputedWarning):
+        train(tiny_model("llama", bits=4), data, name="x", training=TrainConfig(iterations=1, batch_size=2))
 
 
 def test_the_device_is_checked_without_a_model():

@@ -4,6 +4,7 @@ A base is named by `demo` (the embedded real model), a local folder, or a Hub id
 """
 
 import contextlib
+import copy
 import hashlib
 import re
 import sys
@@ -19,7 +20,7 @@ from mlx_adapters.config.training import Quantization
 from mlx_adapters.errors import FormatError, HubError, ModelError, NotFoundError, did_you_mean
 from mlx_adapters.storage import files, paths, tensor_files
 from mlx_adapters.storage.tensor_names import CONFIG_FILE
-from mlx_adapters.system.door import load_config, mx, refusals
+from mlx_adapters.system.door import load_config, logits_shape, mx, refusals
 
 DEMO = "demo"
 INDEX_FILE = "model.safetensors.index.json"
@@ -79,10 +80,13 @@ class Base:
         """How many positions a model has that learned each of them (GPT-2); None for all others."""
         return self.config.get("n_positions")
 
-    @property
+    @cached_property
     def vocabulary(self) -> int | None:
-        """How many token ids the model has a row for; None where its config does not tell."""
-        return self.config.get("vocab_size") or (self.config.get("text_config") or {}).get("vocab_size")
+        """How many token ids the model has a row for; None where neither its config nor mlx-lm's model tells."""
+        told = self.config.get("vocab_size") or (self.config.get("text_config") or {}).get("vocab_size")
+        with contextlib.suppress(Exception):  # whoever loads the model will be told what is wrong with it
+            return told or logits_shape(copy.deepcopy(self.config))[-1]
+        return None
 
     def check_tokens(self, tokens: np.ndarray, where: str) -> None:
         """Raise ModelError for an id that the model has no row for: its embedding would read foreign memory."""

@@ -207,13 +207,14 @@ def _require_unicode(text: str) -> None:
 
 def load_model(
     base: str | Path | Base, adapter: Adapter | None = None, *, dtype: str = "auto", dense: bool | None = None,
-    any_base: bool = False,
+    any_base: bool = False, gradients: bool = False,
 ) -> Model:  # fmt: skip
     """Load a base model (or a fused folder), with an adapter on it if one is given.
 
     dtype: "auto" is float32 on a CPU and as stored on a GPU. dense: replace quantized layers by dense ones
     (default: on a CPU). On a GPU, quantized layers that MLX computes wrong there are made dense and named in a
-    MiscomputedWarning. Raises NotFoundError, HubError, FormatError, ModelError or IncompatibleError.
+    MiscomputedWarning; with `gradients` also those that it gives wrong gradients. Raises NotFoundError, HubError,
+    FormatError, ModelError or IncompatibleError.
     """
     require(dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not '{dtype}'.")
     found = resolve_base(base)
@@ -222,7 +223,7 @@ def load_model(
         set_precision(module, dtype, dense)
         mx.eval(module.parameters())
     if on_gpu():
-        replace_miscomputed(module, compute_dtype(module))
+        replace_miscomputed(module, compute_dtype(module), gradients)
     model = Model(module, load_tokenizer_of(found), found, config)
     if adapter is not None:
         model.attach(adapter, any_base)

@@ -14,7 +14,7 @@ import inspect
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -33,10 +33,13 @@ from mlx_adapters.units import count, size
 log = logging.getLogger("mlx_adapters.models.quantized_check")
 
 TOKENS = (1, 2, 5, 9, 40, 130)
-ROWS, EXPERTS = 256, 4  # of a large weight, so many output rows and experts are compared
+ROWS, EXPERTS = 256, 4  # of a large weight, so many output rows and experts are compared, from both ends
 # Of a token's or a row's result, by norm; what is wrong is off by all of it. float32 products may be TF32's, and a
 # CPU adds up in bfloat16.
 TOLERANCE = {mx.float32: 0.01, mx.float16: 0.02, mx.bfloat16: 0.15}
+
+
+Function = Callable[..., mx.array]
 
 
 class MiscomputedWarning(UserWarning):
@@ -52,28 +55,30 @@ class LayerCheck:
     right: bool
 
 
-def replace_miscomputed(module: nn.Module, dtype: mx.Dtype) -> list[str]:
+def replace_miscomputed(module: nn.Module, dtype: mx.Dtype, gradients: bool = False) -> list[str]:
     """Make dense what this device computes wrong in activations of `dtype`, in place; the paths. Warns once for all.
 
-    Raises ModelError if the dense layers would not fit the memory.
+    gradients: what goes back through a layer counts as well, which other kernels compute. Raises ModelError if the
+    dense layers would not fit the memory.
     """
     layers = {path: layer for path, layer in weight_layers(module).items() if is_quantized(layer)}
-    known, wrong = _read(), {}
-    fresh: dict[str, Any] = {}
-    unknown = {kind_of(layer, dtype) for layer in layers.values()} - known.keys()
-    if unknown:
-        log.info("%s of quantized layers are tried on this device, once.", count(len(unknown), "kind"))
-    for path, layer in layers.items():
-        kind = kind_of(layer, dtype)
-        if kind in unknown and kind not in fresh:
-            fresh[kind] = check_layer(layer, dtype).error
-        if not _is_right({**known, **fresh}[kind], dtype):
-            wrong[path] = layer
-    if fresh:
-        _write(known | fresh)
+    rights = are_right(list(layers.values()), dtype, gradients)
+    wrong = {path: layer for (path, layer), right in zip(layers.items(), rights, strict=True) if not right}
     if wrong:
         _make_dense(module, wrong, dtype)
     return list(wrong)
+
+
+def are_right(layers: Sequence[nn.Module], dtype: mx.Dtype, gradients: bool = False) -> list[bool]:
+    """Whether this device computes each of these quantized layers right; one of each kind is checked, once."""
+    kinds = [kind_of(layer, dtype) + (", gradients" if gradients else "") for layer in layers]
+    known = _read()
+    fresh = {kind: layer for kind, layer in zip(kinds, layers, strict=True) if kind not in known}
+    if fresh:
+        log.info("%s of quantized layers are tried on this device, once.", count(len(fresh), "kind"))
+        known |= {kind: check_layer(layer, dtype, gradients).error for kind, layer in fresh.items()}
+        _write(known)
+    return [_is_right(known[kind], dtype) for kind in kinds]
 
 
 def _make_dense(module: nn.Module, wrong: dict[str, nn.Module], dtype: mx.Dtype) -> None:
@@ -99,73 +104,87 @@ def kind_of(layer: nn.Module, dtype: mx.Dtype) -> str:
     return f"{type(layer).__name__} {shape}, {layer.bits} bits, groups of {layer.group_size}, {mode}, {types}"
 
 
-def check_layer(layer: nn.Module, dtype: mx.Dtype) -> LayerCheck:
-    """Compare a quantized layer with its dequantized weight on random tokens of `dtype`, the weight's first rows."""
+def check_layer(layer: nn.Module, dtype: mx.Dtype, gradients: bool = False) -> LayerCheck:
+    """Compare a quantized layer with its dequantized weight on random tokens of `dtype`, the weight's first and last
+    rows; with `gradients` what comes back to its input as well."""
     error = 0.0
     try:
-        for y, reference in _products(layer, dtype):
-            error = max(error, _distance(y, reference))
+        for call, reference, x in _products(layer, dtype):
+            error = max(error, _distance(call(x), _on_cpu(reference, x)))
+            if gradients:
+                back = _tokens(call(x).shape, dtype)
+                theirs = _on_cpu(lambda x, y, f=reference: mx.vjp(f, [x], [y])[1][0], x, back)
+                error = max(error, _distance(mx.vjp(call, [x], [back])[1][0], theirs))
     except RuntimeError as refused:  # "No implementation for problem shape": it would end the answer, too
         return LayerCheck(f"{kind_of(layer, dtype)}: {refused}", math.inf, False)
     return LayerCheck(kind_of(layer, dtype), error, _is_right(error, dtype))
 
 
-def _products(layer: nn.Module, dtype: mx.Dtype) -> Iterator[tuple[mx.array, mx.array]]:
-    """(the layer's output, the same of its dense weight on the CPU) in the first rows, in all ways mlx-lm calls it."""
+def _on_cpu(function: Function, *arrays: mx.array) -> mx.array:
+    with mx.stream(mx.cpu):
+        return function(*(array.astype(mx.float32) for array in arrays))
+
+
+def _products(layer: nn.Module, dtype: mx.Dtype) -> Iterator[tuple[Function, Function, mx.array]]:
+    """(the layer, the same of its dense weight in float32, an input) in all ways mlx-lm calls it, of some rows."""
     parameters = inspect.signature(type(layer).__call__).parameters
-    dense = _head_of(layer)  # (rows, inputs), or (heads or experts, rows, inputs)
+    rows = _ends(weight_shape(layer)[-2], ROWS)
+    if "indices" in parameters:
+        yield from _experts(layer, rows, dtype)
+        return
+    dense = _dense_part(layer, rows)  # (rows, inputs), or (heads, rows, inputs)
+    bias = layer[BIAS][rows].astype(mx.float32) if BIAS in layer else mx.zeros(())
+    forward = layer.as_linear if hasattr(layer, "as_linear") else layer
     for tokens in TOKENS:
-        if "indices" in parameters:
-            yield from _experts(layer, dense, tokens, dtype)
-            continue
         x = _tokens((1, *dense.shape[:-2], tokens, dense.shape[-1]), dtype)
-        with mx.stream(mx.cpu):
-            reference = x.astype(mx.float32) @ dense.swapaxes(-1, -2)  # (1, heads, tokens, rows)
-            if BIAS in layer:
-                reference = reference + layer[BIAS][: dense.shape[-2]].astype(mx.float32)
-        y = layer.as_linear(x) if hasattr(layer, "as_linear") else layer(x)
-        yield y[..., : dense.shape[-2]], reference
-        if "transpose" in parameters and dense.shape[-2] == weight_shape(layer)[-2]:
+        yield lambda x: forward(x)[..., rows], lambda x: x @ dense.swapaxes(-1, -2) + bias, x
+        if "transpose" in parameters and len(rows) == weight_shape(layer)[-2]:
             x = _tokens((1, *dense.shape[:-2], tokens, dense.shape[-2]), dtype)
-            with mx.stream(mx.cpu):
-                reference = x.astype(mx.float32) @ dense  # (1, heads, tokens, inputs)
-            yield layer(x, transpose=False), reference
+            yield lambda x: layer(x, transpose=False), lambda x: x @ dense, x
 
 
-def _experts(layer: nn.Module, dense: mx.array, tokens: int, dtype: mx.Dtype) -> Iterator[tuple[mx.array, mx.array]]:
+def _experts(layer: nn.Module, rows: mx.array, dtype: mx.Dtype) -> Iterator[tuple[Function, Function, mx.array]]:
     """One input for all chosen experts, one for each, and tokens sorted by expert, as in a long text."""
-    experts, rows, inputs = dense.shape
-    chosen = mx.random.randint(0, experts, (tokens, 2), key=mx.random.key(tokens))
-    shared = _tokens((tokens, 1, 1, inputs), dtype)
-    order = mx.argsort(chosen.flatten())
-    for x, indices, is_sorted in (
-        (shared, chosen, False),
-        (_tokens((tokens, 2, 1, inputs), dtype), chosen, False),
-        (shared.reshape(tokens, 1, inputs)[order // 2], chosen.flatten()[order], True),
-    ):
-        with mx.stream(mx.cpu):
-            reference = x.astype(mx.float32) @ dense[indices].swapaxes(-1, -2)  # (..., 1, rows)
-            if BIAS in layer:
-                reference = reference + layer[BIAS][:experts, :rows].astype(mx.float32)[indices][..., None, :]
-        yield layer(x, indices, sorted_indices=is_sorted)[..., :rows], reference
+    some = _ends(weight_shape(layer)[0], EXPERTS)
+    dense = _dense_part(layer, rows, some)  # (experts, rows, inputs)
+    bias = layer[BIAS][some][:, rows].astype(mx.float32) if BIAS in layer else mx.zeros((len(some), 1))
+    inputs = dense.shape[-1]
+    for tokens in TOKENS:
+        chosen = mx.random.randint(0, len(some), (tokens, 2), key=mx.random.key(tokens))
+        shared = _tokens((tokens, 1, 1, inputs), dtype)
+        order = mx.argsort(chosen.flatten())
+        for x, which, is_sorted in (
+            (shared, chosen, False),
+            (_tokens((tokens, 2, 1, inputs), dtype), chosen, False),
+            (shared.reshape(tokens, 1, inputs)[order // 2], chosen.flatten()[order], True),
+        ):
+            yield (
+                lambda x, i=some[which], s=is_sorted: layer(x, i, sorted_indices=s)[..., rows],
+                lambda x, i=which: x @ dense[i].swapaxes(-1, -2) + bias[i][..., None, :],
+                x,
+            )
+
+
+def _ends(count: int, most: int) -> mx.array:
+    """Indices of the first and the last of `count`, `most` in all: at its end a kernel's last tile may stand over."""
+    return mx.array([i for i in range(count) if i < most // 2 or i >= count - most // 2 or count <= most])
 
 
 def _tokens(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(shape[-2])).astype(dtype)
 
 
-def _head_of(layer: nn.Module) -> mx.array:
-    """The first rows (of the first experts) of a layer's weight in float32, dequantized on the CPU."""
+def _dense_part(layer: nn.Module, rows: mx.array, experts: mx.array | None = None) -> mx.array:
+    """These rows (of these experts) of a layer's weight in float32, dequantized on the CPU."""
     kind: Any = type(layer)
     part = kind.__new__(kind)
     nn.Module.__init__(part)
     for name in ("bits", "group_size", "mode"):
         setattr(part, name, getattr(layer, name))
-    experts = "indices" in inspect.signature(type(layer).__call__).parameters
-    for name, array in layer.parameters().items():
-        cut = array[:EXPERTS] if experts and array.ndim else array
-        part[name] = cut[..., :ROWS, :] if name != BIAS and array.ndim >= 2 else cut
     with mx.stream(mx.cpu):
+        for name, array in layer.parameters().items():
+            cut = array[experts] if experts is not None and array.ndim else array
+            part[name] = cut[..., rows, :] if name != BIAS and array.ndim >= 2 else cut
         dense = dense_weight(part, mx.float32)
         mx.eval(dense)
     return dense

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from mlx_adapters.config.training import require
 from mlx_adapters.errors import IncompatibleError, NotFoundError, did_you_mean
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.layers import SWITCH, adaptable_layers, check_fits, compute_dtype
+from mlx_adapters.models.layers import SWITCH, adaptable_layers, check_fits, compute_dtype, is_quantized
+from mlx_adapters.models.quantized_check import are_right
 from mlx_adapters.runtime.additions import ForAll
 from mlx_adapters.runtime.attached import Attached, Selection, combined, is_mixture, same
 from mlx_adapters.runtime.factors import prepare
@@ -25,6 +26,7 @@ from mlx_adapters.runtime.sites import (
     at_path,
     find_groups,
     fused_layers,
+    joined,
     remember_indices,
     replace_layers,
     wrap,
@@ -134,7 +136,7 @@ class AdapterPool:
     def _install(self, keys: Sequence[str]) -> list[Site]:
         """The sites of these layers, new ones put into the model."""
         if self._groups is None:
-            self._groups = find_groups(self.module, self.layers) if self._group else []
+            self._groups = self._find_groups() if self._group else []
         of_group = {path: paths for paths in self._groups for path in paths}
         sites: dict[Site, None] = {}
         for key in keys:
@@ -142,6 +144,14 @@ class AdapterPool:
                 self._install_site(of_group.get(key, (key,)))
             sites[self._sites[key]] = None
         return list(sites)
+
+    def _find_groups(self) -> list[tuple[str, ...]]:
+        """The groups, but for those whose one product this device computes wrong, though not its parts."""
+        groups = find_groups(self.module, self.layers)
+        packed = [paths for paths in groups if is_quantized(self.layers[paths[0]])] if on_gpu() else []
+        rights = are_right([joined([self.layers[path] for path in paths]) for paths in packed], self.dtype)
+        wrong = {paths for paths, right in zip(packed, rights, strict=True) if not right}
+        return [paths for paths in groups if paths not in wrong]
 
     def _install_site(self, paths: tuple[str, ...]) -> None:
         layers = [self.layers[path] for path in paths]

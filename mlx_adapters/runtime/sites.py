@@ -96,6 +96,17 @@ class Concatenated:
         return y if self.bias is None else y + self.bias
 
 
+def joined(layers: Sequence[nn.Module]) -> nn.QuantizedLinear:
+    """Quantized linear layers of one kind as one lazy layer, to be looked at."""
+    first, whole = layers[0], nn.QuantizedLinear.__new__(nn.QuantizedLinear)
+    nn.Module.__init__(whole)
+    for name in ("group_size", "bits", "mode"):
+        setattr(whole, name, getattr(first, name))
+    for name in (name for name in (*QUANTIZED_LEAVES, BIAS) if first.get(name) is not None):
+        whole[name] = mx.concatenate([layer[name] for layer in layers])
+    return whole
+
+
 def _join(layers: Sequence[nn.Module], name: str) -> mx.array:
     whole, start = mx.concatenate([layer[name] for layer in layers]), 0
     mx.eval(whole)

@@ -128,6 +128,11 @@ def make_module(config: dict[str, Any]) -> nn.Module:
     return model(arguments.from_dict(config))
 
 
+def logits_shape(config: dict[str, Any]) -> tuple[int, ...]:
+    """(1, 1, vocabulary): the shape of what a model of this config says to one token. Nothing is computed."""
+    return tuple(make_module(config)(mx.zeros((1, 1), mx.int32)).shape)
+
+
 def sanitize_of(module: nn.Module) -> Callable[[dict[str, mx.array]], dict[str, mx.array]]:
     """What mlx-lm makes of a checkpoint's tensors for this model of `make_module`.
 
@@ -174,6 +179,7 @@ __all__ = [
     "load_config",
     "load_mlx_model",
     "load_tokenizer",
+    "logits_shape",
     "make_module",
     "make_logits_processors",
     "make_prompt_cache",

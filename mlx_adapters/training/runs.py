@@ -257,7 +257,7 @@ def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None
     setup.require_readable((*rows, *held_out), request.base)
     if request.forecast:
         _tell_forecast(request, rows)
-    model = load_model(request.base, dtype=training.dtype)
+    model = load_model(request.base, dtype=training.dtype, gradients=True)
     config = setup.add_layers(model, lora, training.seed)
     if request.adapter is not None:
         setup.initialize_from(model, config, request.adapter)
