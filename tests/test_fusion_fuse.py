@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
-from tiny_models import ARCHITECTURES
+from mlx_lm.utils import load_model as load_as_mlx_lm_does
+from tiny_models import ARCHITECTURES, build_model
 
 from mlx_adapters.assembly.survival import SurvivalSum, sample
 from mlx_adapters.cli import cli
@@ -309,3 +310,14 @@ def test_refused_settings_say_what_to_do(tiny_model, tmp_path):
         with pytest.raises(ConfigError) as caught:
             fuse(folder, adapter, tmp_path / "out", **options)
         assert "--" in caught.value.hint
+
+
+def test_a_model_that_asks_for_bits_alone_gets_mlx_groups(tiny_model, tmp_path):
+    """rwkv7's own rule for what lies in lists: 8 bits, without a group size."""
+    base = build_model(tmp_path / "base", "rwkv7", a_low_rank_dim=64)
+    fuse(base, make_adapter(base), tmp_path / "out", quantization=4, options=FuseOptions(method="nearest", check=False))
+    module, config = load_as_mlx_lm_does(tmp_path / "out")
+    path = "model.layers.0.attn.a_lora.lora.2"
+    assert config["quantization"][path] == {"bits": 8, "group_size": 64, "mode": "affine"}
+    layer = module.layers[0].attn.a_lora.lora[2]
+    assert (layer.bits, layer.group_size) == (8, 64)

@@ -53,7 +53,7 @@ def live(tiny_model):
 
 @pytest.mark.parametrize("group", [False, True])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "rwkv7"])
 def test_output_is_mlx_lms_and_without_adapter_the_bases(tiny_model, tmp_path, architecture, kind, group):
     model = load_model(tiny_model(architecture))
     model.pool = AdapterPool(model.module, group=group)

@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx.utils import tree_flatten
 
-from mlx_adapters.config.training import Quantization, to_mapping
+from mlx_adapters.config.training import Quantization, default_group_size, to_mapping
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.layers import (
     EMBEDDING,
@@ -177,7 +177,8 @@ def _asked(
     if answer is False:
         return None, None
     if isinstance(answer, dict):
-        asked = Quantization(answer["bits"], answer["group_size"], answer.get("mode", "affine"))
+        mode = answer.get("mode", "affine")
+        asked = Quantization(answer["bits"], answer.get("group_size") or default_group_size(mode), mode)
     if weight_shape(layer)[-1] % asked.group_size:
         width = weight_shape(layer)[-1]
         return None, f"not quantized: its {width} inputs cannot be cut into groups of {asked.group_size}"

@@ -194,6 +194,12 @@ QUANTIZATIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 MODES = tuple(QUANTIZATIONS)
 
 
+def default_group_size(mode: str) -> int:
+    """MLX's own of a mode: 64, or the only one there is."""
+    sizes = QUANTIZATIONS.get(mode, QUANTIZATIONS["affine"])[1]
+    return sizes[0] if len(sizes) == 1 else 64
+
+
 @dataclasses.dataclass(frozen=True)
 class Quantization:
     """Weights of `bits` bits in groups of `group_size` that share a scale, in an MLX mode."""

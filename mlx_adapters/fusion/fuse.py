@@ -20,7 +20,7 @@ from mlx_adapters.calibration.calibrate import Spool
 from mlx_adapters.calibration.strategy import Work
 from mlx_adapters.calibration.texts import GENERAL, choose_text
 from mlx_adapters.config.fusing import DEFAULTS, FuseOptions
-from mlx_adapters.config.training import DTYPES, QUANTIZATIONS, Quantization, from_mapping, require
+from mlx_adapters.config.training import DTYPES, QUANTIZATIONS, Quantization, default_group_size, from_mapping, require
 from mlx_adapters.errors import ConfigError, FidelityError, IncompatibleError
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.fusion import recipe as recipes
@@ -170,8 +170,7 @@ def parse_precision(bits: str, group_size: int | None, mode: str | None) -> Quan
     if group_size is None and mode in (None, "affine"):
         return int(bits)
     mode = mode or "affine"
-    sizes = QUANTIZATIONS[mode][1] if mode in QUANTIZATIONS and mode != "affine" else (64,)
-    return Quantization(int(bits), group_size or sizes[0], mode)
+    return Quantization(int(bits), group_size or default_group_size(mode), mode)
 
 
 def settle_precision(asked: Quantization | int | str, base: Base) -> Quantization | str:

@@ -11,6 +11,7 @@ The model still calls each layer by itself; the first call computes, the others 
 
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from mlx_adapters.models.layers import EMBEDDING, SWITCH, AdapterLayer, dense_layer, dense_weight
 from mlx_adapters.runtime.additions import Update
@@ -271,4 +272,5 @@ def replace_layers(module: nn.Module, layers: dict[str, nn.Module]) -> None:
     """Put `layers` at their paths."""
     for path, layer in layers.items():
         parent, _, name = path.rpartition(".")
-        at_path(module, parent)[name] = layer
+        owner: Any = at_path(module, parent)
+        owner[int(name) if isinstance(owner, list) else name] = layer
