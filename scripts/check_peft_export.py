@@ -47,11 +47,11 @@ def write(out):
 
     import mlx_adapters  # noqa: F401
     from mlx_adapters.adapters.peft_export import export_peft
-    from mlx_adapters.adapters.peft_import import convert, record
     from mlx_adapters.checkpoints.originals import layout_of
     from mlx_adapters.models.adapter import Adapter, AdapterConfig
     from mlx_adapters.models.layers import adaptable_layers, attach, detach, expected_shapes
     from mlx_adapters.models.model import load_model
+    from mlx_adapters.peft_format.conversion import convert, record
     from mlx_adapters.peft_format.reading import read_peft
     from mlx_adapters.storage import tensor_files
     from mlx_adapters.storage.tensor_names import join

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_adapters.adapters.peft_import import convert
 from mlx_adapters.checkpoints.originals import layout_of
 from mlx_adapters.checkpoints.probing import Layout
 from mlx_adapters.errors import AdapterError
@@ -19,6 +18,7 @@ from mlx_adapters.fusion.peft_whole import whole_tensors
 from mlx_adapters.models.base import resolve_base
 from mlx_adapters.models.layers import adaptable_layers, nn
 from mlx_adapters.models.model import load_module
+from mlx_adapters.peft_format.conversion import convert
 from mlx_adapters.peft_format.patterns import full_match
 from mlx_adapters.peft_format.reading import PeftAdapter, read_peft, refuse_beyond_lora, refuse_unsaved
 from mlx_adapters.peft_format.tying import needs_untying

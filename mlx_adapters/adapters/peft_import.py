@@ -1,36 +1,17 @@
 """Take a PEFT adapter into the registry as an MLX adapter."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import mlx.core as mx
-
-from mlx_adapters.checkpoints.originals import layout_of
-from mlx_adapters.checkpoints.places import Places
-from mlx_adapters.checkpoints.probing import Layout
-from mlx_adapters.errors import IncompatibleError
-from mlx_adapters.events import Note, OnEvent, ignore
+from mlx_adapters.events import OnEvent, ignore
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base, resolve_base
-from mlx_adapters.models.layers import (
-    adaptable_layers,
-    check_fits,
-    dense_weight,
-    is_quantized,
-    loads_in_mlx_lm,
-    weight_shape,
-)
-from mlx_adapters.models.model import load_module
-from mlx_adapters.peft_format.reading import PeftAdapter, read_peft, refuse_beyond_lora
-from mlx_adapters.peft_format.to_mlx import Converted, to_mlx
+from mlx_adapters.peft_format.conversion import as_mlx
+from mlx_adapters.peft_format.reading import read_peft, refuse_beyond_lora
 from mlx_adapters.sources import registry
-from mlx_adapters.storage import paths, replacing, tensor_names
+from mlx_adapters.sources.downloads import peft_folder
+from mlx_adapters.storage import replacing
 from mlx_adapters.storage.tensor_names import ADAPTER_OUTPUT
-
-# How far a base's embedding may lie from the copy in the adapter (relative): rounding to 16 bits, to 4 bits.
-DENSE_TOLERANCE, QUANTIZED_TOLERANCE = 0.01, 0.5
 
 
 def import_peft(
@@ -53,101 +34,8 @@ def import_peft(
     replacing.refuse_existing(registry.adapter_folder(name), overwrite, ADAPTER_OUTPUT)
     folder, hub = peft_folder(source)
     replacing.refuse_reading_inside(registry.adapter_folder(name), [folder, base])
-    adapter = read_as_mlx(folder, base, str(source), tie, on_event)
-    return registry.register(replace(adapter, metadata=adapter.metadata | hub), name, overwrite)
-
-
-def read_as_mlx(
-    folder: Path, base: str | Path | Base, source: str, tie: bool = False, on_event: OnEvent = ignore
-) -> Adapter:
-    """The MLX adapter that the PEFT adapter in `folder` is on `base`; `source` is what its metadata says of it.
-
-    Raises as `import_peft` does.
-    """
     peft = read_peft(folder)
     refuse_beyond_lora(peft)
-    found = resolve_base(base)
-    module, _ = load_module(found)
-    converted = convert(peft, module, layout_of(found, module), found.name, tie)
-    layers, config = adaptable_layers(module), converted.adapter.config
-    bad = [key for key in config.keys if not loads_in_mlx_lm(layers[key], config)]
-    elsewhere = [f"Plain mlx-lm could not load it on '{bad[0]}' of this base."] if bad else []
-    for note in notes_on(peft, found) + elsewhere:
-        on_event(Note(note, "warning"))
-    metadata = {"source": "peft", "peft": record(peft, converted, source), "base": found.record()}
-    return replace(converted.adapter, metadata=metadata | registry.made_now())
-
-
-def convert(
-    peft: PeftAdapter, module: Any, layout: Layout, base_name: str, tie: bool = False,
-    replaced: Mapping[str, mx.array] | None = None,
-) -> Converted:  # fmt: skip
-    """The MLX adapter for a loaded base module, checked against it; `replaced`: weights that are not the module's."""
-    layers = adaptable_layers(module)
-    _check_base_copies(peft, Places(layers, layout), base_name, replaced or {})
-    converted = to_mlx(peft, layers, layout, tie)
-    check_fits(converted.adapter, module, f"'{base_name}'")
-    return converted
-
-
-def peft_folder(source: str | Path) -> tuple[Path, dict[str, Any]]:
-    """The folder of a PEFT adapter, and what to record of the Hub's repository, from which it is downloaded once.
-
-    Raises NotFoundError or HubError.
-    """
-    text = str(source)
-    if isinstance(source, Path) or paths.is_path(text) or Path(text).is_dir():
-        return paths.expanded(text), {}
-    reference = registry.parse_reference(text)
-    if reference.kind != "hub":
-        return Path(text), {}
-    from mlx_adapters.sources.downloads import adapter_files
-
-    folder, commit = adapter_files(reference.target, reference.revision)
-    return folder, {"hub": {"repo": reference.target, "revision": commit}}
-
-
-def record(peft: PeftAdapter, converted: Converted, source: str) -> dict[str, Any]:
-    """What export needs for the way back: the config as it was, how paths and experts were written, and what loading
-    multiplied the weights by."""
-    extra = {"tied": converted.tied, "paths": converted.paths, "folds": converted.folds}
-    return {
-        "from": source,
-        "config": peft.settings.raw,
-        "renames": [list(pair) for pair in converted.renames],
-        "experts": converted.experts,
-    } | {name: value for name, value in extra.items() if value}
-
-
-def notes_on(peft: PeftAdapter, base: Base) -> list[str]:
-    """What the user should know about a conversion that worked."""
-    notes = []
-    trained_on, given = peft.settings.base_class, base.config.get("architectures") or []
-    if trained_on and given and trained_on not in given:
-        notes.append(f"The adapter was trained on a {trained_on}; '{base.name}' is a {given[0]} of the same shapes.")
-    if peft.settings.unknown:
-        notes.append(f"Settings that this version does not know were ignored: {', '.join(peft.settings.unknown)}.")
-    return notes
-
-
-def _check_base_copies(peft: PeftAdapter, places: Places, base_name: str, replaced: Mapping[str, mx.array]) -> None:
-    """PEFT stores the base's matrix beside an adapted embedding; it must be this base's."""
-    for path, copy in peft.base_copies.items():
-        pieces, _ = places.look_up(path)
-        if not pieces:
-            continue
-        key = tensor_names.split(pieces[0].target)[0]
-        layer = places.layers[key]
-        if tuple(copy.shape) != weight_shape(layer):
-            raise IncompatibleError(
-                f"The PEFT adapter's base has a '{path}' of {tuple(copy.shape)}, '{base_name}' one of "
-                f"{weight_shape(layer)} (a resized vocabulary).",
-                "give the base it was trained on.",
-            )
-        own, copy = replaced.get(key, dense_weight(layer, mx.float32)), pieces[0].apply(copy.astype(mx.float32))
-        distance = mx.sqrt(mx.square(own - copy).sum() / mx.square(copy).sum()).item()
-        if not distance <= (QUANTIZED_TOLERANCE if is_quantized(layer) else DENSE_TOLERANCE):
-            raise IncompatibleError(
-                f"'{path}' of '{base_name}' differs from the copy in the PEFT adapter (by {distance:.0%}).",
-                "give the base it was trained on.",
-            )
+    adapter = as_mlx(peft, resolve_base(base), str(source), tie, on_event)
+    metadata = adapter.metadata | registry.made_now() | hub
+    return registry.register(replace(adapter, metadata=metadata), name, overwrite)

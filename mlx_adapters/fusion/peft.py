@@ -7,7 +7,6 @@ place in an MLX adapter; in a fused model they are simply the model's weights.
 from dataclasses import replace
 from pathlib import Path
 
-from mlx_adapters.adapters.peft_import import convert, peft_folder
 from mlx_adapters.checkpoints.originals import layout_of
 from mlx_adapters.config.fusing import DEFAULTS, FuseOptions
 from mlx_adapters.config.training import Quantization
@@ -21,8 +20,10 @@ from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base, resolve_base
 from mlx_adapters.models.layers import adaptable_layers
 from mlx_adapters.models.model import load_module
+from mlx_adapters.peft_format.conversion import convert
 from mlx_adapters.peft_format.reading import read_peft, refuse_unsaved
 from mlx_adapters.peft_format.tying import needs_untying
+from mlx_adapters.sources.downloads import peft_folder
 from mlx_adapters.storage import paths, replacing
 
 

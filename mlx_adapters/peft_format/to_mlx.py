@@ -10,11 +10,10 @@ from mlx_adapters.checkpoints.probing import Layout, Piece
 from mlx_adapters.errors import FormatError, IncompatibleError
 from mlx_adapters.models.adapter import Adapter, AdapterConfig
 from mlx_adapters.models.layers import EMBEDDING, SWITCH, nn
-from mlx_adapters.peft_format.experts import expert_updates, fused_updates
 from mlx_adapters.peft_format.reading import PeftAdapter, PeftModule
 from mlx_adapters.peft_format.settings import FUSE_HINT
 from mlx_adapters.peft_format.tying import one_ended, repeated_head
-from mlx_adapters.peft_format.updates import Update, check_shape, strength, unified
+from mlx_adapters.peft_format.updates import Update, check_shape, expert_updates, fused_updates, strength, unified
 from mlx_adapters.storage import tensor_names
 from mlx_adapters.storage.tensor_names import (
     DOWN,

@@ -1,4 +1,4 @@
-"""The update of one layer in MLX's shapes, and what PEFT's config says of its strength.
+"""The update of one layer, or of its stacked experts, in MLX's shapes, and what PEFT's config says of its strength.
 
 mlx-lm has one rank and one scale for a whole adapter. Where PEFT's differ by module, the factors are padded
 with zeros to the largest rank and B takes up the ratio of the scales, which changes nothing in B·A.
@@ -6,15 +6,18 @@ with zeros to the largest rank and B takes up the ratio of the scales, which cha
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
+from mlx_adapters.checkpoints.places import Places
 from mlx_adapters.errors import FormatError, IncompatibleError
-from mlx_adapters.models.layers import EMBEDDING, nn, weight_shape
+from mlx_adapters.models.layers import EMBEDDING, SWITCH, nn, weight_shape
 from mlx_adapters.peft_format.reading import PeftAdapter, PeftModule
 from mlx_adapters.peft_format.tying import is_head
+from mlx_adapters.storage import tensor_names
+from mlx_adapters.storage.tensor_names import DOWN, FUSED_DOWN, FUSED_GATE_UP, GATE, UP
 
 
 @dataclass(frozen=True)
@@ -78,3 +81,94 @@ def _with(update: Update, rank: int, scale: float) -> Update:
         a = mx.pad(a, [none, more, none] if both else [none, more])
         b = mx.pad(b, [none, none, more] if both else [more, none])
     return replace(update, a=a, b=b, scale=scale)
+
+
+# -- stacked experts, from either of the layouts in which PEFT has them ----------------------------
+
+
+def expert_updates(found: Mapping[str, tuple[str, int]], peft: PeftAdapter, places: Places) -> list[Update]:
+    """Stack the experts of transformers 4's layout; `found` gives the layer and the number of each expert's path.
+
+    An expert without an update gets a zero one.
+    """
+    stacks: dict[str, dict[int, Update]] = {}
+    for path, (key, expert) in found.items():
+        module = peft.modules[path]
+        if module.m is not None or module.embedding or module.a.shape[0] != module.b.shape[1]:
+            raise FormatError(f"The expert '{path}' is no plain LoRA module, and MLX has only LoRA for experts.")
+        if expert in stacks.get(key, {}):
+            raise FormatError(f"The PEFT adapter has '{path}' twice.")
+        fold = places.folds.get(key, 1.0)
+        if isinstance(fold, list):
+            raise FormatError(f"mlx-lm multiplies the rows of the experts '{key}', which no adapter can follow.")
+        scale = strength(peft, module, module.a.shape[0]) * fold
+        stacks.setdefault(key, {})[expert] = Update(key, module.a.T, module.b.T, None, scale)
+    return [_stack(key, parts, places.layers[key]) for key, parts in stacks.items()]
+
+
+def _stack(key: str, parts: Mapping[int, Update], layer: nn.Module) -> Update:
+    shape = weight_shape(layer)
+    if not isinstance(layer, SWITCH) or max(parts) >= shape[0]:
+        raise IncompatibleError(f"The PEFT adapter has an expert {max(parts)} of '{key}', the base has {shape[0]}.")
+    experts = dict(zip(parts, unified(parts.values()), strict=True))
+    some = next(iter(experts.values()))
+    for expert in experts.values():
+        if (expert.a.shape, expert.b.shape) != ((shape[2], some.rank), (some.rank, shape[1])):
+            raise IncompatibleError(f"An expert of '{key}' is not made for a weight of {shape[1]} x {shape[2]}.")
+    nothing = replace(some, a=mx.zeros_like(some.a), b=mx.zeros_like(some.b))
+    rows = [experts.get(i, nothing) for i in range(shape[0])]
+    a, b = mx.stack([row.a.T for row in rows]), mx.stack([row.b.T for row in rows])
+    return Update(key, a, b, None, some.scale)
+
+
+def fused_updates(modules: Mapping[str, PeftModule], peft: PeftAdapter, places: Places) -> list[Update]:
+    """Split transformers 5's fused experts. Both parameters wrapped: gate_up is the inner one, down the outer."""
+    updates = []
+    for path, module in modules.items():
+        block, inner = tensor_names.split_fused(path) or ("", False)
+        both = tensor_names.fused_path(block, not inner) in modules
+        names = peft.settings.names_parameter
+        gate_up = inner if both else names(f"{block}.experts.{FUSED_GATE_UP}")
+        clear = both or (not inner and gate_up != names(f"{block}.experts.{FUSED_DOWN}"))
+        if not clear or module.m is not None or module.embedding:
+            raise FormatError(f"The PEFT adapter does not say which parameter of the experts '{path}' is.")
+        a, b, scale = _split_experts(module, peft, places, block, FUSED_GATE_UP if gate_up else FUSED_DOWN)
+        out = b.shape[1] // 2
+        parts = {GATE: b[:, :out], UP: b[:, out:]} if gate_up else {DOWN: b}
+        for projection, half in parts.items():
+            key = _switch(places, block, projection, path)
+            update = Update(key, a, half, None, scale)
+            check_shape(update, places.layers[key], path)
+            updates.append(update)
+    return updates
+
+
+def _split_experts(
+    module: PeftModule, peft: PeftAdapter, places: Places, block: str, parameter: str
+) -> tuple[mx.array, mx.array, float]:
+    """a (experts, rank, in), b (experts, out, rank) and the scale of one fused parameter."""
+    projection = GATE if parameter == FUSED_GATE_UP else DOWN
+    key = _switch(places, block, projection, module.path)
+    experts, rows = weight_shape(places.layers[key])[0], module.a.shape[0]
+    if rows != module.b.shape[1] or rows % experts or (parameter == FUSED_GATE_UP and module.b.shape[0] % 2):
+        raise FormatError(f"The factors of '{module.path}' cannot be split among the base's {experts} experts.")
+    rank = rows // experts
+    scale = strength(peft, module, rank, parameter)
+    a = module.a.reshape(experts, rank, -1)
+    b = module.b.reshape(-1, rank, experts).transpose(2, 0, 1)
+    return a, b, scale
+
+
+def _switch(places: Places, block: str, projection: str, path: str) -> str:
+    """The stacked layer of a block's fused experts. Raises FormatError if mlx-lm cuts the parameter otherwise."""
+    piece = places.find(tensor_names.switch_path(block, projection), f"{path}:{projection}")[0]
+    key = tensor_names.split(piece.target)[0]
+    rows = weight_shape(places.layers[key])[1]
+    part = piece.select[piece.axes[1]] if piece.index is None else slice(None)
+    if part not in (slice(None), slice(0, rows, 1) if projection == GATE else slice(rows, 2 * rows, 1)):
+        raise FormatError(
+            f"mlx-lm does not take '{projection}' of the experts '{path}' from its half of the parameter."
+        )
+    if key in places.folds:
+        raise FormatError(f"mlx-lm multiplies the weights of the experts '{key}', which is not followed here.")
+    return key

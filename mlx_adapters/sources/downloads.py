@@ -10,8 +10,10 @@ from mlx_adapters.errors import HubError
 from mlx_adapters.models.adapter import Adapter, read_adapter, write_adapter_files
 from mlx_adapters.models.base import resolve_base
 from mlx_adapters.models.metadata import read_metadata
+from mlx_adapters.peft_format.conversion import as_mlx
+from mlx_adapters.peft_format.reading import read_peft, refuse_beyond_lora
 from mlx_adapters.sources.hub import snapshot
-from mlx_adapters.sources.registry import check_name, parse_reference, register
+from mlx_adapters.sources.registry import check_name, made_now, parse_reference, register
 from mlx_adapters.storage import files, locks, paths
 from mlx_adapters.storage.tensor_names import (
     ADAPTER_FILE,
@@ -76,6 +78,21 @@ def adapter_files(repo: str, revision: str | None = None) -> tuple[Path, str]:
     return found, commit
 
 
+def peft_folder(source: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of a PEFT adapter, and what to record of the Hub's repository, from which it is downloaded once.
+
+    Raises NotFoundError or HubError.
+    """
+    text = str(source)
+    if isinstance(source, Path) or paths.is_path(text) or Path(text).is_dir():
+        return paths.expanded(text), {}
+    reference = parse_reference(text)
+    if reference.kind != "hub":
+        return Path(text), {}
+    folder, commit = adapter_files(reference.target, reference.revision)
+    return folder, {"hub": {"repo": reference.target, "revision": commit}}
+
+
 def adapter_snapshot(repo: str, revision: str | None = None, *, base: str | Path | None = None) -> Path:
     """The folder of a Hub adapter, downloaded (and, in PEFT's form, converted) once per commit.
 
@@ -111,13 +128,13 @@ def _there(path: Path) -> Path:
 def _read_peft(
     repo: str, folder: Path, raw: dict[str, Any], base: str | Path | None, pinned: dict[str, Any]
 ) -> Adapter:
-    from mlx_adapters.adapters.peft_import import read_as_mlx
-
     base = base or raw.get("base_model_name_or_path")
     if not base or (isinstance(base, str) and paths.is_path(base) and not Path(base).exists()):
         raise HubError(f"'{repo}' is a PEFT adapter that does not name its base model on the Hub.",
                        f"say which one: mlx-adapters download {repo} --base BASE --name NAME")  # fmt: skip
-    adapter = read_as_mlx(folder, base, repo)
+    peft = read_peft(folder)
+    refuse_beyond_lora(peft)
+    adapter = as_mlx(peft, resolve_base(base), repo)
     # Converted once for whatever command came first, which says nothing of how it was made.
-    metadata = {key: value for key, value in adapter.metadata.items() if key != "command"}
-    return replace(adapter, metadata=metadata | {"name": repo.partition("/")[2]} | pinned)
+    made = {key: value for key, value in made_now().items() if key != "command"}
+    return replace(adapter, metadata=adapter.metadata | made | {"name": repo.partition("/")[2]} | pinned)
