@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from mlx_adapters.adapters.verifying import verify as verify
     from mlx_adapters.adapters.verifying import verify_all as verify_all
     from mlx_adapters.benchmarking.advice import advise as advise
-    from mlx_adapters.benchmarking.measurements import read_report as read_report
+    from mlx_adapters.benchmarking.reports import read_report as read_report
     from mlx_adapters.benchmarking.run import benchmark as benchmark
     from mlx_adapters.benchmarking.schedule import BenchmarkConfig as BenchmarkConfig
     from mlx_adapters.config.fusing import FuseOptions as FuseOptions
@@ -105,7 +105,7 @@ _PUBLIC = {
     "run_tasks": "evaluation.harness",
     "EvaluationConfig": "evaluation.evaluate",
     "BenchmarkConfig": "benchmarking.schedule",
-    "read_report": "benchmarking.measurements",
+    "read_report": "benchmarking.reports",
     "fuse_again": "fusion.fuse",
     "FuseOptions": "config.fusing",
     "FuseResult": "fusion.result",

@@ -19,8 +19,8 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_adapters.benchmarking import page, trials, words
-from mlx_adapters.benchmarking.measurements import Report, Run, read_report
-from mlx_adapters.benchmarking.reports import changes, other_conditions
+from mlx_adapters.benchmarking.measurements import Run
+from mlx_adapters.benchmarking.reports import Report, changes, other_conditions, read_report
 from mlx_adapters.benchmarking.run import benchmark, run
 from mlx_adapters.benchmarking.schedule import BenchmarkConfig, schedule
 from mlx_adapters.cli import cli

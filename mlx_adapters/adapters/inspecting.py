@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.config.training import to_mapping
-from mlx_adapters.evaluation.tokens import losses_on
 from mlx_adapters.events import OnEvent, ignore
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.low_rank import LowRankUpdate, inner, update_of, update_shape
@@ -140,7 +139,11 @@ def compare(
         rows.append(LayerComparison(key, norms[0], norms[1], _cosine(product, xx, yy)))
         total = [t + part for t, part in zip(total, (xx, yy, product or 0.0), strict=True)]
     cosine = _cosine(total[2], total[0], total[1])
-    losses = losses_on(data, [first, second], base, on_event=on_event) if data is not None else None
+    losses = None
+    if data is not None:
+        from mlx_adapters.evaluation.tokens import losses_on  # imports mlx-lm
+
+        losses = losses_on(data, [first, second], base, on_event=on_event)
     return Comparison(
         first.name, second.name, tuple(_differences(first, second)), tuple(rows), math.sqrt(total[0]),
         math.sqrt(total[1]), cosine, (losses[0], losses[1]) if losses else None,

@@ -7,7 +7,8 @@ what the fine-tune changed in all; or, with a task score, no loss of score may b
 
 from dataclasses import dataclass
 
-from mlx_adapters.benchmarking.measurements import METRICS, Report, Row, ShapeRow
+from mlx_adapters.benchmarking.measurements import METRICS, ShapeRow, VariantFigures
+from mlx_adapters.benchmarking.reports import Report
 from mlx_adapters.benchmarking.words import phrase
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.evaluation.statistics import Ratio
@@ -74,8 +75,8 @@ class _Judge:
     def __init__(
         self,
         report: Report,
-        rows: dict[str, Row],
-        adapter: Row,
+        rows: dict[str, VariantFigures],
+        adapter: VariantFigures,
         batch: int | None,
         memory: int | None,
         tolerance: float,
@@ -91,17 +92,17 @@ class _Judge:
             raise ConfigError(f"Batch size {batch} was not measured.", f"measured: {report.config.batch}.")
         self.quality = {e["variant"]: e for e in report.quality.get("evaluations", ()) if not e.get("error")}
 
-    def shape(self, row: Row) -> ShapeRow:
+    def shape(self, row: VariantFigures) -> ShapeRow:
         """The row at the longest prompt of the wanted batch size."""
         return max((s for s in row.shapes if s.batch == self.batch), key=lambda s: s.prompt_tokens)
 
-    def peak(self, row: Row) -> int:
+    def peak(self, row: VariantFigures) -> int:
         return self.shape(row).peak_memory_bytes
 
-    def fits(self, row: Row) -> bool:
+    def fits(self, row: VariantFigures) -> bool:
         return self.memory is None or self.peak(row) <= self.memory
 
-    def gain(self, row: Row) -> float:
+    def gain(self, row: VariantFigures) -> float:
         """By which share the fused row decodes faster than the adapter, 0 where no difference was seen."""
         found = self._compare(row.label, self.adapter.label, "decode_tps")
         return found.value - 1 if found.differs else 0.0
@@ -111,13 +112,13 @@ class _Judge:
         wanted = (shape.prompt_tokens, shape.batch) if METRICS[metric].per_shape else (None, None)
         return next(c.ratio for c in self.report.compare(label, other, metric) if (c.prompt_tokens, c.batch) == wanted)
 
-    def lost(self, row: Row) -> float | None:
+    def lost(self, row: VariantFigures) -> float | None:
         """KL(adapter ‖ fused) over KL(adapter ‖ base), None if it was not measured."""
         mine = self.quality.get(row.label, {}).get("kl")
         base = self.quality.get(self.base.label, {}).get("kl") if self.base else None
         return mine["value"] / base["value"] if mine and base and base["value"] > 0 else None
 
-    def keeps(self, row: Row) -> bool:
+    def keeps(self, row: VariantFigures) -> bool:
         """Whether the fused row keeps the fine-tune; what was not measured is not believed."""
         lost = self.lost(row)
         return lost is not None and lost <= self.tolerance
@@ -148,7 +149,7 @@ class _Judge:
             self._faster(metric, *pair) for pair in pairs for metric in ("decode_tps", "prefill_tps", "load_seconds")
         ]
 
-    def _faster(self, metric: str, row: Row, other: Row, name: str) -> str:
+    def _faster(self, metric: str, row: VariantFigures, other: VariantFigures, name: str) -> str:
         m, shape = METRICS[metric], self.shape(row)
         found = [r.load_seconds if metric == "load_seconds" else getattr(self.shape(r), metric) for r in (row, other)]
         figures = " against ".join(number(summary.median) for summary in found if summary)

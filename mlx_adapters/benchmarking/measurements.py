@@ -1,23 +1,18 @@
-"""The report of a benchmark: everything measured, and what follows from it.
+"""Everything that a benchmark measured, and what follows from it, as data; `reports` shows it.
 
-A report keeps each process's raw result; rows, ratios and sentences are computed from those, so a saved
-report can be read again by a later version and compared with a new one.
+Each process's raw result is kept; rows and ratios are computed from those, so that what was saved can be read
+again by a later version and compared with something new.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from html import escape
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from mlx_adapters.benchmarking.schedule import BenchmarkConfig
-from mlx_adapters.config.training import from_mapping, to_mapping
-from mlx_adapters.errors import FormatError
+from mlx_adapters.config.training import to_mapping
 from mlx_adapters.evaluation.statistics import Blocks, Ratio, Summary, paired_ratio, summarize
 from mlx_adapters.evaluation.variants import Variant, short_names
-from mlx_adapters.storage import files
-from mlx_adapters.units import count
 
 FORMAT = 2
 
@@ -74,7 +69,7 @@ class ShapeRow:
 
 
 @dataclass(frozen=True)
-class Row:
+class VariantFigures:
     """One variant: its figures, or the error that kept it from having any."""
 
     label: str
@@ -94,7 +89,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RatioOf:
     """`variant` held against another in one metric."""
 
     variant: str
@@ -106,7 +101,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Report:
+class Measurements:
     """All that one benchmark measured, with its conditions."""
 
     created: str
@@ -121,26 +116,14 @@ class Report:
     interrupted: bool = False
     quality: dict[str, Any] = field(default_factory=dict)
 
-    def __repr__(self) -> str:
-        return f"Report({', '.join(self.readable.labels)}; {count(self.config.rounds, 'round')}, {self.created})"
-
-    def _repr_html_(self) -> str:
-        from mlx_adapters.benchmarking.page import plots
-        from mlx_adapters.benchmarking.words import head, sentences, table
-        from mlx_adapters.display.notebook import html_block, html_pictures, html_table
-
-        shown = self.readable
-        remarks = [f"<p>{escape(words)}</p>" for words in (*head(shown), *sentences(shown))]
-        return html_block("Benchmark", html_table(*table(shown)), *remarks, html_pictures(plots(shown)))
-
     @property
     def labels(self) -> list[str]:
         """The names of the variants, in their order."""
         return [variant.label for variant in self.variants]
 
     @cached_property
-    def readable(self) -> "Report":
-        """The same report with short names for folders: what people read. What is saved keeps the references."""
+    def readable(self) -> Self:
+        """The same with short names for folders: what people read. What is saved keeps the references."""
         names = short_names(self.labels)
         if list(names) == list(names.values()):
             return self
@@ -187,17 +170,17 @@ class Report:
         return {number: [best(values)] for number, values in measured.items() if values}
 
     @cached_property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[VariantFigures]:
         """One row for each variant, in the order they were named."""
         return [self._row(label) for label in self.labels]
 
-    def _row(self, label: str) -> Row:
+    def _row(self, label: str) -> VariantFigures:
         runs = self.of(label)
         error = next((run.result["error"] for run in runs if "error" in run.result), None)
         if error or not runs:
-            return Row(label, error or "not run")
+            return VariantFigures(label, error or "not run")
         results = [run.result for run in runs]
-        return Row(
+        return VariantFigures(
             label, None, results[0]["size_bytes"],
             load_seconds=self.summary(label, "load_seconds"),
             cold_load_seconds=self.summary(label, "cold_load_seconds"),
@@ -228,20 +211,20 @@ class Report:
         return summarize([value for values in self.blocks(label, metric, shape).values() for value in values])
 
     @cached_property
-    def comparisons(self) -> list[Comparison]:
+    def comparisons(self) -> list[RatioOf]:
         """Each variant against each one named before it, in every compared metric."""
         fine = [row.label for row in self.rows if row.error is None]
         pairs = [(label, other) for i, label in enumerate(fine) for other in fine[:i]]
         return [found for label, other in pairs for metric in COMPARED for found in self.compare(label, other, metric)]
 
-    def compare(self, label: str, other: str, metric: str) -> list[Comparison]:
+    def compare(self, label: str, other: str, metric: str) -> list[RatioOf]:
         """One variant against another in one metric, for each shape that the metric has."""
         shapes: list[Shape | None] = [*self.config.shapes] if METRICS[metric].per_shape else [None]
         found = []
         for shape in shapes:
             ratio = paired_ratio(self.evidence(label, metric, shape), self.evidence(other, metric, shape))
             if ratio is not None:
-                found.append(Comparison(label, other, metric, ratio, *(shape or (None, None))))
+                found.append(RatioOf(label, other, metric, ratio, *(shape or (None, None))))
         return found
 
     @property
@@ -258,30 +241,10 @@ class Report:
         return total
 
     def to_json(self) -> dict[str, Any]:
-        """The report as plain JSON values: conditions, rows, comparisons, and every trial."""
+        """All of it as plain JSON values: conditions, rows, comparisons, and every trial."""
         raw = {"format": FORMAT} | to_mapping(self)
         return raw | {"rows": [to_mapping(r) for r in self.rows],
                       "comparisons": [to_mapping(c) for c in self.comparisons]}  # fmt: skip
-
-
-def read_report(path: Path) -> Report:
-    """Read a saved report, one that can be shown whole. Raises NotFoundError or FormatError."""
-    from mlx_adapters.benchmarking import words
-
-    raw = files.read_json(path)
-    try:
-        if raw["format"] != FORMAT:
-            raise FormatError(f"'{path}' is a report of another version (format {raw['format']}).", "measure again.")
-        known = {name: raw[name] for name in Report.__dataclass_fields__ if name in raw}
-        report = Report(**known | {
-            "config": from_mapping(BenchmarkConfig, raw["config"]), "warnings": tuple(raw["warnings"]),
-            "variants": tuple(from_mapping(Variant, variant) for variant in raw["variants"]),
-            "runs": tuple(Run(run["variant"], run["round"], run["result"]) for run in raw["runs"]),
-        })  # fmt: skip
-        words.sentences(report.readable), words.table(report.readable), words.head(report), words.notes(report)
-        return report
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, StopIteration) as error:
-        raise FormatError(f"'{path}' is no whole benchmark report: {error}.", "save one with --output.") from None
 
 
 def _median(values: Iterable[float]) -> float:

@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from mlx_adapters.benchmarking import words
-from mlx_adapters.benchmarking.measurements import METRICS, Report, Row
+from mlx_adapters.benchmarking.measurements import METRICS, Measurements, VariantFigures
 from mlx_adapters.config.training import to_mapping
 from mlx_adapters.display import bars
 from mlx_adapters.units import count, duration, number, size
@@ -36,7 +36,7 @@ pre { overflow-x: auto; font-size: .8rem; } summary { cursor: pointer; }
 """
 
 
-def html(report: Report) -> str:
+def html(report: Measurements) -> str:
     """The whole page."""
     saved, report = report, report.readable
     cards = "".join(_section(name, picture) for name, picture in plots(report).items())
@@ -63,7 +63,7 @@ def _section(title: str, content: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{content}</section>"
 
 
-def plots(report: Report) -> dict[str, str]:
+def plots(report: Measurements) -> dict[str, str]:
     """Title -> SVG, for the shapes that were measured; what was not measured has no picture."""
     report = report.readable
     fine = [row for row in report.rows if row.error is None]
@@ -86,11 +86,11 @@ def plots(report: Report) -> dict[str, str]:
     return found | _quality(report)
 
 
-def _values(report: Report, label: str, metric: str, shape: tuple[int, int]) -> list[float]:
+def _values(report: Measurements, label: str, metric: str, shape: tuple[int, int]) -> list[float]:
     return [value for values in report.blocks(label, metric, shape).values() for value in values]
 
 
-def memory_parts(row: Row, shape: tuple[int, int]) -> dict[str, float]:
+def memory_parts(row: VariantFigures, shape: tuple[int, int]) -> dict[str, float]:
     """Peak memory as weights, adapter, KV cache and the rest (activations, buffers)."""
     found = next(s for s in row.shapes if (s.prompt_tokens, s.batch) == shape)
     weights, adapter = row.weights_bytes or 0, row.adapter_bytes or 0
@@ -98,12 +98,12 @@ def memory_parts(row: Row, shape: tuple[int, int]) -> dict[str, float]:
     return {"base weights": weights, "adapter": adapter, "KV cache": found.kv_cache_bytes, "activations": rest}
 
 
-def _loads(row: Row) -> dict[str, float]:
+def _loads(row: VariantFigures) -> dict[str, float]:
     loads = {"warm": row.load_seconds, "cold": row.cold_load_seconds}
     return {name: summary.median for name, summary in loads.items() if summary is not None}
 
 
-def _intervals(report: Report) -> list[tuple[str, float, float, float]]:
+def _intervals(report: Measurements) -> list[tuple[str, float, float, float]]:
     """Each variant against the first, in percent."""
     first = next(row.label for row in report.rows if row.error is None)
     many = len(report.config.shapes) > 1
@@ -116,7 +116,7 @@ def _intervals(report: Report) -> list[tuple[str, float, float, float]]:
     return rows
 
 
-def _quality(report: Report) -> dict[str, str]:
+def _quality(report: Measurements) -> dict[str, str]:
     """Decode speed against the task score, or against KL, or against loss: the first that there is."""
     speeds = {row.label: row.shapes[0].decode_tps.median for row in report.rows if row.shapes}
     judged = {e["variant"]: e for e in report.quality.get("evaluations", ()) if e["variant"] in speeds}
@@ -138,7 +138,7 @@ def _table(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def _ceiling(report: Report) -> str:
+def _ceiling(report: Measurements) -> str:
     lines = [
         (row.label, f"{s.prompt_tokens} x {s.batch}", size(row.bytes_per_token),
          size(row.bandwidth_bytes_per_second) + "/s", f"{s.ceiling_share:.0%}")
@@ -152,7 +152,7 @@ def _ceiling(report: Report) -> str:
     )
 
 
-def _conditions(report: Report) -> str:
+def _conditions(report: Measurements) -> str:
     facts: dict[str, Any] = {"machine": report.machine, "state": report.state, "settings": to_mapping(report.config),
                              "variants": {row.label: row.conditions for row in report.rows}}  # fmt: skip
     return (

@@ -1,11 +1,53 @@
-"""Two reports held against each other: what changed beyond noise, and whether a build should fail for it."""
+"""A benchmark's report: shown in a notebook, read from a file, held against an older one.
+
+What changed beyond noise says whether a build should fail for it.
+"""
 
 from dataclasses import dataclass
+from html import escape
+from pathlib import Path
 
-from mlx_adapters.benchmarking.measurements import COMPARED, METRICS, Report
-from mlx_adapters.benchmarking.words import phrase
+from mlx_adapters.benchmarking import words
+from mlx_adapters.benchmarking.measurements import COMPARED, FORMAT, METRICS, Measurements, Run
+from mlx_adapters.benchmarking.page import plots
+from mlx_adapters.benchmarking.schedule import BenchmarkConfig
+from mlx_adapters.config.training import from_mapping
+from mlx_adapters.display.notebook import html_block, html_pictures, html_table
+from mlx_adapters.errors import FormatError
 from mlx_adapters.evaluation.statistics import Ratio, unpaired_ratio
-from mlx_adapters.evaluation.variants import short_names
+from mlx_adapters.evaluation.variants import Variant, short_names
+from mlx_adapters.storage import files
+from mlx_adapters.units import count
+
+
+class Report(Measurements):
+    """All that one benchmark measured, shown."""
+
+    def __repr__(self) -> str:
+        return f"Report({', '.join(self.readable.labels)}; {count(self.config.rounds, 'round')}, {self.created})"
+
+    def _repr_html_(self) -> str:
+        shown = self.readable
+        remarks = [f"<p>{escape(text)}</p>" for text in (*words.head(shown), *words.sentences(shown))]
+        return html_block("Benchmark", html_table(*words.table(shown)), *remarks, html_pictures(plots(shown)))
+
+
+def read_report(path: Path) -> Report:
+    """Read a saved report, one that can be shown whole. Raises NotFoundError or FormatError."""
+    raw = files.read_json(path)
+    try:
+        if raw["format"] != FORMAT:
+            raise FormatError(f"'{path}' is a report of another version (format {raw['format']}).", "measure again.")
+        known = {name: raw[name] for name in Report.__dataclass_fields__ if name in raw}
+        report = Report(**known | {
+            "config": from_mapping(BenchmarkConfig, raw["config"]), "warnings": tuple(raw["warnings"]),
+            "variants": tuple(from_mapping(Variant, variant) for variant in raw["variants"]),
+            "runs": tuple(Run(run["variant"], run["round"], run["result"]) for run in raw["runs"]),
+        })  # fmt: skip
+        words.sentences(report.readable), words.table(report.readable), words.head(report), words.notes(report)
+        return report
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, StopIteration) as error:
+        raise FormatError(f"'{path}' is no whole benchmark report: {error}.", "save one with --output.") from None
 
 
 @dataclass(frozen=True)
@@ -29,7 +71,7 @@ class Change:
 
     def __str__(self) -> str:
         where = f" at {self.prompt_tokens} x {self.batch}" if self.prompt_tokens else ""
-        return f"{self.variant}, {METRICS[self.metric].title}{where}: {phrase(self.metric, self.ratio)}"
+        return f"{self.variant}, {METRICS[self.metric].title}{where}: {words.phrase(self.metric, self.ratio)}"
 
 
 def changes(new: Report, old: Report) -> list[Change]:

@@ -9,7 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters.benchmarking.measurements import Report, Run
+from mlx_adapters.benchmarking.measurements import Run
+from mlx_adapters.benchmarking.reports import Report
 from mlx_adapters.benchmarking.schedule import BenchmarkConfig, schedule
 from mlx_adapters.config.training import to_mapping
 from mlx_adapters.evaluation.variants import Variant, as_text, parse_variants, prepare, workspace

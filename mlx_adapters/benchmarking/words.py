@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mlx_adapters.benchmarking.measurements import METRICS, Report, Row, ShapeRow
+from mlx_adapters.benchmarking.measurements import METRICS, Measurements, ShapeRow, VariantFigures
 from mlx_adapters.benchmarking.schedule import stretch
 from mlx_adapters.evaluation.statistics import Ratio, Summary
 from mlx_adapters.units import count, number, size
@@ -13,7 +13,7 @@ TELLING = 2  # an interval that reaches over a factor of two says nothing
 WORDS = {"tok/s": ("faster", "slower"), "s": ("longer", "shorter"), "B": ("more", "less")}
 
 
-def head(report: Report) -> list[str]:
+def head(report: Measurements) -> list[str]:
     """The conditions: machine and versions, arithmetic, and how it was measured."""
     m, c = report.machine, report.config
     versions = ", ".join(f"{name} {m['versions'][name]}" for name in ("mlx", "mlx-lm", "mlx_adapters")
@@ -32,7 +32,7 @@ def head(report: Report) -> list[str]:
     ]
 
 
-def _quality_head(report: Report) -> list[str]:
+def _quality_head(report: Measurements) -> list[str]:
     if not report.quality:
         return []
     data, reference = report.quality["data"], report.quality["reference"]
@@ -40,7 +40,7 @@ def _quality_head(report: Report) -> list[str]:
     return [f"quality on {data['rows']} {data['split']} rows of {data['source']}, loss in nats per token{against}"]
 
 
-def arithmetic(rows: Sequence[Row]) -> list[str]:
+def arithmetic(rows: Sequence[VariantFigures]) -> list[str]:
     """Which number types were computed with; said once if all variants agree."""
     lines: dict[str, list[str]] = {}
     for row in rows:
@@ -57,12 +57,12 @@ def _arithmetic(conditions: dict) -> str:
     return text + (dense if conditions["dense"] else "")
 
 
-def failures(report: Report) -> list[str]:
+def failures(report: Measurements) -> list[str]:
     """A sentence for each variant that could not be measured, or not be judged."""
     return [f"'{label}' failed: {error}" for label, error in report.failures.items()]
 
 
-def notes(report: Report) -> list[str]:
+def notes(report: Measurements) -> list[str]:
     """What a reader must know before comparing the rows."""
     found = [*report.warnings]
     fine = [row for row in report.rows if row.error is None]
@@ -80,7 +80,7 @@ def notes(report: Report) -> list[str]:
     return found
 
 
-def _cold_notes(report: Report) -> list[str]:
+def _cold_notes(report: Measurements) -> list[str]:
     results = [run.result for run in report.runs if "error" not in run.result]
     if not results:
         return []
@@ -92,7 +92,7 @@ def _cold_notes(report: Report) -> list[str]:
     return [f"Cold load: the file cache could not be dropped wholly ({share:.0%} of the bytes came from the disk)."]
 
 
-def table(report: Report) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def table(report: Measurements) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Headers and lines; with several shapes there is one line for each, with quality more columns."""
     many = len(report.config.shapes) > 1
     quality = quality_cells(report)
@@ -105,7 +105,7 @@ def table(report: Report) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     return headers, lines
 
 
-def cells(row: Row, shape: ShapeRow | None, many: bool) -> tuple[str, ...]:
+def cells(row: VariantFigures, shape: ShapeRow | None, many: bool) -> tuple[str, ...]:
     """One line of the table, without quality."""
     if shape is None or row.load_seconds is None:
         return (row.label, *[""] * many, "failed")
@@ -116,7 +116,7 @@ def cells(row: Row, shape: ShapeRow | None, many: bool) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def quality_cells(report: Report) -> dict[str, tuple[str, ...]]:
+def quality_cells(report: Measurements) -> dict[str, tuple[str, ...]]:
     """Label -> its cells of quality, "" -> their headers; empty if no quality was asked for."""
     if not report.quality:
         return {}
@@ -155,7 +155,7 @@ def phrase(metric: str, ratio: Ratio) -> str:
     return f"{abs(value):.1f} % {up if ratio.value > 1 else down} [{bounds[0]:.1f}, {bounds[1]:.1f}]"
 
 
-def sentences(report: Report) -> list[str]:
+def sentences(report: Measurements) -> list[str]:
     """Every variant against the first one that ran: "sql against base, decode: 8.0 % slower [6.1, 9.8]".
 
     Where there are too few rounds for a claim, the ratios of a variant share a line.
@@ -174,7 +174,7 @@ def sentences(report: Report) -> list[str]:
     return lines + [f"{who}: {', '.join(parts)} {TOO_FEW}" for who, parts in short.items()]
 
 
-def markdown(report: Report) -> str:
+def markdown(report: Measurements) -> str:
     """The report for a README or a model card."""
     report = report.readable
     headers, lines = table(report)

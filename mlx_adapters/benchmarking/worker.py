@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from mlx.utils import tree_flatten
 from mlx_adapters.benchmarking import trials
 from mlx_adapters.benchmarking.schedule import BenchmarkConfig
 from mlx_adapters.config.training import from_mapping, require
-from mlx_adapters.errors import AdapterError
+from mlx_adapters.data.datasets import read_data
+from mlx_adapters.data.tokenizing import tokenize
+from mlx_adapters.errors import AdapterError, FormatError
 from mlx_adapters.evaluation.variants import Variant
 from mlx_adapters.generation import memory
 from mlx_adapters.generation.live import load_model
@@ -129,11 +132,24 @@ def prompts_for(model: Model, config: BenchmarkConfig, length: int, batch: int) 
     """(batch, length) token ids: from the data's rows, or random ones with a fixed seed."""
     if config.data is None:
         return trials.random_prompts(trials.vocabulary_size(model.module), batch, length, config.seed)
-    from mlx_adapters.benchmarking.prompts import real_prompts
-
     found = real_prompts(config.data, model.tokenizer, batch, length)
     model.base.check_tokens(np.array(found), config.data)
     return found
+
+
+def real_prompts(source: str, tokenizer: Any, batch: int, length: int) -> mx.array:
+    """(batch, length) token ids from the test rows (else valid, else train), each prompt starting elsewhere."""
+    data = read_data(source, judging=True)
+    rows = data.rows(data.judging)
+    lines = [row.tokens.tolist() for row in tokenize(rows, tokenizer).rows]
+    if not lines:
+        raise FormatError(f"The data '{source}' has no row that makes a prompt.", "are all of them empty?")
+    prompts = []
+    for number in range(batch):
+        start = number * len(lines) // batch
+        stream = (token for line in cycle(lines[start:] + lines[:start]) for token in line)
+        prompts.append(list(islice(stream, length)))
+    return mx.array(prompts)
 
 
 def warm_up(model: Model, config: BenchmarkConfig, prompts: dict[tuple[int, int], mx.array]) -> None:

@@ -37,7 +37,7 @@ def advise_command(
       mlx-adapters advise sql --adapters 3 --memory 8 --quality data/sql
     """
     from mlx_adapters.benchmarking.advice import advise
-    from mlx_adapters.benchmarking.measurements import read_report
+    from mlx_adapters.benchmarking.reports import read_report
     from mlx_adapters.benchmarking.run import benchmark
     from mlx_adapters.benchmarking.words import failures
     from mlx_adapters.evaluation.variants import short_names

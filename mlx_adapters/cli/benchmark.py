@@ -19,7 +19,7 @@ from mlx_adapters.cli._options import (
 )
 
 if TYPE_CHECKING:
-    from mlx_adapters.benchmarking.measurements import Report
+    from mlx_adapters.benchmarking.reports import Report
 
 
 class Counts(click.ParamType):
@@ -93,8 +93,7 @@ def benchmark_command(
     Example:
       mlx-adapters benchmark base sql@500 out/sql-4bit fuse:sql:8 --html report.html
     """
-    from mlx_adapters.benchmarking.measurements import read_report
-    from mlx_adapters.benchmarking.reports import changes
+    from mlx_adapters.benchmarking.reports import changes, read_report
     from mlx_adapters.benchmarking.run import benchmark
     from mlx_adapters.benchmarking.words import failures
     from mlx_adapters.evaluation.statistics import MIN_ROUNDS

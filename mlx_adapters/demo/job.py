@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from mlx_adapters.benchmarking.measurements import Report
 from mlx_adapters.benchmarking.page import html
+from mlx_adapters.benchmarking.reports import Report
 from mlx_adapters.benchmarking.run import benchmark
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.config.training import LoraConfig, TrainConfig

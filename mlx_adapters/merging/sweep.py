@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_adapters.config.training import require
-from mlx_adapters.evaluation.tokens import losses_on
 from mlx_adapters.events import OnEvent, ignore
 from mlx_adapters.merging.recipes import Source, interpolate
 from mlx_adapters.models.adapter import Adapter
@@ -29,6 +28,8 @@ def sweep(
     points = [Point(t, adapter) for t, adapter in interpolate(first, second, steps=steps, any_base=any_base)]
     if data is None:
         return points
+    from mlx_adapters.evaluation.tokens import losses_on  # imports mlx-lm
+
     losses = losses_on(data, [point.adapter for point in points], base, any_base, on_event)
     return [replace(point, loss=loss) for point, loss in zip(points, losses, strict=True)]
 

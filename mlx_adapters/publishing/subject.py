@@ -184,7 +184,7 @@ def read_subject(source: str | Path | Adapter, benchmark: str | Path | None = No
 def _benchmark(path: str | Path | None) -> str:
     if path is None:
         return ""
-    from mlx_adapters.benchmarking.measurements import read_report
+    from mlx_adapters.benchmarking.reports import read_report
     from mlx_adapters.benchmarking.words import markdown
 
     return clean_text(markdown(read_report(Path(path))).strip())
