@@ -25,7 +25,7 @@ from mlx_adapters.benchmarking.run import benchmark, run
 from mlx_adapters.benchmarking.schedule import BenchmarkConfig, schedule
 from mlx_adapters.cli import cli
 from mlx_adapters.display import png
-from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError
+from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError, StorageError
 from mlx_adapters.evaluation.statistics import (
     Ratio,
     bootstrap_error,
@@ -388,6 +388,9 @@ def test_command_prints_table_and_json(tiny_model, tmp_path, measured, monkeypat
     shown = CliRunner().invoke(cli, ["benchmark", "base", "sql", "-o", str(tmp_path / "r.json")])
     assert "DECODE tok/s" in shown.stdout and "against base" in shown.stdout
     assert read_report(tmp_path / "r.json").rows == measured.rows
+    (tmp_path / "file").touch()
+    unsaved = CliRunner().invoke(cli, ["benchmark", "base", "--html", str(tmp_path / "file" / "r.html")])
+    assert unsaved.stdout == shown.stdout and isinstance(unsaved.exception, StorageError)
     as_json = CliRunner().invoke(cli, ["benchmark", "base", "--json"])
     assert [row["label"] for row in json.loads(as_json.stdout)["rows"]] == measured.labels
     for done in (shown, as_json):  # what was measured is there, and that one failed too

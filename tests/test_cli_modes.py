@@ -113,6 +113,8 @@ def test_an_option_that_another_brings_says_so_and_is_refused_alone():
         ("fuse a out --force", "--force needs --max-kl"),
         ("fuse a out --no-check --check-rows 4", "--check-rows does not go with --no-check"),
         ("fuse a out --method nearest --quick", "--quick does not go with --method nearest"),
+        ("fuse a out --bits 8 --calibration-rows 4", "--calibration-rows does not go with --bits 8 without --method"),
+        ("fuse a out --bits none --no-check --calibration d", "--calibration does not go with --bits none"),
         ("fuse a out --method nearest --thorough", "--thorough does not go with --method nearest"),
         ("fuse --again m out --quick", "--quick does not go with --again"),
         ("fuse a out --bits none --method calibrated", "--method does not go with --bits none"),

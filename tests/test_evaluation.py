@@ -16,7 +16,7 @@ from test_benchmarking import make_adapter
 from mlx_adapters.benchmarking.run import check_data
 from mlx_adapters.cli import cli
 from mlx_adapters.data.datasets import RawRow, read_data
-from mlx_adapters.errors import ConfigError, FormatError, ModelError, NotFoundError
+from mlx_adapters.errors import AdapterError, ConfigError, FormatError, ModelError, NotFoundError
 from mlx_adapters.evaluation import reports
 from mlx_adapters.evaluation.answers import greedy_answers, questions
 from mlx_adapters.evaluation.evaluate import EvaluationConfig, choose_rows, evaluate, save
@@ -24,6 +24,7 @@ from mlx_adapters.evaluation.harness import TaskEvaluation, TaskReport, TaskResu
 from mlx_adapters.evaluation.scores import parse_score
 from mlx_adapters.evaluation.tokens import Batches, judge, judged_rows
 from mlx_adapters.models.model import load_model
+from mlx_adapters.sources import registry
 from mlx_adapters.sources.registry import load_adapter
 
 ROWS = [
@@ -230,6 +231,11 @@ def test_command_line(tiny_model, data, tmp_path):
     assert len(json.loads((tmp_path / "out.json").read_text())["evaluations"][0]["answers"]) == len(ROWS)
     as_json = CliRunner().invoke(cli, [*arguments, "--json", "--no-save"])
     assert json.loads(as_json.stdout)["evaluations"][1]["kl"]["value"] == 0
+    (tmp_path / "file").touch()
+    with registry.training_lock(registry.adapter_folder("sql")):  # neither a busy adapter nor a bad path hides figures
+        shown = CliRunner().invoke(cli, [*arguments, "-o", str(tmp_path / "file" / "out.json")])
+    assert "PERPLEXITY" in shown.stdout and isinstance(shown.exception, AdapterError)
+    assert "not kept with 'sql': 'sql' is being trained" in shown.stderr
 
 
 def test_one_variant_that_fails_fails_the_command_after_the_others(tiny_model, data, tmp_path):

@@ -13,11 +13,13 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from adapters import make_adapter, make_run
+from click.testing import CliRunner
 
 import mlx_adapters as ma
 import mlx_adapters.models.adapter as adapter_module
 from mlx_adapters.adapters import keeping, packing, project, verifying
-from mlx_adapters.errors import ConfigError, ExistsError, HubError, StorageError, TrainingError
+from mlx_adapters.cli import cli
+from mlx_adapters.errors import ConfigError, ExistsError, HubError, NotFoundError, StorageError, TrainingError
 from mlx_adapters.sources import registry
 from mlx_adapters.storage import files, locks, paths
 
@@ -371,3 +373,32 @@ def test_a_folder_without_its_slash_is_told_how_to_write_it(tmp_path, monkeypatc
     with pytest.raises(HubError) as caught:
         registry.locate("out/sql")
     assert "'./out/sql'" in caught.value.hint
+
+
+def test_a_link_to_a_disk_that_is_not_connected_is_listed_and_told(base, tmp_path):
+    """`list`, `rename` and `prune --all` agree on it, and what they advise can be done."""
+    make_run(base, "sql")
+    link = registry.adapters_folder() / "away"
+    link.symlink_to(tmp_path / "disk" / "away")
+    assert {entry.name: entry.problem is None for entry in registry.list_adapters()} == {"sql": True, "away": False}
+    with pytest.raises(NotFoundError, match=r"is a link to .*disk/away'") as caught:
+        registry.load_adapter("away")
+    assert str(link) in caught.value.hint
+    with pytest.raises(ExistsError, match="stands in the way"):
+        keeping.rename("sql", "away")
+    run = CliRunner().invoke(cli, ["prune", "--all", "--keep-last", "0", "--no-keep-best", "--yes"])
+    assert run.exit_code == 0 and "'away' is left alone" in run.stderr and "@300" in run.stdout
+    link.unlink()
+    assert registry.names() == ["sql"]
+
+
+def test_a_rename_that_the_disk_refuses_changes_nothing(base, monkeypatch):
+    registry.register(make_adapter(base), "sql")
+
+    def refused(source, target):
+        raise PermissionError(errno.EACCES, "Permission denied", str(source), None, str(target))
+
+    with monkeypatch.context() as patched, pytest.raises(StorageError, match=r"Cannot write .*adapters/new'"):
+        patched.setattr(files.os, "rename", refused)
+        keeping.rename("sql", "new")
+    assert registry.read_entry(registry.adapter_folder("sql")).metadata["name"] == "sql"

@@ -53,10 +53,12 @@ def rename(name: str, new: str) -> Entry:
         require(folder.name != new, f"'{new}' has this name already.")
         taken = registry.adapter_folder(new)  # the same adapter's where only the case changes
         if os.path.lexists(taken) and not paths.same_place(taken, folder):
+            if not taken.is_dir():
+                raise ExistsError(f"'{taken}' stands in the way, and is no adapter.", "move it away, or remove it.")
             raise ExistsError(f"There is an adapter named '{new}' already.", f"remove it first: 'remove {new}'.")
-        with contextlib.suppress(AdapterError):  # the folder's name counts; a damaged record hinders nobody
-            _update_metadata(folder, name=new)
         files.move(folder, target)
+        with contextlib.suppress(AdapterError):  # the folder's name counts; a damaged record hinders nobody
+            _update_metadata(target, name=new)
     return registry.read_entry(target)
 
 

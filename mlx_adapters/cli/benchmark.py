@@ -107,11 +107,13 @@ def benchmark_command(
         trials=trials, data=data, dtype=dtype, cold_load=cold, any_base=any_base, seed=seed, quality=quality,
         score=score, max_rows=max_rows, on_event=_output.progress(),
     )  # fmt: skip
-    save(report, output, markdown, html, plots)
-    if as_json:
-        _output.emit_json(report.to_json())
-    else:
-        show(report, old)
+    try:
+        save(report, output, markdown, html, plots)
+    finally:  # whatever becomes of the files, what took so long is shown
+        if as_json:
+            _output.emit_json(report.to_json())
+        else:
+            show(report, old)
     if report.interrupted:
         raise KeyboardInterrupt
     worse = [c for c in changes(report, old) if fail_over is not None and c.fails(fail_over)] if old else []

@@ -72,18 +72,20 @@ def eval_command(
     assert data is not None
     report = evaluation.evaluate(variants, data, base=base, config=config, on_event=_output.progress())
     if save:
-        for name in evaluation.save(report, variants):
+        for name in evaluation.save(report, variants, on_event=_output.progress()):
             _output.note(f"The figures are kept with '{name}'.")
-    if output:
-        files.write_json(output, _output.plain(report.to_json()))
-    if as_json:
-        _output.emit_json(report.to_json())
-    else:
-        shown = report.readable
-        headers, lines = reports.table(shown)
-        _output.table(headers, lines, right=range(1, len(headers)))
-        for line in (*reports.sentences(shown), *reports.notes(shown)):
-            _output.out(line)
+    try:
+        if output:
+            files.write_json(output, _output.plain(report.to_json()))
+    finally:  # whatever becomes of the file, what took so long is shown
+        if as_json:
+            _output.emit_json(report.to_json())
+        else:
+            shown = report.readable
+            headers, lines = reports.table(shown)
+            _output.table(headers, lines, right=range(1, len(headers)))
+            for line in (*reports.sentences(shown), *reports.notes(shown)):
+                _output.out(line)
     _output.end_if_failed(f"'{e.variant}' failed: {e.error}" for e in report.readable.evaluations if e.error)
 
 
@@ -99,11 +101,13 @@ def _public_tasks(
         variants, [task.strip() for task in tasks.split(",")], base=base, folder=folder, max_rows=max_rows,
         dtype=dtype, any_base=any_base, batch_size=batch_size, on_event=_output.progress(),
     )  # fmt: skip
-    if output:
-        files.write_json(output, _output.plain(report))
-    if as_json:
-        _output.emit_json(report)
-    else:
-        _output.table(*report.table(), right=(3,))
+    try:
+        if output:
+            files.write_json(output, _output.plain(report))
+    finally:
+        if as_json:
+            _output.emit_json(report)
+        else:
+            _output.table(*report.table(), right=(3,))
     names = short_names(e.variant for e in report.evaluations)
     _output.end_if_failed(f"'{names[e.variant]}' failed: {e.error}" for e in report.evaluations if e.error)

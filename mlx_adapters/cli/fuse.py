@@ -98,8 +98,10 @@ def fuse_command(
         refuse_ignored("check_rows", "--no-check")
     if options.method == "calibrated" and bits == "none":
         refuse_ignored("method", "--bits none")
-    if options.method == "nearest" or bits == "none":
-        refuse_ignored("thorough calibration_rows", "--bits none" if bits == "none" else "--method nearest")
+    if options.method == "nearest" or bits == "none" or (options.method == "auto" and bits == "8"):
+        why = "--bits none" if bits == "none" else "--method nearest" if options.method == "nearest" else "--bits 8"
+        why += " without --method calibrated" if why == "--bits 8" else ""
+        refuse_ignored("thorough calibration_rows" + (" calibration" if not options.check else ""), why)
     if len(refs) < (1 if again or from_peft else 2):
         raise click.UsageError("Give the adapter and the folder to write.")
     *adapters, out = refs

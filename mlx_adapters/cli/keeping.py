@@ -4,6 +4,7 @@ import click
 
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import REFERENCE, confirm, json_option, yes_option
+from mlx_adapters.errors import AdapterError
 from mlx_adapters.units import count
 
 
@@ -100,13 +101,19 @@ def prune_command(
 
     if bool(names) == everything:
         raise click.UsageError("Give names or --all.")
-    names = names or tuple(registry.names())
-    plans = [prune(name, keep_best=keep_best, keep_last=keep_last, dry_run=True) for name in names]
+    plans = []
+    for name in names or registry.names():
+        try:
+            plans.append(prune(name, keep_best=keep_best, keep_last=keep_last, dry_run=True))
+        except AdapterError as error:
+            if names:
+                raise
+            _output.warn(f"'{name}' is left alone: {error.message}")  # one of many must not hinder the others
     many = sum(len(plan.iterations) for plan in plans)
     total = f"{count(many, 'checkpoint')}, {_output.size(sum(plan.freed_bytes for plan in plans))}"
     if not dry_run and any(plan.iterations for plan in plans):
         confirm(f"Remove {total}?", yes)
-        plans = [prune(name, keep_best=keep_best, keep_last=keep_last) for name in names]
+        plans = [prune(plan.name, keep_best=keep_best, keep_last=keep_last) for plan in plans]
     if as_json:
         _output.emit_json({"dry_run": dry_run, "pruned": plans})
         return

@@ -251,24 +251,31 @@ def _difference(one: Evaluation, other: Evaluation) -> Difference:
     return Difference(one.variant, other.variant, loss, score)
 
 
-def save(report: EvaluationReport, references: Sequence[str]) -> list[str]:
+def save(report: EvaluationReport, references: Sequence[str], *, on_event: OnEvent = ignore) -> list[str]:
     """Write each registered adapter's figures into its metadata, under `evaluations`; the names written to.
 
-    An earlier evaluation of the same checkpoint on the same rows with the same score is replaced.
+    An earlier evaluation of the same checkpoint on the same rows with the same score is replaced. An adapter that
+    cannot be written to now is told as a warning.
     """
     written = []
     by_label = {evaluation.variant: evaluation for evaluation in report.evaluations if evaluation.error is None}
     for text in references:
         if text in by_label and text != BASE and text.partition("@")[0].casefold() in map(str.casefold, names()):
-            folder, iteration = locate(text)
-            with changing(folder.name):
-                metadata = read_metadata(folder)
-                entry = _entry(report, by_label[text], iteration)
-                same = ("data", "sha256", "rows", "iteration", "score")
-                kept = [e for e in metadata.get("evaluations", []) if any(e.get(k) != entry[k] for k in same)]
-                files.write_json(folder / METADATA_FILE, metadata | {"evaluations": [*kept, entry]})
-            written.append(text)
+            try:
+                _keep(report, by_label[text], *locate(text))
+                written.append(text)
+            except AdapterError as error:
+                on_event(Note(f"The figures are not kept with '{text}': {error.message}", "warning"))
     return written
+
+
+def _keep(report: EvaluationReport, evaluation: Evaluation, folder: Path, iteration: int | None) -> None:
+    with changing(folder.name):
+        metadata = read_metadata(folder)
+        entry = _entry(report, evaluation, iteration)
+        same = ("data", "sha256", "rows", "iteration", "score")
+        kept = [e for e in metadata.get("evaluations", []) if any(e.get(k) != entry[k] for k in same)]
+        files.write_json(folder / METADATA_FILE, metadata | {"evaluations": [*kept, entry]})
 
 
 def _entry(report: EvaluationReport, evaluation: Evaluation, iteration: int | None) -> dict[str, Any]:

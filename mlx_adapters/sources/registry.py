@@ -99,7 +99,8 @@ def names() -> list[str]:
     folder = adapters_folder()
     if not folder.is_dir():
         return []
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and NAME.fullmatch(p.name))
+    # a link that leads nowhere is an adapter on a disk that is not connected
+    return sorted(p.name for p in folder.iterdir() if (p.is_dir() or p.is_symlink()) and NAME.fullmatch(p.name))
 
 
 def locate(reference: str | Reference) -> tuple[Path, int | None]:
@@ -121,6 +122,11 @@ def locate(reference: str | Reference) -> tuple[Path, int | None]:
             raise HubError(error.message, f"the folder is './{ref.target}'; 'user/repo' means the Hub.") from None
     folder = adapter_folder(ref.target)
     if not folder.is_dir():
+        if folder.is_symlink():
+            raise NotFoundError(
+                f"'{ref.target}' is a link to '{os.readlink(folder)}', which is not there.",
+                f"connect the disk that it is on, or remove the link: {folder}",
+            )
         hint = did_you_mean(ref.target, names(), "'mlx-adapters list' shows all.")
         if Path(ref.target).is_dir():
             hint = f"the folder is './{ref.target}': a path has a slash."

@@ -204,7 +204,11 @@ def move(source: Path, target: Path) -> None:
     with storage_errors(target):
         if target.is_symlink():
             target.unlink()
-        os.rename(source, target)
+        try:
+            os.rename(source, target)
+        except OSError as error:
+            error.filename = str(target)  # the source can be read: it cannot be there
+            raise
         flush_path(Path(target).parent)
 
 
