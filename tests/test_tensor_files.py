@@ -1,6 +1,8 @@
 """Safetensors files from strangers: what is read lies in the file, each byte once."""
 
+import errno
 import json
+import os
 import struct
 
 import mlx.core as mx
@@ -8,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_adapters.errors import FormatError
+from mlx_adapters.errors import FormatError, StorageError
+from mlx_adapters.storage import files, tensor_files
 from mlx_adapters.storage.tensor_files import read_safetensors, read_safetensors_header
 
 
@@ -94,3 +97,18 @@ def test_any_header_is_read_within_its_file_or_refused(tmp_path, header, size):
     except FormatError:
         return
     assert set(found) == set(names) and sum(array.nbytes for array in found.values()) == size
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.EIO])
+@pytest.mark.parametrize("read", [tensor_files.read_safetensors_header, files.read_json])
+def test_what_the_system_refuses_to_open_is_not_called_damaged(tmp_path, monkeypatch, read, number):
+    path = tmp_path / "file"
+    path.write_bytes(b"{}")
+
+    def refused(*_, **__):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr("builtins.open", refused)
+    with pytest.raises(StorageError, match=f"Cannot read '{path}': {os.strerror(number).lower()}") as caught:
+        read(path)
+    assert ("ulimit" in caught.value.hint) == (number == errno.EMFILE)

@@ -87,10 +87,16 @@ def storage_errors(path: Path) -> Iterator[None]:
         about = error.filename
         if isinstance(about, str | bytes) and not _belongs_to(Path(os.fsdecode(about)), Path(path)):
             read = undrafted(Path(os.fsdecode(about)))
-            raise StorageError(f"Cannot read '{read}': {_reason(error)}.", "is it there, and yours?") from error
+            raise unreadable(read, error) from error
         if error.errno not in hints:
             raise
         raise StorageError(f"Cannot write '{undrafted(path)}': {_reason(error)}.", hints[error.errno]) from error
+
+
+def unreadable(path: str | Path, error: OSError) -> StorageError:
+    """The error for what the system refuses to let us read."""
+    hint = "'ulimit -n' sets how many." if error.errno == errno.EMFILE else "is it there, and yours?"
+    return StorageError(f"Cannot read '{path}': {_reason(error)}.", hint)
 
 
 def undrafted(path: Path) -> Path:

@@ -19,7 +19,7 @@ from typing import Any
 
 from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.storage.files import atomic_file
-from mlx_adapters.storage.paths import require_free_space
+from mlx_adapters.storage.paths import require_free_space, unreadable
 
 BLOCK = 16 << 20  # bytes copied at once
 HASHED_LATER = 32  # tensors that may wait, written, for their hash
@@ -158,7 +158,9 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]
             raise bad
     except FileNotFoundError:
         raise NotFoundError(f"There is no file '{path}'.") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error):
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error):
         raise bad from None
     return header, metadata
 
