@@ -21,8 +21,7 @@ def write(out: Path) -> None:
     from tiny_models import build_model
 
     import mlx_adapters as ma
-    from mlx_adapters.assembly.gguf_tokenizer import PRE_TOKENIZERS
-    from mlx_adapters.assembly.hard_strings import hard_strings
+    from mlx_adapters.assembly.gguf_tokenizer import PRE_TOKENIZERS, hard_strings
     from mlx_adapters.models.model import load_model
     from mlx_adapters.sources.demo_base import demo_base_folder
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from mlx_adapters.assembly.gguf_tokenizer import PRE_TOKENIZERS
-from mlx_adapters.assembly.hard_strings import hard_strings
+from mlx_adapters.assembly.gguf_tokenizer import PRE_TOKENIZERS, hard_strings
 
 BOS, EOS = "<|endoftext|>", "<|im_end|>"
 

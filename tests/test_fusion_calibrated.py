@@ -17,7 +17,8 @@ from click.testing import CliRunner
 from test_fusion_fuse import make_adapter
 
 from mlx_adapters import TrainConfig, errors, load_adapter, train
-from mlx_adapters.assembly.plan import LayerPlan, Updates
+from mlx_adapters.assembly.plan import LayerPlan
+from mlx_adapters.assembly.weights import Updates
 from mlx_adapters.calibration import mixed, strategy
 from mlx_adapters.calibration.blockwise import Blocks, Variant
 from mlx_adapters.calibration.calibrate import Spool

@@ -11,8 +11,7 @@ from gguf_tokenizers import own_spelling, retokenize, split_by
 from tokenizers import pre_tokenizers
 
 from mlx_adapters import FuseOptions, fuse
-from mlx_adapters.assembly.gguf_tokenizer import PRE_TOKENIZERS, check_strings, read_tokenizer
-from mlx_adapters.assembly.hard_strings import hard_strings
+from mlx_adapters.assembly.gguf_tokenizer import PRE_TOKENIZERS, check_strings, hard_strings, read_tokenizer
 from mlx_adapters.errors import ConfigError, FormatError
 from mlx_adapters.events import Note
 from mlx_adapters.models.base import resolve_base

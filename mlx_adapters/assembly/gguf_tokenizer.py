@@ -5,12 +5,12 @@ for. What it will do is then tried here, with the same lists and its own express
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters.assembly.hard_strings import hard_strings
 from mlx_adapters.errors import ConfigError, FormatError
 from mlx_adapters.storage import files
 
@@ -204,6 +204,13 @@ def _patterns(settings: Mapping[str, Any] | None) -> tuple[str, ...]:
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
         return ()
     return (*patterns, *([_GPT2] if last.get("use_regex", True) else []))
+
+
+def hard_strings(special: Sequence[str]) -> list[str]:
+    """A hundred strings on which tokenizers differ: spaces, digits, contractions, scripts, marks, code, `special`."""
+    stored = (package_files("mlx_adapters.assembly") / "hard_strings.json").read_text(encoding="utf-8")
+    marked = [form for token in special[:4] for form in (token, f"x{token}y", f"{token}\n{token}", f" {token} ")]
+    return [*json.loads(stored), *marked]
 
 
 def check_strings(made: GgufTokenizer, tokenizer: Any) -> list[str]:

@@ -12,15 +12,13 @@ from mlx_adapters.assembly.left_out import hand_on, quantization_with
 from mlx_adapters.assembly.plan import (
     LayerPlan,
     Precision,
-    Source,
-    Updates,
-    chunks,
     is_weight_leaf,
     packed_shapes,
     plan_layers,
     quantization_config,
 )
 from mlx_adapters.assembly.survival import Survival, SurvivalSum, require_finite, sample
+from mlx_adapters.assembly.weights import BaseWeights, Updates, chunks
 from mlx_adapters.assembly.writing import Unit, copy_companions, dtype_name, write_config, write_weights
 from mlx_adapters.config.training import Quantization, require
 from mlx_adapters.events import OnEvent
@@ -44,7 +42,7 @@ class Job:
     rows, where its format rounds them itself."""
 
     base: Base
-    opened: Source | None
+    opened: BaseWeights | None
     config: dict[str, Any]
     updates: Updates
     plans: list[LayerPlan]
@@ -54,9 +52,9 @@ class Job:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def source(self) -> Source:
+    def source(self) -> BaseWeights:
         """The base, lazily read; writing consumes it."""
-        self.opened = self.opened or Source.of(load_module(self.base)[0])
+        self.opened = self.opened or BaseWeights.of(load_module(self.base)[0])
         return self.opened
 
     def close(self) -> None:
@@ -204,7 +202,7 @@ def open_job(
         check_fits(adapter, module, f"'{base.name}'")
         if not any_base:
             check_made_for(adapter, base.name, base.fingerprint)
-    source = Source.of(module)
+    source = BaseWeights.of(module)
     missing = set(updates.replaced) - set(source.layers)
     require(not missing, f"The model has no layer {sorted(missing)}.")
     plans = plan_layers(source, updates.paths(), asked)

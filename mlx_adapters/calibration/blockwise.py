@@ -13,7 +13,7 @@ from typing import Any
 
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_adapters.assembly.plan import Source, Updates
+from mlx_adapters.assembly.weights import BaseWeights, Updates
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import dense_layer
 from mlx_adapters.models.model import load_module
@@ -144,7 +144,7 @@ class Variant:
         module, _ = load_module(base)
         if beside is not None:
             module.update(beside.source.module.parameters())
-        self.source: Source = Source.of(module)
+        self.source: BaseWeights = BaseWeights.of(module)
         self.updates = updates or Updates()
         self.blocks = Blocks(module)
         self._stored = stored

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_adapters.assembly.plan import LayerPlan, Updates
+from mlx_adapters.assembly.plan import LayerPlan
+from mlx_adapters.assembly.weights import Updates
 from mlx_adapters.assembly.writing import dtype_name
 from mlx_adapters.calibration.blockwise import Variant
 from mlx_adapters.calibration.collecting import Collector

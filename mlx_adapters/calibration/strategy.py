@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Literal
 
-from mlx_adapters.assembly.plan import Precision, Updates
+from mlx_adapters.assembly.plan import Precision
 from mlx_adapters.assembly.tensors import Job
+from mlx_adapters.assembly.weights import Updates
 from mlx_adapters.assembly.writing import dtype_name
 from mlx_adapters.calibration.blockwise import Variant
 from mlx_adapters.calibration.calibrate import Spool, round_layers

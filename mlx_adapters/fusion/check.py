@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters.assembly.plan import Source, Updates, chunks
 from mlx_adapters.assembly.survival import Survival, SurvivalSum, mean_cosine, sample
 from mlx_adapters.assembly.tensors import open_job
+from mlx_adapters.assembly.weights import BaseWeights, Updates, chunks
 from mlx_adapters.calibration.blockwise import Variant
 from mlx_adapters.calibration.fidelity import Fidelity, compare
 from mlx_adapters.calibration.strategy import batches_of
@@ -56,7 +56,7 @@ def check_fused(
     updates = gather_updates(given, weights)
     found, fused = choose_base(base, updates), resolve_base(model)
     job = open_job(found, updates, "keep", any_base=any_base)
-    survival = measure_survival(job.source, Source.of(load_module(fused)[0]), updates, str(model))
+    survival = measure_survival(job.source, BaseWeights.of(load_module(fused)[0]), updates, str(model))
     tokenizer = load_tokenizer_of(found)
     loaded = [adapter for adapter, _ in updates.adapters]
     text = choose_text(
@@ -68,7 +68,7 @@ def check_fused(
     return Checked(str(model), compare(*variants, batches_of(text.check, found), on_event), survival, text.describe())
 
 
-def measure_survival(base: Source, fused: Source, updates: Updates, name: str) -> tuple[Survival, ...]:
+def measure_survival(base: BaseWeights, fused: BaseWeights, updates: Updates, name: str) -> tuple[Survival, ...]:
     """Survival of every changed layer. Raises IncompatibleError if the layers do not correspond."""
     results = []
     for path in base.layers:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.assembly.left_out import described, left_out
-from mlx_adapters.assembly.plan import Updates
 from mlx_adapters.assembly.tensors import Job, open_job
+from mlx_adapters.assembly.weights import Updates
 from mlx_adapters.assembly.writing import SPARE_BYTES
 from mlx_adapters.calibration.calibrate import Spool
 from mlx_adapters.calibration.strategy import Work

@@ -13,7 +13,8 @@ from typing import Any
 
 from mlx.utils import tree_unflatten
 
-from mlx_adapters.assembly.plan import Precision, Source, plan_layers
+from mlx_adapters.assembly.plan import Precision, plan_layers
+from mlx_adapters.assembly.weights import BaseWeights
 from mlx_adapters.config.training import Quantization
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.models.layers import (
@@ -51,7 +52,7 @@ def plan_rounding(module: nn.Module, keys: Sequence[str], asked: Quantization) -
 
     Raises ConfigError for an adapted layer whose rounding cannot be trained through.
     """
-    source = Source.of(module)
+    source = BaseWeights.of(module)
     for key in keys:
         if isinstance(source.layers[key], EMBEDDING):
             raise ConfigError(f"fuse-aware training cannot round '{key}'.", "leave embeddings out of the targets.")

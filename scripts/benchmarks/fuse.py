@@ -38,7 +38,7 @@ class Judge:
     """Judges fused folders by the adapter model, whose predictions are computed once."""
 
     def __init__(self, base, adapter, text):
-        from mlx_adapters.assembly.plan import Updates
+        from mlx_adapters.assembly.weights import Updates
         from mlx_adapters.calibration.blockwise import Variant
         from mlx_adapters.calibration.strategy import batches_of
         from mlx_adapters.models.base import resolve_base
@@ -84,8 +84,8 @@ class Judge:
 
 def bits_per_weight(folder, base):
     """All tensors' bits over the numbers they stand for."""
-    from mlx_adapters.assembly.plan import Updates
     from mlx_adapters.assembly.tensors import open_job
+    from mlx_adapters.assembly.weights import Updates
     from mlx_adapters.models.base import resolve_base
     from mlx_adapters.storage import tensor_files
 

@@ -77,13 +77,13 @@ def light_adapter(base, adapter, out, most):
 
     import mlx.core as mx
 
-    from mlx_adapters.assembly.plan import Source, Updates
+    from mlx_adapters.assembly.weights import BaseWeights, Updates
     from mlx_adapters.models.adapter import write_adapter
     from mlx_adapters.models.base import resolve_base
     from mlx_adapters.models.model import load_module
     from mlx_adapters.sources.registry import load_adapter
 
-    given, source = load_adapter(adapter), Source.of(load_module(resolve_base(base))[0])
+    given, source = load_adapter(adapter), BaseWeights.of(load_module(resolve_base(base))[0])
     updates, shares = Updates(((given, 1.0),)), []
     for path in given.config.keys:
         weight = source.rows(path, 0, source.layers[path].weight.shape[0])
