@@ -23,7 +23,7 @@ from mlx_adapters.calibration import mixed, strategy
 from mlx_adapters.calibration.blockwise import Blocks, Variant
 from mlx_adapters.calibration.calibrate import Spool
 from mlx_adapters.calibration.collecting import Collector, HiddenStates, fisher_probe
-from mlx_adapters.calibration.fidelity import compare
+from mlx_adapters.calibration.fidelity import measure_fidelity
 from mlx_adapters.calibration.texts import GENERAL, choose_text
 from mlx_adapters.cli import cli
 from mlx_adapters.config.fusing import FuseOptions
@@ -90,7 +90,7 @@ def test_fidelity_is_the_kl_of_whole_models(tiny_model, tmp_path, architecture):
     rows, base = some_rows(), resolve_base(folder)
     updates = Updates(((adapter, 1.0),))
     fused = Variant(resolve_base(tmp_path / "out"), None, updates.paths().__contains__)
-    found = compare(Variant(base, updates), fused, Variant(base), make_batches(rows, 48))
+    found = measure_fidelity(Variant(base, updates), fused, Variant(base), make_batches(rows, 48))
     models = [load_model(folder, adapter), load_model(tmp_path / "out"), load_model(folder)]
     kls, same, losses = [[], []], [], [[], [], []]
     for tokens, judged in rows:
@@ -589,7 +589,7 @@ def test_calibration_is_never_worse_than_rounding_to_nearest_on_its_own_rows(
         result = fuse(base, adapter, tmp_path / method, quantization=quantization, options=options)
         fused = Variant(resolve_base(tmp_path / method), None, lambda _: True)
         updates = Updates(((adapter, 1.0),))
-        results[method] = compare(Variant(found, updates), fused, None, batches).kl_mean, result
+        results[method] = measure_fidelity(Variant(found, updates), fused, None, batches).kl_mean, result
     assert results["calibrated"][0] <= results["nearest"][0] * (1 + 1e-6)
     assert [note.split(":")[0].split(" was")[0] for note in results["calibrated"][1].notes] == told
 

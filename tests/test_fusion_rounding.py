@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mlx_adapters.calibration.collecting import gram
 from mlx_adapters.config.training import QUANTIZATIONS, Quantization
 from mlx_adapters.rounding import feedback
-from mlx_adapters.rounding.grids import make_grid, pack, round_to, to_numpy
+from mlx_adapters.rounding.grids import make_grid, pack_codes, round_to, to_numpy
 from mlx_adapters.rounding.packed import dequantize, nearest, to_nearest
 
 ALL = [Quantization(b, g, mode) for mode, (bits, groups) in QUANTIZATIONS.items() for b in bits for g in groups]
@@ -55,7 +55,7 @@ def test_packing_round_trips_and_is_what_mlx_reads(bits, rows, words, data):
     n = 32 * words
     codes = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=rows * n, max_size=rows * n))
     codes = np.array(codes, np.uint8).reshape(rows, n)
-    packed = pack(codes, bits)
+    packed = pack_codes(codes, bits)
     np.testing.assert_array_equal(unpack(packed, bits), codes)
     ones, zeros = mx.ones((rows, words)), mx.zeros((rows, words))
     seen = mx.dequantize(mx.array(packed), ones, zeros, group_size=32, bits=bits)

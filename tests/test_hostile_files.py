@@ -14,7 +14,7 @@ from mlx_adapters.data.datasets import read_split
 from mlx_adapters.errors import AdapterError, ConfigError, FormatError
 from mlx_adapters.fusion.recipe import read_recipe
 from mlx_adapters.publishing.cards import parse_front
-from mlx_adapters.storage.tensor_names import RECIPE_FILE
+from mlx_adapters.storage.tensor_names import FUSE_RECIPE_FILE
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
@@ -94,7 +94,7 @@ def test_a_damaged_fuse_recipe_is_refused(tiny_model, tmp_path, monkeypatch):
     make_run(tiny_model("llama"), "sql")
     arguments = ["--bits", "8", "--group-size", "32", "--no-check", "--method", "nearest"]
     assert CliRunner().invoke(cli, ["fuse", "sql", "out", *arguments]).exit_code == 0
-    recipe = json.loads((tmp_path / "out" / RECIPE_FILE).read_text())
+    recipe = json.loads((tmp_path / "out" / FUSE_RECIPE_FILE).read_text())
     refused = 0
     for change in every_change(recipe):
         (tmp_path / "recipe.json").write_text(json.dumps(change))

@@ -153,7 +153,7 @@ def test_all_that_we_put_into_an_adapter_is_known_to_be_ours(base, home):
     """Whatever training, `use`, `tag`, `eval --save` and `card` leave there does not hinder --overwrite."""
     folder = make_run(base, "sql")
     states.save(folder, states.State(iteration=400), make_adapter(base).weights, {})
-    files.write_json(folder / states.RECIPE_FILE, {})
+    files.write_json(folder / states.RUN_RECIPE_FILE, {})
     keeping.use("sql@100")
     keeping.tag("sql", ["good"])
     run("card", "sql", "--write", "--base-model", "x/y")

@@ -45,12 +45,12 @@ def checks(tmp_path):
 
 def test_a_wrong_gradient_is_noticed(checks, monkeypatch):
     assert checks.gradient().passed
-    true = arithmetic.Engine.gradient_of
+    true = arithmetic.TrainStep.gradient_of
 
     def too_long(self, probe, recompute):
         return {name: 1.1 * g for name, g in true(self, probe, recompute).items()}
 
-    monkeypatch.setattr(arithmetic.Engine, "gradient_of", too_long)
+    monkeypatch.setattr(arithmetic.TrainStep, "gradient_of", too_long)
     assert not checks.gradient().passed
 
 

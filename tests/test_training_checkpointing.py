@@ -16,7 +16,7 @@ from mlx_adapters.models.layers import named_layers
 from mlx_adapters.models.model import load_model
 from mlx_adapters.optimization import losses
 from mlx_adapters.optimization import step as engines
-from mlx_adapters.optimization.step import Engine, LossPlan, checkpointing_is_exact
+from mlx_adapters.optimization.step import LossPlan, TrainStep, checkpointing_is_exact
 from mlx_adapters.storage.tensor_names import LORA_B, split
 from mlx_adapters.surgery import calls
 from mlx_adapters.training import setup
@@ -33,7 +33,7 @@ ROWS = [row(12, 1), row(25, 2)]
 BATCH = make_batch([[r] for r in ROWS])
 
 
-def engine(folder, training: TrainConfig, **lora) -> Engine:
+def engine(folder, training: TrainConfig, **lora) -> TrainStep:
     """An engine whose lora_b is not zero, so that every tensor has a gradient."""
     model = load_model(folder)
     keys = setup.add_layers(model, LoraConfig(**{"rank": 4, "scale": 2.0, **lora}), 0).keys
@@ -43,10 +43,10 @@ def engine(folder, training: TrainConfig, **lora) -> Engine:
             weights[name] = 0.05 * mx.random.normal(weights[name].shape, key=mx.random.key(number))
     losses.put(model.module, weights)
     layers = dict(named_layers(model.module))
-    return Engine(model.module, {key: layers[key] for key in keys}, training, LossPlan(None, 64))
+    return TrainStep(model.module, {key: layers[key] for key in keys}, training, LossPlan(None, 64))
 
 
-def gradients(made: Engine, batch: Batch = BATCH, rounding: bool = False) -> tuple[float, dict[str, mx.array]]:
+def gradients(made: TrainStep, batch: Batch = BATCH, rounding: bool = False) -> tuple[float, dict[str, mx.array]]:
     mx.random.seed(7)
     loss, found = made.gradient(batch, 1.0, rounding)
     return loss.item(), found

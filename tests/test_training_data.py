@@ -10,7 +10,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mlx_adapters.data.batches import batch_sequence, epoch_batches, make_batch, pack
+from mlx_adapters.data.batches import batch_sequence, epoch_batches, fill_bins, make_batch
 from mlx_adapters.data.datasets import RawRow, read_data
 from mlx_adapters.data.tokenizing import Row, tokenize, tokenize_row
 from mlx_adapters.errors import FormatError, NotFoundError
@@ -215,6 +215,6 @@ def test_packed_rows_never_train_across_a_border():
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60))
 def test_packing_holds_every_row_once_within_capacity(lengths):
-    bins = pack(lengths, 50)
+    bins = fill_bins(lengths, 50)
     assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in b) <= 50 for b in bins)

@@ -13,7 +13,7 @@ from mlx_adapters import LoraConfig, TrainConfig, train
 from mlx_adapters.adapters.keeping import fill_template, remove, tag, use
 from mlx_adapters.errors import AdapterError, FormatError, StorageError, TrainingError
 from mlx_adapters.events import CheckpointSaved, ValidationReport
-from mlx_adapters.optimization.step import Engine
+from mlx_adapters.optimization.step import TrainStep
 from mlx_adapters.sources.registry import list_adapters, load_adapter
 from mlx_adapters.storage import files
 from mlx_adapters.training import state as states
@@ -138,7 +138,7 @@ def test_a_place_that_takes_nothing_is_told_before_the_model_loads(run, tmp_path
 
 def test_a_full_disk_is_told_before_the_first_step(run, monkeypatch):
     monkeypatch.setattr("mlx_adapters.storage.paths.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    monkeypatch.setattr(Engine, "step", lambda *a: pytest.fail("stepped"))
+    monkeypatch.setattr(TrainStep, "step", lambda *a: pytest.fail("stepped"))
     with pytest.raises(StorageError, match="but the disk has 1 kB free"):
         run()
 
@@ -191,7 +191,7 @@ def test_a_resume_that_is_refused_changes_nothing(run):
 
 def test_the_bare_name_means_what_its_record_says_when_the_best_is_gone(run, monkeypatch):
     losses = iter([9.0, 1.0, 2.0, 3.0])  # at 0, 2, 4 and 6
-    monkeypatch.setattr(Engine, "evaluate", lambda *a: next(losses))
+    monkeypatch.setattr(TrainStep, "evaluate", lambda *a: next(losses))
     folder = run().folder
     use("run@4")
     remove("run@2")

@@ -19,7 +19,7 @@ from mlx_adapters.models.base import resolve_base
 from mlx_adapters.models.layers import dense_weight, named_layers, updated_weight
 from mlx_adapters.models.model import load_model, load_module
 from mlx_adapters.optimization import losses, through_rounding
-from mlx_adapters.optimization.step import Engine, LossPlan
+from mlx_adapters.optimization.step import LossPlan, TrainStep
 from mlx_adapters.storage.tensor_names import LORA_B, split
 from mlx_adapters.training import setup
 
@@ -84,7 +84,7 @@ def test_the_loss_is_that_of_the_fused_model(kind, architecture, tiny_model, tmp
     without, through = engine.evaluate([BATCH]), engine.evaluate([BATCH], rounding=True)
     model = fused(folder, adapter, planned, tmp_path / "fused")
     assert through == pytest.approx(
-        Engine(model.module, {}, TrainConfig(), LossPlan(None, 64)).evaluate([BATCH]), rel=1e-5
+        TrainStep(model.module, {}, TrainConfig(), LossPlan(None, 64)).evaluate([BATCH]), rel=1e-5
     )
     assert abs(through - without) > 1e-2
 

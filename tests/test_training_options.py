@@ -128,10 +128,10 @@ def test_early_stop_and_best(observe):
 
 
 def test_the_best_is_one_that_was_judged_with_the_rounding(observe, monkeypatch):
-    from mlx_adapters.optimization.step import Engine
+    from mlx_adapters.optimization.step import TrainStep
 
     losses = iter([9.0, 1.0, 3.0, 2.0, 4.0])  # at 0, 2, 4, 6 and 8
-    monkeypatch.setattr(Engine, "evaluate", lambda *a: next(losses))
+    monkeypatch.setattr(TrainStep, "evaluate", lambda *a: next(losses))
     seen = observe(replace(BASE, iterations=8, fuse_aware=FUSE, fuse_aware_from=2))
     assert seen.run.best.iteration == 6 and seen.run.best_validation_loss == 2.0
 

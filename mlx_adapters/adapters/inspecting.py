@@ -31,7 +31,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class SavedIteration:
     """A saved iteration with the losses measured there."""
 
     iteration: int
@@ -53,7 +53,7 @@ class Details:
     parameters: int
     base: str | None
     layers: tuple[Layer, ...]
-    checkpoints: tuple[Checkpoint, ...]
+    checkpoints: tuple[SavedIteration, ...]
     files: dict[str, int]
     metadata: dict[str, Any] = field(repr=False)
     strength_note: str | None = None
@@ -72,11 +72,11 @@ def describe(reference: "str | Path | Adapter") -> Details:
     )  # fmt: skip
 
 
-def _checkpoints(entry: Entry) -> tuple[Checkpoint, ...]:
+def _checkpoints(entry: Entry) -> tuple[SavedIteration, ...]:
     train, validation = map(dict, losses_of(entry.metadata))
     sizes = {i: _size(registry.checkpoint_path(entry, i)) for i in entry.iterations}
     return tuple(
-        Checkpoint(i, train.get(i), validation.get(i), size, i == entry.iteration)
+        SavedIteration(i, train.get(i), validation.get(i), size, i == entry.iteration)
         for i, size in sizes.items()
         if size is not None
     )

@@ -14,15 +14,15 @@ from typing import Any
 from mlx_adapters.events import OnEvent, Progress
 from mlx_adapters.models.base import MODEL_FILES, Base
 from mlx_adapters.storage import files, paths, tensor_files
-from mlx_adapters.storage.tensor_names import CONFIG_FILE, METADATA_FILE, RECIPE_FILE, REPORT_FILE
+from mlx_adapters.storage.tensor_names import CONFIG_FILE, FUSE_RECIPE_FILE, METADATA_FILE, REPORT_FILE
 from mlx_adapters.system.door import mx
 
 SHARD_BYTES = 5 << 30
 SPARE_BYTES = 16 << 20  # of the disk: tokenizer, config and report
 Layout = list[tuple[str, str, tuple[int, ...]]]
 # What a fused model makes anew, or what is not its own.
-SKIPPED = ("config.json", "model.safetensors.index.json", "hf_quant_config.json", RECIPE_FILE, REPORT_FILE, CONFIG_FILE,
-           METADATA_FILE)  # fmt: skip
+SKIPPED = ("config.json", "model.safetensors.index.json", "hf_quant_config.json", FUSE_RECIPE_FILE, REPORT_FILE,
+           CONFIG_FILE, METADATA_FILE)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def _step(variant: Variant, index: int, hidden: mx.array, call: Call) -> mx.arra
     return out
 
 
-def compare(
+def measure_fidelity(
     adapter: Variant, fused: Variant, base: Variant | None, batches: Sequence[TokenBatch], on_event: OnEvent = ignore
 ) -> Fidelity:
     """Judge `fused` (and, for scale, `base`) by `adapter`. Raises FormatError for NaN or Inf logits."""

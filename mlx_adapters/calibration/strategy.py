@@ -9,7 +9,7 @@ from mlx_adapters.assembly.weights import Updates
 from mlx_adapters.assembly.writing import dtype_name
 from mlx_adapters.calibration.blockwise import Variant
 from mlx_adapters.calibration.calibrate import Spool, round_layers
-from mlx_adapters.calibration.fidelity import Fidelity, compare
+from mlx_adapters.calibration.fidelity import Fidelity, measure_fidelity
 from mlx_adapters.calibration.mixed import (
     finer,
     layer_bytes,
@@ -175,7 +175,7 @@ class Work:
         job.close()
         exact = Variant(job.base, job.updates)
         fused, plain = (Variant(job.base, job.updates, touched.__contains__, f, exact) for f in (calibrated, nearest))
-        found = compare(exact, fused, plain, batches_of(rows, job.base))
+        found = measure_fidelity(exact, fused, plain, batches_of(rows, job.base))
         return found.base_kl is not None and found.base_kl < found.kl_mean
 
     def _choose_targets(self, spool: Spool) -> dict[str, Precision]:
@@ -200,7 +200,7 @@ class Work:
             touched = set(chosen) | updates.paths()
             exact = Variant(job.base, updates)
             fused = Variant(job.base, updates, lambda path: path in touched, stored, exact)
-            return compare(exact, fused, None, batches).kl_mean
+            return measure_fidelity(exact, fused, None, batches).kl_mean
 
         enough = until_promise(steps, total, options.max_kl or 0.0, measure, self.on_event)
         return targets_after(steps[:enough])
@@ -214,7 +214,7 @@ class Work:
         fused = Variant(Base(str(folder), folder), None, changed.__contains__ if job.dtype is None else lambda _: True)
         batches = batches_of(self.text.check, job.base)
         exact = Variant(job.base, job.updates)
-        return compare(exact, fused, Variant(job.base, beside=exact), batches, self.on_event)
+        return measure_fidelity(exact, fused, Variant(job.base, beside=exact), batches, self.on_event)
 
 
 def trained_through(updates: Updates, targets: set[Quantization]) -> bool:

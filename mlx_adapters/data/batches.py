@@ -106,7 +106,7 @@ def _round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def fill_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Put rows into bins of at most `capacity` tokens, longest first into the fullest bin that has room.
 
     Returns lists of row indexes; every row is in exactly one bin (best-fit decreasing).

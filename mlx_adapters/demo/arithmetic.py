@@ -17,7 +17,7 @@ from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.layers import named_layers
 from mlx_adapters.models.model import Model, load_model, load_tokenizer_of
 from mlx_adapters.models.quantized_check import check_device
-from mlx_adapters.optimization.step import Engine
+from mlx_adapters.optimization.step import TrainStep
 from mlx_adapters.sources.registry import load_adapter
 from mlx_adapters.storage import tensor_files
 from mlx_adapters.storage.tensor_names import BIASES, SCALES, WEIGHT, join
@@ -90,7 +90,7 @@ class Numbers:
         error = abs(measured / slope - 1)
         return Outcome(error < 0.03, f"off by {100 * error:.2g} % from differences of losses")
 
-    def _engine(self, model: Model) -> tuple[Engine, list]:
+    def _engine(self, model: Model) -> tuple[TrainStep, list]:
         setup.add_layers(model, LORA, seed=0)
         data = read_data(self.data)
         tokenizer = load_tokenizer_of(model.base)

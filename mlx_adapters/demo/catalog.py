@@ -48,7 +48,7 @@ DEPARTMENTS: dict[str, tuple[str, int, str, str]] = {
 
 
 @dataclass(frozen=True)
-class Question:
+class CatalogQuestion:
     """A question, its gold query and where it comes from."""
 
     text: str
@@ -106,17 +106,17 @@ def slot_values() -> dict[str, list[tuple[str, str]]]:
     }
 
 
-def demo_questions() -> dict[str, list[Question]]:
+def demo_questions() -> dict[str, list[CatalogQuestion]]:
     """The questions of each split. No template and no row is in two splits, and no answer is empty."""
     catalog, slots = build_catalog(), slot_values()
     return {split: _draw(split, catalog, slots) for split in SPLITS}
 
 
-def _draw(split: str, catalog: sqlite3.Connection, slots: dict[str, list[tuple[str, str]]]) -> list[Question]:
+def _draw(split: str, catalog: sqlite3.Connection, slots: dict[str, list[tuple[str, str]]]) -> list[CatalogQuestion]:
     """Go round the patterns, taking a new question of each, until the split is full; then shuffle."""
     rng = random.Random(f"catalog {split}")
     streams = [_stream(pattern, split, catalog, slots, rng) for pattern in PATTERNS if getattr(pattern, split)]
-    drawn: list[Question] = []
+    drawn: list[CatalogQuestion] = []
     while len(drawn) < ROWS[split]:
         drawn += [question for stream in streams if (question := next(stream, None))]
     drawn = drawn[: ROWS[split]]
@@ -127,7 +127,7 @@ def _draw(split: str, catalog: sqlite3.Connection, slots: dict[str, list[tuple[s
 def _stream(
     pattern: Pattern, split: str, catalog: sqlite3.Connection, slots: dict[str, list[tuple[str, str]]],
     rng: random.Random,
-) -> Iterator[Question]:  # fmt: skip
+) -> Iterator[CatalogQuestion]:  # fmt: skip
     """Endless different questions of one pattern (finite where the slots are few)."""
     seen: set[str] = set()
     templates = getattr(pattern, split)
@@ -138,7 +138,7 @@ def _stream(
         sql = pattern.sql.format(**{slot: code for slot, (_, code) in chosen.items()})
         if text not in seen and _has_answer(catalog, sql):
             seen.add(text)
-            yield Question(text, sql, split, pattern.name, template)
+            yield CatalogQuestion(text, sql, split, pattern.name, template)
 
 
 def _has_answer(catalog: sqlite3.Connection, sql: str) -> bool:

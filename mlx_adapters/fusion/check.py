@@ -9,7 +9,7 @@ from mlx_adapters.assembly.survival import Survival, SurvivalSum, mean_cosine, s
 from mlx_adapters.assembly.tensors import open_job
 from mlx_adapters.assembly.weights import BaseWeights, Updates, chunks
 from mlx_adapters.calibration.blockwise import Variant
-from mlx_adapters.calibration.fidelity import Fidelity, compare
+from mlx_adapters.calibration.fidelity import Fidelity, measure_fidelity
 from mlx_adapters.calibration.strategy import batches_of
 from mlx_adapters.calibration.texts import choose_text
 from mlx_adapters.config.fusing import DEFAULTS, FuseOptions
@@ -65,7 +65,9 @@ def check_fused(
     job.close()
     exact = Variant(found, updates)
     variants = exact, Variant(fused, None, lambda _: True), Variant(found, beside=exact)
-    return Checked(str(model), compare(*variants, batches_of(text.check, found), on_event), survival, text.describe())
+    return Checked(
+        str(model), measure_fidelity(*variants, batches_of(text.check, found), on_event), survival, text.describe()
+    )
 
 
 def measure_survival(base: BaseWeights, fused: BaseWeights, updates: Updates, name: str) -> tuple[Survival, ...]:

@@ -31,7 +31,7 @@ from mlx_adapters.models.base import Base, resolve_base
 from mlx_adapters.models.model import load_tokenizer_of
 from mlx_adapters.sources.registry import load_adapter
 from mlx_adapters.storage import files, paths, replacing
-from mlx_adapters.storage.tensor_names import RECIPE_FILE, REPORT_FILE
+from mlx_adapters.storage.tensor_names import FUSE_RECIPE_FILE, REPORT_FILE
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.machine import versions
 from mlx_adapters.units import count
@@ -98,7 +98,7 @@ def fuse(
             notes=(*notes, *work.notes, *job.notes), seconds=time.perf_counter() - started,
         )  # fmt: skip
         _refuse_unfaithful(result, options)
-        files.write_json(folder / RECIPE_FILE, {"format": 1} | _recipe(work, given, dtype, folder))
+        files.write_json(folder / FUSE_RECIPE_FILE, {"format": 1} | _recipe(work, given, dtype, folder))
         files.write_json(folder / REPORT_FILE, report(result) | {"files": recipes.written_in(folder)})
     return result
 

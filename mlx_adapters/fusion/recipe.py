@@ -14,7 +14,7 @@ from mlx_adapters.models.base import OTHER_FILE, Base, resolve_base
 from mlx_adapters.sources.registry import load_adapter
 from mlx_adapters.storage import files, paths
 from mlx_adapters.storage.replacing import NOTHING, Output
-from mlx_adapters.storage.tensor_names import RECIPE_FILE, REPORT_FILE
+from mlx_adapters.storage.tensor_names import FUSE_RECIPE_FILE, REPORT_FILE
 
 WEIGHT_FILES = ("model*.safetensors", OTHER_FILE, "*.gguf")
 # What a fused model consisted of before its report listed its files.
@@ -109,12 +109,12 @@ def differences(asked: Recipe, made: Recipe) -> str | None:
 def read_recipe(path: str | Path) -> Recipe:
     """Read a recipe from its file or the folder that holds it. Raises NotFoundError or FormatError."""
     path = Path(path).expanduser()
-    raw = files.read_json(path / RECIPE_FILE if path.is_dir() else path)
+    raw = files.read_json(path / FUSE_RECIPE_FILE if path.is_dir() else path)
     raw.pop("format", None)
     try:
         recipe = Recipe(**raw)
     except TypeError:
-        raise FormatError(f"'{path}' is not a fuse recipe.", f"it is called {RECIPE_FILE}.") from None
+        raise FormatError(f"'{path}' is not a fuse recipe.", f"it is called {FUSE_RECIPE_FILE}.") from None
     metadata.check(raw, KINDS, f"The fuse recipe '{path}'")
     if not isinstance(recipe.text, dict | None) or not isinstance(recipe.quantization, dict | str | None):
         raise FormatError(f"The fuse recipe '{path}' is damaged: text or quantization is not as it was written.")

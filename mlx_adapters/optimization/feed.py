@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mlx_adapters.config.training import TrainConfig
-from mlx_adapters.data.batches import Batch, batch_sequence, epoch_batches, make_batch, pack
+from mlx_adapters.data.batches import Batch, batch_sequence, epoch_batches, fill_bins, make_batch
 from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.optimization.distributed import World
@@ -57,7 +57,7 @@ class Feed:
 def make_feed(rows: Sequence[Row], config: TrainConfig, *, gpu: bool, world: World | None = None) -> Feed:
     """Bins and padding for `rows`. Raises ConfigError if a batch is larger than the data."""
     lengths = [len(row.tokens) for row in rows]
-    bins = pack(lengths, config.max_seq_length) if config.packing else [[i] for i in range(len(rows))]
+    bins = fill_bins(lengths, config.max_seq_length) if config.packing else [[i] for i in range(len(rows))]
     if config.batch_size > len(bins):
         there = count(len(bins), "packed sequence" if config.packing else "row")
         raise ConfigError(f"batch_size {config.batch_size} is larger than the {there} of training data.",

@@ -16,7 +16,7 @@ from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import add_adapter_layers, expected_shapes, is_quantized, named_layers, weight_shape
 from mlx_adapters.models.model import load_module, set_precision
 from mlx_adapters.optimization.optimizers import Optimizer
-from mlx_adapters.optimization.step import Engine, LossPlan, chunk_rows
+from mlx_adapters.optimization.step import LossPlan, TrainStep, chunk_rows
 from mlx_adapters.optimization.through_rounding import Rounding
 from mlx_adapters.storage.tensor_names import block_index
 from mlx_adapters.surgery import calls
@@ -66,7 +66,7 @@ class Prober:
         body[name] = body[name][first : first + blocks]
         return module
 
-    def _engine(self, blocks: int) -> Engine:
+    def _engine(self, blocks: int) -> TrainStep:
         module = self._cut_module(blocks)
         first = first_block(self.adapter, 1 << 30)
         there = {}  # key in the cut module -> key in the whole one
@@ -87,7 +87,7 @@ class Prober:
         layers = dict(named_layers(module))
         body = None if self.training.chunked_loss == "off" else calls.find_body(module)
         plan = LossPlan(body, chunk_rows(self.vocabulary))
-        return Engine(module, {key: layers[key] for key in keys}, self.training, plan, rounding=rounding)
+        return TrainStep(module, {key: layers[key] for key in keys}, self.training, plan, rounding=rounding)
 
     def _measure(self, batch: Batch, blocks: int, warm_up: int, timed: int) -> tuple[int, float]:
         engine = self._engine(blocks)

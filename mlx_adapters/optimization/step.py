@@ -49,7 +49,7 @@ def _segments(module: nn.Module, batch: Arrays) -> list[calls.Segments] | None:
 
 
 @dataclass
-class Engine:
+class TrainStep:
     """A module with adapter layers, and what trains them. `adapted` maps paths to the adapted layers; `rounding`
     is what fuse-aware training goes through."""
 
@@ -221,7 +221,7 @@ def packing_is_exact(module: nn.Module, separate: Batch, packed: Batch) -> bool:
     return abs(alone - together) <= EQUAL * abs(alone)
 
 
-def checkpointing_is_exact(engine: Engine, probe: Batch) -> bool:
+def checkpointing_is_exact(engine: TrainStep, probe: Batch) -> bool:
     """Whether blocks that are computed again give the gradient that kept ones give."""
     kept, again = (engine.gradient_of(probe, recompute) for recompute in (False, True))
     return all(_near(again[name], gradient) for name, gradient in kept.items())

@@ -11,7 +11,7 @@ from typing import Any
 from mlx_adapters.models.metadata import losses_of
 from mlx_adapters.publishing import staging
 from mlx_adapters.publishing.subject import Subject
-from mlx_adapters.storage.tensor_names import ADAPTER_FILE, RECIPE_FILE, split
+from mlx_adapters.storage.tensor_names import ADAPTER_FILE, FUSE_RECIPE_FILE, split
 from mlx_adapters.units import count, duration, number, size
 
 Facts = Mapping[str, Any]
@@ -332,8 +332,8 @@ def recipe(subject: Subject, facts: Facts) -> str:
     if isinstance(versions, Mapping):
         parts.append("Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".")
     if subject.recipe:
-        parts.append(f"`{RECIPE_FILE}` holds all settings; with base and adapter at hand the same bytes come out of "
-                     f"`mlx-adapters fuse --again {RECIPE_FILE} OUT`.")  # fmt: skip
+        parts.append(f"`{FUSE_RECIPE_FILE}` holds all settings; with base and adapter at hand the same bytes come "
+                     f"out of `mlx-adapters fuse --again {FUSE_RECIPE_FILE} OUT`.")  # fmt: skip
     recorded = (subject.metadata.get("sha256") or {}).get(ADAPTER_FILE)
     if recorded and subject.adapter and subject.adapter.iteration is None:
         parts.append(f"SHA-256 of `{ADAPTER_FILE}`: `{recorded}`.")

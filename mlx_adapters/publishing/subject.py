@@ -20,9 +20,9 @@ from mlx_adapters.storage import files, paths
 from mlx_adapters.storage.tensor_names import (
     ADAPTER_FILE,
     CONFIG_FILE,
+    FUSE_RECIPE_FILE,
     METADATA_FILE,
     PEFT_WEIGHTS_FILE,
-    RECIPE_FILE,
     REPORT_FILE,
 )
 
@@ -36,9 +36,10 @@ PUBLISHED = {
     "peft": (PEFT_WEIGHTS_FILE, CONFIG_FILE, *TOKENIZER),
     "model": (
         "config.json", "generation_config.json", "model*.safetensors", OTHER_FILE, INDEX_FILE, *TOKENIZER,
-        "*preprocessor_config.json", "processor_config.json", "chat_template.json", "*.py", RECIPE_FILE, REPORT_FILE,
+        "*preprocessor_config.json", "processor_config.json", "chat_template.json", "*.py", FUSE_RECIPE_FILE,
+        REPORT_FILE,
     ),
-    "gguf": (GGUF_FILE, RECIPE_FILE, REPORT_FILE),
+    "gguf": (GGUF_FILE, FUSE_RECIPE_FILE, REPORT_FILE),
 }  # fmt: skip
 LICENSE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 REQUIRED = {
@@ -205,8 +206,10 @@ def _subject(folder: Path, iteration: int | None) -> Subject:
         metadata = metadata | {"iteration": iteration, "sha256": {ADAPTER_FILE: files.sha256(sources[ADAPTER_FILE])}}
     left_out = [name for name in there if name not in sources and name != "README.md"]
     name = adapter.name.partition("@")[0] if adapter else folder.name
-    optional = {f: files.read_json(folder / f) if (folder / f).is_file() else {} for f in (RECIPE_FILE, REPORT_FILE)}
-    recipe, report = optional[RECIPE_FILE], optional[REPORT_FILE]
+    optional = {
+        f: files.read_json(folder / f) if (folder / f).is_file() else {} for f in (FUSE_RECIPE_FILE, REPORT_FILE)
+    }
+    recipe, report = optional[FUSE_RECIPE_FILE], optional[REPORT_FILE]
     return Subject(
         kind, name, folder, sources, tuple(left_out), clean(config), clean(metadata), clean(recipe), clean(report),
         adapter, _base_of(metadata, recipe, config).get("name"), _fused_adapter(recipe),

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_adapters.config.training import Quantization
-from mlx_adapters.rounding.grids import Array, Grid, make_grid, pack, to_numpy
+from mlx_adapters.rounding.grids import Array, Grid, make_grid, pack_codes, to_numpy
 from mlx_adapters.rounding.packed import Packed
 
 
@@ -131,4 +131,4 @@ class Rounder:
         dtype = self.grid.dtype
         scales = mx.array(np.ascontiguousarray(self.grid.encode_scales(self.scales).T)).astype(dtype)
         biases = mx.array(np.ascontiguousarray(self.biases.T)).astype(dtype) if self.grid.has_bias else None
-        return Packed(mx.array(pack(np.ascontiguousarray(self.codes.T), q.bits)), scales, biases, q)
+        return Packed(mx.array(pack_codes(np.ascontiguousarray(self.codes.T), q.bits)), scales, biases, q)

@@ -38,7 +38,7 @@ def round_to(values: Array, dtype: mx.Dtype) -> Array:
     return values
 
 
-def pack(codes: Array, bits: int) -> Array:
+def pack_codes(codes: Array, bits: int) -> Array:
     """Codes (..., n) as 32-bit words (..., n · bits / 32), as `mx.quantize` packs them."""
     shape = codes.shape[:-1]
     if bits == 8:

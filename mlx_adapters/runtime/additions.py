@@ -147,4 +147,4 @@ class InTurn:
         return y
 
 
-Update = ForAll | PerRow | InTurn
+Addition = ForAll | PerRow | InTurn

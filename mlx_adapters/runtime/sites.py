@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mlx_adapters.models.layers import EMBEDDING, SWITCH, AdapterLayer, dense_layer, dense_weight
-from mlx_adapters.runtime.additions import Update
+from mlx_adapters.runtime.additions import Addition
 from mlx_adapters.runtime.factors import Factors, below_each_other
 from mlx_adapters.storage.tensor_names import BIAS, QUANTIZED_LEAVES, WEIGHT
 from mlx_adapters.system.door import mx, nn
@@ -25,7 +25,7 @@ class Site:
 
     def __init__(self, paths: Sequence[str], layers: Sequence[nn.Module]) -> None:
         self.paths, self.layers = tuple(paths), tuple(layers)
-        self.update: Update | None = None
+        self.update: Addition | None = None
 
     def assemble(self, factors: dict[str, Factors]) -> Factors | None:
         """The adapter's factors for this site, from those of its layers; None if it touches none of them."""

@@ -7,7 +7,7 @@ another adapter's rank, and a batch computes with the stacks of its own adapters
 from collections.abc import Iterable, Sequence
 
 from mlx_adapters.models.layers import LINEAR
-from mlx_adapters.runtime.additions import InTurn, PerRow, Rows, Update
+from mlx_adapters.runtime.additions import Addition, InTurn, PerRow, Rows
 from mlx_adapters.runtime.attached import Attached
 from mlx_adapters.runtime.factors import Factors, own, slot_of, stack
 from mlx_adapters.runtime.sites import Site
@@ -27,9 +27,9 @@ class Stacks:
             for rank, equal in groups.items():
                 if any(site in entry.factors for entry in equal):
                     self._stacks[rank][site] = _stacked(site, equal)
-        self._latest: tuple[tuple[Attached | None, ...], dict[Site, Update]] = ((), {})
+        self._latest: tuple[tuple[Attached | None, ...], dict[Site, Addition]] = ((), {})
 
-    def updates(self, entries: Sequence[Attached | None]) -> dict[Site, Update]:
+    def updates(self, entries: Sequence[Attached | None]) -> dict[Site, Addition]:
         """What each site adds when row i of a batch has adapter `entries[i]` (None: the base)."""
         if self._latest[0] != tuple(entries):
             places = [(0, 0) if entry is None else self._places[entry] for entry in entries]
@@ -38,7 +38,7 @@ class Stacks:
                 rows = Rows([slot if of == rank else 0 for of, slot in places])
                 for site, stacked in self._stacks[rank].items():
                     found.setdefault(site, []).append(PerRow(stacked, rows))
-            made: dict[Site, Update] = {
+            made: dict[Site, Addition] = {
                 site: parts[0] if len(parts) == 1 else InTurn(parts) for site, parts in found.items()
             }
             self._latest = tuple(entries), made

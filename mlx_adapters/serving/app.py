@@ -18,8 +18,7 @@ from starlette.routing import Route
 from mlx_adapters.errors import AdapterError, ModelError
 from mlx_adapters.serving import protocol
 from mlx_adapters.serving.engine import Engine
-from mlx_adapters.serving.errors import ApiError
-from mlx_adapters.serving.jobs import Job, Piece
+from mlx_adapters.serving.jobs import ApiError, Job, Piece
 from mlx_adapters.serving.protocol import Asked, Writer, usage
 from mlx_adapters.serving.transport import EventStream, error_response, left, read_body
 from mlx_adapters.sources.registry import check_name, parse_reference

@@ -16,8 +16,7 @@ from mlx_adapters.generation.batching import Batcher, Request, Token
 from mlx_adapters.generation.live import LiveModel
 from mlx_adapters.generation.sampling import Sampler
 from mlx_adapters.generation.text_stream import TextStream
-from mlx_adapters.serving.errors import ApiError
-from mlx_adapters.serving.jobs import Job, Piece, log
+from mlx_adapters.serving.jobs import ApiError, Job, Piece, log
 from mlx_adapters.serving.metrics import Metrics
 from mlx_adapters.serving.residents import Residents, Served
 from mlx_adapters.serving.settings import ServeSettings

@@ -1,15 +1,31 @@
-"""What passes between the web side and the engine: jobs in, pieces of their answers out."""
+"""What passes between the web side and the engine: jobs in, pieces of their answers or an error out."""
 
 import asyncio
 import logging
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 from mlx_adapters.generation.batching import Request, Token
 from mlx_adapters.generation.text_stream import TextStream
-from mlx_adapters.serving.errors import ApiError
 
 log = logging.getLogger("mlx_adapters.serve")
+
+
+class ApiError(Exception):
+    """A refusal with an HTTP status and the body that OpenAI's API gives."""
+
+    def __init__(
+        self, status: int, message: str, *, kind: str = "invalid_request_error", param: str | None = None,
+        code: str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(message)
+        self.status, self.message, self.kind, self.param, self.code = status, message, kind, param, code
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON body."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
 @dataclass(frozen=True)

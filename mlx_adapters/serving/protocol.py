@@ -14,7 +14,7 @@ from typing import Any
 
 from mlx_adapters.errors import did_you_mean
 from mlx_adapters.generation.batching import Token
-from mlx_adapters.serving.errors import ApiError
+from mlx_adapters.serving.jobs import ApiError
 
 DEFAULT_MAX_TOKENS = 512
 MAX_STOPS, MAX_STOP_LENGTH, MAX_TOP_LOGPROBS = 4, 256, 20

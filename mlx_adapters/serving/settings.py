@@ -14,7 +14,7 @@ MAX_SECONDS = 1_000_000
 
 
 @dataclass(frozen=True)
-class Split:
+class TrafficSplit:
     """An A/B test: a name that stands for several adapters, each for its share of the users."""
 
     name: str
@@ -31,7 +31,7 @@ class Split:
         return self.arms[-1][0]
 
 
-def parse_split(text: str) -> Split:
+def parse_split(text: str) -> TrafficSplit:
     """Parse "test=a:0.5,b:0.5". Raises ConfigError."""
     name, _, rest = text.partition("=")
     arms = [re.fullmatch(r"([^:,]+):([0-9.]+)", part) for part in rest.split(",")]
@@ -43,7 +43,7 @@ def parse_split(text: str) -> Split:
         raise ConfigError(f"'{text}' has a share that is no number.") from None
     require(len({arm for arm, _ in shares}) == len(shares), f"'{text}' names an arm twice.")
     require(all(share > 0 for _, share in shares), f"'{text}' has a share that is not above 0.")
-    return Split(name, shares)
+    return TrafficSplit(name, shares)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ServeSettings:
     max_seconds: float = 300.0
     write_seconds: float = 30.0
     allow_load: bool = False
-    splits: tuple[Split, ...] = ()
+    splits: tuple[TrafficSplit, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("max_adapters", "max_batch", "max_queue", "max_tokens", "max_body_bytes"):
@@ -85,7 +85,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def check_names(base: str, adapters: Sequence[str], splits: Sequence[Split]) -> None:
+def check_names(base: str, adapters: Sequence[str], splits: Sequence[TrafficSplit]) -> None:
     """Raise ConfigError for a name used twice or an arm that does not exist."""
     require(
         base.isprintable() and base.strip() != "", f"{base!r} cannot be the base's name.", "choose one with --name."

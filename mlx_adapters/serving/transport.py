@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from mlx_adapters.serving.errors import ApiError
+from mlx_adapters.serving.jobs import ApiError
 
 BODY_SECONDS = 30
 

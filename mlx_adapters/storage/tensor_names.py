@@ -24,7 +24,7 @@ QUANTIZED_LEAVES = (WEIGHT, SCALES, BIASES)
 ADAPTER_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"
 METADATA_FILE = "adapter_metadata.json"
-RECIPE_FILE, REPORT_FILE = "fuse_recipe.json", "fuse_report.json"
+FUSE_RECIPE_FILE, REPORT_FILE = "fuse_recipe.json", "fuse_report.json"
 CHECKPOINTS_FOLDER = "checkpoints"
 CHECKPOINT_FILE = re.compile(r"(\d{7,})_adapters\.safetensors")
 # All that is ever written into an adapter's folder, by training, by choosing, by `card` and by `add`.

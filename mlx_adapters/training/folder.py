@@ -22,7 +22,7 @@ from mlx_adapters.storage.tensor_names import ADAPTER_FILE, ADAPTER_OUTPUT, CONF
 from mlx_adapters.system.machine import versions
 from mlx_adapters.training import state as states
 from mlx_adapters.training.recipe import settings_of
-from mlx_adapters.training.state import RECIPE_FILE, State
+from mlx_adapters.training.state import RUN_RECIPE_FILE, State
 
 ARITHMETIC = ("mlx", "mlx-lm")  # the libraries that decide what is computed
 
@@ -73,18 +73,18 @@ class RunFolder:
     def update_recipe(self, recipe: dict[str, Any]) -> None:
         """Record the settings that a resumed run may change; what else the record holds stays."""
         self.recipe = self.recipe | recipe
-        if self.writes and self.begun and files.read_json(self.path / RECIPE_FILE) != self.recipe:
-            files.write_json(self.path / RECIPE_FILE, self.recipe)
+        if self.writes and self.begun and files.read_json(self.path / RUN_RECIPE_FILE) != self.recipe:
+            files.write_json(self.path / RUN_RECIPE_FILE, self.recipe)
 
     def save(self, state: State, weights: Weights, optimizer: Weights) -> Path:
         """Write a checkpoint and bring everything else up to date; the checkpoint's folder."""
-        if self.writes and self.begun and (self.path / RECIPE_FILE).is_file():
+        if self.writes and self.begun and (self.path / RUN_RECIPE_FILE).is_file():
             states.save(self.path, state, weights, optimizer)
             self.refresh(state)
         elif self.writes:  # the first time, or somebody took the folder away
             assert self.adapter is not None
             with files.atomic_folder(self.path, self.overwrite, ADAPTER_OUTPUT) as folder:
-                files.write_json(folder / RECIPE_FILE, self.recipe)
+                files.write_json(folder / RUN_RECIPE_FILE, self.recipe)
                 files.write_json(
                     folder / CONFIG_FILE, self.adapter.to_mlx_lm() | {"model": self.recipe["base"]["name"]}
                 )

@@ -20,7 +20,7 @@ from mlx_adapters.events import CheckpointSaved, Event, Note, OnEvent, Progress,
 from mlx_adapters.optimization.distributed import LostPeerError
 from mlx_adapters.optimization.feed import Feed
 from mlx_adapters.optimization.optimizers import learning_rate
-from mlx_adapters.optimization.step import Engine
+from mlx_adapters.optimization.step import TrainStep
 from mlx_adapters.system.door import mx
 from mlx_adapters.training import state as states
 from mlx_adapters.training.folder import RunFolder
@@ -35,7 +35,7 @@ WARM_UP = 3  # iterations: the first ones compile and fill caches
 class Loop:
     """A run in progress."""
 
-    engine: Engine
+    engine: TrainStep
     feed: Feed
     validation: list[Batch]
     config: TrainConfig

@@ -14,7 +14,7 @@ from mlx_adapters.errors import FormatError, IncompatibleError, NotFoundError
 from mlx_adapters.models import metadata
 from mlx_adapters.models.base import Base
 from mlx_adapters.storage import files
-from mlx_adapters.training.state import RECIPE_FILE, VERSION
+from mlx_adapters.training.state import RUN_RECIPE_FILE, VERSION
 
 KINDS = metadata.Whole(
     base=metadata.Whole(name=str, fingerprint=str), data=metadata.Whole(source=str, splits={"*": {"sha256": str}}),
@@ -56,10 +56,10 @@ def _digest(value: Any) -> str:
 
 def read_recipe(folder: Path) -> dict[str, Any]:
     """The recipe of the run in `folder`. Raises NotFoundError if there is no run, FormatError if it is newer."""
-    if not (folder / RECIPE_FILE).is_file():
+    if not (folder / RUN_RECIPE_FILE).is_file():
         what = "no training run in it" if folder.is_dir() else "no such adapter"
         raise NotFoundError(f"'{folder.name}' cannot be resumed: {what}.", "start it without --resume.")
-    recipe = files.read_json(folder / RECIPE_FILE)
+    recipe = files.read_json(folder / RUN_RECIPE_FILE)
     if not isinstance(recipe.get("version"), int) or recipe["version"] > VERSION:
         raise FormatError(f"'{folder.name}' was written by a newer version of this program.", "update mlx_adapters.")
     metadata.check(recipe, KINDS, f"The recipe of the run '{folder.name}'")

@@ -26,7 +26,7 @@ from mlx_adapters.models.layers import (
 from mlx_adapters.models.model import Model, load_module
 from mlx_adapters.optimization.distributed import World
 from mlx_adapters.optimization.feed import Feed, make_feed
-from mlx_adapters.optimization.step import Engine, checkpointing_is_exact, packing_is_exact, plan_loss
+from mlx_adapters.optimization.step import TrainStep, checkpointing_is_exact, packing_is_exact, plan_loss
 from mlx_adapters.optimization.through_rounding import plan_rounding
 from mlx_adapters.storage.tensor_names import LORA_A, MAGNITUDE, split
 from mlx_adapters.system.door import mx, nn
@@ -202,7 +202,7 @@ def require_readable(rows: Sequence[Row], base: Base) -> None:
 class Prepared:
     """What a loop needs."""
 
-    engine: Engine
+    engine: TrainStep
     feed: Feed
     validation: Feed | None
 
@@ -225,7 +225,7 @@ def prepare(
         if config.packing and not packing_is_exact(model.module, probe, make_batch([shortest], packed=True)):
             raise ConfigError("Rows cannot be packed exactly with this architecture.", "train without --packing.")
         plan = plan_loss(model.module, config, int(model.config.get("vocab_size", 1 << 16)), probe)
-        engine = Engine(model.module, adapted, config, plan, world, rounding)
+        engine = TrainStep(model.module, adapted, config, plan, world, rounding)
         if not config.grad_checkpoint:
             engine.gradient_of(
                 probe, recompute=False

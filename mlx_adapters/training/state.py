@@ -25,7 +25,7 @@ from mlx_adapters.storage.tensor_names import (
 )
 
 VERSION = 1
-OPTIMIZER_FILE, STATE_FILE, RECIPE_FILE = "optimizer.safetensors", "state.json", "recipe.json"
+OPTIMIZER_FILE, STATE_FILE, RUN_RECIPE_FILE = "optimizer.safetensors", "state.json", "recipe.json"
 
 
 @dataclass
