@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.errors import AdapterError, ModelError
-from mlx_adapters.models.templates import Bounded
 from mlx_adapters.system.limits import raise_open_files
+from mlx_adapters.system.templates import Bounded
 
 TESTED = "0.32"
 
