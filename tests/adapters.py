@@ -7,10 +7,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_adapters.models.adapter import Adapter, AdapterConfig, write_adapter_files
-from mlx_adapters.models.base import resolve_base
 from mlx_adapters.models.layers import adaptable_layers, expected_shapes
 from mlx_adapters.models.model import load_module
 from mlx_adapters.sources import registry
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import files, tensor_files
 
 LLAMA = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "model.embed_tokens")

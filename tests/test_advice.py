@@ -17,8 +17,8 @@ from mlx_adapters.benchmarking.measurements import Run
 from mlx_adapters.cli import cli
 from mlx_adapters.errors import ConfigError, IncompatibleError
 from mlx_adapters.generation import memory
-from mlx_adapters.models.base import resolve_base
 from mlx_adapters.models.model import load_model, load_module
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage.files import write_json
 
 MB = 10**6

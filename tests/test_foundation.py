@@ -20,9 +20,10 @@ from mlx_adapters import errors
 from mlx_adapters.config.training import LoraConfig, Quantization, from_mapping, read_yaml
 from mlx_adapters.models import layers
 from mlx_adapters.models.adapter import Adapter, AdapterConfig, read_adapter, write_adapter
-from mlx_adapters.models.base import normalized_config, resolve_base
+from mlx_adapters.models.base import normalized_config
 from mlx_adapters.models.model import load_model, load_tokenizer_of
 from mlx_adapters.sources import registry
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import files, paths, tensor_files
 from mlx_adapters.storage.replacing import Output
 

@@ -13,9 +13,9 @@ from test_fusion_fuse import fuse, logits, make_adapter
 
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.errors import ConfigError, StorageError
-from mlx_adapters.models.base import resolve_base
 from mlx_adapters.models.layers import adaptable_layers, dense_weight
 from mlx_adapters.models.model import load_model, load_module
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import tensor_files
 from mlx_adapters.storage.tensor_names import from_gguf, to_gguf
 

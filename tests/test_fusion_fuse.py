@@ -19,7 +19,6 @@ from mlx_adapters.errors import ConfigError, ExistsError, FormatError, Incompati
 from mlx_adapters.fusion.fuse import fuse as fuse_and_check
 from mlx_adapters.fusion.fuse import parse_precision, settle_precision
 from mlx_adapters.models.adapter import Adapter, AdapterConfig, write_adapter
-from mlx_adapters.models.base import resolve_base
 from mlx_adapters.models.layers import (
     adaptable_layers,
     dense_weight,
@@ -30,6 +29,7 @@ from mlx_adapters.models.layers import (
 )
 from mlx_adapters.models.model import load_model, load_module
 from mlx_adapters.sources import registry
+from mlx_adapters.sources.bases import resolve_base
 
 IDS = mx.array([[3, 9, 27, 81, 40, 7, 300, 12]])
 DORA_LAYERS = ("q_proj", "o_proj", "qkv_proj", "c_attn", "lm_head")

@@ -17,9 +17,9 @@ from mlx_adapters.data.batches import make_batches
 from mlx_adapters.errors import FormatError
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.models.adapter import Adapter, AdapterConfig
-from mlx_adapters.models.base import resolve_base
 from mlx_adapters.models.layers import adaptable_layers, dense_layer, dense_weight, weight_layers
 from mlx_adapters.models.model import load_model, load_module
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import files
 
 MLA = ["deepseek_v3", "glm4_moe_lite", "kimi_vl"]

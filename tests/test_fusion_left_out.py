@@ -13,10 +13,10 @@ from mlx_adapters.assembly.left_out import left_out
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.fusion.recipe import read_recipe
-from mlx_adapters.models.base import resolve_base
 from mlx_adapters.models.model import load_model
 from mlx_adapters.publishing import staging
 from mlx_adapters.publishing.subject import read_subject
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import files, tensor_files
 
 VISION = {

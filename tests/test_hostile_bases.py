@@ -14,8 +14,8 @@ import mlx.core as mx
 import pytest
 
 from mlx_adapters.errors import AdapterError, FormatError, ModelError
-from mlx_adapters.models.base import resolve_base
 from mlx_adapters.models.model import load_model, load_module, load_tokenizer_of
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.system.door import refusals
 
 

@@ -16,10 +16,10 @@ import pytest
 from packaging.requirements import Requirement
 
 from mlx_adapters.errors import ConfigError, StorageError
-from mlx_adapters.models.base import resolve_base
 from mlx_adapters.models.model import load_model, load_module
 from mlx_adapters.rounding.workers import Workers
 from mlx_adapters.serving.start import bind
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import paths
 from mlx_adapters.system import conditions, limits, machine
 

@@ -17,7 +17,7 @@ from mlx_adapters.evaluation.answers import greedy_answers
 from mlx_adapters.evaluation.evaluate import EvaluationConfig, evaluate
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.generation.live import load_model
-from mlx_adapters.models.base import resolve_base
+from mlx_adapters.sources.bases import resolve_base
 
 LORA, TRAINING = LoraConfig(rank=4), TrainConfig(iterations=1, batch_size=2)
 

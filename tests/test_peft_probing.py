@@ -17,8 +17,8 @@ from mlx_adapters.checkpoints.probing import Piece, trace
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.errors import FidelityError
 from mlx_adapters.fusion.peft import fuse_peft
-from mlx_adapters.models.base import resolve_base
 from mlx_adapters.models.model import load_model, load_module
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import tensor_files
 from mlx_adapters.storage.tensor_names import join
 from mlx_adapters.system.door import make_module

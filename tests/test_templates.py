@@ -8,8 +8,8 @@ from hostile import TEMPLATES
 from tiny_models import CHAT_TEMPLATE
 
 from mlx_adapters.errors import AdapterError, ModelError
-from mlx_adapters.models.base import resolve_base
 from mlx_adapters.models.model import load_model, load_tokenizer_of
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.system import templates
 
 ENDLESS = [text for text in TEMPLATES if "range(99" in text]

@@ -15,11 +15,11 @@ from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.base import resolve_base
 from mlx_adapters.models.layers import dense_weight, named_layers, updated_weight
 from mlx_adapters.models.model import load_model, load_module
 from mlx_adapters.optimization import losses, through_rounding
 from mlx_adapters.optimization.step import LossPlan, TrainStep
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage.tensor_names import LORA_B, split
 from mlx_adapters.training import setup
 

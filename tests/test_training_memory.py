@@ -9,10 +9,10 @@ from training_tools import write_data
 
 from mlx_adapters import LoraConfig, TrainConfig, estimate
 from mlx_adapters.data.tokenizing import Row
-from mlx_adapters.models.base import resolve_base
 from mlx_adapters.models.layers import named_layers
 from mlx_adapters.models.model import load_model
 from mlx_adapters.optimization.optimizers import Optimizer
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.system.door import mx
 from mlx_adapters.training import forecast, setup
 

@@ -7,13 +7,15 @@ from mlx_adapters.checkpoints.originals import layout_of
 from mlx_adapters.errors import HubError, NotFoundError
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.base import DEMO, Base, resolve_base
+from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import SWITCH, adaptable_layers, tied
 from mlx_adapters.models.metadata import base_of
 from mlx_adapters.models.model import load_module
 from mlx_adapters.peft_format.own_form import Facts
 from mlx_adapters.peft_format.to_peft import to_peft
 from mlx_adapters.sources import registry
+from mlx_adapters.sources.bases import resolve_base
+from mlx_adapters.sources.demo_base import DEMO_BASE
 from mlx_adapters.storage import files, paths, replacing, tensor_files, tensor_names
 from mlx_adapters.storage.tensor_names import CONFIG_FILE, EMBEDDINGS, PEFT_OUTPUT, PEFT_SCALE, PEFT_WEIGHTS_FILE
 
@@ -102,7 +104,7 @@ def _facts(adapter: Adapter, base: str | Path | Base | None) -> Facts:
     if name is None:
         raise NotFoundError("The adapter does not say what base it is for.", NAME_BASE)
     try:
-        found = resolve_base(name, download=base is not None or name == DEMO)
+        found = resolve_base(name, download=base is not None or name == DEMO_BASE)
     except (NotFoundError, HubError) as error:
         raise NotFoundError(f"PEFT's names are read off the adapter's base. {error.message}", NAME_BASE) from error
     module = load_module(found)[0]

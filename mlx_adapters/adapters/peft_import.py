@@ -5,10 +5,11 @@ from pathlib import Path
 
 from mlx_adapters.events import OnEvent, ignore
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.base import Base, resolve_base
+from mlx_adapters.models.base import Base
 from mlx_adapters.peft_format.conversion import as_mlx
 from mlx_adapters.peft_format.reading import read_peft, refuse_beyond_lora
 from mlx_adapters.sources import registry
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.downloads import peft_folder
 from mlx_adapters.storage import replacing
 from mlx_adapters.storage.tensor_names import ADAPTER_OUTPUT

@@ -9,11 +9,12 @@ from typing import Any
 
 from mlx_adapters.errors import AdapterError, FormatError, NotFoundError
 from mlx_adapters.models.adapter import Adapter, read_adapter
-from mlx_adapters.models.base import Base, resolve_base
+from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import check_fits, check_made_for
 from mlx_adapters.models.metadata import base_of
 from mlx_adapters.models.model import load_module
 from mlx_adapters.sources import registry
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.registry import Entry
 from mlx_adapters.storage import files, paths
 from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CHECKPOINTS_FOLDER

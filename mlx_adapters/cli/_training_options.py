@@ -184,7 +184,7 @@ def _fuse_aware(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _own_grouping(base: str, bits: int, download: bool) -> dict[str, Any]:
     """The grouping that 'fuse --bits' will take; {} if there is none."""
-    from mlx_adapters.models.base import resolve_base
+    from mlx_adapters.sources.bases import resolve_base
 
     try:
         return to_mapping(resolve_base(base, download).quantization_of(bits))

@@ -17,12 +17,13 @@ from mlx_adapters.fusion.peft_check import check_as_loaded
 from mlx_adapters.fusion.peft_whole import whole_tensors
 from mlx_adapters.fusion.result import FuseResult
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.base import Base, resolve_base
+from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import adaptable_layers
 from mlx_adapters.models.model import load_module
 from mlx_adapters.peft_format.conversion import convert
 from mlx_adapters.peft_format.reading import read_peft, refuse_unsaved
 from mlx_adapters.peft_format.tying import needs_untying
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.downloads import peft_folder
 from mlx_adapters.storage import paths, replacing
 

@@ -10,7 +10,8 @@ from mlx_adapters.config.training import Quantization, from_mapping, to_mapping
 from mlx_adapters.errors import AdapterError, FormatError, IncompatibleError
 from mlx_adapters.models import metadata
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.base import OTHER_FILE, Base, resolve_base
+from mlx_adapters.models.base import OTHER_FILE, Base
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.registry import load_adapter
 from mlx_adapters.storage import files, paths
 from mlx_adapters.storage.replacing import NOTHING, Output

@@ -18,7 +18,7 @@ import numpy as np
 from mlx_adapters.config.training import DTYPES, require
 from mlx_adapters.errors import AdapterError, FormatError, ModelError
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.base import Base, resolve_base
+from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import (
     attach,
     check_fits,
@@ -29,6 +29,7 @@ from mlx_adapters.models.layers import (
     untie,
 )
 from mlx_adapters.models.quantized_check import replace_miscomputed
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.system.door import (
     load_mlx_model,
     load_tokenizer,

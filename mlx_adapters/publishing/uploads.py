@@ -16,11 +16,12 @@ from mlx_adapters.config.training import require
 from mlx_adapters.errors import AdapterError, HubError
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.base import HUB_ID, INDEX_FILE, OTHER_FILE, resolve_base
+from mlx_adapters.models.base import INDEX_FILE, OTHER_FILE
 from mlx_adapters.publishing import cards, staging
 from mlx_adapters.publishing.cleaning import check_paths, check_secrets
 from mlx_adapters.publishing.remote import PublishedFile, Remote, changes, foresee_refusal, look
 from mlx_adapters.publishing.subject import Subject, matches, read_subject
+from mlx_adapters.sources.bases import HUB_ID, resolve_base
 from mlx_adapters.sources.hub import (
     Disconnected,
     check_branch,

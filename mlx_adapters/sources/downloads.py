@@ -8,10 +8,10 @@ from typing import Any, Literal
 from mlx_adapters.config.training import require
 from mlx_adapters.errors import HubError
 from mlx_adapters.models.adapter import Adapter, read_adapter, write_adapter_files
-from mlx_adapters.models.base import resolve_base
 from mlx_adapters.models.metadata import read_metadata
 from mlx_adapters.peft_format.conversion import as_mlx
 from mlx_adapters.peft_format.reading import read_peft, refuse_beyond_lora
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.hub import snapshot
 from mlx_adapters.sources.registry import check_name, made_now, parse_reference, register
 from mlx_adapters.storage import files, locks, paths

@@ -17,13 +17,14 @@ from mlx_adapters.data.batches import Batch
 from mlx_adapters.data.datasets import read_data
 from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.events import OnEvent, ignore
-from mlx_adapters.models.base import Base, resolve_base
+from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import named_layers, weight_shape
 from mlx_adapters.models.model import load_module, load_tokenizer_of
 from mlx_adapters.optimization.feed import Feed, make_feed
 from mlx_adapters.optimization.probe import Prober, adapter_bytes, first_block, weight_bytes
 from mlx_adapters.optimization.step import chunk_rows
 from mlx_adapters.optimization.through_rounding import plan_rounding
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.system.machine import on_gpu, usable_memory_bytes
 from mlx_adapters.training import setup
 

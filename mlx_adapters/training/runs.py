@@ -12,11 +12,12 @@ from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.errors import ConfigError, FormatError, TrainingError
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.base import Base, resolve_base
+from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import named_layers
 from mlx_adapters.models.model import load_model, load_tokenizer_of
 from mlx_adapters.optimization import distributed
 from mlx_adapters.optimization.distributed import World
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.registry import Reference, load_adapter, training_lock
 from mlx_adapters.storage import replacing
 from mlx_adapters.storage.tensor_names import ADAPTER_OUTPUT

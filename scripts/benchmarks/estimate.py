@@ -55,9 +55,9 @@ def rows_of(batch_size: int, length: int, vocabulary: int) -> list:
 def one(number: int, measure: bool, work: Path) -> int:
     """Bytes predicted or measured for a setting, in this process."""
     from mlx_adapters.config.training import LoraConfig, TrainConfig
-    from mlx_adapters.models.base import resolve_base
     from mlx_adapters.models.layers import named_layers
     from mlx_adapters.models.model import load_model
+    from mlx_adapters.sources.bases import resolve_base
     from mlx_adapters.system.door import mx
     from mlx_adapters.training import forecast, setup
 

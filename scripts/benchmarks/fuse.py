@@ -41,7 +41,7 @@ class Judge:
         from mlx_adapters.assembly.weights import Updates
         from mlx_adapters.calibration.blockwise import Variant
         from mlx_adapters.calibration.strategy import batches_of
-        from mlx_adapters.models.base import resolve_base
+        from mlx_adapters.sources.bases import resolve_base
 
         self.batches = batches_of(text.check)
         found, updates = resolve_base(base), Updates(((adapter, 1.0),))
@@ -51,7 +51,7 @@ class Judge:
     def folder(self, folder):
         """Figures of one fused model."""
         from mlx_adapters.calibration.blockwise import Variant
-        from mlx_adapters.models.base import resolve_base
+        from mlx_adapters.sources.bases import resolve_base
 
         return self._figures(self._logs(Variant(resolve_base(folder), None, lambda _: True)))
 
@@ -86,7 +86,7 @@ def bits_per_weight(folder, base):
     """All tensors' bits over the numbers they stand for."""
     from mlx_adapters.assembly.tensors import open_job
     from mlx_adapters.assembly.weights import Updates
-    from mlx_adapters.models.base import resolve_base
+    from mlx_adapters.sources.bases import resolve_base
     from mlx_adapters.storage import tensor_files
 
     paths = sorted(Path(folder).glob("model*.safetensors"))
@@ -106,8 +106,8 @@ class Bench:
         """Adapter, base and judge; `base_of` makes the base from the one given (default: 4 bits)."""
         from mlx_adapters.calibration.texts import GENERAL, choose_text
         from mlx_adapters.models.adapter import write_adapter
-        from mlx_adapters.models.base import resolve_base
         from mlx_adapters.models.model import load_tokenizer_of
+        from mlx_adapters.sources.bases import resolve_base
         from mlx_adapters.sources.registry import load_adapter
 
         a = self.arguments
@@ -132,7 +132,7 @@ class Bench:
             self.show(f"{name}: KL {figures['kl']:.4g}, loss {figures['loss']:.4f}, same top {figures['same_top']:.4f}")
 
     def _four_bits(self, given):
-        from mlx_adapters.models.base import resolve_base
+        from mlx_adapters.sources.bases import resolve_base
 
         wanted = {"bits": 4, "group_size": self.arguments.group_size}
         found = resolve_base(given).config.get("quantization") or {}

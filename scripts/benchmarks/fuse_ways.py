@@ -56,9 +56,9 @@ def dense_base(base, out, bits=None, group_size=64):
     """The base unquantized in bfloat16; with `bits`, quantized from that by mlx-lm's own quantizer."""
     from mlx_lm.utils import quantize_model
 
-    from mlx_adapters.models.base import resolve_base
     from mlx_adapters.models.layers import dequantize_layers
     from mlx_adapters.models.model import load_module
+    from mlx_adapters.sources.bases import resolve_base
     from mlx_adapters.system.door import mx
 
     found = resolve_base(base)
@@ -79,8 +79,8 @@ def light_adapter(base, adapter, out, most):
 
     from mlx_adapters.assembly.weights import BaseWeights, Updates
     from mlx_adapters.models.adapter import write_adapter
-    from mlx_adapters.models.base import resolve_base
     from mlx_adapters.models.model import load_module
+    from mlx_adapters.sources.bases import resolve_base
     from mlx_adapters.sources.registry import load_adapter
 
     given, source = load_adapter(adapter), BaseWeights.of(load_module(resolve_base(base))[0])
@@ -259,9 +259,9 @@ def random_model(out, bits, **config):
 
     from mlx_adapters.config.training import LoraConfig
     from mlx_adapters.models.adapter import Adapter, AdapterConfig, write_adapter
-    from mlx_adapters.models.base import resolve_base
     from mlx_adapters.models.layers import adaptable_layers, expected_shapes, resolve_target_modules
     from mlx_adapters.models.model import load_module
+    from mlx_adapters.sources.bases import resolve_base
 
     build_model(Path(out) / "plain", "llama", **({"dtype": "bfloat16"} | SMOLLM2 | config))
     dense_base(str(Path(out) / "plain"), str(Path(out) / "base"), bits)

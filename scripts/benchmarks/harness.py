@@ -35,7 +35,7 @@ from mlx_adapters.benchmarking.reports import changes
 from mlx_adapters.benchmarking.schedule import BenchmarkConfig
 from mlx_adapters.config.training import to_mapping
 from mlx_adapters.evaluation.variants import Variant, workspace
-from mlx_adapters.models.base import resolve_base
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import files
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.machine import on_gpu

@@ -51,7 +51,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def prepare(place, options):
     """Base, its dense copy for a CPU, two adapters and data, in `place`."""
     from mlx_adapters.demo.catalog import write_demo_data
-    from mlx_adapters.models.base import resolve_base
+    from mlx_adapters.sources.bases import resolve_base
 
     base = resolve_base(options.base)
     job = {"base": str(base.folder), "dense": str(base.folder), "place": str(place),

@@ -1,0 +1,75 @@
+"""Which base model a name means: `demo` (the embedded real model), a folder, or a Hub id with @revision or not."""
+
+import contextlib
+import re
+import sys
+from pathlib import Path
+
+from mlx_adapters.errors import HubError, NotFoundError, did_you_mean
+from mlx_adapters.models.base import MODEL_FILES, Base
+from mlx_adapters.sources.demo_base import DEMO_BASE, demo_base_folder
+from mlx_adapters.sources.hub import snapshot
+from mlx_adapters.storage import paths
+from mlx_adapters.storage.tensor_names import CONFIG_FILE
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+
+
+def resolve_base(name: str | Path | Base, download: bool = True) -> Base:
+    """Find a base model: `demo`, a folder, or a Hub id with an optional @revision (downloaded once).
+
+    Raises NotFoundError, HubError or, for a name that no repository can have, ConfigError; without `download`,
+    NotFoundError for what is not on this machine yet.
+    """
+    if isinstance(name, Base):
+        return name
+    text = str(name)
+    if text == DEMO_BASE:
+        if not download and not (paths.home() / "bases" / DEMO_BASE).is_dir():
+            raise NotFoundError(f"'{DEMO_BASE}' is not on this machine yet.")
+        return Base(DEMO_BASE, demo_base_folder())
+    folder = paths.expanded(text)
+    if isinstance(name, Path) or paths.is_path(text) or folder.is_dir():
+        if not (folder / "config.json").is_file():
+            what = "no config.json in it" if folder.is_dir() else "no such folder"
+            raise NotFoundError(f"There is no model at '{text}': {what}.", _hint(text, folder))
+        return Base(str(folder), folder)
+    if not HUB_ID.fullmatch(text):
+        raise NotFoundError(f"There is no model '{text}'.", _hint(text, folder))
+    repo, _, revision = text.partition("@")
+    try:
+        snapshot = _snapshot(repo, revision or None, download)
+    except HubError as error:
+        if near := did_you_mean(text, _models_beside(text, folder)):
+            raise HubError(error.message, f"{near} Else {error.hint or 'check the name.'}") from error
+        raise
+    if not (snapshot / "config.json").is_file():
+        raise NotFoundError(f"There is no model in '{text}': no config.json in it.", _hint(text, snapshot))
+    return Base(text, snapshot, snapshot.name if snapshot.parent.name == "snapshots" else revision or None)
+
+
+def _hint(text: str, folder: Path) -> str | None:
+    """The next step where `folder`, called `text`, holds no model."""
+    if (folder / CONFIG_FILE).is_file():
+        return "it is an adapter: name it with --adapter."
+    general = "a model is 'demo', a folder with config.json, or a Hub id such as 'mlx-community/Qwen3-0.6B-4bit'."
+    return did_you_mean(text, _models_beside(text, folder), general)
+
+
+def _models_beside(text: str, folder: Path) -> list[str]:
+    """The model folders beside `folder`, spelled as `text` is."""
+    start = text.rstrip("/").removesuffix(folder.name)
+    with contextlib.suppress(OSError):
+        return [f"{start}{path.name}" for path in paths.visible(folder.parent) if (path / "config.json").is_file()]
+    return []
+
+
+def _snapshot(repo: str, revision: str | None, download: bool) -> Path:
+    """The model's folder in huggingface_hub's cache; downloaded, if allowed, where it is not whole there."""
+    with contextlib.suppress(HubError):
+        folder, _ = snapshot(repo, revision, MODEL_FILES, local_only=True)
+        if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")):
+            return folder
+    if not download:
+        raise NotFoundError(f"'{repo}' is not on this machine yet.")
+    return snapshot(repo, revision, MODEL_FILES, show_progress=sys.stderr.isatty())[0]
