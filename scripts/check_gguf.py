@@ -22,7 +22,8 @@ def write(out: Path) -> None:
 
     import mlx_adapters as ma
     from mlx_adapters.assembly.gguf_tokenizer import PRE_TOKENIZERS, hard_strings
-    from mlx_adapters.models.model import load_model
+    from mlx_adapters.models.loading import load_model
+    from mlx_adapters.sources.bases import resolve_base
     from mlx_adapters.sources.demo_base import demo_base_folder
 
     for pre in PRE_TOKENIZERS:
@@ -35,7 +36,7 @@ def write(out: Path) -> None:
         options = ma.FuseOptions(check=False, format="gguf")
         adapter = make_adapter(base)
         ma.fuse(base, adapter, place / "gguf", quantization="none", dtype="float32", options=options)
-        model = load_model(base, adapter)
+        model = load_model(resolve_base(base), adapter)
         special = list(model.tokenizer.all_special_tokens)
         texts = hard_strings(special)
         ids = [list(model.tokenizer.encode(text)) for text in texts]

@@ -50,14 +50,15 @@ def write(out):
     from mlx_adapters.checkpoints.originals import layout_of
     from mlx_adapters.models.adapter import Adapter, AdapterConfig
     from mlx_adapters.models.layers import adaptable_layers, attach, detach, expected_shapes
-    from mlx_adapters.models.model import load_model
+    from mlx_adapters.models.loading import load_model
     from mlx_adapters.peft_format.conversion import convert, record
     from mlx_adapters.peft_format.reading import read_peft
+    from mlx_adapters.sources.bases import resolve_base
     from mlx_adapters.storage import tensor_files
     from mlx_adapters.storage.tensor_names import join
 
     for arch in ARCHITECTURES:
-        model = load_model(ROOT / arch / "base")
+        model = load_model(resolve_base(ROOT / arch / "base"))
         layers = adaptable_layers(model.module)
         ids = mx.load(str(ROOT / arch / "logits.safetensors"))["input_ids"]
         adapters = {}

@@ -14,8 +14,9 @@ from hub_server import WRITE_TOKEN, HubServer
 from mlx_adapters.config.training import LoraConfig
 from mlx_adapters.models import layers
 from mlx_adapters.models.adapter import Adapter, AdapterConfig
-from mlx_adapters.models.model import load_model
+from mlx_adapters.models.loading import load_model
 from mlx_adapters.sources import registry
+from mlx_adapters.sources.bases import resolve_base
 
 BASE_CARD = """---
 license: apache-2.0
@@ -79,7 +80,7 @@ def base(tiny_model, tmp_path) -> Path:
 
 def new_adapter(base: Path, kind: str = "lora", **metadata) -> Adapter:
     """A rank-4 adapter of random weights on the tiny base."""
-    model = load_model(base)
+    model = load_model(resolve_base(base))
     keys = layers.resolve_target_modules(model.module, LoraConfig(target_modules=("q_proj", "up_proj")))
     config, weights, random = AdapterConfig(4, 2.0, keys, kind), {}, np.random.default_rng(0)
     for key in keys:

@@ -17,7 +17,7 @@ from mlx_adapters.benchmarking.measurements import Run
 from mlx_adapters.cli import cli
 from mlx_adapters.errors import ConfigError, IncompatibleError
 from mlx_adapters.generation import memory
-from mlx_adapters.models.model import load_model, load_module
+from mlx_adapters.models.loading import load_model, load_module
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage.files import write_json
 
@@ -129,7 +129,7 @@ def test_kv_cache_is_exact_and_nothing_is_computed(tiny_model, architecture):
     folder = tiny_model(architecture)
     module, _ = load_module(resolve_base(folder))
     found = memory.kv_cache_bytes(module, 100, 2, 4)
-    trial = trials.run_trial(load_model(folder).module, trials.random_prompts(512, 2, 100, 0), 2)
+    trial = trials.run_trial(load_model(resolve_base(folder)).module, trials.random_prompts(512, 2, 100, 0), 2)
     assert found == trial["kv_cache_bytes"]
     assert memory.kv_cache_bytes(module, 100, 2, 2) * 2 == found
 

@@ -39,7 +39,7 @@ from mlx_adapters.evaluation.statistics import (
 from mlx_adapters.evaluation.variants import Variant, parse_variant, parse_variants, prepare, short_names
 from mlx_adapters.generation import memory
 from mlx_adapters.models.adapter import Adapter, AdapterConfig
-from mlx_adapters.models.model import load_model
+from mlx_adapters.models.loading import load_model
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.registry import register
 from mlx_adapters.storage.files import write_json
@@ -205,7 +205,7 @@ def test_schedule_runs_all_in_each_round_in_shuffled_order():
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
 def test_trial_writes_what_the_model_would_write(tiny_model, architecture):
-    model = load_model(tiny_model(architecture))
+    model = load_model(resolve_base(tiny_model(architecture)))
     prompt = trials.random_prompts(512, 2, 9, seed=0)
     trial = trials.run_trial(model.module, prompt, 6)
     ids = prompt[0].tolist()
@@ -216,7 +216,7 @@ def test_trial_writes_what_the_model_would_write(tiny_model, architecture):
 
 
 def test_prefill_in_chunks_changes_nothing(tiny_model, monkeypatch):
-    model = load_model(tiny_model("llama"))
+    model = load_model(resolve_base(tiny_model("llama")))
     prompt = trials.random_prompts(512, 1, 20, seed=0)
     whole = trials.run_trial(model.module, prompt, 4)["token_ids"]
     monkeypatch.setattr(trials, "PREFILL_CHUNK", 7)
@@ -224,7 +224,7 @@ def test_prefill_in_chunks_changes_nothing(tiny_model, monkeypatch):
 
 
 def test_bytes_read_per_token(tiny_model):
-    tied, untied, experts = (load_model(tiny_model(name)) for name in ("llama", "phi3", "mixtral"))
+    tied, untied, experts = (load_model(resolve_base(tiny_model(name))) for name in ("llama", "phi3", "mixtral"))
     assert trials.bytes_per_token(tied.module, tied.config) == memory.bytes_of(tied.module)
     embedding = 512 * 64 * 4
     assert trials.bytes_per_token(untied.module, untied.config) == memory.bytes_of(untied.module) - embedding + 64 * 4
@@ -403,7 +403,7 @@ def test_a_hold_up_does_not_touch_what_is_compared(tiny_model, monkeypatch):
     ticks = itertools.count()
     clock = SimpleNamespace(perf_counter=lambda: (tick := next(ticks)) * 0.1 + (5.0 if tick >= 30 else 0.0))
     monkeypatch.setattr(trials, "time", clock)
-    module = load_model(tiny_model("llama")).module
+    module = load_model(resolve_base(tiny_model("llama"))).module
     trial = trials.run_trial(module, mx.array([[1, 2, 3]]), 41)
     assert trial["decode_tps"] == pytest.approx(40 / (40 * 0.1 + 5.0))
     assert trial["stretch_tps"] == pytest.approx(1 / 0.1)

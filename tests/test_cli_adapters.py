@@ -20,8 +20,9 @@ from mlx_adapters.data.datasets import read_data
 from mlx_adapters.evaluation.tokens import judged_rows
 from mlx_adapters.merging.methods import METHODS
 from mlx_adapters.models.adapter import write_adapter
-from mlx_adapters.models.model import load_model
+from mlx_adapters.models.loading import load_model
 from mlx_adapters.sources import registry
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import tensor_files
 
 OURS = ("adapters", "keeping", "packing", "merge")
@@ -344,7 +345,7 @@ def test_losses_on_data(run, base, tmp_path):
     assert [point["name"] for point in points].count("w") == 1 and best["name"] == "w"
     losses = as_json(run("compare", "x", "y", "--data", tmp_path, "--json"))["losses"]
     assert losses == pytest.approx([points[0]["loss"], points[-1]["loss"]], rel=1e-5)
-    model = load_model(base, registry.load_adapter("w"))
+    model = load_model(resolve_base(base), registry.load_adapter("w"))
     found = []
     for row in judged_rows(read_data(tmp_path).rows("test"), model, 2048):
         logits = np.array(model.logits(row.tokens[:-1].tolist()), dtype=np.float64)

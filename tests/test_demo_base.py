@@ -14,15 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_adapters.errors import FormatError, HubError, NotFoundError
-from mlx_adapters.models.model import load_model
+from mlx_adapters.models.loading import load_model
 from mlx_adapters.sources import demo_base as demo
+from mlx_adapters.sources.bases import resolve_base
 
 QUESTION = "What is the capital of France?"
 
 
 @pytest.fixture(scope="module")
 def model(demo_base):
-    return load_model(demo_base, dtype="float32")
+    return load_model(resolve_base(demo_base), dtype="float32")
 
 
 @pytest.fixture(scope="module")

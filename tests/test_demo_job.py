@@ -11,7 +11,8 @@ from mlx_adapters.demo import job
 from mlx_adapters.demo.catalog import SCHEMA_PROMPT
 from mlx_adapters.evaluation.answers import greedy_answers
 from mlx_adapters.events import Note
-from mlx_adapters.models.model import load_model
+from mlx_adapters.models.loading import load_model
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.registry import list_adapters
 
 QUESTIONS = ["What is the capital of France?", "Name a color.", "How many days has a week? Answer in one word."]
@@ -24,7 +25,7 @@ def home_with_base(home, demo_base):
 
 
 def test_answers_in_a_batch_are_the_answers_one_by_one(demo_base):
-    model = load_model(demo_base)
+    model = load_model(resolve_base(demo_base))
     together = greedy_answers(model, [model.encode(q) for q in QUESTIONS], max_tokens=12)
     alone = [model.generate(q, max_tokens=12).text for q in QUESTIONS]
     assert together == alone

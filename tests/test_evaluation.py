@@ -23,8 +23,9 @@ from mlx_adapters.evaluation.evaluate import EvaluationConfig, choose_rows, eval
 from mlx_adapters.evaluation.harness import TaskEvaluation, TaskReport, TaskResult, results, run_tasks
 from mlx_adapters.evaluation.scores import parse_score
 from mlx_adapters.evaluation.tokens import Batches, judge, judged_rows
-from mlx_adapters.models.model import load_model
+from mlx_adapters.models.loading import load_model
 from mlx_adapters.sources import registry
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.registry import load_adapter
 
 ROWS = [
@@ -54,7 +55,7 @@ def log_softmax(logits):
 def test_figures_equal_those_of_whole_logits(tiny_model, data):
     folder = tiny_model("llama")
     adapter = make_adapter(folder)
-    base, adapted = load_model(folder), load_model(folder, adapter)
+    base, adapted = load_model(resolve_base(folder)), load_model(resolve_base(folder), adapter)
     rows = judged_rows(read_data(data).rows("test"), base, 2048)
     found = judge(base, Batches(rows, adapted))
     assert len(found.tokens) == len(ROWS)
@@ -70,7 +71,7 @@ def test_figures_equal_those_of_whole_logits(tiny_model, data):
 
 def test_reference_is_recomputed_when_memory_is_short(tiny_model, data, monkeypatch):
     folder = tiny_model("llama")
-    base, adapted = load_model(folder), load_model(folder, make_adapter(folder))
+    base, adapted = load_model(resolve_base(folder)), load_model(resolve_base(folder), make_adapter(folder))
     rows = judged_rows(read_data(data).rows("test"), base, 2048)
     kept = judge(base, Batches(rows, adapted))
     monkeypatch.setattr("mlx_adapters.evaluation.tokens.memory_bytes", lambda: 0)
@@ -80,7 +81,7 @@ def test_reference_is_recomputed_when_memory_is_short(tiny_model, data, monkeypa
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
 def test_batched_answers_equal_single_ones(tiny_model, data, architecture):
-    model = load_model(tiny_model(architecture))
+    model = load_model(resolve_base(tiny_model(architecture)))
     asked = questions(read_data(data).rows("test"), model)
     together = greedy_answers(model, [q.prompt for q in asked], max_tokens=12, batch_size=3)
     alone = [model.tokenizer.decode(model.generate(list(q.prompt), max_tokens=12).token_ids) for q in asked]
@@ -88,7 +89,7 @@ def test_batched_answers_equal_single_ones(tiny_model, data, architecture):
 
 
 def test_answers_end_with_learned_positions(tiny_model):
-    model = load_model(tiny_model("gpt2"))
+    model = load_model(resolve_base(tiny_model("gpt2")))
     asked = [[5] * 508, [5] * 12]
     alone = [model.tokenizer.decode(model.generate(prompt, max_tokens=20).token_ids) for prompt in asked]
     assert greedy_answers(model, asked, max_tokens=20) == alone
@@ -164,7 +165,7 @@ def test_other_tokenizers_are_refused(tiny_model, data, tmp_path):
 
 
 def test_nan_weights_are_an_error(tiny_model, data):
-    model = load_model(tiny_model("llama"))
+    model = load_model(resolve_base(tiny_model("llama")))
     model.module.model.norm.weight = mx.full(model.module.model.norm.weight.shape, float("nan"))
     with pytest.raises(FormatError, match="NaN"):
         judge(model, Batches(judged_rows(read_data(data).rows("test"), model, 2048)))

@@ -21,7 +21,7 @@ from mlx_adapters.config.training import LoraConfig, Quantization, from_mapping,
 from mlx_adapters.models import layers
 from mlx_adapters.models.adapter import Adapter, AdapterConfig, read_adapter, write_adapter
 from mlx_adapters.models.base import normalized_config
-from mlx_adapters.models.model import load_model, load_tokenizer_of
+from mlx_adapters.models.loading import load_model, load_tokenizer_of
 from mlx_adapters.sources import registry
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import files, paths, tensor_files
@@ -50,7 +50,7 @@ def random_adapter(model, kind="lora", rank=4, targets="all", scale=2.0, seed=0,
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_attached_equals_updated_weights_and_detach_restores(tiny_model, tmp_path, architecture, kind):
-    model = load_model(tiny_model(architecture))
+    model = load_model(resolve_base(tiny_model(architecture)))
     before = model.logits(TOKENS)
     adapter = random_adapter(model, kind)
     model.attach(adapter)
@@ -71,14 +71,14 @@ def test_attached_equals_updated_weights_and_detach_restores(tiny_model, tmp_pat
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_dense_copy_computes_the_same_function(tiny_model, bits):
     folder = tiny_model("llama", bits=bits)
-    dense, stored = load_model(folder), load_model(folder, dense=False)
+    dense, stored = load_model(resolve_base(folder)), load_model(resolve_base(folder), dense=False)
     assert stored.module.model.layers[0].mlp.up_proj.bits == bits
     stored.module.set_dtype(mx.float32)
     assert mx.abs(dense.logits(TOKENS) - stored.logits(TOKENS)).max() < 1e-4
 
 
 def test_embedding_and_head_adapters(tiny_model):
-    model = load_model(tiny_model("llama"))
+    model = load_model(resolve_base(tiny_model("llama")))
     adapter = random_adapter(model, targets=("embed_tokens", "q_proj"))
     assert "model.embed_tokens" in adapter.config.keys
     before = model.logits(TOKENS)
@@ -94,7 +94,7 @@ def test_embedding_and_head_adapters(tiny_model):
 
 def test_a_16_bit_dora_adapter_is_computed_in_float32_on_a_float32_base(tiny_model):
     """mlx-lm's DoRALinear takes the norm in the type of the factors: 0.01 off in the logits."""
-    model = load_model(tiny_model("llama"))
+    model = load_model(resolve_base(tiny_model("llama")))
     adapter = random_adapter(model, "dora")
     small = adapter.with_weights({name: array.astype(mx.bfloat16) for name, array in adapter.weights.items()})
     model.attach(small)
@@ -104,7 +104,7 @@ def test_a_16_bit_dora_adapter_is_computed_in_float32_on_a_float32_base(tiny_mod
 
 
 def test_target_modules(tiny_model):
-    module = load_model(tiny_model("llama")).module
+    module = load_model(resolve_base(tiny_model("llama"))).module
     resolve = layers.resolve_target_modules
     assert resolve(module, LoraConfig(target_modules=("q_proj",))) == tuple(
         f"model.layers.{i}.self_attn.q_proj" for i in range(len(module.layers))
@@ -121,7 +121,7 @@ def test_target_modules(tiny_model):
 
 
 def test_a_failed_attach_changes_nothing(tiny_model):
-    model = load_model(tiny_model("llama"))
+    model = load_model(resolve_base(tiny_model("llama")))
     good = random_adapter(model)
     model.attach(good)
     before = model.logits(TOKENS)
@@ -152,7 +152,7 @@ def broken(adapter, how):
 
 @pytest.mark.parametrize("how", ["nan", "missing", "extra", "rank", "truncated", "random", "empty", "config"])
 def test_damaged_adapters_are_refused(tiny_model, tmp_path, how):
-    adapter = random_adapter(load_model(tiny_model("llama")))
+    adapter = random_adapter(load_model(resolve_base(tiny_model("llama"))))
     folder = write_adapter(adapter, tmp_path / "a")
     file = folder / "adapters.safetensors"
     if how == "truncated":
@@ -174,7 +174,7 @@ def test_damaged_adapters_are_refused(tiny_model, tmp_path, how):
 
 
 def test_adapter_round_trip(tiny_model, tmp_path):
-    adapter = random_adapter(load_model(tiny_model("qwen2")), "dora")
+    adapter = random_adapter(load_model(resolve_base(tiny_model("qwen2"))), "dora")
     again = read_adapter(write_adapter(adapter, tmp_path / "a"))
     assert again.config == adapter.config and again.fingerprint == adapter.fingerprint
     assert again.metadata["base"] == adapter.metadata["base"]
@@ -184,7 +184,7 @@ def test_adapter_round_trip(tiny_model, tmp_path):
 
 
 def test_registry(tiny_model, home):
-    adapter = random_adapter(load_model(tiny_model("llama")))
+    adapter = random_adapter(load_model(resolve_base(tiny_model("llama"))))
     registry.register(adapter, "sql")
     (home / "adapters" / "bad").mkdir()
     assert [(e.name, bool(e.problem)) for e in ma.list_adapters()] == [("bad", True), ("sql", False)]
@@ -223,10 +223,10 @@ def test_base_errors(tmp_path, tiny_model):
     folder.mkdir()
     (folder / "config.json").write_text((tiny_model("llama") / "config.json").read_text())
     with pytest.raises(errors.NotFoundError, match="safetensors"):
-        load_model(folder)
+        load_model(resolve_base(folder))
     (folder / "model.safetensors").write_bytes(b"x" * 500)
     with pytest.raises(errors.FormatError):
-        load_model(folder)
+        load_model(resolve_base(folder))
 
 
 def test_transformers_5_configs_keep_their_rope():
@@ -353,10 +353,10 @@ def test_command_line_errors_are_two_lines():
 
 def test_generate_streams_text(tiny_model, home):
     folder = tiny_model("llama")
-    adapter = random_adapter(load_model(folder))
+    adapter = random_adapter(load_model(resolve_base(folder)))
     registry.register(adapter, "a")
     answer = json.loads(run("generate", "hello", "--adapter", "a", "--max-tokens", "4", "--json").stdout)
-    expected = load_model(folder, adapter).generate("hello", max_tokens=4)
+    expected = load_model(resolve_base(folder), adapter).generate("hello", max_tokens=4)
     assert answer["token_ids"] == expected.token_ids and answer["text"] == expected.text
 
 

@@ -35,7 +35,7 @@ from mlx_adapters.fusion.check import check_fused
 from mlx_adapters.fusion.fuse import fuse, fuse_again
 from mlx_adapters.models.adapter import write_adapter
 from mlx_adapters.models.layers import quantization_of
-from mlx_adapters.models.model import load_model, load_module
+from mlx_adapters.models.loading import load_model, load_module
 from mlx_adapters.sources import origin
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import files, paths
@@ -91,7 +91,11 @@ def test_fidelity_is_the_kl_of_whole_models(tiny_model, tmp_path, architecture):
     updates = Updates(((adapter, 1.0),))
     fused = Variant(resolve_base(tmp_path / "out"), None, updates.paths().__contains__)
     found = measure_fidelity(Variant(base, updates), fused, Variant(base), make_batches(rows, 48))
-    models = [load_model(folder, adapter), load_model(tmp_path / "out"), load_model(folder)]
+    models = [
+        load_model(resolve_base(folder), adapter),
+        load_model(resolve_base(tmp_path / "out")),
+        load_model(resolve_base(folder)),
+    ]
     kls, same, losses = [[], []], [], [[], [], []]
     for tokens, judged in rows:
         logs = [log_softmax(model.logits(mx.array(tokens))) for model in models]
@@ -337,7 +341,7 @@ def test_a_recipe_makes_the_same_bytes_again(tiny_model, tmp_path, data):
 
 
 def test_check_rows_are_never_calibrated_on(tiny_model, data):
-    tokenizer = load_model(tiny_model("llama")).tokenizer
+    tokenizer = load_model(resolve_base(tiny_model("llama"))).tokenizer
     lines = (data / "train.jsonl").read_text()
     (data / "valid.jsonl").write_text("".join(lines.splitlines(keepends=True)[:5]) + (data / "valid.jsonl").read_text())
     text = choose_text(data, [], tokenizer, 1000, 1000)
@@ -353,7 +357,7 @@ def test_check_rows_are_never_calibrated_on(tiny_model, data):
 @pytest.mark.parametrize("count", [1, 3, 5])
 def test_own_data_that_is_too_short_gives_way_to_the_general_text(tiny_model, data, home, count):
     folder = tiny_model("llama")
-    tokenizer, adapter = load_model(folder).tokenizer, make_adapter(folder)
+    tokenizer, adapter = load_model(resolve_base(folder)).tokenizer, make_adapter(folder)
     lines = (data / "train.jsonl").read_text().splitlines(keepends=True)[:count]
     (data / "train.jsonl").write_text("".join(lines))
     (data / "valid.jsonl").unlink()
@@ -368,14 +372,14 @@ def test_few_rows_asked_for_are_still_of_the_own_data(tiny_model, data, home):
     folder = tiny_model("llama")
     adapter = make_adapter(folder)
     trained_on(adapter, data)
-    text = choose_text(None, [adapter], load_model(folder).tokenizer, 1, 1)
+    text = choose_text(None, [adapter], load_model(resolve_base(folder)).tokenizer, 1, 1)
     for rows in (text.calibration, text.check):
         assert sum(len(tokens) for tokens, _ in rows) >= 256 and len(rows) > 1
     assert text.source == str(data) and text.why is None
 
 
 def test_rows_that_only_look_different_are_not_in_both_parts(tiny_model, data):
-    tokenizer = load_model(tiny_model("llama")).tokenizer
+    tokenizer = load_model(resolve_base(tiny_model("llama"))).tokenizer
     rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
     renamed = [json.dumps({**row, "id": i}) + "\n" for i, row in enumerate(rows[:12])]
     (data / "valid.jsonl").write_text("".join(renamed))
@@ -386,7 +390,7 @@ def test_rows_that_only_look_different_are_not_in_both_parts(tiny_model, data):
 
 
 def test_a_check_that_is_too_short_takes_training_rows(tiny_model, data):
-    tokenizer = load_model(tiny_model("llama")).tokenizer
+    tokenizer = load_model(resolve_base(tiny_model("llama"))).tokenizer
     lines = (data / "valid.jsonl").read_text().splitlines(keepends=True)
     (data / "valid.jsonl").write_text(lines[0])
     text = choose_text(data, [], tokenizer, 1000, 1000)
@@ -408,7 +412,7 @@ def test_a_recipe_on_the_general_text_stays_with_it(tiny_model, tmp_path, data):
 
 def test_where_the_text_comes_from(tiny_model, tmp_path, data):
     folder = tiny_model("llama")
-    tokenizer, adapter = load_model(folder).tokenizer, make_adapter(folder)
+    tokenizer, adapter = load_model(resolve_base(folder)).tokenizer, make_adapter(folder)
     assert choose_text(None, [adapter], tokenizer, 16, 8).source == GENERAL
     trained_on(adapter, data)
     assert choose_text(None, [adapter], tokenizer, 16, 8).source == str(data)
@@ -564,7 +568,7 @@ def test_no_row_reaches_past_the_positions_that_a_model_learned(gpu, tiny_model,
     """Past them lies foreign memory. Rows are longer than the positions, and on a GPU padded to more."""
     base = resolve_base(tiny_model("gpt2", n_positions=40, n_ctx=40))
     monkeypatch.setattr(strategy, "on_gpu", lambda: gpu)
-    text = choose_text(GENERAL, [], load_model(base).tokenizer, 8, 8, base.positions)
+    text = choose_text(GENERAL, [], load_model(resolve_base(base)).tokenizer, 8, 8, base.positions)
     batches = strategy.batches_of(text.calibration, base) + strategy.batches_of(text.check, base)
     assert max(batch.tokens.shape[1] for batch in batches) == 40
     assert all(batch.judged.max().item() < batch.tokens.size for batch in batches)
@@ -582,7 +586,7 @@ def test_calibration_is_never_worse_than_rounding_to_nearest_on_its_own_rows(
     shape = {"group_size": quantization.group_size, "mode": quantization.mode} if bits else {}
     base = tiny_model(architecture, bits=bits, **shape)
     adapter, found, results = make_adapter(base, strength=strength), resolve_base(base), {}
-    text = choose_text(data, [], load_model(base).tokenizer, 8, 8)
+    text = choose_text(data, [], load_model(resolve_base(base)).tokenizer, 8, 8)
     batches = strategy.batches_of(text.calibration, found)
     for method in ("nearest", "calibrated"):
         options = FuseOptions(method=method, calibration=str(data), calibration_rows=8, check=False)
@@ -598,7 +602,7 @@ def test_calibration_is_never_worse_than_rounding_to_nearest_on_its_own_rows(
 def test_data_that_a_stranger_names_is_not_opened(signed, tiny_model, data, home, monkeypatch):
     """Neither a path nor a data set of the Hub; it is named, and used if it is asked for."""
     folder, opened = tiny_model("llama"), []
-    adapter, tokenizer = make_adapter(folder), load_model(folder).tokenizer
+    adapter, tokenizer = make_adapter(folder), load_model(resolve_base(folder)).tokenizer
     monkeypatch.setattr(
         "mlx_adapters.calibration.texts.read_data", lambda *a, **k: opened.append(a) or read_data(*a, **k)
     )
@@ -625,7 +629,7 @@ def test_the_secret_is_nobody_elses(home):
 
 def test_an_adapter_that_was_trained_here_is_calibrated_on_its_data(tiny_model, data, home, monkeypatch):
     train(tiny_model("llama"), data, name="sql", training=TrainConfig(iterations=1, batch_size=2))
-    adapter, tokenizer = load_adapter("sql"), load_model(tiny_model("llama")).tokenizer
+    adapter, tokenizer = load_adapter("sql"), load_model(resolve_base(tiny_model("llama"))).tokenizer
     assert choose_text(None, [adapter], tokenizer, 8, 8).source == str(data)
     monkeypatch.setenv("MLX_ADAPTERS_HOME", str(home.parent / "another machine"))
     text = choose_text(None, [adapter], tokenizer, 8, 8)

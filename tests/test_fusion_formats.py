@@ -14,7 +14,7 @@ from test_fusion_fuse import fuse, logits, make_adapter
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.errors import ConfigError, StorageError
 from mlx_adapters.models.layers import adaptable_layers, dense_weight
-from mlx_adapters.models.model import load_model, load_module
+from mlx_adapters.models.loading import load_model, load_module
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import tensor_files
 from mlx_adapters.storage.tensor_names import from_gguf, to_gguf
@@ -169,4 +169,4 @@ def test_numbers_that_json_has_not_are_written_as_mlx_lm_reads_them(tiny_model, 
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     after, before = load_config(tmp_path / "out")["time_step_limit"], load_config(base)["time_step_limit"]
     assert repr(after) == repr(before)
-    load_model(tmp_path / "out")
+    load_model(resolve_base(tmp_path / "out"))

@@ -27,7 +27,7 @@ from mlx_adapters.models.layers import (
     resolve_target_modules,
     updated_weight,
 )
-from mlx_adapters.models.model import load_model, load_module
+from mlx_adapters.models.loading import load_model, load_module
 from mlx_adapters.sources import registry
 from mlx_adapters.sources.bases import resolve_base
 
@@ -63,7 +63,7 @@ def fuse(*arguments, **keywords):
 
 
 def logits(folder, adapter=None):
-    return np.array(load_model(folder, adapter).logits(IDS))
+    return np.array(load_model(resolve_base(folder), adapter).logits(IDS))
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -114,7 +114,7 @@ def test_float_modes_load_in_plain_mlx_lm(tiny_model, tmp_path, architecture, qu
     module, tokenizer = load(str(tmp_path / "out"))
     plain = np.array(module(IDS).astype(mx.float32))[0]
     assert tokenizer.encode("SELECT title")
-    ours = np.array(load_model(tmp_path / "out", dense=False, dtype="float32").logits(IDS))[0]
+    ours = np.array(load_model(resolve_base(tmp_path / "out"), dense=False, dtype="float32").logits(IDS))[0]
     np.testing.assert_allclose(plain, ours, atol=1e-4)
     coarse = np.abs(plain - logits(folder, adapter)[0]).mean()
     assert coarse < 0.5 * np.abs(plain - logits(folder)[0]).mean() + 0.5

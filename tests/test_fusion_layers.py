@@ -18,7 +18,7 @@ from mlx_adapters.errors import FormatError
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.models.adapter import Adapter, AdapterConfig
 from mlx_adapters.models.layers import adaptable_layers, dense_layer, dense_weight, weight_layers
-from mlx_adapters.models.model import load_model, load_module
+from mlx_adapters.models.loading import load_model, load_module
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import files
 
@@ -34,8 +34,8 @@ def test_an_unquantized_fuse_unpacks_every_quantized_layer(architecture, tiny_mo
     assert result.quantization is None
     assert not [name for name in mx.load(str(tmp_path / "out" / "model.safetensors")) if name.endswith(".scales")]
     load_as_mlx_lm_does(tmp_path / "out")
-    expected = load_model(base, adapter).logits(IDS)
-    assert mx.abs(load_model(tmp_path / "out").logits(IDS) - expected).max().item() < 1e-4
+    expected = load_model(resolve_base(base), adapter).logits(IDS)
+    assert mx.abs(load_model(resolve_base(tmp_path / "out")).logits(IDS) - expected).max().item() < 1e-4
 
 
 @pytest.mark.parametrize("architecture", MLA)
@@ -83,7 +83,7 @@ def test_a_layer_that_is_called_for_each_token_has_the_moments_of_all(tiny_model
     batches = make_batches(some_rows(lengths=(9, 12, 12)))
     collector = Collector(Variant(base), Variant(base), {path}, batches, tmp_path)
     (moments,) = [found[path] for _, found in collector.run()]
-    model, inputs = load_model(base), []
+    model, inputs = load_model(resolve_base(base)), []
     layer = model.module.backbone.layers[1].mixer
 
     class Recorder(type(layer.x_proj)):

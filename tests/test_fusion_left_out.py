@@ -13,7 +13,7 @@ from mlx_adapters.assembly.left_out import left_out
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.fusion.recipe import read_recipe
-from mlx_adapters.models.model import load_model
+from mlx_adapters.models.loading import load_model
 from mlx_adapters.publishing import staging
 from mlx_adapters.publishing.subject import read_subject
 from mlx_adapters.sources.bases import resolve_base
@@ -64,7 +64,9 @@ def test_a_vision_tower_is_handed_on_as_it_is(architecture, asked, tmp_path):
     assert files.read_json(tmp_path / "out" / "preprocessor_config.json") == {"size": 32}
     assert "vision_config" in files.read_json(tmp_path / "out" / "config.json")
     load_as_mlx_lm_does(tmp_path / "out")
-    assert mx.array_equal(load_model(tmp_path / "out").logits(IDS), load_model(tmp_path / "alone").logits(IDS))
+    assert mx.array_equal(
+        load_model(resolve_base(tmp_path / "out")).logits(IDS), load_model(resolve_base(tmp_path / "alone")).logits(IDS)
+    )
 
 
 def test_what_was_handed_on_is_handed_on_again(tmp_path):

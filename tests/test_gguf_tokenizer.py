@@ -14,7 +14,7 @@ from mlx_adapters import FuseOptions, fuse
 from mlx_adapters.assembly.gguf_tokenizer import PRE_TOKENIZERS, check_strings, hard_strings, read_tokenizer
 from mlx_adapters.errors import ConfigError, FormatError
 from mlx_adapters.events import Note
-from mlx_adapters.models.model import load_tokenizer_of
+from mlx_adapters.models.loading import load_tokenizer_of
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.system.door import mx
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_adapters.errors import AdapterError, FormatError, ModelError
-from mlx_adapters.models.model import load_model, load_module, load_tokenizer_of
+from mlx_adapters.models.loading import load_model, load_module, load_tokenizer_of
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.system.door import refusals
 
@@ -77,7 +77,7 @@ def test_whatever_is_raised_becomes_the_given_error(capsys):
 def test_a_broken_config_is_refused_or_read(broken, settings):
     folder = broken("config.json", **settings)
     try:
-        load_model(folder).generate("hi", max_tokens=1)
+        load_model(resolve_base(folder)).generate("hi", max_tokens=1)
     except AdapterError as error:
         assert "\n" not in error.message and error.message.endswith(".") and "Error(" not in error.message
 
@@ -87,7 +87,7 @@ def test_a_broken_generation_config_is_no_traceback(broken, content):
     folder = broken("config.json")
     (folder / "generation_config.json").write_bytes(content)
     try:
-        load_model(folder)
+        load_model(resolve_base(folder))
     except FormatError as error:
         assert "cannot be" in error.message
 
@@ -109,21 +109,21 @@ def test_a_broken_tokenizer_is_refused_or_read(broken, file, content):
     folder = broken("config.json")
     (folder / file).write_bytes(content)
     try:
-        load_model(folder).encode("hi")
+        load_model(resolve_base(folder)).encode("hi")
     except AdapterError as error:
         assert str(folder) in error.message or "chat template" in error.message
 
 
 def test_a_model_that_asks_for_its_own_code_is_told_so(broken):
     with pytest.raises(FormatError, match=r"asks to run code of its own, 'mdl.py', which is never done\."):
-        load_model(broken("config.json", model_file="mdl.py"))
+        load_model(resolve_base(broken("config.json", model_file="mdl.py")))
 
 
 def test_what_is_no_file_is_refused_before_it_is_read(broken):
     folder = broken("config.json")
     os.mkfifo(folder / "special_tokens_map.json")
     with pytest.raises(FormatError, match="neither a file nor a folder"):
-        load_model(folder)
+        load_model(resolve_base(folder))
 
 
 @pytest.mark.parametrize("settings", [
@@ -164,4 +164,4 @@ def test_a_shard_that_is_missing_is_named(tiny_model, tmp_path):
     mx.save_safetensors(str(folder / "model-00001-of-00002.safetensors"), kept, {"format": "mlx"})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     with pytest.raises(ModelError, match="it lacks model-00002-of-00002"):
-        load_model(folder)
+        load_model(resolve_base(folder))

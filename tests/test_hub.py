@@ -17,8 +17,9 @@ import mlx_adapters as ma
 from mlx_adapters import errors
 from mlx_adapters.cli import cli as program
 from mlx_adapters.models.adapter import write_adapter_files
-from mlx_adapters.models.model import load_model
+from mlx_adapters.models.loading import load_model
 from mlx_adapters.publishing.uploads import publish
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import files, tensor_files
 
 pytest_plugins = ["hub_fixtures"]
@@ -290,7 +291,7 @@ def test_there_and_back(hub, sql, base):
     assert again.fingerprint == sql.fingerprint and result.name == "again"
     assert again.metadata["hub"] == {"repo": REPO, "revision": hub.repos[REPO].branches["main"][-1][0]}
     plain, _ = mlx_lm.load(str(base), adapter_path=str(result.folder))
-    expected = load_model(base, sql).logits(TOKENS)
+    expected = load_model(resolve_base(base), sql).logits(TOKENS)
     assert mx.abs(plain(mx.array([TOKENS]))[0] - expected).max() < 1e-5
     with pytest.raises(errors.ExistsError):
         ma.download(REPO, name="again")
@@ -390,7 +391,7 @@ def test_a_peft_adapter_comes_in_and_gives_pefts_logits(hub, case):
     result = ma.download("user/peft", name="it", base=PEFT / "base")
     expected = mx.load(str(PEFT / "logits.safetensors"))
     adapter = ma.load_adapter("it")
-    logits = load_model(PEFT / "base", adapter).logits(expected["input_ids"])
+    logits = load_model(resolve_base(PEFT / "base"), adapter).logits(expected["input_ids"])
     assert mx.abs(logits - expected[case]).max().item() < 1e-4
     assert adapter.metadata["hub"] == {"repo": "user/peft", "revision": result.commit}
 
@@ -432,7 +433,7 @@ def test_a_peft_export_goes_up_as_peft(hub, tmp_path):
     assert str(tmp_path).encode() not in uploaded(hub, "user/export")
     again = ma.download("user/export", name="again", base=PEFT / "base")
     expected = mx.load(str(PEFT / "logits.safetensors"))
-    logits = load_model(PEFT / "base", ma.load_adapter("again")).logits(expected["input_ids"])
+    logits = load_model(resolve_base(PEFT / "base"), ma.load_adapter("again")).logits(expected["input_ids"])
     assert again.kind == "adapter" and mx.abs(logits - expected["all-linear"]).max().item() < 1e-4
 
 
@@ -455,7 +456,10 @@ def test_a_fused_model_there_and_back(hub, sql, fused, base):
     assert "4-bit" in result.card
     back = ma.download("user/fused")
     assert back.kind == "model"
-    expected, got = load_model(fused).logits(TOKENS), load_model("user/fused").logits(TOKENS)
+    expected, got = (
+        load_model(resolve_base(fused)).logits(TOKENS),
+        load_model(resolve_base("user/fused")).logits(TOKENS),
+    )
     assert mx.array_equal(got, expected)
     plain, _ = mlx_lm.load(str(back.folder))
     plain.set_dtype(mx.float32)

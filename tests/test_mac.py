@@ -16,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from mlx_adapters.errors import ConfigError, StorageError
-from mlx_adapters.models.model import load_model, load_module
+from mlx_adapters.models.loading import load_model, load_module
 from mlx_adapters.rounding.workers import Workers
 from mlx_adapters.serving.start import bind
 from mlx_adapters.sources.bases import resolve_base
@@ -97,7 +97,7 @@ def metal(monkeypatch):
 def test_memory_is_wired_once_by_whatever_loads_a_model(metal, tiny_model):
     base = resolve_base(str(tiny_model("llama")))
     load_module(base)  # fuse, train, estimate
-    load_model(base)  # generate, chat, serve, eval, benchmark
+    load_model(resolve_base(base))  # generate, chat, serve, eval, benchmark
     assert metal == [48 * GB]
 
 
@@ -107,7 +107,7 @@ def test_wired_memory_that_is_refused_stops_nothing(metal, monkeypatch, tiny_mod
 
     monkeypatch.setattr(mx, "set_wired_limit", refuse)
     assert limits.wire_memory() == 0
-    assert load_model(tiny_model("llama")).logits([1, 2]).shape[-1] == 512
+    assert load_model(resolve_base(tiny_model("llama"))).logits([1, 2]).shape[-1] == 512
 
 
 def test_without_metal_nothing_is_wired(monkeypatch):

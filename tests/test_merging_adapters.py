@@ -13,8 +13,8 @@ from mlx_adapters.merging.methods import METHODS
 from mlx_adapters.merging.recipes import interpolate, merge, scale, subtract
 from mlx_adapters.models.adapter import Adapter, AdapterConfig, read_adapter
 from mlx_adapters.models.layers import adaptable_layers
+from mlx_adapters.models.loading import load_model, load_module
 from mlx_adapters.models.low_rank import update_of
-from mlx_adapters.models.model import load_model, load_module
 from mlx_adapters.sources.bases import resolve_base
 
 
@@ -41,7 +41,7 @@ def pair(tiny_model):
 def test_logits_of_a_merged_adapter_are_those_of_the_weighted_sum(tiny_model, architecture, keys):
     base = tiny_model(architecture)
     parts = [(make_adapter(base, keys, rank=4), 0.7), (make_adapter(base, keys[:1], rank=2, factor=5.0, seed=3), -0.4)]
-    model = load_model(base, merge([a for a, _ in parts], [w for _, w in parts]))
+    model = load_model(resolve_base(base), merge([a for a, _ in parts], [w for _, w in parts]))
     tokens = [5, 9, 200, 31]
     found = np.array(model.logits(tokens))
     full = {k: sum(w * delta(a, k) for a, w in parts) for k in keys}
@@ -106,7 +106,7 @@ def test_every_method_gives_a_whole_adapter_that_the_base_takes(tiny_model, meth
     needs = {"density": 0.5} if METHODS[method].prune else {}
     merged = merge(pair, [0.6, 0.4], method=method, name="m", **needs)
     assert merged.folder.name == "m" and merged.metadata["merge"]["method"] == method
-    assert np.isfinite(np.array(load_model(base, read_adapter(merged.folder)).logits([1, 2, 3]))).all()
+    assert np.isfinite(np.array(load_model(resolve_base(base), read_adapter(merged.folder)).logits([1, 2, 3]))).all()
     again = merge(pair, [0.6, 0.4], method=method, **needs)
     for name, tensor in merged.weights.items():
         np.testing.assert_array_equal(np.array(tensor), np.array(again.weights[name]))

@@ -4,7 +4,8 @@ import mlx.core as mx
 import pytest
 
 from mlx_adapters.demo.selftest import self_test
-from mlx_adapters.models.model import load_model
+from mlx_adapters.models.loading import load_model
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.system import conditions
 from mlx_adapters.system.limits import wire_memory
 from mlx_adapters.system.machine import environment, memory_bytes, performance_cores, tool, usable_memory_bytes
@@ -39,5 +40,5 @@ def test_memory_is_measured(tiny_model):
     before = conditions.footprint_bytes()
     assert 1_000_000 < before < memory_bytes() and conditions.peak_resident_bytes() > 1_000_000
     mx.reset_peak_memory()
-    load_model(tiny_model("llama", bits=4)).logits([1, 2, 3])
+    load_model(resolve_base(tiny_model("llama", bits=4))).logits([1, 2, 3])
     assert mx.get_peak_memory() > 0

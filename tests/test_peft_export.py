@@ -12,7 +12,8 @@ from mlx_adapters.adapters.peft_import import import_peft
 from mlx_adapters.errors import ExistsError, FormatError
 from mlx_adapters.models.adapter import Adapter, AdapterConfig
 from mlx_adapters.models.layers import adaptable_layers, expected_shapes
-from mlx_adapters.models.model import load_model
+from mlx_adapters.models.loading import load_model
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import files
 from mlx_adapters.storage.tensor_names import join
 
@@ -44,7 +45,7 @@ def test_peft_to_mlx_to_peft(folder: Path, tmp_path: Path):
 
 def make_adapter(base: Path, keys, kind: str = "lora", scale: float = 0.7 / 3, dtype=mx.float32) -> Adapter:
     """An adapter with random weights for the layers that `keys(path)` picks."""
-    model = load_model(base)
+    model = load_model(resolve_base(base))
     layers = {key: layer for key, layer in adaptable_layers(model.module).items() if keys(key)}
     config = AdapterConfig(3, scale, tuple(layers), kind, dropout=0.05)
     weights = {

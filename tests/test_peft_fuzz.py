@@ -16,7 +16,7 @@ from mlx_adapters.checkpoints.probing import Layout
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.fusion.peft_whole import whole_tensors
 from mlx_adapters.models.layers import adaptable_layers, nn
-from mlx_adapters.models.model import load_module
+from mlx_adapters.models.loading import load_module
 from mlx_adapters.peft_format.conversion import convert
 from mlx_adapters.peft_format.patterns import full_match
 from mlx_adapters.peft_format.reading import PeftAdapter, read_peft, refuse_beyond_lora, refuse_unsaved

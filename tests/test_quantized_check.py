@@ -16,8 +16,9 @@ from mlx_adapters.errors import ModelError
 from mlx_adapters.generation.live import load_model as load_live_model
 from mlx_adapters.models import quantized_check
 from mlx_adapters.models.layers import is_quantized, weight_layers
-from mlx_adapters.models.model import load_model
+from mlx_adapters.models.loading import load_model
 from mlx_adapters.models.quantized_check import LayerCheck, MiscomputedWarning, check_device, check_layer, kind_of
+from mlx_adapters.sources.bases import resolve_base
 
 DENSE = [
     nn.Linear(64, 48),
@@ -55,7 +56,7 @@ def lying_kernel(monkeypatch):
         return y * 1.5 if x.shape[-1] == 64 and x.shape[-2] > 1 else y
 
     monkeypatch.setattr(mx, "quantized_matmul", lie)
-    monkeypatch.setattr("mlx_adapters.models.model.on_gpu", lambda: True)
+    monkeypatch.setattr("mlx_adapters.models.loading.on_gpu", lambda: True)
 
 
 def test_wrong_layers_become_dense_with_a_warning(tiny_model, lying_kernel, monkeypatch, caplog):
@@ -64,17 +65,17 @@ def test_wrong_layers_become_dense_with_a_warning(tiny_model, lying_kernel, monk
     with pytest.warns(
         MiscomputedWarning, match=r"computes \d+ quantized layers wrong on this device \('.*embed_tokens'"
     ):
-        model = load_model(folder)
+        model = load_model(resolve_base(folder))
     quantized = {path for path, layer in weight_layers(model.module).items() if is_quantized(layer)}
     assert quantized == {f"model.layers.{i}.mlp.down_proj" for i in (0, 1)}  # 128 inputs
     ids = [5, 6, 7, 8]
     logits = np.array(model.logits(ids).astype(mx.float32))
-    exact = np.array(load_model(folder, dense=True, dtype="float32").logits(ids))
+    exact = np.array(load_model(resolve_base(folder), dense=True, dtype="float32").logits(ids))
     np.testing.assert_allclose(logits, exact, atol=1e-3 * np.abs(exact).max())
 
     monkeypatch.setattr(quantized_check, "check_layer", None)  # what was found is remembered
     with pytest.warns(MiscomputedWarning):
-        load_model(folder)
+        load_model(resolve_base(folder))
     assert caplog.messages == ["5 kinds of quantized layers are tried on this device, once."]
 
 
@@ -91,14 +92,14 @@ def test_a_kernel_that_raises_is_wrong_too(monkeypatch):
 def test_a_dense_copy_that_does_not_fit_is_refused(tiny_model, lying_kernel, monkeypatch):
     monkeypatch.setattr(quantized_check, "usable_memory_bytes", lambda: 1000)
     with pytest.raises(ModelError, match="no room for unquantized ones"):
-        load_model(tiny_model("llama", bits=4))
+        load_model(resolve_base(tiny_model("llama", bits=4)))
 
 
 def test_right_layers_are_left_alone(tiny_model, monkeypatch):
-    monkeypatch.setattr("mlx_adapters.models.model.on_gpu", lambda: True)
+    monkeypatch.setattr("mlx_adapters.models.loading.on_gpu", lambda: True)
     with warnings.catch_warnings():
         warnings.simplefilter("error", MiscomputedWarning)
-        model = load_model(tiny_model("qwen3_moe", bits=4))
+        model = load_model(resolve_base(tiny_model("qwen3_moe", bits=4)))
     kinds = {kind_of(layer, mx.float32) for layer in weight_layers(model.module).values() if is_quantized(layer)}
     assert any(kind.startswith("QuantizedSwitchLinear 4x64x64, 4 bits") for kind in kinds), kinds
 
@@ -112,7 +113,7 @@ def lie_about(monkeypatch, name, wrong):
         return y * 1.5 if wrong(x, weight, options) else y
 
     monkeypatch.setattr(mx, name, lie)
-    monkeypatch.setattr("mlx_adapters.models.model.on_gpu", lambda: True)
+    monkeypatch.setattr("mlx_adapters.models.loading.on_gpu", lambda: True)
     monkeypatch.setattr("mlx_adapters.runtime.pool.on_gpu", lambda: True)
 
 
@@ -121,7 +122,9 @@ def test_a_product_of_several_layers_that_is_wrong_is_left_apart(tiny_model, mon
     folder = tiny_model("llama", bits=4, tied=False)
     adapter = make_adapter(folder)
     lie_about(monkeypatch, "quantized_matmul", lambda x, weight, _: weight.shape[0] == 128 and x.shape[-1] == 64)
-    monkeypatch.setattr("mlx_adapters.models.model.replace_miscomputed", lambda *_: [])  # of gate and up, with 128 rows
+    monkeypatch.setattr(
+        "mlx_adapters.models.loading.replace_miscomputed", lambda *_: []
+    )  # of gate and up, with 128 rows
     model = load_live_model(folder, adapter)
     assert {len(paths) for paths in model.pool._groups} == {2}  # gate and up, 256 rows
     part = [path for path in model.pool._sites if path.endswith("q_proj")]
@@ -170,14 +173,14 @@ def test_gradients_that_are_wrong_count_where_they_are_needed(dense, monkeypatch
 
 
 def test_training_computes_layers_of_wrong_gradients_unquantized(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("mlx_adapters.models.model.on_gpu", lambda: True)
+    monkeypatch.setattr("mlx_adapters.models.loading.on_gpu", lambda: True)
     wrong = LayerCheck("wrong", 1.0, False)
     right = LayerCheck("right", 0.0, True)
     monkeypatch.setattr(quantized_check, "check_layer", lambda *a: wrong if a[2] else right)
     data = write_data(tmp_path / "data", rows=4, valid=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error", MiscomputedWarning)
-        load_model(tiny_model("llama", bits=4))
+        load_model(resolve_base(tiny_model("llama", bits=4)))
     with pytest.warns(MiscomputedWarning):
         train(tiny_model("llama", bits=4), data, name="x", training=TrainConfig(iterations=1, batch_size=2))
 

@@ -15,8 +15,9 @@ from mlx_adapters.errors import ConfigError, FormatError, IncompatibleError, Mod
 from mlx_adapters.generation.live import LiveModel, load_model
 from mlx_adapters.models import layers
 from mlx_adapters.models.adapter import Adapter, AdapterConfig, write_adapter
-from mlx_adapters.models.model import load_model as load_plain_model
+from mlx_adapters.models.loading import load_model as load_plain_model
 from mlx_adapters.runtime.pool import AdapterPool
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.system import machine
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2"]
@@ -347,7 +348,7 @@ def test_each_row_has_its_own_adapter(tiny_model, architecture, group):
 
 def test_public_load_model_takes_an_adapter(tiny_model, tmp_path):
     folder = tiny_model("qwen3")
-    adapter = random_adapter(load_plain_model(folder))
+    adapter = random_adapter(load_plain_model(resolve_base(folder)))
     path = write_adapter(adapter, tmp_path / "sql")
     model = ma.load_model(folder, path)
     assert isinstance(model, LiveModel) and "at work: random0: 1" in repr(model)

@@ -14,8 +14,9 @@ from mlx_adapters.benchmarking.run import benchmark
 from mlx_adapters.cli import cli
 from mlx_adapters.errors import FormatError
 from mlx_adapters.models.adapter import StrengthWarning, read_adapter, write_adapter
-from mlx_adapters.models.model import load_model
+from mlx_adapters.models.loading import load_model
 from mlx_adapters.serving.residents import Served
+from mlx_adapters.sources.bases import resolve_base
 
 IDS = mx.array([[3, 9, 27, 81, 40, 7, 300, 12]])
 
@@ -62,13 +63,13 @@ def test_both_strengths_are_told_and_the_other_can_be_made(old, tiny_model, tmp_
     assert run("scale", "old", "2", "--name", "other").exit_code == 0
     assert "alpha" not in run("show", "other").output
     # Layers as they were then: y + scale · alpha / rank · (x a) b
-    adapter, module = read_adapter(folder), load_model(tiny_model()).module
-    trained = load_model(tiny_model(), adapter.with_weights({
+    adapter, module = read_adapter(folder), load_model(resolve_base(tiny_model())).module
+    trained = load_model(resolve_base(tiny_model()), adapter.with_weights({
         name: 2 * array if name.endswith("b") else array for name, array in adapter.weights.items()
     }))  # fmt: skip
     from mlx_adapters import load_adapter
 
-    made = load_model(tiny_model(), load_adapter("other"))
+    made = load_model(resolve_base(tiny_model()), load_adapter("other"))
     assert np.allclose(np.array(made.logits(IDS)), np.array(trained.logits(IDS)), atol=1e-4)
     assert np.abs(np.array(made.logits(IDS)) - np.array(module(IDS))).max() > 0.1
 

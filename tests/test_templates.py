@@ -8,7 +8,7 @@ from hostile import TEMPLATES
 from tiny_models import CHAT_TEMPLATE
 
 from mlx_adapters.errors import AdapterError, ModelError
-from mlx_adapters.models.model import load_model, load_tokenizer_of
+from mlx_adapters.models.loading import load_model, load_tokenizer_of
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.system import templates
 
@@ -17,7 +17,7 @@ ENDLESS = [text for text in TEMPLATES if "range(99" in text]
 
 @pytest.fixture(scope="module")
 def model(tiny_model):
-    return load_model(tiny_model("llama"))
+    return load_model(resolve_base(tiny_model("llama")))
 
 
 @pytest.fixture

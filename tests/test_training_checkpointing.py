@@ -13,10 +13,11 @@ from mlx_adapters.data.batches import Batch, make_batch
 from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.errors import ConfigError, ModelError
 from mlx_adapters.models.layers import named_layers
-from mlx_adapters.models.model import load_model
+from mlx_adapters.models.loading import load_model
 from mlx_adapters.optimization import losses
 from mlx_adapters.optimization import step as engines
 from mlx_adapters.optimization.step import LossPlan, TrainStep, checkpointing_is_exact
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage.tensor_names import LORA_B, split
 from mlx_adapters.surgery import calls
 from mlx_adapters.training import setup
@@ -35,7 +36,7 @@ BATCH = make_batch([[r] for r in ROWS])
 
 def engine(folder, training: TrainConfig, **lora) -> TrainStep:
     """An engine whose lora_b is not zero, so that every tensor has a gradient."""
-    model = load_model(folder)
+    model = load_model(resolve_base(folder))
     keys = setup.add_layers(model, LoraConfig(**{"rank": 4, "scale": 2.0, **lora}), 0).keys
     weights = dict(tree_flatten(model.module.trainable_parameters()))
     for number, name in enumerate(sorted(weights)):
@@ -114,7 +115,7 @@ def test_an_architecture_that_hides_a_gradient_is_refused(tiny_model, monkeypatc
 
 
 def prepared(folder, training: TrainConfig) -> setup.Prepared:
-    model = load_model(folder)
+    model = load_model(resolve_base(folder))
     keys = setup.add_layers(model, LoraConfig(rank=4), 0).keys
     layers = dict(named_layers(model.module))
     return setup.prepare(model, training, tuple(ROWS), (), {key: layers[key] for key in keys})
@@ -122,7 +123,7 @@ def prepared(folder, training: TrainConfig) -> setup.Prepared:
 
 def test_what_cannot_be_differentiated_is_told_before_the_run(tiny_model, monkeypatch):
     """Some models look into a layer's weight, or index by what has a gradient: MLX's error is no user's."""
-    kind = type(load_model(tiny_model()).module.layers[0].mlp)
+    kind = type(load_model(resolve_base(tiny_model())).module.layers[0].mlp)
 
     def indexing(self, x):
         y = self.down_proj(self.gate_proj(x))

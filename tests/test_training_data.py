@@ -182,7 +182,7 @@ def test_batches_of_like_length_waste_little_padding_and_vary_by_epoch():
 def test_the_tokenizer_does_not_warn_of_rows_that_are_cut(tiny_model, monkeypatch):
     from transformers import tokenization_utils_base
 
-    from mlx_adapters.models.model import load_tokenizer_of
+    from mlx_adapters.models.loading import load_tokenizer_of
     from mlx_adapters.sources.bases import resolve_base
 
     warned = []

@@ -16,7 +16,7 @@ from mlx_adapters.errors import ConfigError
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.layers import dense_weight, named_layers, updated_weight
-from mlx_adapters.models.model import load_model, load_module
+from mlx_adapters.models.loading import load_model, load_module
 from mlx_adapters.optimization import losses, through_rounding
 from mlx_adapters.optimization.step import LossPlan, TrainStep
 from mlx_adapters.sources.bases import resolve_base
@@ -30,7 +30,7 @@ BATCH = make_batch([[row] for row in ROWS])
 
 def run(folder, planned: Quantization, kind: str = "lora", targets="all", strength: float = 0.05):
     """(engine, adapter) of a run that will be fused to `planned`, and has learned something."""
-    model = load_model(folder)
+    model = load_model(resolve_base(folder))
     config = setup.add_layers(model, LoraConfig(rank=4, scale=2.0, type=kind, target_modules=targets), 0)
     weights = dict(tree_flatten(model.module.trainable_parameters()))
     for number, name in enumerate(sorted(weights)):
@@ -45,7 +45,7 @@ def run(folder, planned: Quantization, kind: str = "lora", targets="all", streng
 
 def fused(folder, adapter: Adapter, planned: Quantization, out):
     fuse(folder, adapter, out, quantization=planned, options=FuseOptions(method="nearest", check=False))
-    return load_model(out)
+    return load_model(resolve_base(out))
 
 
 PLANS = {
@@ -113,7 +113,7 @@ def test_other_layers_are_rounded_unless_the_base_has_that_precision(dense, tiny
     for bits, expected in ((None, True), (8, True), (2, False)):
         folder, keys = tiny_model("qwen3", bits=bits), ("model.layers.0.self_attn.q_proj",)
         rounding = through_rounding.plan_rounding(load_module(resolve_base(folder))[0], keys, Quantization(2, 32))
-        module = load_model(folder, dense=dense).module
+        module = load_model(resolve_base(folder), dense=dense).module
         path = "model.layers.0.mlp.up_proj"
         before = dense_weight(dict(named_layers(module))[path])
         through_rounding.round_frozen(module, dict.fromkeys(keys), rounding)

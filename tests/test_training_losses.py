@@ -12,9 +12,10 @@ from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.data.batches import make_batch
 from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.models.layers import adaptable_layers, named_layers
-from mlx_adapters.models.model import load_model
+from mlx_adapters.models.loading import load_model
 from mlx_adapters.optimization import losses
 from mlx_adapters.optimization.step import device_batch, packing_is_exact, plan_loss
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage.tensor_names import LORA_B, block_index, split
 from mlx_adapters.surgery import calls
 from mlx_adapters.training import setup
@@ -34,7 +35,7 @@ ROWS = [row(20, 1), row(33, 2), row(70, 3)]
 
 def adapted(folder, lora: LoraConfig):
     """A model with adapter layers whose lora_b is not zero, and its adapter weights."""
-    model = load_model(folder)
+    model = load_model(resolve_base(folder))
     setup.add_layers(model, lora, 0)
     weights = dict(tree_flatten(model.module.trainable_parameters()))
     for number, name in enumerate(sorted(weights)):
@@ -53,8 +54,12 @@ def heads(model) -> tuple[str, ...]:
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_chunked_loss_and_gradient_equal_the_plain_ones(architecture, tiny_model):
     folder = tiny_model(architecture)
-    blocks = {path.rpartition(".")[2] for path in adaptable_layers(load_model(folder).module) if block_index(path) == 1}
-    targets = (*heads(load_model(folder)), *sorted(blocks))
+    blocks = {
+        path.rpartition(".")[2]
+        for path in adaptable_layers(load_model(resolve_base(folder)).module)
+        if block_index(path) == 1
+    }
+    targets = (*heads(load_model(resolve_base(folder))), *sorted(blocks))
     model, weights = adapted(folder, LoraConfig(rank=4, scale=2.0, target_modules=targets))
     batch, body = device_batch(make_batch([[r] for r in ROWS])), calls.find_body(model.module)
     head = [name for name in weights if block_index(name) is None]
@@ -116,14 +121,14 @@ def test_the_plain_loss_is_taken_where_the_split_is_not_exact(tiny_model, monkey
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_packing_is_exact_or_refused(architecture, tiny_model):
-    module = load_model(tiny_model(architecture)).module
+    module = load_model(resolve_base(tiny_model(architecture))).module
     exact = packing_is_exact(module, make_batch([[r] for r in ROWS]), make_batch([ROWS], packed=True))
     assert exact == (architecture in PACKABLE)
 
 
 def test_packed_rows_do_not_see_each_other(tiny_model):
     """Another first row leaves the losses of the second unchanged, also across a sliding window."""
-    module = load_model(tiny_model("gemma3_text")).module
+    module = load_model(resolve_base(tiny_model("gemma3_text"))).module
 
     def second_loss(first: Row) -> float:
         quiet = replace(first, trained=np.zeros(len(first.tokens), bool))

@@ -10,7 +10,7 @@ from training_tools import write_data
 from mlx_adapters import LoraConfig, TrainConfig, estimate
 from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.models.layers import named_layers
-from mlx_adapters.models.model import load_model
+from mlx_adapters.models.loading import load_model
 from mlx_adapters.optimization.optimizers import Optimizer
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.system.door import mx
@@ -27,7 +27,7 @@ def rows(length: int, count: int = 8) -> tuple[Row, ...]:
 
 
 def measured(folder, rows, lora, training) -> int:
-    model = load_model(folder)
+    model = load_model(resolve_base(folder))
     keys = setup.add_layers(model, lora, 0).keys
     layers = dict(named_layers(model.module))
     prepared = setup.prepare(model, training, rows, (), {key: layers[key] for key in keys})
@@ -71,11 +71,11 @@ def test_forecast_is_within_15_percent(case, tiny_model):
 def test_parts_are_counted_exactly(tiny_model):
     folder = tiny_model("llama", **DEEP)
     parts, _ = forecast.forecast(resolve_base(folder), rows(50), LORA, TRAINING)
-    module = load_model(folder).module
+    module = load_model(resolve_base(folder)).module
     from mlx.utils import tree_flatten
 
     assert parts.weights_bytes == sum(a.nbytes for _, a in tree_flatten(module.parameters()))
-    model = load_model(folder)
+    model = load_model(resolve_base(folder))
     setup.add_layers(model, LORA, 0)
     adapter = dict(tree_flatten(model.module.trainable_parameters()))
     assert parts.adapter_bytes == parts.gradients_bytes == sum(a.nbytes for a in adapter.values())
@@ -88,7 +88,7 @@ def test_quantized_base_counts_as_it_is_loaded(tiny_model):
     parts, _ = forecast.forecast(resolve_base(folder), rows(50), LORA, TRAINING)
     from mlx.utils import tree_flatten
 
-    loaded = sum(a.nbytes for _, a in tree_flatten(load_model(folder).module.parameters()))
+    loaded = sum(a.nbytes for _, a in tree_flatten(load_model(resolve_base(folder)).module.parameters()))
     assert parts.weights_bytes == loaded
 
 
@@ -100,7 +100,9 @@ def test_estimate_says_what_would_fit(tiny_model, tmp_path, monkeypatch):
     assert found.largest_batch[0] == 4
     # 494 million parameters would need 4 bytes four times: 7.9 GB, not terabytes.
     total = sum(
-        np.prod(layer.weight.shape) for _, layer in named_layers(load_model(folder).module) if "weight" in layer
+        np.prod(layer.weight.shape)
+        for _, layer in named_layers(load_model(resolve_base(folder)).module)
+        if "weight" in layer
     )
     assert found.full_finetune_bytes == 16 * total
     monkeypatch.setattr(forecast, "usable_memory_bytes", lambda: int(found.peak_bytes * 0.8))

@@ -9,8 +9,8 @@ from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import SWITCH, adaptable_layers, tied
+from mlx_adapters.models.loading import load_module
 from mlx_adapters.models.metadata import base_of
-from mlx_adapters.models.model import load_module
 from mlx_adapters.peft_format.own_form import Facts
 from mlx_adapters.peft_format.to_peft import to_peft
 from mlx_adapters.sources import registry

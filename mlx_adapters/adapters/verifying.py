@@ -11,8 +11,8 @@ from mlx_adapters.errors import AdapterError, FormatError, NotFoundError
 from mlx_adapters.models.adapter import Adapter, read_adapter
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import check_fits, check_made_for
+from mlx_adapters.models.loading import load_module
 from mlx_adapters.models.metadata import base_of
-from mlx_adapters.models.model import load_module
 from mlx_adapters.sources import registry
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.registry import Entry

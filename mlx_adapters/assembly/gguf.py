@@ -17,7 +17,7 @@ from mlx_adapters.assembly.tensors import Job, not_rounded
 from mlx_adapters.assembly.writing import Unit
 from mlx_adapters.errors import ConfigError, FormatError, ModelError
 from mlx_adapters.events import Note, OnEvent, Progress
-from mlx_adapters.models.model import load_tokenizer_of
+from mlx_adapters.models.loading import load_tokenizer_of
 from mlx_adapters.rounding.grids import to_numpy
 from mlx_adapters.storage import paths, tensor_names
 from mlx_adapters.system.door import mx

@@ -24,7 +24,7 @@ from mlx_adapters.config.training import Quantization, require
 from mlx_adapters.events import OnEvent
 from mlx_adapters.models.base import Base, quantization_in
 from mlx_adapters.models.layers import check_fits, check_made_for
-from mlx_adapters.models.model import load_module
+from mlx_adapters.models.loading import load_module
 from mlx_adapters.rounding.packed import Packed, dequantize, to_nearest
 from mlx_adapters.storage import tensor_names
 from mlx_adapters.system.door import mx, nn

@@ -26,7 +26,7 @@ from mlx_adapters.data.datasets import spread
 from mlx_adapters.errors import AdapterError, ConfigError
 from mlx_adapters.events import Note, OnEvent
 from mlx_adapters.models.base import Base
-from mlx_adapters.models.model import load_tokenizer_of
+from mlx_adapters.models.loading import load_tokenizer_of
 from mlx_adapters.rounding.packed import dequantize, to_nearest
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.machine import on_gpu

@@ -15,7 +15,7 @@ from mlx_adapters.config.training import TrainConfig, require
 from mlx_adapters.data.datasets import DataSet, RawRow, read_data, read_split
 from mlx_adapters.data.tokenizing import Row, tokenize_row
 from mlx_adapters.models.base import Base
-from mlx_adapters.models.model import load_tokenizer_of
+from mlx_adapters.models.loading import load_tokenizer_of
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import files, paths, replacing
 

@@ -15,9 +15,11 @@ from mlx_adapters.demo.tiny import ROW, make_base, write_data
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.layers import named_layers
-from mlx_adapters.models.model import Model, load_model, load_tokenizer_of
+from mlx_adapters.models.loading import load_model, load_tokenizer_of
+from mlx_adapters.models.model import Model
 from mlx_adapters.models.quantized_check import check_device
 from mlx_adapters.optimization.step import TrainStep
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.registry import load_adapter
 from mlx_adapters.storage import tensor_files
 from mlx_adapters.storage.tensor_names import BIASES, SCALES, WEIGHT, join
@@ -72,7 +74,7 @@ class Numbers:
 
     def gradient(self) -> Outcome:
         """Along the gradient g the loss rises by |g| per unit: against differences of losses."""
-        model = load_model(self.base, dtype="float32")
+        model = load_model(resolve_base(self.base), dtype="float32")
         engine, losses_of = self._engine(model)
         noise = {name: 0.05 * mx.random.normal(w.shape, key=mx.random.key(i))
                  for i, (name, w) in enumerate(engine.weights.items())}  # fmt: skip
@@ -127,7 +129,10 @@ class Numbers:
         """Logits with the adapter attached against those of the unquantized fused model; both write a text."""
         out = self.folder / "fused"
         fuse(self.base, self.adapter, out, quantization="none", options=NEAREST)
-        attached, fused = load_model(self.base, self.adapter, dtype="float32"), load_model(out, dtype="float32")
+        attached, fused = (
+            load_model(resolve_base(self.base), self.adapter, dtype="float32"),
+            load_model(resolve_base(out), dtype="float32"),
+        )
         error = 0.0
         for length in (1, 5, 40):
             ids = list(range(3, 3 + length))

@@ -19,7 +19,9 @@ from mlx_adapters.evaluation.sqlite import Database, is_correct
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.fusion.result import FuseResult
-from mlx_adapters.models.model import Model, load_model
+from mlx_adapters.models.loading import load_model
+from mlx_adapters.models.model import Model
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.demo_base import DEMO_BASE, demo_base_folder
 from mlx_adapters.sources.registry import adapter_folder, load_adapter, read_entry
 from mlx_adapters.storage import files, paths
@@ -181,12 +183,12 @@ def _score(plan: DemoPlan, data: Path, fused: tuple[FuseResult, ...], on_event: 
         right = sum(is_correct(answer, q.sql, database) for answer, q in zip(answers, asked, strict=True))
         return DemoVariant(label, reference, answers[0].strip(), right, len(asked), time.perf_counter() - start)
 
-    model = load_model(DEMO_BASE)
+    model = load_model(resolve_base(DEMO_BASE))
     scores = [score("base, told the schema", "base", model, {"role": "system", "content": SCHEMA_PROMPT})]
     model.attach(load_adapter(plan.name))
     scores.append(score("adapter", plan.name, model))
     for bits, result in zip((8, 4), fused, strict=True):
-        scores.append(score(f"fused, {bits} bits", str(result.folder), load_model(result.folder)))
+        scores.append(score(f"fused, {bits} bits", str(result.folder), load_model(resolve_base(result.folder))))
     return tuple(scores)
 
 

@@ -23,8 +23,10 @@ from mlx_adapters.evaluation.tokens import Batches, TokenFigures, judge, judged_
 from mlx_adapters.evaluation.variants import BASE, Variant, as_text, parse_variants, prepare, short_names, workspace
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.loading import load_model
 from mlx_adapters.models.metadata import read_metadata
-from mlx_adapters.models.model import Model, load_model
+from mlx_adapters.models.model import Model
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.registry import changing, load_adapter, locate, names
 from mlx_adapters.storage import files
 from mlx_adapters.storage.tensor_names import METADATA_FILE
@@ -211,7 +213,7 @@ def choose_reference(variants: Sequence[Variant], config: EvaluationConfig) -> s
 def _load(variant: Variant, config: EvaluationConfig) -> Model:
     assert variant.base is not None
     adapter = load_adapter(variant.adapter) if variant.adapter else None
-    return load_model(variant.base, adapter, dtype=config.dtype, any_base=config.any_base)
+    return load_model(resolve_base(variant.base), adapter, dtype=config.dtype, any_base=config.any_base)
 
 
 def _check_vocabulary(model: Model, reference: Model | None) -> None:

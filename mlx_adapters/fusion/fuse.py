@@ -28,7 +28,7 @@ from mlx_adapters.fusion.recipe import Given, Recipe
 from mlx_adapters.fusion.result import FuseResult, report
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base
-from mlx_adapters.models.model import load_tokenizer_of
+from mlx_adapters.models.loading import load_tokenizer_of
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.registry import load_adapter
 from mlx_adapters.storage import files, paths, replacing

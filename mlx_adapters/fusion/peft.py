@@ -19,7 +19,7 @@ from mlx_adapters.fusion.result import FuseResult
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import adaptable_layers
-from mlx_adapters.models.model import load_module
+from mlx_adapters.models.loading import load_module
 from mlx_adapters.peft_format.conversion import convert
 from mlx_adapters.peft_format.reading import read_peft, refuse_unsaved
 from mlx_adapters.peft_format.tying import needs_untying

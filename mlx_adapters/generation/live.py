@@ -18,10 +18,11 @@ from mlx_adapters.generation.text_stream import text_of
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import check_made_for
+from mlx_adapters.models.loading import load_model as load_plain_model
 from mlx_adapters.models.model import Model
-from mlx_adapters.models.model import load_model as load_plain_model
 from mlx_adapters.runtime.attached import Attached, Selection, same
 from mlx_adapters.runtime.pool import AdapterPool
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.registry import load_adapter
 from mlx_adapters.system.door import make_prompt_cache, mx
 from mlx_adapters.units import count
@@ -203,7 +204,7 @@ def load_model(
     (default: on a CPU). Raises NotFoundError, HubError, FormatError, ModelError or IncompatibleError.
     """
     loaded = None if adapter is None else load_adapter(adapter)
-    model = LiveModel(load_plain_model(base, dtype=dtype, dense=dense))
+    model = LiveModel(load_plain_model(resolve_base(base), dtype=dtype, dense=dense))
     if loaded is not None:
         model.attach(loaded, any_base)
     return model

@@ -14,7 +14,7 @@ from mlx_adapters.data.batches import Batch
 from mlx_adapters.models.adapter import AdapterConfig
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import add_adapter_layers, expected_shapes, is_quantized, named_layers, weight_shape
-from mlx_adapters.models.model import load_module, set_precision
+from mlx_adapters.models.loading import load_module, set_precision
 from mlx_adapters.optimization.optimizers import Optimizer
 from mlx_adapters.optimization.step import LossPlan, TrainStep, chunk_rows
 from mlx_adapters.optimization.through_rounding import Rounding

@@ -21,7 +21,7 @@ from mlx_adapters.models.layers import (
     loads_in_mlx_lm,
     weight_shape,
 )
-from mlx_adapters.models.model import load_module
+from mlx_adapters.models.loading import load_module
 from mlx_adapters.peft_format.reading import PeftAdapter
 from mlx_adapters.peft_format.to_mlx import Converted, to_mlx
 from mlx_adapters.storage import tensor_names

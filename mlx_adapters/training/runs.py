@@ -14,7 +14,7 @@ from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import named_layers
-from mlx_adapters.models.model import load_model, load_tokenizer_of
+from mlx_adapters.models.loading import load_model, load_tokenizer_of
 from mlx_adapters.optimization import distributed
 from mlx_adapters.optimization.distributed import World
 from mlx_adapters.sources.bases import resolve_base

@@ -23,7 +23,8 @@ from mlx_adapters.models.layers import (
     quantization_of,
     resolve_target_modules,
 )
-from mlx_adapters.models.model import Model, load_module
+from mlx_adapters.models.loading import load_module
+from mlx_adapters.models.model import Model
 from mlx_adapters.optimization.distributed import World
 from mlx_adapters.optimization.feed import Feed, make_feed
 from mlx_adapters.optimization.step import TrainStep, checkpointing_is_exact, packing_is_exact, plan_loss

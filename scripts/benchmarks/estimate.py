@@ -56,7 +56,7 @@ def one(number: int, measure: bool, work: Path) -> int:
     """Bytes predicted or measured for a setting, in this process."""
     from mlx_adapters.config.training import LoraConfig, TrainConfig
     from mlx_adapters.models.layers import named_layers
-    from mlx_adapters.models.model import load_model
+    from mlx_adapters.models.loading import load_model
     from mlx_adapters.sources.bases import resolve_base
     from mlx_adapters.system.door import mx
     from mlx_adapters.training import forecast, setup
@@ -67,7 +67,7 @@ def one(number: int, measure: bool, work: Path) -> int:
     rows = rows_of(shape["batch_size"], shape["length"], base.config["vocab_size"])
     if not measure:
         return forecast.forecast(base, rows, LoraConfig(**lora), config)[0].peak_bytes
-    model = load_model(base)
+    model = load_model(resolve_base(base))
     keys = setup.add_layers(model, LoraConfig(**lora), 0).keys
     layers = dict(named_layers(model.module))
     engine, feed, _ = vars(setup.prepare(model, config, tuple(rows), (), {k: layers[k] for k in keys})).values()

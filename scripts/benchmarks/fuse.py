@@ -106,7 +106,7 @@ class Bench:
         """Adapter, base and judge; `base_of` makes the base from the one given (default: 4 bits)."""
         from mlx_adapters.calibration.texts import GENERAL, choose_text
         from mlx_adapters.models.adapter import write_adapter
-        from mlx_adapters.models.model import load_tokenizer_of
+        from mlx_adapters.models.loading import load_tokenizer_of
         from mlx_adapters.sources.bases import resolve_base
         from mlx_adapters.sources.registry import load_adapter
 

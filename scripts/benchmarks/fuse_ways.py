@@ -57,7 +57,7 @@ def dense_base(base, out, bits=None, group_size=64):
     from mlx_lm.utils import quantize_model
 
     from mlx_adapters.models.layers import dequantize_layers
-    from mlx_adapters.models.model import load_module
+    from mlx_adapters.models.loading import load_module
     from mlx_adapters.sources.bases import resolve_base
     from mlx_adapters.system.door import mx
 
@@ -79,7 +79,7 @@ def light_adapter(base, adapter, out, most):
 
     from mlx_adapters.assembly.weights import BaseWeights, Updates
     from mlx_adapters.models.adapter import write_adapter
-    from mlx_adapters.models.model import load_module
+    from mlx_adapters.models.loading import load_module
     from mlx_adapters.sources.bases import resolve_base
     from mlx_adapters.sources.registry import load_adapter
 
@@ -124,9 +124,10 @@ def convert(model, out, group_size):
 def _dense(model, calibration, rows):
     """The fused, unquantized model in float32, and the tokens of our calibration rows."""
     from mlx_adapters.calibration.texts import choose_text
-    from mlx_adapters.models.model import load_model
+    from mlx_adapters.models.loading import load_model
+    from mlx_adapters.sources.bases import resolve_base
 
-    loaded = load_model(model, dtype="float32", dense=True)
+    loaded = load_model(resolve_base(model), dtype="float32", dense=True)
     text = choose_text(calibration, [], loaded.tokenizer, rows, 64)
     return loaded, [row for row, _ in text.calibration]
 
@@ -233,12 +234,13 @@ def score(model, data, questions, adapter=None):
     from mlx_adapters.evaluation.answers import greedy_answers
     from mlx_adapters.evaluation.answers import questions as as_questions
     from mlx_adapters.evaluation.scores import parse_score
-    from mlx_adapters.models.model import load_model
+    from mlx_adapters.models.loading import load_model
+    from mlx_adapters.sources.bases import resolve_base
     from mlx_adapters.sources.registry import load_adapter
 
     test = read_data(data).rows("test")
     count = min(questions, len(test))
-    loaded = load_model(model, load_adapter(adapter) if adapter else None, any_base=True)
+    loaded = load_model(resolve_base(model), load_adapter(adapter) if adapter else None, any_base=True)
     asked = as_questions([test[i * len(test) // count] for i in range(count)], loaded)
     answers = greedy_answers(loaded, [question.prompt for question in asked], max_tokens=64, batch_size=40)
     judge = parse_score("sqlite" if list(Path(data).glob("*.sqlite")) else "exact", data)
@@ -260,7 +262,7 @@ def random_model(out, bits, **config):
     from mlx_adapters.config.training import LoraConfig
     from mlx_adapters.models.adapter import Adapter, AdapterConfig, write_adapter
     from mlx_adapters.models.layers import adaptable_layers, expected_shapes, resolve_target_modules
-    from mlx_adapters.models.model import load_module
+    from mlx_adapters.models.loading import load_module
     from mlx_adapters.sources.bases import resolve_base
 
     build_model(Path(out) / "plain", "llama", **({"dtype": "bfloat16"} | SMOLLM2 | config))

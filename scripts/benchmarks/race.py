@@ -67,9 +67,10 @@ def dense_copy(base, folder):
     """The base in float32, as mlx-lm loads it."""
     from mlx_lm.utils import save_model
 
-    from mlx_adapters.models.model import load_model
+    from mlx_adapters.models.loading import load_model
+    from mlx_adapters.sources.bases import resolve_base
 
-    save_model(folder, load_model(base).module)
+    save_model(folder, load_model(resolve_base(base)).module)
     for path in base.folder.iterdir():
         if path.suffix in (".json", ".jinja", ".model", ".txt") and "index" not in path.name:
             shutil.copy(path, folder / path.name)

@@ -45,7 +45,7 @@ def loaded(side, job, adapter):
 
 def load(side, job):
     """Seconds from the call to evaluated weights, from files that were read before; imports are no load time."""
-    from mlx_adapters.models.model import load_tokenizer_of
+    from mlx_adapters.models.loading import load_tokenizer_of
     from mlx_adapters.sources.bases import resolve_base
 
     for module in ("mlx_lm", "mlx_adapters.generation.live"):

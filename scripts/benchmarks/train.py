@@ -85,12 +85,13 @@ def run_ours(base: str, data: str, epoch: int, warm_up: int) -> dict:
     from mlx_adapters.data.datasets import read_data
     from mlx_adapters.data.tokenizing import tokenize
     from mlx_adapters.models.layers import named_layers
-    from mlx_adapters.models.model import load_model
+    from mlx_adapters.models.loading import load_model
+    from mlx_adapters.sources.bases import resolve_base
     from mlx_adapters.system.door import mx
     from mlx_adapters.training import setup
 
     config = TrainConfig(batch_size=BATCH, mask_prompt=True, optimizer="adam", learning_rate=1e-5, seed=SEED)
-    model = load_model(base)
+    model = load_model(resolve_base(base))
     rows = tokenize(read_data(data).rows("train"), model.tokenizer, mask_prompt=True).rows
     keys = setup.add_layers(model, LoraConfig(rank=RANK, scale=SCALE), SEED).keys
     layers = dict(named_layers(model.module))
@@ -114,14 +115,15 @@ def run_theirs(base: str, data: str, epoch: int, warm_up: int) -> dict:
     import numpy as np
     from mlx_lm.tuner import datasets, trainer, utils
 
-    from mlx_adapters.models.model import load_model
+    from mlx_adapters.models.loading import load_model
+    from mlx_adapters.sources.bases import resolve_base
     from mlx_adapters.system.machine import on_gpu
 
     if not on_gpu():
         mx.disable_compile()
     np.random.seed(SEED)
     mx.random.seed(SEED)
-    model = load_model(base)
+    model = load_model(resolve_base(base))
     module = model.module
     module.freeze()
     utils.linear_to_lora_layers(module, len(module.layers), {"rank": RANK, "scale": SCALE, "dropout": 0.0})

@@ -1,0 +1,91 @@
+"""A base model from its folder into memory, in the precision that it computes in.
+
+On a CPU it computes in float32, with quantized layers replaced by dense ones (the same function; MLX's quantized
+arithmetic is ten times slower there); on a GPU it stays as stored.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from mlx_adapters.config.training import DTYPES, require
+from mlx_adapters.errors import AdapterError, FormatError, ModelError
+from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.base import Base
+from mlx_adapters.models.layers import compute_dtype, dequantize_layers, untie
+from mlx_adapters.models.model import Model
+from mlx_adapters.models.quantized_check import replace_miscomputed
+from mlx_adapters.system.door import load_mlx_model, load_tokenizer, make_prompt_cache, mx, nn, refusals
+from mlx_adapters.system.limits import files_hint, wire_memory
+from mlx_adapters.system.machine import on_gpu
+
+
+def load_model(
+    base: Base, adapter: Adapter | None = None, *, dtype: str = "auto", dense: bool | None = None,
+    any_base: bool = False, gradients: bool = False,
+) -> Model:  # fmt: skip
+    """Load a base model (or a fused folder), with an adapter on it if one is given.
+
+    dtype: "auto" is float32 on a CPU and as stored on a GPU. dense: replace quantized layers by dense ones
+    (default: on a CPU). On a GPU, quantized layers that MLX computes wrong there are made dense and named in a
+    MiscomputedWarning; with `gradients` also those that it gives wrong gradients. Raises NotFoundError, HubError,
+    FormatError, ModelError or IncompatibleError.
+    """
+    require(dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not '{dtype}'.")
+    module, config = load_module(base)
+    with refusals(lambda why: ModelError(f"The weights of '{base.name}' cannot be read: {why}.")):
+        set_precision(module, dtype, dense)
+        mx.eval(module.parameters())
+    if on_gpu():
+        replace_miscomputed(module, compute_dtype(module), gradients)
+    model = Model(module, load_tokenizer_of(base), base, config)
+    if adapter is not None:
+        model.attach(adapter, any_base)
+    return model
+
+
+def set_precision(module: nn.Module, dtype: str = "auto", dense: bool | None = None) -> None:
+    """Give a module the precision that `load_model` promises."""
+    if dense if dense is not None else not on_gpu():
+        dequantize_layers(module, getattr(mx, "float32" if dtype == "auto" else dtype))
+    if dtype != "auto" or not on_gpu():
+        module.set_dtype(getattr(mx, "float32" if dtype == "auto" else dtype))
+
+
+def load_module(base: Base) -> tuple[nn.Module, dict[str, Any]]:
+    """mlx-lm's module with lazy weights, in evaluation mode, and its config. All work with a model begins here."""
+    wire_memory()
+    files, config = len(base.weight_files), replace(base, untied=False).config
+
+    def refused(why: str) -> AdapterError:
+        lacking = base.lacking
+        why = f"it lacks {', '.join(lacking[:3])}, which its index names" if lacking else why
+        hint = "copy or download the whole model." if lacking else files_hint(files)
+        return ModelError(f"mlx-lm cannot load '{base.name}': {why}.", hint)
+
+    with refusals(refused):
+        module, config = load_mlx_model(base.folder, config)
+        if base.untied:
+            untie(module)
+        module.load_weights(list(base.parameters.items()), strict=False)
+        _trace(module)
+    return module, config
+
+
+def _trace(module: nn.Module) -> None:
+    """Build the graph of one token's pass, and compute nothing: what does not fit together raises here, not later."""
+    token = mx.zeros((1, 1), mx.int32)
+    try:
+        module(token, cache=make_prompt_cache(module))
+    except Exception:  # some take no cache, or none of these
+        module(token)
+
+
+def load_tokenizer_of(base: Base) -> Any:
+    """The base's tokenizer, in mlx-lm's wrapper; never from the network. Raises FormatError."""
+    eos = base.config.get("eos_token_id")
+    with refusals(lambda why: FormatError(f"The tokenizer of '{base.name}' cannot be loaded: {why}.")):
+        tokenizer = load_tokenizer(base.folder, eos)
+        tokenizer.encode("What is odd in its settings shows here.")
+    # It need not warn about long texts: whoever uses it cuts them where the model's limit asks for it.
+    getattr(tokenizer, "deprecation_warnings", {})["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return tokenizer
