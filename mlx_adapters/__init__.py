@@ -70,8 +70,8 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from mlx_adapters.publishing.uploads import make_card as make_card
     from mlx_adapters.publishing.uploads import publish as publish
     from mlx_adapters.sources.downloads import download as download
+    from mlx_adapters.sources.lookup import load_adapter as load_adapter
     from mlx_adapters.sources.registry import list_adapters as list_adapters
-    from mlx_adapters.sources.registry import load_adapter as load_adapter
     from mlx_adapters.system.machine import environment as environment
     from mlx_adapters.training.forecast import estimate as estimate
     from mlx_adapters.training.runs import TrainRun as TrainRun
@@ -110,7 +110,7 @@ _PUBLIC = {
     "FuseOptions": "config.fusing",
     "FuseResult": "fusion.result",
     "check_fused": "fusion.check",
-    "load_adapter": "sources.registry",
+    "load_adapter": "sources.lookup",
     "list_adapters": "sources.registry",
     "import_peft": "adapters.peft_import",
     "export_peft": "adapters.peft_export",

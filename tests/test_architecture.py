@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,14 @@ def test_no_import_cycle_at_module_level():
 
     for name in graph:
         visit(name)
+
+
+def test_settings_and_names_need_no_mlx():
+    names = [f"mlx_adapters.{module(path)}" for path in MODULES if room(path) == "config"]
+    names += ["mlx_adapters.sources.references", "mlx_adapters.sources.registry"]
+    wanted = ", ".join(name.removesuffix(".__init__") for name in names)
+    code = f"import sys, {wanted}; sys.exit('mlx.core' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_things_are_counted_in_good_grammar():

@@ -21,7 +21,7 @@ from mlx_adapters.evaluation.tokens import judged_rows
 from mlx_adapters.merging.methods import METHODS
 from mlx_adapters.models.adapter import write_adapter
 from mlx_adapters.models.loading import load_model
-from mlx_adapters.sources import registry
+from mlx_adapters.sources import lookup, registry
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import tensor_files
 
@@ -138,7 +138,7 @@ def test_show_tells_settings_layers_losses_and_files(run, base, tmp_path):
     assert {layer["key"] for layer in shown["layers"]} == set(LLAMA)
     from mlx_adapters.models.low_rank import update_of
 
-    exact = np.linalg.norm(update_of(registry.load_adapter("sql"), LLAMA[0]).matrix())
+    exact = np.linalg.norm(update_of(lookup.load_adapter("sql"), LLAMA[0]).matrix())
     norm = next(layer["norm"] for layer in shown["layers"] if layer["key"] == LLAMA[0])
     assert norm == pytest.approx(exact, rel=1e-5)
     assert "must end in .png or .svg" in run("show", "sql", "--plot", tmp_path / "x.gif", status=2)[1]
@@ -305,7 +305,7 @@ def test_merging_by_commands(run, base):
     assert done["metadata"]["merge"]["seed"] == 3
     run("subtract", "x", "y", "--weight", "0.5", "--name", "minus")
     run("scale", "x", "-0.5", "--name", "turned")
-    assert registry.load_adapter("turned").config.scale == -1.0
+    assert lookup.load_adapter("turned").config.scale == -1.0
     out, _ = run("interpolate", "x", "y", "--steps", "3", "--name", "way")
     assert "way-0.5" in out and {"way-0", "way-0.5", "way-1"} <= set(registry.names())
     run("merge", "x", "y", "--name", "mix", "--name-template", "{task}-{version}")
@@ -345,7 +345,7 @@ def test_losses_on_data(run, base, tmp_path):
     assert [point["name"] for point in points].count("w") == 1 and best["name"] == "w"
     losses = as_json(run("compare", "x", "y", "--data", tmp_path, "--json"))["losses"]
     assert losses == pytest.approx([points[0]["loss"], points[-1]["loss"]], rel=1e-5)
-    model = load_model(resolve_base(base), registry.load_adapter("w"))
+    model = load_model(resolve_base(base), lookup.load_adapter("w"))
     found = []
     for row in judged_rows(read_data(tmp_path).rows("test"), model, 2048):
         logits = np.array(model.logits(row.tokens[:-1].tolist()), dtype=np.float64)
@@ -363,7 +363,7 @@ def test_a_question_that_nobody_can_answer_names_yes(run, base, monkeypatch):
         monkeypatch.setattr(sys, "stdin", io.StringIO("n\n"))
         _, err = run(*command, status=1)
         assert "Nothing was removed." in err
-    assert registry.load_adapter("sql@100").iteration == 100
+    assert lookup.load_adapter("sql@100").iteration == 100
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
     run("remove", "sql")
     assert registry.names() == []

@@ -26,7 +26,7 @@ from mlx_adapters.evaluation.tokens import Batches, judge, judged_rows
 from mlx_adapters.models.loading import load_model
 from mlx_adapters.sources import registry
 from mlx_adapters.sources.bases import resolve_base
-from mlx_adapters.sources.registry import load_adapter
+from mlx_adapters.sources.lookup import load_adapter
 
 ROWS = [
     ("How many students are there?", "SELECT COUNT(*) FROM students;"),

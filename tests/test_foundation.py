@@ -22,7 +22,7 @@ from mlx_adapters.models import layers
 from mlx_adapters.models.adapter import Adapter, AdapterConfig, read_adapter, write_adapter
 from mlx_adapters.models.base import normalized_config
 from mlx_adapters.models.loading import load_model, load_tokenizer_of
-from mlx_adapters.sources import registry
+from mlx_adapters.sources import references, registry
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import files, paths, tensor_files
 from mlx_adapters.storage.replacing import Output
@@ -197,11 +197,11 @@ def test_registry(tiny_model, home):
 
 
 def test_references():
-    parse = registry.parse_reference
-    assert parse("sql") == registry.Reference("name", "sql")
-    assert parse("sql@600") == registry.Reference("name", "sql", 600)
-    assert parse("./a@5") == registry.Reference("path", "./a", 5)
-    assert parse("user/repo@v1") == registry.Reference("hub", "user/repo", revision="v1")
+    parse = references.parse_reference
+    assert parse("sql") == references.Reference("name", "sql")
+    assert parse("sql@600") == references.Reference("name", "sql", 600)
+    assert parse("./a@5") == references.Reference("path", "./a", 5)
+    assert parse("user/repo@v1") == references.Reference("hub", "user/repo", revision="v1")
     for bad in ("", "a b", "sql@", "sql@x", "a/b/c", "-x"):
         with pytest.raises(errors.ConfigError):
             parse(bad)
@@ -210,7 +210,7 @@ def test_references():
 @given(st.text(max_size=40))
 def test_any_text_parses_or_is_refused(text):
     with contextlib.suppress(errors.ConfigError):
-        assert registry.parse_reference(text).kind in ("name", "path", "hub")
+        assert references.parse_reference(text).kind in ("name", "path", "hub")
 
 
 def test_base_errors(tmp_path, tiny_model):

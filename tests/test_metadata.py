@@ -16,7 +16,7 @@ from mlx_adapters.errors import AdapterError, FormatError
 from mlx_adapters.models import metadata
 from mlx_adapters.models.adapter import read_adapter
 from mlx_adapters.publishing.uploads import make_card
-from mlx_adapters.sources import registry
+from mlx_adapters.sources import lookup, registry
 from mlx_adapters.storage import files, tensor_files
 
 HUGE = 10**400
@@ -62,7 +62,7 @@ def test_our_own_metadata_pass_unchanged(base):
     folder = make_run(base, "sql")
     raw = json.loads((folder / "adapter_metadata.json").read_text())
     assert metadata.clean(raw) == (raw, [])
-    assert registry.load_adapter("sql").metadata == raw
+    assert lookup.load_adapter("sql").metadata == raw
 
 
 def test_what_is_left_out_is_named_and_the_rest_stays(base):
@@ -75,7 +75,7 @@ def test_what_is_left_out_is_named_and_the_rest_stays(base):
     assert metadata.examine_metadata(folder)[1] == ["base.name", "iteration", "name", "tags[1]"]
     assert "as 'base.name', 'iteration', 'name' and others" in entry.problem
     assert entry.tags == ("a", "b\ufffd") and entry.iteration == 200  # as the weights file tells
-    adapter = registry.load_adapter(folder)
+    adapter = lookup.load_adapter(folder)
     assert adapter.name == "sql" and adapter.base_name is None and adapter.metadata["mine"] == {"kept": [1, "ü"]}
     assert not verifying.verify("sql").sound
 
@@ -189,14 +189,14 @@ def test_a_config_error_names_the_culprit(base, field, value, words):
     raw["lora_parameters"][field] = value
     path.write_text(json.dumps(raw))
     with pytest.raises(AdapterError, match=words):
-        registry.load_adapter("odd")
+        lookup.load_adapter("odd")
 
 
 def test_layers_that_are_null_are_all_layers(base):
     registry.register(make_adapter(base), "odd")
     path = registry.adapter_folder("odd") / "adapter_config.json"
     files.write_json(path, files.read_json(path) | {"num_layers": None})
-    assert registry.load_adapter("odd").config.num_layers == -1
+    assert lookup.load_adapter("odd").config.num_layers == -1
 
 
 def test_a_huge_or_deep_file_is_refused_and_hides_nothing(base, monkeypatch):
@@ -233,7 +233,7 @@ def test_tensors_that_no_adapter_has_are_refused_by_name(base, how):
     weights = dict(mx.load(str(path)))
     name = sorted(weights)[0]
     tensor_files.write_safetensors(path, weights | {name: change(weights[name])})
-    for read in (registry.load_adapter, inspecting.describe, lambda one: inspecting.compare(one, one)):
+    for read in (lookup.load_adapter, inspecting.describe, lambda one: inspecting.compare(one, one)):
         with pytest.raises(FormatError, match=words):
             read("odd")
     assert not verifying.verify("odd").sound
@@ -255,7 +255,7 @@ def test_a_pipe_or_a_folder_in_place_of_a_file_is_reported_and_not_waited_for(ba
         path.unlink()
         make(path)
         with pytest.raises(AdapterError):
-            registry.load_adapter(odd)
+            lookup.load_adapter(odd)
     assert [(e.name, e.problem is None) for e in registry.list_adapters()] == [
         ("good", True),
         ("odd-folder", False),

@@ -20,7 +20,7 @@ import mlx_adapters.models.adapter as adapter_module
 from mlx_adapters.adapters import keeping, packing, project, verifying
 from mlx_adapters.cli import cli
 from mlx_adapters.errors import ConfigError, ExistsError, HubError, NotFoundError, StorageError, TrainingError
-from mlx_adapters.sources import registry
+from mlx_adapters.sources import lookup, references, registry
 from mlx_adapters.storage import files, locks, paths
 
 ROOT = Path(__file__).parent.parent
@@ -118,14 +118,14 @@ def test_a_run_waits_for_a_short_change(base):
 
 def test_names_that_differ_in_case_alone_are_one(base):
     make_run(base, "sql")
-    assert registry.load_adapter("SQL@100").name == "sql@100"
+    assert lookup.load_adapter("SQL@100").name == "sql@100"
     with pytest.raises(ExistsError):
         registry.register(make_adapter(base), "Sql")
     registry.register(make_adapter(base), "Sql", overwrite=True)
     assert registry.names() == ["sql"]
     keeping.tag("SQL", ["kept"])
     assert keeping.rename("sql", "SQL").name == "SQL" and registry.names() == ["SQL"]
-    assert registry.load_adapter("sql").metadata["name"] == "SQL" and registry.read_entry(
+    assert lookup.load_adapter("sql").metadata["name"] == "SQL" and registry.read_entry(
         registry.adapter_folder("sQl")
     ).tags == ("kept",)
     with pytest.raises(ConfigError, match="already"):
@@ -193,14 +193,14 @@ def state(home: Path):
     found = {}
     for entry in registry.list_adapters():
         assert entry.problem is None, entry.problem
-        adapter = registry.load_adapter(entry.name)
+        adapter = lookup.load_adapter(entry.name)
         plain = mx.load(str(entry.folder / "adapters.safetensors"))
         assert all(mx.array_equal(adapter.weights[name], plain[name]) for name in plain)
         if entry.iterations:
-            assert adapter.fingerprint == registry.load_adapter(f"{entry.name}@{entry.iteration}").fingerprint
+            assert adapter.fingerprint == lookup.load_adapter(f"{entry.name}@{entry.iteration}").fingerprint
         assert adapter.metadata.get("iteration") == entry.iteration
         for iteration in entry.iterations:
-            registry.load_adapter(f"{entry.name}@{iteration}")
+            lookup.load_adapter(f"{entry.name}@{iteration}")
         checks = {check.what: check for check in verifying.verify(entry.name, base="nowhere").checks}
         assert checks["checksums"].sound is not False, checks["checksums"].detail
         found[entry.name] = (entry.iterations, entry.iteration, entry.tags, adapter.fingerprint)
@@ -220,7 +220,7 @@ COMMANDS = {
     "prune": lambda home: keeping.prune("a"),
     "remove": lambda home: keeping.remove("a"),
     "remove one": lambda home: keeping.remove("a@100"),
-    "register": lambda home: registry.register(registry.load_adapter("b"), "a", overwrite=True),
+    "register": lambda home: registry.register(lookup.load_adapter("b"), "a", overwrite=True),
     "pack": lambda home: packing.pack("a", home / "a.tar.gz", checkpoints=True, overwrite=True),
     "init": lambda home: project.start_project(home / "project"),
 }
@@ -295,11 +295,11 @@ def test_a_read_that_is_overtaken_by_a_change_is_of_the_new_version(base, monkey
         return read(*arguments)
 
     monkeypatch.setattr(module, step, overtaking)
-    x = registry.load_adapter("x")
+    x = lookup.load_adapter("x")
     if change == "overwrite":
         assert (x.fingerprint, x.config.rank) == (other.fingerprint, 2) and "iteration" not in x.metadata
     else:
-        assert x.metadata["iteration"] == 300 and x.fingerprint == registry.load_adapter("x@300").fingerprint
+        assert x.metadata["iteration"] == 300 and x.fingerprint == lookup.load_adapter("x@300").fingerprint
         assert registry.checksums_of(x.metadata)["adapters.safetensors"] == files.sha256(
             x.folder / "adapters.safetensors"
         )
@@ -325,16 +325,16 @@ def test_a_pack_beside_changes_is_of_one_version(base, tmp_path, monkeypatch):
         patch.setattr(packing, "read_adapter", overtaking)
         packing.pack("x", tmp_path / "x.tar.gz", checkpoints=True, on_event=packs[1])
     packing.add(tmp_path / "x.tar.gz", out=tmp_path / "out")
-    assert registry.load_adapter(tmp_path / "out").fingerprint == others[0].fingerprint
-    assert registry.load_adapter("x").fingerprint == others[1].fingerprint
+    assert lookup.load_adapter(tmp_path / "out").fingerprint == others[0].fingerprint
+    assert lookup.load_adapter("x").fingerprint == others[1].fingerprint
 
 
 # -- two processes ------------------------------------------------------------------------------------------
 
 OVERWRITE = """
 import dataclasses, sys
-from mlx_adapters.sources import registry
-a, b = registry.load_adapter("a"), registry.load_adapter("b")
+from mlx_adapters.sources import lookup, registry
+a, b = lookup.load_adapter("a"), lookup.load_adapter("b")
 print("ready", flush=True)
 while True:
     for adapter in (a, b):
@@ -354,7 +354,7 @@ def test_a_read_beside_overwrites_is_of_one_adapter(base, home):
         assert writer.stdout.readline().strip() == "ready"
         seen = Counter()
         while len(seen) < 2 or seen.total() < 300:
-            x = registry.load_adapter("x")
+            x = lookup.load_adapter("x")
             seen[x.fingerprint, x.config.scale] += 1
             entry = registry.read_entry(registry.adapter_folder("x"))
             assert entry.problem is None and entry.scale in (2.0, 777.0)
@@ -368,10 +368,10 @@ def test_a_folder_without_its_slash_is_told_how_to_write_it(tmp_path, monkeypatc
     (tmp_path / "out" / "sql").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as caught:
-        registry.parse_reference("home/out/sql")
+        references.parse_reference("home/out/sql")
     assert "'./home/out/sql'" in caught.value.hint
     with pytest.raises(HubError) as caught:
-        registry.locate("out/sql")
+        lookup.locate("out/sql")
     assert "'./out/sql'" in caught.value.hint
 
 
@@ -382,7 +382,7 @@ def test_a_link_to_a_disk_that_is_not_connected_is_listed_and_told(base, tmp_pat
     link.symlink_to(tmp_path / "disk" / "away")
     assert {entry.name: entry.problem is None for entry in registry.list_adapters()} == {"sql": True, "away": False}
     with pytest.raises(NotFoundError, match=r"is a link to .*disk/away'") as caught:
-        registry.load_adapter("away")
+        lookup.load_adapter("away")
     assert str(link) in caught.value.hint
     with pytest.raises(ExistsError, match="stands in the way"):
         keeping.rename("sql", "away")

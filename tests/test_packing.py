@@ -19,7 +19,7 @@ from mlx_adapters.adapters.packing import add, pack
 from mlx_adapters.adapters.verifying import verify
 from mlx_adapters.errors import AdapterError, ConfigError, ExistsError, FormatError, NotFoundError
 from mlx_adapters.models.adapter import read_adapter
-from mlx_adapters.sources import registry
+from mlx_adapters.sources import lookup, registry
 from mlx_adapters.storage import files, unpacking
 
 
@@ -59,7 +59,7 @@ def test_a_pack_has_the_same_bytes_each_time_and_comes_back_equal(base, tmp_path
     assert (added.kind, added.name, added.iterations) == ("adapter", "copy", (100, 200, 300))
     for iteration in (None, 100, 200, 300):
         assert read_adapter(added.folder, iteration).fingerprint == read_adapter(folder, iteration).fingerprint
-    assert registry.load_adapter("copy").metadata["validation_losses"]
+    assert lookup.load_adapter("copy").metadata["validation_losses"]
     assert verify("copy").sound
     with tarfile.open(first.path) as tar:
         assert tar.getnames() == [f"sql/{name}" for name in first.files]
@@ -71,8 +71,8 @@ def test_a_checkpoint_is_packed_as_what_the_bare_name_means(base, tmp_path):
     assert packed.files == ("adapter_config.json", "adapter_metadata.json", "adapters.safetensors")
     added = add(str(packed.path))
     assert added.name == "early" and added.iterations == ()
-    assert registry.load_adapter("early").fingerprint == registry.load_adapter("sql@100").fingerprint
-    assert registry.load_adapter("early").metadata["iteration"] == 100
+    assert lookup.load_adapter("early").fingerprint == lookup.load_adapter("sql@100").fingerprint
+    assert lookup.load_adapter("early").metadata["iteration"] == 100
 
 
 def test_a_model_is_packed_and_unpacked_into_a_folder(base, tmp_path):
@@ -97,7 +97,7 @@ def test_a_folder_of_plain_mlx_lm_is_taken_in_as_it_is(base, tmp_path):
     assert added.name == "plain" and added.iterations == (100, 200)
     assert (added.folder / "adapter_config.json").read_bytes() == (source / "adapter_config.json").read_bytes()
     assert not (added.folder / "train.jsonl").exists()
-    assert registry.load_adapter("plain").metadata["training"]["iters"] == 200
+    assert lookup.load_adapter("plain").metadata["training"]["iters"] == 200
     assert verify("plain").sound
     os.truncate(source / "adapters.safetensors", 0)
     assert verify("plain").sound, "the registry holds a copy"
@@ -352,7 +352,7 @@ def test_fuzzed_folders_are_added_whole_or_refused(fuzzed, tmp_path, config, par
         assert error.message
         assert not registry.adapter_folder(folder.name).exists()
     else:
-        assert registry.load_adapter(added.name).check()
+        assert lookup.load_adapter(added.name).check()
         keeping.remove(added.name)
 
 
@@ -365,7 +365,7 @@ def test_fuzzed_entries_are_verified_and_listed(fuzzed, tmp_path, config, parame
     assert found.checks and found.sound == (not found.problems)
     assert registry.read_entry(folder).name == folder.name
     try:
-        registry.load_adapter(folder.name)
+        lookup.load_adapter(folder.name)
         assert next(check for check in found.checks if check.what == "tensors").sound
     except AdapterError:
         assert not found.sound

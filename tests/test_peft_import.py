@@ -12,7 +12,7 @@ from mlx_adapters.adapters.peft_import import import_peft
 from mlx_adapters.errors import AdapterError, ExistsError, FormatError, IncompatibleError, NotFoundError
 from mlx_adapters.events import Note
 from mlx_adapters.models.loading import load_model
-from mlx_adapters.sources import registry
+from mlx_adapters.sources import lookup
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import tensor_files
 
@@ -70,7 +70,7 @@ def test_logits_equal_those_of_peft(folder: Path):
     logits = model.logits(expected["input_ids"])
     assert mx.abs(logits - expected[key]).max().item() < 1e-4
     assert mx.abs(logits - expected["base"]).max().item() > 0.05
-    plain = registry.load_adapter("it")
+    plain = lookup.load_adapter("it")
     assert plain.fingerprint == adapter.fingerprint
     assert plain.metadata["peft"]["config"] == json.loads((next(folder.rglob("adapter_config.json"))).read_text())
 
@@ -261,9 +261,9 @@ def test_an_existing_name_is_kept(adapter_folder: Path):
     before = import_peft(adapter_folder, base=base, name="it").fingerprint
     with pytest.raises(ExistsError):
         import_peft(FIXTURES / "llama" / "dora", base=base, name="it")
-    assert registry.load_adapter("it").fingerprint == before
+    assert lookup.load_adapter("it").fingerprint == before
     import_peft(FIXTURES / "llama" / "dora", base=base, name="it", overwrite=True)
-    assert registry.load_adapter("it").config.type == "dora"
+    assert lookup.load_adapter("it").config.type == "dora"
 
 
 def test_two_named_adapters_must_be_told_apart(tmp_path: Path, home: Path):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mlx_adapters.adapters import keeping
 from mlx_adapters.errors import ConfigError, ExistsError, FormatError, NotFoundError, TrainingError
 from mlx_adapters.models.adapter import read_adapter
-from mlx_adapters.sources import registry
+from mlx_adapters.sources import lookup, registry
 from mlx_adapters.storage import files, locks, paths
 
 TESTS = Path(__file__).parent
@@ -94,17 +94,17 @@ def test_a_folder_of_plain_mlx_lm_is_an_adapter_as_it_is(base, home):
     make_mlx_lm_folder(base, registry.adapter_folder("plain"))
     (entry,) = registry.list_adapters(base=str(base))
     assert (entry.name, entry.rank, entry.scale, entry.iterations, entry.problem) == ("plain", 4, 2.0, (100, 200), None)
-    adapter = registry.load_adapter("plain@100")
+    adapter = lookup.load_adapter("plain@100")
     assert adapter.metadata["source"] == "mlx-lm" and adapter.metadata["training"]["learning_rate"] == 1e-5
     keeping.tag("plain", ["old"])
-    assert registry.list_adapters()[0].tags == ("old",) and registry.load_adapter("plain").base_name == str(base)
+    assert registry.list_adapters()[0].tags == ("old",) and lookup.load_adapter("plain").base_name == str(base)
 
 
 def test_rename_moves_everything_and_the_new_name_counts(base):
     make_run(base, "sql")
     keeping.tag("sql", ["prod"])
     assert keeping.rename("sql", "queries").iterations == (100, 200, 300)
-    assert registry.names() == ["queries"] and registry.load_adapter("queries@100").name == "queries@100"
+    assert registry.names() == ["queries"] and lookup.load_adapter("queries@100").name == "queries@100"
     make_run(base, "sql")
     with pytest.raises(ExistsError):
         keeping.rename("sql", "queries")
@@ -128,7 +128,7 @@ def test_use_decides_what_the_bare_name_means(base):
     folder = make_run(base, "sql")
     entry = keeping.use("sql@100")
     assert entry.iteration == 100
-    assert registry.load_adapter("sql").fingerprint == registry.load_adapter("sql@100").fingerprint
+    assert lookup.load_adapter("sql").fingerprint == lookup.load_adapter("sql@100").fingerprint
     recorded = registry.checksums_of(entry.metadata)["adapters.safetensors"]
     assert recorded == files.sha256(folder / "0000100_adapters.safetensors")
     assert files.sha256(folder / "0000200_adapters.safetensors") != recorded, "the other checkpoint is untouched"
@@ -140,7 +140,7 @@ def test_use_decides_what_the_bare_name_means(base):
     os.truncate(folder / "0000300_adapters.safetensors", 400)
     with pytest.raises(FormatError):
         keeping.use("sql@300")
-    assert registry.load_adapter("sql").fingerprint == registry.load_adapter("sql@100").fingerprint
+    assert lookup.load_adapter("sql").fingerprint == lookup.load_adapter("sql@100").fingerprint
 
 
 def test_prune_keeps_the_best_the_last_and_the_one_in_use(base):
@@ -157,7 +157,7 @@ def test_prune_keeps_the_best_the_last_and_the_one_in_use(base):
     for iteration in (None, 100, 300, 700, 800):
         read_adapter(folder, iteration)
     assert keeping.prune("sql", keep_best=False, keep_last=0).iterations == (300, 700, 800)
-    assert registry.load_adapter("sql").metadata["iteration"] == 100
+    assert lookup.load_adapter("sql").metadata["iteration"] == 100
 
 
 def test_remove_takes_an_adapter_or_one_checkpoint(base):
@@ -240,9 +240,9 @@ def test_two_processes_at_once_lose_nothing(base, home):
     entries = {entry.name: entry for entry in registry.list_adapters()}
     assert len(entries) == 1 + 3 * 12 and not any(entry.problem for entry in entries.values())
     assert set(entries["common"].tags) == {f"t{who}-{i}" for who in "12" for i in range(12)}
-    fingerprints = {who: registry.load_adapter(f"own-{who}-0").fingerprint for who in "12"}
+    fingerprints = {who: lookup.load_adapter(f"own-{who}-0").fingerprint for who in "12"}
     for i in range(12):
-        assert registry.load_adapter(f"shared-{i}").fingerprint in fingerprints.values()
+        assert lookup.load_adapter(f"shared-{i}").fingerprint in fingerprints.values()
 
 
 OVERWRITE = """
@@ -270,7 +270,7 @@ def test_a_kill_at_any_moment_leaves_one_whole_adapter(base, home):
         worker.send_signal(signal.SIGKILL)
         worker.communicate()
         (entry,) = registry.list_adapters()
-        assert entry.problem is None and registry.load_adapter(entry.name).fingerprint in allowed
+        assert entry.problem is None and lookup.load_adapter(entry.name).fingerprint in allowed
         if entry.name == "moved":
             keeping.rename("moved", "sql")
     registry.register(make_adapter(base, seed=1), "sql", overwrite=True)
@@ -280,5 +280,5 @@ def test_a_folder_named_like_an_adapter_is_pointed_at(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("fused").mkdir()
     with pytest.raises(NotFoundError, match="No adapter named 'fused'") as raised:
-        registry.locate("fused")
+        lookup.locate("fused")
     assert "'./fused'" in raised.value.hint

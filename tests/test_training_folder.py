@@ -14,7 +14,8 @@ from mlx_adapters.adapters.keeping import fill_template, remove, tag, use
 from mlx_adapters.errors import AdapterError, FormatError, StorageError, TrainingError
 from mlx_adapters.events import CheckpointSaved, ValidationReport
 from mlx_adapters.optimization.step import TrainStep
-from mlx_adapters.sources.registry import list_adapters, load_adapter
+from mlx_adapters.sources.lookup import load_adapter
+from mlx_adapters.sources.registry import list_adapters
 from mlx_adapters.storage import files
 from mlx_adapters.training import state as states
 

@@ -11,7 +11,7 @@ from training_tools import write_data
 from mlx_adapters import LoraConfig, Quantization, TrainConfig, train
 from mlx_adapters.errors import ConfigError, FormatError, IncompatibleError, TrainingError
 from mlx_adapters.events import CheckpointSaved, Note, TrainReport, ValidationReport
-from mlx_adapters.sources.registry import load_adapter
+from mlx_adapters.sources.lookup import load_adapter
 from mlx_adapters.storage.files import read_json
 from mlx_adapters.storage.tensor_files import read_safetensors
 

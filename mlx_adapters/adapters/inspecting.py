@@ -15,7 +15,7 @@ from mlx_adapters.events import OnEvent, ignore
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.low_rank import LowRankUpdate, inner, update_of, update_shape
 from mlx_adapters.models.metadata import losses_of
-from mlx_adapters.sources import registry
+from mlx_adapters.sources import lookup, registry
 from mlx_adapters.sources.registry import Entry
 from mlx_adapters.storage import paths
 from mlx_adapters.storage.tensor_names import natural_order
@@ -61,7 +61,7 @@ class Details:
 
 def describe(reference: "str | Path | Adapter") -> Details:
     """Read an adapter and what lies around it. Raises NotFoundError, FormatError or HubError."""
-    adapter = registry.load_adapter(reference)
+    adapter = lookup.load_adapter(reference)
     entry = registry.read_entry(adapter.folder) if adapter.folder else None
     config = adapter.config
     layers = tuple(Layer(key, update_shape(a, b), update_of(adapter, key).norm()) for key, a, b, _ in adapter.layers())
@@ -128,7 +128,7 @@ def compare(
 
     data: also the loss of each on these rows. Raises NotFoundError, FormatError, IncompatibleError or HubError.
     """
-    first, second = registry.load_adapter(a), registry.load_adapter(b)
+    first, second = lookup.load_adapter(a), lookup.load_adapter(b)
     keys = sorted({*first.config.keys, *second.config.keys}, key=natural_order)
     rows, total = [], [0.0, 0.0, 0.0]
     for key in keys:

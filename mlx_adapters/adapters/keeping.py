@@ -19,8 +19,9 @@ from mlx_adapters.config.training import require
 from mlx_adapters.errors import AdapterError, ConfigError, ExistsError, did_you_mean
 from mlx_adapters.models.adapter import weights_file
 from mlx_adapters.models.metadata import losses_of, read_metadata
-from mlx_adapters.sources import registry
-from mlx_adapters.sources.registry import Entry, Reference, parse_reference
+from mlx_adapters.sources import lookup, registry
+from mlx_adapters.sources.references import Reference, check_name, parse_reference
+from mlx_adapters.sources.registry import Entry
 from mlx_adapters.storage import files, paths, temporaries, tensor_files
 from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CHECKPOINTS_FOLDER, METADATA_FILE
 
@@ -38,18 +39,18 @@ class Removed:
 @contextlib.contextmanager
 def _changing(name: str) -> Iterator[Path]:
     """The folder of a named adapter, held while it is changed."""
-    known = Reference("name", registry.check_name(name))
+    known = Reference("name", check_name(name))
     temporaries.sweep(registry.adapters_folder())  # also where a kill came after the adapter had gone
-    registry.locate(known)
+    lookup.locate(known)
     with registry.changing(name):
-        yield registry.locate(known)[0]
+        yield lookup.locate(known)[0]
 
 
 def rename(name: str, new: str) -> Entry:
     """Give an adapter another name. Raises NotFoundError, ExistsError or ConfigError."""
-    target = registry.adapters_folder() / registry.check_name(new)
-    with registry.changing(registry.check_name(name), new):
-        folder, _ = registry.locate(Reference("name", name))
+    target = registry.adapters_folder() / check_name(new)
+    with registry.changing(check_name(name), new):
+        folder, _ = lookup.locate(Reference("name", name))
         require(folder.name != new, f"'{new}' has this name already.")
         taken = registry.adapter_folder(new)  # the same adapter's where only the case changes
         if os.path.lexists(taken) and not paths.same_place(taken, folder):
@@ -69,7 +70,7 @@ def tag(name: str, add: Sequence[str] = (), remove: Sequence[str] = ()) -> tuple
             bool(registry.TAG.fullmatch(text)), f"'{text}' cannot be a tag.", "letters, digits, '.', '_', ':', '-'."
         )
     if not add and not remove:
-        return registry.read_entry(registry.locate(Reference("name", registry.check_name(name)))[0]).tags
+        return registry.read_entry(lookup.locate(Reference("name", check_name(name)))[0]).tags
     with _changing(name) as folder:
         now = (set(registry.tags_of(read_metadata(folder))) | set(add)) - set(remove)
         _update_metadata(folder, tags=sorted(now))
@@ -196,7 +197,7 @@ def fill_template(template: str, task: str, **known: str | int | None) -> str:
         require(name is None or (name in fields and not spec and not how), f"A name has no field '{name}'.", hint)
     for number in itertools.count(1):
         fields["version"] = f"v{number}"
-        filled = registry.check_name("".join(text + (fields[name] if name else "") for text, name, _, _ in parts))
+        filled = check_name("".join(text + (fields[name] if name else "") for text, name, _, _ in parts))
         folder = registry.adapter_folder(filled)
         free = not os.path.lexists(folder) and not registry.is_being_trained(folder)
         if free or "version" not in {name for _, name, _, _ in parts}:

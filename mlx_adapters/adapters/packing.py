@@ -22,7 +22,7 @@ from mlx_adapters.events import Note, OnEvent, Progress, ignore
 from mlx_adapters.models.adapter import read_adapter
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.metadata import check_config, iterations_of, read_config, read_metadata, read_whole
-from mlx_adapters.sources import registry
+from mlx_adapters.sources import lookup, references, registry
 from mlx_adapters.storage import files, paths, replacing
 from mlx_adapters.storage.replacing import Output
 from mlx_adapters.storage.tensor_names import (
@@ -73,7 +73,7 @@ def pack(source: str, target: str | Path, *, checkpoints: bool = False, overwrit
     replacing.refuse_existing(target, overwrite)
     if target.exists() and not _is_pack(target):
         raise ExistsError(f"'{target}' is no pack of this program.", "choose another name.")
-    folder, iteration = registry.locate(source)
+    folder, iteration = lookup.locate(source)
     if not folder.is_dir():
         raise NotFoundError(
             f"There is no adapter or model folder '{folder}'.", "'mlx-adapters list' shows the adapters."
@@ -167,12 +167,12 @@ def add(source: str | Path, *, name: str | None = None, out: str | Path | None =
             lambda folder: unpack(path, folder, max_bytes, on_event), path, own, name, out, overwrite, str(source)
         )
         return _tell_strength(taken, on_event)
-    reference = registry.parse_reference(str(source if isinstance(source, str) else path))
+    reference = references.parse_reference(str(source if isinstance(source, str) else path))
     if reference.kind == "name":
         hint = f"for the folder write './{source}'." if path.exists() else "give a path, or user/repo for the Hub."
         raise ConfigError(f"'{source}' is a name, not a place to add an adapter from.", hint)
     require(reference.iteration is None, "A whole folder is added, not one checkpoint.")
-    folder, _ = registry.locate(reference)
+    folder, _ = lookup.locate(reference)
     if not folder.is_dir():
         raise NotFoundError(f"There is no folder or .tar.gz file '{folder}'.")
     own = reference.target.rsplit("/", 1)[-1] if reference.kind == "hub" else folder.name

@@ -13,7 +13,7 @@ from mlx_adapters.models.loading import load_module
 from mlx_adapters.models.metadata import base_of
 from mlx_adapters.peft_format.own_form import Facts
 from mlx_adapters.peft_format.to_peft import to_peft
-from mlx_adapters.sources import registry
+from mlx_adapters.sources import lookup, references
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.demo_base import DEMO_BASE
 from mlx_adapters.storage import files, paths, replacing, tensor_files, tensor_names
@@ -70,7 +70,7 @@ def export_peft(
     """
     out = paths.expanded(out)
     replacing.refuse_existing(out, overwrite, PEFT_OUTPUT)
-    found = registry.load_adapter(adapter)
+    found = lookup.load_adapter(adapter)
     replacing.refuse_reading_inside(out, [found, base])
     form = to_peft(found, lambda: _facts(found, base))
     named = base_model or form.config.get("base_model_name_or_path")
@@ -91,7 +91,7 @@ def _base_problem(adapter: Adapter, named: str | None) -> str:
     """What keeps transformers from loading the base that the folder names; "" for nothing that is known here."""
     if not named:
         return "the adapter names no base model"
-    if not registry.HUB.fullmatch(named):
+    if not references.hub_id(named):
         return f"its base is named '{named}', which is known to this machine only"
     if "peft" not in adapter.metadata and base_of(adapter.metadata).get("quantization"):
         return f"its base '{named}' is quantized for MLX"

@@ -10,9 +10,10 @@ from mlx_adapters.peft_format.conversion import as_mlx
 from mlx_adapters.peft_format.reading import read_peft, refuse_beyond_lora
 from mlx_adapters.sources import registry
 from mlx_adapters.sources.bases import resolve_base
-from mlx_adapters.sources.downloads import peft_folder
+from mlx_adapters.sources.lookup import peft_folder
 from mlx_adapters.storage import replacing
 from mlx_adapters.storage.tensor_names import ADAPTER_OUTPUT
+from mlx_adapters.system import machine
 
 
 def import_peft(
@@ -38,5 +39,5 @@ def import_peft(
     peft = read_peft(folder)
     refuse_beyond_lora(peft)
     adapter = as_mlx(peft, resolve_base(base), str(source), tie, on_event)
-    metadata = adapter.metadata | registry.made_now() | hub
+    metadata = adapter.metadata | machine.made_now() | hub
     return registry.register(replace(adapter, metadata=metadata), name, overwrite)

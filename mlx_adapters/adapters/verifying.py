@@ -13,7 +13,7 @@ from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import check_fits, check_made_for
 from mlx_adapters.models.loading import load_module
 from mlx_adapters.models.metadata import base_of
-from mlx_adapters.sources import registry
+from mlx_adapters.sources import lookup, registry
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.registry import Entry
 from mlx_adapters.storage import files, paths
@@ -57,7 +57,7 @@ def verify(reference: str, *, base: str | None = None, _modules: Modules | None 
     base: the base to hold the adapter against (default: its own, if it is on this machine; nothing is downloaded).
     Raises ConfigError, NotFoundError or HubError if there is no such adapter; what is wrong with it is returned.
     """
-    folder, iteration = registry.locate(reference)
+    folder, iteration = lookup.locate(reference)
     if not folder.is_dir():
         raise NotFoundError(f"There is no adapter folder '{folder}'.", "'mlx-adapters list' shows the named ones.")
     entry = registry.read_entry(folder)

@@ -35,7 +35,7 @@ from mlx_adapters.models.loading import load_tokenizer_of
 from mlx_adapters.models.model import Model
 from mlx_adapters.models.quantized_check import MiscomputedWarning
 from mlx_adapters.sources.bases import resolve_base
-from mlx_adapters.sources.registry import load_adapter, locate
+from mlx_adapters.sources.lookup import load_adapter, locate
 from mlx_adapters.storage import files, paths
 from mlx_adapters.system.conditions import bytes_read_from_disk, drop_from_file_cache, process_memory
 from mlx_adapters.system.door import mx

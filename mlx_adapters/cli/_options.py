@@ -23,7 +23,7 @@ class ReferenceType(click.ParamType):
     name = "ref"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from mlx_adapters.sources.registry import parse_reference
+        from mlx_adapters.sources.references import parse_reference
 
         try:
             return str(value) if parse_reference(str(value)) else ""

@@ -108,7 +108,7 @@ def ab_command(
 
 def _load(base: str | None, references: tuple[str, ...], any_base: bool, dtype: str) -> "LiveModel":
     from mlx_adapters.generation.live import load_model
-    from mlx_adapters.sources.registry import load_adapter
+    from mlx_adapters.sources.lookup import load_adapter
 
     loaded = [load_adapter(reference) for reference in references]
     base = base or next((adapter.base_name for adapter in loaded if adapter.base_name), None)

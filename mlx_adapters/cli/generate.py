@@ -37,7 +37,7 @@ def generate_command(
       mlx-adapters generate "List all departments." --adapter sql
     """
     from mlx_adapters.generation.live import load_model
-    from mlx_adapters.sources.registry import load_adapter
+    from mlx_adapters.sources.lookup import load_adapter
 
     prompt = text_or_stdin(prompt)
     loaded = load_adapter(adapter) if adapter else None

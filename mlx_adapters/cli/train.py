@@ -64,7 +64,7 @@ def train_command(
     if print_config:
         _print_config(settings)
         return
-    from mlx_adapters.sources.registry import load_adapter
+    from mlx_adapters.sources.lookup import load_adapter
     from mlx_adapters.system.machine import typed_command
     from mlx_adapters.training.runs import train
 

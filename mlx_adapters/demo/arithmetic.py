@@ -20,7 +20,7 @@ from mlx_adapters.models.model import Model
 from mlx_adapters.models.quantized_check import check_device
 from mlx_adapters.optimization.step import TrainStep
 from mlx_adapters.sources.bases import resolve_base
-from mlx_adapters.sources.registry import load_adapter
+from mlx_adapters.sources.lookup import load_adapter
 from mlx_adapters.storage import tensor_files
 from mlx_adapters.storage.tensor_names import BIASES, SCALES, WEIGHT, join
 from mlx_adapters.system.door import mx

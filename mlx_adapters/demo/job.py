@@ -23,7 +23,8 @@ from mlx_adapters.models.loading import load_model
 from mlx_adapters.models.model import Model
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.demo_base import DEMO_BASE, demo_base_folder
-from mlx_adapters.sources.registry import adapter_folder, load_adapter, read_entry
+from mlx_adapters.sources.lookup import load_adapter
+from mlx_adapters.sources.registry import adapter_folder, read_entry
 from mlx_adapters.storage import files, paths
 from mlx_adapters.system.conditions import system_state, warnings
 from mlx_adapters.training.recipe import read_recipe, settings_of

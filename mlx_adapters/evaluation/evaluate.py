@@ -27,7 +27,8 @@ from mlx_adapters.models.loading import load_model
 from mlx_adapters.models.metadata import read_metadata
 from mlx_adapters.models.model import Model
 from mlx_adapters.sources.bases import resolve_base
-from mlx_adapters.sources.registry import changing, load_adapter, locate, names
+from mlx_adapters.sources.lookup import load_adapter, locate
+from mlx_adapters.sources.registry import changing, names
 from mlx_adapters.storage import files
 from mlx_adapters.storage.tensor_names import METADATA_FILE
 from mlx_adapters.units import count

@@ -11,7 +11,7 @@ from mlx_adapters.evaluation.variants import Variant, as_text, parse_variants, p
 from mlx_adapters.events import Note, OnEvent, Progress, ignore
 from mlx_adapters.generation.live import load_model
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.sources.registry import load_adapter
+from mlx_adapters.sources.lookup import load_adapter
 from mlx_adapters.system.door import harness_model
 
 

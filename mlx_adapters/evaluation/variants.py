@@ -17,7 +17,8 @@ from mlx_adapters.config.fusing import BITS
 from mlx_adapters.config.training import require
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError, did_you_mean
 from mlx_adapters.events import Note, OnEvent
-from mlx_adapters.sources.registry import names, parse_reference
+from mlx_adapters.sources.references import parse_reference
+from mlx_adapters.sources.registry import names
 from mlx_adapters.storage import files, paths
 from mlx_adapters.storage.tensor_names import CONFIG_FILE
 
@@ -149,7 +150,7 @@ def _with_base(variant: Variant, base: str | None) -> Variant:
         return replace(variant, base=base)
     from mlx_adapters.models.adapter import weights_file
     from mlx_adapters.models.metadata import base_of, read_metadata
-    from mlx_adapters.sources.registry import locate
+    from mlx_adapters.sources.lookup import locate
 
     folder, iteration = locate(variant.adapter)
     weights_file(folder, iteration)  # says what is missing

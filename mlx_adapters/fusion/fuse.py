@@ -30,7 +30,7 @@ from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.loading import load_tokenizer_of
 from mlx_adapters.sources.bases import resolve_base
-from mlx_adapters.sources.registry import load_adapter
+from mlx_adapters.sources.lookup import load_adapter
 from mlx_adapters.storage import files, paths, replacing
 from mlx_adapters.storage.tensor_names import FUSE_RECIPE_FILE, REPORT_FILE
 from mlx_adapters.system.door import mx

@@ -24,7 +24,7 @@ from mlx_adapters.peft_format.conversion import convert
 from mlx_adapters.peft_format.reading import read_peft, refuse_unsaved
 from mlx_adapters.peft_format.tying import needs_untying
 from mlx_adapters.sources.bases import resolve_base
-from mlx_adapters.sources.downloads import peft_folder
+from mlx_adapters.sources.lookup import peft_folder
 from mlx_adapters.storage import paths, replacing
 
 

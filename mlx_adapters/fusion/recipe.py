@@ -12,7 +12,7 @@ from mlx_adapters.models import metadata
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import OTHER_FILE, Base
 from mlx_adapters.sources.bases import resolve_base
-from mlx_adapters.sources.registry import load_adapter
+from mlx_adapters.sources.lookup import load_adapter
 from mlx_adapters.storage import files, paths
 from mlx_adapters.storage.replacing import NOTHING, Output
 from mlx_adapters.storage.tensor_names import FUSE_RECIPE_FILE, REPORT_FILE

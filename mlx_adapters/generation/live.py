@@ -23,7 +23,7 @@ from mlx_adapters.models.model import Model
 from mlx_adapters.runtime.attached import Attached, Selection, same
 from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.sources.bases import resolve_base
-from mlx_adapters.sources.registry import load_adapter
+from mlx_adapters.sources.lookup import load_adapter
 from mlx_adapters.system.door import make_prompt_cache, mx
 from mlx_adapters.units import count
 

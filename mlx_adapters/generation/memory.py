@@ -18,7 +18,7 @@ from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import adaptable_layers, check_fits, weight_shape
 from mlx_adapters.models.loading import load_module
 from mlx_adapters.sources.bases import resolve_base
-from mlx_adapters.sources.registry import load_adapter
+from mlx_adapters.sources.lookup import load_adapter
 from mlx_adapters.system.door import make_prompt_cache, mx, nn
 from mlx_adapters.system.machine import on_gpu, usable_memory_bytes
 

@@ -33,6 +33,7 @@ from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import files, paths, replacing, tensor_files
 from mlx_adapters.storage.tensor_files import as_numpy
 from mlx_adapters.storage.tensor_names import ADAPTER_FILE, ADAPTER_OUTPUT, CONFIG_FILE, QUANTIZED_LEAVES, WEIGHT, join
+from mlx_adapters.system import machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,7 @@ def _assemble(
     for key, part in parts.items():
         weights |= tensors_of(key, LowRankUpdate(*part.factors(rank)), dtype)
     recipe = {"finetuned": finetuned, **kept_energy(parts, rank), "left_out": left_out}
-    metadata = {"source": "extract", "extract": recipe, "base": base.record()} | registry.made_now()
+    metadata = {"source": "extract", "extract": recipe, "base": base.record()} | machine.made_now()
     adapter = Adapter(AdapterConfig(rank, 1.0, tuple(parts)), weights, metadata).check()
     return adapter if name is None else registry.register(adapter, name, overwrite=overwrite)
 

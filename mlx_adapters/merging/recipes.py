@@ -23,9 +23,10 @@ from mlx_adapters.merging.methods import METHODS, Method, Options, merge_updates
 from mlx_adapters.models.adapter import Adapter, AdapterConfig, weights_file
 from mlx_adapters.models.low_rank import LowRankUpdate, factors_of, stack_tensors, tensors_of, update_of, update_shape
 from mlx_adapters.models.metadata import base_of
-from mlx_adapters.sources import registry
+from mlx_adapters.sources import lookup, registry
 from mlx_adapters.storage import files, paths, replacing
 from mlx_adapters.storage.tensor_names import ADAPTER_FILE, LORA_A, LORA_B, join, natural_order
+from mlx_adapters.system import machine
 from mlx_adapters.units import count
 
 Source = Adapter | str
@@ -55,7 +56,7 @@ def merge(
     energy ‖ΔW‖² that a truncated rank keeps is in `metadata["merge"]`, over all layers and for each.
     Raises ConfigError, NotFoundError, FormatError, IncompatibleError or ExistsError.
     """
-    adapters = [registry.load_adapter(source) for source in sources]
+    adapters = [lookup.load_adapter(source) for source in sources]
     weights = _checked_weights(adapters, weights)
     chosen = _checked_method(method, rank, energy, density, seed, sign_method)
     require(dtype in DTYPES, f"dtype cannot be '{dtype}'.", "auto, float32, bfloat16 or float16.")
@@ -93,7 +94,7 @@ def subtract(minuend: Source, subtrahend: Source, *, weight: float = 1.0, name: 
 def scale(source: Source, factor: float, *, name: str | None = None, overwrite: bool = False) -> Adapter:
     """factor · ΔW, exactly: the same tensors under another scale."""
     require(math.isfinite(factor) and factor != 0, f"The factor must be a number other than 0, not {factor}.")
-    adapter = registry.load_adapter(source)
+    adapter = lookup.load_adapter(source)
     check_mergeable([adapter], any_base=True)
     config = dataclasses.replace(adapter.config, scale=adapter.config.scale * factor)
     result = Adapter(config, adapter.weights)
@@ -105,7 +106,7 @@ def interpolate(
 ) -> list[tuple[float, Adapter]]:
     """(t, (1 - t) · first + t · second) for `steps` evenly spaced t from 0 to 1, by exact sums."""
     require(steps >= 2, f"steps must be at least 2, not {steps}.", "the two ends count.")
-    pair = [registry.load_adapter(first), registry.load_adapter(second)]
+    pair = [lookup.load_adapter(first), lookup.load_adapter(second)]
     points = [i / (steps - 1) for i in range(steps)]
     return [(t, merge(pair, [1 - t, t], any_base=any_base)) for t in points]
 
@@ -274,7 +275,7 @@ def _finish(
 ) -> Adapter:
     bases = [base_of(adapter.metadata) for adapter in adapters]
     base = max(bases, key=len)
-    metadata = {"source": "merge", "merge": recipe} | ({"base": base} if base else {}) | registry.made_now()
+    metadata = {"source": "merge", "merge": recipe} | ({"base": base} if base else {}) | machine.made_now()
     result = dataclasses.replace(result, metadata=metadata)
     if name is None:
         return result.check()

@@ -19,7 +19,7 @@ from mlx_adapters.errors import ConfigError, did_you_mean
 from mlx_adapters.models.metadata import losses_of
 from mlx_adapters.publishing.card_sections import SECTIONS
 from mlx_adapters.publishing.subject import Subject
-from mlx_adapters.sources.hub import REPO
+from mlx_adapters.sources.references import hub_id
 
 MINE, END_MINE = "<!-- yours: this part survives the next publish -->", "<!-- /yours -->"
 _MINE = re.compile(r"<!-- yours\b.*?-->\n?(.*?)\n?<!-- /yours -->", re.S)
@@ -103,7 +103,7 @@ def _check_license(license: Any) -> None:
 
 
 def _check_base(base: Any) -> None:
-    if not REPO.fullmatch(str(base)):
+    if hub_id(str(base)) != (str(base), None):
         raise ConfigError(f"The card's base model '{base}' is no Hub id.", "give --base-model user/name.")
 
 

@@ -15,7 +15,8 @@ from mlx_adapters.models.adapter import Adapter, read_adapter, weights_file
 from mlx_adapters.models.base import INDEX_FILE, OTHER_FILE
 from mlx_adapters.models.metadata import read_config, read_metadata
 from mlx_adapters.publishing.cleaning import clean, clean_text
-from mlx_adapters.sources.registry import load_adapter, locate, parse_reference
+from mlx_adapters.sources.lookup import load_adapter, locate
+from mlx_adapters.sources.references import parse_reference
 from mlx_adapters.storage import files, paths
 from mlx_adapters.storage.tensor_names import (
     ADAPTER_FILE,

@@ -21,7 +21,7 @@ from mlx_adapters.publishing import cards, staging
 from mlx_adapters.publishing.cleaning import check_paths, check_secrets
 from mlx_adapters.publishing.remote import PublishedFile, Remote, changes, foresee_refusal, look
 from mlx_adapters.publishing.subject import Subject, matches, read_subject
-from mlx_adapters.sources.bases import HUB_ID, resolve_base
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.hub import (
     Disconnected,
     check_branch,
@@ -31,6 +31,7 @@ from mlx_adapters.sources.hub import (
     readme,
     require_token,
 )
+from mlx_adapters.sources.references import hub_id
 from mlx_adapters.units import count
 
 ATTEMPTS, FIRST_WAIT_SECONDS = 5, 2.0
@@ -98,7 +99,7 @@ def _base_card(subject: Subject) -> cards.BaseCard:
     recorded = subject.local_base
     if not recorded:
         return cards.BaseCard()
-    if HUB_ID.fullmatch(recorded) and not Path(recorded).is_dir():
+    if hub_id(recorded) and not Path(recorded).is_dir():
         repo, _, revision = recorded.partition("@")
         return cards.base_card(recorded, readme(repo, revision or None), True)
     text = ""

@@ -21,7 +21,7 @@ from mlx_adapters.serving.engine import Engine
 from mlx_adapters.serving.jobs import ApiError, Job, Piece
 from mlx_adapters.serving.protocol import Asked, Writer, usage
 from mlx_adapters.serving.transport import EventStream, error_response, left, read_body
-from mlx_adapters.sources.registry import check_name, parse_reference
+from mlx_adapters.sources.references import check_name, parse_reference
 
 
 class Server:

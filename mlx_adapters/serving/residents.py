@@ -15,7 +15,7 @@ from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.runtime.attached import Attached
 from mlx_adapters.serving.metrics import Metrics
 from mlx_adapters.serving.settings import ServeSettings
-from mlx_adapters.sources.registry import load_adapter
+from mlx_adapters.sources.lookup import load_adapter
 
 
 @dataclass(eq=False)

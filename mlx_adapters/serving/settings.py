@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from mlx_adapters.config.training import require
 from mlx_adapters.errors import ConfigError
-from mlx_adapters.sources.registry import NAME
+from mlx_adapters.sources.references import NAME
 
 MAX_SECONDS = 1_000_000
 

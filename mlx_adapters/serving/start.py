@@ -15,7 +15,7 @@ from mlx_adapters.models.layers import check_fits, check_made_for
 from mlx_adapters.serving.engine import Engine
 from mlx_adapters.serving.residents import Served
 from mlx_adapters.serving.settings import ServeSettings, check_names
-from mlx_adapters.sources.registry import check_name, parse_reference
+from mlx_adapters.sources.references import check_name, parse_reference
 
 
 def parse_adapter(text: str) -> tuple[str, str]:

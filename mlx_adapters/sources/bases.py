@@ -1,7 +1,6 @@
 """Which base model a name means: `demo` (the embedded real model), a folder, or a Hub id with @revision or not."""
 
 import contextlib
-import re
 import sys
 from pathlib import Path
 
@@ -9,10 +8,9 @@ from mlx_adapters.errors import HubError, NotFoundError, did_you_mean
 from mlx_adapters.models.base import MODEL_FILES, Base
 from mlx_adapters.sources.demo_base import DEMO_BASE, demo_base_folder
 from mlx_adapters.sources.hub import snapshot
+from mlx_adapters.sources.references import hub_id
 from mlx_adapters.storage import paths
 from mlx_adapters.storage.tensor_names import CONFIG_FILE
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 
 
 def resolve_base(name: str | Path | Base, download: bool = True) -> Base:
@@ -34,18 +32,18 @@ def resolve_base(name: str | Path | Base, download: bool = True) -> Base:
             what = "no config.json in it" if folder.is_dir() else "no such folder"
             raise NotFoundError(f"There is no model at '{text}': {what}.", _hint(text, folder))
         return Base(str(folder), folder)
-    if not HUB_ID.fullmatch(text):
+    if not (named := hub_id(text)):
         raise NotFoundError(f"There is no model '{text}'.", _hint(text, folder))
-    repo, _, revision = text.partition("@")
+    repo, revision = named
     try:
-        snapshot = _snapshot(repo, revision or None, download)
+        snapshot = _snapshot(repo, revision, download)
     except HubError as error:
         if near := did_you_mean(text, _models_beside(text, folder)):
             raise HubError(error.message, f"{near} Else {error.hint or 'check the name.'}") from error
         raise
     if not (snapshot / "config.json").is_file():
         raise NotFoundError(f"There is no model in '{text}': no config.json in it.", _hint(text, snapshot))
-    return Base(text, snapshot, snapshot.name if snapshot.parent.name == "snapshots" else revision or None)
+    return Base(text, snapshot, snapshot.name if snapshot.parent.name == "snapshots" else revision)
 
 
 def _hint(text: str, folder: Path) -> str | None:

@@ -13,7 +13,8 @@ from mlx_adapters.peft_format.conversion import as_mlx
 from mlx_adapters.peft_format.reading import read_peft, refuse_beyond_lora
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.hub import snapshot
-from mlx_adapters.sources.registry import check_name, made_now, parse_reference, register
+from mlx_adapters.sources.references import check_name, parse_reference
+from mlx_adapters.sources.registry import register
 from mlx_adapters.storage import files, locks, paths
 from mlx_adapters.storage.tensor_names import (
     ADAPTER_FILE,
@@ -23,6 +24,7 @@ from mlx_adapters.storage.tensor_names import (
     PEFT_PICKLE_FILE,
     PEFT_WEIGHTS_FILE,
 )
+from mlx_adapters.system.machine import made_now
 
 ADAPTER_FILES = [ADAPTER_FILE, CONFIG_FILE, METADATA_FILE, PEFT_WEIGHTS_FILE, PEFT_PICKLE_FILE]
 
@@ -76,21 +78,6 @@ def adapter_files(repo: str, revision: str | None = None) -> tuple[Path, str]:
         if not paths.visible(found, f"*/{CONFIG_FILE}"):
             raise HubError(f"'{repo}' holds no adapter: it has no {CONFIG_FILE}.", "a model is used by its id: --base.")
     return found, commit
-
-
-def peft_folder(source: str | Path) -> tuple[Path, dict[str, Any]]:
-    """The folder of a PEFT adapter, and what to record of the Hub's repository, from which it is downloaded once.
-
-    Raises NotFoundError or HubError.
-    """
-    text = str(source)
-    if isinstance(source, Path) or paths.is_path(text) or Path(text).is_dir():
-        return paths.expanded(text), {}
-    reference = parse_reference(text)
-    if reference.kind != "hub":
-        return Path(text), {}
-    folder, commit = adapter_files(reference.target, reference.revision)
-    return folder, {"hub": {"repo": reference.target, "revision": commit}}
 
 
 def adapter_snapshot(repo: str, revision: str | None = None, *, base: str | Path | None = None) -> Path:

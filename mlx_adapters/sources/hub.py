@@ -12,11 +12,11 @@ from typing import Any
 
 from mlx_adapters.config.training import require
 from mlx_adapters.errors import AdapterError, ConfigError, HubError
+from mlx_adapters.sources.references import hub_id
 from mlx_adapters.storage import paths
 
 log = logging.getLogger("mlx_adapters.hub")
 SIGN_IN = "sign in with 'hf auth login', or set HF_TOKEN."
-REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 BAD_BRANCH = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|^[-/.]|/\.|[/.]$|\.lock(?=/|$)|^@$")
 
@@ -45,7 +45,7 @@ def check_repo(repo: str) -> None:
     """Raise ConfigError unless `repo` is "user/name" and a name that the Hub accepts."""
     from huggingface_hub.utils import validate_repo_id
 
-    require(REPO.fullmatch(repo) is not None, f"'{repo}' is no repository: it is 'user/name'.")
+    require(hub_id(repo) == (repo, None), f"'{repo}' is no repository: it is 'user/name'.")
     with hub_errors(f"use '{repo}'"):
         validate_repo_id(repo)
 

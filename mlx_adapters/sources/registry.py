@@ -1,22 +1,16 @@
-"""Named adapters in the home folder, and what a reference to one means.
-
-A reference is decided by its spelling, never by what happens to exist: `NAME` and `NAME@ITERATION` are the
-registry's, a path starts with `.`, `/` or `~` (with `@ITERATION` for a checkpoint), `user/repo[@revision]`
-is on the Hub.
-"""
+"""Named adapters in the home folder: their names, what each says of itself, and who may change one."""
 
 import contextlib
 import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from mlx_adapters.errors import AdapterError, ConfigError, HubError, NotFoundError, TrainingError, did_you_mean
+from mlx_adapters.errors import AdapterError, TrainingError
 from mlx_adapters.models.metadata import base_of, check_config, examine_metadata, read_config, read_whole
+from mlx_adapters.sources.references import NAME, check_name
 from mlx_adapters.storage import locks, paths, replacing, temporaries, tensor_files
 from mlx_adapters.storage.tensor_names import (
     ADAPTER_FILE,
@@ -31,48 +25,7 @@ from mlx_adapters.storage.tensor_names import (
 if TYPE_CHECKING:
     from mlx_adapters.models.adapter import Adapter
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,49}")
-HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A parsed reference. `target` is a name, a path or a Hub id."""
-
-    kind: Literal["name", "path", "hub"]
-    target: str
-    iteration: int | None = None
-    revision: str | None = None
-
-    def __str__(self) -> str:
-        suffix = self.revision if self.kind == "hub" else self.iteration
-        return self.target if suffix is None else f"{self.target}@{suffix}"
-
-
-def check_name(name: str) -> str:
-    """Return `name` if it can name an adapter, else raise ConfigError."""
-    if not NAME.fullmatch(name):
-        raise ConfigError(
-            f"'{name}' cannot be an adapter's name.",
-            "use up to 100 letters, digits, '.', '_' and '-'; begin with a letter or digit.",
-        )
-    return name
-
-
-def parse_reference(text: str) -> Reference:
-    """Parse NAME, NAME@ITERATION, a path, or user/repo[@revision]. Raises ConfigError."""
-    if paths.is_path(text):
-        match = re.fullmatch(r"(.+)@(\d+)", text)
-        return Reference("path", match[1], int(match[2])) if match else Reference("path", text)
-    if match := HUB.fullmatch(text):
-        return Reference("hub", match[1], revision=match[2])
-    if "/" in text:
-        raise ConfigError(f"'{text}' is neither a name nor 'user/repo'.", f"write a path as './{text}'.")
-    name, at, iteration = text.partition("@")
-    if at and not iteration.isdecimal():
-        raise ConfigError(f"'{text}' is no reference: after '@' comes an iteration.", f"for example '{name}@600'.")
-    return Reference("name", check_name(name), int(iteration) if at else None)
 
 
 def adapters_folder() -> Path:
@@ -101,59 +54,6 @@ def names() -> list[str]:
         return []
     # a link that leads nowhere is an adapter on a disk that is not connected
     return sorted(p.name for p in folder.iterdir() if (p.is_dir() or p.is_symlink()) and NAME.fullmatch(p.name))
-
-
-def locate(reference: str | Reference) -> tuple[Path, int | None]:
-    """(folder, iteration) that a reference means; a Hub reference is downloaded once.
-
-    Raises NotFoundError that suggests the nearest names.
-    """
-    ref = parse_reference(reference) if isinstance(reference, str) else reference
-    if ref.kind == "path":
-        return paths.expanded(ref.target), ref.iteration
-    if ref.kind == "hub":
-        from mlx_adapters.sources.downloads import adapter_snapshot
-
-        try:
-            return adapter_snapshot(ref.target, ref.revision), None
-        except HubError as error:
-            if not Path(ref.target).is_dir():
-                raise
-            raise HubError(error.message, f"the folder is './{ref.target}'; 'user/repo' means the Hub.") from None
-    folder = adapter_folder(ref.target)
-    if not folder.is_dir():
-        if folder.is_symlink():
-            raise NotFoundError(
-                f"'{ref.target}' is a link to '{os.readlink(folder)}', which is not there.",
-                f"connect the disk that it is on, or remove the link: {folder}",
-            )
-        hint = did_you_mean(ref.target, names(), "'mlx-adapters list' shows all.")
-        if Path(ref.target).is_dir():
-            hint = f"the folder is './{ref.target}': a path has a slash."
-        raise NotFoundError(f"No adapter named '{ref.target}'.", hint)
-    return folder, ref.iteration
-
-
-def load_adapter(reference: "str | Path | Adapter") -> "Adapter":
-    """Read the adapter that a reference (or a folder) means; an `Adapter` is checked and given back.
-
-    Warns with a StrengthWarning of one that may have been trained at another strength than it is used at.
-    Raises NotFoundError, FormatError or HubError.
-    """
-    from mlx_adapters.models.adapter import Adapter, StrengthWarning, read_adapter
-
-    if isinstance(reference, Adapter):
-        return reference.check()
-    if isinstance(reference, Path):
-        adapter = read_adapter(reference)
-    else:
-        parsed = parse_reference(reference)
-        folder, iteration = locate(parsed)
-        # The registry's name is the folder's, whatever the folder was called when its record was written.
-        adapter = read_adapter(folder, iteration, name=folder.name if parsed.kind == "name" else None)
-    if adapter.strength_note:
-        warnings.warn(adapter.strength_note, StrengthWarning, stacklevel=2)
-    return adapter
 
 
 @dataclass(frozen=True)
@@ -315,11 +215,3 @@ def register(adapter: "Adapter", name: str, overwrite: bool = False) -> "Adapter
     with changing(name):
         write_adapter(replace(adapter, metadata=adapter.metadata | {"name": name}), folder, overwrite)
         return replace(adapter, metadata=read_metadata(folder), folder=folder, iteration=None)
-
-
-def made_now() -> dict[str, Any]:
-    """The date, the versions and the command line, if it is ours, for the metadata of an adapter in the making."""
-    from mlx_adapters.system.machine import typed_command, versions
-
-    typed = {"command": command} if (command := typed_command()) else {}
-    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()} | typed

@@ -1,17 +1,24 @@
 """What this machine is: versions, device, memory, BLAS."""
 
 import contextlib
-import ctypes
 import os
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_adapters.storage import paths
+
+if TYPE_CHECKING:
+    pass
+
+import ctypes
 import platform
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict
 
-from mlx_adapters.storage import paths
 from mlx_adapters.system.blas import INSTALL_OPENBLAS
 
 SLOW_BLAS = "reference BLAS (slow)"
@@ -169,3 +176,11 @@ def environment() -> Environment:
         memory_bytes=memory_bytes(), device=device, device_name=name, blas=blas,
         blas_hint=INSTALL_OPENBLAS if slow else None, home=str(paths.home()),
     )  # fmt: skip
+
+
+def made_now() -> dict[str, Any]:
+    """The date, the versions and the command line, if it is ours, for the metadata of an adapter in the making."""
+    from mlx_adapters.system.machine import typed_command, versions
+
+    typed = {"command": command} if (command := typed_command()) else {}
+    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()} | typed

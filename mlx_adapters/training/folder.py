@@ -15,8 +15,8 @@ from typing import Any
 from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.errors import AdapterError, ConfigError
 from mlx_adapters.models.adapter import AdapterConfig, Weights
-from mlx_adapters.sources import origin, registry
-from mlx_adapters.sources.registry import Reference
+from mlx_adapters.sources import origin, references, registry
+from mlx_adapters.sources.references import Reference
 from mlx_adapters.storage import files, locks, paths, replacing
 from mlx_adapters.storage.tensor_names import ADAPTER_FILE, ADAPTER_OUTPUT, CONFIG_FILE, METADATA_FILE
 from mlx_adapters.system.machine import versions
@@ -29,7 +29,7 @@ ARITHMETIC = ("mlx", "mlx-lm")  # the libraries that decide what is computed
 
 def place_of(name: str) -> tuple[Reference, Path]:
     """A run's reference and folder: a name is in the registry, a path (./out) is where it says."""
-    reference = registry.parse_reference(name)
+    reference = references.parse_reference(name)
     if reference.kind == "hub" or reference.iteration is not None:
         raise ConfigError(f"'{name}' cannot name a training run.", "give a name, or a path such as ./out.")
     if reference.kind == "name":

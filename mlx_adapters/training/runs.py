@@ -18,7 +18,9 @@ from mlx_adapters.models.loading import load_model, load_tokenizer_of
 from mlx_adapters.optimization import distributed
 from mlx_adapters.optimization.distributed import World
 from mlx_adapters.sources.bases import resolve_base
-from mlx_adapters.sources.registry import Reference, load_adapter, training_lock
+from mlx_adapters.sources.lookup import load_adapter
+from mlx_adapters.sources.references import Reference
+from mlx_adapters.sources.registry import training_lock
 from mlx_adapters.storage import replacing
 from mlx_adapters.storage.tensor_names import ADAPTER_OUTPUT
 from mlx_adapters.training import setup

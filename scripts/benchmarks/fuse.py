@@ -108,7 +108,7 @@ class Bench:
         from mlx_adapters.models.adapter import write_adapter
         from mlx_adapters.models.loading import load_tokenizer_of
         from mlx_adapters.sources.bases import resolve_base
-        from mlx_adapters.sources.registry import load_adapter
+        from mlx_adapters.sources.lookup import load_adapter
 
         a = self.arguments
         loaded = load_adapter(a.adapter)
@@ -244,7 +244,7 @@ def detours(bench):
 def light(bench):
     """An adapter whose update is under 1 % of the weights."""
     bench.prepare()
-    from mlx_adapters.sources.registry import load_adapter
+    from mlx_adapters.sources.lookup import load_adapter
 
     out = str(bench.work / "light")
     factor = in_process("light_adapter", base=bench.base, adapter=bench.adapter, out=out, most=0.0099)["value"]

@@ -81,7 +81,7 @@ def light_adapter(base, adapter, out, most):
     from mlx_adapters.models.adapter import write_adapter
     from mlx_adapters.models.loading import load_module
     from mlx_adapters.sources.bases import resolve_base
-    from mlx_adapters.sources.registry import load_adapter
+    from mlx_adapters.sources.lookup import load_adapter
 
     given, source = load_adapter(adapter), BaseWeights.of(load_module(resolve_base(base))[0])
     updates, shares = Updates(((given, 1.0),)), []
@@ -236,7 +236,7 @@ def score(model, data, questions, adapter=None):
     from mlx_adapters.evaluation.scores import parse_score
     from mlx_adapters.models.loading import load_model
     from mlx_adapters.sources.bases import resolve_base
-    from mlx_adapters.sources.registry import load_adapter
+    from mlx_adapters.sources.lookup import load_adapter
 
     test = read_data(data).rows("test")
     count = min(questions, len(test))

@@ -1,0 +1,84 @@
+"""From a reference to the folder and the adapter that it means."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_adapters.errors import HubError, NotFoundError, did_you_mean
+from mlx_adapters.sources.references import Reference, parse_reference
+from mlx_adapters.sources.registry import adapter_folder, names
+from mlx_adapters.storage import paths
+
+if TYPE_CHECKING:
+    from mlx_adapters.models.adapter import Adapter
+
+
+def locate(reference: str | Reference) -> tuple[Path, int | None]:
+    """(folder, iteration) that a reference means; a Hub reference is downloaded once.
+
+    Raises NotFoundError that suggests the nearest names.
+    """
+    ref = parse_reference(reference) if isinstance(reference, str) else reference
+    if ref.kind == "path":
+        return paths.expanded(ref.target), ref.iteration
+    if ref.kind == "hub":
+        from mlx_adapters.sources.downloads import adapter_snapshot
+
+        try:
+            return adapter_snapshot(ref.target, ref.revision), None
+        except HubError as error:
+            if not Path(ref.target).is_dir():
+                raise
+            raise HubError(error.message, f"the folder is './{ref.target}'; 'user/repo' means the Hub.") from None
+    folder = adapter_folder(ref.target)
+    if not folder.is_dir():
+        if folder.is_symlink():
+            raise NotFoundError(
+                f"'{ref.target}' is a link to '{os.readlink(folder)}', which is not there.",
+                f"connect the disk that it is on, or remove the link: {folder}",
+            )
+        hint = did_you_mean(ref.target, names(), "'mlx-adapters list' shows all.")
+        if Path(ref.target).is_dir():
+            hint = f"the folder is './{ref.target}': a path has a slash."
+        raise NotFoundError(f"No adapter named '{ref.target}'.", hint)
+    return folder, ref.iteration
+
+
+def load_adapter(reference: "str | Path | Adapter") -> "Adapter":
+    """Read the adapter that a reference (or a folder) means; an `Adapter` is checked and given back.
+
+    Warns with a StrengthWarning of one that may have been trained at another strength than it is used at.
+    Raises NotFoundError, FormatError or HubError.
+    """
+    from mlx_adapters.models.adapter import Adapter, StrengthWarning, read_adapter
+
+    if isinstance(reference, Adapter):
+        return reference.check()
+    if isinstance(reference, Path):
+        adapter = read_adapter(reference)
+    else:
+        parsed = parse_reference(reference)
+        folder, iteration = locate(parsed)
+        # The registry's name is the folder's, whatever the folder was called when its record was written.
+        adapter = read_adapter(folder, iteration, name=folder.name if parsed.kind == "name" else None)
+    if adapter.strength_note:
+        warnings.warn(adapter.strength_note, StrengthWarning, stacklevel=2)
+    return adapter
+
+
+def peft_folder(source: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of a PEFT adapter, and what to record of the Hub's repository, from which it is downloaded once.
+
+    Raises NotFoundError or HubError.
+    """
+    text = str(source)
+    if isinstance(source, Path) or paths.is_path(text) or Path(text).is_dir():
+        return paths.expanded(text), {}
+    reference = parse_reference(text)
+    if reference.kind != "hub":
+        return Path(text), {}
+    from mlx_adapters.sources.downloads import adapter_files
+
+    folder, commit = adapter_files(reference.target, reference.revision)
+    return folder, {"hub": {"repo": reference.target, "revision": commit}}

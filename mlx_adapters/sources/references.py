@@ -1,0 +1,60 @@
+"""How a reference is spelled, which alone decides what it means, never what happens to exist.
+
+`NAME` and `NAME@ITERATION` are the registry's, a path starts with `.`, `/` or `~` (with `@ITERATION` for a checkpoint),
+`user/repo[@revision]` is on the Hub.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from mlx_adapters.errors import ConfigError
+from mlx_adapters.storage import paths
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+HUB = re.compile(r"([A-Za-z0-9][\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A parsed reference. `target` is a name, a path or a Hub id."""
+
+    kind: Literal["name", "path", "hub"]
+    target: str
+    iteration: int | None = None
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        suffix = self.revision if self.kind == "hub" else self.iteration
+        return self.target if suffix is None else f"{self.target}@{suffix}"
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it can name an adapter, else raise ConfigError."""
+    if not NAME.fullmatch(name):
+        raise ConfigError(
+            f"'{name}' cannot be an adapter's name.",
+            "use up to 100 letters, digits, '.', '_' and '-'; begin with a letter or digit.",
+        )
+    return name
+
+
+def hub_id(text: str) -> tuple[str, str | None] | None:
+    """(repository, revision) that `user/repo[@revision]` means; None for another spelling."""
+    match = HUB.fullmatch(text)
+    return (match[1], match[2]) if match else None
+
+
+def parse_reference(text: str) -> Reference:
+    """Parse NAME, NAME@ITERATION, a path, or user/repo[@revision]. Raises ConfigError."""
+    if paths.is_path(text):
+        match = re.fullmatch(r"(.+)@(\d+)", text)
+        return Reference("path", match[1], int(match[2])) if match else Reference("path", text)
+    if found := hub_id(text):
+        return Reference("hub", found[0], revision=found[1])
+    if "/" in text:
+        raise ConfigError(f"'{text}' is neither a name nor 'user/repo'.", f"write a path as './{text}'.")
+    name, at, iteration = text.partition("@")
+    if at and not iteration.isdecimal():
+        raise ConfigError(f"'{text}' is no reference: after '@' comes an iteration.", f"for example '{name}@600'.")
+    return Reference("name", check_name(name), int(iteration) if at else None)
