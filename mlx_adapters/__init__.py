@@ -28,8 +28,8 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from mlx_adapters.benchmarking.run import benchmark as benchmark
     from mlx_adapters.benchmarking.schedule import BenchmarkConfig as BenchmarkConfig
     from mlx_adapters.config.fusing import FuseOptions as FuseOptions
+    from mlx_adapters.config.quantization import Quantization as Quantization
     from mlx_adapters.config.training import LoraConfig as LoraConfig
-    from mlx_adapters.config.training import Quantization as Quantization
     from mlx_adapters.config.training import TrainConfig as TrainConfig
     from mlx_adapters.data.checking import check_data as check_data
     from mlx_adapters.data.checking import split_data as split_data
@@ -86,7 +86,7 @@ _PUBLIC = {
     "read_adapter": "models.adapter",
     "write_adapter": "models.adapter",
     "LoraConfig": "config.training",
-    "Quantization": "config.training",
+    "Quantization": "config.quantization",
     "TrainConfig": "config.training",
     "TrainRun": "training.runs",
     "train": "training.runs",

@@ -15,7 +15,8 @@ from adapters import LLAMA, make_adapter, make_mlx_lm_folder, make_run
 from mlx_adapters import cli
 from mlx_adapters.adapters.inspecting import Comparison, LayerComparison
 from mlx_adapters.cli import merge as merge_commands
-from mlx_adapters.config.training import LoraConfig, TrainConfig, from_mapping, read_yaml
+from mlx_adapters.config.mapping import from_mapping, read_yaml
+from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.data.datasets import read_data
 from mlx_adapters.evaluation.tokens import judged_rows
 from mlx_adapters.merging.methods import METHODS

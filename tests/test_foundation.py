@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 
 import mlx_adapters as ma
 from mlx_adapters import errors
-from mlx_adapters.config.training import LoraConfig, Quantization, from_mapping, read_yaml
+from mlx_adapters.config.mapping import from_mapping, read_yaml
+from mlx_adapters.config.quantization import Quantization
+from mlx_adapters.config.training import LoraConfig
 from mlx_adapters.models import layers
 from mlx_adapters.models.adapter import Adapter, AdapterConfig, read_adapter, write_adapter
 from mlx_adapters.models.base import normalized_config

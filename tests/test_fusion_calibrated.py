@@ -27,7 +27,7 @@ from mlx_adapters.calibration.fidelity import measure_fidelity
 from mlx_adapters.calibration.texts import GENERAL, choose_text
 from mlx_adapters.cli import cli
 from mlx_adapters.config.fusing import FuseOptions
-from mlx_adapters.config.training import Quantization
+from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.data.batches import make_batches
 from mlx_adapters.data.datasets import read_data
 from mlx_adapters.errors import ConfigError, FidelityError, FormatError, IncompatibleError, NotFoundError

@@ -14,7 +14,8 @@ from tiny_models import ARCHITECTURES, build_model
 from mlx_adapters.assembly.survival import SurvivalSum, sample
 from mlx_adapters.cli import cli
 from mlx_adapters.config.fusing import FuseOptions
-from mlx_adapters.config.training import LoraConfig, Quantization
+from mlx_adapters.config.quantization import Quantization
+from mlx_adapters.config.training import LoraConfig
 from mlx_adapters.errors import ConfigError, ExistsError, FormatError, IncompatibleError
 from mlx_adapters.fusion.fuse import fuse as fuse_and_check
 from mlx_adapters.fusion.fuse import parse_precision, settle_precision

@@ -12,7 +12,7 @@ from mlx_adapters.calibration.blockwise import Variant
 from mlx_adapters.calibration.collecting import Collector
 from mlx_adapters.calibration.moments import Seen, fits
 from mlx_adapters.config.fusing import FuseOptions
-from mlx_adapters.config.training import Quantization
+from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.data.batches import make_batches
 from mlx_adapters.errors import FormatError
 from mlx_adapters.fusion.fuse import fuse

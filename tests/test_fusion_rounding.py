@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_adapters.calibration.collecting import gram
-from mlx_adapters.config.training import QUANTIZATIONS, Quantization
+from mlx_adapters.config.quantization import QUANTIZATIONS, Quantization
 from mlx_adapters.rounding import feedback
 from mlx_adapters.rounding.grids import make_grid, pack_codes, round_to, to_numpy
 from mlx_adapters.rounding.packed import dequantize, nearest, to_nearest

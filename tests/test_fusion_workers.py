@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_adapters.config.training import Quantization
+from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.errors import ModelError
 from mlx_adapters.rounding import workers
 from mlx_adapters.rounding.packed import nearest

@@ -8,7 +8,8 @@ from adapters import make_run
 from click.testing import CliRunner
 
 from mlx_adapters.cli import cli
-from mlx_adapters.config.training import LoraConfig, from_mapping, read_yaml
+from mlx_adapters.config.mapping import from_mapping, read_yaml
+from mlx_adapters.config.training import LoraConfig
 from mlx_adapters.data.checking import split_data
 from mlx_adapters.data.datasets import read_split
 from mlx_adapters.errors import AdapterError, ConfigError, FormatError

@@ -8,7 +8,8 @@ import pytest
 from mlx.utils import tree_flatten
 from tiny_models import ARCHITECTURES, VOCABULARY
 
-from mlx_adapters.config.training import LoraConfig, Quantization, TrainConfig
+from mlx_adapters.config.quantization import Quantization
+from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.data.batches import Batch, make_batch
 from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.errors import ConfigError, ModelError

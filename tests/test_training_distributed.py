@@ -11,7 +11,7 @@ import pytest
 from training_tools import write_data
 
 from mlx_adapters import LoraConfig, TrainConfig, train
-from mlx_adapters.config.training import to_mapping
+from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.data.batches import epoch_batches
 from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.optimization.distributed import World

@@ -9,7 +9,8 @@ from training_tools import write_data
 
 from mlx_adapters import estimate
 from mlx_adapters.config.fusing import FuseOptions
-from mlx_adapters.config.training import LoraConfig, Quantization, TrainConfig
+from mlx_adapters.config.quantization import Quantization
+from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.data.batches import make_batch
 from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.errors import ConfigError

@@ -14,7 +14,7 @@ import pytest
 from training_table import WAYS
 from training_tools import outcome, write_data
 
-from mlx_adapters.config.training import to_mapping
+from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.sources.registry import adapter_folder
 from mlx_adapters.training import state as states
 

@@ -12,7 +12,8 @@ import sys
 import traceback
 
 import mlx_adapters.training.runs as runs
-from mlx_adapters.config.training import LoraConfig, TrainConfig, from_mapping
+from mlx_adapters.config.mapping import from_mapping
+from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.errors import TrainingError
 from mlx_adapters.training.folder import place_of
 

@@ -5,7 +5,8 @@ import os
 import sys
 from pathlib import Path
 
-from mlx_adapters.config.training import LoraConfig, TrainConfig, from_mapping
+from mlx_adapters.config.mapping import from_mapping
+from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.training import loop, runs
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters.config.training import to_mapping
+from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.events import OnEvent, ignore
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.low_rank import LowRankUpdate, inner, update_of, update_shape

@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters.config.training import require
+from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import AdapterError, ConfigError, ExistsError, did_you_mean
 from mlx_adapters.models.adapter import weights_file
 from mlx_adapters.models.metadata import losses_of, read_metadata

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from mlx_adapters.config.training import require
+from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import AdapterError, ConfigError, ExistsError, FormatError, NotFoundError
 from mlx_adapters.events import Note, OnEvent, Progress, ignore
 from mlx_adapters.models.adapter import read_adapter

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters.config.training import to_mapping
+from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.models.base import INDEX_FILE, OTHER_FILE, Base, quantization_in
 from mlx_adapters.storage import files, tensor_files, tensor_names
 from mlx_adapters.storage.tensor_files import StoredTensor

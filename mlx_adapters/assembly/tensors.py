@@ -20,7 +20,8 @@ from mlx_adapters.assembly.plan import (
 from mlx_adapters.assembly.survival import Survival, SurvivalSum, require_finite, sample
 from mlx_adapters.assembly.weights import BaseWeights, Updates, chunks
 from mlx_adapters.assembly.writing import Unit, copy_companions, dtype_name, write_config, write_weights
-from mlx_adapters.config.training import Quantization, require
+from mlx_adapters.config.mapping import require
+from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.events import OnEvent
 from mlx_adapters.models.base import Base, quantization_in
 from mlx_adapters.models.layers import check_fits, check_made_for

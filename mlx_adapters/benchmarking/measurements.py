@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any, Self
 
 from mlx_adapters.benchmarking.schedule import BenchmarkConfig
-from mlx_adapters.config.training import to_mapping
+from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.evaluation.statistics import Blocks, Ratio, Summary, paired_ratio, summarize
 from mlx_adapters.evaluation.variants import Variant, short_names
 

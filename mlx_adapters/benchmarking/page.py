@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_adapters.benchmarking import words
 from mlx_adapters.benchmarking.measurements import METRICS, Measurements, VariantFigures
-from mlx_adapters.config.training import to_mapping
+from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.display import bars
 from mlx_adapters.units import count, duration, number, size
 

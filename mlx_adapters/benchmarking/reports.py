@@ -11,7 +11,7 @@ from mlx_adapters.benchmarking import words
 from mlx_adapters.benchmarking.measurements import COMPARED, FORMAT, METRICS, Measurements, Run
 from mlx_adapters.benchmarking.page import plots
 from mlx_adapters.benchmarking.schedule import BenchmarkConfig
-from mlx_adapters.config.training import from_mapping
+from mlx_adapters.config.mapping import from_mapping
 from mlx_adapters.display.notebook import html_block, html_pictures, html_table
 from mlx_adapters.errors import FormatError
 from mlx_adapters.evaluation.statistics import Ratio, unpaired_ratio

@@ -12,7 +12,7 @@ from typing import Any
 from mlx_adapters.benchmarking.measurements import Run
 from mlx_adapters.benchmarking.reports import Report
 from mlx_adapters.benchmarking.schedule import BenchmarkConfig, schedule
-from mlx_adapters.config.training import to_mapping
+from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.evaluation.variants import Variant, as_text, parse_variants, prepare, workspace
 from mlx_adapters.events import Note, OnEvent, Progress, ignore
 from mlx_adapters.models.adapter import Adapter

@@ -3,7 +3,8 @@
 import random
 from dataclasses import dataclass
 
-from mlx_adapters.config.training import DTYPES, require
+from mlx_adapters.config.mapping import require
+from mlx_adapters.config.quantization import DTYPES
 
 
 def stretch(decode_tokens: int) -> int:

@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 
 from mlx_adapters.benchmarking import trials
 from mlx_adapters.benchmarking.schedule import BenchmarkConfig
-from mlx_adapters.config.training import from_mapping, require
+from mlx_adapters.config.mapping import from_mapping, require
 from mlx_adapters.data.datasets import read_data
 from mlx_adapters.data.tokenizing import tokenize
 from mlx_adapters.errors import AdapterError, FormatError

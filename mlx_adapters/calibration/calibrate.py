@@ -13,7 +13,7 @@ from mlx_adapters.assembly.writing import dtype_name
 from mlx_adapters.calibration.blockwise import Variant
 from mlx_adapters.calibration.collecting import Collector
 from mlx_adapters.calibration.moments import Moments, mix
-from mlx_adapters.config.training import Quantization
+from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.data.batches import TokenBatch
 from mlx_adapters.errors import FormatError
 from mlx_adapters.events import OnEvent, Progress

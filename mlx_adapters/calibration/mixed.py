@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from mlx_adapters.assembly.plan import LayerPlan, Precision, packed_shapes
 from mlx_adapters.assembly.writing import tensor_bytes
-from mlx_adapters.config.training import QUANTIZATIONS, Quantization
+from mlx_adapters.config.quantization import QUANTIZATIONS, Quantization
 from mlx_adapters.events import Note, OnEvent
 
 MEASUREMENTS = 8

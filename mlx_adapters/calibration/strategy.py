@@ -20,7 +20,8 @@ from mlx_adapters.calibration.mixed import (
 )
 from mlx_adapters.calibration.texts import Text, choose_text
 from mlx_adapters.config.fusing import FuseOptions
-from mlx_adapters.config.training import Quantization, to_mapping
+from mlx_adapters.config.mapping import to_mapping
+from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.data.batches import TokenBatch, make_batches
 from mlx_adapters.data.datasets import spread
 from mlx_adapters.errors import AdapterError, ConfigError

@@ -11,7 +11,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from mlx_adapters.cli import _output
-from mlx_adapters.config.training import DTYPES
+from mlx_adapters.config.quantization import DTYPES
 from mlx_adapters.errors import ConfigError
 
 Command = TypeVar("Command", bound=Callable[..., Any])

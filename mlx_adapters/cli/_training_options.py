@@ -9,18 +9,9 @@ from typing import Any, TypeVar
 import click
 
 from mlx_adapters.cli._options import UserPath, module_names
-from mlx_adapters.config.training import (
-    ADAPTER_TYPES,
-    DTYPES,
-    MODES,
-    OPTIMIZERS,
-    SCHEDULES,
-    LoraConfig,
-    TrainConfig,
-    from_mapping,
-    read_yaml,
-    to_mapping,
-)
+from mlx_adapters.config.mapping import from_mapping, read_yaml, to_mapping
+from mlx_adapters.config.quantization import DTYPES, MODES
+from mlx_adapters.config.training import ADAPTER_TYPES, OPTIMIZERS, SCHEDULES, LoraConfig, TrainConfig
 from mlx_adapters.errors import AdapterError, ConfigError, did_you_mean
 
 Command = TypeVar("Command", bound=Callable[..., Any])

@@ -16,7 +16,7 @@ from mlx_adapters.cli._options import (
     refuse_ignored,
 )
 from mlx_adapters.config.fusing import BITS, FORMATS, METHODS
-from mlx_adapters.config.training import DTYPES, MODES
+from mlx_adapters.config.quantization import DTYPES, MODES
 from mlx_adapters.units import count
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from mlx_adapters.cli._options import (
     overwrite_option,
 )
 from mlx_adapters.cli._output import number
-from mlx_adapters.config.training import DTYPES
+from mlx_adapters.config.quantization import DTYPES
 from mlx_adapters.units import count
 
 if TYPE_CHECKING:

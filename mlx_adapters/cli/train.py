@@ -19,7 +19,8 @@ from mlx_adapters.cli._options import (
     refuse_outputs_that_are_read,
 )
 from mlx_adapters.cli._training_options import SETTINGS, Settings, read_settings, training_options
-from mlx_adapters.config.training import LoraConfig, TrainConfig, to_mapping
+from mlx_adapters.config.mapping import to_mapping
+from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.events import Event, Note, Progress, TrainReport, ValidationReport
 from mlx_adapters.training.reporting import SERVICES

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_adapters.config.training import TrainConfig, require
+from mlx_adapters.config.mapping import require
+from mlx_adapters.config.training import TrainConfig
 from mlx_adapters.data.datasets import DataSet, RawRow, read_data, read_split
 from mlx_adapters.data.tokenizing import Row, tokenize_row
 from mlx_adapters.models.base import Base

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_adapters.config.training import require
+from mlx_adapters.config.mapping import require
 from mlx_adapters.data.datasets import SPLITS, RawRow, read_data, spread
 from mlx_adapters.errors import AdapterError, NotFoundError
 from mlx_adapters.evaluation.answers import greedy_answers, questions

@@ -20,7 +20,8 @@ from mlx_adapters.calibration.calibrate import Spool
 from mlx_adapters.calibration.strategy import Work
 from mlx_adapters.calibration.texts import GENERAL, choose_text
 from mlx_adapters.config.fusing import DEFAULTS, FuseOptions
-from mlx_adapters.config.training import DTYPES, QUANTIZATIONS, Quantization, default_group_size, from_mapping, require
+from mlx_adapters.config.mapping import from_mapping, require
+from mlx_adapters.config.quantization import DTYPES, QUANTIZATIONS, Quantization, default_group_size
 from mlx_adapters.errors import ConfigError, FidelityError, IncompatibleError
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.fusion import recipe as recipes

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.assembly.plan import Precision
-from mlx_adapters.config.training import Quantization, from_mapping, to_mapping
+from mlx_adapters.config.mapping import from_mapping, to_mapping
+from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.errors import AdapterError, FormatError, IncompatibleError
 from mlx_adapters.models import metadata
 from mlx_adapters.models.adapter import Adapter

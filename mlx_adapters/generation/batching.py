@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_adapters.config.training import require
+from mlx_adapters.config.mapping import require
 from mlx_adapters.generation.sampling import Sampler
 from mlx_adapters.runtime.attached import Attached
 from mlx_adapters.runtime.pool import AdapterPool

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from mlx.utils import tree_flatten
 
-from mlx_adapters.config.training import Quantization, require
+from mlx_adapters.config.mapping import require
+from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import adaptable_layers, check_fits, weight_shape

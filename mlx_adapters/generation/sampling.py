@@ -3,7 +3,7 @@
 import math
 import os
 
-from mlx_adapters.config.training import require
+from mlx_adapters.config.mapping import require
 from mlx_adapters.system.door import mx
 
 

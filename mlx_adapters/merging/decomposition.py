@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_adapters.config.training import require
+from mlx_adapters.config.mapping import require
 from mlx_adapters.models.low_rank import Matrix
 
 EXACT_UP_TO = 768

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 
-from mlx_adapters.config.training import DTYPES, require
+from mlx_adapters.config.mapping import require
+from mlx_adapters.config.quantization import DTYPES
 from mlx_adapters.errors import ConfigError, IncompatibleError, did_you_mean
 from mlx_adapters.events import OnEvent, Progress, ignore
 from mlx_adapters.merging.arithmetic import SIGN_METHODS, SignMethod

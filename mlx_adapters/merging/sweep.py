@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlx_adapters.config.training import require
+from mlx_adapters.config.mapping import require
 from mlx_adapters.events import OnEvent, ignore
 from mlx_adapters.merging.recipes import Source, interpolate
 from mlx_adapters.models.adapter import Adapter

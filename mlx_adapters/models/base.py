@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_adapters.config.training import Quantization
+from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.errors import FormatError, ModelError, NotFoundError
 from mlx_adapters.storage import files, tensor_files
 from mlx_adapters.system.door import load_config, logits_shape, mx, refusals

@@ -12,7 +12,8 @@ from typing import Any
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_adapters import units
-from mlx_adapters.config.training import LoraConfig, Quantization
+from mlx_adapters.config.quantization import Quantization
+from mlx_adapters.config.training import LoraConfig
 from mlx_adapters.errors import ConfigError, IncompatibleError, ModelError, did_you_mean
 from mlx_adapters.models.adapter import Adapter, AdapterConfig
 from mlx_adapters.models.metadata import base_of

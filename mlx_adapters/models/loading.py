@@ -7,7 +7,8 @@ arithmetic is ten times slower there); on a GPU it stays as stored.
 from dataclasses import replace
 from typing import Any
 
-from mlx_adapters.config.training import DTYPES, require
+from mlx_adapters.config.mapping import require
+from mlx_adapters.config.quantization import DTYPES
 from mlx_adapters.errors import AdapterError, FormatError, ModelError
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base

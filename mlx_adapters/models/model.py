@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_adapters.config.training import require
+from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import ModelError
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base

@@ -21,7 +21,7 @@ from typing import Any
 
 from mlx.utils import tree_unflatten
 
-from mlx_adapters.config.training import Quantization
+from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.errors import AdapterError, ModelError
 from mlx_adapters.models.layers import dense_layer, dense_weight, is_quantized, weight_layers, weight_shape
 from mlx_adapters.storage import files, paths

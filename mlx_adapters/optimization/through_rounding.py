@@ -15,7 +15,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_adapters.assembly.plan import Precision, plan_layers
 from mlx_adapters.assembly.weights import BaseWeights
-from mlx_adapters.config.training import Quantization
+from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.models.layers import (
     EMBEDDING,

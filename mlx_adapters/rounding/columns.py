@@ -6,7 +6,7 @@ Matrices are transposed, (in, out), float32; H is the inputs' second moments, R 
 import mlx.core as mx
 import numpy as np
 
-from mlx_adapters.config.training import Quantization
+from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.rounding.grids import Array, Grid, make_grid, pack_codes, to_numpy
 from mlx_adapters.rounding.packed import Packed
 

@@ -30,7 +30,7 @@ import math
 import mlx.core as mx
 import numpy as np
 
-from mlx_adapters.config.training import Quantization
+from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.rounding.columns import Rounder
 from mlx_adapters.rounding.grids import Array, to_numpy
 from mlx_adapters.rounding.packed import Packed, dequantize, to_nearest

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
-from mlx_adapters.config.training import Quantization
+from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.storage.tensor_files import as_numpy
 
 Array = np.ndarray

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_adapters.config.training import Quantization
+from mlx_adapters.config.quantization import Quantization
 
 
 @dataclass(frozen=True)

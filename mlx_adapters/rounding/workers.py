@@ -21,7 +21,7 @@ from typing import IO
 import mlx.core as mx
 import numpy as np
 
-from mlx_adapters.config.training import Quantization
+from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.errors import ModelError
 from mlx_adapters.rounding.feedback import DAMPING, OUTPUT_DAMPING, calibrated, nearest_if_better
 from mlx_adapters.rounding.packed import Packed

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mlx_adapters.config.training import require
+from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import IncompatibleError, NotFoundError, did_you_mean
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.layers import SWITCH, adaptable_layers, check_fits, compute_dtype, is_quantized

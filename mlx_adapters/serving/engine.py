@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from mlx_adapters.config.training import require
+from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import AdapterError, did_you_mean
 from mlx_adapters.generation.batching import Batcher, Request, Token
 from mlx_adapters.generation.live import LiveModel

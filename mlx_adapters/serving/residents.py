@@ -8,7 +8,7 @@ import itertools
 import math
 from dataclasses import dataclass
 
-from mlx_adapters.config.training import require
+from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.generation.live import LiveModel
 from mlx_adapters.models.adapter import Adapter

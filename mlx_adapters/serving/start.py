@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from mlx_adapters.config.training import require
+from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import ConfigError, NotFoundError
 from mlx_adapters.generation.live import load_model
 from mlx_adapters.models.layers import check_fits, check_made_for

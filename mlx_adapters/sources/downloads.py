@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mlx_adapters.config.training import require
+from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import HubError
 from mlx_adapters.models.adapter import Adapter, read_adapter, write_adapter_files
 from mlx_adapters.models.metadata import read_metadata

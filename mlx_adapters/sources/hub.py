@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters.config.training import require
+from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import AdapterError, ConfigError, HubError
 from mlx_adapters.sources.references import hub_id
 from mlx_adapters.storage import paths

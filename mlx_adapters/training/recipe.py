@@ -7,7 +7,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters.config.training import LoraConfig, TrainConfig, from_mapping, to_mapping
+from mlx_adapters.config.mapping import from_mapping, to_mapping
+from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.data.datasets import DataSet
 from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.errors import FormatError, IncompatibleError, NotFoundError

@@ -6,7 +6,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters.config.training import LoraConfig, TrainConfig, require
+from mlx_adapters.config.mapping import require
+from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.data.datasets import DataSet, read_data
 from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.errors import ConfigError, FormatError, TrainingError

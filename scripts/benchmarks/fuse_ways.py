@@ -96,7 +96,7 @@ def light_adapter(base, adapter, out, most):
 def ours(base, adapter, out, precision="keep", dtype="auto", **options):
     """mlx_adapters.fuse; its check is left out unless asked for, because all methods are judged alike."""
     from mlx_adapters.config.fusing import FuseOptions
-    from mlx_adapters.config.training import Quantization
+    from mlx_adapters.config.quantization import Quantization
     from mlx_adapters.fusion.fuse import fuse
 
     if isinstance(precision, list):

@@ -33,7 +33,7 @@ from mlx_adapters.benchmarking import run as running
 from mlx_adapters.benchmarking import trials, words, worker
 from mlx_adapters.benchmarking.reports import changes
 from mlx_adapters.benchmarking.schedule import BenchmarkConfig
-from mlx_adapters.config.training import to_mapping
+from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.evaluation.variants import Variant, workspace
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import files
