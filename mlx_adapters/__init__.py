@@ -62,9 +62,9 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from mlx_adapters.merging.recipes import scale as scale
     from mlx_adapters.merging.recipes import subtract as subtract
     from mlx_adapters.models.adapter import Adapter as Adapter
-    from mlx_adapters.models.adapter import AdapterConfig as AdapterConfig
     from mlx_adapters.models.adapter import read_adapter as read_adapter
     from mlx_adapters.models.adapter import write_adapter as write_adapter
+    from mlx_adapters.models.metadata import AdapterConfig as AdapterConfig
     from mlx_adapters.models.model import Generation as Generation
     from mlx_adapters.models.model import Model as Model
     from mlx_adapters.publishing.uploads import make_card as make_card
@@ -82,7 +82,7 @@ __version__ = "0.1.0"
 # Public name -> the module it lives in.
 _PUBLIC = {
     "Adapter": "models.adapter",
-    "AdapterConfig": "models.adapter",
+    "AdapterConfig": "models.metadata",
     "read_adapter": "models.adapter",
     "write_adapter": "models.adapter",
     "LoraConfig": "config.training",

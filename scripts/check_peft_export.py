@@ -48,9 +48,10 @@ def write(out):
     import mlx_adapters  # noqa: F401
     from mlx_adapters.adapters.peft_export import export_peft
     from mlx_adapters.checkpoints.originals import layout_of
-    from mlx_adapters.models.adapter import Adapter, AdapterConfig
+    from mlx_adapters.models.adapter import Adapter
     from mlx_adapters.models.layers import adaptable_layers, attach, detach, expected_shapes
     from mlx_adapters.models.loading import load_model
+    from mlx_adapters.models.metadata import AdapterConfig
     from mlx_adapters.peft_format.conversion import convert, record
     from mlx_adapters.peft_format.reading import read_peft
     from mlx_adapters.sources.bases import resolve_base

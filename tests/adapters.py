@@ -6,9 +6,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_adapters.models.adapter import Adapter, AdapterConfig, write_adapter_files
+from mlx_adapters.models.adapter import Adapter, write_adapter_files
 from mlx_adapters.models.layers import adaptable_layers, expected_shapes
 from mlx_adapters.models.loading import load_module
+from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.sources import registry
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import files, tensor_files

@@ -13,8 +13,9 @@ from hub_server import WRITE_TOKEN, HubServer
 
 from mlx_adapters.config.training import LoraConfig
 from mlx_adapters.models import layers
-from mlx_adapters.models.adapter import Adapter, AdapterConfig
+from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.loading import load_model
+from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.sources import registry
 from mlx_adapters.sources.bases import resolve_base
 

@@ -38,8 +38,9 @@ from mlx_adapters.evaluation.statistics import (
 )
 from mlx_adapters.evaluation.variants import Variant, parse_variant, parse_variants, prepare, short_names
 from mlx_adapters.generation import memory
-from mlx_adapters.models.adapter import Adapter, AdapterConfig
+from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.loading import load_model
+from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.registry import register
 from mlx_adapters.storage.files import write_json

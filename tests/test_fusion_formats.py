@@ -13,7 +13,8 @@ from test_fusion_fuse import fuse, logits, make_adapter
 
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.errors import ConfigError, StorageError
-from mlx_adapters.models.layers import adaptable_layers, dense_weight
+from mlx_adapters.models.dense import dense_weight
+from mlx_adapters.models.layers import adaptable_layers
 from mlx_adapters.models.loading import load_model, load_module
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import tensor_files

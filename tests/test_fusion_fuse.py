@@ -19,16 +19,11 @@ from mlx_adapters.config.training import LoraConfig
 from mlx_adapters.errors import ConfigError, ExistsError, FormatError, IncompatibleError
 from mlx_adapters.fusion.fuse import fuse as fuse_and_check
 from mlx_adapters.fusion.fuse import parse_precision, settle_precision
-from mlx_adapters.models.adapter import Adapter, AdapterConfig, write_adapter
-from mlx_adapters.models.layers import (
-    adaptable_layers,
-    dense_weight,
-    expected_shapes,
-    quantization_of,
-    resolve_target_modules,
-    updated_weight,
-)
+from mlx_adapters.models.adapter import Adapter, write_adapter
+from mlx_adapters.models.dense import dense_weight, quantization_of
+from mlx_adapters.models.layers import adaptable_layers, expected_shapes, resolve_target_modules, updated_weight
 from mlx_adapters.models.loading import load_model, load_module
+from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.sources import registry
 from mlx_adapters.sources.bases import resolve_base
 

@@ -16,9 +16,11 @@ from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.data.batches import make_batches
 from mlx_adapters.errors import FormatError
 from mlx_adapters.fusion.fuse import fuse
-from mlx_adapters.models.adapter import Adapter, AdapterConfig
-from mlx_adapters.models.layers import adaptable_layers, dense_layer, dense_weight, weight_layers
+from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.dense import dense_layer, dense_weight
+from mlx_adapters.models.layers import adaptable_layers, weight_layers
 from mlx_adapters.models.loading import load_model, load_module
+from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import files
 

@@ -11,10 +11,11 @@ from mlx_adapters.errors import ConfigError, ExistsError, IncompatibleError
 from mlx_adapters.merging.extraction import extract
 from mlx_adapters.merging.methods import METHODS
 from mlx_adapters.merging.recipes import interpolate, merge, scale, subtract
-from mlx_adapters.models.adapter import Adapter, AdapterConfig, read_adapter
+from mlx_adapters.models.adapter import Adapter, read_adapter
 from mlx_adapters.models.layers import adaptable_layers
 from mlx_adapters.models.loading import load_model, load_module
 from mlx_adapters.models.low_rank import update_of
+from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.sources.bases import resolve_base
 
 

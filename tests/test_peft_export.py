@@ -10,9 +10,10 @@ from test_peft_import import ADAPTERS, FIXTURES, TIED, base_of, case
 from mlx_adapters.adapters.peft_export import export_peft
 from mlx_adapters.adapters.peft_import import import_peft
 from mlx_adapters.errors import ExistsError, FormatError
-from mlx_adapters.models.adapter import Adapter, AdapterConfig
+from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.layers import adaptable_layers, expected_shapes
 from mlx_adapters.models.loading import load_model
+from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import files
 from mlx_adapters.storage.tensor_names import join

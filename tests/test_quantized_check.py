@@ -15,7 +15,8 @@ from mlx_adapters import TrainConfig, train
 from mlx_adapters.errors import ModelError
 from mlx_adapters.generation.live import load_model as load_live_model
 from mlx_adapters.models import quantized_check
-from mlx_adapters.models.layers import is_quantized, weight_layers
+from mlx_adapters.models.dense import is_quantized
+from mlx_adapters.models.layers import weight_layers
 from mlx_adapters.models.loading import load_model
 from mlx_adapters.models.quantized_check import LayerCheck, MiscomputedWarning, check_device, check_layer, kind_of
 from mlx_adapters.sources.bases import resolve_base

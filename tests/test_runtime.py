@@ -13,9 +13,10 @@ import mlx_adapters as ma
 from mlx_adapters.config.training import LoraConfig
 from mlx_adapters.errors import ConfigError, FormatError, IncompatibleError, ModelError, NotFoundError
 from mlx_adapters.generation.live import LiveModel, load_model
-from mlx_adapters.models import layers
-from mlx_adapters.models.adapter import Adapter, AdapterConfig, write_adapter
+from mlx_adapters.models import layers, loading
+from mlx_adapters.models.adapter import Adapter, write_adapter
 from mlx_adapters.models.loading import load_model as load_plain_model
+from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.system import machine
@@ -91,7 +92,7 @@ def test_quantized_base(tiny_model, bits, kind):
     reference.module.set_dtype(mx.float32)
     base = model.logits(TOKENS)
     adapter = random_adapter(model, kind)
-    layers.dequantize_layers(reference.module, mx.float32)
+    loading.dequantize_layers(reference.module, mx.float32)
     layers.attach(reference.module, adapter)
     model.attach(adapter)
     assert distance(model.logits(TOKENS), reference.module(mx.array([TOKENS]))[0]) < 2e-5

@@ -16,7 +16,8 @@ from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.layers import dense_weight, named_layers, updated_weight
+from mlx_adapters.models.dense import dense_weight
+from mlx_adapters.models.layers import named_layers, updated_weight
 from mlx_adapters.models.loading import load_model, load_module
 from mlx_adapters.optimization import losses, through_rounding
 from mlx_adapters.optimization.step import LossPlan, TrainStep

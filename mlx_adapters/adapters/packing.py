@@ -21,10 +21,10 @@ from mlx_adapters.errors import AdapterError, ConfigError, ExistsError, FormatEr
 from mlx_adapters.events import Note, OnEvent, Progress, ignore
 from mlx_adapters.models.adapter import read_adapter
 from mlx_adapters.models.base import Base
-from mlx_adapters.models.metadata import check_config, iterations_of, read_config, read_metadata, read_whole
+from mlx_adapters.models.metadata import check_config, iterations_of, read_config, read_metadata
 from mlx_adapters.sources import lookup, references, registry
 from mlx_adapters.storage import files, paths, replacing
-from mlx_adapters.storage.replacing import Output
+from mlx_adapters.storage.replacing import Output, read_whole
 from mlx_adapters.storage.tensor_names import (
     ADAPTER_FILE,
     ADAPTER_OUTPUT,

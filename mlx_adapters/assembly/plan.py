@@ -11,7 +11,7 @@ from typing import Any
 from mlx_adapters.assembly.weights import BaseWeights
 from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.config.quantization import Quantization, default_group_size
-from mlx_adapters.models.layers import quantization_of, weight_shape
+from mlx_adapters.models.dense import quantization_of, weight_shape
 from mlx_adapters.storage import tensor_names
 from mlx_adapters.storage.tensor_names import BIASES, QUANTIZED_LEAVES, SCALES, WEIGHT
 from mlx_adapters.system.door import nn

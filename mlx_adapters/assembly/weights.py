@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from mlx.utils import tree_flatten
 
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.layers import EMBEDDING, dense_weight, quantization_of, updated_weight, weight_layers
+from mlx_adapters.models.dense import dense_weight, quantization_of
+from mlx_adapters.models.layers import EMBEDDING, updated_weight, weight_layers
 from mlx_adapters.rounding.packed import Packed, dequantize
 from mlx_adapters.system.door import mx, nn
 

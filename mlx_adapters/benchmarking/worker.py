@@ -30,7 +30,8 @@ from mlx_adapters.evaluation.variants import Variant
 from mlx_adapters.generation import memory
 from mlx_adapters.generation.live import load_model
 from mlx_adapters.models.adapter import StrengthWarning, weights_file
-from mlx_adapters.models.layers import adaptable_layers, is_quantized
+from mlx_adapters.models.dense import is_quantized
+from mlx_adapters.models.layers import adaptable_layers
 from mlx_adapters.models.loading import load_tokenizer_of
 from mlx_adapters.models.model import Model
 from mlx_adapters.models.quantized_check import MiscomputedWarning

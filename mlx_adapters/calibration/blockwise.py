@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_adapters.assembly.weights import BaseWeights, Updates
 from mlx_adapters.models.base import Base
-from mlx_adapters.models.layers import dense_layer
+from mlx_adapters.models.dense import dense_layer
 from mlx_adapters.models.loading import load_module
 from mlx_adapters.system.door import mx, nn
 

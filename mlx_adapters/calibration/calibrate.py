@@ -18,7 +18,7 @@ from mlx_adapters.data.batches import TokenBatch
 from mlx_adapters.errors import FormatError
 from mlx_adapters.events import OnEvent, Progress
 from mlx_adapters.models.base import Base
-from mlx_adapters.models.layers import weight_shape
+from mlx_adapters.models.dense import weight_shape
 from mlx_adapters.rounding.feedback import DAMPING, OUTPUT_DAMPING
 from mlx_adapters.rounding.packed import Packed
 from mlx_adapters.rounding.workers import Done, Task, Workers, worker_count

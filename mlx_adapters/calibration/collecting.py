@@ -21,7 +21,8 @@ from mlx_adapters.calibration.blockwise import Blocks, Call, Variant
 from mlx_adapters.calibration.moments import Moments, Seen, add_calls, fits, gram
 from mlx_adapters.data.batches import TokenBatch
 from mlx_adapters.events import OnEvent, Progress, ignore
-from mlx_adapters.models.layers import ADAPTABLE, weight_shape
+from mlx_adapters.models.dense import weight_shape
+from mlx_adapters.models.layers import ADAPTABLE
 from mlx_adapters.storage import paths, tensor_files
 from mlx_adapters.surgery.taps import Tap, Tape, fisher_probe, tapped_vjp
 from mlx_adapters.system.door import mx, nn

@@ -18,7 +18,7 @@ from mlx_adapters.events import OnEvent, ignore
 from mlx_adapters.fusion.fuse import choose_base, gather_updates
 from mlx_adapters.fusion.recipe import Given
 from mlx_adapters.models.base import Base
-from mlx_adapters.models.layers import weight_shape
+from mlx_adapters.models.dense import weight_shape
 from mlx_adapters.models.loading import load_module, load_tokenizer_of
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.system.door import mx

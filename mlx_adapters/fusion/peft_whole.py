@@ -10,7 +10,8 @@ from mlx.utils import tree_flatten
 from mlx_adapters.checkpoints.places import Places
 from mlx_adapters.checkpoints.probing import Layout, Piece
 from mlx_adapters.errors import FormatError, IncompatibleError
-from mlx_adapters.models.layers import EMBEDDING, adaptable_layers, dense_weight, nn, tied, weight_shape
+from mlx_adapters.models.dense import dense_weight, weight_shape
+from mlx_adapters.models.layers import EMBEDDING, adaptable_layers, nn, tied
 from mlx_adapters.peft_format.reading import PeftAdapter
 from mlx_adapters.peft_format.tying import is_head
 from mlx_adapters.storage import tensor_names

@@ -16,7 +16,8 @@ from mlx_adapters.config.mapping import require
 from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base
-from mlx_adapters.models.layers import adaptable_layers, check_fits, weight_shape
+from mlx_adapters.models.dense import weight_shape
+from mlx_adapters.models.layers import adaptable_layers, check_fits
 from mlx_adapters.models.loading import load_module
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.lookup import load_adapter

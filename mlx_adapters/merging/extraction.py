@@ -23,11 +23,13 @@ from mlx_adapters.merging.decomposition import (
     join_decompositions,
     kept_energy,
 )
-from mlx_adapters.models.adapter import Adapter, AdapterConfig
+from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base
-from mlx_adapters.models.layers import EMBEDDING, adaptable_layers, dense_weight, resolve_target_modules, weight_shape
+from mlx_adapters.models.dense import dense_weight, weight_shape
+from mlx_adapters.models.layers import EMBEDDING, adaptable_layers, resolve_target_modules
 from mlx_adapters.models.loading import load_module
 from mlx_adapters.models.low_rank import LowRankUpdate, Matrix, tensors_of
+from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.sources import registry
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import files, paths, replacing, tensor_files

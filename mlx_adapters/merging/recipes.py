@@ -21,9 +21,9 @@ from mlx_adapters.events import OnEvent, Progress, ignore
 from mlx_adapters.merging.arithmetic import SIGN_METHODS, SignMethod
 from mlx_adapters.merging.decomposition import Decomposition, check_rank, kept_energy, pad_rank
 from mlx_adapters.merging.methods import METHODS, Method, Options, merge_updates
-from mlx_adapters.models.adapter import Adapter, AdapterConfig, weights_file
+from mlx_adapters.models.adapter import Adapter, weights_file
 from mlx_adapters.models.low_rank import LowRankUpdate, factors_of, stack_tensors, tensors_of, update_of, update_shape
-from mlx_adapters.models.metadata import base_of
+from mlx_adapters.models.metadata import AdapterConfig, base_of
 from mlx_adapters.sources import lookup, registry
 from mlx_adapters.storage import files, paths, replacing
 from mlx_adapters.storage.tensor_names import ADAPTER_FILE, LORA_A, LORA_B, join, natural_order

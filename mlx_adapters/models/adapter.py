@@ -16,16 +16,18 @@ import numpy as np
 
 from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.models.metadata import (
+    AdapterConfig,
     base_of,
     check_config,
     is_number,
     iterations_of,
     losses_of,
+    parse_config,
     read_config,
     read_metadata,
-    read_whole,
 )
 from mlx_adapters.storage import files, paths, tensor_files, tensor_names
+from mlx_adapters.storage.replacing import read_whole
 from mlx_adapters.storage.tensor_names import (
     ADAPTER_FILE,
     ADAPTER_LEAVES,
@@ -40,39 +42,6 @@ from mlx_adapters.units import count
 
 Weights = dict[str, mx.array]  # by tensor name
 LARGE_SCALE, LARGEST_UPDATE = 1e6, 1e15
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """The settings an adapter needs to be applied.
-
-    `keys` are full module paths; `num_layers` is what was asked for when training (-1: all blocks).
-    """
-
-    rank: int
-    scale: float
-    keys: tuple[str, ...]
-    type: str = "lora"
-    dropout: float = 0.0
-    num_layers: int = -1
-
-    def to_mlx_lm(self) -> dict[str, Any]:
-        """The settings as mlx-lm's `adapter_config.json` spells them."""
-        parameters = {"rank": self.rank, "scale": self.scale, "dropout": self.dropout, "keys": list(self.keys)}
-        return {"fine_tune_type": self.type, "num_layers": self.num_layers, "lora_parameters": parameters}
-
-
-def parse_config(raw: Mapping[str, Any], keys: tuple[str, ...], where: str) -> AdapterConfig:
-    """Read mlx-lm's form of the settings; `keys` come from the tensors, which are the truth.
-
-    Raises FormatError that names what is missing or wrong.
-    """
-    check_config(raw, where)
-    parameters, layers = raw["lora_parameters"], raw.get("num_layers")
-    scale, dropout = float(parameters["scale"]), float(parameters.get("dropout", 0.0))
-    return AdapterConfig(
-        parameters["rank"], scale, keys, raw.get("fine_tune_type", "lora"), dropout, -1 if layers is None else layers
-    )
 
 
 class StrengthWarning(UserWarning):

@@ -5,20 +5,19 @@ plain mlx-lm computes.
 """
 
 import math
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_adapters import units
-from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.config.training import LoraConfig
-from mlx_adapters.errors import ConfigError, IncompatibleError, ModelError, did_you_mean
-from mlx_adapters.models.adapter import Adapter, AdapterConfig
-from mlx_adapters.models.metadata import base_of
+from mlx_adapters.errors import ConfigError, IncompatibleError, did_you_mean
+from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.dense import is_quantized, weight_shape
+from mlx_adapters.models.metadata import AdapterConfig, base_of
 from mlx_adapters.storage import tensor_names
-from mlx_adapters.storage.tensor_names import LORA_A, LORA_B, MAGNITUDE, SCALES, WEIGHT
+from mlx_adapters.storage.tensor_names import LORA_A, LORA_B, MAGNITUDE, WEIGHT
 from mlx_adapters.system.door import (
     DoRAEmbedding,
     DoRALinear,
@@ -85,41 +84,6 @@ def base_layer(layer: nn.Module) -> nn.Module:
     return layer.embedding if "embedding" in layer else layer.linear
 
 
-def is_quantized(layer: nn.Module) -> bool:
-    """Whether the layer's weight is packed, whatever its class is."""
-    return SCALES in layer and hasattr(layer, "bits") and hasattr(layer, "group_size")
-
-
-def quantization_of(layer: nn.Module) -> Quantization | None:
-    """How a layer's weight is quantized, or None."""
-    if not is_quantized(layer):
-        return None
-    return Quantization(layer.bits, layer.group_size, getattr(layer, "mode", "affine"))
-
-
-def dense_weight(layer: nn.Module, dtype: mx.Dtype | None = None) -> mx.array:
-    """The layer's weight, dequantized: (out, in), experts (experts, out, in), embeddings (vocab, dim).
-
-    float32 is exact for every mode; without `dtype` an unquantized weight keeps its own.
-    """
-    if not is_quantized(layer):
-        return layer.weight if dtype is None else layer.weight.astype(dtype)
-    dtype = dtype or mx.float32
-    scales, biases = layer.scales, layer.get("biases")
-    if layer.mode == "affine":
-        scales = scales.astype(mx.float32)
-        biases = biases.astype(mx.float32)
-    extra = {} if layer.get("global_scale") is None else {"global_scale": layer.global_scale}
-    options = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-    if extra and layer.weight.ndim == 3:  # one nvfp4 tensor scale for each expert
-        parts = [
-            mx.dequantize(layer.weight[e], scales[e], **options, global_scale=layer.global_scale[e], dtype=mx.float32)
-            for e in range(layer.weight.shape[0])
-        ]
-        return mx.stack(parts).astype(dtype)
-    return mx.dequantize(layer.weight, scales, biases, **options, **extra, dtype=mx.float32).astype(dtype)
-
-
 def updated_weight(
     weight: mx.array, a: mx.array, b: mx.array, m: mx.array | None, scale: float, embedding: bool = False
 ) -> mx.array:
@@ -177,13 +141,6 @@ def expected_shapes(layer: nn.Module, config: AdapterConfig) -> dict[str, tuple[
     else:
         shapes = {LORA_A: (inputs, rank), LORA_B: (rank, out)}
     return shapes | ({MAGNITUDE: (out,)} if config.type == "dora" else {})
-
-
-def weight_shape(layer: nn.Module) -> tuple[int, ...]:
-    """The shape of the layer's dense weight."""
-    if is_quantized(layer):
-        return (*layer.weight.shape[:-1], layer.weight.shape[-1] * 32 // layer.bits)
-    return tuple(layer.weight.shape)
 
 
 def check_fits(adapter: Adapter, model: nn.Module | Mapping[str, nn.Module], base: str = "the base") -> None:
@@ -316,42 +273,3 @@ def untie(module: nn.Module) -> None:
         head[leaf] = array
     owner.lm_head = head
     switch.tie_word_embeddings = False
-
-
-def dequantize_layers(module: nn.Module, dtype: mx.Dtype) -> None:
-    """Replace every quantized layer by a dense one that computes the same function, one after the other."""
-    for path, layer in named_layers(module):
-        if is_quantized(layer) and dense_class(layer) is not None:
-            dense = dense_layer(layer, dense_weight(layer, dtype))
-            mx.eval(dense.parameters())
-            module.update_modules(tree_unflatten([(path, dense)]))
-
-
-def dense_class(layer: nn.Module) -> type[nn.Module] | None:
-    """The class of the same layer unquantized: `Linear` for `QuantizedLinear`, from the same module; or None."""
-    if not is_quantized(layer):
-        return type(layer)
-    name = type(layer).__name__.replace("Quantized", "")
-    found = getattr(sys.modules[type(layer).__module__], name, None) or getattr(nn, name, None)
-    return found if hasattr(found, "to_quantized") else None
-
-
-def dense_layer(layer: nn.Module, weight: mx.array) -> nn.Module:
-    """An unquantized layer of the same kind with that weight and the layer's bias, in the weight's type."""
-    kind: Any = dense_class(layer)
-    if kind is None:
-        raise ModelError(f"mlx-lm's '{type(layer).__name__}' cannot be computed unquantized.")
-    dense = kind.__new__(kind)
-    nn.Module.__init__(dense)
-    dense.weight = weight
-    if "bias" in layer:
-        dense.bias = layer.bias.astype(weight.dtype)
-    return dense
-
-
-def compute_dtype(module: nn.Module) -> mx.Dtype:
-    """The type a model computes in: that of its first floating-point weight that is no packed one's scale."""
-    for name, value in tree_flatten(module.parameters()):
-        if name.endswith(WEIGHT) and mx.issubdtype(value.dtype, mx.floating):
-            return value.dtype
-    return mx.float32

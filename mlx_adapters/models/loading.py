@@ -7,15 +7,25 @@ arithmetic is ten times slower there); on a GPU it stays as stored.
 from dataclasses import replace
 from typing import Any
 
+from mlx.utils import tree_unflatten
+
 from mlx_adapters.config.mapping import require
 from mlx_adapters.config.quantization import DTYPES
 from mlx_adapters.errors import AdapterError, FormatError, ModelError
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base
-from mlx_adapters.models.layers import compute_dtype, dequantize_layers, untie
+from mlx_adapters.models.dense import compute_dtype, dense_class, dense_layer, dense_weight, is_quantized
+from mlx_adapters.models.layers import named_layers, untie
 from mlx_adapters.models.model import Model
 from mlx_adapters.models.quantized_check import replace_miscomputed
-from mlx_adapters.system.door import load_mlx_model, load_tokenizer, make_prompt_cache, mx, nn, refusals
+from mlx_adapters.system.door import (
+    load_mlx_model,
+    load_tokenizer,
+    make_prompt_cache,
+    mx,
+    nn,
+    refusals,
+)
 from mlx_adapters.system.limits import files_hint, wire_memory
 from mlx_adapters.system.machine import on_gpu
 
@@ -90,3 +100,12 @@ def load_tokenizer_of(base: Base) -> Any:
     # It need not warn about long texts: whoever uses it cuts them where the model's limit asks for it.
     getattr(tokenizer, "deprecation_warnings", {})["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
+
+
+def dequantize_layers(module: nn.Module, dtype: mx.Dtype) -> None:
+    """Replace every quantized layer by a dense one that computes the same function, one after the other."""
+    for path, layer in named_layers(module):
+        if is_quantized(layer) and dense_class(layer) is not None:
+            dense = dense_layer(layer, dense_weight(layer, dtype))
+            mx.eval(dense.parameters())
+            module.update_modules(tree_unflatten([(path, dense)]))

@@ -7,13 +7,21 @@ hold, and under each name that we know a value of its kind. What is not so is le
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from mlx_adapters.errors import AdapterError, FormatError, TrainingError
+from mlx_adapters.errors import FormatError
 from mlx_adapters.storage import files
-from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CHECKPOINT_FILE, CONFIG_FILE, METADATA_FILE, checkpoint_file
+from mlx_adapters.storage.replacing import stat_of
+from mlx_adapters.storage.tensor_names import (
+    ADAPTER_FILE,
+    CHECKPOINT_FILE,
+    CONFIG_FILE,
+    METADATA_FILE,
+    checkpoint_file,
+)
 
 MAX_BYTES = 64 << 20  # a loss curve of a million points has 30 MB
 MAX_DEPTH = 20
@@ -215,25 +223,18 @@ def chosen_iteration(folder: Path, recorded: int | None) -> int | None:
 
     A copy is known by its size and time. Where several could be meant, or none, it is the one `recorded`.
     """
-    weights = _stat(folder / ADAPTER_FILE)
+    weights = stat_of(folder / ADAPTER_FILE)
     if weights is None:
         return recorded
     links, copies = set(), set()
     for iteration in iterations_of(folder):
-        found = _stat(folder / checkpoint_file(iteration))
+        found = stat_of(folder / checkpoint_file(iteration))
         if found and os.path.samestat(found, weights):
             links.add(iteration)
         elif found and (found.st_size, found.st_mtime_ns) == (weights.st_size, weights.st_mtime_ns):
             copies.add(iteration)
     likely = links or copies
     return recorded if recorded in likely or len(likely) != 1 else likely.pop()
-
-
-def _stat(path: Path) -> os.stat_result | None:
-    try:
-        return path.stat()
-    except (OSError, ValueError):
-        return None
 
 
 def iterations_of(folder: Path) -> tuple[int, ...]:
@@ -260,30 +261,34 @@ def _curve(points: Any) -> list[tuple[int, float]]:
     return sorted({int(i): float(loss) for i, loss in pairs if is_number(i) and is_number(loss)}.items())
 
 
-ATTEMPTS = 100
-T = TypeVar("T")
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The settings an adapter needs to be applied.
 
-
-def read_whole(folder: Path, names: tuple[str, ...], read: Callable[[], T]) -> T:
-    """What `read` gives of a folder's files `names`, all from one version of them.
-
-    Files and folders are replaced, never changed: what is there before and after is the same, or it is read again.
-    Raises TrainingError if it never stays the same, and what `read` raises.
+    `keys` are full module paths; `num_layers` is what was asked for when training (-1: all blocks).
     """
-    for _ in range(ATTEMPTS):
-        before = _version(folder, names)
-        try:
-            found = read()
-        except (AdapterError, OSError):
-            if _version(folder, names) == before:
-                raise
-            continue
-        if _version(folder, names) == before:
-            return found
-    raise TrainingError(f"'{folder}' keeps being changed while it is read.", "wait until that ends.")
+
+    rank: int
+    scale: float
+    keys: tuple[str, ...]
+    type: str = "lora"
+    dropout: float = 0.0
+    num_layers: int = -1
+
+    def to_mlx_lm(self) -> dict[str, Any]:
+        """The settings as mlx-lm's `adapter_config.json` spells them."""
+        parameters = {"rank": self.rank, "scale": self.scale, "dropout": self.dropout, "keys": list(self.keys)}
+        return {"fine_tune_type": self.type, "num_layers": self.num_layers, "lora_parameters": parameters}
 
 
-def _version(folder: Path, names: tuple[str, ...]) -> list[tuple[int, ...] | None]:
-    place, *found = (_stat(folder / name) for name in ("", *names))
-    versions = [s and (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in found]
-    return [place and (place.st_dev, place.st_ino), *versions]
+def parse_config(raw: Mapping[str, Any], keys: tuple[str, ...], where: str) -> AdapterConfig:
+    """Read mlx-lm's form of the settings; `keys` come from the tensors, which are the truth.
+
+    Raises FormatError that names what is missing or wrong.
+    """
+    check_config(raw, where)
+    parameters, layers = raw["lora_parameters"], raw.get("num_layers")
+    scale, dropout = float(parameters["scale"]), float(parameters.get("dropout", 0.0))
+    return AdapterConfig(
+        parameters["rank"], scale, keys, raw.get("fine_tune_type", "lora"), dropout, -1 if layers is None else layers
+    )

@@ -23,7 +23,8 @@ from mlx.utils import tree_unflatten
 
 from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.errors import AdapterError, ModelError
-from mlx_adapters.models.layers import dense_layer, dense_weight, is_quantized, weight_layers, weight_shape
+from mlx_adapters.models.dense import dense_layer, dense_weight, is_quantized, weight_shape
+from mlx_adapters.models.layers import weight_layers
 from mlx_adapters.storage import files, paths
 from mlx_adapters.storage.tensor_names import BIAS, SCALES
 from mlx_adapters.system.door import SwitchLinear, mx, nn

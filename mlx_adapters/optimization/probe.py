@@ -11,10 +11,11 @@ from mlx.utils import tree_flatten
 
 from mlx_adapters.config.training import TrainConfig
 from mlx_adapters.data.batches import Batch
-from mlx_adapters.models.adapter import AdapterConfig
 from mlx_adapters.models.base import Base
-from mlx_adapters.models.layers import add_adapter_layers, expected_shapes, is_quantized, named_layers, weight_shape
+from mlx_adapters.models.dense import is_quantized, weight_shape
+from mlx_adapters.models.layers import add_adapter_layers, expected_shapes, named_layers
 from mlx_adapters.models.loading import load_module, set_precision
+from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.optimization.optimizers import Optimizer
 from mlx_adapters.optimization.step import LossPlan, TrainStep, chunk_rows
 from mlx_adapters.optimization.through_rounding import Rounding

@@ -17,15 +17,8 @@ from mlx_adapters.assembly.plan import Precision, plan_layers
 from mlx_adapters.assembly.weights import BaseWeights
 from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.errors import ConfigError
-from mlx_adapters.models.layers import (
-    EMBEDDING,
-    dense_layer,
-    dense_weight,
-    is_quantized,
-    named_layers,
-    updated_weight,
-    weight_shape,
-)
+from mlx_adapters.models.dense import dense_layer, dense_weight, is_quantized, weight_shape
+from mlx_adapters.models.layers import EMBEDDING, named_layers, updated_weight
 from mlx_adapters.rounding.packed import dequantize, to_nearest
 from mlx_adapters.surgery.calls import call_as
 from mlx_adapters.system.door import LoRASwitchLinear, mx, nn

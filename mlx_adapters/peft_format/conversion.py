@@ -13,14 +13,8 @@ from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base
-from mlx_adapters.models.layers import (
-    adaptable_layers,
-    check_fits,
-    dense_weight,
-    is_quantized,
-    loads_in_mlx_lm,
-    weight_shape,
-)
+from mlx_adapters.models.dense import dense_weight, is_quantized, weight_shape
+from mlx_adapters.models.layers import adaptable_layers, check_fits, loads_in_mlx_lm
 from mlx_adapters.models.loading import load_module
 from mlx_adapters.peft_format.reading import PeftAdapter
 from mlx_adapters.peft_format.to_mlx import Converted, to_mlx

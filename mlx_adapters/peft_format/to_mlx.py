@@ -8,8 +8,9 @@ import mlx.core as mx
 from mlx_adapters.checkpoints.places import Factors, Fold, Places, through
 from mlx_adapters.checkpoints.probing import Layout, Piece
 from mlx_adapters.errors import FormatError, IncompatibleError
-from mlx_adapters.models.adapter import Adapter, AdapterConfig
+from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.layers import EMBEDDING, SWITCH, nn
+from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.peft_format.reading import PeftAdapter, PeftModule
 from mlx_adapters.peft_format.settings import FUSE_HINT
 from mlx_adapters.peft_format.tying import one_ended, repeated_head

@@ -13,7 +13,8 @@ import mlx.core as mx
 
 from mlx_adapters.checkpoints.places import Places
 from mlx_adapters.errors import FormatError, IncompatibleError
-from mlx_adapters.models.layers import EMBEDDING, SWITCH, nn, weight_shape
+from mlx_adapters.models.dense import weight_shape
+from mlx_adapters.models.layers import EMBEDDING, SWITCH, nn
 from mlx_adapters.peft_format.reading import PeftAdapter, PeftModule
 from mlx_adapters.peft_format.tying import is_head
 from mlx_adapters.storage import tensor_names

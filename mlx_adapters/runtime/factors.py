@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.layers import EMBEDDING, LINEAR, SWITCH, dense_weight
+from mlx_adapters.models.dense import dense_weight
+from mlx_adapters.models.layers import EMBEDDING, LINEAR, SWITCH
 from mlx_adapters.system.door import mx, nn
 from mlx_adapters.system.machine import on_gpu
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import IncompatibleError, NotFoundError, did_you_mean
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.layers import SWITCH, adaptable_layers, check_fits, compute_dtype, is_quantized
+from mlx_adapters.models.dense import compute_dtype, is_quantized
+from mlx_adapters.models.layers import SWITCH, adaptable_layers, check_fits
 from mlx_adapters.models.quantized_check import are_right
 from mlx_adapters.runtime.additions import ForAll
 from mlx_adapters.runtime.attached import Attached, Selection, combined, is_mixture, same

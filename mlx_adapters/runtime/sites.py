@@ -13,7 +13,8 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mlx_adapters.models.layers import EMBEDDING, SWITCH, AdapterLayer, dense_layer, dense_weight
+from mlx_adapters.models.dense import dense_layer, dense_weight
+from mlx_adapters.models.layers import EMBEDDING, SWITCH, AdapterLayer
 from mlx_adapters.runtime.additions import Addition
 from mlx_adapters.runtime.factors import Factors, below_each_other
 from mlx_adapters.storage.tensor_names import BIAS, QUANTIZED_LEAVES, WEIGHT

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_adapters.errors import AdapterError, TrainingError
-from mlx_adapters.models.metadata import base_of, check_config, examine_metadata, read_config, read_whole
+from mlx_adapters.models.metadata import base_of, check_config, examine_metadata, read_config
 from mlx_adapters.sources.references import NAME, check_name
 from mlx_adapters.storage import locks, paths, replacing, temporaries, tensor_files
+from mlx_adapters.storage.replacing import read_whole
 from mlx_adapters.storage.tensor_names import (
     ADAPTER_FILE,
     ADAPTER_OUTPUT,

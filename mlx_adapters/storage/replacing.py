@@ -6,11 +6,12 @@ what the command reads.
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from mlx_adapters.errors import ExistsError
+from mlx_adapters.errors import AdapterError, ExistsError, TrainingError
 from mlx_adapters.storage.paths import TEMPORARY_PREFIX, is_litter
 
 SHOWN = 3
@@ -98,3 +99,39 @@ def _lies_in(place: str, out: Path) -> bool:
         return out.exists() and any(path.samefile(out) for path in (found, *found.parents))
     except (OSError, ValueError, RuntimeError):  # nothing that is on this disk
         return False
+
+
+def stat_of(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except (OSError, ValueError):
+        return None
+
+
+ATTEMPTS = 100
+T = TypeVar("T")
+
+
+def read_whole(folder: Path, names: tuple[str, ...], read: Callable[[], T]) -> T:
+    """What `read` gives of a folder's files `names`, all from one version of them.
+
+    Files and folders are replaced, never changed: what is there before and after is the same, or it is read again.
+    Raises TrainingError if it never stays the same, and what `read` raises.
+    """
+    for _ in range(ATTEMPTS):
+        before = _version(folder, names)
+        try:
+            found = read()
+        except (AdapterError, OSError):
+            if _version(folder, names) == before:
+                raise
+            continue
+        if _version(folder, names) == before:
+            return found
+    raise TrainingError(f"'{folder}' keeps being changed while it is read.", "wait until that ends.")
+
+
+def _version(folder: Path, names: tuple[str, ...]) -> list[tuple[int, ...] | None]:
+    place, *found = (stat_of(folder / name) for name in ("", *names))
+    versions = [s and (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in found]
+    return [place and (place.st_dev, place.st_ino), *versions]

@@ -14,7 +14,8 @@ from typing import Any
 
 from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.errors import AdapterError, ConfigError
-from mlx_adapters.models.adapter import AdapterConfig, Weights
+from mlx_adapters.models.adapter import Weights
+from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.sources import origin, references, registry
 from mlx_adapters.sources.references import Reference
 from mlx_adapters.storage import files, locks, paths, replacing

@@ -18,7 +18,8 @@ from mlx_adapters.data.datasets import read_data
 from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.events import OnEvent, ignore
 from mlx_adapters.models.base import Base
-from mlx_adapters.models.layers import named_layers, weight_shape
+from mlx_adapters.models.dense import weight_shape
+from mlx_adapters.models.layers import named_layers
 from mlx_adapters.models.loading import load_module, load_tokenizer_of
 from mlx_adapters.optimization.feed import Feed, make_feed
 from mlx_adapters.optimization.probe import Prober, adapter_bytes, first_block, weight_bytes

@@ -14,16 +14,12 @@ from mlx_adapters.data.datasets import DataSet
 from mlx_adapters.data.tokenizing import Row, tokenize
 from mlx_adapters.errors import AdapterError, ConfigError, FormatError, IncompatibleError, ModelError, did_you_mean
 from mlx_adapters.events import Note, OnEvent
-from mlx_adapters.models.adapter import Adapter, AdapterConfig
+from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base
-from mlx_adapters.models.layers import (
-    adaptable_layers,
-    add_adapter_layers,
-    loads_in_mlx_lm,
-    quantization_of,
-    resolve_target_modules,
-)
+from mlx_adapters.models.dense import quantization_of
+from mlx_adapters.models.layers import adaptable_layers, add_adapter_layers, loads_in_mlx_lm, resolve_target_modules
 from mlx_adapters.models.loading import load_module
+from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.models.model import Model
 from mlx_adapters.optimization.distributed import World
 from mlx_adapters.optimization.feed import Feed, make_feed

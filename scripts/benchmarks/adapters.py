@@ -54,7 +54,8 @@ def random_adapter(seed, dtype, blocks=BLOCKS):
     """An adapter with trained-looking factors on every linear layer of `blocks` blocks."""
     import mlx.core as mx
 
-    from mlx_adapters.models.adapter import Adapter, AdapterConfig
+    from mlx_adapters.models.adapter import Adapter
+    from mlx_adapters.models.metadata import AdapterConfig
 
     mx.random.seed(seed)
     weights = {}

@@ -24,7 +24,8 @@ from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.config.training import LoraConfig
 from mlx_adapters.events import Note, Progress
 from mlx_adapters.models import layers
-from mlx_adapters.models.adapter import Adapter, AdapterConfig
+from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.system.conditions import peak_resident_bytes
 from mlx_adapters.system.door import load_mlx_model
 

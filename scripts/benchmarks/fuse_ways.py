@@ -56,8 +56,7 @@ def dense_base(base, out, bits=None, group_size=64):
     """The base unquantized in bfloat16; with `bits`, quantized from that by mlx-lm's own quantizer."""
     from mlx_lm.utils import quantize_model
 
-    from mlx_adapters.models.layers import dequantize_layers
-    from mlx_adapters.models.loading import load_module
+    from mlx_adapters.models.loading import dequantize_layers, load_module
     from mlx_adapters.sources.bases import resolve_base
     from mlx_adapters.system.door import mx
 
@@ -260,9 +259,10 @@ def random_model(out, bits, **config):
     from tiny_models import build_model
 
     from mlx_adapters.config.training import LoraConfig
-    from mlx_adapters.models.adapter import Adapter, AdapterConfig, write_adapter
+    from mlx_adapters.models.adapter import Adapter, write_adapter
     from mlx_adapters.models.layers import adaptable_layers, expected_shapes, resolve_target_modules
     from mlx_adapters.models.loading import load_module
+    from mlx_adapters.models.metadata import AdapterConfig
     from mlx_adapters.sources.bases import resolve_base
 
     build_model(Path(out) / "plain", "llama", **({"dtype": "bfloat16"} | SMOLLM2 | config))

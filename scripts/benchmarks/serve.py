@@ -26,8 +26,9 @@ import mlx_lm
 from mlx_adapters.config.training import LoraConfig
 from mlx_adapters.generation.batching import Batcher, Request
 from mlx_adapters.generation.live import load_model
-from mlx_adapters.models.adapter import Adapter, AdapterConfig, write_adapter
+from mlx_adapters.models.adapter import Adapter, write_adapter
 from mlx_adapters.models.layers import adaptable_layers, expected_shapes, resolve_target_modules
+from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.system.machine import environment
 

@@ -1,0 +1,86 @@
+"""The weight of a layer, packed or not: its shape, its numbers, and the same layer unquantized."""
+
+import sys
+from typing import Any
+
+from mlx.utils import tree_flatten
+
+from mlx_adapters.config.quantization import Quantization
+from mlx_adapters.errors import ModelError
+from mlx_adapters.storage.tensor_names import SCALES, WEIGHT
+from mlx_adapters.system.door import (
+    mx,
+    nn,
+)
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether the layer's weight is packed, whatever its class is."""
+    return SCALES in layer and hasattr(layer, "bits") and hasattr(layer, "group_size")
+
+
+def quantization_of(layer: nn.Module) -> Quantization | None:
+    """How a layer's weight is quantized, or None."""
+    if not is_quantized(layer):
+        return None
+    return Quantization(layer.bits, layer.group_size, getattr(layer, "mode", "affine"))
+
+
+def dense_weight(layer: nn.Module, dtype: mx.Dtype | None = None) -> mx.array:
+    """The layer's weight, dequantized: (out, in), experts (experts, out, in), embeddings (vocab, dim).
+
+    float32 is exact for every mode; without `dtype` an unquantized weight keeps its own.
+    """
+    if not is_quantized(layer):
+        return layer.weight if dtype is None else layer.weight.astype(dtype)
+    dtype = dtype or mx.float32
+    scales, biases = layer.scales, layer.get("biases")
+    if layer.mode == "affine":
+        scales = scales.astype(mx.float32)
+        biases = biases.astype(mx.float32)
+    extra = {} if layer.get("global_scale") is None else {"global_scale": layer.global_scale}
+    options = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+    if extra and layer.weight.ndim == 3:  # one nvfp4 tensor scale for each expert
+        parts = [
+            mx.dequantize(layer.weight[e], scales[e], **options, global_scale=layer.global_scale[e], dtype=mx.float32)
+            for e in range(layer.weight.shape[0])
+        ]
+        return mx.stack(parts).astype(dtype)
+    return mx.dequantize(layer.weight, scales, biases, **options, **extra, dtype=mx.float32).astype(dtype)
+
+
+def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """The shape of the layer's dense weight."""
+    if is_quantized(layer):
+        return (*layer.weight.shape[:-1], layer.weight.shape[-1] * 32 // layer.bits)
+    return tuple(layer.weight.shape)
+
+
+def dense_class(layer: nn.Module) -> type[nn.Module] | None:
+    """The class of the same layer unquantized: `Linear` for `QuantizedLinear`, from the same module; or None."""
+    if not is_quantized(layer):
+        return type(layer)
+    name = type(layer).__name__.replace("Quantized", "")
+    found = getattr(sys.modules[type(layer).__module__], name, None) or getattr(nn, name, None)
+    return found if hasattr(found, "to_quantized") else None
+
+
+def dense_layer(layer: nn.Module, weight: mx.array) -> nn.Module:
+    """An unquantized layer of the same kind with that weight and the layer's bias, in the weight's type."""
+    kind: Any = dense_class(layer)
+    if kind is None:
+        raise ModelError(f"mlx-lm's '{type(layer).__name__}' cannot be computed unquantized.")
+    dense = kind.__new__(kind)
+    nn.Module.__init__(dense)
+    dense.weight = weight
+    if "bias" in layer:
+        dense.bias = layer.bias.astype(weight.dtype)
+    return dense
+
+
+def compute_dtype(module: nn.Module) -> mx.Dtype:
+    """The type a model computes in: that of its first floating-point weight that is no packed one's scale."""
+    for name, value in tree_flatten(module.parameters()):
+        if name.endswith(WEIGHT) and mx.issubdtype(value.dtype, mx.floating):
+            return value.dtype
+    return mx.float32
