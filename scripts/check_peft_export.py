@@ -19,14 +19,15 @@ ARCHITECTURES = sorted(p.parent.name for p in ROOT.glob("*/base"))
 
 def own_adapters(model_type, layers):
     """Name -> (type, keys) of the adapters to make for a base with these layers, less what PEFT has no module for."""
-    from mlx_adapters.storage import tensor_names
-    from mlx_adapters.storage.tensor_names import EMBEDDINGS, POSITIONS, block_index, split, split_switch
+    from mlx_adapters.storage import hf_names
+    from mlx_adapters.storage.hf_names import EMBEDDINGS, POSITIONS, split_switch
+    from mlx_adapters.storage.tensor_names import block_index, split
 
-    unheeded, stacked = tensor_names.PEFT_UNHEEDED.get(model_type, ()), any(map(split_switch, layers))
-    each = model_type in tensor_names.PEFT_EXPERTS_EACH
+    unheeded, stacked = hf_names.PEFT_UNHEEDED.get(model_type, ()), any(map(split_switch, layers))
+    each = model_type in hf_names.PEFT_EXPERTS_EACH
     blocks = [key for key in layers if block_index(key) is not None and split(key)[1] not in unheeded]
     blocks = [key for key in blocks if each or not split_switch(key)]
-    parts = tensor_names.PEFT_AS_PARAMETERS if stacked else ()
+    parts = hf_names.PEFT_AS_PARAMETERS if stacked else ()
     attention = [key for key in blocks if not split_switch(key) and split(key)[1] not in parts]
     cases = {"all": ("lora", blocks), "dora": ("dora", attention), "attention": ("lora", attention[:3]),
              "last-block": ("lora", [k for k in blocks if block_index(k) == 1])}  # fmt: skip

@@ -17,7 +17,8 @@ from mlx_adapters.sources import lookup, references
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.demo_base import DEMO_BASE
 from mlx_adapters.storage import files, paths, replacing, tensor_files, tensor_names
-from mlx_adapters.storage.tensor_names import CONFIG_FILE, EMBEDDINGS, PEFT_OUTPUT, PEFT_SCALE, PEFT_WEIGHTS_FILE
+from mlx_adapters.storage.hf_names import EMBEDDINGS, PEFT_OUTPUT, PEFT_SCALE, PEFT_WEIGHTS_FILE
+from mlx_adapters.storage.tensor_names import CONFIG_FILE
 
 NAME_BASE = "name the base it was trained on with --base."
 README = """---

@@ -14,7 +14,7 @@ from mlx_adapters.assembly.writing import Layout, Unit, copy_companions, dtype_n
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.events import OnEvent
 from mlx_adapters.models.base import untied_config
-from mlx_adapters.storage import files, tensor_names
+from mlx_adapters.storage import files, hf_names, tensor_names
 from mlx_adapters.system.door import mx
 
 # Architectures whose names are known to be right; the others differ in ways that are not written down here.
@@ -67,17 +67,17 @@ def _renamed(unit: Unit, split: Split) -> Unit:
 
 def _experts(name: str, dtype: str, shape: tuple[int, ...]) -> tuple[Layout, Callable[[mx.array], list[mx.array]]]:
     path, leaf = tensor_names.split(name)
-    stacked = tensor_names.split_switch(path)
+    stacked = hf_names.split_switch(path)
     if stacked is None:
         return [(name, dtype, shape)], lambda array: [array]
     block, projection = stacked
-    names = [tensor_names.join(tensor_names.expert_path(block, projection, e), leaf) for e in range(shape[0])]
+    names = [tensor_names.join(hf_names.expert_path(block, projection, e), leaf) for e in range(shape[0])]
     return [(n, dtype, shape[1:]) for n in names], lambda array: [array[e] for e in range(shape[0])]
 
 
 def _conv1d(name: str, dtype: str, shape: tuple[int, ...]) -> tuple[Layout, Callable[[mx.array], list[mx.array]]]:
     name = name.removeprefix("model.")
     path, leaf = tensor_names.split(name)
-    if leaf != tensor_names.WEIGHT or path.rpartition(".")[2] not in tensor_names.GPT2_TRANSPOSED:
+    if leaf != tensor_names.WEIGHT or path.rpartition(".")[2] not in hf_names.GPT2_TRANSPOSED:
         return [(name, dtype, shape)], lambda array: [array]
     return [(name, dtype, shape[::-1])], lambda array: [mx.contiguous(array.T)]

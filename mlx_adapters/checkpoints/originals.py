@@ -19,8 +19,9 @@ from mlx.utils import tree_flatten
 from mlx_adapters.checkpoints.probing import Layout, Shapes, Tensors, trace
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import SWITCH, nn
-from mlx_adapters.storage import tensor_files, tensor_names
-from mlx_adapters.storage.tensor_names import CHECKPOINT_RENAMES, EXPERT_FORMS, WEIGHT, Renames
+from mlx_adapters.storage import hf_names, tensor_files, tensor_names
+from mlx_adapters.storage.hf_names import CHECKPOINT_RENAMES, EXPERT_FORMS, Renames
+from mlx_adapters.storage.tensor_names import WEIGHT
 from mlx_adapters.system.door import make_module, sanitize_of
 
 FLOATS = ("F32", "F16", "BF16")
@@ -110,11 +111,11 @@ def _rules(blank: nn.Module) -> Iterator[Rule]:
     for form in EXPERT_FORMS:
         if not counts and form[2] == "each":
             continue
-        yield partial(tensor_names.checkpoint_experts, switches=switches, form=form)
+        yield partial(hf_names.checkpoint_experts, switches=switches, form=form)
     for renames in CHECKPOINT_RENAMES:
         yield partial(_renamed, renames=renames)
-    yield tensor_names.checkpoint_joined
-    yield tensor_names.checkpoint_latent
+    yield hf_names.checkpoint_joined
+    yield hf_names.checkpoint_latent
 
 
 def _torch_convolutions(shapes: Shapes, blank: nn.Module) -> Shapes:

@@ -14,8 +14,9 @@ import numpy as np
 from mlx_adapters.checkpoints.probing import Layout, Piece, runs_of
 from mlx_adapters.errors import FormatError, IncompatibleError
 from mlx_adapters.models.layers import nn
-from mlx_adapters.storage import tensor_names
-from mlx_adapters.storage.tensor_names import WEIGHT, Renames
+from mlx_adapters.storage import hf_names, tensor_names
+from mlx_adapters.storage.hf_names import Renames
+from mlx_adapters.storage.tensor_names import WEIGHT
 
 Fold = float | list[Any]  # one factor of a weight's numbers, or [[rows, factor], ...]
 
@@ -54,7 +55,7 @@ class Places:
             for piece in pieces:
                 self._take(tensor_names.split(piece.target)[0], piece, source)
             return pieces
-        for candidate, _ in tensor_names.mlx_paths(path):
+        for candidate, _ in hf_names.mlx_paths(path):
             weight = tensor_names.join(candidate, WEIGHT)
             if weight in self.layout.shapes or weight in self.layout.problems:
                 other = "it is no linear layer there" if self.layout.of(weight) else "it becomes parts of other tensors"
@@ -66,13 +67,13 @@ class Places:
 
     def look_up(self, path: str) -> tuple[list[Piece], Renames]:
         """How the weight of `path` comes into the model's layers, and the renames for it; none if it does not."""
-        found = ((self._pieces(candidate), renames) for candidate, renames in tensor_names.mlx_paths(path))
+        found = ((self._pieces(candidate), renames) for candidate, renames in hf_names.mlx_paths(path))
         return next((pair for pair in found if pair[0]), ([], ()))
 
     def tensor(self, name: str) -> list[Piece]:
         """How any tensor comes into the model; nothing if it does not as a whole."""
         path, leaf = tensor_names.split(name)
-        for place, _ in tensor_names.mlx_paths(path):
+        for place, _ in hf_names.mlx_paths(path):
             target = tensor_names.join(place, leaf)
             pieces = self.layout.of(target)
             found = [p for p in pieces if p.target == target] or pieces or self.layout.into(target)
@@ -94,17 +95,17 @@ class Places:
 
     def expert(self, path: str) -> tuple[str, int] | None:
         """(stacked layer, expert) of a module path that is one of several experts, else None."""
-        for candidate, renames in tensor_names.mlx_paths(path):
+        for candidate, renames in hf_names.mlx_paths(path):
             pieces = self.layout.of(tensor_names.join(candidate, WEIGHT))
             if len(pieces) == 1 and pieces[0].index is not None:
                 self.renames |= dict.fromkeys(renames)
                 key, expert = tensor_names.split(pieces[0].target)[0], pieces[0].index
                 self._take(key, pieces[0], path)
-                switch = tensor_names.split_switch(tensor_names.peft_path(key, None, tuple(self.renames)))
-                if switch is None or tensor_names.expert_path(*switch, expert) != path:
+                switch = hf_names.split_switch(hf_names.peft_path(key, None, tuple(self.renames)))
+                if switch is None or hf_names.expert_path(*switch, expert) != path:
                     self.paths[key] = path.replace(f".{expert}.", ".{}.")
                 return key, expert
-        found = tensor_names.split_expert(path)
+        found = hf_names.split_expert(path)
         if found is None:
             return None
         pieces = self.find(found[0], path)
@@ -112,7 +113,7 @@ class Places:
 
     def remember(self, key: str, path: str) -> None:
         """Note the path in transformers of a layer if the renames do not lead back to it."""
-        if tensor_names.peft_path(key, None, tuple(self.renames)) != path:
+        if hf_names.peft_path(key, None, tuple(self.renames)) != path:
             self.paths[key] = path
 
     def path_of(self, key: str) -> str:
@@ -122,7 +123,7 @@ class Places:
         pieces = self.layout.into(tensor_names.join(key, WEIGHT))
         if len(pieces) == 1 and pieces[0].source != pieces[0].target and not self.renames:
             return tensor_names.split(pieces[0].source)[0]
-        return tensor_names.peft_path(key, None, tuple(self.renames))
+        return hf_names.peft_path(key, None, tuple(self.renames))
 
 
 def fold_of(piece: Piece) -> Fold | None:

@@ -13,8 +13,9 @@ from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import updated_weight
 from mlx_adapters.peft_format.reading import PeftAdapter, PeftModule
-from mlx_adapters.storage import tensor_names
-from mlx_adapters.storage.tensor_names import EMBEDDINGS, POSITIONS, WEIGHT
+from mlx_adapters.storage import hf_names, tensor_names
+from mlx_adapters.storage.hf_names import EMBEDDINGS, POSITIONS
+from mlx_adapters.storage.tensor_names import WEIGHT
 from mlx_adapters.system.door import make_module, sanitize_of
 
 TOLERANCE = 1e-3  # of the largest number: both ways compute in float32, from factors of 16 or 32 bits
@@ -44,7 +45,7 @@ def _named(arrays: Tensors, layout: Layout) -> Tensors:
     found = {}
     for name, array in arrays.items():
         path, leaf = tensor_names.split(name)
-        for place, _ in tensor_names.mlx_paths(path):
+        for place, _ in hf_names.mlx_paths(path):
             own = tensor_names.join(place, leaf)
             pieces = layout.into(own)
             source = own if own in layout.shapes else pieces[0].source if len(pieces) == 1 else None

@@ -14,8 +14,9 @@ from mlx_adapters.models.dense import dense_weight, weight_shape
 from mlx_adapters.models.layers import EMBEDDING, adaptable_layers, nn, tied
 from mlx_adapters.peft_format.reading import PeftAdapter
 from mlx_adapters.peft_format.tying import is_head
-from mlx_adapters.storage import tensor_names
-from mlx_adapters.storage.tensor_names import EMBEDDINGS, WEIGHT
+from mlx_adapters.storage import hf_names, tensor_names
+from mlx_adapters.storage.hf_names import EMBEDDINGS
+from mlx_adapters.storage.tensor_names import WEIGHT
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def whole_tensors(peft: PeftAdapter, module: nn.Module, layout: Layout, untied: 
             continue  # it is the embedding's; where it is not, the base was untied
         pieces = places.tensor(name)
         if not pieces:
-            known = tensor_names.mlx_paths(path)
+            known = hf_names.mlx_paths(path)
             if any(tensor_names.join(place, leaf) in layout.shapes for place, _ in known):
                 raise FormatError(f"mlx-lm makes other tensors of '{name}', so that it cannot be put in as a whole.")
             raise IncompatibleError(f"The base model has no place for '{name}' of the PEFT adapter.")

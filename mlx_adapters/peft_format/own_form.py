@@ -15,24 +15,21 @@ from mlx_adapters.checkpoints.places import Factors, Fold, back, fold_of
 from mlx_adapters.checkpoints.probing import Layout
 from mlx_adapters.errors import FormatError
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.storage import tensor_names
-from mlx_adapters.storage.tensor_names import (
+from mlx_adapters.storage import hf_names, tensor_names
+from mlx_adapters.storage.hf_names import (
     DOWN,
     EMBEDDINGS,
     FAN_IN_FAN_OUT,
     GATE,
     HEADS,
-    LORA_A,
-    LORA_B,
-    MAGNITUDE,
     PEFT_AS_PARAMETERS,
     PEFT_EXPERTS_EACH,
     PEFT_UNHEEDED,
     POSITIONS,
     ROUTERS,
     UP,
-    WEIGHT,
 )
+from mlx_adapters.storage.tensor_names import LORA_A, LORA_B, MAGNITUDE, WEIGHT
 
 LM_HEAD = HEADS[0]
 LEAVE_OUT = "leave it out of the targets."
@@ -119,8 +116,8 @@ def _origin(key: str, facts: Facts) -> tuple[str, Fold | None]:
     path, leaf = tensor_names.split(pieces[0].source)
     if leaf != WEIGHT:
         raise FormatError(f"transformers has '{pieces[0].source}' for '{key}', which is no module that PEFT can adapt.")
-    if path == key or facts.model_type in tensor_names.OWN_NAMES:
-        path = tensor_names.peft_path(key, facts.model_type)
+    if path == key or facts.model_type in hf_names.OWN_NAMES:
+        path = hf_names.peft_path(key, facts.model_type)
     return path, fold_of(pieces[0])
 
 
@@ -185,4 +182,4 @@ def unloaded(
 def tensors_of(path: str, a: mx.array, b: mx.array, m: mx.array | None, embedding: bool) -> dict[str, mx.array]:
     """PEFT's tensors of one module from a (in, r), b (r, out), m (out,)."""
     leaves = {LORA_A: a.T, LORA_B: b.T} | ({} if m is None else {MAGNITUDE: m})
-    return {tensor_names.peft_tensor(path, leaf, embedding): array for leaf, array in leaves.items()}
+    return {hf_names.peft_tensor(path, leaf, embedding): array for leaf, array in leaves.items()}

@@ -14,8 +14,9 @@ import mlx.core as mx
 from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.models.adapter import first_not_finite
 from mlx_adapters.peft_format.settings import FUSE_HINT, PeftSettings
-from mlx_adapters.storage import files, paths, tensor_files, tensor_names
-from mlx_adapters.storage.tensor_names import CONFIG_FILE, PEFT_PICKLE_FILE, PEFT_PREFIX, PEFT_SCALE, PEFT_WEIGHTS_FILE
+from mlx_adapters.storage import files, hf_names, paths, tensor_files, tensor_names
+from mlx_adapters.storage.hf_names import PEFT_PICKLE_FILE, PEFT_PREFIX, PEFT_SCALE, PEFT_WEIGHTS_FILE
+from mlx_adapters.storage.tensor_names import CONFIG_FILE
 
 DTYPES = ("F32", "F16", "BF16")
 TOKEN_ROWS = "trainable_tokens_delta"
@@ -122,7 +123,7 @@ def _sort(found: PeftAdapter, tensors: dict[str, mx.array]) -> PeftAdapter:
     halves: dict[str, dict[Any, mx.array]] = {}
     kinds: dict[str, set[bool]] = {}
     for name, array in tensors.items():
-        parsed = tensor_names.parse_peft_tensor(name)
+        parsed = hf_names.parse_peft_tensor(name)
         if parsed is None:
             _set_apart(name, array, found)
             continue

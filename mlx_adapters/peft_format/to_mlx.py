@@ -15,17 +15,9 @@ from mlx_adapters.peft_format.reading import PeftAdapter, PeftModule
 from mlx_adapters.peft_format.settings import FUSE_HINT
 from mlx_adapters.peft_format.tying import one_ended, repeated_head
 from mlx_adapters.peft_format.updates import Update, check_shape, expert_updates, fused_updates, strength, unified
-from mlx_adapters.storage import tensor_names
-from mlx_adapters.storage.tensor_names import (
-    DOWN,
-    EMBEDDINGS,
-    FUSED_DOWN,
-    FUSED_GATE_UP,
-    LORA_A,
-    LORA_B,
-    MAGNITUDE,
-    Renames,
-)
+from mlx_adapters.storage import hf_names, tensor_names
+from mlx_adapters.storage.hf_names import DOWN, EMBEDDINGS, FUSED_DOWN, FUSED_GATE_UP, Renames
+from mlx_adapters.storage.tensor_names import LORA_A, LORA_B, MAGNITUDE
 
 FUSED, PER_EXPERT = "fused", "per-expert"
 TIE_HINT = (
@@ -67,7 +59,7 @@ def to_mlx(peft: PeftAdapter, layers: Mapping[str, nn.Module], layout: Layout, t
     apart = {m.path for m in (repeated, *ends) if m is not None}
     modules = {path: module for path, module in peft.modules.items() if path not in apart}
     experts = {path: found for path in modules if (found := places.expert(path))}
-    fused = {path: m for path, m in modules.items() if tensor_names.split_fused(path)}
+    fused = {path: m for path, m in modules.items() if hf_names.split_fused(path)}
     plain = [m for path, m in modules.items() if path not in experts and path not in fused]
     updates = [update for module in plain for update in _plain_updates(module, peft, places)]
     updates += expert_updates(experts, peft, places)
@@ -138,7 +130,7 @@ def _refuse_missing(peft: PeftAdapter, places: Places, keys: set[str]) -> None:
         if key in keys:
             continue
         path = places.path_of(key)
-        switch = tensor_names.split_switch(path)
+        switch = hf_names.split_switch(path)
         if switch:
             fused = FUSED_DOWN if switch[1] == DOWN else FUSED_GATE_UP
             named = peft.settings.names_parameter(f"{switch[0]}.experts.{fused}")

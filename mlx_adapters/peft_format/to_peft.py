@@ -16,20 +16,19 @@ from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.peft_format.own_form import Facts, PeftForm, own_form, tensors_of, unloaded
 from mlx_adapters.peft_format.settings import PeftSettings
 from mlx_adapters.peft_format.to_mlx import FUSED
-from mlx_adapters.storage import tensor_names
-from mlx_adapters.storage.tensor_names import (
+from mlx_adapters.storage import hf_names
+from mlx_adapters.storage.hf_names import (
     DOWN,
     EMBEDDINGS,
     FUSED_DOWN,
     FUSED_GATE_UP,
     GATE,
     HEADS,
-    LORA_A,
-    LORA_B,
     POSITIONS,
     UP,
     Renames,
 )
+from mlx_adapters.storage.tensor_names import LORA_A, LORA_B
 
 LM_HEAD = HEADS[0]
 ROUTER = ".gate"
@@ -62,13 +61,13 @@ def _as_it_came(adapter: Adapter, origin: Mapping[str, Any]) -> PeftForm:
     tensors: dict[str, mx.array] = {}
     stacks: dict[str, dict[str, tuple[mx.array, mx.array]]] = {}
     for key, a, b, m in adapter.layers():
-        path = paths.get(key) or tensor_names.peft_path(key, None, renames)
-        switch = tensor_names.split_switch(path)
+        path = paths.get(key) or hf_names.peft_path(key, None, renames)
+        switch = hf_names.split_switch(path)
         if switch and origin.get("experts") == FUSED:
             stacks.setdefault(switch[0], {})[switch[1]] = (a, b)
         elif a.ndim == 3:
             for expert in range(a.shape[0]):
-                name = tensor_names.expert_path(*switch, expert) if switch else path.replace("{}", str(expert))
+                name = hf_names.expert_path(*switch, expert) if switch else path.replace("{}", str(expert))
                 cut = _cut(adapter, settings, name, a[expert].T, b[expert].T, None, folds.get(key))
                 tensors |= tensors_of(name, *cut, False)
         else:
@@ -112,10 +111,10 @@ def _fused(
         stacked[FUSED_DOWN] = down
     tensors: dict[str, mx.array] = {}
     for parameter, (a, b) in stacked.items():
-        path = tensor_names.fused_path(block, inner=parameter == FUSED_GATE_UP and len(stacked) == 2)
-        outer = tensor_names.fused_path(block, inner=False)
+        path = hf_names.fused_path(block, inner=parameter == FUSED_GATE_UP and len(stacked) == 2)
+        outer = hf_names.fused_path(block, inner=False)
         cut = [_cut(adapter, settings, outer, x.T, y.T, parameter=parameter) for x, y in zip(a, b, strict=True)]
         lora_a = mx.concatenate([x.T for x, _, _ in cut])
         lora_b = mx.stack([y.T for _, y, _ in cut], axis=-1).reshape(b.shape[1], -1)
-        tensors |= {tensor_names.peft_tensor(path, LORA_A): lora_a, tensor_names.peft_tensor(path, LORA_B): lora_b}
+        tensors |= {hf_names.peft_tensor(path, LORA_A): lora_a, hf_names.peft_tensor(path, LORA_B): lora_b}
     return tensors

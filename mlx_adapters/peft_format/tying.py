@@ -10,7 +10,8 @@ import mlx.core as mx
 
 from mlx_adapters.models.layers import nn, tied
 from mlx_adapters.peft_format.reading import PeftAdapter, PeftModule
-from mlx_adapters.storage.tensor_names import EMBEDDINGS, HEADS, POSITIONS, WEIGHT, split
+from mlx_adapters.storage.hf_names import EMBEDDINGS, HEADS, POSITIONS
+from mlx_adapters.storage.tensor_names import WEIGHT, split
 
 
 def is_head(path: str) -> bool:

@@ -17,8 +17,8 @@ from mlx_adapters.models.dense import weight_shape
 from mlx_adapters.models.layers import EMBEDDING, SWITCH, nn
 from mlx_adapters.peft_format.reading import PeftAdapter, PeftModule
 from mlx_adapters.peft_format.tying import is_head
-from mlx_adapters.storage import tensor_names
-from mlx_adapters.storage.tensor_names import DOWN, FUSED_DOWN, FUSED_GATE_UP, GATE, UP
+from mlx_adapters.storage import hf_names, tensor_names
+from mlx_adapters.storage.hf_names import DOWN, FUSED_DOWN, FUSED_GATE_UP, GATE, UP
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ def fused_updates(modules: Mapping[str, PeftModule], peft: PeftAdapter, places: 
     """Split transformers 5's fused experts. Both parameters wrapped: gate_up is the inner one, down the outer."""
     updates = []
     for path, module in modules.items():
-        block, inner = tensor_names.split_fused(path) or ("", False)
-        both = tensor_names.fused_path(block, not inner) in modules
+        block, inner = hf_names.split_fused(path) or ("", False)
+        both = hf_names.fused_path(block, not inner) in modules
         names = peft.settings.names_parameter
         gate_up = inner if both else names(f"{block}.experts.{FUSED_GATE_UP}")
         clear = both or (not inner and gate_up != names(f"{block}.experts.{FUSED_DOWN}"))
@@ -162,7 +162,7 @@ def _split_experts(
 
 def _switch(places: Places, block: str, projection: str, path: str) -> str:
     """The stacked layer of a block's fused experts. Raises FormatError if mlx-lm cuts the parameter otherwise."""
-    piece = places.find(tensor_names.switch_path(block, projection), f"{path}:{projection}")[0]
+    piece = places.find(hf_names.switch_path(block, projection), f"{path}:{projection}")[0]
     key = tensor_names.split(piece.target)[0]
     rows = weight_shape(places.layers[key])[1]
     part = piece.select[piece.axes[1]] if piece.index is None else slice(None)

@@ -18,14 +18,8 @@ from mlx_adapters.publishing.cleaning import clean, clean_text
 from mlx_adapters.sources.lookup import load_adapter, locate
 from mlx_adapters.sources.references import parse_reference
 from mlx_adapters.storage import files, paths
-from mlx_adapters.storage.tensor_names import (
-    ADAPTER_FILE,
-    CONFIG_FILE,
-    FUSE_RECIPE_FILE,
-    METADATA_FILE,
-    PEFT_WEIGHTS_FILE,
-    REPORT_FILE,
-)
+from mlx_adapters.storage.hf_names import PEFT_WEIGHTS_FILE
+from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CONFIG_FILE, FUSE_RECIPE_FILE, METADATA_FILE, REPORT_FILE
 
 GGUF_FILE = "model.gguf"
 TOKENIZER = (

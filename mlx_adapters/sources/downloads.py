@@ -16,14 +16,8 @@ from mlx_adapters.sources.hub import snapshot
 from mlx_adapters.sources.references import check_name, parse_reference
 from mlx_adapters.sources.registry import register
 from mlx_adapters.storage import files, locks, paths
-from mlx_adapters.storage.tensor_names import (
-    ADAPTER_FILE,
-    ADAPTER_OUTPUT,
-    CONFIG_FILE,
-    METADATA_FILE,
-    PEFT_PICKLE_FILE,
-    PEFT_WEIGHTS_FILE,
-)
+from mlx_adapters.storage.hf_names import PEFT_PICKLE_FILE, PEFT_WEIGHTS_FILE
+from mlx_adapters.storage.tensor_names import ADAPTER_FILE, ADAPTER_OUTPUT, CONFIG_FILE, METADATA_FILE
 from mlx_adapters.system.machine import made_now
 
 ADAPTER_FILES = [ADAPTER_FILE, CONFIG_FILE, METADATA_FILE, PEFT_WEIGHTS_FILE, PEFT_PICKLE_FILE]
