@@ -9,7 +9,7 @@ from test_json import documented
 
 from mlx_adapters.demo import job
 from mlx_adapters.demo.catalog import SCHEMA_PROMPT
-from mlx_adapters.evaluation.answers import greedy_answers
+from mlx_adapters.evaluation.scores import greedy_answers
 from mlx_adapters.events import Note
 from mlx_adapters.models.loading import load_model
 from mlx_adapters.sources.bases import resolve_base

@@ -18,10 +18,9 @@ from mlx_adapters.cli import cli
 from mlx_adapters.data.datasets import RawRow, read_data
 from mlx_adapters.errors import AdapterError, ConfigError, FormatError, ModelError, NotFoundError
 from mlx_adapters.evaluation import reports
-from mlx_adapters.evaluation.answers import greedy_answers, questions
 from mlx_adapters.evaluation.evaluate import EvaluationConfig, choose_rows, evaluate, save
 from mlx_adapters.evaluation.harness import TaskEvaluation, TaskReport, TaskResult, results, run_tasks
-from mlx_adapters.evaluation.scores import parse_score
+from mlx_adapters.evaluation.scores import greedy_answers, parse_score, questions
 from mlx_adapters.evaluation.tokens import Batches, judge, judged_rows
 from mlx_adapters.models.loading import load_model
 from mlx_adapters.sources import registry

@@ -13,8 +13,8 @@ from mlx_adapters.cli import cli
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.data.checking import check_data
 from mlx_adapters.errors import ModelError
-from mlx_adapters.evaluation.answers import greedy_answers
 from mlx_adapters.evaluation.evaluate import EvaluationConfig, evaluate
+from mlx_adapters.evaluation.scores import greedy_answers
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.generation.live import load_model
 from mlx_adapters.sources.bases import resolve_base

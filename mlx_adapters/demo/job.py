@@ -14,7 +14,7 @@ from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.data.datasets import spread
 from mlx_adapters.demo.catalog import DATABASE_FILE, SCHEMA_PROMPT, demo_questions, write_demo_data
 from mlx_adapters.errors import AdapterError
-from mlx_adapters.evaluation.answers import greedy_answers
+from mlx_adapters.evaluation.scores import greedy_answers
 from mlx_adapters.evaluation.sqlite import Database, is_correct
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.fusion.fuse import fuse

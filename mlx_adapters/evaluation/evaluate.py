@@ -4,23 +4,21 @@ The rows are the independent units: standard errors come from the spread between
 compared row by row, which takes the rows' own difficulty out of the comparison.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mlx_adapters.config.mapping import require
 from mlx_adapters.data.datasets import SPLITS, RawRow, read_data, spread
 from mlx_adapters.errors import AdapterError, NotFoundError
-from mlx_adapters.evaluation.answers import greedy_answers, questions
-from mlx_adapters.evaluation.scores import Score, parse_score
-from mlx_adapters.evaluation.statistics import Mean, mean, weighted_mean
-from mlx_adapters.evaluation.tokens import Batches, TokenFigures, judge, judged_rows
-from mlx_adapters.evaluation.variants import BASE, Variant, as_text, parse_variants, prepare, short_names, workspace
+from mlx_adapters.evaluation.figures import Evaluation
+from mlx_adapters.evaluation.reports import EvaluationReport
+from mlx_adapters.evaluation.scores import Score, greedy_answers, parse_score, questions
+from mlx_adapters.evaluation.statistics import mean, weighted_mean
+from mlx_adapters.evaluation.tokens import Batches, judge, judged_rows
+from mlx_adapters.evaluation.variants import BASE, Variant, as_text, parse_variants, prepare, workspace
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.loading import load_model
@@ -31,7 +29,6 @@ from mlx_adapters.sources.lookup import load_adapter, locate
 from mlx_adapters.sources.registry import changing, names
 from mlx_adapters.storage import files
 from mlx_adapters.storage.tensor_names import METADATA_FILE
-from mlx_adapters.units import count
 
 
 @dataclass(frozen=True)
@@ -55,96 +52,6 @@ class EvaluationConfig:
         for name in ("max_rows", "max_seq_length", "max_tokens", "batch_size"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} must be at least 1, not {value}.")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The figures of one variant. Loss and KL in nats per judged token, each with its standard error."""
-
-    variant: str
-    rows: int = 0
-    tokens: int = 0
-    loss: Mean | None = None
-    kl: Mean | None = None
-    same_top: Mean | None = None
-    score: Mean | None = None
-    error: str | None = None
-    row_scores: tuple[float, ...] = field(default=(), repr=False)
-    answers: tuple[str, ...] = field(default=(), repr=False)
-    figures: TokenFigures | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def perplexity(self) -> float | None:
-        """e to the loss."""
-        return None if self.loss is None else math.exp(min(self.loss.value, 700))
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, the answers included."""
-        return {
-            "variant": self.variant, "error": self.error, "rows": self.rows, "tokens": self.tokens,
-            "loss": _plain(self.loss), "perplexity": self.perplexity, "kl": _plain(self.kl),
-            "same_top": _plain(self.same_top), "score": _plain(self.score), "row_scores": list(self.row_scores),
-            "answers": list(self.answers),
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Difference:
-    """`variant` minus `against`, row by row."""
-
-    variant: str
-    against: str
-    loss: Mean
-    score: Mean | None
-
-
-@dataclass(frozen=True)
-class EvaluationReport:
-    """All evaluations of one call, on the same rows."""
-
-    created: str
-    data: dict[str, Any]
-    score: str | None
-    reference: str | None
-    evaluations: tuple[Evaluation, ...]
-
-    def __repr__(self) -> str:
-        rows = count(self.data["rows"], f"{self.data['split']} row")
-        return f"EvaluationReport({', '.join(e.variant for e in self.readable.evaluations)}; {rows} of {self._source})"
-
-    def _repr_html_(self) -> str:
-        from mlx_adapters.display.notebook import html_block, html_table
-        from mlx_adapters.evaluation.reports import table
-
-        return html_block(f"{self._source} ({self.data['split']})", html_table(*table(self.readable)))
-
-    @property
-    def readable(self) -> "EvaluationReport":
-        """The same report with short names for folders: what people read."""
-        names = short_names(e.variant for e in self.evaluations)
-        shown = tuple(replace(e, variant=names[e.variant]) for e in self.evaluations)
-        return replace(self, evaluations=shown, reference=self.reference and names[self.reference])
-
-    @property
-    def _source(self) -> str:
-        return Path(self.data["source"]).name
-
-    @property
-    def differences(self) -> list[Difference]:
-        """Each variant against the first that could be evaluated."""
-        fine = [e for e in self.evaluations if e.error is None]
-        return [_difference(other, fine[0]) for other in fine[1:]]
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as plain JSON values."""
-        differences = [
-            {"variant": d.variant, "against": d.against, "loss": _plain(d.loss), "score": _plain(d.score)}
-            for d in self.differences
-        ]
-        return {
-            "created": self.created, "data": self.data, "score": self.score, "reference": self.reference,
-            "evaluations": [e.to_json() for e in self.evaluations], "differences": differences,
-        }  # fmt: skip
 
 
 def evaluate(
@@ -247,13 +154,6 @@ def _evaluate(
     return replace(result, score=mean(scores), row_scores=tuple(scores), answers=tuple(answers))
 
 
-def _difference(one: Evaluation, other: Evaluation) -> Difference:
-    assert one.figures is not None and other.figures is not None
-    loss = weighted_mean(list(one.figures.loss - other.figures.loss), list(other.figures.tokens))
-    score = mean(list(np.subtract(one.row_scores, other.row_scores))) if one.row_scores and other.row_scores else None
-    return Difference(one.variant, other.variant, loss, score)
-
-
 def save(report: EvaluationReport, references: Sequence[str], *, on_event: OnEvent = ignore) -> list[str]:
     """Write each registered adapter's figures into its metadata, under `evaluations`; the names written to.
 
@@ -292,7 +192,3 @@ def _entry(report: EvaluationReport, evaluation: Evaluation, iteration: int | No
         "rows": data["rows"], "iteration": iteration, "score": report.score, "metrics": metrics,
         "errors": {name: value.error for name, value in means.items()},
     }  # fmt: skip
-
-
-def _plain(value: Mean | None) -> dict[str, Any] | None:
-    return None if value is None else {"value": value.value, "error": value.error, "count": value.count}

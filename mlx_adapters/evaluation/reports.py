@@ -1,11 +1,23 @@
-"""An evaluation in words: a table with standard errors, and a sentence for each paired difference."""
+"""An evaluation shown: a table with standard errors, and a sentence for each paired difference."""
 
-from mlx_adapters.evaluation.evaluate import Difference, Evaluation, EvaluationReport
+from mlx_adapters.display.notebook import html_block, html_table
+from mlx_adapters.evaluation.figures import Difference, Evaluation, Evaluations
 from mlx_adapters.evaluation.statistics import Mean, student
-from mlx_adapters.units import number
+from mlx_adapters.units import count, number
 
 
-def table(report: EvaluationReport) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+class EvaluationReport(Evaluations):
+    """All evaluations of one call, shown."""
+
+    def __repr__(self) -> str:
+        rows = count(self.data["rows"], f"{self.data['split']} row")
+        return f"EvaluationReport({', '.join(e.variant for e in self.readable.evaluations)}; {rows} of {self.source})"
+
+    def _repr_html_(self) -> str:
+        return html_block(f"{self.source} ({self.data['split']})", html_table(*table(self.readable)))
+
+
+def table(report: Evaluations) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Headers and lines; columns without a figure are left out."""
     headers = ["VARIANT", "LOSS", "PERPLEXITY"]
     headers += ["KL", "SAME TOP"] if report.reference else []
@@ -13,7 +25,7 @@ def table(report: EvaluationReport) -> tuple[tuple[str, ...], list[tuple[str, ..
     return tuple(headers), [_line(evaluation, report) for evaluation in report.evaluations]
 
 
-def _line(e: Evaluation, report: EvaluationReport) -> tuple[str, ...]:
+def _line(e: Evaluation, report: Evaluations) -> tuple[str, ...]:
     if e.loss is None:
         return (e.variant, "failed", *[""] * (1 + 2 * bool(report.reference) + bool(report.score)))
     cells = [e.variant, plus_minus(e.loss), number(e.perplexity, 4)]
@@ -29,7 +41,7 @@ def plus_minus(value: Mean | None) -> str:
     return number(value.value) + (f" ±{number(value.error, 2)}" if value.error is not None else "")
 
 
-def notes(report: EvaluationReport) -> list[str]:
+def notes(report: Evaluations) -> list[str]:
     """What the figures stand on."""
     data = report.data
     lines = [
@@ -40,12 +52,12 @@ def notes(report: EvaluationReport) -> list[str]:
     return lines
 
 
-def sentences(report: EvaluationReport) -> list[str]:
+def sentences(report: Evaluations) -> list[str]:
     """Each variant against the first, row by row."""
     return [text for difference in report.differences for text in _sentences(difference, report)]
 
 
-def _sentences(d: Difference, report: EvaluationReport) -> list[str]:
+def _sentences(d: Difference, report: Evaluations) -> list[str]:
     who = f"{d.variant} against {d.against}"
     lines = [f"{who}, loss: {_phrase(d.loss, 'higher', 'lower')}"]
     if d.score is not None and report.score:

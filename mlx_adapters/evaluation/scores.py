@@ -1,4 +1,6 @@
-"""Task scores: how right an answer is, from 0 to 1, given what was expected.
+"""Answers to the questions of a data set, many at a time, greedy; and task scores: how right an answer is.
+
+A score goes from 0 to 1, given what was expected:
 
 - `exact`: the texts are equal, white space aside.
 - `regex:PATTERN`: what the pattern finds (its first group, if it has one) is the same in both.
@@ -11,16 +13,77 @@ import json
 import re
 import shlex
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_adapters.data.datasets import RawRow
+from mlx_adapters.data.tokenizing import messages_of
 from mlx_adapters.errors import ConfigError, FormatError, NotFoundError, did_you_mean
 from mlx_adapters.evaluation.sqlite import Database, is_correct
+from mlx_adapters.events import OnEvent, Progress, ignore
+from mlx_adapters.models.model import Model
 from mlx_adapters.storage import paths
+from mlx_adapters.system.door import BatchGenerator
 
 Score = Callable[[str, str, Mapping[str, Any]], float]
 COMMAND_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the model is asked (as token ids), what it should say, and the row it came from."""
+
+    prompt: tuple[int, ...]
+    expected: str
+    row: RawRow
+
+
+def questions(rows: Sequence[RawRow], model: Model) -> list[Question]:
+    """The last assistant turn of each row as a question. Raises FormatError, naming the line, if it has none."""
+    return [_question(row, model) for row in rows]
+
+
+def _question(row: RawRow, model: Model) -> Question:
+    if row.format == "text":
+        raise FormatError(f"{row.where}: a text row asks nothing.", "scores need prompt-completion or chat rows.")
+    messages = messages_of(row)
+    last = next((i for i in reversed(range(len(messages))) if messages[i]["role"] == "assistant"), 0)
+    if last == 0 or not isinstance(messages[last].get("content"), str):
+        raise FormatError(f"{row.where}: there is no answer to a question in the row.",
+                          "without --score none is needed.")  # fmt: skip
+    expected = messages[last]["content"]
+    if row.format == "completion" and not model.has_template:
+        return Question(tuple(model.encode(row.values["prompt"])), expected, row)
+    return Question(tuple(model.encode_chat(messages[:last], row.values.get("tools") or None)), expected, row)
+
+
+def greedy_answers(
+    model: Model, prompts: Sequence[Sequence[int]], *, max_tokens: int = 256, batch_size: int = 8,
+    on_event: OnEvent = ignore,
+) -> list[str]:  # fmt: skip
+    """The likeliest continuation of each prompt, up to an end token, `max_tokens` or the model's last position.
+
+    `batch_size` at a time. Raises ModelError for a prompt that the model cannot read.
+    """
+    asked = [model.checked_ids(prompt).tolist() for prompt in prompts]
+    limits = [model.room(len(prompt), max_tokens) for prompt in asked]
+    generator = BatchGenerator(
+        model.module, completion_batch_size=batch_size,
+        stop_tokens=[[token] for token in model.tokenizer.eos_token_ids],
+    )  # fmt: skip
+    written: dict[int, list[int]] = {uid: [] for uid in generator.insert(asked, limits)}
+    done = 0
+    while responses := generator.next_generated():
+        for response in responses:
+            if response.finish_reason != "stop":
+                written[response.uid].append(response.token)
+            if response.finish_reason is not None:
+                done += 1
+                on_event(Progress("answer", done, len(prompts), "question"))
+    generator.close()
+    return [model.tokenizer.decode(tokens) for tokens in written.values()]
 
 
 def parse_score(text: str, data: str | Path) -> Score:

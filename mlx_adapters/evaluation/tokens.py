@@ -6,7 +6,6 @@ distribution over the next token and q the model's, KL(p ‖ q) in nats says wha
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from mlx_adapters.data.batches import Batch, make_batch
 from mlx_adapters.data.datasets import RawRow, read_data
 from mlx_adapters.data.tokenizing import Row, tokenize
 from mlx_adapters.errors import ConfigError, FormatError
+from mlx_adapters.evaluation.figures import TokenFigures
 from mlx_adapters.events import OnEvent, Progress, ignore
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.loading import load_model
@@ -26,19 +26,6 @@ from mlx_adapters.system.machine import memory_bytes
 
 BATCH_TOKENS = 2048
 MAX_SEQ_LENGTH = 2048  # of the rows that `losses_on` judges
-
-
-@dataclass(frozen=True)
-class TokenFigures:
-    """Sums over the judged tokens of each row; float64 arrays (rows,) in the order of the rows.
-
-    `kl` and `same_top` are None without a reference.
-    """
-
-    tokens: np.ndarray
-    loss: np.ndarray
-    kl: np.ndarray | None = None
-    same_top: np.ndarray | None = None
 
 
 def judged_rows(rows: Sequence[RawRow], model: Model, max_seq_length: int) -> list[Row]:

@@ -230,9 +230,8 @@ def _learning(layer):
 def score(model, data, questions, adapter=None):
     """(right answers, questions), decoded greedily: what queries return if the data has a database, else the text."""
     from mlx_adapters.data.datasets import read_data
-    from mlx_adapters.evaluation.answers import greedy_answers
-    from mlx_adapters.evaluation.answers import questions as as_questions
-    from mlx_adapters.evaluation.scores import parse_score
+    from mlx_adapters.evaluation.scores import greedy_answers, parse_score
+    from mlx_adapters.evaluation.scores import questions as as_questions
     from mlx_adapters.models.loading import load_model
     from mlx_adapters.sources.bases import resolve_base
     from mlx_adapters.sources.lookup import load_adapter
