@@ -146,3 +146,11 @@ def test_a_reversed_answer_to_an_ordered_question_is_wrong(tmp_path):
 
 def test_a_semicolon_in_a_string_ends_no_query():
     assert extract_sql("SELECT ';' FROM t; DROP TABLE t") == "SELECT ';' FROM t"
+
+
+def test_long_numbers_are_compared_whole():
+    """Identifiers, telephone numbers and times in milliseconds have more than nine digits."""
+    for one, other in ((1234567890, 1234567891), (1234567890.5, 1234567891.5), (2**53, 2**53 + 1)):
+        assert not same_rows([(one,)], [(other,)], ordered=True)
+    for one, other in ((0.1 + 0.2, 0.3), (3, 3.0), (2.9999999999999996, 3), (1234567890, 1234567890.0)):
+        assert same_rows([(one,)], [(other,)], ordered=False)

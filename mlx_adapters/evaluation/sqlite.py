@@ -93,9 +93,9 @@ def same_rows(predicted: Iterable[tuple], gold: Iterable[tuple], ordered: bool) 
 
 
 def _comparable(value: Any) -> tuple[str, Any]:
-    """Values of any types, made sortable; floats to 9 digits, so that the order of summation does not count."""
+    """Values of any types, made sortable; floats to 12 digits, so that the order of summation does not count."""
     if isinstance(value, int | float):
-        return "number", float(f"{value:.9g}")
+        return "number", value if isinstance(value, int) else float(f"{value:.12g}")
     return type(value).__name__, value if value is not None else 0
 
 
