@@ -1,28 +1,14 @@
-"""Hostile base folders: a tiny model whose config, tokenizer or template somebody broke, and every command on it.
+"""Hostile base folders: a tiny model whose config, tokenizer or template somebody broke, and every command on it."""
 
-    python hostile.py [--count N] [--seed S] [--only I]
-
-Each input is made from `seed` and its number alone, so a failure is repeated with `--only`. A command may refuse or
-succeed; it may not end in a traceback, hang, take all memory, run code of the folder, or write a control character.
-Every command runs in a fork of its own, so this runs as a program and not inside pytest.
-"""
-
-import argparse
 import json
 import os
 import random
-import resource
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SECONDS, BYTES = 40, 8 << 30
+from forked import Result, wrong_end
+
 ESC = "\x1b[2J\x1b]0;x\x07"
 VALUES: list[Any] = [
     None, True, False, -1, 0, 1, 3, 2**31, 2**63, 10**400, 0.5, 1e308, float("nan"), float("inf"), "", "x", ESC,
@@ -170,116 +156,9 @@ def commands(base: str) -> dict[str, list[str]]:
     }  # fmt: skip
 
 
-def prepare(root: Path) -> None:
-    """The tiny model, data, an adapter `a`; in a process of its own, so that the forks find an MLX that never ran."""
-    from adapters import make_run
-    from tiny_models import build_model
-
-    base = build_model(root / "base", "llama")
-    write(base / "generation_config.json", json.dumps({"eos_token_id": [2], "max_length": 20}))
-    make_run(base, "a", losses=[(1, 1.0)])
-    row = {"prompt": "How many students are there?", "completion": "SELECT 1;"}
-    (root / "data").mkdir()
-    for name in ("train", "valid", "test"):
-        write(root / "data" / f"{name}.jsonl", (json.dumps(row) + "\n") * 4)
-    write(root / "prompts.txt", "hi\n")
-
-
-def run(arguments: list[str], where: Path) -> tuple[int, str]:
-    """Status (negative: the signal that ended it) and what was written, of the program in a fork."""
-    said = where / "said"
-    pid = os.fork()
-    if pid == 0:
-        code = 99
-        try:
-            os.setsid()
-            os.chdir(where)
-            os.environ["MLX_ADAPTERS_HOME"] = str(where / "home")
-            resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
-            target = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            yes = os.open(where / "yes", os.O_RDONLY)
-            for number, descriptor in enumerate((yes, target, target)):
-                os.dup2(descriptor, number)
-            from mlx_adapters import cli
-
-            sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode) for n, mode in ((0, "r"), (1, "w"), (2, "w")))
-            sys.argv = ["mlx-adapters", *arguments]
-            try:
-                cli.main()
-            except SystemExit as left:
-                code = left.code if isinstance(left.code, int) else int(left.code is not None)
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-            code = 98
-        sys.stderr.flush()
-        os._exit(code)
-    end = time.monotonic() + SECONDS
-    while time.monotonic() < end:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            break
-        time.sleep(0.005)
-    else:
-        os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
-    return os.waitstatus_to_exitcode(status), said.read_text(errors="replace")
-
-
-def fault(status: int, said: str, where: Path) -> str | None:
+def fault(result: Result, where: Path) -> str | None:
     """What is wrong with how a command ended."""
     if (where / "ran").exists():
         (where / "ran").unlink()
         return "ran code of the folder"
-    if status == -signal.SIGKILL:
-        return "hangs"
-    if status not in (0, 1, 2) or "Traceback (most recent" in said:
-        return said.strip().splitlines()[-1][:160] if said.strip() else f"status {status}"
-    if "\x1b" in said:
-        return "writes an escape code"
-    if status and "Error: " not in said and "failed" not in said and "FAILED" not in said:
-        return f"status {status} without an error: {said[-100:]!r}"
-    return None
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, nargs="+")
-    parser.add_argument("--show", action="store_true")
-    asked = parser.parse_args()
-    root = Path(tempfile.mkdtemp(prefix="hostile-"))
-    os.environ.update(MLX_ADAPTERS_HOME=str(root / "home"), HF_HUB_OFFLINE="1", HF_HOME=str(root / "hf"),
-                      HOSTILE_RAN=str(root / "ran"), OPENBLAS_NUM_THREADS="1")  # fmt: skip
-    here = str(Path(__file__).parent)
-    paths = os.pathsep.join([here, str(Path(__file__).parent.parent)])
-    subprocess.run([sys.executable, "-c", f"import hostile, pathlib; hostile.prepare(pathlib.Path({str(root)!r}))"],
-                   env=os.environ | {"PYTHONPATH": paths}, check=True)  # fmt: skip
-    sys.path[:0] = paths.split(os.pathsep)
-
-    (root / "yes").write_text("y\n" * 100)
-    faults = 0
-    print(f"seed {asked.seed}", flush=True)
-    for number in asked.only or range(asked.count):
-        rng = random.Random(f"{asked.seed} {number}")
-        label, apply = mutation(rng, root / "base")
-        shutil.rmtree(root / "mutant", ignore_errors=True)
-        shutil.copytree(root / "base", root / "mutant")
-        write(root / "mutant" / "code.py", CODE)
-        apply(root / "mutant")
-        name, arguments = rng.choice(sorted(commands("./mutant").items()))
-        status, said = run(arguments, root)
-        if asked.show:
-            print(status, said)
-        if (wrong := fault(status, said, root)) is not None:
-            faults += 1
-            print(f"#{number} {name} | {label}: {wrong}", flush=True)
-    print(f"{faults} faults")
-    shutil.rmtree(root)
-    return int(faults > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return wrong_end(result)

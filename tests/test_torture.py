@@ -1,0 +1,20 @@
+"""Short forms of torture: a few kills, full disks, pairs of processes and mutated inputs. The long one: scripts/torture."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TORTURE = Path(__file__).parent / "torture.py"
+
+
+@pytest.mark.parametrize(
+    "count, only", [(1, ["kill"]), (1, ["disk"]), (1, ["pairs"]), (5, ["inputs"]), (50, ["inputs:base"])], ids=str
+)
+def test_torture_finds_nothing(count, only):
+    command = [sys.executable, str(TORTURE), "--only", *only, "--count", str(count), "--seconds", "1000"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert int(done.stdout.splitlines()[-1].split()[1].replace(",", "")) >= count, done.stdout
