@@ -245,6 +245,19 @@ def test_a_report_is_not_written_over_what_was_read_for_it(place, base, command,
     assert tree(place) == before
 
 
+def test_reports_may_lie_among_the_plots(place, monkeypatch):
+    def reached(*_, **__):
+        raise NotFoundError("reached")
+
+    monkeypatch.setattr("mlx_adapters.benchmarking.run.benchmark", reached)
+    (place / "plots").mkdir()
+    (place / "plots" / "b.json").write_text("{}")
+    assert run("benchmark", "base", "-o", "plots/b.json", "--plots", "plots", code=1) == "reached"
+    (place / "plots" / "train.jsonl").write_text(ROWS)
+    options = ("--quality", "plots", "--plots", "plots")
+    assert "which is read" in run("benchmark", "base", *options, code=1)
+
+
 # -- folders that may not be read -----------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Short forms of torture: a few kills, full disks, pairs of processes and mutated inputs. The long one: scripts/torture."""
+"""Short forms of torture: kills, full disks, pairs of processes, mutated inputs. The long form: scripts/torture."""
 
 import os
 import subprocess

@@ -121,6 +121,7 @@ def main() -> int:
         "TMPDIR": root / "tmp",
         "HOSTILE_RAN": root / "ran",
     }
+    tempfile.tempdir = None  # read anew
     os.environ.update({name: str(value) for name, value in surroundings.items()})
     os.environ.pop("HF_HUB_OFFLINE", None)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent)])

@@ -30,14 +30,14 @@ merge a b --name m
 merge a b --name b --overwrite
 subtract a b --name m
 scale a 0.5 --name s
-scale a 0.5 --name a --overwrite
+scale b 0.5 --name a --overwrite
 interpolate a b --steps 3 --name i | home/adapters/i- ~ interpolate a b --steps 3 --name i --overwrite
 extract ./fused BASE --rank 2 --name e
 rename a z
 tag a good
-use a@2
+use a@2 | home/adapters/a/adapter
 remove a --yes
-remove a@2 --yes
+remove a@2 --yes | home/adapters/a/
 prune a --yes --keep-last 0 | home/adapters/a/
 pack a out/a.tar.gz --checkpoints
 pack b a.tar.gz --overwrite
@@ -121,7 +121,7 @@ class Tried:
                 return f"was not killed: {result.status}" if result.status else None  # fewer operations this time
         elif wrong := wrong_end(result):
             return wrong
-        elif trap.fault != "EROFS" and place.rubbish():
+        elif trap.fault not in ("EROFS", "EACCES") and place.rubbish():  # which may have refused to clear up
             return f"leaves {place.rubbish()[0].name}"
         elif result.status == 0 and not self.fits(state, (self.after,)) and not self.warned(result.err):
             return f"says nothing, and lacks {self.between(state, self.after)}"

@@ -22,8 +22,8 @@ MINE = (
     f"home/adapters/{DRAFT}mine/thesis.txt",
     "out/notes.txt",
 )
-UNSEEN = ("home/locks", "home/checked", "hf", "tmp", ".cache")  # and what else is in the home besides adapters
-TIMES = ("date", "duration_seconds", "command", "seconds", "created", "trained_seconds", "check_seconds", "versions")
+UNSEEN = ("home/locks", "home/checks", "home/hub", "hf", "tmp", ".cache")
+TIMES = ("started", "date", "created", "seconds", "duration_seconds", "checksum", "command")  # and what depends on them
 RUN = "--rank 2 --batch-size 2 --learning-rate 0.01 --eval-every 2 --save-every 2 --report-every 2 --max-seq-length 48"
 MEASURED = "--base BASE --rounds 1 --trials 1 --prompt-tokens 8 --decode-tokens 2 --no-cold"
 MADE = """
@@ -77,7 +77,7 @@ class Place:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"mine: {name}")
         (self.folder / "data").mkdir()
-        for name, count in (("train", 24), ("valid", 4), ("test", 4)):
+        for name, count in (("train", 120), ("valid", 4), ("test", 4)):
             (self.folder / "data" / f"{name}.jsonl").write_text(rows(count))
         (self.folder / "rows.jsonl").write_text(rows(20))
         for line in MADE.strip().splitlines():

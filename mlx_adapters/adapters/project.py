@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from mlx_adapters.storage import files, paths, replacing
+from mlx_adapters.storage import files, paths, replacing, temporaries
 
 TRAIN_YAML = """\
 # mlx-adapters train --config train.yaml        (flags win over this file)
@@ -42,6 +42,7 @@ def start_project(folder: str | Path, *, overwrite: bool = False) -> tuple[str, 
     lacking = {name: text for name, text in FILES.items() if not _holds(place / name, text)}
     for name in lacking:
         replacing.refuse_existing(place / name, overwrite)
+    temporaries.sweep(place)  # also where a kill came after all was written
     for name, text in lacking.items():
         files.write_text(place / name, text)
     return tuple(FILES)

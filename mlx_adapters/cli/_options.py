@@ -61,11 +61,12 @@ class UserPath(click.Path):
         return super().convert(home, param, ctx)
 
 
-class OutputFile(UserPath):
-    """A file that is written besides what the command is for: a report, a picture, a log."""
+class OutputPath(UserPath):
+    """What is written besides what the command is for: a report, a log, a folder of pictures."""
 
 
-OUTPUT_FILE = OutputFile(dir_okay=False, path_type=Path)
+OUTPUT_FILE = OutputPath(dir_okay=False, path_type=Path)
+OUTPUT_FOLDER = OutputPath(file_okay=False, path_type=Path)
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is there.")
@@ -174,7 +175,7 @@ def refuse_ignored(names: str, why: str) -> None:
 
 
 def refuse_outputs_that_are_read() -> None:
-    """Raise ExistsError if a file to be written belongs to something that another parameter names."""
+    """Raise ExistsError if what is to be written belongs to something that another parameter names."""
     from mlx_adapters.storage.replacing import refuse_writing_into
 
     context = click.get_current_context()
@@ -182,7 +183,7 @@ def refuse_outputs_that_are_read() -> None:
     for param in context.command.params:
         value = context.params.get(param.name or "")
         for one in value if isinstance(value, tuple) else (value,):
-            if isinstance(param.type, OutputFile) and one is not None:
+            if isinstance(param.type, OutputPath) and one is not None:
                 outputs.append(one)
             elif isinstance(one, str | Path):
                 reads |= {str(one), *str(one).split(":")} - {""}  # sqlite:FILE, fuse:ADAPTER:8

@@ -8,6 +8,7 @@ import click
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import (
     OUTPUT_FILE,
+    OUTPUT_FOLDER,
     Reads,
     UserPath,
     any_base_option,
@@ -71,9 +72,7 @@ class Percent(click.ParamType):
 @click.option("-o", "--output", type=OUTPUT_FILE, help="Save the report as JSON.")
 @click.option("--markdown", type=OUTPUT_FILE, help="Write it as Markdown.")
 @click.option("--html", type=OUTPUT_FILE, help="Write it as one HTML file with plots.")
-@click.option(
-    "--plots", type=UserPath(file_okay=False, path_type=Path), help="Write the plots as SVG and PNG into a folder."
-)
+@click.option("--plots", type=OUTPUT_FOLDER, help="Write the plots as SVG and PNG into a folder.")
 @click.option("--against", type=UserPath(exists=True, dir_okay=False, path_type=Path), help="An older saved report.")
 @click.option("--fail-over", type=Percent(), metavar="5%", help="With --against: fail if something got worse by more.")
 @json_option
