@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import struct
 import xml.etree.ElementTree
 import zlib
@@ -328,3 +329,20 @@ def test_a_saved_benchmark_is_shown_in_the_card(sql, base, tmp_path):
     text = str(make_card("sql", benchmark=saved))
     assert "## Speed and memory" in text and re.search(r"\| sql \|.*\d", text) and str(tmp_path) not in text
     assert "Benchmark" in report._repr_html_() and "<svg" in report._repr_html_()
+
+
+DAMAGED = [
+    ("fuse_recipe.json", {"adapters": ["1"]}),
+    ("fuse_recipe.json", {"adapters": [{"reference": 1, "name": []}], "options": 1, "versions": [], "date": {}}),
+    ("fuse_recipe.json", {"adapters": 3, "base": "x", "options": {"format": {}}, "command": ["x"]}),
+    ("fuse_report.json", {"fidelity": {"tokens": "x"}, "text": 3, "bits_per_weight": "x", "update_survival": []}),
+    ("fuse_report.json", {"fidelity": {"tokens": 1}, "text": {"source": 1, "calibration_rows": "x"}}),
+    ("fuse_report.json", {"fidelity": [1], "method": {}, "text": {"calibration_rows": 3}}),
+]
+
+
+@pytest.mark.parametrize("file, values", DAMAGED, ids=str)
+def test_a_damaged_record_beside_a_fused_model_is_left_out_of_its_card(tiny_model, tmp_path, file, values):
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    (folder / file).write_text(json.dumps(values))
+    assert str(make_card(str(folder))).startswith("---")

@@ -306,6 +306,23 @@ def test_a_read_that_is_overtaken_by_a_change_is_of_the_new_version(base, monkey
         )
 
 
+@pytest.mark.parametrize("change", [lambda: keeping.rename("a", "z"), lambda: keeping.remove("a")])
+def test_a_list_beside_a_rename_or_removal_is_from_before_or_after_it(base, monkeypatch, change):
+    for name in "ab":
+        registry.register(make_adapter(base), name)
+    read, changed = registry.read_entry, []
+
+    def overtaking(folder):
+        if not changed:
+            changed.append(folder)
+            change()
+        return read(folder)
+
+    monkeypatch.setattr(registry, "read_entry", overtaking)
+    found = [(entry.name, entry.problem) for entry in registry.list_adapters()]
+    assert changed and found == [(name, None) for name in registry.names()]
+
+
 def test_a_pack_beside_changes_is_of_one_version(base, tmp_path, monkeypatch):
     """The adapter is replaced while its files are opened, and again while they are packed."""
     make_run(base, "x")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mlx_adapters.errors import FormatError, StorageError
 from mlx_adapters.storage import files, tensor_files
-from mlx_adapters.storage.tensor_files import read_safetensors, read_safetensors_header
+from mlx_adapters.storage.tensor_files import glance_at_safetensors, read_safetensors, read_safetensors_header
 
 
 def write(path, header: dict, data: bytes):
@@ -112,3 +112,10 @@ def test_what_the_system_refuses_to_open_is_not_called_damaged(tmp_path, monkeyp
     with pytest.raises(StorageError, match=f"Cannot read '{path}': {os.strerror(number).lower()}") as caught:
         read(path)
     assert ("ulimit" in caught.value.hint) == (number == errno.EMFILE)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    for look in (read_safetensors_header, glance_at_safetensors):
+        with pytest.raises(FormatError, match="is a pipe"):
+            look(tmp_path / "model.safetensors")

@@ -27,7 +27,7 @@ fuse a out/g --format gguf --no-check
 fuse --again fused8 out/again
 fuse --from-peft ./peft --base BASE out/p --method nearest --no-check
 merge a b --name m
-merge a b --name b --overwrite
+merge a a@2 --name b --overwrite
 subtract a b --name m
 scale a 0.5 --name s
 scale b 0.5 --name a --overwrite
@@ -147,7 +147,7 @@ class Tried:
         strange = [
             name
             for name in differences(state, self.before)
-            if not name.startswith(self.scenario.steps or ("\0",)) or state.get(name) == "broken JSON"
+            if not name.startswith(self.scenario.steps or ("\0",)) or state.get(name, "").startswith("broken")
         ]
         return f"neither old nor new: {strange[:4]}, {self.between(state, self.after)}" if strange else None
 

@@ -36,10 +36,10 @@ KINDS: dict[str, tuple[str, str]] = {
         pack ./folder out/f.tar.gz
         publish ./folder user/x --dry-run --base-model user/base
         card ./folder --base-model x/y
-        eval base ./folder --base BASE --data data --max-rows 2 --max-tokens 2
-        estimate --adapter ./folder
+        eval base ./folder --base BASE --data data --max-rows 2
+        estimate BASE --adapter ./folder
         train --name new --iterations 1 --init-from ./folder
-        interpolate ./folder b --steps 2
+        interpolate ./folder b --steps 2 --name i
         advise ./folder --report bench.json
         """,
     ),
@@ -63,7 +63,7 @@ KINDS: dict[str, tuple[str, str]] = {
         train --name a --iterations 1 --overwrite
         generate hi --adapter a@2 --max-tokens 1
         card a --write --base-model x/y
-        eval base a --base BASE --data data --max-rows 2 --max-tokens 2
+        eval base a --base BASE --data data --max-rows 2
         """,
     ),
     "model": (
@@ -81,7 +81,7 @@ KINDS: dict[str, tuple[str, str]] = {
         estimate ./fused8
         fuse a out/f --base ./fused8 --any-base --method nearest --no-check
         fuse a out/f --base ./fused --any-base --format gguf --no-check
-        eval base ./fused8 --base BASE --data data --max-rows 2 --max-tokens 2
+        eval base ./fused8 --base BASE --data data --max-rows 2
         fuse a fused --overwrite --method nearest --no-check
         """,
     ),

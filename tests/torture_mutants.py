@@ -197,6 +197,8 @@ def mutation(path: Path, rng: random.Random) -> Mutation:
     kind = rng.random()
     if kind < 0.06:
         what = rng.choice(("folder", "nothing", "dangling", "fifo"))
+        if what == "fifo" and path.parent.name == "place":
+            what = "nothing"  # a pipe that the user names is waited for
         return f"{path.name} is {what}", lambda: hostile.replace(path, what)
     data = path.read_bytes()
     how, changed = mutate_bytes(data, rng) if kind < 0.25 else mutate_form(path, data, rng)

@@ -2,12 +2,14 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,7 @@ class Place:
 
     def __init__(self, root: Path) -> None:
         self.root, self.folder, self.template = root, root / "place", root / "template"
-        self.base, self.quantized = str(root / "base"), str(root / "quantized")
+        self.base = str(root / "base")
 
     def words(self, line: str) -> list[str]:
         """The arguments of a command as the tables here spell it; a training has this place's data and settings."""
@@ -71,7 +73,7 @@ class Place:
 
     def build(self) -> None:
         tiny_base(Path(self.base))
-        tiny_base(Path(self.quantized), bits=4, group_size=32)
+        (Path(self.base) / "generation_config.json").write_text('{"eos_token_id": [2], "max_length": 20}')
         for name in MINE:
             path = self.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,8 +115,18 @@ def digest(path: Path) -> str:
     """A file's content: of JSON without what differs from run to run, of measured reports only that they are whole."""
     if path.is_symlink():
         return f"link to {os.readlink(path)}"
-    content = path.read_bytes()
+    return digest_of(path, path.read_bytes())
+
+
+def digest_of(path: Path, content: bytes) -> str:
     measured = path.parent.name == "reports"
+    if path.suffix == ".gz":
+        try:
+            with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+                members = {m.name: digest_of(Path(m.name), tar.extractfile(m).read()) for m in tar if m.isfile()}
+        except (tarfile.TarError, EOFError, OSError):
+            return "broken archive"
+        content = repr(members).encode()
     if path.suffix in (".json", ".jsonl"):
         try:
             values = [json.loads(line) for line in (content.splitlines() if path.suffix == ".jsonl" else [content])]

@@ -120,6 +120,7 @@ def main() -> None:
     """Run the program; every error of ours becomes `Error: …`, `Hint: …` and an exit status."""
     signal.signal(signal.SIGTERM, _interrupt)
     _output.open_streams()
+    sys.unraisablehook = lambda what: _output.debugging() and sys.__unraisablehook__(what)  # at a library's clearing up
     warnings.showwarning = lambda message, *_, **__: _output.warn(str(message))
     if "_MLX_ADAPTERS_COMPLETE" in os.environ:
         importlib.import_module("mlx_adapters.cli.completion")  # registers the shells

@@ -60,6 +60,22 @@ KINDS: Mapping[str, Any] = {
     "peft": Whole(config={}),
 }
 
+# Of what lies beside a fused model.
+RECIPE_KINDS: Mapping[str, Any] = {
+    **dict.fromkeys(["date", "command"], str),
+    "versions": {"*": str},
+    "adapters": [{"name": str, "reference": str, "fingerprint": str}],
+    "options": {"format": str},
+    "base": KINDS["base"],
+}
+REPORT_KINDS: Mapping[str, Any] = {
+    "method": str,
+    "fidelity": {"tokens": int, "rows": int, "*": float},
+    "text": {"source": str, "calibration_rows": int},
+    "bits_per_weight": float,
+    "update_survival": float,
+}
+
 _OUT = object()
 
 
@@ -67,6 +83,11 @@ def clean(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Metadata with what is not of its kind left out, and the names of what was, as in "base.name"."""
     wrong: list[str] = []
     return _fit(raw, KINDS, "", wrong), wrong
+
+
+def fit(raw: Mapping[str, Any], kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with what is not of its kind left out."""
+    return _fit(raw, kinds, "", [])
 
 
 def check(raw: Mapping[str, Any], kinds: Whole, where: str) -> None:

@@ -95,7 +95,7 @@ def _peft_text(subject: Subject, base: str) -> str:
 
 
 def _model_text(subject: Subject, base: str) -> str:
-    adapters = [str(a.get("name")) if isinstance(a, Mapping) else str(a) for a in subject.recipe.get("adapters") or []]
+    adapters = [str(adapter.get("name")) for adapter in subject.recipe.get("adapters") or []]
     what = f"{base} with {_and([f'`{a}`' for a in adapters])} fused into its weights" if adapters else "A model"
     quantization = subject.config.get("quantization")
     if isinstance(quantization, Mapping) and "bits" in quantization:
@@ -192,7 +192,7 @@ def fidelity(subject: Subject, facts: Facts) -> str:
     if report.get("update_survival") is not None:
         parts.append(f"share of the update that survived {report['update_survival']:.4f} (mean cosine)")
     sections = ["## What fusing changed", ", ".join(parts) + "."]
-    if isinstance(found, Mapping):
+    if found and found.get("tokens") and found.get("rows"):
         sections.append(_fidelity_table(found, f"`{text['source']}`" if text.get("source") else "text"))
     return "\n\n".join(sections)
 

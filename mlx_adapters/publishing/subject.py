@@ -13,7 +13,7 @@ from typing import Any, Literal
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError
 from mlx_adapters.models.adapter import Adapter, read_adapter, weights_file
 from mlx_adapters.models.base import INDEX_FILE, OTHER_FILE
-from mlx_adapters.models.metadata import read_config, read_metadata
+from mlx_adapters.models.metadata import RECIPE_KINDS, REPORT_KINDS, fit, read_config, read_metadata
 from mlx_adapters.publishing.cleaning import clean, clean_text
 from mlx_adapters.sources.lookup import load_adapter, locate
 from mlx_adapters.sources.references import parse_reference
@@ -201,10 +201,10 @@ def _subject(folder: Path, iteration: int | None) -> Subject:
         metadata = metadata | {"iteration": iteration, "sha256": {ADAPTER_FILE: files.sha256(sources[ADAPTER_FILE])}}
     left_out = [name for name in there if name not in sources and name != "README.md"]
     name = adapter.name.partition("@")[0] if adapter else folder.name
-    optional = {
-        f: files.read_json(folder / f) if (folder / f).is_file() else {} for f in (FUSE_RECIPE_FILE, REPORT_FILE)
-    }
-    recipe, report = optional[FUSE_RECIPE_FILE], optional[REPORT_FILE]
+    recipe, report = (
+        fit(files.read_json(folder / file), kinds) if (folder / file).is_file() else {}
+        for file, kinds in ((FUSE_RECIPE_FILE, RECIPE_KINDS), (REPORT_FILE, REPORT_KINDS))
+    )
     return Subject(
         kind, name, folder, sources, tuple(left_out), clean(config), clean(metadata), clean(recipe), clean(report),
         adapter, _base_of(metadata, recipe, config).get("name"), _fused_adapter(recipe),

@@ -79,12 +79,21 @@ class Entry:
 
 def list_adapters(base: str | None = None, tag: str | None = None) -> list[Entry]:
     """All named adapters, by name; only those of `base`, or with `tag`, if given. Reads no weights."""
-    entries = [read_entry(adapters_folder() / name) for name in names()]
     return [
         e
-        for e in entries
+        for e in _entries()
         if (base is None or (e.base and paths.same_source(e.base, base))) and (tag is None or tag in e.tags)
     ]
+
+
+def _entries() -> list[Entry]:
+    """Looked at again where one went away meanwhile: a rename or removal is seen as before it or after it."""
+    for _ in range(10):
+        entries = [read_entry(adapters_folder() / name) for name in names()]
+        there = [entry for entry in entries if os.path.lexists(entry.folder)]
+        if len(there) == len(entries):
+            break
+    return there
 
 
 def read_entry(folder: Path) -> Entry:

@@ -130,6 +130,12 @@ def _bits(array: Any) -> Any:
     return array.view(mx.uint16) if array.ndim else array.reshape(1).view(mx.uint16).reshape(())
 
 
+def _refuse_pipe(path: Path) -> None:
+    """Raise FormatError for what opening would wait for."""
+    if path.is_fifo():
+        raise FormatError(f"'{path}' is a pipe, not a file.", "take it away, or put the file in its place.")
+
+
 def read_safetensors_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Read names, dtypes, shapes and metadata without the tensors, checking every offset.
 
@@ -139,6 +145,7 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]
     """
     path = Path(path)
     bad = FormatError(f"'{path}' is not a whole safetensors file.", "it may be truncated; copy or download it again.")
+    _refuse_pipe(path)
     try:
         size = path.stat().st_size
         with open(path, "rb") as stream:
@@ -185,6 +192,7 @@ def glance_at_safetensors(path: str | Path) -> int:
     Looks at the header's frame and at where its last tensor ends, which finds truncated and random files; the
     full check is `read_safetensors_header`. Raises NotFoundError or FormatError.
     """
+    _refuse_pipe(path)
     try:
         with open(path, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
