@@ -63,7 +63,8 @@ class Torture:
                 continue
             points = [trap for trap in tried.points() if (trap.fault == "kill") == (section == "kill")]
             rng = random.Random(f"{self.asked.seed} {section} {name}")
-            chosen = rng.sample(points, min(len(points), self.asked.count or len(points)))
+            fair = max(2, int(20 / tried.seconds))  # of what takes long, fewer
+            chosen = rng.sample(points, min(len(points), fair, self.asked.count or len(points)))
             found += [(name, f"{trap.fault} at {trap.at}", lambda t=tried, p=trap: t.trial(p)) for trap in chosen]
         random.Random(f"{self.asked.seed} {section}").shuffle(found)
         yield from found

@@ -98,7 +98,7 @@ class Tried:
             result = run(scenario.arguments, place.folder, Trap(), seconds=300)
             assert result.status == 0, (name, result.said)
             ends.append(place.state())
-        self.after, self.steps = ends[0], result.steps
+        self.after, self.steps, self.seconds = ends[0], result.steps, result.seconds
         assert ends[0] == ends[1], (name, "is not the same twice", differences(*ends))
         self.rubbish = place.rubbish()
 
