@@ -130,7 +130,13 @@ def main() -> int:
     sys.dont_write_bytecode = True
     (root / "tmp").mkdir()
     code = HUB.format(here=str(HERE), folder=str(root / "template/home/adapters/a"))
-    hub = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    hub = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     try:
         os.environ["HF_ENDPOINT"] = hub.stdout.readline().strip()
         from forked import preload

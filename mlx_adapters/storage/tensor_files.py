@@ -130,9 +130,9 @@ def _bits(array: Any) -> Any:
     return array.view(mx.uint16) if array.ndim else array.reshape(1).view(mx.uint16).reshape(())
 
 
-def _refuse_pipe(path: Path) -> None:
+def _refuse_pipe(path: str | Path) -> None:
     """Raise FormatError for what opening would wait for."""
-    if path.is_fifo():
+    if Path(path).is_fifo():
         raise FormatError(f"'{path}' is a pipe, not a file.", "take it away, or put the file in its place.")
 
 
