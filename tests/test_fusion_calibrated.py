@@ -20,7 +20,7 @@ from mlx_adapters import TrainConfig, errors, load_adapter, train
 from mlx_adapters.assembly.plan import LayerPlan
 from mlx_adapters.assembly.weights import Updates
 from mlx_adapters.calibration import mixed, strategy
-from mlx_adapters.calibration.blockwise import Blocks, Variant
+from mlx_adapters.calibration.blockwise import Variant
 from mlx_adapters.calibration.calibrate import Spool
 from mlx_adapters.calibration.collecting import Collector, HiddenStates, fisher_probe
 from mlx_adapters.calibration.fidelity import measure_fidelity
@@ -39,6 +39,7 @@ from mlx_adapters.models.loading import load_model, load_module
 from mlx_adapters.sources import origin
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import files, paths
+from mlx_adapters.surgery.blocks import Blocks
 
 ALL = ["llama", "qwen2", "qwen3", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2"]
 FEW = {"calibration_rows": 12, "check_rows": 12}

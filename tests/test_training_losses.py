@@ -14,10 +14,11 @@ from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.models.layers import adaptable_layers, named_layers
 from mlx_adapters.models.loading import load_model
 from mlx_adapters.optimization import losses
-from mlx_adapters.optimization.step import device_batch, packing_is_exact, plan_loss
+from mlx_adapters.optimization.step import Segments, device_batch, packing_is_exact, plan_loss
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage.tensor_names import LORA_B, block_index, split
 from mlx_adapters.surgery import calls
+from mlx_adapters.surgery.blocks import find_body
 from mlx_adapters.training import setup
 
 PACKABLE = sorted(set(ARCHITECTURES) - {"gpt2"})
@@ -61,7 +62,7 @@ def test_chunked_loss_and_gradient_equal_the_plain_ones(architecture, tiny_model
     }
     targets = (*heads(load_model(resolve_base(folder))), *sorted(blocks))
     model, weights = adapted(folder, LoraConfig(rank=4, scale=2.0, target_modules=targets))
-    batch, body = device_batch(make_batch([[r] for r in ROWS])), calls.find_body(model.module)
+    batch, body = device_batch(make_batch([[r] for r in ROWS])), find_body(model.module)
     head = [name for name in weights if block_index(name) is None]
     assert head
 
@@ -94,7 +95,7 @@ def test_chunks_hold_less_memory(tiny_model):
     """Peak memory with 64 rows of logits at a time is far below that with all of them."""
     folder = tiny_model("qwen3", vocab_size=40_000)
     model, weights = adapted(folder, LoraConfig(rank=4, scale=2.0, target_modules=("q_proj",)))
-    batch, body = device_batch(make_batch([[row(300, i)] for i in range(3)])), calls.find_body(model.module)
+    batch, body = device_batch(make_batch([[row(300, i)] for i in range(3)])), find_body(model.module)
     peaks = {}
     for chunk in (64, 10_000):
 
@@ -133,7 +134,7 @@ def test_packed_rows_do_not_see_each_other(tiny_model):
     def second_loss(first: Row) -> float:
         quiet = replace(first, trained=np.zeros(len(first.tokens), bool))
         batch = device_batch(make_batch([[quiet, ROWS[2]]], packed=True))
-        cache = [calls.Segments(batch.segments[:, :-1]) for _ in module.layers]
+        cache = [Segments(batch.segments[:, :-1]) for _ in module.layers]
         return losses.plain_loss(module, batch, cache).item()
 
     assert second_loss(row(30, 7)) == pytest.approx(second_loss(row(30, 8)), rel=1e-6)

@@ -12,19 +12,19 @@ the first, so that memory holds the weights and the activations of one block, ho
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from mlx.utils import tree_unflatten
-
-from mlx_adapters.calibration.blockwise import Blocks, Call, Variant
+from mlx_adapters.calibration.blockwise import Variant
 from mlx_adapters.calibration.moments import Moments, Seen, add_calls, fits, gram
 from mlx_adapters.data.batches import TokenBatch
 from mlx_adapters.events import OnEvent, Progress, ignore
 from mlx_adapters.models.dense import weight_shape
 from mlx_adapters.models.layers import ADAPTABLE
 from mlx_adapters.storage import paths, tensor_files
-from mlx_adapters.surgery.taps import Tap, Tape, fisher_probe, tapped_vjp
+from mlx_adapters.surgery.blocks import Blocks, Call
+from mlx_adapters.surgery.taps import Tape, fisher_probe, tapped, tapped_vjp
 from mlx_adapters.system.door import mx, nn
 
 
@@ -95,14 +95,11 @@ class Collector:
             on_event(Progress("calibrate: forward", index + 1, count, "block"))
         return hidden
 
-    def tapped(self, index: int, tape: Tape) -> list[tuple[str, nn.Module]]:
-        """Put taps on the wanted layers of block `index`; returns what `update_modules` needs to undo it."""
-        module = self.backward.source.module
+    def tapped(self, index: int, tape: Tape) -> AbstractContextManager[None]:
+        """Within the block, `tape` notes the calls of the wanted layers of block `index`."""
         here = self.paths & set(self.backward.layer_paths(index))
-        originals = {path: layer for path, layer in module.named_modules() if path in here}
-        taps = [(path, Tap(layer, path, tape)) for path, layer in originals.items()]
-        module.update_modules(tree_unflatten(taps))
-        return list(originals.items())
+        module = self.backward.source.module
+        return tapped({path: layer for path, layer in module.named_modules() if path in here}, tape)
 
     def add(self, moments: dict[str, Moments], noted: list, batch: TokenBatch, real: mx.array | None) -> None:
         """Add one batch's notes; `real`: see `add_calls`. Layers whose calls tell nothing become `unknown`."""
@@ -148,43 +145,41 @@ class Stages:
         c, cotangents = self.collector, []
         moments: dict[str, Moments] = {}
         tape = Tape()
-        originals = c.tapped(len(blocks), tape)
         keys = mx.random.split(mx.random.key(self.seed), max(len(hidden), 2))
-        for batch, h, key in zip(c.batches, hidden, keys, strict=False):
+        with c.tapped(len(blocks), tape):
+            for batch, h, key in zip(c.batches, hidden, keys, strict=False):
 
-            def run(h: mx.array, batch: TokenBatch = batch) -> mx.array:
-                return blocks.finish(h, batch.judged)
+                def run(h: mx.array, batch: TokenBatch = batch) -> mx.array:
+                    return blocks.finish(h, batch.judged)
 
-            def probe(out: mx.array, key: mx.array = key) -> mx.array:
-                return fisher_probe(out, key)
+                def probe(out: mx.array, key: mx.array = key) -> mx.array:
+                    return fisher_probe(out, key)
 
-            gradient, noted = tapped_vjp(run, tape, h, probe)
-            c.add(moments, noted, batch, None if len(blocks) else batch.real)
-            mx.eval(gradient)
-            cotangents.append(gradient)
-        c.backward.source.module.update_modules(tree_unflatten(originals))
+                gradient, noted = tapped_vjp(run, tape, h, probe)
+                c.add(moments, noted, batch, None if len(blocks) else batch.real)
+                mx.eval(gradient)
+                cotangents.append(gradient)
         return moments, cotangents
 
     def _block(self, index: int, cotangents: list[mx.array]) -> tuple[dict[str, Moments], list[mx.array]]:
         c, below = self.collector, []
         moments: dict[str, Moments] = {}
         tape = Tape()
-        originals = c.tapped(index, tape)
         entries = c._entries.take()
-        for batch, h, calls, sent in zip(c.batches, entries, c._calls, cotangents, strict=True):
+        with c.tapped(index, tape):
+            for batch, h, calls, sent in zip(c.batches, entries, c._calls, cotangents, strict=True):
 
-            def run(h: mx.array, call: Call = calls[index]) -> mx.array:
-                return c.backward.blocks.step(index, h, call)
+                def run(h: mx.array, call: Call = calls[index]) -> mx.array:
+                    return c.backward.blocks.step(index, h, call)
 
-            def probe(_: mx.array, sent: mx.array = sent) -> mx.array:
-                return sent
+                def probe(_: mx.array, sent: mx.array = sent) -> mx.array:
+                    return sent
 
-            gradient, noted = tapped_vjp(run, tape, h, probe)
-            if index > c.first or c.first == 0:
-                mx.eval(gradient)
-            c.add(moments, noted, batch, batch.real)
-            below.append(gradient)
-        c.backward.source.module.update_modules(tree_unflatten(originals))
+                gradient, noted = tapped_vjp(run, tape, h, probe)
+                if index > c.first or c.first == 0:
+                    mx.eval(gradient)
+                c.add(moments, noted, batch, batch.real)
+                below.append(gradient)
         return moments, below
 
     def _input_embedding(self, moments: dict[str, Moments], cotangents: list[mx.array]) -> None:

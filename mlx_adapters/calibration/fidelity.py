@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_adapters.calibration.blockwise import Call, Variant
+from mlx_adapters.calibration.blockwise import Variant
 from mlx_adapters.data.batches import TokenBatch
 from mlx_adapters.errors import FormatError
 from mlx_adapters.events import OnEvent, Progress, ignore
 from mlx_adapters.storage.tensor_files import as_numpy
+from mlx_adapters.surgery.blocks import Call
 from mlx_adapters.system.door import mx
 
 

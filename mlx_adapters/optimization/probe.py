@@ -20,7 +20,7 @@ from mlx_adapters.optimization.optimizers import Optimizer
 from mlx_adapters.optimization.step import LossPlan, TrainStep, chunk_rows
 from mlx_adapters.optimization.through_rounding import Rounding
 from mlx_adapters.storage.tensor_names import block_index
-from mlx_adapters.surgery import calls
+from mlx_adapters.surgery.blocks import find_body, keep_blocks
 from mlx_adapters.system.door import mx, nn
 from mlx_adapters.system.machine import on_gpu
 
@@ -61,10 +61,7 @@ class Prober:
 
     def _cut_module(self, blocks: int) -> nn.Module:
         module, _ = load_module(self.base)
-        first = first_block(self.adapter, len(module.layers))
-        body = calls.find_body(module) or module
-        name = next(k for k, v in body.items() if isinstance(v, list) and v and v[-1] is module.layers[-1])
-        body[name] = body[name][first : first + blocks]
+        keep_blocks(module, first_block(self.adapter, len(module.layers)), blocks)
         return module
 
     def _engine(self, blocks: int) -> TrainStep:
@@ -86,7 +83,7 @@ class Prober:
         add_adapter_layers(module, config)
         mx.eval(module.parameters())
         layers = dict(named_layers(module))
-        body = None if self.training.chunked_loss == "off" else calls.find_body(module)
+        body = None if self.training.chunked_loss == "off" else find_body(module)
         plan = LossPlan(body, chunk_rows(self.vocabulary))
         return TrainStep(module, {key: layers[key] for key in keys}, self.training, plan, rounding=rounding)
 

@@ -21,6 +21,7 @@ from mlx_adapters.optimization.optimizers import Optimizer, compiled
 from mlx_adapters.optimization.through_rounding import Rounding
 from mlx_adapters.storage.tensor_names import block_index
 from mlx_adapters.surgery import calls
+from mlx_adapters.surgery.blocks import find_body
 from mlx_adapters.system.door import mx, nn
 
 EQUAL = 1e-4  # relative; float32 sums in another order differ by less
@@ -41,11 +42,36 @@ def device_batch(batch: Batch) -> Arrays:
     return Arrays(tokens, positions, targets, weights, segments)
 
 
-def _segments(module: nn.Module, batch: Arrays) -> list[calls.Segments] | None:
+class Segments:
+    """Stands in for a layer's cache and makes its attention block-diagonal: packed rows see only themselves.
+
+    `segments`: (rows, length) int32, the number of the packed row that a token belongs to. Nothing is cached;
+    rotary positions are relative, so a row may start anywhere.
+    """
+
+    offset = 0
+
+    def __init__(self, segments: mx.array) -> None:
+        same = segments[:, :, None] == segments[:, None, :]
+        places = mx.arange(segments.shape[1])
+        self._distance = places[:, None] - places[None, :]
+        self._mask = same & (self._distance >= 0)
+
+    def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
+        """(rows, 1, length, length) bool, True where a token may look."""
+        near = self._mask if window_size is None else self._mask & (self._distance < window_size)
+        return near[:, None]
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Keys and values as they are: nothing came before."""
+        return keys, values
+
+
+def _segments(module: nn.Module, batch: Arrays) -> list[Segments] | None:
     """What tells each layer which tokens of a line belong together; None where a line is one row."""
     if batch.segments is None:
         return None
-    return [calls.Segments(batch.segments[:, :-1]) for _ in module.layers]
+    return [Segments(batch.segments[:, :-1]) for _ in module.layers]
 
 
 @dataclass
@@ -191,7 +217,7 @@ def chunk_rows(vocabulary: int) -> int:
 def plan_loss(module: nn.Module, config: TrainConfig, vocabulary: int, probe: Batch) -> LossPlan:
     """The chunked loss where it gives the plain one's value on `probe`, else the plain one."""
     chunk = chunk_rows(vocabulary)
-    body = calls.find_body(module) if config.chunked_loss != "off" else None
+    body = find_body(module) if config.chunked_loss != "off" else None
     if body is not None and _agrees(module, body, probe, chunk):
         return LossPlan(body, chunk)
     return LossPlan(None, chunk)

@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from mlx_adapters.config.mapping import require
@@ -25,7 +25,6 @@ from mlx_adapters.runtime.sites import (
     Group,
     Site,
     at_path,
-    find_groups,
     fused_layers,
     joined,
     remember_indices,
@@ -33,6 +32,7 @@ from mlx_adapters.runtime.sites import (
     wrap,
 )
 from mlx_adapters.runtime.stacks import Stacks, part
+from mlx_adapters.surgery.groups import find_groups
 from mlx_adapters.system.door import mx, nn
 from mlx_adapters.system.machine import on_gpu
 
@@ -67,7 +67,7 @@ class AdapterPool:
         self._plans: dict[tuple, Plan] = {}
         self._groups: list[tuple[str, ...]] | None = None
         self._sites: dict[str, Site] = {}
-        self._undo: list[Callable[[], None]] = []
+        self._undo: dict[Site, Callable[[], None]] = {}
         self._unfused: dict[str, nn.Module] = {}
         self._stacks: Stacks | None = None
         self._clock = itertools.count(1)
@@ -80,9 +80,14 @@ class AdapterPool:
             check_fits(adapter, self.layers)
             keys = adapter.config.keys
             prepared = {key: prepare(self.layers[key], adapter, key, self.dtype) for key in keys}
-            sites = self._install(keys)
-            made = {site: site.assemble(prepared) for site in sites}
-            mx.eval([f.arrays for f in made.values() if f is not None])
+            before = set(self._sites)
+            try:
+                sites = self._install(keys)
+                made = {site: site.assemble(prepared) for site in sites}
+                mx.eval([f.arrays for f in made.values() if f is not None])
+            except BaseException:
+                self._uninstall(self._sites.keys() - before)
+                raise
             entry = Attached(name, replace(adapter, weights={}), {s: f for s, f in made.items() if f is not None})
             if name in self.attached:
                 self._forget(self.attached[name])
@@ -97,7 +102,9 @@ class AdapterPool:
             self._forget(self.get(name))
             del self.attached[name]
             if not self.attached:
-                self._uninstall()
+                self.unfuse()
+                self._uninstall(set(self._sites))
+                self._stacks, self._plans = None, {}
 
     def get(self, name: str) -> Attached:
         """The adapter of that name. Raises NotFoundError that suggests the nearest."""
@@ -157,19 +164,18 @@ class AdapterPool:
     def _install_site(self, paths: tuple[str, ...]) -> None:
         layers = [self.layers[path] for path in paths]
         site = Group(paths, layers) if len(paths) > 1 else Site(paths, layers)
+        self._sites |= dict.fromkeys(paths, site)
         if isinstance(layers[0], SWITCH):
             block = at_path(self.module, paths[0].rpartition(".")[0])
-            self._undo.append(remember_indices(block, site))
+            self._undo[site] = remember_indices(block, site)
         replace_layers(self.module, wrap(site))
-        self._sites |= dict.fromkeys(paths, site)
 
-    def _uninstall(self) -> None:
-        self.unfuse()
-        replace_layers(self.module, {path: self.layers[path] for path in self._sites})
-        while self._undo:
-            self._undo.pop()()
-        self._sites = {}
-        self._stacks, self._plans = None, {}
+    def _uninstall(self, paths: Set[str]) -> None:
+        """Put the base's own layers back at these paths, which are whole sites."""
+        replace_layers(self.module, {path: self.layers[path] for path in paths})
+        for site in {self._sites.pop(path) for path in paths}:
+            if site in self._undo:
+                self._undo.pop(site)()
 
     # -- at work ---------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from mlx_adapters.models.layers import EMBEDDING, SWITCH, AdapterLayer
 from mlx_adapters.runtime.additions import Addition
 from mlx_adapters.runtime.factors import Factors, below_each_other
 from mlx_adapters.storage.tensor_names import BIAS, QUANTIZED_LEAVES, WEIGHT
+from mlx_adapters.surgery.calls import intercept
 from mlx_adapters.system.door import mx, nn
 
 
@@ -204,62 +205,13 @@ def remember_indices(block: nn.Module, site: Site) -> Callable[[], None]:
     mlx-lm sorts (token, expert) pairs before its expert layers see them; with the indices from before, the
     layer can tell whose pair is whose. Gives the function that undoes it.
     """
-    kind = type(block)
 
-    class Remembering(kind):  # type: ignore[misc, valid-type]
-        def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
-            for part in getattr(site.update, "parts", ()):
-                part.rows.indices = indices
-            return super().__call__(x, indices)
+    def remembering(original: Callable[..., mx.array], x: mx.array, indices: mx.array) -> mx.array:
+        for part in getattr(site.update, "parts", ()):
+            part.rows.indices = indices
+        return original(x, indices)
 
-    Remembering.__name__, Remembering.__qualname__ = kind.__name__, kind.__qualname__
-    block.__class__ = Remembering
-
-    def undo() -> None:
-        block.__class__ = kind
-
-    return undo
-
-
-class _Recorder(nn.Module):
-    def __init__(self, path: str, layer: nn.Module, calls: list[tuple[str, mx.array]]) -> None:
-        super().__init__()
-        self.layer = layer
-        self._path, self._calls = path, calls
-
-    def __call__(self, x: mx.array) -> mx.array:
-        self._calls.append((self._path, x))
-        return self.layer(x)
-
-
-def find_groups(module: nn.Module, layers: dict[str, nn.Module]) -> list[tuple[str, ...]]:
-    """Paths of the linear layers that get the same input object, found by watching one forward pass.
-
-    The pass is only traced, not computed, and no architecture is known by name. A group's layers lie in one
-    block, are called once each and are of one kind (type, quantization, bias, dtype).
-    """
-    linear = {path: layer for path, layer in layers.items() if type(layer) in (nn.Linear, nn.QuantizedLinear)}
-    calls: list[tuple[str, mx.array]] = []
-    replace_layers(module, {path: _Recorder(path, layer, calls) for path, layer in linear.items()})
-    try:
-        module(mx.zeros((1, 1), dtype=mx.uint32))
-    except (TypeError, ValueError, AttributeError):
-        calls = []
-    finally:
-        replace_layers(module, linear)
-    count: dict[str, int] = {}
-    for path, _ in calls:
-        count[path] = count.get(path, 0) + 1
-    groups: dict[tuple, list[str]] = {}
-    for path, x in calls:
-        if count[path] == 1 and linear[path].weight.shape[0] % 8 == 0:
-            groups.setdefault((path.rpartition(".")[0], id(x), _kind(linear[path])), []).append(path)
-    return [tuple(paths) for paths in groups.values() if len(paths) > 1]
-
-
-def _kind(layer: nn.Module) -> tuple:
-    dtypes = tuple(layer[name].dtype if layer.get(name) is not None else None for name in (*QUANTIZED_LEAVES, BIAS))
-    return (type(layer), *(getattr(layer, n, None) for n in ("bits", "group_size", "mode")), dtypes)
+    return intercept(block, remembering)
 
 
 def at_path(module: nn.Module, path: str) -> nn.Module:

@@ -1,31 +1,70 @@
-"""Changing how one module of a model is called while a block of code runs, and nothing else.
+"""Changing how one module of a model is called, and nothing else: the one way to intercept a call.
 
 mlx-lm's models are plain modules that call each other. To take the hidden states before the output head, to
-compute them again in the backward pass, or to round a weight on the way, we give single instances another
-`__call__` for the duration of a trace. No class is touched, so other models in the process are unchanged.
+compute them again in the backward pass, to round a weight on the way or to note what a layer is given, we
+step between a single instance and its callers. Its parameters and its place in the model stay as they are, and
+no class is touched, so other models in the process are unchanged.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 from mlx_adapters.system.door import mx, nn
 
+METHODS = ("__call__", "as_linear")  # the ways in which models call a layer
+HELD = "_intercepted"  # in the instance's __dict__, where MLX looks for neither parameters nor children
+
+
+def intercept(module: nn.Module, function: Callable[..., Any], method: str = "__call__") -> Callable[[], None]:
+    """From now on, `module.method(...)` runs `function(original, ...)`. Gives the function that undoes it.
+
+    Who steps in last is called first; they may go in any order.
+    """
+    if HELD not in vars(module):
+        kind: Any = type(module)
+        module.__class__ = _open_to_others(kind)
+        vars(module)[HELD] = {}
+    held = vars(module)[HELD]
+    functions = held.setdefault(method, [])
+    functions.append(function)
+
+    def undo() -> None:
+        functions.remove(function)
+        if not any(held.values()):
+            del vars(module)[HELD]
+            module.__class__ = type(module).__base__
+
+    return undo
+
+
+@functools.cache
+def _open_to_others(kind: type[nn.Module]) -> type[nn.Module]:
+    """The same class, but for instances that hold functions to be called in between."""
+
+    def open_method(method: str) -> Callable[..., Any]:
+        def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            run = partial(getattr(kind, method), self)
+            for function in vars(self)[HELD].get(method, ()):
+                run = partial(function, run)
+            return run(*args, **kwargs)
+
+        return call
+
+    names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(kind.__name__, (kind,), names | {m: open_method(m) for m in METHODS if hasattr(kind, m)})
+
 
 @contextlib.contextmanager
 def call_as(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
     """Within the block, calling `module` runs `function(original_call, *args, **kwargs)`."""
-    kind = type(module)
-
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return function(partial(kind.__call__, self), *args, **kwargs)
-
-    module.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+    undo = intercept(module, function)
     try:
         yield
     finally:
-        module.__class__ = kind
+        undo()
 
 
 def random_key() -> mx.array:
@@ -64,16 +103,6 @@ def recompute(layer: nn.Module) -> contextlib.AbstractContextManager[None]:
     return call_as(layer, checkpointed)
 
 
-def find_body(module: nn.Module) -> nn.Module | None:
-    """The submodule that holds the blocks and whose output the head reads; None if there is no such split."""
-    last = module.layers[-1]
-    for _, child in module.named_modules():
-        lists = [value for value in child.values() if isinstance(value, list) and value]
-        if any(blocks[-1] is last for blocks in lists):
-            return None if child is module else child
-    return None
-
-
 def hidden_states(module: nn.Module, body: nn.Module, tokens: mx.array, cache: Any = None) -> mx.array:
     """(rows, length, hidden) that the body gives to the head. The head's own work is never evaluated."""
     seen: list[mx.array] = []
@@ -91,28 +120,3 @@ def head_logits(module: nn.Module, body: nn.Module, hidden: mx.array) -> mx.arra
     """(n, vocabulary) logits of (n, hidden) states, through whatever the model does after its body."""
     with call_as(body, lambda original, *args, **kwargs: hidden[None]):
         return module(mx.zeros((1, hidden.shape[0]), mx.int32))[0]
-
-
-class Segments:
-    """Stands in for a layer's cache and makes its attention block-diagonal: packed rows see only themselves.
-
-    `segments`: (rows, length) int32, the number of the packed row that a token belongs to. Nothing is cached;
-    rotary positions are relative, so a row may start anywhere.
-    """
-
-    offset = 0
-
-    def __init__(self, segments: mx.array) -> None:
-        same = segments[:, :, None] == segments[:, None, :]
-        places = mx.arange(segments.shape[1])
-        self._distance = places[:, None] - places[None, :]
-        self._mask = same & (self._distance >= 0)
-
-    def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
-        """(rows, 1, length, length) bool, True where a token may look."""
-        near = self._mask if window_size is None else self._mask & (self._distance < window_size)
-        return near[:, None]
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Keys and values as they are: nothing came before."""
-        return keys, values

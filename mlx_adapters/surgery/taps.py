@@ -1,35 +1,12 @@
 """Taps in a model: what each layer is given, and the gradient at what it gives."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_adapters.surgery.calls import intercept
 from mlx_adapters.system.door import SwitchLinear, mx, nn
-
-
-class Tap(nn.Module):
-    """Wraps a layer: notes its inputs, and adds a probe to its output whose gradient is the output's."""
-
-    def __init__(self, layer: nn.Module, path: str, tape: "Tape") -> None:
-        super().__init__()
-        self.__dict__.update(_layer=layer, _path=path, _tape=tape)
-
-    def __call__(self, x: mx.array, *arguments: Any, **keywords: Any) -> mx.array:
-        layer = self.__dict__["_layer"]
-        y = layer(x, *arguments, **keywords)
-        if isinstance(layer, nn.Embedding):
-            return y
-        indices = None
-        if isinstance(layer, SwitchLinear):
-            indices = arguments[0] if arguments else keywords["indices"]
-        return self.__dict__["_tape"].note(self.__dict__["_path"], x, indices, y)
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        y = self.__dict__["_layer"].as_linear(x)
-        return self.__dict__["_tape"].note(self.__dict__["_path"], x, None, y)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_layer"], name)
 
 
 @dataclass
@@ -44,6 +21,30 @@ class Tape:
         self.notes.append((path, x, indices))
         self.shapes.append(y.shape)
         return y if self.probes is None else y + self.probes[len(self.notes) - 1]
+
+
+@contextmanager
+def tapped(layers: Mapping[str, nn.Module], tape: Tape) -> Iterator[None]:
+    """Within the block, each layer's inputs are noted, and a probe is added to its output whose gradient is the
+    output's. Of an embedding only its use as an output layer is noted."""
+    with ExitStack() as stack:
+        for path, layer in layers.items():
+            if not isinstance(layer, nn.Embedding):
+                stack.callback(intercept(layer, _noting(path, layer, tape)))
+            if hasattr(layer, "as_linear"):
+                stack.callback(intercept(layer, _noting(path, layer, tape), "as_linear"))
+        yield
+
+
+def _noting(path: str, layer: nn.Module, tape: Tape) -> Callable[..., mx.array]:
+    def call(original: Callable[..., mx.array], x: mx.array, *arguments: Any, **keywords: Any) -> mx.array:
+        y = original(x, *arguments, **keywords)
+        indices = None
+        if isinstance(layer, SwitchLinear):
+            indices = arguments[0] if arguments else keywords["indices"]
+        return tape.note(path, x, indices, y)
+
+    return call
 
 
 def tapped_vjp(

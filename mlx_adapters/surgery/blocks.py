@@ -1,0 +1,131 @@
+"""A model as embedding, blocks and head, on any of mlx-lm's architectures.
+
+The model's own code computes embeddings, masks and head. To split it, its blocks note for one pass what they are
+called with and hand the hidden state on; each can then be called by itself with the same arguments.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from mlx_adapters.surgery.calls import call_as, intercept
+from mlx_adapters.system.door import mx, nn
+
+
+class BlockList(NamedTuple):
+    """Where a model keeps its blocks: in the list `owner[key]`; the owner lies at `path`."""
+
+    path: str
+    owner: nn.Module
+    key: str
+
+
+def find_blocks(module: nn.Module) -> BlockList | None:
+    """The longest list of modules with one of `module.layers` in it (if none has, of all); None if there is none."""
+    best, rank = None, (False, 0)
+    own = {id(layer) for layer in getattr(module, "layers", None) or ()}
+    for path, owner in module.named_modules():
+        for key, value in owner.items():
+            if isinstance(value, list) and value and all(isinstance(v, nn.Module) for v in value):
+                found = (any(id(v) in own for v in value), len(value))
+                if found > rank:
+                    best, rank = BlockList(path, owner, key), found
+    return best
+
+
+def find_body(module: nn.Module) -> nn.Module | None:
+    """The submodule that holds the blocks and whose output the head reads; None if there is no such split."""
+    found = find_blocks(module)
+    return None if found is None or found.owner is module else found.owner
+
+
+def keep_blocks(module: nn.Module, first: int, count: int) -> None:
+    """Cut the model down to `count` of its blocks, from the one numbered `first` on."""
+    found = find_blocks(module)
+    if found is not None:
+        found.owner[found.key] = found.owner[found.key][first : first + count]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block is called with beside the hidden state."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+class Blocks:
+    """A module as embedding, blocks and head. `paths[i]` is where block i lies; () if it cannot be split: a model
+    that does not pass one hidden state from block to block is run whole."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.paths: tuple[str, ...] = ()
+        found = find_blocks(module)
+        self._blocks: list[nn.Module] = list(found.owner[found.key]) if found is not None else []
+        if found is not None and self._splits():
+            path = f"{found.path}.{found.key}" if found.path else found.key
+            self.paths = tuple(f"{path}.{i}" for i in range(len(self._blocks)))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def _splits(self) -> bool:
+        """Whether each block is called once, in order, with the hidden state that the one before returned."""
+        try:
+            hidden, calls = self._trace(mx.zeros((1, 3), mx.int32))
+        except Exception:
+            return False  # the model expects more of a block than a hidden state
+        alike = all(isinstance(h, mx.array) and h.shape == hidden.shape for h, _ in calls)
+        return alike and len(calls) == len(self._blocks) and hidden.ndim == 3
+
+    def _trace(self, tokens: mx.array) -> tuple[mx.array, list[tuple[Any, Call]]]:
+        calls: list[tuple[Any, Call]] = []
+
+        def note(original: Callable[..., Any], hidden: Any, *arguments: Any, **keywords: Any) -> Any:
+            calls.append((hidden, Call(arguments, keywords)))
+            return hidden
+
+        with _each_called_as(self._blocks, note):
+            self.module(tokens)
+        return calls[0][0], calls
+
+    def enter(self, tokens: mx.array) -> tuple[mx.array, list[Call]]:
+        """(hidden state before block 0 (rows, length, dim), what each block is called with)."""
+        if not self.paths:
+            return tokens, []
+        hidden, calls = self._trace(tokens)
+        return hidden, [call for _, call in calls]
+
+    def step(self, index: int, hidden: mx.array, call: Call) -> mx.array:
+        """The hidden state after block `index`."""
+        return self._blocks[index](hidden, *call.arguments, **call.keywords)
+
+    def finish(self, hidden: mx.array, positions: mx.array) -> mx.array:
+        """Logits (n, vocabulary) at flattened `positions` (n,), from the hidden state after the last block."""
+        if not self.paths:
+            logits = self.module(hidden)
+            return logits.reshape(-1, logits.shape[-1])[positions]
+        chosen = hidden.reshape(-1, hidden.shape[-1])[positions][None]
+
+        def hand_on(original: Callable[..., Any], hidden: Any, *arguments: Any, **keywords: Any) -> Any:
+            return hidden
+
+        def choose(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> mx.array:
+            return chosen
+
+        with _each_called_as(self._blocks, hand_on), call_as(self._blocks[-1], choose):
+            return self.module(mx.zeros((1, 1), mx.int32))[0]
+
+    def block(self, index: int) -> nn.Module:
+        """Block `index` itself."""
+        return self._blocks[index]
+
+
+@contextmanager
+def _each_called_as(blocks: list[nn.Module], function: Callable[..., Any]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.callback(intercept(block, function))
+        yield

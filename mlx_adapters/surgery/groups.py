@@ -1,0 +1,46 @@
+"""Linear layers that are given the same input, found by watching one forward pass."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from mlx_adapters.storage.tensor_names import BIAS, QUANTIZED_LEAVES
+from mlx_adapters.surgery.calls import intercept
+from mlx_adapters.system.door import mx, nn
+
+
+def find_groups(module: nn.Module, layers: dict[str, nn.Module]) -> list[tuple[str, ...]]:
+    """Paths of the linear layers that get the same input object.
+
+    The pass is only traced, not computed, and no architecture is known by name. A group's layers lie in one
+    block, are called once each and are of one kind (type, quantization, bias, dtype).
+    """
+    linear = {path: layer for path, layer in layers.items() if type(layer) in (nn.Linear, nn.QuantizedLinear)}
+    calls: list[tuple[str, mx.array]] = []
+
+    def noting(path: str) -> Callable[..., mx.array]:
+        def note(original: Callable[..., mx.array], x: mx.array) -> mx.array:
+            calls.append((path, x))
+            return original(x)
+
+        return note
+
+    with ExitStack() as stack:
+        for path, layer in linear.items():
+            stack.callback(intercept(layer, noting(path)))
+        try:
+            module(mx.zeros((1, 1), dtype=mx.uint32))
+        except (TypeError, ValueError, AttributeError):
+            calls = []
+    count: dict[str, int] = {}
+    for path, _ in calls:
+        count[path] = count.get(path, 0) + 1
+    groups: dict[tuple, list[str]] = {}
+    for path, x in calls:
+        if count[path] == 1 and linear[path].weight.shape[0] % 8 == 0:
+            groups.setdefault((path.rpartition(".")[0], id(x), _kind(linear[path])), []).append(path)
+    return [tuple(paths) for paths in groups.values() if len(paths) > 1]
+
+
+def _kind(layer: nn.Module) -> tuple:
+    dtypes = tuple(layer[name].dtype if layer.get(name) is not None else None for name in (*QUANTIZED_LEAVES, BIAS))
+    return (type(layer), *(getattr(layer, n, None) for n in ("bits", "group_size", "mode")), dtypes)
