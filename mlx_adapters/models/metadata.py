@@ -191,6 +191,39 @@ def _is_whole(value: Any, least: int = -(1 << 62)) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < 1 << 62
 
 
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The settings an adapter needs to be applied.
+
+    `keys` are full module paths; `num_layers` is what was asked for when training (-1: all blocks).
+    """
+
+    rank: int
+    scale: float
+    keys: tuple[str, ...]
+    type: str = "lora"
+    dropout: float = 0.0
+    num_layers: int = -1
+
+    def to_mlx_lm(self) -> dict[str, Any]:
+        """The settings as mlx-lm's `adapter_config.json` spells them."""
+        parameters = {"rank": self.rank, "scale": self.scale, "dropout": self.dropout, "keys": list(self.keys)}
+        return {"fine_tune_type": self.type, "num_layers": self.num_layers, "lora_parameters": parameters}
+
+
+def parse_config(raw: Mapping[str, Any], keys: tuple[str, ...], where: str) -> AdapterConfig:
+    """Read mlx-lm's form of the settings; `keys` come from the tensors, which are the truth.
+
+    Raises FormatError that names what is missing or wrong.
+    """
+    check_config(raw, where)
+    parameters, layers = raw["lora_parameters"], raw.get("num_layers")
+    scale, dropout = float(parameters["scale"]), float(parameters.get("dropout", 0.0))
+    return AdapterConfig(
+        parameters["rank"], scale, keys, raw.get("fine_tune_type", "lora"), dropout, -1 if layers is None else layers
+    )
+
+
 def _read(path: Path) -> dict[str, Any]:
     if path.exists() and not path.is_file():  # a pipe would be waited for
         raise FormatError(f"'{path}' is not a file.")
@@ -280,36 +313,3 @@ def _curve(points: Any) -> list[tuple[int, float]]:
         [p for p in points if isinstance(p, list | tuple) and len(p) == 2] if isinstance(points, list | tuple) else []
     )
     return sorted({int(i): float(loss) for i, loss in pairs if is_number(i) and is_number(loss)}.items())
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """The settings an adapter needs to be applied.
-
-    `keys` are full module paths; `num_layers` is what was asked for when training (-1: all blocks).
-    """
-
-    rank: int
-    scale: float
-    keys: tuple[str, ...]
-    type: str = "lora"
-    dropout: float = 0.0
-    num_layers: int = -1
-
-    def to_mlx_lm(self) -> dict[str, Any]:
-        """The settings as mlx-lm's `adapter_config.json` spells them."""
-        parameters = {"rank": self.rank, "scale": self.scale, "dropout": self.dropout, "keys": list(self.keys)}
-        return {"fine_tune_type": self.type, "num_layers": self.num_layers, "lora_parameters": parameters}
-
-
-def parse_config(raw: Mapping[str, Any], keys: tuple[str, ...], where: str) -> AdapterConfig:
-    """Read mlx-lm's form of the settings; `keys` come from the tensors, which are the truth.
-
-    Raises FormatError that names what is missing or wrong.
-    """
-    check_config(raw, where)
-    parameters, layers = raw["lora_parameters"], raw.get("num_layers")
-    scale, dropout = float(parameters["scale"]), float(parameters.get("dropout", 0.0))
-    return AdapterConfig(
-        parameters["rank"], scale, keys, raw.get("fine_tune_type", "lora"), dropout, -1 if layers is None else layers
-    )

@@ -1,5 +1,7 @@
 """What may be replaced: an earlier output of the same command, with nothing in it that is somebody else's.
 
+Files and folders are replaced, never changed in place, which `read_whole` relies on.
+
 A command says which files it writes. A folder that holds any other file is not replaced, nor is one that holds
 what the command reads.
 """
@@ -102,6 +104,7 @@ def _lies_in(place: str, out: Path) -> bool:
 
 
 def stat_of(path: Path) -> os.stat_result | None:
+    """The file's facts, None for what cannot be reached."""
     try:
         return path.stat()
     except (OSError, ValueError):

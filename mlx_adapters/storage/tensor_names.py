@@ -1,4 +1,4 @@
-"""The only speller of tensor names.
+"""The only speller of MLX's tensor names, and of the files of an adapter (`hf_names` spells the names of others).
 
 MLX dialect (mlx-lm 0.32): an adapter's tensors are `{module path}.{leaf}`.
 
