@@ -4,6 +4,7 @@ On a CPU it computes in float32, with quantized layers replaced by dense ones (t
 arithmetic is ten times slower there); on a GPU it stays as stored.
 """
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -68,7 +69,9 @@ def load_module(base: Base) -> tuple[nn.Module, dict[str, Any]]:
     files, config = len(base.weight_files), replace(base, untied=False).config
 
     def refused(why: str) -> AdapterError:
-        lacking = base.lacking
+        lacking: list[str] = []
+        with contextlib.suppress(AdapterError):  # what keeps the index from being read tells less than `why`
+            lacking = base.lacking
         why = f"it lacks {', '.join(lacking[:3])}, which its index names" if lacking else why
         hint = "copy or download the whole model." if lacking else files_hint(files)
         return ModelError(f"mlx-lm cannot load '{base.name}': {why}.", hint)
