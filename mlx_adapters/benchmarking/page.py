@@ -8,7 +8,8 @@ from typing import Any
 from mlx_adapters.benchmarking import words
 from mlx_adapters.benchmarking.measurements import METRICS, Measurements, VariantFigures
 from mlx_adapters.config.mapping import to_mapping
-from mlx_adapters.display import bars
+from mlx_adapters.display import bars, svg
+from mlx_adapters.display.layout import Chart
 from mlx_adapters.units import count, duration, number, size
 
 STYLE = """
@@ -64,7 +65,12 @@ def _section(title: str, content: str) -> str:
 
 
 def plots(report: Measurements) -> dict[str, str]:
-    """Title -> SVG, for the shapes that were measured; what was not measured has no picture."""
+    """Title -> SVG of each of the `charts`."""
+    return {title: svg.picture(chart) for title, chart in charts(report).items()}
+
+
+def charts(report: Measurements) -> dict[str, Chart]:
+    """Title -> chart, for the shapes that were measured; what was not measured has no picture."""
     report = report.readable
     fine = [row for row in report.rows if row.error is None]
     if not fine:
@@ -116,7 +122,7 @@ def _intervals(report: Measurements) -> list[tuple[str, float, float, float]]:
     return rows
 
 
-def _quality(report: Measurements) -> dict[str, str]:
+def _quality(report: Measurements) -> dict[str, Chart]:
     """Decode speed against the task score, or against KL, or against loss: the first that there is."""
     speeds = {row.label: row.shapes[0].decode_tps.median for row in report.rows if row.shapes}
     judged = {e["variant"]: e for e in report.quality.get("evaluations", ()) if e["variant"] in speeds}

@@ -122,7 +122,7 @@ def benchmark_command(
 def save(report: "Report", output: Path | None, markdown: Path | None, html: Path | None, plots: Path | None) -> None:
     """Write the report in the forms that were asked for."""
     from mlx_adapters.benchmarking import page, words
-    from mlx_adapters.display import png
+    from mlx_adapters.display import png, svg
     from mlx_adapters.storage import files
 
     if output:
@@ -132,11 +132,11 @@ def save(report: "Report", output: Path | None, markdown: Path | None, html: Pat
     if html:
         files.write_text(html, page.html(report))
     if plots:
-        for title, picture in page.plots(report).items():
+        for title, chart in page.charts(report).items():
             name = "".join(c if c.isalnum() else "-" for c in title.lower()).strip("-")
-            files.write_text(plots / f"{name}.svg", picture)
+            files.write_text(plots / f"{name}.svg", svg.picture(chart))
             with files.atomic_file(plots / f"{name}.png") as stream:
-                stream.write(png.picture(picture))
+                stream.write(png.picture(chart))
 
 
 def show(report: "Report", old: "Report | None" = None) -> None:

@@ -1,4 +1,4 @@
-"""What a line chart consists of: lines, dots and labels, at places in pixels from the upper left corner."""
+"""What charts consist of, whatever draws them: marks, at places in pixels from the upper left corner."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 COLORS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#6b7280")
 GRAY = "#808080"
+INK = "#767676"  # of a `Chart`
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 30, 40
 
 Points = Sequence[tuple[float, float]]
@@ -20,6 +21,7 @@ class Rule:
     color: str = GRAY
     width: float = 1
     opacity: float = 1
+    round: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,42 @@ class Label:
     anchor: str
     size: int = 12
     turned: bool = False
+    bold: bool = False
 
 
-Mark = Rule | Curve | Label
+@dataclass(frozen=True)
+class Box:
+    """A filled rectangle, from its upper left corner; `corner` is the radius of its corners."""
+
+    place: tuple[float, float]
+    width: float
+    height: float
+    color: str
+    opacity: float = 1
+    corner: float = 0
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A filled circle."""
+
+    center: tuple[float, float]
+    radius: float
+    color: str
+    opacity: float = 1
+
+
+Mark = Rule | Curve | Label | Box | Dot
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A picture: its marks from the lowest to the uppermost, and a title that is not drawn."""
+
+    title: str
+    width: int
+    height: int
+    marks: Sequence[Mark]
 
 
 def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[float]:

@@ -1,14 +1,13 @@
 """Charts as PNG: everything, letters included, is drawn as strokes with smooth edges."""
 
-import re
 import struct
 import zlib
 from collections.abc import Mapping
-from xml.etree import ElementTree
+from dataclasses import replace
 
 import numpy as np
 
-from mlx_adapters.display.layout import GRAY, Curve, Label, Mark, Points, Rule, line_marks
+from mlx_adapters.display.layout import GRAY, Box, Chart, Curve, Dot, Label, Mark, Points, Rule, line_marks
 
 SCALE = 2  # pixels per unit of the layout: sharp on screens of high density
 # Letters as strokes on a grid: two digits a point (across, down), a space between strokes. The top of a capital
@@ -52,52 +51,33 @@ def line_chart(
     return _file(np.round(canvas * 255).astype(np.uint8))
 
 
-def picture(svg: str) -> bytes:
-    """A PNG of one of our own SVG charts, on white: straight paths, rectangles, circles and level text only.
-
-    Raises ValueError if there is anything else in it.
-    """
-    root = ElementTree.fromstring(svg)
-    width, height = (round(float(number)) for number in root.attrib["viewBox"].split()[2:])
-    canvas = np.ones((height * SCALE, width * SCALE, 3))
-    for element in root:
-        _draw_element(canvas, element.tag.rpartition("}")[2], element.attrib, element.text or "")
+def picture(chart: Chart) -> bytes:
+    """A PNG of a chart, on white. Its letters are a little smaller than in an SVG, where they are narrower."""
+    canvas = np.ones((chart.height * SCALE, chart.width * SCALE, 3))
+    for mark in chart.marks:
+        if isinstance(mark, Label):
+            _stroke(canvas, _letters(replace(mark, size=11)), 2.1 if mark.bold else 1.3, GRAY)
+        else:
+            _draw(canvas, mark)
     return _file(np.round(canvas * 255).astype(np.uint8))
 
 
-def _draw_element(canvas: np.ndarray, kind: str, a: dict[str, str], text: str) -> None:
-    if kind == "path":
-        found = re.fullmatch(r"M(\S+) ?(\S+?)([HV])(\S+)", a["d"])
-        if found is None:
-            raise ValueError(f"no straight path: {a['d']}")
-        x, y, way, end = found.groups()
-        start = (float(x), float(y))
-        stop = (float(end), start[1]) if way == "H" else (start[0], float(end))
-        opacity = float(a.get("stroke-opacity", 1))
-        _stroke(canvas, [[start, stop]], float(a.get("stroke-width", 1)), a["stroke"], opacity)
-    elif kind == "rect":
-        x0, y0, wide, high = (float(a[name]) * SCALE for name in ("x", "y", "width", "height"))
-        part = canvas[round(y0) : round(y0 + high), round(x0) : max(round(x0 + wide), round(x0) + 1)]
-        _blend(part, np.ones(part.shape[:2]), a["fill"], float(a.get("fill-opacity", 1)))
-    elif kind == "circle":
-        center = (float(a["cx"]), float(a["cy"]))
-        _stroke(canvas, [[center]], 2 * float(a["r"]), a["fill"], float(a.get("fill-opacity", 1)))
-    elif kind == "text":
-        label = Label((float(a["x"]), float(a["y"])), text, a["text-anchor"], size=11)
-        _stroke(canvas, _letters(label), 2.1 if "font-weight" in a else 1.3, GRAY)
-    elif kind != "title":
-        raise ValueError(f"cannot draw <{kind}>")
-
-
 def _draw(canvas: np.ndarray, mark: Mark) -> None:
-    if isinstance(mark, Rule):
-        _stroke(canvas, [[mark.start, mark.end]], mark.width, mark.color, mark.opacity)
-    elif isinstance(mark, Curve):
-        _stroke(canvas, [mark.points], 2, mark.color)
-        if mark.dots:
-            _stroke(canvas, [[point] for point in mark.points], 5, mark.color)
-    else:
-        _stroke(canvas, _letters(mark), mark.size / 9, GRAY)
+    match mark:
+        case Rule():
+            _stroke(canvas, [[mark.start, mark.end]], mark.width, mark.color, mark.opacity)
+        case Curve():
+            _stroke(canvas, [mark.points], 2, mark.color)
+            if mark.dots:
+                _stroke(canvas, [[point] for point in mark.points], 5, mark.color)
+        case Box():
+            x0, y0, wide, high = (SCALE * v for v in (*mark.place, mark.width, mark.height))
+            part = canvas[round(y0) : round(y0 + high), round(x0) : max(round(x0 + wide), round(x0) + 1)]
+            _blend(part, np.ones(part.shape[:2]), mark.color, mark.opacity)
+        case Dot():
+            _stroke(canvas, [[mark.center]], 2 * mark.radius, mark.color, mark.opacity)
+        case Label():
+            _stroke(canvas, _letters(mark), mark.size / 9, GRAY)
 
 
 def _letters(label: Label) -> list[Points]:
