@@ -24,7 +24,16 @@ from collections.abc import Iterable
 class AdapterError(Exception):
     """Base of all errors that this package raises on purpose.
 
-    `message` is one sentence that says what is wrong; `hint` says what to do next.
+    Args:
+        message: one sentence that says what is wrong.
+        hint: what to do next.
+
+    Example:
+        >>> try:
+        ...     ma.load_adapter("sqk")
+        ... except ma.AdapterError as error:
+        ...     print(type(error).__name__, error.message, error.hint, sep="; ")
+        NotFoundError; No adapter named 'sqk'.; did you mean 'sql'? 'mlx-adapters list' shows all.
     """
 
     exit_code = 1

@@ -1,12 +1,17 @@
-"""The examples in the help run as written, on a tiny model, but for those that the README's test runs too."""
+"""The examples run as written, on a tiny model: those in the help that the README's test does not run, and those in
+the docstrings."""
 
+import contextlib
+import doctest
+import inspect
+import io
 import shlex
 import shutil
 
 import pytest
 from adapters import make_run
 from click.testing import CliRunner
-from test_public_api import example_lines
+from test_public_api import NAMES, example_lines
 from test_readme import commands
 
 import mlx_adapters as ma
@@ -55,15 +60,39 @@ def template(tiny_model, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("line", examples())
-def test_the_example_runs(line, template, hub, tmp_path, monkeypatch):
+@pytest.fixture
+def place(template, hub, tmp_path, monkeypatch):
+    """A copy of the folder, to change."""
     place = shutil.copytree(template, tmp_path / "place")
     monkeypatch.setenv("MLX_ADAPTERS_HOME", str(place / "home"))
     monkeypatch.chdir(place)
+
+
+@pytest.mark.parametrize("line", examples())
+def test_the_example_runs(line, place):
     words = shlex.split(line.replace("mlx-community/Qwen3-0.6B-4bit", "demo").replace("me/", "user/"))
     result = CliRunner().invoke(cli, words[1:])
     assert result.exit_code == 0, f"{line}\n{result.output}\n{getattr(result.exception, 'message', result.exception)}"
 
 
+def python_examples() -> list[str]:
+    """The public names with an example that needs nothing that is not here."""
+    parser = doctest.DocTestParser()
+    found = {name: parser.get_examples(inspect.getdoc(getattr(ma, name)) or "") for name in NAMES}
+    return [name for name, parts in found.items() if parts and not any(doctest.SKIP in p.options for p in parts)]
+
+
+@pytest.mark.parametrize("name", python_examples())
+def test_the_example_in_the_docstring_runs(name, place):
+    """What an example promises must come; what it prints beside that is free."""
+    test = doctest.DocTestFinder(recurse=False).find(getattr(ma, name), name, globs={"ma": ma})[0]
+    check = doctest.OutputChecker().check_output
+    for example in test.examples:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(compile(example.source, name, "single"), test.globs)
+        if example.want:
+            assert check(example.want, out.getvalue(), doctest.ELLIPSIS), f"{example.source}{out.getvalue()}"
+
+
 def test_no_test_of_examples_is_forgotten():
-    assert len(examples()) > 10 and len(commands()) > 30
+    assert len(examples()) > 10 and len(commands()) > 30 and len(python_examples()) > 45

@@ -60,7 +60,18 @@ class Details:
 
 
 def describe(reference: "str | Path | Adapter") -> Details:
-    """Read an adapter and what lies around it. Raises NotFoundError, FormatError or HubError."""
+    """Read an adapter and what lies around it: layers, checkpoints, files, metadata.
+
+    Args:
+        reference: what `load_adapter` takes.
+
+    Raises NotFoundError, FormatError or HubError.
+
+    Example:
+        >>> details = ma.describe("sql")
+        >>> details.type, len(details.checkpoints)
+        ('lora', 4)
+    """
     adapter = lookup.load_adapter(reference)
     entry = registry.read_entry(adapter.folder) if adapter.folder else None
     config = adapter.config
@@ -126,7 +137,19 @@ def compare(
 ) -> Comparison:  # fmt: skip
     """Settings, data and losses that differ, and norm and cosine of the updates, layer by layer and over all.
 
-    data: also the loss of each on these rows. Raises NotFoundError, FormatError, IncompatibleError or HubError.
+    Args:
+        a: an adapter.
+        b: another of the same base.
+        data: also take the loss of each on these rows.
+        base: for that; None: the adapters' own.
+        on_event: called with progress and notes.
+
+    Raises NotFoundError, FormatError, IncompatibleError or HubError.
+
+    Example:
+        >>> both = ma.compare("sql@200", "sql@400")
+        >>> both.norm_a > 0 and both.settings == ()
+        True
     """
     first, second = lookup.load_adapter(a), lookup.load_adapter(b)
     keys = sorted({*first.config.keys, *second.config.keys}, key=natural_order)

@@ -47,7 +47,18 @@ def _changing(name: str) -> Iterator[Path]:
 
 
 def rename(name: str, new: str) -> Entry:
-    """Give an adapter another name. Raises NotFoundError, ExistsError or ConfigError."""
+    """Give an adapter another name.
+
+    Args:
+        name: the old one.
+        new: the new one.
+
+    Raises NotFoundError, ExistsError or ConfigError; TrainingError if it is being trained.
+
+    Example:
+        >>> ma.rename("sql", "sql-v1").name
+        'sql-v1'
+    """
     target = registry.adapters_folder() / check_name(new)
     with registry.changing(check_name(name), new):
         folder, _ = lookup.locate(Reference("name", name))
@@ -64,7 +75,19 @@ def rename(name: str, new: str) -> Entry:
 
 
 def tag(name: str, add: Sequence[str] = (), remove: Sequence[str] = ()) -> tuple[str, ...]:
-    """Add and remove tags; the tags there are now."""
+    """Add and remove tags; the tags there are now.
+
+    Args:
+        name: the adapter.
+        add: tags it is to have.
+        remove: tags it is no longer to have.
+
+    Raises NotFoundError or ConfigError.
+
+    Example:
+        >>> ma.tag("sql", ["production"], remove=["candidate"])
+        ('production',)
+    """
     for text in (*add, *remove):
         require(
             bool(registry.TAG.fullmatch(text)), f"'{text}' cannot be a tag.", "letters, digits, '.', '_', ':', '-'."
@@ -78,9 +101,16 @@ def tag(name: str, add: Sequence[str] = (), remove: Sequence[str] = ()) -> tuple
 
 
 def use(reference: str) -> Entry:
-    """Let the bare name mean the checkpoint that `NAME@ITERATION` names.
+    """Let the bare name mean one of the adapter's checkpoints.
+
+    Args:
+        reference: "name@iteration".
 
     Raises ConfigError, NotFoundError, or FormatError if the checkpoint is damaged.
+
+    Example:
+        >>> ma.use("sql@600").iteration
+        600
     """
     ref = parse_reference(reference)
     if ref.kind != "name" or ref.iteration is None:
@@ -100,9 +130,16 @@ def use(reference: str) -> Entry:
 
 
 def remove(reference: str) -> Removed:
-    """Remove an adapter, or the one checkpoint that `NAME@ITERATION` names.
+    """Remove an adapter, or one of its checkpoints.
+
+    Args:
+        reference: "name" or "name@iteration".
 
     Raises ConfigError, NotFoundError, or TrainingError if it is being trained.
+
+    Example:
+        >>> ma.remove("chat@100").iterations
+        (100,)
     """
     with _removing(reference) as (entry, iteration):
         if iteration is not None:
@@ -142,7 +179,20 @@ def _removing(reference: str) -> Iterator[tuple[Entry, int | None]]:
 
 
 def prune(name: str, *, keep_best: bool = True, keep_last: int = 1, dry_run: bool = False) -> Removed:
-    """Remove checkpoints, except the best by validation loss, the last `keep_last` and the one in use."""
+    """Remove checkpoints, except the one in use.
+
+    Args:
+        name: the adapter.
+        keep_best: keep the best by validation loss.
+        keep_last: keep so many of the last ones.
+        dry_run: remove nothing, only say what would go.
+
+    Raises ConfigError, NotFoundError, or TrainingError if it is being trained.
+
+    Example:
+        >>> ma.prune("sql", keep_last=1, dry_run=True).iterations
+        (200, 500)
+    """
     require(keep_last >= 0, f"keep_last must not be negative, not {keep_last}.")
     with _changing(name) as folder:
         entry = registry.read_entry(folder)

@@ -63,10 +63,21 @@ class Added:
 
 def pack(source: str, target: str | Path, *, checkpoints: bool = False, overwrite: bool = False,
          on_event: OnEvent = ignore) -> Pack:  # fmt: skip
-    """Write an adapter (a reference) or a model (a folder) into one .tar.gz file.
+    """Write an adapter or a model into one .tar.gz file, as of one version of its files.
 
-    checkpoints: take an adapter's checkpoints along, too. A reference with an iteration packs that checkpoint
-    as what the bare name means. Raises ConfigError, NotFoundError, FormatError or ExistsError.
+    Args:
+        source: an adapter's reference (one with an iteration packs that checkpoint as what the bare name means), or a
+            model's folder.
+        target: the file.
+        checkpoints: take an adapter's checkpoints along, too.
+        overwrite: replace the file.
+        on_event: called with progress and notes.
+
+    Raises ConfigError, NotFoundError, FormatError or ExistsError.
+
+    Example:
+        >>> ma.pack("sql", "sql.tar.gz").path.name
+        'sql.tar.gz'
     """
     target = paths.expanded(target)
     require(target.name.endswith(ENDINGS), f"'{target}' must end in .tar.gz.")
@@ -152,11 +163,24 @@ def _write_member(stream: gzip.GzipFile, name: str, content: IO[bytes]) -> None:
 
 def add(source: str | Path, *, name: str | None = None, out: str | Path | None = None, max_bytes: int = MAX_BYTES,
         overwrite: bool = False, on_event: OnEvent = ignore) -> Added:  # fmt: skip
-    """Take in an adapter from a folder, a .tar.gz file or the Hub (`user/repo[@revision]`), checked, as a copy.
+    """Take in an adapter, checked, as a copy.
 
-    name: its name in the registry (default: the file's, folder's or repository's). out: put it into this folder
-    instead; a packed model needs one. Folders made by plain `mlx_lm.lora` are taken as they are, checkpoints too.
+    Folders made by plain `mlx_lm.lora` are taken as they are, checkpoints too.
+
+    Args:
+        source: a folder, a .tar.gz file or "user/repo[@revision]" on the Hub.
+        name: its name in the registry; None: the file's, folder's or repository's.
+        out: put it into this folder instead; a packed model needs one.
+        max_bytes: most that a file may unpack to.
+        overwrite: replace what is there.
+        on_event: called with progress and notes.
+
     Raises ConfigError, NotFoundError, FormatError, ExistsError, StorageError or HubError.
+
+    Example:
+        >>> packed = ma.pack("sql", "sql.tar.gz")
+        >>> ma.add("sql.tar.gz", name="sql-copy").name
+        'sql-copy'
     """
     require(name is None or out is None, "Give a name or an output folder, not both.")
     path = paths.expanded(source)

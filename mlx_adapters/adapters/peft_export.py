@@ -45,7 +45,19 @@ model = PeftModel.from_pretrained(base, "path/to/this/folder")
 
 @dataclass(frozen=True)
 class PeftExport:
-    """What was written: the folder, its tensors, and the base model it names."""
+    """What was written.
+
+    Args:
+        folder: where it lies.
+        tensors: how many.
+        size_bytes: of their file.
+        base_model: the one it names.
+
+    Example:
+        >>> export = ma.export_peft("sql", "out/exported")
+        >>> export.folder.name, export.size_bytes > 0
+        ('exported', True)
+    """
 
     folder: Path
     tensors: int
@@ -62,12 +74,22 @@ def export_peft(
     overwrite: bool = False,
     on_event: OnEvent = ignore,
 ) -> PeftExport:
-    """Write `adapter` as a PEFT folder, whole or not at all.
+    """Write an adapter as a PEFT folder, whole or not at all.
 
-    base_model: the transformers model to name in it (default: the one it was trained on in PEFT, else its MLX
-    base). base: the MLX base, of which names are read unless the adapter came from PEFT (default: the adapter's
-    own, if it is on this machine). Raises FormatError for what PEFT cannot express, ExistsError, NotFoundError or
-    StorageError.
+    Args:
+        adapter: what `load_adapter` takes.
+        out: the folder to make.
+        base_model: the transformers model to name in it; None: the one it was trained on in PEFT, else its MLX base.
+        base: the MLX base, of which names are read unless the adapter came from PEFT; None: the adapter's own, if it is
+            on this machine.
+        overwrite: replace an earlier export in `out`.
+        on_event: called with progress and notes.
+
+    Raises FormatError for what PEFT cannot express, ExistsError, NotFoundError or StorageError.
+
+    Example:
+        >>> ma.export_peft("sql", "out/peft", base_model="HuggingFaceTB/SmolLM2-135M-Instruct").tensors
+        4
     """
     out = paths.expanded(out)
     replacing.refuse_existing(out, overwrite, PEFT_OUTPUT)

@@ -25,13 +25,24 @@ def import_peft(
     overwrite: bool = False,
     on_event: OnEvent = ignore,
 ) -> Adapter:
-    """Convert a PEFT LoRA or DoRA adapter for `base` and register it as `name`.
+    """Convert a PEFT LoRA or DoRA adapter and register it; it gives PEFT's own logits on the same base weights.
 
-    source: a folder (or the folder above one named adapter), or a Hub repository `user/repo[@revision]`. tie: if
-    it adapts one end of a tied embedding, which MLX cannot, adapt both, as PEFT does after merge_and_unload.
-    The converted adapter gives PEFT's own logits on the same base weights. Raises FormatError if the adapter
-    is damaged or MLX cannot express it, IncompatibleError if it is for another base, ExistsError, HubError;
-    then nothing is written.
+    Args:
+        source: a folder (or the folder above one named adapter), or a Hub repository "user/repo[@revision]".
+        base: the MLX model that it is for.
+        name: its name in the registry.
+        tie: if it adapts one end of a tied embedding, which MLX cannot, adapt both, as PEFT does after
+            merge_and_unload.
+        overwrite: replace an adapter of this name.
+        on_event: called with progress and notes.
+
+    Raises FormatError if the adapter is damaged or MLX cannot express it, IncompatibleError if it is for another base,
+    ExistsError, HubError; then nothing is written.
+
+    Example:
+        >>> folder = ma.export_peft("sql", "out/sql-peft").folder
+        >>> ma.import_peft(folder, base="demo", name="sql-back").config.rank
+        4
     """
     replacing.refuse_existing(registry.adapter_folder(name), overwrite, ADAPTER_OUTPUT)
     folder, hub = peft_folder(source)

@@ -54,8 +54,15 @@ Modules = dict[str, tuple[Base, Any] | AdapterError]
 def verify(reference: str, *, base: str | None = None, _modules: Modules | None = None) -> Verification:
     """Checksums, tensors against the config, NaN, all checkpoints, and the fit to the base's layers.
 
-    base: the base to hold the adapter against (default: its own, if it is on this machine; nothing is downloaded).
+    Args:
+        reference: the adapter.
+        base: the base to hold it against; None: its own, if it is on this machine. Nothing is downloaded.
+
     Raises ConfigError, NotFoundError or HubError if there is no such adapter; what is wrong with it is returned.
+
+    Example:
+        >>> ma.verify("sql").problems
+        ()
     """
     folder, iteration = lookup.locate(reference)
     if not folder.is_dir():
@@ -74,7 +81,15 @@ def verify(reference: str, *, base: str | None = None, _modules: Modules | None 
 
 
 def verify_all(base: str | None = None) -> list[Verification]:
-    """`verify` for every named adapter; each base's layers are looked up once."""
+    """`verify` for every named adapter; each base's layers are looked up once.
+
+    Args:
+        base: the base to hold them against; None: each one's own.
+
+    Example:
+        >>> [verification.name for verification in ma.verify_all()]
+        ['chat', 'sql']
+    """
     modules: Modules = {}
     found = []
     for name in registry.names():

@@ -40,10 +40,23 @@ def advise(
     report: Report, adapter: str, *, adapters: int = 1, batch: int | None = None, memory_bytes: int | None = None,
     tolerance: float = TOLERANCE,
 ) -> Advice:  # fmt: skip
-    """Advise on the adapter variant `adapter` of a report that also measured its base and fused variants.
+    """Say whether to keep an adapter or to fuse it, from a report that also measured its base and a fused variant.
 
-    adapters: how many such adapters are to be kept on one base. batch: concurrent requests (a batch size that was
-    measured). memory_bytes: what there is for the model.
+    Args:
+        report: of `benchmark`.
+        adapter: the label of the adapter's variant in it.
+        adapters: how many such adapters are to be kept on one base.
+        batch: concurrent requests, a batch size that was measured; None: the smallest.
+        memory_bytes: what there is for the model; None: this machine's.
+        tolerance: loss of quality that does not count, as a share.
+
+    Raises ConfigError for a report that lacks what is asked of it.
+
+    Example:
+        >>> variants = ["base", "sql", "out/sql-4bit"]
+        >>> report = ma.benchmark(variants, prompt_tokens=8, decode_tokens=4, rounds=1, trials=1)
+        >>> ma.advise(report, "sql", adapters=3).choice in report.labels
+        True
     """
     rows = {row.label: row for row in report.rows if row.error is None}
     if adapter not in rows or not rows[adapter].adapter_bytes:

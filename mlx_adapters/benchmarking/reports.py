@@ -33,7 +33,21 @@ class Report(Measurements):
 
 
 def read_report(path: Path) -> Report:
-    """Read a saved report, one that can be shown whole. Raises NotFoundError or FormatError."""
+    """Read the report of a benchmark that was saved as JSON.
+
+    Args:
+        path: the file that `mlx-adapters benchmark --output` wrote, or `to_json()` as text.
+
+    Raises NotFoundError, or FormatError for what cannot be shown whole.
+
+    Example:
+        >>> import json
+        >>> from pathlib import Path
+        >>> report = ma.benchmark(["base"], "demo", prompt_tokens=8, decode_tokens=4, rounds=1, trials=1)
+        >>> size = Path("report.json").write_text(json.dumps(report.to_json()))
+        >>> ma.read_report(Path("report.json")).labels
+        ['base']
+    """
     raw = files.read_json(path)
     try:
         if raw["format"] != FORMAT:

@@ -30,13 +30,34 @@ def benchmark(
     any_base: bool = False, seed: int = 0, quality: str | Path | None = None, score: str | None = None,
     max_rows: int | None = None, on_event: OnEvent = ignore,
 ) -> Report:  # fmt: skip
-    """Measure load time, TTFT, prefill and decode speed, memory and size of each variant.
+    """Measure load time, time to the first token, speed of prefill and decode, memory and size of each variant.
 
-    variants: "base", adapter references, model folders or ids, "fuse:REF:BITS" (see `plan`). base: what "base"
-    means; by default the first adapter's own. data: where prompts come from, else random tokens. quality: data
-    to judge the variants on as well (see `evaluate`), with a task `score` and at most `max_rows` rows.
     A variant that fails is a row with its error; Ctrl-C ends the run and keeps what is finished.
+
+    Args:
+        variants: "base", adapters, model folders or ids, and "fuse:REF:BITS": an adapter fused for the occasion.
+        base: what "base" means; None: the first adapter's own.
+        prompt_tokens: length of the prompts, or several lengths.
+        decode_tokens: tokens to write after each.
+        batch: sequences at a time, or several numbers.
+        rounds: fresh processes for each variant.
+        trials: measurements in each of them.
+        data: rows that prompts are made of; None: random tokens.
+        dtype: to compute in; "auto": float32 on a CPU, the model's own on a GPU.
+        cold_load: also load with the system's file cache dropped, where that is possible.
+        any_base: take adapters that were trained on another base.
+        seed: of prompts and order.
+        quality: data to judge the variants on as well (see `evaluate`).
+        score: a task score for that.
+        max_rows: at most so many of its rows.
+        on_event: called with progress and notes.
+
     Raises ConfigError or NotFoundError when the plan itself is wrong.
+
+    Example:
+        >>> report = ma.benchmark(["base", "sql"], prompt_tokens=8, decode_tokens=4, rounds=1, trials=1)
+        >>> report.labels, report.failures
+        (['base', 'sql'], {})
     """
     config = BenchmarkConfig(
         prompt_tokens=_tuple(prompt_tokens), decode_tokens=decode_tokens, batch=_tuple(batch), rounds=rounds,

@@ -14,12 +14,28 @@ def stretch(decode_tokens: int) -> int:
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """How the measuring is done.
+    """How the measuring is done: every variant runs once in each round, in a fresh process, in shuffled order.
 
-    Every variant runs once in each of `rounds` rounds, in a fresh process, in shuffled order. A process loads
-    the model, warms up and measures each prompt length and batch size `trials` times. `cold_load` adds a load
-    with the operating system's file cache dropped, where that is possible. Prompts come from the rows of `data`,
-    else they are random tokens.
+    A process loads the model, warms up and measures each prompt length and batch size `trials` times.
+
+    Args:
+        prompt_tokens: lengths of the prompts.
+        decode_tokens: tokens to write after each.
+        batch: sequences at a time.
+        rounds: processes for each variant.
+        trials: measurements in each of them.
+        warmup_tokens: written before anything is measured.
+        dtype: to compute in.
+        cold_load: also load with the system's file cache dropped, where that is possible.
+        any_base: take adapters that were trained on another base.
+        data: rows that prompts are made of; None: random tokens.
+        seed: of prompts and order.
+
+    Raises ConfigError for a value out of range.
+
+    Example:
+        >>> ma.BenchmarkConfig(prompt_tokens=(128, 1024), batch=(1, 8)).shapes
+        [(128, 1), (1024, 1), (128, 8), (1024, 8)]
     """
 
     prompt_tokens: tuple[int, ...] = (128,)

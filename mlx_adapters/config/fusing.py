@@ -15,14 +15,29 @@ BITS = ("keep", "none", "2", "3", "4", "5", "6", "8")
 class FuseOptions:
     """How to round and how to check.
 
-    `method`: "nearest", "calibrated", or "auto": calibrated under 8 bits, if there is text. `calibration`:
-    a data folder, a .jsonl, .parquet or .txt file; None: the adapter's training data, else a general text.
-    `max_kl` (nats per token) or `budget_bits` (bits per weight of the whole model) ask for mixed precision.
-    `thorough`: let the rows of a layer cancel each other's errors too; about half the KL for three times the
-    rounding time. Experts (each sees too few tokens to know how its outputs are felt together) and layers of over
-    16,384 outputs (whose moments would not fit) are rounded row by row all the same. `force`: keep the output even if
-    KL is above `max_kl`. `format`: "mlx"; "hf": unquantized, with the names, types and config of the original
-    checkpoint; "gguf": one file, f16 (or q8_0 at 8 bits), not checked.
+    Args:
+        method: "nearest", "calibrated", or "auto": calibrated under 8 bits, if there is text.
+        calibration: text to calibrate and check on: a data folder, a .jsonl, .parquet or .txt file; None: the adapter's
+            training data, else a general text.
+        calibration_rows: rows to calibrate on.
+        check: compare with the adapter model on text kept aside.
+        check_rows: rows to check on.
+        max_kl: give layers more bits where they help most, until KL is at most this (nats per token).
+        budget_bits: likewise, up to this many bits per weight of the whole model.
+        force: keep the output even if KL is above `max_kl`.
+        seed: of the choice of rows.
+        thorough: let the rows of a layer cancel each other's errors too: about half the KL for three times the rounding
+            time. Experts (each sees too few tokens to know how its outputs are felt together) and layers of over 16,384
+            outputs (whose moments would not fit) are rounded row by row all the same.
+        format: "mlx"; "hf": unquantized, with the names, types and config of the original checkpoint; "gguf": one file,
+            f16 (or q8_0 at 8 bits), not checked.
+
+    Raises ConfigError for a value out of range, or one that another option rules out.
+
+    Example:
+        >>> small = ma.FuseOptions(budget_bits=4.75, calibration="data/sql", thorough=False)
+        >>> small.method
+        'auto'
     """
 
     method: Literal["auto", "nearest", "calibrated"] = "auto"

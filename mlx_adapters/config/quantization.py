@@ -26,7 +26,19 @@ def default_group_size(mode: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
-    """Weights of `bits` bits in groups of `group_size` that share a scale, in an MLX mode."""
+    """Weights of few bits, in groups that share a scale, in one of MLX's modes.
+
+    Args:
+        bits: of each weight: 2, 3, 4, 5, 6 or 8 for "affine", else what the mode's name says.
+        group_size: weights that share a scale: 32, 64 or 128 for "affine", 32 for mxfp4 and mxfp8, 16 for nvfp4.
+        mode: "affine", "mxfp4", "mxfp8" or "nvfp4".
+
+    Raises ConfigError for what MLX does not have.
+
+    Example:
+        >>> ma.Quantization(bits=4, group_size=32)
+        Quantization(bits=4, group_size=32, mode='affine')
+    """
 
     bits: int = 4
     group_size: int = 64

@@ -14,10 +14,21 @@ ADAPTER_TYPES = ("lora", "dora")
 class LoraConfig:
     """What is adapted and how strongly: y = W x + scale · B A x (LoRA, arXiv 2106.09685).
 
-    `target_modules` holds module names (`q_proj`) or paths (`model.layers.3.mlp.up_proj`), or is "all"
-    for every linear layer of the adapted blocks; `num_layers` counts the last blocks, or is "all".
-    `ranks` gives some modules another rank ({"v_proj": 16}). `type` "dora" adds a trained magnitude per
-    output (arXiv 2402.09353).
+    Args:
+        rank: width of the update.
+        scale: the factor on B·A; PEFT's alpha / rank.
+        dropout: share of the adapter's inputs that training drops, from 0 to below 1.
+        target_modules: names (`q_proj`) or paths (`model.layers.3.mlp.up_proj`) of linear layers; "all": every one of
+            the adapted blocks.
+        num_layers: how many of the last blocks are adapted, or "all".
+        type: "dora" adds a trained magnitude for each output (arXiv 2402.09353).
+        ranks: module name -> another rank.
+
+    Raises ConfigError for a value out of range.
+
+    Example:
+        >>> ma.LoraConfig(rank=16, target_modules=("q_proj", "v_proj"), ranks={"v_proj": 32}).rank
+        16
     """
 
     rank: int = 8
@@ -49,14 +60,47 @@ SCHEDULES = ("constant", "cosine", "linear")
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How an adapter is trained. One iteration is one optimizer update of
-    `batch_size * grad_accumulation` rows (or packed sequences).
+    """How an adapter is trained. One iteration is one update, of `batch_size` · `grad_accumulation` rows.
 
-    `warmup` iterations raise the learning rate linearly from 0; cosine and linear then lower it to 0 at
-    `iterations`. `lora_plus_ratio` multiplies it for lora_b (LoRA+, arXiv 2402.12354). `max_grad_norm` clips
-    the global norm of the gradient. `fuse_aware` trains through the rounding of a later fuse, from iteration
-    `fuse_aware_from` on. `early_stop` counts evaluations without a better validation loss. `eval_batches` and
-    `keep` (checkpoints, besides the best) of None mean all.
+    Args:
+        iterations: updates of the whole run.
+        batch_size: rows (or packed sequences) of one forward pass.
+        learning_rate: step size, after the warm-up.
+        schedule: how the learning rate goes on: "cosine" and "linear" lower it to 0 at the last iteration.
+        warmup: iterations in which it first rises linearly from 0.
+        optimizer: the update rule.
+        weight_decay: of the optimizer; "adam" has none.
+        lora_plus_ratio: learning rate of lora_b over that of lora_a (LoRA+, arXiv 2402.12354).
+        max_grad_norm: clip the gradient's global norm; None: no clipping.
+        grad_accumulation: batches whose gradients make one update.
+        max_seq_length: tokens; longer rows lose their end.
+        mask_prompt: the loss counts the assistant's turns (or completions) alone.
+        last_turn_only: with `mask_prompt`: the last turn alone.
+        packing: put several rows in one sequence, kept apart exactly.
+        grad_checkpoint: recompute activations: less memory, more time, the same gradients.
+        chunked_loss: never hold all logits; "auto": where that is exact.
+        fuse_aware: train through the rounding of a later fuse to this precision.
+        fuse_aware_from: the iteration after which that begins.
+        eval_every: iterations between validations.
+        eval_batches: batches of a validation; None: all.
+        report_every: iterations between reports.
+        save_every: iterations between checkpoints.
+        save_every_minutes: also save after so many minutes.
+        keep: checkpoints to keep besides the best; None: all.
+        early_stop: stop after so many validations without a better loss; None: never.
+        seed: of initialization, order and dropout.
+        dtype: to compute in; "auto": float32 on a CPU, the model's own on a GPU.
+
+    Raises ConfigError for a value out of range, or one that another setting rules out.
+
+    Example:
+        >>> ma.TrainConfig(iterations=1000, schedule="cosine", warmup=50).batch_size
+        4
+        >>> try:
+        ...     ma.TrainConfig(optimizer="adam", weight_decay=0.1)
+        ... except ma.ConfigError as error:
+        ...     print(error, error.hint)
+        adam has no weight decay. use adamw.
     """
 
     iterations: int = 600

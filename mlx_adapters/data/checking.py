@@ -55,7 +55,17 @@ class DataReport:
 def check_data(data: str | Path, base: str | Path | Base, training: TrainConfig | None = None) -> DataReport:
     """Look through a data set as `train` would see it with these settings.
 
+    Args:
+        data: a folder with train.jsonl and valid.jsonl, or one file.
+        base: the model whose tokenizer and chat template the rows go through.
+        training: the settings, of which `max_seq_length`, `mask_prompt` and `last_turn_only` matter here.
+
     Raises NotFoundError, or FormatError that names the first bad line.
+
+    Example:
+        >>> report = ma.check_data("data/sql", "demo", ma.TrainConfig(mask_prompt=True))
+        >>> report.splits["train"].rows
+        12
     """
     training = training or TrainConfig()
     resolved = resolve_base(base)
@@ -131,8 +141,21 @@ def split_data(
 ) -> dict[str, int]:
     """Split one file into a folder with train, valid and test (JSONL); the row counts.
 
-    Equal rows stay together, so no row of valid or test stands in train. Shares are of the rows; each share
-    above 0 gets at least one row. Raises ConfigError, FormatError or ExistsError.
+    Equal rows stay together, so no row of valid or test stands in train.
+
+    Args:
+        file: the rows: .jsonl, .csv or .parquet.
+        out: the folder to make.
+        valid: share of the rows, from 0 to 1; a share above 0 gets at least one row.
+        test: share of the rows, likewise.
+        seed: of the shuffling.
+        overwrite: replace an earlier split in `out`.
+
+    Raises ConfigError, FormatError or ExistsError.
+
+    Example:
+        >>> ma.split_data("rows.jsonl", "data/mine", valid=0.25, test=0.25)
+        {'train': 6, 'valid': 3, 'test': 3}
     """
     out = paths.expanded(out)
     replacing.refuse_existing(out, overwrite, SPLIT_OUTPUT)

@@ -52,7 +52,11 @@ def loss_curve(train: Points, validation: Points) -> str:
 
 
 def progress_bar() -> OnEvent:
-    """An `on_event` that draws one bar for each stage, in a notebook or a terminal, and prints nothing else."""
+    """An `on_event` that draws one bar for each stage, in a notebook or a terminal, and prints nothing else.
+
+    Example:
+        >>> checked = ma.check_fused("out/sql-4bit", "sql", on_event=ma.progress_bar())
+    """
     from tqdm.auto import tqdm
 
     bars: dict[str, Any] = {}

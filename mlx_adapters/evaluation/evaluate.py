@@ -33,9 +33,25 @@ from mlx_adapters.storage.tensor_names import METADATA_FILE
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """`split`: rows to judge (default: test, else valid, else train). `score`: see `scores`, None for losses
-    alone. `reference`: the variant that KL is taken against (default: the first adapter, if there are several
-    variants). `max_rows` takes evenly spaced rows."""
+    """Which rows are judged, and how.
+
+    Args:
+        split: "test", "valid" or "train"; None: the first of them that there is.
+        score: "exact", "regex:PATTERN", "sqlite[:FILE]" or "command:COMMAND"; None: losses alone.
+        reference: the variant that KL is taken against; None: the first adapter, if there are several variants.
+        max_rows: judge only so many rows, evenly spaced.
+        max_seq_length: tokens of a row.
+        max_tokens: longest answer.
+        batch_size: answers at a time.
+        dtype: to compute in; "auto": float32 on a CPU, the model's own on a GPU.
+        any_base: take adapters that were trained on another base.
+
+    Raises ConfigError for a value out of range.
+
+    Example:
+        >>> ma.EvaluationConfig(score="sqlite", max_rows=100).max_tokens
+        256
+    """
 
     split: str | None = None
     score: str | None = None
@@ -58,10 +74,22 @@ def evaluate(
     variants: Sequence[str | Path | Adapter], data: str | Path, *, base: str | None = None,
     config: EvaluationConfig | None = None, on_event: OnEvent = ignore,
 ) -> EvaluationReport:  # fmt: skip
-    """Judge variants (spelled as for `benchmark`) on the rows of `data`.
+    """Judge variants on rows: loss, KL against one of them, and a task score. A variant that fails keeps its error.
 
-    A variant that fails keeps its error. Raises ConfigError, NotFoundError or FormatError for wrong settings or
-    data.
+    Args:
+        variants: spelled as for `benchmark`.
+        data: a folder or file with rows.
+        base: what "base" means; None: the first adapter's own.
+        config: which rows, which score.
+        on_event: called with progress and notes.
+
+    Raises ConfigError, NotFoundError or FormatError for wrong settings or data.
+
+    Example:
+        >>> config = ma.EvaluationConfig(score="exact", max_rows=4, max_tokens=8)
+        >>> report = ma.evaluate(["base", "sql"], "data/sql", config=config)
+        >>> [(e.variant, e.rows, e.error) for e in report.evaluations]
+        [('base', 4, None), ('sql', 4, None)]
     """
     config = config or EvaluationConfig()
     with workspace() as folder:

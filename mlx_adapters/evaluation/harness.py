@@ -63,10 +63,23 @@ def run_tasks(
     folder: str | Path | None = None, max_rows: int | None = None, dtype: str = "auto", any_base: bool = False,
     batch_size: int = 8, on_event: OnEvent = ignore,
 ) -> TaskReport:  # fmt: skip
-    """Judge variants (spelled as for `benchmark`) on tasks of lm-evaluation-harness.
+    """Judge variants on tasks of lm-evaluation-harness (the extra `eval`); one that does not load keeps its error.
 
-    tasks: names of the harness's tasks. folder: where tasks of your own (YAML) lie. max_rows: so many of each task.
-    A variant that does not load keeps its error. Raises ConfigError if the harness is missing or knows no such task.
+    Args:
+        variants: spelled as for `benchmark`.
+        tasks: names of the harness's tasks.
+        base: what "base" means; None: the first adapter's own.
+        folder: where tasks of your own (YAML) lie.
+        max_rows: so many of each task; None: all.
+        dtype: to compute in; "auto": float32 on a CPU, the model's own on a GPU.
+        any_base: take adapters that were trained on another base.
+        batch_size: requests at a time.
+        on_event: called with progress and notes.
+
+    Raises ConfigError if the harness is missing or knows no such task.
+
+    Example:
+        >>> report = ma.run_tasks(["base", "sql"], ["arc_easy"], max_rows=200)  # doctest: +SKIP
     """
     try:
         import lm_eval

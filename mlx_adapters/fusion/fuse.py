@@ -55,15 +55,30 @@ def fuse(
     replaced: dict[str, mx.array] | None = None,
     on_event: OnEvent = ignore,
 ) -> FuseResult:
-    """Write base + adapters as a whole model folder `out` and return what was made.
+    """Write `base` + `adapters` as a whole model folder `out`, which plain mlx-lm loads.
 
-    base: a name, folder or Hub id; None takes the one the adapter was made for. adapters: one, or several
-    whose updates are added with `weights`. quantization: "keep" the base's precision, "none", a number of bits,
-    or a `Quantization`. dtype: of everything that is not packed ("auto": the base's). replaced: module path ->
-    a whole new weight for layers that are not merely updated.
+    Args:
+        base: a name, folder or Hub id; None: the one that the adapter was made for.
+        adapters: one, or several whose updates are added.
+        out: the folder to make (a file, if `options.format` is "gguf").
+        quantization: "keep" the base's precision, "none", a number of bits, or a `Quantization`.
+        dtype: of scales and of all that is not packed: "float32", "bfloat16", "float16"; "auto": the base's.
+        weights: a factor for each adapter; 1 each if left out.
+        options: how to round and how to check.
+        overwrite: replace an earlier fuse in `out`.
+        any_base: fuse into a base that the adapter was not trained on.
+        replaced: module path -> a whole new weight, in the layer's own shape, where a layer is not merely updated.
+        on_event: called with progress and notes.
 
     Raises ConfigError, NotFoundError, FormatError, IncompatibleError, ExistsError, FidelityError, ModelError or
     StorageError; then `out` is as it was before.
+
+    Example:
+        >>> fused = ma.fuse("demo", "sql", "out/sql-8bit", quantization=8)
+        >>> fused.folder.name, fused.bits_per_weight > 8
+        ('sql-8bit', True)
+        >>> fused.fidelity is not None
+        True
     """
     started = time.perf_counter()
     require(dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not '{dtype}'.")
@@ -227,10 +242,20 @@ def _recipe(work: Work, given: Sequence[Given], dtype: str, folder: Path) -> dic
 
 
 def fuse_again(path: str | Path, out: str | Path, *, overwrite: bool = False, on_event: OnEvent = ignore) -> FuseResult:
-    """Fuse once more by a recipe (or the folder that holds one).
+    """Fuse once more by the recipe that every fused folder holds: the same bytes on the same versions and processor.
 
-    Raises IncompatibleError if base, adapter or text are not what they were; then nothing is written. If the bytes
-    come out differently all the same (another version or processor), `on_event` gets a warning.
+    Args:
+        path: a recipe, or the folder that holds one.
+        out: the folder to make.
+        overwrite: replace an earlier fuse in `out`.
+        on_event: called with progress and notes; a warning, if the bytes come out differently.
+
+    Raises IncompatibleError if base, adapter or text are not what they were; NotFoundError, FormatError, ExistsError or
+    StorageError. Then nothing is written.
+
+    Example:
+        >>> ma.fuse_again("out/sql-4bit", "out/sql-again").identical
+        True
     """
     recipe = recipes.read_recipe(path)
     replacing.refuse_reading_inside(paths.expanded(out), [path])

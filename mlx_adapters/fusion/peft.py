@@ -39,10 +39,25 @@ def fuse_peft(
     overwrite: bool = False,
     on_event: OnEvent = ignore,
 ) -> FuseResult:
-    """Write `base` with the whole PEFT adapter in it to `out`: LoRA or DoRA, biases, modules_to_save, tokens.
+    """Write `base` with a whole PEFT adapter in it: LoRA or DoRA, biases, modules_to_save, tokens.
 
-    source: a folder or a Hub repository. The other arguments and the result are those of `fuse`. Raises
-    FormatError or IncompatibleError with the reason if PEFT's model cannot be written as one for mlx-lm.
+    Args:
+        source: a PEFT folder or Hub repository.
+        out: the folder to make.
+        base: the MLX model that the adapter is for.
+        quantization: as for `fuse`.
+        dtype: as for `fuse`.
+        options: as for `fuse`.
+        overwrite: replace an earlier fuse in `out`.
+        on_event: called with progress and notes.
+
+    Raises what `fuse` raises; FormatError or IncompatibleError with the reason if PEFT's model cannot be written as one
+    for mlx-lm.
+
+    Example:
+        >>> folder = ma.export_peft("sql", "out/sql-peft").folder
+        >>> ma.fuse_peft(folder, "out/whole", base="demo", quantization="none").quantization is None
+        True
     """
     peft = read_peft(peft_folder(source)[0])
     replacing.refuse_reading_inside(paths.expanded(out), [peft])

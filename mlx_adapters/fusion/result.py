@@ -11,9 +11,28 @@ from mlx_adapters.units import size
 
 @dataclass(frozen=True)
 class FuseResult:
-    """A fused model. `bits_per_weight` counts all tensors; `notes` say where a layer is not as asked.
+    """A fused model.
 
-    `identical`, after `fuse_again`: whether the weight files have the bytes that the recipe records.
+    Args:
+        folder: where it lies.
+        method: how it was rounded: "nearest", "calibrated" or "none".
+        quantization: bits, group size and mode as in the model's config; None if it is not quantized.
+        size_bytes: of the weight files.
+        bits_per_weight: over all tensors.
+        survival: for each changed layer, how much of the update the stored weights hold.
+        fidelity: the distance to the adapter model on text kept aside; None if it was not checked.
+        text: which text that was.
+        notes: where a layer is not as asked.
+        seconds: of the whole fuse.
+        identical: after `fuse_again`: whether the weight files have the bytes that the recipe records.
+
+    Example:
+        >>> options = ma.FuseOptions(method="nearest", check=False)
+        >>> fused = ma.fuse("demo", "sql", "out/nearest", quantization=4, options=options)
+        >>> fused.method, fused.fidelity
+        ('nearest', None)
+        >>> fused.size_bytes > 0 and fused.bits_per_weight > 4
+        True
     """
 
     folder: Path

@@ -51,7 +51,22 @@ class PromptCache:
 
 
 class LiveModel(Model):
-    """A base model that many adapters share. See the module's docstring."""
+    """A base model that many adapters share: they are attached, put to work, mixed and taken off while it stays loaded.
+
+    `load_model` makes it. Its weights are never changed, so that the base is always back to the bit.
+
+    Args:
+        plain: the loaded base.
+
+    Example:
+        >>> model = ma.load_model("demo")
+        >>> model.attach("sql"), model.attach("chat", use=False)
+        ('sql', 'chat')
+        >>> model.use({"sql": 0.7, "chat": 0.3})
+        >>> with model.using("chat"):
+        ...     text = model.generate("List the Physics courses.", max_tokens=8).text
+        >>> model.use(None)
+    """
 
     def __init__(self, plain: Model) -> None:
         super().__init__(plain.module, plain.tokenizer, plain.base, plain.config)
@@ -75,10 +90,15 @@ class LiveModel(Model):
     def attach(  # type: ignore[override]
         self, adapter: AnyAdapter, any_base: bool = False, *, name: str | None = None, use: bool = True
     ) -> str:
-        """Add an adapter (a reference, a folder or an `Adapter`) and, unless `use` is false, put it to work.
+        """Add an adapter and put it to work; its name.
 
-        It is called `name`, else by its own name, under which it replaces an older one. Returns the name. When
-        this raises (NotFoundError, FormatError, IncompatibleError), nothing was changed.
+        Args:
+            adapter: a reference, a folder or an `Adapter`.
+            any_base: take one that was trained on another base.
+            name: what it is called here, in place of an older one of that name; None: its own name.
+            use: put it to work at once.
+
+        Raises NotFoundError, FormatError or IncompatibleError; then nothing was changed.
         """
         entry = self._add(load_adapter(adapter), any_base, name)
         if use:
@@ -92,13 +112,22 @@ class LiveModel(Model):
         return self.pool.add(name or adapter.name, adapter)
 
     def detach(self, name: str | None = None) -> None:
-        """Take an adapter off and forget it; without a name, all of them. Then the base is as it was."""
+        """Take an adapter off and forget it. Once all are off, the base is as it was.
+
+        Args:
+            name: of an attached adapter; None: all of them.
+        """
         for each in [name] if name is not None else list(self.pool.attached):
             self.pool.remove(each)
         self._note_selection()
 
     def use(self, adapter: str | Mapping[str, float] | None, scale: float = 1.0) -> None:
-        """Put an attached adapter to work, or several with weights ({"a": 0.7, "b": 0.3}), or None: the base."""
+        """Put attached adapters to work.
+
+        Args:
+            adapter: the name of one, names and weights of several ({"a": 0.7, "b": 0.3}), or None: the base alone.
+            scale: a factor on the whole update.
+        """
         self.pool.select(self.pool.choose(adapter, scale))
         self._note_selection()
 
@@ -108,7 +137,12 @@ class LiveModel(Model):
 
     @contextlib.contextmanager
     def using(self, adapter: AnyAdapter | Mapping[str, float] | None, scale: float = 1.0) -> Iterator["LiveModel"]:
-        """The adapter at work inside the block only; attached for the block if it is not attached yet."""
+        """The adapter at work inside the block only.
+
+        Args:
+            adapter: as for `use`; one that is not attached yet is attached for the block.
+            scale: a factor on the whole update.
+        """
         with self.pool.lock:
             temporary = None
             if isinstance(adapter, Path | Adapter) or (isinstance(adapter, str) and adapter not in self.pool.attached):
@@ -129,6 +163,10 @@ class LiveModel(Model):
 
         The base is kept beside them, so this costs memory; `unfuse`, or any other choice of adapter, brings
         it back to the bit.
+
+        Args:
+            adapter: as for `use`.
+            scale: a factor on the whole update.
         """
         self.pool.fuse(self.pool.choose(adapter, scale))
         self._note_selection()
@@ -145,16 +183,27 @@ class LiveModel(Model):
         return PromptCache(make_prompt_cache(self.module), self.pool.selection)
 
     def logits(self, token_ids: list[int] | mx.array) -> mx.array:
-        """See `Model.logits`; evaluated, so that a later switch cannot reach it."""
+        """What the model expects after each token, evaluated, so that a later switch cannot reach it.
+
+        Args:
+            token_ids: as for `Model.logits`, and so are the shapes.
+
+        Raises ModelError as `checked_ids` does.
+        """
         with self.pool.lock:
             found = super().logits(token_ids)
             mx.eval(found)
             return found
 
     def stream(self, prompt: str | list[int], *, cache: Any = None, **options: Any) -> Iterator[Any]:
-        """See `Model.stream`. Other streams and switches in between do not change this one.
+        """Yield mlx-lm's responses as `Model.stream` does. Other streams and switches do not change this one.
 
-        Raises IncompatibleError if `cache` was made with other adapters, or its adapter is detached meanwhile.
+        Args:
+            prompt: a text, or token ids.
+            cache: of `new_cache`; it grows by prompt and answer.
+            options: the other arguments of `Model.stream`.
+
+        Raises ModelError; IncompatibleError if `cache` was made with other adapters, or its adapter is detached.
         """
         selection = self.pool.selection
         if isinstance(cache, PromptCache):
@@ -176,7 +225,17 @@ class LiveModel(Model):
         self, prompts: Sequence[tuple[str | list[int], str | None]], *, max_tokens: int = 256,
         temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None, raw: bool = False, max_batch: int = 16,
     ) -> list[str]:  # fmt: skip
-        """The answers to (prompt, name of an attached adapter or None) pairs, decoded together."""
+        """The answers to all prompts, decoded together, each with its own adapter.
+
+        Args:
+            prompts: pairs of a prompt (text or token ids) and the name of an attached adapter, or None: the base.
+            max_tokens: longest answer.
+            temperature: 0: always the likeliest token.
+            top_p: sample from the likeliest tokens that together have this probability.
+            seed: of sampling.
+            raw: leave the chat template out.
+            max_batch: most prompts that are decoded at a time.
+        """
         ids = [self.checked_ids(self.encode(p, raw) if isinstance(p, str) else p).tolist() for p, _ in prompts]
         requests = [
             Request(
@@ -190,7 +249,13 @@ class LiveModel(Model):
         return [text_of(self.tokenizer, answers[request]) for request in requests]
 
     def sampler(self, temperature: float, top_p: float, seed: int | None) -> Sampler:
-        """What chooses the next token, with its own random numbers."""
+        """What chooses the next token, with its own random numbers.
+
+        Args:
+            temperature: 0: always the likeliest token.
+            top_p: sample from the likeliest tokens that together have this probability.
+            seed: of sampling.
+        """
         return Sampler(temperature, top_p, seed)
 
 
@@ -198,10 +263,22 @@ def load_model(
     base: str | Path | Base, adapter: AnyAdapter | None = None, *, dtype: str = "auto", dense: bool | None = None,
     any_base: bool = False,
 ) -> LiveModel:  # fmt: skip
-    """Load a base model (or a fused folder) once, for any number of adapters; with `adapter` on it.
+    """Load a base model (or a fused folder) once, for any number of adapters.
 
-    dtype: "auto" is float32 on a CPU and as stored on a GPU. dense: replace quantized layers by dense ones
-    (default: on a CPU). Raises NotFoundError, HubError, FormatError, ModelError or IncompatibleError.
+    Args:
+        base: "demo", a folder or a Hub id.
+        adapter: one to attach and put to work at once.
+        dtype: to compute in; "auto": float32 on a CPU, as stored on a GPU.
+        dense: replace quantized layers by dense ones, which compute the same function; None: on a CPU.
+        any_base: take an adapter that was trained on another base.
+
+    Raises NotFoundError, HubError, FormatError, ModelError or IncompatibleError.
+
+    Example:
+        >>> model = ma.load_model("demo", "sql")
+        >>> answer = model.generate("List the Physics courses.", max_tokens=8)
+        >>> answer.prompt_tokens > 0
+        True
     """
     loaded = None if adapter is None else load_adapter(adapter)
     model = LiveModel(load_plain_model(resolve_base(base), dtype=dtype, dense=dense))

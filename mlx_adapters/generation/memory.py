@@ -71,7 +71,21 @@ def estimate_inference(
 ) -> InferenceEstimate:  # fmt: skip
     """Forecast the memory of inference: as stored, and at other precisions. `activation_bytes` is per token.
 
+    Args:
+        base: "demo", a folder or a Hub id; only its config and the names of its tensors are read.
+        adapter: one that is to be attached.
+        contexts: lengths in tokens to forecast.
+        batch: sequences at a time.
+        bits: other precisions to forecast.
+        group_size: of those under 16 bits.
+        memory_bytes: what there is; None: what this machine lets MLX use.
+
     Raises ConfigError, NotFoundError, ModelError or IncompatibleError.
+
+    Example:
+        >>> forecast = ma.estimate_inference("demo", contexts=[2048], bits=[8])
+        >>> len(forecast.forecasts) >= 2
+        True
     """
     require(batch >= 1 and len(contexts) > 0 and min(contexts) >= 1, "contexts and batch must be at least 1.")
     found = base if isinstance(base, Base) else resolve_base(base)

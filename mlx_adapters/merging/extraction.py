@@ -63,12 +63,27 @@ def extract(
     overwrite: bool = False,
     on_event: OnEvent = ignore,
 ) -> Adapter:
-    """The rank-R adapter nearest to `finetuned` - `base`; with `name` it is put into the registry.
+    """The adapter of a given rank that is nearest to `finetuned` - `base`.
 
-    finetuned: a model (folder or Hub id), or the folder of an mlx-lm full fine-tune (`fine_tune_type: full`).
-    rank "auto" is what keeps the share `energy` (0.99 if left out) of every layer's ‖ΔW‖². The shares kept, and
-    the norms of what was left out, are in `metadata["extract"]`.
-    Raises ConfigError, NotFoundError, FormatError or IncompatibleError.
+    The shares of ‖ΔW‖² kept, and the norms of what was left out, are in `metadata["extract"]`.
+
+    Args:
+        finetuned: a model (folder or Hub id), or the folder of an mlx-lm full fine-tune (`fine_tune_type: full`).
+        base: what it was made of.
+        rank: of the adapter; "auto": what keeps the share `energy` of every layer's ‖ΔW‖².
+        energy: with rank "auto"; None: 0.99.
+        target_modules: names or paths of linear layers, or "all".
+        name: put the result into the registry as this.
+        dtype: of its tensors.
+        overwrite: replace an adapter of this name.
+        on_event: called with progress and notes.
+
+    Raises ConfigError, NotFoundError, FormatError, IncompatibleError or ExistsError.
+
+    Example:
+        >>> whole = ma.fuse("demo", "sql", "out/sql-none", quantization="none").folder
+        >>> ma.extract(whole, "demo", rank=4).config.rank
+        4
     """
     check_rank(rank, energy)
     if name is not None:

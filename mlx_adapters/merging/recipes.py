@@ -49,13 +49,37 @@ def merge(
     overwrite: bool = False,
     on_event: OnEvent = ignore,
 ) -> Adapter:
-    """One adapter out of several (`METHODS` says how); with `name` it is put into the registry.
+    """One adapter out of several.
 
-    weights: one for each source, of either sign; 1/n each if left out. rank: of the result, for `svd` and the
-    methods that end in `-svd` ("auto": what keeps `energy`, 0.99 if left out; default: the largest source's).
-    density: the share of entries that pruning keeps. seed: of random pruning. The share of the exact result's
-    energy ‖ΔW‖² that a truncated rank keeps is in `metadata["merge"]`, over all layers and for each.
+    The share of the exact result's energy ‖ΔW‖² that a truncated rank keeps is in `metadata["merge"]`, over all layers
+    and for each.
+
+    Args:
+        sources: adapters of one base.
+        weights: one for each source, of either sign; None: 1/n each.
+        method: "cat": the exact weighted sum, ranks add up (arXiv 2212.04089); "svd": the nearest to it of a given
+            rank; "linear", "ties" (arXiv 2306.01708), "dare-linear", "dare-ties" (arXiv 2311.03099), "magnitude-prune":
+            on the factors; these with "-svd": on full updates.
+        name: put the result into the registry as this.
+        rank: of the result, for "svd" and the methods that end in "-svd"; "auto": what keeps `energy`; None: the
+            largest source's.
+        energy: share of ‖ΔW‖² to keep with rank "auto"; None: 0.99.
+        density: share of entries that pruning keeps.
+        seed: of random pruning.
+        sign_method: how "ties" elects signs: by the "total" of the weights or by their "frequency".
+        dtype: of the result; "auto": the sources'.
+        any_base: merge adapters that were trained on different bases.
+        overwrite: replace an adapter of this name.
+        on_event: called with progress and notes.
+
     Raises ConfigError, NotFoundError, FormatError, IncompatibleError or ExistsError.
+
+    Example:
+        >>> both = ma.merge(["sql", "chat"], [0.7, 0.3], name="both")
+        >>> both.config.rank
+        8
+        >>> ma.merge(["sql", "chat"], method="svd", rank=4).config.rank
+        4
     """
     adapters = [lookup.load_adapter(source) for source in sources]
     weights = _checked_weights(adapters, weights)
@@ -88,12 +112,40 @@ def merge(
 
 def subtract(minuend: Source, subtrahend: Source, *, weight: float = 1.0, name: str | None = None,
              any_base: bool = False, overwrite: bool = False) -> Adapter:  # fmt: skip
-    """ΔA - weight · ΔB, exactly: takes away what the second adapter has learned (arXiv 2212.04089)."""
+    """ΔA - weight · ΔB, exactly: takes away what the second adapter has learned (arXiv 2212.04089).
+
+    Args:
+        minuend: A.
+        subtrahend: B, of the same base.
+        weight: of B.
+        name: put the result into the registry as this.
+        any_base: take adapters that were trained on different bases.
+        overwrite: replace an adapter of this name.
+
+    Raises ConfigError, NotFoundError, FormatError, IncompatibleError or ExistsError.
+
+    Example:
+        >>> ma.subtract("sql", "chat", weight=0.5, name="sql-only").name
+        'sql-only'
+    """
     return merge([minuend, subtrahend], [1.0, -weight], name=name, any_base=any_base, overwrite=overwrite)
 
 
 def scale(source: Source, factor: float, *, name: str | None = None, overwrite: bool = False) -> Adapter:
-    """factor · ΔW, exactly: the same tensors under another scale."""
+    """factor · ΔW, exactly: the same tensors under another scale.
+
+    Args:
+        source: the adapter.
+        factor: any number but 0.
+        name: put the result into the registry as this.
+        overwrite: replace an adapter of this name.
+
+    Raises ConfigError, NotFoundError, FormatError or ExistsError.
+
+    Example:
+        >>> ma.scale("sql", 0.5).config.scale == ma.load_adapter("sql").config.scale / 2
+        True
+    """
     require(math.isfinite(factor) and factor != 0, f"The factor must be a number other than 0, not {factor}.")
     adapter = lookup.load_adapter(source)
     check_mergeable([adapter], any_base=True)
@@ -105,7 +157,20 @@ def scale(source: Source, factor: float, *, name: str | None = None, overwrite: 
 def interpolate(
     first: Source, second: Source, *, steps: int = 5, any_base: bool = False
 ) -> list[tuple[float, Adapter]]:
-    """(t, (1 - t) · first + t · second) for `steps` evenly spaced t from 0 to 1, by exact sums."""
+    """(t, (1 - t) · first + t · second) for evenly spaced t from 0 to 1, by exact sums.
+
+    Args:
+        first: the adapter at t = 0.
+        second: the adapter at t = 1, of the same base.
+        steps: how many.
+        any_base: take adapters that were trained on different bases.
+
+    Raises ConfigError, NotFoundError, FormatError or IncompatibleError.
+
+    Example:
+        >>> [t for t, adapter in ma.interpolate("sql", "chat", steps=3)]
+        [0.0, 0.5, 1.0]
+    """
     require(steps >= 2, f"steps must be at least 2, not {steps}.", "the two ends count.")
     pair = [lookup.load_adapter(first), lookup.load_adapter(second)]
     points = [i / (steps - 1) for i in range(steps)]

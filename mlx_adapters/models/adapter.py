@@ -50,9 +50,24 @@ class StrengthWarning(UserWarning):
 
 @dataclass(frozen=True, repr=False)
 class Adapter:
-    """An adapter in memory: `weights` maps `{module path}.lora_a|lora_b|m` to arrays.
+    """An adapter in memory.
 
-    `alpha`: what a config holds beside the scale, None for most; see `strength_note`.
+    Args:
+        config: what is needed to apply it.
+        weights: `{module path}.lora_a` (in, rank), `.lora_b` (rank, out) and, for DoRA, `.m` (out,); with experts
+            (experts, rank, in) and (experts, out, rank); of an embedding (vocab, rank) and (rank, dim). float32,
+            bfloat16 or float16.
+        metadata: its record: name, base, losses and what made it.
+        folder: where it was read from.
+        iteration: the checkpoint it is, if it is one.
+        alpha: what a config holds beside the scale, None for most; see `strength_note`.
+
+    Example:
+        >>> adapter = ma.load_adapter("sql")
+        >>> for key, a, b, m in adapter.layers():
+        ...     assert a.shape[1] == b.shape[0] == adapter.config.rank
+        >>> adapter.factors(adapter.config.keys[0])[0].dtype
+        mlx.core.float32
     """
 
     config: AdapterConfig
@@ -122,7 +137,11 @@ class Adapter:
         return digest.hexdigest()
 
     def factors(self, key: str) -> tuple[mx.array, mx.array, mx.array | None]:
-        """(lora_a, lora_b, m or None) of the module at `key`, in the shapes of `tensor_names`."""
+        """(lora_a, lora_b, m or None) of one module, in the shapes of `weights`.
+
+        Args:
+            key: its path, one of `config.keys`.
+        """
         get = self.weights.get
         join = tensor_names.join
         return self.weights[join(key, LORA_A)], self.weights[join(key, LORA_B)], get(join(key, MAGNITUDE))
@@ -133,7 +152,11 @@ class Adapter:
             yield (key, *self.factors(key))
 
     def with_weights(self, weights: Weights) -> "Adapter":
-        """The same adapter with other weights."""
+        """The same adapter with other weights.
+
+        Args:
+            weights: as in the class; `check` holds them against the config.
+        """
         return replace(self, weights=weights)
 
     def check(self) -> "Adapter":
@@ -243,9 +266,20 @@ def keys_of(names: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def read_adapter(folder: Path, iteration: int | None = None, name: str | None = None) -> Adapter:
-    """Read and check an adapter folder, ours or plain mlx-lm's; `name` is it called instead of what its record says.
+    """Read and check an adapter folder, ours or plain mlx-lm's.
+
+    Args:
+        folder: where it lies.
+        iteration: the checkpoint to read; None: the adapter itself.
+        name: what it is called instead of what its record says.
 
     Raises NotFoundError or FormatError with what is wrong.
+
+    Example:
+        >>> from pathlib import Path
+        >>> folder = ma.write_adapter(ma.load_adapter("sql"), Path("out/sql"))
+        >>> ma.read_adapter(folder).fingerprint == ma.load_adapter("sql").fingerprint
+        True
     """
     folder = paths.expanded(folder)
     weights = ADAPTER_FILE if iteration is None else tensor_names.checkpoint_file(iteration)
@@ -264,9 +298,19 @@ def _read(folder: Path, iteration: int | None, name: str | None) -> Adapter:
 
 
 def write_adapter(adapter: Adapter, folder: Path, overwrite: bool = False) -> Path:
-    """Write the adapter as a folder that `mlx_lm.load(adapter_path=...)` takes, whole or not at all.
+    """Write an adapter as a folder that `mlx_lm.load(adapter_path=...)` takes, whole or not at all; the folder.
+
+    Args:
+        adapter: what to write.
+        folder: the folder to make.
+        overwrite: replace an adapter that lies there.
 
     Raises ExistsError, FormatError or StorageError.
+
+    Example:
+        >>> from pathlib import Path
+        >>> sorted(path.name for path in ma.write_adapter(ma.scale("sql", 0.5), Path("out/half")).iterdir())
+        ['adapter_config.json', 'adapter_metadata.json', 'adapters.safetensors']
     """
     adapter.check()
     with files.atomic_folder(Path(folder), overwrite, ADAPTER_OUTPUT) as temporary:

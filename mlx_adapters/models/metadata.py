@@ -193,9 +193,19 @@ def _is_whole(value: Any, least: int = -(1 << 62)) -> bool:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The settings an adapter needs to be applied.
+    """The settings an adapter needs to be applied: y = W x + scale · B A x.
 
-    `keys` are full module paths; `num_layers` is what was asked for when training (-1: all blocks).
+    Args:
+        rank: width of the update, one for all layers.
+        scale: the factor on B·A; PEFT's alpha / rank.
+        keys: full paths of the adapted modules.
+        type: "lora" or "dora".
+        dropout: what training dropped.
+        num_layers: what was asked for when training (-1: all blocks).
+
+    Example:
+        >>> ma.AdapterConfig(8, 20.0, ("model.layers.0.self_attn.q_proj",)).to_mlx_lm()["fine_tune_type"]
+        'lora'
     """
 
     rank: int

@@ -20,7 +20,21 @@ from mlx_adapters.system.door import make_sampler, mx, nn, stream_generate
 
 @dataclass(frozen=True)
 class Generation:
-    """What a model wrote. Times in seconds; `token_ids` without the prompt's."""
+    """What a model wrote.
+
+    Args:
+        text: the answer.
+        token_ids: its tokens, without the prompt's.
+        prompt_tokens: how many the prompt had.
+        finish_reason: "stop" (the model ended it), "length" or "context".
+        seconds_to_first_token: from the call.
+        seconds: of the whole answer.
+
+    Example:
+        >>> answer = ma.load_model("demo").generate("List the Physics courses.", max_tokens=4)
+        >>> len(answer.token_ids) <= 4
+        True
+    """
 
     text: str
     token_ids: list[int]
@@ -32,7 +46,21 @@ class Generation:
 
 @dataclass(repr=False)
 class Model:
-    """A loaded base model with at most one adapter on it."""
+    """A loaded base model with at most one adapter on it.
+
+    Args:
+        module: mlx-lm's model.
+        tokenizer: mlx-lm's tokenizer.
+        base: where it comes from.
+        config: its config.json.
+        adapter: the one that is on.
+
+    Example:
+        >>> model = ma.load_model("demo")
+        >>> ids = model.encode("List the Physics courses.")
+        >>> model.logits(ids).shape == (len(ids), model.vocabulary)
+        True
+    """
 
     module: nn.Module
     tokenizer: Any
@@ -44,7 +72,14 @@ class Model:
         return f"Model({self.base.name!r}, adapter={self.adapter.name if self.adapter else None!r})"
 
     def attach(self, adapter: Adapter, any_base: bool = False) -> None:
-        """Put an adapter on, in place of the one that is on. When this raises, nothing was changed."""
+        """Put an adapter on, in place of the one that is on. When this raises, nothing was changed.
+
+        Args:
+            adapter: the one to put on.
+            any_base: take one that was trained on another base.
+
+        Raises IncompatibleError if it does not fit.
+        """
         check_fits(adapter, self.module, f"'{self.base.name}'")
         if not any_base:
             check_made_for(adapter, self.base.name, self.base.fingerprint)
@@ -68,7 +103,11 @@ class Model:
         return self.base.positions
 
     def room(self, prompt_tokens: int, max_tokens: int) -> int:
-        """How many of `max_tokens` the model's context has room for after such a prompt; the last one is never read.
+        """How many of `max_tokens` the model's context has room for; the last one is never read.
+
+        Args:
+            prompt_tokens: tokens before the answer.
+            max_tokens: tokens wanted.
 
         Raises ModelError if it has none: beyond its context a model writes nonsense.
         """
@@ -81,7 +120,11 @@ class Model:
         return min(max_tokens, context - prompt_tokens + 1)
 
     def checked_ids(self, ids: Sequence[int] | mx.array, before: int = 0) -> mx.array:
-        """The token ids as an array; `before` tokens were read already.
+        """The token ids as an int32 array of the same shape.
+
+        Args:
+            ids: (tokens,) or (rows, tokens).
+            before: tokens that were read already.
 
         Raises ModelError for none, for what is no id of the model's, and for more than it has positions.
         """
@@ -102,7 +145,14 @@ class Model:
         return bool(getattr(self.tokenizer, "has_chat_template", False))
 
     def encode(self, prompt: str, raw: bool = False) -> list[int]:
-        """Token ids of a prompt: through the chat template as the user's turn, or as it is. Raises ModelError."""
+        """Token ids of a prompt.
+
+        Args:
+            prompt: the text.
+            raw: take it as it is, not through the chat template as the user's turn.
+
+        Raises ModelError.
+        """
         if self.has_template and not raw:
             return self.encode_chat([{"role": "user", "content": prompt}])
         _require_unicode(prompt)
@@ -110,6 +160,10 @@ class Model:
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None = None) -> list[int]:
         """Token ids of a conversation up to the answer that is to come, through the chat template.
+
+        Args:
+            messages: mappings with "role" and "content".
+            tools: what the template is to say of tools.
 
         Raises ModelError for what the template refuses and for what is not valid Unicode.
         """
@@ -124,7 +178,14 @@ class Model:
             raise ModelError(f"The chat template refuses this conversation: {error}.") from None
 
     def logits(self, token_ids: list[int] | mx.array) -> mx.array:
-        """(tokens, vocabulary) logits of one sequence, or (rows, tokens, vocabulary) of a batch."""
+        """What the model expects after each token, in the type that it computes in.
+
+        Args:
+            token_ids: (tokens,) of one sequence, or (rows, tokens) of a batch; (tokens, vocabulary) or (rows, tokens,
+                vocabulary) comes back.
+
+        Raises ModelError as `checked_ids` does.
+        """
         ids = self.checked_ids(token_ids)
         return self.module(ids[None])[0] if ids.ndim == 1 else self.module(ids)
 
@@ -134,8 +195,16 @@ class Model:
     ) -> Iterator[Any]:  # fmt: skip
         """Yield mlx-lm's responses (`.text`, `.token`, `.finish_reason`) as they are made.
 
-        `cache` holds what came before the prompt (mlx-lm's prompt cache) and grows by prompt and answer. An answer
-        that the model's context has no more room for ends with the reason "context".
+        An answer that the model's context has no more room for ends with the reason "context".
+
+        Args:
+            prompt: a text, or token ids.
+            max_tokens: longest answer.
+            temperature: 0: always the likeliest token.
+            top_p: sample from the likeliest tokens that together have this probability.
+            seed: of sampling.
+            raw: leave the chat template out.
+            cache: what came before the prompt (mlx-lm's prompt cache); it grows by prompt and answer.
         """
         require(max_tokens >= 1, f"max_tokens must be at least 1, not {max_tokens}.")
         require(0 <= temperature < math.inf, f"temperature must be finite and not negative, not {temperature}.")
@@ -149,7 +218,13 @@ class Model:
             yield replace(response, finish_reason="context") if full else response
 
     def sampler(self, temperature: float, top_p: float, seed: int | None) -> Any:
-        """What chooses the next token from its log-probabilities."""
+        """What chooses the next token from its log-probabilities, (1, vocabulary).
+
+        Args:
+            temperature: 0: always the likeliest token.
+            top_p: sample from the likeliest tokens that together have this probability.
+            seed: of sampling.
+        """
         if seed is not None:
             mx.random.seed(seed)
         return make_sampler(temp=temperature, top_p=top_p)
@@ -158,7 +233,16 @@ class Model:
         self, prompt: str | list[int], *, max_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,
         seed: int | None = None, raw: bool = False,
     ) -> Generation:  # fmt: skip
-        """The model's answer to `prompt`; greedy unless a temperature is given."""
+        """The model's answer to a prompt.
+
+        Args:
+            prompt: a text, or token ids.
+            max_tokens: longest answer.
+            temperature: 0: always the likeliest token.
+            top_p: sample from the likeliest tokens that together have this probability.
+            seed: of sampling.
+            raw: leave the chat template out.
+        """
         start = time.perf_counter()
         first, pieces, tokens, reason, prompt_tokens = 0.0, [], [], "length", 0
         for response in self.stream(

@@ -62,10 +62,22 @@ def make_card(
     source: str | Path | Adapter, *, repo: str | None = None, base_model: str | None = None, license: str | None = None,
     benchmark: str | Path | None = None, old: str | None = None,
 ) -> cards.Card:  # fmt: skip
-    """The card of an adapter or model, from its metadata. benchmark: a saved report to show. `old` is the README
-    to take the user's part from (default: README.md in the folder).
+    """The card (README.md) of an adapter or model, from its metadata.
+
+    Args:
+        source: an adapter's name, NAME@ITERATION, or a folder.
+        repo: where it will be, for the commands that the card shows.
+        base_model: where the metadata does not tell.
+        license: likewise.
+        benchmark: a saved report to show.
+        old: the README to take the user's part from; None: README.md in the folder.
 
     Raises NotFoundError, FormatError or, for a license or base that the Hub would refuse, ConfigError.
+
+    Example:
+        >>> card = ma.make_card("sql", license="apache-2.0")
+        >>> card.front["license"]
+        'apache-2.0'
     """
     return _card_of(read_subject(source, benchmark), repo, base_model, license, old)
 
@@ -114,15 +126,30 @@ def publish(
     license: str | None = None, benchmark: str | Path | None = None, show_progress: bool = False,
     on_event: OnEvent = ignore,
 ) -> Publication:  # fmt: skip
-    """Upload an adapter or a fused model with its card to `repo` ("user/name"), private unless told otherwise.
+    """Upload an adapter or a fused model with its card to the Hub, private unless told otherwise.
 
-    source: an adapter's name, NAME@ITERATION, or a folder. revision: a branch, made if it is not there.
-    create_pr: propose the change instead. exclude: patterns of files to leave out. base_model, license: for the
-    card, where the metadata does not tell. benchmark: a saved report that the card shows. show_progress: the bars
-    of huggingface_hub.
+    Args:
+        source: an adapter's name, NAME@ITERATION, or a folder.
+        repo: "user/name".
+        private: who may see it.
+        dry_run: upload nothing, only say what would be uploaded.
+        message: of the commit.
+        revision: a branch, made if it is not there.
+        create_pr: propose the change instead.
+        exclude: patterns of files to leave out.
+        base_model: for the card, where the metadata does not tell.
+        license: likewise.
+        benchmark: a saved report that the card shows.
+        show_progress: the bars of huggingface_hub.
+        on_event: called with notes.
 
     Raises ConfigError, NotFoundError, FormatError or HubError; then the Hub is as it was before, as far
     as the connection allows.
+
+    Example:
+        >>> publication = ma.publish("sql", "user/sql-lora", dry_run=True)
+        >>> publication.private, publication.commit
+        (True, None)
     """
     check_repo(repo)
     cards.check_given(license, base_model)

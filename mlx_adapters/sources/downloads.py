@@ -38,11 +38,21 @@ def download(
     repo: str, *, name: str | None = None, base: str | Path | None = None, overwrite: bool = False,
     show_progress: bool = False,
 ) -> Download:  # fmt: skip
-    """Take "user/repo" or "user/repo@revision" from the Hub: an adapter (mlx-lm's or PEFT's form) into the
-    registry as `name` (default: the repository's), a model into the cache.
+    """Take an adapter (mlx-lm's or PEFT's form) from the Hub into the registry, or a model into the cache.
 
-    base: the base model a PEFT adapter is for, where its config does not tell. Raises ConfigError, HubError,
-    FormatError, IncompatibleError or ExistsError.
+    Args:
+        repo: "user/repo" or "user/repo@revision".
+        name: the adapter's name here; None: the repository's.
+        base: the base model a PEFT adapter is for, where its config does not tell.
+        overwrite: replace an adapter of this name.
+        show_progress: the bars of huggingface_hub.
+
+    Raises ConfigError, HubError, FormatError, IncompatibleError or ExistsError.
+
+    Example:
+        >>> publication = ma.publish("sql", "user/sql-lora")
+        >>> ma.download("user/sql-lora", name="sql-again").name
+        'sql-again'
     """
     reference = parse_reference(repo)
     if name is not None:

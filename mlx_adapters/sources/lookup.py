@@ -46,10 +46,17 @@ def locate(reference: str | Reference) -> tuple[Path, int | None]:
 
 
 def load_adapter(reference: "str | Path | Adapter") -> "Adapter":
-    """Read the adapter that a reference (or a folder) means; an `Adapter` is checked and given back.
+    """Read the adapter that a reference means.
+
+    Args:
+        reference: a name, name@iteration, a folder, "user/repo[@revision]"; an `Adapter` is checked and given back.
 
     Warns with a StrengthWarning of one that may have been trained at another strength than it is used at.
     Raises NotFoundError, FormatError or HubError.
+
+    Example:
+        >>> ma.load_adapter("sql@200").name
+        'sql@200'
     """
     from mlx_adapters.models.adapter import Adapter, StrengthWarning, read_adapter
 

@@ -78,7 +78,16 @@ class Entry:
 
 
 def list_adapters(base: str | None = None, tag: str | None = None) -> list[Entry]:
-    """All named adapters, by name; only those of `base`, or with `tag`, if given. Reads no weights."""
+    """All named adapters, by name. Reads no weights.
+
+    Args:
+        base: only those made for this base.
+        tag: only those with this tag.
+
+    Example:
+        >>> [(entry.name, entry.iterations) for entry in ma.list_adapters()]
+        [('chat', (100, 200)), ('sql', (200, 400, 500, 600))]
+    """
     return [
         e
         for e in _entries()

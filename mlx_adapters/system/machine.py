@@ -164,7 +164,13 @@ class Environment:
 
 
 def environment() -> Environment:
-    """Look at this machine: versions, device, BLAS, home folder."""
+    """Look at this machine: versions, device, BLAS, home folder.
+
+    Example:
+        >>> machine = ma.environment()
+        >>> machine.cores > 0 and machine.memory_bytes > 0
+        True
+    """
     import mlx.core as mx
 
     device = "gpu" if on_gpu() else "cpu"

@@ -74,7 +74,20 @@ def estimate(
 ) -> Estimate:  # fmt: skip
     """Predict peak memory and time per iteration of `train` with the same arguments. Trains nothing.
 
+    Args:
+        base: the model to train for: "demo", a folder or a Hub id.
+        data: the rows, whose lengths count.
+        lora: as for `train`.
+        training: as for `train`.
+        timed: also time a few steps, which loads the model.
+        on_event: called with progress and notes.
+
     Raises what `train` would raise for wrong settings or data.
+
+    Example:
+        >>> forecast = ma.estimate("demo", "data/sql", training=ma.TrainConfig(batch_size=8), timed=False)
+        >>> forecast.fits, forecast.peak_bytes > 0
+        (True, True)
     """
     found, lora, training = resolve_base(base), lora or LoraConfig(), training or TrainConfig()
     tokenizer = load_tokenizer_of(found)

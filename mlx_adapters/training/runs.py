@@ -37,11 +37,26 @@ from mlx_adapters.units import count, duration, size
 
 @dataclass(frozen=True)
 class TrainRun:
-    """A finished run. `best` has the lowest validation loss and is what the bare name means, unless `use` chose
-    another; both are references such as 'sql@500'.
+    """A finished run.
 
-    Losses are (iteration, nats per trained token). `duration_seconds` counts the training steps alone. `rank` is this
-    process's among those that `mlx.launch` started.
+    Args:
+        folder: where the adapter lies.
+        best: the checkpoint with the lowest validation loss, such as 'sql@500'. It is what the bare name means, unless
+            `use` chose another.
+        final: the last checkpoint.
+        best_validation_loss: nats per trained token; None if nothing was validated.
+        train_losses: (iteration, mean loss since the report before).
+        validation_losses: (iteration, loss).
+        trained_tokens: tokens that the loss counted, over the whole run.
+        duration_seconds: the training steps alone.
+        stopped_early: whether `early_stop` ended the run.
+        rank: this process's among those that `mlx.launch` started.
+
+    Example:
+        >>> settings = ma.TrainConfig(iterations=2, eval_every=1, report_every=1)
+        >>> run = ma.train("demo", "data/sql", name="short", training=settings)
+        >>> [iteration for iteration, loss in run.train_losses]
+        [1, 2]
     """
 
     folder: Path
@@ -98,15 +113,33 @@ def train(
     forecast: bool = False,
     on_event: OnEvent = ignore,
 ) -> TrainRun:
-    """Train an adapter for `base` on `data` and keep it as `name` (or in a folder, if `name` is a path: ./out).
+    """Train an adapter for `base` on `data` and keep it as `name`. The first Ctrl-C saves and stops.
 
-    `resume` goes on exactly where the run's newest whole checkpoint stands. What is not given then is taken
-    from the run; what is given must be the same, except for more iterations. `init_from` starts a new run from
-    another adapter's weights. `command` is recorded as what the user typed. `forecast` predicts the peak memory
-    before the model is loaded and warns if it will not fit. The first Ctrl-C saves and stops.
+    Args:
+        base: the model to train for: "demo", a folder or a Hub id. Not needed to resume.
+        data: a folder with train.jsonl and valid.jsonl, one file, or "hf:user/name". Not needed to resume.
+        name: the adapter's name in the registry, or a folder, if it is a path (./out).
+        lora: what is adapted and how strongly.
+        training: how long, on how much at a time, at which learning rate.
+        resume: go on exactly where the run's newest whole checkpoint stands. What is not given then is taken from the
+            run; what is given must be the same, except for more iterations.
+        init_from: start a new run from this adapter's weights.
+        overwrite: replace an adapter of this name.
+        command: what the user typed, for the record.
+        forecast: predict the peak memory before the model is loaded, and warn if it will not fit.
+        on_event: called with each report, validation, checkpoint and note.
 
     Raises ConfigError, NotFoundError, ExistsError, FormatError, IncompatibleError, TrainingError or
     StorageError; KeyboardInterrupt after saving.
+
+    Example:
+        >>> settings = ma.TrainConfig(iterations=4, eval_every=2, save_every=2, mask_prompt=True)
+        >>> run = ma.train("demo", "data/sql", name="mine", lora=ma.LoraConfig(rank=4), training=settings)
+        >>> print(run.final)
+        mine@4
+        >>> more = ma.TrainConfig(iterations=6, eval_every=2, save_every=2, mask_prompt=True)
+        >>> print(ma.train(name="mine", resume=True, training=more).final)
+        mine@6
     """
     reference, path = place_of(name)
     world = distributed.start()
