@@ -323,6 +323,21 @@ def test_a_list_beside_a_rename_or_removal_is_from_before_or_after_it(base, monk
     assert changed and found == [(name, None) for name in registry.names()]
 
 
+def test_a_check_that_is_overtaken_by_a_change_is_made_anew(base, monkeypatch):
+    make_run(base, "x")
+    keeping.use("x@100")
+    read, overtaken = files.sha256, []
+
+    def overtaking(path):
+        if not overtaken:
+            overtaken.append(path)
+            keeping.use("x@300")
+        return read(path)
+
+    monkeypatch.setattr(files, "sha256", overtaking)
+    assert [check for check in verifying.verify("x", base="nowhere").problems if check.what == "checksums"] == []
+
+
 def test_a_pack_beside_changes_is_of_one_version(base, tmp_path, monkeypatch):
     """The adapter is replaced while its files are opened, and again while they are packed."""
     make_run(base, "x")

@@ -96,7 +96,9 @@ class Pair:
             return f"as no order leaves it: {[differences(state, known[0])[:3] for known in allowed]} ({said})"
         for number, result in enumerate(results):
             if result.status == 0 and self.read(number, result) not in {known[2][number] for known in self.serial}:
-                return f"saw what was never there: {result.out[-120:]!r}"
+                known = self.serial[number][2][number].splitlines()
+                strange = [line for line in result.out.splitlines() if line not in known]
+                return f"saw what was never there: {strange[:3] or result.out[-120:]!r}"
         return None
 
     @staticmethod

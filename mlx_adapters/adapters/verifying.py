@@ -48,6 +48,7 @@ class Verification:
         return not self.problems
 
 
+TRIES = 5
 Modules = dict[str, tuple[Base, Any] | AdapterError]
 
 
@@ -67,7 +68,17 @@ def verify(reference: str, *, base: str | None = None, _modules: Modules | None 
     folder, iteration = lookup.locate(reference)
     if not folder.is_dir():
         raise NotFoundError(f"There is no adapter folder '{folder}'.", "'mlx-adapters list' shows the named ones.")
-    entry = registry.read_entry(folder)
+    modules = {} if _modules is None else _modules
+    for _ in range(TRIES):
+        entry = registry.read_entry(folder)
+        checks = _checks(entry, iteration, base, modules)
+        if registry.read_entry(folder) == entry:  # else a change has overtaken the checks
+            break
+    return Verification(str(reference), checks)
+
+
+def _checks(entry: Entry, iteration: int | None, base: str | None, modules: Modules) -> tuple[Check, ...]:
+    folder = entry.folder
     checks = [Check("files", entry.problem is None, entry.problem or "all there and readable")]
     checks.append(_check("checksums", lambda: _check_checksums(entry)))
     read: list[Adapter] = []
@@ -75,9 +86,8 @@ def verify(reference: str, *, base: str | None = None, _modules: Modules | None 
         what = "tensors" if i is None else f"tensors of @{i}"
         checks.append(_check(what, partial(_check_tensors, folder, i, read)))
     if read:
-        modules = {} if _modules is None else _modules
         checks.append(_check("base", lambda: _check_base(read[0], base, modules)))
-    return Verification(str(reference), tuple(checks))
+    return tuple(checks)
 
 
 def verify_all(base: str | None = None) -> list[Verification]:
