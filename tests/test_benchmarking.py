@@ -163,6 +163,11 @@ def test_variants_by_their_spelling(tiny_model, tmp_path):
     assert [v.adapter for v in found] == [None, "sql", "sql", None, "sql"] and found[2].fuse_bits == "4"
     assert parse_variant(str(tmp_path / "home" / "adapters" / "sql")).adapter
     assert parse_variants(["base"], base="demo")[0].base == "demo"
+    assert parse_variant("SQL").adapter == "SQL"  # names that differ in case alone are one
+    make_adapter(folder, name="Base")
+    with pytest.raises(ConfigError, match="an adapter of that name") as caught:
+        parse_variant("base")
+    assert "rename Base base-1" in caught.value.hint
 
 
 def test_a_variant_to_fuse_is_what_fuse_makes_of_it(tiny_model, tmp_path):

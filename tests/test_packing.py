@@ -265,6 +265,15 @@ def test_an_error_names_what_the_user_named(base, tmp_path):
         add(folder, name="it")
 
 
+def test_a_source_whose_own_name_is_no_adapters_name_asks_for_one(base, tmp_path):
+    make_run(base, "sql")
+    pack("sql", tmp_path / "my é.tar.gz")
+    with pytest.raises(ConfigError, match="'my é' cannot be") as caught:
+        add(tmp_path / "my é.tar.gz")
+    assert "--name" in caught.value.hint
+    assert add(tmp_path / "my é.tar.gz", name="mine").name == "mine"
+
+
 def test_what_is_not_there_or_not_a_source(base, tmp_path):
     make_run(base, "sql")
     (tmp_path / "file.zip").write_bytes(b"PK")

@@ -230,6 +230,8 @@ def _take_in(
             new = Output(MODEL_CONFIG, names)  # another model's files look like this one's: none of them may vanish
             replacing.refuse_existing(target, overwrite, ADAPTER_OUTPUT if kind == "adapter" else new)
         return Added(kind, target, None, iterations_of(target) if kind == "adapter" else ())
+    if name is None and not references.NAME.fullmatch(own):
+        raise ConfigError(f"'{own}' cannot be an adapter's name.", "give it one with --name.")
     name = name or own
     target = registry.adapter_folder(name)
     replacing.refuse_existing(target, overwrite, ADAPTER_OUTPUT)

@@ -18,7 +18,7 @@ from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError, did_you_mean
 from mlx_adapters.events import Note, OnEvent
 from mlx_adapters.sources.references import parse_reference
-from mlx_adapters.sources.registry import names
+from mlx_adapters.sources.registry import adapter_folder, names
 from mlx_adapters.storage import files, paths
 from mlx_adapters.storage.tensor_names import CONFIG_FILE
 
@@ -46,6 +46,11 @@ class Variant:
 def parse_variant(text: str) -> Variant:
     """The variant that `text` spells. Raises ConfigError or NotFoundError."""
     if text == BASE:
+        if adapter_folder(BASE).is_dir():
+            raise ConfigError(
+                f"'{BASE}' means the model without an adapter, and there is an adapter of that name.",
+                f"rename it: mlx-adapters rename {adapter_folder(BASE).name} {BASE}-1",
+            )
         return Variant(text)
     head, _, rest = text.partition(":")
     if head == FUSE:
@@ -63,7 +68,7 @@ def parse_variant(text: str) -> Variant:
         return Variant(text, base=text)
     if kind == "hub":
         return Variant(text, adapter=text) if is_hub_adapter(text) else Variant(text, base=text)
-    if kind == "name" and parse_reference(text).target not in names():
+    if kind == "name" and not adapter_folder(parse_reference(text).target).is_dir():
         near = did_you_mean(text, [*names(), BASE, "demo"], "'mlx-adapters list' shows the adapters.")
         raise NotFoundError(f"No adapter or model named '{text}'.", near)
     return Variant(text, adapter=text)
