@@ -36,7 +36,6 @@ from mlx_adapters.fusion.fuse import fuse, fuse_again
 from mlx_adapters.models.adapter import write_adapter
 from mlx_adapters.models.dense import quantization_of
 from mlx_adapters.models.loading import load_model, load_module
-from mlx_adapters.sources import origin
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import files, paths
 from mlx_adapters.surgery.blocks import Blocks

@@ -18,7 +18,7 @@ from mlx_adapters.data.datasets import RawRow, read_data, spread
 from mlx_adapters.data.tokenizing import tokenize_row
 from mlx_adapters.errors import AdapterError, FormatError, NotFoundError
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.sources.origin import made_here
+from mlx_adapters.system.origin import made_here
 
 GENERAL = "general text of the package"
 MAX_LENGTH = 512

@@ -18,7 +18,6 @@ from mlx_adapters.models.layers import named_layers
 from mlx_adapters.models.loading import load_model, load_tokenizer_of
 from mlx_adapters.models.model import Model
 from mlx_adapters.models.quantized_check import check_device
-from mlx_adapters.optimization.step import TrainStep
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.lookup import load_adapter
 from mlx_adapters.storage import tensor_files
@@ -75,7 +74,8 @@ class Numbers:
     def gradient(self) -> Outcome:
         """Along the gradient g the loss rises by |g| per unit: against differences of losses."""
         model = load_model(resolve_base(self.base), dtype="float32")
-        engine, losses_of = self._engine(model)
+        prepared, losses_of = self._prepared(model)
+        engine = prepared.engine
         noise = {name: 0.05 * mx.random.normal(w.shape, key=mx.random.key(i))
                  for i, (name, w) in enumerate(engine.weights.items())}  # fmt: skip
         middle = engine.weights = {name: w + noise[name] for name, w in engine.weights.items()}
@@ -92,14 +92,14 @@ class Numbers:
         error = abs(measured / slope - 1)
         return Outcome(error < 0.03, f"off by {100 * error:.2g} % from differences of losses")
 
-    def _engine(self, model: Model) -> tuple[TrainStep, list]:
+    def _prepared(self, model: Model) -> tuple[setup.Prepared, list]:
         setup.add_layers(model, LORA, seed=0)
         data = read_data(self.data)
         tokenizer = load_tokenizer_of(model.base)
         rows = setup.tokenize_split(data, "train", tokenizer, TRAINING, lambda _: None)
         layers = named_layers(model.module)
-        engine = setup.prepare(model, TRAINING, rows, (), dict(layers)).engine
-        return engine, [make_batch([[row] for row in rows[:2]])]
+        prepared = setup.prepare(model, TRAINING, rows, (), dict(layers))
+        return prepared, [make_batch([[row] for row in rows[:2]])]
 
     def resume(self) -> Outcome:
         """Two iterations and two after a resume, against four in one run: equal to the bit."""

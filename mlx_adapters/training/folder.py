@@ -16,10 +16,11 @@ from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.errors import AdapterError, ConfigError
 from mlx_adapters.models.adapter import Weights
 from mlx_adapters.models.metadata import AdapterConfig
-from mlx_adapters.sources import origin, references, registry
+from mlx_adapters.sources import references, registry
 from mlx_adapters.sources.references import Reference
 from mlx_adapters.storage import files, locks, paths, replacing
 from mlx_adapters.storage.tensor_names import ADAPTER_FILE, ADAPTER_OUTPUT, CONFIG_FILE, METADATA_FILE
+from mlx_adapters.system import origin
 from mlx_adapters.system.machine import versions
 from mlx_adapters.training import state as states
 from mlx_adapters.training.recipe import settings_of
