@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,31 @@ ROOMS = [
     "units",
 ]
 ROOM_OF_LAYER = {room: number for number, room in enumerate(reversed(ROOMS))}
+# From demo to surgery a room asks these and no others.
+ARROWS = {
+    "demo": "benchmarking evaluation fusion training data sources",
+    "publishing": "benchmarking sources",
+    "serving": "generation sources runtime",
+    "benchmarking": "evaluation generation data sources",
+    "adapters": "evaluation sources peft_format checkpoints",
+    "merging": "evaluation sources",
+    "evaluation": "fusion generation data sources",
+    "fusion": "calibration sources peft_format assembly checkpoints",
+    "training": "optimization data sources",
+    "calibration": "data assembly rounding surgery",
+    "optimization": "data assembly rounding surgery",
+    "generation": "sources runtime",
+    "data": "sources",
+    "sources": "peft_format",
+    "peft_format": "checkpoints",
+    "assembly": "rounding",
+    "checkpoints": "",
+    "runtime": "surgery",
+    "rounding": "",
+    "surgery": "",
+}
+MOST_FILES, MOST_LINES = 9, 300
+LONG = {"demo.questions"}  # data
 PRINTING = ("print", "click.echo", "click.secho", "sys.stdout.write", "sys.stderr.write", "rich.print")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -101,6 +127,8 @@ def test_module_keeps_to_its_room(path: Path):
             there = name.split(".")[1]
             if there in ROOM_OF_LAYER:
                 assert ROOM_OF_LAYER[there] <= ROOM_OF_LAYER[here], f"{here} may not import {there}"
+                if here in ARROWS and there in ARROWS and here != there:
+                    assert there in ARROWS[here].split(), f"a new arrow between rooms: {here} asks {there}"
     if path.name != "_output.py":
         printing = [function for function, _ in calls(tree) if function in PRINTING]
         assert not printing, "only cli/_output.py prints"
@@ -115,6 +143,14 @@ def test_module_keeps_to_its_room(path: Path):
 def test_every_room_has_a_layer():
     rooms = {room(path) for path in MODULES} - {"__init__", "__main__"}
     assert rooms <= set(ROOM_OF_LAYER), f"give these a layer: {rooms - set(ROOM_OF_LAYER)}"
+
+
+def test_rooms_and_files_stay_small():
+    rooms = Counter(room(path) for path in MODULES if path.name != "__init__.py" and path.parent != PACKAGE)
+    large = {name for name, files in rooms.items() if files > MOST_FILES and name != "cli"}
+    assert not large, f"more than {MOST_FILES} files: {large}"
+    long = {module(path) for path in MODULES if len(path.read_text().splitlines()) > MOST_LINES} - LONG
+    assert not long, f"more than {MOST_LINES} lines: {long}"
 
 
 def test_no_import_cycle_at_module_level():

@@ -39,6 +39,7 @@ from mlx_adapters.models.loading import load_model, load_module
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import files, paths
 from mlx_adapters.surgery.blocks import Blocks
+from mlx_adapters.system import origin
 
 ALL = ["llama", "qwen2", "qwen3", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2"]
 FEW = {"calibration_rows": 12, "check_rows": 12}
