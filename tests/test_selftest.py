@@ -12,6 +12,7 @@ from mlx_adapters.demo import arithmetic, selftest, surroundings
 from mlx_adapters.demo.arithmetic import Numbers
 from mlx_adapters.errors import StorageError
 from mlx_adapters.models.model import Model
+from mlx_adapters.optimization.step import TrainStep
 
 
 def test_the_block_says_what_was_checked_and_leaves_nothing(home):
@@ -45,12 +46,12 @@ def checks(tmp_path):
 
 def test_a_wrong_gradient_is_noticed(checks, monkeypatch):
     assert checks.gradient().passed
-    true = arithmetic.TrainStep.gradient_of
+    true = TrainStep.gradient_of
 
     def too_long(self, probe, recompute):
         return {name: 1.1 * g for name, g in true(self, probe, recompute).items()}
 
-    monkeypatch.setattr(arithmetic.TrainStep, "gradient_of", too_long)
+    monkeypatch.setattr(TrainStep, "gradient_of", too_long)
     assert not checks.gradient().passed
 
 
