@@ -71,6 +71,8 @@ ARROWS = {
 }
 MOST_FILES, MOST_LINES = 9, 300
 LONG = {"demo.questions"}  # data
+# Still to be split.
+LONG |= {"merging.recipes", "models.adapter", "models.metadata", "publishing.uploads", "training.runs"}
 PRINTING = ("print", "click.echo", "click.secho", "sys.stdout.write", "sys.stderr.write", "rich.print")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
