@@ -1,5 +1,6 @@
 """Named adapters: finding, naming, choosing, removing, alone and against other processes and kills."""
 
+import dataclasses
 import json
 import os
 import random
@@ -282,3 +283,11 @@ def test_a_folder_named_like_an_adapter_is_pointed_at(tmp_path, monkeypatch):
     with pytest.raises(NotFoundError, match="No adapter named 'fused'") as raised:
         lookup.locate("fused")
     assert "'./fused'" in raised.value.hint
+
+
+def test_the_loss_shown_is_that_of_the_checkpoint_in_use(tmp_path):
+    losses = {"validation_losses": [[4, 3.5], [8, 3.11]]}
+    entry = registry.Entry("a", tmp_path, iteration=4, best_validation_loss=3.11, metadata=losses)
+    assert entry.validation_loss == 3.5
+    assert dataclasses.replace(entry, iteration=6).validation_loss is None
+    assert dataclasses.replace(entry, metadata={}).validation_loss == 3.11

@@ -21,7 +21,7 @@ MOST_DIFFERENT = 5
 SORT_KEYS = {
     "name": lambda entry: entry.name,
     "date": lambda entry: entry.created or "",
-    "loss": lambda entry: (entry.best_validation_loss is None, entry.best_validation_loss or 0.0),
+    "loss": lambda entry: (entry.validation_loss is None, entry.validation_loss or 0.0),
     "size": lambda entry: entry.size_bytes,
     "base": lambda entry: (entry.base or "", entry.name),
 }
@@ -65,7 +65,7 @@ def _list_row(e: "Entry") -> tuple[str, ...]:
     name = e.name if e.iteration is None or not e.iterations else f"{e.name} (@{e.iteration})"
     tags = "".join(f" #{tag}" for tag in e.tags)
     about = _output.style(e.problem, fg="red") if e.problem else (e.base or "-") + tags
-    return (name, e.type or "-", number(e.rank), number(e.best_validation_loss), str(len(e.iterations)),
+    return (name, e.type or "-", number(e.rank), number(e.validation_loss), str(len(e.iterations)),
             size(e.size_bytes), (e.created or "-")[:16].replace("T", " "), about)  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_adapters.errors import AdapterError, TrainingError
-from mlx_adapters.models.metadata import base_of, check_config, examine_metadata, read_config
+from mlx_adapters.models.metadata import base_of, check_config, examine_metadata, losses_of, read_config
 from mlx_adapters.sources.references import NAME, check_name
 from mlx_adapters.storage import locks, paths, replacing, temporaries, tensor_files
 from mlx_adapters.storage.replacing import read_whole
@@ -75,6 +75,12 @@ class Entry:
     tags: tuple[str, ...] = ()
     problem: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def validation_loss(self) -> float | None:
+        """That of the checkpoint which the bare name means, in nats per token; None where it is not known."""
+        known = dict(losses_of(self.metadata)[1])
+        return known.get(self.iteration) if known and self.iteration is not None else self.best_validation_loss
 
 
 def list_adapters(base: str | None = None, tag: str | None = None) -> list[Entry]:
