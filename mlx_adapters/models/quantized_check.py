@@ -1,8 +1,8 @@
 """Quantized layers that this machine's MLX computes wrong are noticed at load, and computed another way.
 
 MLX chooses among many kernels by shape, number of tokens, bits and type, and a wrong one says nothing: the CUDA
-build of MLX 0.32.4 is off by the size of the result for matrices of one group per row in float32 and float16, and
-for a few output columns. So the first layer of each kind (class, shape, bits, group size, mode, types) reads some
+build of MLX 0.32.4 is off by the size of the result for matrices of one group per row in float32 and float16.
+So the first layer of each kind (class, shape, bits, group size, mode, types) reads some
 random tokens, in counts that reach all kernels, and is compared with its own dequantized weight on the CPU. What is
 found is remembered for this version of MLX and this device; a layer of a wrong kind becomes a dense one, and a
 warning names it.
