@@ -65,8 +65,10 @@ def read(out: Path) -> None:
         given = {"add_special": True, "parse_special": True}
         ids = [ask(url, "/tokenize", {"content": text, **given})["tokens"] for text in expected["texts"]]
         different = [text for text, a, b in zip(expected["texts"], ids, expected["ids"], strict=True) if a != b]
-        said = [ask(url, "/completion", {"prompt": i, "n_predict": 8, "temperature": 0, "return_tokens": True})
-                for i in expected["ids"][:5]]  # fmt: skip
+        said = [
+            ask(url, "/completion", {"prompt": i, "n_predict": 8, "temperature": 0, "return_tokens": True})
+            for i in expected["ids"][:5]
+        ]
         same = sum(s["tokens"][: len(a)] == a for s, a in zip(said, expected["answers"], strict=True))
         failed |= bool(different) or same < 5
         print(

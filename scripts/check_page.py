@@ -69,8 +69,11 @@ class DevTools:
     def evaluate(self, expression):
         """The value of a JavaScript expression."""
         self.number += 1
-        call = {"id": self.number, "method": "Runtime.evaluate",
-                "params": {"expression": expression, "returnByValue": True}}  # fmt: skip
+        call = {
+            "id": self.number,
+            "method": "Runtime.evaluate",
+            "params": {"expression": expression, "returnByValue": True},
+        }
         data = json.dumps(call).encode()
         self.socket.sendall(struct.pack(">BBH4x", 0x81, 0x80 | 126, len(data)) + data)  # masked with zeros
         while True:
@@ -95,8 +98,15 @@ def browse(browser, address):
     """What the two panes show when both have answered, and when an impatient user has his answers."""
     url = f"{address}/#ask={QUESTION.replace(' ', '%20')}"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0",
-                   f"--user-data-dir={profile}", url]  # fmt: skip
+        command = [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--remote-debugging-port=0",
+            f"--user-data-dir={profile}",
+            url,
+        ]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         try:
             listening = next(line for line in process.stderr if "DevTools listening" in line)
@@ -122,8 +132,21 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"MLX_ADAPTERS_HOME": folder + "/home", "PYTHONPATH": str(ROOT)}
         wanted = build(Path(folder))
-        command = [sys.executable, "-m", "mlx_adapters", "serve", folder + "/model", "--name", "base", "--port", "0",
-                   "--adapter", "one", "--adapter", "two"]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "mlx_adapters",
+            "serve",
+            folder + "/model",
+            "--name",
+            "base",
+            "--port",
+            "0",
+            "--adapter",
+            "one",
+            "--adapter",
+            "two",
+        ]
         server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         try:
             address = next(line.split()[2] for line in server.stderr if line.startswith("Listening"))

@@ -29,8 +29,12 @@ def own_adapters(model_type, layers):
     blocks = [key for key in blocks if each or not split_switch(key)]
     parts = hf_names.PEFT_AS_PARAMETERS if stacked else ()
     attention = [key for key in blocks if not split_switch(key) and split(key)[1] not in parts]
-    cases = {"all": ("lora", blocks), "dora": ("dora", attention), "attention": ("lora", attention[:3]),
-             "last-block": ("lora", [k for k in blocks if block_index(k) == 1])}  # fmt: skip
+    cases = {
+        "all": ("lora", blocks),
+        "dora": ("dora", attention),
+        "attention": ("lora", attention[:3]),
+        "last-block": ("lora", [k for k in blocks if block_index(k) == 1]),
+    }
     cases["embedding"] = ("lora", [k for k in layers if split(k)[1] in EMBEDDINGS] + attention[:1])
     if positions := [k for k in layers if split(k)[1] in POSITIONS]:
         cases["positions"] = ("lora", positions)

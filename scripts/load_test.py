@@ -73,8 +73,12 @@ class Clients:
         while time.monotonic() < self.end:
             kind = chance.choices(["whole", "stream", "leave", "wrong"], [40, 30, 15, 15])[0]
             name, prompt, length = chance.choice(list(self.wanted))
-            body = {"model": name, "messages": [{"role": "user", "content": prompt}], "temperature": 0,
-                    "max_tokens": length}  # fmt: skip
+            body = {
+                "model": name,
+                "messages": [{"role": "user", "content": prompt}],
+                "temperature": 0,
+                "max_tokens": length,
+            }
             try:
                 start = time.monotonic()
                 await getattr(self, kind)(body, self.wanted[name, prompt, length], chance)
@@ -152,8 +156,10 @@ def report(crowd, samples, values, health, options):
     latencies = sorted(crowd.latencies)
     answered = len(latencies)
     print(f"{options.clients} clients, {options.seconds} s: " + ", ".join(f"{n} {k}" for k, n in crowd.counts.items()))
-    print(f"{answered / options.seconds:.1f} full answers/s; latency median {latencies[answered // 2]:.2f} s, "
-          f"99% {latencies[answered * 99 // 100]:.2f} s")  # fmt: skip
+    print(
+        f"{answered / options.seconds:.1f} full answers/s; latency median {latencies[answered // 2]:.2f} s, "
+        f"99% {latencies[answered * 99 // 100]:.2f} s"
+    )
     evictions = sum(float(v) for k, v in values.items() if "evictions_total{" in k)
     print(f"adapters put out and brought back: {evictions:.0f}")
     print(f"server memory: second quarter {middle / 1e6:.0f} MB, last quarter {last / 1e6:.0f} MB")
@@ -174,8 +180,23 @@ def main():
         os.environ["MLX_ADAPTERS_HOME"] = folder + "/home"
         os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
         wanted = build(Path(folder))
-        command = [sys.executable, "-m", "mlx_adapters", "serve", folder + "/model", "--name", "base", "--port", "0",
-                   "--max-adapters", "4", "--max-batch", "16", "--max-queue", str(options.clients * 2)]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "mlx_adapters",
+            "serve",
+            folder + "/model",
+            "--name",
+            "base",
+            "--port",
+            "0",
+            "--max-adapters",
+            "4",
+            "--max-batch",
+            "16",
+            "--max-queue",
+            str(options.clients * 2),
+        ]
         for name in ADAPTERS:
             command += ["--adapter", name]
         server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

@@ -24,9 +24,14 @@ SOURCES = {
     "x": {"r": 4, "lora_alpha": 8, "target_modules": ["q", "v", "embed"]},
     "y": {"r": 4, "lora_alpha": 3.5, "target_modules": ["q", "v", "embed", "up"]},
     "wide": {"r": 6, "lora_alpha": 6, "target_modules": ["q", "up"]},
-    "pattern": {"r": 4, "lora_alpha": 8, "target_modules": ["q", "v"], "rank_pattern": {"v": 2},
-                "alpha_pattern": {"q": 5}},
-}  # fmt: skip
+    "pattern": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q", "v"],
+        "rank_pattern": {"v": 2},
+        "alpha_pattern": {"q": 5},
+    },
+}
 EQUAL = [("x", "y")]
 MIXED = [("x", "wide"), ("y", "pattern"), ("x", "y", "wide")]
 WEIGHTS = {2: [(0.7, 0.3), (1.0, -0.5)], 3: [(0.5, 1.25, -0.25)]}

@@ -29,50 +29,113 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokeniz
 ROOT = Path("tests/peft_fixtures")
 VOCAB, HIDDEN, EXPERTS, TOKENS = 64, 32, 4, 8
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-DENSE = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "head_dim": 8,
-         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2}  # fmt: skip
+DENSE = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
+}
 THETA = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
-SPARSE = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
-          "shared_expert_intermediate_size": 24}  # fmt: skip
-GATED_DELTA = {"linear_conv_kernel_dim": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-               "linear_num_key_heads": 2, "linear_num_value_heads": 4, "full_attention_interval": 2,
-               "layer_types": ["linear_attention", "full_attention"]}  # fmt: skip
+SPARSE = {
+    "num_experts": EXPERTS,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
+}
+GATED_DELTA = {
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "full_attention_interval": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+}
 # mlx-lm leaves two of Falcon-H1's multipliers out, so those are 1 here.
-FALCON = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8,
-          "mamba_d_conv": 4, "mamba_chunk_size": 8, "mamba_rms_norm": False, "time_step_limit": [0.0, 100.0],
-          "attention_in_multiplier": 1.0, "key_multiplier": 1.0, "attention_out_multiplier": 0.9,
-          "embedding_multiplier": 1.7, "lm_head_multiplier": 0.4, "mlp_multipliers": [0.7, 1.3],
-          "ssm_in_multiplier": 1.25, "ssm_out_multiplier": 0.5,
-          "ssm_multipliers": [0.9, 0.8, 0.7, 1.1, 1.2]}  # fmt: skip
+FALCON = {
+    "mamba_d_ssm": 32,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 8,
+    "mamba_d_conv": 4,
+    "mamba_chunk_size": 8,
+    "mamba_rms_norm": False,
+    "time_step_limit": [0.0, 100.0],
+    "attention_in_multiplier": 1.0,
+    "key_multiplier": 1.0,
+    "attention_out_multiplier": 0.9,
+    "embedding_multiplier": 1.7,
+    "lm_head_multiplier": 0.4,
+    "mlp_multipliers": [0.7, 1.3],
+    "ssm_in_multiplier": 1.25,
+    "ssm_out_multiplier": 0.5,
+    "ssm_multipliers": [0.9, 0.8, 0.7, 1.1, 1.2],
+}
 BASES = {
     "llama": {**THETA, "tie_word_embeddings": False},
     "qwen2": {**THETA, "tie_word_embeddings": True},
     "qwen3": {**THETA, "tie_word_embeddings": True},
     # mlx-lm rounds sqrt(hidden size) to bfloat16 here; of 16 it is exact.
-    "gemma3_text": {"hidden_size": 16, "tie_word_embeddings": True, "query_pre_attn_scalar": 8, "sliding_window": 4,
-                    "layer_types": ["sliding_attention", "full_attention"],
-                    "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
-                                        "full_attention": {"rope_type": "default", "rope_theta": 700.0}}},
+    "gemma3_text": {
+        "hidden_size": 16,
+        "tie_word_embeddings": True,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+            "full_attention": {"rope_type": "default", "rope_theta": 700.0},
+        },
+    },
     "phi3": {**THETA, "tie_word_embeddings": False},
     "mixtral": {**THETA, "tie_word_embeddings": False, "num_local_experts": EXPERTS, "num_experts_per_tok": 2},
-    "qwen3_moe": {**THETA, "tie_word_embeddings": False, "num_experts": EXPERTS, "num_experts_per_tok": 2,
-                  "moe_intermediate_size": 16, "decoder_sparse_step": 1, "norm_topk_prob": True},
+    "qwen3_moe": {
+        **THETA,
+        "tie_word_embeddings": False,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": True,
+    },
     "gpt2": {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 32},
     # Those whose weights mlx-lm changes when it loads them.
     "falcon_h1": {**THETA, **FALCON, "tie_word_embeddings": False},
     "falcon_h1-tied": {**THETA, **FALCON, "tie_word_embeddings": True},
-    "qwen3_next": {**THETA, **GATED_DELTA, **SPARSE, "tie_word_embeddings": False, "decoder_sparse_step": 1,
-                   "norm_topk_prob": True},
+    "qwen3_next": {
+        **THETA,
+        **GATED_DELTA,
+        **SPARSE,
+        "tie_word_embeddings": False,
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": True,
+    },
     "qwen3_5_text": {**THETA, **GATED_DELTA, "tie_word_embeddings": False},
     "qwen2_moe": {**THETA, **SPARSE, "tie_word_embeddings": False, "decoder_sparse_step": 1, "norm_topk_prob": False},
-    "lfm2_moe": {"rope_parameters": THETA["rope_parameters"], "rope_theta": 500.0, **SPARSE, "num_dense_layers": 1,
-                 "layer_types": ["conv", "full_attention"], "tie_word_embeddings": True},
-}  # fmt: skip
+    "lfm2_moe": {
+        "rope_parameters": THETA["rope_parameters"],
+        "rope_theta": 500.0,
+        **SPARSE,
+        "num_dense_layers": 1,
+        "layer_types": ["conv", "full_attention"],
+        "tie_word_embeddings": True,
+    },
+}
 MLP = ["gate_proj", "up_proj", "down_proj"]
 MOE_ALL = {"target_modules": ATTENTION, "target_parameters": ["gate_up_proj", "down_proj", "gate.weight"]}
-PATTERNS = {"rank_pattern": {r"layers\.0\..*q_proj": 2, "model.layers.1.mlp.down_proj": 6, "proj": 5},
-            "alpha_pattern": {"v_proj": 3.5, r".*\.1\.self_attn.*": 7, "up_proj": 9}}  # fmt: skip
+PATTERNS = {
+    "rank_pattern": {r"layers\.0\..*q_proj": 2, "model.layers.1.mlp.down_proj": 6, "proj": 5},
+    "alpha_pattern": {"v_proj": 3.5, r".*\.1\.self_attn.*": 7, "up_proj": 9},
+}
 # architecture -> case -> LoraConfig arguments; "_name", "_dtype", "_merged" and "_edit" steer the script.
 CONVERTED = {
     "llama": {
@@ -85,8 +148,12 @@ CONVERTED = {
         "layers-list": {"target_modules": ["v_proj"], "layers_to_transform": [0], "layers_pattern": "layers"},
         "rslora": {"target_modules": ATTENTION, "use_rslora": True, "r": 3},
         "patterns": {"target_modules": [*ATTENTION, "up_proj", "down_proj"], **PATTERNS},
-        "patterns-rslora-dora": {"target_modules": [*ATTENTION, "down_proj"], **PATTERNS, "use_rslora": True,
-                                 "use_dora": True},
+        "patterns-rslora-dora": {
+            "target_modules": [*ATTENTION, "down_proj"],
+            **PATTERNS,
+            "use_rslora": True,
+            "use_dora": True,
+        },
         "dora": {"target_modules": "all-linear", "use_dora": True},
         "embeddings": {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
         "bfloat16": {"target_modules": ["q_proj", "down_proj"], "_dtype": torch.bfloat16},
@@ -129,8 +196,12 @@ CONVERTED = {
     },
     "qwen3_moe": {
         "fused": MOE_ALL,
-        "fused-patterns": {**MOE_ALL, "rank_pattern": {r".*\.gate_up_proj": 8, "down_proj": 2},
-                           "alpha_pattern": {r".*\.gate_up_proj": 16}, "use_rslora": True},
+        "fused-patterns": {
+            **MOE_ALL,
+            "rank_pattern": {r".*\.gate_up_proj": 8, "down_proj": 2},
+            "alpha_pattern": {r".*\.gate_up_proj": 16},
+            "use_rslora": True,
+        },
         "all-linear": {"target_modules": "all-linear"},
         "attention-dora": {"target_modules": ATTENTION, "use_dora": True},
         "down-only": {"target_modules": ["k_proj"], "target_parameters": ["down_proj"]},
@@ -145,18 +216,21 @@ CONVERTED = {
     },
     "falcon_h1": {
         "linear": {"target_modules": [*ATTENTION, "in_proj", *MLP, "lm_head", "embed_tokens"]},
-        "dora": {"target_modules": ["q_proj", "o_proj", "in_proj", "gate_proj", "down_proj", "lm_head"],
-                 "use_dora": True},
+        "dora": {
+            "target_modules": ["q_proj", "o_proj", "in_proj", "gate_proj", "down_proj", "lm_head"],
+            "use_dora": True,
+        },
         "bfloat16": {"target_modules": ["in_proj", "down_proj"], "_dtype": torch.bfloat16},
     },
     "falcon_h1-tied": {"tied-embedding": {"target_modules": ["embed_tokens", "o_proj"], "_merged": True}},
     "qwen3_next": {"linear": {"target_modules": [*ATTENTION, "in_proj_qkvz", "in_proj_ba", "out_proj", *MLP]}},
-    "qwen3_5_text": {"linear": {"target_modules": [*ATTENTION, "in_proj_qkv", "in_proj_z", "in_proj_a", "out_proj",
-                                                   *MLP]},
-                     "dora": {"target_modules": "all-linear", "use_dora": True}},
+    "qwen3_5_text": {
+        "linear": {"target_modules": [*ATTENTION, "in_proj_qkv", "in_proj_z", "in_proj_a", "out_proj", *MLP]},
+        "dora": {"target_modules": "all-linear", "use_dora": True},
+    },
     "qwen2_moe": {"linear": {"target_modules": "all-linear"}},
     "lfm2_moe": {"linear": {"target_modules": "all-linear"}},
-}  # fmt: skip
+}
 SMALL = {"target_modules": ["q_proj"]}
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm", "q_norm", "k_norm"]
 REFUSED = {
@@ -164,8 +238,14 @@ REFUSED = {
         "lora-bias": (peft.LoraConfig, {**SMALL, "lora_bias": True}),
         "modules-to-save": (peft.LoraConfig, {**SMALL, "modules_to_save": ["lm_head"]}),
         "norms-to-save": (peft.LoraConfig, {**SMALL, "modules_to_save": ["input_layernorm"]}),
-        "only-modules-to-save": (peft.LoraConfig, {"target_modules": [], "target_parameters": ["q_proj.weight"],
-                                                   "modules_to_save": ["embed_tokens", "lm_head", "down_proj"]}),
+        "only-modules-to-save": (
+            peft.LoraConfig,
+            {
+                "target_modules": [],
+                "target_parameters": ["q_proj.weight"],
+                "modules_to_save": ["embed_tokens", "lm_head", "down_proj"],
+            },
+        ),
         "trainable-tokens": (peft.LoraConfig, {**SMALL, "trainable_token_indices": {"embed_tokens": [3, 5]}}),
         "embedding-dora": (peft.LoraConfig, {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True}),
         "pissa": (peft.LoraConfig, {**SMALL, "init_lora_weights": "pissa"}),
@@ -186,12 +266,16 @@ REFUSED = {
         "tied-modules-to-save": (peft.LoraConfig, {**SMALL, "modules_to_save": ["embed_tokens"]}),
         "tied-tokens": (peft.LoraConfig, {**SMALL, "trainable_token_indices": [7, 9, 11]}),
         "resized": (peft.LoraConfig, {"target_modules": ["embed_tokens"], "_edit": "resized"}),
-        "tied-both-ends": (peft.LoraConfig, {"target_modules": ["embed_tokens", "lm_head", "k_proj"],
-                                             "alpha_pattern": {"lm_head": 3}}),
+        "tied-both-ends": (
+            peft.LoraConfig,
+            {"target_modules": ["embed_tokens", "lm_head", "k_proj"], "alpha_pattern": {"lm_head": 3}},
+        ),
         "tied-head-to-save": (peft.LoraConfig, {**SMALL, "modules_to_save": ["lm_head"]}),
         "tied-both-to-save": (peft.LoraConfig, {**SMALL, "modules_to_save": ["embed_tokens", "lm_head"]}),
-        "tied-to-save-ensured": (peft.LoraConfig, {**SMALL, "modules_to_save": ["embed_tokens"],
-                                                   "ensure_weight_tying": True}),
+        "tied-to-save-ensured": (
+            peft.LoraConfig,
+            {**SMALL, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        ),
     },
     "qwen3": {
         "tied-lm-head-dora": (peft.LoraConfig, {"target_modules": ["lm_head", "v_proj"], "use_dora": True}),
@@ -201,40 +285,63 @@ REFUSED = {
     },
     "gpt2": {
         "bias-all": (peft.LoraConfig, {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "all"}),
-        "conv1d-to-save": (peft.LoraConfig, {"target_modules": ["c_attn"], "fan_in_fan_out": True,
-                                             "modules_to_save": ["attn.c_proj", "ln_1"]}),
+        "conv1d-to-save": (
+            peft.LoraConfig,
+            {"target_modules": ["c_attn"], "fan_in_fan_out": True, "modules_to_save": ["attn.c_proj", "ln_1"]},
+        ),
     },
     "falcon_h1": {
-        "modules-to-save": (peft.LoraConfig, {**SMALL, "modules_to_save": ["embed_tokens", "lm_head", "in_proj",
-                                                                           "down_proj", "input_layernorm"]}),
+        "modules-to-save": (
+            peft.LoraConfig,
+            {**SMALL, "modules_to_save": ["embed_tokens", "lm_head", "in_proj", "down_proj", "input_layernorm"]},
+        ),
         "trainable-tokens": (peft.LoraConfig, {**SMALL, "trainable_token_indices": {"embed_tokens": [3, 5]}}),
     },
     "falcon_h1-tied": {
         "tied-lm-head": (peft.LoraConfig, {"target_modules": ["lm_head", "o_proj"]}),
-        "tied-both-ends": (peft.LoraConfig, {"target_modules": ["embed_tokens", "lm_head", "k_proj"],
-                                             "alpha_pattern": {"lm_head": 3}}),
+        "tied-both-ends": (
+            peft.LoraConfig,
+            {"target_modules": ["embed_tokens", "lm_head", "k_proj"], "alpha_pattern": {"lm_head": 3}},
+        ),
         "tied-modules-to-save": (peft.LoraConfig, {**SMALL, "modules_to_save": ["embed_tokens"]}),
     },
     "qwen3_next": {"norms-to-save": (peft.LoraConfig, {**SMALL, "modules_to_save": NORMS})},
     "qwen3_5_text": {"norms-to-save": (peft.LoraConfig, {**SMALL, "modules_to_save": NORMS})},
-}  # fmt: skip
+}
 LONG = {"long_factor": [1.5, 2.0, 3.0, 4.0], "short_factor": [1.5, 2.0, 3.0, 4.0]}
 # Forms of rope parameters that mlx-lm expresses; logits of the base alone.
 ROPE = {
     "llama-linear": ("llama", {"rope_type": "linear", "factor": 4.0, "rope_theta": 300.0}),
-    "llama-llama3": ("llama", {"rope_type": "llama3", "rope_theta": 300.0, "factor": 8.0, "low_freq_factor": 1.0,
-                               "high_freq_factor": 4.0, "original_max_position_embeddings": 16}),
-    "qwen2-yarn": ("qwen2", {"rope_type": "yarn", "factor": 4.0, "rope_theta": 300.0,
-                             "original_max_position_embeddings": 32}),
-    "qwen3-yarn": ("qwen3", {"rope_type": "yarn", "factor": 2.0, "rope_theta": 900.0,
-                             "original_max_position_embeddings": 64}),
+    "llama-llama3": (
+        "llama",
+        {
+            "rope_type": "llama3",
+            "rope_theta": 300.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ),
+    "qwen2-yarn": (
+        "qwen2",
+        {"rope_type": "yarn", "factor": 4.0, "rope_theta": 300.0, "original_max_position_embeddings": 32},
+    ),
+    "qwen3-yarn": (
+        "qwen3",
+        {"rope_type": "yarn", "factor": 2.0, "rope_theta": 900.0, "original_max_position_embeddings": 64},
+    ),
     "phi3-partial": ("phi3", {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5}),
     "phi3-longrope": ("phi3", {"rope_type": "longrope", "rope_theta": 300.0, **LONG}),
-    "gemma3_text-linear": ("gemma3_text", {
-        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
-        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 900.0}}),
+    "gemma3_text-linear": (
+        "gemma3_text",
+        {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 900.0},
+        },
+    ),
     "qwen3_moe-default": ("qwen3_moe", {"rope_type": "default", "rope_theta": 50.0}),
-}  # fmt: skip
+}
 
 
 def scramble(model, seed, only=None):
@@ -276,8 +383,11 @@ def save_base(model, folder):
     (folder / "generation_config.json").unlink(missing_ok=True)
     config = json.loads((folder / "config.json").read_text())
     if config["model_type"].endswith("_text") and "gemma" not in config["model_type"]:  # as on the Hub
-        config = {"model_type": config["model_type"].removesuffix("_text"), "text_config": config,
-                  "tie_word_embeddings": config["tie_word_embeddings"]}  # fmt: skip
+        config = {
+            "model_type": config["model_type"].removesuffix("_text"),
+            "text_config": config,
+            "tie_word_embeddings": config["tie_word_embeddings"],
+        }
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
@@ -328,8 +438,7 @@ def make_adapter(arch, config_class, options, folder, seed):
 
 def per_expert_adapter(arch, folder, seed, edit):
     """The transformers 4 layout: one A and B per expert and projection. PEFT fuses it when it loads it."""
-    block, names = {"mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
-                    "qwen3_moe": ("mlp", MLP)}[arch]  # fmt: skip
+    block, names = {"mixtral": ("block_sparse_moe", ("w1", "w3", "w2")), "qwen3_moe": ("mlp", MLP)}[arch]
     inner = 48 if arch == "mixtral" else 16
     generator = torch.Generator().manual_seed(seed)
     tensors, zeroed = {}, {}
@@ -346,8 +455,9 @@ def per_expert_adapter(arch, folder, seed, edit):
         path = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
         tensors[f"{path}.lora_A.weight"] = torch.randn((4, HIDDEN), generator=generator) * 0.3
         tensors[f"{path}.lora_B.weight"] = torch.randn((32, 4), generator=generator) * 0.3
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", *names],
-                             base_model_name_or_path=str(ROOT / arch / "base"))  # fmt: skip
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", *names], base_model_name_or_path=str(ROOT / arch / "base")
+    )
     for target, content in ((folder, tensors), (folder.with_name("whole"), tensors | zeroed)):
         target.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(target)
@@ -403,8 +513,15 @@ def make_architecture(arch, extra, seed):
 
 def make_rope():
     for seed, (name, (arch, rope)) in enumerate(ROPE.items(), 50):
-        sizes = {"hidden_size": 16, "head_dim": 8, "intermediate_size": 16, "num_attention_heads": 2,
-                 "num_key_value_heads": 1, "max_position_embeddings": 128, "num_hidden_layers": 2}  # fmt: skip
+        sizes = {
+            "hidden_size": 16,
+            "head_dim": 8,
+            "intermediate_size": 16,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 128,
+            "num_hidden_layers": 2,
+        }
         if name == "phi3-longrope":
             sizes["original_max_position_embeddings"] = 64
         model = build_base(arch, {**BASES[arch], **sizes, "rope_parameters": rope}, seed)

@@ -38,9 +38,16 @@ def make_run(base, name="sql", losses=((100, 2.0), (200, 1.0), (300, 1.5)), **op
     """A registered adapter as a finished training run leaves it: checkpoints, their states and losses."""
     folder = registry.adapter_folder(name)
     best = min(losses, key=lambda point: point[1])[0]
-    metadata = {"validation_losses": losses, "train_losses": losses, "iteration": best, "status": "finished",
-                "best_validation_loss": min(loss for _, loss in losses), "date": "2026-01-31T12:00:00+00:00",
-                "data": {"name": "sql", "sha256": "ab" * 32, "rows": {"train": 600}}, "seed": 0}  # fmt: skip
+    metadata = {
+        "validation_losses": losses,
+        "train_losses": losses,
+        "iteration": best,
+        "status": "finished",
+        "best_validation_loss": min(loss for _, loss in losses),
+        "date": "2026-01-31T12:00:00+00:00",
+        "data": {"name": "sql", "sha256": "ab" * 32, "rows": {"train": 600}},
+        "seed": 0,
+    }
     for iteration, _ in losses:
         adapter = make_adapter(base, seed=iteration, name=name, **options)
         target = folder / "checkpoints" / f"{iteration:07d}"
@@ -61,8 +68,14 @@ def make_mlx_lm_folder(base, folder: Path, iterations=(100, 200)) -> Path:
         adapter = make_adapter(base, keys=("model.layers.1.self_attn.q_proj",), seed=iteration)
         mx.save_safetensors(str(folder / f"{iteration:07d}_adapters.safetensors"), adapter.weights)
     mx.save_safetensors(str(folder / "adapters.safetensors"), adapter.weights)
-    config = {"model": str(base), "fine_tune_type": "lora", "num_layers": 1, "iters": 200, "learning_rate": 1e-5,
-              "data": "data/sql", "lora_parameters": {"rank": 4, "scale": 2.0, "dropout": 0.0,
-                                                      "keys": ["self_attn.q_proj"]}}  # fmt: skip
+    config = {
+        "model": str(base),
+        "fine_tune_type": "lora",
+        "num_layers": 1,
+        "iters": 200,
+        "learning_rate": 1e-5,
+        "data": "data/sql",
+        "lora_parameters": {"rank": 4, "scale": 2.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]},
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder

@@ -36,10 +36,14 @@ def report(speeds, kl=(2.0, 0.0, 0.002, 0.2), scores=None):
         result["shapes"] = [s | {"peak_memory_bytes": SIZES[label] + 50 * MB} for s in result["shapes"]]
         runs.append(Run(label, run.round, result))
     evaluations = [
-        {"variant": label, "error": None, "kl": {"value": value, "error": 0.0},
-         "score": {"value": scores[i], "error": 0.0} if scores else None}
+        {
+            "variant": label,
+            "error": None,
+            "kl": {"value": value, "error": 0.0},
+            "score": {"value": scores[i], "error": 0.0} if scores else None,
+        }
         for i, (label, value) in enumerate(zip(SIZES, kl, strict=True))
-    ]  # fmt: skip
+    ]
     quality = {
         "evaluations": evaluations,
         "reference": "sql",

@@ -318,22 +318,56 @@ def test_dense_copies_are_admitted(tiny_model):
 
 def test_people_read_short_names_of_folders():
     home = Path.home()
-    told = short_names(["base", "sql", "sql@500", "/x/fused-8bit", "/x/sql-4@60", "fuse:/x/sql:4", "user/repo",
-                        "out/fused", "a/b/c/", "user/repo@refs/pr/1", "/x/m (2)"])  # fmt: skip
-    assert list(told.values()) == ["base", "sql", "sql@500", "fused-8bit", "sql-4@60", "fuse:sql:4", "user/repo",
-                                   "out/fused", "c", "user/repo@refs/pr/1", "m (2)"]  # fmt: skip
+    told = short_names(
+        [
+            "base",
+            "sql",
+            "sql@500",
+            "/x/fused-8bit",
+            "/x/sql-4@60",
+            "fuse:/x/sql:4",
+            "user/repo",
+            "out/fused",
+            "a/b/c/",
+            "user/repo@refs/pr/1",
+            "/x/m (2)",
+        ]
+    )
+    assert list(told.values()) == [
+        "base",
+        "sql",
+        "sql@500",
+        "fused-8bit",
+        "sql-4@60",
+        "fuse:sql:4",
+        "user/repo",
+        "out/fused",
+        "c",
+        "user/repo@refs/pr/1",
+        "m (2)",
+    ]
     alike = [f"{home}/a/sql", "/b/sql", "sql", "./sql", "~/base", f"fuse:{home}/sql:4", "fuse:/x/sql:4"]
     assert list(short_names(alike).values()) == [
-        "~/a/sql", "/b/sql", "sql", "./sql", "~/base", "fuse:~/sql:4", "fuse:/x/sql:4"
-    ]  # fmt: skip
+        "~/a/sql",
+        "/b/sql",
+        "sql",
+        "./sql",
+        "~/base",
+        "fuse:~/sql:4",
+        "fuse:/x/sql:4",
+    ]
     assert short_names(short_names(alike).values()) == {name: name for name in short_names(alike).values()}
 
 
 def test_reports_show_short_names_and_keep_the_references(tmp_path):
     report = synthetic({"base": 100.0, "/x/y/fused-8bit": 90.0})
     evaluations = [{"variant": label, "error": None, "loss": {"value": 1.0, "error": 0.1}} for label in report.labels]
-    quality = {"data": {"rows": 1, "split": "test", "source": "d"}, "reference": "/x/y/fused-8bit", "score": None,
-               "evaluations": evaluations}  # fmt: skip
+    quality = {
+        "data": {"rows": 1, "split": "test", "source": "d"},
+        "reference": "/x/y/fused-8bit",
+        "score": None,
+        "evaluations": evaluations,
+    }
     report = dataclasses.replace(report, quality=quality)
     for told in (words.markdown(report), report._repr_html_(), "".join(page.plots(report).values()), repr(report)):
         assert "fused-8bit" in told and "/x/y" not in told
@@ -458,20 +492,46 @@ def synthetic(
     for number in range(count):
         for label, speed in speeds.items():
             trials = [
-                {"ttft_seconds": 0.1, "prefill_tps": 80.0, "tpot_seconds": 1 / speed, "kv_cache_bytes": 10,
-                 "decode_tps": (tps := float(speed * np.exp(random.normal(0, noise)))), "stretch_tps": tps}
+                {
+                    "ttft_seconds": 0.1,
+                    "prefill_tps": 80.0,
+                    "tpot_seconds": 1 / speed,
+                    "kv_cache_bytes": 10,
+                    "decode_tps": (tps := float(speed * np.exp(random.normal(0, noise)))),
+                    "stretch_tps": tps,
+                }
                 for _ in range(2)
-            ]  # fmt: skip
+            ]
             shape = {"prompt_tokens": 8, "batch": 1, "trials": trials, "peak_memory_bytes": memory, "token_ids": [1]}
-            conditions = {"device": "gpu", "base": "m", "fingerprint": "f", "model_type": "llama", "dense": False,
-                          "stored_quantization": None, "dtype": "float32", "vocabulary": 512,
-                          "tokenizer": "t"}  # fmt: skip
-            runs.append(Run(label, number, {
-                "size_bytes": 1000, "load_seconds": 0.5, "load_peak_bytes": 90, "shapes": [shape],
-                "bytes_per_token": 80, "weights_bytes": 80,
-                "process": {"peak_resident_bytes": 200, "footprint_bytes": None},
-                "adapter_bytes": 0, "conditions": conditions, "bandwidth_bytes_per_second": 1e5,
-            }))  # fmt: skip
+            conditions = {
+                "device": "gpu",
+                "base": "m",
+                "fingerprint": "f",
+                "model_type": "llama",
+                "dense": False,
+                "stored_quantization": None,
+                "dtype": "float32",
+                "vocabulary": 512,
+                "tokenizer": "t",
+            }
+            runs.append(
+                Run(
+                    label,
+                    number,
+                    {
+                        "size_bytes": 1000,
+                        "load_seconds": 0.5,
+                        "load_peak_bytes": 90,
+                        "shapes": [shape],
+                        "bytes_per_token": 80,
+                        "weights_bytes": 80,
+                        "process": {"peak_resident_bytes": 200, "footprint_bytes": None},
+                        "adapter_bytes": 0,
+                        "conditions": conditions,
+                        "bandwidth_bytes_per_second": 1e5,
+                    },
+                )
+            )
     machine = {"versions": {"mlx": "0.32.4"}, "device_name": "test", "cores": 2, "memory_bytes": 10**9, "system": "x"}
     variants = tuple(Variant(label, "m") for label in speeds)
     return Report("2026-01-01", "mlx-adapters benchmark", machine, {}, config, variants, tuple(runs))
@@ -494,8 +554,12 @@ def test_wide_intervals_are_not_called_equality():
 
 
 def test_what_cannot_be_compared_is_pointed_out():
-    for key, value, word in (("vocabulary", 7, "tokenizers"), ("tokenizer", "u", "tokenizers"),
-                             ("model_type", "phi3", "kinds"), ("fingerprint", "g", "base models")):  # fmt: skip
+    for key, value, word in (
+        ("vocabulary", 7, "tokenizers"),
+        ("tokenizer", "u", "tokenizers"),
+        ("model_type", "phi3", "kinds"),
+        ("fingerprint", "g", "base models"),
+    ):
         report = synthetic({"base": 100.0, "other": 100.0})
         assert not any(word in note for note in words.notes(report))
         for run_ in report.runs:
@@ -574,13 +638,21 @@ class Page(HTMLParser):
 
 
 QUALITY = {
-    "data": {"source": "data", "split": "test", "rows": 3}, "score": "exact", "reference": "base",
+    "data": {"source": "data", "split": "test", "rows": 3},
+    "score": "exact",
+    "reference": "base",
     "evaluations": [
-        {"variant": name, "loss": {"value": 0.3, "error": 0.1}, "kl": {"value": 0.1, "error": None}, "same_top": None,
-         "score": {"value": score, "error": 0.05}, "error": None}
+        {
+            "variant": name,
+            "loss": {"value": 0.3, "error": 0.1},
+            "kl": {"value": 0.1, "error": None},
+            "same_top": None,
+            "score": {"value": score, "error": 0.05},
+            "error": None,
+        }
         for name, score in (("base", 0.2), ("<slow & odd>", 0.7))
     ],
-}  # fmt: skip
+}
 
 
 def test_page_is_self_contained_and_well_formed():
@@ -694,8 +766,15 @@ def test_all_files_are_written(tmp_path, monkeypatch, measured):
 def test_quality_beside_speed(tiny_model, tmp_path):
     make_adapter(tiny_model("llama"))
     (tmp_path / "train.jsonl").write_text('{"prompt": "Say it", "completion": "Paris."}\n' * 2)
-    report = benchmark(["base", "sql", "fuse:sql:8"], rounds=1, trials=1, decode_tokens=2, prompt_tokens=4,
-                       cold_load=False, quality=tmp_path)  # fmt: skip
+    report = benchmark(
+        ["base", "sql", "fuse:sql:8"],
+        rounds=1,
+        trials=1,
+        decode_tokens=2,
+        prompt_tokens=4,
+        cold_load=False,
+        quality=tmp_path,
+    )
     assert [row.error for row in report.rows] == [None] * 3
     headers, lines = words.table(report)
     assert headers[-3:] == ("LOSS", "KL", "SAME TOP") and {len(line) for line in lines} == {len(headers)}

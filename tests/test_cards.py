@@ -55,11 +55,18 @@ def test_an_adapters_card(sql):
     }
     text = str(card)
     for said in (
-        "rank 4, scale 2 (alpha 8), 2,560 parameters", "q_proj (2)", "up_proj (2)", "600", "learning rate | 0.0001",
-        "Validation loss 1.25 at iteration 40", "mlx-adapters train tiny --data sql --name sql",
+        "rank 4, scale 2 (alpha 8), 2,560 parameters",
+        "q_proj (2)",
+        "up_proj (2)",
+        "600",
+        "learning rate | 0.0001",
+        "Validation loss 1.25 at iteration 40",
+        "mlx-adapters train tiny --data sql --name sql",
         "![Loss by iteration](loss.svg)",
-        'adapter_path=snapshot_download("user/sql-lora")', "at most 512 tokens", "mlx_adapters 0.1.0 on 2026-01-02",
-    ):  # fmt: skip
+        'adapter_path=snapshot_download("user/sql-lora")',
+        "at most 512 tokens",
+        "mlx_adapters 0.1.0 on 2026-01-02",
+    ):
         assert said in text, said
     assert "joe" not in text and str(sql.folder.parent.parent) not in text
 

@@ -164,8 +164,11 @@ def test_compare_shows_what_differs_and_the_angle(run, base):
 
 
 def test_compare_of_many_layers_fits_a_screen(run, base, monkeypatch):
-    comparison = [LayerComparison(f"model.layers.{i}.{name}", 1.0 + i, 2.0, None if i == 7 else 1 - i / 100)
-                  for i in range(30) for name in ("self_attn.q_proj", "mlp.up_proj")]  # fmt: skip
+    comparison = [
+        LayerComparison(f"model.layers.{i}.{name}", 1.0 + i, 2.0, None if i == 7 else 1 - i / 100)
+        for i in range(30)
+        for name in ("self_attn.q_proj", "mlp.up_proj")
+    ]
     found = Comparison("x", "y", (), tuple(comparison), 30.0, 2.0, 0.9)
     monkeypatch.setattr("mlx_adapters.adapters.inspecting.compare", lambda *_, **__: found)
     shown, _ = run("compare", "x", "y")
@@ -209,12 +212,24 @@ def test_verify_holds_the_adapter_against_its_base(run, base, tiny_model):
 
 
 READERS = (
-    "show bad", "show {folder}", "verify bad", "add {folder} --name newbad", "fuse bad {out} --no-check",
-    "generate hello --base {base} --adapter bad", "merge good bad --name new", "export-peft bad {out}",
-    "compare good bad", "scale bad 2 --name new", "subtract good bad --name new", "interpolate bad good --name new",
+    "show bad",
+    "show {folder}",
+    "verify bad",
+    "add {folder} --name newbad",
+    "fuse bad {out} --no-check",
+    "generate hello --base {base} --adapter bad",
+    "merge good bad --name new",
+    "export-peft bad {out}",
+    "compare good bad",
+    "scale bad 2 --name new",
+    "subtract good bad --name new",
+    "interpolate bad good --name new",
     "pack bad {out}.tar.gz",
-    "publish bad user/bad --dry-run", "card bad", "verify --all", "prune bad --keep-last 0 --yes",
-)  # fmt: skip
+    "publish bad user/bad --dry-run",
+    "card bad",
+    "verify --all",
+    "prune bad --keep-last 0 --yes",
+)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "random", "nan", "empty", "huge header", "no weights"])
@@ -229,8 +244,14 @@ def test_every_command_that_reads_a_damaged_adapter_says_so_and_writes_nothing(r
     elif damage == "no weights":
         path.unlink()
     else:
-        path.write_bytes({"truncated": whole[:-9], "random": bytes(np.random.default_rng(0).bytes(len(whole))),
-                          "empty": b"", "huge header": b"\xff" * 7 + b"\x7f{}"}[damage])  # fmt: skip
+        path.write_bytes(
+            {
+                "truncated": whole[:-9],
+                "random": bytes(np.random.default_rng(0).bytes(len(whole))),
+                "empty": b"",
+                "huge header": b"\xff" * 7 + b"\x7f{}",
+            }[damage]
+        )
     before = {p: p.stat().st_mtime_ns for p in registry.adapters_folder().rglob("*")}
     for command in READERS:
         words = command.format(folder=folder, out=tmp_path / "out", base=base).split()

@@ -21,8 +21,12 @@ def commands():
 
 
 TREE = commands()
-MODES = [(name, mode) for name, command in TREE.items() if (reads := getattr(command.callback, "reads", None))
-         for mode in [*reads.modes, *reads.needs]]  # fmt: skip
+MODES = [
+    (name, mode)
+    for name, command in TREE.items()
+    if (reads := getattr(command.callback, "reads", None))
+    for mode in [*reads.modes, *reads.needs]
+]
 
 
 def typed(parameter: click.Parameter, tmp_path) -> list[str]:
@@ -34,8 +38,16 @@ def typed(parameter: click.Parameter, tmp_path) -> list[str]:
         value = tmp_path / ("folder" if kind.dir_okay and not kind.file_okay else "file")
         value.mkdir(exist_ok=True) if value.name == "folder" else value.touch()
     else:
-        value = {"integer": 3, "integer range": 3, "float": 0.5, "float range": 0.5, "percent": "5%", "ref": "sql",
-                 "numbers": "3", "rank": "3"}.get(kind.name, "x")  # fmt: skip
+        value = {
+            "integer": 3,
+            "integer range": 3,
+            "float": 0.5,
+            "float range": 0.5,
+            "percent": "5%",
+            "ref": "sql",
+            "numbers": "3",
+            "rank": "3",
+        }.get(kind.name, "x")
     if isinstance(parameter, click.Argument):
         return [str(value)]
     return [parameter.opts[0]] if parameter.is_flag else [f"{max(parameter.opts, key=len)}={value}"]
@@ -46,8 +58,12 @@ def parsed(name: str, given: list[str], tmp_path) -> click.Context:
     command = TREE[name]
     wanted = [p for p in command.params if p.name in given or (p.required and isinstance(p, click.Option))]
     words = [word for p in wanted if isinstance(p, click.Option) for word in typed(p, tmp_path)]
-    words += [word for p in command.params if isinstance(p, click.Argument) and (p.required or p.name in given)
-              for word in typed(p, tmp_path)]  # fmt: skip
+    words += [
+        word
+        for p in command.params
+        if isinstance(p, click.Argument) and (p.required or p.name in given)
+        for word in typed(p, tmp_path)
+    ]
     return command.make_context(name, words)
 
 

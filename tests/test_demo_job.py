@@ -47,8 +47,11 @@ def test_the_whole_way(home_with_base, monkeypatch):
     result = json.loads(shown.stdout)
     assert result.keys() - {"schema"} == documented("demo")
     assert [v["label"] for v in result["variants"]] == [
-        "base, told the schema", "adapter", "fused, 8 bits", "fused, 4 bits",
-    ]  # fmt: skip
+        "base, told the schema",
+        "adapter",
+        "fused, 8 bits",
+        "fused, 4 bits",
+    ]
     assert all(v["questions"] == job.QUICK.questions and v["answer"] for v in result["variants"])
     assert [entry.name for entry in list_adapters(base="demo")] == ["demo-quick"]
     for bits, fused in zip((8, 4), result["fused"], strict=True):

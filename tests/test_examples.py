@@ -23,10 +23,15 @@ from mlx_adapters.sources.demo_base import MODEL_CARD
 pytest_plugins = ["hub_fixtures"]
 
 ELSEWHERE = {  # what needs more than a command line, and the test that runs it
-    "train --resume": "test_training_resume", "chat": "test_runtime_chat", "serve": "test_serving",
-    "completion": "test_public_api", "demo": "test_demo_job", "fuse --from-peft": "test_peft_fuse",
-    "eval": "test_evaluation: --tasks needs the extra", "advise": "test_advice",
-}  # fmt: skip
+    "train --resume": "test_training_resume",
+    "chat": "test_runtime_chat",
+    "serve": "test_serving",
+    "completion": "test_public_api",
+    "demo": "test_demo_job",
+    "fuse --from-peft": "test_peft_fuse",
+    "eval": "test_evaluation: --tasks needs the extra",
+    "advise": "test_advice",
+}
 
 
 def covers(words: list[str], others: list[str]) -> bool:

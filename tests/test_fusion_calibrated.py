@@ -208,8 +208,10 @@ def test_the_probe_has_the_covariance_of_the_fisher_information():
     np.testing.assert_allclose(probes.T @ probes / len(probes), np.diag(p) - np.outer(p, p), atol=5e-3)
 
 
-@pytest.mark.parametrize(("architecture", "kind"), [("llama", "lora"), ("qwen3", "dora"), ("phi3", "lora"),
-                                                    ("mixtral", "lora"), ("gpt2", "lora")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [("llama", "lora"), ("qwen3", "dora"), ("phi3", "lora"), ("mixtral", "lora"), ("gpt2", "lora")],
+)
 def test_calibrated_beats_nearest_at_the_same_size(tiny_model, tmp_path, data, architecture, kind):
     folder = tiny_model(architecture, bits=4)
     adapter = make_adapter(folder, kind, strength=0.05)
@@ -244,11 +246,14 @@ def test_calibrated_float_modes(tiny_model, tmp_path, data, quantization):
     adapter = make_adapter(folder)
     kl = [
         fuse(
-            folder, adapter, tmp_path / method, quantization=quantization,
+            folder,
+            adapter,
+            tmp_path / method,
+            quantization=quantization,
             options=FuseOptions(method=method, calibration=str(data), **FEW),
         ).fidelity.kl_mean
         for method in ("nearest", "calibrated")
-    ]  # fmt: skip
+    ]
     assert kl[1] < 0.7 * kl[0]
 
 
@@ -429,9 +434,13 @@ def test_where_the_text_comes_from(tiny_model, tmp_path, data):
 
 @pytest.mark.parametrize(
     ("content", "error", "message"),
-    [("", FormatError, "no text"), ("One line.", FormatError, "too short"), ("a\n\nb\n\nc", FormatError, "too short"),
-     (None, NotFoundError, "no text")],
-)  # fmt: skip
+    [
+        ("", FormatError, "no text"),
+        ("One line.", FormatError, "too short"),
+        ("a\n\nb\n\nc", FormatError, "too short"),
+        (None, NotFoundError, "no text"),
+    ],
+)
 def test_bad_text(tiny_model, tmp_path, content, error, message):
     folder = tiny_model("llama", bits=4)
     if content is not None:
@@ -577,10 +586,12 @@ def test_no_row_reaches_past_the_positions_that_a_model_learned(gpu, tiny_model,
 
 @pytest.mark.parametrize(
     ("architecture", "bits", "quantization", "strength", "told"),
-    [("llama", None, Quantization(8, 32, "mxfp8"), 0.3, ["rounded to nearest"]),
-     ("gemma3_text", None, Quantization(4, 32, "mxfp4"), 0.3, []),
-     ("llama", 4, Quantization(4, 16, "nvfp4"), 0.02, ["rounding to nearest"])],
-)  # fmt: skip
+    [
+        ("llama", None, Quantization(8, 32, "mxfp8"), 0.3, ["rounded to nearest"]),
+        ("gemma3_text", None, Quantization(4, 32, "mxfp4"), 0.3, []),
+        ("llama", 4, Quantization(4, 16, "nvfp4"), 0.02, ["rounding to nearest"]),
+    ],
+)
 def test_calibration_is_never_worse_than_rounding_to_nearest_on_its_own_rows(
     architecture, bits, quantization, strength, told, tiny_model, data, tmp_path
 ):

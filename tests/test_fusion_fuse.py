@@ -301,8 +301,11 @@ def test_a_mistyped_model_folder_is_named_with_the_one_that_was_meant(tiny_model
 def test_refused_settings_say_what_to_do(tiny_model, tmp_path):
     folder = tiny_model("llama")
     adapter = make_adapter(folder)
-    for options in ({"weights": [1, 2]}, {"quantization": 4, "options": FuseOptions(format="hf")},
-                    {"options": FuseOptions(format="gguf", max_kl=0.1)}):  # fmt: skip
+    for options in (
+        {"weights": [1, 2]},
+        {"quantization": 4, "options": FuseOptions(format="hf")},
+        {"options": FuseOptions(format="gguf", max_kl=0.1)},
+    ):
         with pytest.raises(ConfigError) as caught:
             fuse(folder, adapter, tmp_path / "out", **options)
         assert "--" in caught.value.hint

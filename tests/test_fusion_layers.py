@@ -111,10 +111,15 @@ def test_recurrent_models_are_calibrated(architecture, tiny_model, tmp_path):
     text.write_text("\n\n".join(f"List the titles of all {i} courses and students." * 2 for i in range(120)))
     few = FuseOptions(calibration=str(text), calibration_rows=4, check_rows=4, thorough=False)
     results = [
-        fuse(base, make_adapter(base), tmp_path / method, quantization=Quantization(4, 32),
-             options=FuseOptions(**{**vars(few), "method": method}))
+        fuse(
+            base,
+            make_adapter(base),
+            tmp_path / method,
+            quantization=Quantization(4, 32),
+            options=FuseOptions(**{**vars(few), "method": method}),
+        )
         for method in ("calibrated", "nearest")
-    ]  # fmt: skip
+    ]
     assert results[0].fidelity.kl_mean < results[1].fidelity.kl_mean
     assert not [note for note in results[0].notes if "does not see" in note]
 

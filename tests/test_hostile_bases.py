@@ -60,18 +60,32 @@ def test_whatever_is_raised_becomes_the_given_error(capsys):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"quantization": {"bits": 4}}, {"quantization": {"bits": [], "group_size": 64}},
+        {"quantization": {"bits": 4}},
+        {"quantization": {"bits": [], "group_size": 64}},
         {"rope_parameters": {"rope_theta": "x"}},
-        {"rope_parameters": {"full_attention": 1}}, {"text_config": 1}, {"vocab_size": "x"}, {"vocab_size": 10**12},
-        {"model_type": "olmo"}, {"model_type": "..x"}, {"model_type": None}, {"model_type": ["llama"]},
-        {"num_hidden_layers": 10**9}, {"hidden_size": 10**12}, {"num_attention_heads": 0}, {"num_attention_heads": "4"},
-        {"rope_theta": "", "x": 1}, {"rope_scaling": {"rope_type": "llama3"}}, {"rms_norm_eps": []},
+        {"rope_parameters": {"full_attention": 1}},
+        {"text_config": 1},
+        {"vocab_size": "x"},
+        {"vocab_size": 10**12},
+        {"model_type": "olmo"},
+        {"model_type": "..x"},
+        {"model_type": None},
+        {"model_type": ["llama"]},
+        {"num_hidden_layers": 10**9},
+        {"hidden_size": 10**12},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": "4"},
+        {"rope_theta": "", "x": 1},
+        {"rope_scaling": {"rope_type": "llama3"}},
+        {"rms_norm_eps": []},
         {"layer_types": ["x"]},
-        {"bos_token_id": "x"}, {"eos_token_id": [2, "x"]}, {"max_position_embeddings": "many"},
+        {"bos_token_id": "x"},
+        {"eos_token_id": [2, "x"]},
+        {"max_position_embeddings": "many"},
         {"model_file": "code.py"},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_broken_config_is_refused_or_read(broken, settings):
     folder = broken("config.json", **settings)
     try:
@@ -93,8 +107,12 @@ def test_a_broken_generation_config_is_no_traceback(broken, content):
 @pytest.mark.parametrize(
     "file, content",
     [
-        ("tokenizer.json", b"[" * 100_000), ("tokenizer.json", b"1"), ("tokenizer.json", b'{"model": {"type": "BPE"}}'),
-        ("tokenizer.json", b""), ("tokenizer_config.json", b"[" * 100_000), ("tokenizer_config.json", b"[]"),
+        ("tokenizer.json", b"[" * 100_000),
+        ("tokenizer.json", b"1"),
+        ("tokenizer.json", b'{"model": {"type": "BPE"}}'),
+        ("tokenizer.json", b""),
+        ("tokenizer_config.json", b"[" * 100_000),
+        ("tokenizer_config.json", b"[]"),
         ("tokenizer_config.json", b'{"tool_parser_type": 1}'),
         ("tokenizer_config.json", b'{"chat_template_type": "..x"}'),
         ("tokenizer_config.json", b'{"tokenizer_class": 3}'),
@@ -102,7 +120,7 @@ def test_a_broken_generation_config_is_no_traceback(broken, content):
         ("tokenizer_config.json", b'{"chat_template": "{% for"}'),
     ],
     ids=lambda value: str(value)[:40],
-)  # fmt: skip
+)
 def test_a_broken_tokenizer_is_refused_or_read(broken, file, content):
     folder = broken("config.json")
     (folder / file).write_bytes(content)
@@ -124,10 +142,13 @@ def test_what_is_no_file_is_refused_before_it_is_read(broken):
         load_model(resolve_base(folder))
 
 
-@pytest.mark.parametrize("settings", [
-    {"auto_map": {"AutoTokenizer": ["code.T", None]}, "tokenizer_class": "T"},
-    {"auto_map": {"AutoTokenizer": ["code.T", "code.T"]}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"auto_map": {"AutoTokenizer": ["code.T", None]}, "tokenizer_class": "T"},
+        {"auto_map": {"AutoTokenizer": ["code.T", "code.T"]}},
+    ],
+)
 def test_code_of_the_folder_never_runs_even_after_a_yes(broken, monkeypatch, tmp_path, settings):
     """transformers would ask, on standard input."""
     folder = broken("tokenizer_config.json", **settings)

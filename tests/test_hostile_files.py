@@ -25,10 +25,28 @@ ODD = [None, True, -1, 10**400, 1e308, "x", "\ud800", [], [1], {}, {"a": 1}, [[]
 
 @pytest.mark.parametrize(
     "text",
-    [BOMB, "a: &a [*a]", "- 1", "1", "x", "[" * 5000, "{" * 5000, "a: 2026-13-45", "a: !!python/object:os.system x",
-     "\x00", "a: " + "9" * 5000, "? [1]\n: 2", "a: b: c", "&a : *a", "%YAML 9", "y" * 2_000_000, "<<: 1", "a: !!int x"],
+    [
+        BOMB,
+        "a: &a [*a]",
+        "- 1",
+        "1",
+        "x",
+        "[" * 5000,
+        "{" * 5000,
+        "a: 2026-13-45",
+        "a: !!python/object:os.system x",
+        "\x00",
+        "a: " + "9" * 5000,
+        "? [1]\n: 2",
+        "a: b: c",
+        "&a : *a",
+        "%YAML 9",
+        "y" * 2_000_000,
+        "<<: 1",
+        "a: !!int x",
+    ],
     ids=range(18),
-)  # fmt: skip
+)
 def test_hostile_yaml_is_refused_or_read_soon(tmp_path, text):
     path = tmp_path / "config.yaml"
     path.write_text(text)
@@ -46,14 +64,18 @@ def test_hostile_yaml_is_refused_or_read_soon(tmp_path, text):
 @pytest.mark.parametrize(
     "text, why",
     [
-        ("name: 2026-01-01", "'name' in the config file must be text"), ("base: [1]", "'base' in the config file"),
-        ("data: {a: 1}", "'data' in the config file"), 
+        ("name: 2026-01-01", "'name' in the config file must be text"),
+        ("base: [1]", "'base' in the config file"),
+        ("data: {a: 1}", "'data' in the config file"),
         ("training: {fuse_aware: 4}", "a mapping with bits, group_size, mode"),
-        ("training: 3", "must hold 'key: value' lines"), ("lora: {rank: 1.5}", "'rank' in the lora settings"),
-        ("lora: {scale: 1" + "0" * 400 + "}", "a number of 1,329 bits"), ("lora: {type: [lora]}", "'lora' or 'dora'"),
-        ("training: {fuse_aware: {bits: [4]}}", "'bits' in 'fuse_aware'"), ("lora: {ranks: [1]}", "'ranks'"),
+        ("training: 3", "must hold 'key: value' lines"),
+        ("lora: {rank: 1.5}", "'rank' in the lora settings"),
+        ("lora: {scale: 1" + "0" * 400 + "}", "a number of 1,329 bits"),
+        ("lora: {type: [lora]}", "'lora' or 'dora'"),
+        ("training: {fuse_aware: {bits: [4]}}", "'bits' in 'fuse_aware'"),
+        ("lora: {ranks: [1]}", "'ranks'"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_in_a_config_is_named(tmp_path, text, why):
     path = tmp_path / "config.yaml"
     path.write_text("base: demo\n" * (not text.startswith("base")) + text)

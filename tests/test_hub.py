@@ -43,12 +43,20 @@ def test_only_the_adapter_and_its_card_go_up(hub, sql):
     repo = hub.repos[REPO]
     assert repo.private and result.private and result.commit == repo.branches["main"][-1][0]
     assert set(repo.files) == {
-        ".gitattributes", "README.md", "adapter_config.json", "adapter_metadata.json", "adapters.safetensors",
+        ".gitattributes",
+        "README.md",
+        "adapter_config.json",
+        "adapter_metadata.json",
+        "adapters.safetensors",
         "loss.svg",
-    }  # fmt: skip
+    }
     assert set(result.left_out) == {
-        "checkpoints", "train.jsonl", "log.jsonl", "recipe.json", "0000020_adapters.safetensors",
-    }  # fmt: skip
+        "checkpoints",
+        "train.jsonl",
+        "log.jsonl",
+        "recipe.json",
+        "0000020_adapters.safetensors",
+    }
     everything = uploaded(hub) + b"".join(hub.bodies)
     for secret in (b"joe", b"a secret row", b"moments", os.fsencode(sql.folder.parent.parent), WRITE_TOKEN.encode()):
         assert secret not in everything, secret
@@ -189,9 +197,12 @@ def test_a_card_that_the_hub_refuses_leaves_no_repository(hub, sql):
 
 @pytest.mark.parametrize(
     ("token", "match", "hint"),
-    [("", "not signed in", "hf auth login"), ("hf_" + "b" * 34, "does not accept", "hf auth login"),
-     (READ_TOKEN, "may not", "write access")],
-)  # fmt: skip
+    [
+        ("", "not signed in", "hf auth login"),
+        ("hf_" + "b" * 34, "does not accept", "hf auth login"),
+        (READ_TOKEN, "may not", "write access"),
+    ],
+)
 def test_tokens(hub, sql, monkeypatch, token, match, hint):
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(errors.HubError, match=match) as caught:
@@ -238,9 +249,13 @@ def test_what_arrived_is_not_sent_again(hub, sql):
 
 @pytest.mark.parametrize(
     ("method", "path", "status", "match"),
-    [("POST", "/commit/", 429, "slow down"), ("POST", "/commit/", 500, "answered 500"),
-     ("POST", "/commit/", 403, "may not"), ("PUT", "/lfs/", None, "connection")],
-)  # fmt: skip
+    [
+        ("POST", "/commit/", 429, "slow down"),
+        ("POST", "/commit/", 500, "answered 500"),
+        ("POST", "/commit/", 403, "may not"),
+        ("PUT", "/lfs/", None, "connection"),
+    ],
+)
 @pytest.mark.parametrize("public", [False, True])
 def test_a_failed_publish_leaves_no_repository(hub, sql, method, path, status, match, public):
     hub.fail(method, path, status, times=1000, message="no", Retry_After="7")

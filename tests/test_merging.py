@@ -60,8 +60,11 @@ def test_equals_peft(case: str):
     recipe, draws, compared = CASES[case], RecordedDraws(case), 0
     method = METHODS[recipe["method"].replace("_", "-")]
     for module in MODULES:
-        present = [(u, w) for s, w in zip(recipe["sources"], recipe["weights"], strict=True)
-                   if (u := source(s, module)) is not None]  # fmt: skip
+        present = [
+            (u, w)
+            for s, w in zip(recipe["sources"], recipe["weights"], strict=True)
+            if (u := source(s, module)) is not None
+        ]
         if not present:
             continue
         updates, weights = zip(*present, strict=True)

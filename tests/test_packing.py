@@ -278,9 +278,13 @@ def test_what_is_not_there_or_not_a_source(base, tmp_path):
     make_run(base, "sql")
     (tmp_path / "file.zip").write_bytes(b"PK")
     for source, error in {
-        "sql": ConfigError, "./nowhere": NotFoundError, str(tmp_path / "none.tar.gz"): NotFoundError,
-        str(tmp_path / "file.zip"): ConfigError, "~nobody-here/x": NotFoundError, "./x@100": ConfigError,
-    }.items():  # fmt: skip
+        "sql": ConfigError,
+        "./nowhere": NotFoundError,
+        str(tmp_path / "none.tar.gz"): NotFoundError,
+        str(tmp_path / "file.zip"): ConfigError,
+        "~nobody-here/x": NotFoundError,
+        "./x@100": ConfigError,
+    }.items():
         with pytest.raises(error):
             add(source)
     with pytest.raises(NotFoundError, match="neither an adapter nor a model"):
@@ -327,8 +331,9 @@ configs = st.dictionaries(
 parameters = st.dictionaries(st.sampled_from(["rank", "scale", "dropout", "keys"]), ODD, max_size=2)
 metadatas = st.dictionaries(
     st.sampled_from(["name", "base", "sha256", "iteration", "tags", "date", "training", "validation_losses"]),
-    ODD | st.fixed_dictionaries({"name": ODD, "fingerprint": ODD}), max_size=3,
-)  # fmt: skip
+    ODD | st.fixed_dictionaries({"name": ODD, "fingerprint": ODD}),
+    max_size=3,
+)
 edits = st.lists(st.tuples(st.integers(0, 1200) | st.integers(0, 10**6), st.integers(0, 255)), max_size=4)
 
 

@@ -109,8 +109,10 @@ def test_the_folder_names_its_base_and_how_to_load_it(tmp_path: Path):
     adapter = make_adapter(FIXTURES / "llama" / "base", lambda key: key.endswith("q_proj"))
     result = export_peft(adapter, tmp_path / "out", base_model="meta-llama/Llama-3.2-1B")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors",
-    ]  # fmt: skip
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     config = files.read_json(tmp_path / "out" / "adapter_config.json")
     assert config["base_model_name_or_path"] == result.base_model == "meta-llama/Llama-3.2-1B"
     assert config["target_modules"] == ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
@@ -120,10 +122,14 @@ def test_the_folder_names_its_base_and_how_to_load_it(tmp_path: Path):
 def test_a_base_that_transformers_does_not_load_is_remarked_on(tmp_path: Path):
     made = make_adapter(FIXTURES / "llama" / "base", lambda key: key.endswith("q_proj"))
     record, notes = made.metadata["base"], []
-    for i, (base, options) in enumerate([
-        ({"name": "demo"}, {}), ({"name": "mlx-community/a-4bit", "quantization": {"bits": 4}}, {}),
-        ({"name": "org/model"}, {}), ({"name": "demo"}, {"base_model": "org/model"}),
-    ]):  # fmt: skip
+    for i, (base, options) in enumerate(
+        [
+            ({"name": "demo"}, {}),
+            ({"name": "mlx-community/a-4bit", "quantization": {"bits": 4}}, {}),
+            ({"name": "org/model"}, {}),
+            ({"name": "demo"}, {"base_model": "org/model"}),
+        ]
+    ):
         adapter = replace(made, metadata={"base": record | base})
         options["base"] = FIXTURES / "llama" / "base"
         export_peft(adapter, tmp_path / str(i), on_event=lambda note, i=i: notes.append((i, note.text)), **options)

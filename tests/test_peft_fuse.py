@@ -97,8 +97,9 @@ def test_a_quantized_embedding_is_untied_as_it_is(tiny_model, tmp_path: Path):
     factors = {"lora_A": mx.ones((2, shape[1] * 32)), "lora_B": mx.ones((shape[0], 2))}
     tensors = {f"base_model.model.lm_head.{leaf}.weight": 0.01 * array for leaf, array in factors.items()}
     tensor_files.write_safetensors(adapter / "adapter_model.safetensors", tensors)
-    files.write_json(adapter / "adapter_config.json",
-                     {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["lm_head"]})  # fmt: skip
+    files.write_json(
+        adapter / "adapter_config.json", {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["lm_head"]}
+    )
     fuse_peft(adapter, tmp_path / "out", base=base, options=QUIET)
     before = mx.load(str(base / "model.safetensors"))
     after = mx.load(str(tmp_path / "out" / "model.safetensors"))

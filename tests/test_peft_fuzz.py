@@ -44,10 +44,38 @@ values = st.recursive(
 patterns = st.text(alphabet="()[]{}*+?.|^$\\abq_proj0123,:=!<", max_size=30)
 pattern_maps = st.dictionaries(patterns, st.integers(-1, 9) | st.floats() | scalars, max_size=3)
 pieces = st.sampled_from(
-    ["base_model", "model", "layers", "0", "1", "9", "self_attn", "mlp", "experts", "q_proj", "down_proj", "gate", "w1",
-     "lora_A", "lora_B", "lora_embedding_A", "lora_magnitude_vector", "weight", "bias", "default", "base_layer",
-     "token_adapter", "trainable_tokens_delta", "modules_to_save", "embed_tokens", "lm_head", "", "é", "99999999"]
-)  # fmt: skip
+    [
+        "base_model",
+        "model",
+        "layers",
+        "0",
+        "1",
+        "9",
+        "self_attn",
+        "mlp",
+        "experts",
+        "q_proj",
+        "down_proj",
+        "gate",
+        "w1",
+        "lora_A",
+        "lora_B",
+        "lora_embedding_A",
+        "lora_magnitude_vector",
+        "weight",
+        "bias",
+        "default",
+        "base_layer",
+        "token_adapter",
+        "trainable_tokens_delta",
+        "modules_to_save",
+        "embed_tokens",
+        "lm_head",
+        "",
+        "é",
+        "99999999",
+    ]
+)
 names = st.lists(pieces, max_size=9).map(".".join) | st.text(max_size=30)
 
 

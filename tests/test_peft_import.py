@@ -154,7 +154,7 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
         (lambda t: t.update({f"{Q0}x.lora_{x}.weight": t[f"{Q0}.lora_{x}.weight"] for x in "AB"}), "q_projx"),
         (lambda t: t.clear(), "no tensors"),
     ],
-)  # fmt: skip
+)
 def test_damaged_tensors_are_refused(change, reason: str, adapter_folder: Path, home: Path):
     edit_tensors(adapter_folder, change)
     assert reason in refused(adapter_folder, home).message

@@ -189,11 +189,23 @@ def test_an_own_adapter_of_a_folded_base_is_exported_unfolded(tmp_path: Path):
 def test_a_name_that_the_code_only_looks_for_is_found():
     """Step 3.5's norms are shifted if some names are the original's; no rule here knows those names."""
     config = {
-        "model_type": "step3p5", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "num_attention_heads": 4,
-        "num_attention_groups": 2, "head_dim": 8, "intermediate_size": 48, "rope_theta": [1e4, 1e4],
-        "moe_num_experts": 4, "moe_top_k": 2, "moe_intermediate_size": 16, "share_expert_dim": 16,
-        "moe_layers_enum": "1", "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4,
-    }  # fmt: skip
+        "model_type": "step3p5",
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "vocab_size": 64,
+        "num_attention_heads": 4,
+        "num_attention_groups": 2,
+        "head_dim": 8,
+        "intermediate_size": 48,
+        "rope_theta": [1e4, 1e4],
+        "moe_num_experts": 4,
+        "moe_top_k": 2,
+        "moe_intermediate_size": 16,
+        "share_expert_dim": 16,
+        "moe_layers_enum": "1",
+        "layer_types": ["full_attention", "sliding_attention"],
+        "sliding_window": 4,
+    }
     blank = make_module(config)
     wanted = {name: tuple(value.shape) for name, value in tree_flatten(blank.parameters())}
     layout = trace(sanitize_of(blank), original_shapes(blank, wanted), wanted)

@@ -196,13 +196,20 @@ def test_bash_gets_back_the_piece_that_it_replaces(tiny_model, tmp_path):
     """bash cuts words at "@" and "=" and replaces the last piece only, which begins with the "@"."""
     make_run(tiny_model("llama"), "sql")
     program = tmp_path / "mlx-adapters"
-    program.write_text(f"#!{sys.executable}\nimport sys; sys.argv[0] = 'mlx-adapters'\n"
-                       f"sys.path.insert(0, {str(Path(ma.__file__).parent.parent)!r})\n"
-                       "from mlx_adapters.cli import main; main()\n")  # fmt: skip
+    program.write_text(
+        f"#!{sys.executable}\nimport sys; sys.argv[0] = 'mlx-adapters'\n"
+        f"sys.path.insert(0, {str(Path(ma.__file__).parent.parent)!r})\n"
+        "from mlx_adapters.cli import main; main()\n"
+    )
     program.chmod(0o755)
     script = subprocess.run([program, "completion", "bash"], capture_output=True, text=True, check=True).stdout
-    lines = {"use sql@1": ("@1", "@100"), "serve demo --adapter chat=s": ("s", "sql"), "show s": ("s", "sql"),
-             "serve demo --adapter=chat=sql@2": ("@2", "@200"), "pub": ("pub", "publish")}  # fmt: skip
+    lines = {
+        "use sql@1": ("@1", "@100"),
+        "serve demo --adapter chat=s": ("s", "sql"),
+        "show s": ("s", "sql"),
+        "serve demo --adapter=chat=sql@2": ("@2", "@200"),
+        "pub": ("pub", "publish"),
+    }
     for line, (piece, expected) in lines.items():
         call = f"""{script}
             COMP_LINE="mlx-adapters {line}"; COMP_POINT=${{#COMP_LINE}}

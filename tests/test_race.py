@@ -12,16 +12,22 @@ import race
 
 MACHINE = {"device_name": "chip", "cores": 2, "system": "Linux", "versions": {"mlx": "1", "mlx-lm": "2"}}
 VALUES = {
-    "fuse": {"seconds": {"ours": {0: [1.0], 1: [2.0], 2: [1.5]}, "mlx-lm": {0: [2.0], 1: [4.0], 2: [3.0]}},
-             "peak_memory_bytes": {"ours": {0: [4e7]}, "mlx-lm": {0: [1.6e8]}}},
+    "fuse": {
+        "seconds": {"ours": {0: [1.0], 1: [2.0], 2: [1.5]}, "mlx-lm": {0: [2.0], 1: [4.0], 2: [3.0]}},
+        "peak_memory_bytes": {"ours": {0: [4e7]}, "mlx-lm": {0: [1.6e8]}},
+    },
     "publish": {"seconds": {"ours": {0: [0.5]}}},
-}  # fmt: skip
+}
 
 
 def test_disciplines_share_a_process_only_where_they_may():
     assert race.parts_of(list(race.race_legs.DISCIPLINES)) == [
-        ("cli",), ("load", "decode", "swap"), ("train",), ("fuse",), ("publish",)
-    ]  # fmt: skip
+        ("cli",),
+        ("load", "decode", "swap"),
+        ("train",),
+        ("fuse",),
+        ("publish",),
+    ]
     assert race.parts_of(["swap", "train"]) == [("swap",), ("train",)]
 
 

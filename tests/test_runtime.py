@@ -220,8 +220,9 @@ def test_failed_attach_changes_nothing(live):
     good = random_adapter(live, seed=2)
     key = next(iter(good.config.keys))
     misshapen = good.with_weights(good.weights | {f"{key}.lora_a": mx.zeros((3, 4))})
-    renamed = Adapter(AdapterConfig(4, 2.0, ("model.layers.9.x",)),
-                      {f"model.layers.9.x.lora_{s}": mx.zeros((4, 4)) for s in "ab"})  # fmt: skip
+    renamed = Adapter(
+        AdapterConfig(4, 2.0, ("model.layers.9.x",)), {f"model.layers.9.x.lora_{s}": mx.zeros((4, 4)) for s in "ab"}
+    )
     foreign = Adapter(good.config, good.weights, {"base": {"name": "other", "fingerprint": "f" * 64}})
     for bad in (misshapen, renamed, foreign):
         with pytest.raises((IncompatibleError, FormatError)):
@@ -360,8 +361,11 @@ def test_ids_that_the_model_has_no_row_for_are_refused(tiny_model):
     """They would read foreign memory: on the CPU the process died."""
     model = load_model(tiny_model("llama"))
     for wrong in ([], [512], [-1], [10**12], [1.5], ["a"]):
-        for work in (lambda ids: model.generate(ids, max_tokens=1), lambda ids: model.generate_batch([(ids, None)]),
-                     model.logits):  # fmt: skip
+        for work in (
+            lambda ids: model.generate(ids, max_tokens=1),
+            lambda ids: model.generate_batch([(ids, None)]),
+            model.logits,
+        ):
             with pytest.raises(ModelError):
                 work(wrong)
     for text in ("\ud800", "caf\udcff"):

@@ -151,8 +151,21 @@ def test_a_second_interrupt_drops_what_is_under_way(tiny_model):
 
 
 def test_serve_listens_and_drains(model, tiny_model):
-    command = [sys.executable, "-m", "mlx_adapters", "serve", str(tiny_model("llama")), "--port", "0",
-               "--adapter", "one", "--adapter", "second=two@", "--name", "base"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "mlx_adapters",
+        "serve",
+        str(tiny_model("llama")),
+        "--port",
+        "0",
+        "--adapter",
+        "one",
+        "--adapter",
+        "second=two@",
+        "--name",
+        "base",
+    ]
     wrong = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert wrong.returncode == 2 and "second" not in wrong.stdout and "Error" in wrong.stderr
     command[-3] = "second=two"

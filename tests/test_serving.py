@@ -366,8 +366,16 @@ def test_keys_limits_and_drain(tiny_model, tmp_path):
 def test_reader_that_does_not_read(tiny_model):
     with running(tiny_model("llama"), [], write_seconds=0.5) as (address, engine):
         host, port = address.removeprefix("http://").split(":")
-        body = json.dumps({"model": "base", "messages": CHAT, "stream": True, "max_tokens": 1500, "logprobs": True,
-                           "top_logprobs": 20}).encode()  # fmt: skip
+        body = json.dumps(
+            {
+                "model": "base",
+                "messages": CHAT,
+                "stream": True,
+                "max_tokens": 1500,
+                "logprobs": True,
+                "top_logprobs": 20,
+            }
+        ).encode()
         with socket.create_connection((host, int(port))) as reader:
             reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
             reader.sendall(

@@ -64,9 +64,12 @@ def test_both_strengths_are_told_and_the_other_can_be_made(old, tiny_model, tmp_
     assert "alpha" not in run("show", "other").output
     # Layers as they were then: y + scale · alpha / rank · (x a) b
     adapter, module = read_adapter(folder), load_model(resolve_base(tiny_model())).module
-    trained = load_model(resolve_base(tiny_model()), adapter.with_weights({
-        name: 2 * array if name.endswith("b") else array for name, array in adapter.weights.items()
-    }))  # fmt: skip
+    trained = load_model(
+        resolve_base(tiny_model()),
+        adapter.with_weights(
+            {name: 2 * array if name.endswith("b") else array for name, array in adapter.weights.items()}
+        ),
+    )
     from mlx_adapters import load_adapter
 
     made = load_model(resolve_base(tiny_model()), load_adapter("other"))

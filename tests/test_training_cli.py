@@ -149,29 +149,40 @@ SETTINGS = {
     "--seed": (["--seed", "5"], {"training.seed": 5}),
     "--dtype": (["--dtype", "bfloat16"], {"training.dtype": "bfloat16"}),
     "--mask-prompt": (["--mask-prompt"], {"training.mask_prompt": True}),
-    "--last-turn-only": (["--mask-prompt", "--last-turn-only"],
-                         {"training.mask_prompt": True, "training.last_turn_only": True}),
+    "--last-turn-only": (
+        ["--mask-prompt", "--last-turn-only"],
+        {"training.mask_prompt": True, "training.last_turn_only": True},
+    ),
     "--packing": (["--packing"], {"training.packing": True}),
     "--grad-checkpoint": (["--grad-checkpoint"], {"training.grad_checkpoint": True}),
     "--fuse-aware": (["--fuse-aware", "3"], {"training.fuse_aware": {"bits": 3, "group_size": 64, "mode": "affine"}}),
-    "--fuse-aware-group-size": (["--fuse-aware", "4", "--fuse-aware-group-size", "32"],
-                                {"training.fuse_aware": {"bits": 4, "group_size": 32, "mode": "affine"}}),
-    "--fuse-aware-mode": (["--fuse-aware", "4", "--fuse-aware-group-size", "32", "--fuse-aware-mode", "mxfp4"],
-                          {"training.fuse_aware": {"bits": 4, "group_size": 32, "mode": "mxfp4"}}),
-    "--fuse-aware-from": (["--fuse-aware", "4", "--fuse-aware-from", "8"],
-                          {"training.fuse_aware": {"bits": 4, "group_size": 64, "mode": "affine"},
-                           "training.fuse_aware_from": 8}),
+    "--fuse-aware-group-size": (
+        ["--fuse-aware", "4", "--fuse-aware-group-size", "32"],
+        {"training.fuse_aware": {"bits": 4, "group_size": 32, "mode": "affine"}},
+    ),
+    "--fuse-aware-mode": (
+        ["--fuse-aware", "4", "--fuse-aware-group-size", "32", "--fuse-aware-mode", "mxfp4"],
+        {"training.fuse_aware": {"bits": 4, "group_size": 32, "mode": "mxfp4"}},
+    ),
+    "--fuse-aware-from": (
+        ["--fuse-aware", "4", "--fuse-aware-from", "8"],
+        {"training.fuse_aware": {"bits": 4, "group_size": 64, "mode": "affine"}, "training.fuse_aware_from": 8},
+    ),
     "--data": (["--data", "elsewhere"], {"data": "elsewhere"}),
     "--name": (["--name", "other"], {"name": "other"}),
-}  # fmt: skip
+}
 # The other options, and the tests of this file that hold them to their effect.
 ACTIONS = {
     "--name-template": "test_a_run_is_named_by_a_template",
-    "--config": "test_a_flag_wins_over_the_config_file", "--print-config": "test_a_flag_wins_over_the_config_file",
-    "--resume": "test_train_then_resume_with_more_iterations", "--log": "test_train_then_resume_with_more_iterations",
-    "--json": "test_train_then_resume_with_more_iterations", "--overwrite": "test_overwrite_and_init_from",
-    "--init-from": "test_overwrite_and_init_from", "--report-to": "test_reports_go_where_they_are_asked_to",
-}  # fmt: skip
+    "--config": "test_a_flag_wins_over_the_config_file",
+    "--print-config": "test_a_flag_wins_over_the_config_file",
+    "--resume": "test_train_then_resume_with_more_iterations",
+    "--log": "test_train_then_resume_with_more_iterations",
+    "--json": "test_train_then_resume_with_more_iterations",
+    "--overwrite": "test_overwrite_and_init_from",
+    "--init-from": "test_overwrite_and_init_from",
+    "--report-to": "test_reports_go_where_they_are_asked_to",
+}
 
 
 def settings(run, *arguments: str) -> dict:
@@ -263,7 +274,7 @@ def test_reports_go_where_they_are_asked_to(run, monkeypatch, service, tmp_path)
 
     fake = types.SimpleNamespace(
         init=init, log=log, finish=lambda: seen.append("finished"), SummaryWriter=SummaryWriter
-    )  # fmt: skip
+    )
     monkeypatch.setitem(sys.modules, "tensorboardX" if service == "tensorboard" else service, fake)
     ours = ["--iterations", "2", "--report-every", "1", "--report-to", service]
     assert run(*ours).exit_code == 0
@@ -331,8 +342,9 @@ def test_data_commands(run, tiny_model, tmp_path):
     long = tmp_path / "long.jsonl"
     turns = [{"role": role, "content": "word " * 200} for role in ("user", "assistant") * 7]
     long.write_text(json.dumps({"messages": turns}) + "\n")
-    check = CliRunner().invoke(cli, ["data", "check", str(long), "--base", str(tiny_model()), "--mask-prompt",
-                                     "--max-seq-length", "100000"])  # fmt: skip
+    check = CliRunner().invoke(
+        cli, ["data", "check", str(long), "--base", str(tiny_model()), "--mask-prompt", "--max-seq-length", "100000"]
+    )
     assert len(check.stdout) < 9000 and "characters more …" in check.stdout and "parts more …" in check.stdout
     assert check.stdout.count("[[") == check.stdout.count("]]") > 5
     split = ["data", "split", str(run.data / "train.jsonl"), str(tmp_path / "out"), "--json"]

@@ -21,8 +21,16 @@ from mlx_adapters.training import state as states
 
 HERE = Path(__file__).parent
 LORA = LoraConfig(rank=4, scale=2.0, target_modules=("q_proj", "v_proj"))
-TRAINING = TrainConfig(iterations=8, batch_size=4, learning_rate=0.01, mask_prompt=True, eval_every=4, save_every=3,
-                       report_every=2, grad_accumulation=2)  # fmt: skip
+TRAINING = TrainConfig(
+    iterations=8,
+    batch_size=4,
+    learning_rate=0.01,
+    mask_prompt=True,
+    eval_every=4,
+    save_every=3,
+    report_every=2,
+    grad_accumulation=2,
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +39,23 @@ def runs(tiny_model, tmp_path_factory):
     a run whose rank 1 dies after five iterations, and its resumption."""
     work = tmp_path_factory.mktemp("two")
     data = write_data(work / "data", rows=13, valid=5)
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "OPENBLAS_NUM_THREADS": "1",
-                   "MLX_ADAPTERS_HOME": str(work / "home")}  # fmt: skip
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(HERE.parent),
+        "OPENBLAS_NUM_THREADS": "1",
+        "MLX_ADAPTERS_HOME": str(work / "home"),
+    }
 
     def launch(name: str, die_at: int | None = None, **options) -> str:
-        request = {"base": str(tiny_model()), "data": str(data), "name": name, "lora": to_mapping(LORA),
-                   "training": to_mapping(TRAINING), "die_at": die_at, **options}  # fmt: skip
+        request = {
+            "base": str(tiny_model()),
+            "data": str(data),
+            "name": name,
+            "lora": to_mapping(LORA),
+            "training": to_mapping(TRAINING),
+            "die_at": die_at,
+            **options,
+        }
         (work / "request.json").write_text(json.dumps(request))
         script = [sys.executable, str(HERE / "train_two.py"), str(work / "request.json")]
         command = [str(Path(sys.executable).parent / "mlx.launch"), "-n", "2", "--backend", "ring", "--", *script]

@@ -28,9 +28,12 @@ class Trainer:
         here = Path(__file__).parent
         environment = {**os.environ, "PYTHONPATH": str(here.parent)}
         self.server = subprocess.Popen(
-            [sys.executable, str(here / "train_forks.py")], env=environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+            [sys.executable, str(here / "train_forks.py")],
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
 
     def start(self, request: dict, name: str) -> int:
         self.server.stdin.write(json.dumps(request | {"name": name}) + "\n")

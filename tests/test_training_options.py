@@ -54,16 +54,27 @@ def chats(tmp_path_factory):
 def observe(tiny_model, data):
     def observe(training=BASE, lora=LORA, where=None, base=None, **options) -> Seen:
         events = []
-        run = train(base or tiny_model(), where or data, name=options.pop("name", "run"), lora=lora, training=training,
-                    overwrite=True, on_event=events.append, **options)  # fmt: skip
+        run = train(
+            base or tiny_model(),
+            where or data,
+            name=options.pop("name", "run"),
+            lora=lora,
+            training=training,
+            overwrite=True,
+            on_event=events.append,
+            **options,
+        )
         return Seen(run, events)
 
     return observe
 
 
 def differ(a: Seen, b: Seen) -> bool:
-    return any(a.weights[n].shape != b.weights[n].shape or not mx.array_equal(a.weights[n], b.weights[n])
-               for n in a.weights.keys() | b.weights.keys() if n in a.weights and n in b.weights)  # fmt: skip
+    return any(
+        a.weights[n].shape != b.weights[n].shape or not mx.array_equal(a.weights[n], b.weights[n])
+        for n in a.weights.keys() | b.weights.keys()
+        if n in a.weights and n in b.weights
+    )
 
 
 # Setting -> (what is set, besides BASE; what it is compared with).
@@ -209,8 +220,19 @@ def test_target_modules_and_num_layers_choose_the_keys(observe):
 
 
 def test_no_setting_is_forgotten_here():
-    elsewhere = {"iterations", "report_every", "eval_every", "save_every", "eval_batches", "save_every_minutes", "keep",
-                 "early_stop", "last_turn_only", "grad_checkpoint", "chunked_loss"}  # fmt: skip
+    elsewhere = {
+        "iterations",
+        "report_every",
+        "eval_every",
+        "save_every",
+        "eval_batches",
+        "save_every_minutes",
+        "keep",
+        "early_stop",
+        "last_turn_only",
+        "grad_checkpoint",
+        "chunked_loss",
+    }
     assert {f.name for f in dataclasses.fields(TrainConfig)} == elsewhere | CHANGES_WEIGHTS.keys()
     assert {f.name for f in dataclasses.fields(LoraConfig)} == {*LORA_CHANGES, "target_modules", "num_layers"}
 

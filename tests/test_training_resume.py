@@ -17,9 +17,18 @@ from mlx_adapters.training import state as states
 
 LORA = LoraConfig(rank=4, scale=2.0, dropout=0.1, target_modules=("q_proj", "v_proj"))
 SETTINGS = {
-    "iterations": 11, "batch_size": 3, "learning_rate": 0.01, "mask_prompt": True, "eval_every": 4, "save_every": 3,
-    "report_every": 2, "seed": 7, "grad_accumulation": 2, "schedule": "cosine", "warmup": 2,
-}  # fmt: skip
+    "iterations": 11,
+    "batch_size": 3,
+    "learning_rate": 0.01,
+    "mask_prompt": True,
+    "eval_every": 4,
+    "save_every": 3,
+    "report_every": 2,
+    "seed": 7,
+    "grad_accumulation": 2,
+    "schedule": "cosine",
+    "warmup": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +143,14 @@ def test_a_name_that_exists_is_not_overwritten(stopped, tiny_model, data):
 def test_keep_never_removes_the_best_or_the_last(tiny_model, data):
     settings = config(iterations=12, keep=1, save_every=2, eval_every=2, learning_rate=0.5, optimizer="sgd")
     seen = []
-    run = train(tiny_model(), data, name="run", lora=LORA, training=settings,
-                on_event=lambda e: isinstance(e, CheckpointSaved) and seen.append(e.iteration))  # fmt: skip
+    run = train(
+        tiny_model(),
+        data,
+        name="run",
+        lora=LORA,
+        training=settings,
+        on_event=lambda e: isinstance(e, CheckpointSaved) and seen.append(e.iteration),
+    )
     assert seen == [2, 4, 6, 8, 10, 12]
     assert set(states.iterations(run.folder)) == {run.best.iteration, 12}
     best = run.folder / f"{run.best.iteration:07d}_adapters.safetensors"
@@ -170,8 +185,14 @@ def test_interrupts_save_and_leave_no_trace(number, tiny_model, data):
     notes = []
     train(tiny_model(), data, name="whole", lora=LORA, training=config())
     with pytest.raises(KeyboardInterrupt):
-        train(tiny_model(), data, name="run", lora=LORA, training=config(),
-              on_event=lambda e: (send(number, 4)(e), notes.append(str(e))))  # fmt: skip
+        train(
+            tiny_model(),
+            data,
+            name="run",
+            lora=LORA,
+            training=config(),
+            on_event=lambda e: (send(number, 4)(e), notes.append(str(e))),
+        )
     assert max(states.iterations(adapter_folder("run"))) in (4, 5)
     assert any("mlx-adapters train --resume run" in note for note in notes)
     train(name="run", resume=True)

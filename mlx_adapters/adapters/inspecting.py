@@ -77,10 +77,19 @@ def describe(reference: "str | Path | Adapter") -> Details:
     config = adapter.config
     layers = tuple(Layer(key, update_shape(a, b), update_of(adapter, key).norm()) for key, a, b, _ in adapter.layers())
     return Details(
-        adapter.name, adapter.folder, config.type, config.rank, config.scale, adapter.parameters, adapter.base_name,
-        layers, _checkpoints(entry) if entry else (), _files(entry.folder) if entry else {}, adapter.metadata,
+        adapter.name,
+        adapter.folder,
+        config.type,
+        config.rank,
+        config.scale,
+        adapter.parameters,
+        adapter.base_name,
+        layers,
+        _checkpoints(entry) if entry else (),
+        _files(entry.folder) if entry else {},
+        adapter.metadata,
         adapter.strength_note,
-    )  # fmt: skip
+    )
 
 
 def _checkpoints(entry: Entry) -> tuple[SavedIteration, ...]:
@@ -132,9 +141,13 @@ class Comparison:
 
 
 def compare(
-    a: "str | Path | Adapter", b: "str | Path | Adapter", *, data: str | Path | None = None, base: str | None = None,
+    a: "str | Path | Adapter",
+    b: "str | Path | Adapter",
+    *,
+    data: str | Path | None = None,
+    base: str | None = None,
     on_event: OnEvent = ignore,
-) -> Comparison:  # fmt: skip
+) -> Comparison:
     """Settings, data and losses that differ, and norm and cosine of the updates, layer by layer and over all.
 
     Args:
@@ -168,9 +181,15 @@ def compare(
 
         losses = losses_on(data, [first, second], base, on_event=on_event)
     return Comparison(
-        first.name, second.name, tuple(_differences(first, second)), tuple(rows), math.sqrt(total[0]),
-        math.sqrt(total[1]), cosine, (losses[0], losses[1]) if losses else None,
-    )  # fmt: skip
+        first.name,
+        second.name,
+        tuple(_differences(first, second)),
+        tuple(rows),
+        math.sqrt(total[0]),
+        math.sqrt(total[1]),
+        cosine,
+        (losses[0], losses[1]) if losses else None,
+    )
 
 
 def _inner_if_same_shape(x: LowRankUpdate | None, y: LowRankUpdate | None) -> float | None:

@@ -61,8 +61,9 @@ class Added:
     iterations: tuple[int, ...] = ()
 
 
-def pack(source: str, target: str | Path, *, checkpoints: bool = False, overwrite: bool = False,
-         on_event: OnEvent = ignore) -> Pack:  # fmt: skip
+def pack(
+    source: str, target: str | Path, *, checkpoints: bool = False, overwrite: bool = False, on_event: OnEvent = ignore
+) -> Pack:
     """Write an adapter or a model into one .tar.gz file, as of one version of its files.
 
     Args:
@@ -161,8 +162,15 @@ def _write_member(stream: gzip.GzipFile, name: str, content: IO[bytes]) -> None:
     stream.write(bytes(-info.size % BLOCK))
 
 
-def add(source: str | Path, *, name: str | None = None, out: str | Path | None = None, max_bytes: int = MAX_BYTES,
-        overwrite: bool = False, on_event: OnEvent = ignore) -> Added:  # fmt: skip
+def add(
+    source: str | Path,
+    *,
+    name: str | None = None,
+    out: str | Path | None = None,
+    max_bytes: int = MAX_BYTES,
+    overwrite: bool = False,
+    on_event: OnEvent = ignore,
+) -> Added:
     """Take in an adapter, checked, as a copy.
 
     Folders made by plain `mlx_lm.lora` are taken as they are, checkpoints too.

@@ -98,8 +98,9 @@ def export_peft(
     form = to_peft(found, lambda: _facts(found, base))
     named = base_model or form.config.get("base_model_name_or_path")
     if not base_model and (problem := _base_problem(found, named)):
-        on_event(Note(f"PEFT cannot load it yet: {problem}. Name the original model: --base-model user/name.",
-                      "warning"))  # fmt: skip
+        on_event(
+            Note(f"PEFT cannot load it yet: {problem}. Name the original model: --base-model user/name.", "warning")
+        )
     form.config["base_model_name_or_path"] = named
     readme = README.format(base=named or "unknown", kind=found.config.type, name=found.name, rank=found.config.rank)
     with files.atomic_folder(out, overwrite, PEFT_OUTPUT) as temporary:

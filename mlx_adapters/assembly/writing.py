@@ -21,8 +21,15 @@ SHARD_BYTES = 5 << 30
 SPARE_BYTES = 16 << 20  # of the disk: tokenizer, config and report
 Layout = list[tuple[str, str, tuple[int, ...]]]
 # What a fused model makes anew, or what is not its own.
-SKIPPED = ("config.json", "model.safetensors.index.json", "hf_quant_config.json", FUSE_RECIPE_FILE, REPORT_FILE,
-           CONFIG_FILE, METADATA_FILE)  # fmt: skip
+SKIPPED = (
+    "config.json",
+    "model.safetensors.index.json",
+    "hf_quant_config.json",
+    FUSE_RECIPE_FILE,
+    REPORT_FILE,
+    CONFIG_FILE,
+    METADATA_FILE,
+)
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,14 @@ class Advice:
 
 
 def advise(
-    report: Report, adapter: str, *, adapters: int = 1, batch: int | None = None, memory_bytes: int | None = None,
+    report: Report,
+    adapter: str,
+    *,
+    adapters: int = 1,
+    batch: int | None = None,
+    memory_bytes: int | None = None,
     tolerance: float = TOLERANCE,
-) -> Advice:  # fmt: skip
+) -> Advice:
     """Say whether to keep an adapter or to fuse it, from a report that also measured its base and a fused variant.
 
     Args:

@@ -132,9 +132,11 @@ class Measurements:
             evaluations = [{**e, "variant": names.get(e["variant"], e["variant"])} for e in quality["evaluations"]]
             quality |= {"evaluations": evaluations, "reference": names.get(quality["reference"])}
         return replace(
-            self, variants=tuple(replace(v, label=names[v.label]) for v in self.variants), quality=quality,
+            self,
+            variants=tuple(replace(v, label=names[v.label]) for v in self.variants),
+            quality=quality,
             runs=tuple(replace(run, variant=names[run.variant]) for run in self.runs),
-        )  # fmt: skip
+        )
 
     @property
     def failures(self) -> dict[str, str]:
@@ -181,30 +183,44 @@ class Measurements:
             return VariantFigures(label, error or "not run")
         results = [run.result for run in runs]
         return VariantFigures(
-            label, None, results[0]["size_bytes"],
+            label,
+            None,
+            results[0]["size_bytes"],
             load_seconds=self.summary(label, "load_seconds"),
             cold_load_seconds=self.summary(label, "cold_load_seconds"),
-            load_peak_bytes=max(r["load_peak_bytes"] for r in results), weights_bytes=results[0]["weights_bytes"],
-            adapter_bytes=results[0]["adapter_bytes"], bytes_per_token=results[0]["bytes_per_token"],
+            load_peak_bytes=max(r["load_peak_bytes"] for r in results),
+            weights_bytes=results[0]["weights_bytes"],
+            adapter_bytes=results[0]["adapter_bytes"],
+            bytes_per_token=results[0]["bytes_per_token"],
             bandwidth_bytes_per_second=_median(r["bandwidth_bytes_per_second"] for r in results),
             peak_resident_bytes=max(r["process"]["peak_resident_bytes"] for r in results),
             footprint_bytes=max((r["process"]["footprint_bytes"] or 0 for r in results), default=0) or None,
-            conditions=results[0]["conditions"], shapes=tuple(self._shape(label, s) for s in self.config.shapes),
-        )  # fmt: skip
+            conditions=results[0]["conditions"],
+            shapes=tuple(self._shape(label, s) for s in self.config.shapes),
+        )
 
     def _shape(self, label: str, shape: Shape) -> ShapeRow:
         results = [run.result for run in self.of(label)]
-        kv = max(t["kv_cache_bytes"] for r in results for m in r["shapes"]
-                 if (m["prompt_tokens"], m["batch"]) == shape for t in m["trials"])  # fmt: skip
-        speeds = {name: self.summary(label, name, shape) for name in ("ttft_seconds", "prefill_tps", "decode_tps",
-                                                                      "tpot_seconds")}  # fmt: skip
+        kv = max(
+            t["kv_cache_bytes"]
+            for r in results
+            for m in r["shapes"]
+            if (m["prompt_tokens"], m["batch"]) == shape
+            for t in m["trials"]
+        )
+        speeds = {
+            name: self.summary(label, name, shape)
+            for name in ("ttft_seconds", "prefill_tps", "decode_tps", "tpot_seconds")
+        }
         ceiling = _median(r["bandwidth_bytes_per_second"] for r in results)
         steps = speeds["decode_tps"].median / shape[1]
         return ShapeRow(
-            *shape, **speeds, kv_cache_bytes=kv,
+            *shape,
+            **speeds,
+            kv_cache_bytes=kv,
             peak_memory_bytes=int(max(v for b in self.blocks(label, "peak_memory_bytes", shape).values() for v in b)),
             ceiling_share=steps * (results[0]["bytes_per_token"] + kv) / ceiling,
-        )  # fmt: skip
+        )
 
     def summary(self, label: str, metric: str, shape: Shape | None = None) -> Any:
         """The summary of all trials of one metric, None if it was not measured."""
@@ -243,8 +259,10 @@ class Measurements:
     def to_json(self) -> dict[str, Any]:
         """All of it as plain JSON values: conditions, rows, comparisons, and every trial."""
         raw = {"format": FORMAT} | to_mapping(self)
-        return raw | {"rows": [to_mapping(r) for r in self.rows],
-                      "comparisons": [to_mapping(c) for c in self.comparisons]}  # fmt: skip
+        return raw | {
+            "rows": [to_mapping(r) for r in self.rows],
+            "comparisons": [to_mapping(c) for c in self.comparisons],
+        }
 
 
 def _median(values: Iterable[float]) -> float:

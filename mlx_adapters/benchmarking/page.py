@@ -146,10 +146,16 @@ def _table(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def _ceiling(report: Measurements) -> str:
     lines = [
-        (row.label, f"{s.prompt_tokens} x {s.batch}", size(row.bytes_per_token),
-         size(row.bandwidth_bytes_per_second) + "/s", f"{s.ceiling_share:.0%}")
-        for row in report.rows for s in row.shapes
-    ]  # fmt: skip
+        (
+            row.label,
+            f"{s.prompt_tokens} x {s.batch}",
+            size(row.bytes_per_token),
+            size(row.bandwidth_bytes_per_second) + "/s",
+            f"{s.ceiling_share:.0%}",
+        )
+        for row in report.rows
+        for s in row.shapes
+    ]
     return (
         "<p class=soft>A decode step reads all weights once, so the memory's bandwidth, measured in the same processes "
         "by a matrix-vector product as large as the weights, is the ceiling.</p><div class=wide>"
@@ -159,8 +165,12 @@ def _ceiling(report: Measurements) -> str:
 
 
 def _conditions(report: Measurements) -> str:
-    facts: dict[str, Any] = {"machine": report.machine, "state": report.state, "settings": to_mapping(report.config),
-                             "variants": {row.label: row.conditions for row in report.rows}}  # fmt: skip
+    facts: dict[str, Any] = {
+        "machine": report.machine,
+        "state": report.state,
+        "settings": to_mapping(report.config),
+        "variants": {row.label: row.conditions for row in report.rows},
+    }
     return (
         f"<p class=soft>{escape(report.created)}, {duration(report.seconds)} in all. "
         f"<code>{escape(report.command)}</code></p>"

@@ -53,11 +53,15 @@ def read_report(path: Path) -> Report:
         if raw["format"] != FORMAT:
             raise FormatError(f"'{path}' is a report of another version (format {raw['format']}).", "measure again.")
         known = {name: raw[name] for name in Report.__dataclass_fields__ if name in raw}
-        report = Report(**known | {
-            "config": from_mapping(BenchmarkConfig, raw["config"]), "warnings": tuple(raw["warnings"]),
-            "variants": tuple(from_mapping(Variant, variant) for variant in raw["variants"]),
-            "runs": tuple(Run(run["variant"], run["round"], run["result"]) for run in raw["runs"]),
-        })  # fmt: skip
+        report = Report(
+            **known
+            | {
+                "config": from_mapping(BenchmarkConfig, raw["config"]),
+                "warnings": tuple(raw["warnings"]),
+                "variants": tuple(from_mapping(Variant, variant) for variant in raw["variants"]),
+                "runs": tuple(Run(run["variant"], run["round"], run["result"]) for run in raw["runs"]),
+            }
+        )
         words.sentences(report.readable), words.table(report.readable), words.head(report), words.notes(report)
         return report
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, StopIteration) as error:
@@ -115,8 +119,9 @@ def other_conditions(new: Report, old: Report) -> list[str]:
         found.append(f"decode_tokens was {old.config.decode_tokens}, now {new.config.decode_tokens}")
     names = short_names(new.labels)
     for label in set(new.labels) & set(old.labels):
-        prints = [next((row.conditions.get("fingerprint") for row in r.rows if row.label == label), None)
-                  for r in (new, old)]  # fmt: skip
+        prints = [
+            next((row.conditions.get("fingerprint") for row in r.rows if row.label == label), None) for r in (new, old)
+        ]
         if None not in prints and prints[0] != prints[1]:
             found.append(f"'{names[label]}' has other weights now")
     return found

@@ -24,12 +24,24 @@ WORKER = ("-m", "mlx_adapters.benchmarking.worker")
 
 
 def benchmark(
-    variants: Sequence[str | Path | Adapter], base: str | None = None, *,
-    prompt_tokens: int | Sequence[int] = 128, decode_tokens: int = 64, batch: int | Sequence[int] = 1,
-    rounds: int = 5, trials: int = 3, data: str | Path | None = None, dtype: str = "auto", cold_load: bool = True,
-    any_base: bool = False, seed: int = 0, quality: str | Path | None = None, score: str | None = None,
-    max_rows: int | None = None, on_event: OnEvent = ignore,
-) -> Report:  # fmt: skip
+    variants: Sequence[str | Path | Adapter],
+    base: str | None = None,
+    *,
+    prompt_tokens: int | Sequence[int] = 128,
+    decode_tokens: int = 64,
+    batch: int | Sequence[int] = 1,
+    rounds: int = 5,
+    trials: int = 3,
+    data: str | Path | None = None,
+    dtype: str = "auto",
+    cold_load: bool = True,
+    any_base: bool = False,
+    seed: int = 0,
+    quality: str | Path | None = None,
+    score: str | None = None,
+    max_rows: int | None = None,
+    on_event: OnEvent = ignore,
+) -> Report:
     """Measure load time, time to the first token, speed of prefill and decode, memory and size of each variant.
 
     A variant that fails is a row with its error; Ctrl-C ends the run and keeps what is finished.
@@ -60,10 +72,17 @@ def benchmark(
         (['base', 'sql'], {})
     """
     config = BenchmarkConfig(
-        prompt_tokens=_tuple(prompt_tokens), decode_tokens=decode_tokens, batch=_tuple(batch), rounds=rounds,
-        trials=trials, data=None if data is None else str(data), dtype=dtype, cold_load=cold_load,
-        any_base=any_base, seed=seed,
-    )  # fmt: skip
+        prompt_tokens=_tuple(prompt_tokens),
+        decode_tokens=decode_tokens,
+        batch=_tuple(batch),
+        rounds=rounds,
+        trials=trials,
+        data=None if data is None else str(data),
+        dtype=dtype,
+        cold_load=cold_load,
+        any_base=any_base,
+        seed=seed,
+    )
     check_data(config.data, quality, score)
     with workspace() as folder:
         texts = [as_text(variant, folder) for variant in variants]
@@ -105,9 +124,12 @@ def _quality(
 
 
 def run(
-    variants: Sequence[Variant], config: BenchmarkConfig, on_event: OnEvent, folder: Path,
+    variants: Sequence[Variant],
+    config: BenchmarkConfig,
+    on_event: OnEvent,
+    folder: Path,
     worker: Sequence[str] = WORKER,
-) -> Report:  # fmt: skip
+) -> Report:
     """Run all processes; `worker` holds the arguments after the Python interpreter, for experiments."""
     start, before = time.perf_counter(), system_state()
     runs: list[Run] = []
@@ -127,11 +149,17 @@ def run(
     machine = environment()
     told = dict.fromkeys(text for run in runs for text in run.result.get("warnings", ()))
     return Report(
-        created=datetime.now(UTC).isoformat(timespec="seconds"), command=typed_command(),
-        machine=machine.to_json(), state=before, config=config, variants=tuple(variants), runs=tuple(runs),
-        warnings=(*told, *warnings(before, system_state(), machine.cores)), seconds=time.perf_counter() - start,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=typed_command(),
+        machine=machine.to_json(),
+        state=before,
+        config=config,
+        variants=tuple(variants),
+        runs=tuple(runs),
+        warnings=(*told, *warnings(before, system_state(), machine.cores)),
+        seconds=time.perf_counter() - start,
         interrupted=interrupted,
-    )  # fmt: skip
+    )
 
 
 def run_worker(variant: Variant, config: BenchmarkConfig, folder: Path, worker: Sequence[str]) -> dict[str, Any]:
@@ -141,9 +169,14 @@ def run_worker(variant: Variant, config: BenchmarkConfig, folder: Path, worker: 
     files.write_json(job, {"variant": to_mapping(variant), "config": to_mapping(config)})
     start = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, *worker, str(job), str(result)], env=child_environment(), stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-    )  # fmt: skip
+        [sys.executable, *worker, str(job), str(result)],
+        env=child_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
     if result.is_file():
         return files.read_json(result) | {"process_seconds": time.perf_counter() - start}
     if done.returncode in (-2, 130):

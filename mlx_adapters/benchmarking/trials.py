@@ -60,10 +60,14 @@ def run_trial(module: nn.Module, tokens: mx.array, decode_tokens: int) -> dict[s
     steps = stretch(decode_tokens)
     fastest = min(np.subtract(marks[steps:], marks[:-steps]))
     return {
-        "ttft_seconds": ttft, "prefill_tps": batch * length / ttft, "decode_tps": batch * (decode_tokens - 1) / decode,
-        "stretch_tps": batch * steps / float(fastest), "tpot_seconds": float(np.median(np.diff(marks))),
-        "kv_cache_bytes": sum(layer.nbytes for layer in cache), "token_ids": [token[0].item() for token in written],
-    }  # fmt: skip
+        "ttft_seconds": ttft,
+        "prefill_tps": batch * length / ttft,
+        "decode_tps": batch * (decode_tokens - 1) / decode,
+        "stretch_tps": batch * steps / float(fastest),
+        "tpot_seconds": float(np.median(np.diff(marks))),
+        "kv_cache_bytes": sum(layer.nbytes for layer in cache),
+        "token_ids": [token[0].item() for token in written],
+    }
 
 
 def random_prompts(vocabulary: int, batch: int, length: int, seed: int) -> mx.array:

@@ -16,8 +16,9 @@ WORDS = {"tok/s": ("faster", "slower"), "s": ("longer", "shorter"), "B": ("more"
 def head(report: Measurements) -> list[str]:
     """The conditions: machine and versions, arithmetic, and how it was measured."""
     m, c = report.machine, report.config
-    versions = ", ".join(f"{name} {m['versions'][name]}" for name in ("mlx", "mlx-lm", "mlx_adapters")
-                         if name in m["versions"])  # fmt: skip
+    versions = ", ".join(
+        f"{name} {m['versions'][name]}" for name in ("mlx", "mlx-lm", "mlx_adapters") if name in m["versions"]
+    )
     name = report.state.get("gpu") or m["device_name"]
     prompts = "real prompts of" if c.data else "random prompts of"
     lengths = ", ".join(map(str, c.prompt_tokens))
@@ -110,10 +111,15 @@ def cells(row: VariantFigures, shape: ShapeRow | None, many: bool) -> tuple[str,
     if shape is None or row.load_seconds is None:
         return (row.label, *[""] * many, "failed")
     return (
-        row.label, *([f"{shape.prompt_tokens} x {shape.batch}"] if many else []), spread(row.load_seconds, 3),
-        spread(shape.ttft_seconds, 3, 1000), spread(shape.prefill_tps), spread(shape.decode_tps),
-        size(shape.peak_memory_bytes), size(row.size_bytes),
-    )  # fmt: skip
+        row.label,
+        *([f"{shape.prompt_tokens} x {shape.batch}"] if many else []),
+        spread(row.load_seconds, 3),
+        spread(shape.ttft_seconds, 3, 1000),
+        spread(shape.prefill_tps),
+        spread(shape.decode_tps),
+        size(shape.peak_memory_bytes),
+        size(row.size_bytes),
+    )
 
 
 def quality_cells(report: Measurements) -> dict[str, tuple[str, ...]]:

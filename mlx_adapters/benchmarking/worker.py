@@ -169,8 +169,12 @@ def measure_shape(model: Model, config: BenchmarkConfig, shape: tuple[int, int],
     for trial in measured:
         del trial["token_ids"]
     return {
-        "prompt_tokens": shape[0], "batch": shape[1], "trials": measured, "peak_memory_bytes": peak, "token_ids": first,
-    }  # fmt: skip
+        "prompt_tokens": shape[0],
+        "batch": shape[1],
+        "trials": measured,
+        "peak_memory_bytes": peak,
+        "token_ids": first,
+    }
 
 
 def conditions(model: Model) -> dict[str, Any]:
@@ -180,12 +184,16 @@ def conditions(model: Model) -> dict[str, Any]:
     # Norms keep the type that activations have, whatever is packed.
     types = Counter(str(a.dtype) for _, a in tree_flatten(model.module.parameters()) if a.ndim == 1)
     return {
-        "device": "gpu" if on_gpu() else "cpu", "base": model.base.name,
-        "fingerprint": model.base.fingerprint, "model_type": model.config.get("model_type"),
-        "stored_quantization": stored, "dense": bool(stored) and not packed,
+        "device": "gpu" if on_gpu() else "cpu",
+        "base": model.base.name,
+        "fingerprint": model.base.fingerprint,
+        "model_type": model.config.get("model_type"),
+        "stored_quantization": stored,
+        "dense": bool(stored) and not packed,
         "dtype": types.most_common(1)[0][0].removeprefix("mlx.core."),
-        "vocabulary": trials.vocabulary_size(model.module), "tokenizer": tokenizer_fingerprint(model.base.folder),
-    }  # fmt: skip
+        "vocabulary": trials.vocabulary_size(model.module),
+        "tokenizer": tokenizer_fingerprint(model.base.folder),
+    }
 
 
 def tokenizer_fingerprint(folder: Path) -> str | None:

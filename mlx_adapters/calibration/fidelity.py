@@ -55,9 +55,16 @@ class Fidelity:
         headers = ("MODEL", "KL", "MEDIAN", "99 %", "SAME TOP", "LOSS", "PERPLEXITY")
         lines: list[tuple[str, ...]] = [
             ("adapter", "", "", "", "", f"{self.loss_adapter:.4f}", f"{self.perplexity_adapter:.3f}"),
-            ("fused", f"{self.kl_mean:.5f}", f"{self.kl_median:.5f}", f"{self.kl_p99:.4f}", f"{self.same_top:.2%}",
-             f"{self.loss_fused:.4f}", f"{self.perplexity_fused:.3f}"),
-        ]  # fmt: skip
+            (
+                "fused",
+                f"{self.kl_mean:.5f}",
+                f"{self.kl_median:.5f}",
+                f"{self.kl_p99:.4f}",
+                f"{self.same_top:.2%}",
+                f"{self.loss_fused:.4f}",
+                f"{self.perplexity_fused:.3f}",
+            ),
+        ]
         if self.base_kl is not None and self.base_same_top is not None and self.loss_base is not None:
             lines.append(
                 ("base", f"{self.base_kl:.3f}", "", "", f"{self.base_same_top:.2%}", f"{self.loss_base:.4f}", "")

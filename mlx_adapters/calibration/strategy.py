@@ -129,9 +129,17 @@ class Work:
         batches, dtype = batches_of(self.text.calibration, job.base), job.scale_dtype
         job.close()
         unknown = round_layers(
-            job.base, job.updates, job.plans, batches, dtype, spool, self.on_event, self._finer(),
-            self.options.seed, self.options.thorough,
-        )  # fmt: skip
+            job.base,
+            job.updates,
+            job.plans,
+            batches,
+            dtype,
+            spool,
+            self.on_event,
+            self._finer(),
+            self.options.seed,
+            self.options.thorough,
+        )
         self.notes = tuple(f"{path}: rounded to nearest: {UNKNOWN}" for path in unknown)
         if unknown:
             layers = count(len(unknown), "layer")

@@ -86,9 +86,14 @@ def choose_text(
 
 
 def _prepare(
-    source: str, train: list[RawRow], held: list[RawRow], tokens_of: Tokenize, calibration_rows: int, check_rows: int,
+    source: str,
+    train: list[RawRow],
+    held: list[RawRow],
+    tokens_of: Tokenize,
+    calibration_rows: int,
+    check_rows: int,
     why: str | None,
-) -> Text:  # fmt: skip
+) -> Text:
     digest = hashlib.sha256("\n".join(row.key() for row in [*train, *held]).encode()).hexdigest()
     check = _enough(held, check_rows, tokens_of, set())
     judged = {tokens.tobytes() for tokens, _ in check}

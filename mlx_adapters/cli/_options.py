@@ -71,16 +71,20 @@ json_option = click.option("--json", "as_json", is_flag=True, help="One JSON doc
 yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is there.")
 name_template_option = click.option(
-    "--name-template", metavar="TEMPLATE",
+    "--name-template",
+    metavar="TEMPLATE",
     help='Make the name of fields, e.g. "{task}_{version}_{date}"; --name is the task.',
-)  # fmt: skip
+)
 adapter_option = click.option("--adapter", type=REFERENCE, metavar="REF", help="The adapter to use.")
 base_option = click.option("--base", metavar="BASE", help="Base model: demo, a folder or a Hub id [the adapter's own].")
 any_base_option = click.option("--any-base", is_flag=True, help="Use the adapter on a base it was not trained on.")
 dtype_option = click.option(
-    "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="auto",
+    show_default=True,
     help="Type to compute in; auto is float32 on a CPU and the model's own on a GPU.",
-)  # fmt: skip
+)
 
 
 def confirm(question: str, yes: bool) -> None:
@@ -201,10 +205,15 @@ def sampling_options(command: Command) -> Command:
     options = [
         click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer"),
         click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: greedy."),
-        click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True,
-                     help="Sample from the likeliest tokens of this mass."),
+        click.option(
+            "--top-p",
+            type=click.FloatRange(0, 1, min_open=True),
+            default=1.0,
+            show_default=True,
+            help="Sample from the likeliest tokens of this mass.",
+        ),
         click.option("--seed", type=int, help="Seed of the sampling."),
-    ]  # fmt: skip
+    ]
     for option in reversed(options):
         command = option(command)
     return command

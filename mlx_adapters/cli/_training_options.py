@@ -57,9 +57,19 @@ FLAGS: list[tuple[str, str]] = [
 _FLAGS = (flag for flag, *_ in [*LORA_OPTIONS, *TRAINING_OPTIONS, *FLAGS])
 # The parameters that `training_options` makes.
 SETTINGS = " ".join(
-    ["config", "ranks", "alpha", "rslora", "target_modules", "num_layers", "fuse_aware", "fuse_aware_group_size",
-     "fuse_aware_mode", *(flag.removeprefix("--").replace("-", "_") for flag in _FLAGS)]
-)  # fmt: skip
+    [
+        "config",
+        "ranks",
+        "alpha",
+        "rslora",
+        "target_modules",
+        "num_layers",
+        "fuse_aware",
+        "fuse_aware_group_size",
+        "fuse_aware_mode",
+        *(flag.removeprefix("--").replace("-", "_") for flag in _FLAGS),
+    ]
+)
 
 
 def training_options(command: Command) -> Command:

@@ -65,15 +65,22 @@ def _list_row(e: "Entry") -> tuple[str, ...]:
     name = e.name if e.iteration is None or not e.iterations else f"{e.name} (@{e.iteration})"
     tags = "".join(f" #{tag}" for tag in e.tags)
     about = _output.style(e.problem, fg="red") if e.problem else (e.base or "-") + tags
-    return (name, e.type or "-", number(e.rank), number(e.validation_loss), str(len(e.iterations)),
-            size(e.size_bytes), (e.created or "-")[:16].replace("T", " "), about)  # fmt: skip
+    return (
+        name,
+        e.type or "-",
+        number(e.rank),
+        number(e.validation_loss),
+        str(len(e.iterations)),
+        size(e.size_bytes),
+        (e.created or "-")[:16].replace("T", " "),
+        about,
+    )
 
 
 @click.command("show")
 @click.argument("ref", type=REFERENCE)
 @click.option("--layers", is_flag=True, help="One row for each layer instead of one for each kind.")
-@click.option("--plot", type=OUTPUT_FILE, metavar="FILE",
-              help="Draw the loss curves into FILE.png or .svg.")  # fmt: skip
+@click.option("--plot", type=OUTPUT_FILE, metavar="FILE", help="Draw the loss curves into FILE.png or .svg.")
 @json_option
 def show_command(ref: str, layers: bool, plot: Path | None, as_json: bool) -> None:
     """Show one adapter: settings, data, losses, layers and the norms of their updates, files.
@@ -98,8 +105,15 @@ def show_command(ref: str, layers: bool, plot: Path | None, as_json: bool) -> No
     _output.table(("LAYERS", "SHAPE", "‖ΔW‖"), _layer_rows(details.layers, layers), right=(2,))
     if details.checkpoints:
         _output.out()
-        rows = [(f"@{c.iteration}" + (" *" if c.in_use else ""), number(c.train_loss, 4), number(c.validation_loss, 4),
-                 size(c.size_bytes)) for c in details.checkpoints]  # fmt: skip
+        rows = [
+            (
+                f"@{c.iteration}" + (" *" if c.in_use else ""),
+                number(c.train_loss, 4),
+                number(c.validation_loss, 4),
+                size(c.size_bytes),
+            )
+            for c in details.checkpoints
+        ]
         _output.table(("CHECKPOINT", "TRAIN LOSS", "VALID LOSS", "SIZE"), rows, right=(1, 2, 3))
     if details.files:
         _output.out()
@@ -109,10 +123,12 @@ def show_command(ref: str, layers: bool, plot: Path | None, as_json: bool) -> No
 def _facts(d: "Details") -> list[tuple[str, str]]:
     """The lines at the top: what an adapter is, then the plain values of its metadata."""
     own = [
-        ("name", d.name), ("folder", str(d.folder or "-")), ("base", d.base or "-"),
+        ("name", d.name),
+        ("folder", str(d.folder or "-")),
+        ("base", d.base or "-"),
         ("type", f"{d.type}, rank {d.rank}, scale {number(d.scale, 6)}"),
         ("parameters", f"{d.parameters:,} in {count(len(d.layers), 'layer')}"),
-    ]  # fmt: skip
+    ]
     shown = {"name", "base", "type", "rank", "scale", "ranks", "alpha", "checkpoints", "sha256", "versions"}
     rest = {key: value for key, value in d.metadata.items() if key not in shown and not key.endswith("_losses")}
     if isinstance(recipe := rest.get("merge"), dict):

@@ -18,8 +18,11 @@ from mlx_adapters.cli._options import REFERENCE, Reads, UserPath, base_option, j
 @click.option("--max-rows", type=click.IntRange(min=1), default=50, show_default=True, help="Rows to judge.")
 @click.option("--bits", multiple=True, default=("4", "8"), show_default=True, help="Precisions to try; repeatable.")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds of measuring.")
-@click.option("--report", type=UserPath(exists=True, dir_okay=False, path_type=Path),
-              help="Take the figures from this saved benchmark instead of measuring.")  # fmt: skip
+@click.option(
+    "--report",
+    type=UserPath(exists=True, dir_okay=False, path_type=Path),
+    help="Take the figures from this saved benchmark instead of measuring.",
+)
 @base_option
 @json_option
 @Reads(
@@ -27,9 +30,19 @@ from mlx_adapters.cli._options import REFERENCE, Reads, UserPath, base_option, j
     needs={"score": "quality", "max_rows": "quality"},
 )
 def advise_command(
-    ref: str, adapters: int, serves: int, memory: float | None, quality: str | None, score: str | None, max_rows: int,
-    bits: tuple[str, ...], rounds: int, report: Path | None, base: str | None, as_json: bool,
-) -> None:  # fmt: skip
+    ref: str,
+    adapters: int,
+    serves: int,
+    memory: float | None,
+    quality: str | None,
+    score: str | None,
+    max_rows: int,
+    bits: tuple[str, ...],
+    rounds: int,
+    report: Path | None,
+    base: str | None,
+    as_json: bool,
+) -> None:
     """Measure REF, its base and fused variants, and say which to use, with the figures behind each sentence.
 
     \b
@@ -47,9 +60,15 @@ def advise_command(
     else:
         variants = ["base", ref, *(f"fuse:{ref}:{b}" for b in bits)]
         measured = benchmark(
-            variants, base, batch=serves, rounds=rounds, quality=quality, score=score,
-            max_rows=max_rows if quality else None, on_event=_output.progress(),
-        )  # fmt: skip
+            variants,
+            base,
+            batch=serves,
+            rounds=rounds,
+            quality=quality,
+            score=score,
+            max_rows=max_rows if quality else None,
+            on_event=_output.progress(),
+        )
     shown = measured if as_json else measured.readable
     advice = advise(
         shown,

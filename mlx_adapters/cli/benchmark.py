@@ -58,8 +58,13 @@ class Percent(click.ParamType):
 @click.option("--prompt-tokens", type=Counts(), default="128", show_default=True, help="Prompt lengths: 128,512,2048.")
 @click.option("--decode-tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Tokens to write.")
 @click.option("--batch", type=Counts(), default="1", show_default=True, help="Batch sizes: 1,4.")
-@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True,
-              help="Fresh processes per variant, in shuffled rounds; fewer than 3 show no difference.")  # fmt: skip
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Fresh processes per variant, in shuffled rounds; fewer than 3 show no difference.",
+)
 @click.option("--trials", type=click.IntRange(min=1), default=3, show_default=True, help="Trials per process.")
 @click.option("--data", metavar="DIR", help="Take the prompts from this data [random tokens].")
 @click.option("--cold/--no-cold", default=True, show_default=True, help="Also load with the file cache dropped.")
@@ -78,12 +83,29 @@ class Percent(click.ParamType):
 @json_option
 @Reads(needs={"score": "quality", "max_rows": "quality", "fail_over": "against"})
 def benchmark_command(
-    variants: tuple[str, ...], base: str | None, prompt_tokens: tuple[int, ...], decode_tokens: int,
-    batch: tuple[int, ...], rounds: int, trials: int, data: str | None, cold: bool, seed: int, any_base: bool,
-    dtype: str, quality: str | None, score: str | None, max_rows: int | None, output: Path | None,
-    markdown: Path | None, html: Path | None, plots: Path | None, against: Path | None, fail_over: float | None,
+    variants: tuple[str, ...],
+    base: str | None,
+    prompt_tokens: tuple[int, ...],
+    decode_tokens: int,
+    batch: tuple[int, ...],
+    rounds: int,
+    trials: int,
+    data: str | None,
+    cold: bool,
+    seed: int,
+    any_base: bool,
+    dtype: str,
+    quality: str | None,
+    score: str | None,
+    max_rows: int | None,
+    output: Path | None,
+    markdown: Path | None,
+    html: Path | None,
+    plots: Path | None,
+    against: Path | None,
+    fail_over: float | None,
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Measure load time, speed, memory and size of VARIANTs: `base`, adapters, models, `fuse:ADAPTER:BITS`.
 
     Each variant runs in a fresh process in every round; differences come with a 95 % interval.
@@ -102,10 +124,23 @@ def benchmark_command(
     if old and fail_over is not None and min(rounds, old.config.rounds) < MIN_ROUNDS:
         raise click.UsageError(f"--fail-over needs --rounds {MIN_ROUNDS} in both reports: fewer prove nothing.")
     report = benchmark(
-        variants, base, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens, batch=batch, rounds=rounds,
-        trials=trials, data=data, dtype=dtype, cold_load=cold, any_base=any_base, seed=seed, quality=quality,
-        score=score, max_rows=max_rows, on_event=_output.progress(),
-    )  # fmt: skip
+        variants,
+        base,
+        prompt_tokens=prompt_tokens,
+        decode_tokens=decode_tokens,
+        batch=batch,
+        rounds=rounds,
+        trials=trials,
+        data=data,
+        dtype=dtype,
+        cold_load=cold,
+        any_base=any_base,
+        seed=seed,
+        quality=quality,
+        score=score,
+        max_rows=max_rows,
+        on_event=_output.progress(),
+    )
     try:
         save(report, output, markdown, html, plots)
     finally:  # whatever becomes of the files, what took so long is shown

@@ -32,8 +32,14 @@ HELP = """/use NAME       answer with this adapter (attached if it is not yet)
 
 
 @click.command("chat")
-@click.option("--adapter", "adapters", multiple=True, type=REFERENCE, metavar="REF",
-              help="An adapter to attach (repeatable); the first one answers.")  # fmt: skip
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    type=REFERENCE,
+    metavar="REF",
+    help="An adapter to attach (repeatable); the first one answers.",
+)
 @base_option
 @any_base_option
 @click.option("--system", help="The system message.")

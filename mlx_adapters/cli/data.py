@@ -44,13 +44,36 @@ def data_check_command(
         _output.emit_json(report)
         return
     rows = [
-        (name, str(s.rows), ", ".join(s.formats), f"{s.tokens:,}", f"{s.trained_tokens:,}", f"{s.median_length:.0f}",
-         str(s.longest), str(s.truncated), str(len(s.dropped)), str(s.duplicates), str(len(s.empty_answers)),
-         str(report.overlaps.get(name, "-")))
+        (
+            name,
+            str(s.rows),
+            ", ".join(s.formats),
+            f"{s.tokens:,}",
+            f"{s.trained_tokens:,}",
+            f"{s.median_length:.0f}",
+            str(s.longest),
+            str(s.truncated),
+            str(len(s.dropped)),
+            str(s.duplicates),
+            str(len(s.empty_answers)),
+            str(report.overlaps.get(name, "-")),
+        )
         for name, s in report.splits.items()
-    ]  # fmt: skip
-    heads = ("SPLIT", "ROWS", "FORMAT", "TOKENS", "TRAINED", "MEDIAN", "LONGEST", "CUT", "NOTHING LEFT", "DUPLICATES",
-             "EMPTY ANSWERS", "IN TRAIN TOO")  # fmt: skip
+    ]
+    heads = (
+        "SPLIT",
+        "ROWS",
+        "FORMAT",
+        "TOKENS",
+        "TRAINED",
+        "MEDIAN",
+        "LONGEST",
+        "CUT",
+        "NOTHING LEFT",
+        "DUPLICATES",
+        "EMPTY ANSWERS",
+        "IN TRAIN TOO",
+    )
     _output.table(heads, rows, right=(1, *range(3, 12)))
     train = report.splits["train"]
     most = max((count for *_, count in train.histogram), default=1) or 1

@@ -58,10 +58,15 @@ def _check(ctx: click.Context, as_json: bool) -> None:
 
     found = self_test(on_event=_output.progress())
     if as_json:
-        _output.emit_json({
-            "passed": found.passed, "environment": found.environment.to_json(), "conditions": found.conditions,
-            "checks": found.checks, "seconds": found.seconds,
-        })  # fmt: skip
+        _output.emit_json(
+            {
+                "passed": found.passed,
+                "environment": found.environment.to_json(),
+                "conditions": found.conditions,
+                "checks": found.checks,
+                "seconds": found.seconds,
+            }
+        )
     else:
         _show(found.environment)
         state = ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in found.conditions.items())

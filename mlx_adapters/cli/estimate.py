@@ -27,9 +27,14 @@ from mlx_adapters.cli.benchmark import Counts
     needs={setting: "data config" for setting in SETTINGS.split() if setting != "config"},
 )
 def estimate_command(
-    adapter: str | None, context: tuple[int, ...], batch: int, bits: tuple[int, ...], memory: float | None,
-    as_json: bool, **options: Any,
-) -> None:  # fmt: skip
+    adapter: str | None,
+    context: tuple[int, ...],
+    batch: int,
+    bits: tuple[int, ...],
+    memory: float | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Forecast the memory of BASE, its adapter and KV cache for inference, at each precision; with --data, memory
     and time of a training with the same options (it trains nothing).
 
@@ -50,9 +55,13 @@ def estimate_command(
     from mlx_adapters.generation.memory import estimate_inference
 
     found = estimate_inference(
-        settings.base, adapter, contexts=context, batch=batch, bits=bits,
+        settings.base,
+        adapter,
+        contexts=context,
+        batch=batch,
+        bits=bits,
         memory_bytes=None if memory is None else int(memory * 1e9),
-    )  # fmt: skip
+    )
     if as_json:
         forecasts = [
             {**_output.plain(f), "peak_bytes": f.peak_bytes, "fits": f.fits(found.memory_bytes)}
@@ -64,11 +73,16 @@ def estimate_command(
     lengths = (*(f"KV {n}" for n in context), *(f"PEAK {n}" for n in context))
     headers = ["PRECISION", "DISK", "WEIGHTS", "ADAPTER", *lengths]
     rows = [
-        [f.precision, size(f.disk_bytes), size(f.weights_bytes), size(f.adapter_bytes),
-         *(size(f.kv_cache_bytes[n]) for n in context),
-         *(size(f.peak_bytes[n]) + ("" if f.fits(found.memory_bytes)[n] else " (too much)") for n in context)]
+        [
+            f.precision,
+            size(f.disk_bytes),
+            size(f.weights_bytes),
+            size(f.adapter_bytes),
+            *(size(f.kv_cache_bytes[n]) for n in context),
+            *(size(f.peak_bytes[n]) + ("" if f.fits(found.memory_bytes)[n] else " (too much)") for n in context),
+        ]
         for f in found.forecasts
-    ]  # fmt: skip
+    ]
     _output.table(headers, rows, right=range(1, len(headers)))
     _output.out(f"Batch {batch}; there is {size(found.memory_bytes)} of memory.")
 

@@ -45,10 +45,24 @@ from mlx_adapters.cli._options import (
     needs={"max_tokens": "score"},
 )
 def eval_command(
-    variants: tuple[str, ...], data: str | None, tasks: str | None, task_folder: str | None, split: str | None,
-    score: str | None, reference: str | None, max_rows: int | None, max_tokens: int, max_seq_length: int,
-    batch_size: int, save: bool, base: str | None, any_base: bool, dtype: str, output: Path | None, as_json: bool,
-) -> None:  # fmt: skip
+    variants: tuple[str, ...],
+    data: str | None,
+    tasks: str | None,
+    task_folder: str | None,
+    split: str | None,
+    score: str | None,
+    reference: str | None,
+    max_rows: int | None,
+    max_tokens: int,
+    max_seq_length: int,
+    batch_size: int,
+    save: bool,
+    base: str | None,
+    any_base: bool,
+    dtype: str,
+    output: Path | None,
+    as_json: bool,
+) -> None:
     """Judge VARIANTs (spelled as for `benchmark`) on unseen rows; differences are taken row by row.
 
     \b
@@ -90,17 +104,32 @@ def eval_command(
 
 
 def _public_tasks(
-    variants: tuple[str, ...], tasks: str, folder: str | None, base: str | None, max_rows: int | None, dtype: str,
-    any_base: bool, batch_size: int, output: Path | None, as_json: bool,
-) -> None:  # fmt: skip
+    variants: tuple[str, ...],
+    tasks: str,
+    folder: str | None,
+    base: str | None,
+    max_rows: int | None,
+    dtype: str,
+    any_base: bool,
+    batch_size: int,
+    output: Path | None,
+    as_json: bool,
+) -> None:
     from mlx_adapters.evaluation.harness import run_tasks
     from mlx_adapters.evaluation.variants import short_names
     from mlx_adapters.storage import files
 
     report = run_tasks(
-        variants, [task.strip() for task in tasks.split(",")], base=base, folder=folder, max_rows=max_rows,
-        dtype=dtype, any_base=any_base, batch_size=batch_size, on_event=_output.progress(),
-    )  # fmt: skip
+        variants,
+        [task.strip() for task in tasks.split(",")],
+        base=base,
+        folder=folder,
+        max_rows=max_rows,
+        dtype=dtype,
+        any_base=any_base,
+        batch_size=batch_size,
+        on_event=_output.progress(),
+    )
     try:
         if output:
             files.write_json(output, _output.plain(report))

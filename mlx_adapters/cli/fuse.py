@@ -26,33 +26,68 @@ if TYPE_CHECKING:
 
 @click.command("fuse")
 @click.argument("refs", nargs=-1, metavar="REF... OUT", shell_complete=complete_references)
-@click.option("--bits", type=click.Choice(BITS), default="keep", show_default=True,
-              help="Bits per weight; keep: the base's own precision, none: unquantized.")  # fmt: skip
+@click.option(
+    "--bits",
+    type=click.Choice(BITS),
+    default="keep",
+    show_default=True,
+    help="Bits per weight; keep: the base's own precision, none: unquantized.",
+)
 @click.option("--group-size", type=int, help="Weights that share a scale [the base's at its own bits, else 64].")
 @click.option("--mode", type=click.Choice(MODES), help="Quantization mode [affine].")
-@click.option("--dtype", type=click.Choice(DTYPES), default="auto",
-              show_default=True, help="Type of scales and of unquantized weights; auto: the base's.")  # fmt: skip
-@click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True,
-              help="How to round; auto: calibrated under 8 bits if there is text.")  # fmt: skip
-@click.option("--calibration", metavar="DIR|FILE",
-              help="Data folder, .jsonl or .txt [the adapter's training data, else a general text].")  # fmt: skip
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="auto",
+    show_default=True,
+    help="Type of scales and of unquantized weights; auto: the base's.",
+)
+@click.option(
+    "--method",
+    type=click.Choice(METHODS),
+    default="auto",
+    show_default=True,
+    help="How to round; auto: calibrated under 8 bits if there is text.",
+)
+@click.option(
+    "--calibration",
+    metavar="DIR|FILE",
+    help="Data folder, .jsonl or .txt [the adapter's training data, else a general text].",
+)
 @click.option(
     "--calibration-rows", type=click.IntRange(1), default=128, show_default=True, help="Rows to calibrate on."
 )
-@click.option("--thorough/--quick", default=True,
-              help="Let a layer's rows cancel each other's errors; quick: a third of the rounding time.")  # fmt: skip
+@click.option(
+    "--thorough/--quick",
+    default=True,
+    help="Let a layer's rows cancel each other's errors; quick: a third of the rounding time.",
+)
 @click.option("--check/--no-check", default=True, help="Compare with the adapter model on text kept aside.")
 @click.option("--check-rows", type=click.IntRange(1), default=64, show_default=True, help="Rows to check on.")
-@click.option("--max-kl", type=click.FloatRange(0, min_open=True),
-              help="More bits where they help most, until KL is at most this.")  # fmt: skip
-@click.option("--budget-bits", type=click.FloatRange(0, min_open=True),
-              help="More bits where they help most, up to this many per weight.")  # fmt: skip
-@click.option("--format", type=click.Choice(FORMATS), default="mlx", show_default=True,
-              help="hf: the original checkpoint's names and types; gguf: one file for llama.cpp.")  # fmt: skip
+@click.option(
+    "--max-kl",
+    type=click.FloatRange(0, min_open=True),
+    help="More bits where they help most, until KL is at most this.",
+)
+@click.option(
+    "--budget-bits",
+    type=click.FloatRange(0, min_open=True),
+    help="More bits where they help most, up to this many per weight.",
+)
+@click.option(
+    "--format",
+    type=click.Choice(FORMATS),
+    default="mlx",
+    show_default=True,
+    help="hf: the original checkpoint's names and types; gguf: one file for llama.cpp.",
+)
 @click.option("--force", is_flag=True, help="Keep the model even if --max-kl cannot be held.")
 @click.option("--weight", "weights", type=float, multiple=True, help="Share of each adapter, in order [1 each].")
-@click.option("--from-peft", metavar="SRC",
-              help="Fuse a PEFT folder or Hub repository, with its modules_to_save, biases and tokens.")  # fmt: skip
+@click.option(
+    "--from-peft",
+    metavar="SRC",
+    help="Fuse a PEFT folder or Hub repository, with its modules_to_save, biases and tokens.",
+)
 @click.option("--again", metavar="RECIPE", help="Repeat the fuse of a recipe, to the byte.")
 @click.option("--check-only", metavar="MODEL", help="Write nothing; check a model that was fused before.")
 @click.option("--adapter", "adapter", type=REFERENCE, metavar="REF", help="The adapter, with --check-only.")
@@ -70,10 +105,22 @@ if TYPE_CHECKING:
     needs={"adapter": "check_only", "force": "max_kl"},
 )
 def fuse_command(
-    refs: tuple[str, ...], bits: str, group_size: int | None, mode: str | None, dtype: str, weights: tuple[float, ...],
-    base: str | None, any_base: bool, overwrite: bool, as_json: bool, again: str | None, check_only: str | None,
-    from_peft: str | None, adapter: str | None, **settings: Any,
-) -> None:  # fmt: skip
+    refs: tuple[str, ...],
+    bits: str,
+    group_size: int | None,
+    mode: str | None,
+    dtype: str,
+    weights: tuple[float, ...],
+    base: str | None,
+    any_base: bool,
+    overwrite: bool,
+    as_json: bool,
+    again: str | None,
+    check_only: str | None,
+    from_peft: str | None,
+    adapter: str | None,
+    **settings: Any,
+) -> None:
     """Write the base model with the adapter REF in its weights to the folder OUT.
 
     Several adapters are added, each with its --weight.
@@ -115,14 +162,28 @@ def fuse_command(
         from mlx_adapters.fusion.peft import fuse_peft
 
         result = fuse_peft(
-            from_peft, out, base=base, quantization=parse_precision(bits, group_size, mode), dtype=dtype,
-            options=options, overwrite=overwrite, on_event=on_event,
-        )  # fmt: skip
+            from_peft,
+            out,
+            base=base,
+            quantization=parse_precision(bits, group_size, mode),
+            dtype=dtype,
+            options=options,
+            overwrite=overwrite,
+            on_event=on_event,
+        )
     else:
         result = fuse(
-            base, adapters, out, quantization=parse_precision(bits, group_size, mode), dtype=dtype,
-            weights=weights or None, options=options, overwrite=overwrite, any_base=any_base, on_event=on_event,
-        )  # fmt: skip
+            base,
+            adapters,
+            out,
+            quantization=parse_precision(bits, group_size, mode),
+            dtype=dtype,
+            weights=weights or None,
+            options=options,
+            overwrite=overwrite,
+            any_base=any_base,
+            on_event=on_event,
+        )
     if as_json:
         _output.emit_json(result)
     else:
@@ -130,17 +191,27 @@ def fuse_command(
 
 
 def _check_only(
-    model: str, adapters: list[str], base: str | None, weights: tuple[float, ...], options: Any, any_base: bool,
+    model: str,
+    adapters: list[str],
+    base: str | None,
+    weights: tuple[float, ...],
+    options: Any,
+    any_base: bool,
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     from mlx_adapters.fusion.check import check_fused
 
     if not adapters:
         raise click.UsageError("Give the adapter with --adapter.")
     checked = check_fused(
-        model, adapters, base=base, weights=weights or None, options=options, any_base=any_base,
+        model,
+        adapters,
+        base=base,
+        weights=weights or None,
+        options=options,
+        any_base=any_base,
         on_event=_output.progress(),
-    )  # fmt: skip
+    )
     if as_json:
         _output.emit_json(checked)
         return

@@ -23,8 +23,19 @@ if TYPE_CHECKING:
     from mlx_adapters.models.adapter import Adapter
 
 # Written out: the table in `merging.methods` needs numpy, and `--help` must be instant. A test compares them.
-METHODS = ("cat", "svd", "linear", "ties", "dare-linear", "dare-ties", "magnitude-prune", "ties-svd",
-           "dare-linear-svd", "dare-ties-svd", "magnitude-prune-svd")  # fmt: skip
+METHODS = (
+    "cat",
+    "svd",
+    "linear",
+    "ties",
+    "dare-linear",
+    "dare-ties",
+    "magnitude-prune",
+    "ties-svd",
+    "dare-linear-svd",
+    "dare-ties-svd",
+    "magnitude-prune-svd",
+)
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -53,7 +64,7 @@ def name_options(command: Command) -> Command:
         click.option("--name", required=True, metavar="NAME", help="Name of the new adapter."),
         name_template_option,
         overwrite_option,
-    )  # fmt: skip
+    )
     for option in reversed(options):
         command = option(command)
     return command
@@ -61,25 +72,53 @@ def name_options(command: Command) -> Command:
 
 @click.command("merge")
 @click.argument("refs", type=REFERENCE, nargs=-1, required=True)
-@click.option("--weight", "weights", type=float, multiple=True, metavar="W",
-              help="One for each adapter, in their order; may be negative [1/n each].")  # fmt: skip
-@click.option("--method", type=click.Choice(METHODS), default="cat", show_default=True, metavar="METHOD",
-              help="One of those above.")  # fmt: skip
+@click.option(
+    "--weight",
+    "weights",
+    type=float,
+    multiple=True,
+    metavar="W",
+    help="One for each adapter, in their order; may be negative [1/n each].",
+)
+@click.option(
+    "--method",
+    type=click.Choice(METHODS),
+    default="cat",
+    show_default=True,
+    metavar="METHOD",
+    help="One of those above.",
+)
 @click.option("--rank", type=Rank(), metavar="R|auto", help="Rank of the result, for svd and *-svd [the largest].")
 @energy_option
 @click.option("--density", type=float, help="Share of entries that pruning keeps (ties, dare, magnitude-prune).")
 @click.option("--seed", type=int, help="Seed of random pruning (dare) [0].")
 @click.option("--sign-method", type=click.Choice(["total", "frequency"]), help="How signs are elected (ties) [total].")
-@click.option("--dtype", type=click.Choice(DTYPES), default="auto",
-              show_default=True, help="Type of the result; auto is float32 unless a smaller one is exact.")  # fmt: skip
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="auto",
+    show_default=True,
+    help="Type of the result; auto is float32 unless a smaller one is exact.",
+)
 @any_base_option
 @name_options
 @json_option
 def merge_command(
-    refs: tuple[str, ...], weights: tuple[float, ...], method: str, rank: Any, energy: float | None,
-    density: float | None, seed: int | None, sign_method: Any, dtype: str, any_base: bool, name: str,
-    name_template: str | None, overwrite: bool, as_json: bool,
-) -> None:  # fmt: skip
+    refs: tuple[str, ...],
+    weights: tuple[float, ...],
+    method: str,
+    rank: Any,
+    energy: float | None,
+    density: float | None,
+    seed: int | None,
+    sign_method: Any,
+    dtype: str,
+    any_base: bool,
+    name: str,
+    name_template: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
     """Merge adapters of one base into one adapter.
 
     \b
@@ -97,10 +136,20 @@ def merge_command(
     from mlx_adapters.merging.recipes import merge
 
     merged = merge(
-        refs, list(weights) or None, method=method, name=new_name(name, name_template), rank=rank, energy=energy,
-        density=density, seed=seed, sign_method=sign_method, dtype=dtype, any_base=any_base, overwrite=overwrite,
+        refs,
+        list(weights) or None,
+        method=method,
+        name=new_name(name, name_template),
+        rank=rank,
+        energy=energy,
+        density=density,
+        seed=seed,
+        sign_method=sign_method,
+        dtype=dtype,
+        any_base=any_base,
+        overwrite=overwrite,
         on_event=_output.progress(),
-    )  # fmt: skip
+    )
     _show(merged, as_json)
 
 
@@ -160,9 +209,17 @@ def scale_command(
 @json_option
 @Reads(needs={"base": "data", "best": "data", "overwrite": "name"})
 def interpolate_command(
-    a: str, b: str, steps: int, data: str | None, base: str | None, name: str | None, best: bool, any_base: bool,
-    overwrite: bool, as_json: bool,
-) -> None:  # fmt: skip
+    a: str,
+    b: str,
+    steps: int,
+    data: str | None,
+    base: str | None,
+    name: str | None,
+    best: bool,
+    any_base: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
     """Go from A to B in even steps: (1 - t) · ΔA + t · ΔB, exactly.
 
     \b
@@ -190,16 +247,34 @@ def interpolate_command(
 @click.argument("base", metavar="BASE")
 @click.option("--rank", type=Rank(), default=16, show_default=True, metavar="R|auto", help="Rank of the adapter.")
 @energy_option
-@click.option("--target-modules", metavar="NAMES", default="all", show_default=True,
-              help="q_proj,v_proj,... or all linear layers of the blocks.")  # fmt: skip
-@click.option("--dtype", type=click.Choice(DTYPES[1:]), default="float32", show_default=True,
-              help="Type of the adapter's tensors.")  # fmt: skip
+@click.option(
+    "--target-modules",
+    metavar="NAMES",
+    default="all",
+    show_default=True,
+    help="q_proj,v_proj,... or all linear layers of the blocks.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES[1:]),
+    default="float32",
+    show_default=True,
+    help="Type of the adapter's tensors.",
+)
 @name_options
 @json_option
 def extract_command(
-    finetuned: str, base: str, rank: Any, energy: float | None, target_modules: str, dtype: Any, name: str,
-    name_template: str | None, overwrite: bool, as_json: bool,
-) -> None:  # fmt: skip
+    finetuned: str,
+    base: str,
+    rank: Any,
+    energy: float | None,
+    target_modules: str,
+    dtype: Any,
+    name: str,
+    name_template: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
     """Make an adapter out of a full fine-tune: the nearest low-rank update to FINETUNED - BASE, layer by layer.
 
     \b
@@ -209,9 +284,16 @@ def extract_command(
     from mlx_adapters.merging.extraction import extract
 
     adapter = extract(
-        finetuned, base, rank=rank, energy=energy, target_modules=module_names(target_modules),
-        name=new_name(name, name_template), dtype=dtype, overwrite=overwrite, on_event=_output.progress(),
-    )  # fmt: skip
+        finetuned,
+        base,
+        rank=rank,
+        energy=energy,
+        target_modules=module_names(target_modules),
+        name=new_name(name, name_template),
+        dtype=dtype,
+        overwrite=overwrite,
+        on_event=_output.progress(),
+    )
     recipe = adapter.metadata["extract"]
     if not as_json:
         rows = [(key, f"{kept:.2%}") for key, kept in recipe["energy_by_layer"].items()]

@@ -31,8 +31,15 @@ def import_peft_command(
     name = new_name(name, name_template, base=base)
     adapter = import_peft(source, base=base, name=name, tie=tie, overwrite=overwrite, on_event=_output.progress())
     if as_json:
-        _output.emit_json({"name": adapter.name, "folder": adapter.folder, "config": adapter.config,
-                           "parameters": adapter.parameters, "base": adapter.base_name})  # fmt: skip
+        _output.emit_json(
+            {
+                "name": adapter.name,
+                "folder": adapter.folder,
+                "config": adapter.config,
+                "parameters": adapter.parameters,
+                "base": adapter.base_name,
+            }
+        )
         return
     config = adapter.config
     _output.out(

@@ -7,8 +7,12 @@ from mlx_adapters.cli._options import UserPath, base_option, complete_references
 
 _source = click.argument("source", metavar="REF|MODEL", shell_complete=complete_references)
 _base_model = click.option("--base-model", metavar="ID", help="The base's id on the Hub, for the card [from metadata].")
-_benchmark = click.option("--benchmark", type=UserPath(exists=True, dir_okay=False), metavar="FILE",
-                          help="Report of 'benchmark --output' to show in the card.")  # fmt: skip
+_benchmark = click.option(
+    "--benchmark",
+    type=UserPath(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Report of 'benchmark --output' to show in the card.",
+)
 _license = click.option("--license", metavar="ID", help="License for the card, e.g. apache-2.0 [the base's].")
 
 
@@ -26,9 +30,19 @@ _license = click.option("--license", metavar="ID", help="License for the card, e
 @_license
 @json_option
 def publish_command(
-    source: str, repo: str, public: bool, dry_run: bool, message: str | None, revision: str | None, create_pr: bool,
-    exclude: tuple[str, ...], benchmark: str | None, base_model: str | None, license: str | None, as_json: bool,
-) -> None:  # fmt: skip
+    source: str,
+    repo: str,
+    public: bool,
+    dry_run: bool,
+    message: str | None,
+    revision: str | None,
+    create_pr: bool,
+    exclude: tuple[str, ...],
+    benchmark: str | None,
+    base_model: str | None,
+    license: str | None,
+    as_json: bool,
+) -> None:
     """Upload an adapter, or the folder of a fused model, with a card made from its metadata.
 
     Only weights, settings, tokenizer and card go up: no data, logs, checkpoints, local paths or tokens. Sign in
@@ -42,10 +56,20 @@ def publish_command(
     from mlx_adapters.publishing.uploads import publish
 
     result = publish(
-        source, repo, private=not public, dry_run=dry_run, message=message, revision=revision, create_pr=create_pr,
-        exclude=exclude, benchmark=benchmark, base_model=base_model, license=license, show_progress=_output.live(),
+        source,
+        repo,
+        private=not public,
+        dry_run=dry_run,
+        message=message,
+        revision=revision,
+        create_pr=create_pr,
+        exclude=exclude,
+        benchmark=benchmark,
+        base_model=base_model,
+        license=license,
+        show_progress=_output.live(),
         on_event=_output.progress(),
-    )  # fmt: skip
+    )
     if as_json:
         _output.emit_json(result)
         return
@@ -98,9 +122,14 @@ def download_command(repo: str, name: str | None, base: str | None, overwrite: b
 @_license
 @json_option
 def card_command(
-    source: str, repo: str | None, write: bool, benchmark: str | None, base_model: str | None, license: str | None,
+    source: str,
+    repo: str | None,
+    write: bool,
+    benchmark: str | None,
+    base_model: str | None,
+    license: str | None,
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Print the model card of an adapter or a fused model, as 'publish' would upload it.
 
     \b

@@ -34,8 +34,12 @@ if TYPE_CHECKING:
 @click.option("--data", metavar="DIR", help="Folder with train.jsonl, valid.jsonl; a file; or hf:user/name.")
 @click.option("--name", metavar="NAME", help="Name of the adapter, or a folder such as ./out.")
 @name_template_option
-@click.option("--resume", metavar="NAME", shell_complete=complete_references,
-              help="Go on with a run that was stopped, exactly where it stood.")  # fmt: skip
+@click.option(
+    "--resume",
+    metavar="NAME",
+    shell_complete=complete_references,
+    help="Go on with a run that was stopped, exactly where it stood.",
+)
 @click.option("--init-from", type=REFERENCE, metavar="REF", help="Start from this adapter's weights.")
 @training_options
 @click.option("--print-config", is_flag=True, help="Show the settings as a config file and stop.")
@@ -50,10 +54,16 @@ if TYPE_CHECKING:
     }
 )
 def train_command(
-    name_template: str | None, resume: str | None, init_from: str | None, print_config: bool, log: str | None,
-    report_to: str | None, overwrite: bool, as_json: bool,
+    name_template: str | None,
+    resume: str | None,
+    init_from: str | None,
+    print_config: bool,
+    log: str | None,
+    report_to: str | None,
+    overwrite: bool,
+    as_json: bool,
     **options: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Train a LoRA or DoRA adapter for the model BASE (demo, a folder or a Hub id).
 
     \b

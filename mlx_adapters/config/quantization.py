@@ -49,7 +49,11 @@ class Quantization:
             hint = did_you_mean(self.mode, QUANTIZATIONS, "modes: " + ", ".join(QUANTIZATIONS))
             raise ConfigError(f"There is no quantization mode '{self.mode}'.", hint)
         bits, group_sizes = QUANTIZATIONS[self.mode]
-        require(self.bits in bits, f"Mode '{self.mode}' has no {self.bits} bits.",
-                f"it has {', '.join(map(str, bits))}.")  # fmt: skip
-        require(self.group_size in group_sizes, f"Mode '{self.mode}' has no group size {self.group_size}.",
-                f"it has {', '.join(map(str, group_sizes))}.")  # fmt: skip
+        require(
+            self.bits in bits, f"Mode '{self.mode}' has no {self.bits} bits.", f"it has {', '.join(map(str, bits))}."
+        )
+        require(
+            self.group_size in group_sizes,
+            f"Mode '{self.mode}' has no group size {self.group_size}.",
+            f"it has {', '.join(map(str, group_sizes))}.",
+        )

@@ -132,8 +132,17 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
     def __post_init__(self) -> None:
-        positive = ("iterations", "batch_size", "grad_accumulation", "eval_every", "eval_batches", "report_every",
-                    "save_every", "keep", "early_stop")  # fmt: skip
+        positive = (
+            "iterations",
+            "batch_size",
+            "grad_accumulation",
+            "eval_every",
+            "eval_batches",
+            "report_every",
+            "save_every",
+            "keep",
+            "early_stop",
+        )
         for name in positive:
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} must be at least 1, not {value}.")
@@ -149,8 +158,12 @@ class TrainConfig:
         self._check_choices()
 
     def _check_choices(self) -> None:
-        choices = (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("dtype", DTYPES),
-                   ("chunked_loss", ("auto", "on", "off")))  # fmt: skip
+        choices = (
+            ("optimizer", OPTIMIZERS),
+            ("schedule", SCHEDULES),
+            ("dtype", DTYPES),
+            ("chunked_loss", ("auto", "on", "off")),
+        )
         for name, known in choices:
             value = getattr(self, name)
             require(value in known, f"There is no {name} '{value}'.", f"there are: {', '.join(known)}.")

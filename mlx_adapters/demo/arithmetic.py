@@ -76,8 +76,10 @@ class Numbers:
         model = load_model(resolve_base(self.base), dtype="float32")
         prepared, losses_of = self._prepared(model)
         engine = prepared.engine
-        noise = {name: 0.05 * mx.random.normal(w.shape, key=mx.random.key(i))
-                 for i, (name, w) in enumerate(engine.weights.items())}  # fmt: skip
+        noise = {
+            name: 0.05 * mx.random.normal(w.shape, key=mx.random.key(i))
+            for i, (name, w) in enumerate(engine.weights.items())
+        }
         middle = engine.weights = {name: w + noise[name] for name, w in engine.weights.items()}
         gradient = engine.gradient_of(losses_of[0], recompute=False)
         slope = float(np.sqrt(sum(mx.sum(g * g).item() for g in gradient.values())))  # of the summed loss

@@ -125,9 +125,12 @@ def _draw(split: str, catalog: sqlite3.Connection, slots: dict[str, list[tuple[s
 
 
 def _stream(
-    pattern: Pattern, split: str, catalog: sqlite3.Connection, slots: dict[str, list[tuple[str, str]]],
+    pattern: Pattern,
+    split: str,
+    catalog: sqlite3.Connection,
+    slots: dict[str, list[tuple[str, str]]],
     rng: random.Random,
-) -> Iterator[CatalogQuestion]:  # fmt: skip
+) -> Iterator[CatalogQuestion]:
     """Endless different questions of one pattern (finite where the slots are few)."""
     seen: set[str] = set()
     templates = getattr(pattern, split)

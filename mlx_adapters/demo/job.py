@@ -54,17 +54,34 @@ MAX_TOKENS = 48  # the longest gold query has 27
 # A high rate that falls to zero: few iterations have to do.
 FULL = DemoPlan(
     name="demo-sql",
-    training=TrainConfig(iterations=120, batch_size=4, learning_rate=6e-4, schedule="linear", warmup=5,
-                         mask_prompt=True, max_seq_length=256, eval_every=40, eval_batches=6, save_every=40),
-    questions=40, prompt_tokens=64, decode_tokens=24, rounds=3,
+    training=TrainConfig(
+        iterations=120,
+        batch_size=4,
+        learning_rate=6e-4,
+        schedule="linear",
+        warmup=5,
+        mask_prompt=True,
+        max_seq_length=256,
+        eval_every=40,
+        eval_batches=6,
+        save_every=40,
+    ),
+    questions=40,
+    prompt_tokens=64,
+    decode_tokens=24,
+    rounds=3,
     # Fewer rows and one-sided rounding: a third of the time of a thorough fuse.
     fusing=FuseOptions(thorough=False, calibration_rows=48, check_rows=32),
-)  # fmt: skip
+)
 QUICK = DemoPlan(
     name="demo-quick",
     training=TrainConfig(iterations=2, batch_size=2, mask_prompt=True, eval_every=2, eval_batches=1, save_every=2),
-    questions=3, prompt_tokens=8, decode_tokens=2, rounds=1, fusing=FuseOptions(method="nearest", check_rows=16),
-)  # fmt: skip
+    questions=3,
+    prompt_tokens=8,
+    decode_tokens=2,
+    rounds=1,
+    fusing=FuseOptions(method="nearest", check_rows=16),
+)
 
 
 @dataclass(frozen=True)
@@ -128,17 +145,29 @@ def run_demo(quick: bool = False, retrain: bool = False, on_event: OnEvent = ign
     data = clock.step("data", "2/6 The data: questions about a course catalog", lambda: _data(folder / "catalog"))
     clock.step("train", f"3/6 Training the adapter '{plan.name}'", lambda: _train(plan, data, retrain, on_event))
     fused = clock.step("fuse", "4/6 Fusing to 8 and to 4 bits", lambda: _fuse(plan, folder, on_event))
-    variants = clock.step("score", f"5/6 Answering {count(plan.questions, 'test question')} with each variant",
-                          lambda: _score(plan, data, fused, on_event))  # fmt: skip
+    variants = clock.step(
+        "score",
+        f"5/6 Answering {count(plan.questions, 'test question')} with each variant",
+        lambda: _score(plan, data, fused, on_event),
+    )
     report = clock.step("benchmark", "6/6 Measuring speed and memory", lambda: _measure(plan, variants, on_event))
     # What the steps before it did to the machine's load is no other program's doing.
     report = replace(report, warnings=tuple(warnings(before, system_state(), report.machine["cores"])))
     files.write_text(folder / REPORT_FILE, html(report))
     shown = demo_questions()["test"][0]
     return DemoResult(
-        base, data, adapter_folder(plan.name), plan.name, fused, shown.text, shown.sql, variants, report,
-        folder / REPORT_FILE, clock.seconds,
-    )  # fmt: skip
+        base,
+        data,
+        adapter_folder(plan.name),
+        plan.name,
+        fused,
+        shown.text,
+        shown.sql,
+        variants,
+        report,
+        folder / REPORT_FILE,
+        clock.seconds,
+    )
 
 
 def _data(folder: Path) -> Path:
@@ -158,8 +187,16 @@ def _train(plan: DemoPlan, data: Path, retrain: bool, on_event: OnEvent) -> None
         except AdapterError as error:
             on_event(Note(f"{error.message} Training anew."))
     command = "mlx-adapters demo"
-    train(DEMO_BASE, data, name=plan.name, lora=LORA, training=plan.training, overwrite=True, command=command,
-          on_event=on_event)  # fmt: skip
+    train(
+        DEMO_BASE,
+        data,
+        name=plan.name,
+        lora=LORA,
+        training=plan.training,
+        overwrite=True,
+        command=command,
+        on_event=on_event,
+    )
 
 
 def _fuse(plan: DemoPlan, folder: Path, on_event: OnEvent) -> tuple[FuseResult, ...]:
@@ -195,6 +232,12 @@ def _score(plan: DemoPlan, data: Path, fused: tuple[FuseResult, ...], on_event: 
 
 def _measure(plan: DemoPlan, variants: tuple[DemoVariant, ...], on_event: OnEvent) -> Report:
     return benchmark(
-        [v.reference for v in variants], DEMO_BASE, prompt_tokens=plan.prompt_tokens, decode_tokens=plan.decode_tokens,
-        rounds=plan.rounds, trials=1, cold_load=False, on_event=on_event,
-    )  # fmt: skip
+        [v.reference for v in variants],
+        DEMO_BASE,
+        prompt_tokens=plan.prompt_tokens,
+        decode_tokens=plan.decode_tokens,
+        rounds=plan.rounds,
+        trials=1,
+        cold_load=False,
+        on_event=on_event,
+    )

@@ -22,11 +22,20 @@ def make_base(folder: Path) -> Path:
         noise = rng.standard_normal(shape).astype(np.float32)
         tensors[name] = mx.array(noise / math.sqrt(shape[-1]) if len(shape) > 1 else 1 + 0.1 * noise)
     config = {
-        "model_type": "llama", "hidden_size": WIDTH, "num_hidden_layers": BLOCKS, "intermediate_size": MIDDLE,
-        "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-        "vocab_size": len(vocabulary), "max_position_embeddings": 512, "tie_word_embeddings": True,
-        "bos_token_id": 0, "eos_token_id": 1,
-    }  # fmt: skip
+        "model_type": "llama",
+        "hidden_size": WIDTH,
+        "num_hidden_layers": BLOCKS,
+        "intermediate_size": MIDDLE,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "vocab_size": len(vocabulary),
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
     tensor_files.write_safetensors(folder / "model.safetensors", tensors)
     files.write_json(folder / "config.json", config)
     write_tokenizer(folder, vocabulary)
@@ -68,10 +77,14 @@ def write_tokenizer(folder: Path, vocabulary: dict[str, int]) -> None:
     tokenizer.add_special_tokens(list(SPECIAL))
     files.write_text(folder / "tokenizer.json", tokenizer.to_str())
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SPECIAL[0], "eos_token": SPECIAL[1],
-        "pad_token": SPECIAL[1], "clean_up_tokenization_spaces": False, "model_max_length": 512,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": SPECIAL[0],
+        "eos_token": SPECIAL[1],
+        "pad_token": SPECIAL[1],
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 512,
         "chat_template": "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}",
-    }  # fmt: skip
+    }
     files.write_json(folder / "tokenizer_config.json", settings)
 
 

@@ -94,8 +94,9 @@ def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[
 
 def finite(series: Mapping[str, Points]) -> dict[str, list[tuple[float, float]]]:
     """The series that have a finite point, with those points only. Raises ValueError if none is left."""
-    kept = {name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
-            for name, points in series.items()}  # fmt: skip
+    kept = {
+        name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)] for name, points in series.items()
+    }
     kept = {name: points for name, points in kept.items() if points}
     if not kept:
         raise ValueError("nothing to draw")

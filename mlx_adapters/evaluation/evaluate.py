@@ -71,9 +71,13 @@ class EvaluationConfig:
 
 
 def evaluate(
-    variants: Sequence[str | Path | Adapter], data: str | Path, *, base: str | None = None,
-    config: EvaluationConfig | None = None, on_event: OnEvent = ignore,
-) -> EvaluationReport:  # fmt: skip
+    variants: Sequence[str | Path | Adapter],
+    data: str | Path,
+    *,
+    base: str | None = None,
+    config: EvaluationConfig | None = None,
+    on_event: OnEvent = ignore,
+) -> EvaluationReport:
     """Judge variants on rows: loss, KL against one of them, and a task score. A variant that fails keeps its error.
 
     Args:
@@ -139,8 +143,11 @@ def choose_reference(variants: Sequence[Variant], config: EvaluationConfig) -> s
     """The label of the variant that the others are held against."""
     labels = [variant.label for variant in variants if not variant.problem]
     if config.reference is not None:
-        require(config.reference in labels, f"The reference '{config.reference}' is not among the variants.",
-                f"one of: {', '.join(labels)}.")  # fmt: skip
+        require(
+            config.reference in labels,
+            f"The reference '{config.reference}' is not among the variants.",
+            f"one of: {', '.join(labels)}.",
+        )
         return config.reference
     adapters = [variant.label for variant in variants if variant.adapter and not variant.problem]
     return adapters[0] if adapters and len(labels) > 1 else None
@@ -161,16 +168,25 @@ def _check_vocabulary(model: Model, reference: Model | None) -> None:
 
 
 def _evaluate(
-    label: str, model: Model, rows: list[RawRow], batches: Batches, score: Score | None, config: EvaluationConfig,
+    label: str,
+    model: Model,
+    rows: list[RawRow],
+    batches: Batches,
+    score: Score | None,
+    config: EvaluationConfig,
     on_event: OnEvent,
-) -> Evaluation:  # fmt: skip
+) -> Evaluation:
     figures = judge(model, batches, on_event)
     tokens = list(figures.tokens)
     result = Evaluation(
-        label, len(tokens), int(sum(tokens)), weighted_mean(list(figures.loss), tokens),
+        label,
+        len(tokens),
+        int(sum(tokens)),
+        weighted_mean(list(figures.loss), tokens),
         kl=None if figures.kl is None else weighted_mean(list(figures.kl), tokens),
-        same_top=None if figures.same_top is None else weighted_mean(list(figures.same_top), tokens), figures=figures,
-    )  # fmt: skip
+        same_top=None if figures.same_top is None else weighted_mean(list(figures.same_top), tokens),
+        figures=figures,
+    )
     if score is None:
         return result
     asked = questions(rows, model)
@@ -216,7 +232,13 @@ def _entry(report: EvaluationReport, evaluation: Evaluation, iteration: int | No
     metrics = {name: value.value for name, value in means.items()} | {"perplexity": evaluation.perplexity}
     data = report.data
     return {
-        "date": report.created, "data": data["source"], "split": data["split"], "sha256": data["sha256"],
-        "rows": data["rows"], "iteration": iteration, "score": report.score, "metrics": metrics,
+        "date": report.created,
+        "data": data["source"],
+        "split": data["split"],
+        "sha256": data["sha256"],
+        "rows": data["rows"],
+        "iteration": iteration,
+        "score": report.score,
+        "metrics": metrics,
         "errors": {name: value.error for name, value in means.items()},
-    }  # fmt: skip
+    }

@@ -48,11 +48,18 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """Plain values, the answers included."""
         return {
-            "variant": self.variant, "error": self.error, "rows": self.rows, "tokens": self.tokens,
-            "loss": _plain(self.loss), "perplexity": self.perplexity, "kl": _plain(self.kl),
-            "same_top": _plain(self.same_top), "score": _plain(self.score), "row_scores": list(self.row_scores),
+            "variant": self.variant,
+            "error": self.error,
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "loss": _plain(self.loss),
+            "perplexity": self.perplexity,
+            "kl": _plain(self.kl),
+            "same_top": _plain(self.same_top),
+            "score": _plain(self.score),
+            "row_scores": list(self.row_scores),
             "answers": list(self.answers),
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True)
@@ -100,9 +107,13 @@ class Evaluations:
             for d in self.differences
         ]
         return {
-            "created": self.created, "data": self.data, "score": self.score, "reference": self.reference,
-            "evaluations": [e.to_json() for e in self.evaluations], "differences": differences,
-        }  # fmt: skip
+            "created": self.created,
+            "data": self.data,
+            "score": self.score,
+            "reference": self.reference,
+            "evaluations": [e.to_json() for e in self.evaluations],
+            "differences": differences,
+        }
 
 
 def _difference(one: Evaluation, other: Evaluation) -> Difference:

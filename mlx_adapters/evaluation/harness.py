@@ -59,10 +59,17 @@ class TaskReport:
 
 
 def run_tasks(
-    variants: Sequence[str | Path | Adapter], tasks: Sequence[str], *, base: str | None = None,
-    folder: str | Path | None = None, max_rows: int | None = None, dtype: str = "auto", any_base: bool = False,
-    batch_size: int = 8, on_event: OnEvent = ignore,
-) -> TaskReport:  # fmt: skip
+    variants: Sequence[str | Path | Adapter],
+    tasks: Sequence[str],
+    *,
+    base: str | None = None,
+    folder: str | Path | None = None,
+    max_rows: int | None = None,
+    dtype: str = "auto",
+    any_base: bool = False,
+    batch_size: int = 8,
+    on_event: OnEvent = ignore,
+) -> TaskReport:
     """Judge variants on tasks of lm-evaluation-harness (the extra `eval`); one that does not load keeps its error.
 
     Args:
@@ -100,9 +107,14 @@ def run_tasks(
                 ready = prepare(variant, place, any_base, on_event)
                 model = _load(ready, dtype, any_base, batch_size)
                 raw = lm_eval.simple_evaluate(
-                    model=model, tasks=list(tasks), limit=max_rows, task_manager=manager, log_samples=False,
-                    apply_chat_template=model.use_chat_template, bootstrap_iters=1000,
-                )  # fmt: skip
+                    model=model,
+                    tasks=list(tasks),
+                    limit=max_rows,
+                    task_manager=manager,
+                    log_samples=False,
+                    apply_chat_template=model.use_chat_template,
+                    bootstrap_iters=1000,
+                )
                 found.append(TaskEvaluation(variant.label, tuple(results(raw))))
             except Exception as error:  # the harness raises what its data sets raise: no network, no access, ...
                 why = error.with_hint if isinstance(error, AdapterError) else f"{type(error).__name__}: {error}"

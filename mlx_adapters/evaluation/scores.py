@@ -51,8 +51,9 @@ def _question(row: RawRow, model: Model) -> Question:
     messages = messages_of(row)
     last = next((i for i in reversed(range(len(messages))) if messages[i]["role"] == "assistant"), 0)
     if last == 0 or not isinstance(messages[last].get("content"), str):
-        raise FormatError(f"{row.where}: there is no answer to a question in the row.",
-                          "without --score none is needed.")  # fmt: skip
+        raise FormatError(
+            f"{row.where}: there is no answer to a question in the row.", "without --score none is needed."
+        )
     expected = messages[last]["content"]
     if row.format == "completion" and not model.has_template:
         return Question(tuple(model.encode(row.values["prompt"])), expected, row)
@@ -60,9 +61,13 @@ def _question(row: RawRow, model: Model) -> Question:
 
 
 def greedy_answers(
-    model: Model, prompts: Sequence[Sequence[int]], *, max_tokens: int = 256, batch_size: int = 8,
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int = 256,
+    batch_size: int = 8,
     on_event: OnEvent = ignore,
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """The likeliest continuation of each prompt, up to an end token, `max_tokens` or the model's last position.
 
     `batch_size` at a time. Raises ModelError for a prompt that the model cannot read.
@@ -70,9 +75,10 @@ def greedy_answers(
     asked = [model.checked_ids(prompt).tolist() for prompt in prompts]
     limits = [model.room(len(prompt), max_tokens) for prompt in asked]
     generator = BatchGenerator(
-        model.module, completion_batch_size=batch_size,
+        model.module,
+        completion_batch_size=batch_size,
         stop_tokens=[[token] for token in model.tokenizer.eos_token_ids],
-    )  # fmt: skip
+    )
     written: dict[int, list[int]] = {uid: [] for uid in generator.insert(asked, limits)}
     done = 0
     while responses := generator.next_generated():
@@ -159,5 +165,8 @@ def _number(printed: str, status: int, command: str) -> float:
 
 
 SCORES: dict[str, Callable[[str, Path], Score]] = {
-    "exact": _exact, "regex": _regex, "sqlite": _sqlite, "command": _command,
-}  # fmt: skip
+    "exact": _exact,
+    "regex": _regex,
+    "sqlite": _sqlite,
+    "command": _command,
+}

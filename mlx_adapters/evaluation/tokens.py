@@ -36,8 +36,10 @@ def judged_rows(rows: Sequence[RawRow], model: Model, max_seq_length: int) -> li
         masked = raw.format != "text"
         kept = tokenize([raw], model.tokenizer, max_seq_length=max_seq_length, mask_prompt=masked).rows
         if not kept:
-            raise FormatError(f"{raw.where}: no token of the answer fits into {max_seq_length} tokens.",
-                              "raise --max-seq-length, or shorten the row.")  # fmt: skip
+            raise FormatError(
+                f"{raw.where}: no token of the answer fits into {max_seq_length} tokens.",
+                "raise --max-seq-length, or shorten the row.",
+            )
         model.base.check_tokens(kept[0].tokens, raw.where)
         found += kept
     return found

@@ -91,8 +91,10 @@ def measure_survival(base: BaseWeights, fused: BaseWeights, updates: Updates, na
     for path in base.layers:
         shape = weight_shape(base.layers[path])
         if path not in fused.layers or weight_shape(fused.layers[path]) != shape:
-            raise IncompatibleError(f"'{name}' is not a fused version of this base: '{path}' differs in shape.",
-                                    "name the base that it was made from with --base.")  # fmt: skip
+            raise IncompatibleError(
+                f"'{name}' is not a fused version of this base: '{path}' differs in shape.",
+                "name the base that it was made from with --base.",
+            )
         if path not in updates.paths():
             continue
         total = SurvivalSum()

@@ -109,11 +109,17 @@ def fuse(
             on_event(Note("Rounding to nearest lost part of the adapter; --method calibrated keeps more.", "warning"))
         q8 = options.format == "gguf" and quantization not in ("keep", "none")
         result = FuseResult(
-            folder=out, method="nearest" if q8 else work.method, quantization=job.quantization(asked), size_bytes=size,
-            bits_per_weight=8 * size / job.parameters, survival=tuple(sorted(job.survival, key=lambda s: s.path)),
-            fidelity=fidelity, text=work.text.describe() if work.text else None,
-            notes=(*notes, *work.notes, *job.notes), seconds=time.perf_counter() - started,
-        )  # fmt: skip
+            folder=out,
+            method="nearest" if q8 else work.method,
+            quantization=job.quantization(asked),
+            size_bytes=size,
+            bits_per_weight=8 * size / job.parameters,
+            survival=tuple(sorted(job.survival, key=lambda s: s.path)),
+            fidelity=fidelity,
+            text=work.text.describe() if work.text else None,
+            notes=(*notes, *work.notes, *job.notes),
+            seconds=time.perf_counter() - started,
+        )
         _refuse_unfaithful(result, options)
         files.write_json(folder / FUSE_RECIPE_FILE, {"format": 1} | _recipe(work, given, dtype, folder))
         files.write_json(folder / REPORT_FILE, report(result) | {"files": recipes.written_in(folder)})
@@ -136,9 +142,14 @@ def _plain_format(
 
 
 def _write(
-    job: Job, folder: Path, asked: Quantization | str, given: Quantization | int | str, format: str, spool: Spool,
+    job: Job,
+    folder: Path,
+    asked: Quantization | str,
+    given: Quantization | int | str,
+    format: str,
+    spool: Spool,
     on_event: OnEvent,
-) -> int:  # fmt: skip
+) -> int:
     if format == "hf":
         from mlx_adapters.assembly.hf import write_hf
 
@@ -158,8 +169,11 @@ def gather_updates(
     """Read the adapters and pair them with their weights (default 1 each). Raises ConfigError."""
     loaded = [load_adapter(adapter) for adapter in adapters]
     shares = [1.0] * len(loaded) if weights is None else [float(w) for w in weights]
-    require(len(shares) == len(loaded), f"{count(len(loaded), 'adapter')}, but {count(len(shares), 'weight')}.",
-            "give --weight once for each adapter, in their order, or not at all.")  # fmt: skip
+    require(
+        len(shares) == len(loaded),
+        f"{count(len(loaded), 'adapter')}, but {count(len(shares), 'weight')}.",
+        "give --weight once for each adapter, in their order, or not at all.",
+    )
     require(all(abs(share) < float("inf") for share in shares), "weights must be finite numbers.")
     require(bool(loaded) or bool(replaced), "Nothing to fuse: no adapter was given.")
     return Updates(tuple(zip(loaded, shares, strict=True)), replaced or {})
@@ -180,8 +194,11 @@ def parse_precision(bits: str, group_size: int | None, mode: str | None) -> Quan
     """What --bits, --group-size and --mode ask for. Raises ConfigError."""
     if bits in ("keep", "none"):
         have = ", ".join(map(str, QUANTIZATIONS.get(mode or "affine", QUANTIZATIONS["affine"])[0]))
-        require(group_size is None and mode is None, f"--bits {bits} takes no group size and no mode.",
-                f"say how many bits with --bits: {have}.")  # fmt: skip
+        require(
+            group_size is None and mode is None,
+            f"--bits {bits} takes no group size and no mode.",
+            f"say how many bits with --bits: {have}.",
+        )
         return bits
     require(bits.isdecimal(), f"bits must be keep, none or a number, not '{bits}'.")
     if group_size is None and mode in (None, "affine"):
@@ -271,9 +288,17 @@ def fuse_again(path: str | Path, out: str | Path, *, overwrite: bool = False, on
     weights = [entry["weight"] for entry in recipe.adapters]
     given = [entry["reference"] for entry in recipe.adapters]
     result = fuse(
-        base, given, out, quantization=recipes.precision_from_json(recipe.quantization) or "none",
-        dtype=recipe.dtype, weights=weights, options=options, overwrite=overwrite, any_base=True, on_event=on_event,
-    )  # fmt: skip
+        base,
+        given,
+        out,
+        quantization=recipes.precision_from_json(recipe.quantization) or "none",
+        dtype=recipe.dtype,
+        weights=weights,
+        options=options,
+        overwrite=overwrite,
+        any_base=True,
+        on_event=on_event,
+    )
     unlike = recipes.differences(recipe, recipes.read_recipe(out))
     on_event(Note(unlike, "warning") if unlike else Note("The weights are the recipe's, byte for byte."))
     return replace(result, identical=unlike is None)

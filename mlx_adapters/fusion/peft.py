@@ -79,6 +79,13 @@ def fuse_peft(
         adapters.append(replace(converted.adapter, metadata=name))
     check_as_loaded(peft, found, layout, whole, adapters)
     return fuse(
-        replace(found, parameters=whole.parameters), adapters, out, quantization=quantization, dtype=dtype,
-        options=options, overwrite=overwrite, replaced=whole.replaced, on_event=on_event,
-    )  # fmt: skip
+        replace(found, parameters=whole.parameters),
+        adapters,
+        out,
+        quantization=quantization,
+        dtype=dtype,
+        options=options,
+        overwrite=overwrite,
+        replaced=whole.replaced,
+        on_event=on_event,
+    )

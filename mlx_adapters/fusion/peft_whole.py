@@ -56,9 +56,13 @@ def whole_tensors(peft: PeftAdapter, module: nn.Module, layout: Layout, untied: 
 
 
 def _put(
-    piece: Piece, name: str, array: mx.array, layers: Mapping[str, nn.Module], shapes: Mapping[str, tuple[int, ...]],
+    piece: Piece,
+    name: str,
+    array: mx.array,
+    layers: Mapping[str, nn.Module],
+    shapes: Mapping[str, tuple[int, ...]],
     whole: Whole,
-) -> None:  # fmt: skip
+) -> None:
     path, leaf = tensor_names.split(piece.target)
     layer = layers.get(path) if leaf == WEIGHT else None
     wanted = shapes[piece.target] if layer is None else weight_shape(layer)

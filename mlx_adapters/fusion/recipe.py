@@ -25,9 +25,15 @@ UNRECORDED = (
     r"\.json|tokenizer[^/]*|vocab\.(json|txt)|merges\.txt|chat_template[^/]*|(pre)?processor_config\.json|LICENSE"
 )
 KINDS = metadata.Whole(
-    base=metadata.Whole(name=str, fingerprint=str), adapters=[metadata.Whole(fingerprint=str, weight=float)],
-    dtype=str, method=str, targets={}, options={}, versions={"*": str}, weights_sha256={"*": str},
-)  # fmt: skip
+    base=metadata.Whole(name=str, fingerprint=str),
+    adapters=[metadata.Whole(fingerprint=str, weight=float)],
+    dtype=str,
+    method=str,
+    targets={},
+    options={},
+    versions={"*": str},
+    weights_sha256={"*": str},
+)
 ANEW = "put the old one back, or fuse anew without --again."
 Given = Adapter | str | Path
 JsonPrecision = dict[str, Any] | str | None

@@ -56,9 +56,11 @@ class FuseResult:
         from mlx_adapters.display.notebook import html_block, html_facts, html_table
 
         facts = {
-            "rounding": self.method, "bits per weight": f"{self.bits_per_weight:.2f}",
-            "size": size(self.size_bytes), "update survival (cosine)": f"{self.update_survival:.4f}",
-        }  # fmt: skip
+            "rounding": self.method,
+            "bits per weight": f"{self.bits_per_weight:.2f}",
+            "size": size(self.size_bytes),
+            "update survival (cosine)": f"{self.update_survival:.4f}",
+        }
         checked = html_table(*self.fidelity.table()) if self.fidelity else ""
         return html_block(self.folder.name, html_facts(facts), checked)
 

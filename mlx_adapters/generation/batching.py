@@ -146,8 +146,9 @@ class Batcher:
             return following, None
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         if drawn:
-            parts = [samplers[i](logprobs[i : i + 1]) if i in drawn else following[i : i + 1]
-                     for i in range(len(samplers))]  # fmt: skip
+            parts = [
+                samplers[i](logprobs[i : i + 1]) if i in drawn else following[i : i + 1] for i in range(len(samplers))
+            ]
             following = mx.concatenate([part.astype(mx.uint32) for part in parts])
         return following, logprobs if wanted else None
 

@@ -83,8 +83,10 @@ def read_prompts(path: Path) -> list[str]:
         raise NotFoundError(f"There is no file '{path}'.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise FormatError(f"'{path}' cannot be read: {error}.") from None
-    found = [_prompt(line, f"'{path}', line {i}") if path.suffix.lower() == ".jsonl" else line.strip()
-             for i, line in enumerate(lines, start=1)]  # fmt: skip
+    found = [
+        _prompt(line, f"'{path}', line {i}") if path.suffix.lower() == ".jsonl" else line.strip()
+        for i, line in enumerate(lines, start=1)
+    ]
     if not found:
         raise FormatError(f"'{path}' holds no prompt.", "write one to a line.")
     return found

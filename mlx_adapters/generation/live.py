@@ -82,10 +82,16 @@ class LiveModel(Model):
         """All attached adapters, oldest first."""
         weights = {entry: weight for entry, weight in self.pool.selection}
         return tuple(
-            AdapterInfo(e.name, e.adapter.config.type, e.adapter.config.rank, len(e.adapter.config.keys), e.nbytes,
-                        weights.get(e))
+            AdapterInfo(
+                e.name,
+                e.adapter.config.type,
+                e.adapter.config.rank,
+                len(e.adapter.config.keys),
+                e.nbytes,
+                weights.get(e),
+            )
             for e in self.pool.attached.values()
-        )  # fmt: skip
+        )
 
     def attach(  # type: ignore[override]
         self, adapter: AnyAdapter, any_base: bool = False, *, name: str | None = None, use: bool = True
@@ -222,9 +228,16 @@ class LiveModel(Model):
             yield response
 
     def generate_batch(
-        self, prompts: Sequence[tuple[str | list[int], str | None]], *, max_tokens: int = 256,
-        temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None, raw: bool = False, max_batch: int = 16,
-    ) -> list[str]:  # fmt: skip
+        self,
+        prompts: Sequence[tuple[str | list[int], str | None]],
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        raw: bool = False,
+        max_batch: int = 16,
+    ) -> list[str]:
         """The answers to all prompts, decoded together, each with its own adapter.
 
         Args:
@@ -239,11 +252,14 @@ class LiveModel(Model):
         ids = [self.checked_ids(self.encode(p, raw) if isinstance(p, str) else p).tolist() for p, _ in prompts]
         requests = [
             Request(
-                prompt, None if name is None else self.pool.get(name), self.room(len(prompt), max_tokens),
-                Sampler(temperature, top_p, seed), frozenset(self.tokenizer.eos_token_ids),
+                prompt,
+                None if name is None else self.pool.get(name),
+                self.room(len(prompt), max_tokens),
+                Sampler(temperature, top_p, seed),
+                frozenset(self.tokenizer.eos_token_ids),
             )
             for prompt, (_, name) in zip(ids, prompts, strict=True)
-        ]  # fmt: skip
+        ]
         with self.pool.lock:
             answers = dict(answer_all(self.module, self.pool, requests, max_batch))
         return [text_of(self.tokenizer, answers[request]) for request in requests]
@@ -260,9 +276,13 @@ class LiveModel(Model):
 
 
 def load_model(
-    base: str | Path | Base, adapter: AnyAdapter | None = None, *, dtype: str = "auto", dense: bool | None = None,
+    base: str | Path | Base,
+    adapter: AnyAdapter | None = None,
+    *,
+    dtype: str = "auto",
+    dense: bool | None = None,
     any_base: bool = False,
-) -> LiveModel:  # fmt: skip
+) -> LiveModel:
     """Load a base model (or a fused folder) once, for any number of adapters.
 
     Args:

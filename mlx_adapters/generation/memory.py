@@ -47,8 +47,9 @@ class MemoryForecast:
     def peak_bytes(self) -> dict[int, int]:
         """Weights, adapter, KV cache and activations by context length."""
         standing = self.weights_bytes + self.adapter_bytes
-        return {n: standing + kv + min(n, PREFILL_CHUNK) * self.activation_bytes for n, kv in
-                self.kv_cache_bytes.items()}  # fmt: skip
+        return {
+            n: standing + kv + min(n, PREFILL_CHUNK) * self.activation_bytes for n, kv in self.kv_cache_bytes.items()
+        }
 
     def fits(self, memory_bytes: int) -> dict[int, bool]:
         """Whether each context length fits into so much memory."""
@@ -66,9 +67,15 @@ class InferenceEstimate:
 
 
 def estimate_inference(
-    base: str | Path | Base, adapter: str | Path | Adapter | None = None, *, contexts: Sequence[int] = (2048, 8192),
-    batch: int = 1, bits: Sequence[int] = (4, 8, 16), group_size: int = 64, memory_bytes: int | None = None,
-) -> InferenceEstimate:  # fmt: skip
+    base: str | Path | Base,
+    adapter: str | Path | Adapter | None = None,
+    *,
+    contexts: Sequence[int] = (2048, 8192),
+    batch: int = 1,
+    bits: Sequence[int] = (4, 8, 16),
+    group_size: int = 64,
+    memory_bytes: int | None = None,
+) -> InferenceEstimate:
     """Forecast the memory of inference: as stored, and at other precisions. `activation_bytes` is per token.
 
     Args:

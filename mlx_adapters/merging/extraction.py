@@ -110,9 +110,14 @@ def extract(
 
 
 def _assemble(
-    parts: dict[str, Decomposition], left_out: dict[str, float], base: Base, finetuned: str, dtype: mx.Dtype,
-    name: str | None, overwrite: bool,
-) -> Adapter:  # fmt: skip
+    parts: dict[str, Decomposition],
+    left_out: dict[str, float],
+    base: Base,
+    finetuned: str,
+    dtype: mx.Dtype,
+    name: str | None,
+    overwrite: bool,
+) -> Adapter:
     rank = max(part.rank for part in parts.values())
     weights: dict[str, mx.array] = {}
     for key, part in parts.items():

@@ -48,7 +48,7 @@ METHODS: dict[str, Method] = {
     "dare-linear-svd": Method("update", "random", False, True, "so on full updates, then SVD", _DARE),
     "dare-ties-svd": Method("update", "random", True, True, "so on full updates, then SVD", _DARE),
     "magnitude-prune-svd": Method("update", "magnitude", False, True, "so on full updates, then SVD", _PEFT),
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)

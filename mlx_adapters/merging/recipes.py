@@ -110,8 +110,15 @@ def merge(
     return _finish(result, adapters, recipe, name, overwrite)
 
 
-def subtract(minuend: Source, subtrahend: Source, *, weight: float = 1.0, name: str | None = None,
-             any_base: bool = False, overwrite: bool = False) -> Adapter:  # fmt: skip
+def subtract(
+    minuend: Source,
+    subtrahend: Source,
+    *,
+    weight: float = 1.0,
+    name: str | None = None,
+    any_base: bool = False,
+    overwrite: bool = False,
+) -> Adapter:
     """ΔA - weight · ΔB, exactly: takes away what the second adapter has learned (arXiv 2212.04089).
 
     Args:
@@ -221,18 +228,28 @@ def _checked_weights(adapters: Sequence[Adapter], weights: Sequence[float] | Non
 
 
 def _checked_method(
-    name: str, rank: int | str | None, energy: float | None, density: float | None, seed: int | None,
+    name: str,
+    rank: int | str | None,
+    energy: float | None,
+    density: float | None,
+    seed: int | None,
     sign_method: str | None,
-) -> Method:  # fmt: skip
+) -> Method:
     """The method; what it would ignore or lacks is a ConfigError."""
     if name not in METHODS:
         raise ConfigError(f"There is no merge method '{name}'.", did_you_mean(name, METHODS, f"{', '.join(METHODS)}."))
     method = METHODS[name]
-    require(method.truncate or (rank is None and energy is None), f"Method '{name}' has no rank to choose.",
-            "use 'svd' or a method that ends in '-svd'.")  # fmt: skip
+    require(
+        method.truncate or (rank is None and energy is None),
+        f"Method '{name}' has no rank to choose.",
+        "use 'svd' or a method that ends in '-svd'.",
+    )
     check_rank(rank, energy)
-    require(method.prune is None or density is not None, f"Method '{name}' needs a density.",
-            "the share of entries to keep, for example --density 0.5.")  # fmt: skip
+    require(
+        method.prune is None or density is not None,
+        f"Method '{name}' needs a density.",
+        "the share of entries to keep, for example --density 0.5.",
+    )
     require(method.prune is not None or density is None, f"Method '{name}' prunes nothing, so it takes no density.")
     require(density is None or 0 < density <= 1, f"density must be above 0 and at most 1, not {density}.")
     require(seed is None or method.prune == "random", f"Method '{name}' draws nothing, so it takes no seed.")
@@ -275,9 +292,14 @@ def _config(adapters: Sequence[Adapter], rank: int, scale: float, keys: tuple[st
 
 
 def _merge_layers(
-    name: str, method: Method, adapters: Sequence[Adapter], weights: Sequence[float], options: Options, seed: int,
+    name: str,
+    method: Method,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    options: Options,
+    seed: int,
     on_event: OnEvent,
-) -> dict[str, LowRankUpdate | Decomposition]:  # fmt: skip
+) -> dict[str, LowRankUpdate | Decomposition]:
     keys = _all_keys(adapters)
     merged: dict[str, LowRankUpdate | Decomposition] = {}
     for done, key in enumerate(keys, start=1):
@@ -324,8 +346,13 @@ def _result_dtype(
 
 
 def _describe(adapter: Adapter, weight: float) -> dict[str, Any]:
-    return {"name": adapter.name, "weight": weight, "rank": adapter.config.rank, "scale": adapter.config.scale,
-            "sha256": _sha256(adapter)}  # fmt: skip
+    return {
+        "name": adapter.name,
+        "weight": weight,
+        "rank": adapter.config.rank,
+        "scale": adapter.config.scale,
+        "sha256": _sha256(adapter),
+    }
 
 
 def _sha256(adapter: Adapter) -> str | None:

@@ -21,9 +21,15 @@ class Point:
 
 
 def sweep(
-    first: Source, second: Source, *, steps: int = 5, data: str | Path | None = None, base: str | None = None,
-    any_base: bool = False, on_event: OnEvent = ignore,
-) -> list[Point]:  # fmt: skip
+    first: Source,
+    second: Source,
+    *,
+    steps: int = 5,
+    data: str | Path | None = None,
+    base: str | None = None,
+    any_base: bool = False,
+    on_event: OnEvent = ignore,
+) -> list[Point]:
     """The interpolated adapters, with losses on `data` if given."""
     points = [Point(t, adapter) for t, adapter in interpolate(first, second, steps=steps, any_base=any_base)]
     if data is None:

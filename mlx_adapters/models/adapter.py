@@ -89,10 +89,15 @@ class Adapter:
 
         c, m = self.config, self.metadata
         facts = {
-            "type": c.type, "rank": c.rank, "scale": f"{c.scale:g}", "layers": len(c.keys),
-            "parameters": f"{self.parameters:,}", "base": self.base_name,
-            "iteration": self.iteration or m.get("iteration"), "best validation loss": m.get("best_validation_loss"),
-        }  # fmt: skip
+            "type": c.type,
+            "rank": c.rank,
+            "scale": f"{c.scale:g}",
+            "layers": len(c.keys),
+            "parameters": f"{self.parameters:,}",
+            "base": self.base_name,
+            "iteration": self.iteration or m.get("iteration"),
+            "best validation loss": m.get("best_validation_loss"),
+        }
         return html_block(self.name, html_facts(facts), loss_curve(*losses_of(m)))
 
     @property

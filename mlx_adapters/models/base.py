@@ -148,9 +148,12 @@ class Base:
         """What an adapter's metadata says of its base."""
         quantization = self.config.get("quantization")
         return {
-            "name": self.name, "revision": self.revision, "fingerprint": self.fingerprint,
-            "model_type": self.config.get("model_type"), "quantization": quantization,
-        }  # fmt: skip
+            "name": self.name,
+            "revision": self.revision,
+            "fingerprint": self.fingerprint,
+            "model_type": self.config.get("model_type"),
+            "quantization": quantization,
+        }
 
 
 def _check(config: Mapping[str, Any]) -> None:

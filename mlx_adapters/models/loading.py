@@ -32,9 +32,14 @@ from mlx_adapters.system.machine import on_gpu
 
 
 def load_model(
-    base: Base, adapter: Adapter | None = None, *, dtype: str = "auto", dense: bool | None = None,
-    any_base: bool = False, gradients: bool = False,
-) -> Model:  # fmt: skip
+    base: Base,
+    adapter: Adapter | None = None,
+    *,
+    dtype: str = "auto",
+    dense: bool | None = None,
+    any_base: bool = False,
+    gradients: bool = False,
+) -> Model:
     """Load a base model (or a fused folder), with an adapter on it if one is given.
 
     dtype: "auto" is float32 on a CPU and as stored on a GPU. dense: replace quantized layers by dense ones

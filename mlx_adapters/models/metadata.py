@@ -244,9 +244,17 @@ def _read(path: Path) -> dict[str, Any]:
 
 # What plain mlx-lm's trainer records beside the settings of the layers.
 MLX_LM_SETTINGS = (
-    "data", "iters", "batch_size", "learning_rate", "lr_schedule", "optimizer", "seed", "max_seq_length",
-    "mask_prompt", "grad_accumulation_steps",
-)  # fmt: skip
+    "data",
+    "iters",
+    "batch_size",
+    "learning_rate",
+    "lr_schedule",
+    "optimizer",
+    "seed",
+    "max_seq_length",
+    "mask_prompt",
+    "grad_accumulation_steps",
+)
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:

@@ -115,8 +115,10 @@ class Model:
         if context is None:
             return max_tokens
         if prompt_tokens > context:
-            raise ModelError(f"The prompt has {prompt_tokens} tokens; the model's context has {context}.",
-                             "shorten it, or begin a new conversation.")  # fmt: skip
+            raise ModelError(
+                f"The prompt has {prompt_tokens} tokens; the model's context has {context}.",
+                "shorten it, or begin a new conversation.",
+            )
         return min(max_tokens, context - prompt_tokens + 1)
 
     def checked_ids(self, ids: Sequence[int] | mx.array, before: int = 0) -> mx.array:
@@ -190,9 +192,16 @@ class Model:
         return self.module(ids[None])[0] if ids.ndim == 1 else self.module(ids)
 
     def stream(
-        self, prompt: str | list[int], *, max_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,
-        seed: int | None = None, raw: bool = False, cache: list[Any] | None = None,
-    ) -> Iterator[Any]:  # fmt: skip
+        self,
+        prompt: str | list[int],
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        raw: bool = False,
+        cache: list[Any] | None = None,
+    ) -> Iterator[Any]:
         """Yield mlx-lm's responses (`.text`, `.token`, `.finish_reason`) as they are made.
 
         An answer that the model's context has no more room for ends with the reason "context".
@@ -230,9 +239,15 @@ class Model:
         return make_sampler(temp=temperature, top_p=top_p)
 
     def generate(
-        self, prompt: str | list[int], *, max_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,
-        seed: int | None = None, raw: bool = False,
-    ) -> Generation:  # fmt: skip
+        self,
+        prompt: str | list[int],
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        raw: bool = False,
+    ) -> Generation:
         """The model's answer to a prompt.
 
         Args:

@@ -60,7 +60,9 @@ def make_feed(rows: Sequence[Row], config: TrainConfig, *, gpu: bool, world: Wor
     bins = fill_bins(lengths, config.max_seq_length) if config.packing else [[i] for i in range(len(rows))]
     if config.batch_size > len(bins):
         there = count(len(bins), "packed sequence" if config.packing else "row")
-        raise ConfigError(f"batch_size {config.batch_size} is larger than the {there} of training data.",
-                          f"use --batch-size {len(bins)} or less.")  # fmt: skip
+        raise ConfigError(
+            f"batch_size {config.batch_size} is larger than the {there} of training data.",
+            f"use --batch-size {len(bins)} or less.",
+        )
     # A new shape costs a GPU seconds of compilation; on a CPU the padding costs more.
     return Feed(rows, bins, config, 32 if gpu else 1, gpu, world or World())

@@ -162,8 +162,15 @@ class TrainStep:
             summed = self._loss(weights, batch)
             return summed * share, summed, calls.random_key()
 
-        def gradient(weights: Weights, tokens: mx.array, positions: mx.array, targets: mx.array,
-                     counted: mx.array, segments: mx.array | None, share: mx.array) -> tuple:  # fmt: skip
+        def gradient(
+            weights: Weights,
+            tokens: mx.array,
+            positions: mx.array,
+            targets: mx.array,
+            counted: mx.array,
+            segments: mx.array | None,
+            share: mx.array,
+        ) -> tuple:
             self.module.train()
             batch = Arrays(tokens, positions, targets, counted, segments)
             with self._at_work(rounding, recompute):  # the backward pass calls blocks again
@@ -174,8 +181,14 @@ class TrainStep:
         return gradient
 
     def _make_evaluate(self, rounding: bool):
-        def evaluate(weights: Weights, tokens: mx.array, positions: mx.array, targets: mx.array,
-                     counted: mx.array, segments: mx.array | None) -> mx.array:  # fmt: skip
+        def evaluate(
+            weights: Weights,
+            tokens: mx.array,
+            positions: mx.array,
+            targets: mx.array,
+            counted: mx.array,
+            segments: mx.array | None,
+        ) -> mx.array:
             self.module.eval()
             with self._at_work(rounding, False):
                 return self._loss(weights, Arrays(tokens, positions, targets, counted, segments))

@@ -41,9 +41,13 @@ def as_mlx(peft: PeftAdapter, base: Base, source: str, tie: bool = False, on_eve
 
 
 def convert(
-    peft: PeftAdapter, module: Any, layout: Layout, base_name: str, tie: bool = False,
+    peft: PeftAdapter,
+    module: Any,
+    layout: Layout,
+    base_name: str,
+    tie: bool = False,
     replaced: Mapping[str, mx.array] | None = None,
-) -> Converted:  # fmt: skip
+) -> Converted:
     """The MLX adapter for a loaded base module, checked against it; `replaced`: weights that are not the module's."""
     layers = adaptable_layers(module)
     _check_base_copies(peft, Places(layers, layout), base_name, replaced or {})

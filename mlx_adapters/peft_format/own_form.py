@@ -157,16 +157,28 @@ def _config(
     config = adapter.config
     alpha = config.scale * config.rank
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
-        "base_model_name_or_path": adapter.base_name, "revision": None,
-        "r": config.rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "bias": "none",
+        "base_model_name_or_path": adapter.base_name,
+        "revision": None,
+        "r": config.rank,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "lora_dropout": config.dropout,
-        "use_rslora": False, "use_dora": config.type == "dora", "init_lora_weights": True,
-        "target_modules": targets, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None,
-        "fan_in_fan_out": model_type in FAN_IN_FAN_OUT, "layers_to_transform": None, "layers_pattern": None,
+        "use_rslora": False,
+        "use_dora": config.type == "dora",
+        "init_lora_weights": True,
+        "target_modules": targets,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "modules_to_save": None,
+        "fan_in_fan_out": model_type in FAN_IN_FAN_OUT,
+        "layers_to_transform": None,
+        "layers_pattern": None,
         **({"ensure_weight_tying": True} if tying else {}),
         **({"target_parameters": parameters} if parameters else {}),
-    }  # fmt: skip
+    }
 
 
 def unloaded(

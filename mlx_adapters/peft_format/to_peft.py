@@ -82,9 +82,16 @@ def _as_it_came(adapter: Adapter, origin: Mapping[str, Any]) -> PeftForm:
 
 
 def _cut(
-    adapter: Adapter, settings: PeftSettings, path: str, a: mx.array, b: mx.array, m: mx.array | None = None,
-    fold: Fold | None = None, parameter: str | None = None, embedding: bool = False,
-) -> tuple[mx.array, mx.array, mx.array | None]:  # fmt: skip
+    adapter: Adapter,
+    settings: PeftSettings,
+    path: str,
+    a: mx.array,
+    b: mx.array,
+    m: mx.array | None = None,
+    fold: Fold | None = None,
+    parameter: str | None = None,
+    embedding: bool = False,
+) -> tuple[mx.array, mx.array, mx.array | None]:
     """Undo padding, change of scale and what loading does: a (in, R) -> (in, r), b (R, out) -> (r, out), m."""
     rank, scale = settings.strength(path, parameter)
     padding = [a[:, rank:], b[rank:]]

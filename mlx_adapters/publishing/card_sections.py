@@ -124,8 +124,10 @@ def training(subject: Subject, facts: Facts) -> str:
     parts = []
     data = metadata.get("data") or {}
     if data.get("splits"):
-        rows = [(name, f"{part.get('rows', 0):,}", f"`{str(part.get('sha256'))[:16]}`")
-                for name, part in data["splits"].items()]  # fmt: skip
+        rows = [
+            (name, f"{part.get('rows', 0):,}", f"`{str(part.get('sha256'))[:16]}`")
+            for name, part in data["splits"].items()
+        ]
         parts += [f"Data: `{data.get('source')}`.", table(("split", "rows", "SHA-256"), rows)]
     losses = _losses(subject)
     if losses:
@@ -201,10 +203,16 @@ def fidelity(subject: Subject, facts: Facts) -> str:
 def _fidelity_table(found: Mapping[str, Any], source: str) -> str:
     rows = [
         ("base with the adapter", "0", "0", "0", "1", found.get("loss_adapter")),
-        ("**this model**", found.get("kl_mean"), found.get("kl_median"), found.get("kl_p99"), found.get("same_top"),
-         found.get("loss_fused")),
+        (
+            "**this model**",
+            found.get("kl_mean"),
+            found.get("kl_median"),
+            found.get("kl_p99"),
+            found.get("same_top"),
+            found.get("loss_fused"),
+        ),
         ("base alone", found.get("base_kl"), None, None, found.get("base_same_top"), found.get("loss_base")),
-    ]  # fmt: skip
+    ]
     cells = [[cell if isinstance(cell, str) else number(cell, 4) for cell in row] for row in rows]
     headers = ("model", "KL", "KL median", "KL 99 %", "same top token", "loss")
     return (
@@ -243,8 +251,10 @@ def limits(subject: Subject, facts: Facts) -> str:
         quantization = base.get("quantization")
         stored = f" stored at {quantization['bits']} bits" if isinstance(quantization, Mapping) else ""
         revision = f" (revision `{base['revision']}`)" if base.get("revision") else ""
-        found.append(f"It needs its base model. It was made on {base_name(subject, facts)}{revision}{stored}; "
-                     "on other weights nobody has measured it.")  # fmt: skip
+        found.append(
+            f"It needs its base model. It was made on {base_name(subject, facts)}{revision}{stored}; "
+            "on other weights nobody has measured it."
+        )
     settings = subject.trained.get("training")
     longest = settings.get("max_seq_length") if isinstance(settings, Mapping) else None
     if longest:
@@ -264,8 +274,10 @@ def recipe(subject: Subject, facts: Facts) -> str:
     if isinstance(versions, Mapping):
         parts.append("Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".")
     if subject.recipe:
-        parts.append(f"`{FUSE_RECIPE_FILE}` holds all settings; with base and adapter at hand the same bytes come "
-                     f"out of `mlx-adapters fuse --again {FUSE_RECIPE_FILE} OUT`.")  # fmt: skip
+        parts.append(
+            f"`{FUSE_RECIPE_FILE}` holds all settings; with base and adapter at hand the same bytes come "
+            f"out of `mlx-adapters fuse --again {FUSE_RECIPE_FILE} OUT`."
+        )
     recorded = (subject.metadata.get("sha256") or {}).get(ADAPTER_FILE)
     if recorded and subject.adapter and subject.adapter.iteration is None:
         parts.append(f"SHA-256 of `{ADAPTER_FILE}`: `{recorded}`.")

@@ -169,15 +169,23 @@ def base_card(name: str, text: str, is_hub_id: bool) -> BaseCard:
     license = front.get("license")
     return BaseCard(
         hub_id=name.partition("@")[0] if is_hub_id else origin if isinstance(origin, str) else None,
-        license=license if isinstance(license, str) else None, license_name=front.get("license_name"),
-        license_link=front.get("license_link"), language=front.get("language"), note=note,
-    )  # fmt: skip
+        license=license if isinstance(license, str) else None,
+        license_name=front.get("license_name"),
+        license_link=front.get("license_link"),
+        language=front.get("language"),
+        note=note,
+    )
 
 
 def make_card(
-    subject: Subject, base: BaseCard, *, repo: str | None = None, old: str = "", license: str | None = None,
+    subject: Subject,
+    base: BaseCard,
+    *,
+    repo: str | None = None,
+    old: str = "",
+    license: str | None = None,
     base_model: str | None = None,
-) -> Card:  # fmt: skip
+) -> Card:
     """The card of `subject`. `old` is the README that is there: the user's part and keys are taken over.
 
     Raises ConfigError for a `license` or `base_model` that the Hub would refuse.
@@ -220,13 +228,16 @@ def _model_index(subject: Subject) -> list[dict[str, Any]] | None:
     results = []
     for scores in subject.evaluations:
         dataset = str(scores["data"])
-        metrics = [{"type": name, "name": name.replace("_", " "), "value": value}
-                   for name, value in scores["metrics"].items()]  # fmt: skip
-        results.append({
-            "task": {"type": "text-generation"},
-            "dataset": {"name": dataset, "type": dataset.removeprefix("hf:")},
-            "metrics": metrics,
-        })  # fmt: skip
+        metrics = [
+            {"type": name, "name": name.replace("_", " "), "value": value} for name, value in scores["metrics"].items()
+        ]
+        results.append(
+            {
+                "task": {"type": "text-generation"},
+                "dataset": {"name": dataset, "type": dataset.removeprefix("hf:")},
+                "metrics": metrics,
+            }
+        )
     return [{"name": subject.name, "results": results}] if results else None
 
 

@@ -23,24 +23,44 @@ from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CONFIG_FILE, FUSE_RE
 
 GGUF_FILE = "model.gguf"
 TOKENIZER = (
-    "tokenizer*.json", "tokenizer*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "*.jinja", "spiece.model", "sentencepiece*.model",
-)  # fmt: skip
+    "tokenizer*.json",
+    "tokenizer*.model",
+    "*.tiktoken",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.jinja",
+    "spiece.model",
+    "sentencepiece*.model",
+)
 PUBLISHED = {
     "adapter": (ADAPTER_FILE, CONFIG_FILE, METADATA_FILE),
     "peft": (PEFT_WEIGHTS_FILE, CONFIG_FILE, *TOKENIZER),
     "model": (
-        "config.json", "generation_config.json", "model*.safetensors", OTHER_FILE, INDEX_FILE, *TOKENIZER,
-        "*preprocessor_config.json", "processor_config.json", "chat_template.json", "*.py", FUSE_RECIPE_FILE,
+        "config.json",
+        "generation_config.json",
+        "model*.safetensors",
+        OTHER_FILE,
+        INDEX_FILE,
+        *TOKENIZER,
+        "*preprocessor_config.json",
+        "processor_config.json",
+        "chat_template.json",
+        "*.py",
+        FUSE_RECIPE_FILE,
         REPORT_FILE,
     ),
     "gguf": (GGUF_FILE, FUSE_RECIPE_FILE, REPORT_FILE),
-}  # fmt: skip
+}
 LICENSE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 REQUIRED = {
-    "adapter": (ADAPTER_FILE, CONFIG_FILE), "peft": (PEFT_WEIGHTS_FILE, CONFIG_FILE), "model": ("config.json",),
+    "adapter": (ADAPTER_FILE, CONFIG_FILE),
+    "peft": (PEFT_WEIGHTS_FILE, CONFIG_FILE),
+    "model": ("config.json",),
     "gguf": (GGUF_FILE,),
-}  # fmt: skip
+}
 Kind = Literal["adapter", "peft", "model", "gguf"]
 
 
@@ -130,8 +150,11 @@ class Subject:
         named = self.adapter.iteration if self.adapter else None
         wanted = {named} if named is not None else {None, self.metadata.get("iteration")}
         saved = self.metadata.get("evaluations") or () if self.kind == "adapter" else ()
-        return [{**entry, "data": f"{entry['data']} ({entry['split']}, {entry['rows']} rows)"}
-                for entry in saved if entry.get("iteration") in wanted]  # fmt: skip
+        return [
+            {**entry, "data": f"{entry['data']} ({entry['split']}, {entry['rows']} rows)"}
+            for entry in saved
+            if entry.get("iteration") in wanted
+        ]
 
     @property
     def validation_loss(self) -> float | None:
@@ -206,9 +229,19 @@ def _subject(folder: Path, iteration: int | None) -> Subject:
         for file, kinds in ((FUSE_RECIPE_FILE, RECIPE_KINDS), (REPORT_FILE, REPORT_KINDS))
     )
     return Subject(
-        kind, name, folder, sources, tuple(left_out), clean(config), clean(metadata), clean(recipe), clean(report),
-        adapter, _base_of(metadata, recipe, config).get("name"), _fused_adapter(recipe),
-    )  # fmt: skip
+        kind,
+        name,
+        folder,
+        sources,
+        tuple(left_out),
+        clean(config),
+        clean(metadata),
+        clean(recipe),
+        clean(report),
+        adapter,
+        _base_of(metadata, recipe, config).get("name"),
+        _fused_adapter(recipe),
+    )
 
 
 def _fused_adapter(recipe: Mapping[str, Any]) -> Adapter | None:

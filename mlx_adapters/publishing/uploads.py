@@ -59,9 +59,14 @@ class Publication:
 
 
 def make_card(
-    source: str | Path | Adapter, *, repo: str | None = None, base_model: str | None = None, license: str | None = None,
-    benchmark: str | Path | None = None, old: str | None = None,
-) -> cards.Card:  # fmt: skip
+    source: str | Path | Adapter,
+    *,
+    repo: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    benchmark: str | Path | None = None,
+    old: str | None = None,
+) -> cards.Card:
     """The card (README.md) of an adapter or model, from its metadata.
 
     Args:
@@ -83,9 +88,14 @@ def make_card(
 
 
 def write_card(
-    source: str | Path | Adapter, *, repo: str | None = None, base_model: str | None = None, license: str | None = None,
-    benchmark: str | Path | None = None, on_event: OnEvent = ignore,
-) -> Path:  # fmt: skip
+    source: str | Path | Adapter,
+    *,
+    repo: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    benchmark: str | Path | None = None,
+    on_event: OnEvent = ignore,
+) -> Path:
     """Write the card as README.md, with its pictures, into the folder of `source`; the user's part is kept."""
     subject = read_subject(source, benchmark)
     card = _card_of(subject, repo, base_model, license)
@@ -121,11 +131,21 @@ def _base_card(subject: Subject) -> cards.BaseCard:
 
 
 def publish(
-    source: str | Path | Adapter, repo: str, *, private: bool = True, dry_run: bool = False, message: str | None = None,
-    revision: str | None = None, create_pr: bool = False, exclude: Sequence[str] = (), base_model: str | None = None,
-    license: str | None = None, benchmark: str | Path | None = None, show_progress: bool = False,
+    source: str | Path | Adapter,
+    repo: str,
+    *,
+    private: bool = True,
+    dry_run: bool = False,
+    message: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    exclude: Sequence[str] = (),
+    base_model: str | None = None,
+    license: str | None = None,
+    benchmark: str | Path | None = None,
+    show_progress: bool = False,
     on_event: OnEvent = ignore,
-) -> Publication:  # fmt: skip
+) -> Publication:
     """Upload an adapter or a fused model with its card to the Hub, private unless told otherwise.
 
     Args:
@@ -181,9 +201,15 @@ def publish(
 
 
 def _stage(
-    subject: Subject, folder: Path, repo: str, remote: Remote, exclude: Sequence[str], base_model: str | None,
-    license: str | None, on_event: OnEvent,
-) -> str:  # fmt: skip
+    subject: Subject,
+    folder: Path,
+    repo: str,
+    remote: Remote,
+    exclude: Sequence[str],
+    base_model: str | None,
+    license: str | None,
+    on_event: OnEvent,
+) -> str:
     """Fill `folder` with everything that goes up, and return the card's text."""
     staging.stage(subject, folder)
     local = _local_readme(subject.folder)
@@ -264,8 +290,9 @@ class _Uploader:
         try:
             card.validate()
         except ValueError as error:
-            raise HubError(f"The Hub refuses the card: {' '.join(str(error).split())}",
-                           "see --license and --base-model.") from error  # fmt: skip
+            raise HubError(
+                f"The Hub refuses the card: {' '.join(str(error).split())}", "see --license and --base-model."
+            ) from error
 
     def _upload_with_retries(self) -> Any:
         """What is already there is not sent again, so each attempt goes on where the last one broke."""
@@ -284,9 +311,13 @@ class _Uploader:
         if self.new_branch and not self.made_branch:
             self.made_branch = self._make_branch(self.new_branch)
         return self.api.upload_folder(
-            repo_id=self.repo, folder_path=self.folder, revision=self.revision, create_pr=self.create_pr,
-            commit_message=self.message or "Upload with mlx_adapters", delete_patterns=list(self.deletes) or None,
-        )  # fmt: skip
+            repo_id=self.repo,
+            folder_path=self.folder,
+            revision=self.revision,
+            create_pr=self.create_pr,
+            commit_message=self.message or "Upload with mlx_adapters",
+            delete_patterns=list(self.deletes) or None,
+        )
 
     def _make_branch(self, branch: str) -> bool:
         """Make a branch; False if somebody made it meanwhile."""

@@ -53,9 +53,16 @@ class Task:
         """The rounded weight: calibrated, or to nearest where that is better; `doubt`: the damping of that judgment."""
         dtype = getattr(mx, self.dtype)
         packed, loss = calibrated(
-            self.weight, self.hessian, self.quantization, dtype, self.start, self.outputs,
-            together=self.together, output_damping=self.output_damping, update=self.update,
-        )  # fmt: skip
+            self.weight,
+            self.hessian,
+            self.quantization,
+            dtype,
+            self.start,
+            self.outputs,
+            together=self.together,
+            output_damping=self.output_damping,
+            update=self.update,
+        )
         outputs, damping = self.outputs, self.output_damping
         plain = nearest_if_better(packed, self.weight, self.hessian, dtype, outputs, self.doubt, damping)
         return Done(*(plain or (packed, loss)), plain is not None).times(self.unit)

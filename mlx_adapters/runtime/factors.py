@@ -102,8 +102,12 @@ def below_each_other(parts: Sequence[Factors | None], widths: Sequence[int]) -> 
             rank = f.a.shape[0]
             rows.append(mx.pad(f.b, [(0, 0), (start, total - start - rank)]))
             start += rank
-    return Factors(mx.concatenate([f.a for f in there]), stored(mx.concatenate(rows)),
-                   _row(parts, widths, "gain", 1, dtype), _row(parts, widths, "shift", 0, dtype))  # fmt: skip
+    return Factors(
+        mx.concatenate([f.a for f in there]),
+        stored(mx.concatenate(rows)),
+        _row(parts, widths, "gain", 1, dtype),
+        _row(parts, widths, "shift", 0, dtype),
+    )
 
 
 def _row(

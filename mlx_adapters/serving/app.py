@@ -202,8 +202,17 @@ class Server:
         if not all(token < self.engine.model.vocabulary for token in prompt):
             raise ApiError(400, "The text has tokens that the model does not know.", param=where)
         limit = self.token_limit(asked, len(prompt), where)
-        job = Job(model, prompt, limit, asked.temperature, asked.top_p, asked.seed, asked.stop, asked.top_logprobs,
-                  continues=not chat)  # fmt: skip
+        job = Job(
+            model,
+            prompt,
+            limit,
+            asked.temperature,
+            asked.top_p,
+            asked.seed,
+            asked.stop,
+            asked.top_logprobs,
+            continues=not chat,
+        )
         writer = Writer(asked, model, chat, lambda token: self.tokenizer.decode([token]))
         self.engine.submit(job)
         headers = {"X-Adapter": quote(model, safe="/:@ ")}
@@ -220,9 +229,13 @@ class Server:
         except ModelError as error:
             raise ApiError(400, error.message, param=where, code="context_length_exceeded") from None
         if asked.max_tokens and asked.max_tokens > room:
-            raise ApiError(400, f"The prompt has {prompt_tokens} tokens and {asked.max_tokens} were asked for; the "
-                           f"model's context has room for {room}.", param=where,
-                           code="context_length_exceeded")  # fmt: skip
+            raise ApiError(
+                400,
+                f"The prompt has {prompt_tokens} tokens and {asked.max_tokens} were asked for; the "
+                f"model's context has room for {room}.",
+                param=where,
+                code="context_length_exceeded",
+            )
         if (asked.max_tokens or 0) > self.settings.max_tokens:
             raise ApiError(400, f"max_tokens may be at most {self.settings.max_tokens} here.", param="max_tokens")
         return room
@@ -244,8 +257,9 @@ class Server:
                 text += piece.text
                 tokens += piece.tokens
                 if piece.finish_reason is not None:
-                    return writer.whole(text, tokens, piece.finish_reason,
-                                        usage(len(job.prompt), piece.completion_tokens))  # fmt: skip
+                    return writer.whole(
+                        text, tokens, piece.finish_reason, usage(len(job.prompt), piece.completion_tokens)
+                    )
         finally:
             gone.cancel()
             self.engine.cancel(job)

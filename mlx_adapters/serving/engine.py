@@ -108,10 +108,13 @@ class Engine:
         """Bring the gauges up to date."""
         pool = self.model.pool
         gauges = {
-            "queue_length": len(self._batcher.waiting) + len(self._parked), "running": len(self._batcher.rows),
-            "adapters_resident": len(pool.attached), "adapter_bytes": pool.nbytes,
-            "memory_active_bytes": mx.get_active_memory(), "memory_peak_bytes": mx.get_peak_memory(),
-        }  # fmt: skip
+            "queue_length": len(self._batcher.waiting) + len(self._parked),
+            "running": len(self._batcher.rows),
+            "adapters_resident": len(pool.attached),
+            "adapter_bytes": pool.nbytes,
+            "memory_active_bytes": mx.get_active_memory(),
+            "memory_peak_bytes": mx.get_peak_memory(),
+        }
         for name, value in gauges.items():
             self.metrics.set(name, value)
 
@@ -200,9 +203,13 @@ class Engine:
                     return False
             job.text = TextStream(self.model.tokenizer, job.stop, job.continues)
             job.request = Request(
-                job.prompt, attached, job.max_tokens, Sampler(job.temperature, job.top_p, job.seed),
-                frozenset(self.model.tokenizer.eos_token_ids), job.top_logprobs,
-            )  # fmt: skip
+                job.prompt,
+                attached,
+                job.max_tokens,
+                Sampler(job.temperature, job.top_p, job.seed),
+                frozenset(self.model.tokenizer.eos_token_ids),
+                job.top_logprobs,
+            )
         except ApiError as error:
             self._fail(job, error)
             return True

@@ -67,10 +67,14 @@ class Metrics:
                     if of != name:
                         continue
                     bounds = [*(f"{bound:g}" for bound in buckets), "+Inf"]
-                    lines += [f"{PREFIX}{name}_bucket{_labels((*key, ('le', bound)))} {_number(count)}"
-                              for bound, count in zip(bounds, cells, strict=False)]  # fmt: skip
-                    lines += [f"{PREFIX}{name}_count{_labels(key)} {_number(cells[-2])}",
-                              f"{PREFIX}{name}_sum{_labels(key)} {_number(cells[-1])}"]  # fmt: skip
+                    lines += [
+                        f"{PREFIX}{name}_bucket{_labels((*key, ('le', bound)))} {_number(count)}"
+                        for bound, count in zip(bounds, cells, strict=False)
+                    ]
+                    lines += [
+                        f"{PREFIX}{name}_count{_labels(key)} {_number(cells[-2])}",
+                        f"{PREFIX}{name}_sum{_labels(key)} {_number(cells[-1])}",
+                    ]
         return "\n".join(lines) + "\n"
 
 

@@ -20,11 +20,20 @@ DEFAULT_MAX_TOKENS = 512
 MAX_STOPS, MAX_STOP_LENGTH, MAX_TOP_LOGPROBS = 4, 256, 20
 # Options we do not have -> the values that mean "not used".
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (None, 1), "best_of": (None, 1), "echo": (None, False), "suffix": (None, ""),
-    "presence_penalty": (None, 0), "frequency_penalty": (None, 0), "logit_bias": (None, {}), "tools": (None, []),
-    "tool_choice": (None, "none", "auto"), "functions": (None, []), "response_format": (None, {"type": "text"}),
-    "parallel_tool_calls": (None, True, False), "modalities": (None, ["text"]),
-}  # fmt: skip
+    "n": (None, 1),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "suffix": (None, ""),
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
+    "logit_bias": (None, {}),
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "response_format": (None, {"type": "text"}),
+    "parallel_tool_calls": (None, True, False),
+    "modalities": (None, ["text"]),
+}
 # Options that ask for nothing of the model.
 NOTES = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 SHARED = {"model", "stream", "stream_options", "stop", "seed", "temperature", "top_p", "max_tokens", "logprobs"}
@@ -102,8 +111,9 @@ def _refuse_unknown(raw: Mapping[str, Any], known: set[str]) -> None:
             continue
         if name not in NEUTRAL:
             hint = did_you_mean(name, known)
-            raise ApiError(400, f"Unrecognized request argument: {name[:100]}." + (f" {hint}" if hint else ""),
-                           param=name[:100])  # fmt: skip
+            raise ApiError(
+                400, f"Unrecognized request argument: {name[:100]}." + (f" {hint}" if hint else ""), param=name[:100]
+            )
         if value not in NEUTRAL[name]:
             raise ApiError(400, f"This server does not support '{name}'.", param=name, code="unsupported_parameter")
 
@@ -138,8 +148,11 @@ def _stop(value: Any) -> tuple[str, ...]:
     words = [value] if isinstance(value, str) else value if value is not None else []
     good = isinstance(words, list) and all(isinstance(w, str) and 0 < len(w) <= MAX_STOP_LENGTH for w in words)
     if not good or len(words) > MAX_STOPS:
-        raise ApiError(400, f"'stop' must be a string or up to {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} "
-                       "characters.", param="stop")  # fmt: skip
+        raise ApiError(
+            400,
+            f"'stop' must be a string or up to {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters.",
+            param="stop",
+        )
     return tuple(words)
 
 
@@ -238,8 +251,12 @@ class Writer:
             offsets.append(self._offset)
             self._offset += len(text)
         top = [{self._token_text(i): _finite(p) for i, p in t.top} for t in tokens]
-        return {"tokens": texts, "token_logprobs": [_finite(t.logprob) for t in tokens], "top_logprobs": top,
-                "text_offset": offsets}  # fmt: skip
+        return {
+            "tokens": texts,
+            "token_logprobs": [_finite(t.logprob) for t in tokens],
+            "top_logprobs": top,
+            "text_offset": offsets,
+        }
 
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self._token_text(token)
@@ -257,5 +274,8 @@ def _finite(logprob: float | None) -> float:
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     """OpenAI's usage record."""
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens}  # fmt: skip
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }

@@ -95,5 +95,8 @@ def check_names(base: str, adapters: Sequence[str], splits: Sequence[TrafficSpli
         require(names.count(name) == 1, f"The name '{name}' is used twice.", "rename one: --adapter NAME=REF.")
     for split in splits:
         for arm, _ in split.arms:
-            require(arm in (base, *adapters), f"Split '{split.name}' names '{arm}', which is not served.",
-                    f"serve it too: --adapter {arm}.")  # fmt: skip
+            require(
+                arm in (base, *adapters),
+                f"Split '{split.name}' names '{arm}', which is not served.",
+                f"serve it too: --adapter {arm}.",
+            )

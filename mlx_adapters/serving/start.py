@@ -44,9 +44,13 @@ def read_keys(path: Path) -> tuple[str, ...]:
 
 
 def make_engine(
-    base: str, adapters: Sequence[tuple[str, str]], settings: ServeSettings, *, dtype: str = "auto",
+    base: str,
+    adapters: Sequence[tuple[str, str]],
+    settings: ServeSettings,
+    *,
+    dtype: str = "auto",
     name: str | None = None,
-) -> Engine:  # fmt: skip
+) -> Engine:
     """Load the base, check every adapter against it and keep the first ones in memory.
 
     `base` may be a fused model. It is served as `name`, else as it is called, a folder by its last part. Raises
@@ -69,9 +73,11 @@ def make_engine(
 
 
 def run_server(
-    engine: Engine, on_start: Callable[[str, Callable[[], None]], None], listener: socket.socket | None = None,
+    engine: Engine,
+    on_start: Callable[[str, Callable[[], None]], None],
+    listener: socket.socket | None = None,
     on_second_interrupt: Callable[[], None] = lambda: None,
-) -> None:  # fmt: skip
+) -> None:
     """Listen until interrupted, then finish what is under way.
 
     `on_second_interrupt` is called, in the signal's handler, by an interrupt that comes meanwhile. `on_start` gets
@@ -89,9 +95,15 @@ def run_server(
     settings = engine.settings
     listener = listener or bind(settings.host, settings.port)
     config: Any = uvicorn.Config(
-        Server(engine).app(), log_level="warning", access_log=False, lifespan="on", timeout_keep_alive=30,
-        timeout_graceful_shutdown=30, server_header=False, h11_max_incomplete_event_size=64 << 10,
-    )  # fmt: skip
+        Server(engine).app(),
+        log_level="warning",
+        access_log=False,
+        lifespan="on",
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=30,
+        server_header=False,
+        h11_max_incomplete_event_size=64 << 10,
+    )
     host, port = listener.getsockname()[:2]
 
     class Listening(uvicorn.Server):

@@ -45,9 +45,12 @@ class EventStream(Response):
     """Server-sent events; `on_end` is called however it ends, a reader that stops reading is let go."""
 
     def __init__(
-        self, chunks: AsyncIterator[dict[str, Any] | ApiError], on_end: Callable[[], None], write_seconds: float,
+        self,
+        chunks: AsyncIterator[dict[str, Any] | ApiError],
+        on_end: Callable[[], None],
+        write_seconds: float,
         headers: dict[str, str],
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(None, 200, {"Cache-Control": "no-cache", **headers}, "text/event-stream")
         del self.headers["content-length"]
         self.chunks, self.on_end, self.write_seconds = chunks, on_end, write_seconds

@@ -144,8 +144,10 @@ def convert(gguf: Path, folder: Path) -> None:
     config = _config(metadata)
     tensor_files.write_safetensors(folder / "model.safetensors", _weights(tensors, config))
     files.write_json(folder / "config.json", config)
-    files.write_json(folder / "generation_config.json", {"bos_token_id": config["bos_token_id"],
-                                                         "eos_token_id": config["eos_token_id"]})  # fmt: skip
+    files.write_json(
+        folder / "generation_config.json",
+        {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]},
+    )
     files.write_json(folder / "tokenizer.json", _tokenizer(metadata))
     files.write_json(folder / "tokenizer_config.json", _tokenizer_config(metadata))
     files.write_text(folder / "README.md", MODEL_CARD)

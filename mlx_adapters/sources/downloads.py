@@ -35,9 +35,13 @@ class Download:
 
 
 def download(
-    repo: str, *, name: str | None = None, base: str | Path | None = None, overwrite: bool = False,
+    repo: str,
+    *,
+    name: str | None = None,
+    base: str | Path | None = None,
+    overwrite: bool = False,
     show_progress: bool = False,
-) -> Download:  # fmt: skip
+) -> Download:
     """Take an adapter (mlx-lm's or PEFT's form) from the Hub into the registry, or a model into the cache.
 
     Args:
@@ -62,8 +66,11 @@ def download(
         reference.target, reference.revision, [*ADAPTER_FILES, "config.json"], show_progress=show_progress
     )
     if not (found / CONFIG_FILE).is_file() and (found / "config.json").is_file():
-        require(name is None and base is None, f"'{reference.target}' is a model: it stays in the cache under its id.",
-                "--name and --base are for adapters; use the model by its id, --base user/name.")  # fmt: skip
+        require(
+            name is None and base is None,
+            f"'{reference.target}' is a model: it stays in the cache under its id.",
+            "--name and --base are for adapters; use the model by its id, --base user/name.",
+        )
         return Download(reference.target, commit, "model", resolve_base(f"{reference.target}@{commit}").folder)
     folder = adapter_snapshot(reference.target, commit, base=base)
     adapter = register(read_adapter(folder), name or reference.target.partition("/")[2], overwrite)
@@ -121,8 +128,10 @@ def _read_peft(
 ) -> Adapter:
     base = base or raw.get("base_model_name_or_path")
     if not base or (isinstance(base, str) and paths.is_path(base) and not Path(base).exists()):
-        raise HubError(f"'{repo}' is a PEFT adapter that does not name its base model on the Hub.",
-                       f"say which one: mlx-adapters download {repo} --base BASE --name NAME")  # fmt: skip
+        raise HubError(
+            f"'{repo}' is a PEFT adapter that does not name its base model on the Hub.",
+            f"say which one: mlx-adapters download {repo} --base BASE --name NAME",
+        )
     peft = read_peft(folder)
     refuse_beyond_lora(peft)
     adapter = as_mlx(peft, resolve_base(base), repo)

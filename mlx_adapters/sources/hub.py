@@ -53,8 +53,11 @@ def check_repo(repo: str) -> None:
 def check_branch(name: str) -> None:
     """Raise ConfigError for what git does not accept as the name of a branch (git-check-ref-format)."""
     bad = BAD_BRANCH.search(name)
-    require(bool(name) and not bad, f"'{name}' cannot be the name of a branch.",
-            f"it has {bad[0]!r} in it." if bad else "it is empty.")  # fmt: skip
+    require(
+        bool(name) and not bad,
+        f"'{name}' cannot be the name of a branch.",
+        f"it has {bad[0]!r} in it." if bad else "it is empty.",
+    )
 
 
 def _translate(what: str, error: BaseException) -> AdapterError | None:
@@ -66,9 +69,11 @@ def _translate(what: str, error: BaseException) -> AdapterError | None:
     if isinstance(error, HFValidationError):
         return ConfigError(f"Cannot {what}: {_short(error)}")
     if isinstance(error, LocalEntryNotFoundError):
-        return HubError(f"Cannot {what}: it is not in the cache, and the Hub cannot be reached.",
-                        "if it is meant to be a folder, there is none of that name here; else check the network, and "
-                        "HF_HUB_OFFLINE.")  # fmt: skip
+        return HubError(
+            f"Cannot {what}: it is not in the cache, and the Hub cannot be reached.",
+            "if it is meant to be a folder, there is none of that name here; else check the network, and "
+            "HF_HUB_OFFLINE.",
+        )
     if type(error) is RuntimeError and error.__cause__ is not None:  # a thread of an upload failed
         return _translate(what, error.__cause__)
     if type(error) is RuntimeError or isinstance(error, HTTPError | ConnectionError | TimeoutError):
@@ -96,14 +101,18 @@ def _from_status(what: str, error: Any) -> HubError:
     if status == 401 and "nvalid" in said:
         return HubError(f"Cannot {what}: the Hub does not accept your token.", SIGN_IN)
     if status in (401, 404):
-        return HubError(f"Cannot {what}: there is no such repository, or you may not see it.",
-                        f"check its name; for a private one {SIGN_IN}")  # fmt: skip
+        return HubError(
+            f"Cannot {what}: there is no such repository, or you may not see it.",
+            f"check its name; for a private one {SIGN_IN}",
+        )
     if status == 403:
         return HubError(f"Cannot {what}: you may not ({said}).", "use a token with write access to that namespace.")
     if status == 429:
         wait = response.headers.get("Retry-After") if response is not None else None
-        return HubError(f"Cannot {what}: the Hub asks to slow down.",
-                        f"wait {wait} seconds and try again." if wait else "wait a while and try again.")  # fmt: skip
+        return HubError(
+            f"Cannot {what}: the Hub asks to slow down.",
+            f"wait {wait} seconds and try again." if wait else "wait a while and try again.",
+        )
     if status >= 500 or status == 408:
         return Disconnected(f"Cannot {what}: the Hub answered {status}.", "try again later.")
     return HubError(f"Cannot {what}: {said}")
@@ -141,7 +150,7 @@ def progress_bars(show: bool) -> Iterator[None]:
 
 def snapshot(
     repo: str, revision: str | None, patterns: Sequence[str], *, show_progress: bool = False, local_only: bool = False
-) -> tuple[Path, str]:  # fmt: skip
+) -> tuple[Path, str]:
     """Download the files of `repo` that match, once, into huggingface_hub's cache: (folder, commit).
 
     Where the Hub does not answer (no network, no token for a private one) cached files are taken, which the
@@ -151,9 +160,9 @@ def snapshot(
 
     problem = None if local_only or COMMIT.fullmatch(revision or "") else _problem(repo, revision)
     with hub_errors(f"download '{repo}'"), progress_bars(show_progress), paths.storage_errors(Path(repo)):
-        folder = Path(snapshot_download(
-            repo, revision=revision, allow_patterns=list(patterns), local_files_only=local_only
-        ))  # fmt: skip
+        folder = Path(
+            snapshot_download(repo, revision=revision, allow_patterns=list(patterns), local_files_only=local_only)
+        )
     if problem:
         log.info("'%s' comes from the cache, commit %s. %s", repo, folder.name[:12], problem)
     return folder, folder.name

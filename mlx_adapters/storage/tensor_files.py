@@ -24,11 +24,38 @@ from mlx_adapters.storage.paths import require_free_space, unreadable
 BLOCK = 16 << 20  # bytes copied at once
 HASHED_LATER = 32  # tensors that may wait, written, for their hash
 DTYPES = {
-    "float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32", "uint16": "U16", "uint8": "U8",
-    "int32": "I32", "int8": "I8", "int64": "I64", "int16": "I16", "bool": "BOOL", "uint64": "U64",
-}  # fmt: skip
-_ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U16": 2, "U8": 1, "I32": 4, "I8": 1, "I64": 8,
-               "I16": 2, "BOOL": 1, "U64": 8, "F64": 8, "C64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}  # fmt: skip
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "int32": "I32",
+    "int8": "I8",
+    "int64": "I64",
+    "int16": "I16",
+    "bool": "BOOL",
+    "uint64": "U64",
+}
+_ITEM_SIZES = {
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "U32": 4,
+    "U16": 2,
+    "U8": 1,
+    "I32": 4,
+    "I8": 1,
+    "I64": 8,
+    "I16": 2,
+    "BOOL": 1,
+    "U64": 8,
+    "F64": 8,
+    "C64": 8,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+}
 _MAX_AXIS = 2**31 - 1  # MLX counts along an axis in 32 bits
 
 

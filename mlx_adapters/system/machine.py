@@ -178,10 +178,17 @@ def environment() -> Environment:
     blas = blas_in_use()
     slow = device == "cpu" and blas == SLOW_BLAS
     return Environment(
-        versions=versions(), system=system_name(), chip=chip_name(), cores=os.cpu_count() or 1,
-        memory_bytes=memory_bytes(), device=device, device_name=name, blas=blas,
-        blas_hint=INSTALL_OPENBLAS if slow else None, home=str(paths.home()),
-    )  # fmt: skip
+        versions=versions(),
+        system=system_name(),
+        chip=chip_name(),
+        cores=os.cpu_count() or 1,
+        memory_bytes=memory_bytes(),
+        device=device,
+        device_name=name,
+        blas=blas,
+        blas_hint=INSTALL_OPENBLAS if slow else None,
+        home=str(paths.home()),
+    )
 
 
 def made_now() -> dict[str, Any]:

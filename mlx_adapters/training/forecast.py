@@ -69,9 +69,14 @@ class Estimate:
 
 
 def estimate(
-    base: str | Path | Base, data: str | Path, *, lora: LoraConfig | None = None,
-    training: TrainConfig | None = None, timed: bool = True, on_event: OnEvent = ignore,
-) -> Estimate:  # fmt: skip
+    base: str | Path | Base,
+    data: str | Path,
+    *,
+    lora: LoraConfig | None = None,
+    training: TrainConfig | None = None,
+    timed: bool = True,
+    on_event: OnEvent = ignore,
+) -> Estimate:
     """Predict peak memory and time per iteration of `train` with the same arguments. Trains nothing.
 
     Args:
@@ -108,9 +113,16 @@ def estimate_rows(
     module, _ = load_module(base)
     parameters = sum(int(np.prod(weight_shape(layer))) for _, layer in named_layers(module) if "weight" in layer)
     return Estimate(
-        parts, parts.peak_bytes, usable, fits, advice, seconds,
-        largest.tokens.shape, parts.adapter_bytes // 4, 16 * parameters,
-    )  # fmt: skip
+        parts,
+        parts.peak_bytes,
+        usable,
+        fits,
+        advice,
+        seconds,
+        largest.tokens.shape,
+        parts.adapter_bytes // 4,
+        16 * parameters,
+    )
 
 
 def forecast(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig) -> tuple[Parts, Batch]:

@@ -146,11 +146,17 @@ class Loop:
         loss = state.pending_loss / state.pending_tokens
         state.train_losses.append((state.iteration, loss))
         seconds = max(state.seconds - self._reported[0], 1e-9)
-        self.on_event(TrainReport(
-            state.iteration, self.config.iterations, loss, learning_rate(self.config, state.iteration),
-            (state.trained_tokens - self._reported[1]) / seconds, (state.real_tokens - self._reported[2]) / seconds,
-            mx.get_peak_memory(),
-        ))  # fmt: skip
+        self.on_event(
+            TrainReport(
+                state.iteration,
+                self.config.iterations,
+                loss,
+                learning_rate(self.config, state.iteration),
+                (state.trained_tokens - self._reported[1]) / seconds,
+                (state.real_tokens - self._reported[2]) / seconds,
+                mx.get_peak_memory(),
+            )
+        )
         self._reported = (state.seconds, state.trained_tokens, state.real_tokens)
         state.pending_loss, state.pending_tokens = 0.0, 0
 

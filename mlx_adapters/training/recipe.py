@@ -18,25 +18,40 @@ from mlx_adapters.storage import files
 from mlx_adapters.training.state import RUN_RECIPE_FILE, VERSION
 
 KINDS = metadata.Whole(
-    base=metadata.Whole(name=str, fingerprint=str), data=metadata.Whole(source=str, splits={"*": {"sha256": str}}),
-    lora={}, training={}, world_size=int,
-)  # fmt: skip
+    base=metadata.Whole(name=str, fingerprint=str),
+    data=metadata.Whole(source=str, splits={"*": {"sha256": str}}),
+    lora={},
+    training={},
+    world_size=int,
+)
 # Settings that may differ when a run goes on: they do not change what is computed up to then.
 FREE = ("iterations", "keep", "save_every_minutes", "early_stop")
 
 
 def make_recipe(
-    base: Base, data: DataSet, lora: LoraConfig, training: TrainConfig,
-    init_from: str | None, world_size: int, command: str | None, started: str,
-) -> dict[str, Any]:  # fmt: skip
+    base: Base,
+    data: DataSet,
+    lora: LoraConfig,
+    training: TrainConfig,
+    init_from: str | None,
+    world_size: int,
+    command: str | None,
+    started: str,
+) -> dict[str, Any]:
     """The recipe as plain JSON values. `init_from` is the fingerprint of the adapter it starts from; `started`: when
     it began, in ISO form, which is the date that its chat template prints."""
     return {
-        "version": VERSION, "base": base.record(), "base_config": _digest(files.read_json(base.folder / "config.json")),
-        "data": data.describe(), "lora": to_mapping(lora),
-        "training": to_mapping(training), "init_from": init_from, "world_size": world_size,
-        "command": command, "started": started,
-    }  # fmt: skip
+        "version": VERSION,
+        "base": base.record(),
+        "base_config": _digest(files.read_json(base.folder / "config.json")),
+        "data": data.describe(),
+        "lora": to_mapping(lora),
+        "training": to_mapping(training),
+        "init_from": init_from,
+        "world_size": world_size,
+        "command": command,
+        "started": started,
+    }
 
 
 def text_record(tokenizer: Any, splits: Mapping[str, Sequence[Row]]) -> dict[str, Any]:

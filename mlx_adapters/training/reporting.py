@@ -43,8 +43,14 @@ class Reporter:
     def __call__(self, event: Event) -> None:
         """Send the event's figures, if it has any."""
         if isinstance(event, TrainReport):
-            self._send(event.iteration, {"train_loss": event.train_loss, "learning_rate": event.learning_rate,
-                                         "trained_tokens_per_second": event.trained_tokens_per_second})  # fmt: skip
+            self._send(
+                event.iteration,
+                {
+                    "train_loss": event.train_loss,
+                    "learning_rate": event.learning_rate,
+                    "trained_tokens_per_second": event.trained_tokens_per_second,
+                },
+            )
         elif isinstance(event, ValidationReport):
             self._send(event.iteration, {"validation_loss": event.validation_loss})
 

@@ -78,9 +78,12 @@ class TrainRun:
         from mlx_adapters.display.notebook import html_block, html_facts, loss_curve
 
         facts = {
-            "best": self.best, "final": self.final, "best validation loss": self.best_validation_loss,
-            "trained tokens": f"{self.trained_tokens:,}", "time": duration(self.duration_seconds),
-        }  # fmt: skip
+            "best": self.best,
+            "final": self.final,
+            "best validation loss": self.best_validation_loss,
+            "trained tokens": f"{self.trained_tokens:,}",
+            "time": duration(self.duration_seconds),
+        }
         return html_block(self.folder.name, html_facts(facts), loss_curve(self.train_losses, self.validation_losses))
 
 
@@ -149,9 +152,16 @@ def train(
         old = world.share(lambda: read_recipe(path))
         lora, training = lora or settings_of(old)[0], training or settings_of(old)[1]
         request = _Request(
-            resolve_base(base or old["base"]["name"]), read_data(data or old["data"]["source"]), lora, training,
-            None, old["command"], on_event, world, forecast,
-        )  # fmt: skip
+            resolve_base(base or old["base"]["name"]),
+            read_data(data or old["data"]["source"]),
+            lora,
+            training,
+            None,
+            old["command"],
+            on_event,
+            world,
+            forecast,
+        )
         return _resume(request, old, reference, path)
     world.share(lambda: replacing.refuse_existing(path, overwrite, ADAPTER_OUTPUT))
     if base is None or data is None:
@@ -218,8 +228,10 @@ def _newest(folder: RunFolder, request: _Request) -> Checkpoint:
     if checkpoint is None and not problems:
         raise FormatError(f"'{folder.reference}' cannot be resumed: it has no checkpoint.", "start it anew.")
     if checkpoint is None:
-        raise FormatError(f"No checkpoint of '{folder.reference}' is whole: {' '.join(problems)}",
-                          f"begin a new run with its weights: --init-from {folder.reference}.")  # fmt: skip
+        raise FormatError(
+            f"No checkpoint of '{folder.reference}' is whole: {' '.join(problems)}",
+            f"begin a new run with its weights: --init-from {folder.reference}.",
+        )
     for problem in problems:
         request.on_event(Note(f"{problem} Taking the checkpoint before it.", "warning"))
     if others := folder.other_versions():
@@ -238,10 +250,17 @@ def _run(loop: Loop) -> TrainRun:
     if (chosen := folder.chosen()) is not None:
         loop.on_event(Note(f"'{folder.reference}' still means its checkpoint {chosen}, which 'use' chose."))
     return TrainRun(
-        folder.path, folder.best(state), folder.final(state), state.best_loss, tuple(state.train_losses),
-        tuple(state.validation_losses), state.trained_tokens, state.seconds, state.stopped_early,
+        folder.path,
+        folder.best(state),
+        folder.final(state),
+        state.best_loss,
+        tuple(state.train_losses),
+        tuple(state.validation_losses),
+        state.trained_tokens,
+        state.seconds,
+        state.stopped_early,
         loop.engine.world.rank,
-    )  # fmt: skip
+    )
 
 
 def _require_unfinished(state: State, new: TrainConfig, old: TrainConfig, reference: Reference) -> None:
@@ -277,9 +296,15 @@ def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None
     resumed = checkpoint is not None
     started_from = request.adapter.fingerprint if request.adapter is not None else None
     recipe = make_recipe(
-        request.base, request.data, lora, training, folder.recipe.get("init_from") if resumed else started_from,
-        request.world.size, request.command, folder.recipe.get("started") or request.world.share(_now),
-    )  # fmt: skip
+        request.base,
+        request.data,
+        lora,
+        training,
+        folder.recipe.get("init_from") if resumed else started_from,
+        request.world.size,
+        request.command,
+        folder.recipe.get("started") or request.world.share(_now),
+    )
     if resumed:
         require_same(folder.recipe, recipe, str(folder.reference))
     tokenizer = load_tokenizer_of(request.base)

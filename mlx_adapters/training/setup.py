@@ -49,8 +49,10 @@ def module_ranks(keys: tuple[str, ...], lora: LoraConfig) -> dict[str, int]:
     for name in lora.ranks:
         if not any(_matches(key, name) for key in keys):
             known = {key.rpartition(".")[2] for key in keys}
-            raise ConfigError(f"The rank of '{name}' is for a module that is not adapted.",
-                              did_you_mean(name, known, f"adapted are: {', '.join(sorted(known))}."))  # fmt: skip
+            raise ConfigError(
+                f"The rank of '{name}' is for a module that is not adapted.",
+                did_you_mean(name, known, f"adapted are: {', '.join(sorted(known))}."),
+            )
     names = sorted(lora.ranks, key=len, reverse=True)
     return {key: next((lora.ranks[n] for n in names if _matches(key, n)), lora.rank) for key in keys}
 
@@ -157,9 +159,12 @@ def tokenize_split(
 ) -> tuple[Row, ...]:
     """The rows of one split that have something to train; truncated and dropped rows are reported."""
     done = tokenize(
-        data.rows(split_name), tokenizer, max_seq_length=config.max_seq_length, mask_prompt=config.mask_prompt,
+        data.rows(split_name),
+        tokenizer,
+        max_seq_length=config.max_seq_length,
+        mask_prompt=config.mask_prompt,
         last_turn_only=config.last_turn_only,
-    )  # fmt: skip
+    )
     limit = f"max_seq_length {config.max_seq_length}"
     if done.truncated:
         on_event(Note(f"{count(done.truncated, f'{split_name} row')} cut at {limit}.", "warning"))
@@ -205,9 +210,13 @@ class Prepared:
 
 
 def prepare(
-    model: Model, config: TrainConfig, train: tuple[Row, ...], valid: tuple[Row, ...], adapted: dict[str, nn.Module],
+    model: Model,
+    config: TrainConfig,
+    train: tuple[Row, ...],
+    valid: tuple[Row, ...],
+    adapted: dict[str, nn.Module],
     world: World = ALONE,
-) -> Prepared:  # fmt: skip
+) -> Prepared:
     """Feeds and engine; settles how the loss is computed and refuses packing where it is not exact."""
     feed = make_feed(train, config, gpu=on_gpu(), world=world)
     size = min(config.batch_size, len(valid)) or 1
@@ -228,8 +237,10 @@ def prepare(
                 probe, recompute=False
             )  # what cannot be differentiated shows before the run's folder is made
         elif not checkpointing_is_exact(engine, probe):
-            raise ConfigError("This architecture's gradients change when its blocks are computed again.",
-                              "train without --grad-checkpoint.")  # fmt: skip
+            raise ConfigError(
+                "This architecture's gradients change when its blocks are computed again.",
+                "train without --grad-checkpoint.",
+            )
     return Prepared(engine, feed, validation)
 
 
@@ -242,5 +253,7 @@ def _model_errors() -> Iterator[None]:
         raise
     except Exception as error:
         text = " ".join(str(error).split())[:300].rstrip(".")
-        raise ModelError(f"mlx-lm's code for this model cannot be trained so: {text}.",
-                         "choose other --target-modules, such as q_proj,v_proj.") from error  # fmt: skip
+        raise ModelError(
+            f"mlx-lm's code for this model cannot be trained so: {text}.",
+            "choose other --target-modules, such as q_proj,v_proj.",
+        ) from error

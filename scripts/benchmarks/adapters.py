@@ -26,10 +26,14 @@ import time
 from pathlib import Path
 
 SHAPES = {
-    "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (4096, 4096), "self_attn.v_proj": (4096, 4096),
-    "self_attn.o_proj": (4096, 4096), "mlp.gate_proj": (4096, 11008), "mlp.up_proj": (4096, 11008),
+    "self_attn.q_proj": (4096, 4096),
+    "self_attn.k_proj": (4096, 4096),
+    "self_attn.v_proj": (4096, 4096),
+    "self_attn.o_proj": (4096, 4096),
+    "mlp.gate_proj": (4096, 11008),
+    "mlp.up_proj": (4096, 11008),
     "mlp.down_proj": (11008, 4096),
-}  # fmt: skip
+}
 BLOCKS, RANK = 32, 16
 
 
@@ -199,9 +203,16 @@ def sparse_base(folder):
     with open(folder / "model.safetensors", "wb") as stream:
         stream.write(len(encoded).to_bytes(8, "little") + encoded)
         stream.truncate(8 + len(encoded) + offset)
-    config = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": BLOCKS,
-              "num_attention_heads": 32, "vocab_size": 32000, "rms_norm_eps": 1e-5,
-              "tie_word_embeddings": False}  # fmt: skip
+    config = {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": BLOCKS,
+        "num_attention_heads": 32,
+        "vocab_size": 32000,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 

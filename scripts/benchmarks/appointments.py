@@ -21,21 +21,31 @@ LAST = "Abel Brook Castro Dahl Engel Fisher Grant Hart Ivanov Jensen Kaya Lopez 
 TITLES = ("Dr. ", "Ms. ", "Mr. ", "", "", "")
 WORDINGS = {
     "train": (
-        "Meet {who} on {day} at {time}.", "Put {who} in my calendar for {day}, {time}.",
-        "I see {who} at {time} on {day}.", "Book {day} at {time} with {who}.",
-        "On {day} at {time} I have an appointment with {who}.", "{who}, {day}, {time}.",
-        "Please note: {time} with {who}, {day}.", "Lunch with {who} is on {day} at {time}.",
-        "Call {who} at {time} on {day}.", "The dentist, {who}, expects me on {day} at {time}.",
-        "Schedule {who} for {time}, {day}.", "Remind me of {who} on {day}, {time}.",
+        "Meet {who} on {day} at {time}.",
+        "Put {who} in my calendar for {day}, {time}.",
+        "I see {who} at {time} on {day}.",
+        "Book {day} at {time} with {who}.",
+        "On {day} at {time} I have an appointment with {who}.",
+        "{who}, {day}, {time}.",
+        "Please note: {time} with {who}, {day}.",
+        "Lunch with {who} is on {day} at {time}.",
+        "Call {who} at {time} on {day}.",
+        "The dentist, {who}, expects me on {day} at {time}.",
+        "Schedule {who} for {time}, {day}.",
+        "Remind me of {who} on {day}, {time}.",
     ),
     "valid": (
-        "Reserve {time} on {day} for {who}.", "{who} comes by on {day} at {time}.", "At {time} on {day}: {who}.",
+        "Reserve {time} on {day} for {who}.",
+        "{who} comes by on {day} at {time}.",
+        "At {time} on {day}: {who}.",
     ),
     "test": (
-        "Can you enter {who} at {time} on {day}?", "My interview with {who} takes place on {day} at {time}.",
-        "For {day} I agreed on {time} with {who}.", "{day}, {time}: a visit to {who}.",
+        "Can you enter {who} at {time} on {day}?",
+        "My interview with {who} takes place on {day} at {time}.",
+        "For {day} I agreed on {time} with {who}.",
+        "{day}, {time}: a visit to {who}.",
     ),
-}  # fmt: skip
+}
 
 
 def day_and_words(rng: random.Random) -> tuple[date, str]:

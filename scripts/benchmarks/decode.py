@@ -34,19 +34,63 @@ from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.runtime.sites import replace_layers
 
 SHAPES = {
-    "8b": (llama, dict(model_type="llama", hidden_size=4096, num_hidden_layers=32, intermediate_size=14336,
-                       num_attention_heads=32, num_key_value_heads=8, rms_norm_eps=1e-5, vocab_size=128256,
-                       tie_word_embeddings=False)),
-    "0.5b": (qwen2, dict(model_type="qwen2", hidden_size=896, num_hidden_layers=24, intermediate_size=4864,
-                         num_attention_heads=14, num_key_value_heads=2, rms_norm_eps=1e-6, vocab_size=151936,
-                         tie_word_embeddings=True)),
-    "135m": (llama, dict(model_type="llama", hidden_size=576, num_hidden_layers=30, intermediate_size=1536,
-                         num_attention_heads=9, num_key_value_heads=3, rms_norm_eps=1e-5, vocab_size=49152,
-                         tie_word_embeddings=True)),
-    "tiny": (llama, dict(model_type="llama", hidden_size=256, num_hidden_layers=4, intermediate_size=512,
-                         num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5, vocab_size=512,
-                         tie_word_embeddings=True)),
-}  # fmt: skip
+    "8b": (
+        llama,
+        dict(
+            model_type="llama",
+            hidden_size=4096,
+            num_hidden_layers=32,
+            intermediate_size=14336,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            rms_norm_eps=1e-5,
+            vocab_size=128256,
+            tie_word_embeddings=False,
+        ),
+    ),
+    "0.5b": (
+        qwen2,
+        dict(
+            model_type="qwen2",
+            hidden_size=896,
+            num_hidden_layers=24,
+            intermediate_size=4864,
+            num_attention_heads=14,
+            num_key_value_heads=2,
+            rms_norm_eps=1e-6,
+            vocab_size=151936,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "135m": (
+        llama,
+        dict(
+            model_type="llama",
+            hidden_size=576,
+            num_hidden_layers=30,
+            intermediate_size=1536,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            rms_norm_eps=1e-5,
+            vocab_size=49152,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "tiny": (
+        llama,
+        dict(
+            model_type="llama",
+            hidden_size=256,
+            num_hidden_layers=4,
+            intermediate_size=512,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            rms_norm_eps=1e-5,
+            vocab_size=512,
+            tie_word_embeddings=True,
+        ),
+    ),
+}
 RANK, SCALE, ADAPTERS = 8, 2.0, 8
 
 
@@ -210,10 +254,14 @@ def run(shape, batch, options, clock):
 
 
 def show(shape, batch, options, results, seconds):
-    print(f"\n{shape}, {options.bits or 'no'} bits, {options.dtype}, batch {batch}, rank {RANK}, "
-          f"{options.rounds} rounds of {options.tokens} tokens, {mx.default_device()}, {seconds:.0f} s")  # fmt: skip
-    print(f"{'variant':15}{'tok/s':>8}{'(mean)':>9}{'best 10%':>9}{'of base':>9}{'(mean)':>8}{'(best)':>8}"
-          f"{'error':>9}{'switch ms':>10}{'attach s':>9}")  # fmt: skip
+    print(
+        f"\n{shape}, {options.bits or 'no'} bits, {options.dtype}, batch {batch}, rank {RANK}, "
+        f"{options.rounds} rounds of {options.tokens} tokens, {mx.default_device()}, {seconds:.0f} s"
+    )
+    print(
+        f"{'variant':15}{'tok/s':>8}{'(mean)':>9}{'best 10%':>9}{'of base':>9}{'(mean)':>8}{'(best)':>8}"
+        f"{'error':>9}{'switch ms':>10}{'attach s':>9}"
+    )
     for name, result in results.items():
         steps = sorted(result["steps"])
         if not steps:
@@ -222,9 +270,12 @@ def show(shape, batch, options, results, seconds):
         result["tokens_per_second"] = dict(zip(("median", "mean", "best_tenth"), figures, strict=True))
         base = results["base"]["tokens_per_second"].values()
         ratios = [figure / of for figure, of in zip(figures, base, strict=True)]
-        print(f"{name:15}{figures[0]:8.1f}{figures[1]:9.1f}{figures[2]:9.1f}{ratios[0]:9.3f}{ratios[1]:8.3f}"
-              f"{ratios[2]:8.3f}{result.get('error', 0):9.1e}{result.get('switch_ms', 0):10.2f}"
-              f"{result.get('attach_seconds', 0):9.2f}", flush=True)  # fmt: skip
+        print(
+            f"{name:15}{figures[0]:8.1f}{figures[1]:9.1f}{figures[2]:9.1f}{ratios[0]:9.3f}{ratios[1]:8.3f}"
+            f"{ratios[2]:8.3f}{result.get('error', 0):9.1e}{result.get('switch_ms', 0):10.2f}"
+            f"{result.get('attach_seconds', 0):9.2f}",
+            flush=True,
+        )
 
 
 def main():

@@ -77,8 +77,12 @@ class Judge:
             same.append(np.array(reference.argmax(axis=-1) == log.argmax(axis=-1)))
             loss.append(-np.array(mx.take_along_axis(log, batch.targets[:, None], axis=-1)))
         kl = np.maximum(np.concatenate(kl), 0)
-        figures = {"kl": kl.mean(), "kl_p99": np.quantile(kl, 0.99), "same_top": np.concatenate(same).mean(),
-                   "loss": np.concatenate(loss).mean()}  # fmt: skip
+        figures = {
+            "kl": kl.mean(),
+            "kl_p99": np.quantile(kl, 0.99),
+            "same_top": np.concatenate(same).mean(),
+            "loss": np.concatenate(loss).mean(),
+        }
         return {name: float(value) for name, value in figures.items()}
 
 
@@ -203,9 +207,10 @@ class Bench:
         precision = [8, self.arguments.group_size]
         self.way("ours, 8 bits, nearest", self.our(method="nearest", precision=precision), scored=scored)
         self.way(
-            "ours, 8 bits, calibrated", self.our(method="calibrated", precision=precision, **self.calibrated),
+            "ours, 8 bits, calibrated",
+            self.our(method="calibrated", precision=precision, **self.calibrated),
             scored=scored,
-        )  # fmt: skip
+        )
 
 
 def quality(bench):
@@ -298,8 +303,15 @@ def speed(bench):
     """Seconds and memory on the adapter given."""
     bench.prepare()
     timed(bench, bench.base, bench.adapter)
-    made = in_process("ours", out=str(bench.work / "out"), check=True, method="calibrated", base=bench.base,
-                      adapter=bench.adapter, **bench.calibrated)  # fmt: skip
+    made = in_process(
+        "ours",
+        out=str(bench.work / "out"),
+        check=True,
+        method="calibrated",
+        base=bench.base,
+        adapter=bench.adapter,
+        **bench.calibrated,
+    )
     bench.add({"name": "ours, calibrated and checked", **{key: made[key] for key in MEASURED}})
 
 
@@ -313,8 +325,13 @@ def memory(bench):
         shutil.rmtree(out)
 
 
-TINY = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 512, "num_attention_heads": 4,
-        "num_key_value_heads": 2}  # fmt: skip
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "vocab_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def cells(row):
@@ -323,8 +340,14 @@ def cells(row):
 
     if "failed" in row:
         return [row["name"], "failed"]
-    figures = [("bits_per_weight", ".3f"), ("kl", ".3g"), ("ratio", ".1f"), ("kl_p99", ".3f"), ("same_top", ".4f"),
-               ("loss", ".4f")]  # fmt: skip
+    figures = [
+        ("bits_per_weight", ".3f"),
+        ("kl", ".3g"),
+        ("ratio", ".1f"),
+        ("kl_p99", ".3f"),
+        ("same_top", ".4f"),
+        ("loss", ".4f"),
+    ]
     quality = ["-" if row[name] is None else format(row[name], form) for name, form in figures if "kl" in row]
     score = [f"{row['right']}/{row['questions']}" if "right" in row else "-"] if quality else []
     layers = [str(row["layers"])] if "layers" in row else []

@@ -29,8 +29,14 @@ from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.system.conditions import peak_resident_bytes
 from mlx_adapters.system.door import load_mlx_model
 
-WIDE = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32,
-        "vocab_size": 32000, "max_position_embeddings": 4096}  # fmt: skip
+WIDE = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+}
 
 
 def build(folder: Path, config: dict, dtype: mx.Dtype) -> None:
@@ -86,17 +92,24 @@ def main():
             mx.reset_peak_memory()
             start = time.perf_counter()
             result = ma.fuse(
-                base, adapter, Path(work) / method, quantization=4, any_base=True, on_event=talk,
+                base,
+                adapter,
+                Path(work) / method,
+                quantization=4,
+                any_base=True,
+                on_event=talk,
                 options=FuseOptions(method=method, calibration_rows=options.rows, check=method == "calibrated"),
-            )  # fmt: skip
+            )
             seconds = time.perf_counter() - start
             report[method] = {
-                "seconds": seconds, "seconds_per_block": seconds / options.blocks,
+                "seconds": seconds,
+                "seconds_per_block": seconds / options.blocks,
                 "peak_mlx_bytes": mx.get_peak_memory(),
                 "peak_resident_bytes": peak_resident_bytes(),
-                "bits_per_weight": result.bits_per_weight, "model_bytes": result.size_bytes,
+                "bits_per_weight": result.bits_per_weight,
+                "model_bytes": result.size_bytes,
                 "kl": result.fidelity.kl_mean if result.fidelity else None,
-            }  # fmt: skip
+            }
             print(json.dumps({method: report[method]}, indent=1), flush=True)
             if options.json:
                 options.json.write_text(json.dumps(report, indent=1))

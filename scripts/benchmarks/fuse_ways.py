@@ -190,9 +190,16 @@ def dwq(model, out, group_size, calibration, rows, rate):
     held = max(4, len(batches) // 8)
     optimizer = optimizers.Adam(learning_rate=rate, bias_correction=True)
     dwq_quantize(
-        student, lambda batch, index, split: loaded.module(batch), optimizer, batches[held:], batches[:held],
-        batch_size=4, max_seq_length=513, seed=123, dtype=mx.float32,
-    )  # fmt: skip
+        student,
+        lambda batch, index, split: loaded.module(batch),
+        optimizer,
+        batches[held:],
+        batches[:held],
+        batch_size=4,
+        max_seq_length=513,
+        seed=123,
+        dtype=mx.float32,
+    )
     for path, layer in packed.items():
         layer.scales, layer.biases = learning[path].scales, learning[path].biases
     student.update_modules(tree_unflatten(list(packed.items())))
@@ -246,9 +253,13 @@ def score(model, data, questions, adapter=None):
 
 
 SMOLLM2 = {
-    "hidden_size": 576, "intermediate_size": 1536, "vocab_size": 49152, "num_attention_heads": 9,
-    "num_key_value_heads": 3, "tie_word_embeddings": True,
-}  # fmt: skip
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "vocab_size": 49152,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
 
 
 def random_model(out, bits, **config):

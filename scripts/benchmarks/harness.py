@@ -46,8 +46,13 @@ TESTS = Path(__file__).resolve().parents[2] / "tests"
 
 def build(folder, width, blocks):
     """A random float32 llama with the tokenizer of the tests' tiny models, made by a process of its own."""
-    shape = {"hidden_size": width, "num_hidden_layers": blocks, "intermediate_size": 3 * width,
-             "num_attention_heads": width // 64, "num_key_value_heads": width // 128}  # fmt: skip
+    shape = {
+        "hidden_size": width,
+        "num_hidden_layers": blocks,
+        "intermediate_size": 3 * width,
+        "num_attention_heads": width // 64,
+        "num_key_value_heads": width // 128,
+    }
     call = f"build_model(Path({str(folder)!r}), 'llama', **{shape})"
     code = f"from pathlib import Path; from tiny_models import build_model; {call}"
     paths = os.pathsep.join((str(TESTS), str(TESTS.parent)))
@@ -133,9 +138,13 @@ def repeat(options, model, folder):
     arguments = (str(Path(__file__).resolve()), "--worker-cpu" if options.cpu_time else "--worker")
     while len(reports) < options.repeats and time.time() - start < options.budget:
         config = BenchmarkConfig(
-            rounds=options.rounds, trials=options.trials, decode_tokens=options.decode_tokens, prompt_tokens=(256,),
-            cold_load=False, seed=len(reports),
-        )  # fmt: skip
+            rounds=options.rounds,
+            trials=options.trials,
+            decode_tokens=options.decode_tokens,
+            prompt_tokens=(256,),
+            cold_load=False,
+            seed=len(reports),
+        )
         variants = [Variant(name, str(model)) for name in ("one", "two", "slow")]
         reports.append(running.run(variants, config, lambda _: None, folder, arguments))
         twins, slow = claims(reports[-1])
@@ -168,18 +177,27 @@ def main():
         reports = repeat(options, Path(place) / "model", folder)
     same = [differs for report in reports for differs in claims(report)[0].values()]
     slow = [claims(report)[1] for report in reports]
-    repeated = [c.ratio.differs for old, new in itertools.pairwise(reports)
-                for c in changes(new, old) if c.metric in SPEEDS]  # fmt: skip
+    repeated = [
+        c.ratio.differs for old, new in itertools.pairwise(reports) for c in changes(new, old) if c.metric in SPEEDS
+    ]
     caught, first = sum(ratio.differs and ratio.high < 1 for ratio in slow), reports[0]
     result = {
-        "versions": first.machine["versions"], "machine": first.machine["device_name"],
-        "cores": first.machine["cores"], "load_average": [r.state["load_average"] for r in reports],
-        "clock": "CPU seconds" if options.cpu_time else "wall clock", "settings": to_mapping(first.config),
-        "twins_compared": len(same), "twins_differ": sum(same), "slower_runs": len(slow), "slower_found": caught,
+        "versions": first.machine["versions"],
+        "machine": first.machine["device_name"],
+        "cores": first.machine["cores"],
+        "load_average": [r.state["load_average"] for r in reports],
+        "clock": "CPU seconds" if options.cpu_time else "wall clock",
+        "settings": to_mapping(first.config),
+        "twins_compared": len(same),
+        "twins_differ": sum(same),
+        "slower_runs": len(slow),
+        "slower_found": caught,
         "slow_ratios": [to_mapping(ratio) for ratio in slow],
-        "repeats_compared": len(repeated), "repeats_differ": sum(repeated),
-        "overhead": {"model": options.overhead, "share": share}, "seconds": time.time() - start,
-    }  # fmt: skip
+        "repeats_compared": len(repeated),
+        "repeats_differ": sum(repeated),
+        "overhead": {"model": options.overhead, "share": share},
+        "seconds": time.time() - start,
+    }
     print(f"two copies of one model: a difference is claimed in {sum(same)} of {len(same)} comparisons")
     print(f"5 % slower: found in {caught} of {len(slow)} runs")
     print(f"the same command twice: disagrees in {sum(repeated)} of {len(repeated)} comparisons")

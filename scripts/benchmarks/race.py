@@ -38,9 +38,13 @@ from mlx_adapters.units import duration, format_table, number, size
 
 SIDES = ("ours", "mlx-lm")
 UNITS = {"seconds": "s", "seconds_per_token": "s", "peak_memory_bytes": "B", "peak_resident_bytes": "B", "kl": "nats"}
-NAMES = {("train", "seconds"): "seconds per 1,000 tokens", ("swap", "seconds"): "seconds to the first token",
-         ("cli", "seconds"): "seconds of --help", ("publish", "seconds"): "seconds of a dry run",
-         ("fuse", "kl"): "KL, rounded to nearest"}  # fmt: skip
+NAMES = {
+    ("train", "seconds"): "seconds per 1,000 tokens",
+    ("swap", "seconds"): "seconds to the first token",
+    ("cli", "seconds"): "seconds of --help",
+    ("publish", "seconds"): "seconds of a dry run",
+    ("fuse", "kl"): "KL, rounded to nearest",
+}
 NO_RIVAL = {"publish": "mlx-lm has no dry run, and its upload fails with huggingface_hub 2"}
 TOGETHER = ("load", "decode", "swap")  # one process does them one after the other: starting costs more than they do
 HEADERS = ("DISCIPLINE", "METRIC", "OURS", "MLX-LM", "OURS / MLX-LM")
@@ -54,8 +58,13 @@ def prepare(place, options):
     from mlx_adapters.sources.bases import resolve_base
 
     base = resolve_base(options.base)
-    job = {"base": str(base.folder), "dense": str(base.folder), "place": str(place),
-           "iterations": options.iterations, "decode_tokens": options.decode_tokens}  # fmt: skip
+    job = {
+        "base": str(base.folder),
+        "dense": str(base.folder),
+        "place": str(place),
+        "iterations": options.iterations,
+        "decode_tokens": options.decode_tokens,
+    }
     if not on_gpu():
         job["dense"] = str(dense_copy(base, place / "dense"))
     job["data"] = options.data or str(write_demo_data(place / "data"))
@@ -94,8 +103,9 @@ def find_adapter(options, job, folder):
         except mlx_adapters.AdapterError:
             pass
     count = options.adapter_iterations
-    training = TrainConfig(iterations=count, batch_size=4, max_seq_length=512, learning_rate=5e-4, eval_every=count,
-                           eval_batches=1)  # fmt: skip
+    training = TrainConfig(
+        iterations=count, batch_size=4, max_seq_length=512, learning_rate=5e-4, eval_every=count, eval_batches=1
+    )
     lora = LoraConfig(rank=8, scale=20.0)
     mlx_adapters.train(job["base"], job["data"], name=str(folder), lora=lora, training=training)
     return folder
@@ -104,9 +114,11 @@ def find_adapter(options, job, folder):
 def parts_of(names):
     """The disciplines as they share a process: [("cli",), ("load", "decode", "swap"), ...]."""
     together = tuple(name for name in TOGETHER if name in names)
-    return [(name,) for name in names if name == "cli"] + ([together] if together else []) + [
-        (name,) for name in names if name not in ("cli", *TOGETHER)
-    ]  # fmt: skip
+    return (
+        [(name,) for name in names if name == "cli"]
+        + ([together] if together else [])
+        + [(name,) for name in names if name not in ("cli", *TOGETHER)]
+    )
 
 
 def run_part(names, job, rounds):
@@ -161,10 +173,16 @@ def rows_of(values):
         for metric, sides in sorted(metrics.items(), key=lambda item: list(UNITS).index(item[0])):
             ratio = paired_ratio(sides.get("ours", {}), sides.get("mlx-lm", {}))
             middles = {s: summarize([v for b in blocks.values() for v in b]).median for s, blocks in sides.items()}
-            rows.append({
-                "discipline": name, "metric": metric, "unit": UNITS[metric], "medians": middles,
-                "ratio": ratio and {"value": ratio.value, "low": ratio.low, "high": ratio.high}, "runs": sides,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "discipline": name,
+                    "metric": metric,
+                    "unit": UNITS[metric],
+                    "medians": middles,
+                    "ratio": ratio and {"value": ratio.value, "low": ratio.low, "high": ratio.high},
+                    "runs": sides,
+                }
+            )
     return rows
 
 
@@ -242,8 +260,13 @@ def main():
             notes += [f"{name}: {NO_RIVAL[name]}" for name in names if name in NO_RIVAL]
             notes += warnings(at_start, system_state(), machine.cores)  # the load of earlier parts is our own
             settings = {k: os.path.basename(str(v)) for k, v in vars(options).items() if k not in ("json", "readme")}
-            common = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "state": before, "notes": notes,
-                      "settings": settings, "seconds": time.time() - begun}  # fmt: skip
+            common = {
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "state": before,
+                "notes": notes,
+                "settings": settings,
+                "seconds": time.time() - begun,
+            }
             for discipline in names:
                 found = {discipline: values[discipline]} if discipline in values else {}
                 saved["parts"][discipline] = common | {"rows": rows_of(found)}

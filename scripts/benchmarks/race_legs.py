@@ -94,19 +94,54 @@ def train(side, job):
         from mlx_adapters.events import TrainReport
 
         reports = []
-        training = TrainConfig(iterations=int(iterations), batch_size=4, max_seq_length=512, learning_rate=1e-4,
-                               eval_every=int(iterations), eval_batches=1, report_every=int(every))  # fmt: skip
-        mlx_adapters.train(job["dense"], job["data"], name=f"{out}/run", lora=LoraConfig(rank=8, scale=20.0),
-                           training=training, on_event=reports.append)  # fmt: skip
+        training = TrainConfig(
+            iterations=int(iterations),
+            batch_size=4,
+            max_seq_length=512,
+            learning_rate=1e-4,
+            eval_every=int(iterations),
+            eval_batches=1,
+            report_every=int(every),
+        )
+        mlx_adapters.train(
+            job["dense"],
+            job["data"],
+            name=f"{out}/run",
+            lora=LoraConfig(rank=8, scale=20.0),
+            training=training,
+            on_event=reports.append,
+        )
         found = [r for r in reports if isinstance(r, TrainReport)]
         speeds = [r.trained_tokens_per_second for r in found]
         peak = max(r.peak_memory_bytes for r in found)
     else:
         reports = record_reports()
-        run_mlx_lm("lora", "--train", "--model", job["dense"], "--data", job["data"], "--iters", iterations,
-                   "--batch-size", "4", "--max-seq-length", "512", "--num-layers", "-1", "--learning-rate", "1e-4",
-                   "--val-batches", "1", "--steps-per-report", every, "--steps-per-eval", iterations,
-                   "--adapter-path", str(out))  # fmt: skip
+        run_mlx_lm(
+            "lora",
+            "--train",
+            "--model",
+            job["dense"],
+            "--data",
+            job["data"],
+            "--iters",
+            iterations,
+            "--batch-size",
+            "4",
+            "--max-seq-length",
+            "512",
+            "--num-layers",
+            "-1",
+            "--learning-rate",
+            "1e-4",
+            "--val-batches",
+            "1",
+            "--steps-per-report",
+            every,
+            "--steps-per-eval",
+            iterations,
+            "--adapter-path",
+            str(out),
+        )
         speeds = [r["tokens_per_second"] for r in reports]
         peak = max(r["peak_memory"] for r in reports) * 1e9
     shutil.rmtree(out)

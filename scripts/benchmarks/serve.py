@@ -128,12 +128,20 @@ def main():
             trials[name].append(work())
     seconds = {name: statistics.median(values) for name, values in trials.items()}
     result = {
-        "environment": environment(), "options": vars(options), "load_seconds": loading,
-        "attach_seconds": statistics.median(attach), "switch_seconds": statistics.median(switches),
-        "first_switch_seconds": statistics.median(firsts), "from_disk_seconds": statistics.median(disk),
-        "base_bytes": base_bytes, "adapter_bytes": adapter_bytes, "resident_bytes": resident,
-        "resident_mixed_bytes": stacked, "seconds": seconds, "trials": trials,
-    }  # fmt: skip
+        "environment": environment(),
+        "options": vars(options),
+        "load_seconds": loading,
+        "attach_seconds": statistics.median(attach),
+        "switch_seconds": statistics.median(switches),
+        "first_switch_seconds": statistics.median(firsts),
+        "from_disk_seconds": statistics.median(disk),
+        "base_bytes": base_bytes,
+        "adapter_bytes": adapter_bytes,
+        "resident_bytes": resident,
+        "resident_mixed_bytes": stacked,
+        "seconds": seconds,
+        "trials": trials,
+    }
     total = options.batch * options.tokens
     print(
         f"{options.base}, rank {options.rank}, {options.adapters} adapters, {mx.default_device()}, mlx {mx.__version__}"
@@ -147,8 +155,10 @@ def main():
     print(f"= {resident / expected:.3f} of base + N adapters; once rows were mixed {stacked / expected:.3f}")
     for name, spent in seconds.items():
         print(f"{name:12} {spent:7.2f} s {total / spent:8.1f} tok/s")
-    print(f"mixed / one adapter: {seconds['one adapter'] / seconds['mixed']:.2f} of its speed; "
-          f"mixed / one by one: {seconds['one by one'] / seconds['mixed']:.2f} times")  # fmt: skip
+    print(
+        f"mixed / one adapter: {seconds['one adapter'] / seconds['mixed']:.2f} of its speed; "
+        f"mixed / one by one: {seconds['one by one'] / seconds['mixed']:.2f} times"
+    )
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1, default=str))
 

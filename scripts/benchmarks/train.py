@@ -75,8 +75,13 @@ class Clock:
         """The figures as JSON values."""
         import mlx.core as mx
 
-        return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "tokens": self.tokens,
-                "iterations": self.done - 1 - self.warm_up, "peak_bytes": mx.get_peak_memory()}  # fmt: skip
+        return {
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
+            "tokens": self.tokens,
+            "iterations": self.done - 1 - self.warm_up,
+            "peak_bytes": mx.get_peak_memory(),
+        }
 
 
 def run_ours(base: str, data: str, epoch: int, warm_up: int) -> dict:
@@ -143,9 +148,14 @@ def run_theirs(base: str, data: str, epoch: int, warm_up: int) -> dict:
     mx.reset_peak_memory()
     with tempfile.TemporaryDirectory() as folder:
         settings = trainer.TrainingArgs(
-            batch_size=BATCH, iters=warm_up + epoch, steps_per_report=1000, steps_per_eval=1000, steps_per_save=1000,
-            max_seq_length=2048, adapter_file=str(Path(folder) / "adapters.safetensors"),
-        )  # fmt: skip
+            batch_size=BATCH,
+            iters=warm_up + epoch,
+            steps_per_report=1000,
+            steps_per_eval=1000,
+            steps_per_save=1000,
+            max_seq_length=2048,
+            adapter_file=str(Path(folder) / "adapters.safetensors"),
+        )
         trainer.train(module, optim.Adam(1e-5), rows, None, settings, iterate_batches=batches)
         clock.tick()
     return clock.result()
@@ -159,8 +169,14 @@ def run_saving(base: str, data: str, iterations: int, warm_up: int) -> dict:
     saves: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(iterations=warm_up + iterations, batch_size=BATCH, mask_prompt=True, save_every=1, keep=2)
-        run = train(base, data, name=f"{folder}/run", lora=LoraConfig(rank=RANK), training=config,
-                    on_event=lambda e: saves.append(e.seconds) if isinstance(e, CheckpointSaved) else None)  # fmt: skip
+        run = train(
+            base,
+            data,
+            name=f"{folder}/run",
+            lora=LoraConfig(rank=RANK),
+            training=config,
+            on_event=lambda e: saves.append(e.seconds) if isinstance(e, CheckpointSaved) else None,
+        )
     return {"save_seconds": saves, "iteration_seconds": run.duration_seconds / (warm_up + iterations)}
 
 
@@ -178,8 +194,10 @@ def in_a_process(run: str, base: str, data: Path, count: int, warm_up: int) -> d
 
 def compare(base: str, data: Path, epoch: int, warm_up: int, trials: int) -> dict[str, list[dict]]:
     """Both programs in turn, `trials` times."""
-    runs = [{program: in_a_process(program, base, data, epoch, warm_up) for program in ("ours", "theirs")}
-            for _ in range(trials)]  # fmt: skip
+    runs = [
+        {program: in_a_process(program, base, data, epoch, warm_up) for program in ("ours", "theirs")}
+        for _ in range(trials)
+    ]
     return {program: [run[program] for run in runs] for program in ("ours", "theirs")}
 
 
@@ -197,8 +215,11 @@ def speed(options: argparse.Namespace, work: Path) -> dict:
         rates = {program: [r["tokens"] / r[unit] for r in runs] for program, runs in both.items()}
         ratios = [a / b for a, b in zip(rates["ours"], rates["theirs"], strict=True)]
         found[unit] = {"tokens_per": rates, "ratios": ratios, "ratio": statistics.median(ratios)}
-        print(f"real tokens per {unit.replace('_', ' ')[:-1]}: ours {spread(rates['ours'])}, "
-              f"mlx_lm {spread(rates['theirs'])}, ratio {spread(ratios, 2)}", flush=True)  # fmt: skip
+        print(
+            f"real tokens per {unit.replace('_', ' ')[:-1]}: ours {spread(rates['ours'])}, "
+            f"mlx_lm {spread(rates['theirs'])}, ratio {spread(ratios, 2)}",
+            flush=True,
+        )
     return found
 
 
@@ -207,8 +228,11 @@ def memory(options: argparse.Namespace, work: Path) -> dict:
     write_rows(work / "long", 4 * BATCH, 400)
     both = compare(base_folder("wide", work), work / "long", 2, 2, 1)
     ours, theirs = (both[p][0]["peak_bytes"] for p in ("ours", "theirs"))
-    print(f"peak memory, vocabulary 150,000: ours {ours / 1e6:,.0f} MB, mlx_lm {theirs / 1e6:,.0f} MB, "
-          f"ratio {ours / theirs:.2f}", flush=True)  # fmt: skip
+    print(
+        f"peak memory, vocabulary 150,000: ours {ours / 1e6:,.0f} MB, mlx_lm {theirs / 1e6:,.0f} MB, "
+        f"ratio {ours / theirs:.2f}",
+        flush=True,
+    )
     return {"ours_bytes": ours, "theirs_bytes": theirs, "ratio": ours / theirs}
 
 
@@ -218,8 +242,11 @@ def save(options: argparse.Namespace, work: Path) -> dict:
     found = in_a_process("saving", options.base, work / "saved", 4, 0)
     one = statistics.median(found["save_seconds"])
     share = one / (100 * found["iteration_seconds"] + one)
-    print(f"one checkpoint: {spread(found['save_seconds'], 3)} s, an iteration {found['iteration_seconds']:.2f} s; "
-          f"one in 100 iterations is {share:.2%} of the time", flush=True)  # fmt: skip
+    print(
+        f"one checkpoint: {spread(found['save_seconds'], 3)} s, an iteration {found['iteration_seconds']:.2f} s; "
+        f"one in 100 iterations is {share:.2%} of the time",
+        flush=True,
+    )
     return found | {"share": share}
 
 
@@ -247,8 +274,13 @@ def main() -> None:
     from mlx_adapters.system.machine import versions
 
     found: dict = {"versions": versions(), "cores": os.cpu_count(), "load_average": os.getloadavg()}
-    found["settings"] = {"base": options.base, "rows": options.rows, "trials": options.trials, "batch": BATCH,
-                         "warm_up": options.warm_up}  # fmt: skip
+    found["settings"] = {
+        "base": options.base,
+        "rows": options.rows,
+        "trials": options.trials,
+        "batch": BATCH,
+        "warm_up": options.warm_up,
+    }
     with tempfile.TemporaryDirectory() as name:
         for part in options.what or PARTS:
             found[part] = PARTS[part](options, Path(name))
