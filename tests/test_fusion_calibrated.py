@@ -20,7 +20,7 @@ from mlx_adapters import TrainConfig, errors, load_adapter, train
 from mlx_adapters.assembly.plan import LayerPlan
 from mlx_adapters.assembly.weights import Updates
 from mlx_adapters.calibration import mixed, strategy
-from mlx_adapters.calibration.blockwise import Variant
+from mlx_adapters.calibration.blockwise import BlockwiseModel
 from mlx_adapters.calibration.calibrate import Spool
 from mlx_adapters.calibration.collecting import Collector, HiddenStates, fisher_probe
 from mlx_adapters.calibration.fidelity import measure_fidelity
@@ -90,8 +90,8 @@ def test_fidelity_is_the_kl_of_whole_models(tiny_model, tmp_path, architecture):
     fuse(folder, adapter, tmp_path / "out", quantization="keep", options=nearest)
     rows, base = some_rows(), resolve_base(folder)
     updates = Updates(((adapter, 1.0),))
-    fused = Variant(resolve_base(tmp_path / "out"), None, updates.paths().__contains__)
-    found = measure_fidelity(Variant(base, updates), fused, Variant(base), make_batches(rows, 48))
+    fused = BlockwiseModel(resolve_base(tmp_path / "out"), None, updates.paths().__contains__)
+    found = measure_fidelity(BlockwiseModel(base, updates), fused, BlockwiseModel(base), make_batches(rows, 48))
     models = [
         load_model(resolve_base(folder), adapter),
         load_model(resolve_base(tmp_path / "out")),
@@ -123,7 +123,7 @@ def test_moments_block_by_block_are_those_of_the_whole_model(tiny_model, archite
     base, updates = resolve_base(folder), Updates(((make_adapter(folder), 1.0),))
     batches, found = make_batches(some_rows(), 48), []
     for whole in (False, True):
-        pair = Variant(base, updates), Variant(base, updates)
+        pair = BlockwiseModel(base, updates), BlockwiseModel(base, updates)
         if whole:
             for variant in pair:
                 variant.blocks.paths = ()
@@ -146,7 +146,7 @@ def test_calibration_holds_the_activations_of_one_block(tiny_model, tmp_path):
     folder = tiny_model("llama", num_hidden_layers=12)
     base = resolve_base(folder)
     rows = [(np.full(200, i, np.int32), np.ones(200, bool)) for i in range(1, 60)]
-    variants = Variant(base), Variant(base)
+    variants = BlockwiseModel(base), BlockwiseModel(base)
     paths = set(variants[0].layer_paths(0))
     collector = Collector(*variants, paths, make_batches(rows), tmp_path)
     before = mx.get_active_memory()
@@ -160,7 +160,7 @@ def test_calibration_holds_the_activations_of_one_block(tiny_model, tmp_path):
 def test_calibration_asks_for_room_on_the_disk_before_it_works(tiny_model, tmp_path, monkeypatch):
     base = resolve_base(tiny_model("llama"))
     collector = Collector(
-        Variant(base), Variant(base), {"model.layers.0.mlp.up_proj"}, make_batches(some_rows()), tmp_path
+        BlockwiseModel(base), BlockwiseModel(base), {"model.layers.0.mlp.up_proj"}, make_batches(some_rows()), tmp_path
     )
     monkeypatch.setattr(paths.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(errors.StorageError, match="the disk has 1 kB free"):
@@ -603,9 +603,9 @@ def test_calibration_is_never_worse_than_rounding_to_nearest_on_its_own_rows(
     for method in ("nearest", "calibrated"):
         options = FuseOptions(method=method, calibration=str(data), calibration_rows=8, check=False)
         result = fuse(base, adapter, tmp_path / method, quantization=quantization, options=options)
-        fused = Variant(resolve_base(tmp_path / method), None, lambda _: True)
+        fused = BlockwiseModel(resolve_base(tmp_path / method), None, lambda _: True)
         updates = Updates(((adapter, 1.0),))
-        results[method] = measure_fidelity(Variant(found, updates), fused, None, batches).kl_mean, result
+        results[method] = measure_fidelity(BlockwiseModel(found, updates), fused, None, batches).kl_mean, result
     assert results["calibrated"][0] <= results["nearest"][0] * (1 + 1e-6)
     assert [note.split(":")[0].split(" was")[0] for note in results["calibrated"][1].notes] == told
 

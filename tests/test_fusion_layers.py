@@ -8,7 +8,7 @@ from test_fusion_calibrated import some_rows
 from test_fusion_fuse import IDS, make_adapter
 from tiny_models import build_model
 
-from mlx_adapters.calibration.blockwise import Variant
+from mlx_adapters.calibration.blockwise import BlockwiseModel
 from mlx_adapters.calibration.collecting import Collector
 from mlx_adapters.calibration.moments import Seen, fits
 from mlx_adapters.config.fusing import FuseOptions
@@ -83,7 +83,7 @@ def test_a_layer_that_is_called_for_each_token_has_the_moments_of_all(tiny_model
     base = resolve_base(tiny_model("mamba"))
     path = "backbone.layers.1.mixer.x_proj"
     batches = make_batches(some_rows(lengths=(9, 12, 12)))
-    collector = Collector(Variant(base), Variant(base), {path}, batches, tmp_path)
+    collector = Collector(BlockwiseModel(base), BlockwiseModel(base), {path}, batches, tmp_path)
     (moments,) = [found[path] for _, found in collector.run()]
     model, inputs = load_model(resolve_base(base)), []
     layer = model.module.backbone.layers[1].mixer

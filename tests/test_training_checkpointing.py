@@ -35,8 +35,8 @@ ROWS = [row(12, 1), row(25, 2)]
 BATCH = make_batch([[r] for r in ROWS])
 
 
-def engine(folder, training: TrainConfig, **lora) -> TrainStep:
-    """An engine whose lora_b is not zero, so that every tensor has a gradient."""
+def train_step(folder, training: TrainConfig, **lora) -> TrainStep:
+    """A TrainStep whose lora_b is not zero, so that every tensor has a gradient."""
     model = load_model(resolve_base(folder))
     keys = setup.add_layers(model, LoraConfig(**{"rank": 4, "scale": 2.0, **lora}), 0).keys
     weights = dict(tree_flatten(model.module.trainable_parameters()))
@@ -59,8 +59,8 @@ PLAIN = TrainConfig()
 
 def both(folder, training: TrainConfig = PLAIN, batch: Batch = BATCH, **lora) -> None:
     rounding = training.fuse_aware is not None
-    plain = gradients(engine(folder, training, **lora), batch, rounding)
-    again = gradients(engine(folder, replace(training, grad_checkpoint=True), **lora), batch, rounding)
+    plain = gradients(train_step(folder, training, **lora), batch, rounding)
+    again = gradients(train_step(folder, replace(training, grad_checkpoint=True), **lora), batch, rounding)
     assert plain[0] == again[0]
     for name, gradient in plain[1].items():
         assert mx.any(gradient != 0).item(), name
@@ -88,14 +88,14 @@ def test_also_through_the_rounding(kind, tiny_model):
 def test_the_random_numbers_go_on_as_without_it(tiny_model):
     after = []
     for checkpoint in (False, True):
-        gradients(engine(tiny_model(), TrainConfig(grad_checkpoint=checkpoint), dropout=0.3))
+        gradients(train_step(tiny_model(), TrainConfig(grad_checkpoint=checkpoint), dropout=0.3))
         after.append(calls.random_key())
     assert mx.array_equal(*after).item()
 
 
 def test_an_architecture_that_hides_a_gradient_is_refused(tiny_model, monkeypatch):
     """What reaches a block neither as its weight nor as its argument has no gradient; the run must not begin."""
-    made = engine(tiny_model(), TrainConfig(grad_checkpoint=True))
+    made = train_step(tiny_model(), TrainConfig(grad_checkpoint=True))
     assert checkpointing_is_exact(made, BATCH)
     first, second = made.module.layers
     kind, hidden = type(first), []
@@ -142,7 +142,7 @@ def test_the_module_holds_no_array_of_a_trace(tiny_model, monkeypatch):
         engines, "compiled", lambda function, state=None: mx.compile(function, inputs=state, outputs=state)
     )
     training = TrainConfig(grad_checkpoint=True, fuse_aware=Quantization(2, 32))
-    made = engine(tiny_model("qwen3"), training)
+    made = train_step(tiny_model("qwen3"), training)
     kinds = [type(module) for module in made.module.modules()]
     own = {name: np.array(w) for name, w in made.weights.items()}
     made.weights = {name: w + 1 for name, w in made.weights.items()}

@@ -31,7 +31,7 @@ BATCH = make_batch([[row] for row in ROWS])
 
 
 def run(folder, planned: Quantization, kind: str = "lora", targets="all", strength: float = 0.05):
-    """(engine, adapter) of a run that will be fused to `planned`, and has learned something."""
+    """(TrainStep, adapter) of a run that will be fused to `planned`, and has learned something."""
     model = load_model(resolve_base(folder))
     config = setup.add_layers(model, LoraConfig(rank=4, scale=2.0, type=kind, target_modules=targets), 0)
     weights = dict(tree_flatten(model.module.trainable_parameters()))
@@ -41,8 +41,8 @@ def run(folder, planned: Quantization, kind: str = "lora", targets="all", streng
     losses.put(model.module, weights)
     layers = dict(named_layers(model.module))
     training = TrainConfig(fuse_aware=planned, batch_size=3)
-    engine = setup.prepare(model, training, ROWS, (), {key: layers[key] for key in config.keys}).engine
-    return engine, Adapter(config, weights, {"base": resolve_base(folder).record(), "name": "tiny"})
+    train_step = setup.prepare(model, training, ROWS, (), {key: layers[key] for key in config.keys}).train_step
+    return train_step, Adapter(config, weights, {"base": resolve_base(folder).record(), "name": "tiny"})
 
 
 def fused(folder, adapter: Adapter, planned: Quantization, out):
@@ -66,14 +66,14 @@ def test_the_step_has_the_weights_that_fuse_writes(plan, dtype, tiny_model, tmp_
     planned = PLANS[plan]
     for bits in (None, 4):
         folder = tiny_model("qwen3", bits=bits, dtype=dtype)
-        engine, adapter = run(folder, planned)
+        train_step, adapter = run(folder, planned)
         written = dict(named_layers(fused(folder, adapter, planned, tmp_path / f"{bits}").module))
-        for path, layer in engine.adapted.items():
+        for path, layer in train_step.adapted.items():
             own = updated_weight(dense_weight(layer.linear), layer.lora_a, layer.lora_b, None, layer.scale)
-            assert mx.array_equal(engine.rounding.stored(path, own), written[path].weight).item(), path
-        through_rounding.round_frozen(engine.module, engine.adapted, engine.rounding)
-        for path, layer in named_layers(engine.module):
-            if path not in engine.adapted and "weight" in layer:
+            assert mx.array_equal(train_step.rounding.stored(path, own), written[path].weight).item(), path
+        through_rounding.round_frozen(train_step.module, train_step.adapted, train_step.rounding)
+        for path, layer in named_layers(train_step.module):
+            if path not in train_step.adapted and "weight" in layer:
                 assert mx.array_equal(layer.weight, written[path].weight).item(), path
 
 
@@ -82,8 +82,8 @@ def test_the_step_has_the_weights_that_fuse_writes(plan, dtype, tiny_model, tmp_
 def test_the_loss_is_that_of_the_fused_model(kind, architecture, tiny_model, tmp_path):
     targets = "all" if kind == "lora" else ("q_proj", "o_proj")
     planned, folder = Quantization(2, 32), tiny_model(architecture, dtype="bfloat16")
-    engine, adapter = run(folder, planned, kind, targets)
-    without, through = engine.evaluate([BATCH]), engine.evaluate([BATCH], rounding=True)
+    train_step, adapter = run(folder, planned, kind, targets)
+    without, through = train_step.evaluate([BATCH]), train_step.evaluate([BATCH], rounding=True)
     model = fused(folder, adapter, planned, tmp_path / "fused")
     assert through == pytest.approx(
         TrainStep(model.module, {}, TrainConfig(), LossPlan(None, 64)).evaluate([BATCH]), rel=1e-5
@@ -100,13 +100,13 @@ def test_layers_that_a_model_keeps_finer_are_trained_through_that(tiny_model, tm
 
     monkeypatch.setattr(qwen3.Model, "quant_predicate", property(lambda self: predicate), raising=False)
     planned, folder = Quantization(2, 32), tiny_model("qwen3", dtype="bfloat16")
-    engine, adapter = run(folder, planned)
-    targets = {path.rpartition(".")[2]: target for path, target in engine.rounding.targets.items()}
+    train_step, adapter = run(folder, planned)
+    targets = {path.rpartition(".")[2]: target for path, target in train_step.rounding.targets.items()}
     assert targets["v_proj"] == Quantization(8, 64) and targets["q_proj"] == planned and targets["o_proj"] is None
     written = dict(named_layers(fused(folder, adapter, planned, tmp_path / "fused").module))
-    for path, layer in engine.adapted.items():
+    for path, layer in train_step.adapted.items():
         own = updated_weight(layer.linear.weight, layer.lora_a, layer.lora_b, None, layer.scale)
-        assert mx.array_equal(engine.rounding.stored(path, own), written[path].weight).item(), path
+        assert mx.array_equal(train_step.rounding.stored(path, own), written[path].weight).item(), path
 
 
 @pytest.mark.parametrize("dense", [True, False])
@@ -126,9 +126,9 @@ def test_other_layers_are_rounded_unless_the_base_has_that_precision(dense, tiny
 
 
 def test_experts_learn_through_the_rounding(tiny_model):
-    engine, _ = run(tiny_model("mixtral"), Quantization(2, 32), targets=("up_proj",))
-    rounded, gradients = engine.gradient(BATCH, 1.0, rounding=True)
-    assert abs(rounded.item() - engine.gradient(BATCH, 1.0)[0].item()) > 1e-2
+    train_step, _ = run(tiny_model("mixtral"), Quantization(2, 32), targets=("up_proj",))
+    rounded, gradients = train_step.gradient(BATCH, 1.0, rounding=True)
+    assert abs(rounded.item() - train_step.gradient(BATCH, 1.0)[0].item()) > 1e-2
     assert all(mx.any(g != 0).item() for g in gradients.values())
 
 

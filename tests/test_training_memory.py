@@ -32,14 +32,14 @@ def measured(folder, rows, lora, training) -> int:
     layers = dict(named_layers(model.module))
     prepared = setup.prepare(model, training, rows, (), {key: layers[key] for key in keys})
     updates = prepared.feed.updates(0)
-    mx.eval(prepared.engine.weights, prepared.engine.optimizer.arrays())
+    mx.eval(prepared.train_step.weights, prepared.train_step.optimizer.arrays())
     gc.collect()
     mx.clear_cache()
     mx.reset_peak_memory()
     already = mx.get_active_memory() - _standing(model, prepared)
     for _ in range(2):
         batches, tokens = next(updates)
-        prepared.engine.step(batches, 1 / tokens, 1e-4)
+        prepared.train_step.take(batches, 1 / tokens, 1e-4)
     return mx.get_peak_memory() - already
 
 
@@ -47,7 +47,9 @@ def _standing(model, prepared) -> int:
     """Bytes of this run's own weights, adapter and optimizer: other tests' arrays may still be in memory."""
     from mlx.utils import tree_flatten
 
-    arrays = [a for _, a in tree_flatten(model.module.parameters())] + list(prepared.engine.optimizer.arrays().values())
+    arrays = [a for _, a in tree_flatten(model.module.parameters())] + list(
+        prepared.train_step.optimizer.arrays().values()
+    )
     return sum(a.nbytes for a in arrays)
 
 

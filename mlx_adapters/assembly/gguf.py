@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_adapters.assembly.gguf_tokenizer import check_strings, read_tokenizer
 from mlx_adapters.assembly.survival import not_finite
-from mlx_adapters.assembly.tensors import Job, not_rounded
+from mlx_adapters.assembly.tensors import Assembly, not_rounded
 from mlx_adapters.assembly.writing import Unit
 from mlx_adapters.errors import ConfigError, FormatError, ModelError
 from mlx_adapters.events import Note, OnEvent, Progress
@@ -43,27 +43,27 @@ def check_supported(config: dict[str, Any]) -> None:
         )
 
 
-def write_gguf(job: Job, folder: Path, kind: str, on_event: OnEvent) -> int:
-    """Write `folder`/model.gguf; return its size. `job` must be planned for "none". Raises ModelError without
+def write_gguf(assembly: Assembly, folder: Path, kind: str, on_event: OnEvent) -> int:
+    """Write `folder`/model.gguf; return its size. `assembly` must be planned for "none". Raises ModelError without
     the package `gguf`, ConfigError or FormatError for what cannot be written correctly."""
     try:
         import gguf
     except ImportError:
         raise ModelError("Writing GGUF needs the package 'gguf'.", "pip install 'mlx_adapters[gguf]'.") from None
-    config = job.base.config
+    config = assembly.base.config
     check_supported(config)
-    loaded = load_tokenizer_of(job.base)
-    tokenizer = read_tokenizer(job.base.folder, config["vocab_size"], loaded)
+    loaded = load_tokenizer_of(assembly.base)
+    tokenizer = read_tokenizer(assembly.base.folder, config["vocab_size"], loaded)
     for text in check_strings(tokenizer, loaded):
         on_event(Note(f"llama.cpp cuts up {text!r} otherwise than this tokenizer.", "warning"))
-    job.dtype, job.stored = mx.float32, lambda rows: _as_stored(rows, kind)
-    units = job.units(not_rounded)
-    paths.require_free_space(folder, 4 * job.parameters)
+    assembly.dtype, assembly.stored = mx.float32, lambda rows: _as_stored(rows, kind)
+    units = assembly.units(not_rounded)
+    paths.require_free_space(folder, 4 * assembly.parameters)
     path = folder / FILE_NAME
     with paths.storage_errors(path):
         writer = gguf.GGUFWriter(path, ARCHITECTURES[config["model_type"]])
         try:
-            _write_settings(writer, config, job, kind)
+            _write_settings(writer, config, assembly, kind)
             tokenizer.write(writer)
             _write_tensors(writer, units, config, kind, on_event)
         finally:
@@ -71,13 +71,13 @@ def write_gguf(job: Job, folder: Path, kind: str, on_event: OnEvent) -> int:
     return path.stat().st_size
 
 
-def _write_settings(writer: Any, config: dict[str, Any], job: Job, kind: str) -> None:
+def _write_settings(writer: Any, config: dict[str, Any], assembly: Assembly, kind: str) -> None:
     import gguf
 
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     file_types = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-    writer.add_name(Path(job.base.name).name)
+    writer.add_name(Path(assembly.base.name).name)
     writer.add_file_type(getattr(gguf.LlamaFileType, file_types[kind]))
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config.get("max_position_embeddings", 2048))

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters.assembly.tensors import Job, not_rounded
+from mlx_adapters.assembly.tensors import Assembly, not_rounded
 from mlx_adapters.assembly.writing import Layout, Unit, copy_companions, dtype_name, write_config, write_weights
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.events import OnEvent
@@ -31,20 +31,20 @@ def check_supported(model_type: str | None) -> None:
         )
 
 
-def write_hf(job: Job, folder: Path, on_event: OnEvent) -> int:
-    """Write the unquantized model; return the bytes of the tensors. `job` must be planned for "none"."""
-    raw = files.read_json(job.base.folder / "config.json")
-    raw = untied_config(raw) if job.base.untied else raw
+def write_hf(assembly: Assembly, folder: Path, on_event: OnEvent) -> int:
+    """Write the unquantized model; return the bytes of the tensors. `assembly` must be planned for "none"."""
+    raw = files.read_json(assembly.base.folder / "config.json")
+    raw = untied_config(raw) if assembly.base.untied else raw
     model_type = raw.get("model_type")
     check_supported(model_type)
     split = _conv1d if model_type == "gpt2" else _experts
-    job.dtype = job.dtype or original_dtype(raw) or job.source.dtype
-    size = write_weights(folder, [_renamed(unit, split) for unit in job.units(not_rounded)], on_event)
-    name = dtype_name(job.dtype)
+    assembly.dtype = assembly.dtype or original_dtype(raw) or assembly.source.dtype
+    size = write_weights(folder, [_renamed(unit, split) for unit in assembly.units(not_rounded)], on_event)
+    name = dtype_name(assembly.dtype)
     write_config(
         folder, raw | {key: name for key in ("torch_dtype", "dtype") if key in raw or key == "torch_dtype"}, None
     )
-    copy_companions(job.base, folder)
+    copy_companions(assembly.base, folder)
     return size
 
 

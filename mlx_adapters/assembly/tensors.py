@@ -34,11 +34,11 @@ Rounded = Callable[[str, Precision], Packed | None]
 
 
 def not_rounded(path: str, target: Precision) -> None:
-    """The `Rounded` of a job whose layers are all rounded to nearest."""
+    """The `Rounded` of an assembly whose layers are all rounded to nearest."""
 
 
 @dataclass
-class Job:
+class Assembly:
     """`dtype` None: every tensor keeps its type. `stored` gives the numbers that a file holds of unquantized float32
     rows, where its format rounds them itself."""
 
@@ -187,13 +187,13 @@ class Job:
         return size
 
 
-def open_job(
+def open_assembly(
     base: Base,
     updates: Updates,
     asked: Quantization | str,
     dtype: str = "auto",
     any_base: bool = False,
-) -> Job:
+) -> Assembly:
     """Load the base lazily, hold the adapters against it and plan every layer.
 
     Raises IncompatibleError when an adapter does not fit, ModelError when mlx-lm cannot load the base.
@@ -207,4 +207,4 @@ def open_job(
     missing = set(updates.replaced) - set(source.layers)
     require(not missing, f"The model has no layer {sorted(missing)}.")
     plans = plan_layers(source, updates.paths(), asked)
-    return Job(base, source, config, updates, plans, None if dtype == "auto" else getattr(mx, dtype))
+    return Assembly(base, source, config, updates, plans, None if dtype == "auto" else getattr(mx, dtype))

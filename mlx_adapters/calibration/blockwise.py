@@ -12,11 +12,11 @@ from mlx_adapters.surgery.blocks import Blocks
 from mlx_adapters.system.door import mx, nn
 
 
-class Variant:
+class BlockwiseModel:
     """One of the models that are compared or calibrated: base, adapter model or fused model.
 
-    Weights are read lazily, and only for the block in use, as dense float32; `release` lets go of them. A
-    variant goes through its blocks once, in any order.
+    Weights are read lazily, and only for the block in use, as dense float32; `release` lets go of them. It
+    goes through its blocks once, in any order.
     """
 
     def __init__(
@@ -25,7 +25,7 @@ class Variant:
         updates: Updates | None = None,
         unlike: Callable[[str], bool] | None = None,
         stored: Callable[[str], mx.array | None] = lambda path: None,
-        beside: "Variant | None" = None,
+        beside: "BlockwiseModel | None" = None,
     ) -> None:
         """`unlike(path)`: whether that layer is unlike the base's (default: the updates change it).
 

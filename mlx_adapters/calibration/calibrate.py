@@ -10,7 +10,7 @@ import numpy as np
 from mlx_adapters.assembly.plan import LayerPlan
 from mlx_adapters.assembly.weights import Updates
 from mlx_adapters.assembly.writing import dtype_name
-from mlx_adapters.calibration.blockwise import Variant
+from mlx_adapters.calibration.blockwise import BlockwiseModel
 from mlx_adapters.calibration.collecting import Collector
 from mlx_adapters.calibration.moments import Moments, mix
 from mlx_adapters.config.quantization import Quantization
@@ -79,7 +79,7 @@ def round_layers(
     wanted = {plan.path: plan.rounded_to for plan in plans if plan.rounded_to is not None}
     if not wanted:
         return []
-    forward, backward = Variant(base, updates), Variant(base, updates)
+    forward, backward = BlockwiseModel(base, updates), BlockwiseModel(base, updates)
     targets = {path: list(dict.fromkeys([target, *also])) for path, target in wanted.items()}
     shapes = {path: weight_shape(backward.source.layers[path]) for path in wanted}
     total = sum(map(len, targets.values()))

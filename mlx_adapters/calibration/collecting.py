@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters.calibration.blockwise import Variant
+from mlx_adapters.calibration.blockwise import BlockwiseModel
 from mlx_adapters.calibration.moments import Moments, Seen, add_calls, fits, gram
 from mlx_adapters.data.batches import TokenBatch
 from mlx_adapters.events import OnEvent, Progress, ignore
@@ -53,12 +53,17 @@ class HiddenStates:
 class Collector:
     """Collects the moments of the layers at `paths`, block by block from the last to the first.
 
-    `forward` and `backward` are two variants of the same model (each goes through its blocks once). `folder` holds
+    `forward` and `backward` are the same model twice (each goes through its blocks once). `folder` holds
     the hidden states before every block meanwhile: 4 bytes x tokens x width for each.
     """
 
     def __init__(
-        self, forward: Variant, backward: Variant, paths: set[str], batches: Sequence[TokenBatch], folder: Path
+        self,
+        forward: BlockwiseModel,
+        backward: BlockwiseModel,
+        paths: set[str],
+        batches: Sequence[TokenBatch],
+        folder: Path,
     ) -> None:
         self.forward, self.backward, self.batches = forward, backward, list(batches)
         layers, blocks = backward.source.layers, len(forward.blocks)
@@ -76,22 +81,22 @@ class Collector:
 
     def run_forward(self, on_event: OnEvent) -> list[mx.array]:
         """Put the hidden state before every wanted block on the disk; return those after the last one."""
-        count, variant = len(self.forward.blocks), self.forward
-        variant.prepare(count)
-        entered = [variant.blocks.enter(batch.tokens) for batch in self.batches]
+        count, model = len(self.forward.blocks), self.forward
+        model.prepare(count)
+        entered = [model.blocks.enter(batch.tokens) for batch in self.batches]
         hidden, self._calls = [h for h, _ in entered], [c for _, c in entered]
         paths.require_free_space(self._entries.folder, (count - self.first) * sum(h.nbytes for h in hidden))
         for index in range(count):
             if index >= self.first:
                 self._entries.put(hidden)
-            variant.prepare(index)
+            model.prepare(index)
             after = []
             for h, calls in zip(hidden, self._calls, strict=True):
-                out = variant.blocks.step(index, h, calls[index])
+                out = model.blocks.step(index, h, calls[index])
                 mx.eval(out)
                 after.append(out)
             hidden = after
-            variant.release(index)
+            model.release(index)
             on_event(Progress("calibrate: forward", index + 1, count, "block"))
         return hidden
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_adapters.calibration.blockwise import Variant
+from mlx_adapters.calibration.blockwise import BlockwiseModel
 from mlx_adapters.data.batches import TokenBatch
 from mlx_adapters.errors import FormatError
 from mlx_adapters.events import OnEvent, Progress, ignore
@@ -85,69 +85,73 @@ class _Tally:
 
 
 def hidden_states(
-    variants: Sequence[Variant], batches: Sequence[TokenBatch], on_event: OnEvent = ignore
+    models: Sequence[BlockwiseModel], batches: Sequence[TokenBatch], on_event: OnEvent = ignore
 ) -> list[list[mx.array]]:
-    """hidden[v][b]: the state after the last block of variant v on batch b.
+    """hidden[v][b]: the state after the last block of model v on batch b.
 
-    All variants go through the blocks together; as long as one has the same weights as the base and the same
-    input as the first variant of that kind, it shares the result.
+    All models go through the blocks together; as long as one has the same weights as the base and the same
+    input as the first model of that kind, it shares the result.
     """
-    count = len(variants[0].blocks)
+    count = len(models[0].blocks)
     hidden: list[list[mx.array]] = []
     calls: list = []
-    for v, variant in enumerate(variants):
-        variant.prepare(count)
-        entered = [variant.blocks.enter(batch.tokens) for batch in batches]
+    for v, model in enumerate(models):
+        model.prepare(count)
+        entered = [model.blocks.enter(batch.tokens) for batch in batches]
         calls = calls or [call for _, call in entered]
-        twin = _twin(variants, v, count, range(v))
+        twin = _twin(models, v, count, range(v))
         hidden.append([h for h, _ in entered] if twin is None else hidden[twin])
         mx.eval(hidden[-1])
     for index in range(count):
         before = list(hidden)
-        for v, variant in enumerate(variants):
-            twin = _twin(variants, v, index, [u for u in range(v) if before[u] is before[v]])
+        for v, model in enumerate(models):
+            twin = _twin(models, v, index, [u for u in range(v) if before[u] is before[v]])
             if twin is not None:
                 hidden[v] = hidden[twin]
-                variant.release(index)
+                model.release(index)
                 continue
-            variant.prepare(index)
-            hidden[v] = [_step(variant, index, h, c[index]) for h, c in zip(before[v], calls, strict=True)]
-            variant.release(index)
+            model.prepare(index)
+            hidden[v] = [_step(model, index, h, c[index]) for h, c in zip(before[v], calls, strict=True)]
+            model.release(index)
         on_event(Progress("check", index + 1, count, "block"))
     return hidden
 
 
-def _twin(variants: Sequence[Variant], v: int, index: int, others: Iterable[int]) -> int | None:
-    """One of the `others` that has the base's weights in block `index`, if variant v has them too."""
-    if variants[v].differs(index):
+def _twin(models: Sequence[BlockwiseModel], v: int, index: int, others: Iterable[int]) -> int | None:
+    """One of the `others` that has the base's weights in block `index`, if model v has them too."""
+    if models[v].differs(index):
         return None
-    return next((u for u in others if not variants[u].differs(index)), None)
+    return next((u for u in others if not models[u].differs(index)), None)
 
 
-def _step(variant: Variant, index: int, hidden: mx.array, call: Call) -> mx.array:
-    out = variant.blocks.step(index, hidden, call)
+def _step(model: BlockwiseModel, index: int, hidden: mx.array, call: Call) -> mx.array:
+    out = model.blocks.step(index, hidden, call)
     mx.eval(out)
     return out
 
 
 def measure_fidelity(
-    adapter: Variant, fused: Variant, base: Variant | None, batches: Sequence[TokenBatch], on_event: OnEvent = ignore
+    adapter: BlockwiseModel,
+    fused: BlockwiseModel,
+    base: BlockwiseModel | None,
+    batches: Sequence[TokenBatch],
+    on_event: OnEvent = ignore,
 ) -> Fidelity:
     """Judge `fused` (and, for scale, `base`) by `adapter`. Raises FormatError for NaN or Inf logits."""
-    variants = [v for v in (base, adapter, fused) if v is not None]
-    hidden = hidden_states(variants, batches, on_event)
-    reference = variants.index(adapter)
-    tallies = [_Tally([], [], []) for _ in variants]
+    models = [v for v in (base, adapter, fused) if v is not None]
+    hidden = hidden_states(models, batches, on_event)
+    reference = models.index(adapter)
+    tallies = [_Tally([], [], []) for _ in models]
     for b, batch in enumerate(batches):
-        logs = [_log_probabilities(v, h[b], batch) for v, h in zip(variants, hidden, strict=True)]
+        logs = [_log_probabilities(v, h[b], batch) for v, h in zip(models, hidden, strict=True)]
         for tally, log in zip(tallies, logs, strict=True):
             _judge(tally, logs[reference], log, batch)
         mx.clear_cache()
-    return _summary(tallies, variants.index(fused), reference, base is not None, batches)
+    return _summary(tallies, models.index(fused), reference, base is not None, batches)
 
 
-def _log_probabilities(variant: Variant, hidden: mx.array, batch: TokenBatch) -> mx.array:
-    logits = variant.blocks.finish(hidden, batch.judged).astype(mx.float32)
+def _log_probabilities(model: BlockwiseModel, hidden: mx.array, batch: TokenBatch) -> mx.array:
+    logits = model.blocks.finish(hidden, batch.judged).astype(mx.float32)
     result = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     if not mx.isfinite(result).all().item():
         raise FormatError("The model computes NaN or Inf on the check's text.", "are its weights whole?")

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Literal
 
 from mlx_adapters.assembly.plan import Precision
-from mlx_adapters.assembly.tensors import Job
+from mlx_adapters.assembly.tensors import Assembly
 from mlx_adapters.assembly.weights import Updates
 from mlx_adapters.assembly.writing import dtype_name
-from mlx_adapters.calibration.blockwise import Variant
+from mlx_adapters.calibration.blockwise import BlockwiseModel
 from mlx_adapters.calibration.calibrate import Spool, round_layers
 from mlx_adapters.calibration.fidelity import Fidelity, measure_fidelity
 from mlx_adapters.calibration.mixed import (
@@ -44,13 +44,13 @@ NEAREST = "on the calibration rows that keeps more of the adapter than calibrati
 UNKNOWN = "calibration does not see what it computes of which token"
 
 
-class Work:
-    """Rounding and checking of one job: which method, on which text, at which precision."""
+class Strategy:
+    """Rounding and checking of one assembly: which method, on which text, at which precision."""
 
-    def __init__(self, job: Job, asked: Quantization | str, options: FuseOptions, on_event: OnEvent) -> None:
-        self.job, self.asked, self.options, self.on_event = job, asked, options, on_event
-        targets = {plan.rounded_to for plan in job.plans if plan.rounded_to is not None}
-        self.trained_through = trained_through(job.updates, targets)
+    def __init__(self, assembly: Assembly, asked: Quantization | str, options: FuseOptions, on_event: OnEvent) -> None:
+        self.assembly, self.asked, self.options, self.on_event = assembly, asked, options, on_event
+        targets = {plan.rounded_to for plan in assembly.plans if plan.rounded_to is not None}
+        self.trained_through = trained_through(assembly.updates, targets)
         self.method = self._choose_method(targets)
         self.targets: dict[str, Precision] = {}
         self.notes: tuple[str, ...] = ()
@@ -69,15 +69,15 @@ class Work:
         return "calibrated" if any(target.bits < 8 for target in targets) else "nearest"
 
     def _choose_text(self) -> Text | None:
-        adapters = [adapter for adapter, _ in self.job.updates.adapters]
+        adapters = [adapter for adapter, _ in self.assembly.updates.adapters]
         o = self.options
         try:
-            tokenizer = load_tokenizer_of(self.job.base)
+            tokenizer = load_tokenizer_of(self.assembly.base)
             text = choose_text(
-                o.calibration, adapters, tokenizer, o.calibration_rows, o.check_rows, self.job.base.positions
+                o.calibration, adapters, tokenizer, o.calibration_rows, o.check_rows, self.assembly.base.positions
             )
             for tokens, _ in [*text.calibration, *text.check]:
-                self.job.base.check_tokens(tokens, text.source)
+                self.assembly.base.check_tokens(tokens, text.source)
             return text
         except AdapterError as error:
             if o.calibration is not None or o.method == "calibrated" or o.max_kl is not None:
@@ -90,7 +90,7 @@ class Work:
         budget = self.options.budget_bits
         if budget is None:
             return
-        now = 8 * self.job.size_bytes() / self.job.parameters
+        now = 8 * self.assembly.size_bytes() / self.assembly.parameters
         if now > budget:
             raise ConfigError(
                 f"The model has {now:.2f} bits per weight already, more than the {budget} allowed.",
@@ -103,35 +103,39 @@ class Work:
 
     def disk_bytes(self) -> int:
         """Bytes that the fused model takes on the disk at most, with what calibration keeps beside it until then."""
-        size, job = self.job.size_bytes(), self.job
+        size, assembly = self.assembly.size_bytes(), self.assembly
         if self.method != "calibrated" or self.text is None:
             return size
         kept = 0
-        for plan in job.plans:
+        for plan in assembly.plans:
             if plan.rounded_to:
-                made = [layer_bytes(plan, q, dtype_name(job.scale_dtype)) for q in {plan.rounded_to, *self._finer()}]
+                made = [
+                    layer_bytes(plan, q, dtype_name(assembly.scale_dtype)) for q in {plan.rounded_to, *self._finer()}
+                ]
                 kept, size = kept + sum(made), size + max(made) - min(made)  # the finest may be chosen
         return kept + size
 
     def _finer(self) -> set[Quantization]:
         """The precisions besides their own that layers are rounded to, to choose from."""
         return (
-            {q for plan in self.job.plans if plan.rounded_to for q in finer(plan.rounded_to)} if self.mixed else set()
+            {q for plan in self.assembly.plans if plan.rounded_to for q in finer(plan.rounded_to)}
+            if self.mixed
+            else set()
         )
 
     def round(self, spool: Spool) -> None:
         """Fill `spool` with calibrated layers and settle mixed precision."""
         if self.method != "calibrated" or self.text is None:
             return
-        job = self.job
+        assembly = self.assembly
         why = f" {self.text.why}" if self.text.why else ""
         self.on_event(Note(f"Calibrating on {count(len(self.text.calibration), 'row')} of {self.text.source}.{why}"))
-        batches, dtype = batches_of(self.text.calibration, job.base), job.scale_dtype
-        job.close()
+        batches, dtype = batches_of(self.text.calibration, assembly.base), assembly.scale_dtype
+        assembly.close()
         unknown = round_layers(
-            job.base,
-            job.updates,
-            job.plans,
+            assembly.base,
+            assembly.updates,
+            assembly.plans,
             batches,
             dtype,
             spool,
@@ -155,18 +159,18 @@ class Work:
             return
         if self.mixed:
             self.targets = self._choose_targets(spool)
-            job.retarget(self.targets)
+            assembly.retarget(self.targets)
 
     def _rounded(self, spool: Spool) -> dict[str, Precision]:
         """The precision of the layers that calibration rounded."""
-        return {plan.path: plan.target for plan in self.job.plans if (plan.path, plan.target) in spool.losses}
+        return {plan.path: plan.target for plan in self.assembly.plans if (plan.path, plan.target) in spool.losses}
 
     def _nearest_is_better(self, spool: Spool) -> bool:
         """Whether the whole model strays less on (some of) the calibration rows with all layers rounded to nearest.
 
         Layers are judged one by one before; few rows do not tell how their errors add up.
         """
-        job, targets = self.job, self._rounded(spool)
+        assembly, targets = self.assembly, self._rounded(spool)
         rows = spread(self.text.calibration, JUDGING_ROWS) if self.text else []
 
         def calibrated(path: str) -> mx.array | None:
@@ -177,25 +181,28 @@ class Work:
             target = targets.get(path)
             if target is None:
                 return None
-            return dequantize(to_nearest(plain.source.fused(path, job.updates), target, dtype))
+            return dequantize(to_nearest(plain.source.fused(path, assembly.updates), target, dtype))
 
-        touched = set(targets) | job.updates.paths()
-        dtype = job.scale_dtype
-        job.close()
-        exact = Variant(job.base, job.updates)
-        fused, plain = (Variant(job.base, job.updates, touched.__contains__, f, exact) for f in (calibrated, nearest))
-        found = measure_fidelity(exact, fused, plain, batches_of(rows, job.base))
+        touched = set(targets) | assembly.updates.paths()
+        dtype = assembly.scale_dtype
+        assembly.close()
+        exact = BlockwiseModel(assembly.base, assembly.updates)
+        fused, plain = (
+            BlockwiseModel(assembly.base, assembly.updates, touched.__contains__, f, exact)
+            for f in (calibrated, nearest)
+        )
+        found = measure_fidelity(exact, fused, plain, batches_of(rows, assembly.base))
         return found.base_kl is not None and found.base_kl < found.kl_mean
 
     def _choose_targets(self, spool: Spool) -> dict[str, Precision]:
-        job, options = self.job, self.options
-        steps = order_of_steps(job.plans, spool.losses, dtype_name(job.scale_dtype))
+        assembly, options = self.assembly, self.options
+        steps = order_of_steps(assembly.plans, spool.losses, dtype_name(assembly.scale_dtype))
         if options.budget_bits is not None:
-            spare = options.budget_bits * job.parameters / 8 - job.size_bytes()
+            spare = options.budget_bits * assembly.parameters / 8 - assembly.size_bytes()
             return targets_after(within_budget(steps, int(spare)))
         start = self._rounded(spool)
         total = sum(spool.losses[path, target] for path, target in start.items() if target is not None)
-        batches = batches_of(self.text.check, job.base) if self.text else []
+        batches = batches_of(self.text.check, assembly.base) if self.text else []
 
         def measure(targets: dict[str, Precision]) -> float:
             chosen = start | targets
@@ -204,11 +211,11 @@ class Work:
                 packed = spool.get(path, chosen.get(path))
                 return None if packed is None else dequantize(packed)
 
-            job.close()
-            updates = job.updates
+            assembly.close()
+            updates = assembly.updates
             touched = set(chosen) | updates.paths()
-            exact = Variant(job.base, updates)
-            fused = Variant(job.base, updates, lambda path: path in touched, stored, exact)
+            exact = BlockwiseModel(assembly.base, updates)
+            fused = BlockwiseModel(assembly.base, updates, lambda path: path in touched, stored, exact)
             return measure_fidelity(exact, fused, None, batches).kl_mean
 
         enough = until_promise(steps, total, options.max_kl or 0.0, measure, self.on_event)
@@ -218,12 +225,14 @@ class Work:
         """The fidelity of the model in `folder`, or None if it is not to be checked."""
         if not self.options.check or self.text is None or self.options.format == "gguf":
             return None
-        job = self.job
-        changed = {plan.path for plan in job.plans if not plan.copied}
-        fused = Variant(Base(str(folder), folder), None, changed.__contains__ if job.dtype is None else lambda _: True)
-        batches = batches_of(self.text.check, job.base)
-        exact = Variant(job.base, job.updates)
-        return measure_fidelity(exact, fused, Variant(job.base, beside=exact), batches, self.on_event)
+        assembly = self.assembly
+        changed = {plan.path for plan in assembly.plans if not plan.copied}
+        fused = BlockwiseModel(
+            Base(str(folder), folder), None, changed.__contains__ if assembly.dtype is None else lambda _: True
+        )
+        batches = batches_of(self.text.check, assembly.base)
+        exact = BlockwiseModel(assembly.base, assembly.updates)
+        return measure_fidelity(exact, fused, BlockwiseModel(assembly.base, beside=exact), batches, self.on_event)
 
 
 def trained_through(updates: Updates, targets: set[Quantization]) -> bool:

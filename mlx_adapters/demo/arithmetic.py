@@ -75,20 +75,20 @@ class Numbers:
         """Along the gradient g the loss rises by |g| per unit: against differences of losses."""
         model = load_model(resolve_base(self.base), dtype="float32")
         prepared, losses_of = self._prepared(model)
-        engine = prepared.engine
+        train_step = prepared.train_step
         noise = {
             name: 0.05 * mx.random.normal(w.shape, key=mx.random.key(i))
-            for i, (name, w) in enumerate(engine.weights.items())
+            for i, (name, w) in enumerate(train_step.weights.items())
         }
-        middle = engine.weights = {name: w + noise[name] for name, w in engine.weights.items()}
-        gradient = engine.gradient_of(losses_of[0], recompute=False)
+        middle = train_step.weights = {name: w + noise[name] for name, w in train_step.weights.items()}
+        gradient = train_step.gradient_of(losses_of[0], recompute=False)
         slope = float(np.sqrt(sum(mx.sum(g * g).item() for g in gradient.values())))  # of the summed loss
         tokens = losses_of[0].trained_tokens
         step = 0.05 * tokens / slope  # moves the mean loss by about 0.05 nats
 
         def loss(sign: int) -> float:
-            engine.weights = {name: w + sign * step / slope * gradient[name] for name, w in middle.items()}
-            return engine.evaluate(losses_of) * tokens
+            train_step.weights = {name: w + sign * step / slope * gradient[name] for name, w in middle.items()}
+            return train_step.evaluate(losses_of) * tokens
 
         measured = (loss(1) - loss(-1)) / (2 * step)
         error = abs(measured / slope - 1)

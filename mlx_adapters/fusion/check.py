@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.assembly.survival import Survival, SurvivalSum, mean_cosine, sample
-from mlx_adapters.assembly.tensors import open_job
+from mlx_adapters.assembly.tensors import open_assembly
 from mlx_adapters.assembly.weights import BaseWeights, Updates, chunks
-from mlx_adapters.calibration.blockwise import Variant
+from mlx_adapters.calibration.blockwise import BlockwiseModel
 from mlx_adapters.calibration.fidelity import Fidelity, measure_fidelity
 from mlx_adapters.calibration.strategy import batches_of
 from mlx_adapters.calibration.texts import choose_text
@@ -16,7 +16,7 @@ from mlx_adapters.config.fusing import DEFAULTS, FuseOptions
 from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.events import OnEvent, ignore
 from mlx_adapters.fusion.fuse import choose_base, gather_updates
-from mlx_adapters.fusion.recipe import Given
+from mlx_adapters.models.adapter import AdapterLike
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.dense import weight_shape
 from mlx_adapters.models.loading import load_module, load_tokenizer_of
@@ -41,7 +41,7 @@ class Checked:
 
 def check_fused(
     model: str | Path | Base,
-    adapters: Given | Sequence[Given],
+    adapters: AdapterLike | Sequence[AdapterLike],
     *,
     base: str | Path | Base | None = None,
     weights: Sequence[float] | None = None,
@@ -67,19 +67,19 @@ def check_fused(
         >>> 0 <= checked.fidelity.same_top <= 1
         True
     """
-    given = [adapters] if isinstance(adapters, Given) else list(adapters)
+    given = [adapters] if isinstance(adapters, AdapterLike) else list(adapters)
     updates = gather_updates(given, weights)
     found, fused = choose_base(base, updates), resolve_base(model)
-    job = open_job(found, updates, "keep", any_base=any_base)
-    survival = measure_survival(job.source, BaseWeights.of(load_module(fused)[0]), updates, str(model))
+    assembly = open_assembly(found, updates, "keep", any_base=any_base)
+    survival = measure_survival(assembly.source, BaseWeights.of(load_module(fused)[0]), updates, str(model))
     tokenizer = load_tokenizer_of(found)
     loaded = [adapter for adapter, _ in updates.adapters]
     text = choose_text(
         options.calibration, loaded, tokenizer, options.calibration_rows, options.check_rows, found.positions
     )
-    job.close()
-    exact = Variant(found, updates)
-    variants = exact, Variant(fused, None, lambda _: True), Variant(found, beside=exact)
+    assembly.close()
+    exact = BlockwiseModel(found, updates)
+    variants = exact, BlockwiseModel(fused, None, lambda _: True), BlockwiseModel(found, beside=exact)
     return Checked(
         str(model), measure_fidelity(*variants, batches_of(text.check, found), on_event), survival, text.describe()
     )

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.assembly.left_out import described, left_out
-from mlx_adapters.assembly.tensors import Job, open_job
+from mlx_adapters.assembly.tensors import Assembly, open_assembly
 from mlx_adapters.assembly.weights import Updates
 from mlx_adapters.assembly.writing import SPARE_BYTES
 from mlx_adapters.calibration.calibrate import Spool
-from mlx_adapters.calibration.strategy import Work
+from mlx_adapters.calibration.strategy import Strategy
 from mlx_adapters.calibration.texts import GENERAL, choose_text
 from mlx_adapters.config.fusing import DEFAULTS, FuseOptions
 from mlx_adapters.config.mapping import from_mapping, require
@@ -25,9 +25,9 @@ from mlx_adapters.config.quantization import DTYPES, QUANTIZATIONS, Quantization
 from mlx_adapters.errors import ConfigError, FidelityError, IncompatibleError
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.fusion import recipe as recipes
-from mlx_adapters.fusion.recipe import Given, Recipe
+from mlx_adapters.fusion.recipe import Recipe
 from mlx_adapters.fusion.result import FuseResult, report
-from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.adapter import Adapter, AdapterLike
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.loading import load_tokenizer_of
 from mlx_adapters.sources.bases import resolve_base
@@ -43,7 +43,7 @@ NOTABLE_KL = 0.001  # nats per token that rounding to nearest may cost without a
 
 def fuse(
     base: str | Path | Base | None,
-    adapters: Given | Sequence[Given],
+    adapters: AdapterLike | Sequence[AdapterLike],
     out: str | Path,
     *,
     quantization: Quantization | int | str = "keep",
@@ -90,38 +90,38 @@ def fuse(
     found = choose_base(base, updates)
     replacing.refuse_reading_inside(out, [found, options.calibration, *(adapter for adapter, _ in updates.adapters)])
     asked = _plain_format(settle_precision(quantization, found), quantization, options)
-    job = open_job(found, updates, asked, dtype, any_base)
-    notes = _notes(job, on_event)
-    work = Work(job, asked, options, on_event)
-    paths.require_free_space(out, work.disk_bytes() + SPARE_BYTES)
+    assembly = open_assembly(found, updates, asked, dtype, any_base)
+    notes = _notes(assembly, on_event)
+    strategy = Strategy(assembly, asked, options, on_event)
+    paths.require_free_space(out, strategy.disk_bytes() + SPARE_BYTES)
     with files.atomic_folder(out, overwrite, ours) as folder:
         spool = Spool(folder / "parts")
-        work.round(spool)
-        size = _write(job, folder, asked, quantization, options.format, spool, on_event)
+        strategy.round(spool)
+        size = _write(assembly, folder, asked, quantization, options.format, spool, on_event)
         spool.remove()
         if options.format != "mlx" and (others := left_out(found)[0]):
-            job.notes.append(f"{described(others)} left out: the format '{options.format}' has no place for them")
-        for note in job.notes:
+            assembly.notes.append(f"{described(others)} left out: the format '{options.format}' has no place for them")
+        for note in assembly.notes:
             on_event(Note(f"{note}.", "warning" if "left out" in note else "info"))
-        fidelity = work.check(folder)
+        fidelity = strategy.check(folder)
         lost = fidelity is not None and fidelity.kl_mean > NOTABLE_KL
-        if work.method == "nearest" and lost and not (work.trained_through or work.calibrated_in_vain):
+        if strategy.method == "nearest" and lost and not (strategy.trained_through or strategy.calibrated_in_vain):
             on_event(Note("Rounding to nearest lost part of the adapter; --method calibrated keeps more.", "warning"))
         q8 = options.format == "gguf" and quantization not in ("keep", "none")
         result = FuseResult(
             folder=out,
-            method="nearest" if q8 else work.method,
-            quantization=job.quantization(asked),
+            method="nearest" if q8 else strategy.method,
+            quantization=assembly.quantization(asked),
             size_bytes=size,
-            bits_per_weight=8 * size / job.parameters,
-            survival=tuple(sorted(job.survival, key=lambda s: s.path)),
+            bits_per_weight=8 * size / assembly.parameters,
+            survival=tuple(sorted(assembly.survival, key=lambda s: s.path)),
             fidelity=fidelity,
-            text=work.text.describe() if work.text else None,
-            notes=(*notes, *work.notes, *job.notes),
+            text=strategy.text.describe() if strategy.text else None,
+            notes=(*notes, *strategy.notes, *assembly.notes),
             seconds=time.perf_counter() - started,
         )
         _refuse_unfaithful(result, options)
-        files.write_json(folder / FUSE_RECIPE_FILE, {"format": 1} | _recipe(work, given, dtype, folder))
+        files.write_json(folder / FUSE_RECIPE_FILE, {"format": 1} | _recipe(strategy, given, dtype, folder))
         files.write_json(folder / REPORT_FILE, report(result) | {"files": recipes.written_in(folder)})
     return result
 
@@ -142,7 +142,7 @@ def _plain_format(
 
 
 def _write(
-    job: Job,
+    assembly: Assembly,
     folder: Path,
     asked: Quantization | str,
     given: Quantization | int | str,
@@ -153,18 +153,18 @@ def _write(
     if format == "hf":
         from mlx_adapters.assembly.hf import write_hf
 
-        return write_hf(job, folder, on_event)
+        return write_hf(assembly, folder, on_event)
     if format == "gguf":
         from mlx_adapters.assembly.gguf import write_gguf
 
         named = {mx.float32: "f32", mx.bfloat16: "bf16"}
-        kind = "q8_0" if given not in ("keep", "none") else named.get(job.dtype, "f16")
-        return write_gguf(job, folder, kind, on_event)
-    return job.write(folder, asked, spool.get, on_event)
+        kind = "q8_0" if given not in ("keep", "none") else named.get(assembly.dtype, "f16")
+        return write_gguf(assembly, folder, kind, on_event)
+    return assembly.write(folder, asked, spool.get, on_event)
 
 
 def gather_updates(
-    adapters: Sequence[Given], weights: Sequence[float] | None, replaced: dict[str, mx.array] | None = None
+    adapters: Sequence[AdapterLike], weights: Sequence[float] | None, replaced: dict[str, mx.array] | None = None
 ) -> Updates:
     """Read the adapters and pair them with their weights (default 1 each). Raises ConfigError."""
     loaded = [load_adapter(adapter) for adapter in adapters]
@@ -220,9 +220,9 @@ def settle_precision(asked: Quantization | int | str, base: Base) -> Quantizatio
     return "keep" if asked == base.quantization else asked
 
 
-def _notes(job: Job, on_event: OnEvent) -> tuple[str, ...]:
-    notes = tuple(f"{plan.path}: {plan.note}" for plan in job.plans if plan.note)
-    if notes and all(plan.target is None for plan in job.plans):
+def _notes(assembly: Assembly, on_event: OnEvent) -> tuple[str, ...]:
+    notes = tuple(f"{plan.path}: {plan.note}" for plan in assembly.plans if plan.note)
+    if notes and all(plan.target is None for plan in assembly.plans):
         raise ConfigError(f"No layer can be quantized like that. {notes[0]}.", "choose a smaller --group-size.")
     if notes:
         on_event(Note(f"{count(len(notes), 'layer')} not quantized; {notes[0]}.", "warning"))
@@ -238,18 +238,18 @@ def _refuse_unfaithful(result: FuseResult, options: FuseOptions) -> None:
         )
 
 
-def _recipe(work: Work, given: Sequence[Given], dtype: str, folder: Path) -> dict[str, Any]:
-    updates, text = work.job.updates, work.text
+def _recipe(strategy: Strategy, given: Sequence[AdapterLike], dtype: str, folder: Path) -> dict[str, Any]:
+    updates, text = strategy.assembly.updates, strategy.text
     general = text is not None and text.source == GENERAL  # even if the adapter's own data turns up again
-    options = replace(work.options, calibration=GENERAL) if general else work.options
+    options = replace(strategy.options, calibration=GENERAL) if general else strategy.options
     described = [recipes.describe_adapter(g, a, w) for g, (a, w) in zip(given, updates.adapters, strict=True)]
     made = Recipe(
-        base=work.job.base.record(),
+        base=strategy.assembly.base.record(),
         adapters=described,
-        quantization=recipes.precision_to_json(work.asked),
+        quantization=recipes.precision_to_json(strategy.asked),
         dtype=dtype,
-        method=work.method,
-        targets={path: recipes.precision_to_json(target) for path, target in work.targets.items()},
+        method=strategy.method,
+        targets={path: recipes.precision_to_json(target) for path, target in strategy.targets.items()},
         text=text.describe() | {"why": None} if text else None,
         options=asdict(options),
         versions=versions(),

@@ -10,7 +10,7 @@ from mlx_adapters.config.mapping import from_mapping, to_mapping
 from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.errors import AdapterError, FormatError, IncompatibleError
 from mlx_adapters.models import metadata
-from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.adapter import Adapter, AdapterLike
 from mlx_adapters.models.base import OTHER_FILE, Base
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.lookup import load_adapter
@@ -35,7 +35,6 @@ KINDS = metadata.Whole(
     weights_sha256={"*": str},
 )
 ANEW = "put the old one back, or fuse anew without --again."
-Given = Adapter | str | Path
 JsonPrecision = dict[str, Any] | str | None
 
 
@@ -65,7 +64,7 @@ def precision_from_json(value: JsonPrecision) -> Precision | str:
     return from_mapping(Quantization, value, "the fuse recipe") if isinstance(value, dict) else value
 
 
-def describe_adapter(given: Given, adapter: Adapter, weight: float) -> dict[str, Any]:
+def describe_adapter(given: AdapterLike, adapter: Adapter, weight: float) -> dict[str, Any]:
     """How to find an adapter again, and its fingerprint to hold it against."""
     reference = None
     if not isinstance(given, Adapter):

@@ -15,7 +15,7 @@ from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.generation.batching import Request, answer_all
 from mlx_adapters.generation.sampling import Sampler
 from mlx_adapters.generation.text_stream import text_of
-from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.adapter import Adapter, AdapterLike
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import check_made_for
 from mlx_adapters.models.loading import load_model as load_plain_model
@@ -26,8 +26,6 @@ from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.lookup import load_adapter
 from mlx_adapters.system.door import make_prompt_cache, mx
 from mlx_adapters.units import count
-
-AnyAdapter = str | Path | Adapter
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ class LiveModel(Model):
         )
 
     def attach(  # type: ignore[override]
-        self, adapter: AnyAdapter, any_base: bool = False, *, name: str | None = None, use: bool = True
+        self, adapter: AdapterLike, any_base: bool = False, *, name: str | None = None, use: bool = True
     ) -> str:
         """Add an adapter and put it to work; its name.
 
@@ -142,7 +140,7 @@ class LiveModel(Model):
         self.adapter = selection[0][0].adapter if len(selection) == 1 else None
 
     @contextlib.contextmanager
-    def using(self, adapter: AnyAdapter | Mapping[str, float] | None, scale: float = 1.0) -> Iterator["LiveModel"]:
+    def using(self, adapter: AdapterLike | Mapping[str, float] | None, scale: float = 1.0) -> Iterator["LiveModel"]:
         """The adapter at work inside the block only.
 
         Args:
@@ -277,7 +275,7 @@ class LiveModel(Model):
 
 def load_model(
     base: str | Path | Base,
-    adapter: AnyAdapter | None = None,
+    adapter: AdapterLike | None = None,
     *,
     dtype: str = "auto",
     dense: bool | None = None,

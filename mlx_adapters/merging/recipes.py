@@ -21,7 +21,7 @@ from mlx_adapters.events import OnEvent, Progress, ignore
 from mlx_adapters.merging.arithmetic import SIGN_METHODS, SignMethod
 from mlx_adapters.merging.decomposition import Decomposition, check_rank, kept_energy, pad_rank
 from mlx_adapters.merging.methods import METHODS, Method, Options, merge_updates
-from mlx_adapters.models.adapter import Adapter, weights_file
+from mlx_adapters.models.adapter import Adapter, AdapterLike, weights_file
 from mlx_adapters.models.low_rank import LowRankUpdate, factors_of, stack_tensors, tensors_of, update_of, update_shape
 from mlx_adapters.models.metadata import AdapterConfig, base_of
 from mlx_adapters.sources import lookup, registry
@@ -30,11 +30,9 @@ from mlx_adapters.storage.tensor_names import ADAPTER_FILE, LORA_A, LORA_B, join
 from mlx_adapters.system import machine
 from mlx_adapters.units import count
 
-Source = Adapter | str
-
 
 def merge(
-    sources: Sequence[Source],
+    sources: Sequence[AdapterLike],
     weights: Sequence[float] | None = None,
     *,
     method: str = "cat",
@@ -111,8 +109,8 @@ def merge(
 
 
 def subtract(
-    minuend: Source,
-    subtrahend: Source,
+    minuend: AdapterLike,
+    subtrahend: AdapterLike,
     *,
     weight: float = 1.0,
     name: str | None = None,
@@ -138,7 +136,7 @@ def subtract(
     return merge([minuend, subtrahend], [1.0, -weight], name=name, any_base=any_base, overwrite=overwrite)
 
 
-def scale(source: Source, factor: float, *, name: str | None = None, overwrite: bool = False) -> Adapter:
+def scale(source: AdapterLike, factor: float, *, name: str | None = None, overwrite: bool = False) -> Adapter:
     """factor · ΔW, exactly: the same tensors under another scale.
 
     Args:
@@ -162,7 +160,7 @@ def scale(source: Source, factor: float, *, name: str | None = None, overwrite: 
 
 
 def interpolate(
-    first: Source, second: Source, *, steps: int = 5, any_base: bool = False
+    first: AdapterLike, second: AdapterLike, *, steps: int = 5, any_base: bool = False
 ) -> list[tuple[float, Adapter]]:
     """(t, (1 - t) · first + t · second) for evenly spaced t from 0 to 1, by exact sums.
 

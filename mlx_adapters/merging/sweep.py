@@ -6,8 +6,8 @@ from pathlib import Path
 
 from mlx_adapters.config.mapping import require
 from mlx_adapters.events import OnEvent, ignore
-from mlx_adapters.merging.recipes import Source, interpolate
-from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.merging.recipes import interpolate
+from mlx_adapters.models.adapter import Adapter, AdapterLike
 from mlx_adapters.sources import registry
 
 
@@ -21,8 +21,8 @@ class Point:
 
 
 def sweep(
-    first: Source,
-    second: Source,
+    first: AdapterLike,
+    second: AdapterLike,
     *,
     steps: int = 5,
     data: str | Path | None = None,

@@ -203,6 +203,9 @@ class Adapter:
 _INFINITY = {mx.float32: (mx.int32, 0x7F800000), mx.bfloat16: (mx.int16, 0x7F80), mx.float16: (mx.int16, 0x7C00)}
 
 
+AdapterLike = Adapter | str | Path  # what stands for an adapter above `sources`: itself, or a reference to it
+
+
 def first_not_finite(weights: Mapping[str, mx.array]) -> str | None:
     """The name of the first floating-point array that holds NaN or Inf, or None."""
     bits = {name: a.view(_INFINITY[a.dtype][0]) for name, a in weights.items() if a.dtype in _INFINITY and a.size}

@@ -64,7 +64,7 @@ class Prober:
         keep_blocks(module, first_block(self.adapter, len(module.layers)), blocks)
         return module
 
-    def _engine(self, blocks: int) -> TrainStep:
+    def _train_step(self, blocks: int) -> TrainStep:
         module = self._cut_module(blocks)
         first = first_block(self.adapter, 1 << 30)
         there = {}  # key in the cut module -> key in the whole one
@@ -88,8 +88,8 @@ class Prober:
         return TrainStep(module, {key: layers[key] for key in keys}, self.training, plan, rounding=rounding)
 
     def _measure(self, batch: Batch, blocks: int, warm_up: int, timed: int) -> tuple[int, float]:
-        engine = self._engine(blocks)
-        mx.eval(engine.weights, engine.optimizer.arrays())
+        train_step = self._train_step(blocks)
+        mx.eval(train_step.weights, train_step.optimizer.arrays())
         gc.collect()
         mx.clear_cache()
         mx.reset_peak_memory()
@@ -97,7 +97,7 @@ class Prober:
         batches = [batch] * self.training.grad_accumulation
         for _ in range(warm_up + timed):
             start = time.perf_counter()
-            engine.step(batches, 1.0, 1e-12, rounding=self.training.fuse_aware is not None)
+            train_step.take(batches, 1.0, 1e-12, rounding=self.training.fuse_aware is not None)
             seconds.append(time.perf_counter() - start)
         return mx.get_peak_memory() - before, statistics.median(seconds[warm_up:])
 

@@ -1,6 +1,6 @@
 """The arithmetic of a training step: loss and gradient of a batch, the optimizer's update, evaluation.
 
-The weights of the adapter are the engine's own flat dictionary; the module only lends its structure. The two
+The weights of the adapter are its own flat dictionary; the module only lends its structure. The two
 functions (gradient, update) are compiled on a GPU, once for each shape of batch.
 """
 
@@ -107,7 +107,7 @@ class TrainStep:
         )
 
     def restore(self, weights: Weights, optimizer: Weights) -> None:
-        """Take back saved arrays, in the engine's own order: norms are summed in it, and a file has another.
+        """Take back saved arrays, in its own order: norms are summed in it, and a file has another.
 
         Raises KeyError if one is missing.
         """
@@ -119,7 +119,7 @@ class TrainStep:
         self.weights, gradient_norm, weight_norm = self.optimizer.apply(self.weights, gradients, rate)
         return gradient_norm, weight_norm
 
-    def step(
+    def take(
         self, batches: Sequence[Batch], share: float, rate: float, rounding: bool = False
     ) -> tuple[mx.array, mx.array, mx.array]:
         """One update from several batches: (summed loss, gradient's norm, norm of the new weights), evaluated.
@@ -260,9 +260,9 @@ def packing_is_exact(module: nn.Module, separate: Batch, packed: Batch) -> bool:
     return abs(alone - together) <= EQUAL * abs(alone)
 
 
-def checkpointing_is_exact(engine: TrainStep, probe: Batch) -> bool:
+def checkpointing_is_exact(train_step: TrainStep, probe: Batch) -> bool:
     """Whether blocks that are computed again give the gradient that kept ones give."""
-    kept, again = (engine.gradient_of(probe, recompute) for recompute in (False, True))
+    kept, again = (train_step.gradient_of(probe, recompute) for recompute in (False, True))
     return all(_near(again[name], gradient) for name, gradient in kept.items())
 
 

@@ -14,7 +14,7 @@ from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.peft_format.reading import PeftAdapter, PeftModule
 from mlx_adapters.peft_format.settings import FUSE_HINT
 from mlx_adapters.peft_format.tying import one_ended, repeated_head
-from mlx_adapters.peft_format.updates import Update, check_shape, expert_updates, fused_updates, strength, unified
+from mlx_adapters.peft_format.updates import LayerFactors, check_shape, expert_updates, fused_updates, strength, unified
 from mlx_adapters.storage import hf_names, tensor_names
 from mlx_adapters.storage.hf_names import DOWN, EMBEDDINGS, FUSED_DOWN, FUSED_GATE_UP, Renames
 from mlx_adapters.storage.tensor_names import LORA_A, LORA_B, MAGNITUDE
@@ -71,7 +71,7 @@ def to_mlx(peft: PeftAdapter, layers: Mapping[str, nn.Module], layout: Layout, t
     return Converted(adapter, tuple(places.renames), form, bool(ends), places.paths, places.folds)
 
 
-def _plain_updates(module: PeftModule, peft: PeftAdapter, places: Places) -> list[Update]:
+def _plain_updates(module: PeftModule, peft: PeftAdapter, places: Places) -> list[LayerFactors]:
     """The updates of the layers that a module's weight becomes: one, but for a weight that loading cuts up."""
     if module.a.shape[0] != module.b.shape[1]:
         raise FormatError(f"The factors of '{module.path}' have ranks {module.a.shape[0]} and {module.b.shape[1]}.")
@@ -92,17 +92,17 @@ def _plain_updates(module: PeftModule, peft: PeftAdapter, places: Places) -> lis
     return updates
 
 
-def _update(key: str, module: PeftModule, scale: float, piece: Piece | None = None) -> Update:
+def _update(key: str, module: PeftModule, scale: float, piece: Piece | None = None) -> LayerFactors:
     """The update of a linear or embedding layer, before loading or, with `piece`, after it."""
     left, right = (module.a.T, module.b.T) if module.embedding else (module.b, module.a)
     factors, factor = Factors(left, right, module.m), 1.0
     if piece is not None:
         factors, factor = through(piece, factors)
     a, b = (factors.left, factors.right) if module.embedding else (factors.right.T, factors.left.T)
-    return Update(key, a, b, factors.m, scale * factor)
+    return LayerFactors(key, a, b, factors.m, scale * factor)
 
 
-def _both_ends(ends: list[PeftModule], peft: PeftAdapter, places: Places) -> list[Update]:
+def _both_ends(ends: list[PeftModule], peft: PeftAdapter, places: Places) -> list[LayerFactors]:
     """The sum of one-ended updates as one of the tied embedding: an output's factors are an embedding's, swapped."""
     layers, parts = places.layers, []
     for end in ends:
@@ -114,7 +114,7 @@ def _both_ends(ends: list[PeftModule], peft: PeftAdapter, places: Places) -> lis
         key = next(path for path in layers if path.rpartition(".")[2] in EMBEDDINGS)
         piece = places.find(key, end.path if len(ends) == 1 else key)[0]
         factors, factor = through(piece, Factors(end.b, end.a))
-        part = Update(key, factors.left, factors.right, None, factor * strength(peft, end, end.a.shape[0]))
+        part = LayerFactors(key, factors.left, factors.right, None, factor * strength(peft, end, end.a.shape[0]))
         check_shape(part, layers[key], end.path)
         parts.append(part)
     if len(parts) < 2:
@@ -140,7 +140,7 @@ def _refuse_missing(peft: PeftAdapter, places: Places, keys: set[str]) -> None:
             raise FormatError(f"The PEFT config targets '{path}', but the file has no tensors for it.", "is it whole?")
 
 
-def _assemble(updates: list[Update], peft: PeftAdapter) -> Adapter:
+def _assemble(updates: list[LayerFactors], peft: PeftAdapter) -> Adapter:
     if not updates:
         raise FormatError("The PEFT adapter has no LoRA layers.")
     made = unified(updates)

@@ -22,7 +22,7 @@ from mlx_adapters.storage.hf_names import DOWN, FUSED_DOWN, FUSED_GATE_UP, GATE,
 
 
 @dataclass(frozen=True)
-class Update:
+class LayerFactors:
     """scale · B A of one MLX layer, in MLX's shapes (see `tensor_names`)."""
 
     key: str
@@ -50,7 +50,7 @@ def strength(peft: PeftAdapter, module: PeftModule, rank: int, parameter: str | 
     return exact if exact is not None and math.isclose(exact, scale, rel_tol=1e-12) else scale
 
 
-def check_shape(update: Update, layer: nn.Module, source: str) -> None:
+def check_shape(update: LayerFactors, layer: nn.Module, source: str) -> None:
     """Raise IncompatibleError if the update is not made for the layer."""
     *_, out, inputs = weight_shape(layer)
     a, b = update.a.shape, update.b.shape
@@ -64,7 +64,7 @@ def check_shape(update: Update, layer: nn.Module, source: str) -> None:
         )
 
 
-def unified(updates: Iterable[Update]) -> list[Update]:
+def unified(updates: Iterable[LayerFactors]) -> list[LayerFactors]:
     """The same updates with one rank and one scale: the largest rank, the commonest scale."""
     updates = list(updates)
     rank = max(update.rank for update in updates)
@@ -72,7 +72,7 @@ def unified(updates: Iterable[Update]) -> list[Update]:
     return [_with(update, rank, scale) for update in updates]
 
 
-def _with(update: Update, rank: int, scale: float) -> Update:
+def _with(update: LayerFactors, rank: int, scale: float) -> LayerFactors:
     a, b, ratio = update.a, update.b, update.scale / scale
     if ratio != 1:
         # A ratio that is no power of two would lose bits of a 16-bit B.
@@ -87,12 +87,12 @@ def _with(update: Update, rank: int, scale: float) -> Update:
 # -- stacked experts, from either of the layouts in which PEFT has them ----------------------------
 
 
-def expert_updates(found: Mapping[str, tuple[str, int]], peft: PeftAdapter, places: Places) -> list[Update]:
+def expert_updates(found: Mapping[str, tuple[str, int]], peft: PeftAdapter, places: Places) -> list[LayerFactors]:
     """Stack the experts of transformers 4's layout; `found` gives the layer and the number of each expert's path.
 
     An expert without an update gets a zero one.
     """
-    stacks: dict[str, dict[int, Update]] = {}
+    stacks: dict[str, dict[int, LayerFactors]] = {}
     for path, (key, expert) in found.items():
         module = peft.modules[path]
         if module.m is not None or module.embedding or module.a.shape[0] != module.b.shape[1]:
@@ -103,11 +103,11 @@ def expert_updates(found: Mapping[str, tuple[str, int]], peft: PeftAdapter, plac
         if isinstance(fold, list):
             raise FormatError(f"mlx-lm multiplies the rows of the experts '{key}', which no adapter can follow.")
         scale = strength(peft, module, module.a.shape[0]) * fold
-        stacks.setdefault(key, {})[expert] = Update(key, module.a.T, module.b.T, None, scale)
+        stacks.setdefault(key, {})[expert] = LayerFactors(key, module.a.T, module.b.T, None, scale)
     return [_stack(key, parts, places.layers[key]) for key, parts in stacks.items()]
 
 
-def _stack(key: str, parts: Mapping[int, Update], layer: nn.Module) -> Update:
+def _stack(key: str, parts: Mapping[int, LayerFactors], layer: nn.Module) -> LayerFactors:
     shape = weight_shape(layer)
     if not isinstance(layer, SWITCH) or max(parts) >= shape[0]:
         raise IncompatibleError(f"The PEFT adapter has an expert {max(parts)} of '{key}', the base has {shape[0]}.")
@@ -119,10 +119,10 @@ def _stack(key: str, parts: Mapping[int, Update], layer: nn.Module) -> Update:
     nothing = replace(some, a=mx.zeros_like(some.a), b=mx.zeros_like(some.b))
     rows = [experts.get(i, nothing) for i in range(shape[0])]
     a, b = mx.stack([row.a.T for row in rows]), mx.stack([row.b.T for row in rows])
-    return Update(key, a, b, None, some.scale)
+    return LayerFactors(key, a, b, None, some.scale)
 
 
-def fused_updates(modules: Mapping[str, PeftModule], peft: PeftAdapter, places: Places) -> list[Update]:
+def fused_updates(modules: Mapping[str, PeftModule], peft: PeftAdapter, places: Places) -> list[LayerFactors]:
     """Split transformers 5's fused experts. Both parameters wrapped: gate_up is the inner one, down the outer."""
     updates = []
     for path, module in modules.items():
@@ -138,7 +138,7 @@ def fused_updates(modules: Mapping[str, PeftModule], peft: PeftAdapter, places: 
         parts = {GATE: b[:, :out], UP: b[:, out:]} if gate_up else {DOWN: b}
         for projection, half in parts.items():
             key = _switch(places, block, projection, path)
-            update = Update(key, a, half, None, scale)
+            update = LayerFactors(key, a, half, None, scale)
             check_shape(update, places.layers[key], path)
             updates.append(update)
     return updates

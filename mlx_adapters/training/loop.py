@@ -35,7 +35,7 @@ WARM_UP = 3  # iterations: the first ones compile and fill caches
 class Loop:
     """A run in progress."""
 
-    engine: TrainStep
+    train_step: TrainStep
     feed: Feed
     validation: list[Batch]
     config: TrainConfig
@@ -47,7 +47,7 @@ class Loop:
     def restore(self, checkpoint: states.Checkpoint) -> None:
         """Stand where the checkpoint stood."""
         self.state = checkpoint.state
-        self.engine.restore(checkpoint.weights, checkpoint.optimizer)
+        self.train_step.restore(checkpoint.weights, checkpoint.optimizer)
         high, low = self.state.random
         mx.random.seed(high << 32 | low)  # the key is the seed's two halves
         self._reported = (self.state.seconds, self.state.trained_tokens, self.state.real_tokens)
@@ -64,7 +64,7 @@ class Loop:
             except LostPeerError:
                 self._abandon()
             unfinished = self.state.iteration < self.config.iterations and not self.state.stopped_early
-            if unfinished and (stop or (interrupt.requested and self.engine.world.size == 1)):
+            if unfinished and (stop or (interrupt.requested and self.train_step.world.size == 1)):
                 self.save()
                 self._say(f"Stopped at iteration {self.state.iteration}. {self.folder.how_to_resume()}")
                 raise KeyboardInterrupt
@@ -72,10 +72,10 @@ class Loop:
 
     def _stop_is_wanted(self, interrupt: Interrupt) -> bool:
         """Whether any of the processes was asked to stop: all must stop after the same iteration."""
-        if self.engine.world.size == 1:
+        if self.train_step.world.size == 1:
             return interrupt.requested
         try:
-            return bool(self.engine.world.sum(mx.array([float(interrupt.requested)])).item())
+            return bool(self.train_step.world.sum(mx.array([float(interrupt.requested)])).item())
         except LostPeerError:
             self.save()
             self._abandon()
@@ -104,10 +104,10 @@ class Loop:
         self.on_event(Progress("train", state.iteration, config.iterations, "iteration"))
 
     def _step(self, batches: list[Batch], tokens: int) -> None:
-        engine, state = self.engine, self.state
+        train_step, state = self.train_step, self.state
         rate = learning_rate(self.config, state.iteration + 1)
         try:
-            loss, gradient, weights = engine.step(batches, 1 / tokens, rate, self._rounding(state.iteration + 1))
+            loss, gradient, weights = train_step.take(batches, 1 / tokens, rate, self._rounding(state.iteration + 1))
         except LostPeerError:  # nothing has changed yet, and saving needs no other process
             self.save()
             self._abandon()
@@ -180,7 +180,7 @@ class Loop:
         """Evaluate; True if this is the best so far. Without validation rows there is no best."""
         if not self.validation:
             return False
-        loss = self.engine.evaluate(self.validation, self._rounding(self.state.iteration))
+        loss = self.train_step.evaluate(self.validation, self._rounding(self.state.iteration))
         if not math.isfinite(loss):
             raise TrainingError(
                 f"The validation loss became NaN or infinite at iteration {self.state.iteration}.",
@@ -200,7 +200,7 @@ class Loop:
     def save(self) -> None:
         """Write a checkpoint of this moment."""
         start = time.perf_counter()
-        folder = self.folder.save(self.state, self.engine.weights, self.engine.optimizer.arrays())
+        folder = self.folder.save(self.state, self.train_step.weights, self.train_step.optimizer.arrays())
         self._saved_at = time.monotonic()
         self.on_event(CheckpointSaved(self.state.iteration, str(folder), time.perf_counter() - start))
 

@@ -259,7 +259,7 @@ def _run(loop: Loop) -> TrainRun:
         state.trained_tokens,
         state.seconds,
         state.stopped_early,
-        loop.engine.world.rank,
+        loop.train_step.world.rank,
     )
 
 
@@ -327,11 +327,11 @@ def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None
     adapted = {key: adapted[key] for key in config.keys}
     prepared = setup.prepare(model, training, rows, held_out, adapted, request.world)
     folder.adapter = config
-    engine = prepared.engine
+    train_step = prepared.train_step
     request.world.share(lambda: folder.update_recipe(recipe))
-    request.world.share(lambda: folder.require_space(engine.weights, engine.optimizer.arrays()))
+    request.world.share(lambda: folder.require_space(train_step.weights, train_step.optimizer.arrays()))
     validation = prepared.validation.fixed(training.eval_batches) if prepared.validation else []
-    loop = Loop(engine, prepared.feed, validation, training, folder, request.on_event)
+    loop = Loop(train_step, prepared.feed, validation, training, folder, request.on_event)
     if checkpoint is not None:
         loop.restore(checkpoint)
     return loop

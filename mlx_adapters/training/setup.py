@@ -1,4 +1,4 @@
-"""Preparing a run: rows, adapter layers and the engine, with all that can be refused before the first step."""
+"""Preparing a run: rows, adapter layers and the training step, with all that can be refused before the first step."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -204,7 +204,7 @@ def require_readable(rows: Sequence[Row], base: Base) -> None:
 class Prepared:
     """What a loop needs."""
 
-    engine: TrainStep
+    train_step: TrainStep
     feed: Feed
     validation: Feed | None
 
@@ -217,7 +217,7 @@ def prepare(
     adapted: dict[str, nn.Module],
     world: World = ALONE,
 ) -> Prepared:
-    """Feeds and engine; settles how the loss is computed and refuses packing where it is not exact."""
+    """Feeds and TrainStep; settles how the loss is computed and refuses packing where it is not exact."""
     feed = make_feed(train, config, gpu=on_gpu(), world=world)
     size = min(config.batch_size, len(valid)) or 1
     plain = replace(config, packing=False, batch_size=size)
@@ -231,17 +231,17 @@ def prepare(
         if config.packing and not packing_is_exact(model.module, probe, make_batch([shortest], packed=True)):
             raise ConfigError("Rows cannot be packed exactly with this architecture.", "train without --packing.")
         plan = plan_loss(model.module, config, int(model.config.get("vocab_size", 1 << 16)), probe)
-        engine = TrainStep(model.module, adapted, config, plan, world, rounding)
+        train_step = TrainStep(model.module, adapted, config, plan, world, rounding)
         if not config.grad_checkpoint:
-            engine.gradient_of(
+            train_step.gradient_of(
                 probe, recompute=False
             )  # what cannot be differentiated shows before the run's folder is made
-        elif not checkpointing_is_exact(engine, probe):
+        elif not checkpointing_is_exact(train_step, probe):
             raise ConfigError(
                 "This architecture's gradients change when its blocks are computed again.",
                 "train without --grad-checkpoint.",
             )
-    return Prepared(engine, feed, validation)
+    return Prepared(train_step, feed, validation)
 
 
 @contextlib.contextmanager

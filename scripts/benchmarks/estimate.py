@@ -70,13 +70,13 @@ def one(number: int, measure: bool, work: Path) -> int:
     model = load_model(resolve_base(base))
     keys = setup.add_layers(model, LoraConfig(**lora), 0).keys
     layers = dict(named_layers(model.module))
-    engine, feed, _ = vars(setup.prepare(model, config, tuple(rows), (), {k: layers[k] for k in keys})).values()
+    train_step, feed, _ = vars(setup.prepare(model, config, tuple(rows), (), {k: layers[k] for k in keys})).values()
     mx.clear_cache()
     mx.reset_peak_memory()
     updates = feed.updates(0)
     for _ in range(3):
         batches, tokens = next(updates)
-        engine.step(batches, 1 / tokens, 1e-4)
+        train_step.take(batches, 1 / tokens, 1e-4)
     return mx.get_peak_memory()
 
 

@@ -39,21 +39,21 @@ class Judge:
 
     def __init__(self, base, adapter, text):
         from mlx_adapters.assembly.weights import Updates
-        from mlx_adapters.calibration.blockwise import Variant
+        from mlx_adapters.calibration.blockwise import BlockwiseModel
         from mlx_adapters.calibration.strategy import batches_of
         from mlx_adapters.sources.bases import resolve_base
 
         self.batches = batches_of(text.check)
         found, updates = resolve_base(base), Updates(((adapter, 1.0),))
-        self.reference = self._logs(Variant(found, updates))
-        self.adapter, self.base = self._figures(self.reference), self._figures(self._logs(Variant(found)))
+        self.reference = self._logs(BlockwiseModel(found, updates))
+        self.adapter, self.base = self._figures(self.reference), self._figures(self._logs(BlockwiseModel(found)))
 
     def folder(self, folder):
         """Figures of one fused model."""
-        from mlx_adapters.calibration.blockwise import Variant
+        from mlx_adapters.calibration.blockwise import BlockwiseModel
         from mlx_adapters.sources.bases import resolve_base
 
-        return self._figures(self._logs(Variant(resolve_base(folder), None, lambda _: True)))
+        return self._figures(self._logs(BlockwiseModel(resolve_base(folder), None, lambda _: True)))
 
     def _logs(self, variant):
         import mlx.core as mx
@@ -88,7 +88,7 @@ class Judge:
 
 def bits_per_weight(folder, base):
     """All tensors' bits over the numbers they stand for."""
-    from mlx_adapters.assembly.tensors import open_job
+    from mlx_adapters.assembly.tensors import open_assembly
     from mlx_adapters.assembly.weights import Updates
     from mlx_adapters.sources.bases import resolve_base
     from mlx_adapters.storage import tensor_files
@@ -96,7 +96,7 @@ def bits_per_weight(folder, base):
     paths = sorted(Path(folder).glob("model*.safetensors"))
     headers = [tensor_files.read_safetensors_header(path)[0] for path in paths]
     total = sum(e["data_offsets"][1] - e["data_offsets"][0] for header in headers for e in header.values())
-    return 8 * total / open_job(resolve_base(base), Updates(), "keep").parameters
+    return 8 * total / open_assembly(resolve_base(base), Updates(), "keep").parameters
 
 
 class Bench:

@@ -102,13 +102,13 @@ def run_ours(base: str, data: str, epoch: int, warm_up: int) -> dict:
     layers = dict(named_layers(model.module))
     prepared = setup.prepare(model, config, rows, (), {key: layers[key] for key in keys})
     mx.reset_peak_memory()
-    clock, engine = Clock(warm_up), prepared.engine
+    clock, train_step = Clock(warm_up), prepared.train_step
     for first, count in ((0, warm_up), (0, epoch)):
         updates = prepared.feed.updates(first)
         for _ in range(count):
             batches, tokens = next(updates)
             clock.tick(sum(batch.real_tokens for batch in batches))
-            engine.step(batches, 1 / tokens, config.learning_rate)
+            train_step.take(batches, 1 / tokens, config.learning_rate)
     clock.tick()
     return clock.result()
 
