@@ -160,4 +160,4 @@ def test_half_characters_and_odd_columns_of_data(tmp_path):
     table = {"text": ["a", "b"], "when": [datetime.datetime(2026, 1, 1)] * 2, "raw": [b"\xff", None]}
     pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "train.parquet")
     found = read_split(tmp_path / "train.parquet").rows
-    assert found[0].values["when"] == "2026-01-01 00:00:00" and json.loads(found[1].key())["text"] == "b"
+    assert found[0].record["when"] == "2026-01-01T00:00:00" and json.loads(found[1].key())["text"] == "b"

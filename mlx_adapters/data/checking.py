@@ -118,10 +118,10 @@ def histogram(lengths: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
 
 
 def _empty_answer(raw: RawRow) -> bool:
-    if "messages" in raw.values:
-        answers = [m for m in raw.values["messages"] if m["role"] == "assistant" and not m.get("tool_calls")]
-        return any(isinstance(m.get("content"), str) and not m["content"].strip() for m in answers) or not answers
-    return not str(raw.values.get("completion", raw.values.get("text"))).strip()
+    if raw.format == "text":
+        return not raw.text.strip()
+    answers = [message for message in raw.messages if message["role"] == "assistant"]
+    return not answers or any(not m["content"].strip() for m in answers if not m.get("tool_calls"))
 
 
 def _overlaps(data: DataSet) -> dict[str, int]:
@@ -175,7 +175,7 @@ def split_data(
     with files.atomic_folder(out, overwrite, SPLIT_OUTPUT) as folder:
         for name, part in parts.items():
             if part:
-                lines = [json.dumps(dict(row.values), ensure_ascii=False) for row in part]
+                lines = [json.dumps(row.record, ensure_ascii=False) for row in part]
                 files.write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
     return {name: len(part) for name, part in parts.items()}
 

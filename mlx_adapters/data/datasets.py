@@ -1,13 +1,8 @@
 """Rows of training data as they lie on the disk, before any tokenizer sees them.
 
 A data set is a folder with `train.jsonl` or `train.parquet` and, if there are any, `valid.*` and `test.*`;
-or one such file (all of it training rows); or `hf:user/name` for a Hugging Face data set. A row is one of
-
-- chat: `{"messages": [{"role": "user", "content": "..."}, ...], "tools": [...]}` (tools optional),
-- prompt-completion: `{"prompt": "...", "completion": "..."}`,
-- text: `{"text": "..."}`.
-
-Every row knows where it came from, so that an error can name the line.
+or one such file (all of it training rows); or `hf:user/name` for a Hugging Face data set. What a row may look like
+is told in `rows.shapes`. Every row knows where it came from, so that an error can name the line.
 """
 
 import hashlib
@@ -18,29 +13,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlx_adapters.errors import FormatError, NotFoundError
+from mlx_adapters.rows.row import RawRow
 from mlx_adapters.storage.files import sha256
 
 SPLITS = {"train": ("train",), "valid": ("valid", "validation"), "test": ("test",)}
 SUFFIXES = (".jsonl", ".parquet")
 HUB_PREFIX = "hf:"
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class RawRow:
-    """One row as read: its values and the place it stands ("data/train.jsonl, line 7")."""
-
-    values: Mapping[str, Any]
-    where: str
-
-    @property
-    def format(self) -> str:
-        """ "chat", "completion" or "text". Raises FormatError, naming the line, for any other shape."""
-        return _checked_format(self)
-
-    def key(self) -> str:
-        """The row as canonical JSON, equal for equal rows."""
-        return json.dumps(self.values, sort_keys=True, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -172,17 +151,7 @@ def _read_parquet(path: Path) -> list[RawRow]:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise FormatError(f"'{path}' is not a readable Parquet file: {error}.") from None
-    return [RawRow(_without_nulls(row), f"{path}, row {number}") for number, row in enumerate(rows, 1)]
-
-
-def _without_nulls(value: Any) -> Any:
-    """A value as JSON would hold it. Parquet and Arrow fill absent fields of a struct with null, which a chat
-    template must not see; dates, decimals and bytes become text."""
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list | tuple):
-        return [_without_nulls(item) for item in value]
-    return value if isinstance(value, str | int | float | None) else str(value)
+    return [RawRow(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
 
 
 def _read_hub(name: str) -> dict[str, Split]:
@@ -198,42 +167,7 @@ def _read_hub(name: str) -> dict[str, Split]:
     for split, names in SPLITS.items():
         found = next((loaded[n] for n in names if n in loaded), None)
         if found is not None:
-            rows = tuple(RawRow(_without_nulls(dict(r)), f"{name}, {split} row {i}") for i, r in enumerate(found, 1))
+            rows = tuple(RawRow(dict(r), f"{name}, {split} row {i}") for i, r in enumerate(found, 1))
             digest = hashlib.sha256("\n".join(row.key() for row in rows).encode()).hexdigest()
             splits[split] = Split(split, rows, digest)
     return splits
-
-
-def _checked_format(row: RawRow) -> str:
-    values = row.values
-    if "messages" in values:
-        _check_messages(values["messages"], row.where)
-        return "chat"
-    for kind, fields in (("completion", ("prompt", "completion")), ("text", ("text",))):
-        if all(field in values for field in fields):
-            for field in fields:
-                if not isinstance(values[field], str):
-                    raise FormatError(f"{row.where}: '{field}' must be text, not {_kind(values[field])}.")
-            return kind
-    keys = ", ".join(map(repr, values)) or "no key"
-    raise FormatError(
-        f"{row.where}: the row has {keys}.", "a row has 'messages', or 'prompt' and 'completion', or 'text'."
-    )
-
-
-def _check_messages(messages: Any, where: str) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise FormatError(f"{where}: 'messages' must be a list with at least one message.")
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise FormatError(
-                f"{where}: message {number} has no 'role'.", 'a message is {"role": "user", "content": "..."}.'
-            )
-        content = message.get("content")
-        if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
-            raise FormatError(f"{where}: 'content' of message {number} must be text, not {_kind(content)}.")
-
-
-def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list"}
-    return names.get(type(value), "an object")

@@ -109,13 +109,13 @@ def _text(raw: RawRow, tokenizer: Any, mask_prompt: bool) -> tuple[Tokens, list[
             f"{raw.where}: a text row has no prompt to mask.",
             "use prompt-completion or chat rows, or train without --mask-prompt.",
         )
-    return _with_end(list(tokenizer.encode(raw.values["text"])), tokenizer), []
+    return _with_end(list(tokenizer.encode(raw.text)), tokenizer), []
 
 
 def _plain_completion(raw: RawRow, tokenizer: Any) -> tuple[Tokens, list[tuple[int, int]]]:
     """Without a chat template a prompt and its completion are simply joined."""
-    prompt = list(tokenizer.encode(raw.values["prompt"]))
-    answer = list(tokenizer.encode(raw.values["completion"], add_special_tokens=False))
+    prompt = list(tokenizer.encode(raw.prompt))
+    answer = list(tokenizer.encode(raw.completion, add_special_tokens=False))
     tokens = _with_end(prompt + answer, tokenizer)
     return tokens, [(len(prompt), len(tokens))]
 
@@ -143,10 +143,7 @@ def _chat(raw: RawRow, tokenizer: Any, mask_prompt: bool, last_turn_only: bool) 
 
 def messages_of(raw: RawRow) -> list[dict[str, Any]]:
     """The conversation of a chat or prompt-completion row."""
-    if "messages" in raw.values:
-        return [dict(message) for message in raw.values["messages"]]
-    answer = {"role": "assistant", "content": raw.values["completion"]}
-    return [{"role": "user", "content": raw.values["prompt"]}, answer]
+    return raw.messages
 
 
 Render = Callable[[Sequence[dict[str, Any]], bool], Tokens]
@@ -157,9 +154,10 @@ def _renderer(raw: RawRow, tokenizer: Any) -> Render:
         return list(
             tokenizer.apply_chat_template(
                 list(messages),
-                tools=raw.values.get("tools") or None,
+                tools=raw.tools,
                 add_generation_prompt=generation_prompt,
                 return_dict=False,
+                **raw.template_arguments,
             )
         )
 

@@ -56,8 +56,8 @@ def _question(row: RawRow, model: Model) -> Question:
         )
     expected = messages[last]["content"]
     if row.format == "completion" and not model.has_template:
-        return Question(tuple(model.encode(row.values["prompt"])), expected, row)
-    return Question(tuple(model.encode_chat(messages[:last], row.values.get("tools") or None)), expected, row)
+        return Question(tuple(model.encode(row.prompt)), expected, row)
+    return Question(tuple(model.encode_chat(messages[:last], row.tools)), expected, row)
 
 
 def greedy_answers(

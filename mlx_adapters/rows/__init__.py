@@ -1,0 +1,1 @@
+"""What people have (files, tables, Python objects) to rows of one form."""

@@ -1,0 +1,181 @@
+"""Conversations in the one form that chat templates expect, whatever form they came in.
+
+A message is {"role", "content", ...}: content is text, or None beside tool calls as OpenAI writes it; `tool_calls` is
+a list of {"type": "function", "function": {"name", "arguments"}} with the arguments as an object. Accepted are also:
+ShareGPT's `from` and `value`, lists of content parts, arguments and calls as JSON text, OpenAI's older
+`function_call`, and a whole conversation as JSON text.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_adapters.errors import FormatError
+from mlx_adapters.rows.values import is_missing, kind, parsed, plain
+
+Message = dict[str, Any]
+# Names of the speakers in ShareGPT's rows.
+SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "system": "system",
+    "developer": "developer",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "function": "tool",
+    "function_call": "assistant",
+}
+TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+THOUGHT_PARTS = ("thinking", "reasoning")
+ANSWERING = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # instead of content
+
+
+def conversation(value: Any, where: str, name: str = "messages") -> tuple[list[Message], tuple[int, ...]]:
+    """The messages of a column, and of each its weight: 1, or 0 for a turn that is context alone.
+
+    Args:
+        value: a list of messages, or JSON text of one.
+        where: the place of the row, for errors.
+        name: the column's.
+
+    Raises FormatError, naming the place and the message.
+    """
+    value = parsed(value)
+    if not isinstance(value, list | tuple) or not value:
+        raise FormatError(f"{where}: '{name}' must be a list with at least one message.")
+    found = [_message(message, f"message {i}", where) for i, message in enumerate(value, 1)]
+    return [message for message, _ in found], tuple(weight for _, weight in found)
+
+
+def turn(role: str, content: str) -> Message:
+    """One message of plain text."""
+    return {"role": role, "content": content}
+
+
+def tools_of(value: Any, where: str, name: str = "tools") -> list[Any] | None:
+    """The tools of a row: a list of objects, each or all of them as JSON text, too. None where there are none."""
+    value = parsed(value)
+    if is_missing(value) or value == "":
+        return None
+    value = plain(value)
+    value = [value] if isinstance(value, dict) else value
+    if not isinstance(value, list):
+        raise FormatError(f"{where}: '{name}' must be a list of tools, not {kind(value)}.")
+    tools = [plain(parsed(tool)) for tool in value]
+    for tool in tools:
+        if not isinstance(tool, dict):
+            raise FormatError(f"{where}: a tool in '{name}' must be an object, not {kind(tool)}.")
+        function = tool.get("function", tool)
+        if isinstance(function, dict) and isinstance(function.get("parameters"), str):
+            function["parameters"] = parsed(function["parameters"])
+    return tools or None
+
+
+def _message(value: Any, name: str, where: str) -> tuple[Message, int]:
+    value = parsed(value)
+    if not isinstance(value, Mapping):
+        raise FormatError(f"{where}: {name} must be an object, not {kind(value)}.")
+    given = value if "role" in value else _from_sharegpt(value, name, where)
+    message = plain(given)
+    if not isinstance(message.get("role"), str):
+        raise FormatError(f"{where}: {name} has no 'role'.", 'a message is {"role": "user", "content": "..."}.')
+    weight = _weight(message.pop("weight", 1), name, where)
+    if "function_call" in message:
+        call = message.pop("function_call")
+        if call:
+            message["tool_calls"] = [call]
+    if message["role"] == "function":
+        message["role"] = "tool"
+    if not message.get("tool_calls"):
+        message.pop("tool_calls", None)
+    else:
+        message["tool_calls"] = _calls(message["tool_calls"], name, where)
+    _set_content(message, given, name, where)
+    return message, weight
+
+
+def _from_sharegpt(value: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    """{"from": "human", "value": "..."} as a message."""
+    if "from" not in value:
+        raise FormatError(f"{where}: {name} has no 'role'.", 'a message is {"role": "user", "content": "..."}.')
+    speaker = value["from"]
+    if speaker not in SPEAKERS:
+        raise FormatError(f"{where}: {name} is 'from' {speaker!r}, who is unknown.", f"known: {', '.join(SPEAKERS)}.")
+    rest = {key: item for key, item in value.items() if key not in ("from", "value")}
+    if speaker == "function_call":
+        return rest | {"role": "assistant", "content": None, "tool_calls": value.get("value")}
+    return rest | {"role": SPEAKERS[speaker], "content": value.get("value")}
+
+
+def _weight(value: Any, name: str, where: str) -> int:
+    if value not in (0, 1):
+        raise FormatError(f"{where}: the weight of {name} must be 0 or 1, not {str(value)[:40]!r}.")
+    return int(value)
+
+
+def _calls(value: Any, name: str, where: str) -> list[Message]:
+    value = parsed(value)
+    calls = [value] if isinstance(value, dict) else value
+    if not isinstance(calls, list):
+        raise FormatError(f"{where}: 'tool_calls' of {name} must be a list, not {kind(value)}.")
+    return [_call(parsed(call), name, where) for call in calls]
+
+
+def _call(value: Any, name: str, where: str) -> Message:
+    call = dict(value) if isinstance(value, Mapping) else {}
+    function = parsed(call.get("function"))
+    if not isinstance(function, dict):  # {"name", "arguments"} alone
+        function = {key: call.pop(key) for key in ("name", "arguments", "parameters") if key in call}
+        if "parameters" in function:
+            function.setdefault("arguments", function.pop("parameters"))
+    if not isinstance(function.get("name"), str):
+        hint = 'a call is {"type": "function", "function": {"name": "...", "arguments": {...}}}.'
+        raise FormatError(f"{where}: a tool call of {name} has no 'name'.", hint)
+    arguments = function.get("arguments", {})
+    arguments = {} if arguments == "" else parsed(arguments)
+    return {"type": "function"} | call | {"function": function | {"arguments": arguments}}
+
+
+def _set_content(message: Message, given: Mapping[str, Any], name: str, where: str) -> None:
+    content = message.get("content")
+    if not isinstance(given.get("content"), str | list | tuple | Mapping | None):
+        raise FormatError(f"{where}: 'content' of {name} must be text, not {kind(given['content'])}.")
+    if isinstance(content, dict):
+        content = [content]
+    if isinstance(content, list):
+        content = _joined(content, message, name, where)
+    if content is None:
+        if "content" not in given and not any(message.get(key) for key in ANSWERING):
+            raise FormatError(f"{where}: {name} has no 'content'.", 'an empty one is written "".')
+        content = None if "tool_calls" in message else ""
+    message["content"] = content
+
+
+def _joined(parts: list[Any], message: Message, name: str, where: str) -> str:
+    """The text of a list of parts; thoughts among them go to `reasoning_content`."""
+    texts, thoughts = [], []
+    for part in parts:
+        what = part.get("type") if isinstance(part, dict) else "text"
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, dict) and (what in TEXT_PARTS or (what is None and "text" in part)):
+            texts.append(part.get(what if what in part else "text", ""))
+        elif what in THOUGHT_PARTS:
+            thoughts.append(part.get(what, part.get("text", "")))
+        else:
+            shown = f"a part of type {what!r}" if isinstance(what, str) else kind(part)
+            raise FormatError(
+                f"{where}: {name} holds {shown}, and only text can be trained.",
+                "leave the row out, or keep its text parts.",
+            )
+    if not all(isinstance(text, str) for text in (*texts, *thoughts)):
+        raise FormatError(f"{where}: a part of {name} must hold text.")
+    if thoughts:
+        message.setdefault("reasoning_content", "".join(thoughts))
+    return "".join(texts)

@@ -1,0 +1,80 @@
+"""A row: its values as they were read, where it stands, and what they mean in the one form that the rest works on."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from mlx_adapters.config.columns import Columns
+from mlx_adapters.rows import shapes
+from mlx_adapters.rows.messages import Message
+from mlx_adapters.rows.shapes import Canonical
+from mlx_adapters.rows.values import plain
+
+NAMED = Columns()
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """One row. `values` as read, `where` it stands ("data/train.jsonl, line 7"), `columns` that were named, and what
+    is given to the chat template beside the conversation where the row does not say itself."""
+
+    values: Mapping[str, Any]
+    where: str
+    columns: Columns = NAMED
+    template_defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def canonical(self) -> Canonical:
+        """What the row means. Raises FormatError, naming the place, for a shape that nobody knows."""
+        return shapes.recognize(self.values, self.columns, self.where)
+
+    @property
+    def format(self) -> str:
+        """ "chat", "completion", "text" or "preference"."""
+        return self.canonical.format
+
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation of a chat or completion row, as a chat template expects it (see `rows.messages`)."""
+        return [dict(message) for message in self.canonical.messages]
+
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """Of each message 1, or 0 where it is context that is never trained."""
+        return self.canonical.weights
+
+    @property
+    def tools(self) -> list[Any] | None:
+        """The tools that the conversation may use."""
+        return self.canonical.tools
+
+    @property
+    def template_arguments(self) -> dict[str, Any]:
+        """What the chat template is given beside messages and tools, such as {"enable_thinking": False}."""
+        return {**self.template_defaults, **self.canonical.template_arguments}
+
+    @property
+    def prompt(self) -> str:
+        """Of a completion row: what is asked."""
+        return self.canonical.prompt
+
+    @property
+    def completion(self) -> str:
+        """Of a completion row: the answer."""
+        return self.canonical.completion
+
+    @property
+    def text(self) -> str:
+        """Of a text row: the text."""
+        return self.canonical.text
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The row's values as JSON holds them, without nulls."""
+        return plain(self.values)
+
+    def key(self) -> str:
+        """The row as canonical JSON, equal for equal rows."""
+        return json.dumps(self.record, sort_keys=True, ensure_ascii=False)

@@ -1,0 +1,241 @@
+"""The shapes that rows come in, recognized by the names of their columns.
+
+First the columns that the user named; then, in this order:
+
+- a conversation: `messages` (OpenAI, TRL), or ShareGPT's `conversations`;
+- TRL's `prompt` and `completion`, each a text or a list of messages;
+- preferences: `chosen` and `rejected`;
+- Alpaca: `instruction`, perhaps `input`, and `output`;
+- a question and an answer under other names, if just one column can be each;
+- `text`.
+
+A `system` column goes before the conversation. Rows that two of the first shapes fit, with different answers, are
+refused: nobody can know which one is meant.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_adapters.config.columns import Columns
+from mlx_adapters.errors import FormatError
+from mlx_adapters.rows.messages import Message, conversation, tools_of, turn
+from mlx_adapters.rows.values import is_missing, kind, parsed, plain, text_of
+
+CONVERSATIONS = ("messages", "conversations", "conversation")
+QUESTIONS = ("prompt", "instruction", "question", "query", "problem", "input")
+ANSWERS = ("completion", "response", "output", "answer", "solution", "target", "reply")
+SYSTEM = ("system", "system_prompt")
+TEMPLATE_ARGUMENTS = "chat_template_kwargs"  # TRL's name
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Canonical:
+    """What a row means, in one form.
+
+    Args:
+        format: "chat", "completion", "text" or "preference" (whose columns are read by the objective).
+        shape: how it was recognized, for people.
+        used: the columns that matter.
+        messages: of a chat or completion row.
+        weights: of each message, 1 or 0.
+        tools: of the conversation.
+        prompt: of a completion row, as text.
+        completion: likewise.
+        text: of a text row.
+        template_arguments: what the row gives the chat template.
+    """
+
+    format: str
+    shape: str
+    used: tuple[str, ...]
+    messages: tuple[Message, ...] = ()
+    weights: tuple[int, ...] = ()
+    tools: list[Any] | None = None
+    prompt: str = ""
+    completion: str = ""
+    text: str = ""
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def recognize(values: Values, columns: Columns, where: str) -> Canonical:
+    """What the values of a row mean.
+
+    Args:
+        values: by column.
+        columns: names that the user gave; they decide alone.
+        where: the place of the row, for errors.
+
+    Raises FormatError, naming the place, for no shape or for two.
+    """
+    present = {name: value for name, value in values.items() if not is_missing(value)}
+    if columns.given:
+        return _named(present, columns, where)
+    found = next((shape for shape in (find(present, where) for find in SHAPES) if shape is not None), None)
+    if found is None:
+        raise _unknown(values, where)
+    return found
+
+
+def _named(values: Values, columns: Columns, where: str) -> Canonical:
+    for name in columns.given.values():
+        if name not in values:
+            has = ", ".join(map(repr, values)) or "none"
+            raise FormatError(f"{where}: the row has no column '{name}'.", f"it has: {has}.")
+    if columns.messages is not None:
+        return _chat(values, columns.messages, where)
+    if columns.text is not None:
+        return _text(values, columns.text, where)
+    assert columns.prompt is not None and columns.completion is not None
+    return _pair(values, columns.prompt, columns.completion, where)
+
+
+def _conversation(values: Values, where: str) -> Canonical | None:
+    names = [name for name in CONVERSATIONS if name in values]
+    if not names:
+        return None
+    found = _chat(values, names[0], where)
+    others = [_chat(values, name, where) for name in names[1:]]
+    if "prompt" in values and "completion" in values:
+        others.append(_pair(values, "prompt", "completion", where))
+    for other in others:
+        if other.messages[-1].get("content") != found.messages[-1].get("content"):
+            here, there = (" and ".join(f"'{name}'" for name in shape.used[:2]) for shape in (found, other))
+            raise FormatError(
+                f"{where}: the row has {here}, and {there}, which end differently.",
+                "say which is meant: --messages-column, or --prompt-column and --completion-column.",
+            )
+    return found
+
+
+def _prompt_completion(values: Values, where: str) -> Canonical | None:
+    return _pair(values, "prompt", "completion", where) if {"prompt", "completion"} <= values.keys() else None
+
+
+def _preference(values: Values, where: str) -> Canonical | None:
+    if not {"chosen", "rejected"} <= values.keys():
+        return None
+    used = tuple(name for name in ("prompt", "chosen", "rejected", "tools") if name in values)
+    return Canonical("preference", "preferences", used, tools=tools_of(values.get("tools"), where))
+
+
+def _alpaca(values: Values, where: str) -> Canonical | None:
+    answer = next((name for name in ("output", "response") if name in values), None)
+    if "instruction" not in values or answer is None:
+        return None
+    extra = next((name for name in ("input", "context") if name in values), None)
+    prompt = text_of(values["instruction"], "instruction", where)
+    if extra and (more := text_of(values[extra], extra, where)).strip():
+        prompt = f"{prompt}\n\n{more}"
+    used = ("instruction", *([extra] if extra else []), answer)
+    return _completion(values, prompt, text_of(values[answer], answer, where), used, "Alpaca", where)
+
+
+def _question_answer(values: Values, where: str) -> Canonical | None:
+    questions, answers = ([name for name in known if name in values] for known in (QUESTIONS, ANSWERS))
+    if len(questions) == 1 and len(answers) == 1:
+        return _pair(values, questions[0], answers[0], where)
+    if questions and answers and "text" not in values:
+        both = ", ".join(f"'{name}'" for name in (*questions, *answers))
+        raise FormatError(
+            f"{where}: of {both}, which is the prompt and which the answer?",
+            "say so: --prompt-column NAME --completion-column NAME.",
+        )
+    return None
+
+
+def _whole_text(values: Values, where: str) -> Canonical | None:
+    return _text(values, "text", where) if "text" in values else None
+
+
+SHAPES: tuple[Callable[[Values, str], Canonical | None], ...] = (
+    _conversation,
+    _prompt_completion,
+    _preference,
+    _alpaca,
+    _question_answer,
+    _whole_text,
+)
+
+
+def _text(values: Values, name: str, where: str) -> Canonical:
+    return Canonical(
+        "text", "text" if name == "text" else f"text ('{name}')", (name,), text=text_of(values[name], name, where)
+    )
+
+
+def _chat(values: Values, name: str, where: str) -> Canonical:
+    messages, weights = conversation(values[name], where, name)
+    shape = "ShareGPT" if "from" in parsed(parsed(values[name])[0]) else "messages"
+    return _with_extras(
+        values, messages, weights, (name,), shape if name == "messages" else f"{shape} ('{name}')", where
+    )
+
+
+def _pair(values: Values, asked: str, answered: str, where: str) -> Canonical:
+    """A prompt and a completion; as lists of messages they are one conversation, of which the completion is trained."""
+    prompt, completion = values[asked], values[answered]
+    used = (asked, answered)
+    shape = f"'{asked}' and '{answered}'"
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return _completion(values, prompt, completion, used, shape, where)
+    before = _turns(prompt, "user", asked, where)
+    after = _turns(completion, "assistant", answered, where)
+    weights = (*(0 for _ in before[0]), *after[1])
+    return _with_extras(values, [*before[0], *after[0]], weights, used, f"{shape} of messages", where)
+
+
+def _turns(value: Any, role: str, name: str, where: str) -> tuple[list[Message], tuple[int, ...]]:
+    if isinstance(value, str):
+        return [turn(role, value)], (1,)
+    if not isinstance(value, list | tuple):
+        raise FormatError(f"{where}: '{name}' must be text or a list of messages, not {kind(value)}.")
+    return conversation(value, where, name)
+
+
+def _completion(
+    values: Values, prompt: str, completion: str, used: tuple[str, ...], shape: str, where: str
+) -> Canonical:
+    messages, weights = [turn("user", prompt), turn("assistant", completion)], (1, 1)
+    found = _with_extras(values, messages, weights, used, shape, where)
+    if len(found.messages) > 2 or found.tools:  # a system prompt or tools: it takes a template to write them
+        return found
+    return Canonical(
+        "completion",
+        shape,
+        found.used,
+        found.messages,
+        weights,
+        None,
+        prompt,
+        completion,
+        template_arguments=found.template_arguments,
+    )
+
+
+def _with_extras(
+    values: Values, messages: list[Message], weights: tuple[int, ...], used: tuple[str, ...], shape: str, where: str
+) -> Canonical:
+    """A conversation, with what its row says of system prompt, tools and template."""
+    system = next((name for name in SYSTEM if name in values), None)
+    if system and messages[0]["role"] not in ("system", "developer"):
+        if content := text_of(values[system], system, where):
+            messages, weights = [turn("system", content), *messages], (0, *weights)
+        used = (*used, system)
+    name = "tools" if "tools" in values else "functions"
+    tools = tools_of(values.get(name), where, name)
+    arguments = plain(parsed(values.get(TEMPLATE_ARGUMENTS, {})))
+    if not isinstance(arguments, dict):
+        raise FormatError(f"{where}: '{TEMPLATE_ARGUMENTS}' must be an object, not {kind(arguments)}.")
+    used = (*used, *([name] if tools else []), *([TEMPLATE_ARGUMENTS] if arguments else []))
+    return Canonical("chat", shape, used, tuple(messages), weights, tools, template_arguments=arguments)
+
+
+def _unknown(values: Values, where: str) -> FormatError:
+    keys = ", ".join(map(repr, values)) or "no key"
+    return FormatError(
+        f"{where}: the row has {keys}.",
+        "a row has 'messages', or 'prompt' and 'completion', or 'text'; "
+        "name other columns with --prompt-column and --completion-column, --messages-column or --text-column.",
+    )

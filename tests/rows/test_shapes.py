@@ -1,0 +1,182 @@
+"""Rows of every accepted shape mean the same conversation; what nobody can know is refused with the place."""
+
+import json
+
+import pytest
+
+from mlx_adapters.config.columns import Columns
+from mlx_adapters.errors import ConfigError, FormatError
+from mlx_adapters.rows.row import RawRow
+
+ASK, ANSWER = "Name a color.", "Blue."
+CHAT = [{"role": "user", "content": ASK}, {"role": "assistant", "content": ANSWER}]
+
+
+def row(values, **columns):
+    return RawRow(values, "a.jsonl, line 3", Columns(**columns))
+
+
+SAME = {
+    "messages": {"messages": CHAT},
+    "messages as JSON text": {"messages": json.dumps(CHAT)},
+    "content parts": {"messages": [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in CHAT]},
+    "ShareGPT": {"conversations": [{"from": "human", "value": ASK}, {"from": "gpt", "value": ANSWER}]},
+    "conversations of roles": {"conversations": CHAT},
+    "prompt, completion": {"prompt": ASK, "completion": ANSWER},
+    "lists of messages": {"prompt": CHAT[:1], "completion": CHAT[1:]},
+    "a list and a text": {"prompt": CHAT[:1], "completion": ANSWER},
+    "Alpaca": {"instruction": ASK, "input": "", "output": ANSWER},
+    "Alpaca and its text": {"instruction": ASK, "input": "", "output": ANSWER, "text": "### Instruction: ..."},
+    "question, answer": {"question": ASK, "answer": ANSWER, "id": 3},
+    "nulls around it": {"messages": CHAT, "prompt": None, "completion": None, "tools": None, "weight": None},
+    "JSON text of a part": {"messages": [{"role": "user", "content": {"type": "text", "text": ASK}}, CHAT[1]]},
+}
+
+
+@pytest.mark.parametrize("values", SAME.values(), ids=SAME)
+def test_every_shape_means_the_same_conversation(values):
+    assert row(values).messages == CHAT
+    assert row(values).format in ("chat", "completion") and row(values).tools is None
+
+
+def test_a_prompt_of_messages_is_context_and_its_completion_is_trained():
+    found = row({"prompt": [*CHAT, CHAT[0]], "completion": CHAT[1:]})
+    assert found.weights == (0, 0, 0, 1) and [m["role"] for m in found.messages] == ["user", "assistant"] * 2
+
+
+def test_alpaca_takes_its_input_and_a_system_prompt():
+    found = row({"instruction": "Add.", "input": "2, 3", "output": "5"})
+    assert (found.format, found.prompt, found.completion) == ("completion", "Add.\n\n2, 3", "5")
+    told = row({"system": "Be brief.", "instruction": "Add.", "input": "", "output": "5"})
+    assert told.format == "chat" and told.messages[0] == {"role": "system", "content": "Be brief."}
+    assert told.weights == (0, 1, 1)
+
+
+def test_named_columns_decide_alone():
+    values = {"q": ASK, "a": ANSWER, "prompt": "p", "completion": "c", "body": "whole", "talk": CHAT}
+    assert row(values, prompt="q", completion="a").messages == CHAT
+    assert row(values, messages="talk").messages == CHAT
+    assert row(values, text="body").text == "whole"
+    with pytest.raises(FormatError, match="line 3: the row has no column 'reply'") as error:
+        _ = row(values, prompt="q", completion="reply").format
+    assert "'q', 'a'" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"prompt": "q"},
+        {"completion": "a"},
+        {"text": "t", "messages": "m"},
+        {"text": "t", "prompt": "q", "completion": "a"},
+    ],
+)
+def test_names_of_columns_that_contradict_each_other_are_refused(names):
+    with pytest.raises(ConfigError):
+        Columns(**names)
+
+
+WEATHER = {"name": "weather", "arguments": {"city": "Oslo"}}
+CALLS = {
+    "OpenAI": {
+        "tool_calls": [{"id": "1", "type": "function", "function": {**WEATHER, "arguments": '{"city": "Oslo"}'}}]
+    },
+    "objects": {"tool_calls": [{"id": "1", "function": WEATHER}]},
+    "names alone": {"tool_calls": [{"id": "1", **WEATHER}]},
+    "as JSON text": {"tool_calls": json.dumps([{"id": "1", "function": WEATHER}])},
+    "calls as JSON text": {"tool_calls": [json.dumps({"id": "1", "function": WEATHER})]},
+    "nulls of Parquet": {
+        "tool_calls": [{"id": "1", "function": {**WEATHER, "arguments": {"city": "Oslo", "a": None}}}]
+    },
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_tool_calls_come_as_objects(call):
+    found = row({"messages": [CHAT[0], {"role": "assistant", "content": None, **call}]}).messages[1]
+    assert found == {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"type": "function", "id": "1", "function": WEATHER}],
+    }
+
+
+def test_older_and_sharegpt_calls_are_calls_too():
+    older = row({"messages": [CHAT[0], {"role": "assistant", "content": None, "function_call": WEATHER}]})
+    shared = row(
+        {"conversations": [{"from": "human", "value": ASK}, {"from": "function_call", "value": json.dumps(WEATHER)}]}
+    )
+    assert older.messages == shared.messages and shared.messages[1]["tool_calls"][0]["function"] == WEATHER
+    told = row({"conversations": [{"from": "observation", "value": "7"}]})
+    assert told.messages == [{"role": "tool", "content": "7"}]
+
+
+def test_a_null_that_is_meant_is_kept_in_arguments_as_text():
+    call = {"name": "set", "arguments": '{"to": null, "list": [null]}'}
+    found = row({"messages": [CHAT[0], {"role": "assistant", "content": None, "tool_calls": [call]}]}).messages[1]
+    assert found["tool_calls"][0]["function"]["arguments"] == {"to": None, "list": [None]}
+
+
+@pytest.mark.parametrize(
+    "tools", [[{"name": "weather"}], '[{"name": "weather"}]', ['{"name": "weather"}'], {"name": "weather"}]
+)
+def test_tools_may_be_text(tools):
+    assert row({"messages": CHAT, "tools": tools}).tools == [{"name": "weather"}]
+    assert row({"prompt": ASK, "completion": ANSWER, "tools": tools}).format == "chat"
+
+
+def test_weights_are_of_turns_and_do_not_reach_the_template():
+    found = row({"messages": [{**CHAT[0]}, {**CHAT[1], "weight": 0}, CHAT[0], {**CHAT[1], "weight": True}]})
+    assert found.weights == (1, 0, 1, 1) and found.messages == [*CHAT, *CHAT]
+
+
+def test_empty_turns_are_turns():
+    empty = [CHAT[0], {"role": "assistant", "content": None}, {"role": "assistant", "content": []}]
+    assert [m["content"] for m in row({"messages": empty}).messages] == [ASK, "", ""]
+    thought = {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "7"}]}
+    assert row({"messages": [CHAT[0], thought]}).messages[1] == {
+        "role": "assistant",
+        "content": "7",
+        "reasoning_content": "hm",
+    }
+
+
+BAD = {
+    "an image": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        "message 1 holds a part of type 'image_url'",
+    ),
+    "half a weight": ({"messages": [{**CHAT[1], "weight": 0.5}]}, "weight of message 1 must be 0 or 1, not '0.5'"),
+    "an unknown speaker": ({"conversations": [{"from": "moon", "value": ""}]}, "'moon', who is unknown"),
+    "a call of nothing": (
+        {"messages": [{"role": "assistant", "tool_calls": [{"id": 1}]}]},
+        "a tool call of message 1 has no 'name'",
+    ),
+    "calls that are a number": ({"messages": [{"role": "assistant", "tool_calls": 7}]}, "'tool_calls' of message 1"),
+    "bytes": ({"prompt": b"x", "completion": "y"}, "'prompt' must be text or a list of messages, not bytes"),
+    "text as messages": ({"messages": "hello"}, "'messages' must be a list"),
+    "a message as text": ({"messages": ["hello"]}, "message 1 must be an object"),
+    "tools that are none": ({"messages": CHAT, "tools": "call me"}, "'tools' must be a list of tools"),
+    "two ends": ({"messages": CHAT, "prompt": ASK, "completion": "Red."}, "which end differently"),
+    "two answers": ({"question": ASK, "answer": "Blue.", "response": "Red."}, "which is the prompt"),
+    "nothing known": ({"body": "x"}, "the row has 'body'"),
+    "nothing": ({}, "the row has no key"),
+}
+
+
+@pytest.mark.parametrize(("values", "message"), BAD.values(), ids=BAD)
+def test_what_nobody_can_know_is_refused_with_its_place(values, message):
+    with pytest.raises(FormatError, match=r"a\.jsonl, line 3: ") as error:
+        _ = row(values).format
+    assert message in str(error.value)
+
+
+def test_preferences_are_recognized():
+    found = row({"prompt": ASK, "chosen": "Blue.", "rejected": "Fish."})
+    assert found.format == "preference" and found.canonical.used == ("prompt", "chosen", "rejected")
+
+
+def test_what_a_row_gives_its_template_wins_over_the_default():
+    values = {"messages": CHAT, "chat_template_kwargs": {"enable_thinking": False}}
+    found = RawRow(values, "here", template_defaults={"enable_thinking": True, "style": "brief"})
+    assert found.template_arguments == {"enable_thinking": False, "style": "brief"}
