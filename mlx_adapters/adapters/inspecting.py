@@ -103,8 +103,8 @@ def _checkpoints(entry: Entry) -> tuple[SavedIteration, ...]:
 
 
 def _files(folder: Path) -> dict[str, int]:
-    found = [path for path in paths.visible(folder, "**/*") if path.is_file()]
-    sizes = {path.relative_to(folder).as_posix(): _size(path) for path in found}
+    there = [path for path in paths.visible(folder, "**/*") if path.is_file()]
+    sizes = {path.relative_to(folder).as_posix(): _size(path) for path in there}
     return {name: size for name, size in sizes.items() if size is not None}
 
 

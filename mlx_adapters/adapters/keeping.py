@@ -154,11 +154,11 @@ def removable(references: Sequence[str]) -> list[str]:
 
     Raises what `remove` would raise at any of them, with nothing removed.
     """
-    found: dict[tuple[Path, int | None], str] = {}
+    unique: dict[tuple[Path, int | None], str] = {}
     for reference in references:
         with _removing(reference) as (entry, iteration):
-            found.setdefault((entry.folder, iteration), reference)
-    return [reference for (_, iteration), reference in sorted(found.items(), key=lambda item: item[0][1] is None)]
+            unique.setdefault((entry.folder, iteration), reference)
+    return [reference for (_, iteration), reference in sorted(unique.items(), key=lambda item: item[0][1] is None)]
 
 
 @contextlib.contextmanager

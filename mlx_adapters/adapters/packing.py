@@ -141,11 +141,11 @@ def _adapter_members(
 def _model_members(folder: Path, opened: contextlib.ExitStack, on_event: OnEvent) -> dict[str, IO[bytes]]:
     if not (folder / MODEL_CONFIG).is_file():
         raise NotFoundError(f"'{folder}' is neither an adapter nor a model: no {CONFIG_FILE}, no {MODEL_CONFIG}.")
-    found = [path for path in paths.visible(folder) if path.is_file()]
-    left = sorted(path.name for path in found if not is_safe(path.name))
+    members = [path for path in paths.visible(folder) if path.is_file()]
+    left = sorted(path.name for path in members if not is_safe(path.name))
     if left:
         on_event(Note(f"left out, because such files are not taken in again: {', '.join(left)}", "warning"))
-    return _open_all({path.name: path for path in found if is_safe(path.name)}, opened)
+    return _open_all({path.name: path for path in members if is_safe(path.name)}, opened)
 
 
 def _open_all(members: dict[str, Path], opened: contextlib.ExitStack) -> dict[str, IO[bytes]]:
@@ -277,15 +277,15 @@ def _check_contents(folder: Path, name: str, source: str) -> str:
         return "model"
     check_config(read_config(folder), f"'{source}'")
     metadata = read_metadata(folder)
-    recorded, found = registry.checksums_of(metadata), {}
+    recorded, hashes = registry.checksums_of(metadata), {}
     for iteration in (None, *iterations_of(folder)):
         try:
             read_adapter(folder, iteration, name)
         except AdapterError as error:  # the folder that is being made is nothing that the user knows
             raise type(error)(error.message.replace(str(folder), source), error.hint) from None
         file = ADAPTER_FILE if iteration is None else checkpoint_file(iteration)
-        found[file] = files.sha256(folder / file)
-        if recorded.get(file, found[file]) != found[file]:
+        hashes[file] = files.sha256(folder / file)
+        if recorded.get(file, hashes[file]) != hashes[file]:
             raise FormatError(f"'{file}' in '{source}' is not the file that its record names.", "it may be damaged.")
-    files.write_json(folder / METADATA_FILE, metadata | {"name": name, "sha256": found, "added_from": source})
+    files.write_json(folder / METADATA_FILE, metadata | {"name": name, "sha256": hashes, "added_from": source})
     return "adapter"

@@ -93,18 +93,18 @@ def export_peft(
     """
     out = paths.expanded(out)
     replacing.refuse_existing(out, overwrite, PEFT_OUTPUT)
-    found = lookup.load_adapter(adapter)
-    replacing.refuse_reading_inside(out, [found, base])
-    form = to_peft(found, lambda: _facts(found, base))
+    loaded = lookup.load_adapter(adapter)
+    replacing.refuse_reading_inside(out, [loaded, base])
+    form = to_peft(loaded, lambda: _facts(loaded, base))
     named = base_model or form.config.get("base_model_name_or_path")
-    if not base_model and (problem := _base_problem(found, named)):
+    if not base_model and (problem := _base_problem(loaded, named)):
         on_event(
             Note(f"PEFT cannot load it yet: {problem}. Name the original model: --base-model user/name.", "warning")
         )
     form.config["base_model_name_or_path"] = named
-    readme = README.format(base=named or "unknown", kind=found.config.type, name=found.name, rank=found.config.rank)
+    readme = README.format(base=named or "unknown", kind=loaded.config.type, name=loaded.name, rank=loaded.config.rank)
     with files.atomic_folder(out, overwrite, PEFT_OUTPUT) as temporary:
-        scale = {PEFT_SCALE: repr(found.config.scale)} if not form.config.get("alpha_pattern") else {}
+        scale = {PEFT_SCALE: repr(loaded.config.scale)} if not form.config.get("alpha_pattern") else {}
         tensor_files.write_safetensors(temporary / PEFT_WEIGHTS_FILE, form.tensors, {"format": "pt"} | scale)
         files.write_json(temporary / CONFIG_FILE, form.config)
         files.write_text(temporary / "README.md", readme)
@@ -128,11 +128,11 @@ def _facts(adapter: Adapter, base: str | Path | Base | None) -> Facts:
     if name is None:
         raise NotFoundError("The adapter does not say what base it is for.", NAME_BASE)
     try:
-        found = resolve_base(name, download=base is not None or name == DEMO_BASE)
+        resolved = resolve_base(name, download=base is not None or name == DEMO_BASE)
     except (NotFoundError, HubError) as error:
         raise NotFoundError(f"PEFT's names are read off the adapter's base. {error.message}", NAME_BASE) from error
-    module = load_module(found)[0]
+    module = load_module(resolved)[0]
     embeddings = any(tensor_names.split(key)[1] in EMBEDDINGS for key in adapter.config.keys)
     layers = adaptable_layers(module)
     experts = any(isinstance(layer, SWITCH) for layer in layers.values())
-    return Facts(found.config.get("model_type"), embeddings and tied(layers), experts, layout_of(found, module))
+    return Facts(resolved.config.get("model_type"), embeddings and tied(layers), experts, layout_of(resolved, module))

@@ -101,11 +101,11 @@ def verify_all(base: str | None = None) -> list[Verification]:
         ['chat', 'sql']
     """
     modules: Modules = {}
-    found = []
+    verifications = []
     for name in registry.names():
         with contextlib.suppress(NotFoundError):  # removed meanwhile
-            found.append(verify(name, base=base, _modules=modules))
-    return found
+            verifications.append(verify(name, base=base, _modules=modules))
+    return verifications
 
 
 class _NotCheckedError(Exception):
@@ -134,15 +134,15 @@ def _check_checksums(entry: Entry) -> str:
         shown = f"{folder.name}/{name}"
         if name not in {path.name for path in folder.iterdir() if path.is_file()}:
             raise FormatError(f"'{shown}' is recorded but missing.")
-        if (found := files.sha256(folder / name)) != expected:
-            raise FormatError(f"'{shown}' is not the file that was recorded.", _whose(entry, found, folder / name))
+        if (digest := files.sha256(folder / name)) != expected:
+            raise FormatError(f"'{shown}' is not the file that was recorded.", _whose(entry, digest, folder / name))
     return f"{len(recorded)} {'file' if len(recorded) == 1 else 'files'} as recorded"
 
 
-def _whose(entry: Entry, found: str, path: Path) -> str:
+def _whose(entry: Entry, digest: str, path: Path) -> str:
     if path.name == ADAPTER_FILE and path.parent == entry.folder:
         for iteration in entry.iterations:
-            if files.sha256(registry.checkpoint_path(entry, iteration)) == found:
+            if files.sha256(registry.checkpoint_path(entry, iteration)) == digest:
                 return f"it is checkpoint {iteration}: 'use {entry.name}@{iteration}' records that."
     return "it was changed or damaged after it was written."
 
@@ -160,8 +160,8 @@ def _check_base(adapter: Adapter, base: str | None, modules: Modules) -> str:
         raise _NotCheckedError("its base is not recorded; name one with --base")
     if name not in modules:
         try:
-            found = resolve_base(name, download=base is not None)
-            modules[name] = (found, load_module(found)[0])
+            resolved = resolve_base(name, download=base is not None)
+            modules[name] = (resolved, load_module(resolved)[0])
         except AdapterError as error:
             modules[name] = error
     looked_up = modules[name]
@@ -169,8 +169,8 @@ def _check_base(adapter: Adapter, base: str | None, modules: Modules) -> str:
         raise _NotCheckedError(looked_up.message)
     if isinstance(looked_up, AdapterError):
         raise looked_up
-    found, module = looked_up
+    resolved, module = looked_up
     check_fits(adapter, module, f"'{name}'")
-    check_made_for(adapter, name, found.fingerprint)
+    check_made_for(adapter, name, resolved.fingerprint)
     known = "" if base_of(adapter.metadata).get("fingerprint") else " (its base's weights are not recorded)"
     return f"fits '{name}'{known}"

@@ -55,28 +55,28 @@ def _read(base: Base, arrays: dict[str, mx.array]) -> set[str]:
 
 def _ancestors(made: Sequence[mx.array], names: Sequence[str], arrays: dict[str, mx.array]) -> set[str]:
     """Of the `names` those whose arrays `made` is computed from, by the graph that MLX keeps of it."""
-    found: set[str] = set()
+    ancestors: set[str] = set()
     for first in range(0, len(names) if made else 0, AT_ONCE):
         some = names[first : first + AT_ONCE]
         graph = io.StringIO()
         mx.export_to_dot(graph, *made, **{f"input{i}": arrays[name] for i, name in enumerate(some)})
-        found |= {some[int(i)] for i in re.findall(r'"input(\d+)" ->', graph.getvalue())}
-    return found
+        ancestors |= {some[int(i)] for i in re.findall(r'"input(\d+)" ->', graph.getvalue())}
+    return ancestors
 
 
 def _others(base: Base) -> tuple[Stored, list[str]]:
     """What the index names in files that mlx-lm does not open, and the names whose file is missing."""
     opened, index = {path.name for path in base.weight_files}, base.folder / INDEX_FILE
     places = files.read_json(index).get("weight_map") if index.is_file() else None
-    found, missing = Stored(), []
+    others, missing = Stored(), []
     for name, file in places.items() if isinstance(places, dict) else ():
         if not isinstance(file, str) or file in opened or Path(file).name != file:
             continue
         if (base.folder / file).is_file():
-            found |= {name: tensor_files.stored_tensors(base.folder / file)[name]}
+            others |= {name: tensor_files.stored_tensors(base.folder / file)[name]}
         else:
             missing.append(name)
-    return found, missing
+    return others, missing
 
 
 def _is_copy(tensor: StoredTensor, others: Iterable[StoredTensor]) -> bool:

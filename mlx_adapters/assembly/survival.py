@@ -61,16 +61,16 @@ class SurvivalSum:
         """Rows of W, W' and Ŵ, float32."""
         base_, fused_, stored_ = (as_numpy(rows).reshape(-1) for rows in (base, fused, stored))
         with np.errstate(over="ignore", invalid="ignore"):  # `result` refuses what comes of it
-            wanted, found = fused_ - base_, stored_ - base_
-            pairs = [(wanted, found), (wanted, wanted), (found, found), (base_, base_)]
+            wanted, kept = fused_ - base_, stored_ - base_
+            pairs = [(wanted, kept), (wanted, wanted), (kept, kept), (base_, base_)]
             self._sums += [float(np.einsum("i,i->", x, y)) for x, y in pairs]  # (np.dot wakes BLAS threads)
 
     def result(self, path: str) -> Survival:
         """The layer's two numbers; a layer with no update keeps all of it. Raises FormatError for NaN or Inf."""
-        dot, wanted, found, base = self._sums.tolist()
+        dot, wanted, kept, base = self._sums.tolist()
         if not np.isfinite(self._sums).all():
             raise not_finite(path)
         if wanted == 0:
             return Survival(path, 1.0, 1.0, 0.0)
-        cosine = dot / math.sqrt(wanted * found) if found > 0 else 0.0
-        return Survival(path, min(cosine, 1.0), math.sqrt(found / wanted), math.sqrt(wanted / max(base, 1e-30)))
+        cosine = dot / math.sqrt(wanted * kept) if kept > 0 else 0.0
+        return Survival(path, min(cosine, 1.0), math.sqrt(kept / wanted), math.sqrt(wanted / max(base, 1e-30)))

@@ -122,8 +122,8 @@ class _Judge:
 
     def gain(self, row: VariantFigures) -> float:
         """By which share the fused row decodes faster than the adapter, 0 where no difference was seen."""
-        found = self._compare(row.label, self.adapter.label, "decode_tps")
-        return found.value - 1 if found.differs else 0.0
+        ratio = self._compare(row.label, self.adapter.label, "decode_tps")
+        return ratio.value - 1 if ratio.differs else 0.0
 
     def _compare(self, label: str, other: str, metric: str) -> Ratio:
         shape = self.shape(self.rows[label])
@@ -169,8 +169,10 @@ class _Judge:
 
     def _faster(self, metric: str, row: VariantFigures, other: VariantFigures, name: str) -> str:
         m, shape = METRICS[metric], self.shape(row)
-        found = [r.load_seconds if metric == "load_seconds" else getattr(self.shape(r), metric) for r in (row, other)]
-        figures = " against ".join(number(summary.median) for summary in found if summary)
+        summaries = [
+            r.load_seconds if metric == "load_seconds" else getattr(self.shape(r), metric) for r in (row, other)
+        ]
+        figures = " against ".join(number(summary.median) for summary in summaries if summary)
         where = f" at {shape.prompt_tokens} x {shape.batch}" if m.per_shape else ""
         ratio = phrase(metric, self._compare(row.label, other.label, metric))
         return f"'{row.label}' against the {name}, {m.title}{where}: {figures} {m.unit}, {ratio}."
@@ -178,16 +180,16 @@ class _Judge:
     def _quality(self) -> list[str]:
         lines = []
         for row in self.fused:
-            lost, found = self.lost(row), self.quality.get(row.label)
-            if lost is None or found is None:
+            lost, judged = self.lost(row), self.quality.get(row.label)
+            if lost is None or judged is None:
                 lines.append(
                     f"'{row.label}': what fusing loses was not measured, so it is not advised (give --quality)."
                 )
                 continue
             words = (
-                f"'{row.label}' loses {lost:.2%} of what the fine-tune changed (KL {number(found['kl']['value'])} nats"
+                f"'{row.label}' loses {lost:.2%} of what the fine-tune changed (KL {number(judged['kl']['value'])} nats"
             )
-            score, own = found.get("score"), self.quality.get(self.adapter.label, {}).get("score")
+            score, own = judged.get("score"), self.quality.get(self.adapter.label, {}).get("score")
             scores = f"; score {number(score['value'])} against {number(own['value'])}" if score and own else ""
             verdict = "kept" if lost <= self.tolerance else f"more than the {self.tolerance:.0%} allowed"
             lines.append(f"{words}{scores}): {verdict}.")

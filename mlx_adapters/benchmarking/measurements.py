@@ -142,8 +142,8 @@ class Measurements:
     def failures(self) -> dict[str, str]:
         """Label -> why the variant could not be measured, or not be judged."""
         judged = {e["variant"]: e["error"] for e in self.quality.get("evaluations", ())}
-        found = {row.label: row.error or judged.get(row.label) for row in self.rows}
-        return {label: error for label, error in found.items() if error}
+        errors = {row.label: row.error or judged.get(row.label) for row in self.rows}
+        return {label: error for label, error in errors.items() if error}
 
     def of(self, label: str) -> list[Run]:
         """The runs of a variant, in the order of the rounds."""
@@ -151,15 +151,15 @@ class Measurements:
 
     def blocks(self, label: str, metric: str, shape: Shape | None = None) -> Blocks:
         """{round: values of the trials} of one metric."""
-        found: dict[int, list[float]] = {}
+        blocks: dict[int, list[float]] = {}
         for run in self.of(label):
             if not METRICS[metric].per_shape:
-                found[run.round] = [run.result[metric]] if run.result.get(metric) else []
+                blocks[run.round] = [run.result[metric]] if run.result.get(metric) else []
             for measured in run.result.get("shapes", ()) if METRICS[metric].per_shape else ():
                 if shape in (None, (measured["prompt_tokens"], measured["batch"])):
                     own = [measured[metric]] if metric in measured else [t[metric] for t in measured["trials"]]
-                    found.setdefault(run.round, []).extend(own)
-        return found
+                    blocks.setdefault(run.round, []).extend(own)
+        return blocks
 
     def evidence(self, label: str, metric: str, shape: Shape | None = None) -> Blocks:
         """{round: [what is compared]}: the least disturbed value of each round.
@@ -231,17 +231,17 @@ class Measurements:
         """Each variant against each one named before it, in every compared metric."""
         fine = [row.label for row in self.rows if row.error is None]
         pairs = [(label, other) for i, label in enumerate(fine) for other in fine[:i]]
-        return [found for label, other in pairs for metric in COMPARED for found in self.compare(label, other, metric)]
+        return [ratio for label, other in pairs for metric in COMPARED for ratio in self.compare(label, other, metric)]
 
     def compare(self, label: str, other: str, metric: str) -> list[RatioOf]:
         """One variant against another in one metric, for each shape that the metric has."""
         shapes: list[Shape | None] = [*self.config.shapes] if METRICS[metric].per_shape else [None]
-        found = []
+        ratios = []
         for shape in shapes:
             ratio = paired_ratio(self.evidence(label, metric, shape), self.evidence(other, metric, shape))
             if ratio is not None:
-                found.append(RatioOf(label, other, metric, ratio, *(shape or (None, None))))
-        return found
+                ratios.append(RatioOf(label, other, metric, ratio, *(shape or (None, None))))
+        return ratios
 
     @property
     def measured_seconds(self) -> float:

@@ -75,21 +75,21 @@ def charts(report: Measurements) -> dict[str, Chart]:
     fine = [row for row in report.rows if row.error is None]
     if not fine:
         return {}
-    found = {}
+    drawn = {}
     for shape in report.config.shapes:
         where = f" ({shape[0]} x {shape[1]})" if len(report.config.shapes) > 1 else ""
         for metric in ("decode_tps", "prefill_tps"):
             title = f"{METRICS[metric].title.capitalize()} speed{where}"
-            found[title] = bars.strips(
+            drawn[title] = bars.strips(
                 {row.label: _values(report, row.label, metric, shape) for row in fine}, title, METRICS[metric].unit
             )
         title = f"Memory by part{where}"
-        found[title] = bars.stacked({row.label: memory_parts(row, shape) for row in fine}, title, "peak", size)
-    found["Load time"] = bars.grouped({row.label: _loads(row) for row in fine}, "Load time", "s", number)
+        drawn[title] = bars.stacked({row.label: memory_parts(row, shape) for row in fine}, title, "peak", size)
+    drawn["Load time"] = bars.grouped({row.label: _loads(row) for row in fine}, "Load time", "s", number)
     if compared := _intervals(report):
         title = f"Against {fine[0].label}"
-        found[title] = bars.intervals(compared, title, "change in %, with its 95 % interval")
-    return found | _quality(report)
+        drawn[title] = bars.intervals(compared, title, "change in %, with its 95 % interval")
+    return drawn | _quality(report)
 
 
 def _values(report: Measurements, label: str, metric: str, shape: tuple[int, int]) -> list[float]:
@@ -98,10 +98,10 @@ def _values(report: Measurements, label: str, metric: str, shape: tuple[int, int
 
 def memory_parts(row: VariantFigures, shape: tuple[int, int]) -> dict[str, float]:
     """Peak memory as weights, adapter, KV cache and the rest (activations, buffers)."""
-    found = next(s for s in row.shapes if (s.prompt_tokens, s.batch) == shape)
+    measured = next(s for s in row.shapes if (s.prompt_tokens, s.batch) == shape)
     weights, adapter = row.weights_bytes or 0, row.adapter_bytes or 0
-    rest = max(found.peak_memory_bytes - weights - adapter - found.kv_cache_bytes, 0)
-    return {"base weights": weights, "adapter": adapter, "KV cache": found.kv_cache_bytes, "activations": rest}
+    rest = max(measured.peak_memory_bytes - weights - adapter - measured.kv_cache_bytes, 0)
+    return {"base weights": weights, "adapter": adapter, "KV cache": measured.kv_cache_bytes, "activations": rest}
 
 
 def _loads(row: VariantFigures) -> dict[str, float]:
@@ -114,11 +114,13 @@ def _intervals(report: Measurements) -> list[tuple[str, float, float, float]]:
     first = next(row.label for row in report.rows if row.error is None)
     many = len(report.config.shapes) > 1
     rows: list[tuple[str, float, float, float]] = []
-    for found in report.comparisons:
-        if found.against == first and found.ratio.low is not None and found.ratio.high is not None:
-            where = f" {found.prompt_tokens} x {found.batch}" if many and found.prompt_tokens else ""
-            low, middle, high = (words.percent(v) for v in (found.ratio.low, found.ratio.value, found.ratio.high))
-            rows.append((f"{METRICS[found.metric].title}{where}: {found.variant}", low, middle, high))
+    for comparison in report.comparisons:
+        if comparison.against == first and comparison.ratio.low is not None and comparison.ratio.high is not None:
+            where = f" {comparison.prompt_tokens} x {comparison.batch}" if many and comparison.prompt_tokens else ""
+            low, middle, high = (
+                words.percent(v) for v in (comparison.ratio.low, comparison.ratio.value, comparison.ratio.high)
+            )
+            rows.append((f"{METRICS[comparison.metric].title}{where}: {comparison.variant}", low, middle, high))
     return rows
 
 

@@ -95,33 +95,33 @@ class Change:
 def changes(new: Report, old: Report) -> list[Change]:
     """What both reports measured: variants of the same name at the same prompt lengths and batch sizes."""
     shapes = [shape for shape in new.config.shapes if shape in old.config.shapes]
-    found = []
+    changed = []
     for label, name in short_names(new.labels).items():
         for metric in COMPARED if label in old.labels else ():
             for shape in shapes if METRICS[metric].per_shape else [None]:
                 ratio = unpaired_ratio(new.evidence(label, metric, shape), old.evidence(label, metric, shape))
                 if ratio is not None:
-                    found.append(Change(name, metric, ratio, *(shape or (None, None))))
-    return found
+                    changed.append(Change(name, metric, ratio, *(shape or (None, None))))
+    return changed
 
 
 def other_conditions(new: Report, old: Report) -> list[str]:
     """Why a change may come from something else than the variants."""
-    found = []
+    differences = []
     for key in ("system", "chip", "cores", "device_name", "blas"):
         if new.machine.get(key) != old.machine.get(key):
-            found.append(f"{key} was '{old.machine.get(key)}', now '{new.machine.get(key)}'")
+            differences.append(f"{key} was '{old.machine.get(key)}', now '{new.machine.get(key)}'")
     versions = new.machine.get("versions", {}), old.machine.get("versions", {})
     for name in sorted(versions[0].keys() | versions[1].keys()):
         if versions[0].get(name) != versions[1].get(name):
-            found.append(f"{name} was {versions[1].get(name)}, now {versions[0].get(name)}")
+            differences.append(f"{name} was {versions[1].get(name)}, now {versions[0].get(name)}")
     if new.config.decode_tokens != old.config.decode_tokens:
-        found.append(f"decode_tokens was {old.config.decode_tokens}, now {new.config.decode_tokens}")
+        differences.append(f"decode_tokens was {old.config.decode_tokens}, now {new.config.decode_tokens}")
     names = short_names(new.labels)
     for label in set(new.labels) & set(old.labels):
         prints = [
             next((row.conditions.get("fingerprint") for row in r.rows if row.label == label), None) for r in (new, old)
         ]
         if None not in prints and prints[0] != prints[1]:
-            found.append(f"'{names[label]}' has other weights now")
-    return found
+            differences.append(f"'{names[label]}' has other weights now")
+    return differences

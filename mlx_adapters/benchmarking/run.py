@@ -117,10 +117,10 @@ def _quality(
     config = EvaluationConfig(score=score, max_rows=max_rows, dtype=c.dtype, any_base=c.any_base)
     failed = {row.label: row.error for row in report.rows if row.error}
     ready = [prepare(replace(v, problem=failed.get(v.label)), folder, c.any_base, ignore) for v in report.variants]
-    found = evaluate_ready(ready, data, config, on_event).to_json()
-    for evaluation in found["evaluations"]:
+    judged = evaluate_ready(ready, data, config, on_event).to_json()
+    for evaluation in judged["evaluations"]:
         del evaluation["answers"]
-    return found
+    return judged
 
 
 def run(

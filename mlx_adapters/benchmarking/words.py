@@ -65,20 +65,20 @@ def failures(report: Measurements) -> list[str]:
 
 def notes(report: Measurements) -> list[str]:
     """What a reader must know before comparing the rows."""
-    found = [*report.warnings]
+    lines = [*report.warnings]
     fine = [row for row in report.rows if row.error is None]
     if len({(row.conditions["vocabulary"], row.conditions["tokenizer"]) for row in fine}) > 1:
-        found.append("The variants have different tokenizers: a token is not the same amount of text.")
+        lines.append("The variants have different tokenizers: a token is not the same amount of text.")
     if len({row.conditions["fingerprint"] for row in fine if row.adapter_bytes}) > 1:
-        found.append("The adapters stand on different base models.")
+        lines.append("The adapters stand on different base models.")
     kinds = {row.conditions["model_type"] for row in fine}
     if len(kinds) > 1:
-        found.append(f"The variants are of different kinds: {', '.join(sorted(map(str, kinds)))}.")
+        lines.append(f"The variants are of different kinds: {', '.join(sorted(map(str, kinds)))}.")
     if report.config.cold_load:
-        found += _cold_notes(report)
+        lines += _cold_notes(report)
     if report.interrupted:
-        found.append("The run was interrupted; these are the finished processes.")
-    return found
+        lines.append("The run was interrupted; these are the finished processes.")
+    return lines
 
 
 def _cold_notes(report: Measurements) -> list[str]:
@@ -129,11 +129,11 @@ def quality_cells(report: Measurements) -> dict[str, tuple[str, ...]]:
     score = (report.quality["score"] or "").partition(":")[0]
     keys = ["loss", *(["kl", "same_top"] if report.quality["reference"] else []), *(["score"] if score else [])]
     names = {"loss": "LOSS", "kl": "KL", "same_top": "SAME TOP", "score": score.upper()}
-    found = {"": tuple(names[key] for key in keys)}
+    cells = {"": tuple(names[key] for key in keys)}
     for evaluation in report.quality["evaluations"]:
         values = [evaluation.get(key) for key in keys]
-        found[evaluation["variant"]] = tuple("-" if v is None else number(v["value"]) for v in values)
-    return found
+        cells[evaluation["variant"]] = tuple("-" if v is None else number(v["value"]) for v in values)
+    return cells
 
 
 def spread(summary: Summary, digits: int = 3, factor: float = 1.0) -> str:
@@ -169,11 +169,11 @@ def sentences(report: Measurements) -> list[str]:
     first = next((row.label for row in report.rows if row.error is None), None)
     many = len(report.config.shapes) > 1
     lines, short = [], dict[str, list[str]]()
-    for found in (c for c in report.comparisons if c.against == first):
-        who, said = f"{found.variant} against {first}", phrase(found.metric, found.ratio)
-        where = f" at {found.prompt_tokens} x {found.batch}" if many and found.prompt_tokens else ""
-        what = METRICS[found.metric].title + where
-        if found.ratio.low is None:
+    for comparison in (c for c in report.comparisons if c.against == first):
+        who, said = f"{comparison.variant} against {first}", phrase(comparison.metric, comparison.ratio)
+        where = f" at {comparison.prompt_tokens} x {comparison.batch}" if many and comparison.prompt_tokens else ""
+        what = METRICS[comparison.metric].title + where
+        if comparison.ratio.low is None:
             short.setdefault(who, []).append(f"{what} {said.removesuffix(TOO_FEW).rstrip()}")
         else:
             lines.append(f"{who}, {what}: {said}")

@@ -113,10 +113,10 @@ def timed_load(variant: Variant, config: BenchmarkConfig) -> tuple[Model, float]
 def files_of(variant: Variant) -> list[Path]:
     """The files that loading reads: the model's folder and the adapter's weights and config."""
     folder = resolve_base(str(variant.base)).folder
-    found = [path for path in paths.visible(folder) if path.is_file()]
+    model_files = [path for path in paths.visible(folder) if path.is_file()]
     if variant.adapter:
-        found.append(weights_file(*locate(variant.adapter)))
-    return found
+        model_files.append(weights_file(*locate(variant.adapter)))
+    return model_files
 
 
 def check_lengths(model: Model, config: BenchmarkConfig) -> None:
@@ -134,9 +134,9 @@ def prompts_for(model: Model, config: BenchmarkConfig, length: int, batch: int) 
     """(batch, length) token ids: from the data's rows, or random ones with a fixed seed."""
     if config.data is None:
         return trials.random_prompts(trials.vocabulary_size(model.module), batch, length, config.seed)
-    found = real_prompts(config.data, model.tokenizer, batch, length)
-    model.base.check_tokens(np.array(found), config.data)
-    return found
+    prompts = real_prompts(config.data, model.tokenizer, batch, length)
+    model.base.check_tokens(np.array(prompts), config.data)
+    return prompts
 
 
 def real_prompts(source: str, tokenizer: Any, batch: int, length: int) -> mx.array:
@@ -198,8 +198,8 @@ def conditions(model: Model) -> dict[str, Any]:
 
 def tokenizer_fingerprint(folder: Path) -> str | None:
     """SHA-256 of the tokenizer's own file."""
-    found = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
-    return files.sha256(found[0]) if found else None
+    tokenizer_files = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
+    return files.sha256(tokenizer_files[0]) if tokenizer_files else None
 
 
 if __name__ == "__main__":

@@ -94,13 +94,13 @@ def round_layers(
 
     with Workers(worker_count(shapes.values())) as workers:
         for _, moments in Collector(forward, backward, set(wanted), batches, spool.folder).run(on_event, seed):
-            for path, found in moments.items():
-                _refuse_not_finite(found)
+            for path, layer_moments in moments.items():
+                _refuse_not_finite(layer_moments)
                 start = backward.source.packed(path)
                 update = backward.change(path)
                 for target in targets[path]:
                     together = thorough and target == wanted[path]
-                    tasks = tasks_for(backward.weight(path), found, target, dtype, start, together, update)
+                    tasks = tasks_for(backward.weight(path), layer_moments, target, dtype, start, together, update)
                     under_way.append((path, [workers.submit(task) for task in tasks]))
                     collect(most=2 * workers.count)
         collect(most=0)

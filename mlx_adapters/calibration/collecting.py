@@ -43,8 +43,8 @@ class HiddenStates:
     def take(self) -> list[mx.array]:
         """The list put in last, read into memory; its file is deleted."""
         path = self._files.pop()
-        found = tensor_files.read_safetensors(path)
-        arrays = [found[name] for name in sorted(found)]
+        states = tensor_files.read_safetensors(path)
+        arrays = [states[name] for name in sorted(states)]
         mx.eval(arrays)
         path.unlink()
         return arrays
@@ -144,7 +144,7 @@ class Stages:
             yield count, self._known(held_back)
 
     def _known(self, moments: dict[str, Moments]) -> dict[str, Moments]:
-        return {path: found for path, found in moments.items() if path not in self.collector.unknown}
+        return {path: layer_moments for path, layer_moments in moments.items() if path not in self.collector.unknown}
 
     def _head(self, blocks: Blocks, hidden: list[mx.array]) -> tuple[dict[str, Moments], list[mx.array]]:
         c, cotangents = self.collector, []

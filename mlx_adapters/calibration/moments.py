@@ -108,8 +108,8 @@ def add_calls(
 
 
 def _one_row_per_token(leading: tuple[int, ...], tokens: tuple[int, int]) -> bool:
-    found, whole = (tuple(n for n in sizes if n > 1) for sizes in (leading, tokens))
-    return found in (whole, (math.prod(whole),)) or (not whole and not found)
+    own, whole = (tuple(n for n in sizes if n > 1) for sizes in (leading, tokens))
+    return own in (whole, (math.prod(whole),)) or (not whole and not own)
 
 
 def _add_linear(

@@ -191,8 +191,8 @@ class Strategy:
             BlockwiseModel(assembly.base, assembly.updates, touched.__contains__, f, exact)
             for f in (calibrated, nearest)
         )
-        found = measure_fidelity(exact, fused, plain, batches_of(rows, assembly.base))
-        return found.base_kl is not None and found.base_kl < found.kl_mean
+        fidelity = measure_fidelity(exact, fused, plain, batches_of(rows, assembly.base))
+        return fidelity.base_kl is not None and fidelity.base_kl < fidelity.kl_mean
 
     def _choose_targets(self, spool: Spool) -> dict[str, Precision]:
         assembly, options = self.assembly, self.options

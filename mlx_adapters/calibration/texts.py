@@ -184,9 +184,9 @@ def _apart(train: list[RawRow], held: list[RawRow], source: str) -> tuple[list[R
 def _enough(rows: list[RawRow], count: int, tokens_of: Tokenize, without: set[bytes]) -> list[TokenRow]:
     """`count` rows, evenly spaced, or as many more as LEAST_TOKENS take; none whose tokens are in `without`."""
     while True:
-        found = [row for row in tokens_of(spread(rows, count)) if row[0].tobytes() not in without]
-        if count >= len(rows) or _tokens(found) >= LEAST_TOKENS:
-            return found
+        enough = [row for row in tokens_of(spread(rows, count)) if row[0].tobytes() not in without]
+        if count >= len(rows) or _tokens(enough) >= LEAST_TOKENS:
+            return enough
         count *= 2
 
 

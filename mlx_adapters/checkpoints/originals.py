@@ -40,9 +40,9 @@ def layout_of(base: Base, module: nn.Module) -> Layout:
     stored = _stored(base)
     if stored and stored != wanted:
         with contextlib.suppress(Exception):
-            found = trace(sanitize, stored, wanted)
-            if found.fits(wanted):
-                return found
+            layout = trace(sanitize, stored, wanted)
+            if layout.fits(wanted):
+                return layout
     return trace(sanitize, original_shapes(blank, wanted), wanted)
 
 
@@ -60,16 +60,16 @@ def _stored(base: Base) -> Shapes | None:
 def original_shapes(blank: nn.Module, wanted: Shapes) -> Shapes:
     """The form that is furthest from the model's own, `wanted`, of those that loading turns into the model."""
     sanitize = sanitize_of(blank)
-    found, rules = wanted, list(_rules(blank))
+    shapes, rules = wanted, list(_rules(blank))
     while True:
         for i, rule in enumerate(rules):
-            rewritten = _turned(rule(found), wanted, sanitize)
-            if rewritten is not None and rewritten != found:
-                found = rewritten
+            rewritten = _turned(rule(shapes), wanted, sanitize)
+            if rewritten is not None and rewritten != shapes:
+                shapes = rewritten
                 del rules[i]
                 break
         else:
-            return _hinted(blank, found, wanted, sanitize)
+            return _hinted(blank, shapes, wanted, sanitize)
 
 
 def _made(sanitize: Callable[[Tensors], Tensors], shapes: Shapes) -> Shapes:
@@ -132,14 +132,14 @@ def _torch_convolutions(shapes: Shapes, blank: nn.Module) -> Shapes:
 
 
 def _renamed(shapes: Shapes, renames: Renames) -> Shapes:
-    found = {}
+    renamed = {}
     for name, shape in shapes.items():
         for old, new in renames:
             if old in name if old.startswith(".") else name.startswith(old):
                 name = name.replace(old, new, 1)
                 break
-        found[name] = shape
-    return found
+        renamed[name] = shape
+    return renamed
 
 
 def _hinted(blank: nn.Module, shapes: Shapes, wanted: Shapes, sanitize: Callable[[Tensors], Tensors]) -> Shapes:

@@ -67,8 +67,8 @@ class Places:
 
     def look_up(self, path: str) -> tuple[list[Piece], Renames]:
         """How the weight of `path` comes into the model's layers, and the renames for it; none if it does not."""
-        found = ((self._pieces(candidate), renames) for candidate, renames in hf_names.mlx_paths(path))
-        return next((pair for pair in found if pair[0]), ([], ()))
+        candidates = ((self._pieces(candidate), renames) for candidate, renames in hf_names.mlx_paths(path))
+        return next((pair for pair in candidates if pair[0]), ([], ()))
 
     def tensor(self, name: str) -> list[Piece]:
         """How any tensor comes into the model; nothing if it does not as a whole."""
@@ -76,9 +76,9 @@ class Places:
         for place, _ in hf_names.mlx_paths(path):
             target = tensor_names.join(place, leaf)
             pieces = self.layout.of(target)
-            found = [p for p in pieces if p.target == target] or pieces or self.layout.into(target)
-            if found:
-                return found
+            into = [p for p in pieces if p.target == target] or pieces or self.layout.into(target)
+            if into:
+                return into
         return []
 
     def _pieces(self, path: str) -> list[Piece]:
@@ -105,11 +105,11 @@ class Places:
                 if switch is None or hf_names.expert_path(*switch, expert) != path:
                     self.paths[key] = path.replace(f".{expert}.", ".{}.")
                 return key, expert
-        found = hf_names.split_expert(path)
-        if found is None:
+        split = hf_names.split_expert(path)
+        if split is None:
             return None
-        pieces = self.find(found[0], path)
-        return tensor_names.split(pieces[0].target)[0], found[1]
+        pieces = self.find(split[0], path)
+        return tensor_names.split(pieces[0].target)[0], split[1]
 
     def remember(self, key: str, path: str) -> None:
         """Note the path in transformers of a layer if the renames do not lead back to it."""

@@ -80,10 +80,10 @@ class Layout:
 
     @cached_property
     def _by_source(self) -> dict[str, list[Piece]]:
-        found: dict[str, list[Piece]] = {}
+        by_source: dict[str, list[Piece]] = {}
         for piece in (piece for pieces in self.pieces.values() for piece in pieces):
-            found.setdefault(piece.source, []).append(piece)
-        return found
+            by_source.setdefault(piece.source, []).append(piece)
+        return by_source
 
     def fits(self, wanted: Shapes) -> bool:
         """Whether these tensors make exactly a model of tensors of the `wanted` shapes, as far as can be told."""
@@ -108,9 +108,9 @@ def trace(sanitize: Sanitize, shapes: Shapes, wanted: Shapes) -> Layout:
     """
     for corner in CORNERS:
         with contextlib.suppress(Exception):  # code that looks at sizes may raise anything
-            found = replace(_trace(sanitize, {n: _cut(s, corner) for n, s in shapes.items()}), shapes=shapes)
-            if found.fits(wanted) and (not found.problems or sum(map(math.prod, shapes.values())) > LARGE):
-                return found
+            layout = replace(_trace(sanitize, {n: _cut(s, corner) for n, s in shapes.items()}), shapes=shapes)
+            if layout.fits(wanted) and (not layout.problems or sum(map(math.prod, shapes.values())) > LARGE):
+                return layout
     return _trace(sanitize, shapes)
 
 
@@ -172,7 +172,7 @@ def _pieces(target: str, arrays: list[np.ndarray], names: list[str], shapes: Sha
     parts: list[tuple[int | None, tuple]] = [(None, ())]
     if (ids != ids.flat[0]).any():
         parts = [(i, (i,)) for i in range(ids.shape[0])]
-    found = []
+    pieces = []
     for index, at in parts:
         source = ids[at]
         if (source != source.flat[0]).any():
@@ -186,8 +186,8 @@ def _pieces(target: str, arrays: list[np.ndarray], names: list[str], shapes: Sha
         if not np.allclose(expected, noise[at], rtol=1e-5, atol=1e-6):
             raise _NotUnderstood("its numbers are not the checkpoint's, multiplied or shifted")
         select, axes = _axes(coordinates, shapes[name])
-        found.append(Piece(name, target, index, select, axes, _scale(scale[at]), float(offset.flat[0])))
-    return found
+        pieces.append(Piece(name, target, index, select, axes, _scale(scale[at]), float(offset.flat[0])))
+    return pieces
 
 
 def _whole(numbers: np.ndarray) -> np.ndarray:

@@ -35,8 +35,8 @@ class ReferenceType(click.ParamType):
         from mlx_adapters.sources.registry import list_adapters, names
 
         name, at, _ = incomplete.partition("@")
-        found = [f"{name}@{n}" for e in list_adapters() if e.name == name for n in e.iterations] if at else names()
-        items = [CompletionItem(text) for text in found if text.startswith(incomplete)]
+        references = [f"{name}@{n}" for e in list_adapters() if e.name == name for n in e.iterations] if at else names()
+        items = [CompletionItem(text) for text in references if text.startswith(incomplete)]
         return items or [CompletionItem(incomplete, type="file")]
 
 
@@ -115,12 +115,12 @@ def text_or_stdin(text: str) -> str:
     if text != "-":
         return text
     try:
-        found = sys.stdin.read()
+        piped = sys.stdin.read()
     except (OSError, UnicodeError) as error:
         raise click.UsageError(f"Standard input cannot be read: {error}.") from None
-    if not found:
+    if not piped:
         raise click.UsageError("There is nothing on standard input.")
-    return found
+    return piped
 
 
 class Reads:
@@ -163,11 +163,11 @@ def _given(context: click.Context) -> list[str]:
 
 
 def _spelled(context: click.Context, name: str) -> str:
-    (found,) = (parameter for parameter in context.command.get_params(context) if parameter.name == name)
-    if not isinstance(found, click.Option):
-        return found.make_metavar(context)
-    no = context.params.get(name) is False and found.secondary_opts  # --quick of --thorough/--quick
-    return max(no or found.opts, key=len)
+    (param,) = (parameter for parameter in context.command.get_params(context) if parameter.name == name)
+    if not isinstance(param, click.Option):
+        return param.make_metavar(context)
+    no = context.params.get(name) is False and param.secondary_opts  # --quick of --thorough/--quick
+    return max(no or param.opts, key=len)
 
 
 def refuse_ignored(names: str, why: str) -> None:

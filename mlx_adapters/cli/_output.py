@@ -211,7 +211,7 @@ def emit_json(value: Any) -> None:
 
 def _json_for(text: str, encoding: str) -> str:
     """JSON in which what a terminal obeys, or an encoding lacks, is written as \\uXXXX."""
-    text = re.sub(r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda found: f"\\u{ord(found[0]):04x}", text)
+    text = re.sub(r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda match: f"\\u{ord(match[0]):04x}", text)
     try:
         text.encode(encoding)
         return text

@@ -157,30 +157,30 @@ def _pick(given: Mapping[str, Any], options: list[tuple[str, Any, str]]) -> dict
 
 
 def _lora_extras(given: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    extras: dict[str, Any] = {}
     for text in given.get("ranks", ()):
         name, equals, number = text.rpartition("=")
         if not number.isdecimal() or (equals and not name):
             raise ConfigError(f"--rank '{text}' is neither a number nor NAME=NUMBER.", "for example v_proj=16.")
         if name:
-            found.setdefault("ranks", {})[name] = int(number)
+            extras.setdefault("ranks", {})[name] = int(number)
         else:
-            found["rank"] = int(number)
+            extras["rank"] = int(number)
     if targets := given.get("target_modules"):
-        found["target_modules"] = module_names(targets)
+        extras["target_modules"] = module_names(targets)
     if layers := given.get("num_layers"):
         if layers != "all" and not layers.isdecimal():
             raise ConfigError(f"--num-layers '{layers}' is neither a number nor 'all'.")
-        found["num_layers"] = layers if layers == "all" else int(layers)
-    return found
+        extras["num_layers"] = layers if layers == "all" else int(layers)
+    return extras
 
 
 def _fuse_aware(given: Mapping[str, Any]) -> dict[str, Any]:
     names = {"fuse_aware": "bits", "fuse_aware_group_size": "group_size", "fuse_aware_mode": "mode"}
-    found = {names[key]: given[key] for key in names if key in given}
-    if found and "bits" not in found:
+    quantization = {names[key]: given[key] for key in names if key in given}
+    if quantization and "bits" not in quantization:
         raise ConfigError("--fuse-aware-group-size and --fuse-aware-mode need --fuse-aware BITS.")
-    return found
+    return quantization
 
 
 def _own_grouping(base: str, bits: int, download: bool) -> dict[str, Any]:

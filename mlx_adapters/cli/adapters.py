@@ -154,10 +154,10 @@ def _members(path: str, keys: list[str]) -> str:
 
 
 def _span(values: Iterable[float | None]) -> str:
-    found = [value for value in values if value is not None]
-    if not found:
+    known = [value for value in values if value is not None]
+    if not known:
         return "-"
-    low, high = number(min(found)), number(max(found))
+    low, high = number(min(known)), number(max(known))
     return low if low == high else f"{low} to {high}"
 
 
@@ -181,8 +181,8 @@ def _shape(shape: tuple[int, ...]) -> str:
 def _losses(details: "Details") -> dict[str, list[tuple[int, float]]]:
     from mlx_adapters.models.metadata import losses_of
 
-    found = dict(zip(("training", "validation"), losses_of(details.metadata), strict=True))
-    return {name: points for name, points in found.items() if points}
+    losses = dict(zip(("training", "validation"), losses_of(details.metadata), strict=True))
+    return {name: points for name, points in losses.items() if points}
 
 
 def _show_losses(details: "Details") -> None:
@@ -230,23 +230,23 @@ def compare_command(a: str, b: str, data: str | None, base: str | None, layers: 
     """
     from mlx_adapters.adapters.inspecting import compare
 
-    found = compare(a, b, data=data, base=base, on_event=_output.progress())
+    comparison = compare(a, b, data=data, base=base, on_event=_output.progress())
     if as_json:
-        _output.emit_json(found)
+        _output.emit_json(comparison)
         return
-    rows = [(name, _short(x) or "-", _short(y) or "-") for name, x, y in found.settings]
-    _output.table(("DIFFERS IN", found.a, found.b), [*rows, *_loss_rows(found)])
+    rows = [(name, _short(x) or "-", _short(y) or "-") for name, x, y in comparison.settings]
+    _output.table(("DIFFERS IN", comparison.a, comparison.b), [*rows, *_loss_rows(comparison)])
     _output.out()
-    heads = ("LAYERS", f"‖Δ {found.a}‖", f"‖Δ {found.b}‖", "COSINE")
-    total = ("all", number(found.norm_a), number(found.norm_b), number(found.cosine))
-    shown = [_row(layer) for layer in found.layers] if layers else _kind_rows(found.layers)
+    heads = ("LAYERS", f"‖Δ {comparison.a}‖", f"‖Δ {comparison.b}‖", "COSINE")
+    total = ("all", number(comparison.norm_a), number(comparison.norm_b), number(comparison.cosine))
+    shown = [_row(layer) for layer in comparison.layers] if layers else _kind_rows(comparison.layers)
     _output.table(heads, [*shown, total], right=(1, 2, 3))
-    if len(shown) < len(found.layers):
-        shared = [layer for layer in found.layers if layer.cosine is not None]
+    if len(shown) < len(comparison.layers):
+        shared = [layer for layer in comparison.layers if layer.cosine is not None]
         _output.out("\nMost different (--layers shows each):")
         farthest = sorted(shared, key=lambda layer: layer.cosine or 0.0)[:MOST_DIFFERENT]
         _output.table(("LAYER", *heads[1:]), map(_row, farthest), right=(1, 2, 3))
-        if alone := len(found.layers) - len(shared):
+        if alone := len(comparison.layers) - len(shared):
             _output.out(f"No cosine in {count(alone, 'layer')}: only one of the two changes it.")
 
 
@@ -266,10 +266,10 @@ def _kind_rows(layers: "tuple[LayerComparison, ...]") -> list[tuple[str, ...]]:
     return rows
 
 
-def _loss_rows(found: "Comparison") -> list[tuple[str, ...]]:
-    if found.losses is None:
+def _loss_rows(comparison: "Comparison") -> list[tuple[str, ...]]:
+    if comparison.losses is None:
         return []
-    return [("loss on the data", *(number(loss, 4) for loss in found.losses))]
+    return [("loss on the data", *(number(loss, 4) for loss in comparison.losses))]
 
 
 @click.command("verify")
@@ -288,20 +288,20 @@ def verify_command(ref: str | None, everything: bool, base: str | None, as_json:
 
     if (ref is None) == (not everything):
         raise click.UsageError("Give a reference or --all.")
-    found = [verify(ref, base=base)] if ref is not None else verify_all(base)
+    verifications = [verify(ref, base=base)] if ref is not None else verify_all(base)
     if as_json:
-        _output.emit_json({"sound": all(one.sound for one in found), "adapters": found})
+        _output.emit_json({"sound": all(one.sound for one in verifications), "adapters": verifications})
     else:
-        for one in found:
+        for one in verifications:
             _show_verification(one)
-        if not found:
+        if not verifications:
             _output.note("No adapters yet. 'mlx-adapters train' makes one.")
-    if not all(one.sound for one in found):
+    if not all(one.sound for one in verifications):
         raise click.exceptions.Exit(1)
 
 
-def _show_verification(found: "Verification") -> None:
-    _output.out(f"{found.name}: {'sound' if found.sound else _output.style('NOT SOUND', fg='red')}")
-    for check in found.checks:
+def _show_verification(verification: "Verification") -> None:
+    _output.out(f"{verification.name}: {'sound' if verification.sound else _output.style('NOT SOUND', fg='red')}")
+    for check in verification.checks:
         mark = {True: "ok", False: _output.style("FAILED", fg="red"), None: "not checked"}[check.sound]
         _output.out(f"  {check.what}: {mark}: {check.detail}")

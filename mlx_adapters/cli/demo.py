@@ -51,8 +51,8 @@ def _show(result: "DemoResult") -> None:
     distance = {str(fused.folder): fused.fidelity for fused in result.fused}
     rows = []
     for v in result.variants:
-        found = distance.get(v.reference)
-        far = (_output.number(found.kl_mean), f"{found.same_top:.1%}") if found else ("-", "-")
+        fidelity = distance.get(v.reference)
+        far = (_output.number(fidelity.kl_mean), f"{fidelity.same_top:.1%}") if fidelity else ("-", "-")
         rows.append((v.label, f"{v.accuracy:.1%}", f"{v.right}/{v.questions}", *far, _output.duration(v.seconds)))
     _output.table(("VARIANT", "ACCURACY", "RIGHT", "KL", "SAME TOKEN", "TIME"), rows, right=(1, 2, 3, 4, 5))
     _output.out("KL and SAME TOKEN compare a fused model with the adapter model, token by token, on rows kept aside.")

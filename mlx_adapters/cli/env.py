@@ -28,25 +28,25 @@ def env_command(ctx: click.Context, check: bool, as_json: bool) -> None:
         return
     from mlx_adapters.system.machine import environment
 
-    found = environment()
+    surroundings = environment()
     if as_json:
-        _output.emit_json(found)
+        _output.emit_json(surroundings)
         return
-    _show(found)
-    _output.out(f"{'home':<16} {found.home}")
+    _show(surroundings)
+    _output.out(f"{'home':<16} {surroundings.home}")
 
 
-def _show(found: Any) -> None:
-    for name, version in found.versions.items():
+def _show(surroundings: Any) -> None:
+    for name, version in surroundings.versions.items():
         _output.out(f"{name:<16} {version}")
-    cores, memory = count(found.cores, "core"), _output.size(found.memory_bytes)
-    _output.out(f"{'system':<16} {found.system}, {cores}, {memory} memory")
-    if found.chip != found.device_name:
-        _output.out(f"{'chip':<16} {found.chip}")
-    _output.out(f"{'device':<16} {found.device} ({found.device_name})")
-    _output.out(f"{'BLAS':<16} {found.blas}")
-    if found.blas_hint:
-        _output.out(f"{'':<16} OpenBLAS makes it some 50 times faster: {found.blas_hint}")
+    cores, memory = count(surroundings.cores, "core"), _output.size(surroundings.memory_bytes)
+    _output.out(f"{'system':<16} {surroundings.system}, {cores}, {memory} memory")
+    if surroundings.chip != surroundings.device_name:
+        _output.out(f"{'chip':<16} {surroundings.chip}")
+    _output.out(f"{'device':<16} {surroundings.device} ({surroundings.device_name})")
+    _output.out(f"{'BLAS':<16} {surroundings.blas}")
+    if surroundings.blas_hint:
+        _output.out(f"{'':<16} OpenBLAS makes it some 50 times faster: {surroundings.blas_hint}")
 
 
 def _short(value: str | float | None) -> str:
@@ -56,26 +56,26 @@ def _short(value: str | float | None) -> str:
 def _check(ctx: click.Context, as_json: bool) -> None:
     from mlx_adapters.demo.selftest import self_test
 
-    found = self_test(on_event=_output.progress())
+    test = self_test(on_event=_output.progress())
     if as_json:
         _output.emit_json(
             {
-                "passed": found.passed,
-                "environment": found.environment.to_json(),
-                "conditions": found.conditions,
-                "checks": found.checks,
-                "seconds": found.seconds,
+                "passed": test.passed,
+                "environment": test.environment.to_json(),
+                "conditions": test.conditions,
+                "checks": test.checks,
+                "seconds": test.seconds,
             }
         )
     else:
-        _show(found.environment)
-        state = ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in found.conditions.items())
+        _show(test.environment)
+        state = ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in test.conditions.items())
         _output.out(f"{'conditions':<16} {state}")
-        for check in found.checks:
+        for check in test.checks:
             mark = "passed" if check.passed else "FAILED"
             _output.out(f"{check.name:<16} {mark}: {check.seen} ({check.seconds:.1f} s)")
-        good = sum(check.passed for check in found.checks)
-        _output.out(f"{'self-test':<16} {good} of {count(len(found.checks), 'check')} passed in {found.seconds:.0f} s")
+        good = sum(check.passed for check in test.checks)
+        _output.out(f"{'self-test':<16} {good} of {count(len(test.checks), 'check')} passed in {test.seconds:.0f} s")
         _output.note("Paste this block into a report: it names no one.")
-    if not found.passed:
+    if not test.passed:
         ctx.exit(1)

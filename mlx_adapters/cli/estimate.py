@@ -54,7 +54,7 @@ def estimate_command(
         raise click.UsageError("The options of train need --data.")
     from mlx_adapters.generation.memory import estimate_inference
 
-    found = estimate_inference(
+    estimated = estimate_inference(
         settings.base,
         adapter,
         contexts=context,
@@ -64,10 +64,10 @@ def estimate_command(
     )
     if as_json:
         forecasts = [
-            {**_output.plain(f), "peak_bytes": f.peak_bytes, "fits": f.fits(found.memory_bytes)}
-            for f in found.forecasts
+            {**_output.plain(f), "peak_bytes": f.peak_bytes, "fits": f.fits(estimated.memory_bytes)}
+            for f in estimated.forecasts
         ]
-        _output.emit_json({**_output.plain(found), "forecasts": forecasts})
+        _output.emit_json({**_output.plain(estimated), "forecasts": forecasts})
         return
     size = _output.size
     lengths = (*(f"KV {n}" for n in context), *(f"PEAK {n}" for n in context))
@@ -79,38 +79,41 @@ def estimate_command(
             size(f.weights_bytes),
             size(f.adapter_bytes),
             *(size(f.kv_cache_bytes[n]) for n in context),
-            *(size(f.peak_bytes[n]) + ("" if f.fits(found.memory_bytes)[n] else " (too much)") for n in context),
+            *(size(f.peak_bytes[n]) + ("" if f.fits(estimated.memory_bytes)[n] else " (too much)") for n in context),
         ]
-        for f in found.forecasts
+        for f in estimated.forecasts
     ]
     _output.table(headers, rows, right=range(1, len(headers)))
-    _output.out(f"Batch {batch}; there is {size(found.memory_bytes)} of memory.")
+    _output.out(f"Batch {batch}; there is {size(estimated.memory_bytes)} of memory.")
 
 
 def _training(settings: Settings, as_json: bool) -> None:
     from mlx_adapters.training.forecast import estimate
 
     lora, training = settings.lora_config(), settings.train_config()
-    found = estimate(
+    estimated = estimate(
         settings.base or "", settings.data or "", lora=lora, training=training, on_event=_output.progress()
     )
     if as_json:
-        _output.emit_json(found)
+        _output.emit_json(estimated)
         return
     size = _output.size
-    parts = [(name.removesuffix("_bytes"), size(count)) for name, count in vars(found.parts).items()]
-    _output.table(("PART", "AT THE PEAK"), [*parts, ("all", size(found.peak_bytes))], right=(1,))
-    rows, tokens = found.largest_batch
+    parts = [(name.removesuffix("_bytes"), size(count)) for name, count in vars(estimated.parts).items()]
+    _output.table(("PART", "AT THE PEAK"), [*parts, ("all", size(estimated.peak_bytes))], right=(1,))
+    rows, tokens = estimated.largest_batch
     _output.out(
-        f"{found.trainable_parameters:,} trained parameters; largest batch {rows} x {tokens} tokens; full fine-tuning "
-        f"in float32 with Adam would need {size(found.full_finetune_bytes)} for weights, gradients and moments"
+        f"{estimated.trainable_parameters:,} trained parameters; largest batch {rows} x {tokens} tokens; full "
+        f"fine-tuning in float32 with Adam would need {size(estimated.full_finetune_bytes)} for weights, gradients "
+        "and moments"
     )
-    if found.seconds_per_iteration is not None:
-        each, total = found.seconds_per_iteration, found.seconds_per_iteration * training.iterations
+    if estimated.seconds_per_iteration is not None:
+        each, total = estimated.seconds_per_iteration, estimated.seconds_per_iteration * training.iterations
         _output.out(f"about {_output.number(each)} s per iteration, {_output.duration(total)} in all, validation apart")
-    if found.fits:
-        _output.out(f"It fits: this machine has {size(found.usable_bytes)}.")
+    if estimated.fits:
+        _output.out(f"It fits: this machine has {size(estimated.usable_bytes)}.")
         return
-    _output.out(f"It does not fit: this machine has {size(found.usable_bytes)}. Any one of these would make it fit:")
-    for advice in found.advice:
+    _output.out(
+        f"It does not fit: this machine has {size(estimated.usable_bytes)}. Any one of these would make it fit:"
+    )
+    for advice in estimated.advice:
         _output.out(f"  {advice}")

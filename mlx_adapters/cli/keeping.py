@@ -72,11 +72,11 @@ def remove_command(refs: tuple[str, ...], yes: bool, as_json: bool) -> None:
     """
     from mlx_adapters.adapters.keeping import removable, remove
 
-    found = removable(refs)  # a wrong name among several removes nothing
-    confirm(f"Remove {', '.join(found)} for good?", yes)
-    removed = [remove(ref) for ref in found]
+    references = removable(refs)  # a wrong name among several removes nothing
+    confirm(f"Remove {', '.join(references)} for good?", yes)
+    removed = [remove(ref) for ref in references]
     freed = _output.size(sum(one.freed_bytes for one in removed))
-    _say(f"Removed {', '.join(found)}: {freed} freed.", {"removed": removed}, as_json)
+    _say(f"Removed {', '.join(references)}: {freed} freed.", {"removed": removed}, as_json)
 
 
 @click.command("prune")

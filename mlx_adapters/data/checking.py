@@ -69,12 +69,12 @@ def check_data(data: str | Path, base: str | Path | Base, training: TrainConfig 
     """
     training = training or TrainConfig()
     resolved = resolve_base(base)
-    tokenizer, found = load_tokenizer_of(resolved), read_data(data)
-    rows = {name: [_tokens(raw, tokenizer, training) for raw in split.rows] for name, split in found.splits.items()}
+    tokenizer, dataset = load_tokenizer_of(resolved), read_data(data)
+    rows = {name: [_tokens(raw, tokenizer, training) for raw in split.rows] for name, split in dataset.splits.items()}
     for row in (row for split in rows.values() for row in split):
         resolved.check_tokens(row.tokens, row.where)
-    splits = {name: _report(found.rows(name), rows[name]) for name in rows}
-    return DataReport(found.source, splits, _overlaps(found), first_row(rows["train"][0], tokenizer))
+    splits = {name: _report(dataset.rows(name), rows[name]) for name in rows}
+    return DataReport(dataset.source, splits, _overlaps(dataset), first_row(rows["train"][0], tokenizer))
 
 
 def _tokens(raw: RawRow, tokenizer: Any, training: TrainConfig) -> Row:
@@ -107,14 +107,14 @@ def _report(raws: Sequence[RawRow], rows: Sequence[Row]) -> SplitReport:
 
 def histogram(lengths: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
     """(from, to, count) in steps of doubling: 1-16, 17-32, 33-64, ..."""
-    found, low = [], 1
+    bars, low = [], 1
     while low <= max(lengths):
         high = 16 if low == 1 else 2 * (low - 1)
-        found.append((low, high, sum(low <= length <= high for length in lengths)))
+        bars.append((low, high, sum(low <= length <= high for length in lengths)))
         low = high + 1
-    while found and found[0][2] == 0:
-        found.pop(0)
-    return tuple(found)
+    while bars and bars[0][2] == 0:
+        bars.pop(0)
+    return tuple(bars)
 
 
 def _empty_answer(raw: RawRow) -> bool:

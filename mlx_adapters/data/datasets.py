@@ -105,12 +105,12 @@ def _read_local(path: Path) -> dict[str, Split]:
         )
     splits = {}
     for name, stems in SPLITS.items():
-        found = [path / (stem + suffix) for stem in stems for suffix in SUFFIXES]
-        found = [file for file in found if file.is_file()]
-        if len(found) > 1:
-            raise FormatError(f"Both '{found[0]}' and '{found[1]}' exist.", f"keep one file for {name}.")
-        if found:
-            splits[name] = read_split(found[0], name)
+        there = [path / (stem + suffix) for stem in stems for suffix in SUFFIXES]
+        there = [file for file in there if file.is_file()]
+        if len(there) > 1:
+            raise FormatError(f"Both '{there[0]}' and '{there[1]}' exist.", f"keep one file for {name}.")
+        if there:
+            splits[name] = read_split(there[0], name)
     return splits
 
 
@@ -165,9 +165,9 @@ def _read_hub(name: str) -> dict[str, Split]:
         raise NotFoundError(f"The data set '{name}' cannot be loaded: {error}.") from None
     splits = {}
     for split, names in SPLITS.items():
-        found = next((loaded[n] for n in names if n in loaded), None)
-        if found is not None:
-            rows = tuple(RawRow(dict(r), f"{name}, {split} row {i}") for i, r in enumerate(found, 1))
+        dataset = next((loaded[n] for n in names if n in loaded), None)
+        if dataset is not None:
+            rows = tuple(RawRow(dict(r), f"{name}, {split} row {i}") for i, r in enumerate(dataset, 1))
             digest = hashlib.sha256("\n".join(row.key() for row in rows).encode()).hexdigest()
             splits[split] = Split(split, rows, digest)
     return splits

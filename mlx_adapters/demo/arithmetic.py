@@ -65,10 +65,10 @@ class Numbers:
 
     def quantized_layers(self) -> Outcome:
         """Quantized products against the same of the dequantized weight, computed on the CPU."""
-        found = check_device()
-        wrong = [check.kind for check in found if not check.right]
-        worst = max(check.error for check in found)
-        text = "; ".join(wrong) if wrong else f"{count(len(found), 'kind')}, largest error {100 * worst:.2g} %"
+        checks = check_device()
+        wrong = [check.kind for check in checks if not check.right]
+        worst = max(check.error for check in checks)
+        text = "; ".join(wrong) if wrong else f"{count(len(checks), 'kind')}, largest error {100 * worst:.2g} %"
         return Outcome(not wrong, text)
 
     def gradient(self) -> Outcome:

@@ -45,17 +45,17 @@ def make_base(folder: Path) -> Path:
 def shapes(vocabulary: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a Llama's tensors, as mlx-lm reads them."""
     narrow = WIDTH * KV_HEADS // HEADS
-    found: dict[str, tuple[int, ...]] = {
+    sizes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (vocabulary, WIDTH),
         "model.norm.weight": (WIDTH,),
     }
     for block in (f"model.layers.{i}" for i in range(BLOCKS)):
-        found |= {f"{block}.self_attn.{name}_proj.weight": (WIDTH, WIDTH) for name in "qo"}
-        found |= {f"{block}.self_attn.{name}_proj.weight": (narrow, WIDTH) for name in "kv"}
-        found |= {f"{block}.mlp.{name}_proj.weight": (MIDDLE, WIDTH) for name in ("gate", "up")}
-        found |= {f"{block}.mlp.down_proj.weight": (WIDTH, MIDDLE)}
-        found |= {f"{block}.{name}_layernorm.weight": (WIDTH,) for name in ("input", "post_attention")}
-    return found
+        sizes |= {f"{block}.self_attn.{name}_proj.weight": (WIDTH, WIDTH) for name in "qo"}
+        sizes |= {f"{block}.self_attn.{name}_proj.weight": (narrow, WIDTH) for name in "kv"}
+        sizes |= {f"{block}.mlp.{name}_proj.weight": (MIDDLE, WIDTH) for name in ("gate", "up")}
+        sizes |= {f"{block}.mlp.down_proj.weight": (WIDTH, MIDDLE)}
+        sizes |= {f"{block}.{name}_layernorm.weight": (WIDTH,) for name in ("input", "post_attention")}
+    return sizes
 
 
 def byte_vocabulary() -> dict[str, int]:

@@ -15,11 +15,11 @@ def html_table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
     def line(cells: Sequence[Any], tag: str) -> str:
         sides = ("left", *["right"] * len(cells))
-        found = [
+        row_cells = [
             f'<{tag} style="text-align:{sides[i]};padding:2px 8px;white-space:nowrap">{escape(str(cell))}</{tag}>'
             for i, cell in enumerate(cells)
         ]
-        return f"<tr>{''.join(found)}</tr>"
+        return f"<tr>{''.join(row_cells)}</tr>"
 
     head = f"<thead>{line(headers, 'th')}</thead>" if any(headers) else ""
     table = f"<table>{head}<tbody>{''.join(line(row, 'td') for row in rows)}</tbody></table>"

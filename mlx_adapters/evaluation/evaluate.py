@@ -111,7 +111,7 @@ def evaluate_ready(
     label = choose_reference(variants, config)
     reference = _load(next(v for v in variants if v.label == label), config) if label else None
     batches: Batches | None = None
-    found = []
+    evaluations = []
     for variant in variants:
         try:
             if variant.problem:
@@ -119,13 +119,13 @@ def evaluate_ready(
             model = reference if reference and variant.label == label else _load(variant, config)
             batches = batches or Batches(judged_rows(rows, reference or model, config.max_seq_length), reference)
             _check_vocabulary(model, reference)
-            found.append(_evaluate(variant.label, model, rows, batches, score, config, on_event))
+            evaluations.append(_evaluate(variant.label, model, rows, batches, score, config, on_event))
         except AdapterError as error:
             if not variant.problem:  # else it was said already
                 on_event(Note(f"'{variant.label}' could not be evaluated: {error.message}", "warning"))
-            found.append(Evaluation(variant.label, error=error.with_hint))
+            evaluations.append(Evaluation(variant.label, error=error.with_hint))
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    return EvaluationReport(created, record, config.score, label, tuple(found))
+    return EvaluationReport(created, record, config.score, label, tuple(evaluations))
 
 
 def choose_rows(data: str | Path, config: EvaluationConfig) -> tuple[list[RawRow], dict[str, Any]]:
@@ -227,8 +227,8 @@ def _keep(report: EvaluationReport, evaluation: Evaluation, folder: Path, iterat
 
 def _entry(report: EvaluationReport, evaluation: Evaluation, iteration: int | None) -> dict[str, Any]:
     """One evaluation as the adapter's metadata keeps it: `metrics` and their standard `errors` by name."""
-    found = {"loss": evaluation.loss, (report.score or "score").partition(":")[0]: evaluation.score}
-    means = {name: value for name, value in found.items() if value is not None}
+    figures = {"loss": evaluation.loss, (report.score or "score").partition(":")[0]: evaluation.score}
+    means = {name: value for name, value in figures.items() if value is not None}
     metrics = {name: value.value for name, value in means.items()} | {"perplexity": evaluation.perplexity}
     data = report.data
     return {

@@ -98,10 +98,10 @@ def run_tasks(
         raise ConfigError(
             f"There is no task '{unknown[0]}'.", "'lm-eval ls tasks' lists all; --task-folder adds yours."
         )
-    found: list[TaskEvaluation] = []
+    evaluations: list[TaskEvaluation] = []
     with workspace() as place:
         for variant in parse_variants([as_text(v, place) for v in variants], base):
-            on_event(Progress("tasks", len(found), len(variants), "variant"))
+            on_event(Progress("tasks", len(evaluations), len(variants), "variant"))
             model = None  # let the one before go first
             try:
                 ready = prepare(variant, place, any_base, on_event)
@@ -115,13 +115,13 @@ def run_tasks(
                     apply_chat_template=model.use_chat_template,
                     bootstrap_iters=1000,
                 )
-                found.append(TaskEvaluation(variant.label, tuple(results(raw))))
+                evaluations.append(TaskEvaluation(variant.label, tuple(results(raw))))
             except Exception as error:  # the harness raises what its data sets raise: no network, no access, ...
                 why = error.with_hint if isinstance(error, AdapterError) else f"{type(error).__name__}: {error}"
                 on_event(Note(f"'{variant.label}' could not be evaluated: {why}", "warning"))
-                found.append(TaskEvaluation(variant.label, error=why))
+                evaluations.append(TaskEvaluation(variant.label, error=why))
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    return TaskReport(created, tuple(tasks), lm_eval.__version__, max_rows, tuple(found))
+    return TaskReport(created, tuple(tasks), lm_eval.__version__, max_rows, tuple(evaluations))
 
 
 def _load(variant: Variant, dtype: str, any_base: bool, batch_size: int) -> Any:
@@ -134,7 +134,7 @@ def _load(variant: Variant, dtype: str, any_base: bool, batch_size: int) -> Any:
 
 def results(raw: dict[str, Any]) -> list[TaskResult]:
     """The harness's own result by task and metric: `acc,none` has its standard error in `acc_stderr,none`."""
-    found = []
+    figures = []
     for task, values in raw["results"].items():
         rows = raw.get("n-samples", {}).get(task, {}).get("effective")
         for key, value in values.items():
@@ -143,5 +143,5 @@ def results(raw: dict[str, Any]) -> list[TaskResult]:
                 error = values.get(f"{metric}_stderr,{kind}")
                 error = float(error) if isinstance(error, int | float) else None
                 name = metric if kind == "none" else f"{metric} ({kind})"
-                found.append(TaskResult(task, name, float(value), error, rows))
-    return found
+                figures.append(TaskResult(task, name, float(value), error, rows))
+    return figures

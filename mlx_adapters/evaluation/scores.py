@@ -122,10 +122,10 @@ def _regex(detail: str, data: Path) -> Score:
 
 
 def _sqlite(detail: str, data: Path) -> Score:
-    found = [Path(detail)] if detail else paths.visible(data, "*.sqlite")
-    if len(found) != 1:
-        raise NotFoundError(f"The data '{data}' has {len(found) or 'no'} .sqlite files.", "write sqlite:FILE.")
-    database = Database(found[0])
+    databases = [Path(detail)] if detail else paths.visible(data, "*.sqlite")
+    if len(databases) != 1:
+        raise NotFoundError(f"The data '{data}' has {len(databases) or 'no'} .sqlite files.", "write sqlite:FILE.")
+    database = Database(databases[0])
     return lambda answer, expected, _: float(is_correct(answer, expected, database))
 
 

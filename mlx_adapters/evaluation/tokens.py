@@ -30,7 +30,7 @@ MAX_SEQ_LENGTH = 2048  # of the rows that `losses_on` judges
 
 def judged_rows(rows: Sequence[RawRow], model: Model, max_seq_length: int) -> list[Row]:
     """The rows tokenized, answers marked (everything in a text row), cut where the model has no more positions."""
-    found: list[Row] = []
+    judged: list[Row] = []
     max_seq_length = min(max_seq_length, model.positions or max_seq_length)
     for raw in rows:
         masked = raw.format != "text"
@@ -41,8 +41,8 @@ def judged_rows(rows: Sequence[RawRow], model: Model, max_seq_length: int) -> li
                 "raise --max-seq-length, or shorten the row.",
             )
         model.base.check_tokens(kept[0].tokens, raw.where)
-        found += kept
-    return found
+        judged += kept
+    return judged
 
 
 class Batches:
@@ -69,11 +69,11 @@ class Batches:
             return None
         if number in self._kept:
             return self._kept[number]
-        found = log_probabilities(self.reference, self.batches[number])
-        if found.nbytes <= self._room:
-            self._room -= found.nbytes
-            self._kept[number] = found
-        return found
+        logs = log_probabilities(self.reference, self.batches[number])
+        if logs.nbytes <= self._room:
+            self._room -= logs.nbytes
+            self._kept[number] = logs
+        return logs
 
 
 def log_probabilities(model: Model, batch: Batch) -> mx.array:
@@ -92,14 +92,14 @@ def judge(model: Model, batches: Batches, on_event: OnEvent = ignore) -> TokenFi
     sums = {name: np.zeros(batches.count) for name in ("tokens", "loss", "kl", "same_top")}
     for number, (batch, group) in enumerate(zip(batches.batches, batches.groups, strict=True)):
         expected = batches.expected(number)
-        found = expected if model is batches.reference else log_probabilities(model, batch)
-        assert found is not None
+        logs = expected if model is batches.reference else log_probabilities(model, batch)
+        assert logs is not None
         targets = mx.array(batch.targets[: batch.trained_tokens])  # beyond are padding
-        loss = -mx.take_along_axis(found, targets[:, None], axis=-1)[:, 0]
+        loss = -mx.take_along_axis(logs, targets[:, None], axis=-1)[:, 0]
         per_token = {"tokens": mx.ones(len(targets)), "loss": loss}
         if expected is not None:
-            per_token["kl"] = mx.maximum((mx.exp(expected) * (expected - found)).sum(axis=-1), 0)
-            per_token["same_top"] = expected.argmax(axis=-1) == found.argmax(axis=-1)
+            per_token["kl"] = mx.maximum((mx.exp(expected) * (expected - logs)).sum(axis=-1), 0)
+            per_token["same_top"] = expected.argmax(axis=-1) == logs.argmax(axis=-1)
         rows = np.array(group)[batch.positions[: len(targets)] // (batch.tokens.shape[1] - 1)]
         for name, values in per_token.items():
             np.add.at(sums[name], rows, as_numpy(values).astype(np.float64))

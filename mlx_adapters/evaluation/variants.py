@@ -113,10 +113,10 @@ def parse_variants(texts: Sequence[str], base: str | None = None) -> list[Varian
 
 def _with_common_base(variants: list[Variant], base: str | None) -> list[Variant]:
     """The variants, `base` among them standing on the common base."""
-    found = base or next((v.base for v in variants if v.adapter and v.base), None)
-    if found is None and any(v.base is None and not v.problem for v in variants):
+    common = base or next((v.base for v in variants if v.adapter and v.base), None)
+    if common is None and any(v.base is None and not v.problem for v in variants):
         raise ConfigError("It is not known which model 'base' means.", "give --base, or an adapter among the variants.")
-    return [replace(variant, base=variant.base or found) for variant in variants]
+    return [replace(variant, base=variant.base or common) for variant in variants]
 
 
 def _numbered(variants: list[Variant]) -> list[Variant]:

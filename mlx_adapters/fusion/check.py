@@ -69,19 +69,19 @@ def check_fused(
     """
     given = [adapters] if isinstance(adapters, AdapterLike) else list(adapters)
     updates = gather_updates(given, weights)
-    found, fused = choose_base(base, updates), resolve_base(model)
-    assembly = open_assembly(found, updates, "keep", any_base=any_base)
+    unfused, fused = choose_base(base, updates), resolve_base(model)
+    assembly = open_assembly(unfused, updates, "keep", any_base=any_base)
     survival = measure_survival(assembly.source, BaseWeights.of(load_module(fused)[0]), updates, str(model))
-    tokenizer = load_tokenizer_of(found)
+    tokenizer = load_tokenizer_of(unfused)
     loaded = [adapter for adapter, _ in updates.adapters]
     text = choose_text(
-        options.calibration, loaded, tokenizer, options.calibration_rows, options.check_rows, found.positions
+        options.calibration, loaded, tokenizer, options.calibration_rows, options.check_rows, unfused.positions
     )
     assembly.close()
-    exact = BlockwiseModel(found, updates)
-    variants = exact, BlockwiseModel(fused, None, lambda _: True), BlockwiseModel(found, beside=exact)
+    exact = BlockwiseModel(unfused, updates)
+    variants = exact, BlockwiseModel(fused, None, lambda _: True), BlockwiseModel(unfused, beside=exact)
     return Checked(
-        str(model), measure_fidelity(*variants, batches_of(text.check, found), on_event), survival, text.describe()
+        str(model), measure_fidelity(*variants, batches_of(text.check, unfused), on_event), survival, text.describe()
     )
 
 

@@ -87,10 +87,10 @@ def fuse(
     replacing.refuse_existing(out, overwrite, ours)
     given = [adapters] if isinstance(adapters, Adapter | str | Path) else list(adapters)
     updates = gather_updates(given, weights, replaced)
-    found = choose_base(base, updates)
-    replacing.refuse_reading_inside(out, [found, options.calibration, *(adapter for adapter, _ in updates.adapters)])
-    asked = _plain_format(settle_precision(quantization, found), quantization, options)
-    assembly = open_assembly(found, updates, asked, dtype, any_base)
+    resolved = choose_base(base, updates)
+    replacing.refuse_reading_inside(out, [resolved, options.calibration, *(adapter for adapter, _ in updates.adapters)])
+    asked = _plain_format(settle_precision(quantization, resolved), quantization, options)
+    assembly = open_assembly(resolved, updates, asked, dtype, any_base)
     notes = _notes(assembly, on_event)
     strategy = Strategy(assembly, asked, options, on_event)
     paths.require_free_space(out, strategy.disk_bytes() + SPARE_BYTES)
@@ -99,7 +99,7 @@ def fuse(
         strategy.round(spool)
         size = _write(assembly, folder, asked, quantization, options.format, spool, on_event)
         spool.remove()
-        if options.format != "mlx" and (others := left_out(found)[0]):
+        if options.format != "mlx" and (others := left_out(resolved)[0]):
             assembly.notes.append(f"{described(others)} left out: the format '{options.format}' has no place for them")
         for note in assembly.notes:
             on_event(Note(f"{note}.", "warning" if "left out" in note else "info"))

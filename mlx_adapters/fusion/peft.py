@@ -62,24 +62,24 @@ def fuse_peft(
     peft = read_peft(peft_folder(source)[0])
     replacing.refuse_reading_inside(paths.expanded(out), [peft])
     refuse_unsaved(peft)
-    found = resolve_base(base)
-    module, _ = load_module(found)
+    resolved = resolve_base(base)
+    module, _ = load_module(resolved)
     if needs_untying(peft, adaptable_layers(module)):
         if peft.token_rows:
             raise FormatError("The PEFT adapter has single tokens at both ends of a tied embedding, the rest at one.")
-        found = replace(found, untied=True)
-        module, _ = load_module(found)
+        resolved = replace(resolved, untied=True)
+        module, _ = load_module(resolved)
         on_event(Note("The fused model has an output layer of its own: the adapter changes one end of the embedding."))
-    layout = layout_of(found, module)
-    whole = whole_tensors(peft, module, layout, found.untied)
+    layout = layout_of(resolved, module)
+    whole = whole_tensors(peft, module, layout, resolved.untied)
     adapters: list[Adapter] = []
     if peft.modules:
-        name = {"name": peft.folder.name, "base": found.record()}
-        converted = convert(peft, module, layout, found.name, replaced=whole.replaced)
+        name = {"name": peft.folder.name, "base": resolved.record()}
+        converted = convert(peft, module, layout, resolved.name, replaced=whole.replaced)
         adapters.append(replace(converted.adapter, metadata=name))
-    check_as_loaded(peft, found, layout, whole, adapters)
+    check_as_loaded(peft, resolved, layout, whole, adapters)
     return fuse(
-        replace(found, parameters=whole.parameters),
+        replace(resolved, parameters=whole.parameters),
         adapters,
         out,
         quantization=quantization,

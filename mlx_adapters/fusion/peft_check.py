@@ -42,7 +42,7 @@ def _zeros(shapes: Shapes) -> Tensors:
 
 def _named(arrays: Tensors, layout: Layout) -> Tensors:
     """The arrays that have a place in the checkpoint, under its names."""
-    found = {}
+    named = {}
     for name, array in arrays.items():
         path, leaf = tensor_names.split(name)
         for place, _ in hf_names.mlx_paths(path):
@@ -50,9 +50,9 @@ def _named(arrays: Tensors, layout: Layout) -> Tensors:
             pieces = layout.into(own)
             source = own if own in layout.shapes else pieces[0].source if len(pieces) == 1 else None
             if source is not None and layout.shapes[source] == tuple(array.shape):
-                found[source] = array
+                named[source] = array
                 break
-    return found
+    return named
 
 
 def _product(peft: PeftAdapter, module: PeftModule) -> mx.array:

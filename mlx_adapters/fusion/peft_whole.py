@@ -104,7 +104,7 @@ def _with_token_rows(peft: PeftAdapter, path: str, rows: mx.array, places: Place
         raise IncompatibleError(f"The base model has no embedding '{path}' for the PEFT adapter's tokens.")
     indices: Any = peft.settings.raw.get("trainable_token_indices")
     if isinstance(indices, dict):
-        indices = next((found for name, found in indices.items() if f".{path}".endswith(f".{name}")), None)
+        indices = next((own for name, own in indices.items() if f".{path}".endswith(f".{name}")), None)
     vocabulary, width = weight_shape(places.layers[place])
     sound = isinstance(indices, list) and all(type(i) is int and 0 <= i < vocabulary for i in indices)
     if not sound or tuple(rows.shape) != (len(indices or ()), width):

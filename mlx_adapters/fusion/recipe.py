@@ -79,8 +79,8 @@ def describe_adapter(given: AdapterLike, adapter: Adapter, weight: float) -> dic
 
 def weights_sha256(folder: Path) -> dict[str, str]:
     """SHA-256 of each weight file."""
-    found = [path for pattern in WEIGHT_FILES for path in paths.visible(folder, pattern)]
-    return {path.name: files.sha256(path) for path in found}
+    weight_files = [path for pattern in WEIGHT_FILES for path in paths.visible(folder, pattern)]
+    return {path.name: files.sha256(path) for path in weight_files}
 
 
 def earlier_output(out: Path) -> Output:

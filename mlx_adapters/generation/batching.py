@@ -207,9 +207,9 @@ def _token(row: _Row, token: int, logprobs: mx.array | None, index: int) -> Toke
     reason = "stop" if token in request.stop_tokens else "length" if row.made >= request.max_tokens else None
     if request.top_logprobs is None or logprobs is None:
         return Token(request, token, reason)
-    found = logprobs[index].astype(mx.float32)
-    top = mx.argsort(-found)[: request.top_logprobs].tolist()
-    return Token(request, token, reason, found[token].item(), tuple((i, found[i].item()) for i in top))
+    logs = logprobs[index].astype(mx.float32)
+    top = mx.argsort(-logs)[: request.top_logprobs].tolist()
+    return Token(request, token, reason, logs[token].item(), tuple((i, logs[i].item()) for i in top))
 
 
 def answer_all(

@@ -83,13 +83,13 @@ def read_prompts(path: Path) -> list[str]:
         raise NotFoundError(f"There is no file '{path}'.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise FormatError(f"'{path}' cannot be read: {error}.") from None
-    found = [
+    prompts = [
         _prompt(line, f"'{path}', line {i}") if path.suffix.lower() == ".jsonl" else line.strip()
         for i, line in enumerate(lines, start=1)
     ]
-    if not found:
+    if not prompts:
         raise FormatError(f"'{path}' holds no prompt.", "write one to a line.")
-    return found
+    return prompts
 
 
 def _prompt(line: str, where: str) -> str:

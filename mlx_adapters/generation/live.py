@@ -195,9 +195,9 @@ class LiveModel(Model):
         Raises ModelError as `checked_ids` does.
         """
         with self.pool.lock:
-            found = super().logits(token_ids)
-            mx.eval(found)
-            return found
+            logits = super().logits(token_ids)
+            mx.eval(logits)
+            return logits
 
     def stream(self, prompt: str | list[int], *, cache: Any = None, **options: Any) -> Iterator[Any]:
         """Yield mlx-lm's responses as `Model.stream` does. Other streams and switches do not change this one.

@@ -95,16 +95,16 @@ def estimate_inference(
         True
     """
     require(batch >= 1 and len(contexts) > 0 and min(contexts) >= 1, "contexts and batch must be at least 1.")
-    found = base if isinstance(base, Base) else resolve_base(base)
-    module, _ = load_module(found)
+    resolved = base if isinstance(base, Base) else resolve_base(base)
+    module, _ = load_module(resolved)
     factors = load_adapter(adapter) if adapter is not None else None
     if factors is not None:
-        check_fits(factors, module, f"'{found.name}'")
+        check_fits(factors, module, f"'{resolved.name}'")
     item = 2 if on_gpu() else 4
     cache = {context: kv_cache_bytes(module, context, batch, item) for context in contexts}
     extra = sum(w.nbytes for w in factors.weights.values()) if factors else 0
     dense = 4 * parameter_count(module)
-    sizes = {STORED: sum(path.stat().st_size for path in found.weight_files)}
+    sizes = {STORED: sum(path.stat().st_size for path in resolved.weight_files)}
     sizes |= {f"{b}-bit": weights_bytes(module, b, group_size) for b in bits}
     forecasts = [
         MemoryForecast(
@@ -112,7 +112,7 @@ def estimate_inference(
         )
         for name, disk in sizes.items()
     ]
-    return InferenceEstimate(found.name, batch, memory_bytes or usable_memory_bytes(), tuple(forecasts))
+    return InferenceEstimate(resolved.name, batch, memory_bytes or usable_memory_bytes(), tuple(forecasts))
 
 
 def _in_memory(disk: int, name: str, module: nn.Module, dense: int) -> int:
@@ -134,15 +134,15 @@ def parameter_count(module: nn.Module) -> int:
 def _sizes(module: nn.Module) -> list[tuple[int, bool]]:
     """(numbers, whether it can be quantized) of each weight; scales and biases of groups are no weights."""
     layers = adaptable_layers(module)
-    found = []
+    sizes = []
     for path, array in tree_flatten(module.parameters()):
         owner, _, leaf = path.rpartition(".")
         if owner in layers and leaf == "weight":
             shape = weight_shape(layers[owner])
-            found.append((math.prod(shape), shape[-1] % 32 == 0))
+            sizes.append((math.prod(shape), shape[-1] % 32 == 0))
         elif not (owner in layers and leaf in ("scales", "biases")):
-            found.append((array.size, False))
-    return found
+            sizes.append((array.size, False))
+    return sizes
 
 
 def weights_bytes(module: nn.Module, bits: int, group_size: int) -> int:

@@ -35,10 +35,10 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._held + text
-        found = [at for at in (text.find(word) for word in self._stop) if at >= 0]
-        if found:
+        places = [at for at in (text.find(word) for word in self._stop) if at >= 0]
+        if places:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(places)]
         keep = max((_overlap(text, word) for word in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -85,8 +85,8 @@ def decompose_product(a: Matrix, b: Matrix) -> Decomposition:
     s = np.where(s > floor[..., None], s, 0.0)
     left = a @ (back_a @ u).astype(np.float32)
     right = (vt @ np.swapaxes(back_b, -1, -2)).astype(np.float32) @ b
-    found = Decomposition(left, s.astype(np.float32), right, np.sum(s**2, axis=-1))
-    return found.cut(min(a.shape[-2], a.shape[-1], b.shape[-1]))
+    product = Decomposition(left, s.astype(np.float32), right, np.sum(s**2, axis=-1))
+    return product.cut(min(a.shape[-2], a.shape[-1], b.shape[-1]))
 
 
 def _thin_qr(a: Matrix) -> tuple[np.ndarray, np.ndarray]:
@@ -113,13 +113,13 @@ def decompose_matrix(matrix: Matrix, rank: int | None = None, energy: float = 0.
     size = min(matrix.shape)
     guess = rank or 32
     while size > EXACT_UP_TO and guess <= size // 4:
-        found = _decompose_sketch(matrix, guess, np.random.default_rng(seed), total)
-        if rank is not None or found.kept(found.rank) >= energy:
-            return found.cut(rank or found.rank_for(energy))
+        decomposition = _decompose_sketch(matrix, guess, np.random.default_rng(seed), total)
+        if rank is not None or decomposition.kept(decomposition.rank) >= energy:
+            return decomposition.cut(rank or decomposition.rank_for(energy))
         guess *= 2
     u, s, vt = np.linalg.svd(matrix, full_matrices=False)
-    found = Decomposition(u, s, vt, total)
-    return found.cut(rank or found.rank_for(energy))
+    decomposition = Decomposition(u, s, vt, total)
+    return decomposition.cut(rank or decomposition.rank_for(energy))
 
 
 def _decompose_sketch(matrix: Matrix, rank: int, rng: np.random.Generator, total: np.ndarray) -> Decomposition:
@@ -127,20 +127,20 @@ def _decompose_sketch(matrix: Matrix, rank: int, rng: np.random.Generator, total
     basis = _orthonormal(matrix @ rng.standard_normal((matrix.shape[1], width), dtype=np.float32))
     for _ in range(POWER_ITERATIONS):
         basis = _orthonormal(matrix @ _orthonormal(matrix.T @ basis))
-    found = decompose_product(basis, basis.T @ matrix)
-    return Decomposition(found.u[:, :rank], found.s[:rank], found.vt[:rank], total)
+    sketch = decompose_product(basis, basis.T @ matrix)
+    return Decomposition(sketch.u[:, :rank], sketch.s[:rank], sketch.vt[:rank], total)
 
 
-def join_decompositions(found: Sequence[Decomposition], experts: bool) -> Decomposition:
+def join_decompositions(parts: Sequence[Decomposition], experts: bool) -> Decomposition:
     """One decomposition with a leading axis for the experts; without experts, the only one there is."""
     if not experts:
-        return found[0]
-    rank = max(one.rank for one in found)
+        return parts[0]
+    rank = max(one.rank for one in parts)
     return Decomposition(
-        np.stack([pad_rank(one.u, -1, rank) for one in found]),
-        np.stack([pad_rank(one.s, -1, rank) for one in found]),
-        np.stack([pad_rank(one.vt, -2, rank) for one in found]),
-        np.stack([one.total for one in found]),
+        np.stack([pad_rank(one.u, -1, rank) for one in parts]),
+        np.stack([pad_rank(one.s, -1, rank) for one in parts]),
+        np.stack([pad_rank(one.vt, -2, rank) for one in parts]),
+        np.stack([one.total for one in parts]),
     )
 
 

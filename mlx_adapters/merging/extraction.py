@@ -129,8 +129,8 @@ def _assemble(
 
 
 def _decompose(change: _Change, rank: int | None, energy: float) -> Decomposition:
-    found = [decompose_matrix(matrix, rank, energy) for matrix in change.matrices]
-    return join_decompositions(found, change.experts)
+    parts = [decompose_matrix(matrix, rank, energy) for matrix in change.matrices]
+    return join_decompositions(parts, change.experts)
 
 
 # -- reading the two models, layer by layer -------------------------------------------------------------

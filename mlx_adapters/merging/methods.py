@@ -86,8 +86,8 @@ def merge_updates(
     if method.space == "factors":
         merged = [_merge_factors(method, expert, weights, options, rng) for expert in per_expert]
         return LowRankUpdate(_join([m.a for m in merged], updates), _join([m.b for m in merged], updates))
-    found = [_merge_matrices(method, expert, weights, options, rng) for expert in per_expert]
-    return join_decompositions(found, experts=updates[0].a.ndim == 3)
+    parts = [_merge_matrices(method, expert, weights, options, rng) for expert in per_expert]
+    return join_decompositions(parts, experts=updates[0].a.ndim == 3)
 
 
 Combine = Callable[[Sequence[Matrix], Sequence[float]], Matrix]

@@ -174,8 +174,8 @@ class Adapter:
         for name, array in self.weights.items():
             if array.dtype not in _INFINITY:
                 kinds = "float32, bfloat16 or float16"
-                found = str(array.dtype).removeprefix("mlx.core.")
-                raise FormatError(f"Adapter '{self.name}': '{name}' is {found}; an adapter's are {kinds}.", _DAMAGED)
+                kind = str(array.dtype).removeprefix("mlx.core.")
+                raise FormatError(f"Adapter '{self.name}': '{name}' is {kind}; an adapter's are {kinds}.", _DAMAGED)
         if bad := first_not_finite(self.weights):
             raise FormatError(
                 f"Adapter '{self.name}' holds NaN or Inf in '{bad}'.",

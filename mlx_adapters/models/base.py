@@ -129,12 +129,12 @@ class Base:
     @cached_property
     def weight_files(self) -> list[Path]:
         """The safetensors files, sorted. Raises NotFoundError if there is none, FormatError for a broken one."""
-        found = sorted(self.folder.glob("model*.safetensors"))
-        if not found:
+        shards = sorted(self.folder.glob("model*.safetensors"))
+        if not shards:
             raise NotFoundError(f"'{self.folder}' has no model*.safetensors.", "is it a whole model folder?")
-        for path in found:
+        for path in shards:
             tensor_files.read_safetensors_header(path)
-        return found
+        return shards
 
     @property
     def lacking(self) -> list[str]:
@@ -175,10 +175,10 @@ def _check(config: Mapping[str, Any]) -> None:
 
 def quantization_in(config: Mapping[str, Any]) -> Quantization | None:
     """The precision that a model's config gives as its own, None if it gives none."""
-    found = config.get("quantization")
-    if not isinstance(found, dict) or "bits" not in found:
+    stored = config.get("quantization")
+    if not isinstance(stored, dict) or "bits" not in stored:
         return None
-    return Quantization(found["bits"], found["group_size"], found.get("mode", "affine"))
+    return Quantization(stored["bits"], stored["group_size"], stored.get("mode", "affine"))
 
 
 def normalized_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -213,16 +213,16 @@ def _window_pattern(kinds: list[str]) -> int:
 def _rope_settings(rope: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     if "full_attention" in rope:  # gemma3: one set for each kind of attention
         full, sliding = rope["full_attention"], rope.get("sliding_attention", {})
-        found = _rope_settings(full, config)
+        settings = _rope_settings(full, config)
         if "rope_theta" in sliding:
-            found["rope_local_base_freq"] = float(sliding["rope_theta"])
-        return found
-    found = {}
+            settings["rope_local_base_freq"] = float(sliding["rope_theta"])
+        return settings
+    settings = {}
     if "rope_theta" in rope:
-        found["rope_theta"] = float(rope["rope_theta"])
+        settings["rope_theta"] = float(rope["rope_theta"])
     if rope.get("partial_rotary_factor") is not None:
-        found["partial_rotary_factor"] = rope["partial_rotary_factor"]
+        settings["partial_rotary_factor"] = rope["partial_rotary_factor"]
     if rope.get("rope_type", "default") != "default" and not config.get("rope_scaling"):
         scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
-        found["rope_scaling"] = scaling | {"type": rope["rope_type"]}
-    return found
+        settings["rope_scaling"] = scaling | {"type": rope["rope_type"]}
+    return settings

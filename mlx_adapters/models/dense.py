@@ -61,8 +61,8 @@ def dense_class(layer: nn.Module) -> type[nn.Module] | None:
     if not is_quantized(layer):
         return type(layer)
     name = type(layer).__name__.replace("Quantized", "")
-    found = getattr(sys.modules[type(layer).__module__], name, None) or getattr(nn, name, None)
-    return found if hasattr(found, "to_quantized") else None
+    plain = getattr(sys.modules[type(layer).__module__], name, None) or getattr(nn, name, None)
+    return plain if hasattr(plain, "to_quantized") else None
 
 
 def dense_layer(layer: nn.Module, weight: mx.array) -> nn.Module:

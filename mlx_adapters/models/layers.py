@@ -155,10 +155,10 @@ def check_fits(adapter: Adapter, model: nn.Module | Mapping[str, nn.Module], bas
         if adapter.config.type == "dora" and isinstance(layers[key], (*SWITCH, nn.QuantizedEmbedding)):
             raise IncompatibleError(f"'{key}' cannot take a DoRA adapter.", "mlx-lm has no such layer.")
         for leaf, shape in expected_shapes(layers[key], adapter.config).items():
-            found = tuple(adapter.weights[tensor_names.join(key, leaf)].shape)
-            if found != shape:
+            own = tuple(adapter.weights[tensor_names.join(key, leaf)].shape)
+            if own != shape:
                 raise IncompatibleError(
-                    f"Adapter '{adapter.name}' does not fit {base}: '{tensor_names.join(key, leaf)}' is {found}, "
+                    f"Adapter '{adapter.name}' does not fit {base}: '{tensor_names.join(key, leaf)}' is {own}, "
                     f"the model needs {shape}.",
                     made_for,
                 )

@@ -100,8 +100,8 @@ def check(raw: Mapping[str, Any], kinds: Whole, where: str) -> None:
 
 def plain(value: Any) -> Any:
     """A JSON value with text, numbers and depth that everything can take; what is beyond them is left out."""
-    found = _fit(value, object, "", [])
-    return None if found is _OUT else found
+    fitted = _fit(value, object, "", [])
+    return None if fitted is _OUT else fitted
 
 
 def is_number(value: Any, limit: float = math.inf) -> bool:
@@ -123,39 +123,39 @@ def _half(character: str) -> bool:
 
 def _fit(value: Any, kind: Any, where: str, wrong: list[str], depth: int = 0) -> Any:
     """The value made plain, or `_OUT`, and `where` added to `wrong`, if it is not of its kind. None is of any kind."""
-    found: Any = _OUT
+    result: Any = _OUT
     if value is None:
         return None
     if isinstance(value, Mapping):
         if depth < MAX_DEPTH and (kind is object or isinstance(kind, Mapping)):
-            found = _fit_fields(value, kind, where, wrong, depth + 1)
+            result = _fit_fields(value, kind, where, wrong, depth + 1)
     elif isinstance(value, list):
         if depth < MAX_DEPTH and (kind is object or isinstance(kind, list)):
             each = kind[0] if isinstance(kind, list) else object
             items = [_fit(item, each, f"{where}[{i}]", wrong, depth + 1) for i, item in enumerate(value)]
-            found = [item for item in items if item is not _OUT]
+            result = [item for item in items if item is not _OUT]
     elif isinstance(value, str):
         clean_text = text(value)
         if kind in (str, object) or (isinstance(kind, re.Pattern) and kind.fullmatch(clean_text)):
-            found = clean_text
+            result = clean_text
     elif isinstance(value, bool):
-        found = value if kind in (bool, object) else _OUT
+        result = value if kind in (bool, object) else _OUT
     elif kind in (type(value), float, object) and is_number(value):
-        found = value if kind is float or isinstance(value, float) or abs(value) < 1 << 63 else _OUT
-    if found is _OUT and where:
+        result = value if kind is float or isinstance(value, float) or abs(value) < 1 << 63 else _OUT
+    if result is _OUT and where:
         wrong.append(where)
-    return found
+    return result
 
 
 def _fit_fields(values: Mapping[str, Any], kind: Any, where: str, wrong: list[str], depth: int) -> Any:
     fields = {} if kind is object else kind
-    found = {}
+    kept = {}
     for name, value in values.items():
         inner = f"{where}.{text(name)}" if where else text(name)
         fitted = _fit(value, fields.get(name, fields.get("*", object)), inner, wrong, depth)
         if fitted is not _OUT:
-            found[text(name)] = fitted
-    return _OUT if isinstance(kind, Whole) and any(found.get(name) is None for name in kind) else found
+            kept[text(name)] = fitted
+    return _OUT if isinstance(kind, Whole) and any(kept.get(name) is None for name in kind) else kept
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -183,8 +183,8 @@ def check_config(raw: Mapping[str, Any], where: str) -> None:
     }
     for name, (value, what, right) in needed.items():
         if not right:
-            found = "which is missing" if value is None else f"not {str(value)[:40]!r}"
-            raise FormatError(f"{where}: {CONFIG_FILE} needs {what} as '{name}', {found}.")
+            what_is_there = "which is missing" if value is None else f"not {str(value)[:40]!r}"
+            raise FormatError(f"{where}: {CONFIG_FILE} needs {what} as '{name}', {what_is_there}.")
 
 
 def _is_whole(value: Any, least: int = -(1 << 62)) -> bool:
@@ -269,8 +269,8 @@ def examine_metadata(folder: Path) -> tuple[dict[str, Any], list[str]]:
     """Metadata as `read_metadata` gives it, and the names of what was left out."""
     path = Path(folder) / METADATA_FILE
     if path.exists():
-        found, wrong = clean(_read(path))
-        return _of_the_weights(Path(folder), found), wrong
+        metadata, wrong = clean(_read(path))
+        return _of_the_weights(Path(folder), metadata), wrong
     config = read_config(folder)
     known = {"base": {"name": config["model"]}} if isinstance(config.get("model"), str) else {}
     training = {key: config[key] for key in MLX_LM_SETTINGS if config.get(key) is not None}
@@ -300,10 +300,10 @@ def chosen_iteration(folder: Path, recorded: int | None) -> int | None:
         return recorded
     links, copies = set(), set()
     for iteration in iterations_of(folder):
-        found = stat_of(folder / checkpoint_file(iteration))
-        if found and os.path.samestat(found, weights):
+        stat = stat_of(folder / checkpoint_file(iteration))
+        if stat and os.path.samestat(stat, weights):
             links.add(iteration)
-        elif found and (found.st_size, found.st_mtime_ns) == (weights.st_size, weights.st_mtime_ns):
+        elif stat and (stat.st_size, stat.st_mtime_ns) == (weights.st_size, weights.st_mtime_ns):
             copies.add(iteration)
     likely = links or copies
     return recorded if recorded in likely or len(likely) != 1 else likely.pop()

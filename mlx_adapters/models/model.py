@@ -130,16 +130,16 @@ class Model:
 
         Raises ModelError for none, for what is no id of the model's, and for more than it has positions.
         """
-        found = np.asarray(ids)
-        if found.size == 0:
+        array = np.asarray(ids)
+        if array.size == 0:
             raise ModelError("The prompt is empty.", "write something to continue.")
-        if found.dtype.kind not in "iu":
+        if array.dtype.kind not in "iu":
             raise ModelError(f"A prompt must be token ids from 0 to {self.vocabulary - 1}.", "or a text.")
-        self.base.check_tokens(found, "The prompt")
-        if self.positions is not None and before + found.shape[-1] > self.positions:
-            tokens = before + found.shape[-1]
+        self.base.check_tokens(array, "The prompt")
+        if self.positions is not None and before + array.shape[-1] > self.positions:
+            tokens = before + array.shape[-1]
             raise ModelError(f"The prompt has {tokens} tokens; the model has {self.positions} positions.")
-        return mx.array(found.astype(np.int32))
+        return mx.array(array.astype(np.int32))
 
     @property
     def has_template(self) -> bool:

@@ -232,10 +232,10 @@ def _where() -> Any:
 
 def _read() -> dict[str, float]:
     try:
-        found = files.read_json(_where())
+        errors = files.read_json(_where())
     except AdapterError:
         return {}
-    return {kind: float(error) for kind, error in found.items() if isinstance(error, int | float)}
+    return {kind: float(error) for kind, error in errors.items() if isinstance(error, int | float)}
 
 
 def _write(known: dict[str, float]) -> None:

@@ -56,12 +56,12 @@ class World:
         names = sorted(arrays)
         parts = [arrays[name].astype(mx.float32).reshape(-1) for name in names]
         flat = self.sum(mx.concatenate([*parts, *(n.astype(mx.float32).reshape(1) for n in numbers)]))
-        found, offset = {}, 0
+        sums, offset = {}, 0
         for name in names:
             size = arrays[name].size
-            found[name] = flat[offset : offset + size].reshape(arrays[name].shape).astype(arrays[name].dtype)
+            sums[name] = flat[offset : offset + size].reshape(arrays[name].shape).astype(arrays[name].dtype)
             offset += size
-        return found, list(flat[offset:])
+        return sums, list(flat[offset:])
 
     def share(self, make: Callable[[], Any]) -> Any:
         """What `make` gives on rank 0 (plain JSON values), on every rank; its AdapterError is raised on all."""
@@ -84,12 +84,12 @@ class World:
         if self.size == 1:
             return arrays or {}
         layout = self.share(lambda: {n: [str(a.dtype), list(a.shape)] for n, a in sorted((arrays or {}).items())})
-        found = {}
+        shared = {}
         for name, (dtype, shape) in layout.items():
             kind = getattr(mx, dtype.removeprefix("mlx.core."))
             mine = arrays[name] if self.leads and arrays else mx.zeros(shape, kind)
-            found[name] = self.sum(mine)
-        return found
+            shared[name] = self.sum(mine)
+        return shared
 
     def _share_bytes(self, data: bytes) -> bytes:
         length = self.sum(mx.array([len(data) if self.leads else 0], mx.int32)).item()

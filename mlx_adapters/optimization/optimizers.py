@@ -98,11 +98,11 @@ def _norm(arrays: Weights) -> mx.array:
 
 def _flat(state: dict, prefix: str = "") -> list[tuple[str, mx.array]]:
     """Leaves of nested dictionaries as ("outer/inner", array); tensor names themselves hold dots."""
-    found = []
+    leaves = []
     for key, value in state.items():
         path = f"{prefix}{key}"
-        found += _flat(value, path + "/") if isinstance(value, dict) else [(path, value)]
-    return found
+        leaves += _flat(value, path + "/") if isinstance(value, dict) else [(path, value)]
+    return leaves
 
 
 def _place(state: dict, path: list[str], value: mx.array) -> None:

@@ -152,10 +152,10 @@ class TrainStep:
         """The gradient of the summed loss on `probe`, not compiled. Uses up no random number."""
         a, key = device_batch(probe), calls.random_key()
         gradient = self._make_gradient(False, recompute)
-        _, found = gradient(self.weights, a.tokens, a.positions, a.targets, a.weights, a.segments, mx.array(1.0))
-        mx.eval(found)
+        _, gradients = gradient(self.weights, a.tokens, a.positions, a.targets, a.weights, a.segments, mx.array(1.0))
+        mx.eval(gradients)
         calls.set_random_key(key)
-        return found
+        return gradients
 
     def _make_gradient(self, rounding: bool, recompute: bool):
         def loss(weights: Weights, batch: Arrays, share: mx.array) -> tuple[mx.array, ...]:
@@ -266,6 +266,6 @@ def checkpointing_is_exact(train_step: TrainStep, probe: Batch) -> bool:
     return all(_near(again[name], gradient) for name, gradient in kept.items())
 
 
-def _near(found: mx.array, expected: mx.array) -> bool:
+def _near(value: mx.array, expected: mx.array) -> bool:
     """Equal but for sums in another order, as a GPU makes some."""
-    return bool((mx.linalg.norm(found - expected) <= 100 * EQUAL * mx.linalg.norm(expected)).item())
+    return bool((mx.linalg.norm(value - expected) <= 100 * EQUAL * mx.linalg.norm(expected)).item())

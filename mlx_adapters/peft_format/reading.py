@@ -59,8 +59,8 @@ class PeftAdapter:
             "whole modules (modules_to_save)": [n for n in self.dense if not n.endswith(f".{tensor_names.BIAS}")],
             "rows of single tokens (trainable_token_indices)": list(self.token_rows),
         }
-        found = [f"{what}, such as '{names[0]}'" for what, names in kinds.items() if names]
-        return "; ".join(found) or None
+        parts = [f"{what}, such as '{names[0]}'" for what, names in kinds.items() if names]
+        return "; ".join(parts) or None
 
 
 def find_folder(folder: Path) -> Path:
@@ -119,13 +119,13 @@ def _number(text: Any) -> float | None:
         return None
 
 
-def _sort(found: PeftAdapter, tensors: dict[str, mx.array]) -> PeftAdapter:
+def _sort(peft: PeftAdapter, tensors: dict[str, mx.array]) -> PeftAdapter:
     halves: dict[str, dict[Any, mx.array]] = {}
     kinds: dict[str, set[bool]] = {}
     for name, array in tensors.items():
         parsed = hf_names.parse_peft_tensor(name)
         if parsed is None:
-            _set_apart(name, array, found)
+            _set_apart(name, array, peft)
             continue
         path, leaf, embedding = parsed
         if leaf in halves.setdefault(path, {}):
@@ -134,10 +134,10 @@ def _sort(found: PeftAdapter, tensors: dict[str, mx.array]) -> PeftAdapter:
         if leaf != tensor_names.MAGNITUDE:
             kinds.setdefault(path, set()).add(embedding)
     for path, leaves in halves.items():
-        found.modules[path] = _module(path, leaves, kinds.get(path, set()), found.settings)
-    if not found.modules and found.beyond_lora is None:
-        raise FormatError(f"'{found.folder}' holds no LoRA tensors.")
-    return found
+        peft.modules[path] = _module(path, leaves, kinds.get(path, set()), peft.settings)
+    if not peft.modules and peft.beyond_lora is None:
+        raise FormatError(f"'{peft.folder}' holds no LoRA tensors.")
+    return peft
 
 
 def _module(path: str, leaves: dict[str, mx.array], kinds: set[bool], settings: PeftSettings) -> PeftModule:
@@ -162,7 +162,7 @@ def _module(path: str, leaves: dict[str, mx.array], kinds: set[bool], settings: 
     return PeftModule(path, a, b, m, embedding)
 
 
-def _set_apart(name: str, array: mx.array, found: PeftAdapter) -> None:
+def _set_apart(name: str, array: mx.array, peft: PeftAdapter) -> None:
     """File a tensor that is no LoRA factor where it belongs. Raises FormatError for an unknown one."""
     path, leaf = tensor_names.split(name.removeprefix(PEFT_PREFIX))
     if not name.startswith(PEFT_PREFIX):
@@ -171,13 +171,13 @@ def _set_apart(name: str, array: mx.array, found: PeftAdapter) -> None:
             "save the adapter again with PEFT.",
         )
     if leaf == TOKEN_ROWS:
-        found.token_rows[path.removesuffix(".token_adapter")] = array
+        peft.token_rows[path.removesuffix(".token_adapter")] = array
     elif path.endswith(".lora_B") or ".lora_B." in path:
         raise FormatError(f"The PEFT adapter has lora_bias: '{name}'.", "MLX's LoRA layers have no bias of their own.")
     elif leaf == tensor_names.WEIGHT and path.endswith(".base_layer"):
-        found.base_copies[path.removesuffix(".base_layer")] = array
+        peft.base_copies[path.removesuffix(".base_layer")] = array
     elif leaf == tensor_names.BIAS or (leaf == tensor_names.WEIGHT and "lora_" not in path):
-        found.dense[tensor_names.join(path.removesuffix(".base_layer"), leaf)] = array
+        peft.dense[tensor_names.join(path.removesuffix(".base_layer"), leaf)] = array
     else:
         raise FormatError(f"The PEFT adapter has a tensor that is no part of LoRA: '{name}'.")
 

@@ -58,7 +58,7 @@ def to_mlx(peft: PeftAdapter, layers: Mapping[str, nn.Module], layout: Layout, t
         )
     apart = {m.path for m in (repeated, *ends) if m is not None}
     modules = {path: module for path, module in peft.modules.items() if path not in apart}
-    experts = {path: found for path in modules if (found := places.expert(path))}
+    experts = {path: place for path in modules if (place := places.expert(path))}
     fused = {path: m for path, m in modules.items() if hf_names.split_fused(path)}
     plain = [m for path, m in modules.items() if path not in experts and path not in fused]
     updates = [update for module in plain for update in _plain_updates(module, peft, places)]

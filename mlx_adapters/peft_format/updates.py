@@ -54,11 +54,11 @@ def check_shape(update: LayerFactors, layer: nn.Module, source: str) -> None:
     """Raise IncompatibleError if the update is not made for the layer."""
     *_, out, inputs = weight_shape(layer)
     a, b = update.a.shape, update.b.shape
-    found = (a[0], b[1]) if isinstance(layer, EMBEDDING) else (b[-2], a[-1]) if len(a) == 3 else (b[1], a[0])
-    if found != (out, inputs):
+    shape = (a[0], b[1]) if isinstance(layer, EMBEDDING) else (b[-2], a[-1]) if len(a) == 3 else (b[1], a[0])
+    if shape != (out, inputs):
         resized = " (a resized vocabulary)" if isinstance(layer, EMBEDDING) or is_head(source) else ""
         raise IncompatibleError(
-            f"'{source}' of the PEFT adapter is made for a weight of {found[0]} x {found[1]}, "
+            f"'{source}' of the PEFT adapter is made for a weight of {shape[0]} x {shape[1]}, "
             f"but the base's is {out} x {inputs}{resized}.",
             "give the base it was trained on.",
         )
@@ -87,13 +87,13 @@ def _with(update: LayerFactors, rank: int, scale: float) -> LayerFactors:
 # -- stacked experts, from either of the layouts in which PEFT has them ----------------------------
 
 
-def expert_updates(found: Mapping[str, tuple[str, int]], peft: PeftAdapter, places: Places) -> list[LayerFactors]:
-    """Stack the experts of transformers 4's layout; `found` gives the layer and the number of each expert's path.
+def expert_updates(experts: Mapping[str, tuple[str, int]], peft: PeftAdapter, places: Places) -> list[LayerFactors]:
+    """Stack the experts of transformers 4's layout; `experts` gives the layer and the number of each expert's path.
 
     An expert without an update gets a zero one.
     """
     stacks: dict[str, dict[int, LayerFactors]] = {}
-    for path, (key, expert) in found.items():
+    for path, (key, expert) in experts.items():
         module = peft.modules[path]
         if module.m is not None or module.embedding or module.a.shape[0] != module.b.shape[1]:
             raise FormatError(f"The expert '{path}' is no plain LoRA module, and MLX has only LoRA for experts.")

@@ -183,7 +183,7 @@ def evaluation(subject: Subject, facts: Facts) -> str:
 
 def fidelity(subject: Subject, facts: Facts) -> str:
     """What fusing cost, from fuse_report.json."""
-    report, found = subject.report, subject.report.get("fidelity")
+    report, measured = subject.report, subject.report.get("fidelity")
     if not report:
         return ""
     text = report.get("text") or {}
@@ -195,29 +195,29 @@ def fidelity(subject: Subject, facts: Facts) -> str:
     if report.get("update_survival") is not None:
         parts.append(f"share of the update that survived {report['update_survival']:.4f} (mean cosine)")
     sections = ["## What fusing changed", ", ".join(parts) + "."]
-    if found and found.get("tokens") and found.get("rows"):
-        sections.append(_fidelity_table(found, f"`{text['source']}`" if text.get("source") else "text"))
+    if measured and measured.get("tokens") and measured.get("rows"):
+        sections.append(_fidelity_table(measured, f"`{text['source']}`" if text.get("source") else "text"))
     return "\n\n".join(sections)
 
 
-def _fidelity_table(found: Mapping[str, Any], source: str) -> str:
+def _fidelity_table(measured: Mapping[str, Any], source: str) -> str:
     rows = [
-        ("base with the adapter", "0", "0", "0", "1", found.get("loss_adapter")),
+        ("base with the adapter", "0", "0", "0", "1", measured.get("loss_adapter")),
         (
             "**this model**",
-            found.get("kl_mean"),
-            found.get("kl_median"),
-            found.get("kl_p99"),
-            found.get("same_top"),
-            found.get("loss_fused"),
+            measured.get("kl_mean"),
+            measured.get("kl_median"),
+            measured.get("kl_p99"),
+            measured.get("same_top"),
+            measured.get("loss_fused"),
         ),
-        ("base alone", found.get("base_kl"), None, None, found.get("base_same_top"), found.get("loss_base")),
+        ("base alone", measured.get("base_kl"), None, None, measured.get("base_same_top"), measured.get("loss_base")),
     ]
     cells = [[cell if isinstance(cell, str) else number(cell, 4) for cell in row] for row in rows]
     headers = ("model", "KL", "KL median", "KL 99 %", "same top token", "loss")
     return (
-        f"Measured on {found.get('tokens'):,} tokens of {found.get('rows'):,} rows of {source} that calibration never "
-        "saw. KL is KL(base with the adapter ‖ model) in nats per token, loss is in nats per token.\n\n"
+        f"Measured on {measured.get('tokens'):,} tokens of {measured.get('rows'):,} rows of {source} that calibration "
+        "never saw. KL is KL(base with the adapter ‖ model) in nats per token, loss is in nats per token.\n\n"
         f"{table(headers, cells)}"
     )
 
@@ -229,9 +229,9 @@ def speed(subject: Subject, facts: Facts) -> str:
 
 def files_table(subject: Subject, facts: Facts) -> str:
     """The files and their sizes, as they go up."""
-    found = staging.sizes(subject)
-    rows = [(f"`{name}`", size(nbytes)) for name, nbytes in found.items()]
-    return f"## Files\n\n{table(('file', 'size'), [*rows, ('in all', size(sum(found.values())))])}"
+    sizes = staging.sizes(subject)
+    rows = [(f"`{name}`", size(nbytes)) for name, nbytes in sizes.items()]
+    return f"## Files\n\n{table(('file', 'size'), [*rows, ('in all', size(sum(sizes.values())))])}"
 
 
 # -- use, limits and recipe -------------------------------------------------------------------------
@@ -245,25 +245,25 @@ def usage(subject: Subject, facts: Facts) -> str:
 
 def limits(subject: Subject, facts: Facts) -> str:
     """What follows from the metadata; nothing about the model's behavior, which nobody measured."""
-    found = []
+    sentences = []
     base = subject.base
     if not subject.is_model:
         quantization = base.get("quantization")
         stored = f" stored at {quantization['bits']} bits" if isinstance(quantization, Mapping) else ""
         revision = f" (revision `{base['revision']}`)" if base.get("revision") else ""
-        found.append(
+        sentences.append(
             f"It needs its base model. It was made on {base_name(subject, facts)}{revision}{stored}; "
             "on other weights nobody has measured it."
         )
     settings = subject.trained.get("training")
     longest = settings.get("max_seq_length") if isinstance(settings, Mapping) else None
     if longest:
-        found.append(f"Trained on texts of at most {longest:,} tokens.")
+        sentences.append(f"Trained on texts of at most {longest:,} tokens.")
     if not subject.evaluations and not subject.report:
-        found.append("No evaluation is recorded.")
+        sentences.append("No evaluation is recorded.")
     if facts["base"].license is None:
-        found.append("The base model's license is not recorded here; it applies.")
-    return "## Limits\n\n" + "\n".join(f"- {text}" for text in found) if found else ""
+        sentences.append("The base model's license is not recorded here; it applies.")
+    return "## Limits\n\n" + "\n".join(f"- {text}" for text in sentences) if sentences else ""
 
 
 def recipe(subject: Subject, facts: Facts) -> str:

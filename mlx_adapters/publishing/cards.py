@@ -124,8 +124,8 @@ def is_ours(text: str) -> bool:
 
 def handwritten(text: str) -> str:
     """The user's part of a README; of one that was not made here, all of it below the front matter."""
-    found = _MINE.search(text)
-    return (found[1] if found else "" if is_ours(text) else _FRONT.sub("", text)).strip()
+    match = _MINE.search(text)
+    return (match[1] if match else "" if is_ours(text) else _FRONT.sub("", text)).strip()
 
 
 def made_lines(text: str) -> list[str]:

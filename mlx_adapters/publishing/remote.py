@@ -88,15 +88,15 @@ def foresee_refusal(repo: str, on_event: OnEvent) -> None:
 
 def changes(folder: Path, remote: Remote, deletes: Sequence[str]) -> tuple[PublishedFile, ...]:
     """What putting the files of `folder` there does to each, and to those that match `deletes`."""
-    found = []
+    changed = []
     for path in sorted(folder.iterdir()):
         size, there = path.stat().st_size, remote.files.get(path.name)
         change: Any = "new" if remote.known else "unknown"
         if there:
             change = "unchanged" if there[0] == size and _hash_like(there[1], path) == there[1] else "changed"
-        found.append(PublishedFile(path.name, size, change))
+        changed.append(PublishedFile(path.name, size, change))
     gone = sorted(n for n in remote.files if matches(n, deletes) and not (folder / n).exists())
-    return (*found, *(PublishedFile(name, remote.files[name][0], "deleted") for name in gone))
+    return (*changed, *(PublishedFile(name, remote.files[name][0], "deleted") for name in gone))
 
 
 def _hash_like(other: str, path: Path) -> str:

@@ -76,11 +76,11 @@ def _text_of(path: Path) -> str:
 
 def sizes(subject: Subject) -> dict[str, int]:
     """Bytes of each file as it goes up."""
-    found = {}
+    nbytes = {}
     for name, path in subject.sources.items():
         copy = _clean_copy(subject, name)
-        found[name] = path.stat().st_size if copy is None else len(files.json_text(copy, path))
-    return found
+        nbytes[name] = path.stat().st_size if copy is None else len(files.json_text(copy, path))
+    return nbytes
 
 
 def stage(subject: Subject, folder: Path) -> None:

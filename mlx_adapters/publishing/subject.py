@@ -135,15 +135,15 @@ class Subject:
     @property
     def evaluations(self) -> list[dict[str, Any]]:
         """[{"data": name, "metrics": {name: number}}]: validation loss, fidelity, and what `eval` saved."""
-        found = []
+        evaluations = []
         fidelity, text = self.report.get("fidelity"), self.report.get("text") or {}
         if isinstance(fidelity, dict) and text.get("source"):
             names = {"loss_fused": "loss", "perplexity_fused": "perplexity", "kl_mean": "kl_from_adapter_model"}
             metrics = {name: fidelity[key] for key, name in names.items() if isinstance(fidelity.get(key), float)}
-            found.append({"data": str(text["source"]), "metrics": metrics})
+            evaluations.append({"data": str(text["source"]), "metrics": metrics})
         if self.validation_loss is not None:
-            found.append({"data": self.data_name, "metrics": {"validation_loss": self.validation_loss}})
-        return [*found, *self._saved_evaluations()]
+            evaluations.append({"data": self.data_name, "metrics": {"validation_loss": self.validation_loss}})
+        return [*evaluations, *self._saved_evaluations()]
 
     def _saved_evaluations(self) -> list[dict[str, Any]]:
         """Those of the published weights: of the named checkpoint, or of what the bare name means."""
@@ -159,11 +159,11 @@ class Subject:
     @property
     def validation_loss(self) -> float | None:
         """That of the published weights: of the best iteration, or of the checkpoint that was named."""
-        found = self.metadata.get("best_validation_loss")
+        loss = self.metadata.get("best_validation_loss")
         if self.adapter and self.adapter.iteration is not None:
             checkpoint = (self.metadata.get("checkpoints") or {}).get(str(self.adapter.iteration)) or {}
-            found = checkpoint.get("validation")
-        return float(found) if isinstance(found, int | float) else None
+            loss = checkpoint.get("validation")
+        return float(loss) if isinstance(loss, int | float) else None
 
     def without(self, patterns: Iterable[str]) -> "Subject":
         """Leave out the files that match one of `patterns`. Raises ConfigError for a file that must go up."""
@@ -256,9 +256,9 @@ def _fused_adapter(recipe: Mapping[str, Any]) -> Adapter | None:
 
 
 def _base_of(metadata: Mapping[str, Any], recipe: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    found = metadata.get("base") or recipe.get("base")
-    if isinstance(found, dict):
-        return found
+    base = metadata.get("base") or recipe.get("base")
+    if isinstance(base, dict):
+        return base
     name = config.get("base_model_name_or_path")
     return {"name": name} if isinstance(name, str) and name else {}
 

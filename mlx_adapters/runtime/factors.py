@@ -140,10 +140,10 @@ def stack(adapters: Sequence[Factors | None], linear: bool) -> Factors:
         return mx.pad(array, widths)
 
     def rows(name: str, neutral: float) -> mx.array | None:
-        found = [getattr(f, name, None) for f in adapters]
-        if all(row is None for row in found):
+        given = [getattr(f, name, None) for f in adapters]
+        if all(row is None for row in given):
             return None
-        return mx.stack([mx.full((out,), neutral, like.a.dtype) if row is None else row for row in found])
+        return mx.stack([mx.full((out,), neutral, like.a.dtype) if row is None else row for row in given])
 
     a = mx.stack([padded(f and f.a, like.a, -2) for f in adapters])
     b = mx.stack([padded(f and f.b, like.b, -1) for f in adapters])

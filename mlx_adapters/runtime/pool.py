@@ -207,8 +207,8 @@ class AdapterPool:
     def _plan(self, selection: Selection) -> Plan:
         key = tuple((id(entry), weight) for entry, weight in selection)
         if key not in self._plans:
-            found = {site: combined(selection, site) for site in set(self._sites.values())}
-            updates = {site: ForAll(factors) for site, factors in found.items() if factors is not None}
+            factors_at = {site: combined(selection, site) for site in set(self._sites.values())}
+            updates = {site: ForAll(factors) for site, factors in factors_at.items() if factors is not None}
             mx.eval([update.arrays for update in updates.values()])  # at once: each eval takes its time
             if is_mixture(selection):
                 mixtures = [old for old, plan in self._plans.items() if is_mixture(plan.selection)]

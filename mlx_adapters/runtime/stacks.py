@@ -33,13 +33,13 @@ class Stacks:
         """What each site adds when row i of a batch has adapter `entries[i]` (None: the base)."""
         if self._latest[0] != tuple(entries):
             places = [(0, 0) if entry is None else self._places[entry] for entry in entries]
-            found: dict[Site, list[PerRow]] = {}
+            parts_of: dict[Site, list[PerRow]] = {}
             for rank in sorted({rank for rank, slot in places if slot}):
                 rows = Rows([slot if of == rank else 0 for of, slot in places])
                 for site, stacked in self._stacks[rank].items():
-                    found.setdefault(site, []).append(PerRow(stacked, rows))
+                    parts_of.setdefault(site, []).append(PerRow(stacked, rows))
             made: dict[Site, Addition] = {
-                site: parts[0] if len(parts) == 1 else InTurn(parts) for site, parts in found.items()
+                site: parts[0] if len(parts) == 1 else InTurn(parts) for site, parts in parts_of.items()
             }
             self._latest = tuple(entries), made
         return self._latest[1]

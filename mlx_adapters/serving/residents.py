@@ -35,9 +35,9 @@ class Served:
     def read(self) -> Adapter:
         """The adapter, from the disk. Raises IncompatibleError if it is no longer the one that was first read."""
         adapter = load_adapter(self.reference)
-        found = adapter.fingerprint
-        self.fingerprint = self.fingerprint or found
-        if found != self.fingerprint:
+        fingerprint = adapter.fingerprint
+        self.fingerprint = self.fingerprint or fingerprint
+        if fingerprint != self.fingerprint:
             raise IncompatibleError(
                 f"'{self.reference}' has changed since it was first served as '{self.name}'.",
                 "remove it from the server and add it anew, or start the server again.",

@@ -62,10 +62,10 @@ def download(
     if name is not None:
         check_name(name)
     require(reference.kind == "hub", f"'{repo}' is no repository: it is 'user/name' or 'user/name@revision'.")
-    found, commit = snapshot(
+    downloaded, commit = snapshot(
         reference.target, reference.revision, [*ADAPTER_FILES, "config.json"], show_progress=show_progress
     )
-    if not (found / CONFIG_FILE).is_file() and (found / "config.json").is_file():
+    if not (downloaded / CONFIG_FILE).is_file() and (downloaded / "config.json").is_file():
         require(
             name is None and base is None,
             f"'{reference.target}' is a model: it stays in the cache under its id.",
@@ -83,12 +83,12 @@ def adapter_files(repo: str, revision: str | None = None) -> tuple[Path, str]:
 
     Raises HubError.
     """
-    found, commit = snapshot(repo, revision, ADAPTER_FILES)
-    if not (found / CONFIG_FILE).is_file():
+    downloaded, commit = snapshot(repo, revision, ADAPTER_FILES)
+    if not (downloaded / CONFIG_FILE).is_file():
         snapshot(repo, commit, [f"*/{name}" for name in ADAPTER_FILES])
-        if not paths.visible(found, f"*/{CONFIG_FILE}"):
+        if not paths.visible(downloaded, f"*/{CONFIG_FILE}"):
             raise HubError(f"'{repo}' holds no adapter: it has no {CONFIG_FILE}.", "a model is used by its id: --base.")
-    return found, commit
+    return downloaded, commit
 
 
 def adapter_snapshot(repo: str, revision: str | None = None, *, base: str | Path | None = None) -> Path:
@@ -97,21 +97,21 @@ def adapter_snapshot(repo: str, revision: str | None = None, *, base: str | Path
     Its metadata names repository and commit. `base` is what a PEFT adapter is converted for (default: what its
     config names). Works offline from the cache. Raises HubError, FormatError or IncompatibleError.
     """
-    found, commit = adapter_files(repo, revision)
+    downloaded, commit = adapter_files(repo, revision)
     key = commit if base is None else f"{commit}-{hashlib.sha256(str(base).encode()).hexdigest()[:8]}"
     folder = paths.home() / "hub" / repo.replace("/", "--") / key
     if folder.is_dir():
         return folder
     pinned = {"hub": {"repo": repo, "revision": commit}}
     with locks.lock(f"hub-{repo.replace('/', '--')}"), files.atomic_folder(folder, True, ADAPTER_OUTPUT) as temporary:
-        raw = files.read_json(found / CONFIG_FILE) if (found / CONFIG_FILE).is_file() else {"peft_type": None}
+        raw = files.read_json(downloaded / CONFIG_FILE) if (downloaded / CONFIG_FILE).is_file() else {"peft_type": None}
         if "peft_type" in raw:
-            write_adapter_files(_read_peft(repo, found, raw, base, pinned), temporary)
+            write_adapter_files(_read_peft(repo, downloaded, raw, base, pinned), temporary)
         else:
             for name in (ADAPTER_FILE, CONFIG_FILE):
-                files.link_or_copy(_there(found / name), temporary / name)
-            named = {} if (found / METADATA_FILE).is_file() else {"name": repo.partition("/")[2]}
-            files.write_json(temporary / METADATA_FILE, read_metadata(found) | named | pinned)
+                files.link_or_copy(_there(downloaded / name), temporary / name)
+            named = {} if (downloaded / METADATA_FILE).is_file() else {"name": repo.partition("/")[2]}
+            files.write_json(temporary / METADATA_FILE, read_metadata(downloaded) | named | pinned)
             read_adapter(temporary)
     return folder
 

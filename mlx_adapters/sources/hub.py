@@ -33,10 +33,10 @@ def hub_errors(what: str) -> Iterator[None]:
     except AdapterError:
         raise
     except Exception as error:
-        found = _translate(what, error)
-        if found is None:
+        translated = _translate(what, error)
+        if translated is None:
             raise
-        raise found from error
+        raise translated from error
     finally:
         theirs.setLevel(level)
 

@@ -50,8 +50,8 @@ def parse_reference(text: str) -> Reference:
     if paths.is_path(text):
         match = re.fullmatch(r"(.+)@(\d+)", text)
         return Reference("path", match[1], int(match[2])) if match else Reference("path", text)
-    if found := hub_id(text):
-        return Reference("hub", found[0], revision=found[1])
+    if hub := hub_id(text):
+        return Reference("hub", hub[0], revision=hub[1])
     if "/" in text:
         raise ConfigError(f"'{text}' is neither a name nor 'user/repo'.", f"write a path as './{text}'.")
     name, at, iteration = text.partition("@")

@@ -115,15 +115,15 @@ def read_entry(folder: Path) -> Entry:
     """What an adapter folder says of itself; whatever is wrong ends up in `problem`."""
 
     def read() -> Entry:
-        found: dict[str, Any] = {}
+        fields: dict[str, Any] = {}
         for step in (_look_at_files, _look_at_config, _look_at_metadata):
             try:
-                step(folder, found)
+                step(folder, fields)
             except AdapterError as error:
-                found.setdefault("problem", str(error))
+                fields.setdefault("problem", str(error))
             except OSError as error:
-                found.setdefault("problem", f"{error.strerror}: '{error.filename}'")
-        return Entry(folder.name, folder, **found)
+                fields.setdefault("problem", f"{error.strerror}: '{error.filename}'")
+        return Entry(folder.name, folder, **fields)
 
     try:
         return read_whole(folder, (ADAPTER_FILE, CONFIG_FILE, METADATA_FILE), read)
@@ -131,38 +131,38 @@ def read_entry(folder: Path) -> Entry:
         return Entry(folder.name, folder, problem=error.message)
 
 
-def _look_at_files(folder: Path, found: dict[str, Any]) -> None:
+def _look_at_files(folder: Path, fields: dict[str, Any]) -> None:
     there = os.listdir(folder)
-    found["iterations"] = tuple(sorted(int(m[1]) for m in map(CHECKPOINT_FILE.fullmatch, there) if m))
+    fields["iterations"] = tuple(sorted(int(m[1]) for m in map(CHECKPOINT_FILE.fullmatch, there) if m))
     if ADAPTER_FILE not in there or not (folder / ADAPTER_FILE).is_file():
-        found["problem"] = f"{ADAPTER_FILE} is missing"
+        fields["problem"] = f"{ADAPTER_FILE} is missing"
     else:
-        found["size_bytes"] = tensor_files.glance_at_safetensors(folder / ADAPTER_FILE)
+        fields["size_bytes"] = tensor_files.glance_at_safetensors(folder / ADAPTER_FILE)
 
 
-def _look_at_config(folder: Path, found: dict[str, Any]) -> None:
+def _look_at_config(folder: Path, fields: dict[str, Any]) -> None:
     config = read_config(folder)
     parameters = _typed(config.get("lora_parameters"), dict) or {}
-    found["rank"] = _typed(parameters.get("rank"), int)
-    found["scale"] = _typed(parameters.get("scale"), int, float)
-    found["base"] = _typed(config.get("model"), str)
-    found["type"] = _typed(config.get("fine_tune_type", "lora"), str)
+    fields["rank"] = _typed(parameters.get("rank"), int)
+    fields["scale"] = _typed(parameters.get("scale"), int, float)
+    fields["base"] = _typed(config.get("model"), str)
+    fields["type"] = _typed(config.get("fine_tune_type", "lora"), str)
     check_config(config, f"'{folder.name}'")
 
 
-def _look_at_metadata(folder: Path, found: dict[str, Any]) -> None:
+def _look_at_metadata(folder: Path, fields: dict[str, Any]) -> None:
     if not (folder / METADATA_FILE).exists():  # as plain mlx-lm leaves it
         return
     metadata, wrong = examine_metadata(folder)
-    found["base"] = base_of(metadata).get("name") or found.get("base")
-    found["iteration"], found["created"] = metadata.get("iteration"), metadata.get("date")
-    found["best_validation_loss"] = metadata.get("best_validation_loss")
-    found["tags"], found["metadata"] = tags_of(metadata), metadata
-    if metadata.get("status") == "unfinished" and "size_bytes" not in found:
-        found["problem"] = "unfinished: nothing is saved yet"
+    fields["base"] = base_of(metadata).get("name") or fields.get("base")
+    fields["iteration"], fields["created"] = metadata.get("iteration"), metadata.get("date")
+    fields["best_validation_loss"] = metadata.get("best_validation_loss")
+    fields["tags"], fields["metadata"] = tags_of(metadata), metadata
+    if metadata.get("status") == "unfinished" and "size_bytes" not in fields:
+        fields["problem"] = "unfinished: nothing is saved yet"
     if wrong:
         shown = ", ".join(repr(name) for name in wrong[:3]) + (" and others" if len(wrong) > 3 else "")
-        found.setdefault("problem", f"{METADATA_FILE} holds nothing that can be used as {shown}")
+        fields.setdefault("problem", f"{METADATA_FILE} holds nothing that can be used as {shown}")
 
 
 def _typed(value: Any, *kinds: type) -> Any:

@@ -105,10 +105,10 @@ def peft_tensor(path: str, leaf: str, embedding: bool = False) -> str:
 
 def mlx_paths(path: str) -> list[tuple[str, Renames]]:
     """Where mlx-lm may have the module at `path` in transformers, likeliest first, and the renames used."""
-    found: list[tuple[str, Renames]] = [(path, ())]
+    candidates: list[tuple[str, Renames]] = [(path, ())]
     for rename in PEFT_RENAMES:
-        found += [(new, (*used, rename)) for old, used in found if (new := _rename(old, *rename)) != old]
-    return found
+        candidates += [(new, (*used, rename)) for old, used in candidates if (new := _rename(old, *rename)) != old]
+    return candidates
 
 
 def peft_path(path: str, model_type: str | None = None, renames: Renames | None = None) -> str:
@@ -185,7 +185,7 @@ def checkpoint_experts(
 ) -> dict[str, tuple[int, ...]]:
     """`shapes` with the stacked layers at `switches` as one of EXPERT_FORMS has them."""
     own, block, layout, names = form
-    found: dict[str, tuple[int, ...]] = {}
+    originals: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         path, leaf = split(name)
         stacked = leaf == WEIGHT and any(path == place or path.endswith(f".{place}") for place in switches)
@@ -193,45 +193,45 @@ def checkpoint_experts(
         if stacked and projection not in names:
             return shapes
         if not stacked or not inside.endswith(own):
-            found[name] = shape
+            originals[name] = shape
             continue
         inside = inside.removesuffix(own) + block
         experts, out, inputs = shape
         if layout == "each":
             places = [f"{inside}.experts.{e}.{names[projection]}.{WEIGHT}" for e in range(experts)]
-            found |= dict.fromkeys(places, (out, inputs))
+            originals |= dict.fromkeys(places, (out, inputs))
             continue
         rows = out if projection == DOWN else 2 * out
         whole = (experts, inputs, rows) if layout == "fused transposed" else (experts, rows, inputs)
         if layout == "linear":
-            found[f"{inside}.{'output' if projection == DOWN else 'input'}_linear.{WEIGHT}"] = whole
+            originals[f"{inside}.{'output' if projection == DOWN else 'input'}_linear.{WEIGHT}"] = whole
         else:
-            found[f"{inside}.experts.{FUSED_DOWN if projection == DOWN else FUSED_GATE_UP}"] = whole
-    return found
+            originals[f"{inside}.experts.{FUSED_DOWN if projection == DOWN else FUSED_GATE_UP}"] = whole
+    return originals
 
 
 def checkpoint_joined(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Gate and up of a dense block as the two halves of one matrix."""
-    found = {}
+    joined = {}
     for name, shape in shapes.items():
         path, leaf = split(name)
         if path.endswith(f".mlp.{DOWN}"):
-            found[f"{path.removesuffix(f'mlp.{DOWN}')}shared_mlp.output_linear.{leaf}"] = shape
+            joined[f"{path.removesuffix(f'mlp.{DOWN}')}shared_mlp.output_linear.{leaf}"] = shape
         elif path.endswith((f".mlp.{GATE}", f".mlp.{UP}")):
-            found[f"{path.rpartition('.mlp.')[0]}.shared_mlp.input_linear.{leaf}"] = (2 * shape[0], *shape[1:])
+            joined[f"{path.rpartition('.mlp.')[0]}.shared_mlp.input_linear.{leaf}"] = (2 * shape[0], *shape[1:])
         else:
-            found[name] = shape
-    return found
+            joined[name] = shape
+    return joined
 
 
 def checkpoint_latent(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """The two maps out of a latent vector (MLA) as one matrix of all heads' rows."""
-    found: dict[str, tuple[int, ...]] = {}
+    latent: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         path, leaf = split(name)
         other = shapes.get(f"{path.removesuffix('embed_q')}unembed_out.{leaf}")
         if path.endswith(".embed_q") and other and len(shape) == len(other) == 3:
-            found[f"{path.removesuffix('embed_q')}kv_b_proj.{leaf}"] = (shape[0] * (shape[2] + other[1]), shape[1])
+            latent[f"{path.removesuffix('embed_q')}kv_b_proj.{leaf}"] = (shape[0] * (shape[2] + other[1]), shape[1])
         elif not path.endswith(".unembed_out"):
-            found[name] = shape
-    return found
+            latent[name] = shape
+    return latent

@@ -30,9 +30,9 @@ def is_path(text: str) -> bool:
 def expanded(path: str | Path) -> Path:
     """The absolute path that a user's `path` means. Raises NotFoundError where there can be no such path."""
     try:
-        found = Path(path).expanduser().absolute()
-        found.exists()
-        return found
+        whole = Path(path).expanduser().absolute()
+        whole.exists()
+        return whole
     except (OSError, ValueError, RuntimeError):  # a name too long, a NUL, ~nobody
         raise NotFoundError(f"There can be no path '{str(path)[:80]!r}'.") from None
 
@@ -57,8 +57,8 @@ def is_litter(name: str) -> bool:
 
 def visible(folder: Path, pattern: str = "*") -> list[Path]:
     """What `pattern` finds below `folder`, sorted, without names that begin with a dot: those are never data."""
-    found = folder.glob(pattern)
-    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    matches = folder.glob(pattern)
+    return sorted(path for path in matches if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def same_source(one: str, other: str) -> bool:
@@ -133,6 +133,6 @@ def size_on_disk(path: Path, without: Collection[Path] = ()) -> int:
     path = Path(path)
     if path.is_file():
         return path.stat().st_size
-    found = (file for file in path.rglob("*") if file.is_file())
-    stats = [file.stat() for file in found if not any(file.is_relative_to(left) for left in without)]
+    inside = (file for file in path.rglob("*") if file.is_file())
+    stats = [file.stat() for file in inside if not any(file.is_relative_to(left) for left in without)]
     return sum({(s.st_dev, s.st_ino): s.st_size for s in stats}.values())

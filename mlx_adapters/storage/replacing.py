@@ -48,25 +48,25 @@ def refuse_existing(path: Path, overwrite: bool, ours: Output | None = None) -> 
     if (ours is None) == path.is_dir():
         kind = "a folder, not a file" if ours is None else "not a folder"
         raise ExistsError(f"'{path}' is {kind}, so it is no earlier output of this command.", "choose another place.")
-    if ours is not None and (found := ours.strangers(path)):
-        more = f" and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
+    if ours is not None and (strangers := ours.strangers(path)):
+        more = f" and {len(strangers) - SHOWN:,} more" if len(strangers) > SHOWN else ""
         lacks = "" if (path / ours.mark).exists() else f" (it has no {ours.mark})"
         raise ExistsError(
-            f"'{path}' holds other things than this command writes{lacks}: {', '.join(found[:SHOWN])}{more}.",
+            f"'{path}' holds other things than this command writes{lacks}: {', '.join(strangers[:SHOWN])}{more}.",
             "choose another folder to write, or move them away.",
         )
 
 
 def _files(folder: Path) -> list[str]:
     """The files and links below `folder`, by their paths in it, without litter and drafts."""
-    found: list[str] = []
+    inside: list[str] = []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(TEMPORARY_PREFIX)]
         links = [name for name in folders if os.path.islink(os.path.join(place, name))]
-        found += [
+        inside += [
             os.path.relpath(os.path.join(place, name), folder) for name in (*names, *links) if not is_litter(name)
         ]
-    return sorted(found)
+    return sorted(inside)
 
 
 def _is_empty(path: Path) -> bool:
@@ -97,8 +97,8 @@ def refuse_writing_into(file: Path, reads: Iterable[object]) -> None:
 
 def _lies_in(place: str, out: Path) -> bool:
     try:  # by the disk's own word: links, and on some disks letters in either case, are other spellings of one place
-        found = Path(place).expanduser().resolve(strict=True)
-        return out.exists() and any(path.samefile(out) for path in (found, *found.parents))
+        resolved = Path(place).expanduser().resolve(strict=True)
+        return out.exists() and any(path.samefile(out) for path in (resolved, *resolved.parents))
     except (OSError, ValueError, RuntimeError):  # nothing that is on this disk
         return False
 
@@ -124,17 +124,17 @@ def read_whole(folder: Path, names: tuple[str, ...], read: Callable[[], T]) -> T
     for _ in range(ATTEMPTS):
         before = _version(folder, names)
         try:
-            found = read()
+            value = read()
         except (AdapterError, OSError):
             if _version(folder, names) == before:
                 raise
             continue
         if _version(folder, names) == before:
-            return found
+            return value
     raise TrainingError(f"'{folder}' keeps being changed while it is read.", "wait until that ends.")
 
 
 def _version(folder: Path, names: tuple[str, ...]) -> list[tuple[int, ...] | None]:
-    place, *found = (stat_of(folder / name) for name in ("", *names))
-    versions = [s and (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in found]
+    place, *stats = (stat_of(folder / name) for name in ("", *names))
+    versions = [s and (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in stats]
     return [place and (place.st_dev, place.st_ino), *versions]

@@ -50,10 +50,10 @@ def sweep(parent: Path, young_seconds: float = YOUNG_SECONDS) -> int:
     """Remove from `parent` what writers that died have left; how many there were."""
     swept = 0
     with contextlib.suppress(OSError), os.scandir(parent) as entries:
-        found = [
+        abandoned = [
             Path(e.path) for e in entries if e.name.startswith(TEMPORARY_PREFIX) and e.is_dir(follow_symlinks=False)
         ]
-        for folder in found:
+        for folder in abandoned:
             with contextlib.suppress(OSError, TrainingError):
                 swept += _sweep_one(folder, young_seconds)
     return swept
@@ -140,8 +140,8 @@ def flush_path(path: Path, platter: bool = True) -> None:
 
 def flush_tree(folder: Path) -> None:
     """Put a folder and all that is in it on the disk; the drive's cache is emptied once, at the end."""
-    found = [Path(place, name) for place, _, names in os.walk(folder) for name in names]
-    regular = [path for path in found if not path.is_symlink()]
+    inside = [Path(place, name) for place, _, names in os.walk(folder) for name in names]
+    regular = [path for path in inside if not path.is_symlink()]
     for path in (*regular, *(Path(place) for place, _, _ in os.walk(folder))):
         flush_path(path, platter=False)
     for path in regular[-1:]:

@@ -109,8 +109,8 @@ def stream_safetensors(
 
         write(frame)
         for (name, dtype, shape), array in zip(layout, arrays, strict=True):
-            found = str(array.dtype).removeprefix("mlx.core.")
-            if tuple(array.shape) != tuple(shape) or (found != dtype and (found, dtype) != ("uint16", "bfloat16")):
+            made = str(array.dtype).removeprefix("mlx.core.")
+            if tuple(array.shape) != tuple(shape) or (made != dtype and (made, dtype) != ("uint16", "bfloat16")):
                 raise ValueError(f"{name}: promised {dtype} {shape}, got {array.dtype} {array.shape}")
             write(raw_bytes(array))
         for hashed_one in hashing:

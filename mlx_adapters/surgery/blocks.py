@@ -28,23 +28,23 @@ def find_blocks(module: nn.Module) -> BlockList | None:
     for path, owner in module.named_modules():
         for key, value in owner.items():
             if isinstance(value, list) and value and all(isinstance(v, nn.Module) for v in value):
-                found = (any(id(v) in own for v in value), len(value))
-                if found > rank:
-                    best, rank = BlockList(path, owner, key), found
+                score = (any(id(v) in own for v in value), len(value))
+                if score > rank:
+                    best, rank = BlockList(path, owner, key), score
     return best
 
 
 def find_body(module: nn.Module) -> nn.Module | None:
     """The submodule that holds the blocks and whose output the head reads; None if there is no such split."""
-    found = find_blocks(module)
-    return None if found is None or found.owner is module else found.owner
+    blocks = find_blocks(module)
+    return None if blocks is None or blocks.owner is module else blocks.owner
 
 
 def keep_blocks(module: nn.Module, first: int, count: int) -> None:
     """Cut the model down to `count` of its blocks, from the one numbered `first` on."""
-    found = find_blocks(module)
-    if found is not None:
-        found.owner[found.key] = found.owner[found.key][first : first + count]
+    blocks = find_blocks(module)
+    if blocks is not None:
+        blocks.owner[blocks.key] = blocks.owner[blocks.key][first : first + count]
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ class Blocks:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.paths: tuple[str, ...] = ()
-        found = find_blocks(module)
-        self._blocks: list[nn.Module] = list(found.owner[found.key]) if found is not None else []
-        if found is not None and self._splits():
-            path = f"{found.path}.{found.key}" if found.path else found.key
+        blocks = find_blocks(module)
+        self._blocks: list[nn.Module] = list(blocks.owner[blocks.key]) if blocks is not None else []
+        if blocks is not None and self._splits():
+            path = f"{blocks.path}.{blocks.key}" if blocks.path else blocks.key
             self.paths = tuple(f"{path}.{i}" for i in range(len(self._blocks)))
 
     def __len__(self) -> int:

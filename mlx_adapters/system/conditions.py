@@ -99,15 +99,15 @@ def gpu_name(text: str) -> str | None:
 
 def warnings(before: dict[str, str | float | None], after: dict[str, str | float | None], cores: int) -> list[str]:
     """What spoils the run, as sentences: states as they were before the first and after the last process."""
-    found = []
+    sentences = []
     load = before.get("load_average")
     if isinstance(load, float) and load > max(1.0, 0.5 * cores):
-        found.append(f"The machine was busy when the run began (load {load:.1f} on {count(cores, 'core')}).")
+        sentences.append(f"The machine was busy when the run began (load {load:.1f} on {count(cores, 'core')}).")
     for state in (before, after):
         if state.get("power_source") not in (None, "AC Power"):
-            found.append("The machine ran on battery.")
+            sentences.append("The machine ran on battery.")
         if state.get("low_power_mode") == "on":
-            found.append("Low-power mode was on.")
+            sentences.append("Low-power mode was on.")
         if state.get("thermal") in THERMAL_STATES[1:]:
-            found.append(f"The machine was warm: macOS calls its thermal state '{state['thermal']}'.")
-    return list(dict.fromkeys(found))
+            sentences.append(f"The machine was warm: macOS calls its thermal state '{state['thermal']}'.")
+    return list(dict.fromkeys(sentences))

@@ -123,11 +123,11 @@ def versions() -> dict[str, str]:
     """Versions of this package and of what it stands on."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version()}
     for name in ("mlx_adapters", "mlx", "mlx-lm", "numpy", "safetensors", "huggingface-hub", "transformers"):
         with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            numbers[name] = version(name)
+    return numbers
 
 
 def child_environment() -> dict[str, str]:

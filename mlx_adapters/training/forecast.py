@@ -94,11 +94,11 @@ def estimate(
         >>> forecast.fits, forecast.peak_bytes > 0
         (True, True)
     """
-    found, lora, training = resolve_base(base), lora or LoraConfig(), training or TrainConfig()
-    tokenizer = load_tokenizer_of(found)
+    resolved, lora, training = resolve_base(base), lora or LoraConfig(), training or TrainConfig()
+    tokenizer = load_tokenizer_of(resolved)
     rows = setup.tokenize_split(read_data(data), "train", tokenizer, training, on_event)
-    setup.require_readable(rows, found)
-    return estimate_rows(found, rows, lora, training, timed)
+    setup.require_readable(rows, resolved)
+    return estimate_rows(resolved, rows, lora, training, timed)
 
 
 def estimate_rows(
@@ -183,7 +183,7 @@ def _advice(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainCo
         changes.append((f"--max-seq-length {half}", lora, replace(training, max_seq_length=half)))
     if blocks > 4 and (lora.num_layers == "all" or lora.num_layers > 4):
         changes.append(("--num-layers 4", replace(lora, num_layers=4), training))
-    found = []
+    advice = []
     for text, lora_, training_ in changes:
         cut = [_cut(row, training_.max_seq_length) for row in rows]
         left = [row for row in cut if row.trained.any()]
@@ -191,8 +191,8 @@ def _advice(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainCo
             continue
         peak = forecast(base, left, lora_, training_)[0].peak_bytes
         if peak <= usable:
-            found.append(f"{text}: {peak / 1e9:.2f} GB")
-    return found or ["a base model of fewer parameters or bits"]
+            advice.append(f"{text}: {peak / 1e9:.2f} GB")
+    return advice or ["a base model of fewer parameters or bits"]
 
 
 def _cut(row: Row, length: int) -> Row:

@@ -99,35 +99,35 @@ def settings_of(recipe: Mapping[str, Any]) -> tuple[LoraConfig, TrainConfig]:
 
 def require_same(old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> None:
     """Raise IncompatibleError, saying what changed, unless `new` continues `old`."""
-    found = changes(old, new)
-    if found:
+    changed = changes(old, new)
+    if changed:
         raise IncompatibleError(
-            f"'{name}' cannot be resumed, because this changed: {'; '.join(found)}.",
+            f"'{name}' cannot be resumed, because this changed: {'; '.join(changed)}.",
             "put it back, or start a new run (--init-from takes over its weights).",
         )
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What differs between two recipes and matters, in words."""
-    found = []
+    changed = []
     if old["base"]["fingerprint"] != new["base"]["fingerprint"]:
-        found.append(f"the base model ({old['base']['name']} -> {new['base']['name']}, or its weights)")
+        changed.append(f"the base model ({old['base']['name']} -> {new['base']['name']}, or its weights)")
     if "base_config" in old and old["base_config"] != new["base_config"]:  # a run of an older version has none
-        found.append("the base model's config.json")
-    found += _changed_text(old.get("text"), new.get("text"))
+        changed.append("the base model's config.json")
+    changed += _changed_text(old.get("text"), new.get("text"))
     splits = {*old["data"]["splits"], *new["data"]["splits"]}
     for split in sorted(splits):
         before, after = (recipe["data"]["splits"].get(split, {}) for recipe in (old, new))
         if split != "test" and before.get("sha256") != after.get("sha256"):
-            found.append(f"the data ({split}: {before.get('rows', 0)} -> {after.get('rows', 0)} rows)")
+            changed.append(f"the data ({split}: {before.get('rows', 0)} -> {after.get('rows', 0)} rows)")
     for group in ("lora", "training"):
         for key in sorted({*old[group], *new[group]}):
             before, after = old[group].get(key), new[group].get(key)
             if key not in FREE and before != after:
-                found.append(f"{key} ({before} -> {after})")
+                changed.append(f"{key} ({before} -> {after})")
     if old["world_size"] != new["world_size"]:
-        found.append(f"the number of processes ({old['world_size']} -> {new['world_size']})")
-    return found
+        changed.append(f"the number of processes ({old['world_size']} -> {new['world_size']})")
+    return changed
 
 
 def _changed_text(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> list[str]:

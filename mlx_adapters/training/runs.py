@@ -201,7 +201,7 @@ def _resume(request: _Request, old: dict[str, Any], reference: Reference, path: 
     world = request.world
     with contextlib.ExitStack() as held:
         folder = RunFolder(reference, path, old, held, writes=world.leads, begun=True)
-        found: list[Checkpoint] = []
+        checkpoints: list[Checkpoint] = []
 
         def look() -> dict[str, Any]:
             held.enter_context(training_lock(path))
@@ -210,12 +210,12 @@ def _resume(request: _Request, old: dict[str, Any], reference: Reference, path: 
                 raise TrainingError(
                     f"'{reference}' has just been replaced by another run.", "look at it and try again."
                 )
-            found.append(_newest(folder, request))
-            return asdict(found[0].state)
+            checkpoints.append(_newest(folder, request))
+            return asdict(checkpoints[0].state)
 
         state = states.state_from(world.share(look))
         _require_unfinished(state, request.training, settings_of(old)[1], reference)
-        mine = found[0] if found else Checkpoint(state, {}, {})
+        mine = checkpoints[0] if checkpoints else Checkpoint(state, {}, {})
         checkpoint = Checkpoint(state, world.share_arrays(mine.weights), world.share_arrays(mine.optimizer))
         return _run(_prepare(request, folder, checkpoint))
 
@@ -278,12 +278,12 @@ def _require_unfinished(state: State, new: TrainConfig, old: TrainConfig, refere
 
 
 def _tell_forecast(request: _Request, rows: tuple[Row, ...]) -> None:
-    found = estimate_rows(request.base, rows, request.lora, request.training, timed=False)
-    parts = ", ".join(f"{name.removesuffix('_bytes')} {size(count)}" for name, count in vars(found.parts).items())
-    text = f"Predicted peak memory {size(found.peak_bytes)} ({parts}) of {size(found.usable_bytes)}."
+    estimated = estimate_rows(request.base, rows, request.lora, request.training, timed=False)
+    parts = ", ".join(f"{name.removesuffix('_bytes')} {size(count)}" for name, count in vars(estimated.parts).items())
+    text = f"Predicted peak memory {size(estimated.peak_bytes)} ({parts}) of {size(estimated.usable_bytes)}."
     request.on_event(Note(text))
-    if not found.fits:
-        request.on_event(Note(f"This will hardly fit. What would help: {'; '.join(found.advice)}.", "warning"))
+    if not estimated.fits:
+        request.on_event(Note(f"This will hardly fit. What would help: {'; '.join(estimated.advice)}.", "warning"))
 
 
 def _now() -> str:

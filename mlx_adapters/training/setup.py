@@ -103,10 +103,10 @@ def _require_norms(module: nn.Module) -> None:
     norms = {name: m for name, m in tree_flatten(module.trainable_parameters()) if split(name)[1] == MAGNITUDE}
     zeros = {split(name)[0]: (m == 0).sum() for name, m in norms.items()}
     mx.eval(zeros)
-    for path, found in zeros.items():
-        if found.item():
+    for path, number in zeros.items():
+        if number.item():
             raise ConfigError(
-                f"{count(found.item(), 'row')} of '{path}' hold only zeros, and DoRA divides by their norm.",
+                f"{count(number.item(), 'row')} of '{path}' hold only zeros, and DoRA divides by their norm.",
                 "train LoRA, or leave the layer out of --target-modules.",
             )
 
