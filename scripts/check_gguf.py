@@ -16,9 +16,9 @@ from pathlib import Path
 
 def write(out: Path) -> None:
     sys.path.insert(0, "tests")
-    from adapters import make_adapter
-    from gguf_tokenizers import own_spelling, retokenize
-    from tiny_models import build_model
+    from helpers.adapters import make_adapter
+    from helpers.gguf_tokenizers import own_spelling, retokenize
+    from helpers.tiny_models import build_model
 
     import mlx_adapters as ma
     from mlx_adapters.assembly.gguf_tokenizer import PRE_TOKENIZERS, hard_strings

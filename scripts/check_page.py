@@ -37,8 +37,8 @@ setTimeout(() => {{ field("clear").click(); ask_now(); }}, 30);
 
 def build(folder):
     """Write the model, register two adapters, give what each answers."""
+    from helpers.tiny_models import build_model
     from test_runtime import random_adapter
-    from tiny_models import build_model
 
     from mlx_adapters.generation.live import load_model
     from mlx_adapters.sources.registry import register

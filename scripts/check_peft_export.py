@@ -3,7 +3,7 @@
     python scripts/check_peft_export.py write out/peft-check    (with mlx)
     python scripts/check_peft_export.py check out/peft-check    (with torch 2.13.0, transformers 5.23.0, peft 0.21.2)
 
-For every architecture of tests/peft_fixtures: each fixture imported and exported again, and adapters made
+For every architecture of tests/fixtures/peft: each fixture imported and exported again, and adapters made
 here with random weights: all layers with experts and router, DoRA, the last block only, the embeddings, one
 projection of the experts.
 """
@@ -13,7 +13,7 @@ import sys
 import warnings
 from pathlib import Path
 
-ROOT = Path("tests/peft_fixtures")
+ROOT = Path("tests/fixtures/peft")
 ARCHITECTURES = sorted(p.parent.name for p in ROOT.glob("*/base"))
 
 

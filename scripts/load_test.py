@@ -43,8 +43,8 @@ WRONG = [
 
 def build(folder):
     """Write the model and register the adapters; give {(name, prompt, length): text} of the solo runs."""
+    from helpers.tiny_models import build_model
     from test_runtime import random_adapter
-    from tiny_models import build_model
 
     from mlx_adapters.generation.live import load_model
     from mlx_adapters.sources.registry import register

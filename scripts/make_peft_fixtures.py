@@ -1,4 +1,4 @@
-"""Make tests/peft_fixtures with the real peft and transformers: tiny bases, adapters, and PEFT's logits.
+"""Make tests/fixtures/peft with the real peft and transformers: tiny bases, adapters, and PEFT's logits.
 
     pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2
     python scripts/make_peft_fixtures.py [ARCHITECTURE ...]
@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-ROOT = Path("tests/peft_fixtures")
+ROOT = Path("tests/fixtures/peft")
 VOCAB, HIDDEN, EXPERTS, TOKENS = 64, 32, 4, 8
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 DENSE = {

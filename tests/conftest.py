@@ -63,7 +63,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     Takes the keywords of `tiny_models.build_model`; equal calls give the same folder.
     """
-    from tiny_models import build_model
+    from helpers.tiny_models import build_model
 
     root, built = tmp_path_factory.mktemp("tiny"), {}
 

@@ -214,3 +214,13 @@ def test_shell_scripts_run_on_a_mac_too():
     for job in ci["jobs"].values():  # without it the scripts take the newest Python of the machine
         (setup,) = [step["with"] for step in job["steps"] if "setup-python" in step.get("uses", "")]
         assert job["env"]["PYTHON"] == f"python{setup['python-version']}"
+
+
+def test_the_tests_mirror_the_package():
+    """A room's tests lie in a folder of its name, what they share in helpers/, and no test imports another."""
+    tests = Path(__file__).parent
+    others = {"fixtures", "helpers", "scripts", "__pycache__"}
+    assert {path.name for path in tests.iterdir() if path.is_dir()} - others <= {room(path) for path in MODULES}
+    for path in tests.rglob("test_*.py"):
+        for name, _ in imports(ast.parse(path.read_text())):
+            assert not re.match(r"(tests\.|.*\btest_)", name), f"{path.relative_to(tests)} imports {name}"

@@ -9,10 +9,9 @@ import shlex
 import shutil
 
 import pytest
-from adapters import make_run
 from click.testing import CliRunner
-from test_public_api import NAMES, example_lines
-from test_readme import commands
+from helpers.adapters import make_run
+from helpers.public import NAMES, commands, example_lines
 
 import mlx_adapters as ma
 from mlx_adapters.adapters.keeping import tag
@@ -20,7 +19,7 @@ from mlx_adapters.cli import cli
 from mlx_adapters.demo.catalog import write_demo_data
 from mlx_adapters.sources.demo_base import MODEL_CARD
 
-pytest_plugins = ["hub_fixtures"]
+pytest_plugins = ["helpers.hub_fixtures"]
 
 ELSEWHERE = {  # what needs more than a command line, and the test that runs it
     "train --resume": "test_training_resume",

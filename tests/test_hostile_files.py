@@ -4,8 +4,9 @@ import json
 import time
 
 import pytest
-from adapters import make_run
 from click.testing import CliRunner
+from helpers.adapters import make_run
+from helpers.odd_values import every_change
 
 from mlx_adapters.cli import cli
 from mlx_adapters.config.mapping import from_mapping, read_yaml
@@ -20,7 +21,6 @@ from mlx_adapters.storage.tensor_names import FUSE_RECIPE_FILE
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
 )
-ODD = [None, True, -1, 10**400, 1e308, "x", "\ud800", [], [1], {}, {"a": 1}, [[]], [None]]
 
 
 @pytest.mark.parametrize(
@@ -88,28 +88,6 @@ def test_numbers_of_a_config_keep_their_values():
     assert from_mapping(LoraConfig, {"scale": 10**30}).scale == 1e30
     with pytest.raises(ConfigError, match=r"cannot be \['x', 'x'"):
         from_mapping(LoraConfig, {"rank": ["x"] * 1000})
-
-
-def places(value, at=()):
-    yield at
-    if isinstance(value, dict | list):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from places(item, (*at, key))
-
-
-def changed(value, at, new):
-    if not at:
-        return new
-    copy = value.copy()
-    copy[at[0]] = changed(value[at[0]], at[1:], new)
-    return copy
-
-
-def every_change(value):
-    """The value with each of its places made odd in turn, and with each taken away."""
-    for number, at in enumerate(list(places(value))):
-        yield changed(value, at, ODD[number % len(ODD)])
-        yield changed(value, at, ODD[(number * 7 + 3) % len(ODD)])
 
 
 def test_a_damaged_fuse_recipe_is_refused(tiny_model, tmp_path, monkeypatch):

@@ -1,8 +1,6 @@
 """The public face: names, docstrings and annotations in Python; help, examples and JSON on the command line."""
 
 import ast
-import importlib.machinery
-import importlib.util
 import inspect
 import json
 import os
@@ -16,30 +14,14 @@ from types import SimpleNamespace
 
 import click
 import pytest
-from adapters import make_run
 from click.shell_completion import ShellComplete
+from helpers.adapters import make_run
+from helpers.public import COMMANDS, HELP, LEAVES, NAMES, ROOT, WITHOUT_JSON, example_lines
 
 import mlx_adapters as ma
 from mlx_adapters.cli import _output
 from mlx_adapters.events import Progress
 from mlx_adapters.sources import registry
-
-ROOT = Path(__file__).parent.parent
-NAMES = [name for name in ma.__all__ if name != "__version__"]
-WITHOUT_JSON = {f"mlx-adapters {name}" for name in ("completion", "chat", "serve")}  # for a shell, a person, clients
-
-
-def load_script(name: str):
-    loader = importlib.machinery.SourceFileLoader(name, str(ROOT / "scripts" / name))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
-    loader.exec_module(module)
-    return module
-
-
-HELP = load_script("help_snapshot")
-COMMANDS = {name: (command, context) for name, command, context in HELP.all_commands()}
-LEAVES = {name: command for name, (command, _) in COMMANDS.items() if not isinstance(command, click.Group)}
-
 
 # -- Python ----------------------------------------------------------------------------------------
 
@@ -93,13 +75,6 @@ def test_command_has_help_an_example_and_json(name):
     assert all(p.help for p in command.params if isinstance(p, click.Option)), "an option without help"
     has_json = any("--json" in p.opts for p in command.params)
     assert has_json != (name in WITHOUT_JSON)
-
-
-def example_lines():
-    for name, command in LEAVES.items():
-        for line in command.help.splitlines():
-            if line.strip().startswith("mlx-adapters "):
-                yield name, line.split("#")[0].strip()
 
 
 @pytest.mark.parametrize(("name", "line"), list(example_lines()))

@@ -4,7 +4,7 @@ import inspect
 import re
 
 import pytest
-from test_public_api import NAMES, load_script
+from helpers.public import NAMES, load_script
 
 import mlx_adapters as ma
 

@@ -10,20 +10,13 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from helpers.public import README, commands
 
 from mlx_adapters.cli import COMMANDS, cli
 from mlx_adapters.demo.catalog import write_demo_data
 from mlx_adapters.sources.demo_base import MODEL_CARD
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-
-pytest_plugins = ["hub_fixtures"]
-
-
-def commands() -> list[list[str]]:
-    blocks = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
-    lines = [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
-    return [shlex.split(line) for line in lines]
+pytest_plugins = ["helpers.hub_fixtures"]
 
 
 @pytest.fixture(scope="module")

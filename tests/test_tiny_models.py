@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny_models import ARCHITECTURES, VOCABULARY
+from helpers.tiny_models import ARCHITECTURES, VOCABULARY
 
 
 @pytest.mark.parametrize("bits", [None, 4])

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
+from helpers.public import NAMES
 from mypy import api
-from test_public_api import NAMES
 
 import mlx_adapters as ma
 

@@ -34,7 +34,7 @@ def base_folder(name: str, work: Path):
     """The demo model, or a tiny architecture made wider and deeper."""
     if name == "demo":
         return "demo"
-    import tiny_models
+    from helpers import tiny_models
 
     folder = work / name
     return folder if folder.exists() else tiny_models.build_model(folder, name, **WIDE)

@@ -41,9 +41,9 @@ WIDE = {
 
 def build(folder: Path, config: dict, dtype: mx.Dtype) -> None:
     """A random quantized llama, made on the device and written as mlx-lm writes it."""
+    from helpers.tiny_models import ARCHITECTURES, write_tokenizer
     from mlx_lm.models import llama
     from mlx_lm.utils import quantize_model, save_model
-    from tiny_models import ARCHITECTURES, write_tokenizer
 
     settings = {"model_type": "llama", **ARCHITECTURES["llama"], **config, "tie_word_embeddings": False}
     settings.pop("head_dim", None)

@@ -266,7 +266,7 @@ def random_model(out, bits, **config):
     """A llama of random weights (by default SmolLM2's widths) and an adapter on all its linear layers."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
     import mlx.core as mx
-    from tiny_models import build_model
+    from helpers.tiny_models import build_model
 
     from mlx_adapters.config.training import LoraConfig
     from mlx_adapters.models.adapter import Adapter, write_adapter

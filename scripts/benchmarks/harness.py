@@ -54,7 +54,7 @@ def build(folder, width, blocks):
         "num_key_value_heads": width // 128,
     }
     call = f"build_model(Path({str(folder)!r}), 'llama', **{shape})"
-    code = f"from pathlib import Path; from tiny_models import build_model; {call}"
+    code = f"from pathlib import Path; from helpers.tiny_models import build_model; {call}"
     paths = os.pathsep.join((str(TESTS), str(TESTS.parent)))
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, check=True)
 

@@ -48,7 +48,7 @@ def base_folder(base: str, work: Path) -> str:
     """The named base, or the random wide one."""
     if base != "wide":
         return base
-    import tiny_models
+    from helpers import tiny_models
 
     folder = work / "wide"
     return str(folder if folder.exists() else tiny_models.build_model(folder, "qwen3", tied=True, **WIDE))

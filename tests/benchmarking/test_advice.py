@@ -1,0 +1,180 @@
+"""Advice from synthetic reports with known answers, and memory forecasts against real models."""
+
+import dataclasses
+import json
+import re
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from click.testing import CliRunner
+from helpers.benchmarks import registered_adapter, synthetic
+from mlx.utils import tree_flatten
+
+from mlx_adapters.benchmarking import trials
+from mlx_adapters.benchmarking.advice import advise
+from mlx_adapters.benchmarking.measurements import Run
+from mlx_adapters.cli import cli
+from mlx_adapters.errors import ConfigError, IncompatibleError
+from mlx_adapters.generation import memory
+from mlx_adapters.models.loading import load_model, load_module
+from mlx_adapters.sources.bases import resolve_base
+from mlx_adapters.storage.files import write_json
+
+MB = 10**6
+SIZES = {"base": 350 * MB, "sql": 356 * MB, "f8": 600 * MB, "f4": 350 * MB}
+
+
+def report(speeds, kl=(2.0, 0.0, 0.002, 0.2), scores=None):
+    """base, sql (an adapter of 6 MB), f8 and f4 with these decode speeds and KL against sql."""
+    found = synthetic(dict(zip(SIZES, speeds, strict=True)))
+    runs = []
+    for run in found.runs:
+        label, result = run.variant, dict(run.result)
+        result["size_bytes"], result["adapter_bytes"] = SIZES[label], 6 * MB if label == "sql" else 0
+        result["conditions"] = result["conditions"] | {"fingerprint": label if label[0] == "f" else "base"}
+        result["shapes"] = [s | {"peak_memory_bytes": SIZES[label] + 50 * MB} for s in result["shapes"]]
+        runs.append(Run(label, run.round, result))
+    evaluations = [
+        {
+            "variant": label,
+            "error": None,
+            "kl": {"value": value, "error": 0.0},
+            "score": {"value": scores[i], "error": 0.0} if scores else None,
+        }
+        for i, (label, value) in enumerate(zip(SIZES, kl, strict=True))
+    ]
+    quality = {
+        "evaluations": evaluations,
+        "reference": "sql",
+        "score": None,
+        "data": {"source": "data", "split": "test", "rows": 3},
+    }
+    return dataclasses.replace(found, runs=tuple(runs), quality=quality)
+
+
+def test_a_fused_model_that_keeps_the_fine_tune_and_is_faster_is_taken():
+    found = advise(report((300, 220, 280, 300)), "sql")
+    assert found.choice == "f8" and "'f8'" in found.decision  # f4 is faster, but lost 10 %
+    words = "\n".join(found.reasons)
+    assert "'f8' loses 0.10%" in words and "'f4' loses 10.00%" in words and "more than the 1% allowed" in words
+    assert advise(report((300, 220, 280, 300)), "sql", tolerance=0.2).choice == "f4"
+
+
+def test_no_gain_means_no_fusing():
+    found = advise(report((300, 300, 300, 300)), "sql")
+    assert found.choice == "sql" and "no fused variant was seen to decode faster" in found.decision
+
+
+def test_several_adapters_share_one_base():
+    found = advise(report((300, 220, 280, 300)), "sql", adapters=10)
+    assert found.choice == "sql"
+    assert found.storage.as_adapters_bytes == 410 * MB
+    assert found.storage.fused_bytes == {"f8": 6000 * MB, "f4": 3500 * MB}
+    assert "14.6 times as much" in found.reasons[0] and "8.54 times as much" in found.reasons[1]
+
+
+def test_memory_decides():
+    found = advise(report((300, 220, 280, 300)), "sql", memory_bytes=500 * MB)
+    assert found.choice == "sql" and "fits the memory" in found.decision
+    assert "Nothing fits" in advise(report((300, 220, 280, 300)), "sql", memory_bytes=100 * MB).decision
+
+
+def test_what_was_not_measured_is_not_believed():
+    blind = dataclasses.replace(report((300, 220, 280, 300)), quality={})
+    found = advise(blind, "sql")
+    assert found.choice == "sql" and any("was not measured" in reason for reason in found.reasons)
+    assert "is known to keep the fine-tune" in found.decision and "memory" not in found.decision
+
+
+def test_speeds_come_with_their_figures():
+    words = "\n".join(advise(report((300, 220, 280, 300)), "sql").reasons)
+    figure = r"2\d\d against (2|3)\d\d tok/s, \d+\.\d % (slower|faster) \["
+    assert re.search(rf"'sql' against the base, decode at \d+ x 1: {figure}", words)
+    assert re.search(rf"'f8' against the adapter, decode at \d+ x 1: {figure}", words)
+    assert re.search(r"'f8' against the adapter, load: [\d.]+ against [\d.]+ s, ", words)
+
+
+def test_unknown_adapter_or_batch():
+    for options in ({"adapter": "base"}, {"adapter": "no"}, {"adapter": "sql", "batch": 4}):
+        with pytest.raises(ConfigError):
+            advise(report((1, 1, 1, 1)), **options)
+
+
+def test_advise_command_takes_a_saved_report(tmp_path):
+    write_json(tmp_path / "report.json", report((300, 220, 280, 300), scores=(0, 0.6, 0.6, 0.5)).to_json())
+    shown = CliRunner().invoke(cli, ["advise", "sql", "--report", str(tmp_path / "report.json"), "--memory", "8"])
+    assert (
+        shown.exit_code == 0 and shown.stdout.startswith("Fuse: use 'f8'.") and "score 0.5 against 0.6" in shown.stdout
+    )
+    as_json = CliRunner().invoke(cli, ["advise", "sql", "--report", str(tmp_path / "report.json"), "--json"])
+    assert json.loads(as_json.stdout)["advice"]["choice"] == "f8"
+
+
+def test_advise_measures_base_adapter_and_fused_variants(tiny_model, monkeypatch):
+    registered_adapter(tiny_model("llama"))
+    asked = []
+
+    def benchmark(variants, base, **options):
+        asked.append((variants, base, options["batch"], options["max_rows"]))
+        return report((300, 220, 280, 300))
+
+    monkeypatch.setattr("mlx_adapters.benchmarking.run.benchmark", benchmark)
+    shown = CliRunner().invoke(cli, ["advise", "sql", "--bits", "8", "--quality", "data"])
+    assert shown.exit_code == 0, shown.output
+    assert asked == [(["base", "sql", "fuse:sql:8"], None, 1, 50)]
+
+
+# -- memory -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3_text", "mixtral", "gpt2"])
+def test_kv_cache_is_exact_and_nothing_is_computed(tiny_model, architecture):
+    folder = tiny_model(architecture)
+    module, _ = load_module(resolve_base(folder))
+    found = memory.kv_cache_bytes(module, 100, 2, 4)
+    trial = trials.run_trial(load_model(resolve_base(folder)).module, trials.random_prompts(512, 2, 100, 0), 2)
+    assert found == trial["kv_cache_bytes"]
+    assert memory.kv_cache_bytes(module, 100, 2, 2) * 2 == found
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi3", "mixtral"])
+def test_weights_are_counted_as_mlx_packs_them(tiny_model, architecture):
+    module, _ = load_module(resolve_base(tiny_model(architecture, dtype="float16")))
+    assert memory.parameter_count(module) == sum(a.size for _, a in tree_flatten(module.parameters()))
+    expected = memory.weights_bytes(module, 4, 32)
+    assert memory.weights_bytes(module, 16, 32) == memory.bytes_of(module)
+    nn.quantize(module, 32, 4)
+    mx.eval(module.parameters())
+    assert expected == pytest.approx(memory.bytes_of(module), rel=0.02)  # mlx-lm leaves small router gates whole
+    assert memory.weights_bytes(module, 8, 32) > expected
+
+
+def test_packed_models_are_counted_unpacked(tiny_model):
+    dense, _ = load_module(resolve_base(tiny_model("llama")))
+    packed, _ = load_module(resolve_base(tiny_model("llama", bits=4)))
+    assert memory.parameter_count(packed) == memory.parameter_count(dense)
+
+
+def test_estimate_names_what_does_not_fit(tiny_model):
+    folder = tiny_model("llama", bits=4)
+    adapter = registered_adapter(tiny_model("llama"))
+    found = memory.estimate_inference(folder, adapter, contexts=(64, 2048), batch=3, memory_bytes=3 * MB)
+    assert [f.precision for f in found.forecasts] == ["as stored", "4-bit", "8-bit", "16-bit"]
+    first = found.forecasts[0]
+    assert first.adapter_bytes == sum(w.nbytes for w in adapter.weights.values())
+    assert first.fits(found.memory_bytes) == {64: True, 2048: False}
+    with pytest.raises(IncompatibleError):
+        memory.estimate_inference(tiny_model("gpt2"), adapter)
+    with pytest.raises(ConfigError):
+        memory.estimate_inference(folder, contexts=())
+    with pytest.raises(ConfigError):
+        memory.estimate_inference(folder, bits=(7,))
+
+
+def test_estimate_command(tiny_model):
+    folder = str(tiny_model("llama"))
+    shown = CliRunner().invoke(cli, ["estimate", folder, "--context", "128", "--memory", "0.0001"])
+    assert shown.exit_code == 0 and "KV 128" in shown.stdout and "(too much)" in shown.stdout
+    found = json.loads(CliRunner().invoke(cli, ["estimate", folder, "--json"]).stdout)
+    assert found["forecasts"][0]["fits"]["2048"] is True

@@ -1,0 +1,74 @@
+"""Reports as if they had been measured, and adapters to measure."""
+
+from pathlib import Path
+
+import numpy as np
+from helpers.adapters import make_adapter
+
+from mlx_adapters.benchmarking.measurements import Run
+from mlx_adapters.benchmarking.reports import Report
+from mlx_adapters.benchmarking.schedule import BenchmarkConfig
+from mlx_adapters.evaluation.variants import Variant
+from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.sources.registry import register
+
+
+def registered_adapter(folder: Path, name: str = "sql") -> Adapter:
+    """A random rank-2 adapter on two layers of a tiny llama, registered."""
+    keys = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj")
+    return register(make_adapter(folder, keys, rank=2), name)
+
+
+def synthetic(
+    speeds: dict[str, float], noise: float = 0.002, count: int = 5, seed: int = 0, memory: int = 100
+) -> Report:
+    """A report as if variants of these decode speeds had been measured."""
+    random = np.random.default_rng(seed)
+    config = BenchmarkConfig(prompt_tokens=(8,), decode_tokens=4, rounds=count, trials=2)
+    runs = []
+    for number in range(count):
+        for label, speed in speeds.items():
+            trials = [
+                {
+                    "ttft_seconds": 0.1,
+                    "prefill_tps": 80.0,
+                    "tpot_seconds": 1 / speed,
+                    "kv_cache_bytes": 10,
+                    "decode_tps": (tps := float(speed * np.exp(random.normal(0, noise)))),
+                    "stretch_tps": tps,
+                }
+                for _ in range(2)
+            ]
+            shape = {"prompt_tokens": 8, "batch": 1, "trials": trials, "peak_memory_bytes": memory, "token_ids": [1]}
+            conditions = {
+                "device": "gpu",
+                "base": "m",
+                "fingerprint": "f",
+                "model_type": "llama",
+                "dense": False,
+                "stored_quantization": None,
+                "dtype": "float32",
+                "vocabulary": 512,
+                "tokenizer": "t",
+            }
+            runs.append(
+                Run(
+                    label,
+                    number,
+                    {
+                        "size_bytes": 1000,
+                        "load_seconds": 0.5,
+                        "load_peak_bytes": 90,
+                        "shapes": [shape],
+                        "bytes_per_token": 80,
+                        "weights_bytes": 80,
+                        "process": {"peak_resident_bytes": 200, "footprint_bytes": None},
+                        "adapter_bytes": 0,
+                        "conditions": conditions,
+                        "bandwidth_bytes_per_second": 1e5,
+                    },
+                )
+            )
+    machine = {"versions": {"mlx": "0.32.4"}, "device_name": "test", "cores": 2, "memory_bytes": 10**9, "system": "x"}
+    variants = tuple(Variant(label, "m") for label in speeds)
+    return Report("2026-01-01", "mlx-adapters benchmark", machine, {}, config, variants, tuple(runs))

@@ -1,0 +1,192 @@
+"""What MLX computes wrong on a device is noticed at load and replaced; simulated with kernels that lie."""
+
+import warnings
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from helpers.fusing import visible_adapter
+from helpers.training_tools import write_data
+from mlx_lm.models.mla import MultiLinear
+from mlx_lm.models.switch_layers import SwitchLinear
+
+from mlx_adapters import TrainConfig, train
+from mlx_adapters.errors import ModelError
+from mlx_adapters.generation.live import load_model as load_live_model
+from mlx_adapters.models import quantized_check
+from mlx_adapters.models.dense import is_quantized
+from mlx_adapters.models.layers import weight_layers
+from mlx_adapters.models.loading import load_model
+from mlx_adapters.models.quantized_check import LayerCheck, MiscomputedWarning, check_device, check_layer, kind_of
+from mlx_adapters.sources.bases import resolve_base
+
+DENSE = [
+    nn.Linear(64, 48),
+    nn.Linear(128, 300, bias=False),
+    nn.Embedding(320, 64),
+    SwitchLinear(64, 32, 6),
+    SwitchLinear(128, 272, 3, bias=False),
+    MultiLinear(64, 64, 2),
+]
+MODES = [(4, 32, "affine"), (3, 64, "affine"), (8, 64, "affine"), (4, 32, "mxfp4"), (8, 32, "mxfp8"), (4, 16, "nvfp4")]
+
+
+@pytest.mark.parametrize("dense", DENSE, ids=lambda layer: f"{type(layer).__name__}-{layer.weight.shape[-2]}")
+@pytest.mark.parametrize("bits, group_size, mode", MODES)
+def test_what_is_right_here_passes(dense, bits, group_size, mode):
+    layer = dense.to_quantized(group_size=group_size, bits=bits, mode=mode)
+    check = check_layer(layer, mx.float32)
+    assert check.right and check.error < 1e-3, check
+
+
+def test_a_bias_is_part_of_the_result():
+    dense = nn.Linear(64, 300)
+    dense.bias = 100 * mx.arange(300)
+    layer = dense.to_quantized(group_size=32, bits=4)
+    assert check_layer(layer, mx.float32).error < 1e-3
+
+
+@pytest.fixture
+def lying_kernel(monkeypatch):
+    """`quantized_matmul` is wrong for more than one token and inputs of 64, as MLX's CUDA build is in float32."""
+    right = mx.quantized_matmul
+
+    def lie(x, *weights, **options):
+        y = right(x, *weights, **options)
+        return y * 1.5 if x.shape[-1] == 64 and x.shape[-2] > 1 else y
+
+    monkeypatch.setattr(mx, "quantized_matmul", lie)
+    monkeypatch.setattr("mlx_adapters.models.loading.on_gpu", lambda: True)
+
+
+def test_wrong_layers_become_dense_with_a_warning(tiny_model, lying_kernel, monkeypatch, caplog):
+    folder = tiny_model("llama", bits=4)
+    caplog.set_level("INFO", logger="mlx_adapters.models.quantized_check")
+    with pytest.warns(
+        MiscomputedWarning, match=r"computes \d+ quantized layers wrong on this device \('.*embed_tokens'"
+    ):
+        model = load_model(resolve_base(folder))
+    quantized = {path for path, layer in weight_layers(model.module).items() if is_quantized(layer)}
+    assert quantized == {f"model.layers.{i}.mlp.down_proj" for i in (0, 1)}  # 128 inputs
+    ids = [5, 6, 7, 8]
+    logits = np.array(model.logits(ids).astype(mx.float32))
+    exact = np.array(load_model(resolve_base(folder), dense=True, dtype="float32").logits(ids))
+    np.testing.assert_allclose(logits, exact, atol=1e-3 * np.abs(exact).max())
+
+    monkeypatch.setattr(quantized_check, "check_layer", None)  # what was found is remembered
+    with pytest.warns(MiscomputedWarning):
+        load_model(resolve_base(folder))
+    assert caplog.messages == ["5 kinds of quantized layers are tried on this device, once."]
+
+
+def test_a_kernel_that_raises_is_wrong_too(monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("No implementation for problem shape")
+
+    layer = nn.QuantizedLinear(64, 64)
+    monkeypatch.setattr(mx, "quantized_matmul", refuse)
+    check = check_layer(layer, mx.float32)
+    assert not check.right and "No implementation" in check.kind
+
+
+def test_a_dense_copy_that_does_not_fit_is_refused(tiny_model, lying_kernel, monkeypatch):
+    monkeypatch.setattr(quantized_check, "usable_memory_bytes", lambda: 1000)
+    with pytest.raises(ModelError, match="no room for unquantized ones"):
+        load_model(resolve_base(tiny_model("llama", bits=4)))
+
+
+def test_right_layers_are_left_alone(tiny_model, monkeypatch):
+    monkeypatch.setattr("mlx_adapters.models.loading.on_gpu", lambda: True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MiscomputedWarning)
+        model = load_model(resolve_base(tiny_model("qwen3_moe", bits=4)))
+    kinds = {kind_of(layer, mx.float32) for layer in weight_layers(model.module).values() if is_quantized(layer)}
+    assert any(kind.startswith("QuantizedSwitchLinear 4x64x64, 4 bits") for kind in kinds), kinds
+
+
+def lie_about(monkeypatch, name, wrong):
+    """Let the kernel `name` answer half as much again where `wrong(x, weight, options)`."""
+    right = getattr(mx, name)
+
+    def lie(x, weight, *rest, **options):
+        y = right(x, weight, *rest, **options)
+        return y * 1.5 if wrong(x, weight, options) else y
+
+    monkeypatch.setattr(mx, name, lie)
+    monkeypatch.setattr("mlx_adapters.models.loading.on_gpu", lambda: True)
+    monkeypatch.setattr("mlx_adapters.runtime.pool.on_gpu", lambda: True)
+
+
+def test_a_product_of_several_layers_that_is_wrong_is_left_apart(tiny_model, monkeypatch):
+    """q, k and v (64 + 32 + 32 rows) are right each by itself, and wrong as one matrix."""
+    folder = tiny_model("llama", bits=4, tied=False)
+    adapter = visible_adapter(folder)
+    lie_about(monkeypatch, "quantized_matmul", lambda x, weight, _: weight.shape[0] == 128 and x.shape[-1] == 64)
+    monkeypatch.setattr(
+        "mlx_adapters.models.loading.replace_miscomputed", lambda *_: []
+    )  # of gate and up, with 128 rows
+    model = load_live_model(folder, adapter)
+    assert {len(paths) for paths in model.pool._groups} == {2}  # gate and up, 256 rows
+    part = [path for path in model.pool._sites if path.endswith("q_proj")]
+    assert part and all(len(model.pool._sites[path].paths) == 1 for path in part)
+
+
+def test_rows_at_the_end_and_the_last_experts_are_looked_at(monkeypatch):
+    linear = nn.QuantizedLinear(64, 600, bits=4, group_size=32)
+    experts = SwitchLinear(64, 300, 7).to_quantized(group_size=32, bits=4)
+    right, right_experts = mx.quantized_matmul, mx.gather_qmm
+    tail = mx.where(mx.arange(600) < 598, 1.0, 2.0)
+
+    monkeypatch.setattr(mx, "quantized_matmul", lambda *a, **k: right(*a, **k) * tail)
+    assert not check_layer(linear, mx.float32).right
+
+    def last_expert(x, *rest, rhs_indices, **options):
+        y = right_experts(x, *rest, rhs_indices=rhs_indices, **options)
+        return mx.where((rhs_indices == 6)[..., None, None], 0 * y, y)
+
+    assert check_layer(experts, mx.float32).right
+    monkeypatch.setattr(mx, "gather_qmm", last_expert)
+    assert not check_layer(experts, mx.float32).right
+
+
+@pytest.mark.parametrize("dense", DENSE, ids=lambda layer: f"{type(layer).__name__}-{layer.weight.shape[-2]}")
+def test_gradients_that_are_wrong_count_where_they_are_needed(dense, monkeypatch):
+    layer = dense.to_quantized(group_size=32, bits=4)
+    assert check_layer(layer, mx.float32, gradients=True).error < 1e-3
+    name = "gather_qmm" if isinstance(dense, SwitchLinear) else "quantized_matmul"
+    right = getattr(mx, name)
+
+    def lie(x, *rest, **options):
+        @mx.custom_function
+        def product(x):
+            return right(x, *rest, **options)
+
+        @product.vjp
+        def back(x, cotangent, _):
+            return 1.5 * mx.vjp(lambda x: right(x, *rest, **options), [x], [cotangent])[1][0]
+
+        return product(x)
+
+    monkeypatch.setattr(mx, name, lie)
+    assert check_layer(layer, mx.float32).right
+    assert not check_layer(layer, mx.float32, gradients=True).right
+
+
+def test_training_computes_layers_of_wrong_gradients_unquantized(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("mlx_adapters.models.loading.on_gpu", lambda: True)
+    wrong = LayerCheck("wrong", 1.0, False)
+    right = LayerCheck("right", 0.0, True)
+    monkeypatch.setattr(quantized_check, "check_layer", lambda *a: wrong if a[2] else right)
+    data = write_data(tmp_path / "data", rows=4, valid=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MiscomputedWarning)
+        load_model(resolve_base(tiny_model("llama", bits=4)))
+    with pytest.warns(MiscomputedWarning):
+        train(tiny_model("llama", bits=4), data, name="x", training=TrainConfig(iterations=1, batch_size=2))
+
+
+def test_the_device_is_checked_without_a_model():
+    checks = check_device()
+    assert len(checks) == 12 and all(check.right for check in checks)
+    assert any("mxfp4" in check.kind for check in checks)

@@ -1,0 +1,153 @@
+"""Gradient checkpointing: the same gradient to the bit, whatever else is in the step, and nothing left behind."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers.tiny_models import ARCHITECTURES, VOCABULARY
+from mlx.utils import tree_flatten
+
+from mlx_adapters.config.quantization import Quantization
+from mlx_adapters.config.training import LoraConfig, TrainConfig
+from mlx_adapters.data.batches import Batch, make_batch
+from mlx_adapters.data.tokenizing import Row
+from mlx_adapters.errors import ConfigError, ModelError
+from mlx_adapters.models.layers import named_layers
+from mlx_adapters.models.loading import load_model
+from mlx_adapters.optimization import losses
+from mlx_adapters.optimization import step as engines
+from mlx_adapters.optimization.step import LossPlan, TrainStep, checkpointing_is_exact
+from mlx_adapters.sources.bases import resolve_base
+from mlx_adapters.storage.tensor_names import LORA_B, split
+from mlx_adapters.surgery import calls
+from mlx_adapters.training import setup
+
+
+def row(length: int, seed: int) -> Row:
+    random = np.random.default_rng(seed)
+    trained = random.random(length) < 0.6
+    trained[0], trained[-1] = False, True
+    return Row(random.integers(0, VOCABULARY, length).astype(np.int32), trained, "here", length)
+
+
+ROWS = [row(12, 1), row(25, 2)]
+BATCH = make_batch([[r] for r in ROWS])
+
+
+def train_step(folder, training: TrainConfig, **lora) -> TrainStep:
+    """A TrainStep whose lora_b is not zero, so that every tensor has a gradient."""
+    model = load_model(resolve_base(folder))
+    keys = setup.add_layers(model, LoraConfig(**{"rank": 4, "scale": 2.0, **lora}), 0).keys
+    weights = dict(tree_flatten(model.module.trainable_parameters()))
+    for number, name in enumerate(sorted(weights)):
+        if split(name)[1] == LORA_B:
+            weights[name] = 0.05 * mx.random.normal(weights[name].shape, key=mx.random.key(number))
+    losses.put(model.module, weights)
+    layers = dict(named_layers(model.module))
+    return TrainStep(model.module, {key: layers[key] for key in keys}, training, LossPlan(None, 64))
+
+
+def gradients(made: TrainStep, batch: Batch = BATCH, rounding: bool = False) -> tuple[float, dict[str, mx.array]]:
+    mx.random.seed(7)
+    loss, found = made.gradient(batch, 1.0, rounding)
+    return loss.item(), found
+
+
+PLAIN = TrainConfig()
+
+
+def both(folder, training: TrainConfig = PLAIN, batch: Batch = BATCH, **lora) -> None:
+    rounding = training.fuse_aware is not None
+    plain = gradients(train_step(folder, training, **lora), batch, rounding)
+    again = gradients(train_step(folder, replace(training, grad_checkpoint=True), **lora), batch, rounding)
+    assert plain[0] == again[0]
+    for name, gradient in plain[1].items():
+        assert mx.any(gradient != 0).item(), name
+        assert mx.array_equal(gradient, again[1][name]).item(), name
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_the_gradient_is_the_same_to_the_bit(architecture, tiny_model):
+    both(tiny_model(architecture))
+
+
+def test_also_with_dropout(tiny_model):
+    both(tiny_model(), dropout=0.3)
+
+
+def test_also_with_rows_packed(tiny_model):
+    both(tiny_model("gemma4_text"), TrainConfig(packing=True), make_batch([ROWS], packed=True))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_also_through_the_rounding(kind, tiny_model):
+    both(tiny_model("qwen3"), TrainConfig(fuse_aware=Quantization(2, 32)), type=kind)
+
+
+def test_the_random_numbers_go_on_as_without_it(tiny_model):
+    after = []
+    for checkpoint in (False, True):
+        gradients(train_step(tiny_model(), TrainConfig(grad_checkpoint=checkpoint), dropout=0.3))
+        after.append(calls.random_key())
+    assert mx.array_equal(*after).item()
+
+
+def test_an_architecture_that_hides_a_gradient_is_refused(tiny_model, monkeypatch):
+    """What reaches a block neither as its weight nor as its argument has no gradient; the run must not begin."""
+    made = train_step(tiny_model(), TrainConfig(grad_checkpoint=True))
+    assert checkpointing_is_exact(made, BATCH)
+    first, second = made.module.layers
+    kind, hidden = type(first), []
+
+    class Sharing(kind):
+        def __call__(self, x, *args, **kwargs):
+            y = super().__call__(x, *args, **kwargs)
+            if self is first:
+                hidden[:] = [y]
+            return y if self is first else y + mx.sin(hidden[0])
+
+    first.__class__ = second.__class__ = Sharing
+    assert not checkpointing_is_exact(made, BATCH)
+    monkeypatch.setattr(setup, "checkpointing_is_exact", lambda *_: False)
+    with pytest.raises(ConfigError) as caught:
+        prepared(tiny_model(), TrainConfig(grad_checkpoint=True, batch_size=2))
+    assert "--grad-checkpoint" in caught.value.hint
+
+
+def prepared(folder, training: TrainConfig) -> setup.Prepared:
+    model = load_model(resolve_base(folder))
+    keys = setup.add_layers(model, LoraConfig(rank=4), 0).keys
+    layers = dict(named_layers(model.module))
+    return setup.prepare(model, training, tuple(ROWS), (), {key: layers[key] for key in keys})
+
+
+def test_what_cannot_be_differentiated_is_told_before_the_run(tiny_model, monkeypatch):
+    """Some models look into a layer's weight, or index by what has a gradient: MLX's error is no user's."""
+    kind = type(load_model(resolve_base(tiny_model())).module.layers[0].mlp)
+
+    def indexing(self, x):
+        y = self.down_proj(self.gate_proj(x))
+        return mx.take_along_axis(y, mx.abs(y).astype(mx.uint32) % y.shape[-1], axis=-1)
+
+    for broken in (lambda self, x: self.down_proj(x @ self.gate_proj.weight.T), indexing):
+        monkeypatch.setattr(kind, "__call__", broken)
+        with pytest.raises(ModelError, match="cannot be trained"):
+            prepared(tiny_model(), TrainConfig(batch_size=2))
+
+
+def test_the_module_holds_no_array_of_a_trace(tiny_model, monkeypatch):
+    """Compiled or not, the step lends the module its weights and takes them back."""
+    monkeypatch.setattr(
+        engines, "compiled", lambda function, state=None: mx.compile(function, inputs=state, outputs=state)
+    )
+    training = TrainConfig(grad_checkpoint=True, fuse_aware=Quantization(2, 32))
+    made = train_step(tiny_model("qwen3"), training)
+    kinds = [type(module) for module in made.module.modules()]
+    own = {name: np.array(w) for name, w in made.weights.items()}
+    made.weights = {name: w + 1 for name, w in made.weights.items()}
+    made.gradient(BATCH, 1.0, rounding=True)
+    made.evaluate([BATCH], rounding=True)
+    for name, array in tree_flatten(made.module.trainable_parameters()):
+        assert np.array_equal(np.array(array), own[name]), name
+    assert [type(module) for module in made.module.modules()] == kinds

@@ -1,0 +1,153 @@
+"""Training through the rounding: the step computes with the weights that `fuse` then writes, to the bit."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers.tiny_models import VOCABULARY
+from helpers.training_tools import write_data
+from mlx.utils import tree_flatten
+
+from mlx_adapters import estimate
+from mlx_adapters.config.fusing import FuseOptions
+from mlx_adapters.config.quantization import Quantization
+from mlx_adapters.config.training import LoraConfig, TrainConfig
+from mlx_adapters.data.batches import make_batch
+from mlx_adapters.data.tokenizing import Row
+from mlx_adapters.errors import ConfigError
+from mlx_adapters.fusion.fuse import fuse
+from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.dense import dense_weight
+from mlx_adapters.models.layers import named_layers, updated_weight
+from mlx_adapters.models.loading import load_model, load_module
+from mlx_adapters.optimization import losses, through_rounding
+from mlx_adapters.optimization.step import LossPlan, TrainStep
+from mlx_adapters.sources.bases import resolve_base
+from mlx_adapters.storage.tensor_names import LORA_B, split
+from mlx_adapters.training import setup
+
+TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (3, 20)).astype(np.int32)
+ROWS = tuple(Row(tokens, np.arange(20) > 0, "here", 20) for tokens in TOKENS)
+BATCH = make_batch([[row] for row in ROWS])
+
+
+def run(folder, planned: Quantization, kind: str = "lora", targets="all", strength: float = 0.05):
+    """(TrainStep, adapter) of a run that will be fused to `planned`, and has learned something."""
+    model = load_model(resolve_base(folder))
+    config = setup.add_layers(model, LoraConfig(rank=4, scale=2.0, type=kind, target_modules=targets), 0)
+    weights = dict(tree_flatten(model.module.trainable_parameters()))
+    for number, name in enumerate(sorted(weights)):
+        if split(name)[1] == LORA_B:
+            weights[name] = strength * mx.random.normal(weights[name].shape, key=mx.random.key(number))
+    losses.put(model.module, weights)
+    layers = dict(named_layers(model.module))
+    training = TrainConfig(fuse_aware=planned, batch_size=3)
+    train_step = setup.prepare(model, training, ROWS, (), {key: layers[key] for key in config.keys}).train_step
+    return train_step, Adapter(config, weights, {"base": resolve_base(folder).record(), "name": "tiny"})
+
+
+def fused(folder, adapter: Adapter, planned: Quantization, out):
+    fuse(folder, adapter, out, quantization=planned, options=FuseOptions(method="nearest", check=False))
+    return load_model(resolve_base(out))
+
+
+PLANS = {
+    "3 bits": Quantization(3, 32),
+    "4 bits": Quantization(4, 32),
+    "8 bits": Quantization(8, 32),
+    "mxfp4": Quantization(4, 32, "mxfp4"),
+    "nvfp4": Quantization(4, 16, "nvfp4"),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_step_has_the_weights_that_fuse_writes(plan, dtype, tiny_model, tmp_path):
+    """Unquantized and quantized bases of every type: the scales are stored in the base's own, as `fuse` stores them."""
+    planned = PLANS[plan]
+    for bits in (None, 4):
+        folder = tiny_model("qwen3", bits=bits, dtype=dtype)
+        train_step, adapter = run(folder, planned)
+        written = dict(named_layers(fused(folder, adapter, planned, tmp_path / f"{bits}").module))
+        for path, layer in train_step.adapted.items():
+            own = updated_weight(dense_weight(layer.linear), layer.lora_a, layer.lora_b, None, layer.scale)
+            assert mx.array_equal(train_step.rounding.stored(path, own), written[path].weight).item(), path
+        through_rounding.round_frozen(train_step.module, train_step.adapted, train_step.rounding)
+        for path, layer in named_layers(train_step.module):
+            if path not in train_step.adapted and "weight" in layer:
+                assert mx.array_equal(layer.weight, written[path].weight).item(), path
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "mixtral", "gemma4_text"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_the_loss_is_that_of_the_fused_model(kind, architecture, tiny_model, tmp_path):
+    targets = "all" if kind == "lora" else ("q_proj", "o_proj")
+    planned, folder = Quantization(2, 32), tiny_model(architecture, dtype="bfloat16")
+    train_step, adapter = run(folder, planned, kind, targets)
+    without, through = train_step.evaluate([BATCH]), train_step.evaluate([BATCH], rounding=True)
+    model = fused(folder, adapter, planned, tmp_path / "fused")
+    assert through == pytest.approx(
+        TrainStep(model.module, {}, TrainConfig(), LossPlan(None, 64)).evaluate([BATCH]), rel=1e-5
+    )
+    assert abs(through - without) > 1e-2
+
+
+def test_layers_that_a_model_keeps_finer_are_trained_through_that(tiny_model, tmp_path, monkeypatch):
+    """Some models name a precision of their own for some layers; the fuse follows it, so does the training."""
+    from mlx_lm.models import qwen3
+
+    def predicate(path, layer):
+        return {"bits": 8, "group_size": 64} if path.endswith("v_proj") else not path.endswith("o_proj")
+
+    monkeypatch.setattr(qwen3.Model, "quant_predicate", property(lambda self: predicate), raising=False)
+    planned, folder = Quantization(2, 32), tiny_model("qwen3", dtype="bfloat16")
+    train_step, adapter = run(folder, planned)
+    targets = {path.rpartition(".")[2]: target for path, target in train_step.rounding.targets.items()}
+    assert targets["v_proj"] == Quantization(8, 64) and targets["q_proj"] == planned and targets["o_proj"] is None
+    written = dict(named_layers(fused(folder, adapter, planned, tmp_path / "fused").module))
+    for path, layer in train_step.adapted.items():
+        own = updated_weight(layer.linear.weight, layer.lora_a, layer.lora_b, None, layer.scale)
+        assert mx.array_equal(train_step.rounding.stored(path, own), written[path].weight).item(), path
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_other_layers_are_rounded_unless_the_base_has_that_precision(dense, tiny_model):
+    """Also where they stay quantized in memory, as on a GPU."""
+    for bits, expected in ((None, True), (8, True), (2, False)):
+        folder, keys = tiny_model("qwen3", bits=bits), ("model.layers.0.self_attn.q_proj",)
+        rounding = through_rounding.plan_rounding(load_module(resolve_base(folder))[0], keys, Quantization(2, 32))
+        module = load_model(resolve_base(folder), dense=dense).module
+        path = "model.layers.0.mlp.up_proj"
+        before = dense_weight(dict(named_layers(module))[path])
+        through_rounding.round_frozen(module, dict.fromkeys(keys), rounding)
+        after = dense_weight(dict(named_layers(module))[path])
+        assert mx.array_equal(before, after).item() is not expected
+        if expected:
+            assert mx.array_equal(after, rounding.stored(path, before)).item()
+
+
+def test_experts_learn_through_the_rounding(tiny_model):
+    train_step, _ = run(tiny_model("mixtral"), Quantization(2, 32), targets=("up_proj",))
+    rounded, gradients = train_step.gradient(BATCH, 1.0, rounding=True)
+    assert abs(rounded.item() - train_step.gradient(BATCH, 1.0)[0].item()) > 1e-2
+    assert all(mx.any(g != 0).item() for g in gradients.values())
+
+
+@pytest.mark.parametrize("forecast", [False, True])
+def test_what_cannot_be_rounded_is_refused_before_anything_else(forecast, tiny_model, tmp_path, run_train):
+    odd = tiny_model(hidden_size=80, num_attention_heads=4, num_key_value_heads=2, head_dim=20)
+    data = write_data(tmp_path / "data", rows=8)
+    for folder, targets, match in ((odd, ("q_proj",), "80 inputs"), (tiny_model(), ("embed_tokens",), "cannot round")):
+        lora, training = LoraConfig(rank=4, target_modules=targets), TrainConfig(fuse_aware=Quantization(4, 32))
+        with pytest.raises(ConfigError, match=match):
+            run_train(folder, data, lora, training, forecast)
+        with pytest.raises(ConfigError, match=match):
+            estimate(folder, data, lora=lora, training=training)
+
+
+@pytest.fixture
+def run_train():
+    from mlx_adapters import train
+
+    return lambda folder, data, lora, training, forecast: train(
+        folder, data, name="n", lora=lora, training=training, forecast=forecast
+    )

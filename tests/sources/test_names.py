@@ -1,0 +1,437 @@
+"""What a name means, at every moment: kills, refusals, two processes, disks that know no case."""
+
+import contextlib
+import errno
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from click.testing import CliRunner
+from helpers.adapters import make_adapter, make_run
+
+import mlx_adapters as ma
+import mlx_adapters.models.adapter as adapter_module
+from mlx_adapters.adapters import keeping, packing, project, verifying
+from mlx_adapters.cli import cli
+from mlx_adapters.errors import ConfigError, ExistsError, HubError, NotFoundError, StorageError, TrainingError
+from mlx_adapters.sources import lookup, references, registry
+from mlx_adapters.storage import files, locks, paths
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def base(tiny_model):
+    return tiny_model("llama")
+
+
+@pytest.mark.parametrize("keep_last", [2, 3, 4, 5, 6, 100])
+def test_prune_that_keeps_more_than_there_is_removes_nothing_it_should_keep(base, keep_last):
+    make_run(base, "sql")
+    removed = keeping.prune("sql", keep_last=keep_last, keep_best=False).iterations
+    assert removed == ((100,) if keep_last == 2 else ())  # 200 is in use
+
+
+def test_a_killed_init_can_be_repeated(tmp_path):
+    whole = tmp_path / "whole"
+    names = project.start_project(whole)
+    for made in range(len(names) + 1):
+        cut = tmp_path / f"cut-{made}"
+        for name in names[:made]:
+            files.write_text(cut / name, project.FILES[name])
+        assert project.start_project(cut) == names
+        assert {p.name: p.read_text() for p in cut.iterdir()} == {p.name: p.read_text() for p in whole.iterdir()}
+    (cut / "train.yaml").write_text("base: mine\n")
+    (cut / ".gitignore").unlink()
+    with pytest.raises(ExistsError, match=r"train\.yaml"):
+        project.start_project(cut)
+    assert not (cut / ".gitignore").exists() and (cut / "train.yaml").read_text() == "base: mine\n"
+
+
+# -- locks ------------------------------------------------------------------------------------------------
+
+
+def test_a_place_has_one_lock_however_it_is_spelled(tmp_path, home):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    spellings = ("real/x", "link/x", "real/X", "real/../link/x")
+    names = {locks.place_name(tmp_path / spelling) for spelling in spellings}
+    assert len(names) == 1
+    assert locks.place_name(tmp_path / "real/y") not in names
+    with registry.training_lock(tmp_path / ("\U0001f600" * 60)):
+        pass
+
+
+def test_the_same_place_is_told_by_the_disk(tmp_path):
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private/base").mkdir()
+    (tmp_path / "tmp").symlink_to("private")
+    (tmp_path / "private/BASE").symlink_to("base")  # as a disk that knows no case would find it
+    assert paths.same_place(tmp_path / "tmp/base", tmp_path / "private/base")
+    assert paths.same_place(tmp_path / "private/BASE", tmp_path / "private/base")
+    assert paths.same_place(tmp_path / "tmp/not-there", tmp_path / "private/not-there")
+    assert not paths.same_place(tmp_path / "private", tmp_path / "private/base")
+    assert not paths.same_place(tmp_path / "a", tmp_path / "b") and not paths.same_place("a\0", "b")
+
+
+def test_a_name_that_is_being_trained_is_held_before_its_folder_is_there(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("mlx_adapters.training.runs.load_model", None)
+    data = tmp_path / "data"
+    for split in ("train", "valid"):
+        files.write_text(data / f"{split}.jsonl", '{"prompt": "one", "completion": "two"}\n' * 8)
+    with registry.training_lock(registry.adapter_folder("new")):
+        for name in ("new", "NEW"):
+            with pytest.raises(TrainingError, match="being trained"):
+                registry.register(make_adapter(base), name, overwrite=True)
+            with pytest.raises(TrainingError, match="being trained"):
+                ma.train(base, data, name=name, overwrite=True)
+        assert registry.names() == []
+    registry.register(make_adapter(base), "new")
+
+
+def test_a_run_waits_for_a_short_change(base):
+    order, begun = [], threading.Event()
+
+    def change():
+        with registry.changing("sql"):
+            begun.set()
+            threading.Event().wait(0.2)
+            order.append("changed")
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    begun.wait()
+    with registry.training_lock(registry.adapter_folder("sql")):
+        order.append("training")
+    thread.join()
+    assert order == ["changed", "training"]
+
+
+# -- disks that know no case -------------------------------------------------------------------------------
+
+
+def test_names_that_differ_in_case_alone_are_one(base):
+    make_run(base, "sql")
+    assert lookup.load_adapter("SQL@100").name == "sql@100"
+    with pytest.raises(ExistsError):
+        registry.register(make_adapter(base), "Sql")
+    registry.register(make_adapter(base), "Sql", overwrite=True)
+    assert registry.names() == ["sql"]
+    keeping.tag("SQL", ["kept"])
+    assert keeping.rename("sql", "SQL").name == "SQL" and registry.names() == ["SQL"]
+    assert lookup.load_adapter("sql").metadata["name"] == "SQL" and registry.read_entry(
+        registry.adapter_folder("sQl")
+    ).tags == ("kept",)
+    with pytest.raises(ConfigError, match="already"):
+        keeping.rename("sql", "SQL")
+    make_run(base, "chat")
+    with pytest.raises(ExistsError, match="'sql'"):
+        keeping.rename("chat", "sql")
+
+
+def test_a_pure_change_of_case_where_both_spellings_are_there(base):
+    """A link stands for what a disk that knows no case does."""
+    folder = make_run(base, "sql")
+    (folder.parent / "SQL").symlink_to("sql")
+    assert keeping.rename("sql", "SQL").iterations == (100, 200, 300)
+    assert registry.names() == ["SQL"] and not (folder.parent / "SQL").is_symlink()
+
+
+def test_adapters_of_a_base_are_found_however_its_path_is_spelled(base, tmp_path):
+    make_run(base, "sql")
+    (tmp_path / "link").symlink_to(base)
+    assert [e.name for e in registry.list_adapters(base=str(tmp_path / "link"))] == ["sql"]
+    assert registry.list_adapters(base=str(tmp_path)) == []
+
+
+# -- kills and refusals at every step ----------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """What a kill is here: from this disk operation on nothing reaches the disk, not even clearing up."""
+
+
+class Killer:
+    """Counts what changes the disk, and from the operation `at` on lets none through."""
+
+    CHANGES = ("os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.symlink")
+
+    def __init__(self):
+        self.at, self.done, self.on = 0, 0, False
+        sys.addaudithook(self)
+
+    def __call__(self, event, arguments):
+        if self.on and (event in self.CHANGES or (event == "open" and self._writes(*arguments))):
+            self.done += 1
+            if self.at and self.done >= self.at:
+                raise Killed
+
+    @staticmethod
+    def _writes(path, mode, flags) -> bool:
+        return isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR) != 0 and "locks" not in str(path)
+
+    @contextlib.contextmanager
+    def killing(self, at: int):
+        self.at, self.done, self.on = at, 0, True
+        try:
+            yield
+        finally:
+            self.on = False
+
+
+killer = Killer()
+
+
+def state(home: Path):
+    """Of each adapter what the name means, by the list, by loading it and to plain mlx-lm."""
+    found = {}
+    for entry in registry.list_adapters():
+        assert entry.problem is None, entry.problem
+        adapter = lookup.load_adapter(entry.name)
+        plain = mx.load(str(entry.folder / "adapters.safetensors"))
+        assert all(mx.array_equal(adapter.weights[name], plain[name]) for name in plain)
+        if entry.iterations:
+            assert adapter.fingerprint == lookup.load_adapter(f"{entry.name}@{entry.iteration}").fingerprint
+        assert adapter.metadata.get("iteration") == entry.iteration
+        for iteration in entry.iterations:
+            lookup.load_adapter(f"{entry.name}@{iteration}")
+        checks = {check.what: check for check in verifying.verify(entry.name, base="nowhere").checks}
+        assert checks["checksums"].sound is not False, checks["checksums"].detail
+        found[entry.name] = (entry.iterations, entry.iteration, entry.tags, adapter.fingerprint)
+    for path in home.glob("*.tar.gz"):
+        assert packing.add(path, out=home / "unpacked", overwrite=True).kind == "adapter"
+        found[path.name] = files.sha256(path)
+    for name in project.FILES:
+        if (home / "project" / name).exists():
+            assert (home / "project" / name).read_text() == project.FILES[name]
+    return found
+
+
+COMMANDS = {
+    "use": lambda home: keeping.use("a@100"),
+    "rename": lambda home: keeping.rename("a", "z"),
+    "tag": lambda home: keeping.tag("a", ["good"]),
+    "prune": lambda home: keeping.prune("a"),
+    "remove": lambda home: keeping.remove("a"),
+    "remove one": lambda home: keeping.remove("a@100"),
+    "register": lambda home: registry.register(lookup.load_adapter("b"), "a", overwrite=True),
+    "pack": lambda home: packing.pack("a", home / "a.tar.gz", checkpoints=True, overwrite=True),
+    "init": lambda home: project.start_project(home / "project"),
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "links"), [*((command, True) for command in COMMANDS), ("use", False), ("prune", False)]
+)
+def test_a_kill_at_any_step_leaves_the_old_or_the_new_and_can_be_repeated(
+    base, home, tmp_path, monkeypatch, command, links
+):
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(1, "no links")))
+    run = COMMANDS[command]
+    make_run(base, "a")
+    registry.register(make_adapter(base, seed=9), "b")
+    packing.pack("b", home / "a.tar.gz")
+    fresh = tmp_path / "fresh"
+    shutil.copytree(home, fresh) if not links else subprocess.run(["cp", "-a", home, fresh], check=True)
+    before = state(home)
+    with killer.killing(0):
+        run(home)
+    steps, after = killer.done, state(home)
+    assert steps >= 2
+    for at in range(1, steps + 1):
+        shutil.rmtree(home)
+        subprocess.run(["cp", "-a", fresh, home], check=True)
+        with pytest.raises(Killed), killer.killing(at):
+            run(home)
+        found = state(home)
+        if command != "prune":  # checkpoint by checkpoint
+            assert found in (before, after), f"step {at} of {steps}"
+        drafts = list(home.rglob(f"{paths.TEMPORARY_PREFIX}*"))
+        for draft in drafts:
+            os.utime(draft, (0, 0))
+        if found != after or command == "init":
+            run(home)
+            assert not any(draft.exists() for draft in drafts)
+        assert state(home) == after
+
+
+def test_a_refused_use_changes_nothing(base, home, monkeypatch):
+    """The disk is full when the metadata are written, or when the weights are linked."""
+    folder = make_run(base, "a")
+    before, kept = state(home), sorted(p.name for p in folder.iterdir())
+    full = OSError(errno.ENOSPC, "full")
+    for what in ("os.link", "os.replace", "shutil.copy2"):
+        with monkeypatch.context() as patch:
+            for name in {what, "shutil.copy2"}:
+                patch.setattr(name, lambda *_, **__: (_ for _ in ()).throw(full))
+            if what != "shutil.copy2":
+                with pytest.raises(StorageError):
+                    keeping.use("a@100")
+                assert state(home) == before and sorted(p.name for p in folder.iterdir()) == kept
+    assert keeping.use("a@100").iteration == 100
+
+
+# -- changes in the middle of a read ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", ["read_config", "read_safetensors", "read_metadata", "first_not_finite"])
+@pytest.mark.parametrize("change", ["overwrite", "use"])
+def test_a_read_that_is_overtaken_by_a_change_is_of_the_new_version(base, monkeypatch, step, change):
+    make_run(base, "x")
+    other = make_adapter(base, seed=5, factor=777.0, rank=2)
+    module = adapter_module.tensor_files if step == "read_safetensors" else adapter_module
+    read, overtaken = getattr(module, step), []
+
+    def overtaking(*arguments):
+        if not overtaken:
+            overtaken.append(step)
+            registry.register(other, "x", overwrite=True) if change == "overwrite" else keeping.use("x@300")
+        return read(*arguments)
+
+    monkeypatch.setattr(module, step, overtaking)
+    x = lookup.load_adapter("x")
+    if change == "overwrite":
+        assert (x.fingerprint, x.config.rank) == (other.fingerprint, 2) and "iteration" not in x.metadata
+    else:
+        assert x.metadata["iteration"] == 300 and x.fingerprint == lookup.load_adapter("x@300").fingerprint
+        assert registry.checksums_of(x.metadata)["adapters.safetensors"] == files.sha256(
+            x.folder / "adapters.safetensors"
+        )
+
+
+@pytest.mark.parametrize("change", [lambda: keeping.rename("a", "z"), lambda: keeping.remove("a")])
+def test_a_list_beside_a_rename_or_removal_is_from_before_or_after_it(base, monkeypatch, change):
+    for name in "ab":
+        registry.register(make_adapter(base), name)
+    read, changed = registry.read_entry, []
+
+    def overtaking(folder):
+        if not changed:
+            changed.append(folder)
+            change()
+        return read(folder)
+
+    monkeypatch.setattr(registry, "read_entry", overtaking)
+    found = [(entry.name, entry.problem) for entry in registry.list_adapters()]
+    assert changed and found == [(name, None) for name in registry.names()]
+
+
+def test_a_check_that_is_overtaken_by_a_change_is_made_anew(base, monkeypatch):
+    make_run(base, "x")
+    keeping.use("x@100")
+    read, overtaken = files.sha256, []
+
+    def overtaking(path):
+        if not overtaken:
+            overtaken.append(path)
+            keeping.use("x@300")
+        return read(path)
+
+    monkeypatch.setattr(files, "sha256", overtaking)
+    assert [check for check in verifying.verify("x", base="nowhere").problems if check.what == "checksums"] == []
+
+
+def test_a_pack_beside_changes_is_of_one_version(base, tmp_path, monkeypatch):
+    """The adapter is replaced while its files are opened, and again while they are packed."""
+    make_run(base, "x")
+    others = [make_adapter(base, seed=seed, factor=777.0, rank=2) for seed in (5, 6)]
+    packs = (
+        (lambda *_: registry.register(others[0], "x", overwrite=True)),
+        (lambda event: registry.register(others[1], "x", overwrite=True)),
+    )
+    read, changed = packing.read_adapter, []
+
+    def overtaking(*arguments):
+        found = read(*arguments)
+        if not changed:
+            changed.append(packs[0]())
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "read_adapter", overtaking)
+        packing.pack("x", tmp_path / "x.tar.gz", checkpoints=True, on_event=packs[1])
+    packing.add(tmp_path / "x.tar.gz", out=tmp_path / "out")
+    assert lookup.load_adapter(tmp_path / "out").fingerprint == others[0].fingerprint
+    assert lookup.load_adapter("x").fingerprint == others[1].fingerprint
+
+
+# -- two processes ------------------------------------------------------------------------------------------
+
+OVERWRITE = """
+import dataclasses, sys
+from mlx_adapters.sources import lookup, registry
+a, b = lookup.load_adapter("a"), lookup.load_adapter("b")
+print("ready", flush=True)
+while True:
+    for adapter in (a, b):
+        registry.register(adapter, "x", overwrite=True)
+"""
+
+
+def test_a_read_beside_overwrites_is_of_one_adapter(base, home):
+    wanted = set()
+    for name, factor in (("a", 2.0), ("b", 777.0)):
+        adapter = registry.register(make_adapter(base, seed=int(factor), factor=factor), name)
+        wanted.add((adapter.fingerprint, factor))
+    registry.register(adapter, "x")
+    environment = os.environ | {"MLX_ADAPTERS_HOME": str(home), "PYTHONPATH": str(ROOT)}
+    writer = subprocess.Popen([sys.executable, "-c", OVERWRITE], env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert writer.stdout.readline().strip() == "ready"
+        seen = Counter()
+        while len(seen) < 2 or seen.total() < 300:
+            x = lookup.load_adapter("x")
+            seen[x.fingerprint, x.config.scale] += 1
+            entry = registry.read_entry(registry.adapter_folder("x"))
+            assert entry.problem is None and entry.scale in (2.0, 777.0)
+    finally:
+        writer.kill()
+        writer.communicate()
+    assert set(seen) == wanted
+
+
+def test_a_folder_without_its_slash_is_told_how_to_write_it(tmp_path, monkeypatch):
+    (tmp_path / "out" / "sql").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        references.parse_reference("home/out/sql")
+    assert "'./home/out/sql'" in caught.value.hint
+    with pytest.raises(HubError) as caught:
+        lookup.locate("out/sql")
+    assert "'./out/sql'" in caught.value.hint
+
+
+def test_a_link_to_a_disk_that_is_not_connected_is_listed_and_told(base, tmp_path):
+    """`list`, `rename` and `prune --all` agree on it, and what they advise can be done."""
+    make_run(base, "sql")
+    link = registry.adapters_folder() / "away"
+    link.symlink_to(tmp_path / "disk" / "away")
+    assert {entry.name: entry.problem is None for entry in registry.list_adapters()} == {"sql": True, "away": False}
+    with pytest.raises(NotFoundError, match=r"is a link to .*disk/away'") as caught:
+        lookup.load_adapter("away")
+    assert str(link) in caught.value.hint
+    with pytest.raises(ExistsError, match="stands in the way"):
+        keeping.rename("sql", "away")
+    run = CliRunner().invoke(cli, ["prune", "--all", "--keep-last", "0", "--no-keep-best", "--yes"])
+    assert run.exit_code == 0 and "'away' is left alone" in run.stderr and "@300" in run.stdout
+    link.unlink()
+    assert registry.names() == ["sql"]
+
+
+def test_a_rename_that_the_disk_refuses_changes_nothing(base, monkeypatch):
+    registry.register(make_adapter(base), "sql")
+
+    def refused(source, target):
+        raise PermissionError(errno.EACCES, "Permission denied", str(source), None, str(target))
+
+    with monkeypatch.context() as patched, pytest.raises(StorageError, match=r"Cannot write .*adapters/new'"):
+        patched.setattr(files.os, "rename", refused)
+        keeping.rename("sql", "new")
+    assert registry.read_entry(registry.adapter_folder("sql")).metadata["name"] == "sql"

@@ -1,0 +1,103 @@
+"""Two processes under `mlx.launch` (ring, CPU) train as one does; a lost one leaves a whole checkpoint."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.training_tools import write_data
+
+from mlx_adapters import LoraConfig, TrainConfig, train
+from mlx_adapters.config.mapping import to_mapping
+from mlx_adapters.data.batches import epoch_batches
+from mlx_adapters.data.tokenizing import Row
+from mlx_adapters.optimization.distributed import World
+from mlx_adapters.optimization.feed import make_feed
+from mlx_adapters.storage import files, tensor_files
+from mlx_adapters.training import state as states
+
+TESTS = Path(__file__).parents[1]
+LORA = LoraConfig(rank=4, scale=2.0, target_modules=("q_proj", "v_proj"))
+TRAINING = TrainConfig(
+    iterations=8,
+    batch_size=4,
+    learning_rate=0.01,
+    mask_prompt=True,
+    eval_every=4,
+    save_every=3,
+    report_every=2,
+    grad_accumulation=2,
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model, tmp_path_factory):
+    """What four launches of two processes said, and the home and data they used: a run, the same name again,
+    a run whose rank 1 dies after five iterations, and its resumption."""
+    work = tmp_path_factory.mktemp("two")
+    data = write_data(work / "data", rows=13, valid=5)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+        "OPENBLAS_NUM_THREADS": "1",
+        "MLX_ADAPTERS_HOME": str(work / "home"),
+    }
+
+    def launch(name: str, die_at: int | None = None, **options) -> str:
+        request = {
+            "base": str(tiny_model()),
+            "data": str(data),
+            "name": name,
+            "lora": to_mapping(LORA),
+            "training": to_mapping(TRAINING),
+            "die_at": die_at,
+            **options,
+        }
+        (work / "request.json").write_text(json.dumps(request))
+        script = [sys.executable, str(TESTS / "helpers" / "train_two.py"), str(work / "request.json")]
+        command = [str(Path(sys.executable).parent / "mlx.launch"), "-n", "2", "--backend", "ring", "--", *script]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240).stdout
+
+    said = {"two": launch("two"), "again": launch("two"), "lost": launch("lost", die_at=5)}
+    saved = states.newest(work / "home" / "adapters" / "lost")[0].state.iteration
+    said["resumed"] = launch("lost", resume=True)
+    return said, work / "home" / "adapters", data, saved
+
+
+def test_two_processes_train_as_one(runs, tiny_model):
+    said, adapters, data, _ = runs
+    assert said["two"].count("finished") == 2
+    one = train(tiny_model(), data, name="one", lora=LORA, training=TRAINING)
+    two = files.read_json(adapters / "two" / "adapter_metadata.json")
+    assert np.allclose(one.train_losses, two["train_losses"], rtol=1e-4)
+    assert np.allclose(one.validation_losses, two["validation_losses"], rtol=1e-4)
+    assert one.trained_tokens == two["trained_tokens"]
+    a, b = (tensor_files.read_safetensors(folder / "adapters.safetensors") for folder in (one.folder, adapters / "two"))
+    assert all(np.allclose(a[n], b[n], atol=1e-4) for n in a)
+
+
+def test_a_lost_process_ends_the_run_with_a_whole_checkpoint_that_resumes(runs):
+    said, adapters, _, saved = runs
+    assert "finished" not in said["lost"] and saved == 5
+    assert "Another process of this run was lost after iteration 5" in said["lost"]
+    assert said["resumed"].count("finished") == 2
+    a, b = (tensor_files.read_safetensors(adapters / n / "0000008_adapters.safetensors") for n in ("two", "lost"))
+    assert all(np.array_equal(a[n], b[n]) for n in a)
+
+
+def test_what_one_process_refuses_all_refuse(runs):
+    assert runs[0]["again"].count("already exists") == 2
+
+
+def test_each_row_goes_to_one_process():
+    rows = [Row(np.arange(n), np.arange(n) > 0, str(n), n) for n in range(3, 20)]
+    config = TrainConfig(batch_size=4)
+    feeds = [make_feed(rows, config, gpu=False, world=World(rank, 3)) for rank in range(3)]
+    for indexes in epoch_batches([len(r.tokens) for r in rows], 4, 0, 0):
+        shares = [feed.batch(indexes) for feed in feeds]
+        named = [where for share in shares if share.trained_tokens for where in share.where]
+        assert sorted(named) == sorted(rows[i].where for i in indexes)
+        assert sum(s.trained_tokens for s in shares) == sum(rows[i].trained_tokens for i in indexes)

@@ -1,0 +1,68 @@
+"""However a run is set up: stopped anywhere and resumed, it ends with the same bits as one that never was."""
+
+import dataclasses
+import shutil
+import typing
+
+import pytest
+from helpers.training_table import LORA, TRAINING, WAYS
+from helpers.training_tools import PowerCut, cut_after, outcome, write_data
+
+from mlx_adapters import LoraConfig, TrainConfig, train
+from mlx_adapters.sources.registry import adapter_folder
+
+CONFIGS = (LoraConfig, TrainConfig)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("rows") / "data")
+
+
+def values_of(config: type) -> dict[str, set]:
+    """Setting -> the values that it takes in the table."""
+    index = CONFIGS.index(config)
+    found: dict[str, set] = {field.name: set() for field in dataclasses.fields(config)}
+    for way in WAYS.values():
+        settings = way.settings[index]
+        for name, values in found.items():
+            values.add(repr(getattr(settings, name)))
+    return found
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_setting_is_in_the_table(config):
+    """Each is set to something else than its default, and each choice is made, somewhere."""
+    hints, values = typing.get_type_hints(config), values_of(config)
+    for field in dataclasses.fields(config):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        assert values[field.name] - {repr(default)}, f"no way to train in the table sets '{field.name}'"
+        for choice in typing.get_args(hints[field.name]):
+            chosen = typing.get_args(choice) if typing.get_origin(choice) is typing.Literal else (choice,)
+            missing = {repr(c) for c in chosen if isinstance(c, str)} - values[field.name]
+            assert not missing, f"no way to train in the table has '{field.name}' {missing}"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_resumed_run_equals_an_uninterrupted_one(way, tiny_model, data):
+    lora, training = WAYS[way].settings
+    base = tiny_model(**{"architecture": "llama"} | WAYS[way].base)
+    more = {}
+    if WAYS[way].init_from:
+        train(base, data, name="first", lora=lora, training=TrainConfig(**TRAINING | {"iterations": 2}))
+        more["init_from"] = "first"
+    whole = train(base, data, name="whole", lora=lora, training=training, **more)
+    expected = outcome(adapter_folder("whole"))
+    for cut in {4, 5, whole.final.iteration - 1}:
+        with pytest.raises(PowerCut):
+            train(base, data, name="cut", lora=lora, training=training, on_event=cut_after(cut), **more)
+        train(name="cut", resume=True)
+        found = outcome(adapter_folder("cut"))
+        found["adapter_metadata.json"]["name"] = "whole"
+        assert found == expected, f"cut after {cut}"
+        shutil.rmtree(adapter_folder("cut"))
+    assert whole.stopped_early == (way == "early stop")
+
+
+def test_the_table_changes_what_is_computed():
+    assert all(way.settings != (LoraConfig(**LORA), TrainConfig(**TRAINING)) or way.init_from for way in WAYS.values())

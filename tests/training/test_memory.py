@@ -1,0 +1,122 @@
+"""The forecast against what a step then takes, on a model deep enough to be extended from four blocks."""
+
+import gc
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from helpers.training_tools import write_data
+
+from mlx_adapters import LoraConfig, TrainConfig, estimate
+from mlx_adapters.data.tokenizing import Row
+from mlx_adapters.models.layers import named_layers
+from mlx_adapters.models.loading import load_model
+from mlx_adapters.optimization.optimizers import Optimizer
+from mlx_adapters.sources.bases import resolve_base
+from mlx_adapters.system.door import mx
+from mlx_adapters.training import forecast, setup
+
+DEEP = {"num_hidden_layers": 10, "hidden_size": 128, "intermediate_size": 256}
+LORA, TRAINING = LoraConfig(rank=8), TrainConfig(batch_size=4)
+
+
+def rows(length: int, count: int = 8) -> tuple[Row, ...]:
+    random = np.random.default_rng(0)
+    trained = np.arange(length) >= length // 2
+    return tuple(Row(random.integers(3, 500, length).astype(np.int32), trained, "here", length) for _ in range(count))
+
+
+def measured(folder, rows, lora, training) -> int:
+    model = load_model(resolve_base(folder))
+    keys = setup.add_layers(model, lora, 0).keys
+    layers = dict(named_layers(model.module))
+    prepared = setup.prepare(model, training, rows, (), {key: layers[key] for key in keys})
+    updates = prepared.feed.updates(0)
+    mx.eval(prepared.train_step.weights, prepared.train_step.optimizer.arrays())
+    gc.collect()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    already = mx.get_active_memory() - _standing(model, prepared)
+    for _ in range(2):
+        batches, tokens = next(updates)
+        prepared.train_step.take(batches, 1 / tokens, 1e-4)
+    return mx.get_peak_memory() - already
+
+
+def _standing(model, prepared) -> int:
+    """Bytes of this run's own weights, adapter and optimizer: other tests' arrays may still be in memory."""
+    from mlx.utils import tree_flatten
+
+    arrays = [a for _, a in tree_flatten(model.module.parameters())] + list(
+        prepared.train_step.optimizer.arrays().values()
+    )
+    return sum(a.nbytes for a in arrays)
+
+
+CASES = {
+    "plain": (LORA, TRAINING, 100),
+    "longer": (LORA, TRAINING, 250),
+    "few layers": (replace(LORA, num_layers=3), TRAINING, 200),
+    "recomputing": (LORA, replace(TRAINING, grad_checkpoint=True), 200),
+    "large adapter": (replace(LORA, rank=64), TRAINING, 50),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forecast_is_within_15_percent(case, tiny_model):
+    lora, training, length = CASES[case]
+    folder = tiny_model("llama", **DEEP)
+    peak = forecast.forecast(resolve_base(folder), rows(length), lora, training)[0].peak_bytes
+    assert peak == pytest.approx(measured(folder, rows(length), lora, training), rel=0.15)
+
+
+def test_parts_are_counted_exactly(tiny_model):
+    folder = tiny_model("llama", **DEEP)
+    parts, _ = forecast.forecast(resolve_base(folder), rows(50), LORA, TRAINING)
+    module = load_model(resolve_base(folder)).module
+    from mlx.utils import tree_flatten
+
+    assert parts.weights_bytes == sum(a.nbytes for _, a in tree_flatten(module.parameters()))
+    model = load_model(resolve_base(folder))
+    setup.add_layers(model, LORA, 0)
+    adapter = dict(tree_flatten(model.module.trainable_parameters()))
+    assert parts.adapter_bytes == parts.gradients_bytes == sum(a.nbytes for a in adapter.values())
+    state = Optimizer(TRAINING, adapter).arrays()
+    assert parts.optimizer_bytes == sum(a.nbytes for a in state.values())
+
+
+def test_quantized_base_counts_as_it_is_loaded(tiny_model):
+    folder = tiny_model("llama", bits=4, **DEEP)
+    parts, _ = forecast.forecast(resolve_base(folder), rows(50), LORA, TRAINING)
+    from mlx.utils import tree_flatten
+
+    loaded = sum(a.nbytes for _, a in tree_flatten(load_model(resolve_base(folder)).module.parameters()))
+    assert parts.weights_bytes == loaded
+
+
+def test_estimate_says_what_would_fit(tiny_model, tmp_path, monkeypatch):
+    data = write_data(tmp_path / "data", rows=20)
+    folder = tiny_model("llama", **DEEP)
+    found = estimate(folder, data, lora=LORA, training=TRAINING)
+    assert found.fits and found.advice == () and found.seconds_per_iteration > 0
+    assert found.largest_batch[0] == 4
+    # 494 million parameters would need 4 bytes four times: 7.9 GB, not terabytes.
+    total = sum(
+        np.prod(layer.weight.shape)
+        for _, layer in named_layers(load_model(resolve_base(folder)).module)
+        if "weight" in layer
+    )
+    assert found.full_finetune_bytes == 16 * total
+    monkeypatch.setattr(forecast, "usable_memory_bytes", lambda: int(found.peak_bytes * 0.8))
+    tight = estimate(folder, data, lora=LORA, training=TRAINING, timed=False)
+    assert not tight.fits and any(advice.startswith("--grad-checkpoint") for advice in tight.advice)
+    monkeypatch.setattr(forecast, "usable_memory_bytes", lambda: 1000)
+    assert estimate(folder, data, lora=LORA, training=TRAINING, timed=False).advice == (
+        "a base model of fewer parameters or bits",
+    )
+
+
+def test_memory_grows_with_batch_and_length(tiny_model):
+    base = resolve_base(tiny_model("llama", **DEEP))
+    peak = lambda training, length: forecast.forecast(base, rows(length), LORA, training)[0].peak_bytes  # noqa: E731
+    assert peak(TRAINING, 100) < peak(TRAINING, 200) < peak(replace(TRAINING, batch_size=8), 200)
