@@ -31,3 +31,11 @@ def test_equal_calls_share_a_folder_and_other_seeds_differ(tiny_model):
 def test_embeddings_are_tied_as_asked(tiny_model, architecture, tied):
     names = mx.load(str(tiny_model(architecture, tied=tied) / "model.safetensors"))
     assert ("lm_head.weight" in names) is not tied
+
+
+def test_scripts_elsewhere_find_the_tiny_models():
+    """Reproducers of faults say `import tiny_models`, with this folder on their path."""
+    import helpers.tiny_models
+    import tiny_models
+
+    assert tiny_models.build_model is helpers.tiny_models.build_model
