@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_adapters.config.columns import Columns
 from mlx_adapters.errors import FormatError
 from mlx_adapters.rows.messages import Message, conversation, tools_of, turn
 from mlx_adapters.rows.values import is_missing, kind, parsed, plain, text_of
@@ -27,6 +26,7 @@ QUESTIONS = ("prompt", "instruction", "question", "query", "problem", "input")
 ANSWERS = ("completion", "response", "output", "answer", "solution", "target", "reply")
 SYSTEM = ("system", "system_prompt")
 TEMPLATE_ARGUMENTS = "chat_template_kwargs"  # TRL's name
+ORDINARY = {"messages", "'prompt' and 'completion'", "text", "preferences"}  # need no word about how they are read
 Values = Mapping[str, Any]
 
 
@@ -59,18 +59,18 @@ class Canonical:
     template_arguments: dict[str, Any] = field(default_factory=dict)
 
 
-def recognize(values: Values, columns: Columns, where: str) -> Canonical:
+def recognize(values: Values, columns: Mapping[str, str], where: str) -> Canonical:
     """What the values of a row mean.
 
     Args:
         values: by column.
-        columns: names that the user gave; they decide alone.
+        columns: names that the user gave, by "prompt", "completion", "text" and "messages"; they decide alone.
         where: the place of the row, for errors.
 
     Raises FormatError, naming the place, for no shape or for two.
     """
     present = {name: value for name, value in values.items() if not is_missing(value)}
-    if columns.given:
+    if columns:
         return _named(present, columns, where)
     found = next((shape for shape in (find(present, where) for find in SHAPES) if shape is not None), None)
     if found is None:
@@ -78,17 +78,24 @@ def recognize(values: Values, columns: Columns, where: str) -> Canonical:
     return found
 
 
-def _named(values: Values, columns: Columns, where: str) -> Canonical:
-    for name in columns.given.values():
+def is_known(values: Values) -> bool:
+    """Whether columns of these names are recognized, whatever they hold."""
+    try:
+        return any(find(dict.fromkeys(values, ""), "") is not None for find in SHAPES)
+    except FormatError:
+        return True
+
+
+def _named(values: Values, columns: Mapping[str, str], where: str) -> Canonical:
+    for name in columns.values():
         if name not in values:
             has = ", ".join(map(repr, values)) or "none"
             raise FormatError(f"{where}: the row has no column '{name}'.", f"it has: {has}.")
-    if columns.messages is not None:
-        return _chat(values, columns.messages, where)
-    if columns.text is not None:
-        return _text(values, columns.text, where)
-    assert columns.prompt is not None and columns.completion is not None
-    return _pair(values, columns.prompt, columns.completion, where)
+    if "messages" in columns:
+        return _chat(values, columns["messages"], where)
+    if "text" in columns:
+        return _text(values, columns["text"], where)
+    return _pair(values, columns["prompt"], columns["completion"], where)
 
 
 def _conversation(values: Values, where: str) -> Canonical | None:
