@@ -125,12 +125,12 @@ def _read_local(path: Path, read: DataConfig) -> dict[str, Split]:
         raise NotFoundError(
             f"There is no data folder '{path}'.", f"a Hugging Face data set is written {hub.PREFIX}user/name."
         )
-    found = {}
+    splits = {}
     for name, files in files_of(path).items():
         digests = [sha256(file) for file in files]
         digest = digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-        found[name] = _split(name, [row for file in files for row in read_file(file)], digest, read)
-    return found
+        splits[name] = _split(name, [row for file in files for row in read_file(file)], digest, read)
+    return splits
 
 
 def _in_memory(name: str, rows: list[Located], read: DataConfig) -> Split:
@@ -146,15 +146,15 @@ def kept_text(rows: Sequence[RawRow]) -> str:
 
 def _split(name: str, rows: list[Located], digest: str, read: DataConfig) -> Split:
     """The rows of a split, each of a known shape, without those whose `weight` is 0."""
-    found = [RawRow(values, where, read) for values, where in rows]
-    weights = [row.weight for row in found]
+    everything = [RawRow(values, where, read) for values, where in rows]
+    weights = [row.weight for row in everything]
     if None in weights:  # a column of other numbers, somebody's own
-        weights = [1] * len(found)
-    kept = tuple(row for row, weight in zip(found, weights, strict=True) if weight)
+        weights = [1] * len(everything)
+    kept = tuple(row for row, weight in zip(everything, weights, strict=True) if weight)
     for row in kept:
         _ = row.format
     notes = _understood(name, kept)
-    if left_out := len(found) - len(kept):
+    if left_out := len(everything) - len(kept):
         notes.append(f"{count(left_out, 'row')} of {name} left out: their weight is 0.")
     return Split(name, kept, digest, tuple(notes))
 

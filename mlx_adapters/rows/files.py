@@ -35,10 +35,10 @@ def read_file(path: Path) -> list[Located]:
     suffix = suffix_of(path)
     if suffix is None:
         raise FormatError(f"'{path}' is none of {', '.join(READERS)}.", "rename or convert it.")
-    found = READERS[suffix.removesuffix(".gz")](path)
-    for values, where in found:
+    rows = READERS[suffix.removesuffix(".gz")](path)
+    for values, where in rows:
         require_unicode(values, where)
-    return found
+    return rows
 
 
 def _jsonl(path: Path) -> list[Located]:
@@ -89,11 +89,11 @@ def _parse_line(line: str, where: str) -> Values:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; of two values under one key nobody knows which is meant."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the key {twice[:60]!r} stands in it twice")
-    return found
+    return values
 
 
 def _why(error: Exception) -> str:

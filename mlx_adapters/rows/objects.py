@@ -34,7 +34,7 @@ def _is_column(values: Any) -> bool:
 
 def rows(data: Any, what: str) -> list[Located]:
     """The rows of one split, each with its place: `what` and its number. Raises FormatError for what holds none."""
-    found: list[Located] = []
+    numbered: list[Located] = []
     for number, row in enumerate(_mappings(data), 1):
         where = f"{what} {number}"
         if not isinstance(row, Mapping):
@@ -44,15 +44,15 @@ def rows(data: Any, what: str) -> list[Located]:
         except RecursionError:
             raise FormatError(f"{where} is nested too deeply, or holds itself.") from None
         require_unicode(values, where)
-        found.append((values, where))
-    return found
+        numbered.append((values, where))
+    return numbered
 
 
 def _mappings(data: Any) -> Iterable[Any]:
     for name, options in (("iterrows", ("records",)), ("to_dicts", ()), ("to_pylist", ())):  # pandas, polars, Arrow
         if hasattr(data, name):
-            found = getattr(data, name.replace("iterrows", "to_dict"))(*options)
-            return _renamed(found)
+            records = getattr(data, name.replace("iterrows", "to_dict"))(*options)
+            return _renamed(records)
     if isinstance(data, Mapping):
         return _from_columns(data)
     if isinstance(data, str | bytes):

@@ -72,10 +72,10 @@ def recognize(values: Values, columns: Mapping[str, str], where: str) -> Canonic
     present = {name: value for name, value in values.items() if not is_missing(value)}
     if columns:
         return _named(present, columns, where)
-    found = next((shape for shape in (find(present, where) for find in SHAPES) if shape is not None), None)
-    if found is None:
+    canonical = next((shape for shape in (find(present, where) for find in SHAPES) if shape is not None), None)
+    if canonical is None:
         raise _unknown(values, where)
-    return found
+    return canonical
 
 
 def is_known(values: Values) -> bool:
@@ -102,18 +102,18 @@ def _conversation(values: Values, where: str) -> Canonical | None:
     names = [name for name in CONVERSATIONS if name in values]
     if not names:
         return None
-    found = _chat(values, names[0], where)
+    conversed = _chat(values, names[0], where)
     others = [_chat(values, name, where) for name in names[1:]]
     if "prompt" in values and "completion" in values:
         others.append(_pair(values, "prompt", "completion", where))
     for other in others:
-        if other.messages[-1].get("content") != found.messages[-1].get("content"):
-            here, there = (" and ".join(f"'{name}'" for name in shape.used[:2]) for shape in (found, other))
+        if other.messages[-1].get("content") != conversed.messages[-1].get("content"):
+            here, there = (" and ".join(f"'{name}'" for name in shape.used[:2]) for shape in (conversed, other))
             raise FormatError(
                 f"{where}: the row has {here}, and {there}, which end differently.",
                 "say which is meant: --messages-column, or --prompt-column and --completion-column.",
             )
-    return found
+    return conversed
 
 
 def _prompt_completion(values: Values, where: str) -> Canonical | None:
@@ -205,19 +205,19 @@ def _completion(
     values: Values, prompt: str, completion: str, used: tuple[str, ...], shape: str, where: str
 ) -> Canonical:
     messages, weights = [turn("user", prompt), turn("assistant", completion)], (1, 1)
-    found = _with_extras(values, messages, weights, used, shape, where)
-    if len(found.messages) > 2 or found.tools:  # a system prompt or tools: it takes a template to write them
-        return found
+    whole = _with_extras(values, messages, weights, used, shape, where)
+    if len(whole.messages) > 2 or whole.tools:  # a system prompt or tools: it takes a template to write them
+        return whole
     return Canonical(
         "completion",
         shape,
-        found.used,
-        found.messages,
+        whole.used,
+        whole.messages,
         weights,
         None,
         prompt,
         completion,
-        template_arguments=found.template_arguments,
+        template_arguments=whole.template_arguments,
     )
 
 

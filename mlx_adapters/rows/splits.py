@@ -27,7 +27,7 @@ def choose(names: Iterable[str], source: str, how: str) -> dict[str, str]:
     Raises FormatError if two names could be meant.
     """
     names = sorted(names)
-    found = {}
+    chosen = {}
     for split, known in NAMES.items():
         likely = [name for name in names if name.lower() in known]
         likely = likely or [name for name in names if name.lower().startswith(tuple(f"{word}_" for word in known))]
@@ -36,8 +36,8 @@ def choose(names: Iterable[str], source: str, how: str) -> dict[str, str]:
         if len(likely) > 1:
             raise FormatError(f"'{source}' has several splits to {_purpose(split)}: {', '.join(likely)}.", how)
         if likely:
-            found[split] = likely[0]
-    return found
+            chosen[split] = likely[0]
+    return chosen
 
 
 def _purpose(split: str) -> str:
