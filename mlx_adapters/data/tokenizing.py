@@ -1,20 +1,20 @@
 """From rows to tokens, with the tokens marked that the loss counts.
 
-Without `mask_prompt` every token but the first is trained. With it only the assistant's tokens are: all of
-its turns, or the last one (`last_turn_only`). A turn reaches from the first token after the generation prompt
-to its end-of-turn tokens. Where a turn lies is found by rendering the conversation up to it and beyond it;
-a template that renders earlier turns differently once later ones follow (Qwen 3 drops their reasoning) is
-handled by putting another text in the turn's place and seeing which tokens change.
+Without `mask_prompt` every token but the first is trained. With it only what the model writes: all turns of the
+assistant, or the last one (`last_turn_only`), from the end of the generation prompt to the token that ends the turn.
+`data.conversation` finds them.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from mlx_adapters.data.datasets import RawRow
+from mlx_adapters.data.conversation import Conversation, conversation, refusing
 from mlx_adapters.errors import FormatError
+from mlx_adapters.rows.row import RawRow
+from mlx_adapters.system.tracing import NOT_SAID
 
 Tokens = list[int]
 
@@ -79,23 +79,75 @@ def tokenize_row(
     raw: RawRow, tokenizer: Any, max_seq_length: int = 2048, *, mask_prompt: bool = False, last_turn_only: bool = False
 ) -> Row:
     """One row as tokens and trained marks, cut to `max_seq_length`."""
-    kind = raw.format
-    if kind == "text":
-        tokens, spans = _text(raw, tokenizer, mask_prompt)
-    elif kind == "completion" and not _has_template(tokenizer):
-        tokens, spans = _plain_completion(raw, tokenizer)
+    tokens: Sequence[int] | np.ndarray
+    trained: np.ndarray | None
+    if raw.format == "text":
+        tokens, trained = _text(raw, tokenizer, mask_prompt)
+    elif raw.format == "completion" and not has_template(tokenizer):
+        tokens, trained = _plain_completion(raw, tokenizer)
+    elif mask_prompt:
+        found = row_conversation(raw, tokenizer, last_turn_only)
+        tokens, trained = found.tokens, found.trained
     else:
-        tokens, spans = _chat(raw, tokenizer, mask_prompt, last_turn_only)
-    trained = np.zeros(len(tokens), bool)
-    for start, stop in spans if mask_prompt else [(0, len(tokens))]:
-        trained[start:stop] = True
-    trained[:1] = False
+        tokens, trained = _whole_conversation(raw, tokenizer), None
+    marks = np.ones(len(tokens), bool) if trained is None or not mask_prompt else trained
+    marks[:1] = False
     cut = slice(max_seq_length)
-    return Row(np.array(tokens[cut], np.int32), trained[cut], raw.where, len(tokens))
+    return Row(np.array(tokens[cut], np.int32), marks[cut], raw.where, len(tokens))
 
 
-def _has_template(tokenizer: Any) -> bool:
+def has_template(tokenizer: Any) -> bool:
+    """Whether there is a chat template."""
     return bool(getattr(tokenizer, "has_chat_template", getattr(tokenizer, "chat_template", None)))
+
+
+def row_conversation(raw: RawRow, tokenizer: Any, last_turn_only: bool = False) -> Conversation:
+    """A chat or completion row, with the turns marked that are trained (see `conversation`).
+
+    Turns of weight 0 are not. Raises FormatError for a row that has no turn to train, or none whose text the template
+    writes.
+    """
+    _require_template(raw, tokenizer)
+    messages = raw.messages
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        raise FormatError(f"{raw.where}: no assistant turn to train on.", "add one, or drop --mask-prompt.")
+    turns = [i for i in (turns[-1:] if last_turn_only else turns) if raw.weights[i]]
+    found = conversation(
+        messages,
+        tokenizer,
+        raw.where,
+        tools=raw.tools,
+        template_arguments=raw.template_arguments,
+        turns=turns,
+    )
+    if turns and not any(turn.reached for turn in found.turns) and any(_has_words(messages[i]) for i in turns):
+        which = ", ".join(str(i + 1) for i in turns)
+        raise FormatError(
+            f"{raw.where}: the chat template writes nothing of what the assistant says (message {which}).",
+            "see what it makes of the row: data check --row, or train without --mask-prompt.",
+        )
+    return found
+
+
+def _has_words(message: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, str) and value.strip() for key, value in message.items() if key not in NOT_SAID)
+
+
+def _require_template(raw: RawRow, tokenizer: Any) -> None:
+    if not has_template(tokenizer):
+        raise FormatError(
+            f"{raw.where}: a chat row, but the tokenizer has no chat template.",
+            "use an instruction-tuned base model, or text or prompt-completion rows.",
+        )
+
+
+def _whole_conversation(raw: RawRow, tokenizer: Any) -> Tokens:
+    _require_template(raw, tokenizer)
+    with refusing(raw.where):
+        return list(
+            tokenizer.apply_chat_template(raw.messages, tools=raw.tools, return_dict=False, **raw.template_arguments)
+        )
 
 
 def _with_end(tokens: Tokens, tokenizer: Any) -> Tokens:
@@ -103,124 +155,29 @@ def _with_end(tokens: Tokens, tokenizer: Any) -> Tokens:
     return tokens if end is None or tokens[-1:] == [end] else [*tokens, end]
 
 
-def _text(raw: RawRow, tokenizer: Any, mask_prompt: bool) -> tuple[Tokens, list[tuple[int, int]]]:
+def _encoded(text: str, tokenizer: Any) -> Tokens:
+    """A text with the tokens that the tokenizer puts around it; a BOS that stands in the text already comes once."""
+    tokens, bos = list(tokenizer.encode(text)), tokenizer.bos_token_id
+    return tokens[1:] if bos is not None and tokens[:2] == [bos, bos] else tokens
+
+
+def _text(raw: RawRow, tokenizer: Any, mask_prompt: bool) -> tuple[Tokens, None]:
     if mask_prompt:
         raise FormatError(
             f"{raw.where}: a text row has no prompt to mask.",
             "use prompt-completion or chat rows, or train without --mask-prompt.",
         )
-    return _with_end(list(tokenizer.encode(raw.text)), tokenizer), []
+    return _with_end(_encoded(raw.text, tokenizer), tokenizer), None
 
 
-def _plain_completion(raw: RawRow, tokenizer: Any) -> tuple[Tokens, list[tuple[int, int]]]:
+def _plain_completion(raw: RawRow, tokenizer: Any) -> tuple[Tokens, np.ndarray]:
     """Without a chat template a prompt and its completion are simply joined."""
-    prompt = list(tokenizer.encode(raw.prompt))
+    prompt = _encoded(raw.prompt, tokenizer)
     answer = list(tokenizer.encode(raw.completion, add_special_tokens=False))
     tokens = _with_end(prompt + answer, tokenizer)
-    return tokens, [(len(prompt), len(tokens))]
-
-
-def _chat(raw: RawRow, tokenizer: Any, mask_prompt: bool, last_turn_only: bool) -> tuple[Tokens, list[tuple[int, int]]]:
-    if not _has_template(tokenizer):
-        raise FormatError(
-            f"{raw.where}: a chat row, but the tokenizer has no chat template.",
-            "use an instruction-tuned base model, or text or prompt-completion rows.",
-        )
-    messages, render = messages_of(raw), _renderer(raw, tokenizer)
-    try:
-        tokens = render(messages, False)
-    except Exception as error:
-        raise FormatError(f"{raw.where}: the chat template refuses the row: {error}.") from None
-    if not mask_prompt:
-        return tokens, []
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns:
-        raise FormatError(f"{raw.where}: no assistant turn to train on.", "add one, or drop --mask-prompt.")
-    ends = _end_tokens(tokenizer)
-    turns = turns[-1:] if last_turn_only else turns
-    return tokens, [_turn_span(tokens, messages, turn, render, ends, raw.where) for turn in turns]
+    return tokens, np.arange(len(tokens)) >= len(prompt)
 
 
 def messages_of(raw: RawRow) -> list[dict[str, Any]]:
     """The conversation of a chat or prompt-completion row."""
     return raw.messages
-
-
-Render = Callable[[Sequence[dict[str, Any]], bool], Tokens]
-
-
-def _renderer(raw: RawRow, tokenizer: Any) -> Render:
-    def render(messages: Sequence[dict[str, Any]], generation_prompt: bool) -> Tokens:
-        return list(
-            tokenizer.apply_chat_template(
-                list(messages),
-                tools=raw.tools,
-                add_generation_prompt=generation_prompt,
-                return_dict=False,
-                **raw.template_arguments,
-            )
-        )
-
-    return render
-
-
-def _end_tokens(tokenizer: Any) -> set[int]:
-    ends = set(getattr(tokenizer, "eos_token_ids", None) or ())
-    return ends | set(getattr(tokenizer, "all_special_ids", None) or ()) | {tokenizer.eos_token_id}
-
-
-def _turn_span(
-    tokens: Tokens, messages: list[dict[str, Any]], turn: int, render: Render, ends: set[int], where: str
-) -> tuple[int, int]:
-    """[start, stop) of the assistant's turn in `tokens`."""
-    span = _span_by_prefix(tokens, messages, turn, render)
-    if span is None and isinstance(messages[turn].get("content"), str):
-        span = _span_by_substitution(tokens, messages, turn, render, ends)
-    if span is None:
-        raise FormatError(
-            f"{where}: the chat template does not show where message {turn + 1} lies.",
-            "train without --mask-prompt, or with --last-turn-only.",
-        )
-    return span
-
-
-def _span_by_prefix(
-    tokens: Tokens, messages: list[dict[str, Any]], turn: int, render: Render
-) -> tuple[int, int] | None:
-    try:
-        before = render(messages[:turn], True)
-        last = turn + 1 == len(messages)
-        after = tokens if last else render(messages[: turn + 1], False)
-    except Exception:  # a template may refuse a conversation that stops here
-        return None
-    stable = tokens[: len(before)] == before and tokens[: len(after)] == after
-    return (len(before), len(after)) if stable and len(after) > len(before) else None
-
-
-def _span_by_substitution(
-    tokens: Tokens, messages: list[dict[str, Any]], turn: int, render: Render, ends: set[int]
-) -> tuple[int, int] | None:
-    """Tokens that change when the turn's text does; two texts, in case one shares a token with it."""
-    starts, stops = [], []
-    for text in ("0", "zebra."):
-        changed = [*messages]
-        changed[turn] = {**messages[turn], "content": text}
-        try:
-            other = render(changed, False)
-        except Exception:
-            return None
-        if other == tokens:
-            continue
-        start = _common(tokens, other)
-        starts.append(start)
-        room = min(len(tokens), len(other)) - start
-        stops.append(len(tokens) - min(_common(tokens[::-1], other[::-1]), room))
-    if not starts or min(starts) >= max(stops):
-        return None
-    start, stop = min(starts), max(stops)
-    return start, stop + (stop < len(tokens) and tokens[stop] in ends)
-
-
-def _common(a: Tokens, b: Tokens) -> int:
-    """Length of the common beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -14,7 +14,9 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
 from types import BuiltinMethodType
 from typing import Any
 
@@ -103,20 +105,50 @@ def _renew() -> None:
 os.register_at_fork(after_in_child=_renew)
 
 
-class _LimitedTemplate(Template):
+@dataclass(frozen=True)
+class Call:
+    """A rendering that was seen: the template, its variables by name, and the text."""
+
+    template: "LimitedTemplate"
+    variables: Mapping[str, Any]
+    text: str
+
+
+_seen: ContextVar[list[Call] | None] = ContextVar("renderings seen", default=None)
+
+
+@contextlib.contextmanager
+def seen_renderings() -> Iterator[list[Call]]:
+    """What is rendered within the block, by whomever: so one sees what a tokenizer hands to its template."""
+    calls: list[Call] = []
+    token = _seen.set(calls)
+    try:
+        yield calls
+    finally:
+        _seen.reset(token)
+
+
+class LimitedTemplate(Template):
+    """A template of `Bounded`. It knows its `source`."""
+
+    source: str
+    traced: "LimitedTemplate | None" = None  # see `tracing`
+
     def render(self, *args: Any, **kwargs: Any) -> str:
         """See jinja2.Template.render. Raises LimitError."""
         with _watch.limits():
             text = super().render(*args, **kwargs)
         if len(text) > LONG_TEXT and len(text) > GROWTH * len(str((args, kwargs))):
             raise LimitError(f"it makes {len(text):,} characters of a short conversation")
+        if (seen := _seen.get()) is not None:
+            seen.append(Call(self, dict(*args, **kwargs), text))
         return text
 
 
 class Bounded(ImmutableSandboxedEnvironment):
     """jinja's sandbox, in which no operation makes something huge and a whole rendering has its limits."""
 
-    template_class = _LimitedTemplate
+    template_class = LimitedTemplate
     intercepted_binops = frozenset({"*", "**", "%"})
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -126,7 +158,7 @@ class Bounded(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Refuse calls of methods of texts and numbers that would make something huge."""
-        if isinstance(__obj, BuiltinMethodType):
+        if isinstance(__obj, BuiltinMethodType) or isinstance(getattr(__obj, "__self__", None), str):
             _check_call(__obj.__name__, (__obj.__self__, *args, *kwargs.values()))
         return super().call(__context, __obj, *args, **kwargs)
 
@@ -142,10 +174,12 @@ class Bounded(ImmutableSandboxedEnvironment):
 
         return checked
 
-    def from_string(self, *args: Any, **kwargs: Any) -> Template:
+    def from_string(self, source: Any, *args: Any, **kwargs: Any) -> Any:
         """See jinja2.Environment.from_string; the filters that are there by now are bounded as calls are."""
         self.filters.update({name: _bounded(name, function) for name, function in self.filters.items()})
-        return super().from_string(*args, **kwargs)
+        template: Any = super().from_string(source, *args, **kwargs)
+        template.source = source
+        return template
 
 
 def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -32,7 +32,7 @@ def test_check_counts_what_is_there(tiny_model, tmp_path):
     assert report.overlaps == {"valid": 1}
     assert train.formats == {"completion": 4} and train.longest > 80 >= train.median_length
     trained = "".join(text for text, counted in report.first_row if counted)
-    assert trained == "SELECT 1<|im_end|>\n"
+    assert trained == "SELECT 1<|im_end|>"
     whole = "".join(text for text, _ in report.first_row)
     assert whole == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nSELECT 1<|im_end|>\n"
 

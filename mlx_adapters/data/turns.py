@@ -1,0 +1,295 @@
+"""Which characters of a rendered conversation the model writes when it speaks.
+
+A turn of the assistant's begins where the generation prompt ends and reaches to the token that ends a generation,
+included: reasoning, content, every call, whatever the template puts around them. `{% generation %}` marks decide
+where a template has them. Else four things are read off the traced rendering (`system.tracing`):
+
+- where the template wrote the message, from when its loop took it up until it went on;
+- which characters are the message's own, and which another message's;
+- the prompt: the conversation up to the message is rendered with the generation prompt, and what this adds after the
+  last character that is anybody's is found again in the whole. A prompt that says more than the turn shows (an empty
+  thought, say) counts as far as both agree;
+- the end: the first token after the last own character that stops a generation; else the last special token that the
+  template wrote there; else the last of what it wrote there that is not blank.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from mlx_adapters.system import tracing
+from mlx_adapters.system.templates import Call
+from mlx_adapters.system.tracing import Rendering, Run
+
+PROBE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A text as tokens. `ids`: (n,) ints; token i stands for characters [starts[i], ends[i]) of `text`."""
+
+    text: str
+    ids: list[int]
+    starts: np.ndarray
+    ends: np.ndarray
+
+    def from_char(self, char: int) -> int:
+        """The first token that reaches beyond `char`."""
+        token = int(np.searchsorted(self.ends, char, side="right"))
+        while token and self.starts[token - 1] == self.ends[token - 1] == char:  # blank, and its offsets trimmed
+            token -= 1
+        return token
+
+    def to_char(self, char: int) -> int:
+        """One past the last token that begins before `char`."""
+        return int(np.searchsorted(self.starts, char, side="left"))
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Ids of the tokens that stop a generation, of all special ones, and of all that were added to the vocabulary."""
+
+    stop: frozenset[int]
+    special: frozenset[int]
+    added: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Said:
+    """One turn of the assistant's in a row's tokens: the message's number from 0, the token ranges [start, stop) that
+    the model writes (none if the template leaves it out), whether any of its own text is among the row's characters,
+    and whether it ends in a token that stops a generation."""
+
+    message: int
+    spans: tuple[tuple[int, int], ...]
+    reached: bool
+    stops: bool
+
+
+@dataclass(frozen=True)
+class Written:
+    """A conversation as its template writes it. `prompt(k, flipped)` renders the messages before k with the generation
+    prompt, `flipped` with the template's switches (thinking) the other way round; None if the template refuses."""
+
+    rendering: Rendering
+    prompt: Callable[[int, bool], Rendering | None] = field(repr=False)
+    probe: Callable[[], "Written | None"] = field(repr=False)
+
+    @cached_property
+    def regions(self) -> dict[int, tuple[int, int]]:
+        """Where each message was written."""
+        return tracing.regions(self.rendering)
+
+    @cached_property
+    def marked(self) -> list[tuple[int, int]]:
+        """What stands in `{% generation %}`, as [start, stop)."""
+        starts = [mark.start for mark in self.rendering.marks if mark.what == "generation"]
+        stops = [mark.start for mark in self.rendering.marks if mark.what == "end"]
+        return list(zip(starts, stops, strict=False))
+
+    def own(self, message: int) -> list[Run]:
+        """The message's own characters, in the place where it was written."""
+        start, stop = self.regions.get(message, (0, len(self.rendering.text)))
+        return [r for r in self.rendering.runs if r.leaf.message == message and start <= r.start and r.stop <= stop]
+
+
+def written(call: Call) -> Written | None:
+    """The rendering that was seen, traced. None if it comes out otherwise."""
+    variables = {key: value for key, value in call.variables.items() if key != "messages"}
+    turns = tracing.wrapped(call.variables["messages"])
+    rendering = tracing.render(call.template, turns, variables)
+    return _written(call, turns, rendering, variables) if rendering.text == call.text else None
+
+
+def _written(call: Call, turns: list[tracing.Turn], rendering: Rendering, variables: Mapping[str, Any]) -> Written:
+    def attempt(messages: list[tracing.Turn], changed: Mapping[str, Any]) -> Rendering | None:
+        try:
+            return tracing.render(call.template, messages, {**variables, **changed})
+        except Exception:  # a template may refuse a conversation that stops here
+            return None
+
+    def prompt(message: int, flipped: bool) -> Rendering | None:
+        switches = {key: not value for key, value in variables.items() if flipped and isinstance(value, bool)}
+        return (
+            None
+            if flipped and len(switches) < 2
+            else attempt(turns[:message], {**switches, "add_generation_prompt": True})
+        )
+
+    def probe() -> Written | None:
+        messages = tracing.wrapped(PROBE)
+        found = attempt(messages, {})
+        return None if found is None else _written(call, messages, found, variables)
+
+    return Written(rendering, prompt, probe)
+
+
+def said(written: Written, encoded: Encoded, messages: Sequence[int], ends: Ends) -> list[Said]:
+    """What the model writes of these messages, in tokens."""
+    if written.marked:
+        return [_by_marks(written, encoded, message, ends) for message in messages]
+    prompts = _prompt_ends(written, encoded, messages, ends)
+    return [_by_rendering(written, encoded, message, prompts[message], ends) for message in messages]
+
+
+def _by_marks(written: Written, encoded: Encoded, message: int, ends: Ends) -> Said:
+    region = written.regions.get(message)
+    own = written.own(message)
+    spans = []
+    for start, stop in written.marked:
+        inside = region[0] <= start < region[1] if region else any(start <= run.start < stop for run in own)
+        if inside and start < stop:
+            spans.append((encoded.from_char(start), encoded.to_char(stop)))
+    return _said(encoded, message, spans, bool(own), ends)
+
+
+def _by_rendering(written: Written, encoded: Encoded, message: int, prompt: int | None, ends: Ends) -> Said:
+    own = written.own(message)
+    spans = []
+    if prompt is not None:
+        stop = written.regions.get(message, (0, None))[1]
+        others = [run for run in written.rendering.runs if run.leaf.message != message]
+        for number, (first, last) in enumerate(_groups(own, others) or [(prompt, prompt)]):
+            end = _end(encoded, max(last, prompt), stop, others, ends)
+            begin = encoded.from_char(prompt) if number == 0 else _resumed(encoded, first, others, ends)
+            spans.append((begin, end))
+    return _said(encoded, message, spans, bool(own), ends)
+
+
+def _said(encoded: Encoded, message: int, spans: list[tuple[int, int]], reached: bool, ends: Ends) -> Said:
+    spans = [(start, stop) for start, stop in spans if start < stop]
+    stops = bool(spans) and encoded.ids[spans[-1][1] - 1] in ends.stop
+    return Said(message, tuple(spans), reached, stops)
+
+
+def _groups(own: Sequence[Run], others: Sequence[Run]) -> list[tuple[int, int]]:
+    """Own characters as [start, stop), parted where another message's stand between them."""
+    groups: list[tuple[int, int]] = []
+    for run in own:
+        if groups and not any(groups[-1][1] <= other.start < run.start for other in others):
+            groups[-1] = (groups[-1][0], run.stop)
+        else:
+            groups.append((run.start, run.stop))
+    return groups
+
+
+def _resumed(encoded: Encoded, first: int, others: Sequence[Run], ends: Ends) -> int:
+    """The token from which a turn goes on after another message's text: what the template closes that with is not
+    the turn's."""
+    border = max(run.stop for run in others if run.stop <= first)
+    tokens = range(encoded.from_char(border), encoded.from_char(first))
+    return max((token + 1 for token in tokens if encoded.ids[token] in ends.special), default=encoded.from_char(first))
+
+
+def _end(encoded: Encoded, last: int, stop: int | None, others: Sequence[Run], ends: Ends) -> int:
+    """One past the last token of a turn whose own characters end at `last`, and which was written up to `stop`."""
+    border = min((run.start for run in others if run.start >= last), default=len(encoded.text))
+    stop = border if stop is None else min(stop, border)
+    first, after = encoded.to_char(last), encoded.to_char(stop)
+    while first < len(encoded.ids) and encoded.starts[first] < last:
+        first += 1
+    for token in range(first, min(after + 1, len(encoded.ids))):  # the one after may be what stops, as in GLM
+        if encoded.ids[token] in ends.stop and encoded.starts[token] < border:
+            return token + 1
+    special = [token for token in range(first, after) if encoded.ids[token] in ends.special]
+    if special:
+        return special[-1] + 1
+    return encoded.to_char(max(last, len(encoded.text[:stop].rstrip())))
+
+
+def _prompt_ends(written: Written, encoded: Encoded, messages: Sequence[int], ends: Ends) -> dict[int, int | None]:
+    """The character after each turn's generation prompt; None for turns that are not in the text."""
+    found = {k: _by_prompt(written, k) for k in messages if k in written.regions or written.own(k)}
+    headers: list[str] | None = None
+    result: dict[int, int | None] = dict.fromkeys(messages)
+    for message, prompt in found.items():
+        if prompt is None:
+            headers = _headers(written, found) if headers is None else headers
+            prompt = _by_header(written, message, headers)
+        if prompt is None:
+            prompt = _by_agreement(written, encoded, message, ends)
+        result[message] = prompt
+    return result
+
+
+def _by_prompt(written: Written, message: int) -> int | None:
+    """Where the generation prompt ends, if one stands there whole."""
+    for flipped in (False, True):
+        for at, rest in _prompts(written, message, flipped):
+            if written.rendering.text.startswith(rest, at):
+                return at + len(rest)
+    return None
+
+
+def _prompts(written: Written, message: int, flipped: bool) -> Iterator[tuple[int, str]]:
+    """(position, what the template writes from there on before the turn): after the last character of a message's."""
+    prompt = written.prompt(message, flipped)
+    if prompt is None:
+        return
+    if not prompt.runs:
+        yield 0, prompt.text
+        return
+    last, limit = prompt.runs[-1], _limit(written, message)
+    for run in reversed(written.rendering.runs):
+        if run.leaf == last.leaf and run.stop <= limit and _reach(run) == _reach(last):
+            yield run.stop, prompt.text[last.stop :]
+            return
+
+
+def _limit(written: Written, message: int) -> int:
+    """A character before which the turn does not begin."""
+    if message in written.regions:
+        return written.regions[message][0]
+    return written.own(message)[0].start
+
+
+def _reach(run: Run) -> int | None:
+    return None if run.offset is None else run.offset + run.stop - run.start
+
+
+def _headers(written: Written, found: Mapping[int, int | None]) -> list[str]:
+    """What stands before other turns, from where they were taken up; of none, what stands before a turn in general."""
+
+    def before(of: Written, prompts: Mapping[int, int | None]) -> list[str]:
+        starts = ((of.regions[k][0], end) for k, end in prompts.items() if end is not None and k in of.regions)
+        return [of.rendering.text[start:end] for start, end in starts if start < end]
+
+    headers = before(written, found)
+    probe = None if headers else written.probe()
+    return headers if probe is None else before(probe, {1: _by_prompt(probe, 1)})
+
+
+def _by_header(written: Written, message: int, headers: Sequence[str]) -> int | None:
+    """After the header that stands in the message's place: before its first own character, if it has any."""
+    text, own = written.rendering.text, written.own(message)
+    start, stop = written.regions.get(message, (0, len(text)))
+    for header in headers:
+        at = text.rfind(header, start, own[0].start) if own else text.find(header, start, stop)
+        if at >= 0:
+            return at + len(header)
+    return None
+
+
+def _by_agreement(written: Written, encoded: Encoded, message: int, ends: Ends) -> int:
+    """As far as the prompt and the text agree, back to the last line or added token; else the first own character."""
+    text, limit, own = written.rendering.text, _limit(written, message), written.own(message)
+    first = own[0].start if own else len(text)
+    for at, rest in _prompts(written, message, False):
+        agreed = min(at + agreement(rest, text[at : at + len(rest)]), first)
+        if agreed > limit:
+            tokens = range(encoded.from_char(limit), encoded.to_char(agreed))
+            borders = [int(encoded.ends[token]) for token in tokens if encoded.ids[token] in ends.added]
+            return max(
+                (b for b in [*borders, text.rfind("\n", limit, agreed) + 1] if limit < b <= agreed), default=agreed
+            )
+        if agreed == limit:
+            return limit
+    return first if own else limit
+
+
+def agreement(one: str, other: str) -> int:
+    """How many characters both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -1,0 +1,391 @@
+"""Rendering a chat template on values that know where they came from.
+
+`render` gives the very text that the template renders, with an account of each character: which field of which
+message it came from, or that the template wrote it itself. Three things bring this about. The texts in the messages
+are `Traced`, a str whose operations (slices, sums, split, strip, ...) hand the account on. The environment is a
+copy of the tokenizer's that joins pieces without losing it, and lets the result of any other filter or call come
+from the texts that went in. And the template's tree gets a mark where a loop takes up a message and where it ends,
+and around what stands in `{% generation %}`.
+
+An operation not thought of loses the account of some characters and changes no text: a `Traced` is the same str.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, NamedTuple, SupportsIndex
+
+from jinja2 import nodes
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
+
+from mlx_adapters.system.templates import Bounded, LimitedTemplate
+
+NOT_SAID = frozenset({"role", "name", "weight"})  # fields of a message that are no words of its speaker
+
+
+class Leaf(NamedTuple):
+    """A text in a conversation: the message's number from 0, the path to it in the message, and the text."""
+
+    message: int
+    path: tuple[str | int, ...]
+    text: str
+
+
+class Run(NamedTuple):
+    """Characters [start, stop) of a rendering that are those of `leaf` from `offset` on. None as `offset`: they came
+    from it in another shape (JSON, upper case)."""
+
+    start: int
+    stop: int
+    leaf: Leaf
+    offset: int | None
+
+
+class Mark(NamedTuple):
+    """Something that happened where `start` characters were written: a "message" was taken up by `loop` (`number` is
+    its own), "loop" ended, or "generation" and "end" of it."""
+
+    start: int
+    what: str
+    loop: int
+    number: int
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """A rendered conversation: the text, the runs of it that came from messages, and the marks, both in order."""
+
+    text: str
+    runs: tuple[Run, ...]
+    marks: tuple[Mark, ...]
+
+
+# What a Traced holds: (length, source, offset) of each piece, without positions, so that pieces can be joined.
+# The source is a Leaf, a Mark's (what, loop, number), or None for what the template wrote.
+_Piece = tuple[int, Any, int | None]
+
+
+class Turn(dict[str, Any]):
+    """A message that knows its number."""
+
+    __slots__ = ("_number",)
+    _number: int
+
+
+class Traced(str):
+    """A str with the account of its characters."""
+
+    __slots__ = ("_pieces",)
+    _pieces: tuple[_Piece, ...]
+
+    def __new__(cls, text: str = "", pieces: tuple[_Piece, ...] | None = None) -> "Traced":
+        """`pieces` are as long as `text`; without them nothing is known of it."""
+        made = super().__new__(cls, text)
+        made._pieces = _pieces(str(text)) if pieces is None else pieces
+        return made
+
+    def __str__(self) -> str:
+        return self
+
+    def __add__(self, other: str) -> str:
+        return joined((self, other)) if isinstance(other, str) else NotImplemented
+
+    def __radd__(self, other: str) -> str:
+        return joined((other, self)) if isinstance(other, str) else NotImplemented
+
+    def __getitem__(self, key: SupportsIndex | slice) -> str:
+        if isinstance(key, slice):
+            start, stop, step = key.indices(len(self))
+            return self._cut(start, stop) if step == 1 else inherited(super().__getitem__(key), (self,))
+        start = key.__index__()
+        return self._cut(start, start + 1) if start >= 0 else self._cut(start + len(self), start + len(self) + 1)
+
+    def __iter__(self) -> Iterator[str]:
+        return (self._cut(i, i + 1) for i in range(len(self)))
+
+    def _cut(self, start: int, stop: int, marks: bool = False) -> str:
+        """Characters [start, stop), with the marks before and after them if `marks`."""
+        found, here = [], 0
+        for length, source, offset in self._pieces:
+            low, high = max(here, start), min(here + length, stop)
+            if low < high:
+                found.append((high - low, source, None if offset is None else offset + low - here))
+            elif length == 0 and (marks or start <= here < stop):
+                found.append((0, source, offset))
+            here += length
+        return Traced(str.__getitem__(self, slice(start, max(start, stop))), tuple(found))
+
+    def strip(self, characters: str | None = None) -> str:
+        """See str.strip."""
+        start = len(self) - len(str.lstrip(self, characters))
+        return self._cut(start, max(start, len(str.rstrip(self, characters))), marks=True)
+
+    def lstrip(self, characters: str | None = None) -> str:
+        """See str.lstrip."""
+        return self._cut(len(self) - len(str.lstrip(self, characters)), len(self), marks=True)
+
+    def rstrip(self, characters: str | None = None) -> str:
+        """See str.rstrip."""
+        return self._cut(0, len(str.rstrip(self, characters)), marks=True)
+
+    def removeprefix(self, prefix: str) -> str:
+        """See str.removeprefix."""
+        return self._cut(len(prefix) if str.startswith(self, prefix) else 0, len(self), marks=True)
+
+    def removesuffix(self, suffix: str) -> str:
+        """See str.removesuffix."""
+        return self._cut(0, len(self) - len(suffix) if str.endswith(self, suffix) else len(self), marks=True)
+
+    def split(self, separator: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
+        """See str.split."""
+        return self._found(str.split(self, separator, maxsplit))
+
+    def rsplit(self, separator: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
+        """See str.rsplit."""
+        parts = str.rsplit(self, separator, maxsplit)
+        if separator is None:
+            return self._found_backwards(parts)
+        return self._found(parts)
+
+    def splitlines(self, keepends: bool = False) -> list[str]:
+        """See str.splitlines."""
+        return self._found(str.splitlines(self, keepends))
+
+    def partition(self, separator: str) -> tuple[str, str, str]:
+        """See str.partition."""
+        before, between, after = self._found(str.partition(self, separator))
+        return before, between, after
+
+    def rpartition(self, separator: str) -> tuple[str, str, str]:
+        """See str.rpartition."""
+        before, between, after = self._found(str.rpartition(self, separator))
+        return before, between, after
+
+    def _found(self, parts: Iterable[str]) -> list[str]:
+        """The parts of this text that stand in it in this order."""
+        cut, here = [], 0
+        for part in parts:
+            here = str.index(self, part, here)
+            cut.append(self._cut(here, here + len(part)))
+            here += len(part)
+        return cut
+
+    def _found_backwards(self, parts: Sequence[str]) -> list[str]:
+        cut, here = [], len(self)
+        for part in reversed(parts):
+            here = str.rindex(self, part, 0, here)
+            cut.append(self._cut(here, here + len(part)))
+        return cut[::-1]
+
+    def replace(self, old: str, new: str, count: SupportsIndex = -1) -> str:
+        """See str.replace."""
+        if not old:
+            return inherited(str.replace(self, old, new, count), (self,))
+        parts = self.split(old, count)
+        return joined([piece for part in parts for piece in (part, new)][:-1])
+
+    def join(self, parts: Iterable[str]) -> str:
+        """See str.join."""
+        return join(self, parts)
+
+
+def _pieces(text: str) -> tuple[_Piece, ...]:
+    if type(text) is Traced:
+        return text._pieces
+    return ((len(text), None, None),) if text else ()
+
+
+def joined(parts: Iterable[str]) -> str:
+    """The parts in a row, with their accounts."""
+    parts = list(parts)
+    text = "".join(parts)
+    if not any(type(part) is Traced for part in parts):
+        return text
+    return Traced(text, tuple(piece for part in parts for piece in _pieces(part)))
+
+
+def join(separator: str, parts: Iterable[str]) -> str:
+    """See str.join."""
+    return joined([piece for part in parts for piece in (separator, part)][1:])
+
+
+def inherited(result: Any, values: Iterable[Any]) -> Any:
+    """A text that was made of others in a way that hands no account on: it came from the one message whose texts are
+    among `values`. Anything else, also what came from several messages, is left as it is."""
+    if type(result) is not str or not result:
+        return result
+    leaves = list(_leaves(values))
+    if len({leaf.message for leaf in leaves}) != 1:
+        return result
+    return Traced(result, ((len(result), leaves[0], None),))
+
+
+def _leaves(values: Iterable[Any]) -> Iterator[Leaf]:
+    for value in values:
+        if type(value) is Traced:
+            yield from (source for _, source, _ in value._pieces if type(source) is Leaf)
+        elif isinstance(value, Mapping):
+            yield from _leaves(value.values())
+        elif isinstance(value, list | tuple):
+            yield from _leaves(value)
+
+
+def _inheriting(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)  # jinja's marks of what is to be passed go along
+    def filtered(*args: Any, **kwargs: Any) -> Any:
+        return inherited(function(*args, **kwargs), (*args, *kwargs.values()))
+
+    return filtered
+
+
+class _Tracing(Bounded):
+    """The environment of a template, joining and passing on accounts. Made of another by `_tracing`."""
+
+    concat = staticmethod(joined)
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """A call; what it makes of a message's texts came from that message."""
+        owner = getattr(__obj, "__self__", None)
+        if type(owner) is str and __obj.__name__ == "join" and args:
+            return join(owner, list(args[0]))
+        return inherited(super().call(__context, __obj, *args, **kwargs), (owner, *args, *kwargs.values()))
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """A product, power or format."""
+        return inherited(super().call_binop(context, operator, left, right), (left, right))
+
+    def concatenated(self, *parts: Any) -> str:
+        """What `~` does."""
+        return joined([str(part) for part in parts])
+
+    def taken(self, loop: int, value: Any) -> str:
+        """Mark that a loop goes on to `value`, if it is a message."""
+        return Traced("", ((0, ("message", loop, value._number), None),)) if type(value) is Turn else ""
+
+    def ended(self, loop: int) -> str:
+        """Mark that a loop ends."""
+        return Traced("", ((0, ("loop", loop, -1), None),))
+
+    def generation(self, caller: Callable[[], str]) -> str:
+        """Mark what stands in `{% generation %}`."""
+        begin, end = (Traced("", ((0, (what, -1, -1), None),)) for what in ("generation", "end"))
+        return joined((begin, caller(), end))
+
+
+class _Marking(NodeTransformer):
+    """Puts calls of the environment's `taken`, `ended`, `generation` and `concatenated` into a template's tree."""
+
+    def __init__(self) -> None:
+        self.loops = 0
+
+    def visit_For(self, node: nodes.For) -> Any:
+        """A loop whose variable may be a message."""
+        self.generic_visit(node)
+        if not isinstance(node.target, nodes.Name):
+            return node
+        self.loops += 1
+        number, variable = nodes.Const(self.loops), nodes.Name(node.target.name, "load")
+        node.body.insert(0, nodes.Output([_asked("taken", [number, variable])]))
+        return [node, nodes.Output([_asked("ended", [number])])]
+
+    def visit_CallBlock(self, node: nodes.CallBlock) -> Any:
+        """`{% generation %}`, as transformers' extension parses it."""
+        self.generic_visit(node)
+        called = node.call.node
+        if isinstance(called, nodes.ExtensionAttribute) and called.name == "_generation_support":
+            node.call = _asked("generation", [])
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> Any:
+        """`~`."""
+        self.generic_visit(node)
+        return _asked("concatenated", node.nodes)
+
+
+def _asked(method: str, arguments: list[Any]) -> nodes.Call:
+    return nodes.Call(nodes.EnvironmentAttribute(method), arguments, [], None, None)
+
+
+def _tracing(template: LimitedTemplate) -> LimitedTemplate:
+    """The same template in an environment that traces; made once."""
+    made: Any = template.traced
+    if made is None:
+        own = template.environment
+        environment = object.__new__(_Tracing)
+        environment.__dict__.update(own.__dict__)
+        environment.filters = {name: _inheriting(function) for name, function in own.filters.items()}
+        environment.filters["join"] = _join_filter(environment.filters["join"])
+        tree = _Marking().visit(own.parse(template.source))
+        made = ImmutableSandboxedEnvironment.from_string(environment, tree.set_environment(environment))
+        template.traced = made
+    return made
+
+
+def _join_filter(usual: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(usual)
+    def filtered(context: Any, value: Iterable[Any], d: str = "", attribute: Any = None) -> Any:
+        if attribute is None and not context.autoescape:
+            return join(d, [str(part) for part in value])
+        return usual(context, value, d, attribute)
+
+    return filtered
+
+
+def wrapped(messages: Iterable[Mapping[str, Any]]) -> list[Turn]:
+    """The messages with numbers and with traced texts, but for who speaks (`NOT_SAID`)."""
+    turns = []
+    for number, message in enumerate(messages):
+        turn = Turn((k, v if k in NOT_SAID else _wrapped(v, number, (k,))) for k, v in message.items())
+        turn._number = number
+        turns.append(turn)
+    return turns
+
+
+def _wrapped(value: Any, number: int, path: tuple[str | int, ...]) -> Any:
+    if isinstance(value, str):
+        return Traced(value, ((len(value), Leaf(number, path, value), 0),) if value else ())
+    if isinstance(value, Mapping):
+        return {key: _wrapped(item, number, (*path, key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_wrapped(item, number, (*path, i)) for i, item in enumerate(value)]
+    return value
+
+
+def render(template: LimitedTemplate, turns: list[Turn], variables: Mapping[str, Any]) -> Rendering:
+    """Render `turns` of `wrapped` with the other variables. Raises what the template raises."""
+    return account(_tracing(template).render(variables, messages=turns))
+
+
+def account(text: str) -> Rendering:
+    """The runs and marks of a text."""
+    runs: list[Run] = []
+    marks, here = [], 0
+    for length, source, offset in _pieces(text):
+        if type(source) is Leaf:
+            runs.append(Run(here, here + length, source, offset))
+        elif source is not None:
+            marks.append(Mark(here, *source))
+        here += length
+    return Rendering(str.__str__(text), tuple(runs), tuple(marks))
+
+
+def regions(rendering: Rendering) -> dict[int, tuple[int, int]]:
+    """Where each message was written, by its number: [start, stop) of the text from when a loop took it up until the
+    loop went on. Messages that no loop took up, or for which nothing was written, are not there; of a message that was
+    written in several places, the last counts."""
+    found: dict[int, tuple[int, int]] = {}
+    open_loops: list[tuple[int, int]] = []  # (loop, message), the innermost last
+    ends = [mark.start for mark in rendering.marks[1:]] + [len(rendering.text)]
+    for mark, stop in zip(rendering.marks, ends, strict=True):
+        loops = [loop for loop, _ in open_loops]
+        if mark.what in ("message", "loop") and mark.loop in loops:
+            del open_loops[loops.index(mark.loop) :]
+        if mark.what == "message":
+            open_loops.append((mark.loop, mark.number))
+        if open_loops and mark.start < stop:
+            number = open_loops[0][1]
+            start, end = found.get(number, (mark.start, mark.start))
+            found[number] = (start if end == mark.start else mark.start, stop)
+    return found
