@@ -17,6 +17,7 @@ import numpy as np
 from mlx_adapters.data.rerendering import rerendered
 from mlx_adapters.data.turns import Encoded, Ends, Said, Written, said, written
 from mlx_adapters.errors import FormatError
+from mlx_adapters.system.door import TokenizerWrapper
 from mlx_adapters.system.templates import seen_renderings
 
 Messages = Sequence[Mapping[str, Any]]
@@ -40,7 +41,7 @@ class Conversation:
 
 def conversation(
     messages: Messages,
-    tokenizer: Any,
+    tokenizer: TokenizerWrapper,
     where: str,
     *,
     tools: Sequence[Any] | None = None,
@@ -51,7 +52,7 @@ def conversation(
 
     Args:
         messages: as the chat template expects them (`rows.messages`).
-        tokenizer: mlx-lm's or transformers'.
+        tokenizer: the base's.
         where: the place of the row, for errors.
         tools: that the conversation may use.
         template_arguments: what the template is given beside, such as {"enable_thinking": False}.

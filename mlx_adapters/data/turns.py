@@ -24,7 +24,7 @@ from mlx_adapters.system import tracing
 from mlx_adapters.system.templates import Call
 from mlx_adapters.system.tracing import Rendering, Run
 
-PROBE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+PROBE = tuple({"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant"))
 
 
 @dataclass(frozen=True)
@@ -201,18 +201,24 @@ def _end(encoded: Encoded, last: int, stop: int | None, others: Sequence[Run], e
 
 
 def _prompt_ends(written: Written, encoded: Encoded, messages: Sequence[int], ends: Ends) -> dict[int, int | None]:
-    """The character after each turn's generation prompt; None for turns that are not in the text."""
+    """The character after each turn's generation prompt; None for turns that are not in the text.
+
+    The first of these that finds it: the prompt, whole; what stands whole before other turns of the row, or of an
+    example; the prompt as far as it agrees; what so stands before other turns; the turn's own first character.
+    """
     found = {k: _by_prompt(written, k) for k in messages if k in written.regions or written.own(k)}
-    headers: list[str] | None = None
-    result: dict[int, int | None] = dict.fromkeys(messages)
-    for message, prompt in found.items():
-        if prompt is None:
-            headers = _headers(written, found) if headers is None else headers
-            prompt = _by_header(written, message, headers)
-        if prompt is None:
-            prompt = _by_agreement(written, encoded, message, ends)
-        result[message] = prompt
-    return result
+
+    def look(finder: Callable[[int], int | None]) -> None:
+        found.update({k: finder(k) for k, prompt in found.items() if prompt is None})
+
+    if None in found.values():
+        headers = _headers(written, found) or _headers_of_probe(written)
+        look(lambda k: _by_header(written, k, headers))
+        look(lambda k: _by_agreement(written, encoded, k, ends))
+        agreed = _headers(written, found)
+        look(lambda k: _by_header(written, k, agreed))
+        look(lambda k: written.own(k)[0].start if written.own(k) else _limit(written, k))
+    return dict.fromkeys(messages) | found
 
 
 def _by_prompt(written: Written, message: int) -> int | None:
@@ -251,15 +257,14 @@ def _reach(run: Run) -> int | None:
 
 
 def _headers(written: Written, found: Mapping[int, int | None]) -> list[str]:
-    """What stands before other turns, from where they were taken up; of none, what stands before a turn in general."""
+    """What stands before the turns that were found, from where a loop took them up."""
+    starts = ((written.regions[k][0], end) for k, end in found.items() if end is not None and k in written.regions)
+    return [written.rendering.text[start:end] for start, end in starts if start < end]
 
-    def before(of: Written, prompts: Mapping[int, int | None]) -> list[str]:
-        starts = ((of.regions[k][0], end) for k, end in prompts.items() if end is not None and k in of.regions)
-        return [of.rendering.text[start:end] for start, end in starts if start < end]
 
-    headers = before(written, found)
-    probe = None if headers else written.probe()
-    return headers if probe is None else before(probe, {1: _by_prompt(probe, 1)})
+def _headers_of_probe(written: Written) -> list[str]:
+    probe = written.probe()
+    return [] if probe is None else _headers(probe, {k: _by_prompt(probe, k) for k in (1, 3)})
 
 
 def _by_header(written: Written, message: int, headers: Sequence[str]) -> int | None:
@@ -273,8 +278,8 @@ def _by_header(written: Written, message: int, headers: Sequence[str]) -> int | 
     return None
 
 
-def _by_agreement(written: Written, encoded: Encoded, message: int, ends: Ends) -> int:
-    """As far as the prompt and the text agree, back to the last line or added token; else the first own character."""
+def _by_agreement(written: Written, encoded: Encoded, message: int, ends: Ends) -> int | None:
+    """As far as the prompt and the text agree, back to the last line or added token."""
     text, limit, own = written.rendering.text, _limit(written, message), written.own(message)
     first = own[0].start if own else len(text)
     for at, rest in _prompts(written, message, False):
@@ -282,12 +287,9 @@ def _by_agreement(written: Written, encoded: Encoded, message: int, ends: Ends) 
         if agreed > limit:
             tokens = range(encoded.from_char(limit), encoded.to_char(agreed))
             borders = [int(encoded.ends[token]) for token in tokens if encoded.ids[token] in ends.added]
-            return max(
-                (b for b in [*borders, text.rfind("\n", limit, agreed) + 1] if limit < b <= agreed), default=agreed
-            )
-        if agreed == limit:
-            return limit
-    return first if own else limit
+            borders = [b for b in (*borders, text.rfind("\n", limit, agreed) + 1) if limit < b <= agreed]
+            return max(borders, default=agreed)
+    return None
 
 
 def agreement(one: str, other: str) -> int:
