@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from mlx_adapters.benchmarking.reports import read_report as read_report
     from mlx_adapters.benchmarking.run import benchmark as benchmark
     from mlx_adapters.benchmarking.schedule import BenchmarkConfig as BenchmarkConfig
+    from mlx_adapters.config.evaluating import EvaluationConfig as EvaluationConfig
     from mlx_adapters.config.fusing import FuseOptions as FuseOptions
     from mlx_adapters.config.quantization import Quantization as Quantization
     from mlx_adapters.config.training import LoraConfig as LoraConfig
@@ -45,7 +46,6 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from mlx_adapters.errors import NotFoundError as NotFoundError
     from mlx_adapters.errors import StorageError as StorageError
     from mlx_adapters.errors import TrainingError as TrainingError
-    from mlx_adapters.evaluation.evaluate import EvaluationConfig as EvaluationConfig
     from mlx_adapters.evaluation.evaluate import evaluate as evaluate
     from mlx_adapters.evaluation.harness import run_tasks as run_tasks
     from mlx_adapters.fusion.check import check_fused as check_fused
@@ -103,7 +103,7 @@ _PUBLIC = {
     "estimate_inference": "generation.memory",
     "evaluate": "evaluation.evaluate",
     "run_tasks": "evaluation.harness",
-    "EvaluationConfig": "evaluation.evaluate",
+    "EvaluationConfig": "config.evaluating",
     "BenchmarkConfig": "benchmarking.schedule",
     "read_report": "benchmarking.reports",
     "fuse_again": "fusion.fuse",

@@ -13,6 +13,7 @@ from mlx_adapters.benchmarking.measurements import Run
 from mlx_adapters.benchmarking.reports import Report
 from mlx_adapters.benchmarking.schedule import BenchmarkConfig, schedule
 from mlx_adapters.config.mapping import to_mapping
+from mlx_adapters.config.quantization import Dtype
 from mlx_adapters.evaluation.variants import Variant, as_text, parse_variants, prepare, workspace
 from mlx_adapters.events import Note, OnEvent, Progress, ignore
 from mlx_adapters.models.adapter import Adapter
@@ -33,7 +34,7 @@ def benchmark(
     rounds: int = 5,
     trials: int = 3,
     data: str | Path | None = None,
-    dtype: str = "auto",
+    dtype: Dtype = "auto",
     cold_load: bool = True,
     any_base: bool = False,
     seed: int = 0,
@@ -111,7 +112,8 @@ def _quality(
     report: Report, data: str | Path, score: str | None, max_rows: int | None, folder: Path, on_event: OnEvent
 ) -> dict[str, Any]:
     """The evaluation of the measured variants, as plain values without the answers."""
-    from mlx_adapters.evaluation.evaluate import EvaluationConfig, evaluate_ready
+    from mlx_adapters.config.evaluating import EvaluationConfig
+    from mlx_adapters.evaluation.evaluate import evaluate_ready
 
     c = report.config
     config = EvaluationConfig(score=score, max_rows=max_rows, dtype=c.dtype, any_base=c.any_base)

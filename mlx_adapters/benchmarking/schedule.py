@@ -4,7 +4,8 @@ import random
 from dataclasses import dataclass
 
 from mlx_adapters.config.mapping import require
-from mlx_adapters.config.quantization import DTYPES
+from mlx_adapters.config.quantization import Dtype, computing_dtype
+from mlx_adapters.config.settings import check, setting, settings
 
 
 def stretch(decode_tokens: int) -> int:
@@ -12,24 +13,12 @@ def stretch(decode_tokens: int) -> int:
     return min(16, decode_tokens - 1)
 
 
+@settings
 @dataclass(frozen=True)
 class BenchmarkConfig:
     """How the measuring is done: every variant runs once in each round, in a fresh process, in shuffled order.
 
     A process loads the model, warms up and measures each prompt length and batch size `trials` times.
-
-    Args:
-        prompt_tokens: lengths of the prompts.
-        decode_tokens: tokens to write after each.
-        batch: sequences at a time.
-        rounds: processes for each variant.
-        trials: measurements in each of them.
-        warmup_tokens: written before anything is measured.
-        dtype: to compute in.
-        cold_load: also load with the system's file cache dropped, where that is possible.
-        any_base: take adapters that were trained on another base.
-        data: rows that prompts are made of; None: random tokens.
-        seed: of prompts and order.
 
     Raises ConfigError for a value out of range.
 
@@ -38,27 +27,25 @@ class BenchmarkConfig:
         [(128, 1), (1024, 1), (128, 8), (1024, 8)]
     """
 
-    prompt_tokens: tuple[int, ...] = (128,)
-    decode_tokens: int = 64
-    batch: tuple[int, ...] = (1,)
-    rounds: int = 5
-    trials: int = 3
-    warmup_tokens: int = 8
-    dtype: str = "auto"
-    cold_load: bool = True
-    any_base: bool = False
-    data: str | None = None
-    seed: int = 0
+    prompt_tokens: tuple[int, ...] = setting((128,), "Prompt lengths: 128,512,2048")
+    decode_tokens: int = setting(64, "Tokens to write", at_least=2)
+    batch: tuple[int, ...] = setting((1,), "Batch sizes: 1,4")
+    rounds: int = setting(
+        5, "Fresh processes per variant, in shuffled rounds; fewer than 3 show no difference", at_least=1
+    )
+    trials: int = setting(3, "Trials per process", at_least=1)
+    warmup_tokens: int = setting(8, "Tokens to write before anything is measured", at_least=1)
+    dtype: Dtype = computing_dtype()
+    cold_load: bool = setting(True, "Also load with the file cache dropped", more="Where that is possible.")
+    any_base: bool = setting(False, "Use the adapter on a base it was not trained on")
+    data: str | None = setting(None, "Take the prompts from this data", means="random tokens", metavar="DIR")
+    seed: int = setting(0, "Of the order and of the random prompts")
 
     def __post_init__(self) -> None:
+        check(self)
         for name in ("prompt_tokens", "batch"):
             values = getattr(self, name)
             require(len(values) > 0 and min(values) >= 1, f"{name} needs whole numbers of at least 1.")
-        require(self.decode_tokens >= 2, f"decode_tokens must be at least 2, not {self.decode_tokens}.")
-        require(self.rounds >= 1, f"rounds must be at least 1, not {self.rounds}.")
-        require(self.trials >= 1, f"trials must be at least 1, not {self.trials}.")
-        require(self.warmup_tokens >= 1, f"warmup_tokens must be at least 1, not {self.warmup_tokens}.")
-        require(self.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not '{self.dtype}'.")
 
     @property
     def shapes(self) -> list[tuple[int, int]]:

@@ -5,13 +5,15 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
 
 from mlx_adapters.cli import _output
-from mlx_adapters.config.quantization import DTYPES
+from mlx_adapters.cli._settings import option, options
+from mlx_adapters.config.evaluating import EvaluationConfig
+from mlx_adapters.config.sampling import Sampling
 from mlx_adapters.errors import ConfigError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -77,14 +79,9 @@ name_template_option = click.option(
 )
 adapter_option = click.option("--adapter", type=REFERENCE, metavar="REF", help="The adapter to use.")
 base_option = click.option("--base", metavar="BASE", help="Base model: demo, a folder or a Hub id [the adapter's own].")
-any_base_option = click.option("--any-base", is_flag=True, help="Use the adapter on a base it was not trained on.")
-dtype_option = click.option(
-    "--dtype",
-    type=click.Choice(DTYPES),
-    default="auto",
-    show_default=True,
-    help="Type to compute in; auto is float32 on a CPU and the model's own on a GPU.",
-)
+any_base_option = option(EvaluationConfig, "any_base")
+dtype_option = option(EvaluationConfig, "dtype")
+sampling_options = options(Sampling)
 
 
 def confirm(question: str, yes: bool) -> None:
@@ -193,27 +190,3 @@ def refuse_outputs_that_are_read() -> None:
                 reads |= {str(one), *str(one).split(":")} - {""}  # sqlite:FILE, fuse:ADAPTER:8
     for output in outputs:
         refuse_writing_into(output, sorted(reads))
-
-
-def module_names(text: str) -> tuple[str, ...] | Literal["all"]:
-    """What the value of --target-modules names: "all", or names between commas."""
-    return "all" if text == "all" else tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def sampling_options(command: Command) -> Command:
-    """--max-tokens, --temperature, --top-p and --seed."""
-    options = [
-        click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer"),
-        click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: greedy."),
-        click.option(
-            "--top-p",
-            type=click.FloatRange(0, 1, min_open=True),
-            default=1.0,
-            show_default=True,
-            help="Sample from the likeliest tokens of this mass.",
-        ),
-        click.option("--seed", type=int, help="Seed of the sampling."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command

@@ -1,10 +1,11 @@
 """`benchmark`: measure variants side by side."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_adapters.benchmarking.schedule import BenchmarkConfig
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import (
     OUTPUT_FILE,
@@ -18,23 +19,11 @@ from mlx_adapters.cli._options import (
     json_option,
     refuse_outputs_that_are_read,
 )
+from mlx_adapters.cli._settings import option, options
+from mlx_adapters.config.evaluating import EvaluationConfig
 
 if TYPE_CHECKING:
     from mlx_adapters.benchmarking.reports import Report
-
-
-class Counts(click.ParamType):
-    """Whole numbers of at least 1, separated by commas."""
-
-    name = "numbers"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        parts = str(value).split(",")
-        if not all(part.strip().isdecimal() and int(part) >= 1 for part in parts):
-            self.fail(f"'{value}' is not a list of whole numbers such as 128,512.", param, ctx)
-        return tuple(int(part) for part in parts)
 
 
 class Percent(click.ParamType):
@@ -55,25 +44,14 @@ class Percent(click.ParamType):
 @click.command("benchmark")
 @click.argument("variants", nargs=-1, required=True, metavar="VARIANT...", shell_complete=complete_references)
 @base_option
-@click.option("--prompt-tokens", type=Counts(), default="128", show_default=True, help="Prompt lengths: 128,512,2048.")
-@click.option("--decode-tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Tokens to write.")
-@click.option("--batch", type=Counts(), default="1", show_default=True, help="Batch sizes: 1,4.")
-@click.option(
-    "--rounds",
-    type=click.IntRange(min=1),
-    default=5,
-    show_default=True,
-    help="Fresh processes per variant, in shuffled rounds; fewer than 3 show no difference.",
-)
-@click.option("--trials", type=click.IntRange(min=1), default=3, show_default=True, help="Trials per process.")
-@click.option("--data", metavar="DIR", help="Take the prompts from this data [random tokens].")
-@click.option("--cold/--no-cold", default=True, show_default=True, help="Also load with the file cache dropped.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the order and of the random prompts.")
+@options(BenchmarkConfig, "prompt_tokens decode_tokens batch rounds trials data")
+@option(BenchmarkConfig, "cold_load", flag="--cold/--no-cold", show_default=True)
+@option(BenchmarkConfig, "seed")
 @any_base_option
 @dtype_option
 @click.option("--quality", metavar="DIR", help="Also judge the variants on this data: loss, KL, same top token.")
-@click.option("--score", metavar="SCORE", help="With --quality: exact, regex:PATTERN, sqlite[:FILE], command:COMMAND.")
-@click.option("--max-rows", type=click.IntRange(min=1), help="With --quality: judge only so many rows.")
+@option(EvaluationConfig, "score", help="With --quality: exact, regex:PATTERN, sqlite[:FILE] or command:COMMAND.")
+@option(EvaluationConfig, "max_rows", help="With --quality: judge only so many rows, evenly spaced.")
 @click.option("-o", "--output", type=OUTPUT_FILE, help="Save the report as JSON.")
 @click.option("--markdown", type=OUTPUT_FILE, help="Write it as Markdown.")
 @click.option("--html", type=OUTPUT_FILE, help="Write it as one HTML file with plots.")
@@ -85,16 +63,6 @@ class Percent(click.ParamType):
 def benchmark_command(
     variants: tuple[str, ...],
     base: str | None,
-    prompt_tokens: tuple[int, ...],
-    decode_tokens: int,
-    batch: tuple[int, ...],
-    rounds: int,
-    trials: int,
-    data: str | None,
-    cold: bool,
-    seed: int,
-    any_base: bool,
-    dtype: str,
     quality: str | None,
     score: str | None,
     max_rows: int | None,
@@ -105,6 +73,7 @@ def benchmark_command(
     against: Path | None,
     fail_over: float | None,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Measure load time, speed, memory and size of VARIANTs: `base`, adapters, models, `fuse:ADAPTER:BITS`.
 
@@ -121,25 +90,16 @@ def benchmark_command(
 
     refuse_outputs_that_are_read()
     old = read_report(against) if against else None
-    if old and fail_over is not None and min(rounds, old.config.rounds) < MIN_ROUNDS:
+    if old and fail_over is not None and min(settings["rounds"], old.config.rounds) < MIN_ROUNDS:
         raise click.UsageError(f"--fail-over needs --rounds {MIN_ROUNDS} in both reports: fewer prove nothing.")
     report = benchmark(
         variants,
         base,
-        prompt_tokens=prompt_tokens,
-        decode_tokens=decode_tokens,
-        batch=batch,
-        rounds=rounds,
-        trials=trials,
-        data=data,
-        dtype=dtype,
-        cold_load=cold,
-        any_base=any_base,
-        seed=seed,
         quality=quality,
         score=score,
         max_rows=max_rows,
         on_event=_output.progress(),
+        **settings,
     )
     try:
         save(report, output, markdown, html, plots)

@@ -1,11 +1,14 @@
 """`data check` and `data split`."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import UserPath, json_option, overwrite_option
+from mlx_adapters.cli._settings import options
+from mlx_adapters.config.training import TrainConfig
 
 
 @click.group("data")
@@ -22,24 +25,18 @@ def data_command() -> None:
 @data_command.command("check")
 @click.argument("data", metavar="DIR")
 @click.option("--base", default="demo", show_default=True, help="The model whose tokenizer counts.")
-@click.option("--max-seq-length", type=click.IntRange(2), default=2048, show_default=True, help="Where rows are cut.")
-@click.option("--mask-prompt", is_flag=True, help="Train on the assistant's turns only.")
-@click.option("--last-turn-only", is_flag=True, help="With --mask-prompt: on the last turn only.")
+@options(TrainConfig, "max_seq_length mask_prompt last_turn_only")
 @json_option
-def data_check_command(
-    data: str, base: str, max_seq_length: int, mask_prompt: bool, last_turn_only: bool, as_json: bool
-) -> None:
+def data_check_command(data: str, base: str, as_json: bool, **settings: Any) -> None:
     """Count rows and tokens; find duplicates, overlaps, empty answers and rows that are cut.
 
     \b
     Example:
       mlx-adapters data check data/sql --mask-prompt
     """
-    from mlx_adapters.config.training import TrainConfig
     from mlx_adapters.data.checking import check_data
 
-    settings = TrainConfig(max_seq_length=max_seq_length, mask_prompt=mask_prompt, last_turn_only=last_turn_only)
-    report = check_data(data, base, settings)
+    report = check_data(data, base, TrainConfig(**settings))
     if as_json:
         _output.emit_json(report)
         return

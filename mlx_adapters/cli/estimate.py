@@ -6,8 +6,8 @@ import click
 
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import Reads, adapter_option, json_option, refuse_ignored
+from mlx_adapters.cli._settings import Counts
 from mlx_adapters.cli._training_options import SETTINGS, Settings, read_settings, training_options
-from mlx_adapters.cli.benchmark import Counts
 
 
 @click.command("estimate")

@@ -1,6 +1,7 @@
 """`eval`: judge variants on data."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -16,6 +17,8 @@ from mlx_adapters.cli._options import (
     json_option,
     refuse_outputs_that_are_read,
 )
+from mlx_adapters.cli._settings import options
+from mlx_adapters.config.evaluating import EvaluationConfig
 
 
 @click.command("eval")
@@ -23,13 +26,7 @@ from mlx_adapters.cli._options import (
 @click.option("--data", metavar="DIR", help="Folder or file with rows, or hf:user/name.")
 @click.option("--tasks", metavar="A,B", help="Instead of --data: tasks of lm-evaluation-harness (extra 'eval').")
 @click.option("--task-folder", type=UserPath(exists=True, file_okay=False), help="With --tasks: YAML tasks of yours.")
-@click.option("--split", type=click.Choice(["test", "valid", "train"]), help="Rows to judge [test, else valid].")
-@click.option("--score", metavar="SCORE", help="exact, regex:PATTERN, sqlite[:FILE] or command:COMMAND.")
-@click.option("--reference", metavar="VARIANT", help="Take KL against this variant [the first adapter].")
-@click.option("--max-rows", type=click.IntRange(min=1), help="Judge only so many rows, evenly spaced.")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer.")
-@click.option("--max-seq-length", type=click.IntRange(min=2), default=2048, show_default=True, help="Longest row.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Answers at a time.")
+@options(EvaluationConfig, "split score reference max_rows max_tokens max_seq_length batch_size")
 @click.option("--save/--no-save", default=True, show_default=True, help="Keep the figures with the adapters.")
 @base_option
 @any_base_option
@@ -49,19 +46,11 @@ def eval_command(
     data: str | None,
     tasks: str | None,
     task_folder: str | None,
-    split: str | None,
-    score: str | None,
-    reference: str | None,
-    max_rows: int | None,
-    max_tokens: int,
-    max_seq_length: int,
-    batch_size: int,
     save: bool,
     base: str | None,
-    any_base: bool,
-    dtype: str,
     output: Path | None,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Judge VARIANTs (spelled as for `benchmark`) on unseen rows; differences are taken row by row.
 
@@ -74,15 +63,13 @@ def eval_command(
         raise click.UsageError("Give --data or --tasks.")
     refuse_outputs_that_are_read()
     if tasks is not None:
-        _public_tasks(variants, tasks, task_folder, base, max_rows, dtype, any_base, batch_size, output, as_json)
+        _public_tasks(variants, tasks, task_folder, base, EvaluationConfig(**settings), output, as_json)
         return
     from mlx_adapters.evaluation import evaluate as evaluation
     from mlx_adapters.evaluation import reports
     from mlx_adapters.storage import files
 
-    config = evaluation.EvaluationConfig(
-        split, score, reference, max_rows, max_seq_length, max_tokens, batch_size, dtype, any_base
-    )
+    config = EvaluationConfig(**settings)
     assert data is not None
     report = evaluation.evaluate(variants, data, base=base, config=config, on_event=_output.progress())
     if save:
@@ -108,10 +95,7 @@ def _public_tasks(
     tasks: str,
     folder: str | None,
     base: str | None,
-    max_rows: int | None,
-    dtype: str,
-    any_base: bool,
-    batch_size: int,
+    config: EvaluationConfig,
     output: Path | None,
     as_json: bool,
 ) -> None:
@@ -124,10 +108,10 @@ def _public_tasks(
         [task.strip() for task in tasks.split(",")],
         base=base,
         folder=folder,
-        max_rows=max_rows,
-        dtype=dtype,
-        any_base=any_base,
-        batch_size=batch_size,
+        max_rows=config.max_rows,
+        dtype=config.dtype,
+        any_base=config.any_base,
+        batch_size=config.batch_size,
         on_event=_output.progress(),
     )
     try:

@@ -15,8 +15,9 @@ from mlx_adapters.cli._options import (
     overwrite_option,
     refuse_ignored,
 )
-from mlx_adapters.config.fusing import BITS, FORMATS, METHODS
-from mlx_adapters.config.quantization import DTYPES, MODES
+from mlx_adapters.cli._settings import option, options
+from mlx_adapters.config.fusing import BITS, FuseOptions
+from mlx_adapters.config.quantization import DTYPES, MODES, Quantization
 from mlx_adapters.units import count
 
 if TYPE_CHECKING:
@@ -33,8 +34,10 @@ if TYPE_CHECKING:
     show_default=True,
     help="Bits per weight; keep: the base's own precision, none: unquantized.",
 )
-@click.option("--group-size", type=int, help="Weights that share a scale [the base's at its own bits, else 64].")
-@click.option("--mode", type=click.Choice(MODES), help="Quantization mode [affine].")
+@option(
+    Quantization, "group_size", default=None, help="Weights that share a scale [the base's at its own bits, else 64]."
+)
+@option(Quantization, "mode", default=None, type=click.Choice(MODES), help="Quantization mode [affine].")
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
@@ -42,46 +45,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Type of scales and of unquantized weights; auto: the base's.",
 )
-@click.option(
-    "--method",
-    type=click.Choice(METHODS),
-    default="auto",
-    show_default=True,
-    help="How to round; auto: calibrated under 8 bits if there is text.",
-)
-@click.option(
-    "--calibration",
-    metavar="DIR|FILE",
-    help="Data folder, .jsonl or .txt [the adapter's training data, else a general text].",
-)
-@click.option(
-    "--calibration-rows", type=click.IntRange(1), default=128, show_default=True, help="Rows to calibrate on."
-)
-@click.option(
-    "--thorough/--quick",
-    default=True,
-    help="Let a layer's rows cancel each other's errors; quick: a third of the rounding time.",
-)
-@click.option("--check/--no-check", default=True, help="Compare with the adapter model on text kept aside.")
-@click.option("--check-rows", type=click.IntRange(1), default=64, show_default=True, help="Rows to check on.")
-@click.option(
-    "--max-kl",
-    type=click.FloatRange(0, min_open=True),
-    help="More bits where they help most, until KL is at most this.",
-)
-@click.option(
-    "--budget-bits",
-    type=click.FloatRange(0, min_open=True),
-    help="More bits where they help most, up to this many per weight.",
-)
-@click.option(
-    "--format",
-    type=click.Choice(FORMATS),
-    default="mlx",
-    show_default=True,
-    help="hf: the original checkpoint's names and types; gguf: one file for llama.cpp.",
-)
-@click.option("--force", is_flag=True, help="Keep the model even if --max-kl cannot be held.")
+@options(FuseOptions, without="seed")
 @click.option("--weight", "weights", type=float, multiple=True, help="Share of each adapter, in order [1 each].")
 @click.option(
     "--from-peft",
@@ -134,21 +98,20 @@ def fuse_command(
       mlx-adapters fuse --again out/sql-4bit out/sql-4bit-again
       mlx-adapters fuse --check-only out/somebody-elses --adapter sql
     """
-    from mlx_adapters.config.fusing import FuseOptions
     from mlx_adapters.fusion.fuse import fuse, fuse_again, parse_precision
 
-    options, on_event = FuseOptions(**settings), _output.progress()
+    asked, on_event = FuseOptions(**settings), _output.progress()
     if check_only is not None:
-        _check_only(check_only, [*refs, *([adapter] if adapter else [])], base, weights, options, any_base, as_json)
+        _check_only(check_only, [*refs, *([adapter] if adapter else [])], base, weights, asked, any_base, as_json)
         return
-    if not options.check:
+    if not asked.check:
         refuse_ignored("check_rows", "--no-check")
-    if options.method == "calibrated" and bits == "none":
+    if asked.method == "calibrated" and bits == "none":
         refuse_ignored("method", "--bits none")
-    if options.method == "nearest" or bits == "none" or (options.method == "auto" and bits == "8"):
-        why = "--bits none" if bits == "none" else "--method nearest" if options.method == "nearest" else "--bits 8"
+    if asked.method == "nearest" or bits == "none" or (asked.method == "auto" and bits == "8"):
+        why = "--bits none" if bits == "none" else "--method nearest" if asked.method == "nearest" else "--bits 8"
         why += " without --method calibrated" if why == "--bits 8" else ""
-        refuse_ignored("thorough calibration_rows" + (" calibration" if not options.check else ""), why)
+        refuse_ignored("thorough calibration_rows" + (" calibration" if not asked.check else ""), why)
     if len(refs) < (1 if again or from_peft else 2):
         raise click.UsageError("Give the adapter and the folder to write.")
     *adapters, out = refs
@@ -167,7 +130,7 @@ def fuse_command(
             base=base,
             quantization=parse_precision(bits, group_size, mode),
             dtype=dtype,
-            options=options,
+            options=asked,
             overwrite=overwrite,
             on_event=on_event,
         )
@@ -179,7 +142,7 @@ def fuse_command(
             quantization=parse_precision(bits, group_size, mode),
             dtype=dtype,
             weights=weights or None,
-            options=options,
+            options=asked,
             overwrite=overwrite,
             any_base=any_base,
             on_event=on_event,

@@ -10,63 +10,33 @@ from mlx_adapters.cli._options import (
     REFERENCE,
     Reads,
     json_option,
-    module_names,
     name_template_option,
     new_name,
     overwrite_option,
 )
 from mlx_adapters.cli._output import number
+from mlx_adapters.cli._settings import option, options
+from mlx_adapters.config.merging import MergeSettings
 from mlx_adapters.config.quantization import DTYPES
+from mlx_adapters.config.training import LoraConfig
 from mlx_adapters.units import count
 
 if TYPE_CHECKING:
     from mlx_adapters.models.adapter import Adapter
 
-# Written out: the table in `merging.methods` needs numpy, and `--help` must be instant. A test compares them.
-METHODS = (
-    "cat",
-    "svd",
-    "linear",
-    "ties",
-    "dare-linear",
-    "dare-ties",
-    "magnitude-prune",
-    "ties-svd",
-    "dare-linear-svd",
-    "dare-ties-svd",
-    "magnitude-prune-svd",
-)
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-class Rank(click.ParamType):
-    """A whole number of at least 1, or "auto"."""
-
-    name = "rank"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value == "auto" or isinstance(value, int):
-            return value
-        if not value.isdecimal() or int(value) < 1:
-            self.fail(f"'{value}' is neither a whole number of at least 1 nor 'auto'.", param, ctx)
-        return int(value)
-
-
-any_base_option = click.option("--any-base", is_flag=True, help="Merge adapters of different bases.")
-energy_option = click.option(
-    "--energy", type=click.FloatRange(0, 1, min_open=True), help="With --rank auto: share of ‖ΔW‖² to keep [0.99]."
-)
+any_base_option = option(MergeSettings, "any_base")
 
 
 def name_options(command: Command) -> Command:
     """--name, --name-template and --overwrite of a new adapter."""
-    options = (
+    decorators = (
         click.option("--name", required=True, metavar="NAME", help="Name of the new adapter."),
         name_template_option,
         overwrite_option,
     )
-    for option in reversed(options):
-        command = option(command)
+    for decorate in reversed(decorators):
+        command = decorate(command)
     return command
 
 
@@ -80,44 +50,17 @@ def name_options(command: Command) -> Command:
     metavar="W",
     help="One for each adapter, in their order; may be negative [1/n each].",
 )
-@click.option(
-    "--method",
-    type=click.Choice(METHODS),
-    default="cat",
-    show_default=True,
-    metavar="METHOD",
-    help="One of those above.",
-)
-@click.option("--rank", type=Rank(), metavar="R|auto", help="Rank of the result, for svd and *-svd [the largest].")
-@energy_option
-@click.option("--density", type=float, help="Share of entries that pruning keeps (ties, dare, magnitude-prune).")
-@click.option("--seed", type=int, help="Seed of random pruning (dare) [0].")
-@click.option("--sign-method", type=click.Choice(["total", "frequency"]), help="How signs are elected (ties) [total].")
-@click.option(
-    "--dtype",
-    type=click.Choice(DTYPES),
-    default="auto",
-    show_default=True,
-    help="Type of the result; auto is float32 unless a smaller one is exact.",
-)
-@any_base_option
+@options(MergeSettings)
 @name_options
 @json_option
 def merge_command(
     refs: tuple[str, ...],
     weights: tuple[float, ...],
-    method: str,
-    rank: Any,
-    energy: float | None,
-    density: float | None,
-    seed: int | None,
-    sign_method: Any,
-    dtype: str,
-    any_base: bool,
     name: str,
     name_template: str | None,
     overwrite: bool,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Merge adapters of one base into one adapter.
 
@@ -138,17 +81,10 @@ def merge_command(
     merged = merge(
         refs,
         list(weights) or None,
-        method=method,
         name=new_name(name, name_template),
-        rank=rank,
-        energy=energy,
-        density=density,
-        seed=seed,
-        sign_method=sign_method,
-        dtype=dtype,
-        any_base=any_base,
         overwrite=overwrite,
         on_event=_output.progress(),
+        **settings,
     )
     _show(merged, as_json)
 
@@ -245,15 +181,9 @@ def interpolate_command(
 @click.command("extract")
 @click.argument("finetuned", metavar="FINETUNED")
 @click.argument("base", metavar="BASE")
-@click.option("--rank", type=Rank(), default=16, show_default=True, metavar="R|auto", help="Rank of the adapter.")
-@energy_option
-@click.option(
-    "--target-modules",
-    metavar="NAMES",
-    default="all",
-    show_default=True,
-    help="q_proj,v_proj,... or all linear layers of the blocks.",
-)
+@option(MergeSettings, "rank", default=16, show_default=True, help="Rank of the adapter.")
+@option(MergeSettings, "energy")
+@option(LoraConfig, "target_modules")
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES[1:]),
@@ -268,7 +198,7 @@ def extract_command(
     base: str,
     rank: Any,
     energy: float | None,
-    target_modules: str,
+    target_modules: Any,
     dtype: Any,
     name: str,
     name_template: str | None,
@@ -288,7 +218,7 @@ def extract_command(
         base,
         rank=rank,
         energy=energy,
-        target_modules=module_names(target_modules),
+        target_modules=target_modules,
         name=new_name(name, name_template),
         dtype=dtype,
         overwrite=overwrite,

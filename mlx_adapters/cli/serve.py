@@ -7,6 +7,8 @@ import click
 
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import UserPath, complete_named_references, dtype_option
+from mlx_adapters.cli._settings import option, options
+from mlx_adapters.serving.settings import ServeSettings, parse_split
 
 
 @click.command("serve")
@@ -20,28 +22,17 @@ from mlx_adapters.cli._options import UserPath, complete_named_references, dtype
     help="Serve this adapter (repeatable).",
 )
 @click.option("--name", help="What requests call the base [as given; a folder by its last part].")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Other than loopback needs --api-key-file.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free one.")
-@click.option("--api-key-file", type=UserPath(path_type=Path), help="Keys that may ask, one a line.")
-@click.option(
-    "--split",
-    "splits",
-    multiple=True,
-    metavar="NAME=A:0.5,B:0.5",
-    help="A name that sends each user to one of several adapters, always the same (repeatable).",
-)
-@click.option("--allow-load", is_flag=True, help="Let POST and DELETE /v1/adapters load registered adapters.")
-@click.option("--max-adapters", type=click.IntRange(min=1), default=8, show_default=True, help="In memory at once.")
+@options(ServeSettings, "host port")
+@option(ServeSettings, "api_keys", flag="--api-key-file", type=UserPath(path_type=Path), default=None)
+@option(ServeSettings, "splits", flag="--split", type=str, multiple=True, metavar="NAME=A:0.5,B:0.5")
+@options(ServeSettings, "allow_load max_adapters")
 @click.option("--max-adapter-mb", type=click.IntRange(min=1), help="Memory for adapters, in MB [no limit].")
-@click.option("--max-batch", type=click.IntRange(min=1), default=16, show_default=True, help="Rows decoded together.")
-@click.option("--max-queue", type=click.IntRange(min=1), default=256, show_default=True, help="Waiting; more get 429.")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Longest answer.")
-@click.option("--max-seconds", type=click.FloatRange(min=1), default=300, show_default=True, help="For one request.")
+@options(ServeSettings, "max_batch max_queue max_tokens max_seconds")
 @dtype_option
 def serve_command(
     base: str,
     adapters: tuple[str, ...],
-    api_key_file: Path | None,
+    api_keys: Path | None,
     splits: tuple[str, ...],
     name: str | None,
     dtype: str,
@@ -56,11 +47,10 @@ def serve_command(
     Example:
       mlx-adapters serve demo --adapter sql --adapter chat=./out/chat --split "test=sql:0.5,demo:0.5"
     """
-    from mlx_adapters.serving.settings import ServeSettings, parse_split
     from mlx_adapters.serving.start import bind, make_engine, parse_adapter, read_keys, run_server
 
     checked = ServeSettings(
-        api_keys=read_keys(api_key_file) if api_key_file else (),
+        api_keys=read_keys(api_keys) if api_keys else (),
         splits=tuple(parse_split(split) for split in splits),
         max_adapter_bytes=max_adapter_mb * 1_000_000 if max_adapter_mb else None,
         **settings,

@@ -1,6 +1,7 @@
 """`train`: make an adapter."""
 
 import contextlib
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from mlx_adapters.cli._options import (
 )
 from mlx_adapters.cli._training_options import SETTINGS, Settings, read_settings, training_options
 from mlx_adapters.config.mapping import to_mapping
+from mlx_adapters.config.settings import commented
 from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.events import Event, Note, Progress, TrainReport, ValidationReport
@@ -122,9 +124,11 @@ def _print_config(settings: Settings) -> None:
     import yaml
 
     places = {"base": settings.base, "data": settings.data, "name": settings.name}
-    groups = {"lora": to_mapping(settings.lora_config()), "training": to_mapping(settings.train_config())}
     given = {key: value for key, value in places.items() if value is not None}
-    _output.out(yaml.safe_dump(given | groups, sort_keys=False), newline=False)
+    lines = yaml.safe_dump(given, sort_keys=False) if given else ""
+    for group, config in (("lora", settings.lora_config()), ("training", settings.train_config())):
+        lines += f"{group}:\n" + textwrap.indent(commented(config), "  ")
+    _output.out(lines, newline=False)
 
 
 class Watch:

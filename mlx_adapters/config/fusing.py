@@ -1,36 +1,18 @@
-"""What a fuse can be asked for."""
+"""What a fuse can be asked for. Imports no MLX."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from mlx_adapters.config.mapping import require
-from mlx_adapters.errors import did_you_mean
+from mlx_adapters.config.settings import check, setting, settings
 
-METHODS = ("auto", "nearest", "calibrated")
-FORMATS = ("mlx", "hf", "gguf")
 BITS = ("keep", "none", "2", "3", "4", "5", "6", "8")
 
 
+@settings
 @dataclass(frozen=True)
 class FuseOptions:
     """How to round and how to check.
-
-    Args:
-        method: "nearest", "calibrated", or "auto": calibrated under 8 bits, if there is text.
-        calibration: text to calibrate and check on: a data folder, a .jsonl, .parquet or .txt file; None: the adapter's
-            training data, else a general text.
-        calibration_rows: rows to calibrate on.
-        check: compare with the adapter model on text kept aside.
-        check_rows: rows to check on.
-        max_kl: give layers more bits where they help most, until KL is at most this (nats per token).
-        budget_bits: likewise, up to this many bits per weight of the whole model.
-        force: keep the output even if KL is above `max_kl`.
-        seed: of the choice of rows.
-        thorough: let the rows of a layer cancel each other's errors too: about half the KL for three times the rounding
-            time. Experts (each sees too few tokens to know how its outputs are felt together) and layers of over 16,384
-            outputs (whose moments would not fit) are rounded row by row all the same.
-        format: "mlx"; "hf": unquantized, with the names, types and config of the original checkpoint; "gguf": one file,
-            f16 (or q8_0 at 8 bits), not checked.
 
     Raises ConfigError for a value out of range, or one that another option rules out.
 
@@ -40,22 +22,42 @@ class FuseOptions:
         'auto'
     """
 
-    method: Literal["auto", "nearest", "calibrated"] = "auto"
-    calibration: str | None = None
-    calibration_rows: int = 128
-    check: bool = True
-    check_rows: int = 64
-    max_kl: float | None = None
-    budget_bits: float | None = None
-    force: bool = False
-    seed: int = 0
-    thorough: bool = True
-    format: Literal["mlx", "hf", "gguf"] = "mlx"
+    method: Literal["auto", "nearest", "calibrated"] = setting(
+        "auto", "How to round", means="auto: calibrated under 8 bits if there is text"
+    )
+    calibration: str | None = setting(
+        None,
+        "Data folder, .jsonl or .txt",
+        more="Text to calibrate and check on; .parquet, too.",
+        means="the adapter's training data, else a general text",
+        metavar="DIR|FILE",
+    )
+    calibration_rows: int = setting(128, "Rows to calibrate on", at_least=1)
+    thorough: bool = setting(
+        True,
+        "Let a layer's rows cancel each other's errors; quick: a third of the rounding time",
+        more="About half the KL. Experts (each sees too few tokens to know how its outputs are felt together) and "
+        "layers of over 16,384 outputs (whose moments would not fit) are rounded row by row all the same.",
+        off="quick",
+    )
+    check: bool = setting(True, "Compare with the adapter model on text kept aside")
+    check_rows: int = setting(64, "Rows to check on", at_least=1)
+    max_kl: float | None = setting(
+        None, "More bits where they help most, until KL is at most this", more="In nats per token.", above=0
+    )
+    budget_bits: float | None = setting(
+        None, "More bits where they help most, up to this many per weight", more="Of the whole model.", above=0
+    )
+    format: Literal["mlx", "hf", "gguf"] = setting(
+        "mlx",
+        "hf: the original checkpoint's names and types; gguf: one file for llama.cpp",
+        more="hf is unquantized; gguf is f16, or q8_0 at 8 bits, and not checked.",
+    )
+    force: bool = setting(False, "Keep the model even if `max_kl` cannot be held")
+    seed: int = setting(0, "Seed of the choice of rows")
 
     def __post_init__(self) -> None:
-        require(self.method in METHODS, f"There is no method '{self.method}'.", did_you_mean(self.method, METHODS))
-        require(self.calibration_rows >= 1 and self.check_rows >= 1, "calibration and check need at least 1 row.")
-        require(self.max_kl is None or self.max_kl > 0, f"max_kl must be above 0, not {self.max_kl}.")
+        check(self)
         require(
             self.max_kl is None or self.budget_bits is None,
             "Give --max-kl (max_kl) or --budget-bits (budget_bits), not both.",
@@ -63,7 +65,6 @@ class FuseOptions:
         require(
             self.max_kl is None or self.check, "max_kl is a promise that has to be checked.", "leave out --no-check."
         )
-        require(self.format in FORMATS, f"There is no format '{self.format}'.", did_you_mean(self.format, FORMATS))
         if self.budget_bits is not None or self.max_kl is not None:
             require(self.method != "nearest", "Mixed precision needs the method 'calibrated'.", "leave --method out.")
 

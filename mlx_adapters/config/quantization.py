@@ -1,11 +1,14 @@
 """The precisions that weights are stored and computed in. Imports no MLX."""
 
 import dataclasses
+from typing import Any, Literal, get_args
 
 from mlx_adapters.config.mapping import require
+from mlx_adapters.config.settings import setting, settings
 from mlx_adapters.errors import ConfigError, did_you_mean
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+DTYPES = get_args(Dtype)
 
 
 # What MLX can quantize to: mode -> (bits, group sizes). Checked against mlx 0.32.4.
@@ -24,14 +27,15 @@ def default_group_size(mode: str) -> int:
     return sizes[0] if len(sizes) == 1 else 64
 
 
+def computing_dtype() -> Any:
+    """The setting of the type that a model computes in."""
+    return setting("auto", "Type to compute in", means="auto: float32 on a CPU, the model's on a GPU")
+
+
+@settings
 @dataclasses.dataclass(frozen=True)
 class Quantization:
     """Weights of few bits, in groups that share a scale, in one of MLX's modes.
-
-    Args:
-        bits: of each weight: 2, 3, 4, 5, 6 or 8 for "affine", else what the mode's name says.
-        group_size: weights that share a scale: 32, 64 or 128 for "affine", 32 for mxfp4 and mxfp8, 16 for nvfp4.
-        mode: "affine", "mxfp4", "mxfp8" or "nvfp4".
 
     Raises ConfigError for what MLX does not have.
 
@@ -40,9 +44,13 @@ class Quantization:
         Quantization(bits=4, group_size=32, mode='affine')
     """
 
-    bits: int = 4
-    group_size: int = 64
-    mode: str = "affine"
+    bits: int = setting(4, "Bits per weight", more="2, 3, 4, 5, 6 or 8 in mode affine, else what the mode's name says.")
+    group_size: int = setting(
+        64,
+        "Weights that share a scale",
+        more="32, 64 or 128 in mode affine, 32 in mxfp4 and mxfp8, 16 in nvfp4.",
+    )
+    mode: str = setting("affine", "Quantization mode", more="affine, mxfp4, mxfp8 or nvfp4.")
 
     def __post_init__(self) -> None:
         if self.mode not in QUANTIZATIONS:  # (a hint takes time, and this is made for every layer of a model)

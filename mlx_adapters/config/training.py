@@ -5,24 +5,14 @@ import math
 from typing import Literal
 
 from mlx_adapters.config.mapping import require
-from mlx_adapters.config.quantization import DTYPES, Quantization
+from mlx_adapters.config.quantization import Dtype, Quantization, computing_dtype
+from mlx_adapters.config.settings import check, setting, settings
 
-ADAPTER_TYPES = ("lora", "dora")
 
-
+@settings
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """What is adapted and how strongly: y = W x + scale · B A x (LoRA, arXiv 2106.09685).
-
-    Args:
-        rank: width of the update.
-        scale: the factor on B·A; PEFT's alpha / rank.
-        dropout: share of the adapter's inputs that training drops, from 0 to below 1.
-        target_modules: names (`q_proj`) or paths (`model.layers.3.mlp.up_proj`) of linear layers; "all": every one of
-            the adapted blocks.
-        num_layers: how many of the last blocks are adapted, or "all".
-        type: "dora" adds a trained magnitude for each output (arXiv 2402.09353).
-        ranks: module name -> another rank.
 
     Raises ConfigError for a value out of range.
 
@@ -31,65 +21,37 @@ class LoraConfig:
         16
     """
 
-    rank: int = 8
-    scale: float = 20.0
-    dropout: float = 0.0
-    target_modules: tuple[str, ...] | Literal["all"] = "all"
-    num_layers: int | Literal["all"] = "all"
-    type: Literal["lora", "dora"] = "lora"
-    ranks: dict[str, int] = dataclasses.field(default_factory=dict)
+    rank: int = setting(8, "Rank, or one module's rank", at_least=1, metavar="N|NAME=N")
+    scale: float = setting(20.0, "Factor on the update B·A", more="PEFT's alpha / rank.")
+    dropout: float = setting(0.0, "Dropout on the adapter's input", at_least=0, below=1)
+    target_modules: tuple[str, ...] | Literal["all"] = setting(
+        "all",
+        "Modules to adapt, comma-separated",
+        more="Linear layers, by name (q_proj) or path (model.layers.3.mlp.up_proj); all: those of the adapted blocks.",
+        metavar="NAMES|all",
+    )
+    num_layers: int | Literal["all"] = setting(
+        "all", "How many of the last blocks to adapt", at_least=1, metavar="N|all"
+    )
+    type: Literal["lora", "dora"] = setting(
+        "lora", "Kind of adapter", more="dora adds a trained magnitude for each output (arXiv 2402.09353)."
+    )
+    ranks: dict[str, int] = setting(dict, "Other ranks, by module name")
 
     def __post_init__(self) -> None:
+        check(self)
         for name, rank in self.ranks.items():
             require(rank >= 1, f"the rank of '{name}' must be at least 1, not {rank}.")
-        require(self.rank >= 1, f"rank must be at least 1, not {self.rank}.")
         require(
             math.isfinite(self.scale) and self.scale != 0, f"scale must be a number other than 0, not {self.scale}."
         )
-        require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}.")
-        require(self.type in ADAPTER_TYPES, f"type must be 'lora' or 'dora', not '{self.type}'.")
-        require(self.target_modules == "all" or len(self.target_modules) > 0, "target_modules is empty.")
-        require(
-            self.num_layers == "all" or self.num_layers >= 1, f"num_layers must be at least 1, not {self.num_layers}."
-        )
+        require(len(self.target_modules) > 0, "target_modules is empty.")
 
 
-OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "muon")
-SCHEDULES = ("constant", "cosine", "linear")
-
-
+@settings
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """How an adapter is trained. One iteration is one update, of `batch_size` · `grad_accumulation` rows.
-
-    Args:
-        iterations: updates of the whole run.
-        batch_size: rows (or packed sequences) of one forward pass.
-        learning_rate: step size, after the warm-up.
-        schedule: how the learning rate goes on: "cosine" and "linear" lower it to 0 at the last iteration.
-        warmup: iterations in which it first rises linearly from 0.
-        optimizer: the update rule.
-        weight_decay: of the optimizer; "adam" has none.
-        lora_plus_ratio: learning rate of lora_b over that of lora_a (LoRA+, arXiv 2402.12354).
-        max_grad_norm: clip the gradient's global norm; None: no clipping.
-        grad_accumulation: batches whose gradients make one update.
-        max_seq_length: tokens; longer rows lose their end.
-        mask_prompt: the loss counts the assistant's turns (or completions) alone.
-        last_turn_only: with `mask_prompt`: the last turn alone.
-        packing: put several rows in one sequence, kept apart exactly.
-        grad_checkpoint: recompute activations: less memory, more time, the same gradients.
-        chunked_loss: never hold all logits; "auto": where that is exact.
-        fuse_aware: train through the rounding of a later fuse to this precision.
-        fuse_aware_from: the iteration after which that begins.
-        eval_every: iterations between validations.
-        eval_batches: batches of a validation; None: all.
-        report_every: iterations between reports.
-        save_every: iterations between checkpoints.
-        save_every_minutes: also save after so many minutes.
-        keep: checkpoints to keep besides the best; None: all.
-        early_stop: stop after so many validations without a better loss; None: never.
-        seed: of initialization, order and dropout.
-        dtype: to compute in; "auto": float32 on a CPU, the model's own on a GPU.
 
     Raises ConfigError for a value out of range, or one that another setting rules out.
 
@@ -103,70 +65,44 @@ class TrainConfig:
         adam has no weight decay. use adamw.
     """
 
-    iterations: int = 600
-    batch_size: int = 4
-    learning_rate: float = 1e-4
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    warmup: int = 0
-    optimizer: Literal["adam", "adamw", "sgd", "adafactor", "muon"] = "adamw"
-    weight_decay: float = 0.0
-    lora_plus_ratio: float = 1.0
-    max_grad_norm: float | None = None
-    grad_accumulation: int = 1
-    max_seq_length: int = 2048
-    mask_prompt: bool = False
-    last_turn_only: bool = False
-    packing: bool = False
-    grad_checkpoint: bool = False
-    chunked_loss: Literal["auto", "on", "off"] = "auto"
-    fuse_aware: Quantization | None = None
-    fuse_aware_from: int = 0
-    eval_every: int = 100
-    eval_batches: int | None = None
-    report_every: int = 10
-    save_every: int = 100
-    save_every_minutes: float | None = None
-    keep: int | None = None
-    early_stop: int | None = None
-    seed: int = 0
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    iterations: int = setting(600, "Optimizer updates", at_least=1)
+    batch_size: int = setting(4, "Rows per batch", more="With `packing`: packed sequences.", at_least=1)
+    learning_rate: float = setting(1e-4, "Step size", means="1e-4", above=0)
+    schedule: Literal["constant", "cosine", "linear"] = setting(
+        "constant", "How the learning rate falls", more="cosine and linear lower it to 0 at the last iteration."
+    )
+    warmup: int = setting(0, "Iterations of linear warm-up", at_least=0)
+    optimizer: Literal["adam", "adamw", "sgd", "adafactor", "muon"] = setting("adamw", "Update rule")
+    weight_decay: float = setting(0.0, "Weight decay", more="adam has none.", at_least=0)
+    lora_plus_ratio: float = setting(
+        1.0, "Learning rate of lora_b over that of lora_a (LoRA+)", more="arXiv 2402.12354.", above=0
+    )
+    max_grad_norm: float | None = setting(
+        None, "Clip the gradient's norm", more="The global one.", means="no clipping", above=0
+    )
+    grad_accumulation: int = setting(1, "Batches per update", at_least=1)
+    max_seq_length: int = setting(2048, "Longer rows lose their end", more="In tokens.", at_least=2)
+    mask_prompt: bool = setting(False, "Train on the assistant's turns (or completions) only")
+    last_turn_only: bool = setting(False, "With `mask_prompt`: on the last turn only")
+    packing: bool = setting(False, "Put several rows in one sequence, kept apart exactly")
+    grad_checkpoint: bool = setting(False, "Recompute activations: less memory, more time", more="The same gradients.")
+    chunked_loss: Literal["auto", "on", "off"] = setting(
+        "auto", "Never hold all logits", means="auto: where it is exact"
+    )
+    fuse_aware: Quantization | None = setting(None, "Train through the rounding of a fuse to BITS", metavar="BITS")
+    fuse_aware_from: int = setting(0, "Iteration after which the rounding is trained through", at_least=0)
+    eval_every: int = setting(100, "Iterations between validations", at_least=1)
+    eval_batches: int | None = setting(None, "Validation batches", means="all", at_least=1)
+    report_every: int = setting(10, "Iterations between reports", at_least=1)
+    save_every: int = setting(100, "Iterations between checkpoints", at_least=1)
+    save_every_minutes: float | None = setting(None, "Also save after so many minutes", above=0)
+    keep: int | None = setting(None, "Checkpoints to keep besides the best", means="all", at_least=1)
+    early_stop: int | None = setting(None, "Stop after so many validations without a better loss", at_least=1)
+    seed: int = setting(0, "Seed of initialization, order and dropout", at_least=0, below=1 << 64)
+    dtype: Dtype = computing_dtype()
 
     def __post_init__(self) -> None:
-        positive = (
-            "iterations",
-            "batch_size",
-            "grad_accumulation",
-            "eval_every",
-            "eval_batches",
-            "report_every",
-            "save_every",
-            "keep",
-            "early_stop",
-        )
-        for name in positive:
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name} must be at least 1, not {value}.")
-        for name in ("learning_rate", "lora_plus_ratio", "max_grad_norm", "save_every_minutes"):
-            value = getattr(self, name)
-            good = value is None or (math.isfinite(value) and value > 0)
-            require(good, f"{name} must be a number above 0, not {value}.")
-        for name in ("weight_decay", "warmup", "fuse_aware_from", "seed"):
-            value = getattr(self, name)
-            require(0 <= value < math.inf, f"{name} must be at least 0, not {value}.")
-        require(self.seed < 1 << 64, f"seed must be below 2**64, not {self.seed}.")
-        require(self.max_seq_length >= 2, f"max_seq_length must be at least 2, not {self.max_seq_length}.")
-        self._check_choices()
-
-    def _check_choices(self) -> None:
-        choices = (
-            ("optimizer", OPTIMIZERS),
-            ("schedule", SCHEDULES),
-            ("dtype", DTYPES),
-            ("chunked_loss", ("auto", "on", "off")),
-        )
-        for name, known in choices:
-            value = getattr(self, name)
-            require(value in known, f"There is no {name} '{value}'.", f"there are: {', '.join(known)}.")
+        check(self)
         require(self.warmup < self.iterations, "warmup must be shorter than the training itself.")
         require(self.optimizer != "adam" or self.weight_decay == 0, "adam has no weight decay.", "use adamw.")
         require(self.mask_prompt or not self.last_turn_only, "last_turn_only needs mask_prompt.")

@@ -5,13 +5,14 @@ compared row by row, which takes the rows' own difficulty out of the comparison.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from mlx_adapters.config.evaluating import EvaluationConfig
 from mlx_adapters.config.mapping import require
-from mlx_adapters.data.datasets import SPLITS, RawRow, read_data, spread
+from mlx_adapters.data.datasets import RawRow, read_data, spread
 from mlx_adapters.errors import AdapterError, NotFoundError
 from mlx_adapters.evaluation.figures import Evaluation
 from mlx_adapters.evaluation.reports import EvaluationReport
@@ -29,45 +30,6 @@ from mlx_adapters.sources.lookup import load_adapter, locate
 from mlx_adapters.sources.registry import changing, names
 from mlx_adapters.storage import files
 from mlx_adapters.storage.tensor_names import METADATA_FILE
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """Which rows are judged, and how.
-
-    Args:
-        split: "test", "valid" or "train"; None: the first of them that there is.
-        score: "exact", "regex:PATTERN", "sqlite[:FILE]" or "command:COMMAND"; None: losses alone.
-        reference: the variant that KL is taken against; None: the first adapter, if there are several variants.
-        max_rows: judge only so many rows, evenly spaced.
-        max_seq_length: tokens of a row.
-        max_tokens: longest answer.
-        batch_size: answers at a time.
-        dtype: to compute in; "auto": float32 on a CPU, the model's own on a GPU.
-        any_base: take adapters that were trained on another base.
-
-    Raises ConfigError for a value out of range.
-
-    Example:
-        >>> ma.EvaluationConfig(score="sqlite", max_rows=100).max_tokens
-        256
-    """
-
-    split: str | None = None
-    score: str | None = None
-    reference: str | None = None
-    max_rows: int | None = None
-    max_seq_length: int = 2048
-    max_tokens: int = 256
-    batch_size: int = 8
-    dtype: str = "auto"
-    any_base: bool = False
-
-    def __post_init__(self) -> None:
-        require(self.split in (None, *SPLITS), f"split must be one of {', '.join(SPLITS)}, not '{self.split}'.")
-        for name in ("max_rows", "max_seq_length", "max_tokens", "batch_size"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name} must be at least 1, not {value}.")
 
 
 def evaluate(

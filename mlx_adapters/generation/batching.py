@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_adapters.config.mapping import require
+from mlx_adapters.config.sampling import Sampling
 from mlx_adapters.generation.sampling import Sampler
 from mlx_adapters.runtime.attached import Attached
 from mlx_adapters.runtime.pool import AdapterPool
@@ -31,7 +32,7 @@ class Request:
     prompt: Sequence[int]
     adapter: Attached | None = None
     max_tokens: int = 256
-    sampler: Sampler = field(default_factory=Sampler)
+    sampler: Sampler = field(default_factory=lambda: Sampler(Sampling()))
     stop_tokens: frozenset[int] = frozenset()
     top_logprobs: int | None = None
     number: int = field(default_factory=lambda: next(_numbers))

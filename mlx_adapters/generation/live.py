@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_adapters.config.sampling import Sampling
 from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.generation.batching import Request, answer_all
 from mlx_adapters.generation.sampling import Sampler
@@ -247,13 +248,14 @@ class LiveModel(Model):
             raw: leave the chat template out.
             max_batch: most prompts that are decoded at a time.
         """
+        sampling = Sampling(max_tokens, temperature, top_p, seed)
         ids = [self.checked_ids(self.encode(p, raw) if isinstance(p, str) else p).tolist() for p, _ in prompts]
         requests = [
             Request(
                 prompt,
                 None if name is None else self.pool.get(name),
                 self.room(len(prompt), max_tokens),
-                Sampler(temperature, top_p, seed),
+                Sampler(sampling),
                 frozenset(self.tokenizer.eos_token_ids),
             )
             for prompt, (_, name) in zip(ids, prompts, strict=True)
@@ -262,15 +264,9 @@ class LiveModel(Model):
             answers = dict(answer_all(self.module, self.pool, requests, max_batch))
         return [text_of(self.tokenizer, answers[request]) for request in requests]
 
-    def sampler(self, temperature: float, top_p: float, seed: int | None) -> Sampler:
-        """What chooses the next token, with its own random numbers.
-
-        Args:
-            temperature: 0: always the likeliest token.
-            top_p: sample from the likeliest tokens that together have this probability.
-            seed: of sampling.
-        """
-        return Sampler(temperature, top_p, seed)
+    def _sampler(self, sampling: Sampling) -> Sampler:
+        """With random numbers of its own."""
+        return Sampler(sampling)
 
 
 def load_model(

@@ -1,9 +1,8 @@
 """Choosing the next token, with random numbers of one's own: nothing another request draws changes them."""
 
-import math
 import os
 
-from mlx_adapters.config.mapping import require
+from mlx_adapters.config.sampling import Sampling
 from mlx_adapters.system.door import mx
 
 
@@ -13,13 +12,11 @@ class Sampler:
     As in mlx-lm the mass is counted at temperature 1. Equal seeds give equal choices for equal inputs.
     """
 
-    def __init__(self, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None) -> None:
-        require(0 <= temperature < math.inf, f"temperature must be finite and not negative, not {temperature}.")
-        require(0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}.")
-        require(seed is None or 0 <= seed < 1 << 63, f"seed must be at least 0 and below 2^63, not {seed}.")
+    def __init__(self, sampling: Sampling) -> None:
         # Next to 0 the likeliest token wins anyhow, and log-probabilities divided by the temperature overflow.
-        self.temperature, self.top_p = temperature if temperature >= 1e-5 else 0.0, top_p
-        self._key = mx.random.key(int.from_bytes(os.urandom(7), "big") if seed is None else seed)
+        self.temperature, self.top_p = sampling.temperature if sampling.temperature >= 1e-5 else 0.0, sampling.top_p
+        seed = int.from_bytes(os.urandom(7), "big") if sampling.seed is None else sampling.seed
+        self._key = mx.random.key(seed)
 
     def __call__(self, logprobs: mx.array) -> mx.array:
         """Token (rows,) for each row of `logprobs` (rows, vocabulary)."""

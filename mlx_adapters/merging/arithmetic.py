@@ -13,7 +13,6 @@ import numpy as np
 from mlx_adapters.models.low_rank import Matrix
 
 SignMethod = Literal["total", "frequency"]
-SIGN_METHODS = ("total", "frequency")
 
 
 def weighted_sum(tensors: Sequence[Matrix], weights: Sequence[float]) -> Matrix:

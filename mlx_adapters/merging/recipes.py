@@ -15,10 +15,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_adapters.config.mapping import require
-from mlx_adapters.config.quantization import DTYPES
-from mlx_adapters.errors import ConfigError, IncompatibleError, did_you_mean
+from mlx_adapters.config.merging import MergeMethod, MergeSettings
+from mlx_adapters.config.quantization import Dtype
+from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.events import OnEvent, Progress, ignore
-from mlx_adapters.merging.arithmetic import SIGN_METHODS, SignMethod
+from mlx_adapters.merging.arithmetic import SignMethod
 from mlx_adapters.merging.decomposition import Decomposition, check_rank, kept_energy, pad_rank
 from mlx_adapters.merging.methods import METHODS, Method, Options, merge_updates
 from mlx_adapters.models.adapter import Adapter, AdapterLike, weights_file
@@ -35,14 +36,14 @@ def merge(
     sources: Sequence[AdapterLike],
     weights: Sequence[float] | None = None,
     *,
-    method: str = "cat",
+    method: MergeMethod = "cat",
     name: str | None = None,
     rank: int | Literal["auto"] | None = None,
     energy: float | None = None,
     density: float | None = None,
     seed: int | None = None,
     sign_method: SignMethod | None = None,
-    dtype: str = "auto",
+    dtype: Dtype = "auto",
     any_base: bool = False,
     overwrite: bool = False,
     on_event: OnEvent = ignore,
@@ -81,8 +82,7 @@ def merge(
     """
     adapters = [lookup.load_adapter(source) for source in sources]
     weights = _checked_weights(adapters, weights)
-    chosen = _checked_method(method, rank, energy, density, seed, sign_method)
-    require(dtype in DTYPES, f"dtype cannot be '{dtype}'.", "auto, float32, bfloat16 or float16.")
+    chosen = _checked_method(MergeSettings(method, rank, energy, density, seed, sign_method, dtype, any_base))
     check_mergeable(adapters, any_base)
     if chosen.space == "stack":
         adapters, weights = _without_zeros(adapters, weights)
@@ -225,36 +225,26 @@ def _checked_weights(adapters: Sequence[Adapter], weights: Sequence[float] | Non
     return [float(weight) for weight in weights]
 
 
-def _checked_method(
-    name: str,
-    rank: int | str | None,
-    energy: float | None,
-    density: float | None,
-    seed: int | None,
-    sign_method: str | None,
-) -> Method:
+def _checked_method(asked: MergeSettings) -> Method:
     """The method; what it would ignore or lacks is a ConfigError."""
-    if name not in METHODS:
-        raise ConfigError(f"There is no merge method '{name}'.", did_you_mean(name, METHODS, f"{', '.join(METHODS)}."))
-    method = METHODS[name]
+    name, method = asked.method, METHODS[asked.method]
     require(
-        method.truncate or (rank is None and energy is None),
+        method.truncate or (asked.rank is None and asked.energy is None),
         f"Method '{name}' has no rank to choose.",
         "use 'svd' or a method that ends in '-svd'.",
     )
-    check_rank(rank, energy)
+    check_rank(asked.rank, asked.energy)
     require(
-        method.prune is None or density is not None,
+        method.prune is None or asked.density is not None,
         f"Method '{name}' needs a density.",
         "the share of entries to keep, for example --density 0.5.",
     )
-    require(method.prune is not None or density is None, f"Method '{name}' prunes nothing, so it takes no density.")
-    require(density is None or 0 < density <= 1, f"density must be above 0 and at most 1, not {density}.")
-    require(seed is None or method.prune == "random", f"Method '{name}' draws nothing, so it takes no seed.")
-    require(seed is None or seed >= 0, f"seed must not be negative, not {seed}.")
-    require(sign_method is None or method.elect, f"Method '{name}' elects no signs, so it takes no sign method.")
-    known = sign_method in (None, *SIGN_METHODS)
-    require(known, f"There is no sign method '{sign_method}'.", "total or frequency.")
+    pruned = method.prune is not None or asked.density is None
+    require(pruned, f"Method '{name}' prunes nothing, so it takes no density.")
+    drawn = method.prune == "random" or asked.seed is None
+    require(drawn, f"Method '{name}' draws nothing, so it takes no seed.")
+    elected = method.elect or asked.sign_method is None
+    require(elected, f"Method '{name}' elects no signs, so it takes no sign method.")
     return method
 
 

@@ -1,7 +1,6 @@
 """A base model in memory: put an adapter on it, ask it."""
 
 import json
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_adapters.config.mapping import require
+from mlx_adapters.config.sampling import Sampling
 from mlx_adapters.errors import ModelError
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base
@@ -215,28 +214,20 @@ class Model:
             raw: leave the chat template out.
             cache: what came before the prompt (mlx-lm's prompt cache); it grows by prompt and answer.
         """
-        require(max_tokens >= 1, f"max_tokens must be at least 1, not {max_tokens}.")
-        require(0 <= temperature < math.inf, f"temperature must be finite and not negative, not {temperature}.")
-        require(0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}.")
+        sampling = Sampling(max_tokens, temperature, top_p, seed)
         before = getattr(cache[0], "offset", 0) if cache else 0
         ids = self.checked_ids(self.encode(prompt, raw) if isinstance(prompt, str) else prompt, before)
-        sampler, room = self.sampler(temperature, top_p, seed), self.room(before + ids.size, max_tokens)
+        sampler, room = self._sampler(sampling), self.room(before + ids.size, max_tokens)
         extra = {} if cache is None else {"prompt_cache": cache}
         for response in stream_generate(self.module, self.tokenizer, ids, max_tokens=room, sampler=sampler, **extra):
             full = room < max_tokens and response.finish_reason == "length"
             yield replace(response, finish_reason="context") if full else response
 
-    def sampler(self, temperature: float, top_p: float, seed: int | None) -> Any:
-        """What chooses the next token from its log-probabilities, (1, vocabulary).
-
-        Args:
-            temperature: 0: always the likeliest token.
-            top_p: sample from the likeliest tokens that together have this probability.
-            seed: of sampling.
-        """
-        if seed is not None:
-            mx.random.seed(seed)
-        return make_sampler(temp=temperature, top_p=top_p)
+    def _sampler(self, sampling: Sampling) -> Any:
+        """What chooses the next token from its log-probabilities, (1, vocabulary)."""
+        if sampling.seed is not None:
+            mx.random.seed(sampling.seed)
+        return make_sampler(temp=sampling.temperature, top_p=sampling.top_p)
 
     def generate(
         self,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mlx_adapters.config.mapping import require
+from mlx_adapters.config.sampling import Sampling
 from mlx_adapters.errors import AdapterError, did_you_mean
 from mlx_adapters.generation.batching import Batcher, Request, Token
 from mlx_adapters.generation.live import LiveModel
@@ -206,7 +207,7 @@ class Engine:
                 job.prompt,
                 attached,
                 job.max_tokens,
-                Sampler(job.temperature, job.top_p, job.seed),
+                Sampler(Sampling(job.max_tokens, job.temperature, job.top_p, job.seed)),
                 frozenset(self.model.tokenizer.eos_token_ids),
                 job.top_logprobs,
             )

@@ -4,9 +4,10 @@ import hashlib
 import ipaddress
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from mlx_adapters.config.mapping import require
+from mlx_adapters.config.settings import check, setting, settings
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.sources.references import NAME
 
@@ -46,30 +47,32 @@ def parse_split(text: str) -> TrafficSplit:
     return TrafficSplit(name, shares)
 
 
+@settings
 @dataclass(frozen=True)
 class ServeSettings:
-    """Limits and switches of a server. Sizes in bytes, times in seconds."""
+    """Limits and switches of a server. Sizes in bytes, times in seconds.
 
-    host: str = "127.0.0.1"
-    port: int = 8080
-    api_keys: tuple[str, ...] = field(default=(), repr=False)
-    max_adapters: int = 8
-    max_adapter_bytes: int | None = None
-    max_batch: int = 16
-    max_queue: int = 256
-    max_tokens: int = 4096
-    max_body_bytes: int = 1 << 20
-    max_seconds: float = 300.0
-    write_seconds: float = 30.0
-    allow_load: bool = False
-    splits: tuple[TrafficSplit, ...] = ()
+    Raises ConfigError for a value out of range.
+    """
+
+    host: str = setting("127.0.0.1", "Other than loopback needs `api_key_file`")
+    port: int = setting(8080, "0: any free one", at_least=0, at_most=65535)
+    api_keys: tuple[str, ...] = setting((), "Keys that may ask, one a line", secret=True)
+    max_adapters: int = setting(8, "In memory at once", at_least=1)
+    max_adapter_bytes: int | None = setting(None, "Memory for adapters", means="no limit", at_least=1)
+    max_batch: int = setting(16, "Rows decoded together", at_least=1)
+    max_queue: int = setting(256, "Waiting; more get 429", at_least=1)
+    max_tokens: int = setting(4096, "Longest answer", at_least=1)
+    max_body_bytes: int = setting(1 << 20, "Longest request", at_least=1)
+    max_seconds: float = setting(300.0, "For one request", above=0, at_most=MAX_SECONDS)
+    write_seconds: float = setting(30.0, "For a client to take what was written", above=0, at_most=MAX_SECONDS)
+    allow_load: bool = setting(False, "Let POST and DELETE /v1/adapters load registered adapters")
+    splits: tuple[TrafficSplit, ...] = setting(
+        (), "A name that sends each user to one of several adapters, always the same (repeatable)"
+    )
 
     def __post_init__(self) -> None:
-        for name in ("max_adapters", "max_batch", "max_queue", "max_tokens", "max_body_bytes"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}.")
-        for seconds in (self.max_seconds, self.write_seconds):
-            require(0 < seconds <= MAX_SECONDS, f"times must be above 0 and at most {MAX_SECONDS:,} seconds.")
-        require(0 <= self.port < 65536, f"port must be between 0 and 65535, not {self.port}.")
+        check(self)
         require(
             is_loopback(self.host) or len(self.api_keys) > 0,
             f"Listening on '{self.host}' needs an API key.",

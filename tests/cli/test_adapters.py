@@ -14,8 +14,9 @@ from helpers.adapters import LLAMA, make_adapter, make_mlx_lm_folder, make_run
 
 from mlx_adapters import cli
 from mlx_adapters.adapters.inspecting import Comparison, LayerComparison
-from mlx_adapters.cli import merge as merge_commands
 from mlx_adapters.config.mapping import from_mapping, read_yaml
+from mlx_adapters.config.merging import MergeSettings
+from mlx_adapters.config.settings import settings_of
 from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.data.datasets import read_data
 from mlx_adapters.evaluation.tokens import judged_rows
@@ -105,7 +106,7 @@ def test_a_tilde_is_the_home_wherever_the_shell_leaves_it(run, base, tmp_path, m
 
 
 def test_the_commands_know_every_method():
-    assert set(merge_commands.METHODS) == set(METHODS)
+    assert set(settings_of(MergeSettings)["method"].choices) == set(METHODS)
 
 
 def test_list_sorts_filters_and_shows_damage(run, base):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers.adapters import distance, random_adapter
 
+from mlx_adapters.config.sampling import Sampling
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.generation.batching import Batcher, Request, answer_all
 from mlx_adapters.generation.live import load_model
@@ -113,17 +114,22 @@ def test_seeds_stop_tokens_and_neighbors(tiny_model):
     prompt = [5, 6, 7]
 
     def run(extra):
-        mine = Request(prompt, model.pool.get("1"), 20, Sampler(1.0, 0.9, seed=11))
+        mine = Request(prompt, model.pool.get("1"), 20, Sampler(Sampling(temperature=1.0, top_p=0.9, seed=11)))
         batcher = Batcher(model.module, model.pool)
         for request in [mine, *extra]:
             batcher.submit(request)
         return [t.id for t in finish(batcher)[mine.number]]
 
     alone = run([])
-    others = [Request(p, model.pool.get("0"), 9, Sampler(0.7, 1.0, seed=i)) for i, p in enumerate(prompts(4))]
+    others = [
+        Request(p, model.pool.get("0"), 9, Sampler(Sampling(temperature=0.7, top_p=1.0, seed=i)))
+        for i, p in enumerate(prompts(4))
+    ]
     assert run(others) == alone and len(alone) == 20
     stop = alone[7]
-    request = Request(prompt, model.pool.get("1"), 20, Sampler(1.0, 0.9, seed=11), frozenset([stop]))
+    request = Request(
+        prompt, model.pool.get("1"), 20, Sampler(Sampling(temperature=1.0, top_p=0.9, seed=11)), frozenset([stop])
+    )
     batcher = Batcher(model.module, model.pool)
     batcher.submit(request)
     tokens = finish(batcher)[request.number]
@@ -144,11 +150,16 @@ def test_generate_batch(tiny_model):
 
 def test_top_p_keeps_the_likeliest():
     logprobs = mx.log(mx.array([[0.5, 0.3, 0.15, 0.05]]))
-    sampler = Sampler(1.0, 0.7, seed=0)
+    sampler = Sampler(Sampling(temperature=1.0, top_p=0.7, seed=0))
     assert {sampler(logprobs).item() for _ in range(200)} == {0, 1}
-    sampler = Sampler(1.0, 0.01, seed=0)
+    sampler = Sampler(Sampling(temperature=1.0, top_p=0.01, seed=0))
     assert {sampler(logprobs).item() for _ in range(20)} == {0}
-    counts = np.bincount([Sampler(1.0, 1.0, seed=i)(logprobs).item() for i in range(400)], minlength=4) / 400
+    counts = (
+        np.bincount(
+            [Sampler(Sampling(temperature=1.0, top_p=1.0, seed=i))(logprobs).item() for i in range(400)], minlength=4
+        )
+        / 400
+    )
     assert abs(counts - [0.5, 0.3, 0.15, 0.05]).max() < 0.08
 
 

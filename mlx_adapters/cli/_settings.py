@@ -1,0 +1,119 @@
+"""Command options made of the settings' fields (`config.settings`)."""
+
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from mlx_adapters.config.settings import Setting, settings_of
+from mlx_adapters.errors import ConfigError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+MACHINE_WORD = 1 << 32  # a bound as large as this says nothing to people
+
+
+class Counts(click.ParamType):
+    """Whole numbers of at least 1, separated by commas."""
+
+    name = "numbers"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).split(",")
+        if not all(part.strip().isdecimal() and int(part) >= 1 for part in parts):
+            self.fail(f"'{value}' is not a list of whole numbers such as 128,512.", param, ctx)
+        return tuple(int(part) for part in parts)
+
+
+class Names(click.ParamType):
+    """Names between commas; or the one word that means all of them."""
+
+    name = "names"
+
+    def __init__(self, word: str | None) -> None:
+        self.word = word
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...] | str:
+        if value == self.word or isinstance(value, tuple):
+            return value
+        return tuple(name.strip() for name in value.split(",") if name.strip())
+
+
+class CountOr(click.ParamType):
+    """A whole number of at least 1, or a word."""
+
+    name = "integer"
+
+    def __init__(self, word: str) -> None:
+        self.word = word
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value == self.word or isinstance(value, int):
+            return value
+        if not value.isdecimal() or int(value) < 1:
+            raise ConfigError(f"{param.opts[0] if param else ''} '{value}' is neither a number nor '{self.word}'.")
+        return int(value)
+
+
+def options(cls: type, only: str = "", without: str = "", over_file: bool = False) -> Callable[[Command], Command]:
+    """Decorates a command: an option for each setting of the class (those of `only`, or all but those of `without`).
+
+    `over_file`: what is not typed stays None, since a config file may give it, and the class checks the bounds.
+    """
+    names = only.split() or [name for name in settings_of(cls) if name not in without.split()]
+
+    def decorate(command: Command) -> Command:
+        for name in reversed(names):
+            command = option(cls, name, over_file)(command)
+        return command
+
+    return decorate
+
+
+def option(
+    cls: type, name: str, over_file: bool = False, *, flag: str | None = None, **changed: Any
+) -> Callable[[Command], Command]:
+    """The option of one setting, spelled `flag`; `changed` goes to `click.option` in place of what the setting says."""
+    one = settings_of(cls)[name]
+    told: dict[str, Any] = {"help": help_of(one, over_file), "metavar": one.metavar}
+    if bool not in one.kinds:
+        told |= {"type": _type(one, bounded=not over_file), "show_default": not over_file and one.default is not None}
+    elif one.default is False:
+        told |= {"is_flag": True}
+    else:
+        flag = flag or f"{_flag(name)}/{_flag(one.off or f'no_{name}')}"
+    told |= {"default": None if over_file else one.default}
+    return click.option(flag or _flag(name), name, **told | changed)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def help_of(one: Setting, over_file: bool = False) -> str:
+    """The help of a setting's option; the default stands in it where click does not show it."""
+    text = re.sub(r"`(\w+)`", lambda other: _flag(other[1]), one.help)
+    if over_file and one.stands_for:
+        return f"{text} [{one.stands_for}]."
+    if not over_file and one.means:
+        return f"{text} [{one.means}]." if one.default is None else f"{text}; {one.means}."
+    return f"{text}."
+
+
+def _type(one: Setting, bounded: bool) -> Any:
+    word = one.choices[0] if one.choices else None
+    if one.kinds == (tuple[int, ...],):
+        return Counts()
+    if one.kinds == (tuple[str, ...],):
+        return Names(word)
+    if word is not None:
+        return CountOr(word) if int in one.kinds else click.Choice(one.choices)
+    (kind,) = one.kinds
+    bounds = {rule: bound for rule, bound in one.bounds.items() if bounded and bound < MACHINE_WORD}
+    if kind not in (int, float) or not bounds:
+        return kind
+    low, high = bounds.get("at_least", bounds.get("above")), bounds.get("at_most", bounds.get("below"))
+    span: Any = click.IntRange if kind is int else click.FloatRange
+    return span(low, high, min_open="above" in bounds, max_open="below" in bounds)

@@ -1,0 +1,44 @@
+"""How variants are judged. Imports no MLX."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mlx_adapters.config.quantization import Dtype, computing_dtype
+from mlx_adapters.config.settings import check, setting, settings
+
+
+@settings
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Which rows are judged, and how.
+
+    Raises ConfigError for a value out of range.
+
+    Example:
+        >>> ma.EvaluationConfig(score="sqlite", max_rows=100).max_tokens
+        256
+    """
+
+    split: Literal["test", "valid", "train"] | None = setting(None, "Rows to judge", means="test, else valid")
+    score: str | None = setting(
+        None,
+        "exact, regex:PATTERN, sqlite[:FILE] or command:COMMAND",
+        more="None: losses alone.",
+        metavar="SCORE",
+    )
+    reference: str | None = setting(
+        None,
+        "Take KL against this variant",
+        means="the first adapter",
+        more="If there are several variants.",
+        metavar="VARIANT",
+    )
+    max_rows: int | None = setting(None, "Judge only so many rows, evenly spaced", at_least=1)
+    max_seq_length: int = setting(2048, "Longest row", more="In tokens.", at_least=2)
+    max_tokens: int = setting(256, "Longest answer", at_least=1)
+    batch_size: int = setting(8, "Answers at a time", at_least=1)
+    dtype: Dtype = computing_dtype()
+    any_base: bool = setting(False, "Use the adapter on a base it was not trained on")
+
+    def __post_init__(self) -> None:
+        check(self)
