@@ -1,8 +1,11 @@
 """The start of a project of adapters: a folder to keep under version control."""
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
+from mlx_adapters.config.settings import commented
+from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.storage import files, paths, replacing, temporaries
 
 TRAIN_YAML = """\
@@ -13,22 +16,19 @@ data: data            # a folder with train.jsonl and, to know the best checkpoi
 name: first
 
 lora:
-  rank: 8
-  scale: 20.0
-  target_modules: all # or a list such as [q_proj, v_proj]
-  num_layers: all
-
+{lora}
 training:
-  iterations: 600
-  batch_size: 4
-  learning_rate: 1e-4
-  mask_prompt: true
-"""
+{training}"""
+LORA = ("rank", "scale", "target_modules", "num_layers")
+TRAINING = ("iterations", "batch_size", "learning_rate", "mask_prompt")
 
 FILES: Mapping[str, str] = {
     ".gitattributes": "".join(f"*.{end} filter=lfs diff=lfs merge=lfs -text\n" for end in ("safetensors", "tar.gz")),
     ".gitignore": "# states for resuming a run; the adapters lie beside them\ncheckpoints/\n.mlx-adapters-tmp-*\n",
-    "train.yaml": TRAIN_YAML,
+    "train.yaml": TRAIN_YAML.format(
+        lora=textwrap.indent(commented(LoraConfig(), LORA), "  "),
+        training=textwrap.indent(commented(TrainConfig(mask_prompt=True), TRAINING), "  "),
+    ),
 }
 
 

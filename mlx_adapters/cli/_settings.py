@@ -95,11 +95,10 @@ def _flag(name: str) -> str:
 def help_of(one: Setting, over_file: bool = False) -> str:
     """The help of a setting's option; the default stands in it where click does not show it."""
     text = re.sub(r"`(\w+)`", lambda other: _flag(other[1]), one.help)
-    if over_file and one.stands_for:
-        return f"{text} [{one.stands_for}]."
-    if not over_file and one.means:
-        return f"{text} [{one.means}]." if one.default is None else f"{text}; {one.means}."
-    return f"{text}."
+    if one.means and not over_file and one.default is not None:
+        return f"{text}; {one.means}."
+    words = one.means or (one.shown_default if over_file and bool not in one.kinds else "")
+    return f"{text} [{words}]." if words else f"{text}."
 
 
 def _type(one: Setting, bounded: bool) -> Any:

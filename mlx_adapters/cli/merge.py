@@ -50,7 +50,8 @@ def name_options(command: Command) -> Command:
     metavar="W",
     help="One for each adapter, in their order; may be negative [1/n each].",
 )
-@options(MergeSettings)
+@option(MergeSettings, "method", help="One of those above.")
+@options(MergeSettings, without="method")
 @name_options
 @json_option
 def merge_command(

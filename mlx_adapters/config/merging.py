@@ -29,7 +29,9 @@ class MergeSettings:
     Raises ConfigError for a value out of range.
     """
 
-    method: MergeMethod = setting("cat", "One of those above", metavar="METHOD")
+    method: MergeMethod = setting(
+        "cat", "How to merge", more="Methods that end in -svd work on full updates.", metavar="METHOD"
+    )
     rank: int | Literal["auto"] | None = setting(
         None, "Rank of the result, for svd and *-svd", means="the largest", at_least=1, metavar="R|auto"
     )

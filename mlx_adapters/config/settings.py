@@ -51,11 +51,15 @@ class Setting:
     choices: tuple[str, ...]
 
     @property
-    def stands_for(self) -> str | None:
-        """The default in words; None where not giving the setting needs none."""
-        if self.means is not None or self.default is None or isinstance(self.default, bool):
-            return self.means
-        return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
+    def shown_default(self) -> str:
+        """The default as people write it; "" for none."""
+        if isinstance(self.default, tuple):
+            return ", ".join(map(str, self.default))
+        if isinstance(self.default, bool):
+            return str(self.default).lower()
+        if isinstance(self.default, float):
+            return f"{self.default:g}"
+        return "" if self.default in (None, {}) else str(self.default)
 
     @property
     def range(self) -> str:
@@ -137,7 +141,7 @@ def check(config: Any) -> None:
 def settings(cls: Class) -> Class:
     """Decorates a dataclass: its docstring tells all settings, before what it raises."""
     lines = [
-        textwrap.fill(f"{one.name}: {sentence(one)}", 112, initial_indent=" " * 8, subsequent_indent=" " * 12)
+        textwrap.fill(f"{one.name}: {told(one, choices=True)}", 112, initial_indent=" " * 8, subsequent_indent=" " * 12)
         for one in settings_of(cls).values()
     ]
     before, raises, after = (cls.__doc__ or "").partition("    Raises ")
@@ -145,12 +149,12 @@ def settings(cls: Class) -> Class:
     return cls
 
 
-def sentence(one: Setting) -> str:
+def told(one: Setting, choices: bool = False) -> str:
     """What the pages say of a setting: its help, what its default stands for, and more."""
     means = f"; None: {one.means}" if one.means and one.default is None else ""
     if one.means and one.means.startswith(f"{one.default}: "):
         means = f"; {one.means}"
-    return f"{one.help}{_choices(one)}{means}.{f' {one.more}' if one.more else ''}"
+    return f"{one.help}{_choices(one) if choices else ''}{means}.{f' {one.more}' if one.more else ''}"
 
 
 def commented(config: Any, names: Sequence[str] = ()) -> str:

@@ -254,7 +254,7 @@ class LiveModel(Model):
             Request(
                 prompt,
                 None if name is None else self.pool.get(name),
-                self.room(len(prompt), max_tokens),
+                self.room(len(prompt), sampling.max_tokens),
                 Sampler(sampling),
                 frozenset(self.tokenizer.eos_token_ids),
             )

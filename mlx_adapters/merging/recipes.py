@@ -82,28 +82,29 @@ def merge(
     """
     adapters = [lookup.load_adapter(source) for source in sources]
     weights = _checked_weights(adapters, weights)
-    chosen = _checked_method(MergeSettings(method, rank, energy, density, seed, sign_method, dtype, any_base))
-    check_mergeable(adapters, any_base)
+    asked = MergeSettings(method, rank, energy, density, seed, sign_method, dtype, any_base)
+    chosen, seed = _checked_method(asked), asked.seed or 0
+    check_mergeable(adapters, asked.any_base)
     if chosen.space == "stack":
         adapters, weights = _without_zeros(adapters, weights)
     options = Options(
-        density=1.0 if density is None else density,
-        sign_method=sign_method or "total",
+        density=1.0 if asked.density is None else asked.density,
+        sign_method=asked.sign_method or "total",
         scale=abs(weights[0] * adapters[0].config.scale) if method == "cat" else 1.0,
-        rank=None if rank == "auto" else rank or max(adapter.config.rank for adapter in adapters),
-        energy=0.99 if energy is None else energy,
+        rank=None if asked.rank == "auto" else asked.rank or max(adapter.config.rank for adapter in adapters),
+        energy=0.99 if asked.energy is None else asked.energy,
     )
-    result_dtype = _result_dtype(dtype, method, adapters, weights, options)
+    result_dtype = _result_dtype(asked.dtype, method, adapters, weights, options)
     if method == "cat":
         result, energies = _stack_layers(adapters, weights, options, result_dtype), {}
     else:
-        merged = _merge_layers(method, chosen, adapters, weights, options, seed or 0, on_event)
+        merged = _merge_layers(method, chosen, adapters, weights, options, seed, on_event)
         result = _assemble(merged, adapters, options, result_dtype)
         cut = {key: layer for key, layer in merged.items() if isinstance(layer, Decomposition)}
         energies = kept_energy(cut, result.config.rank)
     recipe = {"method": method, "sources": [_describe(*pair) for pair in zip(adapters, weights, strict=True)]}
-    seed_used = (seed or 0) if chosen.prune == "random" else None
-    settings = {"density": density, "sign_method": sign_method, "seed": seed_used}
+    seed_used = seed if chosen.prune == "random" else None
+    settings = {"density": asked.density, "sign_method": asked.sign_method, "seed": seed_used}
     recipe |= {key: value for key, value in settings.items() if value is not None} | energies
     return _finish(result, adapters, recipe, name, overwrite)
 

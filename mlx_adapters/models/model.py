@@ -217,7 +217,7 @@ class Model:
         sampling = Sampling(max_tokens, temperature, top_p, seed)
         before = getattr(cache[0], "offset", 0) if cache else 0
         ids = self.checked_ids(self.encode(prompt, raw) if isinstance(prompt, str) else prompt, before)
-        sampler, room = self._sampler(sampling), self.room(before + ids.size, max_tokens)
+        sampler, room = self._sampler(sampling), self.room(before + ids.size, sampling.max_tokens)
         extra = {} if cache is None else {"prompt_cache": cache}
         for response in stream_generate(self.module, self.tokenizer, ids, max_tokens=room, sampler=sampler, **extra):
             full = room < max_tokens and response.finish_reason == "length"

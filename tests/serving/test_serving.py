@@ -421,7 +421,7 @@ def test_settings_are_checked(tmp_path, tiny_model):
     for name in ("a\nb", " ", "a\x7f"):
         with pytest.raises(ConfigError, match="base's name"):
             make_engine(str(tiny_model("llama")), [], ServeSettings(), name=name)
-    with pytest.raises(ConfigError, match="times"):
+    with pytest.raises(ConfigError, match="max_seconds"):
         ServeSettings(max_seconds=float("inf"))
     with pytest.raises(ConfigError, match="Cannot listen"):
         bind("nosuch.invalid", 0)
