@@ -17,7 +17,6 @@ from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.layers import named_layers
 from mlx_adapters.models.loading import load_model, load_tokenizer_of
 from mlx_adapters.models.model import Model
-from mlx_adapters.models.quantized_check import check_device
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.lookup import load_adapter
 from mlx_adapters.storage import tensor_files
@@ -62,14 +61,6 @@ class Numbers:
         """Four iterations, in one run."""
         train(self.base, self.data, name="whole", lora=LORA, training=TRAINING)
         return load_adapter("whole@4")
-
-    def quantized_layers(self) -> Outcome:
-        """Quantized products against the same of the dequantized weight, computed on the CPU."""
-        checks = check_device()
-        wrong = [check.kind for check in checks if not check.right]
-        worst = max(check.error for check in checks)
-        text = "; ".join(wrong) if wrong else f"{count(len(checks), 'kind')}, largest error {100 * worst:.2g} %"
-        return Outcome(not wrong, text)
 
     def gradient(self) -> Outcome:
         """Along the gradient g the loss rises by |g| per unit: against differences of losses."""
@@ -161,7 +152,6 @@ def rounded(weight: np.ndarray) -> np.ndarray:
 
 
 CHECKS: Sequence[tuple[str, str]] = (
-    ("quantized layers", "quantized_layers"),
     ("gradient", "gradient"),
     ("exact resume", "resume"),
     ("fuse to 4 bits", "fused_bits"),

@@ -1,20 +1,23 @@
 """All self-tests, one after the other; one that fails, however it does, stops no other."""
 
+import contextlib
 import os
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_adapters.demo import surroundings
 from mlx_adapters.demo.arithmetic import CHECKS, Numbers, Outcome
+from mlx_adapters.demo.products import Products
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.events import OnEvent, Progress, ignore
 from mlx_adapters.storage import files, paths, temporaries
 from mlx_adapters.system.conditions import system_state
 from mlx_adapters.system.machine import Environment, environment
+
+SECONDS = 50  # after which what could not be tried is left out
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def self_test(on_event: OnEvent = ignore) -> SelfTest:
     Raises StorageError if the home folder cannot be written.
     """
     began = time.perf_counter()
-    with _scratch() as folder:
+    with _scratch() as folder, contextlib.closing(Products()) as products:
         numbers = Numbers(folder)
         tests: list[tuple[str, Callable[[], Outcome]]] = [(name, getattr(numbers, method)) for name, method in CHECKS]
         tests += [
@@ -57,6 +60,7 @@ def self_test(on_event: OnEvent = ignore) -> SelfTest:
             ("locks", surroundings.home_locks),
             ("open files", surroundings.open_files),
             ("wired memory", surroundings.wired_memory),
+            ("quantized layers", lambda: products.outcome(began + SECONDS)),
         ]
         checks = []
         for done, (name, test) in enumerate(tests):
@@ -78,7 +82,7 @@ def _run(name: str, test: Callable[[], Outcome]) -> Check:
     return Check(name, outcome.passed, outcome.seen, time.perf_counter() - began)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _scratch() -> Iterator[Path]:
     """A temporary folder in the home folder, which is the home folder meanwhile."""
     home, before = paths.home(), os.environ.get(paths.HOME_VARIABLE)

@@ -21,13 +21,12 @@ from typing import Any
 
 from mlx.utils import tree_unflatten
 
-from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.errors import AdapterError, ModelError
 from mlx_adapters.models.dense import dense_layer, dense_weight, is_quantized, weight_shape
 from mlx_adapters.models.layers import weight_layers
 from mlx_adapters.storage import files, paths
 from mlx_adapters.storage.tensor_names import BIAS, SCALES
-from mlx_adapters.system.door import SwitchLinear, mx, nn
+from mlx_adapters.system.door import mx, nn
 from mlx_adapters.system.machine import usable_memory_bytes
 from mlx_adapters.units import count, size
 
@@ -200,24 +199,6 @@ def _distance(y: mx.array, reference: mx.array) -> float:
         each = [mx.max(mx.linalg.norm(wrong, axis=a) / mx.linalg.norm(right, axis=a)) for a in axes]
         error = float(mx.max(mx.stack(each)).item())
     return error if math.isfinite(error) else math.inf
-
-
-def check_device() -> list[LayerCheck]:
-    """Check sample layers on this device: the common precisions of linear layers, embeddings and experts.
-
-    Example: `[check.kind for check in check_device() if not check.right]`.
-    """
-    checks = []
-    for quantization in (Quantization(4), Quantization(4, 32), Quantization(8), Quantization(4, 32, "mxfp4")):
-        options = {"group_size": quantization.group_size, "bits": quantization.bits, "mode": quantization.mode}
-        for dense in (
-            nn.Linear(512, 256, bias=False),
-            nn.Linear(512, 8, bias=False),
-            SwitchLinear(512, 256, 8, bias=False),
-        ):
-            dense.set_dtype(mx.bfloat16)
-            checks.append(check_layer(dense.to_quantized(**options), mx.bfloat16))
-    return checks
 
 
 def _is_right(error: float, dtype: mx.Dtype) -> bool:

@@ -22,6 +22,7 @@ from mlx_adapters.optimization.through_rounding import Rounding
 from mlx_adapters.storage.tensor_names import block_index
 from mlx_adapters.surgery.blocks import find_body, keep_blocks
 from mlx_adapters.system.door import mx, nn
+from mlx_adapters.system.limits import as_little_memory_as_will_do
 from mlx_adapters.system.machine import on_gpu
 
 
@@ -37,7 +38,8 @@ class Prober:
 
     def step_bytes(self, batch: Batch, blocks: int) -> float:
         """Bytes that one step needs above what lies in memory all the time, for `blocks` adapted blocks."""
-        return _through(self._counts(blocks), lambda n: self._measure(batch, n, 0, 1)[0], blocks)
+        with as_little_memory_as_will_do():
+            return _through(self._counts(blocks), lambda n: self._measure(batch, n, 0, 1)[0], blocks)
 
     def seconds(self, batch: Batch, blocks: int, warm_up: int = 3, timed: int = 3) -> float:
         """Median time of a step after `warm_up` steps, for `blocks` adapted blocks."""

@@ -7,7 +7,9 @@ between two uses unless the process asks for them to stay (from macOS 15 on); ml
 import contextlib
 import functools
 import resource
+from collections.abc import Iterator
 
+from mlx_adapters.system.machine import on_gpu
 from mlx_adapters.units import count
 
 MOST_FILES = 10_240  # macOS refuses more, also where the hard limit is "unlimited"
@@ -36,7 +38,7 @@ def files_hint(needed: int) -> str | None:
 
 @functools.cache
 def wire_memory() -> int:
-    """Keep MLX's memory resident, up to the size that Metal recommends, until the process ends; once for all work.
+    """Keep MLX's memory resident, and within the size that Metal recommends, until the process ends; once for all work.
 
     Gives that size in bytes; 0 without Metal, or where it is refused: the work then goes on, only slower.
     """
@@ -46,5 +48,23 @@ def wire_memory() -> int:
     with contextlib.suppress(RuntimeError, ValueError):
         if size:
             mx.set_wired_limit(size)
+            mx.set_memory_limit(size)  # MLX's own is half as much again, which a Mac has not got
             return size
     return 0
+
+
+@contextlib.contextmanager
+def as_little_memory_as_will_do() -> Iterator[None]:
+    """Within the block a GPU's work waits for what is under way before more is started, as where memory runs short.
+
+    With room to spare MLX is some 300 operations ahead on a GPU, and holds the results of all; what is measured here
+    is what the work needs. On a CPU, ten operations ahead at most, nothing changes.
+    """
+    import mlx.core as mx
+
+    before = mx.set_memory_limit(1) if on_gpu() else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            mx.set_memory_limit(before)

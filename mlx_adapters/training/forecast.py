@@ -3,7 +3,8 @@
 What lies in memory all the time (weights, adapter, optimizer) is counted from shapes. What a step needs on top
 is measured on this device with a few of the model's blocks, at the shape of the largest batch, and extended to
 all: each block that the backward pass reaches keeps its activations, the blocks before keep nothing. So a
-model that does not fit can be judged too.
+model that does not fit can be judged too. On a GPU it is what a step needs; with room to spare MLX works some 300
+operations ahead there and holds more, and waits once memory is used up.
 """
 
 from collections.abc import Sequence
@@ -43,7 +44,7 @@ class Parts:
 
     @property
     def peak_bytes(self) -> int:
-        """All of it: what `mx.get_peak_memory()` will show."""
+        """All of it: what a CPU's `mx.get_peak_memory()` shows. A GPU with room to spare works ahead and holds more."""
         standing = self.weights_bytes + self.adapter_bytes + self.optimizer_bytes
         return standing + self.gradients_bytes + self.activations_bytes + self.logits_bytes
 

@@ -65,8 +65,9 @@ def test_a_layer_of_any_class_has_a_dense_copy(tiny_model):
     for layer in others.values():
         weight = dense_weight(layer)
         dense = dense_layer(layer, weight)
-        x = mx.random.normal((1, 2, 3, weight.shape[-1]))
-        assert mx.abs(dense(x) - layer(x)).max().item() < 1e-5
+        with mx.stream(mx.cpu):  # CUDA has no kernel for such small ones
+            x = mx.random.normal((1, 2, 3, weight.shape[-1]))
+            assert mx.abs(dense(x) - layer(x)).max().item() < 1e-5
 
 
 def test_calibration_names_what_it_cannot_see(tiny_model, tmp_path):

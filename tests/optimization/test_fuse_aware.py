@@ -23,6 +23,7 @@ from mlx_adapters.optimization import losses, through_rounding
 from mlx_adapters.optimization.step import LossPlan, TrainStep
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage.tensor_names import LORA_B, split
+from mlx_adapters.system.machine import on_gpu
 from mlx_adapters.training import setup
 
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (3, 20)).astype(np.int32)
@@ -32,7 +33,7 @@ BATCH = make_batch([[row] for row in ROWS])
 
 def run(folder, planned: Quantization, kind: str = "lora", targets="all", strength: float = 0.05):
     """(TrainStep, adapter) of a run that will be fused to `planned`, and has learned something."""
-    model = load_model(resolve_base(folder))
+    model = load_model(resolve_base(folder), dtype="float32")
     config = setup.add_layers(model, LoraConfig(rank=4, scale=2.0, type=kind, target_modules=targets), 0)
     weights = dict(tree_flatten(model.module.trainable_parameters()))
     for number, name in enumerate(sorted(weights)):
@@ -47,7 +48,14 @@ def run(folder, planned: Quantization, kind: str = "lora", targets="all", streng
 
 def fused(folder, adapter: Adapter, planned: Quantization, out):
     fuse(folder, adapter, out, quantization=planned, options=FuseOptions(method="nearest", check=False))
-    return load_model(resolve_base(out))
+    return load_model(resolve_base(out), dense=True, dtype="float32")
+
+
+def same_but_for_ties(found: mx.array, written: mx.array) -> bool:
+    """Equal to the bit on a CPU. `fuse` adds updates to some rows at a time, and a GPU's products of another height
+    may differ in their last bit, which decides where two codes are equally near."""
+    assert found.shape == written.shape
+    return mx.mean(found != written).item() <= (0.01 if on_gpu() else 0)
 
 
 PLANS = {
@@ -70,11 +78,12 @@ def test_the_step_has_the_weights_that_fuse_writes(plan, dtype, tiny_model, tmp_
         written = dict(named_layers(fused(folder, adapter, planned, tmp_path / f"{bits}").module))
         for path, layer in train_step.adapted.items():
             own = updated_weight(dense_weight(layer.linear), layer.lora_a, layer.lora_b, None, layer.scale)
-            assert mx.array_equal(train_step.rounding.stored(path, own), written[path].weight).item(), path
+            assert same_but_for_ties(train_step.rounding.stored(path, own), written[path].weight), path
         through_rounding.round_frozen(train_step.module, train_step.adapted, train_step.rounding)
         for path, layer in named_layers(train_step.module):
             if path not in train_step.adapted and "weight" in layer:
-                assert mx.array_equal(layer.weight, written[path].weight).item(), path
+                held = dense_weight(layer)  # on a GPU quantized where it is not rounded anew
+                assert mx.array_equal(held, written[path].weight.astype(held.dtype)).item(), path
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "mixtral", "gemma4_text"])
@@ -85,9 +94,8 @@ def test_the_loss_is_that_of_the_fused_model(kind, architecture, tiny_model, tmp
     train_step, adapter = run(folder, planned, kind, targets)
     without, through = train_step.evaluate([BATCH]), train_step.evaluate([BATCH], rounding=True)
     model = fused(folder, adapter, planned, tmp_path / "fused")
-    assert through == pytest.approx(
-        TrainStep(model.module, {}, TrainConfig(), LossPlan(None, 64)).evaluate([BATCH]), rel=1e-5
-    )
+    expected = TrainStep(model.module, {}, TrainConfig(), LossPlan(None, 64)).evaluate([BATCH])
+    assert through == pytest.approx(expected, rel=1e-3 if on_gpu() else 1e-5)  # ties, see above
     assert abs(through - without) > 1e-2
 
 
@@ -106,7 +114,7 @@ def test_layers_that_a_model_keeps_finer_are_trained_through_that(tiny_model, tm
     written = dict(named_layers(fused(folder, adapter, planned, tmp_path / "fused").module))
     for path, layer in train_step.adapted.items():
         own = updated_weight(layer.linear.weight, layer.lora_a, layer.lora_b, None, layer.scale)
-        assert mx.array_equal(train_step.rounding.stored(path, own), written[path].weight).item(), path
+        assert same_but_for_ties(train_step.rounding.stored(path, own), written[path].weight), path
 
 
 @pytest.mark.parametrize("dense", [True, False])

@@ -19,6 +19,7 @@ from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage.tensor_names import LORA_B, block_index, split
 from mlx_adapters.surgery import calls
 from mlx_adapters.surgery.blocks import find_body
+from mlx_adapters.system.limits import as_little_memory_as_will_do
 from mlx_adapters.training import setup
 
 PACKABLE = sorted(set(ARCHITECTURES) - {"gpt2"})
@@ -92,23 +93,25 @@ def test_cross_entropy_and_its_gradient():
 
 
 def test_chunks_hold_less_memory(tiny_model):
-    """Peak memory with 64 rows of logits at a time is far below that with all of them."""
+    """Peak memory with 16 rows of logits at a time is far below that with all of them."""
     folder = tiny_model("qwen3", vocab_size=40_000)
     model, weights = adapted(folder, LoraConfig(rank=4, scale=2.0, target_modules=("q_proj",)))
     batch, body = device_batch(make_batch([[row(300, i)] for i in range(3)])), find_body(model.module)
     peaks = {}
-    for chunk in (64, 10_000):
+    for chunk in (16, 10_000):
 
         def loss(weights, chunk=chunk):
             losses.put(model.module, weights)
             return losses.chunked_loss(model.module, body, batch, {}, chunk)
 
+        mx.synchronize()
         mx.clear_cache()
         mx.reset_peak_memory()
         before = mx.get_active_memory()
-        mx.eval(mx.value_and_grad(loss)(weights))
+        with as_little_memory_as_will_do():  # a GPU with room works on all 33 chunks at once
+            mx.eval(mx.value_and_grad(loss)(weights))
         peaks[chunk] = mx.get_peak_memory() - before
-    assert peaks[64] < 0.4 * peaks[10_000]
+    assert peaks[16] < 0.4 * peaks[10_000]
 
 
 def test_the_plain_loss_is_taken_where_the_split_is_not_exact(tiny_model, monkeypatch):

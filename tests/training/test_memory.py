@@ -14,6 +14,7 @@ from mlx_adapters.models.loading import load_model
 from mlx_adapters.optimization.optimizers import Optimizer
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.system.door import mx
+from mlx_adapters.system.limits import as_little_memory_as_will_do
 from mlx_adapters.training import forecast, setup
 
 DEEP = {"num_hidden_layers": 10, "hidden_size": 128, "intermediate_size": 256}
@@ -37,9 +38,10 @@ def measured(folder, rows, lora, training) -> int:
     mx.clear_cache()
     mx.reset_peak_memory()
     already = mx.get_active_memory() - _standing(model, prepared)
-    for _ in range(2):
-        batches, tokens = next(updates)
-        prepared.train_step.take(batches, 1 / tokens, 1e-4)
+    with as_little_memory_as_will_do():
+        for _ in range(2):
+            batches, tokens = next(updates)
+            prepared.train_step.take(batches, 1 / tokens, 1e-4)
     return mx.get_peak_memory() - already
 
 
