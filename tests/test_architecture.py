@@ -65,7 +65,7 @@ ARROWS = {
     "rows": "",
     "sources": "peft_format",
     "peft_format": "checkpoints",
-    "assembly": "rounding",
+    "assembly": "checkpoints rounding",
     "checkpoints": "",
     "runtime": "surgery",
     "rounding": "",

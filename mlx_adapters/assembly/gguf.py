@@ -13,10 +13,15 @@ import numpy as np
 
 from mlx_adapters.assembly.gguf_tokenizer import check_strings, read_tokenizer
 from mlx_adapters.assembly.survival import not_finite
-from mlx_adapters.assembly.tensors import Assembly, not_rounded
-from mlx_adapters.assembly.writing import Unit
+from mlx_adapters.assembly.tensors import Assembly, Rounded
+from mlx_adapters.assembly.weights import BaseWeights
+from mlx_adapters.assembly.writing import OTHER_BITS, Unit, Written
+from mlx_adapters.checkpoints.left_out import without_place
+from mlx_adapters.config.mapping import require
+from mlx_adapters.config.quantization import UNQUANTIZED, Precision
 from mlx_adapters.errors import ConfigError, FormatError, ModelError
 from mlx_adapters.events import Note, OnEvent, Progress
+from mlx_adapters.models.base import Base
 from mlx_adapters.models.loading import load_tokenizer_of
 from mlx_adapters.rounding.grids import to_numpy
 from mlx_adapters.storage import paths, tensor_names
@@ -27,7 +32,56 @@ FILE_NAME = "model.gguf"
 LARGEST = {"f16": 65504.0, "q8_0": 127 * 65504.0}  # what fits; float32 and bfloat16 reach as far as ours
 
 
-def check_supported(config: dict[str, Any]) -> None:
+class GgufWriter:
+    """One file of unquantized weights, or of q8_0, which the file's own rounding makes."""
+
+    loadable = False
+
+    def __init__(self, precision: Precision, dtype: mx.Dtype | None, base: Base) -> None:
+        self.rounds = precision.quantization is not None
+        q8_0 = precision.bits == 8 and precision.mode in (None, "affine") and precision.group_size in (None, 32, 64)
+        require(not self.rounds or q8_0, "The format 'gguf' takes --bits none or 8.", OTHER_BITS)
+        self.precision = Precision(8, 32, "affine") if self.rounds else UNQUANTIZED
+        self.kind = "q8_0" if self.rounds else {mx.float32: "f32", mx.bfloat16: "bf16"}.get(dtype, "f16")
+        try:
+            import gguf  # noqa: F401
+        except ImportError:
+            raise ModelError("Writing GGUF needs the package 'gguf'.", "pip install 'mlx_adapters[gguf]'.") from None
+        _check_supported(base.config)
+
+    def dtype(self, source: BaseWeights) -> mx.Dtype:
+        """The file's types are made from float32."""
+        return mx.float32
+
+    def stored(self, rows: mx.array) -> mx.array:
+        """The rows as they come back from the file."""
+        import gguf
+
+        form = _form(rows.shape, self.kind)
+        return mx.array(gguf.quants.dequantize(gguf.quants.quantize(to_numpy(rows), form), form))
+
+    def write(self, assembly: Assembly, folder: Path, rounded: Rounded, on_event: OnEvent) -> Written:
+        """Write `folder`/model.gguf. Raises FormatError for a tokenizer or numbers that cannot be written correctly."""
+        import gguf
+
+        config, loaded = assembly.base.config, load_tokenizer_of(assembly.base)
+        tokenizer = read_tokenizer(assembly.base.folder, config["vocab_size"], loaded)
+        for text in check_strings(tokenizer, loaded):
+            on_event(Note(f"llama.cpp cuts up {text!r} otherwise than this tokenizer.", "warning"))
+        units, path = assembly.units(rounded), folder / FILE_NAME
+        paths.require_free_space(folder, 4 * assembly.parameters)
+        with paths.storage_errors(path):
+            writer = gguf.GGUFWriter(path, ARCHITECTURES[config["model_type"]])
+            try:
+                _write_settings(writer, config, assembly.base.name, self.kind)
+                tokenizer.write(writer)
+                _write_tensors(writer, units, config, self.kind, on_event)
+            finally:
+                writer.close()
+        return Written(path.stat().st_size, without_place(assembly.base, "gguf"))
+
+
+def _check_supported(config: dict[str, Any]) -> None:
     """Raise ConfigError for a model that cannot be written correctly."""
     model_type = config.get("model_type")
     if model_type not in ARCHITECTURES:
@@ -43,41 +97,13 @@ def check_supported(config: dict[str, Any]) -> None:
         )
 
 
-def write_gguf(assembly: Assembly, folder: Path, kind: str, on_event: OnEvent) -> int:
-    """Write `folder`/model.gguf; return its size. `assembly` must be planned for "none". Raises ModelError without
-    the package `gguf`, ConfigError or FormatError for what cannot be written correctly."""
-    try:
-        import gguf
-    except ImportError:
-        raise ModelError("Writing GGUF needs the package 'gguf'.", "pip install 'mlx_adapters[gguf]'.") from None
-    config = assembly.base.config
-    check_supported(config)
-    loaded = load_tokenizer_of(assembly.base)
-    tokenizer = read_tokenizer(assembly.base.folder, config["vocab_size"], loaded)
-    for text in check_strings(tokenizer, loaded):
-        on_event(Note(f"llama.cpp cuts up {text!r} otherwise than this tokenizer.", "warning"))
-    assembly.dtype, assembly.stored = mx.float32, lambda rows: _as_stored(rows, kind)
-    units = assembly.units(not_rounded)
-    paths.require_free_space(folder, 4 * assembly.parameters)
-    path = folder / FILE_NAME
-    with paths.storage_errors(path):
-        writer = gguf.GGUFWriter(path, ARCHITECTURES[config["model_type"]])
-        try:
-            _write_settings(writer, config, assembly, kind)
-            tokenizer.write(writer)
-            _write_tensors(writer, units, config, kind, on_event)
-        finally:
-            writer.close()
-    return path.stat().st_size
-
-
-def _write_settings(writer: Any, config: dict[str, Any], assembly: Assembly, kind: str) -> None:
+def _write_settings(writer: Any, config: dict[str, Any], name: str, kind: str) -> None:
     import gguf
 
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     file_types = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-    writer.add_name(Path(assembly.base.name).name)
+    writer.add_name(Path(name).name)
     writer.add_file_type(getattr(gguf.LlamaFileType, file_types[kind]))
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config.get("max_position_embeddings", 2048))
@@ -139,14 +165,6 @@ def _form(shape: tuple[int, ...], kind: str) -> Any:
 
     name = "f32" if len(shape) != 2 else "f16" if kind == "q8_0" and shape[-1] % 32 else kind
     return getattr(gguf.GGMLQuantizationType, name.upper())
-
-
-def _as_stored(rows: mx.array, kind: str) -> mx.array:
-    """Float32 rows as they come back from the file."""
-    import gguf
-
-    form = _form(rows.shape, kind)
-    return mx.array(gguf.quants.dequantize(gguf.quants.quantize(to_numpy(rows), form), form))
 
 
 def _interleaved(name: str, values: np.ndarray, config: dict[str, Any]) -> np.ndarray:

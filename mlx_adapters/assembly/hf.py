@@ -9,11 +9,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters.assembly.tensors import Assembly, not_rounded
-from mlx_adapters.assembly.writing import Layout, Unit, copy_companions, dtype_name, write_config, write_weights
-from mlx_adapters.errors import ConfigError
+from mlx_adapters.assembly.tensors import Assembly, Rounded
+from mlx_adapters.assembly.weights import BaseWeights
+from mlx_adapters.assembly.writing import (
+    OTHER_BITS,
+    Layout,
+    Unit,
+    Written,
+    copy_companions,
+    dtype_name,
+    write_config,
+    write_weights,
+)
+from mlx_adapters.checkpoints.left_out import without_place
+from mlx_adapters.config.mapping import require
+from mlx_adapters.config.quantization import UNQUANTIZED, Precision
 from mlx_adapters.events import OnEvent
-from mlx_adapters.models.base import untied_config
+from mlx_adapters.models.base import Base, untied_config
 from mlx_adapters.storage import files, hf_names, tensor_names
 from mlx_adapters.system.door import mx
 
@@ -22,30 +34,41 @@ SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi
 Split = Callable[[str, str, tuple[int, ...]], tuple[Layout, Callable[[mx.array], list[mx.array]]]]
 
 
-def check_supported(model_type: str | None) -> None:
-    """Raise ConfigError for an architecture whose Hugging Face names are not known here."""
-    if model_type not in SUPPORTED:
-        raise ConfigError(
+class HfWriter:
+    """Unquantized weights under the names of the original checkpoint."""
+
+    precision, rounds, loadable = UNQUANTIZED, False, True
+
+    def __init__(self, precision: Precision, dtype: mx.Dtype | None, base: Base) -> None:
+        require(precision.quantization is None, "The format 'hf' takes --bits none.", OTHER_BITS)
+        config = files.read_json(base.folder / "config.json")
+        self._config = untied_config(config) if base.untied else config
+        self._dtype = dtype or original_dtype(config)
+        model_type = config.get("model_type")
+        require(
+            model_type in SUPPORTED,
             f"'{model_type}' models cannot be written in the Hugging Face format.",
             f"it is there for {', '.join(SUPPORTED)}; write the MLX format instead.",
         )
+        self._split = _conv1d if model_type == "gpt2" else _experts
 
+    def dtype(self, source: BaseWeights) -> mx.Dtype:
+        """The one that is asked for, else the original checkpoint's."""
+        return self._dtype or source.dtype
 
-def write_hf(assembly: Assembly, folder: Path, on_event: OnEvent) -> int:
-    """Write the unquantized model; return the bytes of the tensors. `assembly` must be planned for "none"."""
-    raw = files.read_json(assembly.base.folder / "config.json")
-    raw = untied_config(raw) if assembly.base.untied else raw
-    model_type = raw.get("model_type")
-    check_supported(model_type)
-    split = _conv1d if model_type == "gpt2" else _experts
-    assembly.dtype = assembly.dtype or original_dtype(raw) or assembly.source.dtype
-    size = write_weights(folder, [_renamed(unit, split) for unit in assembly.units(not_rounded)], on_event)
-    name = dtype_name(assembly.dtype)
-    write_config(
-        folder, raw | {key: name for key in ("torch_dtype", "dtype") if key in raw or key == "torch_dtype"}, None
-    )
-    copy_companions(assembly.base, folder)
-    return size
+    def stored(self, rows: mx.array) -> mx.array:
+        """As they are."""
+        return rows
+
+    def write(self, assembly: Assembly, folder: Path, rounded: Rounded, on_event: OnEvent) -> Written:
+        """Write the weights in shards, the original's config.json, tokenizer and the like."""
+        units = [_renamed(unit, self._split) for unit in assembly.units(rounded)]
+        size = write_weights(folder, units, on_event)
+        name = dtype_name(assembly.scale_dtype)
+        types = {key: name for key in ("torch_dtype", "dtype") if key in self._config or key == "torch_dtype"}
+        write_config(folder, self._config | types, None)
+        copy_companions(assembly.base, folder)
+        return Written(size, without_place(assembly.base, "hf"))
 
 
 def original_dtype(config: dict[str, Any]) -> mx.Dtype | None:

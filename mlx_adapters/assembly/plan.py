@@ -10,13 +10,11 @@ from typing import Any
 
 from mlx_adapters.assembly.weights import BaseWeights
 from mlx_adapters.config.mapping import to_mapping
-from mlx_adapters.config.quantization import Quantization, default_group_size
+from mlx_adapters.config.quantization import Precision, Quantization, default_group_size
 from mlx_adapters.models.dense import quantization_of, weight_shape
 from mlx_adapters.storage import tensor_names
 from mlx_adapters.storage.tensor_names import BIASES, QUANTIZED_LEAVES, SCALES, WEIGHT
 from mlx_adapters.system.door import nn
-
-Precision = Quantization | None
 
 
 @dataclass(frozen=True)
@@ -28,14 +26,14 @@ class LayerPlan:
 
     path: str
     shape: tuple[int, ...]
-    source: Precision
-    target: Precision
+    source: Quantization | None
+    target: Quantization | None
     changed: bool
     copied: bool
     note: str | None = None
 
     @property
-    def rounded_to(self) -> Precision:
+    def rounded_to(self) -> Quantization | None:
         """The precision to which it is rounded anew, if it is."""
         return None if self.copied else self.target
 
@@ -45,16 +43,16 @@ class LayerPlan:
         return math.prod(self.shape)
 
 
-def plan_layers(source: BaseWeights, keys: set[str], precision: Quantization | str) -> list[LayerPlan]:
-    """Decide every layer's precision. `precision` is a Quantization, "none" or "keep"."""
+def plan_layers(source: BaseWeights, keys: set[str], precision: Precision) -> list[LayerPlan]:
+    """Decide what becomes of every layer; those at the paths `keys` change."""
     unquantized_base = all(quantization_of(layer) is None for layer in source.layers.values())
     plans = []
     for path, layer in source.layers.items():
         origin, note = quantization_of(layer), None
-        if isinstance(precision, Quantization):
-            target, note = _asked(source, path, layer, precision, origin, unquantized_base)
+        if precision.quantization is not None:
+            target, note = _asked(source, path, layer, precision.quantization, origin, unquantized_base)
         else:
-            target = origin if precision == "keep" else None
+            target = origin if precision.bits == "keep" else None
         changed = path in keys
         copied = not changed and target == origin
         plans.append(LayerPlan(path, weight_shape(layer), origin, target, changed, copied, note))
@@ -62,8 +60,13 @@ def plan_layers(source: BaseWeights, keys: set[str], precision: Quantization | s
 
 
 def _asked(
-    source: BaseWeights, path: str, layer: nn.Module, asked: Quantization, origin: Precision, unquantized_base: bool
-) -> tuple[Precision, str | None]:
+    source: BaseWeights,
+    path: str,
+    layer: nn.Module,
+    asked: Quantization,
+    origin: Quantization | None,
+    unquantized_base: bool,
+) -> tuple[Quantization | None, str | None]:
     """The precision of one layer when a quantization is asked for, as `mlx_lm.convert` would choose it."""
     if not hasattr(layer, "to_quantized") and origin is None:
         return None, None

@@ -4,24 +4,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mlx.utils import tree_flatten
 
-from mlx_adapters.assembly.left_out import hand_on, quantization_with
-from mlx_adapters.assembly.plan import (
-    LayerPlan,
-    Precision,
-    is_weight_leaf,
-    packed_shapes,
-    plan_layers,
-    quantization_config,
-)
+from mlx_adapters.assembly.plan import LayerPlan, is_weight_leaf, packed_shapes, plan_layers, quantization_config
 from mlx_adapters.assembly.survival import Survival, SurvivalSum, require_finite, sample
 from mlx_adapters.assembly.weights import BaseWeights, Updates, chunks
-from mlx_adapters.assembly.writing import Unit, copy_companions, dtype_name, write_config, write_weights
+from mlx_adapters.assembly.writing import Unit, Written, dtype_name
 from mlx_adapters.config.mapping import require
-from mlx_adapters.config.quantization import Quantization
+from mlx_adapters.config.quantization import UNQUANTIZED, Precision, Quantization
 from mlx_adapters.events import OnEvent
 from mlx_adapters.models.base import Base, quantization_in
 from mlx_adapters.models.layers import check_fits, check_made_for
@@ -30,27 +22,26 @@ from mlx_adapters.rounding.packed import Packed, dequantize, to_nearest
 from mlx_adapters.storage import tensor_names
 from mlx_adapters.system.door import mx, nn
 
-Rounded = Callable[[str, Precision], Packed | None]
+Rounded = Callable[[str, Quantization | None], Packed | None]
 
 
-def not_rounded(path: str, target: Precision) -> None:
+def not_rounded(path: str, target: Quantization | None) -> None:
     """The `Rounded` of an assembly whose layers are all rounded to nearest."""
 
 
 @dataclass
 class Assembly:
-    """`dtype` None: every tensor keeps its type. `stored` gives the numbers that a file holds of unquantized float32
-    rows, where its format rounds them itself."""
+    """`dtype` None: every tensor keeps its type. `stored` gives the numbers that the file holds of unquantized rows."""
 
     base: Base
     opened: BaseWeights | None
     config: dict[str, Any]
     updates: Updates
+    precision: Precision
     plans: list[LayerPlan]
     dtype: mx.Dtype | None
+    stored: Callable[[mx.array], mx.array]
     survival: list[Survival] = field(default_factory=list)
-    stored: Callable[[mx.array], mx.array] | None = None
-    notes: list[str] = field(default_factory=list)
 
     @property
     def source(self) -> BaseWeights:
@@ -69,19 +60,15 @@ class Assembly:
         return self.dtype or self.source.dtype
 
     @property
-    def default(self) -> Quantization | None:
-        """The base's own precision, None if it is not quantized."""
-        return quantization_in(self.config)
-
-    def quantization(self, asked: Quantization | str) -> dict[str, Any] | None:
+    def quantization(self) -> dict[str, Any] | None:
         """config.json's "quantization" for the plan."""
-        return quantization_config(self.plans, asked if isinstance(asked, Quantization) else self.default)
+        return quantization_config(self.plans, self.precision.quantization or quantization_in(self.config))
 
     @cached_property
     def _layer_paths(self) -> set[str]:
         return {plan.path for plan in self.plans}
 
-    def retarget(self, targets: dict[str, Precision]) -> None:
+    def retarget(self, targets: dict[str, Quantization | None]) -> None:
         """Change the precision of some layers."""
         self.plans = [
             replace(plan, target=targets[plan.path], copied=False) if plan.path in targets else plan
@@ -160,7 +147,7 @@ class Assembly:
             if plan.target is None:
                 parts = [fused.astype(self.scale_dtype)]
                 stored = parts[0][some].astype(mx.float32)
-                stored = self.stored(stored) if self.stored and plan.changed else stored
+                stored = self.stored(stored) if plan.changed else stored
             else:
                 piece = packed[start:stop] if packed is not None else to_nearest(fused, plan.target, self.scale_dtype)
                 parts, stored = list(piece.tensors.values()), dequantize(piece[some])
@@ -174,27 +161,33 @@ class Assembly:
             self.survival.append(total.result(plan.path))
         return [mx.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*pieces, strict=True)]
 
-    def write(self, folder: Path, asked: Quantization | str, rounded: Rounded, on_event: OnEvent) -> int:
-        """Write the model folder but for recipe and report; return the bytes of the tensors."""
-        size = write_weights(folder, self.units(rounded), on_event)
-        config = dict(self.base.config)
-        if self.dtype is not None:
-            config |= {key: dtype_name(self.dtype) for key in ("torch_dtype", "dtype") if key in config}
-        others, notes = hand_on(self.base, folder)
-        self.notes += notes
-        write_config(folder, config, quantization_with(others, self.base.config, self.quantization(asked)))
-        copy_companions(self.base, folder)
-        return size
+
+class Writer(Protocol):
+    """One format, for one base and one precision. Making one raises ConfigError for what the format cannot hold.
+
+    A writer says beforehand what it wants of the tensors, and takes them as they are planned then. `precision`: of the
+    layers in the file. `rounds`: the format has a rounding of its own, so that layers come to it unquantized.
+    `loadable`: mlx-lm reads what is written, so that it can be checked.
+    """
+
+    precision: Precision
+    rounds: bool
+    loadable: bool
+
+    def __init__(self, precision: Precision, dtype: mx.Dtype | None, base: Base) -> None: ...
+
+    def dtype(self, source: BaseWeights) -> mx.Dtype | None:
+        """The type of scales and of all that is not packed; None: each tensor keeps its own."""
+
+    def stored(self, rows: mx.array) -> mx.array:
+        """The numbers that the file holds of unquantized float32 `rows` of a changed layer."""
+
+    def write(self, assembly: Assembly, folder: Path, rounded: Rounded, on_event: OnEvent) -> Written:
+        """Write the model into `folder`; `rounded` gives the layers that calibration has rounded."""
 
 
-def open_assembly(
-    base: Base,
-    updates: Updates,
-    asked: Quantization | str,
-    dtype: str = "auto",
-    any_base: bool = False,
-) -> Assembly:
-    """Load the base lazily, hold the adapters against it and plan every layer.
+def open_assembly(base: Base, updates: Updates, writer: Writer, any_base: bool = False) -> Assembly:
+    """Load the base lazily, hold the adapters against it and plan every layer as the writer wants it.
 
     Raises IncompatibleError when an adapter does not fit, ModelError when mlx-lm cannot load the base.
     """
@@ -206,5 +199,6 @@ def open_assembly(
     source = BaseWeights.of(module)
     missing = set(updates.replaced) - set(source.layers)
     require(not missing, f"The model has no layer {sorted(missing)}.")
-    plans = plan_layers(source, updates.paths(), asked)
-    return Assembly(base, source, config, updates, plans, None if dtype == "auto" else getattr(mx, dtype))
+    precision = UNQUANTIZED if writer.rounds else writer.precision
+    plans = plan_layers(source, updates.paths(), precision)
+    return Assembly(base, source, config, updates, precision, plans, writer.dtype(source), writer.stored)

@@ -19,6 +19,7 @@ from mlx_adapters.system.door import mx
 
 SHARD_BYTES = 5 << 30
 SPARE_BYTES = 16 << 20  # of the disk: tokenizer, config and report
+OTHER_BITS = "for other bits leave --format out: the MLX format has them all."
 Layout = list[tuple[str, str, tuple[int, ...]]]
 # What a fused model makes anew, or what is not its own.
 SKIPPED = (
@@ -43,6 +44,14 @@ class Unit:
     def size_bytes(self) -> int:
         """Bytes of its tensors."""
         return sum(tensor_bytes(dtype, shape) for _, dtype, shape in self.layout)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a writer has written: bytes of the weights, and what is to be told about the rest."""
+
+    size_bytes: int
+    notes: tuple[str, ...] = ()
 
 
 def dtype_name(dtype: mx.Dtype) -> str:

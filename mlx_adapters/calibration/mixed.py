@@ -9,14 +9,14 @@ to go along it is decided by the bytes allowed, or by measuring KL.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from mlx_adapters.assembly.plan import LayerPlan, Precision, packed_shapes
+from mlx_adapters.assembly.plan import LayerPlan, packed_shapes
 from mlx_adapters.assembly.writing import tensor_bytes
 from mlx_adapters.config.quantization import QUANTIZATIONS, Quantization
 from mlx_adapters.events import Note, OnEvent
 
 MEASUREMENTS = 8
 
-Point = tuple[int, float, Precision]  # bytes, error, precision
+Point = tuple[int, float, Quantization | None]  # bytes, error, precision
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Step:
     """Give the layer at `path` the precision `target` (None: unquantized) for `extra_bytes` more."""
 
     path: str
-    target: Precision
+    target: Quantization | None
     extra_bytes: int
     gain: float
 
@@ -38,7 +38,7 @@ def finer(quantization: Quantization) -> list[Quantization]:
     return [Quantization(b, quantization.group_size) for b in bits]
 
 
-def layer_bytes(plan: LayerPlan, target: Precision, dtype: str) -> int:
+def layer_bytes(plan: LayerPlan, target: Quantization | None, dtype: str) -> int:
     """Bytes of one layer's weight at a precision."""
     layout = packed_shapes(LayerPlan(plan.path, plan.shape, plan.source, target, plan.changed, False), dtype)
     return sum(tensor_bytes(kind, shape) for _, kind, shape in layout)
@@ -75,7 +75,7 @@ def _hull(points: list[Point]) -> list[tuple[Point, Point]]:
         here = best
 
 
-def targets_after(steps: list[Step]) -> dict[str, Precision]:
+def targets_after(steps: list[Step]) -> dict[str, Quantization | None]:
     """Path -> precision of the layers that `steps` change."""
     return {step.path: step.target for step in steps}
 
@@ -97,7 +97,7 @@ def until_promise(
     steps: list[Step],
     total_loss: float,
     limit: float,
-    measure: Callable[[dict[str, Precision]], float],
+    measure: Callable[[dict[str, Quantization | None]], float],
     on_event: OnEvent,
 ) -> int:
     """The fewest steps (as far as some measurements tell) with which `measure` gives at most `limit`.

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Literal
 
-from mlx_adapters.assembly.plan import Precision
 from mlx_adapters.assembly.tensors import Assembly
 from mlx_adapters.assembly.weights import Updates
 from mlx_adapters.assembly.writing import dtype_name
@@ -47,12 +46,12 @@ UNKNOWN = "calibration does not see what it computes of which token"
 class Strategy:
     """Rounding and checking of one assembly: which method, on which text, at which precision."""
 
-    def __init__(self, assembly: Assembly, asked: Quantization | str, options: FuseOptions, on_event: OnEvent) -> None:
-        self.assembly, self.asked, self.options, self.on_event = assembly, asked, options, on_event
+    def __init__(self, assembly: Assembly, options: FuseOptions, on_event: OnEvent) -> None:
+        self.assembly, self.options, self.on_event = assembly, options, on_event
         targets = {plan.rounded_to for plan in assembly.plans if plan.rounded_to is not None}
         self.trained_through = trained_through(assembly.updates, targets)
         self.method = self._choose_method(targets)
-        self.targets: dict[str, Precision] = {}
+        self.targets: dict[str, Quantization | None] = {}
         self.notes: tuple[str, ...] = ()
         self.calibrated_in_vain = False
         self._refuse_small_budget()
@@ -161,7 +160,7 @@ class Strategy:
             self.targets = self._choose_targets(spool)
             assembly.retarget(self.targets)
 
-    def _rounded(self, spool: Spool) -> dict[str, Precision]:
+    def _rounded(self, spool: Spool) -> dict[str, Quantization | None]:
         """The precision of the layers that calibration rounded."""
         return {plan.path: plan.target for plan in self.assembly.plans if (plan.path, plan.target) in spool.losses}
 
@@ -194,7 +193,7 @@ class Strategy:
         fidelity = measure_fidelity(exact, fused, plain, batches_of(rows, assembly.base))
         return fidelity.base_kl is not None and fidelity.base_kl < fidelity.kl_mean
 
-    def _choose_targets(self, spool: Spool) -> dict[str, Precision]:
+    def _choose_targets(self, spool: Spool) -> dict[str, Quantization | None]:
         assembly, options = self.assembly, self.options
         steps = order_of_steps(assembly.plans, spool.losses, dtype_name(assembly.scale_dtype))
         if options.budget_bits is not None:
@@ -204,7 +203,7 @@ class Strategy:
         total = sum(spool.losses[path, target] for path, target in start.items() if target is not None)
         batches = batches_of(self.text.check, assembly.base) if self.text else []
 
-        def measure(targets: dict[str, Precision]) -> float:
+        def measure(targets: dict[str, Quantization | None]) -> float:
             chosen = start | targets
 
             def stored(path: str) -> mx.array | None:
@@ -223,7 +222,7 @@ class Strategy:
 
     def check(self, folder: Path) -> Fidelity | None:
         """The fidelity of the model in `folder`, or None if it is not to be checked."""
-        if not self.options.check or self.text is None or self.options.format == "gguf":
+        if not self.options.check or self.text is None:
             return None
         assembly = self.assembly
         changed = {plan.path for plan in assembly.plans if not plan.copied}

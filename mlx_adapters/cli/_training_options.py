@@ -11,7 +11,7 @@ import click
 from mlx_adapters.cli._options import UserPath
 from mlx_adapters.cli._settings import option, options
 from mlx_adapters.config.mapping import from_mapping, read_yaml, to_mapping
-from mlx_adapters.config.quantization import MODES
+from mlx_adapters.config.quantization import MODES, Precision
 from mlx_adapters.config.settings import settings_of
 from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.errors import AdapterError, ConfigError, did_you_mean
@@ -79,7 +79,7 @@ def read_settings(options: dict[str, Any]) -> Settings:
     places = {key: given.get(key, _text(file, key)) for key in ("base", "data", "name")}
     own_bits = training.get("fuse_aware")
     if isinstance(own_bits, dict) and set(own_bits) == {"bits"} and places["base"] is not None:
-        own = _own_grouping(places["base"], own_bits["bits"], not given.get("print_config"))
+        own = _own_grouping(places["base"], own_bits, not given.get("print_config"))
         training["fuse_aware"] = own_bits | own
     settings = Settings(**places, lora=lora, training=training)
     return dataclasses.replace(settings, lora=lora | _scale_of_alpha(given, settings))
@@ -119,12 +119,12 @@ def _fuse_aware(given: Mapping[str, Any]) -> dict[str, Any]:
     return quantization
 
 
-def _own_grouping(base: str, bits: int, download: bool) -> dict[str, Any]:
+def _own_grouping(base: str, bits: Mapping[str, Any], download: bool) -> dict[str, Any]:
     """The grouping that 'fuse --bits' will take; {} if there is none."""
     from mlx_adapters.sources.bases import resolve_base
 
     try:
-        return to_mapping(resolve_base(base, download).quantization_of(bits))
+        return to_mapping(Precision.of(bits).like(resolve_base(base, download).quantization))
     except AdapterError:
         return {}  # the training says it, with the rest
 

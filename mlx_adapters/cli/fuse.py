@@ -16,8 +16,8 @@ from mlx_adapters.cli._options import (
     refuse_ignored,
 )
 from mlx_adapters.cli._settings import option, options
-from mlx_adapters.config.fusing import BITS, FuseOptions
-from mlx_adapters.config.quantization import DTYPES, MODES, Quantization
+from mlx_adapters.config.fusing import FuseOptions
+from mlx_adapters.config.quantization import BITS, DTYPES, MODES, Precision, Quantization
 from mlx_adapters.units import count
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def fuse_command(
       mlx-adapters fuse --again out/sql-4bit out/sql-4bit-again
       mlx-adapters fuse --check-only out/somebody-elses --adapter sql
     """
-    from mlx_adapters.fusion.fuse import fuse, fuse_again, parse_precision
+    from mlx_adapters.fusion.fuse import fuse, fuse_again
 
     asked, on_event = FuseOptions(**settings), _output.progress()
     if check_only is not None:
@@ -115,6 +115,7 @@ def fuse_command(
     if len(refs) < (1 if again or from_peft else 2):
         raise click.UsageError("Give the adapter and the folder to write.")
     *adapters, out = refs
+    precision = Precision.spelled(bits, group_size, mode)
     if again is not None:
         if adapters:
             raise click.UsageError("--again takes the adapters from the recipe; give only the folder to write.")
@@ -128,7 +129,7 @@ def fuse_command(
             from_peft,
             out,
             base=base,
-            quantization=parse_precision(bits, group_size, mode),
+            quantization=precision,
             dtype=dtype,
             options=asked,
             overwrite=overwrite,
@@ -139,7 +140,7 @@ def fuse_command(
             base,
             adapters,
             out,
-            quantization=parse_precision(bits, group_size, mode),
+            quantization=precision,
             dtype=dtype,
             weights=weights or None,
             options=asked,

@@ -6,8 +6,6 @@ from typing import Literal
 from mlx_adapters.config.mapping import require
 from mlx_adapters.config.settings import check, setting, settings
 
-BITS = ("keep", "none", "2", "3", "4", "5", "6", "8")
-
 
 @settings
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ wrong type is a ConfigError that names the key and its nearest neighbor.
 
 import contextlib
 import dataclasses
+import numbers
 import types
 import typing
 from collections.abc import Mapping
@@ -24,6 +25,17 @@ def require(condition: bool, message: str, hint: str | None = None) -> None:
     """Raise ConfigError(message, hint) unless `condition` holds."""
     if not condition:
         raise ConfigError(message, hint)
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is a whole number, of Python or NumPy; True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def whole_number(value: Any, name: str) -> int:
+    """It as Python's int. Raises ConfigError that names it."""
+    require(is_whole(value), f"{name} must be a whole number, not {shown(value)}.")
+    return int(value)
 
 
 def from_mapping(cls: type[Config], values: Mapping[str, Any], where: str = "the settings") -> Config:
@@ -68,16 +80,19 @@ def _convert(value: Any, hint: Any, key: str, where: str) -> Any:
             return float(value)
     elif dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return from_mapping(hint, value, f"'{key}' of {where}")  # type: ignore[arg-type]
-    elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+    elif hint is int:
+        if is_whole(value):
+            return int(value)
+    elif isinstance(hint, type) and isinstance(value, hint):
         return value
-    raise ConfigError(f"'{key}' in {where} cannot be {_shown(value)}.", f"it must be {_describe(hint)}.")
+    raise ConfigError(f"'{key}' in {where} cannot be {shown(value)}.", f"it must be {_describe(hint)}.")
 
 
-def _shown(value: Any) -> str:
-    """A value from a file, as the short text of an error."""
+def shown(value: Any) -> str:
+    """A value as the short text of an error."""
     if isinstance(value, int) and value.bit_length() > 256:
         return f"a number of {value.bit_length():,} bits"
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 

@@ -1,9 +1,10 @@
 """The precisions that weights are stored and computed in. Imports no MLX."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from mlx_adapters.config.mapping import require
+from mlx_adapters.config.mapping import from_mapping, is_whole, require, shown, to_mapping, whole_number
 from mlx_adapters.config.settings import setting, settings
 from mlx_adapters.errors import ConfigError, did_you_mean
 
@@ -53,6 +54,9 @@ class Quantization:
     mode: str = setting("affine", "Quantization mode", more="affine, mxfp4, mxfp8 or nvfp4.")
 
     def __post_init__(self) -> None:
+        for name in ("bits", "group_size"):
+            object.__setattr__(self, name, whole_number(getattr(self, name), name))
+        require(isinstance(self.mode, str), f"mode must be text, not {self.mode!r}.")
         if self.mode not in QUANTIZATIONS:  # (a hint takes time, and this is made for every layer of a model)
             hint = did_you_mean(self.mode, QUANTIZATIONS, "modes: " + ", ".join(QUANTIZATIONS))
             raise ConfigError(f"There is no quantization mode '{self.mode}'.", hint)
@@ -65,3 +69,84 @@ class Quantization:
             f"Mode '{self.mode}' has no group size {self.group_size}.",
             f"it has {', '.join(map(str, group_sizes))}.",
         )
+
+
+BITS = ("keep", "none", *map(str, QUANTIZATIONS["affine"][0]))  # as they are spelled on a command line
+ACCEPTED = (
+    f"give a number of bits ({', '.join(BITS[2:])}), 'keep', 'none', a Quantization, or a mapping such as "
+    "{'bits': 4, 'group_size': 32, 'mode': 'affine'}."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """What the layers of a fused model are to be stored in, from the command line to the file.
+
+    Args:
+        bits: of each weight; "keep": each layer as in the base, "none": unquantized.
+        group_size: weights that share a scale; None: the base's own, if it has as many bits, else MLX's default.
+        mode: as of a `Quantization`; None: the base's own likewise, else "affine".
+
+    Raises ConfigError for what MLX does not have.
+    """
+
+    bits: int | Literal["keep", "none"]
+    group_size: int | None = None
+    mode: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, str):
+            require(self.bits in ("keep", "none"), f"bits cannot be {shown(self.bits)}.", ACCEPTED)
+            have = ", ".join(map(str, QUANTIZATIONS.get(self.mode or "affine", QUANTIZATIONS["affine"])[0]))
+            require(
+                self.group_size is None and self.mode is None,
+                f"bits {self.bits} takes no group size and no mode.",
+                f"say how many bits with --bits: {have}.",
+            )
+        else:
+            object.__setattr__(self, "bits", self.like(None).bits)  # (NumPy's integers become Python's)
+
+    @classmethod
+    def of(cls, given: object) -> "Precision":
+        """The one way in: what people give for a precision. Raises ConfigError for everything else."""
+        if isinstance(given, Precision):
+            return given
+        if isinstance(given, Quantization):
+            return cls(given.bits, given.group_size, given.mode)
+        if isinstance(given, Mapping) and "bits" in given:
+            return from_mapping(cls, given, "quantization")
+        if is_whole(given) or (isinstance(given, str) and given in ("keep", "none")):
+            return cls(given)  # type: ignore[arg-type]
+        raise ConfigError(f"quantization cannot be {shown(given)}.", ACCEPTED)
+
+    @classmethod
+    def spelled(cls, bits: str, group_size: int | None = None, mode: str | None = None) -> "Precision":
+        """As it is spelled on a command line: one of BITS, with the group size and mode that may be given."""
+        return cls(int(bits) if bits.isdecimal() else bits, group_size, mode)  # type: ignore[arg-type]
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """The quantization of the layers; None for "keep" and "none"."""
+        return None if isinstance(self.bits, str) else self.like(None)
+
+    def like(self, own: Quantization | None) -> Quantization:
+        """Its bits in the groups and the mode that it says, else in those of `own`, else in MLX's default."""
+        if own is not None and own.bits == self.bits and self.group_size is None and self.mode in (None, own.mode):
+            return own
+        mode = self.mode or "affine"
+        return Quantization(self.bits, self.group_size or default_group_size(mode), mode)  # type: ignore[arg-type]
+
+    def settled(self, own: Quantization | None) -> "Precision":
+        """The same for a base that is quantized like `own`, with nothing left open; the base's own is "keep"."""
+        if isinstance(self.bits, str):
+            return self
+        quantization = self.like(own)
+        return KEEP if quantization == own else Precision.of(quantization)
+
+    def to_json(self) -> str | dict[str, Any]:
+        """As recipes keep it: "keep", "none", or a mapping."""
+        return self.bits if isinstance(self.bits, str) else to_mapping(self)
+
+
+KEEP, UNQUANTIZED = Precision("keep"), Precision("none")
+PrecisionLike = Precision | Quantization | int | str | Mapping[str, Any]  # what `Precision.of` takes

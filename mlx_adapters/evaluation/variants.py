@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_adapters.config.fusing import BITS
 from mlx_adapters.config.mapping import require
+from mlx_adapters.config.quantization import BITS, Precision
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError, did_you_mean
 from mlx_adapters.events import Note, OnEvent
 from mlx_adapters.sources.references import parse_reference
@@ -184,9 +184,9 @@ def prepare(variant: Variant, folder: Path, any_base: bool, on_event: OnEvent) -
         bits, out = variant.fuse_bits, folder / variant.label.replace(":", "-").replace("/", "-")
         on_event(Note(f"Fusing {variant.adapter} for '{variant.label}' ..."))
         try:
-            quantization = int(bits) if bits.isdecimal() else bits  # the base's grouping, as a fuse
             if not out.is_dir():
-                fuse(variant.base, str(variant.adapter), out, quantization=quantization, any_base=any_base)
+                precision = Precision.spelled(bits)
+                fuse(variant.base, str(variant.adapter), out, quantization=precision, any_base=any_base)
             variant = replace(variant, base=str(out), adapter=None)
         except AdapterError as error:
             variant = replace(variant, problem=error.with_hint)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_adapters.assembly.formats import MlxWriter
 from mlx_adapters.assembly.survival import Survival, SurvivalSum, mean_cosine, sample
 from mlx_adapters.assembly.tensors import open_assembly
 from mlx_adapters.assembly.weights import BaseWeights, Updates, chunks
@@ -13,6 +14,7 @@ from mlx_adapters.calibration.fidelity import Fidelity, measure_fidelity
 from mlx_adapters.calibration.strategy import batches_of
 from mlx_adapters.calibration.texts import choose_text
 from mlx_adapters.config.fusing import DEFAULTS, FuseOptions
+from mlx_adapters.config.quantization import KEEP
 from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.events import OnEvent, ignore
 from mlx_adapters.fusion.fuse import choose_base, gather_updates
@@ -70,7 +72,7 @@ def check_fused(
     given = [adapters] if isinstance(adapters, AdapterLike) else list(adapters)
     updates = gather_updates(given, weights)
     unfused, fused = choose_base(base, updates), resolve_base(model)
-    assembly = open_assembly(unfused, updates, "keep", any_base=any_base)
+    assembly = open_assembly(unfused, updates, MlxWriter(KEEP, None, unfused), any_base)
     survival = measure_survival(assembly.source, BaseWeights.of(load_module(fused)[0]), updates, str(model))
     tokenizer = load_tokenizer_of(unfused)
     loaded = [adapter for adapter, _ in updates.adapters]

@@ -12,16 +12,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters.assembly.left_out import described, left_out
-from mlx_adapters.assembly.tensors import Assembly, open_assembly
+from mlx_adapters.assembly.formats import make_writer
+from mlx_adapters.assembly.tensors import Assembly, Writer, open_assembly
 from mlx_adapters.assembly.weights import Updates
 from mlx_adapters.assembly.writing import SPARE_BYTES
 from mlx_adapters.calibration.calibrate import Spool
 from mlx_adapters.calibration.strategy import Strategy
 from mlx_adapters.calibration.texts import GENERAL, choose_text
 from mlx_adapters.config.fusing import DEFAULTS, FuseOptions
-from mlx_adapters.config.mapping import from_mapping, require
-from mlx_adapters.config.quantization import DTYPES, QUANTIZATIONS, Quantization, default_group_size
+from mlx_adapters.config.mapping import from_mapping, require, to_mapping
+from mlx_adapters.config.quantization import DTYPES, Precision, PrecisionLike
 from mlx_adapters.errors import ConfigError, FidelityError, IncompatibleError
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.fusion import recipe as recipes
@@ -46,7 +46,7 @@ def fuse(
     adapters: AdapterLike | Sequence[AdapterLike],
     out: str | Path,
     *,
-    quantization: Quantization | int | str = "keep",
+    quantization: PrecisionLike = "keep",
     dtype: str = "auto",
     weights: Sequence[float] | None = None,
     options: FuseOptions = DEFAULTS,
@@ -61,7 +61,8 @@ def fuse(
         base: a name, folder or Hub id; None: the one that the adapter was made for.
         adapters: one, or several whose updates are added.
         out: the folder to make (a file, if `options.format` is "gguf").
-        quantization: "keep" the base's precision, "none", a number of bits, or a `Quantization`.
+        quantization: "keep": each layer as in the base; "none"; a number of bits (in the base's own groups if it has as
+            many, else in MLX's default); a `Quantization`; or a mapping such as {"bits": 4, "group_size": 32}.
         dtype: of scales and of all that is not packed: "float32", "bfloat16", "float16"; "auto": the base's.
         weights: a factor for each adapter; 1 each if left out.
         options: how to round and how to check.
@@ -81,6 +82,7 @@ def fuse(
         True
     """
     started = time.perf_counter()
+    precision = Precision.of(quantization)
     require(dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not '{dtype}'.")
     out = paths.expanded(out)
     ours = recipes.earlier_output(out)
@@ -89,78 +91,43 @@ def fuse(
     updates = gather_updates(given, weights, replaced)
     resolved = choose_base(base, updates)
     replacing.refuse_reading_inside(out, [resolved, options.calibration, *(adapter for adapter, _ in updates.adapters)])
-    asked = _plain_format(settle_precision(quantization, resolved), quantization, options)
-    assembly = open_assembly(resolved, updates, asked, dtype, any_base)
+    writer = make_writer(options.format, precision, dtype, resolved)
+    mixed = options.max_kl is not None or options.budget_bits is not None
+    if options.format != "mlx":
+        require(
+            not mixed, "Mixed precision needs the MLX format.", "leave out --max-kl and --budget-bits, or --format."
+        )
+    assembly = open_assembly(resolved, updates, writer, any_base)
     notes = _notes(assembly, on_event)
-    strategy = Strategy(assembly, asked, options, on_event)
+    strategy = Strategy(assembly, options, on_event)
     paths.require_free_space(out, strategy.disk_bytes() + SPARE_BYTES)
     with files.atomic_folder(out, overwrite, ours) as folder:
         spool = Spool(folder / "parts")
         strategy.round(spool)
-        size = _write(assembly, folder, asked, quantization, options.format, spool, on_event)
+        written = writer.write(assembly, folder, spool.get, on_event)
         spool.remove()
-        if options.format != "mlx" and (others := left_out(resolved)[0]):
-            assembly.notes.append(f"{described(others)} left out: the format '{options.format}' has no place for them")
-        for note in assembly.notes:
+        for note in written.notes:
             on_event(Note(f"{note}.", "warning" if "left out" in note else "info"))
-        fidelity = strategy.check(folder)
+        fidelity = strategy.check(folder) if writer.loadable else None
         lost = fidelity is not None and fidelity.kl_mean > NOTABLE_KL
         if strategy.method == "nearest" and lost and not (strategy.trained_through or strategy.calibrated_in_vain):
             on_event(Note("Rounding to nearest lost part of the adapter; --method calibrated keeps more.", "warning"))
-        q8 = options.format == "gguf" and quantization not in ("keep", "none")
         result = FuseResult(
             folder=out,
-            method="nearest" if q8 else strategy.method,
-            quantization=assembly.quantization(asked),
-            size_bytes=size,
-            bits_per_weight=8 * size / assembly.parameters,
+            method="nearest" if writer.rounds else strategy.method,
+            quantization=assembly.quantization,
+            size_bytes=written.size_bytes,
+            bits_per_weight=8 * written.size_bytes / assembly.parameters,
             survival=tuple(sorted(assembly.survival, key=lambda s: s.path)),
             fidelity=fidelity,
             text=strategy.text.describe() if strategy.text else None,
-            notes=(*notes, *strategy.notes, *assembly.notes),
+            notes=(*notes, *strategy.notes, *written.notes),
             seconds=time.perf_counter() - started,
         )
         _refuse_unfaithful(result, options)
-        files.write_json(folder / FUSE_RECIPE_FILE, {"format": 1} | _recipe(strategy, given, dtype, folder))
+        files.write_json(folder / FUSE_RECIPE_FILE, {"format": 1} | _recipe(strategy, writer, given, dtype, folder))
         files.write_json(folder / REPORT_FILE, report(result) | {"files": recipes.written_in(folder)})
     return result
-
-
-def _plain_format(
-    asked: Quantization | str, given: Quantization | int | str, options: FuseOptions
-) -> Quantization | str:
-    """Other programs' formats hold unquantized layers (GGUF also q8_0), whatever the base is. Raises ConfigError."""
-    if options.format == "mlx":
-        return asked
-    eight = options.format == "gguf" and (given == 8 or given == Quantization(8))
-    bits = "--bits none or 8" if options.format == "gguf" else "--bits none"
-    other = "for other bits leave --format out: the MLX format has them all."
-    require(given in ("keep", "none") or eight, f"The format '{options.format}' takes {bits}.", other)
-    mixed = options.max_kl is not None or options.budget_bits is not None
-    require(not mixed, "Mixed precision needs the MLX format.", "leave out --max-kl and --budget-bits, or --format.")
-    return "none"
-
-
-def _write(
-    assembly: Assembly,
-    folder: Path,
-    asked: Quantization | str,
-    given: Quantization | int | str,
-    format: str,
-    spool: Spool,
-    on_event: OnEvent,
-) -> int:
-    if format == "hf":
-        from mlx_adapters.assembly.hf import write_hf
-
-        return write_hf(assembly, folder, on_event)
-    if format == "gguf":
-        from mlx_adapters.assembly.gguf import write_gguf
-
-        named = {mx.float32: "f32", mx.bfloat16: "bf16"}
-        kind = "q8_0" if given not in ("keep", "none") else named.get(assembly.dtype, "f16")
-        return write_gguf(assembly, folder, kind, on_event)
-    return assembly.write(folder, asked, spool.get, on_event)
 
 
 def gather_updates(
@@ -190,36 +157,6 @@ def choose_base(base: str | Path | Base | None, updates: Updates) -> Base:
     return resolve_base(base)
 
 
-def parse_precision(bits: str, group_size: int | None, mode: str | None) -> Quantization | int | str:
-    """What --bits, --group-size and --mode ask for. Raises ConfigError."""
-    if bits in ("keep", "none"):
-        have = ", ".join(map(str, QUANTIZATIONS.get(mode or "affine", QUANTIZATIONS["affine"])[0]))
-        require(
-            group_size is None and mode is None,
-            f"--bits {bits} takes no group size and no mode.",
-            f"say how many bits with --bits: {have}.",
-        )
-        return bits
-    require(bits.isdecimal(), f"bits must be keep, none or a number, not '{bits}'.")
-    if group_size is None and mode in (None, "affine"):
-        return int(bits)
-    mode = mode or "affine"
-    return Quantization(int(bits), group_size or default_group_size(mode), mode)
-
-
-def settle_precision(asked: Quantization | int | str, base: Base) -> Quantization | str:
-    """A number of bits means what `Base.quantization_of` says.
-
-    A precision that is the base's own means "keep". Raises ConfigError.
-    """
-    if isinstance(asked, int):
-        asked = base.quantization_of(asked)
-    if isinstance(asked, str):
-        require(asked in ("keep", "none"), f"quantization must be keep, none or a Quantization, not '{asked}'.")
-        return asked
-    return "keep" if asked == base.quantization else asked
-
-
 def _notes(assembly: Assembly, on_event: OnEvent) -> tuple[str, ...]:
     notes = tuple(f"{plan.path}: {plan.note}" for plan in assembly.plans if plan.note)
     if notes and all(plan.target is None for plan in assembly.plans):
@@ -238,7 +175,9 @@ def _refuse_unfaithful(result: FuseResult, options: FuseOptions) -> None:
         )
 
 
-def _recipe(strategy: Strategy, given: Sequence[AdapterLike], dtype: str, folder: Path) -> dict[str, Any]:
+def _recipe(
+    strategy: Strategy, writer: Writer, given: Sequence[AdapterLike], dtype: str, folder: Path
+) -> dict[str, Any]:
     updates, text = strategy.assembly.updates, strategy.text
     general = text is not None and text.source == GENERAL  # even if the adapter's own data turns up again
     options = replace(strategy.options, calibration=GENERAL) if general else strategy.options
@@ -246,10 +185,10 @@ def _recipe(strategy: Strategy, given: Sequence[AdapterLike], dtype: str, folder
     made = Recipe(
         base=strategy.assembly.base.record(),
         adapters=described,
-        quantization=recipes.precision_to_json(strategy.asked),
+        quantization=writer.precision.to_json(),
         dtype=dtype,
         method=strategy.method,
-        targets={path: recipes.precision_to_json(target) for path, target in strategy.targets.items()},
+        targets={path: to_mapping(target) if target else None for path, target in strategy.targets.items()},
         text=text.describe() | {"why": None} if text else None,
         options=asdict(options),
         versions=versions(),
@@ -291,7 +230,7 @@ def fuse_again(path: str | Path, out: str | Path, *, overwrite: bool = False, on
         base,
         given,
         out,
-        quantization=recipes.precision_from_json(recipe.quantization) or "none",
+        quantization=recipe.quantization,
         dtype=recipe.dtype,
         weights=weights,
         options=options,

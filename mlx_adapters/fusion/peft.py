@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mlx_adapters.checkpoints.originals import layout_of
 from mlx_adapters.config.fusing import DEFAULTS, FuseOptions
-from mlx_adapters.config.quantization import Quantization
+from mlx_adapters.config.quantization import PrecisionLike
 from mlx_adapters.errors import FormatError
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.fusion.fuse import fuse
@@ -33,7 +33,7 @@ def fuse_peft(
     out: str | Path,
     *,
     base: str | Path | Base,
-    quantization: Quantization | int | str = "keep",
+    quantization: PrecisionLike = "keep",
     dtype: str = "auto",
     options: FuseOptions = DEFAULTS,
     overwrite: bool = False,

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters.assembly.plan import Precision
-from mlx_adapters.config.mapping import from_mapping, to_mapping
-from mlx_adapters.config.quantization import Quantization
-from mlx_adapters.errors import AdapterError, FormatError, IncompatibleError
+from mlx_adapters.config.mapping import require
+from mlx_adapters.config.quantization import Precision
+from mlx_adapters.errors import AdapterError, ConfigError, FormatError, IncompatibleError
 from mlx_adapters.models import metadata
 from mlx_adapters.models.adapter import Adapter, AdapterLike
 from mlx_adapters.models.base import OTHER_FILE, Base
@@ -35,7 +34,6 @@ KINDS = metadata.Whole(
     weights_sha256={"*": str},
 )
 ANEW = "put the old one back, or fuse anew without --again."
-JsonPrecision = dict[str, Any] | str | None
 
 
 @dataclass(frozen=True)
@@ -44,24 +42,14 @@ class Recipe:
 
     base: dict[str, Any]
     adapters: list[dict[str, Any]]
-    quantization: JsonPrecision
+    quantization: dict[str, Any] | str
     dtype: str
     method: str
-    targets: dict[str, JsonPrecision]
+    targets: dict[str, dict[str, Any] | None]
     text: dict[str, Any] | None
     options: dict[str, Any]
     versions: dict[str, str]
     weights_sha256: dict[str, str]
-
-
-def precision_to_json(precision: Precision | str) -> JsonPrecision:
-    """A precision as JSON; "keep", "none" and None stay as they are."""
-    return to_mapping(precision) if isinstance(precision, Quantization) else precision
-
-
-def precision_from_json(value: JsonPrecision) -> Precision | str:
-    """The inverse of `precision_to_json`."""
-    return from_mapping(Quantization, value, "the fuse recipe") if isinstance(value, dict) else value
 
 
 def describe_adapter(given: AdapterLike, adapter: Adapter, weight: float) -> dict[str, Any]:
@@ -123,8 +111,11 @@ def read_recipe(path: str | Path) -> Recipe:
     except TypeError:
         raise FormatError(f"'{path}' is not a fuse recipe.", f"it is called {FUSE_RECIPE_FILE}.") from None
     metadata.check(raw, KINDS, f"The fuse recipe '{path}'")
-    if not isinstance(recipe.text, dict | None) or not isinstance(recipe.quantization, dict | str | None):
-        raise FormatError(f"The fuse recipe '{path}' is damaged: text or quantization is not as it was written.")
+    try:
+        Precision.of(recipe.quantization)
+        require(isinstance(recipe.text, dict | None), "Its text is not as it was written.")
+    except ConfigError as error:
+        raise FormatError(f"The fuse recipe '{path}' is damaged. {error.message}") from None
     return recipe
 
 

@@ -103,11 +103,6 @@ class Base:
         """The precision that the model as a whole is stored in; None if it is not quantized."""
         return quantization_in(self.config)
 
-    def quantization_of(self, bits: int) -> Quantization:
-        """What so many bits mean here: the base's own grouping if it has as many, else groups of 64."""
-        own = self.quantization
-        return own if own is not None and own.bits == bits else Quantization(bits)
-
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the weight files' headers and 64 evenly spaced samples of 64 KiB of each.

@@ -13,9 +13,9 @@ from typing import Any
 
 from mlx.utils import tree_unflatten
 
-from mlx_adapters.assembly.plan import Precision, plan_layers
+from mlx_adapters.assembly.plan import plan_layers
 from mlx_adapters.assembly.weights import BaseWeights
-from mlx_adapters.config.quantization import Quantization
+from mlx_adapters.config.quantization import Precision, Quantization
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.models.dense import dense_layer, dense_weight, is_quantized, weight_shape
 from mlx_adapters.models.layers import EMBEDDING, named_layers, updated_weight
@@ -29,7 +29,7 @@ class Rounding:
     """What the fuse to come will write anew: each such layer's precision (None: unquantized) by its path, and the
     type of its scales and unquantized weights."""
 
-    targets: dict[str, Precision]
+    targets: dict[str, Quantization | None]
     dtype: mx.Dtype
 
     def stored(self, path: str, weight: mx.array) -> mx.array:
@@ -55,7 +55,7 @@ def plan_rounding(module: nn.Module, keys: Sequence[str], asked: Quantization) -
                 f"'{key}' has {width} inputs, no multiple of the group size {asked.group_size}.",
                 "choose another --fuse-aware-group-size, or leave it out of --target-modules.",
             )
-    plans = plan_layers(source, set(keys), asked)
+    plans = plan_layers(source, set(keys), Precision.of(asked))
     return Rounding({plan.path: plan.target for plan in plans if not plan.copied}, source.dtype)
 
 

@@ -88,15 +88,18 @@ class Judge:
 
 def bits_per_weight(folder, base):
     """All tensors' bits over the numbers they stand for."""
+    from mlx_adapters.assembly.formats import MlxWriter
     from mlx_adapters.assembly.tensors import open_assembly
     from mlx_adapters.assembly.weights import Updates
+    from mlx_adapters.config.quantization import KEEP
     from mlx_adapters.sources.bases import resolve_base
     from mlx_adapters.storage import tensor_files
 
     paths = sorted(Path(folder).glob("model*.safetensors"))
     headers = [tensor_files.read_safetensors_header(path)[0] for path in paths]
     total = sum(e["data_offsets"][1] - e["data_offsets"][0] for header in headers for e in header.values())
-    return 8 * total / open_assembly(resolve_base(base), Updates(), "keep").parameters
+    resolved = resolve_base(base)
+    return 8 * total / open_assembly(resolved, Updates(), MlxWriter(KEEP, None, resolved)).parameters
 
 
 class Bench:

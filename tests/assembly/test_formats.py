@@ -12,7 +12,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_config
 
 from mlx_adapters.config.fusing import FuseOptions
+from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.errors import ConfigError, StorageError
+from mlx_adapters.fusion.fuse import fuse_again
+from mlx_adapters.models.adapter import write_adapter
 from mlx_adapters.models.dense import dense_weight
 from mlx_adapters.models.layers import adaptable_layers
 from mlx_adapters.models.loading import load_model, load_module
@@ -154,6 +157,27 @@ def test_formats_refuse_other_precisions(tiny_model, tmp_path):
     for options, bits in ((HF, 4), (HF, 8), (GGUF, 4)):
         with pytest.raises(ConfigError, match="takes --bits"):
             fuse(folder, visible_adapter(folder), tmp_path / "out", quantization=bits, options=options)
+
+
+@pytest.mark.parametrize("options, bits", [(HF, "none"), (GGUF, "none"), (GGUF, 8)], ids=["hf", "f16", "q8_0"])
+def test_a_recipe_makes_the_same_file_again(tiny_model, tmp_path, options, bits):
+    """q8_0 is the file's own rounding: the recipe says it, not what the layers were before."""
+    folder = tiny_model("llama")
+    write_adapter(visible_adapter(folder), tmp_path / "a")
+    first = fuse(folder, str(tmp_path / "a"), tmp_path / "out", quantization=bits, options=options)
+    assert first.quantization is None and first.method == ("none" if bits == "none" else "nearest")
+    assert fuse_again(tmp_path / "out", tmp_path / "again").identical
+
+
+def test_q8_0_is_8_bits_however_it_is_said(tiny_model, tmp_path):
+    """Also on a base that has 8 bits itself, where MLX's format would keep them."""
+    folder = tiny_model("llama", bits=8)
+    given = [8, np.int64(8), Quantization(8), Quantization(8, 32), {"bits": 8, "mode": "affine"}]
+    for number, quantization in enumerate(given):
+        out = tmp_path / str(number)
+        fuse(folder, visible_adapter(folder), out, quantization=quantization, options=GGUF)
+        types = {t.tensor_type.name for t in gguf.GGUFReader(out / "model.gguf").tensors}
+        assert "Q8_0" in types and "F16" not in types
 
 
 @pytest.mark.parametrize("written", ["[0.0, Infinity]", '{"__float__": "-Infinity"}', "NaN"])

@@ -15,9 +15,8 @@ from mlx_lm.utils import load_model as load_as_mlx_lm_does
 from mlx_adapters.assembly.survival import SurvivalSum, sample
 from mlx_adapters.cli import cli
 from mlx_adapters.config.fusing import FuseOptions
-from mlx_adapters.config.quantization import Quantization
+from mlx_adapters.config.quantization import Precision, Quantization
 from mlx_adapters.errors import ConfigError, ExistsError, FormatError, IncompatibleError
-from mlx_adapters.fusion.fuse import parse_precision, settle_precision
 from mlx_adapters.models.adapter import write_adapter
 from mlx_adapters.models.dense import dense_weight, quantization_of
 from mlx_adapters.models.layers import adaptable_layers, updated_weight
@@ -154,7 +153,7 @@ def test_shards(tiny_model, tmp_path, monkeypatch):
     folder = tiny_model("llama")
     adapter = visible_adapter(folder)
     write = writing.write_weights
-    monkeypatch.setattr("mlx_adapters.assembly.tensors.write_weights", lambda f, u, e: write(f, u, e, limit=100_000))
+    monkeypatch.setattr("mlx_adapters.assembly.formats.write_weights", lambda f, u, e: write(f, u, e, limit=100_000))
     fuse(folder, adapter, tmp_path / "out", quantization="none")
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())["weight_map"]
     shards = sorted(path.name for path in (tmp_path / "out").glob("model-*.safetensors"))
@@ -190,11 +189,11 @@ def test_bad_input_leaves_nothing(tiny_model, tmp_path):
     with pytest.raises(ConfigError, match="weights"):
         fuse(folder, adapter, out, weights=[1, 2])
     with pytest.raises(ConfigError, match="no 7 bits"):
-        settle_precision(7, resolve_base(folder))
+        Precision.of(7)
     with pytest.raises(ConfigError, match="no 6 bits"):
-        parse_precision("6", None, "mxfp4")
+        Precision.spelled("6", None, "mxfp4")
     with pytest.raises(ConfigError, match="keep takes no group size") as caught:
-        parse_precision("keep", None, "mxfp8")
+        Precision.spelled("keep", None, "mxfp8")
     assert "--bits: 8" in caught.value.hint
     odd = tiny_model("llama", intermediate_size=160)
     with pytest.raises(ConfigError, match="No layer can be quantized") as caught:

@@ -106,6 +106,12 @@ def hand_on(base: Base, folder: Path) -> tuple[Stored, list[str]]:
     return tensors, notes
 
 
+def without_place(base: Base, format: str) -> tuple[str, ...]:
+    """What is to be told where a format cannot hand on what `left_out` finds."""
+    others, _ = left_out(base)
+    return (f"{described(others)} left out: the format '{format}' has no place for them",) if others else ()
+
+
 def described(names: Iterable[str]) -> str:
     """ "3 tensors (vision_tower, mtp)"."""
     names = list(names)

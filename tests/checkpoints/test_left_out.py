@@ -9,7 +9,7 @@ from helpers.fusing import IDS, visible_adapter
 from helpers.tiny_models import build_model
 from mlx_lm.utils import load_model as load_as_mlx_lm_does
 
-from mlx_adapters.assembly.left_out import left_out
+from mlx_adapters.checkpoints.left_out import left_out
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.fusion.recipe import read_recipe
