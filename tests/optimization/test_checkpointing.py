@@ -21,6 +21,7 @@ from mlx_adapters.optimization.step import LossPlan, TrainStep, checkpointing_is
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage.tensor_names import LORA_B, split
 from mlx_adapters.surgery import calls
+from mlx_adapters.system.machine import on_gpu
 from mlx_adapters.training import setup
 
 
@@ -61,10 +62,16 @@ def both(folder, training: TrainConfig = PLAIN, batch: Batch = BATCH, **lora) ->
     rounding = training.fuse_aware is not None
     plain = gradients(train_step(folder, training, **lora), batch, rounding)
     again = gradients(train_step(folder, replace(training, grad_checkpoint=True), **lora), batch, rounding)
-    assert plain[0] == again[0]
+    assert plain[0] == pytest.approx(again[0], rel=1e-6 if on_gpu() else 0)
     for name, gradient in plain[1].items():
         assert mx.any(gradient != 0).item(), name
-        assert mx.array_equal(gradient, again[1][name]).item(), name
+        assert same_but_for_order(gradient, again[1][name]), name
+
+
+def same_but_for_order(gradient: mx.array, again: mx.array) -> bool:
+    """Equal to the bit on a CPU; on a GPU the two are compiled, and a kernel of other operations rounds otherwise."""
+    off = mx.linalg.norm(gradient - again) / mx.linalg.norm(gradient)
+    return off.item() <= (1e-5 if on_gpu() else 0)
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))

@@ -86,10 +86,12 @@ def test_grouping_keeps_the_base_in_memory_once(tiny_model):
     adapter = random_adapter(model, rank=1, targets=("q_proj", "up_proj"))
     weights = {path: mx.array(np.array(layer.weight)) for path, layer in model.pool.layers.items()}
     gc.collect()
+    mx.synchronize()
     before = mx.get_active_memory()
     model.pool = AdapterPool(model.module, group=True)
     model.attach(adapter)
     gc.collect()
+    mx.synchronize()
     assert mx.get_active_memory() - before < 3 * model.pool.nbytes
     assert sorted(len(paths) for paths in model.pool._groups) == [2, 2, 3, 3]
     for path, layer in model.pool.layers.items():
@@ -103,6 +105,7 @@ def held_by(model, size, before):
     A GPU also gives memory in whole pages.
     """
     gc.collect()
+    mx.synchronize()
     held, pool = mx.get_active_memory() - before, model.pool
     arrays = sum(len(factors.arrays) for entry in pool.attached.values() for factors in entry.factors.values())
     pages = 2 * PAGE * arrays if mx.default_device() == mx.gpu else 0
@@ -115,6 +118,7 @@ def test_memory_of_many_adapters(tiny_model):
     adapters = [random_adapter(model, seed=i) for i in range(8)]
     size = sum(w.nbytes for w in adapters[0].weights.values())
     gc.collect()
+    mx.synchronize()
     before = mx.get_active_memory()
     for adapter in adapters:
         model.attach(adapter)
@@ -130,6 +134,7 @@ def test_what_is_detached_leaves_memory_at_once(tiny_model):
     adapters = [random_adapter(model, rank=64, seed=i) for i in range(4)]
     size = sum(w.nbytes for w in adapters[0].weights.values())
     gc.collect()
+    mx.synchronize()
     before = mx.get_active_memory()
     for i, adapter in enumerate(adapters):
         model.attach(adapter, name=str(i))

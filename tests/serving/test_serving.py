@@ -34,7 +34,7 @@ def running(folder, adapters, name="base", **settings):
     started = queue.Queue()
     thread = threading.Thread(target=run_server, args=(engine, lambda *at: started.put(at)), daemon=True)
     thread.start()
-    address, stop = started.get(timeout=10)
+    address, stop = started.get(timeout=60)
     try:
         yield address, engine
     finally:
@@ -565,7 +565,9 @@ def test_memory_stays_flat(server, client):
     mx.clear_cache()
     for i in range(6):
         client.chat.completions.create(model="abc"[i % 3], messages=CHAT, max_tokens=20)
+    mx.synchronize()
     before = mx.get_active_memory()
     for i in range(30):
         client.chat.completions.create(model="abc"[i % 3], messages=CHAT, max_tokens=20)
+    mx.synchronize()
     assert mx.get_active_memory() < before * 1.1
