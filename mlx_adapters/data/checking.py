@@ -1,7 +1,6 @@
 """What can be seen of a data set before it is trained on: counts, lengths, duplicates, overlaps, masks; and
 splitting one file into train, valid and test."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +12,11 @@ import numpy as np
 
 from mlx_adapters.config.mapping import require
 from mlx_adapters.config.training import TrainConfig
-from mlx_adapters.data.datasets import DataSet, RawRow, read_data, read_split
+from mlx_adapters.data.datasets import DataSet, RawRow, apart, kept_text, read_data
 from mlx_adapters.data.tokenizing import Row, tokenize_row
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.loading import load_tokenizer_of
+from mlx_adapters.rows.files import read_file
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import files, paths, replacing
 
@@ -144,7 +144,7 @@ def split_data(
     Equal rows stay together, so no row of valid or test stands in train.
 
     Args:
-        file: the rows: .jsonl, .csv or .parquet.
+        file: the rows: .jsonl, .json, .csv or .parquet, also compressed (.gz).
         out: the folder to make.
         valid: share of the rows, from 0 to 1; a share above 0 gets at least one row.
         test: share of the rows, likewise.
@@ -161,24 +161,11 @@ def split_data(
     replacing.refuse_existing(out, overwrite, SPLIT_OUTPUT)
     replacing.refuse_reading_inside(out, [file])
     require(0 <= valid < 1 and 0 <= test < 1 and valid + test < 1, "valid and test must be shares that leave a rest.")
-    rows = read_split(Path(file).expanduser()).rows
-    groups: dict[str, list[RawRow]] = {}
-    for row in rows:
-        groups.setdefault(row.key(), []).append(row)
-    keys = [list(groups)[i] for i in np.random.default_rng(seed).permutation(len(groups))]
-    wanted = {"valid": _share(valid, len(rows)), "test": _share(test, len(rows))}
-    parts: dict[str, list[RawRow]] = {"train": [], "valid": [], "test": []}
-    for key in keys:
-        target = next((name for name, count in wanted.items() if len(parts[name]) < count), "train")
-        parts[target] += groups[key]
+    rows = [RawRow(values, where) for values, where in read_file(Path(file).expanduser())]
+    parts = apart(rows, {"valid": valid, "test": test}, seed)
     require(bool(parts["train"]), f"'{file}' has too few different rows to split.")
     with files.atomic_folder(out, overwrite, SPLIT_OUTPUT) as folder:
         for name, part in parts.items():
             if part:
-                lines = [json.dumps(row.record, ensure_ascii=False) for row in part]
-                files.write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
+                files.write_text(folder / f"{name}.jsonl", kept_text(part))
     return {name: len(part) for name, part in parts.items()}
-
-
-def _share(share: float, rows: int) -> int:
-    return max(1, round(share * rows)) if share else 0

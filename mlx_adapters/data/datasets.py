@@ -1,34 +1,46 @@
-"""Rows of training data as they lie on the disk, before any tokenizer sees them.
+"""Data sets: rows in up to three splits, from files, from the Hub or from Python.
 
-A data set is a folder with `train.jsonl` or `train.parquet` and, if there are any, `valid.*` and `test.*`;
-or one such file (all of it training rows); or `hf:user/name` for a Hugging Face data set. What a row may look like
-is told in `rows.shapes`. Every row knows where it came from, so that an error can name the line.
+A data set is a folder with `train.jsonl` (or .json, .csv, .parquet, in parts or compressed) and, if there are any,
+`valid.*` (also `val`, `dev`, `validation`) and `test.*`; or one such file (all of it training rows); or
+`hf:user/name` for a Hugging Face data set; or Python's own rows. What a row may look like is told in `rows.shapes`.
+Every row knows where it came from, so that an error can name the line.
 """
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mlx_adapters.errors import FormatError, NotFoundError
-from mlx_adapters.rows.row import RawRow
-from mlx_adapters.storage.files import sha256
+import numpy as np
 
-SPLITS = {"train": ("train",), "valid": ("valid", "validation"), "test": ("test",)}
-SUFFIXES = (".jsonl", ".parquet")
-HUB_PREFIX = "hf:"
+from mlx_adapters.config.data import DataConfig
+from mlx_adapters.config.mapping import require
+from mlx_adapters.errors import FormatError, NotFoundError
+from mlx_adapters.rows import hub, objects
+from mlx_adapters.rows.files import Located, read_file, suffix_of
+from mlx_adapters.rows.row import DEFAULTS, RawRow
+from mlx_adapters.rows.shapes import ORDINARY
+from mlx_adapters.rows.splits import NAMES, files_of
+from mlx_adapters.storage.files import sha256
+from mlx_adapters.units import count
+
+SPLITS = tuple(NAMES)
+PYTHON = "Python"  # the source of rows that no file holds
+Data = str | Path | objects.Rows
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of "train", "valid" or "test", with the SHA-256 of the file they came from."""
+    """The rows of "train", "valid" or "test", and the SHA-256 of what they came from. `notes`: what is worth a line."""
 
     name: str
     rows: tuple[RawRow, ...]
     sha256: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,10 +59,27 @@ class DataSet:
         """The split to judge by: test, else valid, else train."""
         return next(name for name in reversed(SPLITS) if self.rows(name))
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is worth a line: how rows of no ordinary shape are understood, and which are left out."""
+        return tuple(dict.fromkeys(note for split in self.splits.values() for note in split.notes))
+
     def describe(self) -> dict[str, Any]:
         """What a recipe records: the source, and SHA-256 and row count of each split."""
         splits = {n: {"sha256": s.sha256, "rows": len(s.rows)} for n, s in self.splits.items()}
         return {"source": self.source, "splits": splits}
+
+
+def _understood(name: str, rows: Sequence[RawRow]) -> list[str]:
+    """In one line, how rows are understood, if that needs saying."""
+    shapes = Counter(row.canonical.shape for row in rows)
+    if len(shapes) < 2 and ORDINARY.issuperset(shapes):
+        return []
+    used = {name for row in rows for name in row.canonical.used}
+    unused = [name for name in dict.fromkeys(name for row in rows for name in row.values) if name not in used]
+    ignored = f"; not used: {', '.join(map(repr, unused[:6]))}{', ...' if unused[6:] else ''}" if unused else ""
+    kinds = [f"{n:,} as {shape}" if len(shapes) > 1 else shape for shape, n in shapes.most_common()]
+    return [f"Rows of {name} are read as {', '.join(kinds)}{ignored}."]
 
 
 def spread(rows: Sequence[Item], count: int) -> list[Item]:
@@ -58,116 +87,121 @@ def spread(rows: Sequence[Item], count: int) -> list[Item]:
     return [rows[i * len(rows) // count] for i in range(count)] if count < len(rows) else list(rows)
 
 
-def read_data(source: str | Path, judging: bool = False) -> DataSet:
-    """Read a data set from a folder, a file or the Hub (`hf:user/name`, which needs `datasets`).
+def read_data(source: Data, judging: bool = False, read: DataConfig = DEFAULTS) -> DataSet:
+    """Read a data set from a folder, a file, the Hub (`hf:user/name`, which needs `datasets`) or Python's rows.
 
     It needs rows to train on; for `judging`, rows of any split will do. Raises NotFoundError when there is nothing,
     FormatError (naming the line) for a malformed row.
     """
-    if str(source).startswith(HUB_PREFIX):
-        splits = _read_hub(str(source).removeprefix(HUB_PREFIX))
+    if not isinstance(source, str | Path):
+        splits = {name: _in_memory(name, rows, read) for name, rows in objects.located(source).items()}
+        source = PYTHON
+    elif str(source).startswith(hub.PREFIX):
+        splits = {
+            name: _in_memory(name, objects.rows(rows, f"{source}, {name} row"), read)
+            for name, rows in hub.load(str(source)).items()
+        }
     else:
         source = Path(source).expanduser().absolute()
-        splits = _read_local(source)
-        if judging and not splits:
-            raise NotFoundError(
-                f"The data folder '{source}' has no rows.", "it needs test.jsonl, valid.jsonl or train.jsonl."
-            )
-        if not judging and "train" not in splits:
-            raise NotFoundError(
-                f"The data folder '{source}' has no train.jsonl.",
-                "it needs train.jsonl or train.parquet; valid.* and test.* are optional.",
-            )
+        splits = _read_local(source, read)
+        if not (splits if judging else "train" in splits):
+            raise _nothing_there(source, judging)
     if not any(split.rows for name, split in splits.items() if judging or name == "train"):
         what = "row" if judging else "training row"
-        raise FormatError(f"The data '{source}' has no {what}.", "put at least one row into train.jsonl.")
+        why = next((split.notes[-1] for split in splits.values() if split.notes), "give at least one.")
+        raise FormatError(f"The data '{source}' has no {what}.", why)
     return DataSet(str(source), splits)
 
 
-def read_split(path: Path, name: str = "train") -> Split:
-    """Read one JSONL or Parquet file."""
-    if not path.is_file():
-        raise NotFoundError(f"There is no data file '{path}'.")
-    if path.suffix not in SUFFIXES:
-        raise FormatError(f"'{path}' is neither a .jsonl nor a .parquet file.", "rename or convert it.")
-    rows = _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path)
-    for row in rows:
-        _ = row.format
-    return Split(name, tuple(rows), sha256(path))
+def read_split(path: Path, name: str = "train", read: DataConfig = DEFAULTS) -> Split:
+    """Read one file of rows."""
+    return _split(name, read_file(path), sha256(path), read)
 
 
-def _read_local(path: Path) -> dict[str, Split]:
+def _read_local(path: Path, read: DataConfig) -> dict[str, Split]:
     if path.is_file():
-        return {"train": read_split(path)}
+        return {"train": read_split(path, read=read)}
     if not path.exists():
         raise NotFoundError(
-            f"There is no data folder '{path}'.", f"a Hugging Face data set is written {HUB_PREFIX}user/name."
+            f"There is no data folder '{path}'.", f"a Hugging Face data set is written {hub.PREFIX}user/name."
         )
     splits = {}
-    for name, stems in SPLITS.items():
-        there = [path / (stem + suffix) for stem in stems for suffix in SUFFIXES]
-        there = [file for file in there if file.is_file()]
-        if len(there) > 1:
-            raise FormatError(f"Both '{there[0]}' and '{there[1]}' exist.", f"keep one file for {name}.")
-        if there:
-            splits[name] = read_split(there[0], name)
+    for name, files in files_of(path).items():
+        digests = [sha256(file) for file in files]
+        digest = digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+        splits[name] = _split(name, [row for file in files for row in read_file(file)], digest, read)
     return splits
 
 
-def _read_jsonl(path: Path) -> list[RawRow]:
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip().split(b"\n")
-    if lines == [b""]:
-        return []
-    return [_parse_line(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+def _in_memory(name: str, rows: list[Located], read: DataConfig) -> Split:
+    """A split of rows that no file of ours holds; its hash is that of the file that `kept_text` makes of it."""
+    digest = hashlib.sha256(kept_text([RawRow(values, where) for values, where in rows]).encode()).hexdigest()
+    return _split(name, rows, digest, read)
 
 
-def _parse_line(line: bytes, where: str) -> RawRow:
-    if not line.strip():
-        raise FormatError(f"{where}: the line is empty.", "remove it; every line is one JSON object.")
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{where}: not a JSON object ({error}).", "every line is one JSON object.") from None
-    if not isinstance(values, dict):
-        raise FormatError(f"{where}: not a JSON object.", "every line is one JSON object in braces.")
-    if b"\\ud" in line.lower():  # it may name half of a character
-        try:
-            json.dumps(values, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            half = "the text holds half of a surrogate pair, which is no Unicode"
-            raise FormatError(f"{where}: {half}.", "write the character whole, or leave it out.") from None
-    return RawRow(values, where)
+def kept_text(rows: Sequence[RawRow]) -> str:
+    """Rows as the text of a JSONL file."""
+    return "".join(json.dumps(row.record, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _read_parquet(path: Path) -> list[RawRow]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise NotFoundError(
-            f"Reading '{path}' needs pyarrow.", "pip install 'mlx_adapters[parquet]', or convert it to JSONL."
-        ) from None
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise FormatError(f"'{path}' is not a readable Parquet file: {error}.") from None
-    return [RawRow(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
+def _split(name: str, rows: list[Located], digest: str, read: DataConfig) -> Split:
+    """The rows of a split, each of a known shape, without those whose `weight` is 0."""
+    everything = [RawRow(values, where, read) for values, where in rows]
+    weights = [row.weight for row in everything]
+    if None in weights:  # a column of other numbers, somebody's own
+        weights = [1] * len(everything)
+    kept = tuple(row for row, weight in zip(everything, weights, strict=True) if weight)
+    for row in kept:
+        _ = row.format
+    notes = _understood(name, kept)
+    if left_out := len(everything) - len(kept):
+        notes.append(f"{count(left_out, 'row')} of {name} left out: their weight is 0.")
+    return Split(name, kept, digest, tuple(notes))
 
 
-def _read_hub(name: str) -> dict[str, Split]:
-    try:
-        import datasets
-    except ImportError:
-        raise NotFoundError(f"The data set '{name}' needs the package 'datasets'.", "pip install datasets.") from None
-    try:
-        loaded = datasets.load_dataset(name)
-    except (OSError, ValueError) as error:
-        raise NotFoundError(f"The data set '{name}' cannot be loaded: {error}.") from None
-    splits = {}
-    for split, names in SPLITS.items():
-        dataset = next((loaded[n] for n in names if n in loaded), None)
-        if dataset is not None:
-            rows = tuple(RawRow(dict(r), f"{name}, {split} row {i}") for i, r in enumerate(dataset, 1))
-            digest = hashlib.sha256("\n".join(row.key() for row in rows).encode()).hexdigest()
-            splits[split] = Split(split, rows, digest)
-    return splits
+def _nothing_there(folder: Path, judging: bool) -> NotFoundError:
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    shown = ", ".join(f"'{name}'" for name in names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
+    what = "rows" if judging else "train.jsonl"
+    candidates = [name for name in names if suffix_of(Path(name))]
+    hint = "it needs train.jsonl, .json, .csv or .parquet; valid.* and test.* are optional."
+    if candidates:
+        file = folder / candidates[0]
+        hint = f"give the file itself ({file}), or make the splits: mlx-adapters data split {file} FOLDER."
+    return NotFoundError(
+        f"The data folder '{folder}' has no {what}; {f'it holds {shown}' if names else 'it is empty'}.", hint
+    )
+
+
+def hold_out(data: DataSet, share: float, seed: int) -> DataSet:
+    """A data set without validation rows, of whose training rows a share is set aside for that.
+
+    Equal rows stay together, so no row of the one stands in the other.
+
+    Args:
+        data: it may have test rows.
+        share: of the training rows, above 0 and below 1; at least one row.
+        seed: of the choice.
+
+    Raises ConfigError if there are validation rows, or too few rows.
+    """
+    require("valid" not in data.splits, f"The data '{data.source}' has validation rows.", "leave valid_fraction out.")
+    train = data.splits["train"]
+    parts = apart(train.rows, {"valid": share}, seed)
+    require(bool(parts["train"]), f"The data '{data.source}' has too few different rows to hold some out.")
+    new = {name: replace(train, name=name, rows=tuple(rows)) for name, rows in parts.items()}
+    return DataSet(data.source, {**data.splits, **new})
+
+
+def apart(rows: Sequence[RawRow], shares: Mapping[str, float], seed: int) -> dict[str, list[RawRow]]:
+    """Rows in parts: "train", and of each share above 0 at least one row. Equal rows are in one part."""
+    groups: dict[str, list[RawRow]] = {}
+    for row in rows:
+        groups.setdefault(row.key(), []).append(row)
+    keys = [list(groups)[i] for i in np.random.default_rng(seed).permutation(len(groups))]
+    wanted = {name: max(1, round(share * len(rows))) if share else 0 for name, share in shares.items()}
+    parts: dict[str, list[RawRow]] = {"train": [], **{name: [] for name in shares}}
+    for key in keys:
+        target = next((name for name, number in wanted.items() if len(parts[name]) < number), "train")
+        parts[target] += groups[key]
+    return parts

@@ -2,33 +2,32 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from mlx_adapters.config.columns import Columns
+from mlx_adapters.config.data import DataConfig
 from mlx_adapters.rows import shapes
 from mlx_adapters.rows.messages import Message
 from mlx_adapters.rows.shapes import Canonical
-from mlx_adapters.rows.values import plain
+from mlx_adapters.rows.values import is_missing, plain
 
-NAMED = Columns()
+DEFAULTS = DataConfig()
+WEIGHTS = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
 
 
 @dataclass(frozen=True)
 class RawRow:
-    """One row. `values` as read, `where` it stands ("data/train.jsonl, line 7"), `columns` that were named, and what
-    is given to the chat template beside the conversation where the row does not say itself."""
+    """One row: `values` as read, `where` it stands ("data/train.jsonl, line 7"), and how it is to be `read`."""
 
     values: Mapping[str, Any]
     where: str
-    columns: Columns = NAMED
-    template_defaults: Mapping[str, Any] = field(default_factory=dict)
+    read: DataConfig = DEFAULTS
 
     @cached_property
     def canonical(self) -> Canonical:
         """What the row means. Raises FormatError, naming the place, for a shape that nobody knows."""
-        return shapes.recognize(self.values, self.columns, self.where)
+        return shapes.recognize(self.values, self.read.columns, self.where)
 
     @property
     def format(self) -> str:
@@ -46,6 +45,14 @@ class RawRow:
         return self.canonical.weights
 
     @property
+    def weight(self) -> int | None:
+        """The row's own weight: 0 if it is not to be trained, 1 if it is or says nothing, None for any other value."""
+        value = self.values.get("weight")
+        if is_missing(value) or value == "":
+            return 1
+        return WEIGHTS.get(str(value).lower())
+
+    @property
     def tools(self) -> list[Any] | None:
         """The tools that the conversation may use."""
         return self.canonical.tools
@@ -53,7 +60,7 @@ class RawRow:
     @property
     def template_arguments(self) -> dict[str, Any]:
         """What the chat template is given beside messages and tools, such as {"enable_thinking": False}."""
-        return {**self.template_defaults, **self.canonical.template_arguments}
+        return {**self.read.chat_template_args, **self.canonical.template_arguments}
 
     @property
     def prompt(self) -> str:
@@ -72,9 +79,9 @@ class RawRow:
 
     @property
     def record(self) -> dict[str, Any]:
-        """The row's values as JSON holds them, without nulls."""
-        return plain(self.values)
+        """The row's values as JSON holds them."""
+        return plain(self.values, nulls=True)
 
     def key(self) -> str:
-        """The row as canonical JSON, equal for equal rows."""
-        return json.dumps(self.record, sort_keys=True, ensure_ascii=False)
+        """The row as canonical JSON without nulls, equal for equal rows."""
+        return json.dumps(plain(self.values), sort_keys=True, ensure_ascii=False)

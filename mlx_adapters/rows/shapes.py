@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_adapters.config.columns import Columns
 from mlx_adapters.errors import FormatError
 from mlx_adapters.rows.messages import Message, conversation, tools_of, turn
 from mlx_adapters.rows.values import is_missing, kind, parsed, plain, text_of
@@ -27,6 +26,7 @@ QUESTIONS = ("prompt", "instruction", "question", "query", "problem", "input")
 ANSWERS = ("completion", "response", "output", "answer", "solution", "target", "reply")
 SYSTEM = ("system", "system_prompt")
 TEMPLATE_ARGUMENTS = "chat_template_kwargs"  # TRL's name
+ORDINARY = {"messages", "'prompt' and 'completion'", "text", "preferences"}  # need no word about how they are read
 Values = Mapping[str, Any]
 
 
@@ -59,54 +59,61 @@ class Canonical:
     template_arguments: dict[str, Any] = field(default_factory=dict)
 
 
-def recognize(values: Values, columns: Columns, where: str) -> Canonical:
+def recognize(values: Values, columns: Mapping[str, str], where: str) -> Canonical:
     """What the values of a row mean.
 
     Args:
         values: by column.
-        columns: names that the user gave; they decide alone.
+        columns: names that the user gave, by "prompt", "completion", "text" and "messages"; they decide alone.
         where: the place of the row, for errors.
 
     Raises FormatError, naming the place, for no shape or for two.
     """
     present = {name: value for name, value in values.items() if not is_missing(value)}
-    if columns.given:
+    if columns:
         return _named(present, columns, where)
-    found = next((shape for shape in (find(present, where) for find in SHAPES) if shape is not None), None)
-    if found is None:
+    canonical = next((shape for shape in (find(present, where) for find in SHAPES) if shape is not None), None)
+    if canonical is None:
         raise _unknown(values, where)
-    return found
+    return canonical
 
 
-def _named(values: Values, columns: Columns, where: str) -> Canonical:
-    for name in columns.given.values():
+def is_known(values: Values) -> bool:
+    """Whether columns of these names are recognized, whatever they hold."""
+    try:
+        return any(find(dict.fromkeys(values, ""), "") is not None for find in SHAPES)
+    except FormatError:
+        return True
+
+
+def _named(values: Values, columns: Mapping[str, str], where: str) -> Canonical:
+    for name in columns.values():
         if name not in values:
             has = ", ".join(map(repr, values)) or "none"
             raise FormatError(f"{where}: the row has no column '{name}'.", f"it has: {has}.")
-    if columns.messages is not None:
-        return _chat(values, columns.messages, where)
-    if columns.text is not None:
-        return _text(values, columns.text, where)
-    assert columns.prompt is not None and columns.completion is not None
-    return _pair(values, columns.prompt, columns.completion, where)
+    if "messages" in columns:
+        return _chat(values, columns["messages"], where)
+    if "text" in columns:
+        return _text(values, columns["text"], where)
+    return _pair(values, columns["prompt"], columns["completion"], where)
 
 
 def _conversation(values: Values, where: str) -> Canonical | None:
     names = [name for name in CONVERSATIONS if name in values]
     if not names:
         return None
-    found = _chat(values, names[0], where)
+    conversed = _chat(values, names[0], where)
     others = [_chat(values, name, where) for name in names[1:]]
     if "prompt" in values and "completion" in values:
         others.append(_pair(values, "prompt", "completion", where))
     for other in others:
-        if other.messages[-1].get("content") != found.messages[-1].get("content"):
-            here, there = (" and ".join(f"'{name}'" for name in shape.used[:2]) for shape in (found, other))
+        if other.messages[-1].get("content") != conversed.messages[-1].get("content"):
+            here, there = (" and ".join(f"'{name}'" for name in shape.used[:2]) for shape in (conversed, other))
             raise FormatError(
                 f"{where}: the row has {here}, and {there}, which end differently.",
                 "say which is meant: --messages-column, or --prompt-column and --completion-column.",
             )
-    return found
+    return conversed
 
 
 def _prompt_completion(values: Values, where: str) -> Canonical | None:
@@ -198,19 +205,19 @@ def _completion(
     values: Values, prompt: str, completion: str, used: tuple[str, ...], shape: str, where: str
 ) -> Canonical:
     messages, weights = [turn("user", prompt), turn("assistant", completion)], (1, 1)
-    found = _with_extras(values, messages, weights, used, shape, where)
-    if len(found.messages) > 2 or found.tools:  # a system prompt or tools: it takes a template to write them
-        return found
+    whole = _with_extras(values, messages, weights, used, shape, where)
+    if len(whole.messages) > 2 or whole.tools:  # a system prompt or tools: it takes a template to write them
+        return whole
     return Canonical(
         "completion",
         shape,
-        found.used,
-        found.messages,
+        whole.used,
+        whole.messages,
         weights,
         None,
         prompt,
         completion,
-        template_arguments=found.template_arguments,
+        template_arguments=whole.template_arguments,
     )
 
 

@@ -18,27 +18,27 @@ def is_missing(value: Any) -> bool:
     return type(value).__name__ in ("NAType", "NaTType")
 
 
-def plain(value: Any) -> Any:
+def plain(value: Any, nulls: bool = False) -> Any:
     """A value as JSON would hold it.
 
-    Parquet, Arrow and tables fill the absent fields of a struct with null, which a chat template must not see, so
-    nulls in objects are left out; those in lists are somebody's values. Arrays become lists, numbers of numpy become
-    Python's. What JSON has no form for becomes text.
+    Parquet, Arrow and tables fill the absent fields of a struct with null, which a chat template must not see: nulls
+    in objects are left out, unless `nulls` asks for them; those in lists are somebody's values. Arrays become lists,
+    numbers of numpy become Python's. What JSON has no form for becomes text.
     """
     if isinstance(value, str | bool | int) or value is None:
         return value
     if isinstance(value, float):
         return None if math.isnan(value) else value
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items() if not is_missing(item)}
+        return {str(key): plain(item, nulls) for key, item in value.items() if nulls or not is_missing(item)}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [plain(item, nulls) for item in value]
     if is_missing(value):
         return None
     if isinstance(value, date | time):
         return value.isoformat()
     if hasattr(value, "tolist") and not isinstance(value, memoryview):  # numpy's arrays and numbers
-        return plain(value.tolist())
+        return plain(value.tolist(), nulls)
     return str(value)
 
 

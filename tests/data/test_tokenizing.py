@@ -112,7 +112,7 @@ def test_truncation_keeps_the_start_and_drops_rows_with_nothing_left():
         ("", "line 2: the line is empty"),
         ("{", "line 2: not a JSON object"),
         ("[1]", "line 2: not a JSON object"),
-        ("\xff", "line 2: not a JSON object"),
+        ("\xff", "line 2: not UTF-8 text"),
         ('{"prompt": "a"}', "line 2: the row has 'prompt'"),
         ('{"text": 3}', "line 2: 'text' must be text, not a number"),
         ('{"messages": []}', "line 2: 'messages' must be a list"),
@@ -134,9 +134,9 @@ def test_missing_and_empty_data(tmp_path):
     (tmp_path / "train.jsonl").write_text("")
     with pytest.raises(FormatError, match="no training row"):
         read_data(tmp_path)
-    with pytest.raises(FormatError, match=r"neither a \.jsonl"):
-        (tmp_path / "a.csv").write_text("x")
-        read_data(tmp_path / "a.csv")
+    with pytest.raises(FormatError, match=r"none of \.jsonl"):
+        (tmp_path / "a.doc").write_text("x")
+        read_data(tmp_path / "a.doc")
 
 
 def test_jsonl_and_parquet_give_the_same_rows(tmp_path):
@@ -149,7 +149,8 @@ def test_jsonl_and_parquet_give_the_same_rows(tmp_path):
     (tmp_path / "b").mkdir()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "b" / "train.parquet")
     a, b = read_data(tmp_path / "a").rows("train"), read_data(tmp_path / "b").rows("train")
-    assert [r.record for r in a] == [r.record for r in b] == rows
+    assert [r.key() for r in a] == [r.key() for r in b] and a[0].tools == b[0].tools == [{"name": "call"}]
+    assert [r.messages for r in a] == [r.messages for r in b] == [TWO_TURNS, TWO_TURNS[1:3]]
     assert b[1].where.endswith("train.parquet, row 2")
 
 

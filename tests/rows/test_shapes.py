@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mlx_adapters.config.columns import Columns
+from mlx_adapters.config.data import DataConfig
 from mlx_adapters.errors import ConfigError, FormatError
 from mlx_adapters.rows.row import RawRow
 
@@ -13,7 +13,7 @@ CHAT = [{"role": "user", "content": ASK}, {"role": "assistant", "content": ANSWE
 
 
 def row(values, **columns):
-    return RawRow(values, "a.jsonl, line 3", Columns(**columns))
+    return RawRow(values, "a.jsonl, line 3", DataConfig(**{f"{kind}_column": name for kind, name in columns.items()}))
 
 
 SAME = {
@@ -73,7 +73,7 @@ def test_named_columns_decide_alone():
 )
 def test_names_of_columns_that_contradict_each_other_are_refused(names):
     with pytest.raises(ConfigError):
-        Columns(**names)
+        row({}, **names)
 
 
 WEATHER = {"name": "weather", "arguments": {"city": "Oslo"}}
@@ -178,5 +178,5 @@ def test_preferences_are_recognized():
 
 def test_what_a_row_gives_its_template_wins_over_the_default():
     values = {"messages": CHAT, "chat_template_kwargs": {"enable_thinking": False}}
-    found = RawRow(values, "here", template_defaults={"enable_thinking": True, "style": "brief"})
+    found = RawRow(values, "here", DataConfig(chat_template_args={"enable_thinking": True, "style": "brief"}))
     assert found.template_arguments == {"enable_thinking": False, "style": "brief"}

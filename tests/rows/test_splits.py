@@ -1,0 +1,151 @@
+"""Which files and which splits are meant: the usual names, parts, the Hub's spelling, and what helps if none fits."""
+
+import sys
+from types import SimpleNamespace
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from mlx_adapters.data.datasets import hold_out, read_data
+from mlx_adapters.errors import ConfigError, FormatError, NotFoundError
+from mlx_adapters.rows.hub import HubData, parse
+
+ROW = '{"text": "a"}\n'
+
+
+def sizes(source, **options):
+    return {name: len(split.rows) for name, split in read_data(source, **options).splits.items()}
+
+
+def fill(folder, **files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in files.items():
+        (folder / f"{name}.jsonl").write_text(ROW * rows)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "val", "dev", "Dev"])
+def test_validation_rows_go_by_many_names(tmp_path, name):
+    assert sizes(fill(tmp_path, train=3, **{name: 2}, test=1)) == {"train": 3, "valid": 2, "test": 1}
+
+
+def test_two_files_for_one_split_are_refused(tmp_path):
+    with pytest.raises(FormatError, match="several splits to validate by: dev, val"):
+        read_data(fill(tmp_path, train=1, val=1, dev=1))
+    (tmp_path / "dev.jsonl").unlink()
+    (tmp_path / "val.csv").write_text("text\na\n")
+    with pytest.raises(FormatError, match=r"Both '.*val.csv' and '.*val.jsonl' exist"):
+        read_data(tmp_path)
+
+
+@pytest.mark.parametrize("folder", [".", "data"])
+def test_parts_of_parquet_are_read_in_their_order(tmp_path, folder):
+    place = tmp_path / folder
+    place.mkdir(exist_ok=True)
+    for i in (1, 0, 2):
+        table = pyarrow.Table.from_pylist([{"text": f"{i} {j}"} for j in range(2)])
+        pyarrow.parquet.write_table(table, place / f"train_sft-0000{i}-of-00003.parquet")
+    (tmp_path / "README.md").write_text("")
+    found = read_data(tmp_path)
+    assert [row.text for row in found.rows("train")] == ["0 0", "0 1", "1 0", "1 1", "2 0", "2 1"]
+    assert found.rows("train")[-1].where.endswith("train_sft-00002-of-00003.parquet, row 2")
+    digest = found.splits["train"].sha256
+    (place / "train_sft-00001-of-00003.parquet").unlink()
+    with pytest.raises(FormatError, match="Part 1 of train is missing"):
+        read_data(tmp_path)
+    assert len(digest) == 64
+
+
+def test_a_folder_without_the_expected_files_says_what_lies_there(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,completion\na,b\n")
+    (tmp_path / "notes.md").write_text("x")
+    with pytest.raises(NotFoundError, match=r"has no train\.jsonl; it holds 'notes\.md', 'rows\.csv'") as error:
+        read_data(tmp_path)
+    assert f"mlx-adapters data split {tmp_path}/rows.csv" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("spelling", "parts"),
+    [
+        ("hf:squad", HubData("squad")),
+        ("hf:user/name", HubData("user/name")),
+        ("hf:user/name/main", HubData("user/name", "main")),
+        ("hf:user/name@v1.0", HubData("user/name", revision="v1.0")),
+        ("hf:user/name/en-us@refs/pr/1[train[:10%]]", None),
+        ("hf:user/name/en@refs/pr/1[train_sft]", HubData("user/name", "en", "refs/pr/1", "train_sft")),
+        ("hf:", None),
+        ("hf:a/b/c/d", None),
+    ],
+)
+def test_the_spelling_of_the_hub(spelling, parts):
+    if parts is not None:
+        assert parse(spelling) == parts
+        return
+    with pytest.raises(ConfigError, match="does not name a data set"):
+        parse(spelling)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A package `datasets` that notes what it is asked for."""
+    there = SimpleNamespace(asked=[], splits={})
+
+    def load_dataset(name, config=None, revision=None, split=None):
+        there.asked.append((name, config, revision, split))
+        if name == "user/broken":
+            raise RuntimeError("Config name is missing.\nPick one of ['a', 'b']")
+        return there.splits if split is None else there.splits[split]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    return there
+
+
+def test_splits_of_the_hub(hub):
+    rows = [{"text": "a"}] * 3
+    hub.splits = {"train_sft": rows, "test_sft": rows[:1], "train_gen": rows * 2, "test_gen": rows}
+    assert sizes("hf:user/name") == {"train": 3, "test": 1}
+    assert sizes("hf:user/name/main@v1[train_gen]") == {"train": 6}
+    assert hub.asked[-1] == ("user/name", "main", "v1", "train_gen")
+    hub.splits = {"train_gen": rows, "train_prefs": rows}
+    with pytest.raises(FormatError, match="several splits to train on: train_gen, train_prefs") as error:
+        read_data("hf:user/name")
+    assert "hf:user/name[SPLIT]" in error.value.hint
+    hub.splits = {"everything": rows}
+    with pytest.raises(NotFoundError, match="no split to train on; it has: everything"):
+        read_data("hf:user/name")
+    with pytest.raises(NotFoundError, match="Config name is missing") as error:
+        read_data("hf:user/broken")
+    assert "hf:user/broken/CONFIG" in error.value.hint
+
+
+def test_rows_held_out_are_apart_and_always_the_same(tmp_path):
+    rows = [{"prompt": str(i % 8), "completion": "x"} for i in range(16)]
+    first, second = (hold_out(read_data(rows), 0.25, seed=1) for _ in range(2))
+    assert [len(first.rows(name)) for name in ("train", "valid")] == [12, 4]
+    assert not {row.key() for row in first.rows("train")} & {row.key() for row in first.rows("valid")}
+    assert [row.where for row in first.rows("valid")] == [row.where for row in second.rows("valid")]
+    with pytest.raises(ConfigError, match="has validation rows"):
+        hold_out(first, 0.25, seed=1)
+    with pytest.raises(ConfigError, match="too few different rows"):
+        hold_out(read_data(rows[:1]), 0.25, seed=1)
+
+
+def test_rows_of_weight_zero_are_left_out_and_counted():
+    found = read_data([{"text": "a", "weight": 0}, {"text": "b", "weight": 1}, {"text": "c"}])
+    assert [row.text for row in found.rows("train")] == ["b", "c"]
+    assert found.notes == ("1 row of train left out: their weight is 0.",)
+    own = read_data([{"text": "a", "weight": 0}, {"text": "b", "weight": 72.5}])
+    assert len(own.rows("train")) == 2 and own.notes == ()
+    with pytest.raises(FormatError, match="no training row"):
+        read_data([{"text": "a", "weight": False}])
+
+
+def test_one_line_says_how_rows_of_no_ordinary_shape_are_read():
+    alpaca = {"instruction": "Add.", "input": "", "output": "5", "id": 1}
+    assert read_data([alpaca]).notes == ("Rows of train are read as Alpaca; not used: 'id'.",)
+    shared = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    assert read_data([alpaca, alpaca, shared]).notes == (
+        "Rows of train are read as 2 as Alpaca, 1 as ShareGPT ('conversations'); not used: 'id'.",
+    )
+    assert read_data([{"text": "a", "id": 1}]).notes == ()
