@@ -12,8 +12,10 @@ from typing import Any
 from mlx_adapters.benchmarking.measurements import Run
 from mlx_adapters.benchmarking.reports import Report
 from mlx_adapters.benchmarking.schedule import BenchmarkConfig, schedule
+from mlx_adapters.config.evaluating import EvaluationConfig
 from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.config.quantization import Dtype
+from mlx_adapters.data.datasets import read_data
 from mlx_adapters.evaluation.variants import Variant, as_text, parse_variants, prepare, workspace
 from mlx_adapters.events import Note, OnEvent, Progress, ignore
 from mlx_adapters.models.adapter import Adapter
@@ -98,7 +100,6 @@ def benchmark(
 
 def check_data(prompts: str | None, quality: str | Path | None, score: str | None) -> None:
     """Read all data once before anything is measured. Raises what is wrong with it."""
-    from mlx_adapters.data.datasets import read_data
     from mlx_adapters.evaluation.scores import parse_score
 
     for source in (prompts, quality):
@@ -112,7 +113,6 @@ def _quality(
     report: Report, data: str | Path, score: str | None, max_rows: int | None, folder: Path, on_event: OnEvent
 ) -> dict[str, Any]:
     """The evaluation of the measured variants, as plain values without the answers."""
-    from mlx_adapters.config.evaluating import EvaluationConfig
     from mlx_adapters.evaluation.evaluate import evaluate_ready
 
     c = report.config

@@ -7,6 +7,7 @@ wrong type is a ConfigError that names the key and its nearest neighbor.
 import contextlib
 import dataclasses
 import numbers
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -113,8 +114,6 @@ def _describe(hint: Any) -> str:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML or JSON mapping. Numbers such as 1e-5 are numbers, as in YAML 1.2."""
-    import re
-
     import yaml
 
     class Loader(yaml.SafeLoader):

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mlx_adapters.storage import files, tensor_files
 from mlx_adapters.system.door import mx
@@ -60,8 +61,6 @@ def shapes(vocabulary: int) -> dict[str, tuple[int, ...]]:
 
 def byte_vocabulary() -> dict[str, int]:
     """Two special tokens and one token for each byte, padded to a multiple of 64."""
-    from tokenizers import pre_tokenizers
-
     names = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     names += [f"<unused{i}>" for i in range(-len(names) % 64)]
     return {name: i for i, name in enumerate(names)}
@@ -69,8 +68,6 @@ def byte_vocabulary() -> dict[str, int]:
 
 def write_tokenizer(folder: Path, vocabulary: dict[str, int]) -> None:
     """Write tokenizer.json and tokenizer_config.json."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -17,6 +17,8 @@ from mlx_adapters.config.mapping import require
 from mlx_adapters.config.quantization import BITS, Precision
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError, did_you_mean
 from mlx_adapters.events import Note, OnEvent
+from mlx_adapters.models.metadata import base_of, read_metadata
+from mlx_adapters.sources.lookup import locate
 from mlx_adapters.sources.references import parse_reference
 from mlx_adapters.sources.registry import adapter_folder, names
 from mlx_adapters.storage import files, paths
@@ -154,8 +156,6 @@ def _with_base(variant: Variant, base: str | None) -> Variant:
     if base is not None:
         return replace(variant, base=base)
     from mlx_adapters.models.adapter import weights_file
-    from mlx_adapters.models.metadata import base_of, read_metadata
-    from mlx_adapters.sources.lookup import locate
 
     folder, iteration = locate(variant.adapter)
     weights_file(folder, iteration)  # says what is missing

@@ -6,6 +6,7 @@ from typing import Any
 
 from mlx_adapters.assembly.survival import Survival, mean_cosine
 from mlx_adapters.calibration.fidelity import Fidelity
+from mlx_adapters.display.notebook import html_block, html_facts, html_table
 from mlx_adapters.units import size
 
 
@@ -53,8 +54,6 @@ class FuseResult:
         return mean_cosine(self.survival)
 
     def _repr_html_(self) -> str:
-        from mlx_adapters.display.notebook import html_block, html_facts, html_table
-
         facts = {
             "rounding": self.method,
             "bits per weight": f"{self.bits_per_weight:.2f}",

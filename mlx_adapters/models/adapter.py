@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_adapters.display.notebook import html_block, html_facts, loss_curve
 from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.models.metadata import (
     AdapterConfig,
@@ -85,8 +86,6 @@ class Adapter:
         )
 
     def _repr_html_(self) -> str:
-        from mlx_adapters.display.notebook import html_block, html_facts, loss_curve
-
         c, m = self.config, self.metadata
         facts = {
             "type": c.type,

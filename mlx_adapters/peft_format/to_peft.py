@@ -31,7 +31,6 @@ from mlx_adapters.storage.hf_names import (
 from mlx_adapters.storage.tensor_names import LORA_A, LORA_B
 
 LM_HEAD = HEADS[0]
-ROUTER = ".gate"
 
 
 class _NotAsItCame(Exception):

@@ -20,6 +20,7 @@ from mlx_adapters.models.metadata import losses_of
 from mlx_adapters.publishing.card_sections import SECTIONS
 from mlx_adapters.publishing.subject import Subject
 from mlx_adapters.sources.references import hub_id
+from mlx_adapters.storage import files
 
 MINE, END_MINE = "<!-- yours: this part survives the next publish -->", "<!-- /yours -->"
 _MINE = re.compile(r"<!-- yours\b.*?-->\n?(.*?)\n?<!-- /yours -->", re.S)
@@ -249,8 +250,6 @@ def _pictures(subject: Subject) -> dict[str, str]:
 
 def write_readme(card: Card, folder: Path) -> Path:
     """Write README.md and its pictures into `folder`."""
-    from mlx_adapters.storage import files
-
     for name, text in card.pictures.items():
         files.write_text(folder / name, text)
     files.write_text(folder / "README.md", str(card))

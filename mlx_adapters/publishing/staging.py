@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.events import OnEvent, Progress, ignore
 from mlx_adapters.publishing.cleaning import check_paths, check_secrets, clean
@@ -53,8 +55,6 @@ def check_finite(subject: Subject, on_event: OnEvent = ignore) -> None:
 
 def _check_finite(path: Path) -> None:
     """Raise FormatError if a floating-point tensor holds NaN or Inf. One tensor is in memory at a time."""
-    import mlx.core as mx
-
     tensors = tensor_files.read_safetensors(path)
     for name in sorted(tensors):
         tensor = tensors.pop(name)

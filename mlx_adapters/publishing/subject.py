@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from mlx_adapters.benchmarking.reports import read_report
+from mlx_adapters.benchmarking.words import markdown
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError
 from mlx_adapters.models.adapter import Adapter, read_adapter, weights_file
 from mlx_adapters.models.base import INDEX_FILE, OTHER_FILE
@@ -203,9 +205,6 @@ def read_subject(source: str | Path | Adapter, benchmark: str | Path | None = No
 def _benchmark(path: str | Path | None) -> str:
     if path is None:
         return ""
-    from mlx_adapters.benchmarking.reports import read_report
-    from mlx_adapters.benchmarking.words import markdown
-
     return clean_text(markdown(read_report(Path(path))).strip())
 
 

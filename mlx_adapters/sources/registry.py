@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_adapters.errors import AdapterError, TrainingError
-from mlx_adapters.models.metadata import base_of, check_config, examine_metadata, losses_of, read_config
+from mlx_adapters.models.metadata import base_of, check_config, examine_metadata, losses_of, read_config, read_metadata
 from mlx_adapters.sources.references import NAME, check_name
 from mlx_adapters.storage import locks, paths, replacing, temporaries, tensor_files
 from mlx_adapters.storage.replacing import read_whole
@@ -233,7 +233,6 @@ def register(adapter: "Adapter", name: str, overwrite: bool = False) -> "Adapter
     Raises ExistsError, FormatError or StorageError; two processes cannot both win a name.
     """
     from mlx_adapters.models.adapter import write_adapter
-    from mlx_adapters.models.metadata import read_metadata
 
     folder = adapter_folder(name)
     replacing.refuse_existing(folder, overwrite, ADAPTER_OUTPUT)

@@ -1,24 +1,18 @@
 """What this machine is: versions, device, memory, BLAS."""
 
 import contextlib
-import os
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from mlx_adapters.storage import paths
-
-if TYPE_CHECKING:
-    pass
-
 import ctypes
+import os
 import platform
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
+from mlx_adapters.storage import paths
 from mlx_adapters.system.blas import INSTALL_OPENBLAS
 
 SLOW_BLAS = "reference BLAS (slow)"
@@ -193,7 +187,5 @@ def environment() -> Environment:
 
 def made_now() -> dict[str, Any]:
     """The date, the versions and the command line, if it is ours, for the metadata of an adapter in the making."""
-    from mlx_adapters.system.machine import typed_command, versions
-
     typed = {"command": command} if (command := typed_command()) else {}
     return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()} | typed

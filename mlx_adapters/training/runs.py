@@ -10,6 +10,7 @@ from mlx_adapters.config.mapping import require
 from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.data.datasets import DataSet, read_data
 from mlx_adapters.data.tokenizing import Row
+from mlx_adapters.display.notebook import html_block, html_facts, loss_curve
 from mlx_adapters.errors import ConfigError, FormatError, TrainingError
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.models.adapter import Adapter
@@ -75,8 +76,6 @@ class TrainRun:
         return f"TrainRun(best {self.best}, final {self.final}{loss}, {self.trained_tokens:,} trained tokens)"
 
     def _repr_html_(self) -> str:
-        from mlx_adapters.display.notebook import html_block, html_facts, loss_curve
-
         facts = {
             "best": self.best,
             "final": self.final,
