@@ -1,7 +1,7 @@
 """`data check` and `data split`."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -9,6 +9,12 @@ from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import UserPath, json_option, overwrite_option
 from mlx_adapters.cli._settings import options
 from mlx_adapters.config.training import TrainConfig
+from mlx_adapters.units import count
+
+if TYPE_CHECKING:
+    from mlx_adapters.data.checking import SplitReport
+
+NO_STOP = "No trained row holds a token that stops a generation: the model will not learn to stop."
 
 
 @click.group("data")
@@ -25,18 +31,23 @@ def data_command() -> None:
 @data_command.command("check")
 @click.argument("data", metavar="DIR")
 @click.option("--base", default="demo", show_default=True, help="The model whose tokenizer counts.")
+@click.option("--row", type=click.IntRange(1), default=1, show_default=True, help="The training row to show.")
 @options(TrainConfig, "max_seq_length mask_prompt last_turn_only")
 @json_option
-def data_check_command(data: str, base: str, as_json: bool, **settings: Any) -> None:
-    """Count rows and tokens; find duplicates, overlaps, empty answers and rows that are cut.
+def data_check_command(data: str, base: str, row: int, as_json: bool, **settings: Any) -> None:
+    """Count rows and tokens, show what is trained of a row, and find what may be wrong.
+
+    Found are duplicates, overlaps, rows that are cut, empty answers, text that the chat template leaves out, turns
+    that end in no token that stops a generation, doubled BOS tokens, and tokens that the model does not have.
 
     \b
     Example:
       mlx-adapters data check data/sql --mask-prompt
+      mlx-adapters data check chats.jsonl --base mlx-community/Qwen3-0.6B-4bit --mask-prompt --row 7
     """
     from mlx_adapters.data.checking import check_data
 
-    report = check_data(data, base, TrainConfig(**settings))
+    report = check_data(data, base, TrainConfig(**settings), row)
     if as_json:
         _output.emit_json(report)
         return
@@ -73,17 +84,51 @@ def data_check_command(data: str, base: str, as_json: bool, **settings: Any) -> 
     )
     _output.table(heads, rows, right=(1, *range(3, 12)))
     train = report.splits["train"]
-    most = max((count for *_, count in train.histogram), default=1) or 1
+    most = max((many for *_, many in train.histogram), default=1) or 1
     _output.out("\ntokens per training row")
-    for low, high, count in train.histogram:
-        _output.out(f"{low:>6}-{high:<6} {count:>6}  {'#' * round(40 * count / most)}".rstrip())
+    for low, high, many in train.histogram:
+        _output.out(f"{low:>6}-{high:<6} {many:>6}  {'#' * round(40 * many / most)}".rstrip())
     for name, split in report.splits.items():
-        for what, where in (("empty answer", split.empty_answers), ("nothing left to train", split.dropped)):
-            if where:
-                more = f" and {len(where) - 3} more" if len(where) > 3 else ""
-                _output.out(f"{name}, {what}: {'; '.join(where[:3])}{more}")
-    _output.out("\nfirst training row; the loss counts what stands between [[ and ]]")
-    _output.out("".join(f"[[{text}]]" if trained else text for text, trained in _bounded(report.first_row)))
+        _list(name, split)
+    shown = report.shown
+    _output.out(f"\ntraining row {row}; the loss counts what stands between [[ and ]]")
+    _output.out("".join(f"[[{text}]]" if trained else text for text, trained in _bounded(shown.pieces)))
+    for turn in shown.turns:
+        ends = "" if turn.stops else ", and ends in no token that stops a generation"
+        _output.out(f"message {turn.message}: {count(turn.trained_tokens, 'token')}{ends}")
+    if not report.stops:
+        _output.warn(NO_STOP)
+
+
+def _list(name: str, split: "SplitReport") -> None:
+    """What stands out in a split, with the first places."""
+    if split.turn_tokens is not None:
+        least, median, most = split.turn_tokens
+        endless = f"; {split.endless_turns} end in no token that stops a generation" if split.endless_turns else ""
+        turns = count(split.turns, "turn")
+        _output.out(f"{name}, {turns} of the assistant: {least} to {most} tokens, median {median:g}{endless}")
+    by_field: dict[tuple[str, str], list[str]] = {}
+    for text in split.left_out:
+        place = f"{text.where}, message {text.message}: {_output.middle_out(text.text, 60)!r}"
+        by_field.setdefault((text.role, text.field), []).append(place)
+    for (role, field), places in by_field.items():
+        _output.out(f"{name}, never reaches the model, {field} of '{role}' ({len(places)}): {_first(places)}")
+    for role, many in split.unknown_roles.items():
+        _output.out(f"{name}, messages of an unknown role '{role}' ({many}): only 'assistant' is trained")
+    for what, where in (
+        ("empty answer", split.empty_answers),
+        ("nothing left to train", split.dropped),
+        ("answers with calls alone", split.calls_only),
+        ("begins with two BOS tokens", split.doubled_bos),
+        ("has tokens that the model does not have, and cannot be trained", split.outside_model),
+    ):
+        if where:
+            _output.out(f"{name}, {what} ({len(where)}): {_first(where)}")
+
+
+def _first(places: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(places) - most} more" if len(places) > most else ""
+    return "; ".join(places[:most]) + more
 
 
 def _bounded(pieces: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:

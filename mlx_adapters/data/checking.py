@@ -4,29 +4,51 @@ splitting one file into train, valid and test."""
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mlx_adapters.config.mapping import require
 from mlx_adapters.config.training import TrainConfig
 from mlx_adapters.data.datasets import DataSet, RawRow, apart, kept_text, read_data
-from mlx_adapters.data.tokenizing import Row, tokenize_row
+from mlx_adapters.data.inspecting import LeftOut, RowReport, inspect_row
+from mlx_adapters.data.tokenizing import Row, has_words
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.loading import load_tokenizer_of
 from mlx_adapters.rows.files import read_file
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import files, paths, replacing
+from mlx_adapters.units import count
 
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 SPLIT_OUTPUT = replacing.Output("train.jsonl", r"(valid|test)\.jsonl")
 
 
 @dataclass(frozen=True)
 class SplitReport:
-    """One split. `histogram` holds (from, to, rows) of the token lengths before truncation; `duplicates` counts
-    rows that repeat an earlier one, `empty_answers` and `dropped` (nothing left to train) name rows."""
+    """One split.
+
+    Args:
+        rows: how many.
+        formats: rows by format.
+        tokens: in all rows, after truncation.
+        trained_tokens: tokens that the loss counts.
+        longest: tokens of the longest row, before truncation.
+        median_length: likewise.
+        histogram: (from, to, rows) of the lengths before truncation.
+        truncated: rows that are cut.
+        duplicates: rows that repeat an earlier one.
+        empty_answers: rows in which the assistant says nothing, or does not speak.
+        dropped: rows with nothing left to train.
+        calls_only: rows whose only answers are tool calls.
+        left_out: texts of messages that the chat template leaves out.
+        turn_tokens: (least, median, most) trained tokens of a turn of the assistant's; None without such turns.
+        turns: how many such turns.
+        endless_turns: of these, how many end in no token that stops a generation.
+        doubled_bos: rows that begin with two BOS tokens.
+        outside_model: rows with tokens that the model has no row for.
+        unknown_roles: messages by role, of roles that chat templates do not know; none of them is trained.
+    """
 
     rows: int
     formats: dict[str, int]
@@ -39,28 +61,42 @@ class SplitReport:
     duplicates: int
     empty_answers: tuple[str, ...]
     dropped: tuple[str, ...]
+    calls_only: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
+    turn_tokens: tuple[int, float, int] | None
+    turns: int
+    endless_turns: int
+    doubled_bos: tuple[str, ...]
+    outside_model: tuple[str, ...]
+    unknown_roles: dict[str, int]
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """A whole data set. `overlaps` counts rows of valid and test that also stand in train; `first_row` is the
-    first training row as the model sees it: (text, whether the loss counts it) pieces."""
+    """A whole data set. `overlaps` counts rows of valid and test that also stand in train; `shown` is a training row
+    as the model sees it, the first unless another was asked for, and `first_row` its pieces of (text, whether the loss
+    counts it). `stops`: whether any training row teaches the model to stop."""
 
     source: str
     splits: dict[str, SplitReport]
     overlaps: dict[str, int]
     first_row: tuple[tuple[str, bool], ...]
+    shown: RowReport
+    stops: bool
 
 
-def check_data(data: str | Path, base: str | Path | Base, training: TrainConfig | None = None) -> DataReport:
+def check_data(
+    data: str | Path | DataSet, base: str | Path | Base, training: TrainConfig | None = None, row: int = 1
+) -> DataReport:
     """Look through a data set as `train` would see it with these settings.
 
     Args:
         data: a folder with train.jsonl and valid.jsonl, or one file.
         base: the model whose tokenizer and chat template the rows go through.
         training: the settings, of which `max_seq_length`, `mask_prompt` and `last_turn_only` matter here.
+        row: the number from 1 of the training row to show.
 
-    Raises NotFoundError, or FormatError that names the first bad line.
+    Raises NotFoundError, FormatError that names the first bad line, or ConfigError if there is no such row.
 
     Example:
         >>> report = ma.check_data("data/sql", "demo", ma.TrainConfig(mask_prompt=True))
@@ -69,27 +105,25 @@ def check_data(data: str | Path, base: str | Path | Base, training: TrainConfig 
     """
     training = training or TrainConfig()
     resolved = resolve_base(base)
-    tokenizer, dataset = load_tokenizer_of(resolved), read_data(data)
-    rows = {name: [_tokens(raw, tokenizer, training) for raw in split.rows] for name, split in dataset.splits.items()}
-    for row in (row for split in rows.values() for row in split):
-        resolved.check_tokens(row.tokens, row.where)
-    splits = {name: _report(dataset.rows(name), rows[name]) for name in rows}
-    return DataReport(dataset.source, splits, _overlaps(dataset), first_row(rows["train"][0], tokenizer))
+    tokenizer, dataset = load_tokenizer_of(resolved), data if isinstance(data, DataSet) else read_data(data)
+    rows = len(dataset.rows("train"))
+    require(1 <= row <= rows, f"row {row} cannot be shown: the training data has {count(rows, 'row')}.")
+    seen = {
+        name: [inspect_row(raw, tokenizer, training) for raw in split.rows] for name, split in dataset.splits.items()
+    }
+    splits = {name: _report(dataset.rows(name), looks, resolved) for name, looks in seen.items()}
+    train = seen["train"]
+    stops = any(tokenized.stops for tokenized, _ in train)
+    shown = train[row - 1][1]
+    return DataReport(dataset.source, splits, _overlaps(dataset), shown.pieces, shown, stops)
 
 
-def _tokens(raw: RawRow, tokenizer: Any, training: TrainConfig) -> Row:
-    return tokenize_row(
-        raw,
-        tokenizer,
-        training.max_seq_length,
-        mask_prompt=training.mask_prompt,
-        last_turn_only=training.last_turn_only,
-    )
-
-
-def _report(raws: Sequence[RawRow], rows: Sequence[Row]) -> SplitReport:
+def _report(raws: Sequence[RawRow], seen: Sequence[tuple[Row, RowReport]], base: Base) -> SplitReport:
+    rows, looks = [row for row, _ in seen], [look for _, look in seen]
     lengths = [row.full_length for row in rows] or [0]
-    seen = Counter(raw.key() for raw in raws)
+    repeats = Counter(raw.key() for raw in raws)
+    turns = [turn for look in looks for turn in look.turns]
+    sizes = [turn.trained_tokens for turn in turns]
     return SplitReport(
         rows=len(rows),
         formats=dict(Counter(raw.format for raw in raws)),
@@ -99,9 +133,17 @@ def _report(raws: Sequence[RawRow], rows: Sequence[Row]) -> SplitReport:
         median_length=float(np.median(lengths)),
         histogram=histogram(lengths),
         truncated=sum(row.truncated for row in rows),
-        duplicates=sum(count - 1 for count in seen.values()),
+        duplicates=sum(times - 1 for times in repeats.values()),
         empty_answers=tuple(raw.where for raw in raws if _empty_answer(raw)),
         dropped=tuple(row.where for row in rows if not row.trained.any()),
+        calls_only=tuple(raw.where for raw in raws if _calls_only(raw)),
+        left_out=tuple(text for look in looks for text in look.left_out),
+        turn_tokens=(min(sizes), float(np.median(sizes)), max(sizes)) if sizes else None,
+        turns=len(turns),
+        endless_turns=sum(not turn.stops for turn in turns),
+        doubled_bos=tuple(look.where for look in looks if look.doubled_bos),
+        outside_model=tuple(row.where for row in rows if base.lacks(row.tokens).size),
+        unknown_roles=dict(Counter(role for raw in raws for role in _roles(raw) if role not in ROLES)),
     )
 
 
@@ -121,19 +163,23 @@ def _empty_answer(raw: RawRow) -> bool:
     if raw.format == "text":
         return not raw.text.strip()
     answers = [message for message in raw.messages if message["role"] == "assistant"]
-    return not answers or any(not m["content"].strip() for m in answers if not m.get("tool_calls"))
+    return not answers or any(not m.get("tool_calls") and not has_words(m) for m in answers)
+
+
+def _roles(raw: RawRow) -> list[str]:
+    return [message["role"] for message in raw.messages] if raw.format == "chat" else []
+
+
+def _calls_only(raw: RawRow) -> bool:
+    if raw.format != "chat":
+        return False
+    answers = [message for message in raw.messages if message["role"] == "assistant"]
+    return bool(answers) and all(m.get("tool_calls") and not has_words(m) for m in answers)
 
 
 def _overlaps(data: DataSet) -> dict[str, int]:
     train = {raw.key() for raw in data.rows("train")}
     return {name: sum(raw.key() in train for raw in data.rows(name)) for name in data.splits if name != "train"}
-
-
-def first_row(row: Row, tokenizer: Any) -> tuple[tuple[str, bool], ...]:
-    """The row's text, cut where training begins or ends."""
-    borders = [0, *(np.flatnonzero(np.diff(row.trained.astype(int))) + 1).tolist(), len(row.tokens)]
-    pieces = [(a, b) for a, b in pairwise(borders) if a < b]
-    return tuple((tokenizer.decode(row.tokens[a:b].tolist()), bool(row.trained[a])) for a, b in pieces)
 
 
 def split_data(

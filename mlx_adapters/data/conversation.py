@@ -99,9 +99,14 @@ def refusing(where: str) -> Iterator[None]:
         raise FormatError(f"{where}: the chat template refuses the row: {why}.") from error
 
 
+def stop_ids(tokenizer: Any) -> frozenset[int]:
+    """The ids of the tokens that stop a generation: EOS and what the model's configs name."""
+    return frozenset(getattr(tokenizer, "eos_token_ids", None) or {tokenizer.eos_token_id})
+
+
 def ends_of(tokenizer: Any) -> Ends:
     """The tokens that may end a turn."""
-    stop = frozenset(getattr(tokenizer, "eos_token_ids", None) or {tokenizer.eos_token_id})
+    stop = stop_ids(tokenizer)
     added, special = _added(getattr(tokenizer, "_tokenizer", tokenizer))
     return Ends(stop, special | stop, added | stop)
 

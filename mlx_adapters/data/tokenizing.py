@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_adapters.data.conversation import Conversation, conversation, refusing
+from mlx_adapters.data.conversation import Conversation, conversation, refusing, stop_ids
 from mlx_adapters.errors import FormatError
 from mlx_adapters.rows.row import RawRow
 from mlx_adapters.system.tracing import NOT_SAID
@@ -24,13 +24,17 @@ class Row:
     """A row as the model sees it.
 
     `tokens`: (length,) int32. `trained`: (length,) bool, True where the token is a target of the loss
-    (never the first). `full_length` counts the tokens before truncation.
+    (never the first). `full_length` counts the tokens before truncation. `stops`: whether a trained token is one that
+    stops a generation. `unwritten`: the numbers from 1 of the messages that are to be trained and whose text the chat
+    template leaves out.
     """
 
     tokens: np.ndarray
     trained: np.ndarray
     where: str
     full_length: int
+    stops: bool = True
+    unwritten: tuple[int, ...] = ()
 
     @property
     def truncated(self) -> bool:
@@ -79,21 +83,38 @@ def tokenize_row(
     raw: RawRow, tokenizer: Any, max_seq_length: int = 2048, *, mask_prompt: bool = False, last_turn_only: bool = False
 ) -> Row:
     """One row as tokens and trained marks, cut to `max_seq_length`."""
-    tokens: Sequence[int] | np.ndarray
-    trained: np.ndarray | None
     if raw.format == "text":
-        tokens, trained = _text(raw, tokenizer, mask_prompt)
-    elif raw.format == "completion" and not has_template(tokenizer):
+        return _cut(raw, tokenizer, max_seq_length, _text(raw, tokenizer, mask_prompt))
+    if raw.format == "completion" and not has_template(tokenizer):
         tokens, trained = _plain_completion(raw, tokenizer)
-    elif mask_prompt:
-        found = row_conversation(raw, tokenizer, last_turn_only)
-        tokens, trained = found.tokens, found.trained
-    else:
-        tokens, trained = _whole_conversation(raw, tokenizer), None
-    marks = np.ones(len(tokens), bool) if trained is None or not mask_prompt else trained
+        return _cut(raw, tokenizer, max_seq_length, tokens, trained if mask_prompt else None)
+    if not mask_prompt:
+        return _cut(raw, tokenizer, max_seq_length, _whole_conversation(raw, tokenizer))
+    return conversation_row(raw, tokenizer, row_conversation(raw, tokenizer, last_turn_only), max_seq_length)
+
+
+def conversation_row(
+    raw: RawRow, tokenizer: Any, found: Conversation, max_seq_length: int = 2048, mask_prompt: bool = True
+) -> Row:
+    """A row whose conversation is known, cut to `max_seq_length`."""
+    unwritten = tuple(t.message + 1 for t in found.turns if not t.reached and _says(raw.messages[t.message]))
+    trained = found.trained if mask_prompt else None
+    return _cut(raw, tokenizer, max_seq_length, found.tokens, trained, unwritten)
+
+
+def _cut(
+    raw: RawRow,
+    tokenizer: Any,
+    length: int,
+    tokens: Sequence[int] | np.ndarray,
+    trained: np.ndarray | None = None,
+    unwritten: tuple[int, ...] = (),
+) -> Row:
+    marks = np.ones(len(tokens), bool) if trained is None else trained.copy()
     marks[:1] = False
-    cut = slice(max_seq_length)
-    return Row(np.array(tokens[cut], np.int32), marks[cut], raw.where, len(tokens))
+    kept, marks = np.array(tokens[:length], np.int32), marks[:length]
+    stops = not stop_ids(tokenizer).isdisjoint(kept[marks].tolist())
+    return Row(kept, marks, raw.where, len(tokens), stops, unwritten)
 
 
 def has_template(tokenizer: Any) -> bool:
@@ -101,16 +122,18 @@ def has_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "has_chat_template", getattr(tokenizer, "chat_template", None)))
 
 
-def row_conversation(raw: RawRow, tokenizer: Any, last_turn_only: bool = False) -> Conversation:
+def row_conversation(
+    raw: RawRow, tokenizer: Any, last_turn_only: bool = False, mask_prompt: bool = True
+) -> Conversation:
     """A chat or completion row, with the turns marked that are trained (see `conversation`).
 
-    Turns of weight 0 are not. Raises FormatError for a row that has no turn to train, or none whose text the template
-    writes.
+    Turns of weight 0 are not. Raises FormatError for a row that the template refuses, and with `mask_prompt` for one
+    that has no turn of the assistant's, or whose answers the template leaves out.
     """
     _require_template(raw, tokenizer)
     messages = raw.messages
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns:
+    if mask_prompt and not turns:
         raise FormatError(f"{raw.where}: no assistant turn to train on.", "add one, or drop --mask-prompt.")
     turns = [i for i in (turns[-1:] if last_turn_only else turns) if raw.weights[i]]
     found = conversation(
@@ -121,17 +144,22 @@ def row_conversation(raw: RawRow, tokenizer: Any, last_turn_only: bool = False) 
         template_arguments=raw.template_arguments,
         turns=turns,
     )
-    if turns and not any(turn.reached for turn in found.turns) and any(_has_words(messages[i]) for i in turns):
-        which = ", ".join(str(i + 1) for i in turns)
+    wordy = [turn for turn in found.turns if str(messages[turn.message].get("content") or "").strip()]
+    if mask_prompt and wordy and not any(turn.reached for turn in found.turns):
         raise FormatError(
-            f"{raw.where}: the chat template writes nothing of what the assistant says (message {which}).",
-            "see what it makes of the row: data check --row, or train without --mask-prompt.",
+            f"{raw.where}: the chat template leaves out what the assistant says (message {wordy[0].message + 1}).",
+            "'data check' without --mask-prompt shows what it makes of the row; another base, or --chat-template FILE.",
         )
     return found
 
 
-def _has_words(message: Mapping[str, Any]) -> bool:
+def has_words(message: Mapping[str, Any]) -> bool:
+    """Whether a message says anything, in words or thoughts; calls are none."""
     return any(isinstance(value, str) and value.strip() for key, value in message.items() if key not in NOT_SAID)
+
+
+def _says(message: Mapping[str, Any]) -> bool:
+    return has_words(message) or bool(message.get("tool_calls"))
 
 
 def _require_template(raw: RawRow, tokenizer: Any) -> None:
@@ -161,13 +189,13 @@ def _encoded(text: str, tokenizer: Any) -> Tokens:
     return tokens[1:] if bos is not None and tokens[:2] == [bos, bos] else tokens
 
 
-def _text(raw: RawRow, tokenizer: Any, mask_prompt: bool) -> tuple[Tokens, None]:
+def _text(raw: RawRow, tokenizer: Any, mask_prompt: bool) -> Tokens:
     if mask_prompt:
         raise FormatError(
             f"{raw.where}: a text row has no prompt to mask.",
             "use prompt-completion or chat rows, or train without --mask-prompt.",
         )
-    return _with_end(_encoded(raw.text, tokenizer), tokenizer), None
+    return _with_end(_encoded(raw.text, tokenizer), tokenizer)
 
 
 def _plain_completion(raw: RawRow, tokenizer: Any) -> tuple[Tokens, np.ndarray]:

@@ -82,12 +82,16 @@ class Base:
 
     def check_tokens(self, tokens: np.ndarray, where: str) -> None:
         """Raise ModelError for an id that the model has no row for: its embedding would read foreign memory."""
-        bad = tokens[(tokens < 0) | (tokens >= self.vocabulary)] if self.vocabulary is not None else tokens[:0]
+        bad = self.lacks(tokens)
         if bad.size:
             raise ModelError(
                 f"{where}: '{self.name}' has no token {bad[0]}, its ids end at {(self.vocabulary or 0) - 1}.",
                 "its tokenizer is another model's, or was given more tokens than the model.",
             )
+
+    def lacks(self, tokens: np.ndarray) -> np.ndarray:
+        """The ids among `tokens` (n,) that the model has no row for."""
+        return tokens[(tokens < 0) | (tokens >= self.vocabulary)] if self.vocabulary is not None else tokens[:0]
 
     @property
     def context(self) -> int | None:

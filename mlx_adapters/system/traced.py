@@ -164,17 +164,18 @@ def inherited(result: Any, values: Iterable[Any]) -> Any:
     among `values`. Anything else, also what came from several messages, is left as it is."""
     if type(result) is not str or not result:
         return result
-    leaves = list(_leaves(values))
-    if len({leaf.message for leaf in leaves}) != 1:
+    sources = list(leaves(values))
+    if len({leaf.message for leaf in sources}) != 1:
         return result
-    return Traced(result, ((len(result), leaves[0], None),))
+    return Traced(result, ((len(result), sources[0], None),))
 
 
-def _leaves(values: Iterable[Any]) -> Iterator[Leaf]:
+def leaves(values: Iterable[Any]) -> Iterator[Leaf]:
+    """The texts of messages that are in the values, at any depth."""
     for value in values:
         if type(value) is Traced:
             yield from (source for _, source, _ in value._pieces if type(source) is Leaf)
         elif isinstance(value, Mapping):
-            yield from _leaves(value.values())
+            yield from leaves(value.values())
         elif isinstance(value, list | tuple):
-            yield from _leaves(value)
+            yield from leaves(value)

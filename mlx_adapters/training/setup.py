@@ -172,6 +172,15 @@ def tokenize_split(
         named = ", ".join(done.dropped[:3])
         many = count(len(done.dropped), f"{split_name} row")
         on_event(Note(f"{many} with nothing to train within {limit}: {named}.", "warning"))
+    if unwritten := [row for row in done.rows if row.unwritten]:
+        many = count(len(unwritten), f"{split_name} row")
+        named = "; ".join(f"{row.where}, message {row.unwritten[0]}" for row in unwritten[:3])
+        on_event(
+            Note(f"{many} with turns of the assistant whose text the chat template leaves out: {named}.", "warning")
+        )
+    if split_name == "train" and done.rows and not any(row.stops for row in done.rows):
+        why = "the model will not learn to stop"
+        on_event(Note(f"No trained row holds a token that stops a generation: {why}.", "warning"))
     if split_name == "train" and not done.rows:
         raise FormatError(f"No training row has anything to train within {limit}.", "raise --max-seq-length.")
     return done.rows

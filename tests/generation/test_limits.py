@@ -35,7 +35,6 @@ def test_tokens_without_a_row_are_refused_everywhere(small, tiny_model, tmp_path
     work = {
         "train": lambda: train(small, data, name="other", lora=LORA, training=TRAINING),
         "estimate": lambda: estimate(small, data, lora=LORA, training=TRAINING),
-        "check": lambda: check_data(data, small),
         "generate": lambda: load_model(small).generate("List the titles of all courses."),
         "batch": lambda: load_model(small).generate_batch([("List the titles of all courses.", None)]),
         "logits": lambda: load_model(small).logits([3, 511]),
@@ -44,6 +43,8 @@ def test_tokens_without_a_row_are_refused_everywhere(small, tiny_model, tmp_path
         with pytest.raises(ModelError, match=r"has no token \d+, its ids end at 299"):
             refused()
             pytest.fail(f"{name} read it")
+    report = check_data(data, small)  # which lists them instead
+    assert len(report.splits["train"].outside_model) == 40 and len(report.splits["valid"].outside_model) == 20
     (judged,) = evaluate([str(small)], data, config=EvaluationConfig(split="valid")).evaluations
     assert run.final and "has no token" in judged.error
     other = train(small, _raw(tmp_path / "raw"), name="other", lora=LORA, training=TRAINING)

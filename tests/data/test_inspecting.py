@@ -1,0 +1,196 @@
+"""What `data check` says of rows: what is trained, what the chat template leaves out, and what does not stop."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from helpers.chat_families import TOOLS, chat_tokenizer, write_base
+
+from mlx_adapters import check_data
+from mlx_adapters.cli import cli
+from mlx_adapters.config.training import TrainConfig
+from mlx_adapters.data.inspecting import inspect_row
+from mlx_adapters.data.tokenizing import tokenize
+from mlx_adapters.errors import ConfigError, FormatError
+from mlx_adapters.rows.row import RawRow
+
+MASKED = TrainConfig(mask_prompt=True)
+CALL = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Paris"}}}
+THOUGHT = "<think>\nI add.\n</think>\n\nIt is 4."
+
+
+def chat(*turns: str | dict, **values) -> RawRow:
+    """User and assistant in turns; dicts stand for themselves."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": t} if isinstance(t, str) else t for i, t in enumerate(turns)]
+    return RawRow({"messages": messages, **values}, "train.jsonl, line 3")
+
+
+def left_out(family: str, raw: RawRow, template=None) -> list[tuple]:
+    _, report = inspect_row(raw, chat_tokenizer(family, template), MASKED)
+    return [(text.message, text.role, text.field, text.text) for text in report.left_out]
+
+
+@pytest.mark.parametrize(
+    ("family", "raw", "found"),
+    [
+        ("qwen3", chat("sum?", THOUGHT), []),
+        ("qwen3", chat("sum?", THOUGHT, "and?", "It is 5."), [(2, "assistant", "content", THOUGHT[:23])]),
+        ("r1", chat("sum?", THOUGHT), [(2, "assistant", "content", THOUGHT[:23])]),
+        ("qwen2", chat("a", {"role": "Assistant", "content": "b"}, {"role": "assistant", "content": "c"}),
+         [(2, "Assistant", "content", "b")]),
+        ("chatml", chat("a", {"role": "Assistant", "content": "b"}, {"role": "assistant", "content": "c"}), []),
+        ("qwen3", chat("a", {"role": "assistant", "content": "b", "reasoning_content": "why"}, "c", "d"),
+         [(2, "assistant", "reasoning_content", "why")]),
+        ("llama3", chat("a", {"role": "assistant", "content": "Let me see.", "tool_calls": [CALL]}),
+         [(2, "assistant", "content", "Let me see.")]),
+        ("qwen2", chat("a", {"role": "assistant", "content": "Let me see.", "tool_calls": [CALL]}), []),
+        ("mistral", chat("a", {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                         {"role": "tool", "content": 'a "b"\n', "tool_call_id": "1", "name": "f"},
+                         {"role": "assistant", "content": "  It is.  "}), []),
+        ("gemma2", chat("a", {"role": "assistant", "content": "b", "tool_calls": [CALL]}),
+         [(2, "assistant", "tool_calls", "get_weather"), (2, "assistant", "tool_calls", "Paris")]),
+        ("harmony", chat("a", {"role": "assistant", "content": "b", "reasoning_content": "why"}), []),
+    ],
+)  # fmt: skip
+def test_text_that_never_reaches_the_model_is_named(family, raw, found):
+    assert left_out(family, raw) == found
+
+
+def test_a_turn_tells_its_trained_tokens_and_whether_it_stops():
+    row, report = inspect_row(chat("a", "b", "c", "d"), chat_tokenizer("glm"), MASKED)
+    assert [(t.message, t.trained_tokens, t.stops) for t in report.turns] == [(2, 3, True), (4, 2, False)]
+    assert row.stops and row.trained_tokens == 5
+    cut, report = inspect_row(
+        chat("a", "b", "c", "d"), chat_tokenizer("glm"), TrainConfig(mask_prompt=True, max_seq_length=7)
+    )
+    assert [(t.message, t.trained_tokens, t.stops) for t in report.turns] == [(2, 1, False), (4, 0, False)]
+    assert not cut.stops and cut.trained_tokens == 1
+
+
+def test_without_a_mask_everything_is_trained_and_the_same_is_found():
+    raw = chat("sum?", THOUGHT, "and?", "It is 5.")
+    masked, with_mask = inspect_row(raw, chat_tokenizer("qwen3"), MASKED)
+    whole, without = inspect_row(raw, chat_tokenizer("qwen3"), TrainConfig())
+    assert masked.tokens.tolist() == whole.tokens.tolist() and whole.trained_tokens == len(whole.tokens) - 1
+    assert with_mask.left_out == without.left_out != () and with_mask.turns == without.turns
+
+
+@pytest.mark.parametrize("family", ["chatml", "mistral", "gemma2", "llama3"])
+def test_the_tokens_are_the_same_with_a_mask_and_without(family):
+    raw = chat("Hello", "  there ", "é 🎉", "\n")
+    one, other = (tokenize([raw], chat_tokenizer(family), mask_prompt=mask).rows[0] for mask in (True, False))
+    assert one.tokens.tolist() == other.tokens.tolist()
+
+
+SILENT = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+
+
+def test_a_row_whose_answers_the_template_leaves_out_is_refused():
+    with pytest.raises(
+        FormatError, match=r"line 3: the chat template leaves out what the assistant says \(message 2\)"
+    ):
+        tokenize([chat("a", "b")], chat_tokenizer("chatml", SILENT), mask_prompt=True)
+    assert left_out_of_whole(SILENT) == [(2, "b")]
+
+
+def left_out_of_whole(template: str) -> list[tuple]:
+    _, report = inspect_row(chat("a", "b"), chat_tokenizer("chatml", template), TrainConfig())
+    return [(text.message, text.text) for text in report.left_out]
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_a_template_that_raises_is_quoted_with_the_row(mask):
+    with pytest.raises(FormatError, match="line 3: the chat template refuses the row: System role not supported"):
+        tokenize([chat({"role": "system", "content": "s"}, "a")], chat_tokenizer("gemma2"), mask_prompt=mask)
+    broken = "{% for m in messages %}{{ m.content.nothing.there }}{% endfor %}"
+    with pytest.raises(FormatError, match="line 3: the chat template refuses the row: 'str object' has no attribute"):
+        tokenize([chat("a", "b")], chat_tokenizer("chatml", broken), mask_prompt=mask)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"content": ""},
+        {"content": "  \n"},
+        {"content": "", "reasoning_content": "I think."},
+        {"content": None, "tool_calls": [CALL]},
+        {"content": "", "tool_calls": [CALL, CALL]},
+    ],
+)
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_thinking", "gemma4", "r1", "glm", "kimi", "mistral"])
+def test_silent_turns_are_rows_like_others(family, answer):
+    raw = chat("a", {"role": "assistant", **answer}, tools=TOOLS)
+    row = tokenize([raw], chat_tokenizer(family), mask_prompt=True).rows
+    assert family == "glm" or row[0].trained_tokens > 0
+
+
+def write(folder, rows):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases")
+    return {family: write_base(folder / family, family) for family in ("qwen3", "alpaca", "llama3")}
+
+
+def messages(*turns: dict) -> dict:
+    return {"messages": [{"role": "user", "content": "a"}, *turns]}
+
+
+ROWS = [
+    messages({"role": "assistant", "content": "b"}),
+    messages({"role": "assistant", "content": None, "tool_calls": [CALL]}),
+    messages({"role": "assistant", "content": ""}),
+    messages({"role": "bot", "content": "hidden"}, {"role": "assistant", "content": "c"}),
+]
+
+
+def test_data_check_lists_what_stands_out_over_all_rows(bases, tmp_path):
+    report = check_data(write(tmp_path / "d", ROWS), bases["qwen3"], MASKED, row=4)
+    train = report.splits["train"]
+    assert [place.rpartition(", ")[2] for place in train.calls_only] == ["line 2"]
+    assert [place.rpartition(", ")[2] for place in train.empty_answers] == ["line 3"]
+    assert [(t.role, t.field, t.text) for t in train.left_out] == [("bot", "content", "hidden")]
+    assert train.unknown_roles == {"bot": 1} and (train.turns, train.endless_turns) == (4, 0) and report.stops
+    assert train.turn_tokens[0] == 5 and report.shown.where.endswith("line 4")
+    assert report.first_row == report.shown.pieces
+    with pytest.raises(ConfigError, match="row 5 cannot be shown: the training data has 4 rows"):
+        check_data(tmp_path / "d", bases["qwen3"], MASKED, row=5)
+
+
+def test_the_command_says_it(bases, tmp_path):
+    data = str(write(tmp_path / "d", ROWS))
+    command = ["data", "check", data, "--mask-prompt", "--base"]
+    said = CliRunner().invoke(cli, [*command, str(bases["qwen3"]), "--row", "2"])
+    assert said.exit_code == 0, said.output
+    assert (
+        "training row 2; the loss counts" in said.output
+        and '[[<think>\n\n</think>\n\n<tool_call>\n{"name"' in said.output
+    )
+    assert (
+        "never reaches the model, content of 'bot' (1): " in said.output
+        and "line 4, message 2: 'hidden'" in said.output
+    )
+    assert "train, answers with calls alone (1): " in said.output
+    assert "unknown role 'bot' (1): only 'assistant' is trained" in said.output
+    assert "train, 4 turns of the assistant: 5 to 24 tokens" in said.output
+    assert "will not learn to stop" not in said.output
+    write(tmp_path / "d", ROWS[:1])
+    said = CliRunner().invoke(cli, [*command, str(bases["alpaca"])])
+    assert "message 2: 1 token, and ends in no token that stops a generation" in said.output
+    assert "No trained row holds a token that stops a generation: the model will not learn to stop." in said.output
+
+
+def test_a_bos_in_a_text_comes_once(bases, tmp_path):
+    text = "<|begin_of_text|>Hello"
+    data = write(tmp_path / "d", [{"text": text}, {"messages": [{"role": "user", "content": "a"}]}])
+    report = check_data(data, bases["llama3"])
+    assert report.first_row[0] == ("<|begin_of_text|>", False) and report.first_row[1][0] == "Hello<|eot_id|>"
+    twice = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    row = RawRow({"messages": [{"role": "user", "content": text}]}, "row")
+    assert inspect_row(row, chat_tokenizer("llama3", twice), TrainConfig())[1].doubled_bos
+    assert report.splits["train"].doubled_bos == ()
