@@ -11,7 +11,7 @@ from typing import Any
 from mlx_adapters.assembly.weights import BaseWeights
 from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.config.quantization import Precision, Quantization, default_group_size
-from mlx_adapters.models.dense import quantization_of, weight_shape
+from mlx_adapters.models.dense import quantization_of, takes_modes, weight_shape
 from mlx_adapters.storage import tensor_names
 from mlx_adapters.storage.tensor_names import BIASES, QUANTIZED_LEAVES, SCALES, WEIGHT
 from mlx_adapters.system.door import nn
@@ -68,7 +68,7 @@ def _asked(
     unquantized_base: bool,
 ) -> tuple[Quantization | None, str | None]:
     """The precision of one layer when a quantization is asked for, as `mlx_lm.convert` would choose it."""
-    if not hasattr(layer, "to_quantized") and origin is None:
+    if origin is None and not takes_modes(layer):
         return None, None
     if origin is None and not unquantized_base:
         return None, None  # the base's maker left it unquantized on purpose

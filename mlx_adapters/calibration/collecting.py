@@ -66,6 +66,7 @@ class Collector:
         folder: Path,
     ) -> None:
         self.forward, self.backward, self.batches = forward, backward, list(batches)
+        backward.source.module.train()  # some of mlx-lm's kernels for Metal have no gradient, and are left out so
         layers, blocks = backward.source.layers, len(forward.blocks)
         self.paths = paths = {path for path in paths if isinstance(layers[path], ADAPTABLE)}
         wanted = [i for i in range(blocks + 1) if paths & set(forward.layer_paths(i))]

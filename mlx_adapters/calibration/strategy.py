@@ -23,7 +23,7 @@ from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.data.batches import TokenBatch, make_batches
 from mlx_adapters.data.datasets import spread
-from mlx_adapters.errors import AdapterError, ConfigError
+from mlx_adapters.errors import AdapterError, ConfigError, ModelError
 from mlx_adapters.events import Note, OnEvent
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.loading import load_tokenizer_of
@@ -131,18 +131,24 @@ class Strategy:
         self.on_event(Note(f"Calibrating on {count(len(self.text.calibration), 'row')} of {self.text.source}.{why}"))
         batches, dtype = batches_of(self.text.calibration, assembly.base), assembly.scale_dtype
         assembly.close()
-        unknown = round_layers(
-            assembly.base,
-            assembly.updates,
-            assembly.plans,
-            batches,
-            dtype,
-            spool,
-            self.on_event,
-            self._finer(),
-            self.options.seed,
-            self.options.thorough,
-        )
+        try:
+            unknown = round_layers(
+                assembly.base,
+                assembly.updates,
+                assembly.plans,
+                batches,
+                dtype,
+                spool,
+                self.on_event,
+                self._finer(),
+                self.options.seed,
+                self.options.thorough,
+            )
+        except ModelError as error:  # no gradient to calibrate by
+            if self.mixed or self.options.method == "calibrated":
+                raise
+            self._round_to_nearest(spool, error.message.rstrip("."))
+            return
         self.notes = tuple(f"{path}: rounded to nearest: {UNKNOWN}" for path in unknown)
         if unknown:
             layers = count(len(unknown), "layer")
@@ -151,14 +157,17 @@ class Strategy:
             layers = count(len(spool.nearest), "layer")
             self.notes += (f"rounding to nearest was better than calibration for {layers} of {len(spool.losses)}",)
         if not self.mixed and self._nearest_is_better(spool):
-            self.method, self.calibrated_in_vain = "nearest", True
-            self.notes += (f"rounded to nearest: {NEAREST}",)
-            self.on_event(Note(f"Rounded to nearest: {NEAREST}."))
-            spool.remove()
+            self._round_to_nearest(spool, NEAREST)
             return
         if self.mixed:
             self.targets = self._choose_targets(spool)
             assembly.retarget(self.targets)
+
+    def _round_to_nearest(self, spool: Spool, why: str) -> None:
+        self.method, self.calibrated_in_vain = "nearest", True
+        self.notes += (f"rounded to nearest: {why}",)
+        self.on_event(Note(f"Rounded to nearest: {why}."))
+        spool.remove()
 
     def _rounded(self, spool: Spool) -> dict[str, Quantization | None]:
         """The precision of the layers that calibration rounded."""

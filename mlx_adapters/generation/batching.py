@@ -9,13 +9,16 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from mlx_adapters.config.mapping import require
 from mlx_adapters.config.sampling import Sampling
+from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.generation.sampling import Sampler
 from mlx_adapters.runtime.attached import Attached
 from mlx_adapters.runtime.pool import AdapterPool
+from mlx_adapters.surgery.caches import same_function
 from mlx_adapters.system.door import make_prompt_cache, mx, nn
 
 PREFILL_TOKENS = 512
@@ -60,12 +63,37 @@ class _Row:
     fresh: bool = True  # its next input is still the prompt's last token
 
 
+def batches(module: nn.Module) -> bool:
+    """Whether prompts of several lengths that are decoded together get what each gets alone. Tried on two of them.
+
+    Some caches cannot be merged (llama4's), some of mlx-lm's models expect one offset for all rows (gpt_bigcode), and
+    some give the rows' masks to the heads (gemma2), which fails or not as the numbers are.
+    """
+    prompts, following = ([5], [6, 7, 8]), mx.array([[9], [10]])
+    try:
+        caches = [_read(module, prompt) for prompt in prompts]
+        together, other = ([layer.merge([layer]) for layer in cache] for cache in caches)
+        for mine, new in zip(together, other, strict=True):
+            mine.extend(new)
+        found = module(following, cache=together)
+        alone = [module(following[i : i + 1], cache=_read(module, prompt)) for i, prompt in enumerate(prompts)]
+        return found.shape == (2, *alone[0].shape[1:]) and same_function(found, mx.concatenate(alone))
+    except Exception:  # mlx-lm's code raises what it likes
+        return False
+
+
+def _read(module: nn.Module, prompt: list[int]) -> list[Any]:
+    cache = make_prompt_cache(module)
+    module(mx.array([prompt]), cache=cache)
+    return cache
+
+
 class Batcher:
     """Requests come in with `submit`, tokens come out of `step`. To be used from one thread."""
 
     def __init__(self, module: nn.Module, pool: AdapterPool, max_batch: int = 16, prefill: int = PREFILL_TOKENS):
         self.module, self.pool, self.prefill = module, pool, prefill
-        self.can_batch = all(hasattr(cache, "merge") for cache in make_prompt_cache(module))
+        self.can_batch = max_batch > 1 and batches(module)
         self.max_batch = max_batch if self.can_batch else 1
         self.waiting: deque[Request] = deque()
         self.rows: list[_Row] = []
@@ -74,6 +102,22 @@ class Batcher:
         self._inputs: mx.array | None = None
         self._logprobs: mx.array | None = None
         self._steps = 0
+
+    @cached_property
+    def can_mix(self) -> bool:
+        """Whether rows with other adapters share a batch: every layer must tell whose entries it is given."""
+        entries = [next(iter(self.pool.attached.values()), None), None]
+        try:
+            with self.pool.routed(entries):
+                self.module(mx.zeros((2, 1), mx.int32))
+        except IncompatibleError:
+            return False
+        return True
+
+    def _fits(self, request: Request) -> bool:
+        """Whether it may join the rows that are being decoded."""
+        others = any(row.request.adapter is not request.adapter for row in self.rows)
+        return len(self.rows) < self.max_batch and (not others or self.can_mix)
 
     @property
     def idle(self) -> bool:
@@ -156,7 +200,9 @@ class Batcher:
     def _admit(self) -> None:
         """Read waiting prompts: all that fit into the batch, but `prefill` tokens at most while rows wait."""
         budget = self.prefill
-        while (self._reading or self.waiting) and len(self.rows) < self.max_batch and (budget > 0 or not self.rows):
+        while (self._reading or self.waiting) and (budget > 0 or not self.rows):
+            if not self._fits(self._reading[0] if self._reading else self.waiting[0]):
+                return
             if self._reading is None:
                 request = self.waiting.popleft()
                 self._reading = request, make_prompt_cache(self.module), 0
@@ -217,7 +263,7 @@ def answer_all(
     module: nn.Module, pool: AdapterPool, requests: Sequence[Request], max_batch: int = 16
 ) -> Iterator[tuple[Request, list[int]]]:
     """(request, its tokens without the stop token), as the requests finish."""
-    batcher = Batcher(module, pool, max_batch)
+    batcher = Batcher(module, pool, min(max_batch, len(requests)))
     answers: dict[int, list[int]] = {request.number: [] for request in requests}
     for request in requests:
         batcher.submit(request)

@@ -1,5 +1,6 @@
 """The weight of a layer, packed or not: its shape, its numbers, and the same layer unquantized."""
 
+import inspect
 import sys
 from typing import Any
 
@@ -17,6 +18,11 @@ from mlx_adapters.system.door import (
 def is_quantized(layer: nn.Module) -> bool:
     """Whether the layer's weight is packed, whatever its class is."""
     return SCALES in layer and hasattr(layer, "bits") and hasattr(layer, "group_size")
+
+
+def takes_modes(layer: nn.Module) -> bool:
+    """Whether mlx-lm can load the layer quantized: it says how many bits, and in which mode."""
+    return hasattr(layer, "to_quantized") and "mode" in inspect.signature(layer.to_quantized).parameters
 
 
 def quantization_of(layer: nn.Module) -> Quantization | None:
@@ -72,6 +78,7 @@ def dense_layer(layer: nn.Module, weight: mx.array) -> nn.Module:
         raise ModelError(f"mlx-lm's '{type(layer).__name__}' cannot be computed unquantized.")
     dense = kind.__new__(kind)
     nn.Module.__init__(dense)
+    dict.update(dense, {name: value for name, value in layer.items() if not isinstance(value, mx.array)})
     dense.weight = weight
     if "bias" in layer:
         dense.bias = layer.bias.astype(weight.dtype)

@@ -18,6 +18,7 @@ from mlx_adapters.models.dense import is_quantized, weight_shape
 from mlx_adapters.models.metadata import AdapterConfig, base_of
 from mlx_adapters.storage import tensor_names
 from mlx_adapters.storage.tensor_names import LORA_A, LORA_B, MAGNITUDE, WEIGHT
+from mlx_adapters.surgery.caches import trace
 from mlx_adapters.system.door import (
     DoRAEmbedding,
     DoRALinear,
@@ -102,9 +103,9 @@ def updated_weight(
 def resolve_target_modules(module: nn.Module, lora: LoraConfig) -> tuple[str, ...]:
     """The full paths of the modules that `lora` names.
 
-    "all" means every linear and expert layer of the adapted blocks. A name matches a whole path or its
-    trailing components (`q_proj`, `mlp.up_proj`); names outside the blocks (`embed_tokens`, `lm_head`)
-    match whatever `num_layers` is. Raises ConfigError for a name that matches nothing.
+    "all" means every linear and expert layer of the adapted blocks that the model's code lets be adapted. A name
+    matches a whole path or its trailing components (`q_proj`, `mlp.up_proj`); names outside the blocks
+    (`embed_tokens`, `lm_head`) match whatever `num_layers` is. Raises ConfigError for a name that matches nothing.
     """
     layers = adaptable_layers(module)
     blocks = {tensor_names.block_index(path) for path in layers} - {None}
@@ -114,11 +115,8 @@ def resolve_target_modules(module: nn.Module, lora: LoraConfig) -> tuple[str, ..
     first = len(blocks) - count
     adapted = [path for path in layers if (index := tensor_names.block_index(path)) is None or index >= first]
     if lora.target_modules == "all":
-        return tuple(
-            path
-            for path in adapted
-            if tensor_names.block_index(path) is not None and not isinstance(layers[path], EMBEDDING)
-        )
+        inside = [path for path in adapted if tensor_names.block_index(path) is not None]
+        return _that_run(module, [path for path in inside if not isinstance(layers[path], EMBEDDING)], lora)
     keys: dict[str, None] = {}
     for name in lora.target_modules:
         matches = [path for path in adapted if path == name or path.endswith("." + name)]
@@ -128,6 +126,33 @@ def resolve_target_modules(module: nn.Module, lora: LoraConfig) -> tuple[str, ..
             raise ConfigError(f"The target module '{name}' matches nothing in this model.", near)
         keys |= dict.fromkeys(matches)
     return tuple(sorted(keys, key=tensor_names.natural_order))
+
+
+def _that_run(module: nn.Module, paths: list[str], lora: LoraConfig) -> tuple[str, ...]:
+    """Those of the paths at which adapter layers do what the model's code asks of its own: some of that reads a
+    layer's weight (Gemma 3n's AltUp). Tried on one token, of which nothing is computed."""
+    if _runs(module, paths, lora):
+        return tuple(paths)
+    kinds: dict[str, list[str]] = {}
+    for path in paths:
+        kinds.setdefault(path.rpartition(".")[2], []).append(path)
+    good = {name for name, alike in kinds.items() if _runs(module, alike, lora)}
+    return tuple(path for path in paths if path.rpartition(".")[2] in good)
+
+
+def _runs(module: nn.Module, paths: list[str], lora: LoraConfig) -> bool:
+    there = {path: layer for path, layer in module.named_modules() if path in set(paths)}
+    try:
+        add_adapter_layers(module, AdapterConfig(1, lora.scale, tuple(paths), lora.type))
+    except ConfigError:
+        return True  # whoever adds them will be told
+    try:
+        trace(module)
+    except Exception:
+        return False
+    finally:
+        module.update_modules(tree_unflatten(list(there.items())))
+    return True
 
 
 def expected_shapes(layer: nn.Module, config: AdapterConfig) -> dict[str, tuple[int, ...]]:

@@ -19,10 +19,10 @@ from mlx_adapters.models.dense import compute_dtype, dense_class, dense_layer, d
 from mlx_adapters.models.layers import named_layers, untie
 from mlx_adapters.models.model import Model
 from mlx_adapters.models.quantized_check import replace_miscomputed
+from mlx_adapters.surgery.caches import compute_as_generated, trace
 from mlx_adapters.system.door import (
     load_mlx_model,
     load_tokenizer,
-    make_prompt_cache,
     mx,
     nn,
     refusals,
@@ -86,17 +86,9 @@ def load_module(base: Base) -> tuple[nn.Module, dict[str, Any]]:
         if base.untied:
             untie(module)
         module.load_weights(list(base.parameters.items()), strict=False)
-        _trace(module)
+        trace(module)
+        compute_as_generated(module)
     return module, config
-
-
-def _trace(module: nn.Module) -> None:
-    """Build the graph of one token's pass, and compute nothing: what does not fit together raises here, not later."""
-    token = mx.zeros((1, 1), mx.int32)
-    try:
-        module(token, cache=make_prompt_cache(module))
-    except Exception:  # some take no cache, or none of these
-        module(token)
 
 
 def load_tokenizer_of(base: Base) -> Any:

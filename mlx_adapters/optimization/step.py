@@ -22,8 +22,10 @@ from mlx_adapters.optimization.through_rounding import Rounding
 from mlx_adapters.storage.tensor_names import block_index
 from mlx_adapters.surgery import calls
 from mlx_adapters.surgery.blocks import find_body
-from mlx_adapters.system.door import mx, nn
+from mlx_adapters.surgery.caches import same_function
+from mlx_adapters.system.door import make_prompt_cache, mx, nn
 
+PROBED_TOKENS = 16
 EQUAL = 1e-4  # relative; float32 sums in another order differ by less
 
 
@@ -245,6 +247,17 @@ def _agrees(module: nn.Module, body: nn.Module, probe: Batch, chunk: int) -> boo
     except (ValueError, TypeError, IndexError, AttributeError):
         return False
     return abs(plain - chunked) <= EQUAL * max(abs(plain), 1.0)
+
+
+def computes_as_generated(module: nn.Module, probe: Batch) -> bool:
+    """Whether the logits of whole texts are those that come one after another, from a cache."""
+    module.eval()
+    tokens, cache = mx.array(probe.tokens[:1, :PROBED_TOKENS]), make_prompt_cache(module)
+    try:
+        parts = [module(tokens[:, :-1], cache=cache), module(tokens[:, -1:], cache=cache)]
+    except Exception:  # whoever generates with it will be told
+        return True
+    return same_function(module(tokens), mx.concatenate(parts, axis=1))
 
 
 def packing_is_exact(module: nn.Module, separate: Batch, packed: Batch) -> bool:

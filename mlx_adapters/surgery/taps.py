@@ -3,8 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+from mlx_adapters.errors import ModelError
 from mlx_adapters.surgery.calls import intercept
 from mlx_adapters.system.door import SwitchLinear, mx, nn
 
@@ -50,7 +52,7 @@ def _noting(path: str, layer: nn.Module, tape: Tape) -> Callable[..., mx.array]:
 def tapped_vjp(
     run: Callable[[mx.array], mx.array], tape: Tape, hidden: mx.array, cotangent: Callable[[mx.array], mx.array]
 ) -> tuple[mx.array, list[tuple[str, mx.array, mx.array | None, mx.array]]]:
-    """(gradient at `hidden`, [(path, input, expert indices, gradient at the output)]) of `run`."""
+    """(gradient at `hidden`, [(path, input, expert indices, gradient at the output)]) of `run`. Raises ModelError."""
     tape.probes, tape.notes, tape.shapes = None, [], []
     out = run(hidden)  # lazy: only for the shapes, and for what the cotangent needs of it
     sent = cotangent(out)
@@ -60,11 +62,13 @@ def tapped_vjp(
         tape.probes, tape.notes, tape.shapes = list(probes), [], []
         return run(hidden)
 
-    if mx.issubdtype(hidden.dtype, mx.floating):
-        _, gradients = mx.vjp(probed, [hidden, *probes], [sent])
-    else:  # the whole model at once: its input is token ids
-        _, gradients = mx.vjp(lambda *probes: probed(hidden, *probes), probes, [sent])
-        gradients = [mx.zeros(1), *gradients]
+    whole = not mx.issubdtype(hidden.dtype, mx.floating)  # the whole model at once: its input is token ids
+    function = partial(probed, hidden) if whole else probed
+    try:
+        _, gradients = mx.vjp(function, probes if whole else [hidden, *probes], [sent])
+    except (ValueError, RuntimeError) as error:  # such as a kernel for Metal that has no vjp
+        raise ModelError(f"mlx-lm's code for this model has no gradient on this device: {error}") from error
+    gradients = [mx.zeros(1), *gradients] if whole else gradients
     noted = [(*note, g) for note, g in zip(tape.notes, gradients[1:], strict=True)]
     return gradients[0], noted
 

@@ -114,7 +114,16 @@ def refusals(refused: Callable[[str], AdapterError]) -> Iterator[None]:
 
 def load_mlx_model(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     """mlx-lm's module with lazy weights, and its config. No code of the folder's is run."""
-    return load_model(folder, lazy=True, model_config=config, trust_remote_code=False)
+    module, config = load_model(folder, lazy=True, model_config=config, trust_remote_code=False)
+    _complete(module)
+    return module, config
+
+
+def _complete(module: nn.Module) -> None:
+    """Give the parts of a model whose code forgot `nn.Module.__init__` what that sets (RecurrentGemma)."""
+    for part in module.modules():
+        for name, value in vars(nn.Module()).items():
+            vars(part).setdefault(name, value)
 
 
 def load_tokenizer(folder: Path, eos_token_ids: Any) -> TokenizerWrapper:

@@ -23,7 +23,13 @@ from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.models.model import Model
 from mlx_adapters.optimization.distributed import World
 from mlx_adapters.optimization.feed import Feed, make_feed
-from mlx_adapters.optimization.step import TrainStep, checkpointing_is_exact, packing_is_exact, plan_loss
+from mlx_adapters.optimization.step import (
+    TrainStep,
+    checkpointing_is_exact,
+    computes_as_generated,
+    packing_is_exact,
+    plan_loss,
+)
 from mlx_adapters.optimization.through_rounding import plan_rounding
 from mlx_adapters.storage.tensor_names import LORA_A, MAGNITUDE, split
 from mlx_adapters.system.door import mx, nn
@@ -237,6 +243,11 @@ def prepare(
     if config.fuse_aware is not None:
         rounding = plan_rounding(load_module(model.base)[0], tuple(adapted), config.fuse_aware)
     with _model_errors():
+        if not computes_as_generated(model.module, probe):
+            raise ModelError(
+                "mlx-lm's code for this model computes one function of a whole text, and another when it generates: "
+                "what would be trained is not what answers."
+            )
         if config.packing and not packing_is_exact(model.module, probe, make_batch([shortest], packed=True)):
             raise ConfigError("Rows cannot be packed exactly with this architecture.", "train without --packing.")
         plan = plan_loss(model.module, config, int(model.config.get("vocab_size", 1 << 16)), probe)

@@ -7,10 +7,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.adapters import distance, random_adapter
+from helpers.fusing import visible_adapter
+from helpers.tiny_configs import make_model, tiny_base, tiny_config
 
 from mlx_adapters.config.sampling import Sampling
 from mlx_adapters.errors import ConfigError
-from mlx_adapters.generation.batching import Batcher, Request, answer_all
+from mlx_adapters.generation.batching import Batcher, Request, answer_all, batches
 from mlx_adapters.generation.live import load_model
 from mlx_adapters.generation.sampling import Sampler
 from mlx_adapters.generation.text_stream import TextStream
@@ -239,3 +241,25 @@ def test_mixtures_are_not_kept_for_ever(tiny_model):
         model.use({"0": 0.1 * i + 0.1, "1": 0.5})
     mx.synchronize()
     assert mx.get_active_memory() < before + 2.5 * model.pool.nbytes
+
+
+TOGETHER = ["llama", "qwen3_5", "gemma4", "mamba"]
+
+
+@pytest.mark.parametrize("name", [*TOGETHER, "gemma2", "gpt_bigcode", "llama4", "longcat_flash_ngram"])
+def test_whether_a_model_decodes_prompts_together_is_tried(name):
+    """gemma2 has as many key heads as there are rows here: its masks fit then, and are another row's."""
+    assert batches(make_model(tiny_config(name))) == (name in TOGETHER)
+
+
+def test_rows_with_other_adapters_wait_where_layers_do_not_know_the_rows(tmp_path):
+    model = load_model(tiny_base(tmp_path / "base", "dbrx"))
+    for i in range(2):
+        model.attach(visible_adapter(model.base.folder, seed=i), name=str(i), use=False)
+    batcher = Batcher(model.module, model.pool)
+    assert batcher.can_batch and not batcher.can_mix
+    entries = [model.pool.get("0"), None, model.pool.get("1")]
+    requests = [Request([5, 6, 7 + i], entry, max_tokens=2) for i, entry in enumerate(entries)]
+    together = {request.number: tokens for request, tokens in answer_all(model.module, model.pool, requests)}
+    for request in requests:
+        assert [(request, together[request.number])] == list(answer_all(model.module, model.pool, [request]))

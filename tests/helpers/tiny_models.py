@@ -202,7 +202,7 @@ def build_model(
         model.language_model.sanitize({})
     if architecture == "gemma3_text" and settings["tie_word_embeddings"]:
         model.sanitize({})  # drops lm_head, as loading a tied checkpoint does
-    model.update(tree_unflatten(_random_weights(model, seed, getattr(mx, dtype))))
+    model.update(tree_unflatten(random_weights(model, seed, getattr(mx, dtype))))
     if bits is not None:
         model, settings = quantize_model(model, settings, group_size, bits, mode=mode)
     folder.mkdir(parents=True)
@@ -212,7 +212,7 @@ def build_model(
     return folder
 
 
-def _random_weights(model, seed: int, dtype: mx.Dtype) -> list[tuple[str, mx.array]]:
+def random_weights(model, seed: int, dtype: mx.Dtype) -> list[tuple[str, mx.array]]:
     """Matrices ~ N(0, 1/in); norms lie around 1 and biases around 0, never where MLX's own random numbers put them."""
     rng = np.random.default_rng(seed)
     weights = []

@@ -1,0 +1,70 @@
+"""What a model computes of a whole text, and what it computes with a cache, as when it generates: the same, mostly.
+
+In some models (Gemma 3n) layers look at the keys and values of an earlier layer, and find them in that layer's cache
+only: called without caches, they compute keys and values of their own, from weights that nobody trained. Such a model
+is given fresh caches wherever it is called without, so that it is trained and judged as it generates.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from mlx_adapters.surgery.calls import intercept
+from mlx_adapters.system.door import make_prompt_cache, mx, nn
+
+
+def trace(module: nn.Module) -> None:
+    """Build the graph of one token's pass, and compute nothing: what does not fit together raises here, not later."""
+    token = mx.zeros((1, 1), mx.int32)
+    try:
+        module(token, cache=make_prompt_cache(module))
+    except Exception:  # some take no cache, or none of these
+        module(token)
+
+
+def compute_as_generated(module: nn.Module) -> None:
+    """Give the module fresh caches from now on where it is given none, if other layers take part with them."""
+    try:
+        differs = _called(module, make_prompt_cache(module)) != _called(module, None)
+    except Exception:  # what takes no cache needs none
+        return
+    if differs:
+        intercept(module, _with_fresh_caches(module))
+
+
+def _called(module: nn.Module, cache: list[Any] | None) -> set[int]:
+    """The linear layers that one token goes through, by id."""
+    called: set[int] = set()
+
+    def noting(layer: nn.Module) -> Callable[..., Any]:
+        def note(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            called.add(id(layer))
+            return original(*args, **kwargs)
+
+        return note
+
+    with ExitStack() as stack:
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear | nn.QuantizedLinear):
+                stack.callback(intercept(layer, noting(layer)))
+        module(mx.zeros((1, 1), mx.int32), cache=cache)
+    return called
+
+
+def _with_fresh_caches(module: nn.Module) -> Callable[..., Any]:
+    def call(original: Callable[..., Any], tokens: mx.array, cache: Any = None, **keywords: Any) -> Any:
+        return original(tokens, cache=make_prompt_cache(module) if cache is None else cache, **keywords)
+
+    return call
+
+
+def same_function(found: mx.array, expected: mx.array) -> bool:
+    """Whether two ways to compute the same logits (..., vocabulary) agree: to a thousandth in float32; where 16 bits
+    blur them, in what they say (a KL under 0.1 nats in the median of the tokens)."""
+    if found.dtype == mx.float32:
+        seen = mx.isfinite(expected)  # tokens that a model never says
+        found, expected = mx.where(seen, found, 0.0), mx.where(seen, expected, 0.0)
+        return bool((mx.abs(found - expected).max() <= 1e-3 * mx.maximum(mx.abs(expected).max(), 1.0)).item())
+    p, q = (x.astype(mx.float32) - mx.logsumexp(x.astype(mx.float32), -1, keepdims=True) for x in (expected, found))
+    lost = mx.where(mx.isinf(p), 0.0, mx.exp(p) * (p - q)).sum(axis=-1)
+    return bool((mx.sort(lost.flatten())[lost.size // 2] < 0.1).item())
