@@ -117,10 +117,10 @@ def _add_linear(
 ) -> None:
     """Rows of `x` and `g`, all or those at `real`."""
     shared = id(x)
-    x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])  # (tokens, in), (tokens, out)
     if real is not None:
-        x, g = x[real], g[real]
-    weighted = x * mx.sqrt(g.square().mean(axis=-1, keepdims=True))
+        x, g = x[real], g[real]  # (real, in), (real, out)
+    weighted = x * mx.sqrt(g.square().mean(axis=-1, keepdims=True))  # (real, in)
     if shared not in products:
         products[shared] = gram(x)
     moments.add(products[shared], gram(weighted), x.shape[0])
@@ -130,8 +130,8 @@ def _add_linear(
 
 def _add_experts(moments: Moments, x: mx.array, indices: mx.array, g: mx.array, experts: int) -> None:
     """Each expert's own moments. `x` (..., 1, in) broadcasts to `indices` (...), `g` is (..., 1, out)."""
-    x = mx.broadcast_to(x, (*indices.shape, 1, x.shape[-1])).reshape(-1, x.shape[-1])
-    weights = g.reshape(-1, g.shape[-1]).square().mean(axis=-1, keepdims=True)
+    x = mx.broadcast_to(x, (*indices.shape, 1, x.shape[-1])).reshape(-1, x.shape[-1])  # (pairs, in)
+    weights = g.reshape(-1, g.shape[-1]).square().mean(axis=-1, keepdims=True)  # (pairs, 1)
     weighted = x * mx.sqrt(weights)
     # Padding reaches experts too; nothing depends on it, so its gradient is exactly zero.
     chosen = np.where(as_numpy(weights)[:, 0] > 0, as_numpy(indices).reshape(-1), experts)

@@ -27,7 +27,7 @@ class Rounder:
         self.factor, self.variances = factor
         self.grid: Grid = make_grid(quantization, dtype)
         self.group = quantization.group_size
-        shape = (len(weight) // self.group, weight.shape[1])
+        shape = (len(weight) // self.group, weight.shape[1])  # (groups, out)
         self.scales, self.biases = np.ones(shape, np.float32), np.zeros(shape, np.float32)
         self.codes = np.zeros(weight.shape, np.uint8)
         self.errors = np.zeros_like(weight)
@@ -43,7 +43,7 @@ class Rounder:
         def offer(s: Array, b: Array) -> Array:
             nonlocal best, scale, bias
             codes = self.grid.codes(target, s, b)
-            error = weights @ np.square(target - self.grid.values(codes, s, b))
+            error = weights @ np.square(target - self.grid.values(codes, s, b))  # (out,)
             better = error < best
             best, scale, bias = (np.where(better, x, y) for x, y in ((error, best), (s, scale), (b, bias)))
             return codes
@@ -60,7 +60,7 @@ class Rounder:
         """One pass over the columns with error feedback (GPTQ), choosing each group's grid on the way."""
         for g in range(len(self.scales)):
             a, b = g * self.group, (g + 1) * self.group
-            target = self.weight[a:b] + self.factor[:a, a:b].T @ self.errors[:a]
+            target = self.weight[a:b] + self.factor[:a, a:b].T @ self.errors[:a]  # (group, out)
             self.scales[g], self.biases[g] = self._choose_grid(g, target, self.variances[a:b])
             block = np.ascontiguousarray(self.factor[a:b, a:b].T)
             self._round_columns(g, target, self.errors[a:b], block)
@@ -69,9 +69,9 @@ class Rounder:
         """Improve each group's grid, then each of its columns, given everything else."""
         for g in range(len(self.scales)):
             a, b = g * self.group, (g + 1) * self.group
-            block = np.ascontiguousarray(self.hessian[a:b, a:b])
-            slope = self._refit_group(g, self.hessian[a:b] @ self.errors, block)
-            diagonal = np.diag(block)[:, None]
+            block = np.ascontiguousarray(self.hessian[a:b, a:b])  # (group, group)
+            slope = self._refit_group(g, self.hessian[a:b] @ self.errors, block)  # (group, out)
+            diagonal = np.diag(block)[:, None]  # (group, 1)
             target = self.weight[a:b] - self.errors[a:b] + slope / diagonal
             self._round_columns(g, target, -self.errors[a:b], block / diagonal, moved=True)
 
@@ -83,7 +83,7 @@ class Rounder:
         """
         a = g * self.group
         round_to, weight, errors = self.grid.rounder(self.scales[g], self.biases[g]), self.weight, self.errors
-        wanted = np.empty_like(target[0])
+        wanted = np.empty_like(target[0])  # (out,)
         for j in range(self.group):
             if j:
                 np.dot(block[j, :j], feeding[:j], out=wanted)
@@ -104,10 +104,10 @@ class Rounder:
         a, b = g * self.group, (g + 1) * self.group
         old_scale, old_bias = self.scales[g], self.biases[g]
         ones = np.ones_like(old_scale)
-        codes = self.codes[a:b].astype(np.float32)
+        codes = self.codes[a:b].astype(np.float32)  # (group, out)
         levels = self.grid.values(codes, ones, 0 * ones)
         curved = block @ levels
-        ss, gs = (levels * curved).sum(0), (levels * slope).sum(0)
+        ss, gs = (levels * curved).sum(0), (levels * slope).sum(0)  # (out,)
         if self.grid.has_bias:
             sb, bb, gb = curved.sum(0), block.sum(), slope.sum(0)
             determinant = np.maximum(ss * bb - sb * sb, 1e-6 * ss * bb + 1e-20)

@@ -131,7 +131,7 @@ def nearest_if_better(
     some = slice(None, None, -(-matrix.size // LARGE))
     felt = None if outputs is None or matrix.size > LARGE else damped(outputs, output_damping)
     judge = damped(hessian, damping)
-    errors = [matrix[some].T - to_numpy(dequantize(each[some])).T for each in (plain, packed)]
+    errors = [matrix[some].T - to_numpy(dequantize(each[some])).T for each in (plain, packed)]  # (in, rows)
     losses = [error_felt(error, judge, felt) / error.size for error in errors]
     return (plain, losses[0]) if losses[0] < losses[1] else None
 
@@ -158,7 +158,7 @@ class _BlockedRounder:
         start: Packed | None,
     ) -> None:
         self.hessian, factor = hessian, column_feedback(hessian)
-        self.weights = [np.ascontiguousarray(weight[rows].T) for rows in blocks]
+        self.weights = [np.ascontiguousarray(weight[rows].T) for rows in blocks]  # each (in, rows)
         starts = [None if start is None else start[mx.array(rows.astype(np.int32))] for rows in blocks]
         self.rounders = [
             Rounder(part, hessian, factor, quantization, dtype, own)
@@ -166,7 +166,7 @@ class _BlockedRounder:
         ]
         edges = np.cumsum([0, *(len(rows) for rows in blocks)])
         self.spans = [slice(a, b) for a, b in itertools.pairwise(edges.tolist())]
-        self.errors = np.zeros((weight.shape[1], len(weight)), np.float32)
+        self.errors = np.zeros((weight.shape[1], len(weight)), np.float32)  # (in, out)
         self.best_loss = math.inf
         # Of an update that is to keep its length: how much more of it is aimed at, and what the first pass kept.
         self.aim, self.kept = 0.0, 1.0
@@ -252,7 +252,7 @@ def error_felt(errors: Array, hessian: Array, outputs: Array | None = None, fact
     """
     if factor is not None and errors.size > LARGE:
         noise = np.random.default_rng(0).standard_normal((len(factor), PROBES), np.float32)
-        moved = errors @ (factor @ noise)
+        moved = errors @ (factor @ noise)  # (in, PROBES)
         return float(np.vdot(moved, hessian @ moved)) / PROBES
-    felt = errors if outputs is None else errors @ outputs
+    felt = errors if outputs is None else errors @ outputs  # (in, out)
     return float(np.vdot(felt, hessian @ errors))

@@ -45,7 +45,7 @@ def pack_codes(codes: Array, bits: int) -> Array:
         stream = codes.astype(np.uint8)
     elif bits in (2, 4):
         per_byte = 8 // bits
-        parts = codes.astype(np.uint8).reshape(*shape, -1, per_byte)
+        parts = codes.astype(np.uint8).reshape(*shape, -1, per_byte)  # (..., n / per_byte, per_byte)
         stream = parts[..., 0].copy()
         for i in range(1, per_byte):
             stream |= parts[..., i] << (bits * i)
@@ -99,7 +99,7 @@ class AffineGrid:
 
     def candidates(self, target: Array) -> list[tuple[Array, Array]]:
         """Grids (out,) worth trying for a group (group, out): the full range, and narrower ones."""
-        low, high = target.min(axis=0), target.max(axis=0)
+        low, high = target.min(axis=0), target.max(axis=0)  # (out,)
         shrinks = (1.0, 0.9, 0.8, 0.7) if self.quantization.bits < 8 else (1.0,)
         middle, half = (low + high) / 2, (high - low) / 2
         return [
@@ -110,7 +110,7 @@ class AffineGrid:
     def refit(self, target: Array, codes: Array, weights: Array) -> tuple[Array, Array]:
         """The grid that is best for given codes: least squares with `weights` (group,) on the columns."""
         total = weights.sum()
-        mean_code, mean = weights @ codes / total, weights @ target / total
+        mean_code, mean = weights @ codes / total, weights @ target / total  # (out,)
         centered = codes - mean_code
         spread = weights @ np.square(centered)
         scale = (weights @ (centered * target)) / np.maximum(spread, 1e-12)
@@ -172,14 +172,14 @@ class FloatGrid:
 
     def candidates(self, target: Array) -> list[tuple[Array, Array]]:
         """Grids (out,) worth trying for a group (group, out)."""
-        full = np.abs(target).max(axis=0) / self._largest
+        full = np.abs(target).max(axis=0) / self._largest  # (out,)
         shrinks = (0.5, 1.0, 2.0) if self._power_of_two else (0.7, 0.8, 0.9, 1.0, 1.15)
         return [self.stored(full * np.float32(s), full) for s in shrinks]
 
     def refit(self, target: Array, codes: Array, weights: Array) -> tuple[Array, Array]:
         """The scale that is best for given codes: least squares with `weights` (group,) on the columns."""
         levels = self._levels[codes.astype(np.intp)]
-        top, bottom = weights @ (levels * target), weights @ np.square(levels)
+        top, bottom = weights @ (levels * target), weights @ np.square(levels)  # (out,)
         return self.stored(np.maximum(top, 0) / np.maximum(bottom, 1e-12), bottom)
 
     @property

@@ -63,12 +63,12 @@ def to_nearest(weight: mx.array, quantization: Quantization, dtype: mx.Dtype) ->
     """
     if quantization.bits != 8 or quantization.mode != "affine" or dtype == mx.float32:
         return nearest(weight, quantization, dtype)
-    groups = mx.unflatten(weight.astype(mx.float32), -1, (-1, quantization.group_size))
+    groups = mx.unflatten(weight.astype(mx.float32), -1, (-1, quantization.group_size))  # (..., out, groups, group)
     low, high, step = groups.min(axis=-1), groups.max(axis=-1), mx.finfo(dtype).eps
-    rounded = low.astype(dtype)
+    rounded = low.astype(dtype)  # (..., out, groups)
     biases = mx.where(rounded.astype(mx.float32) > low, (low - step * mx.abs(low)).astype(dtype), rounded)
     span = high - biases.astype(mx.float32)
     scales = mx.maximum(span / 255 * (1 + step / 2), 1e-7).astype(dtype)  # float16 holds 6e-8 and above
     codes = mx.round((groups - biases[..., None].astype(mx.float32)) / scales[..., None].astype(mx.float32))
-    packed = mx.clip(codes, 0, 255).astype(mx.uint8).reshape(weight.shape).view(mx.uint32)
+    packed = mx.clip(codes, 0, 255).astype(mx.uint8).reshape(weight.shape).view(mx.uint32)  # (..., out, in / 4)
     return Packed(packed, scales, biases, quantization)

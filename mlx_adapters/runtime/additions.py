@@ -18,9 +18,9 @@ class ForAll:
 
     def __init__(self, factors: Factors) -> None:
         self.factors, self.gain, self.shift = factors, factors.gain, factors.shift
-        self.a, self.b = factors.a.swapaxes(-1, -2), factors.b.swapaxes(-1, -2)
+        self.a, self.b = factors.a.swapaxes(-1, -2), factors.b.swapaxes(-1, -2)  # (..., in, r), (..., r, out)
         if self.a.ndim == 2:  # for one row: a product of equal ranks needs no reshaping around it
-            self.one_a, self.one_b = self.a[None], self.b[None]
+            self.one_a, self.one_b = self.a[None], self.b[None]  # (1, in, r), (1, r, out)
         self.adds = not on_gpu() and self.b.dtype == mx.float32  # a product that adds is one operation less
 
     @property
@@ -48,7 +48,7 @@ class ForAll:
 
     def experts(self, y: mx.array, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
         """y (..., 1, out) and x (..., 1, in), one expert for each entry of `indices`."""
-        z = mx.gather_mm(x, self.a, rhs_indices=indices, sorted_indices=sorted_indices)
+        z = mx.gather_mm(x, self.a, rhs_indices=indices, sorted_indices=sorted_indices)  # (..., 1, r)
         return y + mx.gather_mm(z, self.b, rhs_indices=indices, sorted_indices=sorted_indices)
 
 
@@ -93,12 +93,12 @@ class PerRow:
 
     def linear(self, y: mx.array, x: mx.array) -> mx.array:
         """y (rows, ..., out) and x (rows, ..., in)."""
-        slots, order = self.rows.spread(x.shape[:-1])
+        slots, order = self.rows.spread(x.shape[:-1])  # each (tokens,)
         if self.stacked.gain is not None:
             y = y * self.stacked.gain[slots].reshape(y.shape)
             if self.stacked.shift is not None:
                 y = y + self.stacked.shift[slots].reshape(y.shape)
-        z = mx.gather_mm(x.reshape(-1, 1, x.shape[-1]), self.a, order, slots)
+        z = mx.gather_mm(x.reshape(-1, 1, x.shape[-1]), self.a, order, slots)  # (tokens, 1, r)
         return y + mx.gather_mm(z, self.b, order, slots).reshape(y.shape)
 
     def lookup(self, y: mx.array, ids: mx.array) -> mx.array:
@@ -108,7 +108,7 @@ class PerRow:
         flat = slots * vocabulary + ids.flatten()
         if self.stacked.gain is not None:
             y = y * self.stacked.gain.flatten()[flat].reshape(*ids.shape, 1)
-        z = self.stacked.b.reshape(-1, rank)[flat][:, None]
+        z = self.stacked.b.reshape(-1, rank)[flat][:, None]  # (tokens, 1, r)
         return y + mx.gather_mm(z, self.stacked.a, order, slots).reshape(y.shape)
 
     def experts(self, y: mx.array, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
@@ -117,8 +117,8 @@ class PerRow:
             slots = self.rows.sorted_slots()
         else:
             slots = self.rows.spread(indices.shape[:-1])[0].reshape(*indices.shape[:-1], 1)
-        which = slots * self.a.shape[1] + indices.astype(mx.uint32)
-        z = mx.gather_mm(x, self.a.flatten(0, 1), rhs_indices=which)
+        which = slots * self.a.shape[1] + indices.astype(mx.uint32)  # like indices
+        z = mx.gather_mm(x, self.a.flatten(0, 1), rhs_indices=which)  # (..., 1, r)
         return y + mx.gather_mm(z, self.b.flatten(0, 1), rhs_indices=which)
 
 

@@ -79,8 +79,8 @@ def combine(parts: Sequence[tuple[Factors, float]]) -> Factors:
     """The weighted sum of updates of one layer: exact, with a rank that is the sum of the ranks."""
     if len(parts) == 1 and parts[0][1] == 1:
         return parts[0][0]
-    a = mx.concatenate([f.a for f, _ in parts], axis=-2)
-    b = mx.concatenate([weight * f.b for f, weight in parts], axis=-1)
+    a = mx.concatenate([f.a for f, _ in parts], axis=-2)  # (..., Σ r, in)
+    b = mx.concatenate([weight * f.b for f, weight in parts], axis=-1)  # (..., out, Σ r)
     gains = [weight * (f.gain - 1) for f, weight in parts if f.gain is not None]
     shifts = [weight * f.shift for f, weight in parts if f.shift is not None]
     return Factors(a, stored(b), 1 + sum(gains) if gains else None, sum(shifts) if shifts else None)
@@ -100,7 +100,7 @@ def below_each_other(parts: Sequence[Factors | None], widths: Sequence[int]) -> 
             rows.append(mx.zeros((width, total), dtype))
         else:
             rank = f.a.shape[0]
-            rows.append(mx.pad(f.b, [(0, 0), (start, total - start - rank)]))
+            rows.append(mx.pad(f.b, [(0, 0), (start, total - start - rank)]))  # (width, Σ r)
             start += rank
     return Factors(
         mx.concatenate([f.a for f in there]),
@@ -145,8 +145,8 @@ def stack(adapters: Sequence[Factors | None], linear: bool) -> Factors:
             return None
         return mx.stack([mx.full((out,), neutral, like.a.dtype) if row is None else row for row in given])
 
-    a = mx.stack([padded(f and f.a, like.a, -2) for f in adapters])
-    b = mx.stack([padded(f and f.b, like.b, -1) for f in adapters])
+    a = mx.stack([padded(f and f.a, like.a, -2) for f in adapters])  # (slots, ..., r, in)
+    b = mx.stack([padded(f and f.b, like.b, -1) for f in adapters])  # (slots, ..., out, r)
     return Factors(a, stored(b) if linear else b, rows("gain", 1), rows("shift", 0))
 
 

@@ -59,7 +59,7 @@ class Group(Site):
             return self.layers[index](x)
         held = self._held
         if held is None or held[0]() is not x or index not in held[1]:
-            y = self.update.linear(self.product(x), x)
+            y = self.update.linear(self.product(x), x)  # (..., Σ widths)
             parts = dict(enumerate(mx.split(y, self.ends, axis=-1)))
             held = self._held = (weakref.ref(x, self._drop), parts)
         part = held[1].pop(index)
