@@ -71,7 +71,7 @@ ARROWS = {
     "rounding": "",
     "surgery": "",
 }
-MOST_FILES, MOST_LINES = 9, 300
+LEAST_FILES, MOST_FILES, MOST_LINES = 3, 9, 300
 LONG = {"demo.questions"}  # data
 PRINTING = ("print", "click.echo", "click.secho", "sys.stdout.write", "sys.stderr.write", "rich.print")
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -157,8 +157,28 @@ def test_rooms_and_files_stay_small():
     rooms = Counter(room(path) for path in MODULES if path.name != "__init__.py" and path.parent != PACKAGE)
     large = {name for name, files in rooms.items() if files > MOST_FILES and name != "cli"}
     assert not large, f"more than {MOST_FILES} files: {large}"
+    small = {name for name, files in rooms.items() if files < LEAST_FILES}
+    assert not small, f"fewer than {LEAST_FILES} files, so no room of its own: {small}"
     long = {module(path) for path in MODULES if code_lines(path.read_text()) > MOST_LINES} - LONG
     assert not long, f"more than {MOST_LINES} lines: {long}"
+
+
+def test_the_page_of_the_rooms_names_what_is_there():
+    """What docs/architecture.md says is where, is there: every room with its files, every file that it sends one to."""
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    listed = dict(re.findall(r"^\| `(\w+)/` \|.*\| ([^|]*) \|$", page, re.M))
+    assert list(listed) == [name for name in ROOMS if (PACKAGE / name).is_dir()], "the order of the rooms"
+    for name, files in listed.items():
+        there = {p.stem for p in (PACKAGE / name).glob("*.py")} - {"__init__"}
+        if name != "cli":
+            assert set(files.split(", ")) == there, f"docs/architecture.md: the files of {name}/"
+    for path in re.findall(r"`((?:\w+/)+[\w.]+)`", page):
+        inside, _, name = (path if "." in path else path + ".").rpartition(".")
+        if path.startswith(("tests/", "scripts/", "docs/")):
+            assert (PACKAGE.parent / path).exists(), path
+        else:
+            file = PACKAGE / f"{inside}.py"
+            assert (file.is_file() and name in file.read_text()) or (PACKAGE / path).is_dir(), path
 
 
 def test_no_import_cycle_at_module_level():

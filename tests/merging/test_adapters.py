@@ -1,12 +1,14 @@
 """Whole adapters in, one out: against full matrices and against models that compute with them."""
 
 import math
+from typing import get_args
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.adapters import LLAMA, MOE, make_adapter
 
+from mlx_adapters.config.merging import MergeMethod
 from mlx_adapters.errors import ConfigError, ExistsError, IncompatibleError
 from mlx_adapters.merging.extraction import extract
 from mlx_adapters.merging.methods import METHODS
@@ -97,6 +99,10 @@ def test_svd_reports_the_energy_and_auto_finds_the_rank(pair):
     assert min(below.values()) < 0.8
     whole = merge(pair, [1, 1], method="svd", rank="auto", energy=1.0)
     assert_sum(whole, [(pair[0], 1), (pair[1], 1)], tolerance=1e-4)
+
+
+def test_the_methods_that_can_be_asked_for_are_those_of_the_table():
+    assert list(get_args(MergeMethod)) == list(METHODS)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
