@@ -72,6 +72,7 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from mlx_adapters.sources.downloads import download as download
     from mlx_adapters.sources.lookup import load_adapter as load_adapter
     from mlx_adapters.sources.registry import list_adapters as list_adapters
+    from mlx_adapters.system.door import trusting_remote_code as trusting_remote_code
     from mlx_adapters.system.machine import environment as environment
     from mlx_adapters.training.forecast import estimate as estimate
     from mlx_adapters.training.runs import TrainRun as TrainRun
@@ -133,6 +134,7 @@ _PUBLIC = {
     "interpolate": "merging.recipes",
     "extract": "merging.extraction",
     "environment": "system.machine",
+    "trusting_remote_code": "system.door",
     "progress_bar": "display.notebook",
     "publish": "publishing.uploads",
     "download": "sources.downloads",

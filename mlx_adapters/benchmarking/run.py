@@ -21,6 +21,7 @@ from mlx_adapters.events import Note, OnEvent, Progress, ignore
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.storage import files
 from mlx_adapters.system.conditions import system_state, warnings
+from mlx_adapters.system.door import trusts_remote_code
 from mlx_adapters.system.machine import child_environment, environment, typed_command
 
 WORKER = ("-m", "mlx_adapters.benchmarking.worker")
@@ -168,7 +169,8 @@ def run_worker(variant: Variant, config: BenchmarkConfig, folder: Path, worker: 
     """One process: its result, or {"error": ...} if it failed or died."""
     job, result = folder / "job.json", folder / "result.json"
     result.unlink(missing_ok=True)
-    files.write_json(job, {"variant": to_mapping(variant), "config": to_mapping(config)})
+    told = {"variant": to_mapping(variant), "config": to_mapping(config), "trust_remote_code": trusts_remote_code()}
+    files.write_json(job, told)
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, *worker, str(job), str(result)],

@@ -39,7 +39,7 @@ from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.lookup import load_adapter, locate
 from mlx_adapters.storage import files, paths
 from mlx_adapters.system.conditions import bytes_read_from_disk, drop_from_file_cache, process_memory
-from mlx_adapters.system.door import mx
+from mlx_adapters.system.door import mx, trusting_remote_code
 from mlx_adapters.system.machine import on_gpu
 
 
@@ -48,7 +48,8 @@ def main(job_file: str, result_file: str) -> None:
     job = files.read_json(Path(job_file))
     with warnings.catch_warnings(record=True) as told:  # of this process nobody reads stderr
         try:
-            result = run_job(from_mapping(Variant, job["variant"]), from_mapping(BenchmarkConfig, job["config"]))
+            with trusting_remote_code(job["trust_remote_code"]):
+                result = run_job(from_mapping(Variant, job["variant"]), from_mapping(BenchmarkConfig, job["config"]))
         except AdapterError as error:
             result = {"error": error.with_hint, "hint": error.hint}
     result["warnings"] = [str(w.message) for w in told if w.category in (StrengthWarning, MiscomputedWarning)]

@@ -44,7 +44,7 @@ def left_out(base: Base) -> tuple[Stored, list[str]]:
 
 def _read(base: Base, arrays: dict[str, mx.array]) -> set[str]:
     """The names of the arrays that something depends on in what mlx-lm makes of them. Nothing is computed."""
-    module = make_module(copy.deepcopy(base.config))
+    module = make_module(copy.deepcopy(base.config), base.folder)
     results = list(sanitize_of(module)(dict(arrays)).values())
     names = {id(array): name for name, array in arrays.items()}
     read = {names[id(array)] for array in results if id(array) in names}

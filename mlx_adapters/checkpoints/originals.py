@@ -33,7 +33,7 @@ def layout_of(base: Base, module: nn.Module) -> Layout:
 
     Raises IncompatibleError if no form of the checkpoint is found of which mlx-lm makes this model.
     """
-    blank = make_module(base.config)
+    blank = make_module(base.config, base.folder)
     own = {name for name, _ in tree_flatten(module.parameters())}
     wanted = {name: tuple(value.shape) for name, value in tree_flatten(blank.parameters()) if name in own}
     sanitize = sanitize_of(blank)

@@ -84,6 +84,23 @@ dtype_option = option(EvaluationConfig, "dtype")
 sampling_options = options(Sampling)
 
 
+def _trust(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        from mlx_adapters.system.door import trusting_remote_code
+
+        context.with_resource(trusting_remote_code())
+
+
+trust_option = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_trust,
+    help="Run code that the base's folder brings along. It can do whatever you can.",
+)
+
+
 def confirm(question: str, yes: bool) -> None:
     """Ask unless --yes was given. Ends the command after a no, and where nobody can answer."""
     if yes:

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import OUTPUT_FILE, REFERENCE, Reads, json_option, refuse_outputs_that_are_read
+from mlx_adapters.cli._options import (
+    OUTPUT_FILE,
+    REFERENCE,
+    Reads,
+    json_option,
+    refuse_outputs_that_are_read,
+    trust_option,
+)
 from mlx_adapters.cli._output import number, size
 from mlx_adapters.units import count
 
@@ -219,6 +226,7 @@ def _plot(details: "Details", path: Path) -> None:
 @click.option("--data", metavar="DIR", help="Also the loss of each on this data.")
 @click.option("--base", metavar="BASE", help="Base to compute the losses on [the adapters' own].")
 @click.option("--layers", is_flag=True, help="One row for each layer instead of one for each kind.")
+@trust_option
 @json_option
 @Reads(needs={"base": "data"})
 def compare_command(a: str, b: str, data: str | None, base: str | None, layers: bool, as_json: bool) -> None:
@@ -276,6 +284,7 @@ def _loss_rows(comparison: "Comparison") -> list[tuple[str, ...]]:
 @click.argument("ref", type=REFERENCE, required=False)
 @click.option("--all", "everything", is_flag=True, help="Every adapter in the registry.")
 @click.option("--base", metavar="BASE", help="Base to hold it against [its own, if it is on this machine].")
+@trust_option
 @json_option
 def verify_command(ref: str | None, everything: bool, base: str | None, as_json: bool) -> None:
     """Check files, checksums, tensors, NaN and the fit to the base. Exit status 1 if anything is wrong.

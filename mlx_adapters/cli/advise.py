@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import REFERENCE, Reads, UserPath, base_option, json_option
+from mlx_adapters.cli._options import REFERENCE, Reads, UserPath, base_option, json_option, trust_option
 
 
 @click.command("advise")
@@ -24,6 +24,7 @@ from mlx_adapters.cli._options import REFERENCE, Reads, UserPath, base_option, j
     help="Take the figures from this saved benchmark instead of measuring.",
 )
 @base_option
+@trust_option
 @json_option
 @Reads(
     modes={"report": "ref adapters serves memory as_json"},

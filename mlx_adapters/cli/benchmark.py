@@ -18,6 +18,7 @@ from mlx_adapters.cli._options import (
     dtype_option,
     json_option,
     refuse_outputs_that_are_read,
+    trust_option,
 )
 from mlx_adapters.cli._settings import option, options
 from mlx_adapters.config.evaluating import EvaluationConfig
@@ -58,6 +59,7 @@ class Percent(click.ParamType):
 @click.option("--plots", type=OUTPUT_FOLDER, help="Write the plots as SVG and PNG into a folder.")
 @click.option("--against", type=UserPath(exists=True, dir_okay=False, path_type=Path), help="An older saved report.")
 @click.option("--fail-over", type=Percent(), metavar="5%", help="With --against: fail if something got worse by more.")
+@trust_option
 @json_option
 @Reads(needs={"score": "quality", "max_rows": "quality", "fail_over": "against"})
 def benchmark_command(

@@ -16,6 +16,7 @@ from mlx_adapters.cli._options import (
     dtype_option,
     json_option,
     sampling_options,
+    trust_option,
 )
 from mlx_adapters.errors import AdapterError
 
@@ -45,6 +46,7 @@ HELP = """/use NAME       answer with this adapter (attached if it is not yet)
 @click.option("--system", help="The system message.")
 @sampling_options
 @dtype_option
+@trust_option
 def chat_command(
     adapters: tuple[str, ...], base: str | None, any_base: bool, system: str | None, dtype: str, **sampling: Any
 ) -> None:
@@ -84,6 +86,7 @@ def chat_command(
 @any_base_option
 @sampling_options
 @dtype_option
+@trust_option
 @json_option
 def ab_command(
     prompts: Path, a: str, b: str, base: str | None, any_base: bool, dtype: str, as_json: bool, **sampling: Any

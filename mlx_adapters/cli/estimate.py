@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import Reads, adapter_option, json_option, refuse_ignored
+from mlx_adapters.cli._options import Reads, adapter_option, json_option, refuse_ignored, trust_option
 from mlx_adapters.cli._settings import Counts
 from mlx_adapters.cli._training_options import SETTINGS, Settings, read_settings, training_options
 
@@ -21,9 +21,10 @@ from mlx_adapters.cli._training_options import SETTINGS, Settings, read_settings
     "--memory", type=click.FloatRange(min=0, min_open=True), metavar="GB", help="Memory there is [this machine's]."
 )
 @training_options
+@trust_option
 @json_option
 @Reads(
-    modes={"data": f"base {SETTINGS} as_json"},
+    modes={"data": f"base {SETTINGS} trust_remote_code as_json"},
     needs={setting: "data config" for setting in SETTINGS.split() if setting != "config"},
 )
 def estimate_command(

@@ -16,6 +16,7 @@ from mlx_adapters.cli._options import (
     dtype_option,
     json_option,
     refuse_outputs_that_are_read,
+    trust_option,
 )
 from mlx_adapters.cli._settings import options
 from mlx_adapters.config.evaluating import EvaluationConfig
@@ -32,12 +33,13 @@ from mlx_adapters.config.evaluating import EvaluationConfig
 @any_base_option
 @dtype_option
 @click.option("-o", "--output", type=OUTPUT_FILE, help="Save figures and answers as JSON.")
+@trust_option
 @json_option
 @Reads(
     modes={
         "data": "variants split score reference max_rows max_tokens max_seq_length batch_size save base any_base dtype "
-        "output as_json",
-        "tasks": "variants task_folder max_rows batch_size base any_base dtype output as_json",
+        "output trust_remote_code as_json",
+        "tasks": "variants task_folder max_rows batch_size base any_base dtype output trust_remote_code as_json",
     },
     needs={"max_tokens": "score"},
 )

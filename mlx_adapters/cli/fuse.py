@@ -14,6 +14,7 @@ from mlx_adapters.cli._options import (
     json_option,
     overwrite_option,
     refuse_ignored,
+    trust_option,
 )
 from mlx_adapters.cli._settings import option, options
 from mlx_adapters.config.fusing import FuseOptions
@@ -58,13 +59,15 @@ if TYPE_CHECKING:
 @base_option
 @any_base_option
 @overwrite_option
+@trust_option
 @json_option
 @Reads(
     modes={
-        "again": "refs overwrite as_json",
-        "check_only": "refs adapter weights base any_base calibration calibration_rows check_rows as_json",
+        "again": "refs overwrite trust_remote_code as_json",
+        "check_only": "refs adapter weights base any_base calibration calibration_rows check_rows "
+        "trust_remote_code as_json",
         "from_peft": "refs base bits group_size mode dtype method calibration calibration_rows thorough check "
-        "check_rows max_kl budget_bits format force overwrite as_json",
+        "check_rows max_kl budget_bits format force overwrite trust_remote_code as_json",
     },
     needs={"adapter": "check_only", "force": "max_kl"},
 )

@@ -14,6 +14,7 @@ from mlx_adapters.cli._options import (
     json_option,
     sampling_options,
     text_or_stdin,
+    trust_option,
 )
 
 
@@ -25,6 +26,7 @@ from mlx_adapters.cli._options import (
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
 @sampling_options
 @dtype_option
+@trust_option
 @json_option
 @Reads(needs={"any_base": "adapter"})
 def generate_command(

@@ -13,6 +13,7 @@ from mlx_adapters.cli._options import (
     name_template_option,
     new_name,
     overwrite_option,
+    trust_option,
 )
 from mlx_adapters.cli._output import number
 from mlx_adapters.cli._settings import option, options
@@ -143,6 +144,7 @@ def scale_command(
 @click.option("--best", is_flag=True, help="With --data and --name: keep the point of the lowest loss only.")
 @any_base_option
 @overwrite_option
+@trust_option
 @json_option
 @Reads(needs={"base": "data", "best": "data", "overwrite": "name"})
 def interpolate_command(
@@ -193,6 +195,7 @@ def interpolate_command(
     help="Type of the adapter's tensors.",
 )
 @name_options
+@trust_option
 @json_option
 def extract_command(
     finetuned: str,

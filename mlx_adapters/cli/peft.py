@@ -3,7 +3,15 @@
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import REFERENCE, UserPath, json_option, name_template_option, new_name, overwrite_option
+from mlx_adapters.cli._options import (
+    REFERENCE,
+    UserPath,
+    json_option,
+    name_template_option,
+    new_name,
+    overwrite_option,
+    trust_option,
+)
 from mlx_adapters.units import count
 
 
@@ -14,6 +22,7 @@ from mlx_adapters.units import count
 @name_template_option
 @click.option("--tie", is_flag=True, help="Take an update of one end of a tied embedding at both ends.")
 @overwrite_option
+@trust_option
 @json_option
 def import_peft_command(
     source: str, base: str, name: str, name_template: str | None, tie: bool, overwrite: bool, as_json: bool
@@ -54,6 +63,7 @@ def import_peft_command(
 @click.option("--base-model", metavar="NAME", help="transformers model to name in it [the one it was trained on].")
 @click.option("--base", metavar="BASE", help="The MLX base model, of which PEFT's names are read [the adapter's].")
 @overwrite_option
+@trust_option
 @json_option
 def export_peft_command(
     ref: str, out: str, base_model: str | None, base: str | None, overwrite: bool, as_json: bool

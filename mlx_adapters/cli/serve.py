@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import UserPath, complete_named_references, dtype_option
+from mlx_adapters.cli._options import UserPath, complete_named_references, dtype_option, trust_option
 from mlx_adapters.cli._settings import option, options
 from mlx_adapters.serving.settings import ServeSettings, parse_split
 
@@ -29,6 +29,7 @@ from mlx_adapters.serving.settings import ServeSettings, parse_split
 @click.option("--max-adapter-mb", type=click.IntRange(min=1), help="Memory for adapters, in MB [no limit].")
 @options(ServeSettings, "max_batch max_queue max_tokens max_seconds")
 @dtype_option
+@trust_option
 def serve_command(
     base: str,
     adapters: tuple[str, ...],

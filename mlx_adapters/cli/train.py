@@ -18,6 +18,7 @@ from mlx_adapters.cli._options import (
     new_name,
     overwrite_option,
     refuse_outputs_that_are_read,
+    trust_option,
 )
 from mlx_adapters.cli._training_options import SETTINGS, Settings, read_settings, training_options
 from mlx_adapters.config.mapping import to_mapping
@@ -48,10 +49,11 @@ if TYPE_CHECKING:
 @click.option("--log", type=OUTPUT_FILE, help="Append every event to this JSONL file.")
 @click.option("--report-to", type=click.Choice(SERVICES), help="Send the losses there too.")
 @overwrite_option
+@trust_option
 @json_option
 @Reads(
     modes={
-        "resume": f"base data {SETTINGS} log report_to as_json",
+        "resume": f"base data {SETTINGS} log report_to trust_remote_code as_json",
         "print_config": f"base data name {SETTINGS}",
     }
 )

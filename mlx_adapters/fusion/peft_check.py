@@ -23,7 +23,7 @@ TOLERANCE = 1e-3  # of the largest number: both ways compute in float32, from fa
 
 def check_as_loaded(peft: PeftAdapter, base: Base, layout: Layout, whole: Whole, adapters: list[Adapter]) -> None:
     """Raise FidelityError if mlx-lm would load another change than `whole` and `adapters` are."""
-    sanitize = sanitize_of(make_module(base.config))
+    sanitize = sanitize_of(make_module(base.config, base.folder))
     tensors = _named({name: array.astype(mx.float32) for name, array in peft.dense.items()}, layout)
     updates = _named({f"{path}.{WEIGHT}": _product(peft, module) for path, module in peft.modules.items()}, layout)
     nothing = sanitize(_zeros(layout.shapes))

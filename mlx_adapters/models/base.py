@@ -14,7 +14,7 @@ import numpy as np
 from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.errors import FormatError, ModelError, NotFoundError
 from mlx_adapters.storage import files, tensor_files
-from mlx_adapters.system.door import load_config, logits_shape, mx, refusals
+from mlx_adapters.system.door import TRUST_IT, load_config, logits_shape, mx, refusals, trusts_remote_code
 
 INDEX_FILE = "model.safetensors.index.json"
 OTHER_FILE = "other.safetensors"  # of a fused model: tensors that mlx-lm does not use (see `fusion.left_out`)
@@ -65,6 +65,9 @@ class Base:
         with refusals(lambda why: FormatError(f"The config of '{self.name}' cannot be used: {why}.")):
             config = normalized_config(load_config(self.folder))
             _check(config)
+        if config.get("model_file") is not None and not trusts_remote_code():
+            code = config["model_file"]
+            raise FormatError(f"'{self.name}' brings code of its own, '{code}', which is not run unasked.", TRUST_IT)
         return untied_config(config) if self.untied else config
 
     @property
@@ -77,7 +80,7 @@ class Base:
         """How many token ids the model has a row for; None where neither its config nor mlx-lm's model tells."""
         told = self.config.get("vocab_size") or (self.config.get("text_config") or {}).get("vocab_size")
         with contextlib.suppress(Exception):  # whoever loads the model will be told what is wrong with it
-            return told or logits_shape(copy.deepcopy(self.config))[-1]
+            return told or logits_shape(copy.deepcopy(self.config), self.folder)[-1]
         return None
 
     def check_tokens(self, tokens: np.ndarray, where: str) -> None:
@@ -157,8 +160,9 @@ class Base:
 
 def _check(config: Mapping[str, Any]) -> None:
     """Raise ValueError unless what this package itself reads from a config has its type."""
-    if config.get("model_file") is not None:
-        raise ValueError(f"it asks to run code of its own, '{config['model_file']}', which is never done")
+    file = config.get("model_file")
+    if file is not None and not (isinstance(file, str) and Path(file).name == file):
+        raise ValueError(f"'model_file' is {str(file)[:40]!r}")
     if not isinstance(config.get("text_config") or {}, dict):
         raise ValueError("'text_config' is no object")
     quantization_in(config)

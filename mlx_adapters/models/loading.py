@@ -21,6 +21,7 @@ from mlx_adapters.models.model import Model
 from mlx_adapters.models.quantized_check import replace_miscomputed
 from mlx_adapters.surgery.caches import compute_as_generated, trace
 from mlx_adapters.system.door import (
+    TRUST_IT,
     load_mlx_model,
     load_tokenizer,
     mx,
@@ -94,7 +95,15 @@ def load_module(base: Base) -> tuple[nn.Module, dict[str, Any]]:
 def load_tokenizer_of(base: Base) -> Any:
     """The base's tokenizer, in mlx-lm's wrapper; never from the network. Raises FormatError."""
     eos = base.config.get("eos_token_id")
-    with refusals(lambda why: FormatError(f"The tokenizer of '{base.name}' cannot be loaded: {why}.")):
+
+    def refused(why: str) -> FormatError:
+        if "trust_remote_code" in why:
+            return FormatError(
+                f"The tokenizer of '{base.name}' is code of its own, which is not run unasked.", TRUST_IT
+            )
+        return FormatError(f"The tokenizer of '{base.name}' cannot be loaded: {why}.")
+
+    with refusals(refused):
         tokenizer = load_tokenizer(base.folder, eos)
         tokenizer.encode("What is odd in its settings shows here.")
     # It need not warn about long texts: whoever uses it cuts them where the model's limit asks for it.

@@ -5,11 +5,13 @@ imports these names from here.
 """
 
 import contextlib
+import importlib.util
 import inspect
 import io
 import resource
 import warnings
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,7 @@ try:
         from mlx_lm.utils import _get_classes, load_config, load_model
         from mlx_lm.utils import load_tokenizer as load_mlx_tokenizer
         from transformers.utils import chat_template_utils
+        from transformers.utils import logging as transformers_logging
 except ImportError as error:
     raise ModelError(
         f"mlx and mlx-lm {TESTED}.x are needed, but importing them failed: {error}.",
@@ -112,9 +115,38 @@ def refusals(refused: Callable[[str], AdapterError]) -> Iterator[None]:
         raise refused(why) from error
 
 
+_trusting: ContextVar[bool] = ContextVar("trusting_remote_code", default=False)
+TRUST_IT = "read that code, and pass --trust-remote-code to run it (in Python: 'with ma.trusting_remote_code():')."
+
+
+def trusts_remote_code() -> bool:
+    """Whether such code is run now."""
+    return _trusting.get()
+
+
+@contextlib.contextmanager
+def trusting_remote_code(trust: bool = True) -> Iterator[None]:
+    """Within the block, code that a model's folder brings along is run: its `model_file`, its tokenizer's `auto_map`.
+
+    No setting in a file turns this on. That code can do whatever you can; read it first.
+
+    Args:
+        trust: False forbids it again.
+
+    Example:
+        >>> with ma.trusting_remote_code():
+        ...     model = ma.load_model("demo")
+    """
+    token = _trusting.set(trust)
+    try:
+        yield
+    finally:
+        _trusting.reset(token)
+
+
 def load_mlx_model(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """mlx-lm's module with lazy weights, and its config. No code of the folder's is run."""
-    module, config = load_model(folder, lazy=True, model_config=config, trust_remote_code=False)
+    """mlx-lm's module with lazy weights, and its config."""
+    module, config = load_model(folder, lazy=True, model_config=config, trust_remote_code=trusts_remote_code())
     _complete(module)
     return module, config
 
@@ -127,19 +159,40 @@ def _complete(module: nn.Module) -> None:
 
 
 def load_tokenizer(folder: Path, eos_token_ids: Any) -> TokenizerWrapper:
-    """The folder's tokenizer. Without being told, transformers asks on stdin whether to run code of the folder's."""
-    return load_mlx_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=eos_token_ids)
+    """The folder's tokenizer. Without being told, transformers asks on stdin whether to run code of the folder's; and
+    it would say on stderr which of the config's settings it does not know."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        return load_mlx_tokenizer(folder, {"trust_remote_code": trusts_remote_code()}, eos_token_ids=eos_token_ids)
+    finally:
+        transformers_logging.set_verbosity(level)
 
 
-def make_module(config: dict[str, Any]) -> nn.Module:
-    """mlx-lm's model of this config, unquantized and with weights that nothing computes until they are read."""
-    model, arguments = _get_classes(config)
+def make_module(config: dict[str, Any], folder: Path = Path()) -> nn.Module:
+    """mlx-lm's model of this config, unquantized and with weights that nothing computes until they are read.
+
+    `folder`: where a `model_file` of the config lies.
+    """
+    file = config.get("model_file")
+    model, arguments = _get_classes(config) if file is None else _own_classes(folder / file)
     return model(arguments.from_dict(config))
 
 
-def logits_shape(config: dict[str, Any]) -> tuple[int, ...]:
+def _own_classes(file: Path) -> tuple[Any, Any]:
+    """(Model, ModelArgs) of a model's own code, as mlx-lm runs it."""
+    if not trusts_remote_code():
+        raise ValueError(f"'{file.name}' is code of the model's own")
+    spec = importlib.util.spec_from_file_location("custom_model", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Model, module.ModelArgs
+
+
+def logits_shape(config: dict[str, Any], folder: Path) -> tuple[int, ...]:
     """(1, 1, vocabulary): the shape of what a model of this config says to one token. Nothing is computed."""
-    return tuple(make_module(config)(mx.zeros((1, 1), mx.int32)).shape)
+    return tuple(make_module(config, folder)(mx.zeros((1, 1), mx.int32)).shape)
 
 
 def sanitize_of(module: nn.Module) -> Callable[[dict[str, mx.array]], dict[str, mx.array]]:
@@ -183,6 +236,7 @@ __all__ = [
     "LoRASwitchLinear",
     "QuantizedSwitchLinear",
     "SwitchLinear",
+    "TRUST_IT",
     "TokenizerWrapper",
     "harness_model",
     "load_config",
@@ -198,4 +252,6 @@ __all__ = [
     "sanitize_of",
     "refusals",
     "stream_generate",
+    "trusting_remote_code",
+    "trusts_remote_code",
 ]

@@ -131,7 +131,7 @@ def test_a_broken_tokenizer_is_refused_or_read(broken, file, content):
 
 
 def test_a_model_that_asks_for_its_own_code_is_told_so(broken):
-    with pytest.raises(FormatError, match=r"asks to run code of its own, 'mdl.py', which is never done\."):
+    with pytest.raises(FormatError, match=r"brings code of its own, 'mdl.py', which is not run unasked\."):
         load_model(resolve_base(broken("config.json", model_file="mdl.py")))
 
 
