@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm
 import numpy as np
-from helpers.tiny_configs import tiny_base
+from helpers.tiny_configs import pictures, tiny_base
 from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_adapters as ma
@@ -138,7 +138,7 @@ def load(trial: Trial) -> None:
 
 
 def fuse(quantization: str | int, most: float) -> Callable[[Trial], None]:
-    """Plain mlx-lm loads the fused model, which is the adapter's up to `most` nats per token."""
+    """Plain mlx-lm loads the fused model, which is the adapter's up to `most` nats per token, and whole."""
 
     def column(trial: Trial) -> None:
         out = trial.work / f"fused-{quantization}"
@@ -147,6 +147,7 @@ def fuse(quantization: str | int, most: float) -> Callable[[Trial], None]:
         close(trial.module(folder=out)(IDS), found)
         lost = divergence(trial.expected, found)
         assert lost <= most, f"KL {lost:.2g}"
+        assert pictures(out) == pictures(trial.base), "the vision tower is not carried over"
 
     return column
 

@@ -67,6 +67,13 @@ NEEDED: dict[str, Any] = {
     "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
     "hidden_act": "silu",
 }
+TOWERS = (
+    "vision_tower",
+    "model.vision_tower",
+    "vision_model",
+    "model.visual",
+    "visual",
+)  # how models of pictures and text call the former
 NO_METAL = "No Metal back-end"  # what MLX says where a model has a kernel of its own for Macs
 BY_TYPE = {bool: False, int: 1, float: 1.0, str: "x"}
 
@@ -116,7 +123,7 @@ def _attempts(name: str, module: types.ModuleType) -> Iterator[dict]:
         return
     for kind, arguments in _text_models(module):
         inner = _guessed(arguments) | {"model_type": kind} | OVERRIDES.get(kind, {}) | text
-        yield outer | {"text_config": inner, "vision_config": {"hidden_size": 32}}
+        yield {"vision_config": {"hidden_size": 32}} | outer | {"text_config": inner}
 
 
 def _text_models(module: types.ModuleType) -> Iterator[tuple[str, type]]:
@@ -169,7 +176,30 @@ def tiny_base(folder: Path, name: str) -> Path:
     with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):  # not all can be quantized
         model, _ = load_model(folder)  # what loading does to weights is done before they are quantized
         _write(folder, *quantize_model(model, config, 32, 4))
+    for tower in TOWERS if "text_config" in config else ():
+        if _add_picture(folder, f"{tower}.patches.weight"):
+            break
     return folder
+
+
+def pictures(folder: Path) -> set[str]:
+    """The tensors of a vision tower that lie in a model's folder."""
+    names = {name for file in folder.glob("*.safetensors") for name in mx.load(str(file))}
+    return {name for name in names if any(tower in name for tower in TOWERS)}
+
+
+def _add_picture(folder: Path, name: str) -> bool:
+    """Put a tensor of a vision tower into the folder, if mlx-lm leaves one of that name out."""
+    file = folder / "model.safetensors"
+    plain = mx.load(str(file))
+    mx.eval(plain)
+    mx.save_safetensors(str(file), plain | {name: mx.ones((4, 8))}, {"format": "mlx"})
+    try:
+        load_model(folder, lazy=True)
+    except Exception:
+        mx.save_safetensors(str(file), plain, {"format": "mlx"})
+        return False
+    return True
 
 
 def _write(folder: Path, model: Any, config: dict) -> None:

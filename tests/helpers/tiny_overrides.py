@@ -118,6 +118,7 @@ OVERRIDES: dict[str, dict] = {
     "mistral4": {"rope_parameters": YARN},
     "muse_spark": {
         "audio_config": {"out_hidden_size": 64},
+        "vision_config": None,
         "text": {
             "num_shared_experts": 0,
             "moe_hidden_size": 64,
