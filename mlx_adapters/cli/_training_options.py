@@ -1,5 +1,6 @@
 """The options of `train` and `estimate`: one for each setting, flags winning over the config file."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -77,10 +78,8 @@ def read_settings(options: dict[str, Any]) -> Settings:
     if quantization := _fuse_aware(given):
         training["fuse_aware"] = quantization
     places = {key: given.get(key, _text(file, key)) for key in ("base", "data", "name")}
-    own_bits = training.get("fuse_aware")
-    if isinstance(own_bits, dict) and set(own_bits) == {"bits"} and places["base"] is not None:
-        own = _own_grouping(places["base"], own_bits, not given.get("print_config"))
-        training["fuse_aware"] = own_bits | own
+    if training.get("fuse_aware") is not None:
+        training["fuse_aware"] = _as_fused(training["fuse_aware"], places["base"], not given.get("print_config"))
     settings = Settings(**places, lora=lora, training=training)
     return dataclasses.replace(settings, lora=lora | _scale_of_alpha(given, settings))
 
@@ -119,14 +118,15 @@ def _fuse_aware(given: Mapping[str, Any]) -> dict[str, Any]:
     return quantization
 
 
-def _own_grouping(base: str, bits: Mapping[str, Any], download: bool) -> dict[str, Any]:
-    """The grouping that 'fuse --bits' will take; {} if there is none."""
+def _as_fused(asked: object, base: str | None, download: bool) -> dict[str, Any]:
+    """The quantization that 'fuse' will take it for: what it leaves open is as in the base."""
     from mlx_adapters.sources.bases import resolve_base
 
-    try:
-        return to_mapping(Precision.of(bits).like(resolve_base(base, download).quantization))
-    except AdapterError:
-        return {}  # the training says it, with the rest
+    precision, own = Precision.of(asked), None
+    if base is not None:
+        with contextlib.suppress(AdapterError):  # the training says it, with the rest
+            own = resolve_base(base, download).quantization
+    return to_mapping(precision.like(own))
 
 
 def _scale_of_alpha(given: Mapping[str, Any], settings: Settings) -> dict[str, Any]:

@@ -133,6 +133,7 @@ class Precision:
         """Its bits in the groups and the mode that it says, else in those of `own`, else in MLX's default."""
         if own is not None and own.bits == self.bits and self.group_size is None and self.mode in (None, own.mode):
             return own
+        require(not isinstance(self.bits, str), f"This takes a number of bits, not '{self.bits}'.")
         mode = self.mode or "affine"
         return Quantization(self.bits, self.group_size or default_group_size(mode), mode)  # type: ignore[arg-type]
 

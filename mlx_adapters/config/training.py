@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from mlx_adapters.config.mapping import require
+from mlx_adapters.config.mapping import require, shown
 from mlx_adapters.config.quantization import Dtype, Quantization, computing_dtype
 from mlx_adapters.config.settings import check, setting, settings
 
@@ -103,6 +103,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        example = "give a Quantization, such as Quantization(bits=4, group_size=64): that of the fuse to come."
+        known = isinstance(self.fuse_aware, Quantization | None)
+        require(known, f"fuse_aware cannot be {shown(self.fuse_aware)}.", example)
         require(self.warmup < self.iterations, "warmup must be shorter than the training itself.")
         require(self.optimizer != "adam" or self.weight_decay == 0, "adam has no weight decay.", "use adamw.")
         require(self.mask_prompt or not self.last_turn_only, "last_turn_only needs mask_prompt.")

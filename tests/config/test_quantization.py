@@ -6,10 +6,14 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
+import yaml
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_adapters.cli import cli
 from mlx_adapters.config.quantization import BITS, KEEP, MODES, QUANTIZATIONS, UNQUANTIZED, Precision, Quantization
+from mlx_adapters.config.training import TrainConfig
 from mlx_adapters.errors import ConfigError
 
 NOT_TAKEN = [4.0, np.float32(4), [4], (4,), None, True, np.bool_(True), "4", "Keep", "", b"keep", {}, {"bts": 4}, 4j]
@@ -72,6 +76,37 @@ def test_a_precision_survives_json_and_settling_it_is_final(quantization, own):
 
 def test_every_spelling_of_the_command_line_is_one():
     assert [Precision.spelled(bits).bits for bits in BITS] == ["keep", "none", 2, 3, 4, 5, 6, 8]
+
+
+@pytest.mark.parametrize(
+    "text, flags, expected",
+    [
+        ("fuse_aware: 4", [], Quantization(4, 32)),  # as the base
+        ("fuse_aware: 3", [], Quantization(3, 64)),
+        ("fuse_aware: {bits: 4, group_size: 128}", [], Quantization(4, 128)),
+        ("fuse_aware: {bits: 4, mode: mxfp4}", [], Quantization(4, 32, "mxfp4")),
+        ("seed: 1", ["--fuse-aware", "4", "--fuse-aware-mode", "nvfp4"], Quantization(4, 16, "nvfp4")),
+    ],
+)
+def test_fuse_aware_takes_what_fuse_takes(tiny_model, tmp_path, text, flags, expected):
+    (tmp_path / "c.yaml").write_text(f"base: {tiny_model('llama', bits=4)}\ntraining: {{{text}}}\n")
+    shown = CliRunner().invoke(cli, ["train", "--config", str(tmp_path / "c.yaml"), *flags, "--print-config"])
+    assert shown.exit_code == 0, shown.output
+    assert yaml.safe_load(shown.stdout)["training"]["fuse_aware"] == dataclasses.asdict(expected)
+
+
+@pytest.mark.parametrize("given", ["4.0", "[4]", "'4'", "{bits: keep}", "none", "{bts: 4}", "true"])
+def test_fuse_aware_refuses_what_fuse_refuses(tiny_model, tmp_path, given):
+    (tmp_path / "c.yaml").write_text(f"base: {tiny_model('llama')}\ntraining: {{fuse_aware: {given}}}\n")
+    shown = CliRunner().invoke(cli, ["train", "--config", str(tmp_path / "c.yaml"), "--print-config"])
+    assert isinstance(shown.exception, ConfigError) or shown.exit_code == 2, shown.output
+
+
+@pytest.mark.parametrize("given", [4, 4.0, {"bits": 4}, "keep"])
+def test_in_python_fuse_aware_is_a_quantization(given):
+    with pytest.raises(ConfigError, match="fuse_aware cannot be") as caught:
+        TrainConfig(fuse_aware=given)
+    assert "Quantization(bits=4" in caught.value.hint
 
 
 def test_numbers_of_a_quantization_are_whole():
