@@ -141,15 +141,24 @@ def encode(text: str, tokenizer: Any, where: str) -> Encoded:
 
 def _aligned(text: str, ids: list[int], decode: Callable[[list[int]], str]) -> np.ndarray | None:
     """[start, stop) of each token, (n, 2), by what it decodes to; tokens that share a character all stand for it. None
-    if some text of the tokens is not found."""
+    if what some tokens say is not found."""
     borders, here, first = [], 0, 0
     for token in range(len(ids)):
-        piece = decode(ids[first : token + 1])
-        at = next((i for i in (here, here + 1) if text.startswith(piece, i) and not text[here:i].strip()), None)
-        if at is None:
-            if token - first >= LONGEST_PIECE:
-                return None
-            continue
-        borders += [(here, at + len(piece))] * (token + 1 - first)
-        here, first = at + len(piece), token + 1
+        stop = _reaches(text, here, decode(ids[first : token + 1]))
+        if stop is not None:
+            borders += [(here, stop)] * (token + 1 - first)
+            here, first = stop, token + 1
+        elif token - first >= LONGEST_PIECE:
+            return None
     return np.array(borders, np.int64).reshape(-1, 2) if first == len(ids) else None
+
+
+def _reaches(text: str, here: int, piece: str) -> int | None:
+    """Where a piece that begins `here` in the text ends. Decoding may add or leave out a blank before it."""
+    if piece and text.startswith(piece, here):
+        return here + len(piece)
+    if piece and text.startswith(" " + piece, here):
+        return here + 1 + len(piece)
+    if piece.startswith(" ") and text.startswith(piece[1:], here):
+        return here + len(piece) - 1
+    return None
