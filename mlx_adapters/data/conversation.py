@@ -6,6 +6,7 @@ conversations are written by other code than a jinja template has its turns foun
 (`data.rerendering`).
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from mlx_adapters.system.door import TokenizerWrapper
 from mlx_adapters.system.templates import seen_renderings
 
 Messages = Sequence[Mapping[str, Any]]
+_BLANK = re.compile(r"\s*")
 LONGEST_PIECE = 16  # tokens that may share one character, where a tokenizer has no offsets
 
 
@@ -154,11 +156,11 @@ def _aligned(text: str, ids: list[int], decode: Callable[[list[int]], str]) -> n
 
 
 def _reaches(text: str, here: int, piece: str) -> int | None:
-    """Where a piece that begins `here` in the text ends. Decoding may add or leave out a blank before it."""
+    """Where a piece that begins `here` in the text ends. Tokenizers add a blank or leave blanks out before it."""
     if piece and text.startswith(piece, here):
         return here + len(piece)
-    if piece and text.startswith(" " + piece, here):
-        return here + 1 + len(piece)
     if piece.startswith(" ") and text.startswith(piece[1:], here):
         return here + len(piece) - 1
-    return None
+    blank = _BLANK.match(text, here)
+    starts = range(here + 1, blank.end() + 1) if piece and blank else ()
+    return next((start + len(piece) for start in starts if text.startswith(piece, start)), None)

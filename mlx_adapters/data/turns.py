@@ -207,26 +207,35 @@ def _prompt_ends(written: Written, encoded: Encoded, messages: Sequence[int], en
     example; the prompt as far as it agrees; what so stands before other turns; the turn's own first character.
     """
     found = {k: _by_prompt(written, k) for k in messages if k in written.regions or written.own(k)}
+    headers = _headers(written, found)
 
     def look(finder: Callable[[int], int | None]) -> None:
         found.update({k: finder(k) for k, prompt in found.items() if prompt is None})
 
     if None in found.values():
-        headers = _headers(written, found) or _headers_of_probe(written)
+        headers = headers or _headers_of_probe(written)
         look(lambda k: _by_header(written, k, headers))
         look(lambda k: _by_agreement(written, encoded, k, ends))
         agreed = _headers(written, found)
         look(lambda k: _by_header(written, k, agreed))
         look(lambda k: written.own(k)[0].start if written.own(k) else _limit(written, k))
-    return dict.fromkeys(messages) | found
+    return dict.fromkeys(messages) | {k: _past_header(written, k, end, headers) for k, end in found.items()}
 
 
-def _by_prompt(written: Written, message: int) -> int | None:
-    """Where the generation prompt ends, if one stands there whole."""
-    for flipped in (False, True):
-        for at, rest in _prompts(written, message, flipped):
-            if written.rendering.text.startswith(rest, at):
-                return at + len(rest)
+def _past_header(written: Written, message: int, end: int | None, headers: Sequence[str]) -> int | None:
+    """Beyond what stands before other turns, if it stands here too although this prompt does not have it."""
+    own = written.own(message)
+    for header in headers:
+        if end is not None and written.rendering.text.startswith(header, end):
+            return end + len(header) if not own or end + len(header) <= own[0].start else end
+    return end
+
+
+def _by_prompt(written: Written, message: int, flipped: bool = False) -> int | None:
+    """Where the generation prompt ends, if it stands there whole."""
+    for at, rest in _prompts(written, message, flipped):
+        if written.rendering.text.startswith(rest, at):
+            return at + len(rest)
     return None
 
 
@@ -279,7 +288,9 @@ def _by_header(written: Written, message: int, headers: Sequence[str]) -> int | 
 
 
 def _by_agreement(written: Written, encoded: Encoded, message: int, ends: Ends) -> int | None:
-    """As far as the prompt and the text agree, back to the last line or added token."""
+    """As far as the prompt and the text agree, back to the last line or added token; or where the prompt ends whole
+    with the template's switches the other way round (thinking), if that is before."""
+    other = _by_prompt(written, message, flipped=True)
     text, limit, own = written.rendering.text, _limit(written, message), written.own(message)
     first = own[0].start if own else len(text)
     for at, rest in _prompts(written, message, False):
@@ -288,8 +299,9 @@ def _by_agreement(written: Written, encoded: Encoded, message: int, ends: Ends) 
             tokens = range(encoded.from_char(limit), encoded.to_char(agreed))
             borders = [int(encoded.ends[token]) for token in tokens if encoded.ids[token] in ends.added]
             borders = [b for b in (*borders, text.rfind("\n", limit, agreed) + 1) if limit < b <= agreed]
-            return max(borders, default=agreed)
-    return None
+            agreed = max(borders, default=agreed)
+            return agreed if other is None else min(agreed, other)
+    return other
 
 
 def agreement(one: str, other: str) -> int:
