@@ -59,6 +59,10 @@ def serve_command(
     listener = bind(checked.host, checked.port)
     engine = make_engine(base, [parse_adapter(text) for text in adapters], checked, dtype=dtype, name=name)
     _output.note(f"Serving {', '.join(engine.names)}.")
+    if engine.in_turn:
+        _output.note(
+            "Requests are decoded one after another: mlx-lm's code for this model does not take them together."
+        )
     run_server(
         engine,
         lambda address, _: _output.note(f"Listening on {address} (Ctrl-C ends it)."),

@@ -9,7 +9,6 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from mlx_adapters.config.mapping import require
@@ -102,14 +101,20 @@ class Batcher:
         self._inputs: mx.array | None = None
         self._logprobs: mx.array | None = None
         self._steps = 0
+        self._mixed: tuple[list[Attached | None], bool] = ([], True)
 
-    @cached_property
+    @property
     def can_mix(self) -> bool:
-        """Whether rows with other adapters share a batch: every layer must tell whose entries it is given."""
-        entries = [next(iter(self.pool.attached.values()), None), None]
+        """Whether rows with the attached adapters share a batch: every layer must tell whose entries it is given."""
+        entries = [None, *self.pool.attached.values()]
+        if self._mixed[0] != entries:
+            self._mixed = entries, self._mix(entries)
+        return self._mixed[1]
+
+    def _mix(self, entries: list[Attached | None]) -> bool:
         try:
             with self.pool.routed(entries):
-                self.module(mx.zeros((2, 1), mx.int32))
+                self.module(mx.zeros((len(entries), 1), mx.int32))
         except IncompatibleError:
             return False
         return True

@@ -239,6 +239,8 @@ class LiveModel(Model):
     ) -> list[str]:
         """The answers to all prompts, decoded together, each with its own adapter.
 
+        One after another where mlx-lm's code for the model does not take them together (docs/architectures.md).
+
         Args:
             prompts: pairs of a prompt (text or token ids) and the name of an attached adapter, or None: the base.
             max_tokens: longest answer.

@@ -63,6 +63,11 @@ class Engine:
         return self._thread.is_alive() and self.failed is None
 
     @property
+    def in_turn(self) -> bool:
+        """Whether requests are decoded one after another although more were allowed."""
+        return self.settings.max_batch > 1 and not self._batcher.can_batch
+
+    @property
     def names(self) -> list[str]:
         """Every model name that can be asked for."""
         return [self.base_name, *self.served, *(split.name for split in self.settings.splits)]

@@ -171,6 +171,7 @@ def tiny_base(folder: Path, name: str) -> Path:
         config = {"model_type": name}
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config))
+        write_tokenizer(folder)
         mx.save_safetensors(str(folder / "model.safetensors"), {"x": mx.zeros(1)})
         return folder
     with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):  # not all can be quantized
