@@ -50,7 +50,7 @@ ROOM_OF_LAYER = {room: number for number, room in enumerate(reversed(ROOMS))}
 # From demo to surgery a room asks these and no others.
 ARROWS = {
     "demo": "benchmarking evaluation fusion training data sources",
-    "publishing": "benchmarking sources",
+    "publishing": "benchmarking sources checkpoints",
     "serving": "generation sources runtime",
     "benchmarking": "evaluation generation data sources",
     "adapters": "evaluation sources peft_format checkpoints",
@@ -63,7 +63,7 @@ ARROWS = {
     "generation": "sources runtime surgery",
     "data": "rows sources",
     "rows": "",
-    "sources": "peft_format",
+    "sources": "peft_format checkpoints",
     "peft_format": "checkpoints",
     "assembly": "checkpoints rounding",
     "checkpoints": "",

@@ -14,10 +14,10 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from mlx_adapters.config.mapping import require
-from mlx_adapters.errors import AdapterError, ConfigError, ExistsError, FormatError, NotFoundError
+from mlx_adapters.errors import ConfigError, ExistsError, FormatError, NotFoundError
 from mlx_adapters.events import Note, OnEvent, Progress, ignore
 from mlx_adapters.models.adapter import read_adapter
 from mlx_adapters.models.base import Base
@@ -127,7 +127,7 @@ def _adapter_members(
 ) -> dict[str, IO[bytes]]:
     adapter = read_adapter(folder, iteration)
     chosen = folder / (ADAPTER_FILE if iteration is None else checkpoint_file(iteration))
-    members = {ADAPTER_FILE: chosen, CONFIG_FILE: folder / CONFIG_FILE}
+    members = {ADAPTER_FILE: chosen}
     members |= {name: folder / name for name in EXTRAS if (folder / name).is_file()}
     if checkpoints:
         members |= {checkpoint_file(i): folder / checkpoint_file(i) for i in iterations_of(folder)}
@@ -135,7 +135,12 @@ def _adapter_members(
     weights = {name: stream for name, stream in streams.items() if name.endswith(ADAPTER_FILE)}
     checksums = {name: hashlib.file_digest(stream, "sha256").hexdigest() for name, stream in weights.items()}  # type: ignore[arg-type]
     metadata = adapter.metadata | {"sha256": checksums} | ({"iteration": iteration} if iteration is not None else {})
-    return {**streams, METADATA_FILE: io.BytesIO(json.dumps(metadata, indent=2, sort_keys=True).encode())}
+    config = adapter.config.to_mlx_lm(read_config(folder))
+    return {**streams, METADATA_FILE: _in_memory(metadata), CONFIG_FILE: _in_memory(config)}
+
+
+def _in_memory(value: dict[str, Any]) -> IO[bytes]:
+    return io.BytesIO(json.dumps(value, indent=2, sort_keys=True).encode())
 
 
 def _model_members(folder: Path, opened: contextlib.ExitStack, on_event: OnEvent) -> dict[str, IO[bytes]]:
@@ -173,7 +178,8 @@ def add(
 ) -> Added:
     """Take in an adapter, checked, as a copy.
 
-    Folders made by plain `mlx_lm.lora` are taken as they are, checkpoints too.
+    Folders made by plain `mlx_lm.lora` of any year are taken, checkpoints too; the config becomes one that mlx-lm reads
+    today.
 
     Args:
         source: a folder, a .tar.gz file or "user/repo[@revision]" on the Hub.
@@ -207,7 +213,7 @@ def add(
     folder, _ = lookup.locate(reference)
     if not folder.is_dir():
         raise NotFoundError(f"There is no folder or .tar.gz file '{folder}'.")
-    own = reference.target.rsplit("/", 1)[-1] if reference.kind == "hub" else folder.name
+    own = reference.own_name if reference.kind == "hub" else folder.name
     taken = _take_in(lambda target: _copy(folder, target, on_event), folder, own, name, out, overwrite, str(reference))
     return _tell_strength(taken, on_event)
 
@@ -275,17 +281,17 @@ def _check_contents(folder: Path, name: str, source: str) -> str:
             raise FormatError(f"'{source}' holds neither an adapter nor a model.")
         _ = Base(name, folder).weight_files
         return "model"
-    check_config(read_config(folder), f"'{source}'")
+    raw = read_config(folder)
+    check_config(raw, f"'{source}'")
     metadata = read_metadata(folder)
     recorded, hashes = registry.checksums_of(metadata), {}
     for iteration in (None, *iterations_of(folder)):
-        try:
-            read_adapter(folder, iteration, name)
-        except AdapterError as error:  # the folder that is being made is nothing that the user knows
-            raise type(error)(error.message.replace(str(folder), source), error.hint) from None
+        with paths.named(folder, source):
+            adapter = read_adapter(folder, iteration, name)
         file = ADAPTER_FILE if iteration is None else checkpoint_file(iteration)
         hashes[file] = files.sha256(folder / file)
         if recorded.get(file, hashes[file]) != hashes[file]:
             raise FormatError(f"'{file}' in '{source}' is not the file that its record names.", "it may be damaged.")
+    files.write_json(folder / CONFIG_FILE, adapter.config.to_mlx_lm(raw))  # whatever the year, mlx-lm loads it
     files.write_json(folder / METADATA_FILE, metadata | {"name": name, "sha256": hashes, "added_from": source})
     return "adapter"

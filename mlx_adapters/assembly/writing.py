@@ -11,26 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_adapters.checkpoints.contents import companions
 from mlx_adapters.events import OnEvent, Progress
-from mlx_adapters.models.base import MODEL_FILES, Base
+from mlx_adapters.models.base import Base
 from mlx_adapters.storage import files, paths, tensor_files
-from mlx_adapters.storage.tensor_names import CONFIG_FILE, FUSE_RECIPE_FILE, METADATA_FILE, REPORT_FILE
 from mlx_adapters.system.door import mx
 
 SHARD_BYTES = 5 << 30
 SPARE_BYTES = 16 << 20  # of the disk: tokenizer, config and report
 OTHER_BITS = "for other bits leave --format out: the MLX format has them all."
 Layout = list[tuple[str, str, tuple[int, ...]]]
-# What a fused model makes anew, or what is not its own.
-SKIPPED = (
-    "config.json",
-    "model.safetensors.index.json",
-    "hf_quant_config.json",
-    FUSE_RECIPE_FILE,
-    REPORT_FILE,
-    CONFIG_FILE,
-    METADATA_FILE,
-)
 
 
 @dataclass(frozen=True)
@@ -108,12 +98,10 @@ def write_weights(folder: Path, units: list[Unit], on_event: OnEvent, limit: int
 
 
 def copy_companions(base: Base, folder: Path) -> None:
-    """Copy tokenizer, chat template, generation settings and code; not weights, config or the index."""
-    for pattern in MODEL_FILES:
-        for source in paths.visible(base.folder, pattern):
-            skip = source.suffix == ".safetensors" or source.name in SKIPPED
-            if source.is_file() and not skip and not (folder / source.name).exists():
-                files.copy_file(source, folder / source.name)
+    """Copy what belongs to a model besides its weights and config: tokenizer, chat templates, licences, code."""
+    for name in companions(base.folder):
+        if not (folder / name).exists():
+            files.copy_file(base.folder / name, folder / name)
 
 
 def write_config(folder: Path, config: dict[str, Any], quantization: dict[str, Any] | None) -> None:

@@ -45,8 +45,8 @@ def publish_command(
 ) -> None:
     """Upload an adapter, or the folder of a fused model, with a card made from its metadata.
 
-    Only weights, settings, tokenizer and card go up: no data, logs, checkpoints, local paths or tokens. Sign in
-    first with 'hf auth login'.
+    What belongs to the model or adapter goes up, with a card: no data, logs, checkpoints, local paths or tokens. What
+    stays is listed, with the reason. Sign in first with 'hf auth login'.
 
     \b
     Example:
@@ -75,8 +75,9 @@ def publish_command(
         return
     rows = [(file.path, _output.size(file.size_bytes), file.change) for file in result.files]
     _output.table(("FILE", "SIZE", "CHANGE"), rows, right=(1,))
-    if result.left_out:
-        _output.note(f"Left out: {', '.join(result.left_out)}.")
+    for why in dict.fromkeys(result.left_out.values()):
+        names = [name for name, reason in result.left_out.items() if reason == why]
+        _output.note(f"Left out ({why}): {', '.join(names)}.")
     where = f"{'private' if result.private else 'public'} {result.kind} '{repo}'"
     if dry_run:
         _output.out(f"\n{result.card}")
@@ -87,12 +88,15 @@ def publish_command(
 
 
 @click.command("download")
-@click.argument("repo", metavar="USER/REPO[@REVISION]")
+@click.argument("repo", metavar="USER/REPO[/FOLDER][@REVISION]")
 @click.option("--name", help="Name to keep it under [the repository's].")
+@click.option("--subfolder", metavar="FOLDER", help="Which adapter of the repository, as in USER/REPO/FOLDER.")
 @base_option
 @overwrite_option
 @json_option
-def download_command(repo: str, name: str | None, base: str | None, overwrite: bool, as_json: bool) -> None:
+def download_command(
+    repo: str, name: str | None, subfolder: str | None, base: str | None, overwrite: bool, as_json: bool
+) -> None:
     """Take an adapter (mlx-lm's or PEFT's form) from the Hub into the registry, or a model into the cache.
 
     \b
@@ -102,7 +106,8 @@ def download_command(repo: str, name: str | None, base: str | None, overwrite: b
     """
     from mlx_adapters.sources.downloads import download
 
-    result = download(repo, name=name, base=base, overwrite=overwrite, show_progress=_output.live())
+    live = _output.live()
+    result = download(repo, name=name, base=base, subfolder=subfolder, overwrite=overwrite, show_progress=live)
     if as_json:
         _output.emit_json(result)
     elif result.kind == "adapter":

@@ -80,6 +80,8 @@ def is_hub_adapter(text: str) -> bool:
     """Whether a repository on the Hub (or in its cache) holds an adapter rather than a whole model."""
     from huggingface_hub import file_exists, try_to_load_from_cache
 
+    if parse_reference(text).subfolder:
+        return True
     repo, _, revision = text.partition("@")
     if isinstance(try_to_load_from_cache(repo, CONFIG_FILE, revision=revision or None), str):
         return True

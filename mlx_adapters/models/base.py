@@ -3,8 +3,10 @@
 import contextlib
 import copy
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,21 +16,11 @@ import numpy as np
 from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.errors import FormatError, ModelError, NotFoundError
 from mlx_adapters.storage import files, tensor_files
-from mlx_adapters.system.door import TRUST_IT, load_config, logits_shape, mx, refusals, trusts_remote_code
+from mlx_adapters.system.door import TRUST_IT, load_config, logits_shape, mx, packed_by, refusals, trusts_remote_code
 
 INDEX_FILE = "model.safetensors.index.json"
+WEIGHT_FILES = "model*.safetensors"  # which mlx-lm opens
 OTHER_FILE = "other.safetensors"  # of a fused model: tensors that mlx-lm does not use (see `fusion.left_out`)
-MODEL_FILES = [
-    "*.json",
-    "model*.safetensors",
-    OTHER_FILE,
-    "*.py",
-    "*.model",
-    "*.tiktoken",
-    "*.txt",
-    "*.jsonl",
-    "*.jinja",
-]
 # (mlx-lm's name, of which model type, the name that transformers 5 may write instead)
 RENAMED_SETTINGS = (("num_experts", "qwen3_moe", "num_local_experts"), ("n_ctx", "gpt2", "n_positions"))
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "model_max_length")
@@ -131,20 +123,24 @@ class Base:
     @cached_property
     def weight_files(self) -> list[Path]:
         """The safetensors files, sorted. Raises NotFoundError if there is none, FormatError for a broken one."""
-        shards = sorted(self.folder.glob("model*.safetensors"))
+        shards = sorted(self.folder.glob(WEIGHT_FILES))
         if not shards:
-            raise NotFoundError(f"'{self.folder}' has no model*.safetensors.", "is it a whole model folder?")
+            raise NotFoundError(f"'{self.folder}' has no {WEIGHT_FILES}.", "is it a whole model folder?")
         for path in shards:
             tensor_files.read_safetensors_header(path)
         return shards
 
     @property
     def lacking(self) -> list[str]:
-        """The weight files that the index names and the folder has not."""
+        """The weight files for mlx-lm that are not there, by the index or, where there is none, by their numbers.
+
+        An index that does not know a weight file which is there is another model's, and tells nothing.
+        """
+        there = {path.name for path in self.folder.glob(WEIGHT_FILES) if path.is_file()}
         index = self.folder / INDEX_FILE
         places = files.read_json(index).get("weight_map") if index.is_file() else None
-        named = {name for name in places.values() if isinstance(name, str)} if isinstance(places, dict) else set()
-        return sorted(name for name in named if not (self.folder / name).is_file())
+        named = {n for n in places.values() if isinstance(n, str)} if isinstance(places, dict) else _numbered(there)
+        return sorted(n for n in named - there if fnmatch(n, WEIGHT_FILES)) if there <= named else []
 
     def record(self) -> dict[str, Any]:
         """What an adapter's metadata says of its base."""
@@ -158,6 +154,17 @@ class Base:
         }
 
 
+def _numbered(names: Iterable[str]) -> set[str]:
+    """All files of the series that some belong to, as model-00001-of-00003.safetensors does."""
+    series = {
+        (match[1], int(match[2])) for name in names if (match := re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\..*", name))
+    }
+    return {
+        *names,
+        *(f"{start}-{i + 1:05d}-of-{n:05d}.safetensors" for start, n in series for i in range(min(n, 9999))),
+    }
+
+
 def _check(config: Mapping[str, Any]) -> None:
     """Raise ValueError unless what this package itself reads from a config has its type."""
     file = config.get("model_file")
@@ -166,6 +173,8 @@ def _check(config: Mapping[str, Any]) -> None:
     if not isinstance(config.get("text_config") or {}, dict):
         raise ValueError("'text_config' is no object")
     quantization_in(config)
+    if packer := packed_by(config):
+        raise ValueError(f"its weights are packed by {packer}, which mlx-lm does not read")
     for part in (config, config.get("text_config") or {}):
         for key in ("n_positions", "vocab_size"):
             value = part.get(key)

@@ -19,6 +19,7 @@ from mlx_adapters.models.dense import compute_dtype, dense_class, dense_layer, d
 from mlx_adapters.models.layers import named_layers, untie
 from mlx_adapters.models.model import Model
 from mlx_adapters.models.quantized_check import replace_miscomputed
+from mlx_adapters.storage.paths import refuse_pointer
 from mlx_adapters.surgery.caches import compute_as_generated, trace
 from mlx_adapters.system.door import (
     TRUST_IT,
@@ -96,11 +97,13 @@ def load_tokenizer_of(base: Base) -> Any:
     """The base's tokenizer, in mlx-lm's wrapper; never from the network. Raises FormatError."""
     eos = base.config.get("eos_token_id")
 
-    def refused(why: str) -> FormatError:
+    def refused(why: str) -> AdapterError:
         if "trust_remote_code" in why:
             return FormatError(
                 f"The tokenizer of '{base.name}' is code of its own, which is not run unasked.", TRUST_IT
             )
+        for path in base.folder.iterdir():
+            refuse_pointer(path)
         return FormatError(f"The tokenizer of '{base.name}' cannot be loaded: {why}.")
 
     with refusals(refused):

@@ -165,7 +165,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def check_config(raw: Mapping[str, Any], where: str) -> None:
     """Raise FormatError, saying what is missing or wrong, unless this is mlx-lm's form of an adapter's settings."""
-    kind, parameters, layers = raw.get("fine_tune_type", "lora"), raw.get("lora_parameters"), raw.get("num_layers")
+    kind, parameters, layers = _kind(raw), raw.get("lora_parameters"), raw.get("num_layers")
     if kind == "full":
         raise FormatError(
             f"{where} holds a full fine-tune, not a low-rank adapter.", "'mlx-adapters extract' makes an adapter of it."
@@ -185,6 +185,11 @@ def check_config(raw: Mapping[str, Any], where: str) -> None:
         if not right:
             what_is_there = "which is missing" if value is None else f"not {str(value)[:40]!r}"
             raise FormatError(f"{where}: {CONFIG_FILE} needs {what} as '{name}', {what_is_there}.")
+
+
+def _kind(raw: Mapping[str, Any]) -> Any:
+    """What was trained; mlx-lm of 2024 said it with 'use_dora'."""
+    return raw.get("fine_tune_type") or ("dora" if raw.get("use_dora") is True else "lora")
 
 
 def _is_whole(value: Any, least: int = -(1 << 62)) -> bool:
@@ -215,10 +220,16 @@ class AdapterConfig:
     dropout: float = 0.0
     num_layers: int = -1
 
-    def to_mlx_lm(self) -> dict[str, Any]:
-        """The settings as mlx-lm's `adapter_config.json` spells them."""
+    def to_mlx_lm(self, found: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The settings as mlx-lm's `adapter_config.json` spells them today.
+
+        Args:
+            found: a config that other versions or programs wrote; what else it holds stays.
+        """
+        found = found or {}
         parameters = {"rank": self.rank, "scale": self.scale, "dropout": self.dropout, "keys": list(self.keys)}
-        return {"fine_tune_type": self.type, "num_layers": self.num_layers, "lora_parameters": parameters}
+        settings = {"fine_tune_type": self.type, "num_layers": self.num_layers}
+        return {**found, **settings, "lora_parameters": {**found.get("lora_parameters", {}), **parameters}}
 
 
 def parse_config(raw: Mapping[str, Any], keys: tuple[str, ...], where: str) -> AdapterConfig:
@@ -229,9 +240,7 @@ def parse_config(raw: Mapping[str, Any], keys: tuple[str, ...], where: str) -> A
     check_config(raw, where)
     parameters, layers = raw["lora_parameters"], raw.get("num_layers")
     scale, dropout = float(parameters["scale"]), float(parameters.get("dropout", 0.0))
-    return AdapterConfig(
-        parameters["rank"], scale, keys, raw.get("fine_tune_type", "lora"), dropout, -1 if layers is None else layers
-    )
+    return AdapterConfig(parameters["rank"], scale, keys, _kind(raw), dropout, -1 if layers is None else layers)
 
 
 def _read(path: Path) -> dict[str, Any]:

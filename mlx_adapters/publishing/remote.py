@@ -89,12 +89,13 @@ def foresee_refusal(repo: str, on_event: OnEvent) -> None:
 def changes(folder: Path, remote: Remote, deletes: Sequence[str]) -> tuple[PublishedFile, ...]:
     """What putting the files of `folder` there does to each, and to those that match `deletes`."""
     changed = []
-    for path in sorted(folder.iterdir()):
-        size, there = path.stat().st_size, remote.files.get(path.name)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        size, there = path.stat().st_size, remote.files.get(name)
         change: Any = "new" if remote.known else "unknown"
         if there:
             change = "unchanged" if there[0] == size and _hash_like(there[1], path) == there[1] else "changed"
-        changed.append(PublishedFile(path.name, size, change))
+        changed.append(PublishedFile(name, size, change))
     gone = sorted(n for n in remote.files if matches(n, deletes) and not (folder / n).exists())
     return (*changed, *(PublishedFile(name, remote.files[name][0], "deleted") for name in gone))
 

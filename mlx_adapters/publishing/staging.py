@@ -7,15 +7,18 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_adapters.checkpoints.contents import is_tokenizer
 from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.events import OnEvent, Progress, ignore
+from mlx_adapters.models.base import INDEX_FILE
 from mlx_adapters.publishing.cleaning import check_paths, check_secrets, clean
-from mlx_adapters.publishing.subject import REQUIRED, Subject
+from mlx_adapters.publishing.subject import REQUIRED, Subject, matches
 from mlx_adapters.storage import files, tensor_files
-from mlx_adapters.storage.tensor_names import METADATA_FILE
+from mlx_adapters.storage.tensor_names import CONFIG_FILE, FUSE_RECIPE_FILE, METADATA_FILE, REPORT_FILE
 
-# Texts of a model in which a slash is just a character.
-VERBATIM = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "model.safetensors.index.json")
+# Settings, in whose texts a path is a path. Of other files a slash may be a token.
+CLEANED = ("*config.json", METADATA_FILE, FUSE_RECIPE_FILE, REPORT_FILE)
+VOCABULARIES = ("tokenizer.json*", "*vocab*", "*merges*", "tekken*.json", "*.tiktoken", INDEX_FILE)
 
 
 def check(subject: Subject) -> None:
@@ -41,7 +44,7 @@ def _check_model(subject: Subject) -> None:
     missing = sorted(set(shards.values()) - there)
     if missing:
         raise NotFoundError(f"'{subject.folder}' lacks {missing[0]}, which its index names.", "fuse or copy it again.")
-    if not {"tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model"} & set(subject.sources):
+    if not any(is_tokenizer(name) for name in subject.sources):
         raise NotFoundError(f"'{subject.folder}' has no tokenizer.", "copy the base model's tokenizer files into it.")
 
 
@@ -90,8 +93,9 @@ def stage(subject: Subject, folder: Path) -> None:
     """
     for name, source in subject.sources.items():
         copy = _clean_copy(subject, name)
-        if name not in VERBATIM:
+        if not matches(name, VOCABULARIES):
             check_paths(name, _text_of(source) if copy is None else json.dumps(copy, ensure_ascii=False))
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if copy is None:
             (folder / name).symlink_to(source)
         else:
@@ -99,10 +103,11 @@ def stage(subject: Subject, folder: Path) -> None:
 
 
 def _clean_copy(subject: Subject, name: str) -> dict[str, Any] | None:
-    """What goes up in place of a JSON file that holds paths; None for a file that goes up as it is."""
+    """What goes up in place of settings that hold paths; None for a file that goes up as it is."""
     source = subject.sources[name]
-    if source.suffix != ".json" or name in VERBATIM:
+    if not matches(name, CLEANED):
         return None
     value = files.read_json(source)
-    cleaned = subject.metadata if name == METADATA_FILE else clean(value)
+    made = {METADATA_FILE: subject.metadata, CONFIG_FILE: subject.config}
+    cleaned = made[name] if subject.kind == "adapter" and name in made else clean(value)
     return None if cleaned == value else files.tagged(cleaned)

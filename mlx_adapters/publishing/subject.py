@@ -1,6 +1,7 @@
 """What is to be published: an adapter, a PEFT export or a model, and what its files say of it.
 
-Only known file names go up, so data, logs, checkpoints and optimizer states stay.
+Of an adapter only its own files go up. Of a model (and a PEFT export) all goes up that belongs to it (see
+`checkpoints.contents`); data, logs, checkpoints and optimizer states stay, each with a reason.
 """
 
 import contextlib
@@ -12,9 +13,10 @@ from typing import Any, Literal
 
 from mlx_adapters.benchmarking.reports import read_report
 from mlx_adapters.benchmarking.words import markdown
+from mlx_adapters.checkpoints.contents import MODEL_CONFIG, files_below, sorted_out
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError
 from mlx_adapters.models.adapter import Adapter, read_adapter, weights_file
-from mlx_adapters.models.base import INDEX_FILE, OTHER_FILE
+from mlx_adapters.models.base import INDEX_FILE, OTHER_FILE, WEIGHT_FILES
 from mlx_adapters.models.metadata import RECIPE_KINDS, REPORT_KINDS, fit, read_config, read_metadata
 from mlx_adapters.publishing.cleaning import clean, clean_text
 from mlx_adapters.sources.lookup import load_adapter, locate
@@ -24,39 +26,14 @@ from mlx_adapters.storage.hf_names import PEFT_WEIGHTS_FILE
 from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CONFIG_FILE, FUSE_RECIPE_FILE, METADATA_FILE, REPORT_FILE
 
 GGUF_FILE = "model.gguf"
-TOKENIZER = (
-    "tokenizer*.json",
-    "tokenizer*.model",
-    "*.tiktoken",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.jinja",
-    "spiece.model",
-    "sentencepiece*.model",
-)
+LICENSE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+# All that goes up of a folder besides licenses. Of models, and of exports to PEFT, all that belongs to them.
 PUBLISHED = {
     "adapter": (ADAPTER_FILE, CONFIG_FILE, METADATA_FILE),
-    "peft": (PEFT_WEIGHTS_FILE, CONFIG_FILE, *TOKENIZER),
-    "model": (
-        "config.json",
-        "generation_config.json",
-        "model*.safetensors",
-        OTHER_FILE,
-        INDEX_FILE,
-        *TOKENIZER,
-        "*preprocessor_config.json",
-        "processor_config.json",
-        "chat_template.json",
-        "*.py",
-        FUSE_RECIPE_FILE,
-        REPORT_FILE,
-    ),
+    "peft": (PEFT_WEIGHTS_FILE, CONFIG_FILE),
+    "model": (MODEL_CONFIG, WEIGHT_FILES, OTHER_FILE, INDEX_FILE, FUSE_RECIPE_FILE, REPORT_FILE),
     "gguf": (GGUF_FILE, FUSE_RECIPE_FILE, REPORT_FILE),
 }
-LICENSE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 REQUIRED = {
     "adapter": (ADAPTER_FILE, CONFIG_FILE),
     "peft": (PEFT_WEIGHTS_FILE, CONFIG_FILE),
@@ -68,14 +45,14 @@ Kind = Literal["adapter", "peft", "model", "gguf"]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is to be published. `sources` maps the name in the repository to the local file; `metadata`,
-    `config`, `recipe` and `report` are cleaned of local paths."""
+    """What is to be published. `sources` maps the name in the repository to the local file, `left_out` the folder's
+    other files to the reason; `metadata`, `config`, `recipe` and `report` are cleaned of local paths."""
 
     kind: Kind
     name: str
     folder: Path
     sources: dict[str, Path]
-    left_out: tuple[str, ...]
+    left_out: dict[str, str]
     config: dict[str, Any]
     metadata: dict[str, Any]
     recipe: dict[str, Any]
@@ -173,7 +150,8 @@ class Subject:
         missing = [name for name in REQUIRED[self.kind] if name not in kept]
         if missing:
             raise ConfigError(f"'{missing[0]}' cannot be left out: without it the rest is useless.")
-        return replace(self, sources=kept, left_out=(*self.left_out, *sorted(set(self.sources) - set(kept))))
+        excluded = dict.fromkeys(sorted(set(self.sources) - set(kept)), "excluded")
+        return replace(self, sources=kept, left_out=self.left_out | excluded)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -214,14 +192,14 @@ def _subject(folder: Path, iteration: int | None) -> Subject:
     config = (
         {} if kind == "gguf" else files.read_json(folder / "config.json") if kind == "model" else read_config(folder)
     )
-    patterns = (*PUBLISHED[kind], *LICENSE_FILES)
-    there = [path.name for path in paths.visible(folder)]
-    sources = {name: folder / name for name in there if matches(name, patterns) and (folder / name).is_file()}
+    config = adapter.config.to_mlx_lm(config) if adapter else config  # whatever the year, mlx-lm loads it
+    reasons = _why_not(kind, files_below(folder))
+    sources = {name: folder / name for name, why in reasons.items() if why is None}
     metadata = adapter.metadata if adapter else read_metadata(folder) if kind == "peft" else {}
     if adapter and iteration is not None:
         sources[ADAPTER_FILE] = weights_file(folder, iteration)
         metadata = metadata | {"iteration": iteration, "sha256": {ADAPTER_FILE: files.sha256(sources[ADAPTER_FILE])}}
-    left_out = [name for name in there if name not in sources and name != "README.md"]
+    left_out = _left_out(reasons)
     name = adapter.name.partition("@")[0] if adapter else folder.name
     recipe, report = (
         fit(files.read_json(folder / file), kinds) if (folder / file).is_file() else {}
@@ -232,7 +210,7 @@ def _subject(folder: Path, iteration: int | None) -> Subject:
         name,
         folder,
         sources,
-        tuple(left_out),
+        left_out,
         clean(config),
         clean(metadata),
         clean(recipe),
@@ -241,6 +219,23 @@ def _subject(folder: Path, iteration: int | None) -> Subject:
         _base_of(metadata, recipe, config).get("name"),
         _fused_adapter(recipe),
     )
+
+
+def _why_not(kind: Kind, names: Iterable[str]) -> dict[str, str | None]:
+    """Each file of a folder and why it does not go up; None for those that do."""
+    reasons = sorted_out(names)
+    if kind in ("adapter", "gguf"):
+        other = "no part of an adapter" if kind == "adapter" else "no part of a GGUF file"
+        reasons = {name: why or other for name, why in reasons.items()}
+    own = (*PUBLISHED[kind], *LICENSE_FILES)
+    return {name: None if "/" not in name and matches(name, own) else why for name, why in reasons.items()}
+
+
+def _left_out(reasons: Mapping[str, str | None]) -> dict[str, str]:
+    """What does not go up, and why; a folder of which nothing does is one of them. A card is made anew."""
+    kept = {name.partition("/")[0] for name, why in reasons.items() if why is None}
+    stays = {name: why for name, why in reasons.items() if why is not None and name != "README.md"}
+    return {(name if (top := name.partition("/")[0]) in kept else top): why for name, why in stays.items()}
 
 
 def _fused_adapter(recipe: Mapping[str, Any]) -> Adapter | None:

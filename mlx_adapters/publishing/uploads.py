@@ -41,13 +41,13 @@ REPLACED = ["model*.safetensors", OTHER_FILE, INDEX_FILE]
 
 @dataclass(frozen=True)
 class Publication:
-    """What was published, or would be (`commit` is None then). `left_out` names the folder's other files."""
+    """What was published, or would be (`commit` is None then). `left_out`: the folder's other files, and why."""
 
     repo: str
     kind: str
     private: bool
     files: tuple[PublishedFile, ...]
-    left_out: tuple[str, ...]
+    left_out: dict[str, str]
     card: str = field(repr=False)
     commit: str | None = None
     url: str | None = None
@@ -190,7 +190,7 @@ def publish(
         card = _stage(subject, folder, repo, remote, exclude, base_model, license, on_event)
         staging.check_finite(subject, on_event)
         deletes = REPLACED if subject.kind == "model" else []
-        left_out = tuple(name for name in subject.left_out if not (folder / name).exists())
+        left_out = {name: why for name, why in subject.left_out.items() if not (folder / name).exists()}
         publication = Publication(repo, subject.kind, private, changes(folder, remote, deletes), left_out, card)
         if dry_run:
             return publication

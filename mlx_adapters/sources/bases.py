@@ -1,23 +1,23 @@
 """Which base model a name means: `demo` (the embedded real model), a folder, or a Hub id with @revision or not."""
 
 import contextlib
-import sys
 from pathlib import Path
 
 from mlx_adapters.errors import HubError, NotFoundError, did_you_mean
-from mlx_adapters.models.base import MODEL_FILES, Base
+from mlx_adapters.models.base import Base
 from mlx_adapters.sources.demo_base import DEMO_BASE, demo_base_folder
-from mlx_adapters.sources.hub import snapshot
 from mlx_adapters.sources.references import hub_id
+from mlx_adapters.sources.snapshots import model_snapshot
 from mlx_adapters.storage import paths
 from mlx_adapters.storage.tensor_names import CONFIG_FILE
 
 
-def resolve_base(name: str | Path | Base, download: bool = True) -> Base:
+def resolve_base(name: str | Path | Base, download: bool = True, everything: bool = False) -> Base:
     """Find a base model: `demo`, a folder, or a Hub id with an optional @revision (downloaded once).
 
     Raises NotFoundError, HubError or, for a name that no repository can have, ConfigError; without `download`,
-    NotFoundError for what is not on this machine yet.
+    NotFoundError for what is not on this machine yet. `everything`: also what goes along with a model but is not needed
+    to load it.
     """
     if isinstance(name, Base):
         return name
@@ -36,7 +36,7 @@ def resolve_base(name: str | Path | Base, download: bool = True) -> Base:
         raise NotFoundError(f"There is no model '{text}'.", _hint(text, folder))
     repo, revision = named
     try:
-        snapshot = _snapshot(repo, revision, download)
+        snapshot = model_snapshot(repo, revision, download=download, everything=everything)
     except HubError as error:
         if near := did_you_mean(text, _models_beside(text, folder)):
             raise HubError(error.message, f"{near} Else {error.hint or 'check the name.'}") from error
@@ -60,14 +60,3 @@ def _models_beside(text: str, folder: Path) -> list[str]:
     with contextlib.suppress(OSError):
         return [f"{start}{path.name}" for path in paths.visible(folder.parent) if (path / "config.json").is_file()]
     return []
-
-
-def _snapshot(repo: str, revision: str | None, download: bool) -> Path:
-    """The model's folder in huggingface_hub's cache; downloaded, if allowed, where it is not whole there."""
-    with contextlib.suppress(HubError):
-        folder, _ = snapshot(repo, revision, MODEL_FILES, local_only=True)
-        if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")):
-            return folder
-    if not download:
-        raise NotFoundError(f"'{repo}' is not on this machine yet.")
-    return snapshot(repo, revision, MODEL_FILES, show_progress=sys.stderr.isatty())[0]

@@ -16,6 +16,7 @@ from mlx_adapters.sources.references import hub_id
 from mlx_adapters.storage import paths
 
 log = logging.getLogger("mlx_adapters.hub")
+CACHE_HINT = "free some space, or name a place on another disk for downloads with HF_HOME."
 SIGN_IN = "sign in with 'hf auth login', or set HF_TOKEN."
 COMMIT = re.compile(r"[0-9a-f]{40}")
 BAD_BRANCH = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|^[-/.]|/\.|[/.]$|\.lock(?=/|$)|^@$")
@@ -69,23 +70,37 @@ def _translate(what: str, error: BaseException) -> AdapterError | None:
     if isinstance(error, HFValidationError):
         return ConfigError(f"Cannot {what}: {_short(error)}")
     if isinstance(error, LocalEntryNotFoundError):
-        return HubError(
-            f"Cannot {what}: it is not in the cache, and the Hub cannot be reached.",
+        some = re.search(r"missing \(([^()]+)\)", str(error))
+        lacks = f"the cache lacks {some[1]}" if some else "it is not in the cache"
+        return NotCached(
+            f"Cannot {what}: {lacks}, and the Hub cannot be reached.",
             "if it is meant to be a folder, there is none of that name here; else check the network, and "
             "HF_HUB_OFFLINE.",
         )
     if type(error) is RuntimeError and error.__cause__ is not None:  # a thread of an upload failed
         return _translate(what, error.__cause__)
     if type(error) is RuntimeError or isinstance(error, HTTPError | ConnectionError | TimeoutError):
-        return Disconnected(
+        return Unreachable(
             f"Cannot {what}: the connection failed ({_short(error)}).",
             "check the network and run the same command again; it goes on where it stopped.",
         )
     return None
 
 
+class NotCached(HubError):
+    """It is not in the cache, and the Hub was not asked or did not answer."""
+
+
+class Unusable(HubError):
+    """What the repository holds is nothing that can be used here: trying again does not help."""
+
+
 class Disconnected(HubError):
     """The connection broke or the Hub is overloaded: trying again may help."""
+
+
+class Unreachable(Disconnected):
+    """The Hub does not answer at all."""
 
 
 def _from_status(what: str, error: Any) -> HubError:
@@ -149,35 +164,89 @@ def progress_bars(show: bool) -> Iterator[None]:
 
 
 def snapshot(
-    repo: str, revision: str | None, patterns: Sequence[str], *, show_progress: bool = False, local_only: bool = False
+    repo: str, revision: str | None, patterns: Sequence[str], *, show_progress: bool = False, again: bool = False
 ) -> tuple[Path, str]:
     """Download the files of `repo` that match, once, into huggingface_hub's cache: (folder, commit).
 
     Where the Hub does not answer (no network, no token for a private one) cached files are taken, which the
-    logger of this module tells; with `local_only` it is not asked. Raises HubError.
+    logger of this module tells. again: download what is there, too. Raises HubError, or StorageError that names the
+    cache.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
-    problem = None if local_only or COMMIT.fullmatch(revision or "") else _problem(repo, revision)
-    with hub_errors(f"download '{repo}'"), progress_bars(show_progress), paths.storage_errors(Path(repo)):
-        folder = Path(
-            snapshot_download(repo, revision=revision, allow_patterns=list(patterns), local_files_only=local_only)
-        )
+    problem = None if COMMIT.fullmatch(revision or "") else _problem(repo, revision)
+    try:
+        with (
+            hub_errors(f"download '{repo}'"),
+            progress_bars(show_progress),
+            paths.storage_errors(Path(constants.HF_HUB_CACHE), CACHE_HINT),
+        ):
+            folder = Path(
+                snapshot_download(repo, revision=revision, allow_patterns=list(patterns), force_download=again)
+            )
+    except NotCached:
+        if problem is None or isinstance(problem, Unreachable):
+            raise
+        raise problem from None
     if problem:
-        log.info("'%s' comes from the cache, commit %s. %s", repo, folder.name[:12], problem)
+        log.info("'%s' comes from the cache, commit %s. %s", repo, folder.name[:12], problem.message)
     return folder, folder.name
 
 
-def _problem(repo: str, revision: str | None) -> str:
-    """Why the Hub does not tell what a revision means now; "" if it does."""
+def _problem(repo: str, revision: str | None) -> HubError | None:
+    """Why the Hub does not tell what a revision means now; None if it does."""
     from huggingface_hub import HfApi
 
     try:
-        with hub_errors(f"ask the Hub for '{repo}'"):
+        with hub_errors(f"download '{repo}'"):
             HfApi().repo_info(repo, revision=revision)
     except HubError as error:
-        return error.message
-    return ""
+        return error
+    return None
+
+
+def cached(repo: str, revision: str | None) -> Path | None:
+    """The folder that the cache has of a repository's revision, whole or not; None if it has none.
+
+    Where the cache does not know which commit the main branch is, but has one commit alone, it is that.
+    """
+    from huggingface_hub import constants, snapshot_download
+
+    with contextlib.suppress(HubError), hub_errors(f"find '{repo}'"):
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=[], local_files_only=True))
+    kept = paths.visible(Path(constants.HF_HUB_CACHE), f"models--{repo.replace('/', '--')}/snapshots/*")
+    return kept[0] if revision is None and len(kept) == 1 else None
+
+
+def cached_tree(repo: str, commit: str) -> dict[str, int] | None:
+    """The files of a commit and their bytes, as the cache has them listed; None if it has not."""
+    try:
+        from huggingface_hub import get_cached_repo_tree
+        from huggingface_hub.errors import CachedRepoTreeNotFoundError
+    except ImportError:  # older versions keep none
+        return None
+    with contextlib.suppress(CachedRepoTreeNotFoundError):
+        return {file.path: file.size for file in get_cached_repo_tree(repo, revision=commit)}
+    return None
+
+
+def tree(repo: str, commit: str) -> dict[str, int]:
+    """The files of a commit and their bytes; the Hub is asked if the cache has them not listed. Raises HubError."""
+    from huggingface_hub import HfApi, RepoFile
+
+    listed = cached_tree(repo, commit)
+    if listed is None:
+        with hub_errors(f"look at '{repo}'"):
+            entries = HfApi().list_repo_tree(repo, recursive=True, revision=commit)
+            listed = {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
+    return listed
+
+
+def require_room(repo: str, needed_bytes: int) -> None:
+    """Raise StorageError unless the disk of the cache has so many bytes free."""
+    from huggingface_hub import constants
+
+    paths.require_free_space(Path(constants.HF_HUB_CACHE), needed_bytes, f"download '{repo}'", CACHE_HINT)
 
 
 def readme(repo: str, revision: str | None = None) -> str:

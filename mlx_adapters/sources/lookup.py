@@ -26,11 +26,11 @@ def locate(reference: str | Reference) -> tuple[Path, int | None]:
         from mlx_adapters.sources.downloads import adapter_snapshot
 
         try:
-            return adapter_snapshot(ref.target, ref.revision), None
+            return adapter_snapshot(ref), None
         except HubError as error:
-            if not Path(ref.target).is_dir():
+            if not Path(str(ref)).is_dir():
                 raise
-            raise HubError(error.message, f"the folder is './{ref.target}'; 'user/repo' means the Hub.") from None
+            raise HubError(error.message, f"the folder is './{ref}'; 'user/repo' means the Hub.") from None
     folder = adapter_folder(ref.target)
     if not folder.is_dir():
         if folder.is_symlink():
@@ -85,7 +85,7 @@ def peft_folder(source: str | Path) -> tuple[Path, dict[str, Any]]:
     reference = parse_reference(text)
     if reference.kind != "hub":
         return Path(text), {}
-    from mlx_adapters.sources.downloads import adapter_files
+    from mlx_adapters.sources.downloads import adapter_files, origin
 
-    folder, commit = adapter_files(reference.target, reference.revision)
-    return folder, {"hub": {"repo": reference.target, "revision": commit}}
+    folder, commit = adapter_files(reference)
+    return folder, {"hub": origin(reference, commit)}

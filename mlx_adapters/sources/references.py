@@ -1,7 +1,7 @@
 """How a reference is spelled, which alone decides what it means, never what happens to exist.
 
 `NAME` and `NAME@ITERATION` are the registry's, a path starts with `.`, `/` or `~` (with `@ITERATION` for a checkpoint),
-`user/repo[@revision]` is on the Hub.
+`user/repo[/folder][@revision]` is on the Hub.
 """
 
 import re
@@ -12,21 +12,29 @@ from mlx_adapters.errors import ConfigError
 from mlx_adapters.storage import paths
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-HUB = re.compile(r"([A-Za-z0-9][\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?")
+HUB = re.compile(r"([A-Za-z0-9][\w.-]*/\w[\w.-]*)((?:/\w[\w.-]*)*)(?:@([\w./-]+))?")
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A parsed reference. `target` is a name, a path or a Hub id."""
+    """A parsed reference. `target` is a name, a path or a Hub id; `subfolder` where in a repository it lies."""
 
     kind: Literal["name", "path", "hub"]
     target: str
     iteration: int | None = None
     revision: str | None = None
+    subfolder: str | None = None
 
     def __str__(self) -> str:
         suffix = self.revision if self.kind == "hub" else self.iteration
-        return self.target if suffix is None else f"{self.target}@{suffix}"
+        place = f"{self.target}/{self.subfolder}" if self.subfolder else self.target
+        return place if suffix is None else f"{place}@{suffix}"
+
+    @property
+    def own_name(self) -> str:
+        """What an adapter that comes from there is called, if nobody says otherwise."""
+        last = self.target.rstrip("/").rpartition("/")[2]
+        return f"{last}-{self.subfolder.replace('/', '-')}" if self.subfolder else last
 
 
 def check_name(name: str) -> str:
@@ -42,16 +50,16 @@ def check_name(name: str) -> str:
 def hub_id(text: str) -> tuple[str, str | None] | None:
     """(repository, revision) that `user/repo[@revision]` means; None for another spelling."""
     match = HUB.fullmatch(text)
-    return (match[1], match[2]) if match else None
+    return (match[1], match[3]) if match and not match[2] else None
 
 
 def parse_reference(text: str) -> Reference:
-    """Parse NAME, NAME@ITERATION, a path, or user/repo[@revision]. Raises ConfigError."""
+    """Parse NAME, NAME@ITERATION, a path, or user/repo[/folder][@revision]. Raises ConfigError."""
     if paths.is_path(text):
         match = re.fullmatch(r"(.+)@(\d+)", text)
         return Reference("path", match[1], int(match[2])) if match else Reference("path", text)
-    if hub := hub_id(text):
-        return Reference("hub", hub[0], revision=hub[1])
+    if hub := HUB.fullmatch(text):
+        return Reference("hub", hub[1], revision=hub[3], subfolder=hub[2].strip("/") or None)
     if "/" in text:
         raise ConfigError(f"'{text}' is neither a name nor 'user/repo'.", f"write a path as './{text}'.")
     name, at, iteration = text.partition("@")

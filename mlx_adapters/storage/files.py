@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlx_adapters.errors import FormatError, NotFoundError, StorageError
-from mlx_adapters.storage.paths import TEMPORARY_PREFIX, same_place, storage_errors, unreadable
+from mlx_adapters.storage.paths import TEMPORARY_PREFIX, refuse_pointer, same_place, storage_errors, unreadable
 from mlx_adapters.storage.replacing import NOTHING, Output, refuse_existing
 from mlx_adapters.storage.temporaries import draft, flush, flush_path, flush_tree, in_draft, swap_in
 
@@ -170,6 +170,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise unreadable(path, error) from None
     except (ValueError, RecursionError) as error:
+        refuse_pointer(path)
         raise FormatError(f"'{path}' is not readable JSON: {error}.") from None
     if not isinstance(value, dict):
         raise FormatError(f"'{path}' must hold a JSON object.")

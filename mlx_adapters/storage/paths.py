@@ -8,7 +8,7 @@ import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from mlx_adapters.errors import NotFoundError, StorageError
+from mlx_adapters.errors import AdapterError, FormatError, NotFoundError, StorageError
 from mlx_adapters.units import size
 
 PURGEABLE = " Finder counts what it could delete (purgeable space) as available; that is not free yet."
@@ -68,14 +68,17 @@ def same_source(one: str, other: str) -> bool:
     return one == other
 
 
+ROOM_HINT = "free some space, or choose another disk with --home or another output folder."
+
+
 @contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn the disk's refusals into StorageError with a next step."""
+def storage_errors(path: Path, room_hint: str = ROOM_HINT) -> Iterator[None]:
+    """Turn the disk's refusals into StorageError with a next step; `room_hint` is that of a full disk."""
     try:
         yield
     except OSError as error:
         hints = {
-            errno.ENOSPC: "free some space, or choose another disk with --home or another output folder.",
+            errno.ENOSPC: room_hint,
             errno.EDQUOT: "your disk quota is used up.",
             errno.EFBIG: "the file is larger than this process may write (see 'ulimit -f').",
             errno.EROFS: "the disk is read-only; choose another place.",
@@ -99,6 +102,31 @@ def unreadable(path: str | Path, error: OSError) -> StorageError:
     return StorageError(f"Cannot read '{path}': {_reason(error)}.", hint)
 
 
+POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def refuse_pointer(path: str | Path) -> None:
+    """Raise FormatError for what git leaves in place of a large file unless Git LFS fetches the file itself."""
+    try:
+        with open(path, "rb") as stream:
+            is_pointer = stream.read(len(POINTER)) == POINTER
+    except OSError:  # whoever reads it is told why that cannot be
+        return
+    if is_pointer:
+        hint = "run 'git lfs pull' where it was cloned, or download the file itself."
+        raise FormatError(f"'{undrafted(Path(path))}' is a Git LFS pointer, not the file that it stands for.", hint)
+
+
+@contextlib.contextmanager
+def named(folder: Path, name: str) -> Iterator[None]:
+    """Let errors about a folder, such as a draft that nobody has seen, call it as the user did."""
+    try:
+        yield
+    except AdapterError as error:
+        message = error.message.replace(str(folder), name).replace(str(undrafted(folder)), name)
+        raise type(error)(message, error.hint) from None
+
+
 def undrafted(path: Path) -> Path:
     """The path that a file of a draft will have in the end: what the user knows."""
     return Path(*(part for part in Path(path).parts if not part.startswith(TEMPORARY_PREFIX)))
@@ -115,16 +143,22 @@ def _belongs_to(named: Path, written: Path) -> bool:
     return draft or written.is_relative_to(named) or named.is_relative_to(written)
 
 
-def require_free_space(path: Path, needed_bytes: int) -> None:
-    """Raise StorageError if the disk that will hold `path` has less than `needed_bytes` free."""
+def require_free_space(
+    path: Path, needed_bytes: int, what: str = "", hint: str = "free some space, or choose another disk."
+) -> None:
+    """Raise StorageError if the disk that will hold `path` has less than `needed_bytes` free.
+
+    what: what cannot be done then, as in "download 'user/repo'"; "": write `path`.
+    """
     folder = Path(path).absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
+        task = what or f"write '{undrafted(path)}'"
         raise StorageError(
-            f"Cannot write '{undrafted(path)}': it needs {size(needed_bytes)}, but the disk has {size(free)} free.",
-            "free some space, or choose another disk." + (PURGEABLE if sys.platform == "darwin" else ""),
+            f"Cannot {task}: it needs {size(needed_bytes)}, but the disk has {size(free)} free.",
+            hint + (PURGEABLE if sys.platform == "darwin" else ""),
         )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.storage.files import atomic_file
-from mlx_adapters.storage.paths import require_free_space, unreadable
+from mlx_adapters.storage.paths import refuse_pointer, require_free_space, undrafted, unreadable
 
 BLOCK = 16 << 20  # bytes copied at once
 HASHED_LATER = 32  # tensors that may wait, written, for their hash
@@ -163,6 +163,11 @@ def _refuse_pipe(path: str | Path) -> None:
         raise FormatError(f"'{path}' is a pipe, not a file.", "take it away, or put the file in its place.")
 
 
+def _not_whole(path: str | Path) -> FormatError:
+    message = f"'{undrafted(Path(path))}' is not a whole safetensors file."
+    return FormatError(message, "it may be truncated; copy or download it again.")
+
+
 def read_safetensors_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Read names, dtypes, shapes and metadata without the tensors, checking every offset.
 
@@ -171,8 +176,9 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]
     Raises NotFoundError, or FormatError for what is no whole safetensors file.
     """
     path = Path(path)
-    bad = FormatError(f"'{path}' is not a whole safetensors file.", "it may be truncated; copy or download it again.")
+    bad = _not_whole(path)
     _refuse_pipe(path)
+    refuse_pointer(path)
     try:
         size = path.stat().st_size
         with open(path, "rb") as stream:
@@ -220,6 +226,7 @@ def glance_at_safetensors(path: str | Path) -> int:
     full check is `read_safetensors_header`. Raises NotFoundError or FormatError.
     """
     _refuse_pipe(path)
+    refuse_pointer(path)
     try:
         with open(path, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -233,7 +240,7 @@ def glance_at_safetensors(path: str | Path) -> int:
                     return size
     except FileNotFoundError:
         raise NotFoundError(f"There is no file '{path}'.") from None
-    raise FormatError(f"'{path}' is not a whole safetensors file.", "it may be truncated; copy or download it again.")
+    raise _not_whole(path)
 
 
 def read_safetensors(path: Path) -> dict[str, Any]:

@@ -10,8 +10,9 @@ import inspect
 import io
 import resource
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mlx_adapters.system.limits import raise_open_files
 from mlx_adapters.system.templates import Bounded
 
 TESTED = "0.32"
+FP8_SCALES = "weight_scale_inv"  # the leaf of such a checkpoint's tensors
 
 
 @contextlib.contextmanager
@@ -45,7 +47,13 @@ try:
         from mlx_lm.tokenizer_utils import TokenizerWrapper
         from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
         from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
-        from mlx_lm.utils import _get_classes, load_config, load_model
+        from mlx_lm.utils import (
+            DEFAULT_ALLOW_PATTERNS,
+            _compressed_tensors_quantization,
+            _get_classes,
+            load_config,
+            load_model,
+        )
         from mlx_lm.utils import load_tokenizer as load_mlx_tokenizer
         from transformers.utils import chat_template_utils
         from transformers.utils import logging as transformers_logging
@@ -190,6 +198,35 @@ def _own_classes(file: Path) -> tuple[Any, Any]:
     return module.Model, module.ModelArgs
 
 
+def fetched_by_mlx_lm(name: str) -> bool:
+    """Whether `mlx_lm.load` fetches a file of this name from a repository: what it loads is among those."""
+    return any(fnmatch(name, pattern) for pattern in DEFAULT_ALLOW_PATTERNS)
+
+
+def packed_by(config: Mapping[str, Any]) -> str | None:
+    """The program that packed a checkpoint's weights by the word of its config, if mlx-lm does not unpack them.
+
+    mlx-lm passes such checkpoints over in silence until the names of their tensors fit nothing. What it does unpack is
+    named in its code: of the loader or, for FP8 in blocks, of the model itself.
+    """
+    settings = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    if config.get("quantization") or not isinstance(settings, dict):
+        return None
+    method = settings.get("quant_method")
+    if method == "fp8":
+        blocks = settings.get("scale_fmt") == "ue8m0" and settings.get("weight_block_size") == [32, 32]
+        model, _ = _get_classes(dict(config))
+        known = blocks or FP8_SCALES in inspect.getsource(inspect.getmodule(model))  # type: ignore[arg-type]
+    else:
+        known = f'"{method}"' in inspect.getsource(load_model)
+    if method == "compressed-tensors":
+        try:
+            _compressed_tensors_quantization(settings)
+        except Exception:
+            return f"{method} ({settings.get('format')})"
+    return None if known else str(method)
+
+
 def logits_shape(config: dict[str, Any], folder: Path) -> tuple[int, ...]:
     """(1, 1, vocabulary): the shape of what a model of this config says to one token. Nothing is computed."""
     return tuple(make_module(config, folder)(mx.zeros((1, 1), mx.int32)).shape)
@@ -238,6 +275,7 @@ __all__ = [
     "SwitchLinear",
     "TRUST_IT",
     "TokenizerWrapper",
+    "fetched_by_mlx_lm",
     "harness_model",
     "load_config",
     "load_mlx_model",
@@ -249,6 +287,7 @@ __all__ = [
     "make_sampler",
     "mx",
     "nn",
+    "packed_by",
     "sanitize_of",
     "refusals",
     "stream_generate",
