@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_adapters.errors import HubError, NotFoundError, did_you_mean
+from mlx_adapters.sources.hub import NotCached
 from mlx_adapters.sources.references import Reference, parse_reference
 from mlx_adapters.sources.registry import adapter_folder, names
 from mlx_adapters.storage import paths
@@ -29,6 +30,8 @@ def locate(reference: str | Reference) -> tuple[Path, int | None]:
             return adapter_snapshot(ref), None
         except HubError as error:
             if not Path(str(ref)).is_dir():
+                if ref.subfolder and isinstance(error, NotCached):
+                    raise NotCached(error.message, f"{error.hint} A folder of this machine is './{ref}'.") from None
                 raise
             raise HubError(error.message, f"the folder is './{ref}'; 'user/repo' means the Hub.") from None
     folder = adapter_folder(ref.target)

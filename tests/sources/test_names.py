@@ -400,12 +400,13 @@ def test_a_read_beside_overwrites_is_of_one_adapter(base, home):
 def test_a_folder_without_its_slash_is_told_how_to_write_it(tmp_path, monkeypatch):
     (tmp_path / "out" / "sql").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
+    for text in ("home/out/sql", "out/sql"):
+        with pytest.raises(HubError) as caught:
+            lookup.locate(text)
+        assert f"'./{text}'" in caught.value.hint
     with pytest.raises(ConfigError) as caught:
-        references.parse_reference("home/out/sql")
-    assert "'./home/out/sql'" in caught.value.hint
-    with pytest.raises(HubError) as caught:
-        lookup.locate("out/sql")
-    assert "'./out/sql'" in caught.value.hint
+        references.parse_reference("out//sql")
+    assert "'./out//sql'" in caught.value.hint
 
 
 def test_a_link_to_a_disk_that_is_not_connected_is_listed_and_told(base, tmp_path):
