@@ -13,9 +13,11 @@ where a template has them. Else four things are read off the traced rendering (`
   template wrote there; else the last of what it wrote there that is not blank.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice, takewhile
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from mlx_adapters.system import tracing
 from mlx_adapters.system.templates import Call
 from mlx_adapters.system.tracing import Rendering, Run
 
+PROMPT = "add_generation_prompt"
 PROBE = tuple({"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant"))
 
 
@@ -90,17 +93,33 @@ class Written:
         stops = [mark.start for mark in self.rendering.marks if mark.what == "end"]
         return list(zip(starts, stops, strict=False))
 
+    @cached_property
+    def _owned(self) -> dict[int, list[Run]]:
+        owned: dict[int, list[Run]] = {}
+        for run in self.rendering.runs:
+            start, stop = self.regions.get(run.leaf.message, (0, len(self.rendering.text)))
+            if start <= run.start and run.stop <= stop:
+                owned.setdefault(run.leaf.message, []).append(run)
+        return owned
+
     def own(self, message: int) -> list[Run]:
         """The message's own characters, in the place where it was written."""
-        start, stop = self.regions.get(message, (0, len(self.rendering.text)))
-        return [r for r in self.rendering.runs if r.leaf.message == message and start <= r.start and r.stop <= stop]
+        return self._owned.get(message, [])
+
+    def between(self, start: int, stop: int) -> Iterator[Run]:
+        """The runs that begin in [start, stop)."""
+        first = bisect_left(self.rendering.runs, start, key=lambda run: run.start)
+        return takewhile(lambda run: run.start < stop, islice(self.rendering.runs, first, None))
 
 
 def written(call: Call) -> Written | None:
     """The rendering that was seen, traced. None if it comes out otherwise."""
     variables = {key: value for key, value in call.variables.items() if key != "messages"}
     turns = tracing.wrapped(call.variables["messages"])
-    rendering = tracing.render(call.template, turns, variables)
+    try:
+        rendering = tracing.render(call.template, turns, variables)
+    except Exception:  # it takes longer than the template alone, and there are limits
+        return None
     return _written(call, turns, rendering, variables) if rendering.text == call.text else None
 
 
@@ -112,12 +131,9 @@ def _written(call: Call, turns: list[tracing.Turn], rendering: Rendering, variab
             return None
 
     def prompt(message: int, flipped: bool) -> Rendering | None:
-        switches = {key: not value for key, value in variables.items() if flipped and isinstance(value, bool)}
-        return (
-            None
-            if flipped and len(switches) < 2
-            else attempt(turns[:message], {**switches, "add_generation_prompt": True})
-        )
+        switches = {key: not value for key, value in variables.items() if isinstance(value, bool)}
+        switches = {key: value for key, value in switches.items() if flipped and key != PROMPT}
+        return attempt(turns[:message], {**switches, PROMPT: True}) if switches or not flipped else None
 
     def probe() -> Written | None:
         messages = tracing.wrapped(PROBE)
@@ -147,50 +163,52 @@ def _by_marks(written: Written, encoded: Encoded, message: int, ends: Ends) -> S
 
 
 def _by_rendering(written: Written, encoded: Encoded, message: int, prompt: int | None, ends: Ends) -> Said:
-    own = written.own(message)
     spans = []
     if prompt is not None:
-        stop = written.regions.get(message, (0, None))[1]
-        others = [run for run in written.rendering.runs if run.leaf.message != message]
-        for number, (first, last) in enumerate(_groups(own, others) or [(prompt, prompt)]):
-            end = _end(encoded, max(last, prompt), stop, others, ends)
-            begin = encoded.from_char(prompt) if number == 0 else _resumed(encoded, first, others, ends)
-            spans.append((begin, end))
-    return _said(encoded, message, spans, bool(own), ends)
+        for number, (first, last) in enumerate(_groups(written, message, prompt)):
+            begin = encoded.from_char(prompt) if number == 0 else _resumed(written, encoded, message, first, ends)
+            spans.append((begin, _end(written, encoded, message, last, ends)))
+    return _said(encoded, message, spans, bool(written.own(message)), ends)
 
 
 def _said(encoded: Encoded, message: int, spans: list[tuple[int, int]], reached: bool, ends: Ends) -> Said:
     spans = [(start, stop) for start, stop in spans if start < stop]
-    stops = bool(spans) and encoded.ids[spans[-1][1] - 1] in ends.stop
-    return Said(message, tuple(spans), reached, stops)
+    last = spans[-1][1] - 1 if spans else 0
+    while last and encoded.text[encoded.starts[last] : encoded.ends[last]].isspace():  # marks may hold a line break
+        last -= 1
+    return Said(message, tuple(spans), reached, bool(spans) and encoded.ids[last] in ends.stop)
 
 
-def _groups(own: Sequence[Run], others: Sequence[Run]) -> list[tuple[int, int]]:
-    """Own characters as [start, stop), parted where another message's stand between them."""
-    groups: list[tuple[int, int]] = []
-    for run in own:
-        if groups and not any(groups[-1][1] <= other.start < run.start for other in others):
-            groups[-1] = (groups[-1][0], run.stop)
-        else:
+def _groups(written: Written, message: int, prompt: int) -> list[tuple[int, int]]:
+    """The turn from its prompt on as [start, stop) of own characters, parted where another message's stand between."""
+    own = written.own(message)
+    last = written.regions[message][1] if message in written.regions else own[-1].stop
+    groups, parted = [(prompt, prompt)], False
+    for run in written.between(min(prompt, own[0].start) if own else prompt, last):
+        if run.leaf.message != message:
+            parted = parted or run.start >= prompt
+        elif parted:
             groups.append((run.start, run.stop))
+            parted = False
+        else:
+            groups[-1] = (groups[-1][0], max(run.stop, prompt))
     return groups
 
 
-def _resumed(encoded: Encoded, first: int, others: Sequence[Run], ends: Ends) -> int:
+def _resumed(written: Written, encoded: Encoded, message: int, first: int, ends: Ends) -> int:
     """The token from which a turn goes on after another message's text: what the template closes that with is not
     the turn's."""
-    border = max(run.stop for run in others if run.stop <= first)
+    border = max(run.stop for run in written.between(0, first) if run.leaf.message != message)
     tokens = range(encoded.from_char(border), encoded.from_char(first))
     return max((token + 1 for token in tokens if encoded.ids[token] in ends.special), default=encoded.from_char(first))
 
 
-def _end(encoded: Encoded, last: int, stop: int | None, others: Sequence[Run], ends: Ends) -> int:
-    """One past the last token of a turn whose own characters end at `last`, and which was written up to `stop`."""
-    border = min((run.start for run in others if run.start >= last), default=len(encoded.text))
-    stop = border if stop is None else min(stop, border)
+def _end(written: Written, encoded: Encoded, message: int, last: int, ends: Ends) -> int:
+    """One past the last token of a turn, or of a part of it, whose own characters end at `last`."""
+    others = (run.start for run in written.between(last, len(encoded.text)) if run.leaf.message != message)
+    border = next(others, len(encoded.text))
+    stop = min(border, written.regions[message][1]) if message in written.regions else border
     first, after = encoded.to_char(last), encoded.to_char(stop)
-    while first < len(encoded.ids) and encoded.starts[first] < last:
-        first += 1
     for token in range(first, min(after + 1, len(encoded.ids))):  # the one after may be what stops, as in GLM
         if encoded.ids[token] in ends.stop and encoded.starts[token] < border:
             return token + 1

@@ -13,13 +13,14 @@ from functools import wraps
 from typing import Any, NamedTuple
 
 from jinja2 import nodes
-from jinja2.runtime import Context
+from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from mlx_adapters.system.templates import Bounded, LimitedTemplate
 from mlx_adapters.system.traced import Leaf, Traced, inherited, join, joined, pieces_of
 
+_OWN_ARGUMENTS = ("_loop_vars", "_block_vars", "caller")  # that jinja itself adds to a call
 NOT_SAID = frozenset({"role", "name", "weight"})  # fields of a message that are no words of its speaker
 
 
@@ -73,11 +74,14 @@ class _Tracing(Bounded):
     concat = staticmethod(joined)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """A call; what it makes of a message's texts came from that message."""
+        """A call; what it makes of a message's texts came from that message. A macro knows better."""
+        if isinstance(__obj, Macro):
+            return super().call(__context, __obj, *args, **kwargs)
         owner = getattr(__obj, "__self__", None)
         if type(owner) is str and __obj.__name__ == "join" and args:
             return join(owner, list(args[0]))
-        return inherited(super().call(__context, __obj, *args, **kwargs), (owner, *args, *kwargs.values()))
+        given = (value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS)
+        return inherited(super().call(__context, __obj, *args, **kwargs), (owner, *args, *given))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """A product, power or format."""

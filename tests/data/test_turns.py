@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 from helpers.chat_families import FAMILIES, TOOLS, by_marks, chat_tokenizer, conversation, drawn, marked, plain
+from mlx_lm.tuner.datasets import ChatDataset
 
 from mlx_adapters.data.conversation import conversation as tokenized
 
@@ -121,6 +122,17 @@ def test_what_a_tool_says_inside_the_turn_is_not_trained():
     )
 
 
+def test_a_result_before_the_first_word_of_a_turn_is_not_trained_either():
+    template = (
+        "{% for m in messages %}{{ '<|turn>' + m.role + '\n' }}{% if m.calls %}{{ '<|tool_call>f<tool_call|>"
+        "<|tool_response>' + messages[0].content + '<tool_response|>' }}{% endif %}{{ m.content + '<turn|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|turn>assistant\n' }}{% endif %}"
+    )
+    assert shown("gemma4", [user("Q"), answer("good.", calls=1)], template) == (
+        "Q<turn|>\n<|turn>assistant\n[[<|tool_call>f<tool_call|><|tool_response>]]Q<tool_response|>[[good.<turn|>]]\n"
+    )
+
+
 def test_the_token_that_stops_may_begin_the_next_message():
     text = shown("glm", [user("a"), answer("b"), user("c"), answer("d")])
     assert text == "a<|assistant|>[[\nb<|user|>]]\nc<|assistant|>[[\nd]]"
@@ -139,6 +151,18 @@ def test_only_the_turns_asked_for_are_marked():
     found = tokenized(messages, tokenizer, "row", turns=[3])
     assert tokenizer.decode(found.tokens[found.trained]) == "d<|im_end|>" and [t.message for t in found.turns] == [3]
     assert not tokenized(messages, tokenizer, "row", turns=[]).trained.any()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama3", "gemma3", "mistral", "kimi", "apertus"])
+def test_where_mlx_lm_masks_right_the_last_turn_begins_where_its_mask_does(family):
+    """mlx-lm trains what follows the rest of the conversation, rendered with the generation prompt."""
+    tokenizer = chat_tokenizer(family)
+    messages = [user("One?"), answer("It is one."), user("Two?"), answer("It is two.")]
+    tokens, offset = ChatDataset([], tokenizer, mask_prompt=True).process({"messages": messages})
+    found = tokenized(messages, tokenizer, "row", turns=[3])
+    assert found.tokens.tolist() == tokens
+    ((start, stop),) = found.turns[0].spans
+    assert start == offset and tokenizer.decode(tokens[stop:]).strip() == ""
 
 
 def test_messages_that_no_loop_takes_up_are_found_by_their_characters():

@@ -56,6 +56,8 @@ def owners(rendering) -> str:
         ("{{ ' + '.join(messages[2].content.split(', ')) }}", "22222...2222"),
         ("{{ messages[2].content.partition(', ')[2] }}{{ messages[2].content.rpartition(', ')[0] }}", "222222222"),
         ("{{ messages[2].content.removeprefix('sunny').removesuffix('rain') }}", "22"),
+        ("{% for m in messages[2:] %}{% set t = m.content %}{{ '[' ~ '/' }}{{ '-'.center(3) }}{% endfor %}", "....."),
+        ("{% macro head(m) %}<{{ m.role }}>{% endmacro %}{{ head(messages[2]) }}{{ head(m=messages[1]) }}", "." * 17),
         ("{{ messages[2].content | upper }}", "2" * 11),
         ("{{ '%s!' % messages[2].content }}", "2" * 12),
         ("{{ '{}!'.format(messages[2].content) }}", "2" * 12),
