@@ -23,9 +23,9 @@ from mlx_adapters.data.tokenizing import messages_of
 from mlx_adapters.errors import ConfigError, FormatError, NotFoundError, did_you_mean
 from mlx_adapters.evaluation.sqlite import Database, is_correct
 from mlx_adapters.events import OnEvent, Progress, ignore
+from mlx_adapters.generation.batching import Request, answer_plainly
 from mlx_adapters.models.model import Model
 from mlx_adapters.storage import paths
-from mlx_adapters.system.door import BatchGenerator
 
 Score = Callable[[str, str, Mapping[str, Any]], float]
 COMMAND_SECONDS = 60
@@ -74,22 +74,13 @@ def greedy_answers(
     """
     asked = [model.checked_ids(prompt).tolist() for prompt in prompts]
     limits = [model.room(len(prompt), max_tokens) for prompt in asked]
-    generator = BatchGenerator(
-        model.module,
-        completion_batch_size=batch_size,
-        stop_tokens=[[token] for token in model.tokenizer.eos_token_ids],
-    )
-    written: dict[int, list[int]] = {uid: [] for uid in generator.insert(asked, limits)}
-    done = 0
-    while responses := generator.next_generated():
-        for response in responses:
-            if response.finish_reason != "stop":
-                written[response.uid].append(response.token)
-            if response.finish_reason is not None:
-                done += 1
-                on_event(Progress("answer", done, len(prompts), "question"))
-    generator.close()
-    return [model.tokenizer.decode(tokens) for tokens in written.values()]
+    stop = frozenset(model.tokenizer.eos_token_ids)
+    requests = [Request(p, max_tokens=n, stop_tokens=stop) for p, n in zip(asked, limits, strict=True)]
+    written: dict[Request, list[int]] = {}
+    for request, tokens in answer_plainly(model.module, requests, batch_size):
+        written[request] = tokens
+        on_event(Progress("answer", len(written), len(prompts), "question"))
+    return [model.tokenizer.decode(written[request]) for request in requests]
 
 
 def parse_score(text: str, data: str | Path) -> Score:

@@ -278,3 +278,10 @@ def answer_all(
                 answers[token.request.number].append(token.id)
             if token.finish_reason is not None:
                 yield token.request, answers[token.request.number]
+
+
+def answer_plainly(
+    module: nn.Module, requests: Sequence[Request], max_batch: int = 16
+) -> Iterator[tuple[Request, list[int]]]:
+    """`answer_all` by the model as it is."""
+    return answer_all(module, AdapterPool(module, group=False), requests, max_batch)

@@ -26,7 +26,7 @@ from mlx_adapters.merging.decomposition import (
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.dense import dense_weight, weight_shape
-from mlx_adapters.models.layers import EMBEDDING, adaptable_layers, resolve_target_modules
+from mlx_adapters.models.layers import EMBEDDING, resolve_target_modules, weight_layers
 from mlx_adapters.models.loading import load_module
 from mlx_adapters.models.low_rank import LowRankUpdate, Matrix, tensors_of
 from mlx_adapters.models.metadata import AdapterConfig
@@ -156,7 +156,7 @@ def _tuned_weights(finetuned: str | Path, base: Base) -> Any:
 
 def _changes(base: Any, tuned: Any, on_event: OnEvent) -> Iterator[_Change]:
     """Each layer's change, and each other parameter's as one of (1, size); frees what has been read."""
-    old, new = adaptable_layers(base), adaptable_layers(tuned)
+    old, new = weight_layers(base), weight_layers(tuned)
     if old.keys() != new.keys():
         odd = sorted(old.keys() ^ new.keys())[0]
         raise IncompatibleError(f"The models differ in their layers: only one has '{odd}'.")

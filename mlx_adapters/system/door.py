@@ -40,7 +40,7 @@ try:
         warnings.simplefilter("ignore")
         import mlx.core as mx
         import mlx.nn as nn
-        from mlx_lm.generate import BatchGenerator, stream_generate
+        from mlx_lm.generate import stream_generate
         from mlx_lm.models.cache import make_prompt_cache
         from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
         from mlx_lm.sample_utils import make_logits_processors, make_sampler
@@ -80,7 +80,6 @@ def _check() -> None:
         LoRAEmbedding.from_base: ("r", "scale", "dropout"),
         stream_generate: ("prompt",),
         make_sampler: ("temp", "top_p", "top_k", "min_p"),
-        BatchGenerator.__init__: ("max_tokens", "completion_batch_size"),
     }
     for function, names in relied_on.items():
         missing = set(names) - set(inspect.signature(function).parameters)
@@ -265,7 +264,6 @@ def harness_model(module: nn.Module, tokenizer: TokenizerWrapper, batch_size: in
 
 
 __all__ = [
-    "BatchGenerator",
     "DoRAEmbedding",
     "DoRALinear",
     "LoRAEmbedding",

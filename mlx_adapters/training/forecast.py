@@ -27,6 +27,7 @@ from mlx_adapters.optimization.probe import Prober, adapter_bytes, first_block, 
 from mlx_adapters.optimization.step import chunk_rows
 from mlx_adapters.optimization.through_rounding import plan_rounding
 from mlx_adapters.sources.bases import resolve_base
+from mlx_adapters.system.door import refusals
 from mlx_adapters.system.machine import on_gpu, usable_memory_bytes
 from mlx_adapters.training import setup
 
@@ -136,7 +137,8 @@ def forecast(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainC
     adapter, optimizer = adapter_bytes(module, prober.adapter, training)
     weights = weight_bytes(module, training.dtype)
     del module  # its files are closed before the prober opens them
-    step = int(prober.step_bytes(largest, max(reached, 1)))
+    with refusals(setup.cannot_train):
+        step = int(prober.step_bytes(largest, max(reached, 1)))
     logits = min(_logits_bytes(largest, prober.vocabulary, training), max(step - adapter, 0))
     activations = max(step - adapter - logits, 0)
     return Parts(weights, adapter, optimizer, adapter, activations, logits), largest
@@ -168,7 +170,8 @@ def _seconds(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainC
     middle = max(len(order) // 2 - training.batch_size // 2, 0)
     typical = feed.batch(order[middle : middle + training.batch_size])
     reached = blocks - first_block(prober.adapter, blocks)
-    seconds = prober.seconds(typical, max(reached, 1))
+    with refusals(setup.cannot_train):
+        seconds = prober.seconds(typical, max(reached, 1))
     mean = float(np.mean([len(row.tokens) for row in rows])) * training.batch_size
     return seconds * mean / max(typical.real_tokens, 1)
 

@@ -12,7 +12,7 @@ from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.data.batches import make_batch
 from mlx_adapters.data.datasets import DataSet
 from mlx_adapters.data.tokenizing import Row, tokenize
-from mlx_adapters.errors import AdapterError, ConfigError, FormatError, IncompatibleError, ModelError, did_you_mean
+from mlx_adapters.errors import ConfigError, FormatError, IncompatibleError, ModelError, did_you_mean
 from mlx_adapters.events import Note, OnEvent
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base
@@ -32,7 +32,7 @@ from mlx_adapters.optimization.step import (
 )
 from mlx_adapters.optimization.through_rounding import plan_rounding
 from mlx_adapters.storage.tensor_names import LORA_A, MAGNITUDE, split
-from mlx_adapters.system.door import mx, nn
+from mlx_adapters.system.door import mx, nn, refusals
 from mlx_adapters.system.machine import on_gpu
 from mlx_adapters.units import count
 
@@ -242,7 +242,7 @@ def prepare(
     rounding = None
     if config.fuse_aware is not None:
         rounding = plan_rounding(load_module(model.base)[0], tuple(adapted), config.fuse_aware)
-    with _model_errors():
+    with refusals(cannot_train):
         if not computes_as_generated(model.module, probe):
             raise ModelError(
                 "mlx-lm's code for this model computes one function of a whole text, and another when it generates: "
@@ -264,16 +264,9 @@ def prepare(
     return Prepared(train_step, feed, validation)
 
 
-@contextlib.contextmanager
-def _model_errors() -> Iterator[None]:
-    """What a model's own code raises in its first step, as ModelError: it cannot be trained like this."""
-    try:
-        yield
-    except AdapterError:
-        raise
-    except Exception as error:
-        text = " ".join(str(error).split())[:300].rstrip(".")
-        raise ModelError(
-            f"mlx-lm's code for this model cannot be trained so: {text}.",
-            "choose other --target-modules, such as q_proj,v_proj.",
-        ) from error
+def cannot_train(why: str) -> ModelError:
+    """What a model's own code raises in its first step."""
+    return ModelError(
+        f"mlx-lm's code for this model cannot be trained so: {why}.",
+        "choose other --target-modules, such as q_proj,v_proj.",
+    )

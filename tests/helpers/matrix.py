@@ -108,15 +108,15 @@ class Trial:
         reason = re.sub(rf"\b(an?) {re.escape(self.name)}\b", "this model type", reason)
         return re.sub(r"'[\w.]+?\.\d+\.([\w.]+)'", r"'\1'", reason)
 
-    def trained(self, name: str, training: ma.TrainConfig) -> ma.Adapter:
+    def trained(self, name: str, training: ma.TrainConfig, forecast: bool = False) -> ma.Adapter:
         """An adapter trained with these settings."""
-        ma.train(self.base, self.data, name=name, lora=LORA, training=training)
+        ma.train(self.base, self.data, name=name, lora=LORA, training=training, forecast=forecast)
         return ma.load_adapter(name)
 
 
 def train(trial: Trial) -> None:
-    """Default targets train, and what is trained is the function that generates."""
-    trial.trained("a", PLAIN)
+    """Default targets train, their memory is forecast, and what is trained is the function that generates."""
+    trial.trained("a", PLAIN, forecast=True)
     module = trial.module(trial.adapter)
     cache = make_prompt_cache(module)
     parts = [module(IDS[:, :5], cache=cache)] + [module(IDS[:, i : i + 1], cache=cache) for i in (5, 6, 7)]
