@@ -7,14 +7,36 @@ from collections.abc import Iterable, Sequence
 def format_table(headers: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> str:
     """The table as text, two spaces between columns, no trailing spaces."""
     lines = [list(headers), *[[str(cell) for cell in row] for row in rows]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(headers))]
+    widths = [max(columns(line[i]) for line in lines) for i in range(len(headers))]
     flush = set(right)
 
+    def padded(cell: str, width: int, to_the_right: bool) -> str:
+        space = " " * (width - columns(cell))
+        return space + cell if to_the_right else cell + space
+
     def render(line: Sequence[str]) -> str:
-        cells = [c.rjust(w) if i in flush else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
-        return "  ".join(cells).rstrip()
+        cells = zip(line, widths, strict=True)
+        return "  ".join(padded(cell, width, i in flush) for i, (cell, width) in enumerate(cells)).rstrip()
 
     return "\n".join(render(line) for line in lines)
+
+
+def columns(text: str) -> int:
+    """How many columns of a terminal a text takes: signs of East Asian scripts and emoji take two, accents none."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def cut(text: str, width: int) -> str:
+    """The beginning of a text that takes at most `width` columns."""
+    if text.isascii():
+        return text[:width]
+    from rich.cells import cell_len, set_cell_size
+
+    return text if cell_len(text) <= width else set_cell_size(text, width)
 
 
 def size(count: float | None) -> str:

@@ -24,7 +24,8 @@ import click
 
 from mlx_adapters.errors import StorageError
 from mlx_adapters.events import Event, Note, Progress
-from mlx_adapters.units import count, duration, format_table, number
+from mlx_adapters.units import columns as text_columns
+from mlx_adapters.units import count, cut, duration, format_table, number
 from mlx_adapters.units import size as size  # the commands take it from here
 
 SCHEMA = "mlx_adapters/1"  # of the --json documents; fields may be added, any other change counts up (docs/json.md)
@@ -42,6 +43,7 @@ TOLD = ("mlx_adapters.hub", "mlx_adapters.storage.locks", "mlx_adapters.models.q
 
 _quiet = False
 _debug = False
+_line_open = False  # whether the terminal stands in a live line
 
 
 def configure(quiet: bool, debug: bool) -> None:
@@ -142,6 +144,8 @@ def style(text: str, stream: Any = None, **how: Any) -> str:
 
 def out(text: str = "", newline: bool = True) -> None:
     """Data, to stdout. Raises StorageError where it cannot be written."""
+    if _line_open and sys.stdout.isatty():
+        _talk("", newline=False)  # takes away the live line of what ended before its time
     with _data():
         click.echo(_styled(printable(text)), nl=newline)
 
@@ -150,7 +154,9 @@ def _styled(text: str) -> str:
     return text.replace(_OUR_ESCAPE, "\x1b")
 
 
-def _talk(text: str, newline: bool = True, clear: bool = True) -> None:
+def _talk(text: str, newline: bool = True, clear: bool = True, live: bool = False) -> None:
+    global _line_open
+    _line_open = live
     with contextlib.suppress(OSError, ValueError):  # nobody listens: the work goes on
         click.echo(("\r\x1b[K" if clear and _redraws() else "") + _styled(printable(text)), nl=newline, err=True)
 
@@ -233,9 +239,17 @@ def plain(value: Any) -> Any:
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> None:
-    """A plain table to stdout; the columns in `right` are aligned right."""
-    lines = ([printable(str(cell), line=True) for cell in row] for row in rows)
-    out(format_table([printable(head, line=True) for head in headers], lines, right))
+    """A table to stdout; the columns in `right` are aligned right. What is too wide for a terminal is folded there."""
+    heads = [printable(head, line=True) for head in headers]
+    lines = [[printable(str(cell), line=True) for cell in row] for row in rows]
+    text = format_table(heads, lines, right)
+    if sys.stdout.isatty() and max(map(text_columns, text.splitlines())) > columns():
+        from mlx_adapters.display.screen import folded_table
+
+        text = folded_table(heads, lines, right, sys.stdout, columns(), colored(sys.stdout)).replace(
+            "\x1b", _OUR_ESCAPE
+        )
+    out(text)
 
 
 def progress() -> Callable[[Event], None]:
@@ -254,16 +268,28 @@ def progress() -> Callable[[Event], None]:
             if not last and now - shown[0] < (0.1 if _redraws() else 10):
                 return
             shown[0] = now
-            show_live(_progress_text(event, now - start), end=last)
+            _show_progress(event, now - start)
             if last:
                 del started[event.stage]  # another variant may come, with a pace of its own
 
     return on_event
 
 
-def _progress_text(event: Progress, elapsed: float) -> str:
+def _show_progress(event: Progress, elapsed: float) -> None:
+    """The event as a line; with a bar, where a terminal can go back in it and the stage is not over."""
+    if event.done >= event.total or not _redraws():
+        show_live(f"{event.stage}: {_pace(event, elapsed)}", end=event.done >= event.total)
+        return
+    from mlx_adapters.display.screen import bar
+
+    before, after = printable(event.stage, line=True), printable(_pace(event, elapsed), line=True)
+    line = bar(before, event.done / event.total, after, sys.stderr, columns() - 1, colored(sys.stderr))
+    _talk(line.replace("\x1b", _OUR_ESCAPE), newline=False, live=True)
+
+
+def _pace(event: Progress, elapsed: float) -> str:
     total = count(event.total, event.unit) if event.unit else f"{event.total:,}"
-    text = f"{event.stage}: {event.done:,}/{total}"
+    text = f"{event.done:,}/{total}"
     if event.done and elapsed > 0.5:
         rate = event.done / elapsed
         text += f", {number(rate)}/s"
@@ -277,7 +303,7 @@ def show_live(text: str, end: bool = False) -> None:
     if _quiet:
         return
     if _redraws():
-        _talk(printable(text, line=True)[: columns() - 1], newline=end)
+        _talk(cut(printable(text, line=True), columns() - 1), newline=end, live=not end)
     else:
         _talk(text)
 

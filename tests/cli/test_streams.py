@@ -1,5 +1,6 @@
 """What the caller leaves of the standard streams, and what may be written to them."""
 
+import contextlib
 import json
 import os
 import pty
@@ -132,3 +133,44 @@ def test_our_own_colors_survive_on_a_terminal(adapters):
     os.close(master)
     assert b"\x1b[31mError: \x1b[0mred over2Jab" in shown and b"\x1b[2J" not in shown
     assert b"\x1b[1mb\x1b[0m" in shown
+
+
+SHOWS = """
+import sys, time
+from mlx_adapters.cli import _output
+from mlx_adapters.events import Progress
+on_event = _output.progress()
+for done in (1, 2, 3):
+    on_event(Progress("fuse", done, 3, "layer"))
+    time.sleep(0.11)
+on_event(Progress("next", 1, 2, "layer"))
+_output.table(["NAME", "PATH"], [["a", "word " * 20]])
+print("rich" in sys.modules)
+"""
+
+
+def on_a_terminal(code: str, **environment: str) -> str:
+    """What a program shows on a terminal of 40 columns."""
+    master, slave = pty.openpty()
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "40", **environment}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=slave, stderr=slave, env=env) as program:
+        os.close(slave)
+        shown = b""
+        with contextlib.suppress(OSError):  # the end of a terminal on Linux
+            while more := os.read(master, 4096):
+                shown += more
+    os.close(master)
+    assert program.returncode == 0, shown
+    return shown.decode().replace("\r\n", "\n")
+
+
+def test_a_terminal_gets_bars_and_folded_tables_and_a_pipe_lines():
+    shown = on_a_terminal(SHOWS, NO_COLOR="1")
+    live = shown.replace("\x1b[K", "").split("\r")
+    assert live[1].startswith("fuse ━") and live[1].endswith(" 1/3 layers") and len(live[1]) < 40
+    assert live[3].startswith("fuse: 3/3 layers") and live[3].endswith("\n")
+    assert live[4].startswith("next ━") and "NAME  PATH\n" in live[5], "what ended early leaves no bar"
+    assert max(map(len, live[5].splitlines())) <= 40 and live[5].count("word") == 20
+    piped = subprocess.run([sys.executable, "-c", SHOWS], capture_output=True, text=True, check=True)
+    assert piped.stderr.splitlines()[0] == "fuse: 1/3 layers" and "\x1b" not in piped.stderr
+    assert piped.stdout.splitlines() == ["NAME  PATH", f"a     {'word ' * 20}".rstrip(), "False"]
