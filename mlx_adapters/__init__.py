@@ -27,6 +27,8 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from mlx_adapters.benchmarking.reports import read_report as read_report
     from mlx_adapters.benchmarking.run import benchmark as benchmark
     from mlx_adapters.benchmarking.schedule import BenchmarkConfig as BenchmarkConfig
+    from mlx_adapters.config.data import DataConfig as DataConfig
+    from mlx_adapters.config.data import TemplateConfig as TemplateConfig
     from mlx_adapters.config.evaluating import EvaluationConfig as EvaluationConfig
     from mlx_adapters.config.fusing import FuseOptions as FuseOptions
     from mlx_adapters.config.quantization import Quantization as Quantization
@@ -86,7 +88,9 @@ _PUBLIC = {
     "AdapterConfig": "models.metadata",
     "read_adapter": "models.adapter",
     "write_adapter": "models.adapter",
+    "DataConfig": "config.data",
     "LoraConfig": "config.training",
+    "TemplateConfig": "config.data",
     "Quantization": "config.quantization",
     "TrainConfig": "config.training",
     "TrainRun": "training.runs",

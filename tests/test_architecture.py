@@ -38,6 +38,7 @@ ROOMS = [
     "rounding",
     "models",
     "surgery",
+    "templates",
     "system",
     "storage",
     "config",

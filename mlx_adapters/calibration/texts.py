@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from mlx_adapters.config.data import DataConfig
 from mlx_adapters.data.batches import TokenRow
-from mlx_adapters.data.datasets import RawRow, read_data, spread
+from mlx_adapters.data.datasets import PYTHON, Data, DataSet, RawRow, read_again, read_as_trained, spread
 from mlx_adapters.data.tokenizing import tokenize_row
 from mlx_adapters.errors import AdapterError, FormatError, NotFoundError
 from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.metadata import data_config
 from mlx_adapters.system.origin import made_here
 
 GENERAL = "general text of the package"
@@ -53,7 +55,7 @@ class Text:
 
 
 def choose_text(
-    asked: str | Path | None,
+    asked: Data | None,
     adapters: Sequence[Adapter],
     tokenizer: Any,
     calibration_rows: int,
@@ -62,7 +64,7 @@ def choose_text(
 ) -> Text:
     """The text to use, tokenized, rows cut to 512 tokens, or to the `positions` of a model that learned each.
 
-    `asked` is a data folder, a .jsonl, .parquet or .txt file, GENERAL, or None. Raises NotFoundError or FormatError
+    `asked` is what `read_data` takes, a .txt file, GENERAL, or None. Raises NotFoundError or FormatError
     if a text that was asked for is missing, malformed or too short; the adapters' own data then only gives way.
     """
 
@@ -71,11 +73,11 @@ def choose_text(
     def tokens_of(rows: list[RawRow]) -> list[TokenRow]:
         return _tokenize(rows, tokenizer, length)
 
-    def prepare(source: str, rows: tuple[list[RawRow], list[RawRow]], why: str | None = None) -> Text:
+    def prepare(source: str, rows: Rows, why: str | None = None) -> Text:
         return _prepare(source, *_apart(*rows, source), tokens_of, calibration_rows, check_rows, why)
 
-    if asked is not None and asked != GENERAL:
-        return prepare(str(asked), read_text(str(asked)))
+    if asked is not None and not (isinstance(asked, str) and asked == GENERAL):
+        return prepare(*_read_asked(asked, adapters))
     why = None
     if asked is None:
         try:
@@ -107,20 +109,35 @@ def _prepare(
     return Text(calibration, check, source, digest, why)
 
 
-def read_text(source: str) -> tuple[list[RawRow], list[RawRow]]:
-    """(rows to calibrate on, rows to check on or []) of a data folder, a data file or a .txt file."""
-    path = Path(source).expanduser()
-    if path.suffix == ".txt" and not path.is_dir():
-        try:
-            return _split_paragraphs(path.read_text(encoding="utf-8"), source)
-        except FileNotFoundError:
-            raise NotFoundError(
-                f"There is no text '{source}'.", "--calibration takes a data folder, a .jsonl, .parquet or .txt file."
-            ) from None
-        except (UnicodeDecodeError, OSError) as error:
-            raise FormatError(f"'{source}' is not readable text: {error}.", "save it as UTF-8.") from None
-    data = read_data(source)
+Rows = tuple[list[RawRow], list[RawRow]]  # to calibrate on, to check on (perhaps none)
+
+
+def _read_asked(asked: Data, adapters: Sequence[Adapter]) -> tuple[str, Rows]:
+    """(source, rows) of a text that was asked for, read as the first adapter's own; columns that it does not have go
+    by their usual names."""
+    if isinstance(asked, str | Path):
+        if str(asked) == PYTHON:  # of a recipe
+            return PYTHON, _parts(read_again(PYTHON, None))
+        path = Path(asked).expanduser()
+        if path.suffix == ".txt" and not path.is_dir():
+            return str(asked), _read_paragraphs(path, str(asked))
+    data = read_as_trained(asked, data_config(adapters[0].metadata) if adapters else DataConfig())
+    return str(asked) if isinstance(asked, str | Path) else data.source, _parts(data)
+
+
+def _parts(data: DataSet) -> Rows:
     return list(data.rows("train")), [*data.rows("valid"), *data.rows("test")]
+
+
+def _read_paragraphs(path: Path, source: str) -> Rows:
+    try:
+        return _split_paragraphs(path.read_text(encoding="utf-8"), source)
+    except FileNotFoundError:
+        raise NotFoundError(
+            f"There is no text '{source}'.", "--calibration takes a data folder, a file of rows or a .txt file."
+        ) from None
+    except (UnicodeDecodeError, OSError) as error:
+        raise FormatError(f"'{source}' is not readable text: {error}.", "save it as UTF-8.") from None
 
 
 def general_text() -> str:
@@ -128,7 +145,7 @@ def general_text() -> str:
     return (package_files("mlx_adapters.calibration") / "general_text.txt").read_text(encoding="utf-8")
 
 
-def _split_paragraphs(text: str, source: str) -> tuple[list[RawRow], list[RawRow]]:
+def _split_paragraphs(text: str, source: str) -> Rows:
     parts = [part.strip() for part in text.split("\n\n")]
     rows = [RawRow({"text": part}, f"{source}, paragraph {i}") for i, part in enumerate(parts, 1) if part]
     if not rows:
@@ -136,7 +153,7 @@ def _split_paragraphs(text: str, source: str) -> tuple[list[RawRow], list[RawRow
     return rows, []
 
 
-def _own_data(adapters: Sequence[Adapter]) -> tuple[str, tuple[list[RawRow], list[RawRow]]]:
+def _own_data(adapters: Sequence[Adapter]) -> tuple[str, Rows]:
     """(sources, rows) of the training data of adapters trained here, as far as it can be read. Raises AdapterError."""
     train: list[RawRow] = []
     held: list[RawRow] = []
@@ -151,7 +168,7 @@ def _own_data(adapters: Sequence[Adapter]) -> tuple[str, tuple[list[RawRow], lis
             reason = NotFoundError(f"{why}; --calibration takes it all the same.")
             continue
         try:
-            rows = read_text(source)
+            rows = _parts(read_again(source, adapter.folder, read=data_config(adapter.metadata)))
         except AdapterError as error:
             reason = error
             continue

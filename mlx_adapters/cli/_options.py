@@ -12,6 +12,7 @@ from click.shell_completion import CompletionItem
 
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._settings import option, options
+from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.evaluating import EvaluationConfig
 from mlx_adapters.config.sampling import Sampling
 from mlx_adapters.errors import ConfigError
@@ -99,6 +100,17 @@ trust_option = click.option(
     callback=_trust,
     help="Run code that the base's folder brings along. It can do whatever you can.",
 )
+
+
+def template_options(command: Command) -> Command:
+    """--chat-template and --chat-template-arg, which the command takes as `template`."""
+
+    @functools.wraps(command)
+    def with_template(*args: Any, chat_template: str | None, chat_template_args: dict[str, Any], **kwargs: Any) -> Any:
+        template = TemplateConfig(chat_template=chat_template, chat_template_args=chat_template_args)
+        return command(*args, template=template, **kwargs)
+
+    return options(TemplateConfig)(with_template)  # type: ignore[return-value]
 
 
 def confirm(question: str, yes: bool) -> None:

@@ -1,8 +1,11 @@
 """Command options made of the settings' fields (`config.settings`)."""
 
+import dataclasses
+import json
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 import click
 
@@ -57,6 +60,40 @@ class CountOr(click.ParamType):
         return int(value)
 
 
+class TextFile(click.ParamType):
+    """A file, for the text that it holds."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return Path(value).expanduser().read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            self.fail(f"'{value}' is not UTF-8 text.", param, ctx)
+        except (OSError, ValueError) as error:
+            self.fail(f"'{value}' cannot be read: {getattr(error, 'strerror', None) or error}.", param, ctx)
+
+
+class KeyValue(click.ParamType):
+    """KEY=VALUE: a name, and a value as JSON writes it (also True, False and None), or else a text."""
+
+    name = "key=value"
+    words: ClassVar = {"true": True, "false": False, "none": None, "null": None}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
+        if isinstance(value, tuple):
+            return value
+        key, equals, text = str(value).partition("=")
+        if not equals or not key.isidentifier():
+            self.fail(f"'{value}' is not KEY=VALUE, such as enable_thinking=false.", param, ctx)
+        if text.lower() in self.words:
+            return key, self.words[text.lower()]
+        try:
+            return key, json.loads(text)
+        except (ValueError, RecursionError):
+            return key, text
+
+
 def options(cls: type, only: str = "", without: str = "", over_file: bool = False) -> Callable[[Command], Command]:
     """Decorates a command: an option for each setting of the class (those of `only`, or all but those of `without`).
 
@@ -78,7 +115,11 @@ def option(
     """The option of one setting, spelled `flag`; `changed` goes to `click.option` in place of what the setting says."""
     one = settings_of(cls)[name]
     told: dict[str, Any] = {"help": help_of(one, over_file), "metavar": one.metavar}
-    if bool not in one.kinds:
+    if one.kinds == (dict[str, Any],):  # --chat-template-arg KEY=VALUE, as often as one likes
+        nothing: dict[str, Any] | None = None if over_file else {}
+        told |= {"type": KeyValue(), "multiple": True, "callback": lambda _, __, pairs: dict(pairs) or nothing}
+        one, flag = dataclasses.replace(one, default=None), flag or _flag(name.removesuffix("s"))
+    elif bool not in one.kinds:
         told |= {"type": _type(one, bounded=not over_file), "show_default": not over_file and one.default is not None}
     elif one.default is False:
         told |= {"is_flag": True}
@@ -103,12 +144,16 @@ def help_of(one: Setting, over_file: bool = False) -> str:
 
 def _type(one: Setting, bounded: bool) -> Any:
     word = one.choices[0] if one.choices else None
+    if one.from_file:
+        return TextFile()
     if one.kinds == (tuple[int, ...],):
         return Counts()
     if one.kinds == (tuple[str, ...],):
         return Names(word)
     if word is not None:
         return CountOr(word) if int in one.kinds else click.Choice(one.choices)
+    if str in one.kinds:
+        return str
     (kind,) = one.kinds
     bounds = {rule: bound for rule, bound in one.bounds.items() if bounded and bound < MACHINE_WORD}
     if kind not in (int, float) or not bounds:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from mlx_adapters.cli._options import UserPath
-from mlx_adapters.cli._settings import option, options
+from mlx_adapters.cli._settings import TextFile, option, options
 from mlx_adapters.config.mapping import from_mapping, read_yaml, to_mapping
 from mlx_adapters.config.quantization import MODES, Precision
 from mlx_adapters.config.settings import settings_of
@@ -74,7 +74,7 @@ def read_settings(options: dict[str, Any]) -> Settings:
     lora = (
         _mapping(file, "lora") | {name: given[name] for name in LORA if name in given} | _ranks(given.get("rank", ()))
     )
-    training = _mapping(file, "training") | {name: given[name] for name in TRAINING if name in given}
+    training = _with_files(_mapping(file, "training")) | {name: given[name] for name in TRAINING if name in given}
     if quantization := _fuse_aware(given):
         training["fuse_aware"] = quantization
     places = {key: given.get(key, _text(file, key)) for key in ("base", "data", "name")}
@@ -96,6 +96,18 @@ def _mapping(file: Mapping[str, Any], key: str) -> dict[str, Any]:
     if value is not None and not isinstance(value, dict):
         raise ConfigError(f"'{key}' in the config file must hold 'key: value' lines.")
     return {str(name): setting for name, setting in (value or {}).items()}
+
+
+def _with_files(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a config file, with the texts of the files that some of them name."""
+    for name, one in settings_of(TrainConfig).items():
+        value = settings.get(name)
+        if one.from_file and isinstance(value, str) and "{" not in value:
+            try:
+                settings[name] = TextFile().convert(value, None, None)
+            except click.BadParameter as error:
+                raise ConfigError(f"'{name}' in the config file: {error.message}") from None
+    return settings
 
 
 def _ranks(texts: Sequence[str]) -> dict[str, Any]:

@@ -16,8 +16,10 @@ from mlx_adapters.cli._options import (
     dtype_option,
     json_option,
     sampling_options,
+    template_options,
     trust_option,
 )
+from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -45,10 +47,17 @@ HELP = """/use NAME       answer with this adapter (attached if it is not yet)
 @any_base_option
 @click.option("--system", help="The system message.")
 @sampling_options
+@template_options
 @dtype_option
 @trust_option
 def chat_command(
-    adapters: tuple[str, ...], base: str | None, any_base: bool, system: str | None, dtype: str, **sampling: Any
+    adapters: tuple[str, ...],
+    base: str | None,
+    any_base: bool,
+    system: str | None,
+    template: TemplateConfig,
+    dtype: str,
+    **sampling: Any,
 ) -> None:
     """Talk to a model. The base is loaded once; /use NAME switches the adapter, /help shows the rest.
 
@@ -58,7 +67,7 @@ def chat_command(
     """
     from mlx_adapters.generation.chat import Chat
 
-    chat = Chat(_load(base, adapters, any_base, dtype), system)
+    chat = Chat(_load(base, adapters, any_base, dtype, template), system)
     if adapters:
         chat.model.use(chat.model.adapters[0].name)
     _output.note("Type a message, or /help.")
@@ -85,11 +94,20 @@ def chat_command(
 @base_option
 @any_base_option
 @sampling_options
+@template_options
 @dtype_option
 @trust_option
 @json_option
 def ab_command(
-    prompts: Path, a: str, b: str, base: str | None, any_base: bool, dtype: str, as_json: bool, **sampling: Any
+    prompts: Path,
+    a: str,
+    b: str,
+    base: str | None,
+    any_base: bool,
+    template: TemplateConfig,
+    dtype: str,
+    as_json: bool,
+    **sampling: Any,
 ) -> None:
     """Answer a file of PROMPTS with adapters A and B ('base': none), side by side.
 
@@ -103,7 +121,7 @@ def ab_command(
 
     questions = read_prompts(prompts)
     references = [reference for reference in dict.fromkeys((a, b)) if reference != "base"]
-    model = _load(base, tuple(references), any_base, dtype)
+    model = _load(base, tuple(references), any_base, dtype, template)
     names = {"base": None} | dict(zip(references, (info.name for info in model.adapters), strict=True))
     pairs = answer_pairs(model, questions, names[a], names[b], **sampling)
     if as_json:
@@ -115,7 +133,9 @@ def ab_command(
         _output.out(f"{b}: {pair.b.strip()}\n")
 
 
-def _load(base: str | None, references: tuple[str, ...], any_base: bool, dtype: str) -> "LiveModel":
+def _load(
+    base: str | None, references: tuple[str, ...], any_base: bool, dtype: str, template: TemplateConfig
+) -> "LiveModel":
     from mlx_adapters.generation.live import load_model
     from mlx_adapters.sources.lookup import load_adapter
 
@@ -123,7 +143,7 @@ def _load(base: str | None, references: tuple[str, ...], any_base: bool, dtype: 
     base = base or next((adapter.base_name for adapter in loaded if adapter.base_name), None)
     if base is None:
         raise click.UsageError("Give --base (the embedded model is 'demo').")
-    model = load_model(base, dtype=dtype)
+    model = load_model(base, dtype=dtype, template=template)
     for reference, adapter in zip(references, loaded, strict=True):
         model.attach(adapter, any_base, name=reference, use=False)
     return model

@@ -8,6 +8,7 @@ import click
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import UserPath, json_option, overwrite_option, trust_option
 from mlx_adapters.cli._settings import options
+from mlx_adapters.config.data import DataConfig
 from mlx_adapters.config.training import TrainConfig
 from mlx_adapters.units import count
 
@@ -33,6 +34,7 @@ def data_command() -> None:
 @click.option("--base", default="demo", show_default=True, help="The model whose tokenizer counts.")
 @click.option("--row", type=click.IntRange(1), default=1, show_default=True, help="The training row to show.")
 @options(TrainConfig, "max_seq_length mask_prompt last_turn_only")
+@options(DataConfig)
 @trust_option
 @json_option
 def data_check_command(data: str, base: str, row: int, as_json: bool, **settings: Any) -> None:
@@ -52,6 +54,8 @@ def data_check_command(data: str, base: str, row: int, as_json: bool, **settings
     if as_json:
         _output.emit_json(report)
         return
+    for note in report.notes:
+        _output.note(note)
     rows = [
         (
             name,

@@ -19,7 +19,9 @@ from mlx_adapters.cli._options import (
     trust_option,
 )
 from mlx_adapters.cli._settings import options
+from mlx_adapters.config.data import DataConfig
 from mlx_adapters.config.evaluating import EvaluationConfig
+from mlx_adapters.config.settings import settings_of
 
 
 @click.command("eval")
@@ -28,6 +30,7 @@ from mlx_adapters.config.evaluating import EvaluationConfig
 @click.option("--tasks", metavar="A,B", help="Instead of --data: tasks of lm-evaluation-harness (extra 'eval').")
 @click.option("--task-folder", type=UserPath(exists=True, file_okay=False), help="With --tasks: YAML tasks of yours.")
 @options(EvaluationConfig, "split score reference max_rows max_tokens max_seq_length batch_size")
+@options(DataConfig)
 @click.option("--save/--no-save", default=True, show_default=True, help="Keep the figures with the adapters.")
 @base_option
 @any_base_option
@@ -38,7 +41,7 @@ from mlx_adapters.config.evaluating import EvaluationConfig
 @Reads(
     modes={
         "data": "variants split score reference max_rows max_tokens max_seq_length batch_size save base any_base dtype "
-        "output trust_remote_code as_json",
+        "output trust_remote_code as_json " + " ".join(settings_of(DataConfig)),
         "tasks": "variants task_folder max_rows batch_size base any_base dtype output trust_remote_code as_json",
     },
     needs={"max_tokens": "score"},

@@ -13,9 +13,11 @@ from mlx_adapters.cli._options import (
     dtype_option,
     json_option,
     sampling_options,
+    template_options,
     text_or_stdin,
     trust_option,
 )
+from mlx_adapters.config.data import TemplateConfig
 
 
 @click.command("generate")
@@ -25,12 +27,20 @@ from mlx_adapters.cli._options import (
 @any_base_option
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
 @sampling_options
+@template_options
 @dtype_option
 @trust_option
 @json_option
 @Reads(needs={"any_base": "adapter"})
 def generate_command(
-    prompt: str, adapter: str | None, base: str | None, any_base: bool, dtype: str, as_json: bool, **options: Any
+    prompt: str,
+    adapter: str | None,
+    base: str | None,
+    any_base: bool,
+    template: TemplateConfig,
+    dtype: str,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Write an answer to PROMPT ("-" reads it from stdin), streamed as it is made.
 
@@ -46,7 +56,7 @@ def generate_command(
     base = base or (loaded.base_name if loaded else None)
     if base is None:
         raise click.UsageError("Give --adapter or --base (the embedded model is 'demo').")
-    model = load_model(base, loaded, dtype=dtype, any_base=any_base)
+    model = load_model(base, loaded, dtype=dtype, any_base=any_base, template=template)
     if as_json:
         _output.emit_json(model.generate(prompt, **options))
         return

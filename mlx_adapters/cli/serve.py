@@ -6,8 +6,9 @@ from typing import Any
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import UserPath, complete_named_references, dtype_option, trust_option
+from mlx_adapters.cli._options import UserPath, complete_named_references, dtype_option, template_options, trust_option
 from mlx_adapters.cli._settings import option, options
+from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.serving.settings import ServeSettings, parse_split
 
 
@@ -28,6 +29,7 @@ from mlx_adapters.serving.settings import ServeSettings, parse_split
 @options(ServeSettings, "allow_load max_adapters")
 @click.option("--max-adapter-mb", type=click.IntRange(min=1), help="Memory for adapters, in MB [no limit].")
 @options(ServeSettings, "max_batch max_queue max_tokens max_seconds")
+@template_options
 @dtype_option
 @trust_option
 def serve_command(
@@ -38,6 +40,7 @@ def serve_command(
     name: str | None,
     dtype: str,
     max_adapter_mb: int | None,
+    template: TemplateConfig,
     **settings: Any,
 ) -> None:
     """Serve BASE (or a fused model) and adapters on it over HTTP, as OpenAI's API.
@@ -57,7 +60,8 @@ def serve_command(
         **settings,
     )
     listener = bind(checked.host, checked.port)
-    engine = make_engine(base, [parse_adapter(text) for text in adapters], checked, dtype=dtype, name=name)
+    served = [parse_adapter(text) for text in adapters]
+    engine = make_engine(base, served, checked, dtype=dtype, name=name, template=template)
     _output.note(f"Serving {', '.join(engine.names)}.")
     if engine.in_turn:
         _output.note(

@@ -1,45 +1,90 @@
-"""How rows are read. Imports no MLX."""
+"""How rows are read, and how conversations are rendered. Imports no MLX."""
 
-import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 from mlx_adapters.config.mapping import require
+from mlx_adapters.config.settings import check, setting, settings
 
-COLUMNS = ("prompt", "completion", "text", "messages")
+# Arguments of a template that are not the user's to give.
+RESERVED = {"messages", "conversation", "tools", "add_generation_prompt", "continue_final_message", "tokenize"}
+RESERVED |= {"return_dict", "return_tensors", "chat_template", "padding", "truncation", "max_length"}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which columns of a data set are meant where their names do not tell, and what its chat template is given.
+@settings
+@dataclass(frozen=True, kw_only=True)
+class TemplateConfig:
+    """How a base's chat template writes conversations. An adapter's own, recorded when it was trained, is the default.
 
-    Args:
-        prompt_column: the question, text or a list of messages; it needs `completion_column`.
-        completion_column: the answer.
-        text_column: text to be trained whole.
-        messages_column: a conversation.
-        chat_template_args: what the chat template is given beside the conversation; a row's own win.
+    Raises ConfigError for what is no template, or no argument of one.
+
+    Example:
+        >>> model = ma.load_model("demo", template=ma.TemplateConfig(chat_template_args={"enable_thinking": False}))
+        >>> model.template.chat_template is None
+        True
+    """
+
+    chat_template: str | None = setting(
+        None,
+        "Jinja file in place of the base's chat template",
+        more="In Python: its text.",
+        metavar="FILE",
+        from_file=True,
+    )
+    chat_template_args: dict[str, Any] = setting(
+        dict,
+        "Give the chat template an argument, such as enable_thinking=false",
+        more="By name. What a row says in chat_template_kwargs wins.",
+        metavar="KEY=VALUE",
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        good = self.chat_template is None or "{" in self.chat_template
+        require(good, f"chat_template is a template's text, not '{self.chat_template}'.", "read the file first.")
+        for name in self.chat_template_args:
+            require(name not in RESERVED, f"The chat template's '{name}' is not for chat_template_args to give.")
+
+    def over(self, other: "TemplateConfig") -> "TemplateConfig":
+        """This one, with the other's settings where it has none."""
+        template = other.chat_template if self.chat_template is None else self.chat_template
+        return TemplateConfig(
+            chat_template=template, chat_template_args={**other.chat_template_args, **self.chat_template_args}
+        )
+
+
+@settings
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(TemplateConfig):
+    """Which columns of a data set are meant where their names do not tell, and how its conversations are rendered.
 
     Raises ConfigError for columns that contradict each other.
     """
 
-    prompt_column: str | None = None
-    completion_column: str | None = None
-    text_column: str | None = None
-    messages_column: str | None = None
-    chat_template_args: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        both = (self.prompt_column is None) == (self.completion_column is None)
-        require(both, "prompt_column needs completion_column, and the other way round.", "name both.")
-        kinds = [f"{kind}_column" for kind in ("prompt", "text", "messages") if kind in self.columns]
-        require(
-            len(kinds) <= 1,
-            f"{' and '.join(kinds)} contradict each other.",
-            "a row is prompt and completion, or text, or messages: name the columns of one.",
-        )
+    prompt_column: str | None = setting(
+        None,
+        "Column of prompts, with `completion_column`",
+        means="recognized by the usual names",
+        more="Text, or lists of messages.",
+        metavar="NAME",
+    )
+    completion_column: str | None = setting(None, "Column of answers, with `prompt_column`", metavar="NAME")
+    text_column: str | None = setting(None, "Column of text that is trained whole", metavar="NAME")
+    messages_column: str | None = setting(None, "Column of conversations", metavar="NAME")
 
     @property
-    def columns(self) -> dict[str, str]:
-        """The columns that are named, by what they are for."""
-        named = {kind: getattr(self, f"{kind}_column") for kind in COLUMNS}
-        return {kind: name for kind, name in named.items() if name is not None}
+    def template(self) -> TemplateConfig:
+        """The part that says how conversations are written."""
+        return TemplateConfig(chat_template=self.chat_template, chat_template_args=self.chat_template_args)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        pair = (self.prompt_column is None) == (self.completion_column is None)
+        require(pair, "prompt_column needs completion_column, and the other way round.", "name both.")
+        kinds = ("prompt_column", "text_column", "messages_column")
+        named = [kind for kind in kinds if getattr(self, kind) is not None]
+        require(
+            len(named) <= 1,
+            f"{' and '.join(named)} contradict each other.",
+            "a row is prompt and completion, or text, or messages: name the columns of one.",
+        )

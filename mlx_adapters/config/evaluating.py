@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from mlx_adapters.config.data import DataConfig
 from mlx_adapters.config.quantization import Dtype, computing_dtype
-from mlx_adapters.config.settings import check, setting, settings
+from mlx_adapters.config.settings import setting, settings
 
 
 @settings
 @dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(DataConfig):
     """Which rows are judged, and how.
 
     Raises ConfigError for a value out of range.
@@ -39,6 +40,3 @@ class EvaluationConfig:
     batch_size: int = setting(8, "Answers at a time", at_least=1)
     dtype: Dtype = computing_dtype()
     any_base: bool = setting(False, "Use the adapter on a base it was not trained on")
-
-    def __post_init__(self) -> None:
-        check(self)

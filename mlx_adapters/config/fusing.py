@@ -1,7 +1,9 @@
 """What a fuse can be asked for. Imports no MLX."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from mlx_adapters.config.mapping import require
 from mlx_adapters.config.settings import check, setting, settings
@@ -23,10 +25,10 @@ class FuseOptions:
     method: Literal["auto", "nearest", "calibrated"] = setting(
         "auto", "How to round", means="auto: calibrated under 8 bits if there is text"
     )
-    calibration: str | None = setting(
+    calibration: str | Path | Iterable[Any] | None = setting(
         None,
         "Data folder, .jsonl or .txt",
-        more="Text to calibrate and check on; .parquet, too.",
+        more="Text to calibrate and check on; any file of rows; from Python also rows, as for `train`.",
         means="the adapter's training data, else a general text",
         metavar="DIR|FILE",
     )

@@ -47,6 +47,7 @@ class Setting:
     bounds: dict[str, float]
     off: str | None
     metavar: str | None
+    from_file: bool
     kinds: tuple[Any, ...]
     choices: tuple[str, ...]
 
@@ -92,6 +93,7 @@ def setting(
     below: float | None = None,
     off: str | None = None,
     metavar: str | None = None,
+    from_file: bool = False,
     secret: bool = False,
 ) -> Any:
     """A field of a settings class.
@@ -104,10 +106,12 @@ def setting(
         at_least, above, at_most, below: the bounds of a number.
         off: the option that turns a switch off, if not "no-" and its name.
         metavar: what the value is called in the help.
+        from_file: the option, and a config file, name a file with the value in it.
         secret: never shown when the settings are.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     told: dict[str, Any] = {"help": help, "more": more, "means": means, "off": off, "metavar": metavar}
+    told["from_file"] = from_file
     told |= {"bounds": {rule: bound for rule, bound in bounds.items() if bound is not None}}
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=told)
@@ -117,7 +121,9 @@ def setting(
 def settings_of(cls: type) -> dict[str, Setting]:
     """All settings of a class by name, in its order."""
     hints, known = typing.get_type_hints(cls), dict[str, Setting]()
-    for field in dataclasses.fields(cls):
+    for field in sorted(
+        dataclasses.fields(cls), key=lambda field: field.kw_only is True
+    ):  # those of a base class come last
         kinds = [hint for hint in _alternatives(hints[field.name]) if hint is not type(None)]
         choices = [choice for hint in kinds if typing.get_origin(hint) is Literal for choice in typing.get_args(hint)]
         kinds = [hint for hint in kinds if typing.get_origin(hint) is not Literal]

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
+from mlx_adapters.config.data import DataConfig
 from mlx_adapters.config.mapping import require, shown
 from mlx_adapters.config.quantization import Dtype, Quantization, computing_dtype
 from mlx_adapters.config.settings import check, setting, settings
@@ -50,7 +51,7 @@ class LoraConfig:
 
 @settings
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(DataConfig):
     """How an adapter is trained. One iteration is one update, of `batch_size` · `grad_accumulation` rows.
 
     Raises ConfigError for a value out of range, or one that another setting rules out.
@@ -100,9 +101,16 @@ class TrainConfig:
     early_stop: int | None = setting(None, "Stop after so many validations without a better loss", at_least=1)
     seed: int = setting(0, "Seed of initialization, order and dropout", at_least=0, below=1 << 64)
     dtype: Dtype = computing_dtype()
+    valid_fraction: float | None = setting(
+        None,
+        "Share of the training rows to validate by, where there are no validation rows",
+        more="Equal rows stay together.",
+        above=0,
+        below=1,
+    )
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         example = "give a Quantization, such as Quantization(bits=4, group_size=64): that of the fuse to come."
         known = isinstance(self.fuse_aware, Quantization | None)
         require(known, f"fuse_aware cannot be {shown(self.fuse_aware)}.", example)

@@ -10,7 +10,7 @@ import numpy as np
 
 from mlx_adapters.config.mapping import require
 from mlx_adapters.config.training import TrainConfig
-from mlx_adapters.data.datasets import DataSet, RawRow, apart, kept_text, read_data
+from mlx_adapters.data.datasets import Data, DataSet, RawRow, apart, kept_text, read_data
 from mlx_adapters.data.inspecting import LeftOut, RowReport, inspect_row
 from mlx_adapters.data.tokenizing import Row, has_words
 from mlx_adapters.models.base import Base
@@ -75,7 +75,7 @@ class SplitReport:
 class DataReport:
     """A whole data set. `overlaps` counts rows of valid and test that also stand in train; `shown` is a training row
     as the model sees it, the first unless another was asked for, and `first_row` its pieces of (text, whether the loss
-    counts it). `stops`: whether any training row teaches the model to stop."""
+    counts it). `stops`: whether any training row teaches the model to stop. `notes` say how rows were understood."""
 
     source: str
     splits: dict[str, SplitReport]
@@ -83,15 +83,14 @@ class DataReport:
     first_row: tuple[tuple[str, bool], ...]
     shown: RowReport
     stops: bool
+    notes: tuple[str, ...] = ()
 
 
-def check_data(
-    data: str | Path | DataSet, base: str | Path | Base, training: TrainConfig | None = None, row: int = 1
-) -> DataReport:
+def check_data(data: Data, base: str | Path | Base, training: TrainConfig | None = None, row: int = 1) -> DataReport:
     """Look through a data set as `train` would see it with these settings.
 
     Args:
-        data: a folder with train.jsonl and valid.jsonl, or one file.
+        data: as for `train`.
         base: the model whose tokenizer and chat template the rows go through.
         training: the settings, of which `max_seq_length`, `mask_prompt` and `last_turn_only` matter here.
         row: the number from 1 of the training row to show.
@@ -105,7 +104,7 @@ def check_data(
     """
     training = training or TrainConfig()
     resolved = resolve_base(base)
-    tokenizer, dataset = load_tokenizer_of(resolved), data if isinstance(data, DataSet) else read_data(data)
+    tokenizer, dataset = load_tokenizer_of(resolved, training.template), read_data(data, read=training)
     rows = len(dataset.rows("train"))
     require(1 <= row <= rows, f"row {row} cannot be shown: the training data has {count(rows, 'row')}.")
     seen = {
@@ -115,7 +114,7 @@ def check_data(
     train = seen["train"]
     stops = any(tokenized.stops for tokenized, _ in train)
     shown = train[row - 1][1]
-    return DataReport(dataset.source, splits, _overlaps(dataset), shown.pieces, shown, stops)
+    return DataReport(dataset.source, splits, _overlaps(dataset), shown.pieces, shown, stops, dataset.notes)
 
 
 def _report(raws: Sequence[RawRow], seen: Sequence[tuple[Row, RowReport]], base: Base) -> SplitReport:

@@ -1,6 +1,6 @@
 """A conversation in tokens, with those marked that the model writes: the loss mask, by construction.
 
-The template is rendered once as the tokenizer does it and once traced (`system.tracing`), which must give the same
+The template is rendered once as the tokenizer does it and once traced (`templates.tracing`), which must give the same
 text; `data.turns` finds the turns in it, and the tokenizer's offsets bring characters to tokens. A tokenizer whose
 conversations are written by other code than a jinja template has its turns found by rendering changed conversations
 (`data.rerendering`).

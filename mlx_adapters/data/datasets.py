@@ -9,8 +9,8 @@ Every row knows where it came from, so that an error can name the line.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,26 +21,31 @@ from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.rows import hub, objects
 from mlx_adapters.rows.files import Located, read_file, suffix_of
-from mlx_adapters.rows.row import DEFAULTS, RawRow
+from mlx_adapters.rows.row import DEFAULTS, RawRow, columns_of
 from mlx_adapters.rows.shapes import ORDINARY
 from mlx_adapters.rows.splits import NAMES, files_of
+from mlx_adapters.storage import files
 from mlx_adapters.storage.files import sha256
+from mlx_adapters.storage.tensor_names import ROWS_FOLDER
 from mlx_adapters.units import count
 
 SPLITS = tuple(NAMES)
 PYTHON = "Python"  # the source of rows that no file holds
-Data = str | Path | objects.Rows
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of "train", "valid" or "test", and the SHA-256 of what they came from. `notes`: what is worth a line."""
+    """The rows of "train", "valid" or "test", and the SHA-256 of what they came from.
+
+    `notes`: what is worth a line. `everything`: the rows with those that are left out.
+    """
 
     name: str
     rows: tuple[RawRow, ...]
     sha256: str
     notes: tuple[str, ...] = ()
+    everything: tuple[RawRow, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,10 @@ def _understood(name: str, rows: Sequence[RawRow]) -> list[str]:
     return [f"Rows of {name} are read as {', '.join(kinds)}{ignored}."]
 
 
+# What a function that takes data accepts.
+Data = str | Path | DataSet | Iterable[Mapping[str, Any]] | Mapping[str, Any]
+
+
 def spread(rows: Sequence[Item], count: int) -> list[Item]:
     """`count` of the rows, evenly spaced; all if there are no more."""
     return [rows[i * len(rows) // count] for i in range(count)] if count < len(rows) else list(rows)
@@ -93,6 +102,8 @@ def read_data(source: Data, judging: bool = False, read: DataConfig = DEFAULTS) 
     It needs rows to train on; for `judging`, rows of any split will do. Raises NotFoundError when there is nothing,
     FormatError (naming the line) for a malformed row.
     """
+    if isinstance(source, DataSet):
+        return source
     if not isinstance(source, str | Path):
         splits = {name: _in_memory(name, rows, read) for name, rows in objects.located(source).items()}
         source = PYTHON
@@ -113,6 +124,18 @@ def read_data(source: Data, judging: bool = False, read: DataConfig = DEFAULTS) 
     return DataSet(str(source), splits)
 
 
+def read_as_trained(source: Data, own: DataConfig, judging: bool = False) -> DataSet:
+    """Read a data set as an adapter's own was; columns that it does not have go by their usual names."""
+    if isinstance(source, Iterator):
+        source = tuple(source)
+    try:
+        return read_data(source, judging, own)
+    except FormatError:
+        if not columns_of(own):
+            raise
+        return read_data(source, judging, DataConfig(**vars(own.template)))
+
+
 def read_split(path: Path, name: str = "train", read: DataConfig = DEFAULTS) -> Split:
     """Read one file of rows."""
     return _split(name, read_file(path), sha256(path), read)
@@ -126,10 +149,10 @@ def _read_local(path: Path, read: DataConfig) -> dict[str, Split]:
             f"There is no data folder '{path}'.", f"a Hugging Face data set is written {hub.PREFIX}user/name."
         )
     splits = {}
-    for name, files in files_of(path).items():
-        digests = [sha256(file) for file in files]
-        digest = digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-        splits[name] = _split(name, [row for file in files for row in read_file(file)], digest, read)
+    for name, parts in files_of(path).items():
+        digests = [sha256(part) for part in parts]
+        digest = digests[0] if len(parts) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+        splits[name] = _split(name, [row for part in parts for row in read_file(part)], digest, read)
     return splits
 
 
@@ -137,6 +160,23 @@ def _in_memory(name: str, rows: list[Located], read: DataConfig) -> Split:
     """A split of rows that no file of ours holds; its hash is that of the file that `kept_text` makes of it."""
     digest = hashlib.sha256(kept_text([RawRow(values, where) for values, where in rows]).encode()).hexdigest()
     return _split(name, rows, digest, read)
+
+
+def keep(data: DataSet, folder: Path) -> None:
+    """Write the rows that no file holds into a folder that `read_kept` reads."""
+    if data.source == PYTHON:
+        for name, split in data.splits.items():
+            files.write_text(folder / ROWS_FOLDER / f"{name}.jsonl", kept_text(split.everything))
+
+
+def read_again(source: str, folder: Path | None, judging: bool = False, read: DataConfig = DEFAULTS) -> DataSet:
+    """The data that a record names as `source`; rows from Python are kept beside it, in `folder`. Raises as
+    `read_data` does."""
+    if source != PYTHON:
+        return read_data(source, judging, read)
+    if folder is None or not (folder / ROWS_FOLDER).is_dir():
+        raise NotFoundError("The rows came from Python and are not here.", "give them again.")
+    return replace(read_data(folder / ROWS_FOLDER, judging, read), source=PYTHON)
 
 
 def kept_text(rows: Sequence[RawRow]) -> str:
@@ -156,7 +196,7 @@ def _split(name: str, rows: list[Located], digest: str, read: DataConfig) -> Spl
     notes = _understood(name, kept)
     if left_out := len(everything) - len(kept):
         notes.append(f"{count(left_out, 'row')} of {name} left out: their weight is 0.")
-    return Split(name, kept, digest, tuple(notes))
+    return Split(name, kept, digest, tuple(notes), tuple(everything))
 
 
 def _nothing_there(folder: Path, judging: bool) -> NotFoundError:

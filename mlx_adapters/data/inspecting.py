@@ -17,8 +17,8 @@ from mlx_adapters.data.tokenizing import (
     tokenize_row,
 )
 from mlx_adapters.rows.row import RawRow
-from mlx_adapters.system.traced import Leaf, leaves
-from mlx_adapters.system.tracing import NOT_SAID, Run, wrapped
+from mlx_adapters.templates.traced import Leaf, leaves
+from mlx_adapters.templates.tracing import NOT_SAID, Run, wrapped
 
 CALL_TEXTS = ("name", "arguments")  # of a tool call; its id and type say nothing
 

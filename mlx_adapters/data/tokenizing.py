@@ -14,7 +14,8 @@ import numpy as np
 from mlx_adapters.data.conversation import Conversation, conversation, refusing, stop_ids
 from mlx_adapters.errors import FormatError
 from mlx_adapters.rows.row import RawRow
-from mlx_adapters.system.tracing import NOT_SAID
+from mlx_adapters.templates.habits import fitted
+from mlx_adapters.templates.tracing import NOT_SAID
 
 Tokens = list[int]
 
@@ -131,7 +132,7 @@ def row_conversation(
     that has no turn of the assistant's, or whose answers the template leaves out.
     """
     _require_template(raw, tokenizer)
-    messages = raw.messages
+    messages = fitted(raw.messages, tokenizer)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if mask_prompt and not turns:
         raise FormatError(f"{raw.where}: no assistant turn to train on.", "add one, or drop --mask-prompt.")
@@ -174,7 +175,9 @@ def _whole_conversation(raw: RawRow, tokenizer: Any) -> Tokens:
     _require_template(raw, tokenizer)
     with refusing(raw.where):
         return list(
-            tokenizer.apply_chat_template(raw.messages, tools=raw.tools, return_dict=False, **raw.template_arguments)
+            tokenizer.apply_chat_template(
+                fitted(raw.messages, tokenizer), tools=raw.tools, return_dict=False, **raw.template_arguments
+            )
         )
 
 

@@ -2,7 +2,7 @@
 
 A turn of the assistant's begins where the generation prompt ends and reaches to the token that ends a generation,
 included: reasoning, content, every call, whatever the template puts around them. `{% generation %}` marks decide
-where a template has them. Else four things are read off the traced rendering (`system.tracing`):
+where a template has them. Else four things are read off the traced rendering (`templates.tracing`):
 
 - where the template wrote the message, from when its loop took it up until it went on;
 - which characters are the message's own, and which another message's;
@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from mlx_adapters.system import tracing
 from mlx_adapters.system.templates import Call
-from mlx_adapters.system.tracing import Rendering, Run
+from mlx_adapters.templates import tracing
+from mlx_adapters.templates.tracing import Rendering, Run
 
 PROMPT = "add_generation_prompt"
 PROBE = tuple({"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant"))

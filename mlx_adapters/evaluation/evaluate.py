@@ -4,15 +4,17 @@ The rows are the independent units: standard errors come from the spread between
 compared row by row, which takes the rows' own difficulty out of the comparison.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from mlx_adapters.config.data import DataConfig, TemplateConfig
 from mlx_adapters.config.evaluating import EvaluationConfig
 from mlx_adapters.config.mapping import require
-from mlx_adapters.data.datasets import RawRow, read_data, spread
+from mlx_adapters.data.datasets import Data, RawRow, columns_of, read_as_trained, spread
 from mlx_adapters.errors import AdapterError, NotFoundError
 from mlx_adapters.evaluation.figures import Evaluation
 from mlx_adapters.evaluation.reports import EvaluationReport
@@ -23,7 +25,7 @@ from mlx_adapters.evaluation.variants import BASE, Variant, as_text, parse_varia
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.loading import load_model
-from mlx_adapters.models.metadata import read_metadata
+from mlx_adapters.models.metadata import data_config, read_metadata
 from mlx_adapters.models.model import Model
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.lookup import load_adapter, locate
@@ -34,7 +36,7 @@ from mlx_adapters.storage.tensor_names import METADATA_FILE
 
 def evaluate(
     variants: Sequence[str | Path | Adapter],
-    data: str | Path,
+    data: Data,
     *,
     base: str | None = None,
     config: EvaluationConfig | None = None,
@@ -44,7 +46,7 @@ def evaluate(
 
     Args:
         variants: spelled as for `benchmark`.
-        data: a folder or file with rows.
+        data: a folder or file with rows, or rows, as for `train`.
         base: what "base" means; None: the first adapter's own.
         config: which rows, which score.
         on_event: called with progress and notes.
@@ -65,20 +67,22 @@ def evaluate(
 
 
 def evaluate_ready(
-    variants: Sequence[Variant], data: str | Path, config: EvaluationConfig, on_event: OnEvent
+    variants: Sequence[Variant], data: Data, config: EvaluationConfig, on_event: OnEvent
 ) -> EvaluationReport:
     """`evaluate` for variants that are ready to load."""
+    given, config = config.template, _as_trained(config, variants)
     rows, record = choose_rows(data, config)
-    score = parse_score(config.score, data) if config.score else None
+    place = data if isinstance(data, str | Path) else None
+    score = parse_score(config.score, place) if config.score else None
     label = choose_reference(variants, config)
-    reference = _load(next(v for v in variants if v.label == label), config) if label else None
+    reference = _load(next(v for v in variants if v.label == label), config, given) if label else None
     batches: Batches | None = None
     evaluations = []
     for variant in variants:
         try:
             if variant.problem:
                 raise NotFoundError(variant.problem)
-            model = reference if reference and variant.label == label else _load(variant, config)
+            model = reference if reference and variant.label == label else _load(variant, config, given)
             batches = batches or Batches(judged_rows(rows, reference or model, config.max_seq_length), reference)
             _check_vocabulary(model, reference)
             evaluations.append(_evaluate(variant.label, model, rows, batches, score, config, on_event))
@@ -90,15 +94,16 @@ def evaluate_ready(
     return EvaluationReport(created, record, config.score, label, tuple(evaluations))
 
 
-def choose_rows(data: str | Path, config: EvaluationConfig) -> tuple[list[RawRow], dict[str, Any]]:
+def choose_rows(data: Data, config: EvaluationConfig) -> tuple[list[RawRow], dict[str, Any]]:
     """The rows to judge, and what a report says of them."""
-    read = read_data(data, judging=True)
+    read = read_as_trained(data, config, judging=True)
     split = config.split or read.judging
     rows = list(read.rows(split))
     if not rows:
-        raise NotFoundError(f"The data '{data}' has no rows of '{split}'.", f"it has: {', '.join(read.splits)}.")
+        raise NotFoundError(f"The data '{read.source}' has no rows of '{split}'.", f"it has: {', '.join(read.splits)}.")
     rows = spread(rows, config.max_rows or len(rows))
-    return rows, {"source": str(data), "split": split, "sha256": read.splits[split].sha256, "rows": len(rows)}
+    source = str(data) if isinstance(data, str | Path) else read.source
+    return rows, {"source": source, "split": split, "sha256": read.splits[split].sha256, "rows": len(rows)}
 
 
 def choose_reference(variants: Sequence[Variant], config: EvaluationConfig) -> str | None:
@@ -115,10 +120,27 @@ def choose_reference(variants: Sequence[Variant], config: EvaluationConfig) -> s
     return adapters[0] if adapters and len(labels) > 1 else None
 
 
-def _load(variant: Variant, config: EvaluationConfig) -> Model:
+def _as_trained(config: EvaluationConfig, variants: Sequence[Variant]) -> EvaluationConfig:
+    """The settings; how rows are read and rendered, where they do not say it, is as the first adapter was trained."""
+    own = DataConfig()
+    for variant in variants:
+        with contextlib.suppress(AdapterError):  # it will be said of the variant
+            if variant.adapter and not variant.problem:
+                own = data_config(load_adapter(variant.adapter).metadata)
+                break
+    columns: dict[str, Any] = (
+        {} if columns_of(config) else {f"{kind}_column": name for kind, name in columns_of(own).items()}
+    )
+    return replace(config, **columns, **vars(config.template.over(own.template)))
+
+
+def _load(variant: Variant, config: EvaluationConfig, given: TemplateConfig) -> Model:
     assert variant.base is not None
     adapter = load_adapter(variant.adapter) if variant.adapter else None
-    return load_model(resolve_base(variant.base), adapter, dtype=config.dtype, any_base=config.any_base)
+    template = replace(given, chat_template=config.chat_template)  # the rows themselves hold the arguments
+    return load_model(
+        resolve_base(variant.base), adapter, dtype=config.dtype, any_base=config.any_base, template=template
+    )
 
 
 def _check_vocabulary(model: Model, reference: Model | None) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.data.datasets import RawRow
 from mlx_adapters.data.tokenizing import messages_of
 from mlx_adapters.errors import ConfigError, FormatError, NotFoundError, did_you_mean
@@ -57,7 +58,8 @@ def _question(row: RawRow, model: Model) -> Question:
     expected = messages[last]["content"]
     if row.format == "completion" and not model.has_template:
         return Question(tuple(model.encode(row.prompt)), expected, row)
-    return Question(tuple(model.encode_chat(messages[:last], row.tools)), expected, row)
+    template = TemplateConfig(chat_template_args=row.template_arguments)
+    return Question(tuple(model.encode_chat(messages[:last], row.tools, template=template)), expected, row)
 
 
 def greedy_answers(
@@ -83,21 +85,24 @@ def greedy_answers(
     return [model.tokenizer.decode(written[request]) for request in requests]
 
 
-def parse_score(text: str, data: str | Path) -> Score:
-    """The score that `text` spells, for data in the folder `data`. Raises ConfigError or NotFoundError."""
+def parse_score(text: str, data: str | Path | None) -> Score:
+    """The score that `text` spells, for data in the folder `data`, if it is in one.
+
+    Raises ConfigError or NotFoundError.
+    """
     kind, _, detail = text.partition(":")
     if kind not in SCORES:
         raise ConfigError(f"There is no score '{kind}'.", did_you_mean(kind, SCORES, f"scores: {', '.join(SCORES)}."))
-    return SCORES[kind](detail, Path(data))
+    return SCORES[kind](detail, None if data is None else Path(data))
 
 
-def _exact(detail: str, data: Path) -> Score:
+def _exact(detail: str, data: Path | None) -> Score:
     if detail:
         raise ConfigError(f"'exact' takes no '{detail}'.")
     return lambda answer, expected, _: float(answer.split() == expected.split())
 
 
-def _regex(detail: str, data: Path) -> Score:
+def _regex(detail: str, data: Path | None) -> Score:
     try:
         pattern = re.compile(detail)
     except re.error as error:
@@ -112,15 +117,17 @@ def _regex(detail: str, data: Path) -> Score:
     return lambda answer, expected, _: float(find(answer) is not None and find(answer) == find(expected))
 
 
-def _sqlite(detail: str, data: Path) -> Score:
-    databases = [Path(detail)] if detail else paths.visible(data, "*.sqlite")
+def _sqlite(detail: str, data: Path | None) -> Score:
+    databases = [Path(detail)] if detail else [] if data is None else paths.visible(data, "*.sqlite")
     if len(databases) != 1:
-        raise NotFoundError(f"The data '{data}' has {len(databases) or 'no'} .sqlite files.", "write sqlite:FILE.")
+        raise NotFoundError(
+            f"The data '{data or 'from Python'}' has {len(databases) or 'no'} .sqlite files.", "write sqlite:FILE."
+        )
     database = Database(databases[0])
     return lambda answer, expected, _: float(is_correct(answer, expected, database))
 
 
-def _command(detail: str, data: Path) -> Score:
+def _command(detail: str, data: Path | None) -> Score:
     try:
         command = shlex.split(detail)
     except ValueError as error:
@@ -155,7 +162,7 @@ def _number(printed: str, status: int, command: str) -> float:
     return value
 
 
-SCORES: dict[str, Callable[[str, Path], Score]] = {
+SCORES: dict[str, Callable[[str, Path | None], Score]] = {
     "exact": _exact,
     "regex": _regex,
     "sqlite": _sqlite,

@@ -7,7 +7,7 @@ what it cost is measured on other text (see `fidelity`).
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from mlx_adapters.assembly.weights import Updates
 from mlx_adapters.assembly.writing import SPARE_BYTES
 from mlx_adapters.calibration.calibrate import Spool
 from mlx_adapters.calibration.strategy import Strategy
-from mlx_adapters.calibration.texts import GENERAL, choose_text
+from mlx_adapters.calibration.texts import GENERAL, PYTHON, choose_text
 from mlx_adapters.config.fusing import DEFAULTS, FuseOptions
 from mlx_adapters.config.mapping import from_mapping, require, to_mapping
 from mlx_adapters.config.quantization import DTYPES, Precision, PrecisionLike
@@ -27,7 +27,7 @@ from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.fusion import recipe as recipes
 from mlx_adapters.fusion.recipe import Recipe
 from mlx_adapters.fusion.result import FuseResult, report
-from mlx_adapters.models.adapter import Adapter, AdapterLike
+from mlx_adapters.models.adapter import Adapter, AdapterLike, template_of
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.loading import load_tokenizer_of
 from mlx_adapters.sources.bases import resolve_base
@@ -90,7 +90,10 @@ def fuse(
     given = [adapters] if isinstance(adapters, Adapter | str | Path) else list(adapters)
     updates = gather_updates(given, weights, replaced)
     resolved = choose_base(base, updates)
-    replacing.refuse_reading_inside(out, [resolved, options.calibration, *(adapter for adapter, _ in updates.adapters)])
+    if isinstance(options.calibration, Iterator):  # it is read more than once
+        options = replace(options, calibration=tuple(options.calibration))
+    file = options.calibration if isinstance(options.calibration, str | Path) else None
+    replacing.refuse_reading_inside(out, [resolved, file, *(adapter for adapter, _ in updates.adapters)])
     writer = make_writer(options.format, precision, dtype, resolved)
     mixed = options.max_kl is not None or options.budget_bits is not None
     if options.format != "mlx":
@@ -179,8 +182,12 @@ def _recipe(
     strategy: Strategy, writer: Writer, given: Sequence[AdapterLike], dtype: str, folder: Path
 ) -> dict[str, Any]:
     updates, text = strategy.assembly.updates, strategy.text
-    general = text is not None and text.source == GENERAL  # even if the adapter's own data turns up again
-    options = replace(strategy.options, calibration=GENERAL) if general else strategy.options
+    options = strategy.options
+    if text is not None and text.source == GENERAL:  # even if the adapter's own data turns up again
+        options = replace(options, calibration=GENERAL)
+    elif not isinstance(options.calibration, str | None):
+        path = options.calibration if isinstance(options.calibration, Path) else PYTHON
+        options = replace(options, calibration=str(path))
     described = [recipes.describe_adapter(g, a, w) for g, (a, w) in zip(given, updates.adapters, strict=True)]
     made = Recipe(
         base=strategy.assembly.base.record(),
@@ -218,7 +225,7 @@ def fuse_again(path: str | Path, out: str | Path, *, overwrite: bool = False, on
     base, adapters = recipes.ingredients(recipe)
     options = from_mapping(FuseOptions, recipe.options, "the fuse recipe")
     if recipe.text is not None:
-        tokenizer = load_tokenizer_of(base)
+        tokenizer = load_tokenizer_of(base, template_of(adapters[0]) if adapters else None)
         text = choose_text(
             options.calibration, adapters, tokenizer, options.calibration_rows, options.check_rows, base.positions
         )

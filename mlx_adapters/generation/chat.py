@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.generation.live import LiveModel, PromptCache
+from mlx_adapters.models.adapter import template_of
 from mlx_adapters.runtime.attached import same
 
 
@@ -37,8 +39,11 @@ class Chat:
 
     def compare(self, text: str, adapters: list[str | None], **options: Any) -> list[str]:
         """The answers of several adapters to the same turn; none of them is remembered."""
-        prompt = self._encode([*self.messages, {"role": "user", "content": text}])
-        return self.model.generate_batch([(prompt, name) for name in adapters], **options)
+        messages = [*self.messages, {"role": "user", "content": text}]
+        attached = self.model.pool.attached
+        own = [template_of(attached[name].adapter if name else None) for name in adapters]
+        prompts = [(self._encode(messages, one), name) for name, one in zip(adapters, own, strict=True)]
+        return self.model.generate_batch(prompts, **options)
 
     def reset(self) -> None:
         """Forget the conversation."""
@@ -59,11 +64,11 @@ class Chat:
         if isinstance(offset, int) and offset <= len(written):
             self._cache, self._cached = cache, written[:offset]
 
-    def _encode(self, messages: list[dict[str, str]]) -> list[int]:
+    def _encode(self, messages: list[dict[str, str]], own: TemplateConfig | None = None) -> list[int]:
         if not self.model.has_template:
             return self.model.encode(messages[-1]["content"])
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return self.model.encode_chat([*system, *messages])
+        return self.model.encode_chat([*system, *messages], own=own)
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.sampling import Sampling
 from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.generation.batching import Request, answer_all
 from mlx_adapters.generation.sampling import Sampler
 from mlx_adapters.generation.text_stream import text_of
-from mlx_adapters.models.adapter import Adapter, AdapterLike
+from mlx_adapters.models.adapter import Adapter, AdapterLike, template_of
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import check_made_for
 from mlx_adapters.models.loading import load_model as load_plain_model
@@ -68,7 +69,7 @@ class LiveModel(Model):
     """
 
     def __init__(self, plain: Model) -> None:
-        super().__init__(plain.module, plain.tokenizer, plain.base, plain.config)
+        super().__init__(plain.module, plain.tokenizer, plain.base, plain.config, template=plain.template)
         self.pool = AdapterPool(self.module)
 
     def __repr__(self) -> str:
@@ -135,6 +136,12 @@ class LiveModel(Model):
         """
         self.pool.select(self.pool.choose(adapter, scale))
         self._note_selection()
+
+    @property
+    def own_template(self) -> TemplateConfig:
+        """How the adapters at work were trained to see conversations, if all agree."""
+        own = [template_of(entry.adapter) for entry, _ in self.pool.selection]
+        return own[0] if own and all(one == own[0] for one in own) else TemplateConfig()
 
     def _note_selection(self) -> None:
         selection = self.pool.selection
@@ -251,7 +258,11 @@ class LiveModel(Model):
             max_batch: most prompts that are decoded at a time.
         """
         sampling = Sampling(max_tokens, temperature, top_p, seed)
-        ids = [self.checked_ids(self.encode(p, raw) if isinstance(p, str) else p).tolist() for p, _ in prompts]
+        own = {name: template_of(self.pool.get(name).adapter if name else None) for _, name in prompts}
+        ids = [
+            self.checked_ids(self.encode(p, raw, own[name]) if isinstance(p, str) else p).tolist()
+            for p, name in prompts
+        ]
         requests = [
             Request(
                 prompt,
@@ -278,6 +289,7 @@ def load_model(
     dtype: str = "auto",
     dense: bool | None = None,
     any_base: bool = False,
+    template: TemplateConfig | None = None,
 ) -> LiveModel:
     """Load a base model (or a fused folder) once, for any number of adapters.
 
@@ -287,8 +299,10 @@ def load_model(
         dtype: to compute in; "auto": float32 on a CPU, as stored on a GPU.
         dense: replace quantized layers by dense ones, which compute the same function; None: on a CPU.
         any_base: take an adapter that was trained on another base.
+        template: the chat template and its arguments; None: as the adapter at work was trained, else the base's own.
 
-    Raises NotFoundError, HubError, FormatError, ModelError or IncompatibleError.
+    Raises NotFoundError, HubError, FormatError, ModelError, IncompatibleError; ConfigError for an argument that the
+    chat template does not read.
 
     Example:
         >>> model = ma.load_model("demo", "sql")
@@ -297,7 +311,7 @@ def load_model(
         True
     """
     loaded = None if adapter is None else load_adapter(adapter)
-    model = LiveModel(load_plain_model(resolve_base(base), dtype=dtype, dense=dense))
+    model = LiveModel(load_plain_model(resolve_base(base), dtype=dtype, dense=dense, template=template))
     if loaded is not None:
         model.attach(loaded, any_base)
     return model

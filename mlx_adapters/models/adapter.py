@@ -14,12 +14,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.display.notebook import html_block, html_facts, loss_curve
 from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.models.metadata import (
     AdapterConfig,
     base_of,
     check_config,
+    data_config,
     is_number,
     iterations_of,
     losses_of,
@@ -203,6 +205,11 @@ _INFINITY = {mx.float32: (mx.int32, 0x7F800000), mx.bfloat16: (mx.int16, 0x7F80)
 
 
 AdapterLike = Adapter | str | Path  # what stands for an adapter above `sources`: itself, or a reference to it
+
+
+def template_of(adapter: Adapter | None) -> TemplateConfig:
+    """How the adapter was trained to see conversations."""
+    return TemplateConfig() if adapter is None else data_config(adapter.metadata).template
 
 
 def first_not_finite(weights: Mapping[str, mx.array]) -> str | None:

@@ -8,8 +8,10 @@ import contextlib
 from dataclasses import replace
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
 from mlx.utils import tree_unflatten
 
+from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.mapping import require
 from mlx_adapters.config.quantization import DTYPES
 from mlx_adapters.errors import AdapterError, FormatError, ModelError
@@ -31,6 +33,7 @@ from mlx_adapters.system.door import (
 )
 from mlx_adapters.system.limits import files_hint, wire_memory
 from mlx_adapters.system.machine import on_gpu
+from mlx_adapters.templates.habits import check_arguments
 
 
 def load_model(
@@ -41,12 +44,14 @@ def load_model(
     dense: bool | None = None,
     any_base: bool = False,
     gradients: bool = False,
+    template: TemplateConfig | None = None,
 ) -> Model:
     """Load a base model (or a fused folder), with an adapter on it if one is given.
 
     dtype: "auto" is float32 on a CPU and as stored on a GPU. dense: replace quantized layers by dense ones
     (default: on a CPU). On a GPU, quantized layers that MLX computes wrong there are made dense and named in a
-    MiscomputedWarning; with `gradients` also those that it gives wrong gradients. Raises NotFoundError, HubError,
+    MiscomputedWarning; with `gradients` also those that it gives wrong gradients. `template`: as for
+    `load_tokenizer_of`. Raises NotFoundError, HubError,
     FormatError, ModelError or IncompatibleError.
     """
     require(dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not '{dtype}'.")
@@ -56,7 +61,7 @@ def load_model(
         mx.eval(module.parameters())
     if on_gpu():
         replace_miscomputed(module, compute_dtype(module), gradients)
-    model = Model(module, load_tokenizer_of(base), base, config)
+    model = Model(module, load_tokenizer_of(base, template), base, config, template=template or TemplateConfig())
     if adapter is not None:
         model.attach(adapter, any_base)
     return model
@@ -93,9 +98,13 @@ def load_module(base: Base) -> tuple[nn.Module, dict[str, Any]]:
     return module, config
 
 
-def load_tokenizer_of(base: Base) -> Any:
-    """The base's tokenizer, in mlx-lm's wrapper; never from the network. Raises FormatError."""
-    eos = base.config.get("eos_token_id")
+def load_tokenizer_of(base: Base, template: TemplateConfig | None = None) -> Any:
+    """The base's tokenizer, in mlx-lm's wrapper; never from the network.
+
+    With `template`, its chat template is the one named there, and it must know the arguments that are given it. Raises
+    FormatError or ConfigError.
+    """
+    eos, other = base.config.get("eos_token_id"), template.chat_template if template else None
 
     def refused(why: str) -> AdapterError:
         if "trust_remote_code" in why:
@@ -107,10 +116,15 @@ def load_tokenizer_of(base: Base) -> Any:
         return FormatError(f"The tokenizer of '{base.name}' cannot be loaded: {why}.")
 
     with refusals(refused):
-        tokenizer = load_tokenizer(base.folder, eos)
+        try:
+            tokenizer = load_tokenizer(base.folder, eos, other)
+        except TemplateSyntaxError as error:
+            raise FormatError(f"The chat template is not valid, line {error.lineno}: {error.message}") from None
         tokenizer.encode("What is odd in its settings shows here.")
     # It need not warn about long texts: whoever uses it cuts them where the model's limit asks for it.
     getattr(tokenizer, "deprecation_warnings", {})["sequence-length-is-longer-than-the-specified-maximum"] = True
+    if template:
+        check_arguments(tokenizer, template.chat_template_args)
     return tokenizer
 
 

@@ -8,11 +8,13 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters.errors import FormatError
+from mlx_adapters.config.data import DataConfig
+from mlx_adapters.config.mapping import from_mapping
+from mlx_adapters.errors import ConfigError, FormatError
 from mlx_adapters.storage import files
 from mlx_adapters.storage.replacing import stat_of
 from mlx_adapters.storage.tensor_names import (
@@ -328,6 +330,17 @@ def base_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The base model's record in an adapter's metadata, or {}."""
     base = metadata.get("base")
     return base if isinstance(base, dict) else {}
+
+
+def data_config(metadata: Mapping[str, Any]) -> DataConfig:
+    """How the adapter's training read its rows; the defaults where its metadata say nothing that makes sense."""
+    training = metadata.get("training")
+    names = {field.name for field in fields(DataConfig)}
+    known = {k: v for k, v in training.items() if k in names} if isinstance(training, dict) else {}
+    try:
+        return from_mapping(DataConfig, known)
+    except ConfigError:
+        return DataConfig()
 
 
 def losses_of(metadata: Mapping[str, Any]) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.sampling import Sampling
 from mlx_adapters.errors import ModelError
-from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.adapter import Adapter, template_of
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import attach, check_fits, check_made_for, detach
 from mlx_adapters.system.door import make_sampler, mx, nn, stream_generate
+from mlx_adapters.templates.habits import fitted
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Model:
         base: where it comes from.
         config: its config.json.
         adapter: the one that is on.
+        template: how conversations are written; what it leaves open is as the adapter was trained.
 
     Example:
         >>> model = ma.load_model("demo")
@@ -66,6 +69,7 @@ class Model:
     base: Base
     config: dict[str, Any]
     adapter: Adapter | None = field(default=None)
+    template: TemplateConfig = field(default=TemplateConfig())
 
     def __repr__(self) -> str:
         return f"Model({self.base.name!r}, adapter={self.adapter.name if self.adapter else None!r})"
@@ -141,38 +145,63 @@ class Model:
         return mx.array(array.astype(np.int32))
 
     @property
-    def has_template(self) -> bool:
-        """Whether the tokenizer has a chat template, which says how a conversation is written."""
-        return bool(getattr(self.tokenizer, "has_chat_template", False))
+    def own_template(self) -> TemplateConfig:
+        """How the adapter at work was trained to see conversations."""
+        return template_of(self.adapter)
 
-    def encode(self, prompt: str, raw: bool = False) -> list[int]:
+    @property
+    def has_template(self) -> bool:
+        """Whether there is a chat template, which says how a conversation is written."""
+        own = getattr(self.tokenizer, "has_chat_template", False)
+        return bool(own or self.template.over(self.own_template).chat_template)
+
+    def encode(self, prompt: str, raw: bool = False, own: TemplateConfig | None = None) -> list[int]:
         """Token ids of a prompt.
 
         Args:
             prompt: the text.
             raw: take it as it is, not through the chat template as the user's turn.
+            own: as for `encode_chat`.
 
         Raises ModelError.
         """
         if self.has_template and not raw:
-            return self.encode_chat([{"role": "user", "content": prompt}])
+            return self.encode_chat([{"role": "user", "content": prompt}], own=own)
         _require_unicode(prompt)
         return list(self.tokenizer.encode(prompt))
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None = None) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: list[Any] | None = None,
+        *,
+        template: TemplateConfig | None = None,
+        own: TemplateConfig | None = None,
+    ) -> list[int]:
         """Token ids of a conversation up to the answer that is to come, through the chat template.
 
         Args:
             messages: mappings with "role" and "content".
             tools: what the template is to say of tools.
+            template: how it is written; what this leaves open is as the model's `template` says.
+            own: what both leave open; None: as the adapter at work was trained.
 
         Raises ModelError for what the template refuses and for what is not valid Unicode.
         """
-        _require_unicode(json.dumps(messages, ensure_ascii=False))
+        _require_unicode(json.dumps([messages, tools], ensure_ascii=False))
+        own = self.own_template if own is None else own
+        chosen = (template or TemplateConfig()).over(self.template).over(own)
+        other = {} if chosen.chat_template is None else {"chat_template": chosen.chat_template}
         try:
             return list(
                 self.tokenizer.apply_chat_template(
-                    messages, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False
+                    fitted(messages, self.tokenizer, chosen.chat_template),
+                    tools=tools,
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=False,
+                    **other,
+                    **chosen.chat_template_args,
                 )
             )
         except Exception as error:  # a template may raise what it likes

@@ -8,8 +8,6 @@ from mlx_adapters.rows import shapes, splits
 from mlx_adapters.rows.files import Located
 from mlx_adapters.rows.values import kind, require_unicode
 
-# What a function that takes data accepts besides a path: rows, or {"train": rows, "valid": rows}.
-Rows = Iterable[Mapping[str, Any]] | Mapping[str, Any]
 HINT = 'a row is a mapping, such as {"prompt": "...", "completion": "..."} or {"messages": [...]}.'
 
 

@@ -16,6 +16,17 @@ DEFAULTS = DataConfig()
 WEIGHTS = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
 
 
+def columns_of(read: DataConfig) -> dict[str, str]:
+    """The columns that are named, by what they are for."""
+    columns = {
+        "prompt": read.prompt_column,
+        "completion": read.completion_column,
+        "text": read.text_column,
+        "messages": read.messages_column,
+    }
+    return {purpose: name for purpose, name in columns.items() if name is not None}
+
+
 @dataclass(frozen=True)
 class RawRow:
     """One row: `values` as read, `where` it stands ("data/train.jsonl, line 7"), and how it is to be `read`."""
@@ -27,7 +38,7 @@ class RawRow:
     @cached_property
     def canonical(self) -> Canonical:
         """What the row means. Raises FormatError, naming the place, for a shape that nobody knows."""
-        return shapes.recognize(self.values, self.read.columns, self.where)
+        return shapes.recognize(self.values, columns_of(self.read), self.where)
 
     @property
     def format(self) -> str:

@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.errors import AdapterError, ModelError
 from mlx_adapters.serving import protocol
 from mlx_adapters.serving.engine import Engine
@@ -169,7 +170,8 @@ class Server:
         raw = await self.json(request)
         asked, messages = protocol.read_request(raw, chat=True), protocol.read_messages(raw)
         model = self.engine.resolve(asked.model, asked.user)
-        prompt = await asyncio.to_thread(self.chat_tokens, messages)
+        arguments = protocol.read_template_arguments(raw)
+        prompt = await asyncio.to_thread(self.chat_tokens, messages, model, arguments)
         return await self.answer(request, asked, model, prompt, chat=True)
 
     async def completion(self, request: Request) -> Response:
@@ -181,13 +183,15 @@ class Server:
             prompt = await asyncio.to_thread(self.text_tokens, prompt)
         return await self.answer(request, asked, model, prompt, chat=False)
 
-    def chat_tokens(self, messages: list[dict[str, str]]) -> list[int]:
+    def chat_tokens(self, messages: list[dict[str, str]], model: str, arguments: dict[str, Any]) -> list[int]:
         """The prompt of a chat, through the model's template. Raises ApiError 400."""
-        if not self.engine.model.has_template:
+        own = self.engine.template_of(model)
+        if not (self.engine.model.has_template or own.chat_template):
             raise ApiError(400, "This model has no chat template; use /v1/completions.", param="messages")
         with self._tokenizing:
             try:
-                return self.engine.model.encode_chat(messages)
+                asked = TemplateConfig(chat_template_args=arguments)
+                return self.engine.model.encode_chat(messages, template=asked, own=own)
             except AdapterError as error:
                 raise ApiError(400, error.message[:240], param="messages") from None
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.mapping import require
 from mlx_adapters.config.sampling import Sampling
 from mlx_adapters.errors import AdapterError, did_you_mean
@@ -82,6 +83,11 @@ class Engine:
             message = f"The model '{name}' does not exist. Served: {', '.join(self.names)}."
             raise ApiError(404, message + (f" {hint}" if hint else ""), param="model", code="model_not_found")
         return name
+
+    def template_of(self, name: str) -> TemplateConfig:
+        """How conversations are written for the adapter (or base) that `resolve` gave."""
+        served = self.served.get(name)
+        return served.template if served else TemplateConfig()
 
     def submit(self, job: Job) -> None:
         """Take a job in. Raises ApiError 429 when too many wait, 503 when the server is stopping."""

@@ -37,7 +37,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 # Options that ask for nothing of the model.
 NOTES = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 SHARED = {"model", "stream", "stream_options", "stop", "seed", "temperature", "top_p", "max_tokens", "logprobs"}
-CHAT = SHARED | {"messages", "max_completion_tokens", "top_logprobs"}
+CHAT = SHARED | {"messages", "max_completion_tokens", "top_logprobs", "chat_template_kwargs"}
 COMPLETION = SHARED | {"prompt"}
 
 
@@ -190,6 +190,14 @@ def _message(message: Any, where: str) -> dict[str, str]:
     if not isinstance(content, str):
         raise ApiError(400, f"'{where}.content' must be a string.", param=f"{where}.content")
     return {"role": "system" if role == "developer" else role, "content": content}
+
+
+def read_template_arguments(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What a chat gives its template beside the messages. Raises ApiError 400."""
+    arguments = raw.get("chat_template_kwargs")
+    if not isinstance(arguments, dict | None):
+        raise ApiError(400, "'chat_template_kwargs' must be an object.", param="chat_template_kwargs")
+    return arguments or {}
 
 
 def read_prompt(raw: Mapping[str, Any], vocabulary: int) -> str | list[int]:

@@ -6,12 +6,13 @@ one that is served no more goes when its last answer is written.
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.generation.live import LiveModel
-from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.adapter import Adapter, template_of
 from mlx_adapters.runtime.attached import Attached
 from mlx_adapters.serving.metrics import Metrics
 from mlx_adapters.serving.settings import ServeSettings
@@ -24,6 +25,7 @@ class Served:
 
     `fingerprint`: of the adapter that was first read, which is the one that is served: a name may come to mean another.
     `nbytes`: what its weights take, or once it was in memory what it took there; None until it was read.
+    `template`: how it was trained to see conversations.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Served:
     attached: Attached | None = None
     nbytes: int | None = None
     fingerprint: str | None = None
+    template: TemplateConfig = field(default=TemplateConfig())
 
     def read(self) -> Adapter:
         """The adapter, from the disk. Raises IncompatibleError if it is no longer the one that was first read."""
@@ -42,6 +45,7 @@ class Served:
                 f"'{self.reference}' has changed since it was first served as '{self.name}'.",
                 "remove it from the server and add it anew, or start the server again.",
             )
+        self.template = template_of(adapter)
         return adapter
 
     @property

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import ConfigError, NotFoundError
 from mlx_adapters.generation.live import load_model
@@ -50,15 +51,16 @@ def make_engine(
     *,
     dtype: str = "auto",
     name: str | None = None,
+    template: TemplateConfig | None = None,
 ) -> Engine:
     """Load the base, check every adapter against it and keep the first ones in memory.
 
-    `base` may be a fused model. It is served as `name`, else as it is called, a folder by its last part. Raises
-    AdapterError before anything listens.
+    `base` may be a fused model. It is served as `name`, else as it is called, a folder by its last part. What
+    `template` leaves open is as each adapter was trained. Raises AdapterError before anything listens.
     """
     called = name or (Path(base).name if Path(base).is_dir() else base)
     check_names(called, [adapter for adapter, _ in adapters], settings.splits)
-    model = load_model(base, dtype=dtype)
+    model = load_model(base, dtype=dtype, template=template)
     engine = Engine(model, settings, called)
     for adapter, reference in adapters:
         if len(model.pool.attached) < settings.max_adapters:

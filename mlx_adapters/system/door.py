@@ -17,6 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Template
+
 from mlx_adapters.errors import AdapterError, ModelError
 from mlx_adapters.system.limits import raise_open_files
 from mlx_adapters.system.templates import Bounded
@@ -89,7 +91,7 @@ def _check() -> None:
                 f"install the tested version: 'pip install \"mlx-lm=={TESTED}.2\"'.",
             )
 
-    if not hasattr(chat_template_utils, "ImmutableSandboxedEnvironment"):
+    if not {"ImmutableSandboxedEnvironment", "_compile_jinja_template"} <= vars(chat_template_utils).keys():
         raise ModelError(
             f"transformers {version('transformers')} renders chat templates in a way that is not known here.",
             "install an older one: 'pip install \"transformers<6\"'.",
@@ -165,15 +167,30 @@ def _complete(module: nn.Module) -> None:
             vars(part).setdefault(name, value)
 
 
-def load_tokenizer(folder: Path, eos_token_ids: Any) -> TokenizerWrapper:
-    """The folder's tokenizer. Without being told, transformers asks on stdin whether to run code of the folder's; and
-    it would say on stderr which of the config's settings it does not know."""
+def load_tokenizer(folder: Path, eos_token_ids: Any, chat_template: str | None = None) -> TokenizerWrapper:
+    """The folder's tokenizer, with another chat template if one is given. Raises jinja2.TemplateSyntaxError for it.
+
+    Without being told, transformers asks on stdin whether to run code of the folder's; and it would say on stderr
+    which of the config's settings it does not know.
+    """
+    extra: dict[str, Any] = {"trust_remote_code": trusts_remote_code()}
+    if chat_template is not None:
+        compile_chat_template(chat_template)
+        extra["chat_template"] = chat_template
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        return load_mlx_tokenizer(folder, {"trust_remote_code": trusts_remote_code()}, eos_token_ids=eos_token_ids)
+        tokenizer = load_mlx_tokenizer(folder, extra, eos_token_ids=eos_token_ids)
     finally:
         transformers_logging.set_verbosity(level)
+    if chat_template is not None:
+        tokenizer._chat_template = None  # mlx-lm's own code for a kind of model would come first
+    return tokenizer
+
+
+def compile_chat_template(text: str) -> Template:
+    """A chat template as transformers compiles it. Raises jinja2.TemplateSyntaxError."""
+    return chat_template_utils._compile_jinja_template(text)
 
 
 def make_module(config: dict[str, Any], folder: Path = Path()) -> nn.Module:
@@ -273,6 +290,7 @@ __all__ = [
     "SwitchLinear",
     "TRUST_IT",
     "TokenizerWrapper",
+    "compile_chat_template",
     "fetched_by_mlx_lm",
     "harness_model",
     "load_config",

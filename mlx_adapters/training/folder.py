@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.config.training import LoraConfig, TrainConfig
+from mlx_adapters.data.datasets import DataSet, keep
 from mlx_adapters.errors import AdapterError, ConfigError
 from mlx_adapters.models.adapter import Weights
 from mlx_adapters.models.metadata import AdapterConfig
@@ -46,6 +47,7 @@ class RunFolder:
 
     `adapter` is known from its first step on. `writes` is false in all but one of several processes. `begun`: whether
     the folder at `path` is this run's; what is there before that stays as it is. `held`: locks, until the run ends.
+    `data`: what it is trained on, which is kept here if no file holds it.
     """
 
     reference: Reference
@@ -56,6 +58,7 @@ class RunFolder:
     writes: bool = True
     begun: bool = False
     overwrite: bool = False
+    data: DataSet | None = None
 
     @property
     def settings(self) -> tuple[LoraConfig, TrainConfig]:
@@ -90,6 +93,8 @@ class RunFolder:
                 files.write_json(
                     folder / CONFIG_FILE, self.adapter.to_mlx_lm() | {"model": self.recipe["base"]["name"]}
                 )
+                if self.data is not None:
+                    keep(self.data, folder)
                 states.save(folder, state, weights, optimizer)
                 self._derive(folder, state)
             self.hold(wait=True)

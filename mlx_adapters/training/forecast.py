@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.data.batches import Batch
-from mlx_adapters.data.datasets import read_data
+from mlx_adapters.data.datasets import Data, read_data
 from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.events import OnEvent, ignore
 from mlx_adapters.models.base import Base
@@ -72,7 +72,7 @@ class Estimate:
 
 def estimate(
     base: str | Path | Base,
-    data: str | Path,
+    data: Data,
     *,
     lora: LoraConfig | None = None,
     training: TrainConfig | None = None,
@@ -97,8 +97,8 @@ def estimate(
         (True, True)
     """
     resolved, lora, training = resolve_base(base), lora or LoraConfig(), training or TrainConfig()
-    tokenizer = load_tokenizer_of(resolved)
-    rows = setup.tokenize_split(read_data(data), "train", tokenizer, training, on_event)
+    tokenizer = load_tokenizer_of(resolved, training.template)
+    rows = setup.tokenize_split(read_data(data, read=training), "train", tokenizer, training, on_event)
     setup.require_readable(rows, resolved)
     return estimate_rows(resolved, rows, lora, training, timed)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_adapters.config.mapping import require
 from mlx_adapters.config.training import LoraConfig, TrainConfig
-from mlx_adapters.data.datasets import DataSet, read_data
+from mlx_adapters.data.datasets import Data, DataSet, hold_out, read_again, read_data
 from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.display.notebook import html_block, html_facts, loss_curve
 from mlx_adapters.errors import ConfigError, FormatError, TrainingError
@@ -103,7 +103,7 @@ class _Request:
 
 def train(
     base: str | Path | Base | None = None,
-    data: str | Path | None = None,
+    data: Data | None = None,
     *,
     name: str,
     lora: LoraConfig | None = None,
@@ -119,7 +119,8 @@ def train(
 
     Args:
         base: the model to train for: "demo", a folder or a Hub id. Not needed to resume.
-        data: a folder with train.jsonl and valid.jsonl, one file, or "hf:user/name". Not needed to resume.
+        data: a folder with train.jsonl and valid.jsonl, one file, or "hf:user/name"; or rows: a list or generator of
+            mappings, a frame, a `datasets.Dataset`, or {"train": rows, "valid": rows}. Not needed to resume.
         name: the adapter's name in the registry, or a folder, if it is a path (./out).
         lora: what is adapted and how strongly.
         training: how long, on how much at a time, at which learning rate.
@@ -152,7 +153,7 @@ def train(
         lora, training = lora or settings_of(old)[0], training or settings_of(old)[1]
         request = _Request(
             resolve_base(base or old["base"]["name"]),
-            read_data(data or old["data"]["source"]),
+            read_again(old["data"]["source"], path, read=training) if data is None else read_data(data, read=training),
             lora,
             training,
             None,
@@ -166,12 +167,12 @@ def train(
     if base is None or data is None:
         raise ConfigError("A new run needs a base model and data.", "give both, or resume a run.")
     adapter = load_adapter(init_from) if init_from is not None else None
-    lora = lora or (setup.lora_of(adapter) if adapter else LoraConfig())
+    lora, training = lora or (setup.lora_of(adapter) if adapter else LoraConfig()), training or TrainConfig()
     request = _Request(
         resolve_base(base),
-        read_data(data),
+        read_data(data, read=training),
         lora,
-        training or TrainConfig(),
+        training,
         adapter,
         command,
         on_event,
@@ -294,9 +295,14 @@ def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None
     lora, training = request.lora, request.training
     resumed = checkpoint is not None
     started_from = request.adapter.fingerprint if request.adapter is not None else None
+    folder.data = data = request.data
+    for note in data.notes:
+        request.on_event(Note(note))
+    if training.valid_fraction is not None:
+        data = hold_out(data, training.valid_fraction, training.seed)
     recipe = make_recipe(
         request.base,
-        request.data,
+        data,
         lora,
         training,
         folder.recipe.get("init_from") if resumed else started_from,
@@ -306,10 +312,10 @@ def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None
     )
     if resumed:
         require_same(folder.recipe, recipe, str(folder.reference))
-    tokenizer = load_tokenizer_of(request.base)
+    tokenizer = load_tokenizer_of(request.base, training.template)
     with setup.template_date(datetime.fromisoformat(recipe["started"])):
         rows, held_out = (
-            setup.tokenize_split(request.data, s, tokenizer, training, request.on_event) for s in ("train", "valid")
+            setup.tokenize_split(data, s, tokenizer, training, request.on_event) for s in ("train", "valid")
         )
     recipe["text"] = text_record(tokenizer, {"train": rows, "valid": held_out})
     if resumed:

@@ -47,6 +47,8 @@ def typed(parameter: click.Parameter, tmp_path) -> list[str]:
             "ref": "sql",
             "numbers": "3",
             "rank": "3",
+            "key=value": "key=1",
+            "file": __file__,
         }.get(kind.name, "x")
     if isinstance(parameter, click.Argument):
         return [str(value)]

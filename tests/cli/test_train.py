@@ -118,6 +118,7 @@ def test_unknown_keys_in_the_config_file_are_named(run, tmp_path):
 
 
 # Option -> (what is typed, the settings that it changes). What the settings do: test_training_options.py.
+PAIR = ["--prompt-column", "question", "--completion-column", "reply"]
 SETTINGS = {
     "--rank": (["--rank", "3", "--rank", "v_proj=5"], {"lora.rank": 3, "lora.ranks": {"v_proj": 5}}),
     "--scale": (["--scale", "3"], {"lora.scale": 3.0}),
@@ -167,6 +168,16 @@ SETTINGS = {
     "--fuse-aware-from": (
         ["--fuse-aware", "4", "--fuse-aware-from", "8"],
         {"training.fuse_aware": {"bits": 4, "group_size": 64, "mode": "affine"}, "training.fuse_aware_from": 8},
+    ),
+    "--valid-fraction": (["--valid-fraction", "0.1"], {"training.valid_fraction": 0.1}),
+    "--prompt-column": (PAIR, {"training.prompt_column": "question", "training.completion_column": "reply"}),
+    "--completion-column": (PAIR, {"training.prompt_column": "question", "training.completion_column": "reply"}),
+    "--text-column": (["--text-column", "body"], {"training.text_column": "body"}),
+    "--messages-column": (["--messages-column", "talk"], {"training.messages_column": "talk"}),
+    "--chat-template": (["--chat-template", __file__], {"training.chat_template": Path(__file__).read_text()}),
+    "--chat-template-arg": (
+        ["--chat-template-arg", "enable_thinking=False", "--chat-template-arg", "style=brief"],
+        {"training.chat_template_args": {"enable_thinking": False, "style": "brief"}},
     ),
     "--data": (["--data", "elsewhere"], {"data": "elsewhere"}),
     "--name": (["--name", "other"], {"name": "other"}),

@@ -4,6 +4,7 @@ A setting that joins LoraConfig or TrainConfig must join a row here (`test_every
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mlx_adapters import LoraConfig, Quantization, TrainConfig
@@ -22,12 +23,18 @@ TRAINING = {
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train: settings besides LORA and TRAINING, the base, and whether it starts from an adapter."""
+    """One way to train: settings besides LORA and TRAINING, the base, whether it starts from an adapter, and whether
+    the data has validation rows."""
 
     lora: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     base: dict[str, Any] = field(default_factory=dict)
     init_from: bool = False
+    validated: bool = True
+
+    def data_in(self, folder: Path) -> Path:
+        """What it is trained on, of what `write_data` wrote."""
+        return folder if self.validated else folder / "train.jsonl"
 
     @property
     def settings(self) -> tuple[LoraConfig, TrainConfig]:
@@ -43,13 +50,25 @@ WAYS = {
     "adafactor": Way({}, {"optimizer": "adafactor", "schedule": "linear", **CLIPPED}),
     "muon": Way({}, {"optimizer": "muon", "grad_accumulation": 2, **CLIPPED}),
     "muon, experts": Way({}, {"optimizer": "muon", **CLIPPED}, {"architecture": "qwen3_moe"}),
-    "without dropout": Way({"dropout": 0.0}, CLIPPED),
-    "some modules": Way({"target_modules": ("q_proj", "v_proj"), "num_layers": 1, "ranks": {"v_proj": 2}}),
+    "without dropout": Way({"dropout": 0.0}, {"text_column": "completion", **CLIPPED}),
+    "some modules": Way(
+        {"target_modules": ("q_proj", "v_proj"), "num_layers": 1, "ranks": {"v_proj": 2}},
+        {"prompt_column": "completion", "completion_column": "prompt"},
+    ),
     "embeddings": Way({"target_modules": ("embed_tokens", "v_proj")}, CLIPPED),
     "dora": Way({"type": "dora"}, {"mask_prompt": True, **CLIPPED}),
     "packing": Way({}, {"packing": True, "max_seq_length": 96, "batch_size": 2, "grad_accumulation": 3, **CLIPPED}),
     "less memory": Way({}, {"grad_checkpoint": True, "chunked_loss": "on", **CLIPPED}),
-    "plain loss": Way({}, {"chunked_loss": "off", "mask_prompt": True, "last_turn_only": True}),
+    "plain loss": Way(
+        {},
+        {
+            "chunked_loss": "off",
+            "mask_prompt": True,
+            "last_turn_only": True,
+            "messages_column": "talk",
+            "chat_template_args": {"style": "brief"},
+        },
+    ),
     "bfloat16": Way({}, {"dtype": "bfloat16", **CLIPPED}),
     "float16": Way({}, {"dtype": "float16", "learning_rate": 0.001, **CLIPPED}),
     "float32": Way({}, {"dtype": "float32"}, {"bits": 4, "group_size": 32}),
@@ -67,6 +86,10 @@ WAYS = {
             "max_grad_norm": 5.0,
         },
     ),
-    "few kept": Way({}, {"keep": 1, "save_every": 2, "eval_every": 2, "save_every_minutes": 1e9, **CLIPPED}),
+    "few kept": Way(
+        {},
+        {"keep": 1, "save_every": 2, "eval_every": 2, "save_every_minutes": 1e9, "valid_fraction": 0.3, **CLIPPED},
+        validated=False,
+    ),
     "from an adapter": Way({}, CLIPPED, init_from=True),
 }

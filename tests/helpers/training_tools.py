@@ -34,6 +34,7 @@ def write_data(folder: Path, rows: int = 13, valid: int = 5, seed: int = 0) -> P
             {
                 "prompt": "List " + "the titles of all courses " * random_.randint(1, 4),
                 "completion": "SELECT title " * random_.randint(1, 3) + f"FROM courses {i};",
+                "talk": [{"role": "user", "content": f"List {i}."}, {"role": "assistant", "content": "SELECT " * i}],
             }
             for i in range(count)
         ]

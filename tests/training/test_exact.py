@@ -45,7 +45,7 @@ def test_every_setting_is_in_the_table(config):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_resumed_run_equals_an_uninterrupted_one(way, tiny_model, data):
-    lora, training = WAYS[way].settings
+    (lora, training), data = WAYS[way].settings, WAYS[way].data_in(data)
     base = tiny_model(**{"architecture": "llama"} | WAYS[way].base)
     more = {}
     if WAYS[way].init_from:

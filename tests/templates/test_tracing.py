@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jinja2.ext import loopcontrols
 
-from mlx_adapters.system import tracing
 from mlx_adapters.system.templates import Bounded
-from mlx_adapters.system.traced import Leaf, Traced, joined
-from mlx_adapters.system.tracing import account, regions, wrapped
+from mlx_adapters.templates import tracing
+from mlx_adapters.templates.traced import Leaf, Traced, joined
+from mlx_adapters.templates.tracing import account, regions, wrapped
 
 ENVIRONMENT = Bounded(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
 ENVIRONMENT.filters["tojson"] = json.dumps

@@ -18,7 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from mlx_adapters.system.templates import Bounded, LimitedTemplate
-from mlx_adapters.system.traced import Leaf, Traced, inherited, join, joined, pieces_of
+from mlx_adapters.templates.traced import Leaf, Traced, inherited, join, joined, pieces_of
 
 _OWN_ARGUMENTS = ("_loop_vars", "_block_vars", "caller")  # that jinja itself adds to a call
 NOT_SAID = frozenset({"role", "name", "weight"})  # fields of a message that are no words of its speaker

@@ -1,0 +1,104 @@
+"""An adapter is used with the template and the arguments that it was trained with, unless others are given."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from helpers.chat_families import write_base
+
+from mlx_adapters import LoraConfig, TemplateConfig, TrainConfig, load_model, train
+from mlx_adapters.cli import cli
+from mlx_adapters.errors import ConfigError, FormatError
+from mlx_adapters.generation.chat import Chat
+from mlx_adapters.serving.settings import ServeSettings
+from mlx_adapters.serving.start import make_engine
+
+ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}] * 4
+OTHER = "{%- for m in messages %}[{{ m.role }}]{{ m.content }}{%- endfor %}{%- if style %}({{ style }}){%- endif %}"
+QUIET = {"enable_thinking": False}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("base") / "qwen3", "qwen3")
+
+
+def trained(base, name, **template):
+    settings = TrainConfig(iterations=1, batch_size=1, **template)
+    train(base, ROWS, name=name, lora=LoraConfig(rank=1), training=settings)
+
+
+def prompt(model, **options):
+    return model.tokenizer.decode(model.encode_chat([{"role": "user", "content": "a"}], **options))
+
+
+def test_arguments_and_template_go_with_the_adapter(base):
+    trained(base, "quiet", chat_template_args=QUIET)
+    trained(base, "other", chat_template=OTHER, chat_template_args={"style": "brief"})
+    model = load_model(base)
+    plain = prompt(model)
+    assert "</think>" not in plain
+    with model.using("quiet"):
+        quiet = prompt(model)
+        assert quiet.endswith("<think>\n\n</think>\n\n") and quiet.startswith(plain)
+        assert prompt(model, template=TemplateConfig(chat_template_args={"enable_thinking": True})) == plain
+    with model.using("other"):
+        assert prompt(model) == "[user]a(brief)"
+    assert prompt(model) == plain
+    thinking = load_model(base, "quiet", template=TemplateConfig(chat_template_args={"enable_thinking": True}))
+    assert prompt(thinking) == plain
+
+
+def test_in_a_batch_each_adapter_sees_its_own(base, monkeypatch):
+    trained(base, "quiet", chat_template_args=QUIET)
+    model = load_model(base)
+    model.attach("quiet", use=False)
+    seen = []
+    monkeypatch.setattr(
+        type(model), "checked_ids", lambda self, ids, *_: seen.append(self.tokenizer.decode(ids)) or 1 / 0
+    )
+    for call in (lambda: model.generate_batch([("a", "quiet")]), lambda: Chat(model).compare("a", ["quiet"])):
+        with pytest.raises(ZeroDivisionError):
+            call()
+    with pytest.raises(ZeroDivisionError):
+        model.generate_batch([("a", None)])
+    assert ["</think>" in text for text in seen] == [True, True, False]
+
+
+def test_a_server_renders_for_each_adapter_and_as_a_request_asks(base):
+    trained(base, "quiet", chat_template_args=QUIET)
+    from mlx_adapters.serving.app import Server
+
+    engine = make_engine(str(base), [("quiet", "quiet")], ServeSettings(), name="base")
+    server = Server(engine)
+    messages = [{"role": "user", "content": "a"}]
+    decode = engine.model.tokenizer.decode
+    texts = [decode(server.chat_tokens(messages, *asked)) for asked in (("base", {}), ("quiet", {}), ("base", QUIET))]
+    assert texts[1] == texts[2] and texts[1].startswith(texts[0]) and texts[1] != texts[0]
+    assert decode(server.chat_tokens(messages, "quiet", {"enable_thinking": True})) == texts[0]
+
+
+def test_wrong_templates_and_arguments_are_refused(base, tmp_path):
+    bad = tmp_path / "bad.jinja"
+    bad.write_text("{% for m in messages %}")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    with pytest.raises(FormatError, match="The chat template is not valid, line 1"):
+        load_model(base, template=TemplateConfig(chat_template=bad.read_text()))
+    with pytest.raises(ConfigError, match="'tools' is not for chat_template_args"):
+        TemplateConfig(chat_template_args={"tools": []})
+    with pytest.raises(ConfigError, match=r"a template's text, not 'chat\.jinja'"):
+        TemplateConfig(chat_template="chat.jinja")
+    line = ["data", "check", str(rows), "--base", str(base)]
+    for more, said in (
+        (["--chat-template", str(bad)], "not valid, line 1"),
+        (["--chat-template", str(tmp_path / "none")], "cannot be read"),
+        (["--chat-template-arg", "enable_thinkin=1"], "reads no 'enable_thinkin'"),
+        (["--chat-template-arg", "enable_thinking"], "is not KEY=VALUE"),
+    ):
+        result = CliRunner().invoke(cli, [*line, *more])
+        assert result.exit_code != 0 and said in result.output + str(result.exception), more
+    fine = tmp_path / "fine.jinja"
+    fine.write_text(OTHER)
+    shown = CliRunner().invoke(cli, [*line, "--chat-template", str(fine), "--chat-template-arg", "style=brief"])
+    assert "[user]a[assistant]b(brief)" in shown.output.replace("[[", "").replace("]]", "")
