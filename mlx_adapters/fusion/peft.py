@@ -22,7 +22,7 @@ from mlx_adapters.models.layers import adaptable_layers
 from mlx_adapters.models.loading import load_module
 from mlx_adapters.peft_format.conversion import convert
 from mlx_adapters.peft_format.reading import read_peft, refuse_unsaved
-from mlx_adapters.peft_format.tying import needs_untying
+from mlx_adapters.peft_format.to_mlx import needs_untying
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.lookup import peft_folder
 from mlx_adapters.storage import paths, replacing

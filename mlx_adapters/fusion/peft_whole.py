@@ -13,9 +13,8 @@ from mlx_adapters.errors import FormatError, IncompatibleError
 from mlx_adapters.models.dense import dense_weight, weight_shape
 from mlx_adapters.models.layers import EMBEDDING, adaptable_layers, nn, tied
 from mlx_adapters.peft_format.reading import PeftAdapter
-from mlx_adapters.peft_format.tying import is_head
 from mlx_adapters.storage import hf_names, tensor_names
-from mlx_adapters.storage.hf_names import EMBEDDINGS
+from mlx_adapters.storage.hf_names import EMBEDDINGS, is_head
 from mlx_adapters.storage.tensor_names import WEIGHT
 
 

@@ -9,15 +9,23 @@ from mlx_adapters.checkpoints.places import Factors, Fold, Places, through
 from mlx_adapters.checkpoints.probing import Layout, Piece
 from mlx_adapters.errors import FormatError, IncompatibleError
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.layers import EMBEDDING, SWITCH, nn
+from mlx_adapters.models.layers import EMBEDDING, SWITCH, nn, tied
 from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.peft_format.reading import PeftAdapter, PeftModule
 from mlx_adapters.peft_format.settings import FUSE_HINT
-from mlx_adapters.peft_format.tying import one_ended, repeated_head
 from mlx_adapters.peft_format.updates import LayerFactors, check_shape, expert_updates, fused_updates, strength, unified
 from mlx_adapters.storage import hf_names, tensor_names
-from mlx_adapters.storage.hf_names import DOWN, EMBEDDINGS, FUSED_DOWN, FUSED_GATE_UP, Renames
-from mlx_adapters.storage.tensor_names import LORA_A, LORA_B, MAGNITUDE
+from mlx_adapters.storage.hf_names import (
+    DOWN,
+    EMBEDDINGS,
+    FUSED_DOWN,
+    FUSED_GATE_UP,
+    HEADS,
+    POSITIONS,
+    Renames,
+    is_head,
+)
+from mlx_adapters.storage.tensor_names import LORA_A, LORA_B, MAGNITUDE, WEIGHT, split
 
 FUSED, PER_EXPERT = "fused", "per-expert"
 TIE_HINT = (
@@ -154,3 +162,41 @@ def _assemble(updates: list[LayerFactors], peft: PeftAdapter) -> Adapter:
     kind = "dora" if peft.settings.dora else "lora"
     config = AdapterConfig(made[0].rank, made[0].scale, keys, kind, peft.settings.dropout)
     return Adapter(config, weights)
+
+
+# -- a base whose output layer is its input embedding ----------------------------------------------
+# PEFT adapts each end by itself, unless `ensure_weight_tying` makes the head repeat the embedding's update. In
+# mlx-lm a tied embedding is one layer, and its adapter acts at both ends.
+
+
+def repeated_head(peft: PeftAdapter, layers: Mapping[str, nn.Module]) -> PeftModule | None:
+    """The lm_head update that only repeats the tied embedding's (PEFT's ensure_weight_tying), if there is one."""
+    strength = peft.settings.strength
+    heads = [module for path, module in peft.modules.items() if is_head(path)] if tied(layers) else []
+    for head in heads:
+        for other in peft.modules.values():
+            same = other.embedding and mx.array_equal(head.a, other.b.T) and mx.array_equal(head.b, other.a.T)
+            if same and strength(head.path) == strength(other.path):
+                return head
+    return None
+
+
+def one_ended(peft: PeftAdapter, layers: Mapping[str, nn.Module]) -> list[PeftModule]:
+    """Updates of only the input or only the output of a base that has one matrix for both."""
+    if not tied(layers) or repeated_head(peft, layers) is not None:
+        return []
+    modules = peft.modules.items()
+    return [m for path, m in modules if is_head(path) or (m.embedding and path.rpartition(".")[2] not in POSITIONS)]
+
+
+def replaced_ends(peft: PeftAdapter) -> list[str]:
+    """Names of whole weights of embeddings and output layers (modules_to_save)."""
+    paths = {name: path for name in peft.dense for path, leaf in [split(name)] if leaf == WEIGHT}
+    return [name for name, path in paths.items() if path.rpartition(".")[2] in EMBEDDINGS + HEADS]
+
+
+def needs_untying(peft: PeftAdapter, layers: Mapping[str, nn.Module]) -> bool:
+    """Whether PEFT's model has two different ends where the base has one matrix."""
+    ends = replaced_ends(peft) if tied(layers) else []
+    alike = len(ends) == 2 and mx.array_equal(*(peft.dense[name] for name in ends)).item()
+    return bool(one_ended(peft, layers)) or (bool(ends) and not alike)

@@ -16,9 +16,8 @@ from mlx_adapters.errors import FormatError, IncompatibleError
 from mlx_adapters.models.dense import weight_shape
 from mlx_adapters.models.layers import EMBEDDING, SWITCH, nn
 from mlx_adapters.peft_format.reading import PeftAdapter, PeftModule
-from mlx_adapters.peft_format.tying import is_head
 from mlx_adapters.storage import hf_names, tensor_names
-from mlx_adapters.storage.hf_names import DOWN, FUSED_DOWN, FUSED_GATE_UP, GATE, UP
+from mlx_adapters.storage.hf_names import DOWN, FUSED_DOWN, FUSED_GATE_UP, GATE, UP, is_head
 
 
 @dataclass(frozen=True)

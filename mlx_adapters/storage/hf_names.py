@@ -81,6 +81,11 @@ PEFT_UNHEEDED = {
 }
 
 
+def is_head(path: str) -> bool:
+    """Whether a module path of transformers is that of an output layer."""
+    return path.rpartition(".")[2] in HEADS
+
+
 def parse_peft_tensor(name: str) -> tuple[str, str, bool] | None:
     """(module path in transformers, MLX leaf, of an embedding) of an adapter tensor's name, else None.
 

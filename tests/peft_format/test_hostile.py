@@ -20,7 +20,7 @@ from mlx_adapters.models.loading import load_module
 from mlx_adapters.peft_format.conversion import convert
 from mlx_adapters.peft_format.patterns import full_match
 from mlx_adapters.peft_format.reading import PeftAdapter, read_peft, refuse_beyond_lora, refuse_unsaved
-from mlx_adapters.peft_format.tying import needs_untying
+from mlx_adapters.peft_format.to_mlx import needs_untying
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import tensor_files
 
