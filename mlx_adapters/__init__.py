@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mlx_adapters.system.blas import keep_float32, load_before_mlx
 
 if TYPE_CHECKING:  # what editors and type checkers read
+    from mlx_adapters.adapters.adding import add as add
     from mlx_adapters.adapters.inspecting import compare as compare
     from mlx_adapters.adapters.inspecting import describe as describe
     from mlx_adapters.adapters.keeping import prune as prune
@@ -16,7 +17,6 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from mlx_adapters.adapters.keeping import rename as rename
     from mlx_adapters.adapters.keeping import tag as tag
     from mlx_adapters.adapters.keeping import use as use
-    from mlx_adapters.adapters.packing import add as add
     from mlx_adapters.adapters.packing import pack as pack
     from mlx_adapters.adapters.peft_export import PeftExport as PeftExport
     from mlx_adapters.adapters.peft_export import export_peft as export_peft
@@ -131,7 +131,7 @@ _PUBLIC = {
     "remove": "adapters.keeping",
     "prune": "adapters.keeping",
     "pack": "adapters.packing",
-    "add": "adapters.packing",
+    "add": "adapters.adding",
     "merge": "merging.recipes",
     "subtract": "merging.recipes",
     "scale": "merging.recipes",

@@ -54,26 +54,33 @@ def pack_command(source: str, target: Path, checkpoints: bool, overwrite: bool, 
 @click.argument("source", metavar="PATH|FILE.tar.gz|user/repo[@rev]")
 @click.option("--name", metavar="NAME", help="Its name in the registry [the file's, folder's or repository's].")
 @click.option("--out", type=UserPath(file_okay=False), help="Put it into this folder instead (models need one).")
+@click.option("--base", metavar="BASE", help="The base to hold it against [its own, if it is here].")
 @click.option("--max-size", type=Size(), default=None, metavar="SIZE", help="Largest unpacked size, e.g. 5GB.")
 @overwrite_option
 @json_option
 def add_command(
-    source: str, name: str | None, out: str | None, max_size: int | None, overwrite: bool, as_json: bool
+    source: str,
+    name: str | None,
+    out: str | None,
+    base: str | None,
+    max_size: int | None,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Take in an adapter from a folder, a packed file or the Hub, checked, as a copy.
 
-    Folders made by plain mlx_lm.lora are taken as they are. PEFT adapters: 'import-peft'.
+    Of mlx-lm, mlx-vlm, mlx-tune, unsloth or optiq, it comes out in mlx-lm's form. PEFT adapters: 'import-peft'.
 
     \b
     Example:
       mlx-adapters add ./adapters --name sql
     """
-    from mlx_adapters.adapters.packing import add
+    from mlx_adapters.adapters.adding import add
     from mlx_adapters.storage.unpacking import MAX_BYTES
 
     on_event = _output.progress()
     limit = max_size or MAX_BYTES
-    done = add(source, name=name, out=out, max_bytes=limit, overwrite=overwrite, on_event=on_event)
+    done = add(source, name=name, out=out, base=base, max_bytes=limit, overwrite=overwrite, on_event=on_event)
     if as_json:
         _output.emit_json(done)
         return

@@ -157,6 +157,21 @@ class Adapter:
         for key in self.config.keys:
             yield (key, *self.factors(key))
 
+    def spelled(self, beside: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Its `adapter_config.json`, from which plain mlx-lm loads it.
+
+        Args:
+            beside: a config whose other fields stay.
+
+        Example:
+            >>> ma.load_adapter("sql").spelled()["num_layers"]
+            -1
+        """
+        config = self.config.to_mlx_lm(beside) | ({"model": self.base_name} if self.base_name else {})
+        if self.alpha is not None:
+            config["lora_parameters"]["alpha"] = self.alpha
+        return config
+
     def with_weights(self, weights: Weights) -> "Adapter":
         """The same adapter with other weights.
 
@@ -335,9 +350,6 @@ def write_adapter(adapter: Adapter, folder: Path, overwrite: bool = False) -> Pa
 def write_adapter_files(adapter: Adapter, folder: Path) -> None:
     """Write the three files of an adapter into a folder (each whole or not at all)."""
     digest = tensor_files.write_safetensors(folder / ADAPTER_FILE, adapter.weights, hashed=True)
-    config = adapter.config.to_mlx_lm()
-    if adapter.base_name:
-        config["model"] = adapter.base_name
-    files.write_json(folder / CONFIG_FILE, config)
+    files.write_json(folder / CONFIG_FILE, adapter.spelled())
     metadata = adapter.metadata | {"sha256": {ADAPTER_FILE: digest}}
     files.write_json(folder / METADATA_FILE, metadata)

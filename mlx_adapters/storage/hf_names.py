@@ -3,7 +3,7 @@
 import re
 
 from mlx_adapters.storage.replacing import Output
-from mlx_adapters.storage.tensor_names import BIAS, CONFIG_FILE, LORA_A, LORA_B, MAGNITUDE, WEIGHT, split
+from mlx_adapters.storage.tensor_names import ADAPTER_FILE, BIAS, CONFIG_FILE, LORA_A, LORA_B, MAGNITUDE, WEIGHT, split
 
 # GPT-2's matrices that a Hugging Face checkpoint stores transposed, (in, out).
 GPT2_TRANSPOSED = ("c_attn", "c_proj", "c_fc")
@@ -25,6 +25,12 @@ _LEAF_OF_PEFT = {
     for leaf, spelling in table.items()
 }
 _PEFT_ADAPTER_TENSOR = re.compile(rf"(.+?)\.({'|'.join(_LEAF_OF_PEFT)})((?:\.[^.]+){{0,2}})")
+
+# -- Other MLX programs ----------------------------------------------------------------------------------
+# What mlx-vlm calls an adapter's factors (its shapes are mlx-lm's), and what files hold an adapter's weights.
+FOREIGN_LEAVES = {"A": LORA_A, "B": LORA_B}
+NPZ = ".npz"
+FOREIGN_WEIGHTS = (ADAPTER_FILE, "adapters.npz", "weights.safetensors", PEFT_WEIGHTS_FILE, f"best/{ADAPTER_FILE}")
 
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "tok_embeddings", "word_embeddings", "embeddings", "embedding")
 HEADS = ("lm_head", "embed_out")

@@ -157,7 +157,8 @@ def link_apart(paths):
 
 
 def bench_pack(options):
-    from mlx_adapters.adapters.packing import add, pack
+    from mlx_adapters.adapters.adding import add
+    from mlx_adapters.adapters.packing import pack
     from mlx_adapters.sources import registry
 
     registry.register(random_adapter(0, "bfloat16"), "packed", overwrite=True)
