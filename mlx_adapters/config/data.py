@@ -46,7 +46,15 @@ class TemplateConfig:
             require(name not in RESERVED, f"The chat template's '{name}' is not for chat_template_args to give.")
 
     def over(self, other: "TemplateConfig") -> "TemplateConfig":
-        """This one, with the other's settings where it has none."""
+        """This one, with the other's settings where it has none.
+
+        Args:
+            other: what holds where this one says nothing.
+
+        Example:
+            >>> ma.DataConfig(chat_template_args={"enable_thinking": False}).over(ma.DataConfig()).chat_template_args
+            {'enable_thinking': False}
+        """
         template = other.chat_template if self.chat_template is None else self.chat_template
         return TemplateConfig(
             chat_template=template, chat_template_args={**other.chat_template_args, **self.chat_template_args}
@@ -59,6 +67,10 @@ class DataConfig(TemplateConfig):
     """Which columns of a data set are meant where their names do not tell, and how its conversations are rendered.
 
     Raises ConfigError for columns that contradict each other.
+
+    Example:
+        >>> ma.DataConfig(prompt_column="question", completion_column="answer").prompt_column
+        'question'
     """
 
     prompt_column: str | None = setting(
