@@ -93,10 +93,13 @@ class Trial:
         return self.plain(self.base, self.work / "home" / "adapters" / "a")
 
     def plain(self, folder: Path, adapter: Path | None = None) -> mx.array:
-        """(1, tokens, vocabulary) logits of what `mlx_lm.load` gives, as it generates."""
-        with contextlib.redirect_stdout(io.StringIO()):
+        """(1, tokens, vocabulary) logits of what `mlx_lm.load` gives, as it generates. On the CPU: a GPU's quantized
+        products may be wrong, and plain mlx-lm does not look."""
+        with contextlib.redirect_stdout(io.StringIO()), mx.stream(mx.cpu):
             module = mlx_lm.load(str(folder), adapter_path=None if adapter is None else str(adapter))[0]
-        return module(IDS, cache=make_prompt_cache(module))
+            logits = module(IDS, cache=make_prompt_cache(module))
+            mx.eval(logits)
+        return logits
 
     def module(self, adapter: ma.Adapter | None = None, folder: Path | None = None) -> Any:
         """Our model of a folder (the base's), with at most one adapter on it."""

@@ -2,11 +2,10 @@
 
 import mlx.core as mx
 import pytest
-from helpers.matrix import IDS, PLAIN, close
+from helpers.matrix import IDS, close
 from helpers.tiny_configs import make_model, tiny_base, tiny_config
 from mlx_lm.models.cache import make_prompt_cache
 
-import mlx_adapters as ma
 from mlx_adapters.models.loading import load_module
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.surgery.caches import compute_as_generated, same_function
@@ -23,15 +22,6 @@ def test_other_models_are_called_as_before(name):
     kind = type(module)
     compute_as_generated(module)
     assert type(module) is kind
-
-
-def test_a_model_that_generates_otherwise_is_not_trained(tmp_path):
-    """phi3small adds the booleans of its mask to its scores, so that a whole text looks ahead."""
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "train.jsonl").write_text('{"text": "How many students are there?"}\n' * 4)
-    with pytest.raises(ma.ModelError, match="one function of a whole text, and another when it generates"):
-        ma.train(tiny_base(tmp_path / "base", "phi3small"), data, name="a", training=PLAIN)
 
 
 def test_the_same_function_but_for_noise():
