@@ -157,7 +157,7 @@ def choose_base(base: str | Path | Base | None, updates: Updates) -> Base:
             why = "they name different ones: " + ", ".join(names) if names else "the adapter does not name it"
             raise ConfigError(f"Which base model? {why[0].upper()}{why[1:]}.", "give it with --base.")
         base = next(iter(names))
-    return resolve_base(base)
+    return resolve_base(base, everything=True)
 
 
 def _notes(assembly: Assembly, on_event: OnEvent) -> tuple[str, ...]:

@@ -52,7 +52,9 @@ class Base:
     def config(self) -> dict[str, Any]:
         """The model's config, as mlx-lm needs it (see `normalized_config`)."""
         files.read_json(self.folder / "config.json")
-        if odd := next((path for path in self.folder.iterdir() if not (path.is_file() or path.is_dir())), None):
+        if odd := next(
+            (path for path in self.folder.iterdir() if path.exists() and not (path.is_file() or path.is_dir())), None
+        ):
             raise FormatError(f"'{odd}' is neither a file nor a folder.", "a pipe or a broken link? Take it away.")
         with refusals(lambda why: FormatError(f"The config of '{self.name}' cannot be used: {why}.")):
             config = normalized_config(load_config(self.folder))

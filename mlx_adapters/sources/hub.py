@@ -17,6 +17,7 @@ from mlx_adapters.storage import paths
 
 log = logging.getLogger("mlx_adapters.hub")
 CACHE_HINT = "free some space, or name a place on another disk for downloads with HF_HOME."
+NO_HUB = "if it is meant to be a folder, there is none of that name here; else check the network, and HF_HUB_OFFLINE."
 SIGN_IN = "sign in with 'hf auth login', or set HF_TOKEN."
 COMMIT = re.compile(r"[0-9a-f]{40}")
 BAD_BRANCH = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|^[-/.]|/\.|[/.]$|\.lock(?=/|$)|^@$")
@@ -74,8 +75,7 @@ def _translate(what: str, error: BaseException) -> AdapterError | None:
         lacks = f"the cache lacks {some[1]}" if some else "it is not in the cache"
         return NotCached(
             f"Cannot {what}: {lacks}, and the Hub cannot be reached.",
-            "if it is meant to be a folder, there is none of that name here; else check the network, and "
-            "HF_HUB_OFFLINE.",
+            NO_HUB,
         )
     if type(error) is RuntimeError and error.__cause__ is not None:  # a thread of an upload failed
         return _translate(what, error.__cause__)
@@ -240,6 +240,14 @@ def tree(repo: str, commit: str) -> dict[str, int]:
             entries = HfApi().list_repo_tree(repo, recursive=True, revision=commit)
             listed = {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
     return listed
+
+
+def require_online(repo: str) -> None:
+    """Raise HubError if huggingface_hub was told not to use the network."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise NotCached(f"Cannot download '{repo}': it is not in the cache, and the Hub cannot be reached.", NO_HUB)
 
 
 def require_room(repo: str, needed_bytes: int) -> None:

@@ -15,6 +15,7 @@ from mlx_adapters.checkpoints.contents import MODEL_CONFIG, WEIGHTS, belongs, is
 from mlx_adapters.errors import AdapterError, HubError, NotFoundError
 from mlx_adapters.models.base import Base
 from mlx_adapters.sources import hub
+from mlx_adapters.storage import files
 from mlx_adapters.storage.tensor_names import CONFIG_FILE
 from mlx_adapters.system.door import fetched_by_mlx_lm, make_module, refusals
 
@@ -32,12 +33,13 @@ def model_snapshot(repo: str, revision: str | None, *, download: bool = True, ev
         refuse_other_forms(repo, listed)
         if not _missing(here, listed, everything):
             return here
-    lacks = lacking(here) if here else [MODEL_CONFIG]
+    lacks = _lacking(here, listed or {}) if here else [MODEL_CONFIG]
     if not download:
         if here and not lacks:
             return here
         raise NotFoundError(f"'{repo}' is not on this machine yet.")
     try:
+        hub.require_online(repo)
         return _download(repo, here.name if here and not lacks else revision)
     except HubError as error:
         if here is None:
@@ -50,11 +52,12 @@ def model_snapshot(repo: str, revision: str | None, *, download: bool = True, ev
         raise HubError(message, "once the Hub can be reached, the same command fetches what is missing.") from error
 
 
-def lacking(folder: Path) -> list[str]:
-    """What keeps the model in `folder` from being loaded, as far as its files tell: names of files, or their kind."""
-    base, lacks = Base(str(folder), folder), list[str]()
-    if not (folder / MODEL_CONFIG).is_file():
-        lacks.append(MODEL_CONFIG)
+def _lacking(folder: Path, listed: Mapping[str, int]) -> list[str]:
+    """What keeps the model in `folder` from being loaded, as far as its files and its listing tell: names of files, or
+    of their kind."""
+    base = Base(str(folder), folder)
+    lacks = [] if (folder / MODEL_CONFIG).is_file() else [MODEL_CONFIG]
+    lacks += [name for name in _missing(folder, listed, False) if is_loaded(name) or is_tokenizer(name)]
     with contextlib.suppress(AdapterError):
         lacks += base.lacking
     try:
@@ -62,10 +65,10 @@ def lacking(folder: Path) -> list[str]:
     except NotFoundError:
         lacks += [] if any(map(is_loaded, lacks)) else ["its weights (model*.safetensors)"]
     except AdapterError as error:
-        lacks.append(f"a whole weight file ({error.message})")
-    if not any(is_tokenizer(path.name) for path in folder.iterdir()):
+        lacks += [] if any(map(is_loaded, lacks)) else [f"a whole weight file ({error.message})"]
+    if not any(is_tokenizer(name) for name in (*lacks, *(path.name for path in folder.iterdir()))):
         lacks.append("its tokenizer")
-    return lacks
+    return list(dict.fromkeys(lacks))
 
 
 def _missing(folder: Path, listed: Mapping[str, int], everything: bool) -> list[str]:
@@ -89,6 +92,8 @@ def _download(repo: str, revision: str | None) -> Path:
     missing = _missing(folder, listed, everything=True)
     hub.require_room(repo, sum(listed[name] for name in missing))
     damaged = [name for name in missing if (folder / name).exists()]
+    for name in damaged:
+        files.remove(folder / name)
     for names, again in ((damaged, True), (belongs(listed), False)):
         if names:
             patterns = [glob.escape(name) for name in names]

@@ -44,8 +44,11 @@ class Repo:
         return self.branches["main"][-1][2]
 
     def at(self, revision: str):
+        revision = unquote(revision)
         if revision in self.branches:
             return self.branches[revision][-1]
+        if pull := re.fullmatch(r"refs/pr/(\d+)", revision):
+            return self.pulls[int(pull[1]) - 1] if int(pull[1]) <= len(self.pulls) else None
         commits = [c for branch in self.branches.values() for c in branch] + self.pulls
         return next((c for c in commits if c[0] == revision), None)
 
