@@ -12,7 +12,7 @@ from typing import Any
 
 from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.events import OnEvent, ignore
-from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.adapter import Adapter, place_of
 from mlx_adapters.models.low_rank import LowRankUpdate, inner, update_of, update_shape
 from mlx_adapters.models.metadata import losses_of
 from mlx_adapters.sources import lookup, registry
@@ -73,12 +73,13 @@ def describe(reference: "str | Path | Adapter") -> Details:
         ('lora', 4)
     """
     adapter = lookup.load_adapter(reference)
-    entry = registry.read_entry(adapter.folder) if adapter.folder else None
+    folder = adapter.folder if not isinstance(reference, Adapter) or place_of(adapter) else None
+    entry = registry.read_entry(folder) if folder else None
     config = adapter.config
     layers = tuple(Layer(key, update_shape(a, b), update_of(adapter, key).norm()) for key, a, b, _ in adapter.layers())
     return Details(
         adapter.name,
-        adapter.folder,
+        folder,
         config.type,
         config.rank,
         config.scale,

@@ -16,7 +16,7 @@ from mlx_adapters.config.evaluating import EvaluationConfig
 from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.config.quantization import Dtype
 from mlx_adapters.data.datasets import read_data
-from mlx_adapters.evaluation.variants import Variant, as_text, parse_variants, prepare, workspace
+from mlx_adapters.evaluation.variants import Variant, parse_variants, prepare, spelled, workspace
 from mlx_adapters.events import Note, OnEvent, Progress, ignore
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.storage import files
@@ -89,8 +89,7 @@ def benchmark(
     )
     check_data(config.data, quality, score)
     with workspace() as folder:
-        texts = [as_text(variant, folder) for variant in variants]
-        report = run(parse_variants(texts, base), config, on_event, folder)
+        report = run(parse_variants(spelled(variants, folder), base), config, on_event, folder)
         if quality is None or report.interrupted:
             return report
         try:

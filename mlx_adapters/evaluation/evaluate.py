@@ -21,7 +21,7 @@ from mlx_adapters.evaluation.reports import EvaluationReport
 from mlx_adapters.evaluation.scores import Score, greedy_answers, parse_score, questions
 from mlx_adapters.evaluation.statistics import mean, weighted_mean
 from mlx_adapters.evaluation.tokens import Batches, judge, judged_rows
-from mlx_adapters.evaluation.variants import BASE, Variant, as_text, parse_variants, prepare, workspace
+from mlx_adapters.evaluation.variants import BASE, Variant, parse_variants, prepare, spelled, workspace
 from mlx_adapters.events import Note, OnEvent, ignore
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.loading import load_model
@@ -61,7 +61,7 @@ def evaluate(
     """
     config = config or EvaluationConfig()
     with workspace() as folder:
-        parsed = parse_variants([as_text(variant, folder) for variant in variants], base)
+        parsed = parse_variants(spelled(variants, folder), base)
         ready = [prepare(variant, folder, config.any_base, on_event) for variant in parsed]
         return evaluate_ready(ready, data, config, on_event)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError
-from mlx_adapters.evaluation.variants import Variant, as_text, parse_variants, prepare, short_names, workspace
+from mlx_adapters.evaluation.variants import Variant, parse_variants, prepare, short_names, spelled, workspace
 from mlx_adapters.events import Note, OnEvent, Progress, ignore
 from mlx_adapters.generation.live import load_model
 from mlx_adapters.models.adapter import Adapter
@@ -100,7 +100,7 @@ def run_tasks(
         )
     evaluations: list[TaskEvaluation] = []
     with workspace() as place:
-        for variant in parse_variants([as_text(v, place) for v in variants], base):
+        for variant in parse_variants(spelled(variants, place), base):
             on_event(Progress("tasks", len(evaluations), len(variants), "variant"))
             model = None  # let the one before go first
             try:

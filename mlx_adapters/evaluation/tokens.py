@@ -126,7 +126,7 @@ def losses_on(
     batches = Batches(judged_rows(rows, model, MAX_SEQ_LENGTH))
     losses = []
     for adapter in adapters:
-        model.attach(adapter, any_base=any_base)
+        model.attach(adapter, any_base=any_base, name="judged")  # in place of the one before
         figures = judge(model, batches, on_event)
         losses.append(float(figures.loss.sum() / figures.tokens.sum()))
     return losses

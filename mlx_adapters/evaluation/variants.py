@@ -93,7 +93,7 @@ def is_hub_adapter(text: str) -> bool:
         return False  # the download that follows says what is wrong
 
 
-def parse_variants(texts: Sequence[str], base: str | None = None) -> list[Variant]:
+def parse_variants(texts: Sequence[str | Variant], base: str | None = None) -> list[Variant]:
     """All variants, with the base each stands on; repeated ones are numbered.
 
     `base` is what the word "base" means; by default the base that the first adapter was trained on. What is
@@ -104,12 +104,13 @@ def parse_variants(texts: Sequence[str], base: str | None = None) -> list[Varian
     variants, errors = [], []
     for text in texts:
         try:
-            variants.append(_with_base(parse_variant(text), base))
+            variants.append(_with_base(text if isinstance(text, Variant) else parse_variant(text), base))
         except ConfigError:
             raise
         except AdapterError as error:
             errors.append(error)
-            variants.append(Variant(text, problem=error.with_hint))
+            label = text.label if isinstance(text, Variant) else text
+            variants.append(Variant(label, problem=error.with_hint))
     if len(errors) == len(texts):
         raise errors[0]
     return _numbered(_with_common_base(variants, base))
@@ -162,20 +163,26 @@ def _with_base(variant: Variant, base: str | None) -> Variant:
     folder, iteration = locate(variant.adapter)
     weights_file(folder, iteration)  # says what is missing
     name = base_of(read_metadata(folder)).get("name")
-    require(bool(name), f"Adapter '{variant.adapter}' does not say what base it was made for.", "give --base.")
+    require(bool(name), f"Adapter '{variant.label}' does not say what base it was made for.", "give --base.")
     return replace(variant, base=name)
 
 
-def as_text(variant: "str | Path | Adapter", folder: Path) -> str:
-    """A variant as it is spelled; an adapter that only lives in memory is written into `folder`."""
+def spelled(variants: "Sequence[str | Path | Adapter]", folder: Path) -> list[str | Variant]:
+    """Variants as they are spelled; an adapter that no file holds as it is, is written into `folder`."""
+    return [_spelled(variant, folder / f"{number}") for number, variant in enumerate(variants)]
+
+
+def _spelled(variant: "str | Path | Adapter", folder: Path) -> str | Variant:
     if isinstance(variant, str):
         return variant
     if isinstance(variant, Path):
         return str(variant.expanduser().absolute())
-    from mlx_adapters.models.adapter import write_adapter
+    from mlx_adapters.models.adapter import place_of, write_adapter
 
-    iteration = "" if variant.iteration is None else f"@{variant.iteration}"
-    return f"{variant.folder or write_adapter(variant, folder / variant.name)}{iteration}"
+    if place := place_of(variant):
+        return place
+    label = f"{variant.name} (in memory)" if variant.metadata.get("name") else variant.name
+    return Variant(label, adapter=str(write_adapter(variant, folder)))
 
 
 def prepare(variant: Variant, folder: Path, any_base: bool, on_event: OnEvent) -> Variant:

@@ -9,7 +9,7 @@ from mlx_adapters.config.mapping import require
 from mlx_adapters.config.quantization import Precision
 from mlx_adapters.errors import AdapterError, ConfigError, FormatError, IncompatibleError
 from mlx_adapters.models import metadata
-from mlx_adapters.models.adapter import Adapter, AdapterLike
+from mlx_adapters.models.adapter import Adapter, AdapterLike, place_of
 from mlx_adapters.models.base import OTHER_FILE, Base
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.lookup import load_adapter
@@ -59,9 +59,8 @@ def describe_adapter(given: AdapterLike, adapter: Adapter, weight: float) -> dic
         text = str(given)
         path = isinstance(given, Path) or paths.is_path(text)
         reference = str(paths.expanded(text)) if path else text
-    elif adapter.folder is not None:
-        suffix = "" if adapter.iteration is None else f"@{adapter.iteration}"
-        reference = f"{adapter.folder}{suffix}"
+    else:
+        reference = place_of(adapter)
     return {"reference": reference, "name": adapter.name, "fingerprint": adapter.fingerprint, "weight": weight}
 
 

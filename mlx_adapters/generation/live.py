@@ -6,6 +6,7 @@ each answer keeps its own adapter and its own random numbers.
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,7 @@ class LiveModel(Model):
         Args:
             adapter: a reference, a folder or an `Adapter`.
             any_base: take one that was trained on another base.
-            name: what it is called here, in place of an older one of that name; None: its own name.
+            name: what it is called here, in place of an older one of that name; None: its own name, if it has one.
             use: put it to work at once.
 
         Raises NotFoundError, FormatError or IncompatibleError; then nothing was changed.
@@ -115,7 +116,14 @@ class LiveModel(Model):
     def _add(self, adapter: Adapter, any_base: bool, name: str | None) -> Attached:
         if not any_base:
             check_made_for(adapter, self.base.name, self.base.fingerprint)
-        return self.pool.add(name or adapter.name, adapter)
+        return self.pool.add(name or self._own_name(adapter), adapter)
+
+    def _own_name(self, adapter: Adapter) -> str:
+        """The adapter's name; of one that has none, one that no other has here."""
+        if adapter.metadata.get("name") or adapter.folder:
+            return adapter.name
+        names = (f"{adapter.name} ({number})" if number > 1 else adapter.name for number in itertools.count(1))
+        return next(name for name in names if name not in self.pool.attached)
 
     def detach(self, name: str | None = None) -> None:
         """Take an adapter off and forget it. Once all are off, the base is as it was.

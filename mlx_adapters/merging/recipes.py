@@ -22,7 +22,7 @@ from mlx_adapters.events import OnEvent, Progress, ignore
 from mlx_adapters.merging.arithmetic import SignMethod
 from mlx_adapters.merging.decomposition import Decomposition, check_rank, kept_energy, pad_rank
 from mlx_adapters.merging.methods import METHODS, Method, Options, merge_updates
-from mlx_adapters.models.adapter import Adapter, AdapterLike, weights_file
+from mlx_adapters.models.adapter import Adapter, AdapterLike, place_of, weights_file
 from mlx_adapters.models.low_rank import LowRankUpdate, factors_of, stack_tensors, tensors_of, update_of, update_shape
 from mlx_adapters.models.metadata import AdapterConfig, base_of
 from mlx_adapters.sources import lookup, registry
@@ -345,8 +345,8 @@ def _describe(adapter: Adapter, weight: float) -> dict[str, Any]:
 
 
 def _sha256(adapter: Adapter) -> str | None:
-    """The hash of the weights file that the adapter was read from; as recorded where it is."""
-    if adapter.folder is None:
+    """The hash of the weights file that holds the adapter; as recorded where it is. None: it is in memory only."""
+    if adapter.folder is None or place_of(adapter) is None:
         return None
     recorded = registry.checksums_of(adapter.metadata).get(ADAPTER_FILE) if adapter.iteration is None else None
     return recorded or files.sha256(weights_file(adapter.folder, adapter.iteration))

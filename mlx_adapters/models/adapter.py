@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.display.notebook import html_block, html_facts, loss_curve
-from mlx_adapters.errors import FormatError, NotFoundError
+from mlx_adapters.errors import AdapterError, FormatError, NotFoundError
 from mlx_adapters.models.metadata import (
     AdapterConfig,
     base_of,
@@ -173,12 +173,12 @@ class Adapter:
         return config
 
     def with_weights(self, weights: Weights) -> "Adapter":
-        """The same adapter with other weights.
+        """The same adapter with other weights: it lies in memory only, whatever it was read from.
 
         Args:
             weights: as in the class; `check` holds them against the config.
         """
-        return replace(self, weights=weights)
+        return replace(self, weights=weights, folder=None, iteration=None)
 
     def check(self) -> "Adapter":
         """Hold tensors against the config; return self.
@@ -324,6 +324,21 @@ def _read(folder: Path, iteration: int | None, name: str | None) -> Adapter:
     metadata = read_metadata(folder) | ({"name": name} if name else {})
     alpha = raw["lora_parameters"].get("alpha")
     return Adapter(config, weights, metadata, folder, iteration, float(alpha) if is_number(alpha) else None).check()
+
+
+def place_of(adapter: Adapter) -> str | None:
+    """The reference of the folder that holds this very adapter; None if it is in memory only, or not as it was read.
+
+    Its files are read again: an adapter is what it holds, whatever it says of its folder.
+    """
+    if adapter.folder is None:
+        return None
+    try:
+        there = read_adapter(adapter.folder, adapter.iteration)
+    except AdapterError:
+        return None
+    same = (there.config, there.fingerprint) == (adapter.config, adapter.fingerprint)
+    return f"{adapter.folder}{'' if adapter.iteration is None else f'@{adapter.iteration}'}" if same else None
 
 
 def write_adapter(adapter: Adapter, folder: Path, overwrite: bool = False) -> Path:

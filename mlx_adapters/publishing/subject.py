@@ -15,7 +15,7 @@ from mlx_adapters.benchmarking.reports import read_report
 from mlx_adapters.benchmarking.words import markdown
 from mlx_adapters.checkpoints.contents import MODEL_CONFIG, files_below, sorted_out
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError
-from mlx_adapters.models.adapter import Adapter, read_adapter, weights_file
+from mlx_adapters.models.adapter import Adapter, place_of, read_adapter, weights_file
 from mlx_adapters.models.base import INDEX_FILE, OTHER_FILE, WEIGHT_FILES
 from mlx_adapters.models.metadata import RECIPE_KINDS, REPORT_KINDS, fit, read_config, read_metadata
 from mlx_adapters.publishing.cleaning import clean, clean_text
@@ -166,7 +166,7 @@ def read_subject(source: str | Path | Adapter, benchmark: str | Path | None = No
     Raises NotFoundError or FormatError.
     """
     if isinstance(source, Adapter):
-        folder, iteration = source.folder, source.iteration
+        folder, iteration = source.folder if place_of(source) else None, source.iteration
     elif isinstance(source, Path):
         folder, iteration = source.expanduser().absolute(), None
     else:
@@ -174,7 +174,9 @@ def read_subject(source: str | Path | Adapter, benchmark: str | Path | None = No
         bare = "/" in source and not paths.is_path(source)
         folder, iteration = locate(parse_reference(f"./{source}" if bare else source))
     if folder is None:
-        raise NotFoundError("This adapter is in memory only.", "save it with write_adapter or register first.")
+        raise NotFoundError(
+            f"No folder holds '{source.name}' as it is in memory.", "save it with write_adapter or register first."
+        )
     if not folder.is_dir():
         raise NotFoundError(f"There is no folder '{folder}'.", "'mlx-adapters list' shows the adapters there are.")
     return replace(_subject(folder, iteration), benchmark=_benchmark(benchmark))
