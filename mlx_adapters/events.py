@@ -1,8 +1,11 @@
-"""What long jobs report while they run. `on_event` gets these; the library itself prints nothing."""
+"""What long jobs report while they run. `on_event` gets these; without one, warnings are logged. Nothing is printed."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
+
+log = logging.getLogger("mlx_adapters.events")
 
 
 @dataclass(frozen=True)
@@ -63,4 +66,27 @@ OnEvent = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:
-    """The default `on_event`."""
+    """An `on_event` for what nobody is to be told."""
+
+
+def log_warnings(event: Event) -> None:
+    """The default `on_event`: warnings go to a logger, so that they stand on stderr and under a notebook's cell."""
+    if isinstance(event, Note) and event.level == "warning":
+        log.warning(event.text)
+
+
+def warnings_only(on_event: OnEvent) -> OnEvent:
+    """An `on_event` that passes on nothing but warnings."""
+    return lambda event: on_event(event) if isinstance(event, Note) and event.level == "warning" else None
+
+
+def noting(on_event: OnEvent) -> tuple[OnEvent, list[str]]:
+    """(an `on_event` that passes everything on, the texts of the warnings that come by)."""
+    texts: list[str] = []
+
+    def note(event: Event) -> None:
+        if isinstance(event, Note) and event.level == "warning":
+            texts.append(event.text)
+        on_event(event)
+
+    return note, texts

@@ -8,7 +8,7 @@ from pathlib import Path
 from mlx_adapters.adapters.packing import ENDINGS, EXTRAS, MODEL_CONFIG
 from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import AdapterError, ConfigError, FormatError, NotFoundError
-from mlx_adapters.events import Note, OnEvent, Progress, ignore
+from mlx_adapters.events import Note, OnEvent, Progress, log_warnings
 from mlx_adapters.models.adapter import Adapter, read_adapter
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import adaptable_layers, check_fits
@@ -51,7 +51,7 @@ def add(
     base: str | Path | Base | None = None,
     max_bytes: int = MAX_BYTES,
     overwrite: bool = False,
-    on_event: OnEvent = ignore,
+    on_event: OnEvent = log_warnings,
 ) -> Added:
     """Take in an adapter, checked, as a copy.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.config.mapping import to_mapping
-from mlx_adapters.events import OnEvent, ignore
+from mlx_adapters.events import OnEvent, log_warnings
 from mlx_adapters.models.adapter import Adapter, place_of
 from mlx_adapters.models.low_rank import LowRankUpdate, inner, update_of, update_shape
 from mlx_adapters.models.metadata import losses_of
@@ -147,7 +147,7 @@ def compare(
     *,
     data: str | Path | None = None,
     base: str | None = None,
-    on_event: OnEvent = ignore,
+    on_event: OnEvent = log_warnings,
 ) -> Comparison:
     """Settings, data and losses that differ, and norm and cosine of the updates, layer by layer and over all.
 

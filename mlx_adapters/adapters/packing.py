@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import ExistsError, NotFoundError
-from mlx_adapters.events import Note, OnEvent, Progress, ignore
+from mlx_adapters.events import Note, OnEvent, Progress, log_warnings
 from mlx_adapters.models.adapter import read_adapter
 from mlx_adapters.models.metadata import iterations_of, read_config
 from mlx_adapters.sources import lookup
@@ -46,7 +46,12 @@ class Pack:
 
 
 def pack(
-    source: str, target: str | Path, *, checkpoints: bool = False, overwrite: bool = False, on_event: OnEvent = ignore
+    source: str,
+    target: str | Path,
+    *,
+    checkpoints: bool = False,
+    overwrite: bool = False,
+    on_event: OnEvent = log_warnings,
 ) -> Pack:
     """Write an adapter or a model into one .tar.gz file, as of one version of its files.
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mlx_adapters.checkpoints.originals import layout_of
 from mlx_adapters.errors import HubError, NotFoundError
-from mlx_adapters.events import Note, OnEvent, ignore
+from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import SWITCH, adaptable_layers, tied
@@ -72,7 +72,7 @@ def export_peft(
     base_model: str | None = None,
     base: str | Path | Base | None = None,
     overwrite: bool = False,
-    on_event: OnEvent = ignore,
+    on_event: OnEvent = log_warnings,
 ) -> PeftExport:
     """Write an adapter as a PEFT folder, whole or not at all.
 

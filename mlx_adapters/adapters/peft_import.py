@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from mlx_adapters.events import OnEvent, ignore
+from mlx_adapters.events import OnEvent, log_warnings
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base
 from mlx_adapters.peft_format.conversion import as_mlx
@@ -23,7 +23,7 @@ def import_peft(
     name: str,
     tie: bool = False,
     overwrite: bool = False,
-    on_event: OnEvent = ignore,
+    on_event: OnEvent = log_warnings,
 ) -> Adapter:
     """Convert a PEFT LoRA or DoRA adapter and register it; it gives PEFT's own logits on the same base weights.
 

@@ -17,7 +17,7 @@ from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.config.quantization import Dtype
 from mlx_adapters.data.datasets import read_data
 from mlx_adapters.evaluation.variants import Variant, parse_variants, prepare, spelled, workspace
-from mlx_adapters.events import Note, OnEvent, Progress, ignore
+from mlx_adapters.events import Note, OnEvent, Progress, ignore, log_warnings
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.storage import files
 from mlx_adapters.system.conditions import system_state, warnings
@@ -44,7 +44,7 @@ def benchmark(
     quality: str | Path | None = None,
     score: str | None = None,
     max_rows: int | None = None,
-    on_event: OnEvent = ignore,
+    on_event: OnEvent = log_warnings,
 ) -> Report:
     """Measure load time, time to the first token, speed of prefill and decode, memory and size of each variant.
 

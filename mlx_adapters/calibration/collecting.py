@@ -19,7 +19,7 @@ from typing import Any
 from mlx_adapters.calibration.blockwise import BlockwiseModel
 from mlx_adapters.calibration.moments import Moments, Seen, add_calls, fits, gram
 from mlx_adapters.data.batches import TokenBatch
-from mlx_adapters.events import OnEvent, Progress, ignore
+from mlx_adapters.events import OnEvent, Progress, log_warnings
 from mlx_adapters.models.dense import weight_shape
 from mlx_adapters.models.layers import ADAPTABLE
 from mlx_adapters.storage import paths, tensor_files
@@ -76,7 +76,7 @@ class Collector:
         self._entries = HiddenStates(folder)
         self._calls: list[list[Call]] = []
 
-    def run(self, on_event: OnEvent = ignore, seed: int = 0) -> "Stages":
+    def run(self, on_event: OnEvent = log_warnings, seed: int = 0) -> "Stages":
         """Yield (paths, moments) of the head, then of each block from the last to the first."""
         return Stages(self, on_event, seed)
 

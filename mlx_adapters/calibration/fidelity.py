@@ -14,7 +14,7 @@ import numpy as np
 from mlx_adapters.calibration.blockwise import BlockwiseModel
 from mlx_adapters.data.batches import TokenBatch
 from mlx_adapters.errors import FormatError
-from mlx_adapters.events import OnEvent, Progress, ignore
+from mlx_adapters.events import OnEvent, Progress, log_warnings
 from mlx_adapters.storage.tensor_files import as_numpy
 from mlx_adapters.surgery.blocks import Call
 from mlx_adapters.system.door import mx
@@ -85,7 +85,7 @@ class _Tally:
 
 
 def hidden_states(
-    models: Sequence[BlockwiseModel], batches: Sequence[TokenBatch], on_event: OnEvent = ignore
+    models: Sequence[BlockwiseModel], batches: Sequence[TokenBatch], on_event: OnEvent = log_warnings
 ) -> list[list[mx.array]]:
     """hidden[v][b]: the state after the last block of model v on batch b.
 
@@ -135,7 +135,7 @@ def measure_fidelity(
     fused: BlockwiseModel,
     base: BlockwiseModel | None,
     batches: Sequence[TokenBatch],
-    on_event: OnEvent = ignore,
+    on_event: OnEvent = log_warnings,
 ) -> Fidelity:
     """Judge `fused` (and, for scale, `base`) by `adapter`. Raises FormatError for NaN or Inf logits."""
     models = [v for v in (base, adapter, fused) if v is not None]

@@ -68,6 +68,11 @@ class Strategy:
             return "nearest"
         return "calibrated" if any(target.bits < 8 for target in targets) else "nearest"
 
+    def warn(self, text: str) -> None:
+        """Tell it now and in the result; `text` without a full stop."""
+        self.notes += (text,)
+        self.on_event(Note(f"{text}.", "warning"))
+
     def _choose_text(self) -> Text | None:
         adapters = [adapter for adapter, _ in self.assembly.updates.adapters]
         o = self.options
@@ -82,7 +87,7 @@ class Strategy:
         except AdapterError as error:
             if o.calibration is not None or o.method == "calibrated" or o.max_kl is not None:
                 raise
-            self.on_event(Note(f"No calibration and no check: {error.message}", "warning"))
+            self.warn(f"No calibration and no check: {error.message.removesuffix('.')}")
             self.method = "nearest" if self.method == "calibrated" else self.method
             return None
 
@@ -150,7 +155,7 @@ class Strategy:
                 raise
             self._round_to_nearest(spool, error.message.rstrip("."))
             return
-        self.notes = tuple(f"{path}: rounded to nearest: {UNKNOWN}" for path in unknown)
+        self.notes += tuple(f"{path}: rounded to nearest: {UNKNOWN}" for path in unknown)
         if unknown:
             layers = count(len(unknown), "layer")
             self.on_event(Note(f"{layers} rounded to nearest; {unknown[0]}: {UNKNOWN}.", "warning"))

@@ -12,6 +12,7 @@ from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.data.batches import make_batch
 from mlx_adapters.data.datasets import read_data
 from mlx_adapters.demo.tiny import ROW, make_base, write_data
+from mlx_adapters.events import ignore
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.layers import named_layers
@@ -59,7 +60,7 @@ class Numbers:
     @cached_property
     def adapter(self) -> Adapter:
         """Four iterations, in one run."""
-        train(self.base, self.data, name="whole", lora=LORA, training=TRAINING)
+        train(self.base, self.data, name="whole", lora=LORA, training=TRAINING, on_event=ignore)
         return load_adapter("whole@4")
 
     def gradient(self) -> Outcome:
@@ -97,8 +98,8 @@ class Numbers:
     def resume(self) -> Outcome:
         """Two iterations and two after a resume, against four in one run: equal to the bit."""
         whole = self.adapter.weights
-        train(self.base, self.data, name="parts", lora=LORA, training=replace(TRAINING, iterations=2))
-        train(name="parts", training=TRAINING, resume=True)
+        train(self.base, self.data, name="parts", lora=LORA, training=replace(TRAINING, iterations=2), on_event=ignore)
+        train(name="parts", training=TRAINING, resume=True, on_event=ignore)
         parts = load_adapter("parts@4").weights
         unlike = [name for name, weight in whole.items() if not mx.array_equal(weight, parts[name]).item()]
         what = f"{len(unlike)} of {count(len(whole), 'tensor')} differ" if unlike else "equal to the bit"
@@ -107,7 +108,7 @@ class Numbers:
     def fused_bits(self) -> Outcome:
         """A fuse to 4 bits against rounding in NumPy."""
         out = self.folder / "fused-4"
-        fuse(self.base, self.adapter, out, quantization=4, options=NEAREST)
+        fuse(self.base, self.adapter, out, quantization=4, options=NEAREST, on_event=ignore)
         dense, fused = (tensor_files.read_safetensors(f / "model.safetensors") for f in (self.base, out))
         ours = ideal = 0.0
         for path, a, b, _ in self.adapter.layers():
@@ -121,7 +122,7 @@ class Numbers:
     def generation(self) -> Outcome:
         """Logits with the adapter attached against those of the unquantized fused model; both write a text."""
         out = self.folder / "fused"
-        fuse(self.base, self.adapter, out, quantization="none", options=NEAREST)
+        fuse(self.base, self.adapter, out, quantization="none", options=NEAREST, on_event=ignore)
         attached, fused = (
             load_model(resolve_base(self.base), self.adapter, dtype="float32"),
             load_model(resolve_base(out), dtype="float32"),

@@ -16,7 +16,7 @@ from mlx_adapters.demo.catalog import DATABASE_FILE, SCHEMA_PROMPT, demo_questio
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.evaluation.scores import greedy_answers
 from mlx_adapters.evaluation.sqlite import Database, is_correct
-from mlx_adapters.events import Note, OnEvent, ignore
+from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.fusion.result import FuseResult
 from mlx_adapters.models.loading import load_model
@@ -133,7 +133,7 @@ class _Clock:
         return result
 
 
-def run_demo(quick: bool = False, retrain: bool = False, on_event: OnEvent = ignore) -> DemoResult:
+def run_demo(quick: bool = False, retrain: bool = False, on_event: OnEvent = log_warnings) -> DemoResult:
     """Fine-tune the embedded model on the embedded data, fuse it, and measure what came out.
 
     An adapter that an earlier run trained with these settings is taken again, and an interrupted training goes

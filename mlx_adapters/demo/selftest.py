@@ -12,7 +12,7 @@ from mlx_adapters.demo import surroundings
 from mlx_adapters.demo.arithmetic import CHECKS, Numbers, Outcome
 from mlx_adapters.demo.products import Products
 from mlx_adapters.errors import AdapterError
-from mlx_adapters.events import OnEvent, Progress, ignore
+from mlx_adapters.events import OnEvent, Progress, log_warnings
 from mlx_adapters.storage import files, paths, temporaries
 from mlx_adapters.system.conditions import system_state
 from mlx_adapters.system.machine import Environment, environment
@@ -45,7 +45,7 @@ class SelfTest:
         return all(check.passed for check in self.checks)
 
 
-def self_test(on_event: OnEvent = ignore) -> SelfTest:
+def self_test(on_event: OnEvent = log_warnings) -> SelfTest:
     """Check this device, this system and this installation, in less than a minute, without network or model.
 
     Everything is made in a temporary folder beside the home folder's adapters, so that their disk is tested.

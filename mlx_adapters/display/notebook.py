@@ -1,12 +1,13 @@
 """What notebooks show: small HTML tables and pictures, readable on light and dark pages."""
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from mlx_adapters.display.layout import Points
 from mlx_adapters.display.svg import line_chart
-from mlx_adapters.events import Event, OnEvent, Progress
+from mlx_adapters.events import Event, Note, OnEvent, Progress
 from mlx_adapters.units import number
 
 
@@ -52,7 +53,7 @@ def loss_curve(train: Points, validation: Points) -> str:
 
 
 def progress_bar() -> OnEvent:
-    """An `on_event` that draws one bar for each stage, in a notebook or a terminal, and prints nothing else.
+    """An `on_event` that draws one bar for each stage, in a notebook or a terminal, and writes notes and warnings.
 
     Example:
         >>> checked = ma.check_fused("out/sql-4bit", "sql", on_event=ma.progress_bar())
@@ -60,8 +61,11 @@ def progress_bar() -> OnEvent:
     from tqdm.auto import tqdm
 
     bars: dict[str, Any] = {}
+    stream = sys.stdout if "ipykernel" in sys.modules else sys.stderr
 
     def on_event(event: Event) -> None:
+        if isinstance(event, Note):
+            tqdm.write(f"Warning: {event.text}" if event.level == "warning" else event.text, file=stream)
         if isinstance(event, Progress):
             bar = bars.get(event.stage)
             if bar is None:

@@ -22,7 +22,7 @@ from mlx_adapters.evaluation.scores import Score, greedy_answers, parse_score, q
 from mlx_adapters.evaluation.statistics import mean, weighted_mean
 from mlx_adapters.evaluation.tokens import Batches, judge, judged_rows
 from mlx_adapters.evaluation.variants import BASE, Variant, parse_variants, prepare, spelled, workspace
-from mlx_adapters.events import Note, OnEvent, ignore
+from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.loading import load_model
 from mlx_adapters.models.metadata import data_config, read_metadata
@@ -40,7 +40,7 @@ def evaluate(
     *,
     base: str | None = None,
     config: EvaluationConfig | None = None,
-    on_event: OnEvent = ignore,
+    on_event: OnEvent = log_warnings,
 ) -> EvaluationReport:
     """Judge variants on rows: loss, KL against one of them, and a task score. A variant that fails keeps its error.
 
@@ -182,7 +182,7 @@ def _evaluate(
     return replace(result, score=mean(scores), row_scores=tuple(scores), answers=tuple(answers))
 
 
-def save(report: EvaluationReport, references: Sequence[str], *, on_event: OnEvent = ignore) -> list[str]:
+def save(report: EvaluationReport, references: Sequence[str], *, on_event: OnEvent = log_warnings) -> list[str]:
     """Write each registered adapter's figures into its metadata, under `evaluations`; the names written to.
 
     An earlier evaluation of the same checkpoint on the same rows with the same score is replaced. An adapter that

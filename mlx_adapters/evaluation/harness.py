@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError
 from mlx_adapters.evaluation.variants import Variant, parse_variants, prepare, short_names, spelled, workspace
-from mlx_adapters.events import Note, OnEvent, Progress, ignore
+from mlx_adapters.events import Note, OnEvent, Progress, log_warnings
 from mlx_adapters.generation.live import load_model
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.sources.lookup import load_adapter
@@ -68,7 +68,7 @@ def run_tasks(
     dtype: str = "auto",
     any_base: bool = False,
     batch_size: int = 8,
-    on_event: OnEvent = ignore,
+    on_event: OnEvent = log_warnings,
 ) -> TaskReport:
     """Judge variants on tasks of lm-evaluation-harness (the extra `eval`); one that does not load keeps its error.
 

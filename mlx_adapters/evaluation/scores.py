@@ -23,7 +23,7 @@ from mlx_adapters.data.datasets import RawRow
 from mlx_adapters.data.tokenizing import messages_of
 from mlx_adapters.errors import ConfigError, FormatError, NotFoundError, did_you_mean
 from mlx_adapters.evaluation.sqlite import Database, is_correct
-from mlx_adapters.events import OnEvent, Progress, ignore
+from mlx_adapters.events import OnEvent, Progress, log_warnings
 from mlx_adapters.generation.batching import Request, answer_plainly
 from mlx_adapters.models.model import Model
 from mlx_adapters.storage import paths
@@ -68,7 +68,7 @@ def greedy_answers(
     *,
     max_tokens: int = 256,
     batch_size: int = 8,
-    on_event: OnEvent = ignore,
+    on_event: OnEvent = log_warnings,
 ) -> list[str]:
     """The likeliest continuation of each prompt, up to an end token, `max_tokens` or the model's last position.
 

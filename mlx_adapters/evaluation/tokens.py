@@ -15,7 +15,7 @@ from mlx_adapters.data.datasets import RawRow, read_data
 from mlx_adapters.data.tokenizing import Row, tokenize
 from mlx_adapters.errors import ConfigError, FormatError
 from mlx_adapters.evaluation.figures import TokenFigures
-from mlx_adapters.events import OnEvent, Progress, ignore
+from mlx_adapters.events import OnEvent, Progress, log_warnings
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.loading import load_model
 from mlx_adapters.models.model import Model
@@ -87,7 +87,7 @@ def log_probabilities(model: Model, batch: Batch) -> mx.array:
     return result
 
 
-def judge(model: Model, batches: Batches, on_event: OnEvent = ignore) -> TokenFigures:
+def judge(model: Model, batches: Batches, on_event: OnEvent = log_warnings) -> TokenFigures:
     """The figures of one model on all batches."""
     sums = {name: np.zeros(batches.count) for name in ("tokens", "loss", "kl", "same_top")}
     for number, (batch, group) in enumerate(zip(batches.batches, batches.groups, strict=True)):
@@ -111,7 +111,11 @@ def judge(model: Model, batches: Batches, on_event: OnEvent = ignore) -> TokenFi
 
 
 def losses_on(
-    data: str | Path, adapters: Sequence[Adapter], base: str | None, any_base: bool = False, on_event: OnEvent = ignore
+    data: str | Path,
+    adapters: Sequence[Adapter],
+    base: str | None,
+    any_base: bool = False,
+    on_event: OnEvent = log_warnings,
 ) -> list[float]:
     """Loss of each adapter on the test rows of `data` (else valid, else train), in nats per judged token.
 
@@ -126,7 +130,7 @@ def losses_on(
     batches = Batches(judged_rows(rows, model, MAX_SEQ_LENGTH))
     losses = []
     for adapter in adapters:
-        model.attach(adapter, any_base=any_base, name="judged")  # in place of the one before
+        model.attach(adapter, any_base=any_base)
         figures = judge(model, batches, on_event)
         losses.append(float(figures.loss.sum() / figures.tokens.sum()))
     return losses

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from mlx_adapters.config.mapping import require
 from mlx_adapters.config.quantization import BITS, Precision
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError, did_you_mean
-from mlx_adapters.events import Note, OnEvent
+from mlx_adapters.events import Note, OnEvent, warnings_only
 from mlx_adapters.models.metadata import base_of, read_metadata
 from mlx_adapters.sources.lookup import locate
 from mlx_adapters.sources.references import parse_reference
@@ -195,7 +195,8 @@ def prepare(variant: Variant, folder: Path, any_base: bool, on_event: OnEvent) -
         try:
             if not out.is_dir():
                 precision = Precision.spelled(bits)
-                fuse(variant.base, str(variant.adapter), out, quantization=precision, any_base=any_base)
+                told = warnings_only(on_event)
+                fuse(variant.base, variant.adapter or "", out, quantization=precision, any_base=any_base, on_event=told)
             variant = replace(variant, base=str(out), adapter=None)
         except AdapterError as error:
             variant = replace(variant, problem=error.with_hint)

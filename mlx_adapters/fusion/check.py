@@ -16,7 +16,7 @@ from mlx_adapters.calibration.texts import choose_text
 from mlx_adapters.config.fusing import DEFAULTS, FuseOptions
 from mlx_adapters.config.quantization import KEEP
 from mlx_adapters.errors import IncompatibleError
-from mlx_adapters.events import OnEvent, ignore
+from mlx_adapters.events import OnEvent, log_warnings
 from mlx_adapters.fusion.fuse import choose_base, gather_updates
 from mlx_adapters.models.adapter import AdapterLike
 from mlx_adapters.models.base import Base
@@ -49,7 +49,7 @@ def check_fused(
     weights: Sequence[float] | None = None,
     options: FuseOptions = DEFAULTS,
     any_base: bool = False,
-    on_event: OnEvent = ignore,
+    on_event: OnEvent = log_warnings,
 ) -> Checked:
     """Compare a fused model with base + adapters on text, and its weights with theirs. Writes nothing.
 

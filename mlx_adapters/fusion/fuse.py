@@ -23,7 +23,7 @@ from mlx_adapters.config.fusing import DEFAULTS, FuseOptions
 from mlx_adapters.config.mapping import from_mapping, require, to_mapping
 from mlx_adapters.config.quantization import DTYPES, Precision, PrecisionLike
 from mlx_adapters.errors import ConfigError, FidelityError, IncompatibleError
-from mlx_adapters.events import Note, OnEvent, ignore
+from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.fusion import recipe as recipes
 from mlx_adapters.fusion.recipe import Recipe
 from mlx_adapters.fusion.result import FuseResult, report
@@ -53,7 +53,7 @@ def fuse(
     overwrite: bool = False,
     any_base: bool = False,
     replaced: dict[str, mx.array] | None = None,
-    on_event: OnEvent = ignore,
+    on_event: OnEvent = log_warnings,
 ) -> FuseResult:
     """Write `base` + `adapters` as a whole model folder `out`, which plain mlx-lm loads.
 
@@ -114,7 +114,7 @@ def fuse(
         fidelity = strategy.check(folder) if writer.loadable else None
         lost = fidelity is not None and fidelity.kl_mean > NOTABLE_KL
         if strategy.method == "nearest" and lost and not (strategy.trained_through or strategy.calibrated_in_vain):
-            on_event(Note("Rounding to nearest lost part of the adapter; --method calibrated keeps more.", "warning"))
+            strategy.warn("Rounding to nearest lost part of the adapter; --method calibrated keeps more")
         result = FuseResult(
             folder=out,
             method="nearest" if writer.rounds else strategy.method,
@@ -204,7 +204,9 @@ def _recipe(
     return asdict(made)
 
 
-def fuse_again(path: str | Path, out: str | Path, *, overwrite: bool = False, on_event: OnEvent = ignore) -> FuseResult:
+def fuse_again(
+    path: str | Path, out: str | Path, *, overwrite: bool = False, on_event: OnEvent = log_warnings
+) -> FuseResult:
     """Fuse once more by the recipe that every fused folder holds: the same bytes on the same versions and processor.
 
     Args:

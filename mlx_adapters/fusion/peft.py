@@ -11,7 +11,7 @@ from mlx_adapters.checkpoints.originals import layout_of
 from mlx_adapters.config.fusing import DEFAULTS, FuseOptions
 from mlx_adapters.config.quantization import PrecisionLike
 from mlx_adapters.errors import FormatError
-from mlx_adapters.events import Note, OnEvent, ignore
+from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.fusion.peft_check import check_as_loaded
 from mlx_adapters.fusion.peft_whole import whole_tensors
@@ -37,7 +37,7 @@ def fuse_peft(
     dtype: str = "auto",
     options: FuseOptions = DEFAULTS,
     overwrite: bool = False,
-    on_event: OnEvent = ignore,
+    on_event: OnEvent = log_warnings,
 ) -> FuseResult:
     """Write `base` with a whole PEFT adapter in it: LoRA or DoRA, biases, modules_to_save, tokens.
 

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from mlx_adapters.config.training import LoraConfig
 from mlx_adapters.errors import FormatError, IncompatibleError
-from mlx_adapters.events import Note, OnEvent, Progress, ignore
+from mlx_adapters.events import Note, OnEvent, Progress, log_warnings
 from mlx_adapters.merging.decomposition import (
     Decomposition,
     check_rank,
@@ -61,7 +61,7 @@ def extract(
     name: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     overwrite: bool = False,
-    on_event: OnEvent = ignore,
+    on_event: OnEvent = log_warnings,
 ) -> Adapter:
     """The adapter of a given rank that is nearest to `finetuned` - `base`.
 

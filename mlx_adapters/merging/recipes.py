@@ -18,7 +18,7 @@ from mlx_adapters.config.mapping import require
 from mlx_adapters.config.merging import MergeMethod, MergeSettings
 from mlx_adapters.config.quantization import Dtype
 from mlx_adapters.errors import IncompatibleError
-from mlx_adapters.events import OnEvent, Progress, ignore
+from mlx_adapters.events import OnEvent, Progress, log_warnings
 from mlx_adapters.merging.arithmetic import SignMethod
 from mlx_adapters.merging.decomposition import Decomposition, check_rank, kept_energy, pad_rank
 from mlx_adapters.merging.methods import METHODS, Method, Options, merge_updates
@@ -46,7 +46,7 @@ def merge(
     dtype: Dtype = "auto",
     any_base: bool = False,
     overwrite: bool = False,
-    on_event: OnEvent = ignore,
+    on_event: OnEvent = log_warnings,
 ) -> Adapter:
     """One adapter out of several.
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_adapters.config.mapping import require
-from mlx_adapters.events import OnEvent, ignore
+from mlx_adapters.events import OnEvent, log_warnings
 from mlx_adapters.merging.recipes import interpolate
 from mlx_adapters.models.adapter import Adapter, AdapterLike
 from mlx_adapters.sources import registry
@@ -28,7 +28,7 @@ def sweep(
     data: str | Path | None = None,
     base: str | None = None,
     any_base: bool = False,
-    on_event: OnEvent = ignore,
+    on_event: OnEvent = log_warnings,
 ) -> list[Point]:
     """The interpolated adapters, with losses on `data` if given."""
     points = [Point(t, adapter) for t, adapter in interpolate(first, second, steps=steps, any_base=any_base)]

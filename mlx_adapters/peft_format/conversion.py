@@ -10,7 +10,7 @@ from mlx_adapters.checkpoints.originals import layout_of
 from mlx_adapters.checkpoints.places import Places
 from mlx_adapters.checkpoints.probing import Layout
 from mlx_adapters.errors import IncompatibleError
-from mlx_adapters.events import Note, OnEvent, ignore
+from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.dense import dense_weight, is_quantized, weight_shape
@@ -24,7 +24,7 @@ from mlx_adapters.storage import tensor_names
 DENSE_TOLERANCE, QUANTIZED_TOLERANCE = 0.01, 0.5
 
 
-def as_mlx(peft: PeftAdapter, base: Base, source: str, tie: bool = False, on_event: OnEvent = ignore) -> Adapter:
+def as_mlx(peft: PeftAdapter, base: Base, source: str, tie: bool = False, on_event: OnEvent = log_warnings) -> Adapter:
     """The MLX adapter that a PEFT adapter is on `base`; `source` is what its metadata says of it.
 
     Raises FormatError or IncompatibleError.

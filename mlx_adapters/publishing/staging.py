@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlx_adapters.checkpoints.contents import is_tokenizer
 from mlx_adapters.errors import FormatError, NotFoundError
-from mlx_adapters.events import OnEvent, Progress, ignore
+from mlx_adapters.events import OnEvent, Progress, log_warnings
 from mlx_adapters.models.base import INDEX_FILE
 from mlx_adapters.publishing.cleaning import check_paths, check_secrets, clean
 from mlx_adapters.publishing.subject import REQUIRED, Subject, matches
@@ -48,7 +48,7 @@ def _check_model(subject: Subject) -> None:
         raise NotFoundError(f"'{subject.folder}' has no tokenizer.", "copy the base model's tokenizer files into it.")
 
 
-def check_finite(subject: Subject, on_event: OnEvent = ignore) -> None:
+def check_finite(subject: Subject, on_event: OnEvent = log_warnings) -> None:
     """Raise FormatError if a weight is NaN or Inf. Reads everything."""
     weights = [path for name, path in subject.sources.items() if name.endswith(".safetensors")]
     for number, path in enumerate(weights, 1):

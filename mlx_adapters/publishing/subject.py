@@ -166,18 +166,17 @@ def read_subject(source: str | Path | Adapter, benchmark: str | Path | None = No
     Raises NotFoundError or FormatError.
     """
     if isinstance(source, Adapter):
-        folder, iteration = source.folder if place_of(source) else None, source.iteration
+        if place_of(source) is None:
+            hint = "save it with write_adapter or register first."
+            raise NotFoundError(f"No folder holds '{source.name}' as it is in memory.", hint)
+        folder, iteration = source.folder, source.iteration
     elif isinstance(source, Path):
         folder, iteration = source.expanduser().absolute(), None
     else:
         # Nothing is published from the Hub to the Hub: what has a slash is a folder.
         bare = "/" in source and not paths.is_path(source)
         folder, iteration = locate(parse_reference(f"./{source}" if bare else source))
-    if folder is None:
-        raise NotFoundError(
-            f"No folder holds '{source.name}' as it is in memory.", "save it with write_adapter or register first."
-        )
-    if not folder.is_dir():
+    if folder is None or not folder.is_dir():
         raise NotFoundError(f"There is no folder '{folder}'.", "'mlx-adapters list' shows the adapters there are.")
     return replace(_subject(folder, iteration), benchmark=_benchmark(benchmark))
 

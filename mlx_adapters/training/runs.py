@@ -1,7 +1,7 @@
 """`train`, the public function: check all that can be checked, then run the loop in a locked folder."""
 
 import contextlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from mlx_adapters.data.datasets import Data, DataSet, hold_out, read_again, read
 from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.display.notebook import html_block, html_facts, loss_curve
 from mlx_adapters.errors import ConfigError, FormatError, TrainingError
-from mlx_adapters.events import Note, OnEvent, ignore
+from mlx_adapters.events import Note, OnEvent, ignore, log_warnings, noting
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import named_layers
@@ -52,6 +52,7 @@ class TrainRun:
         duration_seconds: the training steps alone.
         stopped_early: whether `early_stop` ended the run.
         rank: this process's among those that `mlx.launch` started.
+        notes: the warnings of the run, such as rows that were dropped.
 
     Example:
         >>> settings = ma.TrainConfig(iterations=2, eval_every=1, report_every=1)
@@ -70,10 +71,12 @@ class TrainRun:
     duration_seconds: float
     stopped_early: bool
     rank: int = 0
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         loss = "" if self.best_validation_loss is None else f", validation loss {self.best_validation_loss:.4g}"
-        return f"TrainRun(best {self.best}, final {self.final}{loss}, {self.trained_tokens:,} trained tokens)"
+        told = f", {count(len(self.notes), 'warning')} in notes" if self.notes else ""
+        return f"TrainRun(best {self.best}, final {self.final}{loss}, {self.trained_tokens:,} trained tokens{told})"
 
     def _repr_html_(self) -> str:
         facts = {
@@ -82,6 +85,7 @@ class TrainRun:
             "best validation loss": self.best_validation_loss,
             "trained tokens": f"{self.trained_tokens:,}",
             "time": duration(self.duration_seconds),
+            **{f"warning {number}": note for number, note in enumerate(self.notes, 1)},
         }
         return html_block(self.folder.name, html_facts(facts), loss_curve(self.train_losses, self.validation_losses))
 
@@ -113,7 +117,7 @@ def train(
     overwrite: bool = False,
     command: str | None = None,
     forecast: bool = False,
-    on_event: OnEvent = ignore,
+    on_event: OnEvent = log_warnings,
 ) -> TrainRun:
     """Train an adapter for `base` on `data` and keep it as `name`. The first Ctrl-C saves and stops.
 
@@ -146,7 +150,7 @@ def train(
     """
     reference, path = place_of(name)
     world = distributed.start()
-    on_event = on_event if world.leads else ignore
+    on_event, notes = noting(on_event if world.leads else ignore)
     if resume:
         require(init_from is None and not overwrite, "A resumed run goes on as it is: no init_from, no overwrite.")
         old = world.share(lambda: read_recipe(path))
@@ -162,7 +166,7 @@ def train(
             world,
             forecast,
         )
-        return _resume(request, old, reference, path)
+        return replace(_resume(request, old, reference, path), notes=tuple(notes))
     world.share(lambda: replacing.refuse_existing(path, overwrite, ADAPTER_OUTPUT))
     if base is None or data is None:
         raise ConfigError("A new run needs a base model and data.", "give both, or resume a run.")
@@ -179,7 +183,7 @@ def train(
         world,
         forecast,
     )
-    return _begin(request, reference, path, overwrite)
+    return replace(_begin(request, reference, path, overwrite), notes=tuple(notes))
 
 
 def _begin(request: _Request, reference: Reference, path: Path, overwrite: bool) -> TrainRun:
