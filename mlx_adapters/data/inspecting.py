@@ -120,16 +120,14 @@ def _missing(found: Conversation, leaf: Leaf) -> Iterator[str]:
     runs = [run for run in written.rendering.runs if run.leaf.message == leaf.message and run.leaf.text == leaf.text]
     if any(run.offset is None for run in runs):
         return
-    anew = _template_text(written.rendering.text, written.rendering.runs, written.regions.get(leaf.message))
-    here = 0
-    for start, stop in [
-        *sorted((run.offset or 0, (run.offset or 0) + run.stop - run.start) for run in runs),
-        (None, 0),
-    ]:
-        gap = leaf.text[here : len(leaf.text) if start is None else start].strip()
-        if gap and gap not in anew:
-            yield gap
+    covered = sorted(((run.offset or 0), (run.offset or 0) + run.stop - run.start) for run in runs)
+    gaps, here = [], 0
+    for start, stop in (*covered, (len(leaf.text), len(leaf.text))):
+        gaps.append(leaf.text[here:start].strip())
         here = max(here, stop)
+    if any(gaps):
+        anew = _template_text(written.rendering.text, written.rendering.runs, written.regions.get(leaf.message))
+        yield from (gap for gap in gaps if gap and gap not in anew)
 
 
 def _template_text(text: str, runs: Sequence[Run], region: tuple[int, int] | None) -> str:

@@ -37,10 +37,10 @@ class Traced(str):
         return self
 
     def __add__(self, other: str) -> str:
-        return joined((self, other)) if isinstance(other, str) else NotImplemented
+        return joined((self, other)) if type(other) in (str, Traced) else NotImplemented
 
     def __radd__(self, other: str) -> str:
-        return joined((other, self)) if isinstance(other, str) else NotImplemented
+        return joined((other, self)) if type(other) in (str, Traced) else NotImplemented
 
     def __getitem__(self, key: SupportsIndex | slice) -> str:
         if isinstance(key, slice):

@@ -58,6 +58,7 @@ def owners(rendering) -> str:
         ("{{ messages[2].content.removeprefix('sunny').removesuffix('rain') }}", "22"),
         ("{% for m in messages[2:] %}{% set t = m.content %}{{ '[' ~ '/' }}{{ '-'.center(3) }}{% endfor %}", "....."),
         ("{% macro head(m) %}<{{ m.role }}>{% endmacro %}{{ head(messages[2]) }}{{ head(m=messages[1]) }}", "." * 17),
+        ("{{ ('<' | safe) + messages[2].content[:2] + ('>' | safe) + messages[0].content | e }}", "." * 19),
         ("{{ messages[2].content | upper }}", "2" * 11),
         ("{{ '%s!' % messages[2].content }}", "2" * 12),
         ("{{ '{}!'.format(messages[2].content) }}", "2" * 12),
