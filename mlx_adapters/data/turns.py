@@ -114,8 +114,8 @@ class Written:
 
 def written(call: Call) -> Written | None:
     """The rendering that was seen, traced. None if it comes out otherwise."""
-    variables = {key: value for key, value in call.variables.items() if key != "messages"}
-    turns = tracing.wrapped(call.variables["messages"])
+    variables = dict(call.variables)
+    turns = tracing.wrapped(variables.pop("messages", ()))
     try:
         rendering = tracing.render(call.template, turns, variables)
     except Exception:  # it takes longer than the template alone, and there are limits

@@ -15,6 +15,8 @@ from mlx_adapters.data.inspecting import inspect_row
 from mlx_adapters.data.tokenizing import tokenize
 from mlx_adapters.errors import FormatError
 from mlx_adapters.rows.row import RawRow
+from mlx_adapters.system.templates import LimitError
+from mlx_adapters.templates import tracing
 
 
 def written_by_code(messages, add_generation_prompt=False, tools=None, **_) -> str:
@@ -130,6 +132,23 @@ def test_a_tokenizer_whose_tokens_are_not_in_the_text_is_refused():
 
     with pytest.raises(FormatError, match="row: the tokenizer does not tell which characters"):
         encode("a longer text of many tokens, none of which it knows", Odd(chat_tokenizer("qwen3")._tokenizer), "row")
+
+
+def test_a_template_that_shows_another_face_when_traced_is_rendered_anew():
+    """One that counts its renderings, and one that takes longer than its limits."""
+    plain = chat_tokenizer("qwen2")
+    messages = [user("a"), answer("b")]
+    wanted = tokenized(messages, plain, "row")
+
+    def refuse(*_):
+        raise LimitError("it takes more than 5 seconds")
+
+    for odd in (lambda *_: tracing.account("other"), refuse):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tracing, "render", odd)
+            row = tokenized(messages, plain, "row")
+        assert row.written is None and row.tokens.tolist() == wanted.tokens.tolist()
+        assert np.array_equal(row.trained, wanted.trained)
 
 
 def test_the_second_way_agrees_with_the_marks_where_it_can(monkeypatch):
