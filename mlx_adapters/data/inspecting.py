@@ -18,7 +18,7 @@ from mlx_adapters.data.tokenizing import (
 )
 from mlx_adapters.rows.row import RawRow
 from mlx_adapters.templates.traced import Leaf, leaves
-from mlx_adapters.templates.tracing import NOT_SAID, Run, wrapped
+from mlx_adapters.templates.tracing import NOT_SAID, Rendering, wrapped
 
 CALL_TEXTS = ("name", "arguments")  # of a tool call; its id and type say nothing
 
@@ -126,14 +126,14 @@ def _missing(found: Conversation, leaf: Leaf) -> Iterator[str]:
         gaps.append(leaf.text[here:start].strip())
         here = max(here, stop)
     if any(gaps):
-        anew = _template_text(written.rendering.text, written.rendering.runs, written.regions.get(leaf.message))
+        everywhere = (0, len(written.rendering.text)) if runs else (0, 0)
+        anew = _template_text(written.rendering, *written.regions.get(leaf.message, everywhere))
         yield from (gap for gap in gaps if gap and gap not in anew)
 
 
-def _template_text(text: str, runs: Sequence[Run], region: tuple[int, int] | None) -> str:
+def _template_text(rendering: Rendering, start: int, stop: int) -> str:
     """What the template itself wrote there; \\0 for the characters of messages."""
-    start, stop = region or (0, len(text))
-    characters = list(text)
-    for run in runs:
+    characters = list(rendering.text)
+    for run in rendering.runs:
         characters[run.start : run.stop] = "\0" * (run.stop - run.start)
     return "".join(characters[start:stop])

@@ -35,6 +35,7 @@ def left_out(family: str, raw: RawRow, template=None) -> list[tuple]:
     ("family", "raw", "found"),
     [
         ("qwen3", chat("sum?", THOUGHT), []),
+        ("qwen3", chat({"role": "Assistant", "content": "a"}, "b", "c", "d"), [(1, "Assistant", "content", "a")]),
         ("qwen3", chat("sum?", THOUGHT, "and?", "It is 5."), [(2, "assistant", "content", THOUGHT[:23])]),
         ("r1", chat("sum?", THOUGHT), [(2, "assistant", "content", THOUGHT[:23])]),
         ("qwen2", chat("a", {"role": "Assistant", "content": "b"}, {"role": "assistant", "content": "c"}),
