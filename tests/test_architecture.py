@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -245,3 +246,25 @@ def test_the_tests_mirror_the_package():
     for path in tests.rglob("test_*.py"):
         for name, _ in imports(ast.parse(path.read_text())):
             assert not re.match(r"(tests\.|.*\btest_)", name), f"{path.relative_to(tests)} imports {name}"
+
+
+PACKAGE_OF = {"yaml": "pyyaml", "mlx_lm": "mlx-lm", "huggingface_hub": "huggingface-hub"}
+
+
+def may_be_missing(tree: ast.AST) -> set[str]:
+    """What a module imports where it looks whether it is there: the extras, and what a hint names."""
+    tries = [n for n in ast.walk(tree) if isinstance(n, ast.Try) and "ImportError" in ast.unparse(n.handlers)]
+    return {name.split(".")[0] for node in tries for part in node.body for name, _ in imports(part)}
+
+
+def test_what_is_imported_is_required_and_what_is_required_is_imported():
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    required = {re.split(r"[^\w-]", line)[0] for line in project["dependencies"]}
+    used, always = set(), set()
+    for path in MODULES:
+        tree = ast.parse(path.read_text())
+        names = {name.split(".")[0] for name, _ in imports(tree)}
+        used, always = used | names, always | names - may_be_missing(tree)
+    elsewhere = {"mlx_adapters", *sys.stdlib_module_names, "starlette", "uvicorn"}  # serving/ comes with its extra
+    assert {PACKAGE_OF.get(name, name) for name in always - elsewhere} <= required
+    assert required <= {PACKAGE_OF.get(name, name) for name in used}

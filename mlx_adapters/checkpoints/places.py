@@ -22,7 +22,7 @@ Fold = float | list[Any]  # one factor of a weight's numbers, or [[rows, factor]
 
 
 @dataclass(frozen=True)
-class Factors:
+class WeightFactors:
     """left · right, (rows, r) and (r, columns), in the orientation of an MLX weight; m (rows,) or None."""
 
     left: mx.array
@@ -145,7 +145,7 @@ def unfolded(fold: Fold | None, rows: int) -> tuple[float, mx.array | None]:
     return 1.0, mx.array(vector)
 
 
-def through(piece: Piece, factors: Factors) -> tuple[Factors, float]:
+def through(piece: Piece, factors: WeightFactors) -> tuple[WeightFactors, float]:
     """The factors of the target's update, and what remains to be multiplied into its scale.
 
     A matrix that comes out turned around is one that transformers keeps as (in, out); PEFT's factors are those of
@@ -160,10 +160,10 @@ def through(piece: Piece, factors: Factors) -> tuple[Factors, float]:
         m = None if m is None else m.astype(mx.float32) * mx.abs(vector)
     elif factor != 1 and m is not None:
         m = m.astype(mx.float32) * abs(factor)
-    return Factors(left, right, m), factor
+    return WeightFactors(left, right, m), factor
 
 
-def back(factors: Factors, fold: Fold | None) -> tuple[Factors, float]:
+def back(factors: WeightFactors, fold: Fold | None) -> tuple[WeightFactors, float]:
     """The inverse of `through` for a whole weight: the factors before loading, and what its scale was divided by."""
     factor, vector = unfolded(fold, factors.left.shape[0])
     left, m = factors.left, factors.m
@@ -172,4 +172,4 @@ def back(factors: Factors, fold: Fold | None) -> tuple[Factors, float]:
         m = None if m is None else m.astype(mx.float32) / mx.abs(vector)
     elif factor != 1 and m is not None:
         m = m.astype(mx.float32) / abs(factor)
-    return Factors(left, factors.right, m), factor
+    return WeightFactors(left, factors.right, m), factor

@@ -116,9 +116,9 @@ def train_command(
 
 def _settings_of_run(settings: Settings, name: str) -> tuple[LoraConfig, TrainConfig]:
     from mlx_adapters.training.folder import place_of
-    from mlx_adapters.training.recipe import read_recipe, settings_of
+    from mlx_adapters.training.recipe import read_recipe, settings_in
 
-    lora, training = settings_of(read_recipe(place_of(name)[1]))
+    lora, training = settings_in(read_recipe(place_of(name)[1]))
     return settings.lora_config(lora), settings.train_config(training)
 
 

@@ -27,7 +27,7 @@ from mlx_adapters.sources.lookup import load_adapter
 from mlx_adapters.sources.registry import adapter_folder, read_entry
 from mlx_adapters.storage import files, paths
 from mlx_adapters.system.conditions import system_state, warnings
-from mlx_adapters.training.recipe import read_recipe, settings_of
+from mlx_adapters.training.recipe import read_recipe, settings_in
 from mlx_adapters.training.runs import train
 from mlx_adapters.units import count
 
@@ -178,7 +178,7 @@ def _train(plan: DemoPlan, data: Path, retrain: bool, on_event: OnEvent) -> None
     folder = adapter_folder(plan.name)
     if not retrain and folder.is_dir():
         try:
-            if settings_of(read_recipe(folder)) == (LORA, plan.training):
+            if settings_in(read_recipe(folder)) == (LORA, plan.training):
                 if read_entry(folder).metadata.get("status") == "finished":
                     on_event(Note(f"'{plan.name}' is trained already; --retrain trains it anew."))
                 else:

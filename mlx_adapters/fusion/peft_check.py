@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from mlx_adapters.checkpoints.probing import Layout, Shapes, Tensors
 from mlx_adapters.errors import FidelityError
-from mlx_adapters.fusion.peft_whole import Whole
+from mlx_adapters.fusion.peft_whole import WholeTensors
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import updated_weight
@@ -21,7 +21,9 @@ from mlx_adapters.system.door import make_module, sanitize_of
 TOLERANCE = 1e-3  # of the largest number: both ways compute in float32, from factors of 16 or 32 bits
 
 
-def check_as_loaded(peft: PeftAdapter, base: Base, layout: Layout, whole: Whole, adapters: list[Adapter]) -> None:
+def check_as_loaded(
+    peft: PeftAdapter, base: Base, layout: Layout, whole: WholeTensors, adapters: list[Adapter]
+) -> None:
     """Raise FidelityError if mlx-lm would load another change than `whole` and `adapters` are."""
     sanitize = sanitize_of(make_module(base.config, base.folder))
     tensors = _named({name: array.astype(mx.float32) for name, array in peft.dense.items()}, layout)

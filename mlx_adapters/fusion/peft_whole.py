@@ -19,19 +19,19 @@ from mlx_adapters.storage.tensor_names import WEIGHT
 
 
 @dataclass(frozen=True)
-class Whole:
+class WholeTensors:
     """What replaces weights of layers, by layer path, and what replaces other parameters, by name."""
 
     replaced: dict[str, mx.array] = field(default_factory=dict)
     parameters: dict[str, mx.array] = field(default_factory=dict)
 
 
-def whole_tensors(peft: PeftAdapter, module: nn.Module, layout: Layout, untied: bool) -> Whole:
+def whole_tensors(peft: PeftAdapter, module: nn.Module, layout: Layout, untied: bool) -> WholeTensors:
     """The whole tensors of `peft`, taken through what mlx-lm does when it loads them.
 
     untied: the module's output layer was made of its embedding. Raises IncompatibleError or FormatError.
     """
-    layers, whole = adaptable_layers(module), Whole()
+    layers, whole = adaptable_layers(module), WholeTensors()
     shapes = {name: tuple(value.shape) for name, value in tree_flatten(module.parameters())}
     places = Places(layers, layout)
     if untied:
@@ -60,7 +60,7 @@ def _put(
     array: mx.array,
     layers: Mapping[str, nn.Module],
     shapes: Mapping[str, tuple[int, ...]],
-    whole: Whole,
+    whole: WholeTensors,
 ) -> None:
     path, leaf = tensor_names.split(piece.target)
     layer = layers.get(path) if leaf == WEIGHT else None
@@ -83,7 +83,7 @@ def _put(
         whole.replaced[path] = made
 
 
-def _untie(layers: Mapping[str, nn.Module], layout: Layout, whole: Whole) -> None:
+def _untie(layers: Mapping[str, nn.Module], layout: Layout, whole: WholeTensors) -> None:
     """Where loading multiplies the two ends by different numbers, the new head is not the embedding as it is."""
     embedding = next((path for path in layers if path.rpartition(".")[2] in EMBEDDINGS), None)
     head = next((path for path in layers if is_head(path)), None)

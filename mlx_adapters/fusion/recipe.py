@@ -23,9 +23,9 @@ UNRECORDED = (
     r"(generation_)?config\.json|model[^/]*\.(safetensors|json|gguf)|fuse_recipe\.json|(special_tokens_map|added_tokens)"
     r"\.json|tokenizer[^/]*|vocab\.(json|txt)|merges\.txt|chat_template[^/]*|(pre)?processor_config\.json|LICENSE"
 )
-KINDS = metadata.Whole(
-    base=metadata.Whole(name=str, fingerprint=str),
-    adapters=[metadata.Whole(fingerprint=str, weight=float)],
+KINDS = metadata.WholeRecord(
+    base=metadata.WholeRecord(name=str, fingerprint=str),
+    adapters=[metadata.WholeRecord(fingerprint=str, weight=float)],
     dtype=str,
     method=str,
     targets={},

@@ -30,7 +30,7 @@ MAX_DEPTH = 20
 LARGEST_SCALE = 3e38  # float32 ends there
 
 
-class Whole(dict[str, Any]):
+class WholeRecord(dict[str, Any]):
     """The kinds of a record that says nothing unless all its fields are there."""
 
 
@@ -56,10 +56,10 @@ KINDS: Mapping[str, Any] = {
     "base": {"name": str, "revision": str, "fingerprint": str, "model_type": str, "quantization": {}},
     "data": {"source": str, "splits": {"*": {"rows": int, "sha256": str}}},
     "training": {"iterations": int, "fuse_aware": {}, "fuse_aware_from": int},
-    "evaluations": [Whole(data=str, split=str, rows=int, metrics={"*": float})],
-    "merge": Whole(method=str, sources=[Whole(name=str, weight=float)]),
+    "evaluations": [WholeRecord(data=str, split=str, rows=int, metrics={"*": float})],
+    "merge": WholeRecord(method=str, sources=[WholeRecord(name=str, weight=float)]),
     "extract": {"energy_kept": float, "energy_by_layer": {"*": float}},
-    "peft": Whole(config={}),
+    "peft": WholeRecord(config={}),
 }
 
 # Of what lies beside a fused model.
@@ -92,7 +92,7 @@ def fit(raw: Mapping[str, Any], kinds: Mapping[str, Any]) -> dict[str, Any]:
     return _fit(raw, kinds, "", [])
 
 
-def check(raw: Mapping[str, Any], kinds: Whole, where: str) -> None:
+def check(raw: Mapping[str, Any], kinds: WholeRecord, where: str) -> None:
     """Raise FormatError, naming what is missing or of another kind, unless a record has all its fields."""
     wrong: list[str] = []
     if _fit(raw, kinds, "", wrong) is _OUT or wrong:
@@ -157,7 +157,7 @@ def _fit_fields(values: Mapping[str, Any], kind: Any, where: str, wrong: list[st
         fitted = _fit(value, fields.get(name, fields.get("*", object)), inner, wrong, depth)
         if fitted is not _OUT:
             kept[text(name)] = fitted
-    return _OUT if isinstance(kind, Whole) and any(kept.get(name) is None for name in kind) else kept
+    return _OUT if isinstance(kind, WholeRecord) and any(kept.get(name) is None for name in kind) else kept
 
 
 def read_config(folder: Path) -> dict[str, Any]:

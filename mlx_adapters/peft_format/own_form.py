@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_adapters.checkpoints.places import Factors, Fold, back, fold_of
+from mlx_adapters.checkpoints.places import Fold, WeightFactors, back, fold_of
 from mlx_adapters.checkpoints.probing import Layout
 from mlx_adapters.errors import FormatError
 from mlx_adapters.models.adapter import Adapter
@@ -186,7 +186,7 @@ def unloaded(
 ) -> tuple[mx.array, mx.array, mx.array | None, float]:
     """a, b and m as they were before loading multiplied the weight, and what the scale has still to be divided by."""
     left, right = (a, b) if embedding else (b.T, a.T)
-    factors, factor = back(Factors(left, right, m), fold)
+    factors, factor = back(WeightFactors(left, right, m), fold)
     a, b = (factors.left, factors.right) if embedding else (factors.right.T, factors.left.T)
     return a, b, factors.m, factor
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from mlx_adapters.checkpoints.places import Factors, Fold, Places, through
+from mlx_adapters.checkpoints.places import Fold, Places, WeightFactors, through
 from mlx_adapters.checkpoints.probing import Layout, Piece
 from mlx_adapters.errors import FormatError, IncompatibleError
 from mlx_adapters.models.adapter import Adapter
@@ -103,7 +103,7 @@ def _plain_updates(module: PeftModule, peft: PeftAdapter, places: Places) -> lis
 def _update(key: str, module: PeftModule, scale: float, piece: Piece | None = None) -> LayerFactors:
     """The update of a linear or embedding layer, before loading or, with `piece`, after it."""
     left, right = (module.a.T, module.b.T) if module.embedding else (module.b, module.a)
-    factors, factor = Factors(left, right, module.m), 1.0
+    factors, factor = WeightFactors(left, right, module.m), 1.0
     if piece is not None:
         factors, factor = through(piece, factors)
     a, b = (factors.left, factors.right) if module.embedding else (factors.right.T, factors.left.T)
@@ -121,7 +121,7 @@ def _both_ends(ends: list[PeftModule], peft: PeftAdapter, places: Places) -> lis
             raise FormatError(f"DoRA of '{end.path}' cannot be taken at both ends of a tied embedding.", FUSE_HINT)
         key = next(path for path in layers if path.rpartition(".")[2] in EMBEDDINGS)
         piece = places.find(key, end.path if len(ends) == 1 else key)[0]
-        factors, factor = through(piece, Factors(end.b, end.a))
+        factors, factor = through(piece, WeightFactors(end.b, end.a))
         part = LayerFactors(key, factors.left, factors.right, None, factor * strength(peft, end, end.a.shape[0]))
         check_shape(part, layers[key], end.path)
         parts.append(part)

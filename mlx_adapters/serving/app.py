@@ -20,7 +20,7 @@ from mlx_adapters.errors import AdapterError, ModelError
 from mlx_adapters.serving import protocol
 from mlx_adapters.serving.engine import Engine
 from mlx_adapters.serving.jobs import ApiError, Job, Piece
-from mlx_adapters.serving.protocol import Asked, Writer, usage
+from mlx_adapters.serving.protocol import Asked, ResponseWriter, usage
 from mlx_adapters.serving.transport import EventStream, error_response, left, read_body
 from mlx_adapters.sources.references import check_name, parse_reference
 
@@ -217,7 +217,7 @@ class Server:
             asked.top_logprobs,
             continues=not chat,
         )
-        writer = Writer(asked, model, chat, lambda token: self.tokenizer.decode([token]))
+        writer = ResponseWriter(asked, model, chat, lambda token: self.tokenizer.decode([token]))
         self.engine.submit(job)
         headers = {"X-Adapter": quote(model, safe="/:@ ")}
         if asked.stream:
@@ -244,7 +244,7 @@ class Server:
             raise ApiError(400, f"max_tokens may be at most {self.settings.max_tokens} here.", param="max_tokens")
         return room
 
-    async def whole(self, request: Request, job: Job, writer: Writer) -> dict[str, Any]:
+    async def whole(self, request: Request, job: Job, writer: ResponseWriter) -> dict[str, Any]:
         """Wait for the answer, or for the client to go away."""
         gone = asyncio.ensure_future(left(request.receive))
         text, tokens = "", []
@@ -268,7 +268,7 @@ class Server:
             gone.cancel()
             self.engine.cancel(job)
 
-    async def chunks(self, job: Job, writer: Writer, asked: Asked) -> AsyncIterator[dict[str, Any] | ApiError]:
+    async def chunks(self, job: Job, writer: ResponseWriter, asked: Asked) -> AsyncIterator[dict[str, Any] | ApiError]:
         """The chunks of a stream."""
         first = True
         while True:

@@ -213,7 +213,7 @@ def read_prompt(raw: Mapping[str, Any], vocabulary: int) -> str | list[int]:
     raise ApiError(400, f"'prompt' must be one text, or a list of token ids below {vocabulary}.", param="prompt")
 
 
-class Writer:
+class ResponseWriter:
     """The response bodies of one request: whole, or as chunks of a stream."""
 
     def __init__(self, asked: Asked, model: str, chat: bool, token_text: Callable[[int], str]) -> None:

@@ -24,7 +24,7 @@ from mlx_adapters.storage.tensor_names import ADAPTER_FILE, ADAPTER_OUTPUT, CONF
 from mlx_adapters.system import origin
 from mlx_adapters.system.machine import versions
 from mlx_adapters.training import state as states
-from mlx_adapters.training.recipe import settings_of
+from mlx_adapters.training.recipe import settings_in
 from mlx_adapters.training.state import RUN_RECIPE_FILE, State
 
 ARITHMETIC = ("mlx", "mlx-lm")  # the libraries that decide what is computed
@@ -63,7 +63,7 @@ class RunFolder:
     @property
     def settings(self) -> tuple[LoraConfig, TrainConfig]:
         """The settings that the recipe holds."""
-        return settings_of(self.recipe)
+        return settings_in(self.recipe)
 
     def require_place(self) -> None:
         """Raise ExistsError or StorageError, before there is anything to lose, if the run could not be kept here."""

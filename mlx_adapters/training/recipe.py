@@ -17,9 +17,9 @@ from mlx_adapters.models.base import Base
 from mlx_adapters.storage import files
 from mlx_adapters.training.state import RUN_RECIPE_FILE, VERSION
 
-KINDS = metadata.Whole(
-    base=metadata.Whole(name=str, fingerprint=str),
-    data=metadata.Whole(source=str, splits={"*": {"sha256": str}}),
+KINDS = metadata.WholeRecord(
+    base=metadata.WholeRecord(name=str, fingerprint=str),
+    data=metadata.WholeRecord(source=str, splits={"*": {"sha256": str}}),
     lora={},
     training={},
     world_size=int,
@@ -91,7 +91,7 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     return recipe
 
 
-def settings_of(recipe: Mapping[str, Any]) -> tuple[LoraConfig, TrainConfig]:
+def settings_in(recipe: Mapping[str, Any]) -> tuple[LoraConfig, TrainConfig]:
     """The settings that a recipe holds."""
     where = "the run's recipe"
     return from_mapping(LoraConfig, recipe["lora"], where), from_mapping(TrainConfig, recipe["training"], where)

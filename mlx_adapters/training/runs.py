@@ -31,7 +31,7 @@ from mlx_adapters.training.folder import RunFolder, place_of
 from mlx_adapters.training.forecast import estimate_rows
 from mlx_adapters.training.interrupt import Interrupt
 from mlx_adapters.training.loop import Loop
-from mlx_adapters.training.recipe import make_recipe, read_recipe, require_same, settings_of, text_record
+from mlx_adapters.training.recipe import make_recipe, read_recipe, require_same, settings_in, text_record
 from mlx_adapters.training.state import Checkpoint, State
 from mlx_adapters.units import count, duration, size
 
@@ -154,7 +154,7 @@ def train(
     if resume:
         require(init_from is None and not overwrite, "A resumed run goes on as it is: no init_from, no overwrite.")
         old = world.share(lambda: read_recipe(path))
-        lora, training = lora or settings_of(old)[0], training or settings_of(old)[1]
+        lora, training = lora or settings_in(old)[0], training or settings_in(old)[1]
         request = _Request(
             resolve_base(base or old["base"]["name"]),
             read_again(old["data"]["source"], path, read=training) if data is None else read_data(data, read=training),
@@ -218,7 +218,7 @@ def _resume(request: _Request, old: dict[str, Any], reference: Reference, path: 
             return asdict(checkpoints[0].state)
 
         state = states.state_from(world.share(look))
-        _require_unfinished(state, request.training, settings_of(old)[1], reference)
+        _require_unfinished(state, request.training, settings_in(old)[1], reference)
         mine = checkpoints[0] if checkpoints else Checkpoint(state, {}, {})
         checkpoint = Checkpoint(state, world.share_arrays(mine.weights), world.share_arrays(mine.optimizer))
         return _run(_prepare(request, folder, checkpoint))

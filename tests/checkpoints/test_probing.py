@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_adapters.adapters.peft_export import export_peft
 from mlx_adapters.adapters.peft_import import import_peft
 from mlx_adapters.checkpoints.originals import layout_of, original_shapes, sanitize_of
-from mlx_adapters.checkpoints.places import Factors, back, fold_of, through
+from mlx_adapters.checkpoints.places import WeightFactors, back, fold_of, through
 from mlx_adapters.checkpoints.probing import Piece, trace
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.errors import FidelityError
@@ -154,7 +154,7 @@ def test_updates_and_magnitudes_go_through_a_scaled_weight_and_back(scale):
     piece = Piece("s", "t", None, (slice(None), slice(None)), (0, 1), scale, 0.0)
     weight, left, right = mx.random.normal((6, 8)), mx.random.normal((6, 2)), mx.random.normal((2, 8))
     m = mx.random.uniform(0.5, 2, (6,))
-    factors, factor = through(piece, Factors(left, right, m))
+    factors, factor = through(piece, WeightFactors(left, right, m))
     vector = mx.array(scale)
 
     def dora(weight, change, m):

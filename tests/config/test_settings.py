@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import re
 from pathlib import Path
 from typing import Literal
@@ -22,7 +23,6 @@ from mlx_adapters.config.evaluating import EvaluationConfig
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.config.mapping import from_mapping, to_mapping
 from mlx_adapters.config.merging import MergeSettings
-from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.config.sampling import Sampling
 from mlx_adapters.config.settings import check, commented, setting, settings, settings_of
 from mlx_adapters.config.training import LoraConfig, TrainConfig
@@ -30,17 +30,20 @@ from mlx_adapters.errors import ConfigError
 from mlx_adapters.serving.settings import ServeSettings
 
 PACKAGE = Path(mlx_adapters.__file__).parent
-CLASSES = [
-    LoraConfig,
-    TrainConfig,
-    FuseOptions,
-    Quantization,
-    MergeSettings,
-    EvaluationConfig,
-    BenchmarkConfig,
-    Sampling,
-    ServeSettings,
-]
+
+
+def classes() -> list[type]:
+    """Every class that is decorated with `settings`."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and "settings" in map(ast.unparse, node.decorator_list):
+                module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+                found.append(getattr(importlib.import_module(module), node.name))
+    return found
+
+
+CLASSES = classes()
 
 
 @settings
@@ -221,7 +224,7 @@ def test_a_printed_config_reads_back_as_it_was(kiln):
     assert yaml.safe_load(commented(kiln, ["hours"])) == {"hours": kiln.hours}
 
 
-@pytest.mark.parametrize("cls", [LoraConfig, TrainConfig, FuseOptions, EvaluationConfig, Sampling, MergeSettings])
+@pytest.mark.parametrize("cls", [cls for cls in CLASSES if cls.__module__.startswith("mlx_adapters.config")])
 def test_every_settings_class_is_told_as_it_is(cls):
     assert (
         from_mapping(cls, yaml.safe_load(commented(cls()))) == cls()
@@ -232,4 +235,14 @@ def test_every_settings_class_is_told_as_it_is(cls):
 
 def test_the_page_of_settings_shows_the_fields_as_they_are():
     assert HELP.SETTINGS_PAGE.read_text() == HELP.settings_tables(), "run scripts/help_snapshot --write"
+    assert all(f"## {cls.__name__}\n" in HELP.settings_tables() for cls in CLASSES)
     assert "| `learning_rate` | 0.0001 | above 0 | Step size. |" in HELP.settings_tables()
+
+
+def test_every_command_reads_all_its_parameters():
+    for path in (PACKAGE / "cli").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_command"):
+                taken = [*node.args.args, *filter(None, [node.args.kwarg])]
+                names = {inner.id for part in node.body for inner in ast.walk(part) if isinstance(inner, ast.Name)}
+                assert {argument.arg for argument in taken} <= names, f"{path.name}: {node.name}"
