@@ -134,7 +134,7 @@ def _as_fused(asked: object, base: str | None, download: bool) -> dict[str, Any]
     """The quantization that 'fuse' will take it for: what it leaves open is as in the base."""
     from mlx_adapters.sources.bases import resolve_base
 
-    precision, own = Precision.of(asked), None
+    precision, own = Precision.of(asked, "fuse_aware"), None
     if base is not None:
         with contextlib.suppress(AdapterError):  # the training says it, with the rest
             own = resolve_base(base, download).quantization

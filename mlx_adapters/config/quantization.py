@@ -107,17 +107,17 @@ class Precision:
             object.__setattr__(self, "bits", self.like(None).bits)  # (NumPy's integers become Python's)
 
     @classmethod
-    def of(cls, given: object) -> "Precision":
-        """The one way in: what people give for a precision. Raises ConfigError for everything else."""
+    def of(cls, given: object, name: str = "quantization") -> "Precision":
+        """The one way in: what people give for a precision, as `name`. Raises ConfigError for everything else."""
         if isinstance(given, Precision):
             return given
         if isinstance(given, Quantization):
             return cls(given.bits, given.group_size, given.mode)
         if isinstance(given, Mapping) and "bits" in given:
-            return from_mapping(cls, given, "quantization")
+            return from_mapping(cls, given, name)
         if is_whole(given) or (isinstance(given, str) and given in ("keep", "none")):
             return cls(given)  # type: ignore[arg-type]
-        raise ConfigError(f"quantization cannot be {shown(given)}.", ACCEPTED)
+        raise ConfigError(f"{name} cannot be {shown(given)}.", ACCEPTED)
 
     @classmethod
     def spelled(cls, bits: str, group_size: int | None = None, mode: str | None = None) -> "Precision":
