@@ -46,7 +46,7 @@ def data_check_command(data: str, base: str, row: int, as_json: bool, **settings
     \b
     Example:
       mlx-adapters data check data/sql --mask-prompt
-      mlx-adapters data check chats.jsonl --base mlx-community/Qwen3-0.6B-4bit --mask-prompt --row 7
+      mlx-adapters data check data/sql --mask-prompt --row 2
     """
     from mlx_adapters.data.checking import check_data
 
