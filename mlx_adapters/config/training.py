@@ -70,7 +70,16 @@ class TrainConfig(DataConfig):
     batch_size: int = setting(4, "Rows per batch", more="With `packing`: packed sequences.", at_least=1)
     learning_rate: float = setting(1e-4, "Step size", means="1e-4", above=0)
     schedule: Literal["constant", "cosine", "linear"] = setting(
-        "constant", "How the learning rate falls", more="cosine and linear lower it to 0 at the last iteration."
+        "constant",
+        "How the learning rate falls",
+        more="cosine and linear lower it to 0 at the last iteration, or that of `schedule_iterations`.",
+    )
+    schedule_iterations: int | None = setting(
+        None,
+        "Iteration at which `schedule` ends",
+        means="the last one",
+        more="A longer resume keeps its rate with the old number; a run in parts begins with that of the whole.",
+        at_least=1,
     )
     warmup: int = setting(0, "Iterations of linear warm-up", at_least=0)
     optimizer: Literal["adam", "adamw", "sgd", "adafactor", "muon"] = setting("adamw", "Update rule")
@@ -115,6 +124,10 @@ class TrainConfig(DataConfig):
         known = isinstance(self.fuse_aware, Quantization | None)
         require(known, f"fuse_aware cannot be {shown(self.fuse_aware)}.", example)
         require(self.warmup < self.iterations, "warmup must be shorter than the training itself.")
+        falls = self.schedule_iterations is None or self.schedule != "constant"
+        require(falls, "schedule_iterations needs a schedule that ends.", "use --schedule cosine or linear.")
+        end = self.schedule_iterations or self.iterations
+        require(self.warmup < end, "warmup must be shorter than the schedule.")
         require(self.optimizer != "adam" or self.weight_decay == 0, "adam has no weight decay.", "use adamw.")
         require(self.mask_prompt or not self.last_turn_only, "last_turn_only needs mask_prompt.")
         in_time = self.early_stop is None or self.eval_every < self.iterations

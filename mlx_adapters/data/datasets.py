@@ -30,6 +30,7 @@ from mlx_adapters.storage.tensor_names import ROWS_FOLDER
 from mlx_adapters.units import count
 
 SPLITS = tuple(NAMES)
+SAVED_BY_DATASETS = {"dataset_info.json", "dataset_dict.json", "state.json"}
 PYTHON = "Python"  # the source of rows that no file holds
 Item = TypeVar("Item")
 
@@ -203,9 +204,11 @@ def _nothing_there(folder: Path, judging: bool) -> NotFoundError:
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     shown = ", ".join(f"'{name}'" for name in names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
     what = "rows" if judging else "train.jsonl"
-    candidates = [name for name in names if suffix_of(Path(name))]
+    candidates = [name for name in names if suffix_of(Path(name)) and name not in SAVED_BY_DATASETS]
     hint = "it needs train.jsonl, .json, .csv or .parquet; valid.* and test.* are optional."
-    if candidates:
+    if SAVED_BY_DATASETS.intersection(names):
+        hint = "'datasets' saved it for itself: load_from_disk(...), then to_parquet('train.parquet')."
+    elif candidates:
         file = folder / candidates[0]
         hint = f"give the file itself ({file}), or make the splits: mlx-adapters data split {file} FOLDER."
     return NotFoundError(

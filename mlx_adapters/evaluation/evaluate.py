@@ -121,13 +121,16 @@ def choose_reference(variants: Sequence[Variant], config: EvaluationConfig) -> s
 
 
 def _as_trained(config: EvaluationConfig, variants: Sequence[Variant]) -> EvaluationConfig:
-    """The settings; how rows are read and rendered, where they do not say it, is as the first adapter was trained."""
+    """The settings; how rows are read and rendered, where they do not say it, is as the first adapter was trained, or
+    the first that is fused in."""
     own = DataConfig()
-    for variant in variants:
+    for variant in sorted((v for v in variants if not v.problem), key=lambda v: v.adapter is None):
         with contextlib.suppress(AdapterError):  # it will be said of the variant
-            if variant.adapter and not variant.problem:
+            if variant.adapter:
                 own = data_config(load_adapter(variant.adapter).metadata)
                 break
+            if variant.base is not None and own == DataConfig():
+                own = DataConfig(**vars(resolve_base(variant.base).template))
     columns: dict[str, Any] = (
         {} if columns_of(config) else {f"{kind}_column": name for kind, name in columns_of(own).items()}
     )

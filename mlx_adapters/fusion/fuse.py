@@ -109,7 +109,8 @@ def fuse(
         strategy.round(spool)
         written = writer.write(assembly, folder, spool.get, on_event)
         spool.remove()
-        for note in written.notes:
+        template_notes = _write_template(folder, [adapter for adapter, _ in updates.adapters], options.format)
+        for note in (*written.notes, *template_notes):
             on_event(Note(f"{note}.", "warning" if "left out" in note else "info"))
         fidelity = strategy.check(folder) if writer.loadable else None
         lost = fidelity is not None and fidelity.kl_mean > NOTABLE_KL
@@ -124,7 +125,7 @@ def fuse(
             survival=tuple(sorted(assembly.survival, key=lambda s: s.path)),
             fidelity=fidelity,
             text=strategy.text.describe() if strategy.text else None,
-            notes=(*notes, *strategy.notes, *written.notes),
+            notes=(*notes, *strategy.notes, *written.notes, *template_notes),
             seconds=time.perf_counter() - started,
         )
         _refuse_unfaithful(result, options)
@@ -167,6 +168,18 @@ def _notes(assembly: Assembly, on_event: OnEvent) -> tuple[str, ...]:
     if notes:
         on_event(Note(f"{count(len(notes), 'layer')} not quantized; {notes[0]}.", "warning"))
     return notes
+
+
+def _write_template(folder: Path, adapters: Sequence[Adapter], form: str) -> list[str]:
+    """Put the chat template that the adapters were trained with in place of the base's; what to tell of it."""
+    texts = {template_of(adapter).chat_template for adapter in adapters}
+    text = texts.pop() if len(texts) == 1 else None
+    if text is None:
+        return ["the adapters were trained with different chat templates: the base's own is kept"] if texts else []
+    if form == "gguf":
+        return ["the adapter's own chat template is left out: give it to llama.cpp with --chat-template-file"]
+    files.write_text(folder / "chat_template.jinja", text)
+    return []
 
 
 def _refuse_unfaithful(result: FuseResult, options: FuseOptions) -> None:

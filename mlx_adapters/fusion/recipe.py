@@ -9,7 +9,7 @@ from mlx_adapters.config.mapping import require
 from mlx_adapters.config.quantization import Precision
 from mlx_adapters.errors import AdapterError, ConfigError, FormatError, IncompatibleError
 from mlx_adapters.models import metadata
-from mlx_adapters.models.adapter import Adapter, AdapterLike, place_of
+from mlx_adapters.models.adapter import Adapter, AdapterLike, place_of, template_of
 from mlx_adapters.models.base import OTHER_FILE, Base
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.lookup import load_adapter
@@ -61,7 +61,15 @@ def describe_adapter(given: AdapterLike, adapter: Adapter, weight: float) -> dic
         reference = str(paths.expanded(text)) if path else text
     else:
         reference = place_of(adapter)
-    return {"reference": reference, "name": adapter.name, "fingerprint": adapter.fingerprint, "weight": weight}
+    arguments = template_of(adapter).chat_template_args
+    seen = {"chat_template_args": arguments} if arguments else {}
+    return {
+        "reference": reference,
+        "name": adapter.name,
+        "fingerprint": adapter.fingerprint,
+        "weight": weight,
+        **seen,
+    }
 
 
 def weights_sha256(folder: Path) -> dict[str, str]:

@@ -9,7 +9,6 @@ from typing import Any
 from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.generation.live import LiveModel, PromptCache
-from mlx_adapters.models.adapter import template_of
 from mlx_adapters.runtime.attached import same
 
 
@@ -41,7 +40,7 @@ class Chat:
         """The answers of several adapters to the same turn; none of them is remembered."""
         messages = [*self.messages, {"role": "user", "content": text}]
         attached = self.model.pool.attached
-        own = [template_of(attached[name].adapter if name else None) for name in adapters]
+        own = [self.model.template_for(attached[name].adapter if name else None) for name in adapters]
         prompts = [(self._encode(messages, one), name) for name, one in zip(adapters, own, strict=True)]
         return self.model.generate_batch(prompts, **options)
 

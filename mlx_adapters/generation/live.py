@@ -149,7 +149,9 @@ class LiveModel(Model):
     def own_template(self) -> TemplateConfig:
         """How the adapters at work were trained to see conversations, if all agree."""
         own = [template_of(entry.adapter) for entry, _ in self.pool.selection]
-        return own[0] if own and all(one == own[0] for one in own) else TemplateConfig()
+        if not own:
+            return self.base.template
+        return own[0] if all(one == own[0] for one in own) else TemplateConfig()
 
     def _note_selection(self) -> None:
         selection = self.pool.selection
@@ -266,7 +268,7 @@ class LiveModel(Model):
             max_batch: most prompts that are decoded at a time.
         """
         sampling = Sampling(max_tokens, temperature, top_p, seed)
-        own = {name: template_of(self.pool.get(name).adapter if name else None) for _, name in prompts}
+        own = {name: self.template_for(self.pool.get(name).adapter if name else None) for _, name in prompts}
         ids = [
             self.checked_ids(self.encode(p, raw, own[name]) if isinstance(p, str) else p).tolist()
             for p, name in prompts

@@ -222,9 +222,9 @@ _INFINITY = {mx.float32: (mx.int32, 0x7F800000), mx.bfloat16: (mx.int16, 0x7F80)
 AdapterLike = Adapter | str | Path  # what stands for an adapter above `sources`: itself, or a reference to it
 
 
-def template_of(adapter: Adapter | None) -> TemplateConfig:
+def template_of(adapter: Adapter) -> TemplateConfig:
     """How the adapter was trained to see conversations."""
-    return TemplateConfig() if adapter is None else data_config(adapter.metadata).template
+    return data_config(adapter.metadata).template
 
 
 def first_not_finite(weights: Mapping[str, mx.array]) -> str | None:

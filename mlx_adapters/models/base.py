@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.quantization import Quantization
-from mlx_adapters.errors import FormatError, ModelError, NotFoundError
+from mlx_adapters.errors import AdapterError, FormatError, ModelError, NotFoundError
 from mlx_adapters.storage import files, tensor_files
+from mlx_adapters.storage.tensor_names import FUSE_RECIPE_FILE
 from mlx_adapters.system.door import TRUST_IT, load_config, logits_shape, mx, packed_by, refusals, trusts_remote_code
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -76,6 +78,16 @@ class Base:
         with contextlib.suppress(Exception):  # whoever loads the model will be told what is wrong with it
             return told or logits_shape(copy.deepcopy(self.config), self.folder)[-1]
         return None
+
+    @cached_property
+    def template(self) -> TemplateConfig:
+        """How the adapters that were fused into it were trained to see conversations, if its recipe says so."""
+        with contextlib.suppress(AdapterError, AttributeError, TypeError):
+            entries = files.read_json(self.folder / FUSE_RECIPE_FILE)["adapters"]
+            arguments = [entry.get("chat_template_args") for entry in entries]
+            if arguments and isinstance(arguments[0], dict) and all(one == arguments[0] for one in arguments):
+                return TemplateConfig(chat_template_args=arguments[0])
+        return TemplateConfig()
 
     def check_tokens(self, tokens: np.ndarray, where: str) -> None:
         """Raise ModelError for an id that the model has no row for: its embedding would read foreign memory."""

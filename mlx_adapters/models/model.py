@@ -147,7 +147,15 @@ class Model:
     @property
     def own_template(self) -> TemplateConfig:
         """How the adapter at work was trained to see conversations."""
-        return template_of(self.adapter)
+        return self.template_for(self.adapter)
+
+    def template_for(self, adapter: Adapter | None) -> TemplateConfig:
+        """How an adapter was trained to see conversations.
+
+        Args:
+            adapter: one of this base; None: what was fused into the base counts.
+        """
+        return self.base.template if adapter is None else template_of(adapter)
 
     @property
     def has_template(self) -> bool:

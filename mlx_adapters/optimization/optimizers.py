@@ -23,11 +23,16 @@ def compiled(function: Callable, state: Any = None) -> Callable:
     return mx.compile(function, inputs=state, outputs=state) if on_gpu() else function
 
 
+def schedule_end(config: TrainConfig) -> int:
+    """The last iteration of the schedule."""
+    return config.iterations if config.schedule_iterations is None else config.schedule_iterations
+
+
 def learning_rate(config: TrainConfig, iteration: int) -> float:
-    """The rate of iteration 1, 2, ...: linear warm-up, then constant, or down to 0 after the last iteration."""
+    """The rate of iteration 1, 2, ...: linear warm-up, then constant, or down to 0 after the schedule's last."""
     if iteration <= config.warmup:
         return config.learning_rate * iteration / (config.warmup + 1)
-    done = (iteration - 1 - config.warmup) / (config.iterations - config.warmup)
+    done = min((iteration - 1 - config.warmup) / (schedule_end(config) - config.warmup), 1.0)
     falls = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
     return config.learning_rate * max(falls[config.schedule], 0.0)
 

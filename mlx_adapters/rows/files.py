@@ -98,7 +98,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _why(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at character {error.colno}" + (f" of line {error.lineno}" if error.lineno > 1 else "")
+        return f"{error.msg.removesuffix(' at')} at character {error.colno}" + (
+            f" of line {error.lineno}" if error.lineno > 1 else ""
+        )
     return "nested too deeply" if isinstance(error, RecursionError) else str(error).rstrip(".")
 
 
@@ -122,8 +124,9 @@ def _table(reader: Any, path: Path) -> list[Located]:
     if twice := [name for name, times in Counter(names).items() if times > 1]:
         raise FormatError(f"'{path}' has two columns named '{twice[0]}'.", "the first line holds a name for each.")
     rows: list[Located] = []
+    line = reader.line_num + 1  # where a row begins; it may have several
     for fields in reader:
-        where = f"{path}, line {reader.line_num}"
+        where, line = f"{path}, line {line}", reader.line_num + 1
         if not fields:
             continue
         if len(fields) != len(names):
@@ -148,7 +151,9 @@ def _parquet(path: Path) -> list[Located]:
         names = table.column_names
         columns = [_column(column, pyarrow) for column in table.columns]
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise FormatError(f"'{path}' is not a readable Parquet file: {' '.join(str(error).split())[:300]}.") from None
+        raise FormatError(
+            f"'{path}' is not a readable Parquet file: {' '.join(str(error).split())[:300].rstrip('.')}."
+        ) from None
     if len(set(names)) < len(names):
         raise FormatError(f"'{path}' has two columns of one name.")
     rows = zip(*columns, strict=True) if columns else [()] * table.num_rows

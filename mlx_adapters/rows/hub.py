@@ -10,7 +10,7 @@ from mlx_adapters.rows import splits
 
 PREFIX = "hf:"
 _SPELLING = re.compile(
-    r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:/(?P<config>[^@\[\]/]+))?(?:@(?P<revision>[^\[\]]+))?(?:\[(?P<split>[^\]]+)\])?"
+    r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:/(?P<config>[\w.:+-]+))?(?:@(?P<revision>[^\[\]]+))?(?:\[(?P<split>.+)\])?"
 )
 
 

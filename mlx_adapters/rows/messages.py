@@ -105,7 +105,7 @@ def _from_sharegpt(value: Mapping[str, Any], name: str, where: str) -> dict[str,
     if "from" not in value:
         raise FormatError(f"{where}: {name} has no 'role'.", 'a message is {"role": "user", "content": "..."}.')
     speaker = value["from"]
-    if speaker not in SPEAKERS:
+    if not isinstance(speaker, str) or speaker not in SPEAKERS:
         raise FormatError(f"{where}: {name} is 'from' {speaker!r}, who is unknown.", f"known: {', '.join(SPEAKERS)}.")
     rest = {key: item for key, item in value.items() if key not in ("from", "value")}
     if speaker == "function_call":

@@ -63,10 +63,11 @@ def _groups(folder: Path) -> Mapping[str, list[Path]]:
     known = tuple(word for words in NAMES.values() for word in words)
     for path in sorted(folder.iterdir()):
         match = _FILE.fullmatch(path.name)
-        if match and path.is_file():
-            name = match["name"]
-            if name.lower() in known or name.lower().startswith(tuple(f"{word}_" for word in known)):
-                groups.setdefault(name, []).append(path)
+        name = match["name"] if match else ""
+        if name.lower() in known or name.lower().startswith(tuple(f"{word}_" for word in known)):
+            if not path.is_file():
+                raise FormatError(f"'{path}' is no file.", "a broken link, a pipe or a folder? Take it away.")
+            groups.setdefault(name, []).append(path)
     return groups
 
 

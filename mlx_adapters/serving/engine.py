@@ -87,7 +87,7 @@ class Engine:
     def template_of(self, name: str) -> TemplateConfig:
         """How conversations are written for the adapter (or base) that `resolve` gave."""
         served = self.served.get(name)
-        return served.template if served else TemplateConfig()
+        return served.template if served else self.model.base.template
 
     def submit(self, job: Job) -> None:
         """Take a job in. Raises ApiError 429 when too many wait, 503 when the server is stopping."""

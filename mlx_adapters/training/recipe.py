@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +15,7 @@ from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.errors import FormatError, IncompatibleError, NotFoundError
 from mlx_adapters.models import metadata
 from mlx_adapters.models.base import Base
+from mlx_adapters.optimization.optimizers import learning_rate, schedule_end
 from mlx_adapters.storage import files
 from mlx_adapters.training.state import RUN_RECIPE_FILE, VERSION
 
@@ -25,7 +27,7 @@ KINDS = metadata.WholeRecord(
     world_size=int,
 )
 # Settings that may differ when a run goes on: they do not change what is computed up to then.
-FREE = ("iterations", "keep", "save_every_minutes", "early_stop")
+FREE = ("iterations", "schedule_iterations", "keep", "save_every_minutes", "early_stop")
 
 
 def make_recipe(
@@ -140,3 +142,13 @@ def _changed_text(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) 
         for split in sorted(old["rows"])
         if old["rows"][split] != new["rows"].get(split)
     ]
+
+
+def rate_jump(old: TrainConfig, new: TrainConfig, iteration: int) -> str | None:
+    """What to say if the learning rate after `iteration` goes on from another value than it would have had."""
+    before, after = (learning_rate(config, iteration + 1) for config in (old, new))
+    if math.isclose(before, after, rel_tol=1e-6):
+        return None
+    ends = f"the {new.schedule} schedule now ends at iteration {schedule_end(new)}, not {schedule_end(old)}"
+    keep = f"--schedule-iterations {schedule_end(old)} (schedule_iterations) keeps it"
+    return f"The learning rate jumps from {before:.3g} to {after:.3g}: {ends}; {keep}."

@@ -31,7 +31,7 @@ from mlx_adapters.training.folder import RunFolder, place_of
 from mlx_adapters.training.forecast import estimate_rows
 from mlx_adapters.training.interrupt import Interrupt
 from mlx_adapters.training.loop import Loop
-from mlx_adapters.training.recipe import make_recipe, read_recipe, require_same, settings_in, text_record
+from mlx_adapters.training.recipe import make_recipe, rate_jump, read_recipe, require_same, settings_in, text_record
 from mlx_adapters.training.state import Checkpoint, State
 from mlx_adapters.units import count, duration, size
 
@@ -219,6 +219,8 @@ def _resume(request: _Request, old: dict[str, Any], reference: Reference, path: 
 
         state = states.state_from(world.share(look))
         _require_unfinished(state, request.training, settings_in(old)[1], reference)
+        if jump := rate_jump(settings_in(old)[1], request.training, state.iteration):
+            request.on_event(Note(jump, "warning"))
         mine = checkpoints[0] if checkpoints else Checkpoint(state, {}, {})
         checkpoint = Checkpoint(state, world.share_arrays(mine.weights), world.share_arrays(mine.optimizer))
         return _run(_prepare(request, folder, checkpoint))

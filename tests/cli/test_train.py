@@ -169,6 +169,10 @@ SETTINGS = {
         ["--fuse-aware", "4", "--fuse-aware-from", "8"],
         {"training.fuse_aware": {"bits": 4, "group_size": 64, "mode": "affine"}, "training.fuse_aware_from": 8},
     ),
+    "--schedule-iterations": (
+        ["--schedule", "cosine", "--schedule-iterations", "9"],
+        {"training.schedule": "cosine", "training.schedule_iterations": 9},
+    ),
     "--valid-fraction": (["--valid-fraction", "0.1"], {"training.valid_fraction": 0.1}),
     "--prompt-column": (PAIR, {"training.prompt_column": "question", "training.completion_column": "reply"}),
     "--completion-column": (PAIR, {"training.prompt_column": "question", "training.completion_column": "reply"}),

@@ -6,7 +6,17 @@ import pytest
 from click.testing import CliRunner
 from helpers.chat_families import write_base
 
-from mlx_adapters import LoraConfig, TemplateConfig, TrainConfig, load_model, train
+from mlx_adapters import (
+    EvaluationConfig,
+    FuseOptions,
+    LoraConfig,
+    TemplateConfig,
+    TrainConfig,
+    evaluate,
+    fuse,
+    load_model,
+    train,
+)
 from mlx_adapters.cli import cli
 from mlx_adapters.errors import ConfigError, FormatError
 from mlx_adapters.generation.chat import Chat
@@ -76,6 +86,21 @@ def test_a_server_renders_for_each_adapter_and_as_a_request_asks(base):
     texts = [decode(server.chat_tokens(messages, *asked)) for asked in (("base", {}), ("quiet", {}), ("base", QUIET))]
     assert texts[1] == texts[2] and texts[1].startswith(texts[0]) and texts[1] != texts[0]
     assert decode(server.chat_tokens(messages, "quiet", {"enable_thinking": True})) == texts[0]
+
+
+def test_a_fused_model_sees_what_the_adapter_saw(base, tmp_path):
+    trained(base, "quiet", chat_template_args=QUIET)
+    trained(base, "other", chat_template=OTHER, chat_template_args={"style": "brief"})
+    texts = {}
+    for name in ("quiet", "other"):
+        fuse(base, name, tmp_path / name, quantization="none", options=FuseOptions(check=False))
+        texts[name] = prompt(load_model(tmp_path / name))
+    assert texts["quiet"].endswith("</think>\n\n") and texts["other"] == "[user]a(brief)"
+    engine = make_engine(str(tmp_path / "quiet"), [], ServeSettings(), name="quiet")
+    assert engine.template_of("quiet").chat_template_args == QUIET
+    report = evaluate([str(tmp_path / "other")], ROWS, config=EvaluationConfig(split="train"))
+    same = evaluate(["other"], ROWS, config=EvaluationConfig(split="train"))
+    assert report.evaluations[0].tokens == same.evaluations[0].tokens
 
 
 def test_wrong_templates_and_arguments_are_refused(base, tmp_path):

@@ -43,10 +43,11 @@ class Way:
 
 CLIPPED = {"max_grad_norm": 0.05}  # so low that every step is clipped
 QUARTER = Quantization(4, 32)
+TEMPLATE = "{%- for m in messages %}{{ style }} {{ m.role }}: {{ m.content }}{{ eos_token }}{%- endfor %}"
 WAYS = {
     "adam": Way({}, {"optimizer": "adam", **CLIPPED}),
     "adamw": Way({}, {"weight_decay": 0.1, "lora_plus_ratio": 4.0, **CLIPPED}),
-    "sgd": Way({}, {"optimizer": "sgd", "schedule": "cosine", "warmup": 2, **CLIPPED}),
+    "sgd": Way({}, {"optimizer": "sgd", "schedule": "cosine", "schedule_iterations": 8, "warmup": 2, **CLIPPED}),
     "adafactor": Way({}, {"optimizer": "adafactor", "schedule": "linear", **CLIPPED}),
     "muon": Way({}, {"optimizer": "muon", "grad_accumulation": 2, **CLIPPED}),
     "muon, experts": Way({}, {"optimizer": "muon", **CLIPPED}, {"architecture": "qwen3_moe"}),
@@ -66,6 +67,7 @@ WAYS = {
             "mask_prompt": True,
             "last_turn_only": True,
             "messages_column": "talk",
+            "chat_template": TEMPLATE,
             "chat_template_args": {"style": "brief"},
         },
     ),

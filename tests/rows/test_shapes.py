@@ -147,6 +147,7 @@ BAD = {
         "message 1 holds a part of type 'image_url'",
     ),
     "half a weight": ({"messages": [{**CHAT[1], "weight": 0.5}]}, "weight of message 1 must be 0 or 1, not '0.5'"),
+    "a speaker that is a list": ({"conversations": [{"from": [], "value": ""}]}, "who is unknown"),
     "an unknown speaker": ({"conversations": [{"from": "moon", "value": ""}]}, "'moon', who is unknown"),
     "a call of nothing": (
         {"messages": [{"role": "assistant", "tool_calls": [{"id": 1}]}]},

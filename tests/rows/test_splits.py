@@ -39,6 +39,12 @@ def test_two_files_for_one_split_are_refused(tmp_path):
         read_data(tmp_path)
 
 
+def test_what_is_named_like_a_split_and_is_no_file_is_not_passed_over(tmp_path):
+    (fill(tmp_path, train=1) / "valid.jsonl").symlink_to("nowhere")
+    with pytest.raises(FormatError, match=r"valid\.jsonl' is no file"):
+        read_data(tmp_path)
+
+
 @pytest.mark.parametrize("folder", [".", "data"])
 def test_parts_of_parquet_are_read_in_their_order(tmp_path, folder):
     place = tmp_path / folder
@@ -63,6 +69,10 @@ def test_a_folder_without_the_expected_files_says_what_lies_there(tmp_path):
     with pytest.raises(NotFoundError, match=r"has no train\.jsonl; it holds 'notes\.md', 'rows\.csv'") as error:
         read_data(tmp_path)
     assert f"mlx-adapters data split {tmp_path}/rows.csv" in error.value.hint
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(NotFoundError) as error:
+        read_data(tmp_path)
+    assert "load_from_disk" in error.value.hint
 
 
 @pytest.mark.parametrize(
@@ -72,10 +82,11 @@ def test_a_folder_without_the_expected_files_says_what_lies_there(tmp_path):
         ("hf:user/name", HubData("user/name")),
         ("hf:user/name/main", HubData("user/name", "main")),
         ("hf:user/name@v1.0", HubData("user/name", revision="v1.0")),
-        ("hf:user/name/en-us@refs/pr/1[train[:10%]]", None),
+        ("hf:user/name/en-us[train[:10%]]", HubData("user/name", "en-us", None, "train[:10%]")),
         ("hf:user/name/en@refs/pr/1[train_sft]", HubData("user/name", "en", "refs/pr/1", "train_sft")),
         ("hf:", None),
         ("hf:a/b/c/d", None),
+        ("hf:user/x y", None),
     ],
 )
 def test_the_spelling_of_the_hub(spelling, parts):
