@@ -40,6 +40,7 @@ PLAIN = ma.TrainConfig(iterations=2, batch_size=4, learning_rate=1e-2, eval_ever
 FEW = ma.FuseOptions(calibration_rows=4, check_rows=2)
 PROMPTS = ([5, 300, 17], [44, 120, 9, 77, 201, 33, 8], [9, 10, 11, 12, 13], [44, 1, 2, 77, 201, 33, 8, 9, 10, 11, 12])
 ANSWER = 5  # tokens
+SAME = 0.02  # of an adapter's numbers, in the mean, by which two ways to compute a training may differ
 EXACT_KL, EIGHT_KL, FOUR_KL = 2e-4, 0.05, 2.0  # nats per token that a fuse may lose
 
 
@@ -204,12 +205,14 @@ def _alone(module: Any, prompt: list[int]) -> list[int]:
 
 
 def same_training(name: str, **settings: Any) -> Callable[[Trial], None]:
-    """Other ways to compute the same training give the same adapter."""
+    """Other ways to compute the same training give the same adapter. In the mean of its numbers: AdamW makes as much of
+    a gradient that is nothing but noise as of any other."""
 
     def column(trial: Trial) -> None:
         found = trial.trained(name, replace(PLAIN, **settings)).weights
         for tensor, expected in trial.adapter.weights.items():
-            close(found[tensor], expected)
+            off = mx.abs(found[tensor] - expected).mean() / mx.maximum(mx.abs(expected).mean(), 1e-6)
+            assert off.item() < SAME, f"'{tensor}' is off by {off.item():.2g}"
 
     return column
 
