@@ -37,7 +37,27 @@ def find_blocks(module: nn.Module) -> BlockList | None:
 def find_body(module: nn.Module) -> nn.Module | None:
     """The submodule that holds the blocks and whose output the head reads; None if there is no such split."""
     blocks = find_blocks(module)
-    return None if blocks is None or blocks.owner is module else blocks.owner
+    if blocks is None or not blocks.path:
+        return None
+    parts, modules = blocks.path.split("."), dict(module.named_modules())
+    around = (modules[".".join(parts[:i])] for i in range(len(parts), 0, -1))
+    return next((each for each in around if _is_called(module, each)), None)
+
+
+def _is_called(module: nn.Module, body: nn.Module) -> bool:
+    """Whether one token's pass calls the body, once. Nothing is computed. (PlaMo's blocks lie in one that is not.)"""
+    calls: list[None] = []
+
+    def note(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return original(*args, **kwargs)
+
+    with call_as(body, note):
+        try:
+            module(mx.zeros((1, 1), mx.int32))
+        except Exception:  # whoever computes with it will be told
+            return False
+    return len(calls) == 1
 
 
 def keep_blocks(module: nn.Module, first: int, count: int) -> None:

@@ -267,7 +267,7 @@ def prepare(
 def cannot_train(why: str) -> ModelError:
     """What a model's own code raises in its first step."""
     if "vjp" in why.lower():  # a kernel without gradient, indices that MLX would have to differentiate
-        return ModelError(f"mlx-lm's code for this model has no gradient on this device: {why}.")
+        return ModelError(f"mlx-lm's code for this model cannot be trained: it has no gradient on this device ({why}).")
     return ModelError(
         f"mlx-lm's code for this model cannot be trained so: {why}.",
         "choose other --target-modules, such as q_proj,v_proj.",
