@@ -172,7 +172,7 @@ def _in_own_form(
         taken |= {path.name: path for path in paths.visible(source) if CHECKPOINT_FILE.fullmatch(path.name)}
     extras = [source / name for name in EXTRAS if (source / name).is_file()]
     for path in (*taken.values(), *extras, source / CONFIG_FILE):
-        if path.is_symlink():
+        if path.is_symlink() and not is_cached(path):
             raise FormatError(f"'{path}' is a link.", "put the file itself there.")
     paths.require_free_space(target, sum(path.stat().st_size for path in (*taken.values(), *extras)))
     for done, (name, path) in enumerate(taken.items(), start=1):
@@ -196,6 +196,16 @@ def _in_own_form(
     for path in paths.visible(target):
         if path.name not in (*taken, METADATA_FILE, CONFIG_FILE, *EXTRAS):
             path.unlink()
+
+
+def is_cached(path: Path) -> bool:
+    """Whether a link is one of huggingface_hub's cache: from a snapshot to a file of the same repository."""
+    blob = path.resolve()
+    return (
+        blob.is_file()
+        and blob.parent.name == "blobs"
+        and path.absolute().is_relative_to(blob.parent.parent / "snapshots")
+    )
 
 
 def _on_its_base(adapter: Adapter, name: str | Path | Base | None) -> Adapter:

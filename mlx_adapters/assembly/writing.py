@@ -97,6 +97,11 @@ def write_weights(folder: Path, units: list[Unit], on_event: OnEvent, limit: int
     return total
 
 
+def companion_bytes(base: Base) -> int:
+    """Bytes of what `copy_companions` copies."""
+    return sum((base.folder / name).stat().st_size for name in companions(base.folder))
+
+
 def copy_companions(base: Base, folder: Path) -> None:
     """Copy what belongs to a model besides its weights and config: tokenizer, chat templates, licences, code."""
     for name in companions(base.folder):

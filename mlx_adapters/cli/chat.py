@@ -137,13 +137,14 @@ def _load(
     base: str | None, references: tuple[str, ...], any_base: bool, dtype: str, template: TemplateConfig
 ) -> "LiveModel":
     from mlx_adapters.generation.live import load_model
+    from mlx_adapters.sources.bases import recorded_base
     from mlx_adapters.sources.lookup import load_adapter
 
     loaded = [load_adapter(reference) for reference in references]
-    base = base or next((adapter.base_name for adapter in loaded if adapter.base_name), None)
-    if base is None:
+    recorded = next((adapter.base_name for adapter in loaded if adapter.base_name), None)
+    if base is None and recorded is None:
         raise click.UsageError("Give --base (the embedded model is 'demo').")
-    model = load_model(base, dtype=dtype, template=template)
+    model = load_model(base or recorded_base(str(recorded)), dtype=dtype, template=template)
     for reference, adapter in zip(references, loaded, strict=True):
         model.attach(adapter, any_base, name=reference, use=False)
     return model

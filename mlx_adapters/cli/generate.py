@@ -49,14 +49,15 @@ def generate_command(
       mlx-adapters generate "List all departments." --adapter sql
     """
     from mlx_adapters.generation.live import load_model
+    from mlx_adapters.sources.bases import recorded_base
     from mlx_adapters.sources.lookup import load_adapter
 
     prompt = text_or_stdin(prompt)
     loaded = load_adapter(adapter) if adapter else None
-    base = base or (loaded.base_name if loaded else None)
-    if base is None:
+    recorded = loaded.base_name if loaded else None
+    if base is None and recorded is None:
         raise click.UsageError("Give --adapter or --base (the embedded model is 'demo').")
-    model = load_model(base, loaded, dtype=dtype, any_base=any_base, template=template)
+    model = load_model(base or recorded_base(str(recorded)), loaded, dtype=dtype, any_base=any_base, template=template)
     if as_json:
         _output.emit_json(model.generate(prompt, **options))
         return

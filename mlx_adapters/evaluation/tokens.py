@@ -19,7 +19,7 @@ from mlx_adapters.events import OnEvent, Progress, log_warnings
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.loading import load_model
 from mlx_adapters.models.model import Model
-from mlx_adapters.sources.bases import resolve_base
+from mlx_adapters.sources.bases import recorded_base, resolve_base
 from mlx_adapters.storage.tensor_files import as_numpy
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.machine import memory_bytes
@@ -126,7 +126,7 @@ def losses_on(
     name = base or adapters[0].base_name
     if name is None:
         raise ConfigError("The adapters name no base.", "name one with --base.")
-    model = load_model(resolve_base(name))
+    model = load_model(resolve_base(name) if base else recorded_base(name))
     batches = Batches(judged_rows(rows, model, MAX_SEQ_LENGTH))
     losses = []
     for adapter in adapters:

@@ -15,10 +15,11 @@ from typing import Any
 from mlx_adapters.assembly.formats import make_writer
 from mlx_adapters.assembly.tensors import Assembly, Writer, open_assembly
 from mlx_adapters.assembly.weights import Updates
-from mlx_adapters.assembly.writing import SPARE_BYTES
+from mlx_adapters.assembly.writing import SPARE_BYTES, companion_bytes
 from mlx_adapters.calibration.calibrate import Spool
 from mlx_adapters.calibration.strategy import Strategy
 from mlx_adapters.calibration.texts import GENERAL, PYTHON, choose_text
+from mlx_adapters.checkpoints.left_out import left_out
 from mlx_adapters.config.fusing import DEFAULTS, FuseOptions
 from mlx_adapters.config.mapping import from_mapping, require, to_mapping
 from mlx_adapters.config.quantization import DTYPES, Precision, PrecisionLike
@@ -30,7 +31,7 @@ from mlx_adapters.fusion.result import FuseResult, report
 from mlx_adapters.models.adapter import Adapter, AdapterLike, template_of
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.loading import load_tokenizer_of
-from mlx_adapters.sources.bases import resolve_base
+from mlx_adapters.sources.bases import recorded_base, resolve_base
 from mlx_adapters.sources.lookup import load_adapter
 from mlx_adapters.storage import files, paths, replacing
 from mlx_adapters.storage.tensor_names import FUSE_RECIPE_FILE, REPORT_FILE
@@ -103,7 +104,9 @@ def fuse(
     assembly = open_assembly(resolved, updates, writer, any_base)
     notes = _notes(assembly, on_event)
     strategy = Strategy(assembly, options, on_event)
-    paths.require_free_space(out, strategy.disk_bytes() + SPARE_BYTES)
+    handed_on = left_out(resolved)[0].values() if options.format == "mlx" else ()
+    beside = companion_bytes(resolved) + sum(tensor.nbytes for tensor in handed_on)
+    paths.require_free_space(out, strategy.disk_bytes() + beside + SPARE_BYTES)
     with files.atomic_folder(out, overwrite, ours) as folder:
         spool = Spool(folder / "parts")
         strategy.round(spool)
@@ -157,7 +160,7 @@ def choose_base(base: str | Path | Base | None, updates: Updates) -> Base:
         if len(names) != 1:
             why = "they name different ones: " + ", ".join(names) if names else "the adapter does not name it"
             raise ConfigError(f"Which base model? {why[0].upper()}{why[1:]}.", "give it with --base.")
-        base = next(iter(names))
+        return recorded_base(next(iter(names)), everything=True)
     return resolve_base(base, everything=True)
 
 

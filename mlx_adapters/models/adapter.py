@@ -110,7 +110,8 @@ class Adapter:
     @property
     def base_name(self) -> str | None:
         """The base model as it was named when the adapter was made."""
-        return base_of(self.metadata).get("name")
+        name = base_of(self.metadata).get("name")
+        return None if name in ("", "None") else name  # as some programs write that there is none
 
     @property
     def strength_note(self) -> str | None:

@@ -46,6 +46,18 @@ def resolve_base(name: str | Path | Base, download: bool = True, everything: boo
     return Base(text, snapshot, snapshot.name if snapshot.parent.name == "snapshots" else revision)
 
 
+def recorded_base(name: str, everything: bool = False) -> Base:
+    """The base that an adapter names as its own, which may have been a folder of another machine.
+
+    Raises what `resolve_base` raises, with the hint to name another one.
+    """
+    try:
+        return resolve_base(name, everything=everything)
+    except (NotFoundError, HubError) as error:
+        hint = f"name the base with --base. {error.hint or ''}".strip()
+        raise type(error)(f"The base that the adapter was made for cannot be had. {error.message}", hint) from error
+
+
 def _hint(text: str, folder: Path) -> str | None:
     """The next step where `folder`, called `text`, holds no model."""
     if (folder / CONFIG_FILE).is_file():
