@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from mlx.utils import tree_map
+
 from mlx_adapters.system.door import mx, nn
 
 METHODS = ("__call__", "as_linear")  # the ways in which models call a layer
@@ -83,7 +85,8 @@ def recompute(layer: nn.Module) -> contextlib.AbstractContextManager[None]:
     where dropout began in the layer, because it draws the same numbers again.
 
     Whatever carries a gradient is an input: the weights, and arrays anywhere in positional and keyword arguments
-    (Gemma 4 hands keys and values from block to block by keyword).
+    (Gemma 4 hands keys and values from block to block by keyword). Whole numbers carry none, and a GPU's kernels refuse
+    to be asked for one: RoPE's by its offsets.
     """
 
     def checkpointed(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -93,6 +96,7 @@ def recompute(layer: nn.Module) -> contextlib.AbstractContextManager[None]:
             own = layer.trainable_parameters()
             layer.update(given)
             set_random_key(key)
+            args, kwargs = tree_map(_without_gradient_of_whole_numbers, (args, kwargs))
             try:
                 return original(*args, **kwargs)
             finally:
@@ -101,6 +105,11 @@ def recompute(layer: nn.Module) -> contextlib.AbstractContextManager[None]:
         return mx.checkpoint(inner)(layer.trainable_parameters(), args, kwargs)
 
     return call_as(layer, checkpointed)
+
+
+def _without_gradient_of_whole_numbers(leaf: Any) -> Any:
+    whole = isinstance(leaf, mx.array) and not mx.issubdtype(leaf.dtype, mx.floating)
+    return mx.stop_gradient(leaf) if whole else leaf
 
 
 def hidden_states(module: nn.Module, body: nn.Module, tokens: mx.array, cache: Any = None) -> mx.array:

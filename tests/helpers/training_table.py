@@ -24,13 +24,15 @@ TRAINING = {
 @dataclass(frozen=True)
 class Way:
     """One way to train: settings besides LORA and TRAINING, the base, whether it starts from an adapter, and whether
-    the data has validation rows."""
+    the data has validation rows. `sums_in_any_order`: on a GPU, where gradients of tokens that repeat are added as
+    they come."""
 
     lora: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     base: dict[str, Any] = field(default_factory=dict)
     init_from: bool = False
     validated: bool = True
+    sums_in_any_order: bool = False
 
     def data_in(self, folder: Path) -> Path:
         """What it is trained on, of what `write_data` wrote."""
@@ -56,7 +58,7 @@ WAYS = {
         {"target_modules": ("q_proj", "v_proj"), "num_layers": 1, "ranks": {"v_proj": 2}},
         {"prompt_column": "completion", "completion_column": "prompt"},
     ),
-    "embeddings": Way({"target_modules": ("embed_tokens", "v_proj")}, CLIPPED),
+    "embeddings": Way({"target_modules": ("embed_tokens", "v_proj")}, CLIPPED, sums_in_any_order=True),
     "dora": Way({"type": "dora"}, {"mask_prompt": True, **CLIPPED}),
     "packing": Way({}, {"packing": True, "max_seq_length": 96, "batch_size": 2, "grad_accumulation": 3, **CLIPPED}),
     "less memory": Way({}, {"grad_checkpoint": True, "chunked_loss": "on", **CLIPPED}),

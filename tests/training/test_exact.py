@@ -6,10 +6,11 @@ import typing
 
 import pytest
 from helpers.training_table import LORA, TRAINING, WAYS
-from helpers.training_tools import PowerCut, cut_after, outcome, write_data
+from helpers.training_tools import PowerCut, cut_after, outcome, same_outcome, write_data
 
 from mlx_adapters import LoraConfig, TrainConfig, train
 from mlx_adapters.sources.registry import adapter_folder
+from mlx_adapters.system.machine import on_gpu
 
 CONFIGS = (LoraConfig, TrainConfig)
 
@@ -59,7 +60,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(way, tiny_model, data):
         train(name="cut", resume=True)
         found = outcome(adapter_folder("cut"))
         found["adapter_metadata.json"]["name"] = "whole"
-        assert found == expected, f"cut after {cut}"
+        exact = not (WAYS[way].sums_in_any_order and on_gpu())
+        assert same_outcome(found, expected, exact), f"cut after {cut}"
         shutil.rmtree(adapter_folder("cut"))
     assert whole.stopped_early == (way == "early stop")
 

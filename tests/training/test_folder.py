@@ -139,7 +139,7 @@ def test_a_place_that_takes_nothing_is_told_before_the_model_loads(run, tmp_path
 
 def test_a_full_disk_is_told_before_the_first_step(run, monkeypatch):
     monkeypatch.setattr("mlx_adapters.storage.paths.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    monkeypatch.setattr(TrainStep, "step", lambda *a: pytest.fail("stepped"))
+    monkeypatch.setattr(TrainStep, "take", lambda *a: pytest.fail("stepped"))
     with pytest.raises(StorageError, match="but the disk has 1 kB free"):
         run()
 

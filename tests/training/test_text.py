@@ -68,9 +68,9 @@ def test_other_tokens_of_the_same_rows_are_named(base, data, monkeypatch):
     from mlx_adapters.data import tokenizing as rows
 
     stop(base, data)
-    chat = rows._chat
+    whole = rows._whole_conversation
     with monkeypatch.context() as patch:
-        patch.setattr(rows, "_chat", lambda *a: (chat(*a)[0][1:], chat(*a)[1]))
+        patch.setattr(rows, "_whole_conversation", lambda *a: whole(*a)[1:])
         with pytest.raises(IncompatibleError, match="the tokens of split 'train'; the tokens of split 'valid'"):
             train(name="cut", resume=True)
     assert train(name="cut", resume=True).final.iteration == 6
