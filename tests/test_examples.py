@@ -56,6 +56,7 @@ def template(tiny_model, tmp_path_factory):
         for path in write_demo_data(folder / "data" / "sql").glob("*.jsonl"):
             path.write_text("".join(path.read_text().splitlines(keepends=True)[:12]))
         shutil.copy(folder / "data" / "sql" / "train.jsonl", folder / "rows.jsonl")
+        shutil.copy(folder / "data" / "sql" / "train.jsonl", folder / "chats.jsonl")
         make_run("demo", "sql", losses=[(200, 2.0), (400, 1.0), (500, 1.1), (600, 1.5)])
         make_run("demo", "chat", losses=[(100, 2.0), (200, 1.0)])
         tag("sql", ["candidate"])

@@ -19,8 +19,7 @@ class TemplateConfig:
     Raises ConfigError for what is no template, or no argument of one.
 
     Example:
-        >>> model = ma.load_model("demo", template=ma.TemplateConfig(chat_template_args={"enable_thinking": False}))
-        >>> model.template.chat_template is None
+        >>> ma.TemplateConfig(chat_template_args={"enable_thinking": False}).chat_template is None
         True
     """
 
