@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_adapters.adapters.packing import ENDINGS, EXTRAS, MODEL_CONFIG
+from mlx_adapters.checkpoints.contents import files_below
 from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import AdapterError, ConfigError, FormatError, NotFoundError
 from mlx_adapters.events import Note, OnEvent, Progress, log_warnings
@@ -28,9 +29,9 @@ from mlx_adapters.storage.tensor_names import (
     METADATA_FILE,
     checkpoint_file,
 )
-from mlx_adapters.storage.unpacking import MAX_BYTES, unpack
+from mlx_adapters.storage.unpacking import MAX_BYTES, TEMPLATES, unpack
 
-MODEL_OUTPUT = Output(MODEL_CONFIG, r"[^/]+")
+MODEL_OUTPUT = Output(MODEL_CONFIG, rf"({TEMPLATES}/)?[^/]+")
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _take_in(
         replacing.refuse_reading_inside(target, [read])
         with files.atomic_folder(target, overwrite, ours) as folder:
             kind = _fill(fill, folder, target.name, source)
-            names = "|".join(re.escape(path.name) for path in folder.iterdir())
+            names = "|".join(map(re.escape, files_below(folder)))
             new = Output(MODEL_CONFIG, names)  # another model's files look like this one's: none of them may vanish
             replacing.refuse_existing(target, overwrite, ADAPTER_OUTPUT if kind == "adapter" else new)
         return Added(kind, target, None, iterations_of(target) if kind == "adapter" else ())

@@ -8,16 +8,19 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import tarfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from mlx_adapters.checkpoints.contents import files_below
 from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import ExistsError, NotFoundError
 from mlx_adapters.events import Note, OnEvent, Progress, log_warnings
 from mlx_adapters.models.adapter import read_adapter
+from mlx_adapters.models.base import Base
 from mlx_adapters.models.metadata import iterations_of, read_config
 from mlx_adapters.sources import lookup
 from mlx_adapters.storage import files, paths, replacing
@@ -28,7 +31,7 @@ from mlx_adapters.storage.tensor_names import (
     METADATA_FILE,
     checkpoint_file,
 )
-from mlx_adapters.storage.unpacking import BLOCK, CHUNK, is_safe
+from mlx_adapters.storage.unpacking import BLOCK, CHUNK, TEMPLATES, is_safe
 
 MODEL_CONFIG = "config.json"
 ENDINGS = (".tar.gz", ".tgz")
@@ -108,7 +111,7 @@ def _is_pack(path: Path) -> bool:
             info = tarfile.TarInfo.frombuf(stream.read(BLOCK), "utf-8", "surrogateescape")
     except (OSError, EOFError, zlib.error, tarfile.HeaderError):
         return False
-    return info.mtime == 0 and info.name.count("/") == 1 and is_safe(info.name.partition("/")[2])
+    return info.mtime == 0 and info.name.count("/") in (1, 2) and is_safe(info.name.partition("/")[2])
 
 
 def _adapter_members(
@@ -135,11 +138,19 @@ def _in_memory(value: dict[str, Any]) -> IO[bytes]:
 def _model_members(folder: Path, opened: contextlib.ExitStack, on_event: OnEvent) -> dict[str, IO[bytes]]:
     if not (folder / MODEL_CONFIG).is_file():
         raise NotFoundError(f"'{folder}' is neither an adapter nor a model: no {CONFIG_FILE}, no {MODEL_CONFIG}.")
-    members = [path for path in paths.visible(folder) if path.is_file()]
-    left = sorted(path.name for path in members if not is_safe(path.name))
-    if left:
+    if lacking := Base(folder.name, folder).lacking:
+        raise NotFoundError(
+            f"'{folder}' lacks {lacking[0]}, which its index names.", "copy or download the whole model."
+        )
+    members = {name: folder / name for name in files_below(folder) if is_safe(name) and _has_place(name)}
+    if left := [name for name in files_below(folder) if name not in members]:
         on_event(Note(f"left out, because such files are not taken in again: {', '.join(left)}", "warning"))
-    return _open_all({path.name: path for path in members if is_safe(path.name)}, opened)
+    return _open_all(members, opened)
+
+
+def _has_place(name: str) -> bool:
+    """Whether a file, by its path in a model's folder, has a place in a pack."""
+    return "/" not in name or bool(re.fullmatch(rf"{TEMPLATES}/[^/]+\.jinja", name))
 
 
 def _open_all(members: dict[str, Path], opened: contextlib.ExitStack) -> dict[str, IO[bytes]]:

@@ -6,6 +6,7 @@ chunk, whether the bytes are in files, in headers or in padding.
 """
 
 import gzip
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -24,13 +25,14 @@ MAX_FILES = 10_000
 # gzip can unfold a thousandfold. Weights hardly shrink, so a hundredfold (beyond a little text) is an attack.
 MAX_RATIO, FREE_BYTES = 100, 64 << 20
 SAFE_SUFFIXES = (".safetensors", ".json", ".txt", ".md", ".model", ".tiktoken", ".jinja", ".yaml", ".yml")
-SAFE_NAMES = ("LICENSE", "NOTICE")
+SAFE_NAMES = re.compile(r"[^.]+|.*\.model\.v\d+")  # LICENSE, USE_POLICY; Mistral's tokenizer.model.v3
+TEMPLATES = "additional_chat_templates"  # the one folder that a model in a pack may hold
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib")
 
 
 def is_safe(name: str) -> bool:
     """Whether a file of this name is of a kind that cannot run code when it is read."""
-    return not name.startswith(".") and (name in SAFE_NAMES or name.endswith(SAFE_SUFFIXES))
+    return not name.startswith(".") and bool(SAFE_NAMES.fullmatch(name) or name.endswith(SAFE_SUFFIXES))
 
 
 def unpack(path: Path, folder: Path, max_bytes: int = MAX_BYTES, on_event: OnEvent = log_warnings) -> None:
@@ -123,8 +125,14 @@ def _headers(stream: _Unzipped) -> Iterator[tarfile.TarInfo]:
 
 def _file_name(info: tarfile.TarInfo, path: Path) -> str:
     parts = [part for part in PurePosixPath(info.name).parts if part != "."]
+    inner = f"{TEMPLATES}/" if parts[-2:-1] == [TEMPLATES] and parts[-1].endswith(".jinja") else ""
     bad = info.name.startswith("/") or "\\" in info.name or "\0" in info.name or any(part == ".." for part in parts)
-    if bad or not 1 <= len(parts) <= 2 or not info.name.isprintable() or len(info.name.encode(errors="replace")) > 250:
+    if (
+        bad
+        or not 1 <= len(parts) <= (3 if inner else 2)
+        or not info.name.isprintable()
+        or len(info.name.encode(errors="replace")) > 250
+    ):
         raise FormatError(
             f"'{path}' holds the path '{_shown(info.name)}'.", "files lie side by side, in at most one folder."
         )
@@ -132,7 +140,7 @@ def _file_name(info: tarfile.TarInfo, path: Path) -> str:
         raise FormatError(
             f"'{path}' holds '{parts[-1]}', a kind of file that can run code.", "only safetensors weights."
         )
-    return parts[-1]
+    return inner + parts[-1]
 
 
 def _shown(name: str) -> str:

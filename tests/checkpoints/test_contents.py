@@ -129,3 +129,15 @@ def test_a_fused_model_has_all_that_belonged_to_its_base(furnished, tmp_path, fo
     write_adapter(adapter, tmp_path / "adapter")
     ma.fuse(out, tmp_path / "adapter", tmp_path / "twice", options=options, any_base=True)  # and once more
     assert (tmp_path / "twice" / "additional_chat_templates" / "tool_use.jinja").is_file()
+
+
+def test_a_packed_model_keeps_its_licence_and_its_templates(furnished, tmp_path):
+    events = []
+    packed = ma.pack(str(furnished), tmp_path / "base.tar.gz", on_event=events.append)
+    assert ma.pack(str(furnished), tmp_path / "base.tar.gz", overwrite=True).sha256 == packed.sha256
+    for overwrite in (False, True):
+        out = ma.add(packed.path, out=tmp_path / "out", overwrite=overwrite).folder
+    for name in ("LICENSE", "USE_POLICY", "tokenizer.model.v3", "additional_chat_templates/tool_use.jinja"):
+        assert (out / name).read_bytes() == (furnished / name).read_bytes()
+    (told,) = [event.text for event in events if "left out" in getattr(event, "text", "")]
+    assert "code/layers/attention.py" in told and "modeling_own.py" in told
