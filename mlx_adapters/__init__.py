@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from mlx_adapters.adapters.verifying import verify_all as verify_all
     from mlx_adapters.benchmarking.advice import advise as advise
     from mlx_adapters.benchmarking.reports import read_report as read_report
+    from mlx_adapters.benchmarking.run import BenchmarkInterrupted as BenchmarkInterrupted
     from mlx_adapters.benchmarking.run import benchmark as benchmark
     from mlx_adapters.benchmarking.schedule import BenchmarkConfig as BenchmarkConfig
     from mlx_adapters.config.data import DataConfig as DataConfig
@@ -104,6 +105,7 @@ _PUBLIC = {
     "load_model": "generation.live",
     "fuse": "fusion.fuse",
     "benchmark": "benchmarking.run",
+    "BenchmarkInterrupted": "benchmarking.run",
     "advise": "benchmarking.advice",
     "estimate_inference": "generation.memory",
     "evaluate": "evaluation.evaluate",

@@ -18,7 +18,41 @@ Any other exception that leaves this package is a bug and keeps its traceback.
 """
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# What an option is called in Python, where that is not its name with underscores.
+PYTHON_NAMES = {
+    "bits": "quantization",
+    "weight": "weights",
+    "chat-template-arg": "chat_template_args",
+    "fuse-aware-group-size": "fuse_aware",
+    "max-size": "max_bytes",
+}
+PYTHON_CALLS = {  # of options that switch something on
+    **{name: f"{name.replace('-', '_')}=True" for name in ("any-base", "force", "mask-prompt", "overwrite", "packing")},
+    **{name: f"{name.replace('-', '_')}=True" for name in ("grad-checkpoint", "last-turn-only", "resume", "tie")},
+    "no-check": "check=False",
+    "public": "private=False",
+    "quick": "thorough=False",
+    "home": "MLX_ADAPTERS_HOME",
+    "trust-remote-code": "ma.trusting_remote_code()",
+}
+PYTHON_COMMANDS = {
+    "mlx-adapters list": "ma.list_adapters()",
+    "mlx-adapters add": "ma.add",
+    "mlx-adapters extract": "ma.extract",
+    "mlx-adapters import-peft": "ma.import_peft",
+    "mlx-adapters fuse --from-peft": "ma.fuse_peft",
+    "mlx-adapters data split": "ma.split_data",
+}
+# A command line, which stays as it is; or an option, with the value that it may be given.
+_COMMAND = r"(?P<line>'(?:mlx-adapters|train|merge|import-peft|data|pip|lm-eval) [^']*'|mlx-adapters [a-z-]+ .*$)"
+_VALUE = (
+    r"(?: +(?P<value>-?\d+(?:\.\d+)?\b|[A-Z]{2,}\b(?!s)|bfloat16|float16|float32|calibrated|hf\b"
+    r"|[\w.-]+[/:](?:[\w./:-]*\w)?|'[^']+'))?"
+)
+_WORDS = re.compile(rf"{_COMMAND}|(?<![\w-])--(?P<option>[a-z][a-z0-9-]*){_VALUE}")
 
 
 class AdapterError(Exception):
@@ -26,7 +60,7 @@ class AdapterError(Exception):
 
     Args:
         message: one sentence that says what is wrong.
-        hint: what to do next.
+        hint: what to do next, in the words of the command line; in Python's it ends the traceback.
 
     Example:
         >>> try:
@@ -42,6 +76,8 @@ class AdapterError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        if hint:
+            self.add_note(f"Hint: {in_python(hint)}")
 
     @property
     def with_hint(self) -> str:
@@ -89,6 +125,34 @@ class StorageError(AdapterError):
 
 class HubError(AdapterError):
     """Upload, download or authentication failed."""
+
+
+def in_python(hint: str) -> str:
+    """A hint in Python's words: `overwrite=True` for --overwrite, `max_kl` for --max-kl.
+
+    Example:
+        >>> from mlx_adapters.errors import in_python
+        >>> in_python("choose another name, or pass --overwrite to replace it.")
+        'choose another name, or pass overwrite=True to replace it.'
+    """
+    return _WORDS.sub(_in_python, hint)
+
+
+def _in_python(found: re.Match[str]) -> str:
+    option, value, line = found["option"], found["value"], found["line"]
+    if option is None:
+        resumed = re.fullmatch(r"mlx-adapters train --resume (\S+?)(\.?)", line)
+        return f"ma.train(name='{resumed[1]}', resume=True){resumed[2]}" if resumed else _command(line)
+    if option in PYTHON_CALLS:
+        return PYTHON_CALLS[option] + (f" {value}" if value else "")
+    name = PYTHON_NAMES.get(option, option.replace("-", "_"))
+    if value is None:
+        return name
+    return f"{name}={value}" if re.fullmatch(r"-?\d+(\.\d+)?|'.*'", value) else f"{name}='{value}'"
+
+
+def _command(line: str) -> str:
+    return PYTHON_COMMANDS.get(line.strip("'"), line)
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str | None:

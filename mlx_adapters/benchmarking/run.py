@@ -27,6 +27,26 @@ from mlx_adapters.system.machine import child_environment, environment, typed_co
 WORKER = ("-m", "mlx_adapters.benchmarking.worker")
 
 
+class BenchmarkInterrupted(KeyboardInterrupt):
+    """Ctrl-C, or a notebook's stop, in a benchmark.
+
+    Args:
+        report: what was finished by then.
+
+    Example:
+        >>> try:
+        ...     report = ma.benchmark(["base", "sql"], prompt_tokens=8, decode_tokens=4, rounds=1, trials=1)
+        ... except ma.BenchmarkInterrupted as stop:
+        ...     report = stop.report
+        >>> report.interrupted
+        False
+    """
+
+    def __init__(self, report: Report) -> None:
+        super().__init__("The benchmark was interrupted; its report holds the finished processes.")
+        self.report = report
+
+
 def benchmark(
     variants: Sequence[str | Path | Adapter],
     base: str | None = None,
@@ -48,7 +68,7 @@ def benchmark(
 ) -> Report:
     """Measure load time, time to the first token, speed of prefill and decode, memory and size of each variant.
 
-    A variant that fails is a row with its error; Ctrl-C ends the run and keeps what is finished.
+    A variant that fails is a row with its error.
 
     Args:
         variants: "base", adapters, model folders or ids, and "fuse:REF:BITS": an adapter fused for the occasion.
@@ -68,7 +88,8 @@ def benchmark(
         max_rows: at most so many of its rows.
         on_event: called with progress and notes.
 
-    Raises ConfigError or NotFoundError when the plan itself is wrong.
+    Raises ConfigError or NotFoundError when the plan itself is wrong; BenchmarkInterrupted, which holds the report of
+    what is finished.
 
     Example:
         >>> report = ma.benchmark(["base", "sql"], prompt_tokens=8, decode_tokens=4, rounds=1, trials=1)
@@ -90,12 +111,14 @@ def benchmark(
     check_data(config.data, quality, score)
     with workspace() as folder:
         report = run(parse_variants(spelled(variants, folder), base), config, on_event, folder)
-        if quality is None or report.interrupted:
+        if report.interrupted:
+            raise BenchmarkInterrupted(report)
+        if quality is None:
             return report
         try:
             return replace(report, quality=_quality(report, quality, score, max_rows, folder, on_event))
         except KeyboardInterrupt:
-            return replace(report, interrupted=True)
+            raise BenchmarkInterrupted(replace(report, interrupted=True)) from None
 
 
 def check_data(prompts: str | None, quality: str | Path | None, score: str | None) -> None:

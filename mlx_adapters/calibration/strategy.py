@@ -99,7 +99,7 @@ class Strategy:
         if now > budget:
             raise ConfigError(
                 f"The model has {now:.2f} bits per weight already, more than the {budget} allowed.",
-                "ask for fewer --bits as the start, or a larger budget.",
+                "start with a smaller --bits, or allow a larger budget.",
             )
 
     @property

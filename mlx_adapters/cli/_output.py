@@ -39,7 +39,9 @@ _LINE_ENDS = re.compile(r"[\t\n\x0b\x0c\r\x1c-\x1e\x85\u2028\u2029]+")
 _OUR_ESCAPE = os.urandom(8).hex()  # stands for ESC in what `style` gives: no text from elsewhere can hold it
 
 # Loggers of what happens below functions that are given no on_event; what they say is a note.
-TOLD = ("mlx_adapters.events", "mlx_adapters.hub", "mlx_adapters.storage.locks", "mlx_adapters.models.quantized_check")
+TOLD = tuple(
+    f"mlx_adapters.{n}" for n in ["events", "hub", "storage.locks", "models.quantized_check", "generation.live"]
+)
 
 _quiet = False
 _debug = False

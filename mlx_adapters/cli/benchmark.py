@@ -86,7 +86,7 @@ def benchmark_command(
       mlx-adapters benchmark base sql@500 out/sql-4bit fuse:sql:8 --html report.html
     """
     from mlx_adapters.benchmarking.reports import changes, read_report
-    from mlx_adapters.benchmarking.run import benchmark
+    from mlx_adapters.benchmarking.run import BenchmarkInterrupted, benchmark
     from mlx_adapters.benchmarking.words import failures
     from mlx_adapters.evaluation.statistics import MIN_ROUNDS
 
@@ -94,15 +94,18 @@ def benchmark_command(
     old = read_report(against) if against else None
     if old and fail_over is not None and min(settings["rounds"], old.config.rounds) < MIN_ROUNDS:
         raise click.UsageError(f"--fail-over needs --rounds {MIN_ROUNDS} in both reports: fewer prove nothing.")
-    report = benchmark(
-        variants,
-        base,
-        quality=quality,
-        score=score,
-        max_rows=max_rows,
-        on_event=_output.progress(),
-        **settings,
-    )
+    try:
+        report = benchmark(
+            variants,
+            base,
+            quality=quality,
+            score=score,
+            max_rows=max_rows,
+            on_event=_output.progress(),
+            **settings,
+        )
+    except BenchmarkInterrupted as stop:
+        report = stop.report
     try:
         save(report, output, markdown, html, plots)
     finally:  # whatever becomes of the files, what took so long is shown

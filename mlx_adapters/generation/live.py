@@ -7,18 +7,19 @@ each answer keeps its own adapter and its own random numbers.
 
 import contextlib
 import itertools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.sampling import Sampling
-from mlx_adapters.errors import IncompatibleError
+from mlx_adapters.errors import AdapterError, IncompatibleError
 from mlx_adapters.generation.batching import Request, answer_all
 from mlx_adapters.generation.sampling import Sampler
 from mlx_adapters.generation.text_stream import text_of
-from mlx_adapters.models.adapter import Adapter, AdapterLike, template_of
+from mlx_adapters.models.adapter import Adapter, AdapterLike, template_of, version_of
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import check_made_for
 from mlx_adapters.models.loading import load_model as load_plain_model
@@ -29,6 +30,8 @@ from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.lookup import load_adapter
 from mlx_adapters.system.door import make_prompt_cache, mx
 from mlx_adapters.units import count
+
+log = logging.getLogger("mlx_adapters.generation.live")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,15 @@ class AdapterInfo:
     layers: int
     bytes: int
     weight: float | None
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What an adapter was attached by, and which version of its files was read."""
+
+    reference: str | Path
+    any_base: bool
+    version: tuple[Any, ...] | None
 
 
 @dataclass(eq=False)
@@ -72,6 +84,7 @@ class LiveModel(Model):
     def __init__(self, plain: Model) -> None:
         super().__init__(plain.module, plain.tokenizer, plain.base, plain.config, template=plain.template)
         self.pool = AdapterPool(self.module)
+        self._origins: dict[str, _Origin] = {}
 
     def __repr__(self) -> str:
         at_work = ", ".join(f"{info.name}: {info.weight:g}" for info in self.adapters if info.weight is not None)
@@ -107,7 +120,13 @@ class LiveModel(Model):
 
         Raises NotFoundError, FormatError or IncompatibleError; then nothing was changed.
         """
-        entry = self._add(load_adapter(adapter), any_base, name)
+        return self._attach(load_adapter(adapter), adapter, any_base, name, use)
+
+    def _attach(self, adapter: Adapter, given: AdapterLike, any_base: bool, name: str | None, use: bool) -> str:
+        entry = self._add(adapter, any_base, name)
+        self._origins.pop(entry.name, None)
+        if not isinstance(given, Adapter):  # one that was given in memory is what it holds
+            self._origins[entry.name] = _Origin(given, any_base, version_of(adapter))
         if use:
             self.pool.select(((entry, 1.0),))
             self.adapter = entry.adapter
@@ -139,11 +158,30 @@ class LiveModel(Model):
         """Put attached adapters to work.
 
         Args:
-            adapter: the name of one, names and weights of several ({"a": 0.7, "b": 0.3}), or None: the base alone.
+            adapter: the name of one, names and weights of several ({"a": 0.7, "b": 0.3}), or None: the base alone. One
+                that was attached by a reference and replaced since is read anew, and a warning is logged.
             scale: a factor on the whole update.
         """
-        self.pool.select(self.pool.choose(adapter, scale))
-        self._note_selection()
+        with self.pool.lock:
+            self._renew(adapter)
+            self.pool.select(self.pool.choose(adapter, scale))
+            self._note_selection()
+
+    def _renew(self, wanted: str | Mapping[str, float] | None) -> None:
+        """Read the adapters anew that were attached by a reference and whose files are others now, and say so."""
+        for name in [wanted] if isinstance(wanted, str) else wanted or ():
+            origin, entry = self._origins.get(name), self.pool.attached.get(name)
+            if origin is None or entry is None or version_of(entry.adapter) == origin.version:
+                continue
+            try:
+                loaded = load_adapter(origin.reference)
+                renewed = self._add(loaded, origin.any_base, name)
+            except AdapterError as error:
+                log.warning("'%s' goes on with the weights that were attached. %s", name, error.message)
+                continue
+            self._origins[name] = replace(origin, version=version_of(loaded))
+            if not _equal_files(renewed.adapter, entry.adapter):
+                log.warning("'%s' was replaced since it was attached: its new weights are read.", name)
 
     @property
     def own_template(self) -> TemplateConfig:
@@ -170,6 +208,8 @@ class LiveModel(Model):
             if isinstance(adapter, Path | Adapter) or (isinstance(adapter, str) and adapter not in self.pool.attached):
                 loaded = load_adapter(adapter)
                 temporary = self._add(loaded, False, f"{loaded.name} ({len(self.pool.attached)})")
+            if temporary is None and not isinstance(adapter, Path | Adapter):
+                self._renew(adapter)
             chosen = ((temporary, scale),) if temporary else self.pool.choose(adapter, scale)  # type: ignore[arg-type]
             try:
                 with self.pool.applied(chosen):
@@ -292,6 +332,12 @@ class LiveModel(Model):
         return Sampler(sampling)
 
 
+def _equal_files(one: Adapter, other: Adapter) -> bool:
+    """Whether two versions of an adapter are known to hold the same weights."""
+    recorded = [adapter.metadata.get("sha256") for adapter in (one, other)]
+    return one.iteration is None and recorded[0] is not None and recorded[0] == recorded[1]
+
+
 def load_model(
     base: str | Path | Base,
     adapter: AdapterLike | None = None,
@@ -322,6 +368,6 @@ def load_model(
     """
     loaded = None if adapter is None else load_adapter(adapter)
     model = LiveModel(load_plain_model(resolve_base(base), dtype=dtype, dense=dense, template=template))
-    if loaded is not None:
-        model.attach(loaded, any_base)
+    if loaded is not None and adapter is not None:
+        model._attach(loaded, adapter, any_base, None, use=True)
     return model

@@ -220,7 +220,7 @@ def _checked_weights(adapters: Sequence[Adapter], weights: Sequence[float] | Non
     if weights is None:
         return [1 / len(adapters)] * len(adapters)
     there = f"{count(len(adapters), 'adapter')}, but {count(len(weights), 'weight')}"
-    require(len(weights) == len(adapters), f"There are {there}.", "give one --weight for each, in the same order.")
+    require(len(weights) == len(adapters), f"There are {there}.", "give --weight once for each, in the same order.")
     require(all(math.isfinite(weight) for weight in weights), "Every weight must be a finite number.")
     require(any(weight != 0 for weight in weights), "All weights are 0: nothing would be left.")
     return [float(weight) for weight in weights]

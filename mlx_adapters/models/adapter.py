@@ -30,7 +30,7 @@ from mlx_adapters.models.metadata import (
     read_metadata,
 )
 from mlx_adapters.storage import files, paths, tensor_files, tensor_names
-from mlx_adapters.storage.replacing import read_whole
+from mlx_adapters.storage.replacing import read_whole, stat_of
 from mlx_adapters.storage.tensor_names import (
     ADAPTER_FILE,
     ADAPTER_LEAVES,
@@ -340,6 +340,15 @@ def place_of(adapter: Adapter) -> str | None:
         return None
     same = (there.config, there.fingerprint) == (adapter.config, adapter.fingerprint)
     return f"{adapter.folder}{'' if adapter.iteration is None else f'@{adapter.iteration}'}" if same else None
+
+
+def version_of(adapter: Adapter) -> tuple[Any, ...] | None:
+    """Which version of its files lies in the folder that it was read from: another one after they were replaced."""
+    if adapter.folder is None:
+        return None
+    weights = ADAPTER_FILE if adapter.iteration is None else tensor_names.checkpoint_file(adapter.iteration)
+    stats = [stat_of(adapter.folder / name) for name in (CONFIG_FILE, weights)]
+    return tuple(stat and (stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
 
 
 def write_adapter(adapter: Adapter, folder: Path, overwrite: bool = False) -> Path:

@@ -22,7 +22,7 @@ from helpers.benchmarks import registered_adapter, synthetic
 from mlx_adapters.benchmarking import page, trials, words
 from mlx_adapters.benchmarking.measurements import Run
 from mlx_adapters.benchmarking.reports import changes, other_conditions, read_report
-from mlx_adapters.benchmarking.run import benchmark, run
+from mlx_adapters.benchmarking.run import BenchmarkInterrupted, benchmark, run
 from mlx_adapters.benchmarking.schedule import BenchmarkConfig, schedule
 from mlx_adapters.cli import cli
 from mlx_adapters.display import png, svg
@@ -392,6 +392,31 @@ def test_interrupt_keeps_the_finished_rows(tmp_path):
     )
     report = run([Variant("a", "m"), Variant("b", "m")], BenchmarkConfig(rounds=4), lambda _: None, tmp_path, worker)
     assert report.interrupted and {r.variant for r in report.runs} <= {"a"}
+
+
+@pytest.mark.parametrize("judging", [False, True])
+def test_an_interrupted_benchmark_raises_with_what_is_finished(tiny_model, tmp_path, monkeypatch, judging):
+    """So that a notebook that runs all its cells stops there, and hours of measuring are not lost."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "The cat sat on the mat."}\n')
+    done = {"metrics": {}}
+
+    def worker(variant, *arguments):
+        if variant.label != "base" and not judging:
+            raise KeyboardInterrupt
+        return done
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlx_adapters.benchmarking.run.run_worker", worker)
+    monkeypatch.setattr("mlx_adapters.benchmarking.run._quality", interrupted)
+    registered_adapter(tiny_model("llama"), "a")
+    quality = tmp_path / "rows.jsonl" if judging else None
+    with pytest.raises(KeyboardInterrupt, match="interrupted") as caught:
+        benchmark(["base", "a"], rounds=2, quality=quality)
+    report = caught.value.report
+    assert report.interrupted and isinstance(caught.value, BenchmarkInterrupted)
+    assert {run.variant for run in report.runs} == ({"base", "a"} if judging else {"base"}) or not report.runs
 
 
 def test_prompt_longer_than_the_context(tiny_model):
