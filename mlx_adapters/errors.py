@@ -138,8 +138,8 @@ def in_python(hint: str) -> str:
     return _WORDS.sub(_in_python, hint)
 
 
-def _in_python(found: re.Match[str]) -> str:
-    option, value, line = found["option"], found["value"], found["line"]
+def _in_python(match: re.Match[str]) -> str:
+    option, value, line = match["option"], match["value"], match["line"]
     if option is None:
         resumed = re.fullmatch(r"mlx-adapters train --resume (\S+?)(\.?)", line)
         return f"ma.train(name='{resumed[1]}', resume=True){resumed[2]}" if resumed else _command(line)
