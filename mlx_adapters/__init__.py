@@ -33,7 +33,12 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from mlx_adapters.config.evaluating import EvaluationConfig as EvaluationConfig
     from mlx_adapters.config.fusing import FuseOptions as FuseOptions
     from mlx_adapters.config.quantization import Quantization as Quantization
+    from mlx_adapters.config.training import DPO as DPO
+    from mlx_adapters.config.training import KTO as KTO
+    from mlx_adapters.config.training import ORPO as ORPO
+    from mlx_adapters.config.training import SFT as SFT
     from mlx_adapters.config.training import LoraConfig as LoraConfig
+    from mlx_adapters.config.training import SimPO as SimPO
     from mlx_adapters.config.training import TrainConfig as TrainConfig
     from mlx_adapters.data.checking import check_data as check_data
     from mlx_adapters.data.checking import split_data as split_data
@@ -94,6 +99,11 @@ _PUBLIC = {
     "TemplateConfig": "config.data",
     "Quantization": "config.quantization",
     "TrainConfig": "config.training",
+    "SFT": "config.training",
+    "DPO": "config.training",
+    "ORPO": "config.training",
+    "SimPO": "config.training",
+    "KTO": "config.training",
     "TrainRun": "training.runs",
     "train": "training.runs",
     "estimate": "training.forecast",

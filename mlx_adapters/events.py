@@ -1,8 +1,8 @@
 """What long jobs report while they run. `on_event` gets these; without one, warnings are logged. Nothing is printed."""
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 log = logging.getLogger("mlx_adapters.events")
@@ -33,7 +33,11 @@ class Note(Event):
 
 @dataclass(frozen=True)
 class TrainReport(Event):
-    """Means over the iterations since the last report. Tokens per second count trained and real tokens."""
+    """Means over the iterations since the last report. Tokens per second count trained and real tokens.
+
+    `figures`: of preferences "margin", "accuracy", "chosen_reward", "rejected_reward", "chosen_log_probability",
+    "rejected_log_probability" and, with KTO, "kl".
+    """
 
     iteration: int
     iterations: int
@@ -42,15 +46,18 @@ class TrainReport(Event):
     trained_tokens_per_second: float
     tokens_per_second: float
     peak_memory_bytes: int
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ValidationReport(Event):
-    """The validation loss in nats per trained token; `best` if no earlier one was lower."""
+    """The validation loss, in nats per trained token or by the objective; `best` if no earlier one was lower.
+    `figures`: as of training."""
 
     iteration: int
     validation_loss: float
     best: bool
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from helpers.public import README, commands
+from helpers.training_tools import write_preferences
 
 from mlx_adapters.cli import COMMANDS, cli
 from mlx_adapters.demo.catalog import write_demo_data
@@ -24,6 +25,7 @@ def place(tiny_model, tmp_path_factory) -> Path:
     """A folder with the demo's data, and a home in which a tiny model stands for the embedded one."""
     folder = tmp_path_factory.mktemp("readme")
     write_demo_data(folder / "data" / "sql")
+    write_preferences(folder / "data" / "preferences")
     shutil.copytree(tiny_model("llama", bits=4), folder / "home" / "bases" / "demo")
     (folder / "home" / "bases" / "demo" / "README.md").write_text(MODEL_CARD)
     (folder / "questions.txt").write_text("List the Physics courses.\nHow many courses are there?\n")

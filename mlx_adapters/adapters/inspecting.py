@@ -5,7 +5,7 @@ Of a DoRA adapter that is the low-rank part; its magnitudes are left aside.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.events import OnEvent, log_warnings
 from mlx_adapters.models.adapter import Adapter, place_of
 from mlx_adapters.models.low_rank import LowRankUpdate, inner, update_of, update_shape
-from mlx_adapters.models.metadata import losses_of
+from mlx_adapters.models.metadata import curve_of, losses_of
 from mlx_adapters.sources import lookup, registry
 from mlx_adapters.sources.registry import Entry
 from mlx_adapters.storage import paths
@@ -213,7 +213,18 @@ def _differences(a: Adapter, b: Adapter) -> Iterator[tuple[str, Any, Any]]:
 def _settings(adapter: Adapter) -> dict[str, Any]:
     """Settings, base, data and losses as one flat mapping with dotted names; no curves, dates or checksums."""
     config = {key: value for key, value in to_mapping(adapter.config).items() if key != "keys"}
-    skipped = {"name", "sha256", "train_losses", "validation_losses", "checkpoints", "versions", "command", *config}
+    skipped = {
+        "name",
+        "sha256",
+        "train_losses",
+        "validation_losses",
+        "train_figures",
+        "validation_figures",
+        "checkpoints",
+        "versions",
+        "command",
+        *config,
+    }
     rest = {key: value for key, value in adapter.metadata.items() if key not in skipped}
     return dict(_flat(config | {"layers": len(adapter.config.keys)} | rest))
 
@@ -224,3 +235,27 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def figures_of(metadata: Mapping[str, Any], name: str) -> dict[str, list[tuple[int, float]]]:
+    """A figure that is watched of preferences, such as "margin", by iteration; of training and validation, if known."""
+    curves = {}
+    for kind in ("train", "validation"):
+        points = metadata.get(f"{kind}_figures")
+        pairs = [p for p in points if isinstance(p, list | tuple) and len(p) == 2] if isinstance(points, list) else []
+        if curve := curve_of([(i, figures.get(name)) for i, figures in pairs if isinstance(figures, Mapping)]):
+            curves["training" if kind == "train" else kind] = curve
+    return curves
+
+
+def objective_of(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What an adapter's record says of its objective, or {}."""
+    training = metadata.get("training")
+    objective = training.get("objective") if isinstance(training, Mapping) else None
+    return objective if isinstance(objective, Mapping) else {}
+
+
+def loss_unit(metadata: Mapping[str, Any]) -> str:
+    """What a recorded loss counts in: nats, or the objective's own."""
+    name = objective_of(metadata).get("name", "sft")
+    return "nats per token" if name == "sft" else f"of {name}"

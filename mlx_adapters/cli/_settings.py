@@ -120,7 +120,8 @@ def option(
         told |= {"type": KeyValue(), "multiple": True, "callback": lambda _, __, pairs: dict(pairs) or nothing}
         one, flag = dataclasses.replace(one, default=None), flag or _flag(name.removesuffix("s"))
     elif bool not in one.kinds:
-        told |= {"type": _type(one, bounded=not over_file), "show_default": not over_file and one.default is not None}
+        kind = changed.get("type") or _type(one, bounded=not over_file)
+        told |= {"type": kind, "show_default": not over_file and one.default is not None}
     elif one.default is False:
         told |= {"is_flag": True}
     else:

@@ -14,15 +14,22 @@ from mlx_adapters.cli._settings import TextFile, option, options
 from mlx_adapters.config.mapping import from_mapping, read_yaml, to_mapping
 from mlx_adapters.config.quantization import MODES, Precision
 from mlx_adapters.config.settings import settings_of
-from mlx_adapters.config.training import LoraConfig, TrainConfig
+from mlx_adapters.config.training import OBJECTIVES, SFT, LoraConfig, TrainConfig
 from mlx_adapters.errors import AdapterError, ConfigError, did_you_mean
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 LORA = [name for name in settings_of(LoraConfig) if name not in ("rank", "ranks")]
-TRAINING = [name for name in settings_of(TrainConfig) if name != "fuse_aware"]
+TRAINING = [name for name in settings_of(TrainConfig) if name not in ("fuse_aware", "objective")]
 FUSE_AWARE = {"fuse_aware": "bits", "fuse_aware_group_size": "group_size", "fuse_aware_mode": "mode"}
+# Of the objectives: setting -> name of each that has it.
+OBJECTIVE = {
+    setting: [name for name, kind in OBJECTIVES.items() if setting in settings_of(kind)]
+    for kind in OBJECTIVES.values()
+    for setting in settings_of(kind)
+    if setting != "name"
+}
 # The parameters that `training_options` makes.
-SETTINGS = " ".join(["config", "rank", "alpha", "rslora", *LORA, *TRAINING, *FUSE_AWARE])
+SETTINGS = " ".join(["config", "rank", "alpha", "rslora", *LORA, "objective", *OBJECTIVE, *TRAINING, *FUSE_AWARE])
 
 
 def training_options(command: Command) -> Command:
@@ -33,6 +40,8 @@ def training_options(command: Command) -> Command:
         click.option("--alpha", type=float, help="Instead of --scale: scale = alpha / rank."),
         click.option("--rslora", is_flag=True, help="With --alpha: scale = alpha / sqrt(rank)."),
         options(LoraConfig, " ".join(LORA), over_file=True),
+        option(TrainConfig, "objective", over_file=True, type=click.Choice(list(OBJECTIVES))),
+        *(_objective_option(setting) for setting in OBJECTIVE),
         options(TrainConfig, " ".join(TRAINING), over_file=True),
         option(TrainConfig, "fuse_aware", over_file=True, type=int),
         click.option("--fuse-aware-group-size", type=int, help="Its group size [the base's at its own bits, else 64]."),
@@ -41,6 +50,18 @@ def training_options(command: Command) -> Command:
     for decorate in reversed(decorators):
         command = decorate(command)
     return command
+
+
+def _objective_option(setting: str) -> Callable[[Command], Command]:
+    """The option of an objective's setting, with what each objective takes it to be."""
+    known = {name: settings_of(OBJECTIVES[name])[setting] for name in OBJECTIVE[setting]}
+    first, *_ = known.values()
+    defaults = {name: one.shown_default for name, one in known.items()}
+    one_for_all = len(set(defaults.values())) == 1
+    words = first.shown_default if one_for_all else ", ".join(f"{name} {value}" for name, value in defaults.items())
+    words = "" if bool in first.kinds else f" [{words}]"
+    who = f" ({', '.join(known)})" if one_for_all else ""
+    return option(OBJECTIVES[OBJECTIVE[setting][0]], setting, over_file=True, help=f"{first.help}{who}{words}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +80,11 @@ class Settings:
 
     def train_config(self, over: TrainConfig | None = None) -> TrainConfig:
         """The given settings over those of `over`, or over the defaults."""
-        return from_mapping(TrainConfig, (to_mapping(over) if over else {}) | self.training, "the training settings")
+        settings = (to_mapping(over) if over else {}) | self.training
+        if isinstance(objective := self.training.get("objective"), Mapping) and "name" not in objective:
+            before = over.objective if over else SFT()
+            settings["objective"] = {**to_mapping(before), **objective}
+        return from_mapping(TrainConfig, settings, "the training settings")
 
 
 def read_settings(options: dict[str, Any]) -> Settings:
@@ -75,6 +100,8 @@ def read_settings(options: dict[str, Any]) -> Settings:
         _mapping(file, "lora") | {name: given[name] for name in LORA if name in given} | _ranks(given.get("rank", ()))
     )
     training = _with_files(_mapping(file, "training")) | {name: given[name] for name in TRAINING if name in given}
+    if objective := _objective(given, training.get("objective")):
+        training["objective"] = objective
     if quantization := _fuse_aware(given):
         training["fuse_aware"] = quantization
     places = {key: given.get(key, _text(file, key)) for key in ("base", "data", "name")}
@@ -121,6 +148,22 @@ def _ranks(texts: Sequence[str]) -> dict[str, Any]:
         else:
             ranks["rank"] = int(number)
     return ranks
+
+
+def _objective(given: Mapping[str, Any], in_file: Any) -> dict[str, Any]:
+    """What is typed of the objective, over what the file says of the same one."""
+    typed = {"name": given["objective"]} if "objective" in given else {}
+    typed |= {setting: given[setting] for setting in OBJECTIVE if setting in given}
+    before = {"name": in_file} if isinstance(in_file, str) else dict(in_file or {})
+    if not typed or typed.get("name", before.get("name")) != before.get("name"):
+        before = {}
+    objective = before | typed
+    name = objective.get("name")
+    for setting in typed if name in OBJECTIVES else ():
+        if setting != "name" and name not in OBJECTIVE[setting]:
+            flag, has = f"--{setting.replace('_', '-')}", ", ".join(OBJECTIVE[setting])
+            raise ConfigError(f"{name} has no {flag}.", f"those that have it: {has}.")
+    return objective if typed else {}
 
 
 def _fuse_aware(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -129,6 +129,8 @@ def show_command(ref: str, layers: bool, plot: Path | None, as_json: bool) -> No
 
 def _facts(d: "Details") -> list[tuple[str, str]]:
     """The lines at the top: what an adapter is, then the plain values of its metadata."""
+    from mlx_adapters.adapters.inspecting import objective_of
+
     own = [
         ("name", d.name),
         ("folder", str(d.folder or "-")),
@@ -137,7 +139,13 @@ def _facts(d: "Details") -> list[tuple[str, str]]:
         ("parameters", f"{d.parameters:,} in {count(len(d.layers), 'layer')}"),
     ]
     shown = {"name", "base", "type", "rank", "scale", "ranks", "alpha", "checkpoints", "sha256", "versions"}
-    rest = {key: value for key, value in d.metadata.items() if key not in shown and not key.endswith("_losses")}
+    rest = {
+        key: value
+        for key, value in d.metadata.items()
+        if key not in shown and not key.endswith(("_losses", "_figures"))
+    }
+    if (objective := objective_of(d.metadata)).get("name", "sft") != "sft":
+        rest["objective"] = dict(objective)
     if isinstance(recipe := rest.get("merge"), dict):
         sources = " + ".join(f"{number(source['weight'])} · {source['name']}" for source in recipe["sources"])
         rest["merge"] = f"{recipe['method']}: {sources}"
@@ -193,17 +201,21 @@ def _losses(details: "Details") -> dict[str, list[tuple[int, float]]]:
 
 
 def _show_losses(details: "Details") -> None:
-    """The loss curves in the terminal, if there is more than a point."""
+    """The curves in the terminal: losses, and what is watched of preferences, where there is more than a point."""
+    from mlx_adapters.adapters.inspecting import figures_of, loss_unit
     from mlx_adapters.display import terminal
 
-    losses = _losses(details)
-    if any(len(points) > 1 for points in losses.values()):
-        _output.out("\nLOSS by iteration, nats per token")
-        for line in terminal.line_chart(losses, width=min(_output.columns(), 100) - 1):
-            _output.out(line)
+    charts = {f"LOSS by iteration, {loss_unit(details.metadata)}": _losses(details)}
+    charts |= {f"{name.upper()} by iteration": figures_of(details.metadata, name) for name in ("margin", "accuracy")}
+    for title, curves in charts.items():
+        if any(len(points) > 1 for points in curves.values()):
+            _output.out(f"\n{title}")
+            for line in terminal.line_chart(curves, width=min(_output.columns(), 100) - 1):
+                _output.out(line)
 
 
 def _plot(details: "Details", path: Path) -> None:
+    from mlx_adapters.adapters.inspecting import figures_of, loss_unit
     from mlx_adapters.display import png, svg
     from mlx_adapters.errors import ConfigError, NotFoundError
     from mlx_adapters.storage import files
@@ -215,8 +227,9 @@ def _plot(details: "Details", path: Path) -> None:
     losses = _losses(details)
     if not losses:
         raise NotFoundError(f"No losses are recorded for '{details.name}'.")
+    losses |= {f"{kind} margin": curve for kind, curve in figures_of(details.metadata, "margin").items()}
     with files.atomic_file(path) as stream:
-        stream.write(draw(losses, details.name, "iteration", "nats per token"))
+        stream.write(draw(losses, details.name, "iteration", loss_unit(details.metadata)))
     _output.note(f"Losses drawn in {path}")
 
 

@@ -7,9 +7,9 @@ import click
 
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import UserPath, json_option, overwrite_option, trust_option
-from mlx_adapters.cli._settings import options
+from mlx_adapters.cli._settings import option, options
 from mlx_adapters.config.data import DataConfig
-from mlx_adapters.config.training import TrainConfig
+from mlx_adapters.config.training import OBJECTIVES, TrainConfig, with_objective
 from mlx_adapters.units import count
 
 if TYPE_CHECKING:
@@ -33,11 +33,12 @@ def data_command() -> None:
 @click.argument("data", metavar="DIR")
 @click.option("--base", default="demo", show_default=True, help="The model whose tokenizer counts.")
 @click.option("--row", type=click.IntRange(1), default=1, show_default=True, help="The training row to show.")
+@option(TrainConfig, "objective", over_file=True, type=click.Choice(list(OBJECTIVES)))
 @options(TrainConfig, "max_seq_length mask_prompt last_turn_only")
 @options(DataConfig)
 @trust_option
 @json_option
-def data_check_command(data: str, base: str, row: int, as_json: bool, **settings: Any) -> None:
+def data_check_command(data: str, base: str, row: int, objective: str | None, as_json: bool, **settings: Any) -> None:
     """Count rows and tokens, show what is trained of a row, and find what may be wrong.
 
     Found are duplicates, overlaps, rows that are cut, empty answers, text that the chat template leaves out, turns
@@ -50,7 +51,7 @@ def data_check_command(data: str, base: str, row: int, as_json: bool, **settings
     """
     from mlx_adapters.data.checking import check_data
 
-    report = check_data(data, base, TrainConfig(**settings), row)
+    report = check_data(data, base, with_objective(TrainConfig(**settings), objective), row)
     if as_json:
         _output.emit_json(report)
         return
@@ -97,7 +98,9 @@ def data_check_command(data: str, base: str, row: int, as_json: bool, **settings
         _list(name, split)
     shown = report.shown
     _output.out(f"\ntraining row {row}; the loss counts what stands between [[ and ]]")
-    _output.out("".join(f"[[{text}]]" if trained else text for text, trained in _bounded(shown.pieces)))
+    _output.out(_marked(shown.pieces))
+    if shown.rejected:
+        _output.out(f"\nits rejected answer\n{_marked(shown.rejected)}")
     for turn in shown.turns:
         ends = "" if turn.stops else ", and ends in no token that stops a generation"
         _output.out(f"message {turn.message}: {count(turn.trained_tokens, 'token')}{ends}")
@@ -123,6 +126,7 @@ def _list(name: str, split: "SplitReport") -> None:
     for what, where in (
         ("empty answer", split.empty_answers),
         ("nothing left to train", split.dropped),
+        ("left out", split.unusable),
         ("answers with calls alone", split.calls_only),
         ("begins with two BOS tokens", split.doubled_bos),
         ("has tokens that the model does not have, and cannot be trained", split.outside_model),
@@ -134,6 +138,10 @@ def _list(name: str, split: "SplitReport") -> None:
 def _first(places: Sequence[str], most: int = 3) -> str:
     more = f" and {len(places) - most} more" if len(places) > most else ""
     return "; ".join(places[:most]) + more
+
+
+def _marked(pieces: Sequence[tuple[str, bool]]) -> str:
+    return "".join(f"[[{text}]]" if trained else text for text, trained in _bounded(pieces))
 
 
 def _bounded(pieces: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     help="Go on with a run that was stopped, exactly where it stood.",
 )
 @click.option("--init-from", type=REFERENCE, metavar="REF", help="Start from this adapter's weights.")
+@click.option("--reference", type=REFERENCE, metavar="REF", help="Of dpo and kto: the base with this adapter [alone].")
 @training_options
 @click.option("--print-config", is_flag=True, help="Show the settings as a config file and stop.")
 @click.option("--log", type=OUTPUT_FILE, help="Append every event to this JSONL file.")
@@ -61,6 +63,7 @@ def train_command(
     name_template: str | None,
     resume: str | None,
     init_from: str | None,
+    reference: str | None,
     print_config: bool,
     log: str | None,
     report_to: str | None,
@@ -73,6 +76,7 @@ def train_command(
     \b
     Example:
       mlx-adapters train demo --data data/sql --name sql --mask-prompt
+      mlx-adapters train demo --data data/preferences --name kind --objective dpo --init-from sql --reference sql
       mlx-adapters train --resume sql
     """
     settings = read_settings(options)
@@ -97,7 +101,12 @@ def train_command(
         if name_template is not None:
             rank = lora.rank if lora else load_adapter(str(init_from)).config.rank
             name = new_name(name, name_template, base=settings.base, rank=rank)
-        new = {"init_from": init_from, "overwrite": overwrite, "command": typed_command() or None}
+        new = {
+            "init_from": init_from,
+            "reference": reference,
+            "overwrite": overwrite,
+            "command": typed_command() or None,
+        }
     watch = Watch(log)
     if report_to is not None:
         watch.report_to(report_to, name, (to_mapping(lora) if lora else {}) | to_mapping(training))
@@ -133,6 +142,11 @@ def _print_config(settings: Settings) -> None:
     _output.out(lines, newline=False)
 
 
+def _watched(figures: Mapping[str, float]) -> str:
+    """What is watched of preferences, the answers' own figures apart: these are in the log."""
+    return "".join(f", {name} {figures[name]:.3g}" for name in ("margin", "accuracy", "kl") if name in figures)
+
+
 class Watch:
     """Prints reports as lines on stderr, the rest as a live line, and keeps the log."""
 
@@ -164,14 +178,15 @@ class Watch:
         if self._log is not None and not isinstance(event, Progress):
             self._append(event)
         if isinstance(event, TrainReport):
+            watched = _watched(event.figures)
             _output.note(
-                f"iteration {event.iteration}/{event.iterations}: loss {event.train_loss:.4f}, "
+                f"iteration {event.iteration}/{event.iterations}: loss {event.train_loss:.4f}{watched}, "
                 f"learning rate {event.learning_rate:.3g}, {_output.number(event.trained_tokens_per_second)} trained "
                 f"tok/s, {_output.number(event.tokens_per_second)} tok/s, peak {_output.size(event.peak_memory_bytes)}"
             )
         elif isinstance(event, ValidationReport):
-            best = " (best checkpoint so far)" if event.best else ""
-            _output.note(f"iteration {event.iteration}: validation loss {event.validation_loss:.4f}{best}")
+            more = _watched(event.figures) + (" (best checkpoint so far)" if event.best else "")
+            _output.note(f"iteration {event.iteration}: validation loss {event.validation_loss:.4f}{more}")
         elif isinstance(event, Progress | Note):
             self._live(event)
 

@@ -23,8 +23,9 @@ class EvaluationConfig(DataConfig):
     split: Literal["test", "valid", "train"] | None = setting(None, "Rows to judge", means="test, else valid")
     score: str | None = setting(
         None,
-        "exact, regex:PATTERN, sqlite[:FILE] or command:COMMAND",
-        more="None: losses alone.",
+        "exact, regex:PATTERN, sqlite[:FILE] or command:COMMAND; of preferences, preference or reward",
+        more="preference: the share of pairs whose chosen answer is likelier per token; reward: of those whose chosen "
+        "answer gained more on the reference (the base). None: of preferences the first, else losses alone.",
         metavar="SCORE",
     )
     reference: str | None = setting(

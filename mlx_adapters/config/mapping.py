@@ -60,6 +60,9 @@ def _convert(value: Any, hint: Any, key: str, where: str) -> Any:
     if hint is Any:
         return value
     if origin in (typing.Union, types.UnionType):
+        kinds = {str(option.name): option for option in options if hasattr(option, "name")}
+        if kinds and len(kinds) == len(options):  # settings that say by their name which they are
+            return _named(kinds, value, key, where)
         for option in options:
             if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
                 return from_mapping(option, value, f"'{key}' of {where}")  # type: ignore[arg-type]
@@ -87,6 +90,17 @@ def _convert(value: Any, hint: Any, key: str, where: str) -> Any:
     elif isinstance(hint, type) and isinstance(value, hint):
         return value
     raise ConfigError(f"'{key}' in {where} cannot be {shown(value)}.", f"it must be {_describe(hint)}.")
+
+
+def _named(kinds: Mapping[str, Any], value: Any, key: str, where: str) -> Any:
+    """One of several dataclasses: by its name alone, or a mapping with its name and settings."""
+    values = {"name": value} if isinstance(value, str) else value
+    name = values.get("name") if isinstance(values, Mapping) else None
+    if not isinstance(name, str) or name not in kinds:
+        hint = did_you_mean(name, kinds) if isinstance(name, str) else None
+        known = f"there are: {', '.join(kinds)}."
+        raise ConfigError(f"'{key}' in {where} cannot be {shown(value)}.", hint or known)
+    return from_mapping(kinds[name], values, f"'{key}' of {where}")
 
 
 def shown(value: Any) -> str:

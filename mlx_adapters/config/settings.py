@@ -58,6 +58,8 @@ class Setting:
             return ", ".join(map(str, self.default))
         if isinstance(self.default, bool):
             return str(self.default).lower()
+        if dataclasses.is_dataclass(self.default):  # settings that say by their name which they are
+            return str(self.default.name)  # type: ignore[union-attr]
         if isinstance(self.default, float):
             return f"{self.default:g}"
         return "" if self.default in (None, {}) else str(self.default)

@@ -1,11 +1,16 @@
-"""The settings of an adapter and of its training, as frozen dataclasses that check themselves. Imports no MLX."""
+"""The settings of an adapter and of its training, as frozen dataclasses that check themselves. Imports no MLX.
+
+Beside its settings an objective says what it takes, for the rooms that prepare it: `rows` ("texts", "pairs" of a
+chosen and a rejected answer, or "labeled" answers), whether it compares with a `reference` model, and whether it learns
+the `likelihood` of the (chosen) text, as plain fine-tuning does. How its loss is computed: `optimization.objectives`.
+"""
 
 import dataclasses
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mlx_adapters.config.data import DataConfig
-from mlx_adapters.config.mapping import require, shown
+from mlx_adapters.config.mapping import from_mapping, require, shown, to_mapping
 from mlx_adapters.config.quantization import Dtype, Quantization, computing_dtype
 from mlx_adapters.config.settings import check, setting, settings
 
@@ -49,6 +54,149 @@ class LoraConfig:
         require(len(self.target_modules) > 0, "target_modules is empty.")
 
 
+Rows = Literal["texts", "pairs", "labeled"]
+
+
+def _beta(default: float, more: str) -> float:
+    return setting(default, "How much a difference between answers counts", more=more, above=0)
+
+
+def _label_smoothing() -> float:
+    help = "Share of pairs taken to be the wrong way round"
+    return setting(0.0, help, more="Conservative DPO.", at_least=0, below=0.5)
+
+
+@settings
+@dataclasses.dataclass(frozen=True)
+class SFT:
+    """Supervised fine-tuning: the cross entropy of the trained tokens.
+
+    Raises ConfigError for another name.
+
+    Example:
+        >>> ma.TrainConfig(iterations=100).objective
+        SFT(name='sft')
+    """
+
+    name: Literal["sft"] = setting("sft", "The objective's name")
+
+    rows: ClassVar[Rows] = "texts"
+    reference: ClassVar[bool] = False
+    likelihood: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@settings
+@dataclasses.dataclass(frozen=True)
+class DPO:
+    """Direct preference optimization (arXiv 2305.18290): the chosen answer gains on the reference, the rejected loses.
+
+    Raises ConfigError for a value out of range, or one that the loss does not use.
+
+    Example:
+        >>> ma.DPO(loss="ipo").beta
+        0.1
+    """
+
+    beta: float = _beta(0.1, "How closely the model is held to the reference; of ipo the regularization τ.")
+    loss: Literal["sigmoid", "ipo", "hinge"] = setting(
+        "sigmoid", "Of the answers' difference", more="ipo: arXiv 2310.12036, per token; hinge: SLiC, arXiv 2305.10425."
+    )
+    label_smoothing: float = _label_smoothing()
+    length_normalization: bool = setting(False, "Compare means per token, not sums", more="Of ipo it is always so.")
+    name: Literal["dpo"] = setting("dpo", "The objective's name")
+
+    rows: ClassVar[Rows] = "pairs"
+    reference: ClassVar[bool] = True
+    likelihood: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check(self)
+        sigmoid = self.loss == "sigmoid" or self.label_smoothing == 0
+        require(sigmoid, f"The loss '{self.loss}' has no label smoothing.", "use the loss 'sigmoid'.")
+
+
+@settings
+@dataclasses.dataclass(frozen=True)
+class ORPO:
+    """Odds ratio preference optimization (arXiv 2403.07691): plain fine-tuning on the chosen answer, and the odds of
+    it against the rejected one. Needs no reference.
+
+    Raises ConfigError for a value out of range.
+
+    Example:
+        >>> ma.ORPO().beta
+        0.1
+    """
+
+    beta: float = _beta(0.1, "Weight of the odds ratio, λ in the paper.")
+    name: Literal["orpo"] = setting("orpo", "The objective's name")
+
+    rows: ClassVar[Rows] = "pairs"
+    reference: ClassVar[bool] = False
+    likelihood: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@settings
+@dataclasses.dataclass(frozen=True)
+class SimPO:
+    """Simple preference optimization (arXiv 2405.14734): DPO on means per token, with a margin and no reference.
+
+    Raises ConfigError for a value out of range.
+
+    Example:
+        >>> ma.SimPO().beta
+        2.0
+    """
+
+    beta: float = _beta(2.0, "Factor on the difference of the means.")
+    gamma: float = setting(1.0, "Margin that the chosen answer should have", at_least=0)
+    label_smoothing: float = _label_smoothing()
+    name: Literal["simpo"] = setting("simpo", "The objective's name")
+
+    rows: ClassVar[Rows] = "pairs"
+    reference: ClassVar[bool] = False
+    likelihood: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@settings
+@dataclasses.dataclass(frozen=True)
+class KTO:
+    """Kahneman-Tversky optimization (arXiv 2402.01306): answers that are good or bad, each by itself. What an answer
+    gains on the reference counts from the mean gain of answers that belong to other prompts (the KL term).
+
+    Raises ConfigError for a value out of range.
+
+    Example:
+        >>> ma.KTO(undesirable_weight=1.5).beta
+        0.1
+    """
+
+    beta: float = _beta(0.1, "How closely the model is held to the reference.")
+    desirable_weight: float = setting(1.0, "Weight of good answers", above=0)
+    undesirable_weight: float = setting(1.0, "Weight of bad answers", above=0)
+    name: Literal["kto"] = setting("kto", "The objective's name")
+
+    rows: ClassVar[Rows] = "labeled"
+    reference: ClassVar[bool] = True
+    likelihood: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+Objective = SFT | DPO | ORPO | SimPO | KTO
+OBJECTIVES: dict[str, type[Objective]] = {kind().name: kind for kind in (SFT, DPO, ORPO, SimPO, KTO)}
+
+
 @settings
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(DataConfig):
@@ -66,6 +214,9 @@ class TrainConfig(DataConfig):
         adam has no weight decay. use adamw.
     """
 
+    objective: SFT | DPO | ORPO | SimPO | KTO = setting(
+        SFT, "What is learned", means="sft: the rows as they are", more="dpo, orpo, simpo and kto learn preferences."
+    )
     iterations: int = setting(600, "Optimizer updates", at_least=1)
     batch_size: int = setting(4, "Rows per batch", more="With `packing`: packed sequences.", at_least=1)
     learning_rate: float = setting(1e-4, "Step size", means="1e-4", above=0)
@@ -123,13 +274,29 @@ class TrainConfig(DataConfig):
         example = "give a Quantization, such as Quantization(bits=4, group_size=64): that of the fuse to come."
         known = isinstance(self.fuse_aware, Quantization | None)
         require(known, f"fuse_aware cannot be {shown(self.fuse_aware)}.", example)
+        known = isinstance(self.objective, Objective)
+        require(known, f"objective cannot be {shown(self.objective)}.", "give settings, such as DPO(beta=0.3).")
         require(self.warmup < self.iterations, "warmup must be shorter than the training itself.")
         falls = self.schedule_iterations is None or self.schedule != "constant"
         require(falls, "schedule_iterations needs a schedule that ends.", "use --schedule cosine or linear.")
         end = self.schedule_iterations or self.iterations
         require(self.warmup < end, "warmup must be shorter than the schedule.")
         require(self.optimizer != "adam" or self.weight_decay == 0, "adam has no weight decay.", "use adamw.")
-        require(self.mask_prompt or not self.last_turn_only, "last_turn_only needs mask_prompt.")
+        texts = self.objective.rows == "texts"
+        require(self.mask_prompt or not (texts and self.last_turn_only), "last_turn_only needs mask_prompt.")
+        require(
+            texts or not self.packing,
+            f"{self.objective.name} cannot pack rows: it compares whole answers.",
+            "train without --packing.",
+        )
         in_time = self.early_stop is None or self.eval_every < self.iterations
         require(in_time, "early_stop needs an evaluation before the end.", f"use --eval-every below {self.iterations}.")
         require(self.fuse_aware is not None or self.fuse_aware_from == 0, "fuse_aware_from needs fuse_aware.")
+
+
+def with_objective(training: TrainConfig, objective: Objective | str | None) -> TrainConfig:
+    """The same settings with another objective, given by name or as settings. Raises ConfigError for an unknown one."""
+    if objective is None:
+        return training
+    given = objective if isinstance(objective, str) else to_mapping(objective)
+    return from_mapping(TrainConfig, to_mapping(training) | {"objective": given})

@@ -27,6 +27,10 @@ class Batch:
     (rows * (width - 1)) grid of predictions a trained token is foretold. `targets`: (n,) int32, these tokens.
     `weights`: (n,) float32, 1 for a trained token and 0 for padding of the list. `segments`: (rows, width)
     int32 numbering the packed rows from 1 (0 is padding), or None when nothing is packed.
+
+    Of preferences also: `answers` (n,) float32, 1 for a token of an answer; `labels` (examples,) float32, 1 or -1 for a
+    desirable or undesirable answer, 1 for a pair, 0 for padding; `reference` (rows,) float32, the answers'
+    log-probabilities under the reference model. Of pairs the first half of the rows is chosen, the second rejected.
     """
 
     tokens: np.ndarray
@@ -36,6 +40,9 @@ class Batch:
     segments: np.ndarray | None
     real_tokens: int
     where: tuple[str, ...]
+    answers: np.ndarray | None = None
+    labels: np.ndarray | None = None
+    reference: np.ndarray | None = None
 
     @property
     def trained_tokens(self) -> int:
@@ -73,32 +80,42 @@ def make_batch(bins: Sequence[Sequence[Row]], pad_to: int = 1, rows: int | None 
 
     The width is rounded up to `pad_to` predictions, the trained positions to twice that, and with `rows` the
     array has at least that many lines (empty ones at the end): few shapes mean few compilations on a GPU, while
-    on a CPU padding costs time.
+    on a CPU padding costs time. Of pairs, as many lines with the rejected rows follow.
     """
-    width = 1 + _round_up(max(sum(len(r.tokens) for r in line) for line in bins) - 1, pad_to)
-    height = max(len(bins), rows or 0)
-    tokens = np.zeros((height, width), np.int32)
-    trained = np.zeros((height, width), bool)
-    segments = np.zeros((height, width), np.int32)
-    for i, line in enumerate(bins):
+    examples = max(len(bins), rows or 0)
+    lines = [*bins, *[()] * (examples - len(bins))]
+    first = bins[0][0]
+    if first.rejected is not None:
+        lines += [[row.rejected for row in line if row.rejected is not None] for line in lines]
+    width = 1 + _round_up(max(sum(len(r.tokens) for r in line) for line in lines) - 1, pad_to)
+    tokens = np.zeros((len(lines), width), np.int32)
+    trained, answer = np.zeros((2, len(lines), width), bool)
+    segments = np.zeros((len(lines), width), np.int32)
+    for i, line in enumerate(lines):
         offset = 0
         for number, row in enumerate(line, 1):
             stop = offset + len(row.tokens)
             tokens[i, offset:stop], trained[i, offset:stop] = row.tokens, row.trained
+            answer[i, offset:stop] = False if row.answer is None else row.answer
             segments[i, offset:stop] = number
             offset = stop
     positions = np.flatnonzero(trained[:, 1:]).astype(np.int32)
-    targets = tokens[:, 1:].reshape(-1)[positions]
     extra = _round_up(len(positions), 2 * pad_to) - len(positions)
-    weights = np.ones(len(positions), np.float32)
+
+    def listed(grid: np.ndarray) -> np.ndarray:
+        return np.pad(grid[:, 1:].reshape(-1)[positions], (0, extra))
+
+    labels = [1.0 if line[0].desirable else -1.0 for line in bins]
     return Batch(
         tokens=tokens,
         positions=np.pad(positions, (0, extra)),
-        targets=np.pad(targets, (0, extra)),
-        weights=np.pad(weights, (0, extra)),
+        targets=listed(tokens),
+        weights=listed(trained).astype(np.float32),
         segments=segments if packed else None,
         real_tokens=int((segments > 0).sum()),
         where=tuple(row.where for line in bins for row in line),
+        answers=None if first.answer is None else listed(answer).astype(np.float32),
+        labels=None if first.answer is None else np.array(labels + [0.0] * (examples - len(bins)), np.float32),
     )
 
 

@@ -3,7 +3,7 @@ splitting one file into train, valid and test."""
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from mlx_adapters.config.mapping import require
 from mlx_adapters.config.training import TrainConfig
 from mlx_adapters.data.datasets import Data, DataSet, RawRow, apart, kept_text, read_data
 from mlx_adapters.data.inspecting import LeftOut, RowReport, inspect_row
+from mlx_adapters.data.preferences import tokenize_for
 from mlx_adapters.data.tokenizing import Row, has_words
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.loading import load_tokenizer_of
@@ -48,6 +49,7 @@ class SplitReport:
         doubled_bos: rows that begin with two BOS tokens.
         outside_model: rows with tokens that the model has no row for.
         unknown_roles: messages by role, of roles that chat templates do not know; none of them is trained.
+        unusable: preferences that say nothing, and why.
     """
 
     rows: int
@@ -69,6 +71,7 @@ class SplitReport:
     doubled_bos: tuple[str, ...]
     outside_model: tuple[str, ...]
     unknown_roles: dict[str, int]
+    unusable: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def check_data(data: Data, base: str | Path | Base, training: TrainConfig | None
     Args:
         data: as for `train`.
         base: the model whose tokenizer and chat template the rows go through.
-        training: the settings, of which `max_seq_length`, `mask_prompt` and `last_turn_only` matter here.
+        training: the settings, of which `objective`, `max_seq_length`, `mask_prompt` and `last_turn_only` matter here.
         row: the number from 1 of the training row to show.
 
     Raises NotFoundError, FormatError that names the first bad line, or ConfigError if there is no such row.
@@ -111,6 +114,10 @@ def check_data(data: Data, base: str | Path | Base, training: TrainConfig | None
         name: [inspect_row(raw, tokenizer, training) for raw in split.rows] for name, split in dataset.splits.items()
     }
     splits = {name: _report(dataset.rows(name), looks, resolved) for name, looks in seen.items()}
+    if training.objective.rows != "texts":
+        for name, split in dataset.splits.items():
+            done = tokenize_for(split.rows, tokenizer, training)
+            splits[name] = replace(splits[name], dropped=done.dropped, unusable=done.unusable)
     train = seen["train"]
     stops = any(tokenized.stops for tokenized, _ in train)
     shown = train[row - 1][1]

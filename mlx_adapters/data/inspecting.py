@@ -1,13 +1,13 @@
 """What becomes of one row: its tokens, what is trained of it, and which of its words no token stands for."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from mlx_adapters.config.training import TrainConfig
+from mlx_adapters.config.training import SFT, TrainConfig
 from mlx_adapters.data.conversation import Conversation
 from mlx_adapters.data.tokenizing import (
     Row,
@@ -55,6 +55,7 @@ class RowReport:
         turns: the assistant's turns that are trained.
         left_out: what the chat template leaves out.
         doubled_bos: whether it begins with two BOS tokens.
+        rejected: of preferences, the pieces of the rejected answer; `pieces` are of the chosen one.
     """
 
     where: str
@@ -62,10 +63,20 @@ class RowReport:
     turns: tuple[TurnReport, ...]
     left_out: tuple[LeftOut, ...]
     doubled_bos: bool
+    rejected: tuple[tuple[str, bool], ...] = ()
 
 
 def inspect_row(raw: RawRow, tokenizer: Any, training: TrainConfig) -> tuple[Row, RowReport]:
-    """A row in tokens, as `tokenize_row` makes it, and what there is to see of it. Raises FormatError."""
+    """A row in tokens, as `tokenize_row` makes it, and what there is to see of it. Raises FormatError.
+
+    Of preferences it is the chosen answer, with the answer's tokens marked.
+    """
+    if training.objective.rows != "texts":
+        plain = replace(training, mask_prompt=raw.format != "text", objective=SFT())
+        row, report = inspect_row(raw, tokenizer, plain)
+        if (other := raw.rejected) is not None:
+            report = replace(report, rejected=inspect_row(other, tokenizer, plain)[1].pieces)
+        return row, report
     settings = {"mask_prompt": training.mask_prompt, "last_turn_only": training.last_turn_only}
     if raw.format == "text" or not has_template(tokenizer):
         row = tokenize_row(raw, tokenizer, training.max_seq_length, **settings)

@@ -28,6 +28,8 @@ class Row:
     (never the first). `full_length` counts the tokens before truncation. `stops`: whether a trained token is one that
     stops a generation. `unwritten`: the numbers from 1 of the messages that are to be trained and whose text the chat
     template leaves out.
+    Of a preference: `answer`, (length,) bool, the
+    tokens whose log-probability is judged; `rejected`, the other row of a pair; `desirable`, an answer's label.
     """
 
     tokens: np.ndarray
@@ -36,6 +38,9 @@ class Row:
     full_length: int
     stops: bool = True
     unwritten: tuple[int, ...] = ()
+    answer: np.ndarray | None = None
+    rejected: "Row | None" = None
+    desirable: bool = True
 
     @property
     def truncated(self) -> bool:
@@ -47,18 +52,35 @@ class Row:
         """How many tokens the loss counts."""
         return int(self.trained.sum())
 
+    @property
+    def sequences(self) -> "tuple[Row, ...]":
+        """What the model reads: this row, or both rows of a pair."""
+        return (self,) if self.rejected is None else (self, self.rejected)
+
+    @property
+    def can_be_trained(self) -> bool:
+        """Whether there is a token to learn, and of a preference one of each answer."""
+        return all((row.trained if row.answer is None else row.answer).any() for row in self.sequences)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest of its sequences."""
+        return max(len(row.tokens) for row in self.sequences)
+
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Rows that have something to learn; `dropped` names the rows that lost all of it to truncation."""
+    """Rows that have something to learn; `dropped` names the rows that lost all of it to truncation. `unusable`:
+    preferences that say nothing, and why."""
 
     rows: tuple[Row, ...]
     dropped: tuple[str, ...]
+    unusable: tuple[str, ...] = ()
 
     @property
     def truncated(self) -> int:
         """How many of the kept rows are cut at the length limit."""
-        return sum(row.truncated for row in self.rows)
+        return sum(any(part.truncated for part in row.sequences) for row in self.rows)
 
 
 def tokenize(
@@ -76,7 +98,7 @@ def tokenize(
     kept, dropped = [], []
     for raw in rows:
         row = tokenize_row(raw, tokenizer, max_seq_length, mask_prompt=mask_prompt, last_turn_only=last_turn_only)
-        kept.append(row) if row.trained.any() else dropped.append(row.where)
+        kept.append(row) if row.can_be_trained else dropped.append(row.where)
     return Tokenized(tuple(kept), tuple(dropped))
 
 

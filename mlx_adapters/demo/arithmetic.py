@@ -9,7 +9,6 @@ import numpy as np
 
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.config.training import LoraConfig, TrainConfig
-from mlx_adapters.data.batches import make_batch
 from mlx_adapters.data.datasets import read_data
 from mlx_adapters.demo.tiny import ROW, make_base, write_data
 from mlx_adapters.events import ignore
@@ -66,34 +65,33 @@ class Numbers:
     def gradient(self) -> Outcome:
         """Along the gradient g the loss rises by |g| per unit: against differences of losses."""
         model = load_model(resolve_base(self.base), dtype="float32")
-        prepared, losses_of = self._prepared(model)
-        train_step = prepared.train_step
+        prepared = self._prepared(model)
+        train_step, draw = prepared.train_step, prepared.feed.draw([np.array([0, 1])])
         noise = {
             name: 0.05 * mx.random.normal(w.shape, key=mx.random.key(i))
             for i, (name, w) in enumerate(train_step.weights.items())
         }
         middle = train_step.weights = {name: w + noise[name] for name, w in train_step.weights.items()}
-        gradient = train_step.gradient_of(losses_of[0], recompute=False)
-        slope = float(np.sqrt(sum(mx.sum(g * g).item() for g in gradient.values())))  # of the summed loss
-        tokens = losses_of[0].trained_tokens
-        step = 0.05 * tokens / slope  # moves the mean loss by about 0.05 nats
+        gradient = train_step.gradient_of(draw.batches[0], recompute=False)
+        slope = float(np.sqrt(sum(mx.sum(g * g).item() for g in gradient.values())))
+        step = 0.05 / slope  # moves the loss by about 0.05 nats
 
         def loss(sign: int) -> float:
             train_step.weights = {name: w + sign * step / slope * gradient[name] for name, w in middle.items()}
-            return train_step.evaluate(losses_of) * tokens
+            return train_step.evaluate(draw)[0]
 
         measured = (loss(1) - loss(-1)) / (2 * step)
         error = abs(measured / slope - 1)
         return Outcome(error < 0.03, f"off by {100 * error:.2g} % from differences of losses")
 
-    def _prepared(self, model: Model) -> tuple[setup.Prepared, list]:
+    def _prepared(self, model: Model) -> setup.Prepared:
         setup.add_layers(model, LORA, seed=0)
         data = read_data(self.data)
         tokenizer = load_tokenizer_of(model.base)
         rows = setup.tokenize_split(data, "train", tokenizer, TRAINING, lambda _: None)
         layers = named_layers(model.module)
         prepared = setup.prepare(model, TRAINING, rows, (), dict(layers))
-        return prepared, [make_batch([[row] for row in rows[:2]])]
+        return prepared
 
     def resume(self) -> Outcome:
         """Two iterations and two after a resume, against four in one run: equal to the bit."""

@@ -11,12 +11,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlx_adapters.config.data import DataConfig, TemplateConfig
 from mlx_adapters.config.evaluating import EvaluationConfig
 from mlx_adapters.config.mapping import require
 from mlx_adapters.data.datasets import Data, RawRow, columns_of, read_as_trained, spread
-from mlx_adapters.errors import AdapterError, NotFoundError
-from mlx_adapters.evaluation.figures import Evaluation
+from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError
+from mlx_adapters.evaluation.figures import Evaluation, TokenFigures
 from mlx_adapters.evaluation.reports import EvaluationReport
 from mlx_adapters.evaluation.scores import Score, greedy_answers, parse_score, questions
 from mlx_adapters.evaluation.statistics import mean, weighted_mean
@@ -32,6 +34,8 @@ from mlx_adapters.sources.lookup import load_adapter, locate
 from mlx_adapters.sources.registry import changing, names
 from mlx_adapters.storage import files
 from mlx_adapters.storage.tensor_names import METADATA_FILE
+
+PREFERENCES = ("preference", "reward")  # scores of pairs
 
 
 def evaluate(
@@ -73,10 +77,13 @@ def evaluate_ready(
     given, config = config.template, _as_trained(config, variants)
     rows, record = choose_rows(data, config)
     place = data if isinstance(data, str | Path) else None
-    score = parse_score(config.score, place) if config.score else None
+    config, score = _with_score(config, rows, variants), None
+    if config.score and config.score not in PREFERENCES:
+        score = parse_score(config.score, place)
     label = choose_reference(variants, config)
     reference = _load(next(v for v in variants if v.label == label), config, given) if label else None
     batches: Batches | None = None
+    pairs: Pairs | None = None
     evaluations = []
     for variant in variants:
         try:
@@ -85,7 +92,9 @@ def evaluate_ready(
             model = reference if reference and variant.label == label else _load(variant, config, given)
             batches = batches or Batches(judged_rows(rows, reference or model, config.max_seq_length), reference)
             _check_vocabulary(model, reference)
-            evaluations.append(_evaluate(variant.label, model, rows, batches, score, config, on_event))
+            if config.score in PREFERENCES:
+                pairs = pairs or Pairs(rows, reference or model, batches, config)
+            evaluations.append(_evaluate(variant.label, model, rows, batches, pairs or score, config, on_event))
         except AdapterError as error:
             if not variant.problem:  # else it was said already
                 on_event(Note(f"'{variant.label}' could not be evaluated: {error.message}", "warning"))
@@ -159,7 +168,7 @@ def _evaluate(
     model: Model,
     rows: list[RawRow],
     batches: Batches,
-    score: Score | None,
+    score: "Score | Pairs | None",
     config: EvaluationConfig,
     on_event: OnEvent,
 ) -> Evaluation:
@@ -176,6 +185,9 @@ def _evaluate(
     )
     if score is None:
         return result
+    if isinstance(score, Pairs):
+        values = score.judge(model, figures, on_event)
+        return replace(result, score=mean(values), row_scores=tuple(values))
     asked = questions(rows, model)
     prompts = [question.prompt for question in asked]
     answers = greedy_answers(
@@ -183,6 +195,40 @@ def _evaluate(
     )
     scores = [score(a, q.expected, q.row.record) for a, q in zip(answers, asked, strict=True)]
     return replace(result, score=mean(scores), row_scores=tuple(scores), answers=tuple(answers))
+
+
+def _with_score(config: EvaluationConfig, rows: Sequence[RawRow], variants: Sequence[Variant]) -> EvaluationConfig:
+    """Pairs are scored by preference, unless another score is asked for; rewards are gained on the base."""
+    pairs = all(row.rejected is not None for row in rows)
+    asked = config.score or ("preference" if pairs else None)
+    if asked in PREFERENCES and not pairs:
+        raise ConfigError(f"The score '{asked}' needs pairs.", "rows with 'chosen' and 'rejected'.")
+    if asked == "reward" and config.reference is None:
+        there = any(variant.label == BASE and not variant.problem for variant in variants)
+        require(there, "Rewards are gained on a reference.", "name 'base' among the variants, or give --reference.")
+        config = replace(config, reference=BASE)
+    return replace(config, score=asked)
+
+
+class Pairs:
+    """The rejected answers of pairs, and how each variant compares them with the chosen ones (see PREFERENCES)."""
+
+    def __init__(self, rows: Sequence[RawRow], model: Model, chosen: Batches, config: EvaluationConfig) -> None:
+        rejected = [row.rejected for row in rows if row.rejected is not None]
+        self._rejected = Batches(judged_rows(rejected, model, config.max_seq_length))
+        self._reference: tuple[TokenFigures, TokenFigures] | None = None
+        if config.score == "reward":
+            self._reference = judge(model, chosen), judge(model, self._rejected)
+
+    def judge(self, model: Model, chosen: TokenFigures, on_event: OnEvent) -> list[float]:
+        """Of each pair 1 if the variant is for the chosen answer, 0 if for the rejected one, 0.5 if for neither."""
+        rejected = judge(model, self._rejected, on_event)
+        if self._reference is None:
+            lead = rejected.loss / rejected.tokens - chosen.loss / chosen.tokens
+        else:
+            before, others = self._reference
+            lead = (before.loss - chosen.loss) - (others.loss - rejected.loss)
+        return (0.5 + 0.5 * np.sign(lead)).tolist()
 
 
 def save(report: EvaluationReport, references: Sequence[str], *, on_event: OnEvent = log_warnings) -> list[str]:

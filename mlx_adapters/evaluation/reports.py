@@ -2,7 +2,7 @@
 
 from mlx_adapters.display.notebook import html_block, html_table
 from mlx_adapters.evaluation.figures import Difference, Evaluation, Evaluations
-from mlx_adapters.evaluation.statistics import Mean, student
+from mlx_adapters.evaluation.statistics import Mean, share_interval, student
 from mlx_adapters.units import count, number
 
 
@@ -49,12 +49,18 @@ def notes(report: Evaluations) -> list[str]:
     ]
     if report.reference:
         lines.append(f"KL and same top token against '{report.reference}'")
+    if report.score == "preference":
+        lines.append("preference: the share of pairs whose chosen answer is likelier per token; losses are of it")
+    if report.score == "reward":
+        lines.append(f"reward: the share of pairs whose chosen answer gained more on '{report.reference}'")
     return lines
 
 
 def sentences(report: Evaluations) -> list[str]:
-    """Each variant against the first, row by row."""
-    return [text for difference in report.differences for text in _sentences(difference, report)]
+    """Each preference with its 95 % interval, and each variant against the first, row by row."""
+    shares = [f"{e.variant}, {report.score}: {_share(e.score)}" for e in report.evaluations if e.score]
+    shares = shares if report.score in ("preference", "reward") else []
+    return shares + [text for difference in report.differences for text in _sentences(difference, report)]
 
 
 def _sentences(d: Difference, report: Evaluations) -> list[str]:
@@ -63,6 +69,12 @@ def _sentences(d: Difference, report: Evaluations) -> list[str]:
     if d.score is not None and report.score:
         lines.append(f"{who}, {report.score.partition(':')[0]}: {_phrase(d.score, 'higher', 'lower')}")
     return lines
+
+
+def _share(value: Mean) -> str:
+    """A share of pairs with its 95 % interval."""
+    low, high = share_interval(value.value, value.count)
+    return f"{value.value:.2f} [{low:.2f}, {high:.2f}] of {count(value.count, 'pair')}"
 
 
 def _phrase(value: Mean, up: str, down: str) -> str:

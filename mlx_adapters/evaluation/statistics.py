@@ -182,3 +182,11 @@ def weighted_mean(sums: Sequence[float], weights: Sequence[float]) -> Mean:
     residuals = [s - value * w for s, w in zip(sums, weights, strict=True)]
     spread = math.sqrt(math.fsum(r * r for r in residuals) / (len(sums) - 1))
     return Mean(value, spread / math.sqrt(len(sums)) / statistics.fmean(weights), len(sums))
+
+
+def share_interval(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share of `count` independent trials (Wilson's): never a point, though all were alike."""
+    z2 = 1.96**2
+    center, denominator = share + z2 / (2 * count), 1 + z2 / count
+    margin = math.sqrt(z2 * (share * (1 - share) / count + z2 / (4 * count**2)))
+    return max((center - margin) / denominator, 0.0), min((center + margin) / denominator, 1.0)

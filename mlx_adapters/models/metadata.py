@@ -44,8 +44,8 @@ KINDS: Mapping[str, Any] = {
     **dict.fromkeys(TEXTS, str),
     **dict.fromkeys(WHOLE_NUMBERS, int),
     **dict.fromkeys(NUMBERS, float),
-    "train_losses": [[float]],
-    "validation_losses": [[float]],
+    **{f"{split}_losses": [[float]] for split in ("train", "validation")},
+    **{f"{split}_figures": [[object]] for split in ("train", "validation")},
     "sha256": {"*": str},
     "versions": {"*": str},
     "hub": {"*": str},
@@ -345,10 +345,11 @@ def data_config(metadata: Mapping[str, Any]) -> DataConfig:
 
 def losses_of(metadata: Mapping[str, Any]) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
     """(training, validation) losses as (iteration, nats per trained token), ascending; empty where none are known."""
-    return _curve(metadata.get("train_losses")), _curve(metadata.get("validation_losses"))
+    return curve_of(metadata.get("train_losses")), curve_of(metadata.get("validation_losses"))
 
 
-def _curve(points: Any) -> list[tuple[int, float]]:
+def curve_of(points: Any) -> list[tuple[int, float]]:
+    """Recorded (iteration, number) pairs, ascending; what is none is left out."""
     pairs = (
         [p for p in points if isinstance(p, list | tuple) and len(p) == 2] if isinstance(points, list | tuple) else []
     )

@@ -49,19 +49,18 @@ class World:
             raise LostPeerError(str(error)) from error
         return total
 
-    def sum_all(self, arrays: Weights, *numbers: mx.array) -> tuple[Weights, list[mx.array]]:
-        """Sums of float32 arrays and numbers over all processes, in one message."""
+    def sum_all(self, arrays: Weights) -> Weights:
+        """Sums of float32 arrays over all processes, in one message."""
         if self.size == 1:
-            return arrays, list(numbers)
+            return arrays
         names = sorted(arrays)
-        parts = [arrays[name].astype(mx.float32).reshape(-1) for name in names]
-        flat = self.sum(mx.concatenate([*parts, *(n.astype(mx.float32).reshape(1) for n in numbers)]))
-        sums, offset = {}, 0
+        flat = self.sum(mx.concatenate([arrays[name].astype(mx.float32).reshape(-1) for name in names]))
+        summed, offset = {}, 0
         for name in names:
             size = arrays[name].size
-            sums[name] = flat[offset : offset + size].reshape(arrays[name].shape).astype(arrays[name].dtype)
+            summed[name] = flat[offset : offset + size].reshape(arrays[name].shape).astype(arrays[name].dtype)
             offset += size
-        return sums, list(flat[offset:])
+        return summed
 
     def share(self, make: Callable[[], Any]) -> Any:
         """What `make` gives on rank 0 (plain JSON values), on every rank; its AdapterError is raised on all."""

@@ -1,7 +1,7 @@
 """The batches of a run, in their order, for this process."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -14,9 +14,38 @@ from mlx_adapters.units import count
 
 
 @dataclass(frozen=True)
+class Draw:
+    """What one loss is taken over: the rows of an update, or of a validation.
+
+    `batches` are this process's; the numbers are of all processes. `tokens`: those whose likelihood is learned;
+    `trained_tokens`: all that the loss depends on; `examples`: preferences, 0 in plain fine-tuning. `aside`: the
+    prompts of `batches` with answers of other rows, where the objective looks at these first (KTO).
+    """
+
+    batches: list[Batch]
+    tokens: int
+    trained_tokens: int
+    examples: int = 0
+    aside: list[Batch] = field(default_factory=list)
+
+    @property
+    def weight(self) -> int:
+        """What a mean over several draws counts this one by."""
+        return self.examples or self.tokens
+
+
+def draw_of(*batches: Batch) -> Draw:
+    """Batches of one process."""
+    tokens = sum(batch.trained_tokens for batch in batches)
+    return Draw(list(batches), tokens, tokens)
+
+
+@dataclass(frozen=True)
 class Feed:
     """Rows and how they are put together. A bin is what fills one line of a batch: one row, or several when
-    packing. `pad_to` and `pad_lines` bound the number of shapes."""
+    packing. `pad_to` and `pad_lines` bound the number of shapes. `aside` holds a row beside each of `rows`, or none.
+    `reference`: (rows, 2) float32 log-probabilities of each row's answer, and of its rejected answer or its row aside.
+    """
 
     rows: Sequence[Row]
     bins: Sequence[Sequence[int]]
@@ -24,34 +53,60 @@ class Feed:
     pad_to: int
     pad_lines: bool
     world: World
+    aside: Sequence[Row] = ()
+    reference: np.ndarray | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each bin."""
+        return [sum(self.rows[i].length for i in line) for line in self.bins]
 
     @property
     def tokens_per_update(self) -> float:
         """The mean number of real tokens in this process's share of an update."""
         lines = self.config.batch_size * self.config.grad_accumulation / self.world.size
-        return lines * sum(len(row.tokens) for row in self.rows) / len(self.bins)
+        return lines * sum(len(part.tokens) for row in self.rows for part in row.sequences) / len(self.bins)
 
-    def updates(self, start: int) -> Iterator[tuple[list[Batch], int]]:
-        """Yield (this process's batches of one update, trained tokens of all processes), from batch `start` on."""
-        lengths = [sum(len(self.rows[i].tokens) for i in line) for line in self.bins]
-        sequence = batch_sequence(lengths, self.config.batch_size, self.config.seed, start)
+    def updates(self, start: int) -> Iterator[Draw]:
+        """What each update is made of, from batch `start` on."""
+        sequence = batch_sequence(self.lengths, self.config.batch_size, self.config.seed, start)
         while True:
-            drawn = [next(sequence)[1] for _ in range(self.config.grad_accumulation)]
-            tokens = sum(self.rows[i].trained_tokens for d in drawn for line in d for i in self.bins[line])
-            yield [self.batch(indexes) for indexes in drawn], tokens
+            yield self.draw([next(sequence)[1] for _ in range(self.config.grad_accumulation)])
 
-    def fixed(self, count: int | None) -> list[Batch]:
+    def fixed(self, count: int | None) -> Draw:
         """The first `count` batches (None: all) of one epoch in an order that never changes."""
-        lengths = [sum(len(self.rows[i].tokens) for i in line) for line in self.bins]
-        return [self.batch(i) for i in epoch_batches(lengths, self.config.batch_size, 0, 0)[:count]]
+        return self.draw(epoch_batches(self.lengths, self.config.batch_size, 0, 0)[:count])
 
-    def batch(self, indexes: np.ndarray) -> Batch:
-        """The lines of a batch that fall to this process; an empty share is a line that counts nothing."""
-        lines = [[self.rows[i] for i in self.bins[line]] for line in indexes]
-        mine = lines[self.world.rank :: self.world.size]
+    def draw(self, drawn: Sequence[np.ndarray]) -> Draw:
+        """The batches of these lines."""
+        rows = [self.rows[i] for indexes in drawn for line in indexes for i in self.bins[line]]
+        batches, aside = [self.batch(indexes) for indexes in drawn], []
+        if self.aside:
+            aside = [self.batch(indexes, aside=True) for indexes in drawn]
+        every = sum(part.trained_tokens for row in rows for part in row.sequences)
+        examples = sum(row.answer is not None for row in rows)
+        return Draw(batches, sum(row.trained_tokens for row in rows), every, examples, aside)
+
+    def mine(self, indexes: np.ndarray) -> np.ndarray:
+        """Of the lines of a batch those that fall to this process."""
+        return indexes[self.world.rank :: self.world.size]
+
+    def batch(self, indexes: np.ndarray, aside: bool = False) -> Batch:
+        """This process's lines of a batch, or the rows aside; an empty share is a line that counts nothing."""
+        mine, rows = self.mine(indexes), self.aside if aside else self.rows
+        lines = [[rows[i] for i in self.bins[line]] for line in (mine if len(mine) else indexes[:1])]
         share = -(-self.config.batch_size // self.world.size) if self.pad_lines else None
-        made = make_batch(mine or lines[:1], self.pad_to, share, self.config.packing)
-        return made if mine else replace(made, weights=np.zeros_like(made.weights), real_tokens=0)
+        made = make_batch(lines, self.pad_to, share, self.config.packing)
+        if not len(mine):
+            nothing = None if made.labels is None else np.zeros_like(made.labels)
+            return replace(made, weights=np.zeros_like(made.weights), labels=nothing, real_tokens=0)
+        if self.reference is None:
+            return made
+        sides = len(lines[0][0].sequences)
+        reference = np.zeros((sides, len(made.tokens) // sides), np.float32)
+        values = self.reference[[self.bins[line][0] for line in mine]].T  # (2, lines)
+        reference[:, : len(mine)] = values[1:] if aside else values[:sides]
+        return replace(made, reference=reference.reshape(-1))
 
 
 def make_feed(rows: Sequence[Row], config: TrainConfig, *, gpu: bool, world: World | None = None) -> Feed:
@@ -64,5 +119,32 @@ def make_feed(rows: Sequence[Row], config: TrainConfig, *, gpu: bool, world: Wor
             f"batch_size {config.batch_size} is larger than the {there} of training data.",
             f"use --batch-size {len(bins)} or less.",
         )
+    aside = mismatched(rows, config.max_seq_length) if config.objective.rows == "labeled" else ()
     # A new shape costs a GPU seconds of compilation; on a CPU the padding costs more.
-    return Feed(rows, bins, config, 32 if gpu else 1, gpu, world or World())
+    return Feed(rows, bins, config, 32 if gpu else 1, gpu, world or World(), aside)
+
+
+def mismatched(rows: Sequence[Row], max_seq_length: int) -> list[Row]:
+    """Each row's prompt with the answer of the next row that has another prompt (or of the next, if all have one).
+
+    None for a single row: there is no other answer.
+    """
+    starts = [int(np.argmax(row.answer)) for row in rows if row.answer is not None]
+    prompts = [row.tokens[:start].tobytes() for row, start in zip(rows, starts, strict=True)]
+    n, one = len(rows), len(set(prompts)) == 1
+    following = [(i + 1) % n for i in range(n)]
+    for i in [*range(n - 1, -1, -1)] * 2:  # twice: around the end
+        if not one and prompts[following[i]] == prompts[i]:
+            following[i] = following[(i + 1) % n]
+    return (
+        []
+        if n == 1
+        else [_joined(rows[i], rows[j], starts[i], starts[j], max_seq_length) for i, j in enumerate(following)]
+    )
+
+
+def _joined(row: Row, other: Row, start: int, begin: int, most: int) -> Row:
+    assert row.answer is not None and other.answer is not None
+    tokens = np.concatenate([row.tokens[:start], other.tokens[begin:]])[:most]
+    answer = np.concatenate([np.zeros(start, bool), other.answer[begin:]])[:most]
+    return replace(row, tokens=tokens, trained=answer, answer=answer, full_length=len(tokens))

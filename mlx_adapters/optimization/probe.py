@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from mlx.utils import tree_flatten
 
 from mlx_adapters.config.training import TrainConfig
-from mlx_adapters.data.batches import Batch
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.dense import is_quantized, weight_shape
 from mlx_adapters.models.layers import add_adapter_layers, expected_shapes, named_layers
 from mlx_adapters.models.loading import load_module, set_precision
 from mlx_adapters.models.metadata import AdapterConfig
+from mlx_adapters.optimization.feed import Draw
 from mlx_adapters.optimization.optimizers import Optimizer
 from mlx_adapters.optimization.step import LossPlan, TrainStep, chunk_rows
 from mlx_adapters.optimization.through_rounding import Rounding
@@ -36,14 +36,14 @@ class Prober:
     vocabulary: int
     rounding: Rounding | None = None
 
-    def step_bytes(self, batch: Batch, blocks: int) -> float:
+    def step_bytes(self, draw: Draw, blocks: int) -> float:
         """Bytes that one step needs above what lies in memory all the time, for `blocks` adapted blocks."""
         with as_little_memory_as_will_do():
-            return _through(self._counts(blocks), lambda n: self._measure(batch, n, 0, 1)[0], blocks)
+            return _through(self._counts(blocks), lambda n: self._measure(draw, n, 0, 1)[0], blocks)
 
-    def seconds(self, batch: Batch, blocks: int, warm_up: int = 3, timed: int = 3) -> float:
+    def seconds(self, draw: Draw, blocks: int, warm_up: int = 3, timed: int = 3) -> float:
         """Median time of a step after `warm_up` steps, for `blocks` adapted blocks."""
-        return _through(self._counts(blocks), lambda n: self._measure(batch, n, warm_up, timed)[1], blocks)
+        return _through(self._counts(blocks), lambda n: self._measure(draw, n, warm_up, timed)[1], blocks)
 
     def _counts(self, blocks: int) -> list[int]:
         for few, more in ((2, 4), (6, 12)):
@@ -89,17 +89,16 @@ class Prober:
         plan = LossPlan(body, chunk_rows(self.vocabulary))
         return TrainStep(module, {key: layers[key] for key in keys}, self.training, plan, rounding=rounding)
 
-    def _measure(self, batch: Batch, blocks: int, warm_up: int, timed: int) -> tuple[int, float]:
+    def _measure(self, draw: Draw, blocks: int, warm_up: int, timed: int) -> tuple[int, float]:
         train_step = self._train_step(blocks)
         mx.eval(train_step.weights, train_step.optimizer.arrays())
         gc.collect()
         mx.clear_cache()
         mx.reset_peak_memory()
         before, seconds = mx.get_active_memory(), []
-        batches = [batch] * self.training.grad_accumulation
         for _ in range(warm_up + timed):
             start = time.perf_counter()
-            train_step.take(batches, 1.0, 1e-12, rounding=self.training.fuse_aware is not None)
+            train_step.take(draw, 1e-12, rounding=self.training.fuse_aware is not None)
             seconds.append(time.perf_counter() - start)
         return mx.get_peak_memory() - before, statistics.median(seconds[warm_up:])
 

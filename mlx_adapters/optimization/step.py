@@ -5,18 +5,21 @@ functions (gradient, update) are compiled on a GPU, once for each shape of batch
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_adapters.config.training import TrainConfig
-from mlx_adapters.data.batches import Batch
+from mlx_adapters.data.batches import Batch, make_batch
+from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.models.adapter import Weights
-from mlx_adapters.optimization import losses, through_rounding
+from mlx_adapters.optimization import log_probabilities, through_rounding
 from mlx_adapters.optimization.distributed import World
-from mlx_adapters.optimization.losses import Arrays
+from mlx_adapters.optimization.feed import Draw, draw_of
+from mlx_adapters.optimization.log_probabilities import Arrays
+from mlx_adapters.optimization.objectives import Figures, Shares, loss_of, sums_of_lines
 from mlx_adapters.optimization.optimizers import Optimizer, compiled
 from mlx_adapters.optimization.through_rounding import Rounding
 from mlx_adapters.storage.tensor_names import block_index
@@ -37,11 +40,10 @@ class LossPlan:
     chunk: int
 
 
-def device_batch(batch: Batch) -> Arrays:
-    """The batch as MLX arrays."""
-    segments = None if batch.segments is None else mx.array(batch.segments)
-    tokens, positions, targets, weights = map(mx.array, (batch.tokens, batch.positions, batch.targets, batch.weights))
-    return Arrays(tokens, positions, targets, weights, segments)
+def device_batch(batch: Batch) -> dict[str, mx.array]:
+    """The batch as MLX arrays, by the names in `Arrays`; what it has not is left out."""
+    given = {name: getattr(batch, name) for name in Arrays.__dataclass_fields__}
+    return {name: mx.array(array) for name, array in given.items() if array is not None}
 
 
 class Segments:
@@ -76,6 +78,17 @@ def _segments(module: nn.Module, batch: Arrays) -> list[Segments] | None:
     return [Segments(batch.segments[:, :-1]) for _ in module.layers]
 
 
+@dataclass(frozen=True)
+class Taken:
+    """What one update was like: its loss, the norms of the gradient before clipping and of the new weights (scalars),
+    and the figures as (sum, number of values)."""
+
+    loss: mx.array
+    gradient_norm: mx.array
+    weight_norm: mx.array
+    figures: dict[str, list[float]]
+
+
 @dataclass
 class TrainStep:
     """A module with adapter layers, and what trains them. `adapted` maps paths to the adapted layers; `rounding`
@@ -99,14 +112,12 @@ class TrainStep:
             for rounding in (False, True)
         }
         self._evaluate = {rounding: compiled(self._make_evaluate(rounding)) for rounding in (False, True)}
+        self._gain = {rounding: compiled(self._make_gain(rounding)) for rounding in (False, True)}
 
-    def gradient(self, batch: Batch, share: float, rounding: bool = False) -> tuple[mx.array, Weights]:
-        """(summed loss, gradient of share * summed loss). `share` is 1 / trained tokens of the update."""
+    def gradient(self, batch: Batch, shares: Shares, rounding: bool = False) -> tuple[mx.array, Figures, Weights]:
+        """(the batch's part of the update's loss, its figures, the loss's gradient)."""
         self._round_frozen_once(rounding)
-        a = device_batch(batch)
-        return self._gradient[rounding](
-            self.weights, a.tokens, a.positions, a.targets, a.weights, a.segments, mx.array(share, mx.float32)
-        )
+        return self._gradient[rounding](self.weights, device_batch(batch), *vars(shares).values())
 
     def restore(self, weights: Weights, optimizer: Weights) -> None:
         """Take back saved arrays, in its own order: norms are summed in it, and a file has another.
@@ -121,88 +132,96 @@ class TrainStep:
         self.weights, gradient_norm, weight_norm = self.optimizer.apply(self.weights, gradients, rate)
         return gradient_norm, weight_norm
 
-    def take(
-        self, batches: Sequence[Batch], share: float, rate: float, rounding: bool = False
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        """One update from several batches: (summed loss, gradient's norm, norm of the new weights), evaluated.
+    def take(self, draw: Draw, rate: float, rounding: bool = False) -> Taken:
+        """One update, evaluated.
 
         Over all processes; a lost one raises LostPeerError before anything has changed but the random state.
         """
-        loss, gradients = self.gradient(batches[0], share, rounding)
-        for batch in batches[1:]:
-            mx.eval(loss, gradients)
-            more, others = self.gradient(batch, share, rounding)
-            loss, gradients = loss + more, {name: g + others[name] for name, g in gradients.items()}
-        gradients, (loss,) = self.world.sum_all(gradients, loss)
-        norms = self.update(gradients, rate)
-        mx.eval(loss, norms, self.weights, self.optimizer.arrays(), mx.random.state)
-        return loss, *norms
+        shares = self._shares(draw, rounding)
+        loss, figures, gradients = self.gradient(draw.batches[0], shares, rounding)
+        for batch in draw.batches[1:]:
+            mx.eval(loss, figures, gradients)
+            more, others, from_batch = self.gradient(batch, shares, rounding)
+            loss, figures, gradients = loss + more, _added(figures, others), _added(gradients, from_batch)
+        summed = self.world.sum_all({"loss": loss} | {f"figure {n}": f for n, f in figures.items()} | gradients)
+        norms = self.update({name: summed[name] for name in gradients}, rate)
+        mx.eval(summed, norms, self.weights, self.optimizer.arrays(), mx.random.state)
+        return Taken(summed["loss"], *norms, self._figures(summed, figures, shares))
 
-    def evaluate(self, batches: Iterable[Batch], rounding: bool = False) -> float:
-        """Mean loss per trained token, in nats, without dropout."""
+    def evaluate(self, draw: Draw, rounding: bool = False) -> tuple[float, dict[str, list[float]]]:
+        """The loss without dropout, and the figures as (sum, number of values)."""
         self._round_frozen_once(rounding)
-        total, tokens = 0.0, 0
-        for batch in batches:
-            a = device_batch(batch)
-            loss = self._evaluate[rounding](self.weights, a.tokens, a.positions, a.targets, a.weights, a.segments)
-            total, tokens = total + loss.item(), tokens + batch.trained_tokens
-        if self.world.size > 1:
-            total, tokens = np.array(self.world.sum(mx.array([total, tokens], mx.float32))).tolist()
-        return total / tokens
+        shares = self._shares(draw, rounding)
+        loss, figures = mx.array(0.0), Figures()
+        for batch in draw.batches:
+            more, others = self._evaluate[rounding](self.weights, device_batch(batch), *vars(shares).values())
+            loss, figures = loss + more, _added(figures, others)
+            mx.eval(loss, figures)
+        summed = self.world.sum_all({"loss": loss} | {f"figure {n}": f for n, f in figures.items()})
+        return summed["loss"].item(), self._figures(summed, figures, shares)
 
     def gradient_of(self, probe: Batch, recompute: bool) -> Weights:
-        """The gradient of the summed loss on `probe`, not compiled. Uses up no random number."""
-        a, key = device_batch(probe), calls.random_key()
+        """The gradient of the loss on `probe` alone, not compiled. Uses up no random number."""
+        key, shares = calls.random_key(), shares_of(draw_of(probe))
         gradient = self._make_gradient(False, recompute)
-        _, gradients = gradient(self.weights, a.tokens, a.positions, a.targets, a.weights, a.segments, mx.array(1.0))
-        mx.eval(gradients)
+        _, _, found = gradient(self.weights, device_batch(probe), *vars(shares).values())
+        mx.eval(found)
         calls.set_random_key(key)
-        return gradients
+        return found
 
     def _make_gradient(self, rounding: bool, recompute: bool):
-        def loss(weights: Weights, batch: Arrays, share: mx.array) -> tuple[mx.array, ...]:
-            summed = self._loss(weights, batch)
-            return summed * share, summed, calls.random_key()
+        def loss(weights: Weights, batch: Arrays, shares: Shares) -> tuple:
+            return *self._loss(weights, batch, shares), calls.random_key()
 
-        def gradient(
-            weights: Weights,
-            tokens: mx.array,
-            positions: mx.array,
-            targets: mx.array,
-            counted: mx.array,
-            segments: mx.array | None,
-            share: mx.array,
-        ) -> tuple:
+        def gradient(weights: Weights, arrays: dict[str, mx.array], *shares: mx.array) -> tuple:
             self.module.train()
-            batch = Arrays(tokens, positions, targets, counted, segments)
             with self._at_work(rounding, recompute):  # the backward pass calls blocks again
-                (_, summed, key), gradients = mx.value_and_grad(loss)(weights, batch, share)
+                (value, figures, key), gradients = mx.value_and_grad(loss)(weights, Arrays(**arrays), Shares(*shares))
             calls.set_random_key(key)  # as the forward pass left it
-            return summed, gradients
+            return value, figures, gradients
 
         return gradient
 
     def _make_evaluate(self, rounding: bool):
-        def evaluate(
-            weights: Weights,
-            tokens: mx.array,
-            positions: mx.array,
-            targets: mx.array,
-            counted: mx.array,
-            segments: mx.array | None,
-        ) -> mx.array:
+        def evaluate(weights: Weights, arrays: dict[str, mx.array], *shares: mx.array) -> tuple[mx.array, Figures]:
             self.module.eval()
             with self._at_work(rounding, False):
-                return self._loss(weights, Arrays(tokens, positions, targets, counted, segments))
+                return self._loss(weights, Arrays(**arrays), Shares(*shares))
 
         return evaluate
+
+    def _make_gain(self, rounding: bool):
+        def gain(weights: Weights, arrays: dict[str, mx.array]) -> mx.array:
+            self.module.eval()
+            with self._at_work(rounding, False):
+                batch = Arrays(**arrays)
+                sums = answer_log_probabilities(self.module, self.plan, batch, weights)
+                before = mx.zeros_like(sums) if batch.reference is None else batch.reference
+            return ((sums - before) * mx.abs(batch.labels)).sum()
+
+        return gain
+
+    def _shares(self, draw: Draw, rounding: bool) -> Shares:
+        """What the update is divided by, and the mean gain of the answers aside on the reference."""
+        shares = shares_of(draw)
+        if not draw.aside:
+            return shares
+        gain = mx.array(0.0)
+        for batch in draw.aside:
+            gain = gain + self._gain[rounding](self.weights, device_batch(batch))
+            mx.eval(gain)
+        return replace(shares, kl=mx.maximum(self.world.sum(gain) * shares.examples, 0))
+
+    def _figures(self, summed: Weights, names: Figures, shares: Shares) -> dict[str, list[float]]:
+        figures = {name: np.array(summed[f"figure {name}"]).tolist() for name in names}
+        return figures | ({"kl": [shares.kl.item(), 1.0]} if self.config.objective.rows == "labeled" else {})
 
     @contextlib.contextmanager
     def _at_work(self, rounding: bool, recompute: bool) -> Iterator[None]:
         """The module as the step calls it. Afterwards it has its own weights again, and no array of a trace."""
         own = dict(tree_flatten(self.module.trainable_parameters()))
         with contextlib.ExitStack() as stack:
-            stack.callback(losses.put, self.module, own)
+            stack.callback(log_probabilities.put, self.module, own)
             if rounding and self.rounding is not None:
                 stack.enter_context(through_rounding.rounded(self.adapted, self.rounding))
             for layer in self.module.layers if recompute else ():
@@ -215,18 +234,40 @@ class TrainStep:
             through_rounding.round_frozen(self.module, self.adapted, self.rounding)
             self._frozen_are_rounded = True
 
-    def _loss(self, weights: Weights, batch: Arrays) -> mx.array:
-        losses.put(self.module, weights)
-        cache = _segments(self.module, batch)
-        if self.plan.body is None:
-            return losses.plain_loss(self.module, batch, cache)
-        head = {name: w for name, w in weights.items() if block_index(name) is None}
-        return losses.chunked_loss(self.module, self.plan.body, batch, head, self.plan.chunk, cache)
+    def _loss(self, weights: Weights, batch: Arrays, shares: Shares) -> tuple[mx.array, Figures]:
+        found = token_log_probabilities(self.module, self.plan, batch, weights)
+        return loss_of(self.config.objective, found, batch, shares)
+
+
+def _added(one: Weights, other: Weights) -> Weights:
+    return {name: one[name] + value if name in one else value for name, value in other.items()}
+
+
+def shares_of(draw: Draw) -> Shares:
+    """What the update's mean is made with; no KL."""
+    numbers = (1 / draw.tokens, 1 / max(draw.examples, 1), 0.0)
+    return Shares(*(mx.array(number, mx.float32) for number in numbers))
+
+
+def token_log_probabilities(module: nn.Module, plan: LossPlan, batch: Arrays, weights: Weights) -> mx.array:
+    """(n,) log p of the batch's trained tokens, with these trainable weights, as `plan` says."""
+    log_probabilities.put(module, weights)
+    cache = _segments(module, batch)
+    if plan.body is None:
+        return log_probabilities.plain(module, batch, cache)
+    head = {name: w for name, w in weights.items() if block_index(name) is None}
+    return log_probabilities.chunked(module, plan.body, batch, head, plan.chunk, cache)
+
+
+def answer_log_probabilities(module: nn.Module, plan: LossPlan, batch: Arrays, weights: Weights) -> mx.array:
+    """(lines,) log p of each line's answer."""
+    line = batch.positions // (batch.tokens.shape[1] - 1)
+    return sums_of_lines(token_log_probabilities(module, plan, batch, weights), line, batch)[0]
 
 
 def chunk_rows(vocabulary: int) -> int:
     """How many logit rows a chunk holds: a multiple of 64, as the trained positions are on a GPU."""
-    return max(64, losses.CHUNK_BYTES // (4 * vocabulary) // 64 * 64)
+    return max(64, log_probabilities.CHUNK_BYTES // (4 * vocabulary) // 64 * 64)
 
 
 def plan_loss(module: nn.Module, config: TrainConfig, vocabulary: int, probe: Batch) -> LossPlan:
@@ -238,12 +279,17 @@ def plan_loss(module: nn.Module, config: TrainConfig, vocabulary: int, probe: Ba
     return LossPlan(None, chunk)
 
 
+def probe_of(rows: Sequence[Row]) -> Batch:
+    """A small batch to try a model on: the two shortest rows."""
+    return make_batch([[row] for row in sorted(rows, key=lambda row: row.length)[:2]])
+
+
 def _agrees(module: nn.Module, body: nn.Module, probe: Batch, chunk: int) -> bool:
     module.eval()
-    batch = device_batch(probe)
-    plain = losses.plain_loss(module, batch).item()
+    batch = Arrays(**device_batch(probe))
+    plain = (log_probabilities.plain(module, batch) * batch.weights).sum().item()
     try:
-        chunked = losses.chunked_loss(module, body, batch, {}, chunk).item()
+        chunked = (log_probabilities.chunked(module, body, batch, {}, chunk) * batch.weights).sum().item()
     except (ValueError, TypeError, IndexError, AttributeError):
         return False
     return abs(plain - chunked) <= EQUAL * max(abs(plain), 1.0)
@@ -262,12 +308,15 @@ def computes_as_generated(module: nn.Module, probe: Batch) -> bool:
 
 def packing_is_exact(module: nn.Module, separate: Batch, packed: Batch) -> bool:
     """Whether rows that share a sequence get the losses that they get alone."""
+
+    def total(given: Batch) -> float:
+        batch = Arrays(**device_batch(given))
+        return (log_probabilities.plain(module, batch, _segments(module, batch)) * batch.weights).sum().item()
+
     module.eval()
-    alone = losses.plain_loss(module, device_batch(separate)).item()
-    batch = device_batch(packed)
+    alone = total(separate)
     try:
-        cache = _segments(module, batch)
-        together = losses.plain_loss(module, batch, cache).item()
+        together = total(packed)
     except (ValueError, TypeError, IndexError, AttributeError):
         return False
     return abs(alone - together) <= EQUAL * abs(alone)

@@ -9,6 +9,7 @@ from typing import Any
 from mlx_adapters.config.data import DataConfig
 from mlx_adapters.rows import shapes
 from mlx_adapters.rows.messages import Message
+from mlx_adapters.rows.preferences import label_of, says_nothing
 from mlx_adapters.rows.shapes import Canonical
 from mlx_adapters.rows.values import is_missing, plain
 
@@ -42,7 +43,7 @@ class RawRow:
 
     @property
     def format(self) -> str:
-        """ "chat", "completion", "text" or "preference"."""
+        """ "chat", "completion" or "text"; of preferences, that of the chosen answer."""
         return self.canonical.format
 
     @property
@@ -62,6 +63,27 @@ class RawRow:
         if is_missing(value) or value == "":
             return 1
         return WEIGHTS.get(str(value).lower())
+
+    @property
+    def rejected(self) -> "RawRow | None":
+        """Of preferences, the row that gives the rejected answer."""
+        values = self.canonical.rejected
+        read = DataConfig(chat_template_args=self.read.chat_template_args)
+        return None if values is None else RawRow(values, self.where, read)
+
+    @property
+    def label(self) -> bool:
+        """Whether the answer is a good one. Raises FormatError, naming the place, if the row does not say so."""
+        return label_of(self.values, self.where)
+
+    @property
+    def says_nothing(self) -> str | None:
+        """Why no preference can be learned from the row, or None: both answers are equal, or one is empty."""
+        rows = [self] if self.rejected is None else [self, self.rejected]
+        if len(rows) == 2 and (rows[0].messages, rows[0].text) == (rows[1].messages, rows[1].text):
+            return "the chosen and the rejected answer are equal"
+        texts = [{"content": row.text} for row in rows if row.format == "text"]
+        return says_nothing(texts or [row.messages[-1] for row in rows])
 
     @property
     def tools(self) -> list[Any] | None:

@@ -2,9 +2,9 @@
 
 First the columns that the user named; then, in this order:
 
+- preferences: `chosen` and `rejected`, perhaps with a question; the row then means its chosen answer;
 - a conversation: `messages` (OpenAI, TRL), or ShareGPT's `conversations`;
 - TRL's `prompt` and `completion`, each a text or a list of messages;
-- preferences: `chosen` and `rejected`;
 - Alpaca: `instruction`, perhaps `input`, and `output`;
 - a question and an answer under other names, if just one column can be each;
 - `text`.
@@ -14,11 +14,12 @@ refused: nobody can know which one is meant.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_adapters.errors import FormatError
 from mlx_adapters.rows.messages import Message, conversation, tools_of, turn
+from mlx_adapters.rows.preferences import SIDES, two_answers
 from mlx_adapters.rows.values import is_missing, kind, parsed, plain, text_of
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
@@ -26,6 +27,7 @@ QUESTIONS = ("prompt", "instruction", "question", "query", "problem", "input")
 ANSWERS = ("completion", "response", "output", "answer", "solution", "target", "reply")
 SYSTEM = ("system", "system_prompt")
 TEMPLATE_ARGUMENTS = "chat_template_kwargs"  # TRL's name
+EXTRAS = (*SYSTEM, "tools", "functions", TEMPLATE_ARGUMENTS)  # what goes with any conversation
 ORDINARY = {"messages", "'prompt' and 'completion'", "text", "preferences"}  # need no word about how they are read
 Values = Mapping[str, Any]
 
@@ -35,7 +37,7 @@ class Canonical:
     """What a row means, in one form.
 
     Args:
-        format: "chat", "completion", "text" or "preference" (whose columns are read by the objective).
+        format: "chat", "completion" or "text".
         shape: how it was recognized, for people.
         used: the columns that matter.
         messages: of a chat or completion row.
@@ -45,6 +47,7 @@ class Canonical:
         completion: likewise.
         text: of a text row.
         template_arguments: what the row gives the chat template.
+        rejected: of preferences: the values of a row that gives the rejected answer.
     """
 
     format: str
@@ -57,6 +60,7 @@ class Canonical:
     completion: str = ""
     text: str = ""
     template_arguments: dict[str, Any] = field(default_factory=dict)
+    rejected: Values | None = None
 
 
 def recognize(values: Values, columns: Mapping[str, str], where: str) -> Canonical:
@@ -121,10 +125,32 @@ def _prompt_completion(values: Values, where: str) -> Canonical | None:
 
 
 def _preference(values: Values, where: str) -> Canonical | None:
-    if not {"chosen", "rejected"} <= values.keys():
+    """The chosen answer to a prompt, with the rejected one beside it."""
+    if not set(SIDES) <= values.keys():
         return None
-    used = tuple(name for name in ("prompt", "chosen", "rejected", "tools") if name in values)
-    return Canonical("preference", "preferences", used, tools=tools_of(values.get("tools"), where))
+    asking, prompt = _asked(values, where)
+    extras = {name: values[name] for name in EXTRAS if name in values}
+    prompt, answers = two_answers(prompt, values["chosen"], values["rejected"], where)
+    if prompt is None:
+        sides = [{"text": answer} for answer in answers]
+        chosen = _text(sides[0], "text", where)
+    else:
+        sides = [{**extras, "prompt": prompt, "completion": answer} for answer in answers]
+        chosen = _pair(sides[0], "prompt", "completion", where)
+    shape = "preferences" if asking in ((), ("prompt",)) else f"preferences ({', '.join(map(repr, asking))})"
+    return replace(chosen, shape=shape, used=(*asking, *SIDES, *extras), rejected=sides[1])
+
+
+def _asked(values: Values, where: str) -> tuple[tuple[str, ...], Any]:
+    """The columns that ask, beside answers of other names, and what they ask: (), None if there are none."""
+    asking = [name for name in QUESTIONS if name in values]
+    if asking == ["instruction", "input"]:
+        return tuple(asking), _instruction(values, "input", where)
+    if len(asking) > 1 and "prompt" not in asking:
+        both = " and ".join(f"'{name}'" for name in asking)
+        raise FormatError(f"{where}: which of {both} is the prompt?", "name it 'prompt'.")
+    asking = asking or [name for name in CONVERSATIONS if name in values]
+    return (tuple(asking[:1]), values[asking[0]]) if asking else ((), None)
 
 
 def _alpaca(values: Values, where: str) -> Canonical | None:
@@ -132,11 +158,15 @@ def _alpaca(values: Values, where: str) -> Canonical | None:
     if "instruction" not in values or answer is None:
         return None
     extra = next((name for name in ("input", "context") if name in values), None)
-    prompt = text_of(values["instruction"], "instruction", where)
-    if extra and (more := text_of(values[extra], extra, where)).strip():
-        prompt = f"{prompt}\n\n{more}"
+    prompt = _instruction(values, extra, where)
     used = ("instruction", *([extra] if extra else []), answer)
     return _completion(values, prompt, text_of(values[answer], answer, where), used, "Alpaca", where)
+
+
+def _instruction(values: Values, extra: str | None, where: str) -> str:
+    prompt = text_of(values["instruction"], "instruction", where)
+    more = text_of(values[extra], extra, where) if extra else ""
+    return f"{prompt}\n\n{more}" if more.strip() else prompt
 
 
 def _question_answer(values: Values, where: str) -> Canonical | None:
@@ -157,9 +187,9 @@ def _whole_text(values: Values, where: str) -> Canonical | None:
 
 
 SHAPES: tuple[Callable[[Values, str], Canonical | None], ...] = (
+    _preference,
     _conversation,
     _prompt_completion,
-    _preference,
     _alpaca,
     _question_answer,
     _whole_text,

@@ -24,6 +24,7 @@ QUANTIZED_LEAVES = (WEIGHT, SCALES, BIASES)
 ADAPTER_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"
 METADATA_FILE = "adapter_metadata.json"
+REFERENCE_FILE = "reference.safetensors"  # of a run: what its reference model says of the answers
 FUSE_RECIPE_FILE, REPORT_FILE = "fuse_recipe.json", "fuse_report.json"
 CHECKPOINTS_FOLDER = "checkpoints"
 ROWS_FOLDER = "rows"  # of a run on rows from Python, which no other file holds
@@ -32,7 +33,7 @@ CHECKPOINT_FILE = re.compile(r"(\d{7,})_adapters\.safetensors")
 CHECKPOINT_OUTPUT = Output("state.json", r"(adapters|optimizer)\.safetensors")
 ADAPTER_OUTPUT = Output(
     CONFIG_FILE,
-    r"adapters\.safetensors|adapter_metadata\.json|recipe\.json|\d{7,}_adapters\.safetensors|README\.md|loss\.svg"
+    r"(adapters|reference)\.safetensors|adapter_metadata\.json|recipe\.json|\d{7,}_adapters\.safetensors|README\.md|loss\.svg"
     r"|LICENSE|NOTICE|checkpoints/\d+/(adapters\.safetensors|optimizer\.safetensors|state\.json)"
     r"|rows/(train|valid|test)\.jsonl",
 )

@@ -8,7 +8,7 @@ save: the adapter that the bare name means, the links to each checkpoint's weigh
 import contextlib
 import datetime
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from mlx_adapters.storage import files, locks, paths, replacing
 from mlx_adapters.storage.tensor_names import ADAPTER_FILE, ADAPTER_OUTPUT, CONFIG_FILE, METADATA_FILE
 from mlx_adapters.system import origin
 from mlx_adapters.system.machine import versions
+from mlx_adapters.training import reference_model
 from mlx_adapters.training import state as states
 from mlx_adapters.training.recipe import settings_in
-from mlx_adapters.training.state import RUN_RECIPE_FILE, State
+from mlx_adapters.training.reference_model import Values
+from mlx_adapters.training.state import CURVES, RUN_RECIPE_FILE, State
 
 ARITHMETIC = ("mlx", "mlx-lm")  # the libraries that decide what is computed
 
@@ -59,6 +61,7 @@ class RunFolder:
     begun: bool = False
     overwrite: bool = False
     data: DataSet | None = None
+    reference_values: Values = field(default_factory=dict)
 
     @property
     def settings(self) -> tuple[LoraConfig, TrainConfig]:
@@ -81,6 +84,16 @@ class RunFolder:
         if self.writes and self.begun and files.read_json(self.path / RUN_RECIPE_FILE) != self.recipe:
             files.write_json(self.path / RUN_RECIPE_FILE, self.recipe)
 
+    def keep_reference(self, values: Values) -> None:
+        """Keep what the reference says of the answers: in the folder, or, before there is one, with the first save."""
+        self.reference_values = values
+        if self.writes and self.begun:
+            self._write_reference(self.path)
+
+    def _write_reference(self, folder: Path) -> None:
+        if self.reference_values:
+            reference_model.write(folder, self.reference_values, reference_model.bound_to(self.recipe))
+
     def save(self, state: State, weights: Weights, optimizer: Weights) -> Path:
         """Write a checkpoint and bring everything else up to date; the checkpoint's folder."""
         if self.writes and self.begun and (self.path / RUN_RECIPE_FILE).is_file():
@@ -96,6 +109,7 @@ class RunFolder:
                 if self.data is not None:
                     keep(self.data, folder)
                 states.save(folder, state, weights, optimizer)
+                self._write_reference(folder)
                 self._derive(folder, state)
             self.hold(wait=True)
         self.begun = True
@@ -184,6 +198,7 @@ class RunFolder:
             "final_train_loss": state.train_losses[-1][1] if state.train_losses else None,
             "train_losses": state.train_losses,
             "validation_losses": state.validation_losses,
+            **{name: curve for name in CURVES[2:] if (curve := getattr(state, name))},
             "checkpoints": {
                 str(i): {kind: curve[i] for kind, curve in losses.items() if i in curve}
                 for i in states.iterations(folder)

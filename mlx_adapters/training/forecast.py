@@ -17,12 +17,12 @@ from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.data.batches import Batch
 from mlx_adapters.data.datasets import Data, read_data
 from mlx_adapters.data.tokenizing import Row
-from mlx_adapters.events import OnEvent, log_warnings
+from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.dense import weight_shape
 from mlx_adapters.models.layers import named_layers
 from mlx_adapters.models.loading import load_module, load_tokenizer_of
-from mlx_adapters.optimization.feed import Feed, make_feed
+from mlx_adapters.optimization.feed import make_feed
 from mlx_adapters.optimization.probe import Prober, adapter_bytes, first_block, weight_bytes
 from mlx_adapters.optimization.step import chunk_rows
 from mlx_adapters.optimization.through_rounding import plan_rounding
@@ -30,6 +30,7 @@ from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.system.door import refusals
 from mlx_adapters.system.machine import on_gpu, usable_memory_bytes
 from mlx_adapters.training import setup
+from mlx_adapters.units import size
 
 
 @dataclass(frozen=True)
@@ -127,18 +128,29 @@ def estimate_rows(
     )
 
 
+def announce(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig, on_event: OnEvent) -> None:
+    """Say what `estimate_rows` predicts, and warn of a run that will not fit."""
+    estimated = estimate_rows(base, rows, lora, training, timed=False)
+    parts = ", ".join(f"{name.removesuffix('_bytes')} {size(count)}" for name, count in vars(estimated.parts).items())
+    text = f"Predicted peak memory {size(estimated.peak_bytes)} ({parts}) of {size(estimated.usable_bytes)}."
+    on_event(Note(text))
+    if not estimated.fits:
+        on_event(Note(f"This will hardly fit. What would help: {'; '.join(estimated.advice)}.", "warning"))
+
+
 def forecast(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig) -> tuple[Parts, Batch]:
     """Predict the peak, part by part, and give the largest batch."""
     prober = _prober(base, lora, training)
     feed = make_feed(rows, training, gpu=on_gpu())
-    largest = feed.batch(np.argsort(_lengths(feed))[-training.batch_size :])
+    draw = feed.draw([np.argsort(feed.lengths)[-training.batch_size :]] * training.grad_accumulation)
+    largest = draw.batches[0]
     module, _ = load_module(base)
     reached = len(module.layers) - first_block(prober.adapter, len(module.layers))
     adapter, optimizer = adapter_bytes(module, prober.adapter, training)
     weights = weight_bytes(module, training.dtype)
     del module  # its files are closed before the prober opens them
     with refusals(setup.cannot_train):
-        step = int(prober.step_bytes(largest, max(reached, 1)))
+        step = int(prober.step_bytes(draw, max(reached, 1)))
     logits = min(_logits_bytes(largest, prober.vocabulary, training), max(step - adapter, 0))
     activations = max(step - adapter - logits, 0)
     return Parts(weights, adapter, optimizer, adapter, activations, logits), largest
@@ -152,10 +164,6 @@ def _prober(base: Base, lora: LoraConfig, training: TrainConfig) -> Prober:
     return Prober(base, adapter, training, int(config.get("vocab_size", 1 << 16)), rounding)
 
 
-def _lengths(feed: Feed) -> list[int]:
-    return [sum(len(feed.rows[i].tokens) for i in line) for line in feed.bins]
-
-
 def _logits_bytes(batch: Batch, vocabulary: int, training: TrainConfig) -> int:
     """Logits, softmax and gradient, float32, of a chunk or (plain) of every position."""
     every = batch.tokens.shape[0] * (batch.tokens.shape[1] - 1)
@@ -166,18 +174,17 @@ def _logits_bytes(batch: Batch, vocabulary: int, training: TrainConfig) -> int:
 def _seconds(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig) -> float:
     blocks = len(load_module(base)[0].layers)
     prober, feed = _prober(base, lora, training), make_feed(rows, training, gpu=on_gpu())
-    order = np.argsort(_lengths(feed))
+    order = np.argsort(feed.lengths)
     middle = max(len(order) // 2 - training.batch_size // 2, 0)
-    typical = feed.batch(order[middle : middle + training.batch_size])
+    typical = feed.draw([order[middle : middle + training.batch_size]] * training.grad_accumulation)
     reached = blocks - first_block(prober.adapter, blocks)
     with refusals(setup.cannot_train):
         seconds = prober.seconds(typical, max(reached, 1))
-    mean = float(np.mean([len(row.tokens) for row in rows])) * training.batch_size
-    return seconds * mean / max(typical.real_tokens, 1)
+    return seconds * feed.tokens_per_update / max(sum(batch.real_tokens for batch in typical.batches), 1)
 
 
 def _advice(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig, usable: int) -> list[str]:
-    half = max(len(row.tokens) for row in rows) // 2
+    half = max(row.length for row in rows) // 2
     blocks = len(load_module(base)[0].layers)
     changes: list[tuple[str, LoraConfig, TrainConfig]] = [
         ("--grad-checkpoint", lora, replace(training, grad_checkpoint=True)),
@@ -190,7 +197,7 @@ def _advice(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainCo
     advice = []
     for text, lora_, training_ in changes:
         cut = [_cut(row, training_.max_seq_length) for row in rows]
-        left = [row for row in cut if row.trained.any()]
+        left = [row for row in cut if row.can_be_trained]
         if not left:
             continue
         peak = forecast(base, left, lora_, training_)[0].peak_bytes
@@ -200,4 +207,13 @@ def _advice(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainCo
 
 
 def _cut(row: Row, length: int) -> Row:
-    return replace(row, tokens=row.tokens[:length], trained=row.trained[:length])
+    def part(array: np.ndarray | None) -> np.ndarray | None:
+        return None if array is None else array[:length]
+
+    return replace(
+        row,
+        tokens=row.tokens[:length],
+        trained=row.trained[:length],
+        answer=part(row.answer),
+        rejected=None if row.rejected is None else _cut(row.rejected, length),
+    )

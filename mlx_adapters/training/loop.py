@@ -5,10 +5,14 @@ is carried from one iteration to the next but the weights, the optimizer, the ra
 in `State`, and a checkpoint holds all four.
 """
 
+import contextlib
 import math
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import NoReturn
 
 import numpy as np
@@ -18,17 +22,49 @@ from mlx_adapters.data.batches import Batch
 from mlx_adapters.errors import TrainingError
 from mlx_adapters.events import CheckpointSaved, Event, Note, OnEvent, Progress, TrainReport, ValidationReport
 from mlx_adapters.optimization.distributed import LostPeerError
-from mlx_adapters.optimization.feed import Feed
+from mlx_adapters.optimization.feed import Draw, Feed
+from mlx_adapters.optimization.objectives import means, with_sums
 from mlx_adapters.optimization.optimizers import learning_rate
 from mlx_adapters.optimization.step import TrainStep
 from mlx_adapters.system.door import mx
 from mlx_adapters.training import state as states
 from mlx_adapters.training.folder import RunFolder
-from mlx_adapters.training.interrupt import Interrupt
 from mlx_adapters.training.state import State
 from mlx_adapters.units import duration, number
 
 WARM_UP = 3  # iterations: the first ones compile and fill caches
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a shutdown, a closed terminal
+
+
+class Interrupt:
+    """Ctrl-C that lets an iteration end, so that the run can save before it stops.
+
+    `requested` is set by the first signal of STOPS; a second Ctrl-C stops at once.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator["Interrupt"]:
+        """Take over the signals within the block (only the main thread can); under `nohup` a
+        closed terminal stays ignored."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        heeded = [number for number in STOPS if number not in ignored]
+        before = {number: signal.signal(number, self._handle) for number in heeded}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 @dataclass
@@ -37,7 +73,7 @@ class Loop:
 
     train_step: TrainStep
     feed: Feed
-    validation: list[Batch]
+    validation: Draw | None
     config: TrainConfig
     folder: RunFolder
     on_event: OnEvent
@@ -85,10 +121,9 @@ class Loop:
             f"Another process of this run was lost after iteration {self.state.iteration}.", self.folder.how_to_resume()
         )
 
-    def _iterate(self, updates: Iterator[tuple[list[Batch], int]]) -> None:
+    def _iterate(self, updates: Iterator[Draw]) -> None:
         start = time.perf_counter()
-        batches, tokens = next(updates)
-        self._step(batches, tokens)
+        self._step(next(updates))
         state, config = self.state, self.config
         state.seconds += time.perf_counter() - start
         self._tell_pace()
@@ -103,21 +138,23 @@ class Loop:
             self.save()
         self.on_event(Progress("train", state.iteration, config.iterations, "iteration"))
 
-    def _step(self, batches: list[Batch], tokens: int) -> None:
+    def _step(self, draw: Draw) -> None:
         train_step, state = self.train_step, self.state
         rate = learning_rate(self.config, state.iteration + 1)
         try:
-            loss, gradient, weights = train_step.take(batches, 1 / tokens, rate, self._rounding(state.iteration + 1))
+            taken = train_step.take(draw, rate, self._rounding(state.iteration + 1))
         except LostPeerError:  # nothing has changed yet, and saving needs no other process
             self.save()
             self._abandon()
-        self._require_finite({"loss": loss, "gradient": gradient, "adapter": weights}, batches)
+        norms = {"loss": taken.loss, "gradient": taken.gradient_norm, "adapter": taken.weight_norm}
+        self._require_finite(norms, draw.batches)
         state.iteration += 1
-        state.batches += len(batches)
-        state.trained_tokens += tokens
-        state.real_tokens += sum(batch.real_tokens for batch in batches)
-        state.pending_loss += loss.item()
-        state.pending_tokens += tokens
+        state.batches += len(draw.batches)
+        state.trained_tokens += draw.trained_tokens
+        state.real_tokens += sum(batch.real_tokens for batch in draw.batches)
+        state.pending_loss += taken.loss.item() * draw.weight
+        state.pending_tokens += draw.weight
+        state.pending_figures = with_sums(state.pending_figures, taken.figures)
         state.random = random_state()
 
     def _rounding(self, iteration: int) -> bool:
@@ -145,6 +182,8 @@ class Loop:
         state = self.state
         loss = state.pending_loss / state.pending_tokens
         state.train_losses.append((state.iteration, loss))
+        if figures := means(state.pending_figures):
+            state.train_figures.append((state.iteration, figures))
         seconds = max(state.seconds - self._reported[0], 1e-9)
         self.on_event(
             TrainReport(
@@ -155,10 +194,11 @@ class Loop:
                 (state.trained_tokens - self._reported[1]) / seconds,
                 (state.real_tokens - self._reported[2]) / seconds,
                 mx.get_peak_memory(),
+                figures,
             )
         )
         self._reported = (state.seconds, state.trained_tokens, state.real_tokens)
-        state.pending_loss, state.pending_tokens = 0.0, 0
+        state.pending_loss, state.pending_tokens, state.pending_figures = 0.0, 0, {}
 
     def __post_init__(self) -> None:
         self.state.random = random_state()
@@ -178,9 +218,9 @@ class Loop:
 
     def _validate(self) -> bool:
         """Evaluate; True if this is the best so far. Without validation rows there is no best."""
-        if not self.validation:
+        if self.validation is None:
             return False
-        loss = self.train_step.evaluate(self.validation, self._rounding(self.state.iteration))
+        loss, sums = self.train_step.evaluate(self.validation, self._rounding(self.state.iteration))
         if not math.isfinite(loss):
             raise TrainingError(
                 f"The validation loss became NaN or infinite at iteration {self.state.iteration}.",
@@ -188,8 +228,9 @@ class Loop:
             )
         if self._rounding(self.state.iteration) and not self._rounding(self.state.best_iteration or 0):
             self.state.best_loss = None  # losses with and without rounding cannot be compared
-        best = self.state.record_validation(loss)
-        self.on_event(ValidationReport(self.state.iteration, loss, best))
+        figures = means(sums)
+        best = self.state.record_validation(loss, figures)
+        self.on_event(ValidationReport(self.state.iteration, loss, best, figures))
         return best
 
     def _save_is_due(self) -> bool:

@@ -36,12 +36,14 @@ def make_recipe(
     lora: LoraConfig,
     training: TrainConfig,
     init_from: str | None,
+    reference: Mapping[str, str] | None,
     world_size: int,
     command: str | None,
     started: str,
 ) -> dict[str, Any]:
-    """The recipe as plain JSON values. `init_from` is the fingerprint of the adapter it starts from; `started`: when
-    it began, in ISO form, which is the date that its chat template prints."""
+    """The recipe as plain JSON values. `init_from` is the fingerprint of the adapter it starts from; `reference`: name
+    and fingerprint of the adapter that preferences are held against, None for the bare base; `started`: when it began,
+    in ISO form, which is the date that its chat template prints."""
     return {
         "version": VERSION,
         "base": base.record(),
@@ -50,6 +52,7 @@ def make_recipe(
         "lora": to_mapping(lora),
         "training": to_mapping(training),
         "init_from": init_from,
+        "reference": None if reference is None else dict(reference),
         "world_size": world_size,
         "command": command,
         "started": started,
@@ -65,7 +68,12 @@ def text_record(tokenizer: Any, splits: Mapping[str, Sequence[Row]]) -> dict[str
 
 
 def _row_digest(row: Row) -> str:
-    return hashlib.sha256(row.tokens.tobytes() + row.trained.tobytes()).hexdigest()
+    digest = hashlib.sha256(row.tokens.tobytes() + row.trained.tobytes())
+    if row.answer is not None:
+        digest.update(row.answer.tobytes() + bytes([row.desirable]))
+    if row.rejected is not None:
+        digest.update(_row_digest(row.rejected).encode())
+    return digest.hexdigest()
 
 
 def _digest(value: Any) -> str:
@@ -122,9 +130,10 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         before, after = (recipe["data"]["splits"].get(split, {}) for recipe in (old, new))
         if split != "test" and before.get("sha256") != after.get("sha256"):
             changed.append(f"the data ({split}: {before.get('rows', 0)} -> {after.get('rows', 0)} rows)")
-    for group in ("lora", "training"):
+    defaults = {"lora": to_mapping(LoraConfig()), "training": to_mapping(TrainConfig())}
+    for group, known in defaults.items():  # what a run of an older version did not know was as it is by default
         for key in sorted({*old[group], *new[group]}):
-            before, after = old[group].get(key), new[group].get(key)
+            before, after = (recipe[group].get(key, known.get(key)) for recipe in (old, new))
             if key not in FREE and before != after:
                 changed.append(f"{key} ({before} -> {after})")
     if old["world_size"] != new["world_size"]:

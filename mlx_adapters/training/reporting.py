@@ -49,10 +49,12 @@ class Reporter:
                     "train_loss": event.train_loss,
                     "learning_rate": event.learning_rate,
                     "trained_tokens_per_second": event.trained_tokens_per_second,
+                    **{f"train_{name}": value for name, value in event.figures.items()},
                 },
             )
         elif isinstance(event, ValidationReport):
-            self._send(event.iteration, {"validation_loss": event.validation_loss})
+            figures = {f"validation_{name}": value for name, value in event.figures.items()}
+            self._send(event.iteration, {"validation_loss": event.validation_loss, **figures})
 
     def _send(self, iteration: int, values: dict[str, float]) -> None:
         if self._failed:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.config.mapping import require
-from mlx_adapters.config.training import LoraConfig, TrainConfig
+from mlx_adapters.config.training import LoraConfig, Objective, TrainConfig, with_objective
 from mlx_adapters.data.datasets import Data, DataSet, hold_out, read_again, read_data
-from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.display.notebook import html_block, html_facts, loss_curve
 from mlx_adapters.errors import ConfigError, FormatError, TrainingError
 from mlx_adapters.events import Note, OnEvent, ignore, log_warnings, noting
@@ -25,15 +24,14 @@ from mlx_adapters.sources.references import Reference
 from mlx_adapters.sources.registry import training_lock
 from mlx_adapters.storage import replacing
 from mlx_adapters.storage.tensor_names import ADAPTER_OUTPUT
-from mlx_adapters.training import setup
+from mlx_adapters.training import reference_model, setup
 from mlx_adapters.training import state as states
 from mlx_adapters.training.folder import RunFolder, place_of
-from mlx_adapters.training.forecast import estimate_rows
-from mlx_adapters.training.interrupt import Interrupt
-from mlx_adapters.training.loop import Loop
+from mlx_adapters.training.forecast import announce
+from mlx_adapters.training.loop import Interrupt, Loop
 from mlx_adapters.training.recipe import make_recipe, rate_jump, read_recipe, require_same, settings_in, text_record
 from mlx_adapters.training.state import Checkpoint, State
-from mlx_adapters.units import count, duration, size
+from mlx_adapters.units import count, duration
 
 
 @dataclass(frozen=True)
@@ -99,6 +97,7 @@ class _Request:
     lora: LoraConfig
     training: TrainConfig
     adapter: Adapter | None
+    reference: Adapter | None
     command: str | None
     on_event: OnEvent
     world: World
@@ -114,6 +113,8 @@ def train(
     training: TrainConfig | None = None,
     resume: bool = False,
     init_from: str | Path | Adapter | None = None,
+    objective: Objective | str | None = None,
+    reference: str | Path | Adapter | None = None,
     overwrite: bool = False,
     command: str | None = None,
     forecast: bool = False,
@@ -131,6 +132,8 @@ def train(
         resume: go on exactly where the run's newest whole checkpoint stands. What is not given then is taken from the
             run; what is given must be the same, except for more iterations.
         init_from: start a new run from this adapter's weights.
+        objective: what is learned, instead of `training.objective`: a name, or settings such as DPO(beta=0.3).
+        reference: of DPO and KTO: the base with this adapter is the reference model. None: the base alone.
         overwrite: replace an adapter of this name.
         command: what the user typed, for the record.
         forecast: predict the peak memory before the model is loaded, and warn if it will not fit.
@@ -148,42 +151,51 @@ def train(
         >>> print(ma.train(name="mine", resume=True, training=more).final)
         mine@6
     """
-    reference, path = place_of(name)
+    place, path = place_of(name)
     world = distributed.start()
     on_event, notes = noting(on_event if world.leads else ignore)
     if resume:
-        require(init_from is None and not overwrite, "A resumed run goes on as it is: no init_from, no overwrite.")
+        new = init_from is None and reference is None and not overwrite
+        require(new, "A resumed run goes on as it is: no init_from, no reference, no overwrite.")
         old = world.share(lambda: read_recipe(path))
         lora, training = lora or settings_in(old)[0], training or settings_in(old)[1]
         request = _Request(
             resolve_base(base or old["base"]["name"]),
             read_again(old["data"]["source"], path, read=training) if data is None else read_data(data, read=training),
             lora,
-            training,
+            with_objective(training, objective),
+            None,
             None,
             old["command"],
             on_event,
             world,
             forecast,
         )
-        return replace(_resume(request, old, reference, path), notes=tuple(notes))
+        return replace(_resume(request, old, place, path), notes=tuple(notes))
     world.share(lambda: replacing.refuse_existing(path, overwrite, ADAPTER_OUTPUT))
     if base is None or data is None:
         raise ConfigError("A new run needs a base model and data.", "give both, or resume a run.")
+    training = with_objective(training or TrainConfig(), objective)
+    compares = training.objective.reference
+    require(reference is None or compares, f"{training.objective.name} compares with no reference model.")
     adapter = load_adapter(init_from) if init_from is not None else None
-    lora, training = lora or (setup.lora_of(adapter) if adapter else LoraConfig()), training or TrainConfig()
+    if adapter and compares and reference is None:
+        text = f"The reference is the base alone; reference='{adapter.name}' would be what training starts from."
+        on_event(Note(text))
+    lora = lora or (setup.lora_of(adapter) if adapter else LoraConfig())
     request = _Request(
         resolve_base(base),
         read_data(data, read=training),
         lora,
         training,
         adapter,
+        load_adapter(reference) if reference is not None else None,
         command,
         on_event,
         world,
         forecast,
     )
-    return replace(_begin(request, reference, path, overwrite), notes=tuple(notes))
+    return replace(_begin(request, place, path, overwrite), notes=tuple(notes))
 
 
 def _begin(request: _Request, reference: Reference, path: Path, overwrite: bool) -> TrainRun:
@@ -283,15 +295,6 @@ def _require_unfinished(state: State, new: TrainConfig, old: TrainConfig, refere
         )
 
 
-def _tell_forecast(request: _Request, rows: tuple[Row, ...]) -> None:
-    estimated = estimate_rows(request.base, rows, request.lora, request.training, timed=False)
-    parts = ", ".join(f"{name.removesuffix('_bytes')} {size(count)}" for name, count in vars(estimated.parts).items())
-    text = f"Predicted peak memory {size(estimated.peak_bytes)} ({parts}) of {size(estimated.usable_bytes)}."
-    request.on_event(Note(text))
-    if not estimated.fits:
-        request.on_event(Note(f"This will hardly fit. What would help: {'; '.join(estimated.advice)}.", "warning"))
-
-
 def _now() -> str:
     return datetime.now().astimezone().isoformat()
 
@@ -312,6 +315,7 @@ def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None
         lora,
         training,
         folder.recipe.get("init_from") if resumed else started_from,
+        folder.recipe.get("reference") if resumed else reference_model.record_of(request.reference),
         request.world.size,
         request.command,
         folder.recipe.get("started") or request.world.share(_now),
@@ -329,19 +333,23 @@ def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None
     setup.require_validation(held_out, training, request.on_event)
     setup.require_readable((*rows, *held_out), request.base)
     if request.forecast:
-        _tell_forecast(request, rows)
+        announce(request.base, rows, lora, training, request.on_event)
     model = load_model(request.base, dtype=training.dtype, gradients=True)
+    feeds = setup.make_feeds(rows, held_out, training, request.world)
+    kept = folder.path if folder.begun else None
+    reference = reference_model.of_run(model, feeds, training, recipe, kept, request.reference, request.on_event)
     config = setup.add_layers(model, lora, training.seed)
     if request.adapter is not None:
         setup.initialize_from(model, config, request.adapter)
     adapted = dict(named_layers(model.module))
     adapted = {key: adapted[key] for key in config.keys}
-    prepared = setup.prepare(model, training, rows, held_out, adapted, request.world)
+    prepared = setup.prepare(model, training, rows, held_out, adapted, request.world, reference)
     folder.adapter = config
     train_step = prepared.train_step
     request.world.share(lambda: folder.update_recipe(recipe))
+    request.world.share(lambda: folder.keep_reference(reference))
     request.world.share(lambda: folder.require_space(train_step.weights, train_step.optimizer.arrays()))
-    validation = prepared.validation.fixed(training.eval_batches) if prepared.validation else []
+    validation = prepared.validation.fixed(training.eval_batches) if prepared.validation else None
     loop = Loop(train_step, prepared.feed, validation, training, folder, request.on_event)
     if checkpoint is not None:
         loop.restore(checkpoint)

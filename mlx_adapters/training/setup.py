@@ -1,17 +1,19 @@
 """Preparing a run: rows, adapter layers and the training step, with all that can be refused before the first step."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, tzinfo
 from typing import Any
 
+import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.data.batches import make_batch
 from mlx_adapters.data.datasets import DataSet
-from mlx_adapters.data.tokenizing import Row, tokenize
+from mlx_adapters.data.preferences import tokenize_for
+from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.errors import ConfigError, FormatError, IncompatibleError, ModelError, did_you_mean
 from mlx_adapters.events import Note, OnEvent
 from mlx_adapters.models.adapter import Adapter
@@ -29,6 +31,7 @@ from mlx_adapters.optimization.step import (
     computes_as_generated,
     packing_is_exact,
     plan_loss,
+    probe_of,
 )
 from mlx_adapters.optimization.through_rounding import plan_rounding
 from mlx_adapters.storage.tensor_names import LORA_A, MAGNITUDE, split
@@ -163,14 +166,8 @@ def template_date(moment: datetime) -> Iterator[None]:
 def tokenize_split(
     data: DataSet, split_name: str, tokenizer: Any, config: TrainConfig, on_event: OnEvent
 ) -> tuple[Row, ...]:
-    """The rows of one split that have something to train; truncated and dropped rows are reported."""
-    done = tokenize(
-        data.rows(split_name),
-        tokenizer,
-        max_seq_length=config.max_seq_length,
-        mask_prompt=config.mask_prompt,
-        last_turn_only=config.last_turn_only,
-    )
+    """The rows of one split that have something to train; truncated and left out rows are reported."""
+    done = tokenize_for(data.rows(split_name), tokenizer, config)
     limit = f"max_seq_length {config.max_seq_length}"
     if done.truncated:
         on_event(Note(f"{count(done.truncated, f'{split_name} row')} cut at {limit}.", "warning"))
@@ -178,6 +175,9 @@ def tokenize_split(
         named = ", ".join(done.dropped[:3])
         many = count(len(done.dropped), f"{split_name} row")
         on_event(Note(f"{many} with nothing to train within {limit}: {named}.", "warning"))
+    if done.unusable:
+        many = count(len(done.unusable), f"{split_name} row")
+        on_event(Note(f"{many} left out: {'; '.join(done.unusable[:3])}.", "warning"))
     if unwritten := [row for row in done.rows if row.unwritten]:
         many = count(len(unwritten), f"{split_name} row")
         named = "; ".join(f"{row.where}, message {row.unwritten[0]}" for row in unwritten[:3])
@@ -188,7 +188,13 @@ def tokenize_split(
         why = "the model will not learn to stop"
         on_event(Note(f"No trained row holds a token that stops a generation: {why}.", "warning"))
     if split_name == "train" and not done.rows:
+        if done.unusable and not done.dropped:
+            raise FormatError("No training row says which answer is better.", f"{done.unusable[0]}.")
         raise FormatError(f"No training row has anything to train within {limit}.", "raise --max-seq-length.")
+    labels = {row.desirable for row in done.rows}
+    if split_name == "train" and config.objective.rows == "labeled" and len(labels) == 1:
+        kind, other = ("good", "bad") if labels == {True} else ("bad", "good")
+        on_event(Note(f"All answers are {kind} ones: nothing tells the model what a {other} one is.", "warning"))
     return done.rows
 
 
@@ -206,8 +212,9 @@ def require_readable(rows: Sequence[Row], base: Base) -> None:
     """Raise ModelError for rows with a token that the base has no row for, ConfigError for rows longer than a model
     that learned each of its positions (GPT-2) can read."""
     for row in rows:
-        base.check_tokens(row.tokens, row.where)
-    longest, positions = max((len(row.tokens) for row in rows), default=0), base.positions
+        for part in row.sequences:
+            base.check_tokens(part.tokens, part.where)
+    longest, positions = max((row.length for row in rows), default=0), base.positions
     if positions is not None and longest - 1 > positions:
         raise ConfigError(
             f"A row has {longest} tokens, more than the model's {positions} positions.",
@@ -224,6 +231,15 @@ class Prepared:
     validation: Feed | None
 
 
+def make_feeds(train: Sequence[Row], valid: Sequence[Row], config: TrainConfig, world: World) -> dict[str, Feed]:
+    """What brings the rows of each split that has some, by "train" and "valid"."""
+    feeds = {"train": make_feed(train, config, gpu=on_gpu(), world=world)}
+    if valid:
+        plain = replace(config, packing=False, batch_size=min(config.batch_size, len(valid)))
+        feeds["valid"] = make_feed(valid, plain, gpu=on_gpu(), world=world)
+    return feeds
+
+
 def prepare(
     model: Model,
     config: TrainConfig,
@@ -231,18 +247,17 @@ def prepare(
     valid: tuple[Row, ...],
     adapted: dict[str, nn.Module],
     world: World = ALONE,
+    reference: Mapping[str, np.ndarray] | None = None,
 ) -> Prepared:
     """Feeds and TrainStep; settles how the loss is computed and refuses packing where it is not exact."""
-    feed = make_feed(train, config, gpu=on_gpu(), world=world)
-    size = min(config.batch_size, len(valid)) or 1
-    plain = replace(config, packing=False, batch_size=size)
-    validation = make_feed(valid, plain, gpu=on_gpu(), world=world) if valid else None
-    shortest = sorted(train, key=lambda row: len(row.tokens))[:2]
-    probe = make_batch([[row] for row in shortest])
+    feeds = make_feeds(train, valid, config, world)
+    feeds = {split: replace(feed, reference=(reference or {}).get(split)) for split, feed in feeds.items()}
+    probe = probe_of(train)
     rounding = None
     if config.fuse_aware is not None:
         rounding = plan_rounding(load_module(model.base)[0], tuple(adapted), config.fuse_aware)
     with refusals(cannot_train):
+        shortest = sorted(train, key=lambda row: row.length)[:2]
         if not computes_as_generated(model.module, probe):
             raise ModelError(
                 "mlx-lm's code for this model computes one function of a whole text, and another when it generates: "
@@ -261,7 +276,7 @@ def prepare(
                 "This architecture's gradients change when its blocks are computed again.",
                 "train without --grad-checkpoint.",
             )
-    return Prepared(train_step, feed, validation)
+    return Prepared(train_step, feeds["train"], feeds.get("valid"))
 
 
 def cannot_train(why: str) -> ModelError:

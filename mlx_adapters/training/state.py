@@ -25,6 +25,7 @@ from mlx_adapters.storage.tensor_names import (
 )
 
 VERSION = 1
+CURVES = ("train_losses", "validation_losses", "train_figures", "validation_figures")
 OPTIMIZER_FILE, STATE_FILE, RUN_RECIPE_FILE = "optimizer.safetensors", "state.json", "recipe.json"
 
 
@@ -32,8 +33,10 @@ OPTIMIZER_FILE, STATE_FILE, RUN_RECIPE_FILE = "optimizer.safetensors", "state.js
 class State:
     """The counters of a run. `batches` counts the batches drawn, which is the position in the data.
 
-    `pending_*` belong to the report that is due next. `train_losses` and `validation_losses` hold
-    (iteration, loss in nats per trained token). `random` is the key of MLX's random numbers (see `loop.random_state`).
+    `pending_*` belong to the report that is due next; `pending_tokens` counts examples where these are what a loss is
+    the mean of. `train_losses` and `validation_losses` hold (iteration, loss), in nats per trained token or by the
+    objective; `train_figures` and `validation_figures` likewise what else is watched of preferences. `random` is
+    the key of MLX's random numbers (see `loop.random_state`).
     """
 
     iteration: int = 0
@@ -50,10 +53,15 @@ class State:
     stopped_early: bool = False
     seconds: float = 0.0
     random: list[int] = field(default_factory=list)
+    pending_figures: dict[str, list[float]] = field(default_factory=dict)
+    train_figures: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    validation_figures: list[tuple[int, dict[str, float]]] = field(default_factory=list)
 
-    def record_validation(self, loss: float) -> bool:
+    def record_validation(self, loss: float, figures: dict[str, float] | None = None) -> bool:
         """Note a validation loss; True if it is the best so far. The untrained adapter cannot be the best."""
         self.validation_losses.append((self.iteration, loss))
+        if figures:
+            self.validation_figures.append((self.iteration, figures))
         if self.iteration == 0:
             return False
         if self.best_loss is not None and loss >= self.best_loss:
@@ -115,7 +123,7 @@ def read_state(run: Path, iteration: int) -> State:
 
 def state_from(values: dict[str, Any]) -> State:
     """A state from its JSON form."""
-    curves = {name: [tuple(point) for point in values[name]] for name in ("train_losses", "validation_losses")}
+    curves = {name: [tuple(point) for point in values.get(name, ())] for name in CURVES}
     return State(**values | curves)
 
 

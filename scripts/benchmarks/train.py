@@ -106,9 +106,9 @@ def run_ours(base: str, data: str, epoch: int, warm_up: int) -> dict:
     for first, count in ((0, warm_up), (0, epoch)):
         updates = prepared.feed.updates(first)
         for _ in range(count):
-            batches, tokens = next(updates)
-            clock.tick(sum(batch.real_tokens for batch in batches))
-            train_step.take(batches, 1 / tokens, config.learning_rate)
+            draw = next(updates)
+            clock.tick(sum(batch.real_tokens for batch in draw.batches))
+            train_step.take(draw, config.learning_rate)
     clock.tick()
     return clock.result()
 

@@ -23,8 +23,8 @@ def run(request: dict) -> None:
     lora = from_mapping(LoraConfig, request.pop("lora"))
     training = from_mapping(TrainConfig, request.pop("training"))
     started = (place_of(request["name"])[1] / "recipe.json").exists()
-    if started:
-        request.pop("init_from", None)
+    for given in ("init_from", "reference") if started else ():
+        request.pop(given, None)
     try:
         runs.train(**request, lora=lora, training=training, resume=started)
     except TrainingError as error:  # killed after its last save

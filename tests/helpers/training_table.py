@@ -3,11 +3,13 @@
 A setting that joins LoraConfig or TrainConfig must join a row here (`test_every_setting_is_in_the_table`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mlx_adapters import LoraConfig, Quantization, TrainConfig
+from mlx_adapters.config.training import DPO, KTO, ORPO, SimPO
 
 LORA = {"rank": 4, "scale": 2.0, "dropout": 0.1}
 TRAINING = {
@@ -23,9 +25,9 @@ TRAINING = {
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train: settings besides LORA and TRAINING, the base, whether it starts from an adapter, and whether
-    the data has validation rows. `sums_in_any_order`: on a GPU, where gradients of tokens that repeat are added as
-    they come."""
+    """One way to train: settings besides LORA and TRAINING, the base, whether it starts from an adapter, whether the
+    data has validation rows, and whether an adapter is the reference. `sums_in_any_order`: on a GPU, where gradients of
+    tokens that repeat are added as they come."""
 
     lora: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
@@ -33,9 +35,11 @@ class Way:
     init_from: bool = False
     validated: bool = True
     sums_in_any_order: bool = False
+    reference: bool = False
 
-    def data_in(self, folder: Path) -> Path:
-        """What it is trained on, of what `write_data` wrote."""
+    def data_in(self, folders: Mapping[str, Path]) -> Path:
+        """What it is trained on, of what `write_rows_of_each_kind` wrote."""
+        folder = folders[self.settings[1].objective.rows]
         return folder if self.validated else folder / "train.jsonl"
 
     @property
@@ -96,4 +100,17 @@ WAYS = {
         validated=False,
     ),
     "from an adapter": Way({}, CLIPPED, init_from=True),
+    "dpo": Way({}, {"objective": DPO(beta=0.3), "grad_accumulation": 2, **CLIPPED}),
+    "dpo, smoothed": Way({}, {"objective": DPO(label_smoothing=0.1, length_normalization=True), "batch_size": 1}),
+    "dpo, ipo": Way({}, {"objective": DPO(loss="ipo"), "grad_checkpoint": True, **CLIPPED}, init_from=True),
+    "dpo, hinge": Way({"type": "dora"}, {"objective": DPO(loss="hinge"), "chunked_loss": "off"}, reference=True),
+    "orpo": Way({}, {"objective": ORPO(beta=0.5), "optimizer": "muon", **CLIPPED}),
+    "orpo, answers alone": Way({"dropout": 0.0}, {"objective": ORPO(), "mask_prompt": True, "dtype": "bfloat16"}),
+    "simpo": Way({}, {"objective": SimPO(beta=1.5, gamma=0.5, label_smoothing=0.1), "last_turn_only": True}),
+    "kto": Way({}, {"objective": KTO(beta=0.2), "batch_size": 2, "grad_accumulation": 2, **CLIPPED}),
+    "kto, weights": Way(
+        {},
+        {"objective": KTO(desirable_weight=0.7, undesirable_weight=1.4), "fuse_aware": QUARTER, "fuse_aware_from": 4},
+        {"bits": 4, "group_size": 32},
+    ),
 }

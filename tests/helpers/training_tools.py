@@ -46,6 +46,31 @@ def write_data(folder: Path, rows: int = 13, valid: int = 5, seed: int = 0) -> P
     return folder
 
 
+def write_preferences(folder: Path, rows: int = 13, valid: int = 5, labeled: bool = False, seed: int = 0) -> Path:
+    """Pairs, or answers with a label, of very different length."""
+    random_ = random.Random(seed)
+    folder.mkdir(parents=True)
+    for name, count in (("train", rows), ("valid", valid)):
+        lines = []
+        for i in range(count):
+            prompt = "List " + "the titles of all courses " * random_.randint(1, 4)
+            good = "SELECT title " * random_.randint(1, 3) + f"FROM courses {i};"
+            bad = "The capital of France " * random_.randint(1, 2) + f"is {i}."
+            answer = {"completion": good if i % 3 else bad, "label": bool(i % 3)}
+            lines.append({"prompt": prompt} | (answer if labeled else {"chosen": good, "rejected": bad}))
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return folder
+
+
+def write_rows_of_each_kind(folder: Path) -> dict[str, Path]:
+    """Data for each kind of objective, by what its `rows` says."""
+    return {
+        "texts": write_data(folder / "texts"),
+        "pairs": write_preferences(folder / "pairs"),
+        "labeled": write_preferences(folder / "labeled", labeled=True),
+    }
+
+
 def same_outcome(found: dict, expected: dict, exact: bool) -> bool:
     """Whether two runs left the same: to the bit, or the same files with adapters that are near each other."""
     if exact:

@@ -15,9 +15,10 @@ from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.errors import ConfigError, ModelError
 from mlx_adapters.models.layers import named_layers
 from mlx_adapters.models.loading import load_model
-from mlx_adapters.optimization import losses
+from mlx_adapters.optimization import log_probabilities
 from mlx_adapters.optimization import step as engines
-from mlx_adapters.optimization.step import LossPlan, TrainStep, checkpointing_is_exact
+from mlx_adapters.optimization.feed import draw_of
+from mlx_adapters.optimization.step import LossPlan, TrainStep, checkpointing_is_exact, shares_of
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage.tensor_names import LORA_B, split
 from mlx_adapters.surgery import calls
@@ -44,14 +45,14 @@ def train_step(folder, training: TrainConfig, **lora) -> TrainStep:
     for number, name in enumerate(sorted(weights)):
         if split(name)[1] == LORA_B:
             weights[name] = 0.05 * mx.random.normal(weights[name].shape, key=mx.random.key(number))
-    losses.put(model.module, weights)
+    log_probabilities.put(model.module, weights)
     layers = dict(named_layers(model.module))
     return TrainStep(model.module, {key: layers[key] for key in keys}, training, LossPlan(None, 64))
 
 
 def gradients(made: TrainStep, batch: Batch = BATCH, rounding: bool = False) -> tuple[float, dict[str, mx.array]]:
     mx.random.seed(7)
-    loss, found = made.gradient(batch, 1.0, rounding)
+    loss, _, found = made.gradient(batch, shares_of(draw_of(batch)), rounding)
     return loss.item(), found
 
 
@@ -154,8 +155,8 @@ def test_the_module_holds_no_array_of_a_trace(tiny_model, monkeypatch):
     kinds = [type(module) for module in made.module.modules()]
     own = {name: np.array(w) for name, w in made.weights.items()}
     made.weights = {name: w + 1 for name, w in made.weights.items()}
-    made.gradient(BATCH, 1.0, rounding=True)
-    made.evaluate([BATCH], rounding=True)
+    made.gradient(BATCH, shares_of(draw_of(BATCH)), rounding=True)
+    made.evaluate(draw_of(BATCH), rounding=True)
     for name, array in tree_flatten(made.module.trainable_parameters()):
         assert np.array_equal(np.array(array), own[name]), name
     assert [type(module) for module in made.module.modules()] == kinds

@@ -19,8 +19,9 @@ from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.dense import dense_weight
 from mlx_adapters.models.layers import named_layers, updated_weight
 from mlx_adapters.models.loading import load_model, load_module
-from mlx_adapters.optimization import losses, through_rounding
-from mlx_adapters.optimization.step import LossPlan, TrainStep
+from mlx_adapters.optimization import log_probabilities, through_rounding
+from mlx_adapters.optimization.feed import draw_of
+from mlx_adapters.optimization.step import LossPlan, TrainStep, shares_of
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage.tensor_names import LORA_B, split
 from mlx_adapters.system.machine import on_gpu
@@ -39,7 +40,7 @@ def run(folder, planned: Quantization, kind: str = "lora", targets="all", streng
     for number, name in enumerate(sorted(weights)):
         if split(name)[1] == LORA_B:
             weights[name] = strength * mx.random.normal(weights[name].shape, key=mx.random.key(number))
-    losses.put(model.module, weights)
+    log_probabilities.put(model.module, weights)
     layers = dict(named_layers(model.module))
     training = TrainConfig(fuse_aware=planned, batch_size=3)
     train_step = setup.prepare(model, training, ROWS, (), {key: layers[key] for key in config.keys}).train_step
@@ -92,9 +93,9 @@ def test_the_loss_is_that_of_the_fused_model(kind, architecture, tiny_model, tmp
     targets = "all" if kind == "lora" else ("q_proj", "o_proj")
     planned, folder = Quantization(2, 32), tiny_model(architecture, dtype="bfloat16")
     train_step, adapter = run(folder, planned, kind, targets)
-    without, through = train_step.evaluate([BATCH]), train_step.evaluate([BATCH], rounding=True)
+    without, through = (train_step.evaluate(draw_of(BATCH), rounding=rounding)[0] for rounding in (False, True))
     model = fused(folder, adapter, planned, tmp_path / "fused")
-    expected = TrainStep(model.module, {}, TrainConfig(), LossPlan(None, 64)).evaluate([BATCH])
+    expected = TrainStep(model.module, {}, TrainConfig(), LossPlan(None, 64)).evaluate(draw_of(BATCH))[0]
     assert through == pytest.approx(expected, rel=1e-3 if on_gpu() else 1e-5)  # ties, see above
     assert abs(through - without) > 1e-2
 
@@ -135,8 +136,9 @@ def test_other_layers_are_rounded_unless_the_base_has_that_precision(dense, tiny
 
 def test_experts_learn_through_the_rounding(tiny_model):
     train_step, _ = run(tiny_model("mixtral"), Quantization(2, 32), targets=("up_proj",))
-    rounded, gradients = train_step.gradient(BATCH, 1.0, rounding=True)
-    assert abs(rounded.item() - train_step.gradient(BATCH, 1.0)[0].item()) > 1e-2
+    shares = shares_of(draw_of(BATCH))
+    rounded, _, gradients = train_step.gradient(BATCH, shares, rounding=True)
+    assert abs(rounded.item() - train_step.gradient(BATCH, shares)[0].item()) > 1e-3
     assert all(mx.any(g != 0).item() for g in gradients.values())
 
 

@@ -13,7 +13,8 @@ from mlx_adapters.data.batches import make_batch
 from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.models.layers import adaptable_layers, named_layers
 from mlx_adapters.models.loading import load_model
-from mlx_adapters.optimization import losses
+from mlx_adapters.optimization import log_probabilities
+from mlx_adapters.optimization.log_probabilities import Arrays
 from mlx_adapters.optimization.step import Segments, device_batch, packing_is_exact, plan_loss
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage.tensor_names import LORA_B, block_index, split
@@ -43,7 +44,7 @@ def adapted(folder, lora: LoraConfig):
     for number, name in enumerate(sorted(weights)):
         if split(name)[1] == LORA_B:
             weights[name] = 0.05 * mx.random.normal(weights[name].shape, key=mx.random.key(number))
-    losses.put(model.module, weights)
+    log_probabilities.put(model.module, weights)
     return model, weights
 
 
@@ -63,17 +64,17 @@ def test_chunked_loss_and_gradient_equal_the_plain_ones(architecture, tiny_model
     }
     targets = (*heads(load_model(resolve_base(folder))), *sorted(blocks))
     model, weights = adapted(folder, LoraConfig(rank=4, scale=2.0, target_modules=targets))
-    batch, body = device_batch(make_batch([[r] for r in ROWS])), find_body(model.module)
+    batch, body = Arrays(**device_batch(make_batch([[r] for r in ROWS]))), find_body(model.module)
     head = [name for name in weights if block_index(name) is None]
     assert head
 
     def plain(weights):
-        losses.put(model.module, weights)
-        return losses.plain_loss(model.module, batch)
+        log_probabilities.put(model.module, weights)
+        return -log_probabilities.plain(model.module, batch).sum()
 
     def chunked(weights):
-        losses.put(model.module, weights)
-        return losses.chunked_loss(model.module, body, batch, {n: weights[n] for n in head}, 16)
+        log_probabilities.put(model.module, weights)
+        return -log_probabilities.chunked(model.module, body, batch, {n: weights[n] for n in head}, 16).sum()
 
     (a, grads_a), (b, grads_b) = mx.value_and_grad(plain)(weights), mx.value_and_grad(chunked)(weights)
     assert abs(a.item() - b.item()) <= 1e-5 * abs(a.item())
@@ -82,12 +83,12 @@ def test_chunked_loss_and_gradient_equal_the_plain_ones(architecture, tiny_model
         assert mx.abs(grads_a[name]).max() > 0
 
 
-def test_cross_entropy_and_its_gradient():
+def test_the_log_probability_of_the_targets_and_its_gradient():
     import mlx.nn as nn
 
     logits = 30 * mx.random.normal((7, 50), key=mx.random.key(0))
     targets, weights = mx.array([1, 2, 3, 4, 5, 6, 49]), mx.array([1.0, 1, 0, 1, 1, 1, 0.5])
-    ours = mx.value_and_grad(lambda x: losses.cross_entropy(x, targets, weights))(logits)
+    ours = mx.value_and_grad(lambda x: -(log_probabilities.picked(x, targets) * weights).sum())(logits)
     theirs = mx.value_and_grad(lambda x: (nn.losses.cross_entropy(x, targets) * weights).sum())(logits)
     assert mx.allclose(ours[0], theirs[0], rtol=1e-6) and mx.allclose(ours[1], theirs[1], atol=1e-6)
 
@@ -96,13 +97,13 @@ def test_chunks_hold_less_memory(tiny_model):
     """Peak memory with 16 rows of logits at a time is far below that with all of them."""
     folder = tiny_model("qwen3", vocab_size=40_000)
     model, weights = adapted(folder, LoraConfig(rank=4, scale=2.0, target_modules=("q_proj",)))
-    batch, body = device_batch(make_batch([[row(300, i)] for i in range(3)])), find_body(model.module)
+    batch, body = Arrays(**device_batch(make_batch([[row(300, i)] for i in range(3)]))), find_body(model.module)
     peaks = {}
     for chunk in (16, 10_000):
 
         def loss(weights, chunk=chunk):
-            losses.put(model.module, weights)
-            return losses.chunked_loss(model.module, body, batch, {}, chunk)
+            log_probabilities.put(model.module, weights)
+            return -log_probabilities.chunked(model.module, body, batch, {}, chunk).sum()
 
         mx.synchronize()
         mx.clear_cache()
@@ -136,9 +137,9 @@ def test_packed_rows_do_not_see_each_other(tiny_model):
 
     def second_loss(first: Row) -> float:
         quiet = replace(first, trained=np.zeros(len(first.tokens), bool))
-        batch = device_batch(make_batch([[quiet, ROWS[2]]], packed=True))
+        batch = Arrays(**device_batch(make_batch([[quiet, ROWS[2]]], packed=True)))
         cache = [Segments(batch.segments[:, :-1]) for _ in module.layers]
-        return losses.plain_loss(module, batch, cache).item()
+        return (log_probabilities.plain(module, batch, cache) * batch.weights).sum().item()
 
     assert second_loss(row(30, 7)) == pytest.approx(second_loss(row(30, 8)), rel=1e-6)
 

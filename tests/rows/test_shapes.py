@@ -172,9 +172,10 @@ def test_what_nobody_can_know_is_refused_with_its_place(values, message):
     assert message in str(error.value)
 
 
-def test_preferences_are_recognized():
+def test_a_preference_means_its_chosen_answer():
     found = row({"prompt": ASK, "chosen": "Blue.", "rejected": "Fish."})
-    assert found.format == "preference" and found.canonical.used == ("prompt", "chosen", "rejected")
+    assert found.format == "completion" and found.canonical.used == ("prompt", "chosen", "rejected")
+    assert (found.prompt, found.completion, found.rejected.completion) == (ASK, "Blue.", "Fish.")
 
 
 def test_what_a_row_gives_its_template_wins_over_the_default():

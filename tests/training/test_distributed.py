@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.training_tools import write_data
+from helpers.training_tools import write_data, write_preferences
 
 from mlx_adapters import LoraConfig, TrainConfig, train
 from mlx_adapters.config.mapping import to_mapping
@@ -31,6 +31,9 @@ TRAINING = TrainConfig(
     report_every=2,
     grad_accumulation=2,
 )
+
+
+PREFERENCES = {"dpo": "pairs", "orpo": "pairs", "kto": "labeled"}
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,9 @@ def runs(tiny_model, tmp_path_factory):
     said = {"two": launch("two"), "again": launch("two"), "lost": launch("lost", die_at=5)}
     saved = states.newest(work / "home" / "adapters" / "lost")[0].state.iteration
     said["resumed"] = launch("lost", resume=True)
+    for objective, rows in PREFERENCES.items():
+        where = write_preferences(work / objective, labeled=rows == "labeled")
+        said[objective] = launch(objective, data=str(where), objective=objective)
     return said, work / "home" / "adapters", data, saved
 
 
@@ -76,6 +82,24 @@ def test_two_processes_train_as_one(runs, tiny_model):
     assert np.allclose(one.validation_losses, two["validation_losses"], rtol=1e-4)
     assert one.trained_tokens == two["trained_tokens"]
     a, b = (tensor_files.read_safetensors(folder / "adapters.safetensors") for folder in (one.folder, adapters / "two"))
+    assert all(np.allclose(a[n], b[n], atol=1e-4) for n in a)
+
+
+@pytest.mark.parametrize("objective", PREFERENCES)
+def test_two_processes_learn_preferences_as_one(objective, runs, tiny_model):
+    said, adapters, data, _ = runs
+    assert said[objective].count("finished") == 2
+    where = data.parent / objective
+    one = train(tiny_model(), where, name="one", lora=LORA, training=TRAINING, objective=objective)
+    two = files.read_json(adapters / objective / "adapter_metadata.json")
+    for name in ("train_losses", "validation_losses"):
+        assert np.allclose(getattr(one, name), two[name], rtol=1e-4)
+    mine = files.read_json(one.folder / "adapter_metadata.json")
+    for name in ("train_figures", "validation_figures"):
+        for (i, ours), (j, theirs) in zip(mine[name], two[name], strict=True):
+            assert i == j and ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+    assert one.trained_tokens == two["trained_tokens"]
+    a, b = (tensor_files.read_safetensors(f / "adapters.safetensors") for f in (one.folder, adapters / objective))
     assert all(np.allclose(a[n], b[n], atol=1e-4) for n in a)
 
 

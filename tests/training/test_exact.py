@@ -3,31 +3,32 @@
 import dataclasses
 import shutil
 import typing
+from dataclasses import replace
 
 import pytest
 from helpers.training_table import LORA, TRAINING, WAYS
-from helpers.training_tools import PowerCut, cut_after, outcome, same_outcome, write_data
+from helpers.training_tools import PowerCut, cut_after, outcome, same_outcome, write_rows_of_each_kind
 
 from mlx_adapters import LoraConfig, TrainConfig, train
+from mlx_adapters.config.training import OBJECTIVES
 from mlx_adapters.sources.registry import adapter_folder
 from mlx_adapters.system.machine import on_gpu
 
-CONFIGS = (LoraConfig, TrainConfig)
+CONFIGS = (LoraConfig, TrainConfig, *OBJECTIVES.values())
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("rows") / "data")
+    return write_rows_of_each_kind(tmp_path_factory.mktemp("rows"))
 
 
 def values_of(config: type) -> dict[str, set]:
     """Setting -> the values that it takes in the table."""
-    index = CONFIGS.index(config)
     found: dict[str, set] = {field.name: set() for field in dataclasses.fields(config)}
     for way in WAYS.values():
-        settings = way.settings[index]
-        for name, values in found.items():
-            values.add(repr(getattr(settings, name)))
+        for settings in (*way.settings, way.settings[1].objective):
+            for name in found if type(settings) is config else ():
+                found[name].add(repr(getattr(settings, name)))
     return found
 
 
@@ -37,7 +38,8 @@ def test_every_setting_is_in_the_table(config):
     hints, values = typing.get_type_hints(config), values_of(config)
     for field in dataclasses.fields(config):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        assert values[field.name] - {repr(default)}, f"no way to train in the table sets '{field.name}'"
+        others = values[field.name] if field.name == "name" else values[field.name] - {repr(default)}
+        assert others, f"no way to train in the table sets '{field.name}'"
         for choice in typing.get_args(hints[field.name]):
             chosen = typing.get_args(choice) if typing.get_origin(choice) is typing.Literal else (choice,)
             missing = {repr(c) for c in chosen if isinstance(c, str)} - values[field.name]
@@ -49,9 +51,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(way, tiny_model, data):
     (lora, training), data = WAYS[way].settings, WAYS[way].data_in(data)
     base = tiny_model(**{"architecture": "llama"} | WAYS[way].base)
     more = {}
-    if WAYS[way].init_from:
-        train(base, data, name="first", lora=lora, training=TrainConfig(**TRAINING | {"iterations": 2}))
-        more["init_from"] = "first"
+    if WAYS[way].init_from or WAYS[way].reference:
+        train(base, data, name="first", lora=lora, training=replace(training, iterations=2))
+        more = {"init_from" if WAYS[way].init_from else "reference": "first"}
     whole = train(base, data, name="whole", lora=lora, training=training, **more)
     expected = outcome(adapter_folder("whole"))
     for cut in {4, 5, whole.final.iteration - 1}:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers.training_table import WAYS
-from helpers.training_tools import outcome, same_outcome, write_data
+from helpers.training_tools import outcome, same_outcome, write_rows_of_each_kind
 
 from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.sources.registry import adapter_folder
@@ -58,7 +58,7 @@ def trainer():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("rows") / "data")
+    return write_rows_of_each_kind(tmp_path_factory.mktemp("rows"))
 
 
 def wait_until(condition, seconds: float) -> None:
@@ -96,10 +96,10 @@ def test_kills_in_every_way_to_train_and_not_one_bit_lost(way, trainer, data, ti
     base = tiny_model(**{"architecture": "llama"} | WAYS[way].base)
     request = {"base": str(base), "data": str(data), "lora": to_mapping(lora), "training": to_mapping(training)}
     request["home"] = str(home)
-    if WAYS[way].init_from:
+    if WAYS[way].init_from or WAYS[way].reference:
         trainer.start(request, "first")
         assert trainer.exit_code() == 0
-        request["init_from"] = "first"
+        request["init_from" if WAYS[way].init_from else "reference"] = "first"
     trainer.start(request, "whole")
     assert trainer.exit_code() == 0
     random_, folder, kills, code = random.Random(way), adapter_folder("cut"), 0, None

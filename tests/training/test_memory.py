@@ -8,6 +8,7 @@ import pytest
 from helpers.training_tools import write_data
 
 from mlx_adapters import LoraConfig, TrainConfig, estimate
+from mlx_adapters.config.training import DPO, KTO, ORPO
 from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.models.layers import named_layers
 from mlx_adapters.models.loading import load_model
@@ -27,11 +28,24 @@ def rows(length: int, count: int = 8) -> tuple[Row, ...]:
     return tuple(Row(random.integers(3, 500, length).astype(np.int32), trained, "here", length) for _ in range(count))
 
 
+def preferences(objective, length: int, count: int = 8) -> tuple[Row, ...]:
+    """Rows as a preference has them: half of each is the answer."""
+    chosen, rejected = (
+        [replace(row, answer=row.trained, desirable=number % 2 == 0) for number, row in enumerate(rows(length, count))]
+        for _ in range(2)
+    )
+    if objective.rows == "labeled":
+        return tuple(chosen)
+    return tuple(replace(one, rejected=other) for one, other in zip(chosen, rejected, strict=True))
+
+
 def measured(folder, rows, lora, training) -> int:
     model = load_model(resolve_base(folder))
     keys = setup.add_layers(model, lora, 0).keys
     layers = dict(named_layers(model.module))
-    prepared = setup.prepare(model, training, rows, (), {key: layers[key] for key in keys})
+    reference = {"train": np.zeros((len(rows), 2), np.float32)}
+    adapted = {key: layers[key] for key in keys}
+    prepared = setup.prepare(model, training, rows, (), adapted, reference=reference)
     updates = prepared.feed.updates(0)
     mx.eval(prepared.train_step.weights, prepared.train_step.optimizer.arrays())
     gc.collect()
@@ -40,8 +54,7 @@ def measured(folder, rows, lora, training) -> int:
     already = mx.get_active_memory() - _standing(model, prepared)
     with as_little_memory_as_will_do():
         for _ in range(2):
-            batches, tokens = next(updates)
-            prepared.train_step.take(batches, 1 / tokens, 1e-4)
+            prepared.train_step.take(next(updates), 1e-4)
     return mx.get_peak_memory() - already
 
 
@@ -61,15 +74,24 @@ CASES = {
     "few layers": (replace(LORA, num_layers=3), TRAINING, 200),
     "recomputing": (LORA, replace(TRAINING, grad_checkpoint=True), 200),
     "large adapter": (replace(LORA, rank=64), TRAINING, 50),
+    "dpo": (LORA, replace(TRAINING, objective=DPO()), 150),
+    "orpo": (LORA, replace(TRAINING, objective=ORPO(), grad_checkpoint=True), 150),
+    "kto": (LORA, replace(TRAINING, objective=KTO(), grad_accumulation=2), 200),
 }
+
+
+def rows_for(training: TrainConfig, length: int) -> tuple[Row, ...]:
+    texts = training.objective.rows == "texts"
+    return rows(length) if texts else preferences(training.objective, length)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_forecast_is_within_15_percent(case, tiny_model):
     lora, training, length = CASES[case]
     folder = tiny_model("llama", **DEEP)
-    peak = forecast.forecast(resolve_base(folder), rows(length), lora, training)[0].peak_bytes
-    assert peak == pytest.approx(measured(folder, rows(length), lora, training), rel=0.15)
+    given = rows_for(training, length)
+    peak = forecast.forecast(resolve_base(folder), given, lora, training)[0].peak_bytes
+    assert peak == pytest.approx(measured(folder, given, lora, training), rel=0.15)
 
 
 def test_parts_are_counted_exactly(tiny_model):

@@ -142,7 +142,7 @@ def test_the_best_is_one_that_was_judged_with_the_rounding(observe, monkeypatch)
     from mlx_adapters.optimization.step import TrainStep
 
     losses = iter([9.0, 1.0, 3.0, 2.0, 4.0])  # at 0, 2, 4, 6 and 8
-    monkeypatch.setattr(TrainStep, "evaluate", lambda *a: next(losses))
+    monkeypatch.setattr(TrainStep, "evaluate", lambda *a: (next(losses), {}))
     seen = observe(replace(BASE, iterations=8, fuse_aware=FUSE, fuse_aware_from=2))
     assert seen.run.best.iteration == 6 and seen.run.best_validation_loss == 2.0
 
@@ -186,10 +186,10 @@ def test_grad_checkpoint_gives_the_same_weights_with_a_second_forward(observe, m
 
 
 def test_chunked_loss_off_computes_the_plain_loss(observe, monkeypatch):
-    from mlx_adapters.optimization import losses
+    from mlx_adapters.optimization import log_probabilities
 
-    calls, plain = [0], losses.plain_loss
-    monkeypatch.setattr(losses, "plain_loss", lambda *a: (calls.__setitem__(0, calls[0] + 1), plain(*a))[1])
+    calls, plain = [0], log_probabilities.plain
+    monkeypatch.setattr(log_probabilities, "plain", lambda *a: (calls.__setitem__(0, calls[0] + 1), plain(*a))[1])
     sgd = replace(BASE, optimizer="sgd")
     on = observe(replace(sgd, chunked_loss="on"))
     probes = calls[0]
@@ -230,6 +230,7 @@ def test_no_setting_is_forgotten_here():
         "keep",
         "early_stop",
         "last_turn_only",
+        "objective",
         "grad_checkpoint",
         "chunked_loss",
     }

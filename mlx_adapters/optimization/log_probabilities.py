@@ -1,0 +1,129 @@
+"""Log-probabilities of the trained tokens, without ever holding all the logits: what every loss is made of.
+
+The plain way computes (lines, length, vocabulary) logits and throws most of them away: padding and masked
+prompts count nothing. Here the hidden states of the trained positions are gathered before the output head,
+and the head works on a chunk of them at a time, computing values and gradients of the chunk in one go (the idea
+of Liger Kernel, arXiv 2410.10989, and Cut Cross-Entropy, arXiv 2411.09009). Memory for logits is then
+chunk * vocabulary instead of lines * length * vocabulary. A token's log-probability depends on its own hidden state
+alone, so whatever a loss makes of it later, its gradient is the one made here times a factor.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_adapters.models.adapter import Weights
+from mlx_adapters.surgery import calls
+from mlx_adapters.system.door import mx, nn
+
+# Logits of one chunk. MLX runs about ten operations ahead, so several chunks' worth of memory is in use.
+CHUNK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """A batch on the device (see `batches.Batch`)."""
+
+    tokens: mx.array
+    positions: mx.array
+    targets: mx.array
+    weights: mx.array
+    segments: mx.array | None = None
+    answers: mx.array | None = None
+    labels: mx.array | None = None
+    reference: mx.array | None = None
+
+
+def picked(logits: mx.array, targets: mx.array) -> mx.array:
+    """log p of each target, in nats. logits (n, vocabulary), targets (n,); the result is float32 (n,)."""
+    return _picked(logits, targets)[0]
+
+
+@mx.custom_function
+def _picked(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+    """(log p, softmax). One pass of exponentials serves both value and gradient: with p the softmax and j the
+    likeliest token, log Σ exp z = z_j - log p_j, and p_j is at least 1 / vocabulary."""
+    logits = logits.astype(mx.float32)
+    softmax = mx.softmax(logits, axis=-1)
+    total = logits.max(axis=-1) - mx.log(softmax.max(axis=-1))
+    return mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - total, softmax
+
+
+@_picked.vjp
+def _picked_gradient(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple:
+    logits, targets = primals
+    index, softmax = targets[:, None], outputs[1]
+    own = mx.take_along_axis(softmax, index, axis=-1)
+    gradient = mx.put_along_axis(softmax, index, own - 1, axis=-1) * -cotangents[0][:, None]
+    return gradient.astype(logits.dtype), mx.zeros_like(targets)
+
+
+def plain(module: nn.Module, batch: Arrays, cache: Any = None) -> mx.array:
+    """(n,) log p of the trained tokens, through all logits: what every other way here must equal."""
+    logits = module(batch.tokens[:, :-1], cache=cache)
+    return picked(logits.reshape(-1, logits.shape[-1])[batch.positions], batch.targets)
+
+
+def chunked(
+    module: nn.Module, body: nn.Module, batch: Arrays, head: Weights, chunk: int, cache: Any = None
+) -> mx.array:
+    """The same as `plain`, `chunk` logit rows at a time.
+
+    `head` holds the trainable weights outside the blocks (an adapted lm_head or embedding), often none.
+    """
+    hidden = calls.hidden_states(module, body, batch.tokens[:, :-1], cache)
+    hidden = hidden.reshape(-1, hidden.shape[-1])[batch.positions]
+
+    def piece(head: Weights, hidden: mx.array, targets: mx.array) -> mx.array:
+        put(module, head)
+        return picked(calls.head_logits(module, body, hidden), targets)
+
+    return _chunked(piece, chunk)(head, hidden, batch.targets)
+
+
+def _chunked(piece: Callable[..., mx.array], chunk: int) -> Callable[..., mx.array]:
+    """`piece(head, hidden, targets)` by chunks; the gradient for `hidden` is made in the forward pass.
+
+    That for `head` sums over tokens, each times its factor, so it takes the chunks' logits once more.
+    """
+
+    def parts(count: int) -> list[slice]:
+        return [slice(start, start + chunk) for start in range(0, count, chunk)]
+
+    @mx.custom_function
+    def whole(head: Weights, hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+        values: list[mx.array] = []
+        gradients: list[mx.array] = []
+        for part in parts(hidden.shape[0]):
+            states = mx.depends(hidden[part], gradients[-1:])  # one chunk's logits at a time
+
+            def value(states: mx.array, part: slice = part) -> mx.array:
+                return piece(head, states, targets[part])
+
+            (found,), (gradient,) = mx.vjp(value, [states], [mx.ones(states.shape[0])])
+            values.append(found)
+            gradients.append(gradient)
+        return mx.concatenate(values), mx.concatenate(gradients)
+
+    @whole.vjp
+    def backward(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple:
+        head, hidden, targets = primals
+        factors, gradients = cotangents[0], outputs[1]
+        from_head = {name: mx.zeros_like(weight) for name, weight in head.items()}
+        for part in parts(hidden.shape[0]) if head else ():
+            states = mx.depends(hidden[part], list(from_head.values()))
+
+            def value(head: Weights, states: mx.array = states, part: slice = part) -> mx.array:
+                return (piece(head, states, targets[part]) * factors[part]).sum()
+
+            more = mx.grad(value)(head)
+            from_head = {name: total + more[name] for name, total in from_head.items()}
+        return from_head, (factors[:, None] * gradients).astype(gradients.dtype), mx.zeros_like(targets)
+
+    return lambda *args: whole(*args)[0]
+
+
+def put(module: nn.Module, weights: Weights) -> None:
+    """Set the named parameters of the module."""
+    if weights:
+        module.load_weights(list(weights.items()), strict=False)
