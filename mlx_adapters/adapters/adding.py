@@ -31,7 +31,7 @@ from mlx_adapters.storage.tensor_names import (
 )
 from mlx_adapters.storage.unpacking import MAX_BYTES, TEMPLATES, unpack
 
-MODEL_OUTPUT = Output(MODEL_CONFIG, rf"({TEMPLATES}/)?[^/]+")
+MODEL_OUTPUT = Output(MODEL_CONFIG, rf"({TEMPLATES}/)?[^/]+", any_readme=True)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,8 @@ def _take_in(
         with files.atomic_folder(target, overwrite, ours) as folder:
             kind = _fill(fill, folder, target.name, source)
             names = "|".join(map(re.escape, files_below(folder)))
-            new = Output(MODEL_CONFIG, names)  # another model's files look like this one's: none of them may vanish
+            # Another model's files look like this one's: none of them may vanish.
+            new = Output(MODEL_CONFIG, names, any_readme=True)
             replacing.refuse_existing(target, overwrite, ADAPTER_OUTPUT if kind == "adapter" else new)
         return Added(kind, target, None, iterations_of(target) if kind == "adapter" else ())
     if name is None and not references.NAME.fullmatch(own):

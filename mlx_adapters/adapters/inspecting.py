@@ -18,7 +18,8 @@ from mlx_adapters.models.metadata import curve_of, losses_of
 from mlx_adapters.sources import lookup, registry
 from mlx_adapters.sources.registry import Entry
 from mlx_adapters.storage import paths
-from mlx_adapters.storage.tensor_names import natural_order
+from mlx_adapters.storage.replacing import read_whole
+from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CONFIG_FILE, METADATA_FILE, natural_order
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,13 @@ def describe(reference: "str | Path | Adapter") -> Details:
         >>> details.type, len(details.checkpoints)
         ('lora', 4)
     """
+    if isinstance(reference, Adapter):
+        return _describe(reference)
+    folder = reference if isinstance(reference, Path) else lookup.locate(reference)[0]
+    return read_whole(folder, (ADAPTER_FILE, CONFIG_FILE, METADATA_FILE), lambda: _describe(reference))
+
+
+def _describe(reference: "str | Path | Adapter") -> Details:
     adapter = lookup.load_adapter(reference)
     folder = adapter.folder if not isinstance(reference, Adapter) or place_of(adapter) else None
     entry = registry.read_entry(folder) if folder else None

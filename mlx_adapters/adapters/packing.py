@@ -19,7 +19,7 @@ from mlx_adapters.checkpoints.contents import files_below
 from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import ExistsError, NotFoundError
 from mlx_adapters.events import Note, OnEvent, Progress, log_warnings
-from mlx_adapters.models.adapter import read_adapter
+from mlx_adapters.models.adapter import Adapter, AdapterLike, read_adapter, write_adapter
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.metadata import iterations_of, read_config
 from mlx_adapters.sources import lookup
@@ -49,7 +49,7 @@ class Pack:
 
 
 def pack(
-    source: str,
+    source: AdapterLike,
     target: str | Path,
     *,
     checkpoints: bool = False,
@@ -59,10 +59,10 @@ def pack(
     """Write an adapter or a model into one .tar.gz file, as of one version of its files.
 
     Args:
-        source: an adapter's reference (one with an iteration packs that checkpoint as what the bare name means), or a
-            model's folder.
+        source: an adapter's reference (one with an iteration packs that checkpoint as what the bare name means), an
+            `Adapter` (as it is in memory), or a model's folder.
         target: the file.
-        checkpoints: take an adapter's checkpoints along, too.
+        checkpoints: take an adapter's checkpoints along, too; an `Adapter` has none.
         overwrite: replace the file.
         on_event: called with progress and notes.
 
@@ -77,7 +77,12 @@ def pack(
     replacing.refuse_existing(target, overwrite)
     if target.exists() and not _is_pack(target):
         raise ExistsError(f"'{target}' is no pack of this program.", "choose another name.")
-    folder, iteration = lookup.locate(source)
+    if isinstance(source, Adapter):
+        require(not checkpoints, "An adapter in memory has no checkpoints.", "give its name.")
+        with files.draft_beside(target) as place:
+            own = source.name.partition("@")[0].rpartition("/")[2]  # the folder's name in the pack
+            return pack(write_adapter(source, place / own), target, overwrite=overwrite, on_event=on_event)
+    folder, iteration = (source, None) if isinstance(source, Path) else lookup.locate(source)
     if not folder.is_dir():
         raise NotFoundError(
             f"There is no adapter or model folder '{folder}'.", "'mlx-adapters list' shows the adapters."

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_adapters.checkpoints.originals import layout_of
+from mlx_adapters.display.readmes import stamp
 from mlx_adapters.errors import HubError, NotFoundError
 from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.models.adapter import Adapter
@@ -97,17 +98,16 @@ def export_peft(
     replacing.refuse_reading_inside(out, [loaded, base])
     form = to_peft(loaded, lambda: _facts(loaded, base))
     named = base_model or form.config.get("base_model_name_or_path")
-    if not base_model and (problem := _base_problem(loaded, named)):
-        on_event(
-            Note(f"PEFT cannot load it yet: {problem}. Name the original model: --base-model user/name.", "warning")
-        )
     form.config["base_model_name_or_path"] = named
     readme = README.format(base=named or "unknown", kind=loaded.config.type, name=loaded.name, rank=loaded.config.rank)
     with files.atomic_folder(out, overwrite, PEFT_OUTPUT) as temporary:
         scale = {PEFT_SCALE: repr(loaded.config.scale)} if not form.config.get("alpha_pattern") else {}
         tensor_files.write_safetensors(temporary / PEFT_WEIGHTS_FILE, form.tensors, {"format": "pt"} | scale)
         files.write_json(temporary / CONFIG_FILE, form.config)
-        files.write_text(temporary / "README.md", readme)
+        files.write_text(temporary / "README.md", f"{readme}\n{stamp(readme)}\n")
+    if not base_model and (problem := _base_problem(loaded, named)):
+        name_it = "Name the original model: --base-model user/name."
+        on_event(Note(f"PEFT cannot load it yet: {problem}. {name_it}", "warning"))
     return PeftExport(out, len(form.tensors), paths.size_on_disk(out), str(named))
 
 

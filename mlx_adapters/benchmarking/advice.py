@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from mlx_adapters.benchmarking.measurements import METRICS, ShapeRow, VariantFigures
 from mlx_adapters.benchmarking.reports import Report
 from mlx_adapters.benchmarking.words import phrase
-from mlx_adapters.errors import ConfigError
+from mlx_adapters.errors import ConfigError, FormatError
 from mlx_adapters.evaluation.statistics import Ratio
 from mlx_adapters.units import count, number, size
 
@@ -128,7 +128,10 @@ class _Judge:
     def _compare(self, label: str, other: str, metric: str) -> Ratio:
         shape = self.shape(self.rows[label])
         wanted = (shape.prompt_tokens, shape.batch) if METRICS[metric].per_shape else (None, None)
-        return next(c.ratio for c in self.report.compare(label, other, metric) if (c.prompt_tokens, c.batch) == wanted)
+        for found in self.report.compare(label, other, metric):
+            if (found.prompt_tokens, found.batch) == wanted:
+                return found.ratio
+        raise FormatError(f"The report lacks figures of '{label}' and '{other}' to compare.", "measure again.")
 
     def lost(self, row: VariantFigures) -> float | None:
         """KL(adapter ‖ fused) over KL(adapter ‖ base), None if it was not measured."""

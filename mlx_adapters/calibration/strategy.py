@@ -39,7 +39,7 @@ THROUGH = (
     "then. Judge by the loss: the KL is from the adapter before rounding, which it was not trained to equal. After a "
     "short training, compare with --method calibrated."
 )
-JUDGING_ROWS = 8
+JUDGING_ROWS = 8  # at least, and a tenth of the calibration rows
 NEAREST = "on the calibration rows that keeps more of the adapter than calibration does; more rows may help"
 UNKNOWN = "calibration does not see what it computes of which token"
 
@@ -162,12 +162,11 @@ class Strategy:
         if spool.nearest:
             layers = count(len(spool.nearest), "layer")
             self.notes += (f"rounding to nearest was better than calibration for {layers} of {len(spool.losses)}",)
-        if not self.mixed and self._nearest_is_better(spool):
-            self._round_to_nearest(spool, NEAREST)
-            return
         if self.mixed:
             self.targets = self._choose_targets(spool)
             assembly.retarget(self.targets)
+        if self._nearest_is_better(spool):
+            self._round_to_nearest(spool, NEAREST)
 
     def _round_to_nearest(self, spool: Spool, why: str) -> None:
         self.method, self.calibrated_in_vain = "nearest", True
@@ -180,12 +179,14 @@ class Strategy:
         return {plan.path: plan.target for plan in self.assembly.plans if (plan.path, plan.target) in spool.losses}
 
     def _nearest_is_better(self, spool: Spool) -> bool:
-        """Whether the whole model strays less on (some of) the calibration rows with all layers rounded to nearest.
+        """Whether the whole model, at the chosen precisions, strays less on (some of) the calibration rows with all
+        layers rounded to nearest.
 
         Layers are judged one by one before; few rows do not tell how their errors add up.
         """
         assembly, targets = self.assembly, self._rounded(spool)
-        rows = spread(self.text.calibration, JUDGING_ROWS) if self.text else []
+        known = self.text.calibration if self.text else []
+        rows = spread(known, max(JUDGING_ROWS, len(known) // 10))
 
         def calibrated(path: str) -> mx.array | None:
             packed = spool.get(path, targets.get(path))

@@ -164,8 +164,10 @@ def _own_data(adapters: Sequence[Adapter]) -> tuple[str, Rows]:
         if source is None:
             continue
         if not made_here(source, adapter.metadata.get("signature")):
-            why = f"The adapter names '{source}' as its data, but was not trained on this machine"
-            reason = NotFoundError(f"{why}; --calibration takes it all the same.")
+            why = f"The adapter names '{source}' as its data, but "
+            unsigned = adapter.metadata.get("signature") is None  # so were all before 0.2
+            why += "does not prove that it was trained here" if unsigned else "was not trained on this machine"
+            reason = NotFoundError(f"{why}; --calibration {source} takes it all the same.")
             continue
         try:
             rows = _parts(read_again(source, adapter.folder, read=data_config(adapter.metadata)))

@@ -173,7 +173,7 @@ def interpolate_command(
         raise click.UsageError("Give --data to see losses, --name to keep the points, or both.")
     on_event = _output.progress()
     points = sweep(a, b, steps=steps, data=data, base=base, any_base=any_base, on_event=on_event)
-    kept = keep(points, name, best=best, overwrite=overwrite) if name else {}
+    kept = keep(points, name, best=best, overwrite=overwrite, reads=(a, b)) if name else {}
     if as_json:
         _output.emit_json({"points": [{"t": p.t, "loss": p.loss, "name": kept.get(p.t)} for p in points]})
         return

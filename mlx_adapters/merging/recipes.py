@@ -81,6 +81,7 @@ def merge(
         4
     """
     adapters = [lookup.load_adapter(source) for source in sources]
+    _require_place(name, overwrite, adapters)
     weights = _checked_weights(adapters, weights)
     asked = MergeSettings(method, rank, energy, density, seed, sign_method, dtype, any_base)
     chosen, seed = _checked_method(asked), asked.seed or 0
@@ -154,6 +155,7 @@ def scale(source: AdapterLike, factor: float, *, name: str | None = None, overwr
     """
     require(math.isfinite(factor) and factor != 0, f"The factor must be a number other than 0, not {factor}.")
     adapter = lookup.load_adapter(source)
+    _require_place(name, overwrite, [adapter])
     check_mergeable([adapter], any_base=True)
     config = dataclasses.replace(adapter.config, scale=adapter.config.scale * factor)
     result = Adapter(config, adapter.weights)
@@ -361,6 +363,12 @@ def _finish(
     result = dataclasses.replace(result, metadata=metadata)
     if name is None:
         return result.check()
-    target = registry.adapter_folder(name)  # a source may be replaced by what is made of it, but nothing inside it
-    replacing.refuse_reading_inside(target, [adapter for adapter in adapters if adapter.folder != target])
     return registry.register(result, name, overwrite=overwrite)
+
+
+def _require_place(name: str | None, overwrite: bool, adapters: Sequence[Adapter]) -> None:
+    """Raise ExistsError if the result may not take this name: what is read has checkpoints that it would lose."""
+    if name is not None:
+        target = registry.adapter_folder(name)
+        replacing.refuse_existing(target, overwrite, registry.ADAPTER_OUTPUT)
+        replacing.refuse_reading_inside(target, adapters)

@@ -36,6 +36,27 @@ def untied_config(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"tie_word_embeddings": False} | inner
 
 
+def context_of(config: dict[str, Any]) -> int | None:
+    """How many tokens a config's model is made for; None where it does not tell.
+
+    Positions that are stretched (YaRN, arXiv 2309.00071) reach further than the limit that a config may still name.
+    """
+    for part in (config, config.get("text_config") or {}):
+        for key in CONTEXT_KEYS:
+            if isinstance(part.get(key), int) and part[key] > 0:
+                return max(part[key], _stretched(part))
+    return None
+
+
+def _stretched(config: dict[str, Any]) -> int:
+    """The length that a config's rope reaches, as mlx-lm's does: the one it was trained on, times a factor; else 0."""
+    for key in ("rope_scaling", "rope_parameters"):
+        scaling: Any = config.get(key)
+        with contextlib.suppress(TypeError, ValueError, KeyError, OverflowError):  # not there, or not numbers
+            return int(float(scaling["original_max_position_embeddings"]) * float(scaling["factor"]))
+    return 0
+
+
 @dataclass(frozen=True)
 class Base:
     """Where a base model lies. `revision` is the Hub's commit, None for a folder.
@@ -105,11 +126,7 @@ class Base:
     @property
     def context(self) -> int | None:
         """How many tokens the model is made for; None where its config does not tell."""
-        for config in (self.config, self.config.get("text_config") or {}):
-            for key in CONTEXT_KEYS:
-                if isinstance(config.get(key), int) and config[key] > 0:
-                    return config[key]
-        return None
+        return context_of(self.config)
 
     @property
     def quantization(self) -> Quantization | None:

@@ -6,7 +6,6 @@ which the next card knows those that somebody else wrote.
 """
 
 import base64
-import hashlib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import yaml
 
 from mlx_adapters.display.notebook import loss_curve
+from mlx_adapters.display.readmes import FRONT, handwritten, is_ours, lines_by_hand, made_lines, stamp
 from mlx_adapters.errors import ConfigError, did_you_mean
 from mlx_adapters.models.metadata import losses_of
 from mlx_adapters.publishing.card_sections import SECTIONS
@@ -23,9 +23,6 @@ from mlx_adapters.sources.references import hub_id
 from mlx_adapters.storage import files
 
 MINE, END_MINE = "<!-- yours: this part survives the next publish -->", "<!-- /yours -->"
-_MINE = re.compile(r"<!-- yours\b.*?-->\n?(.*?)\n?<!-- /yours -->", re.S)
-_FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n---\r?\n?", re.S)
-_STAMP = re.compile(r"<!-- made: ([0-9a-f]*) -->")
 CURVE_FILE = "loss.svg"
 # Keys of the front matter that are made anew each time; others that the user added are kept.
 OWN = ("base_model", "base_model_relation", "library_name", "pipeline_tag", "model-index")
@@ -68,7 +65,7 @@ class Card:
 
     def __str__(self) -> str:
         front = yaml.safe_dump(self.front, sort_keys=False, allow_unicode=True, width=110)
-        return f"---\n{front}---\n\n{self.body}\n\n{MINE}\n{self.mine}\n{END_MINE}\n{_stamp(made_lines(self.body))}\n"
+        return f"---\n{front}---\n\n{self.body}\n\n{MINE}\n{self.mine}\n{END_MINE}\n{stamp(self.body)}\n"
 
     def _repr_markdown_(self) -> str:
         text = f"{self.body}\n\n{self.mine}"
@@ -110,7 +107,7 @@ def _check_base(base: Any) -> None:
 
 def parse_front(text: str) -> dict[str, Any]:
     """The YAML front matter of a README, {} if there is none that can be read."""
-    match = _FRONT.match(text)
+    match = FRONT.match(text)
     try:
         front = yaml.safe_load(match[1]) if match else {}
     except (yaml.YAMLError, ValueError, RecursionError):
@@ -118,41 +115,13 @@ def parse_front(text: str) -> dict[str, Any]:
     return front if isinstance(front, dict) else {}
 
 
-def is_ours(text: str) -> bool:
-    """Whether a README was made here: it has our marks, or what is left of them."""
-    return bool(_MINE.search(text) or _STAMP.search(text))
-
-
-def handwritten(text: str) -> str:
-    """The user's part of a README; of one that was not made here, all of it below the front matter."""
-    match = _MINE.search(text)
-    return (match[1] if match else "" if is_ours(text) else _FRONT.sub("", text)).strip()
-
-
-def made_lines(text: str) -> list[str]:
-    """The lines of a README that are made anew each time: all but front matter, user's part and empty ones."""
-    rest = _STAMP.sub("", _MINE.sub("", _FRONT.sub("", text), count=1))
-    return [line.rstrip() for line in rest.splitlines() if line.strip()]
-
-
 def lost_lines(old: str, new: Card) -> int:
     """How many lines that somebody wrote outside the marks of `old` are not in `new`.
 
     The stamp of `old` tells them from lines that were made, maybe of other metadata.
     """
-    stamp = _STAMP.search(old)
-    made = set(re.findall("....", stamp[1])) if stamp else set()
     known = set(made_lines(str(new)))
-    lines = made_lines(old) if is_ours(old) else []
-    return sum(line not in known and _mark(line) not in made for line in lines)
-
-
-def _stamp(lines: list[str]) -> str:
-    return f"<!-- made: {''.join(map(_mark, lines))} -->"
-
-
-def _mark(line: str) -> str:
-    return hashlib.sha256(line.encode()).hexdigest()[:4]
+    return sum(line not in known for line in lines_by_hand(old)) if is_ours(old) else 0
 
 
 def base_card(name: str, text: str, is_hub_id: bool) -> BaseCard:

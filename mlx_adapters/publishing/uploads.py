@@ -32,6 +32,7 @@ from mlx_adapters.sources.hub import (
     require_token,
 )
 from mlx_adapters.sources.references import hub_id
+from mlx_adapters.storage import paths
 from mlx_adapters.units import count
 
 ATTEMPTS, FIRST_WAIT_SECONDS = 5, 2.0
@@ -116,6 +117,17 @@ def _local_readme(folder: Path) -> str:
     return path.read_text(errors="replace") if path.is_file() else ""
 
 
+def _named_by_the_hub(subject: Subject, base_model: str | None) -> Subject:
+    """An adapter whose base is a folder of this machine names in its files what the base is called on the Hub, so that
+    whoever downloads it has it found."""
+    if subject.kind != "adapter" or not paths.is_path(subject.local_base or ""):
+        return subject
+    if not (base_id := base_model or _base_card(subject).hub_id):
+        return subject
+    metadata = {**subject.metadata, "base": {**subject.base, "name": base_id}}
+    return replace(subject, metadata=metadata, config={**subject.config, "model": base_id})
+
+
 def _base_card(subject: Subject) -> cards.BaseCard:
     """The base's id, license and languages: from its README in its folder, in the cache or on the Hub."""
     recorded = subject.local_base
@@ -178,7 +190,7 @@ def publish(
     require(not (create_pr and revision), "A pull request is made against 'main': give no revision with it.")
     if not dry_run:
         require_token(f"upload to '{repo}'")
-    subject = read_subject(source, benchmark).without(exclude)
+    subject = _named_by_the_hub(read_subject(source, benchmark).without(exclude), base_model)
     staging.check(subject)
     remote = look(repo, revision, dry_run, on_event)
     if dry_run and remote.known and not create_pr:

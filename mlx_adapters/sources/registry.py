@@ -215,6 +215,8 @@ def training_lock(folder: Path) -> Iterator[None]:
         with locks.lock(f"change-{place}"):
             busy = f"'{folder.name}' is being trained by another process."
             stack.enter_context(locks.lock(f"run-{place}", wait=False, busy=busy))
+            if not paths.same_place(folder.parent, adapters_folder()):  # a path, which another home may train, too
+                stack.enter_context(locks.lock(f"run-{place}", wait=False, busy=busy, of_all_homes=True))
         yield
 
 

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import re
+import tempfile
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,9 +58,13 @@ def _tell_once(text: str) -> None:
 
 
 @contextlib.contextmanager
-def lock(name: str, wait: bool = True, busy: str | None = None) -> Iterator[None]:
-    """Hold the lock `name` of the home folder, whatever its case (see `lock_file`): many disks know no case."""
-    path = home() / "locks" / f"{name.casefold()}.lock"
+def lock(name: str, wait: bool = True, busy: str | None = None, of_all_homes: bool = False) -> Iterator[None]:
+    """Hold the lock `name` of the home folder, whatever its case (see `lock_file`): many disks know no case.
+
+    of_all_homes: one that this user's processes share whatever home folder they have.
+    """
+    folder = Path(tempfile.gettempdir(), f"mlx_adapters-locks-{os.getuid()}") if of_all_homes else home() / "locks"
+    path = folder / f"{name.casefold()}.lock"
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()

@@ -13,24 +13,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from mlx_adapters.display.readmes import handwritten, is_ours, lines_by_hand
 from mlx_adapters.errors import AdapterError, ExistsError, TrainingError
 from mlx_adapters.storage.paths import TEMPORARY_PREFIX, is_litter
 
 SHOWN = 3
+README = "README.md"
 
 
 @dataclass(frozen=True)
 class Output:
     """The files of a folder that a command writes, by their paths in it: `mark` is always there, `also` is a pattern
-    of the others."""
+    of the others. `any_readme`: it may have a README.md that came with what was taken in."""
 
     mark: str = ""
     also: str = ""
+    any_readme: bool = False
 
     def strangers(self, folder: Path) -> list[str]:
-        """What is in `folder` besides these files and the system's litter; without the mark, all there is."""
+        """What is in `folder` besides these files and the system's litter; without the mark, all there is. A README.md
+        in which somebody has written is a stranger."""
         known = re.compile(f"{re.escape(self.mark)}|{self.also}" if (folder / self.mark).is_file() else "")
-        return [name for name in _files(folder) if not known.fullmatch(name)]
+        return [name for name in _files(folder) if not known.fullmatch(name) or self._is_written(folder / name)]
+
+    def _is_written(self, path: Path) -> bool:
+        if path.name != README:
+            return False
+        try:
+            text = path.read_text()
+        except (OSError, ValueError):
+            return True
+        if not is_ours(text):
+            return not self.any_readme
+        return bool(handwritten(text) or lines_by_hand(text))
 
 
 NOTHING = Output()

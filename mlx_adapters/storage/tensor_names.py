@@ -36,6 +36,7 @@ ADAPTER_OUTPUT = Output(
     r"(adapters|reference)\.safetensors|adapter_metadata\.json|recipe\.json|\d{7,}_adapters\.safetensors|README\.md|loss\.svg"
     r"|LICENSE|NOTICE|checkpoints/\d+/(adapters\.safetensors|optimizer\.safetensors|state\.json)"
     r"|rows/(train|valid|test)\.jsonl",
+    any_readme=True,
 )
 
 

@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import io
 import resource
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -37,8 +38,20 @@ def _unchanged_limits() -> Iterator[None]:
         resource.setrlimit = set_limit
 
 
+@contextlib.contextmanager
+def _without_reporting() -> Iterator[None]:
+    """mlx-lm's trainer imports services that its users may have, and a broken one would break everything here."""
+    absent = [name for name in ("wandb", "swanlab") if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]  # None: not to be imported
+    try:
+        yield
+    finally:
+        for name in absent:
+            sys.modules.pop(name, None)
+
+
 try:
-    with _unchanged_limits(), warnings.catch_warnings():
+    with _unchanged_limits(), _without_reporting(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import mlx.core as mx
         import mlx.nn as nn

@@ -26,11 +26,12 @@ from mlx_adapters.optimization.feed import Draw, Feed
 from mlx_adapters.optimization.objectives import means, with_sums
 from mlx_adapters.optimization.optimizers import learning_rate
 from mlx_adapters.optimization.step import TrainStep
+from mlx_adapters.storage.tensor_names import LORA_B, split
 from mlx_adapters.system.door import mx
 from mlx_adapters.training import state as states
 from mlx_adapters.training.folder import RunFolder
 from mlx_adapters.training.state import State
-from mlx_adapters.units import duration, number
+from mlx_adapters.units import count, duration, number
 
 WARM_UP = 3  # iterations: the first ones compile and fill caches
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a shutdown, a closed terminal
@@ -104,7 +105,16 @@ class Loop:
                 self.save()
                 self._say(f"Stopped at iteration {self.state.iteration}. {self.folder.how_to_resume()}")
                 raise KeyboardInterrupt
+        self._tell_untouched()
         return self.state
+
+    def _tell_untouched(self) -> None:
+        """Name the layers whose update is still nothing: no gradient comes to them, so they were adapted in vain."""
+        paths = [split(name)[0] for name, w in self.train_step.weights.items() if _is_untouched(name, w)]
+        if paths:
+            shown = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+            text = f"No gradient came to {count(len(paths), 'adapted layer')} ({shown}): leave them out of the targets."
+            self.on_event(Note(text, "warning"))
 
     def _stop_is_wanted(self, interrupt: Interrupt) -> bool:
         """Whether any of the processes was asked to stop: all must stop after the same iteration."""
@@ -248,6 +258,10 @@ class Loop:
     def _say(self, text: str) -> None:
         event: Event = Note(text)
         self.on_event(event)
+
+
+def _is_untouched(name: str, weight: mx.array) -> bool:
+    return split(name)[1] == LORA_B and not mx.any(weight != 0).item()
 
 
 def random_state() -> list[int]:

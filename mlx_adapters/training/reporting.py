@@ -1,9 +1,13 @@
 """Losses to TensorBoard, Weights & Biases or trackio; each is imported only when it is asked for.
 
-A service may refuse the login, lose the network or fail in any other way: watching a run never stops it.
+A service may refuse the login, lose the network, never answer or fail in any other way: watching a run never stops it,
+so the service is talked to in a thread of its own.
 """
 
 import importlib
+import queue
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +16,9 @@ from mlx_adapters.errors import ConfigError
 from mlx_adapters.events import Event, Note, OnEvent, TrainReport, ValidationReport
 
 SERVICES = ("tensorboard", "wandb", "trackio")
+SECONDS = 60  # that a service has at the end to take what it has not taken
 Log = Callable[[int, dict[str, float]], None]
-
-
-ANYTHING = (Exception, SystemExit)  # what a service's package may raise
+Figures = tuple[int, dict[str, float]]
 
 
 class Reporter:
@@ -23,7 +26,8 @@ class Reporter:
 
     The service's package is looked for at once, and the report begins with the first loss, so a run that is refused
     leaves none. `folder` takes TensorBoard's files. The first failure after that ends the report with one warning to
-    `on_event`. Raises ConfigError if there is no such service or package.
+    `on_event`, from the thread that calls. What the service prints goes to stderr. Raises ConfigError if there is no
+    such service or package.
     """
 
     def __init__(self, service: str, name: str, config: dict[str, Any], folder: Path, on_event: OnEvent) -> None:
@@ -36,51 +40,89 @@ class Reporter:
             module = _load(service)
             self._open = lambda: _web(module, name, config)
         self._service, self._on_event = service, on_event
-        self._log: Log | None = None
-        self._close: Callable[[], Any] | None = None
-        self._failed = False
+        self._figures: queue.SimpleQueue[Figures | None] = queue.SimpleQueue()
+        self._failure, self._told = "", False
+        self._thread = threading.Thread(target=self._work, daemon=True, name=f"report to {service}")
 
     def __call__(self, event: Event) -> None:
         """Send the event's figures, if it has any."""
         if isinstance(event, TrainReport):
-            self._send(
-                event.iteration,
-                {
-                    "train_loss": event.train_loss,
-                    "learning_rate": event.learning_rate,
-                    "trained_tokens_per_second": event.trained_tokens_per_second,
-                    **{f"train_{name}": value for name, value in event.figures.items()},
-                },
-            )
+            values = {
+                "train_loss": event.train_loss,
+                "learning_rate": event.learning_rate,
+                "trained_tokens_per_second": event.trained_tokens_per_second,
+                **{f"train_{name}": value for name, value in event.figures.items()},
+            }
+            self._send(event.iteration, values)
         elif isinstance(event, ValidationReport):
             figures = {f"validation_{name}": value for name, value in event.figures.items()}
             self._send(event.iteration, {"validation_loss": event.validation_loss, **figures})
 
     def _send(self, iteration: int, values: dict[str, float]) -> None:
-        if self._failed:
-            return
-        try:
-            if self._log is None:
-                self._log, self._close = self._open()
-            self._log(iteration, values)
-        except ANYTHING as error:
-            self._fail(error)
+        if self._thread.ident is None:
+            self._thread.start()
+        self._figures.put((iteration, values))
+        self._tell()
 
-    def _fail(self, error: BaseException) -> None:
-        self._failed = True
-        why = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
-        self._on_event(Note(f"The report to {self._service} failed ({why}); the run goes on without it.", "warning"))
+    def _work(self) -> None:
+        """Of the thread: everything that the service does, whatever it raises."""
+        try:
+            with _prints_apart():
+                log, close = self._open()
+                try:
+                    while (figures := self._figures.get()) is not None:
+                        log(*figures)
+                finally:
+                    close()
+        except BaseException as error:  # no Ctrl-C comes here, and an asyncio error may be no Exception
+            self._failure = _words(error)
+
+    def _tell(self) -> None:
+        """Pass a failure on, once."""
+        if self._failure and not self._told:
+            self._told = True
+            text = f"The report to {self._service} failed ({self._failure}); the run goes on without it."
+            self._on_event(Note(text, "warning"))
 
     def close(self) -> None:
         """End the report; what was sent is kept."""
-        close, self._close = self._close, None
-        if close is None:
+        if self._thread.ident is None:
             return
-        try:
-            close()
-        except ANYTHING as error:
-            if not self._failed:
-                self._fail(error)
+        self._figures.put(None)
+        self._thread.join(SECONDS)
+        if self._thread.is_alive():
+            self._failure = self._failure or f"no answer in {SECONDS} s"
+        self._tell()
+
+
+class _Apart:
+    """Standard output, but for one thread, whose prints go to stderr."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._thread = stream, threading.current_thread()
+
+    def __getattr__(self, name: str) -> Any:
+        if threading.current_thread() is not self._thread:
+            return getattr(self._stream, name)
+        return (lambda: None) if name == "close" else getattr(sys.stderr, name)
+
+
+class _prints_apart:
+    """Around what a thread does that may print: only the data are standard output's."""
+
+    def __enter__(self) -> None:
+        self._before = sys.stdout
+        sys.stdout = _Apart(self._before)
+
+    def __exit__(self, *_: object) -> None:
+        sys.stdout = self._before
+
+
+def _words(error: BaseException) -> str:
+    try:
+        return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+    except Exception:  # its __str__ raises
+        return type(error).__name__
 
 
 def _tensorboard(writer: Any) -> tuple[Log, Callable[[], Any]]:
@@ -102,9 +144,8 @@ def _load(package: str, *others: str) -> Any:
             return importlib.import_module(name)
         except ImportError:
             continue
-        except ANYTHING as error:
-            why = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+        except (Exception, SystemExit) as error:
             raise ConfigError(
-                f"The package '{name}' cannot be imported: {why}.", "mend it, or report elsewhere."
+                f"The package '{name}' cannot be imported: {_words(error)}.", "mend it, or report elsewhere."
             ) from None
     raise ConfigError(f"Reporting needs the package '{package}'.", f"pip install {package}.")

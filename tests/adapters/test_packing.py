@@ -19,6 +19,7 @@ from mlx_adapters.adapters.adding import add
 from mlx_adapters.adapters.packing import pack
 from mlx_adapters.adapters.verifying import verify
 from mlx_adapters.errors import AdapterError, ConfigError, ExistsError, FormatError, NotFoundError
+from mlx_adapters.merging.recipes import scale
 from mlx_adapters.models.adapter import read_adapter
 from mlx_adapters.sources import lookup, registry
 from mlx_adapters.storage import files, unpacking
@@ -64,6 +65,24 @@ def test_a_pack_has_the_same_bytes_each_time_and_comes_back_equal(base, tmp_path
     assert verify("copy").sound
     with tarfile.open(first.path) as tar:
         assert tar.getnames() == [f"sql/{name}" for name in first.files]
+
+
+def test_an_adapter_in_memory_is_packed_as_it_is_there(base, tmp_path):
+    make_run(base, "sql")
+    named = lookup.load_adapter("sql")
+    changed = scale("sql", 0.5)
+    for adapter, own in ((named, "sql"), (changed, changed.name), (lookup.load_adapter("sql@100"), "sql")):
+        target = tmp_path / f"{len(list(tmp_path.iterdir()))}.tar.gz"
+        with tarfile.open(pack(adapter, target).path) as tar:
+            assert {name.partition("/")[0] for name in tar.getnames()} == {own}
+        back = add(target, name=target.name.partition(".")[0] + "x")
+        assert read_adapter(back.folder).fingerprint == adapter.fingerprint
+        with pytest.raises(ExistsError):
+            pack(adapter, target)
+    with pytest.raises(ConfigError, match="in memory has no checkpoints"):
+        pack(named, tmp_path / "x.tar.gz", checkpoints=True)
+    assert pack(named.folder, tmp_path / "by-folder.tar.gz").files
+    assert not left_behind(tmp_path)
 
 
 def test_a_checkpoint_is_packed_as_what_the_bare_name_means(base, tmp_path):

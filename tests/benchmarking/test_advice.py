@@ -15,7 +15,7 @@ from mlx_adapters.benchmarking import trials
 from mlx_adapters.benchmarking.advice import advise
 from mlx_adapters.benchmarking.measurements import Run
 from mlx_adapters.cli import cli
-from mlx_adapters.errors import ConfigError, IncompatibleError
+from mlx_adapters.errors import ConfigError, FormatError, IncompatibleError
 from mlx_adapters.generation import memory
 from mlx_adapters.models.loading import load_model, load_module
 from mlx_adapters.sources.bases import resolve_base
@@ -59,6 +59,14 @@ def test_a_fused_model_that_keeps_the_fine_tune_and_is_faster_is_taken():
     words = "\n".join(found.reasons)
     assert "'f8' loses 0.10%" in words and "'f4' loses 10.00%" in words and "more than the 1% allowed" in words
     assert advise(report((300, 220, 280, 300)), "sql", tolerance=0.2).choice == "f4"
+
+
+def test_a_report_without_figures_to_compare_is_refused():
+    """As a hand-edited file has it: no two figures are of one round."""
+    found = report((300, 220, 280, 300))
+    runs = [dataclasses.replace(run, round=i) for i, run in enumerate(found.runs)]
+    with pytest.raises(FormatError, match="lacks figures"):
+        advise(dataclasses.replace(found, runs=tuple(runs)), "sql")
 
 
 def test_no_gain_means_no_fusing():

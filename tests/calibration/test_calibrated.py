@@ -607,6 +607,28 @@ def test_calibration_is_never_worse_than_rounding_to_nearest_on_its_own_rows(
     assert notes == told or on_gpu()  # which is better there, and by how little, its order of sums decides
 
 
+def test_mixed_precision_is_held_against_rounding_to_nearest_too(tiny_model, data, tmp_path, monkeypatch):
+    """At the precisions that were chosen for it."""
+    base = tiny_model("llama", bits=4)
+    asked = {"calibration": str(data), "budget_bits": 6.5, **FEW}
+    calibrated = fuse(base, visible_adapter(base), tmp_path / "one", options=FuseOptions(**asked))
+    judged = []
+
+    def judge(exact, fused, plain, batches, *rest):
+        found = measure_fidelity(exact, fused, plain, batches, *rest)
+        judged.append(found)
+        return replace(found, base_kl=0.0) if len(judged) == 1 else found  # as if nearest were better
+
+    monkeypatch.setattr(strategy, "measure_fidelity", judge)
+    nearest = fuse(base, visible_adapter(base), tmp_path / "other", options=FuseOptions(**asked))
+    assert (calibrated.method, nearest.method) == ("calibrated", "nearest")
+    assert 0 < judged[0].kl_mean < judged[0].base_kl
+    assert nearest.size_bytes == calibrated.size_bytes and any("rounded to nearest" in n for n in nearest.notes)
+    one, other = (mx.load(str(tmp_path / name / "model.safetensors")) for name in ("one", "other"))
+    assert {n: (w.shape, w.dtype) for n, w in one.items()} == {n: (w.shape, w.dtype) for n, w in other.items()}
+    assert any(not mx.array_equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.parametrize("signed", [None, "", "0" * 64, 7, ["x"], "é", "of another path", "of another machine"])
 def test_data_that_a_stranger_names_is_not_opened(signed, tiny_model, data, home, monkeypatch):
     """Neither a path nor a data set of the Hub; it is named, and used if it is asked for."""

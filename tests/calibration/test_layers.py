@@ -7,9 +7,11 @@ from helpers.fusing import IDS, some_rows, visible_adapter
 from helpers.tiny_models import build_model
 from mlx_lm.utils import load_model as load_as_mlx_lm_does
 
+from mlx_adapters.calibration import collecting
 from mlx_adapters.calibration.blockwise import BlockwiseModel
 from mlx_adapters.calibration.collecting import Collector
 from mlx_adapters.calibration.moments import Seen, fits
+from mlx_adapters.calibration.texts import GENERAL
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.data.batches import make_batches
@@ -122,6 +124,21 @@ def test_recurrent_models_are_calibrated(architecture, tiny_model, tmp_path):
     ]
     assert results[0].fidelity.kl_mean < results[1].fidelity.kl_mean
     assert not [note for note in results[0].notes if "does not see" in note]
+
+
+def test_a_layer_whose_calls_do_not_fit_is_rounded_to_nearest_and_named(tiny_model, tmp_path, monkeypatch):
+    base, few = tiny_model("llama"), {"calibration_rows": 4, "check": False, "thorough": False}
+    monkeypatch.setattr(collecting, "fits", lambda seen, shape: shape[0] != 32)  # k_proj and v_proj
+    fused = {}
+    for method in ("calibrated", "nearest"):
+        options = FuseOptions(method=method, calibration=GENERAL, **few)
+        result = fuse(base, visible_adapter(base), tmp_path / method, quantization=Quantization(4, 32), options=options)
+        named = {note.split(":")[0].rpartition(".")[2] for note in result.notes if "does not see" in note}
+        assert named == ({"k_proj", "v_proj"} if method == "calibrated" else set())
+        fused[method] = mx.load(str(tmp_path / method / "model.safetensors"))
+    for name, weight in fused["nearest"].items():
+        if "k_proj" in name or "v_proj" in name:
+            assert mx.array_equal(weight, fused["calibrated"][name]).item(), name
 
 
 def test_calls_that_do_not_fit_the_weight_tell_nothing():

@@ -22,6 +22,7 @@ from mlx_adapters.errors import NotFoundError
 from mlx_adapters.evaluation.scores import parse_score
 from mlx_adapters.evaluation.variants import Variant
 from mlx_adapters.models.adapter import write_adapter
+from mlx_adapters.publishing.cards import MINE
 from mlx_adapters.publishing.subject import read_subject
 from mlx_adapters.sources import registry
 from mlx_adapters.storage import files, paths
@@ -124,6 +125,10 @@ READS = {
     "adapter": ("export-peft", "./folder", "folder", "--overwrite"),
     "added to itself": ("add", "./folder", "--out", "folder", "--overwrite"),
     "by a link": ("fuse", "--again", "fused", "link", "--overwrite"),
+    "merged into itself": ("merge", "a", "./folder", "--name", "a", "--overwrite"),
+    "subtracted from itself": ("subtract", "./folder", "a", "--name", "a", "--overwrite"),
+    "scaled": ("scale", "a", "0.5", "--name", "a", "--overwrite"),
+    "interpolated": ("interpolate", "a", "./folder", "--data", "split", "--best", "--name", "a", "--overwrite"),
 }
 
 
@@ -134,6 +139,40 @@ def test_what_a_command_reads_is_not_replaced(place, what):
     message = run(*READS[what], code=1)
     assert "is read, and would be replaced" in message or "other things" in message
     assert tree(place) == before
+
+
+READMES = {
+    "export-peft": (OWN["export-peft"], FOLDERS["export-peft"]),
+    "fuse": (OWN["fuse"], FOLDERS["fuse"]),
+    "scale": ("home/adapters/a", ("scale", "./folder", "0.5", "--name", "a", "--overwrite")),
+}
+
+
+@pytest.mark.parametrize("what", READMES)
+def test_a_readme_that_somebody_wrote_in_is_not_replaced(place, home, what):
+    own, arguments = READMES[what]
+    own = place / own if (place / own).is_dir() else home / "adapters" / "a"
+    arguments = [part.format(own) for part in arguments]
+    if what != "export-peft":  # which writes one itself
+        run("card", "a" if what == "scale" else own, "--write", "--base-model", "x/y")
+    made = (own / "README.md").read_text()
+    edited = [made + "My own findings.\n", made.replace("# ", "# My ", 1)]
+    if MINE in made:
+        edited.append(made.replace(MINE, f"{MINE}\nMy own findings.\n"))
+    if what != "scale":  # an adapter may have come with another's
+        edited.append("# Mine alone\n")
+    for text in edited:
+        (own / "README.md").write_text(text)
+        assert "README.md" in run(*arguments, code=1)
+        assert (own / "README.md").read_text() == text
+    (own / "README.md").write_text(made)
+    run(*arguments)
+
+
+def test_export_peft_says_nothing_before_it_refuses(place, monkeypatch):
+    result = CliRunner().invoke(cli, ["export-peft", "a", "peft/adapter_config.json/x"])
+    assert result.exit_code == 1 and "PEFT cannot load it yet" not in result.output
+    assert "PEFT cannot load it yet" in CliRunner().invoke(cli, ["export-peft", "a", "again"]).output
 
 
 def test_a_pack_replaces_a_pack_only(place):
@@ -152,6 +191,7 @@ def test_a_pack_replaces_a_pack_only(place):
 def test_all_that_we_put_into_an_adapter_is_known_to_be_ours(base, home):
     """Whatever training, `use`, `tag`, `eval --save` and `card` leave there does not hinder --overwrite."""
     folder = make_run(base, "sql")
+    registry.register(make_adapter(base), "a")
     states.save(folder, states.State(iteration=400), make_adapter(base).weights, {})
     files.write_json(folder / states.RUN_RECIPE_FILE, {})
     keeping.use("sql@100")
@@ -159,9 +199,9 @@ def test_all_that_we_put_into_an_adapter_is_known_to_be_ours(base, home):
     run("card", "sql", "--write", "--base-model", "x/y")
     assert len(tree(folder)) > 8 and ADAPTER_OUTPUT.strangers(folder) == []
     (folder / "notes.md").write_text("mine")
-    assert "notes.md" in run("scale", "sql", "0.5", "--name", "sql", "--overwrite", code=1)
+    assert "notes.md" in run("scale", "a", "0.5", "--name", "sql", "--overwrite", code=1)
     (folder / "notes.md").unlink()
-    run("scale", "sql", "0.5", "--name", "sql", "--overwrite")
+    run("scale", "a", "0.5", "--name", "sql", "--overwrite")
     assert registry.read_entry(folder).problem is None
 
 

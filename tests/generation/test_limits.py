@@ -17,6 +17,7 @@ from mlx_adapters.evaluation.evaluate import EvaluationConfig, evaluate
 from mlx_adapters.evaluation.scores import greedy_answers
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.generation.live import load_model
+from mlx_adapters.models.base import context_of
 from mlx_adapters.sources.bases import resolve_base
 
 LORA, TRAINING = LoraConfig(rank=4), TrainConfig(iterations=1, batch_size=2)
@@ -77,6 +78,37 @@ def test_an_answer_ends_where_the_context_does(tiny_model):
         with pytest.raises(ModelError, match="41 tokens; the model's context has 40"):
             refused()
     assert np.isfinite(np.array(model.logits([5] * 60))).all()  # judging a text is another thing
+
+
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40}
+
+
+@pytest.mark.parametrize(
+    "scaling, reached",
+    [
+        (YARN, 160),  # as Qwen's cards say to add it
+        (YARN | {"original_max_position_embeddings": 5}, 40),  # the limit is the stretched one already
+        ({"type": "linear", "factor": 4.0}, 40),  # Gemma 3's limit is, too
+        (YARN | {"factor": "four"}, 40),
+        (YARN | {"factor": None}, 40),
+        (YARN | {"factor": float("inf")}, 40),
+        ("yarn", 40),
+    ],
+)
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_stretched_positions_reach_further_than_the_configs_limit(key, scaling, reached):
+    for config in ({key: scaling}, {"text_config": {key: scaling, "max_position_embeddings": 40}}):
+        limit = {} if "text_config" in config else {"max_position_embeddings": 40}
+        assert context_of(config | limit) == reached
+
+
+def test_a_model_answers_where_its_positions_are_stretched(tmp_path):
+    model = load_model(build_model(tmp_path / "base", "llama", max_position_embeddings=40, rope_scaling=YARN))
+    model.tokenizer._eos_token_ids = set()
+    answer = model.generate([5] * 100, max_tokens=100)
+    assert (len(answer.token_ids), answer.finish_reason) == (61, "context")
+    with pytest.raises(ModelError, match="161 tokens; the model's context has 160"):
+        model.generate([5] * 161, max_tokens=1)
 
 
 def test_generate_and_chat_tell_that_the_context_is_full(tiny_model, monkeypatch):

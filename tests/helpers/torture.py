@@ -49,7 +49,7 @@ class Torture:
         return any(section == kind and words in name for kind, _, words in self.only)
 
     def disk_trials(self, section: str) -> Iterator[Trial]:
-        """So many of every command, or all: shuffled, so that any time that is given covers every command."""
+        """So many of every command, or all, in rounds: none has a second one before each has had its first."""
         from helpers.torture_disk import Tried, scenarios
 
         found = []
@@ -65,9 +65,9 @@ class Torture:
             rng = random.Random(f"{self.asked.seed} {section} {name}")
             fair = max(2, int(20 / tried.seconds))  # of what takes long, fewer
             chosen = rng.sample(points, min(len(points), fair, self.asked.count or len(points)))
-            found += [(name, f"{trap.fault} at {trap.at}", lambda t=tried, p=trap: t.trial(p)) for trap in chosen]
-        random.Random(f"{self.asked.seed} {section}").shuffle(found)
-        yield from found
+            trials = [(name, f"{trap.fault} at {trap.at}", lambda t=tried, p=trap: t.trial(p)) for trap in chosen]
+            found += [(number, rng.random(), trial) for number, trial in enumerate(trials)]
+        yield from (trial for *_, trial in sorted(found, key=lambda entry: entry[:2]))
 
     def trials(self, section: str) -> Iterator[Trial]:
         if section in ("kill", "disk"):
@@ -82,6 +82,7 @@ class Torture:
         end = time.monotonic() + seconds
         for name, which, trial in self.trials(section):
             if time.monotonic() > end:
+                print(f"{section}: the time is over before all trials were made", flush=True)
                 break
             if self.asked.trial not in (None, which):
                 continue

@@ -27,6 +27,7 @@ fuse a out/g --format gguf --no-check
 fuse --again fused8 out/again
 fuse --from-peft ./peft --base BASE out/p --method nearest --no-check
 merge a b --name m
+merge a b --method svd --name v
 merge a a@2 --name b --overwrite
 subtract a b --name m
 scale a 0.5 --name s
@@ -54,11 +55,13 @@ import-peft ./peft --base BASE --name b --overwrite
 data split rows.jsonl out/split
 data split rows.jsonl split --seed 1 --overwrite
 card a --write --base-model x/y | home/adapters/a/
+card ./fused --write --base-model x/y | fused/
 show a --plot out/loss.svg
 eval base a b --base BASE --data data -o reports/e.json | home/adapters/ reports/
 benchmark base a MEASURED -o reports/b.json --html reports/b.html --markdown reports/b.md --plots reports | reports/
 publish a user/new --dry-run --base-model user/base
 publish a user/a --base-model user/base | home/adapters/a/
+publish ./fused user/model --base-model user/base | fused/
 download user/there --base BASE --name d
 completion zsh
 generate hi --adapter a --max-tokens 2

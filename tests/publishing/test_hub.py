@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -478,7 +479,8 @@ def test_a_fused_model_there_and_back(hub, sql, fused, base):
     assert mx.array_equal(got, expected)
     plain, _ = mlx_lm.load(str(back.folder))
     plain.set_dtype(mx.float32)
-    assert mx.abs(plain(mx.array([TOKENS]))[0] - expected).max() < 1e-4
+    with mx.stream(mx.cpu):  # CUDA computes some of these small quantized matrices wrong
+        assert mx.abs(plain(mx.array([TOKENS]))[0] - expected).max() < 1e-4
 
 
 def test_old_shards_are_removed(hub, fused):
@@ -530,6 +532,18 @@ def test_the_models_example_in_a_card_runs(hub, sql, base, tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
     env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf2"), "HF_HUB_DISABLE_XET": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
+def test_the_programs_example_in_a_card_finds_the_base_on_the_hub(cli, hub, sql, base):
+    """Which was a folder of the machine that published."""
+    hub.add("user/tiny", {path.name: path.read_bytes() for path in base.iterdir()})
+    card = publish("sql", REPO, base_model="user/tiny").card
+    metadata, config = (json.loads(hub.repos[REPO].files[f"adapter_{name}.json"]) for name in ("metadata", "config"))
+    assert metadata["base"]["name"] == config["model"] == "user/tiny"
+    assert metadata["base"]["fingerprint"] == sql.metadata["base"]["fingerprint"]
+    line = re.search(r"^mlx-adapters generate.*$", card, re.M)[0]
+    done = cli(*shlex.split(line)[1:], "--max-tokens", "2")
     assert done.returncode == 0 and done.stdout, done.stderr
 
 

@@ -17,7 +17,7 @@ from helpers.adapters import make_adapter, make_run
 
 import mlx_adapters as ma
 import mlx_adapters.models.adapter as adapter_module
-from mlx_adapters.adapters import keeping, packing, project, verifying
+from mlx_adapters.adapters import adding, inspecting, keeping, packing, project, verifying
 from mlx_adapters.cli import cli
 from mlx_adapters.errors import ConfigError, ExistsError, HubError, NotFoundError, StorageError, TrainingError
 from mlx_adapters.sources import lookup, references, registry
@@ -55,6 +55,18 @@ def test_a_killed_init_can_be_repeated(tmp_path):
 
 
 # -- locks ------------------------------------------------------------------------------------------------
+
+
+def test_a_path_is_trained_by_one_run_whatever_home_each_has(tmp_path, monkeypatch):
+    place = tmp_path / "run"
+    with registry.training_lock(place):
+        monkeypatch.setenv("MLX_ADAPTERS_HOME", str(tmp_path / "another"))
+        with pytest.raises(TrainingError, match="being trained by another process"), registry.training_lock(place):
+            pass
+        with registry.training_lock(registry.adapter_folder("run")), registry.training_lock(tmp_path / "run2"):
+            pass
+    with registry.training_lock(place):
+        pass
 
 
 def test_a_place_has_one_lock_however_it_is_spelled(tmp_path, home):
@@ -205,7 +217,7 @@ def state(home: Path):
         assert checks["checksums"].sound is not False, checks["checksums"].detail
         found[entry.name] = (entry.iterations, entry.iteration, entry.tags, adapter.fingerprint)
     for path in home.glob("*.tar.gz"):
-        assert packing.add(path, out=home / "unpacked", overwrite=True).kind == "adapter"
+        assert adding.add(path, out=home / "unpacked", overwrite=True).kind == "adapter"
         found[path.name] = files.sha256(path)
     for name in project.FILES:
         if (home / "project" / name).exists():
@@ -338,6 +350,23 @@ def test_a_check_that_is_overtaken_by_a_change_is_made_anew(base, monkeypatch):
     assert [check for check in verifying.verify("x", base="nowhere").problems if check.what == "checksums"] == []
 
 
+def test_what_is_shown_beside_changes_is_of_one_version(base, monkeypatch):
+    """Another checkpoint is chosen after the weights are read."""
+    make_run(base, "x")
+    before, read, changed = inspecting.describe("x"), registry.read_entry, []
+
+    def overtaking(folder):
+        if not changed:
+            changed.append(True)
+            keeping.use("x@100")
+        return read(folder)
+
+    monkeypatch.setattr(registry, "read_entry", overtaking)
+    shown = inspecting.describe("x")
+    assert changed and shown == inspecting.describe("x") != before
+    assert [c.iteration for c in shown.checkpoints if c.in_use] == [100]
+
+
 def test_a_pack_beside_changes_is_of_one_version(base, tmp_path, monkeypatch):
     """The adapter is replaced while its files are opened, and again while they are packed."""
     make_run(base, "x")
@@ -357,7 +386,7 @@ def test_a_pack_beside_changes_is_of_one_version(base, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(packing, "read_adapter", overtaking)
         packing.pack("x", tmp_path / "x.tar.gz", checkpoints=True, on_event=packs[1])
-    packing.add(tmp_path / "x.tar.gz", out=tmp_path / "out")
+    adding.add(tmp_path / "x.tar.gz", out=tmp_path / "out")
     assert lookup.load_adapter(tmp_path / "out").fingerprint == others[0].fingerprint
     assert lookup.load_adapter("x").fingerprint == others[1].fingerprint
 

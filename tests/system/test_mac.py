@@ -1,5 +1,6 @@
 """What a Mac does otherwise, simulated: tools by recorded output, limits by patches, shells by stand-ins."""
 
+import contextlib
 import json
 import resource
 import shutil
@@ -90,6 +91,7 @@ def metal(monkeypatch):
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(mx, "device_info", lambda *_: {"max_recommended_working_set_size": 48 * GB})
     monkeypatch.setattr(mx, "set_wired_limit", lambda size: wired.append(size) or 0)
+    monkeypatch.setattr(mx, "set_memory_limit", lambda size: wired.append(size) or 0)
     limits.wire_memory.cache_clear()
     yield wired
     limits.wire_memory.cache_clear()
@@ -99,7 +101,7 @@ def test_memory_is_wired_once_by_whatever_loads_a_model(metal, tiny_model):
     base = resolve_base(str(tiny_model("llama")))
     load_module(base)  # fuse, train, estimate
     load_model(resolve_base(base))  # generate, chat, serve, eval, benchmark
-    assert metal == [48 * GB]
+    assert metal == [48 * GB] * 2  # and MLX waits there instead of running on into swap
 
 
 def test_wired_memory_that_is_refused_stops_nothing(metal, monkeypatch, tiny_model):
@@ -109,6 +111,17 @@ def test_wired_memory_that_is_refused_stops_nothing(metal, monkeypatch, tiny_mod
     monkeypatch.setattr(mx, "set_wired_limit", refuse)
     assert limits.wire_memory() == 0
     assert load_model(resolve_base(tiny_model("llama"))).logits([1, 2]).shape[-1] == 512
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_what_a_step_needs_is_measured_with_a_gpu_that_does_not_run_ahead(gpu, monkeypatch):
+    limits_set = []
+    monkeypatch.setattr(limits, "on_gpu", lambda: gpu)
+    monkeypatch.setattr(mx, "set_memory_limit", lambda size: limits_set.append(size) or 96 * GB)
+    with contextlib.suppress(ZeroDivisionError), limits.as_little_memory_as_will_do():
+        assert limits_set == [1] * gpu
+        raise ZeroDivisionError
+    assert limits_set == [1, 96 * GB] * gpu
 
 
 def test_without_metal_nothing_is_wired(monkeypatch):

@@ -36,7 +36,11 @@ def test_what_is_trained_loads_in_mlx_lm_or_is_refused(on, kind, tiny_model, tmp
     theirs, _ = mlx_lm.load(str(base), adapter_path=str(run.folder))
     theirs.set_dtype(mx.float32)
     ours = load_model(base, load_adapter("run"))
-    assert np.allclose(np.array(theirs(IDS)), np.array(ours.module(IDS)), atol=2e-3)
+    with mx.stream(
+        mx.cpu
+    ):  # CUDA computes some of these small quantized matrices wrong, and plain mlx-lm does not look
+        expected = np.array(theirs(IDS))
+    assert np.allclose(expected, np.array(ours.module(IDS)), atol=2e-3)
 
 
 def test_rows_of_zeros_are_refused_under_dora(tmp_path):
