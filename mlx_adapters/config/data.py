@@ -9,6 +9,7 @@ from mlx_adapters.config.settings import check, setting, settings
 # Arguments of a template that are not the user's to give.
 RESERVED = {"messages", "conversation", "tools", "add_generation_prompt", "continue_final_message", "tokenize"}
 RESERVED |= {"return_dict", "return_tensors", "chat_template", "padding", "truncation", "max_length"}
+RESERVED |= {"self", "return_assistant_tokens_mask", "tokenizer_kwargs"}
 
 
 @settings
@@ -42,7 +43,7 @@ class TemplateConfig:
         good = self.chat_template is None or "{" in self.chat_template
         require(good, f"chat_template is a template's text, not '{self.chat_template}'.", "read the file first.")
         for name in self.chat_template_args:
-            require(name not in RESERVED, f"The chat template's '{name}' is not for chat_template_args to give.")
+            require(name not in RESERVED, f"The chat template's '{name}' cannot be given by an argument.")
 
     def over(self, other: "TemplateConfig") -> "TemplateConfig":
         """This one, with the other's settings where it has none.

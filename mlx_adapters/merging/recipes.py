@@ -14,7 +14,8 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 
-from mlx_adapters.config.mapping import require
+from mlx_adapters.config.data import TemplateConfig
+from mlx_adapters.config.mapping import require, to_mapping
 from mlx_adapters.config.merging import MergeMethod, MergeSettings
 from mlx_adapters.config.quantization import Dtype
 from mlx_adapters.errors import IncompatibleError
@@ -22,7 +23,7 @@ from mlx_adapters.events import OnEvent, Progress, log_warnings
 from mlx_adapters.merging.arithmetic import SignMethod
 from mlx_adapters.merging.decomposition import Decomposition, check_rank, kept_energy, pad_rank
 from mlx_adapters.merging.methods import METHODS, Method, Options, merge_updates
-from mlx_adapters.models.adapter import Adapter, AdapterLike, place_of, weights_file
+from mlx_adapters.models.adapter import Adapter, AdapterLike, place_of, template_of, weights_file
 from mlx_adapters.models.low_rank import LowRankUpdate, factors_of, stack_tensors, tensors_of, update_of, update_shape
 from mlx_adapters.models.metadata import AdapterConfig, base_of
 from mlx_adapters.sources import lookup, registry
@@ -360,6 +361,9 @@ def _finish(
     bases = [base_of(adapter.metadata) for adapter in adapters]
     base = max(bases, key=len)
     metadata = {"source": "merge", "merge": recipe} | ({"base": base} if base else {}) | machine.made_now()
+    templates = [template_of(adapter) for adapter in adapters]
+    if templates and templates[0] != TemplateConfig() and all(one == templates[0] for one in templates):
+        metadata["template"] = to_mapping(templates[0])
     result = dataclasses.replace(result, metadata=metadata)
     if name is None:
         return result.check()

@@ -333,10 +333,13 @@ def base_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def data_config(metadata: Mapping[str, Any]) -> DataConfig:
-    """How the adapter's training read its rows; the defaults where its metadata say nothing that makes sense."""
-    training = metadata.get("training")
+    """How the adapter's training read its rows; the defaults where its metadata say nothing that makes sense.
+
+    Of an adapter that was made of others, `template` says how these saw conversations.
+    """
     names = {field.name for field in fields(DataConfig)}
-    known = {k: v for k, v in training.items() if k in names} if isinstance(training, dict) else {}
+    told = [record for key in ("training", "template") if isinstance(record := metadata.get(key), dict)]
+    known = {name: value for record in told for name, value in record.items() if name in names}
     try:
         return from_mapping(DataConfig, known)
     except ConfigError:

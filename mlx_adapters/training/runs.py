@@ -183,6 +183,7 @@ def train(
         text = f"The reference is the base alone; reference='{adapter.name}' would be what training starts from."
         on_event(Note(text))
     lora = lora or (setup.lora_of(adapter) if adapter else LoraConfig())
+    training = setup.with_template_of(training, adapter)
     request = _Request(
         resolve_base(base),
         read_data(data, read=training),

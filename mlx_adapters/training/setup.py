@@ -16,7 +16,7 @@ from mlx_adapters.data.preferences import tokenize_for
 from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.errors import ConfigError, FormatError, IncompatibleError, ModelError, did_you_mean
 from mlx_adapters.events import Note, OnEvent
-from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.adapter import Adapter, template_of
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.dense import quantization_of
 from mlx_adapters.models.layers import adaptable_layers, add_adapter_layers, loads_in_mlx_lm, resolve_target_modules
@@ -137,6 +137,11 @@ def lora_of(adapter: Adapter) -> LoraConfig:
     """The settings that make an adapter like this one."""
     c = adapter.config
     return LoraConfig(rank=c.rank, scale=c.scale, dropout=c.dropout, target_modules=c.keys, type=c.type)  # type: ignore[arg-type]
+
+
+def with_template_of(training: TrainConfig, adapter: Adapter | None) -> TrainConfig:
+    """Settings to train on from an adapter: conversations look as they did to it, unless others are asked for."""
+    return training if adapter is None else replace(training, **vars(training.template.over(template_of(adapter))))
 
 
 @contextlib.contextmanager

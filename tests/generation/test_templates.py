@@ -1,5 +1,6 @@
 """An adapter is used with the template and the arguments that it was trained with, unless others are given."""
 
+import dataclasses
 import json
 
 import pytest
@@ -14,12 +15,15 @@ from mlx_adapters import (
     TrainConfig,
     evaluate,
     fuse,
+    load_adapter,
     load_model,
+    merge,
     train,
 )
 from mlx_adapters.cli import cli
 from mlx_adapters.errors import ConfigError, FormatError
 from mlx_adapters.generation.chat import Chat
+from mlx_adapters.models.adapter import template_of
 from mlx_adapters.serving.settings import ServeSettings
 from mlx_adapters.serving.start import make_engine
 
@@ -103,6 +107,21 @@ def test_a_fused_model_sees_what_the_adapter_saw(base, tmp_path):
     assert report.evaluations[0].tokens == same.evaluations[0].tokens
 
 
+def test_what_is_made_of_an_adapter_sees_what_it_saw(base):
+    trained(base, "quiet", chat_template_args=QUIET)
+    trained(base, "plain")
+    assert template_of(merge(["quiet", "quiet"], weights=[0.5, 0.5])).chat_template_args == QUIET
+    assert template_of(merge(["quiet", "plain"], weights=[0.5, 0.5])) == TemplateConfig()
+    settings = TrainConfig(iterations=1, batch_size=1)
+    train(base, ROWS, name="on", init_from="quiet", training=settings)
+    loud = dataclasses.replace(settings, chat_template_args={"enable_thinking": True})
+    train(base, ROWS, name="loud", init_from="quiet", training=loud)
+    assert [template_of(load_adapter(name)).chat_template_args["enable_thinking"] for name in ("on", "loud")] == [
+        False,
+        True,
+    ]
+
+
 def test_wrong_templates_and_arguments_are_refused(base, tmp_path):
     bad = tmp_path / "bad.jinja"
     bad.write_text("{% for m in messages %}")
@@ -110,7 +129,7 @@ def test_wrong_templates_and_arguments_are_refused(base, tmp_path):
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     with pytest.raises(FormatError, match="The chat template is not valid, line 1"):
         load_model(base, template=TemplateConfig(chat_template=bad.read_text()))
-    with pytest.raises(ConfigError, match="'tools' is not for chat_template_args"):
+    with pytest.raises(ConfigError, match="'tools' cannot be given by an argument"):
         TemplateConfig(chat_template_args={"tools": []})
     with pytest.raises(ConfigError, match=r"a template's text, not 'chat\.jinja'"):
         TemplateConfig(chat_template="chat.jinja")
