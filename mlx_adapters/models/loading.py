@@ -82,7 +82,7 @@ def load_module(base: Base) -> tuple[nn.Module, dict[str, Any]]:
 
     def refused(why: str) -> AdapterError:
         lacking: list[str] = []
-        with contextlib.suppress(AdapterError):  # what keeps the index from being read tells less than `why`
+        with contextlib.suppress(AdapterError, OSError):  # what keeps the folder from being read tells less than `why`
             lacking = base.lacking
         why = f"it lacks {', '.join(lacking[:3])}, which its index names" if lacking else why
         hint = "copy or download the whole model." if lacking else files_hint(files)
