@@ -189,7 +189,8 @@ def test_references():
     assert parse("sql@600") == references.Reference("name", "sql", 600)
     assert parse("./a@5") == references.Reference("path", "./a", 5)
     assert parse("user/repo@v1") == references.Reference("hub", "user/repo", revision="v1")
-    for bad in ("", "a b", "sql@", "sql@x", "a/b/c", "-x"):
+    assert parse("a/b/c") == references.Reference("hub", "a/b", subfolder="c")
+    for bad in ("", "a b", "sql@", "sql@x", "a//c", "-x"):
         with pytest.raises(errors.ConfigError):
             parse(bad)
 

@@ -9,6 +9,7 @@ import pytest
 from helpers.training_tools import write_data
 
 from mlx_adapters import LoraConfig, Quantization, TrainConfig, train
+from mlx_adapters.config.data import DataConfig
 from mlx_adapters.errors import ConfigError, FormatError, IncompatibleError, TrainingError
 from mlx_adapters.events import CheckpointSaved, Note, TrainReport, ValidationReport
 from mlx_adapters.sources.lookup import load_adapter
@@ -233,6 +234,9 @@ def test_no_setting_is_forgotten_here():
         "objective",
         "grad_checkpoint",
         "chunked_loss",
+        "schedule_iterations",  # test_schedules.py
+        "valid_fraction",  # this and these: tests/rows and tests/templates
+        *(field.name for field in dataclasses.fields(DataConfig)),
     }
     assert {f.name for f in dataclasses.fields(TrainConfig)} == elsewhere | CHANGES_WEIGHTS.keys()
     assert {f.name for f in dataclasses.fields(LoraConfig)} == {*LORA_CHANGES, "target_modules", "num_layers"}
