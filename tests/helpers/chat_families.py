@@ -261,7 +261,9 @@ WORDS = [
 
 def _words(rng: random.Random, most: int = 8) -> str:
     text = " ".join(rng.choices(WORDS, k=rng.randint(1, most)))
-    return rng.choice(["", "", " ", "\n"]) + text + rng.choice(["", "", " ", "\n\n"])
+    text = rng.choice(["", "", " ", "\n"]) + text + rng.choice(["", "", " ", "\n\n"])
+    # Words that begin as a generation prompt ends are its own for us, and the turn's for marks.
+    return text.replace("<think>\n", "<think> \n")
 
 
 def _call(rng: random.Random) -> dict:
