@@ -154,10 +154,10 @@ def _objective(given: Mapping[str, Any], in_file: Any) -> dict[str, Any]:
     """What is typed of the objective, over what the file says of the same one."""
     typed = {"name": given["objective"]} if "objective" in given else {}
     typed |= {setting: given[setting] for setting in OBJECTIVE if setting in given}
-    before = {"name": in_file} if isinstance(in_file, str) else dict(in_file or {})
+    before = {"name": in_file} if isinstance(in_file, str) else in_file if isinstance(in_file, Mapping) else {}
     if not typed or typed.get("name", before.get("name")) != before.get("name"):
         before = {}
-    objective = before | typed
+    objective = {**before, **typed}
     name = objective.get("name")
     for setting in typed if name in OBJECTIVES else ():
         if setting != "name" and name not in OBJECTIVE[setting]:

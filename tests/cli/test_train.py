@@ -13,6 +13,8 @@ from helpers.training_tools import write_data
 
 from mlx_adapters import LoraConfig, TrainConfig
 from mlx_adapters.cli import cli
+from mlx_adapters.config.mapping import to_mapping
+from mlx_adapters.config.training import DPO, KTO, ORPO, SimPO
 from mlx_adapters.errors import AdapterError, ConfigError, StorageError
 from mlx_adapters.sources.registry import adapter_folder
 from mlx_adapters.storage import files
@@ -119,6 +121,16 @@ def test_unknown_keys_in_the_config_file_are_named(run, tmp_path):
 
 # Option -> (what is typed, the settings that it changes). What the settings do: test_training_options.py.
 PAIR = ["--prompt-column", "question", "--completion-column", "reply"]
+OBJECTIVES = {
+    "--objective": ("--objective orpo", ORPO()),
+    "--beta": ("--objective simpo --beta 3", SimPO(beta=3.0)),
+    "--loss": ("--objective dpo --loss ipo", DPO(loss="ipo")),
+    "--label-smoothing": ("--objective dpo --label-smoothing 0.1", DPO(label_smoothing=0.1)),
+    "--length-normalization": ("--objective dpo --length-normalization", DPO(length_normalization=True)),
+    "--gamma": ("--objective simpo --gamma 0.5", SimPO(gamma=0.5)),
+    "--desirable-weight": ("--objective kto --desirable-weight 2", KTO(desirable_weight=2.0)),
+    "--undesirable-weight": ("--objective kto --undesirable-weight 2", KTO(undesirable_weight=2.0)),
+}
 SETTINGS = {
     "--rank": (["--rank", "3", "--rank", "v_proj=5"], {"lora.rank": 3, "lora.ranks": {"v_proj": 5}}),
     "--scale": (["--scale", "3"], {"lora.scale": 3.0}),
@@ -139,6 +151,9 @@ SETTINGS = {
     "--max-grad-norm": (["--max-grad-norm", "1"], {"training.max_grad_norm": 1.0}),
     "--grad-accumulation": (["--grad-accumulation", "2"], {"training.grad_accumulation": 2}),
     "--max-seq-length": (["--max-seq-length", "64"], {"training.max_seq_length": 64}),
+    **{
+        flag: ([*typed.split()], {"training.objective": to_mapping(made)}) for flag, (typed, made) in OBJECTIVES.items()
+    },
     "--chunked-loss": (["--chunked-loss", "off"], {"training.chunked_loss": "off"}),
     "--eval-every": (["--eval-every", "9"], {"training.eval_every": 9}),
     "--eval-batches": (["--eval-batches", "2"], {"training.eval_batches": 2}),
@@ -216,7 +231,10 @@ def test_every_option_of_train_changes_its_setting_and_no_other(run):
 
 def test_no_option_is_forgotten_here():
     options = {name for p in cli.get_command(None, "train").params for name in p.opts if name.startswith("--")}
-    elsewhere = {"--trust-remote-code"}  # tests/models/test_own_code.py
+    elsewhere = {
+        "--trust-remote-code",
+        "--reference",
+    }  # tests/models/test_own_code.py, tests/training/test_preferences.py
     assert options == SETTINGS.keys() | ACTIONS.keys() | elsewhere
     assert all(callable(globals()[test]) for test in ACTIONS.values())
 
