@@ -22,8 +22,8 @@ from mlx_adapters.training.state import RUN_RECIPE_FILE, VERSION
 KINDS = metadata.WholeRecord(
     base=metadata.WholeRecord(name=str, fingerprint=str),
     data=metadata.WholeRecord(source=str, splits={"*": {"sha256": str}}),
-    lora={},
-    training={},
+    lora=metadata.WholeRecord(rank=int, scale=float),
+    training=metadata.WholeRecord(iterations=int, batch_size=int, learning_rate=float),
     world_size=int,
 )
 # Settings that may differ when a run goes on: they do not change what is computed up to then.

@@ -192,7 +192,7 @@ def test_a_resume_that_is_refused_changes_nothing(run):
 
 def test_the_bare_name_means_what_its_record_says_when_the_best_is_gone(run, monkeypatch):
     losses = iter([9.0, 1.0, 2.0, 3.0])  # at 0, 2, 4 and 6
-    monkeypatch.setattr(TrainStep, "evaluate", lambda *a: next(losses))
+    monkeypatch.setattr(TrainStep, "evaluate", lambda *a: (next(losses), {}))
     folder = run().folder
     use("run@4")
     remove("run@2")
