@@ -45,7 +45,7 @@ class Names(click.ParamType):
 
 
 class CountOr(click.ParamType):
-    """A whole number of at least 1, or a word."""
+    """A whole number, or a word; the class checks the bounds."""
 
     name = "integer"
 
@@ -55,9 +55,11 @@ class CountOr(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
         if value == self.word or isinstance(value, int):
             return value
-        if not value.isdecimal() or int(value) < 1:
-            raise ConfigError(f"{param.opts[0] if param else ''} '{value}' is neither a number nor '{self.word}'.")
-        return int(value)
+        try:
+            return int(value)
+        except ValueError:
+            name = param.opts[0] if param else ""
+            raise ConfigError(f"{name} '{value}' is neither a number nor '{self.word}'.") from None
 
 
 class TextFile(click.ParamType):

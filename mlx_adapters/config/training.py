@@ -14,6 +14,8 @@ from mlx_adapters.config.mapping import from_mapping, require, shown, to_mapping
 from mlx_adapters.config.quantization import Dtype, Quantization, computing_dtype
 from mlx_adapters.config.settings import check, setting, settings
 
+MOST_RANK = 1 << 16  # wider than the matrices themselves
+
 
 @settings
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +29,7 @@ class LoraConfig:
         16
     """
 
-    rank: int = setting(8, "Rank, or one module's rank", at_least=1, metavar="N|NAME=N")
+    rank: int = setting(8, "Rank, or one module's rank", at_least=1, at_most=MOST_RANK, metavar="N|NAME=N")
     scale: float = setting(20.0, "Factor on the update B·A", more="PEFT's alpha / rank.")
     dropout: float = setting(0.0, "Dropout on the adapter's input", at_least=0, below=1)
     target_modules: tuple[str, ...] | Literal["all"] = setting(
@@ -48,6 +50,7 @@ class LoraConfig:
         check(self)
         for name, rank in self.ranks.items():
             require(rank >= 1, f"the rank of '{name}' must be at least 1, not {rank}.")
+            require(rank <= MOST_RANK, f"the rank of '{name}' must be at most {MOST_RANK:,}, not {rank}.")
         require(
             math.isfinite(self.scale) and self.scale != 0, f"scale must be a number other than 0, not {self.scale}."
         )
@@ -241,7 +244,7 @@ class TrainConfig(DataConfig):
     max_grad_norm: float | None = setting(
         None, "Clip the gradient's norm", more="The global one.", means="no clipping", above=0
     )
-    grad_accumulation: int = setting(1, "Batches per update", at_least=1)
+    grad_accumulation: int = setting(1, "Batches per update", at_least=1, at_most=1_000_000)
     max_seq_length: int = setting(2048, "Longer rows lose their end", more="In tokens.", at_least=2)
     mask_prompt: bool = setting(False, "Train on the assistant's turns (or completions) only")
     last_turn_only: bool = setting(False, "With `mask_prompt`: on the last turn only")

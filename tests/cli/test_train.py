@@ -84,6 +84,10 @@ def test_a_flag_wins_over_the_config_file(run, tmp_path):
     [
         (["--rank", "x"], "neither a number nor NAME=NUMBER"),
         (["--num-layers", "some"], "neither a number nor 'all'"),
+        (["--num-layers", "0"], "num_layers must be at least 1, not 0"),
+        (["--rank", "9999999999"], "rank must be at most 65,536, not 9999999999"),
+        (["--grad-accumulation", "9" * 22], "grad_accumulation must be at most 1,000,000"),
+        (["--rank", "v_proj=9999999999"], "the rank of 'v_proj' must be at most 65,536"),
         (["--alpha", "8", "--scale", "1"], "not both"),
         (["--rslora"], "--rslora needs --alpha"),
         (["--fuse-aware-mode", "affine"], "need --fuse-aware"),
