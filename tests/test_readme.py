@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from helpers.public import README, commands
-from helpers.training_tools import write_preferences
+from helpers.public import README, ROOT, commands
+from helpers.training_tools import write_preferences, write_tool_calls
 
 from mlx_adapters.cli import COMMANDS, cli
 from mlx_adapters.demo.catalog import write_demo_data
@@ -26,6 +26,8 @@ def place(tiny_model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     write_demo_data(folder / "data" / "sql")
     write_preferences(folder / "data" / "preferences")
+    write_tool_calls(folder / "data" / "tools")
+    shutil.copytree(ROOT / "docs", folder / "docs")
     shutil.copytree(tiny_model("llama", bits=4), folder / "home" / "bases" / "demo")
     (folder / "home" / "bases" / "demo" / "README.md").write_text(MODEL_CARD)
     (folder / "questions.txt").write_text("List the Physics courses.\nHow many courses are there?\n")

@@ -62,6 +62,22 @@ def write_preferences(folder: Path, rows: int = 13, valid: int = 5, labeled: boo
     return folder
 
 
+def write_tool_calls(folder: Path) -> Path:
+    """Questions for the weather in some city, answered by a call."""
+    cities = ("Rome", "Lima", "Bern", "Paris", "Kyoto", "Quito", "Cairo", "Delhi", "Milan", "Turin", "Lyon", "Bonn")
+    ways = ("How warm is it in {}?", "Weather in {} today", "Will it rain in {}?", "Tell me of the sun in {}.")
+    folder.mkdir(parents=True)
+    for name, some in (("train", ways[:3]), ("valid", ways[3:])):
+        lines = []
+        for way in some:
+            for city in cities:
+                call = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": city}}}
+                asked = {"role": "user", "content": way.format(city)}
+                lines.append({"messages": [asked, {"role": "assistant", "tool_calls": [call]}]})
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return folder
+
+
 def write_rows_of_each_kind(folder: Path) -> dict[str, Path]:
     """Data for each kind of objective, by what its `rows` says."""
     return {
