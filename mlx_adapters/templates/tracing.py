@@ -209,7 +209,7 @@ def regions(rendering: Rendering) -> dict[int, tuple[int, int]]:
     found: dict[int, tuple[int, int]] = {}
     open_loops: list[tuple[int, int]] = []  # (loop, message), the innermost last
     ends = [mark.start for mark in rendering.marks[1:]] + [len(rendering.text)]
-    for mark, stop in zip(rendering.marks, ends, strict=True):
+    for mark, stop in zip(rendering.marks, ends, strict=False):  # an empty template leaves no mark
         loops = [loop for loop, _ in open_loops]
         if mark.what in ("message", "loop") and mark.loop in loops:
             del open_loops[loops.index(mark.loop) :]

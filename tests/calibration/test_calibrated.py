@@ -28,8 +28,8 @@ from mlx_adapters.calibration.texts import GENERAL, choose_text
 from mlx_adapters.cli import cli
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.config.quantization import Quantization
+from mlx_adapters.data import datasets
 from mlx_adapters.data.batches import make_batches
-from mlx_adapters.data.datasets import read_data
 from mlx_adapters.errors import ConfigError, FidelityError, FormatError, IncompatibleError, NotFoundError
 from mlx_adapters.fusion.check import check_fused
 from mlx_adapters.fusion.fuse import fuse, fuse_again
@@ -634,9 +634,12 @@ def test_data_that_a_stranger_names_is_not_opened(signed, tiny_model, data, home
     """Neither a path nor a data set of the Hub; it is named, and used if it is asked for."""
     folder, opened = tiny_model("llama"), []
     adapter, tokenizer = visible_adapter(folder), load_model(resolve_base(folder)).tokenizer
-    monkeypatch.setattr(
-        "mlx_adapters.calibration.texts.read_data", lambda *a, **k: opened.append(a) or read_data(*a, **k)
-    )
+    for reader in ("read_as_trained", "read_again"):
+        read = getattr(datasets, reader)
+        monkeypatch.setattr(
+            f"mlx_adapters.calibration.texts.{reader}",
+            lambda *a, read=read, **k: opened.append(a) or read(*a, **k),
+        )
     if signed == "of another path":
         signed = origin.signature(str(data.parent))
     if signed == "of another machine":

@@ -62,7 +62,7 @@ def test_only_the_adapter_and_its_card_go_up(hub, sql):
     for secret in (b"joe", b"a secret row", b"moments", os.fsencode(sql.folder.parent.parent), WRITE_TOKEN.encode()):
         assert secret not in everything, secret
     metadata = json.loads(repo.files["adapter_metadata.json"])
-    assert metadata["data"]["source"] == "sql" and metadata["base"]["name"] == "base"
+    assert metadata["data"]["source"] == "sql" and metadata["base"]["name"] == "user/tiny-llama"
     assert metadata["command"] == "mlx-adapters train tiny --data sql --name sql"
 
 

@@ -152,3 +152,9 @@ def test_a_traced_text_is_the_same_str(one, other, start, stop):
                     if run.offset is not None:
                         assert part[run.start : run.stop] == one[run.offset :][: run.stop - run.start]
     assert hash(both) == hash(whole) and (one in both) and both.startswith(other) and len(both) == len(whole)
+
+
+def test_an_empty_template_writes_nothing_of_anybody():
+    from mlx_adapters.templates.tracing import Rendering, regions
+
+    assert regions(Rendering("", (), ())) == {}
