@@ -1,18 +1,18 @@
 """Adapters from elsewhere into the registry, trusting nothing: folders, packs, files of weights, the Hub's."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_adapters.adapters.packing import ENDINGS, EXTRAS, MODEL_CONFIG
 from mlx_adapters.checkpoints.contents import files_below
 from mlx_adapters.config.mapping import require
-from mlx_adapters.errors import AdapterError, ConfigError, FormatError, NotFoundError
+from mlx_adapters.errors import AdapterError, ConfigError, FormatError, IncompatibleError, NotFoundError
 from mlx_adapters.events import Note, OnEvent, Progress, log_warnings
 from mlx_adapters.models.adapter import Adapter, read_adapter
 from mlx_adapters.models.base import Base
-from mlx_adapters.models.layers import adaptable_layers, check_fits
+from mlx_adapters.models.layers import adaptable_layers, check_fits, nn
 from mlx_adapters.models.loading import load_module
 from mlx_adapters.models.metadata import iterations_of, read_metadata
 from mlx_adapters.peft_format.foreign import fit_paths, read_foreign, weights_in
@@ -179,7 +179,9 @@ def _in_own_form(
     paths.require_free_space(target, sum(path.stat().st_size for path in (*taken.values(), *extras)))
     for done, (name, path) in enumerate(taken.items(), start=1):
         foreign = read_foreign(source, path, named)
-        adapter = _on_its_base(foreign.adapter, base)
+        if name == ADAPTER_FILE:  # the first; the checkpoints are of the same base
+            layers = _layers_of_base(foreign.adapter, base)
+        adapter = _on_its_base(foreign.adapter, layers, base)
         if name == ADAPTER_FILE:
             first, config = adapter, adapter.spelled(foreign.beside)
             for note in foreign.notes:
@@ -210,19 +212,29 @@ def is_cached(path: Path) -> bool:
     )
 
 
-def _on_its_base(adapter: Adapter, name: str | Path | Base | None) -> Adapter:
-    """The adapter held against its base, under the base's paths. Raises IncompatibleError for one it does not fit.
-
-    Without `name` the base that it records, if that is on this machine and it fits.
-    """
-    own = adapter.base_name
-    if name is None and own is None:
-        return adapter
+def _layers_of_base(adapter: Adapter, name: str | Path | Base | None) -> Mapping[str, nn.Module]:
+    """The layers of the base that is named, or of the adapter's own, where that is on this machine; {} for none."""
+    own = name or adapter.base_name
+    if own is None:
+        return {}
     try:
-        layers = adaptable_layers(load_module(resolve_base(name or str(own), download=name is not None))[0])
-        fitting = fit_paths(adapter, layers)
-        check_fits(fitting, layers, f"'{name or own}'")
+        return adaptable_layers(load_module(resolve_base(own, download=name is not None))[0])
     except AdapterError:
+        if name is not None:
+            raise
+        return {}
+
+
+def _on_its_base(adapter: Adapter, layers: Mapping[str, nn.Module], name: str | Path | Base | None) -> Adapter:
+    """The adapter under the paths of the base's layers, if they are known and it fits.
+
+    Raises IncompatibleError for one that does not fit the base that is named.
+    """
+    fitting = fit_paths(adapter, layers)
+    try:
+        if layers:
+            check_fits(fitting, layers, f"'{name or adapter.base_name}'")
+    except IncompatibleError:
         if name is not None:
             raise
         return adapter

@@ -148,9 +148,9 @@ def _rank(weights: Weights, key: str, where: str) -> int:
 def _check_rank(rank: Any, ranks: Mapping[str, int], where: str) -> None:
     """One rank in all tensors and another in the config do not belong together."""
     widths = {width for width in ranks.values() if width}
-    if rank is not None and len(widths) == 1 and [rank] != [*widths]:
+    if rank is not None and len(widths) == 1 and rank != (width := widths.pop()):
         raise FormatError(
-            f"'{where}': {CONFIG_FILE} says rank {str(rank)[:40]}, but its tensors have rank {widths.pop()}.",
+            f"'{where}': {CONFIG_FILE} says rank {str(rank)[:40]}, but its tensors have rank {width}.",
             "config and tensors are of two adapters; copy both again.",
         )
 
