@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from helpers.adapters import make_run
 from helpers.public import README, ROOT, commands
 from helpers.training_tools import write_preferences, write_tool_calls
 
@@ -46,7 +47,10 @@ def test_every_command_of_the_readme_runs(place, hub, monkeypatch):
         assert result.exit_code == 0, f"mlx-adapters {shlex.join(arguments)}\n{result.output}\n{error}"
 
 
-def test_the_python_of_the_readme_runs(place):
+def test_the_python_of_the_readme_runs(place, monkeypatch):
+    monkeypatch.setenv("MLX_ADAPTERS_HOME", str(place / "home"))
+    if not (place / "home" / "adapters" / "sql").is_dir():  # the commands may run in another process
+        make_run("demo", "sql")
     blocks = [b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "ma." in b]
     assert blocks
     environment = os.environ | {"MLX_ADAPTERS_HOME": str(place / "home")}
