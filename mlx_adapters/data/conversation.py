@@ -20,9 +20,12 @@ from mlx_adapters.data.turns import Encoded, Ends, Said, Written, said, written
 from mlx_adapters.errors import FormatError
 from mlx_adapters.system.door import TokenizerWrapper
 from mlx_adapters.system.templates import seen_renderings
+from mlx_adapters.templates.habits import ASK, CALL, WORD, fitted
 
 Messages = Sequence[Mapping[str, Any]]
 _BLANK = re.compile(r"\s*")
+CALLING = {"role": "assistant", "content": WORD, "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "7", "tool_call_id": CALL["id"], "name": "look"}
 LONGEST_PIECE = 16  # tokens that may share one character, where a tokenizer has no offsets
 
 
@@ -80,11 +83,13 @@ def conversation(
         text = render(messages, False)
     ends = ends_of(tokenizer)
     encoded = encode(text, tokenizer, where)
+    if end := next_begins(messages, tokenizer):
+        encoded = encoded.followed_by(end)
     traced = written(calls[-1]) if calls and calls[-1].text == text else None
     if traced is not None:
         found = said(traced, encoded, turns, ends)
     else:
-        found = rerendered(render, messages, encoded, turns, ends, where)
+        found = rerendered(render, messages, text, encoded, turns, ends, where)
     trained = np.zeros(len(encoded.ids), bool)
     for start, stop in (span for turn in found for span in turn.spans):
         trained[start:stop] = True
@@ -111,6 +116,35 @@ def ends_of(tokenizer: Any) -> Ends:
     stop = stop_ids(tokenizer)
     added, special = _added(getattr(tokenizer, "_tokenizer", tokenizer))
     return Ends(stop, special | stop, added | stop)
+
+
+def next_begins(messages: Messages, tokenizer: Any) -> Encoded | None:
+    """The token that ends a last turn of the assistant's where the template writes it as the beginning of the next
+    message alone, as GLM's writes `<|user|>`: the model has to write it. None for other templates and turns."""
+    if messages[-1]["role"] != "assistant":
+        return None
+    return _next_begins(tokenizer, bool(messages[-1].get("tool_calls")))
+
+
+@lru_cache(maxsize=16)
+def _next_begins(tokenizer: Any, calls: bool) -> Encoded | None:
+    """As for any last turn, with calls or without: one is rendered as the last, and followed by a message."""
+    last, following = (CALLING, RESULT) if calls else ({"role": "assistant", "content": WORD}, ASK)
+    try:
+        some, more = (
+            str(tokenizer.apply_chat_template(fitted([ASK, last, *rest], tokenizer), tokenize=False))
+            for rest in ([], [following])
+        )
+        found = encode(more, tokenizer, "")
+    except Exception:  # a template may raise what it likes
+        return None
+    if not more.startswith(some) or len(some) == len(more):
+        return None
+    stop, end = stop_ids(tokenizer), found.from_char(len(some))
+    if found.ids[end] not in stop or not stop.isdisjoint(found.ids[found.from_char(some.rfind(WORD)) : end]):
+        return None
+    text = more[found.starts[end] : found.ends[end]]
+    return Encoded(text, [found.ids[end]], np.array([0]), np.array([len(text)]))
 
 
 @lru_cache(maxsize=8)

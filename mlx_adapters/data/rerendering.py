@@ -18,16 +18,19 @@ TEXTS = ("0", "zebra.")  # two, in case one begins or ends as the turn does
 
 
 def rerendered(
-    render: Render, messages: Messages, encoded: Encoded, turns: Sequence[int], ends: Ends, where: str
+    render: Render, messages: Messages, text: str, encoded: Encoded, turns: Sequence[int], ends: Ends, where: str
 ) -> list[Said]:
-    """What the model writes of these messages, in tokens. Raises FormatError if a turn is not found."""
-    return [_turn(render, messages, encoded, turn, ends, where) for turn in turns]
+    """What the model writes of these messages, in tokens. `text` is what they were rendered to; `encoded` may go on.
+
+    Raises FormatError if a turn is not found.
+    """
+    return [_turn(render, messages, text, encoded, turn, ends, where) for turn in turns]
 
 
-def _turn(render: Render, messages: Messages, encoded: Encoded, turn: int, ends: Ends, where: str) -> Said:
-    changed = _changed(render, messages, encoded.text, turn)
+def _turn(render: Render, messages: Messages, text: str, encoded: Encoded, turn: int, ends: Ends, where: str) -> Said:
+    changed = _changed(render, messages, text, turn)
     prompt = _attempt(render, messages[:turn], True)
-    if prompt is not None and encoded.text.startswith(prompt):
+    if prompt is not None and text.startswith(prompt):
         start, stop = len(prompt), changed[1] if changed else len(prompt)
     elif changed:
         start, stop = changed

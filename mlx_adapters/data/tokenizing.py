@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_adapters.data.conversation import Conversation, conversation, refusing, stop_ids
+from mlx_adapters.data.conversation import Conversation, conversation, next_begins, refusing, stop_ids
 from mlx_adapters.errors import FormatError
 from mlx_adapters.rows.row import RawRow
 from mlx_adapters.templates.habits import fitted
@@ -195,12 +195,11 @@ def _require_template(raw: RawRow, tokenizer: Any) -> None:
 
 def _whole_conversation(raw: RawRow, tokenizer: Any) -> Tokens:
     _require_template(raw, tokenizer)
+    messages = fitted(raw.messages, tokenizer)
     with refusing(raw.where):
-        return list(
-            tokenizer.apply_chat_template(
-                fitted(raw.messages, tokenizer), tools=raw.tools, return_dict=False, **raw.template_arguments
-            )
-        )
+        tokens = tokenizer.apply_chat_template(messages, tools=raw.tools, return_dict=False, **raw.template_arguments)
+    end = next_begins(messages, tokenizer)
+    return [*tokens, *(end.ids if end else ())]
 
 
 def _with_end(tokens: Tokens, tokenizer: Any) -> Tokens:

@@ -39,6 +39,14 @@ class Encoded:
     starts: np.ndarray
     ends: np.ndarray
 
+    def followed_by(self, end: "Encoded") -> "Encoded":
+        """This text and its tokens, and another's behind them."""
+        starts, ends = (
+            np.concatenate([own, len(self.text) + places])
+            for own, places in ((self.starts, end.starts), (self.ends, end.ends))
+        )
+        return Encoded(self.text + end.text, [*self.ids, *end.ids], starts, ends)
+
     def from_char(self, char: int) -> int:
         """The first token that reaches beyond `char`."""
         token = int(np.searchsorted(self.ends, char, side="right"))

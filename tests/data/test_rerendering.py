@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 import pytest
-from helpers.chat_families import FAMILIES, TOOLS, backend, by_marks, chat_tokenizer, conversation, drawn, marked
+from helpers.chat_families import FAMILIES, TOOLS, backend, by_marks, chat_tokenizer, conversation, drawn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
@@ -152,12 +152,12 @@ def test_a_template_that_shows_another_face_when_traced_is_rendered_anew():
 
 
 def test_the_second_way_agrees_with_the_marks_where_it_can(monkeypatch):
-    """On plain conversations of three families, as if their templates could not be looked into."""
+    """On plain conversations of four families, as if their templates could not be looked into."""
     monkeypatch.setattr("mlx_adapters.data.conversation.written", lambda call: None)
-    for family in ("qwen2", "llama3", "harmony"):
+    for family in ("qwen2", "llama3", "harmony", "glm"):
         tokenizer = chat_tokenizer(family)
         for messages in ([user("a"), answer("It is.")], [user("a"), answer("b"), user("c"), answer("d é")]):
-            ids, wanted = by_marks(tokenizer, marked(family), messages)
+            ids, wanted = by_marks(tokenizer, family, messages)
             row = tokenized(messages, tokenizer, "row")
             assert row.tokens.tolist() == ids and np.array_equal(row.trained, wanted), drawn(
                 tokenizer, ids, row.trained

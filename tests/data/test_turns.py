@@ -34,10 +34,10 @@ def shown(family: str, messages, template=None, tools=None, kind="bytes", **argu
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_random_conversations_are_trained_as_the_marks_say(family):
-    tokenizer, template, rng = chat_tokenizer(family), marked(family), random.Random(f"suite {family}")
+    tokenizer, rng = chat_tokenizer(family), random.Random(f"suite {family}")
     for _ in range(ROWS):
         messages, tools = conversation(rng, FAMILIES[family])
-        ids, trained = by_marks(tokenizer, template, messages, tools)
+        ids, trained = by_marks(tokenizer, family, messages, tools)
         found = tokenized(messages, tokenizer, "row", tools=tools)
         assert found.tokens.tolist() == ids
         assert drawn(tokenizer, ids, found.trained) == drawn(tokenizer, ids, trained)
@@ -49,7 +49,7 @@ def test_marks_in_the_template_decide(family):
     tokenizer, with_marks, rng = chat_tokenizer(family), chat_tokenizer(family, marked(family)), random.Random(family)
     for _ in range(3):
         messages, tools = conversation(rng, FAMILIES[family])
-        ids, trained = by_marks(tokenizer, marked(family), messages, tools)
+        ids, trained = by_marks(tokenizer, family, messages, tools)
         found = tokenized(messages, with_marks, "row", tools=tools)
         assert found.tokens.tolist() == ids
         assert (found.trained <= trained).all()
@@ -135,13 +135,43 @@ def test_a_result_before_the_first_word_of_a_turn_is_not_trained_either():
 
 def test_the_token_that_stops_may_begin_the_next_message():
     text = shown("glm", [user("a"), answer("b"), user("c"), answer("d")])
-    assert text == "a<|assistant|>[[\nb<|user|>]]\nc<|assistant|>[[\nd]]"
+    assert text == "a<|assistant|>[[\nb<|user|>]]\nc<|assistant|>[[\nd<|user|>]]"
+
+
+@pytest.mark.parametrize(
+    ("last", "end"),
+    [
+        (answer("b"), "[[\nb<|user|>]]"),
+        (answer(""), "[[<|user|>]]"),
+        (answer(None, tool_calls=[call()]), "[[\n<tool_call>get_weather\n</tool_call><|observation|>]]"),
+    ],
+)
+def test_a_last_turn_ends_as_the_next_message_would_end_it(last, end):
+    assert shown("glm", [user("a"), last]) == f"a<|assistant|>{end}"
+    assert shown("glm", [user("a"), last, user("c")]).startswith(f"a<|assistant|>{end}".replace("observation", "user"))
+
+
+def test_a_last_turn_gets_no_end_that_the_template_does_not_write_there():
+    for family in FAMILIES.keys() - {"glm"}:
+        tokenizer = chat_tokenizer(family)
+        ids = tokenizer.apply_chat_template([user("a"), answer("b")], return_dict=False)
+        assert tokenized([user("a"), answer("b")], tokenizer, "row").tokens.tolist() == ids
+    assert shown("glm", [user("a"), answer("b")], plain("glm").replace("'<|user|>'", "'U'")) == "a<|assistant|>[[\nb]]"
+    assert shown("glm", [user("a"), answer("b")], marked("glm")) == "a<|assistant|>[[\nb]]<|user|>"  # marks decide
+
+
+def test_an_end_that_stands_between_messages_ends_the_last_too():
+    between = (
+        "{% for m in messages %}{{ '' if loop.first else '<|im_end|>' }}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{{ m.content }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_end|><|im_start|>assistant\n' }}{% endif %}"
+    )
+    assert shown("chatml", [user("Q"), answer("b")], between) == "Q<|im_end|><|im_start|>assistant\n[[b<|im_end|>]]"
 
 
 @pytest.mark.parametrize("family", ["chatml", "llama3", "harmony", "glm", "alpaca"])
 def test_a_turn_knows_whether_it_stops(family):
     found = tokenized([user("a"), answer("b"), user("c"), answer("d")], chat_tokenizer(family), "row")
-    ends = {"harmony": [False, True], "glm": [True, False], "alpaca": [False, False]}
+    ends = {"harmony": [False, True], "alpaca": [False, False]}
     assert [turn.stops for turn in found.turns] == ends.get(family, [True, True])
 
 
@@ -194,7 +224,7 @@ def test_tokenizers_of_every_kind_bring_characters_to_tokens(family, kind):
     tokenizer, rng = chat_tokenizer(family, kind=kind), random.Random(f"{family} {kind}")
     for _ in range(ROWS):
         messages, tools = conversation(rng, FAMILIES[family])
-        ids, trained = by_marks(tokenizer, marked(family), messages, tools)
+        ids, trained = by_marks(tokenizer, family, messages, tools)
         found = tokenized(messages, tokenizer, "row", tools=tools)
         assert found.tokens.tolist() == ids
         assert np.array_equal(found.trained, trained), (

@@ -30,7 +30,8 @@ CORPUS = [
 @dataclass(frozen=True)
 class Family:
     """`special` tokens and others that are `added`; `stops` end a generation, the first is EOS; `roles` says whether
-    the template takes a "system" and a "tool" turn, and "any" order."""
+    the template takes a "system" and a "tool" turn, and "any" order; `next_ends`: the next message begins with the
+    token that ends a turn."""
 
     special: str
     stops: str
@@ -38,6 +39,7 @@ class Family:
     added: str = ""
     roles: str = "system tool any"
     calls: int = 9
+    next_ends: bool = False
 
     @property
     def words(self) -> list[str]:
@@ -90,6 +92,7 @@ FAMILIES = {
         "<|endoftext|> [gMASK] <sop> <|user|> <|assistant|> <|system|> <|observation|>",
         "<|endoftext|> <|user|> <|observation|>",
         added=THINK,
+        next_ends=True,
     ),
     "kimi": Family(
         "[EOS] <|im_end|> <|im_user|> <|im_assistant|> <|im_system|> <|im_middle|> <|tool_calls_section_begin|> "
@@ -182,12 +185,21 @@ def write_base(folder: Path, family: str, **config: object) -> Path:
     return folder
 
 
-def by_marks(tokenizer: TokenizerWrapper, template: str, messages, tools=None) -> tuple[list[int], np.ndarray]:
-    """Tokens and trained marks of a conversation, by the marks in `template` and transformers' tracker."""
+def by_marks(tokenizer: TokenizerWrapper, family: str, messages, tools=None) -> tuple[list[int], np.ndarray]:
+    """Tokens and trained marks of a conversation, by the marks in the family's template and transformers' tracker."""
+    ids, trained = _tracked(tokenizer, family, messages, tools)
+    last = messages[-1]
+    if FAMILIES[family].next_ends and last["role"] == "assistant":
+        following = {"role": "tool" if last.get("tool_calls") else "user", "content": "x"}
+        ids, trained = (part[: len(ids) + 1] for part in _tracked(tokenizer, family, [*messages, following], tools))
+    return ids, trained
+
+
+def _tracked(tokenizer: TokenizerWrapper, family: str, messages, tools) -> tuple[list[int], np.ndarray]:
     out = tokenizer._tokenizer.apply_chat_template(
         messages,
         tools=tools,
-        chat_template=template,
+        chat_template=marked(family),
         enable_thinking=tokenizer.has_thinking,
         return_dict=True,
         return_assistant_tokens_mask=True,

@@ -89,7 +89,7 @@ def test_what_will_not_be_learned_is_told(tmp_path):
     data = write(tmp_path / "plain", [chat("b"), chat("c")])
     assert notes_of(data, "chatml") == []
     endless = "No trained row holds a token that stops a generation: the model will not learn to stop."
-    assert notes_of(data, "alpaca") == notes_of(data, "glm") == [endless]
+    assert notes_of(data, "alpaca") == [endless] and notes_of(data, "glm") == []
     calls = write(
         tmp_path / "calls", [chat("b"), chat(None, tool_calls=[call("Rome")]), chat("", reasoning_content="c")]
     )
