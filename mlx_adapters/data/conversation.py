@@ -34,9 +34,11 @@ class Conversation:
     """A conversation as the model sees it.
 
     `tokens`: (n,) int32. `trained`: (n,) bool, True where the model writes the token, in the turns that were asked
-    for. `turns` tells each of them. `written` is the traced rendering, None where there is no jinja template.
+    for. `turns` tells each of them. `messages` are as the template took them. `written` is the traced rendering, None
+    where there is no jinja template.
     """
 
+    messages: Messages = field(repr=False)
     tokens: np.ndarray
     trained: np.ndarray
     turns: tuple[Said, ...]
@@ -93,7 +95,7 @@ def conversation(
     trained = np.zeros(len(encoded.ids), bool)
     for start, stop in (span for turn in found for span in turn.spans):
         trained[start:stop] = True
-    return Conversation(np.array(encoded.ids, np.int32), trained, tuple(found), encoded, traced)
+    return Conversation(messages, np.array(encoded.ids, np.int32), trained, tuple(found), encoded, traced)
 
 
 @contextmanager
@@ -102,8 +104,11 @@ def refusing(where: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        why = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise FormatError(f"{where}: the chat template refuses the row: {why}.") from error
+        why = " ".join(str(error).split()).rstrip(".!") or type(error).__name__
+        raise FormatError(
+            f"{where}: the chat template refuses the row: {why}.",
+            "change the row, or give another template: --chat-template FILE.",
+        ) from error
 
 
 def stop_ids(tokenizer: Any) -> frozenset[int]:

@@ -105,12 +105,12 @@ def pieces(row: Row, tokenizer: Any) -> tuple[tuple[str, bool], ...]:
 
 def texts_left_out(found: Conversation, raw: RawRow) -> Iterator[LeftOut]:
     """The texts of a row's messages that the chat template does not write."""
-    turns = wrapped(raw.messages)
-    for turn, message in zip(turns, raw.messages, strict=True):
+    joined = len(raw.messages) - len(found.messages)
+    for turn, message in zip(wrapped(found.messages), raw.messages[joined:], strict=True):
         for leaf in leaves([turn]):
             if _is_said(leaf):
                 for text in _missing(found, leaf):
-                    yield LeftOut(raw.where, leaf.message + 1, message["role"], str(leaf.path[0]), text)
+                    yield LeftOut(raw.where, leaf.message + joined + 1, message["role"], str(leaf.path[0]), text)
 
 
 def _is_said(leaf: Leaf) -> bool:

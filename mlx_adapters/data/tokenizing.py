@@ -6,7 +6,7 @@ assistant, or the last one (`last_turn_only`), from the end of the generation pr
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -150,15 +150,17 @@ def row_conversation(
 ) -> Conversation:
     """A chat or completion row, with the turns marked that are trained (see `conversation`).
 
-    Turns of weight 0 are not. Raises FormatError for a row that the template refuses, and with `mask_prompt` for one
-    that has no turn of the assistant's, or whose answers the template leaves out.
+    Turns of weight 0 are not. The turns have the numbers of the row's messages. Raises FormatError for a row that the
+    template refuses, and with `mask_prompt` for one that has no turn of the assistant's, or whose answers the template
+    leaves out.
     """
     _require_template(raw, tokenizer)
     messages = fitted(raw.messages, tokenizer)
+    joined = len(raw.messages) - len(messages)  # 1 if the system turn stands in the first question
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if mask_prompt and not turns:
         raise FormatError(f"{raw.where}: no assistant turn to train on.", "add one, or drop --mask-prompt.")
-    turns = [i for i in (turns[-1:] if last_turn_only else turns) if raw.weights[i]]
+    turns = [i for i in (turns[-1:] if last_turn_only else turns) if raw.weights[i + joined]]
     found = conversation(
         messages,
         tokenizer,
@@ -167,7 +169,8 @@ def row_conversation(
         template_arguments=raw.template_arguments,
         turns=turns,
     )
-    wordy = [turn for turn in found.turns if str(messages[turn.message].get("content") or "").strip()]
+    found = replace(found, turns=tuple(replace(turn, message=turn.message + joined) for turn in found.turns))
+    wordy = [turn for turn in found.turns if str(raw.messages[turn.message].get("content") or "").strip()]
     if mask_prompt and wordy and not any(turn.reached for turn in found.turns):
         raise FormatError(
             f"{raw.where}: the chat template leaves out what the assistant says (message {wordy[0].message + 1}).",

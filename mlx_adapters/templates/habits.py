@@ -1,7 +1,8 @@
 """Conversations in the form that a base's own chat template takes, found by trying, and what it may be given beside.
 
-Templates differ in what they know: some write no `developer`, some want the arguments of a tool call as JSON text,
-some fail on a call without content. A template is asked once, with a small conversation for each.
+Templates differ in what they know: some write no `developer`, some refuse system turns, some want the arguments of a
+tool call as JSON text, some fail on a call without content. A template is asked once, with a small conversation for
+each.
 """
 
 import functools
@@ -29,9 +30,11 @@ MANGLED = (
 
 @dataclass(frozen=True)
 class Habits:
-    """What a template takes: `developer` as a role of its own, arguments as text, and content beside calls as ""."""
+    """What a template takes: `developer` as a role of its own, system turns, arguments as text, content beside calls as
+    ""."""
 
     developer: bool = True
+    system: bool = True
     text_arguments: bool = False
     empty_content: bool = False
 
@@ -39,14 +42,21 @@ class Habits:
 def fitted(messages: Messages, tokenizer: TokenizerWrapper, template: str | None = None) -> list[dict[str, Any]]:
     """The messages as the template takes them; the same ones where it takes all.
 
+    Where it refuses a system turn, a first one goes before the first question: then there is one message less.
+
     Args:
         messages: in the one form of `rows.messages`.
         tokenizer: whose template it is.
         template: another one's text.
     """
-    special = any(m.get("role") == "developer" or m.get("tool_calls") for m in messages)
+    special = any(m.get("role") in ("system", "developer") or m.get("tool_calls") for m in messages)
     habits = _habits(tokenizer, template) if special else Habits()
-    return [_fitted(dict(message), habits) for message in messages]
+    taken = [_fitted(dict(message), habits) for message in messages]
+    if not habits.system and [message.get("role") for message in taken[:2]] == ["system", "user"]:
+        told, asked = (message.get("content") for message in taken[:2])
+        if isinstance(told, str) and isinstance(asked, str):
+            taken[:2] = [{**taken[1], "content": f"{told}\n\n{asked}" if told.strip() else asked}]
+    return taken
 
 
 def _fitted(message: dict[str, Any], habits: Habits) -> dict[str, Any]:
@@ -80,14 +90,15 @@ def _habits(tokenizer: TokenizerWrapper, template: str | None) -> Habits:
     told, made_up = (rendered({"role": role, "content": WORD}, ASK) for role in ("developer", "narrator"))
     # One that writes any role by its name knows none.
     developer = WORD in told and told.lower() != made_up.lower().replace("narrator", "developer")
+    system = bool(rendered({"role": "system", "content": WORD}, ASK)) or not rendered(ASK)
     for content in (None, ""):
         for as_text in (False, True):
-            habits = Habits(developer, as_text, content == "")
+            habits = Habits(developer, system, as_text, content == "")
             call = _fitted({"role": "assistant", "content": content, "tool_calls": [CALL]}, habits)
             text = rendered(ASK, call)
             if WORD in text and OTHER in text and not any(mark in text for mark in MANGLED):
                 return habits
-    return Habits(developer)
+    return Habits(developer, system)
 
 
 def check_arguments(tokenizer: TokenizerWrapper, arguments: Mapping[str, Any]) -> None:

@@ -69,6 +69,21 @@ def test_a_turn_tells_its_trained_tokens_and_whether_it_stops():
     assert not cut.stops and cut.trained_tokens == 1
 
 
+def test_messages_keep_their_numbers_where_a_system_turn_joins_the_first_question():
+    calling = {"role": "assistant", "content": "b", "tool_calls": [CALL]}
+    raw = chat({"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}, calling)
+    row, report = inspect_row(raw, chat_tokenizer("gemma2"), MASKED)
+    assert [piece for piece, _ in report.pieces] == [
+        "<bos><start_of_turn>user\nBe brief.\n\na<end_of_turn>\n<start_of_turn>model\n",
+        "b<end_of_turn>",
+        "\n",
+    ]
+    assert [turn.message for turn in report.turns] == [3] and row.unwritten == ()
+    assert {(text.message, text.role, text.field) for text in report.left_out} == {(3, "assistant", "tool_calls")}
+    weighed = chat({"role": "system", "content": "s"}, {"role": "user", "content": "a"}, calling | {"weight": 0})
+    assert not inspect_row(weighed, chat_tokenizer("gemma2"), MASKED)[0].trained.any()
+
+
 def test_without_a_mask_everything_is_trained_and_the_same_is_found():
     raw = chat("sum?", THOUGHT, "and?", "It is 5.")
     masked, with_mask = inspect_row(raw, chat_tokenizer("qwen3"), MASKED)
@@ -102,8 +117,9 @@ def left_out_of_whole(template: str) -> list[tuple]:
 
 @pytest.mark.parametrize("mask", [True, False])
 def test_a_template_that_raises_is_quoted_with_the_row(mask):
-    with pytest.raises(FormatError, match="line 3: the chat template refuses the row: System role not supported"):
+    with pytest.raises(FormatError, match="line 3: the chat template refuses the row: System role not supported") as e:
         tokenize([chat({"role": "system", "content": "s"}, "a")], chat_tokenizer("gemma2"), mask_prompt=mask)
+    assert "--chat-template FILE" in e.value.hint
     broken = "{% for m in messages %}{{ m.content.nothing.there }}{% endfor %}"
     with pytest.raises(FormatError, match="line 3: the chat template refuses the row: 'str object' has no attribute"):
         tokenize([chat("a", "b")], chat_tokenizer("chatml", broken), mask_prompt=mask)

@@ -53,6 +53,21 @@ def test_a_developer_stays_where_the_template_knows_it():
     assert fitted([told], chat_tokenizer("chatml", NO_DEVELOPER)) == [{**told, "role": "system"}]
 
 
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_system_turn_that_is_refused_goes_before_the_first_question(role):
+    told, asked, said = (
+        {"role": role, "content": "Be brief."},
+        {"role": "user", "content": "a"},
+        CALL | {"content": "b"},
+    )
+    gemma = chat_tokenizer("gemma2")
+    assert fitted([told, asked], gemma) == [{"role": "user", "content": "Be brief.\n\na"}]
+    assert fitted([told | {"content": " "}, asked], gemma) == [asked]
+    assert [m["role"] for m in fitted([told, asked], chat_tokenizer("chatml"))] == ["system", "user"]
+    for odd in ([told], [told, said], [asked, said, told]):  # to be refused as they are
+        assert [m["role"] for m in fitted(odd, gemma)] == [m["role"].replace("developer", "system") for m in odd]
+
+
 def test_another_template_than_the_tokenizers_is_asked_itself():
     tokenizer = chat_tokenizer("chatml", AS_JSON)
     assert isinstance(fitted([CALL], tokenizer)[0]["tool_calls"][0]["function"]["arguments"], dict)
