@@ -10,7 +10,7 @@ if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
 
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -94,3 +94,14 @@ def demo_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def demo_base(demo_home: Path) -> Path:
     """The folder of the embedded real model. Do not change it."""
     return demo_home / "bases" / "demo"
+
+
+@pytest.fixture
+def on_cpu() -> Iterator[None]:
+    """MLX computes on the CPU, whatever this machine has: its quantized products are right there."""
+    import mlx.core as mx
+
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(before)

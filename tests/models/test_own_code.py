@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import mlx.core as mx
 import mlx_lm
 import mlx_lm.models.llama
 import pytest
@@ -69,9 +70,14 @@ def test_its_code_is_run_when_asked_for_and_never_else(own, tmp_path):
         assert trusted.exception is None and trusted.exit_code == 0, (name, trusted.output, trusted.exception)
         (tmp_path / "ran").unlink(missing_ok=True)
     assert (tmp_path / "out" / OWN).read_text() == (own / OWN).read_text()
-    fused, _ = mlx_lm.load(str(tmp_path / "out"), trust_remote_code=True)
+    with mx.stream(
+        mx.cpu
+    ):  # CUDA computes some of these small quantized matrices wrong, and plain mlx-lm does not look
+        fused, _ = mlx_lm.load(str(tmp_path / "out"), trust_remote_code=True)
+        expected = fused(IDS)
+        mx.eval(expected)
     with ma.trusting_remote_code():
-        close(fused(IDS), ma.load_model(tmp_path / "out").logits(IDS))
+        close(expected, ma.load_model(tmp_path / "out").logits(IDS))
 
 
 def test_what_to_do_is_said(own):

@@ -36,15 +36,6 @@ DENSE = [
 MODES = [(4, 32, "affine"), (3, 64, "affine"), (8, 64, "affine"), (4, 32, "mxfp4"), (8, 32, "mxfp8"), (4, 16, "nvfp4")]
 
 
-@pytest.fixture
-def on_cpu():
-    """MLX computes on the CPU, where its quantized products are right; what is then said to be a GPU is simulated."""
-    before = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    yield
-    mx.set_default_device(before)
-
-
 def computed(layer, x, back, gradients, experts):
     """What comes of tokens `x` in float32 and, with `gradients`, what comes back to them from `back`, in NumPy."""
     call = getattr(layer, "as_linear", layer)

@@ -210,7 +210,8 @@ def test_what_a_cache_holds_is_taken_while_the_hub_fails(hub, model, caplog):
         hub.faults.clear()
         fail_always(hub, status)
         loads()
-        assert "comes from the cache" in caplog.messages[-1]
+        assert any("comes from the cache" in message for message in caplog.messages)
+        caplog.clear()
 
 
 @pytest.mark.parametrize(("status", "said"), [(429, "slow down"), (503, "answered 503"), (401, "may not see it")])

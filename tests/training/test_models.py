@@ -1,4 +1,7 @@
-"""Models that cannot be trained say so before anything is done."""
+"""Models that cannot be trained say so before anything is done.
+
+Phi 3 small hides nothing of a whole text behind its mask on a CPU; MLX's CUDA build cannot compute it at all.
+"""
 
 import pytest
 from helpers.tiny_configs import tiny_base
@@ -12,7 +15,7 @@ ONE = TrainConfig(iterations=1, batch_size=1)
     "name, why",
     [
         ("deepseek_v41", "has no gradient on this device"),  # it chooses keys by scores that it would differentiate
-        ("phi3small", "one function of a whole text, and another when it generates"),  # its mask hides nothing
+        ("phi3small", "one function of a whole text, and another when it generates|mlx-lm cannot load"),
         ("olmo", "install ai2-olmo"),
         ("prism_hadamard_qwen35", "Unsupported Hadamard pack"),
     ],
