@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from mlx_adapters.config.evaluating import EvaluationConfig as EvaluationConfig
     from mlx_adapters.config.fusing import FuseOptions as FuseOptions
     from mlx_adapters.config.quantization import Quantization as Quantization
+    from mlx_adapters.config.sampling import Sampling as Sampling
     from mlx_adapters.config.training import DPO as DPO
     from mlx_adapters.config.training import KTO as KTO
     from mlx_adapters.config.training import ORPO as ORPO
@@ -61,6 +62,8 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from mlx_adapters.fusion.fuse import fuse_again as fuse_again
     from mlx_adapters.fusion.peft import fuse_peft as fuse_peft
     from mlx_adapters.fusion.result import FuseResult as FuseResult
+    from mlx_adapters.generation.decoding import Generation as Generation
+    from mlx_adapters.generation.decoding import Response as Response
     from mlx_adapters.generation.live import LiveModel as LiveModel
     from mlx_adapters.generation.live import load_model as load_model
     from mlx_adapters.generation.memory import estimate_inference as estimate_inference
@@ -73,7 +76,6 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from mlx_adapters.models.adapter import read_adapter as read_adapter
     from mlx_adapters.models.adapter import write_adapter as write_adapter
     from mlx_adapters.models.metadata import AdapterConfig as AdapterConfig
-    from mlx_adapters.models.model import Generation as Generation
     from mlx_adapters.models.model import Model as Model
     from mlx_adapters.publishing.uploads import make_card as make_card
     from mlx_adapters.publishing.uploads import publish as publish
@@ -110,7 +112,9 @@ _PUBLIC = {
     "check_data": "data.checking",
     "split_data": "data.checking",
     "Model": "models.model",
-    "Generation": "models.model",
+    "Generation": "generation.decoding",
+    "Response": "generation.decoding",
+    "Sampling": "config.sampling",
     "LiveModel": "generation.live",
     "load_model": "generation.live",
     "fuse": "fusion.fuse",

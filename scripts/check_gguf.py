@@ -22,7 +22,7 @@ def write(out: Path) -> None:
 
     import mlx_adapters as ma
     from mlx_adapters.assembly.gguf_tokenizer import PRE_TOKENIZERS, hard_strings
-    from mlx_adapters.models.loading import load_model
+    from mlx_adapters.generation.live import load_model
     from mlx_adapters.sources.bases import resolve_base
     from mlx_adapters.sources.demo_base import demo_base_folder
 

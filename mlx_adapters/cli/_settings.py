@@ -121,6 +121,8 @@ def option(
         nothing: dict[str, Any] | None = None if over_file else {}
         told |= {"type": KeyValue(), "multiple": True, "callback": lambda _, __, pairs: dict(pairs) or nothing}
         one, flag = dataclasses.replace(one, default=None), flag or _flag(name.removesuffix("s"))
+    elif one.repeated:
+        told |= {"type": str, "multiple": True}
     elif bool not in one.kinds:
         kind = changed.get("type") or _type(one, bounded=not over_file)
         told |= {"type": kind, "show_default": not over_file and one.default is not None}

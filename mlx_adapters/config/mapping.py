@@ -79,7 +79,7 @@ def _convert(value: Any, hint: Any, key: str, where: str) -> Any:
     elif origin is dict:
         if isinstance(value, Mapping):
             return {str(k): _convert(v, options[1], key, where) for k, v in value.items()}
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+    elif hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
         with contextlib.suppress(OverflowError):
             return float(value)
     elif dataclasses.is_dataclass(hint) and isinstance(value, Mapping):

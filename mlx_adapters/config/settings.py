@@ -48,6 +48,7 @@ class Setting:
     off: str | None
     metavar: str | None
     from_file: bool
+    repeated: bool
     kinds: tuple[Any, ...]
     choices: tuple[str, ...]
 
@@ -96,6 +97,7 @@ def setting(
     off: str | None = None,
     metavar: str | None = None,
     from_file: bool = False,
+    repeated: bool = False,
     secret: bool = False,
 ) -> Any:
     """A field of a settings class.
@@ -109,11 +111,12 @@ def setting(
         off: the option that turns a switch off, if not "no-" and its name.
         metavar: what the value is called in the help.
         from_file: the option, and a config file, name a file with the value in it.
+        repeated: the option is given once for each of the values.
         secret: never shown when the settings are.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     told: dict[str, Any] = {"help": help, "more": more, "means": means, "off": off, "metavar": metavar}
-    told["from_file"] = from_file
+    told |= {"from_file": from_file, "repeated": repeated}
     told |= {"bounds": {rule: bound for rule, bound in bounds.items() if bound is not None}}
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=told)

@@ -1,13 +1,13 @@
 """Continuous batching with another adapter for each row.
 
-One decode step computes one token for every row, whatever its adapter (see `updates.PerRow`); requests join and
+One decode step computes one token for every row, whatever its adapter (see `additions.PerRow`); requests join and
 leave between steps. A prompt is read alone, in pieces, with its own adapter; then its keys and values join the
 batch's. While a step is computed the tokens of the one before are handed out, so the device never waits.
 """
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,19 @@ class _Row:
     request: Request
     made: int = 0
     fresh: bool = True  # its next input is still the prompt's last token
+    read: mx.array | None = None  # the tokens before its next input, (n,), where its logits are processed
+
+    def __post_init__(self) -> None:
+        if self.request.sampler.processors:
+            self.read = mx.array(list(self.request.prompt[:-1]), dtype=mx.uint32)
+
+    def choose(self, token: mx.array, logits: mx.array) -> mx.array:
+        """The token (1,) that follows `token` (1,), of its logits (1, vocabulary)."""
+        sampler = self.request.sampler
+        if self.read is not None:
+            self.read = mx.concatenate([self.read, token.astype(mx.uint32)])
+            logits = sampler.process(self.read, logits)
+        return sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True)).astype(mx.uint32)
 
 
 def batches(module: nn.Module) -> bool:
@@ -188,19 +201,16 @@ class Batcher:
     def _forward(self, inputs: mx.array) -> tuple[mx.array, mx.array | None]:
         """(next tokens, log-probabilities if a row wants them) of a step with the tokens `inputs` (rows,)."""
         logits = self.module(inputs[:, None], cache=self._caches)[:, -1]
-        samplers = [row.request.sampler for row in self.rows]
-        wanted = any(row.request.top_logprobs is not None for row in self.rows)
-        drawn = [i for i, sampler in enumerate(samplers) if sampler.temperature > 0]
         following = mx.argmax(logits, axis=-1)
-        if not wanted and not drawn:
-            return following, None
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        if drawn:
+        if not all(row.request.sampler.plain for row in self.rows):
             parts = [
-                samplers[i](logprobs[i : i + 1]) if i in drawn else following[i : i + 1] for i in range(len(samplers))
+                following[i : i + 1] if row.request.sampler.plain else row.choose(inputs[i : i + 1], logits[i : i + 1])
+                for i, row in enumerate(self.rows)
             ]
-            following = mx.concatenate([part.astype(mx.uint32) for part in parts])
-        return following, logprobs if wanted else None
+            following = mx.concatenate(parts)
+        if all(row.request.top_logprobs is None for row in self.rows):
+            return following, None
+        return following, logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
     def _admit(self) -> None:
         """Read waiting prompts: all that fit into the batch, but `prefill` tokens at most while rows wait."""
@@ -265,18 +275,29 @@ def _token(row: _Row, token: int, logprobs: mx.array | None, index: int) -> Toke
 
 
 def answer_all(
-    module: nn.Module, pool: AdapterPool, requests: Sequence[Request], max_batch: int = 16
+    module: nn.Module,
+    pool: AdapterPool,
+    requests: Sequence[Request],
+    max_batch: int = 16,
+    stopped: Callable[[Request, int], bool] = lambda *_: False,
 ) -> Iterator[tuple[Request, list[int]]]:
-    """(request, its tokens without the stop token), as the requests finish."""
+    """(request, its tokens without the stop token), as the requests finish.
+
+    `stopped` is told each token and says whether its answer ends there.
+    """
     batcher = Batcher(module, pool, min(max_batch, len(requests)))
     answers: dict[int, list[int]] = {request.number: [] for request in requests}
     for request in requests:
         batcher.submit(request)
     while not batcher.idle:
         for token in batcher.step():
+            ended = token.finish_reason is not None
             if token.finish_reason != "stop":
                 answers[token.request.number].append(token.id)
-            if token.finish_reason is not None:
+                if not ended and stopped(token.request, token.id):
+                    batcher.cancel(token.request)
+                    ended = True
+            if ended:
                 yield token.request, answers[token.request.number]
 
 

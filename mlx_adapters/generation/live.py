@@ -8,17 +8,19 @@ each answer keeps its own adapter and its own random numbers.
 import contextlib
 import itertools
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from mlx_adapters.config.data import TemplateConfig
-from mlx_adapters.config.sampling import Sampling
+from mlx_adapters.config.sampling import Sampling, SamplingOptions
 from mlx_adapters.errors import AdapterError, IncompatibleError
 from mlx_adapters.generation.batching import Request, answer_all
-from mlx_adapters.generation.sampling import Sampler
-from mlx_adapters.generation.text_stream import text_of
+from mlx_adapters.generation.decoding import Generation, Prompt, Response, decode, ids_of
+from mlx_adapters.generation.sampling import Choose, LogitsProcessor, Sampler, stop_tokens
+from mlx_adapters.generation.text_stream import TextStream, text_of
 from mlx_adapters.models.adapter import Adapter, AdapterLike, template_of, version_of
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import check_made_for
@@ -257,25 +259,42 @@ class LiveModel(Model):
             mx.eval(logits)
             return logits
 
-    def stream(self, prompt: str | list[int], *, cache: Any = None, **options: Any) -> Iterator[Any]:
-        """Yield mlx-lm's responses as `Model.stream` does. Other streams and switches do not change this one.
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        *,
+        raw: bool = False,
+        cache: PromptCache | list[Any] | None = None,
+        sampler: Choose | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
+        **options: Unpack[SamplingOptions],
+    ) -> Iterator[Response]:
+        """The steps of an answer as they are made. Other streams and switches do not change this one.
 
         Args:
-            prompt: a text, or token ids.
-            cache: of `new_cache`; it grows by prompt and answer.
-            options: the other arguments of `Model.stream`.
+            prompt: a text, token ids, or a conversation's messages (mappings with "role" and "content").
+            sampling: how tokens are chosen.
+            raw: leave the chat template out.
+            cache: of `new_cache`, or mlx-lm's prompt cache: what came before. It grows by prompt and answer.
+            sampler: chooses the tokens instead: log-probabilities (1, vocabulary) to a token id (1,), as mlx-lm's do.
+            logits_processors: change the logits before: token ids so far (n,) and logits (1, vocabulary) to logits.
+            options: fields of `Sampling` that differ from `sampling`, such as max_tokens=64.
 
-        Raises ModelError; IncompatibleError if `cache` was made with other adapters, or its adapter is detached.
+        Raises ModelError; ConfigError for a wrong option; IncompatibleError if `cache` was made with other adapters,
+        or its adapter is detached.
         """
+        chosen = Sampler((sampling or Sampling()).changed(options), sampler, logits_processors)  # type: ignore[arg-type]
         selection = self.pool.selection
         if isinstance(cache, PromptCache):
             if not same(cache.selection, selection):
                 raise IncompatibleError("This cache was made with another adapter.", "take a new one: new_cache().")
             cache = cache.layers
-        inner = super().stream(prompt, cache=cache, **options)
-        return self._steps(inner, selection)
+        before = getattr(cache[0], "offset", 0) if cache else 0
+        ids = self.checked_ids(ids_of(self, prompt, raw), before)
+        return self._steps(decode(self, ids, chosen, before, cache), selection)
 
-    def _steps(self, inner: Iterator[Any], selection: Selection) -> Iterator[Any]:
+    def _steps(self, inner: Iterator[Response], selection: Selection) -> Iterator[Response]:
         while True:
             with self.pool.applied(selection):
                 response = next(inner, None)
@@ -283,53 +302,96 @@ class LiveModel(Model):
                 return
             yield response
 
+    def generate(
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        *,
+        raw: bool = False,
+        sampler: Choose | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
+        **options: Unpack[SamplingOptions],
+    ) -> Generation:
+        """The answer to a prompt.
+
+        Args:
+            prompt: a text, token ids, or a conversation's messages (mappings with "role" and "content").
+            sampling: how tokens are chosen.
+            raw: leave the chat template out.
+            sampler: as for `stream`.
+            logits_processors: as for `stream`.
+            options: fields of `Sampling` that differ from `sampling`, such as max_tokens=64.
+
+        Raises ModelError, or ConfigError for a wrong option.
+        """
+        start, first = time.perf_counter(), 0.0
+        steps = []
+        for step in self.stream(
+            prompt, sampling, raw=raw, sampler=sampler, logits_processors=logits_processors, **options
+        ):
+            first = first or time.perf_counter() - start
+            steps.append(step)
+        text, reason = "".join(step.text for step in steps), steps[-1].finish_reason or "length"
+        tokens = [step.token for step in steps]
+        ended = reason == "stop" and tokens[-1] in self.tokenizer.eos_token_ids
+        return Generation(
+            text,
+            tokens[:-1] if ended else tokens,
+            steps[0].prompt_tokens,
+            reason,
+            first,
+            time.perf_counter() - start,
+        )
+
     def generate_batch(
         self,
-        prompts: Sequence[tuple[str | list[int], str | None]],
+        prompts: Sequence[tuple[Prompt, str | None]],
+        sampling: Sampling | None = None,
         *,
-        max_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
         raw: bool = False,
         max_batch: int = 16,
+        sampler: Choose | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
+        **options: Unpack[SamplingOptions],
     ) -> list[str]:
         """The answers to all prompts, decoded together, each with its own adapter.
 
         One after another where mlx-lm's code for the model does not take them together (docs/architectures.md).
 
         Args:
-            prompts: pairs of a prompt (text or token ids) and the name of an attached adapter, or None: the base.
-            max_tokens: longest answer.
-            temperature: 0: always the likeliest token.
-            top_p: sample from the likeliest tokens that together have this probability.
-            seed: of sampling.
+            prompts: pairs of a prompt, as for `generate`, and the name of an attached adapter, or None: the base.
+            sampling: how tokens are chosen, in each answer anew.
             raw: leave the chat template out.
             max_batch: most prompts that are decoded at a time.
+            sampler: as for `stream`.
+            logits_processors: as for `stream`.
+            options: fields of `Sampling` that differ from `sampling`, such as max_tokens=64.
+
+        Raises ModelError, or ConfigError for a wrong option.
         """
-        sampling = Sampling(max_tokens, temperature, top_p, seed)
-        own = {name: self.template_for(self.pool.get(name).adapter if name else None) for _, name in prompts}
-        ids = [
-            self.checked_ids(self.encode(p, raw, own[name]) if isinstance(p, str) else p).tolist()
-            for p, name in prompts
-        ]
+        chosen = (sampling or Sampling()).changed(options)  # type: ignore[arg-type]
+        adapters = {name: None if name is None else self.pool.get(name) for _, name in prompts}
+        own = {name: self.template_for(entry.adapter if entry else None) for name, entry in adapters.items()}
+        ids = [self.checked_ids(ids_of(self, prompt, raw, own[name])).tolist() for prompt, name in prompts]
         requests = [
             Request(
                 prompt,
-                None if name is None else self.pool.get(name),
-                self.room(len(prompt), sampling.max_tokens),
-                Sampler(sampling),
-                frozenset(self.tokenizer.eos_token_ids),
+                adapters[name],
+                self.room(len(prompt), chosen.max_tokens),
+                Sampler(chosen, sampler, logits_processors),
+                stop_tokens(chosen, self.tokenizer),
             )
             for prompt, (_, name) in zip(ids, prompts, strict=True)
         ]
-        with self.pool.lock:
-            answers = dict(answer_all(self.module, self.pool, requests, max_batch))
-        return [text_of(self.tokenizer, answers[request]) for request in requests]
+        texts = {request.number: TextStream(self.tokenizer, chosen.stop) for request in requests}
 
-    def _sampler(self, sampling: Sampling) -> Sampler:
-        """With random numbers of its own."""
-        return Sampler(sampling)
+        def stopped(request: Request, token: int) -> bool:
+            texts[request.number].add(token)
+            return texts[request.number].stopped
+
+        with self.pool.lock:
+            answers = dict(answer_all(self.module, self.pool, requests, max_batch, stopped))
+        return [text_of(self.tokenizer, answers[request], chosen.stop) for request in requests]
 
 
 def _equal_files(one: Adapter, other: Adapter) -> bool:

@@ -49,7 +49,7 @@ def _overlap(text: str, word: str) -> int:
     return next((n for n in range(min(len(text), len(word) - 1), 0, -1) if text.endswith(word[:n])), 0)
 
 
-def text_of(tokenizer: Any, tokens: Sequence[int]) -> str:
-    """The text of these tokens, as streaming them gives it."""
-    stream = TextStream(tokenizer)
+def text_of(tokenizer: Any, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
+    """The text of these tokens up to the first of `stop`, as streaming them gives it."""
+    stream = TextStream(tokenizer, stop)
     return "".join([stream.add(token) for token in tokens]) + stream.finish()

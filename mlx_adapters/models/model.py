@@ -1,48 +1,20 @@
-"""A base model in memory: put an adapter on it, ask it."""
+"""A base model in memory: put an adapter on it, ask what it expects."""
 
 import json
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from mlx_adapters.config.data import TemplateConfig
-from mlx_adapters.config.sampling import Sampling
 from mlx_adapters.errors import ModelError
 from mlx_adapters.models.adapter import Adapter, template_of
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import attach, check_fits, check_made_for, detach
-from mlx_adapters.system.door import make_sampler, mx, nn, stream_generate
+from mlx_adapters.system.door import mx, nn
 from mlx_adapters.templates.habits import fitted
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What a model wrote.
-
-    Args:
-        text: the answer.
-        token_ids: its tokens, without the prompt's.
-        prompt_tokens: how many the prompt had.
-        finish_reason: "stop" (the model ended it), "length" or "context".
-        seconds_to_first_token: from the call.
-        seconds: of the whole answer.
-
-    Example:
-        >>> answer = ma.load_model("demo").generate("List the Physics courses.", max_tokens=4)
-        >>> len(answer.token_ids) <= 4
-        True
-    """
-
-    text: str
-    token_ids: list[int]
-    prompt_tokens: int
-    finish_reason: str
-    seconds_to_first_token: float
-    seconds: float
 
 
 @dataclass(repr=False)
@@ -226,77 +198,6 @@ class Model:
         """
         ids = self.checked_ids(token_ids)
         return self.module(ids[None])[0] if ids.ndim == 1 else self.module(ids)
-
-    def stream(
-        self,
-        prompt: str | list[int],
-        *,
-        max_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        raw: bool = False,
-        cache: list[Any] | None = None,
-    ) -> Iterator[Any]:
-        """Yield mlx-lm's responses (`.text`, `.token`, `.finish_reason`) as they are made.
-
-        An answer that the model's context has no more room for ends with the reason "context".
-
-        Args:
-            prompt: a text, or token ids.
-            max_tokens: longest answer.
-            temperature: 0: always the likeliest token.
-            top_p: sample from the likeliest tokens that together have this probability.
-            seed: of sampling.
-            raw: leave the chat template out.
-            cache: what came before the prompt (mlx-lm's prompt cache); it grows by prompt and answer.
-        """
-        sampling = Sampling(max_tokens, temperature, top_p, seed)
-        before = getattr(cache[0], "offset", 0) if cache else 0
-        ids = self.checked_ids(self.encode(prompt, raw) if isinstance(prompt, str) else prompt, before)
-        sampler, room = self._sampler(sampling), self.room(before + ids.size, sampling.max_tokens)
-        extra = {} if cache is None else {"prompt_cache": cache}
-        for response in stream_generate(self.module, self.tokenizer, ids, max_tokens=room, sampler=sampler, **extra):
-            full = room < max_tokens and response.finish_reason == "length"
-            yield replace(response, finish_reason="context") if full else response
-
-    def _sampler(self, sampling: Sampling) -> Any:
-        """What chooses the next token from its log-probabilities, (1, vocabulary)."""
-        if sampling.seed is not None:
-            mx.random.seed(sampling.seed)
-        return make_sampler(temp=sampling.temperature, top_p=sampling.top_p)
-
-    def generate(
-        self,
-        prompt: str | list[int],
-        *,
-        max_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        raw: bool = False,
-    ) -> Generation:
-        """The model's answer to a prompt.
-
-        Args:
-            prompt: a text, or token ids.
-            max_tokens: longest answer.
-            temperature: 0: always the likeliest token.
-            top_p: sample from the likeliest tokens that together have this probability.
-            seed: of sampling.
-            raw: leave the chat template out.
-        """
-        start = time.perf_counter()
-        first, pieces, tokens, reason, prompt_tokens = 0.0, [], [], "length", 0
-        for response in self.stream(
-            prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, raw=raw
-        ):
-            first = first or time.perf_counter() - start
-            pieces.append(response.text)
-            if response.finish_reason != "stop":
-                tokens.append(int(response.token))
-            reason, prompt_tokens = response.finish_reason or reason, response.prompt_tokens
-        return Generation("".join(pieces), tokens, prompt_tokens, reason, first, time.perf_counter() - start)
 
 
 def _require_unicode(text: str) -> None:

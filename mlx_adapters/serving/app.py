@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from importlib.resources import files as package_files
 from typing import Any
 from urllib.parse import quote
@@ -206,17 +207,7 @@ class Server:
         if not all(token < self.engine.model.vocabulary for token in prompt):
             raise ApiError(400, "The text has tokens that the model does not know.", param=where)
         limit = self.token_limit(asked, len(prompt), where)
-        job = Job(
-            model,
-            prompt,
-            limit,
-            asked.temperature,
-            asked.top_p,
-            asked.seed,
-            asked.stop,
-            asked.top_logprobs,
-            continues=not chat,
-        )
+        job = Job(model, prompt, replace(asked.sampling, max_tokens=limit), asked.top_logprobs, continues=not chat)
         writer = ResponseWriter(asked, model, chat, lambda token: self.tokenizer.decode([token]))
         self.engine.submit(job)
         headers = {"X-Adapter": quote(model, safe="/:@ ")}

@@ -12,11 +12,10 @@ from typing import Any
 
 from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.mapping import require
-from mlx_adapters.config.sampling import Sampling
 from mlx_adapters.errors import AdapterError, did_you_mean
 from mlx_adapters.generation.batching import Batcher, Request, Token
 from mlx_adapters.generation.live import LiveModel
-from mlx_adapters.generation.sampling import Sampler
+from mlx_adapters.generation.sampling import Sampler, stop_tokens
 from mlx_adapters.generation.text_stream import TextStream
 from mlx_adapters.serving.jobs import ApiError, Job, Piece, log
 from mlx_adapters.serving.metrics import Metrics
@@ -213,13 +212,13 @@ class Engine:
                 attached = self._residents.bring_in(served)
                 if attached is None:
                     return False
-            job.text = TextStream(self.model.tokenizer, job.stop, job.continues)
+            job.text = TextStream(self.model.tokenizer, job.sampling.stop, job.continues)
             job.request = Request(
                 job.prompt,
                 attached,
-                job.max_tokens,
-                Sampler(Sampling(job.max_tokens, job.temperature, job.top_p, job.seed)),
-                frozenset(self.model.tokenizer.eos_token_ids),
+                job.sampling.max_tokens,
+                Sampler(job.sampling),
+                stop_tokens(job.sampling, self.model.tokenizer),
                 job.top_logprobs,
             )
         except ApiError as error:

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_adapters.config.sampling import Sampling
 from mlx_adapters.generation.batching import Request, Token
 from mlx_adapters.generation.text_stream import TextStream
 
@@ -49,11 +50,7 @@ class Job:
 
     model: str
     prompt: list[int]
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
+    sampling: Sampling
     top_logprobs: int | None = None
     continues: bool = False  # the prompt is a text to go on from: a leading space is kept
     events: asyncio.Queue = field(default_factory=asyncio.Queue)

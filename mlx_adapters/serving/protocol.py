@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_adapters.config.sampling import Sampling
 from mlx_adapters.errors import did_you_mean
 from mlx_adapters.generation.batching import Token
 from mlx_adapters.serving.jobs import ApiError
@@ -37,23 +38,22 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 # Options that ask for nothing of the model.
 NOTES = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 SHARED = {"model", "stream", "stream_options", "stop", "seed", "temperature", "top_p", "max_tokens", "logprobs"}
+SHARED |= {"top_k", "min_p"}  # not of OpenAI's own; the field's servers have them
 CHAT = SHARED | {"messages", "max_completion_tokens", "top_logprobs", "chat_template_kwargs"}
 COMPLETION = SHARED | {"prompt"}
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A checked request, but for the prompt. `max_tokens` None: what the context leaves, up to the default."""
+    """A checked request, but for the prompt. `max_tokens` None: what the context leaves, up to the default; that of
+    `sampling` means nothing."""
 
     model: str
     user: str | None
     stream: bool
     include_usage: bool
     max_tokens: int | None
-    temperature: float
-    top_p: float
-    seed: int | None
-    stop: tuple[str, ...]
+    sampling: Sampling
     top_logprobs: int | None
 
 
@@ -97,10 +97,14 @@ def read_request(raw: Mapping[str, Any], chat: bool) -> Asked:
         stream=_get(raw, "stream", bool, False),
         include_usage=_get(options, "include_usage", bool, False),
         max_tokens=limit if limit is not None else _get(raw, "max_tokens", int, None, low=1),
-        temperature=_get(raw, "temperature", float, 1.0, low=0, high=2),
-        top_p=_top_p(raw),
-        seed=_seed(raw),
-        stop=_stop(raw.get("stop")),
+        sampling=Sampling(
+            temperature=_get(raw, "temperature", float, 1.0, low=0, high=2),
+            top_p=_top_p(raw),
+            min_p=_get(raw, "min_p", float, 0.0, low=0, high=1),
+            top_k=max(_get(raw, "top_k", int, 0, low=-1), 0),  # -1, as vLLM's clients say it: all
+            seed=_seed(raw),
+            stop=_stop(raw.get("stop")),
+        ),
         top_logprobs=_top_logprobs(raw, chat),
     )
 

@@ -55,10 +55,9 @@ try:
         warnings.simplefilter("ignore")
         import mlx.core as mx
         import mlx.nn as nn
-        from mlx_lm.generate import stream_generate
+        from mlx_lm.generate import generate_step
         from mlx_lm.models.cache import make_prompt_cache
         from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
-        from mlx_lm.sample_utils import make_logits_processors, make_sampler
         from mlx_lm.tokenizer_utils import TokenizerWrapper
         from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
         from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
@@ -93,8 +92,7 @@ def _check() -> None:
         DoRALinear.from_base: ("r", "scale", "dropout"),
         LoRASwitchLinear.from_base: ("r", "scale", "dropout"),
         LoRAEmbedding.from_base: ("r", "scale", "dropout"),
-        stream_generate: ("prompt",),
-        make_sampler: ("temp", "top_p", "top_k", "min_p"),
+        generate_step: ("prompt", "max_tokens", "sampler", "logits_processors", "prompt_cache"),
     }
     for function, names in relied_on.items():
         missing = set(names) - set(inspect.signature(function).parameters)
@@ -305,21 +303,19 @@ __all__ = [
     "TokenizerWrapper",
     "compile_chat_template",
     "fetched_by_mlx_lm",
+    "generate_step",
     "harness_model",
     "load_config",
     "load_mlx_model",
     "load_tokenizer",
     "logits_shape",
     "make_module",
-    "make_logits_processors",
     "make_prompt_cache",
-    "make_sampler",
     "mx",
     "nn",
     "packed_by",
     "sanitize_of",
     "refusals",
-    "stream_generate",
     "trusting_remote_code",
     "trusts_remote_code",
 ]

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_adapters.errors import FormatError, HubError, NotFoundError
-from mlx_adapters.models.loading import load_model
+from mlx_adapters.generation.live import load_model
 from mlx_adapters.sources import demo_base as demo
 from mlx_adapters.sources.bases import resolve_base
 

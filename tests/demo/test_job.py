@@ -11,7 +11,7 @@ from mlx_adapters.demo import job
 from mlx_adapters.demo.catalog import SCHEMA_PROMPT
 from mlx_adapters.evaluation.scores import greedy_answers
 from mlx_adapters.events import Note
-from mlx_adapters.models.loading import load_model
+from mlx_adapters.generation.live import load_model
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.registry import list_adapters
 

@@ -22,7 +22,7 @@ from mlx_adapters.evaluation.evaluate import EvaluationConfig, choose_rows, eval
 from mlx_adapters.evaluation.harness import TaskEvaluation, TaskReport, TaskResult, results, run_tasks
 from mlx_adapters.evaluation.scores import greedy_answers, parse_score, questions
 from mlx_adapters.evaluation.tokens import Batches, judge, judged_rows
-from mlx_adapters.models.loading import load_model
+from mlx_adapters.generation.live import load_model
 from mlx_adapters.sources import registry
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.lookup import load_adapter

@@ -4,7 +4,7 @@ import pytest
 from helpers.tiny_configs import tiny_base
 
 from mlx_adapters.evaluation.scores import greedy_answers
-from mlx_adapters.models.loading import load_model
+from mlx_adapters.generation.live import load_model
 from mlx_adapters.sources.bases import resolve_base
 
 PROMPTS = [[5, 300, 17], [44, 120, 9, 77, 201, 33, 8], [9, 10], [44, 1, 2, 77, 201]]

@@ -21,10 +21,11 @@ from mlx_adapters import errors
 from mlx_adapters.config.mapping import from_mapping, read_yaml
 from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.config.training import LoraConfig
+from mlx_adapters.generation.live import load_model
 from mlx_adapters.models import layers
 from mlx_adapters.models.adapter import Adapter, read_adapter, write_adapter
 from mlx_adapters.models.base import normalized_config
-from mlx_adapters.models.loading import load_model, load_tokenizer_of
+from mlx_adapters.models.loading import load_tokenizer_of
 from mlx_adapters.sources import references, registry
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import files, paths, tensor_files

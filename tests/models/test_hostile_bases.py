@@ -12,7 +12,8 @@ import mlx.core as mx
 import pytest
 
 from mlx_adapters.errors import AdapterError, FormatError, ModelError
-from mlx_adapters.models.loading import load_model, load_module, load_tokenizer_of
+from mlx_adapters.generation.live import load_model
+from mlx_adapters.models.loading import load_module, load_tokenizer_of
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.system.door import refusals
 

@@ -1,0 +1,133 @@
+"""How tokens are chosen: one definition, mlx-lm's filters, parts of one's own, the same in a batch."""
+
+import typing
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers.adapters import random_adapter
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_sampler
+
+import mlx_adapters as ma
+from mlx_adapters.config.sampling import Sampling, SamplingOptions
+from mlx_adapters.errors import ConfigError, ModelError
+from mlx_adapters.generation.sampling import Sampler, filtered
+
+PROMPT = [5, 9, 2, 77, 31]
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "List the Physics courses."}]
+
+
+@pytest.fixture
+def model(tiny_model):
+    model = ma.load_model(tiny_model("llama"))
+    model.attach(random_adapter(model, seed=1), name="a")
+    model.attach(random_adapter(model, seed=2), name="b", use=False)
+    return model
+
+
+def test_the_arguments_of_generate_are_the_fields_of_sampling():
+    spelled, fields = typing.get_type_hints(SamplingOptions), typing.get_type_hints(Sampling)
+    assert list(spelled) == list(fields)
+    accepted = {name: set(typing.get_args(hint) or [hint]) for name, hint in spelled.items()}
+    for name, hint in fields.items():
+        assert name == "stop" or set(typing.get_args(hint) or [hint]) <= accepted[name]
+
+
+def test_options_change_a_sampling_and_wrong_ones_are_named():
+    wild = Sampling(temperature=1.2, stop=("a",))
+    assert wild.changed({"stop": "b", "top_k": np.int64(4)}) == Sampling(temperature=1.2, stop=("b",), top_k=4)
+    assert wild.changed({"temperature": np.float32(0.5)}).temperature == 0.5
+    for options, message in (
+        ({"temprature": 1.0}, "Unknown setting 'temprature'"),
+        ({"top_k": "many"}, "'top_k' in sampling cannot be 'many'"),
+        ({"min_p": 2}, "min_p must be at most 1"),
+        ({"stop": ""}, "stop must be texts"),
+        ({"stop": [1]}, "'stop' in sampling cannot be"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            wild.changed(options)
+
+
+@given(st.integers(0, 50), st.floats(0.05, 1), st.floats(0.01, 1), st.integers(0, 40))
+@settings(max_examples=40, deadline=None)
+def test_the_filters_leave_what_mlx_lm_leaves(seed, top_p, min_p, top_k):
+    logits = mx.random.normal((2, 32), key=mx.random.key(seed)) * 3
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    wanted = apply_min_p(apply_top_p(logprobs, top_p) if top_p < 1 else logprobs, min_p)
+    wanted = apply_top_k(wanted, top_k) if 0 < top_k < 32 else wanted
+    found = filtered(logprobs, Sampling(top_p=top_p, min_p=min_p, top_k=top_k))
+    mass = mx.sort(mx.exp(logprobs), axis=-1)[:, ::-1].cumsum(axis=-1)
+    if mx.min(mx.abs(mass - top_p)).item() > 1e-5:  # else which is the last one is a matter of the last bit
+        assert mx.array_equal(found > -mx.inf, wanted > -mx.inf)
+        assert mx.array_equal(mx.where(found > -mx.inf, found, 0), mx.where(found > -mx.inf, logprobs, 0))
+
+
+def test_a_stop_text_ends_the_answer_before_it(model):
+    whole = model.generate(PROMPT, max_tokens=24)
+    word = whole.text[4:7]
+    answer = model.generate(PROMPT, max_tokens=24, stop=word)
+    assert answer.text == whole.text[: whole.text.index(word)] and answer.finish_reason == "stop"
+    assert answer.token_ids == whole.token_ids[: len(answer.token_ids)] and len(answer.token_ids) < 24
+    assert model.generate(PROMPT, max_tokens=24, stop=["never there", word]).text == answer.text
+    assert model.generate_batch([(PROMPT, "a"), (PROMPT, "b")], max_tokens=24, stop=word)[0] == answer.text
+    pieces = list(model.stream(PROMPT, Sampling(max_tokens=24, stop=(word,))))
+    assert "".join(p.text for p in pieces) == answer.text and pieces[-1].finish_reason == "stop"
+
+
+def test_a_sampler_and_processors_of_ones_own(model):
+    """mlx-lm's own and plain functions; in a batch each row sees its own tokens."""
+    greedy = model.generate(PROMPT, max_tokens=8)
+    assert model.generate(PROMPT, max_tokens=8, sampler=make_sampler(temp=0.0)).token_ids == greedy.token_ids
+    assert model.generate(PROMPT, max_tokens=5, sampler=lambda _: mx.array([7])).token_ids == [7] * 5
+    seen = []
+
+    def no_repetition(tokens, logits):
+        seen.append(tokens.tolist())
+        return mx.put_along_axis(logits, tokens[None], mx.array(-mx.inf), axis=-1)
+
+    answer = model.generate(PROMPT, max_tokens=12, logits_processors=[no_repetition])
+    assert len({*PROMPT, *answer.token_ids}) == len(PROMPT) + 12
+    assert seen[0] == PROMPT and seen[11] == PROMPT + answer.token_ids[:11]
+    solo = []
+    for name, prompt in (("a", PROMPT), ("b", PROMPT[:3])):
+        with model.using(name):
+            solo.append(model.generate(prompt, max_tokens=9, logits_processors=[no_repetition]).text)
+    pairs = [(PROMPT, "a"), (PROMPT[:3], "b")]
+    assert model.generate_batch(pairs, max_tokens=9, logits_processors=[no_repetition]) == solo
+    seeded = [model.generate(PROMPT, max_tokens=9, temperature=1.0, top_k=5, seed=3).text for _ in range(2)]
+    assert seeded == model.generate_batch([(PROMPT, "a")] * 2, max_tokens=9, temperature=1.0, top_k=5, seed=3)
+
+
+def test_what_a_sampler_may_not_give(model):
+    for wrong, message in (
+        (lambda _: 3, "not int"),
+        (lambda _: mx.array([1.5]), "not mlx.core.float32"),
+        (lambda _: mx.array([1, 2]), r"of shape \(1,\)"),
+        (lambda _: mx.array([512]), "token 512 of 512"),
+        (lambda _: mx.array([-1]), "token -1 of 512"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            model.generate(PROMPT, max_tokens=3, sampler=wrong)
+    with pytest.raises(ConfigError, match="takes the place of top_k"):
+        model.generate(PROMPT, sampler=make_sampler(), top_k=3)
+
+
+def test_a_conversation_is_a_prompt(model):
+    ids = model.encode_chat(CHAT)
+    wanted = model.generate(ids, max_tokens=6)
+    assert model.generate(CHAT, max_tokens=6).text == wanted.text
+    assert model.generate(CHAT, max_tokens=6).prompt_tokens == len(ids)
+    assert "".join(step.text for step in model.stream(CHAT, max_tokens=6)) == wanted.text
+    assert model.generate_batch([(CHAT, "a")], max_tokens=6) == [wanted.text]
+    with pytest.raises(ConfigError, match="goes through the chat template"):
+        model.generate(CHAT, raw=True)
+    with pytest.raises(ModelError):
+        model.generate([*CHAT, 3])
+
+
+def test_greedy_rows_need_no_care_of_their_own():
+    assert Sampler(Sampling(temperature=1e-9, top_p=0.5)).plain
+    assert not Sampler(Sampling(temperature=0.1)).plain
+    assert not Sampler(Sampling(), processors=[lambda _, logits: logits]).plain
