@@ -24,6 +24,11 @@ class Response:
         logprobs: the log-probabilities that it was chosen from, (vocabulary,).
         prompt_tokens: how many tokens the prompt had.
         finish_reason: with the last one "stop" (the model ended it, or a stop text came), "length" or "context".
+
+    Example:
+        >>> steps = list(ma.load_model("demo").stream("What is the capital of France?"))
+        >>> "".join(step.text for step in steps), steps[-1].finish_reason
+        ('The capital of France is Paris.', 'stop')
     """
 
     text: str
