@@ -1,29 +1,36 @@
-"""Measuring training steps on a few of a model's blocks, on this device."""
+"""Trying a model on this device: what steps on a few of its blocks take, and whether its ways to compute agree."""
 
 import gc
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from mlx.utils import tree_flatten
 
 from mlx_adapters.config.training import TrainConfig
+from mlx_adapters.data.batches import Batch, make_batch
+from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.dense import is_quantized, weight_shape
 from mlx_adapters.models.layers import add_adapter_layers, expected_shapes, named_layers
 from mlx_adapters.models.loading import load_module, set_precision
 from mlx_adapters.models.metadata import AdapterConfig
+from mlx_adapters.optimization import log_probabilities
 from mlx_adapters.optimization.feed import Draw
+from mlx_adapters.optimization.log_probabilities import Arrays
 from mlx_adapters.optimization.optimizers import Optimizer
-from mlx_adapters.optimization.step import LossPlan, TrainStep, chunk_rows
+from mlx_adapters.optimization.step import EQUAL, Again, LossPlan, TrainStep, chunk_rows, device_batch, segments_of
 from mlx_adapters.optimization.through_rounding import Rounding
 from mlx_adapters.storage.tensor_names import block_index
 from mlx_adapters.surgery.blocks import find_body, keep_blocks
-from mlx_adapters.system.door import mx, nn
+from mlx_adapters.surgery.caches import same_function
+from mlx_adapters.system.door import make_prompt_cache, mx, nn
 from mlx_adapters.system.limits import as_little_memory_as_will_do
 from mlx_adapters.system.machine import on_gpu
+
+PROBED_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Prober:
         return _through(self._counts(blocks), lambda n: self._measure(draw, n, warm_up, timed)[1], blocks)
 
     def _counts(self, blocks: int) -> list[int]:
-        for few, more in ((2, 4), (6, 12)):
+        for few, more in ((4, 8), (6, 12)):
             if blocks <= more:
                 return [blocks]
             if self._runs_with(few):
@@ -87,7 +94,14 @@ class Prober:
         layers = dict(named_layers(module))
         body = None if self.training.chunked_loss == "off" else find_body(module)
         plan = LossPlan(body, chunk_rows(self.vocabulary))
-        return TrainStep(module, {key: layers[key] for key in keys}, self.training, plan, rounding=rounding)
+        return TrainStep(
+            module,
+            {key: layers[key] for key in keys},
+            self.training,
+            plan,
+            rounding=rounding,
+            again="blocks" if self.training.grad_checkpoint else "nothing",
+        )
 
     def _measure(self, draw: Draw, blocks: int, warm_up: int, timed: int) -> tuple[int, float]:
         train_step = self._train_step(blocks)
@@ -142,3 +156,54 @@ def adapter_bytes(module: nn.Module, adapter: AdapterConfig, training: TrainConf
     weights = {name: mx.zeros(shape) for name, shape in shapes.items()}  # lazy: never evaluated
     state = Optimizer(training, weights).arrays()
     return sum(w.nbytes for w in weights.values()), sum(a.nbytes for a in state.values())
+
+
+def probe_of(rows: Sequence[Row]) -> Batch:
+    """A small batch to try a model on: the two shortest rows."""
+    return make_batch([[row] for row in sorted(rows, key=lambda row: row.length)[:2]])
+
+
+def computes_as_generated(module: nn.Module, probe: Batch) -> bool:
+    """Whether the logits of whole texts are those that come one after another, from a cache."""
+    module.eval()
+    tokens, cache = mx.array(probe.tokens[:1, :PROBED_TOKENS]), make_prompt_cache(module)
+    try:
+        parts = [module(tokens[:, :-1], cache=cache), module(tokens[:, -1:], cache=cache)]
+    except Exception:  # whoever generates with it will be told
+        return True
+    return same_function(module(tokens), mx.concatenate(parts, axis=1))
+
+
+def packing_is_exact(module: nn.Module, separate: Batch, packed: Batch) -> bool:
+    """Whether rows that share a sequence get the losses that they get alone."""
+
+    def total(given: Batch) -> float:
+        batch = Arrays(**device_batch(given))
+        return (log_probabilities.plain(module, batch, segments_of(module, batch)) * batch.weights).sum().item()
+
+    module.eval()
+    alone = total(separate)
+    try:
+        together = total(packed)
+    except (ValueError, TypeError, IndexError, AttributeError):
+        return False
+    return abs(alone - together) <= EQUAL * abs(alone)
+
+
+def settle_recomputing(train_step: TrainStep, probe: Batch) -> bool:
+    """Whether what is computed again gives the gradient that kept arrays give. Feed-forward parts of which that does
+    not hold are left as they are. What cannot be differentiated at all shows here."""
+    kept = train_step.gradient_of(probe, None)
+
+    def exact(again: Again) -> bool:
+        found = train_step.gradient_of(probe, again, in_float32=False)
+        return all(_near(found[name], gradient) for name, gradient in kept.items())
+
+    if train_step.feed_forwards and not exact("mlp" if train_step.again == "mlp" else "nothing"):
+        train_step.feed_forwards = []
+    return train_step.again != "blocks" or exact("blocks")
+
+
+def _near(value: mx.array, expected: mx.array) -> bool:
+    """Equal but for sums in another order, as a GPU makes some."""
+    return bool((mx.linalg.norm(value - expected) <= 100 * EQUAL * mx.linalg.norm(expected)).item())

@@ -5,17 +5,19 @@ functions (gradient, update) are compiled on a GPU, once for each shape of batch
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_adapters.config.training import TrainConfig
-from mlx_adapters.data.batches import Batch, make_batch
-from mlx_adapters.data.tokenizing import Row
+from mlx_adapters.data.batches import Batch
 from mlx_adapters.models.adapter import Weights
+from mlx_adapters.models.layers import named_layers
 from mlx_adapters.optimization import log_probabilities, through_rounding
+from mlx_adapters.optimization.adapted import saving_calls
 from mlx_adapters.optimization.distributed import World
 from mlx_adapters.optimization.feed import Draw, draw_of
 from mlx_adapters.optimization.log_probabilities import Arrays
@@ -25,10 +27,11 @@ from mlx_adapters.optimization.through_rounding import Rounding
 from mlx_adapters.storage.tensor_names import block_index
 from mlx_adapters.surgery import calls
 from mlx_adapters.surgery.blocks import find_body
-from mlx_adapters.surgery.caches import same_function
-from mlx_adapters.system.door import make_prompt_cache, mx, nn
+from mlx_adapters.surgery.recomputation import FeedForward, find_feed_forwards, recompute, recompute_between
+from mlx_adapters.system.door import mx, nn
+from mlx_adapters.system.limits import memory_near
 
-PROBED_TOKENS = 16
+Again = Literal["nothing", "mlp", "blocks"]
 EQUAL = 1e-4  # relative; float32 sums in another order differ by less
 
 
@@ -71,7 +74,7 @@ class Segments:
         return keys, values
 
 
-def _segments(module: nn.Module, batch: Arrays) -> list[Segments] | None:
+def segments_of(module: nn.Module, batch: Arrays) -> list[Segments] | None:
     """What tells each layer which tokens of a line belong together; None where a line is one row."""
     if batch.segments is None:
         return None
@@ -91,8 +94,11 @@ class Taken:
 
 @dataclass
 class TrainStep:
-    """A module with adapter layers, and what trains them. `adapted` maps paths to the adapted layers; `rounding`
-    is what fuse-aware training goes through."""
+    """A module with adapter layers, and what trains them.
+
+    `adapted` maps paths to the adapted layers; `rounding` is what fuse-aware training goes through. `again`: what the
+    backward pass computes again; `near`: the bytes from which on a GPU does not work ahead.
+    """
 
     module: nn.Module
     adapted: dict[str, nn.Module]
@@ -100,15 +106,21 @@ class TrainStep:
     plan: LossPlan
     world: World = field(default_factory=World)
     rounding: Rounding | None = None
+    again: Again = "nothing"
+    near: int | None = None
     weights: Weights = field(init=False)
+    feed_forwards: list[FeedForward] = field(init=False)
     optimizer: Optimizer = field(init=False)
     _frozen_are_rounded: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.weights = dict(tree_flatten(self.module.trainable_parameters()))
         self.optimizer = Optimizer(self.config, self.weights)
+        self._calls = saving_calls(self.adapted.values())
+        layers = [layer for _, layer in named_layers(self.module)]
+        self.feed_forwards = find_feed_forwards(self.module, layers)
         self._gradient = {
-            rounding: compiled(self._make_gradient(rounding, self.config.grad_checkpoint), [mx.random.state])
+            rounding: compiled(self._make_gradient(rounding, self.again), [mx.random.state])
             for rounding in (False, True)
         }
         self._evaluate = {rounding: compiled(self._make_evaluate(rounding)) for rounding in (False, True)}
@@ -137,6 +149,10 @@ class TrainStep:
 
         Over all processes; a lost one raises LostPeerError before anything has changed but the random state.
         """
+        with memory_near(self.near):
+            return self._take(draw, rate, rounding)
+
+    def _take(self, draw: Draw, rate: float, rounding: bool) -> Taken:
         shares = self._shares(draw, rounding)
         loss, figures, gradients = self.gradient(draw.batches[0], shares, rounding)
         for batch in draw.batches[1:]:
@@ -160,22 +176,23 @@ class TrainStep:
         summed = self.world.sum_all({"loss": loss} | {f"figure {n}": f for n, f in figures.items()})
         return summed["loss"].item(), self._figures(summed, figures, shares)
 
-    def gradient_of(self, probe: Batch, recompute: bool) -> Weights:
-        """The gradient of the loss on `probe` alone, not compiled. Uses up no random number."""
+    def gradient_of(self, probe: Batch, again: Again | None, in_float32: bool = True) -> Weights:
+        """The gradient of the loss on `probe` alone, not compiled. Uses up no random number. `again` None: with all
+        kept that mlx-lm's code makes; `in_float32`: see `recompute_between`."""
         key, shares = calls.random_key(), shares_of(draw_of(probe))
-        gradient = self._make_gradient(False, recompute)
+        gradient = self._make_gradient(False, again, in_float32)
         _, _, found = gradient(self.weights, device_batch(probe), *vars(shares).values())
         mx.eval(found)
         calls.set_random_key(key)
         return found
 
-    def _make_gradient(self, rounding: bool, recompute: bool):
+    def _make_gradient(self, rounding: bool, again: Again | None, in_float32: bool = True):
         def loss(weights: Weights, batch: Arrays, shares: Shares) -> tuple:
             return *self._loss(weights, batch, shares), calls.random_key()
 
         def gradient(weights: Weights, arrays: dict[str, mx.array], *shares: mx.array) -> tuple:
             self.module.train()
-            with self._at_work(rounding, recompute):  # the backward pass calls blocks again
+            with self._at_work(rounding, again, in_float32):  # the backward pass calls blocks again
                 (value, figures, key), gradients = mx.value_and_grad(loss)(weights, Arrays(**arrays), Shares(*shares))
             calls.set_random_key(key)  # as the forward pass left it
             return value, figures, gradients
@@ -185,7 +202,7 @@ class TrainStep:
     def _make_evaluate(self, rounding: bool):
         def evaluate(weights: Weights, arrays: dict[str, mx.array], *shares: mx.array) -> tuple[mx.array, Figures]:
             self.module.eval()
-            with self._at_work(rounding, False):
+            with self._at_work(rounding, None):
                 return self._loss(weights, Arrays(**arrays), Shares(*shares))
 
         return evaluate
@@ -193,7 +210,7 @@ class TrainStep:
     def _make_gain(self, rounding: bool):
         def gain(weights: Weights, arrays: dict[str, mx.array]) -> mx.array:
             self.module.eval()
-            with self._at_work(rounding, False):
+            with self._at_work(rounding, None):
                 batch = Arrays(**arrays)
                 sums = answer_log_probabilities(self.module, self.plan, batch, weights)
                 before = mx.zeros_like(sums) if batch.reference is None else batch.reference
@@ -217,16 +234,26 @@ class TrainStep:
         return figures | ({"kl": [shares.kl.item(), 1.0]} if self.config.objective.rows == "labeled" else {})
 
     @contextlib.contextmanager
-    def _at_work(self, rounding: bool, recompute: bool) -> Iterator[None]:
+    def _at_work(self, rounding: bool, again: Again | None, in_float32: bool = True) -> Iterator[None]:
         """The module as the step calls it. Afterwards it has its own weights again, and no array of a trace."""
         own = dict(tree_flatten(self.module.trainable_parameters()))
         with contextlib.ExitStack() as stack:
             stack.callback(log_probabilities.put, self.module, own)
+            for layer, call in self._calls:
+                stack.callback(calls.intercept(layer, call))
             if rounding and self.rounding is not None:
                 stack.enter_context(through_rounding.rounded(self.adapted, self.rounding))
-            for layer in self.module.layers if recompute else ():
-                stack.enter_context(calls.recompute(layer))
+            for part in self.feed_forwards if again is not None else ():
+                stack.enter_context(recompute_between(part, in_float32))
+            for module in self._computed_again(again):
+                stack.enter_context(recompute(module))
             yield
+
+    def _computed_again(self, again: Again | None) -> list[nn.Module]:
+        """The modules that are computed again as a whole."""
+        if again == "blocks":
+            return list(self.module.layers)
+        return [part.module for part in self.feed_forwards] if again == "mlp" else []
 
     def _round_frozen_once(self, rounding: bool) -> None:
         """From the first rounded step on, the layers without an adapter are rounded for good."""
@@ -252,7 +279,7 @@ def shares_of(draw: Draw) -> Shares:
 def token_log_probabilities(module: nn.Module, plan: LossPlan, batch: Arrays, weights: Weights) -> mx.array:
     """(n,) log p of the batch's trained tokens, with these trainable weights, as `plan` says."""
     log_probabilities.put(module, weights)
-    cache = _segments(module, batch)
+    cache = segments_of(module, batch)
     if plan.body is None:
         return log_probabilities.plain(module, batch, cache)
     head = {name: w for name, w in weights.items() if block_index(name) is None}
@@ -279,11 +306,6 @@ def plan_loss(module: nn.Module, config: TrainConfig, vocabulary: int, probe: Ba
     return LossPlan(None, chunk)
 
 
-def probe_of(rows: Sequence[Row]) -> Batch:
-    """A small batch to try a model on: the two shortest rows."""
-    return make_batch([[row] for row in sorted(rows, key=lambda row: row.length)[:2]])
-
-
 def _agrees(module: nn.Module, body: nn.Module, probe: Batch, chunk: int) -> bool:
     module.eval()
     batch = Arrays(**device_batch(probe))
@@ -293,41 +315,3 @@ def _agrees(module: nn.Module, body: nn.Module, probe: Batch, chunk: int) -> boo
     except (ValueError, TypeError, IndexError, AttributeError):
         return False
     return abs(plain - chunked) <= EQUAL * max(abs(plain), 1.0)
-
-
-def computes_as_generated(module: nn.Module, probe: Batch) -> bool:
-    """Whether the logits of whole texts are those that come one after another, from a cache."""
-    module.eval()
-    tokens, cache = mx.array(probe.tokens[:1, :PROBED_TOKENS]), make_prompt_cache(module)
-    try:
-        parts = [module(tokens[:, :-1], cache=cache), module(tokens[:, -1:], cache=cache)]
-    except Exception:  # whoever generates with it will be told
-        return True
-    return same_function(module(tokens), mx.concatenate(parts, axis=1))
-
-
-def packing_is_exact(module: nn.Module, separate: Batch, packed: Batch) -> bool:
-    """Whether rows that share a sequence get the losses that they get alone."""
-
-    def total(given: Batch) -> float:
-        batch = Arrays(**device_batch(given))
-        return (log_probabilities.plain(module, batch, _segments(module, batch)) * batch.weights).sum().item()
-
-    module.eval()
-    alone = total(separate)
-    try:
-        together = total(packed)
-    except (ValueError, TypeError, IndexError, AttributeError):
-        return False
-    return abs(alone - together) <= EQUAL * abs(alone)
-
-
-def checkpointing_is_exact(train_step: TrainStep, probe: Batch) -> bool:
-    """Whether blocks that are computed again give the gradient that kept ones give."""
-    kept, again = (train_step.gradient_of(probe, recompute) for recompute in (False, True))
-    return all(_near(again[name], gradient) for name, gradient in kept.items())
-
-
-def _near(value: mx.array, expected: mx.array) -> bool:
-    """Equal but for sums in another order, as a GPU makes some."""
-    return bool((mx.linalg.norm(value - expected) <= 100 * EQUAL * mx.linalg.norm(expected)).item())

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from mlx.utils import tree_map
-
 from mlx_adapters.system.door import mx, nn
 
 METHODS = ("__call__", "as_linear")  # the ways in which models call a layer
@@ -79,37 +77,11 @@ def set_random_key(key: mx.array) -> None:
     mx.random.state[0][...] = key
 
 
-def recompute(layer: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Within the block, `layer` keeps only its inputs for the backward pass (gradient checkpointing,
-    arXiv 1604.06174). The backward pass has to happen within the block too, and leaves MLX's random key behind
-    where dropout began in the layer, because it draws the same numbers again.
-
-    Whatever carries a gradient is an input: the weights, and arrays anywhere in positional and keyword arguments
-    (Gemma 4 hands keys and values from block to block by keyword). Whole numbers carry none, and a GPU's kernels refuse
-    to be asked for one: RoPE's by its offsets.
-    """
-
-    def checkpointed(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        key = random_key()
-
-        def inner(given: dict, args: tuple, kwargs: dict) -> Any:
-            own = layer.trainable_parameters()
-            layer.update(given)
-            set_random_key(key)
-            args, kwargs = tree_map(_without_gradient_of_whole_numbers, (args, kwargs))
-            try:
-                return original(*args, **kwargs)
-            finally:
-                layer.update(own)
-
-        return mx.checkpoint(inner)(layer.trainable_parameters(), args, kwargs)
-
-    return call_as(layer, checkpointed)
-
-
-def _without_gradient_of_whole_numbers(leaf: Any) -> Any:
-    whole = isinstance(leaf, mx.array) and not mx.issubdtype(leaf.dtype, mx.floating)
-    return mx.stop_gradient(leaf) if whole else leaf
+def next_random_key() -> mx.array:
+    """A key for random numbers of one's own: the next that MLX would draw from."""
+    rest, key = mx.random.split(mx.random.state[0])
+    set_random_key(rest)
+    return key
 
 
 def hidden_states(module: nn.Module, body: nn.Module, tokens: mx.array, cache: Any = None) -> mx.array:

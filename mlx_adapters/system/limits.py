@@ -54,17 +54,22 @@ def wire_memory() -> int:
 
 
 @contextlib.contextmanager
-def as_little_memory_as_will_do() -> Iterator[None]:
-    """Within the block a GPU's work waits for what is under way before more is started, as where memory runs short.
+def memory_near(size: int | None) -> Iterator[None]:
+    """Within the block a GPU's work waits, once it holds `size` bytes, for what is under way before more is started.
 
-    With room to spare MLX is some 300 operations ahead on a GPU, and holds the results of all; what is measured here
-    is what the work needs. On a CPU, ten operations ahead at most, nothing changes.
+    With room to spare MLX is some 300 operations ahead on a GPU, and holds the results of all. Work that needs more
+    than `size` gets it all the same. On a CPU, ten operations ahead at most, nothing changes; nor with None.
     """
     import mlx.core as mx
 
-    before = mx.set_memory_limit(1) if on_gpu() else None
+    before = mx.set_memory_limit(size) if size is not None and on_gpu() else None
     try:
         yield
     finally:
         if before is not None:
             mx.set_memory_limit(before)
+
+
+def as_little_memory_as_will_do() -> contextlib.AbstractContextManager[None]:
+    """Within the block a GPU's work is never ahead: what is measured here is what the work needs."""
+    return memory_near(1)

@@ -25,14 +25,8 @@ from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.models.model import Model
 from mlx_adapters.optimization.distributed import World
 from mlx_adapters.optimization.feed import Feed, make_feed
-from mlx_adapters.optimization.step import (
-    TrainStep,
-    checkpointing_is_exact,
-    computes_as_generated,
-    packing_is_exact,
-    plan_loss,
-    probe_of,
-)
+from mlx_adapters.optimization.probe import computes_as_generated, packing_is_exact, probe_of, settle_recomputing
+from mlx_adapters.optimization.step import Again, TrainStep, plan_loss
 from mlx_adapters.optimization.through_rounding import plan_rounding
 from mlx_adapters.storage.tensor_names import LORA_A, MAGNITUDE, split
 from mlx_adapters.system.door import mx, nn, refusals
@@ -271,12 +265,9 @@ def prepare(
         if config.packing and not packing_is_exact(model.module, probe, make_batch([shortest], packed=True)):
             raise ConfigError("Rows cannot be packed exactly with this architecture.", "train without --packing.")
         plan = plan_loss(model.module, config, int(model.config.get("vocab_size", 1 << 16)), probe)
-        train_step = TrainStep(model.module, adapted, config, plan, world, rounding)
-        if not config.grad_checkpoint:
-            train_step.gradient_of(
-                probe, recompute=False
-            )  # what cannot be differentiated shows before the run's folder is made
-        elif not checkpointing_is_exact(train_step, probe):
+        again: Again = "blocks" if config.grad_checkpoint else "nothing"
+        train_step = TrainStep(model.module, adapted, config, plan, world, rounding, again)
+        if not settle_recomputing(train_step, probe):
             raise ConfigError(
                 "This architecture's gradients change when its blocks are computed again.",
                 "train without --grad-checkpoint.",

@@ -18,7 +18,8 @@ from mlx_adapters.models.loading import load_model
 from mlx_adapters.optimization import log_probabilities
 from mlx_adapters.optimization import step as engines
 from mlx_adapters.optimization.feed import draw_of
-from mlx_adapters.optimization.step import LossPlan, TrainStep, checkpointing_is_exact, shares_of
+from mlx_adapters.optimization.probe import settle_recomputing
+from mlx_adapters.optimization.step import LossPlan, TrainStep, shares_of
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage.tensor_names import LORA_B, split
 from mlx_adapters.surgery import calls
@@ -47,7 +48,8 @@ def train_step(folder, training: TrainConfig, **lora) -> TrainStep:
             weights[name] = 0.05 * mx.random.normal(weights[name].shape, key=mx.random.key(number))
     log_probabilities.put(model.module, weights)
     layers = dict(named_layers(model.module))
-    return TrainStep(model.module, {key: layers[key] for key in keys}, training, LossPlan(None, 64))
+    again = "blocks" if training.grad_checkpoint else "nothing"
+    return TrainStep(model.module, {key: layers[key] for key in keys}, training, LossPlan(None, 64), again=again)
 
 
 def gradients(made: TrainStep, batch: Batch = BATCH, rounding: bool = False) -> tuple[float, dict[str, mx.array]]:
@@ -104,7 +106,7 @@ def test_the_random_numbers_go_on_as_without_it(tiny_model):
 def test_an_architecture_that_hides_a_gradient_is_refused(tiny_model, monkeypatch):
     """What reaches a block neither as its weight nor as its argument has no gradient; the run must not begin."""
     made = train_step(tiny_model(), TrainConfig(grad_checkpoint=True))
-    assert checkpointing_is_exact(made, BATCH)
+    assert settle_recomputing(made, BATCH)
     first, second = made.module.layers
     kind, hidden = type(first), []
 
@@ -116,8 +118,8 @@ def test_an_architecture_that_hides_a_gradient_is_refused(tiny_model, monkeypatc
             return y if self is first else y + mx.sin(hidden[0])
 
     first.__class__ = second.__class__ = Sharing
-    assert not checkpointing_is_exact(made, BATCH)
-    monkeypatch.setattr(setup, "checkpointing_is_exact", lambda *_: False)
+    assert not settle_recomputing(made, BATCH)
+    monkeypatch.setattr(setup, "settle_recomputing", lambda *_: False)
     with pytest.raises(ConfigError) as caught:
         prepared(tiny_model(), TrainConfig(grad_checkpoint=True, batch_size=2))
     assert "--grad-checkpoint" in caught.value.hint

@@ -15,11 +15,13 @@ from mlx_adapters.models.layers import adaptable_layers, named_layers
 from mlx_adapters.models.loading import load_model
 from mlx_adapters.optimization import log_probabilities
 from mlx_adapters.optimization.log_probabilities import Arrays
-from mlx_adapters.optimization.step import Segments, device_batch, packing_is_exact, plan_loss
+from mlx_adapters.optimization.probe import packing_is_exact
+from mlx_adapters.optimization.step import Segments, device_batch, plan_loss
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage.tensor_names import LORA_B, block_index, split
 from mlx_adapters.surgery import calls
 from mlx_adapters.surgery.blocks import find_body
+from mlx_adapters.surgery.recomputation import recompute
 from mlx_adapters.system.limits import as_little_memory_as_will_do
 from mlx_adapters.training import setup
 
@@ -148,6 +150,6 @@ def test_patches_touch_no_class_and_are_taken_back(tiny_model):
     model, _ = adapted(tiny_model(), LoraConfig(rank=4, scale=2.0))
     layer, other = model.module.layers
     kind, call = type(layer), type(layer).__call__
-    with calls.recompute(layer):
+    with recompute(layer):
         assert type(other) is kind and type(layer) is not kind and isinstance(layer, kind)
     assert type(layer) is kind and kind.__call__ is call

@@ -1,0 +1,155 @@
+"""How mlx-lm's adapter layers compute while they are trained: the same function, with less kept for the gradient.
+
+mlx-lm's LoRA multiplies by float32 factors, so each layer makes a float32 copy of its input and keeps it for the
+backward pass: q, k and v keep three of one array. Here the factors are multiplied in the input's type, from float32
+masters, and of a layer the backward pass is left its input alone, which the layers that share it hold in common. It
+draws the dropout's mask again from its key, and sums the gradients of A and B in float32, one layer's copy at a time.
+DoRA (arXiv 2402.09353) gets ‖W + s B A‖ by rows from ‖W‖, W A and AᵀA, so that W is not unpacked for it in each step.
+
+Embeddings stay mlx-lm's: an embedding's factors meet no copy of anything large.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from mlx_adapters.storage.tensor_names import BIAS
+from mlx_adapters.surgery import calls
+from mlx_adapters.system.door import DoRALinear, LoRALinear, LoRASwitchLinear, mx, nn
+from mlx_adapters.system.machine import on_gpu
+
+Call = Callable[..., mx.array]
+
+
+def saving_calls(adapted: Iterable[nn.Module]) -> list[tuple[nn.Module, Call]]:
+    """(adapter layer, what to `calls.intercept` its calls with) of each that computes as this file says."""
+    kinds = {LoRALinear: _lora, DoRALinear: _dora, LoRASwitchLinear: _experts}
+    return [(layer, make(layer)) for layer in adapted for kind, make in kinds.items() if isinstance(layer, kind)]
+
+
+def _lora(layer: nn.Module) -> Call:
+    product = _low_rank(layer.scale, layer.dropout._p_1)
+
+    def call(original: Call, x: mx.array) -> mx.array:
+        return product(layer.linear(x), x, layer.lora_a, layer.lora_b, *_key(layer))
+
+    return call
+
+
+def _key(layer: nn.Module) -> list[mx.array]:
+    """The random key of this call's dropout, if there is any."""
+    drops = layer.training and layer.dropout._p_1 < 1
+    return [calls.next_random_key()] if drops else []
+
+
+def _dropped(x: mx.array, kept: float, key: list[mx.array] | tuple) -> mx.array:
+    """`x` after the dropout of `key`: the numbers that mlx's own draws."""
+    if not key:
+        return x
+    return (mx.random.bernoulli(kept, x.shape, key=key[0]) * x) * (1 / kept)
+
+
+def _low_rank(scale: float, kept: float) -> Call:
+    """y + scale · dropout(x) A B, in y's type: y (..., out), x (..., in), A (in, r), B (r, out)."""
+
+    @mx.custom_function
+    def product(y: mx.array, x: mx.array, a: mx.array, b: mx.array, *key: mx.array) -> mx.array:
+        z = _dropped(x, kept, key) @ a.astype(x.dtype)
+        return mx.addmm(y, z, (scale * b).astype(x.dtype))
+
+    @product.vjp
+    def backward(primals: tuple, dy: mx.array, output: mx.array) -> tuple:
+        _, x, a, b, *key = primals
+        own, turned = x.dtype, scale * b.T
+        d, wide = _dropped(x, kept, key), dy.astype(mx.float32)
+        z, dz = d @ a.astype(own), wide @ turned  # (..., r)
+        da, db = _summed(d, dz), scale * _summed(z, wide)
+        dx = _dropped(dz.astype(own) @ a.astype(own).T, kept, key)
+        return dy, dx, da, db, *map(mx.zeros_like, key)
+
+    return product
+
+
+def _summed(left: mx.array, right: mx.array) -> mx.array:
+    """Σ over tokens of leftᵀ right, (n, m) float32: left (..., n), right (..., m)."""
+    left, right = (x.reshape(-1, x.shape[-1]).astype(mx.float32) for x in (left, right))
+    return left.T @ right
+
+
+def _experts(layer: nn.Module) -> Call:
+    def call(original: Call, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        y = layer.linear(x, indices, sorted_indices=sorted_indices)
+        product = _of_experts(indices, sorted_indices, layer.scale, layer.dropout._p_1)
+        return product(y, x, layer.lora_a, layer.lora_b, *_key(layer))
+
+    return call
+
+
+def _of_experts(indices: mx.array, ordered: bool, scale: float, kept: float) -> Call:
+    """`_low_rank` for y (..., 1, out), x (..., 1, in), A (experts, r, in) and B (experts, out, r), as `indices` say."""
+
+    def added(d: mx.array, a: mx.array, b: mx.array) -> mx.array:
+        for factor in (a, scale * b):
+            turned = factor.astype(d.dtype).swapaxes(-1, -2)  # (experts, in, r), (experts, r, out)
+            d = mx.gather_mm(d, turned, rhs_indices=indices, sorted_indices=ordered)
+        return d
+
+    @mx.custom_function
+    def product(y: mx.array, x: mx.array, a: mx.array, b: mx.array, *key: mx.array) -> mx.array:
+        d = _dropped(x, kept, key)
+        return y + added(d if on_gpu() else d.astype(mx.float32), a, b).astype(y.dtype)  # MLX's CPU has no other
+
+    @product.vjp
+    def backward(primals: tuple, dy: mx.array, output: mx.array) -> tuple:
+        _, x, a, b, *key = primals
+        given = [_dropped(x, kept, key).astype(mx.float32), a, b]
+        _, (dd, da, db) = mx.vjp(added, given, [dy.astype(mx.float32)])
+        return dy, _dropped(dd, kept, key).astype(x.dtype), da, db, *map(mx.zeros_like, key)
+
+    return product
+
+
+def _dora(layer: nn.Module) -> Call:
+    low_rank, magnified = _low_rank(layer.scale, layer.dropout._p_1), _magnified()
+    bare = _without_bias(layer.linear)
+    weight_norms = mx.square(mx.linalg.norm(layer._dequantized_weight().astype(mx.float32), axis=1))  # ‖W‖², (out,)
+    mx.eval(weight_norms)
+
+    def call(original: Call, x: mx.array) -> mx.array:
+        a, b = layer.lora_a, layer.lora_b
+        u = low_rank(bare(x), x, a, b, *_key(layer))
+        y = magnified(u, layer.m, mx.stop_gradient(_norms(bare(a.T.astype(x.dtype)), weight_norms, a, layer.scale * b)))
+        return y + layer.linear.bias if BIAS in layer.linear else y
+
+    return call
+
+
+def _without_bias(linear: nn.Module) -> nn.Module:
+    kind: Any = type(linear)
+    bare = kind.__new__(kind)
+    nn.Module.__init__(bare)
+    vars(bare).update({name: value for name, value in vars(linear).items() if not name.startswith("_")})
+    dict.update(bare, {name: value for name, value in linear.items() if name != BIAS})
+    return bare
+
+
+def _norms(wa: mx.array, weight_norms: mx.array, a: mx.array, b: mx.array) -> mx.array:
+    """‖W + (A B)ᵀ‖ by rows, (out,) float32: ‖w‖² + 2 w·(A b) + ‖A b‖². `wa` (r, out): (W A)ᵀ; `weight_norms`: ‖w‖²."""
+    return mx.sqrt(mx.maximum(weight_norms + ((2 * wa.astype(mx.float32) + (a.T @ a) @ b) * b).sum(axis=0), 0))
+
+
+def _magnified() -> Call:
+    """u · m / norm in u's type: u (..., out), m and norm (out,) float32. The backward pass has u from what came out."""
+
+    @mx.custom_function
+    def product(u: mx.array, m: mx.array, norm: mx.array) -> mx.array:
+        return (m / norm).astype(u.dtype) * u
+
+    @product.vjp
+    def backward(primals: tuple, dy: mx.array, y: mx.array) -> tuple:
+        u, m, norm = primals
+        gain = (m / norm).astype(u.dtype)
+        summed = (dy.astype(mx.float32) * y.astype(mx.float32)).reshape(-1, y.shape[-1]).sum(axis=0)
+        by = gain.astype(mx.float32) * norm
+        return gain * dy, mx.where(by == 0, 0, summed / by), mx.zeros_like(norm)
+
+    return product

@@ -1,0 +1,233 @@
+"""Memory and speed of a training step against mlx-lm's, at the shapes of real models, in one process.
+
+Random weights of a Qwen 3 shape, packed in 4 bits (or the embedded model), rank 8 on all linear layers, a fixed batch
+of which the last quarter of each row is trained. Each way takes two steps to warm up, then timed ones; `peak` is
+`mx.get_peak_memory()` of these. Ours run as `train` runs them: one step that is never ahead tells what they need, and
+from that on a GPU waits (`--ahead` lets it run ahead as far as it likes). mlx-lm's are its layers, loss and compiled
+step, as its trainer has them.
+
+    python scripts/benchmarks/train_memory.py --shape 4b
+    python scripts/benchmarks/train_memory.py --shape demo --length 128 --json train_memory.json
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+import mlx_adapters
+
+RANK, SCALE, SEED, WARM_UP = 8, 2.0, 0, 2
+QWEN3 = {"model_type": "qwen3", "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6}
+QWEN3 |= {"vocab_size": 151_936, "max_position_embeddings": 40_960, "rope_theta": 1e6, "tie_word_embeddings": True}
+SHAPES = {
+    "4b": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
+    "0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
+    "tiny": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8}
+    | {"vocab_size": 4096},
+}
+OURS = {"ours": "nothing", "ours, MLP recomputed": "mlp", "ours, blocks recomputed": "blocks"}
+THEIRS = {"mlx-lm": False, "mlx-lm, blocks recomputed": True}
+
+
+def model_of(shape: str):
+    """The bare module, evaluated."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx.utils import tree_flatten
+
+    if shape == "demo":
+        from mlx_adapters.models.loading import load_model
+        from mlx_adapters.sources.bases import resolve_base
+
+        return load_model(resolve_base("demo")).module
+    from mlx_adapters.system.door import make_module
+    from mlx_adapters.system.machine import on_gpu
+
+    mx.random.seed(SEED)
+    module = make_module(QWEN3 | SHAPES[shape])
+    if on_gpu():  # a CPU trains on dense float32 copies
+        module.set_dtype(mx.bfloat16)
+        nn.quantize(module, 64, 4)
+    for _, array in tree_flatten(module.parameters()):  # one after the other: the unpacked weights go at once
+        mx.eval(array)
+    return module
+
+
+def batch_of(options: argparse.Namespace):
+    """The rows as one batch of ours."""
+    from mlx_adapters.data.batches import make_batch
+    from mlx_adapters.data.tokenizing import Row
+    from mlx_adapters.system.machine import on_gpu
+
+    random, length = np.random.default_rng(SEED), options.length + 1
+    trained = np.arange(length) > options.length * 3 // 4
+    rows = [
+        Row(random.integers(3, 500, length).astype(np.int32), trained, "here", length) for _ in range(options.batch)
+    ]
+    return make_batch([[row] for row in rows], 32 if on_gpu() else 1)
+
+
+def ours(module, options: argparse.Namespace, again: str) -> Callable[[], float]:
+    """One update, by `TrainStep`."""
+    from mlx_adapters.config.training import LoraConfig, TrainConfig
+    from mlx_adapters.models.layers import add_adapter_layers, named_layers, resolve_target_modules
+    from mlx_adapters.models.metadata import AdapterConfig
+    from mlx_adapters.optimization.feed import draw_of
+    from mlx_adapters.optimization.step import LossPlan, TrainStep, chunk_rows
+    from mlx_adapters.surgery.blocks import find_body
+    from mlx_adapters.system.door import mx
+    from mlx_adapters.system.limits import as_little_memory_as_will_do
+
+    keys = resolve_target_modules(module, LoraConfig())
+    add_adapter_layers(module, AdapterConfig(RANK, SCALE, keys))
+    layers = dict(named_layers(module))
+    vocabulary = module(mx.zeros((1, 1), mx.int32)).shape[-1]
+    config = TrainConfig(batch_size=options.batch, optimizer="adam", learning_rate=1e-5)
+    plan = LossPlan(find_body(module), chunk_rows(vocabulary))
+    made = TrainStep(module, {key: layers[key] for key in keys}, config, plan, again=again)  # type: ignore[arg-type]
+    draw = draw_of(batch_of(options))
+    mx.eval(made.weights, made.optimizer.arrays())
+    if not options.ahead:
+        made.take(draw, 1e-5)  # compiles
+        mx.reset_peak_memory()
+        with as_little_memory_as_will_do():
+            made.take(draw, 1e-5)
+        made.near = int(mx.get_peak_memory() * options.near)
+    return lambda: made.take(draw, 1e-5).loss.item()
+
+
+def theirs(module, options: argparse.Namespace, checkpoint: bool) -> Callable[[], float]:
+    """One update as `mlx_lm.tuner.trainer.train` makes it."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    import mlx.optimizers as optim
+    from mlx_lm.tuner import trainer, utils
+
+    from mlx_adapters.system.machine import on_gpu
+
+    utils.linear_to_lora_layers(module, len(module.layers), {"rank": RANK, "scale": SCALE, "dropout": 0.0})
+    if checkpoint:
+        trainer.grad_checkpoint(module.layers[0])
+    module.train()
+    optimizer, gradient = optim.Adam(1e-5), nn.value_and_grad(module, trainer.default_loss)
+    state = [module.state, optimizer.state, mx.random.state]
+    tokens = mx.array(batch_of(options).tokens)
+    lengths = mx.array([[options.length * 3 // 4 + 1, options.length + 1]] * options.batch)
+
+    def step(batch: mx.array, lengths: mx.array) -> mx.array:
+        (loss, _), gradients = gradient(module, batch, lengths)
+        optimizer.update(module, gradients)
+        return loss
+
+    compiled = partial(mx.compile, inputs=state, outputs=state)(step) if on_gpu() else step
+
+    def update() -> float:
+        loss = compiled(tokens, lengths)
+        mx.eval(state, loss)
+        return loss.item()
+
+    return update
+
+
+def measure(module, way: str, options: argparse.Namespace) -> dict:
+    """Milliseconds a step (median) and peak bytes, and the module without adapter layers again."""
+    import mlx.core as mx
+
+    from mlx_adapters.models.layers import detach
+
+    kind = type(module.layers[0])
+    call = kind.__call__
+    mx.random.seed(SEED)
+    module.freeze()
+    began = time.perf_counter()
+    update = ours(module, options, OURS[way]) if way in OURS else theirs(module, options, THEIRS[way])
+    losses = [update() for _ in range(WARM_UP)]
+    ready = time.perf_counter() - began
+    gc.collect()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    seconds = []
+    for _ in range(options.steps):
+        start = time.perf_counter()
+        losses.append(update())
+        seconds.append(time.perf_counter() - start)
+    tokens = options.batch * options.length
+    found = {
+        "way": way,
+        "ms": 1e3 * statistics.median(seconds),
+        "ms_range": [1e3 * min(seconds), 1e3 * max(seconds)],
+        "tokens_per_second": tokens / statistics.median(seconds),
+        "peak_bytes": mx.get_peak_memory(),
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "ready_seconds": ready,
+    }
+    del update
+    kind.__call__ = call  # mlx-lm's checkpointing changes the class
+    detach(module)
+    module.unfreeze()
+    gc.collect()
+    mx.clear_cache()
+    return found
+
+
+def line(found: dict, reference: dict | None) -> str:
+    """A row of the table."""
+    speed = memory = ""
+    if reference:
+        speed = f"{found['tokens_per_second'] / reference['tokens_per_second']:.2f}"
+        memory = f"{found['peak_bytes'] / reference['peak_bytes']:.2f}"
+    return (
+        f"| {found['way']} | {found['ms']:,.0f} | {found['tokens_per_second']:,.0f} | {speed} "
+        f"| {found['peak_bytes'] / 1e9:.2f} | {memory} |"
+    )
+
+
+def main() -> None:
+    """Measure the ways that are named, and print them as they come."""
+    assert mlx_adapters.__version__
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=[*SHAPES, "demo"], default="0.6b")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--ahead", action="store_true", help="let a GPU work ahead as far as it likes")
+    parser.add_argument("--near", type=float, default=1.0, help="of what a step needs, where a GPU waits")
+    parser.add_argument("--ways", nargs="*", default=[*THEIRS, *OURS], choices=[*THEIRS, *OURS], metavar="WAY")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    from mlx_adapters.storage import files
+    from mlx_adapters.system.door import mx
+    from mlx_adapters.system.machine import environment, on_gpu
+
+    machine = environment().to_json()
+    print(
+        f"# {machine['device_name']}, mlx {machine['versions']['mlx']}, mlx-lm {machine['versions']['mlx-lm']}; ",
+        end="",
+    )
+    print(
+        f"{options.shape}, batch {options.batch} x {options.length}, a quarter trained, rank {RANK}, all linear layers"
+    )
+    print(
+        "| | ms a step | tokens/s | of mlx-lm's | peak GB | of mlx-lm's |\n| --- | ---: | ---: | ---: | ---: | ---: |"
+    )
+    if not on_gpu():
+        mx.disable_compile()  # it would call a C++ compiler for each fused kernel
+    module, all_found = model_of(options.shape), []
+    for way in options.ways:
+        all_found.append(measure(module, way, options))
+        reference = next((found for found in all_found if found["way"] == "mlx-lm"), None)
+        print(line(all_found[-1], reference), flush=True)
+    if options.json:
+        files.write_text(options.json, json.dumps({"machine": machine, "options": str(options), "ways": all_found}))
+
+
+if __name__ == "__main__":
+    main()

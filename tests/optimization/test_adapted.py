@@ -1,0 +1,134 @@
+"""Adapter layers as they are trained: mlx-lm's function and gradients, with less kept."""
+
+import gc
+from contextlib import ExitStack
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_adapters.optimization.adapted import saving_calls
+from mlx_adapters.surgery import calls
+from mlx_adapters.system.door import DoRALinear, LoRALinear, LoRASwitchLinear, SwitchLinear, nn
+from mlx_adapters.system.machine import on_gpu
+
+KINDS = {"lora": LoRALinear, "dora": DoRALinear, "experts": LoRASwitchLinear}
+INPUTS, OUTPUTS, EXPERTS = 64, 96, 4
+
+
+def layer(kind: str, *, dropout: float = 0.0, bits: int | None = None, dtype: mx.Dtype = mx.float32, bias=True):
+    """An adapter layer whose factors are all other than zero."""
+    mx.random.seed(0)
+    experts = kind == "experts"
+    base = SwitchLinear(INPUTS, OUTPUTS, EXPERTS, bias) if experts else nn.Linear(INPUTS, OUTPUTS, bias)
+    if bits is not None:
+        base = base.to_quantized(32, bits)
+    base.set_dtype(dtype)
+    made = KINDS[kind].from_base(base, r=4, dropout=dropout, scale=2.0)
+    base.freeze()
+    made.lora_b = 0.3 * mx.random.normal(made.lora_b.shape)
+    if "m" in made:
+        made.m = made.m * (1 + 0.1 * mx.random.normal(made.m.shape))
+    return made
+
+
+def call_of(made: nn.Module, rows: int = 40):
+    """(weights and x -> a loss, x): a loss that weighs each output."""
+    experts = isinstance(made, LoRASwitchLinear)
+    shape = (rows, 1) if experts else (2, rows // 2)
+    more = (mx.sort(mx.random.randint(0, EXPERTS, (rows,), key=mx.random.key(1))), True) if experts else ()
+    weighed = mx.random.normal((*shape, OUTPUTS), key=mx.random.key(2))
+
+    def loss(weights: dict, x: mx.array) -> mx.array:
+        made.update(weights)
+        return (made(x, *more).astype(mx.float32) * weighed).sum()
+
+    return loss, mx.random.normal((*shape, INPUTS), key=mx.random.key(3))
+
+
+def gradients(made: nn.Module, ours: bool, dtype: mx.Dtype = mx.float32) -> dict[str, mx.array]:
+    """The loss, its gradients, and the random key afterwards."""
+    made.train()
+    loss, x = call_of(made)
+    mx.random.seed(5)
+    own = made.trainable_parameters()
+    with ExitStack() as stack:
+        for each, call in saving_calls([made]) if ours else ():
+            stack.callback(calls.intercept(each, call))
+        value, (by_weights, by_x) = mx.value_and_grad(loss, argnums=(0, 1))(own, x.astype(dtype))
+    made.update(own)
+    found = {"loss": value, "x": by_x, "key": calls.random_key()} | dict(tree_flatten(by_weights))
+    mx.eval(found)
+    return found
+
+
+def off(found: mx.array, expected: mx.array) -> float:
+    """The relative difference in the Frobenius norm."""
+    found, expected = (x.astype(mx.float32).flatten() for x in (found, expected))
+    return (mx.linalg.norm(found - expected) / mx.linalg.norm(expected)).item()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_value_and_gradients_are_mlx_lms(kind, dropout, bits, bias):
+    """In float32, dropout's random numbers included."""
+    made = layer(kind, dropout=dropout, bits=bits, bias=bias)
+    theirs, ours = (gradients(made, mine) for mine in (False, True))
+    assert mx.array_equal(ours.pop("key"), theirs.pop("key"))
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        assert off(ours[name], expected) <= (1e-5 if not on_gpu() else 1e-4), name
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_the_factors_gradients_are_float32_in_16_bits_too(kind, dtype):
+    made = layer(kind, dtype=dtype, dropout=0.3)
+    exact = gradients(layer(kind, dropout=0.3), ours=False)
+    ours = gradients(made, True, dtype)
+    for name in set(ours) - {"loss", "x", "key"}:
+        assert ours[name].dtype == mx.float32
+        assert off(ours[name], exact[name]) < 1e-2, name
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_an_update_without_a_magnitude_has_no_gradient_of_nan(kind):
+    made = layer(kind)
+    if kind == "dora":
+        made.m = mx.zeros_like(made.m)
+    assert all(mx.all(mx.isfinite(x)).item() for x in gradients(made, True).values())
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_layers_that_share_an_input_keep_it_once(kind):
+    """Three layers on one large input: mlx-lm's keep a float32 copy of it each."""
+    many = [layer(kind, dtype=mx.bfloat16, bias=False, dropout=0.2) for _ in range(3)]
+    weights = [each.trainable_parameters() for each in many]
+    for each in many:
+        each.train()
+
+    def loss(weights: list[dict], x: mx.array) -> mx.array:
+        x = mx.sin(x)
+        for each, own in zip(many, weights, strict=True):
+            each.update(own)
+        return mx.exp(sum(each(x) for each in many).astype(mx.float32).mean())
+
+    x = mx.random.normal((20_000, INPUTS)).astype(mx.bfloat16)
+    mx.eval(x, weights)
+
+    def peak(ours: bool) -> int:
+        gc.collect()
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        with ExitStack() as stack:
+            for each, call in saving_calls(many) if ours else ():
+                stack.callback(calls.intercept(each, call))
+            mx.eval(mx.value_and_grad(loss)(weights, x))
+        for each, own in zip(many, weights, strict=True):
+            each.update(own)
+        return mx.get_peak_memory() - before
+
+    assert peak(True) < 0.9 * peak(False)
