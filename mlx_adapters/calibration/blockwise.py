@@ -76,11 +76,13 @@ class BlockwiseModel:
         """The dense float32 weight of a layer in a prepared block."""
         return self._dense[path].weight
 
-    def change(self, path: str) -> mx.array | None:
-        """What the updates add to a layer in a prepared block, dense float32; None if they do not touch it."""
+    def change(self, path: str, start: int, stop: int | None) -> mx.array | None:
+        """What the updates add to rows (or experts) start…stop of a layer in a prepared block, dense float32; None if
+        they do not touch it."""
         if path not in self.updates.paths() or path in self.updates.replaced:
             return None
-        return self.weight(path) - self.source.fused(path, Updates())
+        weight = self.weight(path)
+        return weight[start:stop] - self.source.rows(path, start, len(weight) if stop is None else stop)
 
     def release(self, index: int) -> None:
         """Drop the weights of block `index`; it cannot be used again."""

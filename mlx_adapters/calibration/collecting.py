@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.calibration.blockwise import BlockwiseModel
-from mlx_adapters.calibration.moments import Moments, Seen, add_calls, fits, gram
+from mlx_adapters.calibration.moments import ExpertMoments, Moments, Seen, add_calls, fits, gram, moments_for
 from mlx_adapters.data.batches import TokenBatch
 from mlx_adapters.events import OnEvent, Progress, log_warnings
 from mlx_adapters.models.dense import weight_shape
@@ -107,7 +107,9 @@ class Collector:
         module = self.backward.source.module
         return tapped({path: layer for path, layer in module.named_modules() if path in here}, tape)
 
-    def add(self, moments: dict[str, Moments], noted: list, batch: TokenBatch, real: mx.array | None) -> None:
+    def add(
+        self, moments: dict[str, Moments | ExpertMoments], noted: list, batch: TokenBatch, real: mx.array | None
+    ) -> None:
         """Add one batch's notes; `real`: see `add_calls`. Layers whose calls tell nothing become `unknown`."""
         calls: dict[str, list[Seen]] = {}
         for path, x, indices, g in noted:
@@ -118,7 +120,7 @@ class Collector:
             if not all(fits(one, shape) for one in seen):
                 self.unknown.add(path)
             if path not in self.unknown:
-                add_calls(moments.setdefault(path, Moments()), seen, shape, batch.tokens.shape, real, products)
+                add_calls(moments.setdefault(path, moments_for(shape)), seen, shape, batch.tokens.shape, real, products)
 
 
 class Stages:
@@ -144,32 +146,41 @@ class Stages:
             self._input_embedding(held_back, cotangents)
             yield count, self._known(held_back)
 
-    def _known(self, moments: dict[str, Moments]) -> dict[str, Moments]:
+    def _known(self, moments: dict[str, Moments | ExpertMoments]) -> dict[str, Moments | ExpertMoments]:
         return {path: layer_moments for path, layer_moments in moments.items() if path not in self.collector.unknown}
 
-    def _head(self, blocks: Blocks, hidden: list[mx.array]) -> tuple[dict[str, Moments], list[mx.array]]:
+    def _head(
+        self, blocks: Blocks, hidden: list[mx.array]
+    ) -> tuple[dict[str, Moments | ExpertMoments], list[mx.array]]:
         c, cotangents = self.collector, []
-        moments: dict[str, Moments] = {}
+        moments: dict[str, Moments | ExpertMoments] = {}
         tape = Tape()
         keys = mx.random.split(mx.random.key(self.seed), max(len(hidden), 2))
         with c.tapped(len(blocks), tape):
             for batch, h, key in zip(c.batches, hidden, keys, strict=False):
+                pieces = blocks.pieces(h, batch.judged)
+                gradients = mx.zeros(1)
+                for number, positions in enumerate(pieces):
+                    own = key if len(pieces) == 1 else mx.random.split(key, len(pieces))[number]
 
-                def run(h: mx.array, batch: TokenBatch = batch) -> mx.array:
-                    return blocks.finish(h, batch.judged)
+                    def run(h: mx.array, positions: mx.array = positions) -> mx.array:
+                        return blocks.finish(h, positions)
 
-                def probe(out: mx.array, key: mx.array = key) -> mx.array:
-                    return fisher_probe(out, key)
+                    def probe(out: mx.array, key: mx.array = own) -> mx.array:
+                        return fisher_probe(out, key)
 
-                gradient, noted = tapped_vjp(run, tape, h, probe)
-                c.add(moments, noted, batch, None if len(blocks) else batch.real)
-                mx.eval(gradient)
-                cotangents.append(gradient)
+                    gradient, noted = tapped_vjp(run, tape, h, probe)
+                    c.add(moments, noted, batch, None if len(blocks) else batch.real)
+                    gradients = gradient if number == 0 else gradients + gradient
+                    mx.eval(gradients)
+                cotangents.append(gradients)
         return moments, cotangents
 
-    def _block(self, index: int, cotangents: list[mx.array]) -> tuple[dict[str, Moments], list[mx.array]]:
+    def _block(
+        self, index: int, cotangents: list[mx.array]
+    ) -> tuple[dict[str, Moments | ExpertMoments], list[mx.array]]:
         c, below = self.collector, []
-        moments: dict[str, Moments] = {}
+        moments: dict[str, Moments | ExpertMoments] = {}
         tape = Tape()
         entries = c._entries.take()
         with c.tapped(index, tape):
@@ -188,13 +199,13 @@ class Stages:
                 below.append(gradient)
         return moments, below
 
-    def _input_embedding(self, moments: dict[str, Moments], cotangents: list[mx.array]) -> None:
+    def _input_embedding(self, moments: dict[str, Moments | ExpertMoments], cotangents: list[mx.array]) -> None:
         """An embedding that is no output layer is judged by the gradients that reach the first block."""
         c = self.collector
         for path in c.paths & set(c.backward.layer_paths(len(c.backward.blocks))):
             if path not in moments and isinstance(c.backward.source.layers[path], nn.Embedding | nn.QuantizedEmbedding):
-                moments[path] = Moments()
+                moments[path] = seen = Moments()
                 for batch, g in zip(c.batches, cotangents, strict=True):
                     rows = g.reshape(-1, g.shape[-1])[batch.real]
                     product = gram(rows)
-                    moments[path].add(product, product, rows.shape[0])
+                    seen.add(product, product, rows.shape[0])

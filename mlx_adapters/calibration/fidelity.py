@@ -143,25 +143,29 @@ def measure_fidelity(
     reference = models.index(adapter)
     tallies = [_Tally([], [], []) for _ in models]
     for b, batch in enumerate(batches):
-        logs = [_log_probabilities(v, h[b], batch) for v, h in zip(models, hidden, strict=True)]
-        for tally, log in zip(tallies, logs, strict=True):
-            _judge(tally, logs[reference], log, batch)
-        mx.clear_cache()
+        done = 0
+        for positions in adapter.blocks.pieces(hidden[reference][b], batch.judged):
+            logs = [_log_probabilities(v, h[b], positions) for v, h in zip(models, hidden, strict=True)]
+            targets = batch.targets[done : done + positions.shape[0]]
+            for tally, log in zip(tallies, logs, strict=True):
+                _judge(tally, logs[reference], log, targets)
+            done += positions.shape[0]
+            mx.clear_cache()
     return _summary(tallies, models.index(fused), reference, base is not None, batches)
 
 
-def _log_probabilities(model: BlockwiseModel, hidden: mx.array, batch: TokenBatch) -> mx.array:
-    logits = model.blocks.finish(hidden, batch.judged).astype(mx.float32)
+def _log_probabilities(model: BlockwiseModel, hidden: mx.array, positions: mx.array) -> mx.array:
+    logits = model.blocks.finish(hidden, positions).astype(mx.float32)
     result = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     if not mx.isfinite(result).all().item():
         raise FormatError("The model computes NaN or Inf on the check's text.", "are its weights whole?")
     return result
 
 
-def _judge(tally: _Tally, reference: mx.array, log: mx.array, batch: TokenBatch) -> None:
+def _judge(tally: _Tally, reference: mx.array, log: mx.array, targets: mx.array) -> None:
     kl = (mx.exp(reference) * (reference - log)).sum(axis=-1)
     same = reference.argmax(axis=-1) == log.argmax(axis=-1)
-    loss = -mx.take_along_axis(log, batch.targets[:, None], axis=-1)[:, 0]
+    loss = -mx.take_along_axis(log, targets[:, None], axis=-1)[:, 0]
     for name, values in (("kl", kl), ("same", same), ("loss", loss)):
         getattr(tally, name).append(as_numpy(values).astype(np.float64))
 

@@ -17,6 +17,8 @@ from mlx_adapters.system.machine import on_gpu
 FISHER_SHARE = 0.7
 OUTPUT_STRIDE = 2  # every second token is enough for the moments of the outputs
 MOST_OUTPUTS = 16384  # a vocabulary's would not fit
+SHRINKAGE = 0.125  # tokens of the whole layer for each input of an expert
+MOST_ROWS = 8192  # pairs of token and expert that are multiplied at once
 
 
 def gram(rows: mx.array) -> mx.array:
@@ -29,7 +31,7 @@ def gram(rows: mx.array) -> mx.array:
 
 @dataclass
 class Moments:
-    """Sums over calibration tokens for one layer. Shapes (in, in); experts (experts, in, in)."""
+    """Sums over calibration tokens for one layer. Shapes (in, in); of some experts (experts, in, in)."""
 
     plain: mx.array | None = None
     fisher: mx.array | None = None
@@ -37,7 +39,7 @@ class Moments:
     tokens: int | np.ndarray = 0  # for experts: how many each one saw
     output_tokens: int = 0
 
-    def add(self, plain: mx.array, fisher: mx.array, tokens: int | np.ndarray) -> None:
+    def add(self, plain: mx.array, fisher: mx.array, tokens: int) -> None:
         """Add one batch's sums."""
         self.plain = plain if self.plain is None else self.plain + plain
         self.fisher = fisher if self.fisher is None else self.fisher + fisher
@@ -52,11 +54,13 @@ class Moments:
         mx.eval(self.outputs)
 
 
-def mix(plain: np.ndarray, fisher: np.ndarray, share: float = FISHER_SHARE) -> np.ndarray:
-    """(1 - share) · plain + share · fisher, each divided by its trace; a zero matrix leaves it to the other."""
-    traces = [float(np.trace(m)) for m in (plain, fisher)]
-    parts = [w * m / t for w, m, t in zip((1 - share, share), (plain, fisher), traces, strict=True) if t > 0]
-    return np.asarray(sum(parts)) if parts else np.zeros_like(plain)
+def mix(plain: mx.array, fisher: mx.array, share: float = FISHER_SHARE) -> mx.array:
+    """(1 - share) · plain + share · fisher, each (..., in, in) divided by its trace; zeros leave it to the other."""
+    total = mx.zeros_like(plain)
+    for weight, matrix in ((1 - share, plain), (share, fisher)):
+        t = mx.diagonal(matrix, axis1=-2, axis2=-1).sum(axis=-1)[..., None, None]
+        total = total + mx.where(t > 0, weight / mx.where(t > 0, t, 1), 0) * matrix
+    return total
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,64 @@ class Seen:
     x: mx.array
     indices: mx.array | None
     g: mx.array
+
+
+class ExpertMoments:
+    """What the experts of one layer saw, and from it the moments of a few at a time.
+
+    The moments of all would be experts x in x in numbers, many times the layer itself; the tokens are few, and what
+    calls them is what is kept (gate and up keep one copy of theirs).
+
+    An expert sees few tokens, from which its `in` inputs' moments cannot be known. They are shrunk towards those of
+    the whole layer: with n tokens of sum S and the mean M over the tokens of all experts, they are S + k M with
+    k = `SHRINKAGE` · in, as if the expert had seen k tokens more of what all see. An expert that saw none has M's.
+    """
+
+    def __init__(self, experts: int) -> None:
+        self.experts = experts
+        self.tokens = np.zeros(experts, np.int64)
+        self._calls: list[tuple[mx.array, np.ndarray, np.ndarray, mx.array]] = []
+        self._pooled: tuple[mx.array, mx.array] | None = None
+
+    def add(self, seen: Seen) -> None:
+        """Add a call: `x` (..., 1, in) broadcasts to `indices` (...), `g` is (..., 1, out)."""
+        assert seen.indices is not None
+        x, chosen = seen.x, as_numpy(seen.indices).reshape(-1)  # (pairs,)
+        rows = np.arange(math.prod(x.shape[:-1])).reshape(x.shape[:-2])
+        rows = np.broadcast_to(rows, seen.indices.shape).reshape(-1)
+        weights = seen.g.reshape(-1, seen.g.shape[-1]).square().mean(axis=-1, keepdims=True)  # (pairs, 1)
+        # Padding reaches experts too; nothing depends on it, so its gradient is exactly zero.
+        chosen = np.where(as_numpy(weights)[:, 0] > 0, chosen, self.experts)
+        self.tokens += np.bincount(chosen, minlength=self.experts + 1)[: self.experts]
+        self._calls.append((x.reshape(-1, x.shape[-1]), rows, chosen, mx.sqrt(weights)))
+        mx.eval(self._calls[-1][0], self._calls[-1][3])
+
+    def of(self, start: int, stop: int) -> Moments:
+        """The moments of experts start…stop."""
+        if self._pooled is None:
+            plain, fisher = self._sums(0, self.experts)
+            total = max(int(self.tokens.sum()), 1)
+            self._pooled = plain / total, fisher / total
+        width, sums = self._pooled[0].shape[-1], []
+        for expert in range(start, stop):
+            own = self._sums(expert, expert + 1)
+            sums.append([part + SHRINKAGE * width * pooled for part, pooled in zip(own, self._pooled, strict=True)])
+            mx.eval(sums[-1])
+        plain, fisher = (mx.stack(parts) for parts in zip(*sums, strict=True))
+        return Moments(plain, fisher, tokens=self.tokens[start:stop])
+
+    def _sums(self, start: int, stop: int) -> tuple[mx.array, mx.array]:
+        """Σ x xᵀ and Σ |g|² x xᵀ over what experts start…stop saw."""
+        width = self._calls[0][0].shape[-1]
+        plain, fisher = mx.zeros((width, width)), mx.zeros((width, width))
+        for x, rows, chosen, weights in self._calls:
+            some = np.flatnonzero((start <= chosen) & (chosen < stop))
+            for a in range(0, len(some), MOST_ROWS):
+                pairs = some[a : a + MOST_ROWS]
+                seen = x[mx.array(rows[pairs].astype(np.int32))]  # (pairs, in)
+                plain, fisher = plain + gram(seen), fisher + gram(seen * weights[mx.array(pairs.astype(np.int32))])
+                mx.eval(plain, fisher)
+        return plain, fisher
 
 
 def fits(seen: Seen, shape: tuple[int, ...]) -> bool:
@@ -79,8 +141,13 @@ def fits(seen: Seen, shape: tuple[int, ...]) -> bool:
     return x[-2] == 1 and len(x) - 2 <= indices.ndim and broadcasts and math.prod(g[:-1]) == indices.size
 
 
+def moments_for(shape: tuple[int, ...]) -> "Moments | ExpertMoments":
+    """None yet, of a layer with a weight of that shape."""
+    return Moments() if len(shape) == 2 else ExpertMoments(shape[0])
+
+
 def add_calls(
-    moments: Moments,
+    moments: Moments | ExpertMoments,
     calls: Sequence[Seen],
     shape: tuple[int, ...],
     tokens: tuple[int, int],
@@ -95,12 +162,15 @@ def add_calls(
     others = []
     for seen in calls:
         if seen.indices is not None:
-            _add_experts(moments, seen.x, seen.indices, seen.g, shape[0])
-        elif real is None or _one_row_per_token(seen.x.shape[:-1], tokens):
+            assert isinstance(moments, ExpertMoments)
+            moments.add(seen)
+            continue
+        assert isinstance(moments, Moments)
+        if real is None or _one_row_per_token(seen.x.shape[:-1], tokens):
             _add_linear(moments, seen.x, seen.g, real, products)
         else:
             others.append(seen)
-    if others:
+    if others and isinstance(moments, Moments):
         x = mx.concatenate([seen.x.reshape(-1, shape[-1]) for seen in others])
         g = mx.concatenate([seen.g.reshape(-1, shape[-2]) for seen in others])
         felt = np.flatnonzero(as_numpy(mx.abs(g).max(axis=-1)))
@@ -126,19 +196,3 @@ def _add_linear(
     moments.add(products[shared], gram(weighted), x.shape[0])
     if g.shape[-1] <= MOST_OUTPUTS:
         moments.add_outputs(g[::OUTPUT_STRIDE])
-
-
-def _add_experts(moments: Moments, x: mx.array, indices: mx.array, g: mx.array, experts: int) -> None:
-    """Each expert's own moments. `x` (..., 1, in) broadcasts to `indices` (...), `g` is (..., 1, out)."""
-    x = mx.broadcast_to(x, (*indices.shape, 1, x.shape[-1])).reshape(-1, x.shape[-1])  # (pairs, in)
-    weights = g.reshape(-1, g.shape[-1]).square().mean(axis=-1, keepdims=True)  # (pairs, 1)
-    weighted = x * mx.sqrt(weights)
-    # Padding reaches experts too; nothing depends on it, so its gradient is exactly zero.
-    chosen = np.where(as_numpy(weights)[:, 0] > 0, as_numpy(indices).reshape(-1), experts)
-    plain, fisher = [], []
-    for expert in range(experts):
-        rows = mx.array(np.flatnonzero(chosen == expert).astype(np.int32))
-        a, b = x[rows], weighted[rows]
-        plain.append(gram(a))
-        fisher.append(gram(b))
-    moments.add(mx.stack(plain), mx.stack(fisher), np.bincount(chosen, minlength=experts)[:experts])

@@ -1,134 +1,187 @@
-"""Round the columns of one matrix one after the other, each feeding its error on to those still to come.
+"""Round the columns of a matrix one after the other, each feeding its error on to those still to come.
 
-Matrices are transposed, (in, out), float32; H is the inputs' second moments, R its Cholesky factor (see `rounding`).
+Matrices are transposed, (in, out), float32; axes before those are a batch. H is the inputs' second moments, R its
+Cholesky factor (see `feedback`). The steps between the columns are array operations, the same for NumPy and MLX; what
+an `Engine` does its own way is the loop over the columns of one group, and products that are kept up to date.
 """
 
-import mlx.core as mx
-import numpy as np
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from mlx_adapters.config.quantization import Quantization
-from mlx_adapters.rounding.grids import Array, Grid, make_grid, pack_codes, to_numpy
+import mlx.core as mx
+
+from mlx_adapters.rounding.grids import Array, Grid, pack_codes, weighted
 from mlx_adapters.rounding.packed import Packed
+
+if TYPE_CHECKING:
+    from mlx_adapters.rounding.engines import Engine
+
+
+@dataclass
+class Rounded:
+    """Each group's scales and biases (..., out), codes and the values that they stand for (..., group, out)."""
+
+    scales: list[Array]
+    biases: list[Array]
+    codes: list[Array]
+    values: list[Array]
+
+    def group(self, g: int) -> tuple[Array, Array, Array, Array]:
+        """Those of one group."""
+        return self.scales[g], self.biases[g], self.codes[g], self.values[g]
+
+    def append(self, scale: Array, bias: Array, codes: Array, values: Array) -> None:
+        """Add a group."""
+        for parts, new in zip(vars(self).values(), (scale, bias, codes, values), strict=True):
+            parts.append(new)
+
+    def chosen(self, choose: Callable[[Array, Array], Array], other: "Rounded") -> "Rounded":
+        """`choose(mine, other's)` of every array."""
+        both = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Rounded(*([choose(a, b) for a, b in zip(mine, theirs, strict=True)] for mine, theirs in both))
 
 
 class Rounder:
-    """The rounding of one matrix (in, out) under one damped H (in, in); state that the steps share."""
+    """The rounding of one block of rows under one damped H (..., in, in) = R Rᵀ.
+
+    `ahead` is R with each column divided by its diagonal entry, and `variances` (..., in) are the squares of those;
+    `start` is the grid of the base, (scales, biases), each (..., out) for each group.
+    """
 
     def __init__(
         self,
-        weight: Array,
         hessian: Array,
         factor: tuple[Array, Array],
-        quantization: Quantization,
-        dtype: mx.Dtype,
-        start: Packed | None,
+        grid: Grid,
+        engine: "Engine",
+        start: tuple[list[Array], list[Array]] | None = None,
     ) -> None:
-        self.weight, self.hessian = weight, hessian
-        self.factor, self.variances = factor
-        self.grid: Grid = make_grid(quantization, dtype)
-        self.group = quantization.group_size
-        shape = (len(weight) // self.group, weight.shape[1])  # (groups, out)
-        self.scales, self.biases = np.ones(shape, np.float32), np.zeros(shape, np.float32)
-        self.codes = np.zeros(weight.shape, np.uint8)
-        self.errors = np.zeros_like(weight)
-        self.start = None
-        if start is not None and start.quantization == quantization:
-            biases = start.biases if start.biases is not None else mx.zeros(start.scales.shape)
-            self.start = (self.grid.decode_scales(start.scales).T, to_numpy(biases).T)
+        self.hessian, (self.ahead, self.variances) = hessian, factor
+        self.grid, self.engine, self.start = grid, engine, start
+        self.group = grid.quantization.group_size
 
-    def _choose_grid(self, g: int, target: Array, weights: Array) -> tuple[Array, Array]:
-        """The grid (out,) of group `g` with the least error Σ weights · (target - rounded)²."""
-        best, scale, bias = np.full(target.shape[1], np.inf, np.float32), self.scales[g], self.biases[g]
+    def feed_forward(self, weight: Array) -> Rounded:
+        """One pass over the columns of `weight` with error feedback (GPTQ), choosing each group's grid on the way."""
+        step = self.engine.compiled(_forward, self.grid)
+        done = Rounded([], [], [], [])
+        fed = self.engine.product(self.ahead.swapaxes(-1, -2), self.engine.xp.zeros_like(weight), lower=True)
+        for g, a in enumerate(range(0, weight.shape[-2], self.group)):
+            b = a + self.group
+            block = self.ahead[..., a:b, a:b].swapaxes(-1, -2)
+            start = () if self.start is None else (self.start[0][g], self.start[1][g])
+            *made, errors = step(weight[..., a:b, :], fed.rows(a, b), block, self.variances[..., a:b], *start)
+            fed.add(a, b, errors)
+            done.append(*made)
+        return done
 
-        def offer(s: Array, b: Array) -> Array:
-            nonlocal best, scale, bias
-            codes = self.grid.codes(target, s, b)
-            error = weights @ np.square(target - self.grid.values(codes, s, b))  # (out,)
-            better = error < best
-            best, scale, bias = (np.where(better, x, y) for x, y in ((error, best), (s, scale), (b, bias)))
-            return codes
-
-        for s, b in self.grid.candidates(target):
-            codes = offer(s, b)
-            offer(*self.grid.refit(target, codes, weights))
-        offer(*self.grid.refit(target, self.grid.codes(target, scale, bias), weights))
-        if self.start is not None:
-            offer(self.start[0][g], self.start[1][g])
-        return scale, bias
-
-    def feed_forward(self) -> None:
-        """One pass over the columns with error feedback (GPTQ), choosing each group's grid on the way."""
-        for g in range(len(self.scales)):
-            a, b = g * self.group, (g + 1) * self.group
-            target = self.weight[a:b] + self.factor[:a, a:b].T @ self.errors[:a]  # (group, out)
-            self.scales[g], self.biases[g] = self._choose_grid(g, target, self.variances[a:b])
-            block = np.ascontiguousarray(self.factor[a:b, a:b].T)
-            self._round_columns(g, target, self.errors[a:b], block)
-
-    def sweep(self) -> None:
+    def sweep(self, weight: Array, rounded: Rounded) -> Rounded:
         """Improve each group's grid, then each of its columns, given everything else."""
-        for g in range(len(self.scales)):
-            a, b = g * self.group, (g + 1) * self.group
-            block = np.ascontiguousarray(self.hessian[a:b, a:b])  # (group, group)
-            slope = self._refit_group(g, self.hessian[a:b] @ self.errors, block)  # (group, out)
-            diagonal = np.diag(block)[:, None]  # (group, 1)
-            target = self.weight[a:b] - self.errors[a:b] + slope / diagonal
-            self._round_columns(g, target, -self.errors[a:b], block / diagonal, moved=True)
+        step = self.engine.compiled(_again, self.grid)
+        errors = weight - self.engine.xp.concatenate(rounded.values, axis=-2)
+        done = Rounded([], [], [], [])
+        slopes = self.engine.product(self.hessian, errors)
+        for g, a in enumerate(range(0, weight.shape[-2], self.group)):
+            b = a + self.group
+            *made, moved = step(weight[..., a:b, :], slopes.rows(a, b), self.hessian[..., a:b, a:b], *rounded.group(g))
+            slopes.add(a, b, moved)
+            done.append(*made)
+        return done
 
-    def _round_columns(self, g: int, target: Array, feeding: Array, block: Array, moved: bool = False) -> None:
-        """Round group `g` column by column to `target` plus what earlier columns feed on through `block`.
+    def packed(self, rounded: Rounded) -> Packed:
+        """The result in the file's form: (..., out, in) in words, (..., out, groups) scales."""
+        xp, grid = self.engine.xp, self.grid
+        codes = xp.concatenate(rounded.codes, axis=-2).swapaxes(-1, -2)
+        words = pack_codes(codes, grid.quantization.bits, xp)
+        scales = mx.array(grid.encode_scales(xp.stack(rounded.scales, axis=-1))).astype(grid.dtype)
+        biases = mx.array(xp.stack(rounded.biases, axis=-1)).astype(grid.dtype) if grid.has_bias else None
+        return Packed(mx.array(words), scales, biases, grid.quantization)
 
-        What column i feeds on is its error, or (`moved`) how far its error moved; `feeding` starts as the
-        negative of what is not to count.
-        """
-        a = g * self.group
-        round_to, weight, errors = self.grid.rounder(self.scales[g], self.biases[g]), self.weight, self.errors
-        wanted = np.empty_like(target[0])  # (out,)
-        for j in range(self.group):
-            if j:
-                np.dot(block[j, :j], feeding[:j], out=wanted)
-                np.add(wanted, target[j], out=wanted)
-            else:
-                wanted[:] = target[0]
-            value = round_to(wanted, self.codes[a + j])
-            np.subtract(weight[a + j], value, out=errors[a + j])
-            if moved:
-                np.add(feeding[j], errors[a + j], out=feeding[j])
 
-    def _refit_group(self, g: int, slope: Array, block: Array) -> Array:
-        """Move scale and bias of group `g` to their best under H, where storage lets it help.
+def _forward(
+    engine: "Engine", grid: Grid, weight: Array, fed: Array, block: Array, variances: Array, *start: Array
+) -> tuple[Array, ...]:
+    """One group's first rounding: scale, bias, codes, values, errors."""
+    target = weight + fed
+    scale, bias = choose_grid(grid, target, variances, *start)
+    codes, values = engine.columns(grid, target, weight, None, block, scale, bias)
+    return scale, bias, codes, values, weight - values
 
-        `slope` (group, out) is the group's rows of H·E; the new one is returned. With codes as they are the
-        error is a quadratic in (scale, bias): its minimum is a 2 by 2 system for each output.
-        """
-        a, b = g * self.group, (g + 1) * self.group
-        old_scale, old_bias = self.scales[g], self.biases[g]
-        ones = np.ones_like(old_scale)
-        codes = self.codes[a:b].astype(np.float32)  # (group, out)
-        levels = self.grid.values(codes, ones, 0 * ones)
-        curved = block @ levels
-        ss, gs = (levels * curved).sum(0), (levels * slope).sum(0)  # (out,)
-        if self.grid.has_bias:
-            sb, bb, gb = curved.sum(0), block.sum(), slope.sum(0)
-            determinant = np.maximum(ss * bb - sb * sb, 1e-6 * ss * bb + 1e-20)
-            step_s, step_b = (bb * gs - sb * gb) / determinant, (ss * gb - sb * gs) / determinant
-        else:
-            sb, bb, gb = 0 * ss, 0.0, 0 * gs
-            step_s, step_b = gs / np.maximum(ss, 1e-20), 0 * gs
-        scale, bias = self.grid.stored(old_scale + step_s, old_bias + step_b)
-        ds, db = scale - old_scale, bias - old_bias
-        gain = 2 * (ds * gs + db * gb) - (ds * ds * ss + 2 * ds * db * sb + db * db * bb)
-        scale, bias = np.where(gain > 0, scale, old_scale), np.where(gain > 0, bias, old_bias)
-        self.scales[g], self.biases[g] = scale, bias
-        errors = self.weight[a:b] - self.grid.values(codes, scale, bias)
-        slope = slope + block @ (errors - self.errors[a:b])
-        self.errors[a:b] = errors
-        return slope
 
-    def packed(self) -> Packed:
-        """The result in the file's form."""
-        q = self.grid.quantization
-        dtype = self.grid.dtype
-        scales = mx.array(np.ascontiguousarray(self.grid.encode_scales(self.scales).T)).astype(dtype)
-        biases = mx.array(np.ascontiguousarray(self.biases.T)).astype(dtype) if self.grid.has_bias else None
-        return Packed(mx.array(pack_codes(np.ascontiguousarray(self.codes.T), q.bits)), scales, biases, q)
+def _again(
+    engine: "Engine",
+    grid: Grid,
+    weight: Array,
+    slope: Array,
+    block: Array,
+    scale: Array,
+    bias: Array,
+    codes: Array,
+    values: Array,
+) -> tuple[Array, ...]:
+    """One group's rounding once more, given all others: scale, bias, codes, values, and how far the errors moved.
+
+    `slope` (..., group, out) is the group's rows of H·E, `block` its block of H.
+    """
+    xp = engine.xp
+    scale, bias, refitted = refit(grid, slope, block, codes.astype(xp.float32), scale, bias)
+    slope = slope + block @ (values - refitted)
+    diagonal = xp.diagonal(block, axis1=-2, axis2=-1)[..., None]  # (..., group, 1)
+    target = refitted + slope / diagonal
+    codes, new = engine.columns(grid, target, weight, refitted - weight, block / diagonal, scale, bias)
+    return scale, bias, codes, new, values - new
+
+
+def choose_grid(grid: Grid, target: Array, weights: Array, *start: Array) -> tuple[Array, Array]:
+    """The grid (..., out) of a group with the least error Σ weights · (target - rounded)², `start` among those tried.
+
+    `target` (..., group, out), `weights` (..., group).
+    """
+    xp = grid.xp
+
+    def judged(scales: Array, biases: Array) -> tuple[Array, Array]:
+        codes = grid.codes(target, scales, biases)
+        return codes, weighted(weights, xp.square(target - grid.values(codes, scales, biases)))
+
+    def best(*offers: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        scales, biases, errors = (xp.concatenate(parts) for parts in zip(*offers, strict=True))  # (k, ..., out)
+        first = errors.argmin(axis=0)[None]
+        scale, bias, error = (xp.take_along_axis(all_, first, axis=0) for all_ in (scales, biases, errors))
+        return scale, bias, error
+
+    ranges = grid.candidates(target)
+    codes, errors = judged(*ranges)
+    fitted = grid.refit(target, codes, weights)
+    found = best((*ranges, errors), (*fitted, judged(*fitted)[1]))
+    again = grid.refit(target, grid.codes(target, *found[:2]), weights)
+    offers = [(*again, judged(*again)[1])]
+    if start:
+        own = start[0][None], start[1][None]
+        offers.append((*own, judged(*own)[1]))
+    scale, bias, _ = best(found, *offers)
+    return scale[0], bias[0]
+
+
+def refit(
+    grid: Grid, slope: Array, block: Array, codes: Array, scale: Array, bias: Array
+) -> tuple[Array, Array, Array]:
+    """Move scale and bias of a group to their best under H, where storage lets it help: scale, bias and the values.
+
+    With codes as they are the error is a quadratic in (scale, bias): its minimum is a 2 by 2 system for each output.
+    """
+    xp = grid.xp
+    levels = grid.values(codes, xp.ones_like(scale), xp.zeros_like(bias))  # (..., group, out)
+    curved = block @ levels
+    ss, gs = (levels * curved).sum(axis=-2), (levels * slope).sum(axis=-2)  # (..., out)
+    if grid.has_bias:
+        sb, bb, gb = curved.sum(axis=-2), block.sum(axis=(-2, -1))[..., None], slope.sum(axis=-2)
+        determinant = xp.maximum(ss * bb - sb * sb, 1e-6 * ss * bb + 1e-20)
+        step_s, step_b = (bb * gs - sb * gb) / determinant, (ss * gb - sb * gs) / determinant
+    else:
+        sb, bb, gb = xp.zeros_like(ss), 0.0, xp.zeros_like(gs)
+        step_s, step_b = gs / xp.maximum(ss, 1e-20), sb
+    new_scale, new_bias = grid.stored(scale + step_s, bias + step_b)
+    ds, db = new_scale - scale, new_bias - bias
+    gain = 2 * (ds * gs + db * gb) - (ds * ds * ss + 2 * ds * db * sb + db * db * bb)
+    scale, bias = xp.where(gain > 0, new_scale, scale), xp.where(gain > 0, new_bias, bias)
+    return scale, bias, grid.values(codes, scale, bias)

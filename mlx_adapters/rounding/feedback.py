@@ -21,61 +21,48 @@ Errors of different outputs are felt together: with G = Σ g gᵀ, g the gradien
 KL is about tr(G E H Eᵀ), a Kronecker product. So rows feed their errors on too: the rows are cut into blocks, and
 each block aims at what best cancels the errors of the others (two-sided feedback, as in YAQA, arXiv 2505.22988).
 
-Matrices are transposed, (in, out), float32.
+Matrices are transposed, (in, out), float32; axes before those are a batch of matrices that are rounded together, by
+an engine of MLX. The engine of NumPy takes one matrix.
 """
 
 import itertools
-import math
+from types import ModuleType
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_adapters.config.quantization import Quantization
-from mlx_adapters.rounding.columns import Rounder
-from mlx_adapters.rounding.grids import Array, to_numpy
+from mlx_adapters.rounding.columns import Rounded, Rounder
+from mlx_adapters.rounding.engines import NUMPY, Engine
+from mlx_adapters.rounding.grids import Array, make_grid
 from mlx_adapters.rounding.packed import Packed, dequantize, to_nearest
 
 DAMPING, OUTPUT_DAMPING = 0.01, 0.1
 ROW_BLOCKS = 8
-LARGE = 1 << 23  # weights; for larger matrices two passes, worth some percent of the error, would take minutes
 PROBES = 256
 NOTABLE_LOSS, MOST_AIM = 0.01, 1.0  # of an update's length
 
 
-def damped(hessian: Array, damping: float = DAMPING) -> Array:
-    """A usable H: symmetric, positive definite, with mean diagonal 1.
+def damped(hessian: Array, damping: Array | float = DAMPING, engine: Engine = NUMPY) -> Array:
+    """A usable H (..., n, n): symmetric, positive definite, with mean diagonal 1.
 
     Columns that calibration never used ("dead") and a singular H get a little of the identity, which
     means: round those to nearest. An H with no finite positive trace becomes the identity.
     """
-    n = len(hessian)
-    mean = float(np.trace(hessian)) / n
-    if not np.isfinite(mean) or mean <= 0 or not np.isfinite(hessian).all():
-        return np.eye(n, dtype=np.float32)
-    result = (hessian + hessian.T) * np.float32(0.5 / mean)
-    result[np.diag_indices(n)] += np.float32(damping)
-    return result
+    xp, hessian = engine.xp, engine.array(hessian)
+    identity = xp.eye(hessian.shape[-1], dtype=xp.float32)
+    mean = _diagonal(hessian, xp).mean(axis=-1)  # (...)
+    usable = xp.isfinite(mean) & (mean > 0) & xp.isfinite(hessian).all(axis=(-2, -1))
+    scale, more = 0.5 / xp.where(usable, mean, xp.ones_like(mean)), xp.array(damping, dtype=xp.float32)
+    result = (hessian + hessian.swapaxes(-1, -2)) * _matrix(scale) + _matrix(more) * identity
+    return engine.select(usable, result, xp.broadcast_to(identity, hessian.shape))
 
 
-def feedback_factor(hessian: Array) -> Array:
-    """Upper triangular R with H = R Rᵀ, float32. More damping is added until H is positive definite."""
-    flipped: np.ndarray = np.ascontiguousarray(hessian[::-1, ::-1]).astype(
-        np.float64 if len(hessian) <= 4096 else np.float32
-    )
-    extra = DAMPING
-    while True:
-        try:
-            return np.ascontiguousarray(np.linalg.cholesky(flipped)[::-1, ::-1]).astype(np.float32)
-        except np.linalg.LinAlgError:
-            flipped[np.diag_indices(len(flipped))] += extra
-            extra *= 4
-
-
-def column_feedback(hessian: Array) -> tuple[Array, Array]:
+def column_feedback(hessian: Array, engine: Engine = NUMPY) -> tuple[Array, Array]:
     """(R with each column divided by its diagonal entry, the squared diagonal) of H = R Rᵀ."""
-    factor = feedback_factor(hessian)
-    diagonal = np.diag(factor).copy()
-    return factor / diagonal, np.square(diagonal)
+    factor = engine.factor(hessian)
+    diagonal = _diagonal(factor, engine.xp)
+    return factor / diagonal[..., None, :], engine.xp.square(diagonal)
 
 
 def calibrated(
@@ -89,28 +76,32 @@ def calibrated(
     together: bool = True,
     output_damping: float = OUTPUT_DAMPING,
     update: mx.array | None = None,
-) -> tuple[Packed, float]:
-    """Round `weight` (out, in) for the least tr(G E H Eᵀ).
+    engine: Engine = NUMPY,
+) -> tuple[Packed, Array]:
+    """Round `weight` (..., out, in) for the least tr(G E H Eᵀ).
 
-    H = `hessian` (in, in) are second moments of the inputs, G = `outputs` (out, out) of the gradients at the
+    H = `hessian` (..., in, in) are second moments of the inputs, G = `outputs` (..., out, out) of the gradients at the
     outputs (None: the identity). `start` is the same layer's quantized base, whose grids are tried too; `dtype`
     is the type of the scales; without `together` rows are rounded each by itself, which takes a quarter of the
-    time, and G only judges. `update` (out, in) is the part of `weight` that is to keep its length. Returns the
-    packed weight and its error, tr(G E H Eᵀ) per weight with G and H scaled to mean diagonal 1 (with an `update`,
+    time, and G only judges. `update` (..., out, in) is the part of `weight` that is to keep its length. Returns the
+    packed weight and its error (...), tr(G E H Eᵀ) per weight with G and H scaled to mean diagonal 1 (with an `update`,
     the error against the weight aimed at).
     """
-    matrix, damped_hessian = to_numpy(weight), damped(hessian)
+    matrix, damped_hessian = engine.array(weight), damped(hessian, engine=engine)
+    rows = matrix.shape[-2]
     together = together and outputs is not None
-    blocks = row_blocks(len(matrix)) if together else [np.arange(len(matrix))]
+    blocks = row_blocks(rows) if together else [np.arange(rows)]
     order = np.concatenate(blocks)
-    felt = None if outputs is None else damped(outputs, output_damping)[np.ix_(order, order)]
-    rounder = _BlockedRounder(matrix, damped_hessian, blocks, quantization, dtype, start)
-    change = None if update is None else np.ascontiguousarray(to_numpy(update)[order].T)
+    felt = None
+    if outputs is not None:
+        felt = damped(outputs, output_damping, engine)[..., engine.xp.array(order), :][..., engine.xp.array(order)]
+    rounder = _BlockedRounder(matrix, damped_hessian, blocks, quantization, dtype, start, engine)
+    change = None if update is None else rounder.transposed(engine.array(update))
     if felt is None or len(blocks) == 1:
         rounder.round_alone(sweeps, felt, change)
     else:
         rounder.round_together(felt, change)
-    return rounder.packed(np.argsort(order)), rounder.best_loss
+    return rounder.packed(), rounder.best_loss
 
 
 def nearest_if_better(
@@ -119,24 +110,31 @@ def nearest_if_better(
     hessian: Array,
     dtype: mx.Dtype,
     outputs: Array | None = None,
-    damping: float = DAMPING,
+    damping: Array | float = DAMPING,
     output_damping: float = OUTPUT_DAMPING,
-) -> tuple[Packed, float] | None:
-    """`weight` rounded to nearest and its error, if it moves the layer's outputs less than `packed` does; else None.
+    engine: Engine = NUMPY,
+) -> tuple[Packed, Array, Array]:
+    """`weight` (..., out, in) rounded to nearest, its error, and whether (...) it moves the layer's outputs less than
+    `packed` does.
 
     What calibration found is best for its own tokens; a larger `damping` judges by more than they say. The error is in
     the units of `calibrated`. Of a large matrix some rows are compared, each by itself.
     """
-    plain, matrix = to_nearest(weight, packed.quantization, dtype), to_numpy(weight)
-    some = slice(None, None, -(-matrix.size // LARGE))
-    felt = None if outputs is None or matrix.size > LARGE else damped(outputs, output_damping)
-    judge = damped(hessian, damping)
-    errors = [matrix[some].T - to_numpy(dequantize(each[some])).T for each in (plain, packed)]  # (in, rows)
-    losses = [error_felt(error, judge, felt) / error.size for error in errors]
-    return (plain, losses[0]) if losses[0] < losses[1] else None
+    plain, matrix = to_nearest(weight, packed.quantization, dtype), engine.array(weight)
+    size = matrix.shape[-2] * matrix.shape[-1]
+    some = slice(None, None, -(-size // int(min(engine.large, size))))
+    felt = None if outputs is None or size > engine.large else damped(outputs, output_damping, engine)
+    judge = damped(hessian, damping, engine)
+
+    def loss(rounded: Packed) -> Array:
+        error = (matrix - engine.array(dequantize(rounded)))[..., some, :].swapaxes(-1, -2)  # (..., in, rows)
+        return error_felt(error, judge, felt) / (error.shape[-2] * error.shape[-1])
+
+    losses = loss(plain), loss(packed)
+    return plain, losses[0], losses[0] < losses[1]
 
 
-def row_blocks(rows: int) -> list[Array]:
+def row_blocks(rows: int) -> list[np.ndarray]:
     """Indices of the rows in each block: at most ROW_BLOCKS blocks of at least 64, neighbors far apart.
 
     Rows near each other (one head's) are felt alike; apart, they can cancel each other's errors.
@@ -146,113 +144,148 @@ def row_blocks(rows: int) -> list[Array]:
 
 
 class _BlockedRounder:
-    """Rounders of blocks of rows that feed each other. Errors are (in, out) in the blocks' order."""
+    """Rounders of blocks of rows that feed each other. Arrays are (..., in, out) in the blocks' order."""
 
     def __init__(
         self,
         weight: Array,
         hessian: Array,
-        blocks: list[Array],
+        blocks: list[np.ndarray],
         quantization: Quantization,
         dtype: mx.Dtype,
         start: Packed | None,
+        engine: Engine,
     ) -> None:
-        self.hessian, factor = hessian, column_feedback(hessian)
-        self.weights = [np.ascontiguousarray(weight[rows].T) for rows in blocks]  # each (in, rows)
-        starts = [None if start is None else start[mx.array(rows.astype(np.int32))] for rows in blocks]
-        self.rounders = [
-            Rounder(part, hessian, factor, quantization, dtype, own)
-            for part, own in zip(self.weights, starts, strict=True)
-        ]
-        edges = np.cumsum([0, *(len(rows) for rows in blocks)])
-        self.spans = [slice(a, b) for a, b in itertools.pairwise(edges.tolist())]
-        self.errors = np.zeros((weight.shape[1], len(weight)), np.float32)  # (in, out)
-        self.best_loss = math.inf
+        self.engine, self.hessian, self.order = engine, hessian, np.concatenate(blocks)
+        edges = np.cumsum([0, *(len(rows) for rows in blocks)]).tolist()
+        self.spans = [slice(a, b) for a, b in itertools.pairwise(edges)]
+        self.weight, grid = self.transposed(weight), make_grid(quantization, dtype, engine.xp)
+        factor = column_feedback(hessian, engine)
+        scales = biases = None
+        if start is not None and start.quantization == quantization:
+            scales = self.transposed(grid.decode_scales(start.scales))  # (..., groups, out)
+            biases = engine.xp.zeros_like(scales)
+            if start.biases is not None:
+                biases = self.transposed(engine.array(start.biases))
+        groups = range(weight.shape[-1] // quantization.group_size)
+        self.rounders = []
+        for span in self.spans:
+            own = None
+            if scales is not None and biases is not None:
+                own = [scales[..., g, span] for g in groups], [biases[..., g, span] for g in groups]
+            self.rounders.append(Rounder(hessian, factor, grid, engine, own))
+        self.states: list[Rounded | None] = [None] * len(blocks)
+        self.errors = [engine.xp.zeros_like(self.weight[..., span]) for span in self.spans]
         # Of an update that is to keep its length: how much more of it is aimed at, and what the first pass kept.
-        self.aim, self.kept = 0.0, 1.0
+        nothing = engine.xp.zeros(weight.shape[:-2], dtype=engine.xp.float32)
+        self.aimed, self.aim, self.kept = self.weight, nothing, nothing + 1
+        self.best_loss, self.best = nothing + np.inf, list[Rounded]()
         self.felt: Array | None = None
+
+    def transposed(self, rows: Array) -> Array:
+        """(..., out, n) as (..., n, out) in the blocks' order."""
+        xp = self.engine.xp
+        picked = rows[..., xp.array(self.order), :].swapaxes(-1, -2)
+        return np.ascontiguousarray(picked) if xp is np else mx.contiguous(picked)
 
     def round_alone(self, sweeps: int, outputs: Array | None, update: Array | None = None) -> None:
         """Each row by itself; `outputs` only judges."""
         for number in range(len(self.rounders)):
-            self._round(number, None, sweeps, first=True)
-        if update is not None and self._correct_aim(update, None):
+            self._round(number, None, sweeps)
+        if update is not None and bool((moved := self._correct_aim(update, None)).any()):
             for number in range(len(self.rounders)):
-                self._round(number, None, min(sweeps, 2), first=True)
+                self._round(number, None, min(sweeps, 2), anew=moved)
         self._keep_if_better(outputs)
 
     def round_together(self, outputs: Array, update: Array | None = None) -> None:
         """Each block against the errors of those before it, then twice (large: once) against those of all others."""
-        factor = feedback_factor(outputs)
+        xp, engine = self.engine.xp, self.engine
+        factor = engine.factor(outputs)
         for number, span in enumerate(self.spans):
-            fed = np.linalg.solve(factor[span, span].T, factor[: span.start, span].T).T
-            self._round(number, self.errors[:, : span.start] @ fed, 1, first=True)
-        feeds = [np.linalg.solve(outputs[span, span], outputs[span]).T for span in self.spans]
-        for passed in range(2 if self.errors.size <= LARGE else 1):
-            moved = update is not None and self._correct_aim(update, outputs)
-            if moved:
-                self.best_loss = math.inf  # of another target
-            for number, (span, fed) in enumerate(zip(self.spans, feeds, strict=True)):
-                self._round(number, self.errors @ fed - self.errors[:, span], 1, first=moved and not passed)
+            before = slice(0, span.start)
+            fed = engine.solve(factor[..., span, span].swapaxes(-1, -2), factor[..., before, span].swapaxes(-1, -2))
+            shift = self._whole()[..., before] @ fed.swapaxes(-1, -2)
+            self._round(number, shift, 1)
+        feeds = [engine.solve(outputs[..., s, s], outputs[..., s, :]).swapaxes(-1, -2) for s in self.spans]
+        for passed in range(2 if self.weight.size <= engine.large else 1):
+            moved = None if update is None else self._correct_aim(update, outputs)
+            if moved is not None:
+                self.best_loss = xp.where(moved, np.float32(np.inf), self.best_loss)  # of another target
+            for number, fed in enumerate(feeds):
+                self._round(number, self._whole() @ fed - self.errors[number], 1, None if passed else moved)
             self._keep_if_better(outputs, factor)
 
-    def _correct_aim(self, update: Array, outputs: Array | None) -> bool:
-        """Aim at so much more (or less) of the update D as rounding lost (or won) of it; whether the aim has moved.
+    def _whole(self) -> Array:
+        return self.engine.xp.concatenate(self.errors, axis=-1)
+
+    def _correct_aim(self, update: Array, outputs: Array | None) -> Array:
+        """Aim at so much more (or less) of the update D as rounding lost (or won) of it; where (...) the aim has moved.
 
         With errors W + aim · D - Q, what Q keeps of D is 1 + aim - <errors, D> / <D, D>.
         """
+        xp = self.engine.xp
         if self.felt is None:
             self.felt = self.hessian @ update if outputs is None else self.hessian @ update @ outputs
-        whole = float(np.vdot(update, self.felt))
-        lost = float(np.vdot(self.errors, self.felt)) / whole - self.aim if whole > 0 else 0.0
-        self.kept = self.kept if self.aim else 1 - lost
-        if not 0 < self.kept < 1 - NOTABLE_LOSS:
-            return False
-        more = min(lost / self.kept, MOST_AIM - self.aim)
-        self.aim += more
-        for number, span in enumerate(self.spans):
-            added = np.float32(more) * update[:, span]
-            self.weights[number] = self.weights[number] + added
-            self.rounders[number].weight = self.rounders[number].weight + added
-            self.rounders[number].errors = self.rounders[number].errors + added
-            self.errors[:, span] += added
-        return True
+        whole, seen = ((part * self.felt).sum(axis=(-2, -1)) for part in (update, self._whole()))
+        lost = xp.where(whole > 0, seen / xp.where(whole > 0, whole, 1) - self.aim, 0)
+        self.kept = xp.where(self.aim != 0, self.kept, 1 - lost)
+        moved = (self.kept > 0) & (self.kept < 1 - NOTABLE_LOSS)
+        more = xp.minimum(lost / xp.where(moved, self.kept, 1), MOST_AIM - self.aim)
+        more = xp.where(moved, more, 0).astype(xp.float32)
+        self.aim = self.aim + more
+        self.aimed = self.aimed + _matrix(more) * update
+        self.errors = [e + _matrix(more) * update[..., span] for e, span in zip(self.errors, self.spans, strict=True)]
+        return moved
 
-    def _round(self, number: int, shift: Array | None, sweeps: int, first: bool) -> None:
-        rounder, weight = self.rounders[number], self.weights[number]
-        values = rounder.weight - rounder.errors
-        rounder.weight = weight if shift is None else weight + shift.astype(np.float32)
-        if first:
-            rounder.feed_forward()
-        else:
-            rounder.errors = rounder.weight - values
+    def _round(self, number: int, shift: Array | None, sweeps: int, anew: Array | None = None) -> None:
+        """Round a block (those matrices where `anew` holds from the start), moved by what it is to cancel."""
+        rounder, state, aimed = self.rounders[number], self.states[number], self.aimed[..., self.spans[number]]
+        target = aimed if shift is None else aimed + shift.astype(self.engine.xp.float32)
+        if state is None:
+            state = rounder.feed_forward(target)
+        elif anew is not None and bool(anew.any()):
+            state = self._chosen(anew, rounder.feed_forward(target), state)
         for _ in range(sweeps):
-            rounder.sweep()
-        self.errors[:, self.spans[number]] = weight - (rounder.weight - rounder.errors)
+            state = rounder.sweep(target, state)
+        self.states[number] = state
+        self.errors[number] = aimed - self.engine.xp.concatenate(state.values, axis=-2)
+
+    def _chosen(self, mask: Array, new: Rounded, old: Rounded) -> Rounded:
+        return new.chosen(lambda mine, other: self.engine.select(mask, mine, other), old)
 
     def _keep_if_better(self, outputs: Array | None, factor: Array | None = None) -> None:
-        loss = error_felt(self.errors, self.hessian, outputs, factor) / self.errors.size
-        if loss < self.best_loss:
-            self.best_loss = loss
-            self._best = [rounder.packed() for rounder in self.rounders]
+        estimated = factor if self.weight.size > self.engine.large else None
+        loss = error_felt(self._whole(), self.hessian, outputs, estimated)
+        loss = loss / (self.weight.shape[-2] * self.weight.shape[-1])
+        better, states = loss < self.best_loss, [state for state in self.states if state is not None]
+        pairs = zip(states, self.best or states, strict=True)
+        self.best = [self._chosen(better, new, old) for new, old in pairs]
+        self.best_loss = self.engine.xp.where(better, loss, self.best_loss)
 
-    def packed(self, order: Array) -> Packed:
-        """The best result so far, its rows in `order`."""
-        rows = mx.array(order.astype(np.int32))
-        names = self._best[0].tensors
-        parts = {name: mx.concatenate([p.tensors[name] for p in self._best])[rows] for name in names}
-        return Packed.of(parts, self._best[0].quantization)
+    def packed(self) -> Packed:
+        """The best result so far, its rows where they were."""
+        parts = [rounder.packed(state) for rounder, state in zip(self.rounders, self.best, strict=True)]
+        rows = mx.array(np.argsort(self.order).astype(np.int32))
+        together = {n: mx.concatenate([p.tensors[n] for p in parts], axis=-2) for n in parts[0].tensors}
+        return Packed.of({n: tensor[..., rows, :] for n, tensor in together.items()}, parts[0].quantization)
 
 
-def error_felt(errors: Array, hessian: Array, outputs: Array | None = None, factor: Array | None = None) -> float:
-    """tr(G Eᵀ H E) of errors (in, out), H (in, in) and G (out, out; None: the identity).
+def error_felt(errors: Array, hessian: Array, outputs: Array | None = None, factor: Array | None = None) -> Array:
+    """tr(G Eᵀ H E) of errors (..., in, out), H (..., in, in) and G (..., out, out; None: the identity).
 
-    With a `factor` R of G = R Rᵀ it is estimated for a large matrix: it is the mean over random u of covariance G
-    of what H makes of E u.
+    With a `factor` R of G = R Rᵀ it is estimated: it is the mean over random u of covariance G of what H makes of E u.
     """
-    if factor is not None and errors.size > LARGE:
+    if factor is not None:
         noise = np.random.default_rng(0).standard_normal((len(factor), PROBES), np.float32)
         moved = errors @ (factor @ noise)  # (in, PROBES)
-        return float(np.vdot(moved, hessian @ moved)) / PROBES
-    felt = errors if outputs is None else errors @ outputs  # (in, out)
-    return float(np.vdot(felt, hessian @ errors))
+        return (moved * (hessian @ moved)).sum(axis=(-2, -1)) / PROBES
+    felt = errors if outputs is None else errors @ outputs  # (..., in, out)
+    return (felt * (hessian @ errors)).sum(axis=(-2, -1))
+
+
+def _matrix(numbers: Array) -> Array:
+    return numbers[..., None, None]
+
+
+def _diagonal(matrix: Array, xp: ModuleType) -> Array:
+    return xp.diagonal(matrix, axis1=-2, axis2=-1)

@@ -5,12 +5,16 @@ A row of a weight matrix is cut into groups; the values of a group share a grid.
 the 16 levels of a 4-bit float, `mxfp8` the 254 of an 8-bit float, and scales are a power of two or an 8-bit
 float. Codes lie in a stream of `bits` bits each, lowest bit first, cut into 32-bit words.
 
-Arrays here are NumPy float32, and a weight matrix is transposed, (in, out): a column of the layer's input is
-then one contiguous vector.
+Arrays here are float32, of NumPy or of MLX (`xp` is which), and a weight matrix is transposed, (in, out): a column
+of the layer's input is then one contiguous vector. Axes before those are a batch of matrices.
 """
 
 import functools
-from collections.abc import Callable
+import math
+from functools import reduce
+from operator import or_
+from types import ModuleType
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -18,18 +22,20 @@ import numpy as np
 from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.storage.tensor_files import as_numpy
 
-Array = np.ndarray
+Array = Any  # np.ndarray or mx.array, float32 if nothing else is said
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
-def to_numpy(array: mx.array) -> Array:
+def to_numpy(array: mx.array) -> np.ndarray:
     """Any MLX float array as NumPy float32."""
     return as_numpy(array.astype(mx.float32)).copy()
 
 
 def round_to(values: Array, dtype: mx.Dtype) -> Array:
     """`values` (float32) rounded to what `dtype` can store, ties to even, as float32."""
+    if isinstance(values, mx.array):
+        return values.astype(dtype).astype(mx.float32)
     if dtype == mx.float16:
         return values.astype(np.float16).astype(np.float32)
     if dtype == mx.bfloat16:  # the upper half of a float32; a carry goes on into the exponent, as it should
@@ -38,82 +44,56 @@ def round_to(values: Array, dtype: mx.Dtype) -> Array:
     return values
 
 
-def pack_codes(codes: Array, bits: int) -> Array:
+def pack_codes(codes: Array, bits: int, xp: ModuleType = np) -> Array:
     """Codes (..., n) as 32-bit words (..., n · bits / 32), as `mx.quantize` packs them."""
-    shape = codes.shape[:-1]
-    if bits == 8:
-        stream = codes.astype(np.uint8)
-    elif bits in (2, 4):
-        per_byte = 8 // bits
-        parts = codes.astype(np.uint8).reshape(*shape, -1, per_byte)  # (..., n / per_byte, per_byte)
-        stream = parts[..., 0].copy()
-        for i in range(1, per_byte):
-            stream |= parts[..., i] << (bits * i)
-    else:
-        planes = np.unpackbits(codes.astype(np.uint8)[..., None], axis=-1, bitorder="little")[..., :bits]
-        stream = np.packbits(planes.reshape(*shape, -1), axis=-1, bitorder="little")
-    return np.ascontiguousarray(stream).view(np.uint32)
+    shared = math.gcd(bits, 32)
+    together, words = 32 // shared, bits // shared  # so many codes fill so many words
+    parts = codes.reshape(*codes.shape[:-1], -1, together).astype(xp.uint32)
+    packed = []
+    for word in range(words):
+        shifts = {i: bits * i - 32 * word for i in range(together)}
+        here = {i: shift for i, shift in shifts.items() if -bits < shift < 32}
+        packed.append(reduce(or_, (parts[..., i] << s if s >= 0 else parts[..., i] >> -s for i, s in here.items())))
+    return xp.stack(packed, axis=-1).reshape(*codes.shape[:-1], -1)
 
 
 class AffineGrid:
-    """scale · code + bias. Scales and biases are kept in the type that the model stores (`dtype`)."""
+    """scale · code + bias. Scales and biases (..., out) are kept in the type that the model stores (`dtype`)."""
 
     has_bias = True
 
-    def __init__(self, quantization: Quantization, dtype: mx.Dtype) -> None:
-        self.quantization = quantization
-        self.dtype = dtype
+    def __init__(self, quantization: Quantization, dtype: mx.Dtype, xp: ModuleType) -> None:
+        self.quantization, self.dtype, self.xp = quantization, dtype, xp
         self.top = float(2**quantization.bits - 1)
 
     def codes(self, target: Array, scale: Array, bias: Array) -> Array:
-        """The nearest codes, as float32, of `target` (..., out) on the grids (out,)."""
-        codes = (target - bias) / scale
-        np.rint(codes, out=codes)
-        return np.clip(codes, 0.0, self.top, out=codes)
+        """The nearest codes, as float32, of `target` (..., group, out) on the grids (..., out)."""
+        return self.xp.clip(self.xp.round((target - _row(bias)) / _row(scale)), 0.0, self.top)
 
     def values(self, codes: Array, scale: Array, bias: Array) -> Array:
-        """What the codes stand for."""
-        return scale * codes + bias
-
-    def rounder(self, scale: Array, bias: Array) -> Callable[[Array, Array], Array]:
-        """A function that rounds one column (out,): it puts codes into its second argument, returns values."""
-        inverse, buffer, top = 1 / scale, np.empty_like(scale), self.top
-
-        def round_column(wanted: Array, codes: Array) -> Array:
-            np.subtract(wanted, bias, out=buffer)
-            np.multiply(buffer, inverse, out=buffer)
-            np.rint(buffer, out=buffer)
-            np.maximum(buffer, 0.0, out=buffer)
-            np.minimum(buffer, top, out=buffer)
-            codes[:] = buffer
-            np.multiply(buffer, scale, out=buffer)
-            np.add(buffer, bias, out=buffer)
-            return buffer
-
-        return round_column
+        """What the codes (..., group, out) stand for."""
+        return _row(scale) * codes + _row(bias)
 
     def stored(self, scale: Array, bias: Array) -> tuple[Array, Array]:
         """`scale` and `bias` as the model file will hold them; a scale is never 0."""
         scale = round_to(scale, self.dtype)
-        return np.where(np.abs(scale) < 1e-30, np.float32(1e-8), scale), round_to(bias, self.dtype)
+        tiny = self.xp.array(1e-8, dtype=self.xp.float32)
+        return self.xp.where(self.xp.abs(scale) < 1e-30, tiny, scale), round_to(bias, self.dtype)
 
-    def candidates(self, target: Array) -> list[tuple[Array, Array]]:
-        """Grids (out,) worth trying for a group (group, out): the full range, and narrower ones."""
-        low, high = target.min(axis=0), target.max(axis=0)  # (out,)
-        shrinks = (1.0, 0.9, 0.8, 0.7) if self.quantization.bits < 8 else (1.0,)
+    def candidates(self, target: Array) -> tuple[Array, Array]:
+        """Grids (k, ..., out) worth trying for a group (..., group, out): the full range, and narrower ones."""
+        low, high = target.min(axis=-2), target.max(axis=-2)  # (..., out)
+        shrinks = _first_axis((1.0, 0.9, 0.8, 0.7) if self.quantization.bits < 8 else (1.0,), low.ndim, self.xp)
         middle, half = (low + high) / 2, (high - low) / 2
-        return [
-            self.stored(2 * half * shrink / self.top, middle - half * shrink)
-            for shrink in np.array(shrinks, np.float32)
-        ]
+        return self.stored(2 * half * shrinks / self.top, middle - half * shrinks)
 
     def refit(self, target: Array, codes: Array, weights: Array) -> tuple[Array, Array]:
-        """The grid that is best for given codes: least squares with `weights` (group,) on the columns."""
-        total = weights.sum()
-        mean_code, mean = weights @ codes / total, weights @ target / total  # (out,)
-        centered = codes - mean_code
-        spread = weights @ np.square(centered)
-        scale = (weights @ (centered * target)) / np.maximum(spread, 1e-12)
+        """The grid that is best for given codes: least squares with `weights` (..., group) on the columns."""
+        total = weights.sum(axis=-1)[..., None]
+        mean_code, mean = weighted(weights, codes) / total, weighted(weights, target) / total  # (..., out)
+        centered = codes - _row(mean_code)
+        spread = weighted(weights, self.xp.square(centered))
+        scale = weighted(weights, centered * target) / self.xp.maximum(spread, 1e-12)
         return self.stored(scale, mean - scale * mean_code)
 
     def encode_scales(self, scales: Array) -> Array:
@@ -122,11 +102,11 @@ class AffineGrid:
 
     def decode_scales(self, scales: mx.array) -> Array:
         """Scales of a file as float32 factors."""
-        return to_numpy(scales)
+        return scales.astype(mx.float32) if self.xp is mx else to_numpy(scales)
 
 
 @functools.cache
-def _float8_values() -> Array:
+def _float8_values() -> np.ndarray:
     return to_numpy(mx.from_fp8(mx.arange(256).astype(mx.uint8), dtype=mx.float32))
 
 
@@ -136,67 +116,61 @@ class FloatGrid:
     has_bias = False
     dtype = mx.uint8
 
-    def __init__(self, quantization: Quantization) -> None:
-        self.quantization = quantization
+    def __init__(self, quantization: Quantization, xp: ModuleType) -> None:
+        self.quantization, self.xp = quantization, xp
         if quantization.bits == 8:
             levels = _float8_values()
         else:
             levels = np.array(E2M1 + tuple(-v for v in E2M1), np.float32)
         usable = np.flatnonzero(np.isfinite(levels))
-        self._levels = levels
-        self._order = usable[np.argsort(levels[usable], kind="stable")]
-        ordered = levels[self._order]
-        self._middles = (ordered[1:] + ordered[:-1]) / 2
+        order = usable[np.argsort(levels[usable], kind="stable")]
+        ordered = levels[order]
+        self.levels, self.order = xp.array(levels), xp.array(order.astype(np.uint8))
+        self.middles = xp.array((ordered[1:] + ordered[:-1]) / 2)
+        self._float8 = xp.array(_float8_values())
         self._largest = float(ordered[-1])
 
     def codes(self, target: Array, scale: Array, bias: Array) -> Array:
-        """The nearest codes, as float32, of `target` (..., out) on the grids (out,)."""
-        return self._order[np.searchsorted(self._middles, target / scale)].astype(np.float32)
+        """The nearest codes, as float32, of `target` (..., group, out) on the grids (..., out)."""
+        return self.order[self.xp.searchsorted(self.middles, target / _row(scale))].astype(self.xp.float32)
 
     def values(self, codes: Array, scale: Array, bias: Array) -> Array:
-        """What the codes stand for."""
-        return scale * self._levels[codes.astype(np.intp)]
-
-    def rounder(self, scale: Array, bias: Array) -> Callable[[Array, Array], Array]:
-        """A function that rounds one column (out,): it puts codes into its second argument, returns values."""
-
-        def round_column(wanted: Array, codes: Array) -> Array:
-            codes[:] = self._order[np.searchsorted(self._middles, wanted / scale)]
-            return scale * self._levels[codes]
-
-        return round_column
+        """What the codes (..., group, out) stand for."""
+        return _row(scale) * self.levels[codes.astype(self.xp.uint8)]
 
     def stored(self, scale: Array, bias: Array) -> tuple[Array, Array]:
         """`scale` as the model file will hold it: a power of two, or (nvfp4) an 8-bit float."""
-        return self._decode(self._encode(scale)), np.zeros_like(scale)
+        return self._decode(self._encode(scale)), self.xp.zeros_like(scale)
 
-    def candidates(self, target: Array) -> list[tuple[Array, Array]]:
-        """Grids (out,) worth trying for a group (group, out)."""
-        full = np.abs(target).max(axis=0) / self._largest  # (out,)
+    def candidates(self, target: Array) -> tuple[Array, Array]:
+        """Grids (k, ..., out) worth trying for a group (..., group, out)."""
+        full = self.xp.abs(target).max(axis=-2) / self._largest  # (..., out)
         shrinks = (0.5, 1.0, 2.0) if self._power_of_two else (0.7, 0.8, 0.9, 1.0, 1.15)
-        return [self.stored(full * np.float32(s), full) for s in shrinks]
+        scale = full * _first_axis(shrinks, full.ndim, self.xp)
+        return self.stored(scale, scale)
 
     def refit(self, target: Array, codes: Array, weights: Array) -> tuple[Array, Array]:
-        """The scale that is best for given codes: least squares with `weights` (group,) on the columns."""
-        levels = self._levels[codes.astype(np.intp)]
-        top, bottom = weights @ (levels * target), weights @ np.square(levels)  # (out,)
-        return self.stored(np.maximum(top, 0) / np.maximum(bottom, 1e-12), bottom)
+        """The scale that is best for given codes: least squares with `weights` (..., group) on the columns."""
+        levels = self.levels[codes.astype(self.xp.uint8)]
+        top, bottom = weighted(weights, levels * target), weighted(weights, self.xp.square(levels))  # (..., out)
+        return self.stored(self.xp.maximum(top, 0) / self.xp.maximum(bottom, 1e-12), bottom)
 
     @property
     def _power_of_two(self) -> bool:
         return self.quantization.mode != "nvfp4"
 
     def _encode(self, scale: Array) -> Array:
+        xp = self.xp
         if self._power_of_two:
-            exponent = np.rint(np.log2(np.maximum(scale, 1e-37)))
-            return np.clip(exponent + 127, 1, 254).astype(np.uint8)
-        codes = np.array(mx.to_fp8(mx.array(np.clip(scale, 0.0, 448.0))))
-        return np.maximum(codes, 1)
+            exponent = xp.round(xp.log2(xp.maximum(scale, 1e-37)))
+            return xp.clip(exponent + 127, 1, 254).astype(xp.uint8)
+        codes = mx.to_fp8(mx.array(xp.clip(scale, 0.0, 448.0)))
+        return xp.maximum(xp.array(codes), xp.array(1, dtype=xp.uint8))
 
     def _decode(self, codes: Array) -> Array:
-        if self._power_of_two:
-            return np.exp2(codes.astype(np.float32) - 127)
-        return _float8_values()[codes]
+        if self._power_of_two:  # the byte is a float32's exponent
+            return (codes.astype(self.xp.uint32) << 23).view(self.xp.float32)
+        return self._float8[codes]
 
     def encode_scales(self, scales: Array) -> Array:
         """Scales as the file holds them, uint8."""
@@ -204,12 +178,25 @@ class FloatGrid:
 
     def decode_scales(self, scales: mx.array) -> Array:
         """Scales of a file as float32 factors."""
-        return self._decode(np.array(scales))
+        return self._decode(scales if self.xp is mx else np.array(scales))
 
 
 Grid = AffineGrid | FloatGrid
 
 
-def make_grid(quantization: Quantization, dtype: mx.Dtype) -> Grid:
+def make_grid(quantization: Quantization, dtype: mx.Dtype, xp: ModuleType = np) -> Grid:
     """The grid of a quantization; `dtype` is the type of the scales in mode affine."""
-    return AffineGrid(quantization, dtype) if quantization.mode == "affine" else FloatGrid(quantization)
+    return AffineGrid(quantization, dtype, xp) if quantization.mode == "affine" else FloatGrid(quantization, xp)
+
+
+def weighted(weights: Array, values: Array) -> Array:
+    """Σ weights (..., group) · values (..., group, out) over the group."""
+    return (weights[..., None, :] @ values)[..., 0, :]
+
+
+def _row(grid: Array) -> Array:
+    return grid[..., None, :]
+
+
+def _first_axis(numbers: tuple[float, ...], ndim: int, xp: ModuleType) -> Array:
+    return xp.array(numbers, dtype=xp.float32).reshape(-1, *[1] * ndim)

@@ -1,8 +1,9 @@
-"""Rounding in several processes: layers are rounded each by itself, and one of them keeps one core busy.
+"""Rounding in several processes: on a CPU layers are rounded each by itself, and one of them keeps one core busy.
 
 A worker is this module run as a program, with one BLAS thread, so that a result does not depend on how many
 workers there are. It is neither forked (MLX's threads do not survive that) nor a child of `multiprocessing` (which
-would run a script without a main guard once more). Tasks and results go through its pipes.
+would run a script without a main guard once more). Tasks and results go through its pipes. A GPU needs none: there
+layers are rounded one after the other, experts many at a time.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import threading
 import traceback
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import IO
 
 import mlx.core as mx
@@ -23,7 +24,9 @@ import numpy as np
 
 from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.errors import ModelError
+from mlx_adapters.rounding.engines import NUMPY, Engine
 from mlx_adapters.rounding.feedback import DAMPING, OUTPUT_DAMPING, calibrated, nearest_if_better
+from mlx_adapters.rounding.grids import Array
 from mlx_adapters.rounding.packed import Packed
 from mlx_adapters.system.machine import child_environment, memory_beside_model_bytes, performance_cores
 
@@ -35,22 +38,26 @@ COMMAND = (sys.executable, "-P", "-m", "mlx_adapters.rounding.workers")
 
 @dataclass(frozen=True)
 class Task:
-    """One call of `calibrated`: its arguments, with `dtype` by name; the error is given in units of `unit`."""
+    """One call of `calibrated`: its arguments, with `dtype` by name; the error is given in units of `unit`.
+
+    `doubt` is the damping under which rounding to nearest is judged. A batch of matrices has one axis more everywhere;
+    its error is the sum of theirs.
+    """
 
     weight: mx.array
-    hessian: np.ndarray
+    hessian: Array
     quantization: Quantization
     dtype: str
     start: Packed | None
-    unit: float = 1.0
-    outputs: np.ndarray | None = None
+    unit: Array | float = 1.0
+    outputs: Array | None = None
     together: bool = True
     output_damping: float = OUTPUT_DAMPING
     update: mx.array | None = None
-    doubt: float = DAMPING
+    doubt: Array | float = DAMPING
 
-    def run(self) -> "Done":
-        """The rounded weight: calibrated, or to nearest where that is better; `doubt`: the damping of that judgment."""
+    def run(self, engine: Engine = NUMPY) -> "Done":
+        """The rounded weight: calibrated, or to nearest where that is better."""
         dtype = getattr(mx, self.dtype)
         packed, loss = calibrated(
             self.weight,
@@ -62,10 +69,17 @@ class Task:
             together=self.together,
             output_damping=self.output_damping,
             update=self.update,
+            engine=engine,
         )
         outputs, damping = self.outputs, self.output_damping
-        plain = nearest_if_better(packed, self.weight, self.hessian, dtype, outputs, self.doubt, damping)
-        return Done(*(plain or (packed, loss)), plain is not None).times(self.unit)
+        plain, plain_loss, better = nearest_if_better(
+            packed, self.weight, self.hessian, dtype, outputs, self.doubt, damping, engine
+        )
+        pairs = {name: (plain.tensors[name], part) for name, part in packed.tensors.items()}
+        mask = mx.array(better)
+        chosen = {name: mx.where(mask.reshape(*mask.shape, 1, 1), *pair) for name, pair in pairs.items()}
+        loss = (self.unit * engine.xp.where(better, plain_loss, loss)).sum()
+        return Done(Packed.of(chosen, packed.quantization), float(loss), bool(better.all()))
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -88,10 +102,6 @@ class Done:
     loss: float
     nearest: bool = False
 
-    def times(self, unit: float) -> "Done":
-        """The same with the error in other units."""
-        return replace(self, loss=self.loss * unit)
-
 
 def worker_count(shapes: Iterable[tuple[int, ...]]) -> int:
     """How many workers layers of these shapes (..., out, in) are worth: one for each fast core up to 64, or none."""
@@ -101,13 +111,16 @@ def worker_count(shapes: Iterable[tuple[int, ...]]) -> int:
 
 
 class Workers:
-    """A context manager around `count` processes; with 0, tasks run in this one.
+    """A context manager around `count` processes; with 0, tasks run in this one, by `engine`.
 
     Tasks under way take at most `memory` bytes (default: `memory_beside_model_bytes`); one always runs.
     """
 
-    def __init__(self, count: int, memory: int | None = None, command: Sequence[str] = COMMAND) -> None:
+    def __init__(
+        self, count: int, memory: int | None = None, command: Sequence[str] = COMMAND, engine: Engine = NUMPY
+    ) -> None:
         self.count, self.memory, self.command = count, memory or memory_beside_model_bytes(), command
+        self.engine = engine
         self._processes: list[subprocess.Popen] = []
         self._idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
         self._threads: ThreadPoolExecutor | None = None
@@ -138,7 +151,7 @@ class Workers:
         """Run a task; waits until there is room for it."""
         if self._threads is None:
             done: Future[Done] = Future()
-            done.set_result(task.run())
+            done.set_result(task.run(self.engine))
             return done
         mx.eval(task.arrays)  # another thread than the one that made them cannot
         need = task.nbytes

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 from mlx_adapters.surgery.calls import call_as, intercept
 from mlx_adapters.system.door import mx, nn
 
+MOST_LOGITS = 1 << 26  # at once: 256 MB in float32, 441 tokens of a vocabulary of 151,936
+
 
 class BlockList(NamedTuple):
     """Where a model keeps its blocks: in the list `owner[key]`; the owner lies at `path`."""
@@ -137,6 +139,15 @@ class Blocks:
 
         with _each_called_as(self._blocks, hand_on), call_as(self._blocks[-1], choose):
             return self.module(mx.zeros((1, 1), mx.int32))[0]
+
+    def pieces(self, hidden: mx.array, positions: mx.array) -> list[mx.array]:
+        """`positions` cut up so that no part has more than MOST_LOGITS logits; a model run whole is run once."""
+        if not self.paths:
+            return [positions]
+        step = max(
+            1, MOST_LOGITS // self.finish(hidden, positions[:1]).shape[-1]
+        )  # (its shape alone; nothing is computed)
+        return [positions[a : a + step] for a in range(0, positions.shape[0], step)]
 
     def block(self, index: int) -> nn.Module:
         """Block `index` itself."""

@@ -1,0 +1,263 @@
+"""What rounding does differently on NumPy and on MLX: the loop over a group's columns, running products, factors.
+
+The algorithm stands once, in `columns` and `feedback`. NumPy is the fastest on a CPU (see `workers`): its loop works
+in place on one matrix. MLX works on a batch of matrices; its loop is a kernel on a GPU (see `kernels`), and plain
+operations anywhere else, or where the kernel does not give what they give.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_adapters.rounding import kernels
+from mlx_adapters.rounding.grids import Array, FloatGrid, Grid, to_numpy
+
+MORE_DAMPING = 0.01
+PANEL = 128  # columns of a Cholesky factor that are made at once
+EVERY = 8  # groups to a graph: the CPU builds the next ones while the GPU computes
+
+
+class Product(Protocol):
+    """matrix · errors, (..., n, n) · (..., n, out), while the errors change group by group."""
+
+    def rows(self, a: int, b: int) -> Array:
+        """Its rows a…b now."""
+
+    def add(self, a: int, b: int, moved: Array) -> None:
+        """Add `moved` to the errors a…b."""
+
+
+class Engine(Protocol):
+    """Arrays of `xp`, and how to do on them what is not the same everywhere.
+
+    Matrices of more than `large` weights are not worth two passes.
+    """
+
+    @property
+    def xp(self) -> ModuleType: ...
+
+    @property
+    def large(self) -> float: ...
+
+    def product(self, matrix: Array, errors: Array, lower: bool = False) -> Product:
+        """Their product, to be kept. `lower`: of the matrix only what is below the diagonal blocks counts, and the
+        errors are zeros."""
+
+    def array(self, array: mx.array | np.ndarray) -> Array:
+        """The float32 array."""
+
+    def compiled(self, step: Callable[..., tuple], grid: Grid) -> Callable[..., tuple]:
+        """`step(engine, grid, ...)` as a function of the rest."""
+
+    def columns(
+        self, grid: Grid, target: Array, weight: Array, start: Array | None, block: Array, scale: Array, bias: Array
+    ) -> tuple[Array, Array]:
+        """Round a group (..., group, out) column by column to `target` plus what earlier columns feed on.
+
+        Column j gets Σ_{i<j} block[j, i] · fed[i]: fed is the error weight - value, with `start` added if there is
+        one. Returns codes (uint8) and values.
+        """
+
+    def factor(self, hessian: Array) -> Array:
+        """Upper triangular R with H = R Rᵀ. More damping is added until H is positive definite."""
+
+    def solve(self, matrix: Array, other: Array) -> Array:
+        """matrix⁻¹ · other, for a well-conditioned matrix."""
+
+    def select(self, mask: Array, new: Array, old: Array) -> Array:
+        """`new` for the matrices where `mask` (...) holds, else `old`."""
+
+
+class _Lazy:
+    """A product that is computed where it is asked for."""
+
+    def __init__(self, matrix: np.ndarray, errors: np.ndarray, lower: bool = False) -> None:
+        self.matrix, self.errors, self.lower = matrix, errors, lower
+
+    def rows(self, a: int, b: int) -> np.ndarray:
+        end = a if self.lower else len(self.errors)
+        return self.matrix[a:b, :end] @ self.errors[:end]
+
+    def add(self, a: int, b: int, moved: np.ndarray) -> None:
+        self.errors[a:b] += moved
+
+
+class _Running:
+    """A product that is kept up to date: a GPU multiplies tall matrices faster than flat ones."""
+
+    def __init__(self, matrix: mx.array, errors: mx.array, lower: bool = False) -> None:
+        self.matrix, self.total = matrix, errors if lower else matrix @ errors
+        self.groups = 0
+
+    def rows(self, a: int, b: int) -> mx.array:
+        return self.total[..., a:b, :]
+
+    def add(self, a: int, b: int, moved: mx.array) -> None:
+        self.total = mx.addmm(self.total, self.matrix[..., :, a:b], moved)
+        self.groups += 1
+        if self.groups % EVERY == 0:
+            mx.async_eval(self.total)
+
+
+class NumpyEngine:
+    """One matrix (in, out) at a time, on one core."""
+
+    xp, large = np, float(1 << 23)  # two passes over a larger matrix, worth some percent of the error, take minutes
+
+    def product(self, matrix: np.ndarray, errors: np.ndarray, lower: bool = False) -> Product:
+        return _Lazy(matrix, errors, lower)
+
+    def array(self, array: mx.array | np.ndarray) -> np.ndarray:
+        return to_numpy(array) if isinstance(array, mx.array) else array.astype(np.float32, copy=False)
+
+    def compiled(self, step: Callable[..., tuple], grid: Grid) -> Callable[..., tuple]:
+        return partial(step, self, grid)
+
+    def columns(
+        self,
+        grid: Grid,
+        target: np.ndarray,
+        weight: np.ndarray,
+        start: np.ndarray | None,
+        block: np.ndarray,
+        scale: np.ndarray,
+        bias: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        codes, values, block = np.empty(target.shape, np.uint8), np.empty_like(target), np.ascontiguousarray(block)
+        fed = np.empty_like(target) if start is None else start.copy()
+        wanted, round_column = np.empty_like(target[0]), _in_place(grid, scale, bias)  # (out,)
+        for j in range(len(target)):
+            if j:
+                np.dot(block[j, :j], fed[:j], out=wanted)
+                np.add(wanted, target[j], out=wanted)
+            else:
+                wanted[:] = target[0]
+            round_column(wanted, codes[j], values[j])
+            if start is None:
+                np.subtract(weight[j], values[j], out=fed[j])
+            else:
+                np.add(fed[j], weight[j], out=fed[j])
+                np.subtract(fed[j], values[j], out=fed[j])
+        return codes, values
+
+    def factor(self, hessian: np.ndarray) -> np.ndarray:
+        flipped = np.ascontiguousarray(hessian[::-1, ::-1])
+        flipped = flipped.astype(np.float64) if len(hessian) <= 4096 else flipped.copy()
+        extra = MORE_DAMPING
+        while True:
+            try:
+                return np.ascontiguousarray(np.linalg.cholesky(flipped)[::-1, ::-1]).astype(np.float32)
+            except np.linalg.LinAlgError:
+                flipped[np.diag_indices(len(flipped))] += extra
+                extra *= 4
+
+    def solve(self, matrix: np.ndarray, other: np.ndarray) -> np.ndarray:
+        return np.linalg.solve(matrix, other)
+
+    def select(self, mask: Any, new: np.ndarray, old: np.ndarray) -> np.ndarray:
+        return new if mask else old
+
+
+def _in_place(grid: Grid, scale: np.ndarray, bias: np.ndarray) -> Callable[[np.ndarray, np.ndarray, np.ndarray], None]:
+    """A function that rounds one column (out,) and puts codes and values into its other arguments."""
+    if isinstance(grid, FloatGrid):
+
+        def round_to_level(wanted: np.ndarray, codes: np.ndarray, values: np.ndarray) -> None:
+            codes[:] = grid.order[np.searchsorted(grid.middles, wanted / scale)]
+            np.multiply(scale, grid.levels[codes], out=values)
+
+        return round_to_level
+    inverse, top = 1 / scale, grid.top
+
+    def round_column(wanted: np.ndarray, codes: np.ndarray, values: np.ndarray) -> None:
+        np.subtract(wanted, bias, out=values)
+        np.multiply(values, inverse, out=values)
+        np.rint(values, out=values)
+        np.maximum(values, 0.0, out=values)
+        np.minimum(values, top, out=values)
+        codes[:] = values
+        np.multiply(values, scale, out=values)
+        np.add(values, bias, out=values)
+
+    return round_column
+
+
+class MlxEngine:
+    """A batch of matrices (..., in, out) on MLX's default device. `note`: why a kernel is not used where one is not."""
+
+    xp, large = mx, float("inf")
+
+    def __init__(self) -> None:
+        self.note: str | None = None
+        self._steps: dict[tuple, Callable[..., tuple]] = {}
+
+    def product(self, matrix: mx.array, errors: mx.array, lower: bool = False) -> Product:
+        return _Running(matrix, errors, lower)
+
+    def array(self, array: mx.array | np.ndarray) -> mx.array:
+        return mx.array(array).astype(mx.float32)
+
+    def compiled(self, step: Callable[..., tuple], grid: Grid) -> Callable[..., tuple]:
+        key = (step, grid.quantization, grid.dtype)
+        if key not in self._steps:
+            function = partial(step, self, grid)
+            # The plain loop is hundreds of operations, which would be compiled for a minute.
+            self._steps[key] = mx.compile(function) if self._kernel(grid) else function
+        return self._steps[key]
+
+    def _kernel(self, grid: Grid) -> "kernels.Kernel | None":
+        kernel, problem = kernels.kernel_of(grid.quantization)
+        self.note = self.note or problem
+        return kernel
+
+    def columns(
+        self,
+        grid: Grid,
+        target: mx.array,
+        weight: mx.array,
+        start: mx.array | None,
+        block: mx.array,
+        scale: mx.array,
+        bias: mx.array,
+    ) -> tuple[mx.array, mx.array]:
+        return (self._kernel(grid) or kernels.plain)(grid, target, weight, start, block, scale, bias)
+
+    def factor(self, hessian: mx.array) -> mx.array:
+        extra = MORE_DAMPING
+        while True:
+            try:
+                return _upper_factor(hessian)
+            except np.linalg.LinAlgError:
+                hessian, extra = hessian + extra * mx.eye(hessian.shape[-1]), 4 * extra
+
+    def solve(self, matrix: mx.array, other: mx.array) -> mx.array:
+        return mx.array(np.linalg.inv(to_numpy(matrix))) @ other
+
+    def select(self, mask: mx.array, new: mx.array, old: mx.array) -> mx.array:
+        return mx.where(mask.reshape(*mask.shape, *[1] * (new.ndim - mask.ndim)), new, old)
+
+
+def _upper_factor(hessian: mx.array) -> mx.array:
+    """R with H = R Rᵀ, from the last columns to the first: LAPACK factors a panel's own block, MLX does the rest.
+
+    Raises LinAlgError where H is not positive definite.
+    """
+    n, rest, panels = hessian.shape[-1], hessian, list[mx.array]()
+    for a in range((n - 1) // PANEL * PANEL, -1, -PANEL):
+        own = to_numpy(rest[..., a:, a:]).astype(np.float64)  # (..., panel, panel)
+        corner = np.linalg.cholesky(own[..., ::-1, ::-1])[..., ::-1, ::-1]
+        if not np.isfinite(corner).all():
+            raise np.linalg.LinAlgError
+        inverse = mx.array(np.linalg.inv(corner).astype(np.float32))
+        above = rest[..., :a, a:] @ inverse.swapaxes(-1, -2)  # (..., a, panel)
+        rest = mx.addmm(rest[..., :a, :a], above, above.swapaxes(-1, -2), alpha=-1.0)
+        below = mx.zeros((*hessian.shape[:-2], n - a - corner.shape[-1], corner.shape[-1]))
+        panels.append(mx.concatenate([above, mx.array(corner.astype(np.float32)), below], axis=-2))
+    return mx.concatenate(panels[::-1], axis=-1)
+
+
+NUMPY = NumpyEngine()

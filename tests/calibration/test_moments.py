@@ -1,0 +1,124 @@
+"""Moments of experts: their own tokens, shrunk towards what all saw, a few experts at a time."""
+
+from dataclasses import asdict
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers.fusing import some_rows, visible_adapter
+
+from mlx_adapters.assembly.weights import Updates
+from mlx_adapters.calibration import moments
+from mlx_adapters.calibration.blockwise import BlockwiseModel
+from mlx_adapters.calibration.collecting import Collector
+from mlx_adapters.calibration.fidelity import measure_fidelity
+from mlx_adapters.calibration.moments import ExpertMoments, Seen, mix
+from mlx_adapters.data.batches import make_batches
+from mlx_adapters.sources.bases import resolve_base
+from mlx_adapters.surgery import blocks
+from mlx_adapters.surgery.blocks import Blocks
+
+EXPERTS, WIDTH, OUT, TOKENS, CHOSEN = 4, 6, 5, 30, 2
+
+
+def calls():
+    """Two calls as SwitchGLU makes them: each token once for its experts, and (many tokens) sorted by expert.
+
+    Returns them with what they mean: (expert, x, mean square of g) of each pair. Expert 3 is never chosen.
+    """
+    random = np.random.default_rng(0)
+    pairs, seen = [], []
+    for is_sorted in (False, True):
+        x = random.standard_normal((TOKENS, WIDTH)).astype(np.float32)
+        chosen = np.stack([random.choice(3, CHOSEN, replace=False) for _ in range(TOKENS)])
+        g = random.standard_normal((TOKENS, CHOSEN, OUT)).astype(np.float32)
+        g[:4] = 0  # padding
+        flat, rows = chosen.reshape(-1), np.repeat(x, CHOSEN, axis=0)
+        pairs += [(e, row, np.square(w).mean()) for e, row, w in zip(flat, rows, g.reshape(-1, OUT), strict=True)]
+        if is_sorted:
+            order = np.argsort(flat)
+            arrays = rows[order][:, None], flat[order], g.reshape(-1, OUT)[order][:, None]
+        else:
+            arrays = x[None, :, None, None], chosen[None], g[None, :, :, None]
+        seen.append(Seen(*map(mx.array, arrays)))
+    return seen, [pair for pair in pairs if pair[2] > 0]
+
+
+@pytest.fixture
+def found():
+    seen, pairs = calls()
+    layer = ExpertMoments(EXPERTS)
+    for call in seen:
+        layer.add(call)
+    return layer, pairs
+
+
+def sums(pairs):
+    zero = np.zeros((WIDTH, WIDTH))
+    plain = sum((np.outer(x, x) for _, x, _ in pairs), zero)
+    return plain, sum((w * np.outer(x, x) for _, x, w in pairs), zero)
+
+
+def test_moments_of_experts_are_theirs_shrunk_towards_what_all_saw(found, monkeypatch):
+    monkeypatch.setattr(moments, "MOST_ROWS", 7)
+    layer, pairs = found
+    np.testing.assert_array_equal(layer.tokens, [sum(e == i for e, _, _ in pairs) for i in range(EXPERTS)])
+    assert layer.tokens[3] == 0 and layer.tokens.sum() == len(pairs) == 2 * (TOKENS - 4) * CHOSEN
+    parts = [layer.of(0, 2), layer.of(2, 4)]
+    pooled = [part / len(pairs) for part in sums(pairs)]
+    for name, place in (("plain", 0), ("fisher", 1)):
+        whole = np.concatenate([np.array(getattr(part, name)) for part in parts])
+        for i in range(EXPERTS):
+            own = sums([pair for pair in pairs if pair[0] == i])[place]
+            expected = own + moments.SHRINKAGE * WIDTH * pooled[place]
+            np.testing.assert_allclose(whole[i], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(parts[1].tokens, layer.tokens[2:])
+
+
+def test_gate_and_up_keep_one_copy_of_what_they_see(found):
+    layer, _ = found
+    other, x = ExpertMoments(EXPERTS), mx.zeros((TOKENS, 1, WIDTH))
+    indices, g = mx.zeros((TOKENS,), mx.uint32), mx.ones((TOKENS, 1, OUT))
+    mx.eval(x, indices, g)
+    before = mx.get_active_memory()
+    for one in (layer, other):
+        one.add(Seen(x, indices, g))
+    mx.eval(x)
+    assert mx.get_active_memory() - before < x.nbytes + 4 * TOKENS * 8
+
+
+def test_a_mixture_of_moments_is_one_of_traces():
+    a, b = mx.array([[[2.0, 1.0], [1.0, 2.0]], [[0.0, 0.0], [0.0, 0.0]]]), mx.array([[[1.0, 0.0], [0.0, 7.0]]] * 2)
+    mixed = mix(a, b)
+    np.testing.assert_allclose(np.array(mixed[0]), 0.3 * np.array(a[0]) / 4 + 0.7 * np.array(b[0]) / 8, rtol=1e-6)
+    np.testing.assert_allclose(np.array(mixed[1]), 0.7 * np.array(b[1]) / 8, rtol=1e-6)
+    assert not mix(a[1], a[1]).any()
+
+
+def test_logits_are_held_for_few_tokens_at_a_time(tiny_model, tmp_path, monkeypatch):
+    folder = tiny_model("llama", bits=4)
+    base, updates = resolve_base(folder), Updates(((visible_adapter(folder), 1.0),))
+    batches, found, widths = make_batches(some_rows(), 48), [], []
+    finish = Blocks.finish
+
+    def watched(self, hidden, positions):
+        widths[-1].append(positions.shape[0])
+        return finish(self, hidden, positions)
+
+    monkeypatch.setattr(Blocks, "finish", watched)
+    for most in (blocks.MOST_LOGITS, 5 * 128):  # the vocabulary is larger: a token or a few at a time
+        monkeypatch.setattr(blocks, "MOST_LOGITS", most)
+        widths.append([])
+        pair = BlockwiseModel(base, updates), BlockwiseModel(base, updates)
+        layers = {}
+        for _, block in Collector(*pair, updates.paths(), batches, tmp_path).run():
+            layers |= block
+        models = BlockwiseModel(base, updates), BlockwiseModel(base), BlockwiseModel(base)
+        found.append((layers, measure_fidelity(*models, batches)))
+    (layers, fidelity), (others, other) = found
+    for path, layer in layers.items():
+        np.testing.assert_allclose(np.array(others[path].plain), np.array(layer.plain), rtol=1e-4, atol=1e-4)
+        traces = [np.trace(np.array(m[path].fisher)) for m in (layers, others)]
+        assert 0.2 < traces[0] / traces[1] < 5  # other random directions
+    assert asdict(other) == pytest.approx(asdict(fidelity), rel=1e-4)
+    assert max(widths[1]) <= 5 < max(widths[0])

@@ -1,0 +1,154 @@
+"""Rounding on MLX gives what rounding on NumPy gives, one matrix or many at a time; kernels are held to plain loops."""
+
+import difflib
+import re
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_adapters.config.quantization import QUANTIZATIONS, Quantization
+from mlx_adapters.rounding import engines, feedback, kernels
+from mlx_adapters.rounding.engines import NUMPY, MlxEngine
+from mlx_adapters.rounding.grids import make_grid, pack_codes, to_numpy
+from mlx_adapters.rounding.packed import dequantize, nearest
+
+MODES = [Quantization(b, g[0], mode) for mode, (bits, g) in QUANTIZATIONS.items() for b in bits]
+WIDTH, ROWS = 128, 136  # two blocks of rows
+
+
+def moments(n, random):
+    x = random.standard_normal((3 * n, n)) * np.exp(random.standard_normal(n))
+    return (x.T @ x).astype(np.float32)
+
+
+def layers(count, quantization, seed=0):
+    """Weights, H, G, base and update of some layers, each with one axis for the batch."""
+    random = np.random.default_rng(seed)
+    base = nearest(mx.array(random.standard_normal((count, ROWS, WIDTH)).astype(np.float32)), quantization, mx.bfloat16)
+    update = random.standard_normal((count, ROWS, 2)) @ random.standard_normal((count, 2, WIDTH))
+    update = mx.array((0.02 * update).astype(np.float32))
+    h, g = (np.stack([moments(n, random) for _ in range(count)]) for n in (WIDTH, ROWS))
+    return dequantize(base) + update, h, g, base, update
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("quantization", MODES, ids=str)
+def test_mlx_rounds_a_batch_as_numpy_rounds_each(quantization, together):
+    weights, h, g, base, update = layers(2, quantization)
+    if quantization.bits > 2:  # of one matrix, the aim moves
+        update = update * mx.array([1.0, 20.0])[:, None, None]
+    batch, losses = feedback.calibrated(
+        weights,
+        mx.array(h),
+        quantization,
+        mx.bfloat16,
+        base,
+        mx.array(g) if together else None,
+        update=update,
+        engine=MlxEngine(),
+    )
+    for i in range(2):
+        packed, loss = feedback.calibrated(
+            weights[i], h[i], quantization, mx.bfloat16, base[i], g[i] if together else None, update=update[i]
+        )
+        assert losses[i].item() == pytest.approx(float(loss), rel=0.03)  # a code that falls the other way moves others
+        same = (dequantize(packed) == dequantize(batch[i])).mean().item()
+        assert same > 0.5
+        assert {n: (t.shape, t.dtype) for n, t in packed.tensors.items()} == {
+            n: (t.shape, t.dtype) for n, t in batch[i].tensors.items()
+        }
+
+
+def test_one_engine_gives_the_same_bits_again():
+    weights, h, _, base, update = layers(2, Quantization(4, 64))
+    runs = []
+    for _ in range(2):
+        packed, _ = feedback.calibrated(
+            weights, mx.array(h), Quantization(4, 64), mx.bfloat16, base, update=update, engine=MlxEngine()
+        )
+        runs.append(packed.tensors)
+    assert all(mx.array_equal(runs[0][name], runs[1][name]).item() for name in runs[0])
+
+
+@pytest.mark.parametrize("n", [1, 64, 200, 256])
+def test_a_factor_made_by_panels_is_the_upper_one(n):
+    random = np.random.default_rng(n)
+    h = np.stack([feedback.damped(moments(n, random)) for _ in range(2)])
+    found = MlxEngine().factor(mx.array(h))
+    for i in range(2):
+        np.testing.assert_allclose(np.array(found[i]), NUMPY.factor(h[i]), rtol=2e-3, atol=2e-4)
+    np.testing.assert_array_equal(np.array(found), np.triu(np.array(found)))
+
+
+def test_a_matrix_that_is_not_positive_definite_is_damped_until_it_is():
+    h = mx.array(np.diag([1.0, -0.005, 2.0]).astype(np.float32))
+    factor = np.array(MlxEngine().factor(h))
+    np.testing.assert_allclose(factor @ factor.T, np.array(h) + 0.01 * np.eye(3), atol=1e-6)
+    np.testing.assert_allclose(NUMPY.factor(np.array(h)), factor, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_mlx_packs_as_numpy_packs(bits):
+    codes = np.random.default_rng(0).integers(0, 2**bits, (3, 96)).astype(np.uint8)
+    np.testing.assert_array_equal(np.array(pack_codes(mx.array(codes), bits, mx)), pack_codes(codes, bits))
+
+
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("quantization", MODES, ids=str)
+def test_plain_columns_are_numpys_and_the_case_for_kernels_is_exact(quantization, moved):
+    case = kernels.exact_group(quantization, moved)
+    codes, values = kernels.plain(make_grid(quantization, mx.float32, mx), *case)
+    parts = [None if part is None else np.array(part) for part in case]
+    for i in range(2):
+        mine = [None if part is None else part[i] for part in parts]
+        theirs = NUMPY.columns(make_grid(quantization, mx.float32), *mine)
+        np.testing.assert_array_equal(np.array(codes[i]), theirs[0])
+        np.testing.assert_array_equal(np.array(values[i]), theirs[1])
+    assert len(np.unique(np.array(codes))) > 0 and to_numpy(values).max() < 2**14  # of sixteenths: 18 of 24 bits
+
+
+def test_both_kernels_are_one_text_but_for_a_few_words():
+    for affine in (False, True):
+        texts = [kernels.source(language, affine) for language in ("cuda", "metal")]
+        words = [re.findall(r"[\w:.]+|\S", text) for text in texts]
+        changed = [op for op in difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes() if op[0] != "equal"]
+        assert 2 <= len(changed) <= 4
+        assert sum(op[2] - op[1] for op in changed) < 0.1 * len(words[0])
+
+
+def test_a_kernel_that_fails_or_lies_gives_way_with_a_note(monkeypatch):
+    monkeypatch.setattr(kernels, "has_kernels", lambda: True)
+    quantization = Quantization(4, 32)
+    grid = make_grid(quantization, mx.float32, mx)
+
+    def broken(*_):
+        raise RuntimeError("nvrtc: error\nline 2")
+
+    def wrong(grid, *case):
+        codes, values = kernels.plain(grid, *case)
+        return codes, values + (mx.arange(values.shape[-1]) == 7)
+
+    for fake, said in ((kernels.plain, None), (broken, "nvrtc: error)"), (wrong, "does not give")):
+        kernels.kernel_of.cache_clear()
+        monkeypatch.setattr(kernels, "_kernel", fake)
+        kernel, problem = kernels.kernel_of(quantization)
+        assert (kernel is None) == (said is not None) == (problem is not None)
+        assert said is None or said in problem
+        engine = MlxEngine()
+        engine.columns(grid, *kernels.exact_group(quantization, True))
+        assert engine.note == problem
+    kernels.kernel_of.cache_clear()
+
+
+@pytest.mark.metal
+@pytest.mark.parametrize("quantization", MODES, ids=str)
+def test_the_kernel_for_metal_is_used_and_gives_what_plain_columns_give(quantization):
+    assert kernels.kernel_of(quantization) == (kernels._kernel, None)
+    weights, h, g, base, update = layers(2, quantization)
+    arguments = weights, mx.array(h), quantization, mx.bfloat16, base, mx.array(g)
+    _, losses = feedback.calibrated(*arguments, update=update, engine=MlxEngine())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines.kernels, "kernel_of", lambda _: (None, None))
+        _, plain = feedback.calibrated(*arguments, update=update, engine=MlxEngine())
+    np.testing.assert_allclose(np.array(losses), np.array(plain), rtol=0.03)
