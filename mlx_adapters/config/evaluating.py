@@ -25,7 +25,8 @@ class EvaluationConfig(DataConfig):
         None,
         "exact, regex:PATTERN, sqlite[:FILE] or command:COMMAND; of preferences, preference or reward",
         more="preference: the share of pairs whose chosen answer is likelier per token; reward: of those whose chosen "
-        "answer gained more on the reference (the base). None: of preferences the first, else losses alone.",
+        "answer gained more on the reference (the base). Of answers with a label: how often a good one is likelier "
+        "than a bad one; how many gained if good, or lost if bad. None: of preferences the first, else losses alone.",
         metavar="SCORE",
     )
     reference: str | None = setting(

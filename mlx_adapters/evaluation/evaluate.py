@@ -16,12 +16,14 @@ import numpy as np
 from mlx_adapters.config.data import DataConfig, TemplateConfig
 from mlx_adapters.config.evaluating import EvaluationConfig
 from mlx_adapters.config.mapping import require
+from mlx_adapters.config.training import DPO, KTO, Objective
 from mlx_adapters.data.datasets import Data, RawRow, columns_of, read_as_trained, spread
-from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError
+from mlx_adapters.data.tokenizing import Row
+from mlx_adapters.errors import AdapterError, FormatError, NotFoundError
 from mlx_adapters.evaluation.figures import Evaluation, TokenFigures
 from mlx_adapters.evaluation.reports import EvaluationReport
 from mlx_adapters.evaluation.scores import Score, greedy_answers, parse_score, questions
-from mlx_adapters.evaluation.statistics import mean, weighted_mean
+from mlx_adapters.evaluation.statistics import mean, placements, weighted_mean
 from mlx_adapters.evaluation.tokens import Batches, judge, judged_rows
 from mlx_adapters.evaluation.variants import BASE, Variant, parse_variants, prepare, spelled, workspace
 from mlx_adapters.events import Note, OnEvent, log_warnings
@@ -35,7 +37,7 @@ from mlx_adapters.sources.registry import changing, names
 from mlx_adapters.storage import files
 from mlx_adapters.storage.tensor_names import METADATA_FILE
 
-PREFERENCES = ("preference", "reward")  # scores of pairs
+PREFERENCES = ("preference", "reward")  # scores of pairs, and of answers with a label
 
 
 def evaluate(
@@ -77,24 +79,26 @@ def evaluate_ready(
     given, config = config.template, _as_trained(config, variants)
     rows, record = choose_rows(data, config)
     place = data if isinstance(data, str | Path) else None
-    config, score = _with_score(config, rows, variants), None
-    if config.score and config.score not in PREFERENCES:
-        score = parse_score(config.score, place)
+    config, objective = _with_score(config, rows, variants)
+    record |= {"preferences": objective.rows} if objective else {}
+    score = parse_score(config.score, place) if config.score and not objective else None
     label = choose_reference(variants, config)
     reference = _load(next(v for v in variants if v.label == label), config, given) if label else None
     batches: Batches | None = None
-    pairs: Pairs | None = None
+    preferences: Preferences | None = None
     evaluations = []
     for variant in variants:
         try:
             if variant.problem:
                 raise NotFoundError(variant.problem)
             model = reference if reference and variant.label == label else _load(variant, config, given)
-            batches = batches or Batches(judged_rows(rows, reference or model, config.max_seq_length), reference)
+            if batches is None:
+                judged = judged_rows(rows, reference or model, config.max_seq_length, objective)
+                batches = Batches(judged, reference)
+                if objective:
+                    preferences = Preferences(judged, reference or model, batches, config.score)
             _check_vocabulary(model, reference)
-            if config.score in PREFERENCES:
-                pairs = pairs or Pairs(rows, reference or model, batches, config)
-            evaluations.append(_evaluate(variant.label, model, rows, batches, pairs or score, config, on_event))
+            evaluations.append(_evaluate(variant.label, model, rows, batches, preferences or score, config, on_event))
         except AdapterError as error:
             if not variant.problem:  # else it was said already
                 on_event(Note(f"'{variant.label}' could not be evaluated: {error.message}", "warning"))
@@ -168,7 +172,7 @@ def _evaluate(
     model: Model,
     rows: list[RawRow],
     batches: Batches,
-    score: "Score | Pairs | None",
+    score: "Score | Preferences | None",
     config: EvaluationConfig,
     on_event: OnEvent,
 ) -> Evaluation:
@@ -185,9 +189,9 @@ def _evaluate(
     )
     if score is None:
         return result
-    if isinstance(score, Pairs):
+    if isinstance(score, Preferences):
         values = score.judge(model, figures, on_event)
-        return replace(result, score=mean(values), row_scores=tuple(values))
+        return replace(result, score=mean(values, score.groups), row_scores=tuple(values), groups=score.groups)
     asked = questions(rows, model)
     prompts = [question.prompt for question in asked]
     answers = greedy_answers(
@@ -197,37 +201,60 @@ def _evaluate(
     return replace(result, score=mean(scores), row_scores=tuple(scores), answers=tuple(answers))
 
 
-def _with_score(config: EvaluationConfig, rows: Sequence[RawRow], variants: Sequence[Variant]) -> EvaluationConfig:
-    """Pairs are scored by preference, unless another score is asked for; rewards are gained on the base."""
-    pairs = all(row.rejected is not None for row in rows)
-    asked = config.score or ("preference" if pairs else None)
-    if asked in PREFERENCES and not pairs:
-        raise ConfigError(f"The score '{asked}' needs pairs.", "rows with 'chosen' and 'rejected'.")
+def _with_score(
+    config: EvaluationConfig, rows: Sequence[RawRow], variants: Sequence[Variant]
+) -> tuple[EvaluationConfig, Objective | None]:
+    """Preferences are scored as such, unless another score is asked for, and read as that objective takes them;
+    rewards are gained on the base."""
+    objective = _objective(rows)
+    both = objective is not None and (objective.rows == "pairs" or len({row.label for row in rows}) == 2)
+    asked = config.score or ("preference" if both else None)
+    if asked not in PREFERENCES:
+        return config, None
+    hint = "rows with 'chosen' and 'rejected', or with a 'label' that is true or false."
+    require(objective is not None, f"The score '{asked}' needs pairs, or answers with a label.", hint)
+    require(both or asked == "reward", "The score 'preference' needs good answers and bad ones.", "all have one label.")
     if asked == "reward" and config.reference is None:
         there = any(variant.label == BASE and not variant.problem for variant in variants)
         require(there, "Rewards are gained on a reference.", "name 'base' among the variants, or give --reference.")
         config = replace(config, reference=BASE)
-    return replace(config, score=asked)
+    return replace(config, score=asked), objective
 
 
-class Pairs:
-    """The rejected answers of pairs, and how each variant compares them with the chosen ones (see PREFERENCES)."""
+def _objective(rows: Sequence[RawRow]) -> Objective | None:
+    """One that takes these rows, if they are preferences."""
+    if all(row.rejected is not None for row in rows):
+        return DPO()
+    with contextlib.suppress(FormatError):  # a label that says something else
+        if all(row.format != "text" and row.label in (True, False) for row in rows):
+            return KTO()
+    return None
 
-    def __init__(self, rows: Sequence[RawRow], model: Model, chosen: Batches, config: EvaluationConfig) -> None:
+
+class Preferences:
+    """How each variant compares good answers with bad ones, by a score of PREFERENCES."""
+
+    def __init__(self, rows: Sequence[Row], model: Model, answers: Batches, score: str | None) -> None:
         rejected = [row.rejected for row in rows if row.rejected is not None]
-        self._rejected = Batches(judged_rows(rejected, model, config.max_seq_length))
-        self._reference: tuple[TokenFigures, TokenFigures] | None = None
-        if config.score == "reward":
-            self._reference = judge(model, chosen), judge(model, self._rejected)
+        self.labels = () if rejected else tuple(row.desirable for row in rows)
+        self.groups = self.labels if score == "preference" else ()
+        self._rejected = Batches(rejected) if rejected else None
+        self._before = self._figures(model, judge(model, answers)) if score == "reward" else None
 
-    def judge(self, model: Model, chosen: TokenFigures, on_event: OnEvent) -> list[float]:
-        """Of each pair 1 if the variant is for the chosen answer, 0 if for the rejected one, 0.5 if for neither."""
-        rejected = judge(model, self._rejected, on_event)
-        if self._reference is None:
-            lead = rejected.loss / rejected.tokens - chosen.loss / chosen.tokens
+    def _figures(self, model: Model, answers: TokenFigures, on_event: OnEvent = log_warnings) -> list[TokenFigures]:
+        return [answers, *([judge(model, self._rejected, on_event)] if self._rejected else [])]
+
+    def judge(self, model: Model, answers: TokenFigures, on_event: OnEvent) -> list[float]:
+        """Of each row 1 if the variant is right, 0 if it is wrong, 0.5 if it is for neither: about a pair, about what
+        an answer with a label gained; or `placements` of such answers."""
+        found = self._figures(model, answers, on_event)
+        if self._before is None:
+            worth = [-figures.loss / figures.tokens for figures in found]
         else:
-            before, others = self._reference
-            lead = (before.loss - chosen.loss) - (others.loss - rejected.loss)
+            worth = [before.loss - figures.loss for before, figures in zip(self._before, found, strict=True)]
+        if self.groups:
+            return placements(worth[0], self.groups)
+        lead = worth[0] - worth[1] if self._rejected else np.where(self.labels, 1, -1) * worth[0]
         return (0.5 + 0.5 * np.sign(lead)).tolist()
 
 

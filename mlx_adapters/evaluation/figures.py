@@ -26,7 +26,8 @@ class TokenFigures:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures of one variant. Loss and KL in nats per judged token, each with its standard error."""
+    """The figures of one variant. Loss and KL in nats per judged token, each with its standard error. `groups`: of rows
+    whose scores are `placements`, which are good."""
 
     variant: str
     rows: int = 0
@@ -37,6 +38,7 @@ class Evaluation:
     score: Mean | None = None
     error: str | None = None
     row_scores: tuple[float, ...] = field(default=(), repr=False)
+    groups: tuple[bool, ...] = field(default=(), repr=False)
     answers: tuple[str, ...] = field(default=(), repr=False)
     figures: TokenFigures | None = field(default=None, repr=False, compare=False)
 
@@ -119,7 +121,8 @@ class Evaluations:
 def _difference(one: Evaluation, other: Evaluation) -> Difference:
     assert one.figures is not None and other.figures is not None
     loss = weighted_mean(list(one.figures.loss - other.figures.loss), list(other.figures.tokens))
-    score = mean(list(np.subtract(one.row_scores, other.row_scores))) if one.row_scores and other.row_scores else None
+    scored = one.row_scores and other.row_scores
+    score = mean(list(np.subtract(one.row_scores, other.row_scores)), one.groups) if scored else None
     return Difference(one.variant, other.variant, loss, score)
 
 

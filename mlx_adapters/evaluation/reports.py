@@ -49,18 +49,23 @@ def notes(report: Evaluations) -> list[str]:
     ]
     if report.reference:
         lines.append(f"KL and same top token against '{report.reference}'")
-    if report.score == "preference":
-        lines.append("preference: the share of pairs whose chosen answer is likelier per token; losses are of it")
-    if report.score == "reward":
-        lines.append(f"reward: the share of pairs whose chosen answer gained more on '{report.reference}'")
-    return lines
+    told = {
+        ("pairs", "preference"): "the share of pairs whose chosen answer is likelier per token; losses are of it",
+        ("pairs", "reward"): f"the share of pairs whose chosen answer gained more on '{report.reference}'",
+        ("labeled", "preference"): "how often a good answer is likelier per token than a bad one, over all of both",
+        ("labeled", "reward"): f"the share of answers that gained on '{report.reference}' if good, or lost if bad",
+    }.get((str(data.get("preferences")), str(report.score)))
+    return [*lines, f"{report.score}: {told}"] if told else lines
 
 
 def sentences(report: Evaluations) -> list[str]:
     """Each preference with its 95 % interval, and each variant against the first, row by row."""
-    shares = [f"{e.variant}, {report.score}: {_share(e.score)}" for e in report.evaluations if e.score]
-    shares = shares if report.score in ("preference", "reward") else []
-    return shares + [text for difference in report.differences for text in _sentences(difference, report)]
+    kind = report.data.get("preferences")
+    rows = count(report.data["rows"], "pair" if kind == "pairs" else "answer")
+    shares = [f"{e.variant}, {report.score}: {_share(e.score)} of {rows}" for e in report.evaluations if e.score]
+    return (shares if kind else []) + [
+        text for difference in report.differences for text in _sentences(difference, report)
+    ]
 
 
 def _sentences(d: Difference, report: Evaluations) -> list[str]:
@@ -72,9 +77,9 @@ def _sentences(d: Difference, report: Evaluations) -> list[str]:
 
 
 def _share(value: Mean) -> str:
-    """A share of pairs with its 95 % interval."""
+    """A share with its 95 % interval."""
     low, high = share_interval(value.value, value.count)
-    return f"{value.value:.2f} [{low:.2f}, {high:.2f}] of {count(value.count, 'pair')}"
+    return f"{value.value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _phrase(value: Mean, up: str, down: str) -> str:

@@ -6,13 +6,16 @@ distribution over the next token and q the model's, KL(p ‖ q) in nats says wha
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from mlx_adapters.config.training import Objective, TrainConfig
 from mlx_adapters.data.batches import Batch, make_batch
 from mlx_adapters.data.datasets import RawRow, read_data
-from mlx_adapters.data.tokenizing import Row, tokenize
+from mlx_adapters.data.preferences import tokenize_preference
+from mlx_adapters.data.tokenizing import Row, tokenize_row
 from mlx_adapters.errors import ConfigError, FormatError
 from mlx_adapters.evaluation.figures import TokenFigures
 from mlx_adapters.events import OnEvent, Progress, log_warnings
@@ -28,20 +31,29 @@ BATCH_TOKENS = 2048
 MAX_SEQ_LENGTH = 2048  # of the rows that `losses_on` judges
 
 
-def judged_rows(rows: Sequence[RawRow], model: Model, max_seq_length: int) -> list[Row]:
-    """The rows tokenized, answers marked (everything in a text row), cut where the model has no more positions."""
+def judged_rows(
+    rows: Sequence[RawRow], model: Model, max_seq_length: int, objective: Objective | None = None
+) -> list[Row]:
+    """The rows tokenized, answers marked (everything in a text row), cut where the model has no more positions.
+
+    Preferences are read as `objective` takes them, or as their chosen answers without one. Raises FormatError.
+    """
     judged: list[Row] = []
     max_seq_length = min(max_seq_length, model.positions or max_seq_length)
     for raw in rows:
-        masked = raw.format != "text"
-        kept = tokenize([raw], model.tokenizer, max_seq_length=max_seq_length, mask_prompt=masked).rows
-        if not kept:
+        if objective is None:
+            row = tokenize_row(raw, model.tokenizer, max_seq_length, mask_prompt=raw.format != "text")
+        else:
+            config = TrainConfig(objective=objective, max_seq_length=max_seq_length)
+            (row,) = tokenize_preference(raw, model.tokenizer, config)
+        if not row.can_be_trained:
             raise FormatError(
                 f"{raw.where}: no token of the answer fits into {max_seq_length} tokens.",
                 "raise --max-seq-length, or shorten the row.",
             )
-        model.base.check_tokens(kept[0].tokens, raw.where)
-        judged += kept
+        for sequence in row.sequences:
+            model.base.check_tokens(sequence.tokens, raw.where)
+        judged.append(row)
     return judged
 
 
@@ -59,7 +71,7 @@ class Batches:
             if len(rows[i].tokens) * (len(self.groups[-1]) + 1) > BATCH_TOKENS and self.groups[-1]:
                 self.groups.append([])
             self.groups[-1].append(i)
-        self.batches = [make_batch([[rows[i]] for i in group]) for group in self.groups]
+        self.batches = [make_batch([[replace(rows[i], rejected=None)] for i in group]) for group in self.groups]
         self._kept: dict[int, mx.array] = {}
         self._room = memory_bytes() // 8
 
