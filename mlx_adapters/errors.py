@@ -31,7 +31,10 @@ PYTHON_NAMES = {
 }
 PYTHON_CALLS = {  # of options that switch something on
     **{name: f"{name.replace('-', '_')}=True" for name in ("any-base", "force", "mask-prompt", "overwrite", "packing")},
-    **{name: f"{name.replace('-', '_')}=True" for name in ("grad-checkpoint", "last-turn-only", "resume", "tie")},
+    **{
+        name: f"{name.replace('-', '_')}=True"
+        for name in ("grad-checkpoint", "last-turn-only", "resize", "resume", "text-only", "tie")
+    },
     "no-check": "check=False",
     "public": "private=False",
     "quick": "thorough=False",

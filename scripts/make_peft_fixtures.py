@@ -1,12 +1,12 @@
 """Make tests/fixtures/peft with the real peft and transformers: tiny bases, adapters, and PEFT's logits.
 
     pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2
-    python scripts/make_peft_fixtures.py [ARCHITECTURE ...]
+    python scripts/make_peft_fixtures.py [ARCHITECTURE ...] [resized] [vision]
 
 One folder per architecture: `base/` (saved by transformers in float32), `logits.safetensors` (the input ids
 and, per case, PEFT's logits, of a tied embedding merged and unmerged) and one adapter folder per case. `refused/`
-holds adapters that cannot be expressed as an MLX adapter. `rope/` holds bases alone, one per form of rope
-parameters, with their logits.
+holds adapters that cannot be expressed as an MLX adapter, `resized/` those of a base whose vocabulary was changed
+first, with the logits of all its tokens. `rope/` holds bases alone, one per form of rope parameters, with their logits.
 Every case is checked here to move the logits by more than 0.05, so that a test on it can fail.
 """
 
@@ -24,7 +24,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 ROOT = Path("tests/fixtures/peft")
 VOCAB, HIDDEN, EXPERTS, TOKENS = 64, 32, 4, 8
@@ -308,6 +308,65 @@ REFUSED = {
     "qwen3_next": {"norms-to-save": (peft.LoraConfig, {**SMALL, "modules_to_save": NORMS})},
     "qwen3_5_text": {"norms-to-save": (peft.LoraConfig, {**SMALL, "modules_to_save": NORMS})},
 }
+# architecture -> case -> (rows of the embedding, LoraConfig arguments): the vocabulary is resized before the training.
+ENDS = ["embed_tokens", "lm_head"]
+RESIZED = {
+    "llama": {
+        "attention": (VOCAB + 3, SMALL),
+        "both-ends": (VOCAB + 3, {"target_modules": [*ENDS, "v_proj"]}),
+        "input": (VOCAB + 2, {"target_modules": ["embed_tokens", "v_proj"]}),
+        "to-save": (VOCAB + 3, {**SMALL, "modules_to_save": ENDS}),
+        "dora-to-save": (VOCAB + 1, {**SMALL, "use_dora": True, "modules_to_save": ENDS}),
+        "tokens": (VOCAB + 2, {**SMALL, "trainable_token_indices": {"embed_tokens": [5, VOCAB, VOCAB + 1]}}),
+        "fewer": (VOCAB - 4, {"target_modules": [*ENDS, "q_proj"]}),
+        "fewer-attention": (VOCAB - 4, SMALL),
+    },
+    "qwen2": {
+        "attention": (VOCAB + 3, SMALL),
+        "embedding": (VOCAB + 3, {"target_modules": ["embed_tokens", "q_proj"]}),
+        "head": (VOCAB + 3, {"target_modules": ["lm_head", "q_proj"]}),
+        "to-save": (VOCAB + 3, {**SMALL, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+        "both-to-save": (VOCAB + 2, {**SMALL, "modules_to_save": ENDS}),
+        "fewer": (VOCAB - 4, {"target_modules": ["embed_tokens"]}),
+    },
+    "gpt2": {"attention": (VOCAB + 3, {"target_modules": ["c_attn"], "fan_in_fan_out": True})},
+    "falcon_h1": {"both-ends": (VOCAB + 3, {"target_modules": [*ENDS, "q_proj"]})},
+}
+# Models of text and pictures, the adapter on all of it; the logits are of text.
+TEXT = {k: v for k, v in DENSE.items() if k not in ("vocab_size",)} | {"vocab_size": VOCAB, "intermediate_size": 32}
+TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "patch_size": 8}
+VISION = {
+    "gemma3": {
+        "text_config": {**TEXT, **{k: v for k, v in BASES["gemma3_text"].items() if k != "tie_word_embeddings"}},
+        "vision_config": {**TOWER, "num_hidden_layers": 2, "image_size": 32},
+        "vocab_size": VOCAB,
+        "mm_tokens_per_image": 4,
+        "image_token_index": 5,
+    },
+    "qwen3_vl": {
+        "text_config": {
+            **TEXT,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [2, 1, 1]},
+        },
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "patch_size": 4,
+            "depth": 2,
+            "out_hidden_size": HIDDEN,
+            "deepstack_visual_indexes": [0],
+            "num_position_embeddings": 16,
+        },
+        "tie_word_embeddings": True,
+        "image_token_id": 5,
+        "video_token_id": 6,
+        "vision_start_token_id": 7,
+        "vision_end_token_id": 8,
+    },
+}
+MERGERS = {"gemma3": ["multi_modal_projector"], "qwen3_vl": ["merger"]}
 LONG = {"long_factor": [1.5, 2.0, 3.0, 4.0], "short_factor": [1.5, 2.0, 3.0, 4.0]}
 # Forms of rope parameters that mlx-lm expresses; logits of the base alone.
 ROPE = {
@@ -413,8 +472,8 @@ def make_adapter(arch, config_class, options, folder, seed):
         options = {"r": 4, "lora_alpha": 8, **options}
     torch.manual_seed(seed)
     base = load_base(arch)
-    if edit == "resized":
-        base.resize_token_embeddings(VOCAB + 2, mean_resizing=False)
+    if rows := options.pop("_rows", VOCAB + 2 if edit == "resized" else None):
+        base.resize_token_embeddings(rows, mean_resizing=False)
     model = peft.get_peft_model(base, config_class(**options), adapter_name=name).eval()
     if edit == "pissa":
         model.save_pretrained(folder / "initial")
@@ -511,6 +570,48 @@ def make_architecture(arch, extra, seed):
     save_file(saved, folder / "logits.safetensors")
 
 
+def make_resized():
+    """Vocabularies that were resized before the training, in either direction; all tokens are in the text."""
+    for seed, (arch, cases) in enumerate(RESIZED.items(), 80):
+        saved = {}
+        for index, (name, (rows, options)) in enumerate(cases.items()):
+            folder = ROOT / arch / "resized" / name
+            shutil.rmtree(folder, ignore_errors=True)
+            model = make_adapter(arch, peft.LoraConfig, {**options, "_rows": rows}, folder, 1000 * seed + index)
+            last = [token for token in (rows - 1, VOCAB, 5) if token < rows]
+            ids = torch.randint(3, min(rows, VOCAB), (1, TOKENS), generator=torch.Generator().manual_seed(seed))
+            ids[0, : len(last)] = torch.tensor(last)
+            saved |= {f"{name}/ids": ids.to(torch.int32), name: logits_of(model, ids)}
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(ROOT / arch / "base")
+            if rows > VOCAB:
+                tokenizer.add_tokens([f"<new{i}>" for i in range(rows - VOCAB)], special_tokens=True)
+                tokenizer.save_pretrained(folder)
+                named = folder / "tokenizer_config.json"
+                named.write_text(named.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+        save_file(saved, ROOT / arch / "resized" / "logits.safetensors")
+
+
+def make_vision():
+    for seed, (arch, extra) in enumerate(VISION.items(), 90):
+        folder = ROOT / "vision" / arch
+        shutil.rmtree(folder, ignore_errors=True)
+        config = CONFIG_MAPPING[arch](**copy.deepcopy(extra))
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+        scramble(model, seed)
+        save_base(model, folder / "base")
+        ids = torch.randint(9, VOCAB, (1, TOKENS), generator=torch.Generator().manual_seed(seed))
+        saved = {"input_ids": ids.to(torch.int32), "base": logits_of(model, ids)}
+        for name, options in {"all-linear": {}, "merger-saved": {"modules_to_save": MERGERS[arch]}}.items():
+            torch.manual_seed(seed)
+            options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **options}
+            adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**options)).eval()
+            scramble(adapted, seed, "lora_")
+            adapted.save_pretrained(folder / name)
+            tidy(folder / name, None)
+            saved[name] = logits_of(adapted, ids)
+        save_file(saved, folder / "logits.safetensors")
+
+
 def make_rope():
     for seed, (name, (arch, rope)) in enumerate(ROPE.items(), 50):
         sizes = {
@@ -539,6 +640,10 @@ def main():
         if not only or arch in only:
             shutil.rmtree(ROOT / arch, ignore_errors=True)
             make_architecture(arch, extra, seed)
+    if not only or "resized" in only:
+        make_resized()
+    if not only or "vision" in only:
+        make_vision()
     if not only:
         shutil.rmtree(ROOT / "rope", ignore_errors=True)
         make_rope()

@@ -7,7 +7,7 @@ from mlx_adapters.events import OnEvent, log_warnings
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base
 from mlx_adapters.peft_format.conversion import as_mlx
-from mlx_adapters.peft_format.reading import read_peft, refuse_beyond_lora
+from mlx_adapters.peft_format.reading import read_peft, refuse_beyond_lora, refuse_unsaved
 from mlx_adapters.sources import registry
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.lookup import peft_folder
@@ -22,6 +22,9 @@ def import_peft(
     base: str | Path | Base,
     name: str,
     tie: bool = False,
+    resize: bool = False,
+    text_only: bool = False,
+    subfolder: str | None = None,
     overwrite: bool = False,
     on_event: OnEvent = log_warnings,
 ) -> Adapter:
@@ -33,6 +36,9 @@ def import_peft(
         name: its name in the registry.
         tie: if it adapts one end of a tied embedding, which MLX cannot, adapt both, as PEFT does after
             merge_and_unload.
+        resize: take one that was trained with fewer tokens than the base has; the others stay as they are.
+        text_only: leave out what it adapts besides the text model, such as a vision tower; a warning names it.
+        subfolder: where in SRC it lies; on the Hub also as in "user/repo/folder".
         overwrite: replace an adapter of this name.
         on_event: called with progress and notes.
 
@@ -45,10 +51,11 @@ def import_peft(
         4
     """
     replacing.refuse_existing(registry.adapter_folder(name), overwrite, ADAPTER_OUTPUT)
-    folder, hub = peft_folder(source)
+    folder, hub = peft_folder(source, subfolder)
     replacing.refuse_reading_inside(registry.adapter_folder(name), [folder, base])
     peft = read_peft(folder)
-    refuse_beyond_lora(peft)
-    adapter = as_mlx(peft, resolve_base(base), str(source), tie, on_event)
+    refuse = refuse_unsaved if text_only else refuse_beyond_lora  # of a tower, much is whole
+    refuse(peft)
+    adapter = as_mlx(peft, resolve_base(base), str(source), tie, resize, text_only, on_event)
     metadata = adapter.metadata | machine.made_now() | hub
     return registry.register(replace(adapter, metadata=metadata), name, overwrite)

@@ -65,7 +65,7 @@ class GgufWriter:
         import gguf
 
         config, loaded = assembly.base.config, load_tokenizer_of(assembly.base)
-        tokenizer = read_tokenizer(assembly.base.folder, config["vocab_size"], loaded)
+        tokenizer = read_tokenizer(assembly.base.tokenizer or assembly.base.folder, config["vocab_size"], loaded)
         for text in check_strings(tokenizer, loaded):
             on_event(Note(f"llama.cpp cuts up {text!r} otherwise than this tokenizer.", "warning"))
         units, path = assembly.units(rounded), folder / FILE_NAME

@@ -25,7 +25,7 @@ from mlx_adapters.checkpoints.left_out import without_place
 from mlx_adapters.config.mapping import require
 from mlx_adapters.config.quantization import UNQUANTIZED, Precision
 from mlx_adapters.events import OnEvent
-from mlx_adapters.models.base import Base, untied_config
+from mlx_adapters.models.base import Base
 from mlx_adapters.storage import files, hf_names, tensor_names
 from mlx_adapters.system.door import mx
 
@@ -42,7 +42,7 @@ class HfWriter:
     def __init__(self, precision: Precision, dtype: mx.Dtype | None, base: Base) -> None:
         require(precision.quantization is None, "The format 'hf' takes --bits none.", OTHER_BITS)
         config = files.read_json(base.folder / "config.json")
-        self._config = untied_config(config) if base.untied else config
+        self._config = base.changed(config)
         self._dtype = dtype or original_dtype(config)
         model_type = config.get("model_type")
         require(

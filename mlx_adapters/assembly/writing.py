@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters.checkpoints.contents import companions
+from mlx_adapters.checkpoints.contents import companions, is_of_tokenizer, tokenizer_files
 from mlx_adapters.events import OnEvent, Progress
 from mlx_adapters.models.base import Base
 from mlx_adapters.storage import files, paths, tensor_files
@@ -104,8 +104,11 @@ def companion_bytes(base: Base) -> int:
 
 def copy_companions(base: Base, folder: Path) -> None:
     """Copy what belongs to a model besides its weights and config: tokenizer, chat templates, licences, code."""
+    own = {name: base.tokenizer / name for name in tokenizer_files(base.tokenizer)} if base.tokenizer else {}
+    for name, path in own.items():
+        files.copy_file(path, folder / name)
     for name in companions(base.folder):
-        if not (folder / name).exists():
+        if not (folder / name).exists() and not (own and is_of_tokenizer(name)):
             files.copy_file(base.folder / name, folder / name)
 
 

@@ -25,6 +25,7 @@ STATES = re.compile(r"(optimizer|scheduler|rng_state|trainer_state|training_args
 DATA = re.compile(r".*\.(jsonl|parquet|csv|tsv|arrow|sqlite\d?|db)", re.IGNORECASE)
 ARCHIVES = re.compile(r".*\.(zip|tar|gz|tgz|bz2|xz|7z|zst)", re.IGNORECASE)
 VOCABULARIES = ("tokenizer.json*", "*.model", "*.model.v*", "*vocab*", "*.tiktoken", "tekken*.json")
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "merges.txt", *VOCABULARIES)
 # What is made anew for each model, or says how other weights are packed.
 MADE_ANEW = ("README.md", "loss.svg", FUSE_RECIPE_FILE, REPORT_FILE, CONFIG_FILE, METADATA_FILE, "*quant*_config.json")
 
@@ -91,3 +92,14 @@ def is_loaded(name: str) -> bool:
 def is_tokenizer(name: str) -> bool:
     """Whether the file holds the vocabulary of a tokenizer, in one of the forms that there are."""
     return "/" not in name and any(fnmatch(name, pattern) for pattern in VOCABULARIES)
+
+
+def is_of_tokenizer(name: str) -> bool:
+    """Whether the file says how text becomes tokens: a vocabulary, or what goes with one."""
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in TOKENIZER)
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """The files of the tokenizer in a folder, such as a trainer saves beside an adapter; none without a vocabulary."""
+    own = [name for name in companions(folder) if is_of_tokenizer(name)]
+    return own if any(map(is_tokenizer, own)) else []

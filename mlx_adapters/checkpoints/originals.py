@@ -54,7 +54,13 @@ def _stored(base: Base) -> Shapes | None:
         if any(entry["dtype"] not in FLOATS for entry in header.values()):
             return None
         shapes |= {name: tuple(entry["shape"]) for name, entry in header.items()}
-    return shapes
+    return {name: _resized(name, shape, base) for name, shape in shapes.items()}
+
+
+def _resized(name: str, shape: tuple[int, ...], base: Base) -> tuple[int, ...]:
+    """The shape of a tensor of the folder's where the vocabulary is to be of another size."""
+    end = tensor_names.split(name)[0].rpartition(".")[2] in hf_names.EMBEDDINGS + hf_names.HEADS
+    return (base.rows, *shape[1:]) if base.rows and end else shape
 
 
 def original_shapes(blank: nn.Module, wanted: Shapes) -> Shapes:

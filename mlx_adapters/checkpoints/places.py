@@ -59,6 +59,8 @@ class Places:
             weight = tensor_names.join(candidate, WEIGHT)
             if weight in self.layout.shapes or weight in self.layout.problems:
                 other = "it is no linear layer there" if self.layout.of(weight) else "it becomes parts of other tensors"
+                if weight in self.layout.shapes and not self.layout.of(weight) and not self.layout.problems:
+                    raise FormatError(f"mlx-lm leaves '{source}' out of the model, so that no adapter can update it.")
                 why = self.layout.problems.get(weight, other)
                 raise FormatError(f"mlx-lm holds '{source}' in another form, which no adapter layer can update: {why}.")
         raise IncompatibleError(

@@ -72,6 +72,15 @@ OUTPUT_FILE = OutputPath(dir_okay=False, path_type=Path)
 OUTPUT_FOLDER = OutputPath(file_okay=False, path_type=Path)
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+resize_option = click.option(
+    "--resize", is_flag=True, help="Take a PEFT adapter of a vocabulary that was resized (see docs/interchange.md)."
+)
+text_only_option = click.option(
+    "--text-only", is_flag=True, help="Leave out what a PEFT adapter changes besides the text model."
+)
+subfolder_option = click.option(
+    "--subfolder", metavar="FOLDER", help="Which adapter of a folder or repository, as in USER/REPO/FOLDER."
+)
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is there.")
 name_template_option = click.option(
     "--name-template",

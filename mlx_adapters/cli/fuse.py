@@ -14,6 +14,9 @@ from mlx_adapters.cli._options import (
     json_option,
     overwrite_option,
     refuse_ignored,
+    resize_option,
+    subfolder_option,
+    text_only_option,
     trust_option,
 )
 from mlx_adapters.cli._settings import option, options
@@ -53,6 +56,9 @@ if TYPE_CHECKING:
     metavar="SRC",
     help="Fuse a PEFT folder or Hub repository, with its modules_to_save, biases and tokens.",
 )
+@resize_option
+@text_only_option
+@subfolder_option
 @click.option("--again", metavar="RECIPE", help="Repeat the fuse of a recipe, to the byte.")
 @click.option("--check-only", metavar="MODEL", help="Write nothing; check a model that was fused before.")
 @click.option("--adapter", "adapter", type=REFERENCE, metavar="REF", help="The adapter, with --check-only.")
@@ -67,9 +73,15 @@ if TYPE_CHECKING:
         "check_only": "refs adapter weights base any_base calibration calibration_rows check_rows "
         "trust_remote_code as_json",
         "from_peft": "refs base bits group_size mode dtype method calibration calibration_rows thorough check "
-        "check_rows max_kl budget_bits format force overwrite trust_remote_code as_json",
+        "check_rows max_kl budget_bits format force resize text_only subfolder overwrite trust_remote_code as_json",
     },
-    needs={"adapter": "check_only", "force": "max_kl"},
+    needs={
+        "adapter": "check_only",
+        "force": "max_kl",
+        "resize": "from_peft",
+        "text_only": "from_peft",
+        "subfolder": "from_peft",
+    },
 )
 def fuse_command(
     refs: tuple[str, ...],
@@ -85,6 +97,9 @@ def fuse_command(
     again: str | None,
     check_only: str | None,
     from_peft: str | None,
+    resize: bool,
+    text_only: bool,
+    subfolder: str | None,
     adapter: str | None,
     **settings: Any,
 ) -> None:
@@ -134,6 +149,9 @@ def fuse_command(
             base=base,
             quantization=precision,
             dtype=dtype,
+            resize=resize,
+            text_only=text_only,
+            subfolder=subfolder,
             options=asked,
             overwrite=overwrite,
             on_event=on_event,

@@ -10,6 +10,9 @@ from mlx_adapters.cli._options import (
     name_template_option,
     new_name,
     overwrite_option,
+    resize_option,
+    subfolder_option,
+    text_only_option,
     trust_option,
 )
 from mlx_adapters.units import count
@@ -21,11 +24,23 @@ from mlx_adapters.units import count
 @click.option("--name", metavar="NAME", required=True, help="Name in the registry.")
 @name_template_option
 @click.option("--tie", is_flag=True, help="Take an update of one end of a tied embedding at both ends.")
+@resize_option
+@text_only_option
+@subfolder_option
 @overwrite_option
 @trust_option
 @json_option
 def import_peft_command(
-    source: str, base: str, name: str, name_template: str | None, tie: bool, overwrite: bool, as_json: bool
+    source: str,
+    base: str,
+    name: str,
+    name_template: str | None,
+    tie: bool,
+    resize: bool,
+    text_only: bool,
+    subfolder: str | None,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Take in a PEFT LoRA or DoRA adapter: SRC is a folder or a Hub repository.
 
@@ -38,7 +53,17 @@ def import_peft_command(
     from mlx_adapters.adapters.peft_import import import_peft
 
     name = new_name(name, name_template, base=base)
-    adapter = import_peft(source, base=base, name=name, tie=tie, overwrite=overwrite, on_event=_output.progress())
+    adapter = import_peft(
+        source,
+        base=base,
+        name=name,
+        tie=tie,
+        resize=resize,
+        text_only=text_only,
+        subfolder=subfolder,
+        overwrite=overwrite,
+        on_event=_output.progress(),
+    )
     if as_json:
         _output.emit_json(
             {

@@ -14,13 +14,14 @@ from mlx_adapters.errors import FormatError
 from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.fusion.peft_check import check_as_loaded
+from mlx_adapters.fusion.peft_resize import resized
 from mlx_adapters.fusion.peft_whole import whole_tensors
 from mlx_adapters.fusion.result import FuseResult
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import adaptable_layers
 from mlx_adapters.models.loading import load_module
-from mlx_adapters.peft_format.conversion import convert
+from mlx_adapters.peft_format.conversion import convert, prepared, without_copies
 from mlx_adapters.peft_format.reading import read_peft, refuse_unsaved
 from mlx_adapters.peft_format.to_mlx import needs_untying
 from mlx_adapters.sources.bases import resolve_base
@@ -35,6 +36,9 @@ def fuse_peft(
     base: str | Path | Base,
     quantization: PrecisionLike = "keep",
     dtype: str = "auto",
+    resize: bool = False,
+    text_only: bool = False,
+    subfolder: str | None = None,
     options: FuseOptions = DEFAULTS,
     overwrite: bool = False,
     on_event: OnEvent = log_warnings,
@@ -47,6 +51,10 @@ def fuse_peft(
         base: the MLX model that the adapter is for.
         quantization: as for `fuse`.
         dtype: as for `fuse`.
+        resize: give the model the vocabulary that the adapter was trained with, and the tokenizer that lies beside it:
+            rows are appended, or cut, at both ends.
+        text_only: leave out what the adapter changes besides the text model; a warning names it.
+        subfolder: where in `source` the adapter lies.
         options: as for `fuse`.
         overwrite: replace an earlier fuse in `out`.
         on_event: called with progress and notes.
@@ -59,11 +67,18 @@ def fuse_peft(
         >>> ma.fuse_peft(folder, "out/whole", base="demo", quantization="none").quantization is None
         True
     """
-    peft = read_peft(peft_folder(source)[0])
+    peft = read_peft(peft_folder(source, subfolder)[0])
     replacing.refuse_reading_inside(paths.expanded(out), [peft])
     refuse_unsaved(peft)
     resolved = resolve_base(base)
     module, _ = load_module(resolved)
+    peft, notes = prepared(peft, module, layout_of(resolved, module), text_only)
+    for note in notes:
+        on_event(Note(note, "warning"))
+    if (larger := resized(peft, resolved, module, layout_of(resolved, module), resize, on_event)) is not resolved:
+        resolved = larger
+        module, _ = load_module(resolved)
+    peft = without_copies(peft, module, layout_of(resolved, module))
     if needs_untying(peft, adaptable_layers(module)):
         if peft.token_rows:
             raise FormatError("The PEFT adapter has single tokens at both ends of a tied embedding, the rest at one.")

@@ -36,6 +36,14 @@ def untied_config(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"tie_word_embeddings": False} | inner
 
 
+def resized_config(config: dict[str, Any], rows: int) -> dict[str, Any]:
+    """The config of a model whose vocabulary has become `rows` tokens; `config` is as it was."""
+    sizes: dict[str, Any] = dict.fromkeys((key for key in config if key.endswith("vocab_size")), rows)
+    if isinstance(inner := config.get("text_config"), dict):
+        sizes |= {"text_config": resized_config(inner, rows)}
+    return config | {"vocab_size": rows} | sizes
+
+
 def context_of(config: dict[str, Any]) -> int | None:
     """How many tokens a config's model is made for; None where it does not tell.
 
@@ -62,7 +70,9 @@ class Base:
     """Where a base model lies. `revision` is the Hub's commit, None for a folder.
 
     `parameters` are biases and norms that `load_module` puts in place of the folder's own, by name. `untied`: the
-    output layer becomes a matrix of its own, equal to the embedding that the folder's model uses for both.
+    output layer becomes a matrix of its own, equal to the embedding that the folder's model uses for both. `rows`: the
+    vocabulary is cut to so many tokens, or grows to them by `appended`, by layer path. `tokenizer`: the folder of one
+    that takes the place of the folder's own.
     """
 
     name: str
@@ -70,6 +80,9 @@ class Base:
     revision: str | None = None
     parameters: dict[str, mx.array] = field(default_factory=dict, repr=False, compare=False)
     untied: bool = False
+    rows: int | None = None
+    appended: dict[str, mx.array] = field(default_factory=dict, repr=False, compare=False)
+    tokenizer: Path | None = None
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -85,6 +98,11 @@ class Base:
         if config.get("model_file") is not None and not trusts_remote_code():
             code = config["model_file"]
             raise FormatError(f"'{self.name}' brings code of its own, '{code}', which is not run unasked.", TRUST_IT)
+        return self.changed(config)
+
+    def changed(self, config: dict[str, Any]) -> dict[str, Any]:
+        """A config of the folder's model with what is to be other than there: its ends, its vocabulary."""
+        config = config if self.rows is None else resized_config(config, self.rows)
         return untied_config(config) if self.untied else config
 
     @property
@@ -170,7 +188,7 @@ class Base:
         there = {path.name for path in self.folder.glob(WEIGHT_FILES) if path.is_file()}
         index = self.folder / INDEX_FILE
         places = files.read_json(index).get("weight_map") if index.is_file() else None
-        named = {n for n in places.values() if isinstance(n, str)} if isinstance(places, dict) else _numbered(there)
+        named = {n for n in places.values() if isinstance(n, str)} if isinstance(places, dict) else numbered(there)
         return sorted(n for n in named - there if fnmatch(n, WEIGHT_FILES)) if there <= named else []
 
     def record(self) -> dict[str, Any]:
@@ -185,7 +203,7 @@ class Base:
         }
 
 
-def _numbered(names: Iterable[str]) -> set[str]:
+def numbered(names: Iterable[str]) -> set[str]:
     """All files of the series that some belong to, as model-00001-of-00003.safetensors does."""
     series = {
         (match[1], int(match[2])) for name in names if (match := re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\..*", name))

@@ -8,7 +8,7 @@ from mlx.utils import tree_flatten
 
 from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.errors import ModelError
-from mlx_adapters.storage.tensor_names import SCALES, WEIGHT
+from mlx_adapters.storage.tensor_names import BIAS, QUANTIZED_LEAVES, SCALES, WEIGHT
 from mlx_adapters.system.door import (
     mx,
     nn,
@@ -60,6 +60,26 @@ def weight_shape(layer: nn.Module) -> tuple[int, ...]:
     if is_quantized(layer):
         return (*layer.weight.shape[:-1], layer.weight.shape[-1] * 32 // layer.bits)
     return tuple(layer.weight.shape)
+
+
+def resize_rows(layer: nn.Module, count: int, more: mx.array) -> None:
+    """Cut the layer's rows to `count`, or append `more` (count - rows, in), in place; packed rows keep their codes."""
+    rows = weight_shape(layer)[0]
+    if count <= rows:
+        parts = {name: value[:count] for name, value in layer.parameters().items() if value.shape[:1] == (rows,)}
+    else:
+        new = {WEIGHT: more}
+        if is_quantized(layer):
+            scale = {} if layer.get("global_scale") is None else {"global_scale": layer.global_scale}
+            options = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+            new = dict(zip(QUANTIZED_LEAVES, mx.quantize(more, **options, **scale), strict=False))
+        if BIAS in layer:
+            new[BIAS] = mx.zeros((count - rows,))
+        parts = {name: mx.concatenate([layer[name], part.astype(layer[name].dtype)]) for name, part in new.items()}
+    for name, array in parts.items():
+        layer[name] = array
+    if hasattr(layer, "num_embeddings"):
+        layer.num_embeddings = count
 
 
 def dense_class(layer: nn.Module) -> type[nn.Module] | None:

@@ -17,7 +17,7 @@ from mlx_adapters.config.quantization import DTYPES
 from mlx_adapters.errors import AdapterError, FormatError, ModelError
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base
-from mlx_adapters.models.dense import compute_dtype, dense_class, dense_layer, dense_weight, is_quantized
+from mlx_adapters.models.dense import compute_dtype, dense_class, dense_layer, dense_weight, is_quantized, resize_rows
 from mlx_adapters.models.layers import named_layers, untie
 from mlx_adapters.models.model import Model
 from mlx_adapters.models.quantized_check import replace_miscomputed
@@ -78,7 +78,7 @@ def set_precision(module: nn.Module, dtype: str = "auto", dense: bool | None = N
 def load_module(base: Base) -> tuple[nn.Module, dict[str, Any]]:
     """mlx-lm's module with lazy weights, in evaluation mode, and its config. All work with a model begins here."""
     wire_memory()
-    files, config = len(base.weight_files), replace(base, untied=False).config
+    files, config = len(base.weight_files), replace(base, untied=False, rows=None).config
 
     def refused(why: str) -> AdapterError:
         lacking: list[str] = []
@@ -90,6 +90,8 @@ def load_module(base: Base) -> tuple[nn.Module, dict[str, Any]]:
 
     with refusals(refused):
         module, config = load_mlx_model(base.folder, config)
+        for path, rows in base.appended.items():
+            resize_rows(dict(named_layers(module))[path], base.rows or 0, rows)
         if base.untied:
             untie(module)
         module.load_weights(list(base.parameters.items()), strict=False)
@@ -117,7 +119,7 @@ def load_tokenizer_of(base: Base, template: TemplateConfig | None = None) -> Any
 
     with refusals(refused):
         try:
-            tokenizer = load_tokenizer(base.folder, eos, other)
+            tokenizer = load_tokenizer(base.tokenizer or base.folder, eos, other)
         except TemplateSyntaxError as error:
             raise FormatError(f"The chat template is not valid, line {error.lineno}: {error.message}") from None
         tokenizer.encode("What is odd in its settings shows here.")

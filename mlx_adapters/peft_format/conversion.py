@@ -1,40 +1,64 @@
 """A PEFT adapter becomes MLX's, for a base at hand; what the way back needs is recorded."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from mlx_adapters.checkpoints.originals import layout_of
 from mlx_adapters.checkpoints.places import Places
 from mlx_adapters.checkpoints.probing import Layout
-from mlx_adapters.errors import IncompatibleError
+from mlx_adapters.errors import FormatError, IncompatibleError
 from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.dense import dense_weight, is_quantized, weight_shape
-from mlx_adapters.models.layers import adaptable_layers, check_fits, loads_in_mlx_lm
+from mlx_adapters.models.layers import adaptable_layers, check_fits, loads_in_mlx_lm, nn, tied
 from mlx_adapters.models.loading import load_module
-from mlx_adapters.peft_format.reading import PeftAdapter
+from mlx_adapters.peft_format.reading import PeftAdapter, PeftModule, refuse_whole
 from mlx_adapters.peft_format.to_mlx import Converted, to_mlx
-from mlx_adapters.storage import tensor_names
+from mlx_adapters.storage import hf_names, tensor_names
+from mlx_adapters.storage.tensor_names import WEIGHT
+from mlx_adapters.units import count
 
 # How far a base's embedding may lie from the copy in the adapter (relative): rounding to 16 bits, to 4 bits.
+TEXT_HINT = "'import-peft --text-only' takes the text part, and so does 'fuse --from-peft' with it."
+RESIZE_HINT = (
+    "'mlx-adapters fuse --from-peft SRC OUT --base BASE --resize' writes a model with the adapter's tokens; or give "
+    "a base that has them."
+)
 DENSE_TOLERANCE, QUANTIZED_TOLERANCE = 0.01, 0.5
 
 
-def as_mlx(peft: PeftAdapter, base: Base, source: str, tie: bool = False, on_event: OnEvent = log_warnings) -> Adapter:
+def as_mlx(
+    peft: PeftAdapter,
+    base: Base,
+    source: str,
+    tie: bool = False,
+    resize: bool = False,
+    text_only: bool = False,
+    on_event: OnEvent = log_warnings,
+) -> Adapter:
     """The MLX adapter that a PEFT adapter is on `base`; `source` is what its metadata says of it.
 
-    Raises FormatError or IncompatibleError.
+    tie: an update of one end of a tied embedding is taken at both. resize: an adapter of fewer tokens leaves the base's
+    others as they are. text_only: what is not of the text model is left out. Raises FormatError or IncompatibleError.
     """
     module, _ = load_module(base)
-    converted = convert(peft, module, layout_of(base, module), base.name, tie)
+    layout = layout_of(base, module)
+    peft, others = prepared(peft, module, layout, text_only)
+    peft = _with_all_tokens(peft, adaptable_layers(module), base.name, resize)
+    peft = without_copies(peft, module, layout)
+    refuse_whole(peft)
+    converted = convert(peft, module, layout, base.name, tie)
     layers, config = adaptable_layers(module), converted.adapter.config
     bad = [key for key in config.keys if not loads_in_mlx_lm(layers[key], config)]
     elsewhere = [f"Plain mlx-lm could not load it on '{bad[0]}' of this base."] if bad else []
-    for note in notes_on(peft, base) + elsewhere:
+    for note in notes_on(peft, base) + others + elsewhere:
         on_event(Note(note, "warning"))
     metadata = {"source": "peft", "peft": record(peft, converted, source), "base": base.record()}
     return replace(converted.adapter, metadata=metadata)
@@ -54,6 +78,112 @@ def convert(
     converted = to_mlx(peft, layers, layout, tie)
     check_fits(converted.adapter, module, f"'{base_name}'")
     return converted
+
+
+def prepared(peft: PeftAdapter, module: Any, layout: Layout, text_only: bool) -> tuple[PeftAdapter, list[str]]:
+    """The adapter under the names of the base's checkpoint, and what is to be told of what was left out.
+
+    A trainer that wraps the model, or trains its body alone, puts all of its names elsewhere. Raises FormatError for an
+    adapter of more than the text model unless `text_only`.
+    """
+    places = Places(adaptable_layers(module), layout)
+    known = [path for path in peft.modules if not (hf_names.is_end(path) or hf_names.is_of_experts(path))]
+    names = {tensor_names.split(name)[0] for name in layout.shapes} | set(places.layers)
+    found = tensor_names.other_beginning(known, lambda path: bool(places.look_up(path)[0]), names)
+    peft = peft if found in (None, ("", "")) else peft.renamed(*found)
+    parts = _other_parts(peft, places)
+    if not parts:
+        return peft, []
+    told = [f"'{part}' ({count(len(names), 'tensor')})" for part, names in parts.items()]
+    if not text_only:
+        raise FormatError(f"The PEFT adapter also changes {', '.join(told)}, which mlx-lm leaves out.", TEXT_HINT)
+    peft = peft.without(lambda path: any(f"{path}.".startswith(f"{part}.") for part in parts))
+    return peft, [f"Left out, as no part of the text model: {', '.join(told)}."]
+
+
+def _other_parts(peft: PeftAdapter, places: Places) -> dict[str, list[str]]:
+    """The parts of the model (`model.visual`) in which tensors lie that mlx-lm's model has no places for, and these.
+
+    A part is no other one where layers that it has lie, too: what is missing there is missing. Nor is it one without
+    any: then it is another base.
+    """
+    there, missing = dict[str, None](), list[str]()
+    for name in [*(tensor_names.join(path, WEIGHT) for path in peft.modules), *peft.dense]:
+        path = tensor_names.split(name)[0]
+        if hf_names.is_end(path) or hf_names.is_of_experts(path) or places.tensor(name):
+            there[re.split(r"\.\d+\.", path)[0] if re.search(r"\.\d+\.", path) else ""] = None
+        else:
+            missing.append(name)
+    roots = [root.split(".") for root in there if root]
+    parts = dict[str, list[str]]()
+    for name in missing if roots else ():
+        steps = tensor_names.split(name)[0].split(".")
+        shared = max(
+            sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(root, steps, strict=False))) for root in roots
+        )
+        if any(steps[: len(root)] == root for root in roots):
+            places.find(".".join(steps), ".".join(steps))  # says what is wrong with it
+            return {}
+        parts.setdefault(".".join(steps[: shared + 1]), []).append(name)
+    return parts
+
+
+def without_copies(peft: PeftAdapter, module: Any, layout: Layout) -> PeftAdapter:
+    """The adapter without whole tensors that its config does not name and that are the base's own, to the last bit that
+    both have: a state that was saved whole, the ends of a resized vocabulary."""
+    layers, parameters = adaptable_layers(module), dict(tree_flatten(module.parameters()))
+    places, both = Places(layers, layout), tied(layers)
+
+    def own(name: str, array: mx.array) -> bool:
+        path, leaf = tensor_names.split(name)
+        if leaf == WEIGHT and hf_names.is_head(path) and both:
+            name = next((tensor_names.join(key, leaf) for key in layers if hf_names.is_embedding(key)), name)
+        pieces = places.tensor(name)
+        if any(is_quantized(layers[key]) for key in (tensor_names.split(p.target)[0] for p in pieces) if key in layers):
+            return False
+        return bool(pieces) and all(
+            _same(piece.apply(array), parameters[piece.target], piece.index) for piece in pieces
+        )
+
+    same = {name for name, array in peft.unnamed.items() if own(name, array)}
+    return replace(peft, dense={name: array for name, array in peft.dense.items() if name not in same})
+
+
+def _same(copy: mx.array, weight: mx.array, index: int | None) -> bool:
+    weight = weight[: copy.shape[0]] if index is None else weight[index]  # a smaller vocabulary has fewer rows
+    if copy.shape != weight.shape:
+        return False
+    narrow = copy.dtype if copy.dtype.size < weight.dtype.size else weight.dtype
+    return bool(mx.array_equal(copy.astype(narrow), weight.astype(narrow)))
+
+
+def _with_all_tokens(peft: PeftAdapter, layers: Mapping[str, nn.Module], base: str, resize: bool) -> PeftAdapter:
+    """An adapter of a smaller vocabulary, with nothing for the base's further tokens."""
+    rows, given = rows_of(layers), peft.vocabulary
+    if given is None or rows is None or given == rows:
+        return peft
+    message = f"The PEFT adapter is for {given} tokens, but '{base}' has {rows} (a resized vocabulary)."
+    whole = any(module.m is not None for path, module in peft.modules.items() if hf_names.is_end(path))
+    if given > rows or whole:  # DoRA would need the further tokens' magnitudes
+        raise IncompatibleError(message, RESIZE_HINT)
+    if not resize:
+        raise IncompatibleError(message, "'import-peft --resize' takes it and leaves the further tokens as they are.")
+    more = [(0, rows - given), (0, 0)]
+    modules = {
+        path: _padded(module, more) if hf_names.is_end(path) else module for path, module in peft.modules.items()
+    }
+    return replace(peft, modules=modules)
+
+
+def _padded(module: PeftModule, more: list[tuple[int, int]]) -> PeftModule:
+    if module.embedding:
+        return replace(module, a=mx.pad(module.a, more[::-1]))
+    return replace(module, b=mx.pad(module.b, more))
+
+
+def rows_of(layers: Mapping[str, nn.Module]) -> int | None:
+    """How many tokens the base's embedding has a row for."""
+    return next((weight_shape(layer)[0] for path, layer in layers.items() if hf_names.is_embedding(path)), None)
 
 
 def record(peft: PeftAdapter, converted: Converted, source: str) -> dict[str, Any]:
@@ -87,13 +217,16 @@ def _check_base_copies(peft: PeftAdapter, places: Places, base_name: str, replac
             continue
         key = tensor_names.split(pieces[0].target)[0]
         layer = places.layers[key]
-        if tuple(copy.shape) != weight_shape(layer):
+        if tuple(copy.shape[1:]) != weight_shape(layer)[1:] or copy.shape[0] > weight_shape(layer)[0]:
             raise IncompatibleError(
                 f"The PEFT adapter's base has a '{path}' of {tuple(copy.shape)}, '{base_name}' one of "
                 f"{weight_shape(layer)} (a resized vocabulary).",
                 "give the base it was trained on.",
             )
-        own, copy = replaced.get(key, dense_weight(layer, mx.float32)), pieces[0].apply(copy.astype(mx.float32))
+        trained = tensor_names.join(path, WEIGHT) in peft.dense or path in peft.token_rows
+        own = replaced.get(key) if not trained else None
+        own = (dense_weight(layer, mx.float32) if own is None else own)[: copy.shape[0]]
+        copy = pieces[0].apply(copy.astype(mx.float32))
         distance = mx.sqrt(mx.square(own - copy).sum() / mx.square(copy).sum()).item()
         if not distance <= (QUANTIZED_TOLERANCE if is_quantized(layer) else DENSE_TOLERANCE):
             raise IncompatibleError(

@@ -220,20 +220,10 @@ def fit_paths(adapter: Adapter, layers: Mapping[str, nn.Module]) -> Adapter:
     """The adapter under the base's own paths, where both differ in nothing but their beginnings.
 
     Vision-language models put `language_model.` before what a text model of the same blocks has; others `model.`.
-    Found by the one beginning that turns every path into one of a layer; where there is none, as it was.
     """
-    if not adapter.config.keys or set(adapter.config.keys) <= set(layers):
+    old, new = tensor_names.other_beginning(adapter.config.keys, layers.__contains__, layers) or ("", "")
+    if old == new:
         return adapter
-    parts = adapter.config.keys[0].split(".")
-    for cut in range(len(parts)):
-        tail = ".".join(parts[cut:])
-        ends = [path.removesuffix(tail) for path in layers if path == tail or path.endswith(f".{tail}")]
-        old = "".join(f"{part}." for part in parts[:cut])
-        for new in ends if len(ends) == 1 else []:
-            paths = {key: new + key.removeprefix(old) for key in adapter.config.keys if key.startswith(old)}
-            if len(paths) == len(adapter.config.keys) and set(paths.values()) <= set(layers):
-                names = {name: tensor_names.split(name) for name in adapter.weights}
-                weights = {tensor_names.join(paths[p], leaf): adapter.weights[n] for n, (p, leaf) in names.items()}
-                config = replace(adapter.config, keys=tuple(paths[key] for key in adapter.config.keys))
-                return replace(adapter, config=config, weights=weights)
-    return adapter
+    weights = {new + name.removeprefix(old): array for name, array in adapter.weights.items()}
+    keys = tuple(new + key.removeprefix(old) for key in adapter.config.keys)
+    return replace(adapter, config=replace(adapter.config, keys=keys), weights=weights)

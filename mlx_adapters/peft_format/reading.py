@@ -5,22 +5,33 @@ one half of an update, a copy of the base's embedding, or one of the things MLX'
 (whole modules, biases, single token rows), which are kept apart.
 """
 
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from mlx_adapters.checkpoints.shards import peft_weight_files, refuse_parts
 from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.models.adapter import first_not_finite
 from mlx_adapters.peft_format.settings import FUSE_HINT, PeftSettings
 from mlx_adapters.storage import files, hf_names, paths, tensor_files, tensor_names
-from mlx_adapters.storage.hf_names import PEFT_PICKLE_FILE, PEFT_PREFIX, PEFT_SCALE, PEFT_WEIGHTS_FILE
+from mlx_adapters.storage.hf_names import (
+    EMBEDDINGS,
+    HEADS,
+    PEFT_PREFIX,
+    PEFT_SCALE,
+)
 from mlx_adapters.storage.tensor_names import CONFIG_FILE
 
 DTYPES = ("F32", "F16", "BF16")
 TOKEN_ROWS = "trainable_tokens_delta"
-PICKLE_HINT = "pickles can run code; load it in PEFT and save it again, which writes adapter_model.safetensors."
+ORIGINAL, TRAINED = (
+    "original_module",
+    "modules_to_save",
+)  # where PEFT keeps both, which it saves of a resized vocabulary
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,55 @@ class PeftAdapter:
     token_rows: dict[str, mx.array] = field(default_factory=dict)
     base_copies: dict[str, mx.array] = field(default_factory=dict)
     exact_scale: float | None = None
+
+    def renamed(self, old: str, new: str) -> "PeftAdapter":
+        """The same with `new` in front of all names instead of `old`."""
+
+        def under(things: Mapping[str, Any]) -> dict[str, Any]:
+            return {new + name[len(old) :] if name.startswith(old) else name: thing for name, thing in things.items()}
+
+        modules = {path: replace(module, path=path) for path, module in under(self.modules).items()}
+        apart: dict[str, Any] = {name: under(getattr(self, name)) for name in ("dense", "token_rows", "base_copies")}
+        return replace(self, modules=modules, **apart)
+
+    def without(self, left_out: Callable[[str], bool]) -> "PeftAdapter":
+        """The same without what lies at paths that are to be left out."""
+
+        def kept(things: Mapping[str, Any]) -> dict[str, Any]:
+            return {path: thing for path, thing in things.items() if not left_out(path)}
+
+        names = ("modules", "dense", "token_rows", "base_copies")
+        parts: dict[str, Any] = {name: kept(getattr(self, name)) for name in names}
+        return replace(self, **parts)
+
+    @property
+    def unnamed(self) -> dict[str, mx.array]:
+        """Whole tensors that the config does not speak of: the base's, mostly, saved with the rest."""
+        saved, biases = self.settings.modules_to_save, self.settings.raw.get("bias") in (None, "none")
+        return {
+            name: array
+            for name, array in self.dense.items()
+            if not any(f".{module}." in f".{name}" for module in saved)
+            and (biases or tensor_names.split(name)[1] != tensor_names.BIAS)
+        }
+
+    @property
+    def vocabulary(self) -> int | None:
+        """How many tokens the model was trained with, by whatever the file holds of its two ends; None if nothing.
+
+        Raises FormatError for two numbers.
+        """
+        weights = {path: array.shape[0] for path, array in self.base_copies.items()}
+        for name, array in self.dense.items():
+            path, leaf = tensor_names.split(name)
+            weights |= {path: array.shape[0]} if leaf == tensor_names.WEIGHT else {}
+        weights |= {path: (m.a.shape[1] if m.embedding else m.b.shape[0]) for path, m in self.modules.items()}
+        ends = {path: rows for path, rows in weights.items() if path.rpartition(".")[2] in EMBEDDINGS + HEADS}
+        if len(set(ends.values())) > 1:
+            raise FormatError(
+                f"The PEFT adapter is of two vocabularies: {', '.join(f'{p} {n}' for p, n in ends.items())}."
+            )
+        return next(iter(ends.values()), None)
 
     @property
     def beyond_lora(self) -> str | None:
@@ -97,19 +157,25 @@ def read_peft(folder: Path) -> PeftAdapter:
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, mx.array], float | None]:
-    path = folder / PEFT_WEIGHTS_FILE
-    if not path.is_file() and (folder / PEFT_PICKLE_FILE).is_file():
-        raise FormatError(f"'{folder}' holds its weights in a pickle, {PEFT_PICKLE_FILE}.", PICKLE_HINT)
-    header, metadata = tensor_files.read_safetensors_header(path)
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise FormatError(f"'{name}' in '{path}' is of type {entry['dtype']}, not {', '.join(DTYPES)}.")
-    if not header:
-        raise FormatError(f"'{path}' holds no tensors.")
-    tensors = tensor_files.read_safetensors(path)
-    if bad := first_not_finite(tensors):
-        raise FormatError(f"'{bad}' in '{path}' holds NaN or Inf.", "the training that made it diverged.")
-    return tensors, _number(metadata.get(PEFT_SCALE))
+    tensors, scale = dict[str, mx.array](), None
+    for path in peft_weight_files(folder):
+        header, metadata = tensor_files.read_safetensors_header(path)
+        for name, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                raise FormatError(f"'{name}' in '{path}' is of type {entry['dtype']}, not {', '.join(DTYPES)}.")
+        refuse_parts(header, path)
+        read = tensor_files.read_safetensors(path)
+        if bad := first_not_finite(read):
+            raise FormatError(f"'{bad}' in '{path}' holds NaN or Inf.", "the training that made it diverged.")
+        tensors |= read
+        scale = _number(metadata.get(PEFT_SCALE))
+    if not tensors:
+        raise FormatError(f"The PEFT adapter '{folder}' holds no tensors.")
+    names = hf_names.unwrapped(tensors)
+    if len(set(names.values())) < len(names):
+        twice = next(name for name, count in Counter(names.values()).items() if count > 1)
+        raise FormatError(f"The PEFT adapter has '{twice}' twice.", "the file holds more than one adapter.")
+    return {names[name]: array for name, array in tensors.items()}, scale
 
 
 def _number(text: Any) -> float | None:
@@ -170,21 +236,35 @@ def _set_apart(name: str, array: mx.array, peft: PeftAdapter) -> None:
             f"'{name}' does not begin with '{PEFT_PREFIX}'; PEFT itself would ignore it.",
             "save the adapter again with PEFT.",
         )
+    own, _, holder = path.rpartition(".")
     if leaf == TOKEN_ROWS:
         peft.token_rows[path.removesuffix(".token_adapter")] = array
+    elif leaf == tensor_names.WEIGHT and holder == ORIGINAL:  # beside the same module's trained weight
+        peft.base_copies[own] = array
+    elif holder == TRAINED:
+        _set_apart(tensor_names.join(PEFT_PREFIX + own, leaf), array, peft)
     elif path.endswith(".lora_B") or ".lora_B." in path:
         raise FormatError(f"The PEFT adapter has lora_bias: '{name}'.", "MLX's LoRA layers have no bias of their own.")
     elif leaf == tensor_names.WEIGHT and path.endswith(".base_layer"):
-        peft.base_copies[path.removesuffix(".base_layer")] = array
-    elif leaf == tensor_names.BIAS or (leaf == tensor_names.WEIGHT and "lora_" not in path):
+        peft.base_copies[path.removesuffix(".base_layer").removesuffix(".token_adapter")] = array
+    elif "lora_" not in name and (
+        leaf in (tensor_names.WEIGHT, tensor_names.BIAS)
+        or any(f".{module}." in f".{name}" for module in peft.settings.modules_to_save)
+    ):
         peft.dense[tensor_names.join(path.removesuffix(".base_layer"), leaf)] = array
     else:
         raise FormatError(f"The PEFT adapter has a tensor that is no part of LoRA: '{name}'.")
 
 
 def refuse_beyond_lora(adapter: PeftAdapter) -> None:
-    """Raise FormatError if the adapter holds more than an MLX adapter can."""
+    """Raise FormatError if the adapter holds more than an MLX adapter can, as far as can be told without its base."""
     refuse_unsaved(adapter)
+    unnamed = adapter.unnamed  # which may turn out to be the base's own
+    refuse_whole(replace(adapter, dense={name: array for name, array in adapter.dense.items() if name not in unnamed}))
+
+
+def refuse_whole(adapter: PeftAdapter) -> None:
+    """Raise FormatError if the adapter holds whole tensors."""
     if adapter.beyond_lora:
         raise FormatError(f"The PEFT adapter holds more than an MLX adapter can: {adapter.beyond_lora}.", FUSE_HINT)
 

@@ -16,7 +16,7 @@ from mlx_adapters.peft_format.conversion import as_mlx
 from mlx_adapters.peft_format.reading import read_peft, refuse_beyond_lora
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.hub import snapshot, tree
-from mlx_adapters.sources.references import Reference, check_name, parse_reference
+from mlx_adapters.sources.references import Reference, below, check_name, parse_reference
 from mlx_adapters.sources.registry import register
 from mlx_adapters.sources.snapshots import refuse_other_forms
 from mlx_adapters.storage import files, locks, paths
@@ -74,9 +74,7 @@ def download(
     if name is not None:
         check_name(name)
     require(reference.kind == "hub", f"'{repo}' is no repository: it is 'user/name' or 'user/name@revision'.")
-    if subfolder is not None:
-        require(reference.subfolder is None, "Name the folder in the repository once: in its id or with --subfolder.")
-        reference = parse_reference(str(replace(reference, subfolder=subfolder.strip("/"))))
+    reference = below(reference, subfolder)
     target, show = reference.target, show_progress
     downloaded, commit = snapshot(target, reference.revision, [*ADAPTER_FILES, MODEL_CONFIG], show_progress=show)
     if not (reference.subfolder or _has_adapter(downloaded)) and (downloaded / MODEL_CONFIG).is_file():

@@ -5,9 +5,10 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import HubError, NotFoundError, did_you_mean
 from mlx_adapters.sources.hub import NotCached
-from mlx_adapters.sources.references import Reference, parse_reference
+from mlx_adapters.sources.references import Reference, below, parse_reference
 from mlx_adapters.sources.registry import adapter_folder, names
 from mlx_adapters.storage import paths
 
@@ -77,18 +78,30 @@ def load_adapter(reference: "str | Path | Adapter") -> "Adapter":
     return adapter
 
 
-def peft_folder(source: str | Path) -> tuple[Path, dict[str, Any]]:
+def peft_folder(source: str | Path, subfolder: str | None = None) -> tuple[Path, dict[str, Any]]:
     """The folder of a PEFT adapter, and what to record of the Hub's repository, from which it is downloaded once.
 
-    Raises NotFoundError or HubError.
+    subfolder: where in `source` it lies. Raises NotFoundError, ConfigError or HubError.
     """
     text = str(source)
     if isinstance(source, Path) or paths.is_path(text) or Path(text).is_dir():
-        return paths.expanded(text), {}
-    reference = parse_reference(text)
+        return inside(paths.expanded(text), subfolder), {}
+    reference = below(parse_reference(text), subfolder)
     if reference.kind != "hub":
-        return Path(text), {}
+        return inside(Path(text), subfolder), {}
     from mlx_adapters.sources.downloads import adapter_files, origin
 
     folder, commit = adapter_files(reference)
     return folder, {"hub": origin(reference, commit)}
+
+
+def inside(folder: Path, subfolder: str | None) -> Path:
+    """The subfolder of a folder on this machine. Raises ConfigError for one that is not inside it."""
+    if subfolder is None:
+        return folder
+    require(
+        not Path(subfolder).is_absolute() and ".." not in Path(subfolder).parts,
+        f"'{subfolder}' is not a folder inside '{folder}'.",
+        "--subfolder names one that lies in the folder or repository.",
+    )
+    return folder / subfolder

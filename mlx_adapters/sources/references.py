@@ -5,9 +5,10 @@
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.storage import paths
 
@@ -35,6 +36,14 @@ class Reference:
         """What an adapter that comes from there is called, if nobody says otherwise."""
         last = self.target.rstrip("/").rpartition("/")[2]
         return f"{last}-{self.subfolder.replace('/', '-')}" if self.subfolder else last
+
+
+def below(reference: Reference, subfolder: str | None) -> Reference:
+    """The reference to a folder of a repository, named beside it. Raises ConfigError if it names one already."""
+    if subfolder is None or reference.kind != "hub":
+        return reference
+    require(reference.subfolder is None, "Name the folder in the repository once: in its id or with --subfolder.")
+    return parse_reference(str(replace(reference, subfolder=subfolder.strip("/"))))
 
 
 def check_name(name: str) -> str:

@@ -1,6 +1,7 @@
 """How transformers, PEFT and Hugging Face's checkpoints name modules and tensors."""
 
 import re
+from collections.abc import Iterable
 
 from mlx_adapters.storage.replacing import Output
 from mlx_adapters.storage.tensor_names import ADAPTER_FILE, BIAS, CONFIG_FILE, LORA_A, LORA_B, MAGNITUDE, WEIGHT, split
@@ -14,6 +15,8 @@ GPT2_TRANSPOSED = ("c_attn", "c_proj", "c_fc")
 # (dim, rank); of n fused experts lora_A (n · rank, in), expert by expert, lora_B (out, rank · n), rank by rank.
 
 PEFT_WEIGHTS_FILE, PEFT_PICKLE_FILE = "adapter_model.safetensors", "adapter_model.bin"
+# transformers cuts a large adapter into these, and calls their index as a model's.
+PEFT_SHARDS, PEFT_PICKLE_SHARDS, INDEXES = "adapter_model-*.safetensors", "adapter_model-*.bin", "*.index.json"
 PEFT_OUTPUT = Output(CONFIG_FILE, r"adapter_model\.safetensors|README\.md")
 PEFT_SCALE = "mlx_scale"  # in the file's metadata: the scale to the bit, where lora_alpha / r rounds
 PEFT_PREFIX = "base_model.model."
@@ -24,6 +27,7 @@ _LEAF_OF_PEFT = {
     for table in (PEFT_LINEAR, PEFT_EMBEDDING)
     for leaf, spelling in table.items()
 }
+_WRAPPER = re.compile(r"(?<![^.])_[^.]*\.")
 _PEFT_ADAPTER_TENSOR = re.compile(rf"(.+?)\.({'|'.join(_LEAF_OF_PEFT)})((?:\.[^.]+){{0,2}})")
 
 # -- Other MLX programs ----------------------------------------------------------------------------------
@@ -87,9 +91,36 @@ PEFT_UNHEEDED = {
 }
 
 
+def is_embedding(path: str) -> bool:
+    """Whether a module path is that of an embedding of tokens."""
+    return path.rpartition(".")[2] in EMBEDDINGS
+
+
+def is_end(path: str) -> bool:
+    """Whether a module path is that of an input embedding or an output layer."""
+    return is_embedding(path) or is_head(path)
+
+
 def is_head(path: str) -> bool:
     """Whether a module path of transformers is that of an output layer."""
     return path.rpartition(".")[2] in HEADS
+
+
+def unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """Each name of a file of PEFT's, and the same without what was wrapped around the model or its modules.
+
+    torch.compile, FSDP and activation checkpointing keep what they wrap under a name that begins with an underscore, as
+    no module of transformers' does. What stands before PEFT's own prefix in all names alike (`module.` of DDP, `model.`
+    of Lightning) is the name of a holder; where no name has that prefix, all get it.
+    """
+    plain = {name: _WRAPPER.sub("", name) for name in names}
+    heads = {name: name.rpartition(PEFT_PREFIX)[0] for name in plain.values()}
+    prefixed = {name for name in heads if PEFT_PREFIX in name}
+    if not prefixed:
+        return {name: PEFT_PREFIX + own for name, own in plain.items()}
+    if len(set(heads.values())) > 1 or len(prefixed) < len(heads):
+        return plain
+    return {name: own.removeprefix(heads[own]) for name, own in plain.items()}
 
 
 def parse_peft_tensor(name: str) -> tuple[str, str, bool] | None:
@@ -165,6 +196,11 @@ def split_fused(path: str) -> tuple[str, bool] | None:
     """(block, whether it is the inner of two wrapped parameters) of fused experts in transformers 5, else None."""
     match = re.fullmatch(r"(.+)\.experts(\.base_layer)?", path)
     return (match[1], bool(match[2])) if match else None
+
+
+def is_of_experts(path: str) -> bool:
+    """Whether a module path is that of one expert, or of a block's fused ones."""
+    return bool(split_expert(path) or split_fused(path))
 
 
 def fused_path(block: str, inner: bool) -> str:

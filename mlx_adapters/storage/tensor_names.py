@@ -12,6 +12,7 @@ A quantized layer's weight is three tensors: packed codes, scales and, for the m
 """
 
 import re
+from collections.abc import Callable, Iterable, Sequence
 
 from mlx_adapters.errors import FormatError
 from mlx_adapters.storage.replacing import Output
@@ -49,6 +50,30 @@ def split(name: str) -> tuple[str, str]:
     """(module path, leaf) of a tensor name."""
     path, _, leaf = name.rpartition(".")
     return path, leaf
+
+
+def other_beginning(paths: Sequence[str], known: Callable[[str], bool], names: Iterable[str]) -> tuple[str, str] | None:
+    """(old, new): what all `paths` begin with, and what they have to begin with to be `known`; None if nothing does.
+
+    A beginning may be too much (a wrapper's name), too little (a body without its model) or in another order
+    (`model.language_model.`). Any other exchange could make a part of the model of another one, as of a tower with
+    equal blocks. `names`: what there is, of which new beginnings are made.
+    """
+    if not paths or all(map(known, paths)):
+        return ("", "") if paths else None
+    parts, names = paths[0].split("."), list(names)
+    for cut in range(len(parts)):
+        old, tail = "".join(f"{part}." for part in parts[:cut]), ".".join(parts[cut:])
+        if not all(path.startswith(old) for path in paths):
+            break
+        ends = (
+            {name.removesuffix(tail) for name in names if name.endswith(f".{tail}")} if cut < len(parts) - 1 else set()
+        )
+        ends = {new for new in ends if not old or sorted(new.split(".")) == sorted(old.split("."))}
+        fitting = [new for new in ({""} if cut else set()) | ends if all(known(new + p[len(old) :]) for p in paths)]
+        if len(fitting) == 1:
+            return old, fitting[0]
+    return None
 
 
 def checkpoint_file(iteration: int) -> str:

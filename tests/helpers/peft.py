@@ -13,7 +13,7 @@ from mlx_adapters.storage.tensor_names import join
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "peft"
 ADAPTERS = sorted(p.parent for p in FIXTURES.glob("*/*/adapter_config.json"))
-ADAPTERS += sorted(p.parent.parent for p in FIXTURES.glob("*/*/*/adapter_config.json") if p.parts[-3] != "refused")
+ADAPTERS += [FIXTURES / "llama" / "subfolder"]
 REFUSED = sorted(p.parent for p in FIXTURES.glob("*/refused/*/adapter_config.json"))
 TIED = [folder for folder in ADAPTERS if folder.name == "tied-embedding"]
 

@@ -1,0 +1,166 @@
+"""PEFT adapters as other trainers save them: wrapped, in shards, under other beginnings, or not whole."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from helpers.peft import FIXTURES
+
+from mlx_adapters.adapters.peft_import import import_peft
+from mlx_adapters.errors import AdapterError, FormatError
+from mlx_adapters.storage import tensor_files
+
+LLAMA = FIXTURES / "llama"
+WEIGHTS = "adapter_model.safetensors"
+
+
+def copied(case: str, tmp_path: Path, rename=lambda name: name) -> Path:
+    """A copy of one of PEFT's adapters whose tensors are called otherwise."""
+    folder = Path(shutil.copytree(FIXTURES / case, tmp_path / "adapter"))
+    tensors = {rename(name): array for name, array in mx.load(str(folder / WEIGHTS)).items()}
+    mx.eval(tensors)
+    tensor_files.write_safetensors(folder / WEIGHTS, tensors)
+    return folder
+
+
+def taken(folder: Path, architecture: str = "llama", name: str = "it"):
+    return import_peft(folder, base=FIXTURES / architecture / "base", name=name)
+
+
+def inside(pattern: str, put: str):
+    return lambda name: re.sub(pattern, put, name)
+
+
+# What torch and its friends make of PEFT's names.
+WRAPPED = {
+    "torch.compile": lambda name: f"_orig_mod.{name}",
+    "a base that was compiled first": inside(r"^base_model\.model\.", "base_model.model._orig_mod."),
+    "compiled blocks": inside(r"(layers\.\d+)\.", r"\1._orig_mod."),
+    "FSDP": lambda name: "_fsdp_wrapped_module." + inside(r"(layers\.\d+)\.", r"\1._fsdp_wrapped_module.")(name),
+    "FSDP of blocks and factors": lambda name: inside(r"(layers\.\d+)\.", r"\1._fsdp_wrapped_module.")(
+        name.replace(".weight", ".default._fsdp_wrapped_module.weight")
+    ),
+    "checkpointed FSDP": inside(r"(layers\.\d+)\.", r"\1._fsdp_wrapped_module._checkpoint_wrapped_module."),
+    "DDP": lambda name: f"module.{name}",
+    "DDP of a compiled model": lambda name: f"module._orig_mod.{name}",
+    "a base inside DDP": inside(r"^base_model\.model\.", "base_model.model.module."),
+    "Lightning": lambda name: f"model.{name}",
+    "Lightning, with another name": lambda name: f"net.policy.{name}",
+    "PEFT in PEFT": lambda name: f"base_model.model.{name}",
+    "no prefix": lambda name: name.removeprefix("base_model.model."),
+    "state of a module in a list": lambda name: f"0.{name}",
+    "a body without its head": inside(r"^base_model\.model\.(model|transformer)\.", "base_model.model."),
+}
+
+
+@pytest.mark.parametrize(
+    "case", ["llama/patterns", "llama/dora", "qwen3_moe/some-experts", "mixtral/fused", "gpt2/attention"]
+)
+@pytest.mark.parametrize("how", WRAPPED)
+def test_what_is_wrapped_around_a_model_is_no_part_of_its_names(how, case, tmp_path):
+    architecture = case.partition("/")[0]
+    wanted = taken(FIXTURES / case, architecture, "whole")
+    found = taken(copied(case, tmp_path, WRAPPED[how]), architecture)
+    assert found.fingerprint == wanted.fingerprint and found.config == wanted.config
+
+
+def test_names_that_do_not_begin_alike_are_refused(tmp_path):
+    """PEFT would load some of them only; nothing says which are meant."""
+    folder = copied("llama/float-alpha", tmp_path, lambda n: f"module.{n}" if "layers.1" in n else n)
+    with pytest.raises(FormatError, match="does not begin with 'base_model"):
+        taken(folder)
+
+
+def test_a_tower_with_the_same_blocks_is_not_taken_for_the_text_model(tmp_path):
+    folder = copied("llama/float-alpha", tmp_path, inside(r"model\.layers", "model.visual.layers"))
+    with pytest.raises(AdapterError, match=r"no layer for 'model\.visual\.layers"):
+        taken(folder)
+
+
+def in_shards(folder: Path, index: str | None = "model.safetensors.index.json", count: int = 3) -> Path:
+    """What transformers' save_pretrained makes of an adapter that is larger than a shard may be."""
+    tensors = mx.load(str(folder / WEIGHTS))
+    names = sorted(tensors)
+    places = {name: f"adapter_model-{i % count + 1:05d}-of-{count:05d}.safetensors" for i, name in enumerate(names)}
+    for file in set(places.values()):
+        tensor_files.write_safetensors(folder / file, {name: tensors[name] for name in names if places[name] == file})
+    (folder / WEIGHTS).unlink()
+    if index:
+        (folder / index).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    return folder
+
+
+INDEXES = ["model.safetensors.index.json", "adapter_model.safetensors.index.json", None]
+
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_shards_are_one_adapter(tmp_path, index):
+    folder = in_shards(copied("llama/all-linear", tmp_path), index)
+    assert taken(folder).fingerprint == taken(LLAMA / "all-linear", name="whole").fingerprint
+
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_a_missing_shard_is_named(tmp_path, index):
+    folder = in_shards(copied("llama/all-linear", tmp_path), index)
+    (folder / "adapter_model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(FormatError, match=r"lacks adapter_model-00002-of-00003\.safetensors") as caught:
+        taken(folder)
+    assert "again" in caught.value.hint
+    for path in folder.glob("adapter_model-*"):
+        path.unlink()
+    with pytest.raises(AdapterError, match="lacks adapter_model-00001-of" if index else "has no adapter_model"):
+        taken(folder)
+
+
+def emptied(tensors: dict) -> dict:
+    return {name: mx.zeros((0,)) if "lora_B" in name else array for name, array in tensors.items()}
+
+
+def flattened(tensors: dict) -> dict:
+    return {name: array.reshape(-1)[: array.size // 2] for name, array in tensors.items()}
+
+
+def flat_parameters(tensors: dict) -> dict:
+    blocks = {re.search(r"^(.*layers\.\d+)\.", name)[1] for name in tensors}
+    return {f"{block}._fsdp_wrapped_module._flat_param": mx.ones((64,)) for block in blocks}
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "cure"),
+    [
+        (emptied, "empty in places", "zero_to_fp32"),
+        (flattened, "laid out flat", "FULL_STATE_DICT"),
+        (flat_parameters, "laid out flat", "FULL_STATE_DICT"),
+    ],
+)
+def test_what_a_sharded_training_left_in_place_of_tensors_is_told_with_its_cure(tmp_path, change, words, cure):
+    folder = copied("llama/float-alpha", tmp_path)
+    tensors = change(mx.load(str(folder / WEIGHTS)))
+    mx.eval(tensors)
+    mx.save_safetensors(str(folder / WEIGHTS), tensors)
+    with pytest.raises(FormatError, match=words) as caught:
+        taken(folder)
+    assert cure in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("file", "words", "cure"),
+    [
+        ("pytorch_model_fsdp_0/__0_0.distcp", "FSDP cut its weights", "accelerate merge-weights"),
+        ("global_step20/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "DeepSpeed cut", "zero_to_fp32"),
+        ("adapter_model.bin", "pickle, adapter_model.bin", "save it again"),
+        ("adapter_model-00001-of-00002.bin", "pickle, adapter_model-00001", "save it again"),
+        ("README.md", "has no adapter_model.safetensors", "copy both"),
+    ],
+)
+def test_a_folder_without_whole_weights_says_what_it_has(tmp_path, file, words, cure):
+    folder = copied("llama/float-alpha", tmp_path)
+    (folder / WEIGHTS).unlink()
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).write_bytes(b"x")
+    with pytest.raises(AdapterError, match=words) as caught:
+        taken(folder)
+    assert cure in caught.value.hint
