@@ -1,19 +1,18 @@
 """A fused model under the names, shapes, types and config of the original Hugging Face checkpoint.
 
-Most of mlx-lm's architectures keep those names. Where they do not, the way back is here: experts that mlx-lm
-stacks become one matrix each again, and GPT-2's matrices are stored transposed.
+What mlx-lm makes of such a checkpoint is found by trying (see `checkpoints.probing`), and is turned around here:
+experts that it stacks become one matrix each again, norms lose the one that it adds, transposed matrices are turned.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from mlx.utils import tree_flatten
 
 from mlx_adapters.assembly.tensors import Assembly, Rounded
 from mlx_adapters.assembly.weights import BaseWeights
 from mlx_adapters.assembly.writing import (
     OTHER_BITS,
-    Layout,
     Unit,
     Written,
     copy_companions,
@@ -21,36 +20,45 @@ from mlx_adapters.assembly.writing import (
     write_config,
     write_weights,
 )
-from mlx_adapters.checkpoints.left_out import without_place
+from mlx_adapters.checkpoints.inverse import Group, groups_of
+from mlx_adapters.checkpoints.left_out import left_out, without_place
+from mlx_adapters.checkpoints.originals import layout_of
 from mlx_adapters.config.mapping import require
 from mlx_adapters.config.quantization import UNQUANTIZED, Precision
+from mlx_adapters.errors import ConfigError, FormatError
 from mlx_adapters.events import OnEvent
-from mlx_adapters.models.base import Base
+from mlx_adapters.models.base import Base, tying_config
+from mlx_adapters.models.layers import adaptable_layers, tied
+from mlx_adapters.models.loading import load_module
 from mlx_adapters.storage import files, hf_names, tensor_names
+from mlx_adapters.storage.tensor_names import QUANTIZED_LEAVES, WEIGHT
 from mlx_adapters.system.door import mx
-
-# Architectures whose names are known to be right; the others differ in ways that are not written down here.
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2")
-Split = Callable[[str, str, tuple[int, ...]], tuple[Layout, Callable[[mx.array], list[mx.array]]]]
 
 
 class HfWriter:
     """Unquantized weights under the names of the original checkpoint."""
 
-    precision, rounds, loadable = UNQUANTIZED, False, True
+    precision, rounds = UNQUANTIZED, False
 
     def __init__(self, precision: Precision, dtype: mx.Dtype | None, base: Base) -> None:
         require(precision.quantization is None, "The format 'hf' takes --bits none.", OTHER_BITS)
         config = files.read_json(base.folder / "config.json")
-        self._config = base.changed(config)
+        module, _ = load_module(base)
+        self._config = tying_config(base.changed(config), tied(adaptable_layers(module)))
         self._dtype = dtype or original_dtype(config)
-        model_type = config.get("model_type")
+        kind = config.get("model_type")
         require(
-            model_type in SUPPORTED,
-            f"'{model_type}' models cannot be written in the Hugging Face format.",
-            f"it is there for {', '.join(SUPPORTED)}; write the MLX format instead.",
+            kind not in hf_names.UNLIKE,
+            f"transformers has other names for '{kind}' models, which mlx-lm does not read.",
+            "write the MLX format instead.",
         )
-        self._split = _conv1d if model_type == "gpt2" else _experts
+        self._layout = layout_of(base, module)
+        self.loadable = not self._layout.unpacked
+        try:
+            self._groups = groups_of(self._layout, _dense_names(module))
+        except FormatError as error:
+            message = f"This '{kind}' model cannot be written in the Hugging Face format. {error.message}"
+            raise ConfigError(message, "write the MLX format instead.") from None
 
     def dtype(self, source: BaseWeights) -> mx.Dtype:
         """The one that is asked for, else the original checkpoint's."""
@@ -62,13 +70,15 @@ class HfWriter:
 
     def write(self, assembly: Assembly, folder: Path, rounded: Rounded, on_event: OnEvent) -> Written:
         """Write the weights in shards, the original's config.json, tokenizer and the like."""
-        units = [_renamed(unit, self._split) for unit in assembly.units(rounded)]
-        size = write_weights(folder, units, on_event)
+        made = {entry[0]: unit for unit in assembly.units(rounded) for entry in unit.layout}
+        units = [_unit(group, made) for group in self._groups]
+        others = {name: t for name, t in left_out(assembly.base)[0].items() if name in self._layout.shapes}
+        size = write_weights(folder, units, on_event, more=others, made_by="pt")
         name = dtype_name(assembly.scale_dtype)
         types = {key: name for key in ("torch_dtype", "dtype") if key in self._config or key == "torch_dtype"}
         write_config(folder, self._config | types, None)
         copy_companions(assembly.base, folder)
-        return Written(size, without_place(assembly.base, "hf"))
+        return Written(size, without_place(assembly.base, "hf", others))
 
 
 def original_dtype(config: dict[str, Any]) -> mx.Dtype | None:
@@ -77,30 +87,23 @@ def original_dtype(config: dict[str, Any]) -> mx.Dtype | None:
     return getattr(mx, name) if name in ("float32", "bfloat16", "float16") else None
 
 
-def _renamed(unit: Unit, split: Split) -> Unit:
-    """The unit with each of its tensors renamed, transposed or cut up by `split`."""
-    parts = [split(*entry) for entry in unit.layout]
+def _dense_names(module: Any) -> list[str]:
+    """The names of the module's parameters as they are when no layer is packed."""
+    names = {name: None for name, _ in tree_flatten(module.parameters())}
+    packed = {path for path, leaf in map(tensor_names.split, names) if leaf == tensor_names.SCALES}
+    beside = {tensor_names.join(path, leaf) for path in packed for leaf in (*QUANTIZED_LEAVES, "global_scale")}
+    kept = beside - {tensor_names.join(path, WEIGHT) for path in packed}
+    return sorted((name for name in names if name not in kept), key=tensor_names.natural_order)
+
+
+def _unit(group: Group, made: dict[str, Unit]) -> Unit:
+    """The unit of the original's tensors that the units of a group's targets give."""
+    parts = {id(made[name]): made[name] for name in group.targets}.values()
+    dtypes = {name: dtype for unit in parts for name, dtype, _ in unit.layout}
+    layout = [(name, dtypes[group.target_of(name)], shape) for name, shape in group.sources.items()]
 
     def make() -> list[mx.array]:
-        arrays = unit.make()
-        return [piece for (_, cut), array in zip(parts, arrays, strict=True) for piece in cut(array)]
+        arrays = {e[0]: array for unit in parts for e, array in zip(unit.layout, unit.make(), strict=True)}
+        return group.sources_of(arrays)
 
-    return replace(unit, layout=[entry for layout, _ in parts for entry in layout], make=make)
-
-
-def _experts(name: str, dtype: str, shape: tuple[int, ...]) -> tuple[Layout, Callable[[mx.array], list[mx.array]]]:
-    path, leaf = tensor_names.split(name)
-    stacked = hf_names.split_switch(path)
-    if stacked is None:
-        return [(name, dtype, shape)], lambda array: [array]
-    block, projection = stacked
-    names = [tensor_names.join(hf_names.expert_path(block, projection, e), leaf) for e in range(shape[0])]
-    return [(n, dtype, shape[1:]) for n in names], lambda array: [array[e] for e in range(shape[0])]
-
-
-def _conv1d(name: str, dtype: str, shape: tuple[int, ...]) -> tuple[Layout, Callable[[mx.array], list[mx.array]]]:
-    name = name.removeprefix("model.")
-    path, leaf = tensor_names.split(name)
-    if leaf != tensor_names.WEIGHT or path.rpartition(".")[2] not in hf_names.GPT2_TRANSPOSED:
-        return [(name, dtype, shape)], lambda array: [array]
-    return [(name, dtype, shape[::-1])], lambda array: [mx.contiguous(array.T)]
+    return Unit(layout, make)

@@ -6,7 +6,7 @@ the unit read is dropped at once.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from mlx_adapters.checkpoints.contents import companions, is_of_tokenizer, token
 from mlx_adapters.events import OnEvent, Progress
 from mlx_adapters.models.base import Base
 from mlx_adapters.storage import files, paths, tensor_files
+from mlx_adapters.storage.tensor_files import StoredTensor
 from mlx_adapters.system.door import mx
 
 SHARD_BYTES = 5 << 30
@@ -67,19 +68,27 @@ def make_shards(units: list[Unit], limit: int = SHARD_BYTES) -> list[list[Unit]]
     return shards
 
 
-def write_weights(folder: Path, units: list[Unit], on_event: OnEvent, limit: int = SHARD_BYTES) -> int:
+def write_weights(
+    folder: Path,
+    units: list[Unit],
+    on_event: OnEvent,
+    limit: int = SHARD_BYTES,
+    more: Mapping[str, StoredTensor] | None = None,
+    made_by: str = "mlx",
+) -> int:
     """Write all units as model*.safetensors with an index; return the bytes of the tensors.
 
-    Raises StorageError when the disk is too small, before anything is computed.
+    `more` goes over as it is, in a last shard. `made_by`: the program whose files these are to be taken for. Raises
+    StorageError when the disk is too small, before anything is computed.
     """
-    total = sum(unit.size_bytes for unit in units)
+    more = more or {}
+    total = sum(unit.size_bytes for unit in units) + sum(tensor.nbytes for tensor in more.values())
     paths.require_free_space(folder, total + SPARE_BYTES)
     shards = make_shards(units, limit)
     index: dict[str, str] = {}
     done = iter(range(1, len(units) + 1))
     for number, shard in enumerate(shards, 1):
-        count = len(shards)
-        name = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        name = _shard_name(number, len(shards) + bool(more))
         layout = [entry for unit in shard for entry in unit.layout]
 
         def arrays(shard: list[Unit] = shard) -> Iterator[mx.array]:
@@ -91,10 +100,18 @@ def write_weights(folder: Path, units: list[Unit], on_event: OnEvent, limit: int
                 mx.clear_cache()
                 on_event(Progress("write", next(done), len(units), "layer"))
 
-        tensor_files.stream_safetensors(folder / name, layout, arrays())
+        tensor_files.stream_safetensors(folder / name, layout, arrays(), {"format": made_by})
         index |= {tensor: name for tensor, _, _ in layout}
+    if more:
+        name = _shard_name(len(shards) + 1, len(shards) + 1)
+        tensor_files.copy_tensors(folder / name, more, {"format": made_by})
+        index |= dict.fromkeys(more, name)
     files.write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
     return total
+
+
+def _shard_name(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
 def companion_bytes(base: Base) -> int:

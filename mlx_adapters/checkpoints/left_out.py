@@ -106,10 +106,12 @@ def hand_on(base: Base, folder: Path) -> tuple[Stored, list[str]]:
     return tensors, notes
 
 
-def without_place(base: Base, format: str) -> tuple[str, ...]:
+def without_place(base: Base, format: str, handed_on: Iterable[str] = ()) -> tuple[str, ...]:
     """What is to be told where a format cannot hand on what `left_out` finds."""
-    others, _ = left_out(base)
-    return (f"{described(others)} left out: the format '{format}' has no place for them",) if others else ()
+    handed_on = list(handed_on)
+    others = [name for name in left_out(base)[0] if name not in handed_on]
+    told = [f"{described(handed_on)} copied as in the base"] if handed_on else []
+    return (*told, *([f"{described(others)} left out: the format '{format}' has no place for them"] if others else []))
 
 
 def described(names: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ exactly this model. A rule that `sanitize` does not know changes nothing, so a w
 import contextlib
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from types import CodeType
 from typing import Any
@@ -20,7 +21,7 @@ from mlx_adapters.checkpoints.probing import Layout, Shapes, Tensors, trace
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import SWITCH, nn
 from mlx_adapters.storage import hf_names, tensor_files, tensor_names
-from mlx_adapters.storage.hf_names import CHECKPOINT_RENAMES, EXPERT_FORMS, Renames
+from mlx_adapters.storage.hf_names import CHECKPOINT_RENAMES, EXPERT_FORMS, SPELLINGS, Renames
 from mlx_adapters.storage.tensor_names import WEIGHT
 from mlx_adapters.system.door import make_module, sanitize_of
 
@@ -43,15 +44,42 @@ def layout_of(base: Base, module: nn.Module) -> Layout:
             layout = trace(sanitize, stored, wanted)
             if layout.fits(wanted):
                 return layout
-    return trace(sanitize, original_shapes(blank, wanted), wanted)
+    return _unpacked(trace(sanitize, original_shapes(blank, wanted), wanted))
+
+
+def _unpacked(layout: Layout) -> Layout:
+    """The layout of a checkpoint whose experts are not packed, where mlx-lm reads them packed only: turned around."""
+    names = hf_names.unpacked(layout.shapes)
+    if not names:
+        return layout
+    turn = {0: 0, 1: 2, 2: 1}
+    shapes = {
+        names.get(name, name): (shape[0], shape[2], shape[1]) if name in names else shape
+        for name, shape in layout.shapes.items()
+    }
+    pieces = {
+        target: [
+            replace(
+                piece,
+                source=names[piece.source],
+                select=tuple(piece.select[turn[axis]] for axis in range(3)),
+                axes=tuple(turn[axis] for axis in piece.axes),
+            )
+            if piece.source in names
+            else piece
+            for piece in pieces
+        ]
+        for target, pieces in layout.pieces.items()
+    }
+    return Layout(shapes, pieces, layout.problems, unpacked=True)
 
 
 def _stored(base: Base) -> Shapes | None:
-    """Names and shapes in the base's files; None if they are packed in some way."""
+    """Names and shapes in the base's files; None if they are packed in some way, or an MLX program wrote them."""
     shapes: Shapes = {}
     for path in base.weight_files:
-        header, _ = tensor_files.read_safetensors_header(path)
-        if any(entry["dtype"] not in FLOATS for entry in header.values()):
+        header, metadata = tensor_files.read_safetensors_header(path)
+        if metadata.get("format") == "mlx" or any(entry["dtype"] not in FLOATS for entry in header.values()):
             return None
         shapes |= {name: tuple(entry["shape"]) for name, entry in header.items()}
     return {name: _resized(name, shape, base) for name, shape in shapes.items()}
@@ -118,15 +146,18 @@ def _rules(blank: nn.Module) -> Iterator[Rule]:
         if not counts and form[2] == "each":
             continue
         yield partial(hf_names.checkpoint_experts, switches=switches, form=form)
-    for renames in CHECKPOINT_RENAMES:
+    for renames in SPELLINGS.get(str(getattr(blank, "model_type", "")), CHECKPOINT_RENAMES):
         yield partial(_renamed, renames=renames)
+    yield partial(_scalars, sanitize=sanitize_of(blank))
+    yield hf_names.checkpoint_convolutions
     yield hf_names.checkpoint_joined
     yield hf_names.checkpoint_latent
+    yield hf_names.checkpoint_rows
 
 
 def _torch_convolutions(shapes: Shapes, blank: nn.Module) -> Shapes:
     """torch keeps (out, in / groups, width), MLX (out, width, in / groups)."""
-    paths = [path for path, layer in blank.named_modules() if isinstance(layer, nn.Conv1d)]
+    paths = [path for path, layer in blank.named_modules() if nn.Conv1d.__name__ in type(layer).__name__]
     names = {tensor_names.join(path, WEIGHT) for path in paths}
     ends = tuple(f".{name}" for name in names)
     return {
@@ -135,6 +166,12 @@ def _torch_convolutions(shapes: Shapes, blank: nn.Module) -> Shapes:
         else shape
         for name, shape in shapes.items()
     }
+
+
+def _scalars(shapes: Shapes, sanitize: Callable[[Tensors], Tensors]) -> Shapes:
+    """Single numbers are vectors there, where the code takes their axis away."""
+    made = _made(sanitize, {name: shape or (1,) for name, shape in shapes.items()})
+    return {name: (1,) if shape == () == made.get(name) else shape for name, shape in shapes.items()}
 
 
 def _renamed(shapes: Shapes, renames: Renames) -> Shapes:
@@ -149,12 +186,25 @@ def _renamed(shapes: Shapes, renames: Renames) -> Shapes:
 
 
 def _hinted(blank: nn.Module, shapes: Shapes, wanted: Shapes, sanitize: Callable[[Tensors], Tensors]) -> Shapes:
-    """Some code looks for a name that only original checkpoints have, and then shifts or scales other tensors.
+    """`shapes` with names that the code looks for. Any text in it may be one, in place of another text in it.
 
-    Any text in that code may be such a name. The one counts that changes what becomes of the numbers.
+    Those count of which the code makes this model. Some code shifts or scales other tensors where it sees a name that
+    only original checkpoints have; that is looked for first.
     """
-    texts = sorted(set(_texts(blank)))
-    plain = None
+    plain: dict[str, list[float]] = {}
+    renamings = list(_renamings(sorted(set(_texts(blank))), shapes, wanted, sanitize))
+    for renamed in renamings:
+        plain = plain or _effects(sanitize, shapes)
+        if _effects(sanitize, renamed) != plain:
+            return renamed
+    own = (renamed for renamed in renamings if not set(wanted) & (set(renamed) - set(shapes)))
+    better = next((one for one in own if set(shapes) - set(one) <= set(wanted)), None)
+    return shapes if better is None else _hinted(blank, better, wanted, sanitize)
+
+
+def _renamings(
+    texts: list[str], shapes: Shapes, wanted: Shapes, sanitize: Callable[[Tensors], Tensors]
+) -> Iterator[Shapes]:
     for own in texts:
         if len(own) < 4 or not any(own in name for name in shapes):
             continue
@@ -162,12 +212,8 @@ def _hinted(blank: nn.Module, shapes: Shapes, wanted: Shapes, sanitize: Callable
             if len(other) < 4 or own in other or other in own:
                 continue
             renamed = {name.replace(own, other): shape for name, shape in shapes.items()}
-            if len(renamed) != len(shapes) or _made(sanitize, renamed) != wanted:
-                continue
-            plain = plain or _effects(sanitize, shapes)
-            if _effects(sanitize, renamed) != plain:
-                return renamed
-    return shapes
+            if len(renamed) == len(shapes) and _made(sanitize, renamed) == wanted:
+                yield renamed
 
 
 def _effects(sanitize: Callable[[Tensors], Tensors], shapes: Shapes) -> dict[str, list[float]]:

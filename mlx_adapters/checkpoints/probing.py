@@ -31,7 +31,9 @@ class Piece:
     """How one source tensor is laid into a target: target[index] = scale · source[select].transpose(axes) + offset.
 
     `index` counts along the target's first axis (experts), None for all of the target. `scale` is one number, or
-    an array that broadcasts against the target's part.
+    an array that broadcasts against the target's part. `split`: (axis, inner) of the source that becomes two before it
+    is cut, the second of length `inner` (the rows of all heads: heads, rows of each); 0 for one of length 1 that goes
+    away.
     """
 
     source: str
@@ -41,11 +43,12 @@ class Piece:
     axes: tuple[int, ...]
     scale: float | np.ndarray
     offset: float
+    split: tuple[int, int] | None = None
 
     @property
     def whole(self) -> bool:
-        """Whether all of the source goes here."""
-        return all(part == slice(None) for part in self.select)
+        """Whether all of the source goes here, as it is but for the order of its axes."""
+        return self.split is None and all(part == slice(None) for part in self.select)
 
     def apply(self, array: mx.array) -> mx.array:
         """What the target holds where the source holds `array`."""
@@ -53,22 +56,44 @@ class Piece:
 
     def linear(self, array: mx.array) -> mx.array:
         """The same for a change of the source."""
-        moved = array[self.select].transpose(self.axes)
+        moved = array.reshape(self.viewed(array.shape))[self.select].transpose(self.axes)
         return moved if isinstance(self.scale, float) and self.scale == 1 else moved * mx.array(self.scale)
+
+    def back(self, part: mx.array, source: mx.array) -> mx.array:
+        """`source` with the part of it that the target holds; of a whole source that part alone."""
+        if self.offset or not (isinstance(self.scale, float) and self.scale == 1):
+            part = ((part.astype(mx.float32) - self.offset) / mx.array(self.scale)).astype(part.dtype)
+        moved = part.transpose([self.axes.index(axis) for axis in range(len(self.axes))])
+        if all(some == slice(None) for some in self.select):
+            return moved.reshape(source.shape)
+        viewed = source.reshape(self.viewed(source.shape))
+        viewed[self.select] = moved
+        return viewed.reshape(source.shape)
+
+    def viewed(self, source: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the source before it is cut."""
+        if self.split is None:
+            return source
+        axis, inner = self.split
+        return *source[:axis], *((source[axis] // inner, inner) if inner else ()), *source[axis + 1 :]
 
     def shape(self, source: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the part that a source of this shape fills."""
-        lengths = [len(range(size)[part]) for part, size in zip(self.select, source, strict=True)]
+        lengths = [len(range(size)[part]) for part, size in zip(self.select, self.viewed(source), strict=True)]
         return tuple(lengths[axis] for axis in self.axes)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The tensors that a checkpoint holds, and what becomes of them: by target the pieces, or why there are none."""
+    """The tensors that a checkpoint holds, and what becomes of them: by target the pieces, or why there are none.
+
+    unpacked: some are as transformers has them where checkpoints pack them, a form that mlx-lm does not read.
+    """
 
     shapes: Shapes
     pieces: dict[str, list[Piece]] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
+    unpacked: bool = False
 
     def into(self, target: str) -> list[Piece]:
         """The pieces of a target. Empty if it has none that are known."""
@@ -185,8 +210,9 @@ def _pieces(target: str, arrays: list[np.ndarray], names: list[str], shapes: Sha
         expected = np.array(_noise(int(source.flat[0]) - 1, shapes[name]))[tuple(coordinates)] * scale[at] + offset[at]
         if not np.allclose(expected, noise[at], rtol=1e-5, atol=1e-6):
             raise _NotUnderstood("its numbers are not the checkpoint's, multiplied or shifted")
-        select, axes = _axes(coordinates, shapes[name])
-        pieces.append(Piece(name, target, index, select, axes, _scale(scale[at]), float(offset.flat[0])))
+        split, coordinates, shape = _split(coordinates, shapes[name])
+        select, axes = _axes(coordinates, shape)
+        pieces.append(Piece(name, target, index, select, axes, _scale(scale[at]), float(offset.flat[0]), split))
     return pieces
 
 
@@ -195,6 +221,26 @@ def _whole(numbers: np.ndarray) -> np.ndarray:
     if (np.abs(numbers - rounded) > 0.01 + 1e-5 * np.abs(rounded)).any():
         raise _NotUnderstood("its numbers are not the checkpoint's, multiplied or shifted")
     return rounded.astype(np.int64)
+
+
+def _split(
+    coordinates: list[np.ndarray], source: tuple[int, ...]
+) -> tuple[tuple[int, int] | None, list[np.ndarray], tuple[int, ...]]:
+    """(axis, inner), coordinates and shape of the source where one of its axes becomes two, or one of them goes."""
+    depth = coordinates[0].ndim if coordinates else 0
+    for axis, places in enumerate(coordinates):
+        if len(source) == depth + 1 and source[axis] == 1:
+            return (axis, 0), coordinates[:axis] + coordinates[axis + 1 :], source[:axis] + source[axis + 1 :]
+        steps = (np.diff(places, axis=t) for t in range(depth))
+        inner = max((int(step.flat[0]) for step in steps if step.size), default=0)
+        if len(source) == depth - 1 and 1 < inner < source[axis] and source[axis] % inner == 0:
+            parts = [places // inner, places % inner]
+            return (
+                (axis, inner),
+                [*coordinates[:axis], *parts, *coordinates[axis + 1 :]],
+                (*source[:axis], source[axis] // inner, inner, *source[axis + 1 :]),
+            )
+    return None, coordinates, source
 
 
 def _axes(coordinates: list[np.ndarray], source: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple[int, ...]]:

@@ -27,13 +27,23 @@ OTHER_FILE = "other.safetensors"  # of a fused model: tensors that mlx-lm does n
 RENAMED_SETTINGS = (("num_experts", "qwen3_moe", "num_local_experts"), ("n_ctx", "gpt2", "n_positions"))
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "model_max_length")
 MOST_LAYERS = 10_000
+TIED = "tie_word_embeddings"
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 
 
 def untied_config(config: dict[str, Any]) -> dict[str, Any]:
     """The config of a model whose output layer has become a matrix of its own; `config` is as it was."""
     inner = {"text_config": untied_config(config["text_config"])} if isinstance(config.get("text_config"), dict) else {}
-    return config | {"tie_word_embeddings": False} | inner
+    return config | {TIED: False} | inner
+
+
+def tying_config(config: dict[str, Any], tied: bool) -> dict[str, Any]:
+    """`config` that says whether the output layer is the embedding, which mlx-lm and transformers take for granted
+    differently; what it says already stays."""
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        return {TIED: tied} | config
+    return {TIED: text.get(TIED, tied)} | config | {"text_config": {TIED: config.get(TIED, tied)} | text}
 
 
 def resized_config(config: dict[str, Any], rows: int) -> dict[str, Any]:

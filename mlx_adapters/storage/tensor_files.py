@@ -289,14 +289,14 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     }
 
 
-def copy_tensors(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+def copy_tensors(path: Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors of other files to a new one as they are, in the order of their names, some megabytes at a time.
 
     Raises StorageError when the disk refuses.
     """
     require_free_space(path.parent, sum(tensor.nbytes for tensor in tensors.values()))
     names, offset = sorted(tensors), 0
-    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "mlx"})}
     for name in names:
         tensor = tensors[name]
         span = [offset, offset + tensor.nbytes]

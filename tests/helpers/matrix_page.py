@@ -24,7 +24,8 @@ makes this page, and the tests hold it.
 - **fuse 4, 8, none**: plain `mlx_lm.load` takes the fused model, and it is the adapter's: to a KL of {exact} nats per
   token unquantized, {eight} in 8 bits. 4 bits are calibrated. A vision tower goes over as it is.
 - **PEFT out, in**: the adapter is written in PEFT's format, and comes back computing the same.
-- **hf, GGUF**: the fused model is written in that format.
+- **hf, GGUF**: the fused model is written in that format; if mlx-lm reads it, it computes the same.
+  `scripts/check_hf.py` holds such folders against transformers.
 - **mixed batches**: four prompts of several lengths with two adapters and none, decoded together, get the tokens that
   each gets alone.
 - **checkpointing, packing**: train the same adapter.
