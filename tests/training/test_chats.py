@@ -39,10 +39,15 @@ def row(question: str, city: str, rng: random.Random) -> dict:
     return {"messages": messages, "tools": TOOLS}
 
 
+EMPTY_THOUGHT = "<think>\n\n</think>\n\n"  # before a last turn of Qwen 3's alone
 WRITTEN = {  # how each family writes a call
-    "qwen3": ('<think>\n\n</think>\n\n<tool_call>\n{"name": "get_weather", "arguments": ', "}\n</tool_call>"),
-    "mistral": ('[TOOL_CALLS][{"name": "get_weather", "arguments": ', "}]"),
-    "llama3": ('{"name": "get_weather", "parameters": ', "}"),
+    "qwen3": ('<tool_call>\n{"name": "get_weather", "arguments": {"city": "', '"}}\n</tool_call>'),
+    "mistral": ('[TOOL_CALLS][{"name": "get_weather", "arguments": {"city": "', '"}}]'),
+    "llama3": ('{"name": "get_weather", "parameters": {"city": "', '"}}'),
+    "glm": (
+        "\n<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>",
+        "</arg_value>\n</tool_call>",
+    ),
 }
 
 
@@ -69,9 +74,9 @@ def test_a_model_learns_to_call_and_to_stop(family, tmp_path):
         prompt = model.encode_chat([{"role": "user", "content": question}], TOOLS)
         reply = model.generate(prompt, max_tokens=60)
         assert reply.finish_reason == "stop", reply.text
-        assert reply.text.startswith(before) and reply.text.endswith(after), reply.text
-        arguments = json.loads(reply.text.removeprefix(before).removesuffix(after))
-        assert list(arguments) == ["city"] and arguments["city"] in CITIES, reply.text
+        text = reply.text.removeprefix(EMPTY_THOUGHT)
+        assert text.startswith(before) and text.endswith(after), reply.text
+        assert text.removeprefix(before).removesuffix(after) in CITIES, reply.text
 
 
 def notes_of(folder, family: str, **settings) -> list[str]:
