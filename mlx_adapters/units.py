@@ -1,6 +1,7 @@
 """Quantities and tables for people: the one place where numbers are rounded and get their units."""
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -48,6 +49,15 @@ def size(count: float | None) -> str:
             return f"{count:.3g} {unit}" if count < 100 and unit != "B" else f"{count:,.0f} {unit}"
         count /= 1000
     raise AssertionError
+
+
+def bytes_of(text: str) -> int:
+    """The bytes that "12GB", "800 MB" or "12" (gigabytes) mean. Raises ValueError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)[bB]?\s*", text)
+    if found is None or not float(found[1]):
+        raise ValueError(f"'{text}' is no amount of memory")
+    power = " kmgt".index(found[2].lower() or ("g" if found[0].strip() == found[1] else " "))
+    return round(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
 def count(number: int, thing: str) -> str:

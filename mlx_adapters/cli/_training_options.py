@@ -32,8 +32,8 @@ OBJECTIVE = {
 SETTINGS = " ".join(["config", "rank", "alpha", "rslora", *LORA, "objective", *OBJECTIVE, *TRAINING, *FUSE_AWARE])
 
 
-def training_options(command: Command) -> Command:
-    """All settings of LoraConfig and TrainConfig as options, and --config."""
+def training_options(command: Command, without: str = "") -> Command:
+    """All settings of LoraConfig and TrainConfig as options, those of `without` apart, and --config."""
     decorators = [
         click.option("--config", type=UserPath(dir_okay=False), help="YAML with base, data, name, lora, training."),
         option(LoraConfig, "rank", over_file=True, type=str, multiple=True),
@@ -42,7 +42,7 @@ def training_options(command: Command) -> Command:
         options(LoraConfig, " ".join(LORA), over_file=True),
         option(TrainConfig, "objective", over_file=True, type=click.Choice(list(OBJECTIVES))),
         *(_objective_option(setting) for setting in OBJECTIVE),
-        options(TrainConfig, " ".join(TRAINING), over_file=True),
+        options(TrainConfig, " ".join(name for name in TRAINING if name not in without.split()), over_file=True),
         option(TrainConfig, "fuse_aware", over_file=True, type=int),
         click.option("--fuse-aware-group-size", type=int, help="Its group size [the base's at its own bits, else 64]."),
         click.option("--fuse-aware-mode", type=click.Choice(MODES), help="Its mode [likewise, else affine]."),

@@ -1,5 +1,8 @@
 """`estimate`: how much memory a model will take, for inference or for training."""
 
+import functools
+import math
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -8,6 +11,25 @@ from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import Reads, adapter_option, json_option, refuse_ignored, trust_option
 from mlx_adapters.cli._settings import Counts
 from mlx_adapters.cli._training_options import SETTINGS, Settings, read_settings, training_options
+from mlx_adapters.config.settings import settings_of
+from mlx_adapters.config.training import TrainConfig
+
+
+class GigabytesOrWay(click.ParamType):
+    """An amount of memory in GB, or a way to train with less."""
+
+    name = "float"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        ways = settings_of(TrainConfig)["memory"].choices
+        if value in ways:
+            return value
+        try:
+            if 0 < (number := float(value)) < math.inf:
+                return number
+        except ValueError:
+            pass
+        self.fail(f"'{value}' is neither a number of GB above 0 nor one of {', '.join(ways)}.", param, ctx)
 
 
 @click.command("estimate")
@@ -18,21 +40,24 @@ from mlx_adapters.cli._training_options import SETTINGS, Settings, read_settings
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences at a time.")
 @click.option("--bits", type=Counts(), default="4,8,16", show_default=True, help="Precisions to compare.")
 @click.option(
-    "--memory", type=click.FloatRange(min=0, min_open=True), metavar="GB", help="Memory there is [this machine's]."
+    "--memory",
+    type=GigabytesOrWay(),
+    metavar="GB|WAY",
+    help="Memory there is [this machine's]; with --data also what train takes: auto, nothing, mlp or blocks.",
 )
-@training_options
+@functools.partial(training_options, without="memory")
 @trust_option
 @json_option
 @Reads(
     modes={"data": f"base {SETTINGS} trust_remote_code as_json"},
-    needs={setting: "data config" for setting in SETTINGS.split() if setting != "config"},
+    needs={setting: "data config" for setting in SETTINGS.split() if setting not in ("config", "memory")},
 )
 def estimate_command(
     adapter: str | None,
     context: tuple[int, ...],
     batch: int,
     bits: tuple[int, ...],
-    memory: float | None,
+    memory: float | str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -44,14 +69,15 @@ def estimate_command(
       mlx-adapters estimate mlx-community/Qwen3-0.6B-4bit --context 4096,32768
       mlx-adapters estimate demo --data data/sql --batch-size 8
     """
-    settings = read_settings(options)
+    way = memory if isinstance(memory, str) else None
+    settings = read_settings(options | {"memory": way})
     if settings.base is None:
         raise click.UsageError("Give BASE.")
     if settings.data is not None:
-        refuse_ignored("adapter context batch bits memory", "the data of the config file")
-        _training(settings, as_json)
+        refuse_ignored("adapter context batch bits", "the data of the config file")
+        _training(settings, as_json, None if isinstance(memory, str) else memory)
         return
-    if settings.lora or settings.training:
+    if settings.lora or settings.training or isinstance(memory, str):
         raise click.UsageError("The options of train need --data.")
     from mlx_adapters.generation.memory import estimate_inference
 
@@ -88,10 +114,12 @@ def estimate_command(
     _output.out(f"Batch {batch}; there is {size(estimated.memory_bytes)} of memory.")
 
 
-def _training(settings: Settings, as_json: bool) -> None:
+def _training(settings: Settings, as_json: bool, gigabytes: float | None) -> None:
     from mlx_adapters.training.forecast import estimate
 
     lora, training = settings.lora_config(), settings.train_config()
+    if gigabytes is not None:
+        training = replace(training, memory_limit=f"{gigabytes:f}GB")
     estimated = estimate(
         settings.base or "", settings.data or "", lora=lora, training=training, on_event=_output.progress()
     )
@@ -110,11 +138,22 @@ def _training(settings: Settings, as_json: bool) -> None:
     if estimated.seconds_per_iteration is not None:
         each, total = estimated.seconds_per_iteration, estimated.seconds_per_iteration * training.iterations
         _output.out(f"about {_output.number(each)} s per iteration, {_output.duration(total)} in all, validation apart")
+    if len(estimated.ladder) > 1:
+        taken = next((rung for rung in estimated.ladder if rung.fits), None)
+        steps = [
+            (
+                str(rung),
+                size(rung.peak_bytes),
+                rung.cost or "-",
+                "taken" if rung is taken else "yes" if rung.fits else "no",
+            )
+            for rung in estimated.ladder
+        ]
+        _output.table(("WAY", "PEAK", "COST", "FITS"), steps, right=(1,))
+    there = f"there is {size(estimated.usable_bytes)}" + ("" if training.memory_limit else " on this machine")
     if estimated.fits:
-        _output.out(f"It fits: this machine has {size(estimated.usable_bytes)}.")
+        _output.out(f"It fits: {there}.")
         return
-    _output.out(
-        f"It does not fit: this machine has {size(estimated.usable_bytes)}. Any one of these would make it fit:"
-    )
+    _output.out(f"It does not fit: {there}. Any one of these would make it fit:")
     for advice in estimated.advice:
         _output.out(f"  {advice}")

@@ -13,6 +13,7 @@ from mlx_adapters.config.data import DataConfig
 from mlx_adapters.config.mapping import from_mapping, require, shown, to_mapping
 from mlx_adapters.config.quantization import Dtype, Quantization, computing_dtype
 from mlx_adapters.config.settings import check, setting, settings
+from mlx_adapters.units import bytes_of
 
 MOST_RANK = 1 << 16  # wider than the matrices themselves
 
@@ -250,6 +251,13 @@ class TrainConfig(DataConfig):
     last_turn_only: bool = setting(False, "With `mask_prompt`: on the last turn only")
     packing: bool = setting(False, "Put several rows in one sequence, kept apart exactly")
     grad_checkpoint: bool = setting(False, "Recompute activations: less memory, more time", more="The same gradients.")
+    memory: Literal["auto", "nothing", "mlp", "blocks"] = setting(
+        "auto",
+        "What is computed again to save memory",
+        means="auto: as little as fits",
+        more="The MLPs, or whole blocks. A batch that does not fit even so is taken in parts: the same update.",
+    )
+    memory_limit: str | None = setting(None, "Most memory to use, such as 12GB", means="this machine's", metavar="SIZE")
     chunked_loss: Literal["auto", "on", "off"] = setting(
         "auto", "Never hold all logits", means="auto: where it is exact"
     )
@@ -282,6 +290,10 @@ class TrainConfig(DataConfig):
         require(self.warmup < self.iterations, "warmup must be shorter than the training itself.")
         falls = self.schedule_iterations is None or self.schedule != "constant"
         require(falls, "schedule_iterations needs a schedule that ends.", "use --schedule cosine or linear.")
+        both = not self.grad_checkpoint or self.memory in ("auto", "blocks")
+        require(both, f"grad_checkpoint computes blocks again, not {self.memory}.", "leave one of both out.")
+        with_unit = self.memory_limit is None or _is_size(self.memory_limit)
+        require(with_unit, f"memory_limit cannot be '{self.memory_limit}'.", "write 12GB or 800MB.")
         end = self.schedule_iterations or self.iterations
         require(self.warmup < end, "warmup must be shorter than the schedule.")
         require(self.optimizer != "adam" or self.weight_decay == 0, "adam has no weight decay.", "use adamw.")
@@ -295,6 +307,13 @@ class TrainConfig(DataConfig):
         in_time = self.early_stop is None or self.eval_every < self.iterations
         require(in_time, "early_stop needs an evaluation before the end.", f"use --eval-every below {self.iterations}.")
         require(self.fuse_aware is not None or self.fuse_aware_from == 0, "fuse_aware_from needs fuse_aware.")
+
+
+def _is_size(text: str) -> bool:
+    try:
+        return bytes_of(text) > 0
+    except ValueError:
+        return False
 
 
 def with_objective(training: TrainConfig, objective: Objective | str | None) -> TrainConfig:

@@ -17,9 +17,10 @@ from mlx_adapters.units import count
 class Draw:
     """What one loss is taken over: the rows of an update, or of a validation.
 
-    `batches` are this process's; the numbers are of all processes. `tokens`: those whose likelihood is learned;
-    `trained_tokens`: all that the loss depends on; `examples`: preferences, 0 in plain fine-tuning. `aside`: the
-    prompts of `batches` with answers of other rows, where the objective looks at these first (KTO).
+    `batches` are this process's, of the lines `drawn`; the numbers are of all processes. `tokens`: those whose
+    likelihood is learned; `trained_tokens`: all that the loss depends on; `examples`: preferences, 0 in plain
+    fine-tuning. `aside`: the prompts of `batches` with answers of other rows, where the objective looks at these first
+    (KTO).
     """
 
     batches: list[Batch]
@@ -27,6 +28,7 @@ class Draw:
     trained_tokens: int
     examples: int = 0
     aside: list[Batch] = field(default_factory=list)
+    drawn: Sequence[np.ndarray] = ()
 
     @property
     def weight(self) -> int:
@@ -45,6 +47,7 @@ class Feed:
     """Rows and how they are put together. A bin is what fills one line of a batch: one row, or several when
     packing. `pad_to` and `pad_lines` bound the number of shapes. `aside` holds a row beside each of `rows`, or none.
     `reference`: (rows, 2) float32 log-probabilities of each row's answer, and of its rejected answer or its row aside.
+    `most`: a draw's batches are cut into parts of so many predictions, but of one line at least; None: never.
     """
 
     rows: Sequence[Row]
@@ -55,6 +58,7 @@ class Feed:
     world: World
     aside: Sequence[Row] = ()
     reference: np.ndarray | None = None
+    most: int | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -80,12 +84,12 @@ class Feed:
     def draw(self, drawn: Sequence[np.ndarray]) -> Draw:
         """The batches of these lines."""
         rows = [self.rows[i] for indexes in drawn for line in indexes for i in self.bins[line]]
-        batches, aside = [self.batch(indexes) for indexes in drawn], []
-        if self.aside:
-            aside = [self.batch(indexes, aside=True) for indexes in drawn]
+        parts = [part for indexes in drawn for part in self._parts(self.mine(indexes), indexes)]
+        batches = [self._batch(*part) for part in parts]
+        aside = [self._batch(*part, aside=True) for part in parts] if self.aside else []
         every = sum(part.trained_tokens for row in rows for part in row.sequences)
         examples = sum(row.answer is not None for row in rows)
-        return Draw(batches, sum(row.trained_tokens for row in rows), every, examples, aside)
+        return Draw(batches, sum(row.trained_tokens for row in rows), every, examples, aside, drawn)
 
     def mine(self, indexes: np.ndarray) -> np.ndarray:
         """Of the lines of a batch those that fall to this process."""
@@ -93,10 +97,31 @@ class Feed:
 
     def batch(self, indexes: np.ndarray, aside: bool = False) -> Batch:
         """This process's lines of a batch, or the rows aside; an empty share is a line that counts nothing."""
-        mine, rows = self.mine(indexes), self.aside if aside else self.rows
+        return self._batch(self.mine(indexes), self.share, indexes, aside)
+
+    @property
+    def share(self) -> int:
+        """How many lines of a full batch fall to each process."""
+        return -(-self.config.batch_size // self.world.size)
+
+    @property
+    def _texts(self) -> list[Sequence[Row]]:
+        return [self.rows, self.aside] if self.aside else [self.rows]
+
+    def _parts(self, mine: np.ndarray, indexes: np.ndarray) -> list[tuple[np.ndarray, int, np.ndarray]]:
+        """(lines, how many there are in a full part, the whole batch) of each part that is computed by itself."""
+        if self.most is None or not len(mine):
+            return [(mine, self.share, indexes)]
+        sides = len(self.rows[0].sequences)
+        widest = max(sum(rows[i].length for i in self.bins[line]) for line in mine for rows in self._texts)
+        each = sides * -(-(widest - 1) // self.pad_to) * self.pad_to
+        fit = min(max(self.most // each, 1), self.share)
+        return [(mine[i : i + fit], fit, indexes) for i in range(0, len(mine), fit)]
+
+    def _batch(self, mine: np.ndarray, share: int, indexes: np.ndarray, aside: bool = False) -> Batch:
+        rows = self.aside if aside else self.rows
         lines = [[rows[i] for i in self.bins[line]] for line in (mine if len(mine) else indexes[:1])]
-        share = -(-self.config.batch_size // self.world.size) if self.pad_lines else None
-        made = make_batch(lines, self.pad_to, share, self.config.packing)
+        made = make_batch(lines, self.pad_to, share if self.pad_lines else None, self.config.packing)
         if not len(mine):
             nothing = None if made.labels is None else np.zeros_like(made.labels)
             return replace(made, weights=np.zeros_like(made.weights), labels=nothing, real_tokens=0)

@@ -5,7 +5,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from mlx.utils import tree_flatten
 
@@ -21,7 +21,16 @@ from mlx_adapters.optimization import log_probabilities
 from mlx_adapters.optimization.feed import Draw
 from mlx_adapters.optimization.log_probabilities import Arrays
 from mlx_adapters.optimization.optimizers import Optimizer
-from mlx_adapters.optimization.step import EQUAL, Again, LossPlan, TrainStep, chunk_rows, device_batch, segments_of
+from mlx_adapters.optimization.step import (
+    EQUAL,
+    Again,
+    LossPlan,
+    MemoryPlan,
+    TrainStep,
+    chunk_rows,
+    device_batch,
+    segments_of,
+)
 from mlx_adapters.optimization.through_rounding import Rounding
 from mlx_adapters.storage.tensor_names import block_index
 from mlx_adapters.surgery.blocks import find_body, keep_blocks
@@ -30,7 +39,7 @@ from mlx_adapters.system.door import make_prompt_cache, mx, nn
 from mlx_adapters.system.limits import as_little_memory_as_will_do
 from mlx_adapters.system.machine import on_gpu
 
-PROBED_TOKENS = 16
+PROBED_TOKENS, MOST_TOKENS = 16, 64  # of what a model says; of a row that it is tried on
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,7 @@ class Prober:
     training: TrainConfig
     vocabulary: int
     rounding: Rounding | None = None
+    memory: MemoryPlan = field(default_factory=MemoryPlan)
 
     def step_bytes(self, draw: Draw, blocks: int) -> float:
         """Bytes that one step needs above what lies in memory all the time, for `blocks` adapted blocks."""
@@ -100,7 +110,7 @@ class Prober:
             self.training,
             plan,
             rounding=rounding,
-            again="blocks" if self.training.grad_checkpoint else "nothing",
+            memory=self.memory,
         )
 
     def _measure(self, draw: Draw, blocks: int, warm_up: int, timed: int) -> tuple[int, float]:
@@ -158,9 +168,29 @@ def adapter_bytes(module: nn.Module, adapter: AdapterConfig, training: TrainConf
     return sum(w.nbytes for w in weights.values()), sum(a.nbytes for a in state.values())
 
 
+def short_rows(rows: Sequence[Row]) -> list[Row]:
+    """The two shortest rows, and no more of them than a model is tried on: with their last token trained."""
+    return [_beginning(row) for row in sorted(rows, key=lambda row: row.length)[:2]]
+
+
+def _beginning(row: Row) -> Row:
+    tokens = row.tokens[:MOST_TOKENS]
+    if len(tokens) == len(row.tokens):
+        return row if row.rejected is None else replace(row, rejected=_beginning(row.rejected))
+    trained, answer = (
+        row.trained[: len(tokens)].copy(),
+        None if row.answer is None else row.answer[: len(tokens)].copy(),
+    )
+    trained[-1] = True
+    if answer is not None:
+        answer[-1] = True
+    rejected = None if row.rejected is None else _beginning(row.rejected)
+    return replace(row, tokens=tokens, trained=trained, answer=answer, rejected=rejected)
+
+
 def probe_of(rows: Sequence[Row]) -> Batch:
-    """A small batch to try a model on: the two shortest rows."""
-    return make_batch([[row] for row in sorted(rows, key=lambda row: row.length)[:2]])
+    """A small batch to try a model on."""
+    return make_batch([[row] for row in short_rows(rows)])
 
 
 def computes_as_generated(module: nn.Module, probe: Batch) -> bool:
@@ -199,9 +229,9 @@ def settle_recomputing(train_step: TrainStep, probe: Batch) -> bool:
         found = train_step.gradient_of(probe, again, in_float32=False)
         return all(_near(found[name], gradient) for name, gradient in kept.items())
 
-    if train_step.feed_forwards and not exact("mlp" if train_step.again == "mlp" else "nothing"):
+    if train_step.feed_forwards and not exact("mlp" if train_step.memory.again == "mlp" else "nothing"):
         train_step.feed_forwards = []
-    return train_step.again != "blocks" or exact("blocks")
+    return train_step.memory.again != "blocks" or exact("blocks")
 
 
 def _near(value: mx.array, expected: mx.array) -> bool:

@@ -29,7 +29,7 @@ from mlx_adapters.surgery import calls
 from mlx_adapters.surgery.blocks import find_body
 from mlx_adapters.surgery.recomputation import FeedForward, find_feed_forwards, recompute, recompute_between
 from mlx_adapters.system.door import mx, nn
-from mlx_adapters.system.limits import memory_near
+from mlx_adapters.system.limits import memory_near, out_of_memory
 
 Again = Literal["nothing", "mlp", "blocks"]
 EQUAL = 1e-4  # relative; float32 sums in another order differ by less
@@ -41,6 +41,19 @@ class LossPlan:
 
     body: nn.Module | None
     chunk: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a step keeps to the memory there is; the update is the same, but for sums in another order.
+
+    `again`: what the backward pass computes again, the feed-forward parts or whole blocks. `positions`: of a batch so
+    many predictions are made at a time, but a row's at least. `near`: the bytes from which on a GPU is not ahead.
+    """
+
+    again: Again = "nothing"
+    positions: int | None = None
+    near: int | None = None
 
 
 def device_batch(batch: Batch) -> dict[str, mx.array]:
@@ -81,6 +94,10 @@ def segments_of(module: nn.Module, batch: Arrays) -> list[Segments] | None:
     return [Segments(batch.segments[:, :-1]) for _ in module.layers]
 
 
+class OutOfMemoryError(Exception):
+    """MLX found no room for an update. Nothing has changed by it."""
+
+
 @dataclass(frozen=True)
 class Taken:
     """What one update was like: its loss, the norms of the gradient before clipping and of the new weights (scalars),
@@ -96,8 +113,7 @@ class Taken:
 class TrainStep:
     """A module with adapter layers, and what trains them.
 
-    `adapted` maps paths to the adapted layers; `rounding` is what fuse-aware training goes through. `again`: what the
-    backward pass computes again; `near`: the bytes from which on a GPU does not work ahead.
+    `adapted` maps paths to the adapted layers; `rounding` is what fuse-aware training goes through.
     """
 
     module: nn.Module
@@ -106,8 +122,7 @@ class TrainStep:
     plan: LossPlan
     world: World = field(default_factory=World)
     rounding: Rounding | None = None
-    again: Again = "nothing"
-    near: int | None = None
+    memory: MemoryPlan = field(default_factory=MemoryPlan)
     weights: Weights = field(init=False)
     feed_forwards: list[FeedForward] = field(init=False)
     optimizer: Optimizer = field(init=False)
@@ -120,7 +135,7 @@ class TrainStep:
         layers = [layer for _, layer in named_layers(self.module)]
         self.feed_forwards = find_feed_forwards(self.module, layers)
         self._gradient = {
-            rounding: compiled(self._make_gradient(rounding, self.again), [mx.random.state])
+            rounding: compiled(self._make_gradient(rounding, self.memory.again), [mx.random.state])
             for rounding in (False, True)
         }
         self._evaluate = {rounding: compiled(self._make_evaluate(rounding)) for rounding in (False, True)}
@@ -147,10 +162,19 @@ class TrainStep:
     def take(self, draw: Draw, rate: float, rounding: bool = False) -> Taken:
         """One update, evaluated.
 
-        Over all processes; a lost one raises LostPeerError before anything has changed but the random state.
+        Over all processes; a lost one raises LostPeerError before anything has changed but the random state. Raises
+        OutOfMemoryError.
         """
-        with memory_near(self.near):
-            return self._take(draw, rate, rounding)
+        key = calls.random_key()
+        try:
+            with memory_near(self.memory.near):
+                return self._take(draw, rate, rounding)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            calls.set_random_key(key)
+            mx.clear_cache()
+            raise OutOfMemoryError(str(error)) from error
 
     def _take(self, draw: Draw, rate: float, rounding: bool) -> Taken:
         shares = self._shares(draw, rounding)
@@ -170,9 +194,10 @@ class TrainStep:
         shares = self._shares(draw, rounding)
         loss, figures = mx.array(0.0), Figures()
         for batch in draw.batches:
-            more, others = self._evaluate[rounding](self.weights, device_batch(batch), *vars(shares).values())
-            loss, figures = loss + more, _added(figures, others)
-            mx.eval(loss, figures)
+            with memory_near(self.memory.near):
+                more, others = self._evaluate[rounding](self.weights, device_batch(batch), *vars(shares).values())
+                loss, figures = loss + more, _added(figures, others)
+                mx.eval(loss, figures)
         summed = self.world.sum_all({"loss": loss} | {f"figure {n}": f for n, f in figures.items()})
         return summed["loss"].item(), self._figures(summed, figures, shares)
 

@@ -53,6 +53,11 @@ def wire_memory() -> int:
     return 0
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether MLX found no room for an array. (Metal ends the process instead.)"""
+    return "alloc" in str(error).lower() or "out of memory" in str(error).lower()
+
+
 @contextlib.contextmanager
 def memory_near(size: int | None) -> Iterator[None]:
     """Within the block a GPU's work waits, once it holds `size` bytes, for what is under way before more is started.

@@ -3,13 +3,17 @@
 What lies in memory all the time (weights, adapter, optimizer) is counted from shapes. What a step needs on top
 is measured on this device with a few of the model's blocks, at the shape of the largest batch, and extended to
 all: each block that the backward pass reaches keeps its activations, the blocks before keep nothing. So a
-model that does not fit can be judged too. On a GPU it is what a step needs; with room to spare MLX works some 300
-operations ahead there and holds more, and waits once memory is used up.
+model that does not fit can be judged too. On a GPU MLX works some 300 operations ahead as long as there is room; a run
+lets it do so up to what was foretold.
+
+`settle_memory` chooses, before a run begins, the cheapest way that fits: keep all, compute the MLPs again in the
+backward pass, or whole blocks, and, if that is not enough, take batches in parts.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,15 +26,17 @@ from mlx_adapters.models.base import Base
 from mlx_adapters.models.dense import weight_shape
 from mlx_adapters.models.layers import named_layers
 from mlx_adapters.models.loading import load_module, load_tokenizer_of
-from mlx_adapters.optimization.feed import make_feed
+from mlx_adapters.optimization.distributed import World
+from mlx_adapters.optimization.feed import Draw, make_feed
 from mlx_adapters.optimization.probe import Prober, adapter_bytes, first_block, weight_bytes
-from mlx_adapters.optimization.step import chunk_rows
+from mlx_adapters.optimization.step import Again, MemoryPlan, chunk_rows
 from mlx_adapters.optimization.through_rounding import plan_rounding
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.system.door import refusals
 from mlx_adapters.system.machine import on_gpu, usable_memory_bytes
 from mlx_adapters.training import setup
-from mlx_adapters.units import size
+from mlx_adapters.training.recipe import settings_in
+from mlx_adapters.units import bytes_of, count, size
 
 
 @dataclass(frozen=True)
@@ -46,9 +52,34 @@ class Parts:
 
     @property
     def peak_bytes(self) -> int:
-        """All of it: what a CPU's `mx.get_peak_memory()` shows. A GPU with room to spare works ahead and holds more."""
+        """All of it: what `mx.get_peak_memory()` shows."""
         standing = self.weights_bytes + self.adapter_bytes + self.optimizer_bytes
         return standing + self.gradients_bytes + self.activations_bytes + self.logits_bytes
+
+
+WAYS: tuple[Again, ...] = ("nothing", "mlp", "blocks")
+SLOWER = {"nothing": "", "mlp": "about a fifth more time", "blocks": "about a third more time"}
+ROOM = 0.95  # of the memory there is, for what MLX itself holds, and for what a forecast is off by
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to keep to the memory there is: what is computed again, how many of the longest rows are taken at a time
+    (0: all), the peak it leads to, what it costs, and whether it fits."""
+
+    again: Again
+    rows: int
+    peak_bytes: int
+    cost: str
+    fits: bool
+
+    def __str__(self) -> str:
+        what = {
+            "nothing": "nothing is computed again",
+            "mlp": "MLPs are computed again",
+            "blocks": "blocks are computed again",
+        }
+        return what[self.again] + (f", {count(self.rows, 'row')} at a time" if self.rows else "")
 
 
 @dataclass(frozen=True)
@@ -56,7 +87,8 @@ class Estimate:
     """The forecast of a run.
 
     `seconds_per_iteration` is for a batch of the mean size, None if it was not timed; `largest_batch` is
-    (rows, tokens). `advice` names single changes that would make it fit, with the peak each leads to.
+    (rows, tokens). `ladder` holds the ways to need less, the cheapest first; a run takes the first that fits, whose
+    parts and peak these are. `advice` names single changes that would make it fit, with the peak each leads to.
     `full_finetune_bytes`, for comparison: weights, gradients and both of Adam's moments in float32.
     """
 
@@ -69,6 +101,7 @@ class Estimate:
     largest_batch: tuple[int, int]
     trainable_parameters: int
     full_finetune_bytes: int
+    ladder: tuple[Rung, ...] = ()
 
 
 def estimate(
@@ -108,42 +141,134 @@ def estimate_rows(
     base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig, timed: bool = True
 ) -> Estimate:
     """`estimate` for rows that are already tokenized."""
-    parts, largest = forecast(base, rows, lora, training)
-    usable = usable_memory_bytes()
-    fits = parts.peak_bytes <= usable
-    advice = () if fits else tuple(_advice(base, rows, lora, training, usable))
-    seconds = _seconds(base, rows, lora, training) if timed else None
+    found: list[tuple[Rung, MemoryPlan, Parts, Batch]] = []
+    for step in _ladder(base, rows, lora, training):
+        if step[1].positions is None or not any(rung.fits for rung, *_ in found):
+            found.append(step)
+    rung, memory, parts, largest = next((step for step in found if step[0].fits), found[-1])
+    usable = _usable(training)
+    advice = () if rung.fits else tuple(_advice(base, rows, lora, training, memory, usable))
+    seconds = _seconds(base, rows, lora, training, memory) if timed else None
     module, _ = load_module(base)
     parameters = sum(int(np.prod(weight_shape(layer))) for _, layer in named_layers(module) if "weight" in layer)
     return Estimate(
         parts,
         parts.peak_bytes,
         usable,
-        fits,
+        rung.fits,
         advice,
         seconds,
         largest.tokens.shape,
         parts.adapter_bytes // 4,
         16 * parameters,
+        tuple(rung for rung, *_ in found),
     )
 
 
-def announce(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig, on_event: OnEvent) -> None:
-    """Say what `estimate_rows` predicts, and warn of a run that will not fit."""
-    estimated = estimate_rows(base, rows, lora, training, timed=False)
-    parts = ", ".join(f"{name.removesuffix('_bytes')} {size(count)}" for name, count in vars(estimated.parts).items())
-    text = f"Predicted peak memory {size(estimated.peak_bytes)} ({parts}) of {size(estimated.usable_bytes)}."
-    on_event(Note(text))
-    if not estimated.fits:
-        on_event(Note(f"This will hardly fit. What would help: {'; '.join(estimated.advice)}.", "warning"))
+def settle_memory(
+    base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig, told: bool, on_event: OnEvent
+) -> MemoryPlan:
+    """The cheapest way that fits, by the forecast; what it costs is said, and all of the forecast if `told`.
+
+    On a CPU nothing is measured for a run that an eighth of the memory will do in any case, unless it is to be told.
+    """
+    if not (told or on_gpu()) and _needs_little(base, rows, training):
+        return MemoryPlan(_asked(training)[0])
+    for rung, memory, parts, _ in _ladder(base, rows, lora, training):  # noqa: B007
+        if rung.fits:
+            break
+    usable = _usable(training)
+    text = f"Predicted peak memory {size(parts.peak_bytes)}"
+    if told:
+        each = ", ".join(f"{name.removesuffix('_bytes')} {size(number)}" for name, number in vars(parts).items())
+        text += f" ({each})"
+    text += f" of {size(usable)}"
+    if rung.again != _asked(training)[0] or memory.positions is not None:
+        text += f": {rung}, so that it fits" + (f" ({rung.cost})" if rung.cost else "")
+        on_event(Note(f"{text}."))
+    elif told:
+        on_event(Note(f"{text}."))
+    if not rung.fits:
+        advice = "; ".join(_advice(base, rows, lora, training, memory, usable))
+        on_event(Note(f"This will hardly fit. What would help: {advice}.", "warning"))
+    return replace(memory, near=min(int(1.05 * parts.peak_bytes), usable))
 
 
-def forecast(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig) -> tuple[Parts, Batch]:
+def memory_of_run(
+    base: Base,
+    rows: Sequence[Row],
+    lora: LoraConfig,
+    training: TrainConfig,
+    recipe: Mapping[str, Any],
+    told: bool,
+    world: World,
+    on_event: OnEvent,
+) -> MemoryPlan:
+    """How a run keeps to the memory there is: as its `recipe` says, if it goes on and is asked for the same, since the
+    order of sums depends on it; else what `settle_memory` chooses, on rank 0 for all."""
+    if "memory" in recipe:
+        before = settings_in(recipe)[1]
+        if (before.memory, before.memory_limit) == (training.memory, training.memory_limit):
+            return MemoryPlan(**recipe["memory"])
+    return MemoryPlan(**world.share(lambda: asdict(settle_memory(base, rows, lora, training, told, on_event))))
+
+
+def _asked(training: TrainConfig) -> tuple[Again, ...]:
+    """The ways that the settings leave open, the cheapest first."""
+    if training.memory != "auto":
+        return (training.memory,)
+    return ("blocks",) if training.grad_checkpoint else WAYS
+
+
+def _usable(training: TrainConfig) -> int:
+    limit = training.memory_limit
+    return min(usable_memory_bytes(), bytes_of(limit)) if limit else usable_memory_bytes()
+
+
+def _ladder(
+    base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig
+) -> Iterator[tuple[Rung, MemoryPlan, Parts, Batch]]:
+    """The ways that are left open, and then the last of them with fewer and fewer rows at a time; each is measured as
+    it is asked for."""
+    plans = [(MemoryPlan(again), 0) for again in _asked(training)]
+    lines = largest_draw(rows, training).batches[0].tokens
+    each = lines.size // training.batch_size
+    few = training.batch_size
+    while few > 1:
+        few = -(-few // 2)
+        plans.append((replace(plans[-1][0], positions=few * each), few))
+    room = ROOM * _usable(training)
+    for memory, few in plans:
+        parts, largest = forecast(base, rows, lora, training, memory)
+        rung = Rung(memory.again, few, parts.peak_bytes, SLOWER[memory.again], parts.peak_bytes <= room)
+        yield rung, memory, parts, largest
+
+
+def _needs_little(base: Base, rows: Sequence[Row], training: TrainConfig) -> bool:
+    """Whether a bound that is never reached, from shapes alone, is an eighth of the memory there is."""
+    module, config = load_module(base)
+    tokens, blocks = largest_draw(rows, training).batches[0].tokens, len(module.layers)
+    shapes = [weight_shape(layer)[-2:] for _, layer in named_layers(module) if "weight" in layer]
+    wide = sum(shape[-1] + 2 * shape[0] for shape in shapes if len(shape) > 1)
+    scores = blocks * int(config.get("num_attention_heads", 128)) * tokens.shape[1]
+    most = weight_bytes(module, training.dtype) + 4 * tokens.size * 4 * (wide + scores)
+    return most <= _usable(training) / 8
+
+
+def largest_draw(rows: Sequence[Row], training: TrainConfig, most: int | None = None) -> Draw:
+    """The update of the longest rows."""
+    feed = replace(make_feed(rows, training, gpu=on_gpu()), most=most)
+    return feed.draw([np.argsort(feed.lengths)[-training.batch_size :]] * training.grad_accumulation)
+
+
+def forecast(
+    base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig, memory: MemoryPlan | None = None
+) -> tuple[Parts, Batch]:
     """Predict the peak, part by part, and give the largest batch."""
-    prober = _prober(base, lora, training)
-    feed = make_feed(rows, training, gpu=on_gpu())
-    draw = feed.draw([np.argsort(feed.lengths)[-training.batch_size :]] * training.grad_accumulation)
-    largest = draw.batches[0]
+    memory = memory or MemoryPlan(_asked(training)[0])
+    prober = _prober(base, lora, training, memory)
+    draw = largest_draw(rows, training, memory.positions)
+    largest = max(draw.batches, key=lambda batch: batch.tokens.size)
     module, _ = load_module(base)
     reached = len(module.layers) - first_block(prober.adapter, len(module.layers))
     adapter, optimizer = adapter_bytes(module, prober.adapter, training)
@@ -156,12 +281,12 @@ def forecast(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainC
     return Parts(weights, adapter, optimizer, adapter, activations, logits), largest
 
 
-def _prober(base: Base, lora: LoraConfig, training: TrainConfig) -> Prober:
+def _prober(base: Base, lora: LoraConfig, training: TrainConfig, memory: MemoryPlan) -> Prober:
     module, config = load_module(base)
     adapter, asked = setup.adapter_config(module, lora), training.fuse_aware
     setup.require_loadable(module, adapter)
     rounding = None if asked is None else plan_rounding(module, adapter.keys, asked)
-    return Prober(base, adapter, training, int(config.get("vocab_size", 1 << 16)), rounding)
+    return Prober(base, adapter, training, int(config.get("vocab_size", 1 << 16)), rounding, memory)
 
 
 def _logits_bytes(batch: Batch, vocabulary: int, training: TrainConfig) -> int:
@@ -171,9 +296,10 @@ def _logits_bytes(batch: Batch, vocabulary: int, training: TrainConfig) -> int:
     return 3 * 4 * vocabulary * (every if training.chunked_loss == "off" else chunk)
 
 
-def _seconds(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig) -> float:
+def _seconds(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig, memory: MemoryPlan) -> float:
     blocks = len(load_module(base)[0].layers)
-    prober, feed = _prober(base, lora, training), make_feed(rows, training, gpu=on_gpu())
+    prober = _prober(base, lora, training, memory)
+    feed = replace(make_feed(rows, training, gpu=on_gpu()), most=memory.positions)
     order = np.argsort(feed.lengths)
     middle = max(len(order) // 2 - training.batch_size // 2, 0)
     typical = feed.draw([order[middle : middle + training.batch_size]] * training.grad_accumulation)
@@ -183,13 +309,14 @@ def _seconds(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainC
     return seconds * feed.tokens_per_update / max(sum(batch.real_tokens for batch in typical.batches), 1)
 
 
-def _advice(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig, usable: int) -> list[str]:
+def _advice(
+    base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig, memory: MemoryPlan, usable: int
+) -> list[str]:
     half = max(row.length for row in rows) // 2
     blocks = len(load_module(base)[0].layers)
-    changes: list[tuple[str, LoraConfig, TrainConfig]] = [
-        ("--grad-checkpoint", lora, replace(training, grad_checkpoint=True)),
-        ("--batch-size 1", lora, replace(training, batch_size=1)),
-    ]
+    changes: list[tuple[str, LoraConfig, TrainConfig]] = []
+    if memory.again != "blocks":
+        changes.append(("--memory auto", lora, replace(training, memory="auto")))
     if half >= 2:
         changes.append((f"--max-seq-length {half}", lora, replace(training, max_seq_length=half)))
     if blocks > 4 and (lora.num_layers == "all" or lora.num_layers > 4):
@@ -200,8 +327,9 @@ def _advice(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainCo
         left = [row for row in cut if row.can_be_trained]
         if not left:
             continue
-        peak = forecast(base, left, lora_, training_)[0].peak_bytes
-        if peak <= usable:
+        way = memory if training_.memory == training.memory else replace(memory, again="blocks")
+        peak = forecast(base, left, lora_, training_, way)[0].peak_bytes
+        if peak <= ROOM * usable:
             advice.append(f"{text}: {peak / 1e9:.2f} GB")
     return advice or ["a base model of fewer parameters or bits"]
 

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import FrameType
 from typing import NoReturn
 
@@ -25,7 +25,7 @@ from mlx_adapters.optimization.distributed import LostPeerError
 from mlx_adapters.optimization.feed import Draw, Feed
 from mlx_adapters.optimization.objectives import means, with_sums
 from mlx_adapters.optimization.optimizers import learning_rate
-from mlx_adapters.optimization.step import TrainStep
+from mlx_adapters.optimization.step import OutOfMemoryError, Taken, TrainStep
 from mlx_adapters.storage.tensor_names import LORA_B, split
 from mlx_adapters.system.door import mx
 from mlx_adapters.training import state as states
@@ -93,11 +93,11 @@ class Loop:
         """Train to the last iteration. Raises TrainingError, or KeyboardInterrupt after saving."""
         if self.state.iteration == 0 and not self.state.validation_losses:
             self._validate()
-        updates = self.feed.updates(self.state.batches)
+        self._updates = self.feed.updates(self.state.batches)
         while self.state.iteration < self.config.iterations and not self.state.stopped_early:
             stop = self._stop_is_wanted(interrupt)
             try:
-                self._iterate(updates)
+                self._iterate()
             except LostPeerError:
                 self._abandon()
             unfinished = self.state.iteration < self.config.iterations and not self.state.stopped_early
@@ -131,9 +131,9 @@ class Loop:
             f"Another process of this run was lost after iteration {self.state.iteration}.", self.folder.how_to_resume()
         )
 
-    def _iterate(self, updates: Iterator[Draw]) -> None:
+    def _iterate(self) -> None:
         start = time.perf_counter()
-        self._step(next(updates))
+        self._step(next(self._updates))
         state, config = self.state, self.config
         state.seconds += time.perf_counter() - start
         self._tell_pace()
@@ -149,23 +149,50 @@ class Loop:
         self.on_event(Progress("train", state.iteration, config.iterations, "iteration"))
 
     def _step(self, draw: Draw) -> None:
-        train_step, state = self.train_step, self.state
+        state = self.state
         rate = learning_rate(self.config, state.iteration + 1)
         try:
-            taken = train_step.take(draw, rate, self._rounding(state.iteration + 1))
+            taken, draw = self._taken(draw, rate)
         except LostPeerError:  # nothing has changed yet, and saving needs no other process
             self.save()
             self._abandon()
         norms = {"loss": taken.loss, "gradient": taken.gradient_norm, "adapter": taken.weight_norm}
         self._require_finite(norms, draw.batches)
         state.iteration += 1
-        state.batches += len(draw.batches)
+        state.batches += len(draw.drawn)
         state.trained_tokens += draw.trained_tokens
         state.real_tokens += sum(batch.real_tokens for batch in draw.batches)
         state.pending_loss += taken.loss.item() * draw.weight
         state.pending_tokens += draw.weight
         state.pending_figures = with_sums(state.pending_figures, taken.figures)
         state.random = random_state()
+
+    def _taken(self, draw: Draw, rate: float) -> tuple[Taken, Draw]:
+        """One update, and the draw that it was made with: in smaller parts, if there was no room for it."""
+        while True:
+            try:
+                return self.train_step.take(draw, rate, self._rounding(self.state.iteration + 1)), draw
+            except OutOfMemoryError as error:
+                draw = self._in_smaller_parts(draw, error)
+
+    def _in_smaller_parts(self, draw: Draw, why: OutOfMemoryError) -> Draw:
+        """The same rows, half as many predictions at a time from now on. Raises TrainingError for a single row."""
+        lines, width = max((batch.tokens.shape for batch in draw.batches), key=math.prod)
+        most = lines * (width - 1) // 2
+        self.feed = replace(self.feed, most=most)
+        smaller = self.feed.draw(draw.drawn)
+        if len(smaller.batches) == len(draw.batches):
+            raise TrainingError(
+                f"There is no memory for a row of {width} tokens at iteration {self.state.iteration + 1} ({why}).",
+                f"use --memory blocks, or a --max-seq-length below {width}. {self.folder.how_to_resume()}",
+            )
+        self._say(
+            f"There was no memory for {count(lines, 'row')} of {width} tokens: they are taken in parts from now on."
+        )
+        self._updates = self.feed.updates(self.state.batches + len(draw.drawn))
+        memory = replace(self.train_step.memory, positions=most)
+        self.folder.update_recipe({"memory": asdict(memory)})
+        return smaller
 
     def _rounding(self, iteration: int) -> bool:
         return self.config.fuse_aware is not None and iteration > self.config.fuse_aware_from

@@ -27,7 +27,7 @@ KINDS = metadata.WholeRecord(
     world_size=int,
 )
 # Settings that may differ when a run goes on: they do not change what is computed up to then.
-FREE = ("iterations", "schedule_iterations", "keep", "save_every_minutes", "early_stop")
+FREE = ("iterations", "schedule_iterations", "keep", "save_every_minutes", "early_stop", "memory", "memory_limit")
 
 
 def make_recipe(

@@ -27,7 +27,7 @@ from mlx_adapters.storage.tensor_names import ADAPTER_OUTPUT
 from mlx_adapters.training import reference_model, setup
 from mlx_adapters.training import state as states
 from mlx_adapters.training.folder import RunFolder, place_of
-from mlx_adapters.training.forecast import announce
+from mlx_adapters.training.forecast import memory_of_run
 from mlx_adapters.training.loop import Interrupt, Loop
 from mlx_adapters.training.recipe import make_recipe, rate_jump, read_recipe, require_same, settings_in, text_record
 from mlx_adapters.training.state import Checkpoint, State
@@ -333,8 +333,8 @@ def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None
         require_same(folder.recipe, recipe, str(folder.reference))
     setup.require_validation(held_out, training, request.on_event)
     setup.require_readable((*rows, *held_out), request.base)
-    if request.forecast:
-        announce(request.base, rows, lora, training, request.on_event)
+    told, say = request.forecast, request.on_event
+    memory = memory_of_run(request.base, rows, lora, training, folder.recipe, told, request.world, say)
     model = load_model(request.base, dtype=training.dtype, gradients=True)
     feeds = setup.make_feeds(rows, held_out, training, request.world)
     kept = folder.path if folder.begun else None
@@ -344,10 +344,10 @@ def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None
         setup.initialize_from(model, config, request.adapter)
     adapted = dict(named_layers(model.module))
     adapted = {key: adapted[key] for key in config.keys}
-    prepared = setup.prepare(model, training, rows, held_out, adapted, request.world, reference)
+    prepared = setup.prepare(model, training, rows, held_out, adapted, request.world, reference, memory)
     folder.adapter = config
     train_step = prepared.train_step
-    request.world.share(lambda: folder.update_recipe(recipe))
+    request.world.share(lambda: folder.update_recipe(recipe | {"memory": asdict(memory)}))
     request.world.share(lambda: folder.keep_reference(reference))
     request.world.share(lambda: folder.require_space(train_step.weights, train_step.optimizer.arrays()))
     validation = prepared.validation.fixed(training.eval_batches) if prepared.validation else None

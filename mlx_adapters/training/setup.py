@@ -25,8 +25,14 @@ from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.models.model import Model
 from mlx_adapters.optimization.distributed import World
 from mlx_adapters.optimization.feed import Feed, make_feed
-from mlx_adapters.optimization.probe import computes_as_generated, packing_is_exact, probe_of, settle_recomputing
-from mlx_adapters.optimization.step import Again, TrainStep, plan_loss
+from mlx_adapters.optimization.probe import (
+    computes_as_generated,
+    packing_is_exact,
+    probe_of,
+    settle_recomputing,
+    short_rows,
+)
+from mlx_adapters.optimization.step import MemoryPlan, TrainStep, plan_loss
 from mlx_adapters.optimization.through_rounding import plan_rounding
 from mlx_adapters.storage.tensor_names import LORA_A, MAGNITUDE, split
 from mlx_adapters.system.door import mx, nn, refusals
@@ -247,30 +253,32 @@ def prepare(
     adapted: dict[str, nn.Module],
     world: World = ALONE,
     reference: Mapping[str, np.ndarray] | None = None,
+    memory: MemoryPlan | None = None,
 ) -> Prepared:
     """Feeds and TrainStep; settles how the loss is computed and refuses packing where it is not exact."""
-    feeds = make_feeds(train, valid, config, world)
-    feeds = {split: replace(feed, reference=(reference or {}).get(split)) for split, feed in feeds.items()}
+    memory = memory or MemoryPlan("blocks" if config.grad_checkpoint else "nothing")
+    feeds = {
+        split: replace(feed, reference=(reference or {}).get(split), most=memory.positions)
+        for split, feed in make_feeds(train, valid, config, world).items()
+    }
     probe = probe_of(train)
     rounding = None
     if config.fuse_aware is not None:
         rounding = plan_rounding(load_module(model.base)[0], tuple(adapted), config.fuse_aware)
     with refusals(cannot_train):
-        shortest = sorted(train, key=lambda row: row.length)[:2]
         if not computes_as_generated(model.module, probe):
             raise ModelError(
                 "mlx-lm's code for this model computes one function of a whole text, and another when it generates: "
                 "what would be trained is not what answers."
             )
-        if config.packing and not packing_is_exact(model.module, probe, make_batch([shortest], packed=True)):
+        if config.packing and not packing_is_exact(model.module, probe, make_batch([short_rows(train)], packed=True)):
             raise ConfigError("Rows cannot be packed exactly with this architecture.", "train without --packing.")
         plan = plan_loss(model.module, config, int(model.config.get("vocab_size", 1 << 16)), probe)
-        again: Again = "blocks" if config.grad_checkpoint else "nothing"
-        train_step = TrainStep(model.module, adapted, config, plan, world, rounding, again)
+        train_step = TrainStep(model.module, adapted, config, plan, world, rounding, memory)
         if not settle_recomputing(train_step, probe):
             raise ConfigError(
                 "This architecture's gradients change when its blocks are computed again.",
-                "train without --grad-checkpoint.",
+                "train without --grad-checkpoint, with --memory mlp.",
             )
     return Prepared(train_step, feeds["train"], feeds.get("valid"))
 

@@ -80,7 +80,7 @@ def ours(module, options: argparse.Namespace, again: str) -> Callable[[], float]
     from mlx_adapters.models.layers import add_adapter_layers, named_layers, resolve_target_modules
     from mlx_adapters.models.metadata import AdapterConfig
     from mlx_adapters.optimization.feed import draw_of
-    from mlx_adapters.optimization.step import LossPlan, TrainStep, chunk_rows
+    from mlx_adapters.optimization.step import LossPlan, MemoryPlan, TrainStep, chunk_rows
     from mlx_adapters.surgery.blocks import find_body
     from mlx_adapters.system.door import mx
     from mlx_adapters.system.limits import as_little_memory_as_will_do
@@ -91,7 +91,7 @@ def ours(module, options: argparse.Namespace, again: str) -> Callable[[], float]
     vocabulary = module(mx.zeros((1, 1), mx.int32)).shape[-1]
     config = TrainConfig(batch_size=options.batch, optimizer="adam", learning_rate=1e-5)
     plan = LossPlan(find_body(module), chunk_rows(vocabulary))
-    made = TrainStep(module, {key: layers[key] for key in keys}, config, plan, again=again)  # type: ignore[arg-type]
+    made = TrainStep(module, {key: layers[key] for key in keys}, config, plan, memory=MemoryPlan(again))  # type: ignore[arg-type]
     draw = draw_of(batch_of(options))
     mx.eval(made.weights, made.optimizer.arrays())
     if not options.ahead:
@@ -99,7 +99,7 @@ def ours(module, options: argparse.Namespace, again: str) -> Callable[[], float]
         mx.reset_peak_memory()
         with as_little_memory_as_will_do():
             made.take(draw, 1e-5)
-        made.near = int(mx.get_peak_memory() * options.near)
+        made.memory = MemoryPlan(again, near=int(mx.get_peak_memory() * options.near))  # type: ignore[arg-type]
     return lambda: made.take(draw, 1e-5).loss.item()
 
 

@@ -124,7 +124,7 @@ def option_names(command: click.Command) -> set[str]:
     [
         ("train", LoraConfig, {"ranks"}),
         ("train", TrainConfig, {"chat_template_args"}),
-        ("estimate", TrainConfig, {"chat_template_args"}),
+        ("estimate", TrainConfig, {"chat_template_args", "memory"}),
         ("data check", DataConfig, {"chat_template_args"}),
         ("fuse", FuseOptions, {"seed"}),
         ("merge", MergeSettings, {"method"}),

@@ -66,9 +66,12 @@ WAYS = {
     "dora": Way({"type": "dora"}, {"mask_prompt": True, **CLIPPED}),
     "packing": Way({}, {"packing": True, "max_seq_length": 96, "batch_size": 2, "grad_accumulation": 3, **CLIPPED}),
     "less memory": Way({}, {"grad_checkpoint": True, "chunked_loss": "on", **CLIPPED}),
+    "MLPs computed again": Way({}, {"memory": "mlp", **CLIPPED}),
+    "hardly any memory": Way({}, {"memory_limit": "1MB", **CLIPPED}),
     "plain loss": Way(
         {},
         {
+            "memory": "nothing",
             "chunked_loss": "off",
             "mask_prompt": True,
             "last_turn_only": True,
@@ -107,7 +110,9 @@ WAYS = {
     "orpo": Way({}, {"objective": ORPO(beta=0.5), "optimizer": "muon", **CLIPPED}),
     "orpo, answers alone": Way({"dropout": 0.0}, {"objective": ORPO(), "mask_prompt": True, "dtype": "bfloat16"}),
     "simpo": Way({}, {"objective": SimPO(beta=1.5, gamma=0.5, label_smoothing=0.1), "last_turn_only": True}),
-    "kto": Way({}, {"objective": KTO(beta=0.2), "batch_size": 2, "grad_accumulation": 2, **CLIPPED}),
+    "kto": Way(
+        {}, {"objective": KTO(beta=0.2), "batch_size": 2, "grad_accumulation": 2, "memory": "blocks", **CLIPPED}
+    ),
     "kto, weights": Way(
         {},
         {"objective": KTO(desirable_weight=0.7, undesirable_weight=1.4), "fuse_aware": QUARTER, "fuse_aware_from": 4},

@@ -19,7 +19,7 @@ from mlx_adapters.optimization import log_probabilities
 from mlx_adapters.optimization import step as engines
 from mlx_adapters.optimization.feed import draw_of
 from mlx_adapters.optimization.probe import settle_recomputing
-from mlx_adapters.optimization.step import LossPlan, TrainStep, shares_of
+from mlx_adapters.optimization.step import LossPlan, MemoryPlan, TrainStep, shares_of
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage.tensor_names import LORA_B, split
 from mlx_adapters.surgery import calls
@@ -49,7 +49,9 @@ def train_step(folder, training: TrainConfig, **lora) -> TrainStep:
     log_probabilities.put(model.module, weights)
     layers = dict(named_layers(model.module))
     again = "blocks" if training.grad_checkpoint else "nothing"
-    return TrainStep(model.module, {key: layers[key] for key in keys}, training, LossPlan(None, 64), again=again)
+    return TrainStep(
+        model.module, {key: layers[key] for key in keys}, training, LossPlan(None, 64), memory=MemoryPlan(again)
+    )
 
 
 def gradients(made: TrainStep, batch: Batch = BATCH, rounding: bool = False) -> tuple[float, dict[str, mx.array]]:

@@ -14,7 +14,7 @@ from mlx_adapters.models.loading import load_model
 from mlx_adapters.optimization import log_probabilities
 from mlx_adapters.optimization.feed import draw_of
 from mlx_adapters.optimization.log_probabilities import Arrays
-from mlx_adapters.optimization.step import LossPlan, TrainStep, device_batch, shares_of
+from mlx_adapters.optimization.step import LossPlan, MemoryPlan, TrainStep, device_batch, shares_of
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage.tensor_names import LORA_B, split
 from mlx_adapters.surgery import calls
@@ -41,7 +41,7 @@ def step_on(folder, dtype: str, again="nothing", **lora) -> TrainStep:
     log_probabilities.put(model.module, weights)
     layers = dict(named_layers(model.module))
     adapted = {key: layers[key] for key in keys}
-    return TrainStep(model.module, adapted, TrainConfig(), LossPlan(None, 64), again=again)
+    return TrainStep(model.module, adapted, TrainConfig(), LossPlan(None, 64), memory=MemoryPlan(again))
 
 
 def ours(made: TrainStep, given: Batch) -> Gradient:

@@ -133,7 +133,12 @@ def test_estimate_says_what_would_fit(tiny_model, tmp_path, monkeypatch):
     assert found.full_finetune_bytes == 16 * total
     monkeypatch.setattr(forecast, "usable_memory_bytes", lambda: int(found.peak_bytes * 0.8))
     tight = estimate(folder, data, lora=LORA, training=TRAINING, timed=False)
-    assert not tight.fits and any(advice.startswith("--grad-checkpoint") for advice in tight.advice)
+    assert tight.fits and not tight.ladder[0].fits
+    kept = replace(TRAINING, memory="nothing", batch_size=1)
+    least = estimate(folder, data, lora=LORA, training=replace(kept, memory="blocks"), timed=False).peak_bytes
+    monkeypatch.setattr(forecast, "usable_memory_bytes", lambda: int(least * 1.1))
+    tight = estimate(folder, data, lora=LORA, training=kept, timed=False)
+    assert not tight.fits and any(advice.startswith("--memory auto") for advice in tight.advice)
     monkeypatch.setattr(forecast, "usable_memory_bytes", lambda: 1000)
     assert estimate(folder, data, lora=LORA, training=TRAINING, timed=False).advice == (
         "a base model of fewer parameters or bits",

@@ -1,0 +1,197 @@
+"""A run keeps to the memory there is, by itself: the same update, whatever is computed again or taken in parts."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers.training_tools import PowerCut, cut_after, outcome, write_data, write_rows_of_each_kind
+
+from mlx_adapters import LoraConfig, TrainConfig, estimate, train
+from mlx_adapters.config.training import DPO, KTO, ORPO
+from mlx_adapters.data.datasets import read_data
+from mlx_adapters.data.preferences import tokenize_for
+from mlx_adapters.errors import ConfigError, TrainingError
+from mlx_adapters.events import Note
+from mlx_adapters.models.layers import named_layers
+from mlx_adapters.models.loading import load_model
+from mlx_adapters.optimization.step import MemoryPlan, TrainStep
+from mlx_adapters.sources.bases import resolve_base
+from mlx_adapters.sources.registry import adapter_folder
+from mlx_adapters.storage.files import read_json
+from mlx_adapters.system.machine import on_gpu
+from mlx_adapters.training import forecast, setup
+
+DEEP = {"num_hidden_layers": 6, "intermediate_size": 512}
+LORA = LoraConfig(rank=4, scale=2.0)
+SHORT = TrainConfig(iterations=4, batch_size=4, learning_rate=0.01, eval_every=2, save_every=2)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return write_rows_of_each_kind(tmp_path_factory.mktemp("rows"))
+
+
+def prepared(folder, data, training: TrainConfig, memory: MemoryPlan) -> setup.Prepared:
+    model = load_model(resolve_base(folder))
+    rows = tokenize_for(read_data(data).rows("train"), model.tokenizer, training).rows
+    keys = setup.add_layers(model, LORA, 0).keys
+    layers = dict(named_layers(model.module))
+    adapted = {key: layers[key] for key in keys}
+    reference = {"train": np.full((len(rows), 2), -9.0, np.float32)} if training.objective.reference else None
+    return setup.prepare(model, training, rows, (), adapted, reference=reference, memory=memory)
+
+
+WAYS = {
+    "texts": TrainConfig(batch_size=4),
+    "packing": TrainConfig(batch_size=4, packing=True, max_seq_length=96),
+    "accumulation": TrainConfig(batch_size=3, grad_accumulation=2),
+    "dpo": TrainConfig(batch_size=4, objective=DPO()),
+    "orpo": TrainConfig(batch_size=4, objective=ORPO()),
+    "kto": TrainConfig(batch_size=4, objective=KTO()),
+}
+
+
+@pytest.mark.parametrize("most", [1, 90])
+@pytest.mark.parametrize("way", WAYS)
+def test_an_update_in_parts_is_the_same(way, most, tiny_model, folders):
+    training = WAYS[way]
+    data = folders[training.objective.rows]
+    taken = {}
+    for name, memory in {"whole": MemoryPlan(), "parts": MemoryPlan("mlp", most)}.items():
+        made = prepared(tiny_model(), data, training, memory)
+        updates = made.feed.updates(0)
+        draws = [next(updates) for _ in range(3)]
+        result = [made.train_step.take(draw, 0.01) for draw in draws][-1]
+        batches, drawn = (sum(len(getattr(draw, what)) for draw in draws) for what in ("batches", "drawn"))
+        taken[name] = result, made.train_step.weights, batches, drawn, result.figures
+    (whole, weights, batches, drawn, figures), (parts, others, more, same, parted) = taken["whole"], taken["parts"]
+    assert drawn == same == batches < more
+    assert parts.loss.item() == pytest.approx(whole.loss.item(), rel=1e-5)
+    for name, weight in weights.items():
+        assert mx.allclose(others[name], weight, atol=1e-4), name
+    assert parted.keys() == figures.keys()
+    for name, (total, number) in figures.items():
+        assert parted[name] == [pytest.approx(total, rel=1e-4, abs=1e-4), number]
+
+
+def notes_of(run) -> list[str]:
+    said: list[str] = []
+    run(lambda event: said.append(event.text) if isinstance(event, Note) else None)
+    return said
+
+
+def peaks(base, data) -> dict[str, int]:
+    found = estimate(base, data, lora=LORA, training=SHORT, timed=False)
+    return {rung.again: rung.peak_bytes for rung in found.ladder}
+
+
+@pytest.fixture
+def deep(tiny_model, tmp_path):
+    return tiny_model("llama", **DEEP), write_data(tmp_path / "data", rows=20)
+
+
+def test_the_ladder_goes_down(deep):
+    found = peaks(*deep)
+    assert found["nothing"] > found["mlp"] > found["blocks"]
+
+
+@pytest.mark.parametrize("again", ["mlp", "blocks"])
+def test_the_cheapest_way_that_fits_is_taken(again, deep):
+    base, data = deep
+    limit = peaks(base, data)[again] * 1.1
+    training = replace(SHORT, memory_limit=f"{limit / 1e6:.3f}MB")
+    found = estimate(base, data, lora=LORA, training=training, timed=False)
+    assert found.fits and [rung.fits for rung in found.ladder] == [rung.peak_bytes < limit for rung in found.ladder]
+    said = notes_of(
+        lambda say: train(base, data, name="tight", lora=LORA, training=training, forecast=True, on_event=say)
+    )
+    what = {"mlp": "MLPs are computed again", "blocks": "blocks are computed again"}[again]
+    assert any(what in text and "more time" in text for text in said), said
+    assert read_json(adapter_folder("tight") / "recipe.json")["memory"]["again"] == again
+
+
+def test_batches_are_taken_in_parts_where_nothing_else_helps(deep):
+    base, data = deep
+    limit = f"{peaks(base, data)['blocks'] * 0.9 / 1e6:.3f}MB"
+    found = estimate(base, data, lora=LORA, training=replace(SHORT, memory_limit=limit), timed=False)
+    last = found.ladder[-1]
+    assert last.again == "blocks" and last.rows in (1, 2)
+    assert "at a time" in str(last) and last.peak_bytes < found.ladder[2].peak_bytes
+    said = notes_of(
+        lambda say: train(
+            base, data, name="parts", lora=LORA, training=replace(SHORT, memory_limit=limit), on_event=say
+        )
+    )
+    assert any("at a time" in text for text in said)
+    assert read_json(adapter_folder("parts") / "recipe.json")["memory"]["positions"]
+    if not found.fits:
+        assert any("hardly fit" in text for text in said)
+
+
+def test_what_is_asked_for_is_taken(deep):
+    base, data = deep
+    train(base, data, name="asked", lora=LORA, training=replace(SHORT, memory="mlp"))
+    assert (
+        read_json(adapter_folder("asked") / "recipe.json")["memory"]
+        == {
+            "again": "mlp",
+            "positions": None,
+            "near": None,
+        }
+        or on_gpu()
+    )
+
+
+def test_a_resume_keeps_the_way_unless_another_is_asked_for(deep, monkeypatch):
+    base, data = deep
+    limit = f"{peaks(base, data)['blocks'] * 1.1 / 1e6:.3f}MB"
+    training = replace(SHORT, memory_limit=limit)
+    train(base, data, name="whole", lora=LORA, training=training)
+    with pytest.raises(PowerCut):
+        train(base, data, name="cut", lora=LORA, training=training, on_event=cut_after(2))
+    monkeypatch.setattr(forecast, "usable_memory_bytes", lambda: 10**15)
+    train(name="cut", resume=True)
+    found, expected = outcome(adapter_folder("cut")), outcome(adapter_folder("whole"))
+    found["adapter_metadata.json"]["name"] = "whole"
+    assert found == expected
+    train(name="cut", resume=True, training=replace(training, memory_limit=None, iterations=5))
+    assert read_json(adapter_folder("cut") / "recipe.json")["memory"]["again"] == "nothing"
+
+
+def no_room_for(most: int, monkeypatch) -> None:
+    """Let MLX find no room for batches of more predictions than `most`."""
+    true = TrainStep.gradient
+
+    def gradient(self, batch, *args):
+        mx.random.uniform()
+        if batch.tokens[:, 1:].size > most:
+            raise RuntimeError("[malloc] Unable to allocate 12345678 bytes.")
+        return true(self, batch, *args)
+
+    monkeypatch.setattr(TrainStep, "gradient", gradient)
+
+
+def test_a_batch_that_finds_no_memory_is_split(tiny_model, tmp_path, monkeypatch):
+    data = write_data(tmp_path / "data", rows=20)
+    no_room_for(80, monkeypatch)
+    said = notes_of(lambda say: train(tiny_model(), data, name="split", lora=LORA, training=SHORT, on_event=say))
+    assert any("taken in parts from now on" in text for text in said)
+    assert read_json(adapter_folder("split") / "recipe.json")["memory"]["positions"] <= 80
+    monkeypatch.undo()
+
+
+def test_a_row_that_finds_no_memory_ends_the_run_in_words(tiny_model, tmp_path, monkeypatch):
+    data = write_data(tmp_path / "data", rows=20)
+    no_room_for(5, monkeypatch)
+    with pytest.raises(TrainingError, match="no memory for a row") as caught:
+        train(tiny_model(), data, name="split", lora=LORA, training=SHORT)
+    assert "--max-seq-length" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"memory_limit": "much"}, {"memory_limit": "0GB"}, {"memory": "mlp", "grad_checkpoint": True}]
+)
+def test_wrong_settings_are_refused(wrong):
+    with pytest.raises(ConfigError):
+        TrainConfig(**wrong)
