@@ -3,7 +3,6 @@
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 from mlx_adapters.assembly.plan import LayerPlan
@@ -12,6 +11,7 @@ from mlx_adapters.assembly.writing import dtype_name
 from mlx_adapters.calibration.blockwise import BlockwiseModel
 from mlx_adapters.calibration.collecting import Collector
 from mlx_adapters.calibration.moments import ExpertMoments, Moments, mix
+from mlx_adapters.calibration.spool import Spool
 from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.data.batches import TokenBatch
 from mlx_adapters.errors import FormatError
@@ -22,44 +22,11 @@ from mlx_adapters.rounding.engines import NUMPY, Engine, MlxEngine
 from mlx_adapters.rounding.feedback import DAMPING, OUTPUT_DAMPING
 from mlx_adapters.rounding.packed import Packed
 from mlx_adapters.rounding.workers import Done, Task, Workers, worker_count
-from mlx_adapters.storage import files, tensor_files
 from mlx_adapters.storage.tensor_files import as_numpy
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.machine import on_gpu
 
 EXPERT_BYTES = 1 << 31  # of the experts that are rounded together, and of their moments
-
-
-class Spool:
-    """Rounded layers on the disk, by path and precision, until the shards are written."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.losses: dict[tuple[str, Quantization], float] = {}
-        self.nearest: set[tuple[str, Quantization]] = set()  # where that was better than calibration
-        self._files: dict[tuple[str, Quantization], Path] = {}
-
-    def put(self, path: str, done: Done) -> None:
-        """Keep one rounded layer."""
-        key = (path, done.packed.quantization)
-        self.losses[key] = done.loss
-        if done.nearest:
-            self.nearest.add(key)
-        self._files[key] = self.folder / f"{len(self._files):06d}.safetensors"
-        tensor_files.write_safetensors(self._files[key], done.packed.tensors)
-
-    def get(self, path: str, quantization: Quantization | None) -> Packed | None:
-        """The layer rounded to that precision, or None."""
-        file = self._files.get((path, quantization)) if quantization is not None else None
-        if file is None or quantization is None:
-            return None
-        return Packed.of(tensor_files.read_safetensors(file), quantization)
-
-    def remove(self) -> None:
-        """Delete and forget everything."""
-        self._files = {}
-        if self.folder.is_dir():
-            files.remove(self.folder)
 
 
 def round_layers(
@@ -76,16 +43,18 @@ def round_layers(
 ) -> list[str]:
     """Round every layer of `plans` that is to be quantized anew, to its target and to the precisions `also`.
 
-    On a CPU workers round the layers whose moments are there while those of the next ones are collected. Returns the
-    paths of layers of which calibration tells nothing: they are not rounded.
+    What `spool` holds already stays. On a CPU workers round the layers whose moments are there while those of the next
+    ones are collected. Returns the paths of layers of which calibration tells nothing: they are not rounded.
     """
     wanted = {plan.path: plan.rounded_to for plan in plans if plan.rounded_to is not None}
-    if not wanted:
+    every = {path: dict.fromkeys([target, *also]) for path, target in wanted.items()}
+    left = {path: [q for q in targets if (path, q) not in spool.losses] for path, targets in every.items()}
+    targets = {path: some for path, some in left.items() if some}
+    if not targets:
         return []
     forward, backward = BlockwiseModel(base, updates), BlockwiseModel(base, updates)
-    targets = {path: list(dict.fromkeys([target, *also])) for path, target in wanted.items()}
-    shapes = {path: weight_shape(backward.source.layers[path]) for path in wanted}
-    total = sum(map(len, targets.values()))
+    shapes = {path: weight_shape(backward.source.layers[path]) for path in targets}
+    total = sum(map(len, every.values()))
     under_way: deque[tuple[str, list[Future[Done]]]] = deque()
     engine: Engine = MlxEngine() if on_gpu() else NUMPY
 
@@ -97,14 +66,11 @@ def round_layers(
             on_event(Progress("calibrate: round", len(spool.losses), total, "layer"))
 
     with Workers(0 if on_gpu() else worker_count(shapes.values()), engine=engine) as workers:
-        for _, moments in Collector(forward, backward, set(wanted), batches, spool.folder).run(on_event, seed):
+        for _, moments in Collector(forward, backward, set(targets), batches, spool.folder).run(on_event, seed):
             while moments:
                 path = next(iter(moments))
                 layer = _Layer(path, backward, moments.pop(path), dtype_name(dtype))
-                parts: dict[Quantization, list[Future[Done]]] = {target: [] for target in targets[path]}
-                for a, b in layer.pieces(engine):
-                    for task in layer.tasks(a, b, wanted[path] if thorough else None, targets[path], engine):
-                        parts[task.quantization].append(workers.submit(task))
+                parts = layer.submit(workers, wanted[path] if thorough else None, targets[path], engine)
                 under_way += [(path, futures) for futures in parts.values()]
                 collect(most=2 * workers.count)
         collect(most=0)
@@ -125,7 +91,29 @@ class _Layer:
         self.path, self.model, self.seen, self.dtype = path, model, seen, dtype
         self.weight, self.start = model.weight(path), model.source.packed(path)
 
-    def pieces(self, engine: Engine) -> list[tuple[int, int]]:
+    def submit(
+        self, workers: Workers, together: Quantization | None, targets: Sequence[Quantization], engine: Engine
+    ) -> dict[Quantization, list[Future[Done]]]:
+        """Start the rounding to `targets`, of fewer experts at a time where the GPU's memory is too small for more."""
+        parts: dict[Quantization, list[Future[Done]]] = {target: [] for target in targets}
+        pieces = self._pieces()
+        while pieces:
+            a, b = pieces.pop(0)
+            try:
+                tasks = self.tasks(a, b, together, targets, engine)
+                begun = [(task.quantization, workers.submit(task)) for task in tasks]
+            except RuntimeError as error:
+                if not lacks_memory(error) or b - a < 2:
+                    raise
+                mx.clear_cache()
+                middle = (a + b) // 2
+                pieces[:0] = [(a, middle), (middle, b)]
+                continue
+            for target, future in begun:
+                parts[target].append(future)
+        return parts
+
+    def _pieces(self) -> list[tuple[int, int]]:
         """Ranges of experts that are rounded together, and of which moments are in memory at once."""
         if isinstance(self.seen, Moments):
             return [(0, 1)]
@@ -185,6 +173,11 @@ class _Layer:
                 mine, first = (None if part is None else part[e] for part in (update, start))
                 h, unit, doubt = as_numpy(hessian[e]), units[e].item(), doubts[e].item()
                 yield Task(weight[e], h, target, self.dtype, first, unit, update=mine, doubt=doubt)
+
+
+def lacks_memory(error: RuntimeError) -> bool:
+    """Whether MLX raised this for want of memory; Metal's and CUDA's words for it differ."""
+    return any(word in str(error).lower() for word in ("out of memory", "outofmemory", "insufficient memory", "malloc"))
 
 
 def _for(engine: Engine, matrix: mx.array | None) -> Any:

@@ -7,7 +7,7 @@ from mlx_adapters.assembly.tensors import Assembly
 from mlx_adapters.assembly.weights import Updates
 from mlx_adapters.assembly.writing import dtype_name
 from mlx_adapters.calibration.blockwise import BlockwiseModel
-from mlx_adapters.calibration.calibrate import Spool, round_layers
+from mlx_adapters.calibration.calibrate import lacks_memory, round_layers
 from mlx_adapters.calibration.fidelity import Fidelity, measure_fidelity
 from mlx_adapters.calibration.mixed import (
     finer,
@@ -17,11 +17,12 @@ from mlx_adapters.calibration.mixed import (
     until_promise,
     within_budget,
 )
+from mlx_adapters.calibration.spool import Spool
 from mlx_adapters.calibration.texts import Text, choose_text
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.config.quantization import Quantization
-from mlx_adapters.data.batches import TokenBatch, make_batches
+from mlx_adapters.data.batches import TokenBatch, TokenRow, make_batches
 from mlx_adapters.data.datasets import spread
 from mlx_adapters.errors import AdapterError, ConfigError, ModelError
 from mlx_adapters.events import Note, OnEvent
@@ -39,6 +40,7 @@ THROUGH = (
     "then. Judge by the loss: the KL is from the adapter before rounding, which it was not trained to equal. After a "
     "short training, compare with --method calibrated."
 )
+GPU_TOKENS = (8192, 2048, 512)  # at a time: fewer, where memory is short
 JUDGING_ROWS = 8  # at least, and a tenth of the calibration rows
 NEAREST = "on the calibration rows that keeps more of the adapter than calibration does; more rows may help"
 UNKNOWN = "calibration does not see what it computes of which token"
@@ -135,25 +137,8 @@ class Strategy:
         assembly = self.assembly
         why = f" {self.text.why}" if self.text.why else ""
         self.on_event(Note(f"Calibrating on {count(len(self.text.calibration), 'row')} of {self.text.source}.{why}"))
-        batches, dtype = batches_of(self.text.calibration, assembly.base), assembly.scale_dtype
-        assembly.close()
-        try:
-            unknown = round_layers(
-                assembly.base,
-                assembly.updates,
-                assembly.plans,
-                batches,
-                dtype,
-                spool,
-                self.on_event,
-                self._finer(),
-                self.options.seed,
-                self.options.thorough,
-            )
-        except ModelError as error:  # no gradient to calibrate by
-            if self.mixed or self.options.method == "calibrated":
-                raise
-            self._round_to_nearest(spool, error.message.rstrip("."))
+        unknown = self._round_layers(spool, self.text.calibration)
+        if unknown is None:
             return
         self.notes += tuple(f"{path}: rounded to nearest: {UNKNOWN}" for path in unknown)
         if unknown:
@@ -167,6 +152,39 @@ class Strategy:
             assembly.retarget(self.targets)
         if self._nearest_is_better(spool):
             self._round_to_nearest(spool, NEAREST)
+
+    def _round_layers(self, spool: Spool, rows: list[TokenRow]) -> list[str] | None:
+        """Fill `spool`, with fewer rows at a time where the GPU's memory is too small for more: `round_layers`, or None
+        where the model has no gradient to calibrate by."""
+        assembly, options, dtype = self.assembly, self.options, self.assembly.scale_dtype
+        assembly.close()
+        for most in GPU_TOKENS:
+            try:
+                return round_layers(
+                    assembly.base,
+                    assembly.updates,
+                    assembly.plans,
+                    batches_of(rows, assembly.base, most),
+                    dtype,
+                    spool,
+                    self.on_event,
+                    self._finer(),
+                    options.seed,
+                    options.thorough,
+                )
+            except ModelError as error:
+                if self.mixed or options.method == "calibrated":
+                    raise
+                self._round_to_nearest(spool, error.message.rstrip("."))
+                return None
+            except RuntimeError as error:
+                if not lacks_memory(error):
+                    raise
+                mx.clear_cache()
+        raise ModelError(
+            "The GPU has too little memory to calibrate even a few rows at a time.",
+            "close what else uses it and add --continue, or take --method nearest.",
+        )
 
     def _round_to_nearest(self, spool: Spool, why: str) -> None:
         self.method, self.calibrated_in_vain = "nearest", True
@@ -262,9 +280,9 @@ def trained_through(updates: Updates, targets: set[Quantization]) -> bool:
     return rounded and [to_mapping(target) for target in targets] == [training.get("fuse_aware")]
 
 
-def batches_of(rows: list, base: Base) -> list[TokenBatch]:
-    """Batches of rows; on a GPU padded to few shapes, because each new one is compiled for seconds.
+def batches_of(rows: list[TokenRow], base: Base, most: int = GPU_TOKENS[0]) -> list[TokenBatch]:
+    """Batches of rows; on a GPU of at most `most` tokens, padded to few shapes: each new one is compiled for seconds.
 
     Never to more tokens than a model with learned positions has: the next ones would be foreign memory.
     """
-    return make_batches(rows, 8192, 64, base.positions) if on_gpu() else make_batches(rows)
+    return make_batches(rows, most, 64, base.positions) if on_gpu() else make_batches(rows)

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
 @resize_option
 @text_only_option
 @subfolder_option
+@click.option("--continue", "resume", is_flag=True, help="Go on with this fuse where it was stopped after a minute.")
 @click.option("--again", metavar="RECIPE", help="Repeat the fuse of a recipe, to the byte.")
 @click.option("--check-only", metavar="MODEL", help="Write nothing; check a model that was fused before.")
 @click.option("--adapter", "adapter", type=REFERENCE, metavar="REF", help="The adapter, with --check-only.")
@@ -101,6 +102,7 @@ def fuse_command(
     text_only: bool,
     subfolder: str | None,
     adapter: str | None,
+    resume: bool,
     **settings: Any,
 ) -> None:
     """Write the base model with the adapter REF in its weights to the folder OUT.
@@ -129,7 +131,7 @@ def fuse_command(
     if asked.method == "nearest" or bits == "none" or (asked.method == "auto" and bits == "8"):
         why = "--bits none" if bits == "none" else "--method nearest" if asked.method == "nearest" else "--bits 8"
         why += " without --method calibrated" if why == "--bits 8" else ""
-        refuse_ignored("thorough calibration_rows" + (" calibration" if not asked.check else ""), why)
+        refuse_ignored("thorough calibration_rows resume" + (" calibration" if not asked.check else ""), why)
     if len(refs) < (1 if again or from_peft else 2):
         raise click.UsageError("Give the adapter and the folder to write.")
     *adapters, out = refs
@@ -167,6 +169,7 @@ def fuse_command(
             options=asked,
             overwrite=overwrite,
             any_base=any_base,
+            resume=resume,
             on_event=on_event,
         )
     if as_json:

@@ -8,15 +8,15 @@ what it cost is measured on other text (see `fidelity`).
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from mlx_adapters.assembly.formats import make_writer
 from mlx_adapters.assembly.tensors import Assembly, Writer, open_assembly
 from mlx_adapters.assembly.weights import Updates
 from mlx_adapters.assembly.writing import SPARE_BYTES, companion_bytes
-from mlx_adapters.calibration.calibrate import Spool
+from mlx_adapters.calibration.spool import Spool, key_of, spooled
 from mlx_adapters.calibration.strategy import Strategy
 from mlx_adapters.calibration.texts import GENERAL, PYTHON, choose_text
 from mlx_adapters.checkpoints.left_out import left_out
@@ -39,6 +39,8 @@ from mlx_adapters.system.door import mx
 from mlx_adapters.system.machine import versions
 from mlx_adapters.units import count
 
+# Options that leave the rounding of layers as it is.
+WITHOUT_ROUNDING = dict.fromkeys(("check", "check_rows", "max_kl", "budget_bits", "force"))
 NOTABLE_KL = 0.001  # nats per token that rounding to nearest may cost without a word
 
 
@@ -54,6 +56,7 @@ def fuse(
     overwrite: bool = False,
     any_base: bool = False,
     replaced: dict[str, mx.array] | None = None,
+    resume: bool = False,
     on_event: OnEvent = log_warnings,
 ) -> FuseResult:
     """Write `base` + `adapters` as a whole model folder `out`, which plain mlx-lm loads.
@@ -70,6 +73,7 @@ def fuse(
         overwrite: replace an earlier fuse in `out`.
         any_base: fuse into a base that the adapter was not trained on.
         replaced: module path -> a whole new weight, in the layer's own shape, where a layer is not merely updated.
+        resume: go on with the same fuse where it was stopped after more than a minute.
         on_event: called with progress and notes.
 
     Raises ConfigError, NotFoundError, FormatError, IncompatibleError, ExistsError, FidelityError, ModelError or
@@ -107,11 +111,14 @@ def fuse(
     handed_on = left_out(resolved)[0].values() if options.format == "mlx" else ()
     beside = companion_bytes(resolved) + sum(tensor.nbytes for tensor in handed_on)
     paths.require_free_space(out, strategy.disk_bytes() + beside + SPARE_BYTES)
-    with files.atomic_folder(out, overwrite, ours) as folder:
-        spool = Spool(folder / "parts")
+    made_of = asdict(_recipe(strategy, writer, given, dtype))
+    key = key_of(made_of | {"options": made_of["options"] | WITHOUT_ROUNDING})
+    calibrates = strategy.method == "calibrated" and strategy.text is not None
+    require(calibrates or not resume, "Only a calibrated fuse can be continued.", "leave --continue out.")
+    keeping = spooled(out, key, resume, on_event) if calibrates else nullcontext(Spool(out))
+    with files.atomic_folder(out, overwrite, ours) as folder, keeping as spool:
         strategy.round(spool)
         written = writer.write(assembly, folder, spool.get, on_event)
-        spool.remove()
         template_notes = _write_template(folder, [adapter for adapter, _ in updates.adapters], options.format)
         for note in (*written.notes, *template_notes):
             on_event(Note(f"{note}.", "warning" if "left out" in note else "info"))
@@ -132,7 +139,8 @@ def fuse(
             seconds=time.perf_counter() - started,
         )
         _refuse_unfaithful(result, options)
-        files.write_json(folder / FUSE_RECIPE_FILE, {"format": 1} | _recipe(strategy, writer, given, dtype, folder))
+        made = replace(_recipe(strategy, writer, given, dtype), weights_sha256=recipes.weights_sha256(folder))
+        files.write_json(folder / FUSE_RECIPE_FILE, {"format": 1} | asdict(made))
         files.write_json(folder / REPORT_FILE, report(result) | {"files": recipes.written_in(folder)})
     return result
 
@@ -194,9 +202,7 @@ def _refuse_unfaithful(result: FuseResult, options: FuseOptions) -> None:
         )
 
 
-def _recipe(
-    strategy: Strategy, writer: Writer, given: Sequence[AdapterLike], dtype: str, folder: Path
-) -> dict[str, Any]:
+def _recipe(strategy: Strategy, writer: Writer, given: Sequence[AdapterLike], dtype: str) -> Recipe:
     updates, text = strategy.assembly.updates, strategy.text
     options = strategy.options
     if text is not None and text.source == GENERAL:  # even if the adapter's own data turns up again
@@ -205,7 +211,7 @@ def _recipe(
         path = options.calibration if isinstance(options.calibration, Path) else PYTHON
         options = replace(options, calibration=str(path))
     described = [recipes.describe_adapter(g, a, w) for g, (a, w) in zip(given, updates.adapters, strict=True)]
-    made = Recipe(
+    return Recipe(
         base=strategy.assembly.base.record(),
         adapters=described,
         quantization=writer.precision.to_json(),
@@ -215,9 +221,8 @@ def _recipe(
         text=text.describe() | {"why": None} if text else None,
         options=asdict(options),
         versions=versions(),
-        weights_sha256=recipes.weights_sha256(folder),
+        weights_sha256={},
     )
-    return asdict(made)
 
 
 def fuse_again(

@@ -43,8 +43,8 @@ class Judge:
         from mlx_adapters.calibration.strategy import batches_of
         from mlx_adapters.sources.bases import resolve_base
 
-        self.batches = batches_of(text.check)
         found, updates = resolve_base(base), Updates(((adapter, 1.0),))
+        self.batches = batches_of(text.check, found)
         self.reference = self._logs(BlockwiseModel(found, updates))
         self.adapter, self.base = self._figures(self.reference), self._figures(self._logs(BlockwiseModel(found)))
 

@@ -8,12 +8,16 @@ import pytest
 from helpers.fusing import some_rows, visible_adapter
 
 from mlx_adapters.assembly.weights import Updates
-from mlx_adapters.calibration import moments
+from mlx_adapters.calibration import calibrate, moments, strategy
 from mlx_adapters.calibration.blockwise import BlockwiseModel
 from mlx_adapters.calibration.collecting import Collector
 from mlx_adapters.calibration.fidelity import measure_fidelity
 from mlx_adapters.calibration.moments import ExpertMoments, Seen, mix
+from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.data.batches import make_batches
+from mlx_adapters.errors import ModelError
+from mlx_adapters.fusion.fuse import fuse
+from mlx_adapters.rounding.workers import Task
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.surgery import blocks
 from mlx_adapters.surgery.blocks import Blocks
@@ -122,3 +126,46 @@ def test_logits_are_held_for_few_tokens_at_a_time(tiny_model, tmp_path, monkeypa
         assert 0.2 < traces[0] / traces[1] < 5  # other random directions
     assert asdict(other) == pytest.approx(asdict(fidelity), rel=1e-4)
     assert max(widths[1]) <= 5 < max(widths[0])
+
+
+class Full:
+    """A rounder with memory for `most` experts, and a collector with memory for so many tokens at a time."""
+
+    def __init__(self, monkeypatch, most, tokens):
+        self.sizes, self.batches = [], []
+        run, collect = Task.run, Collector.run
+
+        def full_run(task, engine):
+            self.sizes.append(len(task.weight) if task.weight.ndim == 3 else 0)
+            if self.sizes[-1] > most:
+                raise RuntimeError("[malloc] Unable to allocate 1 bytes.")
+            return run(task, engine)
+
+        def full_collect(collector, *arguments):
+            largest = max(batch.tokens.size for batch in collector.batches)
+            self.batches.append(largest)
+            if largest > tokens:
+                raise RuntimeError("cudaMallocAsync failed: out of memory")
+            return collect(collector, *arguments)
+
+        monkeypatch.setattr(Task, "run", full_run)
+        monkeypatch.setattr(Collector, "run", full_collect)
+        monkeypatch.setattr(strategy, "batches_of", lambda rows, base, most=0: make_batches(rows, most or 48))
+        monkeypatch.setattr(calibrate, "on_gpu", lambda: True)
+
+
+def test_fewer_experts_and_fewer_rows_where_memory_is_short(tiny_model, tmp_path, monkeypatch):
+    folder = tiny_model("mixtral", bits=4)
+    adapter, options = visible_adapter(folder), FuseOptions(calibration_rows=8, check=False)
+    whole = Full(monkeypatch, most=99, tokens=10**6)
+    fused = fuse(folder, adapter, tmp_path / "whole", quantization=4, options=options)
+    monkeypatch.undo()
+    short = Full(monkeypatch, most=1, tokens=whole.batches[0] - 1)
+    again = fuse(folder, adapter, tmp_path / "short", quantization=4, options=options)
+    experts = max(whole.sizes)
+    assert experts > 1 and set(short.sizes) >= {experts, 1} and fused.method == again.method == "calibrated"
+    assert short.batches[0] == whole.batches[0] > short.batches[-1]
+    monkeypatch.undo()
+    Full(monkeypatch, most=99, tokens=0)
+    with pytest.raises(ModelError, match="too little memory"):
+        fuse(folder, adapter, tmp_path / "none", quantization=4, options=options)
