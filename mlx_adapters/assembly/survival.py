@@ -14,6 +14,7 @@ import numpy as np
 from mlx_adapters.errors import FormatError
 from mlx_adapters.storage.tensor_files import as_numpy
 from mlx_adapters.system.door import mx
+from mlx_adapters.system.machine import on_gpu
 
 
 def not_finite(path: str) -> FormatError:
@@ -28,6 +29,19 @@ def require_finite(path: str, *stored: mx.array) -> None:
     """Raise FormatError if a floating array that a file is to hold for the layer at `path` has NaN or Inf in it."""
     floating = [array for array in stored if mx.issubdtype(array.dtype, mx.floating)]
     if floating and not mx.stack([mx.isfinite(array).all() for array in floating]).all().item():
+        raise not_finite(path)
+
+
+def require_representable(path: str, weight: mx.array, dtype: mx.Dtype) -> None:
+    """Raise FormatError if a number of a float32 `weight` is NaN, or Inf once it is stored as `dtype`."""
+    if on_gpu():
+        least, most = mx.stack([weight.min(), weight.max()]).tolist()
+    else:  # NumPy's reductions are ten times MLX's on a CPU
+        numbers = as_numpy(weight)
+        least, most = float(numbers.min()), float(numbers.max())
+    about = mx.finfo(dtype)
+    limit = about.max * (1 + about.eps / 4)  # half a step above the largest; what lies there is rounded up
+    if not (-limit < least and most < limit):  # NaN is neither
         raise not_finite(path)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from mlx.utils import tree_flatten
 
 from mlx_adapters.assembly.plan import LayerPlan, is_weight_leaf, packed_shapes, plan_layers, quantization_config
-from mlx_adapters.assembly.survival import Survival, SurvivalSum, require_finite, sample
+from mlx_adapters.assembly.survival import Survival, SurvivalSum, require_finite, require_representable, sample
 from mlx_adapters.assembly.weights import BaseWeights, Updates, chunks
 from mlx_adapters.assembly.writing import Unit, Written, dtype_name
 from mlx_adapters.config.mapping import require
@@ -153,7 +153,9 @@ class Assembly:
                 parts, stored = list(piece.tensors.values()), dequantize(piece[some])
             base, wanted = base[some], fused[some]
             mx.eval(parts, *([base, wanted, stored] if plan.changed else []))
-            require_finite(plan.path, fused.astype(self.scale_dtype), *parts)
+            require_representable(plan.path, fused, self.scale_dtype)
+            if plan.target is not None:
+                require_finite(plan.path, *parts)
             pieces.append(parts)
             if plan.changed:
                 total.add(base, wanted, stored)
