@@ -5,6 +5,7 @@ imports these names from here.
 """
 
 import contextlib
+import importlib
 import importlib.util
 import inspect
 import io
@@ -13,9 +14,11 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from jinja2 import Template
@@ -55,10 +58,10 @@ try:
         warnings.simplefilter("ignore")
         import mlx.core as mx
         import mlx.nn as nn
-        from mlx_lm.generate import generate_step
+        from mlx_lm.generate import TextStateMachine, generate_step, make_text_state_machine
         from mlx_lm.models.cache import make_prompt_cache
         from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
-        from mlx_lm.tokenizer_utils import TokenizerWrapper
+        from mlx_lm.tokenizer_utils import TokenizerWrapper, _infer_tool_parser
         from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
         from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
         from mlx_lm.utils import (
@@ -199,6 +202,33 @@ def load_tokenizer(folder: Path, eos_token_ids: Any, chat_template: str | None =
     return tokenizer
 
 
+@dataclass(frozen=True)
+class ToolParser:
+    """mlx-lm's parser of one model's tool calls: `parse(text, tools)` reads what is between `start` and `end`.
+
+    It gives {"name", "arguments"} or a list of these, and raises what it likes. `end` "": the end of the answer.
+    """
+
+    start: str
+    end: str
+    parse: Callable[[str, Any], Any]
+
+
+def tool_parser_of(tokenizer: TokenizerWrapper, template: str | None = None) -> ToolParser | None:
+    """The parser that mlx-lm chooses for this tokenizer, or would for it with another chat template."""
+    if template is None or template == getattr(tokenizer, "chat_template", None):
+        if not tokenizer.has_tool_calling:
+            name = _infer_tool_parser(tokenizer)
+        else:
+            return ToolParser(tokenizer.tool_call_start, tokenizer.tool_call_end, tokenizer.tool_parser)
+    else:
+        name = _infer_tool_parser(SimpleNamespace(chat_template=template, get_vocab=tokenizer.get_vocab))
+    if name is None:
+        return None
+    module = importlib.import_module(f"mlx_lm.tool_parsers.{name}")
+    return ToolParser(module.tool_call_start, module.tool_call_end, module.parse_tool_call)
+
+
 def compile_chat_template(text: str) -> Template:
     """A chat template as transformers compiles it. Raises jinja2.TemplateSyntaxError."""
     return chat_template_utils._compile_jinja_template(text)
@@ -300,7 +330,9 @@ __all__ = [
     "QuantizedSwitchLinear",
     "SwitchLinear",
     "TRUST_IT",
+    "TextStateMachine",
     "TokenizerWrapper",
+    "ToolParser",
     "compile_chat_template",
     "fetched_by_mlx_lm",
     "generate_step",
@@ -311,11 +343,13 @@ __all__ = [
     "logits_shape",
     "make_module",
     "make_prompt_cache",
+    "make_text_state_machine",
     "mx",
     "nn",
     "packed_by",
     "sanitize_of",
     "refusals",
+    "tool_parser_of",
     "trusting_remote_code",
     "trusts_remote_code",
 ]

@@ -1,0 +1,133 @@
+"""JSON schemas and tool calls as grammars, in llguidance's dialect of Lark.
+
+A schema that cannot be enforced is refused with the place in it; keywords that a grammar cannot hold are left to the
+model where the request does not ask for strictness.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from mlx_adapters.errors import ConfigError
+from mlx_adapters.templates.tool_calls import HERMES, ToolFormat
+
+SPACE = r"\n?[ \t]{0,24}"  # between the parts of a JSON text: enough for indentation, and no endless run
+BEFORE = r"start_space: /[ \n]{0,4}/"  # what stands after the mark that ends reasoning
+CHILDREN = ("items", "additionalProperties", "contains", "not", "if", "then", "else", "propertyNames")
+CHILD_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
+CHILD_MAPS = ("properties", "patternProperties", "$defs", "definitions")
+
+
+def json_grammar(schema: Mapping[str, Any], strict: bool = True) -> str:
+    """A JSON text that the schema allows, after as much space as may follow reasoning.
+
+    Args:
+        schema: draft 2020-12.
+        strict: every keyword is enforced; else those that no grammar can hold are not.
+    """
+    return f"start: start_space json\n{BEFORE}\njson: {_json(schema, strict)}\n"
+
+
+def calls_grammar(
+    tools: Sequence[Mapping[str, Any]],
+    format: ToolFormat,
+    special: Mapping[str, int],
+    many: bool,
+    after_mark: bool = False,
+) -> str | None:
+    """Calls of these tools, as the model writes them.
+
+    Args:
+        tools: in OpenAI's form.
+        format: the model's; without a form of its own the call is JSON between the usual marks.
+        special: the texts and ids of the tokens that a grammar names by their id, from `Grammars.special`.
+        many: more than one call, where the form has room for more.
+        after_mark: what follows the mark that begins a call; None is given if the form has no such mark.
+    """
+    form = format.form or (None if after_mark else HERMES)
+    if form is None:
+        return None
+    start = format.marks[0] if after_mark else ""
+    if not form.before.strip().startswith(start):
+        return None
+    head = form.before.lstrip()[len(start) :] if after_mark else form.before
+    rules = [f"arguments_{i}: {_arguments(tool)}" for i, tool in enumerate(tools)]
+    names = [f"{_literal(t['function']['name'] + form.between, special)} arguments_{i}" for i, t in enumerate(tools)]
+    more = f" ({_literal(form.joint, special)} call)*" if many and form.joint is not None else ""
+    opening = "" if after_mark else "start_space "
+    return "\n".join(
+        [
+            f"start: {opening}{_literal(head, special)} call{more} {_literal(form.after, special)}",
+            *([] if after_mark else [BEFORE]),
+            f"call: {' | '.join(names)}",
+            *rules,
+            "",
+        ]
+    )
+
+
+def _arguments(tool: Mapping[str, Any]) -> str:
+    function = tool["function"]
+    schema = function.get("parameters") or {"type": "object", "additionalProperties": False}
+    return _json({"type": "object", **schema}, bool(function.get("strict")))
+
+
+def _json(schema: Mapping[str, Any], strict: bool) -> str:
+    return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": SPACE, "lenient": not strict}})
+
+
+def _literal(text: str, special: Mapping[str, int]) -> str:
+    """A text in Lark, its special tokens by their ids."""
+    found = [(text.index(token), token) for token in special if token in text]
+    if not found:
+        return json.dumps(text, ensure_ascii=False) if text else ""
+    at, token = min(found, key=lambda one: (one[0], -len(one[1])))
+    rest = text[at + len(token) :]
+    return " ".join(filter(None, [_literal(text[:at], {}), f"<[{special[token]}]>", _literal(rest, special)]))
+
+
+def check_schema(schema: Any, where: str, strict: bool) -> None:
+    """Raise ConfigError for a schema that no grammar can be made of, with the place.
+
+    Args:
+        schema: what a client sent.
+        where: the place of the schema in the request.
+        strict: as for `json_grammar`.
+    """
+    if not isinstance(schema, dict):
+        raise ConfigError(f"'{where}' must be a JSON schema, which is an object.")
+    why = _refusal(schema, strict)
+    if why:
+        place = _place(schema, schema, why, strict, 0)
+        at = ".".join([where, *place]) if place else where
+        raise ConfigError(f"The schema cannot be used: {why} (at '{at}').")
+
+
+def _refusal(schema: Mapping[str, Any], strict: bool) -> str:
+    """Why no grammar can be made of it; "" if one can."""
+    from llguidance import LLMatcher
+
+    grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"lenient": not strict})
+    why = LLMatcher.validate_grammar(grammar)
+    return " ".join(why.split())[:300] if why and not why.startswith("WARNING") else ""
+
+
+def _place(root: Mapping[str, Any], schema: Mapping[str, Any], why: str, strict: bool, depth: int) -> list[str]:
+    """The way to the smallest part that is refused for the same reason."""
+    shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
+    for way, child in _children(schema) if depth < 32 else ():
+        if isinstance(child, dict) and _refusal({**shared, **child}, strict) == why:
+            return [*way, *_place(root, child, why, strict, depth + 1)]
+    return []
+
+
+def _children(schema: Mapping[str, Any]) -> Iterator[tuple[list[str], Any]]:
+    for key in CHILDREN:
+        if key in schema:
+            yield [key], schema[key]
+    for key in CHILD_LISTS:
+        if isinstance(schema.get(key), list):
+            yield from (([f"{key}[{i}]"], child) for i, child in enumerate(schema[key]))
+    for key in CHILD_MAPS:
+        if isinstance(schema.get(key), dict):
+            yield from (([key, name], child) for name, child in schema[key].items())

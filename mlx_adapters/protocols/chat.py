@@ -1,0 +1,190 @@
+"""OpenAI's bodies of /v1/chat/completions and /v1/completions, whole or as chunks of a stream."""
+
+import math
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from mlx_adapters.answers.reading import Answer, Part, ToolCall
+from mlx_adapters.generation.batching import Token
+from mlx_adapters.protocols.options import Asked
+
+Body = dict[str, Any]
+
+
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> Body:
+    """OpenAI's usage record."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
+
+
+class Writer:
+    """What is told of the answers of one request; `whole` at once, or `begin`, `piece` for each piece, and `end`.
+
+    Args:
+        asked: the request.
+        model: the adapter or base that answers.
+        fingerprint: of what computes.
+        token_text: the text of a token.
+        prompts: the texts of the prompts, where they are to be echoed.
+    """
+
+    kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
+
+    def __init__(
+        self,
+        asked: Asked,
+        model: str,
+        fingerprint: str,
+        token_text: Callable[[int], str],
+        prompts: Sequence[str] = (),
+    ) -> None:
+        self.asked, self.model, self.fingerprint, self.prompts = asked, model, fingerprint, prompts
+        self._token_text = token_text
+        self.id = self.prefix + uuid.uuid4().hex
+        self.created = int(time.time())
+        self._waiting: dict[int, list[Token]] = {}
+        self._calls: dict[int, int] = {}
+
+    def whole(self, answers: Sequence[Answer], usage: Body) -> Body:
+        """The body of answers that are not streamed."""
+        choices = [self._choice(i, answer) for i, answer in enumerate(answers)]
+        return self._envelope(self.kind, choices) | {"usage": usage}
+
+    def begin(self, choices: int) -> Iterator[Body]:
+        """The chunks that come first."""
+        yield from ()
+
+    def piece(
+        self, index: int, parts: Sequence[Part | ToolCall], tokens: Sequence[Token], answer: Answer
+    ) -> Iterator[Body]:
+        """The chunks that tell of a piece of the choice `index`."""
+        if index not in self._waiting:
+            self._waiting[index] = []
+            yield self._chunk(index, {"role": "assistant", "content": ""})
+        self._waiting[index] += tokens
+        for part in parts:
+            yield from (self._chunk(index, delta) for delta in self._deltas(index, part))
+        if answer.finish_reason is not None:
+            yield self._chunk(index, {}, answer.finish_reason)
+
+    def end(self, answers: Sequence[Answer], usage: Body) -> Iterator[Body]:
+        """The chunks that come last."""
+        if self.asked.include_usage:
+            yield self._envelope(self.chunk_kind, []) | {"usage": usage}
+
+    def _deltas(self, index: int, part: Part | ToolCall) -> Iterator[Body]:
+        if isinstance(part, Part):
+            yield _said(part.kind, part.text)
+            return
+        number = self._calls.get(index, 0)
+        self._calls[index] = number + 1
+        head = {"index": number, "id": part.id, "type": "function", "function": {"name": part.name, "arguments": ""}}
+        yield {"tool_calls": [head]}
+        yield {"tool_calls": [{"index": number, "function": {"arguments": part.arguments}}]}
+
+    def _chunk(self, index: int, delta: Body, reason: str | None = None) -> Body:
+        tokens: Sequence[Token] = ()
+        if (delta.get("content") != "" or reason) and (waiting := self._waiting[index]):
+            tokens, self._waiting[index] = waiting, []
+        choice = {"index": index, **self._delta(delta), "logprobs": self._logprobs(tokens), "finish_reason": reason}
+        return self._envelope(self.chunk_kind, [choice]) | ({"usage": None} if self.asked.include_usage else {})
+
+    def _delta(self, delta: Body) -> Body:
+        return {"delta": delta}
+
+    def _choice(self, index: int, answer: Answer) -> Body:
+        message: Body = {"role": "assistant", "content": answer.content, "refusal": None}
+        if answer.reasoning:
+            message |= _said("reasoning", answer.reasoning)
+        if answer.calls:
+            message["content"] = answer.content or None
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in answer.calls
+            ]
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": self._logprobs(answer.tokens),
+            "finish_reason": answer.finish_reason,
+        }
+
+    def _envelope(self, kind: str, choices: list[Body]) -> Body:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+            "choices": choices,
+        }
+
+    def _logprobs(self, tokens: Sequence[Token]) -> Body | None:
+        if self.asked.logprobs is None or not tokens:
+            return None
+        entries = [
+            self._entry(t.id, t.logprob) | {"top_logprobs": [self._entry(i, p) for i, p in t.top]} for t in tokens
+        ]
+        return {"content": entries, "refusal": None}
+
+    def _entry(self, token: int, logprob: float | None) -> Body:
+        text = self._token_text(token)
+        whole = "\ufffd" not in text  # else the token holds a part of a character
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode()) if whole else None}
+
+
+class CompletionWriter(Writer):
+    """OpenAI's older /v1/completions. An echo is the prompt before the answer, with the prompt's log-probabilities."""
+
+    kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl-"
+
+    def begin(self, choices: int) -> Iterator[Body]:
+        """The echoes of a stream."""
+        self._offset = [0] * choices
+        for index in range(choices):
+            self._waiting[index] = []
+            if self.asked.echo:
+                yield self._chunk(index, {"content": self._echo(index)})
+
+    def _echo(self, index: int) -> str:
+        return self.prompts[index // self.asked.choices] if self.asked.echo else ""
+
+    def _delta(self, delta: Body) -> Body:
+        return {"text": delta.get("content", "")}
+
+    def _choice(self, index: int, answer: Answer) -> Body:
+        return {
+            "index": index,
+            "text": self._echo(index) + answer.content,
+            "logprobs": self._logprobs(answer.tokens),
+            "finish_reason": answer.finish_reason,
+        }
+
+    def _logprobs(self, tokens: Sequence[Token]) -> Body | None:
+        if self.asked.logprobs is None or not tokens:
+            return None
+        texts, offsets, offset = [self._token_text(t.id) for t in tokens], [], 0
+        for text in texts:
+            offsets.append(offset)
+            offset += len(text)
+        return {
+            "tokens": texts,
+            "token_logprobs": [None if t.logprob is None else _finite(t.logprob) for t in tokens],
+            "top_logprobs": [{self._token_text(i): _finite(p) for i, p in t.top} or None for t in tokens],
+            "text_offset": offsets,
+        }
+
+
+def _said(kind: str, text: str) -> Mapping[str, str]:
+    """Content; or reasoning, by the two names that clients know it by."""
+    return {"content": text} if kind == "content" else {"reasoning_content": text, "reasoning": text}
+
+
+def _finite(logprob: float | None) -> float:
+    return logprob if logprob is not None and math.isfinite(logprob) else -9999.0

@@ -1,0 +1,37 @@
+"""A refusal, as OpenAI's API writes it."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from mlx_adapters.errors import AdapterError
+
+
+class ApiError(Exception):
+    """A refusal with an HTTP status and the body that OpenAI's API gives."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.kind, self.param, self.code = status, message, kind, param, code
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON body."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+
+@contextlib.contextmanager
+def told_as(param: str, longest: int = 400) -> Iterator[None]:
+    """Turn this package's errors into refusals of `param`."""
+    try:
+        yield
+    except AdapterError as error:
+        raise ApiError(400, error.message[:longest], param=param) from None
