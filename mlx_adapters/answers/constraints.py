@@ -6,7 +6,6 @@ grammar keeps no other row waiting.
 
 import functools
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,9 +127,3 @@ class Grammars:
             return from_tokenizer(inner, n_vocab=max(self._vocabulary, len(inner)), eos_token=ends)
         except Exception as error:  # a tokenizer of another kind than Rust's
             raise ConfigError(f"This model's tokenizer allows no grammar: {str(error)[:200]}") from None
-
-
-def allowed(words: Sequence[int] | np.ndarray, vocabulary: int) -> np.ndarray:
-    """The mask (words,) uint32 as booleans (vocabulary,)."""
-    bits = np.unpackbits(np.asarray(words, np.uint32).view(np.uint8), bitorder="little")
-    return np.pad(bits[:vocabulary], (0, max(0, vocabulary - bits.size))).astype(bool)

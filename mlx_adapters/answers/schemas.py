@@ -12,29 +12,37 @@ from mlx_adapters.errors import ConfigError
 from mlx_adapters.templates.tool_calls import HERMES, ToolFormat
 
 SPACE = r"\n?[ \t]{0,24}"  # between the parts of a JSON text: enough for indentation, and no endless run
-BEFORE = r"start_space: /[ \n]{0,4}/"  # what stands after the mark that ends reasoning
 CHILDREN = ("items", "additionalProperties", "contains", "not", "if", "then", "else", "propertyNames")
 CHILD_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 CHILD_MAPS = ("properties", "patternProperties", "$defs", "definitions")
 
 
-def json_grammar(schema: Mapping[str, Any], strict: bool = True) -> str:
-    """A JSON text that the schema allows, after as much space as may follow reasoning.
+def answer_grammar(json: str = "", calls: Sequence[str] = (), space: bool = False) -> str:
+    """The grammar of a whole answer: a JSON text, or calls, or either.
+
+    Args:
+        json: from `json_rule`.
+        calls: from `call_rules`.
+        space: there may be space first, as after reasoning.
+    """
+    either = " | ".join(name for name, there in (("json", json), ("calls", calls)) if there)
+    rules = [f"start: {'space ' if space else ''}({either})", *([r"space: /[ \n]{0,4}/"] if space else [])]
+    return "\n".join([*rules, *([json] if json else []), *calls, ""])
+
+
+def json_rule(schema: Mapping[str, Any], strict: bool = True) -> str:
+    """A JSON text that the schema allows.
 
     Args:
         schema: draft 2020-12.
         strict: every keyword is enforced; else those that no grammar can hold are not.
     """
-    return f"start: start_space json\n{BEFORE}\njson: {_json(schema, strict)}\n"
+    return f"json: {_json(schema, strict)}"
 
 
-def calls_grammar(
-    tools: Sequence[Mapping[str, Any]],
-    format: ToolFormat,
-    special: Mapping[str, int],
-    many: bool,
-    after_mark: bool = False,
-) -> str | None:
+def call_rules(
+    tools: Sequence[Mapping[str, Any]], format: ToolFormat, special: Mapping[str, int], many: bool, begun: bool = False
+) -> list[str]:
     """Calls of these tools, as the model writes them.
 
     Args:
@@ -42,28 +50,17 @@ def calls_grammar(
         format: the model's; without a form of its own the call is JSON between the usual marks.
         special: the texts and ids of the tokens that a grammar names by their id, from `Grammars.special`.
         many: more than one call, where the form has room for more.
-        after_mark: what follows the mark that begins a call; None is given if the form has no such mark.
+        begun: what follows the mark that begins a call.
     """
-    form = format.form or (None if after_mark else HERMES)
-    if form is None:
-        return None
-    start = format.marks[0] if after_mark else ""
-    if not form.before.strip().startswith(start):
-        return None
-    head = form.before.lstrip()[len(start) :] if after_mark else form.before
-    rules = [f"arguments_{i}: {_arguments(tool)}" for i, tool in enumerate(tools)]
+    form = format.form or HERMES
+    head = form.before.lstrip().removeprefix(format.marks[0]) if begun else form.before
     names = [f"{_literal(t['function']['name'] + form.between, special)} arguments_{i}" for i, t in enumerate(tools)]
     more = f" ({_literal(form.joint, special)} call)*" if many and form.joint is not None else ""
-    opening = "" if after_mark else "start_space "
-    return "\n".join(
-        [
-            f"start: {opening}{_literal(head, special)} call{more} {_literal(form.after, special)}",
-            *([] if after_mark else [BEFORE]),
-            f"call: {' | '.join(names)}",
-            *rules,
-            "",
-        ]
-    )
+    return [
+        f"calls: {_literal(head, special)} call{more} {_literal(form.after, special)}",
+        f"call: {' | '.join(names)}",
+        *(f"arguments_{i}: {_arguments(tool)}" for i, tool in enumerate(tools)),
+    ]
 
 
 def _arguments(tool: Mapping[str, Any]) -> str:

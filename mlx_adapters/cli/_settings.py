@@ -86,7 +86,7 @@ class KeyValue(click.ParamType):
         if isinstance(value, tuple):
             return value
         key, equals, text = str(value).partition("=")
-        if not equals or not key.isidentifier():
+        if not equals or not (key.isidentifier() or key.isdecimal()):
             self.fail(f"'{value}' is not KEY=VALUE, such as enable_thinking=false.", param, ctx)
         if text.lower() in self.words:
             return key, self.words[text.lower()]
@@ -120,7 +120,7 @@ def option(
     if one.kinds == (dict[str, Any],):  # --chat-template-arg KEY=VALUE, as often as one likes
         nothing: dict[str, Any] | None = None if over_file else {}
         told |= {"type": KeyValue(), "multiple": True, "callback": lambda _, __, pairs: dict(pairs) or nothing}
-        one, flag = dataclasses.replace(one, default=None), flag or _flag(name.removesuffix("s"))
+        one, flag = dataclasses.replace(one, default=None), flag or _flag(re.sub("args$", "arg", name))
     elif one.repeated:
         told |= {"type": str, "multiple": True}
     elif bool not in one.kinds:

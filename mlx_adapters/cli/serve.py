@@ -28,7 +28,7 @@ from mlx_adapters.serving.settings import ServeSettings, parse_split
 @option(ServeSettings, "splits", flag="--split", type=str, multiple=True, metavar="NAME=A:0.5,B:0.5")
 @options(ServeSettings, "allow_load max_adapters")
 @click.option("--max-adapter-mb", type=click.IntRange(min=1), help="Memory for adapters, in MB [no limit].")
-@options(ServeSettings, "max_batch max_queue max_tokens max_seconds")
+@options(ServeSettings, "max_batch max_queue max_tokens max_seconds lenient")
 @template_options
 @dtype_option
 @trust_option

@@ -1,5 +1,6 @@
 """How answers are written: the one definition that Python, the command line and the server share. Imports no MLX."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict
@@ -13,7 +14,8 @@ from mlx_adapters.config.settings import check, setting, settings
 class Sampling:
     """How long an answer may be, and how its tokens are chosen.
 
-    The filters follow each other as in mlx-lm, on the probabilities at temperature 1: `top_p`, `min_p`, `top_k`.
+    Logits are changed by `logit_bias`, then by the penalties; the filters follow each other as in mlx-lm, on the
+    probabilities at temperature 1: `top_p`, `min_p`, `xtc_probability`, `top_k`.
 
     Raises ConfigError for a value out of range.
 
@@ -29,11 +31,42 @@ class Sampling:
         0.0, "Sample from tokens at least this likely, relative to the likeliest", at_least=0, at_most=1
     )
     top_k: int = setting(0, "Sample from this many of the likeliest tokens; 0: from all", at_least=0)
+    xtc_probability: float = setting(
+        0.0,
+        "How often the likeliest tokens are left out, all but the least likely of those above `xtc_threshold`",
+        at_least=0,
+        at_most=1,
+    )
+    xtc_threshold: float = setting(0.1, "Probability above which tokens count as likely there", at_least=0, at_most=0.5)
+    repetition_penalty: float = setting(
+        1.0,
+        "Divide logits of tokens that were there by this",
+        more="In the prompt or the answer; negative logits are multiplied by it.",
+        above=0,
+    )
+    presence_penalty: float = setting(0.0, "Take this from logits of tokens that the answer has")
+    frequency_penalty: float = setting(0.0, "Take this from logits for each time the answer has the token")
+    penalty_window: int | None = setting(
+        None,
+        "Penalties look at this many of the last tokens, also the prompt's",
+        means="at all",
+        at_least=1,
+    )
+    logit_bias: dict[str, Any] = setting(
+        dict, "Add a number to a token's logits", more="By the token's id.", metavar="ID=NUMBER"
+    )
     seed: int | None = setting(None, "Seed of the sampling", at_least=0, below=1 << 63)
     stop: tuple[str, ...] = setting((), "End the answer before this text", metavar="TEXT", repeated=True)
+    extra_eos: tuple[str, ...] = setting(
+        (), "End the answer at this token too", more="By its text or its id.", metavar="TOKEN", repeated=True
+    )
+    min_tokens: int = setting(0, "Shortest answer; nothing ends it before", at_least=0)
+    ignore_eos: bool = setting(False, "Go on where the model ends the answer")
 
     def __post_init__(self) -> None:
         check(self)
+        bad = [key for key, value in self.logit_bias.items() if not str(key).isdecimal() or not _is_number(value)]
+        require(not bad, f"logit_bias maps token ids to numbers, not '{bad[0] if bad else ''}'.")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         require(all(isinstance(word, str) and word for word in stop), "stop must be texts that are not empty.")
         object.__setattr__(self, "stop", stop)
@@ -57,5 +90,19 @@ class SamplingOptions(TypedDict, total=False):
     top_p: float
     min_p: float
     top_k: int
+    xtc_probability: float
+    xtc_threshold: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    penalty_window: int | None
+    logit_bias: dict[str, Any]
     seed: int | None
     stop: str | Sequence[str]
+    extra_eos: tuple[str, ...]
+    min_tokens: int
+    ignore_eos: bool
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -24,7 +24,8 @@ from mlx_adapters.data.tokenizing import messages_of
 from mlx_adapters.errors import ConfigError, FormatError, NotFoundError, did_you_mean
 from mlx_adapters.evaluation.sqlite import Database, is_correct
 from mlx_adapters.events import OnEvent, Progress, log_warnings
-from mlx_adapters.generation.batching import Request, answer_plainly
+from mlx_adapters.generation.batching import answer_plainly
+from mlx_adapters.generation.requests import Request
 from mlx_adapters.models.model import Model
 from mlx_adapters.storage import paths
 

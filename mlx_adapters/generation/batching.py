@@ -5,74 +5,19 @@ leave between steps. A prompt is read alone, in pieces, with its own adapter; th
 batch's. While a step is computed the tokens of the one before are handed out, so the device never waits.
 """
 
-import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_adapters.config.mapping import require
-from mlx_adapters.config.sampling import Sampling
 from mlx_adapters.errors import IncompatibleError
-from mlx_adapters.generation.sampling import Sampler
+from mlx_adapters.generation.requests import Request, Row, Token, scored
 from mlx_adapters.runtime.attached import Attached
 from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.surgery.caches import same_function
 from mlx_adapters.system.door import make_prompt_cache, mx, nn
 
 PREFILL_TOKENS = 512
-_numbers = itertools.count()
-
-
-@dataclass(eq=False)
-class Request:
-    """A prompt and how to go on from it. `top_logprobs` None: no log-probabilities; n: also of the n likeliest.
-
-    `adapter` None is the base. `stop_tokens` end the answer and are not part of it.
-    """
-
-    prompt: Sequence[int]
-    adapter: Attached | None = None
-    max_tokens: int = 256
-    sampler: Sampler = field(default_factory=lambda: Sampler(Sampling()))
-    stop_tokens: frozenset[int] = frozenset()
-    top_logprobs: int | None = None
-    number: int = field(default_factory=lambda: next(_numbers))
-
-    def __post_init__(self) -> None:
-        require(len(self.prompt) > 0, "The prompt is empty.")
-        require(self.max_tokens >= 1, f"max_tokens must be at least 1, not {self.max_tokens}.")
-
-
-@dataclass(frozen=True)
-class Token:
-    """One token of an answer. The last one says why it is the last; at "stop" it is the stop token itself."""
-
-    request: Request
-    id: int
-    finish_reason: str | None = None
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(eq=False)
-class _Row:
-    request: Request
-    made: int = 0
-    fresh: bool = True  # its next input is still the prompt's last token
-    read: mx.array | None = None  # the tokens before its next input, (n,), where its logits are processed
-
-    def __post_init__(self) -> None:
-        if self.request.sampler.processors:
-            self.read = mx.array(list(self.request.prompt[:-1]), dtype=mx.uint32)
-
-    def choose(self, token: mx.array, logits: mx.array) -> mx.array:
-        """The token (1,) that follows `token` (1,), of its logits (1, vocabulary)."""
-        sampler = self.request.sampler
-        if self.read is not None:
-            self.read = mx.concatenate([self.read, token.astype(mx.uint32)])
-            logits = sampler.process(self.read, logits)
-        return sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True)).astype(mx.uint32)
+SCORED_TOKENS = 128  # of a prompt whose log-probabilities are told, in one piece: (tokens, vocabulary) is large
 
 
 def batches(module: nn.Module) -> bool:
@@ -108,12 +53,13 @@ class Batcher:
         self.can_batch = max_batch > 1 and batches(module)
         self.max_batch = max_batch if self.can_batch else 1
         self.waiting: deque[Request] = deque()
-        self.rows: list[_Row] = []
+        self.rows: list[Row] = []
         self._reading: tuple[Request, list[Any], int] | None = None
         self._caches: list[Any] = []
         self._inputs: mx.array | None = None
         self._logprobs: mx.array | None = None
         self._steps = 0
+        self._scored: list[Token] = []
         self._mixed: tuple[list[Attached | None], bool] = ([], True)
 
     @property
@@ -159,6 +105,7 @@ class Batcher:
             self._keep([row.request is not request for row in self.rows])
         else:
             return
+        self._scored = [token for token in self._scored if token.request is not request]
         self._release(request)
 
     def clear(self) -> list[Request]:
@@ -167,7 +114,7 @@ class Batcher:
         lost += [self._reading[0]] if self._reading else []
         for request in lost:
             self._release(request)
-        self.rows, self._reading, self._caches = [], None, []
+        self.rows, self._reading, self._caches, self._scored = [], None, [], []
         self.waiting.clear()
         self._inputs = self._logprobs = None
         return lost
@@ -175,20 +122,21 @@ class Batcher:
     def step(self) -> list[Token]:
         """Read what fits of the waiting prompts, compute one step, give the tokens of the step before."""
         self._admit()
+        tokens, self._scored = self._scored, []
         inputs, logprobs = self._inputs, self._logprobs
         if inputs is None:
-            return []
+            return tokens
         with self.pool.routed([row.request.adapter for row in self.rows]):
             self._inputs, self._logprobs = self._forward(inputs)
             mx.async_eval(self._inputs, *([] if self._logprobs is None else [self._logprobs]))
-        tokens, keep = [], []
+        keep = []
         for i, (row, token) in enumerate(zip(self.rows, inputs.tolist(), strict=True)):
             if row.fresh:
                 row.fresh = False
                 keep.append(True)
                 continue
             row.made += 1
-            tokens.append(_token(row, token, logprobs, i))
+            tokens.append(row.told(token, None if logprobs is None else logprobs[i]))
             keep.append(tokens[-1].finish_reason is None)
             if not keep[-1]:
                 self._release(row.request)
@@ -201,10 +149,14 @@ class Batcher:
     def _forward(self, inputs: mx.array) -> tuple[mx.array, mx.array | None]:
         """(next tokens, log-probabilities if a row wants them) of a step with the tokens `inputs` (rows,)."""
         logits = self.module(inputs[:, None], cache=self._caches)[:, -1]
+        if any(row.request.constraint is not None for row in self.rows):
+            mx.async_eval(logits)  # computed while the masks are
+            for row, token in zip(self.rows, inputs.tolist(), strict=True):
+                row.advance(token)
         following = mx.argmax(logits, axis=-1)
-        if not all(row.request.sampler.plain for row in self.rows):
+        if not all(row.plain for row in self.rows):
             parts = [
-                following[i : i + 1] if row.request.sampler.plain else row.choose(inputs[i : i + 1], logits[i : i + 1])
+                following[i : i + 1] if row.plain else row.choose(inputs[i : i + 1], logits[i : i + 1])
                 for i, row in enumerate(self.rows)
             ]
             following = mx.concatenate(parts)
@@ -222,16 +174,28 @@ class Batcher:
                 request = self.waiting.popleft()
                 self._reading = request, make_prompt_cache(self.module), 0
             request, cache, done = self._reading
-            piece = list(request.prompt[done : min(done + self.prefill, len(request.prompt) - 1)])
+            if request.scores and done == 0:
+                self._scored.append(Token(request, request.prompt[0], of_prompt=True))
+            most = min(self.prefill, SCORED_TOKENS) if request.scores else self.prefill
+            piece = list(request.prompt[done : min(done + most, len(request.prompt) - 1)])
             if piece:
                 with self.pool.routed([request.adapter]):
-                    self.module(mx.array([piece]), cache=cache)
+                    logits = self.module(mx.array([piece]), cache=cache)
                     mx.eval([layer.state for layer in cache])
+                    if request.scores:
+                        self._score(request, logits[0], done + 1)
             budget -= len(piece) + 1
             self._reading = request, cache, done + len(piece)
             if done + len(piece) == len(request.prompt) - 1:
                 self._reading = None
                 self._join(request, cache)
+
+    def _score(self, request: Request, logits: mx.array, start: int) -> None:
+        """Tell of the prompt's tokens from `start` on, by the logits (tokens, vocabulary) before each."""
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        for i, token in enumerate(request.prompt[start : start + len(logprobs)]):
+            told = scored(token, logprobs[i], request.top_logprobs or 0)
+            self._scored.append(Token(request, token, None, *told, of_prompt=True))
 
     def _join(self, request: Request, cache: list[Any]) -> None:
         last = mx.array([request.prompt[-1]], dtype=mx.uint32)
@@ -244,7 +208,7 @@ class Batcher:
             self._inputs = mx.concatenate([self._inputs.astype(mx.uint32), last])
             if self._logprobs is not None:
                 self._logprobs = mx.pad(self._logprobs, [(0, 1), (0, 0)])
-        self.rows.append(_Row(request))
+        self.rows.append(Row(request))
 
     def _keep(self, keep: list[bool]) -> None:
         if all(keep):
@@ -262,16 +226,6 @@ class Batcher:
     def _release(self, request: Request) -> None:
         if request.adapter is not None:
             request.adapter.users -= 1
-
-
-def _token(row: _Row, token: int, logprobs: mx.array | None, index: int) -> Token:
-    request = row.request
-    reason = "stop" if token in request.stop_tokens else "length" if row.made >= request.max_tokens else None
-    if request.top_logprobs is None or logprobs is None:
-        return Token(request, token, reason)
-    logs = logprobs[index].astype(mx.float32)
-    top = mx.argsort(-logs)[: request.top_logprobs].tolist()
-    return Token(request, token, reason, logs[token].item(), tuple((i, logs[i].item()) for i in top))
 
 
 def answer_all(

@@ -86,7 +86,8 @@ def decode(
     """The steps of the answer to `ids` (tokens,), of which `before` more are in `cache`."""
     wanted = sampler.sampling.max_tokens
     room = model.room(before + ids.size, wanted)
-    ends, text = stop_tokens(sampler.sampling, model.tokenizer), TextStream(model.tokenizer, sampler.sampling.stop)
+    how = sampler.sampling
+    ends, text = stop_tokens(how, model.tokenizer), TextStream(model.tokenizer, how.stop, least=how.min_tokens)
     extra = {} if cache is None else {"prompt_cache": cache}
     processors = [sampler.process] if sampler.processors else None
     steps = generate_step(ids, model.module, max_tokens=room, sampler=sampler, logits_processors=processors, **extra)

@@ -17,8 +17,9 @@ from typing import Any, Unpack
 from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.sampling import Sampling, SamplingOptions
 from mlx_adapters.errors import AdapterError, IncompatibleError
-from mlx_adapters.generation.batching import Request, answer_all
+from mlx_adapters.generation.batching import answer_all
 from mlx_adapters.generation.decoding import Generation, Prompt, Response, decode, ids_of
+from mlx_adapters.generation.requests import Request
 from mlx_adapters.generation.sampling import Choose, LogitsProcessor, Sampler, stop_tokens
 from mlx_adapters.generation.text_stream import TextStream, text_of
 from mlx_adapters.models.adapter import Adapter, AdapterLike, template_of, version_of
@@ -284,7 +285,8 @@ class LiveModel(Model):
         Raises ModelError; ConfigError for a wrong option; IncompatibleError if `cache` was made with other adapters,
         or its adapter is detached.
         """
-        chosen = Sampler((sampling or Sampling()).changed(options), sampler, logits_processors)  # type: ignore[arg-type]
+        how = (sampling or Sampling()).changed(options)  # type: ignore[arg-type]
+        chosen = Sampler(how, sampler, logits_processors, self.tokenizer)
         selection = self.pool.selection
         if isinstance(cache, PromptCache):
             if not same(cache.selection, selection):
@@ -378,12 +380,14 @@ class LiveModel(Model):
                 prompt,
                 adapters[name],
                 self.room(len(prompt), chosen.max_tokens),
-                Sampler(chosen, sampler, logits_processors),
+                Sampler(chosen, sampler, logits_processors, self.tokenizer),
                 stop_tokens(chosen, self.tokenizer),
             )
             for prompt, (_, name) in zip(ids, prompts, strict=True)
         ]
-        texts = {request.number: TextStream(self.tokenizer, chosen.stop) for request in requests}
+        texts = {
+            request.number: TextStream(self.tokenizer, chosen.stop, least=chosen.min_tokens) for request in requests
+        }
 
         def stopped(request: Request, token: int) -> bool:
             texts[request.number].add(token)
@@ -391,7 +395,7 @@ class LiveModel(Model):
 
         with self.pool.lock:
             answers = dict(answer_all(self.module, self.pool, requests, max_batch, stopped))
-        return [text_of(self.tokenizer, answers[request], chosen.stop) for request in requests]
+        return [text_of(self.tokenizer, answers[request], chosen.stop, chosen.min_tokens) for request in requests]
 
 
 def _equal_files(one: Adapter, other: Adapter) -> bool:

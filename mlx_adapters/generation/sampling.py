@@ -16,7 +16,7 @@ from mlx_adapters.system.door import mx
 
 Choose = Callable[[mx.array], mx.array]  # log-probabilities (1, vocabulary) -> token (1,), as mlx-lm's samplers
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]  # tokens (n,), logits (1, vocabulary) -> logits
-CHOICE = ("temperature", "top_p", "min_p", "top_k", "seed")  # what a sampler of one's own replaces
+CHOICE = ("temperature", "top_p", "min_p", "top_k", "xtc_probability", "seed")  # what a sampler of one's own replaces
 
 
 class Sampler:
@@ -26,17 +26,30 @@ class Sampler:
         sampling: greedy at a temperature of 0 (or next to it), else drawn from what the filters leave.
         choose: does that instead.
         processors: change the logits first, one after the other; what `sampling` asks for comes before.
+        tokenizer: knows the tokens that end an answer or a line, which some settings must not touch.
 
     Raises ConfigError if `choose` and `sampling` both say how.
     """
 
     def __init__(
-        self, sampling: Sampling, choose: Choose | None = None, processors: Sequence[LogitsProcessor] = ()
+        self,
+        sampling: Sampling,
+        choose: Choose | None = None,
+        processors: Sequence[LogitsProcessor] = (),
+        tokenizer: Any = None,
     ) -> None:
         replaced = [name for name in CHOICE if getattr(sampling, name) != getattr(Sampling(), name)]
         if choose is not None and replaced:
             raise ConfigError(f"A sampler of your own takes the place of {replaced[0]}.", "give one or the other.")
-        self.sampling, self.choose, self.processors = sampling, choose, (*processors_of(sampling), *processors)
+        self.sampling, self.choose, self.processors = (
+            sampling,
+            choose,
+            (
+                *processors_of(sampling, tokenizer),
+                *processors,
+            ),
+        )
+        self._spared = _spared(tokenizer) if sampling.xtc_probability > 0 else ()
         # Next to 0 the likeliest token wins anyhow, and log-probabilities divided by the temperature overflow.
         self.greedy = choose is None and sampling.temperature < 1e-5
         self._key = mx.random.key(int.from_bytes(os.urandom(7), "big") if sampling.seed is None else sampling.seed)
@@ -58,30 +71,126 @@ class Sampler:
             return _checked(self.choose(logprobs), logprobs.shape)
         if self.greedy:
             return mx.argmax(logprobs, axis=-1)
-        logprobs = filtered(logprobs.astype(mx.float32), self.sampling)
-        self._key, key = mx.random.split(self._key)
+        self._key, key, coin = mx.random.split(self._key, 3) if self._spared else (*mx.random.split(self._key), None)
+        logprobs = filtered(logprobs.astype(mx.float32), self.sampling, self._spared, coin)
         return mx.random.categorical(logprobs * (1 / self.sampling.temperature), key=key)
 
 
-def processors_of(sampling: Sampling) -> tuple[LogitsProcessor, ...]:
-    """What these settings do to the logits."""
-    return ()
+def processors_of(sampling: Sampling, tokenizer: Any = None) -> tuple[LogitsProcessor, ...]:
+    """What these settings do to one answer's logits."""
+    found: list[LogitsProcessor] = []
+    if sampling.logit_bias:
+        ids, values = zip(*((int(token), float(bias)) for token, bias in sampling.logit_bias.items()), strict=True)
+        tokens, biases = mx.array(ids), mx.array(values)
+        found.append(lambda _, logits: logits.at[:, tokens].add(biases.astype(logits.dtype)))
+    if sampling.repetition_penalty != 1 or sampling.presence_penalty or sampling.frequency_penalty:
+        found.append(_Penalties(sampling))
+    if sampling.min_tokens:
+        found.append(_NotYet(sampling.min_tokens, stop_tokens(sampling, tokenizer)))
+    return tuple(found)
+
+
+class _Penalties:
+    """OpenAI's two penalties look at the answer, the older one at the prompt too; with a window all at its tokens."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+        self._prompt: int | None = None  # tokens of the prompt: those of the first call
+
+    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        self._prompt = len(tokens) if self._prompt is None else self._prompt
+        how = self._sampling
+        if how.penalty_window is not None:
+            seen = answered = tokens[-how.penalty_window :]
+        else:
+            seen, answered = tokens, tokens[self._prompt :]
+        if how.repetition_penalty != 1:
+            logits = less_repeated(logits, counted(seen, logits.shape[-1]), how.repetition_penalty)
+        if how.presence_penalty or how.frequency_penalty:
+            counts = counted(answered, logits.shape[-1])
+            lower = how.presence_penalty * (counts > 0) + how.frequency_penalty * counts
+            logits = logits - lower.astype(logits.dtype)
+        return logits
+
+
+class _NotYet:
+    """No token that ends the answer before it has `least` tokens."""
+
+    def __init__(self, least: int, ends: frozenset[int]) -> None:
+        self._least, self._ends = least, mx.array(sorted(ends), dtype=mx.uint32)
+        self._prompt: int | None = None
+
+    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        self._prompt = len(tokens) if self._prompt is None else self._prompt
+        if len(tokens) - self._prompt >= self._least or not self._ends.size:
+            return logits
+        return logits.at[:, self._ends].add(-mx.inf)
+
+
+def counted(tokens: mx.array, vocabulary: int) -> mx.array:
+    """How often each token (vocabulary,) is among `tokens` (n,), float32."""
+    counts = mx.zeros(vocabulary, mx.float32)
+    return counts.at[tokens].add(1.0) if tokens.size else counts
+
+
+def less_repeated(logits: mx.array, counts: mx.array, penalty: float) -> mx.array:
+    """Logits (1, vocabulary), those of tokens that were there made less likely (arXiv 1909.05858)."""
+    lower = mx.where(logits < 0, logits * penalty, logits / penalty)
+    return mx.where(counts > 0, lower, logits)
 
 
 def stop_tokens(sampling: Sampling, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end an answer and are not part of it."""
-    return frozenset(tokenizer.eos_token_ids)
+    """The tokens that end an answer and are not part of it. Raises ConfigError for one that the model does not have."""
+    own = frozenset() if sampling.ignore_eos or tokenizer is None else frozenset(map(int, tokenizer.eos_token_ids))
+    return own | {_token_id(token, tokenizer) for token in sampling.extra_eos}
 
 
-def filtered(logprobs: mx.array, sampling: Sampling) -> mx.array:
-    """Log-probabilities (rows, vocabulary) float32 with -inf for the tokens that the settings leave out."""
+def _token_id(token: str, tokenizer: Any) -> int:
+    if token.isdecimal():
+        return int(token)
+    known = tokenizer.get_vocab()
+    require(token in known, f"extra_eos '{token}' is no token of this model.", "give its text exactly, or its id.")
+    return int(known[token])
+
+
+def _spared(tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that XTC leaves alone, as in mlx-lm: those that end an answer, and a new line."""
+    if tokenizer is None:
+        return (-1,)
+    return (*map(int, tokenizer.eos_token_ids), *map(int, tokenizer.encode("\n", add_special_tokens=False)))
+
+
+def filtered(
+    logprobs: mx.array, sampling: Sampling, spared: Sequence[int] = (), coin: mx.array | None = None
+) -> mx.array:
+    """Log-probabilities (rows, vocabulary) float32 with -inf for the tokens that the settings leave out.
+
+    Args:
+        logprobs: of all tokens.
+        sampling: says which are left out.
+        spared: tokens that XTC leaves alone.
+        coin: a random key, which says whether XTC is at work this time.
+    """
     if sampling.top_p < 1:
         logprobs = of_mass(logprobs, sampling.top_p)
     if sampling.min_p > 0:
         logprobs = as_likely(logprobs, sampling.min_p)
+    if sampling.xtc_probability > 0 and coin is not None:
+        at_work = mx.random.uniform(key=coin) < sampling.xtc_probability
+        logprobs = mx.where(at_work, less_likely(logprobs, sampling.xtc_threshold, spared), logprobs)
     if 0 < sampling.top_k < logprobs.shape[-1]:
         logprobs = likeliest(logprobs, sampling.top_k)
     return logprobs
+
+
+def less_likely(logprobs: mx.array, threshold: float, spared: Sequence[int]) -> mx.array:
+    """Without the tokens above `threshold`, but for the least likely of them ("exclude top choices")."""
+    probabilities = mx.softmax(logprobs, axis=-1)
+    above = mx.where(probabilities > threshold, probabilities, mx.inf)
+    out = probabilities > above.min(axis=-1, keepdims=True)  # (rows, vocabulary)
+    for token in spared:
+        out = out & (mx.arange(logprobs.shape[-1]) != token)
+    return mx.where(out, -mx.inf, logprobs)
 
 
 def of_mass(logprobs: mx.array, top_p: float) -> mx.array:

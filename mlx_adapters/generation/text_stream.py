@@ -8,11 +8,13 @@ from typing import Any
 class TextStream:
     """The text of one answer. Text that may be the beginning of a stop word is held back until it is not.
 
-    With `continues` it goes on from a text: a space that it begins with is kept, which mlx-lm takes off.
+    With `continues` it goes on from a text: a space that it begins with is kept, which mlx-lm takes off. Stop words
+    that are complete before the answer has `least` tokens do not count.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), continues: bool = False) -> None:
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), continues: bool = False, least: int = 0) -> None:
         self._detokenizer, self._stop, self._held = tokenizer.detokenizer, tuple(stop), ""
+        self._left = least
         self.stopped = False
         if continues:
             with contextlib.suppress(AttributeError):  # those that compute their text take nothing off
@@ -21,6 +23,7 @@ class TextStream:
     def add(self, token: int) -> str:
         """The text that is certain after this token; sets `stopped` when a stop word is complete."""
         self._detokenizer.add_token(token)
+        self._left -= 1
         return self._take(self._detokenizer.last_segment)
 
     def finish(self) -> str:
@@ -34,6 +37,8 @@ class TextStream:
     def _take(self, text: str) -> str:
         if self.stopped:
             return ""
+        if self._left > 0:
+            return text
         text = self._held + text
         places = [at for at in (text.find(word) for word in self._stop) if at >= 0]
         if places:
@@ -49,7 +54,7 @@ def _overlap(text: str, word: str) -> int:
     return next((n for n in range(min(len(text), len(word) - 1), 0, -1) if text.endswith(word[:n])), 0)
 
 
-def text_of(tokenizer: Any, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
+def text_of(tokenizer: Any, tokens: Sequence[int], stop: Sequence[str] = (), least: int = 0) -> str:
     """The text of these tokens up to the first of `stop`, as streaming them gives it."""
-    stream = TextStream(tokenizer, stop)
+    stream = TextStream(tokenizer, stop, least=least)
     return "".join([stream.add(token) for token in tokens]) + stream.finish()

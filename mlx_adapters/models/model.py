@@ -13,6 +13,7 @@ from mlx_adapters.errors import ModelError
 from mlx_adapters.models.adapter import Adapter, template_of
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import attach, check_fits, check_made_for, detach
+from mlx_adapters.surgery.blocks import find_body
 from mlx_adapters.system.door import mx, nn
 from mlx_adapters.templates.habits import fitted
 
@@ -186,6 +187,20 @@ class Model:
             )
         except Exception as error:  # a template may raise what it likes
             raise ModelError(f"The chat template refuses this conversation: {error}.") from None
+
+    def embedding(self, token_ids: list[int] | mx.array) -> mx.array:
+        """The mean of the last hidden state, (width,) float32, not normalized.
+
+        Args:
+            token_ids: (tokens,) of one sequence.
+
+        Raises ModelError as `checked_ids` does, and for a model whose layers and head are one.
+        """
+        body = find_body(self.module)
+        if body is None:
+            raise ModelError(f"'{self.base.name}' tells no hidden state: its layers and its head are one.")
+        hidden = body(self.checked_ids(token_ids)[None])  # (1, tokens, width)
+        return hidden[0].astype(mx.float32).mean(axis=0)
 
     def logits(self, token_ids: list[int] | mx.array) -> mx.array:
         """What the model expects after each token, in the type that it computes in.

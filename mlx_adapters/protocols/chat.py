@@ -1,13 +1,14 @@
 """OpenAI's bodies of /v1/chat/completions and /v1/completions, whole or as chunks of a stream."""
 
+import json
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mlx_adapters.answers.reading import Answer, Part, ToolCall
-from mlx_adapters.generation.batching import Token
+from mlx_adapters.generation.requests import Token
 from mlx_adapters.protocols.options import Asked
 
 Body = dict[str, Any]
@@ -35,6 +36,7 @@ class Writer:
     """
 
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
+    media_type, alive, last = "text/event-stream", b": keep-alive\n\n", b"data: [DONE]\n\n"
 
     def __init__(
         self,
@@ -50,6 +52,11 @@ class Writer:
         self.created = int(time.time())
         self._waiting: dict[int, list[Token]] = {}
         self._calls: dict[int, int] = {}
+        self._offsets: dict[int, int] = {}
+
+    def frame(self, chunk: Body) -> bytes:
+        """One server-sent event."""
+        return f"data: {json.dumps(chunk)}\n\n".encode()
 
     def whole(self, answers: Sequence[Answer], usage: Body) -> Body:
         """The body of answers that are not streamed."""
@@ -92,7 +99,12 @@ class Writer:
         tokens: Sequence[Token] = ()
         if (delta.get("content") != "" or reason) and (waiting := self._waiting[index]):
             tokens, self._waiting[index] = waiting, []
-        choice = {"index": index, **self._delta(delta), "logprobs": self._logprobs(tokens), "finish_reason": reason}
+        choice = {
+            "index": index,
+            **self._delta(delta),
+            "logprobs": self._logprobs(index, tokens),
+            "finish_reason": reason,
+        }
         return self._envelope(self.chunk_kind, [choice]) | ({"usage": None} if self.asked.include_usage else {})
 
     def _delta(self, delta: Body) -> Body:
@@ -111,7 +123,7 @@ class Writer:
         return {
             "index": index,
             "message": message,
-            "logprobs": self._logprobs(answer.tokens),
+            "logprobs": self._logprobs(index, answer.tokens),
             "finish_reason": answer.finish_reason,
         }
 
@@ -125,7 +137,7 @@ class Writer:
             "choices": choices,
         }
 
-    def _logprobs(self, tokens: Sequence[Token]) -> Body | None:
+    def _logprobs(self, index: int, tokens: Sequence[Token]) -> Body | None:
         if self.asked.logprobs is None or not tokens:
             return None
         entries = [
@@ -146,7 +158,6 @@ class CompletionWriter(Writer):
 
     def begin(self, choices: int) -> Iterator[Body]:
         """The echoes of a stream."""
-        self._offset = [0] * choices
         for index in range(choices):
             self._waiting[index] = []
             if self.asked.echo:
@@ -162,17 +173,17 @@ class CompletionWriter(Writer):
         return {
             "index": index,
             "text": self._echo(index) + answer.content,
-            "logprobs": self._logprobs(answer.tokens),
+            "logprobs": self._logprobs(index, answer.tokens),
             "finish_reason": answer.finish_reason,
         }
 
-    def _logprobs(self, tokens: Sequence[Token]) -> Body | None:
+    def _logprobs(self, index: int, tokens: Sequence[Token]) -> Body | None:
         if self.asked.logprobs is None or not tokens:
             return None
-        texts, offsets, offset = [self._token_text(t.id) for t in tokens], [], 0
+        texts, offsets = [self._token_text(t.id) for t in tokens], []
         for text in texts:
-            offsets.append(offset)
-            offset += len(text)
+            offsets.append(self._offsets.get(index, 0))
+            self._offsets[index] = offsets[-1] + len(text)
         return {
             "tokens": texts,
             "token_logprobs": [None if t.logprob is None else _finite(t.logprob) for t in tokens],
@@ -181,7 +192,7 @@ class CompletionWriter(Writer):
         }
 
 
-def _said(kind: str, text: str) -> Mapping[str, str]:
+def _said(kind: str, text: str) -> Body:
     """Content; or reasoning, by the two names that clients know it by."""
     return {"content": text} if kind == "content" else {"reasoning_content": text, "reasoning": text}
 

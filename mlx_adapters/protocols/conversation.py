@@ -41,7 +41,8 @@ def read_conversation(fields: Fields) -> Conversation:
     choice = fields.value("tool_choice")
     parallel = fields.take("parallel_tool_calls", bool, True)
     tools, how = chosen(tools, choice)
-    return Conversation(messages, tools, how, parallel, read_template_arguments(fields))
+    named = isinstance(choice, Mapping)
+    return Conversation(messages, tools, how, parallel and not named, read_template_arguments(fields))
 
 
 def read_messages(value: Any, where: str = "messages") -> list[dict[str, Any]]:

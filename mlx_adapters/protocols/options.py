@@ -93,7 +93,7 @@ def read_sampling(fields: Fields, vocabulary: int, temperature: float = 1.0) -> 
             logit_bias=_logit_bias(fields, vocabulary),
             seed=None if seed is None else seed % 2**63,
             stop=_stop(fields),
-            stop_token_ids=ends,
+            extra_eos=ends,
             min_tokens=fields.take("min_tokens", int, 0, 0),
             ignore_eos=fields.take("ignore_eos", bool, False),
         )
@@ -112,15 +112,15 @@ def _stop(fields: Fields) -> tuple[str, ...]:
     return tuple(words)
 
 
-def _token_ids(fields: Fields, name: str, vocabulary: int) -> tuple[int, ...]:
+def _token_ids(fields: Fields, name: str, vocabulary: int) -> tuple[str, ...]:
     ids = fields.take(name, list, [])
     if not all(type(i) is int and 0 <= i < vocabulary for i in ids) or len(ids) > MAX_STOPS:
         raise ApiError(400, f"'{name}' must be a list of token ids below {vocabulary}.", param=name)
-    return tuple(ids)
+    return tuple(map(str, ids))
 
 
-def _logit_bias(fields: Fields, vocabulary: int) -> dict[int, float]:
-    biases: dict[int, float] = {}
+def _logit_bias(fields: Fields, vocabulary: int) -> dict[str, float]:
+    biases: dict[str, float] = {}
     for key, value in fields.take("logit_bias", dict, {}).items():
         good = key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocabulary
         if not good or isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 100:
@@ -129,7 +129,7 @@ def _logit_bias(fields: Fields, vocabulary: int) -> dict[int, float]:
                 f"'logit_bias' must map token ids below {vocabulary} to numbers from -100 to 100.",
                 param="logit_bias",
             )
-        biases[int(key)] = float(value)
+        biases[key] = float(value)
     return biases
 
 

@@ -7,17 +7,20 @@ canceled, too slow or failed leaves the batch between two steps.
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import AdapterError, did_you_mean
-from mlx_adapters.generation.batching import Batcher, Request, Token
+from mlx_adapters.generation.batching import Batcher
 from mlx_adapters.generation.live import LiveModel
+from mlx_adapters.generation.requests import Request, Token
 from mlx_adapters.generation.sampling import Sampler, stop_tokens
 from mlx_adapters.generation.text_stream import TextStream
-from mlx_adapters.serving.jobs import ApiError, Job, Piece, log
+from mlx_adapters.protocols.errors import ApiError
+from mlx_adapters.serving.jobs import Job, Piece, log
 from mlx_adapters.serving.metrics import Metrics
 from mlx_adapters.serving.residents import Residents, Served
 from mlx_adapters.serving.settings import ServeSettings
@@ -88,19 +91,40 @@ class Engine:
         served = self.served.get(name)
         return served.template if served else self.model.base.template
 
-    def submit(self, job: Job) -> None:
-        """Take a job in. Raises ApiError 429 when too many wait, 503 when the server is stopping."""
-        if len(self._open) >= self.settings.max_queue + self.settings.max_batch:
+    def submit(self, *jobs: Job) -> None:
+        """Take jobs in, all or none. Raises ApiError 429 when too many wait, 503 when the server is stopping."""
+        if len(self._open) + len(jobs) > self.settings.max_queue + self.settings.max_batch:
+            if len(jobs) > self.settings.max_queue + self.settings.max_batch:
+                raise ApiError(400, f"This server takes no {len(jobs)} answers at once.", param="n")
             raise ApiError(429, "Too many requests are waiting.", kind="rate_limit_error", code="queue_full")
-        self._open.add(job)  # before the look at the engine, which tells all open jobs when it fails
+        self._open.update(jobs)  # before the look at the engine, which tells all open jobs when it fails
         if self._stopping.is_set() or not self.alive:
-            self._open.discard(job)
+            self._open.difference_update(jobs)
             raise ApiError(503, "The server is stopping.", kind="server_error")
-        self._commands.put(lambda: self._parked.append(job))
+        self._commands.put(lambda: self._parked.extend(jobs))
 
     def cancel(self, job: Job) -> None:
         """Forget a job; its place in the batch is free before the next step."""
         self._commands.put(lambda: self._drop(job, "cancelled"))
+
+    def embed(self, name: str, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The mean hidden state of each prompt, with the adapter (or base) that `resolve` gave. Raises ApiError."""
+        return [self._ask(partial(self._embed, name, ids)) for ids in prompts]  # others may come between
+
+    def _embed(self, name: str, ids: Sequence[int]) -> list[float]:
+        attached = None
+        if name != self.base_name:
+            served = self.served.get(name)
+            if served is None:
+                raise ApiError(404, f"The model '{name}' was removed.", param="model", code="model_not_found")
+            attached = self._residents.bring_in(served)
+            if attached is None:
+                raise ApiError(503, "All adapters are in use; none can make room.", kind="server_error")
+        with self.model.pool.routed([attached]):
+            found = self.model.embedding(list(ids))
+            mx.eval(found)
+        self.metrics.add("prompt_tokens_total", len(ids), model=name)
+        return found.tolist()
 
     def add_adapter(self, name: str, reference: str) -> Served:
         """Serve another adapter and load it now.
@@ -212,14 +236,17 @@ class Engine:
                 attached = self._residents.bring_in(served)
                 if attached is None:
                     return False
-            job.text = TextStream(self.model.tokenizer, job.sampling.stop, job.continues)
+            how, tokenizer = job.sampling, self.model.tokenizer
+            job.text = TextStream(tokenizer, how.stop, job.continues, how.min_tokens)
             job.request = Request(
                 job.prompt,
                 attached,
-                job.sampling.max_tokens,
-                Sampler(job.sampling),
-                stop_tokens(job.sampling, self.model.tokenizer),
+                how.max_tokens,
+                Sampler(how, tokenizer=tokenizer),
+                stop_tokens(how, tokenizer),
                 job.top_logprobs,
+                job.constraint,
+                job.scores,
             )
         except ApiError as error:
             self._fail(job, error)
@@ -248,17 +275,24 @@ class Engine:
 
     def _hand_out(self, token: Token) -> None:
         job = self._jobs[token.request.number]
+        if token.of_prompt:
+            job.held.append(token)
+            return
         if job.first is None:
             job.first = time.monotonic()
             self.metrics.observe("time_to_first_token_seconds", job.first - job.arrived, model=job.model)
         job.made += 1
         reason, text = token.finish_reason, ""
+        if reason == "error":
+            self._drop(job, "error")
+            job.send(ApiError(400, "The schema or grammar became too large to go on with.", code="invalid_schema"))
+            return
         if reason != "stop":
             text = job.text.add(token.id)
             job.held.append(token)
         if reason is not None:
             text += job.text.finish()
-        if job.text.stopped:
+        if job.text.stopped or reason == "complete":
             reason = "stop"
         if text or reason is not None:
             held, job.held = tuple(job.held), []

@@ -4,39 +4,18 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 from mlx_adapters.config.sampling import Sampling
-from mlx_adapters.generation.batching import Request, Token
+from mlx_adapters.generation.requests import Constraint, Request, Token
 from mlx_adapters.generation.text_stream import TextStream
+from mlx_adapters.protocols.errors import ApiError
 
 log = logging.getLogger("mlx_adapters.serve")
 
 
-class ApiError(Exception):
-    """A refusal with an HTTP status and the body that OpenAI's API gives."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        kind: str = "invalid_request_error",
-        param: str | None = None,
-        code: str | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.kind, self.param, self.code = status, message, kind, param, code
-
-    @property
-    def body(self) -> dict[str, Any]:
-        """The JSON body."""
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
-
-
 @dataclass(frozen=True)
 class Piece:
-    """Something new of an answer; `finish_reason` only with the last."""
+    """Something new of an answer; `finish_reason` only with the last. `tokens` may begin with those of the prompt."""
 
     text: str
     tokens: tuple[Token, ...]
@@ -46,13 +25,18 @@ class Piece:
 
 @dataclass(eq=False)
 class Job:
-    """One answer to be written. `events` gets Pieces, or one ApiError."""
+    """One answer to be written. `events` gets pairs of the job and a Piece or, as its last one, an ApiError.
+
+    Several jobs may share `events`: the answers of one request.
+    """
 
     model: str
     prompt: list[int]
     sampling: Sampling
     top_logprobs: int | None = None
     continues: bool = False  # the prompt is a text to go on from: a leading space is kept
+    constraint: Constraint | None = None
+    scores: bool = False  # the prompt's tokens are told of, too
     events: asyncio.Queue = field(default_factory=asyncio.Queue)
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     arrived: float = field(default_factory=time.monotonic)
@@ -65,6 +49,6 @@ class Job:
     def send(self, event: Piece | ApiError) -> None:
         """Hand an event to the web side."""
         try:
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+            self.loop.call_soon_threadsafe(self.events.put_nowait, (self, event))
         except RuntimeError:  # the loop is closed: nobody listens any more
             log.debug("an event came after the loop was closed")

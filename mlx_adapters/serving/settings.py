@@ -67,6 +67,9 @@ class ServeSettings:
     max_seconds: float = setting(300.0, "For one request", above=0, at_most=MAX_SECONDS)
     write_seconds: float = setting(30.0, "For a client to take what was written", above=0, at_most=MAX_SECONDS)
     allow_load: bool = setting(False, "Let POST and DELETE /v1/adapters load registered adapters")
+    lenient: bool = setting(
+        False, "Ignore unknown fields of requests instead of refusing them, and say so in the header X-Ignored-Fields"
+    )
     splits: tuple[TrafficSplit, ...] = setting(
         (), "A name that sends each user to one of several adapters, always the same (repeatable)"
     )

@@ -2,17 +2,17 @@
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from mlx_adapters.serving.jobs import ApiError
+from mlx_adapters.protocols.errors import ApiError
 
 BODY_SECONDS = 30
+ALIVE_SECONDS = 10.0  # of silence, before a reader is told that the answer is still coming
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -41,8 +41,19 @@ async def left(receive: Receive) -> None:
         pass
 
 
+class Framing(Protocol):
+    """How the chunks of a stream are written."""
+
+    media_type: str
+    alive: bytes  # what may be sent while there is nothing to tell
+    last: bytes
+
+    def frame(self, chunk: dict[str, Any]) -> bytes:
+        """One chunk."""
+
+
 class EventStream(Response):
-    """Server-sent events; `on_end` is called however it ends, a reader that stops reading is let go."""
+    """Chunks as they come; `on_end` is called however it ends, a reader that stops reading is let go."""
 
     def __init__(
         self,
@@ -50,10 +61,11 @@ class EventStream(Response):
         on_end: Callable[[], None],
         write_seconds: float,
         headers: dict[str, str],
+        framing: Framing,
     ) -> None:
-        super().__init__(None, 200, {"Cache-Control": "no-cache", **headers}, "text/event-stream")
+        super().__init__(None, 200, {"Cache-Control": "no-cache", **headers}, framing.media_type)
         del self.headers["content-length"]
-        self.chunks, self.on_end, self.write_seconds = chunks, on_end, write_seconds
+        self.chunks, self.on_end, self.write_seconds, self.framing = chunks, on_end, write_seconds, framing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the end, the client's leaving or its silence."""
@@ -71,19 +83,30 @@ class EventStream(Response):
             await asyncio.wait([writing, leaving])
 
     async def write(self, send: Send) -> None:
-        """Send all events."""
+        """Send all chunks."""
 
         async def put(message: dict[str, Any]) -> None:
             async with asyncio.timeout(self.write_seconds):  # wait_for can lose a cancellation in Python 3.11
                 await send(message)
 
+        async def body(data: bytes, more: bool = True) -> None:
+            await put({"type": "http.response.body", "body": data, "more_body": more})
+
         await put({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for chunk in self.chunks:
-            data = chunk.body if isinstance(chunk, ApiError) else chunk
-            await put({"type": "http.response.body", "body": event(json.dumps(data)), "more_body": True})
-        await put({"type": "http.response.body", "body": event("[DONE]"), "more_body": False})
-
-
-def event(data: str) -> bytes:
-    """One server-sent event."""
-    return f"data: {data}\n\n".encode()
+        chunks = aiter(self.chunks)
+        coming = asyncio.ensure_future(anext(chunks, None))
+        try:
+            while True:
+                done, _ = await asyncio.wait([coming], timeout=ALIVE_SECONDS)
+                if not done:
+                    if self.framing.alive:
+                        await body(self.framing.alive)
+                    continue
+                chunk = coming.result()
+                if chunk is None:
+                    break
+                await body(self.framing.frame(chunk.body if isinstance(chunk, ApiError) else chunk))
+                coming = asyncio.ensure_future(anext(chunks, None))
+            await body(self.framing.last, more=False)
+        finally:
+            coming.cancel()

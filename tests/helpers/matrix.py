@@ -22,7 +22,8 @@ from helpers.tiny_configs import pictures, tiny_base
 from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_adapters as ma
-from mlx_adapters.generation.batching import Batcher, Request, answer_all
+from mlx_adapters.generation.batching import Batcher, answer_all
+from mlx_adapters.generation.requests import Request
 from mlx_adapters.models.loading import load_model
 from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.sources.bases import resolve_base

@@ -17,7 +17,7 @@ from helpers.adapters import random_adapter
 
 from mlx_adapters.errors import ConfigError, IncompatibleError
 from mlx_adapters.generation.live import load_model
-from mlx_adapters.serving.jobs import ApiError
+from mlx_adapters.protocols.errors import ApiError
 from mlx_adapters.serving.metrics import Metrics
 from mlx_adapters.serving.settings import ServeSettings, is_loopback, parse_split
 from mlx_adapters.serving.start import bind, make_engine, parse_adapter, read_keys, run_server

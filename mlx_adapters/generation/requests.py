@@ -1,0 +1,138 @@
+"""What one answer in a batch is asked for, what comes of each step of it, and how far it is."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from mlx_adapters.config.mapping import require
+from mlx_adapters.config.sampling import Sampling
+from mlx_adapters.errors import ModelError
+from mlx_adapters.generation.sampling import Sampler
+from mlx_adapters.runtime.attached import Attached
+from mlx_adapters.system.door import mx
+
+_numbers = itertools.count()
+
+
+class Constraint(Protocol):
+    """Which tokens one answer may go on with. It raises ModelError when it cannot go on itself."""
+
+    ended: bool  # nothing more may come
+
+    def mask(self) -> np.ndarray | None:
+        """(words,) uint32, a bit for each token that may come next; None: every one may."""
+
+    def accept(self, token: int) -> None:
+        """Go on by a token."""
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt and how to go on from it. `top_logprobs` None: no log-probabilities; n: also of the n likeliest.
+
+    `adapter` None is the base. `stop_tokens` end the answer and are not part of it. `scores`: the prompt's tokens come
+    out first, with their log-probabilities.
+    """
+
+    prompt: Sequence[int]
+    adapter: Attached | None = None
+    max_tokens: int = 256
+    sampler: Sampler = field(default_factory=lambda: Sampler(Sampling()))
+    stop_tokens: frozenset[int] = frozenset()
+    top_logprobs: int | None = None
+    constraint: Constraint | None = None
+    scores: bool = False
+    number: int = field(default_factory=lambda: next(_numbers))
+
+    def __post_init__(self) -> None:
+        require(len(self.prompt) > 0, "The prompt is empty.")
+        require(self.max_tokens >= 1, f"max_tokens must be at least 1, not {self.max_tokens}.")
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of an answer, or of a prompt that `scores`. The last one says why it is the last.
+
+    At "stop" it is the stop token itself; at "complete" its constraint lets nothing follow; at "error" it failed.
+    """
+
+    request: Request
+    id: int
+    finish_reason: str | None = None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    of_prompt: bool = False
+
+
+@dataclass(eq=False)
+class Row:
+    """One answer that is being written."""
+
+    request: Request
+    made: int = 0
+    fresh: bool = True  # its next input is still the prompt's last token
+    read: mx.array | None = None  # the tokens before its next input, (n,), where its logits are processed
+    mask: np.ndarray | None = None
+    failed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.request.sampler.processors:
+            self.read = mx.array(list(self.request.prompt[:-1]), dtype=mx.uint32)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it takes the likeliest token of the model's own logits."""
+        return self.request.sampler.plain and self.mask is None
+
+    def advance(self, token: int) -> None:
+        """Bring the constraint up to date with the row's next input `token`, and find what may follow it."""
+        constraint, self.mask = self.request.constraint, None
+        if constraint is None or self.failed:
+            return
+        try:
+            if not self.fresh:
+                constraint.accept(token)
+            self.mask = None if constraint.ended else constraint.mask()
+        except ModelError:
+            self.failed = True
+
+    def choose(self, token: mx.array, logits: mx.array) -> mx.array:
+        """The token (1,) that follows `token` (1,), of its logits (1, vocabulary)."""
+        sampler = self.request.sampler
+        if self.read is not None:
+            self.read = mx.concatenate([self.read, token.astype(mx.uint32)])
+            logits = sampler.process(self.read, logits)
+        if self.mask is not None:
+            logits = mx.where(allowed(self.mask, logits.shape[-1]), logits, -mx.inf)
+        return sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True)).astype(mx.uint32)
+
+    def told(self, token: int, logprobs: mx.array | None) -> Token:
+        """The next token of the answer; `logprobs` (vocabulary,) are those that it was chosen from."""
+        request = self.request
+        reason = "error" if self.failed else None
+        if request.constraint is not None and request.constraint.ended:
+            reason = "complete"
+        if token in request.stop_tokens:
+            reason = "stop"
+        if reason is None and self.made >= request.max_tokens:
+            reason = "length"
+        if request.top_logprobs is None or logprobs is None:
+            return Token(request, token, reason)
+        return Token(request, token, reason, *scored(token, logprobs, request.top_logprobs))
+
+
+def allowed(mask: np.ndarray, vocabulary: int) -> mx.array:
+    """A mask of bits (words,) uint32 as booleans (vocabulary,)."""
+    bits = (mx.array(mask)[:, None] >> mx.arange(32, dtype=mx.uint32)) & 1  # (words, 32)
+    flat = bits.reshape(-1)[:vocabulary].astype(mx.bool_)
+    return flat if flat.size == vocabulary else mx.pad(flat, (0, vocabulary - flat.size))
+
+
+def scored(token: int, logprobs: mx.array, top: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """The log-probability of a token, and the likeliest tokens with theirs. `logprobs` (vocabulary,)."""
+    logs = logprobs.astype(mx.float32)
+    likeliest = mx.argsort(-logs)[:top].tolist() if top else []
+    return logs[token].item(), tuple((i, logs[i].item()) for i in likeliest)

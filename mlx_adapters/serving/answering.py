@@ -1,0 +1,289 @@
+"""From a request to its answers: prompts, what may be written, jobs for the engine, what is told of them."""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from typing import Any
+from urllib.parse import quote
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+from mlx_adapters.answers.constraints import Constraint, Grammar, Grammars
+from mlx_adapters.answers.reading import Answer, AnswerReader, is_reasoning, reasoning_marks
+from mlx_adapters.answers.schemas import answer_grammar, call_rules, json_rule
+from mlx_adapters.config.data import TemplateConfig
+from mlx_adapters.errors import AdapterError, ModelError
+from mlx_adapters.models.model import Model
+from mlx_adapters.protocols.chat import CompletionWriter, Writer, usage
+from mlx_adapters.protocols.conversation import Conversation, read_conversation
+from mlx_adapters.protocols.errors import ApiError, told_as
+from mlx_adapters.protocols.fields import Fields, read_json
+from mlx_adapters.protocols.options import Asked, read_options, read_prompts
+from mlx_adapters.protocols.prompts import Tokenizing, check_fits
+from mlx_adapters.serving.engine import Engine
+from mlx_adapters.serving.jobs import Job
+from mlx_adapters.serving.transport import EventStream, left, read_body
+from mlx_adapters.templates.tool_calls import HERMES, ToolFormat, tool_format, with_tools
+
+DEFAULT_MAX_TOKENS = 512
+HEADERS = "X-Ignored-Fields"
+
+
+class Answering:
+    """The handlers that make the model write."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.settings, self.model = engine, engine.settings, engine.model
+        self.tokenizer = engine.model.tokenizer
+        self.grammars = Grammars(self.tokenizer, self.model.vocabulary)
+        self.tokenizing = Tokenizing(self.model)
+        known = f"{engine.base_name} {self.model.base.fingerprint}"
+        self.fingerprint = "fp_" + hashlib.sha256(known.encode()).hexdigest()[:12]
+
+    async def fields(self, request: Request) -> Fields:
+        """The fields of a request's body. Raises ApiError."""
+        body = await read_body(request, self.settings.max_body_bytes)
+        return Fields(read_json(body), self.settings.lenient)
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        fields = await self.fields(request)
+        asked, talk = read_options(fields, True, self.model.vocabulary), read_conversation(fields)
+        fields.refuse_rest()
+        return await self.converse(request, fields, asked, talk, Writer)
+
+    async def completion(self, request: Request) -> Response:
+        """POST /v1/completions."""
+        fields = await self.fields(request)
+        asked = read_options(fields, False, self.model.vocabulary)
+        given = read_prompts(fields.value("prompt"), self.model.vocabulary)
+        fields.refuse_rest()
+        model = self.engine.resolve(asked.model, asked.user)
+        prompts = [await self.plain_tokens(prompt) for prompt in given]
+        grammar = None
+        if asked.format is not None:
+            grammar = Grammar(answer_grammar(json_rule(asked.format.schema, asked.format.strict)))
+        texts = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in given] if asked.echo else []
+        writer = CompletionWriter(asked, model, self.fingerprint, self._token_text, texts)
+        return await self.answer(request, fields, asked, model, prompts, writer, lambda: None, grammar)
+
+    async def plain_tokens(self, prompt: str | list[int], where: str = "prompt") -> list[int]:
+        """The tokens of a text that goes through no template. Raises ApiError 400 beyond the context."""
+        if not isinstance(prompt, str):
+            return prompt
+
+        def encoded(model: Model) -> list[int]:
+            check_fits([prompt], model, where)
+            return list(model.tokenizer.encode(prompt))
+
+        return await self.tokenizing.run(len(prompt), encoded, where)
+
+    def _token_text(self, token: int) -> str:
+        return self.tokenizer.decode([token])
+
+    async def converse(
+        self, request: Request, fields: Fields, asked: Asked, talk: Conversation, writer: Callable[..., Writer]
+    ) -> Response:
+        """Answer a conversation in the words of `writer`."""
+        model = self.engine.resolve(asked.model, asked.user)
+        own = self.engine.template_of(model)
+        if not (self.model.has_template or own.chat_template):
+            raise ApiError(400, "This model has no chat template; use /v1/completions.", param="messages")
+        size = sum(len(str(m.get("content"))) + len(str(m.get("tool_calls", ""))) for m in talk.messages)
+        prompt, read, grammar = await self.tokenizing.run(
+            size, lambda with_: self._prepared(with_, asked, talk, own), "messages"
+        )
+        made = writer(asked, model, self.fingerprint, self._token_text)
+        return await self.answer(request, fields, asked, model, [prompt], made, read, grammar)
+
+    def _prepared(
+        self, model: Model, asked: Asked, talk: Conversation, own: TemplateConfig
+    ) -> tuple[list[int], Callable[[], AnswerReader | None], Grammar | None]:
+        """The prompt, what reads an answer to it, and what may be written."""
+        check_fits([str(message.get("content") or "") for message in talk.messages], model, "messages")
+        given = TemplateConfig(chat_template_args=talk.arguments)
+        template = given.over(self.model.template).over(own).chat_template
+        called = talk.tools or any(m["role"] == "tool" or m.get("tool_calls") for m in talk.messages)
+        format = tool_format(self.tokenizer, template) if called else None
+        messages, tools = with_tools(talk.messages, talk.tools, format) if format else (talk.messages, None)
+        try:
+            prompt = model.encode_chat(messages, tools, template=given, own=own)
+        except AdapterError as error:
+            raise ApiError(400, error.message[:240], param="messages") from None
+        marks = reasoning_marks(self.tokenizer, template)
+        thinks = is_reasoning(self.tokenizer, prompt, marks)
+        if format is not None and (talk.choice == "required" or asked.format) and format.form is None:
+            format = ToolFormat(None, HERMES, False)
+        with told_as("tools" if talk.tools else "response_format"):
+            grammar = self._grammar(asked, talk, format, marks, thinks)
+        if not talk.tools and marks is None:
+            return prompt, lambda: None, grammar
+        reads = format if talk.tools else None
+        return prompt, lambda: AnswerReader(self.tokenizer, reads, talk.tools, marks, thinks), grammar
+
+    def _grammar(
+        self, asked: Asked, talk: Conversation, format: ToolFormat | None, marks: tuple[str, str] | None, thinks: bool
+    ) -> Grammar | None:
+        """What may be written: a JSON text, calls, either; or of a call that was begun freely, its rest."""
+        if talk.tools and format is not None and talk.choice == "auto" and asked.format is None:
+            begins = self._ids(format.marks[0])
+            if format.form is None or format.parser is None or len(begins) != 1:
+                return None
+            rules = call_rules(talk.tools, format, self.grammars.special, True, begun=True)
+            return Grammar(answer_grammar(calls=rules), after=begins, repeats=True)
+        json = json_rule(asked.format.schema, asked.format.strict) if asked.format and talk.choice != "required" else ""
+        calls = call_rules(talk.tools, format, self.grammars.special, talk.parallel) if talk.tools and format else []
+        if not json and not calls:
+            return None
+        text = answer_grammar(json, calls, space=marks is not None)
+        if marks is None:
+            return Grammar(text)
+        begins = self._ids(marks[0])
+        thinks_yet = not thinks and len(begins) == 1 and talk.arguments.get("enable_thinking") is not False
+        after = self._ids(marks[1]) if thinks or thinks_yet else ()
+        return Grammar(text, after=after, unless=begins[0] if thinks_yet else None)
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
+    # -- jobs ------------------------------------------------------------------------------------------
+
+    async def answer(
+        self,
+        request: Request,
+        fields: Fields,
+        asked: Asked,
+        model: str,
+        prompts: Sequence[list[int]],
+        writer: Writer,
+        read: Callable[[], AnswerReader | None],
+        grammar: Grammar | None,
+    ) -> Response:
+        """Put jobs in and answer with what they write, streamed or whole."""
+        where = "prompt" if isinstance(writer, CompletionWriter) else "messages"
+        jobs = await self._jobs(asked, model, prompts, where, grammar)
+        answers = [Answer(read()) for _ in jobs]
+        self.engine.submit(*jobs)
+        headers = {"X-Adapter": quote(model, safe="/:@ ")}
+        if fields.ignored:
+            headers[HEADERS] = quote(", ".join(fields.ignored), safe=", ._[]")
+        if asked.stream:
+            chunks = self._chunks(jobs, answers, writer, asked, prompts)
+            return EventStream(chunks, lambda: self._cancel(jobs), self.settings.write_seconds, headers, writer)
+        return JSONResponse(await self._whole(request, jobs, answers, writer, asked, prompts), headers=headers)
+
+    async def _jobs(
+        self, asked: Asked, model: str, prompts: Sequence[list[int]], where: str, grammar: Grammar | None
+    ) -> list[Job]:
+        jobs, events = [], asyncio.Queue[Any]()
+        for prompt in prompts:
+            if not all(token < self.model.vocabulary for token in prompt):
+                raise ApiError(400, "The text has tokens that the model does not know.", param=where)
+            limit = self.token_limit(asked, len(prompt), where)
+            for number in range(asked.choices):
+                seed = asked.sampling.seed
+                how = replace(asked.sampling, max_tokens=limit, seed=None if seed is None else (seed + number) % 2**63)
+                jobs.append(
+                    Job(
+                        model,
+                        prompt,
+                        how,
+                        asked.logprobs,
+                        continues=where == "prompt",
+                        constraint=await self._constraint(grammar),
+                        scores=asked.echo and asked.logprobs is not None,
+                        events=events,
+                    )
+                )
+        return jobs
+
+    async def _constraint(self, grammar: Grammar | None) -> Constraint | None:
+        if grammar is None:
+            return None
+        with told_as("tools" if grammar.repeats else "response_format"):
+            return await asyncio.to_thread(self.grammars.constraint, grammar)
+
+    def token_limit(self, asked: Asked, prompt_tokens: int, where: str) -> int:
+        """How many tokens may be written. Raises ApiError 400 beyond the context or the server's limit."""
+        wanted = max(asked.max_tokens, 1) if asked.max_tokens is not None else None
+        try:
+            room = self.model.room(prompt_tokens, wanted or min(DEFAULT_MAX_TOKENS, self.settings.max_tokens))
+        except ModelError as error:
+            raise ApiError(400, error.message, param=where, code="context_length_exceeded") from None
+        if wanted and wanted > room:
+            raise ApiError(
+                400,
+                f"The prompt has {prompt_tokens} tokens and {wanted} were asked for; the "
+                f"model's context has room for {room}.",
+                param=where,
+                code="context_length_exceeded",
+            )
+        if (wanted or 0) > self.settings.max_tokens:
+            raise ApiError(400, f"max_tokens may be at most {self.settings.max_tokens} here.", param="max_tokens")
+        return room
+
+    def _cancel(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            self.engine.cancel(job)
+
+    def _take(self, asked: Asked, answer: Answer, event: Any) -> tuple[list[Any], Sequence[Any]]:
+        """Put a piece into its answer; its new parts and tokens."""
+        if isinstance(event, ApiError):
+            raise event
+        text, tokens, made = event.text, event.tokens, event.completion_tokens
+        if asked.max_tokens == 0:  # the prompt's log-probabilities alone were asked for
+            text, tokens, made = "", tuple(token for token in tokens if token.of_prompt), 0
+        reason = "length" if event.finish_reason and asked.max_tokens == 0 else event.finish_reason
+        answer.completion_tokens = made
+        answer.tokens += tokens
+        return answer.add(text, reason), tokens
+
+    async def _whole(
+        self,
+        request: Request,
+        jobs: list[Job],
+        answers: list[Answer],
+        writer: Writer,
+        asked: Asked,
+        prompts: Sequence[list[int]],
+    ) -> dict[str, Any]:
+        """Wait for the answers, or for the client to go away."""
+        gone = asyncio.ensure_future(left(request.receive))
+        try:
+            while any(answer.finish_reason is None for answer in answers):
+                event = asyncio.ensure_future(jobs[0].events.get())
+                await asyncio.wait([event, gone], return_when=asyncio.FIRST_COMPLETED)
+                if not event.done():
+                    event.cancel()
+                    raise ClientDisconnect
+                job, piece = event.result()
+                self._take(asked, answers[jobs.index(job)], piece)
+            return writer.whole(answers, self._usage(answers, prompts))
+        finally:
+            gone.cancel()
+            self._cancel(jobs)
+
+    async def _chunks(
+        self, jobs: list[Job], answers: list[Answer], writer: Writer, asked: Asked, prompts: Sequence[list[int]]
+    ) -> AsyncIterator[dict[str, Any] | ApiError]:
+        """The chunks of a stream."""
+        for chunk in writer.begin(len(answers)):
+            yield chunk
+        while any(answer.finish_reason is None for answer in answers):
+            job, event = await jobs[0].events.get()
+            index = jobs.index(job)
+            try:
+                parts, tokens = self._take(asked, answers[index], event)
+            except ApiError as error:
+                yield error
+                return
+            for chunk in writer.piece(index, parts, tokens, answers[index]):
+                yield chunk
+        for chunk in writer.end(answers, self._usage(answers, prompts)):
+            yield chunk
+
+    @staticmethod
+    def _usage(answers: Sequence[Answer], prompts: Sequence[list[int]]) -> dict[str, Any]:
+        return usage(sum(map(len, prompts)), sum(answer.completion_tokens for answer in answers))
