@@ -102,6 +102,14 @@ class Grammars:
             matcher = self._compile(grammar.text)
         return Constraint(matcher, grammar, (self._tokens.vocab_size + 31) // 32)
 
+    def allows(self, grammar: Grammar) -> bool:
+        """Whether the grammar can be used."""
+        try:
+            self.constraint(grammar)
+        except ConfigError:
+            return False
+        return True
+
     def _compiled(self, text: str) -> Any:
         from llguidance import LLMatcher
 

@@ -69,6 +69,12 @@ def _arguments(tool: Mapping[str, Any]) -> str:
     return _json({"type": "object", **schema}, bool(function.get("strict")))
 
 
+def check_arguments(tool: Mapping[str, Any], where: str) -> None:
+    """`check_schema` of a tool's parameters."""
+    function = tool["function"]
+    check_schema(function.get("parameters") or {}, where, bool(function.get("strict")))
+
+
 def _json(schema: Mapping[str, Any], strict: bool) -> str:
     return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": SPACE, "lenient": not strict}})
 

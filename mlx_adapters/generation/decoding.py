@@ -87,7 +87,7 @@ def decode(
     wanted = sampler.sampling.max_tokens
     room = model.room(before + ids.size, wanted)
     how = sampler.sampling
-    ends, text = stop_tokens(how, model.tokenizer), TextStream(model.tokenizer, how.stop, least=how.min_tokens)
+    ends, text = stop_tokens(how, model.tokenizer), TextStream(model.tokenizer, how)
     extra = {} if cache is None else {"prompt_cache": cache}
     processors = [sampler.process] if sampler.processors else None
     steps = generate_step(ids, model.module, max_tokens=room, sampler=sampler, logits_processors=processors, **extra)

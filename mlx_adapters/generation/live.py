@@ -285,9 +285,8 @@ class LiveModel(Model):
         Raises ModelError; ConfigError for a wrong option; IncompatibleError if `cache` was made with other adapters,
         or its adapter is detached.
         """
-        how = (sampling or Sampling()).changed(options)  # type: ignore[arg-type]
+        how, selection = (sampling or Sampling()).changed(options), self.pool.selection  # type: ignore[arg-type]
         chosen = Sampler(how, sampler, logits_processors, self.tokenizer)
-        selection = self.pool.selection
         if isinstance(cache, PromptCache):
             if not same(cache.selection, selection):
                 raise IncompatibleError("This cache was made with another adapter.", "take a new one: new_cache().")
@@ -385,9 +384,7 @@ class LiveModel(Model):
             )
             for prompt, (_, name) in zip(ids, prompts, strict=True)
         ]
-        texts = {
-            request.number: TextStream(self.tokenizer, chosen.stop, least=chosen.min_tokens) for request in requests
-        }
+        texts = {request.number: TextStream(self.tokenizer, chosen) for request in requests}
 
         def stopped(request: Request, token: int) -> bool:
             texts[request.number].add(token)
@@ -395,7 +392,7 @@ class LiveModel(Model):
 
         with self.pool.lock:
             answers = dict(answer_all(self.module, self.pool, requests, max_batch, stopped))
-        return [text_of(self.tokenizer, answers[request], chosen.stop, chosen.min_tokens) for request in requests]
+        return [text_of(self.tokenizer, answers[request], chosen) for request in requests]
 
 
 def _equal_files(one: Adapter, other: Adapter) -> bool:

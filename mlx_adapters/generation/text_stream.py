@@ -4,17 +4,21 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
+from mlx_adapters.config.sampling import Sampling
+
+PLAIN = Sampling()
+
 
 class TextStream:
     """The text of one answer. Text that may be the beginning of a stop word is held back until it is not.
 
-    With `continues` it goes on from a text: a space that it begins with is kept, which mlx-lm takes off. Stop words
-    that are complete before the answer has `least` tokens do not count.
+    With `continues` it goes on from a text: a space that it begins with is kept, which mlx-lm takes off. The stop words
+    are those of `sampling`, which may ask for some tokens before they count.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), continues: bool = False, least: int = 0) -> None:
-        self._detokenizer, self._stop, self._held = tokenizer.detokenizer, tuple(stop), ""
-        self._left = least
+    def __init__(self, tokenizer: Any, sampling: Sampling = PLAIN, continues: bool = False) -> None:
+        self._detokenizer, self._stop, self._held = tokenizer.detokenizer, sampling.stop, ""
+        self._left = sampling.min_tokens
         self.stopped = False
         if continues:
             with contextlib.suppress(AttributeError):  # those that compute their text take nothing off
@@ -54,7 +58,7 @@ def _overlap(text: str, word: str) -> int:
     return next((n for n in range(min(len(text), len(word) - 1), 0, -1) if text.endswith(word[:n])), 0)
 
 
-def text_of(tokenizer: Any, tokens: Sequence[int], stop: Sequence[str] = (), least: int = 0) -> str:
-    """The text of these tokens up to the first of `stop`, as streaming them gives it."""
-    stream = TextStream(tokenizer, stop, least=least)
+def text_of(tokenizer: Any, tokens: Sequence[int], sampling: Sampling = PLAIN) -> str:
+    """The text of these tokens up to the first stop word, as streaming them gives it."""
+    stream = TextStream(tokenizer, sampling)
     return "".join([stream.add(token) for token in tokens]) + stream.finish()

@@ -123,9 +123,14 @@ class Writer:
         return {
             "index": index,
             "message": message,
-            "logprobs": self._logprobs(index, answer.tokens),
+            "logprobs": self._logprobs(index, answer.tokens) or self._no_logprobs,
             "finish_reason": answer.finish_reason,
         }
+
+    @property
+    def _no_logprobs(self) -> Body | None:
+        """Those of an answer without tokens."""
+        return None if self.asked.logprobs is None else {"content": [], "refusal": None}
 
     def _envelope(self, kind: str, choices: list[Body]) -> Body:
         return {

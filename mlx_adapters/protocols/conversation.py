@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mlx_adapters.answers.schemas import check_arguments
 from mlx_adapters.errors import FormatError
-from mlx_adapters.protocols.errors import ApiError
+from mlx_adapters.protocols.errors import ApiError, told_as
 from mlx_adapters.protocols.fields import Fields
 from mlx_adapters.rows.messages import conversation, tools_of
 
@@ -110,6 +111,9 @@ def read_tools(value: Any) -> list[dict[str, Any]]:
             )
         if not isinstance(function.get("parameters"), dict | None):
             raise ApiError(400, f"'{where}.function.parameters' must be a JSON schema.", param=where)
+        if function.get("strict"):
+            with told_as(f"{where}.function.parameters"):
+                check_arguments(tool, f"{where}.function.parameters")
     names = [tool["function"]["name"] for tool in value]
     if len(set(names)) < len(names):
         raise ApiError(400, "'tools' names a function twice.", param="tools")

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from mlx_adapters.answers.constraints import Constraint, Grammar, Grammars
 from mlx_adapters.answers.reading import Answer, AnswerReader, is_reasoning, reasoning_marks
-from mlx_adapters.answers.schemas import answer_grammar, call_rules, json_rule
+from mlx_adapters.answers.schemas import answer_grammar, call_rules, check_arguments, json_rule
 from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.errors import AdapterError, ModelError
 from mlx_adapters.models.model import Model
@@ -116,8 +116,7 @@ class Answering:
         thinks = is_reasoning(self.tokenizer, prompt, marks)
         if format is not None and (talk.choice == "required" or asked.format) and format.form is None:
             format = ToolFormat(None, HERMES, False)
-        with told_as("tools" if talk.tools else "response_format"):
-            grammar = self._grammar(asked, talk, format, marks, thinks)
+        grammar = self._grammar(asked, talk, format, marks, thinks)
         if not talk.tools and marks is None:
             return prompt, lambda: None, grammar
         reads = format if talk.tools else None
@@ -132,7 +131,11 @@ class Answering:
             if format.form is None or format.parser is None or len(begins) != 1:
                 return None
             rules = call_rules(talk.tools, format, self.grammars.special, True, begun=True)
-            return Grammar(answer_grammar(calls=rules), after=begins, repeats=True)
+            grammar = Grammar(answer_grammar(calls=rules), after=begins, repeats=True)
+            return grammar if self.grammars.allows(grammar) else None  # what the model writes is read all the same
+        for i, tool in enumerate(talk.tools):
+            with told_as(f"tools[{i}].function.parameters"):
+                check_arguments(tool, f"tools[{i}].function.parameters")
         json = json_rule(asked.format.schema, asked.format.strict) if asked.format and talk.choice != "required" else ""
         calls = call_rules(talk.tools, format, self.grammars.special, talk.parallel) if talk.tools and format else []
         if not json and not calls:
@@ -202,7 +205,7 @@ class Answering:
     async def _constraint(self, grammar: Grammar | None) -> Constraint | None:
         if grammar is None:
             return None
-        with told_as("tools" if grammar.repeats else "response_format"):
+        with told_as("response_format"):
             return await asyncio.to_thread(self.grammars.constraint, grammar)
 
     def token_limit(self, asked: Asked, prompt_tokens: int, where: str) -> int:

@@ -237,7 +237,7 @@ class Engine:
                 if attached is None:
                     return False
             how, tokenizer = job.sampling, self.model.tokenizer
-            job.text = TextStream(tokenizer, how.stop, job.continues, how.min_tokens)
+            job.text = TextStream(tokenizer, how, job.continues)
             job.request = Request(
                 job.prompt,
                 attached,

@@ -216,13 +216,10 @@ class ToolParser:
 
 def tool_parser_of(tokenizer: TokenizerWrapper, template: str | None = None) -> ToolParser | None:
     """The parser that mlx-lm chooses for this tokenizer, or would for it with another chat template."""
-    if template is None or template == getattr(tokenizer, "chat_template", None):
-        if not tokenizer.has_tool_calling:
-            name = _infer_tool_parser(tokenizer)
-        else:
-            return ToolParser(tokenizer.tool_call_start, tokenizer.tool_call_end, tokenizer.tool_parser)
-    else:
-        name = _infer_tool_parser(SimpleNamespace(chat_template=template, get_vocab=tokenizer.get_vocab))
+    if template in (None, tokenizer.chat_template) and tokenizer.has_tool_calling:
+        return ToolParser(tokenizer.tool_call_start, tokenizer.tool_call_end, tokenizer.tool_parser)
+    read = tokenizer.chat_template if template is None else template
+    name = _infer_tool_parser(SimpleNamespace(chat_template=read, get_vocab=tokenizer.get_vocab))
     if name is None:
         return None
     module = importlib.import_module(f"mlx_lm.tool_parsers.{name}")

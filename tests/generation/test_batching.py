@@ -184,7 +184,7 @@ def test_stop_words_across_tokens(stop):
         def finalize(self):
             self.last_segment = ""
 
-    text, stream, got = "Hello World, hello", TextStream(Letters(), stop), ""
+    text, stream, got = "Hello World, hello", TextStream(Letters(), Sampling(stop=tuple(stop))), ""
     for character in text:
         got += stream.add(ord(character))
         if stream.stopped:

@@ -24,6 +24,9 @@ from mlx_adapters.cli import cli
 from mlx_adapters.errors import ConfigError, FormatError
 from mlx_adapters.generation.chat import Chat
 from mlx_adapters.models.adapter import template_of
+from mlx_adapters.protocols.conversation import read_conversation
+from mlx_adapters.protocols.fields import Fields
+from mlx_adapters.protocols.options import read_options
 from mlx_adapters.serving.settings import ServeSettings
 from mlx_adapters.serving.start import make_engine
 
@@ -81,15 +84,20 @@ def test_in_a_batch_each_adapter_sees_its_own(base, monkeypatch):
 
 def test_a_server_renders_for_each_adapter_and_as_a_request_asks(base):
     trained(base, "quiet", chat_template_args=QUIET)
-    from mlx_adapters.serving.app import Server
+    from mlx_adapters.serving.answering import Answering
 
     engine = make_engine(str(base), [("quiet", "quiet")], ServeSettings(), name="base")
-    server = Server(engine)
-    messages = [{"role": "user", "content": "a"}]
     decode = engine.model.tokenizer.decode
-    texts = [decode(server.chat_tokens(messages, *asked)) for asked in (("base", {}), ("quiet", {}), ("base", QUIET))]
+
+    def prompt(name, **more):
+        fields = Fields({"model": name, "messages": [{"role": "user", "content": "a"}], **more})
+        asked, talk = read_options(fields, True, engine.model.vocabulary), read_conversation(fields)
+        return decode(Answering(engine)._prepared(engine.model, asked, talk, engine.template_of(name))[0])
+
+    texts = [prompt("base"), prompt("quiet"), prompt("base", chat_template_kwargs=QUIET)]
     assert texts[1] == texts[2] and texts[1].startswith(texts[0]) and texts[1] != texts[0]
-    assert decode(server.chat_tokens(messages, "quiet", {"enable_thinking": True})) == texts[0]
+    assert prompt("quiet", enable_thinking=True) == texts[0]
+    assert prompt("base", reasoning_effort="none") == prompt("base", enable_thinking=False) == texts[1]
 
 
 def test_a_fused_model_sees_what_the_adapter_saw(base, tmp_path):

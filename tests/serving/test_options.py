@@ -1,0 +1,136 @@
+"""What requests may ask of sampling and of the form of an answer, asked for by OpenAI's own client."""
+
+import httpx
+import openai
+import pytest
+from helpers.serving import running
+
+PROMPT, CHAT = "List all students.", [{"role": "user", "content": "List all students."}]
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_ADAPTERS_HOME", str(tmp_path_factory.mktemp("home")))
+        with running(tiny_model("llama"), [], max_batch=8) as (address, engine):
+            yield address, engine.model
+
+
+@pytest.fixture
+def client(server):
+    return openai.OpenAI(base_url=server[0] + "/v1", api_key="unused", max_retries=0)
+
+
+def test_several_answers_of_one_request(client):
+    options = dict(model="base", messages=CHAT, n=3, seed=7, max_tokens=8, temperature=1.0)
+    whole = client.chat.completions.create(**options)
+    texts = [choice.message.content for choice in whole.choices]
+    assert [choice.index for choice in whole.choices] == [0, 1, 2] and len(set(texts)) > 1
+    assert whole.usage.completion_tokens <= 24
+    streamed = ["", "", ""]
+    for chunk in client.chat.completions.create(**options, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == texts
+    alone = client.chat.completions.create(**options | {"n": 1}).choices[0].message.content
+    assert alone == texts[0]
+
+
+def test_lists_of_prompts_and_echo(client, server):
+    tokenizer = server[1].tokenizer
+    options = dict(model="base", max_tokens=4, temperature=0, n=2, echo=True)
+    prompts = [PROMPT, "How many?"]
+    answer = client.completions.create(prompt=prompts, **options)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert [choice.text.startswith(prompts[i // 2]) for i, choice in enumerate(answer.choices)] == [True] * 4
+    ids = client.completions.create(prompt=[list(tokenizer.encode(p)) for p in prompts], **options)
+    assert [c.text for c in ids.choices] == [c.text for c in answer.choices]
+    texts = [""] * 4
+    for chunk in client.completions.create(prompt=prompts, stream=True, **options):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [choice.text for choice in answer.choices]
+
+
+@pytest.mark.parametrize("most", [0, 1])
+def test_an_echo_tells_the_prompts_log_probabilities(client, server, most):
+    """As lm-evaluation-harness asks for them."""
+    import mlx.core as mx
+
+    model = server[1]
+    ids = list(model.tokenizer.encode(PROMPT * 30))  # several pieces
+    answer = client.completions.create(
+        model="base", prompt=[ids], max_tokens=most, temperature=0, logprobs=1, echo=True, seed=1234
+    )
+    told = answer.choices[0].logprobs
+    logits = model.logits(ids)
+    logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    wanted = [logs[i, token].item() for i, token in enumerate(ids[1:])]
+    assert told.token_logprobs[0] is None and len(told.tokens) == len(ids) + most
+    assert told.token_logprobs[1 : len(ids)] == pytest.approx(wanted, abs=1e-4)
+    best = [logs[i].max().item() for i in range(len(ids) - 1)]
+    assert [max(one.values()) for one in told.top_logprobs[1 : len(ids)]] == pytest.approx(best, abs=1e-4)
+    assert answer.usage.completion_tokens == most
+
+
+def test_bias_penalties_and_ends(client, server):
+    tokenizer = server[1].tokenizer
+    options = dict(model="base", messages=CHAT, temperature=0, max_tokens=12, logprobs=True)
+
+    def tokens(**more):
+        answer = client.chat.completions.create(**options, **more).choices[0]
+        return [entry.token for entry in answer.logprobs.content], answer
+
+    plain, _ = tokens()
+    forced, _ = tokens(logit_bias={"40": 100})
+    assert set(forced) == {tokenizer.decode([40])}
+    once, _ = tokens(logit_bias={"40": 100}, frequency_penalty=60)
+    assert once[:2] == [tokenizer.decode([40])] * 2 and len(set(once)) > 1
+    repeated, _ = tokens(extra_body={"repetition_penalty": 100.0})
+    assert len(set(repeated)) >= len(set(plain))
+    ended, answer = tokens(logit_bias={"40": 100}, extra_body={"stop_token_ids": [40]})
+    assert not ended and answer.finish_reason == "stop" and answer.message.content == ""
+    later, answer = tokens(logit_bias={"40": 100}, extra_body={"stop_token_ids": [40], "min_tokens": 3})
+    assert len(later) == 3 and answer.finish_reason == "stop"
+    eos = str(next(iter(tokenizer.eos_token_ids)))
+    stopped, answer = tokens(logit_bias={eos: 100})
+    assert not stopped and answer.finish_reason == "stop"
+    onward, answer = tokens(logit_bias={eos: 100}, extra_body={"ignore_eos": True})
+    assert len(onward) == 12 and answer.finish_reason == "length"
+
+
+def test_filters_and_stops(client):
+    options = dict(model="base", messages=CHAT, max_tokens=16, temperature=1.5, seed=3)
+    greedy = client.chat.completions.create(**options | {"temperature": 0}).choices[0].message.content
+    for more in ({"top_k": 1}, {"min_p": 1.0}, {"top_k": 1, "xtc_probability": 0.0}):
+        assert client.chat.completions.create(**options, extra_body=more).choices[0].message.content == greedy
+    without = client.chat.completions.create(**options, extra_body={"xtc_probability": 1.0, "xtc_threshold": 0.0001})
+    assert without.choices[0].message.content != client.chat.completions.create(**options).choices[0].message.content
+    stops = [f"nothing {i}" for i in range(50)] + [greedy[4:7]]
+    cut = client.chat.completions.create(**options | {"temperature": 0}, stop=stops).choices[0]
+    assert cut.message.content == greedy[: greedy.index(greedy[4:7])] and cut.finish_reason == "stop"
+    limit = client.chat.completions.create(**options | {"max_tokens": None}, max_completion_tokens=3)
+    assert limit.usage.completion_tokens == 3
+
+
+NEUTRAL = {
+    "functions": None,
+    "guided_json": None,
+    "best_of": 1,
+    "audio": None,
+    "draft_model": "",
+    "tools": [],
+    "n": None,
+}
+
+
+def test_what_means_nothing_passes_and_what_would_change_the_answer_is_refused(server, tiny_model):
+    url, body = server[0] + "/v1/chat/completions", {"model": "base", "messages": CHAT, "max_tokens": 2}
+    more = {"user": "me", "metadata": {"a": "b"}, "store": True, "skip_special_tokens": True, "logit_bias": {}}
+    assert httpx.post(url, json=body | NEUTRAL | more).status_code == 200
+    for name, value in (("top_q", 3), ("guided_regex", "a+"), ("typical_p", 0.5), ("prediction", {"a": 1})):
+        error = httpx.post(url, json=body | {name: value})
+        assert error.status_code == 400 and error.json()["error"]["param"] == name and name in error.text
+    with running(tiny_model("llama"), [], lenient=True) as (address, _):
+        answer = httpx.post(address + "/v1/chat/completions", json=body | {"top_q": 3, "typical_p": 0.5})
+        assert answer.status_code == 200 and answer.headers["x-ignored-fields"] == "top_q, typical_p"
+        assert "x-ignored-fields" not in httpx.post(address + "/v1/chat/completions", json=body).headers
+        assert httpx.post(address + "/v1/chat/completions", json=body | {"top_p": "x"}).status_code == 400
