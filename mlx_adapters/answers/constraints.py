@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_adapters.answers.schemas import llguidance
 from mlx_adapters.errors import ConfigError, ModelError
 
 
@@ -47,11 +48,9 @@ class Constraint:
 
         Raises ModelError when the grammar has become too large to go on with.
         """
-        from llguidance.numpy import fill_next_token_bitmask
-
         if self._waits:
             return None
-        fill_next_token_bitmask(self._matcher, self._words)
+        llguidance().numpy.fill_next_token_bitmask(self._matcher, self._words)
         if self._matcher.is_error():
             raise ModelError(
                 f"The grammar is too large to go on with: {' '.join(self._matcher.get_error().split())[:300]}"
@@ -111,9 +110,7 @@ class Grammars:
         return True
 
     def _compiled(self, text: str) -> Any:
-        from llguidance import LLMatcher
-
-        matcher = LLMatcher(self._tokens, text, log_level=0)
+        matcher = llguidance().LLMatcher(self._tokens, text, log_level=0)
         if matcher.is_error():
             raise ConfigError(f"The grammar cannot be used: {' '.join(matcher.get_error().split())[:300]}")
         return matcher
@@ -126,12 +123,9 @@ class Grammars:
 
     @functools.cached_property
     def _tokens(self) -> Any:
-        try:
-            from llguidance.hf import from_tokenizer
-        except ImportError:
-            raise ConfigError("Grammars need llguidance.", "pip install 'mlx_adapters[serve]'.") from None
+        made = llguidance().hf.from_tokenizer
         inner, ends = self._tokenizer._tokenizer, sorted(map(int, self._tokenizer.eos_token_ids))
         try:
-            return from_tokenizer(inner, n_vocab=max(self._vocabulary, len(inner)), eos_token=ends)
+            return made(inner, n_vocab=max(self._vocabulary, len(inner)), eos_token=ends)
         except Exception as error:  # a tokenizer of another kind than Rust's
             raise ConfigError(f"This model's tokenizer allows no grammar: {str(error)[:200]}") from None

@@ -17,6 +17,17 @@ CHILD_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 CHILD_MAPS = ("properties", "patternProperties", "$defs", "definitions")
 
 
+def llguidance() -> Any:
+    """The library, with its parts. Raises ConfigError where it is missing."""
+    try:
+        import llguidance
+        import llguidance.hf
+        import llguidance.numpy
+    except ImportError:
+        raise ConfigError("Grammars need llguidance.", "pip install 'mlx_adapters[serve]'.") from None
+    return llguidance
+
+
 def answer_grammar(json: str = "", calls: Sequence[str] = (), space: bool = False) -> str:
     """The grammar of a whole answer: a JSON text, or calls, or either.
 
@@ -108,10 +119,9 @@ def check_schema(schema: Any, where: str, strict: bool) -> None:
 
 def _refusal(schema: Mapping[str, Any], strict: bool) -> str:
     """Why no grammar can be made of it; "" if one can."""
-    from llguidance import LLMatcher
-
-    grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"lenient": not strict})
-    why = LLMatcher.validate_grammar(grammar)
+    matcher = llguidance().LLMatcher
+    grammar = matcher.grammar_from_json_schema(json.dumps(schema), overrides={"lenient": not strict})
+    why = matcher.validate_grammar(grammar)
     return " ".join(why.split())[:300] if why and not why.startswith("WARNING") else ""
 
 

@@ -25,8 +25,8 @@ import mlx_lm
 
 from mlx_adapters.config.training import LoraConfig
 from mlx_adapters.generation.batching import Batcher
-from mlx_adapters.generation.requests import Request
 from mlx_adapters.generation.live import load_model
+from mlx_adapters.generation.requests import Request
 from mlx_adapters.models.adapter import Adapter, write_adapter
 from mlx_adapters.models.layers import adaptable_layers, expected_shapes, resolve_target_modules
 from mlx_adapters.models.metadata import AdapterConfig
