@@ -1,30 +1,26 @@
 """Adapters from elsewhere into the registry, trusting nothing: folders, packs, files of weights, the Hub's."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_adapters.adapters.packing import ENDINGS, EXTRAS, MODEL_CONFIG
+from mlx_adapters.adapters.packing import ENDINGS, MODEL_CONFIG
 from mlx_adapters.checkpoints.contents import files_below
 from mlx_adapters.config.mapping import require
-from mlx_adapters.errors import AdapterError, ConfigError, FormatError, IncompatibleError, NotFoundError
-from mlx_adapters.events import Note, OnEvent, Progress, log_warnings
-from mlx_adapters.models.adapter import Adapter, read_adapter
+from mlx_adapters.errors import ConfigError, FormatError, NotFoundError
+from mlx_adapters.events import Note, OnEvent, log_warnings
+from mlx_adapters.models.adapter import read_adapter
 from mlx_adapters.models.base import Base
-from mlx_adapters.models.layers import adaptable_layers, check_fits, nn
-from mlx_adapters.models.loading import load_module
 from mlx_adapters.models.metadata import iterations_of, read_metadata
-from mlx_adapters.peft_format.foreign import fit_paths, read_foreign, weights_in
 from mlx_adapters.sources import lookup, references, registry
-from mlx_adapters.sources.bases import resolve_base
-from mlx_adapters.storage import files, paths, replacing, tensor_files
+from mlx_adapters.sources.intake import write_own_form
+from mlx_adapters.storage import files, paths, replacing
 from mlx_adapters.storage.hf_names import NPZ
 from mlx_adapters.storage.replacing import Output
 from mlx_adapters.storage.tensor_names import (
     ADAPTER_FILE,
     ADAPTER_OUTPUT,
-    CHECKPOINT_FILE,
     CONFIG_FILE,
     METADATA_FILE,
     checkpoint_file,
@@ -50,6 +46,8 @@ def add(
     name: str | None = None,
     out: str | Path | None = None,
     base: str | Path | Base | None = None,
+    subfolder: str | None = None,
+    text_only: bool = False,
     max_bytes: int = MAX_BYTES,
     overwrite: bool = False,
     on_event: OnEvent = log_warnings,
@@ -65,6 +63,8 @@ def add(
         out: put it into this folder instead; a packed model needs one.
         base: the base to hold it against, whose paths it gets where only their beginnings differ; None: its own, if
             it is on this machine.
+        subfolder: where in the folder or repository it lies; on the Hub also as in "user/repo/folder".
+        text_only: leave out layers that are not of the base's text model; a warning names them.
         max_bytes: most that a file may unpack to.
         overwrite: replace what is there.
         on_event: called with progress and notes.
@@ -78,20 +78,22 @@ def add(
     """
     require(name is None or out is None, "Give a name or an output folder, not both.")
     path = paths.expanded(source)
+    if path.is_file():
+        require(subfolder is None, f"'{source}' is a file: --subfolder is for folders and repositories.")
     if path.name.endswith(ENDINGS) and path.is_file():
         own = path.name.removesuffix(".tgz").removesuffix(".tar.gz")
 
         def unpacked(folder: Path, named: str) -> None:
             unpack(path, folder, max_bytes, on_event)
             if (folder / CONFIG_FILE).is_file():
-                _in_own_form(folder, folder, named, base, on_event)
+                write_own_form(folder, folder, named, base, on_event, text_only=text_only)
 
         return _tell_strength(_take_in(unpacked, path, own, name, out, overwrite, str(source)), on_event)
     if path.is_file():
         require(path.suffix in (".safetensors", NPZ), f"'{source}' is no folder, .tar.gz or file of weights.")
 
         def alone(folder: Path, named: str) -> None:
-            _in_own_form(path.parent, folder, named, base, on_event, path)
+            write_own_form(path.parent, folder, named, base, on_event, path, text_only=text_only)
 
         taken = _take_in(alone, path, path.absolute().parent.name, name, out, overwrite, str(source))
         return _tell_strength(taken, on_event)
@@ -100,13 +102,14 @@ def add(
         hint = f"for the folder write './{source}'." if path.exists() else "give a path, or user/repo for the Hub."
         raise ConfigError(f"'{source}' is a name, not a place to add an adapter from.", hint)
     require(reference.iteration is None, "A whole folder is added, not one checkpoint.")
-    folder, _ = lookup.locate(reference)
+    reference = references.below(reference, subfolder)
+    folder = lookup.inside(lookup.locate(reference, base, on_event)[0], None if reference.kind == "hub" else subfolder)
     if not folder.is_dir():
         raise NotFoundError(f"There is no folder or .tar.gz file '{folder}'.")
     own = reference.own_name if reference.kind == "hub" else folder.name
 
     def copied(target: Path, named: str) -> None:
-        _in_own_form(folder, target, named, base, on_event)
+        write_own_form(folder, target, named, base, on_event, text_only=text_only)
 
     return _tell_strength(_take_in(copied, folder, own, name, out, overwrite, str(reference)), on_event)
 
@@ -154,91 +157,6 @@ def _fill(fill: Callable[[Path, str], None], folder: Path, name: str, source: st
     with paths.named(folder, source):  # that folder is nothing that the user knows
         fill(folder, name)
         return _check_contents(folder, name, source)
-
-
-def _in_own_form(
-    source: Path,
-    target: Path,
-    named: str,
-    base: str | Path | Base | None,
-    on_event: OnEvent,
-    weights: Path | None = None,
-) -> None:
-    """Write the adapter in `source`, and nothing else of it, into `target`: mlx-lm's form, whoever made it.
-
-    weights: the one file to take; None: the adapter's and its checkpoints'.
-    """
-    chosen = weights or weights_in(source)
-    taken = {ADAPTER_FILE: chosen}
-    if weights is None:
-        taken |= {path.name: path for path in paths.visible(source) if CHECKPOINT_FILE.fullmatch(path.name)}
-    extras = [source / name for name in EXTRAS if (source / name).is_file()]
-    for path in (*taken.values(), *extras, source / CONFIG_FILE):
-        if path.is_symlink() and not is_cached(path):
-            raise FormatError(f"'{path}' is a link.", "put the file itself there.")
-    paths.require_free_space(target, sum(path.stat().st_size for path in (*taken.values(), *extras)))
-    for done, (name, path) in enumerate(taken.items(), start=1):
-        foreign = read_foreign(source, path, named)
-        if name == ADAPTER_FILE:  # the first; the checkpoints are of the same base
-            layers = _layers_of_base(foreign.adapter, base)
-        adapter = _on_its_base(foreign.adapter, layers, base)
-        if name == ADAPTER_FILE:
-            first, config = adapter, adapter.spelled(foreign.beside)
-            for note in foreign.notes:
-                on_event(Note(note, "warning"))
-        if not foreign.as_is or adapter is not foreign.adapter:
-            tensor_files.write_safetensors(target / name, adapter.weights)
-        elif path != target / name:
-            files.copy_file(path, target / name)
-        on_event(Progress("add", done, len(taken), "file"))
-    files.write_json(target / METADATA_FILE, first.metadata)
-    files.write_json(target / CONFIG_FILE, config)
-    if source != target:
-        for path in extras:
-            files.copy_file(path, target / path.name)
-        return
-    for path in paths.visible(target):
-        if path.name not in (*taken, METADATA_FILE, CONFIG_FILE, *EXTRAS):
-            path.unlink()
-
-
-def is_cached(path: Path) -> bool:
-    """Whether a link is one of huggingface_hub's cache: from a snapshot to a file of the same repository."""
-    blob = path.resolve()
-    return (
-        blob.is_file()
-        and blob.parent.name == "blobs"
-        and path.absolute().is_relative_to(blob.parent.parent / "snapshots")
-    )
-
-
-def _layers_of_base(adapter: Adapter, name: str | Path | Base | None) -> Mapping[str, nn.Module]:
-    """The layers of the base that is named, or of the adapter's own, where that is on this machine; {} for none."""
-    own = name or adapter.base_name
-    if own is None:
-        return {}
-    try:
-        return adaptable_layers(load_module(resolve_base(own, download=name is not None))[0])
-    except AdapterError:
-        if name is not None:
-            raise
-        return {}
-
-
-def _on_its_base(adapter: Adapter, layers: Mapping[str, nn.Module], name: str | Path | Base | None) -> Adapter:
-    """The adapter under the paths of the base's layers, if they are known and it fits.
-
-    Raises IncompatibleError for one that does not fit the base that is named.
-    """
-    fitting = fit_paths(adapter, layers)
-    try:
-        if layers:
-            check_fits(fitting, layers, f"'{name or adapter.base_name}'")
-    except IncompatibleError:
-        if name is not None:
-            raise
-        return adapter
-    return fitting
 
 
 def _check_contents(folder: Path, name: str, source: str) -> str:

@@ -28,6 +28,7 @@ from mlx_adapters.storage.replacing import read_whole
 from mlx_adapters.storage.tensor_names import (
     ADAPTER_FILE,
     CONFIG_FILE,
+    EXTRAS,
     METADATA_FILE,
     checkpoint_file,
 )
@@ -35,7 +36,6 @@ from mlx_adapters.storage.unpacking import BLOCK, CHUNK, TEMPLATES, is_safe
 
 MODEL_CONFIG = "config.json"
 ENDINGS = (".tar.gz", ".tgz")
-EXTRAS = ("README.md", "LICENSE", "NOTICE")
 
 
 @dataclass(frozen=True)

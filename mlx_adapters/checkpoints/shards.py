@@ -1,18 +1,28 @@
-"""The files of a PEFT adapter's weights: one, several with an index, or the parts that a sharded training left.
+"""The files of an adapter's weights: one, several with an index, or the parts that a sharded training left.
 
 DeepSpeed (ZeRO-3) and FSDP keep a part of each tensor on each machine; saved without gathering them, it is empty, or
 flat, or lies in files of another kind. All that is told, with what makes it whole.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from mlx_adapters.checkpoints.contents import is_of_tokenizer
 from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.models.base import numbered
 from mlx_adapters.storage import files, hf_names, paths, tensor_names
-from mlx_adapters.storage.hf_names import INDEXES, PEFT_PICKLE_FILE, PEFT_PICKLE_SHARDS, PEFT_SHARDS, PEFT_WEIGHTS_FILE
+from mlx_adapters.storage.hf_names import (
+    FOREIGN_WEIGHTS,
+    INDEXES,
+    NPZ_FILE,
+    PEFT_PICKLE_FILE,
+    PEFT_PICKLE_SHARDS,
+    PEFT_SHARDS,
+    PEFT_WEIGHTS_FILE,
+)
+from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CONFIG_FILE, METADATA_FILE
 
 ZERO, DCP = "*zero_pp_rank*", "*.distcp"  # files of DeepSpeed, of torch's distributed checkpoints
 CUT_UP = {
@@ -65,3 +75,33 @@ def refuse_parts(header: Mapping[str, Any], path: Path) -> None:
             raise FormatError(
                 f"'{path}' is not whole: '{name}' is one part of what FSDP laid out flat.", CUT_UP[DCP][1]
             )
+
+
+BEST = "best"  # optiq's folder of the best checkpoint
+
+
+def is_peft(config: Mapping[str, Any]) -> bool:
+    """Whether a config is PEFT's own; optiq writes PEFT's fields beside mlx-lm's."""
+    return "peft_type" in config and "lora_parameters" not in config
+
+
+def is_adapter_file(name: str) -> bool:
+    """Whether a file of this name makes its folder an adapter's, whatever program wrote it."""
+    return name in (CONFIG_FILE, ADAPTER_FILE, NPZ_FILE, PEFT_WEIGHTS_FILE) or fnmatch(name, PEFT_SHARDS)
+
+
+def weight_names(there: Iterable[str], where: str, tokenizer: bool = False) -> list[str]:
+    """Which files of an adapter's folder are needed: the first form of its weights that there is, and its records.
+
+    Raises FormatError where there is none that is opened.
+    """
+    there = sorted(there)
+    own = [name for name in FOREIGN_WEIGHTS if name in there][:1]
+    shards = [name for name in there if fnmatch(name, PEFT_SHARDS) or ("/" not in name and fnmatch(name, INDEXES))]
+    if not own and not shards:
+        pickles = [name for name in there if name == PEFT_PICKLE_FILE or fnmatch(name, PEFT_PICKLE_SHARDS)]
+        if pickles:
+            raise FormatError(f"'{where}' holds its weights in a pickle, {pickles[0]}.", PICKLE_HINT)
+        raise FormatError(f"'{where}' has a {CONFIG_FILE}, but no weights.", "is it an adapter, and whole?")
+    beside = [name for name in there if tokenizer and is_of_tokenizer(name)]
+    return [*(own or shards), *(name for name in (CONFIG_FILE, METADATA_FILE) if name in there), *beside]

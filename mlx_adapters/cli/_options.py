@@ -76,7 +76,7 @@ resize_option = click.option(
     "--resize", is_flag=True, help="Take a PEFT adapter of a vocabulary that was resized (see docs/interchange.md)."
 )
 text_only_option = click.option(
-    "--text-only", is_flag=True, help="Leave out what a PEFT adapter changes besides the text model."
+    "--text-only", is_flag=True, help="Leave out what the adapter changes besides the text model."
 )
 subfolder_option = click.option(
     "--subfolder", metavar="FOLDER", help="Which adapter of a folder or repository, as in USER/REPO/FOLDER."

@@ -5,7 +5,14 @@ from pathlib import Path
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import UserPath, complete_references, json_option, overwrite_option
+from mlx_adapters.cli._options import (
+    UserPath,
+    complete_references,
+    json_option,
+    overwrite_option,
+    subfolder_option,
+    text_only_option,
+)
 from mlx_adapters.units import count
 
 
@@ -55,6 +62,8 @@ def pack_command(source: str, target: Path, checkpoints: bool, overwrite: bool, 
 @click.option("--name", metavar="NAME", help="Its name in the registry [the file's, folder's or repository's].")
 @click.option("--out", type=UserPath(file_okay=False), help="Put it into this folder instead (models need one).")
 @click.option("--base", metavar="BASE", help="The base to hold it against [its own, if it is here].")
+@subfolder_option
+@text_only_option
 @click.option("--max-size", type=Size(), default=None, metavar="SIZE", help="Largest unpacked size, e.g. 5GB.")
 @overwrite_option
 @json_option
@@ -63,6 +72,8 @@ def add_command(
     name: str | None,
     out: str | None,
     base: str | None,
+    subfolder: str | None,
+    text_only: bool,
     max_size: int | None,
     overwrite: bool,
     as_json: bool,
@@ -80,7 +91,17 @@ def add_command(
 
     on_event = _output.progress()
     limit = max_size or MAX_BYTES
-    done = add(source, name=name, out=out, base=base, max_bytes=limit, overwrite=overwrite, on_event=on_event)
+    done = add(
+        source,
+        name=name,
+        out=out,
+        base=base,
+        subfolder=subfolder,
+        text_only=text_only,
+        max_bytes=limit,
+        overwrite=overwrite,
+        on_event=on_event,
+    )
     if as_json:
         _output.emit_json(done)
         return

@@ -3,7 +3,14 @@
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import UserPath, base_option, complete_references, json_option, overwrite_option
+from mlx_adapters.cli._options import (
+    UserPath,
+    base_option,
+    complete_references,
+    json_option,
+    overwrite_option,
+    subfolder_option,
+)
 
 _source = click.argument("source", metavar="REF|MODEL", shell_complete=complete_references)
 _base_model = click.option("--base-model", metavar="ID", help="The base's id on the Hub, for the card [from metadata].")
@@ -90,14 +97,14 @@ def publish_command(
 @click.command("download")
 @click.argument("repo", metavar="USER/REPO[/FOLDER][@REVISION]")
 @click.option("--name", help="Name to keep it under [the repository's].")
-@click.option("--subfolder", metavar="FOLDER", help="Which adapter of the repository, as in USER/REPO/FOLDER.")
+@subfolder_option
 @base_option
 @overwrite_option
 @json_option
 def download_command(
     repo: str, name: str | None, subfolder: str | None, base: str | None, overwrite: bool, as_json: bool
 ) -> None:
-    """Take an adapter (mlx-lm's or PEFT's form) from the Hub into the registry, or a model into the cache.
+    """Take an adapter (of any MLX program, or PEFT's) from the Hub into the registry, or a model into the cache.
 
     \b
     Example:
@@ -107,7 +114,15 @@ def download_command(
     from mlx_adapters.sources.downloads import download
 
     live = _output.live()
-    result = download(repo, name=name, base=base, subfolder=subfolder, overwrite=overwrite, show_progress=live)
+    result = download(
+        repo,
+        name=name,
+        base=base,
+        subfolder=subfolder,
+        overwrite=overwrite,
+        show_progress=live,
+        on_event=_output.progress(),
+    )
     if as_json:
         _output.emit_json(result)
     elif result.kind == "adapter":

@@ -67,7 +67,7 @@ def fuse_peft(
         >>> ma.fuse_peft(folder, "out/whole", base="demo", quantization="none").quantization is None
         True
     """
-    peft = read_peft(peft_folder(source, subfolder)[0])
+    peft = read_peft(peft_folder(source, subfolder, tokenizer=resize)[0])
     replacing.refuse_reading_inside(paths.expanded(out), [peft])
     refuse_unsaved(peft)
     resolved = resolve_base(base)

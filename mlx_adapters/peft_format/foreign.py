@@ -11,6 +11,7 @@ What they write, read in the programs' own sources (versions in brackets); tenso
 - optiq (0.7): mlx-lm's with PEFT's fields beside them; tensors of several ranks, one scale.
 """
 
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_adapters.checkpoints.shards import peft_weight_files
 from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.models.adapter import Adapter, Weights, keys_of
 from mlx_adapters.models.layers import nn
@@ -32,9 +34,10 @@ from mlx_adapters.models.metadata import (
     read_metadata,
 )
 from mlx_adapters.peft_format.updates import LayerFactors, unified
-from mlx_adapters.storage import tensor_files, tensor_names
+from mlx_adapters.storage import paths, tensor_files, tensor_names
 from mlx_adapters.storage.hf_names import FOREIGN_LEAVES, FOREIGN_WEIGHTS, NPZ, parse_peft_tensor
 from mlx_adapters.storage.tensor_names import CONFIG_FILE, LORA_A, LORA_B, MAGNITUDE, METADATA_FILE
+from mlx_adapters.units import count
 
 # What a setting is called; where several are there, the first counts.
 RANK, ALPHA, DROPOUT = ("rank", "r"), ("alpha", "lora_alpha"), ("dropout", "lora_dropout")
@@ -48,6 +51,14 @@ def weights_in(folder: Path) -> Path:
     for name in FOREIGN_WEIGHTS:
         if (folder / name).is_file():
             return folder / name
+    inner = sorted({path.parent.relative_to(folder).as_posix() for path in paths.visible(folder, f"**/{CONFIG_FILE}")})
+    if inner and inner != ["."]:
+        several = (
+            f"'{folder}' holds adapters in folders of it: {', '.join(inner[:10])}{', …' if len(inner) > 10 else ''}."
+        )
+        raise NotFoundError(several, f"name one: --subfolder {inner[-1]}, or the folder itself.")
+    if peft_weight_files(folder):
+        raise FormatError(f"'{folder}' is a PEFT adapter.", "take it in with 'mlx-adapters import-peft'.")
     raise NotFoundError(
         f"'{folder}' has no {FOREIGN_WEIGHTS[0]}.", f"nor any of {', '.join(FOREIGN_WEIGHTS[1:])}: is it an adapter?"
     )
@@ -227,3 +238,24 @@ def fit_paths(adapter: Adapter, layers: Mapping[str, nn.Module]) -> Adapter:
     weights = {new + name.removeprefix(old): array for name, array in adapter.weights.items()}
     keys = tuple(new + key.removeprefix(old) for key in adapter.config.keys)
     return replace(adapter, config=replace(adapter.config, keys=keys), weights=weights)
+
+
+def text_part(adapter: Adapter, layers: Mapping[str, nn.Module]) -> tuple[Adapter, str] | None:
+    """The part of an adapter that is of the base's text model, under its paths, and the other parts in words.
+
+    A part is what lies below one path (`vision_tower.blocks`); None where all fit, or none does.
+    """
+    parts: dict[str, list[str]] = {}
+    for key in adapter.config.keys:
+        parts.setdefault(re.split(r"\.\d+\.", key)[0] if re.search(r"\.\d+\.", key) else key, []).append(key)
+    fits = {
+        part: tensor_names.other_beginning(keys, layers.__contains__, layers) is not None
+        for part, keys in parts.items()
+    }
+    if all(fits.values()) or not any(fits.values()):
+        return None
+    keys = tuple(key for key in adapter.config.keys if any(fits[part] and key in own for part, own in parts.items()))
+    weights = {name: array for name, array in adapter.weights.items() if tensor_names.split(name)[0] in keys}
+    others = ", ".join(f"'{part}' ({count(len(own), 'layer')})" for part, own in parts.items() if not fits[part])
+    taken = replace(adapter, config=replace(adapter.config, keys=keys), weights=weights)
+    return fit_paths(taken, layers), others

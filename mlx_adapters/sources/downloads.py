@@ -1,5 +1,6 @@
 """Take adapters and models from the Hugging Face Hub, pinned to a commit and kept for offline use."""
 
+import glob
 import hashlib
 import re
 from dataclasses import dataclass, replace
@@ -7,21 +8,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlx_adapters.checkpoints.contents import MODEL_CONFIG
+from mlx_adapters.checkpoints.shards import BEST, is_adapter_file, is_peft, weight_names
 from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import AdapterError, HubError
+from mlx_adapters.events import OnEvent, log_warnings
 from mlx_adapters.models.adapter import Adapter, read_adapter, write_adapter_files
 from mlx_adapters.models.base import Base
-from mlx_adapters.models.metadata import read_config, read_metadata
+from mlx_adapters.models.metadata import read_metadata
 from mlx_adapters.peft_format.conversion import as_mlx
 from mlx_adapters.peft_format.reading import read_peft, refuse_beyond_lora
+from mlx_adapters.sources import hub
 from mlx_adapters.sources.bases import resolve_base
-from mlx_adapters.sources.hub import snapshot, tree
+from mlx_adapters.sources.intake import write_own_form
 from mlx_adapters.sources.references import Reference, below, check_name, parse_reference
 from mlx_adapters.sources.registry import register
 from mlx_adapters.sources.snapshots import refuse_other_forms
 from mlx_adapters.storage import files, locks, paths
-from mlx_adapters.storage.hf_names import PEFT_PICKLE_FILE, PEFT_WEIGHTS_FILE
-from mlx_adapters.storage.tensor_names import ADAPTER_FILE, ADAPTER_OUTPUT, CONFIG_FILE, METADATA_FILE
+from mlx_adapters.storage.tensor_names import ADAPTER_OUTPUT, CONFIG_FILE, METADATA_FILE
 from mlx_adapters.system.machine import made_now
 
 # What the names of packed models end in: unsloth/…-unsloth-bnb-4bit, Qwen/…-FP8, …-FP8-dynamic, …-quantized.w4a16
@@ -30,7 +33,6 @@ PACKED_NAME = re.compile(
     r"|-quantized\.w\d+a\d+)+$",
     re.IGNORECASE,
 )
-ADAPTER_FILES = [ADAPTER_FILE, CONFIG_FILE, METADATA_FILE, PEFT_WEIGHTS_FILE, PEFT_PICKLE_FILE]
 
 
 @dataclass(frozen=True)
@@ -52,16 +54,18 @@ def download(
     subfolder: str | None = None,
     overwrite: bool = False,
     show_progress: bool = False,
+    on_event: OnEvent = log_warnings,
 ) -> Download:
-    """Take an adapter (mlx-lm's or PEFT's form) from the Hub into the registry, or a model into the cache.
+    """Take an adapter (of any MLX program, or PEFT's) from the Hub into the registry, or a model into the cache.
 
     Args:
         repo: "user/repo[/folder][@revision]".
         name: the adapter's name here; None: the repository's.
-        base: the base model a PEFT adapter is for, where its config does not tell.
+        base: the base model that it is for, where its config does not tell, or tells one that cannot be used.
         subfolder: which of a repository's adapters, as in "user/repo/folder".
         overwrite: replace an adapter of this name.
         show_progress: the bars of huggingface_hub.
+        on_event: called with notes.
 
     Raises ConfigError, HubError, FormatError, IncompatibleError or ExistsError.
 
@@ -74,47 +78,100 @@ def download(
     if name is not None:
         check_name(name)
     require(reference.kind == "hub", f"'{repo}' is no repository: it is 'user/name' or 'user/name@revision'.")
-    reference = below(reference, subfolder)
-    target, show = reference.target, show_progress
-    downloaded, commit = snapshot(target, reference.revision, [*ADAPTER_FILES, MODEL_CONFIG], show_progress=show)
-    if not (reference.subfolder or _has_adapter(downloaded)) and (downloaded / MODEL_CONFIG).is_file():
+    found, target = find_adapter(below(reference, subfolder), also=MODEL_CONFIG), reference.target
+    if not found.files:
         require(
             name is None and base is None,
             f"'{target}' is a model: it stays in the cache under its id.",
             "--name and --base are for adapters; use the model by its id, --base user/name.",
         )
-        return Download(target, commit, "model", resolve_base(f"{target}@{commit}", everything=True).folder)
-    folder = adapter_snapshot(replace(reference, revision=commit), base=base)
-    adapter = register(read_adapter(folder), name or reference.own_name, overwrite)
+        return Download(target, found.commit, "model", resolve_base(f"{target}@{found.commit}", everything=True).folder)
+    folder = _converted(found, base, show_progress, on_event)
+    adapter = register(read_adapter(folder), name or found.reference.own_name, overwrite)
     assert adapter.folder is not None
-    return Download(target, commit, "adapter", adapter.folder, adapter.folder.name)
+    return Download(target, found.commit, "adapter", adapter.folder, adapter.folder.name)
 
 
-def _has_adapter(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (CONFIG_FILE, ADAPTER_FILE, PEFT_WEIGHTS_FILE))
+@dataclass(frozen=True)
+class FoundAdapter:
+    """An adapter in a repository, of which so far only the configs are here.
+
+    `reference` is the one that was asked for, pinned to the commit; `top` is where that lies in the cache, `place` the
+    adapter's folder in it ("" for the top), `files` what that holds, with bytes: nothing in a repository without one.
+    """
+
+    reference: Reference
+    top: Path
+    place: str
+    files: dict[str, int]
+
+    @property
+    def commit(self) -> str:
+        """Of the repository."""
+        return str(self.reference.revision)
+
+    @property
+    def folder(self) -> Path:
+        """Where the adapter lies in the cache."""
+        return self.top / self.place
+
+    def fetch(self, names: list[str], show_progress: bool = False) -> Path:
+        """Download files of the folder, by their names there; return the folder."""
+        there = [name for name in names if name in self.files]
+        hub.require_room(self.reference.target, sum(self.files[n] for n in there if not (self.folder / n).exists()))
+        patterns = [glob.escape((self.folder / name).relative_to(self.top).as_posix()) for name in there]
+        hub.snapshot(self.reference.target, self.commit, patterns, show_progress=show_progress)
+        return self.folder
 
 
-def adapter_files(reference: Reference) -> tuple[Path, str]:
-    """Download the files of a Hub adapter as they are: (their folder, commit).
+def find_adapter(reference: Reference, also: str | None = None) -> FoundAdapter:
+    """Look for an adapter in a repository by what it lists; its configs alone are downloaded.
 
-    Where a repository has none at its top, it is the one in a folder of it; of several one must be named.
-    Raises HubError.
+    Where a repository has none at its top, it is the one in a folder of it; of several one must be named. A
+    repository without any is refused, unless it holds the file `also`. Raises HubError.
     """
     repo, subfolder = reference.target, reference.subfolder
-    patterns = [f"{subfolder}/{name}" for name in ADAPTER_FILES] if subfolder else ADAPTER_FILES
-    downloaded, commit = snapshot(repo, reference.revision, patterns)
-    if _has_adapter(downloaded / (subfolder or "")):
-        return downloaded / (subfolder or ""), commit
-    snapshot(repo, commit, [f"*/{CONFIG_FILE}"])  # in folders of any depth
-    inner = [path.parent.relative_to(downloaded).as_posix() for path in paths.visible(downloaded, f"**/{CONFIG_FILE}")]
-    if len(inner) == 1 and not subfolder:
-        return adapter_files(replace(reference, revision=commit, subfolder=inner[0]))
-    if not inner:
-        refuse_other_forms(repo, tree(repo, commit))
+    at = f"{subfolder}/" if subfolder else ""
+    configs = [at + CONFIG_FILE, at + METADATA_FILE, *([also] if also and not subfolder else [])]
+    top, commit = hub.snapshot(repo, reference.revision, [glob.escape(name) for name in configs])
+    listed = _listed(repo, commit, top)
+    places = sorted({name.rpartition("/")[0] for name in listed if is_adapter_file(name.rpartition("/")[2])})
+    places = [place for place in places if place.rpartition("/")[2] != BEST or place.rpartition("/")[0] not in places]
+    pinned = replace(reference, revision=commit)
+    if not places and also in listed and not subfolder:
+        return FoundAdapter(pinned, top, "", {})
+    if (subfolder or "") in places or (len(places) == 1 and not subfolder):
+        place = subfolder or places[0]
+        at = f"{place}/" if place else ""
+        if not subfolder and place:
+            hub.snapshot(repo, commit, [glob.escape(at + name) for name in (CONFIG_FILE, METADATA_FILE)])
+        inside = {name.removeprefix(at): size for name, size in listed.items() if name.startswith(at)}
+        return FoundAdapter(pinned, top, place, inside)
+    if not places:
+        refuse_other_forms(repo, listed)
         raise HubError(f"'{repo}' holds no adapter: it has no {CONFIG_FILE}.", "a model is used by its id: --base.")
     wrong = f"has no adapter in '{subfolder}', but in" if subfolder else "holds several adapters:"
-    hint = f"name one: {repo}/{inner[-1]}, or {repo} with --subfolder {inner[-1]}."
-    raise HubError(f"'{repo}' {wrong} {', '.join(inner[:10])}{', …' if len(inner) > 10 else ''}.", hint)
+    named = [place or "its top" for place in places]
+    hint = f"name one: {repo}/{places[-1]}, or {repo} with --subfolder {places[-1]}."
+    raise HubError(f"'{repo}' {wrong} {', '.join(named[:10])}{', …' if len(places) > 10 else ''}.", hint)
+
+
+def _listed(repo: str, commit: str, top: Path) -> dict[str, int]:
+    """The files of a commit and their bytes; where nobody tells, those in the cache."""
+    try:
+        return hub.tree(repo, commit)
+    except HubError:
+        there = [path for path in paths.visible(top, "**/*") if path.is_file()]
+        return {path.relative_to(top).as_posix(): path.stat().st_size for path in there}
+
+
+def adapter_files(reference: Reference, *, tokenizer: bool = False) -> tuple[Path, str]:
+    """Download the files of a Hub adapter as they are, its tokenizer too if asked: (their folder, commit).
+
+    Raises HubError, or FormatError for weights in a form that is not opened.
+    """
+    found = find_adapter(reference)
+    return found.fetch(weight_names(found.files, str(found.reference), tokenizer)), found.commit
 
 
 def origin(reference: Reference, commit: str) -> dict[str, str]:
@@ -123,49 +180,46 @@ def origin(reference: Reference, commit: str) -> dict[str, str]:
     return place | ({"subfolder": reference.subfolder} if reference.subfolder else {})
 
 
-def adapter_snapshot(reference: Reference, *, base: str | Path | None = None) -> Path:
-    """The folder of a Hub adapter, downloaded (and, in PEFT's form, converted) once per commit.
+def adapter_snapshot(
+    reference: Reference, *, base: str | Path | Base | None = None, on_event: OnEvent = log_warnings
+) -> Path:
+    """The folder of a Hub adapter, downloaded and in our form, once per commit.
 
-    Its metadata names repository and commit. `base` is what a PEFT adapter is converted for (default: what its
-    config names). Works offline from the cache. Raises HubError, FormatError or IncompatibleError.
+    Its metadata names repository and commit. `base` is what it is held against or, in PEFT's form, converted for
+    (default: what its config names). Works offline from the cache. Raises HubError, FormatError or IncompatibleError.
     """
-    repo, asked = reference.target, replace(reference, revision=None)
-    downloaded, commit = adapter_files(reference)
-    special = [str(part) for part in (base, reference.subfolder) if part is not None]
-    key = f"{commit}-{hashlib.sha256(chr(0).join(special).encode()).hexdigest()[:8]}" if special else commit
+    return _converted(find_adapter(reference), base, False, on_event)
+
+
+def _converted(found: FoundAdapter, base: str | Path | Base | None, show_progress: bool, on_event: OnEvent) -> Path:
+    reference, repo = found.reference, found.reference.target
+    asked = replace(reference, revision=None)
+    special = [str(part) for part in (base.name if isinstance(base, Base) else base, reference.subfolder) if part]
+    key = f"{found.commit}-{hashlib.sha256(chr(0).join(special).encode()).hexdigest()[:8]}" if special else found.commit
     folder = paths.home() / "hub" / repo.replace("/", "--") / key
     if folder.is_dir():
         return folder
-    pinned = {"hub": origin(reference, commit)}
+    names = weight_names(found.files, str(asked))
+    raw = files.read_json(found.folder / CONFIG_FILE) if CONFIG_FILE in found.files else {}
+    peft = is_peft(raw)
+    model = None if not peft else _base_of_peft(asked, raw) if base is None else resolve_base(base)
+    downloaded = found.fetch(names, show_progress)
+    pinned = {"hub": origin(reference, found.commit)}
     with locks.lock(f"hub-{repo.replace('/', '--')}"), files.atomic_folder(folder, True, ADAPTER_OUTPUT) as temporary:
-        raw = files.read_json(_there(downloaded / CONFIG_FILE))
-        if "peft_type" in raw:
-            write_adapter_files(_read_peft(asked, downloaded, raw, base, pinned), temporary)
+        if model is not None:
+            write_adapter_files(_read_peft(asked, downloaded, model, pinned, on_event), temporary)
         else:
-            for name in (ADAPTER_FILE, CONFIG_FILE):
-                files.link_or_copy(_there(downloaded / name), temporary / name)
-            named = {} if (downloaded / METADATA_FILE).is_file() else {"name": reference.own_name}
-            files.write_json(temporary / METADATA_FILE, read_metadata(downloaded) | named | pinned)
-            with paths.named(temporary, str(asked)):
-                config = read_adapter(temporary).config
-            files.write_json(temporary / CONFIG_FILE, config.to_mlx_lm(read_config(temporary)))
+            with paths.named(temporary, str(asked)), paths.named(downloaded, str(asked)):
+                recorded = read_metadata(downloaded) if METADATA_FILE in found.files else {}
+                named = recorded.get("name") or reference.own_name
+                write_own_form(downloaded, temporary, named, base, on_event, origin=pinned)
     return folder
 
 
-def _there(path: Path) -> Path:
-    """The file itself, behind the links of the cache. Raises HubError if the repository has no such file."""
-    if not path.is_file():
-        raise HubError(f"The repository has no {path.name}, so it is no whole adapter.")
-    return path.resolve()
-
-
-def _read_peft(
-    reference: Reference, folder: Path, raw: dict[str, Any], base: str | Path | None, pinned: dict[str, Any]
-) -> Adapter:
-    model = _base_of_peft(reference, raw) if base is None else resolve_base(base)
+def _read_peft(reference: Reference, folder: Path, model: Base, pinned: dict[str, Any], on_event: OnEvent) -> Adapter:
     peft = read_peft(folder)
     refuse_beyond_lora(peft)
-    adapter = as_mlx(peft, model, str(reference))
+    adapter = as_mlx(peft, model, str(reference), on_event=on_event)
     # Converted once for whatever command came first, which says nothing of how it was made.
     made = {key: value for key, value in made_now().items() if key != "command"}
     return replace(adapter, metadata=adapter.metadata | made | {"name": reference.own_name} | pinned)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import HubError, NotFoundError, did_you_mean
+from mlx_adapters.events import OnEvent, log_warnings
 from mlx_adapters.sources.hub import NotCached
 from mlx_adapters.sources.references import Reference, below, parse_reference
 from mlx_adapters.sources.registry import adapter_folder, names
@@ -14,10 +15,13 @@ from mlx_adapters.storage import paths
 
 if TYPE_CHECKING:
     from mlx_adapters.models.adapter import Adapter
+    from mlx_adapters.models.base import Base
 
 
-def locate(reference: str | Reference) -> tuple[Path, int | None]:
-    """(folder, iteration) that a reference means; a Hub reference is downloaded once.
+def locate(
+    reference: str | Reference, base: "str | Path | Base | None" = None, on_event: OnEvent = log_warnings
+) -> tuple[Path, int | None]:
+    """(folder, iteration) that a reference means; a Hub reference is downloaded once, and put into our form on `base`.
 
     Raises NotFoundError that suggests the nearest names.
     """
@@ -28,7 +32,7 @@ def locate(reference: str | Reference) -> tuple[Path, int | None]:
         from mlx_adapters.sources.downloads import adapter_snapshot
 
         try:
-            return adapter_snapshot(ref), None
+            return adapter_snapshot(ref, base=base, on_event=on_event), None
         except HubError as error:
             if not Path(str(ref)).is_dir():
                 if ref.subfolder and isinstance(error, NotCached):
@@ -78,10 +82,13 @@ def load_adapter(reference: "str | Path | Adapter") -> "Adapter":
     return adapter
 
 
-def peft_folder(source: str | Path, subfolder: str | None = None) -> tuple[Path, dict[str, Any]]:
+def peft_folder(
+    source: str | Path, subfolder: str | None = None, tokenizer: bool = False
+) -> tuple[Path, dict[str, Any]]:
     """The folder of a PEFT adapter, and what to record of the Hub's repository, from which it is downloaded once.
 
-    subfolder: where in `source` it lies. Raises NotFoundError, ConfigError or HubError.
+    subfolder: where in `source` it lies. tokenizer: the one beside it, too. Raises NotFoundError, ConfigError or
+    HubError.
     """
     text = str(source)
     if isinstance(source, Path) or paths.is_path(text) or Path(text).is_dir():
@@ -91,7 +98,7 @@ def peft_folder(source: str | Path, subfolder: str | None = None) -> tuple[Path,
         return inside(Path(text), subfolder), {}
     from mlx_adapters.sources.downloads import adapter_files, origin
 
-    folder, commit = adapter_files(reference)
+    folder, commit = adapter_files(reference, tokenizer=tokenizer)
     return folder, {"hub": origin(reference, commit)}
 
 

@@ -33,8 +33,8 @@ _PEFT_ADAPTER_TENSOR = re.compile(rf"(.+?)\.({'|'.join(_LEAF_OF_PEFT)})((?:\.[^.
 # -- Other MLX programs ----------------------------------------------------------------------------------
 # What mlx-vlm calls an adapter's factors (its shapes are mlx-lm's), and what files hold an adapter's weights.
 FOREIGN_LEAVES = {"A": LORA_A, "B": LORA_B}
-NPZ = ".npz"
-FOREIGN_WEIGHTS = (ADAPTER_FILE, "adapters.npz", "weights.safetensors", PEFT_WEIGHTS_FILE, f"best/{ADAPTER_FILE}")
+NPZ, NPZ_FILE = ".npz", "adapters.npz"
+FOREIGN_WEIGHTS = (ADAPTER_FILE, NPZ_FILE, "weights.safetensors", PEFT_WEIGHTS_FILE, f"best/{ADAPTER_FILE}")
 
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "tok_embeddings", "word_embeddings", "embeddings", "embedding")
 HEADS = ("lm_head", "embed_out")

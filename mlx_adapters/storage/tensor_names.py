@@ -25,6 +25,7 @@ QUANTIZED_LEAVES = (WEIGHT, SCALES, BIASES)
 ADAPTER_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"
 METADATA_FILE = "adapter_metadata.json"
+EXTRAS = ("README.md", "LICENSE", "NOTICE")  # what goes along with an adapter
 REFERENCE_FILE = "reference.safetensors"  # of a run: what its reference model says of the answers
 FUSE_RECIPE_FILE, REPORT_FILE = "fuse_recipe.json", "fuse_report.json"
 CHECKPOINTS_FOLDER = "checkpoints"
