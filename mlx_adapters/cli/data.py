@@ -112,7 +112,8 @@ def _list(name: str, split: "SplitReport") -> None:
     """What stands out in a split, with the first places."""
     if split.turn_tokens is not None:
         least, median, most = split.turn_tokens
-        endless = f"; {split.endless_turns} end in no token that stops a generation" if split.endless_turns else ""
+        many = split.endless_turns
+        endless = f"; {many} {'ends' if many == 1 else 'end'} in no token that stops a generation" if many else ""
         turns = count(split.turns, "turn")
         _output.out(f"{name}, {turns} of the assistant: {least} to {most} tokens, median {median:g}{endless}")
     by_field: dict[tuple[str, str], list[str]] = {}

@@ -12,7 +12,7 @@ from mlx_adapters.config.mapping import require
 from mlx_adapters.config.training import TrainConfig
 from mlx_adapters.data.datasets import Data, DataSet, RawRow, apart, kept_text, read_data
 from mlx_adapters.data.inspecting import LeftOut, RowReport, inspect_row
-from mlx_adapters.data.preferences import tokenize_for
+from mlx_adapters.data.preferences import require_texts, tokenize_for
 from mlx_adapters.data.tokenizing import Row, has_words
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.loading import load_tokenizer_of
@@ -110,6 +110,9 @@ def check_data(data: Data, base: str | Path | Base, training: TrainConfig | None
     tokenizer, dataset = load_tokenizer_of(resolved, training.template), read_data(data, read=training)
     rows = len(dataset.rows("train"))
     require(1 <= row <= rows, f"row {row} cannot be shown: the training data has {count(rows, 'row')}.")
+    if training.objective.rows == "texts":
+        for split in dataset.splits.values():
+            require_texts(split.rows)
     seen = {
         name: [inspect_row(raw, tokenizer, training) for raw in split.rows] for name, split in dataset.splits.items()
     }

@@ -52,18 +52,23 @@ def _answer(raw: RawRow, tokenizer: Any, config: TrainConfig) -> Row:
     return replace(row, answer=row.trained)
 
 
+def require_texts(rows: Sequence[RawRow]) -> None:
+    """Raise FormatError, naming the line, for a row of two answers."""
+    for raw in rows:
+        if raw.rejected is not None:
+            raise FormatError(
+                f"{raw.where}: the row has 'chosen' and 'rejected', and sft learns one answer.",
+                "give --objective dpo (or orpo, simpo, kto), or name the columns to learn.",
+            )
+
+
 def tokenize_for(rows: Sequence[RawRow], tokenizer: Any, config: TrainConfig) -> Tokenized:
     """The examples that a training takes from these rows.
 
     Raises FormatError, naming the line, for a row that the objective cannot use.
     """
     if config.objective.rows == "texts":
-        for raw in rows:
-            if raw.rejected is not None:
-                raise FormatError(
-                    f"{raw.where}: the row has 'chosen' and 'rejected', and sft learns one answer.",
-                    "train with --objective dpo (or orpo, simpo, kto), or name the columns to learn.",
-                )
+        require_texts(rows)
         return tokenize(
             rows,
             tokenizer,

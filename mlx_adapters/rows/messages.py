@@ -49,7 +49,8 @@ def conversation(value: Any, where: str, name: str = "messages") -> tuple[list[M
     value = parsed(value)
     if not isinstance(value, list | tuple) or not value:
         raise FormatError(f"{where}: '{name}' must be a list with at least one message.")
-    weighted = [_message(message, f"message {i}", where) for i, message in enumerate(value, 1)]
+    of = "" if name == "messages" else f" of '{name}'"
+    weighted = [_message(message, f"message {i}{of}", where) for i, message in enumerate(value, 1)]
     return [message for message, _ in weighted], tuple(weight for _, weight in weighted)
 
 

@@ -270,9 +270,11 @@ def _with_extras(
 
 
 def _unknown(values: Values, where: str) -> FormatError:
-    keys = ", ".join(map(repr, values)) or "no key"
+    nulls = [name for name, value in values.items() if is_missing(value)]
+    keys = ", ".join(repr(name) for name in values if name not in nulls) or "no key"
+    empty = f", and null as {', '.join(map(repr, nulls))}" if nulls else ""
     return FormatError(
-        f"{where}: the row has {keys}.",
+        f"{where}: the row has {keys}{empty}.",
         "a row has 'messages', or 'prompt' and 'completion', or 'text'; "
         "name other columns with --prompt-column and --completion-column, --messages-column or --text-column.",
     )

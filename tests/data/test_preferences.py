@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mlx_adapters import check_data
 from mlx_adapters.config.training import DPO, KTO, ORPO, TrainConfig
 from mlx_adapters.data.preferences import tokenize_for
 from mlx_adapters.errors import FormatError
@@ -107,6 +108,13 @@ def test_sft_refuses_pairs(tokenizer):
     with pytest.raises(FormatError, match="line 1: the row has 'chosen' and 'rejected'") as caught:
         examples(tokenizer, TrainConfig().objective, {"prompt": ASK, "chosen": GOOD, "rejected": BAD})
     assert "--objective dpo" in caught.value.hint
+
+
+def test_data_check_sees_pairs_as_train_does(tiny_model):
+    pairs = [{"prompt": ASK, "chosen": GOOD, "rejected": BAD}]
+    with pytest.raises(FormatError, match="row 1: the row has 'chosen' and 'rejected', and sft learns one answer"):
+        check_data(pairs, tiny_model())
+    assert check_data(pairs, tiny_model(), TrainConfig(objective=DPO())).splits["train"].rows == 1
 
 
 def test_mismatched_answers_belong_to_another_prompt(tokenizer):

@@ -31,7 +31,7 @@ CORPUS = [
 class Family:
     """`special` tokens and others that are `added`; `stops` end a generation, the first is EOS; `roles` says whether
     the template takes a "system" and a "tool" turn, and "any" order; `next_ends`: the next message begins with the
-    token that ends a turn."""
+    token that ends a turn; `opened`: a turn's header, and what the generation prompt goes on with."""
 
     special: str
     stops: str
@@ -40,6 +40,7 @@ class Family:
     roles: str = "system tool any"
     calls: int = 9
     next_ends: bool = False
+    opened: tuple[str, str] | None = None
 
     @property
     def words(self) -> list[str]:
@@ -52,7 +53,9 @@ FAMILIES = {
     "chatml": Family(CHATML, "<|im_end|>", roles="system any"),
     "qwen2": Family(CHATML, "<|im_end|> <|endoftext|>", added=THINK),
     "qwen3": Family(CHATML, "<|im_end|> <|endoftext|>", added=THINK),
-    "qwen3_thinking": Family(CHATML, "<|im_end|> <|endoftext|>", added=THINK),
+    "qwen3_thinking": Family(
+        CHATML, "<|im_end|> <|endoftext|>", added=THINK, opened=("<|im_start|>assistant\n", "<think>\n")
+    ),
     "llama3": Family(
         "<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>",
         "<|eot_id|> <|end_of_text|>",
@@ -81,6 +84,7 @@ FAMILIES = {
         "<|eos|>",
         "<|begin|>",
         added="<think> </think>",
+        opened=("<|Assistant|>", "<think>\n"),
     ),
     "harmony": Family(
         "<|startoftext|> <|endoftext|> <|start|> <|end|> <|message|> <|channel|> <|return|> <|call|>",
@@ -186,24 +190,34 @@ def write_base(folder: Path, family: str, **config: object) -> Path:
 
 
 def by_marks(tokenizer: TokenizerWrapper, family: str, messages, tools=None) -> tuple[list[int], np.ndarray]:
-    """Tokens and trained marks of a conversation, by the marks in the family's template and transformers' tracker."""
+    """Tokens and trained marks of a conversation, by the marks in the family's template and transformers' tracker.
+
+    A turn whose own words begin as the generation prompt ends is trained from there on: the model is given those.
+    """
     ids, trained = _tracked(tokenizer, family, messages, tools)
     last = messages[-1]
     if FAMILIES[family].next_ends and last["role"] == "assistant":
         following = {"role": "tool" if last.get("tool_calls") else "user", "content": "x"}
         ids, trained = (part[: len(ids) + 1] for part in _tracked(tokenizer, family, [*messages, following], tools))
+    if FAMILIES[family].opened:
+        header, opened = FAMILIES[family].opened
+        text = _rendered(tokenizer, family, messages, tools, tokenize=False)
+        places = tokenizer._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        for token in np.flatnonzero(trained[1:] & ~trained[:-1]) + 1:
+            start = places[token][0]
+            if text.endswith(header, 0, start) and text.startswith(opened, start):
+                trained[[i for i, (a, b) in enumerate(places) if start <= a and b <= start + len(opened)]] = False
     return ids, trained
 
 
+def _rendered(tokenizer: TokenizerWrapper, family: str, messages, tools, **how):
+    given = {"chat_template": marked(family), "enable_thinking": tokenizer.has_thinking}
+    return tokenizer._tokenizer.apply_chat_template(messages, tools=tools, **given, **how)
+
+
 def _tracked(tokenizer: TokenizerWrapper, family: str, messages, tools) -> tuple[list[int], np.ndarray]:
-    out = tokenizer._tokenizer.apply_chat_template(
-        messages,
-        tools=tools,
-        chat_template=marked(family),
-        enable_thinking=tokenizer.has_thinking,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-    )
+    how = {"return_dict": True, "return_assistant_tokens_mask": True}
+    out = _rendered(tokenizer, family, messages, tools, **how)
     return list(out["input_ids"]), np.array(out["assistant_masks"], bool)
 
 
@@ -273,9 +287,7 @@ WORDS = [
 
 def _words(rng: random.Random, most: int = 8) -> str:
     text = " ".join(rng.choices(WORDS, k=rng.randint(1, most)))
-    text = rng.choice(["", "", " ", "\n"]) + text + rng.choice(["", "", " ", "\n\n"])
-    # Words that begin as a generation prompt ends are its own for us, and the turn's for marks.
-    return text.replace("<think>\n", "<think> \n")
+    return rng.choice(["", "", " ", "\n"]) + text + rng.choice(["", "", " ", "\n\n"])
 
 
 def _call(rng: random.Random) -> dict:

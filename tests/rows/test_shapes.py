@@ -162,6 +162,8 @@ BAD = {
     "two answers": ({"question": ASK, "answer": "Blue.", "response": "Red."}, "which is the prompt"),
     "nothing known": ({"body": "x"}, "the row has 'body'"),
     "nothing": ({}, "the row has no key"),
+    "a null": ({"prompt": ASK, "chosen": None, "rejected": "c"}, "has 'prompt', 'rejected', and null as 'chosen'."),
+    "a message of another list": ({"conversations": [3]}, "message 1 of 'conversations' must be an object"),
 }
 
 
