@@ -1,11 +1,14 @@
 """OpenAI's bodies of /v1/chat/completions and /v1/completions, whole or as chunks of a stream."""
 
+import base64
 import json
 import math
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from mlx_adapters.answers.reading import Answer, Part, ToolCall
 from mlx_adapters.generation.requests import Token
@@ -204,3 +207,21 @@ def _said(kind: str, text: str) -> Body:
 
 def _finite(logprob: float | None) -> float:
     return logprob if logprob is not None and math.isfinite(logprob) else -9999.0
+
+
+def embeddings_body(vectors: Sequence[Sequence[float]], model: str, tokens: int, packed: bool) -> Body:
+    """OpenAI's body of /v1/embeddings; `packed`: float32 in base64, as its clients ask for."""
+    data = [
+        {"object": "embedding", "index": i, "embedding": _packed(vector) if packed else list(vector)}
+        for i, vector in enumerate(vectors)
+    ]
+    return {
+        "object": "list",
+        "data": data,
+        "model": model,
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    }
+
+
+def _packed(vector: Sequence[float]) -> str:
+    return base64.b64encode(np.array(vector, "<f4").tobytes()).decode()

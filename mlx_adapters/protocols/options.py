@@ -163,14 +163,14 @@ def read_format(value: Any, where: str = "response_format") -> ResponseFormat | 
     return ResponseFormat(dict(inner["schema"]), strict)
 
 
-def read_prompts(value: Any, vocabulary: int) -> list[str | list[int]]:
+def read_prompts(value: Any, vocabulary: int, name: str = "prompt") -> list[str | list[int]]:
     """The checked prompts of a completion: texts or token ids, one or several. Raises ApiError 400."""
     several = isinstance(value, list) and len(value) > 0 and all(isinstance(one, str | list) for one in value)
     prompts = value if several else [value]
     if len(prompts) <= 1024 and all(_is_prompt(prompt, vocabulary) for prompt in prompts):
         return list(prompts)
     raise ApiError(
-        400, f"'prompt' must be a text or a list of token ids below {vocabulary}, or a list of these.", param="prompt"
+        400, f"'{name}' must be a text or a list of token ids below {vocabulary}, or a list of these.", param=name
     )
 
 

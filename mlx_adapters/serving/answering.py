@@ -16,12 +16,14 @@ from mlx_adapters.answers.schemas import answer_grammar, call_rules, check_argum
 from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.errors import AdapterError, ModelError
 from mlx_adapters.models.model import Model
-from mlx_adapters.protocols.chat import CompletionWriter, Writer, usage
+from mlx_adapters.protocols.chat import CompletionWriter, Writer, embeddings_body, usage
 from mlx_adapters.protocols.conversation import Conversation, read_conversation
 from mlx_adapters.protocols.errors import ApiError, told_as
 from mlx_adapters.protocols.fields import Fields, read_json
+from mlx_adapters.protocols.ollama import GenerateWriter, OllamaWriter, read_ollama
 from mlx_adapters.protocols.options import Asked, read_options, read_prompts
 from mlx_adapters.protocols.prompts import Tokenizing, check_fits
+from mlx_adapters.protocols.responses import ResponseWriter, read_response
 from mlx_adapters.serving.engine import Engine
 from mlx_adapters.serving.jobs import Job
 from mlx_adapters.serving.transport import EventStream, left, read_body
@@ -68,6 +70,45 @@ class Answering:
         texts = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in given] if asked.echo else []
         writer = CompletionWriter(asked, model, self.fingerprint, self._token_text, texts)
         return await self.answer(request, fields, asked, model, prompts, writer, lambda: None, grammar)
+
+    async def response(self, request: Request) -> Response:
+        """POST /v1/responses."""
+        fields = await self.fields(request)
+        asked, talk = read_response(fields, self.model.vocabulary)
+        fields.refuse_rest()
+        return await self.converse(request, fields, asked, talk, ResponseWriter)
+
+    async def ollama_chat(self, request: Request) -> Response:
+        """POST /api/chat."""
+        return await self._ollama(request, OllamaWriter)
+
+    async def ollama_generate(self, request: Request) -> Response:
+        """POST /api/generate."""
+        return await self._ollama(request, GenerateWriter)
+
+    async def _ollama(self, request: Request, writer: type[OllamaWriter]) -> Response:
+        fields = await self.fields(request)
+        asked, talk = read_ollama(fields, writer.chat, self.model.vocabulary)
+        fields.refuse_rest()
+        return await self.converse(request, fields, asked, talk, writer)
+
+    async def embeddings(self, request: Request) -> Response:
+        """POST /v1/embeddings: the mean of the last hidden state of each text."""
+        fields = await self.fields(request)
+        name = fields.take("model", str)
+        if not name:
+            raise ApiError(400, "You must provide a 'model'.", param="model")
+        given = read_prompts(fields.value("input"), self.model.vocabulary, "input")
+        packed = fields.take("encoding_format", str, "float") == "base64"
+        fields.refuse_rest()
+        model = self.engine.resolve(name, fields.raw.get("user") if isinstance(fields.raw.get("user"), str) else None)
+        prompts = [await self.plain_tokens(prompt, "input") for prompt in given]
+        with told_as("input"):
+            for prompt in prompts:
+                self.model.checked_ids(prompt)
+                self.model.room(len(prompt), 1)
+            found = await asyncio.to_thread(self.engine.embed, model, prompts)
+        return JSONResponse(embeddings_body(found, model, sum(map(len, prompts)), packed))
 
     async def plain_tokens(self, prompt: str | list[int], where: str = "prompt") -> list[int]:
         """The tokens of a text that goes through no template. Raises ApiError 400 beyond the context."""

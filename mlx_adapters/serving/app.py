@@ -4,7 +4,9 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from importlib.metadata import version
 from importlib.resources import files as package_files
 from typing import Any
 
@@ -27,6 +29,7 @@ class Server:
     def __init__(self, engine: Engine) -> None:
         self.engine, self.settings = engine, engine.settings
         self.answering = Answering(engine)
+        self.started = int(time.time())
         self._keys = [hashlib.sha256(key.encode()).digest() for key in self.settings.api_keys]
 
     def app(self) -> Starlette:
@@ -39,6 +42,14 @@ class Server:
             Route("/v1/models/{name:path}", self.guarded(self.model)),
             Route("/v1/chat/completions", self.guarded(self.answering.chat), methods=["POST"]),
             Route("/v1/completions", self.guarded(self.answering.completion), methods=["POST"]),
+            Route("/v1/responses", self.guarded(self.answering.response), methods=["POST"]),
+            Route("/v1/embeddings", self.guarded(self.answering.embeddings), methods=["POST"]),
+            Route("/api/chat", self.guarded(self.answering.ollama_chat), methods=["POST"]),
+            Route("/api/generate", self.guarded(self.answering.ollama_generate), methods=["POST"]),
+            Route("/api/tags", self.guarded(self.ollama_tags)),
+            Route("/api/version", self.guarded(self.ollama_version)),
+            Route("/v1/load_lora_adapter", self.guarded(self.load_lora), methods=["POST"]),
+            Route("/v1/unload_lora_adapter", self.guarded(self.unload_lora), methods=["POST"]),
             Route("/v1/adapters", self.guarded(self.add_adapter), methods=["POST"]),
             Route("/v1/adapters/{name}", self.guarded(self.remove_adapter), methods=["DELETE"]),
         ]
@@ -112,13 +123,24 @@ class Server:
     def model_record(self, name: str) -> dict[str, Any]:
         """What `/v1/models` tells of a name; `parent` is the base of an adapter."""
         served = self.engine.served.get(name)
-        record = {"id": name, "object": "model", "created": 0, "owned_by": "mlx_adapters"}
+        record = {"id": name, "object": "model", "created": self.started, "owned_by": "mlx_adapters"}
+        record |= {"max_model_len": self.engine.model.base.context}
         if served is not None:
             record |= {"parent": self.engine.base_name, "resident": served.resident}
         for split in self.settings.splits:
             if split.name == name:
                 record |= {"split": dict(split.arms)}
         return record
+
+    async def ollama_tags(self, _: Request) -> Response:
+        """Ollama's list of models."""
+        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started))
+        told = [{"name": name, "model": name, "modified_at": at, "size": 0} for name in self.engine.names]
+        return JSONResponse({"models": told})
+
+    async def ollama_version(self, _: Request) -> Response:
+        """What Ollama's clients ask first."""
+        return JSONResponse({"version": version("mlx_adapters")})
 
     async def add_adapter(self, request: Request) -> Response:
         """POST {"name": NAME, "reference": NAME[@ITERATION]}: serve a registered adapter too."""
@@ -127,6 +149,23 @@ class Server:
         name, reference = raw.get("name"), raw.get("reference", raw.get("name"))
         if not isinstance(name, str) or not isinstance(reference, str) or set(raw) - {"name", "reference"}:
             raise ApiError(400, "Send 'name' and, if it is called otherwise, its 'reference'.")
+        await self.load(name, reference)
+        return JSONResponse(self.model_record(name), 201)
+
+    async def load_lora(self, request: Request) -> Response:
+        """vLLM's form of it: `lora_path` is an adapter's name."""
+        self.check_loading()
+        fields = await self.answering.fields(request)
+        name, reference = fields.take("lora_name", str), fields.take("lora_path", str)
+        fields.value("base_model_name"), fields.value("load_inplace")
+        fields.refuse_rest()
+        if not name or not reference:
+            raise ApiError(400, "Both 'lora_name' and 'lora_path' must be provided.")
+        await self.load(name, reference)
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+    async def load(self, name: str, reference: str) -> None:
+        """Serve a registered adapter. Raises ApiError."""
         try:
             check_name(name)
             if parse_reference(reference).kind != "name":
@@ -136,18 +175,31 @@ class Server:
             await asyncio.to_thread(self.engine.add_adapter, name, reference)
         except AdapterError as error:
             raise ApiError(404 if "No adapter named" in error.message else 400, error.message) from None
-        return JSONResponse(self.model_record(name), 201)
 
     async def remove_adapter(self, request: Request) -> Response:
         """Serve an adapter no more."""
         self.check_loading()
         name = request.path_params["name"]
+        self.unload(name)
+        return JSONResponse({"id": name, "object": "model", "deleted": True})
+
+    async def unload_lora(self, request: Request) -> Response:
+        """vLLM's form of it."""
+        self.check_loading()
+        fields = await self.answering.fields(request)
+        name = fields.take("lora_name", str, "")
+        fields.value("lora_int_id")
+        fields.refuse_rest()
+        self.unload(name)
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+    def unload(self, name: str) -> None:
+        """Serve an adapter no more. Raises ApiError."""
         if name not in self.engine.served:
             raise ApiError(404, f"The adapter '{name}' is not served.", code="model_not_found")
         if any(name == arm for split in self.settings.splits for arm, _ in split.arms):
             raise ApiError(409, f"'{name}' is an arm of a split.")
         self.engine.remove_adapter(name)
-        return JSONResponse({"id": name, "object": "model", "deleted": True})
 
     def check_loading(self) -> None:
         """Raise ApiError 403 unless loading at run time is allowed."""

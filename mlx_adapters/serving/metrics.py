@@ -27,6 +27,16 @@ METRICS: dict[str, tuple[str, str, Sequence[float]]] = {
     "memory_peak_bytes": ("gauge", "The most bytes MLX has held.", ()),
 }
 
+# Under these names vLLM's dashboards find them.
+ALIASES = {
+    "prompt_tokens_total": "vllm:prompt_tokens_total",
+    "completion_tokens_total": "vllm:generation_tokens_total",
+    "time_to_first_token_seconds": "vllm:time_to_first_token_seconds",
+    "time_per_output_token_seconds": "vllm:time_per_output_token_seconds",
+    "queue_length": "vllm:num_requests_waiting",
+    "running": "vllm:num_requests_running",
+}
+
 
 class Metrics:
     """All metrics of a server; thread-safe."""
@@ -61,21 +71,27 @@ class Metrics:
         lines: list[str] = []
         with self._lock:
             for name, (kind, explanation, buckets) in METRICS.items():
-                lines += [f"# HELP {PREFIX}{name} {explanation}", f"# TYPE {PREFIX}{name} {kind}"]
-                lines += [f"{PREFIX}{name}{_labels(key)} {_number(value)}" for key, value in self._values[name].items()]
-                for (of, key), cells in self._histograms.items():
-                    if of != name:
-                        continue
-                    bounds = [*(f"{bound:g}" for bound in buckets), "+Inf"]
-                    lines += [
-                        f"{PREFIX}{name}_bucket{_labels((*key, ('le', bound)))} {_number(count)}"
-                        for bound, count in zip(bounds, cells, strict=False)
-                    ]
-                    lines += [
-                        f"{PREFIX}{name}_count{_labels(key)} {_number(cells[-2])}",
-                        f"{PREFIX}{name}_sum{_labels(key)} {_number(cells[-1])}",
-                    ]
+                lines += self._lines(PREFIX + name, name, kind, explanation, buckets)
+                if name in ALIASES:
+                    lines += self._lines(ALIASES[name], name, kind, explanation, buckets)
         return "\n".join(lines) + "\n"
+
+    def _lines(self, called: str, name: str, kind: str, explanation: str, buckets: Sequence[float]) -> list[str]:
+        lines = [f"# HELP {called} {explanation}", f"# TYPE {called} {kind}"]
+        lines += [f"{called}{_labels(key, called)} {_number(value)}" for key, value in self._values[name].items()]
+        for (of, key), cells in self._histograms.items():
+            if of != name:
+                continue
+            bounds = [*(f"{bound:g}" for bound in buckets), "+Inf"]
+            lines += [
+                f"{called}_bucket{_labels((*key, ('le', bound)), called)} {_number(count)}"
+                for bound, count in zip(bounds, cells, strict=False)
+            ]
+            lines += [
+                f"{called}_count{_labels(key, called)} {_number(cells[-2])}",
+                f"{called}_sum{_labels(key, called)} {_number(cells[-1])}",
+            ]
+        return lines
 
 
 def _number(value: float) -> str:
@@ -83,7 +99,11 @@ def _number(value: float) -> str:
     return str(int(value)) if value == int(value) else repr(value)
 
 
-def _labels(pairs: Sequence[tuple[str, str]]) -> str:
+def _labels(pairs: Sequence[tuple[str, str]], called: str) -> str:
+    """The labels of a line; vLLM calls the model `model_name`."""
+    model = "model" if called.startswith(PREFIX) else "model_name"
+    pairs = [(model if key == "model" else key, value) for key, value in pairs]
+
     def escaped(value: str) -> str:
         return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 

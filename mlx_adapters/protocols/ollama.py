@@ -1,0 +1,155 @@
+"""Ollama's /api/chat and /api/generate, for clients that speak nothing else."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mlx_adapters.answers.reading import Answer, Part, ToolCall
+from mlx_adapters.generation.requests import Token
+from mlx_adapters.protocols.chat import Body, Writer
+from mlx_adapters.protocols.conversation import Conversation, read_messages, read_tools
+from mlx_adapters.protocols.errors import ApiError
+from mlx_adapters.protocols.fields import Fields
+from mlx_adapters.protocols.options import Asked, ResponseFormat, read_format, read_sampling
+
+SPELLED = {"repeat_penalty": "repetition_penalty", "repeat_last_n": "repetition_context_size"}
+TEMPERATURE = 0.8  # Ollama's default
+OF_THE_MACHINE = (
+    "num_ctx",
+    "num_batch",
+    "num_gpu",
+    "main_gpu",
+    "num_thread",
+    "use_mmap",
+    "low_vram",
+    "num_keep",
+    "numa",
+)
+
+
+def read_ollama(fields: Fields, chat: bool, vocabulary: int) -> tuple[Asked, Conversation]:
+    """The checked request. Raises ApiError 400."""
+    model = fields.take("model", str)
+    if not model:
+        raise ApiError(400, "You must provide a 'model'.", param="model")
+    given = fields.take("options", dict, {})
+    options = Fields({SPELLED.get(name, name): value for name, value in given.items()}, fields.lenient, "options")
+    most = options.take("num_predict", int, -1)
+    asked = Asked(
+        model=model.removesuffix(":latest"),
+        user=None,
+        stream=fields.take("stream", bool, True),
+        include_usage=True,
+        max_tokens=most if most > 0 else None,
+        sampling=read_sampling(options, vocabulary, TEMPERATURE),
+        logprobs=None,
+        format=_format(fields.value("format")),
+    )
+    for name in OF_THE_MACHINE:
+        options.value(name)
+    options.refuse_rest()
+    fields.value("keep_alive")
+    thinking = fields.value("think")
+    arguments: Body = {} if thinking is None else {"enable_thinking": bool(thinking)}
+    if isinstance(thinking, str):
+        arguments["reasoning_effort"] = thinking
+    if chat:
+        tools = read_tools(fields.value("tools"))
+        return asked, Conversation(read_messages(_named(fields.value("messages"))), tools, "auto", True, arguments)
+    system = fields.take("system", str)
+    first = [{"role": "system", "content": system}] if system else []
+    messages = read_messages([*first, {"role": "user", "content": fields.take("prompt", str)}], "prompt")
+    return asked, Conversation(messages, [], "none", False, arguments)
+
+
+def _named(messages: Any) -> Any:
+    """Messages whose tools are told by `tool_name`, and thoughts by `thinking`."""
+    if not isinstance(messages, list):
+        return messages
+    spelled = {"tool_name": "name", "thinking": "reasoning_content"}
+    return [
+        {spelled.get(key, key): value for key, value in one.items()} if isinstance(one, dict) else one
+        for one in messages
+    ]
+
+
+def _format(value: Any) -> ResponseFormat | None:
+    if value in (None, ""):
+        return None
+    if value == "json":
+        return read_format({"type": "json_object"}, "format")
+    return read_format({"type": "json_schema", "schema": value}, "format")
+
+
+class OllamaWriter(Writer):
+    """Lines of JSON; `chat` False: of /api/generate."""
+
+    chat = True
+    media_type, alive, last = "application/x-ndjson", b"", b""
+
+    def __init__(self, *given: Any, **more: Any) -> None:
+        super().__init__(*given, **more)
+        self._start = time.monotonic_ns()
+        self._first: int | None = None
+
+    def frame(self, chunk: Body) -> bytes:
+        """One line."""
+        if "error" in chunk:
+            chunk = {"error": chunk["error"]["message"]}
+        return json.dumps(chunk).encode() + b"\n"
+
+    def whole(self, answers: Sequence[Answer], usage: Body) -> Body:
+        """The body of an answer that is not streamed."""
+        (answer,) = answers
+        return self._line(answer.content, answer.reasoning, answer.calls) | self._ending(answer, usage)
+
+    def piece(
+        self, index: int, parts: Sequence[Part | ToolCall], tokens: Sequence[Token], answer: Answer
+    ) -> Iterator[Body]:
+        """The lines that tell of a piece."""
+        self._first = self._first or time.monotonic_ns()
+        for part in parts:
+            if isinstance(part, ToolCall):
+                yield self._line("", "", [part])
+            else:
+                content, reasoning = (part.text, "") if part.kind == "content" else ("", part.text)
+                yield self._line(content, reasoning, [])
+
+    def end(self, answers: Sequence[Answer], usage: Body) -> Iterator[Body]:
+        """The last line."""
+        (answer,) = answers
+        yield self._line("", "", []) | self._ending(answer, usage)
+
+    def _line(self, content: str, reasoning: str, calls: Sequence[ToolCall]) -> Body:
+        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        line: Body = {"model": self.model, "created_at": at, "done": False}
+        thinking = {"thinking": reasoning} if reasoning else {}
+        if not self.chat:
+            return line | {"response": content, **thinking}
+        message: Body = {"role": "assistant", "content": content, **thinking}
+        if calls:
+            message["tool_calls"] = [
+                {"function": {"name": call.name, "arguments": json.loads(call.arguments)}} for call in calls
+            ]
+        return line | {"message": message}
+
+    def _ending(self, answer: Answer, usage: Body) -> Body:
+        now = time.monotonic_ns()
+        first = self._first or now
+        return {
+            "done": True,
+            "done_reason": "length" if answer.finish_reason == "length" else "stop",
+            "total_duration": now - self._start,
+            "load_duration": 0,
+            "prompt_eval_count": usage["prompt_tokens"],
+            "prompt_eval_duration": first - self._start,
+            "eval_count": usage["completion_tokens"],
+            "eval_duration": now - first,
+        }
+
+
+class GenerateWriter(OllamaWriter):
+    """Of /api/generate."""
+
+    chat = False
