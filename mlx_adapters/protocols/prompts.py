@@ -1,13 +1,24 @@
-"""Texts to tokens: off the event loop, long ones apart from short ones, and no further than the context reaches."""
+"""From conversations and texts to tokens, and to what may be written after them.
+
+Off the event loop, long texts apart from short ones, and no further than the context reaches.
+"""
 
 import asyncio
 import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from mlx_adapters.answers.constraints import Grammar, Grammars
+from mlx_adapters.answers.reading import AnswerReader, is_reasoning, reasoning_marks
+from mlx_adapters.answers.schemas import answer_grammar, call_rules, check_arguments, json_rule
+from mlx_adapters.config.data import TemplateConfig
+from mlx_adapters.errors import AdapterError
 from mlx_adapters.models.model import Model
-from mlx_adapters.protocols.errors import ApiError
+from mlx_adapters.protocols.conversation import Conversation
+from mlx_adapters.protocols.errors import ApiError, told_as
+from mlx_adapters.protocols.options import Asked
+from mlx_adapters.templates.tool_calls import HERMES, ToolFormat, tool_format, with_tools
 
 Result = TypeVar("Result")
 LONG_TEXT = 1 << 16  # characters from which a text is tokenized apart, where it keeps no short one waiting
@@ -67,3 +78,76 @@ def too_long(tokens: str, context: int, where: str) -> ApiError:
     """The refusal of a prompt."""
     message = f"The prompt has {tokens} tokens; the model's context has {context}."
     return ApiError(400, message, param=where, code="context_length_exceeded")
+
+
+Prepared = tuple[list[int], Callable[[], AnswerReader | None], Grammar | None]
+
+
+def prepared(model: Model, own: TemplateConfig, asked: Asked, talk: Conversation, grammars: Grammars) -> Prepared:
+    """A conversation's prompt, what reads an answer to it, and what may be written.
+
+    Args:
+        model: renders and tokenizes.
+        own: how the adapter was trained to see conversations.
+        asked: the request.
+        talk: the conversation.
+        grammars: of the model.
+
+    Raises ApiError 400.
+    """
+    check_fits([str(message.get("content") or "") for message in talk.messages], model, "messages")
+    tokenizer, given = model.tokenizer, TemplateConfig(chat_template_args=talk.arguments)
+    template = given.over(model.template).over(own).chat_template
+    called = talk.tools or any(m["role"] == "tool" or m.get("tool_calls") for m in talk.messages)
+    format = tool_format(tokenizer, template) if called else None
+    messages, tools = with_tools(talk.messages, talk.tools, format) if format else (talk.messages, None)
+    try:
+        prompt = model.encode_chat(messages, tools, template=given, own=own)
+    except AdapterError as error:
+        raise ApiError(400, error.message[:240], param="messages") from None
+    marks = reasoning_marks(tokenizer, template)
+    thinks = is_reasoning(tokenizer, prompt, marks)
+    if format is not None and (talk.choice == "required" or asked.format) and format.form is None:
+        format = ToolFormat(None, HERMES, False)
+    grammar = _grammar(tokenizer, asked, talk, grammars, format, marks, thinks)
+    if not talk.tools and marks is None:
+        return prompt, lambda: None, grammar
+    reads = format if talk.tools else None
+    return prompt, lambda: AnswerReader(tokenizer, reads, talk.tools, marks, thinks), grammar
+
+
+def _grammar(
+    tokenizer: Any,
+    asked: Asked,
+    talk: Conversation,
+    grammars: Grammars,
+    format: ToolFormat | None,
+    marks: tuple[str, str] | None,
+    thinks: bool,
+) -> Grammar | None:
+    """What may be written: a JSON text, calls, either; or of a call that was begun freely, its rest."""
+
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+    if talk.tools and format is not None and talk.choice == "auto" and asked.format is None:
+        begins = ids(format.marks[0])
+        if format.form is None or format.parser is None or len(begins) != 1:
+            return None
+        rules = call_rules(talk.tools, format, grammars.special, True, begun=True)
+        grammar = Grammar(answer_grammar(calls=rules), after=begins, repeats=True)
+        return grammar if grammars.allows(grammar) else None  # what the model writes is read all the same
+    for i, tool in enumerate(talk.tools):
+        with told_as(f"tools[{i}].function.parameters"):
+            check_arguments(tool, f"tools[{i}].function.parameters")
+    json = json_rule(asked.format.schema, asked.format.strict) if asked.format and talk.choice != "required" else ""
+    calls = call_rules(talk.tools, format, grammars.special, talk.parallel) if talk.tools and format else []
+    if not json and not calls:
+        return None
+    text = answer_grammar(json, calls, space=marks is not None)
+    if marks is None:
+        return Grammar(text)
+    begins = ids(marks[0])
+    thinks_yet = not thinks and len(begins) == 1 and talk.arguments.get("enable_thinking") is not False
+    after = ids(marks[1]) if thinks or thinks_yet else ()
+    return Grammar(text, after=after, unless=begins[0] if thinks_yet else None)

@@ -11,10 +11,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from mlx_adapters.answers.constraints import Constraint, Grammar, Grammars
-from mlx_adapters.answers.reading import Answer, AnswerReader, is_reasoning, reasoning_marks
-from mlx_adapters.answers.schemas import answer_grammar, call_rules, check_arguments, json_rule
-from mlx_adapters.config.data import TemplateConfig
-from mlx_adapters.errors import AdapterError, ModelError
+from mlx_adapters.answers.reading import Answer, AnswerReader
+from mlx_adapters.answers.schemas import answer_grammar, json_rule
+from mlx_adapters.errors import ModelError
 from mlx_adapters.models.model import Model
 from mlx_adapters.protocols.chat import CompletionWriter, Writer, embeddings_body, usage
 from mlx_adapters.protocols.conversation import Conversation, read_conversation
@@ -22,12 +21,11 @@ from mlx_adapters.protocols.errors import ApiError, told_as
 from mlx_adapters.protocols.fields import Fields, read_json
 from mlx_adapters.protocols.ollama import GenerateWriter, OllamaWriter, read_ollama
 from mlx_adapters.protocols.options import Asked, read_options, read_prompts
-from mlx_adapters.protocols.prompts import Tokenizing, check_fits
+from mlx_adapters.protocols.prompts import Tokenizing, check_fits, prepared
 from mlx_adapters.protocols.responses import ResponseWriter, read_response
 from mlx_adapters.serving.engine import Engine
 from mlx_adapters.serving.jobs import Job
 from mlx_adapters.serving.transport import EventStream, left, read_body
-from mlx_adapters.templates.tool_calls import HERMES, ToolFormat, tool_format, with_tools
 
 DEFAULT_MAX_TOKENS = 512
 HEADERS = "X-Ignored-Fields"
@@ -134,63 +132,10 @@ class Answering:
             raise ApiError(400, "This model has no chat template; use /v1/completions.", param="messages")
         size = sum(len(str(m.get("content"))) + len(str(m.get("tool_calls", ""))) for m in talk.messages)
         prompt, read, grammar = await self.tokenizing.run(
-            size, lambda with_: self._prepared(with_, asked, talk, own), "messages"
+            size, lambda with_: prepared(with_, own, asked, talk, self.grammars), "messages"
         )
         made = writer(asked, model, self.fingerprint, self._token_text)
         return await self.answer(request, fields, asked, model, [prompt], made, read, grammar)
-
-    def _prepared(
-        self, model: Model, asked: Asked, talk: Conversation, own: TemplateConfig
-    ) -> tuple[list[int], Callable[[], AnswerReader | None], Grammar | None]:
-        """The prompt, what reads an answer to it, and what may be written."""
-        check_fits([str(message.get("content") or "") for message in talk.messages], model, "messages")
-        given = TemplateConfig(chat_template_args=talk.arguments)
-        template = given.over(self.model.template).over(own).chat_template
-        called = talk.tools or any(m["role"] == "tool" or m.get("tool_calls") for m in talk.messages)
-        format = tool_format(self.tokenizer, template) if called else None
-        messages, tools = with_tools(talk.messages, talk.tools, format) if format else (talk.messages, None)
-        try:
-            prompt = model.encode_chat(messages, tools, template=given, own=own)
-        except AdapterError as error:
-            raise ApiError(400, error.message[:240], param="messages") from None
-        marks = reasoning_marks(self.tokenizer, template)
-        thinks = is_reasoning(self.tokenizer, prompt, marks)
-        if format is not None and (talk.choice == "required" or asked.format) and format.form is None:
-            format = ToolFormat(None, HERMES, False)
-        grammar = self._grammar(asked, talk, format, marks, thinks)
-        if not talk.tools and marks is None:
-            return prompt, lambda: None, grammar
-        reads = format if talk.tools else None
-        return prompt, lambda: AnswerReader(self.tokenizer, reads, talk.tools, marks, thinks), grammar
-
-    def _grammar(
-        self, asked: Asked, talk: Conversation, format: ToolFormat | None, marks: tuple[str, str] | None, thinks: bool
-    ) -> Grammar | None:
-        """What may be written: a JSON text, calls, either; or of a call that was begun freely, its rest."""
-        if talk.tools and format is not None and talk.choice == "auto" and asked.format is None:
-            begins = self._ids(format.marks[0])
-            if format.form is None or format.parser is None or len(begins) != 1:
-                return None
-            rules = call_rules(talk.tools, format, self.grammars.special, True, begun=True)
-            grammar = Grammar(answer_grammar(calls=rules), after=begins, repeats=True)
-            return grammar if self.grammars.allows(grammar) else None  # what the model writes is read all the same
-        for i, tool in enumerate(talk.tools):
-            with told_as(f"tools[{i}].function.parameters"):
-                check_arguments(tool, f"tools[{i}].function.parameters")
-        json = json_rule(asked.format.schema, asked.format.strict) if asked.format and talk.choice != "required" else ""
-        calls = call_rules(talk.tools, format, self.grammars.special, talk.parallel) if talk.tools and format else []
-        if not json and not calls:
-            return None
-        text = answer_grammar(json, calls, space=marks is not None)
-        if marks is None:
-            return Grammar(text)
-        begins = self._ids(marks[0])
-        thinks_yet = not thinks and len(begins) == 1 and talk.arguments.get("enable_thinking") is not False
-        after = self._ids(marks[1]) if thinks or thinks_yet else ()
-        return Grammar(text, after=after, unless=begins[0] if thinks_yet else None)
-
-    def _ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     # -- jobs ------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from mlx_adapters.models.adapter import template_of
 from mlx_adapters.protocols.conversation import read_conversation
 from mlx_adapters.protocols.fields import Fields
 from mlx_adapters.protocols.options import read_options
+from mlx_adapters.protocols.prompts import prepared
 from mlx_adapters.serving.settings import ServeSettings
 from mlx_adapters.serving.start import make_engine
 
@@ -84,15 +85,13 @@ def test_in_a_batch_each_adapter_sees_its_own(base, monkeypatch):
 
 def test_a_server_renders_for_each_adapter_and_as_a_request_asks(base):
     trained(base, "quiet", chat_template_args=QUIET)
-    from mlx_adapters.serving.answering import Answering
-
     engine = make_engine(str(base), [("quiet", "quiet")], ServeSettings(), name="base")
-    decode = engine.model.tokenizer.decode
+    decode, grammars = engine.model.tokenizer.decode, Grammars(engine.model.tokenizer, engine.model.vocabulary)
 
     def prompt(name, **more):
         fields = Fields({"model": name, "messages": [{"role": "user", "content": "a"}], **more})
         asked, talk = read_options(fields, True, engine.model.vocabulary), read_conversation(fields)
-        return decode(Answering(engine)._prepared(engine.model, asked, talk, engine.template_of(name))[0])
+        return decode(prepared(engine.model, engine.template_of(name), asked, talk, grammars)[0])
 
     texts = [prompt("base"), prompt("quiet"), prompt("base", chat_template_kwargs=QUIET)]
     assert texts[1] == texts[2] and texts[1].startswith(texts[0]) and texts[1] != texts[0]
