@@ -20,6 +20,7 @@ from mlx_adapters import (
     merge,
     train,
 )
+from mlx_adapters.answers.constraints import Grammars
 from mlx_adapters.cli import cli
 from mlx_adapters.errors import ConfigError, FormatError
 from mlx_adapters.generation.chat import Chat
