@@ -4,6 +4,7 @@ from pathlib import Path
 
 from mlx_adapters.assembly.gguf import GgufWriter
 from mlx_adapters.assembly.hf import HfWriter
+from mlx_adapters.assembly.plan import LayerPlan
 from mlx_adapters.assembly.tensors import Assembly, Rounded, Writer
 from mlx_adapters.assembly.weights import BaseWeights
 from mlx_adapters.assembly.writing import Written, copy_companions, dtype_name, write_config, write_weights
@@ -26,7 +27,14 @@ class MlxWriter:
         """The one that is asked for."""
         return self._dtype
 
-    def stored(self, rows: mx.array) -> mx.array:
+    def scale_dtype(self) -> None:
+        """The same."""
+
+    def settled(self, base: Base, source: BaseWeights, plans: list[LayerPlan]) -> list[LayerPlan]:
+        """As it is."""
+        return plans
+
+    def stored(self, path: str, rows: mx.array) -> mx.array:
         """As they are."""
         return rows
 

@@ -1,179 +1,218 @@
-"""A fused model as one GGUF file (f16, bf16 or q8_0) for llama.cpp, for architectures whose names are known.
+"""A fused model as one GGUF file for llama.cpp.
 
-llama.cpp expects the rows of q_proj and k_proj of llama-like models in the order of interleaved rotary
-embeddings, the tokenizer as bare lists, and matrices with their axes named in reverse (which the `gguf` package
-does). Norms and biases stay float32.
+Layers that the plan has in up to 5 bits, and mxfp4, go over code by code (`gguf_format.blocks`); 6 and 8 bits become
+q8_0, rounded once; the rest is f16, or what --dtype says. `gguf_format` knows llama.cpp's names and numbers.
 """
 
 import errno
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlx_adapters.assembly.gguf_tokenizer import check_strings, read_tokenizer
+from mlx_adapters.assembly.plan import LayerPlan
 from mlx_adapters.assembly.survival import not_finite
 from mlx_adapters.assembly.tensors import Assembly, Rounded
 from mlx_adapters.assembly.weights import BaseWeights
 from mlx_adapters.assembly.writing import OTHER_BITS, Unit, Written
 from mlx_adapters.checkpoints.left_out import without_place
 from mlx_adapters.config.mapping import require
-from mlx_adapters.config.quantization import UNQUANTIZED, Precision
-from mlx_adapters.errors import ConfigError, FormatError, ModelError
+from mlx_adapters.config.quantization import Precision
+from mlx_adapters.errors import FormatError
 from mlx_adapters.events import Note, OnEvent, Progress
+from mlx_adapters.gguf_format import blocks, hyperparameters
+from mlx_adapters.gguf_format.architectures import architecture_of
+from mlx_adapters.gguf_format.hyperparameters import settings_of
+from mlx_adapters.gguf_format.tensors import EXACT, Layout, Place
+from mlx_adapters.gguf_format.tokenizer import check_strings, read_tokenizer
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.loading import load_tokenizer_of
 from mlx_adapters.rounding.grids import to_numpy
+from mlx_adapters.rounding.packed import Packed
 from mlx_adapters.storage import paths, tensor_names
 from mlx_adapters.system.door import mx
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 FILE_NAME = "model.gguf"
-LARGEST = {"f16": 65504.0, "q8_0": 127 * 65504.0}  # what fits; float32 and bfloat16 reach as far as ours
+FILE_TYPES = {"F32": "ALL_F32", **{kind: f"MOSTLY_{kind}" for kind in ("F16", "BF16", "Q8_0", "Q4_1", "Q5_1")}}
+FILE_TYPES["MXFP4"] = "MOSTLY_MXFP4_MOE"
 
 
 class GgufWriter:
-    """One file of unquantized weights, or of q8_0, which the file's own rounding makes."""
+    """One file, of a type for each layer."""
 
     loadable = False
 
     def __init__(self, precision: Precision, dtype: mx.Dtype | None, base: Base) -> None:
-        self.rounds = precision.quantization is not None
-        q8_0 = precision.bits == 8 and precision.mode in (None, "affine") and precision.group_size in (None, 32, 64)
-        require(not self.rounds or q8_0, "The format 'gguf' takes --bits none or 8.", OTHER_BITS)
-        self.precision = Precision(8, 32, "affine") if self.rounds else UNQUANTIZED
-        self.kind = "q8_0" if self.rounds else {mx.float32: "f32", mx.bfloat16: "bf16"}.get(dtype, "f16")
-        try:
-            import gguf  # noqa: F401
-        except ImportError:
-            raise ModelError("Writing GGUF needs the package 'gguf'.", "pip install 'mlx_adapters[gguf]'.") from None
-        _check_supported(base.config)
+        own = base.quantization
+        self.precision = precision
+        if precision.quantization is not None:
+            asked = precision.like(own if own and own.mode != "affine" else None)
+            grid = blocks.same_grid(asked)
+            rounds = asked.mode == "affine" and asked.bits == 8 and precision.group_size in (None, 32, 64)
+            require(
+                grid is not None or rounds,
+                f"GGUF has nothing like {asked.bits} bits in mode {asked.mode}.",
+                "it takes --bits keep, none, 8 (q8_0), 5 (q5_1) and 4 (q4_1). " + OTHER_BITS,
+            )
+            self.precision = Precision.of(blocks.finest(asked)) if grid else Precision(8, 32, "affine")
+        self.kind = {mx.float32: "F32", mx.bfloat16: "BF16"}.get(dtype, "F16")
+        self._eight: set[str] = set()
+        self._made: Layout | None = None
+        blocks.package()
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the file's own q8_0 rounds some layers."""
+        return bool(self._eight)
 
     def dtype(self, source: BaseWeights) -> mx.Dtype:
         """The file's types are made from float32."""
         return mx.float32
 
-    def stored(self, rows: mx.array) -> mx.array:
-        """The rows as they come back from the file."""
-        import gguf
+    def scale_dtype(self) -> mx.Dtype:
+        """That of q4_1's and q5_1's scales."""
+        return mx.float16
 
-        form = _form(rows.shape, self.kind)
-        return mx.array(gguf.quants.dequantize(gguf.quants.quantize(to_numpy(rows), form), form))
+    def settled(self, base: Base, source: BaseWeights, plans: list[LayerPlan]) -> list[LayerPlan]:
+        """The plan as the file can hold it. Raises ConfigError for tensors that llama.cpp does not have."""
+        self._made = Layout(architecture_of(source.module), source.module, settings_of(source.module, base.config))
+        self._made.check()
+        return [self._settled(plan) for plan in plans]
+
+    def _settled(self, plan: LayerPlan) -> LayerPlan:
+        if plan.target is None:
+            return replace(plan, copied=False)
+        if blocks.same_grid(plan.target) is None:
+            self._eight.add(plan.path)
+            return replace(plan, target=None, copied=False)
+        return plan if plan.copied else replace(plan, target=blocks.finest(plan.target))
+
+    def _form(self, name: str, shape: tuple[int, ...]) -> str:
+        """The type of an unquantized tensor of ours."""
+        kind = "Q8_0" if tensor_names.split(name)[0] in self._eight else self.kind
+        return blocks.form_of(self._layout.places(name)[0].name, shape, kind, EXACT)
+
+    @property
+    def _layout(self) -> Layout:
+        assert self._made is not None, "the plan comes first"
+        return self._made
+
+    def stored(self, path: str, rows: mx.array) -> mx.array:
+        """The rows as they come back from the file."""
+        form = self._form(tensor_names.join(path, tensor_names.WEIGHT), tuple(rows.shape))
+        return mx.array(blocks.restored(blocks.quantized(to_numpy(rows), form), form))
 
     def write(self, assembly: Assembly, folder: Path, rounded: Rounded, on_event: OnEvent) -> Written:
         """Write `folder`/model.gguf. Raises FormatError for a tokenizer or numbers that cannot be written correctly."""
-        import gguf
-
-        config, loaded = assembly.base.config, load_tokenizer_of(assembly.base)
-        tokenizer = read_tokenizer(assembly.base.tokenizer or assembly.base.folder, config["vocab_size"], loaded)
+        base, layout = assembly.base, self._layout
+        loaded = load_tokenizer_of(base)
+        tokenizer = read_tokenizer(base.tokenizer or base.folder, layout.config["vocab_size"], loaded)
         for text in check_strings(tokenizer, loaded):
             on_event(Note(f"llama.cpp cuts up {text!r} otherwise than this tokenizer.", "warning"))
-        units, path = assembly.units(rounded), folder / FILE_NAME
-        paths.require_free_space(folder, 4 * assembly.parameters)
+        tensors, path = self._tensors(assembly, rounded), folder / FILE_NAME
+        paths.require_free_space(folder, sum(tensor.nbytes for tensor in tensors))
+        forms = {blocks.same_grid(plan.target) for plan in assembly.plans if plan.target is not None}
+        kind = min((str(form) for form in forms), default="Q8_0" if self.rounds else self.kind)
         with paths.storage_errors(path):
-            writer = gguf.GGUFWriter(path, ARCHITECTURES[config["model_type"]])
+            writer = blocks.package().GGUFWriter(path, layout.architecture.name)
             try:
-                _write_settings(writer, config, assembly.base.name, self.kind)
+                writer.add_name(Path(base.name).name)
+                writer.add_file_type(getattr(blocks.package().LlamaFileType, FILE_TYPES[kind]))
+                hyperparameters.write(writer, layout.architecture, layout.values)
                 tokenizer.write(writer)
-                _write_tensors(writer, units, config, self.kind, on_event)
+                _write_tensors(writer, tensors, on_event)
             finally:
                 writer.close()
-        return Written(path.stat().st_size, without_place(assembly.base, "gguf"))
+        return Written(path.stat().st_size, without_place(base, "gguf"))
+
+    def _tensors(self, assembly: Assembly, rounded: Rounded) -> list["_Tensor"]:
+        """All tensors of the file in the model's order; those that llama.cpp wants besides come first."""
+        plans = {plan.path: plan for plan in assembly.plans if plan.target is not None}
+        made = [_given(name, values) for name, values in self._layout.more().items()]
+        parts: dict[str, list[tuple[str, Unit]]] = {}
+        for unit in assembly.units(rounded):
+            for name, _, shape in unit.layout:
+                path, leaf = tensor_names.split(name)
+                if path in plans and leaf in tensor_names.QUANTIZED_LEAVES:
+                    parts.setdefault(path, []).append((leaf, unit))
+                else:
+                    made.append(self._plain(name, shape, unit))
+        made += [self._packed(plans[path], leaves) for path, leaves in parts.items()]
+        return sorted(made, key=lambda tensor: tensor_names.natural_order(tensor.name))
+
+    def _plain(self, name: str, shape: tuple[int, ...], unit: Unit) -> "_Tensor":
+        form, places = self._form(name, shape), self._layout.places(name)
+        change, shape = self._layout.change(name, places[0].name), self._layout.shape(places[0].name, shape)
+
+        def make() -> list[np.ndarray]:
+            values = to_numpy(unit.make()[0]).reshape(shape)
+            values = values if change is None else change(values)
+            if not np.isfinite(values).all():
+                raise not_finite(tensor_names.split(name)[0])
+            if why := blocks.why_not(name, values, form):
+                raise FormatError(why, "pass --dtype bfloat16.")
+            parts = [values if p.rows is None else values[p.rows] for p in places]
+            parts = [v if p.columns is None else v[..., p.columns] for v, p in zip(parts, places, strict=True)]
+            return [blocks.quantized(part, form) for part in parts]
+
+        return _Tensor(name, places, _shapes(places, shape), form, make)
+
+    def _packed(self, plan: LayerPlan, leaves: list[tuple[str, Unit]]) -> "_Tensor":
+        name, target = tensor_names.join(plan.path, tensor_names.WEIGHT), plan.target
+        places = self._layout.places(name)
+        assert target is not None
+
+        def make() -> list[np.ndarray]:
+            done: dict[int, list[mx.array]] = {}
+            for _, unit in leaves:
+                if id(unit) not in done:
+                    done[id(unit)] = unit.make()
+            packed = Packed.of({leaf: done[id(unit)].pop(0) for leaf, unit in leaves}, target)
+            parts = [packed if p.rows is None else packed[mx.array(p.rows)] for p in places]
+            return [blocks.blocks_of(part, place.columns) for part, place in zip(parts, places, strict=True)]
+
+        return _Tensor(name, places, _shapes(places, plan.shape), str(blocks.same_grid(target)), make)
 
 
-def _check_supported(config: dict[str, Any]) -> None:
-    """Raise ConfigError for a model that cannot be written correctly."""
-    model_type = config.get("model_type")
-    if model_type not in ARCHITECTURES:
-        raise ConfigError(
-            f"'{model_type}' models cannot be written as GGUF.",
-            f"it is there for {', '.join(ARCHITECTURES)}; for others write --format hf and use llama.cpp's converter.",
-        )
-    scaling = config.get("rope_scaling")
-    if scaling and (scaling.get("rope_type") or scaling.get("type")) not in (None, "default", "linear"):
-        raise ConfigError(
-            "This model's rotary scaling is not written to GGUF here.",
-            "write --format hf and use llama.cpp's converter.",
-        )
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of ours to be written: where its parts go, their shapes and type, and how to make them."""
+
+    name: str
+    places: list[Place]
+    shapes: list[tuple[int, ...]]
+    form: str
+    make: Callable[[], list[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(blocks.nbytes(shape, self.form) for shape in self.shapes)
 
 
-def _write_settings(writer: Any, config: dict[str, Any], name: str, kind: str) -> None:
-    import gguf
-
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    file_types = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-    writer.add_name(Path(name).name)
-    writer.add_file_type(getattr(gguf.LlamaFileType, file_types[kind]))
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config.get("max_position_embeddings", 2048))
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(float(config.get("rope_theta", 10000.0)))
-    writer.add_vocab_size(config["vocab_size"])
-    scaling = config.get("rope_scaling") or {}
-    if (scaling.get("rope_type") or scaling.get("type")) == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(scaling["factor"]))
+def _given(name: str, values: np.ndarray) -> _Tensor:
+    return _Tensor("", [Place(name)], [values.shape], "F32", lambda: [values])
 
 
-def _write_tensors(writer: Any, units: list[Unit], config: dict[str, Any], kind: str, on_event: OnEvent) -> None:
-    import gguf
+def _shapes(places: list[Place], shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    return [shape if place.rows is None else (len(place.rows), *shape[1:]) for place in places]
 
-    entries = [(unit, entry) for unit in units for entry in unit.layout]
-    chosen = []
-    for _, (name, _, shape) in entries:
-        form = _form(shape, kind)
-        nbytes = int(np.prod(gguf.quant_shape_to_byte_shape(shape, form)))
-        writer.add_tensor_info(tensor_names.to_gguf(name), shape, np.dtype(np.float32), nbytes, raw_dtype=form)
-        chosen.append(form)
+
+def _write_tensors(writer: Any, tensors: list[_Tensor], on_event: OnEvent) -> None:
+    for tensor in tensors:
+        kind = getattr(blocks.package().GGMLQuantizationType, tensor.form)
+        for place, shape in zip(tensor.places, tensor.shapes, strict=True):
+            size = blocks.nbytes(shape, tensor.form)
+            writer.add_tensor_info(place.name, shape, np.dtype(np.float32), size, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for number, ((unit, (name, _, _)), form) in enumerate(zip(entries, chosen, strict=True), 1):
-        (array,) = unit.make()
-        values = _interleaved(name, to_numpy(array), config)
-        _require_room(name, values, form.name.lower())
-        try:
-            writer.write_tensor_data(gguf.quants.quantize(np.ascontiguousarray(values), form))
-        except OSError as error:  # NumPy does not tell which
-            raise OSError(error.errno or errno.ENOSPC, str(error)) from error
+    for number, tensor in enumerate(tensors, 1):
+        for values in tensor.make():
+            try:
+                writer.write_tensor_data(values)
+            except OSError as error:  # NumPy does not tell which
+                raise OSError(error.errno or errno.ENOSPC, str(error)) from error
         mx.clear_cache()
-        on_event(Progress("write", number, len(entries), "layer"))
-
-
-def _require_room(name: str, values: np.ndarray, form: str) -> None:
-    """Raise FormatError for NaN, and for what the file's type cannot hold."""
-    reach, limit = float(np.abs(values).max(initial=0)), LARGEST.get(form, np.finfo(np.float32).max)
-    if not np.isfinite(reach):
-        raise not_finite(tensor_names.split(name)[0])
-    if reach > limit:
-        raise FormatError(
-            f"'{name}' holds {reach:.3g}, which {form} cannot (up to {limit:.3g}).", "pass --dtype bfloat16."
-        )
-
-
-def _form(shape: tuple[int, ...], kind: str) -> Any:
-    """A tensor's type in the file: vectors stay float32, and q8_0 needs rows of whole blocks of 32."""
-    import gguf
-
-    name = "f32" if len(shape) != 2 else "f16" if kind == "q8_0" and shape[-1] % 32 else kind
-    return getattr(gguf.GGMLQuantizationType, name.upper())
-
-
-def _interleaved(name: str, values: np.ndarray, config: dict[str, Any]) -> np.ndarray:
-    """Rows of q_proj and k_proj of llama-like models, each head's halves interleaved."""
-    if ARCHITECTURES[config["model_type"]] != "llama":
-        return values
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config.get("num_key_value_heads")}
-    count = heads.get(tensor_names.split(name)[0].rpartition(".")[2])
-    if count is None:
-        return values
-    halves = values.reshape(count, 2, -1, *values.shape[1:])
-    return halves.swapaxes(1, 2).reshape(values.shape)
+        on_event(Progress("write", number, len(tensors), "layer"))

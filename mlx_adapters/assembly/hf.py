@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx.utils import tree_flatten
 
+from mlx_adapters.assembly.plan import LayerPlan
 from mlx_adapters.assembly.tensors import Assembly, Rounded
 from mlx_adapters.assembly.weights import BaseWeights
 from mlx_adapters.assembly.writing import (
@@ -64,7 +65,14 @@ class HfWriter:
         """The one that is asked for, else the original checkpoint's."""
         return self._dtype or source.dtype
 
-    def stored(self, rows: mx.array) -> mx.array:
+    def scale_dtype(self) -> None:
+        """The same."""
+
+    def settled(self, base: Base, source: BaseWeights, plans: list[LayerPlan]) -> list[LayerPlan]:
+        """As it is."""
+        return plans
+
+    def stored(self, path: str, rows: mx.array) -> mx.array:
         """As they are."""
         return rows
 
@@ -74,7 +82,7 @@ class HfWriter:
         units = [_unit(group, made) for group in self._groups]
         others = {name: t for name, t in left_out(assembly.base)[0].items() if name in self._layout.shapes}
         size = write_weights(folder, units, on_event, more=others, made_by="pt")
-        name = dtype_name(assembly.scale_dtype)
+        name = dtype_name(assembly.weight_dtype)
         types = {key: name for key in ("torch_dtype", "dtype") if key in self._config or key == "torch_dtype"}
         write_config(folder, self._config | types, None)
         copy_companions(assembly.base, folder)

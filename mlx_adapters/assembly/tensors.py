@@ -13,7 +13,7 @@ from mlx_adapters.assembly.survival import Survival, SurvivalSum, require_finite
 from mlx_adapters.assembly.weights import BaseWeights, Updates, chunks
 from mlx_adapters.assembly.writing import Unit, Written, dtype_name
 from mlx_adapters.config.mapping import require
-from mlx_adapters.config.quantization import UNQUANTIZED, Precision, Quantization
+from mlx_adapters.config.quantization import Precision, Quantization
 from mlx_adapters.events import OnEvent
 from mlx_adapters.models.base import Base, quantization_in
 from mlx_adapters.models.layers import check_fits, check_made_for
@@ -31,7 +31,8 @@ def not_rounded(path: str, target: Quantization | None) -> None:
 
 @dataclass
 class Assembly:
-    """`dtype` None: every tensor keeps its type. `stored` gives the numbers that the file holds of unquantized rows."""
+    """`dtype` None: every tensor keeps its type; `scales`: that of scales, if another. `stored` gives the numbers that
+    the file holds of a layer's unquantized rows."""
 
     base: Base
     opened: BaseWeights | None
@@ -40,7 +41,8 @@ class Assembly:
     precision: Precision
     plans: list[LayerPlan]
     dtype: mx.Dtype | None
-    stored: Callable[[mx.array], mx.array]
+    stored: Callable[[str, mx.array], mx.array]
+    scales: mx.Dtype | None = None
     survival: list[Survival] = field(default_factory=list)
 
     @property
@@ -55,9 +57,14 @@ class Assembly:
         self.__dict__.pop("_modules", None)
 
     @property
-    def scale_dtype(self) -> mx.Dtype:
-        """The type of scales and unquantized weights."""
+    def weight_dtype(self) -> mx.Dtype:
+        """The type of unquantized weights."""
         return self.dtype or self.source.dtype
+
+    @property
+    def scale_dtype(self) -> mx.Dtype:
+        """The type of scales."""
+        return self.scales or self.weight_dtype
 
     @property
     def quantization(self) -> dict[str, Any] | None:
@@ -122,7 +129,7 @@ class Assembly:
         return dict(self.source.module.named_modules())
 
     def _layer(self, plan: LayerPlan, rounded: Rounded) -> Unit:
-        leaves = packed_shapes(plan, dtype_name(self.scale_dtype))
+        leaves = packed_shapes(plan, dtype_name(self.scale_dtype if plan.target else self.weight_dtype))
         layer = self.source.layers[plan.path]
         layout = [(tensor_names.join(plan.path, leaf), dtype, shape) for leaf, dtype, shape in leaves]
 
@@ -145,15 +152,15 @@ class Assembly:
             fused = self.source.update(plan.path, base, self.updates, start, stop)
             some = sample(stop - start)
             if plan.target is None:
-                parts = [fused.astype(self.scale_dtype)]
+                parts = [fused.astype(self.weight_dtype)]
                 stored = parts[0][some].astype(mx.float32)
-                stored = self.stored(stored) if plan.changed else stored
+                stored = self.stored(plan.path, stored) if plan.changed else stored
             else:
                 piece = packed[start:stop] if packed is not None else to_nearest(fused, plan.target, self.scale_dtype)
                 parts, stored = list(piece.tensors.values()), dequantize(piece[some])
             base, wanted = base[some], fused[some]
             mx.eval(parts, *([base, wanted, stored] if plan.changed else []))
-            require_representable(plan.path, fused, self.scale_dtype)
+            require_representable(plan.path, fused, self.scale_dtype if plan.target else self.weight_dtype)
             if plan.target is not None:
                 require_finite(plan.path, *parts)
             pieces.append(parts)
@@ -168,21 +175,30 @@ class Writer(Protocol):
     """One format, for one base and one precision. Making one raises ConfigError for what the format cannot hold.
 
     A writer says beforehand what it wants of the tensors, and takes them as they are planned then. `precision`: of the
-    layers in the file. `rounds`: the format has a rounding of its own, so that layers come to it unquantized.
+    layers in the file.
     `loadable`: mlx-lm reads what is written, so that it can be checked.
     """
 
     precision: Precision
-    rounds: bool
     loadable: bool
 
     def __init__(self, precision: Precision, dtype: mx.Dtype | None, base: Base) -> None: ...
 
+    @property
+    def rounds(self) -> bool:
+        """Whether the format's own rounding makes some layers."""
+
     def dtype(self, source: BaseWeights) -> mx.Dtype | None:
         """The type of scales and of all that is not packed; None: each tensor keeps its own."""
 
-    def stored(self, rows: mx.array) -> mx.array:
-        """The numbers that the file holds of unquantized float32 `rows` of a changed layer."""
+    def scale_dtype(self) -> mx.Dtype | None:
+        """The type of scales, where it is not that of the rest."""
+
+    def settled(self, base: Base, source: BaseWeights, plans: list[LayerPlan]) -> list[LayerPlan]:
+        """The plan as the format can hold it. Raises ConfigError for a model that it cannot."""
+
+    def stored(self, path: str, rows: mx.array) -> mx.array:
+        """The numbers that the file holds of unquantized float32 `rows` of the changed layer at `path`."""
 
     def write(self, assembly: Assembly, folder: Path, rounded: Rounded, on_event: OnEvent) -> Written:
         """Write the model into `folder`; `rounded` gives the layers that calibration has rounded."""
@@ -201,6 +217,6 @@ def open_assembly(base: Base, updates: Updates, writer: Writer, any_base: bool =
     source = BaseWeights.of(module)
     missing = set(updates.replaced) - set(source.layers)
     require(not missing, f"The model has no layer {sorted(missing)}.")
-    precision = UNQUANTIZED if writer.rounds else writer.precision
-    plans = plan_layers(source, updates.paths(), precision)
-    return Assembly(base, source, config, updates, precision, plans, writer.dtype(source), writer.stored)
+    plans = writer.settled(base, source, plan_layers(source, updates.paths(), writer.precision))
+    dtype, scales = writer.dtype(source), writer.scale_dtype()
+    return Assembly(base, source, config, updates, writer.precision, plans, dtype, writer.stored, scales)

@@ -128,7 +128,7 @@ def fuse(
             strategy.warn("Rounding to nearest lost part of the adapter; --method calibrated keeps more")
         result = FuseResult(
             folder=out,
-            method="nearest" if writer.rounds else strategy.method,
+            method="nearest" if writer.rounds and strategy.method == "none" else strategy.method,
             quantization=assembly.quantization,
             size_bytes=written.size_bytes,
             bits_per_weight=8 * written.size_bytes / assembly.parameters,

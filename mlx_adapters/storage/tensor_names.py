@@ -124,16 +124,3 @@ def from_gguf(name: str) -> str:
     if path in GGUF_MODULES:
         return join(GGUF_MODULES[path], leaf)
     raise FormatError(f"The GGUF file holds a tensor '{name}' that a llama model does not have.")
-
-
-def to_gguf(name: str) -> str:
-    """The inverse of `from_gguf`. Raises FormatError for a tensor that no llama-like model has."""
-    path, leaf = split(name)
-    block = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", path)
-    inner = {mlx: gguf for gguf, mlx in GGUF_BLOCK_MODULES.items()}
-    outer = {mlx: gguf for gguf, mlx in GGUF_MODULES.items()}
-    if block and block[2] in inner:
-        return join(f"blk.{block[1]}.{inner[block[2]]}", leaf)
-    if path in outer:
-        return join(outer[path], leaf)
-    raise FormatError(f"GGUF has no name for the tensor '{name}'.")

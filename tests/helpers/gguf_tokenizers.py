@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from mlx_adapters.assembly.gguf_tokenizer import PRE_TOKENIZERS, hard_strings
+from mlx_adapters.gguf_format.tokenizer import PRE_TOKENIZERS, hard_strings
 
 BOS, EOS = "<|endoftext|>", "<|im_end|>"
 

@@ -208,7 +208,7 @@ def _patterns(settings: Mapping[str, Any] | None) -> tuple[str, ...]:
 
 def hard_strings(special: Sequence[str]) -> list[str]:
     """A hundred strings on which tokenizers differ: spaces, digits, contractions, scripts, marks, code, `special`."""
-    stored = (package_files("mlx_adapters.assembly") / "hard_strings.json").read_text(encoding="utf-8")
+    stored = (package_files("mlx_adapters.gguf_format") / "hard_strings.json").read_text(encoding="utf-8")
     marked = [form for token in special[:4] for form in (token, f"x{token}y", f"{token}\n{token}", f" {token} ")]
     return [*json.loads(stored), *marked]
 

@@ -11,9 +11,9 @@ from helpers.gguf_tokenizers import own_spelling, retokenize, split_by
 from tokenizers import pre_tokenizers
 
 from mlx_adapters import FuseOptions, fuse
-from mlx_adapters.assembly.gguf_tokenizer import PRE_TOKENIZERS, check_strings, hard_strings, read_tokenizer
 from mlx_adapters.errors import ConfigError, FormatError
 from mlx_adapters.events import Note
+from mlx_adapters.gguf_format.tokenizer import PRE_TOKENIZERS, check_strings, hard_strings, read_tokenizer
 from mlx_adapters.models.loading import load_tokenizer_of
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.system.door import mx
