@@ -51,7 +51,8 @@ class FuseOptions:
     format: Literal["mlx", "hf", "gguf"] = setting(
         "mlx",
         "hf: the original checkpoint's names and types; gguf: one file for llama.cpp",
-        more="hf is unquantized; gguf is f16, or q8_0 at 8 bits, and not checked.",
+        more="hf is unquantized; gguf is f16, q8_0 at 8 bits, q5_1 at 5 and q4_1 at 4, with the codes that calibration "
+        "found, and is not checked.",
     )
     force: bool = setting(False, "Keep the model even if `max_kl` cannot be held")
     seed: int = setting(0, "Seed of the choice of rows")
