@@ -20,7 +20,7 @@ from mlx_adapters.gguf_format.architectures import CONVERTER, Architecture, Conf
 from mlx_adapters.gguf_format.blocks import package
 from mlx_adapters.gguf_format.hyperparameters import Rope, hyperparameters, rope_factors, ropes
 from mlx_adapters.models.dense import weight_shape
-from mlx_adapters.storage import hf_names, tensor_names
+from mlx_adapters.storage import tensor_names
 from mlx_adapters.system.door import mx, nn
 
 ROTATED = re.compile(r"blk\.\d+\.attn_([qk])(_norm)?\.(weight|bias)")
@@ -70,7 +70,7 @@ class Layout:
 
     def _known(self, name: str) -> str | None:
         """llama.cpp's name of a tensor of mlx-lm's, by its own tables."""
-        for spelled in hf_names.gguf_spellings(name):
+        for spelled in tensor_names.gguf_spellings(name):
             found = self._table.get_name(spelled, try_suffixes=(".weight", ".bias"))
             if found is not None:
                 return str(found) + _ending(name, found)

@@ -124,3 +124,24 @@ def from_gguf(name: str) -> str:
     if path in GGUF_MODULES:
         return join(GGUF_MODULES[path], leaf)
     raise FormatError(f"The GGUF file holds a tensor '{name}' that a llama model does not have.")
+
+
+# The tables of the `gguf` package know tensors by the checkpoints' names; where mlx-lm's differ, these are tried.
+
+GGUF_RENAMES = (
+    (".switch_mlp.", ".experts."),
+    (".block_sparse_moe.experts.", ".mlp.experts."),
+    ("correction_bias", "correction.bias"),
+    ("dt_bias", "dt_proj.bias"),
+    (".embed_q.", ".k_b_proj."),
+    (".unembed_out.", ".v_b_proj."),
+)
+
+
+def gguf_spellings(name: str) -> list[str]:
+    """How a tensor of mlx-lm's may be spelled in llama.cpp's tables."""
+    name = name.removeprefix("language_model.")
+    for old, new in GGUF_RENAMES:
+        name = name.replace(old, new)
+    bare = name.removeprefix("model.")
+    return [name, bare, f"transformer.{bare}", f"gpt_neox.{bare}", f"gpt_neox.{bare.replace('h.', 'layers.', 1)}"]
