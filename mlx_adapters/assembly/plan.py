@@ -5,16 +5,18 @@ The plan is made from shapes alone; no weight is read for it.
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from mlx_adapters.assembly.weights import BaseWeights
-from mlx_adapters.config.mapping import to_mapping
+from mlx_adapters.config.mapping import from_mapping, to_mapping
 from mlx_adapters.config.quantization import Precision, Quantization, default_group_size
+from mlx_adapters.errors import ConfigError
 from mlx_adapters.models.dense import quantization_of, takes_modes, weight_shape
 from mlx_adapters.storage import tensor_names
 from mlx_adapters.storage.tensor_names import BIASES, QUANTIZED_LEAVES, SCALES, WEIGHT
-from mlx_adapters.system.door import nn
+from mlx_adapters.system.door import QUANT_RECIPES, mixed_quant_predicate_builder, nn
 
 
 @dataclass(frozen=True)
@@ -43,20 +45,39 @@ class LayerPlan:
         return math.prod(self.shape)
 
 
-def plan_layers(source: BaseWeights, keys: set[str], precision: Precision) -> list[LayerPlan]:
-    """Decide what becomes of every layer; those at the paths `keys` change."""
+Mix = Callable[[str, nn.Module], bool | dict[str, Any]]
+
+
+def plan_layers(source: BaseWeights, keys: set[str], precision: Precision, mix: Mix | None = None) -> list[LayerPlan]:
+    """Decide what becomes of every layer; those at the paths `keys` change. `mix` gives each its own precision."""
     unquantized_base = all(quantization_of(layer) is None for layer in source.layers.values())
     plans = []
     for path, layer in source.layers.items():
         origin, note = quantization_of(layer), None
-        if precision.quantization is not None:
-            target, note = _asked(source, path, layer, precision.quantization, origin, unquantized_base)
+        asked = _of_mix(mix(path, layer)) if mix is not None else precision.quantization
+        if asked is not None:
+            target, note = _asked(source, path, layer, asked, origin, unquantized_base)
         else:
             target = origin if precision.bits == "keep" else None
         changed = path in keys
         copied = not changed and target == origin
         plans.append(LayerPlan(path, weight_shape(layer), origin, target, changed, copied, note))
     return plans
+
+
+def mix_of(recipe: str, module: nn.Module, group_size: int) -> Mix:
+    """What `mlx_lm.convert --quant-predicate` gives each layer. Raises ConfigError for a name that mlx-lm does not have,
+    and for a model whose layers its recipes do not know."""
+    if recipe not in QUANT_RECIPES:
+        raise ConfigError(f"mlx-lm has no recipe '{recipe}'.", f"it has {', '.join(QUANT_RECIPES)}.")
+    try:
+        return mixed_quant_predicate_builder(recipe, module, group_size)
+    except ValueError as error:
+        raise ConfigError(f"mlx-lm's recipes do not fit this model: {error}", "give --bits instead.") from None
+
+
+def _of_mix(answer: bool | dict[str, Any]) -> Quantization | None:
+    return from_mapping(Quantization, answer, "mlx-lm's recipe") if isinstance(answer, dict) else None
 
 
 def _asked(

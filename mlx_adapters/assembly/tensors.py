@@ -8,12 +8,19 @@ from typing import Any, Protocol
 
 from mlx.utils import tree_flatten
 
-from mlx_adapters.assembly.plan import LayerPlan, is_weight_leaf, packed_shapes, plan_layers, quantization_config
+from mlx_adapters.assembly.plan import (
+    LayerPlan,
+    is_weight_leaf,
+    mix_of,
+    packed_shapes,
+    plan_layers,
+    quantization_config,
+)
 from mlx_adapters.assembly.survival import Survival, SurvivalSum, require_finite, require_representable, sample
 from mlx_adapters.assembly.weights import BaseWeights, Updates, chunks
 from mlx_adapters.assembly.writing import Unit, Written, dtype_name
 from mlx_adapters.config.mapping import require
-from mlx_adapters.config.quantization import Precision, Quantization
+from mlx_adapters.config.quantization import Precision, Quantization, default_group_size
 from mlx_adapters.events import OnEvent
 from mlx_adapters.models.base import Base, quantization_in
 from mlx_adapters.models.layers import check_fits, check_made_for
@@ -204,8 +211,11 @@ class Writer(Protocol):
         """Write the model into `folder`; `rounded` gives the layers that calibration has rounded."""
 
 
-def open_assembly(base: Base, updates: Updates, writer: Writer, any_base: bool = False) -> Assembly:
-    """Load the base lazily, hold the adapters against it and plan every layer as the writer wants it.
+def open_assembly(
+    base: Base, updates: Updates, writer: Writer, any_base: bool = False, recipe: str | None = None
+) -> Assembly:
+    """Load the base lazily, hold the adapters against it and plan every layer as the writer (or `recipe`, mlx-lm's name
+    of one of mixed precision) wants it.
 
     Raises IncompatibleError when an adapter does not fit, ModelError when mlx-lm cannot load the base.
     """
@@ -217,6 +227,13 @@ def open_assembly(base: Base, updates: Updates, writer: Writer, any_base: bool =
     source = BaseWeights.of(module)
     missing = set(updates.replaced) - set(source.layers)
     require(not missing, f"The model has no layer {sorted(missing)}.")
-    plans = writer.settled(base, source, plan_layers(source, updates.paths(), writer.precision))
+    mix = None if recipe is None else mix_of(recipe, module, _group_size(base))
+    plans = writer.settled(base, source, plan_layers(source, updates.paths(), writer.precision, mix))
     dtype, scales = writer.dtype(source), writer.scale_dtype()
     return Assembly(base, source, config, updates, writer.precision, plans, dtype, writer.stored, scales)
+
+
+def _group_size(base: Base) -> int:
+    """The base's own, if mode affine has it, else MLX's default."""
+    own = base.quantization
+    return own.group_size if own is not None and own.mode == "affine" else default_group_size("affine")

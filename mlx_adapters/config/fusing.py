@@ -48,6 +48,12 @@ class FuseOptions:
     budget_bits: float | None = setting(
         None, "More bits where they help most, up to this many per weight", more="Of the whole model.", above=0
     )
+    recipe: str | None = setting(
+        None,
+        "mlx-lm's recipe of mixed precision, such as mixed_4_6",
+        more="In place of one number of bits; max_kl and budget_bits start from it.",
+        metavar="NAME",
+    )
     format: Literal["mlx", "hf", "gguf"] = setting(
         "mlx",
         "hf: the original checkpoint's names and types; gguf: one file for llama.cpp",
@@ -68,6 +74,11 @@ class FuseOptions:
         )
         if self.budget_bits is not None or self.max_kl is not None:
             require(self.method != "nearest", "Mixed precision needs the method 'calibrated'.", "leave --method out.")
+        require(
+            self.recipe is None or self.format == "mlx",
+            "A recipe of mixed precision needs the MLX format.",
+            "leave --format.",
+        )
 
 
 DEFAULTS = FuseOptions()

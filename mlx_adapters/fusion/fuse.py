@@ -105,7 +105,10 @@ def fuse(
         require(
             not mixed, "Mixed precision needs the MLX format.", "leave out --max-kl and --budget-bits, or --format."
         )
-    assembly = open_assembly(resolved, updates, writer, any_base)
+    require(
+        options.recipe is None or precision.bits == "keep", "A recipe says the bits of each layer.", "leave --bits out."
+    )
+    assembly = open_assembly(resolved, updates, writer, any_base, options.recipe)
     notes = _notes(assembly, on_event)
     strategy = Strategy(assembly, options, on_event)
     handed_on = left_out(resolved)[0].values() if options.format == "mlx" else ()
