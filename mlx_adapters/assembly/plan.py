@@ -66,7 +66,7 @@ def plan_layers(source: BaseWeights, keys: set[str], precision: Precision, mix: 
 
 
 def mix_of(recipe: str, module: nn.Module, group_size: int) -> Mix:
-    """What `mlx_lm.convert --quant-predicate` gives each layer. Raises ConfigError for a name that mlx-lm does not have,
+    """What `mlx_lm.convert --quant-predicate` gives each layer. Raises ConfigError for a name it does not have,
     and for a model whose layers its recipes do not know."""
     if recipe not in QUANT_RECIPES:
         raise ConfigError(f"mlx-lm has no recipe '{recipe}'.", f"it has {', '.join(QUANT_RECIPES)}.")

@@ -63,30 +63,50 @@ class Rounder:
 
     def feed_forward(self, weight: Array) -> Rounded:
         """One pass over the columns of `weight` with error feedback (GPTQ), choosing each group's grid on the way."""
-        step = self.engine.compiled(_forward, self.grid)
         done = Rounded([], [], [], [])
         fed = self.engine.product(self.ahead.swapaxes(-1, -2), self.engine.xp.zeros_like(weight), lower=True)
         for g, a in enumerate(range(0, weight.shape[-2], self.group)):
             b = a + self.group
             block = self.ahead[..., a:b, a:b].swapaxes(-1, -2)
             start = () if self.start is None else (self.start[0][g], self.start[1][g])
-            *made, errors = step(weight[..., a:b, :], fed.rows(a, b), block, self.variances[..., a:b], *start)
-            fed.add(a, b, errors)
+            made = self._forward(weight[..., a:b, :], fed.rows(a, b), block, self.variances[..., a:b], *start)
+            fed.add(a, b, weight[..., a:b, :] - made[-1])
             done.append(*made)
         return done
 
     def sweep(self, weight: Array, rounded: Rounded) -> Rounded:
         """Improve each group's grid, then each of its columns, given everything else."""
-        step = self.engine.compiled(_again, self.grid)
         errors = weight - self.engine.xp.concatenate(rounded.values, axis=-2)
         done = Rounded([], [], [], [])
         slopes = self.engine.product(self.hessian, errors)
         for g, a in enumerate(range(0, weight.shape[-2], self.group)):
             b = a + self.group
-            *made, moved = step(weight[..., a:b, :], slopes.rows(a, b), self.hessian[..., a:b, a:b], *rounded.group(g))
-            slopes.add(a, b, moved)
+            old, block = rounded.group(g), self.hessian[..., a:b, a:b]
+            made = self._again(weight[..., a:b, :], slopes.rows(a, b), block, *old)
+            slopes.add(a, b, old[-1] - made[-1])
             done.append(*made)
         return done
+
+    def _forward(
+        self, weight: Array, fed: Array, block: Array, variances: Array, *start: Array
+    ) -> tuple[Array, Array, Array, Array]:
+        """One group's first rounding: scale, bias, codes, values."""
+        target = weight + fed
+        scale, bias = self.engine.choose(self.grid, target, variances, *start)
+        return scale, bias, *self.engine.columns(self.grid, target, weight, None, block, scale, bias)
+
+    def _again(
+        self, weight: Array, slope: Array, block: Array, scale: Array, bias: Array, codes: Array, values: Array
+    ) -> tuple[Array, Array, Array, Array]:
+        """One group's rounding once more, given all others: scale, bias, codes, values.
+
+        `slope` (..., group, out) is the group's rows of H·E, `block` its block of H.
+        """
+        scale, bias, refitted = self.engine.refit(self.grid, slope, block, codes, scale, bias)
+        slope = slope + block @ (values - refitted)
+        diagonal = self.engine.xp.diagonal(block, axis1=-2, axis2=-1)[..., None]  # (..., group, 1)
+        target, start = refitted + slope / diagonal, refitted - weight
+        return scale, bias, *self.engine.columns(self.grid, target, weight, start, block / diagonal, scale, bias)
 
     def packed(self, rounded: Rounded) -> Packed:
         """The result in the file's form: (..., out, in) in words, (..., out, groups) scales."""
@@ -96,40 +116,6 @@ class Rounder:
         scales = mx.array(grid.encode_scales(xp.stack(rounded.scales, axis=-1))).astype(grid.dtype)
         biases = mx.array(xp.stack(rounded.biases, axis=-1)).astype(grid.dtype) if grid.has_bias else None
         return Packed(mx.array(words), scales, biases, grid.quantization)
-
-
-def _forward(
-    engine: "Engine", grid: Grid, weight: Array, fed: Array, block: Array, variances: Array, *start: Array
-) -> tuple[Array, ...]:
-    """One group's first rounding: scale, bias, codes, values, errors."""
-    target = weight + fed
-    scale, bias = choose_grid(grid, target, variances, *start)
-    codes, values = engine.columns(grid, target, weight, None, block, scale, bias)
-    return scale, bias, codes, values, weight - values
-
-
-def _again(
-    engine: "Engine",
-    grid: Grid,
-    weight: Array,
-    slope: Array,
-    block: Array,
-    scale: Array,
-    bias: Array,
-    codes: Array,
-    values: Array,
-) -> tuple[Array, ...]:
-    """One group's rounding once more, given all others: scale, bias, codes, values, and how far the errors moved.
-
-    `slope` (..., group, out) is the group's rows of H·E, `block` its block of H.
-    """
-    xp = engine.xp
-    scale, bias, refitted = refit(grid, slope, block, codes.astype(xp.float32), scale, bias)
-    slope = slope + block @ (values - refitted)
-    diagonal = xp.diagonal(block, axis1=-2, axis2=-1)[..., None]  # (..., group, 1)
-    target = refitted + slope / diagonal
-    codes, new = engine.columns(grid, target, weight, refitted - weight, block / diagonal, scale, bias)
-    return scale, bias, codes, new, values - new
 
 
 def choose_grid(grid: Grid, target: Array, weights: Array, *start: Array) -> tuple[Array, Array]:
@@ -169,7 +155,7 @@ def refit(
 
     With codes as they are the error is a quadratic in (scale, bias): its minimum is a 2 by 2 system for each output.
     """
-    xp = grid.xp
+    xp, codes = grid.xp, codes.astype(grid.xp.float32)
     levels = grid.values(codes, xp.ones_like(scale), xp.zeros_like(bias))  # (..., group, out)
     curved = block @ levels
     ss, gs = (levels * curved).sum(axis=-2), (levels * slope).sum(axis=-2)  # (..., out)

@@ -1,12 +1,11 @@
 """What rounding does differently on NumPy and on MLX: the loop over a group's columns, running products, factors.
 
 The algorithm stands once, in `columns` and `feedback`. NumPy is the fastest on a CPU (see `workers`): its loop works
-in place on one matrix. MLX works on a batch of matrices; its loop is a kernel on a GPU (see `kernels`), and plain
-operations anywhere else, or where the kernel does not give what they give.
+in place on one matrix. MLX works on a batch of matrices; on a GPU it has kernels for what each group takes (see
+`kernels`), and plain operations anywhere else, or where a kernel does not give what they give.
 """
 
 from collections.abc import Callable
-from functools import partial
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -14,7 +13,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_adapters.rounding import kernels
-from mlx_adapters.rounding.grids import Array, FloatGrid, Grid, to_numpy
+from mlx_adapters.rounding.columns import choose_grid, refit
+from mlx_adapters.rounding.grids import AffineGrid, Array, FloatGrid, Grid, to_numpy
 
 MORE_DAMPING = 0.01
 PANEL = 128  # columns of a Cholesky factor that are made at once
@@ -50,8 +50,13 @@ class Engine(Protocol):
     def array(self, array: mx.array | np.ndarray) -> Array:
         """The float32 array."""
 
-    def compiled(self, step: Callable[..., tuple], grid: Grid) -> Callable[..., tuple]:
-        """`step(engine, grid, ...)` as a function of the rest."""
+    def choose(self, grid: Grid, target: Array, weights: Array, *start: Array) -> tuple[Array, Array]:
+        """See `columns.choose_grid`."""
+
+    def refit(
+        self, grid: Grid, slope: Array, block: Array, codes: Array, scale: Array, bias: Array
+    ) -> tuple[Array, Array, Array]:
+        """See `columns.refit`."""
 
     def columns(
         self, grid: Grid, target: Array, weight: Array, start: Array | None, block: Array, scale: Array, bias: Array
@@ -114,8 +119,11 @@ class NumpyEngine:
     def array(self, array: mx.array | np.ndarray) -> np.ndarray:
         return to_numpy(array) if isinstance(array, mx.array) else array.astype(np.float32, copy=False)
 
-    def compiled(self, step: Callable[..., tuple], grid: Grid) -> Callable[..., tuple]:
-        return partial(step, self, grid)
+    def choose(self, grid: Grid, target: np.ndarray, weights: np.ndarray, *start: np.ndarray) -> tuple:
+        return choose_grid(grid, target, weights, *start)
+
+    def refit(self, grid: Grid, *group: np.ndarray) -> tuple:
+        return refit(grid, *group)
 
     def columns(
         self,
@@ -187,13 +195,12 @@ def _in_place(grid: Grid, scale: np.ndarray, bias: np.ndarray) -> Callable[[np.n
 
 
 class MlxEngine:
-    """A batch of matrices (..., in, out) on MLX's default device. `note`: why a kernel is not used where one is not."""
+    """A batch of matrices (..., in, out) on MLX's default device. `note`: why kernels are not used on a GPU."""
 
     xp, large = mx, float("inf")
 
     def __init__(self) -> None:
         self.note: str | None = None
-        self._steps: dict[tuple, Callable[..., tuple]] = {}
 
     def product(self, matrix: mx.array, errors: mx.array, lower: bool = False) -> Product:
         return _Running(matrix, errors, lower)
@@ -201,18 +208,22 @@ class MlxEngine:
     def array(self, array: mx.array | np.ndarray) -> mx.array:
         return mx.array(array).astype(mx.float32)
 
-    def compiled(self, step: Callable[..., tuple], grid: Grid) -> Callable[..., tuple]:
-        key = (step, grid.quantization, grid.dtype)
-        if key not in self._steps:
-            function = partial(step, self, grid)
-            # The plain loop is hundreds of operations, which would be compiled for a minute.
-            self._steps[key] = mx.compile(function) if self._kernel(grid) else function
-        return self._steps[key]
-
-    def _kernel(self, grid: Grid) -> "kernels.Kernel | None":
-        kernel, problem = kernels.kernel_of(grid.quantization)
+    def _has_kernels(self, grid: Grid) -> bool:
+        if not kernels.has_kernels():
+            return False
+        problem = kernels.problem_with(grid.quantization, grid.dtype)
         self.note = self.note or problem
-        return kernel
+        return problem is None
+
+    def choose(self, grid: Grid, target: mx.array, weights: mx.array, *start: mx.array) -> tuple:
+        if isinstance(grid, AffineGrid) and self._has_kernels(grid):
+            return kernels.choose(grid, target, weights, *start)
+        return choose_grid(grid, target, weights, *start)
+
+    def refit(self, grid: Grid, *group: mx.array) -> tuple:
+        if isinstance(grid, AffineGrid) and self._has_kernels(grid):
+            return kernels.refit(grid, *group)
+        return refit(grid, *group)
 
     def columns(
         self,
@@ -224,7 +235,8 @@ class MlxEngine:
         scale: mx.array,
         bias: mx.array,
     ) -> tuple[mx.array, mx.array]:
-        return (self._kernel(grid) or kernels.plain)(grid, target, weight, start, block, scale, bias)
+        loop = kernels.columns if self._has_kernels(grid) else kernels.plain_columns
+        return loop(grid, target, weight, start, block, scale, bias)
 
     def factor(self, hessian: mx.array) -> mx.array:
         extra = MORE_DAMPING

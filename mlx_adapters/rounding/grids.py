@@ -24,6 +24,7 @@ from mlx_adapters.storage.tensor_files import as_numpy
 
 Array = Any  # np.ndarray or mx.array, float32 if nothing else is said
 
+SHRINKS = (1.0, 0.9, 0.8, 0.7)  # of a group's full range, that are tried
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -83,7 +84,7 @@ class AffineGrid:
     def candidates(self, target: Array) -> tuple[Array, Array]:
         """Grids (k, ..., out) worth trying for a group (..., group, out): the full range, and narrower ones."""
         low, high = target.min(axis=-2), target.max(axis=-2)  # (..., out)
-        shrinks = _first_axis((1.0, 0.9, 0.8, 0.7) if self.quantization.bits < 8 else (1.0,), low.ndim, self.xp)
+        shrinks = _first_axis(SHRINKS if self.quantization.bits < 8 else SHRINKS[:1], low.ndim, self.xp)
         middle, half = (low + high) / 2, (high - low) / 2
         return self.stored(2 * half * shrinks / self.top, middle - half * shrinks)
 
