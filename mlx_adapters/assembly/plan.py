@@ -16,7 +16,7 @@ from mlx_adapters.errors import ConfigError
 from mlx_adapters.models.dense import quantization_of, takes_modes, weight_shape
 from mlx_adapters.storage import tensor_names
 from mlx_adapters.storage.tensor_names import BIASES, QUANTIZED_LEAVES, SCALES, WEIGHT
-from mlx_adapters.system.door import QUANT_RECIPES, mixed_quant_predicate_builder, nn
+from mlx_adapters.system.door import mixed_quant_predicate_builder, nn
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,11 @@ def plan_layers(source: BaseWeights, keys: set[str], precision: Precision, mix: 
 def mix_of(recipe: str, module: nn.Module, group_size: int) -> Mix:
     """What `mlx_lm.convert --quant-predicate` gives each layer. Raises ConfigError for a name it does not have,
     and for a model whose layers its recipes do not know."""
-    if recipe not in QUANT_RECIPES:
-        raise ConfigError(f"mlx-lm has no recipe '{recipe}'.", f"it has {', '.join(QUANT_RECIPES)}.")
     try:
         return mixed_quant_predicate_builder(recipe, module, group_size)
     except ValueError as error:
-        raise ConfigError(f"mlx-lm's recipes do not fit this model: {error}", "give --bits instead.") from None
+        hint = "'mlx_lm.convert --help' names its recipes, such as mixed_4_6; --bits takes any model."
+        raise ConfigError(f"mlx-lm's recipe '{recipe}' does not fit: {error}.", hint) from None
 
 
 def _of_mix(answer: bool | dict[str, Any]) -> Quantization | None:

@@ -58,7 +58,7 @@ try:
         warnings.simplefilter("ignore")
         import mlx.core as mx
         import mlx.nn as nn
-        from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
+        from mlx_lm.convert import mixed_quant_predicate_builder
         from mlx_lm.generate import TextStateMachine, generate_step, make_text_state_machine
         from mlx_lm.models.cache import make_prompt_cache
         from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
@@ -325,7 +325,6 @@ __all__ = [
     "LoRAEmbedding",
     "LoRALinear",
     "LoRASwitchLinear",
-    "QUANT_RECIPES",
     "QuantizedSwitchLinear",
     "SwitchLinear",
     "TRUST_IT",

@@ -49,12 +49,12 @@ def test_recipes_that_cannot_be(tiny_model, tmp_path, home):
     write_adapter(visible_adapter(folder), home / "adapters" / "tiny")
     out = str(tmp_path / "out")
     run = CliRunner().invoke(cli, ["fuse", "tiny", out, "--recipe", "mixed_5_7"])
-    assert isinstance(run.exception, ConfigError) and "no recipe 'mixed_5_7'" in run.exception.message
+    assert isinstance(run.exception, ConfigError) and "recipe 'mixed_5_7'" in run.exception.message
     assert "mixed_4_6" in str(run.exception.hint)
     run = CliRunner().invoke(cli, ["fuse", "tiny", out, "--recipe", "mixed_4_6", "--bits", "4"])
     assert isinstance(run.exception, ConfigError) and "bits" in str(run.exception.hint)
     with pytest.raises(ConfigError, match="MLX format"):
         FuseOptions(recipe="mixed_4_6", format="gguf")
     other = tiny_model("gpt2", bits=4)
-    with pytest.raises(ConfigError, match="do not fit"):
+    with pytest.raises(ConfigError, match="does not fit"):
         fuse(other, visible_adapter(other), out, options=FuseOptions(recipe="mixed_4_6", method="nearest", check=False))

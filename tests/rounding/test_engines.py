@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlx_adapters.config.quantization import QUANTIZATIONS, Quantization
-from mlx_adapters.rounding import feedback, kernels
+from mlx_adapters.rounding import feedback, kernel_texts, kernels
 from mlx_adapters.rounding.columns import choose_grid, refit
 from mlx_adapters.rounding.engines import NUMPY, MlxEngine
 from mlx_adapters.rounding.grids import make_grid, pack_codes, to_numpy
@@ -110,8 +110,8 @@ def test_plain_columns_are_numpys_and_the_case_for_kernels_is_exact(quantization
 
 
 def test_kernels_are_one_text_but_for_a_few_words():
-    for text in (kernels.HEADER, *(kernels.START + text.body for text in kernels.TEXTS.values())):
-        texts = [kernels.source(language, text) for language in ("cuda", "metal")]
+    for text in (kernel_texts.HEADER, *(kernel_texts.START + text.body for text in kernel_texts.TEXTS.values())):
+        texts = [kernel_texts.source(language, text) for language in ("cuda", "metal")]
         words = [re.findall(r"[\w:.]+|\S", one) for one in texts]
         changed = [op for op in difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes() if op[0] != "equal"]
         assert 2 <= len(changed) <= 12
