@@ -35,6 +35,7 @@ PYTHON_CALLS = {  # of options that switch something on
         name: f"{name.replace('-', '_')}=True"
         for name in ("grad-checkpoint", "last-turn-only", "resize", "resume", "text-only", "tie")
     },
+    "create-pr": "create_pr=True",
     "no-check": "check=False",
     "public": "private=False",
     "quick": "thorough=False",

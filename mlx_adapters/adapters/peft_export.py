@@ -9,7 +9,7 @@ from mlx_adapters.errors import HubError, NotFoundError
 from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base
-from mlx_adapters.models.layers import SWITCH, adaptable_layers, tied
+from mlx_adapters.models.layers import SWITCH, adaptable_layers, check_fits, tied
 from mlx_adapters.models.loading import load_module
 from mlx_adapters.models.metadata import base_of
 from mlx_adapters.peft_format.own_form import Facts
@@ -134,5 +134,6 @@ def _facts(adapter: Adapter, base: str | Path | Base | None) -> Facts:
     module = load_module(resolved)[0]
     embeddings = any(tensor_names.split(key)[1] in EMBEDDINGS for key in adapter.config.keys)
     layers = adaptable_layers(module)
+    check_fits(adapter, layers, f"'{resolved.name}'")
     experts = any(isinstance(layer, SWITCH) for layer in layers.values())
     return Facts(resolved.config.get("model_type"), embeddings and tied(layers), experts, layout_of(resolved, module))

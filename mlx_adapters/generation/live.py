@@ -24,7 +24,7 @@ from mlx_adapters.generation.sampling import Choose, LogitsProcessor, Sampler, s
 from mlx_adapters.generation.text_stream import TextStream, text_of
 from mlx_adapters.models.adapter import Adapter, AdapterLike, template_of, version_of
 from mlx_adapters.models.base import Base
-from mlx_adapters.models.layers import check_made_for
+from mlx_adapters.models.layers import check_fits, check_made_for
 from mlx_adapters.models.loading import load_model as load_plain_model
 from mlx_adapters.models.model import Model
 from mlx_adapters.runtime.attached import Attached, Selection, same
@@ -99,15 +99,9 @@ class LiveModel(Model):
         """All attached adapters, oldest first."""
         weights = {entry: weight for entry, weight in self.pool.selection}
         return tuple(
-            AdapterInfo(
-                e.name,
-                e.adapter.config.type,
-                e.adapter.config.rank,
-                len(e.adapter.config.keys),
-                e.nbytes,
-                weights.get(e),
-            )
-            for e in self.pool.attached.values()
+            AdapterInfo(entry.name, config.type, config.rank, len(config.keys), entry.nbytes, weights.get(entry))
+            for entry in self.pool.attached.values()
+            for config in [entry.adapter.config]
         )
 
     def attach(  # type: ignore[override]
@@ -136,6 +130,7 @@ class LiveModel(Model):
         return entry.name
 
     def _add(self, adapter: Adapter, any_base: bool, name: str | None) -> Attached:
+        check_fits(adapter, self.pool.layers, f"'{self.base.name}'")
         if not any_base:
             check_made_for(adapter, self.base.name, self.base.fingerprint)
         return self.pool.add(name or self._own_name(adapter), adapter)

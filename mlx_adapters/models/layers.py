@@ -175,7 +175,8 @@ def check_fits(adapter: Adapter, model: nn.Module | Mapping[str, nn.Module], bas
     for key in adapter.config.keys:
         if key not in layers:
             raise IncompatibleError(
-                f"Adapter '{adapter.name}' does not fit {base}: the model has no layer '{key}'.", made_for
+                f"Adapter '{adapter.name}' does not fit {base}: the model has no layer '{key}'.",
+                _under_other_paths(adapter, layers, base) or made_for,
             )
         if adapter.config.type == "dora" and isinstance(layers[key], (*SWITCH, nn.QuantizedEmbedding)):
             raise IncompatibleError(f"'{key}' cannot take a DoRA adapter.", "mlx-lm has no such layer.")
@@ -187,6 +188,18 @@ def check_fits(adapter: Adapter, model: nn.Module | Mapping[str, nn.Module], bas
                     f"the model needs {shape}.",
                     made_for,
                 )
+
+
+def _under_other_paths(adapter: Adapter, layers: Mapping[str, nn.Module], base: str) -> str | None:
+    """The way on for an adapter whose paths differ from the base's in their beginnings; None for another one."""
+    found = tensor_names.other_beginning(adapter.config.keys, layers.__contains__, layers)
+    if found is None:
+        return None
+    old, new = (f"'{beginning}'" if beginning else "nothing" for beginning in found)
+    name = base.strip("'") if base.startswith("'") else "BASE"
+    anew = f"'mlx-adapters add {adapter.folder or 'FOLDER'} --base {name} --name NAME'"
+    made = f", or give the base that it was made for: --base {adapter.base_name}" if adapter.base_name else ""
+    return f"its paths begin with {old}, there it is {new}. {anew} takes it in under the paths of this base{made}."
 
 
 def check_made_for(adapter: Adapter, base_name: str, fingerprint: str) -> None:

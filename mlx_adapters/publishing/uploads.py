@@ -6,11 +6,9 @@ fails, an empty repository or branch that was made for it is removed. The same p
 
 import contextlib
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import AdapterError, HubError
@@ -20,13 +18,13 @@ from mlx_adapters.models.base import INDEX_FILE, OTHER_FILE
 from mlx_adapters.publishing import cards, staging
 from mlx_adapters.publishing.cleaning import check_paths, check_secrets
 from mlx_adapters.publishing.remote import PublishedFile, Remote, changes, foresee_refusal, look
+from mlx_adapters.publishing.sending import Uploader
 from mlx_adapters.publishing.subject import Subject, matches, read_subject
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.hub import (
-    Disconnected,
+    address,
     check_branch,
     check_repo,
-    hub_errors,
     progress_bars,
     readme,
     require_token,
@@ -35,7 +33,6 @@ from mlx_adapters.sources.references import hub_id
 from mlx_adapters.storage import paths
 from mlx_adapters.units import count
 
-ATTEMPTS, FIRST_WAIT_SECONDS = 5, 2.0
 # Old shards beside new ones would be loaded too.
 REPLACED = ["model*.safetensors", OTHER_FILE, INDEX_FILE]
 
@@ -163,7 +160,7 @@ def publish(
     Args:
         source: an adapter's name, NAME@ITERATION, or a folder.
         repo: "user/name".
-        private: who may see it.
+        private: who may see it; a pull request changes nothing of that.
         dry_run: upload nothing, only say what would be uploaded.
         message: of the commit.
         revision: a branch, made if it is not there.
@@ -195,6 +192,12 @@ def publish(
     remote = look(repo, revision, dry_run, on_event)
     if dry_run and remote.known and not create_pr:
         foresee_refusal(repo, on_event)
+    if create_pr and remote.known:
+        if not remote.exists:
+            raise HubError(
+                f"There is no repository '{repo}' to propose a change to.", "leave out --create-pr to make it."
+            )
+        private = remote.private or private
     if remote.exists and private and not remote.private:
         raise HubError(f"'{repo}' is public.", "pass --public to publish there, or choose another name.")
     with tempfile.TemporaryDirectory(prefix="mlx-adapters-") as name:
@@ -206,7 +209,9 @@ def publish(
         publication = Publication(repo, subject.kind, private, changes(folder, remote, deletes), left_out, card)
         if dry_run:
             return publication
-        uploader = _Uploader(repo, folder, private, revision, create_pr, message, deletes, on_event)
+        if create_pr and not publication.changed:
+            return replace(publication, commit=remote.head, url=address(repo))
+        uploader = Uploader(repo, folder, private, revision, create_pr, message, deletes, on_event)
         with progress_bars(show_progress):
             commit, url = uploader.run(remote, card)
     return replace(publication, commit=commit, url=url)
@@ -261,96 +266,3 @@ def _tell_lost(card: cards.Card, where: str, text: str, on_event: OnEvent) -> No
         words = f"The new card drops {count(lost, 'line')} that somebody wrote outside the marks of {where}"
         keep = f"put what is to stay between '{cards.MINE}' and '{cards.END_MINE}'."
         on_event(Note(f"{words}: {keep}", "warning"))
-
-
-@dataclass
-class _Uploader:
-    """One upload: creates, uploads with retries, and cleans up after itself."""
-
-    repo: str
-    folder: Path
-    private: bool
-    revision: str | None
-    create_pr: bool
-    message: str | None
-    deletes: Sequence[str]
-    on_event: OnEvent
-
-    def run(self, remote: Remote, card: str) -> tuple[str, str]:
-        """Returns (commit, address). Raises HubError."""
-        from huggingface_hub import HfApi, ModelCard
-
-        self.api = HfApi(library_name="mlx_adapters")
-        self.new_branch = self.revision if not (remote.exists and remote.has_revision) else None
-        self.made_branch = False
-        with hub_errors(f"upload to '{self.repo}'"):
-            if (self.folder / "README.md").exists():
-                self._validate(ModelCard(card))
-            if not remote.exists:
-                self.api.create_repo(self.repo, private=True)
-        try:
-            info = self._upload_with_retries()
-        except BaseException:
-            self._clean_up(remote)
-            raise
-        if remote.private and not self.private:
-            with hub_errors(f"make '{self.repo}' public, though everything is uploaded"):
-                self.api.update_repo_settings(self.repo, private=False)
-        return str(info.oid), str(info.pr_url or info.commit_url)
-
-    def _validate(self, card: Any) -> None:
-        try:
-            card.validate()
-        except ValueError as error:
-            raise HubError(
-                f"The Hub refuses the card: {' '.join(str(error).split())}", "see --license and --base-model."
-            ) from error
-
-    def _upload_with_retries(self) -> Any:
-        """What is already there is not sent again, so each attempt goes on where the last one broke."""
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                with hub_errors(f"upload to '{self.repo}'"):
-                    return self._upload()
-            except Disconnected as error:
-                if attempt == ATTEMPTS:
-                    raise
-                self.on_event(Note(f"{error.message} Going on (attempt {attempt + 1} of {ATTEMPTS}).", "warning"))
-                time.sleep(FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
-        raise AssertionError
-
-    def _upload(self) -> Any:
-        if self.new_branch and not self.made_branch:
-            self.made_branch = self._make_branch(self.new_branch)
-        return self.api.upload_folder(
-            repo_id=self.repo,
-            folder_path=self.folder,
-            revision=self.revision,
-            create_pr=self.create_pr,
-            commit_message=self.message or "Upload with mlx_adapters",
-            delete_patterns=list(self.deletes) or None,
-        )
-
-    def _make_branch(self, branch: str) -> bool:
-        """Make a branch; False if somebody made it meanwhile."""
-        from huggingface_hub.errors import HfHubHTTPError
-
-        try:
-            self.api.create_branch(self.repo, branch=branch)
-        except HfHubHTTPError as error:
-            if error.response.status_code != 409:
-                raise
-            self.new_branch = None
-        return self.new_branch is not None
-
-    def _clean_up(self, remote: Remote) -> None:
-        """Remove what was made for this and has nothing in it. Best effort: without a connection it stays."""
-        with contextlib.suppress(HubError), hub_errors("clean up"):
-            if not remote.exists:
-                if set(self.api.list_repo_files(self.repo)) <= {".gitattributes"}:
-                    self.api.delete_repo(self.repo)
-            elif self.new_branch and self.made_branch and self._head(self.new_branch) == remote.head:
-                self.api.delete_branch(self.repo, branch=self.new_branch)
-
-    def _head(self, branch: str) -> str | None:
-        return self.api.repo_info(self.repo, revision=branch).sha

@@ -52,6 +52,13 @@ def check_repo(repo: str) -> None:
         validate_repo_id(repo)
 
 
+def address(repo: str) -> str:
+    """The page of a repository."""
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{repo}"
+
+
 def check_branch(name: str) -> None:
     """Raise ConfigError for what git does not accept as the name of a branch (git-check-ref-format)."""
     bad = BAD_BRANCH.search(name)

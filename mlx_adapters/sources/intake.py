@@ -13,6 +13,7 @@ from mlx_adapters.models.layers import adaptable_layers, check_fits, nn
 from mlx_adapters.models.loading import load_module
 from mlx_adapters.peft_format.foreign import fit_paths, read_foreign, text_part, weights_in
 from mlx_adapters.sources.bases import resolve_base
+from mlx_adapters.sources.registry import checksums_of
 from mlx_adapters.storage import files, paths, tensor_files
 from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CHECKPOINT_FILE, CONFIG_FILE, EXTRAS, METADATA_FILE
 
@@ -42,6 +43,7 @@ def write_own_form(
         if path.is_symlink() and not is_cached(path):
             raise FormatError(f"'{path}' is a link.", "put the file itself there.")
     paths.require_free_space(target, sum(path.stat().st_size for path in (*taken.values(), *extras)))
+    rewritten = set[str]()
     for done, (name, path) in enumerate(taken.items(), start=1):
         foreign = read_foreign(source, path, named)
         if name == ADAPTER_FILE:  # the first; the checkpoints are of the same base
@@ -52,12 +54,19 @@ def write_own_form(
             for note in (*foreign.notes, *others):
                 on_event(Note(note, "warning"))
         if not foreign.as_is or adapter is not foreign.adapter:
+            recorded = checksums_of(adapter.metadata).pop(name, None)
+            if recorded and files.sha256(path) != recorded:
+                raise FormatError(f"'{path}' is not the file that its record names.", "it may be damaged.")
+            rewritten.add(name)
             tensor_files.write_safetensors(target / name, adapter.weights)
         elif path != target / name:
             copy = files.link_or_copy if is_cached(path) else files.copy_file
             copy(path.resolve(), target / name)
         on_event(Progress("add", done, len(taken), "file"))
-    files.write_json(target / METADATA_FILE, first.metadata | dict(origin or {}))
+    record = first.metadata | dict(origin or {})
+    if rewritten and "sha256" in record:
+        record["sha256"] = {file: own for file, own in checksums_of(record).items() if file not in rewritten}
+    files.write_json(target / METADATA_FILE, record)
     files.write_json(target / CONFIG_FILE, config)
     if source != target:
         for path in extras:

@@ -49,7 +49,7 @@ def hub(tmp_path, monkeypatch):
         for name, value in values.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(http.time, "sleep", lambda _: None)
-        monkeypatch.setattr("mlx_adapters.publishing.uploads.FIRST_WAIT_SECONDS", 0.0)
+        monkeypatch.setattr("mlx_adapters.publishing.sending.FIRST_WAIT_SECONDS", 0.0)
         yield server
 
 

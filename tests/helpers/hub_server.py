@@ -35,6 +35,7 @@ class Repo:
     private: bool
     branches: dict[str, list] = field(default_factory=dict)
     pulls: list = field(default_factory=list)
+    closed: list = field(default_factory=list)  # of each pull request, whether it is
 
     def __post_init__(self):
         self.branches["main"] = [("0" * 40, "initial commit", {".gitattributes": b"*.safetensors filter=lfs\n"})]
@@ -98,8 +99,11 @@ class HubServer:
         return self.commit(repo, "main", "push", {**self.repos[repo].files, **files})
 
     def commit(self, repo: str, branch: str, message: str, files: dict[str, bytes]) -> str:
-        commits = self.repos[repo].branches[branch]
+        pull = re.fullmatch(r"refs/pr/(\d+)", branch)
+        commits = self.repos[repo].branches[branch] if pull is None else [*self.repos[repo].pulls]
         sha = hashlib.sha1(f"{repo}{branch}{len(commits)}{message}".encode()).hexdigest()
+        if pull:
+            self.repos[repo].pulls[int(pull[1]) - 1] = (sha, message, files)
         commits.append((sha, message, files))
         return sha
 
@@ -194,6 +198,9 @@ class _Handler(BaseHTTPRequestHandler):
         (f"POST /api/models/{REPO}/preupload/(.+)", "preupload"),
         (f"GET /api/models/{REPO}/xet-write-token/(.+)", "xet_token"),
         (f"POST /api/models/{REPO}/commit/(.+)", "make_commit"),
+        (f"POST /api/models/{REPO}/discussions", "open_pull"),
+        (f"GET /api/models/{REPO}/discussions/([0-9]+)", "pull"),
+        (f"POST /api/models/{REPO}/discussions/([0-9]+)/status", "close_pull"),
         (f"POST|DELETE /api/models/{REPO}/branch/(.+)", "branch"),
         (f"GET /api/models/{REPO}/revision/(.+)", "info"),
         (f"GET /api/models/{REPO}/tree/([^/]+)(?:/.*)?", "tree"),
@@ -382,8 +389,29 @@ class _Handler(BaseHTTPRequestHandler):
             pulls.append((sha, head["summary"], files))
             answer["pullRequestUrl"] = f"{self.hub.url}/{name}/discussions/{len(pulls)}"
         else:
-            sha = self.hub.commit(name, revision, head["summary"], files)
+            sha = self.hub.commit(name, unquote(revision), head["summary"], files)
         self.answer(200, answer | {"commitOid": sha, "commitUrl": f"{self.hub.url}/{name}/commit/{sha}"})
+
+    def open_pull(self, name, body, **_):
+        if self.token not in (WRITE_TOKEN, READ_TOKEN) or self.readable(name) is None:
+            return self.error(401, "Invalid username or password.")
+        repo, title = self.hub.repos[name], json.loads(body)["title"]
+        repo.pulls.append((f"{len(repo.pulls) + 1:040x}", title, dict(repo.files)))
+        repo.closed.append(False)
+        self.answer(200, {"num": len(repo.pulls)})
+
+    def pull(self, name, number, **_):
+        title, closed = self.hub.repos[name].pulls[int(number) - 1][1], self.hub.repos[name].closed[int(number) - 1]
+        told = {"title": title, "num": int(number), "status": "closed" if closed else "draft", "isPullRequest": True}
+        told |= {"changes": {"base": "refs/heads/main"}, "filesWithConflicts": [], "events": [], "diff": ""}
+        self.answer(
+            200, told | {"createdAt": "2026-01-01T00:00:00.000Z", "repo": {"name": name, "type": "model"}, "author": {}}
+        )
+
+    def close_pull(self, name, number, body, **_):
+        self.hub.repos[name].closed[int(number) - 1] = json.loads(body)["status"] == "closed"
+        event = {"id": "1", "type": "status-change", "createdAt": "2026-01-01T00:00:00.000Z", "author": {"name": USER}}
+        self.answer(200, {"newStatus": event | {"data": {"status": "closed"}}})
 
     # -- download ----------------------------------------------------------------------------------
 

@@ -291,7 +291,7 @@ def test_interrupted_before_the_commit(hub, sql, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mlx_adapters.publishing.uploads._Uploader._upload", interrupt)
+    monkeypatch.setattr("mlx_adapters.publishing.sending.Uploader._upload", interrupt)
     with pytest.raises(KeyboardInterrupt):
         publish("sql", REPO)
     assert not hub.repos
