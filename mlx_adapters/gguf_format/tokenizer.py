@@ -1,20 +1,24 @@
-"""A byte-level BPE tokenizer as llama.cpp takes it: bare lists, and a name for the way that text is cut up before BPE.
+"""A BPE tokenizer as llama.cpp takes it: bare lists, and a name for the way that text is cut up before BPE.
 
 llama.cpp (src/llama-vocab.cpp) knows that way by its name alone, so the whole pattern must be one that it has a name
 for. What it will do is then tried here, with the same lists and its own expressions, on a hundred hard strings.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+
 from mlx_adapters.errors import ConfigError, FormatError
+from mlx_adapters.gguf_format.pieces import BYTE as BYTES
+from mlx_adapters.gguf_format.pieces import LEAST, Pieces, read_pieces
 from mlx_adapters.storage import files
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's kinds of tokens
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's kinds of tokens
 OTHERWISE = "write --format hf and use llama.cpp's converter."
 MAX_DIFFERENT = 5  # of the hard strings; above, the tokenizers are not the same
 
@@ -57,6 +61,15 @@ PRE_TOKENIZERS = (
         ),
     ),
     PreTokenizer(
+        "deepseek-v3",
+        (
+            r"\p{N}{1,3}",
+            "[一-龥\u3040-ゟ゠-ヿ]+",
+            r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+            rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*{_SPACES}",
+        ),
+    ),
+    PreTokenizer(
         "tekken",
         (_cased(_UPPER, _LOWER, "", r"\p{N}"),),
         ignore_merges=True,
@@ -72,9 +85,13 @@ PRE_TOKENIZERS = (
 
 @dataclass(frozen=True)
 class GgufTokenizer:
-    """What a GGUF file says of a tokenizer. `tokens` are (text, llama.cpp's kind) by id, `special` ids by role."""
+    """What a GGUF file says of a tokenizer. `tokens` are (text, llama.cpp's kind) by id, `special` ids by role.
 
-    pre: PreTokenizer
+    One of `pre`, for byte-level BPE, and `pieces`, for SentencePiece's.
+    """
+
+    pre: PreTokenizer | None
+    pieces: Pieces | None
     tokens: list[tuple[str, int]]
     merges: list[str]
     special: dict[str, int]
@@ -82,13 +99,23 @@ class GgufTokenizer:
     add_eos: bool
     template: str | None
 
+    @property
+    def start(self) -> str:
+        """Behind what a text is read alike: a special token, as in a chat, if only a prompt's first text gets a space."""
+        chat = self.pieces is not None and self.pieces.prefix == "first"
+        return next((token for token, kind in self.tokens if kind == CONTROL), "") if chat else ""
+
     def write(self, writer: Any) -> None:
         """Put it into a `gguf.GGUFWriter`."""
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(self.pre.name)
+        writer.add_tokenizer_model("llama" if self.pieces else "gpt2")
+        writer.add_tokenizer_pre(self.pre.name if self.pre else "default")
         writer.add_token_list([token for token, _ in self.tokens])
         writer.add_token_types([kind for _, kind in self.tokens])
-        writer.add_token_merges(self.merges)
+        if self.pieces:
+            writer.add_token_scores([self.pieces.scores.get(token, LEAST) for token, _ in self.tokens])
+            writer.add_add_space_prefix(self.pieces.space_before)
+        else:
+            writer.add_token_merges(self.merges)
         for role, index in self.special.items():
             getattr(writer, f"add_{role}_token_id")(index)
         writer.add_add_bos_token(self.add_bos)
@@ -96,22 +123,28 @@ class GgufTokenizer:
         if self.template is not None:
             writer.add_chat_template(self.template)
 
-    def as_llama_cpp(self) -> Any:
-        """A `tokenizers.Tokenizer` that cuts up text as llama.cpp does with these lists; it adds no BOS and no EOS."""
-        from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+    def encoder(self) -> Callable[[str], list[int]]:
+        """What llama.cpp makes of a text with these lists; it adds no BOS and no EOS."""
+        ids = {token: index for index, (token, _) in enumerate(self.tokens)}
+        added = [(token, kind) for token, kind in self.tokens if kind in (CONTROL, USER_DEFINED)]
+        pieces = self.pieces
+        if pieces is not None:
+            return lambda text: pieces.encode(text, ids, [token for token, _ in added])
+        made = self._byte_level(ids)
+        made.add_tokens([AddedToken(token, normalized=False, special=kind == CONTROL) for token, kind in added])
+        return lambda text: list(made.encode(text, add_special_tokens=False).ids)
 
-        vocabulary = {token: index for index, (token, _) in enumerate(self.tokens)}
+    def _byte_level(self, ids: dict[str, int]) -> Any:
+        assert self.pre is not None
         pairs = (merge.partition(" ") for merge in self.merges)
         merges = [(left, right) for left, _, right in pairs]
-        made = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=self.pre.ignore_merges))
+        made = Tokenizer(models.BPE(ids, merges, ignore_merges=self.pre.ignore_merges))
         splits = [
             pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in self.pre.as_llama_cpp or self.pre.patterns
         ]
         made.pre_tokenizer = pre_tokenizers.Sequence(
             [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         )
-        added = [(token, kind) for token, kind in self.tokens if kind in (CONTROL, USER_DEFINED)]
-        made.add_tokens([AddedToken(token, normalized=False, special=kind == CONTROL) for token, kind in added])
         return made
 
 
@@ -123,24 +156,36 @@ def read_tokenizer(folder: Path, vocabulary: int, tokenizer: Any) -> GgufTokeniz
     """
     stored = files.read_json(folder / "tokenizer.json")
     bpe = stored.get("model", {})
-    if bpe.get("type") != "BPE" or bpe.get("byte_fallback"):
-        raise ConfigError("Only byte-level BPE tokenizers are written to GGUF here.", OTHERWISE)
-    _refuse_normalizer(stored.get("normalizer"))
-    tokens = {index: (token, NORMAL) for token, index in bpe["vocab"].items()}
+    if bpe.get("type") != "BPE":
+        raise ConfigError("Only BPE tokenizers are written to GGUF here.", OTHERWISE)
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]]
+    pieces = read_pieces(stored, merges) if bpe.get("byte_fallback") else None
+    if pieces is None:
+        _refuse_normalizer(stored.get("normalizer"))
+    bytes_apart = BYTE if pieces else NORMAL
+    tokens = {index: (t, bytes_apart if BYTES.fullmatch(t) else NORMAL) for t, index in bpe["vocab"].items()}
     for added in stored.get("added_tokens", []):
-        tokens[added["id"]] = (added["content"], CONTROL if added.get("special") else USER_DEFINED)
+        if added["id"] < vocabulary or not added.get("special"):  # Gemma's has one for pictures more than its rows
+            tokens[added["id"]] = (added["content"], CONTROL if added.get("special") else USER_DEFINED)
+    if pieces and bpe.get("unk_token") in bpe["vocab"]:
+        tokens[bpe["vocab"][bpe["unk_token"]]] = (bpe["unk_token"], UNKNOWN)
     if tokens and max(tokens) >= vocabulary:
         raise FormatError(f"The tokenizer has token {max(tokens)}, but the model's vocabulary is {vocabulary}.")
     settings = folder / "tokenizer_config.json"
     extra = files.read_json(settings) if settings.is_file() else {}
     special = _special_ids(extra, {token: index for index, (token, _) in tokens.items()})
+    if (unknown := next((index for index, (_, kind) in tokens.items() if kind == UNKNOWN), None)) is not None:
+        special["unk"] = unknown
+    ends = sorted(set(getattr(tokenizer, "eos_token_ids", ())) - {special.get("eos")})
+    special |= dict(zip(("eot", "eom"), ends, strict=False))  # what else ends an answer
     add_bos, add_eos = _added_around(tokenizer, special)
     template = folder / "chat_template.jinja"
     text = template.read_text(encoding="utf-8") if template.is_file() else extra.get("chat_template")
     return GgufTokenizer(
-        pre_tokenizer(stored.get("pre_tokenizer"), bool(bpe.get("ignore_merges"))),
+        None if pieces else pre_tokenizer(stored.get("pre_tokenizer"), bool(bpe.get("ignore_merges"))),
+        pieces,
         [tokens.get(i, (f"[PAD{i}]", UNUSED)) for i in range(vocabulary)],
-        [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]],
+        merges,
         special,
         add_bos,
         add_eos,
@@ -218,13 +263,14 @@ def check_strings(made: GgufTokenizer, tokenizer: Any) -> list[str]:
 
     Raises ConfigError if there are more than a few: then it is another tokenizer.
     """
-    theirs = made.as_llama_cpp()
+    theirs = made.encoder()
     strings = hard_strings([token for token, kind in made.tokens if kind == CONTROL])
     around = [[made.special["bos"]] if made.add_bos else [], [made.special["eos"]] if made.add_eos else []]
+    start = made.start
     different = [
         text
         for text in strings
-        if [*around[0], *theirs.encode(text, add_special_tokens=False).ids, *around[1]] != list(tokenizer.encode(text))
+        if [*around[0], *theirs(start + text), *around[1]] != list(tokenizer.encode(start + text))
     ]
     if len(different) > MAX_DIFFERENT:
         raise ConfigError(

@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 import pytest
 from helpers.adapters import make_adapter
-from helpers.gguf_tokenizers import own_spelling, retokenize, split_by
+from helpers.gguf_tokenizers import SENTENCEPIECE, own_spelling, retokenize, sentencepiece_like, split_by
 from tokenizers import pre_tokenizers
 
 from mlx_adapters import FuseOptions, fuse
@@ -84,6 +84,44 @@ def test_a_tokenizer_that_the_lists_do_not_describe_is_refused(folder):
     made.merges[:] = made.merges[: len(made.merges) // 2]
     with pytest.raises(ConfigError, match=r"llama.cpp would read \d+ of \d+ strings otherwise"):
         check_strings(made, tokenizer)
+
+
+@pytest.mark.parametrize("kind", SENTENCEPIECE)
+def test_sentencepieces_bpe_is_read_alike(tiny_model, tmp_path, kind):
+    folder = sentencepiece_like(shutil.copytree(tiny_model("llama", vocab_size=800), tmp_path / "model"), kind)
+    tokenizer = load_tokenizer_of(resolve_base(folder))
+    made = read_tokenizer(folder, 800, tokenizer)
+    assert made.pre is None and made.pieces.space_before == (kind == "llama")
+    assert check_strings(made, tokenizer) == []
+    assert made.tokens[0] == ("<unk>", 2) and made.tokens[1] == ("<s>", 3) and made.tokens[15] == ("<0x0A>", 6)
+    fuse(folder, make_adapter(folder), tmp_path / "out", quantization="none", options=GGUF)
+    fields = gguf.GGUFReader(tmp_path / "out/model.gguf").fields
+    assert fields["tokenizer.ggml.model"].contents() == "llama"
+    assert fields["tokenizer.ggml.add_space_prefix"].contents() == (kind == "llama")
+    scores = fields["tokenizer.ggml.scores"].contents()
+    assert len(scores) == 800 and max(scores[261:]) == 0.0
+
+
+def test_sentencepieces_bpe_with_other_scores_is_refused(tiny_model, tmp_path):
+    """Merges that no scores could give: the pair that comes second makes the token that comes first."""
+    folder = sentencepiece_like(shutil.copytree(tiny_model("llama", vocab_size=800), tmp_path / "model"), "gemma")
+    tokenizer = load_tokenizer_of(resolve_base(folder))
+    path = folder / "tokenizer.json"
+    stored = json.loads(path.read_text())
+    stored["model"]["merges"].reverse()
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match=r"llama\.cpp would read"):
+        check_strings(read_tokenizer(folder, 800, tokenizer), tokenizer)
+    path.write_text(json.dumps(stored | {"pre_tokenizer": {"type": "Whitespace"}}))
+    with pytest.raises(ConfigError, match="does not know this tokenizer's Whitespace"):
+        read_tokenizer(folder, 800, tokenizer)
+
+
+def test_what_else_ends_an_answer_is_told(folder):
+    made, tokenizer = read(retokenize(folder, own_spelling("qwen2")))
+    tokenizer.add_eos_token("<|im_start|>")
+    made = read_tokenizer(folder, 512, tokenizer)
+    assert made.special["eos"] == 2 and made.special["eot"] == 1
 
 
 def test_there_are_a_hundred_hard_strings():

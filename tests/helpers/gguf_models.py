@@ -9,16 +9,19 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from helpers.adapters import make_adapter
+from helpers.gguf_tokenizers import SENTENCEPIECE, own_spelling, retokenize, sentencepiece_like
 from helpers.tiny_configs import make_model, tiny_config
-from helpers.tiny_models import random_weights, write_tokenizer
+from helpers.tiny_models import build_model, random_weights, write_tokenizer
 from mlx.utils import tree_unflatten
 from mlx_lm.utils import quantize_model, save_model
 
 import mlx_adapters as ma
 from mlx_adapters.gguf_format.architectures import ARCHITECTURES
+from mlx_adapters.gguf_format.tokenizer import PRE_TOKENIZERS, hard_strings
 from mlx_adapters.models.layers import adaptable_layers
-from mlx_adapters.models.loading import load_model, load_module
+from mlx_adapters.models.loading import load_model, load_module, load_tokenizer_of
 from mlx_adapters.sources.bases import resolve_base
+from mlx_adapters.sources.demo_base import demo_base_folder
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3["original_max_position_embeddings"] = 64
@@ -112,15 +115,35 @@ def logprobs_of(folder: Path, prompts: list[list[int]], adapter: ma.Adapter | No
     return answers
 
 
+def tokenizer_base(folder: Path, kind: str, bos: bool) -> Path:
+    """A tiny llama with the tokenizer of a family (see `gguf_tokenizers`)."""
+    if kind in SENTENCEPIECE:
+        return sentencepiece_like(build_model(folder, "llama", vocab_size=800), kind)
+    (ignore_merges,) = (pre.ignore_merges for pre in PRE_TOKENIZERS if pre.name == kind)
+    return retokenize(build_model(folder, "llama"), own_spelling(kind), ignore_merges=ignore_merges, bos=bos)
+
+
+TOKENIZERS = {
+    **{f"tokenizer {pre.name}{' bos' * bos}": (pre.name, bos) for pre in PRE_TOKENIZERS for bos in (False, True)},
+    **{f"tokenizer sentencepiece {kind}": (kind, True) for kind in SENTENCEPIECE},
+}
+
+
 def write_for_llama_cpp(place: Path, name: str, lengths: tuple[int, ...]) -> Iterator[str]:
     """Files of each type in folders below `place`, each with what is expected of it; yields the types."""
-    from mlx_adapters.gguf_format.tokenizer import hard_strings
-
     shutil.rmtree(place, ignore_errors=True)
     rng = np.random.default_rng(1)
     prompts = [rng.integers(3, 500, length).tolist() for length in lengths]
+    few = name not in GGUF_MODELS
     for kind, (bits, dtype) in KINDS.items():
-        base = gguf_base(place / f"base-{kind}", name, bits=4 if kind == "keep" else None)
+        if few and kind not in ("f32", "keep"):
+            continue
+        if name == "demo":
+            base = demo_base_folder()
+        elif few:
+            base = tokenizer_base(place / f"base-{kind}", *TOKENIZERS[name])
+        else:
+            base = gguf_base(place / f"base-{kind}", name, bits=4 if kind == "keep" else None)
         adapter = make_adapter(base, list(adaptable_layers(load_module(resolve_base(base))[0]))[::2])
         out, options = place / kind, ma.FuseOptions(check=False, format="gguf", method="nearest")
         ma.fuse(base, adapter, out, quantization=bits, dtype=dtype, options=options)
@@ -132,11 +155,25 @@ def write_for_llama_cpp(place: Path, name: str, lengths: tuple[int, ...]) -> Ite
             shutil.rmtree(place / "mlx")
         else:
             expected = logprobs_of(base, prompts, adapter)
-        tokenizer = load_model(resolve_base(base)).tokenizer
-        texts = hard_strings(list(tokenizer.all_special_tokens)) if kind == "f32" else []
-        told = {"prompts": prompts, "logprobs": expected, "texts": texts}
-        told |= {"ids": [list(tokenizer.encode(text)) for text in texts]}
-        told["ascii"] = tokenizer.convert_tokens_to_ids("a")
+        told = {"prompts": prompts, "logprobs": expected} | _words(base, kind == "f32")
         (out / "expected.json").write_text(json.dumps(told))
-        shutil.rmtree(base)
+        if name != "demo":
+            shutil.rmtree(base)
         yield kind
+
+
+def _words(base: Path, texts: bool) -> dict[str, Any]:
+    """What the tokenizer makes of texts, of a chat, and what ends an answer."""
+    tokenizer = load_tokenizer_of(resolve_base(base))
+    start = "<s>" if "Metaspace" in (base / "tokenizer.json").read_text() else ""
+    strings = [start + text for text in hard_strings(list(tokenizer.all_special_tokens))] if texts else []
+    chat = [{"role": "user", "content": "List all courses."}]
+    rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return {
+        "texts": strings,
+        "ids": [list(tokenizer.encode(text)) for text in strings],
+        "ascii": tokenizer.encode("a", add_special_tokens=False)[-1],
+        "chat": chat,
+        "rendered": rendered,
+        "ends": sorted(tokenizer.eos_token_ids),
+    }
