@@ -101,7 +101,7 @@ class GgufTokenizer:
 
     @property
     def start(self) -> str:
-        """Behind what a text is read alike: a special token, as in a chat, if only a prompt's first text gets a space."""
+        """A special token to stand before texts, as in a chat, where only a prompt's first text gets a space."""
         chat = self.pieces is not None and self.pieces.prefix == "first"
         return next((token for token, kind in self.tokens if kind == CONTROL), "") if chat else ""
 
