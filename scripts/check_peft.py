@@ -189,6 +189,7 @@ def own_cases(model):
     cases["head-to-save"] = {"target_modules": linear[:1], "modules_to_save": ["lm_head"]}
     cases["experts-to-save"] = {"target_modules": linear[:1], "modules_to_save": ["experts"]}
     cases |= {f"{name}-to-save": {"target_modules": linear[:1], "modules_to_save": [name]} for name in routers}
+    cases["velora"] = {"target_modules": linear[:1], "velora_config": {"num_groups": 4}}
     cases["mica"] = {"target_modules": linear[:1], "init_lora_weights": "mica"}
     return cases
 

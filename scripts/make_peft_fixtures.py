@@ -129,12 +129,38 @@ BASES = {
         "layer_types": ["conv", "full_attention"],
         "tie_word_embeddings": True,
     },
+    # Those whose fused experts transformers keeps as (experts, in, out), telling PEFT so or not.
+    "gpt_oss": {
+        "rope_parameters": THETA["rope_parameters"],
+        "tie_word_embeddings": False,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "llama4_text": {
+        **THETA,
+        "tie_word_embeddings": False,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": 1,
+        "intermediate_size": 40,
+        "intermediate_size_mlp": 48,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 64,
+        "num_hidden_layers": 4,
+    },
 }
 MLP = ["gate_proj", "up_proj", "down_proj"]
 MOE_ALL = {"target_modules": ATTENTION, "target_parameters": ["gate_up_proj", "down_proj", "gate.weight"]}
 PATTERNS = {
     "rank_pattern": {r"layers\.0\..*q_proj": 2, "model.layers.1.mlp.down_proj": 6, "proj": 5},
     "alpha_pattern": {"v_proj": 3.5, r".*\.1\.self_attn.*": 7, "up_proj": 9},
+}
+FUSED = {
+    "fused": {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    "gate-up-only": {"target_modules": [], "target_parameters": ["experts.gate_up_proj"], "use_rslora": True},
+    "down-only": {"target_modules": ["o_proj"], "target_parameters": ["experts.down_proj"]},
+    "router": {"target_modules": [], "target_parameters": ["router.weight"]},
 }
 # architecture -> case -> LoraConfig arguments; "_name", "_dtype", "_merged" and "_edit" steer the script.
 CONVERTED = {
@@ -186,6 +212,8 @@ CONVERTED = {
         "all-linear": {"target_modules": "all-linear"},
         "dora": {"target_modules": ["qkv_proj", "gate_up_proj"], "use_dora": True},
         "lm-head": {"target_modules": ["qkv_proj", "lm_head"]},
+        "mica": {"target_modules": ["o_proj"], "init_lora_weights": "mica"},
+        "velora": {"target_modules": ["o_proj", "down_proj"], "velora_config": {"num_groups": 4}},
     },
     "mixtral": {
         "fused": MOE_ALL,
@@ -230,6 +258,8 @@ CONVERTED = {
     },
     "qwen2_moe": {"linear": {"target_modules": "all-linear"}},
     "lfm2_moe": {"linear": {"target_modules": "all-linear"}},
+    "gpt_oss": FUSED,
+    "llama4_text": FUSED,
 }
 SMALL = {"target_modules": ["q_proj"]}
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm", "q_norm", "k_norm"]
@@ -305,6 +335,14 @@ REFUSED = {
         ),
         "tied-modules-to-save": (peft.LoraConfig, {**SMALL, "modules_to_save": ["embed_tokens"]}),
     },
+    **{
+        arch: {
+            "experts-to-save": (peft.LoraConfig, {**SMALL, "modules_to_save": ["experts"]}),
+            "head-tokens": (peft.LoraConfig, {**SMALL, "trainable_token_indices": {"lm_head": [3, 5]}}),
+        }
+        for arch in ("gpt_oss", "llama4_text")
+    },
+    "mixtral": {"experts-to-save": (peft.LoraConfig, {**SMALL, "modules_to_save": ["experts"]})},
     "qwen3_next": {"norms-to-save": (peft.LoraConfig, {**SMALL, "modules_to_save": NORMS})},
     "qwen3_5_text": {"norms-to-save": (peft.LoraConfig, {**SMALL, "modules_to_save": NORMS})},
 }
@@ -432,6 +470,11 @@ def save_base(model, folder):
         model.transformer.save_pretrained(folder)
     else:
         model.save_pretrained(folder)
+    if type(model).__name__ == "GptOssForCausalLM":
+        as_mlx_has_it(folder / "model.safetensors")
+    if type(model).__name__ == "Llama4ForCausalLM":  # as on the Hub, in the names of the model of texts and pictures
+        file = folder / "model.safetensors"
+        save_file({f"language_model.{k}": v for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
     words = {f"w{i}": i for i in range(3, VOCAB)} | {"<pad>": 0, "<s>": 1, "</s>": 2}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -450,10 +493,36 @@ def save_base(model, folder):
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
+def as_mlx_has_it(file):
+    """mlx-lm reads gpt-oss packed in few bits only: the original beside the base, the base in mlx-lm's own form."""
+    original, own = file.parent.with_name("original"), {}
+    original.mkdir(exist_ok=True)
+    shutil.copy(file, original / file.name)
+    for name, tensor in load_file(file).items():
+        path, _, leaf = name.rpartition(".experts.")
+        if leaf.startswith("gate_up_proj"):
+            for i, half in enumerate(("gate_proj", "up_proj")):
+                part = tensor[..., i::2]
+                end = "bias" if leaf.endswith("_bias") else "weight"
+                own[f"{path}.experts.{half}.{end}"] = (part if end == "bias" else part.transpose(1, 2)).contiguous()
+        elif leaf.startswith("down_proj"):
+            end = "bias" if leaf.endswith("_bias") else "weight"
+            own[f"{path}.experts.down_proj.{end}"] = (tensor if end == "bias" else tensor.transpose(1, 2)).contiguous()
+        else:
+            own[name] = tensor
+    save_file(own, file, metadata={"format": "mlx"})
+
+
 def load_base(arch):
-    return AutoModelForCausalLM.from_pretrained(
-        ROOT / arch / "base", dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    if not (ROOT / arch / "original").is_dir():
+        return AutoModelForCausalLM.from_pretrained(ROOT / arch / "base", **options).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / arch / "base", folder, dirs_exist_ok=True)
+        shutil.copytree(ROOT / arch / "original", folder, dirs_exist_ok=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    model.name_or_path = str(ROOT / arch / "base")
+    return model
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from mlx_adapters.assembly.writing import (
     write_config,
     write_weights,
 )
+from mlx_adapters.checkpoints.forms import UNLIKE
 from mlx_adapters.checkpoints.inverse import Group, groups_of
 from mlx_adapters.checkpoints.left_out import left_out, without_place
 from mlx_adapters.checkpoints.originals import layout_of
@@ -31,7 +32,7 @@ from mlx_adapters.events import OnEvent
 from mlx_adapters.models.base import Base, tying_config
 from mlx_adapters.models.layers import adaptable_layers, tied
 from mlx_adapters.models.loading import load_module
-from mlx_adapters.storage import files, hf_names, tensor_names
+from mlx_adapters.storage import files, tensor_names
 from mlx_adapters.storage.tensor_names import QUANTIZED_LEAVES, WEIGHT
 from mlx_adapters.system.door import mx
 
@@ -49,7 +50,7 @@ class HfWriter:
         self._dtype = dtype or original_dtype(config)
         kind = config.get("model_type")
         require(
-            kind not in hf_names.UNLIKE,
+            kind not in UNLIKE,
             f"transformers has other names for '{kind}' models, which mlx-lm does not read.",
             "write the MLX format instead.",
         )

@@ -17,11 +17,13 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from mlx_adapters.checkpoints import forms
+from mlx_adapters.checkpoints.forms import CHECKPOINT_RENAMES, EXPERT_FORMS, SPELLINGS
 from mlx_adapters.checkpoints.probing import Layout, Shapes, Tensors, trace
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import SWITCH, nn
 from mlx_adapters.storage import hf_names, tensor_files, tensor_names
-from mlx_adapters.storage.hf_names import CHECKPOINT_RENAMES, EXPERT_FORMS, SPELLINGS, Renames
+from mlx_adapters.storage.hf_names import Renames
 from mlx_adapters.storage.tensor_names import WEIGHT
 from mlx_adapters.system.door import make_module, sanitize_of
 
@@ -34,7 +36,7 @@ def layout_of(base: Base, module: nn.Module) -> Layout:
 
     Raises IncompatibleError if no form of the checkpoint is found of which mlx-lm makes this model.
     """
-    blank = make_module(base.config, base.folder)
+    blank, kind = make_module(base.config, base.folder), base.config.get("model_type")
     own = {name for name, _ in tree_flatten(module.parameters())}
     wanted = {name: tuple(value.shape) for name, value in tree_flatten(blank.parameters()) if name in own}
     sanitize = sanitize_of(blank)
@@ -43,13 +45,13 @@ def layout_of(base: Base, module: nn.Module) -> Layout:
         with contextlib.suppress(Exception):
             layout = trace(sanitize, stored, wanted)
             if layout.fits(wanted):
-                return layout
-    return _unpacked(trace(sanitize, original_shapes(blank, wanted), wanted))
+                return replace(layout, model_type=kind)
+    return replace(_unpacked(trace(sanitize, original_shapes(blank, wanted), wanted)), model_type=kind)
 
 
 def _unpacked(layout: Layout) -> Layout:
     """The layout of a checkpoint whose experts are not packed, where mlx-lm reads them packed only: turned around."""
-    names = hf_names.unpacked(layout.shapes)
+    names = forms.unpacked(layout.shapes)
     if not names:
         return layout
     turn = {0: 0, 1: 2, 2: 1}
@@ -71,7 +73,7 @@ def _unpacked(layout: Layout) -> Layout:
         ]
         for target, pieces in layout.pieces.items()
     }
-    return Layout(shapes, pieces, layout.problems, unpacked=True)
+    return replace(layout, shapes=shapes, pieces=pieces, unpacked={new: old for old, new in names.items()})
 
 
 def _stored(base: Base) -> Shapes | None:
@@ -145,14 +147,14 @@ def _rules(blank: nn.Module) -> Iterator[Rule]:
     for form in EXPERT_FORMS:
         if not counts and form[2] == "each":
             continue
-        yield partial(hf_names.checkpoint_experts, switches=switches, form=form)
+        yield partial(forms.checkpoint_experts, switches=switches, form=form)
     for renames in SPELLINGS.get(str(getattr(blank, "model_type", "")), CHECKPOINT_RENAMES):
         yield partial(_renamed, renames=renames)
     yield partial(_scalars, sanitize=sanitize_of(blank))
-    yield hf_names.checkpoint_convolutions
-    yield hf_names.checkpoint_joined
-    yield hf_names.checkpoint_latent
-    yield hf_names.checkpoint_rows
+    yield forms.checkpoint_convolutions
+    yield forms.checkpoint_joined
+    yield forms.checkpoint_latent
+    yield forms.checkpoint_rows
 
 
 def _torch_convolutions(shapes: Shapes, blank: nn.Module) -> Shapes:

@@ -30,6 +30,14 @@ class WeightFactors:
     m: mx.array | None = None
 
 
+@dataclass(frozen=True)
+class ExpertRows:
+    """A stacked layer, and the rows of the parameter of fused experts, (experts, out, in), that are its own."""
+
+    key: str
+    rows: slice
+
+
 class Places:
     """Finds the base's layer for each module path of transformers and remembers how it was found.
 
@@ -112,6 +120,39 @@ class Places:
             return None
         pieces = self.find(split[0], path)
         return tensor_names.split(pieces[0].target)[0], split[1]
+
+    def fused(self, block: str, parameter: str, source: str) -> tuple[list[ExpertRows], tuple[int, int]]:
+        """The layers that a parameter of a block's fused experts becomes, and (out, in) of the whole parameter.
+
+        Where the checkpoint has experts one by one, transformers puts gate above up. Raises IncompatibleError or
+        FormatError if no layers are made of it.
+        """
+        for inside, _ in hf_names.mlx_paths(hf_names.fused_path(block, inner=False)):
+            candidate = inside.rpartition(".")[0]
+            for name in hf_names.fused_names(candidate, parameter):
+                pieces, shape = self.layout.of(name), self.layout.shapes.get(name)
+                if pieces and shape is not None and len(shape) == 3:
+                    found = [ExpertRows(tensor_names.split(p.target)[0], p.select[p.axes[1]]) for p in pieces]
+                    self._take_experts([part.key for part in found], pieces, source)
+                    return found, (shape[pieces[0].axes[1]], shape[pieces[0].axes[2]])
+            each = [self.layout.of(names) for names in hf_names.first_experts(candidate, parameter, self.layout.shapes)]
+            keys = [tensor_names.split(pieces[0].target)[0] for pieces in each if pieces]
+            if keys:
+                self._take_experts(keys, [piece for pieces in each for piece in pieces], source)
+                out, inputs = self.layout.shapes[each[0][0].source]
+                found = [ExpertRows(key, slice(i * out, (i + 1) * out)) for i, key in enumerate(keys)]
+                return found, (len(keys) * out, inputs)
+        raise IncompatibleError(
+            f"The base model has no experts '{block}' with a '{parameter}' for the PEFT adapter.",
+            "is it the base it was trained on?",
+        )
+
+    def _take_experts(self, keys: list[str], pieces: list[Piece], source: str) -> None:
+        if any(fold_of(piece) for piece in pieces):
+            raise FormatError(f"mlx-lm multiplies the weights of the experts '{keys[0]}', which is not followed here.")
+        for key in keys:
+            if self.taken.setdefault(key, source) != source:
+                raise FormatError(f"Two PEFT modules, '{source}' and '{self.taken[key]}', are one layer.")
 
     def remember(self, key: str, path: str) -> None:
         """Note the path in transformers of a layer if the renames do not lead back to it."""

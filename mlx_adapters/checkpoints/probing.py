@@ -9,7 +9,7 @@ What is not of this kind is a `Piece` of nothing, with the reason.
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -87,13 +87,15 @@ class Piece:
 class Layout:
     """The tensors that a checkpoint holds, and what becomes of them: by target the pieces, or why there are none.
 
-    unpacked: some are as transformers has them where checkpoints pack them, a form that mlx-lm does not read.
+    unpacked: names of tensors that are as transformers has them where checkpoints pack them, a form that mlx-lm does
+    not read, and what they are called packed. model_type: as the base's config says.
     """
 
     shapes: Shapes
     pieces: dict[str, list[Piece]] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
-    unpacked: bool = False
+    unpacked: Mapping[str, str] = field(default_factory=dict)
+    model_type: str | None = None
 
     def into(self, target: str) -> list[Piece]:
         """The pieces of a target. Empty if it has none that are known."""
@@ -109,6 +111,10 @@ class Layout:
         for piece in (piece for pieces in self.pieces.values() for piece in pieces):
             by_source.setdefault(piece.source, []).append(piece)
         return by_source
+
+    def packed(self, tensors: Tensors) -> Tensors:
+        """A checkpoint's tensors in a form that mlx-lm reads, though not in few bits."""
+        return {self.unpacked.get(n, n): a.swapaxes(1, 2) if n in self.unpacked else a for n, a in tensors.items()}
 
     def fits(self, wanted: Shapes) -> bool:
         """Whether these tensors make exactly a model of tensors of the `wanted` shapes, as far as can be told."""

@@ -28,8 +28,8 @@ def check_as_loaded(
     sanitize = sanitize_of(make_module(base.config, base.folder))
     tensors = _named({name: array.astype(mx.float32) for name, array in peft.dense.items()}, layout)
     updates = _named({f"{path}.{WEIGHT}": _product(peft, module) for path, module in peft.modules.items()}, layout)
-    nothing = sanitize(_zeros(layout.shapes))
-    loaded = sanitize(_zeros(layout.shapes) | tensors | updates)
+    nothing = sanitize(layout.packed(_zeros(layout.shapes)))
+    loaded = sanitize(layout.packed(_zeros(layout.shapes) | tensors | updates))
     for target in (piece.target for name in tensors for piece in layout.of(name) if piece.index is None):
         path, leaf = tensor_names.split(target)
         ours = whole.replaced.get(path) if leaf == WEIGHT else None

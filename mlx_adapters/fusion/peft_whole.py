@@ -11,10 +11,10 @@ from mlx_adapters.checkpoints.places import Places
 from mlx_adapters.checkpoints.probing import Layout, Piece
 from mlx_adapters.errors import FormatError, IncompatibleError
 from mlx_adapters.models.dense import dense_weight, weight_shape
-from mlx_adapters.models.layers import EMBEDDING, adaptable_layers, nn, tied
+from mlx_adapters.models.layers import EMBEDDING, LINEAR, adaptable_layers, nn, tied
 from mlx_adapters.peft_format.reading import PeftAdapter
 from mlx_adapters.storage import hf_names, tensor_names
-from mlx_adapters.storage.hf_names import EMBEDDINGS, is_head
+from mlx_adapters.storage.hf_names import EMBEDDINGS, FUSED_DOWN, FUSED_GATE_UP, is_head
 from mlx_adapters.storage.tensor_names import WEIGHT
 
 
@@ -41,6 +41,9 @@ def whole_tensors(peft: PeftAdapter, module: nn.Module, layout: Layout, untied: 
         if leaf == WEIGHT and is_head(path) and tied(layers):
             continue  # it is the embedding's; where it is not, the base was untied
         pieces = places.tensor(name)
+        if not pieces and leaf in (FUSED_GATE_UP, FUSED_DOWN) and array.ndim == 3:
+            whole.replaced.update(_experts(name, array, places))
+            continue
         if not pieces:
             known = hf_names.mlx_paths(path)
             if any(tensor_names.join(place, leaf) in layout.shapes for place, _ in known):
@@ -52,6 +55,18 @@ def whole_tensors(peft: PeftAdapter, module: nn.Module, layout: Layout, untied: 
         place, array = _with_token_rows(peft, path, rows, places)
         whole.replaced[place] = array
     return whole
+
+
+def _experts(name: str, array: mx.array, places: Places) -> dict[str, mx.array]:
+    """The stacked layers that a parameter of fused experts becomes, where the checkpoint has experts one by one."""
+    path, parameter = tensor_names.split(name)
+    found, shape = places.fused((hf_names.split_fused(path) or (path, False))[0], parameter, name)
+    experts = weight_shape(places.layers[found[0].key])[0]
+    if tuple(array.shape) != (experts, *shape):
+        raise IncompatibleError(
+            f"'{name}' of the PEFT adapter is {tuple(array.shape)}, the base's {(experts, *shape)}."
+        )
+    return {part.key: array[:, part.rows].astype(mx.float32) for part in found}
 
 
 def _put(
@@ -99,8 +114,8 @@ def _with_token_rows(peft: PeftAdapter, path: str, rows: mx.array, places: Place
     """The embedding with the rows of some tokens replaced. A tied output sees them too, as in PEFT."""
     pieces, _ = places.look_up(path)
     place = tensor_names.split(pieces[0].target)[0] if pieces else ""
-    if not isinstance(places.layers.get(place), EMBEDDING):
-        raise IncompatibleError(f"The base model has no embedding '{path}' for the PEFT adapter's tokens.")
+    if not isinstance(places.layers.get(place), EMBEDDING + LINEAR):
+        raise IncompatibleError(f"The base model has no '{path}' for the PEFT adapter's tokens.")
     indices: Any = peft.settings.raw.get("trainable_token_indices")
     if isinstance(indices, dict):
         indices = next((own for name, own in indices.items() if f".{path}".endswith(f".{name}")), None)

@@ -284,11 +284,9 @@ def _window_pattern(kinds: list[str]) -> int:
 def _rope_settings(rope: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     if "full_attention" in rope:  # gemma3: one set for each kind of attention
         full, sliding = rope["full_attention"], rope.get("sliding_attention", {})
-        settings = _rope_settings(full, config)
-        if "rope_theta" in sliding:
-            settings["rope_local_base_freq"] = float(sliding["rope_theta"])
-        return settings
-    settings = {}
+        local = {"rope_local_base_freq": float(sliding["rope_theta"])} if "rope_theta" in sliding else {}
+        return _rope_settings(full, config) | local
+    settings: dict[str, Any] = {}
     if "rope_theta" in rope:
         settings["rope_theta"] = float(rope["rope_theta"])
     if rope.get("partial_rotary_factor") is not None:
@@ -296,4 +294,6 @@ def _rope_settings(rope: dict[str, Any], config: dict[str, Any]) -> dict[str, An
     if rope.get("rope_type", "default") != "default" and not config.get("rope_scaling"):
         scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
         settings["rope_scaling"] = scaling | {"type": rope["rope_type"]}
+    elif "rope_scaling" not in config:  # llama4 must be told that there is none
+        settings["rope_scaling"] = None
     return settings

@@ -1,11 +1,13 @@
 """PEFT's form of an adapter that was made here: its names, and a config that names each module by its full path.
 
-Experts are written one by one (transformers 4's layout, which PEFT loads into transformers 5's fused experts). On a
-base with experts, PEFT takes a module that is called like a part of an expert for one, whatever its path; so those
-are named as parameters (not routers, which are parts of experts to PEFT as well). Tied embeddings are written as PEFT's
+Experts are written one by one where PEFT loads them so (transformers 4's layout; PEFT fuses them), else as the
+parameters that transformers 5 has for all of them. Where PEFT takes experts one by one, it takes any module that is
+called like a part of one for such a part, whatever its path; so those are named as parameters (not routers, which are
+parts of experts to PEFT as well). Tied embeddings are written as PEFT's
 ensure_weight_tying stores them.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,15 +17,19 @@ from mlx_adapters.checkpoints.places import Fold, WeightFactors, back, fold_of
 from mlx_adapters.checkpoints.probing import Layout
 from mlx_adapters.errors import FormatError
 from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.peft_format.updates import joined_experts
 from mlx_adapters.storage import hf_names, tensor_names
 from mlx_adapters.storage.hf_names import (
     DOWN,
     EMBEDDINGS,
     FAN_IN_FAN_OUT,
+    FUSED_DOWN,
+    FUSED_GATE_UP,
     GATE,
     HEADS,
     PEFT_AS_PARAMETERS,
     PEFT_EXPERTS_EACH,
+    PEFT_TURNED,
     PEFT_UNHEEDED,
     POSITIONS,
     ROUTERS,
@@ -67,7 +73,9 @@ def own_form(adapter: Adapter, facts: Facts) -> PeftForm:
         path, fold = _origin(key, facts)
         layer = path.rpartition(".")[2]
         _refuse_unheeded(path, layer, facts.model_type)
-        embedding, parameter = layer in EMBEDDINGS + POSITIONS, facts.experts and layer in PEFT_AS_PARAMETERS
+        each = facts.model_type in PEFT_EXPERTS_EACH
+        parts_of_experts = PEFT_AS_PARAMETERS if each else ROUTERS
+        embedding, parameter = layer in EMBEDDINGS + POSITIONS, facts.experts and layer in parts_of_experts
         if m is not None and parameter:
             what = "router" if layer in ROUTERS else "layer"
             raise FormatError(
@@ -78,17 +86,25 @@ def own_form(adapter: Adapter, facts: Facts) -> PeftForm:
         a, b, m, factor = unloaded(a, b, m, fold, embedding)
         b = b if factor == 1 else b.astype(mx.float32) / factor
         tensors |= tensors_of(path, a, b, m, embedding)
-        if parameter and not (layer in ROUTERS and facts.model_type in PEFT_EXPERTS_EACH):
+        if parameter and not (layer in ROUTERS and each):
             parameters.append(tensor_names.join(path, WEIGHT))
         else:
             targets[path] = None
         if facts.tied and layer in EMBEDDINGS:
             tensors |= tensors_of(LM_HEAD, b.T, a.T, None, False)
             targets[LM_HEAD] = None
+    ranks: dict[str, int] = {}
     for block, parts in experts.items():
-        tensors |= _per_expert(block, parts, targets, facts)
+        if facts.model_type in PEFT_EXPERTS_EACH:
+            tensors |= _per_expert(block, parts, targets, facts)
+            continue
+        for form in _fused_experts(block, parts, facts):
+            tensors |= form.tensors
+            parameters.append(form.parameter)
+            ranks[form.parameter] = form.rank
     tying = facts.tied and LM_HEAD in targets
     config = _config(adapter, list(targets), parameters, tying, facts.model_type)
+    _note_ranks(config, {name: rank for name, rank in ranks.items() if rank != adapter.config.rank})
     if experts or parameters or any(path.rpartition(".")[2] in ROUTERS for path in targets):
         config["lora_dropout"] = 0.0  # PEFT has none for experts and parameters
     return PeftForm(tensors, config)
@@ -125,8 +141,6 @@ def _per_expert(
     block: str, parts: dict[str, tuple[mx.array, mx.array]], targets: dict[str, None], facts: Facts
 ) -> dict[str, mx.array]:
     """One A and B for each expert. With gate or up, PEFT wants all three; what is missing is added as zero."""
-    if facts.model_type not in PEFT_EXPERTS_EACH:
-        raise FormatError(f"PEFT has no name for the experts '{block}' of a {facts.model_type}.", LEAVE_OUT)
     tensors: dict[str, mx.array] = {}
     partner = parts.get(GATE) or parts.get(UP)
     if partner:
@@ -149,6 +163,83 @@ def _per_expert(
             tensors |= tensors_of(path, a[expert].T, b[expert].T, None, False)
             targets[path] = None
     return tensors
+
+
+@dataclass(frozen=True)
+class _FusedExperts:
+    """One parameter of fused experts with the path that PEFT has for it."""
+
+    parameter: str
+    rank: int
+    tensors: dict[str, mx.array]
+
+
+def _fused_experts(block: str, parts: dict[str, tuple[mx.array, mx.array]], facts: Facts) -> list[_FusedExperts]:
+    """A block's experts as the parameters that transformers has for all of them.
+
+    Gate and up are rows of one parameter. Their updates with an A of each become one of twice the rank.
+    """
+    made = list[_FusedExperts]()
+    for parameter, names in ((FUSED_GATE_UP, (GATE, UP)), (FUSED_DOWN, (DOWN,))):
+        keys = [tensor_names.join(block, name) for name in names]
+        given = [parts.get(name) for name in names]
+        if not any(given):
+            continue
+        pieces = [facts.layout.into(tensor_names.join(key, WEIGHT)) for key in keys]
+        inside = hf_names.block_of_experts(pieces[0][0].source) if all(pieces) else None
+        if inside is None or any(fold_of(piece) for some in pieces for piece in some):
+            raise FormatError(f"PEFT has no name for the experts '{block}' of a {facts.model_type}.", LEAVE_OUT)
+        if facts.model_type in hf_names.OWN_NAMES:
+            inside = hf_names.peft_path(block, facts.model_type).rpartition(".")[0]
+        outs = [_rows_of(key, facts) for key in keys]
+        rows = [
+            some[0].select[some[0].axes[1]] if some[0].index is None else slice(sum(outs[:i]), sum(outs[: i + 1]))
+            for i, some in enumerate(pieces)
+        ]
+        shared = all(given) and all(mx.array_equal(part[0], given[0][0]) for part in given if part and given[0])
+        left, right = _stacked([part for part in given], rows, sum(outs), bool(shared))
+        if facts.model_type in PEFT_TURNED:
+            left, right = right.swapaxes(1, 2), left.swapaxes(1, 2)
+        lora_a, lora_b = joined_experts(left, right)
+        path = hf_names.fused_path(inside, inner=parameter == FUSED_GATE_UP and DOWN in parts)
+        tensors = {hf_names.peft_tensor(path, LORA_A): lora_a, hf_names.peft_tensor(path, LORA_B): lora_b}
+        made.append(
+            _FusedExperts(
+                f"{hf_names.fused_path(inside, inner=False)}.{parameter}",
+                left.shape[2] if facts.model_type not in PEFT_TURNED else right.shape[1],
+                tensors,
+            )
+        )
+    return made
+
+
+def _rows_of(key: str, facts: Facts) -> int:
+    """How many rows a stacked layer has in its expert's matrix."""
+    piece = facts.layout.into(tensor_names.join(key, WEIGHT))[0]
+    shape = piece.shape(facts.layout.shapes[piece.source])
+    return shape[0] if piece.index is not None else shape[1]
+
+
+def _stacked(
+    given: list[tuple[mx.array, mx.array] | None], rows: list[slice], out: int, shared: bool
+) -> tuple[mx.array, mx.array]:
+    """left (experts, out, R) and right (experts, R, in) of the layers that are these rows of one parameter."""
+    there = [(part, own) for part, own in zip(given, rows, strict=True) if part is not None]
+    (experts, rank, _), dtype = there[0][0][0].shape, there[0][0][1].dtype
+    width = rank if shared else rank * len(there)
+    left = mx.zeros((experts, out, width), dtype)
+    for i, ((_, b), own) in enumerate(there):
+        left[:, own, slice(None) if shared else slice(i * rank, (i + 1) * rank)] = b
+    right = there[0][0][0] if shared else mx.concatenate([a for (a, _), _ in there], axis=1)
+    return left, right
+
+
+def _note_ranks(config: dict[str, Any], ranks: dict[str, int]) -> None:
+    """Parameters of another rank, of the same scale."""
+    for name, rank in ranks.items():
+        config["rank_pattern"][re.escape(name)] = rank
+        alpha = config["lora_alpha"] * rank / config["r"]
+        config["alpha_pattern"][re.escape(name)] = int(alpha) if float(alpha).is_integer() else alpha
 
 
 def _config(

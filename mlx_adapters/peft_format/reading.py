@@ -237,6 +237,8 @@ def _set_apart(name: str, array: mx.array, peft: PeftAdapter) -> None:
             "save the adapter again with PEFT.",
         )
     own, _, holder = path.rpartition(".")
+    if hf_names.VELORA in name:
+        return
     if leaf == TOKEN_ROWS:
         peft.token_rows[path.removesuffix(".token_adapter")] = array
     elif leaf == tensor_names.WEIGHT and holder == ORIGINAL:  # beside the same module's trained weight

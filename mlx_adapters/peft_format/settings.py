@@ -14,7 +14,7 @@ from mlx_adapters.errors import FormatError
 from mlx_adapters.peft_format.patterns import full_match
 
 # Initializations that leave the base's weights alone; the others move a part of them into the adapter.
-HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "true", "false")
+HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "true", "false")
 CONVERTED_HINT = "save it in PEFT with path_initial_model_for_weight_conversion, which makes an ordinary adapter of it."
 FUSE_HINT = "'mlx-adapters fuse --from-peft' applies it while fusing."
 NOT_EXPRESSIBLE = {

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 
@@ -36,7 +37,7 @@ TIE_HINT = (
 
 @dataclass(frozen=True)
 class Converted:
-    """The adapter, the renames its paths took, the layout of its experts.
+    """The adapter, the renames its paths took, the layout of its experts (`fused`: see `fused_updates`).
 
     `tied`: an update that PEFT has at one end of a tied embedding only was taken at both. `paths` and `folds` as in
     `Places`.
@@ -48,6 +49,7 @@ class Converted:
     tied: bool
     paths: dict[str, str]
     folds: dict[str, Fold]
+    fused: dict[str, Any]
 
 
 def to_mlx(peft: PeftAdapter, layers: Mapping[str, nn.Module], layout: Layout, tie: bool = False) -> Converted:
@@ -71,12 +73,13 @@ def to_mlx(peft: PeftAdapter, layers: Mapping[str, nn.Module], layout: Layout, t
     plain = [m for path, m in modules.items() if path not in experts and path not in fused]
     updates = [update for module in plain for update in _plain_updates(module, peft, places)]
     updates += expert_updates(experts, peft, places)
-    updates += fused_updates(fused, peft, places)
+    from_fused, record = fused_updates(fused, peft, places)
+    updates += from_fused
     updates += _both_ends(ends, peft, places)
     _refuse_missing(peft, places, {update.key for update in updates})
     adapter = _assemble(updates, peft)
     form = FUSED if fused else PER_EXPERT if experts else None
-    return Converted(adapter, tuple(places.renames), form, bool(ends), places.paths, places.folds)
+    return Converted(adapter, tuple(places.renames), form, bool(ends), places.paths, places.folds, record)
 
 
 def _plain_updates(module: PeftModule, peft: PeftAdapter, places: Places) -> list[LayerFactors]:

@@ -16,18 +16,9 @@ from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.peft_format.own_form import Facts, PeftForm, own_form, tensors_of, unloaded
 from mlx_adapters.peft_format.settings import PeftSettings
 from mlx_adapters.peft_format.to_mlx import FUSED
+from mlx_adapters.peft_format.updates import joined_experts
 from mlx_adapters.storage import hf_names
-from mlx_adapters.storage.hf_names import (
-    DOWN,
-    EMBEDDINGS,
-    FUSED_DOWN,
-    FUSED_GATE_UP,
-    GATE,
-    HEADS,
-    POSITIONS,
-    UP,
-    Renames,
-)
+from mlx_adapters.storage.hf_names import EMBEDDINGS, FUSED_GATE_UP, HEADS, POSITIONS, Renames
 from mlx_adapters.storage.tensor_names import LORA_A, LORA_B
 
 LM_HEAD = HEADS[0]
@@ -56,14 +47,17 @@ def _as_it_came(adapter: Adapter, origin: Mapping[str, Any]) -> PeftForm:
     if settings.dora != (adapter.config.type == "dora") or origin.get("tied"):
         raise _NotAsItCame
     renames: Renames = tuple((str(old), str(new)) for old, new in origin.get("renames", ()))
-    paths, folds = ({**origin.get(name, {})} for name in ("paths", "folds"))
+    paths, folds, fused = ({**origin.get(name, {})} for name in ("paths", "folds", "fused"))
+    stacked = {key for parameters in fused.values() for entry in parameters.values() for key in entry["rows"]}
+    if origin.get("experts") == FUSED and not fused:
+        raise _NotAsItCame  # taken in by an older version
     tensors: dict[str, mx.array] = {}
-    stacks: dict[str, dict[str, tuple[mx.array, mx.array]]] = {}
+    stacks: dict[str, tuple[mx.array, mx.array]] = {}
     for key, a, b, m in adapter.layers():
         path = paths.get(key) or hf_names.peft_path(key, None, renames)
         switch = hf_names.split_switch(path)
-        if switch and origin.get("experts") == FUSED:
-            stacks.setdefault(switch[0], {})[switch[1]] = (a, b)
+        if key in stacked:
+            stacks[key] = (a, b)
         elif a.ndim == 3:
             for expert in range(a.shape[0]):
                 name = hf_names.expert_path(*switch, expert) if switch else path.replace("{}", str(expert))
@@ -75,8 +69,8 @@ def _as_it_came(adapter: Adapter, origin: Mapping[str, Any]) -> PeftForm:
             tensors |= tensors_of(path, a, b, m, embedding)
             if embedding and settings.raw.get("ensure_weight_tying"):
                 tensors |= tensors_of(LM_HEAD, b.T, a.T, None, False)
-    for block, parts in stacks.items():
-        tensors |= _fused(adapter, settings, block, parts)
+    for path, parameters in fused.items():
+        tensors |= _fused(adapter, settings, path, parameters, stacks)
     return PeftForm(tensors, dict(settings.raw))
 
 
@@ -104,23 +98,28 @@ def _cut(
 
 
 def _fused(
-    adapter: Adapter, settings: PeftSettings, block: str, parts: Mapping[str, tuple[mx.array, mx.array]]
+    adapter: Adapter,
+    settings: PeftSettings,
+    path: str,
+    parameters: Mapping[str, Any],
+    stacks: Mapping[str, tuple[mx.array, mx.array]],
 ) -> dict[str, mx.array]:
-    """transformers 5's layout: gate and up share their A; the two parameters are nested, gate_up inside."""
-    gate, up, down = (parts.get(projection) for projection in (GATE, UP, DOWN))
-    if (gate is None) != (up is None) or (gate and up and not mx.array_equal(gate[0], up[0])):
-        raise _NotAsItCame
-    stacked = {}
-    if gate and up:
-        stacked[FUSED_GATE_UP] = (gate[0], mx.concatenate([gate[1], up[1]], axis=1))
-    if down:
-        stacked[FUSED_DOWN] = down
+    """Fused experts: layers of one parameter share their A; of two parameters gate_up is the inner one."""
     tensors: dict[str, mx.array] = {}
-    for parameter, (a, b) in stacked.items():
-        path = hf_names.fused_path(block, inner=parameter == FUSED_GATE_UP and len(stacked) == 2)
-        outer = hf_names.fused_path(block, inner=False)
-        cut = [_cut(adapter, settings, outer, x.T, y.T, parameter=parameter) for x, y in zip(a, b, strict=True)]
-        lora_a = mx.concatenate([x.T for x, _, _ in cut])
-        lora_b = mx.stack([y.T for _, y, _ in cut], axis=-1).reshape(b.shape[1], -1)
-        tensors |= {hf_names.peft_tensor(path, LORA_A): lora_a, hf_names.peft_tensor(path, LORA_B): lora_b}
+    for parameter, entry in parameters.items():
+        keys = list(entry["rows"])
+        a = stacks[keys[0]][0]
+        if not all(mx.array_equal(stacks[key][0], a) for key in keys):
+            raise _NotAsItCame
+        b = mx.zeros((a.shape[0], entry["out"], a.shape[1]), stacks[keys[0]][1].dtype)
+        for key, rows in entry["rows"].items():
+            b[:, slice(*rows)] = stacks[key][1]
+        # (in, R), (R, out) of each expert
+        cut = [_cut(adapter, settings, path, x.T, y.T, parameter=parameter) for x, y in zip(a, b, strict=True)]
+        left, right = mx.stack([y.T for _, y, _ in cut]), mx.stack([x.T for x, _, _ in cut])
+        if entry["turned"]:
+            left, right = right.swapaxes(1, 2), left.swapaxes(1, 2)
+        lora_a, lora_b = joined_experts(left, right)
+        place = path + (".base_layer" if parameter == FUSED_GATE_UP and len(parameters) == 2 else "")
+        tensors |= {hf_names.peft_tensor(place, LORA_A): lora_a, hf_names.peft_tensor(place, LORA_B): lora_b}
     return tensors

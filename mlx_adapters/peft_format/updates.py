@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 
@@ -16,8 +17,8 @@ from mlx_adapters.errors import FormatError, IncompatibleError
 from mlx_adapters.models.dense import weight_shape
 from mlx_adapters.models.layers import EMBEDDING, SWITCH, nn
 from mlx_adapters.peft_format.reading import PeftAdapter, PeftModule
-from mlx_adapters.storage import hf_names, tensor_names
-from mlx_adapters.storage.hf_names import DOWN, FUSED_DOWN, FUSED_GATE_UP, GATE, UP, is_head
+from mlx_adapters.storage import hf_names
+from mlx_adapters.storage.hf_names import FUSED_DOWN, FUSED_GATE_UP, PEFT_TURNED, is_head
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,15 @@ def _stack(key: str, parts: Mapping[int, LayerFactors], layer: nn.Module) -> Lay
     return LayerFactors(key, a, b, None, some.scale)
 
 
-def fused_updates(modules: Mapping[str, PeftModule], peft: PeftAdapter, places: Places) -> list[LayerFactors]:
-    """Split transformers 5's fused experts. Both parameters wrapped: gate_up is the inner one, down the outer."""
-    updates = []
+def fused_updates(
+    modules: Mapping[str, PeftModule], peft: PeftAdapter, places: Places
+) -> tuple[list[LayerFactors], dict[str, Any]]:
+    """The updates of the layers that transformers 5's fused experts become, and the record by which they go back.
+
+    Both parameters wrapped: gate_up is the inner one, down the outer. The record: by path and parameter the layers with
+    their rows (start, stop, step), and whether PEFT takes the parameter's inputs for outputs.
+    """
+    updates, record = list[LayerFactors](), dict[str, Any]()
     for path, module in modules.items():
         block, inner = hf_names.split_fused(path) or ("", False)
         both = hf_names.fused_path(block, not inner) in modules
@@ -132,43 +139,43 @@ def fused_updates(modules: Mapping[str, PeftModule], peft: PeftAdapter, places: 
         clear = both or (not inner and gate_up != names(f"{block}.experts.{FUSED_DOWN}"))
         if not clear or module.m is not None or module.embedding:
             raise FormatError(f"The PEFT adapter does not say which parameter of the experts '{path}' is.")
-        a, b, scale = _split_experts(module, peft, places, block, FUSED_GATE_UP if gate_up else FUSED_DOWN)
-        out = b.shape[1] // 2
-        parts = {GATE: b[:, :out], UP: b[:, out:]} if gate_up else {DOWN: b}
-        for projection, half in parts.items():
-            key = _switch(places, block, projection, path)
-            update = LayerFactors(key, a, half, None, scale)
-            check_shape(update, places.layers[key], path)
+        parameter = FUSED_GATE_UP if gate_up else FUSED_DOWN
+        found, shape = places.fused(block, parameter, path)
+        layer = places.layers[found[0].key]
+        left, right, scale = _split_experts(module, peft, parameter, weight_shape(layer)[0])
+        turned = (right.shape[2], left.shape[1]) == shape != (left.shape[1], right.shape[2])
+        turned = turned or (shape[0] == shape[1] and places.layout.model_type in PEFT_TURNED)
+        if turned:
+            left, right = right.swapaxes(1, 2), left.swapaxes(1, 2)
+        if (left.shape[1], right.shape[2]) != shape:
+            raise IncompatibleError(
+                f"'{path}' of the PEFT adapter is made for experts of {left.shape[1]} x {right.shape[2]}, "
+                f"but the base's are {shape[0]} x {shape[1]}.",
+                "give the base it was trained on.",
+            )
+        for part in found:
+            update = LayerFactors(part.key, right, left[:, part.rows], None, scale)
+            check_shape(update, places.layers[part.key], path)
             updates.append(update)
-    return updates
+        rows = {part.key: [part.rows.start, part.rows.stop, part.rows.step] for part in found}
+        record.setdefault(f"{block}.experts", {})[parameter] = {"rows": rows, "out": shape[0], "turned": turned}
+    return updates, record
 
 
 def _split_experts(
-    module: PeftModule, peft: PeftAdapter, places: Places, block: str, parameter: str
+    module: PeftModule, peft: PeftAdapter, parameter: str, experts: int
 ) -> tuple[mx.array, mx.array, float]:
-    """a (experts, rank, in), b (experts, out, rank) and the scale of one fused parameter."""
-    projection = GATE if parameter == FUSED_GATE_UP else DOWN
-    key = _switch(places, block, projection, module.path)
-    experts, rows = weight_shape(places.layers[key])[0], module.a.shape[0]
-    if rows != module.b.shape[1] or rows % experts or (parameter == FUSED_GATE_UP and module.b.shape[0] % 2):
+    """left (experts, out, rank), right (experts, rank, in) and the scale of one fused parameter."""
+    rows = module.a.shape[0]
+    if rows != module.b.shape[1] or rows % experts:
         raise FormatError(f"The factors of '{module.path}' cannot be split among the base's {experts} experts.")
     rank = rows // experts
     scale = strength(peft, module, rank, parameter)
-    a = module.a.reshape(experts, rank, -1)
-    b = module.b.reshape(-1, rank, experts).transpose(2, 0, 1)
-    return a, b, scale
+    right = module.a.reshape(experts, rank, -1)
+    left = module.b.reshape(-1, rank, experts).transpose(2, 0, 1)
+    return left, right, scale
 
 
-def _switch(places: Places, block: str, projection: str, path: str) -> str:
-    """The stacked layer of a block's fused experts. Raises FormatError if mlx-lm cuts the parameter otherwise."""
-    piece = places.find(hf_names.switch_path(block, projection), f"{path}:{projection}")[0]
-    key = tensor_names.split(piece.target)[0]
-    rows = weight_shape(places.layers[key])[1]
-    part = piece.select[piece.axes[1]] if piece.index is None else slice(None)
-    if part not in (slice(None), slice(0, rows, 1) if projection == GATE else slice(rows, 2 * rows, 1)):
-        raise FormatError(
-            f"mlx-lm does not take '{projection}' of the experts '{path}' from its half of the parameter."
-        )
-    if key in places.folds:
-        raise FormatError(f"mlx-lm multiplies the weights of the experts '{key}', which is not followed here.")
-    return key
+def joined_experts(left: mx.array, right: mx.array) -> tuple[mx.array, mx.array]:
+    """The inverse of the split: PEFT's A (experts · rank, in), expert by expert, and B (out, rank · experts)."""
+    return right.reshape(-1, right.shape[2]), left.transpose(1, 2, 0).reshape(left.shape[1], -1)

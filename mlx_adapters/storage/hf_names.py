@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 
 from mlx_adapters.storage.replacing import Output
-from mlx_adapters.storage.tensor_names import ADAPTER_FILE, BIAS, CONFIG_FILE, LORA_A, LORA_B, MAGNITUDE, WEIGHT, split
+from mlx_adapters.storage.tensor_names import ADAPTER_FILE, BIAS, CONFIG_FILE, LORA_A, LORA_B, MAGNITUDE, WEIGHT
 
 # GPT-2's matrices that a Hugging Face checkpoint stores transposed, (in, out).
 GPT2_TRANSPOSED = ("c_attn", "c_proj", "c_fc")
@@ -18,6 +18,7 @@ PEFT_WEIGHTS_FILE, PEFT_PICKLE_FILE = "adapter_model.safetensors", "adapter_mode
 # transformers cuts a large adapter into these, and calls their index as a model's.
 PEFT_SHARDS, PEFT_PICKLE_SHARDS, INDEXES = "adapter_model-*.safetensors", "adapter_model-*.bin", "*.index.json"
 PEFT_OUTPUT = Output(CONFIG_FILE, r"adapter_model\.safetensors|README\.md")
+VELORA = ".lora_velora_"  # what changes VeLoRA's backward pass alone
 PEFT_SCALE = "mlx_scale"  # in the file's metadata: the scale to the bit, where lora_alpha / r rounds
 PEFT_PREFIX = "base_model.model."
 PEFT_LINEAR = {LORA_A: "lora_A.weight", LORA_B: "lora_B.weight", MAGNITUDE: "lora_magnitude_vector"}
@@ -38,7 +39,8 @@ FOREIGN_WEIGHTS = (ADAPTER_FILE, NPZ_FILE, "weights.safetensors", PEFT_WEIGHTS_F
 
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "tok_embeddings", "word_embeddings", "embeddings", "embedding")
 HEADS = ("lm_head", "embed_out")
-POSITIONS = ("wpe", "embed_positions", "position_embeddings")  # embeddings that no output layer shares
+# Embeddings that no output layer shares.
+POSITIONS = ("wpe", "embed_positions", "position_embeddings", "embed_tokens_per_layer")
 Renames = tuple[tuple[str, str], ...]
 # (beginning or inner part of a module path in transformers, the same in mlx-lm); tried in this order.
 PEFT_RENAMES: Renames = (
@@ -55,6 +57,9 @@ PEFT_RENAMES: Renames = (
     ("model.", "language_model.model."),
     ("model.", "backbone."),
     (".router", ".router.layer"),
+    (".forget_gate.f_", ".f_"),
+    (".shared_experts.", ".shared_expert."),
+    (".block_sparse_moe.router", ".block_sparse_moe.gate"),
 )
 # How transformers names modules where its checkpoints have other names; AutoModelForCausalLM takes only the text model
 # of some.
@@ -66,10 +71,13 @@ OWN_NAMES = {
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "llama4"), _TEXT_MODEL),
     "nemotron_h": (("model.", "backbone."),),
     **dict.fromkeys(("granitemoe", "granitemoehybrid"), ((".router", ".router.layer"),)),
+    "kimi_linear": ((".forget_gate.f_", ".f_"),),
+    "laguna": ((".shared_experts.", ".shared_expert."),),
+    "phimoe": ((".mlp.", ".block_sparse_moe."), (".mlp.router", ".mlp.gate")),
 }
 FAN_IN_FAN_OUT = ("gpt2",)  # transformers stores the linear weights of these as (in, out)
 _EXPERTS_FROM = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-_EXPERTS_TO = {mlx: peft for peft, mlx in _EXPERTS_FROM.items()}
+EXPERTS_TO = {mlx: peft for peft, mlx in _EXPERTS_FROM.items()}
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 FUSED_GATE_UP, FUSED_DOWN = "gate_up_proj", "down_proj"
 _EXPERT = re.compile(r"(.+)\.experts\.(\d{1,5})\.(w1|w2|w3|gate_proj|up_proj|down_proj)")
@@ -85,9 +93,12 @@ PEFT_EXPERTS_EACH = (
     *("glm4_moe_lite", "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash", "mellum", "minimax", "mixtral", "olmoe"),
     *("qwen3_moe", "qwen3_next", "solar_open"),
 )
+# Model types whose fused experts transformers keeps as (experts, in, out) without telling PEFT.
+PEFT_TURNED = ("llama4", "llama4_text")
 PEFT_UNHEEDED = {
     **dict.fromkeys(("falcon_h1", "mamba2", "nemotron_h"), ("out_proj", "conv1d")),
     **dict.fromkeys(("mamba", "falcon_mamba"), ("out_proj", "conv1d", "dt_proj")),
+    "jamba": ("dt_proj",),
 }
 
 
@@ -188,7 +199,7 @@ def split_switch(path: str) -> tuple[str, str] | None:
 
 def expert_path(block: str, projection: str, expert: int) -> str:
     """One expert's module in transformers 4's layout."""
-    name = _EXPERTS_TO[projection] if block.endswith(".block_sparse_moe") else projection
+    name = EXPERTS_TO[projection] if block.endswith(".block_sparse_moe") else projection
     return f"{block}.experts.{expert}.{name}"
 
 
@@ -203,128 +214,25 @@ def is_of_experts(path: str) -> bool:
     return bool(split_expert(path) or split_fused(path))
 
 
+def fused_names(block: str, parameter: str) -> tuple[str, ...]:
+    """How a checkpoint may call a parameter of a block's fused experts."""
+    linear = f"{'output' if parameter == FUSED_DOWN else 'input'}_linear.{WEIGHT}"
+    return f"{block}.experts.{parameter}", f"{block}.{linear}"
+
+
+def first_experts(block: str, parameter: str, names: Iterable[str]) -> list[str]:
+    """The matrices of the first expert that make up the parameter, gate before up, as far as the `names` have them."""
+    wanted = (DOWN,) if parameter == FUSED_DOWN else (GATE, UP)
+    spelled = [(f"{block}.experts.0.{n}.{WEIGHT}", f"{block}.experts.0.{EXPERTS_TO[n]}.{WEIGHT}") for n in wanted]
+    return [name for pair in spelled for name in pair if name in names]
+
+
+def block_of_experts(name: str) -> str | None:
+    """The block of a checkpoint's tensor of experts, in any of their forms, else None."""
+    match = re.fullmatch(r"(.+?)\.(experts\.\d+\..+|experts\.\w+|(?:input|output)_linear\.weight)", name)
+    return match[1] if match else None
+
+
 def fused_path(block: str, inner: bool) -> str:
     """The path at which PEFT stores the update of one of the two fused parameters of a block's experts."""
     return f"{block}.experts" + (".base_layer" if inner else "")
-
-
-# -- Original checkpoints --------------------------------------------------------------------------------
-# How Hugging Face's checkpoints may spell what mlx-lm has under another name; each is tried, none is trusted.
-
-_INNER: Renames = (("language_model.model.", "model.language_model."), ("language_model.lm_head.", "lm_head."))
-# Loading takes several spellings of these; checkpoints on the Hub have this one.
-SPELLINGS: dict[str, tuple[Renames, ...]] = {
-    "qwen2_vl": ((("language_model.", ""),),),
-    **dict.fromkeys(("mistral3", "pixtral"), ()),
-}
-UNLIKE = ("nanochat",)  # mlx-lm reads checkpoints of other programs only
-CHECKPOINT_RENAMES: tuple[Renames, ...] = (
-    _INNER,
-    (("language_model.", ""),),
-    (("model.h.", "gpt_neox.layers."), ("model.embed_out.", "embed_out."), ("model.", "gpt_neox.")),
-    (("model.", ""),),
-    ((".gate_proj.", ".w1."), (".down_proj.", ".w2."), (".up_proj.", ".w3.")),
-    (
-        (".mlp.shared_experts.", ".block_sparse_moe.shared_experts."),
-        (".mlp.gate.", ".block_sparse_moe.gate."),
-        (".mlp.e_score_correction_bias", ".block_sparse_moe.gate.e_score_correction_bias"),
-    ),
-)
-_SAME = {name: name for name in (GATE, UP, DOWN)}
-# (mlx-lm's block, the checkpoint's; layout; names of the projections)
-EXPERT_FORMS: tuple[tuple[str, str, str, dict[str, str]], ...] = tuple(
-    ("", "", layout, _SAME) for layout in ("fused", "fused transposed", "linear", "packed")
-) + tuple(
-    (own, block, "each", names)
-    for own, block in (("", ""), (".mlp", ".block_sparse_moe"))
-    for names in (_SAME, _EXPERTS_TO, {"fc1": UP, "fc2": DOWN})
-)
-
-
-def checkpoint_experts(
-    shapes: dict[str, tuple[int, ...]], switches: list[str], form: tuple[str, str, str, dict[str, str]]
-) -> dict[str, tuple[int, ...]]:
-    """`shapes` with the stacked layers at `switches` as one of EXPERT_FORMS has them."""
-    own, block, layout, names = form
-    originals: dict[str, tuple[int, ...]] = {}
-    for name, shape in shapes.items():
-        path, leaf = split(name)
-        leaves = (WEIGHT, BIAS) if layout == "packed" else (WEIGHT,)
-        stacked = leaf in leaves and any(path == place or path.endswith(f".{place}") for place in switches)
-        inside, projection = path.rpartition(".")[0].rpartition(".")[0], path.rpartition(".")[2]
-        if stacked and projection not in names:
-            return shapes
-        if not stacked or not inside.endswith(own):
-            originals[name] = shape
-            continue
-        inside = inside.removesuffix(own) + block
-        if layout == "each":
-            places = [f"{inside}.experts.{e}.{names[projection]}.{WEIGHT}" for e in range(shape[0])]
-            originals |= dict.fromkeys(places, shape[1:])
-            continue
-        experts, out, *inputs = shape
-        whole = (experts, out if projection == DOWN else 2 * out, *inputs)
-        fused = f"{inside}.experts.{FUSED_DOWN if projection == DOWN else FUSED_GATE_UP}"
-        if layout == "linear":
-            originals[f"{inside}.{'output' if projection == DOWN else 'input'}_linear.{WEIGHT}"] = whole
-        elif layout == "packed":
-            originals[f"{fused}_{BIAS}" if leaf == BIAS else f"{fused}.{WEIGHT}"] = whole
-        else:
-            originals[fused] = (whole[0], whole[2], whole[1]) if layout == "fused transposed" else whole
-    return originals
-
-
-def unpacked(names: Iterable[str]) -> dict[str, str]:
-    """Names of packed experts' weights (see "packed" above) and those that they have where they are not packed."""
-    names = set(names)
-    ending = f".{FUSED_GATE_UP}.{WEIGHT}"
-    blocks = {name.removesuffix(ending) for name in names if name.endswith(ending)}
-    paths = [f"{block}.{parameter}" for block in sorted(blocks) for parameter in (FUSED_GATE_UP, FUSED_DOWN)]
-    return {f"{path}.{WEIGHT}": path for path in paths if f"{path}.{WEIGHT}" in names and f"{path}_{BIAS}" in names}
-
-
-def checkpoint_joined(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Gate and up of a dense block as the two halves of one matrix."""
-    joined = {}
-    for name, shape in shapes.items():
-        path, leaf = split(name)
-        if path.endswith(f".mlp.{DOWN}"):
-            joined[f"{path.removesuffix(f'mlp.{DOWN}')}shared_mlp.output_linear.{leaf}"] = shape
-        elif path.endswith((f".mlp.{GATE}", f".mlp.{UP}")):
-            joined[f"{path.rpartition('.mlp.')[0]}.shared_mlp.input_linear.{leaf}"] = (2 * shape[0], *shape[1:])
-        else:
-            joined[name] = shape
-    return joined
-
-
-def checkpoint_convolutions(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Convolutions of queries, keys and values in torch's order of axes, without a module of their own."""
-    renamed = {name: re.sub(r"\.([qkv]_conv)\.conv\.", r".\g<1>1d.", name) for name in shapes}
-    return {renamed[n]: s if renamed[n] == n or len(s) < 3 else (s[0], s[2], s[1]) for n, s in shapes.items()}
-
-
-def checkpoint_rows(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Experts one below the other in one matrix (DBRX), which mlx-lm has one by one."""
-    joined: dict[str, tuple[int, ...]] = {}
-    for name, shape in shapes.items():
-        match = re.fullmatch(rf"(.+\.experts)\.\d+\.(v1|w1|w2)\.{WEIGHT}", name)
-        if match is None:
-            joined[name] = shape
-            continue
-        rows, columns = shape[::-1] if match[2] == "w2" else shape
-        whole = f"{match[1]}.mlp.{match[2]}"
-        joined[whole] = (joined.get(whole, (0,))[0] + rows, columns)
-    return joined
-
-
-def checkpoint_latent(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The two maps out of a latent vector (MLA) as one matrix of all heads' rows."""
-    latent: dict[str, tuple[int, ...]] = {}
-    for name, shape in shapes.items():
-        path, leaf = split(name)
-        other = shapes.get(f"{path.removesuffix('embed_q')}unembed_out.{leaf}")
-        if path.endswith(".embed_q") and other and len(shape) == len(other) == 3:
-            latent[f"{path.removesuffix('embed_q')}kv_b_proj.{leaf}"] = (shape[0] * (shape[2] + other[1]), shape[1])
-        elif not path.endswith(".unembed_out"):
-            latent[name] = shape
-    return latent

@@ -38,6 +38,8 @@ FUSIBLE = [
     "falcon_h1-tied/refused/tied-modules-to-save",
     "qwen3_next/refused/norms-to-save",
     "qwen3_5_text/refused/norms-to-save",
+    "mixtral/refused/experts-to-save",
+    *(f"{base}/refused/{name}" for base in ("gpt_oss", "llama4_text") for name in ("experts-to-save", "head-tokens")),
 ]
 NOT_FUSIBLE = {
     "llama/refused/lora-bias": "lora_bias",

@@ -37,6 +37,8 @@ REASONS = {
     "lokr": "LOKR",
     "vera": "VERA",
     "prompt-tuning": "PROMPT_TUNING",
+    "experts-to-save": "modules_to_save",
+    "head-tokens": "single tokens",
     "tied-lm-head": "tied embedding",
     "tied-lm-head-dora": "tied embedding",
     "tied-both-ends": "tied embedding",

@@ -10,6 +10,8 @@ from helpers.peft import ADAPTERS, FIXTURES, TIED, base_of, case, picked_adapter
 from mlx_adapters.adapters.peft_export import export_peft
 from mlx_adapters.adapters.peft_import import import_peft
 from mlx_adapters.errors import ExistsError, FormatError
+from mlx_adapters.models.loading import load_model
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import files
 
 # One expert's zeros are added where the adapter left experts out, and a scale is divided out of float32.
@@ -25,7 +27,9 @@ def test_peft_to_mlx_to_peft(folder: Path, tmp_path: Path):
     export_peft(adapter, tmp_path / "out")
     source = next(folder.rglob("adapter_config.json")).parent
     before = {k.replace(".default", ""): v for k, v in mx.load(str(source / "adapter_model.safetensors")).items()}
-    before = {name: array for name, array in before.items() if ".base_layer.weight" not in name}
+    before = {
+        name: array for name, array in before.items() if ".base_layer.weight" not in name and "velora" not in name
+    }
     after = mx.load(str(tmp_path / "out" / "adapter_model.safetensors"))
     assert files.read_json(tmp_path / "out" / "adapter_config.json") == files.read_json(source / "adapter_config.json")
     assert set(before) <= set(after)
@@ -209,8 +213,6 @@ def test_names_are_those_of_the_class_that_peft_users_load(tmp_path: Path):
     ("architecture", "keys", "reason"),
     [
         ("falcon_h1", "mamba.out_proj", "reads the weight of 'model.layers.0.mamba.out_proj' itself"),
-        ("qwen2_moe", "switch_mlp.down_proj", "no name for the experts"),
-        ("lfm2_moe", "switch_mlp.up_proj", "no name for the experts"),
     ],
 )
 def test_what_peft_would_take_and_not_heed_is_refused(architecture: str, keys: str, reason: str, tmp_path: Path):
@@ -219,6 +221,24 @@ def test_what_peft_would_take_and_not_heed_is_refused(architecture: str, keys: s
     with pytest.raises(FormatError, match=reason):
         export_peft(adapter, tmp_path / "out", base=base)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("architecture", ["qwen2_moe", "lfm2_moe", "gpt_oss", "llama4_text"])
+@pytest.mark.parametrize("parts", [("gate_proj", "up_proj", "down_proj"), ("up_proj",), ("down_proj",)], ids=len)
+def test_experts_go_out_as_parameters_and_come_back(architecture: str, parts: tuple[str, ...], tmp_path: Path):
+    """Gate and up, which have an A of each, are one parameter of twice the rank; what is not adapted is nothing."""
+    base = FIXTURES / architecture / "base"
+    adapter = picked_adapter(base, lambda key: "experts" in key or "switch_mlp" in key)
+    keys = tuple(key for key in adapter.config.keys if key.endswith(parts))
+    weights = {name: w for name, w in adapter.weights.items() if name.rpartition(".")[0] in keys}
+    adapter = replace(adapter, config=replace(adapter.config, keys=keys), weights=weights)
+    export_peft(adapter, tmp_path / "out", base=base)
+    config = files.read_json(tmp_path / "out" / "adapter_config.json")
+    assert {name.rpartition(".")[2] for name in config["target_parameters"]} <= {"gate_up_proj", "down_proj"}
+    back = import_peft(tmp_path / "out", base=base, name="back")
+    ids = mx.array([[5, 9, 33, 21]])
+    logits = [load_model(resolve_base(base), one).logits(ids) for one in (adapter, back)]
+    assert mx.abs(logits[0] - logits[1]).max().item() < 1e-4
 
 
 @pytest.mark.parametrize(
