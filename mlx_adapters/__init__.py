@@ -57,6 +57,13 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from mlx_adapters.errors import TrainingError as TrainingError
     from mlx_adapters.evaluation.evaluate import evaluate as evaluate
     from mlx_adapters.evaluation.harness import run_tasks as run_tasks
+    from mlx_adapters.events import CheckpointSaved as CheckpointSaved
+    from mlx_adapters.events import Event as Event
+    from mlx_adapters.events import Note as Note
+    from mlx_adapters.events import Progress as Progress
+    from mlx_adapters.events import Stop as Stop
+    from mlx_adapters.events import TrainReport as TrainReport
+    from mlx_adapters.events import ValidationReport as ValidationReport
     from mlx_adapters.fusion.check import check_fused as check_fused
     from mlx_adapters.fusion.fuse import fuse as fuse
     from mlx_adapters.fusion.fuse import fuse_again as fuse_again
@@ -85,8 +92,8 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from mlx_adapters.system.door import trusting_remote_code as trusting_remote_code
     from mlx_adapters.system.machine import environment as environment
     from mlx_adapters.training.forecast import estimate as estimate
-    from mlx_adapters.training.runs import TrainRun as TrainRun
     from mlx_adapters.training.runs import train as train
+    from mlx_adapters.training.state import TrainRun as TrainRun
 
 __version__ = "0.1.0"
 
@@ -106,8 +113,15 @@ _PUBLIC = {
     "ORPO": "config.training",
     "SimPO": "config.training",
     "KTO": "config.training",
-    "TrainRun": "training.runs",
+    "TrainRun": "training.state",
     "train": "training.runs",
+    "Stop": "events",
+    "Event": "events",
+    "Progress": "events",
+    "Note": "events",
+    "TrainReport": "events",
+    "ValidationReport": "events",
+    "CheckpointSaved": "events",
     "estimate": "training.forecast",
     "check_data": "data.checking",
     "split_data": "data.checking",

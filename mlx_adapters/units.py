@@ -62,7 +62,7 @@ def bytes_of(text: str) -> int:
 
 def count(number: int, thing: str) -> str:
     """ "1 layer", "1,200 layers", "3 batches"."""
-    return f"{number:,} {thing}" + ("" if number == 1 else "es" if thing.endswith("ch") else "s")
+    return f"{number:,} {thing}" + ("" if number == 1 else "es" if thing.endswith(("ch", "s")) else "s")
 
 
 def duration(seconds: float) -> str:

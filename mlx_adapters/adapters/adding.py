@@ -11,7 +11,7 @@ from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import ConfigError, FormatError, NotFoundError
 from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.models.adapter import read_adapter
-from mlx_adapters.models.base import Base
+from mlx_adapters.models.base import Base, BaseLike, Named
 from mlx_adapters.models.metadata import iterations_of, read_metadata
 from mlx_adapters.sources import lookup, references, registry
 from mlx_adapters.sources.intake import write_own_form
@@ -39,13 +39,18 @@ class Added:
     name: str | None
     iterations: tuple[int, ...] = ()
 
+    @property
+    def reference(self) -> str:
+        """How it is spelled where an adapter or a model is asked for."""
+        return self.name or str(self.folder)
+
 
 def add(
-    source: str | Path,
+    source: str | Path | Named,
     *,
     name: str | None = None,
     out: str | Path | None = None,
-    base: str | Path | Base | None = None,
+    base: BaseLike | None = None,
     subfolder: str | None = None,
     text_only: bool = False,
     max_bytes: int = MAX_BYTES,
@@ -77,6 +82,7 @@ def add(
         'sql-copy'
     """
     require(name is None or out is None, "Give a name or an output folder, not both.")
+    source = source if isinstance(source, str | Path) else source.reference
     path = paths.expanded(source)
     if path.is_file():
         require(subfolder is None, f"'{source}' is a file: --subfolder is for folders and repositories.")
@@ -97,9 +103,9 @@ def add(
 
         taken = _take_in(alone, path, path.absolute().parent.name, name, out, overwrite, str(source))
         return _tell_strength(taken, on_event)
-    reference = references.parse_reference(str(source if isinstance(source, str) else path))
+    reference = references.parse_reference(lookup.spelled(source))
     if reference.kind == "name":
-        hint = f"for the folder write './{source}'." if path.exists() else "give a path, or user/repo for the Hub."
+        hint = "give a path, or user/repo for the Hub."
         raise ConfigError(f"'{source}' is a name, not a place to add an adapter from.", hint)
     require(reference.iteration is None, "A whole folder is added, not one checkpoint.")
     reference = references.below(reference, subfolder)

@@ -12,7 +12,7 @@ from typing import Any
 
 from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.events import OnEvent, log_warnings
-from mlx_adapters.models.adapter import Adapter, place_of
+from mlx_adapters.models.adapter import Adapter, AdapterLike, place_of
 from mlx_adapters.models.low_rank import LowRankUpdate, inner, update_of, update_shape
 from mlx_adapters.models.metadata import curve_of, losses_of
 from mlx_adapters.sources import lookup, registry
@@ -59,8 +59,13 @@ class Details:
     metadata: dict[str, Any] = field(repr=False)
     strength_note: str | None = None
 
+    @property
+    def reference(self) -> str:
+        """How the adapter is spelled."""
+        return self.name if self.folder is None else str(self.folder)
 
-def describe(reference: "str | Path | Adapter") -> Details:
+
+def describe(reference: AdapterLike) -> Details:
     """Read an adapter and what lies around it: layers, checkpoints, files, metadata.
 
     Args:
@@ -75,11 +80,11 @@ def describe(reference: "str | Path | Adapter") -> Details:
     """
     if isinstance(reference, Adapter):
         return _describe(reference)
-    folder = reference if isinstance(reference, Path) else lookup.locate(reference)[0]
+    folder = lookup.locate(reference)[0]
     return read_whole(folder, (ADAPTER_FILE, CONFIG_FILE, METADATA_FILE), lambda: _describe(reference))
 
 
-def _describe(reference: "str | Path | Adapter") -> Details:
+def _describe(reference: AdapterLike) -> Details:
     adapter = lookup.load_adapter(reference)
     folder = adapter.folder if not isinstance(reference, Adapter) or place_of(adapter) else None
     entry = registry.read_entry(folder) if folder else None
@@ -150,8 +155,8 @@ class Comparison:
 
 
 def compare(
-    a: "str | Path | Adapter",
-    b: "str | Path | Adapter",
+    a: AdapterLike,
+    b: AdapterLike,
     *,
     data: str | Path | None = None,
     base: str | None = None,

@@ -18,8 +18,10 @@ from typing import Any
 from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import AdapterError, ConfigError, ExistsError, did_you_mean
 from mlx_adapters.models.adapter import weights_file
+from mlx_adapters.models.base import Named
 from mlx_adapters.models.metadata import losses_of, read_metadata
 from mlx_adapters.sources import lookup, registry
+from mlx_adapters.sources.lookup import spelled
 from mlx_adapters.sources.references import Reference, check_name, parse_reference
 from mlx_adapters.sources.registry import Entry
 from mlx_adapters.storage import files, paths, temporaries, tensor_files
@@ -46,7 +48,7 @@ def _changing(name: str) -> Iterator[Path]:
         yield lookup.locate(known)[0]
 
 
-def rename(name: str, new: str) -> Entry:
+def rename(name: str | Named, new: str) -> Entry:
     """Give an adapter another name.
 
     Args:
@@ -59,7 +61,7 @@ def rename(name: str, new: str) -> Entry:
         >>> ma.rename("sql", "sql-v1").name
         'sql-v1'
     """
-    target = registry.adapters_folder() / check_name(new)
+    name, target = spelled(name), registry.adapters_folder() / check_name(new)
     with registry.changing(check_name(name), new):
         folder, _ = lookup.locate(Reference("name", name))
         require(folder.name != new, f"'{new}' has this name already.")
@@ -74,7 +76,7 @@ def rename(name: str, new: str) -> Entry:
     return registry.read_entry(target)
 
 
-def tag(name: str, add: Sequence[str] = (), remove: Sequence[str] = ()) -> tuple[str, ...]:
+def tag(name: str | Named, add: Sequence[str] = (), remove: Sequence[str] = ()) -> tuple[str, ...]:
     """Add and remove tags; the tags there are now.
 
     Args:
@@ -88,6 +90,7 @@ def tag(name: str, add: Sequence[str] = (), remove: Sequence[str] = ()) -> tuple
         >>> ma.tag("sql", ["production"], remove=["candidate"])
         ('production',)
     """
+    name = spelled(name)
     for text in (*add, *remove):
         require(
             bool(registry.TAG.fullmatch(text)), f"'{text}' cannot be a tag.", "letters, digits, '.', '_', ':', '-'."
@@ -100,7 +103,7 @@ def tag(name: str, add: Sequence[str] = (), remove: Sequence[str] = ()) -> tuple
     return tuple(sorted(now))
 
 
-def use(reference: str) -> Entry:
+def use(reference: str | Named) -> Entry:
     """Let the bare name mean one of the adapter's checkpoints.
 
     Args:
@@ -112,7 +115,7 @@ def use(reference: str) -> Entry:
         >>> ma.use("sql@600").iteration
         600
     """
-    ref = parse_reference(reference)
+    ref = parse_reference(spelled(reference))
     if ref.kind != "name" or ref.iteration is None:
         raise ConfigError(f"'{reference}' names no checkpoint.", "give NAME@ITERATION, for example sql@600.")
     with _changing(ref.target) as folder:
@@ -129,7 +132,7 @@ def use(reference: str) -> Entry:
     return registry.read_entry(folder)
 
 
-def remove(reference: str) -> Removed:
+def remove(reference: str | Named) -> Removed:
     """Remove an adapter, or one of its checkpoints.
 
     Args:
@@ -141,7 +144,7 @@ def remove(reference: str) -> Removed:
         >>> ma.remove("chat@100").iterations
         (100,)
     """
-    with _removing(reference) as (entry, iteration):
+    with _removing(spelled(reference)) as (entry, iteration):
         if iteration is not None:
             return _remove_checkpoints(entry, [iteration])
         size = paths.size_on_disk(entry.folder)
@@ -178,7 +181,7 @@ def _removing(reference: str) -> Iterator[tuple[Entry, int | None]]:
         yield entry, ref.iteration
 
 
-def prune(name: str, *, keep_best: bool = True, keep_last: int = 1, dry_run: bool = False) -> Removed:
+def prune(name: str | Named, *, keep_best: bool = True, keep_last: int = 1, dry_run: bool = False) -> Removed:
     """Remove checkpoints, except the one in use.
 
     Args:
@@ -193,6 +196,7 @@ def prune(name: str, *, keep_best: bool = True, keep_last: int = 1, dry_run: boo
         >>> ma.prune("sql", keep_last=1, dry_run=True).iterations
         (200, 500)
     """
+    name = spelled(name)
     require(keep_last >= 0, f"keep_last must not be negative, not {keep_last}.")
     with _changing(name) as folder:
         entry = registry.read_entry(folder)

@@ -47,6 +47,11 @@ class Pack:
     size_bytes: int
     sha256: str
 
+    @property
+    def reference(self) -> str:
+        """How it is spelled where `add` asks for it."""
+        return str(self.path)
+
 
 def pack(
     source: AdapterLike,
@@ -82,7 +87,7 @@ def pack(
         with files.draft_beside(target) as place:
             own = source.name.partition("@")[0].rpartition("/")[2]  # the folder's name in the pack
             return pack(write_adapter(source, place / own), target, overwrite=overwrite, on_event=on_event)
-    folder, iteration = (source, None) if isinstance(source, Path) else lookup.locate(source)
+    folder, iteration = lookup.locate(source)
     if not folder.is_dir():
         raise NotFoundError(
             f"There is no adapter or model folder '{folder}'.", "'mlx-adapters list' shows the adapters."

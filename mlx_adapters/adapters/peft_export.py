@@ -7,8 +7,8 @@ from mlx_adapters.checkpoints.originals import layout_of
 from mlx_adapters.display.readmes import stamp
 from mlx_adapters.errors import HubError, NotFoundError
 from mlx_adapters.events import Note, OnEvent, log_warnings
-from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.base import Base
+from mlx_adapters.models.adapter import Adapter, AdapterLike
+from mlx_adapters.models.base import BaseLike
 from mlx_adapters.models.layers import SWITCH, adaptable_layers, check_fits, tied
 from mlx_adapters.models.loading import load_module
 from mlx_adapters.models.metadata import base_of
@@ -65,13 +65,18 @@ class PeftExport:
     size_bytes: int
     base_model: str
 
+    @property
+    def reference(self) -> str:
+        """How it is spelled where PEFT's adapters are asked for."""
+        return str(self.folder)
+
 
 def export_peft(
-    adapter: str | Path | Adapter,
+    adapter: AdapterLike,
     out: str | Path,
     *,
     base_model: str | None = None,
-    base: str | Path | Base | None = None,
+    base: BaseLike | None = None,
     overwrite: bool = False,
     on_event: OnEvent = log_warnings,
 ) -> PeftExport:
@@ -122,7 +127,7 @@ def _base_problem(adapter: Adapter, named: str | None) -> str:
     return ""
 
 
-def _facts(adapter: Adapter, base: str | Path | Base | None) -> Facts:
+def _facts(adapter: Adapter, base: BaseLike | None) -> Facts:
     """What the base tells. Raises NotFoundError if it is not on this machine."""
     name = base or base_of(adapter.metadata).get("name")
     if name is None:

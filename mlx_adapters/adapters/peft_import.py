@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mlx_adapters.events import OnEvent, log_warnings
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.base import Base
+from mlx_adapters.models.base import BaseLike
 from mlx_adapters.peft_format.conversion import as_mlx
 from mlx_adapters.peft_format.reading import read_peft, refuse_beyond_lora, refuse_unsaved
 from mlx_adapters.sources import registry
@@ -19,7 +19,7 @@ from mlx_adapters.system import machine
 def import_peft(
     source: str | Path,
     *,
-    base: str | Path | Base,
+    base: BaseLike,
     name: str,
     tie: bool = False,
     resize: bool = False,

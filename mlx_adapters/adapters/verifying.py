@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_adapters.errors import AdapterError, FormatError, NotFoundError
 from mlx_adapters.models.adapter import Adapter, read_adapter
-from mlx_adapters.models.base import Base
+from mlx_adapters.models.base import Base, BaseLike, Named
 from mlx_adapters.models.layers import check_fits, check_made_for
 from mlx_adapters.models.loading import load_module
 from mlx_adapters.models.metadata import base_of
@@ -52,7 +52,9 @@ TRIES = 5
 Modules = dict[str, tuple[Base, Any] | AdapterError]
 
 
-def verify(reference: str, *, base: str | None = None, _modules: Modules | None = None) -> Verification:
+def verify(
+    reference: str | Path | Named, *, base: BaseLike | None = None, _modules: Modules | None = None
+) -> Verification:
     """Checksums, tensors against the config, NaN, all checkpoints, and the fit to the base's layers.
 
     Args:
@@ -74,10 +76,10 @@ def verify(reference: str, *, base: str | None = None, _modules: Modules | None 
         checks = _checks(entry, iteration, base, modules)
         if registry.read_entry(folder) == entry:  # else a change has overtaken the checks
             break
-    return Verification(str(reference), checks)
+    return Verification(lookup.spelled(reference), checks)
 
 
-def _checks(entry: Entry, iteration: int | None, base: str | None, modules: Modules) -> tuple[Check, ...]:
+def _checks(entry: Entry, iteration: int | None, base: BaseLike | None, modules: Modules) -> tuple[Check, ...]:
     folder = entry.folder
     checks = [Check("files", entry.problem is None, entry.problem or "all there and readable")]
     checks.append(_check("checksums", lambda: _check_checksums(entry)))
@@ -90,7 +92,7 @@ def _checks(entry: Entry, iteration: int | None, base: str | None, modules: Modu
     return tuple(checks)
 
 
-def verify_all(base: str | None = None) -> list[Verification]:
+def verify_all(base: BaseLike | None = None) -> list[Verification]:
     """`verify` for every named adapter; each base's layers are looked up once.
 
     Args:
@@ -154,7 +156,7 @@ def _check_tensors(folder: Path, iteration: int | None, read: list[Adapter]) -> 
     return f"{count(len(adapter.config.keys), 'layer')} of rank {adapter.config.rank}, all finite{note}"
 
 
-def _check_base(adapter: Adapter, base: str | None, modules: Modules) -> str:
+def _check_base(adapter: Adapter, base: BaseLike | None, modules: Modules) -> str:
     name = base or adapter.base_name
     if not isinstance(name, str):
         raise _NotCheckedError("its base is not recorded; name one with --base")

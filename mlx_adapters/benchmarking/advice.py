@@ -12,6 +12,8 @@ from mlx_adapters.benchmarking.reports import Report
 from mlx_adapters.benchmarking.words import phrase
 from mlx_adapters.errors import ConfigError, FormatError
 from mlx_adapters.evaluation.statistics import Ratio
+from mlx_adapters.evaluation.variants import label_of
+from mlx_adapters.models.adapter import AdapterLike
 from mlx_adapters.units import count, number, size
 
 TOLERANCE = 0.01
@@ -38,7 +40,7 @@ class Advice:
 
 def advise(
     report: Report,
-    adapter: str,
+    adapter: AdapterLike,
     *,
     adapters: int = 1,
     batch: int | None = None,
@@ -49,7 +51,7 @@ def advise(
 
     Args:
         report: of `benchmark`.
-        adapter: the label of the adapter's variant in it.
+        adapter: the adapter's variant in it: its label, or what stands for it.
         adapters: how many such adapters are to be kept on one base.
         batch: concurrent requests, a batch size that was measured; None: the smallest.
         memory_bytes: what there is for the model; None: this machine's.
@@ -64,22 +66,23 @@ def advise(
         True
     """
     rows = {row.label: row for row in report.rows if row.error is None}
-    if adapter not in rows or not rows[adapter].adapter_bytes:
+    mine = rows.get(label_of(adapter, rows))
+    if mine is None or not mine.adapter_bytes:
         raise ConfigError(f"The report has no adapter '{adapter}'.", f"it has: {', '.join(rows) or 'nothing'}.")
-    judge = _Judge(report, rows, rows[adapter], batch, memory_bytes, tolerance)
+    judge = _Judge(report, rows, mine, batch, memory_bytes, tolerance)
     fitting = [row for row in judge.fused if judge.fits(row)]
     keeping = [row for row in fitting if judge.keeps(row)]
     if adapters > 1:
-        choice, decision = rows[adapter], f"Keep the {count(adapters, 'adapter')} beside one base; switch between them."
+        choice, decision = mine, f"Keep the {count(adapters, 'adapter')} beside one base; switch between them."
     elif keeping:
         choice = max(keeping, key=lambda row: (judge.gain(row), -(row.size_bytes or 0)))
         decision = f"Fuse: use '{choice.label}'."
         if judge.gain(choice) <= 0:
-            choice, decision = rows[adapter], "Keep the adapter: no fused variant was seen to decode faster."
+            choice, decision = mine, "Keep the adapter: no fused variant was seen to decode faster."
     else:
         fits = "" if memory_bytes is None else "fits the memory and "
-        choice, decision = rows[adapter], f"Keep the adapter: no fused variant {fits}is known to keep the fine-tune."
-    if not judge.fits(rows[adapter]) and choice.label == adapter:
+        choice, decision = mine, f"Keep the adapter: no fused variant {fits}is known to keep the fine-tune."
+    if not judge.fits(mine) and choice.label == adapter:
         decision = "Nothing fits: " + (
             f"the adapter on its base needs {size(judge.peak(choice))}. Use a base of fewer bits."
         )

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,9 +16,10 @@ from mlx_adapters.config.evaluating import EvaluationConfig
 from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.config.quantization import Dtype
 from mlx_adapters.data.datasets import read_data
-from mlx_adapters.evaluation.variants import Variant, parse_variants, prepare, spelled, workspace
+from mlx_adapters.evaluation.variants import Variant, base_text, parse_variants, prepare, spelled, workspace
 from mlx_adapters.events import Note, OnEvent, Progress, ignore, log_warnings
-from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.adapter import AdapterLike
+from mlx_adapters.models.base import BaseLike
 from mlx_adapters.storage import files
 from mlx_adapters.system.conditions import system_state, warnings
 from mlx_adapters.system.door import trusts_remote_code
@@ -48,8 +49,8 @@ class BenchmarkInterrupted(KeyboardInterrupt):
 
 
 def benchmark(
-    variants: Sequence[str | Path | Adapter],
-    base: str | None = None,
+    variants: AdapterLike | Iterable[AdapterLike],
+    base: BaseLike | None = None,
     *,
     prompt_tokens: int | Sequence[int] = 128,
     decode_tokens: int = 64,
@@ -110,7 +111,7 @@ def benchmark(
     )
     check_data(config.data, quality, score)
     with workspace() as folder:
-        report = run(parse_variants(spelled(variants, folder), base), config, on_event, folder)
+        report = run(parse_variants(spelled(variants, folder), base_text(base)), config, on_event, folder)
         if report.interrupted:
             raise BenchmarkInterrupted(report)
         if quality is None:

@@ -147,6 +147,10 @@ def _watched(figures: Mapping[str, float]) -> str:
     return "".join(f", {name} {figures[name]:.3g}" for name in ("margin", "accuracy", "kl") if name in figures)
 
 
+def _over(processes: int) -> str:
+    return "" if processes == 1 else f" over all {processes} processes"
+
+
 class Watch:
     """Prints reports as lines on stderr, the rest as a live line, and keeps the log."""
 
@@ -179,10 +183,11 @@ class Watch:
             self._append(event)
         if isinstance(event, TrainReport):
             watched = _watched(event.figures)
+            trained, real = map(_output.number, (event.trained_tokens_per_second, event.tokens_per_second))
             _output.note(
-                f"iteration {event.iteration}/{event.iterations}: loss {event.train_loss:.4f}{watched}, "
-                f"learning rate {event.learning_rate:.3g}, {_output.number(event.trained_tokens_per_second)} trained "
-                f"tok/s, {_output.number(event.tokens_per_second)} tok/s, peak {_output.size(event.peak_memory_bytes)}"
+                f"iteration {event.iteration}/{event.iterations}: loss {event.train_loss:.4f}{watched}, learning rate "
+                f"{event.learning_rate:.3g}, {trained} trained tok/s, {real} tok/s{_over(event.processes)}, "
+                f"peak {_output.size(event.peak_memory_bytes)}"
             )
         elif isinstance(event, ValidationReport):
             more = _watched(event.figures) + (" (best checkpoint so far)" if event.best else "")

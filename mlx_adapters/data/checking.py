@@ -14,7 +14,7 @@ from mlx_adapters.data.datasets import Data, DataSet, RawRow, apart, kept_text, 
 from mlx_adapters.data.inspecting import LeftOut, RowReport, inspect_row
 from mlx_adapters.data.preferences import require_texts, tokenize_for
 from mlx_adapters.data.tokenizing import Row, has_words
-from mlx_adapters.models.base import Base
+from mlx_adapters.models.base import Base, BaseLike
 from mlx_adapters.models.loading import load_tokenizer_of
 from mlx_adapters.rows.files import read_file
 from mlx_adapters.sources.bases import resolve_base
@@ -89,7 +89,7 @@ class DataReport:
     notes: tuple[str, ...] = ()
 
 
-def check_data(data: Data, base: str | Path | Base, training: TrainConfig | None = None, row: int = 1) -> DataReport:
+def check_data(data: Data, base: BaseLike, training: TrainConfig | None = None, row: int = 1) -> DataReport:
     """Look through a data set as `train` would see it with these settings.
 
     Args:

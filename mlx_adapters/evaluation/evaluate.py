@@ -5,7 +5,7 @@ compared row by row, which takes the rows' own difficulty out of the comparison.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,9 +25,10 @@ from mlx_adapters.evaluation.reports import EvaluationReport
 from mlx_adapters.evaluation.scores import Score, greedy_answers, parse_score, questions
 from mlx_adapters.evaluation.statistics import mean, placements, weighted_mean
 from mlx_adapters.evaluation.tokens import Batches, judge, judged_rows
-from mlx_adapters.evaluation.variants import BASE, Variant, parse_variants, prepare, spelled, workspace
+from mlx_adapters.evaluation.variants import BASE, Variant, base_text, parse_variants, prepare, spelled, workspace
 from mlx_adapters.events import Note, OnEvent, log_warnings
-from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.adapter import AdapterLike
+from mlx_adapters.models.base import BaseLike
 from mlx_adapters.models.loading import load_model
 from mlx_adapters.models.metadata import data_config, read_metadata
 from mlx_adapters.models.model import Model
@@ -41,10 +42,10 @@ PREFERENCES = ("preference", "reward")  # scores of pairs, and of answers with a
 
 
 def evaluate(
-    variants: Sequence[str | Path | Adapter],
+    variants: AdapterLike | Iterable[AdapterLike],
     data: Data,
     *,
-    base: str | None = None,
+    base: BaseLike | None = None,
     config: EvaluationConfig | None = None,
     on_event: OnEvent = log_warnings,
 ) -> EvaluationReport:
@@ -67,7 +68,7 @@ def evaluate(
     """
     config = config or EvaluationConfig()
     with workspace() as folder:
-        parsed = parse_variants(spelled(variants, folder), base)
+        parsed = parse_variants(spelled(variants, folder), base_text(base))
         ready = [prepare(variant, folder, config.any_base, on_event) for variant in parsed]
         return evaluate_ready(ready, data, config, on_event)
 

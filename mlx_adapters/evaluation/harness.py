@@ -1,16 +1,25 @@
 """Public tasks: EleutherAI's lm-evaluation-harness, through the wrapper that mlx-lm has for it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError
-from mlx_adapters.evaluation.variants import Variant, parse_variants, prepare, short_names, spelled, workspace
+from mlx_adapters.evaluation.variants import (
+    Variant,
+    base_text,
+    parse_variants,
+    prepare,
+    short_names,
+    spelled,
+    workspace,
+)
 from mlx_adapters.events import Note, OnEvent, Progress, log_warnings
 from mlx_adapters.generation.live import load_model
-from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.adapter import AdapterLike
+from mlx_adapters.models.base import BaseLike
 from mlx_adapters.sources.lookup import load_adapter
 from mlx_adapters.system.door import harness_model
 
@@ -59,10 +68,10 @@ class TaskReport:
 
 
 def run_tasks(
-    variants: Sequence[str | Path | Adapter],
+    variants: AdapterLike | Iterable[AdapterLike],
     tasks: Sequence[str],
     *,
-    base: str | None = None,
+    base: BaseLike | None = None,
     folder: str | Path | None = None,
     max_rows: int | None = None,
     dtype: str = "auto",
@@ -100,8 +109,9 @@ def run_tasks(
         )
     evaluations: list[TaskEvaluation] = []
     with workspace() as place:
-        for variant in parse_variants(spelled(variants, place), base):
-            on_event(Progress("tasks", len(evaluations), len(variants), "variant"))
+        parsed = parse_variants(spelled(variants, place), base_text(base))
+        for variant in parsed:
+            on_event(Progress("tasks", len(evaluations), len(parsed), "variant"))
             model = None  # let the one before go first
             try:
                 ready = prepare(variant, place, any_base, on_event)

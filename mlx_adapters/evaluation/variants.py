@@ -18,6 +18,7 @@ from mlx_adapters.config.quantization import BITS, Precision
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError, did_you_mean
 from mlx_adapters.events import Note, OnEvent, warnings_only
 from mlx_adapters.models.metadata import base_of, read_metadata
+from mlx_adapters.sources import lookup
 from mlx_adapters.sources.lookup import locate
 from mlx_adapters.sources.references import parse_reference
 from mlx_adapters.sources.registry import adapter_folder, names
@@ -25,7 +26,8 @@ from mlx_adapters.storage import files, paths
 from mlx_adapters.storage.tensor_names import CONFIG_FILE
 
 if TYPE_CHECKING:
-    from mlx_adapters.models.adapter import Adapter
+    from mlx_adapters.models.adapter import AdapterLike
+    from mlx_adapters.models.base import BaseLike
 
 BASE, FUSE = "base", "fuse"
 
@@ -61,13 +63,13 @@ def parse_variant(text: str) -> Variant:
             raise ConfigError(f"'{text}' is no variant.", "write fuse:ADAPTER:BITS, for example fuse:sql:4.")
         parse_reference(reference)
         return Variant(text, adapter=reference, fuse_bits=bits)
-    folder = Path(text).expanduser()
-    if folder.is_dir() and ("/" in text or text.startswith((".", "~"))):
-        is_adapter = (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
-        return Variant(text, adapter=str(folder.absolute())) if is_adapter else Variant(text, base=text)
-    kind = parse_reference(text).kind
     if text == "demo":
         return Variant(text, base=text)
+    place = lookup.spelled(text)
+    if paths.is_path(place) and (folder := paths.expanded(place)).is_dir():
+        is_adapter = (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
+        return Variant(text, adapter=str(folder)) if is_adapter else Variant(text, base=text)
+    kind = parse_reference(text).kind
     if kind == "hub":
         return Variant(text, adapter=text) if is_hub_adapter(text) else Variant(text, base=text)
     if kind == "name" and not adapter_folder(parse_reference(text).target).is_dir():
@@ -167,22 +169,49 @@ def _with_base(variant: Variant, base: str | None) -> Variant:
     return replace(variant, base=name)
 
 
-def spelled(variants: "Sequence[str | Path | Adapter]", folder: Path) -> list[str | Variant]:
+def spelled(variants: "AdapterLike | Iterable[AdapterLike]", folder: Path) -> list[str | Variant]:
     """Variants as they are spelled; an adapter that no file holds as it is, is written into `folder`."""
-    return [_spelled(variant, folder / f"{number}") for number, variant in enumerate(variants)]
+    from mlx_adapters.models.adapter import AdapterLike
+
+    several = [variants] if isinstance(variants, AdapterLike) else variants
+    return [_spelled(variant, folder / f"{number}") for number, variant in enumerate(several)]
 
 
-def _spelled(variant: "str | Path | Adapter", folder: Path) -> str | Variant:
+def _spelled(variant: "AdapterLike", folder: Path) -> str | Variant:
+    from mlx_adapters.models.adapter import Adapter, place_of, write_adapter
+
     if isinstance(variant, str):
         return variant
-    if isinstance(variant, Path):
-        return str(variant.expanduser().absolute())
-    from mlx_adapters.models.adapter import place_of, write_adapter
-
+    if not isinstance(variant, Adapter):
+        return lookup.spelled(variant)
     if place := place_of(variant):
         return place
     label = f"{variant.name} (in memory)" if variant.metadata.get("name") else variant.name
     return Variant(label, adapter=str(write_adapter(variant, folder)))
+
+
+def label_of(variant: "AdapterLike", labels: Iterable[str]) -> str:
+    """The one of `labels` that a variant stands behind, in whatever form it is given; else its own text."""
+    from mlx_adapters.models.adapter import Adapter, place_of
+
+    text = (place_of(variant) or variant.name) if isinstance(variant, Adapter) else lookup.spelled(variant)
+    known = [label for label in labels if label in (variant, text)]
+    known += [label for label in labels if _folder_of(label) == _folder_of(text) is not None]
+    return known[0] if known else text
+
+
+def _folder_of(text: str) -> Path | None:
+    place = lookup.spelled(text)
+    return paths.expanded(place) if paths.is_path(place) else None
+
+
+def base_text(base: "BaseLike | None") -> str | None:
+    """What "base" is to mean, as text."""
+    from mlx_adapters.models.base import Base
+
+    if base is None or isinstance(base, str):
+        return base
+    return base.name if isinstance(base, Base) else lookup.spelled(base)
 
 
 def prepare(variant: Variant, folder: Path, any_base: bool, on_event: OnEvent) -> Variant:

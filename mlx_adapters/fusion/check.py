@@ -1,8 +1,7 @@
 """Judge a model that somebody fused: how close is it to its base with the adapter?"""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mlx_adapters.assembly.formats import MlxWriter
@@ -19,10 +18,11 @@ from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.events import OnEvent, log_warnings
 from mlx_adapters.fusion.fuse import choose_base, gather_updates
 from mlx_adapters.models.adapter import AdapterLike
-from mlx_adapters.models.base import Base
+from mlx_adapters.models.base import BaseLike
 from mlx_adapters.models.dense import weight_shape
 from mlx_adapters.models.loading import load_module, load_tokenizer_of
 from mlx_adapters.sources.bases import resolve_base
+from mlx_adapters.sources.lookup import several
 from mlx_adapters.system.door import mx
 
 
@@ -42,10 +42,10 @@ class Checked:
 
 
 def check_fused(
-    model: str | Path | Base,
-    adapters: AdapterLike | Sequence[AdapterLike],
+    model: BaseLike,
+    adapters: AdapterLike | Iterable[AdapterLike],
     *,
-    base: str | Path | Base | None = None,
+    base: BaseLike | None = None,
     weights: Sequence[float] | None = None,
     options: FuseOptions = DEFAULTS,
     any_base: bool = False,
@@ -69,7 +69,7 @@ def check_fused(
         >>> 0 <= checked.fidelity.same_top <= 1
         True
     """
-    given = [adapters] if isinstance(adapters, AdapterLike) else list(adapters)
+    given = several(adapters)
     updates = gather_updates(given, weights)
     unfused, fused = choose_base(base, updates), resolve_base(model)
     assembly = open_assembly(unfused, updates, MlxWriter(KEEP, None, unfused), any_base)

@@ -7,7 +7,7 @@ what it cost is measured on other text (see `fidelity`).
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,10 +29,10 @@ from mlx_adapters.fusion import recipe as recipes
 from mlx_adapters.fusion.recipe import Recipe
 from mlx_adapters.fusion.result import FuseResult, report
 from mlx_adapters.models.adapter import Adapter, AdapterLike, template_of
-from mlx_adapters.models.base import Base
+from mlx_adapters.models.base import Base, BaseLike, Named
 from mlx_adapters.models.loading import load_tokenizer_of
 from mlx_adapters.sources.bases import recorded_base, resolve_base
-from mlx_adapters.sources.lookup import load_adapter
+from mlx_adapters.sources.lookup import load_adapter, several
 from mlx_adapters.storage import files, paths, replacing
 from mlx_adapters.storage.tensor_names import FUSE_RECIPE_FILE, REPORT_FILE
 from mlx_adapters.system.door import mx
@@ -45,8 +45,8 @@ NOTABLE_KL = 0.001  # nats per token that rounding to nearest may cost without a
 
 
 def fuse(
-    base: str | Path | Base | None,
-    adapters: AdapterLike | Sequence[AdapterLike],
+    base: BaseLike | None,
+    adapters: AdapterLike | Iterable[AdapterLike],
     out: str | Path,
     *,
     quantization: PrecisionLike = "keep",
@@ -92,7 +92,7 @@ def fuse(
     out = paths.expanded(out)
     ours = recipes.earlier_output(out)
     replacing.refuse_existing(out, overwrite, ours)
-    given = [adapters] if isinstance(adapters, Adapter | str | Path) else list(adapters)
+    given = several(adapters)
     updates = gather_updates(given, weights, replaced)
     resolved = choose_base(base, updates)
     if isinstance(options.calibration, Iterator):  # it is read more than once
@@ -164,7 +164,7 @@ def gather_updates(
     return Updates(tuple(zip(loaded, shares, strict=True)), replaced or {})
 
 
-def choose_base(base: str | Path | Base | None, updates: Updates) -> Base:
+def choose_base(base: BaseLike | None, updates: Updates) -> Base:
     """The base that was named, else the one the adapters were made for. Raises ConfigError."""
     if base is None:
         names = dict.fromkeys(a.base_name for a, _ in updates.adapters if a.base_name)
@@ -229,7 +229,7 @@ def _recipe(strategy: Strategy, writer: Writer, given: Sequence[AdapterLike], dt
 
 
 def fuse_again(
-    path: str | Path, out: str | Path, *, overwrite: bool = False, on_event: OnEvent = log_warnings
+    path: str | Path | Named, out: str | Path, *, overwrite: bool = False, on_event: OnEvent = log_warnings
 ) -> FuseResult:
     """Fuse once more by the recipe that every fused folder holds: the same bytes on the same versions and processor.
 

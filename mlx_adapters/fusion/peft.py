@@ -18,7 +18,7 @@ from mlx_adapters.fusion.peft_resize import resized
 from mlx_adapters.fusion.peft_whole import whole_tensors
 from mlx_adapters.fusion.result import FuseResult
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.base import Base
+from mlx_adapters.models.base import BaseLike
 from mlx_adapters.models.layers import adaptable_layers
 from mlx_adapters.models.loading import load_module
 from mlx_adapters.peft_format.conversion import convert, prepared, without_copies
@@ -33,7 +33,7 @@ def fuse_peft(
     source: str | Path,
     out: str | Path,
     *,
-    base: str | Path | Base,
+    base: BaseLike,
     quantization: PrecisionLike = "keep",
     dtype: str = "auto",
     resize: bool = False,

@@ -10,7 +10,7 @@ from mlx_adapters.config.quantization import Precision
 from mlx_adapters.errors import AdapterError, ConfigError, FormatError, IncompatibleError
 from mlx_adapters.models import metadata
 from mlx_adapters.models.adapter import Adapter, AdapterLike, place_of, template_of
-from mlx_adapters.models.base import OTHER_FILE, Base
+from mlx_adapters.models.base import OTHER_FILE, Base, Named
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.lookup import load_adapter
 from mlx_adapters.storage import files, paths
@@ -108,9 +108,9 @@ def differences(asked: Recipe, made: Recipe) -> str | None:
     return f"The weights differ from the recipe's in {', '.join(unlike)}: {because}."
 
 
-def read_recipe(path: str | Path) -> Recipe:
+def read_recipe(path: str | Path | Named) -> Recipe:
     """Read a recipe from its file or the folder that holds it. Raises NotFoundError or FormatError."""
-    path = Path(path).expanduser()
+    path = Path(path if isinstance(path, str | Path) else path.reference).expanduser()
     raw = files.read_json(path / FUSE_RECIPE_FILE if path.is_dir() else path)
     raw.pop("format", None)
     try:

@@ -49,6 +49,11 @@ class FuseResult:
     identical: bool | None = None
 
     @property
+    def reference(self) -> str:
+        """How it is spelled where a model is asked for."""
+        return str(self.folder)
+
+    @property
     def update_survival(self) -> float:
         """The mean over the changed layers of the cosine between the update wanted and the one stored."""
         return mean_cosine(self.survival)

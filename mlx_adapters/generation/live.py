@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Unpack
 
 from mlx_adapters.config.data import TemplateConfig
@@ -23,14 +22,14 @@ from mlx_adapters.generation.requests import Request
 from mlx_adapters.generation.sampling import Choose, LogitsProcessor, Sampler, stop_tokens
 from mlx_adapters.generation.text_stream import TextStream, text_of
 from mlx_adapters.models.adapter import Adapter, AdapterLike, template_of, version_of
-from mlx_adapters.models.base import Base
+from mlx_adapters.models.base import BaseLike
 from mlx_adapters.models.layers import check_fits, check_made_for
 from mlx_adapters.models.loading import load_model as load_plain_model
 from mlx_adapters.models.model import Model
 from mlx_adapters.runtime.attached import Attached, Selection, same
 from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.sources.bases import resolve_base
-from mlx_adapters.sources.lookup import load_adapter
+from mlx_adapters.sources.lookup import load_adapter, plain
 from mlx_adapters.system.door import make_prompt_cache, mx
 from mlx_adapters.units import count
 
@@ -53,7 +52,7 @@ class AdapterInfo:
 class _Origin:
     """What an adapter was attached by, and which version of its files was read."""
 
-    reference: str | Path
+    reference: str
     any_base: bool
     version: tuple[Any, ...] | None
 
@@ -110,16 +109,16 @@ class LiveModel(Model):
         """Add an adapter and put it to work; its name.
 
         Args:
-            adapter: a reference, a folder or an `Adapter`.
+            adapter: what `load_adapter` takes.
             any_base: take one that was trained on another base.
             name: what it is called here, in place of an older one of that name; None: its own name, if it has one.
             use: put it to work at once.
 
         Raises NotFoundError, FormatError or IncompatibleError; then nothing was changed.
         """
-        return self._attach(load_adapter(adapter), adapter, any_base, name, use)
+        return self._attach(load_adapter(adapter), plain(adapter), any_base, name, use)
 
-    def _attach(self, adapter: Adapter, given: AdapterLike, any_base: bool, name: str | None, use: bool) -> str:
+    def _attach(self, adapter: Adapter, given: Adapter | str, any_base: bool, name: str | None, use: bool) -> str:
         entry = self._add(adapter, any_base, name)
         self._origins.pop(entry.name, None)
         if not isinstance(given, Adapter):  # one that was given in memory is what it holds
@@ -203,12 +202,13 @@ class LiveModel(Model):
         """
         with self.pool.lock:
             temporary = None
-            if isinstance(adapter, Path | Adapter) or (isinstance(adapter, str) and adapter not in self.pool.attached):
+            if (isinstance(adapter, str) and adapter in self.pool.attached) or isinstance(adapter, Mapping | None):
+                self._renew(adapter)
+                chosen = self.pool.choose(adapter, scale)
+            else:
                 loaded = load_adapter(adapter)
                 temporary = self._add(loaded, False, f"{loaded.name} ({len(self.pool.attached)})")
-            if temporary is None and not isinstance(adapter, Path | Adapter):
-                self._renew(adapter)
-            chosen = ((temporary, scale),) if temporary else self.pool.choose(adapter, scale)  # type: ignore[arg-type]
+                chosen = ((temporary, scale),)
             try:
                 with self.pool.applied(chosen):
                     self._note_selection()
@@ -397,7 +397,7 @@ def _equal_files(one: Adapter, other: Adapter) -> bool:
 
 
 def load_model(
-    base: str | Path | Base,
+    base: BaseLike,
     adapter: AdapterLike | None = None,
     *,
     dtype: str = "auto",
@@ -427,5 +427,5 @@ def load_model(
     loaded = None if adapter is None else load_adapter(adapter)
     model = LiveModel(load_plain_model(resolve_base(base), dtype=dtype, dense=dense, template=template))
     if loaded is not None and adapter is not None:
-        model._attach(loaded, adapter, any_base, None, use=True)
+        model._attach(loaded, plain(adapter), any_base, None, use=True)
     return model

@@ -8,14 +8,13 @@ sliding windows and shared layers count as they are. Activations are those of on
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from mlx.utils import tree_flatten
 
 from mlx_adapters.config.mapping import require
 from mlx_adapters.config.quantization import Quantization
-from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.base import Base
+from mlx_adapters.models.adapter import AdapterLike
+from mlx_adapters.models.base import Base, BaseLike
 from mlx_adapters.models.dense import weight_shape
 from mlx_adapters.models.layers import adaptable_layers, check_fits
 from mlx_adapters.models.loading import load_module
@@ -67,8 +66,8 @@ class InferenceEstimate:
 
 
 def estimate_inference(
-    base: str | Path | Base,
-    adapter: str | Path | Adapter | None = None,
+    base: BaseLike,
+    adapter: AdapterLike | None = None,
     *,
     contexts: Sequence[int] = (2048, 8192),
     batch: int = 1,

@@ -24,7 +24,7 @@ from mlx_adapters.merging.decomposition import (
     kept_energy,
 )
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.base import Base
+from mlx_adapters.models.base import Base, BaseLike, Named
 from mlx_adapters.models.dense import dense_weight, weight_shape
 from mlx_adapters.models.layers import EMBEDDING, resolve_target_modules, weight_layers
 from mlx_adapters.models.loading import load_module
@@ -32,6 +32,7 @@ from mlx_adapters.models.low_rank import LowRankUpdate, Matrix, tensors_of
 from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.sources import registry
 from mlx_adapters.sources.bases import resolve_base
+from mlx_adapters.sources.lookup import spelled
 from mlx_adapters.storage import files, paths, replacing, tensor_files
 from mlx_adapters.storage.tensor_files import as_numpy
 from mlx_adapters.storage.tensor_names import ADAPTER_FILE, ADAPTER_OUTPUT, CONFIG_FILE, QUANTIZED_LEAVES, WEIGHT, join
@@ -52,8 +53,8 @@ class _Change:
 
 
 def extract(
-    finetuned: str | Path,
-    base: str | Path,
+    finetuned: str | Path | Named,
+    base: BaseLike,
     *,
     rank: int | Literal["auto"] = 16,
     energy: float | None = None,
@@ -136,9 +137,9 @@ def _decompose(change: _Change, rank: int | None, energy: float) -> Decompositio
 # -- reading the two models, layer by layer -------------------------------------------------------------
 
 
-def _tuned_weights(finetuned: str | Path, base: Base) -> Any:
+def _tuned_weights(finetuned: str | Path | Named, base: Base) -> Any:
     """The fine-tuned module with lazy weights, or the base with an mlx-lm full fine-tune's weights over it."""
-    folder = paths.expanded(finetuned)
+    folder = paths.expanded(finetuned if isinstance(finetuned, str | Path) else spelled(finetuned))
     if (folder / CONFIG_FILE).is_file():
         if files.read_json(folder / CONFIG_FILE).get("fine_tune_type") != "full":
             raise FormatError(f"'{finetuned}' is an adapter, not a full fine-tune.", "'merge --method svd' reduces it.")

@@ -17,6 +17,7 @@ import numpy as np
 from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.display.notebook import html_block, html_facts, loss_curve
 from mlx_adapters.errors import AdapterError, FormatError, NotFoundError
+from mlx_adapters.models.base import Named
 from mlx_adapters.models.metadata import (
     AdapterConfig,
     base_of,
@@ -220,7 +221,7 @@ class Adapter:
 _INFINITY = {mx.float32: (mx.int32, 0x7F800000), mx.bfloat16: (mx.int16, 0x7F80), mx.float16: (mx.int16, 0x7C00)}
 
 
-AdapterLike = Adapter | str | Path  # what stands for an adapter above `sources`: itself, or a reference to it
+AdapterLike = Adapter | str | Path | Named  # what stands for an adapter above `sources`: itself, or a reference to it
 
 
 def template_of(adapter: Adapter) -> TemplateConfig:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -73,6 +73,15 @@ def _stretched(config: dict[str, Any]) -> int:
         with contextlib.suppress(TypeError, ValueError, KeyError, OverflowError):  # not there, or not numbers
             return int(float(scaling["original_max_position_embeddings"]) * float(scaling["factor"]))
     return 0
+
+
+@runtime_checkable
+class Named(Protocol):
+    """A result that stands for the adapter or the model that it is about: whatever takes one takes the result."""
+
+    @property
+    def reference(self) -> str:
+        """How the adapter or model is spelled."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +220,9 @@ class Base:
             "model_type": self.config.get("model_type"),
             "quantization": quantization,
         }
+
+
+BaseLike = Base | str | Path | Named  # what stands for a base above `sources`: itself, or a reference to it
 
 
 def numbered(names: Iterable[str]) -> set[str]:

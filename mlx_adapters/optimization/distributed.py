@@ -3,26 +3,42 @@
 Every process holds the whole model and takes its own rows of each global batch; the gradients of the summed
 loss are added up, so the update is that of one process with the whole batch. Only rank 0 reads and writes the
 run's folder; what the others need from it is sent to them.
+
+Before the first step they meet in `gather` alone, and one that fails comes there with its error: so all end with it.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlx_adapters import errors
-from mlx_adapters.errors import AdapterError
+from mlx_adapters.errors import AdapterError, IncompatibleError, TrainingError
 from mlx_adapters.models.adapter import Weights
+from mlx_adapters.surgery import calls
 from mlx_adapters.system.door import mx
 
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+SIZES = ("MLX_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+LISTS = ("MLX_HOSTFILE", "MLX_IBV_DEVICES")  # files with an entry for each process
 
 
 class LostPeerError(Exception):
     """Another process of the run is gone."""
+
+
+class _FailedError(Exception):
+    """What one of the processes raised, known to all."""
+
+    def __init__(self, error: AdapterError) -> None:
+        super().__init__(error.message)
+        self.error = error
 
 
 @dataclass(frozen=True)
@@ -62,21 +78,84 @@ class World:
             offset += size
         return summed
 
+    @contextlib.contextmanager
+    def starting(self) -> Iterator[None]:
+        """Around all that comes before the first step: what one process raises ends all, by the name of its host."""
+        try:
+            yield
+        except _FailedError as failed:
+            raise failed.error from None
+        except LostPeerError:
+            hint = "its own output says why."
+            raise TrainingError("Another process of this run ended before the first step.", hint) from None
+        except Exception as error:
+            with contextlib.suppress(_FailedError, LostPeerError):
+                self._exchange(_spelled(error))
+            raise
+
+    def gather(self, make: Callable[[], Any]) -> list[Any]:
+        """What `make` gives on each rank (plain JSON values), on every rank; an error of one is raised on all."""
+        if self.size == 1:
+            return [make()]
+        try:
+            answer = {"value": make()}
+        except AdapterError as error:
+            answer = _spelled(error)
+        return [one["value"] for one in self._exchange(answer)]
+
+    def _exchange(self, answer: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """All answers. Raises _FailedError if one is an error: with a rank's own on that rank, else with the first."""
+        if self.size == 1:
+            return [dict(answer)]
+        answers = self._gather_json({"host": socket.gethostname(), **answer})
+        failed = [rank for rank, one in enumerate(answers) if "error" in one]
+        if failed:
+            rank = self.rank if self.rank in failed else failed[0]
+            kind, message, hint = answers[rank]["error"]
+            if rank != self.rank:
+                message = f"On '{answers[rank]['host']}' (rank {rank}): {message}"
+            raise _FailedError(getattr(errors, kind, TrainingError)(message, hint))
+        return answers
+
+    def _gather_json(self, value: Any) -> list[Any]:
+        data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+        lengths = np.zeros(self.size, np.int32)
+        lengths[self.rank] = len(data)
+        ends = np.cumsum(np.array(self.sum(mx.array(lengths))))
+        mine = np.zeros(ends[-1], np.uint8)
+        mine[ends[self.rank] - len(data) : ends[self.rank]] = data
+        together = bytes(np.array(self.sum(mx.array(mine))))
+        return [json.loads(together[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
     def share(self, make: Callable[[], Any]) -> Any:
         """What `make` gives on rank 0 (plain JSON values), on every rank; its AdapterError is raised on all."""
+        return self.gather(make if self.leads else lambda: None)[0]
+
+    def require_equal(self, make: Callable[[], Any], differences: Callable[[Any, Any], list[str]]) -> None:
+        """Raise IncompatibleError that names the first process of which `make` gives something else than on rank 0.
+
+        `differences(first, other)` says in words what differs.
+        """
         if self.size == 1:
-            return make()
-        answer: dict[str, Any] = {}
-        if self.leads:
-            try:
-                answer = {"value": make()}
-            except AdapterError as error:
-                answer = {"error": [type(error).__name__, error.message, error.hint]}
-        answer = json.loads(self._share_bytes(json.dumps(answer).encode()))
-        if "error" in answer:
-            kind, message, hint = answer["error"]
-            raise getattr(errors, kind, AdapterError)(message, hint)
-        return answer["value"]
+            return
+        answers = self.gather(lambda: [socket.gethostname(), make()])
+        for rank, (host, other) in enumerate(answers[1:], start=1):
+            if found := differences(answers[0][1], other):
+                raise IncompatibleError(
+                    f"'{host}' (rank {rank}) differs from '{answers[0][0]}' (rank 0): {'; '.join(found)}.",
+                    "'mlx-adapters doctor --hosts' compares them; docs/distributed.md says what must be where.",
+                )
+
+    @contextlib.contextmanager
+    def own_random_numbers(self) -> Iterator[None]:
+        """Within the block each of several processes draws numbers of its own; after it all go on with the same key."""
+        if self.size == 1:
+            yield
+            return
+        following, *own = mx.random.split(calls.random_key(), self.size + 1)
+        calls.set_random_key(own[self.rank])
+        yield
+        calls.set_random_key(following)
 
     def share_arrays(self, arrays: Weights | None) -> Weights:
         """Rank 0's arrays, bit by bit, on every rank."""
@@ -90,15 +169,40 @@ class World:
             shared[name] = self.sum(mine)
         return shared
 
-    def _share_bytes(self, data: bytes) -> bytes:
-        length = self.sum(mx.array([len(data) if self.leads else 0], mx.int32)).item()
-        mine = np.frombuffer(data, np.uint8) if self.leads else np.zeros(length, np.uint8)  # type: ignore[arg-type]
-        return bytes(np.array(self.sum(mx.array(mine))))
+
+def _spelled(error: Exception) -> dict[str, Any]:
+    """An error as plain JSON values."""
+    if isinstance(error, AdapterError):
+        return {"error": [type(error).__name__, error.message, error.hint]}
+    return {"error": ["TrainingError", f"{type(error).__name__}: {error}.", "its own output says more."]}
 
 
 def start() -> World:
-    """The world that `mlx.launch` (or MPI) made, or this process alone."""
+    """The world that `mlx.launch` (or MPI) made, or this process alone.
+
+    Raises TrainingError if it was started as one of several and cannot reach the others.
+    """
     if not any(name in os.environ for name in LAUNCHED):
         return World()
-    group = mx.distributed.init()
-    return World(group.rank(), group.size(), group)
+    wanted, why = _launched_size(), ""
+    try:
+        group = mx.distributed.init()
+    except (RuntimeError, ValueError) as error:
+        group, why = None, f" ({' '.join(str(error).split())[:200]})"
+    size = group.size() if group is not None else 0
+    if size == 0 or size < wanted:
+        raise TrainingError(
+            f"This process was started as one of {max(wanted, 2)}, but MLX does not reach the others{why}.",
+            "use 'mlx.launch' (docs/distributed.md); under mpirun MLX needs the MPI library: MLX_MPI_LIBNAME.",
+        )
+    return World(group.rank(), size, group)
+
+
+def _launched_size() -> int:
+    """Of how many processes the environment says this is one."""
+    sizes = [int(os.environ[name]) for name in SIZES if os.environ.get(name, "").isdecimal()]
+    for name in LISTS:
+        with contextlib.suppress(KeyError, OSError, ValueError):
+            listed = json.loads(Path(os.environ[name]).read_text() or "[]")
+            sizes.append(len(listed))
+    return max(sizes, default=1)

@@ -18,14 +18,15 @@ class Draw:
     """What one loss is taken over: the rows of an update, or of a validation.
 
     `batches` are this process's, of the lines `drawn`; the numbers are of all processes. `tokens`: those whose
-    likelihood is learned; `trained_tokens`: all that the loss depends on; `examples`: preferences, 0 in plain
-    fine-tuning. `aside`: the prompts of `batches` with answers of other rows, where the objective looks at these first
-    (KTO).
+    likelihood is learned; `trained_tokens`: all that the loss depends on; `real_tokens`: all that are read; `examples`:
+    preferences, 0 in plain fine-tuning. `aside`: the prompts of `batches` with answers of other rows, where the
+    objective looks at these first (KTO).
     """
 
     batches: list[Batch]
     tokens: int
     trained_tokens: int
+    real_tokens: int
     examples: int = 0
     aside: list[Batch] = field(default_factory=list)
     drawn: Sequence[np.ndarray] = ()
@@ -39,7 +40,7 @@ class Draw:
 def draw_of(*batches: Batch) -> Draw:
     """Batches of one process."""
     tokens = sum(batch.trained_tokens for batch in batches)
-    return Draw(list(batches), tokens, tokens)
+    return Draw(list(batches), tokens, tokens, sum(batch.real_tokens for batch in batches))
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class Feed:
 
     @property
     def tokens_per_update(self) -> float:
-        """The mean number of real tokens in this process's share of an update."""
-        lines = self.config.batch_size * self.config.grad_accumulation / self.world.size
+        """The mean number of real tokens in an update."""
+        lines = self.config.batch_size * self.config.grad_accumulation
         return lines * sum(len(part.tokens) for row in self.rows for part in row.sequences) / len(self.bins)
 
     def updates(self, start: int) -> Iterator[Draw]:
@@ -84,12 +85,13 @@ class Feed:
     def draw(self, drawn: Sequence[np.ndarray]) -> Draw:
         """The batches of these lines."""
         rows = [self.rows[i] for indexes in drawn for line in indexes for i in self.bins[line]]
-        parts = [part for indexes in drawn for part in self._parts(self.mine(indexes), indexes)]
-        batches = [self._batch(*part) for part in parts]
-        aside = [self._batch(*part, aside=True) for part in parts] if self.aside else []
-        every = sum(part.trained_tokens for row in rows for part in row.sequences)
+        shares = [share for indexes in drawn for share in self._parts(self.mine(indexes), indexes)]
+        batches = [self._batch(*share) for share in shares]
+        aside = [self._batch(*share, aside=True) for share in shares] if self.aside else []
+        parts = [part for row in rows for part in row.sequences]
+        trained, real = sum(part.trained_tokens for part in parts), sum(len(part.tokens) for part in parts)
         examples = sum(row.answer is not None for row in rows)
-        return Draw(batches, sum(row.trained_tokens for row in rows), every, examples, aside, drawn)
+        return Draw(batches, sum(row.trained_tokens for row in rows), trained, real, examples, aside, drawn)
 
     def mine(self, indexes: np.ndarray) -> np.ndarray:
         """Of the lines of a batch those that fall to this process."""

@@ -15,11 +15,11 @@ from mlx_adapters.benchmarking.reports import read_report
 from mlx_adapters.benchmarking.words import markdown
 from mlx_adapters.checkpoints.contents import MODEL_CONFIG, files_below, sorted_out
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError
-from mlx_adapters.models.adapter import Adapter, place_of, read_adapter, weights_file
+from mlx_adapters.models.adapter import Adapter, AdapterLike, place_of, read_adapter, weights_file
 from mlx_adapters.models.base import INDEX_FILE, OTHER_FILE, WEIGHT_FILES
 from mlx_adapters.models.metadata import RECIPE_KINDS, REPORT_KINDS, fit, read_config, read_metadata
 from mlx_adapters.publishing.cleaning import clean, clean_text
-from mlx_adapters.sources.lookup import load_adapter, locate
+from mlx_adapters.sources.lookup import load_adapter, locate, spelled
 from mlx_adapters.sources.references import parse_reference
 from mlx_adapters.storage import files, paths
 from mlx_adapters.storage.hf_names import PEFT_WEIGHTS_FILE
@@ -159,7 +159,7 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
-def read_subject(source: str | Path | Adapter, benchmark: str | Path | None = None) -> Subject:
+def read_subject(source: AdapterLike, benchmark: str | Path | None = None) -> Subject:
     """Find what `source` means: an adapter's name, NAME@ITERATION, or the folder of an adapter or a model.
 
     benchmark: a saved report (`benchmark --output`) that belongs to it.
@@ -170,12 +170,11 @@ def read_subject(source: str | Path | Adapter, benchmark: str | Path | None = No
             hint = "save it with write_adapter or register first."
             raise NotFoundError(f"No folder holds '{source.name}' as it is in memory.", hint)
         folder, iteration = source.folder, source.iteration
-    elif isinstance(source, Path):
-        folder, iteration = source.expanduser().absolute(), None
     else:
         # Nothing is published from the Hub to the Hub: what has a slash is a folder.
-        bare = "/" in source and not paths.is_path(source)
-        folder, iteration = locate(parse_reference(f"./{source}" if bare else source))
+        text = spelled(source)
+        bare = "/" in text and not paths.is_path(text)
+        folder, iteration = locate(f"./{text}" if bare else text)
     if folder is None or not folder.is_dir():
         raise NotFoundError(f"There is no folder '{folder}'.", "'mlx-adapters list' shows the adapters there are.")
     return replace(_subject(folder, iteration), benchmark=_benchmark(benchmark))

@@ -13,7 +13,7 @@ from pathlib import Path
 from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import AdapterError, HubError
 from mlx_adapters.events import Note, OnEvent, log_warnings
-from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.adapter import AdapterLike
 from mlx_adapters.models.base import INDEX_FILE, OTHER_FILE
 from mlx_adapters.publishing import cards, staging
 from mlx_adapters.publishing.cleaning import check_paths, check_secrets
@@ -57,7 +57,7 @@ class Publication:
 
 
 def make_card(
-    source: str | Path | Adapter,
+    source: AdapterLike,
     *,
     repo: str | None = None,
     base_model: str | None = None,
@@ -86,7 +86,7 @@ def make_card(
 
 
 def write_card(
-    source: str | Path | Adapter,
+    source: AdapterLike,
     *,
     repo: str | None = None,
     base_model: str | None = None,
@@ -140,7 +140,7 @@ def _base_card(subject: Subject) -> cards.BaseCard:
 
 
 def publish(
-    source: str | Path | Adapter,
+    source: AdapterLike,
     repo: str,
     *,
     private: bool = True,

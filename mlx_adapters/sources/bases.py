@@ -4,15 +4,16 @@ import contextlib
 from pathlib import Path
 
 from mlx_adapters.errors import HubError, NotFoundError, did_you_mean
-from mlx_adapters.models.base import Base
+from mlx_adapters.models.base import Base, BaseLike
 from mlx_adapters.sources.demo_base import DEMO_BASE, demo_base_folder
+from mlx_adapters.sources.lookup import spelled
 from mlx_adapters.sources.references import hub_id
 from mlx_adapters.sources.snapshots import model_snapshot
 from mlx_adapters.storage import paths
 from mlx_adapters.storage.tensor_names import CONFIG_FILE
 
 
-def resolve_base(name: str | Path | Base, download: bool = True, everything: bool = False) -> Base:
+def resolve_base(name: BaseLike, download: bool = True, everything: bool = False) -> Base:
     """Find a base model: `demo`, a folder, or a Hub id with an optional @revision (downloaded once).
 
     Raises NotFoundError, HubError or, for a name that no repository can have, ConfigError; without `download`,
@@ -21,6 +22,8 @@ def resolve_base(name: str | Path | Base, download: bool = True, everything: boo
     """
     if isinstance(name, Base):
         return name
+    if not isinstance(name, str | Path):
+        name = spelled(name)
     text = str(name)
     if text == DEMO_BASE:
         if not download and not (paths.home() / "bases" / DEMO_BASE).is_dir():

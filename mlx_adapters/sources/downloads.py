@@ -13,7 +13,7 @@ from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import AdapterError, HubError
 from mlx_adapters.events import OnEvent, log_warnings
 from mlx_adapters.models.adapter import Adapter, read_adapter, write_adapter_files
-from mlx_adapters.models.base import Base
+from mlx_adapters.models.base import Base, BaseLike
 from mlx_adapters.models.metadata import read_metadata
 from mlx_adapters.peft_format.conversion import as_mlx
 from mlx_adapters.peft_format.reading import read_peft, refuse_beyond_lora
@@ -44,6 +44,11 @@ class Download:
     kind: Literal["adapter", "model"]
     folder: Path
     name: str | None = None
+
+    @property
+    def reference(self) -> str:
+        """How it is spelled where an adapter or a model is asked for."""
+        return self.name or str(self.folder)
 
 
 def download(
@@ -180,9 +185,7 @@ def origin(reference: Reference, commit: str) -> dict[str, str]:
     return place | ({"subfolder": reference.subfolder} if reference.subfolder else {})
 
 
-def adapter_snapshot(
-    reference: Reference, *, base: str | Path | Base | None = None, on_event: OnEvent = log_warnings
-) -> Path:
+def adapter_snapshot(reference: Reference, *, base: BaseLike | None = None, on_event: OnEvent = log_warnings) -> Path:
     """The folder of a Hub adapter, downloaded and in our form, once per commit.
 
     Its metadata names repository and commit. `base` is what it is held against or, in PEFT's form, converted for
@@ -191,7 +194,7 @@ def adapter_snapshot(
     return _converted(find_adapter(reference), base, False, on_event)
 
 
-def _converted(found: FoundAdapter, base: str | Path | Base | None, show_progress: bool, on_event: OnEvent) -> Path:
+def _converted(found: FoundAdapter, base: BaseLike | None, show_progress: bool, on_event: OnEvent) -> Path:
     reference, repo = found.reference, found.reference.target
     asked = replace(reference, revision=None)
     special = [str(part) for part in (base.name if isinstance(base, Base) else base, reference.subfolder) if part]

@@ -8,7 +8,7 @@ from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import AdapterError, FormatError, IncompatibleError
 from mlx_adapters.events import Note, OnEvent, Progress
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.base import Base
+from mlx_adapters.models.base import BaseLike
 from mlx_adapters.models.layers import adaptable_layers, check_fits, nn
 from mlx_adapters.models.loading import load_module
 from mlx_adapters.peft_format.foreign import fit_paths, read_foreign, text_part, weights_in
@@ -22,7 +22,7 @@ def write_own_form(
     source: Path,
     target: Path,
     named: str,
-    base: str | Path | Base | None,
+    base: BaseLike | None,
     on_event: OnEvent,
     weights: Path | None = None,
     origin: Mapping[str, Any] | None = None,
@@ -87,7 +87,7 @@ def is_cached(path: Path) -> bool:
     )
 
 
-def _layers_of_base(adapter: Adapter, name: str | Path | Base | None) -> Mapping[str, nn.Module]:
+def _layers_of_base(adapter: Adapter, name: BaseLike | None) -> Mapping[str, nn.Module]:
     """The layers of the base that is named, or of the adapter's own, where that is on this machine; {} for none."""
     own = name or adapter.base_name
     if own is None:
@@ -101,7 +101,7 @@ def _layers_of_base(adapter: Adapter, name: str | Path | Base | None) -> Mapping
 
 
 def _on_its_base(
-    adapter: Adapter, layers: Mapping[str, nn.Module], name: str | Path | Base | None, text_only: bool
+    adapter: Adapter, layers: Mapping[str, nn.Module], name: BaseLike | None, text_only: bool
 ) -> tuple[Adapter, list[str]]:
     """The adapter under the paths of the base's layers, if they are known and it fits; what to tell of what it lost.
 

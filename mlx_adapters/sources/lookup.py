@@ -2,30 +2,73 @@
 
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_adapters.config.mapping import require
-from mlx_adapters.errors import HubError, NotFoundError, did_you_mean
+from mlx_adapters.config.mapping import require, shown
+from mlx_adapters.errors import ConfigError, NotFoundError, did_you_mean
 from mlx_adapters.events import OnEvent, log_warnings
 from mlx_adapters.sources.hub import NotCached
-from mlx_adapters.sources.references import Reference, below, parse_reference
+from mlx_adapters.sources.references import CHECKPOINT, NAME, Reference, below, parse_reference
 from mlx_adapters.sources.registry import adapter_folder, names
 from mlx_adapters.storage import paths
 
 if TYPE_CHECKING:
+    from mlx_adapters.models.adapter import Adapter, AdapterLike
+    from mlx_adapters.models.base import BaseLike, Named
+
+
+def spelled(given: "str | Path | Named") -> str:
+    """A reference as text: a folder as a path, a result as what it stands for.
+
+    A name that no adapter has, and a Hub id, is the folder of that name where there is one: `o5` is `./o5`, as it is
+    for models. Raises ConfigError for what is no reference.
+    """
+    if isinstance(given, Path):
+        return str(paths.expanded(given))
+    text = given if isinstance(given, str) else getattr(given, "reference", None)
+    if not isinstance(text, str):
+        hint = "give a name, a folder, 'user/repo', or what a function of this package gave."
+        raise ConfigError(f"{shown(given)} is no adapter and no model.", hint)
+    place, at, iteration = text.rpartition("@") if CHECKPOINT.fullmatch(text) else (text, "", "")
+    known = paths.is_path(text) or (NAME.fullmatch(place) and _is_registered(place))
+    return text if known or not _is_folder(place) else f"{paths.expanded(place)}{at}{iteration}"
+
+
+def _is_registered(name: str) -> bool:
+    return os.path.lexists(adapter_folder(name))
+
+
+def _is_folder(text: str) -> bool:
+    try:
+        return Path(text).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def plain(given: "AdapterLike") -> "Adapter | str":
+    """An adapter, or a reference as text."""
     from mlx_adapters.models.adapter import Adapter
-    from mlx_adapters.models.base import Base
+
+    return given if isinstance(given, Adapter) else spelled(given)
+
+
+def several(given: "AdapterLike | Iterable[AdapterLike]") -> "list[Adapter | str]":
+    """`plain` of one or of each of several."""
+    from mlx_adapters.models.adapter import AdapterLike
+
+    return [plain(one) for one in ([given] if isinstance(given, AdapterLike) else given)]  # type: ignore[list-item]
 
 
 def locate(
-    reference: str | Reference, base: "str | Path | Base | None" = None, on_event: OnEvent = log_warnings
+    reference: "str | Path | Named", base: "BaseLike | None" = None, on_event: OnEvent = log_warnings
 ) -> tuple[Path, int | None]:
     """(folder, iteration) that a reference means; a Hub reference is downloaded once, and put into our form on `base`.
 
     Raises NotFoundError that suggests the nearest names.
     """
-    ref = parse_reference(reference) if isinstance(reference, str) else reference
+    ref = reference if isinstance(reference, Reference) else parse_reference(spelled(reference))
     if ref.kind == "path":
         return paths.expanded(ref.target), ref.iteration
     if ref.kind == "hub":
@@ -33,12 +76,9 @@ def locate(
 
         try:
             return adapter_snapshot(ref, base=base, on_event=on_event), None
-        except HubError as error:
-            if not Path(str(ref)).is_dir():
-                if ref.subfolder and isinstance(error, NotCached):
-                    raise NotCached(error.message, f"{error.hint} A folder of this machine is './{ref}'.") from None
-                raise
-            raise HubError(error.message, f"the folder is './{ref}'; 'user/repo' means the Hub.") from None
+        except NotCached as error:
+            hint = f"{error.hint} A folder of this machine is './{ref}'." if ref.subfolder else error.hint
+            raise NotCached(error.message, hint) from None
     folder = adapter_folder(ref.target)
     if not folder.is_dir():
         if folder.is_symlink():
@@ -46,21 +86,21 @@ def locate(
                 f"'{ref.target}' is a link to '{os.readlink(folder)}', which is not there.",
                 f"connect the disk that it is on, or remove the link: {folder}",
             )
-        hint = did_you_mean(ref.target, names(), "'mlx-adapters list' shows all.")
-        if Path(ref.target).is_dir():
-            hint = f"the folder is './{ref.target}': a path has a slash."
-        raise NotFoundError(f"No adapter named '{ref.target}'.", hint)
+        raise NotFoundError(
+            f"No adapter named '{ref.target}'.", did_you_mean(ref.target, names(), "'mlx-adapters list' shows all.")
+        )
     return folder, ref.iteration
 
 
-def load_adapter(reference: "str | Path | Adapter") -> "Adapter":
+def load_adapter(reference: "AdapterLike") -> "Adapter":
     """Read the adapter that a reference means.
 
     Args:
-        reference: a name, name@iteration, a folder, "user/repo[@revision]"; an `Adapter` is checked and given back.
+        reference: a name, name@iteration, a folder, "user/repo[@revision]", or what stands for one (`run.best`, an
+            entry of `list_adapters`, a `TrainRun`); an `Adapter` is checked and given back.
 
     Warns with a StrengthWarning of one that may have been trained at another strength than it is used at.
-    Raises NotFoundError, FormatError or HubError.
+    Raises ConfigError, NotFoundError, FormatError or HubError.
 
     Example:
         >>> ma.load_adapter("sql@200").name
@@ -70,28 +110,25 @@ def load_adapter(reference: "str | Path | Adapter") -> "Adapter":
 
     if isinstance(reference, Adapter):
         return reference.check()
-    if isinstance(reference, Path):
-        adapter = read_adapter(reference)
-    else:
-        parsed = parse_reference(reference)
-        folder, iteration = locate(parsed)
-        # The registry's name is the folder's, whatever the folder was called when its record was written.
-        adapter = read_adapter(folder, iteration, name=folder.name if parsed.kind == "name" else None)
+    parsed = parse_reference(spelled(reference))
+    folder, iteration = locate(parsed)
+    # The registry's name is the folder's, whatever the folder was called when its record was written.
+    adapter = read_adapter(folder, iteration, name=folder.name if parsed.kind == "name" else None)
     if adapter.strength_note:
         warnings.warn(adapter.strength_note, StrengthWarning, stacklevel=2)
     return adapter
 
 
 def peft_folder(
-    source: str | Path, subfolder: str | None = None, tokenizer: bool = False
+    source: "str | Path | Named", subfolder: str | None = None, tokenizer: bool = False
 ) -> tuple[Path, dict[str, Any]]:
     """The folder of a PEFT adapter, and what to record of the Hub's repository, from which it is downloaded once.
 
     subfolder: where in `source` it lies. tokenizer: the one beside it, too. Raises NotFoundError, ConfigError or
     HubError.
     """
-    text = str(source)
-    if isinstance(source, Path) or paths.is_path(text) or Path(text).is_dir():
+    text = spelled(source)
+    if paths.is_path(text):
         return inside(paths.expanded(text), subfolder), {}
     reference = below(parse_reference(text), subfolder)
     if reference.kind != "hub":

@@ -13,6 +13,7 @@ from mlx_adapters.errors import ConfigError
 from mlx_adapters.storage import paths
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+CHECKPOINT = re.compile(r"(.+)@(\d+)")
 HUB = re.compile(r"([A-Za-z0-9][\w.-]*/\w[\w.-]*)((?:/\w[\w.-]*)*)(?:@([\w./-]+))?")
 
 
@@ -29,7 +30,14 @@ class Reference:
     def __str__(self) -> str:
         suffix = self.revision if self.kind == "hub" else self.iteration
         place = f"{self.target}/{self.subfolder}" if self.subfolder else self.target
+        if self.kind == "path" and not paths.is_path(place):
+            place = f"./{place}"
         return place if suffix is None else f"{place}@{suffix}"
+
+    @property
+    def reference(self) -> str:
+        """It as text."""
+        return str(self)
 
     @property
     def own_name(self) -> str:
@@ -65,7 +73,7 @@ def hub_id(text: str) -> tuple[str, str | None] | None:
 def parse_reference(text: str) -> Reference:
     """Parse NAME, NAME@ITERATION, a path, or user/repo[/folder][@revision]. Raises ConfigError."""
     if paths.is_path(text):
-        match = re.fullmatch(r"(.+)@(\d+)", text)
+        match = CHECKPOINT.fullmatch(text)
         return Reference("path", match[1], int(match[2])) if match else Reference("path", text)
     if hub := HUB.fullmatch(text):
         return Reference("hub", hub[1], revision=hub[3], subfolder=hub[2].strip("/") or None)

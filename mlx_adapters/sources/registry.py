@@ -77,13 +77,18 @@ class Entry:
     metadata: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
+    def reference(self) -> str:
+        """How the adapter is spelled: by its name, elsewhere than among the named ones by its folder."""
+        return self.name if self.folder == adapters_folder() / self.name else str(self.folder)
+
+    @property
     def validation_loss(self) -> float | None:
         """That of the checkpoint which the bare name means, in nats per token; None where it is not known."""
         known = dict(losses_of(self.metadata)[1])
         return known.get(self.iteration) if known and self.iteration is not None else self.best_validation_loss
 
 
-def list_adapters(base: str | None = None, tag: str | None = None) -> list[Entry]:
+def list_adapters(base: str | Path | None = None, tag: str | None = None) -> list[Entry]:
     """All named adapters, by name. Reads no weights.
 
     Args:
@@ -94,6 +99,7 @@ def list_adapters(base: str | None = None, tag: str | None = None) -> list[Entry
         >>> [(entry.name, entry.iterations) for entry in ma.list_adapters()]
         [('chat', (100, 200)), ('sql', (200, 400, 500, 600))]
     """
+    base = None if base is None else str(base)
     return [
         e
         for e in _entries()

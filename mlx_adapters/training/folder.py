@@ -32,6 +32,12 @@ from mlx_adapters.training.state import CURVES, RUN_RECIPE_FILE, State
 ARITHMETIC = ("mlx", "mlx-lm")  # the libraries that decide what is computed
 
 
+def arithmetic() -> dict[str, str]:
+    """The versions on which tokens and numbers depend."""
+    there = versions()
+    return {name: there.get(name, "none") for name in ("mlx_adapters", *ARITHMETIC, "transformers")}
+
+
 def place_of(name: str) -> tuple[Reference, Path]:
     """A run's reference and folder: a name is in the registry, a path (./out) is where it says."""
     reference = references.parse_reference(name)

@@ -12,7 +12,6 @@ backward pass, or whole blocks, and, if that is not enough, take batches in part
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from mlx_adapters.data.batches import Batch
 from mlx_adapters.data.datasets import Data, read_data
 from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.events import Note, OnEvent, log_warnings
-from mlx_adapters.models.base import Base
+from mlx_adapters.models.base import Base, BaseLike
 from mlx_adapters.models.dense import weight_shape
 from mlx_adapters.models.layers import named_layers
 from mlx_adapters.models.loading import load_module, load_tokenizer_of
@@ -105,7 +104,7 @@ class Estimate:
 
 
 def estimate(
-    base: str | Path | Base,
+    base: BaseLike,
     data: Data,
     *,
     lora: LoraConfig | None = None,

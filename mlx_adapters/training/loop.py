@@ -5,14 +5,9 @@ is carried from one iteration to the next but the weights, the optimizer, the ra
 in `State`, and a checkpoint holds all four.
 """
 
-import contextlib
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from types import FrameType
 from typing import NoReturn
 
 import numpy as np
@@ -20,7 +15,15 @@ import numpy as np
 from mlx_adapters.config.training import TrainConfig
 from mlx_adapters.data.batches import Batch
 from mlx_adapters.errors import TrainingError
-from mlx_adapters.events import CheckpointSaved, Event, Note, OnEvent, Progress, TrainReport, ValidationReport
+from mlx_adapters.events import (
+    CheckpointSaved,
+    Event,
+    Note,
+    OnEvent,
+    Progress,
+    TrainReport,
+    ValidationReport,
+)
 from mlx_adapters.optimization.distributed import LostPeerError
 from mlx_adapters.optimization.feed import Draw, Feed
 from mlx_adapters.optimization.objectives import means, with_sums
@@ -28,44 +31,13 @@ from mlx_adapters.optimization.optimizers import learning_rate
 from mlx_adapters.optimization.step import OutOfMemoryError, Taken, TrainStep
 from mlx_adapters.storage.tensor_names import LORA_B, split
 from mlx_adapters.system.door import mx
+from mlx_adapters.system.interrupt import Interrupt
 from mlx_adapters.training import state as states
 from mlx_adapters.training.folder import RunFolder
 from mlx_adapters.training.state import State
 from mlx_adapters.units import count, duration, number
 
 WARM_UP = 3  # iterations: the first ones compile and fill caches
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a shutdown, a closed terminal
-
-
-class Interrupt:
-    """Ctrl-C that lets an iteration end, so that the run can save before it stops.
-
-    `requested` is set by the first signal of STOPS; a second Ctrl-C stops at once.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    @contextlib.contextmanager
-    def watching(self) -> Iterator["Interrupt"]:
-        """Take over the signals within the block (only the main thread can); under `nohup` a
-        closed terminal stays ignored."""
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
-        heeded = [number for number in STOPS if number not in ignored]
-        before = {number: signal.signal(number, self._handle) for number in heeded}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 @dataclass
@@ -78,6 +50,7 @@ class Loop:
     config: TrainConfig
     folder: RunFolder
     on_event: OnEvent
+    interrupt: Interrupt = field(default_factory=Interrupt)
     state: State = field(default_factory=State)
     _saved_at: float = field(default_factory=time.monotonic)
 
@@ -89,24 +62,46 @@ class Loop:
         mx.random.seed(high << 32 | low)  # the key is the seed's two halves
         self._reported = (self.state.seconds, self.state.trained_tokens, self.state.real_tokens)
 
-    def run(self, interrupt: Interrupt) -> State:
-        """Train to the last iteration. Raises TrainingError, or KeyboardInterrupt after saving."""
+    def run(self) -> State:
+        """Train to the last iteration, or until an `on_event` stops it.
+
+        Raises TrainingError; after saving KeyboardInterrupt, or what an `on_event` raised.
+        """
+        self.interrupt.saving = True
         if self.state.iteration == 0 and not self.state.validation_losses:
             self._validate()
         self._updates = self.feed.updates(self.state.batches)
-        while self.state.iteration < self.config.iterations and not self.state.stopped_early:
-            stop = self._stop_is_wanted(interrupt)
+        while self.unfinished:
+            others = self._others_end()
             try:
                 self._iterate()
             except LostPeerError:
                 self._abandon()
-            unfinished = self.state.iteration < self.config.iterations and not self.state.stopped_early
-            if unfinished and (stop or (interrupt.requested and self.train_step.world.size == 1)):
-                self.save()
-                self._say(f"Stopped at iteration {self.state.iteration}. {self.folder.how_to_resume()}")
-                raise KeyboardInterrupt
+            if others or (self.interrupt.ends and self.train_step.world.size == 1):
+                self._end()
+                return self.state
+        if self.interrupt.raised is not None:
+            raise self.interrupt.raised
         self._tell_untouched()
         return self.state
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether there are iterations to do."""
+        return self.state.iteration < self.config.iterations and not self.state.stopped_early
+
+    def _end(self) -> None:
+        """Save what there is. Raises what ended the run, but for `Stop`."""
+        if self.unfinished and self._unsaved:
+            self.save()
+        if self.unfinished:
+            self._say(f"Stopped at iteration {self.state.iteration}. {self.folder.how_to_resume()}")
+        if self.interrupt.raised is not None:
+            if self.unfinished:
+                self.interrupt.raised.add_note(f"Saved at iteration {self.state.iteration}: resume=True goes on.")
+            raise self.interrupt.raised
+        if self.unfinished and not self.interrupt.stopped:
+            raise KeyboardInterrupt
 
     def _tell_untouched(self) -> None:
         """Name the layers whose update is still nothing: no gradient comes to them, so they were adapted in vain."""
@@ -116,15 +111,18 @@ class Loop:
             text = f"No gradient came to {count(len(paths), 'adapted layer')} ({shown}): leave them out of the targets."
             self.on_event(Note(text, "warning"))
 
-    def _stop_is_wanted(self, interrupt: Interrupt) -> bool:
-        """Whether any of the processes was asked to stop: all must stop after the same iteration."""
-        if self.train_step.world.size == 1:
-            return interrupt.requested
+    def _others_end(self) -> bool:
+        """Whether any of several processes is to end: all must after the same iteration, and in the same way."""
+        world, mine = self.train_step.world, self.interrupt
+        if world.size == 1:
+            return False
         try:
-            return bool(self.train_step.world.sum(mx.array([float(interrupt.requested)])).item())
+            ends, stopped = world.sum(mx.array([mine.ends, mine.stopped], mx.int32)).tolist()
         except LostPeerError:
             self.save()
             self._abandon()
+        mine.stopped = stopped > 0 and not mine.requested
+        return ends > 0
 
     def _abandon(self) -> NoReturn:
         raise TrainingError(
@@ -134,6 +132,7 @@ class Loop:
     def _iterate(self) -> None:
         start = time.perf_counter()
         self._step(next(self._updates))
+        self._unsaved = True
         state, config = self.state, self.config
         state.seconds += time.perf_counter() - start
         self._tell_pace()
@@ -152,7 +151,8 @@ class Loop:
         state = self.state
         rate = learning_rate(self.config, state.iteration + 1)
         try:
-            taken, draw = self._taken(draw, rate)
+            with self.train_step.world.own_random_numbers():
+                taken, draw = self._taken(draw, rate)
         except LostPeerError:  # nothing has changed yet, and saving needs no other process
             self.save()
             self._abandon()
@@ -161,7 +161,7 @@ class Loop:
         state.iteration += 1
         state.batches += len(draw.drawn)
         state.trained_tokens += draw.trained_tokens
-        state.real_tokens += sum(batch.real_tokens for batch in draw.batches)
+        state.real_tokens += draw.real_tokens
         state.pending_loss += taken.loss.item() * draw.weight
         state.pending_tokens += draw.weight
         state.pending_figures = with_sums(state.pending_figures, taken.figures)
@@ -221,26 +221,29 @@ class Loop:
         state.train_losses.append((state.iteration, loss))
         if figures := means(state.pending_figures):
             state.train_figures.append((state.iteration, figures))
-        seconds = max(state.seconds - self._reported[0], 1e-9)
+        seconds, trained, real = self._reported
+        seconds = max(state.seconds - seconds, 1e-9)
+        trained, real = state.trained_tokens - trained, state.real_tokens - real
+        self._reported = (state.seconds, state.trained_tokens, state.real_tokens)
+        state.pending_loss, state.pending_tokens, state.pending_figures = 0.0, 0, {}
         self.on_event(
             TrainReport(
                 state.iteration,
                 self.config.iterations,
                 loss,
                 learning_rate(self.config, state.iteration),
-                (state.trained_tokens - self._reported[1]) / seconds,
-                (state.real_tokens - self._reported[2]) / seconds,
+                trained / seconds,
+                real / seconds,
                 mx.get_peak_memory(),
                 figures,
+                self.train_step.world.size,
             )
         )
-        self._reported = (state.seconds, state.trained_tokens, state.real_tokens)
-        state.pending_loss, state.pending_tokens, state.pending_figures = 0.0, 0, {}
 
     def __post_init__(self) -> None:
         self.state.random = random_state()
         self._reported = (0.0, 0, 0)
-        self._steps, self._warm = 0, (0.0, 0)
+        self._steps, self._warm, self._unsaved = 0, (0.0, 0), False
 
     def _tell_pace(self) -> None:
         """After three iterations of warm-up and three more: how long one takes, and the rest."""
@@ -279,7 +282,7 @@ class Loop:
         """Write a checkpoint of this moment."""
         start = time.perf_counter()
         folder = self.folder.save(self.state, self.train_step.weights, self.train_step.optimizer.arrays())
-        self._saved_at = time.monotonic()
+        self._saved_at, self._unsaved = time.monotonic(), False
         self.on_event(CheckpointSaved(self.state.iteration, str(folder), time.perf_counter() - start))
 
     def _say(self, text: str) -> None:

@@ -117,8 +117,8 @@ def require_same(old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> N
         )
 
 
-def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs between two recipes and matters, in words."""
+def changes(old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str] = FREE) -> list[str]:
+    """What differs between two recipes and matters, in words; the settings `free` do not."""
     changed = []
     if old["base"]["fingerprint"] != new["base"]["fingerprint"]:
         changed.append(f"the base model ({old['base']['name']} -> {new['base']['name']}, or its weights)")
@@ -134,11 +134,23 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     for group, known in defaults.items():  # what a run of an older version did not know was as it is by default
         for key in sorted({*old[group], *new[group]}):
             before, after = (recipe[group].get(key, known.get(key)) for recipe in (old, new))
-            if key not in FREE and before != after:
+            if key not in free and before != after:
                 changed.append(f"{key} ({before} -> {after})")
-    if old["world_size"] != new["world_size"]:
-        changed.append(f"the number of processes ({old['world_size']} -> {new['world_size']})")
+    if old.get("init_from") != new.get("init_from"):
+        changed.append("the adapter that it starts from")
+    if (old.get("reference") or {}).get("fingerprint") != (new.get("reference") or {}).get("fingerprint"):
+        changed.append("the adapter of the reference")
     return changed
+
+
+def differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What differs in what two processes of one run were asked for, or work with, in words."""
+    found = [
+        f"{name} ({first[name]} -> {other[name]})"
+        for name in first
+        if name != "recipe" and first[name] != other.get(name)
+    ]
+    return found + (changes(first["recipe"], other["recipe"], free=()) if "recipe" in first else [])
 
 
 def _changed_text(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> list[str]:

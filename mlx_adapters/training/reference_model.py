@@ -82,6 +82,7 @@ def compute(
             sides = lines.reshape(len(feed.rows[rows[0]].sequences), -1)  # (sides, lines of each)
             for side, of_side in enumerate(sides, int(aside)):
                 of_batch[mine, side] = of_side[: len(mine)]
+        feed.world.gather(lambda: None)  # all have come so far
         values[rows] = np.array(feed.world.sum(mx.array(of_batch[rows])))
         on_batch(done, len(drawn))
     return values
@@ -161,7 +162,7 @@ def bound_to(recipe: Mapping[str, Any]) -> str:
     """A hash of all that the values depend on: base, tokens, reference, and how rows are put together."""
     settings = {name: value for name, value in recipe["training"].items() if name not in FREE}
     parts = [recipe["base"]["fingerprint"], recipe["base_config"], recipe["text"], recipe["reference"], settings]
-    return hashlib.sha256(json.dumps([*parts, recipe["world_size"]], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def write(folder: Path, values: Values, bound: str) -> None:

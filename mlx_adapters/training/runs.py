@@ -9,11 +9,10 @@ from typing import Any
 from mlx_adapters.config.mapping import require
 from mlx_adapters.config.training import LoraConfig, Objective, TrainConfig, with_objective
 from mlx_adapters.data.datasets import Data, DataSet, hold_out, read_again, read_data
-from mlx_adapters.display.notebook import html_block, html_facts, loss_curve
 from mlx_adapters.errors import ConfigError, FormatError, TrainingError
 from mlx_adapters.events import Note, OnEvent, ignore, log_warnings, noting
-from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.base import Base
+from mlx_adapters.models.adapter import Adapter, AdapterLike
+from mlx_adapters.models.base import Base, BaseLike
 from mlx_adapters.models.layers import named_layers
 from mlx_adapters.models.loading import load_model, load_tokenizer_of
 from mlx_adapters.optimization import distributed
@@ -24,68 +23,33 @@ from mlx_adapters.sources.references import Reference
 from mlx_adapters.sources.registry import training_lock
 from mlx_adapters.storage import replacing
 from mlx_adapters.storage.tensor_names import ADAPTER_OUTPUT
+from mlx_adapters.system.interrupt import Interrupt
 from mlx_adapters.training import reference_model, setup
 from mlx_adapters.training import state as states
-from mlx_adapters.training.folder import RunFolder, place_of
+from mlx_adapters.training.folder import RunFolder, arithmetic, place_of
 from mlx_adapters.training.forecast import memory_of_run
-from mlx_adapters.training.loop import Interrupt, Loop
-from mlx_adapters.training.recipe import make_recipe, rate_jump, read_recipe, require_same, settings_in, text_record
-from mlx_adapters.training.state import Checkpoint, State
-from mlx_adapters.units import count, duration
+from mlx_adapters.training.loop import Loop
+from mlx_adapters.training.recipe import (
+    differences,
+    make_recipe,
+    rate_jump,
+    read_recipe,
+    require_same,
+    settings_in,
+    text_record,
+)
+from mlx_adapters.training.state import Checkpoint, TrainRun
+from mlx_adapters.units import count
 
 
 @dataclass(frozen=True)
-class TrainRun:
-    """A finished run.
+class _Watched:
+    """How a run is watched and stopped, and with whom it runs."""
 
-    Args:
-        folder: where the adapter lies.
-        best: the checkpoint with the lowest validation loss, such as 'sql@500'. It is what the bare name means, unless
-            `use` chose another.
-        final: the last checkpoint.
-        best_validation_loss: nats per trained token; None if nothing was validated.
-        train_losses: (iteration, mean loss since the report before).
-        validation_losses: (iteration, loss).
-        trained_tokens: tokens that the loss counted, over the whole run.
-        duration_seconds: the training steps alone.
-        stopped_early: whether `early_stop` ended the run.
-        rank: this process's among those that `mlx.launch` started.
-        notes: the warnings of the run, such as rows that were dropped.
-
-    Example:
-        >>> settings = ma.TrainConfig(iterations=2, eval_every=1, report_every=1)
-        >>> run = ma.train("demo", "data/sql", name="short", training=settings)
-        >>> [iteration for iteration, loss in run.train_losses]
-        [1, 2]
-    """
-
-    folder: Path
-    best: Reference
-    final: Reference
-    best_validation_loss: float | None
-    train_losses: tuple[tuple[int, float], ...]
-    validation_losses: tuple[tuple[int, float], ...]
-    trained_tokens: int
-    duration_seconds: float
-    stopped_early: bool
-    rank: int = 0
-    notes: tuple[str, ...] = ()
-
-    def __repr__(self) -> str:
-        loss = "" if self.best_validation_loss is None else f", validation loss {self.best_validation_loss:.4g}"
-        told = f", {count(len(self.notes), 'warning')} in notes" if self.notes else ""
-        return f"TrainRun(best {self.best}, final {self.final}{loss}, {self.trained_tokens:,} trained tokens{told})"
-
-    def _repr_html_(self) -> str:
-        facts = {
-            "best": self.best,
-            "final": self.final,
-            "best validation loss": self.best_validation_loss,
-            "trained tokens": f"{self.trained_tokens:,}",
-            "time": duration(self.duration_seconds),
-            **{f"warning {number}": note for number, note in enumerate(self.notes, 1)},
-        }
-        return html_block(self.folder.name, html_facts(facts), loss_curve(self.train_losses, self.validation_losses))
+    world: World
+    interrupt: Interrupt
+    on_event: OnEvent
+    forecast: bool
 
 
 @dataclass(frozen=True)
@@ -99,22 +63,30 @@ class _Request:
     adapter: Adapter | None
     reference: Adapter | None
     command: str | None
-    on_event: OnEvent
-    world: World
-    forecast: bool = False
+    watched: _Watched
+
+    @property
+    def world(self) -> World:
+        """The processes of the run."""
+        return self.watched.world
+
+    @property
+    def on_event(self) -> OnEvent:
+        """Who watches."""
+        return self.watched.on_event
 
 
 def train(
-    base: str | Path | Base | None = None,
+    base: BaseLike | None = None,
     data: Data | None = None,
     *,
     name: str,
     lora: LoraConfig | None = None,
     training: TrainConfig | None = None,
     resume: bool = False,
-    init_from: str | Path | Adapter | None = None,
+    init_from: AdapterLike | None = None,
     objective: Objective | str | None = None,
-    reference: str | Path | Adapter | None = None,
+    reference: AdapterLike | None = None,
     overwrite: bool = False,
     command: str | None = None,
     forecast: bool = False,
@@ -137,10 +109,11 @@ def train(
         overwrite: replace an adapter of this name.
         command: what the user typed, for the record.
         forecast: predict the peak memory before the model is loaded, and warn if it will not fit.
-        on_event: called with each report, validation, checkpoint and note.
+        on_event: called with each report, validation, checkpoint and note. It ends the run by giving back `Stop`, and
+            also from another thread's word: `lambda event: ma.Stop if enough.is_set() else None`.
 
     Raises ConfigError, NotFoundError, ExistsError, FormatError, IncompatibleError, TrainingError or
-    StorageError; KeyboardInterrupt after saving.
+    StorageError; after saving, KeyboardInterrupt, or whatever `on_event` raises.
 
     Example:
         >>> settings = ma.TrainConfig(iterations=4, eval_every=2, save_every=2, mask_prompt=True)
@@ -152,27 +125,54 @@ def train(
         mine@6
     """
     place, path = place_of(name)
-    world = distributed.start()
-    on_event, notes = noting(on_event if world.leads else ignore)
-    if resume:
-        new = init_from is None and reference is None and not overwrite
-        require(new, "A resumed run goes on as it is: no init_from, no reference, no overwrite.")
-        old = world.share(lambda: read_recipe(path))
-        lora, training = lora or settings_in(old)[0], training or settings_in(old)[1]
-        request = _Request(
-            resolve_base(base or old["base"]["name"]),
-            read_again(old["data"]["source"], path, read=training) if data is None else read_data(data, read=training),
-            lora,
-            with_objective(training, objective),
-            None,
-            None,
-            old["command"],
-            on_event,
-            world,
-            forecast,
-        )
-        return replace(_resume(request, old, place, path), notes=tuple(notes))
-    world.share(lambda: replacing.refuse_existing(path, overwrite, ADAPTER_OUTPUT))
+    world, interrupt = distributed.start(), Interrupt()
+    on_event, notes = noting(interrupt.heeding(on_event if world.leads else ignore))
+    asked = {"name": name, "resume": resume, "overwrite": overwrite, "init_from": init_from is not None}
+    with contextlib.ExitStack() as held:
+        with world.starting():
+            world.require_equal(lambda: {**asked, **arithmetic()}, differences)
+            watched = _Watched(world, interrupt, on_event, forecast)
+            if resume:
+                new = init_from is None and reference is None and not overwrite
+                require(new, "A resumed run goes on as it is: no init_from, no reference, no overwrite.")
+                old = world.share(lambda: read_recipe(path))
+                request = _as_it_was(old, path, base, data, lora, training, objective, watched)
+                loop = _resume(request, old, place, path, held)
+            else:
+                world.share(lambda: replacing.refuse_existing(path, overwrite, ADAPTER_OUTPUT))
+                request = _new(base, data, lora, training, objective, init_from, reference, command, watched)
+                loop = _begin(request, place, path, overwrite, held)
+        return replace(_run(loop), notes=tuple(notes))
+
+
+def _as_it_was(
+    old: dict[str, Any],
+    path: Path,
+    base: BaseLike | None,
+    data: Data | None,
+    lora: LoraConfig | None,
+    training: TrainConfig | None,
+    objective: Objective | str | None,
+    watched: _Watched,
+) -> _Request:
+    """What a resumed run does: as its recipe says, but for what is given."""
+    lora, training = lora or settings_in(old)[0], training or settings_in(old)[1]
+    rows = read_again(old["data"]["source"], path, read=training) if data is None else read_data(data, read=training)
+    base = resolve_base(base or old["base"]["name"])
+    return _Request(base, rows, lora, with_objective(training, objective), None, None, old["command"], watched)
+
+
+def _new(
+    base: BaseLike | None,
+    data: Data | None,
+    lora: LoraConfig | None,
+    training: TrainConfig | None,
+    objective: Objective | str | None,
+    init_from: AdapterLike | None,
+    reference: AdapterLike | None,
+    command: str | None,
+    watched: _Watched,
+) -> _Request:
     if base is None or data is None:
         raise ConfigError("A new run needs a base model and data.", "give both, or resume a run.")
     training = with_objective(training or TrainConfig(), objective)
@@ -181,62 +181,52 @@ def train(
     adapter = load_adapter(init_from) if init_from is not None else None
     if adapter and compares and reference is None:
         text = f"The reference is the base alone; reference='{adapter.name}' would be what training starts from."
-        on_event(Note(text))
+        watched.on_event(Note(text))
     lora = lora or (setup.lora_of(adapter) if adapter else LoraConfig())
     training = setup.with_template_of(training, adapter)
-    request = _Request(
-        resolve_base(base),
-        read_data(data, read=training),
-        lora,
-        training,
-        adapter,
-        load_adapter(reference) if reference is not None else None,
-        command,
-        on_event,
-        world,
-        forecast,
-    )
-    return replace(_begin(request, place, path, overwrite), notes=tuple(notes))
+    rows, judge = read_data(data, read=training), load_adapter(reference) if reference is not None else None
+    return _Request(resolve_base(base), rows, lora, training, adapter, judge, command, watched)
 
 
-def _begin(request: _Request, reference: Reference, path: Path, overwrite: bool) -> TrainRun:
-    world = request.world
-    with contextlib.ExitStack() as held:
-        folder = RunFolder(reference, path, {}, held, writes=world.leads, overwrite=overwrite)
+def _begin(request: _Request, reference: Reference, path: Path, overwrite: bool, held: contextlib.ExitStack) -> Loop:
+    folder = RunFolder(reference, path, {}, held, writes=request.world.leads, overwrite=overwrite)
 
-        def claim() -> None:  # before the model loads: of two runs of one new name the later one ends here
-            held.enter_context(training_lock(path))
-            folder.require_place()
-            if path.is_dir():
-                folder.hold()
-
-        world.share(claim)
-        return _run(_prepare(request, folder, None))
-
-
-def _resume(request: _Request, old: dict[str, Any], reference: Reference, path: Path) -> TrainRun:
-    world = request.world
-    with contextlib.ExitStack() as held:
-        folder = RunFolder(reference, path, old, held, writes=world.leads, begun=True)
-        checkpoints: list[Checkpoint] = []
-
-        def look() -> dict[str, Any]:
-            held.enter_context(training_lock(path))
+    def claim() -> None:  # before the model loads: of two runs of one new name the later one ends here
+        held.enter_context(training_lock(path))
+        folder.require_place()
+        if path.is_dir():
             folder.hold()
-            if read_recipe(path) != old:
-                raise TrainingError(
-                    f"'{reference}' has just been replaced by another run.", "look at it and try again."
-                )
-            checkpoints.append(_newest(folder, request))
-            return asdict(checkpoints[0].state)
 
-        state = states.state_from(world.share(look))
-        _require_unfinished(state, request.training, settings_in(old)[1], reference)
-        if jump := rate_jump(settings_in(old)[1], request.training, state.iteration):
-            request.on_event(Note(jump, "warning"))
-        mine = checkpoints[0] if checkpoints else Checkpoint(state, {}, {})
-        checkpoint = Checkpoint(state, world.share_arrays(mine.weights), world.share_arrays(mine.optimizer))
-        return _run(_prepare(request, folder, checkpoint))
+    request.world.share(claim)
+    return _prepare(request, folder, None)
+
+
+def _resume(
+    request: _Request, old: dict[str, Any], reference: Reference, path: Path, held: contextlib.ExitStack
+) -> Loop:
+    world = request.world
+    folder = RunFolder(reference, path, old, held, writes=world.leads, begun=True)
+    checkpoints: list[Checkpoint] = []
+
+    def look() -> dict[str, Any]:
+        held.enter_context(training_lock(path))
+        folder.hold()
+        if read_recipe(path) != old:
+            raise TrainingError(f"'{reference}' has just been replaced by another run.", "look at it and try again.")
+        checkpoints.append(_newest(folder, request))
+        return asdict(checkpoints[0].state)
+
+    state = states.state_from(world.share(look))
+    state.require_unfinished(request.training, settings_in(old)[1], reference)
+    if jump := rate_jump(settings_in(old)[1], request.training, state.iteration):
+        request.on_event(Note(jump, "warning"))
+    if old["world_size"] != world.size:
+        before, now = count(old["world_size"], "process"), count(world.size, "process")
+        text = f"The run goes on with {now} instead of {before}: on the same batches, summed in another order."
+        request.on_event(Note(text))
+    mine = checkpoints[0] if checkpoints else Checkpoint(state, {}, {})
+    checkpoint = Checkpoint(state, world.share_arrays(mine.weights), world.share_arrays(mine.optimizer))
+    return _prepare(request, folder, checkpoint)
 
 
 def _newest(folder: RunFolder, request: _Request) -> Checkpoint:
@@ -262,8 +252,8 @@ def _newest(folder: RunFolder, request: _Request) -> Checkpoint:
 
 
 def _run(loop: Loop) -> TrainRun:
-    with Interrupt().watching() as interrupt:
-        state = loop.run(interrupt)
+    with loop.interrupt.watching():
+        state = loop.run()
     folder = loop.folder
     folder.refresh(state)
     if (chosen := folder.chosen()) is not None:
@@ -279,21 +269,8 @@ def _run(loop: Loop) -> TrainRun:
         state.seconds,
         state.stopped_early,
         loop.train_step.world.rank,
+        stopped=loop.unfinished,
     )
-
-
-def _require_unfinished(state: State, new: TrainConfig, old: TrainConfig, reference: Reference) -> None:
-    if state.stopped_early and new.early_stop == old.early_stop:
-        raise TrainingError(
-            f"'{reference}' stopped early at iteration {state.iteration}, its validation loss no longer improving.",
-            f"to go on all the same, resume it with --early-stop above {old.early_stop}.",
-        )
-    state.stopped_early = False
-    if state.iteration >= new.iterations:
-        raise TrainingError(
-            f"'{reference}' has finished its {count(state.iteration, 'iteration')}.",
-            f"to train on, resume it with --iterations above {state.iteration}.",
-        )
 
 
 def _now() -> str:
@@ -321,6 +298,7 @@ def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None
         request.command,
         folder.recipe.get("started") or request.world.share(_now),
     )
+    request.world.require_equal(lambda: {"recipe": recipe}, differences)
     if resumed:
         require_same(folder.recipe, recipe, str(folder.reference))
     tokenizer = load_tokenizer_of(request.base, training.template)
@@ -329,11 +307,12 @@ def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None
             setup.tokenize_split(data, s, tokenizer, training, request.on_event) for s in ("train", "valid")
         )
     recipe["text"] = text_record(tokenizer, {"train": rows, "valid": held_out})
+    request.world.require_equal(lambda: {"recipe": recipe}, differences)
     if resumed:
         require_same(folder.recipe, recipe, str(folder.reference))
     setup.require_validation(held_out, training, request.on_event)
     setup.require_readable((*rows, *held_out), request.base)
-    told, say = request.forecast, request.on_event
+    told, say = request.watched.forecast, request.on_event
     memory = memory_of_run(request.base, rows, lora, training, folder.recipe, told, request.world, say)
     model = load_model(request.base, dtype=training.dtype, gradients=True)
     feeds = setup.make_feeds(rows, held_out, training, request.world)
@@ -351,7 +330,8 @@ def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None
     request.world.share(lambda: folder.keep_reference(reference))
     request.world.share(lambda: folder.require_space(train_step.weights, train_step.optimizer.arrays()))
     validation = prepared.validation.fixed(training.eval_batches) if prepared.validation else None
-    loop = Loop(train_step, prepared.feed, validation, training, folder, request.on_event)
+    watched = request.watched
+    loop = Loop(train_step, prepared.feed, validation, training, folder, watched.on_event, watched.interrupt)
     if checkpoint is not None:
         loop.restore(checkpoint)
     return loop

@@ -9,12 +9,15 @@ a run's folder (the best adapter, the links to the weights, the metadata) is der
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters.errors import AdapterError, FormatError
+from mlx_adapters.config.training import TrainConfig
+from mlx_adapters.display.notebook import html_block, html_facts, loss_curve
+from mlx_adapters.errors import AdapterError, FormatError, TrainingError
 from mlx_adapters.models.adapter import Weights
+from mlx_adapters.sources.references import Reference
 from mlx_adapters.storage import files, temporaries, tensor_files
 from mlx_adapters.storage.tensor_names import (
     ADAPTER_FILE,
@@ -23,6 +26,7 @@ from mlx_adapters.storage.tensor_names import (
     CHECKPOINTS_FOLDER,
     checkpoint_file,
 )
+from mlx_adapters.units import count, duration
 
 VERSION = 1
 CURVES = ("train_losses", "validation_losses", "train_figures", "validation_figures")
@@ -70,6 +74,20 @@ class State:
         self.best_loss, self.best_iteration, self.evaluations_since_best = loss, self.iteration, 0
         return True
 
+    def require_unfinished(self, new: TrainConfig, old: TrainConfig, reference: Reference) -> None:
+        """Raise TrainingError if there is nothing left to do for a run that `new` resumes."""
+        if self.stopped_early and new.early_stop == old.early_stop:
+            raise TrainingError(
+                f"'{reference}' stopped early at iteration {self.iteration}, its validation loss no longer improving.",
+                f"to go on all the same, resume it with --early-stop above {old.early_stop}.",
+            )
+        self.stopped_early = False
+        if self.iteration >= new.iterations:
+            raise TrainingError(
+                f"'{reference}' has finished its {count(self.iteration, 'iteration')}.",
+                f"to train on, resume it with --iterations above {self.iteration}.",
+            )
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -78,6 +96,67 @@ class Checkpoint:
     state: State
     weights: Weights
     optimizer: Weights
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """A finished run.
+
+    Args:
+        folder: where the adapter lies.
+        best: the checkpoint with the lowest validation loss, such as 'sql@500'. It is what the bare name means, unless
+            `use` chose another.
+        final: the last checkpoint.
+        best_validation_loss: nats per trained token; None if nothing was validated.
+        train_losses: (iteration, mean loss since the report before).
+        validation_losses: (iteration, loss).
+        trained_tokens: tokens that the loss counted, over the whole run.
+        duration_seconds: the training steps alone.
+        stopped_early: whether `early_stop` ended the run.
+        rank: this process's among those that `mlx.launch` started.
+        notes: the warnings of the run, such as rows that were dropped.
+        stopped: whether an `on_event` ended the run; `resume=True` goes on.
+
+    Example:
+        >>> settings = ma.TrainConfig(iterations=2, eval_every=1, report_every=1)
+        >>> run = ma.train("demo", "data/sql", name="short", training=settings)
+        >>> [iteration for iteration, loss in run.train_losses]
+        [1, 2]
+    """
+
+    folder: Path
+    best: Reference
+    final: Reference
+    best_validation_loss: float | None
+    train_losses: tuple[tuple[int, float], ...]
+    validation_losses: tuple[tuple[int, float], ...]
+    trained_tokens: int
+    duration_seconds: float
+    stopped_early: bool
+    rank: int = 0
+    notes: tuple[str, ...] = ()
+    stopped: bool = False
+
+    @property
+    def reference(self) -> str:
+        """How the adapter is spelled: the bare name, which means the best checkpoint unless `use` chose another."""
+        return str(replace(self.best, iteration=None))
+
+    def __repr__(self) -> str:
+        loss = "" if self.best_validation_loss is None else f", validation loss {self.best_validation_loss:.4g}"
+        told = f", {count(len(self.notes), 'warning')} in notes" if self.notes else ""
+        return f"TrainRun(best {self.best}, final {self.final}{loss}, {self.trained_tokens:,} trained tokens{told})"
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "best": self.best,
+            "final": self.final,
+            "best validation loss": self.best_validation_loss,
+            "trained tokens": f"{self.trained_tokens:,}",
+            "time": duration(self.duration_seconds),
+            **{f"warning {number}": note for number, note in enumerate(self.notes, 1)},
+        }
+        return html_block(self.folder.name, html_facts(facts), loss_curve(self.train_losses, self.validation_losses))
 
 
 def path_of(run: Path, iteration: int) -> Path:

@@ -1,31 +1,38 @@
 """Helpers of the training tests: a small data set, and a run that stops as if the power had failed."""
 
+import contextlib
 import json
 import random
 from pathlib import Path
 
 import numpy as np
+import pytest
 from safetensors.numpy import load
 
-from mlx_adapters.events import Event, Progress
 from mlx_adapters.storage.files import read_json
 from mlx_adapters.storage.tensor_names import METADATA_FILE
+from mlx_adapters.training.loop import Loop
 
 TIMES = ("date", "duration_seconds", "command")
 
 
-class PowerCut(Exception):
-    """Raised from inside a run: nothing is saved, as in a crash."""
+class _PowerCut(Exception):
+    pass
 
 
+@contextlib.contextmanager
 def cut_after(iteration: int):
-    """An `on_event` that crashes the run after `iteration`."""
+    """Around a run: it ends after `iteration` as in a crash, with nothing saved."""
+    iterate = Loop._iterate
 
-    def on_event(event: Event) -> None:
-        if isinstance(event, Progress) and event.stage == "train" and event.done >= iteration:
-            raise PowerCut
+    def mortal(self, updates):
+        iterate(self, updates)
+        if self.state.iteration >= iteration:
+            raise _PowerCut
 
-    return on_event
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(_PowerCut):
+        patch.setattr(Loop, "_iterate", mortal)
+        yield
 
 
 def write_data(folder: Path, rows: int = 13, valid: int = 5, seed: int = 0) -> Path:

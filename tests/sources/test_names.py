@@ -426,16 +426,30 @@ def test_a_read_beside_overwrites_is_of_one_adapter(base, home):
     assert set(seen) == wanted
 
 
-def test_a_folder_without_its_slash_is_told_how_to_write_it(tmp_path, monkeypatch):
-    (tmp_path / "out" / "sql").mkdir(parents=True)
+def test_a_folder_is_meant_with_its_slash_or_without(base, tmp_path, monkeypatch):
+    """As it is for models; a name of the registry comes first, and what is neither is told how folders are spelled."""
+    run = make_run(base, "sql")
+    for place in ("plain", "out/sql", "sql"):
+        shutil.copytree(run, tmp_path / place)
     monkeypatch.chdir(tmp_path)
-    for text in ("home/out/sql", "out/sql"):
-        with pytest.raises(HubError) as caught:
-            lookup.locate(text)
-        assert f"'./{text}'" in caught.value.hint
+    for text in ("plain", "./plain", "out/sql", Path("plain"), "plain@200", Path("./out/sql")):
+        folder, iteration = lookup.locate(text)
+        assert folder == tmp_path / str(text).partition("@")[0] and iteration == (200 if "@" in str(text) else None)
+        assert lookup.load_adapter(text).folder == folder
+    assert lookup.locate("sql") == (run, None) and lookup.locate("./sql") == (tmp_path / "sql", None)
+    with pytest.raises(HubError) as caught:
+        lookup.locate("home/out/sql")
+    assert "'./home/out/sql'" in caught.value.hint
     with pytest.raises(ConfigError) as caught:
         references.parse_reference("out//sql")
     assert "'./out//sql'" in caught.value.hint
+
+
+def test_what_is_no_reference_is_told():
+    for wrong in (None, 5, ["sql"], object()):
+        with pytest.raises(ConfigError, match="is no adapter and no model") as caught:
+            lookup.load_adapter(wrong)
+        assert "give a name, a folder" in caught.value.hint
 
 
 def test_a_link_to_a_disk_that_is_not_connected_is_listed_and_told(base, tmp_path):

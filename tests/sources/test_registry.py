@@ -273,14 +273,6 @@ def test_a_kill_at_any_moment_leaves_one_whole_adapter(base, home):
     registry.register(make_adapter(base, seed=1), "sql", overwrite=True)
 
 
-def test_a_folder_named_like_an_adapter_is_pointed_at(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("fused").mkdir()
-    with pytest.raises(NotFoundError, match="No adapter named 'fused'") as raised:
-        lookup.locate("fused")
-    assert "'./fused'" in raised.value.hint
-
-
 def test_the_loss_shown_is_that_of_the_checkpoint_in_use(tmp_path):
     losses = {"validation_losses": [[4, 3.5], [8, 3.11]]}
     entry = registry.Entry("a", tmp_path, iteration=4, best_validation_loss=3.11, metadata=losses)

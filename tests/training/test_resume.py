@@ -6,7 +6,7 @@ import signal
 
 import mlx.core as mx
 import pytest
-from helpers.training_tools import PowerCut, cut_after, outcome, write_data
+from helpers.training_tools import cut_after, outcome, write_data
 
 from mlx_adapters import LoraConfig, TrainConfig, train
 from mlx_adapters.errors import ConfigError, ExistsError, FormatError, IncompatibleError, NotFoundError, TrainingError
@@ -52,8 +52,8 @@ def test_dropout_counts_in_the_comparison(tiny_model, data):
 
 @pytest.fixture
 def stopped(tiny_model, data):
-    with pytest.raises(PowerCut):
-        train(tiny_model(), data, name="run", lora=LORA, training=config(), on_event=cut_after(8))
+    with cut_after(8):
+        train(tiny_model(), data, name="run", lora=LORA, training=config())
     return adapter_folder("run")
 
 
@@ -209,8 +209,8 @@ def test_compiled_as_on_a_gpu_it_resumes_to_the_bit_too(tiny_model, data, monkey
     monkeypatch.setattr(optimizers, "on_gpu", lambda: True)
     settings = config(grad_checkpoint=True, iterations=7)
     plain_losses = train(tiny_model(), data, name="whole", lora=LORA, training=settings).train_losses
-    with pytest.raises(PowerCut):
-        train(tiny_model(), data, name="run", lora=LORA, training=settings, on_event=cut_after(4))
+    with cut_after(4):
+        train(tiny_model(), data, name="run", lora=LORA, training=settings)
     assert train(name="run", resume=True).train_losses == plain_losses
     resumed = outcome(adapter_folder("run"))
     resumed["adapter_metadata.json"]["name"] = "whole"
