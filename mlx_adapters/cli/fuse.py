@@ -49,7 +49,8 @@ if TYPE_CHECKING:
     show_default=True,
     help="Type of scales and of unquantized weights; auto: the base's.",
 )
-@options(FuseOptions, without="seed")
+@options(FuseOptions, without="seed program")
+@option(FuseOptions, "program", flag="--for")
 @click.option("--weight", "weights", type=float, multiple=True, help="Share of each adapter, in order [1 each].")
 @click.option(
     "--from-peft",
@@ -74,7 +75,8 @@ if TYPE_CHECKING:
         "check_only": "refs adapter weights base any_base calibration calibration_rows check_rows "
         "trust_remote_code as_json",
         "from_peft": "refs base bits group_size mode dtype method calibration calibration_rows thorough check "
-        "check_rows max_kl budget_bits format force resize text_only subfolder overwrite trust_remote_code as_json",
+        "check_rows max_kl budget_bits program format force resize text_only subfolder overwrite trust_remote_code "
+        "as_json",
     },
     needs={
         "adapter": "check_only",
@@ -115,6 +117,7 @@ def fuse_command(
       mlx-adapters fuse sql chat out/both --weight 0.7 --weight 0.3
       mlx-adapters fuse sql out/sql-small --bits 4 --max-kl 0.005
       mlx-adapters fuse --from-peft user/lora-with-lm-head --base meta-llama/Llama-3.2-1B out/whole
+      mlx-adapters fuse sql out/sql-ollama --bits 4 --for ollama
       mlx-adapters fuse --again out/sql-4bit out/sql-4bit-again
       mlx-adapters fuse --check-only out/somebody-elses --adapter sql
     """
@@ -126,6 +129,8 @@ def fuse_command(
         return
     if not asked.check:
         refuse_ignored("check_rows", "--no-check")
+    if asked.format == "gguf":
+        refuse_ignored("check_rows", "a GGUF file, which is not checked")
     if asked.method == "calibrated" and bits == "none":
         refuse_ignored("method", "--bits none")
     if asked.method == "nearest" or bits == "none" or (asked.method == "auto" and bits == "8"):
@@ -222,6 +227,8 @@ def _show(result: "FuseResult") -> None:
         f"share of the update that survived (cosine): mean {result.update_survival:.4f}, "
         f"least {weakest.cosine:.4f} in {weakest.path}"
     )
+    for line in result.opened_with:
+        _output.out(line)
 
 
 def _show_fidelity(fidelity: "Fidelity", text: dict[str, Any] | None) -> None:

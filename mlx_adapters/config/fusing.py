@@ -1,5 +1,6 @@
 """What a fuse can be asked for. Imports no MLX."""
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,17 +55,32 @@ class FuseOptions:
         more="In place of one number of bits; max_kl and budget_bits start from it.",
         metavar="NAME",
     )
-    format: Literal["mlx", "hf", "gguf"] = setting(
-        "mlx",
+    program: Literal["ollama", "lmstudio", "llama.cpp", "transformers", "vllm", "mlx-vlm"] | None = setting(
+        None,
+        "Write what this program opens, and say how",
+        more="Ollama and llama.cpp get a GGUF file (Ollama a Modelfile too), transformers and vLLM hf, mlx-vlm the MLX "
+        "format, LM Studio that on a Mac and GGUF elsewhere.",
+    )
+    format: Literal["auto", "mlx", "hf", "gguf"] = setting(
+        "auto",
         "hf: the original checkpoint's names and types; gguf: one file for llama.cpp",
         more="hf is unquantized; gguf is f16, q8_0 at 8 bits, q5_1 at 5 and q4_1 at 4, with the codes that calibration "
         "found, and is not checked.",
+        means="auto: mlx, or what the program opens",
     )
     force: bool = setting(False, "Keep the model even if `max_kl` cannot be held")
     seed: int = setting(0, "Seed of the choice of rows")
 
     def __post_init__(self) -> None:
         check(self)
+        opens = opened_by(self.program)
+        if self.format == "auto":
+            object.__setattr__(self, "format", opens[0])
+        require(
+            self.format in opens,
+            f"{self.program} does not open the format '{self.format}'.",
+            f"leave --format out: {self.program} gets {opens[0]}.",
+        )
         require(
             self.max_kl is None or self.budget_bits is None,
             "Give --max-kl (max_kl) or --budget-bits (budget_bits), not both.",
@@ -79,6 +95,15 @@ class FuseOptions:
             "A recipe of mixed precision needs the MLX format.",
             "leave --format.",
         )
+
+
+def opened_by(program: str | None) -> tuple[str, ...]:
+    """The formats that a program opens, the one that it gets first."""
+    if program is None:
+        return ("mlx", "hf", "gguf")
+    if program == "lmstudio":
+        return ("mlx", "gguf") if sys.platform == "darwin" else ("gguf", "mlx")
+    return {"transformers": ("hf",), "vllm": ("hf",), "mlx-vlm": ("mlx",)}.get(program, ("gguf",))
 
 
 DEFAULTS = FuseOptions()

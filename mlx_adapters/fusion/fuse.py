@@ -26,6 +26,7 @@ from mlx_adapters.config.quantization import DTYPES, Precision, PrecisionLike
 from mlx_adapters.errors import ConfigError, FidelityError, IncompatibleError
 from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.fusion import recipe as recipes
+from mlx_adapters.fusion.handover import check_program, hand_over
 from mlx_adapters.fusion.recipe import Recipe
 from mlx_adapters.fusion.result import FuseResult, report
 from mlx_adapters.models.adapter import Adapter, AdapterLike, template_of
@@ -99,6 +100,7 @@ def fuse(
         options = replace(options, calibration=tuple(options.calibration))
     file = options.calibration if isinstance(options.calibration, str | Path) else None
     replacing.refuse_reading_inside(out, [resolved, file, *(adapter for adapter, _ in updates.adapters)])
+    check_program(options.program, resolved, out)
     writer = make_writer(options.format, precision, dtype, resolved)
     mixed = options.max_kl is not None or options.budget_bits is not None
     if options.format != "mlx":
@@ -123,6 +125,8 @@ def fuse(
         strategy.round(spool)
         written = writer.write(assembly, folder, spool.get, on_event)
         template_notes = _write_template(folder, [adapter for adapter, _ in updates.adapters], options.format)
+        opened, unsaid = _hand_over(options, folder, out, resolved, updates)
+        template_notes += unsaid
         for note in (*written.notes, *template_notes):
             on_event(Note(f"{note}.", "warning" if "left out" in note else "info"))
         fidelity = strategy.check(folder) if writer.loadable else None
@@ -140,6 +144,7 @@ def fuse(
             text=strategy.text.describe() if strategy.text else None,
             notes=(*notes, *strategy.notes, *written.notes, *template_notes),
             seconds=time.perf_counter() - started,
+            opened_with=tuple(opened),
         )
         _refuse_unfaithful(result, options)
         made = replace(_recipe(strategy, writer, given, dtype), weights_sha256=recipes.weights_sha256(folder))
@@ -190,10 +195,20 @@ def _write_template(folder: Path, adapters: Sequence[Adapter], form: str) -> lis
     text = texts.pop() if len(texts) == 1 else None
     if text is None:
         return ["the adapters were trained with different chat templates: the base's own is kept"] if texts else []
-    if form == "gguf":
-        return ["the adapter's own chat template is left out: give it to llama.cpp with --chat-template-file"]
+    if form == "gguf":  # which holds it
+        return []
     files.write_text(folder / "chat_template.jinja", text)
     return []
+
+
+def _hand_over(
+    options: FuseOptions, folder: Path, out: Path, base: Base, updates: Updates
+) -> tuple[list[str], list[str]]:
+    if options.program is None:
+        return [], []
+    templates = [template_of(adapter) for adapter, _ in updates.adapters]
+    same = templates[0] if templates and all(one == templates[0] for one in templates) else None
+    return hand_over(options.program, folder, out, load_tokenizer_of(base, same))
 
 
 def _refuse_unfaithful(result: FuseResult, options: FuseOptions) -> None:

@@ -25,6 +25,7 @@ class FuseResult:
         text: which text that was.
         notes: where a layer is not as asked.
         seconds: of the whole fuse.
+        opened_with: what to type to open it in the program that it was made for.
         identical: after `fuse_again`: whether the weight files have the bytes that the recipe records.
 
     Example:
@@ -46,6 +47,7 @@ class FuseResult:
     text: dict[str, Any] | None
     notes: tuple[str, ...]
     seconds: float
+    opened_with: tuple[str, ...] = ()
     identical: bool | None = None
 
     @property

@@ -1,0 +1,136 @@
+"""What other programs are given beside the model. Nothing here runs them: scripts/check_gguf.py asks llama.cpp."""
+
+import json
+import re
+import shutil
+
+import pytest
+from helpers.chat_families import FAMILIES, plain
+from helpers.fusing import visible_adapter
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from mlx_adapters.config.fusing import FuseOptions, opened_by
+from mlx_adapters.errors import ConfigError
+from mlx_adapters.fusion.fuse import fuse
+from mlx_adapters.fusion.handover import chat_form
+
+CHAT = [
+    {"role": "system", "content": "Be short."},
+    {"role": "user", "content": "What is 1 + 1?"},
+    {"role": "assistant", "content": 'Two, "obviously".'},
+    {"role": "user", "content": "And\n  then?"},
+]
+
+
+UNSAID = ("gemma2",)  # which takes no system message
+
+
+def as_go(template, messages):
+    """What Go makes of the few things that these templates are made of."""
+    body = re.fullmatch(r"\{\{- range \$i, \$_ := \.Messages \}\}(.*)\{\{- end \}\}(.*)", template, re.S)
+    made = ""
+    for i, message in enumerate(messages):
+        follows = i == 1 and messages[0]["role"] == "system"
+        tests = {
+            'if eq .Role "system"': message["role"] == "system",
+            'else if eq .Role "assistant"': message["role"] == "assistant",
+            "else if eq $i 0": i == 0,
+            'else if and (eq $i 1) (eq (index $.Messages 0).Role "system")': follows,
+            "else": True,
+        }
+        taken, on = False, True
+        for action in re.findall(r"\{\{-? (.*?) \}\}", body[1]):
+            if action in tests:
+                on = tests[action] and not taken
+                taken = taken or on
+            elif action == "end":
+                on = True
+            elif on:
+                made += message["content"] if action == ".Content" else json.loads(action)
+    return made + "".join(json.loads(action) for action in re.findall(r"\{\{ (.*?) \}\}", body[2]))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_go_template_says_what_the_jinja_template_says_or_there_is_none(name):
+    family = FAMILIES[name]
+    words = {"bos_token": family.bos or "", "eos_token": family.stops.split()[0]}
+
+    def render(messages):
+        options = {"chat_template": plain(name), "add_generation_prompt": True, **words}
+        return render_jinja_template(conversations=[messages], **options)[0][0]
+
+    form = chat_form(render)
+    assert (form is None) == (name in UNSAID)
+    if form is not None:
+        for messages in (CHAT, CHAT[1:], CHAT[:2], CHAT[1:2], [*CHAT, *CHAT[2:]]):
+            assert as_go(form.go(), messages) == render(messages) == form.render(messages)
+
+
+def make(base, tmp_path, program, bits="keep", **more):
+    options = FuseOptions(method="nearest", check=False, program=program, **more)
+    return fuse(base, visible_adapter(base), tmp_path / "Out", quantization=bits, options=options)
+
+
+def test_ollama_gets_a_modelfile(tiny_model, tmp_path):
+    made = make(tiny_model("llama"), tmp_path, "ollama", 4)
+    text = (tmp_path / "Out/Modelfile").read_text()
+    assert text.startswith("FROM ./model.gguf\n") and (tmp_path / "Out/model.gguf").is_file()
+    template = re.search(r'TEMPLATE """(.*?)"""\n', text, re.S)[1]
+    assert as_go(template, CHAT[:2]) == (
+        "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert 'PARAMETER stop "<|im_end|>"\n' in text
+    assert made.opened_with == (f"ollama create out -f {tmp_path}/Out/Modelfile", "ollama run out")
+    report = json.loads((tmp_path / "Out/fuse_report.json").read_text())
+    assert "Modelfile" in report["files"]
+
+
+@pytest.mark.parametrize(
+    ("program", "bits", "file", "command"),
+    [
+        ("llama.cpp", 8, "model.gguf", "llama-cli -m {out}/model.gguf --jinja"),
+        ("transformers", "none", "model.safetensors", "transformers chat {out}"),
+        ("vllm", "none", "model.safetensors", "vllm serve {out}"),
+    ],
+)
+def test_programs_get_their_format(tiny_model, tmp_path, program, bits, file, command):
+    made = make(tiny_model("llama"), tmp_path, program, bits)
+    assert (tmp_path / "Out" / file).is_file()
+    assert made.opened_with[0] == command.format(out=tmp_path / "Out")
+
+
+def test_what_ollamas_language_cannot_say_is_told(tiny_model, tmp_path):
+    base = shutil.copytree(tiny_model("llama"), tmp_path / "base")
+    for name, text in (("reversed", "{{ messages | length }}"), ("dated", "{{ strftime_now('%d') }}")):
+        tail = "{% for m in messages %}{{ m['content'] }}{% endfor %}" if name == "dated" else ""
+        (base / "chat_template.jinja").write_text(text + tail)
+        made = make(base, tmp_path / name, "ollama")
+        assert ("TEMPLATE" in (tmp_path / name / "Out/Modelfile").read_text()) == (name == "dated")
+        assert any("left out of the Modelfile" in note or "today's date" in note for note in made.notes)
+
+
+def test_lm_studio_looks_two_folders_down(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    base = tiny_model("llama")
+    made = make(base, tmp_path, "lmstudio", format="gguf")
+    assert "ln -s" in made.opened_with[0] and made.opened_with[1] == "lms load local/Out"
+    models = tmp_path / ".lmstudio/models"
+    options = FuseOptions(method="nearest", check=False, program="lmstudio")
+    made = fuse(base, visible_adapter(base), models / "me/sql", options=options)
+    assert made.opened_with == ("lms load me/sql",)
+    with pytest.raises(ConfigError, match="PUBLISHER/NAME"):
+        fuse(base, visible_adapter(base), models / "sql", options=options)
+    shutil.rmtree(models)
+
+
+def test_mlx_vlm_opens_models_of_pictures(tiny_model, tmp_path):
+    assert (make(tiny_model("gemma3"), tmp_path, "mlx-vlm", 4)).opened_with[0].startswith("mlx_vlm.generate --model")
+    with pytest.raises(ConfigError, match="opens models of pictures"):
+        make(tiny_model("llama"), tmp_path / "x", "mlx-vlm", 4)
+
+
+def test_a_format_that_the_program_does_not_open_is_refused():
+    assert FuseOptions().format == "mlx" and FuseOptions(program="ollama").format == "gguf"
+    with pytest.raises(ConfigError, match="ollama does not open the format 'mlx'"):
+        FuseOptions(program="ollama", format="mlx")
+    assert set(opened_by("lmstudio")) == {"mlx", "gguf"}
