@@ -27,6 +27,7 @@ from mlx_adapters.templates import tracing
 from mlx_adapters.templates.tracing import Rendering, Run
 
 PROMPT = "add_generation_prompt"
+ENOUGH = 3  # prompts that end alike, until the next of their kind is taken to end as they do
 PROBE = tuple({"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant"))
 
 
@@ -85,9 +86,11 @@ class Written:
     """A conversation as its template writes it. `prompt(k, flipped)` renders the messages before k with the generation
     prompt, `flipped` with the template's switches (thinking) the other way round; None if the template refuses."""
 
+    messages: Sequence[Mapping[str, Any]] = field(repr=False)
     rendering: Rendering
     prompt: Callable[[int, bool], Rendering | None] = field(repr=False)
     probe: Callable[[], "Written | None"] = field(repr=False)
+    endings: dict[tuple[Any, ...], list[str | None]] = field(default_factory=dict, repr=False)  # see `_prompts`
 
     @cached_property
     def regions(self) -> dict[int, tuple[int, int]]:
@@ -148,7 +151,7 @@ def _written(call: Call, turns: list[tracing.Turn], rendering: Rendering, variab
         found = attempt(messages, {})
         return None if found is None else _written(call, messages, found, variables)
 
-    return Written(rendering, prompt, probe)
+    return Written(turns, rendering, prompt, probe)
 
 
 def said(written: Written, encoded: Encoded, messages: Sequence[int], ends: Ends) -> list[Said]:
@@ -266,17 +269,30 @@ def _by_prompt(written: Written, message: int, flipped: bool = False) -> int | N
 
 
 def _prompts(written: Written, message: int, flipped: bool) -> Iterator[tuple[int, str]]:
-    """(position, what the template writes from there on before the turn): after the last character of a message's."""
+    """(position, what the template writes from there on before the turn): after the last character of a message's.
+
+    Each prompt is a rendering of all that comes before. So after a few that end alike, behind messages of one kind, the
+    next is taken to end as they do.
+    """
+    before = written.messages[message - 1] if message else {}
+    known = written.endings.setdefault((flipped, before.get("role"), *before), [])
+    limit = _limit(written, message)
+    runs = written.rendering.runs[: bisect_left(written.rendering.runs, limit, key=lambda run: run.start)]
+    if runs and len(known) >= ENOUGH and known[0] is not None and len(set(known)) == 1:
+        yield runs[-1].stop, known[0]
+        return
     prompt = written.prompt(message, flipped)
     if prompt is None:
         return
     if not prompt.runs:
         yield 0, prompt.text
         return
-    last, limit = prompt.runs[-1], _limit(written, message)
-    for run in reversed(written.rendering.runs):
+    last = prompt.runs[-1]
+    for run in reversed(runs):
         if run.leaf == last.leaf and run.stop <= limit and _reach(run) == _reach(last):
-            yield run.stop, prompt.text[last.stop :]
+            rest = prompt.text[last.stop :]
+            known.append(rest if run is runs[-1] else None)
+            yield run.stop, rest
             return
 
 

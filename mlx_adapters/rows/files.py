@@ -20,6 +20,7 @@ from mlx_adapters.rows.values import require_unicode
 Values = Mapping[str, Any]
 Located = tuple[Values, str]  # the values of a row, and the place where it stands
 ENCODINGS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"\xef\xbb\xbf": "utf-8-sig"}  # by their marks
+GZIP = b"\x1f\x8b"
 UNREADABLE = object()  # a value of Parquet that Python has no form for
 
 
@@ -101,7 +102,7 @@ def _why(error: Exception) -> str:
         return f"{error.msg.removesuffix(' at')} at character {error.colno}" + (
             f" of line {error.lineno}" if error.lineno > 1 else ""
         )
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error).rstrip(".")
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0].rstrip(".")
 
 
 def _csv(path: Path) -> list[Located]:
@@ -177,7 +178,7 @@ def _text(path: Path) -> str:
     """A file's text: UTF-8, or UTF-16 if it begins with its mark."""
     try:
         data = path.read_bytes()
-        if path.name.lower().endswith(".gz"):
+        if path.name.lower().endswith(".gz") or data.startswith(GZIP):
             data = gzip.decompress(data)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise FormatError(

@@ -8,6 +8,8 @@ from typing import Any
 
 from mlx_adapters.errors import FormatError
 
+DEEPEST = 100  # levels of lists and objects in a row; people's have a dozen
+
 
 def is_missing(value: Any) -> bool:
     """Whether a value says that there is none: null, or what a table puts in its place (NaN, pandas' NA and NaT)."""
@@ -62,9 +64,12 @@ def text_of(value: Any, name: str, where: str) -> str:
 
 
 def require_unicode(values: Any, where: str) -> None:
-    """Raise FormatError for half of a surrogate pair, which stands for no character."""
+    """Raise FormatError for half of a surrogate pair, which stands for no character, and for a bottomless row."""
     try:
-        json.dumps(values, ensure_ascii=False, default=str).encode()
+        text = json.dumps(values, ensure_ascii=False, default=str)
+        text.encode()
+        if _is_deep(values, text):
+            raise ValueError
     except UnicodeEncodeError:
         half = "the text holds half of a surrogate pair, which is no Unicode"
         raise FormatError(f"{where}: {half}.", "write the character whole, or leave it out.") from None
@@ -77,6 +82,16 @@ def parsed(value: Any) -> Any:
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value
     try:
-        return json.loads(value)
+        found = json.loads(value)
     except (ValueError, RecursionError):
         return value
+    return value if _is_deep(found, value) else found
+
+
+def _is_deep(value: Any, text: str) -> bool:
+    """Whether a value that `text` spells has more levels than code that descends into it can take."""
+    level = [value] if text.count("[") + text.count("{") > DEEPEST else []
+    for _ in range(DEEPEST):
+        level = [item for one in level for item in (one.values() if isinstance(one, Mapping) else one)]
+        level = [item for item in level if isinstance(item, Mapping | list | tuple)]
+    return bool(level)

@@ -20,7 +20,7 @@ from mlx_adapters.sources.bases import resolve_base
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
-from helpers.chat_families import chat_tokenizer
+from helpers.chat_families import FAMILIES, chat_tokenizer
 from mlx_lm.tuner.datasets import ChatDataset
 
 TEXT = "the weather in Paris is sunny and the sum of 3 and 4 is 7, as one can see here: `x = 7` über 日本 é"
@@ -60,7 +60,7 @@ def measure(name: str, tokenizer, count: int) -> None:
 def main() -> None:
     """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("families", nargs="*", default=["chatml", "qwen3", "llama3", "mistral"])
+    parser.add_argument("families", nargs="*", default=list(FAMILIES))
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--base", help="a base model, instead of the families")
     args = parser.parse_args()

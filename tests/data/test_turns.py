@@ -7,7 +7,9 @@ import pytest
 from helpers.chat_families import FAMILIES, TOOLS, by_marks, chat_tokenizer, conversation, drawn, marked, plain
 from mlx_lm.tuner.datasets import ChatDataset
 
+from mlx_adapters.data import turns
 from mlx_adapters.data.conversation import conversation as tokenized
+from mlx_adapters.templates import tracing
 
 ROWS = 12  # of each family; scripts/mask_fuzz goes through thousands
 
@@ -193,6 +195,20 @@ def test_where_mlx_lm_masks_right_the_last_turn_begins_where_its_mask_does(famil
     assert found.tokens.tolist() == tokens
     ((start, stop),) = found.turns[0].spans
     assert start == offset and tokenizer.decode(tokens[stop:]).strip() == ""
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_thinking", "llama3", "r1", "glm", "harmony"])
+def test_many_turns_take_few_renderings_and_are_found_alike(family, monkeypatch):
+    """Each prompt is a rendering of all that comes before it: twice the turns would take four times as long."""
+    tokenizer, rendered, render = chat_tokenizer(family), [], tracing.render
+    called = [answer(None, tool_calls=[call(n=1)]), {"role": "tool", "content": "7", "tool_call_id": "1"}]
+    several = [user("a"), *called, answer("b"), user("c <think>\n"), answer("<think>\nd"), user("e"), answer("")]
+    monkeypatch.setattr(tracing, "render", lambda *args: rendered.append(1) or render(*args))
+    found = tokenized(several * 6, tokenizer, "row")
+    few = len(rendered)
+    monkeypatch.setattr(turns, "ENOUGH", 99)
+    assert np.array_equal(found.trained, tokenized(several * 6, tokenizer, "row").trained)
+    assert few < 20 and len(rendered) - few > len(found.turns) == 24
 
 
 def test_messages_that_no_loop_takes_up_are_found_by_their_characters():

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from mlx_adapters.errors import FormatError
 from mlx_adapters.rows.files import read_file
+from mlx_adapters.rows.row import RawRow
+from mlx_adapters.rows.values import parsed
 
 ROWS = [
     {"prompt": 'Say "a, b".', "completion": "a,\nb"},
@@ -49,7 +51,8 @@ def test_compressed_files_are_read_and_a_part_of_one_is_refused(tmp_path, name):
     path = tmp_path / f"{name}.gz"
     data = gzip.compress(write(tmp_path / name).read_bytes())
     path.write_bytes(data)
-    assert values(path) == ROWS
+    (tmp_path / name).write_bytes(data)  # compressed by whoever served it
+    assert values(path) == values(tmp_path / name) == ROWS
     for broken in (data[:-20], data[:40], b"no gzip"):
         path.write_bytes(broken)
         with pytest.raises(FormatError, match="not a whole gzip file"):
@@ -136,3 +139,17 @@ def test_columns_of_parquet_that_python_cannot_hold_are_no_error(tmp_path):
     )
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     assert [(row["prompt"], row["completion"]) for row in values(tmp_path / "a.parquet")] == [("a", "c"), ("b", "d")]
+
+
+@pytest.mark.parametrize("levels", [98, 101, 600, 5000])
+@pytest.mark.parametrize("quoted", [False, True])
+def test_a_row_that_is_nested_without_end_is_refused_or_text(tmp_path, levels, quoted):
+    """Below what Python's stack takes, too; JSON in a text that goes so deep is a text."""
+    deep = "[" * levels + "]" * levels
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "deep": ' + (json.dumps(deep) if quoted else deep) + "}\n")
+    if levels == 98 or quoted:
+        (found,) = read_file(tmp_path / "a.jsonl")
+        assert RawRow(*found).key() and (parsed(found[0]["deep"]) == deep) is (quoted and levels > 98)
+    else:
+        with pytest.raises(FormatError, match=r"line 1: .*nested too deeply"):
+            read_file(tmp_path / "a.jsonl")
