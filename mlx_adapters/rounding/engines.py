@@ -135,22 +135,20 @@ class NumpyEngine:
         scale: np.ndarray,
         bias: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
-        codes, values, block = np.empty(target.shape, np.uint8), np.empty_like(target), np.ascontiguousarray(block)
-        fed = np.empty_like(target) if start is None else start.copy()
-        wanted, round_column = np.empty_like(target[0]), _in_place(grid, scale, bias)  # (out,)
-        for j in range(len(target)):
+        # In steps of each row's grid, so that a column takes few operations: its rows are few, and calls cost most.
+        inverse, block = 1 / scale, np.ascontiguousarray(block)
+        bias = bias if grid.has_bias else np.zeros_like(scale)
+        targets, aims = (target - bias) * inverse, (weight - bias) * inverse
+        if start is not None:
+            aims += start * inverse
+        taken, fed, nearest = np.empty_like(targets), np.empty_like(targets), _nearest(grid)
+        for j in range(len(targets)):
             if j:
-                np.dot(block[j, :j], fed[:j], out=wanted)
-                np.add(wanted, target[j], out=wanted)
-            else:
-                wanted[:] = target[0]
-            round_column(wanted, codes[j], values[j])
-            if start is None:
-                np.subtract(weight[j], values[j], out=fed[j])
-            else:
-                np.add(fed[j], weight[j], out=fed[j])
-                np.subtract(fed[j], values[j], out=fed[j])
-        return codes, values
+                targets[j] += block[j, :j] @ fed[:j]
+            nearest(targets[j], taken[j])
+            np.subtract(aims[j], taken[j], out=fed[j])
+        codes = grid.order[np.searchsorted(grid.middles, taken)] if isinstance(grid, FloatGrid) else taken
+        return codes.astype(np.uint8), taken * scale + bias
 
     def factor(self, hessian: np.ndarray) -> np.ndarray:
         flipped = np.ascontiguousarray(hessian[::-1, ::-1])
@@ -170,28 +168,23 @@ class NumpyEngine:
         return new if mask else old
 
 
-def _in_place(grid: Grid, scale: np.ndarray, bias: np.ndarray) -> Callable[[np.ndarray, np.ndarray, np.ndarray], None]:
-    """A function that rounds one column (out,) and puts codes and values into its other arguments."""
+def _nearest(grid: Grid) -> Callable[[np.ndarray, np.ndarray], None]:
+    """A function that puts the levels nearest to a column (out,) into its other argument, both in steps of the grid."""
     if isinstance(grid, FloatGrid):
+        levels = grid.levels[grid.order]
 
-        def round_to_level(wanted: np.ndarray, codes: np.ndarray, values: np.ndarray) -> None:
-            codes[:] = grid.order[np.searchsorted(grid.middles, wanted / scale)]
-            np.multiply(scale, grid.levels[codes], out=values)
+        def nearest_level(wanted: np.ndarray, taken: np.ndarray) -> None:
+            taken[:] = levels[np.searchsorted(grid.middles, wanted)]
 
-        return round_to_level
-    inverse, top = 1 / scale, grid.top
+        return nearest_level
+    top = np.float32(grid.top)
 
-    def round_column(wanted: np.ndarray, codes: np.ndarray, values: np.ndarray) -> None:
-        np.subtract(wanted, bias, out=values)
-        np.multiply(values, inverse, out=values)
-        np.rint(values, out=values)
-        np.maximum(values, 0.0, out=values)
-        np.minimum(values, top, out=values)
-        codes[:] = values
-        np.multiply(values, scale, out=values)
-        np.add(values, bias, out=values)
+    def nearest_code(wanted: np.ndarray, taken: np.ndarray) -> None:
+        np.rint(wanted, out=taken)
+        np.maximum(taken, 0, out=taken)
+        np.minimum(taken, top, out=taken)
 
-    return round_column
+    return nearest_code
 
 
 class MlxEngine:

@@ -104,8 +104,9 @@ def test_plain_columns_are_numpys_and_the_case_for_kernels_is_exact(quantization
     for i in range(2):
         mine = [None if part is None else part[i] for part in parts]
         theirs = NUMPY.columns(make_grid(quantization, mx.float32), *mine)
-        np.testing.assert_array_equal(np.array(codes[i]), theirs[0])
         np.testing.assert_array_equal(np.array(values[i]), theirs[1])
+        other = np.array(codes[i]) != theirs[0]
+        assert not theirs[1][other].any()  # a float has two zeros
     assert len(np.unique(np.array(codes))) > 0 and to_numpy(values).max() < 2**14  # of sixteenths: 18 of 24 bits
 
 
