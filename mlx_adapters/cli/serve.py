@@ -28,7 +28,11 @@ from mlx_adapters.serving.settings import ServeSettings, parse_split
 @option(ServeSettings, "splits", flag="--split", type=str, multiple=True, metavar="NAME=A:0.5,B:0.5")
 @options(ServeSettings, "allow_load max_adapters")
 @click.option("--max-adapter-mb", type=click.IntRange(min=1), help="Memory for adapters, in MB [no limit].")
-@options(ServeSettings, "max_batch max_queue max_tokens max_seconds lenient")
+@options(ServeSettings, "max_batch max_queue max_tokens max_seconds max_connections key_rate key_requests")
+@option(ServeSettings, "allowed_hosts", flag="--allow-host")
+@option(ServeSettings, "cors_origins", flag="--cors-origin")
+@option(ServeSettings, "access_log", type=UserPath(path_type=Path))
+@options(ServeSettings, "access_log_json lenient")
 @template_options
 @dtype_option
 @trust_option
@@ -51,8 +55,9 @@ def serve_command(
     Example:
       mlx-adapters serve demo --adapter sql --adapter chat=./out/chat --split "test=sql:0.5,demo:0.5"
     """
-    from mlx_adapters.serving.start import bind, make_engine, parse_adapter, read_keys, run_server
+    from mlx_adapters.serving.start import bind, check_extra, make_engine, parse_adapter, read_keys, run_server
 
+    check_extra()
     checked = ServeSettings(
         api_keys=read_keys(api_keys) if api_keys else (),
         splits=tuple(parse_split(split) for split in splits),

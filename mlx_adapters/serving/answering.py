@@ -155,11 +155,13 @@ class Answering:
         jobs = await self._jobs(asked, model, prompts, where, grammar)
         answers = [Answer(read()) for _ in jobs]
         self.engine.submit(*jobs)
+        told = request.scope["told"]
+        told |= {"model": model, "prompt_tokens": sum(map(len, prompts)), "completion_tokens": 0}
         headers = {"X-Adapter": quote(model, safe="/:@ ")}
         if fields.ignored:
             headers[HEADERS] = quote(", ".join(fields.ignored), safe=", ._[]")
         if asked.stream:
-            chunks = self._chunks(jobs, answers, writer, asked, prompts)
+            chunks = self._chunks(jobs, answers, writer, asked, prompts, told)
             return EventStream(chunks, lambda: self._cancel(jobs), self.settings.write_seconds, headers, writer)
         return JSONResponse(await self._whole(request, jobs, answers, writer, asked, prompts), headers=headers)
 
@@ -217,7 +219,8 @@ class Answering:
         for job in jobs:
             self.engine.cancel(job)
 
-    def _take(self, asked: Asked, answer: Answer, event: Any) -> tuple[list[Any], Sequence[Any]]:
+    @staticmethod
+    def _take(asked: Asked, answer: Answer, event: Any, told: dict[str, Any]) -> tuple[list[Any], Sequence[Any]]:
         """Put a piece into its answer; its new parts and tokens."""
         if isinstance(event, ApiError):
             raise event
@@ -225,6 +228,7 @@ class Answering:
         if asked.max_tokens == 0:  # the prompt's log-probabilities alone were asked for
             text, tokens, made = "", tuple(token for token in tokens if token.of_prompt), 0
         reason = "length" if event.finish_reason and asked.max_tokens == 0 else event.finish_reason
+        told["completion_tokens"] += made - answer.completion_tokens
         answer.completion_tokens = made
         answer.tokens += tokens
         return answer.add(text, reason), tokens
@@ -248,14 +252,20 @@ class Answering:
                     event.cancel()
                     raise ClientDisconnect
                 job, piece = event.result()
-                self._take(asked, answers[jobs.index(job)], piece)
+                self._take(asked, answers[jobs.index(job)], piece, request.scope["told"])
             return writer.whole(answers, self._usage(answers, prompts))
         finally:
             gone.cancel()
             self._cancel(jobs)
 
     async def _chunks(
-        self, jobs: list[Job], answers: list[Answer], writer: Writer, asked: Asked, prompts: Sequence[list[int]]
+        self,
+        jobs: list[Job],
+        answers: list[Answer],
+        writer: Writer,
+        asked: Asked,
+        prompts: Sequence[list[int]],
+        told: dict[str, Any],
     ) -> AsyncIterator[dict[str, Any] | ApiError]:
         """The chunks of a stream."""
         for chunk in writer.begin(len(answers)):
@@ -264,7 +274,7 @@ class Answering:
             job, event = await jobs[0].events.get()
             index = jobs.index(job)
             try:
-                parts, tokens = self._take(asked, answers[index], event)
+                parts, tokens = self._take(asked, answers[index], event, told)
             except ApiError as error:
                 yield error
                 return

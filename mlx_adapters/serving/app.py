@@ -2,8 +2,6 @@
 
 import asyncio
 import contextlib
-import hashlib
-import hmac
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.metadata import version
@@ -19,7 +17,7 @@ from mlx_adapters.errors import AdapterError
 from mlx_adapters.protocols.errors import ApiError
 from mlx_adapters.serving.answering import Answering
 from mlx_adapters.serving.engine import Engine
-from mlx_adapters.serving.transport import error_response
+from mlx_adapters.serving.transport import Guard, Limits, error_response
 from mlx_adapters.sources.references import check_name, parse_reference
 
 
@@ -30,9 +28,9 @@ class Server:
         self.engine, self.settings = engine, engine.settings
         self.answering = Answering(engine)
         self.started = int(time.time())
-        self._keys = [hashlib.sha256(key.encode()).digest() for key in self.settings.api_keys]
+        self._limits = Limits(self.settings)
 
-    def app(self) -> Starlette:
+    def app(self) -> Guard:
         """The ASGI application; its lifespan starts and drains the engine."""
         routes = [
             Route("/", self.page),
@@ -58,7 +56,7 @@ class Server:
             405: lambda *_: error_response(ApiError(405, "This path does not take this method.")),
             500: lambda *_: error_response(ApiError(500, "Internal error.", kind="server_error")),
         }
-        return Starlette(routes=routes, exception_handlers=handlers, lifespan=self.lifespan)
+        return Guard(Starlette(routes=routes, exception_handlers=handlers, lifespan=self.lifespan), self.settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
@@ -72,7 +70,10 @@ class Server:
 
         async def guard(request: Request) -> Response:
             try:
-                self.check_key(request)
+                if request.scope["who"] is None:
+                    raise ApiError(401, "The API key is wrong or missing.", code="invalid_api_key")
+                if request.method == "POST":
+                    request.scope["held"].enter_context(self._limits.one(request.scope["who"]))
                 return await handler(request)
             except ApiError as error:
                 self.engine.metrics.add("refusals_total", status=str(error.status))
@@ -82,22 +83,13 @@ class Server:
 
         return guard
 
-    def check_key(self, request: Request) -> None:
-        """Raise ApiError 401 unless a key is given (compared in constant time) or none is needed."""
-        if not self._keys:
-            return
-        header = request.headers.get("authorization", "")
-        given = header[7:].strip() if header[:7].lower() == "bearer " else header
-        digest = hashlib.sha256(given.encode()).digest()
-        if not any([hmac.compare_digest(digest, key) for key in self._keys]):
-            raise ApiError(401, "The API key is wrong or missing.", code="invalid_api_key")
-
     # -- small paths -----------------------------------------------------------------------------------
 
     async def page(self, _: Request) -> Response:
         """A page to chat with two adapters side by side."""
         html = package_files("mlx_adapters.serving").joinpath("page.html").read_text(encoding="utf-8")
-        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+        policy += "frame-ancestors 'none'"
         return HTMLResponse(html, headers={"Content-Security-Policy": policy})
 
     async def health(self, _: Request) -> Response:

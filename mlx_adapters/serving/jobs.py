@@ -1,7 +1,8 @@
-"""What passes between the web side and the engine: jobs in, pieces of their answers or an error out."""
+"""What passes between the web side and the engine: jobs in, pieces of their answers or an error out; and the log."""
 
 import asyncio
 import logging
+import threading
 import time
 from dataclasses import dataclass, field
 
@@ -52,3 +53,27 @@ class Job:
             self.loop.call_soon_threadsafe(self.events.put_nowait, (self, event))
         except RuntimeError:  # the loop is closed: nobody listens any more
             log.debug("an event came after the loop was closed")
+
+
+class OncePerSecond(logging.Filter):
+    """Lets one line of a kind through in a second, with how many were left out since."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: dict[tuple[str, str], tuple[float, int]] = {}
+        self._lock = threading.Lock()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the line is written."""
+        kind, now = (record.name, str(record.msg)[:60]), time.monotonic()
+        with self._lock:
+            at, left_out = self._last.get(kind, (-1.0, 0))
+            if now - at < 1:
+                self._last[kind] = at, left_out + 1
+                return False
+            if len(self._last) > 1000:
+                self._last.clear()
+            self._last[kind] = now, 0
+        if left_out:
+            record.msg = f"{record.msg} (and {left_out} times since)"
+        return True

@@ -5,6 +5,7 @@ import ipaddress
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from mlx_adapters.config.mapping import require
 from mlx_adapters.config.settings import check, setting, settings
@@ -66,6 +67,28 @@ class ServeSettings:
     max_body_bytes: int = setting(1 << 20, "Longest request", at_least=1)
     max_seconds: float = setting(300.0, "For one request", above=0, at_most=MAX_SECONDS)
     write_seconds: float = setting(30.0, "For a client to take what was written", above=0, at_most=MAX_SECONDS)
+    header_seconds: float = setting(
+        15.0, "For a client to say what it wants, and for a connection that nobody uses", above=0, at_most=MAX_SECONDS
+    )
+    max_connections: int = setting(
+        1000, "Connections at once; more are closed, also where the process may not open as many files", at_least=1
+    )
+    key_rate: int | None = setting(None, "Requests that each key may ask in a minute", means="no limit", at_least=1)
+    key_requests: int | None = setting(None, "Requests of each key at once", means="no limit", at_least=1)
+    allowed_hosts: tuple[str, ...] = setting(
+        (),
+        "Name by which clients may call this server, such as that of a proxy before it; *: any",
+        repeated=True,
+        metavar="NAME",
+    )
+    cors_origins: tuple[str, ...] = setting(
+        (),
+        "Origin whose pages may ask this server, such as http://localhost:3000; *: any",
+        repeated=True,
+        metavar="ORIGIN",
+    )
+    access_log: Path | None = setting(None, "Append a line for each request to this file", metavar="FILE")
+    access_log_json: bool = setting(False, "Write these lines as JSON")
     allow_load: bool = setting(False, "Let POST and DELETE /v1/adapters load registered adapters")
     lenient: bool = setting(
         False, "Ignore unknown fields of requests instead of refusing them, and say so in the header X-Ignored-Fields"

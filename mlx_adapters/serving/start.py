@@ -1,7 +1,11 @@
 """From settings to a running server."""
 
+import asyncio
 import contextlib
 import errno
+import importlib.util
+import logging
+import resource
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,9 +18,12 @@ from mlx_adapters.errors import ConfigError, NotFoundError
 from mlx_adapters.generation.live import load_model
 from mlx_adapters.models.layers import check_fits, check_made_for
 from mlx_adapters.serving.engine import Engine
+from mlx_adapters.serving.jobs import OncePerSecond, log
 from mlx_adapters.serving.residents import Served
 from mlx_adapters.serving.settings import ServeSettings, check_names
 from mlx_adapters.sources.references import check_name, parse_reference
+
+OTHER_FILES = 200  # that are open beside connections: shards of a base, adapters that are read, libraries
 
 
 def parse_adapter(text: str) -> tuple[str, str]:
@@ -88,20 +95,23 @@ def run_server(
 
     Raises ConfigError if the extra `serve` is missing or the address is taken.
     """
-    try:
-        import uvicorn
+    check_extra()
+    import uvicorn
 
-        from mlx_adapters.serving.app import Server
-    except ImportError:
-        raise ConfigError("Serving needs starlette and uvicorn.", "pip install 'mlx_adapters[serve]'.") from None
+    from mlx_adapters.serving.app import Server
+
     settings = engine.settings
     listener = listener or bind(settings.host, settings.port)
+    once = OncePerSecond()
+    for name in ("uvicorn.error", "asyncio", log.name):
+        logging.getLogger(name).addFilter(once)
     config: Any = uvicorn.Config(
         Server(engine).app(),
+        http=connections(settings),
         log_level="warning",
         access_log=False,
         lifespan="on",
-        timeout_keep_alive=30,
+        timeout_keep_alive=int(settings.header_seconds) or 1,
         timeout_graceful_shutdown=30,
         server_header=False,
         h11_max_incomplete_event_size=64 << 10,
@@ -120,6 +130,69 @@ def run_server(
     on_start(f"http://{'[' + host + ']' if ':' in host else host}:{port}", lambda: setattr(server, "should_exit", True))
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn gives the signal on when it has ended
         server.run(sockets=[listener])
+
+
+def check_extra() -> None:
+    """Raise ConfigError unless what serving needs is installed."""
+    missing = [name for name in ("starlette", "uvicorn", "llguidance") if importlib.util.find_spec(name) is None]
+    require(not missing, f"Serving needs {' and '.join(missing)}.", 'pip install ".[serve]" (README, Extras).')
+
+
+def connections(settings: ServeSettings) -> type:
+    """uvicorn's HTTP over one connection, with deadlines and a limit.
+
+    A connection is closed that says nothing in time, or whose reader takes nothing; and one too many at once. These are
+    fewer than the files that this process may open: else accepting fails for everybody.
+    """
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = settings.max_connections
+    if soft != resource.RLIM_INFINITY:
+        most = min(most, max(soft - OTHER_FILES, soft // 2))
+
+    class Connection(H11Protocol):
+        speaking: asyncio.TimerHandle | None = None
+        reading: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            if len(self.connections) > most:
+                log.warning("more than %d connections: the newest are closed", most)
+                transport.abort()
+                return
+            self._await_request()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            self._forget("speaking")
+            self._forget("reading")
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._forget("speaking")
+            elif self.speaking is None:
+                self._await_request()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self.reading = self.reading or self.loop.call_later(settings.write_seconds, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._forget("reading")
+
+        def _await_request(self) -> None:
+            self.speaking = self.loop.call_later(settings.header_seconds, self.transport.abort)
+
+        def _forget(self, name: str) -> None:
+            timer = getattr(self, name)
+            if timer is not None:
+                timer.cancel()
+                setattr(self, name, None)
+
+    return Connection
 
 
 def bind(host: str, port: int) -> socket.socket:

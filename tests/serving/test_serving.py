@@ -25,6 +25,7 @@ from mlx_adapters.sources.registry import register
 from mlx_adapters.system.machine import on_gpu
 
 PROMPT = "List all students."
+JSON = {"Content-Type": "application/json"}
 CHAT = [{"role": "user", "content": PROMPT}]
 
 
@@ -205,7 +206,7 @@ BAD = [
 @pytest.mark.parametrize(("body", "message"), BAD, ids=[str(i) for i in range(len(BAD))])
 def test_bad_input_is_a_400_in_openais_form(server, body, message):
     content = body if isinstance(body, bytes) else json.dumps(body).replace("Infinity", "1e400").encode()
-    answer = httpx.post(server[0] + "/v1/chat/completions", content=content)
+    answer = httpx.post(server[0] + "/v1/chat/completions", content=content, headers=JSON)
     error = answer.json()["error"]
     assert answer.status_code == 400 and message in error["message"] and error["type"] == "invalid_request_error"
     assert httpx.get(server[0] + "/health").status_code == 200
@@ -213,7 +214,7 @@ def test_bad_input_is_a_400_in_openais_form(server, body, message):
 
 def test_other_bad_input(server):
     address = server[0]
-    assert httpx.post(address + "/v1/chat/completions", content=b" " * (1 << 21)).status_code == 413
+    assert httpx.post(address + "/v1/chat/completions", content=b" " * (1 << 21), headers=JSON).status_code == 413
     for prompt in ("", [], [10**9], [-1], [1.5], ["a", 3], ["a", ""], {"a": 1}, None):
         answer = httpx.post(address + "/v1/completions", json={"model": "a", "prompt": prompt})
         assert answer.status_code == 400 and "prompt" in answer.json()["error"]["message"]
@@ -356,9 +357,8 @@ def test_reader_that_does_not_read(tiny_model):
         ).encode()
         with socket.create_connection((host, int(port))) as reader:
             reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-            reader.sendall(
-                b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-            )
+            head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            reader.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
             deadline = time.time() + 20
             while not engine._open and time.time() < deadline:
                 time.sleep(0.01)
