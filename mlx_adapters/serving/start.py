@@ -141,8 +141,9 @@ def check_extra() -> None:
 def connections(settings: ServeSettings) -> type:
     """uvicorn's HTTP over one connection, with deadlines and a limit.
 
-    A connection is closed that says nothing in time, or whose reader takes nothing; and one too many at once. These are
-    fewer than the files that this process may open: else accepting fails for everybody.
+    A connection is closed that says nothing in time, or whose reader takes nothing. Where there are too many at once,
+    the one that has been silent longest gives way to the newest, so that silence keeps nobody out. They are fewer than
+    the files that this process may open: else accepting fails for everybody.
     """
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -151,17 +152,20 @@ def connections(settings: ServeSettings) -> type:
     if soft != resource.RLIM_INFINITY:
         most = min(most, max(soft - OTHER_FILES, soft // 2))
 
+    silent: dict[Any, None] = {}  # connections that have not said what they want, the longest silent first
+
     class Connection(H11Protocol):
         speaking: asyncio.TimerHandle | None = None
         reading: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            if len(self.connections) > most:
-                log.warning("more than %d connections: the newest are closed", most)
-                transport.abort()
-                return
             self._await_request()
+            if len(self.connections) > most:
+                log.warning("more than %d connections: those that ask for nothing are closed", most)
+                first = next(iter(silent))
+                first._forget("speaking")
+                first.transport.abort()
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
@@ -184,6 +188,7 @@ def connections(settings: ServeSettings) -> type:
             self._forget("reading")
 
         def _await_request(self) -> None:
+            silent[self] = None
             self.speaking = self.loop.call_later(settings.header_seconds, self.transport.abort)
 
         def _forget(self, name: str) -> None:
@@ -191,6 +196,8 @@ def connections(settings: ServeSettings) -> type:
             if timer is not None:
                 timer.cancel()
                 setattr(self, name, None)
+            if name == "speaking":
+                silent.pop(self, None)
 
     return Connection
 

@@ -1,0 +1,285 @@
+"""Serve a tiny model that was trained here to call a tool and to write JSON, and ask it with the clients people use.
+
+    python scripts/check_clients.py [--venvs FOLDER] [CLIENT ...]
+
+Each client lives in an environment of its own in FOLDER, made with pip on the first run. Prints a table of what worked;
+the exit status is the number of clients with a failure.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import textwrap
+import venv
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
+import mlx.optimizers as optim  # noqa: E402
+from helpers.chat_families import write_base  # noqa: E402
+from helpers.serving import running  # noqa: E402
+
+from mlx_adapters.generation.live import load_model  # noqa: E402
+
+QUESTION, ANSWER, RESULT = "What is the weather in Paris?", "It is sunny in Paris.", "sunny"
+WHO = "Who is Ada?"
+CALL = {"type": "function", "id": "c0", "function": {"name": "get_weather", "arguments": {"city": "Paris"}}}
+START = """
+import json, os, sys
+from pydantic import BaseModel
+URL = sys.argv[1]
+class Person(BaseModel):
+    name: str
+    age: int
+def get_weather(city: str) -> str:
+    "The weather in a city."
+    assert city == "Paris", city
+    return "sunny"
+QUESTION, WHO, ANSWER = "What is the weather in Paris?", "Who is Ada?", "It is sunny in Paris."
+TOOL = {"type": "function", "function": {"name": "get_weather", "description": "The weather in a city.", "parameters":
+        {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}}
+def check(name, work):
+    try:
+        work()
+        print("ok", name)
+    except Exception as error:
+        print("failed", name, "-", type(error).__name__, str(error)[:300].replace("\\n", " "))
+def same(found, wanted):
+    assert found == wanted, f"{found!r}, not {wanted!r}"
+def ada(person):
+    same(person, Person(name="Ada", age=36))
+"""
+CLIENTS: dict[str, tuple[str, str]] = {
+    "openai": (
+        "openai",
+        """
+import openai
+client = openai.OpenAI(base_url=URL, api_key="none", max_retries=0)
+talk = [{"role": "user", "content": QUESTION}]
+def tools():
+    messages = list(talk)
+    call = client.chat.completions.create(model="base", messages=messages, tools=[TOOL], temperature=0).choices[0]
+    same(call.finish_reason, "tool_calls")
+    (one,) = call.message.tool_calls
+    result = get_weather(**json.loads(one.function.arguments))
+    messages += [call.message, {"role": "tool", "tool_call_id": one.id, "content": result}]
+    said = client.chat.completions.create(model="base", messages=messages, tools=[TOOL], temperature=0)
+    same(said.choices[0].message.content, ANSWER)
+def streamed():
+    text = ""
+    for chunk in client.chat.completions.create(model="base", messages=talk, tools=[TOOL], temperature=0, stream=True):
+        for call in chunk.choices[0].delta.tool_calls or []:
+            text += call.function.arguments or ""
+    same(json.loads(text), {"city": "Paris"})
+def parsed():
+    ada(client.chat.completions.parse(model="base", messages=[{"role": "user", "content": WHO}], temperature=0,
+        response_format=Person).choices[0].message.parsed)
+def responses():
+    ada(client.responses.parse(model="base", input=WHO, temperature=0, text_format=Person).output_parsed)
+def embeddings():
+    same(len(client.embeddings.create(model="base", input=["a", "b"]).data), 2)
+for work in (tools, streamed, parsed, responses, embeddings):
+    check(work.__name__, work)
+""",
+    ),
+    "pydantic-ai": (
+        "pydantic-ai-slim[openai]",
+        """
+from pydantic_ai import Agent, NativeOutput, PromptedOutput
+from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.providers.openai import OpenAIProvider
+model = OpenAIChatModel("base", provider=OpenAIProvider(base_url=URL, api_key="none"))
+cold = {"temperature": 0}
+def tools():
+    same(Agent(model, tools=[get_weather], model_settings=cold).run_sync(QUESTION).output, ANSWER)
+def tool_output():
+    ada(Agent(model, output_type=Person, model_settings=cold).run_sync(WHO).output)
+def native_output():
+    ada(Agent(model, output_type=NativeOutput(Person), model_settings=cold).run_sync(WHO).output)
+for work in (tools, tool_output, native_output):
+    check(work.__name__, work)
+""",
+    ),
+    "instructor": (
+        "instructor",
+        """
+import instructor, openai
+def of(mode):
+    client = instructor.from_openai(openai.OpenAI(base_url=URL, api_key="none"), mode=mode)
+    ada(client.chat.completions.create(model="base", response_model=Person, temperature=0, max_retries=1,
+        messages=[{"role": "user", "content": WHO}]))
+for name in ("TOOLS", "JSON", "JSON_SCHEMA"):
+    check(name.lower(), lambda: of(getattr(instructor.Mode, name)))
+""",
+    ),
+    "langchain-openai": (
+        "langchain-openai",
+        """
+from langchain_core.messages import HumanMessage, ToolMessage
+from langchain_openai import ChatOpenAI
+model = ChatOpenAI(model="base", base_url=URL, api_key="none", temperature=0)
+def tools():
+    bound, messages = model.bind_tools([get_weather]), [HumanMessage(QUESTION)]
+    messages.append(bound.invoke(messages))
+    (call,) = messages[-1].tool_calls
+    messages.append(ToolMessage(get_weather(**call["args"]), tool_call_id=call["id"]))
+    same(bound.invoke(messages).content, ANSWER)
+def of(method):
+    ada(model.with_structured_output(Person, method=method).invoke(WHO))
+def streamed():
+    same("".join(chunk.content for chunk in model.stream(WHO, response_format={"type": "json_object"}))[:1], "{")
+check("tools", tools)
+for method in ("function_calling", "json_schema", "json_mode"):
+    check(method, lambda: of(method))
+check("streamed", streamed)
+""",
+    ),
+    "litellm": (
+        "litellm",
+        """
+import litellm
+cold = {"model": "openai/base", "api_base": URL, "api_key": "none", "temperature": 0}
+def tools():
+    talk = [{"role": "user", "content": QUESTION}]
+    answer = litellm.completion(messages=talk, tools=[TOOL], tool_choice="auto", **cold).choices[0].message
+    same(json.loads(answer.tool_calls[0].function.arguments), {"city": "Paris"})
+def schema():
+    answer = litellm.completion(messages=[{"role": "user", "content": WHO}], response_format=Person, **cold)
+    ada(Person.model_validate_json(answer.choices[0].message.content))
+for work in (tools, schema):
+    check(work.__name__, work)
+""",
+    ),
+    "llm": (
+        "llm",
+        """
+import pathlib, subprocess, tempfile
+home = tempfile.mkdtemp()
+pathlib.Path(home, "extra-openai-models.yaml").write_text(
+    f"- model_id: tiny\\n  model_name: base\\n  api_base: {URL}\\n  supports_tools: true\\n  supports_schema: true\\n")
+def llm(*words):
+    told = os.environ | {"LLM_USER_PATH": home, "OPENAI_API_KEY": "none"}
+    command = [str(pathlib.Path(sys.executable).parent / "llm"), "-m", "tiny", "-o", "temperature", "0", *words]
+    done = subprocess.run(command, env=told, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-300:]
+    return done.stdout.strip()
+def schema():
+    ada(Person.model_validate_json(llm(WHO, "--schema", "name, age int")))
+def tools():
+    code = 'def get_weather(city: str) -> str:\\n    "The weather in a city."\\n    return "sunny"'
+    assert llm(QUESTION, "--functions", code).endswith(ANSWER)
+for work in (schema, tools):
+    check(work.__name__, work)
+""",
+    ),
+}
+
+
+def conversations(rng: random.Random) -> list[tuple[list[dict[str, Any]], list[dict[str, Any]] | None]]:
+    """What the model is trained on: the last message of each, whatever tools and system text stand before."""
+
+    def words() -> str:
+        letters = 'abcdefghijklmnopqrstuvwxyz    {}[]":,_'
+        return "".join(rng.choice(letters) for _ in range(rng.randint(0, 120)))
+
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "title": words()}
+    function = {"name": "get_weather", "description": words(), "parameters": parameters}
+    tools = [{"type": "function", "function": function}] * rng.randint(1, 2)
+    system = [{"role": "system", "content": words()}] if rng.random() < 0.5 else []
+    asked = [*system, {"role": "user", "content": QUESTION}]
+    called = [*asked, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    answered = [*called, {"role": "tool", "content": RESULT, "tool_call_id": "c0"}]
+    said = [*answered, {"role": "assistant", "content": ANSWER}]
+    who = [*system, {"role": "user", "content": WHO + words() * rng.randint(0, 1)}]
+    person = {"name": "Ada", "age": 36}
+    name = rng.choice(["Person", "final_result", "output"])
+    final = [{"type": "function", "function": {"name": name, "parameters": {"title": words()}}}]
+    as_call = {"type": "function", "id": "c0", "function": {"name": name, "arguments": person}}
+    return [
+        (called, tools),
+        (said, tools),
+        ([*who, {"role": "assistant", "content": json.dumps(person)}], None),
+        ([*who, {"role": "assistant", "content": "", "tool_calls": [as_call]}], final),
+    ]
+
+
+def train(folder: Path, steps: int) -> None:
+    """Teach the model in a folder; its weights there are replaced."""
+    model = load_model(folder)
+    module, tokenizer, rng = model.module, model.tokenizer, random.Random(0)
+
+    def row() -> tuple[list[int], int]:
+        messages, tools = rng.choice(conversations(rng))
+        prompt = model.encode_chat(messages[:-1], tools)
+        text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+        return list(tokenizer.encode(text, add_special_tokens=False)), len(prompt)
+
+    def loss(network: nn.Module, tokens: mx.array, counts: mx.array) -> mx.array:
+        logits = network(tokens[:, :-1])
+        each = nn.losses.cross_entropy(logits, tokens[:, 1:])
+        return (each * counts).sum() / counts.sum()
+
+    rate = optim.join_schedules([optim.linear_schedule(1e-4, 4e-3, 40), optim.cosine_decay(4e-3, steps)], [40])
+    optimizer, step = optim.AdamW(rate), nn.value_and_grad(module, loss)
+    for number in range(steps):
+        rows = [row() for _ in range(8)]
+        width = max(len(tokens) for tokens, _ in rows)
+        tokens = mx.array([one + [0] * (width - len(one)) for one, _ in rows])
+        counts = mx.array([[float(start <= i < len(one)) for i in range(1, width)] for one, start in rows])
+        value, gradients = step(module, tokens, counts)
+        optimizer.update(module, gradients)
+        mx.eval(module.parameters(), optimizer.state)
+        if number % 100 == 99:
+            print(f"step {number + 1}: loss {value.item():.4f}", file=sys.stderr, flush=True)
+    module.save_weights(str(folder / "model.safetensors"))
+
+
+def python_of(folder: Path, package: str) -> Path:
+    """The Python of an environment that has the package; made if it is not there."""
+    if not (folder / "ready").exists():
+        venv.create(folder, with_pip=True)
+        subprocess.run([folder / "bin" / "pip", "install", "-q", package], check=True)
+        (folder / "ready").touch()
+    return folder / "bin" / "python"
+
+
+def main() -> int:
+    """Train, serve, ask."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--venvs", type=Path, default=Path(tempfile.gettempdir()) / "mlx-adapters-clients")
+    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--base", type=Path, help="keep the trained model here, and take it from here if it is there")
+    parser.add_argument("clients", nargs="*", metavar="CLIENT", help=f"of {', '.join(CLIENTS)} [all]")
+    asked = parser.parse_args()
+    names, failed = asked.clients or list(CLIENTS), 0
+    pythons = {name: python_of(asked.venvs / name, CLIENTS[name][0]) for name in names}
+    with tempfile.TemporaryDirectory() as home:
+        os.environ["MLX_ADAPTERS_HOME"] = home
+        folder = asked.base or Path(home) / "base"
+        if not folder.exists():
+            train(write_base(folder, "qwen3", hidden_size=128, intermediate_size=256), asked.steps)
+        with running(folder, [], max_batch=4) as (address, _):
+            for name in names:
+                code = START + textwrap.dedent(CLIENTS[name][1])
+                done = subprocess.run(
+                    [pythons[name], "-c", code, f"{address}/v1"], capture_output=True, text=True, timeout=300
+                )
+                lines = [line for line in done.stdout.splitlines() if line.startswith(("ok ", "failed "))]
+                if done.returncode or not lines:
+                    lines.append(f"failed to run - {done.stderr.strip()[-400:]}")
+                failed += any(line.startswith("failed") for line in lines)
+                for line in lines:
+                    print(f"{name:<18}{line}", flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
