@@ -188,7 +188,7 @@ def conversations(rng: random.Random) -> list[tuple[list[dict[str, Any]], list[d
 
     def words() -> str:
         letters = 'abcdefghijklmnopqrstuvwxyz    {}[]":,_'
-        return "".join(rng.choice(letters) for _ in range(rng.randint(0, 120)))
+        return "".join(rng.choice(letters) for _ in range(rng.randint(0, 60)))
 
     parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "title": words()}
     function = {"name": "get_weather", "description": words(), "parameters": parameters}
@@ -228,17 +228,21 @@ def train(folder: Path, steps: int) -> None:
         return (each * counts).sum() / counts.sum()
 
     rate = optim.join_schedules([optim.linear_schedule(1e-4, 4e-3, 40), optim.cosine_decay(4e-3, steps)], [40])
+    losses: list[float] = []
     optimizer, step = optim.AdamW(rate), nn.value_and_grad(module, loss)
     for number in range(steps):
-        rows = [row() for _ in range(8)]
+        rows = [row() for _ in range(6)]
         width = max(len(tokens) for tokens, _ in rows)
         tokens = mx.array([one + [0] * (width - len(one)) for one, _ in rows])
         counts = mx.array([[float(start <= i < len(one)) for i in range(1, width)] for one, start in rows])
         value, gradients = step(module, tokens, counts)
         optimizer.update(module, gradients)
         mx.eval(module.parameters(), optimizer.state)
-        if number % 100 == 99:
-            print(f"step {number + 1}: loss {value.item():.4f}", file=sys.stderr, flush=True)
+        losses.append(value.item())
+        if number % 50 == 49:
+            print(f"step {number + 1}: loss {losses[-1]:.4f}", file=sys.stderr, flush=True)
+            if max(losses[-30:]) < 0.02:
+                break
     module.save_weights(str(folder / "model.safetensors"))
 
 
@@ -264,8 +268,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as home:
         os.environ["MLX_ADAPTERS_HOME"] = home
         folder = asked.base or Path(home) / "base"
-        if not folder.exists():
+        if not (folder / "trained").exists():
             train(write_base(folder, "qwen3", hidden_size=128, intermediate_size=256), asked.steps)
+            (folder / "trained").touch()
         with running(folder, [], max_batch=4) as (address, _):
             for name in names:
                 code = START + textwrap.dedent(CLIENTS[name][1])

@@ -1,8 +1,9 @@
 """Two hundred clients against one server: random adapters, clients that leave, requests that are wrong.
 
-A tiny model with eight adapters is built, four of which fit into memory, and served on loopback. Every answer is
-held against the adapter's solo run; every refusal must be the one that was asked for; the server's memory must
-stay flat. Ends with status 1 if anything differs.
+A tiny model with eight adapters is built, four of which fit into memory, and served on loopback. Every greedy answer is
+held against the adapter's solo run, every drawn one against the same request's before; structured ones are JSON of their
+schema; every refusal must be the one that was asked for; the server's memory must stay flat. Ends with status 1 if
+anything differs.
 
     python scripts/load_test.py --clients 200 --seconds 120
 """
@@ -27,6 +28,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 ADAPTERS = [f"tenant{i}" for i in range(8)]
 PROMPTS = ["List all students.", "How many courses are there?", "Once upon a time", "SELECT", "a b c d e f g"]
 LENGTHS = (1, 7, 24)
+JSON = {"Content-Type": "application/json"}
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 4}, "old": {"type": "boolean"}},
+    "required": ["name", "old"],
+    "additionalProperties": False,
+}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
 WRONG = [
     (400, b"{"),
     (400, b"\xff\xfe"),
@@ -43,8 +52,8 @@ WRONG = [
 
 def build(folder):
     """Write the model and register the adapters; give {(name, prompt, length): text} of the solo runs."""
+    from helpers.adapters import random_adapter
     from helpers.tiny_models import build_model
-    from test_runtime import random_adapter
 
     from mlx_adapters.generation.live import load_model
     from mlx_adapters.sources.registry import register
@@ -67,11 +76,12 @@ class Clients:
     def __init__(self, http, wanted, seconds):
         self.http, self.wanted, self.end = http, wanted, time.monotonic() + seconds
         self.counts, self.failures, self.latencies = collections.Counter(), [], []
+        self.seen = {}
 
     async def one(self, number):
         chance = random.Random(number)
         while time.monotonic() < self.end:
-            kind = chance.choices(["whole", "stream", "leave", "wrong"], [40, 30, 15, 15])[0]
+            kind = chance.choices(["whole", "stream", "formed", "drawn", "leave", "wrong"], [30, 25, 10, 10, 12, 13])[0]
             name, prompt, length = chance.choice(list(self.wanted))
             body = {
                 "model": name,
@@ -102,6 +112,25 @@ class Clients:
                     text += json.loads(line[6:])["choices"][0]["delta"].get("content", "")
         assert text == wanted, "another text than the solo run's"
 
+    async def formed(self, body, wanted, chance):
+        """A grammar on the logits: the text is JSON of the schema, and the same for the same seed."""
+        body |= {"response_format": FORMAT, "max_tokens": 200, "temperature": 1, "seed": chance.randint(0, 3)}
+        text = await self.again(body)
+        assert set(json.loads(text)) == {"name", "old"}, "no JSON of the schema"
+
+    async def drawn(self, body, wanted, chance):
+        """Sampling with all that a request may ask of it: the same for the same seed."""
+        more = {"top_p": 0.9, "top_k": 50, "repetition_penalty": 1.2, "frequency_penalty": 0.3, "logit_bias": {"9": 1}}
+        await self.again(body | more | {"temperature": 0.9, "seed": chance.randint(0, 3)})
+
+    async def again(self, body):
+        """The text of an answer, which must be the one that the same request got before."""
+        answer = await self.http.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 200, answer.text[:200]
+        text = answer.json()["choices"][0]["message"]["content"]
+        assert self.seen.setdefault(json.dumps(body, sort_keys=True), text) == text, "another text than before"
+        return text
+
     async def leave(self, body, wanted, chance):
         body |= {"stream": True, "max_tokens": 500}
         async with self.http.stream("POST", "/v1/chat/completions", json=body) as answer:
@@ -113,7 +142,7 @@ class Clients:
     async def wrong(self, body, wanted, chance):
         status, change = chance.choice(WRONG)
         content = change if isinstance(change, bytes) else json.dumps(body | change).encode()
-        answer = await self.http.post("/v1/chat/completions", content=content)
+        answer = await self.http.post("/v1/chat/completions", content=content, headers=JSON)
         assert answer.status_code == status and "error" in answer.json(), f"{answer.status_code} for {change!r:.60}"
 
 

@@ -92,6 +92,7 @@ base_option = click.option("--base", metavar="BASE", help="Base model: demo, a f
 any_base_option = option(EvaluationConfig, "any_base")
 dtype_option = option(EvaluationConfig, "dtype")
 sampling_options = options(Sampling)
+system_option = click.option("--system", help="The system message.")
 
 
 def _trust(context: click.Context, _: click.Parameter, value: bool) -> None:

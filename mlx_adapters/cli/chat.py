@@ -16,6 +16,7 @@ from mlx_adapters.cli._options import (
     dtype_option,
     json_option,
     sampling_options,
+    system_option,
     template_options,
     trust_option,
 )
@@ -45,7 +46,7 @@ HELP = """/use NAME       answer with this adapter (attached if it is not yet)
 )
 @base_option
 @any_base_option
-@click.option("--system", help="The system message.")
+@system_option
 @sampling_options
 @template_options
 @dtype_option
@@ -93,6 +94,7 @@ def chat_command(
 @click.argument("b", shell_complete=complete_references)
 @base_option
 @any_base_option
+@system_option
 @sampling_options
 @template_options
 @dtype_option
@@ -104,6 +106,7 @@ def ab_command(
     b: str,
     base: str | None,
     any_base: bool,
+    system: str | None,
     template: TemplateConfig,
     dtype: str,
     as_json: bool,
@@ -123,7 +126,7 @@ def ab_command(
     references = [reference for reference in dict.fromkeys((a, b)) if reference != "base"]
     model = _load(base, tuple(references), any_base, dtype, template)
     names = {"base": None} | dict(zip(references, (info.name for info in model.adapters), strict=True))
-    pairs = answer_pairs(model, questions, names[a], names[b], **sampling)
+    pairs = answer_pairs(model, questions, names[a], names[b], system, **sampling)
     if as_json:
         _output.emit_json({"a": a, "b": b, "pairs": pairs})
         return

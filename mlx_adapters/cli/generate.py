@@ -13,6 +13,7 @@ from mlx_adapters.cli._options import (
     dtype_option,
     json_option,
     sampling_options,
+    system_option,
     template_options,
     text_or_stdin,
     trust_option,
@@ -26,6 +27,7 @@ from mlx_adapters.config.data import TemplateConfig
 @base_option
 @any_base_option
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
+@system_option
 @sampling_options
 @template_options
 @dtype_option
@@ -37,6 +39,7 @@ def generate_command(
     adapter: str | None,
     base: str | None,
     any_base: bool,
+    system: str | None,
     template: TemplateConfig,
     dtype: str,
     as_json: bool,
@@ -48,21 +51,23 @@ def generate_command(
     Example:
       mlx-adapters generate "List all departments." --adapter sql
     """
+    from mlx_adapters.generation.chat import conversation
     from mlx_adapters.generation.live import load_model
     from mlx_adapters.sources.bases import recorded_base
     from mlx_adapters.sources.lookup import load_adapter
 
-    prompt = text_or_stdin(prompt)
+    text = text_or_stdin(prompt)
+    told: Any = conversation(text, system) if system else text
     loaded = load_adapter(adapter) if adapter else None
     recorded = loaded.base_name if loaded else None
     if base is None and recorded is None:
         raise click.UsageError("Give --adapter or --base (the embedded model is 'demo').")
     model = load_model(base or recorded_base(str(recorded)), loaded, dtype=dtype, any_base=any_base, template=template)
     if as_json:
-        _output.emit_json(model.generate(prompt, **options))
+        _output.emit_json(model.generate(told, **options))
         return
     reason = None
-    for response in model.stream(prompt, **options):
+    for response in model.stream(told, **options):
         _output.out(response.text, newline=False)
         reason = response.finish_reason
     _output.out()

@@ -109,7 +109,15 @@ def _prompt(line: str, where: str) -> str:
         raise FormatError(f"{where} has neither 'prompt' nor 'messages' with a user's turn.") from None
 
 
-def answer_pairs(model: LiveModel, prompts: list[str], a: str | None, b: str | None, **options: Any) -> list[Pair]:
+def conversation(text: str, system: str | None = None) -> list[dict[str, str]]:
+    """The messages of a question, after the system's."""
+    return [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": text}]
+
+
+def answer_pairs(
+    model: LiveModel, prompts: list[str], a: str | None, b: str | None, system: str | None = None, **options: Any
+) -> list[Pair]:
     """The answers of adapters `a` and `b` (None: the base) to each prompt, all decoded together."""
-    answers = model.generate_batch([(prompt, name) for prompt in prompts for name in (a, b)], **options)
+    told: list[Any] = [conversation(prompt, system) if system else prompt for prompt in prompts]
+    answers = model.generate_batch([(prompt, name) for prompt in told for name in (a, b)], **options)
     return [Pair(p, *answers[2 * i : 2 * i + 2]) for i, p in enumerate(prompts)]

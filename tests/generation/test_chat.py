@@ -97,6 +97,23 @@ def test_ab(model, tiny_model, tmp_path):
     assert shown.stdout.count("\none: ") == 2 and shown.stdout.count("\ntwo: ") == 2
 
 
+def test_a_system_message_comes_before_the_question(model, tiny_model, tmp_path):
+    """In `generate` and in `ab`, as the conversation that it is."""
+    base = str(tiny_model("llama"))
+    told = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Go."}]
+    wanted = model.generate(told, max_tokens=6).text
+    options = ["--system", "Be brief.", "--max-tokens", "6", "--json"]
+    answer = CliRunner().invoke(cli, ["generate", "Go.", "--base", base, *options])
+    assert json.loads(answer.stdout)["text"] == wanted
+    (tmp_path / "prompts.txt").write_text("Go.\n")
+    pairs = CliRunner().invoke(cli, ["ab", str(tmp_path / "prompts.txt"), "base", "base", "--base", base, *options])
+    assert json.loads(pairs.stdout)["pairs"][0]["a"] == wanted
+    refused = CliRunner().invoke(cli, ["generate", "Go.", "--base", base, "--raw", *options])
+    assert "chat template" in str(refused.exception)
+    ended = CliRunner().invoke(cli, ["generate", "Go.", "--base", base, "--extra-eos", "nothing like it"])
+    assert "no token of this model" in str(ended.exception)
+
+
 def test_prompt_files(tmp_path):
     with pytest.raises(NotFoundError):
         read_prompts(tmp_path / "none.txt")

@@ -166,7 +166,7 @@ def test_keys_have_limits_of_their_own(tiny_model):
         assert [ask(keys[0]).status_code for _ in range(4)] == [200, 200, 200, 429]
         refused = ask(keys[0])
         assert "3 times a minute" in refused.json()["error"]["message"] and "retry-after" in refused.headers
-        long = threading.Thread(target=ask, args=(keys[1],), kwargs={"max_tokens": 1500, "stream": True})
+        long = threading.Thread(target=ask, args=(keys[1],), kwargs={"max_tokens": 1900, "ignore_eos": True})
         long.start()
         assert eventually(lambda: len(engine._open) == 1)
         assert "1 requests at once" in ask(keys[1]).json()["error"]["message"]
