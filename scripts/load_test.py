@@ -1,9 +1,9 @@
 """Two hundred clients against one server: random adapters, clients that leave, requests that are wrong.
 
 A tiny model with eight adapters is built, four of which fit into memory, and served on loopback. Every greedy answer is
-held against the adapter's solo run, every drawn one against the same request's before; structured ones are JSON of their
-schema; every refusal must be the one that was asked for; the server's memory must stay flat. Ends with status 1 if
-anything differs.
+held against the adapter's solo run, every drawn one against the same request's before; structured ones are JSON of
+their schema; every refusal must be the one that was asked for; the server's memory must stay flat. Ends with status 1
+if anything differs.
 
     python scripts/load_test.py --clients 200 --seconds 120
 """
