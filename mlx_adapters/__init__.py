@@ -74,6 +74,7 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from mlx_adapters.generation.live import LiveModel as LiveModel
     from mlx_adapters.generation.live import load_model as load_model
     from mlx_adapters.generation.memory import estimate_inference as estimate_inference
+    from mlx_adapters.generation.wrapping import wrap_model as wrap_model
     from mlx_adapters.merging.extraction import extract as extract
     from mlx_adapters.merging.recipes import interpolate as interpolate
     from mlx_adapters.merging.recipes import merge as merge
@@ -131,6 +132,7 @@ _PUBLIC = {
     "Sampling": "config.sampling",
     "LiveModel": "generation.live",
     "load_model": "generation.live",
+    "wrap_model": "generation.wrapping",
     "fuse": "fusion.fuse",
     "benchmark": "benchmarking.run",
     "BenchmarkInterrupted": "benchmarking.run",

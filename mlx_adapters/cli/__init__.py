@@ -53,6 +53,7 @@ COMMANDS = {
     "estimate": ("estimate", "Forecast memory, and the time of a training, beforehand."),
     "eval": ("eval", "Judge variants on data: loss, distance, task score."),
     "demo": ("demo", "The whole way on an embedded model and data."),
+    "doctor": ("doctor", "Compare the machines of a run beforehand: versions, base, data."),
     "env": ("env", "Show versions, device, BLAS and the home folder."),
 }
 

@@ -18,6 +18,7 @@ from mlx_adapters.sources import registry
 pytest_plugins = ["helpers.hub_fixtures"]
 
 LINES = """\
+doctor --base base --data data
 data check data --base base
 data split data/train.jsonl halves
 estimate base
