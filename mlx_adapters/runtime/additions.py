@@ -1,50 +1,78 @@
 """What an adapter adds to a base layer's output: one adapter for all rows, or another one for each row.
 
-Both kinds know the three layers: `linear(y, x)`, `lookup(y, ids)` for embeddings and `experts(y, x, indices,
-sorted_indices)` for mixtures. y is the base layer's output and is never changed in place.
+Both kinds know the three layers: `linears(y, x, widths)` for linear layers on one input, `lookup(y, ids)` for
+embeddings and `experts(y, x, indices, sorted_indices)` for mixtures. y, what the base computed, is never changed.
 """
 
 import math
 from collections.abc import Sequence
 
 from mlx_adapters.errors import IncompatibleError
+from mlx_adapters.runtime import kernel
 from mlx_adapters.runtime.factors import Factors
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.machine import on_gpu
+
+
+def split(y: mx.array, widths: Sequence[int]) -> list[mx.array]:
+    """(..., Σ widths) -> (..., width) for each."""
+    ends = [sum(widths[: i + 1]) for i in range(len(widths) - 1)]
+    return mx.split(y, ends, axis=-1) if ends else [y]
 
 
 class ForAll:
     """One adapter for all rows: y · gain + shift + (x aᵀ) bᵀ."""
 
     def __init__(self, factors: Factors) -> None:
-        self.factors, self.gain, self.shift = factors, factors.gain, factors.shift
-        self.a, self.b = factors.a.swapaxes(-1, -2), factors.b.swapaxes(-1, -2)  # (..., in, r), (..., r, out)
-        if self.a.ndim == 2:  # for one row: a product of equal ranks needs no reshaping around it
-            self.one_a, self.one_b = self.a[None], self.b[None]  # (1, in, r), (1, r, out)
+        self.factors, self.gain, self.shift, a = factors, factors.gain, factors.shift, factors.a
+        self.linear_like = factors.b.ndim == 2
+        if self.linear_like:
+            a = a.reshape(-1, a.shape[-1])  # (layers · r, in)
+        self.a, self.b = a.swapaxes(-1, -2), factors.b.swapaxes(-1, -2)  # (..., in, layers · r), (..., r, Σ out)
+        if self.linear_like:  # for one row: a product of equal ranks needs no reshaping around it
+            self.one_a, self.one_b = self.a[None], self.b[None]
         self.adds = not on_gpu() and self.b.dtype == mx.float32  # a product that adds is one operation less
 
     @property
     def arrays(self) -> list[mx.array]:
         """What must be evaluated before it is used."""
-        return [self.a, self.b, *([self.one_a, self.one_b] if self.a.ndim == 2 else [])]
+        return [self.a, self.b, *([self.one_a, self.one_b] if self.linear_like else [])]
 
-    def linear(self, y: mx.array, x: mx.array) -> mx.array:
-        """y (..., out) and x (..., in)."""
-        if self.gain is not None:
-            y = y * self.gain
-            if self.shift is not None:
-                y = y + self.shift
-        if x.ndim == 3 and x.shape[0] == 1:
-            a, b = self.one_a, self.one_b
-        else:
-            a, b = self.a, self.b
-        return mx.addmm(y, x @ a, b) if self.adds else y + (x @ a) @ b
+    @property
+    def inputs(self) -> list[mx.array]:
+        """The arrays that it works with; `of` makes one like it of others."""
+        return self.factors.arrays
+
+    @property
+    def make(self) -> tuple:
+        """What two must have in common for one compiled function to serve them, their arrays' shapes aside."""
+        return (ForAll, self.gain is None, self.shift is None)
+
+    def of(self, inputs: Sequence[mx.array]) -> "ForAll":
+        """See `inputs`."""
+        return ForAll(self.factors.of(inputs))
+
+    def linears(self, y: mx.array, x: mx.array, widths: Sequence[int]) -> list[mx.array]:
+        """The outputs of linear layers on x (..., in), from what they computed, y (..., Σ widths)."""
+        f, rank = self.factors, self.b.shape[-2]
+        if kernel.serves(y, x, rank):
+            a, gain, shift = f.a.reshape(1, len(widths), rank, -1), f.gain, f.shift
+            return split(kernel.add_update(y, x, a, f.b[None], widths, kernel.first(x), gain, shift), widths)
+        if f.gain is not None:
+            y = y * f.gain
+            if f.shift is not None:
+                y = y + f.shift
+        a, b = (self.one_a, self.one_b) if x.ndim == 3 and x.shape[0] == 1 else (self.a, self.b)
+        z = x @ a  # (..., layers · r)
+        parts = zip(split(y, widths), split(z, [rank] * len(widths)), split(b, widths), strict=True)
+        return [mx.addmm(part, low, high) if self.adds else part + low @ high for part, low, high in parts]
 
     def lookup(self, y: mx.array, ids: mx.array) -> mx.array:
         """y (..., dim) and ids (...)."""
-        if self.gain is not None:
-            y = y * self.gain[ids][..., None]
-        return y + self.factors.b[ids] @ self.factors.a
+        f = self.factors
+        if f.gain is not None:
+            y = y * f.gain[ids][..., None]
+        return y + f.b[ids] @ f.a
 
     def experts(self, y: mx.array, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
         """y (..., 1, out) and x (..., 1, in), one expert for each entry of `indices`."""
@@ -55,8 +83,8 @@ class ForAll:
 class Rows:
     """Which slot each row of the batch uses; one object for all layers, new for each new batch."""
 
-    def __init__(self, slots: Sequence[int]) -> None:
-        self.slots = mx.array(slots, dtype=mx.uint32)
+    def __init__(self, slots: Sequence[int] | mx.array) -> None:
+        self.slots = slots if isinstance(slots, mx.array) else mx.array(slots, dtype=mx.uint32)
         self.indices: mx.array | None = None
         self._spread: dict[tuple[int, ...], tuple[mx.array, mx.array]] = {}
 
@@ -80,26 +108,47 @@ class Rows:
 
 class PerRow:
     """Another adapter for each row: the factors of slot `rows.slots[i]` for row i (Punica, arXiv 2310.18547;
-    S-LoRA, arXiv 2311.03285). `stacked` holds (slots, r, in) and (slots, out, r); slot 0 is all zero."""
+    S-LoRA, arXiv 2311.03285). `stacked` holds (slots, ..., r, in) and (slots, ..., out, r); slot 0 is all zero."""
 
     def __init__(self, stacked: Factors, rows: Rows) -> None:
-        self.stacked, self.rows = stacked, rows
-        self.a, self.b = stacked.a.swapaxes(-1, -2), stacked.b.swapaxes(-1, -2)
+        self.stacked, self.rows, a = stacked, rows, stacked.a
+        if stacked.b.ndim == 3:  # of linear layers
+            a = a.reshape(a.shape[0], -1, a.shape[-1])  # (slots, layers · r, in)
+        self.a, self.b = a.swapaxes(-1, -2), stacked.b.swapaxes(-1, -2)
 
     @property
     def parts(self) -> tuple["PerRow"]:
         """Itself, as the only part. (No attribute: what refers to itself stays in memory longer.)"""
         return (self,)
 
-    def linear(self, y: mx.array, x: mx.array) -> mx.array:
-        """y (rows, ..., out) and x (rows, ..., in)."""
+    @property
+    def inputs(self) -> list[mx.array]:
+        """See ForAll."""
+        return [*self.stacked.arrays, self.rows.slots]
+
+    @property
+    def make(self) -> tuple:
+        """See ForAll."""
+        return (PerRow, self.stacked.gain is None, self.stacked.shift is None)
+
+    def of(self, inputs: Sequence[mx.array]) -> "PerRow":
+        """See ForAll."""
+        return PerRow(self.stacked.of(inputs), Rows(inputs[-1]))
+
+    def linears(self, y: mx.array, x: mx.array, widths: Sequence[int]) -> list[mx.array]:
+        """The outputs of linear layers on x (rows, ..., in), from what they computed, y (rows, ..., Σ widths)."""
+        f, rank = self.stacked, self.b.shape[-2]
         slots, order = self.rows.spread(x.shape[:-1])  # each (tokens,)
-        if self.stacked.gain is not None:
-            y = y * self.stacked.gain[slots].reshape(y.shape)
-            if self.stacked.shift is not None:
-                y = y + self.stacked.shift[slots].reshape(y.shape)
-        z = mx.gather_mm(x.reshape(-1, 1, x.shape[-1]), self.a, order, slots)  # (tokens, 1, r)
-        return y + mx.gather_mm(z, self.b, order, slots).reshape(y.shape)
+        if kernel.serves(y, x, rank):
+            a, at = f.a.reshape(-1, len(widths), rank, x.shape[-1]), slots.astype(mx.int32)
+            return split(kernel.add_update(y, x, a, f.b, widths, at, f.gain, f.shift), widths)
+        if f.gain is not None:
+            y = y * f.gain[slots].reshape(y.shape)
+            if f.shift is not None:
+                y = y + f.shift[slots].reshape(y.shape)
+        z = mx.gather_mm(x.reshape(-1, 1, x.shape[-1]), self.a, order, slots)  # (tokens, 1, layers · r)
+        parts = zip(split(y, widths), split(z, [rank] * len(widths)), split(self.b, widths), strict=True)
+        return [part + mx.gather_mm(low, high, order, slots).reshape(part.shape) for part, low, high in parts]
 
     def lookup(self, y: mx.array, ids: mx.array) -> mx.array:
         """y (rows, tokens, dim) and ids (rows, tokens)."""
@@ -128,11 +177,31 @@ class InTurn:
     def __init__(self, parts: Sequence[PerRow]) -> None:
         self.parts = tuple(parts)
 
-    def linear(self, y: mx.array, x: mx.array) -> mx.array:
-        """See PerRow."""
+    @property
+    def inputs(self) -> list[mx.array]:
+        """See ForAll."""
+        return [array for part in self.parts for array in part.inputs]
+
+    @property
+    def make(self) -> tuple:
+        """See ForAll."""
+        return tuple(part.make for part in self.parts)
+
+    def of(self, inputs: Sequence[mx.array]) -> "InTurn":
+        """See ForAll."""
+        made, rest = [], list(inputs)
         for part in self.parts:
-            y = part.linear(y, x)
-        return y
+            count = len(part.inputs)
+            made.append(part.of(rest[:count]))
+            rest = rest[count:]
+        return InTurn(made)
+
+    def linears(self, y: mx.array, x: mx.array, widths: Sequence[int]) -> list[mx.array]:
+        """See PerRow."""
+        *earlier, last = self.parts
+        for part in earlier:
+            y = mx.concatenate(part.linears(y, x, widths), axis=-1)
+        return last.linears(y, x, widths)
 
     def lookup(self, y: mx.array, ids: mx.array) -> mx.array:
         """See PerRow."""

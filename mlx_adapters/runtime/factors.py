@@ -5,6 +5,7 @@ Whatever the layer, an adapted weight is W' = gain · W + b a (gain scales rows;
 | layer                  | a           | b           | gain    |
 | ---------------------- | ----------- | ----------- | ------- |
 | linear W (out, in)     | (r, in)     | (out, r)    | (out,)  |
+| P of them on one input | (P, r, in)  | (Σ out, r)  | (Σ out,)|
 | embedding W (vocab, d) | (r, d)      | (vocab, r)  | (vocab,)|
 | experts W (E, out, in) | (E, r, in)  | (E, out, r) | none    |
 
@@ -49,6 +50,11 @@ class Factors:
         """All arrays that are there."""
         return [x for x in (self.a, self.b, self.gain, self.shift) if x is not None]
 
+    def of(self, arrays: Sequence[mx.array]) -> "Factors":
+        """Factors of the same kind, of these arrays."""
+        given = iter(arrays)
+        return Factors(*(None if x is None else next(given) for x in (self.a, self.b, self.gain, self.shift)))  # type: ignore[arg-type]
+
     @property
     def nbytes(self) -> int:
         """Bytes in memory."""
@@ -87,24 +93,18 @@ def combine(parts: Sequence[tuple[Factors, float]]) -> Factors:
 
 
 def below_each_other(parts: Sequence[Factors | None], widths: Sequence[int]) -> Factors | None:
-    """The factors of several linear layers on one input as those of one layer: b is block-diagonal.
+    """The factors of several linear layers on one input, whose outputs lie one after the other.
 
     A part that no adapter touches is None; all None gives None.
     """
     there = [f for f in parts if f is not None]
     if len(parts) == 1 or not there:
         return there[0] if there else None
-    dtype, total, start, rows = there[0].a.dtype, sum(f.a.shape[0] for f in there), 0, []
-    for f, width in zip(parts, widths, strict=True):
-        if f is None:
-            rows.append(mx.zeros((width, total), dtype))
-        else:
-            rank = f.a.shape[0]
-            rows.append(mx.pad(f.b, [(0, 0), (start, total - start - rank)]))  # (width, Σ r)
-            start += rank
+    no_a, dtype, rank = mx.zeros_like(there[0].a), there[0].a.dtype, there[0].b.shape[1]
+    pairs = list(zip(parts, widths, strict=True))
     return Factors(
-        mx.concatenate([f.a for f in there]),
-        stored(mx.concatenate(rows)),
+        mx.stack([no_a if f is None else f.a for f in parts]),  # (P, r, in)
+        stored(mx.concatenate([mx.zeros((width, rank), dtype) if f is None else f.b for f, width in pairs])),
         _row(parts, widths, "gain", 1, dtype),
         _row(parts, widths, "shift", 0, dtype),
     )

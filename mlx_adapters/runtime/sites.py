@@ -28,15 +28,20 @@ class Site:
     def __init__(self, paths: Sequence[str], layers: Sequence[nn.Module]) -> None:
         self.paths, self.layers = tuple(paths), tuple(layers)
         self.update: Addition | None = None
+        self.outputs: Callable[[mx.array], list[mx.array]] = self.computed  # or the same, compiled
 
     def assemble(self, factors: dict[str, Factors]) -> Factors | None:
         """The adapter's factors for this site, from those of its layers; None if it touches none of them."""
         return factors.get(self.paths[0])
 
-    def linear(self, x: mx.array, index: int = 0) -> mx.array:
-        """The output of the layer number `index`."""
+    def computed(self, x: mx.array) -> list[mx.array]:
+        """The output of each of its linear layers, with the update."""
         y = self.layers[0](x)
-        return y if self.update is None else self.update.linear(y, x)
+        return [y] if self.update is None else self.update.linears(y, x, (y.shape[-1],))
+
+    def linear(self, x: mx.array, index: int = 0) -> mx.array:
+        """The output of the linear layer number `index`."""
+        return self.outputs(x)[0]
 
 
 class Group(Site):
@@ -45,7 +50,6 @@ class Group(Site):
     def __init__(self, paths: Sequence[str], layers: Sequence[nn.Module]) -> None:
         super().__init__(paths, layers)
         self.widths = [layer.weight.shape[0] for layer in layers]
-        self.ends = [sum(self.widths[: i + 1]) for i in range(len(layers) - 1)]
         self.product = Concatenated(layers)
         self._held: tuple[weakref.ref, dict[int, mx.array]] | None = None
 
@@ -53,15 +57,17 @@ class Group(Site):
         """See Site."""
         return below_each_other([factors.get(path) for path in self.paths], self.widths)
 
+    def computed(self, x: mx.array) -> list[mx.array]:
+        """See Site."""
+        if self.update is None:
+            return [layer(x) for layer in self.layers]
+        return self.update.linears(self.product(x), x, self.widths)
+
     def linear(self, x: mx.array, index: int = 0) -> mx.array:
         """See Site. The parts live until they are taken or x dies, whichever comes first."""
-        if self.update is None:
-            return self.layers[index](x)
         held = self._held
         if held is None or held[0]() is not x or index not in held[1]:
-            y = self.update.linear(self.product(x), x)  # (..., Σ widths)
-            parts = dict(enumerate(mx.split(y, self.ends, axis=-1)))
-            held = self._held = (weakref.ref(x, self._drop), parts)
+            held = self._held = (weakref.ref(x, self._drop), dict(enumerate(self.outputs(x))))
         part = held[1].pop(index)
         if not held[1]:
             self._held = None
@@ -124,13 +130,14 @@ def _join(layers: Sequence[nn.Module], name: str) -> mx.array:
 def fused_layers(site: Site, factors: Factors, dtype: mx.Dtype) -> dict[str, nn.Module]:
     """Dense layers that compute what the site's layers and the factors do together."""
     made, start = {}, 0
-    for path, layer in zip(site.paths, site.layers, strict=True):
+    for index, (path, layer) in enumerate(zip(site.paths, site.layers, strict=True)):
         weight = dense_weight(layer, mx.float32)
         rows = slice(None) if weight.ndim == 3 else slice(start, start + weight.shape[0])
         start += weight.shape[0]
         if factors.gain is not None:
             weight = weight * factors.gain[rows].astype(mx.float32)[:, None]
         b, a = factors.b.astype(mx.float32), factors.a.astype(mx.float32)
+        a = a[index] if len(site.layers) > 1 else a
         made[path] = dense_layer(layer, (weight + (b[rows] @ a)).astype(dtype))
     mx.eval([layer.parameters() for layer in made.values()])
     return made
@@ -163,7 +170,7 @@ class AdaptedEmbedding(AdapterLayer):
     def as_linear(self, x: mx.array) -> mx.array:
         """The logits of x (..., dim)."""
         y, update = self.embedding.as_linear(x), self._site.update
-        return y if update is None else update.linear(y, x)
+        return y if update is None else update.linears(y, x, (y.shape[-1],))[0]
 
 
 class AdaptedExperts(AdapterLayer):

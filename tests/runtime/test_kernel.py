@@ -1,0 +1,88 @@
+"""The kernel that adds an update: its text for both kinds of GPU, and what happens where it is wrong.
+
+What it computes is compared with products wherever it is first used (`kernel.is_right`), and by the tests of
+adapters at run time on a GPU.
+"""
+
+import mlx.core as mx
+import pytest
+
+from mlx_adapters.runtime import additions, kernel
+from mlx_adapters.runtime.factors import Factors
+
+NAMES = ("x", "y", "a", "b", "slots", "gain", "shift")
+
+
+def test_both_languages_share_one_text():
+    metal, cuda = (kernel.source(language, (40, 600), NAMES) for language in ("metal", "cuda"))
+    for word, spelled in sorted(kernel.WORDS["metal"].items(), key=lambda item: -len(item[1])):
+        metal = metal.replace(spelled, kernel.WORDS["cuda"][word])
+    assert metal == cuda
+
+
+def test_blocks_of_threads_are_shared_out_among_layers():
+    text = kernel.source("cuda", (kernel.THREADS + 1, 8), NAMES[:5])
+    assert "if (block < 2) { part = 0; block -= 0; start = 0; end = 513; }" in text
+    assert "else if (block < 3) { part = 1; block -= 2; start = 513; end = 521; }" in text
+    assert kernel.GAIN not in text and kernel.SHIFT not in text
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """What is said to be a GPU, whose kernel computes what `kernel.add_update` is set to."""
+    monkeypatch.setattr(kernel, "on_gpu", lambda: True)
+    kernel._tried.cache_clear()
+    yield monkeypatch
+    kernel._tried.cache_clear()
+
+
+def honest(y, x, a, b, widths, slots, gain=None, shift=None):
+    """Of products, for two layers or one."""
+    z = mx.einsum("...i,slri->s...lr", x, a)[slots[0].item()]
+    if slots.size > 1:
+        z = mx.stack([mx.einsum("i,lri->lr", x[i], a[slots[i].item()]) for i in range(slots.size)])
+        b = mx.stack([b[slot.item()] for slot in slots])
+    else:
+        b = b[0]
+    low = mx.concatenate([mx.repeat(z[..., i : i + 1, :], width, axis=-2) for i, width in enumerate(widths)], axis=-2)
+    scaled = y if gain is None else y * gain[slots] + (0 if shift is None else shift[slots])
+    return scaled + (b * low).sum(axis=-1)
+
+
+def added(tokens=1):
+    keys = mx.random.split(mx.random.key(1), 4)
+    x, y = mx.random.normal((1, tokens, 32), key=keys[0]), mx.random.normal((1, tokens, 24), key=keys[1])
+    update = additions.ForAll(
+        Factors(mx.random.normal((2, 4, 32), key=keys[2]), mx.random.normal((24, 4), key=keys[3]))
+    )
+    return mx.concatenate(update.linears(y, x, [16, 8]), axis=-1)
+
+
+def test_a_kernel_that_is_right_is_used_for_few_tokens(gpu):
+    calls = []
+
+    def counting(*arguments, **keywords):
+        calls.append(1)
+        return honest(*arguments, **keywords)
+
+    expected = added()
+    gpu.setattr(kernel, "add_update", counting)
+    kernel._tried.cache_clear()
+    assert mx.allclose(added(), expected, atol=1e-4) and len(calls) == 2  # the first one tries it
+    added(tokens=kernel.MOST_TOKENS + 1)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("wrong", ["lies", "raises"])
+def test_a_kernel_that_is_wrong_is_not_used(gpu, wrong):
+    expected = added()
+
+    def lying(y, *arguments, **keywords):
+        if wrong == "raises":
+            raise RuntimeError("does not compile")
+        return y
+
+    gpu.setattr(kernel, "add_update", lying)
+    kernel._tried.cache_clear()
+    assert not kernel.is_right(mx.float32)
+    assert mx.array_equal(added(), expected)
