@@ -68,7 +68,7 @@ def test_what_transformers_saved_is_written_again(arch: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("arch", KINDS)
-def test_loading_makes_the_model_of_what_comes_back(arch: str, tmp_path: Path):
+def test_loading_makes_the_model_of_what_comes_back(arch: str, tmp_path: Path, on_cpu: None):
     base = resolve_base(tiny_base(tmp_path, arch))
     module = load_module(base)[0]
     blank = make_model(tiny_config(arch))

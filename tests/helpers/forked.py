@@ -2,7 +2,7 @@
 
 A `Trap` kills the process at its n-th operation on the disk, or lets the system refuse from there on. Operations are
 what Python tells its auditors, and every single write and flush: a write that is trapped puts half of its bytes down.
-A Mac's frameworks do not survive a fork; there each command gets a new interpreter.
+What drives a GPU does not survive a fork; there each command gets a new interpreter.
 """
 
 import builtins
@@ -22,6 +22,8 @@ import time
 import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from mlx_adapters.system.machine import on_gpu
 
 SECONDS, BYTES = 60, 8 << 30
 MAKES = ("open", "write", "sync", "os.mkdir", "os.link", "os.symlink")
@@ -154,7 +156,7 @@ class Command:
         sys.stderr.flush()
         self.began = time.monotonic()
         numbers = [file.fileno() for file in self.files]
-        if sys.platform == "darwin":
+        if on_gpu():
             command = [sys.executable, __file__, json.dumps(request | {"steps": numbers[3]})]
             streams = dict(zip(("stdin", "stdout", "stderr"), numbers, strict=False))
             self.pid = subprocess.Popen(command, pass_fds=numbers[3:], **streams).pid
@@ -215,7 +217,7 @@ def _child(request: dict) -> int:
         os.setsid()
     os.chdir(request["cwd"])
     os.environ["MLX_ADAPTERS_HOME"] = os.path.join(request["cwd"], "home")
-    if sys.platform != "darwin":
+    if not on_gpu():  # whose driver takes more addresses than there is memory
         resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     from mlx_adapters import cli

@@ -3,7 +3,7 @@
 Line: JSON keywords of `train`, with settings as mappings, and the home folder. Answers "pid N", and "exit N" when the
 process ended (minus the signal's number if it was killed). Nothing is computed before the fork, so each child is as
 good as new.
-A Mac's frameworks do not survive a fork; there each line gets a new process.
+What drives a GPU does not survive a fork; there each line gets a new process.
 """
 
 import json
@@ -15,6 +15,7 @@ import mlx_adapters.training.runs as runs
 from mlx_adapters.config.mapping import from_mapping
 from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.errors import TrainingError
+from mlx_adapters.system.machine import on_gpu
 from mlx_adapters.training.folder import place_of
 
 
@@ -32,7 +33,7 @@ def run(request: dict) -> None:
 
 
 def start(line: str) -> int:
-    if sys.platform == "darwin":
+    if on_gpu():
         return os.posix_spawn(sys.executable, [sys.executable, __file__, line], os.environ)
     child = os.fork()
     if child == 0:

@@ -62,10 +62,13 @@ def runs(tiny_model, tmp_path_factory):
         (work / "request.json").write_text(json.dumps(request))
         script = [sys.executable, str(TESTS / "helpers" / "train_two.py"), str(work / "request.json")]
         command = [str(Path(sys.executable).parent / "mlx.launch"), "-n", "2", "--backend", "ring", "--", *script]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240).stdout
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        return done.stdout or done.stderr
 
     said = {"two": launch("two"), "again": launch("two"), "lost": launch("lost", die_at=5)}
-    saved = states.newest(work / "home" / "adapters" / "lost")[0].state.iteration
+    newest = states.newest(work / "home" / "adapters" / "lost")[0]
+    assert newest is not None, said
+    saved = newest.state.iteration
     said["resumed"] = launch("lost", resume=True)
     for objective, rows in PREFERENCES.items():
         where = write_preferences(work / objective, labeled=rows == "labeled")
