@@ -191,7 +191,7 @@ class Loop:
         )
         self._updates = self.feed.updates(self.state.batches + len(draw.drawn))
         memory = replace(self.train_step.memory, positions=most)
-        self.folder.update_recipe({"memory": asdict(memory)})
+        self.folder.update_recipe({"memory": asdict(replace(memory, near=None))})
         return smaller
 
     def _rounding(self, iteration: int) -> bool:

@@ -326,7 +326,7 @@ def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None
     prepared = setup.prepare(model, training, rows, held_out, adapted, request.world, reference, memory)
     folder.adapter = config
     train_step = prepared.train_step
-    request.world.share(lambda: folder.update_recipe(recipe | {"memory": asdict(memory)}))
+    request.world.share(lambda: folder.update_recipe(recipe | {"memory": asdict(replace(memory, near=None))}))
     request.world.share(lambda: folder.keep_reference(reference))
     request.world.share(lambda: folder.require_space(train_step.weights, train_step.optimizer.arrays()))
     validation = prepared.validation.fixed(training.eval_batches) if prepared.validation else None
