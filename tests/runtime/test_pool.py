@@ -101,16 +101,14 @@ def test_grouping_keeps_the_base_in_memory_once(tiny_model):
 def held_by(model, size, before):
     """Whether MLX holds about `size` bytes of adapters more than `before`, and what the pool says.
 
-    Where layers of one input are grouped (on a GPU), b is block-diagonal: the zeros take up to 0.6 of an adapter more.
-    A GPU also gives memory in whole pages.
+    A GPU gives memory in whole pages.
     """
     gc.collect()
     mx.synchronize()
     held, pool = mx.get_active_memory() - before, model.pool
     arrays = sum(len(factors.arrays) for entry in pool.attached.values() for factors in entry.factors.values())
     pages = 2 * PAGE * arrays if mx.default_device() == mx.gpu else 0
-    most = 1.6 if pool._group else 1.0
-    return 0.9 * size <= held <= 1.1 * most * size + pages and pool.nbytes <= 1.01 * most * size
+    return 0.9 * size <= held <= 1.1 * size + pages and pool.nbytes <= 1.01 * size
 
 
 def test_memory_of_many_adapters(tiny_model):
