@@ -24,7 +24,7 @@ class ForAll:
     """One adapter for all rows: y · gain + shift + (x aᵀ) bᵀ."""
 
     def __init__(self, factors: Factors) -> None:
-        self.factors, self.gain, self.shift, a = factors, factors.gain, factors.shift, factors.a
+        self.factors, a = factors, factors.a
         self.linear_like = factors.b.ndim == 2
         if self.linear_like:
             a = a.reshape(-1, a.shape[-1])  # (layers · r, in)
@@ -37,20 +37,6 @@ class ForAll:
     def arrays(self) -> list[mx.array]:
         """What must be evaluated before it is used."""
         return [self.a, self.b, *([self.one_a, self.one_b] if self.linear_like else [])]
-
-    @property
-    def inputs(self) -> list[mx.array]:
-        """The arrays that it works with; `of` makes one like it of others."""
-        return self.factors.arrays
-
-    @property
-    def make(self) -> tuple:
-        """What two must have in common for one compiled function to serve them, their arrays' shapes aside."""
-        return (ForAll, self.gain is None, self.shift is None)
-
-    def of(self, inputs: Sequence[mx.array]) -> "ForAll":
-        """See `inputs`."""
-        return ForAll(self.factors.of(inputs))
 
     def linears(self, y: mx.array, x: mx.array, widths: Sequence[int]) -> list[mx.array]:
         """The outputs of linear layers on x (..., in), from what they computed, y (..., Σ widths)."""
@@ -83,8 +69,8 @@ class ForAll:
 class Rows:
     """Which slot each row of the batch uses; one object for all layers, new for each new batch."""
 
-    def __init__(self, slots: Sequence[int] | mx.array) -> None:
-        self.slots = slots if isinstance(slots, mx.array) else mx.array(slots, dtype=mx.uint32)
+    def __init__(self, slots: Sequence[int]) -> None:
+        self.slots = mx.array(slots, dtype=mx.uint32)
         self.indices: mx.array | None = None
         self._spread: dict[tuple[int, ...], tuple[mx.array, mx.array]] = {}
 
@@ -120,20 +106,6 @@ class PerRow:
     def parts(self) -> tuple["PerRow"]:
         """Itself, as the only part. (No attribute: what refers to itself stays in memory longer.)"""
         return (self,)
-
-    @property
-    def inputs(self) -> list[mx.array]:
-        """See ForAll."""
-        return [*self.stacked.arrays, self.rows.slots]
-
-    @property
-    def make(self) -> tuple:
-        """See ForAll."""
-        return (PerRow, self.stacked.gain is None, self.stacked.shift is None)
-
-    def of(self, inputs: Sequence[mx.array]) -> "PerRow":
-        """See ForAll."""
-        return PerRow(self.stacked.of(inputs), Rows(inputs[-1]))
 
     def linears(self, y: mx.array, x: mx.array, widths: Sequence[int]) -> list[mx.array]:
         """The outputs of linear layers on x (rows, ..., in), from what they computed, y (rows, ..., Σ widths)."""
@@ -176,25 +148,6 @@ class InTurn:
 
     def __init__(self, parts: Sequence[PerRow]) -> None:
         self.parts = tuple(parts)
-
-    @property
-    def inputs(self) -> list[mx.array]:
-        """See ForAll."""
-        return [array for part in self.parts for array in part.inputs]
-
-    @property
-    def make(self) -> tuple:
-        """See ForAll."""
-        return tuple(part.make for part in self.parts)
-
-    def of(self, inputs: Sequence[mx.array]) -> "InTurn":
-        """See ForAll."""
-        made, rest = [], list(inputs)
-        for part in self.parts:
-            count = len(part.inputs)
-            made.append(part.of(rest[:count]))
-            rest = rest[count:]
-        return InTurn(made)
 
     def linears(self, y: mx.array, x: mx.array, widths: Sequence[int]) -> list[mx.array]:
         """See PerRow."""

@@ -50,11 +50,6 @@ class Factors:
         """All arrays that are there."""
         return [x for x in (self.a, self.b, self.gain, self.shift) if x is not None]
 
-    def of(self, arrays: Sequence[mx.array]) -> "Factors":
-        """Factors of the same kind, of these arrays."""
-        given = iter(arrays)
-        return Factors(*(None if x is None else next(given) for x in (self.a, self.b, self.gain, self.shift)))  # type: ignore[arg-type]
-
     @property
     def nbytes(self) -> int:
         """Bytes in memory."""

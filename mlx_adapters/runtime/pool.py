@@ -11,18 +11,16 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from functools import partial
 
 from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import IncompatibleError, NotFoundError, did_you_mean
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.dense import compute_dtype, is_quantized
-from mlx_adapters.models.layers import LINEAR, SWITCH, adaptable_layers, check_fits
+from mlx_adapters.models.layers import SWITCH, adaptable_layers, check_fits
 from mlx_adapters.models.quantized_check import are_right
 from mlx_adapters.runtime import kernel
 from mlx_adapters.runtime.additions import ForAll
 from mlx_adapters.runtime.attached import Attached, Selection, combined, is_mixture, same
-from mlx_adapters.runtime.compiled import Compiled, compile_parts
 from mlx_adapters.runtime.factors import prepare
 from mlx_adapters.runtime.sites import (
     Group,
@@ -55,10 +53,10 @@ class AdapterPool:
     """The adapters of one model.
 
     `group`: linear layers on one input become one product. That saves operations, which a GPU's decode speed
-    hangs on and a CPU's does not, so by default it is on on a GPU only. `compiled`, likewise: see `compiled`.
+    hangs on and a CPU's does not, so by default it is on on a GPU only.
     """
 
-    def __init__(self, module: nn.Module, group: bool | None = None, compiled: bool | None = None) -> None:
+    def __init__(self, module: nn.Module, group: bool | None = None) -> None:
         self.module = module
         self.layers = adaptable_layers(module)
         self.dtype = compute_dtype(module)
@@ -74,8 +72,6 @@ class AdapterPool:
         self._unfused: dict[str, nn.Module] = {}
         self._stacks: Stacks | None = None
         self._clock = itertools.count(1)
-        self._compiled = on_gpu() if compiled is None else compiled
-        self._parts = compile_parts(module, self.layers) if self._compiled else {}
 
     # -- coming and going ------------------------------------------------------------------------------
 
@@ -175,28 +171,13 @@ class AdapterPool:
             block = at_path(self.module, paths[0].rpartition(".")[0])
             self._undo[site] = remember_indices(block, site)
         replace_layers(self.module, wrap(site))
-        if around := self._part_around(paths[0]):
-            around.change([*around.sites, site])
-        elif self._compiled and isinstance(layers[0], LINEAR):
-            site.outputs = partial(Compiled(layers, [site]), site.computed)
 
     def _uninstall(self, paths: Set[str]) -> None:
         """Put the base's own layers back at these paths, which are whole sites."""
         replace_layers(self.module, {path: self.layers[path] for path in paths})
         for site in {self._sites.pop(path) for path in paths}:
-            if around := self._part_around(site.paths[0]):
-                around.change([other for other in around.sites if other is not site])
             if site in self._undo:
                 self._undo.pop(site)()
-
-    # -- compiled --------------------------------------------------------------------------------------
-
-    def _part_around(self, path: str) -> Compiled | None:
-        """The compiled part that a layer lies in."""
-        while path := path.rpartition(".")[0]:
-            if path in self._parts:
-                return self._parts[path]
-        return None
 
     # -- at work ---------------------------------------------------------------------------------------
 
@@ -287,16 +268,11 @@ class AdapterPool:
                 if factors is not None:
                     made |= fused_layers(site, factors, self.dtype)
             self._unfused = {path: at_path(self.module, path) for path in made}
-            self._replace(made)
+            replace_layers(self.module, made)
             self.fused = selection
 
     def unfuse(self) -> None:
         """Put the base's own layers back."""
         if self.fused is not None:
-            self._replace(self._unfused)
+            replace_layers(self.module, self._unfused)
             self._unfused, self.fused = {}, None
-
-    def _replace(self, layers: dict[str, nn.Module]) -> None:
-        replace_layers(self.module, layers)
-        for compiled in self._parts.values():
-            compiled.change(compiled.sites)

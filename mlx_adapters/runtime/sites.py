@@ -28,13 +28,12 @@ class Site:
     def __init__(self, paths: Sequence[str], layers: Sequence[nn.Module]) -> None:
         self.paths, self.layers = tuple(paths), tuple(layers)
         self.update: Addition | None = None
-        self.outputs: Callable[[mx.array], list[mx.array]] = self.computed  # or the same, compiled
 
     def assemble(self, factors: dict[str, Factors]) -> Factors | None:
         """The adapter's factors for this site, from those of its layers; None if it touches none of them."""
         return factors.get(self.paths[0])
 
-    def computed(self, x: mx.array) -> list[mx.array]:
+    def outputs(self, x: mx.array) -> list[mx.array]:
         """The output of each of its linear layers, with the update."""
         y = self.layers[0](x)
         return [y] if self.update is None else self.update.linears(y, x, (y.shape[-1],))
@@ -57,7 +56,7 @@ class Group(Site):
         """See Site."""
         return below_each_other([factors.get(path) for path in self.paths], self.widths)
 
-    def computed(self, x: mx.array) -> list[mx.array]:
+    def outputs(self, x: mx.array) -> list[mx.array]:
         """See Site."""
         if self.update is None:
             return [layer(x) for layer in self.layers]

@@ -85,4 +85,4 @@ def test_a_kernel_that_is_wrong_is_not_used(gpu, wrong):
     gpu.setattr(kernel, "add_update", lying)
     kernel._tried.cache_clear()
     assert not kernel.is_right(mx.float32)
-    assert mx.array_equal(added(), expected)
+    assert mx.allclose(added(), expected, atol=1e-4)
