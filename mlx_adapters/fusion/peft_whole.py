@@ -84,7 +84,7 @@ def _put(
     if array.ndim != len(piece.select) or piece.shape(tuple(array.shape)) != wanted:
         raise IncompatibleError(
             f"'{name}' of the PEFT adapter is {tuple(array.shape)}, the base's is {wanted}.",
-            "a resized vocabulary needs a base that was resized the same way.",
+            "give the base it was trained on.",
         )
     made = piece.apply(array)
     if piece.index is not None and layer is not None:

@@ -152,12 +152,21 @@ def _rank(weights: Weights, key: str, where: str) -> int:
         return 0  # `check` says what is wrong with it
     rank = a.shape[1]
     if rank != b.shape[0 if b.ndim == 2 else 2]:
-        raise FormatError(f"'{where}': the factors of '{key}' have shapes {a.shape} and {b.shape}: of no one rank.")
+        raise FormatError(
+            f"'{where}': the factors of '{key}' have shapes {a.shape} and {b.shape}: of no one rank.",
+            "mlx-lm has (in, rank) and (rank, out); PEFT's, the other way round, are for 'import-peft'.",
+        )
     return rank
 
 
 def _check_rank(rank: Any, ranks: Mapping[str, int], where: str) -> None:
     """One rank in all tensors and another in the config do not belong together."""
+    if missing := next((key for key, width in ranks.items() if not width), None):
+        raise FormatError(f"'{where}' does not hold both factors of '{missing}' as matrices.", "is the file whole?")
+    if rank is not None and not is_number(rank):
+        raise FormatError(
+            f"'{where}': {CONFIG_FILE} needs a number as 'rank', not {str(rank)[:40]!r}.", "take the quotes away."
+        )
     widths = {width for width in ranks.values() if width}
     if rank is not None and len(widths) == 1 and rank != (width := widths.pop()):
         raise FormatError(

@@ -162,7 +162,10 @@ def _read_tensors(folder: Path) -> tuple[dict[str, mx.array], float | None]:
         header, metadata = tensor_files.read_safetensors_header(path)
         for name, entry in header.items():
             if entry["dtype"] not in DTYPES:
-                raise FormatError(f"'{name}' in '{path}' is of type {entry['dtype']}, not {', '.join(DTYPES)}.")
+                raise FormatError(
+                    f"'{name}' in '{path}' is of type {entry['dtype']}, not {', '.join(DTYPES)}.",
+                    "load it in PEFT and save it in one of these.",
+                )
         refuse_parts(header, path)
         read = tensor_files.read_safetensors(path)
         if bad := first_not_finite(read):
@@ -278,6 +281,8 @@ def refuse_unsaved(adapter: PeftAdapter) -> None:
         raise FormatError("The PEFT adapter has lora_bias.", "MLX's LoRA layers have no bias of their own.")
     for name in adapter.settings.modules_to_save:
         if not any(f".{name}." in f".{tensor}" for tensor in adapter.dense):
-            raise FormatError(f"The PEFT config names '{name}' in modules_to_save, but the file does not hold it.")
+            raise FormatError(
+                f"The PEFT config names '{name}' in modules_to_save, but the file does not hold it.", "is it whole?"
+            )
     if raw.get("trainable_token_indices") and not adapter.token_rows:
         raise FormatError("The PEFT config has trainable_token_indices, but the file holds no rows for them.")

@@ -148,4 +148,8 @@ def inside(folder: Path, subfolder: str | None) -> Path:
         f"'{subfolder}' is not a folder inside '{folder}'.",
         "--subfolder names one that lies in the folder or repository.",
     )
+    if not (folder / subfolder).is_dir():
+        there = [path.name for path in paths.visible(folder) if path.is_dir()]
+        hint = did_you_mean(subfolder, there, f"there are {', '.join(there[:10])}." if there else "it has no folders.")
+        raise NotFoundError(f"'{folder}' has no folder '{subfolder}'.", hint)
     return folder / subfolder

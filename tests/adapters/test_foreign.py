@@ -166,6 +166,7 @@ def test_the_file_of_its_weights_stands_for_its_folder(base, tmp_path):
         (parameters(scale="strong"), "adapters.safetensors", "'scale', not 'strong'", None),
         (parameters(scale=2.0, dropout=3), "adapters.safetensors", "'dropout', not '3'", None),
         (parameters(scale=2.0, rank=9), "adapters.safetensors", "rank 9, but its tensors have rank 4", "copy"),
+        (parameters(scale=2.0, rank="4"), "adapters.safetensors", "a number as 'rank', not '4'", "quotes"),
         (parameters(alpha="much"), "adapters.safetensors", "'alpha', not 'much'", None),
         ({"peft_type": "LORA", "r": 4}, "adapters.safetensors", "PEFT adapter", "import-peft"),
         ({"fine_tune_type": "full"}, "adapters.safetensors", "full fine-tune", "extract"),
@@ -177,6 +178,21 @@ def test_errors_name_the_field_that_is_wrong(base, whole, tmp_path, config, file
         add(write(tmp_path / "it", config, whole.weights, file))
     assert words in caught.value.message and (hint or "") in (caught.value.hint or "")
     assert names() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "hint"),
+    [
+        (lambda name, array: array if name.endswith("a") else None, "does not hold both factors of", "whole"),
+        (lambda name, array: array.T, "of no one rank", "import-peft"),
+        (lambda name, array: array.reshape(-1), "does not hold both factors of", "whole"),
+    ],
+)
+def test_factors_that_are_none_are_told_by_their_layer(whole, tmp_path, change, words, hint):
+    weights = {n: made for n, array in whole.weights.items() if (made := change(n, array)) is not None}
+    with pytest.raises(FormatError, match=words) as caught:
+        add(write(tmp_path / "it", OWN, weights))
+    assert hint in caught.value.hint and any(key in caught.value.message for key in KEYS)
 
 
 def test_an_npz_that_unfolds_to_more_than_it_holds_is_refused(tmp_path):

@@ -10,7 +10,7 @@ from helpers.peft import FIXTURES, case
 
 from mlx_adapters.adapters.peft_import import import_peft
 from mlx_adapters.config.fusing import FuseOptions
-from mlx_adapters.errors import FormatError
+from mlx_adapters.errors import FormatError, IncompatibleError
 from mlx_adapters.events import Note
 from mlx_adapters.fusion.peft import fuse_peft
 from mlx_adapters.models.loading import load_model, load_tokenizer_of
@@ -154,6 +154,13 @@ def test_the_base_that_was_saved_along_is_no_trouble(tiny_model, tmp_path):
     with pytest.raises(FormatError, match=r"whole modules.*model\.norm\.weight") as caught:
         import_peft(folder, base=base, name="trained")
     assert "fuse_peft" in caught.value.hint or "--from-peft" in caught.value.hint
+
+
+def test_a_base_of_another_width_is_said_to_be_another(tiny_model, tmp_path):
+    folder = FIXTURES / "llama" / "resized" / "to-save"
+    with pytest.raises(IncompatibleError) as caught:
+        fuse_peft(folder, tmp_path / "out", base=tiny_model("llama"), resize=True, options=QUIET)
+    assert "trained on" in caught.value.hint and not (tmp_path / "out").exists()
 
 
 def test_two_vocabularies_in_one_adapter_are_refused(tmp_path, home):

@@ -10,7 +10,7 @@ import pytest
 from helpers.peft import FIXTURES
 
 import mlx_adapters as ma
-from mlx_adapters.errors import AdapterError, ConfigError, FormatError, HubError, IncompatibleError, NotFoundError
+from mlx_adapters.errors import ConfigError, FormatError, HubError, IncompatibleError, NotFoundError
 from mlx_adapters.events import Note
 from mlx_adapters.models.loading import load_model
 from mlx_adapters.sources.bases import resolve_base
@@ -166,8 +166,11 @@ def test_a_subfolder_of_a_folder_or_a_repository(hub, cli, sql, base, written, t
         ma.add("org/run/checkpoint-100", subfolder="checkpoint-100")
     with pytest.raises(ConfigError, match="is a file"):
         ma.add(run / "out" / "checkpoint-100" / "adapters.safetensors", subfolder="x")
-    with pytest.raises(AdapterError, match="checkpoint-300"):
+    with pytest.raises(NotFoundError, match="no folder 'out/checkpoint-300'"):
         ma.add(run, subfolder="out/checkpoint-300")
+    with pytest.raises(NotFoundError, match="no folder 'outs'") as caught:
+        ma.add(run, subfolder="outs")
+    assert "out" in caught.value.hint
 
 
 def test_import_peft_takes_a_subfolder(hub, cli):
