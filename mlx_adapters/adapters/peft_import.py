@@ -11,7 +11,7 @@ from mlx_adapters.peft_format.reading import read_peft, refuse_beyond_lora, refu
 from mlx_adapters.sources import registry
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.lookup import peft_folder
-from mlx_adapters.storage import replacing
+from mlx_adapters.storage import paths, replacing
 from mlx_adapters.storage.tensor_names import ADAPTER_OUTPUT
 from mlx_adapters.system import machine
 
@@ -53,7 +53,8 @@ def import_peft(
     replacing.refuse_existing(registry.adapter_folder(name), overwrite, ADAPTER_OUTPUT)
     folder, hub = peft_folder(source, subfolder)
     replacing.refuse_reading_inside(registry.adapter_folder(name), [folder, base])
-    peft = read_peft(folder)
+    with paths.named(folder, str(source)):
+        peft = read_peft(folder)
     refuse = refuse_unsaved if text_only else refuse_beyond_lora  # of a tower, much is whole
     refuse(peft)
     adapter = as_mlx(peft, resolve_base(base), str(source), tie, resize, text_only, on_event)

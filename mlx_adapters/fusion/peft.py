@@ -67,7 +67,9 @@ def fuse_peft(
         >>> ma.fuse_peft(folder, "out/whole", base="demo", quantization="none").quantization is None
         True
     """
-    peft = read_peft(peft_folder(source, subfolder, tokenizer=resize)[0])
+    folder, _ = peft_folder(source, subfolder, tokenizer=resize)
+    with paths.named(folder, str(source)):
+        peft = read_peft(folder)
     replacing.refuse_reading_inside(paths.expanded(out), [peft])
     refuse_unsaved(peft)
     resolved = resolve_base(base)

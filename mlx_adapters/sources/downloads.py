@@ -143,7 +143,7 @@ def find_adapter(reference: Reference, also: str | None = None) -> FoundAdapter:
     places = sorted({name.rpartition("/")[0] for name in listed if is_adapter_file(name.rpartition("/")[2])})
     places = [place for place in places if place.rpartition("/")[2] != BEST or place.rpartition("/")[0] not in places]
     pinned = replace(reference, revision=commit)
-    if not places and also in listed and not subfolder:
+    if also in listed and not subfolder and "" not in places:
         return FoundAdapter(pinned, top, "", {})
     if (subfolder or "") in places or (len(places) == 1 and not subfolder):
         place = subfolder or places[0]
@@ -202,20 +202,24 @@ def _converted(found: FoundAdapter, base: BaseLike | None, show_progress: bool, 
     folder = paths.home() / "hub" / repo.replace("/", "--") / key
     if folder.is_dir():
         return folder
-    names = weight_names(found.files, str(asked))
-    raw = files.read_json(found.folder / CONFIG_FILE) if CONFIG_FILE in found.files else {}
-    peft = is_peft(raw)
-    model = None if not peft else _base_of_peft(asked, raw) if base is None else resolve_base(base)
-    downloaded = found.fetch(names, show_progress)
-    pinned = {"hub": origin(reference, found.commit)}
-    with locks.lock(f"hub-{repo.replace('/', '--')}"), files.atomic_folder(folder, True, ADAPTER_OUTPUT) as temporary:
-        if model is not None:
-            write_adapter_files(_read_peft(asked, downloaded, model, pinned, on_event), temporary)
-        else:
-            with paths.named(temporary, str(asked)), paths.named(downloaded, str(asked)):
-                recorded = read_metadata(downloaded) if METADATA_FILE in found.files else {}
-                named = recorded.get("name") or reference.own_name
-                write_own_form(downloaded, temporary, named, base, on_event, origin=pinned)
+    with paths.named(found.folder, str(asked)):
+        names = weight_names(found.files, str(asked))
+        raw = files.read_json(found.folder / CONFIG_FILE) if CONFIG_FILE in found.files else {}
+        peft = is_peft(raw)
+        model = None if not peft else _base_of_peft(asked, raw) if base is None else resolve_base(base)
+        downloaded = found.fetch(names, show_progress)
+        pinned = {"hub": origin(reference, found.commit)}
+        with (
+            locks.lock(f"hub-{repo.replace('/', '--')}"),
+            files.atomic_folder(folder, True, ADAPTER_OUTPUT) as temporary,
+        ):
+            if model is not None:
+                write_adapter_files(_read_peft(asked, downloaded, model, pinned, on_event), temporary)
+            else:
+                with paths.named(temporary, str(asked)):
+                    recorded = read_metadata(downloaded) if METADATA_FILE in found.files else {}
+                    named = recorded.get("name") or reference.own_name
+                    write_own_form(downloaded, temporary, named, base, on_event, origin=pinned)
     return folder
 
 
