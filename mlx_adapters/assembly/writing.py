@@ -19,6 +19,7 @@ from mlx_adapters.storage.tensor_files import StoredTensor
 from mlx_adapters.system.door import mx
 
 SHARD_BYTES = 5 << 30
+TOKENIZER_CONFIG, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
 SPARE_BYTES = 16 << 20  # of the disk: tokenizer, config and report
 OTHER_BITS = "for other bits leave --format out: the MLX format has them all."
 Layout = list[tuple[str, str, tuple[int, ...]]]
@@ -124,9 +125,24 @@ def copy_companions(base: Base, folder: Path) -> None:
     own = {name: base.tokenizer / name for name in tokenizer_files(base.tokenizer)} if base.tokenizer else {}
     for name, path in own.items():
         files.copy_file(path, folder / name)
+    template = _template_of(base.folder) if own and _template_of(base.tokenizer or base.folder) is None else None
     for name in companions(base.folder):
         if not (folder / name).exists() and not (own and is_of_tokenizer(name)):
             files.copy_file(base.folder / name, folder / name)
+    if template is not None:  # the other tokenizer has none of its own
+        settings = files.read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
+        files.write_json(folder / TOKENIZER_CONFIG, settings | {"chat_template": template})
+
+
+def _template_of(folder: Path) -> Any:
+    """The chat template of a tokenizer, in whichever of its two places it stands; None for none."""
+    if (folder / TEMPLATE_FILE).is_file():
+        return (folder / TEMPLATE_FILE).read_text()
+    return (
+        files.read_json(folder / TOKENIZER_CONFIG).get("chat_template")
+        if (folder / TOKENIZER_CONFIG).is_file()
+        else None
+    )
 
 
 def write_config(folder: Path, config: dict[str, Any], quantization: dict[str, Any] | None) -> None:

@@ -25,7 +25,14 @@ STATES = re.compile(r"(optimizer|scheduler|rng_state|trainer_state|training_args
 DATA = re.compile(r".*\.(jsonl|parquet|csv|tsv|arrow|sqlite\d?|db)", re.IGNORECASE)
 ARCHIVES = re.compile(r".*\.(zip|tar|gz|tgz|bz2|xz|7z|zst)", re.IGNORECASE)
 VOCABULARIES = ("tokenizer.json*", "*.model", "*.model.v*", "*vocab*", "*.tiktoken", "tekken*.json")
-TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "merges.txt", *VOCABULARIES)
+TOKENIZER = (
+    "tokenizer*",
+    "chat_template*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    *VOCABULARIES,
+)
 # What is made anew for each model, or says how other weights are packed.
 MADE_ANEW = ("README.md", "loss.svg", FUSE_RECIPE_FILE, REPORT_FILE, CONFIG_FILE, METADATA_FILE, "*quant*_config.json")
 

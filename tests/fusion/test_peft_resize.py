@@ -71,6 +71,27 @@ def test_the_tokenizer_beside_the_adapter_comes_along(tmp_path):
     assert "67 tokens, not 64" in events[0].text and "beside the adapter" in events[0].text
 
 
+@pytest.mark.parametrize("own", [None, "settings", "file"])
+@pytest.mark.parametrize("bases", ["settings", "file"])
+def test_the_tokenizer_brings_its_chat_template_or_keeps_the_bases(own, bases, tmp_path):
+    """transformers 4 has it among the settings, transformers 5 in a file of its own."""
+
+    def put(folder: Path, place: str | None, text: str) -> Path:
+        if place == "file":
+            (folder / "chat_template.jinja").write_text(text)
+        elif place == "settings":
+            path = folder / "tokenizer_config.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": text}))
+        return folder
+
+    case = FIXTURES / "llama" / "resized" / "to-save"
+    folder = put(Path(shutil.copytree(case, tmp_path / "peft")), own, "{{ 'own' }}")
+    base = put(Path(shutil.copytree(base_of(case), tmp_path / "base")), bases, "{{ 'base' }}")
+    tokenizer = load_tokenizer_of(fused(folder, tmp_path / "out", base).base)
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    assert rendered == ("own" if own else "base")
+
+
 @pytest.mark.parametrize("format", ["mlx", "hf"])
 def test_a_format_has_the_rows_and_the_config(format, tmp_path):
     folder = FIXTURES / "qwen2" / "resized" / "embedding"
