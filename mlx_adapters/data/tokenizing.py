@@ -156,10 +156,12 @@ def row_conversation(
     """
     _require_template(raw, tokenizer)
     messages = fitted(raw.messages, tokenizer)
-    joined = len(raw.messages) - len(messages)  # 1 if the system turn stands in the first question
+    joined = len(raw.messages) - len(messages)  # system turns that stand in the first question
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if mask_prompt and not turns:
-        raise FormatError(f"{raw.where}: no assistant turn to train on.", "add one, or drop --mask-prompt.")
+        roles = ", ".join(repr(role) for role in dict.fromkeys(message["role"] for message in messages))
+        hint = "the role of what is trained is 'assistant'; or drop --mask-prompt."
+        raise FormatError(f"{raw.where}: no assistant turn to train on, only {roles}.", hint)
     turns = [i for i in (turns[-1:] if last_turn_only else turns) if raw.weights[i + joined]]
     found = conversation(
         messages,

@@ -6,6 +6,7 @@ ShareGPT's `from` and `value`, lists of content parts, arguments and calls as JS
 `function_call`, and a whole conversation as JSON text.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -140,6 +141,9 @@ def _call(value: Any, name: str, where: str) -> Message:
         raise FormatError(f"{where}: a tool call of {name} has no 'name'.", hint)
     arguments = function.get("arguments", {})
     arguments = {} if arguments == "" else parsed(arguments)
+    if isinstance(arguments, str):
+        hint = 'they are an object, or its JSON text: "{\\"city\\": \\"Oslo\\"}".'
+        raise FormatError(f"{where}: the arguments of a tool call of {name} are no JSON: {arguments[:40]!r}.", hint)
     return {"type": "function"} | call | {"function": function | {"arguments": arguments}}
 
 
@@ -147,6 +151,8 @@ def _set_content(message: Message, given: Mapping[str, Any], name: str, where: s
     content = message.get("content")
     if not isinstance(given.get("content"), str | list | tuple | Mapping | None):
         raise FormatError(f"{where}: 'content' of {name} must be text, not {kind(given['content'])}.")
+    if message["role"] == "tool" and isinstance(content, dict | list) and not _is_text(content):
+        content = json.dumps(content, ensure_ascii=False)  # a result as an object is told as JSON
     if isinstance(content, dict):
         content = [content]
     if isinstance(content, list):
@@ -156,6 +162,14 @@ def _set_content(message: Message, given: Mapping[str, Any], name: str, where: s
             raise FormatError(f"{where}: {name} has no 'content'.", 'an empty one is written "".')
         content = None if "tool_calls" in message else ""
     message["content"] = content
+
+
+def _is_text(content: Any) -> bool:
+    """Whether these are parts of a text, or of one with pictures, and no value of somebody's."""
+    parts = content if isinstance(content, list) else [content]
+    kinds = [part.get("type") if isinstance(part, dict) else part for part in parts if not isinstance(part, str)]
+    known = (*TEXT_PARTS, *THOUGHT_PARTS, "image", "audio", "video", "file")
+    return all(isinstance(one, str) and any(word in one for word in known) for one in kinds)
 
 
 def _joined(parts: list[Any], message: Message, name: str, where: str) -> str:

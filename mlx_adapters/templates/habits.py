@@ -9,6 +9,7 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import jinja2
@@ -42,7 +43,7 @@ class Habits:
 def fitted(messages: Messages, tokenizer: TokenizerWrapper, template: str | None = None) -> list[dict[str, Any]]:
     """The messages as the template takes them; the same ones where it takes all.
 
-    Where it refuses a system turn, a first one goes before the first question: then there is one message less.
+    Where it refuses a system turn, those at the beginning go before the first question: then there are fewer messages.
 
     Args:
         messages: in the one form of `rows.messages`.
@@ -52,10 +53,11 @@ def fitted(messages: Messages, tokenizer: TokenizerWrapper, template: str | None
     special = any(m.get("role") in ("system", "developer") or m.get("tool_calls") for m in messages)
     habits = _habits(tokenizer, template) if special else Habits()
     taken = [_fitted(dict(message), habits) for message in messages]
-    if not habits.system and [message.get("role") for message in taken[:2]] == ["system", "user"]:
-        told, asked = (message.get("content") for message in taken[:2])
-        if isinstance(told, str) and isinstance(asked, str):
-            taken[:2] = [{**taken[1], "content": f"{told}\n\n{asked}" if told.strip() else asked}]
+    told = list(takewhile(lambda message: message.get("role") == "system", taken)) if not habits.system else []
+    asked = taken[len(told)] if told and len(told) < len(taken) else {}
+    if asked.get("role") == "user" and all(isinstance(m.get("content"), str) for m in (*told, asked)):
+        texts = [*(m["content"] for m in told if m["content"].strip()), asked["content"]]
+        taken[: len(told) + 1] = [{**asked, "content": "\n\n".join(texts)}]
     return taken
 
 

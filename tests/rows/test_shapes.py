@@ -141,6 +141,13 @@ def test_empty_turns_are_turns():
     }
 
 
+def test_a_result_that_is_an_object_is_told_as_json():
+    told = [({"type": "error"}, '{"type": "error"}'), ([{"t": "ü"}, {}], '[{"t": "ü"}, {}]'), ([7], "[7]")]
+    for value, text in [*told, ([{"type": "text", "text": "7"}], "7"), (["7", "8"], "78")]:
+        messages = [*CHAT, {"role": "tool", "content": value}]
+        assert row({"messages": messages}).messages[-1] == {"role": "tool", "content": text}
+
+
 BAD = {
     "an image": (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
@@ -154,6 +161,10 @@ BAD = {
         "a tool call of message 1 has no 'name'",
     ),
     "calls that are a number": ({"messages": [{"role": "assistant", "tool_calls": 7}]}, "'tool_calls' of message 1"),
+    "arguments that are no JSON": (
+        {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{a: 1"}]}]},
+        "the arguments of a tool call of message 1 are no JSON: '{a: 1'",
+    ),
     "bytes": ({"prompt": b"x", "completion": "y"}, "'prompt' must be text or a list of messages, not bytes"),
     "text as messages": ({"messages": "hello"}, "'messages' must be a list"),
     "a message as text": ({"messages": ["hello"]}, "message 1 must be an object"),

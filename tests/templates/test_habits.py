@@ -62,6 +62,7 @@ def test_a_system_turn_that_is_refused_goes_before_the_first_question(role):
     )
     gemma = chat_tokenizer("gemma2")
     assert fitted([told, asked], gemma) == [{"role": "user", "content": "Be brief.\n\na"}]
+    assert fitted([told, told, asked], gemma) == [{"role": "user", "content": "Be brief.\n\nBe brief.\n\na"}]
     assert fitted([told | {"content": " "}, asked], gemma) == [asked]
     assert [m["role"] for m in fitted([told, asked], chat_tokenizer("chatml"))] == ["system", "user"]
     for odd in ([told], [told, said], [asked, said, told]):  # to be refused as they are
