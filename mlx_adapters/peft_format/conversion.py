@@ -189,7 +189,13 @@ def rows_of(layers: Mapping[str, nn.Module]) -> int | None:
 def record(peft: PeftAdapter, converted: Converted, source: str) -> dict[str, Any]:
     """What export needs for the way back: the config as it was, how paths and experts were written, and what loading
     multiplied the weights by."""
-    extra = {"tied": converted.tied, "paths": converted.paths, "folds": converted.folds, "fused": converted.fused}
+    extra = {
+        "tied": converted.tied,
+        "paths": converted.paths,
+        "folds": converted.folds,
+        "fused": converted.fused,
+        "lost": converted.lost,
+    }
     return {
         "from": source,
         "config": peft.settings.raw,

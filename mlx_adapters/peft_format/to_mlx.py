@@ -37,7 +37,8 @@ TIE_HINT = (
 
 @dataclass(frozen=True)
 class Converted:
-    """The adapter, the renames its paths took, the layout of its experts (`fused`: see `fused_updates`).
+    """The adapter, the renames its paths took, the layout of its experts (`fused`: see `fused_updates`; `lost`: see
+    `lost_bits`, by layer).
 
     `tied`: an update that PEFT has at one end of a tied embedding only was taken at both. `paths` and `folds` as in
     `Places`.
@@ -50,6 +51,7 @@ class Converted:
     paths: dict[str, str]
     folds: dict[str, Fold]
     fused: dict[str, Any]
+    lost: dict[str, str]
 
 
 def to_mlx(peft: PeftAdapter, layers: Mapping[str, nn.Module], layout: Layout, tie: bool = False) -> Converted:
@@ -77,9 +79,9 @@ def to_mlx(peft: PeftAdapter, layers: Mapping[str, nn.Module], layout: Layout, t
     updates += from_fused
     updates += _both_ends(ends, peft, places)
     _refuse_missing(peft, places, {update.key for update in updates})
-    adapter = _assemble(updates, peft)
+    adapter, lost = _assemble(updates, peft)
     form = FUSED if fused else PER_EXPERT if experts else None
-    return Converted(adapter, tuple(places.renames), form, bool(ends), places.paths, places.folds, record)
+    return Converted(adapter, tuple(places.renames), form, bool(ends), places.paths, places.folds, record, lost)
 
 
 def _plain_updates(module: PeftModule, peft: PeftAdapter, places: Places) -> list[LayerFactors]:
@@ -151,7 +153,7 @@ def _refuse_missing(peft: PeftAdapter, places: Places, keys: set[str]) -> None:
             raise FormatError(f"The PEFT config targets '{path}', but the file has no tensors for it.", "is it whole?")
 
 
-def _assemble(updates: list[LayerFactors], peft: PeftAdapter) -> Adapter:
+def _assemble(updates: list[LayerFactors], peft: PeftAdapter) -> tuple[Adapter, dict[str, str]]:
     if not updates:
         raise FormatError("The PEFT adapter has no LoRA layers.")
     made = unified(updates)
@@ -164,7 +166,7 @@ def _assemble(updates: list[LayerFactors], peft: PeftAdapter) -> Adapter:
         weights |= {tensor_names.join(update.key, leaf): w for leaf, w in leaves.items() if w is not None}
     kind = "dora" if peft.settings.dora else "lora"
     config = AdapterConfig(made[0].rank, made[0].scale, keys, kind, peft.settings.dropout)
-    return Adapter(config, weights)
+    return Adapter(config, weights), {update.key: update.lost for update in made if update.lost}
 
 
 # -- a base whose output layer is its input embedding ----------------------------------------------

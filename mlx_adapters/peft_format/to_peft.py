@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_adapters.checkpoints.places import Fold
 from mlx_adapters.errors import FormatError
@@ -16,7 +17,7 @@ from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.peft_format.own_form import Facts, PeftForm, own_form, tensors_of, unloaded
 from mlx_adapters.peft_format.settings import PeftSettings
 from mlx_adapters.peft_format.to_mlx import FUSED
-from mlx_adapters.peft_format.updates import joined_experts
+from mlx_adapters.peft_format.updates import joined_experts, regained, steps_of
 from mlx_adapters.storage import hf_names
 from mlx_adapters.storage.hf_names import EMBEDDINGS, FUSED_GATE_UP, HEADS, POSITIONS, Renames
 from mlx_adapters.storage.tensor_names import LORA_A, LORA_B
@@ -47,7 +48,7 @@ def _as_it_came(adapter: Adapter, origin: Mapping[str, Any]) -> PeftForm:
     if settings.dora != (adapter.config.type == "dora") or origin.get("tied"):
         raise _NotAsItCame
     renames: Renames = tuple((str(old), str(new)) for old, new in origin.get("renames", ()))
-    paths, folds, fused = ({**origin.get(name, {})} for name in ("paths", "folds", "fused"))
+    paths, folds, fused, lost = ({**origin.get(name, {})} for name in ("paths", "folds", "fused", "lost"))
     stacked = {key for parameters in fused.values() for entry in parameters.values() for key in entry["rows"]}
     if origin.get("experts") == FUSED and not fused:
         raise _NotAsItCame  # taken in by an older version
@@ -65,12 +66,12 @@ def _as_it_came(adapter: Adapter, origin: Mapping[str, Any]) -> PeftForm:
                 tensors |= tensors_of(name, *cut, False)
         else:
             embedding = path.rpartition(".")[2] in EMBEDDINGS + POSITIONS
-            a, b, m = _cut(adapter, settings, path, a, b, m, folds.get(key), embedding=embedding)
+            a, b, m = _cut(adapter, settings, path, a, b, m, folds.get(key), embedding=embedding, lost=lost.get(key))
             tensors |= tensors_of(path, a, b, m, embedding)
             if embedding and settings.raw.get("ensure_weight_tying"):
                 tensors |= tensors_of(LM_HEAD, b.T, a.T, None, False)
     for path, parameters in fused.items():
-        tensors |= _fused(adapter, settings, path, parameters, stacks)
+        tensors |= _fused(adapter, settings, path, parameters, stacks, lost)
     return PeftForm(tensors, dict(settings.raw))
 
 
@@ -84,6 +85,7 @@ def _cut(
     fold: Fold | None = None,
     parameter: str | None = None,
     embedding: bool = False,
+    lost: str | np.ndarray | None = None,
 ) -> tuple[mx.array, mx.array, mx.array | None]:
     """Undo padding, change of scale and what loading does: a (in, R) -> (in, r), b (R, out) -> (r, out), m."""
     rank, scale = settings.strength(path, parameter)
@@ -92,7 +94,10 @@ def _cut(
         raise _NotAsItCame
     a, b, m, factor = unloaded(a[:, :rank], b[:rank], m, fold, embedding)
     ratio = adapter.config.scale / (scale * factor)
-    if ratio != 1 or fold is not None:
+    if lost is not None and fold is None:
+        steps = steps_of(lost, tuple(b.shape)) if isinstance(lost, str) else lost
+        b = regained(b, scale / adapter.config.scale, steps)
+    elif ratio != 1 or fold is not None:
         b = (b.astype(mx.float32) * ratio).astype(a.dtype)
     return a, b, m if m is None or fold is None else m.astype(a.dtype)
 
@@ -103,6 +108,7 @@ def _fused(
     path: str,
     parameters: Mapping[str, Any],
     stacks: Mapping[str, tuple[mx.array, mx.array]],
+    lost: Mapping[str, str],
 ) -> dict[str, mx.array]:
     """Fused experts: layers of one parameter share their A; of two parameters gate_up is the inner one."""
     tensors: dict[str, mx.array] = {}
@@ -111,11 +117,17 @@ def _fused(
         a = stacks[keys[0]][0]
         if not all(mx.array_equal(stacks[key][0], a) for key in keys):
             raise _NotAsItCame
+        rank, _ = settings.strength(path, parameter)
         b = mx.zeros((a.shape[0], entry["out"], a.shape[1]), stacks[keys[0]][1].dtype)
+        steps = np.zeros((a.shape[0], entry["out"], rank), np.int8)
         for key, rows in entry["rows"].items():
             b[:, slice(*rows)] = stacks[key][1]
-        # (in, R), (R, out) of each expert
-        cut = [_cut(adapter, settings, path, x.T, y.T, parameter=parameter) for x, y in zip(a, b, strict=True)]
+            if key in lost:
+                steps[:, slice(*rows)] = steps_of(lost[key], (*stacks[key][1].shape[:2], rank))
+        cut = [  # (in, R), (R, out) of each expert
+            _cut(adapter, settings, path, x.T, y.T, parameter=parameter, lost=z.T if steps.any() else None)
+            for x, y, z in zip(a, b, steps, strict=True)
+        ]
         left, right = mx.stack([y.T for _, y, _ in cut]), mx.stack([x.T for x, _, _ in cut])
         if entry["turned"]:
             left, right = right.swapaxes(1, 2), left.swapaxes(1, 2)

@@ -4,13 +4,17 @@ mlx-lm has one rank and one scale for a whole adapter. Where PEFT's differ by mo
 with zeros to the largest rank and B takes up the ratio of the scales, which changes nothing in B·A.
 """
 
+import base64
+import contextlib
 import math
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_adapters.checkpoints.places import Places
 from mlx_adapters.errors import FormatError, IncompatibleError
@@ -19,17 +23,22 @@ from mlx_adapters.models.layers import EMBEDDING, SWITCH, nn
 from mlx_adapters.peft_format.reading import PeftAdapter, PeftModule
 from mlx_adapters.storage import hf_names
 from mlx_adapters.storage.hf_names import FUSED_DOWN, FUSED_GATE_UP, PEFT_TURNED, is_head
+from mlx_adapters.storage.tensor_files import as_numpy
 
 
 @dataclass(frozen=True)
 class LayerFactors:
-    """scale · B A of one MLX layer, in MLX's shapes (see `tensor_names`)."""
+    """scale · B A of one MLX layer, in MLX's shapes (see `tensor_names`).
+
+    `lost`: what rounding took from b when it took up another scale (see `lost_bits`).
+    """
 
     key: str
     a: mx.array
     b: mx.array
     m: mx.array | None
     scale: float
+    lost: str | None = None
 
     @property
     def rank(self) -> int:
@@ -73,15 +82,48 @@ def unified(updates: Iterable[LayerFactors]) -> list[LayerFactors]:
 
 
 def _with(update: LayerFactors, rank: int, scale: float) -> LayerFactors:
-    a, b, ratio = update.a, update.b, update.scale / scale
+    a, b, ratio, lost = update.a, update.b, update.scale / scale, update.lost
     if ratio != 1:
         # A ratio that is no power of two would lose bits of a 16-bit B.
         b = b * ratio if math.frexp(ratio)[0] in (0.5, -0.5) else b.astype(mx.float32) * ratio
+        lost = lost_bits(update.b, b, ratio) if update.b.dtype == b.dtype == mx.float32 else None
     if update.rank != rank:
         more, none, both = (0, rank - update.rank), (0, 0), a.ndim == 3
         a = mx.pad(a, [none, more, none] if both else [none, more])
         b = mx.pad(b, [none, none, more] if both else [more, none])
-    return replace(update, a=a, b=b, scale=scale)
+    return replace(update, a=a, b=b, scale=scale, lost=lost)
+
+
+# -- a float32 B that takes up another scale, and comes back to the bit ----------------------------
+
+
+def lost_bits(b: mx.array, scaled: mx.array, ratio: float) -> str | None:
+    """By how many units in the last place `scaled` / `ratio` misses `b`, number by number, as text; None for nothing.
+
+    Multiplied by a ratio, neighboring numbers may be rounded to one; so the scale alone does not lead back.
+    """
+    steps = as_numpy(b).view(np.int32).astype(np.int64) - _divided(scaled, ratio).view(np.int32)
+    if not steps.any() or np.abs(steps).max() > 127:
+        return None
+    return base64.b64encode(zlib.compress(steps.astype(np.int8).tobytes())).decode()
+
+
+def steps_of(lost: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """The units of `lost_bits` for a b of this shape, int8; zeros for a text that is none of its."""
+    with contextlib.suppress(ValueError, TypeError, zlib.error):
+        size = math.prod(shape)
+        steps = zlib.decompressobj().decompress(base64.b64decode(lost, validate=True), size + 1)
+        return np.frombuffer(steps, np.int8).reshape(shape)
+    return np.zeros(shape, np.int8)
+
+
+def regained(scaled: mx.array, ratio: float, steps: np.ndarray) -> mx.array:
+    """The inverse: the b that became `scaled`."""
+    return mx.array((_divided(scaled, ratio).view(np.int32) + steps).astype(np.int32).view(np.float32))
+
+
+def _divided(scaled: mx.array, ratio: float) -> np.ndarray:
+    return (as_numpy(scaled.astype(mx.float32)).astype(np.float64) / ratio).astype(np.float32)
 
 
 # -- stacked experts, from either of the layouts in which PEFT has them ----------------------------
