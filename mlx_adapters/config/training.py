@@ -46,9 +46,19 @@ class LoraConfig:
         "lora", "Kind of adapter", more="dora adds a trained magnitude for each output (arXiv 2402.09353)."
     )
     ranks: dict[str, int] = setting(dict, "Other ranks, by module name")
+    init: Literal["zero", "pissa"] = setting(
+        "zero",
+        "What the update starts as",
+        more="pissa: the weight's principal part is trained (arXiv 2404.02948); the base stays, so the adapter is the "
+        "difference and has twice the rank.",
+    )
 
     def __post_init__(self) -> None:
         check(self)
+        if self.init == "pissa":
+            require(self.dropout == 0, "PiSSA takes no dropout: it would act on the base's own weight.")
+            require(self.scale > 0, f"PiSSA needs a scale above 0, not {self.scale}.")
+            require(self.type == "lora", "PiSSA is for LoRA here, not for DoRA.")
         for name, rank in self.ranks.items():
             require(rank >= 1, f"the rank of '{name}' must be at least 1, not {rank}.")
             require(rank <= MOST_RANK, f"the rank of '{name}' must be at most {MOST_RANK:,}, not {rank}.")

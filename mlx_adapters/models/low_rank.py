@@ -12,6 +12,7 @@ from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.storage.tensor_files import as_numpy
 from mlx_adapters.storage.tensor_names import LORA_A, LORA_B, join
 
+EXACT, OVERSAMPLED, POWERS = 512, 16, 8  # of `principal`: up to this width all singular values are computed
 Matrix = np.ndarray[Any, np.dtype[np.float32]]
 
 
@@ -72,6 +73,25 @@ def factors_of(adapter: Adapter, key: str) -> tuple[mx.array, mx.array]:
     used[0] |= not used.any()
     kept = mx.array(np.flatnonzero(used))
     return mx.take(a, kept, axis=1), mx.take(b, kept, axis=0 if b.ndim == 2 else 2)
+
+
+def principal(weight: Matrix, rank: int) -> tuple[Matrix, Matrix]:
+    """left (out, r) and right (r, in) whose product is the best approximation of a weight (out, in) of this rank.
+
+    Both take half of each singular value, U √Σ and √Σ Vᵀ (Eckart and Young, 1936). A large matrix is projected on a few
+    directions more than asked for, after eight rounds of power iteration (Halko et al., arXiv 0909.4061).
+    """
+    if min(weight.shape) > EXACT:
+        rng = np.random.default_rng(0)
+        basis = rng.standard_normal((weight.shape[1], rank + OVERSAMPLED), np.float32)
+        for _ in range(POWERS):
+            basis = np.linalg.qr(weight.T @ np.linalg.qr(weight @ basis)[0])[0]
+        u, s, vt = np.linalg.svd(weight @ basis, full_matrices=False)
+        vt = vt @ basis.T
+    else:
+        u, s, vt = np.linalg.svd(weight, full_matrices=False)
+    root = np.sqrt(s[:rank])
+    return np.ascontiguousarray(u[:, :rank] * root), np.ascontiguousarray(root[:, None] * vt[:rank])
 
 
 def update_shape(a: mx.array, b: mx.array) -> tuple[int, ...]:

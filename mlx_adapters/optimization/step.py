@@ -24,7 +24,7 @@ from mlx_adapters.optimization.log_probabilities import Arrays
 from mlx_adapters.optimization.objectives import Figures, Shares, loss_of, sums_of_lines
 from mlx_adapters.optimization.optimizers import Optimizer, compiled
 from mlx_adapters.optimization.through_rounding import Rounding
-from mlx_adapters.storage.tensor_names import block_index
+from mlx_adapters.storage.tensor_names import LORA_A, LORA_B, block_index, join
 from mlx_adapters.surgery import calls
 from mlx_adapters.surgery.blocks import find_body
 from mlx_adapters.surgery.recomputation import FeedForward, find_feed_forwards, recompute, recompute_between
@@ -113,7 +113,8 @@ class Taken:
 class TrainStep:
     """A module with adapter layers, and what trains them.
 
-    `adapted` maps paths to the adapted layers; `rounding` is what fuse-aware training goes through.
+    `adapted` maps paths to the adapted layers; `rounding` is what fuse-aware training goes through. `kept`: where the
+    weights are not trained, by name.
     """
 
     module: nn.Module
@@ -124,12 +125,14 @@ class TrainStep:
     rounding: Rounding | None = None
     memory: MemoryPlan = field(default_factory=MemoryPlan)
     weights: Weights = field(init=False)
+    kept: Weights = field(init=False)
     feed_forwards: list[FeedForward] = field(init=False)
     optimizer: Optimizer = field(init=False)
     _frozen_are_rounded: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.weights = dict(tree_flatten(self.module.trainable_parameters()))
+        self.kept = dict(pair for path, layer in self.adapted.items() for pair in _kept(path, layer))
         self.optimizer = Optimizer(self.config, self.weights)
         self._calls = saving_calls(self.adapted.values())
         layers = [layer for _, layer in named_layers(self.module)]
@@ -156,7 +159,10 @@ class TrainStep:
 
     def update(self, gradients: Weights, rate: float) -> tuple[mx.array, mx.array]:
         """Change the weights; return the norms of the gradient before clipping and of the new weights."""
-        self.weights, gradient_norm, weight_norm = self.optimizer.apply(self.weights, gradients, rate)
+        before = self.weights
+        gradients = gradients | {n: mx.where(kept, 0, gradients[n]) for n, kept in self.kept.items()}
+        self.weights, gradient_norm, weight_norm = self.optimizer.apply(before, gradients, rate)
+        self.weights |= {n: mx.where(kept, before[n], self.weights[n]) for n, kept in self.kept.items()}
         return gradient_norm, weight_norm
 
     def take(self, draw: Draw, rate: float, rounding: bool = False) -> Taken:
@@ -340,3 +346,12 @@ def _agrees(module: nn.Module, body: nn.Module, probe: Batch, chunk: int) -> boo
     except (ValueError, TypeError, IndexError, AttributeError):
         return False
     return abs(plain - chunked) <= EQUAL * max(abs(plain), 1.0)
+
+
+def _kept(path: str, layer: nn.Module) -> list[tuple[str, mx.array]]:
+    """Where the factors of a layer are not trained: from component `kept_from` on, if it has one."""
+    first = getattr(layer, "kept_from", None)
+    if first is None:
+        return []
+    kept = mx.arange(layer.lora_a.shape[1]) >= first  # (rank,)
+    return [(join(path, LORA_A), kept), (join(path, LORA_B), kept[:, None])]

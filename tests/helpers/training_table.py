@@ -63,6 +63,10 @@ WAYS = {
         {"prompt_column": "completion", "completion_column": "prompt"},
     ),
     "embeddings": Way({"target_modules": ("embed_tokens", "v_proj")}, CLIPPED, sums_in_any_order=True),
+    "pissa": Way(
+        {"init": "pissa", "dropout": 0.0, "target_modules": ("q_proj", "down_proj"), "ranks": {"down_proj": 2}},
+        {"weight_decay": 0.1, **CLIPPED},
+    ),
     "dora": Way({"type": "dora"}, {"mask_prompt": True, **CLIPPED}),
     "packing": Way({}, {"packing": True, "max_seq_length": 96, "batch_size": 2, "grad_accumulation": 3, **CLIPPED}),
     "less memory": Way({}, {"grad_checkpoint": True, "chunked_loss": "on", **CLIPPED}),
