@@ -116,6 +116,8 @@ def _with_token_rows(peft: PeftAdapter, path: str, rows: mx.array, places: Place
     place = tensor_names.split(pieces[0].target)[0] if pieces else ""
     if not isinstance(places.layers.get(place), EMBEDDING + LINEAR):
         raise IncompatibleError(f"The base model has no '{path}' for the PEFT adapter's tokens.")
+    if "bias" in places.layers[place]:
+        raise FormatError(f"With single tokens of '{path}' PEFT computes without its bias, as no model of mlx-lm does.")
     indices: Any = peft.settings.raw.get("trainable_token_indices")
     if isinstance(indices, dict):
         indices = next((own for name, own in indices.items() if f".{path}".endswith(f".{name}")), None)

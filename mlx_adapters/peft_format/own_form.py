@@ -179,6 +179,9 @@ def _fused_experts(block: str, parts: dict[str, tuple[mx.array, mx.array]], fact
 
     Gate and up are rows of one parameter. Their updates with an A of each become one of twice the rank.
     """
+    if unknown := set(parts) - {GATE, UP, DOWN}:
+        key = tensor_names.join(block, min(unknown))
+        raise FormatError(f"PEFT has no name for the experts '{key}' of a {facts.model_type}.", LEAVE_OUT)
     made = list[_FusedExperts]()
     for parameter, names in ((FUSED_GATE_UP, (GATE, UP)), (FUSED_DOWN, (DOWN,))):
         keys = [tensor_names.join(block, name) for name in names]
