@@ -51,12 +51,14 @@ class PeftForm:
 
 @dataclass(frozen=True)
 class Facts:
-    """Of the base: its type, whether its embedding is also the output layer, whether it has experts, its checkpoint."""
+    """Of the base: its type, whether its embedding is also the output layer, whether it has experts, its checkpoint,
+    whether transformers has its type; other code has the modules of its checkpoint."""
 
     model_type: str | None
     tied: bool
     experts: bool
     layout: Layout
+    in_transformers: bool = True
 
 
 def own_form(adapter: Adapter, facts: Facts) -> PeftForm:
@@ -95,7 +97,7 @@ def own_form(adapter: Adapter, facts: Facts) -> PeftForm:
             targets[LM_HEAD] = None
     ranks: dict[str, int] = {}
     for block, parts in experts.items():
-        if facts.model_type in PEFT_EXPERTS_EACH:
+        if facts.model_type in PEFT_EXPERTS_EACH or not facts.in_transformers:
             tensors |= _per_expert(block, parts, targets, facts)
             continue
         for form in _fused_experts(block, parts, facts):
@@ -140,10 +142,11 @@ def _origin(key: str, facts: Facts) -> tuple[str, Fold | None]:
 def _per_expert(
     block: str, parts: dict[str, tuple[mx.array, mx.array]], targets: dict[str, None], facts: Facts
 ) -> dict[str, mx.array]:
-    """One A and B for each expert. With gate or up, PEFT wants all three; what is missing is added as zero."""
+    """One A and B for each expert. With gate or up, PEFT wants all three where it fuses them; what is missing is added
+    as zero."""
     tensors: dict[str, mx.array] = {}
     partner = parts.get(GATE) or parts.get(UP)
-    if partner:
+    if partner and facts.in_transformers:
         (experts, rank, inputs), inner = partner[0].shape, partner[1].shape[1]
         shapes = {GATE: (inputs, inner), UP: (inputs, inner), DOWN: (inner, inputs)}
         nothing = {

@@ -6,6 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from helpers.peft import ADAPTERS, FIXTURES, TIED, base_of, case, picked_adapter
+from helpers.tiny_configs import tiny_base
 
 from mlx_adapters.adapters.peft_export import export_peft
 from mlx_adapters.adapters.peft_import import import_peft
@@ -238,6 +239,17 @@ def test_experts_go_out_as_parameters_and_come_back(architecture: str, parts: tu
     ids = mx.array([[5, 9, 33, 21]])
     logits = [load_model(resolve_base(base), one).logits(ids) for one in (adapter, back)]
     assert mx.abs(logits[0] - logits[1]).max().item() < 1e-4
+
+
+def test_experts_of_code_that_a_model_brings_go_out_as_its_modules(tmp_path: Path):
+    base = tiny_base(tmp_path / "base", "Klear")
+    adapter = picked_adapter(base, lambda key: key.endswith("experts.up_proj"))
+    export_peft(adapter, tmp_path / "out", base=base)
+    config = files.read_json(tmp_path / "out" / "adapter_config.json")
+    assert "target_parameters" not in config
+    assert {name.rpartition(".")[2] for name in config["target_modules"]} == {"up_proj"}
+    assert "model.layers.1.mlp.experts.3.up_proj" in config["target_modules"]
+    assert import_peft(tmp_path / "out", base=base, name="back").fingerprint == adapter.fingerprint
 
 
 @pytest.mark.parametrize(
