@@ -20,7 +20,6 @@ from mlx_adapters.sources.demo_base import DEMO_BASE
 from mlx_adapters.storage import files, paths, replacing, tensor_files, tensor_names
 from mlx_adapters.storage.hf_names import EMBEDDINGS, PEFT_OUTPUT, PEFT_SCALE, PEFT_WEIGHTS_FILE
 from mlx_adapters.storage.tensor_names import CONFIG_FILE
-from mlx_adapters.system.door import is_in_transformers
 
 NAME_BASE = "name the base it was trained on with --base."
 README = """---
@@ -142,5 +141,7 @@ def _facts(adapter: Adapter, base: BaseLike | None) -> Facts:
     layers = adaptable_layers(module)
     check_fits(adapter, layers, f"'{resolved.name}'")
     experts = any(isinstance(layer, SWITCH) for layer in layers.values())
+    from transformers import CONFIG_MAPPING  # late: it takes a second
+
     kind, layout = resolved.config.get("model_type"), layout_of(resolved, module)
-    return Facts(kind, embeddings and tied(layers), experts, layout, is_in_transformers(kind))
+    return Facts(kind, embeddings and tied(layers), experts, layout, kind in CONFIG_MAPPING)

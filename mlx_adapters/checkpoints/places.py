@@ -4,7 +4,7 @@ A module's update is a product of two factors, left (rows, r) and right (r, colu
 that is cut, stacked, scaled by rows or turned around, it does to one of the two.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,8 +127,7 @@ class Places:
         Where the checkpoint has experts one by one, transformers puts gate above up. Raises IncompatibleError or
         FormatError if no layers are made of it.
         """
-        for inside, _ in hf_names.mlx_paths(hf_names.fused_path(block, inner=False)):
-            candidate = inside.rpartition(".")[0]
+        for candidate in self._blocks(block):
             for name in hf_names.fused_names(candidate, parameter):
                 pieces, shape = self.layout.of(name), self.layout.shapes.get(name)
                 if pieces and shape is not None and len(shape) == 3:
@@ -146,6 +145,17 @@ class Places:
             f"The base model has no experts '{block}' with a '{parameter}' for the PEFT adapter.",
             "is it the base it was trained on?",
         )
+
+    def _blocks(self, block: str) -> Iterator[str]:
+        """Where the checkpoint may have a block of transformers: by its names, or where mlx-lm's own comes from."""
+        for inside, _ in hf_names.mlx_paths(hf_names.fused_path(block, inner=False)):
+            candidate = inside.rpartition(".")[0]
+            yield candidate
+            inner = (
+                self.layout.into(tensor_names.join(k, WEIGHT)) for k in self.layers if k.startswith(f"{candidate}.")
+            )
+            own = (hf_names.block_of_experts(pieces[0].source) for pieces in inner if pieces)
+            yield from (place for place in dict.fromkeys(own) if place is not None)
 
     def _take_experts(self, keys: list[str], pieces: list[Piece], source: str) -> None:
         if any(fold_of(piece) for piece in pieces):

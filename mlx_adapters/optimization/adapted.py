@@ -12,7 +12,7 @@ Embeddings stay mlx-lm's: an embedding's factors meet no copy of anything large.
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from mlx_adapters.storage.tensor_names import BIAS
+from mlx_adapters.storage.tensor_names import BIAS, LORA_A, LORA_B, join
 from mlx_adapters.surgery import calls
 from mlx_adapters.system.door import DoRALinear, LoRALinear, LoRASwitchLinear, mx, nn
 from mlx_adapters.system.machine import on_gpu
@@ -153,3 +153,12 @@ def _magnified() -> Call:
         return gain * dy, mx.where(by == 0, 0, summed / by), mx.zeros_like(norm)
 
     return product
+
+
+def kept_parts(path: str, layer: nn.Module) -> list[tuple[str, mx.array]]:
+    """Where the factors of a layer are not trained: from component `kept_from` on, if it has one."""
+    first = getattr(layer, "kept_from", None)
+    if first is None:
+        return []
+    kept = mx.arange(layer.lora_a.shape[1]) >= first  # (rank,)
+    return [(join(path, LORA_A), kept), (join(path, LORA_B), kept[:, None])]

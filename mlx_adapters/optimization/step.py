@@ -17,14 +17,14 @@ from mlx_adapters.data.batches import Batch
 from mlx_adapters.models.adapter import Weights
 from mlx_adapters.models.layers import named_layers
 from mlx_adapters.optimization import log_probabilities, through_rounding
-from mlx_adapters.optimization.adapted import saving_calls
+from mlx_adapters.optimization.adapted import kept_parts, saving_calls
 from mlx_adapters.optimization.distributed import World
 from mlx_adapters.optimization.feed import Draw, draw_of
 from mlx_adapters.optimization.log_probabilities import Arrays
 from mlx_adapters.optimization.objectives import Figures, Shares, loss_of, sums_of_lines
 from mlx_adapters.optimization.optimizers import Optimizer, compiled
 from mlx_adapters.optimization.through_rounding import Rounding
-from mlx_adapters.storage.tensor_names import LORA_A, LORA_B, block_index, join
+from mlx_adapters.storage.tensor_names import block_index
 from mlx_adapters.surgery import calls
 from mlx_adapters.surgery.blocks import find_body
 from mlx_adapters.surgery.recomputation import FeedForward, find_feed_forwards, recompute, recompute_between
@@ -132,7 +132,7 @@ class TrainStep:
 
     def __post_init__(self) -> None:
         self.weights = dict(tree_flatten(self.module.trainable_parameters()))
-        self.kept = dict(pair for path, layer in self.adapted.items() for pair in _kept(path, layer))
+        self.kept = dict(pair for path, layer in self.adapted.items() for pair in kept_parts(path, layer))
         self.optimizer = Optimizer(self.config, self.weights)
         self._calls = saving_calls(self.adapted.values())
         layers = [layer for _, layer in named_layers(self.module)]
@@ -346,12 +346,3 @@ def _agrees(module: nn.Module, body: nn.Module, probe: Batch, chunk: int) -> boo
     except (ValueError, TypeError, IndexError, AttributeError):
         return False
     return abs(plain - chunked) <= EQUAL * max(abs(plain), 1.0)
-
-
-def _kept(path: str, layer: nn.Module) -> list[tuple[str, mx.array]]:
-    """Where the factors of a layer are not trained: from component `kept_from` on, if it has one."""
-    first = getattr(layer, "kept_from", None)
-    if first is None:
-        return []
-    kept = mx.arange(layer.lora_a.shape[1]) >= first  # (rank,)
-    return [(join(path, LORA_A), kept), (join(path, LORA_B), kept[:, None])]

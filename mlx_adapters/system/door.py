@@ -139,13 +139,6 @@ def refusals(refused: Callable[[str], AdapterError]) -> Iterator[None]:
         raise refused(why) from error
 
 
-def is_in_transformers(model_type: str | None) -> bool:
-    """Whether transformers has models of this type itself; others bring code of their own."""
-    from transformers import CONFIG_MAPPING
-
-    return model_type in CONFIG_MAPPING
-
-
 _trusting: ContextVar[bool] = ContextVar("trusting_remote_code", default=False)
 TRUST_IT = "read that code, and pass --trust-remote-code to run it (in Python: 'with ma.trusting_remote_code():')."
 
