@@ -143,10 +143,12 @@ def _refuse_missing(peft: PeftAdapter, places: Places, keys: set[str]) -> None:
         if key in keys:
             continue
         path = places.path_of(key)
-        switch = hf_names.split_switch(path)
-        if switch:
-            fused = FUSED_DOWN if switch[1] == DOWN else FUSED_GATE_UP
-            named = peft.settings.names_parameter(f"{switch[0]}.experts.{fused}")
+        if isinstance(layer, SWITCH):  # in PEFT a parameter, which no target module names
+            pieces = places.layout.into(tensor_names.join(key, WEIGHT))
+            inside = hf_names.block_of_experts(pieces[0].source) if pieces else None
+            fused = FUSED_DOWN if key.endswith(DOWN) else FUSED_GATE_UP
+            blocks = (inside or "", path.rpartition(".")[0].rpartition(".")[0])
+            named = any(peft.settings.names_parameter(f"{block}.experts.{fused}") for block in blocks)
         else:
             named = peft.settings.targets(path) or peft.settings.names_parameter(f"{path}.{tensor_names.WEIGHT}")
         if named and not isinstance(layer, EMBEDDING):

@@ -15,7 +15,7 @@ from mlx_adapters.events import Note
 from mlx_adapters.models.loading import load_model
 from mlx_adapters.sources import lookup
 from mlx_adapters.sources.bases import resolve_base
-from mlx_adapters.storage import tensor_files
+from mlx_adapters.storage import files, tensor_files
 
 REASONS = {
     "lora-bias": "lora_bias",
@@ -274,3 +274,25 @@ def test_the_user_hears_of_unknown_settings():
     import_peft(FIXTURES / "qwen2" / "ensure-tying", base=FIXTURES / "qwen2" / "base", name="c", on_event=notes.append)
     assert [type(note) for note in notes] == [Note]
     assert "another" in notes[0].text and "a_newer_field" not in notes[0].text
+
+
+def test_target_modules_name_no_experts_that_are_parameters(tmp_path: Path):
+    """llama4's experts have a down_proj, too, but for PEFT it is a parameter."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(FIXTURES / "llama4_text" / "down-only", folder)
+    config = files.read_json(folder / "adapter_config.json")
+    files.write_json(
+        folder / "adapter_config.json", config | {"target_parameters": None, "target_modules": ["o_proj", "down_proj"]}
+    )
+    stored = mx.load(str(folder / "adapter_model.safetensors"))
+    a, b = mx.ones((4, 48)), mx.ones((32, 4))
+    down = {
+        f"base_model.model.model.layers.{i}.feed_forward.{part}down_proj.lora_{x}.weight": a if x == "A" else b
+        for i, part in ((0, ""), (2, ""), (1, "shared_expert."), (3, "shared_expert."))
+        for x in "AB"
+    }
+    down = {n: (w if "shared" not in n else (mx.ones((4, 40)) if "_A" in n else b)) for n, w in down.items()}
+    mx.save_safetensors(
+        str(folder / "adapter_model.safetensors"), {n: w for n, w in stored.items() if "experts" not in n} | down
+    )
+    assert len(import_peft(folder, base=FIXTURES / "llama4_text" / "base", name="it").config.keys) == 8
