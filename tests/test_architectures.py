@@ -29,7 +29,7 @@ AGAIN = "'scripts/architectures {}' brings the page up to date"
 
 
 # What a most tuned model cannot do yet, or its architecture does not allow (a recurrence goes on over packed rows).
-OPEN = {"PEFT out", "PEFT in", "hf", "GGUF"}
+OPEN = {"GGUF"}
 EXCEPTIONS = {"qwen3_5": {"packing"}, "qwen3_5_moe": {"packing"}}
 
 
