@@ -23,6 +23,7 @@ from mlx_adapters.models.dense import weight_shape
 from mlx_adapters.storage import tensor_names
 from mlx_adapters.system.door import mx, nn
 
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers")  # how configs call the number of blocks
 ROTATED = re.compile(r"blk\.\d+\.attn_([qk])(_norm)?\.(weight|bias)")
 # What stays float32: llama.cpp computes with it so, and it is small.
 EXACT = ("ffn_gate_inp", "ssm_", "shortconv.conv", "exp_probs_b", "attn_sinks", "position_embd", "rope_f")
@@ -64,7 +65,7 @@ class Layout:
     def _table(self) -> Any:
         gguf = package()
         numbers = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-        arch, blocks = self.architecture.name, int(self.config.get("num_hidden_layers") or self.config["n_layer"])
+        arch, blocks = self.architecture.name, int(next(self.config[key] for key in LAYERS if key in self.config))
         require(arch in numbers, f"This version of the package 'gguf' does not know '{arch}'.", "update 'gguf'.")
         return gguf.get_tensor_name_map(numbers[arch], blocks)
 
