@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.config.mapping import to_mapping
+from mlx_adapters.display.tables import Table, flat
 from mlx_adapters.events import OnEvent, log_warnings
 from mlx_adapters.models.adapter import Adapter, AdapterLike, place_of
 from mlx_adapters.models.low_rank import LowRankUpdate, inner, update_of, update_shape
@@ -43,7 +44,7 @@ class SavedIteration:
 
 
 @dataclass(frozen=True)
-class Details:
+class Details(Table):
     """Everything `show` shows."""
 
     name: str
@@ -58,6 +59,10 @@ class Details:
     files: dict[str, int]
     metadata: dict[str, Any] = field(repr=False)
     strength_note: str | None = None
+
+    def records(self) -> list[dict[str, Any]]:
+        """One for each layer."""
+        return [flat(layer) for layer in self.layers]
 
     @property
     def reference(self) -> str:
@@ -141,7 +146,7 @@ class LayerComparison:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Table):
     """Two adapters side by side. `settings` holds what differs, as (name, value of a, value of b)."""
 
     a: str
@@ -152,6 +157,10 @@ class Comparison:
     norm_b: float
     cosine: float | None
     losses: tuple[float, float] | None = None
+
+    def records(self) -> list[dict[str, Any]]:
+        """One for each layer."""
+        return [flat(layer) for layer in self.layers]
 
 
 def compare(

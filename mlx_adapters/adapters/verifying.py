@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mlx_adapters.display.tables import Rows, Table, flat
 from mlx_adapters.errors import AdapterError, FormatError, NotFoundError
 from mlx_adapters.models.adapter import Adapter, read_adapter
 from mlx_adapters.models.base import Base, BaseLike, Named
@@ -31,11 +32,15 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Table):
     """All checks of one adapter."""
 
     name: str
     checks: tuple[Check, ...]
+
+    def records(self) -> list[dict[str, Any]]:
+        """One for each check."""
+        return [flat(check) for check in self.checks]
 
     @property
     def problems(self) -> tuple[Check, ...]:
@@ -92,7 +97,7 @@ def _checks(entry: Entry, iteration: int | None, base: BaseLike | None, modules:
     return tuple(checks)
 
 
-def verify_all(base: BaseLike | None = None) -> list[Verification]:
+def verify_all(base: BaseLike | None = None) -> Rows[Verification]:
     """`verify` for every named adapter; each base's layers are looked up once.
 
     Args:
@@ -103,7 +108,7 @@ def verify_all(base: BaseLike | None = None) -> list[Verification]:
         ['chat', 'sql']
     """
     modules: Modules = {}
-    verifications = []
+    verifications: Rows[Verification] = Rows()
     for name in registry.names():
         with contextlib.suppress(NotFoundError):  # removed meanwhile
             verifications.append(verify(name, base=base, _modules=modules))

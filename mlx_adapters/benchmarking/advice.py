@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from mlx_adapters.benchmarking.measurements import METRICS, ShapeRow, VariantFigures
 from mlx_adapters.benchmarking.reports import Report
 from mlx_adapters.benchmarking.words import phrase
+from mlx_adapters.display.tables import Table
 from mlx_adapters.errors import ConfigError, FormatError
 from mlx_adapters.evaluation.statistics import Ratio
 from mlx_adapters.evaluation.variants import label_of
@@ -29,7 +30,7 @@ class Storage:
 
 
 @dataclass(frozen=True)
-class Advice:
+class Advice(Table):
     """`choice` is the label of the variant to use; the reasons carry their figures."""
 
     choice: str

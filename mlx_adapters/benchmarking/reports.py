@@ -6,13 +6,15 @@ What changed beyond noise says whether a build should fail for it.
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from mlx_adapters.benchmarking import words
-from mlx_adapters.benchmarking.measurements import COMPARED, FORMAT, METRICS, Measurements, Run
+from mlx_adapters.benchmarking.measurements import COMPARED, FORMAT, METRICS, Measurements, Run, VariantFigures
 from mlx_adapters.benchmarking.page import plots
 from mlx_adapters.benchmarking.schedule import BenchmarkConfig
 from mlx_adapters.config.mapping import from_mapping
 from mlx_adapters.display.notebook import html_block, html_pictures, html_table
+from mlx_adapters.display.tables import Table, flat, named
 from mlx_adapters.errors import FormatError
 from mlx_adapters.evaluation.statistics import Ratio, unpaired_ratio
 from mlx_adapters.evaluation.variants import Variant, short_names
@@ -20,8 +22,15 @@ from mlx_adapters.storage import files
 from mlx_adapters.units import count
 
 
-class Report(Measurements):
-    """All that one benchmark measured, shown."""
+class Report(Measurements, Table):
+    """All that one benchmark measured: shown, as a frame (`to_pandas`), and by variant: `report["sql"]`."""
+
+    def records(self) -> list[dict[str, Any]]:
+        """One for each variant at each prompt length and batch size: medians, and their spread beside them."""
+        return [flat(row) | shape for row in self.rows for shape in [flat(one) for one in row.shapes] or [{}]]
+
+    def __getitem__(self, variant: str) -> VariantFigures:
+        return named(self.rows, variant, "label")
 
     def __repr__(self) -> str:
         return f"Report({', '.join(self.readable.labels)}; {count(self.config.rounds, 'round')}, {self.created})"

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from mlx_adapters.data.datasets import Data, DataSet, RawRow, apart, kept_text, 
 from mlx_adapters.data.inspecting import LeftOut, RowReport, inspect_row
 from mlx_adapters.data.preferences import require_texts, tokenize_for
 from mlx_adapters.data.tokenizing import Row, has_words
+from mlx_adapters.display.tables import Table, flat
 from mlx_adapters.models.base import Base, BaseLike
 from mlx_adapters.models.loading import load_tokenizer_of
 from mlx_adapters.rows.files import read_file
@@ -75,7 +77,7 @@ class SplitReport:
 
 
 @dataclass(frozen=True)
-class DataReport:
+class DataReport(Table):
     """A whole data set. `overlaps` counts rows of valid and test that also stand in train; `shown` is a training row
     as the model sees it, the first unless another was asked for, and `first_row` its pieces of (text, whether the loss
     counts it). `stops`: whether any training row teaches the model to stop. `notes` say how rows were understood."""
@@ -87,6 +89,10 @@ class DataReport:
     shown: RowReport
     stops: bool
     notes: tuple[str, ...] = ()
+
+    def records(self) -> list[dict[str, Any]]:
+        """One for each split."""
+        return [{"split": name} | flat(split) for name, split in self.splits.items()]
 
 
 def check_data(data: Data, base: BaseLike, training: TrainConfig | None = None, row: int = 1) -> DataReport:

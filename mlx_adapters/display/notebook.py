@@ -7,8 +7,10 @@ from typing import Any
 
 from mlx_adapters.display.layout import Points
 from mlx_adapters.display.svg import line_chart
-from mlx_adapters.events import Event, Note, OnEvent, Progress
+from mlx_adapters.events import Event, Note, OnEvent, Progress, TrainReport, ValidationReport
 from mlx_adapters.units import number
+
+BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def html_table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -55,23 +57,47 @@ def loss_curve(train: Points, validation: Points) -> str:
 def progress_bar() -> OnEvent:
     """An `on_event` that draws one bar for each stage, in a notebook or a terminal, and writes notes and warnings.
 
+    Beside the bar of a training stand the losses so far, as numbers and as a line.
+
     Example:
         >>> checked = ma.check_fused("out/sql-4bit", "sql", on_event=ma.progress_bar())
     """
     from tqdm.auto import tqdm
 
     bars: dict[str, Any] = {}
+    train: list[float] = []
+    validation: list[float] = []
     stream = sys.stdout if "ipykernel" in sys.modules else sys.stderr
 
     def on_event(event: Event) -> None:
         if isinstance(event, Note):
             tqdm.write(f"Warning: {event.text}" if event.level == "warning" else event.text, file=stream)
+        if isinstance(event, TrainReport):
+            train.append(event.train_loss)
+        if isinstance(event, ValidationReport):
+            validation.append(event.validation_loss)
         if isinstance(event, Progress):
             bar = bars.get(event.stage)
             if bar is None:
                 bar = bars[event.stage] = tqdm(total=event.total, desc=event.stage, unit=event.unit or "it")
+            if event.stage == "train" and (train or validation):
+                bar.set_postfix_str(_losses(train, validation), refresh=False)
             bar.update(event.done - bar.n)
             if event.done >= event.total:
                 bars.pop(event.stage).close()
 
     return on_event
+
+
+def _losses(train: Sequence[float], validation: Sequence[float]) -> str:
+    parts = [f"loss {train[-1]:.3f} {sparkline(train)}".rstrip()] if train else []
+    return ", ".join(parts + ([f"validation {validation[-1]:.3f}"] if validation else []))
+
+
+def sparkline(values: Sequence[float], most: int = 20) -> str:
+    """The last `most` values as a line of blocks, "" for fewer than two."""
+    shown = values[-most:]
+    low, high = min(shown, default=0.0), max(shown, default=0.0)
+    if len(shown) < 2:
+        return ""
+    return "".join(BLOCKS[round((value - low) / (high - low or 1.0) * (len(BLOCKS) - 1))] for value in shown)

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from mlx_adapters.display.tables import Table, flat, named
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError
 from mlx_adapters.evaluation.variants import (
     Variant,
@@ -44,8 +45,12 @@ class TaskEvaluation:
     error: str | None = None
 
 
+def _failed(evaluation: TaskEvaluation) -> dict[str, Any]:
+    return {"error": evaluation.error}
+
+
 @dataclass(frozen=True)
-class TaskReport:
+class TaskReport(Table):
     """All variants on the same tasks. `harness`: the version of lm-eval."""
 
     created: str
@@ -53,6 +58,15 @@ class TaskReport:
     harness: str
     max_rows: int | None
     evaluations: tuple[TaskEvaluation, ...] = field(repr=False)
+
+    def records(self) -> list[dict[str, Any]]:
+        """One for each variant, task and metric."""
+        return [
+            {"variant": e.variant} | flat(result) for e in self.evaluations for result in e.results or (_failed(e),)
+        ]
+
+    def __getitem__(self, variant: str) -> TaskEvaluation:
+        return named(self.evaluations, variant, "variant")
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Headers and lines for people."""

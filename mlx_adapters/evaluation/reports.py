@@ -1,13 +1,23 @@
 """An evaluation shown: a table with standard errors, and a sentence for each paired difference."""
 
+from typing import Any
+
 from mlx_adapters.display.notebook import html_block, html_table
+from mlx_adapters.display.tables import Table, flat, named
 from mlx_adapters.evaluation.figures import Difference, Evaluation, Evaluations
 from mlx_adapters.evaluation.statistics import Mean, share_interval, student
 from mlx_adapters.units import count, number
 
 
-class EvaluationReport(Evaluations):
-    """All evaluations of one call, shown."""
+class EvaluationReport(Evaluations, Table):
+    """All evaluations of one call: shown, as a frame (`to_pandas`), and by variant: `report["sql"]`."""
+
+    def records(self) -> list[dict[str, Any]]:
+        """One for each variant: its figures, with standard errors as `loss.error`."""
+        return [flat(e) | {"perplexity": e.perplexity} for e in self.evaluations]
+
+    def __getitem__(self, variant: str) -> Evaluation:
+        return named(self.evaluations, variant, "variant")
 
     def __repr__(self) -> str:
         rows = count(self.data["rows"], f"{self.data['split']} row")

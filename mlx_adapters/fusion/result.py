@@ -7,11 +7,12 @@ from typing import Any
 from mlx_adapters.assembly.survival import Survival, mean_cosine
 from mlx_adapters.calibration.fidelity import Fidelity
 from mlx_adapters.display.notebook import html_block, html_facts, html_table
+from mlx_adapters.display.tables import Table, flat
 from mlx_adapters.units import size
 
 
 @dataclass(frozen=True)
-class FuseResult:
+class FuseResult(Table):
     """A fused model.
 
     Args:
@@ -49,6 +50,10 @@ class FuseResult:
     seconds: float
     opened_with: tuple[str, ...] = ()
     identical: bool | None = None
+
+    def records(self) -> list[dict[str, Any]]:
+        """One for each changed layer: how much of its update was kept."""
+        return [flat(layer) for layer in self.survival]
 
     @property
     def reference(self) -> str:

@@ -8,11 +8,13 @@ sliding windows and shared layers count as they are. Activations are those of on
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mlx.utils import tree_flatten
 
 from mlx_adapters.config.mapping import require
 from mlx_adapters.config.quantization import Quantization
+from mlx_adapters.display.tables import Table, flat
 from mlx_adapters.models.adapter import AdapterLike
 from mlx_adapters.models.base import Base, BaseLike
 from mlx_adapters.models.dense import weight_shape
@@ -56,13 +58,17 @@ class MemoryForecast:
 
 
 @dataclass(frozen=True)
-class InferenceEstimate:
+class InferenceEstimate(Table):
     """The forecasts of one base model, with the memory that there is."""
 
     base: str
     batch: int
     memory_bytes: int
     forecasts: tuple[MemoryForecast, ...]
+
+    def records(self) -> list[dict[str, Any]]:
+        """One for each precision."""
+        return [flat(forecast) for forecast in self.forecasts]
 
 
 def estimate_inference(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_adapters.display.tables import Rows
 from mlx_adapters.errors import AdapterError, TrainingError
 from mlx_adapters.models.metadata import base_of, check_config, examine_metadata, losses_of, read_config, read_metadata
 from mlx_adapters.sources.references import NAME, check_name
@@ -88,8 +89,8 @@ class Entry:
         return known.get(self.iteration) if known and self.iteration is not None else self.best_validation_loss
 
 
-def list_adapters(base: str | Path | None = None, tag: str | None = None) -> list[Entry]:
-    """All named adapters, by name. Reads no weights.
+def list_adapters(base: str | Path | None = None, tag: str | None = None) -> Rows[Entry]:
+    """All named adapters, by name: a list, and a table. Reads no weights.
 
     Args:
         base: only those made for this base.
@@ -100,11 +101,11 @@ def list_adapters(base: str | Path | None = None, tag: str | None = None) -> lis
         [('chat', (100, 200)), ('sql', (200, 400, 500, 600))]
     """
     base = None if base is None else str(base)
-    return [
+    return Rows(
         e
         for e in _entries()
         if (base is None or (e.base and paths.same_source(e.base, base))) and (tag is None or tag in e.tags)
-    ]
+    )
 
 
 def _entries() -> list[Entry]:

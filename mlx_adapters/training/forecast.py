@@ -20,6 +20,7 @@ from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.data.batches import Batch
 from mlx_adapters.data.datasets import Data, read_data
 from mlx_adapters.data.tokenizing import Row
+from mlx_adapters.display.tables import Table
 from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.models.base import Base, BaseLike
 from mlx_adapters.models.dense import weight_shape
@@ -82,7 +83,7 @@ class Rung:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(Table):
     """The forecast of a run.
 
     `seconds_per_iteration` is for a batch of the mean size, None if it was not timed; `largest_batch` is

@@ -15,6 +15,7 @@ from typing import Any
 
 from mlx_adapters.config.training import TrainConfig
 from mlx_adapters.display.notebook import html_block, html_facts, loss_curve
+from mlx_adapters.display.tables import Table
 from mlx_adapters.errors import AdapterError, FormatError, TrainingError
 from mlx_adapters.models.adapter import Weights
 from mlx_adapters.sources.references import Reference
@@ -99,7 +100,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class TrainRun:
+class TrainRun(Table):
     """A finished run.
 
     Args:
@@ -136,6 +137,12 @@ class TrainRun:
     rank: int = 0
     notes: tuple[str, ...] = ()
     stopped: bool = False
+
+    def records(self) -> list[dict[str, Any]]:
+        """One for each iteration with a loss."""
+        train, validation = dict(self.train_losses), dict(self.validation_losses)
+        iterations = sorted({*train, *validation})
+        return [{"iteration": i, "train_loss": train.get(i), "validation_loss": validation.get(i)} for i in iterations]
 
     @property
     def reference(self) -> str:
