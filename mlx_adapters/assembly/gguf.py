@@ -16,7 +16,7 @@ from mlx_adapters.assembly.plan import LayerPlan
 from mlx_adapters.assembly.survival import not_finite
 from mlx_adapters.assembly.tensors import Assembly, Rounded
 from mlx_adapters.assembly.weights import BaseWeights
-from mlx_adapters.assembly.writing import OTHER_BITS, Unit, Written
+from mlx_adapters.assembly.writing import Unit, Written
 from mlx_adapters.checkpoints.left_out import without_place
 from mlx_adapters.config.mapping import require
 from mlx_adapters.config.quantization import Precision
@@ -55,7 +55,7 @@ class GgufWriter:
             require(
                 grid is not None or rounds,
                 f"GGUF has nothing like {asked.bits} bits in mode {asked.mode}.",
-                "it takes --bits keep, none, 8 (q8_0), 5 (q5_1) and 4 (q4_1). " + OTHER_BITS,
+                "it takes --bits keep, none, 8 (q8_0), 5 (q5_1) and 4 (q4_1); the MLX format has them all.",
             )
             self.precision = Precision.of(blocks.finest(asked)) if grid else Precision(8, 32, "affine")
         self.kind = {mx.float32: "F32", mx.bfloat16: "BF16"}.get(dtype, "F16")

@@ -21,7 +21,7 @@ from mlx_adapters.system.door import mx
 SHARD_BYTES = 5 << 30
 TOKENIZER_CONFIG, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
 SPARE_BYTES = 16 << 20  # of the disk: tokenizer, config and report
-OTHER_BITS = "for other bits leave --format out: the MLX format has them all."
+OTHER_BITS = "for other bits leave --format (or --for) out: the MLX format has them all."
 Layout = list[tuple[str, str, tuple[int, ...]]]
 
 
