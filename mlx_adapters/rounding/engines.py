@@ -18,7 +18,7 @@ from mlx_adapters.rounding.grids import AffineGrid, Array, FloatGrid, Grid, to_n
 
 MORE_DAMPING = 0.01
 PANEL = 128  # columns of a Cholesky factor that are made at once
-EVERY = 8  # groups to a graph: the CPU builds the next ones while the GPU computes
+EVERY = 4  # groups to a graph: the CPU builds the next ones while the GPU computes
 
 
 class Product(Protocol):
@@ -71,7 +71,10 @@ class Engine(Protocol):
         """Upper triangular R with H = R Rᵀ. More damping is added until H is positive definite."""
 
     def solve(self, matrix: Array, other: Array) -> Array:
-        """matrix⁻¹ · other, for a well-conditioned matrix."""
+        """matrix⁻¹ · other, for a positive definite matrix."""
+
+    def solve_lower(self, lower: Array, other: Array) -> Array:
+        """lower⁻¹ · other, for a lower triangular matrix."""
 
     def select(self, mask: Array, new: Array, old: Array) -> Array:
         """`new` for the matrices where `mask` (...) holds, else `old`."""
@@ -96,7 +99,7 @@ class _Running:
 
     def __init__(self, matrix: mx.array, errors: mx.array, lower: bool = False) -> None:
         self.matrix, self.total = matrix, errors if lower else matrix @ errors
-        self.groups = 0
+        self.groups, self.before = 0, self.total
 
     def rows(self, a: int, b: int) -> mx.array:
         return self.total[..., a:b, :]
@@ -106,6 +109,8 @@ class _Running:
         self.groups += 1
         if self.groups % EVERY == 0:
             mx.async_eval(self.total)
+            mx.eval(self.before)  # what is ahead of the GPU holds a product for each group
+            self.before = self.total
 
 
 class NumpyEngine:
@@ -163,6 +168,9 @@ class NumpyEngine:
 
     def solve(self, matrix: np.ndarray, other: np.ndarray) -> np.ndarray:
         return np.linalg.solve(matrix, other)
+
+    def solve_lower(self, lower: np.ndarray, other: np.ndarray) -> np.ndarray:
+        return np.linalg.solve(lower, other)
 
     def select(self, mask: Any, new: np.ndarray, old: np.ndarray) -> np.ndarray:
         return new if mask else old
@@ -240,7 +248,11 @@ class MlxEngine:
                 hessian, extra = hessian + extra * mx.eye(hessian.shape[-1]), 4 * extra
 
     def solve(self, matrix: mx.array, other: mx.array) -> mx.array:
-        return mx.array(np.linalg.inv(to_numpy(matrix))) @ other
+        factor = self.factor(matrix)
+        return _solve_lower(factor.swapaxes(-1, -2), _solve_upper(factor, other))
+
+    def solve_lower(self, lower: mx.array, other: mx.array) -> mx.array:
+        return _solve_lower(lower, other)
 
     def select(self, mask: mx.array, new: mx.array, old: mx.array) -> mx.array:
         return mx.where(mask.reshape(*mask.shape, *[1] * (new.ndim - mask.ndim)), new, old)
@@ -263,6 +275,29 @@ def _upper_factor(hessian: mx.array) -> mx.array:
         below = mx.zeros((*hessian.shape[:-2], n - a - corner.shape[-1], corner.shape[-1]))
         panels.append(mx.concatenate([above, mx.array(corner.astype(np.float32)), below], axis=-2))
     return mx.concatenate(panels[::-1], axis=-1)
+
+
+def _solve_upper(upper: mx.array, other: mx.array) -> mx.array:
+    """upper⁻¹ · other by panels, from the last rows to the first."""
+    parts, rest = list[mx.array](), other
+    for a in range((upper.shape[-1] - 1) // PANEL * PANEL, -1, -PANEL):
+        parts.append(_inverse(upper[..., a:, a:][..., :PANEL, :PANEL]) @ rest[..., a:, :])
+        rest = rest[..., :a, :] - upper[..., :a, a:][..., :PANEL] @ parts[-1]
+    return mx.concatenate(parts[::-1], axis=-2)
+
+
+def _solve_lower(lower: mx.array, other: mx.array) -> mx.array:
+    """lower⁻¹ · other by panels, from the first rows to the last."""
+    parts, rest = list[mx.array](), other
+    for a in range(0, lower.shape[-1], PANEL):
+        b = min(a + PANEL, lower.shape[-1])
+        parts.append(_inverse(lower[..., a:b, a:b]) @ rest[..., : b - a, :])
+        rest = rest[..., b - a :, :] - lower[..., b:, a:b] @ parts[-1]
+    return mx.concatenate(parts, axis=-2)
+
+
+def _inverse(panel: mx.array) -> mx.array:
+    return mx.array(np.linalg.inv(to_numpy(panel).astype(np.float64)).astype(np.float32))
 
 
 NUMPY = NumpyEngine()

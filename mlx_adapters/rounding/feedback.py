@@ -203,7 +203,9 @@ class _BlockedRounder:
         factor = engine.factor(outputs)
         for number, span in enumerate(self.spans):
             before = slice(0, span.start)
-            fed = engine.solve(factor[..., span, span].swapaxes(-1, -2), factor[..., before, span].swapaxes(-1, -2))
+            fed = engine.solve_lower(
+                factor[..., span, span].swapaxes(-1, -2), factor[..., before, span].swapaxes(-1, -2)
+            )
             shift = self._whole()[..., before] @ fed.swapaxes(-1, -2)
             self._round(number, shift, 1)
         feeds = [engine.solve(outputs[..., s, s], outputs[..., s, :]).swapaxes(-1, -2) for s in self.spans]

@@ -52,8 +52,14 @@ COLUMNS = """
   float fed[GROUP];
   for (int j = 0; j < GROUP; ++j) {
     const int at = first + j * out;
-    float wanted = target[at];
-    for (int i = 0; i < j; ++i) wanted += block[corner + j * GROUP + i] * fed[i];
+    float wanted = target[at], odd = 0.0f;
+    int i = 0;
+    for (; i + 1 < j; i += 2) {
+      wanted += block[corner + j * GROUP + i] * fed[i];
+      odd += block[corner + j * GROUP + i + 1] * fed[i + 1];
+    }
+    if (i < j) wanted += block[corner + j * GROUP + i] * fed[i];
+    wanted += odd;
     ROUND
     codes[at] = (unsigned char) code;
     values[at] = value;

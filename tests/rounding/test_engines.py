@@ -82,6 +82,20 @@ def test_a_factor_made_by_panels_is_the_upper_one(n):
     np.testing.assert_array_equal(np.array(found), np.triu(np.array(found)))
 
 
+@pytest.mark.parametrize("n", [1, 128, 300])
+def test_systems_are_solved_by_panels(n):
+    random = np.random.default_rng(n)
+    h = np.stack([feedback.damped(moments(n, random), 0.1) for _ in range(2)])
+    other, engine = random.standard_normal((2, n, 7)).astype(np.float32), MlxEngine()
+    lower = engine.factor(mx.array(h)).swapaxes(-1, -2)
+    found = engine.solve(mx.array(h), mx.array(other)), engine.solve_lower(lower, mx.array(other))
+    for matrix, solution in zip((h, np.array(lower)), found, strict=True):
+        expected = np.linalg.solve(matrix.astype(np.float64), other)
+        np.testing.assert_allclose(np.array(solution), expected, rtol=1e-2, atol=2e-3 * np.abs(expected).max())
+        for i in range(2):
+            np.testing.assert_allclose(NUMPY.solve(matrix[i], other[i]), expected[i], rtol=1e-2, atol=1e-2)
+
+
 def test_a_matrix_that_is_not_positive_definite_is_damped_until_it_is():
     h = mx.array(np.diag([1.0, -0.005, 2.0]).astype(np.float32))
     factor = np.array(MlxEngine().factor(h))
