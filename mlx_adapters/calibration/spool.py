@@ -1,13 +1,15 @@
 """Rounded layers on the disk until the model is written, and kept where the fuse stopped before that.
 
 They lie in a hidden folder beside the output. A fuse that ends well, or that is stopped within a minute, leaves nothing
-there; one that took longer, or that was killed, goes on from what it has rounded. A layer's rounding depends on nothing
-but the fuse's ingredients, so what comes out is the same to the byte.
+there; one that took longer keeps what it has rounded for the next to go on from. What a kill leaves is a draft like any
+other, swept by the next write there if that is not the fuse that goes on. A layer's rounding depends on nothing but the
+fuse's ingredients, so what comes out is the same to the byte.
 """
 
 import contextlib
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +22,11 @@ from mlx_adapters.events import Note, OnEvent
 from mlx_adapters.rounding.packed import Packed
 from mlx_adapters.rounding.workers import Done
 from mlx_adapters.storage import files, locks, paths, tensor_files
+from mlx_adapters.storage.temporaries import MARKER
 from mlx_adapters.units import count
 
 WORTH_KEEPING = 60.0  # seconds of work
-LOCK, RECORD = "lock", "rounded.json"
+RECORD = "rounded.json"
 Key = tuple[str, Quantization]
 
 
@@ -44,7 +47,7 @@ class Spool:
 
     def sweep(self) -> None:
         """Delete from the folder what is none of these layers."""
-        kept = {*self._files.values(), RECORD if self._files else "", LOCK}
+        kept = {*self._files.values(), RECORD if self._files else "", MARKER}
         for path in self.folder.iterdir():
             if path.name not in kept:
                 files.remove(path)
@@ -100,7 +103,12 @@ class Spool:
 
 
 def parts_folder(out: Path) -> Path:
-    """Where the rounded layers of a fuse into `out` lie."""
+    """Where the rounded layers of a fuse into `out` lie while it works."""
+    return out.with_name(f"{paths.TEMPORARY_PREFIX}parts-{out.name}")
+
+
+def kept_folder(out: Path) -> Path:
+    """Where they lie once it was stopped."""
     return out.with_name(f".{out.name}.mlx-adapters-parts")
 
 
@@ -115,16 +123,24 @@ def spooled(out: Path, key: str, resume: bool, on_event: OnEvent) -> Iterator[Sp
 
     `resume`: take up what lies there. Raises NotFoundError if that is nothing, TrainingError if it is in use.
     """
-    folder, started = parts_folder(out), time.monotonic()
+    folder, kept, started = parts_folder(out), kept_folder(out), time.monotonic()
     with files.storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / LOCK).touch()
-    with locks.lock_file(folder / LOCK, busy=f"Another process is fusing into '{out}'."):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if resume and kept.is_dir() and not folder.exists():
+            os.rename(kept, folder)
+        folder.mkdir(exist_ok=True)
+        (folder / MARKER).touch()
+    with locks.lock_file(folder / MARKER, busy=f"Another process is fusing into '{out}'."):
+        if kept.is_dir():
+            files.remove(kept)
         spool = Spool(folder, key, resume)
         if resume and not spool.losses:
-            spool.remove()
+            if (folder / RECORD).is_file():  # another fuse's, which may still go on
+                os.rename(folder, kept)
+            else:
+                spool.remove()
             raise NotFoundError(
-                f"Nothing of this fuse into '{paths.undrafted(out)}' was kept.",
+                f"Nothing of this fuse into '{out}' was kept.",
                 "leave --continue out; with it, base, adapter, text and options are as they were.",
             )
         spool.sweep()
@@ -136,6 +152,7 @@ def spooled(out: Path, key: str, resume: bool, on_event: OnEvent) -> Iterator[Sp
             if time.monotonic() - started < WORTH_KEEPING or isinstance(error, FidelityError) or not spool.losses:
                 spool.remove()
             else:
+                os.rename(folder, kept)
                 on_event(Note(f"{count(len(spool.losses), 'layer')} rounded; the same with --continue goes on there."))
             raise
         spool.remove()

@@ -121,7 +121,7 @@ def fuse(
     calibrates = strategy.method == "calibrated" and strategy.text is not None
     require(calibrates or not resume, "Only a calibrated fuse can be continued.", "leave --continue out.")
     keeping = spooled(out, key, resume, on_event) if calibrates else nullcontext(Spool(out))
-    with files.atomic_folder(out, overwrite, ours) as folder, keeping as spool:
+    with keeping as spool, files.atomic_folder(out, overwrite, ours) as folder:  # locked before drafts are swept
         strategy.round(spool)
         written = writer.write(assembly, folder, spool.get, on_event)
         template_notes = _write_template(folder, [adapter for adapter, _ in updates.adapters], options.format)

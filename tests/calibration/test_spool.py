@@ -1,6 +1,7 @@
 """A fuse that was stopped after a minute goes on where it was; one that was stopped before leaves nothing."""
 
 import json
+import os
 
 import pytest
 from click.testing import CliRunner
@@ -14,6 +15,7 @@ from mlx_adapters.events import Progress
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.models.adapter import write_adapter
 from mlx_adapters.storage import locks
+from mlx_adapters.storage.temporaries import MARKER
 
 OPTIONS = FuseOptions(calibration_rows=8, check=False)
 STOP_AFTER = 5
@@ -56,7 +58,7 @@ def test_a_stopped_fuse_goes_on_to_the_same_bytes(at_hand, tmp_path):
     fuse(base, adapter, tmp_path / "whole", quantization=4, options=OPTIONS, on_event=whole)
     listener = stop(at_hand)
     assert any("--continue" in text for text in listener.said)
-    assert [path.name for path in out.parent.iterdir()] == [spool.parts_folder(out).name]
+    assert [path.name for path in out.parent.iterdir()] == [spool.kept_folder(out).name]
     rest = Stops()
     fuse(base, adapter, out, quantization=4, options=OPTIONS, resume=True, on_event=rest)
     assert 0 < rest.rounded == whole.rounded - STOP_AFTER
@@ -72,8 +74,7 @@ def test_what_was_rounded_otherwise_is_not_taken_up(at_hand):
     for other in others:
         with pytest.raises(NotFoundError, match="kept"):
             fuse(base, adapter, out, **{"quantization": 4, "options": OPTIONS, "resume": True} | other)
-        assert list(out.parent.iterdir()) == []
-        stop(at_hand)
+        assert list(out.parent.iterdir()) == [spool.kept_folder(out)]
     fresh = Stops()  # without --continue it begins anew, and sweeps
     fuse(base, adapter, out, quantization=4, options=OPTIONS, on_event=fresh)
     assert fresh.rounded > STOP_AFTER and [path.name for path in out.parent.iterdir()] == ["out"]
@@ -83,7 +84,7 @@ def test_what_was_rounded_otherwise_is_not_taken_up(at_hand):
 def test_damaged_parts_are_rounded_anew(at_hand, damage):
     base, adapter, out = at_hand
     stop(at_hand)
-    parts = spool.parts_folder(out)
+    parts = spool.kept_folder(out)
     if damage == "record":
         (parts / spool.RECORD).write_text('{"key": ')
         with pytest.raises(NotFoundError):
@@ -96,13 +97,28 @@ def test_damaged_parts_are_rounded_anew(at_hand, damage):
     assert any(f"after {STOP_AFTER - 1} layers" in text for text in listener.said)
 
 
-def test_stopped_early_or_busy(at_hand, monkeypatch):
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_what_a_kill_leaves_goes_on_or_is_swept(at_hand, goes_on):
     base, adapter, out = at_hand
     stop(at_hand)
-    with (
-        locks.lock_file(spool.parts_folder(out) / spool.LOCK),
-        pytest.raises(TrainingError, match="Another process"),
-    ):
+    killed = spool.parts_folder(out)
+    spool.kept_folder(out).rename(killed)  # as it lies while the fuse works
+    os.utime(killed, (0, 0))
+    if goes_on:
+        rest = Stops()
+        fuse(base, adapter, out, quantization=4, options=OPTIONS, resume=True, on_event=rest)
+        assert any(f"after {STOP_AFTER} layers" in text for text in rest.said)
+    else:
+        fuse(base, adapter, out.with_name("other"), options=FuseOptions(method="nearest", check=False))
+    assert len(list(out.parent.iterdir())) == 1
+
+
+def test_stopped_early_or_busy(at_hand, monkeypatch):
+    base, adapter, out = at_hand
+    working = spool.parts_folder(out)
+    working.mkdir()
+    (working / MARKER).touch()
+    with locks.lock_file(working / MARKER), pytest.raises(TrainingError, match="Another process"):
         fuse(base, adapter, out, quantization=4, options=OPTIONS)
     monkeypatch.setattr(spool, "WORTH_KEEPING", 60.0)
     stop(at_hand)
