@@ -156,9 +156,9 @@ class Stages:
         moments: dict[str, Moments | ExpertMoments] = {}
         tape = Tape()
         keys = mx.random.split(mx.random.key(self.seed), max(len(hidden), 2))
+        cut = [blocks.pieces(h, batch.judged) for batch, h in zip(c.batches, hidden, strict=True)]  # (untapped)
         with c.tapped(len(blocks), tape):
-            for batch, h, key in zip(c.batches, hidden, keys, strict=False):
-                pieces = blocks.pieces(h, batch.judged)
+            for batch, h, key, pieces in zip(c.batches, hidden, keys, cut, strict=False):
                 gradients = mx.zeros(1)
                 for number, positions in enumerate(pieces):
                     own = key if len(pieces) == 1 else mx.random.split(key, len(pieces))[number]

@@ -99,6 +99,15 @@ def test_a_mixture_of_moments_is_one_of_traces():
     assert not mix(a[1], a[1]).any()
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapted_head_is_calibrated_in_every_batch(tiny_model, tmp_path, tied, monkeypatch):
+    monkeypatch.setattr(strategy, "batches_of", lambda rows, *_: make_batches(rows, 48))
+    folder = tiny_model("llama", bits=4, tie_word_embeddings=tied)
+    options = FuseOptions(calibration_rows=8, check=False)
+    fused = fuse(folder, visible_adapter(folder), tmp_path / "out", quantization=3, options=options)
+    assert fused.method == "calibrated" and fused.quantization["bits"] == 3
+
+
 def test_logits_are_held_for_few_tokens_at_a_time(tiny_model, tmp_path, monkeypatch):
     folder = tiny_model("llama", bits=4)
     base, updates = resolve_base(folder), Updates(((visible_adapter(folder), 1.0),))
