@@ -24,6 +24,7 @@ from collections.abc import Iterable
 # What an option is called in Python, where that is not its name with underscores.
 PYTHON_NAMES = {
     "bits": "quantization",
+    "for": "program",
     "weight": "weights",
     "chat-template-arg": "chat_template_args",
     "fuse-aware-group-size": "fuse_aware",
@@ -35,6 +36,7 @@ PYTHON_CALLS = {  # of options that switch something on
         name: f"{name.replace('-', '_')}=True"
         for name in ("grad-checkpoint", "last-turn-only", "resize", "resume", "text-only", "tie")
     },
+    "continue": "resume=True",
     "create-pr": "create_pr=True",
     "no-check": "check=False",
     "public": "private=False",

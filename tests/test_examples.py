@@ -27,6 +27,7 @@ ELSEWHERE = {  # what needs more than a command line, and the test that runs it
     "serve": "test_serving",
     "completion": "test_public_api",
     "demo": "test_demo_job",
+    "doctor": "cli/test_doctor: it asks other machines",
     "fuse --from-peft": "test_peft_fuse",
     "eval": "test_evaluation: --tasks needs the extra",
     "advise": "test_advice",

@@ -99,7 +99,7 @@ class _Penalties:
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
         self._prompt = len(tokens) if self._prompt is None else self._prompt
-        how = self._sampling
+        how: Sampling = self._sampling
         if how.penalty_window is not None:
             seen = answered = tokens[-how.penalty_window :]
         else:

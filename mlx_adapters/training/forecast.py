@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_adapters.config.mapping import from_mapping
 from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.data.batches import Batch
 from mlx_adapters.data.datasets import Data, read_data
@@ -177,12 +178,7 @@ def settle_memory(
     for rung, memory, parts, _ in _ladder(base, rows, lora, training):  # noqa: B007
         if rung.fits:
             break
-    usable = _usable(training)
-    text = f"Predicted peak memory {size(parts.peak_bytes)}"
-    if told:
-        each = ", ".join(f"{name.removesuffix('_bytes')} {size(number)}" for name, number in vars(parts).items())
-        text += f" ({each})"
-    text += f" of {size(usable)}"
+    usable, text = _usable(training), _predicted(parts, training, told)
     if rung.again != _asked(training)[0] or memory.positions is not None:
         text += f": {rung}, so that it fits" + (f" ({rung.cost})" if rung.cost else "")
         on_event(Note(f"{text}."))
@@ -192,6 +188,12 @@ def settle_memory(
         advice = "; ".join(_advice(base, rows, lora, training, memory, usable))
         on_event(Note(f"This will hardly fit. What would help: {advice}.", "warning"))
     return replace(memory, near=min(int(1.05 * parts.peak_bytes), usable))
+
+
+def _predicted(parts: Parts, training: TrainConfig, told: bool) -> str:
+    each = ", ".join(f"{name.removesuffix('_bytes')} {size(number)}" for name, number in vars(parts).items())
+    share = f" ({each})" if told else ""
+    return f"Predicted peak memory {size(parts.peak_bytes)}{share} of {size(_usable(training))}"
 
 
 def memory_of_run(
@@ -209,7 +211,12 @@ def memory_of_run(
     if "memory" in recipe:
         before = settings_in(recipe)[1]
         if (before.memory, before.memory_limit) == (training.memory, training.memory_limit):
-            return MemoryPlan(**recipe["memory"])
+            memory = from_mapping(MemoryPlan, recipe["memory"], "the run's recipe")
+            if not (told or on_gpu()):
+                return memory
+            parts = Parts(**world.share(lambda: asdict(forecast(base, rows, lora, training, memory)[0])))
+            on_event(Note(f"{_predicted(parts, training, told)}."))
+            return replace(memory, near=min(int(1.05 * parts.peak_bytes), _usable(training)))
     return MemoryPlan(**world.share(lambda: asdict(settle_memory(base, rows, lora, training, told, on_event))))
 
 

@@ -202,6 +202,9 @@ SETTINGS = {
         ["--chat-template-arg", "enable_thinking=False", "--chat-template-arg", "style=brief"],
         {"training.chat_template_args": {"enable_thinking": False, "style": "brief"}},
     ),
+    "--init": (["--init", "pissa"], {"lora.init": "pissa"}),
+    "--memory": (["--memory", "mlp"], {"training.memory": "mlp"}),
+    "--memory-limit": (["--memory-limit", "12GB"], {"training.memory_limit": "12GB"}),
     "--data": (["--data", "elsewhere"], {"data": "elsewhere"}),
     "--name": (["--name", "other"], {"name": "other"}),
 }

@@ -126,14 +126,18 @@ def option_names(command: click.Command) -> set[str]:
         ("train", TrainConfig, {"chat_template_args"}),
         ("estimate", TrainConfig, {"chat_template_args", "memory"}),
         ("data check", DataConfig, {"chat_template_args"}),
-        ("fuse", FuseOptions, {"seed"}),
+        ("fuse", FuseOptions, {"seed", "program"}),  # --for PROGRAM
         ("merge", MergeSettings, {"method"}),
         ("eval", EvaluationConfig, {"chat_template_args"}),
         ("benchmark", BenchmarkConfig, {"warmup_tokens", "cold_load"}),
         ("generate", Sampling, set()),
         ("chat", Sampling, set()),
         ("ab", Sampling, set()),
-        ("serve", ServeSettings, {"api_keys", "splits", "max_adapter_bytes", "max_body_bytes", "write_seconds"}),
+        (
+            "serve",
+            ServeSettings,
+            {"api_keys", "splits", "max_adapter_bytes", "max_body_bytes", "write_seconds", "header_seconds"},
+        ),
     ],
 )
 def test_every_setting_has_an_option_in_its_words(command, cls, apart):

@@ -234,12 +234,14 @@ def test_no_setting_is_forgotten_here():
         "objective",
         "grad_checkpoint",
         "chunked_loss",
+        "memory",  # as the next: test_memory_plan.py
+        "memory_limit",
         "schedule_iterations",  # test_schedules.py
         "valid_fraction",  # this and these: tests/rows and tests/templates
         *(field.name for field in dataclasses.fields(DataConfig)),
     }
     assert {f.name for f in dataclasses.fields(TrainConfig)} == elsewhere | CHANGES_WEIGHTS.keys()
-    assert {f.name for f in dataclasses.fields(LoraConfig)} == {*LORA_CHANGES, "target_modules", "num_layers"}
+    assert {f.name for f in dataclasses.fields(LoraConfig)} == {*LORA_CHANGES, "target_modules", "num_layers", "init"}
 
 
 def test_rank_patterns_are_stored_as_zeros_that_stay_zero(observe):
