@@ -63,6 +63,7 @@ class Server:
         """Start the engine; at the end let it finish what is under way."""
         self.engine.start()
         yield
+        self.answering.tokenizing.stop()
         await asyncio.to_thread(self.engine.stop)
 
     def guarded(self, handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
