@@ -58,7 +58,7 @@ def check(name, work):
 def same(found, wanted):
     assert found == wanted, f"{found!r}, not {wanted!r}"
 def ada(person):
-    same(person, Person(name="Ada", age=36))
+    same(person.model_dump(), {"name": "Ada", "age": 36})
 """
 CLIENTS: dict[str, tuple[str, str]] = {
     "openai": (
