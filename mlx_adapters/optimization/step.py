@@ -7,7 +7,6 @@ functions (gradient, update) are compiled on a GPU, once for each shape of batch
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import numpy as np
 from mlx.utils import tree_flatten
@@ -15,9 +14,9 @@ from mlx.utils import tree_flatten
 from mlx_adapters.config.training import TrainConfig
 from mlx_adapters.data.batches import Batch
 from mlx_adapters.models.adapter import Weights
-from mlx_adapters.models.layers import named_layers
+from mlx_adapters.models.layers import base_layer, named_layers
 from mlx_adapters.optimization import log_probabilities, through_rounding
-from mlx_adapters.optimization.adapted import kept_parts, saving_calls
+from mlx_adapters.optimization.adapted import kept_parts, saving_calls, unpacking_calls
 from mlx_adapters.optimization.distributed import World
 from mlx_adapters.optimization.feed import Draw, draw_of
 from mlx_adapters.optimization.log_probabilities import Arrays
@@ -27,11 +26,10 @@ from mlx_adapters.optimization.through_rounding import Rounding
 from mlx_adapters.storage.tensor_names import block_index
 from mlx_adapters.surgery import calls
 from mlx_adapters.surgery.blocks import find_body
-from mlx_adapters.surgery.recomputation import FeedForward, find_feed_forwards, recompute, recompute_between
+from mlx_adapters.surgery.recomputation import Again, FeedForward, computed_again, find_feed_forwards
 from mlx_adapters.system.door import mx, nn
 from mlx_adapters.system.limits import memory_near, out_of_memory
 
-Again = Literal["nothing", "mlp", "blocks"]
 EQUAL = 1e-4  # relative; float32 sums in another order differ by less
 
 
@@ -134,8 +132,8 @@ class TrainStep:
         self.weights = dict(tree_flatten(self.module.trainable_parameters()))
         self.kept = dict(pair for path, layer in self.adapted.items() for pair in kept_parts(path, layer))
         self.optimizer = Optimizer(self.config, self.weights)
-        self._calls = saving_calls(self.adapted.values())
         layers = [layer for _, layer in named_layers(self.module)]
+        self._calls = unpacking_calls(map(base_layer, layers)) + saving_calls(self.adapted.values())
         self.feed_forwards = find_feed_forwards(self.module, layers)
         self._gradient = {
             rounding: compiled(self._make_gradient(rounding, self.memory.again), [mx.random.state])
@@ -274,17 +272,9 @@ class TrainStep:
                 stack.callback(calls.intercept(layer, call))
             if rounding and self.rounding is not None:
                 stack.enter_context(through_rounding.rounded(self.adapted, self.rounding))
-            for part in self.feed_forwards if again is not None else ():
-                stack.enter_context(recompute_between(part, in_float32))
-            for module in self._computed_again(again):
-                stack.enter_context(recompute(module))
+            if again is not None:
+                stack.enter_context(computed_again(self.module.layers, self.feed_forwards, again, in_float32))
             yield
-
-    def _computed_again(self, again: Again | None) -> list[nn.Module]:
-        """The modules that are computed again as a whole."""
-        if again == "blocks":
-            return list(self.module.layers)
-        return [part.module for part in self.feed_forwards] if again == "mlp" else []
 
     def _round_frozen_once(self, rounding: bool) -> None:
         """From the first rounded step on, the layers without an adapter are rounded for good."""

@@ -8,15 +8,70 @@ architecture is known by name: a feed-forward part is what a block calls with th
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from mlx.utils import tree_map
 
 from mlx_adapters.surgery import calls
 from mlx_adapters.surgery.blocks import find_blocks
-from mlx_adapters.system.door import mx, nn
+from mlx_adapters.system.door import gated_delta, mx, nn
 
 Call = Callable[..., Any]
+Again = Literal["nothing", "mlp", "blocks"]  # of a block what lies between its products; its feed-forward part; all
+
+
+def checkpoint(function: Call) -> Call:
+    """`function`, of nested arguments, of which the backward pass is left the inputs.
+
+    Unlike `mx.checkpoint`'s this begins to compute again when the gradient has come, and hands it on when all is done:
+    the backward pass never holds more than one such call's arrays, whatever order MLX goes in.
+    """
+
+    def call(*args: Any) -> Any:
+        form: list[Any] = []
+
+        def flat(*arrays: mx.array) -> list[mx.array]:
+            form[:] = [function(*_filled(args, arrays, _carries_gradient))]
+            return _leaves(form, _is_array)
+
+        run = mx.custom_function(flat)
+
+        @run.vjp
+        def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
+            primals, cotangents = _listed(primals), _listed(cotangents)
+            _, gradients = mx.vjp(flat, mx.depends(primals, cotangents), cotangents)
+            return tuple(mx.depends(gradients, gradients))
+
+        outputs = _listed(run(*_leaves(args, _carries_gradient)))
+        return _filled(form, outputs, _is_array)[0]
+
+    return call
+
+
+def _listed(arrays: Any) -> list[mx.array]:
+    return [arrays] if isinstance(arrays, mx.array) else list(arrays)
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, mx.array)
+
+
+def _carries_gradient(leaf: Any) -> bool:
+    """Whole numbers carry none, and a GPU's kernels refuse to be asked for one: RoPE's by its offsets."""
+    return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
+
+
+def _leaves(tree: Any, wanted: Callable[[Any], bool]) -> list[mx.array]:
+    found: list[mx.array] = []
+    tree_map(lambda leaf: found.append(leaf) if wanted(leaf) else None, tree)
+    return found
+
+
+def _filled(tree: Any, arrays: Iterable[mx.array], wanted: Callable[[Any], bool]) -> Any:
+    """The tree with other arrays for the leaves that are wanted."""
+    left = iter(arrays)
+    return tree_map(lambda leaf: next(left) if wanted(leaf) else leaf, tree)
 
 
 @contextlib.contextmanager
@@ -26,8 +81,7 @@ def recompute(layer: nn.Module) -> Iterator[None]:
     numbers again.
 
     Whatever carries a gradient is an input: the weights, and arrays anywhere in positional and keyword arguments
-    (Gemma 4 hands keys and values from block to block by keyword). Whole numbers carry none, and a GPU's kernels refuse
-    to be asked for one: RoPE's by its offsets.
+    (Gemma 4 hands keys and values from block to block by keyword).
     """
 
     def checkpointed(original: Call, *args: Any, **kwargs: Any) -> Any:
@@ -37,29 +91,24 @@ def recompute(layer: nn.Module) -> Iterator[None]:
             own = layer.trainable_parameters()
             layer.update(given)
             calls.set_random_key(key)
-            args, kwargs = tree_map(_without_gradient_of_whole_numbers, (args, kwargs))
             try:
                 return original(*args, **kwargs)
             finally:
                 layer.update(own)
 
-        return mx.checkpoint(inner)(layer.trainable_parameters(), args, kwargs)
+        return checkpoint(inner)(layer.trainable_parameters(), args, kwargs)
 
     with calls.call_as(layer, checkpointed):
         yield
-
-
-def _without_gradient_of_whole_numbers(leaf: Any) -> Any:
-    whole = isinstance(leaf, mx.array) and not mx.issubdtype(leaf.dtype, mx.floating)
-    return mx.stop_gradient(leaf) if whole else leaf
 
 
 @dataclass(frozen=True)
 class FeedForward:
     """The part of a block that turns each token's hidden state by itself.
 
-    `last`: its layers that give the hidden state's width again; `first`: the others (gate, up, a router). Of these,
-    `beside` lie in one module with one of `last`: between them there is arithmetic on single numbers.
+    `last`: the layers called last in their modules, that give the hidden state's width again; `first`: the others
+    (gate, up, a router). Of these, `beside` lie in one module with one of `last`: between them there is arithmetic on
+    single numbers.
     """
 
     module: nn.Module
@@ -123,9 +172,10 @@ def _noting_width(seen: _Seen, layer: int) -> Call:
 
 
 def _feed_forward(seen: _Seen, known: Mapping[int, nn.Module]) -> FeedForward:
-    last = {layer for layer, width in seen.widths.items() if width == seen.width}
     families = [{id(child) for child in each.children().values()} for each in seen.module.modules()]
-    beside = {layer for family in families if family & last for layer in family & seen.widths.keys()} - last
+    called = [[layer for layer in seen.widths if layer in family] for family in families]  # in order
+    last = {layers[-1] for layers in called if layers and seen.widths[layers[-1]] == seen.width}
+    beside = {layer for layers in called if layers and layers[-1] in last for layer in layers} - last
     first = seen.widths.keys() - last
     return FeedForward(
         seen.module, *(tuple(known[layer] for layer in seen.widths if layer in kind) for kind in (first, last, beside))
@@ -178,7 +228,7 @@ def recompute_between(part: FeedForward, in_float32: bool = True) -> Iterator[No
                     layer.update(mine)
 
         weights = [layer.trainable_parameters() for layer in part.last]
-        y = mx.checkpoint(rest)(weights, given, x)
+        y = checkpoint(rest)(weights, given, x)
         calls.set_random_key(after)
         return y
 
@@ -199,4 +249,46 @@ def _each(layers: Sequence[nn.Module], function: Call) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for layer in layers:
             stack.callback(calls.intercept(layer, function))
+        yield
+
+
+CHUNK = 64  # tokens of a recurrence whose states the backward pass holds at a time
+
+
+@contextlib.contextmanager
+def recurrences_in_chunks() -> Iterator[None]:
+    """Within the block a gated delta rule (Gated DeltaNet, arXiv 2412.06464) keeps one state for each chunk of tokens,
+    not one for each token, and computes those of a chunk again: mlx-lm's code, on CHUNK tokens at a time."""
+
+    def in_chunks(original: Call, q: mx.array, *args: Any) -> tuple[mx.array, mx.array]:
+        k, v, g, beta, state, mask = (*args, None, None)[:6]
+        if state is None:
+            state = mx.zeros((*v.shape[:1], *v.shape[2:], k.shape[-1]), mx.float32)  # (rows, heads, values, keys)
+        outputs: list[mx.array] = []
+        for start in range(0, q.shape[1], CHUNK):
+            part = [None if x is None else x[:, start : start + CHUNK] for x in (q, k, v, g, beta, mask)]
+            y, state = checkpoint(original)(*part[:5], state, part[5])
+            outputs.append(y)
+        return mx.concatenate(outputs, axis=1), state
+
+    original = gated_delta.gated_delta_ops
+    gated_delta.gated_delta_ops = partial(in_chunks, original)
+    try:
+        yield
+    finally:
+        gated_delta.gated_delta_ops = original
+
+
+@contextlib.contextmanager
+def computed_again(
+    blocks: Iterable[nn.Module], parts: Sequence[FeedForward], again: Again, in_float32: bool = True
+) -> Iterator[None]:
+    """Within the block as little of a model is kept as `again` says; `in_float32`: see `recompute_between`."""
+    whole = {"nothing": [], "mlp": [part.module for part in parts], "blocks": list(blocks)}[again]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(recurrences_in_chunks())
+        for part in parts:
+            stack.enter_context(recompute_between(part, in_float32))
+        for module in whole:
+            stack.enter_context(recompute(module))
         yield

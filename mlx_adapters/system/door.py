@@ -60,6 +60,7 @@ try:
         import mlx.nn as nn
         from mlx_lm.convert import mixed_quant_predicate_builder
         from mlx_lm.generate import TextStateMachine, generate_step, make_text_state_machine
+        from mlx_lm.models import gated_delta
         from mlx_lm.models.cache import make_prompt_cache
         from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
         from mlx_lm.tokenizer_utils import TokenizerWrapper, _infer_tool_parser
@@ -92,10 +93,8 @@ def _check() -> None:
     relied_on = {
         load_model: ("lazy", "strict", "model_config", "trust_remote_code"),
         load_mlx_tokenizer: ("tokenizer_config_extra", "eos_token_ids"),
-        LoRALinear.from_base: ("r", "scale", "dropout"),
-        DoRALinear.from_base: ("r", "scale", "dropout"),
+        **{kind.from_base: ("r", "scale", "dropout") for kind in (LoRALinear, DoRALinear, LoRAEmbedding)},
         LoRASwitchLinear.from_base: ("r", "scale", "dropout"),
-        LoRAEmbedding.from_base: ("r", "scale", "dropout"),
         generate_step: ("prompt", "max_tokens", "sampler", "logits_processors", "prompt_cache"),
     }
     for function, names in relied_on.items():
@@ -105,7 +104,6 @@ def _check() -> None:
                 f"mlx-lm {version('mlx-lm')} changed '{function.__qualname__}': no parameter {sorted(missing)}.",
                 f"install the tested version: 'pip install \"mlx-lm=={TESTED}.2\"'.",
             )
-
     if not {"ImmutableSandboxedEnvironment", "_compile_jinja_template"} <= vars(chat_template_utils).keys():
         raise ModelError(
             f"transformers {version('transformers')} renders chat templates in a way that is not known here.",
@@ -333,6 +331,7 @@ __all__ = [
     "ToolParser",
     "compile_chat_template",
     "fetched_by_mlx_lm",
+    "gated_delta",
     "generate_step",
     "harness_model",
     "load_config",

@@ -14,6 +14,7 @@ import argparse
 import gc
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -74,8 +75,10 @@ def batch_of(options: argparse.Namespace):
     return make_batch([[row] for row in rows], 32 if on_gpu() else 1)
 
 
-def ours(module, options: argparse.Namespace, again: str) -> Callable[[], float]:
+def ours(module, options: argparse.Namespace, again: str, world=None) -> Callable[[], float]:
     """One update, by `TrainStep`."""
+    from dataclasses import replace
+
     from mlx_adapters.config.training import LoraConfig, TrainConfig
     from mlx_adapters.models.layers import add_adapter_layers, named_layers, resolve_target_modules
     from mlx_adapters.models.metadata import AdapterConfig
@@ -92,7 +95,11 @@ def ours(module, options: argparse.Namespace, again: str) -> Callable[[], float]
     config = TrainConfig(batch_size=options.batch, optimizer="adam", learning_rate=1e-5)
     plan = LossPlan(find_body(module), chunk_rows(vocabulary))
     made = TrainStep(module, {key: layers[key] for key in keys}, config, plan, memory=MemoryPlan(again))  # type: ignore[arg-type]
+    if world is not None:
+        made.world = world
     draw = draw_of(batch_of(options))
+    if world is not None:
+        draw = replace(draw, tokens=world.size * draw.tokens)
     mx.eval(made.weights, made.optimizer.arrays())
     if not options.ahead:
         made.take(draw, 1e-5)  # compiles
@@ -150,6 +157,7 @@ def measure(module, way: str, options: argparse.Namespace) -> dict:
     update = ours(module, options, OURS[way]) if way in OURS else theirs(module, options, THEIRS[way])
     losses = [update() for _ in range(WARM_UP)]
     ready = time.perf_counter() - began
+    print(f"{way}: ready after {ready:.0f} s", file=sys.stderr, flush=True)
     gc.collect()
     mx.clear_cache()
     mx.reset_peak_memory()

@@ -1,0 +1,140 @@
+"""What is computed again: the same numbers, and one part's arrays at a time."""
+
+import gc
+
+import mlx.core as mx
+import pytest
+from helpers.tiny_configs import tiny_base
+from mlx.utils import tree_flatten
+
+from mlx_adapters.models.layers import adaptable_layers
+from mlx_adapters.models.loading import load_model
+from mlx_adapters.sources.bases import resolve_base
+from mlx_adapters.surgery.recomputation import CHUNK, checkpoint, find_feed_forwards, recurrences_in_chunks
+from mlx_adapters.system.door import gated_delta
+
+
+def inputs(tokens: int, vector: bool = False) -> list[mx.array]:
+    """q, k, v, gate and beta of a small gated delta rule."""
+    mx.random.seed(0)
+    shape = (2, tokens)
+    q, k = (0.3 * mx.random.normal((*shape, 2, 16)) for _ in range(2))
+    gate = mx.sigmoid(mx.random.normal((*shape, 4, 16) if vector else (*shape, 4)) + 2)
+    return [q, k, mx.random.normal((*shape, 4, 16)), gate, mx.sigmoid(mx.random.normal((*shape, 4)))]
+
+
+def rule(*given: mx.array, state: mx.array | None = None, mask: mx.array | None = None):
+    return gated_delta.gated_delta_ops(*given, state, mask)
+
+
+@pytest.mark.parametrize("tokens", [1, CHUNK, CHUNK + 1, 3 * CHUNK - 5])
+@pytest.mark.parametrize("vector", [False, True])
+def test_a_recurrence_in_chunks_is_the_same(tokens, vector):
+    given = inputs(tokens, vector)
+    more = {"state": mx.random.normal((2, 4, 16, 16)), "mask": mx.random.uniform(shape=(2, tokens)) > 0.2}
+
+    def loss(*given: mx.array) -> mx.array:
+        y, state = rule(*given, **more)
+        return mx.sin(y).sum() + mx.cos(state).sum()
+
+    expected = mx.value_and_grad(loss, argnums=range(5))(*given)
+    with recurrences_in_chunks():
+        found = mx.value_and_grad(loss, argnums=range(5))(*given)
+    for ours, theirs in zip((found[0], *found[1]), (expected[0], *expected[1]), strict=True):
+        assert mx.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def peak_of(function, *given: mx.array) -> int:
+    mx.eval(given)
+    gc.collect()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(function(*given))
+    return mx.get_peak_memory() - before
+
+
+def test_a_recurrence_in_chunks_holds_one_chunk():
+    """512 tokens: the states of 64, and one for each of the 8 chunks."""
+
+    def loss(*given: mx.array) -> mx.array:
+        return mx.sin(rule(*given)[0]).sum()
+
+    gradient = mx.grad(loss, argnums=range(5))
+    whole = peak_of(gradient, *inputs(512))
+    with recurrences_in_chunks():
+        assert peak_of(gradient, *inputs(512)) < 0.25 * whole
+
+
+def test_checkpoints_in_a_row_hold_one_at_a_time():
+    """Also where the gradient of something else than the way back is asked for, and MLX would leave it for later."""
+    weights = [mx.random.normal((64, 64)) / 8 for _ in range(12)]
+
+    def part(weight: mx.array, x: mx.array) -> mx.array:
+        for _ in range(8):
+            x = mx.sin(x @ weight)
+        return x
+
+    def loss(weights: list[mx.array], x: mx.array, again) -> mx.array:
+        for weight in weights:
+            x = again(part)(weight, x)
+        return x.sum()
+
+    x = mx.random.normal((2_000, 64))
+    kept = peak_of(lambda x: mx.grad(loss)(weights, x, lambda function: function), x)
+    ours = peak_of(lambda x: mx.grad(loss)(weights, x, checkpoint), x)
+    assert ours < 0.4 * kept
+    for one, other in zip(
+        mx.grad(loss)(weights, x, checkpoint), mx.grad(loss)(weights, x, lambda function: function), strict=True
+    ):
+        assert mx.array_equal(one, other)
+
+
+def test_a_checkpoint_hands_on_what_it_is_given():
+    """Nested arguments and results, whole numbers, words and None among them."""
+
+    def function(given: dict, kind: str, mask: None, order: mx.array) -> tuple:
+        x, (y, none) = given["x"], given["pair"]
+        return (x * y)[order], {"kind": kind, "mask": mask, "none": none}, [x + 1, order]
+
+    x, order = mx.arange(3.0), mx.array([2, 0, 1])
+    given = {"x": x, "pair": (x + 1, None)}
+    first, words, (second, same) = checkpoint(function)(given, "causal", None, order)
+    assert mx.array_equal(first, (x * (x + 1))[order]) and mx.array_equal(second, x + 1)
+    assert words == {"kind": "causal", "mask": None, "none": None} and mx.array_equal(same, order)
+    found = mx.grad(lambda x: checkpoint(function)({"x": x, "pair": (2 * x, None)}, "", None, order)[0].sum())(x)
+    assert mx.allclose(found, 4 * x)
+
+
+@pytest.mark.parametrize(
+    "architecture, parts", [("llama", 1), ("qwen3_moe", 1), ("gpt2", 1), ("gemma3_text", 1), ("phi3", 1)]
+)
+def test_feed_forward_parts_are_found(architecture, parts, tiny_model):
+    module = load_model(resolve_base(tiny_model(architecture))).module
+    layers = adaptable_layers(module)
+    found = find_feed_forwards(module, layers.values())
+    assert len(found) == parts * len(module.layers)
+    paths = {id(layer): path.rpartition(".")[2] for path, layer in layers.items()}
+    names = [{paths[id(layer)] for layer in kind} for kind in (found[0].first, found[0].last, found[0].beside)]
+    assert names[1] <= {"down_proj", "c_proj"} and names[2] <= names[0]
+    assert not names[0] & names[1] and "gate" not in names[2]
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_next"])
+def test_a_gated_delta_model_trains_in_less_memory(name, tmp_path):
+    module = load_model(resolve_base(tiny_base(tmp_path / name, name))).module
+    module.train()
+    tokens = mx.random.randint(3, 100, (1, 257))
+
+    def through_the_model(scale: mx.array) -> mx.array:
+        module.load_weights([(n, w * scale) for n, w in weights.items()], strict=False)
+        value = mx.sin(module(tokens).astype(mx.float32)).sum()
+        module.load_weights(list(weights.items()), strict=False)
+        return value
+
+    weights = {n: w for n, w in tree_flatten(module.parameters()) if "norm" in n}
+    gradient = mx.grad(through_the_model)
+    whole, expected = peak_of(gradient, mx.array(1.0)), gradient(mx.array(1.0))
+    with recurrences_in_chunks():
+        assert peak_of(gradient, mx.array(1.0)) < 0.75 * whole
+        assert mx.allclose(gradient(mx.array(1.0)), expected, rtol=1e-3)
