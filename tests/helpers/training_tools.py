@@ -25,8 +25,8 @@ def cut_after(iteration: int):
     """Around a run: it ends after `iteration` as in a crash, with nothing saved."""
     iterate = Loop._iterate
 
-    def mortal(self, updates):
-        iterate(self, updates)
+    def mortal(self):
+        iterate(self)
         if self.state.iteration >= iteration:
             raise _PowerCut
 
