@@ -22,7 +22,7 @@ WEIGHTS = re.compile(
     re.IGNORECASE,
 )
 STATES = re.compile(r"(optimizer|scheduler|rng_state|trainer_state|training_args)\b.*|.*\.log|events\.out\.tfevents.*")
-DATA = re.compile(r".*\.(jsonl|parquet|csv|tsv|arrow|sqlite\d?|db)", re.IGNORECASE)
+DATA = re.compile(r".*\.(jsonl|ndjson|parquet|csv|tsv|arrow|sqlite\d?|db)", re.IGNORECASE)
 ARCHIVES = re.compile(r".*\.(zip|tar|gz|tgz|bz2|xz|7z|zst)", re.IGNORECASE)
 VOCABULARIES = ("tokenizer.json*", "*.model", "*.model.v*", "*vocab*", "*.tiktoken", "tekken*.json")
 TOKENIZER = (

@@ -10,6 +10,7 @@ from helpers.adapters import make_adapter
 import mlx_adapters as ma
 from mlx_adapters.checkpoints import contents
 from mlx_adapters.models.adapter import write_adapter
+from mlx_adapters.rows import files
 
 BELONGING = [
     "LICENSE",
@@ -73,6 +74,11 @@ def test_each_file_belongs_or_has_a_reason():
     repository = [*BELONGING, *STAYING, "config.json", "model-00001-of-00002.safetensors", "other.safetensors"]
     weights = {"config.json", "model-00001-of-00002.safetensors", "other.safetensors", "model.safetensors"}
     assert set(contents.belongs(repository)) == {*BELONGING, *weights, "model.safetensors.index.json"}
+
+
+def test_rows_in_any_form_that_is_read_stay_behind():
+    for ending in files.READERS.keys() - {".json"}:  # which configs are, too
+        assert contents.why_not(f"train{ending}") == "data"
 
 
 def test_links_are_followed_and_never_in_circles(tmp_path):

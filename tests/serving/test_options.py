@@ -1,9 +1,16 @@
 """What requests may ask of sampling and of the form of an answer, asked for by OpenAI's own client."""
 
+import ast
+import dataclasses
+import inspect
+
 import httpx
 import openai
 import pytest
 from helpers.serving import running
+
+from mlx_adapters.config.sampling import Sampling
+from mlx_adapters.protocols.options import read_sampling
 
 PROMPT, CHAT = "List all students.", [{"role": "user", "content": "List all students."}]
 
@@ -134,3 +141,14 @@ def test_what_means_nothing_passes_and_what_would_change_the_answer_is_refused(s
         assert answer.status_code == 200 and answer.headers["x-ignored-fields"] == "top_q, typical_p"
         assert "x-ignored-fields" not in httpx.post(address + "/v1/chat/completions", json=body).headers
         assert httpx.post(address + "/v1/chat/completions", json=body | {"top_p": "x"}).status_code == 400
+
+
+def test_every_way_to_choose_tokens_can_be_asked_for():
+    """Else a new option would be refused by the server as unknown."""
+    (call,) = [
+        node
+        for node in ast.walk(ast.parse(inspect.getsource(read_sampling)))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Sampling"
+    ]
+    asked = {keyword.arg for keyword in call.keywords}
+    assert asked == {field.name for field in dataclasses.fields(Sampling)} - {"max_tokens"}  # which has two names there
