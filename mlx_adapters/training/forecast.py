@@ -75,12 +75,8 @@ class Rung:
     fits: bool
 
     def __str__(self) -> str:
-        what = {
-            "nothing": "nothing is computed again",
-            "mlp": "MLPs are computed again",
-            "blocks": "blocks are computed again",
-        }
-        return what[self.again] + (f", {count(self.rows, 'row')} at a time" if self.rows else "")
+        what = {"nothing": "nothing is", "mlp": "MLPs are", "blocks": "blocks are"}[self.again]
+        return f"{what} computed again" + (f", {count(self.rows, 'row')} at a time" if self.rows else "")
 
 
 @dataclass(frozen=True)
