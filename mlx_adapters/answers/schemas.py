@@ -106,7 +106,7 @@ def check_schema(schema: Any, where: str, strict: bool) -> None:
     Args:
         schema: what a client sent.
         where: the place of the schema in the request.
-        strict: as for `json_grammar`.
+        strict: as for `json_rule`.
     """
     if not isinstance(schema, dict):
         raise ConfigError(f"'{where}' must be a JSON schema, which is an object.")

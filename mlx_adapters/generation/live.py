@@ -321,15 +321,13 @@ class LiveModel(Model):
         Raises ModelError, or ConfigError for a wrong option.
         """
         start, first = time.perf_counter(), 0.0
-        steps = []
-        for step in self.stream(
-            prompt, sampling, raw=raw, sampler=sampler, logits_processors=logits_processors, **options
-        ):
+        how, steps = (sampling or Sampling()).changed(options), []  # type: ignore[arg-type]
+        for step in self.stream(prompt, how, raw=raw, sampler=sampler, logits_processors=logits_processors):
             first = first or time.perf_counter() - start
             steps.append(step)
         text, reason = "".join(step.text for step in steps), steps[-1].finish_reason or "length"
         tokens = [step.token for step in steps]
-        ended = reason == "stop" and tokens[-1] in self.tokenizer.eos_token_ids
+        ended = reason == "stop" and tokens[-1] in stop_tokens(how, self.tokenizer)
         return Generation(
             text,
             tokens[:-1] if ended else tokens,

@@ -110,7 +110,7 @@ class Row:
         return sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True)).astype(mx.uint32)
 
     def told(self, token: int, logprobs: mx.array | None) -> Token:
-        """The next token of the answer; `logprobs` (vocabulary,) are those that it was chosen from."""
+        """The next token of the answer; `logprobs` (vocabulary,) are the model's own."""
         request = self.request
         reason = "error" if self.failed else None
         if request.constraint is not None and request.constraint.ended:

@@ -25,12 +25,12 @@ from mlx_adapters.storage import hf_names, tensor_names
 from mlx_adapters.storage.tensor_names import WEIGHT
 from mlx_adapters.units import count
 
-# How far a base's embedding may lie from the copy in the adapter (relative): rounding to 16 bits, to 4 bits.
 TEXT_HINT = "'import-peft --text-only' takes the text part, and so does 'fuse --from-peft' with it."
 RESIZE_HINT = (
     "'mlx-adapters fuse --from-peft SRC OUT --base BASE --resize' writes a model with the adapter's tokens; or give "
     "a base that has them."
 )
+# How far a base's embedding may lie from the copy in the adapter (relative): rounding to 16 bits, to 4 bits.
 DENSE_TOLERANCE, QUANTIZED_TOLERANCE = 0.01, 0.5
 
 

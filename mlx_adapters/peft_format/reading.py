@@ -171,7 +171,7 @@ def _read_tensors(folder: Path) -> tuple[dict[str, mx.array], float | None]:
         if bad := first_not_finite(read):
             raise FormatError(f"'{bad}' in '{path}' holds NaN or Inf.", "the training that made it diverged.")
         tensors |= read
-        scale = _number(metadata.get(PEFT_SCALE))
+        scale = _number(metadata.get(PEFT_SCALE)) if scale is None else scale
     if not tensors:
         raise FormatError(f"The PEFT adapter '{folder}' holds no tensors.")
     names = hf_names.unwrapped(tensors)

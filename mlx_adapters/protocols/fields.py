@@ -77,6 +77,12 @@ class Fields:
         self.ignored: list[str] = []
         self._read: set[str] = set()
 
+    def part(self, raw: Mapping[str, Any], within: str) -> "Fields":
+        """The fields of an object in it; what is passed over there is told with the rest."""
+        part = Fields(raw, self.lenient, within)
+        part.ignored = self.ignored
+        return part
+
     def name(self, name: str) -> str:
         """How a field is called in the whole request."""
         return f"{self.within}.{name}" if self.within else name

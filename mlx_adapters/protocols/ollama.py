@@ -34,7 +34,7 @@ def read_ollama(fields: Fields, chat: bool, vocabulary: int) -> tuple[Asked, Con
     if not model:
         raise ApiError(400, "You must provide a 'model'.", param="model")
     given = fields.take("options", dict, {})
-    options = Fields({SPELLED.get(name, name): value for name, value in given.items()}, fields.lenient, "options")
+    options = fields.part({SPELLED.get(name, name): value for name, value in given.items()}, "options")
     most = options.take("num_predict", int, -1)
     asked = Asked(
         model=model.removesuffix(":latest"),

@@ -49,7 +49,7 @@ def read_options(fields: Fields, chat: bool, vocabulary: int) -> Asked:
     model = fields.take("model", str)
     if not model:
         raise ApiError(400, "You must provide a 'model'.", param="model")
-    options = Fields(fields.take("stream_options", dict, {}), fields.lenient, "stream_options")
+    options = fields.part(fields.take("stream_options", dict, {}), "stream_options")
     include_usage = options.take("include_usage", bool, False)
     options.value("include_obfuscation"), options.value("continuous_usage_stats")
     options.refuse_rest()

@@ -31,7 +31,7 @@ def read_response(fields: Fields, vocabulary: int) -> tuple[Asked, Conversation]
         raise ApiError(
             400, "This server keeps no responses; send the whole conversation.", param="previous_response_id"
         )
-    text = Fields(fields.take("text", dict, {}), fields.lenient, "text")
+    text = fields.part(fields.take("text", dict, {}), "text")
     format = read_format(text.value("format"), "text.format")
     text.refuse_rest()
     reasoning = fields.take("reasoning", dict, {})
@@ -111,7 +111,7 @@ class ResponseWriter(Writer):
     def frame(self, chunk: Body) -> bytes:
         """One server-sent event, with its number."""
         if "type" not in chunk:  # an error that came after the beginning
-            chunk = {"type": "error", **chunk.get("error", {})}
+            chunk = {**chunk.get("error", {}), "type": "error"}
         chunk = {**chunk, "sequence_number": self._number}
         self._number += 1
         return f"event: {chunk['type']}\ndata: {json.dumps(chunk)}\n\n".encode()

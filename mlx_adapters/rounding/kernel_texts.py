@@ -1,7 +1,7 @@
 """The texts of the kernels of `kernels`, for Metal and CUDA: one for both, with the few words that differ.
 
-There are three: choosing a group's grid, moving it to its best, and the loop over its columns. A thread takes one
-output row, with the group's numbers in registers.
+There are four: choosing a group's grid, moving it to its best, and the loop over its columns, affine or float.
+A thread takes one output row, with the group's numbers in registers.
 """
 
 from typing import NamedTuple

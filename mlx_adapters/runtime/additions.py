@@ -41,7 +41,7 @@ class ForAll:
     def linears(self, y: mx.array, x: mx.array, widths: Sequence[int]) -> list[mx.array]:
         """The outputs of linear layers on x (..., in), from what they computed, y (..., Σ widths)."""
         f, rank = self.factors, self.b.shape[-2]
-        if kernel.serves(y, x, rank):
+        if kernel.serves(y, x, f.b):
             a, gain, shift = f.a.reshape(1, len(widths), rank, -1), f.gain, f.shift
             return split(kernel.add_update(y, x, a, f.b[None], widths, kernel.first(x), gain, shift), widths)
         if f.gain is not None:
@@ -111,7 +111,7 @@ class PerRow:
         """The outputs of linear layers on x (rows, ..., in), from what they computed, y (rows, ..., Σ widths)."""
         f, rank = self.stacked, self.b.shape[-2]
         slots, order = self.rows.spread(x.shape[:-1])  # each (tokens,)
-        if kernel.serves(y, x, rank):
+        if kernel.serves(y, x, f.b):
             a, at = f.a.reshape(-1, len(widths), rank, x.shape[-1]), slots.astype(mx.int32)
             return split(kernel.add_update(y, x, a, f.b, widths, at, f.gain, f.shift), widths)
         if f.gain is not None:

@@ -157,10 +157,15 @@ def source(language: str, widths: Sequence[int], names: Sequence[str]) -> str:
     return re.sub(r"\b[A-Z_]{4,}\b", lambda word: words.get(word[0], word[0]), SOURCE)
 
 
-def serves(y: mx.array, x: mx.array, rank: int) -> bool:
-    """Whether the kernel is there, right, and made for an update of this size."""
-    tokens, width = x.size // x.shape[-1], x.shape[-1]
-    fits = tokens <= MOST_TOKENS and rank <= MOST_RANKS and width % (16 // x.dtype.size) == 0 and x.dtype == y.dtype
+def serves(y: mx.array, x: mx.array, b: mx.array) -> bool:
+    """Whether the kernel is there, right, and made for an update by b (..., r) of this size and type."""
+    tokens, width, rank = x.size // x.shape[-1], x.shape[-1], b.shape[-1]
+    fits = (
+        tokens <= MOST_TOKENS
+        and rank <= MOST_RANKS
+        and width % (16 // x.dtype.size) == 0
+        and x.dtype == y.dtype == b.dtype
+    )
     return fits and is_right(x.dtype)
 
 

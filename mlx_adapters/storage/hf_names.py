@@ -6,9 +6,6 @@ from collections.abc import Iterable
 from mlx_adapters.storage.replacing import Output
 from mlx_adapters.storage.tensor_names import ADAPTER_FILE, BIAS, CONFIG_FILE, LORA_A, LORA_B, MAGNITUDE, WEIGHT
 
-# GPT-2's matrices that a Hugging Face checkpoint stores transposed, (in, out).
-GPT2_TRANSPOSED = ("c_attn", "c_proj", "c_fc")
-
 # -- The PEFT dialect ------------------------------------------------------------------------------------
 # PEFT names a tensor `base_model.model.{path in transformers}.{leaf}` and stores the transposes of MLX's:
 # lora_A (rank, in), lora_B (out, rank); of an embedding lora_embedding_A (rank, vocab), lora_embedding_B

@@ -76,6 +76,14 @@ def test_a_stop_text_ends_the_answer_before_it(model):
     assert "".join(p.text for p in pieces) == answer.text and pieces[-1].finish_reason == "stop"
 
 
+def test_the_token_that_ends_an_answer_is_no_part_of_it(model):
+    tokens = model.generate(PROMPT, max_tokens=12, ignore_eos=True).token_ids
+    assert len(tokens) == 12  # also where one of them would have ended it
+    last = next(i for i, token in enumerate(tokens) if token not in tokens[:i] and i > 2)
+    ended = model.generate(PROMPT, max_tokens=12, ignore_eos=True, extra_eos=(str(tokens[last]),))
+    assert ended.finish_reason == "stop" and ended.token_ids == tokens[:last]
+
+
 def test_a_sampler_and_processors_of_ones_own(model):
     """mlx-lm's own and plain functions; in a batch each row sees its own tokens."""
     greedy = model.generate(PROMPT, max_tokens=8)

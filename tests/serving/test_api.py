@@ -12,6 +12,7 @@ from helpers.chat_families import write_base
 from helpers.serving import running
 
 from mlx_adapters.generation.live import load_model
+from mlx_adapters.protocols.responses import ResponseWriter
 from mlx_adapters.sources.registry import register
 
 PERSON = {
@@ -168,3 +169,12 @@ def test_ollamas_paths(server, client):
     assert set(json.loads(httpx.post(address + "/api/generate", json=formed).json()["response"])) == {"name", "old"}
     assert httpx.post(address + "/api/chat", json=body | {"options": {"mirostat": 2}}).status_code == 400
     assert [m["name"] for m in httpx.get(address + "/api/tags").json()["models"]][:2] == ["base", "a"]
+
+
+def test_an_error_after_the_beginning_of_a_response_is_an_event():
+    writer = ResponseWriter.__new__(ResponseWriter)
+    writer._number = 4
+    error = {"message": "The engine stopped.", "type": "server_error", "param": None, "code": None}
+    name, data = writer.frame({"error": error}).decode().strip().split("\n")
+    assert name == "event: error"
+    assert json.loads(data.removeprefix("data: ")) == error | {"type": "error", "sequence_number": 4}

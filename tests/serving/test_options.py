@@ -139,6 +139,9 @@ def test_what_means_nothing_passes_and_what_would_change_the_answer_is_refused(s
     with running(tiny_model("llama"), [], lenient=True) as (address, _):
         answer = httpx.post(address + "/v1/chat/completions", json=body | {"top_q": 3, "typical_p": 0.5})
         assert answer.status_code == 200 and answer.headers["x-ignored-fields"] == "top_q, typical_p"
+        nested = body | {"stream": True, "stream_options": {"include_usage": True, "every": 3}}
+        answer = httpx.post(address + "/v1/chat/completions", json=nested)
+        assert answer.status_code == 200 and answer.headers["x-ignored-fields"] == "stream_options.every"
         assert "x-ignored-fields" not in httpx.post(address + "/v1/chat/completions", json=body).headers
         assert httpx.post(address + "/v1/chat/completions", json=body | {"top_p": "x"}).status_code == 400
 
