@@ -29,7 +29,8 @@ def wrap_model(module: nn.Module, tokenizer: Any, base: BaseLike) -> LiveModel:
     Example:
         >>> import mlx_lm
         >>> loaded = ma.load_model("demo")
-        >>> model = ma.wrap_model(*mlx_lm.load(str(loaded.base.folder)), base="demo")
+        >>> module, tokenizer = mlx_lm.load(str(loaded.base.folder))[:2]
+        >>> model = ma.wrap_model(module, tokenizer, "demo")
         >>> model.attach("sql")
         'sql'
     """

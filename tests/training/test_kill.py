@@ -69,7 +69,9 @@ def wait_until(condition, seconds: float) -> None:
 
 
 def half_written(folder: Path) -> set[Path]:
-    return set(folder.glob("checkpoints/.mlx-adapters-tmp-*/*/*"))
+    with contextlib.suppress(FileNotFoundError):  # it is renamed while we look
+        return set(folder.glob("checkpoints/.mlx-adapters-tmp-*/*/*"))
+    return set()
 
 
 def kill_somewhere(pid: int, folder: Path, random_: random.Random, in_save: bool) -> None:
