@@ -1,5 +1,6 @@
 """Results as tables: frames, HTML, records and rows by name."""
 
+import pandas
 import pytest
 from helpers.training_tools import write_data
 
@@ -54,7 +55,6 @@ ROWS = {
 @pytest.mark.parametrize("name", ROWS)
 def test_every_result_is_a_frame_and_a_table(name, results):
     columns, rows = ROWS[name]
-    pandas = pytest.importorskip("pandas")
     frame = results[name].to_pandas()
     assert isinstance(frame, pandas.DataFrame) and len(frame) and set(columns) <= set(frame.columns)
     assert rows is None or len(frame) == rows

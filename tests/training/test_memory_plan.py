@@ -99,10 +99,13 @@ def test_the_ladder_goes_down(deep):
 @pytest.mark.parametrize("again", ["mlp", "blocks"])
 def test_the_cheapest_way_that_fits_is_taken(again, deep):
     base, data = deep
-    limit = peaks(base, data)[again] * 1.1
+    ladder = peaks(base, data)
+    dearer = ladder["nothing" if again == "mlp" else "mlp"]
+    limit = (ladder[again] + dearer) / 2 / forecast.ROOM  # halfway: what is measured differs a little each time
     training = replace(SHORT, memory_limit=f"{limit / 1e6:.3f}MB")
     found = estimate(base, data, lora=LORA, training=training, timed=False)
-    assert found.fits and [rung.fits for rung in found.ladder] == [rung.peak_bytes < limit for rung in found.ladder]
+    assert found.fits and next(rung.again for rung in found.ladder if rung.fits) == again
+    assert all(rung.fits == (rung.peak_bytes <= forecast.ROOM * limit) for rung in found.ladder)
     said = notes_of(
         lambda say: train(base, data, name="tight", lora=LORA, training=training, forecast=True, on_event=say)
     )
