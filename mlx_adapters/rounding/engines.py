@@ -15,6 +15,7 @@ import numpy as np
 from mlx_adapters.rounding import kernels
 from mlx_adapters.rounding.columns import choose_grid, refit
 from mlx_adapters.rounding.grids import AffineGrid, Array, FloatGrid, Grid, to_numpy
+from mlx_adapters.system.machine import on_gpu
 
 MORE_DAMPING = 0.01
 PANEL = 128  # columns of a Cholesky factor that are made at once
@@ -210,7 +211,7 @@ class MlxEngine:
         return mx.array(array).astype(mx.float32)
 
     def _has_kernels(self, grid: Grid) -> bool:
-        if not kernels.has_kernels():
+        if not on_gpu():
             return False
         problem = kernels.problem_with(grid.quantization, grid.dtype)
         self.note = self.note or problem
@@ -226,18 +227,9 @@ class MlxEngine:
             return kernels.refit(grid, *group)
         return refit(grid, *group)
 
-    def columns(
-        self,
-        grid: Grid,
-        target: mx.array,
-        weight: mx.array,
-        start: mx.array | None,
-        block: mx.array,
-        scale: mx.array,
-        bias: mx.array,
-    ) -> tuple[mx.array, mx.array]:
+    def columns(self, grid: Grid, *group: Any) -> tuple[mx.array, mx.array]:
         loop = kernels.columns if self._has_kernels(grid) else kernels.plain_columns
-        return loop(grid, target, weight, start, block, scale, bias)
+        return loop(grid, *group)
 
     def factor(self, hessian: mx.array) -> mx.array:
         extra = MORE_DAMPING

@@ -6,6 +6,8 @@ A thread takes one output row, with the group's numbers in registers.
 
 from typing import NamedTuple
 
+from mlx_adapters.system.gpu_kernels import Language, spelled
+
 WORDS = {
     "cuda": {
         "ROW": "blockIdx.x * blockDim.x + threadIdx.x",
@@ -14,7 +16,7 @@ WORDS = {
         "FUNCTION": "__device__ inline",
         "TO_BITS": "__float_as_uint",
         "FROM_BITS": "__uint_as_float",
-        "AS_HALF(x)": "__half2float(__float2half_rn(x))",
+        "HALF_OF_X": "__half2float(__float2half_rn(x))",
     },
     "metal": {
         "ROW": "thread_position_in_grid.x",
@@ -23,12 +25,12 @@ WORDS = {
         "FUNCTION": "inline",
         "TO_BITS": "as_type<uint>",
         "FROM_BITS": "as_type<float>",
-        "AS_HALF(x)": "float(half(x))",
+        "HALF_OF_X": "float(half(x))",
     },
 }
 HEADER = """
 FUNCTION float as_stored(float x, int stored) {
-  if (stored == 2) return AS_HALF(x);
+  if (stored == 2) return HALF_OF_X;
   if (stored == 0) return x;
   const unsigned int bits = TO_BITS(x);
   return FROM_BITS((bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u);
@@ -196,8 +198,6 @@ TEXTS = {
 }
 
 
-def source(language: str, text: str) -> str:
+def source(language: Language, text: str) -> str:
     """Some text of these in "cuda" or "metal"."""
-    for word, theirs in WORDS[language].items():
-        text = text.replace(word, theirs)
-    return text
+    return spelled(text, WORDS[language])

@@ -16,6 +16,7 @@ from mlx_adapters.rounding.columns import choose_grid
 from mlx_adapters.rounding.columns import refit as plain_refit
 from mlx_adapters.rounding.grids import SHRINKS, AffineGrid, FloatGrid, Grid, make_grid
 from mlx_adapters.rounding.kernel_texts import HEADER, START, TEXTS, source
+from mlx_adapters.system.gpu_kernels import build, language
 
 THREADS = 32  # in a threadgroup: rows of one matrix are few, and the GPU has many cores
 UNLIKE = "the GPU's kernels do not give what plain operations give; those are used, slowly"
@@ -24,16 +25,9 @@ STORED = {mx.float32: 0, mx.bfloat16: 1, mx.float16: 2}
 
 @cache
 def _built(name: str) -> Callable[..., list[mx.array]]:
-    language = "metal" if mx.metal.is_available() else "cuda"
-    make = mx.fast.metal_kernel if language == "metal" else mx.fast.cuda_kernel
     body, inputs, outputs = TEXTS[name]
-    return make(
-        name=f"round_{name}",
-        input_names=inputs,
-        output_names=outputs,
-        source=source(language, START + body),
-        header=source(language, HEADER),
-    )
+    own = language()
+    return build(f"round_{name}", inputs, outputs, source(own, START + body), source(own, HEADER))
 
 
 def _call(name: str, inputs: list[mx.array], **constants: int | bool) -> list[mx.array]:
@@ -109,11 +103,6 @@ def plain_columns(
             fed = fed + start[..., column, :]
         ahead = ahead[..., 1:, :] + block[..., j + 1 :, column] * fed
     return mx.concatenate(codes, axis=-2).astype(mx.uint8), mx.concatenate(values, axis=-2)
-
-
-def has_kernels() -> bool:
-    """Whether the default device takes kernels."""
-    return mx.default_device().type == mx.DeviceType.gpu
 
 
 @cache

@@ -112,8 +112,8 @@ class PerRow:
         f, rank = self.stacked, self.b.shape[-2]
         slots, order = self.rows.spread(x.shape[:-1])  # each (tokens,)
         if kernel.serves(y, x, f.b):
-            a, at = f.a.reshape(-1, len(widths), rank, x.shape[-1]), slots.astype(mx.int32)
-            return split(kernel.add_update(y, x, a, f.b, widths, at, f.gain, f.shift), widths)
+            a = f.a.reshape(-1, len(widths), rank, x.shape[-1])
+            return split(kernel.add_update(y, x, a, f.b, widths, slots, f.gain, f.shift), widths)
         if f.gain is not None:
             y = y * f.gain[slots].reshape(y.shape)
             if f.shift is not None:

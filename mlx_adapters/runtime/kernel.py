@@ -5,12 +5,12 @@ z = a x for itself, from the cache, and then its columns of y · gain + shift + 
 Sums are in float32 and rounded once. One text serves CUDA and Metal; `WORDS` holds what they spell differently.
 """
 
-import re
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 from mlx_adapters.system.door import mx
+from mlx_adapters.system.gpu_kernels import Language, build, language, spelled
 from mlx_adapters.system.machine import on_gpu
 
 MOST_TOKENS, MOST_RANKS = 16, 64  # beyond them products are faster; registers hold the sums of so many ranks
@@ -109,14 +109,14 @@ def add_update(
         x: (..., in), of y's type, as a and b are.
         a: (slots, layers, r, in).
         b: (slots, Σ widths, r).
-        slots: (tokens,) int32.
+        slots: (tokens,) uint32.
         gain: (slots, Σ widths), as `shift`.
 
     Returns: (..., Σ widths), in y's type.
     """
     given = {"x": x, "y": y, "a": a, "b": b, "slots": slots, "gain": gain, "shift": shift}
     given = {name: array for name, array in given.items() if array is not None}
-    kernel = _kernel("metal" if mx.metal.is_available() else "cuda", tuple(widths), tuple(given))
+    kernel = _kernel(language(), tuple(widths), tuple(given))
     blocks = sum(-(-width // THREADS) for width in widths)
     options: dict[str, Any] = {
         "T": y.dtype,
@@ -137,14 +137,13 @@ def add_update(
 
 
 @cache
-def _kernel(language: str, widths: tuple[int, ...], names: tuple[str, ...]) -> Any:
+def _kernel(own: Language, widths: tuple[int, ...], names: tuple[str, ...]) -> Any:
     """The kernel for layers of these widths that is given these arrays."""
-    make: Any = mx.fast.metal_kernel if language == "metal" else mx.fast.cuda_kernel
     name = "_".join(["add_update", *map(str, widths), *names[5:]])
-    return make(name, list(names), ["out"], source(language, widths, names), HEADERS[language] + HEADER)
+    return build(name, names, ["out"], source(own, widths, names), HEADERS[own] + HEADER)
 
 
-def source(language: str, widths: Sequence[int], names: Sequence[str]) -> str:
+def source(own: Language, widths: Sequence[int], names: Sequence[str]) -> str:
     """The kernel's text: which block works for which layer is written out."""
     parts, blocks, start = [], 0, 0
     for part, width in enumerate(widths):
@@ -153,8 +152,8 @@ def source(language: str, widths: Sequence[int], names: Sequence[str]) -> str:
         parts.append(f"if (block < {blocks}) {{ {here} }}")
         start += width
     scaled = " ".join(line for name, line in (("gain", GAIN), ("shift", SHIFT)) if name in names)
-    words = WORDS[language] | {"PARTS": "\nelse ".join(parts), "GAIN": scaled}
-    return re.sub(r"\b[A-Z_]{4,}\b", lambda word: words.get(word[0], word[0]), SOURCE)
+    words = WORDS[own] | {"PARTS": "\nelse ".join(parts), "GAIN": scaled}
+    return spelled(SOURCE, words)
 
 
 def serves(y: mx.array, x: mx.array, b: mx.array) -> bool:
@@ -181,7 +180,7 @@ def first(x: mx.array) -> mx.array:
 
 @cache
 def _zeros(count: int) -> mx.array:
-    return mx.array([0] * count, mx.int32)
+    return mx.array([0] * count, mx.uint32)
 
 
 @cache
@@ -191,7 +190,7 @@ def _tried(dtype: mx.Dtype) -> bool:
     shapes = [(tokens, sum(widths)), (tokens, inputs), (slots, 2, rank, inputs), (slots, sum(widths), rank)]
     y, x, a, b = (mx.random.normal(shape, key=key).astype(dtype) for shape, key in zip(shapes, keys, strict=False))
     gain, shift = (mx.random.normal((slots, sum(widths)), key=key).astype(dtype) for key in keys[4:])
-    at = mx.array([1, 0, 1], mx.int32)
+    at = mx.array([1, 0, 1], mx.uint32)
     try:
         found = add_update(y, x, a, b, widths, at, gain, shift).astype(mx.float32)
         mx.eval(found)

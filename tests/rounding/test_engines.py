@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from mlx_adapters.config.quantization import QUANTIZATIONS, Quantization
-from mlx_adapters.rounding import feedback, kernel_texts, kernels
+from mlx_adapters.rounding import engines, feedback, kernel_texts, kernels
 from mlx_adapters.rounding.columns import choose_grid, refit
 from mlx_adapters.rounding.engines import NUMPY, MlxEngine
 from mlx_adapters.rounding.grids import make_grid, pack_codes, to_numpy
 from mlx_adapters.rounding.packed import dequantize, nearest
+from mlx_adapters.system.machine import on_gpu
 
 MODES = [Quantization(b, g[0], mode) for mode, (bits, g) in QUANTIZATIONS.items() for b in bits]
 WIDTH, ROWS = 128, 136  # two blocks of rows
@@ -169,7 +170,7 @@ def test_kernels_that_fail_or_lie_give_way_with_a_note(monkeypatch, what, how):
         return [*made[:-1], made[-1] + 0.3 * (mx.arange(made[-1].shape[-1]) % 7 == 3)]
 
     other = {"right": fake(what), "fails": broken, "lies": lying}[how]
-    monkeypatch.setattr(kernels, "has_kernels", lambda: True)
+    monkeypatch.setattr(engines, "on_gpu", lambda: True)
     monkeypatch.setattr(kernels, "_built", lambda name: other if name == what else fake(name))
     kernels.problem_with.cache_clear()
     weights, h, _, base, update = layers(2, QUANTIZATION)
@@ -178,7 +179,7 @@ def test_kernels_that_fail_or_lie_give_way_with_a_note(monkeypatch, what, how):
     _, losses = feedback.calibrated(*arguments, update=update, engine=engine)
     said = {"right": None, "fails": "nvrtc: error)", "lies": "do not give"}[how]
     assert (said is None) == (engine.note is None) and (said is None or said in str(engine.note))
-    monkeypatch.setattr(kernels, "has_kernels", lambda: False)
+    monkeypatch.setattr(engines, "on_gpu", lambda: False)
     _, plain = feedback.calibrated(*arguments, update=update, engine=MlxEngine())
     np.testing.assert_allclose(np.array(losses), np.array(plain), rtol=1e-3)
     kernels.problem_with.cache_clear()
@@ -188,10 +189,10 @@ def test_kernels_that_fail_or_lie_give_way_with_a_note(monkeypatch, what, how):
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32], ids=str)
 @pytest.mark.parametrize("quantization", MODES, ids=str)
 def test_kernels_for_metal_are_used_and_give_what_plain_operations_give(quantization, dtype, monkeypatch):
-    assert kernels.has_kernels() and kernels.problem_with(quantization, dtype) is None
+    assert on_gpu() and kernels.problem_with(quantization, dtype) is None
     weights, h, g, base, update = layers(2, quantization)
     arguments = weights, mx.array(h), quantization, dtype, base, mx.array(g)
     _, losses = feedback.calibrated(*arguments, update=update, engine=MlxEngine())
-    monkeypatch.setattr(kernels, "has_kernels", lambda: False)
+    monkeypatch.setattr(engines, "on_gpu", lambda: False)
     _, plain = feedback.calibrated(*arguments, update=update, engine=MlxEngine())
     np.testing.assert_allclose(np.array(losses), np.array(plain), rtol=0.03)
