@@ -141,7 +141,7 @@ def hyperparameters(architecture: Architecture, module: nn.Module, config: Confi
     for name in ("scoring_func", "moe_gate_act", "score_func"):
         if config.get(name) in GATES:
             made["expert_gating_func"] = GATES[config[name]]
-    made |= _rotary(architecture, module, config)
+    made |= _rotary(module, config)
     return {key: value for key, value in (made | architecture.extra(config)).items() if value is not None}
 
 
@@ -156,7 +156,7 @@ def rope_base(config: Config) -> float:
     return float(_first({**parameters, **config}, ("rope_theta", "rotary_emb_base", "rope_freq_base")) or 10000.0)
 
 
-def _rotary(architecture: Architecture, module: nn.Module, config: Config) -> dict[str, Any]:
+def _rotary(module: nn.Module, config: Config) -> dict[str, Any]:
     found = ropes(module)
     if not found:
         return {}
@@ -181,7 +181,7 @@ def _rotary(architecture: Architecture, module: nn.Module, config: Config) -> di
     return made
 
 
-def rope_factors(module: nn.Module, config: Config, values: Mapping[str, Any]) -> np.ndarray | None:
+def rope_factors(module: nn.Module, values: Mapping[str, Any]) -> np.ndarray | None:
     """(dims / 2,) by what llama.cpp is to divide each frequency, where the hyperparameters do not say it."""
     if "rope.scaling.type" in values:
         return None

@@ -71,7 +71,7 @@ def _ids_of(symbol: str, ids: Mapping[str, int]) -> list[int]:
 
 def read_pieces(stored: Mapping[str, Any], merges: Sequence[str]) -> Pieces:
     """The pieces of a tokenizer.json with `byte_fallback`. Raises ConfigError for what llama.cpp does otherwise."""
-    steps = _steps(stored.get("normalizer"), "normalizers") + _steps(stored.get("pre_tokenizer"), "pretokenizers")
+    steps = steps_of(stored.get("normalizer"), "normalizers") + steps_of(stored.get("pre_tokenizer"), "pretokenizers")
     prefix, kinds = "never", []
     for step in steps:
         kind = step.get("type")
@@ -94,5 +94,6 @@ def _harmless(step: Mapping[str, Any]) -> bool:
     return step.get("type") == "Split" and step.get("pattern") == {"String": " "}
 
 
-def _steps(part: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:
+def steps_of(part: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:
+    """The steps of a tokenizer.json's part: those `inner` of it, or the part itself, or none."""
     return list((part or {}).get(inner, [part] if part else []))

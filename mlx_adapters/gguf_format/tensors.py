@@ -18,12 +18,11 @@ from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.gguf_format.architectures import CONVERTER, Architecture, Config, text_model
 from mlx_adapters.gguf_format.blocks import package
-from mlx_adapters.gguf_format.hyperparameters import Rope, hyperparameters, rope_factors, ropes
+from mlx_adapters.gguf_format.hyperparameters import NAMES, Rope, hyperparameters, rope_factors, ropes
 from mlx_adapters.models.dense import weight_shape
 from mlx_adapters.storage import tensor_names
 from mlx_adapters.system.door import mx, nn
 
-LAYERS = ("num_hidden_layers", "n_layer", "num_layers")  # how configs call the number of blocks
 ROTATED = re.compile(r"blk\.\d+\.attn_([qk])(_norm)?\.(weight|bias)")
 # What stays float32: llama.cpp computes with it so, and it is small.
 EXACT = ("ffn_gate_inp", "ssm_", "shortconv.conv", "exp_probs_b", "attn_sinks", "position_embd", "rope_f")
@@ -65,7 +64,8 @@ class Layout:
     def _table(self) -> Any:
         gguf = package()
         numbers = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-        arch, blocks = self.architecture.name, int(next(self.config[key] for key in LAYERS if key in self.config))
+        arch = self.architecture.name
+        blocks = int(next(self.config[key] for key in NAMES["block_count"] if key in self.config))
         require(arch in numbers, f"This version of the package 'gguf' does not know '{arch}'.", "update 'gguf'.")
         return gguf.get_tensor_name_map(numbers[arch], blocks)
 
@@ -146,7 +146,7 @@ class Layout:
 
     def more(self) -> dict[str, np.ndarray]:
         """Tensors that the file has and the model has not: what llama.cpp divides the rotary frequencies by."""
-        factors = rope_factors(text_model(self.module), self.config, self.values)
+        factors = rope_factors(text_model(self.module), self.values)
         if factors is None:
             return {}
         require(

@@ -14,12 +14,12 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
 from mlx_adapters.errors import ConfigError, FormatError
-from mlx_adapters.gguf_format.pieces import BYTE as BYTES
-from mlx_adapters.gguf_format.pieces import LEAST, Pieces, read_pieces
+from mlx_adapters.gguf_format.architectures import CONVERTER
+from mlx_adapters.gguf_format.pieces import BYTE as BYTE_TEXT
+from mlx_adapters.gguf_format.pieces import LEAST, Pieces, read_pieces, steps_of
 from mlx_adapters.storage import files
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's kinds of tokens
-OTHERWISE = "write --format hf and use llama.cpp's converter."
 MAX_DIFFERENT = 5  # of the hard strings; above, the tokenizers are not the same
 
 _CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -157,13 +157,13 @@ def read_tokenizer(folder: Path, vocabulary: int, tokenizer: Any) -> GgufTokeniz
     stored = files.read_json(folder / "tokenizer.json")
     bpe = stored.get("model", {})
     if bpe.get("type") != "BPE":
-        raise ConfigError("Only BPE tokenizers are written to GGUF here.", OTHERWISE)
+        raise ConfigError("Only BPE tokenizers are written to GGUF here.", CONVERTER)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]]
     pieces = read_pieces(stored, merges) if bpe.get("byte_fallback") else None
     if pieces is None:
         _refuse_normalizer(stored.get("normalizer"))
     bytes_apart = BYTE if pieces else NORMAL
-    tokens = {index: (t, bytes_apart if BYTES.fullmatch(t) else NORMAL) for t, index in bpe["vocab"].items()}
+    tokens = {index: (t, bytes_apart if BYTE_TEXT.fullmatch(t) else NORMAL) for t, index in bpe["vocab"].items()}
     for added in stored.get("added_tokens", []):
         if added["id"] < vocabulary or not added.get("special"):  # Gemma's has one for pictures more than its rows
             tokens[added["id"]] = (added["content"], CONTROL if added.get("special") else USER_DEFINED)
@@ -195,10 +195,9 @@ def read_tokenizer(folder: Path, vocabulary: int, tokenizer: Any) -> GgufTokeniz
 
 def _refuse_normalizer(normalizer: Mapping[str, Any] | None) -> None:
     """llama.cpp changes no text before BPE; NFC changes only what is typed with separate accents, and is let pass."""
-    steps = (normalizer or {}).get("normalizers", [normalizer] if normalizer else [])
-    other = [step.get("type") for step in steps if step.get("type") != "NFC"]
+    other = [step.get("type") for step in steps_of(normalizer, "normalizers") if step.get("type") != "NFC"]
     if other:
-        raise ConfigError(f"This tokenizer changes text before reading it ({', '.join(map(str, other))}).", OTHERWISE)
+        raise ConfigError(f"This tokenizer changes text before reading it ({', '.join(map(str, other))}).", CONVERTER)
 
 
 def _special_ids(settings: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, int]:
@@ -220,7 +219,7 @@ def _added_around(tokenizer: Any, special: dict[str, int]) -> tuple[bool, bool]:
         special.setdefault("bos", before[0])
     if before not in ([], [special.get("bos")]) or behind not in ([], [special.get("eos")]):
         raise ConfigError(
-            f"This tokenizer puts tokens around a text that llama.cpp cannot ({before}, {behind}).", OTHERWISE
+            f"This tokenizer puts tokens around a text that llama.cpp cannot ({before}, {behind}).", CONVERTER
         )
     return bool(before), bool(behind)
 
@@ -230,13 +229,13 @@ def pre_tokenizer(settings: Mapping[str, Any] | None, ignore_merges: bool) -> Pr
     patterns = _patterns(settings)
     same = [pre for pre in PRE_TOKENIZERS if pre.patterns == patterns]
     if not same:
-        raise ConfigError("This tokenizer's way of cutting up text has no known name in llama.cpp.", OTHERWISE)
+        raise ConfigError("This tokenizer's way of cutting up text has no known name in llama.cpp.", CONVERTER)
     return next((pre for pre in same if pre.ignore_merges == ignore_merges), same[0])
 
 
 def _patterns(settings: Mapping[str, Any] | None) -> tuple[str, ...]:
     """The patterns by which text is cut into pieces, one after the other; () for what is not byte-level."""
-    steps = (settings or {}).get("pretokenizers", [settings] if settings else [])
+    steps = steps_of(settings, "pretokenizers")
     patterns: list[str] = []
     for step in steps[:-1]:
         if step.get("type") == "Digits":
@@ -276,6 +275,6 @@ def check_strings(made: GgufTokenizer, tokenizer: Any) -> list[str]:
         raise ConfigError(
             f"llama.cpp would read {len(different)} of {len(strings)} strings otherwise than this tokenizer, "
             f"such as {json.dumps(different[0], ensure_ascii=False)}.",
-            OTHERWISE,
+            CONVERTER,
         )
     return different
