@@ -109,6 +109,12 @@ class Fields:
             raise ApiError(400, f"'{called}' must be {bounds}.", param=called)
         return kind(value)
 
+    def model(self) -> str:
+        """The model that is asked for. Raises ApiError 400 if none is named."""
+        if not (name := self.take("model", str)):
+            raise ApiError(400, "You must provide a 'model'.", param="model")
+        return name
+
     def refuse_rest(self) -> None:
         """Raise ApiError 400 for a field that nobody read and that would change the answer; or note it."""
         for name, value in self.raw.items():

@@ -9,7 +9,6 @@ from mlx_adapters.answers.reading import Answer, Part, ToolCall
 from mlx_adapters.generation.requests import Token
 from mlx_adapters.protocols.chat import Body, Writer
 from mlx_adapters.protocols.conversation import Conversation, read_messages, read_tools
-from mlx_adapters.protocols.errors import ApiError
 from mlx_adapters.protocols.fields import Fields
 from mlx_adapters.protocols.options import Asked, ResponseFormat, read_format, read_sampling
 
@@ -30,9 +29,7 @@ OF_THE_MACHINE = (
 
 def read_ollama(fields: Fields, chat: bool, vocabulary: int) -> tuple[Asked, Conversation]:
     """The checked request. Raises ApiError 400."""
-    model = fields.take("model", str)
-    if not model:
-        raise ApiError(400, "You must provide a 'model'.", param="model")
+    model = fields.model()
     given = fields.take("options", dict, {})
     options = fields.part({SPELLED.get(name, name): value for name, value in given.items()}, "options")
     most = options.take("num_predict", int, -1)

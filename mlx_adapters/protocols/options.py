@@ -46,9 +46,7 @@ class Asked:
 
 def read_options(fields: Fields, chat: bool, vocabulary: int) -> Asked:
     """Everything but messages or prompt. Raises ApiError 400."""
-    model = fields.take("model", str)
-    if not model:
-        raise ApiError(400, "You must provide a 'model'.", param="model")
+    model = fields.model()
     options = fields.part(fields.take("stream_options", dict, {}), "stream_options")
     include_usage = options.take("include_usage", bool, False)
     options.value("include_obfuscation"), options.value("continuous_usage_stats")

@@ -24,9 +24,7 @@ FINISHED = {"length": "max_output_tokens"}
 
 def read_response(fields: Fields, vocabulary: int) -> tuple[Asked, Conversation]:
     """The checked request. Raises ApiError 400."""
-    model = fields.take("model", str)
-    if not model:
-        raise ApiError(400, "You must provide a 'model'.", param="model")
+    model = fields.model()
     if fields.value("previous_response_id") is not None:
         raise ApiError(
             400, "This server keeps no responses; send the whole conversation.", param="previous_response_id"

@@ -93,9 +93,7 @@ class Answering:
     async def embeddings(self, request: Request) -> Response:
         """POST /v1/embeddings: the mean of the last hidden state of each text."""
         fields = await self.fields(request)
-        name = fields.take("model", str)
-        if not name:
-            raise ApiError(400, "You must provide a 'model'.", param="model")
+        name = fields.model()
         given = read_prompts(fields.value("input"), self.model.vocabulary, "input")
         packed = fields.take("encoding_format", str, "float") == "base64"
         fields.refuse_rest()

@@ -174,16 +174,18 @@ def settle_memory(
     for rung, memory, parts, _ in _ladder(base, rows, lora, training):  # noqa: B007
         if rung.fits:
             break
-    usable, text = _usable(training), _predicted(parts, training, told)
-    if rung.again != _asked(training)[0] or memory.positions is not None:
-        text += f": {rung}, so that it fits" + (f" ({rung.cost})" if rung.cost else "")
-        on_event(Note(f"{text}."))
-    elif told:
-        on_event(Note(f"{text}."))
+    chosen = rung.again != _asked(training)[0] or memory.positions is not None
+    why = f": {rung}, so that it fits" + (f" ({rung.cost})" if rung.cost else "") if chosen else ""
+    if chosen or told:
+        on_event(Note(f"{_predicted(parts, training, told)}{why}."))
     if not rung.fits:
-        advice = "; ".join(_advice(base, rows, lora, training, memory, usable))
+        advice = "; ".join(_advice(base, rows, lora, training, memory, _usable(training)))
         on_event(Note(f"This will hardly fit. What would help: {advice}.", "warning"))
-    return replace(memory, near=min(int(1.05 * parts.peak_bytes), usable))
+    return _near(memory, parts, training)
+
+
+def _near(memory: MemoryPlan, parts: Parts, training: TrainConfig) -> MemoryPlan:
+    return replace(memory, near=min(int(1.05 * parts.peak_bytes), _usable(training)))
 
 
 def _predicted(parts: Parts, training: TrainConfig, told: bool) -> str:
@@ -212,7 +214,7 @@ def memory_of_run(
                 return memory
             parts = Parts(**world.share(lambda: asdict(forecast(base, rows, lora, training, memory)[0])))
             on_event(Note(f"{_predicted(parts, training, told)}."))
-            return replace(memory, near=min(int(1.05 * parts.peak_bytes), _usable(training)))
+            return _near(memory, parts, training)
     return MemoryPlan(**world.share(lambda: asdict(settle_memory(base, rows, lora, training, told, on_event))))
 
 
