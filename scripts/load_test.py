@@ -25,17 +25,12 @@ import httpx
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from helpers.schemas import FORMAT  # noqa: E402
+
 ADAPTERS = [f"tenant{i}" for i in range(8)]
 PROMPTS = ["List all students.", "How many courses are there?", "Once upon a time", "SELECT", "a b c d e f g"]
 LENGTHS = (1, 7, 24)
 JSON = {"Content-Type": "application/json"}
-PERSON = {
-    "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 4}, "old": {"type": "boolean"}},
-    "required": ["name", "old"],
-    "additionalProperties": False,
-}
-FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
 WRONG = [
     (400, b"{"),
     (400, b"\xff\xfe"),

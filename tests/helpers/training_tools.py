@@ -5,12 +5,15 @@ import json
 import random
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from safetensors.numpy import load
 
+from mlx_adapters.optimization import log_probabilities
 from mlx_adapters.storage.files import read_json
-from mlx_adapters.storage.tensor_names import METADATA_FILE
+from mlx_adapters.storage.tensor_names import LORA_B, METADATA_FILE, split
 from mlx_adapters.training.loop import Loop
 
 TIMES = ("date", "duration_seconds", "command")
@@ -120,3 +123,13 @@ def outcome(folder: Path) -> dict:
         else:
             found[name] = path.read_bytes()
     return found
+
+
+def make_updates_visible(module, strength: float = 0.05) -> dict[str, mx.array]:
+    """Random numbers in place of the zeros in a module's lora_b: its adapter changes the output. Gives its weights."""
+    weights = dict(tree_flatten(module.trainable_parameters()))
+    for number, name in enumerate(sorted(weights)):
+        if split(name)[1] == LORA_B:
+            weights[name] = strength * mx.random.normal(weights[name].shape, key=mx.random.key(number))
+    log_probabilities.put(module, weights)
+    return weights

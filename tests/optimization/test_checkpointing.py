@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.tiny_models import ARCHITECTURES, VOCABULARY
+from helpers.training_tools import make_updates_visible
 from mlx.utils import tree_flatten
 
 from mlx_adapters.config.quantization import Quantization
@@ -15,13 +16,11 @@ from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.errors import ConfigError, ModelError
 from mlx_adapters.models.layers import named_layers
 from mlx_adapters.models.loading import load_model
-from mlx_adapters.optimization import log_probabilities
 from mlx_adapters.optimization import step as engines
 from mlx_adapters.optimization.feed import draw_of
 from mlx_adapters.optimization.probe import settle_recomputing
 from mlx_adapters.optimization.step import LossPlan, MemoryPlan, TrainStep, shares_of
 from mlx_adapters.sources.bases import resolve_base
-from mlx_adapters.storage.tensor_names import LORA_B, split
 from mlx_adapters.surgery import calls
 from mlx_adapters.system.machine import on_gpu
 from mlx_adapters.training import setup
@@ -42,11 +41,7 @@ def train_step(folder, training: TrainConfig, **lora) -> TrainStep:
     """A TrainStep whose lora_b is not zero, so that every tensor has a gradient."""
     model = load_model(resolve_base(folder))
     keys = setup.add_layers(model, LoraConfig(**{"rank": 4, "scale": 2.0, **lora}), 0).keys
-    weights = dict(tree_flatten(model.module.trainable_parameters()))
-    for number, name in enumerate(sorted(weights)):
-        if split(name)[1] == LORA_B:
-            weights[name] = 0.05 * mx.random.normal(weights[name].shape, key=mx.random.key(number))
-    log_probabilities.put(model.module, weights)
+    make_updates_visible(model.module)
     layers = dict(named_layers(model.module))
     again = "blocks" if training.grad_checkpoint else "nothing"
     return TrainStep(

@@ -4,8 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.tiny_models import VOCABULARY
-from helpers.training_tools import write_data
-from mlx.utils import tree_flatten
+from helpers.training_tools import make_updates_visible, write_data
 
 from mlx_adapters import estimate
 from mlx_adapters.config.fusing import FuseOptions
@@ -19,11 +18,10 @@ from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.dense import dense_weight
 from mlx_adapters.models.layers import named_layers, updated_weight
 from mlx_adapters.models.loading import load_model, load_module
-from mlx_adapters.optimization import log_probabilities, through_rounding
+from mlx_adapters.optimization import through_rounding
 from mlx_adapters.optimization.feed import draw_of
 from mlx_adapters.optimization.step import LossPlan, TrainStep, shares_of
 from mlx_adapters.sources.bases import resolve_base
-from mlx_adapters.storage.tensor_names import LORA_B, split
 from mlx_adapters.system.machine import on_gpu
 from mlx_adapters.training import setup
 
@@ -36,11 +34,7 @@ def run(folder, planned: Quantization, kind: str = "lora", targets="all", streng
     """(TrainStep, adapter) of a run that will be fused to `planned`, and has learned something."""
     model = load_model(resolve_base(folder), dtype="float32")
     config = setup.add_layers(model, LoraConfig(rank=4, scale=2.0, type=kind, target_modules=targets), 0)
-    weights = dict(tree_flatten(model.module.trainable_parameters()))
-    for number, name in enumerate(sorted(weights)):
-        if split(name)[1] == LORA_B:
-            weights[name] = strength * mx.random.normal(weights[name].shape, key=mx.random.key(number))
-    log_probabilities.put(model.module, weights)
+    weights = make_updates_visible(model.module, strength)
     layers = dict(named_layers(model.module))
     training = TrainConfig(fuse_aware=planned, batch_size=3)
     train_step = setup.prepare(model, training, ROWS, (), {key: layers[key] for key in config.keys}).train_step

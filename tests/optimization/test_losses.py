@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.tiny_models import ARCHITECTURES, VOCABULARY
-from mlx.utils import tree_flatten
+from helpers.training_tools import make_updates_visible
 
 from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.data.batches import make_batch
@@ -18,7 +18,7 @@ from mlx_adapters.optimization.log_probabilities import Arrays
 from mlx_adapters.optimization.probe import packing_is_exact
 from mlx_adapters.optimization.step import Segments, device_batch, plan_loss
 from mlx_adapters.sources.bases import resolve_base
-from mlx_adapters.storage.tensor_names import LORA_B, block_index, split
+from mlx_adapters.storage.tensor_names import block_index
 from mlx_adapters.surgery import calls
 from mlx_adapters.surgery.blocks import find_body
 from mlx_adapters.surgery.recomputation import recompute
@@ -42,12 +42,7 @@ def adapted(folder, lora: LoraConfig):
     """A model with adapter layers whose lora_b is not zero, and its adapter weights."""
     model = load_model(resolve_base(folder))
     setup.add_layers(model, lora, 0)
-    weights = dict(tree_flatten(model.module.trainable_parameters()))
-    for number, name in enumerate(sorted(weights)):
-        if split(name)[1] == LORA_B:
-            weights[name] = 0.05 * mx.random.normal(weights[name].shape, key=mx.random.key(number))
-    log_probabilities.put(model.module, weights)
-    return model, weights
+    return model, make_updates_visible(model.module)
 
 
 def heads(model) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.tiny_models import ARCHITECTURES, VOCABULARY
-from mlx.utils import tree_flatten
+from helpers.training_tools import make_updates_visible
 
 from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.data.batches import Batch, make_batch
@@ -16,7 +16,6 @@ from mlx_adapters.optimization.feed import draw_of
 from mlx_adapters.optimization.log_probabilities import Arrays
 from mlx_adapters.optimization.step import LossPlan, MemoryPlan, TrainStep, device_batch, shares_of
 from mlx_adapters.sources.bases import resolve_base
-from mlx_adapters.storage.tensor_names import LORA_B, split
 from mlx_adapters.surgery import calls
 from mlx_adapters.system.machine import on_gpu
 from mlx_adapters.training import setup
@@ -34,11 +33,7 @@ def step_on(folder, dtype: str, again="nothing", **lora) -> TrainStep:
     """A TrainStep of layers whose lora_b is not zero."""
     model = load_model(resolve_base(folder), dtype=dtype)
     keys = setup.add_layers(model, LoraConfig(**{"rank": 8, "scale": 2.0, **lora}), 0).keys
-    weights = dict(tree_flatten(model.module.trainable_parameters()))
-    for number, name in enumerate(sorted(weights)):
-        if split(name)[1] == LORA_B:
-            weights[name] = 0.05 * mx.random.normal(weights[name].shape, key=mx.random.key(number))
-    log_probabilities.put(model.module, weights)
+    make_updates_visible(model.module)
     layers = dict(named_layers(model.module))
     adapted = {key: layers[key] for key in keys}
     return TrainStep(model.module, adapted, TrainConfig(), LossPlan(None, 64), memory=MemoryPlan(again))

@@ -9,18 +9,13 @@ import openai
 import pytest
 from helpers.adapters import random_adapter
 from helpers.chat_families import write_base
+from helpers.schemas import PERSON
 from helpers.serving import running
 
 from mlx_adapters.generation.live import load_model
 from mlx_adapters.protocols.responses import ResponseWriter
 from mlx_adapters.sources.registry import register
 
-PERSON = {
-    "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 4}, "old": {"type": "boolean"}},
-    "required": ["name", "old"],
-    "additionalProperties": False,
-}
 TOOL = {"type": "function", "name": "look", "parameters": PERSON, "strict": True}
 QUIET = {"chat_template_kwargs": {"enable_thinking": False}}
 

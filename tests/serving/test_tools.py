@@ -9,15 +9,9 @@ import threading
 import openai
 import pytest
 from helpers.chat_families import TOOLS, chat_tokenizer, write_base
+from helpers.schemas import FORMAT, PERSON
 from helpers.serving import running
 
-PERSON = {
-    "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 4}, "old": {"type": "boolean"}},
-    "required": ["name", "old"],
-    "additionalProperties": False,
-}
-FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
 CHAT = [{"role": "user", "content": "Who?"}]
 LOOK = {"type": "function", "function": {"name": "look", "parameters": PERSON}}
 
