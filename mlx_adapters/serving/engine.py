@@ -294,11 +294,11 @@ class Engine:
             text += job.text.finish()
         if job.text.stopped or reason == "complete":
             reason = "stop"
+        if reason is not None:
+            self._drop(job, "ok")  # counted before the client can know that it ended
         if text or reason is not None:
             held, job.held = tuple(job.held), []
             job.send(Piece(text, held, reason, job.made))
-        if reason is not None:
-            self._drop(job, "ok")
 
     def _drop(self, job: Job, outcome: str) -> None:
         """Take a job out, wherever it stands; nothing if it is out already."""

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from helpers.serving import eventually, running
 
-from mlx_adapters.serving.jobs import OncePerSecond
+from mlx_adapters.serving.jobs import Job, OncePerSecond
 from mlx_adapters.serving.settings import ServeSettings
 from mlx_adapters.serving.start import connections
 
@@ -216,3 +216,18 @@ def test_a_huge_prompt_keeps_no_small_one_waiting(tiny_model):
             thread.join()
         assert {answer.status_code for answer in answers} <= {400, 429}
         assert any(answer.json()["error"]["code"] == "context_length_exceeded" for answer in answers)
+
+
+def test_a_request_is_counted_before_its_answer_ends(server, monkeypatch):
+    """Who has read a whole answer finds it in the metrics."""
+    counts, counted = [], server[1].metrics._values["requests_total"]
+    send = Job.send
+
+    def watched(job, piece):
+        counts.append((getattr(piece, "finish_reason", None), sum(counted.values())))
+        send(job, piece)
+
+    monkeypatch.setattr(Job, "send", watched)
+    before = sum(counted.values())
+    assert httpx.post(server[0] + PATH, json=CHAT).status_code == 200
+    assert [count for reason, count in counts if reason] == [before + 1]
