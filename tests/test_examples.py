@@ -1,4 +1,4 @@
-"""The examples run as written, on a tiny model: those in the help that the README's test does not run, and those in
+"""The examples run as written, on a tiny model: those in the help that the pages' test does not run, and those in
 the docstrings."""
 
 import contextlib

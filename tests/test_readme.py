@@ -1,4 +1,4 @@
-"""The README tells the truth: its commands run, in its order, as written."""
+"""README and docs tell the truth: their commands run, in their order, as written, and their links lead somewhere."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from helpers.adapters import make_run
-from helpers.public import README, ROOT, commands
+from helpers.public import PAGES, ROOT, commands
 from helpers.training_tools import write_preferences, write_tool_calls
 
 from mlx_adapters.cli import COMMANDS, cli
@@ -35,7 +35,7 @@ def place(tiny_model, tmp_path_factory) -> Path:
     return folder
 
 
-def test_every_command_of_the_readme_runs(place, hub, monkeypatch):
+def test_every_command_of_the_pages_runs(place, hub, monkeypatch):
     shown = commands()
     assert len(shown) > 30
     monkeypatch.chdir(place)
@@ -51,7 +51,7 @@ def test_the_python_of_the_readme_runs(place, monkeypatch):
     monkeypatch.setenv("MLX_ADAPTERS_HOME", str(place / "home"))
     if not (place / "home" / "adapters" / "sql").is_dir():  # the commands may run in another process
         make_run("demo", "sql")
-    blocks = [b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "ma." in b]
+    blocks = [b for b in re.findall(r"```python\n(.*?)```", PAGES["README.md"], re.DOTALL) if "ma." in b]
     assert blocks
     environment = os.environ | {"MLX_ADAPTERS_HOME": str(place / "home")}
     for block in blocks:
@@ -59,6 +59,33 @@ def test_the_python_of_the_readme_runs(place, monkeypatch):
         assert done.returncode == 0, f"{block}\n{done.stderr}"
 
 
-def test_every_command_is_in_the_readme():
-    missing = [name for name in COMMANDS if f"mlx-adapters {name}" not in README]
+def test_every_command_has_its_place_on_a_page():
+    text = "".join(text for name, text in PAGES.items() if name != "docs/commands.md")
+    missing = [name for name in COMMANDS if f"mlx-adapters {name}" not in text]
     assert not missing
+
+
+def anchors(text: str) -> set[str]:
+    """The names that a page's headings have in links."""
+    heads = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.replace("`", "").lower()).strip().replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("name", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_every_link_leads_somewhere(name):
+    text = (ROOT / name).read_text()
+    for target in re.findall(
+        r"\]\((?!https?:|#)([^)\s]+)\)", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    ):
+        path, _, anchor = target.partition("#")
+        file = (ROOT / name).parent / path
+        assert file.exists(), f"{name}: {target}"
+        assert not anchor or anchor in anchors(file.read_text()), f"{name}: {target}"
+
+
+def test_every_page_is_in_the_sites_contents():
+    assert {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} <= set(PAGES)
+
+
+def test_the_readme_is_read_in_a_minute():
+    assert 100 <= len(PAGES["README.md"].splitlines()) <= 200

@@ -9,7 +9,7 @@ fusing, a float32 copy of the base, since mlx-lm's packed arithmetic would take 
 - train: seconds per 1,000 trained tokens, peak     - fuse: seconds and peak memory at the base's own precision, both
 - publish: seconds of a dry run (mlx-lm has none)     rounded to nearest; then KL(adapter model ‖ fused) on unseen rows
 
-    ./scripts/race                       # all: writes benchmarks/race_cpu.json (or _cuda, _metal) and README's table
+    ./scripts/race                       # all: writes benchmarks/race_cpu.json (or _cuda, _metal) and docs/measured.md
     ./scripts/race load swap --rounds 10 # these anew; the file keeps its other disciplines
     python scripts/benchmarks/race.py --base mlx-community/Qwen3-0.6B-4bit load decode
 """
@@ -215,7 +215,7 @@ def markdown(saved):
 
 
 def save(saved, options):
-    """Write the JSON, and the table into the README between its markers."""
+    """Write the JSON, and the table into a page between its markers."""
     if options.json:
         files.write_text(options.json, json.dumps(saved, indent=2) + "\n")
     if options.readme and START in (text := options.readme.read_text()):

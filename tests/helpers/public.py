@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import click
+import yaml
 
 import mlx_adapters as ma
 
@@ -34,11 +35,31 @@ def example_lines():
                 yield name, line.split("#")[0].strip()
 
 
-README = (ROOT / "README.md").read_text()
+def pages() -> dict[str, str]:
+    """The pages for people, by their name: the README, then the site's in its order."""
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    names = [name for entry in nav for name in names_in(entry)]
+    return {name: (ROOT / name).read_text() for name in ["README.md", *(f"docs/{name}" for name in names)]}
+
+
+def names_in(entry) -> list[str]:
+    """The files of an entry of the site's contents: a file, a title with its file, or a title with entries."""
+    if isinstance(entry, str):
+        return [entry]
+    return [
+        name
+        for below in entry.values()
+        for part in ([below] if isinstance(below, str) else below)
+        for name in names_in(part)
+    ]
+
+
+PAGES = pages()
 
 
 def commands() -> list[list[str]]:
-    blocks = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+    """What stands after a `$` on the pages, in their order."""
+    blocks = re.findall(r"```console\n(.*?)```", "\n".join(PAGES.values()), re.DOTALL)
     lines = [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
     return [shlex.split(line) for line in lines]
 

@@ -1,4 +1,4 @@
-"""The race's bookkeeping: parts, ratios, the saved file and the README's table. The race itself takes minutes."""
+"""The race's bookkeeping: parts, ratios, the saved file and the page's table. The race itself takes minutes."""
 
 import argparse
 import json
