@@ -23,6 +23,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from helpers.serving import Served  # noqa: E402
+
 QUESTION = "List all students."
 # What the panes show, and what they will send next time.
 SHOWN = """[[...document.querySelectorAll('.log p')].map(p => p.textContent),
@@ -37,8 +40,8 @@ setTimeout(() => {{ field("clear").click(); ask_now(); }}, 30);
 
 def build(folder):
     """Write the model, register two adapters, give what each answers."""
+    from helpers.adapters import random_adapter
     from helpers.tiny_models import build_model
-    from test_runtime import random_adapter
 
     from mlx_adapters.generation.live import load_model
     from mlx_adapters.sources.registry import register
@@ -130,30 +133,10 @@ def main():
     if browser is None:
         sys.exit("There is no Chromium or Chrome on this machine.")
     with tempfile.TemporaryDirectory() as folder:
-        os.environ |= {"MLX_ADAPTERS_HOME": folder + "/home", "PYTHONPATH": str(ROOT)}
+        os.environ["MLX_ADAPTERS_HOME"] = folder + "/home"
         wanted = build(Path(folder))
-        command = [
-            sys.executable,
-            "-m",
-            "mlx_adapters",
-            "serve",
-            folder + "/model",
-            "--name",
-            "base",
-            "--port",
-            "0",
-            "--adapter",
-            "one",
-            "--adapter",
-            "two",
-        ]
-        server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        try:
-            address = next(line.split()[2] for line in server.stderr if line.startswith("Listening"))
-            shown = browse(browser, address)
-        finally:
-            server.terminate()
-            server.communicate(timeout=60)
+        with Served(folder + "/model", adapters=("one", "two")) as server:
+            shown = browse(browser, server.address)
     good = shown == ([[QUESTION, wanted["one"], QUESTION, wanted["two"]]] * 2,) * 2
     print("the page shows both answers, also after a Clear" if good else f"the page shows {shown}\nwanted {wanted}")
     sys.exit(0 if good else 1)

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from helpers.schemas import FORMAT  # noqa: E402
+from helpers.serving import Served  # noqa: E402
 
 ADAPTERS = [f"tenant{i}" for i in range(8)]
 PROMPTS = ["List all students.", "How many courses are there?", "Once upon a time", "SELECT", "a b c d e f g"]
@@ -202,36 +203,13 @@ def main():
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MLX_ADAPTERS_HOME"] = folder + "/home"
-        os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
         wanted = build(Path(folder))
-        command = [
-            sys.executable,
-            "-m",
-            "mlx_adapters",
-            "serve",
-            folder + "/model",
-            "--name",
-            "base",
-            "--port",
-            "0",
-            "--max-adapters",
-            "4",
-            "--max-batch",
-            "16",
-            "--max-queue",
-            str(options.clients * 2),
-        ]
-        for name in ADAPTERS:
-            command += ["--adapter", name]
-        server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        try:
-            address = next(line.split()[2] for line in server.stderr if line.startswith("Listening"))
-            outcome = asyncio.run(attack(address, server.pid, wanted, options.clients, options.seconds))
-        finally:
-            server.terminate()
-            rest = server.communicate(timeout=60)[1]
-    if rest.strip() not in ("", "Error: Interrupted."):
-        print("the server said:", rest[:3000])
+        limits = ("--max-adapters", 4, "--max-batch", 16, "--max-queue", options.clients * 2)
+        with Served(folder + "/model", *limits, adapters=ADAPTERS) as server:
+            crowd = attack(server.address, server.process.pid, wanted, options.clients, options.seconds)
+            outcome = asyncio.run(crowd)
+    if server.said not in ("", "Error: Interrupted."):
+        print("the server said:", server.said[:3000])
     sys.exit(report(*outcome, options))
 
 

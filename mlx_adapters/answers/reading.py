@@ -93,6 +93,11 @@ class AnswerReader:
         self._split = initial != "normal"
         self.called = False
 
+    @property
+    def reasoning(self) -> bool:
+        """Whether what is written now is reasoning."""
+        return self._state[0] == "reasoning"
+
     def add(self, text: str) -> list[Part | ToolCall]:
         """What is certain after this text."""
         self._state, segments = TextStateMachine.split(self._state, text)
@@ -159,7 +164,8 @@ class AnswerReader:
 class Answer:
     """What was written of one answer, put together of its parts.
 
-    `read` None: all of it is content. `tokens` are what the engine tells of each.
+    `read` None: all of it is content. `tokens` are what the engine tells of each. `reasoning_tokens` are those of
+    `completion_tokens` that were written after reasoning began, with the mark that ends it.
     """
 
     read: AnswerReader | None = None
@@ -170,7 +176,14 @@ class Answer:
     def __post_init__(self) -> None:
         self.calls: list[ToolCall] = []
         self.tokens: list[Any] = []
-        self.completion_tokens = 0
+        self.completion_tokens = self.reasoning_tokens = 0
+
+    def count(self, completion_tokens: int) -> int:
+        """Take in how many tokens are written with the piece to come; how many of them are new."""
+        new, self.completion_tokens = completion_tokens - self.completion_tokens, completion_tokens
+        if self.read is not None and self.read.reasoning:
+            self.reasoning_tokens += new
+        return new
 
     def add(self, text: str, finish_reason: str | None) -> list[Part | ToolCall]:
         """Take in a piece; what is new of the answer."""

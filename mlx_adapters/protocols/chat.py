@@ -17,18 +17,22 @@ from mlx_adapters.protocols.options import Asked
 Body = dict[str, Any]
 
 
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> Body:
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0, reasoning_tokens: int = 0) -> Body:
     """OpenAI's usage record."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
     }
 
 
 class Writer:
     """What is told of the answers of one request; `whole` at once, or `begin`, `piece` for each piece, and `end`.
+
+    `asks_in` is the field of the request that holds the conversation or the prompt. An answer that `continues` goes on
+    from a text, where a leading space means something.
 
     Args:
         asked: the request.
@@ -40,6 +44,7 @@ class Writer:
 
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
     media_type, alive, last = "text/event-stream", b": keep-alive\n\n", b"data: [DONE]\n\n"
+    asks_in, continues = "messages", False
 
     def __init__(
         self,
@@ -163,6 +168,7 @@ class CompletionWriter(Writer):
     """OpenAI's older /v1/completions. An echo is the prompt before the answer, with the prompt's log-probabilities."""
 
     kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl-"
+    asks_in, continues = "prompt", True
 
     def begin(self, choices: int) -> Iterator[Body]:
         """The echoes of a stream."""

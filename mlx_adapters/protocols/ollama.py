@@ -150,3 +150,4 @@ class GenerateWriter(OllamaWriter):
     """Of /api/generate."""
 
     chat = False
+    asks_in = "prompt"

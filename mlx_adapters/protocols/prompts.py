@@ -83,7 +83,9 @@ def too_long(tokens: str, context: int, where: str) -> ApiError:
 Prepared = tuple[list[int], Callable[[], AnswerReader | None], Grammar | None]
 
 
-def prepared(model: Model, own: TemplateConfig, asked: Asked, talk: Conversation, grammars: Grammars) -> Prepared:
+def prepared(
+    model: Model, own: TemplateConfig, asked: Asked, talk: Conversation, grammars: Grammars, where: str
+) -> Prepared:
     """A conversation's prompt, what reads an answer to it, and what may be written.
 
     Args:
@@ -92,10 +94,11 @@ def prepared(model: Model, own: TemplateConfig, asked: Asked, talk: Conversation
         asked: the request.
         talk: the conversation.
         grammars: of the model.
+        where: the field of the request that a refusal names.
 
     Raises ApiError 400.
     """
-    check_fits([str(message.get("content") or "") for message in talk.messages], model, "messages")
+    check_fits([str(message.get("content") or "") for message in talk.messages], model, where)
     tokenizer, given = model.tokenizer, TemplateConfig(chat_template_args=talk.arguments)
     template = given.over(model.template).over(own).chat_template
     called = talk.tools or any(m["role"] == "tool" or m.get("tool_calls") for m in talk.messages)
@@ -104,7 +107,7 @@ def prepared(model: Model, own: TemplateConfig, asked: Asked, talk: Conversation
     try:
         prompt = model.encode_chat(messages, tools, template=given, own=own)
     except AdapterError as error:
-        raise ApiError(400, error.message[:240], param="messages") from None
+        raise ApiError(400, error.message[:240], param=where) from None
     marks = reasoning_marks(tokenizer, template)
     thinks = is_reasoning(tokenizer, prompt, marks)
     if format is not None and (talk.choice == "required" or asked.format) and format.form is None:

@@ -20,6 +20,20 @@ from mlx_adapters.protocols.fields import Fields
 from mlx_adapters.protocols.options import Asked, read_format, read_sampling
 
 FINISHED = {"length": "max_output_tokens"}
+# What a response tells again of its request, and how it tells of what was not given.
+TOLD: dict[str, Any] = {
+    "instructions": None,
+    "metadata": {},
+    "parallel_tool_calls": True,
+    "prompt_cache_key": None,
+    "reasoning": {"effort": None, "summary": None},
+    "safety_identifier": None,
+    "text": {"format": {"type": "text"}},
+    "tool_choice": "auto",
+    "tools": [],
+    "truncation": "disabled",
+    "user": None,
+}
 
 
 def read_response(fields: Fields, vocabulary: int) -> tuple[Asked, Conversation]:
@@ -95,13 +109,15 @@ def _messages(given: Any, instructions: str | None) -> list[dict[str, Any]]:
 
 
 class ResponseWriter(Writer):
-    """A response's body, or its events."""
+    """A response's body, or its events. It tells again what the `request` asked for."""
 
     prefix = "resp_"
     last = b""
+    asks_in = "input"
 
-    def __init__(self, *given: Any, **more: Any) -> None:
+    def __init__(self, request: Mapping[str, Any], *given: Any, **more: Any) -> None:
         super().__init__(*given, **more)
+        self._request = request
         self._number = 0
         self._items: list[Body] = []
         self._open: tuple[str, str] | None = None  # the kind of the item that is being written, and its text
@@ -200,28 +216,26 @@ class ResponseWriter(Writer):
             "input_tokens": usage["prompt_tokens"],
             "input_tokens_details": usage["prompt_tokens_details"],
             "output_tokens": usage["completion_tokens"],
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": usage["completion_tokens_details"],
             "total_tokens": usage["total_tokens"],
         }
         how = self.asked.sampling
         return {
+            **{
+                name: default if (value := self._request.get(name)) is None else value for name, default in TOLD.items()
+            },
             "id": self.id,
             "object": "response",
             "created_at": self.created,
             "status": "in_progress" if answer is None else "incomplete" if reason else "completed",
             "error": None,
             "incomplete_details": {"reason": reason} if reason else None,
-            "instructions": None,
             "max_output_tokens": self.asked.max_tokens,
-            "metadata": {},
             "model": self.model,
             "output": items,
-            "parallel_tool_calls": True,
             "previous_response_id": None,
             "store": False,
             "temperature": how.temperature,
-            "tool_choice": "auto",
-            "tools": [],
             "top_p": how.top_p,
             "usage": told,
         }

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -74,7 +75,7 @@ class Answering:
         fields = await self.fields(request)
         asked, talk = read_response(fields, self.model.vocabulary)
         fields.refuse_rest()
-        return await self.converse(request, fields, asked, talk, ResponseWriter)
+        return await self.converse(request, fields, asked, talk, partial(ResponseWriter, fields.raw))
 
     async def ollama_chat(self, request: Request) -> Response:
         """POST /api/chat."""
@@ -126,13 +127,13 @@ class Answering:
         """Answer a conversation in the words of `writer`."""
         model = self.engine.resolve(asked.model, asked.user)
         own = self.engine.template_of(model)
+        made = writer(asked, model, self.fingerprint, self._token_text)
         if not (self.model.has_template or own.chat_template):
-            raise ApiError(400, "This model has no chat template; use /v1/completions.", param="messages")
+            raise ApiError(400, "This model has no chat template; use /v1/completions.", param=made.asks_in)
         size = sum(len(str(m.get("content"))) + len(str(m.get("tool_calls", ""))) for m in talk.messages)
         prompt, read, grammar = await self.tokenizing.run(
-            size, lambda with_: prepared(with_, own, asked, talk, self.grammars), "messages"
+            size, lambda with_: prepared(with_, own, asked, talk, self.grammars, made.asks_in), made.asks_in
         )
-        made = writer(asked, model, self.fingerprint, self._token_text)
         return await self.answer(request, fields, asked, model, [prompt], made, read, grammar)
 
     # -- jobs ------------------------------------------------------------------------------------------
@@ -149,8 +150,7 @@ class Answering:
         grammar: Grammar | None,
     ) -> Response:
         """Put jobs in and answer with what they write, streamed or whole."""
-        where = "prompt" if isinstance(writer, CompletionWriter) else "messages"
-        jobs = await self._jobs(asked, model, prompts, where, grammar)
+        jobs = await self._jobs(asked, model, prompts, writer, grammar)
         answers = [Answer(read()) for _ in jobs]
         self.engine.submit(*jobs)
         told = request.scope["told"]
@@ -164,13 +164,13 @@ class Answering:
         return JSONResponse(await self._whole(request, jobs, answers, writer, asked, prompts), headers=headers)
 
     async def _jobs(
-        self, asked: Asked, model: str, prompts: Sequence[list[int]], where: str, grammar: Grammar | None
+        self, asked: Asked, model: str, prompts: Sequence[list[int]], writer: Writer, grammar: Grammar | None
     ) -> list[Job]:
         jobs, events = [], asyncio.Queue[Any]()
         for prompt in prompts:
             if not all(token < self.model.vocabulary for token in prompt):
-                raise ApiError(400, "The text has tokens that the model does not know.", param=where)
-            limit = self.token_limit(asked, len(prompt), where)
+                raise ApiError(400, "The text has tokens that the model does not know.", param=writer.asks_in)
+            limit = self.token_limit(asked, len(prompt), writer.asks_in)
             for number in range(asked.choices):
                 seed = asked.sampling.seed
                 how = replace(asked.sampling, max_tokens=limit, seed=None if seed is None else (seed + number) % 2**63)
@@ -180,7 +180,7 @@ class Answering:
                         prompt,
                         how,
                         asked.logprobs,
-                        continues=where == "prompt",
+                        continues=writer.continues,
                         constraint=await self._constraint(grammar),
                         scores=asked.echo and asked.logprobs is not None,
                         events=events,
@@ -226,8 +226,7 @@ class Answering:
         if asked.max_tokens == 0:  # the prompt's log-probabilities alone were asked for
             text, tokens, made = "", tuple(token for token in tokens if token.of_prompt), 0
         reason = "length" if event.finish_reason and asked.max_tokens == 0 else event.finish_reason
-        told["completion_tokens"] += made - answer.completion_tokens
-        answer.completion_tokens = made
+        told["completion_tokens"] += answer.count(made)
         answer.tokens += tokens
         return answer.add(text, reason), tokens
 
@@ -283,4 +282,5 @@ class Answering:
 
     @staticmethod
     def _usage(answers: Sequence[Answer], prompts: Sequence[list[int]]) -> dict[str, Any]:
-        return usage(sum(map(len, prompts)), sum(answer.completion_tokens for answer in answers))
+        written = sum(answer.completion_tokens for answer in answers)
+        return usage(sum(map(len, prompts)), written, reasoning_tokens=sum(one.reasoning_tokens for one in answers))

@@ -92,7 +92,7 @@ def test_a_server_renders_for_each_adapter_and_as_a_request_asks(base):
     def prompt(name, **more):
         fields = Fields({"model": name, "messages": [{"role": "user", "content": "a"}], **more})
         asked, talk = read_options(fields, True, engine.model.vocabulary), read_conversation(fields)
-        return decode(prepared(engine.model, engine.template_of(name), asked, talk, grammars)[0])
+        return decode(prepared(engine.model, engine.template_of(name), asked, talk, grammars, "messages")[0])
 
     texts = [prompt("base"), prompt("quiet"), prompt("base", chat_template_kwargs=QUIET)]
     assert texts[1] == texts[2] and texts[1].startswith(texts[0]) and texts[1] != texts[0]

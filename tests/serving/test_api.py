@@ -81,6 +81,49 @@ def test_tools_and_formats_of_responses(client):
         respond(client, previous_response_id="resp_1")
 
 
+def test_a_response_tells_what_was_asked_for(client):
+    asked = {
+        "instructions": "Be brief.",
+        "metadata": {"tenant": "a"},
+        "parallel_tool_calls": False,
+        "reasoning": {"effort": "none"},
+        "text": {"format": {"type": "json_object"}},
+        "tool_choice": "none",
+        "tools": [TOOL],
+        "user": "ada",
+    }
+    defaults = {
+        "instructions": None,
+        "metadata": {},
+        "parallel_tool_calls": True,
+        "text": {"format": {"type": "text"}},
+        "tool_choice": "auto",
+        "tools": [],
+    }
+    for given, wanted in ((asked, asked), ({}, defaults), (dict.fromkeys(defaults), defaults)):
+        events = list(respond(client, max_output_tokens=1, stream=True, **given))
+        told = respond(client, max_output_tokens=1, **given)
+        for response in (told, events[0].response, events[-1].response):
+            record = response.to_dict()
+            assert {name: record[name] for name in wanted} == wanted
+            assert record["max_output_tokens"] == 1 and record["temperature"] == 0 and not record["store"]
+
+
+def test_a_refusal_names_the_field_that_holds_the_text(server):
+    long = "word " * 9000
+    talk = [{"role": "user", "content": long}]
+    for path, field, text in (
+        ("/v1/responses", "input", long),
+        ("/v1/responses", "input", talk),
+        ("/v1/chat/completions", "messages", talk),
+        ("/v1/completions", "prompt", long),
+        ("/api/generate", "prompt", long),
+        ("/api/chat", "messages", talk),
+    ):
+        answer = httpx.post(server[0] + path, json={"model": "a", field: text})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == field, path
+
+
 def test_a_streamed_response(client):
     whole = respond(client, max_output_tokens=12)
     events = list(respond(client, max_output_tokens=12, stream=True))

@@ -97,13 +97,17 @@ def test_reasoning_is_told_and_streamed_apart_and_a_grammar_waits_for_its_end(tm
         ask = lambda **more: client.chat.completions.create(  # noqa: E731
             **{"model": "base", "messages": CHAT, "temperature": 0, "max_tokens": 60} | more
         )
-        whole = ask().choices[0].message
+        told = ask()
+        assert told.usage.completion_tokens_details.reasoning_tokens == told.usage.completion_tokens == 60
+        whole = told.choices[0].message
         assert whole.content == "" and len(whole.reasoning_content) > 10 and whole.reasoning == whole.reasoning_content
         deltas = [chunk.choices[0].delta for chunk in ask(stream=True)]
         assert "".join(getattr(delta, "reasoning_content", "") for delta in deltas) == whole.reasoning_content
         assert not any(delta.content for delta in deltas)
         assert ask(response_format=FORMAT).choices[0].message.content == ""
-        closed = ask(response_format=FORMAT, logit_bias=close, max_tokens=300).choices[0].message
+        answer = ask(response_format=FORMAT, logit_bias=close, max_tokens=300)
+        assert 1 <= answer.usage.completion_tokens_details.reasoning_tokens < answer.usage.completion_tokens
+        closed = answer.choices[0].message
         assert set(json.loads(closed.content)) == {"name", "old"}
         called = ask(tools=[LOOK], tool_choice="required", logit_bias=close, max_tokens=300, parallel_tool_calls=False)
         assert called.choices[0].finish_reason == "tool_calls"
