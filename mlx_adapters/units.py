@@ -53,11 +53,11 @@ def size(count: float | None) -> str:
 
 def bytes_of(text: str) -> int:
     """The bytes that "12GB", "800 MB" or "12" (gigabytes) mean. Raises ValueError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)[bB]?\s*", text)
-    if found is None or not float(found[1]):
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)[bB]?\s*", text)
+    if match is None or not float(match[1]):
         raise ValueError(f"'{text}' is no amount of memory")
-    power = " kmgt".index(found[2].lower() or ("g" if found[0].strip() == found[1] else " "))
-    return round(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    power = " kmgt".index(match[2].lower() or ("g" if match[0].strip() == match[1] else " "))
+    return round(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def count(number: int, thing: str) -> str:

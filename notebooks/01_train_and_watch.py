@@ -34,11 +34,11 @@ settings = ma.TrainConfig(
     report_every=1,
 )  # fmt: skip
 report = ma.check_data(data, BASE, settings)
-for split, found in report.splits.items():
+for split, part in report.splits.items():
     print(
-        f"{split:5} {found.rows:3} rows, {found.tokens:6,} tokens,",
-        f"{found.trained_tokens:6,} of them trained; longest row {found.longest},",
-        f"rows cut: {found.truncated}",
+        f"{split:5} {part.rows:3} rows, {part.tokens:6,} tokens,",
+        f"{part.trained_tokens:6,} of them trained; longest row {part.longest},",
+        f"rows cut: {part.truncated}",
     )
 
 # %% [markdown]

@@ -123,12 +123,12 @@ for _ in range(15):
         times[label].append(milliseconds(action))
 
 print("milliseconds: median (and the middle half)")
-for label, found in times.items():
-    low, median, high = statistics.quantiles(found, n=4, method="inclusive")
+for label, took in times.items():
+    low, median, high = statistics.quantiles(took, n=4, method="inclusive")
     print(f"{label:18} {median:8,.1f} ({low:,.1f} to {high:,.1f})")
 
 # %%
-medians = [statistics.median(found) for found in times.values()]
+medians = [statistics.median(took) for took in times.values()]
 figure, axes = plt.subplots(figsize=(7, 2))
 axes.barh(list(times), medians, color=["0.6", "0.8", "C2", "C2"])
 axes.set(xlabel="milliseconds, median")

@@ -73,13 +73,13 @@ base_logits = model.logits(tokens)
 with model.using(sql):
     expected = model.logits(tokens)
 with model.using(back):
-    found = model.logits(tokens)
+    logits = model.logits(tokens)
 print(f"adapter against base: {abs(expected - base_logits).max().item():.2f}")
-print(f"after PEFT and back:  {abs(found - expected).max().item():.1e}")
+print(f"after PEFT and back:  {abs(logits - expected).max().item():.1e}")
 
 # %%
 figure, axes = plt.subplots(figsize=(4, 4))
-axes.plot(expected[-1].tolist(), found[-1].tolist(), ".", markersize=2)
+axes.plot(expected[-1].tolist(), logits[-1].tolist(), ".", markersize=2)
 axes.set(xlabel="logit with the original", ylabel="logit after PEFT and back")
 axes.set(title="49,152 tokens, last position", aspect="equal")
 plt.show()

@@ -23,7 +23,7 @@ LOCAL_PATH = re.compile(r"(?:/(?:home|Users|root|tmp|private|var)/[\w.-]+)")
 
 def cells(source: str) -> list:
     """The cells of a script: `# %%` begins code, `# %% [markdown]` text in comments."""
-    found = []
+    cells_read = []
     for number, part in enumerate(re.split(r"^# %%", source, flags=re.M)[1:]):
         head, _, body = part.partition("\n")
         if "[markdown]" in head:
@@ -34,8 +34,8 @@ def cells(source: str) -> list:
             code = body.strip().replace("  # fmt: skip", "")
             cell = nbformat.v4.new_code_cell(code)
         cell["id"] = f"cell-{number}"
-        found.append(cell)
-    return found
+        cells_read.append(cell)
+    return cells_read
 
 
 def tidy(notebook: nbformat.NotebookNode) -> None:

@@ -54,8 +54,8 @@ def read_one(place: Path) -> dict:
         body = {"prompt": prompt, "n_predict": 1, "n_probs": len(wanted), "temperature": 0, "cache_prompt": False}
         body["logit_bias"] = [[expected["ascii"], 1000]]  # (nothing is told of half a character)
         (said,) = ask(url, "/completion", body)["completion_probabilities"]
-        found = {entry["id"]: entry["logprob"] for entry in said["top_logprobs"]}
-        near = [(value, found.get(i, -99.0)) for i, value in enumerate(wanted) if value > -25]
+        values = {entry["id"]: entry["logprob"] for entry in said["top_logprobs"]}
+        near = [(value, values.get(i, -99.0)) for i, value in enumerate(wanted) if value > -25]
         off = max([off, *(abs(a - b) for a, b in near)])
         kl = max(kl, sum(math.exp(a) * (a - b) for a, b in near))
     given = {"add_special": True, "parse_special": True}

@@ -153,8 +153,8 @@ def check(out, names):
             odd = [n for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for n in info[kind]]
             odd = [str(n) for n in odd if not any(tower in str(n) for tower in TOWERS)]
             with torch.no_grad():
-                found = model.eval()(input_ids=expected["ids"].long(), use_cache=False).logits
-            off = ((found - expected["logits"]).abs().max() / expected["logits"].abs().max()).item()
+                logits = model.eval()(input_ids=expected["ids"].long(), use_cache=False).logits
+            off = ((logits - expected["logits"]).abs().max() / expected["logits"].abs().max()).item()
             print(f"{name}: {off:.1e}", *(["lacks or has more:", *odd[:3]] if odd else []), flush=True)
             if not off < TOLERANCE or odd:
                 failed.append(name)

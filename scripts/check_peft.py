@@ -100,8 +100,8 @@ def write(out, names):
             try:
                 adapter = random_adapter(module, base, keys, form, seed)
                 attach(module, adapter)
-                found = module(ids).astype(mx.float32)
-                mx.eval(found)
+                computed = module(ids).astype(mx.float32)
+                mx.eval(computed)
                 detach(module)
                 ma.export_peft(
                     adapter,
@@ -111,7 +111,7 @@ def write(out, names):
                     overwrite=True,
                     on_event=lambda _: None,
                 )
-                logits[case] = mx.contiguous(found)
+                logits[case] = mx.contiguous(computed)
             except ma.AdapterError as error:
                 refused[case] = str(error)
             except Exception as error:
@@ -143,8 +143,8 @@ def load_model(folder):
         return AutoModelForImageTextToText.from_pretrained(folder, **options).eval()
 
 
-def off(found, expected):
-    return ((found - expected).abs().max() / expected.abs().max()).item()
+def off(computed, expected):
+    return ((computed - expected).abs().max() / expected.abs().max()).item()
 
 
 def logits_of(model, ids):
@@ -224,14 +224,14 @@ def make(out, names):
             try:
                 with warnings.catch_warnings(record=True) as told:
                     warnings.simplefilter("always")
-                    found = run(
+                    computed = run(
                         peft.PeftModel.from_pretrained(load_model(folder / "hf"), folder / "ours" / case).eval()
                     )
                 told = [str(w.message)[:100] for w in told if "missing" in str(w.message)]
-                wrong = off(found, expected) > max(TOLERANCE, 2 * there)
+                wrong = off(computed, expected) > max(TOLERANCE, 2 * there)
                 counts["wrong" if wrong else "right"] += 1
                 if wrong or told:
-                    print(f"WRONG {folder.name}/{case}: off by {off(found, expected):.1e}", *told[:1], flush=True)
+                    print(f"WRONG {folder.name}/{case}: off by {off(computed, expected):.1e}", *told[:1], flush=True)
             except Exception as error:
                 counts["failed"] += 1
                 print(f"FAILED {folder.name}/{case}: {type(error).__name__}: {str(error)[:200]}", flush=True)

@@ -110,8 +110,8 @@ def check(out):
         for name, logits in expected.items():
             model = PeftModel.from_pretrained(load_base(arch), out / arch / name).eval()
             with torch.no_grad():
-                found = model(input_ids=ids, use_cache=False).logits
-            difference = (found - logits).abs().max().item()
+                computed = model(input_ids=ids, use_cache=False).logits
+            difference = (computed - logits).abs().max().item()
             worst = max(worst, difference)
             if not difference < 1e-4:
                 failed.append(f"{arch}/{name}: {difference:.3g}")

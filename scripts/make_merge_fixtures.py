@@ -113,10 +113,10 @@ def record(model, case, names, weights, method, settings, tensors):
     for number, mask in enumerate(masks):
         tensors[f"mask/{case}/{number:03d}"] = mask.to(torch.uint8)
     for name, module in lora_layers(model):
-        found = factors(module, case)
-        if found is None or not any(factors(module, source) for source in names):
+        pair = factors(module, case)
+        if pair is None or not any(factors(module, source) for source in names):
             continue
-        a, b = found
+        a, b = pair
         if method.endswith("svd"):
             tensors[f"merged/{case}/{name}/product"] = b @ a
         else:
@@ -129,8 +129,8 @@ def main():
     tensors, scalings, described = {}, {}, {}
     for name, module in lora_layers(model):
         for adapter in SOURCES:
-            if (found := factors(module, adapter)) is not None:
-                tensors[f"source/{adapter}/{name}/A"], tensors[f"source/{adapter}/{name}/B"] = found
+            if (pair := factors(module, adapter)) is not None:
+                tensors[f"source/{adapter}/{name}/A"], tensors[f"source/{adapter}/{name}/B"] = pair
                 scalings[f"{adapter}/{name}"] = module.scaling[adapter]
     for number, (names, weights, method, settings) in enumerate(cases()):
         case = f"{number:02d}"

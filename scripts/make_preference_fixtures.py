@@ -92,12 +92,12 @@ def kto_inputs(rows: dict[str, Rows], labels: list[bool]) -> dict[str, Any]:
 
 
 def cpo_inputs(rows: dict[str, Rows]) -> dict[str, torch.Tensor]:
-    found = {}
+    inputs = {}
     for side in ("chosen", "rejected"):
         tokens, real, answer = padded(rows[side])
         labels = torch.where(answer == 1, tokens, -100)
-        found |= {f"{side}_input_ids": tokens, f"{side}_attention_mask": real, f"{side}_labels": labels}
-    return found
+        inputs |= {f"{side}_input_ids": tokens, f"{side}_attention_mask": real, f"{side}_labels": labels}
+    return inputs
 
 
 class Maker:
@@ -135,8 +135,8 @@ class Maker:
         metrics: dict[str, float] = {}
 
         def loss(model: Any) -> torch.Tensor:
-            value, found = trainer.get_batch_loss_metrics(model, inputs)
-            metrics.update(found)
+            value, figures = trainer.get_batch_loss_metrics(model, inputs)
+            metrics.update(figures)
             return value
 
         return self._taken(trainer, loss, metrics)
@@ -148,9 +148,9 @@ class Maker:
         value = loss(model)
         value.backward()
         gradients = {mlx_name(n): p.grad.T.contiguous() for n, p in model.named_parameters() if p.requires_grad}
-        found = {k: (v[-1] if isinstance(v, list) else v) for k, v in metrics.items()}
+        figures = {k: (v[-1] if isinstance(v, list) else v) for k, v in metrics.items()}
         wanted = ("rewards", "logps", "kl")
-        return value.item(), gradients, {k: float(v) for k, v in found.items() if k.startswith(wanted)}
+        return value.item(), gradients, {k: float(v) for k, v in figures.items() if k.startswith(wanted)}
 
     def dpo(self, loss: str, inputs: dict | None = None, **settings: Any) -> tuple[float, dict, dict]:
         trainer = self.trainer(DPOTrainer, DPOConfig, PAIR, {"loss_type": [loss], **settings})
@@ -158,11 +158,11 @@ class Maker:
 
     def smoothed_dpo(self, **settings: Any) -> tuple[float, dict, dict]:
         """Of a single pair 'aot' is the smoothed sigmoid loss, which the 'sigmoid' of this TRL leaves out."""
-        found = []
+        cases = []
         for i in range(len(LENGTHS)):
             one = {side: rows[i : i + 1] for side, rows in self.rows.items()}
-            found.append(self.dpo("aot", dpo_inputs(one), **settings))
-        return combined([(1 / len(found), case) for case in found])
+            cases.append(self.dpo("aot", dpo_inputs(one), **settings))
+        return combined([(1 / len(cases), case) for case in cases])
 
     def kto(self, labels: list[bool] = LABELS, rows: dict | None = None, **settings: Any) -> tuple[float, dict, dict]:
         trainer = self.trainer(KTOTrainer, KTOConfig, ROW, settings)

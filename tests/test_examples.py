@@ -84,8 +84,8 @@ def test_the_example_runs(line, place):
 def python_examples() -> list[str]:
     """The public names with an example that needs nothing that is not here."""
     parser = doctest.DocTestParser()
-    found = {name: parser.get_examples(inspect.getdoc(getattr(ma, name)) or "") for name in NAMES}
-    return [name for name, parts in found.items() if parts and not any(doctest.SKIP in p.options for p in parts)]
+    parts_of = {name: parser.get_examples(inspect.getdoc(getattr(ma, name)) or "") for name in NAMES}
+    return [name for name, parts in parts_of.items() if parts and not any(doctest.SKIP in p.options for p in parts)]
 
 
 @pytest.mark.parametrize("name", python_examples())

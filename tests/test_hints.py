@@ -37,16 +37,16 @@ def texts():
         yield from (node.value for node in constants if isinstance(node.value, str))
 
 
-def options(command, found):
+def options(command, known):
     """Option -> whether it is a switch, of a command and all below it."""
     for parameter in command.params:
         if isinstance(parameter, click.Option):
-            found |= dict.fromkeys([*parameter.opts, *parameter.secondary_opts], bool(parameter.is_flag))
+            known |= dict.fromkeys([*parameter.opts, *parameter.secondary_opts], bool(parameter.is_flag))
     if isinstance(command, click.Group):
         context = click.Context(command)
         for name in command.list_commands(context):
-            options(command.get_command(context, name), found)
-    return found
+            options(command.get_command(context, name), known)
+    return known
 
 
 def parameters():

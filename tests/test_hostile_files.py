@@ -137,5 +137,5 @@ def test_half_characters_and_odd_columns_of_data(tmp_path):
     assert read_split(rows).rows[0].values["text"] == "ok \U0001f600"
     table = {"text": ["a", "b"], "when": [datetime.datetime(2026, 1, 1)] * 2, "raw": [b"\xff", None]}
     pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "train.parquet")
-    found = read_split(tmp_path / "train.parquet").rows
-    assert found[0].record["when"] == "2026-01-01T00:00:00" and json.loads(found[1].key())["text"] == "b"
+    parsed_rows = read_split(tmp_path / "train.parquet").rows
+    assert parsed_rows[0].record["when"] == "2026-01-01T00:00:00" and json.loads(parsed_rows[1].key())["text"] == "b"

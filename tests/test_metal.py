@@ -14,11 +14,11 @@ pytestmark = pytest.mark.metal
 
 
 def test_the_machine_is_a_mac_with_metal():
-    found = environment()
-    assert found.device == "gpu" and found.system.startswith("macOS") and found.blas == "Accelerate"
-    assert found.chip.startswith("Apple") and found.device_name and found.cores >= 1
-    assert found.system.split()[1] == tool("sw_vers", "-productVersion")
-    assert 0 < usable_memory_bytes() <= memory_bytes() and 1 <= performance_cores() <= found.cores
+    machine = environment()
+    assert machine.device == "gpu" and machine.system.startswith("macOS") and machine.blas == "Accelerate"
+    assert machine.chip.startswith("Apple") and machine.device_name and machine.cores >= 1
+    assert machine.system.split()[1] == tool("sw_vers", "-productVersion")
+    assert 0 < usable_memory_bytes() <= memory_bytes() and 1 <= performance_cores() <= machine.cores
 
 
 def test_the_tools_of_macos_are_read():

@@ -127,8 +127,8 @@ def test_completion(shell, home):
         [sys.executable, "-m", "mlx_adapters", "completion", shell], capture_output=True, text=True, check=True
     ).stdout
     assert f"_MLX_ADAPTERS_COMPLETE={shell}_complete" in script and "mlx-adapters" in script
-    found = complete(shell, "mlx-adapters show sq", 2)
-    assert set(re.findall(r"sql(?:-dora)?|chat", found)) == {"sql", "sql-dora"}
+    completions = complete(shell, "mlx-adapters show sq", 2)
+    assert set(re.findall(r"sql(?:-dora)?|chat", completions)) == {"sql", "sql-dora"}
     assert "publish" in complete(shell, "mlx-adapters pub", 1)
 
 
@@ -139,32 +139,32 @@ def test_names_are_completed_wherever_an_adapter_is_named(home):
     registry.adapter_folder("sql").mkdir(parents=True)
     root, _ = COMMANDS["mlx-adapters"]
     for words in NAMED:
-        found = ShellComplete(root, {}, "mlx-adapters", "X").get_completions(words.split(), "s")
-        assert [item.value for item in found] == ["sql"], words
+        completions = ShellComplete(root, {}, "mlx-adapters", "X").get_completions(words.split(), "s")
+        assert [item.value for item in completions] == ["sql"], words
     assert [item.type for item in ShellComplete(root, {}, "m", "X").get_completions(["fuse"], "out/")] == ["file"]
 
 
 def test_checkpoints_are_completed(tiny_model):
     make_run(tiny_model("llama"), "sql")
-    found = ShellComplete(COMMANDS["mlx-adapters"][0], {}, "m", "X").get_completions(["use"], "sql@")
-    assert [item.value for item in found] == ["sql@100", "sql@200", "sql@300"]
+    completions = ShellComplete(COMMANDS["mlx-adapters"][0], {}, "m", "X").get_completions(["use"], "sql@")
+    assert [item.value for item in completions] == ["sql@100", "sql@200", "sql@300"]
 
 
 @pytest.mark.parametrize("shell", ["zsh", "bash", "fish"])
 def test_words_with_a_sign_in_them_are_completed_whole(shell, home):
     registry.adapter_folder("sql").mkdir(parents=True)
     for word, whole in (("--resume=sq", "--resume=sql"), ("--init-from=s", "--init-from=sql")):
-        found = complete(shell, f"mlx-adapters train {word}", 2)
-        assert re.search(rf"(?:^|,|\n){whole}(?:\s|$)", found), found
+        completions = complete(shell, f"mlx-adapters train {word}", 2)
+        assert re.search(rf"(?:^|,|\n){whole}(?:\s|$)", completions), completions
 
 
 def test_references_are_completed_after_a_name(tiny_model):
     make_run(tiny_model("llama"), "sql")
     for typed, expected in (("chat=s", ["chat=sql"]), ("chat=sql@1", ["chat=sql@100"]), ("s", ["sql"])):
-        found = ShellComplete(COMMANDS["mlx-adapters"][0], {}, "m", "X").get_completions(
+        completions = ShellComplete(COMMANDS["mlx-adapters"][0], {}, "m", "X").get_completions(
             ["serve", "demo", "--adapter"], typed
         )
-        assert [item.value for item in found] == expected
+        assert [item.value for item in completions] == expected
 
 
 def test_bash_gets_back_the_piece_that_it_replaces(tiny_model, tmp_path):

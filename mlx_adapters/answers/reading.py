@@ -106,23 +106,23 @@ class AnswerReader:
     def finish(self) -> list[Part | ToolCall]:
         """The rest."""
         self._state, rest, kind = TextStateMachine.flush(self._state)
-        found = self._take([(kind, rest)] if rest else [])
+        parts = self._take([(kind, rest)] if rest else [])
         if self._within == "tool":
-            found += self._calls(ended=False)
+            parts += self._calls(ended=False)
         space = self._space["content"]
-        return found + ([Part("content", space)] if space and not self.called else [])
+        return parts + ([Part("content", space)] if space and not self.called else [])
 
     def _take(self, segments: Sequence[tuple[str | None, str]]) -> list[Part | ToolCall]:
-        found: list[Part | ToolCall] = []
+        parts: list[Part | ToolCall] = []
         for within, text in segments:
             if self._within == "tool" and within != "tool":
-                found += self._calls(ended=True)
+                parts += self._calls(ended=True)
             self._within = within
             if within == "tool":
                 self._split, self._raw = True, self._raw + text
             elif within in _KINDS:
-                found += self._say(_KINDS[within], text)
-        return found
+                parts += self._say(_KINDS[within], text)
+        return parts
 
     def _say(self, kind: Kind, text: str) -> list[Part | ToolCall]:
         """The text without the space around reasoning and calls."""

@@ -92,10 +92,10 @@ def _json(schema: Mapping[str, Any], strict: bool) -> str:
 
 def _literal(text: str, special: Mapping[str, int]) -> str:
     """A text in Lark, its special tokens by their ids."""
-    found = [(text.index(token), token) for token in special if token in text]
-    if not found:
+    positions = [(text.index(token), token) for token in special if token in text]
+    if not positions:
         return json.dumps(text, ensure_ascii=False) if text else ""
-    at, token = min(found, key=lambda one: (one[0], -len(one[1])))
+    at, token = min(positions, key=lambda one: (one[0], -len(one[1])))
     rest = text[at + len(token) :]
     return " ".join(filter(None, [_literal(text[:at], {}), f"<[{special[token]}]>", _literal(rest, special)]))
 

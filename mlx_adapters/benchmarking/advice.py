@@ -132,9 +132,9 @@ class _Judge:
     def _compare(self, label: str, other: str, metric: str) -> Ratio:
         shape = self.shape(self.rows[label])
         wanted = (shape.prompt_tokens, shape.batch) if METRICS[metric].per_shape else (None, None)
-        for found in self.report.compare(label, other, metric):
-            if (found.prompt_tokens, found.batch) == wanted:
-                return found.ratio
+        for comparison in self.report.compare(label, other, metric):
+            if (comparison.prompt_tokens, comparison.batch) == wanted:
+                return comparison.ratio
         raise FormatError(f"The report lacks figures of '{label}' and '{other}' to compare.", "measure again.")
 
     def lost(self, row: VariantFigures) -> float | None:

@@ -131,16 +131,16 @@ class Places:
             for name in hf_names.fused_names(candidate, parameter):
                 pieces, shape = self.layout.of(name), self.layout.shapes.get(name)
                 if pieces and shape is not None and len(shape) == 3:
-                    found = [ExpertRows(tensor_names.split(p.target)[0], p.select[p.axes[1]]) for p in pieces]
-                    self._take_experts([part.key for part in found], pieces, source)
-                    return found, (shape[pieces[0].axes[1]], shape[pieces[0].axes[2]])
+                    parts = [ExpertRows(tensor_names.split(p.target)[0], p.select[p.axes[1]]) for p in pieces]
+                    self._take_experts([part.key for part in parts], pieces, source)
+                    return parts, (shape[pieces[0].axes[1]], shape[pieces[0].axes[2]])
             each = [self.layout.of(names) for names in hf_names.first_experts(candidate, parameter, self.layout.shapes)]
             keys = [tensor_names.split(pieces[0].target)[0] for pieces in each if pieces]
             if keys:
                 self._take_experts(keys, [piece for pieces in each for piece in pieces], source)
                 out, inputs = self.layout.shapes[each[0][0].source]
-                found = [ExpertRows(key, slice(i * out, (i + 1) * out)) for i, key in enumerate(keys)]
-                return found, (len(keys) * out, inputs)
+                parts = [ExpertRows(key, slice(i * out, (i + 1) * out)) for i, key in enumerate(keys)]
+                return parts, (len(keys) * out, inputs)
         raise IncompatibleError(
             f"The base model has no experts '{block}' with a '{parameter}' for the PEFT adapter.",
             "is it the base it was trained on?",

@@ -55,11 +55,11 @@ def peft_weight_files(folder: Path) -> list[Path]:
     if there:
         return [folder / name for name in sorted(there)]
     for pickle in (PEFT_PICKLE_FILE, PEFT_PICKLE_SHARDS):
-        if found := paths.visible(folder, pickle):
-            raise FormatError(f"'{folder}' holds its weights in a pickle, {found[0].name}.", PICKLE_HINT)
+        if pickles := paths.visible(folder, pickle):
+            raise FormatError(f"'{folder}' holds its weights in a pickle, {pickles[0].name}.", PICKLE_HINT)
     for pattern, (what, cure) in CUT_UP.items():
-        if found := [*paths.visible(folder, pattern), *paths.visible(folder, f"*/{pattern}")]:
-            name = found[0].relative_to(folder)
+        if pickles := [*paths.visible(folder, pattern), *paths.visible(folder, f"*/{pattern}")]:
+            name = pickles[0].relative_to(folder)
             raise FormatError(f"'{folder}' holds the parts that {what} cut its weights into, such as {name}.", cure)
     raise NotFoundError(f"'{folder}' has no {PEFT_WEIGHTS_FILE}.", "a config alone is no adapter: copy both.")
 

@@ -38,19 +38,19 @@ def doctor_command(
     if hosts is not None and hostfile is not None:
         raise click.UsageError("Give --hosts or --hostfile.")
     if hosts is None and hostfile is None:
-        found = ask_here(base, data)
+        answers = ask_here(base, data)
     else:
         arguments = [part for name, value in (("--base", base), ("--data", data)) if value for part in (name, value)]
-        found = ask_hosts(read_hosts(hosts, hostfile), arguments, python)
+        answers = ask_hosts(read_hosts(hosts, hostfile), arguments, python)
     if as_json:
-        _output.emit_json(found)
+        _output.emit_json(answers)
     else:
-        names = list(dict.fromkeys(name for one in found.hosts for name in one.facts))
-        rows = [[name, *(one.facts.get(name, "-") for one in found.hosts)] for name in names]
-        _output.table(["", *(one.host for one in found.hosts)], rows)
-        for text in found.differences:
+        names = list(dict.fromkeys(name for one in answers.hosts for name in one.facts))
+        rows = [[name, *(one.facts.get(name, "-") for one in answers.hosts)] for name in names]
+        _output.table(["", *(one.host for one in answers.hosts)], rows)
+        for text in answers.differences:
             _output.warn(text)
-        if len(found.hosts) > 1 and found.sound:
+        if len(answers.hosts) > 1 and answers.sound:
             _output.out("All have the same.")
-    if not found.sound:
+    if not answers.sound:
         ctx.exit(1)

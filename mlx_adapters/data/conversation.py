@@ -89,13 +89,13 @@ def conversation(
         encoded = encoded.followed_by(end)
     traced = written(calls[-1]) if calls and calls[-1].text == text else None
     if traced is not None:
-        found = said(traced, encoded, turns, ends)
+        marked = said(traced, encoded, turns, ends)
     else:
-        found = rerendered(render, messages, text, encoded, turns, ends, where)
+        marked = rerendered(render, messages, text, encoded, turns, ends, where)
     trained = np.zeros(len(encoded.ids), bool)
-    for start, stop in (span for turn in found for span in turn.spans):
+    for start, stop in (span for turn in marked for span in turn.spans):
         trained[start:stop] = True
-    return Conversation(messages, np.array(encoded.ids, np.int32), trained, tuple(found), encoded, traced)
+    return Conversation(messages, np.array(encoded.ids, np.int32), trained, tuple(marked), encoded, traced)
 
 
 @contextmanager
@@ -140,16 +140,16 @@ def _next_begins(tokenizer: Any, calls: bool) -> Encoded | None:
             str(tokenizer.apply_chat_template(fitted([ASK, last, *rest], tokenizer), tokenize=False))
             for rest in ([], [following])
         )
-        found = encode(more, tokenizer, "")
+        whole = encode(more, tokenizer, "")
     except Exception:  # a template may raise what it likes
         return None
     if not more.startswith(some) or len(some) == len(more):
         return None
-    stop, end = stop_ids(tokenizer), found.from_char(len(some))
-    if found.ids[end] not in stop or not stop.isdisjoint(found.ids[found.from_char(some.rfind(WORD)) : end]):
+    stop, end = stop_ids(tokenizer), whole.from_char(len(some))
+    if whole.ids[end] not in stop or not stop.isdisjoint(whole.ids[whole.from_char(some.rfind(WORD)) : end]):
         return None
-    text = more[found.starts[end] : found.ends[end]]
-    return Encoded(text, [found.ids[end]], np.array([0]), np.array([len(text)]))
+    text = more[whole.starts[end] : whole.ends[end]]
+    return Encoded(text, [whole.ids[end]], np.array([0]), np.array([len(text)]))
 
 
 @lru_cache(maxsize=8)
@@ -166,8 +166,8 @@ def encode(text: str, tokenizer: Any, where: str) -> Encoded:
     """
     own = getattr(tokenizer, "_tokenizer", tokenizer)
     if getattr(own, "is_fast", False):
-        found = own(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = found["input_ids"], np.array(found["offset_mapping"], np.int64).reshape(-1, 2)
+        encoding = own(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = encoding["input_ids"], np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2)
         if len(offsets) == 0 or (np.diff(offsets, axis=0) >= 0).all():
             return Encoded(text, ids, offsets[:, 0], offsets[:, 1])
     ids = list(own.encode(text, add_special_tokens=False))

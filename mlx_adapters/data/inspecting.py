@@ -82,10 +82,10 @@ def inspect_row(raw: RawRow, tokenizer: Any, training: TrainConfig) -> tuple[Row
         row = tokenize_row(raw, tokenizer, training.max_seq_length, **settings)
         turns, left_out = [], []
     else:
-        found = row_conversation(raw, tokenizer, **settings)
-        row = conversation_row(raw, tokenizer, found, training.max_seq_length, training.mask_prompt)
-        turns = [_turn_report(turn.message, turn.spans, turn.stops, len(row.tokens)) for turn in found.turns]
-        left_out = list(texts_left_out(found, raw))
+        told = row_conversation(raw, tokenizer, **settings)
+        row = conversation_row(raw, tokenizer, told, training.max_seq_length, training.mask_prompt)
+        turns = [_turn_report(turn.message, turn.spans, turn.stops, len(row.tokens)) for turn in told.turns]
+        left_out = list(texts_left_out(told, raw))
     bos = getattr(tokenizer, "bos_token_id", None)
     doubled = bos is not None and row.tokens[:2].tolist() == [bos, bos]
     return row, RowReport(raw.where, pieces(row, tokenizer), tuple(turns), tuple(left_out), doubled)
@@ -103,13 +103,13 @@ def pieces(row: Row, tokenizer: Any) -> tuple[tuple[str, bool], ...]:
     return tuple((tokenizer.decode(row.tokens[a:b].tolist()), bool(row.trained[a])) for a, b in parts)
 
 
-def texts_left_out(found: Conversation, raw: RawRow) -> Iterator[LeftOut]:
+def texts_left_out(told: Conversation, raw: RawRow) -> Iterator[LeftOut]:
     """The texts of a row's messages that the chat template does not write."""
-    joined = len(raw.messages) - len(found.messages)
-    for turn, message in zip(wrapped(found.messages), raw.messages[joined:], strict=True):
+    joined = len(raw.messages) - len(told.messages)
+    for turn, message in zip(wrapped(told.messages), raw.messages[joined:], strict=True):
         for leaf in leaves([turn]):
             if _is_said(leaf):
-                for text in _missing(found, leaf):
+                for text in _missing(told, leaf):
                     yield LeftOut(raw.where, leaf.message + joined + 1, message["role"], str(leaf.path[0]), text)
 
 
@@ -120,12 +120,12 @@ def _is_said(leaf: Leaf) -> bool:
     return field not in NOT_SAID and field != "tool_call_id"
 
 
-def _missing(found: Conversation, leaf: Leaf) -> Iterator[str]:
+def _missing(told: Conversation, leaf: Leaf) -> Iterator[str]:
     """The parts of a text that are not among the row's characters, and that the template did not write anew (it may
     take <think> apart and put it back)."""
-    written = found.written
+    written = told.written
     if written is None:
-        if leaf.text.strip() and leaf.text.strip() not in found.encoded.text:
+        if leaf.text.strip() and leaf.text.strip() not in told.encoded.text:
             yield leaf.text.strip()
         return
     runs = [run for run in written.rendering.runs if run.leaf.message == leaf.message and run.leaf.text == leaf.text]

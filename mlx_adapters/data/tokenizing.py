@@ -117,12 +117,12 @@ def tokenize_row(
 
 
 def conversation_row(
-    raw: RawRow, tokenizer: Any, found: Conversation, max_seq_length: int = 2048, mask_prompt: bool = True
+    raw: RawRow, tokenizer: Any, told: Conversation, max_seq_length: int = 2048, mask_prompt: bool = True
 ) -> Row:
     """A row whose conversation is known, cut to `max_seq_length`."""
-    unwritten = tuple(t.message + 1 for t in found.turns if not t.reached and _says(raw.messages[t.message]))
-    trained = found.trained if mask_prompt else None
-    return _cut(raw, tokenizer, max_seq_length, found.tokens, trained, unwritten)
+    unwritten = tuple(t.message + 1 for t in told.turns if not t.reached and _says(raw.messages[t.message]))
+    trained = told.trained if mask_prompt else None
+    return _cut(raw, tokenizer, max_seq_length, told.tokens, trained, unwritten)
 
 
 def _cut(
@@ -163,7 +163,7 @@ def row_conversation(
         hint = "the role of what is trained is 'assistant'; or drop --mask-prompt."
         raise FormatError(f"{raw.where}: no assistant turn to train on, only {roles}.", hint)
     turns = [i for i in (turns[-1:] if last_turn_only else turns) if raw.weights[i + joined]]
-    found = conversation(
+    told = conversation(
         messages,
         tokenizer,
         raw.where,
@@ -171,14 +171,14 @@ def row_conversation(
         template_arguments=raw.template_arguments,
         turns=turns,
     )
-    found = replace(found, turns=tuple(replace(turn, message=turn.message + joined) for turn in found.turns))
-    wordy = [turn for turn in found.turns if str(raw.messages[turn.message].get("content") or "").strip()]
-    if mask_prompt and wordy and not any(turn.reached for turn in found.turns):
+    told = replace(told, turns=tuple(replace(turn, message=turn.message + joined) for turn in told.turns))
+    wordy = [turn for turn in told.turns if str(raw.messages[turn.message].get("content") or "").strip()]
+    if mask_prompt and wordy and not any(turn.reached for turn in told.turns):
         raise FormatError(
             f"{raw.where}: the chat template leaves out what the assistant says (message {wordy[0].message + 1}).",
             "'data check' without --mask-prompt shows what it makes of the row; another base, or --chat-template FILE.",
         )
-    return found
+    return told
 
 
 def has_words(message: Mapping[str, Any]) -> bool:

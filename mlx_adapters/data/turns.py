@@ -148,8 +148,8 @@ def _written(call: Call, turns: list[tracing.Turn], rendering: Rendering, variab
 
     def probe() -> Written | None:
         messages = tracing.wrapped(PROBE)
-        found = attempt(messages, {})
-        return None if found is None else _written(call, messages, found, variables)
+        rendering = attempt(messages, {})
+        return None if rendering is None else _written(call, messages, rendering, variables)
 
     return Written(turns, rendering, prompt, probe)
 
@@ -235,20 +235,20 @@ def _prompt_ends(written: Written, encoded: Encoded, messages: Sequence[int], en
     The first of these that finds it: the prompt, whole; what stands whole before other turns of the row, or of an
     example; the prompt as far as it agrees; what so stands before other turns; the turn's own first character.
     """
-    found = {k: _by_prompt(written, k) for k in messages if k in written.regions or written.own(k)}
-    headers = _headers(written, found)
+    edges = {k: _by_prompt(written, k) for k in messages if k in written.regions or written.own(k)}
+    headers = _headers(written, edges)
 
     def look(finder: Callable[[int], int | None]) -> None:
-        found.update({k: finder(k) for k, prompt in found.items() if prompt is None})
+        edges.update({k: finder(k) for k, prompt in edges.items() if prompt is None})
 
-    if None in found.values():
+    if None in edges.values():
         headers = headers or _headers_of_probe(written)
         look(lambda k: _by_header(written, k, headers))
         look(lambda k: _by_agreement(written, encoded, k, ends))
-        agreed = _headers(written, found)
+        agreed = _headers(written, edges)
         look(lambda k: _by_header(written, k, agreed))
         look(lambda k: written.own(k)[0].start if written.own(k) else _limit(written, k))
-    return dict.fromkeys(messages) | {k: _past_header(written, k, end, headers) for k, end in found.items()}
+    return dict.fromkeys(messages) | {k: _past_header(written, k, end, headers) for k, end in edges.items()}
 
 
 def _past_header(written: Written, message: int, end: int | None, headers: Sequence[str]) -> int | None:
@@ -307,9 +307,9 @@ def _reach(run: Run) -> int | None:
     return None if run.offset is None else run.offset + run.stop - run.start
 
 
-def _headers(written: Written, found: Mapping[int, int | None]) -> list[str]:
+def _headers(written: Written, edges: Mapping[int, int | None]) -> list[str]:
     """What stands before the turns that were found, from where a loop took them up."""
-    starts = ((written.regions[k][0], end) for k, end in found.items() if end is not None and k in written.regions)
+    starts = ((written.regions[k][0], end) for k, end in edges.items() if end is not None and k in written.regions)
     return [written.rendering.text[start:end] for start, end in starts if start < end]
 
 

@@ -58,8 +58,8 @@ def local_facts(base: str | Path | Named | None = None, data: str | Path | None 
     facts = {"python": versions()["python"], **arithmetic()}
     if base is not None:
         facts["base"] = resolve_base(base, download=False).fingerprint[:16]
-    for split, found in read_data(data).describe()["splits"].items() if data is not None else ():
-        facts[f"data, {split}"] = f"{found['rows']} rows {found['sha256'][:16]}"
+    for split, described in read_data(data).describe()["splits"].items() if data is not None else ():
+        facts[f"data, {split}"] = f"{described['rows']} rows {described['sha256'][:16]}"
     return facts
 
 
@@ -70,8 +70,8 @@ def read_hosts(hosts: str | None, hostfile: str | Path | None) -> list[str]:
         require(all(names), "A host's name is empty.", "write --hosts mac-a,mac-b")
         return names
     try:
-        found = json.loads(Path(hostfile).expanduser().read_text(encoding="utf-8"))
-        entries = found["hosts"] if isinstance(found, dict) else found
+        content = json.loads(Path(hostfile).expanduser().read_text(encoding="utf-8"))
+        entries = content["hosts"] if isinstance(content, dict) else content
         return [str(entry["ssh"]) for entry in entries]
     except OSError as error:
         raise NotFoundError(f"The host file '{hostfile}' cannot be read: {error.strerror}.") from None
@@ -116,15 +116,15 @@ def ask_here(base: str | None, data: str | None) -> Doctor:
 
 
 def _differences(answers: Sequence[HostFacts]) -> list[str]:
-    first, found = next((one for one in answers if one.error is None), None), []
+    first, told = next((one for one in answers if one.error is None), None), []
     for one in answers:
         if one.error is not None or first is None:
-            found.append(f"'{one.host}' cannot be asked: {one.error}")
+            told.append(f"'{one.host}' cannot be asked: {one.error}")
             continue
         names = dict.fromkeys([*first.facts, *one.facts])
-        found += [
+        told += [
             f"'{one.host}' differs from '{first.host}': {name} ({first.facts.get(name)} -> {one.facts.get(name)})"
             for name in names
             if first.facts.get(name) != one.facts.get(name)
         ]
-    return found
+    return told

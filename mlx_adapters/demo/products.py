@@ -46,15 +46,15 @@ class Products:
 
     def outcome(self, until: float) -> Outcome:
         """What was found; processes are waited for until that time of `time.perf_counter`."""
-        found, missing = list[LayerCheck](), list[str]()
+        kinds, missing = list[LayerCheck](), list[str]()
         for quantization in PRECISIONS:
             process = self._processes.get(quantization)
             checks = list(_tried(quantization)) if process is None else _said(process, until)
-            found += checks
+            kinds += checks
             missing += [f"{name} at {_words(quantization)}" for name in list(LAYERS)[len(checks) :]]
-        wrong = [check.kind for check in found if not check.right]
-        worst = max((check.error for check in found), default=0.0)
-        text = "; ".join(wrong) if wrong else f"{count(len(found), 'kind')}, largest error {100 * worst:.2g} %"
+        wrong = [check.kind for check in kinds if not check.right]
+        worst = max((check.error for check in kinds), default=0.0)
+        text = "; ".join(wrong) if wrong else f"{count(len(kinds), 'kind')}, largest error {100 * worst:.2g} %"
         if missing:
             text += f"; not tried, since MLX compiles each for long at first ({', '.join(missing)})"
         return Outcome(not wrong, text)

@@ -35,8 +35,8 @@ def made_lines(text: str) -> list[str]:
 
 def lines_by_hand(text: str) -> list[str]:
     """The lines outside the user's part that the stamp does not know."""
-    found = STAMP.search(text)
-    made = set(re.findall("....", found[1])) if found else set()
+    mark = STAMP.search(text)
+    made = set(re.findall("....", mark[1])) if mark else set()
     return [line for line in made_lines(text) if _mark(line) not in made]
 
 

@@ -248,11 +248,11 @@ class Preferences:
     def judge(self, model: Model, answers: TokenFigures, on_event: OnEvent) -> list[float]:
         """Of each row 1 if the variant is right, 0 if it is wrong, 0.5 if it is for neither: about a pair, about what
         an answer with a label gained; or `placements` of such answers."""
-        found = self._figures(model, answers, on_event)
+        rows = self._figures(model, answers, on_event)
         if self._before is None:
-            worth = [-figures.loss / figures.tokens for figures in found]
+            worth = [-figures.loss / figures.tokens for figures in rows]
         else:
-            worth = [before.loss - figures.loss for before, figures in zip(self._before, found, strict=True)]
+            worth = [before.loss - figures.loss for before, figures in zip(self._before, rows, strict=True)]
         if self.groups:
             return placements(worth[0], self.groups)
         lead = worth[0] - worth[1] if self._rejected else np.where(self.labels, 1, -1) * worth[0]

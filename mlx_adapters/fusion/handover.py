@@ -87,8 +87,8 @@ def _around(text: str, words: list[str]) -> list[str] | None:
     """What stands before, between and behind `words` in a text that has each of them once, in this order."""
     parts = []
     for word in words:
-        before, found, text = text.partition(word)
-        if not found or word in text:
+        before, middle, text = text.partition(word)
+        if not middle or word in text:
             return None
         parts.append(before)
     return [*parts, text]

@@ -60,13 +60,13 @@ def whole_tensors(peft: PeftAdapter, module: nn.Module, layout: Layout, untied: 
 def _experts(name: str, array: mx.array, places: Places) -> dict[str, mx.array]:
     """The stacked layers that a parameter of fused experts becomes, where the checkpoint has experts one by one."""
     path, parameter = tensor_names.split(name)
-    found, shape = places.fused((hf_names.split_fused(path) or (path, False))[0], parameter, name)
-    experts = weight_shape(places.layers[found[0].key])[0]
+    parts, shape = places.fused((hf_names.split_fused(path) or (path, False))[0], parameter, name)
+    experts = weight_shape(places.layers[parts[0].key])[0]
     if tuple(array.shape) != (experts, *shape):
         raise IncompatibleError(
             f"'{name}' of the PEFT adapter is {tuple(array.shape)}, the base's {(experts, *shape)}."
         )
-    return {part.key: array[:, part.rows].astype(mx.float32) for part in found}
+    return {part.key: array[:, part.rows].astype(mx.float32) for part in parts}
 
 
 def _put(

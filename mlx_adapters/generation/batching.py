@@ -32,9 +32,9 @@ def batches(module: nn.Module) -> bool:
         together, other = ([layer.merge([layer]) for layer in cache] for cache in caches)
         for mine, new in zip(together, other, strict=True):
             mine.extend(new)
-        found = module(following, cache=together)
+        both = module(following, cache=together)
         alone = [module(following[i : i + 1], cache=_read(module, prompt)) for i, prompt in enumerate(prompts)]
-        return found.shape == (2, *alone[0].shape[1:]) and same_function(found, mx.concatenate(alone))
+        return both.shape == (2, *alone[0].shape[1:]) and same_function(both, mx.concatenate(alone))
     except Exception:  # mlx-lm's code raises what it likes
         return False
 

@@ -78,16 +78,16 @@ class Sampler:
 
 def processors_of(sampling: Sampling, tokenizer: Any = None) -> tuple[LogitsProcessor, ...]:
     """What these settings do to one answer's logits."""
-    found: list[LogitsProcessor] = []
+    processors: list[LogitsProcessor] = []
     if sampling.logit_bias:
         ids, values = zip(*((int(token), float(bias)) for token, bias in sampling.logit_bias.items()), strict=True)
         tokens, biases = mx.array(ids), mx.array(values)
-        found.append(lambda _, logits: logits.at[:, tokens].add(biases.astype(logits.dtype)))
+        processors.append(lambda _, logits: logits.at[:, tokens].add(biases.astype(logits.dtype)))
     if sampling.repetition_penalty != 1 or sampling.presence_penalty or sampling.frequency_penalty:
-        found.append(_Penalties(sampling))
+        processors.append(_Penalties(sampling))
     if sampling.min_tokens:
-        found.append(_NotYet(sampling.min_tokens, stop_tokens(sampling, tokenizer)))
-    return tuple(found)
+        processors.append(_NotYet(sampling.min_tokens, stop_tokens(sampling, tokenizer)))
+    return tuple(processors)
 
 
 class _Penalties:

@@ -38,9 +38,9 @@ def wrap_model(module: nn.Module, tokenizer: Any, base: BaseLike) -> LiveModel:
     on = [name for name, _ in tree_flatten(module.parameters()) if split(name)[1] in ADAPTER_LEAVES]
     if on:
         raise IncompatibleError(f"The model has an adapter on it ('{on[0]}').", "load it without adapter_path.")
-    found = resolve_base(base)
+    its_base = resolve_base(base)
     trace(module)
     compute_as_generated(module)
     module.eval()
     wrapped = tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
-    return LiveModel(Model(module, wrapped, found, found.config))
+    return LiveModel(Model(module, wrapped, its_base, its_base.config))

@@ -75,8 +75,8 @@ def _scores(config: Config, *large: int) -> None:
     """Gemma says by the root of what scores are divided; llama.cpp takes a head's width, once hidden / heads."""
     heads = config["hidden_size"] // config["num_attention_heads"]
     wanted = heads if config["num_hidden_layers"] in large else config["head_dim"]
-    found = config["query_pre_attn_scalar"]
-    require(found == wanted, f"llama.cpp divides scores by the root of {wanted}, this model by {found}'s.", CONVERTER)
+    scalar = config["query_pre_attn_scalar"]
+    require(scalar == wanted, f"llama.cpp divides scores by the root of {wanted}, this model by {scalar}'s.", CONVERTER)
 
 
 def _gemma2(config: Config) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def _recurrent(config: Config) -> dict[str, Any]:
     }
 
 
-def _next_places(name: str, found: str | None, config: Config) -> list[tuple[Any, ...]] | None:
+def _next_places(name: str, known: str | None, config: Config) -> list[tuple[Any, ...]] | None:
     """qwen3_next has q, k, v, z of each key head side by side in one matrix; llama.cpp has q, k, v in one, z apart."""
     if not name.endswith("in_proj_qkvz.weight"):
         return None
@@ -221,7 +221,7 @@ def _next_places(name: str, found: str | None, config: Config) -> list[tuple[Any
     return [(f"{block}.attn_qkv.weight", np.concatenate([q, k, v])), (f"{block}.attn_gate.weight", z)]
 
 
-def _tiled_places(name: str, found: str | None, config: Config) -> list[tuple[Any, ...]] | None:
+def _tiled_places(name: str, known: str | None, config: Config) -> list[tuple[Any, ...]] | None:
     """qwen3_5's value heads stand grouped by key head; llama.cpp wants the first of each group, then the second."""
     keys, values, dim = (config[f"linear_{x}"] for x in ("num_key_heads", "num_value_heads", "value_head_dim"))
     part = name.partition(".linear_attn.")[2]
@@ -230,13 +230,13 @@ def _tiled_places(name: str, found: str | None, config: Config) -> list[tuple[An
     heads = np.arange(values).reshape(keys, -1).T.ravel()
     numbers = (heads[:, None] * dim + np.arange(dim)).ravel()
     if part.startswith("out_proj"):
-        return [(found, None, numbers)]
+        return [(known, None, numbers)]
     if part.startswith("in_proj_z"):
-        return [(found, numbers)]
+        return [(known, numbers)]
     if part.startswith(("in_proj_qkv", "conv1d")):
         before = 2 * keys * config["linear_key_head_dim"]
-        return [(found, np.concatenate([np.arange(before), before + numbers]))]
-    return [(found, heads)]
+        return [(known, np.concatenate([np.arange(before), before + numbers]))]
+    return [(known, heads)]
 
 
 _LLAMA = Architecture("llama", neighbours=True, extra=_no_windows, factors=FREQUENCIES)

@@ -98,14 +98,14 @@ def plain_frequencies(base: float, dims: int) -> np.ndarray:
 
 def ropes(module: nn.Module) -> list[Rope]:
     """The different rotary embeddings of a model, those of its first block first."""
-    found: list[Rope] = []
+    kinds: list[Rope] = []
     for name, layer in module.named_modules():
         last = name.rpartition(".")[2]
         if (last.startswith("rope") or "rotary" in last) and (hasattr(layer, "base") or hasattr(layer, "_freqs")):
             one = Rope.of(layer)
-            if not any(one.like(other) for other in found):
-                found.append(one)
-    return found[::-1]  # (named_modules begins with the last)
+            if not any(one.like(other) for other in kinds):
+                kinds.append(one)
+    return kinds[::-1]  # (named_modules begins with the last)
 
 
 Shapes = Mapping[str, tuple[int, ...]]  # llama.cpp's names of matrices, of ours there
@@ -157,13 +157,13 @@ def rope_base(config: Config) -> float:
 
 
 def _rotary(module: nn.Module, config: Config) -> dict[str, Any]:
-    found = ropes(module)
-    if not found:
+    kinds = ropes(module)
+    if not kinds:
         return {}
     base, scaling = rope_base(config), config.get("rope_scaling") or config.get("rope_parameters") or {}
-    made: dict[str, Any] = {"rope.dimension_count": found[0].dims, "rope.freq_base": base}
+    made: dict[str, Any] = {"rope.dimension_count": kinds[0].dims, "rope.freq_base": base}
     kind = scaling.get("type") or scaling.get("rope_type")
-    scaled = [one for one in found if not np.allclose(one.factors(base), 1, rtol=1e-5)]
+    scaled = [one for one in kinds if not np.allclose(one.factors(base), 1, rtol=1e-5)]
     if kind == "linear":
         made |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling["factor"])}
     elif kind in ("yarn", "deepseek_yarn"):

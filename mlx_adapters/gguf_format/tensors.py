@@ -56,8 +56,8 @@ class Layout:
         """llama.cpp's name -> shape of our weight there, unpacked."""
         shapes = {}
         for path, layer in self.module.named_modules():
-            if "weight" in layer and (found := self._known(tensor_names.join(path, tensor_names.WEIGHT))):
-                shapes[found] = weight_shape(layer)
+            if "weight" in layer and (known := self._known(tensor_names.join(path, tensor_names.WEIGHT))):
+                shapes[known] = weight_shape(layer)
         return dict(sorted(shapes.items(), key=lambda item: tensor_names.natural_order(item[0])))
 
     @cached_property
@@ -72,9 +72,9 @@ class Layout:
     def _known(self, name: str) -> str | None:
         """llama.cpp's name of a tensor of mlx-lm's, by its own tables."""
         for spelled in tensor_names.gguf_spellings(name):
-            found = self._table.get_name(spelled, try_suffixes=(".weight", ".bias"))
-            if found is not None:
-                return str(found) + _ending(name, found)
+            known = self._table.get_name(spelled, try_suffixes=(".weight", ".bias"))
+            if known is not None:
+                return str(known) + _ending(name, known)
         return None
 
     def check(self) -> None:
@@ -92,16 +92,16 @@ class Layout:
 
     def places(self, name: str) -> list[Place]:
         """Where a tensor of ours goes."""
-        found = self._known(name)
+        known = self._known(name)
         if self.architecture.places is not None:
-            special = self.architecture.places(name, found, self.config)
+            special = self.architecture.places(name, known, self.config)
             if special is not None:
                 return [Place(*one) for one in special]
-        if found is None:
+        if known is None:
             raise ConfigError(f"llama.cpp has no place for the tensor '{name}' of this model.", CONVERTER)
-        if ROTATED.fullmatch(found) and self._rope and self._rope.neighbours != self.architecture.neighbours:
-            return [Place(found, self._pairs(name))]
-        return [Place(found)]
+        if ROTATED.fullmatch(known) and self._rope and self._rope.neighbours != self.architecture.neighbours:
+            return [Place(known, self._pairs(name))]
+        return [Place(known)]
 
     @cached_property
     def _rope(self) -> Rope | None:
@@ -155,8 +155,8 @@ class Layout:
         return {f"{name}.weight": factors for name in self.architecture.factors}
 
 
-def _ending(name: str, found: str) -> str:
+def _ending(name: str, known: str) -> str:
     """What is missing in a name that the table has for a bare parameter."""
-    if found.endswith((".weight", ".bias")) or tensor_names.split(name)[1] in BARE:
+    if known.endswith((".weight", ".bias")) or tensor_names.split(name)[1] in BARE:
         return ""
     return ".bias" if name.endswith("bias") else ".weight"

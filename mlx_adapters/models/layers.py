@@ -192,10 +192,10 @@ def check_fits(adapter: Adapter, model: nn.Module | Mapping[str, nn.Module], bas
 
 def _under_other_paths(adapter: Adapter, layers: Mapping[str, nn.Module], base: str) -> str | None:
     """The way on for an adapter whose paths differ from the base's in their beginnings; None for another one."""
-    found = tensor_names.other_beginning(adapter.config.keys, layers.__contains__, layers)
-    if found is None:
+    beginnings = tensor_names.other_beginning(adapter.config.keys, layers.__contains__, layers)
+    if beginnings is None:
         return None
-    old, new = (f"'{beginning}'" if beginning else "nothing" for beginning in found)
+    old, new = (f"'{beginning}'" if beginning else "nothing" for beginning in beginnings)
     name = base.strip("'") if base.startswith("'") else "BASE"
     anew = f"'mlx-adapters add {adapter.folder or 'FOLDER'} --base {name} --name NAME'"
     made = f", or give the base that it was made for: --base {adapter.base_name}" if adapter.base_name else ""

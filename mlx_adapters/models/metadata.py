@@ -222,16 +222,16 @@ class AdapterConfig:
     dropout: float = 0.0
     num_layers: int = -1
 
-    def to_mlx_lm(self, found: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def to_mlx_lm(self, existing: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The settings as mlx-lm's `adapter_config.json` spells them today.
 
         Args:
-            found: a config that other versions or programs wrote; what else it holds stays.
+            existing: a config that other versions or programs wrote; what else it holds stays.
         """
-        found = found or {}
+        existing = existing or {}
         parameters = {"rank": self.rank, "scale": self.scale, "dropout": self.dropout, "keys": list(self.keys)}
         settings = {"fine_tune_type": self.type, "num_layers": self.num_layers}
-        return {**found, **settings, "lora_parameters": {**found.get("lora_parameters", {}), **parameters}}
+        return {**existing, **settings, "lora_parameters": {**existing.get("lora_parameters", {}), **parameters}}
 
 
 def parse_config(raw: Mapping[str, Any], keys: tuple[str, ...], where: str) -> AdapterConfig:

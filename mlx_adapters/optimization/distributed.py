@@ -140,9 +140,9 @@ class World:
             return
         answers = self.gather(lambda: [socket.gethostname(), make()])
         for rank, (host, other) in enumerate(answers[1:], start=1):
-            if found := differences(answers[0][1], other):
+            if unlike := differences(answers[0][1], other):
                 raise IncompatibleError(
-                    f"'{host}' (rank {rank}) differs from '{answers[0][0]}' (rank 0): {'; '.join(found)}.",
+                    f"'{host}' (rank {rank}) differs from '{answers[0][0]}' (rank 0): {'; '.join(unlike)}.",
                     "'mlx-adapters doctor --hosts' compares them; docs/distributed.md says what must be where.",
                 )
 

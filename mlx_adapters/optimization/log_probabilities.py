@@ -100,8 +100,8 @@ def _chunked(piece: Callable[..., mx.array], chunk: int) -> Callable[..., mx.arr
             def value(states: mx.array, part: slice = part) -> mx.array:
                 return piece(head, states, targets[part])
 
-            (found,), (gradient,) = mx.vjp(value, [states], [mx.ones(states.shape[0])])
-            values.append(found)
+            (of_part,), (gradient,) = mx.vjp(value, [states], [mx.ones(states.shape[0])])
+            values.append(of_part)
             gradients.append(gradient)
         return mx.concatenate(values), mx.concatenate(gradients)
 

@@ -118,12 +118,12 @@ class Shares:
     kl: mx.array
 
 
-def loss_of(objective: Objective, found: mx.array, batch: Arrays, shares: Shares) -> tuple[mx.array, Figures]:
+def loss_of(objective: Objective, by_token: mx.array, batch: Arrays, shares: Shares) -> tuple[mx.array, Figures]:
     """A batch's part of the update's loss, and its figures.
 
     Args:
         objective: the settings.
-        found: (n,) log-probabilities of the batch's trained tokens.
+        by_token: (n,) log-probabilities of the batch's trained tokens.
         batch: what they belong to.
         shares: what the update is divided by.
     """
@@ -132,18 +132,18 @@ def loss_of(objective: Objective, found: mx.array, batch: Arrays, shares: Shares
     loss, figures = mx.array(0.0), {}
     if objective.likelihood:
         first = lines // 2 if objective.rows == "pairs" else lines
-        loss = -(found * batch.weights * (line < first)).sum() * shares.tokens
+        loss = -(by_token * batch.weights * (line < first)).sum() * shares.tokens
     if batch.labels is not None:
-        judgment, real = _judged(objective, found, line, batch, shares.kl)
+        judgment, real = _judged(objective, by_token, line, batch, shares.kl)
         loss = loss + (judgment.loss * real).sum() * shares.examples
         figures = _figures(objective, judgment, batch.labels)
     return loss, figures
 
 
 def _judged(
-    objective: Objective, found: mx.array, line: mx.array, batch: Arrays, kl: mx.array
+    objective: Objective, by_token: mx.array, line: mx.array, batch: Arrays, kl: mx.array
 ) -> tuple[Judgment, mx.array]:
-    sums, counts = sums_of_lines(found, line, batch)
+    sums, counts = sums_of_lines(by_token, line, batch)
     pairs = objective.rows == "pairs"
     reference = mx.zeros_like(sums) if batch.reference is None else batch.reference
     halves = [mx.split(array, 2) if pairs else (array, array) for array in (sums, mx.maximum(counts, 1), reference)]
@@ -153,13 +153,13 @@ def _judged(
     return JUDGES[type(objective)](objective, answers), mx.abs(batch.labels)
 
 
-def sums_of_lines(found: mx.array, line: mx.array, batch: Arrays) -> tuple[mx.array, mx.array]:
+def sums_of_lines(by_token: mx.array, line: mx.array, batch: Arrays) -> tuple[mx.array, mx.array]:
     """((lines,) sums over each line's answer, (lines,) its tokens). A product, since the order of a scattered sum
     is left to the device."""
     assert batch.answers is not None
     owns = mx.arange(batch.tokens.shape[0])[:, None] == line  # (lines, n)
     counted = mx.where(owns, batch.answers, 0.0)
-    return mx.where(counted > 0, found, 0.0).sum(axis=1), counted.sum(axis=1)
+    return mx.where(counted > 0, by_token, 0.0).sum(axis=1), counted.sum(axis=1)
 
 
 def _figures(objective: Objective, j: Judgment, labels: mx.array) -> Figures:
@@ -188,7 +188,7 @@ def with_sums(sums: Sums, more: Sums) -> Sums:
 
 def means(sums: Sums) -> dict[str, float]:
     """What the sums come to, and the margin between the rewards; what has no value is left out."""
-    found = {name: total / count for name, (total, count) in sums.items() if count}
-    if {"chosen_reward", "rejected_reward"} <= found.keys():
-        return {"margin": found["chosen_reward"] - found["rejected_reward"], **found}
-    return found
+    figures = {name: total / count for name, (total, count) in sums.items() if count}
+    if {"chosen_reward", "rejected_reward"} <= figures.keys():
+        return {"margin": figures["chosen_reward"] - figures["rejected_reward"], **figures}
+    return figures

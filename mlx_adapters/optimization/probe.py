@@ -226,8 +226,8 @@ def settle_recomputing(train_step: TrainStep, probe: Batch) -> bool:
     kept = train_step.gradient_of(probe, None)
 
     def exact(again: Again) -> bool:
-        found = train_step.gradient_of(probe, again, in_float32=False)
-        return all(_near(found[name], gradient) for name, gradient in kept.items())
+        gradients = train_step.gradient_of(probe, again, in_float32=False)
+        return all(_near(gradients[name], gradient) for name, gradient in kept.items())
 
     if train_step.feed_forwards and not exact("mlp" if train_step.memory.again == "mlp" else "nothing"):
         train_step.feed_forwards = []

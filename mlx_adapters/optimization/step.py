@@ -210,10 +210,10 @@ class TrainStep:
         kept that mlx-lm's code makes; `in_float32`: see `recompute_between`."""
         key, shares = calls.random_key(), shares_of(draw_of(probe))
         gradient = self._make_gradient(False, again, in_float32)
-        _, _, found = gradient(self.weights, device_batch(probe), *vars(shares).values())
-        mx.eval(found)
+        _, _, gradients = gradient(self.weights, device_batch(probe), *vars(shares).values())
+        mx.eval(gradients)
         calls.set_random_key(key)
-        return found
+        return gradients
 
     def _make_gradient(self, rounding: bool, again: Again | None, in_float32: bool = True):
         def loss(weights: Weights, batch: Arrays, shares: Shares) -> tuple:
@@ -283,8 +283,8 @@ class TrainStep:
             self._frozen_are_rounded = True
 
     def _loss(self, weights: Weights, batch: Arrays, shares: Shares) -> tuple[mx.array, Figures]:
-        found = token_log_probabilities(self.module, self.plan, batch, weights)
-        return loss_of(self.config.objective, found, batch, shares)
+        by_token = token_log_probabilities(self.module, self.plan, batch, weights)
+        return loss_of(self.config.objective, by_token, batch, shares)
 
 
 def _added(one: Weights, other: Weights) -> Weights:

@@ -89,8 +89,8 @@ def prepared(peft: PeftAdapter, module: Any, layout: Layout, text_only: bool) ->
     places = Places(adaptable_layers(module), layout)
     known = [path for path in peft.modules if not (hf_names.is_end(path) or hf_names.is_of_experts(path))]
     names = {tensor_names.split(name)[0] for name in layout.shapes} | set(places.layers)
-    found = tensor_names.other_beginning(known, lambda path: bool(places.look_up(path)[0]), names)
-    peft = peft if found in (None, ("", "")) else peft.renamed(*found)
+    beginnings = tensor_names.other_beginning(known, lambda path: bool(places.look_up(path)[0]), names)
+    peft = peft if beginnings in (None, ("", "")) else peft.renamed(*beginnings)
     parts = _other_parts(peft, places)
     if not parts:
         return peft, []

@@ -182,8 +182,8 @@ def fused_updates(
         if not clear or module.m is not None or module.embedding:
             raise FormatError(f"The PEFT adapter does not say which parameter of the experts '{path}' is.")
         parameter = FUSED_GATE_UP if gate_up else FUSED_DOWN
-        found, shape = places.fused(block, parameter, path)
-        layer = places.layers[found[0].key]
+        parts, shape = places.fused(block, parameter, path)
+        layer = places.layers[parts[0].key]
         left, right, scale = _split_experts(module, peft, parameter, weight_shape(layer)[0])
         turned = (right.shape[2], left.shape[1]) == shape != (left.shape[1], right.shape[2])
         turned = turned or (shape[0] == shape[1] and places.layout.model_type in PEFT_TURNED)
@@ -195,11 +195,11 @@ def fused_updates(
                 f"but the base's are {shape[0]} x {shape[1]}.",
                 "give the base it was trained on.",
             )
-        for part in found:
+        for part in parts:
             update = LayerFactors(part.key, right, left[:, part.rows], None, scale)
             check_shape(update, places.layers[part.key], path)
             updates.append(update)
-        rows = {part.key: [part.rows.start, part.rows.stop, part.rows.step] for part in found}
+        rows = {part.key: [part.rows.start, part.rows.stop, part.rows.step] for part in parts}
         record.setdefault(f"{block}.experts", {})[parameter] = {"rows": rows, "out": shape[0], "turned": turned}
     return updates, record
 

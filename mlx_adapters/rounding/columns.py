@@ -138,13 +138,13 @@ def choose_grid(grid: Grid, target: Array, weights: Array, *start: Array) -> tup
     ranges = grid.candidates(target)
     codes, errors = judged(*ranges)
     fitted = grid.refit(target, codes, weights)
-    found = best((*ranges, errors), (*fitted, judged(*fitted)[1]))
-    again = grid.refit(target, grid.codes(target, *found[:2]), weights)
+    chosen = best((*ranges, errors), (*fitted, judged(*fitted)[1]))
+    again = grid.refit(target, grid.codes(target, *chosen[:2]), weights)
     offers = [(*again, judged(*again)[1])]
     if start:
         own = start[0][None], start[1][None]
         offers.append((*own, judged(*own)[1]))
-    scale, bias, _ = best(found, *offers)
+    scale, bias, _ = best(chosen, *offers)
     return scale[0], bias[0]
 
 

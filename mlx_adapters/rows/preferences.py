@@ -35,9 +35,9 @@ def two_answers(prompt: Any, chosen: Any, rejected: Any, where: str) -> tuple[An
 def label_of(values: Mapping[str, Any], where: str) -> bool:
     """The label of an answer. Raises FormatError, naming the place, for anything but true and false."""
     label = values.get("label")
-    found = LABELS.get(label.strip().lower()) if isinstance(label, str) else plain(label)
-    if isinstance(found, bool):
-        return found
+    label_read = LABELS.get(label.strip().lower()) if isinstance(label, str) else plain(label)
+    if isinstance(label_read, bool):
+        return label_read
     wrong = "the row has no 'label'" if is_missing(label) else f"'label' must be true or false, not {repr(label)[:40]}"
     raise FormatError(f"{where}: {wrong}.", 'an answer is marked with "label": true or false.')
 

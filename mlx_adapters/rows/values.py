@@ -82,10 +82,10 @@ def parsed(value: Any) -> Any:
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value
     try:
-        found = json.loads(value)
+        read = json.loads(value)
     except (ValueError, RecursionError):
         return value
-    return value if _is_deep(found, value) else found
+    return value if _is_deep(read, value) else read
 
 
 def _is_deep(value: Any, text: str) -> bool:

@@ -192,12 +192,12 @@ def _tried(dtype: mx.Dtype) -> bool:
     gain, shift = (mx.random.normal((slots, sum(widths)), key=key).astype(dtype) for key in keys[4:])
     at = mx.array([1, 0, 1], mx.uint32)
     try:
-        found = add_update(y, x, a, b, widths, at, gain, shift).astype(mx.float32)
-        mx.eval(found)
+        added = add_update(y, x, a, b, widths, at, gain, shift).astype(mx.float32)
+        mx.eval(added)
     except (RuntimeError, ValueError):
         return False
     y, x, a, b, gain, shift = (array.astype(mx.float32) for array in (y, x, a, b, gain, shift))
     z = (a[at] @ x[:, None, :, None]).squeeze(-1)  # (tokens, layers, r)
     z = mx.concatenate([mx.repeat(z[:, i : i + 1], width, axis=1) for i, width in enumerate(widths)], axis=1)
     expected = y * gain[at] + shift[at] + (b[at] * z).sum(axis=-1)
-    return bool(mx.allclose(found, expected, rtol=1e-2, atol=1e-2 * mx.abs(expected).max().item()).item())
+    return bool(mx.allclose(added, expected, rtol=1e-2, atol=1e-2 * mx.abs(expected).max().item()).item())

@@ -104,8 +104,8 @@ class Answering:
             for prompt in prompts:
                 self.model.checked_ids(prompt)
                 self.model.room(len(prompt), 1)
-            found = await asyncio.to_thread(self.engine.embed, model, prompts)
-        return JSONResponse(embeddings_body(found, model, sum(map(len, prompts)), packed))
+            vectors = await asyncio.to_thread(self.engine.embed, model, prompts)
+        return JSONResponse(embeddings_body(vectors, model, sum(map(len, prompts)), packed))
 
     async def plain_tokens(self, prompt: str | list[int], where: str = "prompt") -> list[int]:
         """The tokens of a text that goes through no template. Raises ApiError 400 beyond the context."""

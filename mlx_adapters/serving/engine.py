@@ -121,10 +121,10 @@ class Engine:
             if attached is None:
                 raise ApiError(503, "All adapters are in use; none can make room.", kind="server_error")
         with self.model.pool.routed([attached]):
-            found = self.model.embedding(list(ids))
-            mx.eval(found)
+            vector = self.model.embedding(list(ids))
+            mx.eval(vector)
         self.metrics.add("prompt_tokens_total", len(ids), model=name)
-        return found.tolist()
+        return vector.tolist()
 
     def add_adapter(self, name: str, reference: str) -> Served:
         """Serve another adapter and load it now.

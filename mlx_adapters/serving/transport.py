@@ -46,8 +46,8 @@ class Keys:
         header = headers.get("authorization", "")
         given = header[7:].strip() if header[:7].lower() == "bearer " else header or headers.get("x-api-key", "")
         digest = hashlib.sha256(given.encode()).digest()
-        found = [hmac.compare_digest(digest, key) for key in self._keys]
-        return digest.hex()[:8] if any(found) else None
+        matches = [hmac.compare_digest(digest, key) for key in self._keys]
+        return digest.hex()[:8] if any(matches) else None
 
 
 class Limits:

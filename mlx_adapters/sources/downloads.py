@@ -83,18 +83,18 @@ def download(
     if name is not None:
         check_name(name)
     require(reference.kind == "hub", f"'{repo}' is no repository: it is 'user/name' or 'user/name@revision'.")
-    found, target = find_adapter(below(reference, subfolder), also=MODEL_CONFIG), reference.target
-    if not found.files:
+    there, target = find_adapter(below(reference, subfolder), also=MODEL_CONFIG), reference.target
+    if not there.files:
         require(
             name is None and base is None,
             f"'{target}' is a model: it stays in the cache under its id.",
             "--name and --base are for adapters; use the model by its id, --base user/name.",
         )
-        return Download(target, found.commit, "model", resolve_base(f"{target}@{found.commit}", everything=True).folder)
-    folder = _converted(found, base, show_progress, on_event)
-    adapter = register(read_adapter(folder), name or found.reference.own_name, overwrite)
+        return Download(target, there.commit, "model", resolve_base(f"{target}@{there.commit}", everything=True).folder)
+    folder = _converted(there, base, show_progress, on_event)
+    adapter = register(read_adapter(folder), name or there.reference.own_name, overwrite)
     assert adapter.folder is not None
-    return Download(target, found.commit, "adapter", adapter.folder, adapter.folder.name)
+    return Download(target, there.commit, "adapter", adapter.folder, adapter.folder.name)
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,8 @@ def adapter_files(reference: Reference, *, tokenizer: bool = False) -> tuple[Pat
 
     Raises HubError, or FormatError for weights in a form that is not opened.
     """
-    found = find_adapter(reference)
-    return found.fetch(weight_names(found.files, str(found.reference), tokenizer)), found.commit
+    there = find_adapter(reference)
+    return there.fetch(weight_names(there.files, str(there.reference), tokenizer)), there.commit
 
 
 def origin(reference: Reference, commit: str) -> dict[str, str]:
@@ -194,21 +194,21 @@ def adapter_snapshot(reference: Reference, *, base: BaseLike | None = None, on_e
     return _converted(find_adapter(reference), base, False, on_event)
 
 
-def _converted(found: FoundAdapter, base: BaseLike | None, show_progress: bool, on_event: OnEvent) -> Path:
-    reference, repo = found.reference, found.reference.target
+def _converted(there: FoundAdapter, base: BaseLike | None, show_progress: bool, on_event: OnEvent) -> Path:
+    reference, repo = there.reference, there.reference.target
     asked = replace(reference, revision=None)
     special = [str(part) for part in (base.name if isinstance(base, Base) else base, reference.subfolder) if part]
-    key = f"{found.commit}-{hashlib.sha256(chr(0).join(special).encode()).hexdigest()[:8]}" if special else found.commit
+    key = f"{there.commit}-{hashlib.sha256(chr(0).join(special).encode()).hexdigest()[:8]}" if special else there.commit
     folder = paths.home() / "hub" / repo.replace("/", "--") / key
     if folder.is_dir():
         return folder
-    with paths.named(found.folder, str(asked)):
-        names = weight_names(found.files, str(asked))
-        raw = files.read_json(found.folder / CONFIG_FILE) if CONFIG_FILE in found.files else {}
+    with paths.named(there.folder, str(asked)):
+        names = weight_names(there.files, str(asked))
+        raw = files.read_json(there.folder / CONFIG_FILE) if CONFIG_FILE in there.files else {}
         peft = is_peft(raw)
         model = None if not peft else _base_of_peft(asked, raw) if base is None else resolve_base(base)
-        downloaded = found.fetch(names, show_progress)
-        pinned = {"hub": origin(reference, found.commit)}
+        downloaded = there.fetch(names, show_progress)
+        pinned = {"hub": origin(reference, there.commit)}
         with (
             locks.lock(f"hub-{repo.replace('/', '--')}"),
             files.atomic_folder(folder, True, ADAPTER_OUTPUT) as temporary,
@@ -217,7 +217,7 @@ def _converted(found: FoundAdapter, base: BaseLike | None, show_progress: bool, 
                 write_adapter_files(_read_peft(asked, downloaded, model, pinned, on_event), temporary)
             else:
                 with paths.named(temporary, str(asked)):
-                    recorded = read_metadata(downloaded) if METADATA_FILE in found.files else {}
+                    recorded = read_metadata(downloaded) if METADATA_FILE in there.files else {}
                     named = recorded.get("name") or reference.own_name
                     write_own_form(downloaded, temporary, named, base, on_event, origin=pinned)
     return folder

@@ -58,13 +58,13 @@ def _with_fresh_caches(module: nn.Module) -> Callable[..., Any]:
     return call
 
 
-def same_function(found: mx.array, expected: mx.array) -> bool:
+def same_function(logits: mx.array, expected: mx.array) -> bool:
     """Whether two ways to compute the same logits (..., vocabulary) agree: to a hundredth in float32; where 16 bits
     blur them, in what they say (a KL under 0.1 nats in the median of the tokens)."""
-    if found.dtype == mx.float32:
+    if logits.dtype == mx.float32:
         seen = mx.isfinite(expected)  # tokens that a model never says
-        found, expected = mx.where(seen, found, 0.0), mx.where(seen, expected, 0.0)
-        return bool((mx.abs(found - expected).max() <= 1e-2 * mx.maximum(mx.abs(expected).max(), 1.0)).item())
-    p, q = (x.astype(mx.float32) - mx.logsumexp(x.astype(mx.float32), -1, keepdims=True) for x in (expected, found))
+        logits, expected = mx.where(seen, logits, 0.0), mx.where(seen, expected, 0.0)
+        return bool((mx.abs(logits - expected).max() <= 1e-2 * mx.maximum(mx.abs(expected).max(), 1.0)).item())
+    p, q = (x.astype(mx.float32) - mx.logsumexp(x.astype(mx.float32), -1, keepdims=True) for x in (expected, logits))
     lost = mx.where(mx.isinf(p), 0.0, mx.exp(p) * (p - q)).sum(axis=-1)
     return bool((mx.sort(lost.flatten())[lost.size // 2] < 0.1).item())

@@ -63,9 +63,9 @@ def _carries_gradient(leaf: Any) -> bool:
 
 
 def _leaves(tree: Any, wanted: Callable[[Any], bool]) -> list[mx.array]:
-    found: list[mx.array] = []
-    tree_map(lambda leaf: found.append(leaf) if wanted(leaf) else None, tree)
-    return found
+    leaves: list[mx.array] = []
+    tree_map(lambda leaf: leaves.append(leaf) if wanted(leaf) else None, tree)
+    return leaves
 
 
 def _filled(tree: Any, arrays: Iterable[mx.array], wanted: Callable[[Any], bool]) -> Any:

@@ -43,8 +43,8 @@ class CallForm:
         calls, rest, decoder = [], text.strip(), json.JSONDecoder()
         head = self.before.strip()
         while rest.startswith(head):
-            name, found, rest = rest[len(head) :].partition(self.between.rstrip())
-            if not found:
+            name, between, rest = rest[len(head) :].partition(self.between.rstrip())
+            if not between:
                 break
             arguments, end = decoder.raw_decode(rest := rest.lstrip())
             calls.append({"name": name.strip(), "arguments": arguments})
@@ -89,8 +89,8 @@ class ToolFormat:
         if self.parser is None:
             start, end = self.marks
             return (self.form or HERMES).read(start + inner + end)
-        found = self.parser.parse(inner, list(tools))
-        return found if isinstance(found, list) else [found]
+        parsed = self.parser.parse(inner, list(tools))
+        return parsed if isinstance(parsed, list) else [parsed]
 
 
 def tool_format(tokenizer: TokenizerWrapper, template: str | None = None) -> ToolFormat:
@@ -102,8 +102,8 @@ def tool_format(tokenizer: TokenizerWrapper, template: str | None = None) -> Too
 def _format(tokenizer: TokenizerWrapper, template: str | None) -> ToolFormat:
     told = WORD in _rendered(tokenizer, template, [ASK], [_tool(WORD)])
     parser = tool_parser_of(tokenizer, template)
-    found = (_form(tokenizer, template, parser, id) for id in ("call0000{}", "functions.{name}:{}"))
-    form = next((form for form in found if form is not None), None)
+    forms = (_form(tokenizer, template, parser, id) for id in ("call0000{}", "functions.{name}:{}"))
+    form = next((form for form in forms if form is not None), None)
     if form is None and not (told and parser):
         return ToolFormat(None, HERMES, False)
     return ToolFormat(parser, form, told)
@@ -131,8 +131,8 @@ def _form(tokenizer: TokenizerWrapper, template: str | None, parser: ToolParser 
         format = ToolFormat(parser, form, True)
         start, end = format.marks
         text = form.written(name, OBJECTS[0]).strip()
-        (found,) = format.calls(text.removeprefix(start).removesuffix(end), [_tool(name)])
-        same = (found["name"], found["arguments"]) == (name, OBJECTS[0])
+        (call,) = format.calls(text.removeprefix(start).removesuffix(end), [_tool(name)])
+        same = (call["name"], call["arguments"]) == (name, OBJECTS[0])
     except Exception:  # a parser raises what it likes
         return None
     return form if same and text.startswith(start) else None

@@ -54,15 +54,15 @@ class Traced(str):
 
     def _cut(self, start: int, stop: int, marks: bool = False) -> str:
         """Characters [start, stop), with the marks before and after them if `marks`."""
-        found, here = [], 0
+        parts, here = [], 0
         for length, source, offset in self._pieces:
             low, high = max(here, start), min(here + length, stop)
             if low < high:
-                found.append((high - low, source, None if offset is None else offset + low - here))
+                parts.append((high - low, source, None if offset is None else offset + low - here))
             elif length == 0 and (marks or start <= here < stop):
-                found.append((0, source, offset))
+                parts.append((0, source, offset))
             here += length
-        return Traced(str.__getitem__(self, slice(start, max(start, stop))), tuple(found))
+        return Traced(str.__getitem__(self, slice(start, max(start, stop))), tuple(parts))
 
     def strip(self, characters: str | None = None) -> str:
         """See str.strip."""
@@ -87,30 +87,30 @@ class Traced(str):
 
     def split(self, separator: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         """See str.split."""
-        return self._found(str.split(self, separator, maxsplit))
+        return self._cut_parts(str.split(self, separator, maxsplit))
 
     def rsplit(self, separator: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         """See str.rsplit."""
         parts = str.rsplit(self, separator, maxsplit)
         if separator is None:
-            return self._found_backwards(parts)
-        return self._found(parts)
+            return self._cut_backwards(parts)
+        return self._cut_parts(parts)
 
     def splitlines(self, keepends: bool = False) -> list[str]:
         """See str.splitlines."""
-        return self._found(str.splitlines(self, keepends))
+        return self._cut_parts(str.splitlines(self, keepends))
 
     def partition(self, separator: str) -> tuple[str, str, str]:
         """See str.partition."""
-        before, between, after = self._found(str.partition(self, separator))
+        before, between, after = self._cut_parts(str.partition(self, separator))
         return before, between, after
 
     def rpartition(self, separator: str) -> tuple[str, str, str]:
         """See str.rpartition."""
-        before, between, after = self._found(str.rpartition(self, separator))
+        before, between, after = self._cut_parts(str.rpartition(self, separator))
         return before, between, after
 
-    def _found(self, parts: Iterable[str]) -> list[str]:
+    def _cut_parts(self, parts: Iterable[str]) -> list[str]:
         """The parts of this text that stand in it in this order."""
         cut, here = [], 0
         for part in parts:
@@ -119,7 +119,7 @@ class Traced(str):
             here += len(part)
         return cut
 
-    def _found_backwards(self, parts: Sequence[str]) -> list[str]:
+    def _cut_backwards(self, parts: Sequence[str]) -> list[str]:
         cut, here = [], len(self)
         for part in reversed(parts):
             here = str.rindex(self, part, 0, here)

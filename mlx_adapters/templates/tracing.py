@@ -206,7 +206,7 @@ def regions(rendering: Rendering) -> dict[int, tuple[int, int]]:
     """Where each message was written, by its number: [start, stop) of the text from when a loop took it up until the
     loop went on. Messages that no loop took up, or for which nothing was written, are not there; of a message that was
     written in several places, the last counts."""
-    found: dict[int, tuple[int, int]] = {}
+    spans: dict[int, tuple[int, int]] = {}
     open_loops: list[tuple[int, int]] = []  # (loop, message), the innermost last
     ends = [mark.start for mark in rendering.marks[1:]] + [len(rendering.text)]
     for mark, stop in zip(rendering.marks, ends, strict=False):  # an empty template leaves no mark
@@ -217,6 +217,6 @@ def regions(rendering: Rendering) -> dict[int, tuple[int, int]]:
             open_loops.append((mark.loop, mark.number))
         if open_loops and mark.start < stop:
             number = open_loops[0][1]
-            start, end = found.get(number, (mark.start, mark.start))
-            found[number] = (start if end == mark.start else mark.start, stop)
-    return found
+            start, end = spans.get(number, (mark.start, mark.start))
+            spans[number] = (start if end == mark.start else mark.start, stop)
+    return spans

@@ -138,11 +138,11 @@ def estimate_rows(
     base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig, timed: bool = True
 ) -> Estimate:
     """`estimate` for rows that are already tokenized."""
-    found: list[tuple[Rung, MemoryPlan, Parts, Batch]] = []
+    steps: list[tuple[Rung, MemoryPlan, Parts, Batch]] = []
     for step in _ladder(base, rows, lora, training):
-        if step[1].positions is None or not any(rung.fits for rung, *_ in found):
-            found.append(step)
-    rung, memory, parts, largest = next((step for step in found if step[0].fits), found[-1])
+        if step[1].positions is None or not any(rung.fits for rung, *_ in steps):
+            steps.append(step)
+    rung, memory, parts, largest = next((step for step in steps if step[0].fits), steps[-1])
     usable = _usable(training)
     advice = () if rung.fits else tuple(_advice(base, rows, lora, training, memory, usable))
     seconds = _seconds(base, rows, lora, training, memory) if timed else None
@@ -158,7 +158,7 @@ def estimate_rows(
         largest.tokens.shape,
         parts.adapter_bytes // 4,
         16 * parameters,
-        tuple(rung for rung, *_ in found),
+        tuple(rung for rung, *_ in steps),
     )
 
 

@@ -145,12 +145,12 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str] 
 
 def differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """What differs in what two processes of one run were asked for, or work with, in words."""
-    found = [
+    unlike = [
         f"{name} ({first[name]} -> {other[name]})"
         for name in first
         if name != "recipe" and first[name] != other.get(name)
     ]
-    return found + (changes(first["recipe"], other["recipe"], free=()) if "recipe" in first else [])
+    return unlike + (changes(first["recipe"], other["recipe"], free=()) if "recipe" in first else [])
 
 
 def _changed_text(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> list[str]:

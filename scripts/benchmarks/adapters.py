@@ -228,11 +228,11 @@ def bench_extract(options):
     matrix = low @ rng.standard_normal((64, 11008), dtype=np.float32)
     matrix += np.float32(0.01) * rng.standard_normal(matrix.shape, dtype=np.float32)
     report("rank 16 of 4096 x 11008, sketch", timed(options.trials, lambda: decompose_matrix(matrix, 16)))
-    found = decompose_matrix(matrix, 16)
+    parts = decompose_matrix(matrix, 16)
     if options.exact:
         report("the same by the exact SVD", timed(1, lambda: np.linalg.svd(matrix, full_matrices=False)))
         exact = np.linalg.svd(matrix, compute_uv=False).astype(np.float64)
-        print(f"# energy kept {found.kept(16):.6f}, exact {np.sum(exact[:16] ** 2) / np.sum(exact**2):.6f}")
+        print(f"# energy kept {parts.kept(16):.6f}, exact {np.sum(exact[:16] ** 2) / np.sum(exact**2):.6f}")
 
 
 PARTS = {"list": bench_list, "merge": bench_merge, "pack": bench_pack, "peft": bench_peft, "extract": bench_extract}

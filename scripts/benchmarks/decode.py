@@ -233,15 +233,15 @@ def run(shape, batch, options, clock):
         try:
             context, notes = prepare(name, model, adapters if batch > 1 else adapters[:1])
             with context():
-                found = logits(model, batch)[0]
-                mx.eval(found)
+                computed = logits(model, batch)[0]
+                mx.eval(computed)
                 decode(model, batch, 4, clock)
         except Exception as failure:
             print(f"  {name}: failed: {failure}", flush=True)
             continue
-        reference = found if name == "mlx-lm" else reference
+        reference = computed if name == "mlx-lm" else reference
         if reference is not None:
-            notes["error"] = (mx.abs(found - reference).max() / mx.abs(reference).max()).item()
+            notes["error"] = (mx.abs(computed - reference).max() / mx.abs(reference).max()).item()
         ready[name], results[name] = (model, context), {**notes, "steps": []}
         print(f"  {name} ready after {time.time() - begun:.0f} s", flush=True)
     for _ in range(options.rounds):

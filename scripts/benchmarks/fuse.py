@@ -43,10 +43,10 @@ class Judge:
         from mlx_adapters.calibration.strategy import batches_of
         from mlx_adapters.sources.bases import resolve_base
 
-        found, updates = resolve_base(base), Updates(((adapter, 1.0),))
-        self.batches = batches_of(text.check, found)
-        self.reference = self._logs(BlockwiseModel(found, updates))
-        self.adapter, self.base = self._figures(self.reference), self._figures(self._logs(BlockwiseModel(found)))
+        its_base, updates = resolve_base(base), Updates(((adapter, 1.0),))
+        self.batches = batches_of(text.check, its_base)
+        self.reference = self._logs(BlockwiseModel(its_base, updates))
+        self.adapter, self.base = self._figures(self.reference), self._figures(self._logs(BlockwiseModel(its_base)))
 
     def folder(self, folder):
         """Figures of one fused model."""
@@ -142,8 +142,8 @@ class Bench:
         from mlx_adapters.sources.bases import resolve_base
 
         wanted = {"bits": 4, "group_size": self.arguments.group_size}
-        found = resolve_base(given).config.get("quantization") or {}
-        if {key: found.get(key) for key in wanted} == wanted and not any("." in key for key in found):
+        settings = resolve_base(given).config.get("quantization") or {}
+        if {key: settings.get(key) for key in wanted} == wanted and not any("." in key for key in settings):
             return given
         in_process("dense_base", base=given, out=str(self.work / "base"), **wanted)
         return str(self.work / "base")

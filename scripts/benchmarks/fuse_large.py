@@ -85,12 +85,12 @@ def build(folder: Path, config: dict, dtype: mx.Dtype) -> None:
 def random_adapter(folder: Path) -> Adapter:
     """Rank 8 on all linear layers; the update is some percent of the weights."""
     module = load_module(resolve_base(folder))[0]
-    found = layers.adaptable_layers(module)
+    adaptable = layers.adaptable_layers(module)
     keys = layers.resolve_target_modules(module, LoraConfig(rank=8))
     config = AdapterConfig(8, 1.0, keys)
     weights = {}
     for key in keys:
-        for leaf, shape in layers.expected_shapes(found[key], config).items():
+        for leaf, shape in layers.expected_shapes(adaptable[key], config).items():
             weights[f"{key}.{leaf}"] = mx.random.normal(shape) * 0.1 * shape[0] ** -0.5
     return Adapter(config, weights, {"name": "random"})
 

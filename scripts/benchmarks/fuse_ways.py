@@ -45,11 +45,11 @@ def in_process(function, limit=None, **arguments):
         run = subprocess.run(command, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
         raise WayFailed(f"not done after {limit:,.0f} s") from None
-    found = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
-    if not found:
+    results = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
+    if not results:
         lines = [line for line in run.stderr.splitlines() if line.strip()]
         raise WayFailed(f"exit {run.returncode}: {lines[-1] if lines else 'no message'}")
-    return json.loads(found[0].removeprefix("RESULT "))
+    return json.loads(results[0].removeprefix("RESULT "))
 
 
 def dense_base(base, out, bits=None, group_size=64):
@@ -60,14 +60,14 @@ def dense_base(base, out, bits=None, group_size=64):
     from mlx_adapters.sources.bases import resolve_base
     from mlx_adapters.system.door import mx
 
-    found = resolve_base(base)
-    module, config = load_module(found)
+    its_base = resolve_base(base)
+    module, config = load_module(its_base)
     dequantize_layers(module, mx.bfloat16)
     config = {k: v for k, v in config.items() if not k.startswith("quantization")}
     if bits:
         module.set_dtype(mx.bfloat16)
         module, config = quantize_model(module, config, group_size, bits)
-    _save(found, module, config, out)
+    _save(its_base, module, config, out)
 
 
 def light_adapter(base, adapter, out, most):

@@ -120,8 +120,8 @@ def forked(cpu_time):
 
 def claims(report):
     """{metric: a difference of the twins is claimed}, and the ratio of the slower copy."""
-    found = {(c.variant, c.against, c.metric): c.ratio for c in report.comparisons}
-    return {m: found["two", "one", m].differs for m in SPEEDS}, found["slow", "one", "decode_tps"]
+    ratios = {(c.variant, c.against, c.metric): c.ratio for c in report.comparisons}
+    return {m: ratios["two", "one", m].differs for m in SPEEDS}, ratios["slow", "one", "decode_tps"]
 
 
 def overhead(model):

@@ -97,8 +97,8 @@ def find_adapter(options, job, folder):
         return options.adapter
     if options.base == "demo":
         try:
-            found = mlx_adapters.load_adapter("demo-sql")
-            mlx_adapters.write_adapter(found, folder)
+            adapter = mlx_adapters.load_adapter("demo-sql")
+            mlx_adapters.write_adapter(adapter, folder)
             return folder
         except mlx_adapters.AdapterError:
             pass
@@ -126,12 +126,12 @@ def run_part(names, job, rounds):
     sides = [side for side in SIDES if not (side == "mlx-lm" and names[0] in NO_RIVAL)]
     values, errors = {}, {}
     for number_, index in schedule(len(sides), rounds, seed=0):
-        found = run_leg(names, sides[index], job)
-        print(f"round {number_ + 1}: {sides[index]}: {found}", file=sys.stderr, flush=True)
-        if "error" in found:
-            errors[f"{', '.join(names)}, {sides[index]}"] = found["error"]
+        figures = run_leg(names, sides[index], job)
+        print(f"round {number_ + 1}: {sides[index]}: {figures}", file=sys.stderr, flush=True)
+        if "error" in figures:
+            errors[f"{', '.join(names)}, {sides[index]}"] = figures["error"]
             continue
-        for name, metrics in found.items():
+        for name, metrics in figures.items():
             for metric, value in metrics.items():
                 values.setdefault(name, {}).setdefault(metric, {}).setdefault(sides[index], {})[number_] = [value]
     if "fuse" in values:
@@ -162,8 +162,8 @@ def kl_of_fused(job):
     variants = [Variant("adapter", job["base"], job["adapter"])]
     variants += [Variant(side, str(folder)) for side, folder in fused.items() if folder.is_dir()]
     config = EvaluationConfig(max_rows=16, reference="adapter", any_base=True)
-    found = evaluate_ready(variants, job["data"], config, lambda _: None)
-    return {e.variant: e.kl.value for e in found.evaluations if e.kl is not None and e.variant != "adapter"}
+    report = evaluate_ready(variants, job["data"], config, lambda _: None)
+    return {e.variant: e.kl.value for e in report.evaluations if e.kl is not None and e.variant != "adapter"}
 
 
 def rows_of(values):
@@ -268,8 +268,8 @@ def main():
                 "seconds": time.time() - begun,
             }
             for discipline in names:
-                found = {discipline: values[discipline]} if discipline in values else {}
-                saved["parts"][discipline] = common | {"rows": rows_of(found)}
+                one_part = {discipline: values[discipline]} if discipline in values else {}
+                saved["parts"][discipline] = common | {"rows": rows_of(one_part)}
             saved["parts"] = {n: saved["parts"][n] for n in race_legs.DISCIPLINES if n in saved["parts"]}
             save(saved, options)
     rows = [row for part in saved["parts"].values() for row in part["rows"]]

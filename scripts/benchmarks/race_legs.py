@@ -111,9 +111,9 @@ def train(side, job):
             training=training,
             on_event=reports.append,
         )
-        found = [r for r in reports if isinstance(r, TrainReport)]
-        speeds = [r.trained_tokens_per_second for r in found]
-        peak = max(r.peak_memory_bytes for r in found)
+        reports_of_training = [r for r in reports if isinstance(r, TrainReport)]
+        speeds = [r.trained_tokens_per_second for r in reports_of_training]
+        peak = max(r.peak_memory_bytes for r in reports_of_training)
     else:
         reports = record_reports()
         run_mlx_lm(
@@ -203,5 +203,5 @@ DISCIPLINES = {f.__name__: f for f in (cli, load, decode, swap, train, fuse, pub
 if __name__ == "__main__":
     _, side, names, job_file, answer = sys.argv
     job = json.loads(Path(job_file).read_text())
-    found = {name: DISCIPLINES[name](side, job) for name in names.split(",")}
-    Path(answer).write_text(json.dumps(found))
+    figures = {name: DISCIPLINES[name](side, job) for name in names.split(",")}
+    Path(answer).write_text(json.dumps(figures))

@@ -139,9 +139,9 @@ def run_theirs(base: str, data: str, epoch: int, warm_up: int) -> dict:
     clock = Clock(warm_up)
 
     def batches(*arguments, **keywords):
-        found = trainer.iterate_batches(*arguments, **keywords)
-        first = [next(found) for _ in range(warm_up)]
-        for batch, lengths in [*first, *first, *(next(found) for _ in range(epoch - warm_up))]:
+        given = trainer.iterate_batches(*arguments, **keywords)
+        first = [next(given) for _ in range(warm_up)]
+        for batch, lengths in [*first, *first, *(next(given) for _ in range(epoch - warm_up))]:
             clock.tick(int(lengths[:, 1].sum().item()))
             yield batch, lengths
 
@@ -210,17 +210,17 @@ def speed(options: argparse.Namespace, work: Path) -> dict:
     """Real tokens a second of both, and the ratios of each pair of trials."""
     write_rows(work / "mixed", options.rows, 250)
     both = compare(options.base, work / "mixed", options.rows // BATCH, options.warm_up, options.trials)
-    found: dict = {"runs": both}
+    figures: dict = {"runs": both}
     for unit in ("seconds", "cpu_seconds"):
         rates = {program: [r["tokens"] / r[unit] for r in runs] for program, runs in both.items()}
         ratios = [a / b for a, b in zip(rates["ours"], rates["theirs"], strict=True)]
-        found[unit] = {"tokens_per": rates, "ratios": ratios, "ratio": statistics.median(ratios)}
+        figures[unit] = {"tokens_per": rates, "ratios": ratios, "ratio": statistics.median(ratios)}
         print(
             f"real tokens per {unit.replace('_', ' ')[:-1]}: ours {spread(rates['ours'])}, "
             f"mlx_lm {spread(rates['theirs'])}, ratio {spread(ratios, 2)}",
             flush=True,
         )
-    return found
+    return figures
 
 
 def memory(options: argparse.Namespace, work: Path) -> dict:
@@ -239,15 +239,15 @@ def memory(options: argparse.Namespace, work: Path) -> dict:
 def save(options: argparse.Namespace, work: Path) -> dict:
     """Seconds of a checkpoint, and their share of 100 iterations."""
     write_rows(work / "saved", 4 * BATCH, 250)
-    found = in_a_process("saving", options.base, work / "saved", 4, 0)
-    one = statistics.median(found["save_seconds"])
-    share = one / (100 * found["iteration_seconds"] + one)
+    figures = in_a_process("saving", options.base, work / "saved", 4, 0)
+    one = statistics.median(figures["save_seconds"])
+    share = one / (100 * figures["iteration_seconds"] + one)
     print(
-        f"one checkpoint: {spread(found['save_seconds'], 3)} s, an iteration {found['iteration_seconds']:.2f} s; "
+        f"one checkpoint: {spread(figures['save_seconds'], 3)} s, an iteration {figures['iteration_seconds']:.2f} s; "
         f"one in 100 iterations is {share:.2%} of the time",
         flush=True,
     )
-    return found | {"share": share}
+    return figures | {"share": share}
 
 
 PARTS = {"speed": speed, "memory": memory, "save": save}
@@ -273,8 +273,8 @@ def main() -> None:
     from mlx_adapters.storage import files
     from mlx_adapters.system.machine import versions
 
-    found: dict = {"versions": versions(), "cores": os.cpu_count(), "load_average": os.getloadavg()}
-    found["settings"] = {
+    figures: dict = {"versions": versions(), "cores": os.cpu_count(), "load_average": os.getloadavg()}
+    figures["settings"] = {
         "base": options.base,
         "rows": options.rows,
         "trials": options.trials,
@@ -283,9 +283,9 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as name:
         for part in options.what or PARTS:
-            found[part] = PARTS[part](options, Path(name))
+            figures[part] = PARTS[part](options, Path(name))
     if options.json:
-        files.write_text(options.json, json.dumps(found, indent=2) + "\n")
+        files.write_text(options.json, json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

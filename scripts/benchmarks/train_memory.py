@@ -167,7 +167,7 @@ def measure(module, way: str, options: argparse.Namespace) -> dict:
         losses.append(update())
         seconds.append(time.perf_counter() - start)
     tokens = options.batch * options.length
-    found = {
+    figures = {
         "way": way,
         "ms": 1e3 * statistics.median(seconds),
         "ms_range": [1e3 * min(seconds), 1e3 * max(seconds)],
@@ -183,18 +183,18 @@ def measure(module, way: str, options: argparse.Namespace) -> dict:
     module.unfreeze()
     gc.collect()
     mx.clear_cache()
-    return found
+    return figures
 
 
-def line(found: dict, reference: dict | None) -> str:
+def line(figures: dict, reference: dict | None) -> str:
     """A row of the table."""
     speed = memory = ""
     if reference:
-        speed = f"{found['tokens_per_second'] / reference['tokens_per_second']:.2f}"
-        memory = f"{found['peak_bytes'] / reference['peak_bytes']:.2f}"
+        speed = f"{figures['tokens_per_second'] / reference['tokens_per_second']:.2f}"
+        memory = f"{figures['peak_bytes'] / reference['peak_bytes']:.2f}"
     return (
-        f"| {found['way']} | {found['ms']:,.0f} | {found['tokens_per_second']:,.0f} | {speed} "
-        f"| {found['peak_bytes'] / 1e9:.2f} | {memory} |"
+        f"| {figures['way']} | {figures['ms']:,.0f} | {figures['tokens_per_second']:,.0f} | {speed} "
+        f"| {figures['peak_bytes'] / 1e9:.2f} | {memory} |"
     )
 
 
@@ -228,13 +228,13 @@ def main() -> None:
     )
     if not on_gpu():
         mx.disable_compile()  # it would call a C++ compiler for each fused kernel
-    module, all_found = model_of(options.shape), []
+    module, ways = model_of(options.shape), []
     for way in options.ways:
-        all_found.append(measure(module, way, options))
-        reference = next((found for found in all_found if found["way"] == "mlx-lm"), None)
-        print(line(all_found[-1], reference), flush=True)
+        ways.append(measure(module, way, options))
+        reference = next((figures for figures in ways if figures["way"] == "mlx-lm"), None)
+        print(line(ways[-1], reference), flush=True)
     if options.json:
-        files.write_text(options.json, json.dumps({"machine": machine, "options": str(options), "ways": all_found}))
+        files.write_text(options.json, json.dumps({"machine": machine, "options": str(options), "ways": ways}))
 
 
 if __name__ == "__main__":

@@ -54,12 +54,12 @@ def main() -> None:
         return
     mine = [sys.executable, __file__, *sys.argv[1:], "--one"]
     launch = [Path(sys.executable).parent / "mlx.launch", "-n", str(options.processes), "--backend", options.backend]
-    found = []
+    figures = []
     for command in (mine, [*launch, "--", *mine]):
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found.append(json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))))
-        print(f"{found[-1]['processes']}: {found[-1]['tokens_per_second']:,.0f} tokens/s", flush=True)
-    alone, together = (each["tokens_per_second"] for each in found)
+        figures.append(json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))))
+        print(f"{figures[-1]['processes']}: {figures[-1]['tokens_per_second']:,.0f} tokens/s", flush=True)
+    alone, together = (each["tokens_per_second"] for each in figures)
     print(f"{together / alone / options.processes:.2f} of linear")
 
 

@@ -398,14 +398,14 @@ def test_fuzzed_folders_are_added_whole_or_refused(fuzzed, tmp_path, config, par
 def test_fuzzed_entries_are_verified_and_listed(fuzzed, tmp_path, config, parameters, metadata, edits):
     folder = fuzzed(registry.adapters_folder())
     mutate(folder, config, parameters, metadata, edits)
-    found = verify(folder.name)
-    assert found.checks and found.sound == (not found.problems)
+    result = verify(folder.name)
+    assert result.checks and result.sound == (not result.problems)
     assert registry.read_entry(folder).name == folder.name
     try:
         lookup.load_adapter(folder.name)
-        assert next(check for check in found.checks if check.what == "tensors").sound
+        assert next(check for check in result.checks if check.what == "tensors").sound
     except AdapterError:
-        assert not found.sound
+        assert not result.sound
     files.remove(folder)
 
 

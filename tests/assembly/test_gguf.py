@@ -43,12 +43,12 @@ def test_calibrated_codes_go_over_without_a_second_rounding(tiny_model, tmp_path
     made = fuse(folder, adapter, tmp_path / "gguf", quantization=bits, options=FuseOptions(format="gguf", **common))
     grid = {"bits": bits, "group_size": 32}
     fuse(folder, adapter, tmp_path / "mlx", quantization=grid, dtype="float16", options=FuseOptions(**common))
-    wanted, found = dense(tmp_path / "mlx"), read(tmp_path / "gguf")
+    wanted, written = dense(tmp_path / "mlx"), read(tmp_path / "gguf")
     assert made.method == "calibrated"
-    packed = [name for name, (kind, _) in found.items() if kind == form]
+    packed = [name for name, (kind, _) in written.items() if kind == form]
     assert len(packed) == 16
     for name in packed:
-        np.testing.assert_array_equal(found[name][1], wanted[name], err_msg=name)
+        np.testing.assert_array_equal(written[name][1], wanted[name], err_msg=name)
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
@@ -56,12 +56,12 @@ def test_calibrated_codes_go_over_without_a_second_rounding(tiny_model, tmp_path
 def test_keep_hands_on_the_bases_codes(tiny_model, tmp_path, bits, form, group):
     folder = tiny_model("qwen3", bits=bits, group_size=group, dtype="bfloat16", hidden_size=128)
     fuse(folder, visible_adapter(folder, targets=["up_proj"]), tmp_path / "out", options=GGUF)
-    before, found = dense(folder), read(tmp_path / "out")
-    packed = {name for name, (kind, _) in found.items() if kind == form}
+    before, written = dense(folder), read(tmp_path / "out")
+    packed = {name for name, (kind, _) in written.items() if kind == form}
     assert len(packed) >= 12 and f"{UP}.weight" in packed
     for name in packed:
         if "up_proj" not in name:
-            np.testing.assert_array_equal(found[name][1], before[name], err_msg=name)
+            np.testing.assert_array_equal(written[name][1], before[name], err_msg=name)
 
 
 def test_a_changed_layer_of_a_kept_base_uses_finer_groups_at_no_cost(tiny_model, tmp_path):
@@ -70,9 +70,9 @@ def test_a_changed_layer_of_a_kept_base_uses_finer_groups_at_no_cost(tiny_model,
     fuse(folder, adapter, tmp_path / "out", options=GGUF)
     fuse(folder, adapter, tmp_path / "exact", quantization="none", dtype="float32")
     fuse(folder, adapter, tmp_path / "mlx")
-    exact, kept, found = dense(tmp_path / "exact"), dense(tmp_path / "mlx"), read(tmp_path / "out")
+    exact, kept, written = dense(tmp_path / "exact"), dense(tmp_path / "mlx"), read(tmp_path / "out")
     name = f"{UP}.weight"
-    assert np.square(found[name][1] - exact[name]).mean() < 0.9 * np.square(kept[name] - exact[name]).mean()
+    assert np.square(written[name][1] - exact[name]).mean() < 0.9 * np.square(kept[name] - exact[name]).mean()
 
 
 @pytest.mark.parametrize(("bits", "mode"), [(6, "affine"), (8, "affine"), (8, "mxfp8"), (4, "nvfp4")])
@@ -81,19 +81,19 @@ def test_what_gguf_has_no_grid_for_becomes_q8_0_from_unrounded_numbers(tiny_mode
     adapter = visible_adapter(folder, targets=["up_proj"])
     made = fuse(folder, adapter, tmp_path / "out", options=GGUF)
     fuse(folder, adapter, tmp_path / "exact", quantization="none", dtype="float32")
-    exact, found = dense(tmp_path / "exact"), read(tmp_path / "out")
+    exact, written = dense(tmp_path / "exact"), read(tmp_path / "out")
     assert made.method == "nearest"
-    for name, (kind, values) in found.items():
+    for name, (kind, values) in written.items():
         if kind == "Q8_0":
             np.testing.assert_allclose(values, exact[name], atol=np.abs(exact[name]).max() / 127 * 0.52)
-    assert sum(kind == "Q8_0" for kind, _ in found.values()) == 16
+    assert sum(kind == "Q8_0" for kind, _ in written.values()) == 16
 
 
 def test_mxfp4_stays_mxfp4(tiny_model, tmp_path):
     folder = tiny_model("qwen3", bits=4, mode="mxfp4")
     fuse(folder, visible_adapter(folder, targets=["up_proj"]), tmp_path / "out", options=GGUF)
-    before, found = dense(folder), read(tmp_path / "out")
-    assert sum(kind == "MXFP4" for kind, _ in found.values()) == 16
-    for name, (kind, values) in found.items():
+    before, written = dense(folder), read(tmp_path / "out")
+    assert sum(kind == "MXFP4" for kind, _ in written.values()) == 16
+    for name, (kind, values) in written.items():
         if kind == "MXFP4" and "up_proj" not in name:
             np.testing.assert_array_equal(values, before[name], err_msg=name)

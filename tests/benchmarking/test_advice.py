@@ -27,9 +27,9 @@ SIZES = {"base": 350 * MB, "sql": 356 * MB, "f8": 600 * MB, "f4": 350 * MB}
 
 def report(speeds, kl=(2.0, 0.0, 0.002, 0.2), scores=None):
     """base, sql (an adapter of 6 MB), f8 and f4 with these decode speeds and KL against sql."""
-    found = synthetic(dict(zip(SIZES, speeds, strict=True)))
+    measured = synthetic(dict(zip(SIZES, speeds, strict=True)))
     runs = []
-    for run in found.runs:
+    for run in measured.runs:
         label, result = run.variant, dict(run.result)
         result["size_bytes"], result["adapter_bytes"] = SIZES[label], 6 * MB if label == "sql" else 0
         result["conditions"] = result["conditions"] | {"fingerprint": label if label[0] == "f" else "base"}
@@ -50,49 +50,49 @@ def report(speeds, kl=(2.0, 0.0, 0.002, 0.2), scores=None):
         "score": None,
         "data": {"source": "data", "split": "test", "rows": 3},
     }
-    return dataclasses.replace(found, runs=tuple(runs), quality=quality)
+    return dataclasses.replace(measured, runs=tuple(runs), quality=quality)
 
 
 def test_a_fused_model_that_keeps_the_fine_tune_and_is_faster_is_taken():
-    found = advise(report((300, 220, 280, 300)), "sql")
-    assert found.choice == "f8" and "'f8'" in found.decision  # f4 is faster, but lost 10 %
-    words = "\n".join(found.reasons)
+    advice = advise(report((300, 220, 280, 300)), "sql")
+    assert advice.choice == "f8" and "'f8'" in advice.decision  # f4 is faster, but lost 10 %
+    words = "\n".join(advice.reasons)
     assert "'f8' loses 0.10%" in words and "'f4' loses 10.00%" in words and "more than the 1% allowed" in words
     assert advise(report((300, 220, 280, 300)), "sql", tolerance=0.2).choice == "f4"
 
 
 def test_a_report_without_figures_to_compare_is_refused():
     """As a hand-edited file has it: no two figures are of one round."""
-    found = report((300, 220, 280, 300))
-    runs = [dataclasses.replace(run, round=i) for i, run in enumerate(found.runs)]
+    measured = report((300, 220, 280, 300))
+    runs = [dataclasses.replace(run, round=i) for i, run in enumerate(measured.runs)]
     with pytest.raises(FormatError, match="lacks figures"):
-        advise(dataclasses.replace(found, runs=tuple(runs)), "sql")
+        advise(dataclasses.replace(measured, runs=tuple(runs)), "sql")
 
 
 def test_no_gain_means_no_fusing():
-    found = advise(report((300, 300, 300, 300)), "sql")
-    assert found.choice == "sql" and "no fused variant was seen to decode faster" in found.decision
+    advice = advise(report((300, 300, 300, 300)), "sql")
+    assert advice.choice == "sql" and "no fused variant was seen to decode faster" in advice.decision
 
 
 def test_several_adapters_share_one_base():
-    found = advise(report((300, 220, 280, 300)), "sql", adapters=10)
-    assert found.choice == "sql"
-    assert found.storage.as_adapters_bytes == 410 * MB
-    assert found.storage.fused_bytes == {"f8": 6000 * MB, "f4": 3500 * MB}
-    assert "14.6 times as much" in found.reasons[0] and "8.54 times as much" in found.reasons[1]
+    advice = advise(report((300, 220, 280, 300)), "sql", adapters=10)
+    assert advice.choice == "sql"
+    assert advice.storage.as_adapters_bytes == 410 * MB
+    assert advice.storage.fused_bytes == {"f8": 6000 * MB, "f4": 3500 * MB}
+    assert "14.6 times as much" in advice.reasons[0] and "8.54 times as much" in advice.reasons[1]
 
 
 def test_memory_decides():
-    found = advise(report((300, 220, 280, 300)), "sql", memory_bytes=500 * MB)
-    assert found.choice == "sql" and "fits the memory" in found.decision
+    advice = advise(report((300, 220, 280, 300)), "sql", memory_bytes=500 * MB)
+    assert advice.choice == "sql" and "fits the memory" in advice.decision
     assert "Nothing fits" in advise(report((300, 220, 280, 300)), "sql", memory_bytes=100 * MB).decision
 
 
 def test_what_was_not_measured_is_not_believed():
     blind = dataclasses.replace(report((300, 220, 280, 300)), quality={})
-    found = advise(blind, "sql")
-    assert found.choice == "sql" and any("was not measured" in reason for reason in found.reasons)
-    assert "is known to keep the fine-tune" in found.decision and "memory" not in found.decision
+    advice = advise(blind, "sql")
+    assert advice.choice == "sql" and any("was not measured" in reason for reason in advice.reasons)
+    assert "is known to keep the fine-tune" in advice.decision and "memory" not in advice.decision
 
 
 def test_speeds_come_with_their_figures():
@@ -140,10 +140,10 @@ def test_advise_measures_base_adapter_and_fused_variants(tiny_model, monkeypatch
 def test_kv_cache_is_exact_and_nothing_is_computed(tiny_model, architecture):
     folder = tiny_model(architecture)
     module, _ = load_module(resolve_base(folder))
-    found = memory.kv_cache_bytes(module, 100, 2, 4)
+    size = memory.kv_cache_bytes(module, 100, 2, 4)
     trial = trials.run_trial(load_model(resolve_base(folder)).module, trials.random_prompts(512, 2, 100, 0), 2)
-    assert found == trial["kv_cache_bytes"]
-    assert memory.kv_cache_bytes(module, 100, 2, 2) * 2 == found
+    assert size == trial["kv_cache_bytes"]
+    assert memory.kv_cache_bytes(module, 100, 2, 2) * 2 == size
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi3", "mixtral"])
@@ -167,11 +167,11 @@ def test_packed_models_are_counted_unpacked(tiny_model):
 def test_estimate_names_what_does_not_fit(tiny_model):
     folder = tiny_model("llama", bits=4)
     adapter = registered_adapter(tiny_model("llama"))
-    found = memory.estimate_inference(folder, adapter, contexts=(64, 2048), batch=3, memory_bytes=3 * MB)
-    assert [f.precision for f in found.forecasts] == ["as stored", "4-bit", "8-bit", "16-bit"]
-    first = found.forecasts[0]
+    estimate = memory.estimate_inference(folder, adapter, contexts=(64, 2048), batch=3, memory_bytes=3 * MB)
+    assert [f.precision for f in estimate.forecasts] == ["as stored", "4-bit", "8-bit", "16-bit"]
+    first = estimate.forecasts[0]
     assert first.adapter_bytes == sum(w.nbytes for w in adapter.weights.values())
-    assert first.fits(found.memory_bytes) == {64: True, 2048: False}
+    assert first.fits(estimate.memory_bytes) == {64: True, 2048: False}
     with pytest.raises(IncompatibleError):
         memory.estimate_inference(tiny_model("gpt2"), adapter)
     with pytest.raises(ConfigError):
@@ -184,5 +184,5 @@ def test_estimate_command(tiny_model):
     folder = str(tiny_model("llama"))
     shown = CliRunner().invoke(cli, ["estimate", folder, "--context", "128", "--memory", "0.0001"])
     assert shown.exit_code == 0 and "KV 128" in shown.stdout and "(too much)" in shown.stdout
-    found = json.loads(CliRunner().invoke(cli, ["estimate", folder, "--json"]).stdout)
-    assert found["forecasts"][0]["fits"]["2048"] is True
+    told = json.loads(CliRunner().invoke(cli, ["estimate", folder, "--json"]).stdout)
+    assert told["forecasts"][0]["fits"]["2048"] is True

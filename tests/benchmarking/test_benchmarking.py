@@ -58,9 +58,9 @@ def rounds(random, speed, count=6, trials=3, drift=0.1, process=0.01, trial=0.01
 
 
 def test_summary_of_a_known_sample():
-    found = summarize([5.0, 1.0, 2.0, 3.0, 4.0])
-    assert (found.median, found.minimum, found.maximum, found.count) == (3, 1, 5, 5)
-    assert found.p5 == pytest.approx(1.2) and found.p95 == pytest.approx(4.8)
+    summary = summarize([5.0, 1.0, 2.0, 3.0, 4.0])
+    assert (summary.median, summary.minimum, summary.maximum, summary.count) == (3, 1, 5, 5)
+    assert summary.p5 == pytest.approx(1.2) and summary.p95 == pytest.approx(4.8)
     assert summarize([]) is None
 
 
@@ -78,13 +78,13 @@ def test_two_equal_variants_seldom_differ():
 
 def test_five_percent_slower_is_found_through_ten_percent_drift():
     random = np.random.default_rng(1)
-    found = 0
+    told_apart = 0
     for _ in range(100):
         drifts = random.normal(0, 0.1, 6)
         base, slow = rounds(random, 100, drifts=drifts), rounds(random, 95, drifts=drifts)
         ratio = paired_ratio(slow, base)
-        found += ratio.differs and ratio.high < 1
-    assert found >= 95
+        told_apart += ratio.differs and ratio.high < 1
+    assert told_apart >= 95
 
 
 def test_blocks_count_not_trials():
@@ -143,10 +143,10 @@ def test_means_and_their_errors():
 def test_variants_by_their_spelling(tiny_model, tmp_path):
     folder = tiny_model("llama")
     registered_adapter(folder)
-    found = parse_variants(["base", "sql", "fuse:sql:4", str(folder), "sql"])
-    assert [v.label for v in found] == ["base", "sql", "fuse:sql:4", str(folder), "sql (2)"]
-    assert {v.base for v in found} == {str(folder)}
-    assert [v.adapter for v in found] == [None, "sql", "sql", None, "sql"] and found[2].fuse_bits == "4"
+    variants = parse_variants(["base", "sql", "fuse:sql:4", str(folder), "sql"])
+    assert [v.label for v in variants] == ["base", "sql", "fuse:sql:4", str(folder), "sql (2)"]
+    assert {v.base for v in variants} == {str(folder)}
+    assert [v.adapter for v in variants] == [None, "sql", "sql", None, "sql"] and variants[2].fuse_bits == "4"
     assert parse_variant(str(tmp_path / "home" / "adapters" / "sql")).adapter
     assert parse_variants(["base"], base="demo")[0].base == "demo"
     assert parse_variant("SQL").adapter == "SQL"  # names that differ in case alone are one
@@ -170,8 +170,8 @@ def test_misspelled_variants_are_refused(wrong):
 
 def test_what_is_missing_becomes_a_problem_of_its_row(tiny_model):
     registered_adapter(tiny_model("llama"))
-    found = parse_variants(["base", "sq", "sql"])
-    assert [bool(v.problem) for v in found] == [False, True, False]
+    variants = parse_variants(["base", "sq", "sql"])
+    assert [bool(v.problem) for v in variants] == [False, True, False]
     with pytest.raises(NotFoundError) as caught:
         parse_variants(["sq"])
     assert "sql" in caught.value.hint
@@ -277,8 +277,8 @@ def test_a_damaged_report_is_refused_or_can_be_shown(measured, tmp_path):
     for change in itertools.islice(every_change(measured.to_json()), 600):
         path.write_text(json.dumps(change))
         try:
-            found = read_report(path)
-            words.table(found.readable), words.head(found)
+            report = read_report(path)
+            words.table(report.readable), words.head(report)
         except AdapterError as error:
             refused += 1
             assert "report" in error.message or error.message.endswith(".")
@@ -495,10 +495,10 @@ def test_a_negligible_difference_is_none_however_exact():
 
 
 def test_sentences_claim_only_what_was_seen():
-    found = words.sentences(synthetic({"base": 100.0, "slow": 92.0, "same": 100.0}))
-    slow = next(line for line in found if line.startswith("slow against base, decode"))
+    claims = words.sentences(synthetic({"base": 100.0, "slow": 92.0, "same": 100.0}))
+    slow = next(line for line in claims if line.startswith("slow against base, decode"))
     assert "slower [" in slow and 7.5 < float(slow.partition(": ")[2].split(" %")[0]) < 8.5
-    assert any(line.startswith("same against base, decode: no difference seen") for line in found)
+    assert any(line.startswith("same against base, decode: no difference seen") for line in claims)
 
 
 def test_nothing_changes_by_minus_zero():
@@ -565,8 +565,8 @@ def test_warnings_name_what_spoils_a_run():
 
 
 def test_process_memory_is_plausible():
-    found = conditions.process_memory()
-    assert 10**7 < found["peak_resident_bytes"] < 10**12
+    sizes = conditions.process_memory()
+    assert 10**7 < sizes["peak_resident_bytes"] < 10**12
 
 
 # -- the page and its pictures ------------------------------------------------------------------------
@@ -690,8 +690,8 @@ def test_changes_beyond_noise():
 def test_other_conditions_are_named():
     old = synthetic({"base": 100.0})
     new = dataclasses.replace(old, machine=old.machine | {"cores": 4, "versions": {"mlx": "0.33.0"}})
-    found = " ".join(other_conditions(new, old))
-    assert "cores was '2', now '4'" in found and "mlx was 0.32.4, now 0.33.0" in found
+    told = " ".join(other_conditions(new, old))
+    assert "cores was '2', now '4'" in told and "mlx was 0.32.4, now 0.33.0" in told
     assert other_conditions(old, old) == []
 
 

@@ -83,7 +83,7 @@ def test_fidelity_is_the_kl_of_whole_models(tiny_model, tmp_path, architecture):
     rows, base = some_rows(), resolve_base(folder)
     updates = Updates(((adapter, 1.0),))
     fused = BlockwiseModel(resolve_base(tmp_path / "out"), None, updates.paths().__contains__)
-    found = measure_fidelity(BlockwiseModel(base, updates), fused, BlockwiseModel(base), make_batches(rows, 48))
+    fidelity = measure_fidelity(BlockwiseModel(base, updates), fused, BlockwiseModel(base), make_batches(rows, 48))
     models = [
         load_model(resolve_base(folder), adapter),
         load_model(resolve_base(tmp_path / "out")),
@@ -99,12 +99,12 @@ def test_fidelity_is_the_kl_of_whole_models(tiny_model, tmp_path, architecture):
         for i in range(3):
             losses[i] += [-logs[i][p, tokens[p + 1]].item() for p in places.tolist()]
     assert len(Blocks(load_module(base)[0])) == 2
-    assert found.tokens == len(same) == 45
-    assert found.kl_mean == pytest.approx(np.mean(kls[0]), rel=1e-4)
-    assert found.kl_p99 == pytest.approx(np.quantile(kls[0], 0.99), rel=1e-4)
-    assert found.base_kl == pytest.approx(np.mean(kls[1]), rel=1e-4)
-    assert found.same_top == pytest.approx(np.mean(same))
-    assert [found.loss_adapter, found.loss_fused, found.loss_base] == pytest.approx(
+    assert fidelity.tokens == len(same) == 45
+    assert fidelity.kl_mean == pytest.approx(np.mean(kls[0]), rel=1e-4)
+    assert fidelity.kl_p99 == pytest.approx(np.quantile(kls[0], 0.99), rel=1e-4)
+    assert fidelity.base_kl == pytest.approx(np.mean(kls[1]), rel=1e-4)
+    assert fidelity.same_top == pytest.approx(np.mean(same))
+    assert [fidelity.loss_adapter, fidelity.loss_fused, fidelity.loss_base] == pytest.approx(
         [np.mean(x) for x in losses], rel=1e-4
     )
 
@@ -113,7 +113,7 @@ def test_fidelity_is_the_kl_of_whole_models(tiny_model, tmp_path, architecture):
 def test_moments_block_by_block_are_those_of_the_whole_model(tiny_model, architecture, tmp_path):
     folder = tiny_model(architecture, bits=4)
     base, updates = resolve_base(folder), Updates(((visible_adapter(folder), 1.0),))
-    batches, found = make_batches(some_rows(), 48), []
+    batches, collected = make_batches(some_rows(), 48), []
     for whole in (False, True):
         pair = BlockwiseModel(base, updates), BlockwiseModel(base, updates)
         if whole:
@@ -125,8 +125,8 @@ def test_moments_block_by_block_are_those_of_the_whole_model(tiny_model, archite
             moments |= block
         assert not list(tmp_path.iterdir())
         experts = {p: m.of(0, m.experts) for p, m in moments.items() if isinstance(m, ExpertMoments)}
-        found.append(moments | experts)
-    split, whole = found
+        collected.append(moments | experts)
+    split, whole = collected
     assert set(split) == set(whole) and len(split) >= 8
     for path in split:
         np.testing.assert_array_equal(split[path].tokens, whole[path].tokens)
@@ -470,9 +470,9 @@ def test_check_only_judges_what_others_fused(tiny_model, tmp_path, data, home):
     options, events = FuseOptions(method="nearest", calibration=str(data), **FEW), []
     fused = fuse(folder, adapter, tmp_path / "out", options=options, on_event=events.append)
     assert fused.fidelity.kl_mean > 0.001 and any("--method calibrated" in str(event) for event in events)
-    found = check_fused(tmp_path / "out", adapter, options=options)
-    assert found.fidelity.kl_mean == pytest.approx(fused.fidelity.kl_mean, rel=1e-3)
-    assert found.update_survival == pytest.approx(fused.update_survival, rel=1e-3)
+    checked = check_fused(tmp_path / "out", adapter, options=options)
+    assert checked.fidelity.kl_mean == pytest.approx(fused.fidelity.kl_mean, rel=1e-3)
+    assert checked.update_survival == pytest.approx(fused.update_survival, rel=1e-3)
     arguments = [
         "fuse",
         "--check-only",
@@ -595,15 +595,15 @@ def test_calibration_is_never_worse_than_rounding_to_nearest_on_its_own_rows(
 ):
     shape = {"group_size": quantization.group_size, "mode": quantization.mode} if bits else {}
     base = tiny_model(architecture, bits=bits, **shape)
-    adapter, found, results = visible_adapter(base, strength=strength), resolve_base(base), {}
+    adapter, its_base, results = visible_adapter(base, strength=strength), resolve_base(base), {}
     text = choose_text(data, [], load_model(resolve_base(base)).tokenizer, 8, 8)
-    batches = strategy.batches_of(text.calibration, found)
+    batches = strategy.batches_of(text.calibration, its_base)
     for method in ("nearest", "calibrated"):
         options = FuseOptions(method=method, calibration=str(data), calibration_rows=8, check=False)
         result = fuse(base, adapter, tmp_path / method, quantization=quantization, options=options)
         fused = BlockwiseModel(resolve_base(tmp_path / method), None, lambda _: True)
         updates = Updates(((adapter, 1.0),))
-        results[method] = measure_fidelity(BlockwiseModel(found, updates), fused, None, batches).kl_mean, result
+        results[method] = measure_fidelity(BlockwiseModel(its_base, updates), fused, None, batches).kl_mean, result
     assert results["calibrated"][0] <= results["nearest"][0] * (1 + 1e-6)
     notes = [note.split(":")[0].split(" was")[0] for note in results["calibrated"][1].notes]
     assert notes == told or on_gpu()  # which is better there, and by how little, its order of sums decides
@@ -617,9 +617,9 @@ def test_mixed_precision_is_held_against_rounding_to_nearest_too(tiny_model, dat
     judged = []
 
     def judge(exact, fused, plain, batches, *rest):
-        found = measure_fidelity(exact, fused, plain, batches, *rest)
-        judged.append(found)
-        return replace(found, base_kl=0.0) if len(judged) == 1 else found  # as if nearest were better
+        fidelity = measure_fidelity(exact, fused, plain, batches, *rest)
+        judged.append(fidelity)
+        return replace(fidelity, base_kl=0.0) if len(judged) == 1 else fidelity  # as if nearest were better
 
     monkeypatch.setattr(strategy, "measure_fidelity", judge)
     nearest = fuse(base, visible_adapter(base), tmp_path / "other", options=FuseOptions(**asked))
@@ -677,17 +677,17 @@ def test_the_grouping_of_calibration_rows_stays_as_it_is():
     rows = []
     for i, n in enumerate((9, 3, 20, 12, 3, 9)):
         rows.append((np.arange(100 * i, 100 * i + n, dtype=np.int32), np.arange(n) % 4 == 2))
-    found = make_batches(rows, 27)
-    assert [batch.tokens.shape for batch in found] == [(3, 9), (2, 12), (1, 20)]
-    assert [batch.tokens[:, 0].tolist() for batch in found] == [[100, 400, 0], [500, 300], [200]]
-    assert found[0].tokens[1].tolist() == [400, 401, 402, 0, 0, 0, 0, 0, 0]
-    assert [batch.judged.tolist() for batch in found] == [[1, 10, 19, 23], [1, 5, 13, 17, 21], [1, 5, 9, 13, 17]]
-    assert [batch.targets.tolist() for batch in found] == [
+    batches = make_batches(rows, 27)
+    assert [batch.tokens.shape for batch in batches] == [(3, 9), (2, 12), (1, 20)]
+    assert [batch.tokens[:, 0].tolist() for batch in batches] == [[100, 400, 0], [500, 300], [200]]
+    assert batches[0].tokens[1].tolist() == [400, 401, 402, 0, 0, 0, 0, 0, 0]
+    assert [batch.judged.tolist() for batch in batches] == [[1, 10, 19, 23], [1, 5, 13, 17, 21], [1, 5, 9, 13, 17]]
+    assert [batch.targets.tolist() for batch in batches] == [
         [102, 402, 2, 6],
         [502, 506, 302, 306, 310],
         [202, 206, 210, 214, 218],
     ]
-    assert [batch.real.tolist() for batch in found] == [
+    assert [batch.real.tolist() for batch in batches] == [
         [0, 1, 9, 10, *range(18, 26)],
         [*range(8), *range(12, 23)],
         [*range(19)],

@@ -86,7 +86,7 @@ def test_a_layer_that_is_called_for_each_token_has_the_moments_of_all(tiny_model
     path = "backbone.layers.1.mixer.x_proj"
     batches = make_batches(some_rows(lengths=(9, 12, 12)))
     collector = Collector(BlockwiseModel(base), BlockwiseModel(base), {path}, batches, tmp_path)
-    (moments,) = [found[path] for _, found in collector.run()]
+    (moments,) = [collected[path] for _, collected in collector.run()]
     model, inputs = load_model(resolve_base(base)), []
     layer = model.module.backbone.layers[1].mixer
 

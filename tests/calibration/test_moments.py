@@ -49,7 +49,7 @@ def calls():
 
 
 @pytest.fixture
-def found():
+def layer_and_pairs():
     seen, pairs = calls()
     layer = ExpertMoments(EXPERTS)
     for call in seen:
@@ -63,9 +63,9 @@ def sums(pairs):
     return plain, sum((w * np.outer(x, x) for _, x, w in pairs), zero)
 
 
-def test_moments_of_experts_are_theirs_shrunk_towards_what_all_saw(found, monkeypatch):
+def test_moments_of_experts_are_theirs_shrunk_towards_what_all_saw(layer_and_pairs, monkeypatch):
     monkeypatch.setattr(moments, "MOST_ROWS", 7)
-    layer, pairs = found
+    layer, pairs = layer_and_pairs
     np.testing.assert_array_equal(layer.tokens, [sum(e == i for e, _, _ in pairs) for i in range(EXPERTS)])
     assert layer.tokens[3] == 0 and layer.tokens.sum() == len(pairs) == 2 * (TOKENS - 4) * CHOSEN
     parts = [layer.of(0, 2), layer.of(2, 4)]
@@ -79,8 +79,8 @@ def test_moments_of_experts_are_theirs_shrunk_towards_what_all_saw(found, monkey
     np.testing.assert_array_equal(parts[1].tokens, layer.tokens[2:])
 
 
-def test_gate_and_up_keep_one_copy_of_what_they_see(found):
-    layer, _ = found
+def test_gate_and_up_keep_one_copy_of_what_they_see(layer_and_pairs):
+    layer, _ = layer_and_pairs
     other, x = ExpertMoments(EXPERTS), mx.zeros((TOKENS, 1, WIDTH))
     indices, g = mx.zeros((TOKENS,), mx.uint32), mx.ones((TOKENS, 1, OUT))
     mx.eval(x, indices, g)
@@ -111,7 +111,7 @@ def test_an_adapted_head_is_calibrated_in_every_batch(tiny_model, tmp_path, tied
 def test_logits_are_held_for_few_tokens_at_a_time(tiny_model, tmp_path, monkeypatch):
     folder = tiny_model("llama", bits=4)
     base, updates = resolve_base(folder), Updates(((visible_adapter(folder), 1.0),))
-    batches, found, widths = make_batches(some_rows(), 48), [], []
+    batches, judged, widths = make_batches(some_rows(), 48), [], []
     finish = Blocks.finish
 
     def watched(self, hidden, positions):
@@ -127,8 +127,8 @@ def test_logits_are_held_for_few_tokens_at_a_time(tiny_model, tmp_path, monkeypa
         for _, block in Collector(*pair, updates.paths(), batches, tmp_path).run():
             layers |= block
         models = BlockwiseModel(base, updates), BlockwiseModel(base), BlockwiseModel(base)
-        found.append((layers, measure_fidelity(*models, batches)))
-    (layers, fidelity), (others, other) = found
+        judged.append((layers, measure_fidelity(*models, batches)))
+    (layers, fidelity), (others, other) = judged
     for path, layer in layers.items():
         np.testing.assert_allclose(np.array(others[path].plain), np.array(layer.plain), rtol=1e-4, atol=1e-4)
         traces = [np.trace(np.array(m[path].fisher)) for m in (layers, others)]

@@ -84,8 +84,8 @@ def test_how_the_tower_is_packed_stays_known(asked, bits, tmp_path):
     fuse(base, visible_adapter(base), tmp_path / "out", quantization=asked, options=NEAREST)
     settings = files.read_json(tmp_path / "out" / "config.json")["quantization"]
     assert settings["bits"] == bits
-    found = settings.get(path, settings)
-    assert (found["bits"], found["group_size"], found["mode"]) == (4, 32, "affine")
+    packing = settings.get(path, settings)
+    assert (packing["bits"], packing["group_size"], packing["mode"]) == (4, 32, "affine")
     load_as_mlx_lm_does(tmp_path / "out")
     assert {f"{path}.scales", f"{path}.biases"} <= all_tensors(tmp_path / "out").keys()
 

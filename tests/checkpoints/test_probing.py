@@ -48,10 +48,10 @@ def converted(tmp_path_factory: pytest.TempPathFactory):
 def test_a_converted_base_tells_what_the_checkpoint_tells(arch: str, converted):
     """Names aside that two forms of a checkpoint share, both give the same pieces."""
     bases = [resolve_base(FIXTURES / arch / "base"), resolve_base(converted(arch))]
-    stored, found = (layout_of(base, load_module(base)[0]) for base in bases)
-    assert set(stored.pieces) == set(found.pieces) and not stored.problems and not found.problems
+    stored, told = (layout_of(base, load_module(base)[0]) for base in bases)
+    assert set(stored.pieces) == set(told.pieces) and not stored.problems and not told.problems
     for target, pieces in stored.pieces.items():
-        for one, other in zip(pieces, found.pieces[target], strict=True):
+        for one, other in zip(pieces, told.pieces[target], strict=True):
             assert np.array_equal(one.scale, other.scale) and one.offset == other.offset
             assert (one.index, one.axes, one.select) == (other.index, other.axes, other.select)
             assert one.source.split(".")[-3:] == other.source.split(".")[-3:] or "layers" not in one.source
@@ -123,18 +123,18 @@ def one(sanitize, target: str = "t", shapes=SHAPES) -> list[Piece] | str:
     ],
 )
 def test_a_piece_does_what_loading_does_and_undoes_it(make):
-    found = one(lambda w: {"t": make(w)})
+    pieces = one(lambda w: {"t": make(w)})
     weights = {name: mx.random.normal(shape) for name, shape in SHAPES.items()}
-    source = weights[found[0].source]
-    assert len(found) == 1 and mx.allclose(found[0].apply(source), make(weights), rtol=1e-6)
-    back = found[0].back(make(weights), mx.zeros(source.shape))
+    source = weights[pieces[0].source]
+    assert len(pieces) == 1 and mx.allclose(pieces[0].apply(source), make(weights), rtol=1e-6)
+    back = pieces[0].back(make(weights), mx.zeros(source.shape))
     assert mx.allclose(mx.where(back == 0, source, back), source, atol=1e-5)
     assert (back != 0).sum().item() == make(weights).size
 
 
 def test_stacks_are_pieces_by_expert():
-    found = one(lambda w: {"t": mx.stack([w["b"] * 2, w["a"]])})
-    assert [(piece.source, piece.index, piece.scale) for piece in found] == [("b", 0, 2.0), ("a", 1, 1.0)]
+    pieces = one(lambda w: {"t": mx.stack([w["b"] * 2, w["a"]])})
+    assert [(piece.source, piece.index, piece.scale) for piece in pieces] == [("b", 0, 2.0), ("a", 1, 1.0)]
 
 
 @pytest.mark.parametrize(
@@ -151,8 +151,8 @@ def test_stacks_are_pieces_by_expert():
 def test_what_is_no_piece_is_named(make, reason: str):
     import re
 
-    found = one(lambda w: {"t": make(w)})
-    assert isinstance(found, str) and re.search(reason, found)
+    pieces = one(lambda w: {"t": make(w)})
+    assert isinstance(pieces, str) and re.search(reason, pieces)
 
 
 @pytest.mark.parametrize("scale", [1.0, -0.5, np.arange(1, 7, dtype=np.float32)[:, None]])

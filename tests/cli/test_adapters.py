@@ -152,9 +152,9 @@ def test_show_tells_settings_layers_losses_and_files(run, base, tmp_path):
 def test_compare_shows_what_differs_and_the_angle(run, base):
     registry.register(make_adapter(base, LLAMA, name="x"), "x")
     registry.register(make_adapter(base, LLAMA[:2], factor=4.0, name="y"), "y")
-    found = as_json(run("compare", "x", "y", "--json"))
-    assert ["scale", 2.0, 4.0] in found["settings"] and ["layers", 3, 2] in found["settings"]
-    same, _, alone = (next(layer for layer in found["layers"] if layer["key"] == key) for key in LLAMA)
+    told = as_json(run("compare", "x", "y", "--json"))
+    assert ["scale", 2.0, 4.0] in told["settings"] and ["layers", 3, 2] in told["settings"]
+    same, _, alone = (next(layer for layer in told["layers"] if layer["key"] == key) for key in LLAMA)
     assert same["cosine"] == pytest.approx(1) and same["norm_b"] == pytest.approx(2 * same["norm_a"])
     assert alone["norm_b"] is None and alone["cosine"] is None
     assert "COSINE" in run("compare", "x", "y")[0]
@@ -170,8 +170,8 @@ def test_compare_of_many_layers_fits_a_screen(run, base, monkeypatch):
         for i in range(30)
         for name in ("self_attn.q_proj", "mlp.up_proj")
     ]
-    found = Comparison("x", "y", (), tuple(comparison), 30.0, 2.0, 0.9)
-    monkeypatch.setattr("mlx_adapters.adapters.inspecting.compare", lambda *_, **__: found)
+    compared = Comparison("x", "y", (), tuple(comparison), 30.0, 2.0, 0.9)
+    monkeypatch.setattr("mlx_adapters.adapters.inspecting.compare", lambda *_, **__: compared)
     shown, _ = run("compare", "x", "y")
     assert shown.count("\n") < 20
     assert re.search(r"^30 × model\.layers\.\*\.mlp\.up_proj +1 to 30 +2 +0\.71 to 1$", shown, re.M)
@@ -369,12 +369,12 @@ def test_losses_on_data(run, base, tmp_path):
     losses = as_json(run("compare", "x", "y", "--data", tmp_path, "--json"))["losses"]
     assert losses == pytest.approx([points[0]["loss"], points[-1]["loss"]], rel=1e-5)
     model = load_model(resolve_base(base), lookup.load_adapter("w"))
-    found = []
+    by_hand = []
     for row in judged_rows(read_data(tmp_path).rows("test"), model, 2048):
         logits = np.array(model.logits(row.tokens[:-1].tolist()), dtype=np.float64)
         log = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        found += [-log[i - 1, row.tokens[i]] for i in np.flatnonzero(row.trained)]
-    assert best["loss"] == pytest.approx(np.mean(found), rel=1e-4)
+        by_hand += [-log[i - 1, row.tokens[i]] for i in np.flatnonzero(row.trained)]
+    assert best["loss"] == pytest.approx(np.mean(by_hand), rel=1e-4)
 
 
 def test_a_question_that_nobody_can_answer_names_yes(run, base, monkeypatch):

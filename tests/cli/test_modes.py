@@ -12,12 +12,12 @@ from mlx_adapters.cli._options import Reads
 
 def commands():
     """(name, command) of the whole tree."""
-    found = []
+    tree = []
     for name in COMMANDS:
         command = cli.get_command(click.Context(cli), name)
         inner = command.commands.items() if isinstance(command, click.Group) else []
-        found += [(f"{name} {sub}", each) for sub, each in inner] or [(name, command)]
-    return dict(found)
+        tree += [(f"{name} {sub}", each) for sub, each in inner] or [(name, command)]
+    return dict(tree)
 
 
 TREE = commands()
@@ -100,20 +100,20 @@ def test_a_mode_refuses_what_it_does_not_read(name, mode, tmp_path):
 
 
 def typed_name(name: str, parameter: str) -> str:
-    (found,) = (p for p in TREE[name].params if p.name == parameter)
-    return max(found.opts, key=len)
+    (option,) = (p for p in TREE[name].params if p.name == parameter)
+    return max(option.opts, key=len)
 
 
 def test_an_option_that_another_brings_says_so_and_is_refused_alone():
     """`With --x: ...` in a help text is a promise of the table as well."""
     for name, command in TREE.items():
         for option in command.params:
-            found = re.match(r"With (--[a-z-]+)(?: and --[a-z-]+)?:", getattr(option, "help", None) or "")
-            if found and name.partition(" ")[0] not in ("train", "estimate", "data"):  # settings: checked as such
+            brought = re.match(r"With (--[a-z-]+)(?: and --[a-z-]+)?:", getattr(option, "help", None) or "")
+            if brought and name.partition(" ")[0] not in ("train", "estimate", "data"):  # settings: checked as such
                 reads = command.callback.reads
                 others = {typed_name(name, other) for other in reads.needs.get(option.name, ())}
                 alone = option.name in reads.modes or any(option.name in read for read in reads.modes.values())
-                assert found[1] in others or alone, (name, option.name)
+                assert brought[1] in others or alone, (name, option.name)
 
 
 @pytest.mark.parametrize(

@@ -32,30 +32,49 @@ def left_out(family: str, raw: RawRow, template=None) -> list[tuple]:
 
 
 @pytest.mark.parametrize(
-    ("family", "raw", "found"),
+    ("family", "raw", "missing"),
     [
         ("qwen3", chat("sum?", THOUGHT), []),
         ("qwen3", chat({"role": "Assistant", "content": "a"}, "b", "c", "d"), [(1, "Assistant", "content", "a")]),
         ("qwen3", chat("sum?", THOUGHT, "and?", "It is 5."), [(2, "assistant", "content", THOUGHT[:23])]),
         ("r1", chat("sum?", THOUGHT), [(2, "assistant", "content", THOUGHT[:23])]),
-        ("qwen2", chat("a", {"role": "Assistant", "content": "b"}, {"role": "assistant", "content": "c"}),
-         [(2, "Assistant", "content", "b")]),
+        (
+            "qwen2",
+            chat("a", {"role": "Assistant", "content": "b"}, {"role": "assistant", "content": "c"}),
+            [(2, "Assistant", "content", "b")],
+        ),
         ("chatml", chat("a", {"role": "Assistant", "content": "b"}, {"role": "assistant", "content": "c"}), []),
-        ("qwen3", chat("a", {"role": "assistant", "content": "b", "reasoning_content": "why"}, "c", "d"),
-         [(2, "assistant", "reasoning_content", "why")]),
-        ("llama3", chat("a", {"role": "assistant", "content": "Let me see.", "tool_calls": [CALL]}),
-         [(2, "assistant", "content", "Let me see.")]),
+        (
+            "qwen3",
+            chat("a", {"role": "assistant", "content": "b", "reasoning_content": "why"}, "c", "d"),
+            [(2, "assistant", "reasoning_content", "why")],
+        ),
+        (
+            "llama3",
+            chat("a", {"role": "assistant", "content": "Let me see.", "tool_calls": [CALL]}),
+            [(2, "assistant", "content", "Let me see.")],
+        ),
         ("qwen2", chat("a", {"role": "assistant", "content": "Let me see.", "tool_calls": [CALL]}), []),
-        ("mistral", chat("a", {"role": "assistant", "content": None, "tool_calls": [CALL]},
-                         {"role": "tool", "content": 'a "b"\n', "tool_call_id": "1", "name": "f"},
-                         {"role": "assistant", "content": "  It is.  "}), []),
-        ("gemma2", chat("a", {"role": "assistant", "content": "b", "tool_calls": [CALL]}),
-         [(2, "assistant", "tool_calls", "get_weather"), (2, "assistant", "tool_calls", "Paris")]),
+        (
+            "mistral",
+            chat(
+                "a",
+                {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                {"role": "tool", "content": 'a "b"\n', "tool_call_id": "1", "name": "f"},
+                {"role": "assistant", "content": "  It is.  "},
+            ),
+            [],
+        ),
+        (
+            "gemma2",
+            chat("a", {"role": "assistant", "content": "b", "tool_calls": [CALL]}),
+            [(2, "assistant", "tool_calls", "get_weather"), (2, "assistant", "tool_calls", "Paris")],
+        ),
         ("harmony", chat("a", {"role": "assistant", "content": "b", "reasoning_content": "why"}), []),
     ],
-)  # fmt: skip
-def test_text_that_never_reaches_the_model_is_named(family, raw, found):
-    assert left_out(family, raw) == found
+)
+def test_text_that_never_reaches_the_model_is_named(family, raw, missing):
+    assert left_out(family, raw) == missing
 
 
 def test_a_turn_tells_its_trained_tokens_and_whether_it_stops():

@@ -104,14 +104,14 @@ def test_without_offsets_the_tokens_are_found_in_the_text(family, kind):
     for _ in range(20):
         messages, tools = conversation(rng, FAMILIES[family])
         text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
-        told, found = encode(text, tokenizer, "row"), encode(text, Slow(tokenizer._tokenizer), "row")
-        assert found.ids == told.ids
+        told, searched = encode(text, tokenizer, "row"), encode(text, Slow(tokenizer._tokenizer), "row")
+        assert searched.ids == told.ids
         for border in range(0, len(text), 7):
-            assert abs(found.from_char(border) - told.from_char(border)) <= (kind == "metaspace")
+            assert abs(searched.from_char(border) - told.from_char(border)) <= (kind == "metaspace")
         specials = {token for token in told.ids if token in tokenizer.all_special_ids}
         for i, token in enumerate(told.ids):
             if token in specials:
-                assert (found.starts[i], found.ends[i]) == (told.starts[i], told.ends[i])
+                assert (searched.starts[i], searched.ends[i]) == (told.starts[i], told.ends[i])
 
 
 def test_a_slow_tokenizer_of_bytes_trains_the_same_characters():

@@ -29,8 +29,8 @@ def call(**arguments) -> dict:
 def shown(family: str, messages, template=None, tools=None, kind="bytes", **arguments) -> str:
     """The conversation with what is trained in [[ ]], from the first thing that is asked on."""
     tokenizer = chat_tokenizer(family, template, kind)
-    found = tokenized(messages, tokenizer, "row", tools=tools, template_arguments=arguments)
-    text = drawn(tokenizer, found.tokens, found.trained)
+    row = tokenized(messages, tokenizer, "row", tools=tools, template_arguments=arguments)
+    text = drawn(tokenizer, row.tokens, row.trained)
     return text[text.index(messages[0]["content"] or "[[") :]
 
 
@@ -40,9 +40,9 @@ def test_random_conversations_are_trained_as_the_marks_say(family):
     for _ in range(ROWS):
         messages, tools = conversation(rng, FAMILIES[family])
         ids, trained = by_marks(tokenizer, family, messages, tools)
-        found = tokenized(messages, tokenizer, "row", tools=tools)
-        assert found.tokens.tolist() == ids
-        assert drawn(tokenizer, ids, found.trained) == drawn(tokenizer, ids, trained)
+        row = tokenized(messages, tokenizer, "row", tools=tools)
+        assert row.tokens.tolist() == ids
+        assert drawn(tokenizer, ids, row.trained) == drawn(tokenizer, ids, trained)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -52,11 +52,11 @@ def test_marks_in_the_template_decide(family):
     for _ in range(3):
         messages, tools = conversation(rng, FAMILIES[family])
         ids, trained = by_marks(tokenizer, family, messages, tools)
-        found = tokenized(messages, with_marks, "row", tools=tools)
-        assert found.tokens.tolist() == ids
-        assert (found.trained <= trained).all()
+        row = tokenized(messages, with_marks, "row", tools=tools)
+        assert row.tokens.tolist() == ids
+        assert (row.trained <= trained).all()
         if family not in ("glm", "alpaca"):  # whose marks also stand in the next message, or hold nothing
-            assert (found.trained == trained).all() and any(turn.spans for turn in found.turns)
+            assert (row.trained == trained).all() and any(turn.spans for turn in row.turns)
 
 
 def test_marks_may_leave_out_the_end():
@@ -172,16 +172,16 @@ def test_an_end_that_stands_between_messages_ends_the_last_too():
 
 @pytest.mark.parametrize("family", ["chatml", "llama3", "harmony", "glm", "alpaca"])
 def test_a_turn_knows_whether_it_stops(family):
-    found = tokenized([user("a"), answer("b"), user("c"), answer("d")], chat_tokenizer(family), "row")
+    row = tokenized([user("a"), answer("b"), user("c"), answer("d")], chat_tokenizer(family), "row")
     ends = {"harmony": [False, True], "alpaca": [False, False]}
-    assert [turn.stops for turn in found.turns] == ends.get(family, [True, True])
+    assert [turn.stops for turn in row.turns] == ends.get(family, [True, True])
 
 
 def test_only_the_turns_asked_for_are_marked():
     messages = [user("a"), answer("b"), user("c"), answer("d")]
     tokenizer = chat_tokenizer("chatml")
-    found = tokenized(messages, tokenizer, "row", turns=[3])
-    assert tokenizer.decode(found.tokens[found.trained]) == "d<|im_end|>" and [t.message for t in found.turns] == [3]
+    row = tokenized(messages, tokenizer, "row", turns=[3])
+    assert tokenizer.decode(row.tokens[row.trained]) == "d<|im_end|>" and [t.message for t in row.turns] == [3]
     assert not tokenized(messages, tokenizer, "row", turns=[]).trained.any()
 
 
@@ -191,9 +191,9 @@ def test_where_mlx_lm_masks_right_the_last_turn_begins_where_its_mask_does(famil
     tokenizer = chat_tokenizer(family)
     messages = [user("One?"), answer("It is one."), user("Two?"), answer("It is two.")]
     tokens, offset = ChatDataset([], tokenizer, mask_prompt=True).process({"messages": messages})
-    found = tokenized(messages, tokenizer, "row", turns=[3])
-    assert found.tokens.tolist() == tokens
-    ((start, stop),) = found.turns[0].spans
+    row = tokenized(messages, tokenizer, "row", turns=[3])
+    assert row.tokens.tolist() == tokens
+    ((start, stop),) = row.turns[0].spans
     assert start == offset and tokenizer.decode(tokens[stop:]).strip() == ""
 
 
@@ -204,11 +204,11 @@ def test_many_turns_take_few_renderings_and_are_found_alike(family, monkeypatch)
     called = [answer(None, tool_calls=[call(n=1)]), {"role": "tool", "content": "7", "tool_call_id": "1"}]
     several = [user("a"), *called, answer("b"), user("c <think>\n"), answer("<think>\nd"), user("e"), answer("")]
     monkeypatch.setattr(tracing, "render", lambda *args: rendered.append(1) or render(*args))
-    found = tokenized(several * 6, tokenizer, "row")
+    row = tokenized(several * 6, tokenizer, "row")
     few = len(rendered)
     monkeypatch.setattr(turns, "ENOUGH", 99)
-    assert np.array_equal(found.trained, tokenized(several * 6, tokenizer, "row").trained)
-    assert few < 20 and len(rendered) - few > len(found.turns) == 24
+    assert np.array_equal(row.trained, tokenized(several * 6, tokenizer, "row").trained)
+    assert few < 20 and len(rendered) - few > len(row.turns) == 24
 
 
 def test_messages_that_no_loop_takes_up_are_found_by_their_characters():
@@ -241,9 +241,9 @@ def test_tokenizers_of_every_kind_bring_characters_to_tokens(family, kind):
     for _ in range(ROWS):
         messages, tools = conversation(rng, FAMILIES[family])
         ids, trained = by_marks(tokenizer, family, messages, tools)
-        found = tokenized(messages, tokenizer, "row", tools=tools)
-        assert found.tokens.tolist() == ids
-        assert np.array_equal(found.trained, trained), (
-            drawn(tokenizer, ids, found.trained),
+        row = tokenized(messages, tokenizer, "row", tools=tools)
+        assert row.tokens.tolist() == ids
+        assert np.array_equal(row.trained, trained), (
+            drawn(tokenizer, ids, row.trained),
             drawn(tokenizer, ids, trained),
         )

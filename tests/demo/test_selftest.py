@@ -39,14 +39,14 @@ def test_one_document_and_status_1_when_a_check_fails_or_raises(monkeypatch):
     monkeypatch.setattr(Numbers, "fused_bits", lambda self: 1 / 0)
     monkeypatch.setattr(surroundings, "home_locks", lambda: (Path.home() / "none").read_text())
     shown = CliRunner().invoke(cli, ["env", "--check", "--json"])
-    found = json.loads(shown.stdout)
-    failed = {check["name"]: check["seen"] for check in found["checks"] if not check["passed"]}
-    assert shown.exit_code == 1 and found["passed"] is False and len(found["checks"]) == 9
+    report = json.loads(shown.stdout)
+    failed = {check["name"]: check["seen"] for check in report["checks"] if not check["passed"]}
+    assert shown.exit_code == 1 and report["passed"] is False and len(report["checks"]) == 9
     assert failed["generate"] == "off" and failed["fuse to 4 bits"].startswith("ZeroDivisionError: division by zero (")
     assert failed["locks"].startswith("FileNotFoundError: ") and str(Path.home()) not in shown.stdout
-    assert "home" not in found["environment"]
+    assert "home" not in report["environment"]
     assert set(failed) == {"generate", "fuse to 4 bits", "locks"}
-    assert found["environment"]["versions"]["mlx"] and "load_average" in found["conditions"]
+    assert report["environment"]["versions"]["mlx"] and "load_average" in report["conditions"]
 
 
 @pytest.fixture

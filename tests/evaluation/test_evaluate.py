@@ -56,16 +56,16 @@ def test_figures_equal_those_of_whole_logits(tiny_model, data):
     adapter = registered_adapter(folder)
     base, adapted = load_model(resolve_base(folder)), load_model(resolve_base(folder), adapter)
     rows = judged_rows(read_data(data).rows("test"), base, 2048)
-    found = judge(base, Batches(rows, adapted))
-    assert len(found.tokens) == len(ROWS)
+    figures = judge(base, Batches(rows, adapted))
+    assert len(figures.tokens) == len(ROWS)
     for i, row in enumerate(rows):
         q, p = (log_softmax(np.array(m.logits(row.tokens.tolist()), np.float64))[:-1] for m in (base, adapted))
         judged, targets = row.trained[1:], row.tokens[1:]
-        assert found.tokens[i] == judged.sum() > 0
+        assert figures.tokens[i] == judged.sum() > 0
         loss = -q[np.arange(len(targets)), targets][judged].sum()
-        assert found.loss[i] == pytest.approx(loss, rel=1e-4)
-        assert found.kl[i] == pytest.approx((np.exp(p) * (p - q)).sum(-1)[judged].sum(), rel=1e-3, abs=1e-6)
-        assert found.same_top[i] == (p.argmax(-1) == q.argmax(-1))[judged].sum()
+        assert figures.loss[i] == pytest.approx(loss, rel=1e-4)
+        assert figures.kl[i] == pytest.approx((np.exp(p) * (p - q)).sum(-1)[judged].sum(), rel=1e-3, abs=1e-6)
+        assert figures.same_top[i] == (p.argmax(-1) == q.argmax(-1))[judged].sum()
 
 
 def test_reference_is_recomputed_when_memory_is_short(tiny_model, data, monkeypatch):

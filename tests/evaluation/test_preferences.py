@@ -39,14 +39,14 @@ def variants(tiny_model):
 
 def likelihoods(models, rows, objective):
     """(log-probability, tokens) of each answer by variant; of pairs of all chosen, then all rejected ones."""
-    found = {}
+    values = {}
     for name, model in models.items():
         config = TrainConfig(objective=objective, mask_prompt=True)
         made = [row for raw in rows for row in tokenize_preference(raw, model.tokenizer, config)]
         sequences = [row.sequences[i] for i in range(len(made[0].sequences)) for row in made]
         figures = judge(model, Batches(sequences))
-        found[name] = (-figures.loss, figures.tokens)
-    return found
+        values[name] = (-figures.loss, figures.tokens)
+    return values
 
 
 def evaluated(folder, names, data, **settings):

@@ -55,8 +55,8 @@ def test_every_layer_is_what_mlx_would_quantize(tiny_model, tmp_path, architectu
         q = made[path]
         assert (q.bits, q.group_size) == ((8, 64) if path.endswith("mlp.gate") else (bits, 32))
         parts = mx.quantize(weight, group_size=q.group_size, bits=q.bits)
-        for found, wanted in zip((made[path].weight, made[path].scales, made[path].biases), parts, strict=True):
-            np.testing.assert_array_equal(np.array(found), np.array(wanted), err_msg=path)
+        for array, wanted in zip((made[path].weight, made[path].scales, made[path].biases), parts, strict=True):
+            np.testing.assert_array_equal(np.array(array), np.array(wanted), err_msg=path)
     assert result.bits_per_weight < bits + 2 + 24 / 8
 
 

@@ -38,8 +38,8 @@ def test_a_search_starts_from_a_recipe(tiny_model, tmp_path):
     start = FuseOptions(recipe="mixed_3_6", calibration_rows=8, check=False)
     plain = fuse(folder, adapter, tmp_path / "plain", options=start)
     more = FuseOptions(recipe="mixed_3_6", calibration_rows=8, check=False, budget_bits=plain.bits_per_weight + 0.5)
-    found = fuse(folder, adapter, tmp_path / "more", options=more)
-    assert plain.bits_per_weight < found.bits_per_weight <= plain.bits_per_weight + 0.5
+    richer = fuse(folder, adapter, tmp_path / "more", options=more)
+    assert plain.bits_per_weight < richer.bits_per_weight <= plain.bits_per_weight + 0.5
     recipe = json.loads((tmp_path / "more" / "fuse_recipe.json").read_text())
     assert recipe["options"]["recipe"] == "mixed_3_6"
 

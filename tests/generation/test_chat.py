@@ -87,9 +87,9 @@ def test_ab(model, tiny_model, tmp_path):
     base = str(tiny_model("llama"))
     result = CliRunner().invoke(cli, ["ab", str(file), "one", "base", "--base", base, "--json", *OPTIONS])
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    assert [pair["prompt"] for pair in found["pairs"]] == ["List all.", "How many?"]
-    for pair in found["pairs"]:
+    answered = json.loads(result.stdout)
+    assert [pair["prompt"] for pair in answered["pairs"]] == ["List all.", "How many?"]
+    for pair in answered["pairs"]:
         turn = [{"role": "user", "content": pair["prompt"]}]
         assert pair["a"] == answer(model, "one", turn, max_tokens=6)
         assert pair["b"] == answer(model, None, turn, max_tokens=6)

@@ -57,11 +57,11 @@ def test_the_filters_leave_what_mlx_lm_leaves(seed, top_p, min_p, top_k):
     logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     wanted = apply_min_p(apply_top_p(logprobs, top_p) if top_p < 1 else logprobs, min_p)
     wanted = apply_top_k(wanted, top_k) if 0 < top_k < 32 else wanted
-    found = filtered(logprobs, Sampling(top_p=top_p, min_p=min_p, top_k=top_k))
+    kept = filtered(logprobs, Sampling(top_p=top_p, min_p=min_p, top_k=top_k))
     mass = mx.sort(mx.exp(logprobs), axis=-1)[:, ::-1].cumsum(axis=-1)
     if mx.min(mx.abs(mass - top_p)).item() > 1e-5:  # else which is the last one is a matter of the last bit
-        assert mx.array_equal(found > -mx.inf, wanted > -mx.inf)
-        assert mx.array_equal(mx.where(found > -mx.inf, found, 0), mx.where(found > -mx.inf, logprobs, 0))
+        assert mx.array_equal(kept > -mx.inf, wanted > -mx.inf)
+        assert mx.array_equal(mx.where(kept > -mx.inf, kept, 0), mx.where(kept > -mx.inf, logprobs, 0))
 
 
 def test_a_stop_text_ends_the_answer_before_it(model):

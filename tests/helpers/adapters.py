@@ -24,8 +24,8 @@ def make_adapter(
     base, keys=LLAMA[:2], *, rank=4, factor=2.0, seed=0, type="lora", dtype=mx.float32, name="a"
 ) -> Adapter:
     """A random adapter that fits the model folder `base`."""
-    found = resolve_base(base)
-    layers = adaptable_layers(load_module(found)[0])
+    its_base = resolve_base(base)
+    layers = adaptable_layers(load_module(its_base)[0])
     config = AdapterConfig(rank, factor, tuple(keys), type)
     rng = np.random.default_rng([seed, rank])
     weights = {
@@ -33,19 +33,19 @@ def make_adapter(
         for key in keys
         for leaf, shape in expected_shapes(layers[key], config).items()
     }
-    return Adapter(config, weights, {"name": name, "base": found.record()})
+    return Adapter(config, weights, {"name": name, "base": its_base.record()})
 
 
 def random_adapter(model, kind="lora", rank=4, targets="all", scale=2.0, seed=0, num_layers="all", name=None):
     """An adapter with seeded random weights on the target modules (experts left out for DoRA)."""
-    found = layers.adaptable_layers(model.module)
+    adaptable = layers.adaptable_layers(model.module)
     lora = LoraConfig(rank=rank, scale=scale, type=kind, target_modules=targets, num_layers=num_layers)
     keys = layers.resolve_target_modules(model.module, lora)
     if kind == "dora":
-        keys = tuple(key for key in keys if not isinstance(found[key], layers.SWITCH))
+        keys = tuple(key for key in keys if not isinstance(adaptable[key], layers.SWITCH))
     config, random, weights = AdapterConfig(rank, scale, keys, kind), np.random.default_rng(seed), {}
     for key in keys:
-        for leaf, shape in layers.expected_shapes(found[key], config).items():
+        for leaf, shape in layers.expected_shapes(adaptable[key], config).items():
             values = random.normal(size=shape, scale=0.1 if len(shape) > 1 else 0.3)
             weights[f"{key}.{leaf}"] = mx.array((values + (1.5 if leaf == "m" else 0)).astype(np.float32))
     return Adapter(config, weights, {"name": name or f"random{seed}", "base": model.base.record()})

@@ -166,11 +166,11 @@ Mutation = tuple[str, Callable[[Path], None]]
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Every place in a JSON value (of long lists and objects, the first entries)."""
-    found = [at]
+    inside = [at]
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in list(items)[:40]:
-        found += places(item, (*at, key))
-    return found
+        inside += places(item, (*at, key))
+    return inside
 
 
 def put(value: Any, at: tuple[Any, ...], new: Any) -> Any:

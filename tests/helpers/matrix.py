@@ -45,20 +45,20 @@ SAME = 0.02  # of an adapter's numbers, in the mean, by which two ways to comput
 EXACT_KL, EIGHT_KL, FOUR_KL = 2e-4, 0.05, 2.0  # nats per token that a fuse may lose
 
 
-def close(found: mx.array, expected: mx.array, tolerance: float = 1e-3) -> None:
+def close(actual: mx.array, expected: mx.array, tolerance: float = 1e-3) -> None:
     """Raise AssertionError unless both are finite and near each other, relative to the largest number."""
-    found, expected = (np.array(x.astype(mx.float32)) for x in (found, expected))
+    actual, expected = (np.array(x.astype(mx.float32)) for x in (actual, expected))
     low = np.isneginf(expected)  # tokens that a model never says
-    assert (np.isneginf(found) == low).all()
-    found, expected = found[~low], expected[~low]
-    assert np.isfinite(found).all() and np.isfinite(expected).all(), "not finite"
-    off = np.abs(found - expected).max() / max(1.0, np.abs(expected).max())
+    assert (np.isneginf(actual) == low).all()
+    actual, expected = actual[~low], expected[~low]
+    assert np.isfinite(actual).all() and np.isfinite(expected).all(), "not finite"
+    off = np.abs(actual - expected).max() / max(1.0, np.abs(expected).max())
     assert off < tolerance, f"off by {off:.2g}"
 
 
-def divergence(expected: mx.array, found: mx.array) -> float:
+def divergence(expected: mx.array, actual: mx.array) -> float:
     """KL in nats per token, of logits."""
-    p, q = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (expected, found))
+    p, q = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (expected, actual))
     return mx.where(mx.isinf(p), 0.0, mx.exp(p) * (p - q)).sum(axis=-1).mean().item()
 
 
@@ -148,9 +148,9 @@ def fuse(quantization: str | int, most: float) -> Callable[[Trial], None]:
     def column(trial: Trial) -> None:
         out = trial.work / f"fused-{quantization}"
         ma.fuse(trial.base, trial.adapter, out, quantization=quantization, options=FEW)
-        found = trial.plain(out)
-        close(trial.module(folder=out)(IDS), found)
-        lost = divergence(trial.expected, found)
+        actual = trial.plain(out)
+        close(trial.module(folder=out)(IDS), actual)
+        lost = divergence(trial.expected, actual)
         assert lost <= most, f"KL {lost:.2g}"
         assert pictures(out) == pictures(trial.base), "the vision tower is not carried over"
 
@@ -211,9 +211,9 @@ def same_training(name: str, **settings: Any) -> Callable[[Trial], None]:
     a gradient that is nothing but noise as of any other."""
 
     def column(trial: Trial) -> None:
-        found = trial.trained(name, replace(PLAIN, **settings)).weights
+        actual = trial.trained(name, replace(PLAIN, **settings)).weights
         for tensor, expected in trial.adapter.weights.items():
-            off = mx.abs(found[tensor] - expected).mean() / mx.maximum(mx.abs(expected).mean(), 1e-6)
+            off = mx.abs(actual[tensor] - expected).mean() / mx.maximum(mx.abs(expected).mean(), 1e-6)
             assert off.item() < SAME, f"'{tensor}' is off by {off.item():.2g}"
 
     return column

@@ -52,7 +52,7 @@ class Torture:
         """So many of every command, or all, in rounds: none has a second one before each has had its first."""
         from helpers.torture_disk import Tried, scenarios
 
-        found = []
+        numbered = []
         for name, scenario in scenarios(self.place).items():
             if not self.wants(section, name):
                 continue
@@ -66,8 +66,8 @@ class Torture:
             fair = max(2, int(20 / tried.seconds))  # of what takes long, fewer
             chosen = rng.sample(points, min(len(points), fair, self.asked.count or len(points)))
             trials = [(name, f"{trap.fault} at {trap.at}", lambda t=tried, p=trap: t.trial(p)) for trap in chosen]
-            found += [(number, rng.random(), trial) for number, trial in enumerate(trials)]
-        yield from (trial for *_, trial in sorted(found, key=lambda entry: entry[:2]))
+            numbered += [(number, rng.random(), trial) for number, trial in enumerate(trials)]
+        yield from (trial for *_, trial in sorted(numbered, key=lambda entry: entry[:2]))
 
     def trials(self, section: str) -> Iterator[Trial]:
         if section in ("kill", "disk"):

@@ -79,13 +79,13 @@ class Scenario:
 
 
 def scenarios(place: Place) -> dict[str, Scenario]:
-    found = {}
+    made = {}
     for line in COMMANDS.strip().splitlines():
         first, *more = line.split(" ~ ")
         command, _, steps = first.partition(" | ")
         again = [place.words(text) for text in more or [command]]
-        found[command] = Scenario(place.words(command), again, tuple(steps.split()))
-    return found
+        made[command] = Scenario(place.words(command), again, tuple(steps.split()))
+    return made
 
 
 class Tried:

@@ -162,11 +162,11 @@ class Inputs:
             return label, rng.choice(sorted(hostile.commands("./mutant").items()))[1]
         files, commands = self.kinds[name]
         command = rng.choice(commands)
-        found = sorted(path for pattern in files for path in self.place.folder.glob(pattern))
+        paths = sorted(path for pattern in files for path in self.place.folder.glob(pattern))
         named = [
-            path for path in found if any(part.removeprefix("./") in (path.name, path.parent.name) for part in command)
+            path for path in paths if any(part.removeprefix("./") in (path.name, path.parent.name) for part in command)
         ]
-        label, apply = mutation(rng.choice(named or found), rng)
+        label, apply = mutation(rng.choice(named or paths), rng)
         apply()
         return label, command
 

@@ -44,8 +44,10 @@ benchmark base a MEASURED -o bench.json
 
 
 def rows(count: int, start: int = 0) -> str:
-    found = ({"prompt": f"List {i} of the titles.", "completion": f"SELECT {i};"} for i in range(start, start + count))
-    return "".join(json.dumps(row) + "\n" for row in found)
+    records = (
+        {"prompt": f"List {i} of the titles.", "completion": f"SELECT {i};"} for i in range(start, start + count)
+    )
+    return "".join(json.dumps(row) + "\n" for row in records)
 
 
 def tiny_base(folder: Path, **options: Any) -> None:
@@ -94,20 +96,20 @@ class Place:
 
     def rubbish(self) -> list[Path]:
         """Drafts that lie about; what only looks like one is the user's."""
-        found = (path for path in self.folder.rglob(f"*{DRAFT}*") if f"{DRAFT}mine" not in path.name)
-        return [path for path in found if DRAFT not in str(path.parent.relative_to(self.folder))]
+        drafts = (path for path in self.folder.rglob(f"*{DRAFT}*") if f"{DRAFT}mine" not in path.name)
+        return [path for path in drafts if DRAFT not in str(path.parent.relative_to(self.folder))]
 
     def state(self) -> dict[str, str]:
         """What is there, path by path, without times, locks and rubbish."""
-        found = {}
+        digests = {}
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
             ours = name.startswith(UNSEEN) or (DRAFT in name and f"{DRAFT}mine" not in name)
             if ours or (path.is_dir() and not path.is_symlink()):
                 continue
             with contextlib.suppress(FileNotFoundError):
-                found[name] = digest(path)
-        return found
+                digests[name] = digest(path)
+        return digests
 
 
 def digest(path: Path) -> str:

@@ -97,32 +97,32 @@ def write_rows_of_each_kind(folder: Path) -> dict[str, Path]:
     }
 
 
-def same_outcome(found: dict, expected: dict, exact: bool) -> bool:
+def same_outcome(actual: dict, expected: dict, exact: bool) -> bool:
     """Whether two runs left the same: to the bit, or the same files with adapters that are near each other."""
     if exact:
-        return found == expected
+        return actual == expected
     weights = [name for name in expected if name.endswith("adapters.safetensors")]
-    pairs = [(load(found[name]), load(expected[name])) for name in weights if name in found]
-    return found.keys() == expected.keys() and all(
+    pairs = [(load(actual[name]), load(expected[name])) for name in weights if name in actual]
+    return actual.keys() == expected.keys() and all(
         np.allclose(one[name], other[name], atol=1e-3) for one, other in pairs for name in other
     )
 
 
 def outcome(folder: Path) -> dict:
     """All that a run leaves behind, times aside: every file's content."""
-    found = {}
+    contents = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if name.startswith("recipe") or "/.mlx-adapters-tmp-" in f"/{name}" or path.is_dir():
             continue
         if path.name == METADATA_FILE:
-            found[name] = {k: v for k, v in read_json(path).items() if k not in TIMES}
+            contents[name] = {k: v for k, v in read_json(path).items() if k not in TIMES}
         elif path.name == "state.json":
             state = read_json(path)["state"]
-            found[name] = {k: v for k, v in state.items() if k != "seconds"}
+            contents[name] = {k: v for k, v in state.items() if k != "seconds"}
         else:
-            found[name] = path.read_bytes()
-    return found
+            contents[name] = path.read_bytes()
+    return contents
 
 
 def make_updates_visible(module, strength: float = 0.05) -> dict[str, mx.array]:

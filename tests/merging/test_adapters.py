@@ -46,7 +46,7 @@ def test_logits_of_a_merged_adapter_are_those_of_the_weighted_sum(tiny_model, ar
     parts = [(make_adapter(base, keys, rank=4), 0.7), (make_adapter(base, keys[:1], rank=2, factor=5.0, seed=3), -0.4)]
     model = load_model(resolve_base(base), merge([a for a, _ in parts], [w for _, w in parts]))
     tokens = [5, 9, 200, 31]
-    found = np.array(model.logits(tokens))
+    logits = np.array(model.logits(tokens))
     full = {k: sum(w * delta(a, k) for a, w in parts) for k in keys}
     model.detach()
     untouched = np.array(model.logits(tokens))
@@ -56,7 +56,7 @@ def test_logits_of_a_merged_adapter_are_those_of_the_weighted_sum(tiny_model, ar
             layer.weight = layer.weight + mx.array(change)
     expected = np.array(model.logits(tokens))
     assert np.abs(expected - untouched).max() > 0.05
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
 def test_cat_is_the_default_and_exact_over_ranks_layers_and_scales(pair):
@@ -233,11 +233,11 @@ def full_finetune(tiny_model, tmp_path, keys, rank=3, architecture="llama", **op
 @pytest.mark.parametrize("architecture, keys", [("llama", LLAMA[:2]), ("qwen3_moe", MOE)])
 def test_extract_finds_the_adapter_in_a_full_fine_tune(tiny_model, tmp_path, architecture, keys):
     base, tuned, adapter = full_finetune(tiny_model, tmp_path, keys, architecture=architecture)
-    found = extract(tuned, base, rank="auto", energy=0.9999, name="out")
-    assert found.config.rank == 3 and set(found.config.keys) == set(keys)
-    assert_sum(found, [(adapter, 1.0)], tolerance=1e-4)
-    assert found.metadata["extract"]["energy_kept"] > 0.9999 and found.metadata["extract"]["left_out"] == {}
-    assert found.metadata["base"]["fingerprint"] == resolve_base(base).fingerprint
+    extracted = extract(tuned, base, rank="auto", energy=0.9999, name="out")
+    assert extracted.config.rank == 3 and set(extracted.config.keys) == set(keys)
+    assert_sum(extracted, [(adapter, 1.0)], tolerance=1e-4)
+    assert extracted.metadata["extract"]["energy_kept"] > 0.9999 and extracted.metadata["extract"]["left_out"] == {}
+    assert extracted.metadata["base"]["fingerprint"] == resolve_base(base).fingerprint
     smaller = extract(tuned, base, rank=2)
     assert 0.3 < smaller.metadata["extract"]["energy_kept"] < 1
 
@@ -245,8 +245,8 @@ def test_extract_finds_the_adapter_in_a_full_fine_tune(tiny_model, tmp_path, arc
 def test_extract_says_what_it_leaves_out_and_takes_embeddings_when_named(tiny_model, tmp_path):
     base, tuned, adapter = full_finetune(tiny_model, tmp_path, LLAMA)
     events = []
-    found = extract(tuned, base, rank=3, on_event=events.append)
-    assert "model.embed_tokens" in found.metadata["extract"]["left_out"]
+    extracted = extract(tuned, base, rank=3, on_event=events.append)
+    assert "model.embed_tokens" in extracted.metadata["extract"]["left_out"]
     assert any("model.embed_tokens" in getattr(event, "text", "") for event in events)
     named = extract(tuned, base, rank=3, target_modules=("embed_tokens", "q_proj", "down_proj"))
     assert_sum(named, [(adapter, 1.0)], tolerance=1e-4)

@@ -107,13 +107,13 @@ def test_svd_is_the_nearest_of_its_rank_and_knows_its_energy():
     updates = [random_update(rng, 30, 6, 18) for _ in range(2)]
     exact = stack(updates, [1.0, 0.5]).matrix()
     singular = np.linalg.svd(exact, compute_uv=False).astype(np.float64)
-    found = merge_updates(METHODS["svd"], updates, [1.0, 0.5], Options(rank=3), rng)
-    error = np.linalg.norm(exact - as_matrix(found, 3))
+    merged = merge_updates(METHODS["svd"], updates, [1.0, 0.5], Options(rank=3), rng)
+    error = np.linalg.norm(exact - as_matrix(merged, 3))
     assert error == pytest.approx(np.sqrt(np.sum(singular[3:] ** 2)), rel=1e-5)
-    assert found.kept(3) == pytest.approx(np.sum(singular[:3] ** 2) / np.sum(singular**2), rel=1e-5)
+    assert merged.kept(3) == pytest.approx(np.sum(singular[:3] ** 2) / np.sum(singular**2), rel=1e-5)
     shares = np.cumsum(singular**2) / np.sum(singular**2)
     for energy in (0.5, 0.9, 0.99):
-        assert found.rank_for(energy) == 1 + int(np.argmax(shares >= energy))
+        assert merged.rank_for(energy) == 1 + int(np.argmax(shares >= energy))
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
@@ -152,10 +152,10 @@ def test_a_large_matrix_is_decomposed_as_well_as_an_exact_svd_would(shape):
     right = np.linalg.qr(rng.standard_normal((shape[1], min(shape)), dtype=np.float32))[0]
     matrix = (left * decay) @ right.T
     exact = decay.astype(np.float64) ** 2
-    found = decompose_matrix(matrix, rank=20)
-    assert found.rank == 20
-    assert found.kept(20) == pytest.approx(exact[:20].sum() / exact.sum(), abs=1e-4)
-    residual = np.linalg.norm(matrix - as_matrix(found, 20)) ** 2
+    parts = decompose_matrix(matrix, rank=20)
+    assert parts.rank == 20
+    assert parts.kept(20) == pytest.approx(exact[:20].sum() / exact.sum(), abs=1e-4)
+    residual = np.linalg.norm(matrix - as_matrix(parts, 20)) ** 2
     assert residual == pytest.approx(exact[20:].sum(), rel=1e-2)
     assert decompose_matrix(matrix, energy=0.9).rank == 1 + int(np.argmax(np.cumsum(exact) / exact.sum() >= 0.9))
 
@@ -163,8 +163,8 @@ def test_a_large_matrix_is_decomposed_as_well_as_an_exact_svd_would(shape):
 def test_a_flat_spectrum_falls_back_to_the_exact_svd():
     rng = np.random.default_rng(6)
     matrix = rng.standard_normal((800, 790), dtype=np.float32)
-    found = decompose_matrix(matrix, energy=0.99)
-    assert 500 < found.rank < 790 and found.kept(found.rank) >= 0.99 > found.kept(found.rank - 1)
+    parts = decompose_matrix(matrix, energy=0.99)
+    assert 500 < parts.rank < 790 and parts.kept(parts.rank) >= 0.99 > parts.kept(parts.rank - 1)
 
 
 def test_norm_and_inner_product_come_from_the_factors():
@@ -180,17 +180,17 @@ def test_factors_of_very_unequal_strength_are_decomposed_to_float32_precision():
     a = rng.standard_normal((40, 8), dtype=np.float32) * strength
     b = rng.standard_normal((8, 30), dtype=np.float32) * strength[::-1, None]
     exact = a.astype(np.float64) @ b.astype(np.float64)
-    found = decompose_product(a, b)
+    parts = decompose_product(a, b)
     singular = np.linalg.svd(exact, compute_uv=False)[:8]
-    np.testing.assert_allclose(found.s, singular, atol=1e-6 * singular[0])
-    np.testing.assert_allclose((found.u * found.s) @ found.vt, exact, atol=2e-6 * singular[0])
-    np.testing.assert_allclose(found.u.T @ found.u, np.eye(8), atol=1e-3)
+    np.testing.assert_allclose(parts.s, singular, atol=1e-6 * singular[0])
+    np.testing.assert_allclose((parts.u * parts.s) @ parts.vt, exact, atol=2e-6 * singular[0])
+    np.testing.assert_allclose(parts.u.T @ parts.u, np.eye(8), atol=1e-3)
 
 
 def test_zero_updates_merge_to_zero():
     zero = LowRankUpdate(np.zeros((5, 2), np.float32), np.zeros((2, 4), np.float32))
-    found = decompose_product(zero.a, zero.b)
-    assert found.kept(1) == 1.0 and found.rank_for(0.99) == 1 and not found.factors(1)[0].any()
+    parts = decompose_product(zero.a, zero.b)
+    assert parts.kept(1) == 1.0 and parts.rank_for(0.99) == 1 and not parts.factors(1)[0].any()
 
 
 matrices = st.integers(0, 2**32 - 1).map(

@@ -86,9 +86,9 @@ def test_a_16_bit_dora_adapter_is_computed_in_float32_on_a_float32_base(tiny_mod
     adapter = random_adapter(model, "dora")
     small = adapter.with_weights({name: array.astype(mx.bfloat16) for name, array in adapter.weights.items()})
     model.attach(small)
-    found = model.logits([5, 9, 2])
+    logits = model.logits([5, 9, 2])
     model.attach(small.with_weights({name: array.astype(mx.float32) for name, array in small.weights.items()}))
-    assert mx.array_equal(found, model.logits([5, 9, 2]))
+    assert mx.array_equal(logits, model.logits([5, 9, 2]))
 
 
 def test_target_modules(tiny_model):
@@ -220,11 +220,11 @@ def test_base_errors(tmp_path, tiny_model):
 
 def test_transformers_5_configs_keep_their_rope():
     new = {"model_type": "llama", "rope_parameters": {"rope_theta": 500000.0, "rope_type": "llama3", "factor": 8.0}}
-    found = normalized_config(new)
-    assert found["rope_theta"] == 500000.0 and found["rope_scaling"]["factor"] == 8.0
+    config = normalized_config(new)
+    assert config["rope_theta"] == 500000.0 and config["rope_scaling"]["factor"] == 8.0
     gemma = {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}}
-    found = normalized_config(gemma)
-    assert found["rope_theta"] == 1e6 and found["rope_local_base_freq"] == 1e4
+    config = normalized_config(gemma)
+    assert config["rope_theta"] == 1e6 and config["rope_local_base_freq"] == 1e4
     assert "rope_parameters" in new and "rope_theta" not in new
 
 
@@ -352,8 +352,8 @@ def test_generate_streams_text(tiny_model, home):
 def test_what_is_saved_of_the_machine_names_no_folder_of_its_user(home):
     from mlx_adapters.system.machine import environment
 
-    found = environment()
-    assert found.home == str(home) and "home" not in found.to_json() and str(home) not in str(found.to_json())
+    machine = environment()
+    assert machine.home == str(home) and "home" not in machine.to_json() and str(home) not in str(machine.to_json())
 
 
 def test_a_tokenizer_that_does_not_load_is_told_in_one_line(tmp_path):

@@ -30,8 +30,8 @@ def broken(tiny_model, tmp_path):
         folder = tmp_path / f"broken-{len(list(tmp_path.iterdir()))}"
         shutil.copytree(tiny_model(architecture), folder)
         path = folder / file
-        found = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(found | settings))
+        config = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(config | settings))
         return folder
 
     return broken

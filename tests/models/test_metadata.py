@@ -49,13 +49,13 @@ def plain_to_the_ground(value, depth=0) -> bool:
 
 @given(st.dictionaries(st.sampled_from([*metadata.KINDS, "other"]), odd_values))
 def test_whatever_comes_in_plain_values_of_their_kinds_come_out(raw):
-    found, wrong = metadata.clean(raw)
-    assert plain_to_the_ground(found) and plain_to_the_ground(wrong)
-    assert metadata.clean(found) == (found, []), "what was cleaned is clean"
-    assert set(found) <= set(raw) and {name.partition(".")[0].partition("[")[0] for name in wrong} <= set(raw)
+    cleaned, wrong = metadata.clean(raw)
+    assert plain_to_the_ground(cleaned) and plain_to_the_ground(wrong)
+    assert metadata.clean(cleaned) == (cleaned, []), "what was cleaned is clean"
+    assert set(cleaned) <= set(raw) and {name.partition(".")[0].partition("[")[0] for name in wrong} <= set(raw)
     for name, kind in (("name", str), ("iteration", int), ("tags", list), ("base", dict), ("sha256", dict)):
-        assert isinstance(found.get(name), kind | None)
-    assert all(isinstance(tag, str | None) for tag in found.get("tags") or [])
+        assert isinstance(cleaned.get(name), kind | None)
+    assert all(isinstance(tag, str | None) for tag in cleaned.get("tags") or [])
 
 
 def test_our_own_metadata_pass_unchanged(base):

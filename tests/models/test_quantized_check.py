@@ -42,8 +42,8 @@ def computed(layer, x, back, gradients, experts):
     if experts is not None:
         call = partial(layer, indices=mx.array(experts))
     y = call(mx.array(x))
-    found = [y] + (mx.vjp(call, [mx.array(x)], [mx.array(back(y.shape))])[1] if gradients else [])
-    return [np.array(array) for array in found]
+    arrays = [y] + (mx.vjp(call, [mx.array(x)], [mx.array(back(y.shape))])[1] if gradients else [])
+    return [np.array(array) for array in arrays]
 
 
 def is_right(layer, gradients=False):
@@ -64,10 +64,10 @@ def is_right(layer, gradients=False):
         with mx.stream(mx.cpu):
             expected = computed(dense, x, back, gradients, experts)
         try:
-            found = computed(layer, x, back, gradients, experts)
+            actual = computed(layer, x, back, gradients, experts)
         except RuntimeError:  # no kernel for it
             return False
-        if not all(np.abs(a - b).max() < 1e-2 * np.abs(b).max() for a, b in zip(found, expected, strict=True)):
+        if not all(np.abs(a - b).max() < 1e-2 * np.abs(b).max() for a, b in zip(actual, expected, strict=True)):
             return False
     return True
 

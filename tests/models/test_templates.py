@@ -66,11 +66,11 @@ def test_the_reason_is_said(model, quick, monkeypatch, template, why):
 
 def test_an_ended_rendering_leaves_nothing_behind(model, quick, monkeypatch):
     """The exception goes to the rendering and to its thread, and to nobody afterwards."""
-    good, found = model.encode("hi"), []
+    good, same = model.encode("hi"), []
 
     def others() -> None:
         while not done.is_set():
-            found.append(model.encode_chat([{"role": "user", "content": "hi"}]) == good)
+            same.append(model.encode_chat([{"role": "user", "content": "hi"}]) == good)
 
     done, tokenizer = threading.Event(), load_tokenizer_of(model.base)
     tokenizer.chat_template = ENDLESS[0]
@@ -82,7 +82,7 @@ def test_an_ended_rendering_leaves_nothing_behind(model, quick, monkeypatch):
         sum(range(10_000))
     done.set()
     worker.join()
-    assert found and all(found)
+    assert same and all(same)
     assert model.encode("hi") == good and not templates._watch._at_work and not templates._watch._ended
 
 

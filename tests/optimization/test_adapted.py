@@ -57,15 +57,15 @@ def gradients(made: nn.Module, ours: bool, dtype: mx.Dtype = mx.float32) -> dict
             stack.callback(calls.intercept(each, call))
         value, (by_weights, by_x) = mx.value_and_grad(loss, argnums=(0, 1))(own, x.astype(dtype))
     made.update(own)
-    found = {"loss": value, "x": by_x, "key": calls.random_key()} | dict(tree_flatten(by_weights))
-    mx.eval(found)
-    return found
+    values = {"loss": value, "x": by_x, "key": calls.random_key()} | dict(tree_flatten(by_weights))
+    mx.eval(values)
+    return values
 
 
-def off(found: mx.array, expected: mx.array) -> float:
+def off(actual: mx.array, expected: mx.array) -> float:
     """The relative difference in the Frobenius norm."""
-    found, expected = (x.astype(mx.float32).flatten() for x in (found, expected))
-    return (mx.linalg.norm(found - expected) / mx.linalg.norm(expected)).item()
+    actual, expected = (x.astype(mx.float32).flatten() for x in (actual, expected))
+    return (mx.linalg.norm(actual - expected) / mx.linalg.norm(expected)).item()
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -143,13 +143,13 @@ def test_a_packed_matrix_may_be_unpacked_for_the_product(bits, group, dtype):
     packed = nn.QuantizedLinear.from_linear(linear, group, bits)
     x = mx.random.normal((2, 200, 512)).astype(dtype)
 
-    def found(x: mx.array) -> tuple[mx.array, mx.array]:
+    def product(x: mx.array) -> tuple[mx.array, mx.array]:
         (y,), (gradient,) = mx.vjp(packed, [x], [mx.sin(3 * x[..., :1] + mx.arange(1024)).astype(dtype)])
         return y, gradient
 
-    expected = found(x), found(x[:, :4])
+    expected = product(x), product(x[:, :4])
     undo = calls.intercept(packed, unpacking(packed))
-    unpacked = found(x), found(x[:, :4])
+    unpacked = product(x), product(x[:, :4])
     undo()
     for many_or_few in zip(unpacked, expected, strict=True):
         for ours, theirs in zip(*many_or_few, strict=True):

@@ -51,8 +51,8 @@ def train_step(folder, training: TrainConfig, **lora) -> TrainStep:
 
 def gradients(made: TrainStep, batch: Batch = BATCH, rounding: bool = False) -> tuple[float, dict[str, mx.array]]:
     mx.random.seed(7)
-    loss, _, found = made.gradient(batch, shares_of(draw_of(batch)), rounding)
-    return loss.item(), found
+    loss, _, by_name = made.gradient(batch, shares_of(draw_of(batch)), rounding)
+    return loss.item(), by_name
 
 
 PLAIN = TrainConfig()

@@ -46,11 +46,11 @@ def fused(folder, adapter: Adapter, planned: Quantization, out):
     return load_model(resolve_base(out), dense=True, dtype="float32")
 
 
-def same_but_for_ties(found: mx.array, written: mx.array) -> bool:
+def same_but_for_ties(rounded: mx.array, written: mx.array) -> bool:
     """Equal to the bit on a CPU. `fuse` adds updates to some rows at a time, and a GPU's products of another height
     may differ in their last bit, which decides where two codes are equally near."""
-    assert found.shape == written.shape
-    return mx.mean(found != written).item() <= (0.01 if on_gpu() else 0)
+    assert rounded.shape == written.shape
+    return mx.mean(rounded != written).item() <= (0.01 if on_gpu() else 0)
 
 
 PLANS = {

@@ -62,9 +62,9 @@ def mlx_lms(made: TrainStep, given: Batch) -> Gradient:
     return gradient
 
 
-def off(found: Gradient, expected: Gradient) -> float:
+def off(actual: Gradient, expected: Gradient) -> float:
     """The relative difference over all tensors, in the Frobenius norm."""
-    lost = sum(mx.square(found[name] - expected[name]).sum() for name in expected)
+    lost = sum(mx.square(actual[name] - expected[name]).sum() for name in expected)
     return mx.sqrt(lost / sum(mx.square(gradient).sum() for gradient in expected.values())).item()
 
 
@@ -79,12 +79,12 @@ def test_in_float32_they_are_equal(architecture, again, tiny_model):
 def test_also_with_dropout(architecture, tiny_model):
     made = step_on(tiny_model(architecture), "float32", dropout=0.3)
     after = []
-    found, expected = ours(made, batch(0)), None
+    actual, expected = ours(made, batch(0)), None
     after.append(calls.random_key())
     expected = mlx_lms(made, batch(0))
     after.append(calls.random_key())
     assert mx.array_equal(*after)
-    assert off(found, expected) <= (1e-5 if not on_gpu() else 1e-4)
+    assert off(actual, expected) <= (1e-5 if not on_gpu() else 1e-4)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])

@@ -63,8 +63,8 @@ WRAPPED = {
 def test_what_is_wrapped_around_a_model_is_no_part_of_its_names(how, case, tmp_path):
     architecture = case.partition("/")[0]
     wanted = taken(FIXTURES / case, architecture, "whole")
-    found = taken(copied(case, tmp_path, WRAPPED[how]), architecture)
-    assert found.fingerprint == wanted.fingerprint and found.config == wanted.config
+    unwrapped = taken(copied(case, tmp_path, WRAPPED[how]), architecture)
+    assert unwrapped.fingerprint == wanted.fingerprint and unwrapped.config == wanted.config
 
 
 def test_names_that_do_not_begin_alike_are_refused(tmp_path):

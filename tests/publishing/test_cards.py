@@ -117,8 +117,8 @@ def test_my_part_and_my_keys_survive(sql):
     path.write_text(text)
     again = write_card("sql").read_text()
     assert mine in again and "rank 400" not in again and again.count("<!-- /yours -->") == 1
-    found = front(again)
-    assert found["license"] == "mit" and found["inference"] is False and "sqlite" in found["tags"]
+    head = front(again)
+    assert head["license"] == "mit" and head["inference"] is False and "sqlite" in head["tags"]
     assert write_card("sql").read_text() == again
     assert front(write_card("sql", license="cc-by-4.0").read_text())["license"] == "cc-by-4.0"
 

@@ -80,8 +80,8 @@ def test_a_dry_run_tells_everything_and_changes_nothing(hub, sql, base, make_ada
     ma.write_adapter(make_adapter(base, "dora", name="sql"), sql.folder.parent / "other")
     result = publish(sql.folder.parent / "other", REPO, dry_run=True)
     assert hub.writes() == [] and result.commit is None
-    found = changes(result)
-    assert found["adapters.safetensors"] == "changed" and found["README.md"] == "changed"
+    told = changes(result)
+    assert told["adapters.safetensors"] == "changed" and told["README.md"] == "changed"
     assert "DoRA" in result.card and "DoRA" not in hub.repos[REPO].files["README.md"].decode()
     assert sum(file.size_bytes for file in result.files) > 1000
 
@@ -395,10 +395,10 @@ PEFT = Path(__file__).parents[1] / "fixtures" / "peft" / "llama"
 
 def push_peft(hub, case, base_name="user/tiny", repo="user/peft"):
     folder = PEFT / case
-    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    for path in [path for path in found if path.endswith("adapter_config.json")]:
-        found[path] = json.dumps(json.loads(found[path]) | {"base_model_name_or_path": base_name}).encode()
-    hub.add(repo, found)
+    contents = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for path in [path for path in contents if path.endswith("adapter_config.json")]:
+        contents[path] = json.dumps(json.loads(contents[path]) | {"base_model_name_or_path": base_name}).encode()
+    hub.add(repo, contents)
 
 
 @pytest.mark.parametrize("case", ["all-linear", "dora", "subfolder"])

@@ -77,10 +77,10 @@ def test_one_engine_gives_the_same_bits_again():
 def test_a_factor_made_by_panels_is_the_upper_one(n):
     random = np.random.default_rng(n)
     h = np.stack([feedback.damped(moments(n, random)) for _ in range(2)])
-    found = MlxEngine().factor(mx.array(h))
+    factors = MlxEngine().factor(mx.array(h))
     for i in range(2):
-        np.testing.assert_allclose(np.array(found[i]), NUMPY.factor(h[i]), rtol=2e-3, atol=2e-4)
-    np.testing.assert_array_equal(np.array(found), np.triu(np.array(found)))
+        np.testing.assert_allclose(np.array(factors[i]), NUMPY.factor(h[i]), rtol=2e-3, atol=2e-4)
+    np.testing.assert_array_equal(np.array(factors), np.triu(np.array(factors)))
 
 
 @pytest.mark.parametrize("n", [1, 128, 300])
@@ -89,8 +89,8 @@ def test_systems_are_solved_by_panels(n):
     h = np.stack([feedback.damped(moments(n, random), 0.1) for _ in range(2)])
     other, engine = random.standard_normal((2, n, 7)).astype(np.float32), MlxEngine()
     lower = engine.factor(mx.array(h)).swapaxes(-1, -2)
-    found = engine.solve(mx.array(h), mx.array(other)), engine.solve_lower(lower, mx.array(other))
-    for matrix, solution in zip((h, np.array(lower)), found, strict=True):
+    solutions = engine.solve(mx.array(h), mx.array(other)), engine.solve_lower(lower, mx.array(other))
+    for matrix, solution in zip((h, np.array(lower)), solutions, strict=True):
         expected = np.linalg.solve(matrix.astype(np.float64), other)
         np.testing.assert_allclose(np.array(solution), expected, rtol=1e-2, atol=2e-3 * np.abs(expected).max())
         for i in range(2):

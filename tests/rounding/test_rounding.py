@@ -190,9 +190,9 @@ def test_a_light_update_survives_eight_bits(dtype):
     errors, kept = [], []
     for way in (to_nearest, nearest):
         packed = way(weight, quantization, dtype)
-        found = np.array(dequantize(packed)) - base
-        errors.append(np.linalg.norm(found - update) / np.linalg.norm(update))
-        kept.append((found * update).sum() / np.square(update).sum())
+        survived = np.array(dequantize(packed)) - base
+        errors.append(np.linalg.norm(survived - update) / np.linalg.norm(update))
+        kept.append((survived * update).sum() / np.square(update).sum())
         assert packed.scales.dtype == packed.biases.dtype == dtype
     assert abs(kept[0] - 1) < 0.05 and errors[0] < 0.85 * errors[1] if dtype == mx.bfloat16 else errors[0] < errors[1]
     flat = to_nearest(mx.zeros((2, 64)), quantization, dtype)

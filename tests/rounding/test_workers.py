@@ -31,9 +31,9 @@ def same(one, other) -> bool:
 def test_workers_give_what_the_process_itself_gives():
     tasks = [make_task(seed, outputs=seed % 2 == 0) for seed in range(5)]
     with Workers(2) as several, Workers(0) as none:
-        found = [future.result() for future in [several.submit(task) for task in tasks]]
-        assert all(same(a, none.submit(task).result()) for a, task in zip(found, tasks, strict=True))
-    assert not same(found[0], found[2])
+        results = [future.result() for future in [several.submit(task) for task in tasks]]
+        assert all(same(a, none.submit(task).result()) for a, task in zip(results, tasks, strict=True))
+    assert not same(results[0], results[2])
 
 
 def test_tasks_under_way_stay_within_the_memory():

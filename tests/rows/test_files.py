@@ -78,8 +78,8 @@ def test_json_may_hold_lines_and_jsonl_a_list(tmp_path):
 
 def test_csv_of_other_marks_and_with_lines_in_fields(tmp_path):
     assert values(write(tmp_path / "a.csv", mark=";")) == ROWS
-    found = read_file(write(tmp_path / "b.csv"))
-    assert [where.rpartition(" ")[2] for _, where in found] == ["2", "4", "5"]  # the first row has two lines
+    rows = read_file(write(tmp_path / "b.csv"))
+    assert [where.rpartition(" ")[2] for _, where in rows] == ["2", "4", "5"]  # the first row has two lines
 
 
 @given(st.lists(st.dictionaries(st.sampled_from("abc"), st.text(), min_size=3, max_size=3), min_size=1, max_size=4))
@@ -148,8 +148,8 @@ def test_a_row_that_is_nested_without_end_is_refused_or_text(tmp_path, levels, q
     deep = "[" * levels + "]" * levels
     (tmp_path / "a.jsonl").write_text('{"text": "x", "deep": ' + (json.dumps(deep) if quoted else deep) + "}\n")
     if levels == 98 or quoted:
-        (found,) = read_file(tmp_path / "a.jsonl")
-        assert RawRow(*found).key() and (parsed(found[0]["deep"]) == deep) is (quoted and levels > 98)
+        (row,) = read_file(tmp_path / "a.jsonl")
+        assert RawRow(*row).key() and (parsed(row[0]["deep"]) == deep) is (quoted and levels > 98)
     else:
         with pytest.raises(FormatError, match=r"line 1: .*nested too deeply"):
             read_file(tmp_path / "a.jsonl")

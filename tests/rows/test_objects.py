@@ -52,22 +52,22 @@ SAME = {
 
 @pytest.mark.parametrize("data", SAME.values(), ids=SAME)
 def test_python_has_rows_in_many_forms(data):
-    found = read_data(data)
-    assert [(row.prompt, row.completion) for row in found.rows("train")] == [("a", "b"), ("c", "d")]
-    assert len(found.splits["train"].sha256) == 64 and found.source == "Python"
+    read = read_data(data)
+    assert [(row.prompt, row.completion) for row in read.rows("train")] == [("a", "b"), ("c", "d")]
+    assert len(read.splits["train"].sha256) == 64 and read.source == "Python"
 
 
 def test_cells_may_be_arrays_numbers_and_missing_ones():
     row = {"messages": np.array([*CHAT, {"role": "assistant", "content": "no", "weight": np.int64(0)}], object)}
     row |= {"prompt": float("nan"), "completion": None, "when": datetime.datetime.now(), "n": np.float32(1)}
-    (found,) = read_data(Frame(records=[row])).rows("train")
-    assert found.messages == [*CHAT, {"role": "assistant", "content": "no"}] and found.weights == (1, 1, 0)
+    (raw,) = read_data(Frame(records=[row])).rows("train")
+    assert raw.messages == [*CHAT, {"role": "assistant", "content": "no"}] and raw.weights == (1, 1, 0)
 
 
 def test_a_data_set_in_parts_has_its_splits():
-    found = read_data({"train": ROWS, "dev": iter(ROWS[:1]), "test_sft": [{"text": "x"}]})
-    assert {name: len(split.rows) for name, split in found.splits.items()} == {"train": 2, "valid": 1, "test": 1}
-    assert found.rows("valid")[0].where == "valid row 1"
+    read = read_data({"train": ROWS, "dev": iter(ROWS[:1]), "test_sft": [{"text": "x"}]})
+    assert {name: len(split.rows) for name, split in read.splits.items()} == {"train": 2, "valid": 1, "test": 1}
+    assert read.rows("valid")[0].where == "valid row 1"
 
 
 @pytest.mark.parametrize(

@@ -43,32 +43,32 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_is_one_question_with_two_answers(form):
-    found = row(**FORMS[form])
-    assert found.messages == [ASK, GOOD]
-    assert found.rejected.messages == [ASK, BAD]
-    assert found.says_nothing is None
+    raw = row(**FORMS[form])
+    assert raw.messages == [ASK, GOOD]
+    assert raw.rejected.messages == [ASK, BAD]
+    assert raw.says_nothing is None
 
 
 def test_the_prompt_of_whole_conversations_is_what_both_begin_with():
     after = {"role": "user", "content": "And now?"}
-    found = row(chosen=[SYSTEM, ASK, GOOD], rejected=[SYSTEM, ASK, BAD, after, GOOD])
-    assert found.messages == [SYSTEM, ASK, GOOD] and found.weights == (0, 0, 1)
-    assert found.rejected.messages == [SYSTEM, ASK, BAD, after, GOOD] and found.rejected.weights == (0, 0, 1, 1, 1)
+    raw = row(chosen=[SYSTEM, ASK, GOOD], rejected=[SYSTEM, ASK, BAD, after, GOOD])
+    assert raw.messages == [SYSTEM, ASK, GOOD] and raw.weights == (0, 0, 1)
+    assert raw.rejected.messages == [SYSTEM, ASK, BAD, after, GOOD] and raw.rejected.weights == (0, 0, 1, 1, 1)
     longer = row(chosen=[ASK, GOOD], rejected=[ASK, GOOD, after, BAD])  # one begins the other
     assert longer.weights == (0, 1) and longer.rejected.weights == (0, 1, 1, 1)
 
 
 def test_a_system_prompt_and_tools_go_with_both_answers():
     tools = [{"type": "function", "function": {"name": "look"}}]
-    found = row(system="Be brief.", prompt="Which color?", chosen="Blue.", rejected="Fish.", tools=tools)
-    assert found.messages[0] == found.rejected.messages[0] == SYSTEM
-    assert found.tools == found.rejected.tools == tools
+    raw = row(system="Be brief.", prompt="Which color?", chosen="Blue.", rejected="Fish.", tools=tools)
+    assert raw.messages[0] == raw.rejected.messages[0] == SYSTEM
+    assert raw.tools == raw.rejected.tools == tools
 
 
 def test_texts_without_a_prompt_are_taken_as_they_are():
-    found = row(chosen="Human: Which color? Assistant: Blue.", rejected="Human: Which color? Assistant: Fish.")
-    assert (found.format, found.rejected.format) == ("text", "text")
-    assert found.rejected.text.endswith("Fish.")
+    raw = row(chosen="Human: Which color? Assistant: Blue.", rejected="Human: Which color? Assistant: Fish.")
+    assert (raw.format, raw.rejected.format) == ("text", "text")
+    assert raw.rejected.text.endswith("Fish.")
 
 
 @pytest.mark.parametrize(
@@ -138,8 +138,8 @@ VALUES = st.recursive(
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "label", "question", "system"]), VALUES))
 def test_any_values_are_a_row_or_an_error_of_ours(values):
-    found = RawRow(values, "line 7")
-    for look in (lambda: found.rejected, lambda: found.label, lambda: found.says_nothing):
+    raw = RawRow(values, "line 7")
+    for look in (lambda: raw.rejected, lambda: raw.label, lambda: raw.says_nothing):
         try:
             look()
         except FormatError as error:

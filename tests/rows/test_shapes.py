@@ -40,13 +40,13 @@ def test_every_shape_means_the_same_conversation(values):
 
 
 def test_a_prompt_of_messages_is_context_and_its_completion_is_trained():
-    found = row({"prompt": [*CHAT, CHAT[0]], "completion": CHAT[1:]})
-    assert found.weights == (0, 0, 0, 1) and [m["role"] for m in found.messages] == ["user", "assistant"] * 2
+    raw = row({"prompt": [*CHAT, CHAT[0]], "completion": CHAT[1:]})
+    assert raw.weights == (0, 0, 0, 1) and [m["role"] for m in raw.messages] == ["user", "assistant"] * 2
 
 
 def test_alpaca_takes_its_input_and_a_system_prompt():
-    found = row({"instruction": "Add.", "input": "2, 3", "output": "5"})
-    assert (found.format, found.prompt, found.completion) == ("completion", "Add.\n\n2, 3", "5")
+    raw = row({"instruction": "Add.", "input": "2, 3", "output": "5"})
+    assert (raw.format, raw.prompt, raw.completion) == ("completion", "Add.\n\n2, 3", "5")
     told = row({"system": "Be brief.", "instruction": "Add.", "input": "", "output": "5"})
     assert told.format == "chat" and told.messages[0] == {"role": "system", "content": "Be brief."}
     assert told.weights == (0, 1, 1)
@@ -93,8 +93,8 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_tool_calls_come_as_objects(call):
-    found = row({"messages": [CHAT[0], {"role": "assistant", "content": None, **call}]}).messages[1]
-    assert found == {
+    raw = row({"messages": [CHAT[0], {"role": "assistant", "content": None, **call}]}).messages[1]
+    assert raw == {
         "role": "assistant",
         "content": None,
         "tool_calls": [{"type": "function", "id": "1", "function": WEATHER}],
@@ -113,8 +113,8 @@ def test_older_and_sharegpt_calls_are_calls_too():
 
 def test_a_null_that_is_meant_is_kept_in_arguments_as_text():
     call = {"name": "set", "arguments": '{"to": null, "list": [null]}'}
-    found = row({"messages": [CHAT[0], {"role": "assistant", "content": None, "tool_calls": [call]}]}).messages[1]
-    assert found["tool_calls"][0]["function"]["arguments"] == {"to": None, "list": [None]}
+    raw = row({"messages": [CHAT[0], {"role": "assistant", "content": None, "tool_calls": [call]}]}).messages[1]
+    assert raw["tool_calls"][0]["function"]["arguments"] == {"to": None, "list": [None]}
 
 
 @pytest.mark.parametrize(
@@ -126,8 +126,8 @@ def test_tools_may_be_text(tools):
 
 
 def test_weights_are_of_turns_and_do_not_reach_the_template():
-    found = row({"messages": [{**CHAT[0]}, {**CHAT[1], "weight": 0}, CHAT[0], {**CHAT[1], "weight": True}]})
-    assert found.weights == (1, 0, 1, 1) and found.messages == [*CHAT, *CHAT]
+    raw = row({"messages": [{**CHAT[0]}, {**CHAT[1], "weight": 0}, CHAT[0], {**CHAT[1], "weight": True}]})
+    assert raw.weights == (1, 0, 1, 1) and raw.messages == [*CHAT, *CHAT]
 
 
 def test_empty_turns_are_turns():
@@ -186,12 +186,12 @@ def test_what_nobody_can_know_is_refused_with_its_place(values, message):
 
 
 def test_a_preference_means_its_chosen_answer():
-    found = row({"prompt": ASK, "chosen": "Blue.", "rejected": "Fish."})
-    assert found.format == "completion" and found.canonical.used == ("prompt", "chosen", "rejected")
-    assert (found.prompt, found.completion, found.rejected.completion) == (ASK, "Blue.", "Fish.")
+    raw = row({"prompt": ASK, "chosen": "Blue.", "rejected": "Fish."})
+    assert raw.format == "completion" and raw.canonical.used == ("prompt", "chosen", "rejected")
+    assert (raw.prompt, raw.completion, raw.rejected.completion) == (ASK, "Blue.", "Fish.")
 
 
 def test_what_a_row_gives_its_template_wins_over_the_default():
     values = {"messages": CHAT, "chat_template_kwargs": {"enable_thinking": False}}
-    found = RawRow(values, "here", DataConfig(chat_template_args={"enable_thinking": True, "style": "brief"}))
-    assert found.template_arguments == {"enable_thinking": False, "style": "brief"}
+    raw = RawRow(values, "here", DataConfig(chat_template_args={"enable_thinking": True, "style": "brief"}))
+    assert raw.template_arguments == {"enable_thinking": False, "style": "brief"}

@@ -53,10 +53,10 @@ def test_parts_of_parquet_are_read_in_their_order(tmp_path, folder):
         table = pyarrow.Table.from_pylist([{"text": f"{i} {j}"} for j in range(2)])
         pyarrow.parquet.write_table(table, place / f"train_sft-0000{i}-of-00003.parquet")
     (tmp_path / "README.md").write_text("")
-    found = read_data(tmp_path)
-    assert [row.text for row in found.rows("train")] == ["0 0", "0 1", "1 0", "1 1", "2 0", "2 1"]
-    assert found.rows("train")[-1].where.endswith("train_sft-00002-of-00003.parquet, row 2")
-    digest = found.splits["train"].sha256
+    read = read_data(tmp_path)
+    assert [row.text for row in read.rows("train")] == ["0 0", "0 1", "1 0", "1 1", "2 0", "2 1"]
+    assert read.rows("train")[-1].where.endswith("train_sft-00002-of-00003.parquet, row 2")
+    digest = read.splits["train"].sha256
     (place / "train_sft-00001-of-00003.parquet").unlink()
     with pytest.raises(FormatError, match="Part 1 of train is missing"):
         read_data(tmp_path)
@@ -143,9 +143,9 @@ def test_rows_held_out_are_apart_and_always_the_same(tmp_path):
 
 
 def test_rows_of_weight_zero_are_left_out_and_counted():
-    found = read_data([{"text": "a", "weight": 0}, {"text": "b", "weight": 1}, {"text": "c"}])
-    assert [row.text for row in found.rows("train")] == ["b", "c"]
-    assert found.notes == ("1 row of train left out: their weight is 0.",)
+    read = read_data([{"text": "a", "weight": 0}, {"text": "b", "weight": 1}, {"text": "c"}])
+    assert [row.text for row in read.rows("train")] == ["b", "c"]
+    assert read.notes == ("1 row of train left out: their weight is 0.",)
     own = read_data([{"text": "a", "weight": 0}, {"text": "b", "weight": 72.5}])
     assert len(own.rows("train")) == 2 and own.notes == ()
     with pytest.raises(FormatError, match="no training row"):

@@ -304,9 +304,9 @@ def test_cache_is_bound_to_its_adapter(live):
 
 def rows_of(model, entries, tokens):
     with model.pool.routed(entries):
-        found = model.module(tokens)
-        mx.eval(found)
-    return found
+        logits = model.module(tokens)
+        mx.eval(logits)
+    return logits
 
 
 @pytest.mark.parametrize("group", [False, True])

@@ -147,9 +147,9 @@ def test_embeddings_are_the_mean_of_the_last_hidden_state(client, server):
     for name in ("base", "a"):
         with model.using(None if name == "base" else name):
             wanted = [np.array(model.module.model(model.checked_ids(one)[None])[0].mean(axis=0)) for one in ids]
-        found = client.embeddings.create(model=name, input=texts)
-        assert np.allclose([one.embedding for one in found.data], wanted, atol=1e-5)
-        assert found.usage.prompt_tokens == sum(map(len, ids))
+        answer = client.embeddings.create(model=name, input=texts)
+        assert np.allclose([one.embedding for one in answer.data], wanted, atol=1e-5)
+        assert answer.usage.prompt_tokens == sum(map(len, ids))
     raw = httpx.post(
         server[0] + "/v1/embeddings", json={"model": "a", "input": ids, "encoding_format": "base64"}
     ).json()

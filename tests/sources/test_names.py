@@ -202,7 +202,7 @@ killer = Killer()
 
 def state(home: Path):
     """Of each adapter what the name means, by the list, by loading it and to plain mlx-lm."""
-    found = {}
+    contents = {}
     for entry in registry.list_adapters():
         assert entry.problem is None, entry.problem
         adapter = lookup.load_adapter(entry.name)
@@ -215,14 +215,14 @@ def state(home: Path):
             lookup.load_adapter(f"{entry.name}@{iteration}")
         checks = {check.what: check for check in verifying.verify(entry.name, base="nowhere").checks}
         assert checks["checksums"].sound is not False, checks["checksums"].detail
-        found[entry.name] = (entry.iterations, entry.iteration, entry.tags, adapter.fingerprint)
+        contents[entry.name] = (entry.iterations, entry.iteration, entry.tags, adapter.fingerprint)
     for path in home.glob("*.tar.gz"):
         assert adding.add(path, out=home / "unpacked", overwrite=True).kind == "adapter"
-        found[path.name] = files.sha256(path)
+        contents[path.name] = files.sha256(path)
     for name in project.FILES:
         if (home / "project" / name).exists():
             assert (home / "project" / name).read_text() == project.FILES[name]
-    return found
+    return contents
 
 
 COMMANDS = {
@@ -262,13 +262,13 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_and_can_be_repeated(
         subprocess.run(["cp", "-a", fresh, home], check=True)
         with pytest.raises(Killed), killer.killing(at):
             run(home)
-        found = state(home)
+        after_kill = state(home)
         if command != "prune":  # checkpoint by checkpoint
-            assert found in (before, after), f"step {at} of {steps}"
+            assert after_kill in (before, after), f"step {at} of {steps}"
         drafts = list(home.rglob(f"{paths.TEMPORARY_PREFIX}*"))
         for draft in drafts:
             os.utime(draft, (0, 0))
-        if found != after or command == "init":
+        if after_kill != after or command == "init":
             run(home)
             assert not any(draft.exists() for draft in drafts)
         assert state(home) == after
@@ -331,8 +331,8 @@ def test_a_list_beside_a_rename_or_removal_is_from_before_or_after_it(base, monk
         return read(folder)
 
     monkeypatch.setattr(registry, "read_entry", overtaking)
-    found = [(entry.name, entry.problem) for entry in registry.list_adapters()]
-    assert changed and found == [(name, None) for name in registry.names()]
+    listed = [(entry.name, entry.problem) for entry in registry.list_adapters()]
+    assert changed and listed == [(name, None) for name in registry.names()]
 
 
 def test_a_check_that_is_overtaken_by_a_change_is_made_anew(base, monkeypatch):
@@ -378,10 +378,10 @@ def test_a_pack_beside_changes_is_of_one_version(base, tmp_path, monkeypatch):
     read, changed = packing.read_adapter, []
 
     def overtaking(*arguments):
-        found = read(*arguments)
+        answer = read(*arguments)
         if not changed:
             changed.append(packs[0]())
-        return found
+        return answer
 
     with monkeypatch.context() as patch:
         patch.setattr(packing, "read_adapter", overtaking)

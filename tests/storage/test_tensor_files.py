@@ -71,8 +71,8 @@ def test_empty_tensors_scalars_and_any_order_are_read(tmp_path):
         "a": entry(4, 12),
         "f": entry(16, 16, [0]),
     }
-    found = read_safetensors(write(tmp_path / "x.safetensors", header, struct.pack("<4f", 1, 2, 3, 4)))
-    assert {name: array.tolist() for name, array in found.items()} == {"z": 1, "a": [2, 3], "b": [4], "e": [], "f": []}
+    arrays = read_safetensors(write(tmp_path / "x.safetensors", header, struct.pack("<4f", 1, 2, 3, 4)))
+    assert {name: array.tolist() for name, array in arrays.items()} == {"z": 1, "a": [2, 3], "b": [4], "e": [], "f": []}
     assert read_safetensors(write(tmp_path / "none.safetensors", {}, b"")) == {}
 
 
@@ -93,10 +93,10 @@ def test_any_header_is_read_within_its_file_or_refused(tmp_path, header, size):
     path = write(tmp_path / "x.safetensors", header, bytes(size))
     try:
         names = read_safetensors_header(path)[0]
-        found = read_safetensors(path)
+        arrays = read_safetensors(path)
     except FormatError:
         return
-    assert set(found) == set(names) and sum(array.nbytes for array in found.values()) == size
+    assert set(arrays) == set(names) and sum(array.nbytes for array in arrays.values()) == size
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.EIO])

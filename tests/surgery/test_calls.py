@@ -90,9 +90,9 @@ def test_what_was_stepped_in_with_is_let_go_at_once():
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_one_list_of_blocks_is_found_and_cut(tiny_model, architecture):
     module, _ = load_module(resolve_base(tiny_model(architecture)))
-    found, blocks = find_blocks(module), list(module.layers)
-    assert all(a is b for a, b in zip(found.owner[found.key], blocks, strict=True))
-    assert find_body(module) is found.owner
+    place, blocks = find_blocks(module), list(module.layers)
+    assert all(a is b for a, b in zip(place.owner[place.key], blocks, strict=True))
+    assert find_body(module) is place.owner
     keep_blocks(module, 1, 1)
     assert list(map(id, module.layers)) == [id(blocks[1])]
 

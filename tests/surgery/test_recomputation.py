@@ -39,8 +39,8 @@ def test_a_recurrence_in_chunks_is_the_same(tokens, vector):
 
     expected = mx.value_and_grad(loss, argnums=range(5))(*given)
     with recurrences_in_chunks():
-        found = mx.value_and_grad(loss, argnums=range(5))(*given)
-    for ours, theirs in zip((found[0], *found[1]), (expected[0], *expected[1]), strict=True):
+        in_chunks = mx.value_and_grad(loss, argnums=range(5))(*given)
+    for ours, theirs in zip((in_chunks[0], *in_chunks[1]), (expected[0], *expected[1]), strict=True):
         assert mx.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
@@ -102,8 +102,8 @@ def test_a_checkpoint_hands_on_what_it_is_given():
     first, words, (second, same) = checkpoint(function)(given, "causal", None, order)
     assert mx.array_equal(first, (x * (x + 1))[order]) and mx.array_equal(second, x + 1)
     assert words == {"kind": "causal", "mask": None, "none": None} and mx.array_equal(same, order)
-    found = mx.grad(lambda x: checkpoint(function)({"x": x, "pair": (2 * x, None)}, "", None, order)[0].sum())(x)
-    assert mx.allclose(found, 4 * x)
+    gradient = mx.grad(lambda x: checkpoint(function)({"x": x, "pair": (2 * x, None)}, "", None, order)[0].sum())(x)
+    assert mx.allclose(gradient, 4 * x)
 
 
 @pytest.mark.parametrize(
@@ -112,10 +112,10 @@ def test_a_checkpoint_hands_on_what_it_is_given():
 def test_feed_forward_parts_are_found(architecture, parts, tiny_model):
     module = load_model(resolve_base(tiny_model(architecture))).module
     layers = adaptable_layers(module)
-    found = find_feed_forwards(module, layers.values())
-    assert len(found) == parts * len(module.layers)
+    kinds = find_feed_forwards(module, layers.values())
+    assert len(kinds) == parts * len(module.layers)
     paths = {id(layer): path.rpartition(".")[2] for path, layer in layers.items()}
-    names = [{paths[id(layer)] for layer in kind} for kind in (found[0].first, found[0].last, found[0].beside)]
+    names = [{paths[id(layer)] for layer in kind} for kind in (kinds[0].first, kinds[0].last, kinds[0].beside)]
     assert names[1] <= {"down_proj", "c_proj"} and names[2] <= names[0]
     assert not names[0] & names[1] and "gate" not in names[2]
 

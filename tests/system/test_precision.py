@@ -26,5 +26,5 @@ def test_tf32_is_off_unless_the_user_wants_it(value, before, expected):
     if value is not None:
         environment["MLX_ENABLE_TF32"] = value
     command = [sys.executable, "-c", SHOW.format(before=before)]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == expected
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == expected

@@ -26,9 +26,9 @@ MESSAGES = [
 def render(source: str, messages=MESSAGES, **variables):
     template = ENVIRONMENT.from_string(source)
     plain = template.render(messages=messages, **variables)
-    found = tracing.render(template, wrapped(messages), variables)
-    assert found.text == plain
-    return found
+    traced = tracing.render(template, wrapped(messages), variables)
+    assert traced.text == plain
+    return traced
 
 
 def owners(rendering) -> str:
@@ -42,7 +42,7 @@ def owners(rendering) -> str:
 
 
 @pytest.mark.parametrize(
-    ("source", "found"),
+    ("source", "traced"),
     [
         ("<{{ messages[0].content }}>", ".000000000000000."),
         ("{{ '[' + messages[0]['content'] | trim + ']' }}", ".000000000000."),
@@ -83,33 +83,37 @@ def owners(rendering) -> str:
         ("{{ messages[2].content.splitlines()[0] }}{{ messages[0].content.rsplit(None, 1)[1] }}", "2" * 11 + "0" * 5),
     ],
 )
-def test_characters_know_their_message(source, found):
-    assert owners(render(source)) == found
+def test_characters_know_their_message(source, traced):
+    assert owners(render(source)) == traced
 
 
 def test_a_leaf_tells_the_path_and_the_offset():
-    found = render("{{ messages[1].tool_calls[0].name }}{{ messages[2].content[7:] }}")
-    assert [(run.leaf, run.offset) for run in found.runs] == [
+    traced = render("{{ messages[1].tool_calls[0].name }}{{ messages[2].content[7:] }}")
+    assert [(run.leaf, run.offset) for run in traced.runs] == [
         (Leaf(1, ("tool_calls", 0, "name"), "f"), 0),
         (Leaf(2, ("content",), "sunny, rain"), 7),
     ]
 
 
 def test_loops_show_where_messages_were_written():
-    found = render("<s>{% for m in messages %}[{{ m.role }}]{% endfor %}.")
-    assert {k: found.text[a:b] for k, (a, b) in regions(found).items()} == {0: "[user]", 1: "[assistant]", 2: "[tool]"}
+    traced = render("<s>{% for m in messages %}[{{ m.role }}]{% endfor %}.")
+    assert {k: traced.text[a:b] for k, (a, b) in regions(traced).items()} == {
+        0: "[user]",
+        1: "[assistant]",
+        2: "[tool]",
+    }
     ahead = (
         "{% for m in messages %}{% if m.role == 'user' %}{% continue %}{% endif %}"
         "({% for x in messages[loop.index:] %}+{% endfor %}){% endfor %}"
     )
-    found = render(ahead)
-    assert {k: found.text[a:b] for k, (a, b) in regions(found).items()} == {1: "(+)", 2: "()"}
+    traced = render(ahead)
+    assert {k: traced.text[a:b] for k, (a, b) in regions(traced).items()} == {1: "(+)", 2: "()"}
     twice = (
         "{% for m in messages[::-1] %}{% endfor %}"
         "{% for m in messages %}{% if loop.last %}{{ m.content }}{% break %}{% endif %}{% endfor %}!"
     )
-    found = render(twice)
-    assert {k: found.text[a:b] for k, (a, b) in regions(found).items()} == {2: "sunny, rain"}
+    traced = render(twice)
+    assert {k: traced.text[a:b] for k, (a, b) in regions(traced).items()} == {2: "sunny, rain"}
     assert regions(render("{% for i in range(3) %}{{ messages[i].content }}{% endfor %}")) == {}
 
 

@@ -24,12 +24,12 @@ def data(tmp_path_factory):
 
 def values_of(config: type) -> dict[str, set]:
     """Setting -> the values that it takes in the table."""
-    found: dict[str, set] = {field.name: set() for field in dataclasses.fields(config)}
+    values: dict[str, set] = {field.name: set() for field in dataclasses.fields(config)}
     for way in WAYS.values():
         for settings in (*way.settings, way.settings[1].objective):
-            for name in found if type(settings) is config else ():
-                found[name].add(repr(getattr(settings, name)))
-    return found
+            for name in values if type(settings) is config else ():
+                values[name].add(repr(getattr(settings, name)))
+    return values
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -60,10 +60,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(way, tiny_model, data):
         with cut_after(cut):
             train(base, data, name="cut", lora=lora, training=training, **more)
         train(name="cut", resume=True)
-        found = outcome(adapter_folder("cut"))
-        found["adapter_metadata.json"]["name"] = "whole"
+        resumed = outcome(adapter_folder("cut"))
+        resumed["adapter_metadata.json"]["name"] = "whole"
         exact = not (WAYS[way].sums_in_any_order and on_gpu())
-        assert same_outcome(found, expected, exact), f"cut after {cut}"
+        assert same_outcome(resumed, expected, exact), f"cut after {cut}"
         shutil.rmtree(adapter_folder("cut"))
     assert whole.stopped_early == (way == "early stop")
 

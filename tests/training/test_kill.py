@@ -112,8 +112,8 @@ def test_kills_in_every_way_to_train_and_not_one_bit_lost(way, trainer, data, ti
         code = trainer.exit_code()
         assert code in (0, -signal.SIGKILL)
         kills += code != 0
-    found = outcome(folder)
-    found["adapter_metadata.json"]["name"] = "whole"
+    resumed = outcome(folder)
+    resumed["adapter_metadata.json"]["name"] = "whole"
     exact = not (WAYS[way].sums_in_any_order and on_gpu())
-    assert same_outcome(found, outcome(adapter_folder("whole")), exact)
+    assert same_outcome(resumed, outcome(adapter_folder("whole")), exact)
     assert kills > 0

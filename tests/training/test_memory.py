@@ -121,17 +121,17 @@ def test_quantized_base_counts_as_it_is_loaded(tiny_model):
 def test_estimate_says_what_would_fit(tiny_model, tmp_path, monkeypatch):
     data = write_data(tmp_path / "data", rows=20)
     folder = tiny_model("llama", **DEEP)
-    found = estimate(folder, data, lora=LORA, training=TRAINING)
-    assert found.fits and found.advice == () and found.seconds_per_iteration > 0
-    assert found.largest_batch[0] == 4
+    estimated = estimate(folder, data, lora=LORA, training=TRAINING)
+    assert estimated.fits and estimated.advice == () and estimated.seconds_per_iteration > 0
+    assert estimated.largest_batch[0] == 4
     # 494 million parameters would need 4 bytes four times: 7.9 GB, not terabytes.
     total = sum(
         np.prod(layer.weight.shape)
         for _, layer in named_layers(load_model(resolve_base(folder)).module)
         if "weight" in layer
     )
-    assert found.full_finetune_bytes == 16 * total
-    monkeypatch.setattr(forecast, "usable_memory_bytes", lambda: int(found.peak_bytes * 0.8))
+    assert estimated.full_finetune_bytes == 16 * total
+    monkeypatch.setattr(forecast, "usable_memory_bytes", lambda: int(estimated.peak_bytes * 0.8))
     tight = estimate(folder, data, lora=LORA, training=TRAINING, timed=False)
     assert tight.fits and not tight.ladder[0].fits
     kept = replace(TRAINING, memory="nothing", batch_size=1)

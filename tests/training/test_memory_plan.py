@@ -82,8 +82,8 @@ def notes_of(run) -> list[str]:
 
 
 def peaks(base, data) -> dict[str, int]:
-    found = estimate(base, data, lora=LORA, training=SHORT, timed=False)
-    return {rung.again: rung.peak_bytes for rung in found.ladder}
+    estimated = estimate(base, data, lora=LORA, training=SHORT, timed=False)
+    return {rung.again: rung.peak_bytes for rung in estimated.ladder}
 
 
 @pytest.fixture
@@ -92,8 +92,8 @@ def deep(tiny_model, tmp_path):
 
 
 def test_the_ladder_goes_down(deep):
-    found = peaks(*deep)
-    assert found["nothing"] > found["mlp"] > found["blocks"]
+    estimated = peaks(*deep)
+    assert estimated["nothing"] > estimated["mlp"] > estimated["blocks"]
 
 
 @pytest.mark.parametrize("again", ["mlp", "blocks"])
@@ -103,9 +103,9 @@ def test_the_cheapest_way_that_fits_is_taken(again, deep):
     dearer = ladder["nothing" if again == "mlp" else "mlp"]
     limit = (ladder[again] + dearer) / 2 / forecast.ROOM  # halfway: what is measured differs a little each time
     training = replace(SHORT, memory_limit=f"{limit / 1e6:.3f}MB")
-    found = estimate(base, data, lora=LORA, training=training, timed=False)
-    assert found.fits and next(rung.again for rung in found.ladder if rung.fits) == again
-    assert all(rung.fits == (rung.peak_bytes <= forecast.ROOM * limit) for rung in found.ladder)
+    estimated = estimate(base, data, lora=LORA, training=training, timed=False)
+    assert estimated.fits and next(rung.again for rung in estimated.ladder if rung.fits) == again
+    assert all(rung.fits == (rung.peak_bytes <= forecast.ROOM * limit) for rung in estimated.ladder)
     said = notes_of(
         lambda say: train(base, data, name="tight", lora=LORA, training=training, forecast=True, on_event=say)
     )
@@ -117,10 +117,10 @@ def test_the_cheapest_way_that_fits_is_taken(again, deep):
 def test_batches_are_taken_in_parts_where_nothing_else_helps(deep):
     base, data = deep
     limit = f"{peaks(base, data)['blocks'] * 0.9 / 1e6:.3f}MB"
-    found = estimate(base, data, lora=LORA, training=replace(SHORT, memory_limit=limit), timed=False)
-    last = found.ladder[-1]
+    estimated = estimate(base, data, lora=LORA, training=replace(SHORT, memory_limit=limit), timed=False)
+    last = estimated.ladder[-1]
     assert last.again == "blocks" and last.rows in (1, 2)
-    assert "at a time" in str(last) and last.peak_bytes < found.ladder[2].peak_bytes
+    assert "at a time" in str(last) and last.peak_bytes < estimated.ladder[2].peak_bytes
     said = notes_of(
         lambda say: train(
             base, data, name="parts", lora=LORA, training=replace(SHORT, memory_limit=limit), on_event=say
@@ -128,7 +128,7 @@ def test_batches_are_taken_in_parts_where_nothing_else_helps(deep):
     )
     assert any("at a time" in text for text in said)
     assert read_json(adapter_folder("parts") / "recipe.json")["memory"]["positions"]
-    if not found.fits:
+    if not estimated.fits:
         assert any("hardly fit" in text for text in said)
 
 
@@ -155,9 +155,9 @@ def test_a_resume_keeps_the_way_unless_another_is_asked_for(deep, monkeypatch):
         train(base, data, name="cut", lora=LORA, training=training)
     monkeypatch.setattr(forecast, "usable_memory_bytes", lambda: 10**15)
     train(name="cut", resume=True)
-    found, expected = outcome(adapter_folder("cut")), outcome(adapter_folder("whole"))
-    found["adapter_metadata.json"]["name"] = "whole"
-    assert found == expected
+    resumed, expected = outcome(adapter_folder("cut")), outcome(adapter_folder("whole"))
+    resumed["adapter_metadata.json"]["name"] = "whole"
+    assert resumed == expected
     train(name="cut", resume=True, training=replace(training, memory_limit=None, iterations=5))
     assert read_json(adapter_folder("cut") / "recipe.json")["memory"]["again"] == "nothing"
 

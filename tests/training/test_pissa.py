@@ -69,8 +69,8 @@ def test_a_large_matrix_is_cut_as_well(monkeypatch):
     ).astype(np.float32)
     exact = principal(weight, 4)
     monkeypatch.setattr("mlx_adapters.models.low_rank.EXACT", 16)
-    found = principal(weight, 4)
-    np.testing.assert_allclose(found[0] @ found[1], exact[0] @ exact[1], atol=1e-3)
+    factors = principal(weight, 4)
+    np.testing.assert_allclose(factors[0] @ factors[1], exact[0] @ exact[1], atol=1e-3)
 
 
 def test_what_pissa_does_not_go_with_is_refused(tiny_model):

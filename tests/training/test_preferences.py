@@ -85,9 +85,9 @@ def test_the_reference_is_the_base_and_only_what_is_needed_is_computed(learn, da
     model = load_model(resolve_base(tiny_model()))
     config = replace(BASE, objective=DPO())
     rows = setup.tokenize_split(read_data(data["pairs"]), "train", model.tokenizer, config, lambda _: None)
-    for row, found in zip(rows, values["train"], strict=True):
-        if np.isfinite(found[0]):
-            for part, value in zip(row.sequences, found, strict=True):
+    for row, pair in zip(rows, values["train"], strict=True):
+        if np.isfinite(pair[0]):
+            for part, value in zip(row.sequences, pair, strict=True):
                 logits = np.array(model.logits(part.tokens.tolist()), np.float64).reshape(len(part.tokens), -1)
                 logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
                 places = np.flatnonzero(part.answer)

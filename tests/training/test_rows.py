@@ -107,8 +107,8 @@ def test_rows_are_checked_and_judged(tiny_model, rows, folder):
     report = check_data(rows, tiny_model(), TrainConfig(mask_prompt=True, **named))
     assert report.source == "Python" and report.splits["valid"].rows == 3
     settings = EvaluationConfig(split="valid", score="exact", max_tokens=2, **named)
-    found = [evaluate([str(tiny_model())], data, config=settings) for data in (rows, folder)]
-    assert found[0].evaluations[0].loss == found[1].evaluations[0].loss is not None
-    assert [report.data["source"] for report in found] == ["Python", str(folder)]
+    reports = [evaluate([str(tiny_model())], data, config=settings) for data in (rows, folder)]
+    assert reports[0].evaluations[0].loss == reports[1].evaluations[0].loss is not None
+    assert [report.data["source"] for report in reports] == ["Python", str(folder)]
     with pytest.raises(NotFoundError, match=r"no \.sqlite files"):
         evaluate([str(tiny_model())], rows, config=EvaluationConfig(score="sqlite"))
