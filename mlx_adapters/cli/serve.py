@@ -67,7 +67,7 @@ def serve_command(
     listener = bind(checked.host, checked.port)
     served = [parse_adapter(text) for text in adapters]
     engine = make_engine(base, served, checked, dtype=dtype, name=name, template=template)
-    _output.note(f"Serving {', '.join(engine.names)}.")
+    _output.note(f"Serving {', '.join(engine.catalog.names)}.")
     if engine.in_turn:
         _output.note(
             "Requests are decoded one after another: mlx-lm's code for this model does not take them together."

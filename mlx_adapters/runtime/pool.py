@@ -121,10 +121,10 @@ class AdapterPool:
         """Note that the adapter was used now."""
         entry.last_used = next(self._clock)
 
-    def least_recently_used(self) -> Attached | None:
-        """The adapter to evict first: one that nobody uses; None if all are in use."""
-        idle = [entry for entry in self.attached.values() if entry.users == 0]
-        return min(idle, key=lambda entry: entry.last_used, default=None)
+    @property
+    def idle(self) -> list[Attached]:
+        """The adapters that nobody uses, the least recently used one first: in this order they may be evicted."""
+        return sorted((e for e in self.attached.values() if e.users == 0), key=lambda entry: entry.last_used)
 
     @property
     def nbytes(self) -> int:

@@ -40,7 +40,7 @@ class Answering:
         self.tokenizer = engine.model.tokenizer
         self.grammars = Grammars(self.tokenizer, self.model.vocabulary)
         self.tokenizing = Tokenizing(self.model)
-        known = f"{engine.base_name} {self.model.base.fingerprint}"
+        known = f"{engine.catalog.base_name} {self.model.base.fingerprint}"
         self.fingerprint = "fp_" + hashlib.sha256(known.encode()).hexdigest()[:12]
 
     async def fields(self, request: Request) -> Fields:
@@ -61,7 +61,7 @@ class Answering:
         asked = read_options(fields, False, self.model.vocabulary)
         given = read_prompts(fields.value("prompt"), self.model.vocabulary)
         fields.refuse_rest()
-        model = self.engine.resolve(asked.model, asked.user)
+        model = self.engine.catalog.resolve(asked.model, asked.user)
         prompts = [await self.plain_tokens(prompt) for prompt in given]
         grammar = None
         if asked.format is not None:
@@ -98,7 +98,9 @@ class Answering:
         given = read_prompts(fields.value("input"), self.model.vocabulary, "input")
         packed = fields.take("encoding_format", str, "float") == "base64"
         fields.refuse_rest()
-        model = self.engine.resolve(name, fields.raw.get("user") if isinstance(fields.raw.get("user"), str) else None)
+        model = self.engine.catalog.resolve(
+            name, fields.raw.get("user") if isinstance(fields.raw.get("user"), str) else None
+        )
         prompts = [await self.plain_tokens(prompt, "input") for prompt in given]
         with told_as("input"):
             for prompt in prompts:
@@ -125,8 +127,8 @@ class Answering:
         self, request: Request, fields: Fields, asked: Asked, talk: Conversation, writer: Callable[..., Writer]
     ) -> Response:
         """Answer a conversation in the words of `writer`."""
-        model = self.engine.resolve(asked.model, asked.user)
-        own = self.engine.template_of(model)
+        model = self.engine.catalog.resolve(asked.model, asked.user)
+        own = self.engine.catalog.template_of(model)
         made = writer(asked, model, self.fingerprint, self._token_text)
         if not (self.model.has_template or own.chat_template):
             raise ApiError(400, "This model has no chat template; use /v1/completions.", param=made.asks_in)

@@ -105,21 +105,21 @@ class Server:
 
     async def models(self, _: Request) -> Response:
         """Every name that `model` may have."""
-        return JSONResponse({"object": "list", "data": [self.model_record(name) for name in self.engine.names]})
+        return JSONResponse({"object": "list", "data": [self.model_record(name) for name in self.engine.catalog.names]})
 
     async def model(self, request: Request) -> Response:
         """One model's record."""
         name = request.path_params["name"]
-        self.engine.resolve(name, "")
+        self.engine.catalog.resolve(name, "")
         return JSONResponse(self.model_record(name))
 
     def model_record(self, name: str) -> dict[str, Any]:
         """What `/v1/models` tells of a name; `parent` is the base of an adapter."""
-        served = self.engine.served.get(name)
+        served = self.engine.catalog.served.get(name)
         record = {"id": name, "object": "model", "created": self.started, "owned_by": "mlx_adapters"}
         record |= {"max_model_len": self.engine.model.base.context}
         if served is not None:
-            record |= {"parent": self.engine.base_name, "resident": served.resident}
+            record |= {"parent": self.engine.catalog.base_name, "resident": served.resident}
         for split in self.settings.splits:
             if split.name == name:
                 record |= {"split": dict(split.arms)}
@@ -128,7 +128,7 @@ class Server:
     async def ollama_tags(self, _: Request) -> Response:
         """Ollama's list of models."""
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started))
-        told = [{"name": name, "model": name, "modified_at": at, "size": 0} for name in self.engine.names]
+        told = [{"name": name, "model": name, "modified_at": at, "size": 0} for name in self.engine.catalog.names]
         return JSONResponse({"models": told})
 
     async def ollama_version(self, _: Request) -> Response:
@@ -163,7 +163,7 @@ class Server:
             check_name(name)
             if parse_reference(reference).kind != "name":
                 raise ApiError(403, "Only adapters of the registry can be loaded.", param="reference")
-            if name in self.engine.names:
+            if name in self.engine.catalog.names:
                 raise ApiError(409, f"'{name}' is served already.", param="name")
             await asyncio.to_thread(self.engine.add_adapter, name, reference)
         except AdapterError as error:
@@ -188,7 +188,7 @@ class Server:
 
     def unload(self, name: str) -> None:
         """Serve an adapter no more. Raises ApiError."""
-        if name not in self.engine.served:
+        if name not in self.engine.catalog.served:
             raise ApiError(404, f"The adapter '{name}' is not served.", code="model_not_found")
         if any(name == arm for split in self.settings.splits for arm, _ in split.arms):
             raise ApiError(409, f"'{name}' is an arm of a split.")

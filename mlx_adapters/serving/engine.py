@@ -8,41 +8,41 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any
 
-from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.mapping import require
-from mlx_adapters.errors import AdapterError, did_you_mean
+from mlx_adapters.errors import AdapterError
 from mlx_adapters.generation.batching import Batcher
 from mlx_adapters.generation.live import LiveModel
-from mlx_adapters.generation.requests import Request, Token
-from mlx_adapters.generation.sampling import Sampler, stop_tokens
-from mlx_adapters.generation.text_stream import TextStream
+from mlx_adapters.generation.requests import Token
+from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.protocols.errors import ApiError
-from mlx_adapters.serving.jobs import Job, Piece, log
+from mlx_adapters.serving.jobs import Job, log
 from mlx_adapters.serving.metrics import Metrics
-from mlx_adapters.serving.residents import Residents, Served
+from mlx_adapters.serving.residents import Catalog, Residents, Served
 from mlx_adapters.serving.settings import ServeSettings
 from mlx_adapters.system.door import mx
 
 PATIENCE = 1.0  # seconds that others may overtake a job whose adapter finds no room
+NO_ROOM = "All adapters are in use; none can make room."
 
 
 class Engine:
     """Runs `model` for many jobs. `start` and `stop` it; the other methods may be called from any thread."""
 
     def __init__(self, model: LiveModel, settings: ServeSettings, base_name: str) -> None:
-        self.model, self.settings, self.base_name = model, settings, base_name
+        self.model, self.settings = model, settings
+        self.catalog = Catalog(base_name, model.base.template, settings.splits)
         self.metrics = Metrics()
-        self.served: dict[str, Served] = {}
         self.failed: BaseException | None = None
         self._commands: queue.Queue[Callable[[], None]] = queue.Queue()
         self._batcher = Batcher(model.module, model.pool, settings.max_batch)
         self._jobs: dict[int, Job] = {}
         self._parked: list[Job] = []
         self._open: set[Job] = set()
-        self._residents = Residents(model, settings, self.metrics)
+        self._residents = Residents(model, settings, self.metrics, lambda: self._commands.put(lambda: None))
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -59,6 +59,7 @@ class Engine:
             self._commands.put(work)
             if self._thread.is_alive():  # a thread that computes while Python ends would bring the process down
                 self._thread.join(patience)
+        self._residents.close()
 
     @property
     def alive(self) -> bool:
@@ -69,27 +70,6 @@ class Engine:
     def in_turn(self) -> bool:
         """Whether requests are decoded one after another although more were allowed."""
         return self.settings.max_batch > 1 and not self._batcher.can_batch
-
-    @property
-    def names(self) -> list[str]:
-        """Every model name that can be asked for."""
-        return [self.base_name, *self.served, *(split.name for split in self.settings.splits)]
-
-    def resolve(self, name: str, user: str | None) -> str:
-        """The adapter (or base) that a request for `name` gets. Raises ApiError 404 with the list."""
-        for split in self.settings.splits:
-            if split.name == name:
-                return split.choose(user if user is not None else f"request {time.time_ns()}")
-        if name != self.base_name and name not in self.served:
-            hint = did_you_mean(name, self.names)
-            message = f"The model '{name}' does not exist. Served: {', '.join(self.names)}."
-            raise ApiError(404, message + (f" {hint}" if hint else ""), param="model", code="model_not_found")
-        return name
-
-    def template_of(self, name: str) -> TemplateConfig:
-        """How conversations are written for the adapter (or base) that `resolve` gave."""
-        served = self.served.get(name)
-        return served.template if served else self.model.base.template
 
     def submit(self, *jobs: Job) -> None:
         """Take jobs in, all or none. Raises ApiError 429 when too many wait, 503 when the server is stopping."""
@@ -109,17 +89,21 @@ class Engine:
 
     def embed(self, name: str, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """The mean hidden state of each prompt, with the adapter (or base) that `resolve` gave. Raises ApiError."""
-        return [self._ask(partial(self._embed, name, ids)) for ids in prompts]  # others may come between
+        return [self._embedding(name, ids) for ids in prompts]  # others may come between
 
-    def _embed(self, name: str, ids: Sequence[int]) -> list[float]:
-        attached = None
-        if name != self.base_name:
-            served = self.served.get(name)
-            if served is None:
-                raise ApiError(404, f"The model '{name}' was removed.", param="model", code="model_not_found")
+    def _embedding(self, name: str, ids: Sequence[int]) -> list[float]:
+        while isinstance(found := self._ask(partial(self._embed, name, ids)), Future):
+            wait([found], self.settings.max_seconds)
+        return found
+
+    def _embed(self, name: str, ids: Sequence[int]) -> list[float] | Future[Adapter]:
+        served, attached = self.catalog.adapter(name), None
+        if served is not None:
             attached = self._residents.bring_in(served)
+            if attached is None and served.reading is not None:
+                return served.reading
             if attached is None:
-                raise ApiError(503, "All adapters are in use; none can make room.", kind="server_error")
+                raise ApiError(503, NO_ROOM, kind="server_error")
         with self.model.pool.routed([attached]):
             vector = self.model.embedding(list(ids))
             mx.eval(vector)
@@ -132,11 +116,14 @@ class Engine:
         Raises AdapterError, or ApiError 503 if there is no room; then nothing changed. ApiError 504 if the engine
         does not come to it in time: it may still be served then.
         """
-        return self._ask(lambda: self._add_adapter(name, reference))
+        require(name not in self.catalog.names, f"'{name}' is served already.")
+        served = Served(name, reference)
+        self._residents.read(served).result()
+        return self._ask(partial(self._add_adapter, served))
 
     def remove_adapter(self, name: str) -> None:
         """Serve an adapter no more. Answers that are being written with it are finished."""
-        served = self.served.pop(name)
+        served = self.catalog.served.pop(name)
         self._commands.put(lambda: self._residents.leaving.append(served))
 
     def update_gauges(self) -> None:
@@ -206,7 +193,7 @@ class Engine:
             job.send(ApiError(504, f"No answer within {self.settings.max_seconds:g} seconds.", kind="server_error"))
         waiting, self._parked = self._parked, []
         for job in waiting:
-            blocked = len(self._parked) > 0 and now - self._parked[0].arrived > PATIENCE
+            blocked = any(now - other.arrived > PATIENCE and not self._is_read(other) for other in self._parked)
             if blocked or not self._begin(job):
                 self._parked.append(job)
         self._residents.let_go()
@@ -225,29 +212,20 @@ class Engine:
         for token in tokens:
             self._hand_out(token)
 
+    def _is_read(self, job: Job) -> bool:
+        """Whether the job waits for its adapter's files."""
+        served = self.catalog.served.get(job.model)
+        return served is not None and served.reading is not None
+
     def _begin(self, job: Job) -> bool:
-        """Give the job its adapter and queue it. False if it must wait until another adapter makes room."""
+        """Give the job its adapter and queue it. False if it must wait: the adapter is read, or finds no room yet."""
         try:
-            attached = None
-            if job.model != self.base_name:
-                served = self.served.get(job.model)  # once: other threads remove adapters
-                if served is None:
-                    raise ApiError(404, f"The model '{job.model}' was removed.", param="model", code="model_not_found")
+            served, attached = self.catalog.adapter(job.model), None
+            if served is not None:
                 attached = self._residents.bring_in(served)
                 if attached is None:
                     return False
-            how, tokenizer = job.sampling, self.model.tokenizer
-            job.text = TextStream(tokenizer, how, job.continues)
-            job.request = Request(
-                job.prompt,
-                attached,
-                how.max_tokens,
-                Sampler(how, tokenizer=tokenizer),
-                stop_tokens(how, tokenizer),
-                job.top_logprobs,
-                job.constraint,
-                job.scores,
-            )
+            request = job.begin(attached, self.model.tokenizer)
         except ApiError as error:
             self._fail(job, error)
             return True
@@ -256,8 +234,8 @@ class Engine:
             why = f": {error.message}" if isinstance(error, AdapterError) else "."
             self._fail(job, ApiError(503, f"Adapter '{job.model}' cannot be loaded{why}", kind="server_error"))
             return True
-        self._jobs[job.request.number] = job
-        self._batcher.submit(job.request)
+        self._jobs[request.number] = job
+        self._batcher.submit(request)
         self.metrics.add("prompt_tokens_total", len(job.prompt), model=job.model)
         return True
 
@@ -265,40 +243,25 @@ class Engine:
         self._end(job, "error")
         job.send(error)
 
-    def _add_adapter(self, name: str, reference: str) -> Served:
-        require(name not in self.names, f"'{name}' is served already.")
-        served = Served(name, reference)
+    def _add_adapter(self, served: Served) -> Served:
+        require(served.name not in self.catalog.names, f"'{served.name}' is served already.")
         if self._residents.bring_in(served) is None:
-            raise ApiError(503, "All adapters are in use; none can make room.", kind="server_error")
-        self.served[name] = served
+            raise ApiError(503, NO_ROOM, kind="server_error")
+        self.catalog.served[served.name] = served
         return served
 
     def _hand_out(self, token: Token) -> None:
         job = self._jobs[token.request.number]
-        if token.of_prompt:
-            job.held.append(token)
-            return
-        if job.first is None:
+        if job.first is None and not token.of_prompt:
             job.first = time.monotonic()
             self.metrics.observe("time_to_first_token_seconds", job.first - job.arrived, model=job.model)
-        job.made += 1
-        reason, text = token.finish_reason, ""
-        if reason == "error":
+        event = job.take(token)
+        if isinstance(event, ApiError):
             self._drop(job, "error")
-            job.send(ApiError(400, "The schema or grammar became too large to go on with.", code="invalid_schema"))
-            return
-        if reason != "stop":
-            text = job.text.add(token.id)
-            job.held.append(token)
-        if reason is not None:
-            text += job.text.finish()
-        if job.text.stopped or reason == "complete":
-            reason = "stop"
-        if reason is not None:
+        elif event is not None and event.finish_reason is not None:
             self._drop(job, "ok")  # counted before the client can know that it ended
-        if text or reason is not None:
-            held, job.held = tuple(job.held), []
-            job.send(Piece(text, held, reason, job.made))
+        if event is not None:
+            job.send(event)
 
     def _drop(self, job: Job, outcome: str) -> None:
         """Take a job out, wherever it stands; nothing if it is out already."""

@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 
 from mlx_adapters.config.sampling import Sampling
 from mlx_adapters.generation.requests import Constraint, Request, Token
+from mlx_adapters.generation.sampling import Sampler, stop_tokens
 from mlx_adapters.generation.text_stream import TextStream
 from mlx_adapters.protocols.errors import ApiError
+from mlx_adapters.runtime.attached import Attached
+from mlx_adapters.system.door import TokenizerWrapper
 
 log = logging.getLogger("mlx_adapters.serve")
 
@@ -46,6 +49,43 @@ class Job:
     text: TextStream = field(init=False, repr=False)  # set when the model begins with it
     made: int = 0
     held: list[Token] = field(default_factory=list)
+
+    def begin(self, attached: Attached | None, tokenizer: TokenizerWrapper) -> Request:
+        """What the batch is asked for, with the adapter in memory (None: the base)."""
+        how = self.sampling
+        self.text = TextStream(tokenizer, how, self.continues)
+        self.request = Request(
+            self.prompt,
+            attached,
+            how.max_tokens,
+            Sampler(how, tokenizer=tokenizer),
+            stop_tokens(how, tokenizer),
+            self.top_logprobs,
+            self.constraint,
+            self.scores,
+        )
+        return self.request
+
+    def take(self, token: Token) -> Piece | ApiError | None:
+        """Go on by a token; what there is to tell then."""
+        if token.of_prompt:
+            self.held.append(token)
+            return None
+        self.made += 1
+        reason, text = token.finish_reason, ""
+        if reason == "error":
+            return ApiError(400, "The schema or grammar became too large to go on with.", code="invalid_schema")
+        if reason != "stop":
+            text = self.text.add(token.id)
+            self.held.append(token)
+        if reason is not None:
+            text += self.text.finish()
+        if self.text.stopped or reason == "complete":
+            reason = "stop"
+        if not text and reason is None:
+            return None
+        held, self.held = tuple(self.held), []
+        return Piece(text, held, reason, self.made)
 
     def send(self, event: Piece | ApiError) -> None:
         """Hand an event to the web side."""

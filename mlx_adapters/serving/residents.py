@@ -1,22 +1,28 @@
-"""Which adapters are in memory: brought in when one is asked for, put out when others need the room.
+"""What can be asked for, and which adapters are in memory: brought in when one is, put out when others need the room.
 
 There may be `max_adapters` of them and so many bytes. The least recently used one that no request holds goes first;
-one that is served no more goes when its last answer is written.
+one that is served no more goes when its last answer is written. Files are read in a thread of their own: answers that
+are being written do not wait for a disk.
 """
 
 import itertools
 import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.mapping import require
-from mlx_adapters.errors import IncompatibleError
+from mlx_adapters.errors import IncompatibleError, did_you_mean
 from mlx_adapters.generation.live import LiveModel
 from mlx_adapters.models.adapter import Adapter, template_of
+from mlx_adapters.protocols.errors import ApiError
 from mlx_adapters.runtime.attached import Attached
 from mlx_adapters.serving.metrics import Metrics
-from mlx_adapters.serving.settings import ServeSettings
+from mlx_adapters.serving.settings import ServeSettings, TrafficSplit
 from mlx_adapters.sources.lookup import load_adapter
+from mlx_adapters.system.door import mx
 
 
 @dataclass(eq=False)
@@ -25,7 +31,7 @@ class Served:
 
     `fingerprint`: of the adapter that was first read, which is the one that is served: a name may come to mean another.
     `nbytes`: what its weights take, or once it was in memory what it took there; None until it was read.
-    `template`: how it was trained to see conversations.
+    `template`: how it was trained to see conversations. `reading`: while its files are read, and until it is taken in.
     """
 
     name: str
@@ -34,6 +40,7 @@ class Served:
     nbytes: int | None = None
     fingerprint: str | None = None
     template: TemplateConfig = field(default=TemplateConfig())
+    reading: Future[Adapter] | None = None
 
     def read(self) -> Adapter:
         """The adapter, from the disk. Raises IncompatibleError if it is no longer the one that was first read."""
@@ -54,46 +61,108 @@ class Served:
         return self.attached is not None and self.attached.alive
 
 
-class Residents:
-    """The adapters of one model that are in memory. To be used from one thread."""
+class Catalog:
+    """Every name that a request may have in `model`. Threads may share it."""
 
-    def __init__(self, model: LiveModel, settings: ServeSettings, metrics: Metrics) -> None:
-        self.model, self.metrics = model, metrics
+    def __init__(self, base_name: str, template: TemplateConfig, splits: Sequence[TrafficSplit]) -> None:
+        self.base_name, self._template, self._splits = base_name, template, splits
+        self.served: dict[str, Served] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Every model name that can be asked for."""
+        return [self.base_name, *self.served, *(split.name for split in self._splits)]
+
+    def resolve(self, name: str, user: str | None) -> str:
+        """The adapter (or base) that a request for `name` gets. Raises ApiError 404 with the list."""
+        for split in self._splits:
+            if split.name == name:
+                return split.choose(user if user is not None else f"request {time.time_ns()}")
+        if name != self.base_name and name not in self.served:
+            hint = did_you_mean(name, self.names)
+            message = f"The model '{name}' does not exist. Served: {', '.join(self.names)}."
+            raise ApiError(404, message + (f" {hint}" if hint else ""), param="model", code="model_not_found")
+        return name
+
+    def adapter(self, name: str) -> Served | None:
+        """The adapter that `resolve` gave, None for the base. Raises ApiError 404 if it was removed since."""
+        if name == self.base_name:
+            return None
+        served = self.served.get(name)  # once: other threads remove adapters
+        if served is None:
+            raise ApiError(404, f"The model '{name}' was removed.", param="model", code="model_not_found")
+        return served
+
+    def template_of(self, name: str) -> TemplateConfig:
+        """How conversations are written for the adapter (or base) that `resolve` gave."""
+        served = self.served.get(name)
+        return served.template if served else self._template
+
+
+class Residents:
+    """The adapters of one model that are in memory. To be used from one thread; `on_read` is called in another."""
+
+    def __init__(
+        self, model: LiveModel, settings: ServeSettings, metrics: Metrics, on_read: Callable[[], None] = lambda: None
+    ) -> None:
+        self.model, self.metrics, self._on_read = model, metrics, on_read
         self._most, self._byte_limit = settings.max_adapters, settings.max_adapter_bytes or math.inf
         self._serial = itertools.count()
+        self._reader = ThreadPoolExecutor(1, "reader")
         self.leaving: list[Served] = []
 
+    def read(self, served: Served) -> Future[Adapter]:
+        """Begin to read the adapter's files, if that has not begun. Any thread may call this."""
+        if served.reading is None:
+            served.reading = self._reader.submit(_read, served)
+            served.reading.add_done_callback(lambda _: self._on_read())
+        return served.reading
+
     def bring_in(self, served: Served) -> Attached | None:
-        """The adapter in memory, loaded if it is not; None if every other is in use and none can make room."""
+        """The adapter in memory; None while it is read, or while others that are in use leave no room for it.
+
+        Raises what reading it raises.
+        """
         if served.resident:
             return served.attached
-        pool, adapter = self.model.pool, None
-        if served.nbytes is None:
-            adapter = served.read()
-            served.nbytes = sum(w.size for w in adapter.weights.values()) * pool.dtype.size
-        if not self._make_room(served, served.nbytes):
+        if served.nbytes is not None and self._to_go(served, served.nbytes) is None:
             return None
+        reading = self.read(served)
+        if not reading.done():
+            return None
+        served.reading = None  # also when it failed: the next request tries again
+        adapter = reading.result()
+        served.nbytes = served.nbytes or sum(w.size for w in adapter.weights.values()) * self.model.pool.dtype.size
+        return self._attach(served, adapter)
+
+    def _attach(self, served: Served, adapter: Adapter) -> Attached | None:
+        pool, going = self.model.pool, self._to_go(served, served.nbytes or 0)
+        if going is None:
+            return None
+        for entry in going:
+            pool.remove(entry.name)
+            self.metrics.add("adapter_evictions_total", adapter=entry.name.rpartition("#")[0])
         name = f"{served.name}#{next(self._serial)}"
-        self.model.attach(adapter or served.read(), name=name, use=False)
+        self.model.attach(adapter, name=name, use=False)
         served.attached = pool.get(name)
         served.nbytes = served.attached.nbytes
         if pool.nbytes > self._byte_limit:  # in groups of layers it takes more than in its file
             pool.remove(name)
-            return self.bring_in(served)
+            return self._attach(served, adapter)
         self.metrics.add("adapter_loads_total", adapter=served.name)
         return served.attached
 
-    def _make_room(self, served: Served, nbytes: int) -> bool:
-        """Put adapters out until this one is within the limits too. False if those in use leave no room."""
+    def _to_go(self, served: Served, nbytes: int) -> list[Attached] | None:
+        """The adapters to put out so that this one is within the limits; None if those in use leave no room."""
         pool, limit = self.model.pool, self._byte_limit
         require(nbytes <= limit, f"'{served.name}' has {nbytes / 1e6:.1f} MB; all may have {limit / 1e6:.1f} MB.")
-        while len(pool.attached) >= self._most or pool.nbytes + nbytes > limit:
-            oldest = pool.least_recently_used()
-            if oldest is None:
-                return False
-            pool.remove(oldest.name)
-            self.metrics.add("adapter_evictions_total", adapter=oldest.name.rpartition("#")[0])
-        return True
+        number, total, idle, going = len(pool.attached), pool.nbytes + nbytes, pool.idle, []
+        while number >= self._most or total > limit:
+            if not idle:
+                return None
+            going.append(idle.pop(0))
+            number, total = number - 1, total - going[-1].nbytes
+        return going
 
     def let_go(self) -> None:
         """Put those out that are `leaving` and that no answer needs any more."""
@@ -103,3 +172,13 @@ class Residents:
                 self.leaving.remove(served)
                 if attached is not None:
                     self.model.pool.remove(attached.name)
+
+    def close(self) -> None:
+        """Read no more."""
+        self._reader.shutdown(wait=False, cancel_futures=True)
+
+
+def _read(served: Served) -> Adapter:
+    adapter = served.read()
+    mx.eval(adapter.weights)  # in this thread, not when the engine's first looks at them
+    return adapter

@@ -77,7 +77,7 @@ def make_engine(
             loaded = served.read()
             check_fits(loaded, model.module, f"'{called}'")
             check_made_for(loaded, model.base.name, model.base.fingerprint)
-            engine.served[adapter] = served
+            engine.catalog.served[adapter] = served
     return engine
 
 

@@ -89,7 +89,7 @@ def test_joining_leaving_cancelling_and_evicting(tiny_model):
     for request in requests:
         batcher.submit(request)
     assert {entry.users for entry in model.pool.attached.values()} == {4}
-    assert model.pool.least_recently_used() is None
+    assert model.pool.idle == []
     made = {}
     for number in range(60):
         for token in batcher.step():
@@ -103,7 +103,7 @@ def test_joining_leaving_cancelling_and_evicting(tiny_model):
             batcher.cancel(requests[4])
             batcher.cancel(requests[7])
             batcher.cancel(requests[10])
-            idle = model.pool.least_recently_used()
+            idle = model.pool.idle[0]
             assert idle.name == "1"  # whose requests are all gone; "late" came after it
             model.detach("late")
     for i, request in enumerate(requests):

@@ -92,7 +92,7 @@ def test_a_server_renders_for_each_adapter_and_as_a_request_asks(base):
     def prompt(name, **more):
         fields = Fields({"model": name, "messages": [{"role": "user", "content": "a"}], **more})
         asked, talk = read_options(fields, True, engine.model.vocabulary), read_conversation(fields)
-        return decode(prepared(engine.model, engine.template_of(name), asked, talk, grammars, "messages")[0])
+        return decode(prepared(engine.model, engine.catalog.template_of(name), asked, talk, grammars, "messages")[0])
 
     texts = [prompt("base"), prompt("quiet"), prompt("base", chat_template_kwargs=QUIET)]
     assert texts[1] == texts[2] and texts[1].startswith(texts[0]) and texts[1] != texts[0]
@@ -109,7 +109,7 @@ def test_a_fused_model_sees_what_the_adapter_saw(base, tmp_path):
         texts[name] = prompt(load_model(tmp_path / name))
     assert texts["quiet"].endswith("</think>\n\n") and texts["other"] == "[user]a(brief)"
     engine = make_engine(str(tmp_path / "quiet"), [], ServeSettings(), name="quiet")
-    assert engine.template_of("quiet").chat_template_args == QUIET
+    assert engine.catalog.template_of("quiet").chat_template_args == QUIET
     report = evaluate([str(tmp_path / "other")], ROWS, config=EvaluationConfig(split="train"))
     same = evaluate(["other"], ROWS, config=EvaluationConfig(split="train"))
     assert report.evaluations[0].tokens == same.evaluations[0].tokens

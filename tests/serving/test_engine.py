@@ -1,11 +1,20 @@
-"""What the engine says of the model that it serves."""
+"""What the engine says of the model that it serves, and what it keeps waiting for what."""
 
+import threading
+
+import httpx
 import pytest
+from helpers.adapters import random_adapter
+from helpers.serving import eventually, running
 from helpers.tiny_configs import tiny_base
 
 from mlx_adapters.generation.live import load_model
+from mlx_adapters.serving import residents, transport
 from mlx_adapters.serving.engine import Engine
 from mlx_adapters.serving.settings import ServeSettings
+from mlx_adapters.sources.registry import register
+
+CHAT = {"messages": [{"role": "user", "content": "List all students."}], "temperature": 0}
 
 
 @pytest.mark.parametrize("name, in_turn", [("llama4", True), ("qwen3", False)])
@@ -13,3 +22,49 @@ def test_it_tells_whether_requests_are_decoded_one_after_another(name, in_turn, 
     model = load_model(tiny_base(tmp_path / "base", name))
     assert Engine(model, ServeSettings(), "base").in_turn == in_turn
     assert not Engine(model, ServeSettings(max_batch=1), "base").in_turn
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """While `.clear()`, whoever reads an adapter waits."""
+    turning, load = threading.Event(), residents.load_adapter
+    turning.set()
+    monkeypatch.setattr(residents, "load_adapter", lambda name: (turning.wait(60), load(name))[1])
+    yield turning
+    turning.set()
+
+
+def test_answers_go_on_while_adapters_are_read(tiny_model, slow_disk, monkeypatch):
+    """Also a stream that waits for one is told that it is not forgotten."""
+    monkeypatch.setattr(transport, "ALIVE_SECONDS", 0.05)
+    folder = tiny_model("llama")
+    for name in "pqs":
+        register(random_adapter(load_model(folder), seed=ord(name)), name)
+    with running(folder, [(n, n) for n in "pqs"], max_adapters=2, allow_load=True) as (address, engine):
+        url = address + "/v1/chat/completions"
+        slow_disk.clear()
+        parts, late = [], []
+
+        def wait_for_s():
+            with httpx.stream("POST", url, json=CHAT | {"model": "s", "max_tokens": 3, "stream": True}) as answer:
+                parts.extend(answer.iter_lines())
+
+        def add():
+            late.append(httpx.post(address + "/v1/adapters", json={"name": "r", "reference": "p"}, timeout=60))
+
+        threads = [threading.Thread(target=work) for work in (wait_for_s, add)]
+        for thread in threads:
+            thread.start()
+        assert eventually(lambda: any(line.startswith(":") for line in parts))
+        for name in ("p", "base"):  # more than PATIENCE later too: who waits for a disk holds up nobody
+            answer = httpx.post(url, json=CHAT | {"model": name, "max_tokens": 40}, timeout=30)
+            assert answer.json()["usage"]["completion_tokens"] == 40
+        vector = httpx.post(address + "/v1/embeddings", json={"model": "p", "input": "a"})
+        assert vector.status_code == 200 and not late
+        slow_disk.set()
+        for thread in threads:
+            thread.join(30)
+        assert "data: [DONE]" in parts
+        assert late[0].status_code == 201
+        assert httpx.post(address + "/v1/embeddings", json={"model": "q", "input": "a"}).status_code == 200
+        assert engine.catalog.served["s"].reading is None

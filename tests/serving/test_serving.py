@@ -523,16 +523,17 @@ def test_a_name_that_comes_to_mean_another_adapter_is_not_served_under_it(regist
         for name in "qq":
             answer = httpx.post(url, json=body | {"model": name})
             assert answer.status_code == 503 and "'q' has changed" in answer.json()["error"]["message"]
-        engine.served["p"].attached = None  # as if it had been put out
+        engine.catalog.served["p"].attached = None  # as if it had been put out
         assert "'p' has changed" in httpx.post(url, json=body | {"model": "p"}).text
         assert httpx.delete(address + "/v1/adapters/q").status_code in (200, 204)
         assert httpx.post(address + "/v1/adapters", json={"name": "q", "reference": "q"}).status_code in (200, 201)
         assert httpx.post(url, json=body | {"model": "q"}).status_code == 200
-        assert engine.served["q"].fingerprint == other.fingerprint
+        assert engine.catalog.served["q"].fingerprint == other.fingerprint
 
 
 def test_what_the_engine_does_not_come_to_in_time_is_told(tiny_model, monkeypatch):
     engine = make_engine(str(tiny_model("llama")), [], ServeSettings(max_seconds=0.01))
+    monkeypatch.setattr("mlx_adapters.serving.residents._read", lambda served: served)
     monkeypatch.setattr(engine._thread, "is_alive", lambda: True)  # as if it were busy
     with pytest.raises(ApiError) as caught:
         engine.add_adapter("a", "a")
