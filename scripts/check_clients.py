@@ -33,7 +33,7 @@ from helpers.serving import running  # noqa: E402
 from mlx_adapters.generation.live import load_model  # noqa: E402
 
 QUESTION, ANSWER, RESULT = "What is the weather in Paris?", "It is sunny in Paris.", "sunny"
-WHO = "Who is Ada?"
+WHO, ADA = "Who is Ada?", {"name": "Ada", "age": 36}
 CALL = {"type": "function", "id": "c0", "function": {"name": "get_weather", "arguments": {"city": "Paris"}}}
 START = """
 import json, os, sys
@@ -186,66 +186,103 @@ for work in (schema, tools):
 }
 
 
-def conversations(rng: random.Random) -> list[tuple[list[dict[str, Any]], list[dict[str, Any]] | None]]:
-    """What the model is trained on: the last message of each, whatever tools and system text stand before."""
+# What clients put around a question, in pieces: the model has to find the question in any of it.
+PIECES = [
+    '{"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}',
+    '{"properties": {"name": {"title": "Name", "type": "string"}, "age": {"title": "Age", "type": "integer"}}}',
+    '"additionalProperties": false, ',
+    '"required": ["name", "age"], "title": "Person", "type": "object"',
+    '"strict": true, ',
+    '"description": "The weather in a city.", ',
+    "Correctly extracted with all the required parameters with correct types",
+    "understand the content and provide the parsed objects in json that match the following json_schema:\n\n",
+    "Make sure to return an instance of the JSON, not the schema itself\n",
+    "Always respond with a JSON object that is compatible with this schema:\n",
+    "The final response which ends this conversation. ",
+    "\n            ",
+]
 
-    def words() -> str:
-        letters = 'abcdefghijklmnopqrstuvwxyz    {}[]":,_'
-        return "".join(rng.choice(letters) for _ in range(rng.randint(0, 60)))
 
-    parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "title": words()}
-    function = {"name": "get_weather", "description": words(), "parameters": parameters}
-    tools = [{"type": "function", "function": function}] * rng.randint(1, 2)
-    system = [{"role": "system", "content": words()}] if rng.random() < 0.5 else []
-    asked = [*system, {"role": "user", "content": QUESTION}]
-    called = [*asked, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
-    answered = [*called, {"role": "tool", "content": RESULT, "tool_call_id": "c0"}]
-    said = [*answered, {"role": "assistant", "content": ANSWER}]
-    who = [*system, {"role": "user", "content": WHO + words() * rng.randint(0, 1)}]
-    person = {"name": "Ada", "age": 36}
-    name = rng.choice(["Person", "final_result", "output"])
-    final = [{"type": "function", "function": {"name": name, "parameters": {"title": words()}}}]
-    as_call = {"type": "function", "id": "c0", "function": {"name": name, "arguments": person}}
-    return [
-        (called, tools),
-        (said, tools),
-        ([*who, {"role": "assistant", "content": json.dumps(person)}], None),
-        ([*who, {"role": "assistant", "content": "", "tool_calls": [as_call]}], final),
-    ]
+def around(rng: random.Random, most: int) -> str:
+    """Up to `most` such pieces, or letters."""
+    letters = "".join(rng.choice('abcdefghijklmnopqrstuvwxyz    {}[]":,_') for _ in range(rng.randint(0, 60)))
+    return "".join(rng.choice([*PIECES, letters]) for _ in range(rng.randint(0, most)))
+
+
+def shuffled(rng: random.Random, record: dict[str, Any]) -> dict[str, Any]:
+    """The record with its keys in any order."""
+    return {key: record[key] for key in rng.sample(list(record), len(record))}
+
+
+def conversation(rng: random.Random) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """What the model is trained on: the last message, whatever tools and system text stand before."""
+
+    def tool(name: str, properties: dict[str, Any]) -> dict[str, Any]:
+        parameters = {"type": "object", "properties": properties, "required": list(properties)}
+        parameters |= rng.choice([{}, {"additionalProperties": False}, {"title": around(rng, 3)}])
+        function = {"name": name, "parameters": shuffled(rng, parameters)}
+        function |= rng.choice([{}, {"description": "The weather in a city."}, {"description": around(rng, 4)}])
+        function |= rng.choice([{}, {"strict": True}])
+        return {"type": "function", "function": shuffled(rng, function)}
+
+    long = rng.random() < 0.3
+    system = [{"role": "system", "content": around(rng, 12 if long else 2)}] if rng.random() < 0.5 else []
+    if rng.random() < 0.5:
+        messages = [*system, {"role": "user", "content": QUESTION}]
+        messages.append({"role": "assistant", "content": "", "tool_calls": [CALL]})
+        if rng.random() < 0.5:
+            messages += [{"role": "tool", "content": RESULT, "tool_call_id": "c0"}]
+            messages += [{"role": "assistant", "content": ANSWER}]
+        return messages, [tool("get_weather", {"city": {"type": "string"}})]
+    messages, person = [*system, {"role": "user", "content": WHO + around(rng, rng.choice([0, 8]))}], ADA
+    if rng.random() < 0.5:
+        return [*messages, {"role": "assistant", "content": json.dumps(person)}], None
+    name = rng.choice(["Person", "final_result"])
+    call = {"type": "function", "id": "c0", "function": {"name": name, "arguments": person}}
+    properties = {"name": {"title": "Name", "type": "string"}, "age": {"title": "Age", "type": "integer"}}
+    return [*messages, {"role": "assistant", "content": "", "tool_calls": [call]}], [tool(name, properties)]
 
 
 def train(folder: Path, steps: int) -> None:
-    """Teach the model in a folder; its weights there are replaced."""
+    """Teach the model in a folder; its weights there are replaced. Raises RuntimeError if it does not learn it."""
     model = load_model(folder)
     module, tokenizer, rng = model.module, model.tokenizer, random.Random(0)
 
     def row() -> tuple[list[int], int]:
-        messages, tools = rng.choice(conversations(rng))
+        messages, tools = conversation(rng)
         prompt = model.encode_chat(messages[:-1], tools)
         text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
-        return list(tokenizer.encode(text, add_special_tokens=False)), len(prompt)
+        return list(tokenizer.encode(text, add_special_tokens=False))[:1500], len(prompt)
 
     def loss(network: nn.Module, tokens: mx.array, counts: mx.array) -> mx.array:
         logits = network(tokens[:, :-1])
         each = nn.losses.cross_entropy(logits, tokens[:, 1:])
         return (each * counts).sum() / counts.sum()
 
-    rate = optim.join_schedules([optim.linear_schedule(1e-4, 4e-3, 40), optim.cosine_decay(4e-3, steps)], [40])
+    warm = min(40, steps // 4)
+    rate = optim.join_schedules(
+        [optim.linear_schedule(1e-4, 3e-3, warm), optim.cosine_decay(3e-3, steps - warm)], [warm]
+    )
     losses: list[float] = []
-    optimizer, step = optim.AdamW(rate), nn.value_and_grad(module, loss)
+    optimizer, step = optim.AdamW(rate, weight_decay=0.0), nn.value_and_grad(module, loss)
     for number in range(steps):
-        rows = [row() for _ in range(6)]
+        rows = sorted((row() for _ in range(32)), key=lambda one: len(one[0]))
+        start = 8 * rng.randrange(4)  # of like length
+        rows = rows[start : start + 8]
         width = max(len(tokens) for tokens, _ in rows)
         tokens = mx.array([one + [0] * (width - len(one)) for one, _ in rows])
         counts = mx.array([[float(start <= i < len(one)) for i in range(1, width)] for one, start in rows])
         value, gradients = step(module, tokens, counts)
+        gradients, _ = optim.clip_grad_norm(gradients, 1.0)
         optimizer.update(module, gradients)
         mx.eval(module.parameters(), optimizer.state)
         losses.append(value.item())
         if number % 50 == 49:
-            print(f"step {number + 1}: loss {losses[-1]:.4f}", file=sys.stderr, flush=True)
-            if max(losses[-30:]) < 0.02:
+            print(f"step {number + 1}: loss {sum(losses[-50:]) / 50:.4f}", file=sys.stderr, flush=True)
+            if max(losses[-50:]) < 0.002:
                 break
+    if max(losses[-20:]) > 0.05:
+        raise RuntimeError(f"the model did not learn it in {len(losses)} steps; give it more with --steps")
     module.save_weights(str(folder / "model.safetensors"))
 
 
@@ -262,7 +299,7 @@ def main() -> int:
     """Train, serve, ask."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--venvs", type=Path, default=Path(tempfile.gettempdir()) / "mlx-adapters-clients")
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--base", type=Path, help="keep the trained model here, and take it from here if it is there")
     parser.add_argument("clients", nargs="*", metavar="CLIENT", help=f"of {', '.join(CLIENTS)} [all]")
     asked = parser.parse_args()

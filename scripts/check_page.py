@@ -1,41 +1,35 @@
-"""The server's page in a real browser: both panes must show what their adapters write, also after a Clear in the
-middle of an answer.
+"""The server's page in a real browser, with a real model: each column must show what its adapter writes.
 
-Needs Chromium or Chrome. Builds a tiny model with two adapters, serves it on loopback, opens the page without a
-window and holds the two answers against the solo runs. Ends with status 1 if they differ.
+Needs Chromium or Chrome. Builds a tiny model with two adapters, serves it on loopback, asks through the page without
+a window and holds the answers against the solo runs: whole, after a new conversation in the middle of an answer, and
+after a restart of the browser's page. Ends with status 1 if they differ, or if the browser complained.
 
-    python scripts/check_page.py
+    python scripts/check_page.py [--pictures FOLDER]
 """
 
-import base64
-import json
+import argparse
 import os
-import re
-import shutil
-import socket
-import struct
-import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from helpers.browser import BROWSER, Page  # noqa: E402
 from helpers.serving import Served  # noqa: E402
 
-QUESTION = "List all students."
-# What the panes show, and what they will send next time.
-SHOWN = """[[...document.querySelectorAll('.log p')].map(p => p.textContent),
-           panes.flatMap(pane => pane.messages.map(message => message.content))]"""
-# What an impatient user does: asks, asks again at once (must wait), clears in the middle, asks anew.
-IMPATIENT = f"""
-const box = form.querySelector("textarea"), ask_now = () => {{ box.value = "{QUESTION}"; form.requestSubmit(); }};
-ask_now(); ask_now();
-setTimeout(() => {{ field("clear").click(); ask_now(); }}, 30);
-"""
+QUESTION, TOKENS = "List all students.", 48
+SHOWN = "[...document.querySelectorAll('.text')].map(found => found.textContent.trim())"
+CHOOSE = f"""(() => {{
+    const most = document.getElementById("max_tokens"), cold = document.getElementById("temperature");
+    most.value = {TOKENS}, cold.value = 0;
+    for (const field of [most, cold]) field.dispatchEvent(new Event("input"));
+    document.querySelectorAll(".pane select").forEach((select, number) => {{
+        select.value = ["one", "two"][number];
+        select.dispatchEvent(new Event("change"));
+    }});
+}})()"""
 
 
 def build(folder):
@@ -46,99 +40,63 @@ def build(folder):
     from mlx_adapters.generation.live import load_model
     from mlx_adapters.sources.registry import register
 
-    model, wanted = load_model(build_model(folder / "model", "llama")), {}
+    model, wanted = load_model(build_model(folder / "model", "llama")), []
     for i, name in enumerate(("one", "two")):
         model.attach(register(random_adapter(model, seed=i + 1), name))
-        wanted[name] = model.generate(QUESTION, max_tokens=256).text
+        wanted.append(model.generate(QUESTION, max_tokens=TOKENS).text)
     return wanted
 
 
-class DevTools:
-    """Just enough of Chrome's debugging protocol to evaluate expressions in the page."""
-
-    def __init__(self, url):
-        address, path = re.fullmatch(r"ws://([^/]+)(/.*)", url).groups()
-        host, port = address.split(":")
-        self.socket, self.number = socket.create_connection((host, int(port)), timeout=30), 0
-        key = base64.b64encode(os.urandom(16)).decode()
-        self.socket.sendall(
-            f"GET {path} HTTP/1.1\r\nHost: {address}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-            f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
-        )
-        self.stream = self.socket.makefile("rb")
-        while self.stream.readline().strip():
-            pass
-
-    def evaluate(self, expression):
-        """The value of a JavaScript expression."""
-        self.number += 1
-        call = {
-            "id": self.number,
-            "method": "Runtime.evaluate",
-            "params": {"expression": expression, "returnByValue": True},
-        }
-        data = json.dumps(call).encode()
-        self.socket.sendall(struct.pack(">BBH4x", 0x81, 0x80 | 126, len(data)) + data)  # masked with zeros
-        while True:
-            answer = json.loads(self.read())
-            if answer.get("id") == self.number:
-                return answer["result"]["result"].get("value")
-
-    def read(self):
-        size = self.stream.read(2)[1] & 127
-        if size >= 126:
-            size = int.from_bytes(self.stream.read(2 if size == 126 else 8), "big")
-        return self.stream.read(size)
+def ask(page):
+    page.evaluate("document.getElementById('text').focus()")
+    page.write(QUESTION)
+    page.press("Enter")
 
 
-def wait_for_answers(page):
-    until = time.monotonic() + 60
-    while time.monotonic() < until and page.evaluate("document.querySelectorAll('small:not(:empty)').length") != 2:
-        time.sleep(0.2)
+def answers(page):
+    """What the columns show when all is written."""
+    page.until("!document.body.classList.contains('running')", 60)
+    return page.evaluate(SHOWN)
 
 
-def browse(browser, address):
-    """What the two panes show when both have answered, and when an impatient user has his answers."""
-    url = f"{address}/#ask={QUESTION.replace(' ', '%20')}"
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        command = [
-            browser,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--remote-debugging-port=0",
-            f"--user-data-dir={profile}",
-            url,
-        ]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        try:
-            listening = next(line for line in process.stderr if "DevTools listening" in line)
-            port = re.search(r":(\d+)/", listening)[1]
-            pages = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/json"))
-            page = DevTools(next(p["webSocketDebuggerUrl"] for p in pages if p["type"] == "page"))
-            wait_for_answers(page)
-            first = page.evaluate(SHOWN)
-            page.evaluate("field('clear').click()")
-            page.evaluate(IMPATIENT)
-            wait_for_answers(page)
-            time.sleep(1)  # an answer that was ended would be late
-            return first, page.evaluate(SHOWN)
-        finally:
-            process.kill()
-            process.communicate()
+def pictures(page, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    for width in (390, 1200):
+        for dark in (False, True):
+            page.look(width, 800, dark)
+            page.picture(folder / f"{width}-{'dark' if dark else 'light'}.png")
 
 
 def main():
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--pictures", type=Path, help="write what is seen here, narrow and wide, light and dark")
+    options = parser.parse_args()
+    if BROWSER is None:
         sys.exit("There is no Chromium or Chrome on this machine.")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MLX_ADAPTERS_HOME"] = folder + "/home"
         wanted = build(Path(folder))
-        with Served(folder + "/model", adapters=("one", "two")) as server:
-            shown = browse(browser, server.address)
-    good = shown == ([[QUESTION, wanted["one"], QUESTION, wanted["two"]]] * 2,) * 2
-    print("the page shows both answers, also after a Clear" if good else f"the page shows {shown}\nwanted {wanted}")
+        with Served(folder + "/model", adapters=("one", "two")) as server, Page(server.address + "/") as page:
+            page.until("document.querySelectorAll('.pane').length === 2")
+            page.evaluate(CHOOSE)
+            ask(page)
+            shown = [answers(page)]
+            ask(page)
+            page.until("document.querySelectorAll('.turn').length === 2")
+            page.evaluate("document.getElementById('new').click()")
+            ask(page)
+            shown.append(answers(page))
+            page.open(server.address + "/#again")
+            page.evaluate("document.querySelector('#history button').click()")
+            shown.append(page.evaluate(SHOWN))
+            if options.pictures:
+                pictures(page, options.pictures)
+            complaints = page.complaints
+    plain = lambda text: "".join(text.split())  # noqa: E731  (Markdown makes other space of it)
+    good = all([plain(one) for one in texts] == [plain(one) for one in wanted] for texts in shown) and not complaints
+    print(
+        "the page shows both answers" if good else f"the page shows {shown}\nwanted {wanted}\ncomplaints {complaints}"
+    )
     sys.exit(0 if good else 1)
 
 
