@@ -12,6 +12,7 @@ in, and fuses them with --from-peft: the same logits, or a refusal.
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 import warnings
@@ -28,7 +29,20 @@ NAMES = (
     *("hunyuan_v1_dense", "exaone_moe", "afmoe", "mellum", "longcat_flash", "dbrx", "falcon_h1", "qwen3_vl"),
     *("qwen3_vl_moe", "gpt_neox", "minicpm3", "kimi_linear", "laguna", "olmo_hybrid", "gptj", "cohere2", "glm_moe_dsa"),
 )
-EXPERTS = r".*\.experts(\.\w+)?|.*\.switch_(mlp|glu)\.\w+"
+STEPS = {"time_step_limit": [0.0, 100.0]}
+WHOLE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+SETTINGS = {  # what mlx-lm and transformers take for granted differently
+    "afmoe": {"mup_enabled": True},
+    "falcon_h1": STEPS | {"mlp_multipliers": [0.7, 1.3], "ssm_multipliers": [0.9, 0.8, 0.7, 1.1, 1.2]},
+    "granitemoehybrid": STEPS | {"position_embedding_type": "rope"},
+    "laguna": {"rope_parameters": {"full_attention": WHOLE, "sliding_attention": WHOLE}},
+}
+PARTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "router")
+TOWER = r"vision|visual|multi_modal|audio"
+APART = rf"lm_head|embed_out|{TOWER}"
+
+
+SAYS_TIED = "+tied"  # a base of two ends whose config says that they are one
 
 
 def kind_of(path):
@@ -57,8 +71,62 @@ def random_adapter(module, base, keys, kind, seed):
 
 
 def write(out, names):
+    os.environ["MLX_ADAPTERS_HOME"] = tempfile.mkdtemp()
+    for name in names or NAMES:
+        try:
+            write_base(out / name, name)
+        except Exception as error:
+            print(f"{name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+            continue
+        for folder in (out / name, out / f"{name}{SAYS_TIED}"):
+            if folder.name == name or say_tied(out / name, folder):
+                write_adapters(folder)
+
+
+def write_base(folder, name):
+    """The same model for transformers (`hf`) and for mlx-lm (`base`)."""
+    import check_hf
+
+    import mlx_adapters as ma
+    from mlx_adapters.models.layers import adaptable_layers
+    from mlx_adapters.models.loading import load_module
+    from mlx_adapters.sources.bases import resolve_base
+
+    check_hf.SETTINGS |= SETTINGS
+    packed = resolve_base(check_hf.base_of(folder / "packed", name))
+    first = [next(iter(adaptable_layers(load_module(packed)[0])))]
+    nothing = random_adapter(load_module(packed)[0], packed, first, "lora", 0)
+    nothing.weights.update({n: 0 * w for n, w in nothing.weights.items()})
+    for form, options in (("hf", {"format": "hf"}), ("base", {})):
+        options = ma.FuseOptions(check=False, method="nearest", **options)
+        ma.fuse(packed, nothing, folder / form, options=options, quantization="none", dtype="float32", overwrite=True)
+
+
+def say_tied(folder, other):
+    """Make a copy whose config says that its two ends are one; False where mlx-lm's model heeds that."""
+    from mlx_adapters.models.layers import adaptable_layers, tied
+    from mlx_adapters.models.loading import load_module
+    from mlx_adapters.sources.bases import resolve_base
+
+    shutil.rmtree(other, ignore_errors=True)
+    for form in ("hf", "base"):
+        shutil.copytree(folder / form, other / form)
+        config = json.loads((other / form / "config.json").read_text())
+        if any(part.get("tie_word_embeddings") for part in (config, config.get("text_config") or {})):
+            return False
+        for part in (config, config.get("text_config")):
+            if part is not None:
+                part["tie_word_embeddings"] = True
+        (other / form / "config.json").write_text(json.dumps(config))
+    try:
+        return not tied(adaptable_layers(load_module(resolve_base(other / "base"))[0]))
+    except Exception:
+        return False
+
+
+def write_adapters(folder):
+    """Export an adapter on each kind of layer, and note its logits."""
     import mlx.core as mx
-    from check_hf import base_of
 
     import mlx_adapters as ma
     from mlx_adapters.models.layers import adaptable_layers, attach, detach, loads_in_mlx_lm
@@ -66,70 +134,47 @@ def write(out, names):
     from mlx_adapters.models.metadata import AdapterConfig
     from mlx_adapters.sources.bases import resolve_base
 
-    os.environ["MLX_ADAPTERS_HOME"] = tempfile.mkdtemp()
-    hf = ma.FuseOptions(format="hf", check=False, method="nearest")
     ids = mx.array([[5, 300, 17, 44, 120, 9, 77]])
-    for name in names or NAMES:
-        try:
-            packed = resolve_base(base_of(out / name / "packed", name))
-            module = load_module(packed)[0]
-            first = [next(iter(adaptable_layers(module)))]
-            nothing = random_adapter(module, packed, first, "lora", 0)
-            nothing.weights.update({n: 0 * w for n, w in nothing.weights.items()})
-            common = {"quantization": "none", "dtype": "float32", "overwrite": True}
-            ma.fuse(packed, nothing, out / name / "hf", options=hf, **common)
-            plain = ma.FuseOptions(check=False, method="nearest")
-            ma.fuse(packed, nothing, out / name / "base", options=plain, **common)
-            base = resolve_base(out / name / "base")
-            module = load_module(base)[0]
-        except Exception as error:
-            print(f"{name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+    base = resolve_base(folder / "base")
+    module = load_module(base)[0]
+    kinds = {}
+    for key in adaptable_layers(module):
+        kinds.setdefault(kind_of(key), []).append(key)
+    blocks = [key for keys in kinds.values() for key in keys if ".N" in kind_of(key)]
+    cases = {f"{kind}:{form}": (form, keys) for kind, keys in kinds.items() for form in ("lora", "dora")}
+    cases["blocks:lora"] = ("lora", blocks)
+    logits, refused = {"ids": ids, "base": module(ids).astype(mx.float32)}, {}
+    for seed, (case, (form, keys)) in enumerate(cases.items()):
+        config = AdapterConfig(3, 1.7, tuple(keys), form)
+        layers = adaptable_layers(module)
+        if not all(loads_in_mlx_lm(layers[key], config) for key in keys):
             continue
-        kinds = {}
-        for key in adaptable_layers(module):
-            kinds.setdefault(kind_of(key), []).append(key)
-        blocks = [key for keys in kinds.values() for key in keys if ".N" in kind_of(key)]
-        cases = {f"{kind}:{form}": (form, keys) for kind, keys in kinds.items() for form in ("lora", "dora")}
-        cases["blocks:lora"] = ("lora", blocks)
-        logits, refused = {"ids": ids, "base": module(ids).astype(mx.float32)}, {}
-        for seed, (case, (form, keys)) in enumerate(cases.items()):
-            config = AdapterConfig(3, 1.7, tuple(keys), form)
-            layers = adaptable_layers(module)
-            if not all(loads_in_mlx_lm(layers[key], config) for key in keys):
-                continue
-            try:
-                adapter = random_adapter(module, base, keys, form, seed)
-                attach(module, adapter)
-                computed = module(ids).astype(mx.float32)
-                mx.eval(computed)
-                detach(module)
-                ma.export_peft(
-                    adapter,
-                    out / name / "ours" / case,
-                    base_model=str(out / name / "hf"),
-                    base=base,
-                    overwrite=True,
-                    on_event=lambda _: None,
-                )
-                logits[case] = mx.contiguous(computed)
-            except ma.AdapterError as error:
-                refused[case] = str(error)
-            except Exception as error:
-                refused[case] = f"FAULT {type(error).__name__}: {error}"
-            finally:
-                detach(module)
-        mx.save_safetensors(str(out / name / "ours.safetensors"), logits)
-        (out / name / "refused.json").write_text(json.dumps(refused, indent=1))
-        print(
-            name,
-            len(logits) - 2,
-            "exported,",
-            len(refused),
-            "refused",
-            *{kind_of(r)[:160] for r in refused.values()},
-            sep="\n    ",
-            flush=True,
-        )
+        try:
+            adapter = random_adapter(module, base, keys, form, seed)
+            attach(module, adapter)
+            computed = module(ids).astype(mx.float32)
+            mx.eval(computed)
+            detach(module)
+            ma.export_peft(
+                adapter,
+                folder / "ours" / case,
+                base_model=str(folder / "hf"),
+                base=base,
+                overwrite=True,
+                on_event=lambda _: None,
+            )
+            logits[case] = mx.contiguous(computed)
+        except ma.AdapterError as error:
+            refused[case] = str(error)
+        except Exception as error:
+            refused[case] = f"FAULT {type(error).__name__}: {error}"
+        finally:
+            detach(module)
+    mx.save_safetensors(str(folder / "ours.safetensors"), logits)
+    (folder / "refused.json").write_text(json.dumps(refused, indent=1))
+    print(folder.name, f"{len(logits) - 2} exported, {len(refused)} refused", flush=True)
+    for reason in {kind_of(reason)[:160] for reason in refused.values()}:
+        print("   ", reason, flush=True)
 
 
 def load_model(folder):
@@ -151,15 +196,29 @@ def logits_of(model, ids):
     return model(input_ids=ids, use_cache=False).logits.detach().float().contiguous()
 
 
+def move(key, value):
+    """What a training would do to a trained parameter."""
+    import torch
+
+    noise = 0.2 * torch.randn(value.shape)
+    with torch.no_grad():
+        if "magnitude" in key:
+            value.mul_(1 + noise)
+        elif "lora_" in key or "trainable_tokens" in key:
+            value.copy_(noise)
+        else:
+            value.add_(noise)
+
+
 def own_cases(model):
     """Name -> LoraConfig arguments, of what people do to a model of this kind."""
     import torch
 
-    linear = {
-        n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n
-    }
-    linear = sorted(n for n in linear if not n.isdigit())
+    modules = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and not re.search(APART, n)]
+    linear = sorted({n.rpartition(".")[2] for n in modules if not n[-1].isdigit()})
+    calm = [name for name in linear if name not in PARTS] or linear  # PEFT takes the others for parts of experts
     cases = {f"linear-{name}": {"target_modules": [name]} for name in linear}
+    cases["experts"] = {"target_modules": [name for name in linear if name in PARTS] or linear}
     cases |= {f"dora-{name}": {"target_modules": [name], "use_dora": True} for name in linear}
     parameters = sorted({n.rpartition(".")[2] for n, p in model.named_parameters() if p.ndim == 3 and ".experts." in n})
     cases |= {
@@ -175,23 +234,61 @@ def own_cases(model):
     routers = sorted({n.rpartition(".")[2] for n in routers})
     cases |= {f"router-{name}": {"target_modules": [], "target_parameters": [f"{name}.weight"]} for name in routers}
     cases["all-linear"] = {"target_modules": "all-linear"}
-    cases["embedding"] = {"target_modules": ["embed_tokens"]}
-    cases["head"] = {"target_modules": ["lm_head"]}
     cases["patterns"] = {
-        "target_modules": linear[:4],
-        "rank_pattern": {linear[0]: 2},
-        "alpha_pattern": {linear[-1]: 3.5},
+        "target_modules": calm[:4],
+        "rank_pattern": {calm[0]: 2},
+        "alpha_pattern": {calm[-1]: 3.5},
         "use_rslora": True,
     }
-    cases["norms-to-save"] = {"target_modules": linear[:1], "modules_to_save": ["norm", "input_layernorm"]}
-    cases["tokens"] = {"target_modules": linear[:1], "trainable_token_indices": {"embed_tokens": [3, 5]}}
-    cases["head-tokens"] = {"target_modules": linear[:1], "trainable_token_indices": {"lm_head": [3, 5]}}
-    cases["head-to-save"] = {"target_modules": linear[:1], "modules_to_save": ["lm_head"]}
-    cases["experts-to-save"] = {"target_modules": linear[:1], "modules_to_save": ["experts"]}
-    cases |= {f"{name}-to-save": {"target_modules": linear[:1], "modules_to_save": [name]} for name in routers}
-    cases["velora"] = {"target_modules": linear[:1], "velora_config": {"num_groups": 4}}
-    cases["mica"] = {"target_modules": linear[:1], "init_lora_weights": "mica"}
+    first = {"target_modules": calm[:1]}
+    cases |= {f"{name}-to-save": first | {"modules_to_save": [name]} for name in routers}
+    cases["norms-to-save"] = first | {"modules_to_save": ["norm", "input_layernorm"]}
+    cases["experts-to-save"] = first | {"modules_to_save": ["experts"]}
+    cases["velora"] = first | {"velora_config": {"num_groups": 4}}
+    cases["mica"] = first | {"init_lora_weights": "mica"}
+    cases["orthogonal"] = first | {"init_lora_weights": "orthogonal"}
+    cases["feature-extraction"] = first | {"task_type": "FEATURE_EXTRACTION"}
+    cases["biases"] = first | {"bias": "all"}
+    cases["lora-biases"] = first | {"bias": "lora_only"}
+    cases["lora-bias"] = first | {"lora_bias": True}
+    cases["one-layer"] = {"target_modules": calm, "layers_to_transform": [1]}
+    blocks = next((n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)), "model.layers")
+    cases["layers-pattern"] = cases["one-layer"] | {"layers_pattern": blocks.rpartition(".")[2]}
+    cases["expression"] = {"target_modules": rf".*\.1\..*({'|'.join(calm)})", "exclude_modules": calm[:1]}
+    cases["rslora-dora"] = first | {"use_rslora": True, "use_dora": True, "alpha_pattern": {"0": 3, calm[0]: 5.5}}
+    cases |= end_cases(model, first)
+    if any(re.search(TOWER, name) for name, _ in model.named_modules()):
+        of_text = {"exclude_modules": rf".*({TOWER}).*"}
+        cases = {
+            case: options if "exclude_modules" in options else options | of_text for case, options in cases.items()
+        }
+        cases["tower"] = {"target_modules": "all-linear"}
     return cases
+
+
+def end_cases(model, first):
+    """What people do to the embedding of tokens and the output layer."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    embedding, head = (next(n for n, m in model.named_modules() if m is end).rpartition(".")[2] for end in ends)
+    tying, rows = {"ensure_weight_tying": True}, "trainable_token_indices"
+    return {
+        "embedding": {"target_modules": [embedding]},
+        "head": {"target_modules": [head]},
+        "both-ends": {"target_modules": [embedding, head]},
+        "embedding-tying": {"target_modules": [*first["target_modules"], embedding]} | tying,
+        "embedding-to-save": first | {"modules_to_save": [embedding]},
+        "head-to-save": first | {"modules_to_save": [head]},
+        "ends-to-save": first | {"modules_to_save": [embedding, head]},
+        "to-save-tying": first | {"modules_to_save": [embedding]} | tying,
+        "tokens": first | {rows: {embedding: [3, 5]}},
+        "tokens-tying": first | {rows: [3, 5]} | tying,
+        "head-tokens": first | {rows: {head: [3, 5]}},
+        "both-tokens": first | {rows: {embedding: [3, 5], head: [3, 5]}},
+        "other-tokens": first | {rows: {embedding: [3, 5], head: [4]}},
+        "tokens-and-head": {"target_modules": [head], rows: {embedding: [3, 5]}},
+        "tokens-and-embedding": {"target_modules": [embedding], rows: {embedding: [3, 5]}},
+        "tokens-and-head-to-save": first | {rows: {embedding: [3, 5]}, "modules_to_save": [head]},
+    }
 
 
 def make(out, names):
@@ -209,13 +306,13 @@ def make(out, names):
             continue
         ours = load_file(folder / "ours.safetensors")
         ids = ours.pop("ids").long()
+        run = partial(logits_of, ids=ids)
         try:
             model = load_model(folder / "hf")
+            there = off(run(model), ours["base"])
         except Exception as error:
-            print(folder.name, "is not loaded:", type(error).__name__, str(error)[:100], flush=True)
+            print(folder.name, "does not run:", type(error).__name__, str(error)[:100], flush=True)
             continue
-        run = partial(logits_of, ids=ids)
-        there = off(run(model), ours["base"])
         if there > TOLERANCE:
             print(folder.name, f"base is off by {there:.1e}", flush=True)
         for case, expected in ours.items():
@@ -245,12 +342,8 @@ def make(out, names):
                     load_model(folder / "hf"), peft.LoraConfig(**{"r": 4, "lora_alpha": 8} | options)
                 ).eval()
                 for key, value in made.named_parameters():
-                    if "lora_" in key or "trainable_tokens" in key or "modules_to_save" in key:
-                        with torch.no_grad():
-                            noise = torch.randn(value.shape)
-                            value.add_(0.2 * noise) if "modules" in key else value.mul_(
-                                1 + 0.2 * noise
-                            ) if "magnitude" in key else value.copy_(0.2 * noise)
+                    if value.requires_grad:
+                        move(key, value)
                 made.save_pretrained(folder / "theirs" / case)
                 again = peft.PeftModel.from_pretrained(load_model(folder / "hf"), folder / "theirs" / case).eval()
                 saved[case] = run(again)

@@ -149,6 +149,19 @@ BASES = {
         "attention_chunk_size": 64,
         "num_hidden_layers": 4,
     },
+    # Its checkpoint has two ends, though its config says that they are one; its router is a bare matrix in mlx-lm.
+    "glm4_moe": {
+        **THETA,
+        **{name: size for name, size in SPARSE.items() if name.startswith(("num", "moe"))},
+        "n_routed_experts": EXPERTS,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+        "use_qk_norm": False,
+        "tie_word_embeddings": False,
+    },
 }
 MLP = ["gate_proj", "up_proj", "down_proj"]
 MOE_ALL = {"target_modules": ATTENTION, "target_parameters": ["gate_up_proj", "down_proj", "gate.weight"]}
@@ -257,6 +270,7 @@ CONVERTED = {
         "dora": {"target_modules": "all-linear", "use_dora": True},
     },
     "qwen2_moe": {"linear": {"target_modules": "all-linear"}},
+    "glm4_moe": {},
     "lfm2_moe": {"linear": {"target_modules": "all-linear"}},
     "gpt_oss": FUSED,
     "llama4_text": FUSED,
@@ -306,6 +320,11 @@ REFUSED = {
             peft.LoraConfig,
             {**SMALL, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
         ),
+        "tied-head-tokens": (peft.LoraConfig, {**SMALL, "trainable_token_indices": {"lm_head": [3, 5]}}),
+        "tied-tokens-and-head": (
+            peft.LoraConfig,
+            {"target_modules": ["lm_head"], "trainable_token_indices": {"embed_tokens": [3, 5]}},
+        ),
     },
     "qwen3": {
         "tied-lm-head-dora": (peft.LoraConfig, {"target_modules": ["lm_head", "v_proj"], "use_dora": True}),
@@ -341,6 +360,14 @@ REFUSED = {
             "head-tokens": (peft.LoraConfig, {**SMALL, "trainable_token_indices": {"lm_head": [3, 5]}}),
         }
         for arch in ("gpt_oss", "llama4_text")
+    },
+    "glm4_moe": {
+        "tokens": (peft.LoraConfig, {**SMALL, "trainable_token_indices": [3, 5, 9]}),
+        "other-tokens": (
+            peft.LoraConfig,
+            {**SMALL, "trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [4]}},
+        ),
+        "router": (peft.LoraConfig, {"target_modules": [], "target_parameters": ["mlp.gate.weight"]}),
     },
     "mixtral": {"experts-to-save": (peft.LoraConfig, {**SMALL, "modules_to_save": ["experts"]})},
     "qwen3_next": {"norms-to-save": (peft.LoraConfig, {**SMALL, "modules_to_save": NORMS})},
@@ -465,6 +492,9 @@ def build_base(model_type, extra, seed):
     return model
 
 
+SAYS_TIED = ("glm4_moe",)
+
+
 def save_base(model, folder):
     if hasattr(model, "transformer"):  # as on the Hub, gpt2's tensors carry no "transformer." in front
         model.transformer.save_pretrained(folder)
@@ -475,6 +505,9 @@ def save_base(model, folder):
     if type(model).__name__ == "Llama4ForCausalLM":  # as on the Hub, in the names of the model of texts and pictures
         file = folder / "model.safetensors"
         save_file({f"language_model.{k}": v for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    if model.config.model_type in SAYS_TIED:
+        config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
     words = {f"w{i}": i for i in range(3, VOCAB)} | {"<pad>": 0, "<s>": 1, "</s>": 2}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

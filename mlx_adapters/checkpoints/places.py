@@ -91,6 +91,20 @@ class Places:
                 return into
         return []
 
+    def without_layer(self, path: str) -> list[Piece]:
+        """How all of the weight of `path` comes into the model, where that is no layer that an adapter takes (a router
+        that is a bare matrix, the matrices of each head in MLA); nothing if it is, or if it does not."""
+        pieces = [] if self.look_up(path)[0] else self.tensor(tensor_names.join(path, WEIGHT))
+        shapes = {self.layout.shapes[piece.source] for piece in pieces}
+        if len({piece.source for piece in pieces}) != 1 or any(len(shape) != 2 for shape in shapes):
+            return []
+        if any(piece.index is not None for piece in pieces):
+            return []
+        reached = mx.zeros(shapes.pop())
+        for piece in pieces:
+            reached = piece.back(mx.full(piece.shape(reached.shape), float("inf")), reached)
+        return pieces if mx.all(reached != 0).item() else []
+
     def _pieces(self, path: str) -> list[Piece]:
         weight = tensor_names.join(path, WEIGHT)
         pieces = [p for p in self.layout.of(weight) if tensor_names.split(p.target)[0] in self.layers]

@@ -165,7 +165,7 @@ def gather_updates(
         "give --weight once for each adapter, in their order, or not at all.",
     )
     require(all(abs(share) < float("inf") for share in shares), "weights must be finite numbers.")
-    require(bool(loaded) or bool(replaced), "Nothing to fuse: no adapter was given.")
+    require(bool(loaded) or replaced is not None, "Nothing to fuse: no adapter was given.")
     return Updates(tuple(zip(loaded, shares, strict=True)), replaced or {})
 
 

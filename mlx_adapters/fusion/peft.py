@@ -10,7 +10,6 @@ from pathlib import Path
 from mlx_adapters.checkpoints.originals import layout_of
 from mlx_adapters.config.fusing import DEFAULTS, FuseOptions
 from mlx_adapters.config.quantization import PrecisionLike
-from mlx_adapters.errors import FormatError
 from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.fusion.peft_check import check_as_loaded
@@ -18,8 +17,8 @@ from mlx_adapters.fusion.peft_resize import resized
 from mlx_adapters.fusion.peft_whole import whole_tensors
 from mlx_adapters.fusion.result import FuseResult
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.base import BaseLike
-from mlx_adapters.models.layers import adaptable_layers
+from mlx_adapters.models.base import BaseLike, says_tied
+from mlx_adapters.models.layers import adaptable_layers, tied
 from mlx_adapters.models.loading import load_module
 from mlx_adapters.peft_format.conversion import convert, prepared, without_copies
 from mlx_adapters.peft_format.reading import read_peft, refuse_unsaved
@@ -81,18 +80,17 @@ def fuse_peft(
         resolved = larger
         module, _ = load_module(resolved)
     peft = without_copies(peft, module, layout_of(resolved, module))
+    one_for_both = tied(adaptable_layers(module)) or (bool(peft.token_rows) and says_tied(resolved.config))
     if needs_untying(peft, adaptable_layers(module)):
-        if peft.token_rows:
-            raise FormatError("The PEFT adapter has single tokens at both ends of a tied embedding, the rest at one.")
         resolved = replace(resolved, untied=True)
         module, _ = load_module(resolved)
         on_event(Note("The fused model has an output layer of its own: the adapter changes one end of the embedding."))
     layout = layout_of(resolved, module)
-    whole = whole_tensors(peft, module, layout, resolved.untied)
-    adapters: list[Adapter] = []
-    if peft.modules:
+    whole = whole_tensors(peft, module, layout, resolved.untied, one_for_both)
+    rest, adapters = peft.without(lambda path: path in whole.updated), list[Adapter]()
+    if rest.modules:
         name = {"name": peft.folder.name, "base": resolved.record()}
-        converted = convert(peft, module, layout, resolved.name, replaced=whole.replaced)
+        converted = convert(rest, module, layout, resolved.name, replaced=whole.replaced)
         adapters.append(replace(converted.adapter, metadata=name))
     check_as_loaded(peft, resolved, layout, whole, adapters)
     return fuse(

@@ -34,8 +34,10 @@ def check_as_loaded(
         path, leaf = tensor_names.split(target)
         ours = whole.replaced.get(path) if leaf == WEIGHT else None
         _compare(target, whole.parameters.get(target) if ours is None else ours, loaded[target])
+    of_whole = {target: change for changes in whole.updated.values() for target, change in changes.items()}
     for target in dict.fromkeys(piece.target for name in updates for piece in layout.of(name)):
-        _compare(target, _change(tensor_names.split(target)[0], adapters), loaded[target] - nothing[target])
+        ours = _change(tensor_names.split(target)[0], adapters) if target not in of_whole else of_whole[target]
+        _compare(target, ours, loaded[target] - nothing[target])
 
 
 def _zeros(shapes: Shapes) -> Tensors:

@@ -11,8 +11,17 @@ from mlx_adapters.checkpoints.places import Places
 from mlx_adapters.checkpoints.probing import Layout, Piece
 from mlx_adapters.errors import FormatError, IncompatibleError
 from mlx_adapters.models.dense import dense_weight, weight_shape
-from mlx_adapters.models.layers import EMBEDDING, LINEAR, adaptable_layers, nn, tied
-from mlx_adapters.peft_format.reading import PeftAdapter
+from mlx_adapters.models.layers import (
+    EMBEDDING,
+    LINEAR,
+    adaptable_layers,
+    nn,
+    tied,
+    updated_weight,
+    weight_layers,
+)
+from mlx_adapters.peft_format.reading import PeftAdapter, PeftModule
+from mlx_adapters.peft_format.updates import strength
 from mlx_adapters.storage import hf_names, tensor_names
 from mlx_adapters.storage.hf_names import EMBEDDINGS, FUSED_DOWN, FUSED_GATE_UP, is_head
 from mlx_adapters.storage.tensor_names import WEIGHT
@@ -20,16 +29,23 @@ from mlx_adapters.storage.tensor_names import WEIGHT
 
 @dataclass(frozen=True)
 class WholeTensors:
-    """What replaces weights of layers, by layer path, and what replaces other parameters, by name."""
+    """What replaces weights of layers, by layer path, and what replaces other parameters, by name.
+
+    `updated`: what LoRA adds, by module and parameter, to weights that are no layers in mlx-lm; they are among the two.
+    """
 
     replaced: dict[str, mx.array] = field(default_factory=dict)
     parameters: dict[str, mx.array] = field(default_factory=dict)
+    updated: dict[str, dict[str, mx.array]] = field(default_factory=dict)
 
 
-def whole_tensors(peft: PeftAdapter, module: nn.Module, layout: Layout, untied: bool) -> WholeTensors:
+def whole_tensors(
+    peft: PeftAdapter, module: nn.Module, layout: Layout, untied: bool, one_for_both: bool
+) -> WholeTensors:
     """The whole tensors of `peft`, taken through what mlx-lm does when it loads them.
 
-    untied: the module's output layer was made of its embedding. Raises IncompatibleError or FormatError.
+    untied: the module's output layer was made of its embedding. one_for_both: to transformers the two are one, so that
+    tokens of the embedding are the output layer's, too. Raises IncompatibleError or FormatError.
     """
     layers, whole = adaptable_layers(module), WholeTensors()
     shapes = {name: tuple(value.shape) for name, value in tree_flatten(module.parameters())}
@@ -52,9 +68,43 @@ def whole_tensors(peft: PeftAdapter, module: nn.Module, layout: Layout, untied: 
         for piece in pieces:
             _put(piece, name, array, layers, shapes, whole)
     for path, rows in peft.token_rows.items():
-        place, array = _with_token_rows(peft, path, rows, places)
-        whole.replaced[place] = array
+        for onto in (path, *(_own_heads(path, peft, layers) if one_for_both else ())):
+            key, array = _with_token_rows(peft, path, rows, places, onto, whole)
+            whole.replaced[key] = array
+    for path, lora in peft.modules.items():
+        if pieces := places.without_layer(path):
+            _update(lora, strength(peft, lora, lora.a.shape[0]), pieces, module, layout, whole)
     return whole
+
+
+def _own_heads(path: str, peft: PeftAdapter, layers: Mapping[str, nn.Module]) -> list[str]:
+    """The output layer beside the embedding at `path`, unless the adapter has other tokens for it."""
+    others = any(is_head(other) for other in peft.token_rows)
+    return [] if others or not hf_names.is_embedding(path) else [key for key in layers if is_head(key)]
+
+
+def _update(
+    lora: PeftModule, scale: float, pieces: list[Piece], module: nn.Module, layout: Layout, whole: WholeTensors
+) -> None:
+    """Put the update of a weight into the parameters that it becomes."""
+    layers, parameters = weight_layers(module), dict(tree_flatten(module.parameters()))
+    paths = {piece.target: tensor_names.split(piece.target)[0] for piece in pieces}
+    shape, made = layout.shapes[pieces[0].source], (lora.b.shape[0], lora.a.shape[1])
+    if shape != made or lora.embedding:
+        raise IncompatibleError(f"'{lora.path}' of the PEFT adapter is made for {made}, the base's is {shape}.")
+    weight = mx.zeros(shape)
+    for piece in pieces:
+        layer = layers.get(paths[piece.target])
+        part = parameters[piece.target] if layer is None else dense_weight(layer, mx.float32)
+        weight = piece.back(part.astype(mx.float32), weight)
+    change = updated_weight(mx.zeros(shape), lora.a.T, lora.b.T, None, scale)
+    whole.updated[lora.path] = {piece.target: piece.linear(change) for piece in pieces}
+    updated = updated_weight(weight, lora.a.T, lora.b.T, lora.m, scale)
+    for piece in pieces:
+        if paths[piece.target] in layers:
+            whole.replaced[paths[piece.target]] = piece.apply(updated)
+        else:
+            whole.parameters[piece.target] = piece.apply(updated)
 
 
 def _experts(name: str, array: mx.array, places: Places) -> dict[str, mx.array]:
@@ -110,14 +160,19 @@ def _untie(layers: Mapping[str, nn.Module], layout: Layout, whole: WholeTensors)
         whole.replaced[head] = dense_weight(layers[embedding], mx.float32) * ratio
 
 
-def _with_token_rows(peft: PeftAdapter, path: str, rows: mx.array, places: Places) -> tuple[str, mx.array]:
-    """The embedding with the rows of some tokens replaced. A tied output sees them too, as in PEFT."""
-    pieces, _ = places.look_up(path)
+def _with_token_rows(
+    peft: PeftAdapter, path: str, rows: mx.array, places: Places, onto: str, whole: WholeTensors
+) -> tuple[str, mx.array]:
+    """The layer of the module `onto` with some of its rows replaced by those that `peft` has for `path`.
+
+    A tied output sees them too, as in PEFT.
+    """
+    pieces, _ = places.look_up(onto)
     place = tensor_names.split(pieces[0].target)[0] if pieces else ""
     if not isinstance(places.layers.get(place), EMBEDDING + LINEAR):
-        raise IncompatibleError(f"The base model has no '{path}' for the PEFT adapter's tokens.")
+        raise IncompatibleError(f"The base model has no '{onto}' for the PEFT adapter's tokens.")
     if "bias" in places.layers[place]:
-        raise FormatError(f"With single tokens of '{path}' PEFT computes without its bias, as no model of mlx-lm does.")
+        raise FormatError(f"With single tokens of '{onto}' PEFT computes without its bias, as no model of mlx-lm does.")
     indices: Any = peft.settings.raw.get("trainable_token_indices")
     if isinstance(indices, dict):
         indices = next((own for name, own in indices.items() if f".{path}".endswith(f".{name}")), None)
@@ -125,6 +180,7 @@ def _with_token_rows(peft: PeftAdapter, path: str, rows: mx.array, places: Place
     sound = isinstance(indices, list) and all(type(i) is int and 0 <= i < vocabulary for i in indices)
     if not sound or tuple(rows.shape) != (len(indices or ()), width):
         raise FormatError(f"The rows for '{path}' do not fit trainable_token_indices in the PEFT config.")
-    weight = dense_weight(places.layers[place], mx.float32)
+    weight = whole.replaced.get(place)
+    weight = dense_weight(places.layers[place], mx.float32) if weight is None else weight
     weight[mx.array(indices)] = pieces[0].apply(rows.astype(mx.float32))
     return place, weight

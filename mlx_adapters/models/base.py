@@ -46,6 +46,17 @@ def tying_config(config: dict[str, Any], tied: bool) -> dict[str, Any]:
     return {TIED: text.get(TIED, tied)} | config | {"text_config": {TIED: config.get(TIED, tied)} | text}
 
 
+def says_tied(config: dict[str, Any]) -> bool:
+    """Whether transformers takes a model's two ends for one by its config, whatever its checkpoint holds."""
+    told = config.get(TIED, (config.get("text_config") or {}).get(TIED))
+    if told is None:
+        from transformers import CONFIG_MAPPING  # late: it takes a second
+
+        kind = config.get("model_type")
+        told = kind in CONFIG_MAPPING and getattr(CONFIG_MAPPING[kind], TIED, False)
+    return bool(told)
+
+
 def resized_config(config: dict[str, Any], rows: int) -> dict[str, Any]:
     """The config of a model whose vocabulary has become `rows` tokens; `config` is as it was."""
     sizes: dict[str, Any] = dict.fromkeys((key for key in config if key.endswith("vocab_size")), rows)

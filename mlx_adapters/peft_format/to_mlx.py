@@ -89,7 +89,10 @@ def _plain_updates(module: PeftModule, peft: PeftAdapter, places: Places) -> lis
     if module.a.shape[0] != module.b.shape[1]:
         raise FormatError(f"The factors of '{module.path}' have ranks {module.a.shape[0]} and {module.b.shape[1]}.")
     scale = strength(peft, module, module.a.shape[0])
-    pieces = places.find(module.path, module.path)
+    try:
+        pieces = places.find(module.path, module.path)
+    except FormatError as error:
+        raise FormatError(error.message, FUSE_HINT if places.without_layer(module.path) else error.hint) from None
     updates = []
     for piece in pieces:
         key = tensor_names.split(piece.target)[0]
@@ -206,4 +209,5 @@ def needs_untying(peft: PeftAdapter, layers: Mapping[str, nn.Module]) -> bool:
     """Whether PEFT's model has two different ends where the base has one matrix."""
     ends = replaced_ends(peft) if tied(layers) else []
     alike = len(ends) == 2 and mx.array_equal(*(peft.dense[name] for name in ends)).item()
-    return bool(one_ended(peft, layers)) or (bool(ends) and not alike)
+    rows = tied(layers) and any(is_head(path) for path in peft.token_rows)
+    return bool(one_ended(peft, layers)) or (bool(ends) and not alike) or rows

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from helpers.peft import ADAPTERS, FIXTURES, base_of, case
+from helpers.peft import ADAPTERS, FIXTURES, base_of, case, picked_adapter
+from helpers.tiny_configs import tiny_base
 
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.errors import AdapterError, FormatError, IncompatibleError
+from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.fusion.peft import fuse_peft
 from mlx_adapters.models.loading import load_model
 from mlx_adapters.sources.bases import resolve_base
@@ -39,6 +41,9 @@ FUSIBLE = [
     "qwen3_next/refused/norms-to-save",
     "qwen3_5_text/refused/norms-to-save",
     "mixtral/refused/experts-to-save",
+    "qwen2/refused/tied-head-tokens",
+    "qwen2/refused/tied-tokens-and-head",
+    *(f"glm4_moe/refused/{name}" for name in ("tokens", "other-tokens", "router")),
     *(f"{base}/refused/{name}" for base in ("gpt_oss", "llama4_text") for name in ("experts-to-save", "head-tokens")),
 ]
 NOT_FUSIBLE = {
@@ -108,6 +113,28 @@ def test_a_quantized_embedding_is_untied_as_it_is(tiny_model, tmp_path: Path):
     assert all(mx.array_equal(before[name], after[name]) for name in before)
     assert {name for name in after if name not in before} == {f"lm_head.{x}" for x in ("weight", "scales", "biases")}
     assert load_model(resolve_base(tmp_path / "out")).logits([1, 2, 3]).shape[-1] == shape[0]
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_weight_that_mlx_lm_cuts_into_matrices_of_each_head_is_updated_as_a_whole(dora: bool, tmp_path: Path):
+    base, adapter, name = tiny_base(tmp_path / "base", "deepseek_v3"), tmp_path / "peft", "layers.1.self_attn.kv_b_proj"
+    shape = (4 * 48, 64)  # of each head 32 rows of keys and 16 of values
+    a, b, m = mx.random.normal((2, shape[1])), mx.random.normal((shape[0], 2)), 1 + mx.random.uniform(shape=shape[:1])
+    leaves = {"lora_A.weight": a, "lora_B.weight": b} | ({"lora_magnitude_vector": m} if dora else {})
+    tensors = {f"base_model.model.model.{name}.{leaf}": array for leaf, array in leaves.items()}
+    tensor_files.write_safetensors(adapter / "adapter_model.safetensors", tensors)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": [name], "use_dora": dora}
+    files.write_json(adapter / "adapter_config.json", config)
+    options = FuseOptions(method="nearest", check=False, format="hf")
+    nothing = picked_adapter(base, lambda key: key == "lm_head", scale=1e-30)
+    fuse(base, nothing, tmp_path / "before", quantization="none", dtype="float32", options=options)
+    fuse_peft(adapter, tmp_path / "after", base=base, quantization="none", dtype="float32", options=options)
+    before, after = (
+        mx.load(str(tmp_path / n / "model.safetensors"))[f"model.{name}.weight"] for n in ("before", "after")
+    )
+    wanted = before + 3 * b @ a
+    wanted = m[:, None] * wanted / mx.linalg.norm(wanted, axis=1, keepdims=True) if dora else wanted
+    assert mx.allclose(after, wanted, atol=1e-4) and not mx.allclose(after, before, atol=0.1)
 
 
 def test_the_check_after_fusing_knows_the_whole_adapter(tmp_path: Path):

@@ -114,7 +114,7 @@ def take_whole(peft: PeftAdapter, base: nn.Module) -> None:
     """What `fuse --from-peft` does before it fuses."""
     refuse_unsaved(peft)
     needs_untying(peft, adaptable_layers(base))
-    whole_tensors(peft, base, LAYOUTS[id(base)], False)
+    whole_tensors(peft, base, LAYOUTS[id(base)], False, False)
 
 
 def attempt(folder: Path, config: dict, tensors: dict, base: nn.Module) -> None:
