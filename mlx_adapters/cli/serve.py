@@ -28,7 +28,9 @@ from mlx_adapters.serving.settings import ServeSettings, parse_split
 @option(ServeSettings, "splits", flag="--split", type=str, multiple=True, metavar="NAME=A:0.5,B:0.5")
 @options(ServeSettings, "allow_load max_adapters")
 @click.option("--max-adapter-mb", type=click.IntRange(min=1), help="Memory for adapters, in MB [no limit].")
-@options(ServeSettings, "max_batch max_queue max_tokens max_seconds max_connections key_rate key_requests")
+@options(
+    ServeSettings, "max_batch max_queue max_tokens max_seconds max_connections drain_seconds key_rate key_requests"
+)
 @option(ServeSettings, "allowed_hosts", flag="--allow-host")
 @option(ServeSettings, "cors_origins", flag="--cors-origin")
 @option(ServeSettings, "access_log", type=UserPath(path_type=Path))
@@ -49,7 +51,7 @@ def serve_command(
 ) -> None:
     """Serve BASE (or a fused model) and adapters on it over HTTP, as OpenAI's API.
 
-    A request's `model` names the adapter; the base's name means none. Chat with two side by side at /.
+    A request's `model` names the adapter; the base's name means none. Chat with several side by side at /.
 
     \b
     Example:

@@ -29,13 +29,19 @@ POLICY = (
 )
 
 
+def health(status: str) -> Response:
+    """What a proxy or a supervisor is told: 200 for "ok", else 503."""
+    return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+
+
 class Server:
-    """The handlers of one engine."""
+    """The handlers of one engine. `leaving`: it is about to end, and others should be asked."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.settings = engine, engine.settings
         self.answering = Answering(engine)
         self.started = int(time.time())
+        self.leaving = False
         self._limits = Limits(self.settings)
 
     def app(self) -> Guard:
@@ -43,7 +49,9 @@ class Server:
         routes = [
             Route("/", self.page),
             Mount("/page", StaticFiles(directory=PAGE)),
-            Route("/health", self.health),
+            Route("/health", self.live),
+            Route("/health/live", self.live),
+            Route("/health/ready", self.ready),
             Route("/metrics", self.guarded(self.metrics)),
             Route("/v1/models", self.guarded(self.models)),
             Route("/v1/models/{name:path}", self.guarded(self.model)),
@@ -104,10 +112,13 @@ class Server:
         }
         return FileResponse(PAGE / "index.html", headers={**told, "Cache-Control": "no-cache"})
 
-    async def health(self, _: Request) -> Response:
-        """Whether the engine works."""
-        alive = self.engine.alive
-        return JSONResponse({"status": "ok" if alive else "down"}, 200 if alive else 503)
+    async def live(self, _: Request) -> Response:
+        """Whether the engine works; if not, only a new start helps."""
+        return health("ok" if self.engine.alive else "down")
+
+    async def ready(self, _: Request) -> Response:
+        """Whether a proxy may send requests here: not to a server that is about to end."""
+        return health("down" if not self.engine.alive else "leaving" if self.leaving else "ok")
 
     async def metrics(self, _: Request) -> Response:
         """Prometheus' page."""

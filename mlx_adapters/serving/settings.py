@@ -73,6 +73,12 @@ class ServeSettings:
     max_connections: int = setting(
         1000, "Connections at once; more are closed, also where the process may not open as many files", at_least=1
     )
+    drain_seconds: float = setting(
+        0.0,
+        "After a signal to stop, answer on for so long while /health/ready says no, so that a proxy asks others",
+        at_least=0,
+        at_most=MAX_SECONDS,
+    )
     key_rate: int | None = setting(None, "Requests that each key may ask in a minute", means="no limit", at_least=1)
     key_requests: int | None = setting(None, "Requests of each key at once", means="no limit", at_least=1)
     allowed_hosts: tuple[str, ...] = setting(

@@ -7,7 +7,9 @@ import importlib.util
 import logging
 import resource
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -89,7 +91,8 @@ def run_server(
 ) -> None:
     """Listen until interrupted, then finish what is under way.
 
-    `on_second_interrupt` is called, in the signal's handler, by an interrupt that comes meanwhile. `on_start` gets
+    An interrupt that comes before `drain_seconds` are over ends them. `on_second_interrupt` is called, in the signal's
+    handler, by one that comes when nothing more is accepted. `on_start` gets
     the address and a function that ends the server, when it is about to listen. `listener`: what `bind` gave, where
     an address that is taken must be known before the model is loaded.
 
@@ -102,11 +105,11 @@ def run_server(
 
     settings = engine.settings
     listener = listener or bind(settings.host, settings.port)
-    once = OncePerSecond()
+    site, once = Server(engine), OncePerSecond()
     for name in ("uvicorn.error", "asyncio", log.name):
         logging.getLogger(name).addFilter(once)
     config: Any = uvicorn.Config(
-        Server(engine).app(),
+        site.app(),
         http=connections(settings),
         log_level="warning",
         access_log=False,
@@ -119,10 +122,22 @@ def run_server(
     host, port = listener.getsockname()[:2]
 
     class Listening(uvicorn.Server):
+        drained: tuple[float, Callable[[], None]] | None = None
+
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             if self.should_exit:
                 on_second_interrupt()
-            super().handle_exit(sig, frame)
+            end = partial(super().handle_exit, sig, frame)
+            if site.leaving or not settings.drain_seconds:
+                end()
+            else:
+                self.drained = time.monotonic() + settings.drain_seconds, end
+            site.leaving = True
+
+        async def on_tick(self, counter: int) -> bool:
+            if self.drained is not None and time.monotonic() > self.drained[0] and not self.should_exit:
+                self.drained[1]()
+            return await super().on_tick(counter)
 
     server = Listening(config)
     with _address_errors(host, port):

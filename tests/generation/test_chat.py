@@ -180,12 +180,14 @@ def test_serve_listens_and_drains(model, tiny_model):
         "one",
         "--adapter",
         "second=two@",
+        "--drain-seconds",
+        "600",
         "--name",
         "base",
     ]
     wrong = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert wrong.returncode == 2 and "second" not in wrong.stdout and "Error" in wrong.stderr
-    command[-3] = "second=two"
+    command[command.index("second=two@")] = "second=two"
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
     try:
         lines = [server.stderr.readline(), server.stderr.readline()]
@@ -193,7 +195,14 @@ def test_serve_listens_and_drains(model, tiny_model):
         address = lines[1].split()[2]
         answer = httpx.post(address + "/v1/completions", json={"model": "second", "prompt": "List", "max_tokens": 4})
         assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 4
-        server.send_signal(signal.SIGINT)
+        assert httpx.get(address + "/health/ready").json() == {"status": "ok"}
+        server.send_signal(signal.SIGTERM)
+        while (ready := httpx.get(address + "/health/ready")).status_code == 200:
+            pass
+        assert ready.status_code == 503 and ready.json() == {"status": "leaving"}
+        assert httpx.get(address + "/health/live").status_code == httpx.get(address + "/health").status_code == 200
+        assert httpx.post(address + "/v1/completions", json={"model": "one", "prompt": "List"}).status_code == 200
+        server.send_signal(signal.SIGINT)  # it need not wait any longer
         assert server.wait(15) == 0
         assert "Traceback" not in server.stderr.read()
     finally:
