@@ -65,6 +65,11 @@ def count(number: int, thing: str) -> str:
     return f"{number:,} {thing}" + ("" if number == 1 else "es" if thing.endswith(("ch", "s")) else "s")
 
 
+def listed(words: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join(part for part in (", ".join(words[:-1]), *words[-1:]) if part)
+
+
 def duration(seconds: float) -> str:
     """ "42 s", "3 min 20 s", "2 h 5 min"."""
     if seconds < 10:

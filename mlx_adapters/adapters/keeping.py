@@ -21,7 +21,7 @@ from mlx_adapters.models.adapter import weights_file
 from mlx_adapters.models.base import Named
 from mlx_adapters.models.metadata import losses_of, read_metadata
 from mlx_adapters.sources import lookup, registry
-from mlx_adapters.sources.lookup import spelled
+from mlx_adapters.sources.lookup import iteration_of, spelled
 from mlx_adapters.sources.references import Reference, check_name, parse_reference
 from mlx_adapters.sources.registry import Entry
 from mlx_adapters.storage import files, paths, temporaries, tensor_files
@@ -107,7 +107,7 @@ def use(reference: str | Named) -> Entry:
     """Let the bare name mean one of the adapter's checkpoints.
 
     Args:
-        reference: "name@iteration".
+        reference: "name@iteration", or "name@best", "name@last".
 
     Raises ConfigError, NotFoundError, or FormatError if the checkpoint is damaged.
 
@@ -119,11 +119,11 @@ def use(reference: str | Named) -> Entry:
     if ref.kind != "name" or ref.iteration is None:
         raise ConfigError(f"'{reference}' names no checkpoint.", "give NAME@ITERATION, for example sql@600.")
     with _changing(ref.target) as folder:
-        chosen = weights_file(folder, ref.iteration)
+        chosen = weights_file(folder, iteration := iteration_of(folder, ref))
         tensor_files.read_safetensors_header(chosen)
         metadata = read_metadata(folder)
         checksums = registry.checksums_of(metadata) | {ADAPTER_FILE: files.sha256(chosen)}
-        metadata |= {"iteration": ref.iteration, "chosen_by": "use", "sha256": checksums}
+        metadata |= {"iteration": iteration, "chosen_by": "use", "sha256": checksums}
         # The weights file alone decides, in one step. The metadata are whole on the disk before it, and follow it.
         with files.atomic_file(folder / METADATA_FILE) as stream:
             stream.write(files.json_text(metadata, METADATA_FILE).encode())
@@ -172,13 +172,14 @@ def _removing(reference: str) -> Iterator[tuple[Entry, int | None]]:
         raise ConfigError(f"'{reference}' is not in the registry.", "only named adapters can be removed.")
     with _changing(ref.target) as folder:
         entry = registry.read_entry(folder)
-        if ref.iteration is not None:
-            weights_file(folder, ref.iteration)  # raises where there is none
-            if entry.iteration == ref.iteration:
+        iteration = iteration_of(folder, ref)
+        if iteration is not None:
+            weights_file(folder, iteration)  # raises where there is none
+            if entry.iteration == iteration:
                 raise ConfigError(
                     f"'{ref.target}' means this checkpoint.", "choose another first: 'use NAME@ITERATION'."
                 )
-        yield entry, ref.iteration
+        yield entry, iteration
 
 
 def prune(name: str | Named, *, keep_best: bool = True, keep_last: int = 1, dry_run: bool = False) -> Removed:

@@ -50,6 +50,13 @@ class Fidelity:
         """exp of the mean loss in nats."""
         return math.exp(min(self.loss_fused, 700))
 
+    @property
+    def verdict(self) -> str:
+        """What the figures say, in a sentence."""
+        like = "like" if self.same_top >= 0.99 else "nearly like" if self.same_top >= 0.95 else "otherwise than"
+        base = f" (base {self.base_kl:.3g})" if self.base_kl is not None else ""
+        return f"Answers {like} the adapter: same token {self.same_top:.1%}, KL {self.kl_mean:.2g}{base}."
+
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Headers and lines for people."""
         headers = ("MODEL", "KL", "MEDIAN", "99 %", "SAME TOP", "LOSS", "PERPLEXITY")

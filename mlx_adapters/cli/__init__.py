@@ -14,48 +14,10 @@ import click
 
 import mlx_adapters
 from mlx_adapters.cli import _output
+from mlx_adapters.cli._help import ALIASES, COMMANDS, GROUPS
 from mlx_adapters.errors import AdapterError
 
-# Command -> (module in this folder, one line for the overview).
-COMMANDS = {
-    "train": ("train", "Train an adapter, or go on with a run that was stopped."),
-    "data": ("data", "Look at training data before training, and split it."),
-    "list": ("adapters", "Show all adapters."),
-    "show": ("adapters", "Show one adapter."),
-    "compare": ("adapters", "Compare two adapters."),
-    "verify": ("adapters", "Check that an adapter is sound and fits its base."),
-    "rename": ("keeping", "Give an adapter another name."),
-    "tag": ("keeping", "Add and remove tags."),
-    "use": ("keeping", "Choose the checkpoint that a name means."),
-    "remove": ("keeping", "Remove adapters or checkpoints."),
-    "prune": ("keeping", "Remove checkpoints that are neither best nor last."),
-    "pack": ("packing", "Write an adapter or a model into one file."),
-    "add": ("packing", "Take in an adapter from a folder, a file or the Hub."),
-    "init": ("packing", "Start a project of adapters."),
-    "generate": ("generate", "Ask a base model, with or without an adapter."),
-    "chat": ("chat", "Talk to a base model, switching adapters."),
-    "ab": ("chat", "Answer a file of prompts with two adapters, side by side."),
-    "serve": ("serve", "Serve a base and adapters as OpenAI's API."),
-    "fuse": ("fuse", "Write base and adapter as one model, at any precision."),
-    "merge": ("merge", "Merge adapters into one."),
-    "subtract": ("merge", "Take one adapter's update from another's."),
-    "scale": ("merge", "Make an adapter stronger or weaker."),
-    "interpolate": ("merge", "Go from one adapter to another in steps."),
-    "extract": ("merge", "Make an adapter out of a full fine-tune."),
-    "benchmark": ("benchmark", "Measure load time, speed and memory of variants side by side."),
-    "publish": ("publish", "Upload an adapter or a fused model to the Hugging Face Hub."),
-    "download": ("publish", "Take an adapter or a model from the Hub."),
-    "card": ("publish", "Print or write the model card."),
-    "completion": ("completion", "Print the completion script of a shell."),
-    "import-peft": ("peft", "Take in a PEFT adapter from a folder or the Hub."),
-    "export-peft": ("peft", "Write an adapter as a folder that PEFT loads."),
-    "advise": ("advise", "Say which to use, adapter or fused, from measured figures."),
-    "estimate": ("estimate", "Forecast memory, and the time of a training, beforehand."),
-    "eval": ("eval", "Judge variants on data: loss, distance, task score."),
-    "demo": ("demo", "The whole way on an embedded model and data."),
-    "doctor": ("doctor", "Compare the machines of a run beforehand: versions, base, data."),
-    "env": ("env", "Show versions, device, BLAS and the home folder."),
-}
+_TYPED = "mlx_adapters.typed"  # in a context's meta: what stands after the command
 
 
 class LazyGroup(click.Group):
@@ -65,14 +27,17 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        name = ALIASES.get(name, name)
         if name not in COMMANDS:
             return None
         module = importlib.import_module(f"mlx_adapters.cli.{COMMANDS[name][0]}")
         return getattr(module, name.replace("-", "_") + "_command")
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+        widest = max(map(len, COMMANDS))
+        for title, commands in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name.ljust(widest), summary) for name, (_, summary) in commands.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -81,15 +46,22 @@ class LazyGroup(click.Group):
             if any(error.option_name in option.opts for option in self.get_params(ctx)):
                 where = f"mlx-adapters {error.option_name} {ctx.invoked_subcommand} ..."
                 raise click.UsageError(f"{error.option_name} goes before the command: {where}", error.ctx) from None
-            raise
+            from mlx_adapters.cli._habits import in_our_words
+
+            line = in_our_words(str(error.ctx.info_name), ctx.meta[_TYPED]) if error.ctx else None
+            said = click.UsageError(f"{error.option_name} is mlx-lm's. Here: {line}", error.ctx) if line else error
+            raise said from None
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        ctx.meta[_TYPED] = args[1:]
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
+            from mlx_adapters.cli._habits import PROGRAMS
             from mlx_adapters.errors import did_you_mean
 
-            hint = did_you_mean(args[0], COMMANDS) if args else None
+            known = PROGRAMS.get(args[0].removeprefix("mlx_lm.")) if args else None
+            hint = f"did you mean '{known}'?" if known else did_you_mean(args[0], COMMANDS) if args else None
             raise click.UsageError(error.message + (f" {hint[0].upper()}{hint[1:]}" if hint else ""), ctx) from None
 
 

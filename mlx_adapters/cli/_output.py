@@ -169,6 +169,12 @@ def note(text: str) -> None:
         _talk(text)
 
 
+def next_steps(*lines: str) -> None:
+    """What to type after this, to stderr."""
+    for before, line in zip(("Next: ", *["      "] * len(lines)), lines, strict=False):
+        note(before + line)
+
+
 def note_inline(text: str) -> None:
     """Talk without an end of line (a prompt), to stderr."""
     _talk(text, newline=False, clear=False)

@@ -53,7 +53,9 @@ class CountOr(click.ParamType):
         self.word = word
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        if value == self.word or isinstance(value, int):
+        if value in (self.word, "-1"):  # -1: as mlx-lm spells it
+            return self.word
+        if isinstance(value, int):
             return value
         try:
             return int(value)

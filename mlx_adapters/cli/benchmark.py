@@ -7,6 +7,7 @@ import click
 
 from mlx_adapters.benchmarking.schedule import BenchmarkConfig
 from mlx_adapters.cli import _output
+from mlx_adapters.cli._help import LongCommand
 from mlx_adapters.cli._options import (
     OUTPUT_FILE,
     OUTPUT_FOLDER,
@@ -42,7 +43,7 @@ class Percent(click.ParamType):
         return share
 
 
-@click.command("benchmark")
+@click.command("benchmark", cls=LongCommand)
 @click.argument("variants", nargs=-1, required=True, metavar="VARIANT...", shell_complete=complete_references)
 @base_option
 @options(BenchmarkConfig, "prompt_tokens decode_tokens batch rounds trials data")

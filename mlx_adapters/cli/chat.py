@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_adapters.cli import _output
+from mlx_adapters.cli._help import LongCommand
 from mlx_adapters.cli._options import (
     REFERENCE,
     UserPath,
@@ -35,7 +36,7 @@ HELP = """/use NAME       answer with this adapter (attached if it is not yet)
 /quit           end (or Ctrl-D)"""
 
 
-@click.command("chat")
+@click.command("chat", cls=LongCommand)
 @click.option(
     "--adapter",
     "adapters",
@@ -88,7 +89,7 @@ def chat_command(
             _output.error(error.message, error.hint)
 
 
-@click.command("ab")
+@click.command("ab", cls=LongCommand)
 @click.argument("prompts", type=UserPath(path_type=Path))
 @click.argument("a", shell_complete=complete_references)
 @click.argument("b", shell_complete=complete_references)

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from mlx_adapters.cli import _output
+from mlx_adapters.cli._help import LongCommand
 from mlx_adapters.cli._options import Reads, adapter_option, json_option, refuse_ignored, trust_option
 from mlx_adapters.cli._settings import Counts
 from mlx_adapters.cli._training_options import SETTINGS, Settings, read_settings, training_options
@@ -32,7 +33,7 @@ class GigabytesOrWay(click.ParamType):
         self.fail(f"'{value}' is neither a number of GB above 0 nor one of {', '.join(ways)}.", param, ctx)
 
 
-@click.command("estimate")
+@click.command("estimate", cls=LongCommand)
 @click.argument("base", required=False)
 @click.option("--data", metavar="DIR", help="Forecast the training on this data, with the options of train.")
 @adapter_option

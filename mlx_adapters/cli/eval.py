@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from mlx_adapters.cli import _output
+from mlx_adapters.cli._help import LongCommand
 from mlx_adapters.cli._options import (
     OUTPUT_FILE,
     Reads,
@@ -24,7 +25,7 @@ from mlx_adapters.config.evaluating import EvaluationConfig
 from mlx_adapters.config.settings import settings_of
 
 
-@click.command("eval")
+@click.command("eval", cls=LongCommand)
 @click.argument("variants", nargs=-1, required=True, metavar="VARIANT...", shell_complete=complete_references)
 @click.option("--data", metavar="DIR", help="Folder or file with rows, or hf:user/name.")
 @click.option("--tasks", metavar="A,B", help="Instead of --data: tasks of lm-evaluation-harness (extra 'eval').")

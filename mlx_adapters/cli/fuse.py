@@ -1,10 +1,12 @@
 """`fuse`: adapters into base weights."""
 
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_adapters.cli import _output
+from mlx_adapters.cli._help import LongCommand
 from mlx_adapters.cli._options import (
     REFERENCE,
     Reads,
@@ -22,6 +24,7 @@ from mlx_adapters.cli._options import (
 from mlx_adapters.cli._settings import option, options
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.config.quantization import BITS, DTYPES, MODES, Precision, Quantization
+from mlx_adapters.storage.tensor_names import REPORT_FILE
 from mlx_adapters.units import count
 
 if TYPE_CHECKING:
@@ -29,14 +32,15 @@ if TYPE_CHECKING:
     from mlx_adapters.fusion.result import FuseResult
 
 
-@click.command("fuse")
+@click.command("fuse", cls=LongCommand)
 @click.argument("refs", nargs=-1, metavar="REF... OUT", shell_complete=complete_references)
 @click.option(
     "--bits",
-    type=click.Choice(BITS),
+    type=click.Choice((*BITS, "16")),
+    callback=lambda _, __, bits: "none" if bits == "16" else bits,
     default="keep",
     show_default=True,
-    help="Bits per weight; keep: the base's own precision, none: unquantized.",
+    help="Bits per weight; keep: the base's own precision, none (or 16): unquantized.",
 )
 @option(
     Quantization, "group_size", default=None, help="Weights that share a scale [the base's at its own bits, else 64]."
@@ -208,33 +212,35 @@ def _check_only(
     if as_json:
         _output.emit_json(checked)
         return
-    _show_fidelity(checked.fidelity, checked.text)
-    _output.out(f"share of the update that survived (mean cosine): {checked.update_survival:.4f}")
+    _show_verdict(checked.fidelity, checked.text)
+    _output.table(*checked.fidelity.table(), right=range(1, 7))
 
 
 def _show(result: "FuseResult") -> None:
-    how = f"{result.method} rounding, {result.bits_per_weight:.2f} bits per weight"
+    if result.fidelity:
+        _show_verdict(result.fidelity, result.text)
+    how = f"{result.method} rounding, {result.bits_per_weight:.2f} bits per weight (scales and unquantized tensors too)"
     _output.out(
         f"{result.folder}: {'unquantized' if result.method == 'none' else how}, {_output.size(result.size_bytes)}, "
         f"{count(len(result.survival), 'layer')} changed, made in {_output.duration(result.seconds)}"
     )
     if result.text and result.method == "calibrated":
-        _output.out(f"calibrated on {result.text['calibration_rows']} rows of {result.text['source']}")
-    if result.fidelity:
-        _show_fidelity(result.fidelity, result.text)
-    weakest = min(result.survival, key=lambda s: s.cosine)
-    _output.out(
-        f"share of the update that survived (cosine): mean {result.update_survival:.4f}, "
-        f"least {weakest.cosine:.4f} in {weakest.path}"
-    )
+        _output.out(f"Calibrated on {result.text['calibration_rows']} rows of {result.text['source']}.")
     for line in result.opened_with:
         _output.out(line)
+    folder = shlex.quote(result.reference)
+    if not result.opened_with:
+        _output.next_steps(f'mlx-adapters generate "..." --base {folder}', f"mlx-adapters publish {folder} USER/REPO")
+    if (result.folder / REPORT_FILE).is_file():
+        _output.note(f"Every layer's figures are in {result.folder / REPORT_FILE}.")
 
 
-def _show_fidelity(fidelity: "Fidelity", text: dict[str, Any] | None) -> None:
-    _output.table(*fidelity.table(), right=range(1, 7))
+def _show_verdict(fidelity: "Fidelity", text: dict[str, Any] | None) -> None:
     where = f" of {text['source']}" if text else ""
-    rows = count(fidelity.rows, "row")
-    _output.out(f"KL from the adapter model in nats per token, on {fidelity.tokens} tokens of {rows} kept aside{where}")
+    _output.out(fidelity.verdict)
+    _output.out(
+        f"KL is the mean distance from the adapter model in nats per token: on {fidelity.tokens:,} tokens of "
+        f"{count(fidelity.rows, 'row')} kept aside{where}."
+    )
     if text and text["why"]:
-        _output.out(f"the general text, because: {text['why']}")
+        _output.out(f"That is the general text, because: {text['why']}")

@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from mlx_adapters.cli import _output
+from mlx_adapters.cli._help import LongCommand
 from mlx_adapters.cli._options import (
     Reads,
     adapter_option,
@@ -21,7 +22,7 @@ from mlx_adapters.cli._options import (
 from mlx_adapters.config.data import TemplateConfig
 
 
-@click.command("generate")
+@click.command("generate", cls=LongCommand)
 @click.argument("prompt")
 @adapter_option
 @base_option

@@ -1,18 +1,21 @@
 """`serve`: an OpenAI-compatible server."""
 
+import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
 from mlx_adapters.cli import _output
+from mlx_adapters.cli._help import LongCommand
 from mlx_adapters.cli._options import UserPath, complete_named_references, dtype_option, template_options, trust_option
 from mlx_adapters.cli._settings import option, options
 from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.serving.settings import ServeSettings, parse_split
 
 
-@click.command("serve")
+@click.command("serve", cls=LongCommand)
 @click.argument("base")
 @click.option(
     "--adapter",
@@ -76,7 +79,13 @@ def serve_command(
         )
     run_server(
         engine,
-        lambda address, _: _output.note(f"Listening on {address} (Ctrl-C ends it)."),
+        lambda address, _: _tell_address(address, engine.catalog.names[-1]),
         listener,
         _output.leave_interrupted,
     )
+
+
+def _tell_address(address: str, model: str) -> None:
+    _output.note(f"Listening on {address} (Ctrl-C ends it): open it to chat, or ask from a shell:")
+    asked = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
+    _output.note(f"  curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(asked)}")

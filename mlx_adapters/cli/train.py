@@ -1,6 +1,7 @@
 """`train`: make an adapter."""
 
 import contextlib
+import shlex
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_adapters.cli import _output
+from mlx_adapters.cli._help import LongCommand
 from mlx_adapters.cli._options import (
     OUTPUT_FILE,
     REFERENCE,
@@ -28,12 +30,13 @@ from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.events import Event, Note, Progress, TrainReport, ValidationReport
 from mlx_adapters.training.reporting import SERVICES
+from mlx_adapters.units import listed
 
 if TYPE_CHECKING:
     from mlx_adapters.training.reporting import Reporter
 
 
-@click.command("train")
+@click.command("train", cls=LongCommand)
 @click.argument("base", required=False)
 @click.option("--data", metavar="DIR", help="Folder with train.jsonl, valid.jsonl; a file; or hf:user/name.")
 @click.option("--name", metavar="NAME", help="Name of the adapter, or a folder such as ./out.")
@@ -89,8 +92,10 @@ def train_command(
 
     refuse_outputs_that_are_read()
     name = resume or settings.name
-    if name is None or (resume is None and (settings.base is None or settings.data is None)):
-        raise click.UsageError("Give BASE, --data and --name (or --resume NAME).")
+    there = {"BASE": settings.base, "--data": settings.data, "--name": settings.name}
+    missing = [what for what, value in there.items() if value is None and not resume]
+    if name is None or missing:
+        raise click.UsageError(f"Give {listed(missing)} (or --resume NAME).")
     lora: LoraConfig | None
     if resume is not None:
         lora, training = _settings_of_run(settings, resume)
@@ -121,6 +126,12 @@ def train_command(
         return
     loss = f", validation loss {_output.number(run.best_validation_loss, 4)}" if run.best_validation_loss else ""
     _output.out(f"{run.best}{loss}; trained {_output.duration(run.duration_seconds)}, kept in {run.folder}")
+    reference = shlex.quote(run.reference)
+    _output.next_steps(
+        f'mlx-adapters generate "..." --adapter {reference}',
+        f"mlx-adapters show {reference}",
+        f"mlx-adapters fuse {reference} out/{run.folder.name}-4bit --bits 4",
+    )
 
 
 def _settings_of_run(settings: Settings, name: str) -> tuple[LoraConfig, TrainConfig]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from mlx_adapters.errors import HubError, NotFoundError, did_you_mean
 from mlx_adapters.models.base import Base, BaseLike
 from mlx_adapters.sources.demo_base import DEMO_BASE, demo_base_folder
-from mlx_adapters.sources.lookup import spelled
+from mlx_adapters.sources.lookup import spelled, tell_folder
 from mlx_adapters.sources.references import hub_id
 from mlx_adapters.sources.snapshots import model_snapshot
 from mlx_adapters.storage import paths
@@ -34,6 +34,8 @@ def resolve_base(name: BaseLike, download: bool = True, everything: bool = False
         if not (folder / "config.json").is_file():
             what = "no config.json in it" if folder.is_dir() else "no such folder"
             raise NotFoundError(f"There is no model at '{text}': {what}.", _hint(text, folder))
+        if not isinstance(name, Path):
+            tell_folder(text)
         return Base(str(folder), folder)
     if not (named := hub_id(text)):
         raise NotFoundError(f"There is no model '{text}'.", _hint(text, folder))

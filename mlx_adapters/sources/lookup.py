@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_adapters.config.mapping import require, shown
 from mlx_adapters.errors import ConfigError, NotFoundError, did_you_mean
-from mlx_adapters.events import OnEvent, log_warnings
+from mlx_adapters.events import OnEvent, log, log_warnings
+from mlx_adapters.models.metadata import losses_of
 from mlx_adapters.sources.hub import NotCached
-from mlx_adapters.sources.references import CHECKPOINT, NAME, Reference, below, parse_reference
-from mlx_adapters.sources.registry import adapter_folder, names
+from mlx_adapters.sources.references import CHECKPOINT, NAME, Reference, below, hub_id, parse_reference
+from mlx_adapters.sources.registry import adapter_folder, names, read_entry
 from mlx_adapters.storage import paths
 
 if TYPE_CHECKING:
@@ -33,7 +34,16 @@ def spelled(given: "str | Path | Named") -> str:
         raise ConfigError(f"{shown(given)} is no adapter and no model.", hint)
     place, at, iteration = text.rpartition("@") if CHECKPOINT.fullmatch(text) else (text, "", "")
     known = paths.is_path(text) or (NAME.fullmatch(place) and _is_registered(place))
-    return text if known or not _is_folder(place) else f"{paths.expanded(place)}{at}{iteration}"
+    if known or not _is_folder(place):
+        return text
+    tell_folder(place)
+    return f"{paths.expanded(place)}{at}{iteration}"
+
+
+def tell_folder(text: str) -> None:
+    """Note that a name which could be one on the Hub is taken for the folder that is here."""
+    if hub_id(text):
+        log.info(f"'{text}' is the folder ./{text} here, not a repository of the Hub.")
 
 
 def _is_registered(name: str) -> bool:
@@ -70,7 +80,7 @@ def locate(
     """
     ref = reference if isinstance(reference, Reference) else parse_reference(spelled(reference))
     if ref.kind == "path":
-        return paths.expanded(ref.target), ref.iteration
+        return (folder := paths.expanded(ref.target)), iteration_of(folder, ref)
     if ref.kind == "hub":
         from mlx_adapters.sources.downloads import adapter_snapshot
 
@@ -89,7 +99,23 @@ def locate(
         raise NotFoundError(
             f"No adapter named '{ref.target}'.", did_you_mean(ref.target, names(), "'mlx-adapters list' shows all.")
         )
-    return folder, ref.iteration
+    return folder, iteration_of(folder, ref)
+
+
+def iteration_of(folder: Path, ref: Reference) -> int | None:
+    """The iteration that a reference names, also as "best" or "last". Raises NotFoundError where there is none."""
+    if not isinstance(ref.iteration, str):
+        return ref.iteration
+    entry = read_entry(folder)
+    if ref.iteration == "last":
+        if not entry.iterations:
+            raise NotFoundError(f"'{ref.target}' has no checkpoints.", f"name it without '@{ref.iteration}'.")
+        return max(entry.iterations)
+    losses = {i: loss for i, loss in losses_of(entry.metadata)[1] if i in entry.iterations}
+    if not losses:
+        hint = "'@last' is the last one; '@ITERATION' one that 'mlx-adapters show' lists."
+        raise NotFoundError(f"'{ref.target}' has no checkpoint with a validation loss.", hint)
+    return min(losses, key=losses.__getitem__)
 
 
 def load_adapter(reference: "AdapterLike") -> "Adapter":

@@ -1,6 +1,7 @@
 """How a reference is spelled, which alone decides what it means, never what happens to exist.
 
-`NAME` and `NAME@ITERATION` are the registry's, a path starts with `.`, `/` or `~` (with `@ITERATION` for a checkpoint),
+`NAME` and `NAME@ITERATION` (or `@best`, `@last`) are the registry's, a path starts with `.`, `/` or `~` (with
+`@ITERATION` for a checkpoint),
 `user/repo[/folder][@revision]` is on the Hub.
 """
 
@@ -13,17 +14,20 @@ from mlx_adapters.errors import ConfigError
 from mlx_adapters.storage import paths
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-CHECKPOINT = re.compile(r"(.+)@(\d+)")
+CHECKPOINT = re.compile(r"(.+)@(\d+|best|last)")
 HUB = re.compile(r"([A-Za-z0-9][\w.-]*/\w[\w.-]*)((?:/\w[\w.-]*)*)(?:@([\w./-]+))?")
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A parsed reference. `target` is a name, a path or a Hub id; `subfolder` where in a repository it lies."""
+    """A parsed reference. `target` is a name, a path or a Hub id; `subfolder` where in a repository it lies.
+
+    `iteration`: of a checkpoint, or "best" or "last".
+    """
 
     kind: Literal["name", "path", "hub"]
     target: str
-    iteration: int | None = None
+    iteration: int | str | None = None
     revision: str | None = None
     subfolder: str | None = None
 
@@ -74,12 +78,18 @@ def parse_reference(text: str) -> Reference:
     """Parse NAME, NAME@ITERATION, a path, or user/repo[/folder][@revision]. Raises ConfigError."""
     if paths.is_path(text):
         match = CHECKPOINT.fullmatch(text)
-        return Reference("path", match[1], int(match[2])) if match else Reference("path", text)
+        return Reference("path", match[1], _iteration(match[2])) if match else Reference("path", text)
     if hub := HUB.fullmatch(text):
         return Reference("hub", hub[1], revision=hub[3], subfolder=hub[2].strip("/") or None)
     if "/" in text:
         raise ConfigError(f"'{text}' is neither a name nor 'user/repo'.", f"write a path as './{text}'.")
     name, at, iteration = text.partition("@")
-    if at and not iteration.isdecimal():
-        raise ConfigError(f"'{text}' is no reference: after '@' comes an iteration.", f"for example '{name}@600'.")
-    return Reference("name", check_name(name), int(iteration) if at else None)
+    if at and not CHECKPOINT.fullmatch(text):
+        raise ConfigError(
+            f"'{text}' is no reference: after '@' comes an iteration, 'best' or 'last'.", f"for example '{name}@600'."
+        )
+    return Reference("name", check_name(name), _iteration(iteration) if at else None)
+
+
+def _iteration(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text

@@ -1,0 +1,48 @@
+"""From a reference to what it means."""
+
+import logging
+
+import pytest
+from helpers.adapters import make_adapter, make_run
+
+from mlx_adapters.adapters import keeping
+from mlx_adapters.errors import ConfigError, NotFoundError
+from mlx_adapters.models.adapter import write_adapter
+from mlx_adapters.sources import bases, lookup, references
+from mlx_adapters.sources.lookup import load_adapter
+
+
+@pytest.mark.parametrize(("word", "iteration"), [("best", 200), ("last", 300)])
+def test_best_and_last_name_checkpoints(tiny_model, word, iteration):
+    folder = make_run(tiny_model("llama"), "sql")
+    keeping.use("sql@100")  # what the bare name means is another matter
+    for reference in (f"sql@{word}", f"{folder}@{word}"):
+        assert lookup.locate(reference) == (folder, iteration)
+        assert load_adapter(reference).iteration == iteration
+    assert keeping.use(f"sql@{word}").iteration == iteration
+    assert str(references.parse_reference(f"sql@{word}")) == f"sql@{word}"
+
+
+def test_best_and_last_of_what_has_no_checkpoints(tiny_model, tmp_path):
+    folder = tmp_path / "plain"
+    write_adapter(make_adapter(tiny_model("llama")), folder)
+    with pytest.raises(NotFoundError, match="no checkpoints"):
+        lookup.locate(f"{folder}@last")
+    with pytest.raises(NotFoundError, match="validation loss"):
+        lookup.locate(f"{folder}@best")
+    with pytest.raises(ConfigError, match="an iteration, 'best' or 'last'"):
+        references.parse_reference("sql@first")
+
+
+def test_a_folder_wins_over_the_hub_and_that_is_said(tiny_model, tmp_path, monkeypatch, caplog):
+    write_adapter(make_adapter(tiny_model("llama")), tmp_path / "out" / "sql")
+    (tmp_path / "out" / "model").symlink_to(tiny_model("llama"))
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level(logging.INFO, "mlx_adapters.events"):
+        assert lookup.locate("out/sql") == (tmp_path / "out" / "sql", None)
+        assert bases.resolve_base("out/model").folder == tmp_path / "out" / "model"
+        lookup.locate("./out/sql")
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        f"'out/{name}' is the folder ./out/{name} here, not a repository of the Hub." for name in ("sql", "model")
+    ]
