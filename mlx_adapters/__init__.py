@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from mlx_adapters.config.evaluating import EvaluationConfig as EvaluationConfig
     from mlx_adapters.config.fusing import FuseOptions as FuseOptions
     from mlx_adapters.config.quantization import Quantization as Quantization
+    from mlx_adapters.config.sampling import Drafting as Drafting
     from mlx_adapters.config.sampling import Sampling as Sampling
     from mlx_adapters.config.training import DPO as DPO
     from mlx_adapters.config.training import KTO as KTO
@@ -129,6 +130,7 @@ _PUBLIC = {
     "Model": "models.model",
     "Generation": "generation.decoding",
     "Response": "generation.decoding",
+    "Drafting": "config.sampling",
     "Sampling": "config.sampling",
     "LiveModel": "generation.live",
     "load_model": "generation.live",

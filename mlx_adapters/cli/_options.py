@@ -14,7 +14,8 @@ from mlx_adapters.cli import _output
 from mlx_adapters.cli._settings import option, options
 from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.evaluating import EvaluationConfig
-from mlx_adapters.config.sampling import Sampling
+from mlx_adapters.config.sampling import Drafting, Sampling
+from mlx_adapters.config.settings import settings_of
 from mlx_adapters.errors import ConfigError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -121,6 +122,17 @@ def template_options(command: Command) -> Command:
         return command(*args, template=template, **kwargs)
 
     return options(TemplateConfig)(with_template)  # type: ignore[return-value]
+
+
+def drafting_options(command: Command) -> Command:
+    """The options of `Drafting`, which the command takes as `drafting`."""
+
+    @functools.wraps(command)
+    def with_drafting(*args: Any, **kwargs: Any) -> Any:
+        drafting = Drafting(**{name: kwargs.pop(name) for name in settings_of(Drafting)})
+        return command(*args, drafting=drafting, **kwargs)
+
+    return options(Drafting)(with_drafting)  # type: ignore[return-value]
 
 
 def confirm(question: str, yes: bool) -> None:

@@ -14,6 +14,7 @@ from mlx_adapters.cli._options import (
     any_base_option,
     base_option,
     complete_references,
+    drafting_options,
     dtype_option,
     json_option,
     sampling_options,
@@ -22,6 +23,7 @@ from mlx_adapters.cli._options import (
     trust_option,
 )
 from mlx_adapters.config.data import TemplateConfig
+from mlx_adapters.config.sampling import Drafting
 from mlx_adapters.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ HELP = """/use NAME       answer with this adapter (attached if it is not yet)
 @any_base_option
 @system_option
 @sampling_options
+@drafting_options
 @template_options
 @dtype_option
 @trust_option
@@ -57,6 +60,7 @@ def chat_command(
     base: str | None,
     any_base: bool,
     system: str | None,
+    drafting: Drafting,
     template: TemplateConfig,
     dtype: str,
     **sampling: Any,
@@ -69,7 +73,7 @@ def chat_command(
     """
     from mlx_adapters.generation.chat import Chat
 
-    chat = Chat(_load(base, adapters, any_base, dtype, template), system)
+    chat = Chat(_load(base, adapters, any_base, dtype, template, drafting), system)
     if adapters:
         chat.model.use(chat.model.adapters[0].name)
     _output.note("Type a message, or /help.")
@@ -138,7 +142,12 @@ def ab_command(
 
 
 def _load(
-    base: str | None, references: tuple[str, ...], any_base: bool, dtype: str, template: TemplateConfig
+    base: str | None,
+    references: tuple[str, ...],
+    any_base: bool,
+    dtype: str,
+    template: TemplateConfig,
+    drafting: Drafting | None = None,
 ) -> "LiveModel":
     from mlx_adapters.generation.live import load_model
     from mlx_adapters.sources.bases import recorded_base
@@ -148,7 +157,7 @@ def _load(
     recorded = next((adapter.base_name for adapter in loaded if adapter.base_name), None)
     if base is None and recorded is None:
         raise click.UsageError("Give --base (the embedded model is 'demo').")
-    model = load_model(base or recorded_base(str(recorded)), dtype=dtype, template=template)
+    model = load_model(base or recorded_base(str(recorded)), dtype=dtype, template=template, drafting=drafting)
     for reference, adapter in zip(references, loaded, strict=True):
         model.attach(adapter, any_base, name=reference, use=False)
     return model

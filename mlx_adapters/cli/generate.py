@@ -11,6 +11,7 @@ from mlx_adapters.cli._options import (
     adapter_option,
     any_base_option,
     base_option,
+    drafting_options,
     dtype_option,
     json_option,
     sampling_options,
@@ -20,6 +21,7 @@ from mlx_adapters.cli._options import (
     trust_option,
 )
 from mlx_adapters.config.data import TemplateConfig
+from mlx_adapters.config.sampling import Drafting
 
 
 @click.command("generate", cls=LongCommand)
@@ -30,6 +32,7 @@ from mlx_adapters.config.data import TemplateConfig
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
 @system_option
 @sampling_options
+@drafting_options
 @template_options
 @dtype_option
 @trust_option
@@ -41,6 +44,7 @@ def generate_command(
     base: str | None,
     any_base: bool,
     system: str | None,
+    drafting: Drafting,
     template: TemplateConfig,
     dtype: str,
     as_json: bool,
@@ -63,7 +67,14 @@ def generate_command(
     recorded = loaded.base_name if loaded else None
     if base is None and recorded is None:
         raise click.UsageError("Give --adapter or --base (the embedded model is 'demo').")
-    model = load_model(base or recorded_base(str(recorded)), loaded, dtype=dtype, any_base=any_base, template=template)
+    model = load_model(
+        base or recorded_base(str(recorded)),
+        loaded,
+        dtype=dtype,
+        any_base=any_base,
+        template=template,
+        drafting=drafting,
+    )
     if as_json:
         _output.emit_json(model.generate(told, **options))
         return

@@ -82,6 +82,37 @@ class Sampling:
         return replace(self, **{name: getattr(given, name) for name in options})
 
 
+@settings
+@dataclass(frozen=True)
+class Drafting:
+    """Speculative decoding: several tokens are guessed, and the model checks them in one step.
+
+    What is written stays the same to the token, greedy or with a seed, up to the rounding of floats.
+
+    Raises ConfigError for a value out of range.
+
+    Example:
+        >>> model = ma.load_model("demo", drafting=ma.Drafting(prompt_lookup=True))
+        >>> answer = model.generate("Say it twice: one, two, three, one, two, three.", max_tokens=8)
+        >>> answer.accepted_tokens <= answer.guessed_tokens
+        True
+    """
+
+    draft_model: str | None = setting(None, "A smaller model with the same tokenizer, which guesses", metavar="BASE")
+    draft_tokens: int = setting(4, "Most tokens guessed at a time", at_least=1, at_most=64)
+    prompt_lookup: bool = setting(
+        False, "Guess that what followed the last tokens before follows them again, where they were there before"
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def drafts(self) -> bool:
+        """Whether anything is guessed."""
+        return self.prompt_lookup or self.draft_model is not None
+
+
 class SamplingOptions(TypedDict, total=False):
     """The fields of `Sampling` as arguments of `generate`, for type checkers and editors."""
 

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_adapters.config.data import TemplateConfig
+from mlx_adapters.drafting.checking import Drafts, drafted_steps
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.generation.sampling import Sampler, stop_tokens
 from mlx_adapters.generation.text_stream import TextStream
 from mlx_adapters.models.model import Model
-from mlx_adapters.system.door import generate_step, mx
+from mlx_adapters.system.door import generate_step, make_prompt_cache, mx
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # a text, token ids, or a conversation's messages
 
@@ -24,6 +25,8 @@ class Response:
         logprobs: the log-probabilities that it was chosen from, (vocabulary,).
         prompt_tokens: how many tokens the prompt had.
         finish_reason: with the last one "stop" (the model ended it, or a stop text came), "length" or "context".
+        guessed_tokens: how many tokens were guessed for this answer until now (`Drafting`).
+        accepted_tokens: how many of them were right.
 
     Example:
         >>> steps = list(ma.load_model("demo").stream("What is the capital of France?", max_tokens=8))
@@ -36,6 +39,8 @@ class Response:
     logprobs: mx.array
     prompt_tokens: int
     finish_reason: str | None = None
+    guessed_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class Generation:
         finish_reason: "stop" (the model ended it, or a stop text came), "length" or "context".
         seconds_to_first_token: from the call.
         seconds: of the whole answer.
+        guessed_tokens: how many tokens were guessed (`Drafting`).
+        accepted_tokens: how many of them were right.
 
     Example:
         >>> answer = ma.load_model("demo").generate("List the Physics courses.", max_tokens=4)
@@ -62,6 +69,8 @@ class Generation:
     finish_reason: str
     seconds_to_first_token: float
     seconds: float
+    guessed_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 def ids_of(
@@ -81,16 +90,26 @@ def ids_of(
 
 
 def decode(
-    model: Model, ids: mx.array, sampler: Sampler, before: int = 0, cache: list[Any] | None = None
+    model: Model,
+    ids: mx.array,
+    sampler: Sampler,
+    before: int = 0,
+    cache: list[Any] | None = None,
+    drafts: Drafts | None = None,
 ) -> Iterator[Response]:
-    """The steps of the answer to `ids` (tokens,), of which `before` more are in `cache`."""
+    """The steps of the answer to `ids` (tokens,); `before` more are in `cache`. `drafts`: guesses that are checked."""
     wanted = sampler.sampling.max_tokens
     room = model.room(before + ids.size, wanted)
     how = sampler.sampling
     ends, text = stop_tokens(how, model.tokenizer), TextStream(model.tokenizer, how)
-    extra = {} if cache is None else {"prompt_cache": cache}
-    processors = [sampler.process] if sampler.processors else None
-    steps = generate_step(ids, model.module, max_tokens=room, sampler=sampler, logits_processors=processors, **extra)
+    cache = make_prompt_cache(model.module) if cache is None else cache
+    if drafts is None:
+        processors = [sampler.process] if sampler.processors else None
+        steps = generate_step(
+            ids, model.module, max_tokens=room, sampler=sampler, logits_processors=processors, prompt_cache=cache
+        )
+    else:
+        steps = drafted_steps(ids.tolist(), model.module, cache, drafts, sampler.step, sampler.foresee, room)
     for made, (token, logprobs) in enumerate(steps, start=1):
         piece = text.add(token) if token not in ends else ""
         reason = "stop" if token in ends or text.stopped else None
@@ -99,6 +118,7 @@ def decode(
         piece += text.finish() if reason else ""
         if text.stopped:
             reason = "stop"
-        yield Response(piece, token, logprobs, ids.size, reason)
+        counts = (drafts.guessed, drafts.accepted) if drafts else ()
+        yield Response(piece, token, logprobs, ids.size, reason, *counts)
         if reason:
             return

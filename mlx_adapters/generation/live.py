@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
 from mlx_adapters.config.data import TemplateConfig
-from mlx_adapters.config.sampling import Sampling, SamplingOptions
+from mlx_adapters.config.sampling import Drafting, Sampling, SamplingOptions
+from mlx_adapters.drafting.drafts import Drafter, load_drafter
 from mlx_adapters.errors import AdapterError, IncompatibleError
 from mlx_adapters.generation.batching import answer_all
 from mlx_adapters.generation.decoding import Generation, Prompt, Response, decode, ids_of
@@ -86,6 +87,7 @@ class LiveModel(Model):
     def __init__(self, plain: Model) -> None:
         super().__init__(plain.module, plain.tokenizer, plain.base, plain.config, template=plain.template)
         self.pool = AdapterPool(self.module)
+        self.drafter: Drafter | None = None
         self._origins: dict[str, _Origin] = {}
 
     def __repr__(self) -> str:
@@ -288,7 +290,8 @@ class LiveModel(Model):
             cache = cache.layers
         before = getattr(cache[0], "offset", 0) if cache else 0
         ids = self.checked_ids(ids_of(self, prompt, raw), before)
-        return self._steps(decode(self, ids, chosen, before, cache), selection)
+        drafts = self.drafter.begin() if self.drafter else None
+        return self._steps(decode(self, ids, chosen, before, cache, drafts), selection)
 
     def _steps(self, inner: Iterator[Response], selection: Selection) -> Iterator[Response]:
         while True:
@@ -335,6 +338,8 @@ class LiveModel(Model):
             reason,
             first,
             time.perf_counter() - start,
+            steps[-1].guessed_tokens,
+            steps[-1].accepted_tokens,
         )
 
     def generate_batch(
@@ -402,6 +407,7 @@ def load_model(
     dense: bool | None = None,
     any_base: bool = False,
     template: TemplateConfig | None = None,
+    drafting: Drafting | None = None,
 ) -> LiveModel:
     """Load a base model (or a fused folder) once, for any number of adapters.
 
@@ -412,6 +418,7 @@ def load_model(
         dense: replace quantized layers by dense ones, which compute the same function; None: on a CPU.
         any_base: take an adapter that was trained on another base.
         template: the chat template and its arguments; None: as the adapter at work was trained, else the base's own.
+        drafting: what guesses tokens, which the model checks; None: nothing.
 
     Raises NotFoundError, HubError, FormatError, ModelError, IncompatibleError; ConfigError for an argument that the
     chat template does not read.
@@ -424,6 +431,7 @@ def load_model(
     """
     loaded = None if adapter is None else load_adapter(adapter)
     model = LiveModel(load_plain_model(resolve_base(base), dtype=dtype, dense=dense, template=template))
+    model.drafter = load_drafter(drafting, model, dtype) if drafting else None
     if loaded is not None and adapter is not None:
         model._attach(loaded, plain(adapter), any_base, None, use=True)
     return model

@@ -4,6 +4,7 @@ Logits go through processors, which see the tokens so far; log-probabilities thr
 tokens; one of the rest is drawn. Filters are pure functions on (rows, vocabulary), in mlx-lm's order and meaning.
 """
 
+import copy
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -59,11 +60,22 @@ class Sampler:
         """Whether the likeliest token of the model's own logits is taken: then no row needs care of its own."""
         return self.greedy and not self.processors
 
+    def foresee(self) -> Choose:
+        """Chooses as this is about to, from the same random numbers, and uses none of them up."""
+        return copy.copy(self) if self.choose is None else lambda logprobs: mx.argmax(logprobs, axis=-1)
+
     def process(self, tokens: mx.array, logits: mx.array) -> mx.array:
         """The logits (1, vocabulary) as the processors leave them; `tokens` (n,) are the prompt's and the answer's."""
         for processor in self.processors:
             logits = processor(tokens, logits)
         return logits
+
+    def step(self, tokens: Sequence[int], logits: mx.array) -> tuple[int, mx.array]:
+        """The token that follows `tokens`, by logits (1, vocabulary), and the log-probabilities (vocabulary,)."""
+        if self.processors:
+            logits = self.process(mx.array(tokens, dtype=mx.uint32), logits)
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        return int(self(logprobs).item()), logprobs[0]
 
     def __call__(self, logprobs: mx.array) -> mx.array:
         """Token (rows,) for each row of `logprobs` (rows, vocabulary)."""
