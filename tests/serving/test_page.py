@@ -174,6 +174,17 @@ if BROWSER:
         page.evaluate("document.querySelector('#history button.quiet').click()")
         assert page.evaluate("[asked[0].ended, Object.keys(localStorage)]") == [True, ["mlx_adapters.settings"]]
 
+    def test_a_closed_window_keeps_what_was_written_and_strange_entries_are_left_alone(page, server):
+        ask(page, "one")
+        page.evaluate("asked[0].say('half'), Object.assign(localStorage, {'mlx_adapters.talk.x': '{\"turns\": [1]}'})")
+        page.until("texts('.text')[0] === 'half'")
+        page.open(server + "/#ask=%E0%A4%A")
+        page.evaluate(FAKE)
+        assert page.evaluate("texts('#history li button:first-child')") == ["one"]
+        page.evaluate("document.querySelector('#history button').click()")
+        assert page.evaluate("[texts('.text')[0], texts('.answer header em')]") == ["half", ["stopped"] * 2]
+        assert page.evaluate("localStorage['mlx_adapters.talk.x']") == '{"turns": [1]}'
+
     def test_what_a_model_writes_is_shown_and_nothing_of_it_is_run_or_loaded(page):
         ask(page, "one")
         hostile = [

@@ -5,7 +5,7 @@ import * as store from "./talk.js";
 import { button, card, element, question } from "./view.js";
 
 const field = id => document.getElementById(id);
-const MOST_PANES = 4, EXAMPLES = [
+const MOST_PANES = 4, MOST_SHOWN = 60, EXAMPLES = [
   "Explain recursion to a ten-year-old, with a short example in Python.",
   "Compare TCP and UDP in a small table.",
   "Write a haiku about the sea in winter.",
@@ -13,7 +13,7 @@ const MOST_PANES = 4, EXAMPLES = [
 ];
 
 let served = [], running = null, talk, view = new Map();
-const settings = { panes: [], colors: false, temperature: "", top_p: "", max_tokens: "1024", seed: "", thinking: "", system: "",
+const settings = { panes: [], colors: false, temperature: "0", top_p: "", max_tokens: "", seed: "", thinking: "", system: "",
                    ...store.keptSettings() };
 
 // -- models and panes -------------------------------------------------------------------------------------------------------
@@ -186,8 +186,10 @@ function showTalk() {
   const told = one => one.split ? `A split of ${Object.keys(one.split).join(", ")}`
     : !one.parent ? "The base, without an adapter"
     : one.resident ? "An adapter, in memory" : "An adapter, loaded when it is asked";
-  field("served").replaceChildren(...served.map(one => element("li", {},
-    button(one.id, told(one), () => choose(settings.panes.at(-1), one.id), { className: one.resident ? "resident" : "" }))));
+  const shown = served.slice(0, MOST_SHOWN).map(one => element("li", {},
+    button(one.id, told(one), () => choose(settings.panes.at(-1), one.id), { className: one.resident ? "resident" : "" })));
+  const more = served.length - shown.length;
+  field("served").replaceChildren(...shown, ...(more > 0 ? [element("li", { className: "quiet", textContent: `and ${more} more` })] : []));
   showHistory();
   scrollDown(true);
 }
@@ -284,6 +286,7 @@ field("forget").addEventListener("click", event => {
   openTalk(store.newTalk(settings.system), true);
 });
 addEventListener("storage", showHistory);  // another window's talks
+addEventListener("pagehide", () => { if (running) store.keep(talk); });
 field("examples").replaceChildren(...EXAMPLES.map(text => element("li", {}, button(text, "Ask this", () => send(text)))));
 
 talk = store.newTalk(settings.system);
@@ -291,6 +294,6 @@ showPanes();
 showTalk();
 loadModels();
 if (location.hash.startsWith("#ask=")) {  // a link may bring a question; whoever follows it sends it
-  box.value = decodeURIComponent(location.hash.slice(5));
+  try { box.value = decodeURIComponent(location.hash.slice(5)); } catch { /* no text */ }
   fit();
 }

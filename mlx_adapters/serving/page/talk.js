@@ -56,10 +56,13 @@ const store = (() => {
 const read = key => { try { return JSON.parse(store.getItem(key)); } catch { return null; } };
 const keys = () => store ? Object.keys(store).filter(key => key.startsWith(TALK)) : [];
 
-export function kept() {
-  const talks = keys().map(read).filter(talk => Array.isArray(talk?.turns) && typeof talk.title === "string");
-  return talks.sort((a, b) => b.at - a.at);
-}
+// What another version or another program wrote under these names is left alone.
+const text = value => typeof value === "string";
+const isAnswer = one => text(one?.text) && text(one.model) && text(one.state);
+const isTurn = turn => text(turn?.text) && Array.isArray(turn.answers) && turn.answers.every(isAnswer);
+const isTalk = talk => text(talk?.title) && text(talk.system) && Array.isArray(talk.turns) && talk.turns.every(isTurn);
+
+export const kept = () => keys().map(read).filter(isTalk).sort((a, b) => b.at - a.at);
 
 // Whether the browser could keep it. Where there is no room, the oldest ones make some.
 export function keep(talk) {
