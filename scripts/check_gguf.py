@@ -2,10 +2,11 @@
 
     python scripts/check_gguf.py write out/gguf-check [NAME ...]    (with mlx; tests/ on the path)
     python scripts/check_gguf.py read out/gguf-check                (with xllamacpp, a build of llama.cpp)
+    python scripts/check_gguf.py lock tests/fixtures/gguf_layouts.json    (with mlx, once `read` has passed)
 
 A tiny model of each architecture and of its variants (tests/helpers/gguf_models.py) in each of the file's types, a
 tiny llama for each way of cutting up text that llama.cpp has a name for, with and without BOS, and the embedded model.
-`read` prints a table: the largest difference of log probabilities (of all tokens above e^-25, after 1 to 70 tokens),
+`lock` writes down where each number of the tiny models went, which the tests hold. `read` prints a table: the largest difference of log probabilities (of all tokens above e^-25, after 1 to 70 tokens),
 the largest KL in nats, strings alike, whether the chat template and the ends are the same. f32 tells whether the
 function is the same; in other types llama.cpp rounds its inputs too, to 8 bits in the quantized ones, so KL counts.
 """
@@ -30,6 +31,14 @@ def write(out: Path, names: list[str]) -> None:
                 print(name, kind, flush=True)
         except Exception as error:
             print(f"{name}: {type(error).__name__}: {error}", flush=True)
+
+
+def lock(out: Path, names: list[str]) -> None:
+    sys.path.insert(0, "tests")
+    from helpers.gguf_models import GGUF_MODELS, layout_of
+
+    lines = [f"{json.dumps(name)}: {json.dumps(layout_of(name))}" for name in sorted(GGUF_MODELS)]
+    out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def ask(url: str, path: str, body: dict) -> dict:
@@ -98,4 +107,4 @@ if __name__ == "__main__":
     if verb == "one":
         print(json.dumps(read_one(Path(folder))))
     else:
-        {"write": write, "read": read}[verb](Path(folder).resolve(), names)
+        {"write": write, "read": read, "lock": lock}[verb](Path(folder).resolve(), names)

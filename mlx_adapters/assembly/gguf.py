@@ -147,21 +147,18 @@ class GgufWriter:
         return sorted(made, key=lambda tensor: tensor_names.natural_order(tensor.name))
 
     def _plain(self, name: str, shape: tuple[int, ...], unit: Unit) -> "_Tensor":
-        form, places = self._form(name, shape), self._layout.places(name)
-        change, shape = self._layout.change(name, places[0].name), self._layout.shape(places[0].name, shape)
+        form, places, parts_of = self._form(name, shape), self._layout.places(name), self._layout.parting(name)
 
         def make() -> list[np.ndarray]:
-            values = to_numpy(unit.make()[0]).reshape(shape)
-            values = values if change is None else change(values)
-            if not np.isfinite(values).all():
-                raise not_finite(tensor_names.split(name)[0])
-            if why := blocks.why_not(name, values, form):
-                raise FormatError(why, "pass --dtype bfloat16.")
-            parts = [values if p.rows is None else values[p.rows] for p in places]
-            parts = [v if p.columns is None else v[..., p.columns] for v, p in zip(parts, places, strict=True)]
+            parts = parts_of(to_numpy(unit.make()[0]))
+            for part in parts:
+                if not np.isfinite(part).all():
+                    raise not_finite(tensor_names.split(name)[0])
+                if why := blocks.why_not(name, part, form):
+                    raise FormatError(why, "pass --dtype bfloat16.")
             return [blocks.quantized(part, form) for part in parts]
 
-        return _Tensor(name, places, _shapes(places, shape), form, make)
+        return _Tensor(name, places, _shapes(places, self._layout.shape(places[0].name, shape)), form, make)
 
     def _packed(self, plan: LayerPlan, leaves: list[tuple[str, Unit]]) -> "_Tensor":
         name, target = tensor_names.join(plan.path, tensor_names.WEIGHT), plan.target

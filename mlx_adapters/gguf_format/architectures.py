@@ -44,8 +44,8 @@ class Architecture:
     places: Callable[[str, str | None, Config], list[tuple[Any, ...]] | None] | None = None
 
 
-def every(period: int, layers: int) -> list[bool]:
-    """For each layer, whether it is none of every `period`-th."""
+def all_but_each(period: int, layers: int) -> list[bool]:
+    """For each layer, whether it is another than the `period`-th, the next of that distance, and so on."""
     return [(i + 1) % period != 0 for i in range(layers)]
 
 
@@ -55,7 +55,7 @@ def _local(config: Config) -> list[bool]:
         return [kind == "sliding_attention" for kind in types]
     if isinstance(period, str):  # "LLLG"
         return [period[i % len(period)] == "L" for i in range(config["num_hidden_layers"])]
-    return every(period, config["num_hidden_layers"]) if isinstance(period, int) else []
+    return all_but_each(period, config["num_hidden_layers"]) if isinstance(period, int) else []
 
 
 def _windows(config: Config) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def _phi3(config: Config) -> dict[str, Any]:
 
 def _smollm3(config: Config) -> dict[str, Any]:
     rotates = [bool(x) for x in config["no_rope_layers"]]
-    require(rotates == every(4, len(rotates)), "llama.cpp leaves out rotation in every fourth layer.", CONVERTER)
+    require(rotates == all_but_each(4, len(rotates)), "llama.cpp leaves out rotation in every fourth layer.", CONVERTER)
     return _no_windows(config)
 
 

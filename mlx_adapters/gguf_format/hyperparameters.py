@@ -4,6 +4,7 @@ Rotary embeddings are looked at, not read about: a module's own frequencies tell
 scaling is called (`Rope`).
 """
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,16 +12,17 @@ from typing import Any
 
 import numpy as np
 
+from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.gguf_format.architectures import CONVERTER, Architecture, Config, text_model
 from mlx_adapters.gguf_format.blocks import package
-from mlx_adapters.models.base import CONTEXT_KEYS
+from mlx_adapters.models.base import context_of
 from mlx_adapters.rounding.grids import to_numpy
 from mlx_adapters.system.door import mx, nn
 
 # llama.cpp's key -> what configs call it, the first that is there.
 NAMES: dict[str, tuple[str, ...]] = {
-    "context_length": CONTEXT_KEYS,
+    "context_length": ("context_length",),
     "embedding_length": ("hidden_size", "n_embd", "d_model"),
     "block_count": ("num_hidden_layers", "n_layer", "num_layers"),
     "feed_forward_length": ("intermediate_size_mlp", "intermediate_size", "n_inner", "ffn_hidden_size"),
@@ -54,10 +56,19 @@ KINDS = {bool: "bool", int: "uint32", float: "float32", str: "string"}
 
 
 def settings_of(module: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the text model computes by: its config, with the defaults that mlx-lm's code puts in."""
+    """What the text model computes by: its config, with the defaults that mlx-lm's code puts in; and for how many
+    tokens it is made, "context_length", by the config or by what transformers takes for granted of such models."""
     said = config.get("text_config", config)
     own = {name: value for name, value in vars(text_model(module).args).items() if value is not None}
-    return {**said, **own}
+    return {**said, **own, "context_length": context_of(config) or _usual_context(config.get("model_type"))}
+
+
+def _usual_context(model_type: str | None) -> int | None:
+    from transformers import CONFIG_MAPPING  # late: it takes a second
+
+    with contextlib.suppress(Exception):  # it has no such models, or none without more settings
+        return context_of(CONFIG_MAPPING[model_type]().to_dict())
+    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +142,11 @@ def hyperparameters(architecture: Architecture, module: nn.Module, config: Confi
         made[key] = (
             width if width is not None else 4 * made["embedding_length"] if key == "feed_forward_length" else None
         )
-    made.setdefault("context_length", 2048)
+    require(
+        "context_length" in made,
+        "llama.cpp has to know how many tokens this model reads, and its config.json does not say it.",
+        "put max_position_embeddings into the base's config.json.",
+    )
     if "num_attention_heads" not in config:  # GPT-2 has one key head for each query head, whatever its config says
         made["attention.head_count_kv"] = made.get("attention.head_count")
     made.setdefault("attention.head_count_kv", made.get("attention.head_count"))
@@ -172,8 +187,8 @@ def _rotary(module: nn.Module, config: Config) -> dict[str, Any]:
         made["rope.scaling.yarn_beta_fast"] = float(scaling.get("beta_fast", 32))
         made["rope.scaling.yarn_beta_slow"] = float(scaling.get("beta_slow", 1))
         usual = 1 + 0.1 * math.log(float(scaling["factor"]))
-        if every := float(scaling.get("mscale_all_dim") or 0):
-            made["rope.scaling.yarn_log_multiplier"] = every
+        if of_all := float(scaling.get("mscale_all_dim") or 0):
+            made["rope.scaling.yarn_log_multiplier"] = of_all
         elif scaled:
             made["rope.scaling.attn_factor"] = scaled[0].magnitude / usual
     elif scaled and scaled[0].magnitude != 1:

@@ -121,14 +121,13 @@ class Layout:
         order[:rotated] = np.arange(rotated).reshape(shape).T.ravel()
         return (np.arange(0, rows, dim)[:, None] + order).ravel()
 
-    def change(self, name: str, made: str) -> Callable[[np.ndarray], np.ndarray] | None:
-        """What becomes of the numbers of the tensor `name`, called `made` in the file; None: nothing."""
+    def _change(self, name: str) -> Callable[[np.ndarray], np.ndarray]:
         path, leaf = tensor_names.split(name)
         if leaf == tensor_names.WEIGHT and self._adds_one(path):
             return lambda values: values + 1
         if leaf == "A_log":
             return lambda values: -np.exp(values)
-        return None
+        return lambda values: values
 
     def shape(self, made: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a tensor of ours in the file: a convolution's kernel, (channels, width, 1), loses an axis."""
@@ -143,6 +142,17 @@ class Layout:
         sign = mx.array([1.0, -1.0] * (weight.shape[0] // 2))
         scale = layer(sign[None])[0] * sign - layer.get("bias", mx.zeros(1)) * sign
         return bool(mx.allclose(scale, 1 + weight, atol=1e-3)) and not bool(mx.allclose(scale, weight, atol=1e-3))
+
+    def parting(self, name: str) -> Callable[[np.ndarray], list[np.ndarray]]:
+        """What makes of a tensor's numbers those that go to each of its places."""
+        places, change = self.places(name), self._change(name)
+
+        def parts(values: np.ndarray) -> list[np.ndarray]:
+            values = change(values.reshape(self.shape(places[0].name, values.shape)))
+            rows = [values if place.rows is None else values[place.rows] for place in places]
+            return [v if p.columns is None else v[..., p.columns] for v, p in zip(rows, places, strict=True)]
+
+        return parts
 
     def more(self) -> dict[str, np.ndarray]:
         """Tensors that the file has and the model has not: what llama.cpp divides the rotary frequencies by."""

@@ -65,7 +65,7 @@ def resized_config(config: dict[str, Any], rows: int) -> dict[str, Any]:
     return config | {"vocab_size": rows} | sizes
 
 
-def context_of(config: dict[str, Any]) -> int | None:
+def context_of(config: Mapping[str, Any]) -> int | None:
     """How many tokens a config's model is made for; None where it does not tell.
 
     Positions that are stretched (YaRN, arXiv 2309.00071) reach further than the limit that a config may still name.
@@ -77,7 +77,7 @@ def context_of(config: dict[str, Any]) -> int | None:
     return None
 
 
-def _stretched(config: dict[str, Any]) -> int:
+def _stretched(config: Mapping[str, Any]) -> int:
     """The length that a config's rope reaches, as mlx-lm's does: the one it was trained on, times a factor; else 0."""
     for key in ("rope_scaling", "rope_parameters"):
         scaling: Any = config.get(key)

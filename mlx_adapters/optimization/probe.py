@@ -1,11 +1,13 @@
 """Trying a model on this device: what steps on a few of its blocks take, and whether its ways to compute agree."""
 
+import contextlib
 import gc
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from mlx.utils import tree_flatten
 
@@ -29,12 +31,13 @@ from mlx_adapters.optimization.step import (
     TrainStep,
     chunk_rows,
     device_batch,
-    segments_of,
 )
 from mlx_adapters.optimization.through_rounding import Rounding
 from mlx_adapters.storage.tensor_names import block_index
 from mlx_adapters.surgery.blocks import find_body, keep_blocks
 from mlx_adapters.surgery.caches import same_function
+from mlx_adapters.surgery.calls import call_as
+from mlx_adapters.surgery.segments import begun_anew, segmented_caches
 from mlx_adapters.system.door import make_prompt_cache, mx, nn
 from mlx_adapters.system.limits import as_little_memory_as_will_do
 from mlx_adapters.system.machine import on_gpu
@@ -207,14 +210,17 @@ def computes_as_generated(module: nn.Module, probe: Batch) -> bool:
 def packing_is_exact(module: nn.Module, separate: Batch, packed: Batch) -> bool:
     """Whether rows that share a sequence get the losses that they get alone."""
 
-    def total(given: Batch) -> float:
+    def total(given: Batch, caches: list[Any] | None = None) -> float:
         batch = Arrays(**device_batch(given))
-        return (log_probabilities.plain(module, batch, segments_of(module, batch)) * batch.weights).sum().item()
+        return (log_probabilities.plain(module, batch, caches) * batch.weights).sum().item()
 
     module.eval()
     alone = total(separate)
     try:
-        together = total(packed)
+        with contextlib.ExitStack() as stack:
+            for block, call in begun_anew(module):
+                stack.enter_context(call_as(block, call))
+            together = total(packed, segmented_caches(module, mx.array(packed.segments)[:, :-1]))
     except (ValueError, TypeError, IndexError, AttributeError):
         return False
     return abs(alone - together) <= EQUAL * abs(alone)

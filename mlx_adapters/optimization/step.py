@@ -27,6 +27,7 @@ from mlx_adapters.storage.tensor_names import block_index
 from mlx_adapters.surgery import calls
 from mlx_adapters.surgery.blocks import find_body
 from mlx_adapters.surgery.recomputation import Again, FeedForward, computed_again, find_feed_forwards
+from mlx_adapters.surgery.segments import begun_anew, segmented_caches
 from mlx_adapters.system.door import mx, nn
 from mlx_adapters.system.limits import memory_near, out_of_memory
 
@@ -58,38 +59,6 @@ def device_batch(batch: Batch) -> dict[str, mx.array]:
     """The batch as MLX arrays, by the names in `Arrays`; what it has not is left out."""
     given = {name: getattr(batch, name) for name in Arrays.__dataclass_fields__}
     return {name: mx.array(array) for name, array in given.items() if array is not None}
-
-
-class Segments:
-    """Stands in for a layer's cache and makes its attention block-diagonal: packed rows see only themselves.
-
-    `segments`: (rows, length) int32, the number of the packed row that a token belongs to. Nothing is cached;
-    rotary positions are relative, so a row may start anywhere.
-    """
-
-    offset = 0
-
-    def __init__(self, segments: mx.array) -> None:
-        same = segments[:, :, None] == segments[:, None, :]
-        places = mx.arange(segments.shape[1])
-        self._distance = places[:, None] - places[None, :]
-        self._mask = same & (self._distance >= 0)
-
-    def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
-        """(rows, 1, length, length) bool, True where a token may look."""
-        near = self._mask if window_size is None else self._mask & (self._distance < window_size)
-        return near[:, None]
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Keys and values as they are: nothing came before."""
-        return keys, values
-
-
-def segments_of(module: nn.Module, batch: Arrays) -> list[Segments] | None:
-    """What tells each layer which tokens of a line belong together; None where a line is one row."""
-    if batch.segments is None:
-        return None
-    return [Segments(batch.segments[:, :-1]) for _ in module.layers]
 
 
 class OutOfMemoryError(Exception):
@@ -134,6 +103,8 @@ class TrainStep:
         self.optimizer = Optimizer(self.config, self.weights)
         layers = [layer for _, layer in named_layers(self.module)]
         self._calls = unpacking_calls(map(base_layer, layers)) + saving_calls(self.adapted.values())
+        if self.config.packing:
+            self._calls += begun_anew(self.module)
         self.feed_forwards = find_feed_forwards(self.module, layers)
         self._gradient = {
             rounding: compiled(self._make_gradient(rounding, self.memory.again), [mx.random.state])
@@ -300,7 +271,7 @@ def shares_of(draw: Draw) -> Shares:
 def token_log_probabilities(module: nn.Module, plan: LossPlan, batch: Arrays, weights: Weights) -> mx.array:
     """(n,) log p of the batch's trained tokens, with these trainable weights, as `plan` says."""
     log_probabilities.put(module, weights)
-    cache = segments_of(module, batch)
+    cache = None if batch.segments is None else segmented_caches(module, batch.segments[:, :-1])
     if plan.body is None:
         return log_probabilities.plain(module, batch, cache)
     head = {name: w for name, w in weights.items() if block_index(name) is None}

@@ -60,7 +60,7 @@ try:
         import mlx.nn as nn
         from mlx_lm.convert import mixed_quant_predicate_builder
         from mlx_lm.generate import TextStateMachine, generate_step, make_text_state_machine
-        from mlx_lm.models import gated_delta
+        from mlx_lm.models import gated_delta, ssm
         from mlx_lm.models.cache import make_prompt_cache
         from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
         from mlx_lm.tokenizer_utils import TokenizerWrapper, _infer_tool_parser
@@ -347,6 +347,7 @@ __all__ = [
     "packed_by",
     "sanitize_of",
     "refusals",
+    "ssm",
     "tool_parser_of",
     "trusting_remote_code",
     "trusts_remote_code",

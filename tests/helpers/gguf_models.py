@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,19 @@ from helpers.adapters import make_adapter
 from helpers.gguf_tokenizers import SENTENCEPIECE, own_spelling, retokenize, sentencepiece_like
 from helpers.tiny_configs import make_model, tiny_config
 from helpers.tiny_models import build_model, random_weights, write_tokenizer
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import quantize_model, save_model
 
 import mlx_adapters as ma
-from mlx_adapters.gguf_format.architectures import ARCHITECTURES
+from mlx_adapters.gguf_format.architectures import ARCHITECTURES, architecture_of
+from mlx_adapters.gguf_format.hyperparameters import settings_of
+from mlx_adapters.gguf_format.tensors import Layout
 from mlx_adapters.gguf_format.tokenizer import PRE_TOKENIZERS, hard_strings
 from mlx_adapters.models.layers import adaptable_layers
 from mlx_adapters.models.loading import load_model, load_module, load_tokenizer_of
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.demo_base import demo_base_folder
+from mlx_adapters.storage.tensor_names import block_index
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3["original_max_position_embeddings"] = 64
@@ -88,11 +92,45 @@ KINDS = {
 }
 
 
-def gguf_base(folder: Path, name: str, bits: int | None = None) -> Path:
-    """A tiny model, in float32 or quantized as mlx-lm does it, whose norms and biases are no ones and zeros."""
+def config_of(name: str) -> dict[str, Any]:
+    """The config of a tiny model of these."""
     kind, more = GGUF_MODELS[name]
     config = tiny_config(kind)
     config.get("text_config", config).update(more)
+    return config
+
+
+def layout_of(name: str) -> dict[str, Any]:
+    """What a file of this tiny model says and holds, in a few numbers: the hyperparameters; of each tensor of the first
+    blocks its shape and a sum in which each place weighs otherwise."""
+    config = config_of(name)
+    module = make_model(config)
+    layout = Layout(architecture_of(module), module, settings_of(module, config))
+    layout.check()
+    held = {}
+    for tensor, weight in tree_flatten(module.parameters()):
+        if (block_index(tensor) or 0) < 4:
+            parts = layout.parting(tensor)(_told_apart(tensor, weight.shape))
+            held |= {place.name: part for place, part in zip(layout.places(tensor), parts, strict=True)}
+    held |= layout.more()
+    return {"architecture": layout.architecture.name, "values": dict(sorted(layout.values.items()))} | {
+        "tensors": {key: [*value.shape, _weighed(value)] for key, value in sorted(held.items())}
+    }
+
+
+def _told_apart(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Numbers of which those near each other differ, made of whole ones: the same everywhere."""
+    places = np.arange(int(np.prod(shape))) * 7919 + zlib.crc32(name.encode()) % 1009
+    return (places % 1009 / 1009).astype(np.float32).reshape(shape)
+
+
+def _weighed(values: np.ndarray) -> float:
+    return float(f"{values.astype(np.float64).ravel() @ (np.arange(values.size) * 104729 % 997 / 997):.6g}")
+
+
+def gguf_base(folder: Path, name: str, bits: int | None = None) -> Path:
+    """A tiny model, in float32 or quantized as mlx-lm does it, whose norms and biases are no ones and zeros."""
+    config = config_of(name)
     model = make_model(config)
     model.update(tree_unflatten(random_weights(model, 0, mx.float32)))
     if bits:

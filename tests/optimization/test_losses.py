@@ -16,12 +16,13 @@ from mlx_adapters.models.loading import load_model
 from mlx_adapters.optimization import log_probabilities
 from mlx_adapters.optimization.log_probabilities import Arrays
 from mlx_adapters.optimization.probe import packing_is_exact
-from mlx_adapters.optimization.step import Segments, device_batch, plan_loss
+from mlx_adapters.optimization.step import device_batch, plan_loss
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage.tensor_names import block_index
 from mlx_adapters.surgery import calls
 from mlx_adapters.surgery.blocks import find_body
 from mlx_adapters.surgery.recomputation import recompute
+from mlx_adapters.surgery.segments import segmented_caches
 from mlx_adapters.system.limits import as_little_memory_as_will_do
 from mlx_adapters.training import setup
 
@@ -135,7 +136,7 @@ def test_packed_rows_do_not_see_each_other(tiny_model):
     def second_loss(first: Row) -> float:
         quiet = replace(first, trained=np.zeros(len(first.tokens), bool))
         batch = Arrays(**device_batch(make_batch([[quiet, ROWS[2]]], packed=True)))
-        cache = [Segments(batch.segments[:, :-1]) for _ in module.layers]
+        cache = segmented_caches(module, batch.segments[:, :-1])
         return (log_probabilities.plain(module, batch, cache) * batch.weights).sum().item()
 
     assert second_loss(row(30, 7)) == pytest.approx(second_loss(row(30, 8)), rel=1e-6)
