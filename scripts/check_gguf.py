@@ -6,9 +6,10 @@
 
 A tiny model of each architecture and of its variants (tests/helpers/gguf_models.py) in each of the file's types, a
 tiny llama for each way of cutting up text that llama.cpp has a name for, with and without BOS, and the embedded model.
-`lock` writes down where each number of the tiny models went, which the tests hold. `read` prints a table: the largest difference of log probabilities (of all tokens above e^-25, after 1 to 70 tokens),
+`read` prints a table: the largest difference of log probabilities (of all tokens above e^-25, after 1 to 70 tokens),
 the largest KL in nats, strings alike, whether the chat template and the ends are the same. f32 tells whether the
 function is the same; in other types llama.cpp rounds its inputs too, to 8 bits in the quantized ones, so KL counts.
+`lock` writes down where each number of the tiny models went, which the tests hold.
 """
 
 import json

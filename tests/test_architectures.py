@@ -28,11 +28,6 @@ THIRD = {*MOST_TUNED, *OTHERS[::4]}  # the rest is for `scripts/architectures` a
 AGAIN = "'scripts/architectures {}' brings the page up to date"
 
 
-# What a most tuned model cannot do yet, or its architecture does not allow (a recurrence goes on over packed rows).
-OPEN = {"GGUF"}
-EXCEPTIONS = {"qwen3_5": {"packing"}, "qwen3_5_moe": {"packing"}}
-
-
 @pytest.mark.parametrize("name", [n if n in THIRD else pytest.param(n, marks=pytest.mark.rest) for n in EXPECTED])
 def test_an_architecture_goes_through_what_the_page_says(name, tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_ADAPTERS_HOME", os.environ["MLX_ADAPTERS_HOME"])  # which row_of sets
@@ -55,5 +50,4 @@ def test_the_page_tells_no_fault_and_is_as_it_is_written():
 
 @pytest.mark.parametrize("name", MOST_TUNED)
 def test_the_most_tuned_models_go_through_everything(name):
-    lacking = {column for column, cell in EXPECTED[name].items() if cell != YES}
-    assert lacking <= OPEN | EXCEPTIONS.get(name, set())
+    assert {column: cell for column, cell in EXPECTED[name].items() if cell != YES} == {}

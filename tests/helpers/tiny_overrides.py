@@ -114,7 +114,7 @@ OVERRIDES: dict[str, dict] = {
             "long_factor": [1.0] * 16,
         }
     },
-    "ministral3": {"rope_parameters": YARN, "layer_types": BOTH},
+    "ministral3": {"rope_parameters": YARN, "layer_types": [FULL] * 2},
     "mistral4": {"rope_parameters": YARN},
     "muse_spark": {
         "audio_config": {"out_hidden_size": 64},
@@ -145,7 +145,9 @@ OVERRIDES: dict[str, dict] = {
         "routed_scaling_factor": 1.0,
         "norm_topk_prob": True,
     },
-    "olmo3": {"layer_types": BOTH},
+    "olmo2": UNTIED,
+    "olmo3": {"layer_types": BOTH, **UNTIED},
+    "olmoe": {"num_key_value_heads": 4, **UNTIED},
     "olmo_hybrid": {"layer_types": ["linear_attention", FULL]},
     "openelm": {
         "num_query_heads": [4, 4],
@@ -158,7 +160,7 @@ OVERRIDES: dict[str, dict] = {
     "qwen3": {"rope_theta": 10000.0},
     "qwen3_5": {"text": {"full_attention_interval": 2, "num_experts": 0}},
     "qwen3_5_moe": {"text": {"full_attention_interval": 2}},
-    "qwen3_next": {"full_attention_interval": 2},
+    "qwen3_next": {"full_attention_interval": 2, "norm_topk_prob": True},
     "qwen3_vl_moe": {"text": UNTIED},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "rwkv7": {"a_low_rank_dim": 64, "v_low_rank_dim": 64, "gate_low_rank_dim": 64, "decay_low_rank_dim": 64},
