@@ -97,7 +97,7 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from mlx_adapters.training.runs import train as train
     from mlx_adapters.training.state import TrainRun as TrainRun
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Public name -> the module it lives in.
 _PUBLIC = {
