@@ -1,5 +1,6 @@
 """README and docs tell the truth: their commands run, in their order, as written, and their links lead somewhere."""
 
+import json
 import os
 import re
 import shlex
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from helpers.adapters import make_run
-from helpers.public import PAGES, ROOT, commands
+from helpers.public import PAGES, ROOT, commands, load_script
 from helpers.training_tools import write_preferences, write_tool_calls
 
 from mlx_adapters.cli import COMMANDS, cli
@@ -89,3 +90,11 @@ def test_every_page_is_in_the_sites_contents():
 
 def test_the_readme_is_read_in_a_minute():
     assert 100 <= len(PAGES["README.md"].splitlines()) <= 200
+
+
+def test_the_chart_is_made_of_the_committed_figures():
+    made = load_script("pictures").fuse_chart()
+    assert made == (ROOT / "docs" / "pictures" / "fuse.svg").read_text(), "run scripts/pictures chart"
+    measured = PAGES["docs/measured.md"]
+    for row in json.loads((ROOT / "benchmarks" / "fuse_cpu.json").read_text())["rows"]:
+        assert f"{row['kl']:g}" in made and f"{row['kl']:g}" in measured
