@@ -31,6 +31,11 @@ from mlx_adapters.serving.settings import ServeSettings, parse_split
 @option(ServeSettings, "splits", flag="--split", type=str, multiple=True, metavar="NAME=A:0.5,B:0.5")
 @options(ServeSettings, "allow_load max_adapters")
 @click.option("--max-adapter-mb", type=click.IntRange(min=1), help="Memory for adapters, in MB [no limit].")
+@click.option(
+    "--prompt-cache-mb",
+    type=click.IntRange(min=0),
+    help="Memory for prompts and answers that need not be read again, in MB; 0: none [a tenth of the memory].",
+)
 @options(
     ServeSettings, "max_batch max_queue max_tokens max_seconds max_connections drain_seconds key_rate key_requests"
 )
@@ -49,6 +54,7 @@ def serve_command(
     name: str | None,
     dtype: str,
     max_adapter_mb: int | None,
+    prompt_cache_mb: int | None,
     template: TemplateConfig,
     **settings: Any,
 ) -> None:
@@ -67,6 +73,7 @@ def serve_command(
         api_keys=read_keys(api_keys) if api_keys else (),
         splits=tuple(parse_split(split) for split in splits),
         max_adapter_bytes=max_adapter_mb * 1_000_000 if max_adapter_mb else None,
+        prompt_cache_bytes=None if prompt_cache_mb is None else prompt_cache_mb * 1_000_000,
         **settings,
     )
     listener = bind(checked.host, checked.port)

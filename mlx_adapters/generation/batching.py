@@ -2,22 +2,20 @@
 
 One decode step computes one token for every row, whatever its adapter (see `additions.PerRow`); requests join and
 leave between steps. A prompt is read alone, in pieces, with its own adapter; then its keys and values join the
-batch's. While a step is computed the tokens of the one before are handed out, so the device never waits.
+batch's. What was read and written is kept, and not read again (see `prompt_caches.tree`). While a step
+is computed the tokens of the one before are handed out, so the device never waits.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mlx_adapters.errors import IncompatibleError
-from mlx_adapters.generation.requests import Request, Row, Token, scored
+from mlx_adapters.generation.reading import PREFILL_TOKENS, Reader
+from mlx_adapters.generation.requests import Request, Row, Token
 from mlx_adapters.runtime.attached import Attached
 from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.surgery.caches import same_function
 from mlx_adapters.system.door import make_prompt_cache, mx, nn
-
-PREFILL_TOKENS = 512
-SCORED_TOKENS = 128  # of a prompt whose log-probabilities are told, in one piece: (tokens, vocabulary) is large
 
 
 def batches(module: nn.Module) -> bool:
@@ -48,18 +46,23 @@ def _read(module: nn.Module, prompt: list[int]) -> list[Any]:
 class Batcher:
     """Requests come in with `submit`, tokens come out of `step`. To be used from one thread."""
 
-    def __init__(self, module: nn.Module, pool: AdapterPool, max_batch: int = 16, prefill: int = PREFILL_TOKENS):
-        self.module, self.pool, self.prefill = module, pool, prefill
+    def __init__(
+        self,
+        module: nn.Module,
+        pool: AdapterPool,
+        max_batch: int = 16,
+        prefill: int = PREFILL_TOKENS,
+        cache_bytes: int = 0,
+    ) -> None:
+        self.module, self.pool = module, pool
         self.can_batch = max_batch > 1 and batches(module)
+        self.reader = Reader(module, pool, prefill, cache_bytes, self.can_batch)
         self.max_batch = max_batch if self.can_batch else 1
-        self.waiting: deque[Request] = deque()
         self.rows: list[Row] = []
-        self._reading: tuple[Request, list[Any], int] | None = None
         self._caches: list[Any] = []
         self._inputs: mx.array | None = None
         self._logprobs: mx.array | None = None
         self._steps = 0
-        self._scored: list[Token] = []
         self._mixed: tuple[list[Attached | None], bool] = ([], True)
 
     @property
@@ -86,43 +89,36 @@ class Batcher:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self.rows or self.waiting or self._reading)
+        return not self.rows and self.reader.idle
 
     def submit(self, request: Request) -> None:
         """Queue a request. Its adapter will not be evicted before it ends."""
         if request.adapter is not None:
             request.adapter.users += 1
             self.pool.touch(request.adapter)
-        self.waiting.append(request)
+        self.reader.waiting.append(request)
 
     def cancel(self, request: Request) -> None:
         """Forget a request, wherever it stands; its place is free at once."""
-        if request in self.waiting:
-            self.waiting.remove(request)
-        elif self._reading is not None and self._reading[0] is request:
-            self._reading = None
-        elif any(row.request is request for row in self.rows):
+        if any(row.request is request for row in self.rows):
             self._keep([row.request is not request for row in self.rows])
-        else:
+        elif not self.reader.cancel(request):
             return
-        self._scored = [token for token in self._scored if token.request is not request]
         self._release(request)
 
     def clear(self) -> list[Request]:
         """Forget everything, after a failure; gives the requests that were under way or waiting."""
-        lost = [row.request for row in self.rows] + list(self.waiting)
-        lost += [self._reading[0]] if self._reading else []
+        lost = [row.request for row in self.rows] + self.reader.clear()
         for request in lost:
             self._release(request)
-        self.rows, self._reading, self._caches, self._scored = [], None, [], []
-        self.waiting.clear()
+        self.rows, self._caches = [], []
         self._inputs = self._logprobs = None
         return lost
 
     def step(self) -> list[Token]:
         """Read what fits of the waiting prompts, compute one step, give the tokens of the step before."""
         self._admit()
-        tokens, self._scored = self._scored, []
+        tokens, self.reader.told = self.reader.told, []
         inputs, logprobs = self._inputs, self._logprobs
         if inputs is None:
             return tokens
@@ -135,7 +131,6 @@ class Batcher:
                 row.fresh = False
                 keep.append(True)
                 continue
-            row.made += 1
             tokens.append(row.told(token, None if logprobs is None else logprobs[i]))
             keep.append(tokens[-1].finish_reason is None)
             if not keep[-1]:
@@ -165,37 +160,9 @@ class Batcher:
         return following, logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
     def _admit(self) -> None:
-        """Read waiting prompts: all that fit into the batch, but `prefill` tokens at most while rows wait."""
-        budget = self.prefill
-        while (self._reading or self.waiting) and (budget > 0 or not self.rows):
-            if not self._fits(self._reading[0] if self._reading else self.waiting[0]):
-                return
-            if self._reading is None:
-                request = self.waiting.popleft()
-                self._reading = request, make_prompt_cache(self.module), 0
-            request, cache, done = self._reading
-            if request.scores and done == 0:
-                self._scored.append(Token(request, request.prompt[0], of_prompt=True))
-            most = min(self.prefill, SCORED_TOKENS) if request.scores else self.prefill
-            piece = list(request.prompt[done : min(done + most, len(request.prompt) - 1)])
-            if piece:
-                with self.pool.routed([request.adapter]):
-                    logits = self.module(mx.array([piece]), cache=cache)
-                    mx.eval([layer.state for layer in cache])
-                    if request.scores:
-                        self._score(request, logits[0], done + 1)
-            budget -= len(piece) + 1
-            self._reading = request, cache, done + len(piece)
-            if done + len(piece) == len(request.prompt) - 1:
-                self._reading = None
-                self._join(request, cache)
-
-    def _score(self, request: Request, logits: mx.array, start: int) -> None:
-        """Tell of the prompt's tokens from `start` on, by the logits (tokens, vocabulary) before each."""
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        for i, token in enumerate(request.prompt[start : start + len(logprobs)]):
-            told = scored(token, logprobs[i], request.top_logprobs or 0)
-            self._scored.append(Token(request, token, None, *told, of_prompt=True))
+        """Read waiting prompts for a while; those that are read join the batch."""
+        for reading in self.reader.read(self._fits, lambda: self.max_batch - len(self.rows), bool(self.rows)):
+            self._join(reading.request, reading.cache)
 
     def _join(self, request: Request, cache: list[Any]) -> None:
         last = mx.array([request.prompt[-1]], dtype=mx.uint32)
@@ -213,6 +180,10 @@ class Batcher:
     def _keep(self, keep: list[bool]) -> None:
         if all(keep):
             return
+        for i, (row, stays) in enumerate(zip(self.rows, keep, strict=True)):
+            if not stays and row.written and self.reader.known.limit:
+                cache = [layer.extract(i) for layer in self._caches] if self.can_batch else self._caches
+                self.reader.remember(row.request, [*row.request.prompt, *row.written], cache)
         self.rows = [row for row, stays in zip(self.rows, keep, strict=True) if stays]
         if not self.rows or self._inputs is None:
             self._caches, self._inputs, self._logprobs = [], None, None

@@ -18,10 +18,9 @@ from mlx_adapters.config.sampling import Drafting, Sampling, SamplingOptions
 from mlx_adapters.drafting.drafts import Drafter, load_drafter
 from mlx_adapters.errors import AdapterError, IncompatibleError
 from mlx_adapters.generation.batching import answer_all
-from mlx_adapters.generation.decoding import Generation, Prompt, Response, decode, ids_of
+from mlx_adapters.generation.decoding import Generation, Prompt, Response, TextStream, decode, ids_of, text_of
 from mlx_adapters.generation.requests import Request
 from mlx_adapters.generation.sampling import Choose, LogitsProcessor, Sampler, stop_tokens
-from mlx_adapters.generation.text_stream import TextStream, text_of
 from mlx_adapters.models.adapter import Adapter, AdapterLike, template_of, version_of
 from mlx_adapters.models.base import BaseLike
 from mlx_adapters.models.layers import check_fits, check_made_for

@@ -1,9 +1,9 @@
 """What one answer in a batch is asked for, what comes of each step of it, and how far it is."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -34,7 +34,7 @@ class Request:
     """A prompt and how to go on from it. `top_logprobs` None: no log-probabilities; n: also of the n likeliest.
 
     `adapter` None is the base. `stop_tokens` end the answer and are not part of it. `scores`: the prompt's tokens come
-    out first, with their log-probabilities.
+    out first, with their log-probabilities. `cached_tokens`: how many of them were not read, since they are known.
     """
 
     prompt: Sequence[int]
@@ -45,11 +45,17 @@ class Request:
     top_logprobs: int | None = None
     constraint: Constraint | None = None
     scores: bool = False
+    cached_tokens: int = field(default=0, init=False)
     number: int = field(default_factory=lambda: next(_numbers))
 
     def __post_init__(self) -> None:
         require(len(self.prompt) > 0, "The prompt is empty.")
         require(self.max_tokens >= 1, f"max_tokens must be at least 1, not {self.max_tokens}.")
+
+    @property
+    def weights(self) -> Hashable:
+        """What stands for the weights that answer it; None: the base's own."""
+        return None if self.adapter is None else self.adapter.weights
 
 
 @dataclass(frozen=True)
@@ -68,11 +74,31 @@ class Token:
 
 
 @dataclass(eq=False)
+class Reading:
+    """One prompt that is being read: `done` tokens of it are in `cache`. It stops at each of `stops` on its way."""
+
+    request: Request
+    cache: list[Any]
+    done: int = 0
+    stops: Sequence[int] = ()
+
+    @property
+    def left(self) -> int:
+        """How many tokens are to be read; the last one is not, it is the first step's input."""
+        return len(self.request.prompt) - 1 - self.done
+
+    def piece(self, most: int) -> list[int]:
+        """The tokens to read next, `most` at most."""
+        end = min([self.done + min(most, self.left), *(stop for stop in self.stops if stop > self.done)])
+        return list(self.request.prompt[self.done : end])
+
+
+@dataclass(eq=False)
 class Row:
     """One answer that is being written."""
 
     request: Request
-    made: int = 0
+    written: list[int] = field(default_factory=list)
     fresh: bool = True  # its next input is still the prompt's last token
     read: mx.array | None = None  # the tokens before its next input, (n,), where its logits are processed
     mask: np.ndarray | None = None
@@ -112,12 +138,13 @@ class Row:
     def told(self, token: int, logprobs: mx.array | None) -> Token:
         """The next token of the answer; `logprobs` (vocabulary,) are the model's own."""
         request = self.request
+        self.written.append(token)
         reason = "error" if self.failed else None
         if request.constraint is not None and request.constraint.ended:
             reason = "complete"
         if token in request.stop_tokens:
             reason = "stop"
-        if reason is None and self.made >= request.max_tokens:
+        if reason is None and len(self.written) >= request.max_tokens:
             reason = "length"
         if request.top_logprobs is None or logprobs is None:
             return Token(request, token, reason)

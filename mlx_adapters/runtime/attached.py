@@ -11,7 +11,8 @@ from mlx_adapters.runtime.sites import Site
 class Attached:
     """An adapter in the pool. `adapter` has no weights any more: its factors are what is kept.
 
-    `stacked`: they are views into a stack (see `stacks`). `users`: how many requests hold it.
+    `stacked`: they are views into a stack (see `stacks`). `users`: how many requests hold it. `weights`: stands for the
+    weights it has; what is computed with equal ones may be kept under it.
     """
 
     name: str
@@ -21,6 +22,7 @@ class Attached:
     alive: bool = True
     users: int = 0
     last_used: int = 0
+    weights: object = field(default_factory=object, repr=False)
 
     @property
     def nbytes(self) -> int:

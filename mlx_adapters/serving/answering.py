@@ -252,7 +252,7 @@ class Answering:
                     raise ClientDisconnect
                 job, piece = event.result()
                 self._take(asked, answers[jobs.index(job)], piece, request.scope["told"])
-            return writer.whole(answers, self._usage(answers, prompts))
+            return writer.whole(answers, self._usage(jobs, answers, prompts))
         finally:
             gone.cancel()
             self._cancel(jobs)
@@ -279,10 +279,16 @@ class Answering:
                 return
             for chunk in writer.piece(index, parts, tokens, answers[index]):
                 yield chunk
-        for chunk in writer.end(answers, self._usage(answers, prompts)):
+        for chunk in writer.end(answers, self._usage(jobs, answers, prompts)):
             yield chunk
 
     @staticmethod
-    def _usage(answers: Sequence[Answer], prompts: Sequence[list[int]]) -> dict[str, Any]:
-        written = sum(answer.completion_tokens for answer in answers)
-        return usage(sum(map(len, prompts)), written, reasoning_tokens=sum(one.reasoning_tokens for one in answers))
+    def _usage(jobs: Sequence[Job], answers: Sequence[Answer], prompts: Sequence[list[int]]) -> dict[str, Any]:
+        """The record of all answers; each prompt counts once, however many answers it got."""
+        firsts = jobs[:: len(jobs) // len(prompts)]
+        return usage(
+            sum(map(len, prompts)),
+            sum(answer.completion_tokens for answer in answers),
+            sum(job.cached_tokens for job in firsts),
+            sum(answer.reasoning_tokens for answer in answers),
+        )

@@ -24,8 +24,10 @@ from mlx_adapters.serving.metrics import Metrics
 from mlx_adapters.serving.residents import Catalog, Residents, Served
 from mlx_adapters.serving.settings import ServeSettings
 from mlx_adapters.system.door import mx
+from mlx_adapters.system.machine import usable_memory_bytes
 
 PATIENCE = 1.0  # seconds that others may overtake a job whose adapter finds no room
+CACHE_SHARE = 10  # of the memory, one part for prompts that were read
 NO_ROOM = "All adapters are in use; none can make room."
 
 
@@ -38,11 +40,15 @@ class Engine:
         self.metrics = Metrics()
         self.failed: BaseException | None = None
         self._commands: queue.Queue[Callable[[], None]] = queue.Queue()
-        self._batcher = Batcher(model.module, model.pool, settings.max_batch)
+        kept = settings.prompt_cache_bytes
+        kept = usable_memory_bytes() // CACHE_SHARE if kept is None else kept
+        self._batcher = Batcher(model.module, model.pool, settings.max_batch, cache_bytes=kept)
         self._jobs: dict[int, Job] = {}
         self._parked: list[Job] = []
         self._open: set[Job] = set()
-        self._residents = Residents(model, settings, self.metrics, lambda: self._commands.put(lambda: None))
+        self._residents = Residents(
+            model, settings, self.metrics, lambda: self._commands.put(lambda: None), self._batcher.reader.known.drop
+        )
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -130,10 +136,11 @@ class Engine:
         """Bring the gauges up to date."""
         pool = self.model.pool
         gauges = {
-            "queue_length": len(self._batcher.waiting) + len(self._parked),
+            "queue_length": len(self._batcher.reader.waiting) + len(self._parked),
             "running": len(self._batcher.rows),
             "adapters_resident": len(pool.attached),
             "adapter_bytes": pool.nbytes,
+            "prompt_cache_bytes": self._batcher.reader.known.nbytes,
             "memory_active_bytes": mx.get_active_memory(),
             "memory_peak_bytes": mx.get_peak_memory(),
         }
@@ -255,6 +262,7 @@ class Engine:
         if job.first is None and not token.of_prompt:
             job.first = time.monotonic()
             self.metrics.observe("time_to_first_token_seconds", job.first - job.arrived, model=job.model)
+            self.metrics.add("cached_tokens_total", job.cached_tokens, model=job.model)
         event = job.take(token)
         if isinstance(event, ApiError):
             self._drop(job, "error")

@@ -7,9 +7,9 @@ import time
 from dataclasses import dataclass, field
 
 from mlx_adapters.config.sampling import Sampling
+from mlx_adapters.generation.decoding import TextStream
 from mlx_adapters.generation.requests import Constraint, Request, Token
 from mlx_adapters.generation.sampling import Sampler, stop_tokens
-from mlx_adapters.generation.text_stream import TextStream
 from mlx_adapters.protocols.errors import ApiError
 from mlx_adapters.runtime.attached import Attached
 from mlx_adapters.system.door import TokenizerWrapper
@@ -49,6 +49,11 @@ class Job:
     text: TextStream = field(init=False, repr=False)  # set when the model begins with it
     made: int = 0
     held: list[Token] = field(default_factory=list)
+
+    @property
+    def cached_tokens(self) -> int:
+        """How many of the prompt's tokens were known and not read."""
+        return 0 if self.request is None else self.request.cached_tokens
 
     def begin(self, attached: Attached | None, tokenizer: TokenizerWrapper) -> Request:
         """What the batch is asked for, with the adapter in memory (None: the base)."""

@@ -12,7 +12,8 @@ PREFIX = "mlx_adapters_"
 METRICS: dict[str, tuple[str, str, Sequence[float]]] = {
     "requests_total": ("counter", "Requests by model and outcome.", ()),
     "refusals_total": ("counter", "Requests that got an error instead of an answer, by HTTP status.", ()),
-    "prompt_tokens_total": ("counter", "Prompt tokens read, by model.", ()),
+    "prompt_tokens_total": ("counter", "Tokens of prompts, by model.", ()),
+    "cached_tokens_total": ("counter", "Tokens of prompts that were known and not read, by model.", ()),
     "completion_tokens_total": ("counter", "Tokens written, by model.", ()),
     "time_to_first_token_seconds": ("histogram", "From arrival to the first token.", SECONDS),
     "time_per_output_token_seconds": ("histogram", "Mean time between the tokens of an answer.", SECONDS),
@@ -23,6 +24,7 @@ METRICS: dict[str, tuple[str, str, Sequence[float]]] = {
     "running": ("gauge", "Rows in the batch now.", ()),
     "adapters_resident": ("gauge", "Adapters in memory.", ()),
     "adapter_bytes": ("gauge", "Bytes of the adapters in memory.", ()),
+    "prompt_cache_bytes": ("gauge", "Bytes of prompts and answers that are kept.", ()),
     "memory_active_bytes": ("gauge", "Bytes that MLX holds.", ()),
     "memory_peak_bytes": ("gauge", "The most bytes MLX has held.", ()),
 }
@@ -30,6 +32,7 @@ METRICS: dict[str, tuple[str, str, Sequence[float]]] = {
 # Under these names vLLM's dashboards find them.
 ALIASES = {
     "prompt_tokens_total": "vllm:prompt_tokens_total",
+    "cached_tokens_total": "vllm:prefix_cache_hits_total",
     "completion_tokens_total": "vllm:generation_tokens_total",
     "time_to_first_token_seconds": "vllm:time_to_first_token_seconds",
     "time_per_output_token_seconds": "vllm:time_per_output_token_seconds",

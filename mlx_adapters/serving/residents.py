@@ -100,12 +100,20 @@ class Catalog:
 
 
 class Residents:
-    """The adapters of one model that are in memory. To be used from one thread; `on_read` is called in another."""
+    """The adapters of one model that are in memory. To be used from one thread.
+
+    `on_read` is called in another when files were read, `on_leave` with what nobody can ask for any more.
+    """
 
     def __init__(
-        self, model: LiveModel, settings: ServeSettings, metrics: Metrics, on_read: Callable[[], None] = lambda: None
+        self,
+        model: LiveModel,
+        settings: ServeSettings,
+        metrics: Metrics,
+        on_read: Callable[[], None],
+        on_leave: Callable[[Served], None],
     ) -> None:
-        self.model, self.metrics, self._on_read = model, metrics, on_read
+        self.model, self.metrics, self._on_read, self._on_leave = model, metrics, on_read, on_leave
         self._most, self._byte_limit = settings.max_adapters, settings.max_adapter_bytes or math.inf
         self._serial = itertools.count()
         self._reader = ThreadPoolExecutor(1, "reader")
@@ -145,6 +153,7 @@ class Residents:
         name = f"{served.name}#{next(self._serial)}"
         self.model.attach(adapter, name=name, use=False)
         served.attached = pool.get(name)
+        served.attached.weights = served  # which never has others: what they computed holds when it comes back
         served.nbytes = served.attached.nbytes
         if pool.nbytes > self._byte_limit:  # in groups of layers it takes more than in its file
             pool.remove(name)
@@ -170,6 +179,7 @@ class Residents:
             attached = served.attached if served.resident else None
             if attached is None or attached.users == 0:
                 self.leaving.remove(served)
+                self._on_leave(served)
                 if attached is not None:
                     self.model.pool.remove(attached.name)
 

@@ -61,6 +61,9 @@ class ServeSettings:
     api_keys: tuple[str, ...] = setting((), "Keys that may ask, one a line", secret=True)
     max_adapters: int = setting(8, "In memory at once", at_least=1)
     max_adapter_bytes: int | None = setting(None, "Memory for adapters", means="no limit", at_least=1)
+    prompt_cache_bytes: int | None = setting(
+        None, "Memory for prompts and answers that need not be read again", means="a tenth of the memory", at_least=0
+    )
     max_batch: int = setting(16, "Rows decoded together", at_least=1)
     max_queue: int = setting(256, "Waiting; more get 429", at_least=1)
     max_tokens: int = setting(4096, "Longest answer", at_least=1)

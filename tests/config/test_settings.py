@@ -138,7 +138,15 @@ def option_names(command: click.Command) -> set[str]:
         (
             "serve",
             ServeSettings,
-            {"api_keys", "splits", "max_adapter_bytes", "max_body_bytes", "write_seconds", "header_seconds"}
+            {
+                "api_keys",
+                "splits",
+                "max_adapter_bytes",
+                "prompt_cache_bytes",
+                "max_body_bytes",
+                "write_seconds",
+                "header_seconds",
+            }
             | {"allowed_hosts", "cors_origins"},  # --allow-host and --cors-origin, each again and again,
         ),
     ],

@@ -68,3 +68,33 @@ def test_answers_go_on_while_adapters_are_read(tiny_model, slow_disk, monkeypatc
         assert late[0].status_code == 201
         assert httpx.post(address + "/v1/embeddings", json={"model": "q", "input": "a"}).status_code == 200
         assert engine.catalog.served["s"].reading is None
+
+
+def test_what_was_read_is_told_and_goes_with_its_adapter(tiny_model):
+    folder = tiny_model("llama")
+    register(random_adapter(load_model(folder), seed=5), "p")
+    with running(folder, [("p", "p")], allow_load=True) as (address, engine):
+
+        def cached(path, **body):
+            usage = httpx.post(address + path, json={"model": "p", "temperature": 0, **body}).json()["usage"]
+            details = usage.get("prompt_tokens_details") or usage["input_tokens_details"]
+            return details["cached_tokens"], usage.get("prompt_tokens") or usage["input_tokens"]
+
+        ask = {"messages": CHAT["messages"], "max_tokens": 3}
+        assert cached("/v1/chat/completions", **ask)[0] == 0
+        known, tokens = cached("/v1/chat/completions", **ask, n=2)
+        assert known == tokens - 1
+        assert cached("/v1/responses", input=CHAT["messages"], max_output_tokens=3)[0] == tokens - 1
+        assert cached("/v1/chat/completions", **ask | {"model": "base"})[0] == 0  # other weights
+        assert cached("/v1/completions", prompt=list(range(5, 50)), max_tokens=2)[0] == 0
+        assert cached("/v1/completions", prompt=[*range(5, 50), 7], max_tokens=2)[0] == 45
+        text = httpx.get(address + "/metrics").text
+        values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        assert int(values['mlx_adapters_cached_tokens_total{model="p"}']) == 3 * (tokens - 1) + 45
+        of_all = int(values["mlx_adapters_prompt_cache_bytes"])
+        assert httpx.delete(address + "/v1/adapters/p").status_code == 200
+        assert eventually(lambda: 0 < engine._batcher.reader.known.nbytes < of_all / 2)  # the base's is left
+        httpx.post(address + "/v1/adapters", json={"name": "p", "reference": "p"})
+        assert cached("/v1/chat/completions", **ask)[0] == 0
+    with running(folder, [], prompt_cache_bytes=0) as (address, engine):
+        assert [cached("/v1/chat/completions", **ask | {"model": "base"})[0] for _ in range(2)] == [0, 0]
