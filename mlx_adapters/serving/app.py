@@ -29,6 +29,19 @@ POLICY = (
 )
 
 
+FRESH = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
+
+
+class PageFiles(StaticFiles):
+    """Files that a browser asks for anew each time: one of an older version beside a new one would break the page."""
+
+    def file_response(self, *given: Any, **more: Any) -> Response:
+        """Starlette's, or its 304."""
+        response = super().file_response(*given, **more)
+        response.headers.update(FRESH)
+        return response
+
+
 def health(status: str) -> Response:
     """What a proxy or a supervisor is told: 200 for "ok", else 503."""
     return JSONResponse({"status": status}, 200 if status == "ok" else 503)
@@ -48,7 +61,7 @@ class Server:
         """The ASGI application; its lifespan starts and drains the engine."""
         routes = [
             Route("/", self.page),
-            Mount("/page", StaticFiles(directory=PAGE)),
+            Mount("/page", PageFiles(directory=PAGE)),
             Route("/health", self.live),
             Route("/health/live", self.live),
             Route("/health/ready", self.ready),
@@ -105,12 +118,8 @@ class Server:
 
     async def page(self, _: Request) -> Response:
         """A page to chat with several adapters side by side."""
-        told = {
-            "Content-Security-Policy": POLICY,
-            "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "no-referrer",
-        }
-        return FileResponse(PAGE / "index.html", headers={**told, "Cache-Control": "no-cache"})
+        told = {"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer"}
+        return FileResponse(PAGE / "index.html", headers={**told, **FRESH})
 
     async def live(self, _: Request) -> Response:
         """Whether the engine works; if not, only a new start helps."""

@@ -46,7 +46,10 @@ def test_the_page_and_its_files(server):
     assert page.headers["content-security-policy"] == POLICY and "unsafe" not in POLICY and "http" not in POLICY
     for path in sorted(PAGE.rglob("*.*")):
         there = f"{server}/page/{path.relative_to(PAGE)}"
-        assert httpx.get(there).content == path.read_bytes()
+        answer = httpx.get(there)
+        assert answer.content == path.read_bytes() and answer.headers["cache-control"] == "no-cache"
+        again = httpx.get(there, headers={"If-None-Match": answer.headers["etag"]})
+        assert again.status_code == 304 and again.headers["cache-control"] == "no-cache"
     assert httpx.get(server + "/page/../app.py").status_code == 404
     assert httpx.get(server + "/page/%2e%2e/app.py").status_code == 404
 
