@@ -118,16 +118,19 @@ def _list(name: str, split: "SplitReport") -> None:
         _output.out(f"{name}, {turns} of the assistant: {least} to {most} tokens, median {median:g}{endless}")
     by_field: dict[tuple[str, str], list[str]] = {}
     for text in split.left_out:
-        place = f"{text.where}, message {text.message}: {_output.middle_out(text.text, 60)!r}"
+        message = f", message {text.message}" if text.message else ""
+        place = f"{text.where}{message}: {_output.middle_out(text.text, 60)!r}"
         by_field.setdefault((text.role, text.field), []).append(place)
     for (role, field), places in by_field.items():
-        _output.out(f"{name}, never reaches the model, {field} of '{role}' ({len(places)}): {_first(places)}")
+        whose = f"{field} of '{role}'" if role else f"{field} of the row"
+        _output.out(f"{name}, never reaches the model, {whose} ({len(places)}): {_first(places)}")
     for role, many in split.unknown_roles.items():
         _output.out(f"{name}, messages of an unknown role '{role}' ({many}): only 'assistant' is trained")
     for what, where in (
         ("empty answer", split.empty_answers),
         ("nothing left to train", split.dropped),
         ("left out", split.unusable),
+        ("put otherwise, since the chat template refuses it as it stands", split.changed),
         ("answers with calls alone", split.calls_only),
         ("begins with two BOS tokens", split.doubled_bos),
         ("has tokens that the model does not have, and cannot be trained", split.outside_model),

@@ -52,6 +52,7 @@ class SplitReport:
         outside_model: rows with tokens that the model has no row for.
         unknown_roles: messages by role, of roles that chat templates do not know; none of them is trained.
         unusable: preferences that say nothing, and why.
+        changed: rows that the chat template takes only otherwise than they stand, and how.
     """
 
     rows: int
@@ -74,6 +75,7 @@ class SplitReport:
     outside_model: tuple[str, ...]
     unknown_roles: dict[str, int]
     unusable: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ def _report(raws: Sequence[RawRow], seen: Sequence[tuple[Row, RowReport]], base:
         endless_turns=sum(not turn.stops for turn in turns),
         doubled_bos=tuple(look.where for look in looks if look.doubled_bos),
         outside_model=tuple(row.where for row in rows if base.lacks(row.tokens).size),
+        changed=tuple(f"{look.where}: {change}" for look in looks for change in look.changes),
         unknown_roles=dict(Counter(role for raw in raws for role in _roles(raw) if role not in ROLES)),
     )
 

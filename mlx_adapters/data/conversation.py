@@ -7,7 +7,7 @@ conversations are written by other code than a jinja template has its turns foun
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,11 +21,14 @@ from mlx_adapters.errors import FormatError
 from mlx_adapters.system.door import TokenizerWrapper
 from mlx_adapters.system.templates import seen_renderings
 from mlx_adapters.templates.habits import ASK, CALL, WORD, fitted
+from mlx_adapters.templates.traced import Leaf, leaves
+from mlx_adapters.templates.tracing import NOT_SAID, Rendering, Run, wrapped
 
 Messages = Sequence[Mapping[str, Any]]
 _BLANK = re.compile(r"\s*")
 CALLING = {"role": "assistant", "content": WORD, "tool_calls": [CALL]}
 RESULT = {"role": "tool", "content": "7", "tool_call_id": CALL["id"], "name": "look"}
+CALL_TEXTS = ("name", "arguments")  # of a tool call; its id and type say nothing
 LONGEST_PIECE = 16  # tokens that may share one character, where a tokenizer has no offsets
 
 
@@ -34,8 +37,8 @@ class Conversation:
     """A conversation as the model sees it.
 
     `tokens`: (n,) int32. `trained`: (n,) bool, True where the model writes the token, in the turns that were asked
-    for. `turns` tells each of them. `messages` are as the template took them. `written` is the traced rendering, None
-    where there is no jinja template.
+    for. `turns` tells each of them. `messages` and `tools` are as the template took them. `written` is the traced
+    rendering, None where there is no jinja template.
     """
 
     messages: Messages = field(repr=False)
@@ -44,6 +47,7 @@ class Conversation:
     turns: tuple[Said, ...]
     encoded: Encoded = field(repr=False)
     written: Written | None = field(repr=False)
+    tools: Sequence[Any] | None = field(default=None, repr=False)
 
 
 def conversation(
@@ -95,7 +99,7 @@ def conversation(
     trained = np.zeros(len(encoded.ids), bool)
     for start, stop in (span for turn in marked for span in turn.spans):
         trained[start:stop] = True
-    return Conversation(messages, np.array(encoded.ids, np.int32), trained, tuple(marked), encoded, traced)
+    return Conversation(messages, np.array(encoded.ids, np.int32), trained, tuple(marked), encoded, traced, tools)
 
 
 @contextmanager
@@ -203,3 +207,81 @@ def _reaches(text: str, here: int, piece: str) -> int | None:
     blank = _BLANK.match(text, here)
     starts = range(here + 1, blank.end() + 1) if piece and blank else ()
     return next((start + len(piece) for start in starts if text.startswith(piece, start)), None)
+
+
+def left_out(told: Conversation, messages: Iterable[int] | None = None) -> Iterator[tuple[int, str, str]]:
+    """The texts that the chat template does not write, of all messages or of these (numbers from 0): the message, its
+    field, and the characters."""
+    numbers = range(len(told.messages)) if messages is None else messages
+    doubtful = {number for number in numbers if not _whole(told, number)}
+    for number, turn in enumerate(wrapped(told.messages) if doubtful else ()):
+        for leaf in leaves([turn]) if number in doubtful else ():
+            if _is_said(leaf):
+                yield from ((number, str(leaf.path[0]), text) for text in _missing(told, leaf))
+
+
+def _whole(told: Conversation, number: int) -> bool:
+    """Whether all of a message is surely there: it says nothing but its content, and as many characters are its own."""
+    message = told.messages[number]
+    content = message.get("content")
+    if told.written is None or not isinstance(content, str) or message.keys() - NOT_SAID != {"content"}:
+        return False
+    runs = told.written.own(number)
+    return all(run.offset is not None for run in runs) and _length(runs) >= len(content.strip())
+
+
+def _length(runs: Iterable[Run]) -> int:
+    """How many characters of a message they hold, each counted once."""
+    here = total = 0
+    for start, stop in sorted((run.offset or 0, (run.offset or 0) + run.stop - run.start) for run in runs):
+        total += max(0, stop - max(here, start))
+        here = max(here, stop)
+    return total
+
+
+def tools_left_out(told: Conversation) -> list[str]:
+    """The names of the conversation's tools, if neither the template nor a message tells the model of any."""
+    functions = [tool.get("function", tool) for tool in told.tools or [] if isinstance(tool, Mapping)]
+    names = [str(function["name"]) for function in functions if isinstance(function, Mapping) and "name" in function]
+    if not names or told.written is None:
+        return [] if any(name in told.encoded.text for name in names) else names
+    texts = [str(message.get("content")) for message in told.messages if message["role"] != "assistant"]
+    texts.append(_template_text(told.written.rendering))
+    return [] if any(name in text for name in names for text in texts) else names
+
+
+def _is_said(leaf: Leaf) -> bool:
+    field, *rest = leaf.path
+    if field == "tool_calls":
+        return any(part in CALL_TEXTS for part in rest)
+    return field not in NOT_SAID and field != "tool_call_id" and rest[-1:] != ["type"]
+
+
+def _missing(told: Conversation, leaf: Leaf) -> Iterator[str]:
+    """The parts of a text that are not among the row's characters, and that the template did not write anew (it may
+    take <think> apart and put it back)."""
+    written = told.written
+    if written is None:
+        if leaf.text.strip() and leaf.text.strip() not in told.encoded.text:
+            yield leaf.text.strip()
+        return
+    runs = [run for run in written.rendering.runs if run.leaf.message == leaf.message and run.leaf.text == leaf.text]
+    if any(run.offset is None for run in runs):
+        return
+    covered = sorted(((run.offset or 0), (run.offset or 0) + run.stop - run.start) for run in runs)
+    gaps, here = [], 0
+    for start, stop in (*covered, (len(leaf.text), len(leaf.text))):
+        gaps.append(leaf.text[here:start].strip())
+        here = max(here, stop)
+    if any(gaps):
+        everywhere = (0, len(written.rendering.text)) if runs else (0, 0)
+        anew = _template_text(written.rendering, *written.regions.get(leaf.message, everywhere))
+        yield from (gap for gap in gaps if gap and gap not in anew)
+
+
+def _template_text(rendering: Rendering, start: int = 0, stop: int | None = None) -> str:
+    """What the template itself wrote there; \\0 for the characters of messages."""
+    characters = list(rendering.text)
+    for run in rendering.runs:
+        characters[run.start : run.stop] = "\0" * (run.stop - run.start)
+    return "".join(characters[start:stop])

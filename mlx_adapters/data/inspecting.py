@@ -8,25 +8,22 @@ from typing import Any
 import numpy as np
 
 from mlx_adapters.config.training import SFT, TrainConfig
-from mlx_adapters.data.conversation import Conversation
+from mlx_adapters.data.conversation import left_out, tools_left_out
 from mlx_adapters.data.tokenizing import (
     Row,
+    RowConversation,
     conversation_row,
     has_template,
     row_conversation,
     tokenize_row,
 )
 from mlx_adapters.rows.row import RawRow
-from mlx_adapters.templates.traced import Leaf, leaves
-from mlx_adapters.templates.tracing import NOT_SAID, Rendering, wrapped
-
-CALL_TEXTS = ("name", "arguments")  # of a tool call; its id and type say nothing
 
 
 @dataclass(frozen=True)
 class LeftOut:
     """Text of a message that never reaches the model: the row, the message's number from 1, who speaks, the field, and
-    the characters that the chat template leaves out."""
+    the characters that the chat template leaves out. Message 0: the row's tools, by name."""
 
     where: str
     message: int
@@ -55,6 +52,7 @@ class RowReport:
         turns: the assistant's turns that are trained.
         left_out: what the chat template leaves out.
         doubled_bos: whether it begins with two BOS tokens.
+        changes: what the chat template takes only otherwise than the row has it.
         rejected: of preferences, the pieces of the rejected answer; `pieces` are of the chosen one.
     """
 
@@ -63,6 +61,7 @@ class RowReport:
     turns: tuple[TurnReport, ...]
     left_out: tuple[LeftOut, ...]
     doubled_bos: bool
+    changes: tuple[str, ...] = ()
     rejected: tuple[tuple[str, bool], ...] = ()
 
 
@@ -80,15 +79,18 @@ def inspect_row(raw: RawRow, tokenizer: Any, training: TrainConfig) -> tuple[Row
     settings = {"mask_prompt": training.mask_prompt, "last_turn_only": training.last_turn_only}
     if raw.format == "text" or not has_template(tokenizer):
         row = tokenize_row(raw, tokenizer, training.max_seq_length, **settings)
-        turns, left_out = [], []
+        turns, lost = [], []
     else:
         told = row_conversation(raw, tokenizer, **settings)
         row = conversation_row(raw, tokenizer, told, training.max_seq_length, training.mask_prompt)
-        turns = [_turn_report(turn.message, turn.spans, turn.stops, len(row.tokens)) for turn in told.turns]
-        left_out = list(texts_left_out(told, raw))
+        turns = [
+            _turn_report(told.origin(turn.message) or 0, turn.spans, turn.stops, len(row.tokens))
+            for turn in told.conversation.turns
+        ]
+        lost = list(texts_left_out(told, raw))
     bos = getattr(tokenizer, "bos_token_id", None)
     doubled = bos is not None and row.tokens[:2].tolist() == [bos, bos]
-    return row, RowReport(raw.where, pieces(row, tokenizer), tuple(turns), tuple(left_out), doubled)
+    return row, RowReport(raw.where, pieces(row, tokenizer), tuple(turns), tuple(lost), doubled, row.changes)
 
 
 def _turn_report(message: int, spans: Sequence[tuple[int, int]], stops: bool, length: int) -> TurnReport:
@@ -103,48 +105,10 @@ def pieces(row: Row, tokenizer: Any) -> tuple[tuple[str, bool], ...]:
     return tuple((tokenizer.decode(row.tokens[a:b].tolist()), bool(row.trained[a])) for a, b in parts)
 
 
-def texts_left_out(told: Conversation, raw: RawRow) -> Iterator[LeftOut]:
-    """The texts of a row's messages that the chat template does not write."""
-    joined = len(raw.messages) - len(told.messages)
-    for turn, message in zip(wrapped(told.messages), raw.messages[joined:], strict=True):
-        for leaf in leaves([turn]):
-            if _is_said(leaf):
-                for text in _missing(told, leaf):
-                    yield LeftOut(raw.where, leaf.message + joined + 1, message["role"], str(leaf.path[0]), text)
-
-
-def _is_said(leaf: Leaf) -> bool:
-    field, *rest = leaf.path
-    if field == "tool_calls":
-        return any(part in CALL_TEXTS for part in rest)
-    return field not in NOT_SAID and field != "tool_call_id"
-
-
-def _missing(told: Conversation, leaf: Leaf) -> Iterator[str]:
-    """The parts of a text that are not among the row's characters, and that the template did not write anew (it may
-    take <think> apart and put it back)."""
-    written = told.written
-    if written is None:
-        if leaf.text.strip() and leaf.text.strip() not in told.encoded.text:
-            yield leaf.text.strip()
-        return
-    runs = [run for run in written.rendering.runs if run.leaf.message == leaf.message and run.leaf.text == leaf.text]
-    if any(run.offset is None for run in runs):
-        return
-    covered = sorted(((run.offset or 0), (run.offset or 0) + run.stop - run.start) for run in runs)
-    gaps, here = [], 0
-    for start, stop in (*covered, (len(leaf.text), len(leaf.text))):
-        gaps.append(leaf.text[here:start].strip())
-        here = max(here, stop)
-    if any(gaps):
-        everywhere = (0, len(written.rendering.text)) if runs else (0, 0)
-        anew = _template_text(written.rendering, *written.regions.get(leaf.message, everywhere))
-        yield from (gap for gap in gaps if gap and gap not in anew)
-
-
-def _template_text(rendering: Rendering, start: int, stop: int) -> str:
-    """What the template itself wrote there; \\0 for the characters of messages."""
-    characters = list(rendering.text)
-    for run in rendering.runs:
-        characters[run.start : run.stop] = "\0" * (run.stop - run.start)
-    return "".join(characters[start:stop])
+def texts_left_out(told: RowConversation, raw: RawRow) -> Iterator[LeftOut]:
+    """The texts of a row's messages that the chat template does not write, and its tools if it tells of none."""
+    if tools := tools_left_out(told.conversation):
+        yield LeftOut(raw.where, 0, "", "tools", ", ".join(tools))
+    for number, field, text in left_out(told.conversation):
+        if (origin := told.origin(number)) is not None:
+            yield LeftOut(raw.where, origin + 1, raw.messages[origin]["role"], field, text)

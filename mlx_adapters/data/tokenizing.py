@@ -5,17 +5,27 @@ assistant, or the last one (`last_turn_only`), from the end of the generation pr
 `data.conversation` finds them.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from mlx_adapters.data.conversation import Conversation, conversation, next_begins, refusing, stop_ids
+from mlx_adapters.data.conversation import (
+    Conversation,
+    conversation,
+    left_out,
+    next_begins,
+    refusing,
+    stop_ids,
+    tools_left_out,
+)
 from mlx_adapters.errors import FormatError
 from mlx_adapters.rows.row import RawRow
-from mlx_adapters.templates.habits import fitted
+from mlx_adapters.templates.fitting import Fitted, rendered
 from mlx_adapters.templates.tracing import NOT_SAID
+from mlx_adapters.units import count
 
 Tokens = list[int]
 
@@ -26,10 +36,11 @@ class Row:
 
     `tokens`: (length,) int32. `trained`: (length,) bool, True where the token is a target of the loss
     (never the first). `full_length` counts the tokens before truncation. `stops`: whether a trained token is one that
-    stops a generation. `unwritten`: the numbers from 1 of the messages that are to be trained and whose text the chat
-    template leaves out.
-    Of a preference: `answer`, (length,) bool, the
-    tokens whose log-probability is judged; `rejected`, the other row of a pair; `desirable`, an answer's label.
+    stops a generation. `left_out`: what the chat template leaves out of turns that are to be trained, as (message from
+    1, field), and (0, "tools") if the model is told of none of the row's. `changes`: what the template takes only
+    otherwise than it stands (`templates.fitting`).
+    Of a preference: `answer`, (length,) bool, the tokens whose log-probability is judged; `rejected`, the other row of
+    a pair; `desirable`, an answer's label.
     """
 
     tokens: np.ndarray
@@ -37,7 +48,8 @@ class Row:
     where: str
     full_length: int
     stops: bool = True
-    unwritten: tuple[int, ...] = ()
+    left_out: tuple[tuple[int, str], ...] = ()
+    changes: tuple[str, ...] = ()
     answer: np.ndarray | None = None
     rejected: "Row | None" = None
     desirable: bool = True
@@ -82,6 +94,28 @@ class Tokenized:
         """How many of the kept rows are cut at the length limit."""
         return sum(any(part.truncated for part in row.sequences) for row in self.rows)
 
+    def remarks(self, row: str, limit: str) -> Iterator[str]:
+        """What became of rows otherwise than one might think, as sentences. `row`: what one is called, "train row";
+        `limit`: of their length."""
+        if self.truncated:
+            yield f"{count(self.truncated, row)} cut at {limit}."
+        if self.dropped:
+            named = ", ".join(self.dropped[:3])
+            yield f"{count(len(self.dropped), row)} with nothing to train within {limit}: {named}."
+        if self.unusable:
+            yield f"{count(len(self.unusable), row)} left out: {'; '.join(self.unusable[:3])}."
+        sequences = [part for kept in self.rows for part in kept.sequences]
+        for field in dict.fromkeys(name for part in sequences for _, name in part.left_out):
+            places = {part.where: message for part in sequences for message, name in part.left_out if name == field}
+            named = "; ".join(f"{where}, message {i}" if i else where for where, i in list(places.items())[:3])
+            what = f"'{field}' of the assistant's, of which the chat template leaves out some or all"
+            what = "tools that the chat template does not tell the model of" if field == "tools" else what
+            yield f"{count(len(places), row)} with {what}: {named}."
+        for change in dict.fromkeys(change for part in sequences for change in part.changes):
+            changed = list(dict.fromkeys(part.where for part in sequences if change in part.changes))
+            why = "put otherwise, since the chat template refuses it as it stands"
+            yield f"{count(len(changed), row)} {why} ({change}): {'; '.join(changed[:3])}."
+
 
 def tokenize(
     rows: Iterable[RawRow],
@@ -111,18 +145,39 @@ def tokenize_row(
     if raw.format == "completion" and not has_template(tokenizer):
         tokens, trained = _plain_completion(raw, tokenizer)
         return _cut(raw, tokenizer, max_seq_length, tokens, trained if mask_prompt else None)
-    if not mask_prompt:
-        return _cut(raw, tokenizer, max_seq_length, _whole_conversation(raw, tokenizer))
-    return conversation_row(raw, tokenizer, row_conversation(raw, tokenizer, last_turn_only), max_seq_length)
+    if mask_prompt:
+        return conversation_row(raw, tokenizer, row_conversation(raw, tokenizer, last_turn_only), max_seq_length)
+    form, tokens = _plain_conversation(raw, tokenizer)
+    if form.changes or raw.tools or any(map(_may_be_left_out, raw.messages)):
+        with suppress(FormatError):  # a tokenizer that does not tell which characters its tokens stand for
+            told = row_conversation(raw, tokenizer, mask_prompt=False)
+            return conversation_row(raw, tokenizer, told, max_seq_length, mask_prompt=False)
+    return _cut(raw, tokenizer, max_seq_length, tokens)
+
+
+@dataclass(frozen=True)
+class RowConversation:
+    """A row's conversation in the form that the chat template takes."""
+
+    form: Fitted
+    conversation: Conversation
+
+    def origin(self, number: int) -> int | None:
+        """The number in the row of the message that the template was given under this one; None for one of ours."""
+        return max(self.form.origins[number], default=None)
 
 
 def conversation_row(
-    raw: RawRow, tokenizer: Any, told: Conversation, max_seq_length: int = 2048, mask_prompt: bool = True
+    raw: RawRow, tokenizer: Any, told: RowConversation, max_seq_length: int = 2048, mask_prompt: bool = True
 ) -> Row:
     """A row whose conversation is known, cut to `max_seq_length`."""
-    unwritten = tuple(t.message + 1 for t in told.turns if not t.reached and _says(raw.messages[t.message]))
-    trained = told.trained if mask_prompt else None
-    return _cut(raw, tokenizer, max_seq_length, told.tokens, trained, unwritten)
+    said = told.conversation
+    missing = left_out(said, [turn.message for turn in said.turns])
+    lost = dict.fromkeys(((told.origin(number) or 0) + 1, field) for number, field, _ in missing)
+    if tools_left_out(said):
+        lost[0, "tools"] = None
+    row = _cut(raw, tokenizer, max_seq_length, said.tokens, said.trained if mask_prompt else None)
+    return replace(row, left_out=tuple(lost), changes=told.form.changes)
 
 
 def _cut(
@@ -131,13 +186,12 @@ def _cut(
     length: int,
     tokens: Sequence[int] | np.ndarray,
     trained: np.ndarray | None = None,
-    unwritten: tuple[int, ...] = (),
 ) -> Row:
     marks = np.ones(len(tokens), bool) if trained is None else trained.copy()
     marks[:1] = False
     kept, marks = np.array(tokens[:length], np.int32), marks[:length]
     stops = not stop_ids(tokenizer).isdisjoint(kept[marks].tolist())
-    return Row(kept, marks, raw.where, len(tokens), stops, unwritten)
+    return Row(kept, marks, raw.where, len(tokens), stops)
 
 
 def has_template(tokenizer: Any) -> bool:
@@ -147,35 +201,37 @@ def has_template(tokenizer: Any) -> bool:
 
 def row_conversation(
     raw: RawRow, tokenizer: Any, last_turn_only: bool = False, mask_prompt: bool = True
-) -> Conversation:
+) -> RowConversation:
     """A chat or completion row, with the turns marked that are trained (see `conversation`).
 
-    Turns of weight 0 are not. The turns have the numbers of the row's messages. Raises FormatError for a row that the
-    template refuses, and with `mask_prompt` for one that has no turn of the assistant's, or whose answers the template
-    leaves out.
+    Turns of weight 0 are not. Raises FormatError for a row that the template refuses, and with `mask_prompt` for one
+    that has no turn of the assistant's, or whose answers the template leaves out.
     """
     _require_template(raw, tokenizer)
-    messages = fitted(raw.messages, tokenizer)
-    joined = len(raw.messages) - len(messages)  # system turns that stand in the first question
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if mask_prompt and not turns:
+    messages = raw.messages
+    if mask_prompt and all(message["role"] != "assistant" for message in messages):
         roles = ", ".join(repr(role) for role in dict.fromkeys(message["role"] for message in messages))
         hint = "the role of what is trained is 'assistant'; or drop --mask-prompt."
         raise FormatError(f"{raw.where}: no assistant turn to train on, only {roles}.", hint)
-    turns = [i for i in (turns[-1:] if last_turn_only else turns) if raw.weights[i + joined]]
-    told = conversation(
-        messages,
-        tokenizer,
-        raw.where,
-        tools=raw.tools,
-        template_arguments=raw.template_arguments,
-        turns=turns,
-    )
-    told = replace(told, turns=tuple(replace(turn, message=turn.message + joined) for turn in told.turns))
-    wordy = [turn for turn in told.turns if str(raw.messages[turn.message].get("content") or "").strip()]
-    if mask_prompt and wordy and not any(turn.reached for turn in told.turns):
+
+    def render(form: Fitted) -> Conversation:
+        turns = [i for i, message in enumerate(form.messages) if message["role"] == "assistant"]
+        turns = [i for i in (turns[-1:] if last_turn_only else turns) if all(raw.weights[k] for k in form.origins[i])]
+        return conversation(
+            form.messages,
+            tokenizer,
+            raw.where,
+            tools=form.tools,
+            template_arguments=raw.template_arguments,
+            turns=turns,
+        )
+
+    told = RowConversation(*rendered(raw.messages, raw.tools, tokenizer, render, weights=raw.weights))
+    turns = {told.origin(turn.message): turn.reached for turn in told.conversation.turns}
+    wordy = [i for i in turns if i is not None and str(messages[i].get("content") or "").strip()]
+    if mask_prompt and wordy and not any(turns.values()):
         raise FormatError(
-            f"{raw.where}: the chat template leaves out what the assistant says (message {wordy[0].message + 1}).",
+            f"{raw.where}: the chat template leaves out what the assistant says (message {wordy[0] + 1}).",
             "'data check' without --mask-prompt shows what it makes of the row; another base, or --chat-template FILE.",
         )
     return told
@@ -186,10 +242,6 @@ def has_words(message: Mapping[str, Any]) -> bool:
     return any(isinstance(value, str) and value.strip() for key, value in message.items() if key not in NOT_SAID)
 
 
-def _says(message: Mapping[str, Any]) -> bool:
-    return has_words(message) or bool(message.get("tool_calls"))
-
-
 def _require_template(raw: RawRow, tokenizer: Any) -> None:
     if not has_template(tokenizer):
         raise FormatError(
@@ -198,13 +250,25 @@ def _require_template(raw: RawRow, tokenizer: Any) -> None:
         )
 
 
-def _whole_conversation(raw: RawRow, tokenizer: Any) -> Tokens:
+def _plain_conversation(raw: RawRow, tokenizer: Any) -> tuple[Fitted, Tokens]:
+    """A conversation as the template takes it, and its tokens."""
     _require_template(raw, tokenizer)
-    messages = fitted(raw.messages, tokenizer)
-    with refusing(raw.where):
-        tokens = tokenizer.apply_chat_template(messages, tools=raw.tools, return_dict=False, **raw.template_arguments)
-    end = next_begins(messages, tokenizer)
-    return [*tokens, *(end.ids if end else ())]
+
+    def render(form: Fitted) -> Tokens:
+        with refusing(raw.where):
+            tokens = tokenizer.apply_chat_template(
+                form.messages, tools=form.tools, return_dict=False, **raw.template_arguments
+            )
+        end = next_begins(form.messages, tokenizer)
+        return [*tokens, *(end.ids if end else ())]
+
+    return rendered(raw.messages, raw.tools, tokenizer, render, weights=raw.weights)
+
+
+def _may_be_left_out(message: Mapping[str, Any]) -> bool:
+    if message["role"] != "assistant":
+        return False
+    return "</" in (message.get("content") or "") or any(map(message.get, message.keys() - {"role", "content"}))
 
 
 def _with_end(tokens: Tokens, tokenizer: Any) -> Tokens:

@@ -15,7 +15,7 @@ from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import attach, check_fits, check_made_for, detach
 from mlx_adapters.surgery.blocks import find_body
 from mlx_adapters.system.door import mx, nn
-from mlx_adapters.templates.habits import fitted
+from mlx_adapters.templates.fitting import Fitted, rendered
 
 
 @dataclass(repr=False)
@@ -173,11 +173,12 @@ class Model:
         own = self.own_template if own is None else own
         chosen = (template or TemplateConfig()).over(self.template).over(own)
         other = {} if chosen.chat_template is None else {"chat_template": chosen.chat_template}
-        try:
+
+        def render(form: Fitted) -> list[int]:
             return list(
                 self.tokenizer.apply_chat_template(
-                    fitted(messages, self.tokenizer, chosen.chat_template),
-                    tools=tools,
+                    form.messages,
+                    tools=form.tools,
                     add_generation_prompt=True,
                     tokenize=True,
                     return_dict=False,
@@ -185,6 +186,9 @@ class Model:
                     **chosen.chat_template_args,
                 )
             )
+
+        try:
+            return rendered(messages, tools, self.tokenizer, render, template=chosen.chat_template)[1]
         except Exception as error:  # a template may raise what it likes
             raise ModelError(f"The chat template refuses this conversation: {error}.") from None
 

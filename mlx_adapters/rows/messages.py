@@ -12,6 +12,7 @@ from typing import Any
 
 from mlx_adapters.errors import FormatError
 from mlx_adapters.rows.values import is_missing, kind, parsed, plain
+from mlx_adapters.templates.habits import thoughts
 
 Message = dict[str, Any]
 # Names of the speakers in ShareGPT's rows.
@@ -34,7 +35,6 @@ SPEAKERS = {
 }
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 THOUGHT_PARTS = ("thinking", "reasoning")
-ANSWERING = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # instead of content
 
 
 def conversation(value: Any, where: str, name: str = "messages") -> tuple[list[Message], tuple[int, ...]]:
@@ -158,7 +158,7 @@ def _set_content(message: Message, given: Mapping[str, Any], name: str, where: s
     if isinstance(content, list):
         content = _joined(content, message, name, where)
     if content is None:
-        if "content" not in given and not any(message.get(key) for key in ANSWERING):
+        if "content" not in given and not message.get("tool_calls") and not thoughts(message):
             raise FormatError(f"{where}: {name} has no 'content'.", 'an empty one is written "".')
         content = None if "tool_calls" in message else ""
     message["content"] = content

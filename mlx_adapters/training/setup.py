@@ -210,21 +210,8 @@ def tokenize_split(
     """The rows of one split that have something to train; truncated and left out rows are reported."""
     done = tokenize_for(data.rows(split_name), tokenizer, config)
     limit = f"max_seq_length {config.max_seq_length}"
-    if done.truncated:
-        on_event(Note(f"{count(done.truncated, f'{split_name} row')} cut at {limit}.", "warning"))
-    if done.dropped:
-        named = ", ".join(done.dropped[:3])
-        many = count(len(done.dropped), f"{split_name} row")
-        on_event(Note(f"{many} with nothing to train within {limit}: {named}.", "warning"))
-    if done.unusable:
-        many = count(len(done.unusable), f"{split_name} row")
-        on_event(Note(f"{many} left out: {'; '.join(done.unusable[:3])}.", "warning"))
-    if unwritten := [row for row in done.rows if row.unwritten]:
-        many = count(len(unwritten), f"{split_name} row")
-        named = "; ".join(f"{row.where}, message {row.unwritten[0]}" for row in unwritten[:3])
-        on_event(
-            Note(f"{many} with turns of the assistant whose text the chat template leaves out: {named}.", "warning")
-        )
+    for remark in done.remarks(f"{split_name} row", limit):
+        on_event(Note(remark, "warning"))
     if split_name == "train" and done.rows and not any(row.stops for row in done.rows):
         why = "the model will not learn to stop"
         on_event(Note(f"No trained row holds a token that stops a generation: {why}.", "warning"))

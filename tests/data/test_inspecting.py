@@ -97,7 +97,7 @@ def test_messages_keep_their_numbers_where_a_system_turn_joins_the_first_questio
         "b<end_of_turn>",
         "\n",
     ]
-    assert [turn.message for turn in report.turns] == [3] and row.unwritten == ()
+    assert [turn.message for turn in report.turns] == [3] and row.left_out == ((3, "tool_calls"),)
     assert {(text.message, text.role, text.field) for text in report.left_out} == {(3, "assistant", "tool_calls")}
     weighed = chat({"role": "system", "content": "s"}, {"role": "user", "content": "a"}, calling | {"weight": 0})
     assert not inspect_row(weighed, chat_tokenizer("gemma2"), MASKED)[0].trained.any()
@@ -136,8 +136,9 @@ def left_out_of_whole(template: str) -> list[tuple]:
 
 @pytest.mark.parametrize("mask", [True, False])
 def test_a_template_that_raises_is_quoted_with_the_row(mask):
-    with pytest.raises(FormatError, match="line 3: the chat template refuses the row: System role not supported") as e:
-        tokenize([chat({"role": "system", "content": "s"}, "a")], chat_tokenizer("gemma2"), mask_prompt=mask)
+    with pytest.raises(FormatError, match="line 3: the chat template refuses the row: Conversation roles must") as e:
+        late = chat("a", {"role": "system", "content": "s"}, {"role": "assistant", "content": "b"})
+        tokenize([late], chat_tokenizer("gemma2"), mask_prompt=mask)
     assert "--chat-template FILE" in e.value.hint
     broken = "{% for m in messages %}{{ m.content.nothing.there }}{% endfor %}"
     with pytest.raises(FormatError, match="line 3: the chat template refuses the row: 'str object' has no attribute"):
@@ -230,3 +231,53 @@ def test_a_bos_in_a_text_comes_once(bases, tmp_path):
     row = RawRow({"messages": [{"role": "user", "content": text}]}, "row")
     assert inspect_row(row, chat_tokenizer("llama3", twice), TrainConfig())[1].doubled_bos
     assert report.splits["train"].doubled_bos == ()
+
+
+def remarks(family: str, *raws: RawRow, **settings) -> list[str]:
+    return list(tokenize(raws, chat_tokenizer(family), **settings).remarks("train row", "max_seq_length 2048"))
+
+
+THINKING = {"role": "assistant", "content": "It is 4.", "thinking": "I add."}
+MISUSED = {"role": "assistant", "content": "<think>\nI add.\n</think>\n\nIt is 4."}
+
+
+GREETED = chat({"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "a"}, MISUSED)
+CALLS = {"role": "assistant", "tool_calls": [CALL, CALL | {"function": {"name": "look_up"}}]}
+TOLD = [
+    ("chatml", chat("sum?", THINKING), "1 train row with 'thinking' of the assistant's, of which"),
+    ("r1", chat("sum?", MISUSED), "1 train row with 'content' of the assistant's, of which"),
+    ("qwen3", chat("sum?", THINKING, "and?", "5"), "1 train row with 'reasoning_content' of the assistant's"),
+    ("harmony", chat("a", CALLS), "1 train row with 'tool_calls' of the assistant's"),
+    ("chatml", chat("a", "b", tools=TOOLS), "1 train row with tools that the chat template does not tell"),
+    (
+        "gemma2",
+        GREETED,
+        "1 train row put otherwise, since the chat template refuses it as it stands (an empty question",
+    ),
+    ("qwen3", chat("sum?", THINKING), None),
+    ("qwen3", chat("sum?", MISUSED), None),
+    ("harmony", chat("sum?", THINKING), None),
+    ("qwen2", chat("a", CALLS, tools=TOOLS), None),
+    ("qwen2", chat(f"Call one of these: {TOOLS}", "b", tools=TOOLS), None),
+    ("qwen3", chat("sum?", {**THINKING, "weight": 0}, "and?", "5"), None),
+]
+
+
+@pytest.mark.parametrize("mask", [True, False])
+@pytest.mark.parametrize(("family", "raw", "told"), TOLD)
+def test_training_tells_what_the_template_makes_of_rows_otherwise_than_they_say(family, raw, told, mask):
+    if mask or "weight" not in str(raw.values):
+        found = remarks(family, raw, mask_prompt=mask)
+        assert [one.startswith(told) and "train.jsonl, line 3" in one for one in found] == ([True] if told else [])
+
+
+def test_the_same_is_in_the_report(tmp_path):
+    base, data = write_base(tmp_path / "base", "gemma2"), tmp_path / "train.jsonl"
+    rows = [chat("a", "b", tools=TOOLS), chat({"role": "assistant", "content": "Hello!"})]
+    data.write_text("".join(json.dumps(dict(raw.values)) + "\n" for raw in rows))
+    report = check_data(str(data), str(base), MASKED).splits["train"]
+    assert [(text.message, text.field, text.text) for text in report.left_out] == [(0, "tools", "get_weather")]
+    assert [place.partition(", ")[2] for place in report.changed] == ["line 2: an empty question before a first answer"]
+    said = CliRunner().invoke(cli, ["data", "check", str(data), "--base", str(base), "--mask-prompt"]).stdout
+    assert "train, never reaches the model, tools of the row (1): " in said and "line 1: 'get_weather'" in said
+    assert "train, put otherwise, since the chat template refuses it as it stands (1): " in said

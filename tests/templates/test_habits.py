@@ -4,7 +4,7 @@ import pytest
 from helpers.chat_families import chat_tokenizer, plain
 
 from mlx_adapters.errors import ConfigError
-from mlx_adapters.templates.habits import check_arguments, fitted
+from mlx_adapters.templates.habits import check_arguments, fitted, thoughts
 
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"a": "ü"}}}]}
 TEXT = '{%- for m in messages %}{{ m.role }}:{{ m.content or "" }}{%- for c in m.tool_calls or [] %}'
@@ -81,3 +81,70 @@ def test_an_argument_that_no_template_reads_is_refused():
     with pytest.raises(ConfigError, match="reads no 'enable_thinkin'") as error:
         check_arguments(tokenizer, {"enable_thinkin": False})
     assert "enable_thinking" in error.value.hint
+
+
+# What templates read thoughts from: one field or another, or the content's parts.
+WRITES = "{%- for m in messages %}{% set t = THOUGHT %}{{ '(' + t + ')' if t }}{{ m.content or '' }};{% endfor %}"
+IN_PARTS = (
+    "{%- for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    "{{ '(' + part.thinking + ')' if part.type == 'thinking' else part.text }}{% endfor %}{% endif %};{% endfor %}"
+)
+READS = {
+    "reasoning_content": WRITES.replace("THOUGHT", "m.reasoning_content"),
+    "thinking": WRITES.replace("THOUGHT", "m['thinking']"),
+    "reasoning": WRITES.replace("THOUGHT", "m.get('reasoning')"),
+    "thought": WRITES.replace("THOUGHT", "m.thought"),
+    "thoughts_text": WRITES.replace("THOUGHT", "m.thoughts_text"),
+    "content": IN_PARTS,
+}
+THOUGHT = "I add."
+CARRIED = [
+    {"reasoning_content": THOUGHT},
+    {"thinking": THOUGHT},
+    {"reasoning": THOUGHT},
+    {"thought": THOUGHT},
+    {"chain_cot": THOUGHT},
+    {"reasoning_details": [{"type": "reasoning.text", "text": "I "}, {"type": "reasoning.text", "text": "add."}]},
+    {"thinking_blocks": [{"type": "thinking", "thinking": THOUGHT, "signature": "x"}]},
+    {"reasoning": THOUGHT, "reasoning_details": [{"type": "reasoning.text", "text": THOUGHT}]},
+]
+
+
+@pytest.mark.parametrize("field", READS)
+@pytest.mark.parametrize("carried", CARRIED, ids=lambda carried: "+".join(carried))
+def test_a_thought_goes_where_the_template_reads_it_whatever_its_name(field, carried):
+    answer = {"role": "assistant", "content": "4.", **carried}
+    assert rendered(READS[field], {"role": "user", "content": "a"}, answer) == f"a;({THOUGHT})4.;"
+
+
+def test_thoughts_are_told_by_the_names_of_their_fields():
+    message = {"role": "assistant", "content": "4.", "finish_reason": "stop", "reasoning_effort": "high", "thinks": "x"}
+    assert thoughts(message) == {}
+    assert thoughts({**message, "reasoning": " ", "thought": "a", "reasoning_content": "b"}) == {
+        "reasoning_content": "b",
+        "thought": "a",
+    }
+    assert thoughts({"role": "user", "content": "a", "thought": "b"}) == {}
+
+
+def test_of_two_thoughts_the_first_counts_and_the_other_stays_to_be_told():
+    answer = {"role": "assistant", "content": "4.", "reasoning": "x", "thought": "y"}
+    tokenizer = chat_tokenizer("chatml", READS["thinking"])
+    assert fitted([answer], tokenizer) == [{"role": "assistant", "content": "4.", "thought": "y", "thinking": "x"}]
+
+
+@pytest.mark.parametrize(
+    "template", [plain("chatml"), IN_PARTS.replace("part.thinking", "part"), TEXT + ENDS, "{% for m in messages %}"]
+)
+def test_a_template_that_reads_no_thoughts_gets_the_message_as_it_is(template):
+    answer = {"role": "assistant", "content": "4.", "thinking": "x"}
+    assert fitted([answer], chat_tokenizer("chatml", template)) == [answer]
+    parts = "{%- for m in messages %}{{ m.content }};{% endfor %}"  # a list would be printed as Python shows it
+    assert fitted([answer], chat_tokenizer("chatml", parts)) == [answer]
+
+
+def test_a_thought_that_is_written_beside_a_call_alone_is_found_too():
+    template = (
+        "{%- for m in messages %}{{ m.content or '' }}{% if m.tool_calls %}({{ m.thought }}){% endif %};{% endfor %}"
+    )
+    assert rendered(template, CALL | {"thinking": THOUGHT}) == f"({THOUGHT});"

@@ -98,7 +98,7 @@ def test_what_will_not_be_learned_is_told(tmp_path):
     calls = write(
         tmp_path / "calls", [chat("b"), chat(None, tool_calls=[call("Rome")]), chat("", reasoning_content="c")]
     )
-    (lost,) = notes_of(calls, "gemma2")
-    assert lost.startswith("2 train rows with turns of the assistant whose text the chat template leaves out: ")
-    assert "line 2, message 2" in lost and "line 3, message 2" in lost
+    lost, thought = notes_of(calls, "gemma2")
+    assert lost.startswith("1 train row with 'tool_calls' of the assistant's, of which the chat template leaves out")
+    assert "line 2, message 2" in lost and "line 3, message 2" in thought and "'reasoning_content'" in thought
     assert notes_of(calls, "qwen3") == []
