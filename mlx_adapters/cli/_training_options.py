@@ -83,6 +83,7 @@ class Settings:
         settings = (to_mapping(over) if over else {}) | self.training
         if isinstance(objective := self.training.get("objective"), Mapping) and "name" not in objective:
             before = over.objective if over else SFT()
+            _check_objective(before.name, objective)
             settings["objective"] = {**to_mapping(before), **objective}
         return from_mapping(TrainConfig, settings, "the training settings")
 
@@ -158,12 +159,17 @@ def _objective(given: Mapping[str, Any], in_file: Any) -> dict[str, Any]:
     if not typed or typed.get("name", before.get("name")) != before.get("name"):
         before = {}
     objective = {**before, **typed}
-    name = objective.get("name")
-    for setting in typed if name in OBJECTIVES else ():
-        if setting != "name" and name not in OBJECTIVE[setting]:
-            flag, has = f"--{setting.replace('_', '-')}", ", ".join(OBJECTIVE[setting])
-            raise ConfigError(f"{name} has no {flag}.", f"those that have it: {has}.")
+    if (name := objective.get("name")) in OBJECTIVES:
+        _check_objective(name, typed)
     return objective if typed else {}
+
+
+def _check_objective(name: str, typed: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a setting that this objective does not have."""
+    for setting in typed:
+        if setting != "name" and name not in OBJECTIVE.get(setting, [name]):
+            flag, has = f"--{setting.replace('_', '-')}", "|".join(OBJECTIVE[setting])
+            raise ConfigError(f"{name} has no {flag}.", f"those that have it: --objective {has}.")
 
 
 def _fuse_aware(given: Mapping[str, Any]) -> dict[str, Any]:

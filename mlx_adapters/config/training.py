@@ -80,9 +80,21 @@ def _label_smoothing() -> float:
     return setting(0.0, help, more="Conservative DPO.", at_least=0, below=0.5)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Objective:
+    """What an objective takes (see above), unless it says otherwise; its settings are checked."""
+
+    rows: ClassVar[Rows] = "pairs"
+    reference: ClassVar[bool] = False
+    likelihood: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
 @settings
 @dataclasses.dataclass(frozen=True)
-class SFT:
+class SFT(_Objective):
     """Supervised fine-tuning: the cross entropy of the trained tokens.
 
     Raises ConfigError for another name.
@@ -95,16 +107,12 @@ class SFT:
     name: Literal["sft"] = setting("sft", "The objective's name")
 
     rows: ClassVar[Rows] = "texts"
-    reference: ClassVar[bool] = False
     likelihood: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 @settings
 @dataclasses.dataclass(frozen=True)
-class DPO:
+class DPO(_Objective):
     """Direct preference optimization (arXiv 2305.18290): the chosen answer gains on the reference, the rejected loses.
 
     Raises ConfigError for a value out of range, or one that the loss does not use.
@@ -122,19 +130,17 @@ class DPO:
     length_normalization: bool = setting(False, "Compare means per token, not sums", more="Of ipo it is always so.")
     name: Literal["dpo"] = setting("dpo", "The objective's name")
 
-    rows: ClassVar[Rows] = "pairs"
     reference: ClassVar[bool] = True
-    likelihood: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         sigmoid = self.loss == "sigmoid" or self.label_smoothing == 0
         require(sigmoid, f"The loss '{self.loss}' has no label smoothing.", "use the loss 'sigmoid'.")
 
 
 @settings
 @dataclasses.dataclass(frozen=True)
-class ORPO:
+class ORPO(_Objective):
     """Odds ratio preference optimization (arXiv 2403.07691): plain fine-tuning on the chosen answer, and the odds of
     it against the rejected one. Needs no reference.
 
@@ -148,17 +154,12 @@ class ORPO:
     beta: float = _beta(0.1, "Weight of the odds ratio, λ in the paper.")
     name: Literal["orpo"] = setting("orpo", "The objective's name")
 
-    rows: ClassVar[Rows] = "pairs"
-    reference: ClassVar[bool] = False
     likelihood: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 @settings
 @dataclasses.dataclass(frozen=True)
-class SimPO:
+class SimPO(_Objective):
     """Simple preference optimization (arXiv 2405.14734): DPO on means per token, with a margin and no reference.
 
     Raises ConfigError for a value out of range.
@@ -173,17 +174,10 @@ class SimPO:
     label_smoothing: float = _label_smoothing()
     name: Literal["simpo"] = setting("simpo", "The objective's name")
 
-    rows: ClassVar[Rows] = "pairs"
-    reference: ClassVar[bool] = False
-    likelihood: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check(self)
-
 
 @settings
 @dataclasses.dataclass(frozen=True)
-class KTO:
+class KTO(_Objective):
     """Kahneman-Tversky optimization (arXiv 2402.01306): answers that are good or bad, each by itself. What an answer
     gains on the reference counts from the mean gain of answers that belong to other prompts (the KL term).
 
@@ -201,10 +195,6 @@ class KTO:
 
     rows: ClassVar[Rows] = "labeled"
     reference: ClassVar[bool] = True
-    likelihood: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 Objective = SFT | DPO | ORPO | SimPO | KTO

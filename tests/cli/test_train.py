@@ -236,6 +236,14 @@ def test_every_option_of_train_changes_its_setting_and_no_other(run):
         assert option in typed and changed == expected
 
 
+@pytest.mark.parametrize("typed", ["--beta 0.2", "--objective orpo --gamma 0.5"])
+def test_a_setting_that_the_objective_does_not_have_is_told_by_its_flag(typed, tmp_path):
+    given = ["train", "demo", "--data", str(tmp_path), "--name", "x", *typed.split()]
+    error = CliRunner().invoke(cli, given, standalone_mode=False).exception
+    flag, has = ("--beta", "dpo|orpo|simpo|kto") if "beta" in typed else ("--gamma", "simpo")
+    assert isinstance(error, ConfigError) and str(error).endswith(f" has no {flag}.") and has in error.hint
+
+
 def test_no_option_is_forgotten_here():
     options = {name for p in cli.get_command(None, "train").params for name in p.opts if name.startswith("--")}
     elsewhere = {
