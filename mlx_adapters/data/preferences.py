@@ -9,7 +9,8 @@ import numpy as np
 from mlx_adapters.config.training import TrainConfig
 from mlx_adapters.data.tokenizing import Row, Tokenized, tokenize, tokenize_row
 from mlx_adapters.errors import FormatError
-from mlx_adapters.rows.row import RawRow
+from mlx_adapters.rows.row import RawRow, columns_of
+from mlx_adapters.rows.values import plain
 
 
 def tokenize_preference(raw: RawRow, tokenizer: Any, config: TrainConfig) -> list[Row]:
@@ -53,12 +54,17 @@ def _answer(raw: RawRow, tokenizer: Any, config: TrainConfig) -> Row:
 
 
 def require_texts(rows: Sequence[RawRow]) -> None:
-    """Raise FormatError, naming the line, for a row of two answers."""
+    """Raise FormatError, naming the line, for a row of two answers, or of one that is marked as a bad one."""
     for raw in rows:
         if raw.rejected is not None:
             raise FormatError(
                 f"{raw.where}: the row has 'chosen' and 'rejected', and sft learns one answer.",
                 "give --objective dpo (or orpo, simpo, kto), or name the columns to learn.",
+            )
+        if raw.format != "text" and not columns_of(raw.read) and plain(raw.values.get("label")) is False:
+            raise FormatError(
+                f"{raw.where}: the row has a bad answer ('label' is false), and sft learns every answer.",
+                "give --objective kto, or name the columns to learn.",
             )
 
 

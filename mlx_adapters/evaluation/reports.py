@@ -62,7 +62,7 @@ def notes(report: Evaluations) -> list[str]:
     told = {
         ("pairs", "preference"): "the share of pairs whose chosen answer is likelier per token; losses are of it",
         ("pairs", "reward"): f"the share of pairs whose chosen answer gained more on '{report.reference}'",
-        ("labeled", "preference"): "how often a good answer is likelier per token than a bad one, over all of both",
+        ("labeled", "preference"): "how often a good answer is likelier per token than a bad one; losses are of both",
         ("labeled", "reward"): f"the share of answers that gained on '{report.reference}' if good, or lost if bad",
     }.get((str(data.get("preferences")), str(report.score)))
     return [*lines, f"{report.score}: {told}"] if told else lines

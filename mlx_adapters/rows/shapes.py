@@ -273,6 +273,9 @@ def _unknown(values: Values, where: str) -> FormatError:
     nulls = [name for name, value in values.items() if is_missing(value)]
     keys = ", ".join(repr(name) for name in values if name not in nulls) or "no key"
     empty = f", and null as {', '.join(map(repr, nulls))}" if nulls else ""
+    if not set(SIDES).isdisjoint(values):
+        hint = "a pair has 'chosen' and 'rejected', with a 'prompt' or a common beginning."
+        return FormatError(f"{where}: the row has {keys}{empty}, which is half a pair.", hint)
     return FormatError(
         f"{where}: the row has {keys}{empty}.",
         "a row has 'messages', or 'prompt' and 'completion', or 'text'; "

@@ -1,13 +1,15 @@
 """Preferences in tokens: what is judged is the answer, whatever its form, and what cannot be is left out by name."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from mlx_adapters import check_data
+from mlx_adapters.config.data import DataConfig
 from mlx_adapters.config.training import DPO, KTO, ORPO, TrainConfig
-from mlx_adapters.data.preferences import tokenize_for
+from mlx_adapters.data.preferences import require_texts, tokenize_for
 from mlx_adapters.errors import FormatError
 from mlx_adapters.models.loading import load_tokenizer_of
 from mlx_adapters.optimization.feed import mismatched
@@ -108,6 +110,16 @@ def test_sft_refuses_pairs(tokenizer):
     with pytest.raises(FormatError, match="line 1: the row has 'chosen' and 'rejected'") as caught:
         examples(tokenizer, TrainConfig().objective, {"prompt": ASK, "chosen": GOOD, "rejected": BAD})
     assert "--objective dpo" in caught.value.hint
+
+
+@pytest.mark.parametrize("label", [False, True, None, "false", 0])
+def test_sft_refuses_answers_that_are_marked_as_bad_ones(label, tokenizer):
+    values = {"prompt": ASK, "completion": GOOD, "label": label}
+    read = DataConfig(prompt_column="prompt", completion_column="completion")
+    require_texts([RawRow(values, "line 1", read), RawRow({"text": "a", "label": label}, "line 2")])
+    refused = pytest.raises(FormatError, match="line 1: the row has a bad answer")
+    with refused if label is False else nullcontext():  # another column of that name means nothing
+        require_texts([RawRow(values, "line 1")])
 
 
 def test_data_check_sees_pairs_as_train_does(tiny_model):

@@ -173,7 +173,8 @@ BAD = {
     "two answers": ({"question": ASK, "answer": "Blue.", "response": "Red."}, "which is the prompt"),
     "nothing known": ({"body": "x"}, "the row has 'body'"),
     "nothing": ({}, "the row has no key"),
-    "a null": ({"prompt": ASK, "chosen": None, "rejected": "c"}, "has 'prompt', 'rejected', and null as 'chosen'."),
+    "half a pair": ({"prompt": "a", "chosen": "b"}, "the row has 'prompt', 'chosen', which is half a pair"),
+    "a null": ({"prompt": ASK, "chosen": None, "rejected": "c"}, "and null as 'chosen', which is half a pair"),
     "a message of another list": ({"conversations": [3]}, "message 1 of 'conversations' must be an object"),
 }
 
