@@ -1,7 +1,7 @@
 """Make tests/fixtures/peft with the real peft and transformers: tiny bases, adapters, and PEFT's logits.
 
     pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2
-    python scripts/make_peft_fixtures.py [ARCHITECTURE ...] [resized] [vision]
+    python scripts/make_peft_fixtures.py [ARCHITECTURE ...] [resized] [vision] [eva]
 
 One folder per architecture: `base/` (saved by transformers in float32), `logits.safetensors` (the input ids
 and, per case, PEFT's logits, of a tied embedding merged and unmerged) and one adapter folder per case. `refused/`
@@ -734,6 +734,21 @@ def make_rope():
         save_file(saved, ROOT / "rope" / name / "logits.safetensors")
 
 
+def make_eva():
+    """Where the inputs of llama's layers vary most, and how PEFT shares out the ranks, of one batch."""
+    from peft.tuners.lora.eva import get_eva_state_dict
+
+    ids = torch.randint(3, VOCAB, (8, 24), generator=torch.Generator().manual_seed(0))
+    mask = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.6
+    batch = {"input_ids": ids, "labels": torch.where(mask, ids, -100)}
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights="eva", eva_config=peft.EvaConfig())
+    config.target_modules = {*ATTENTION, *MLP}
+    state = get_eva_state_dict(load_base("llama"), [batch], config, show_progress_bar=False)
+    directions = {name: vectors.float().contiguous() for name, vectors in state.items()}
+    save_file({"ids": ids.to(torch.int32), "mask": mask, **directions}, ROOT / "eva.safetensors")
+    print({name: len(vectors) for name, vectors in directions.items()}, file=sys.stderr)
+
+
 def main():
     warnings.filterwarnings("ignore")
     transformers.utils.logging.disable_progress_bar()
@@ -746,6 +761,8 @@ def main():
         make_resized()
     if not only or "vision" in only:
         make_vision()
+    if not only or "eva" in only:
+        make_eva()
     if not only:
         shutil.rmtree(ROOT / "rope", ignore_errors=True)
         make_rope()

@@ -22,6 +22,10 @@ from mlx_adapters.storage.hf_names import EMBEDDINGS, PEFT_OUTPUT, PEFT_SCALE, P
 from mlx_adapters.storage.tensor_names import CONFIG_FILE
 
 NAME_BASE = "name the base it was trained on with --base."
+OWN_NUMBERS = (
+    "The adapter started as what its base's quantization lost (LoftQ): PEFT computes the same on the base's own "
+    "numbers, which 'mlx_lm.convert --dequantize' writes, and another function on the original's."
+)
 README = """---
 base_model: {base}
 library_name: peft
@@ -113,6 +117,8 @@ def export_peft(
     if not base_model and (problem := _base_problem(loaded, named)):
         name_it = "Name the original model: --base-model user/name."
         on_event(Note(f"PEFT cannot load it yet: {problem}. {name_it}", "warning"))
+    if loaded.metadata.get("init") == "loftq":
+        on_event(Note(OWN_NUMBERS, "warning"))
     return PeftExport(out, len(form.tensors), paths.size_on_disk(out), str(named))
 
 

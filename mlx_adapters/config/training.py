@@ -46,12 +46,15 @@ class LoraConfig:
         "lora", "Kind of adapter", more="dora adds a trained magnitude for each output (arXiv 2402.09353)."
     )
     ranks: dict[str, int] = setting(dict, "Other ranks, by module name")
-    init: Literal["zero", "pissa"] = setting(
+    init: Literal["zero", "pissa", "loftq", "eva"] = setting(
         "zero",
         "What the update starts as",
-        more="pissa: the weight's principal part is trained (arXiv 2404.02948); the base stays, so the adapter is the "
-        "difference and has twice the rank.",
+        more="The base stays, so all of the start is in the adapter. pissa: the weight's principal part is trained "
+        "(arXiv 2404.02948), the adapter is the difference and has twice the rank. loftq: what the base's quantization "
+        "lost of `original` (arXiv 2310.08659). eva: A is where a layer's inputs vary most, and ranks go where they "
+        "explain most, up to twice the rank in a layer (arXiv 2410.07170).",
     )
+    original: str | None = setting(None, "The model that a quantized base was made of, for loftq", metavar="BASE")
 
     def __post_init__(self) -> None:
         check(self)
@@ -59,6 +62,12 @@ class LoraConfig:
             require(self.dropout == 0, "PiSSA takes no dropout: it would act on the base's own weight.")
             require(self.scale > 0, f"PiSSA needs a scale above 0, not {self.scale}.")
             require(self.type == "lora", "PiSSA is for LoRA here, not for DoRA.")
+        if self.init == "loftq":
+            require(self.scale > 0, f"LoftQ needs a scale above 0, not {self.scale}.")
+            require(
+                self.original is not None, "LoftQ needs the model that the base was made of.", "name it: --original."
+            )
+        require(self.original is None or self.init == "loftq", "Only LoftQ asks for an original model.")
         for name, rank in self.ranks.items():
             require(rank >= 1, f"the rank of '{name}' must be at least 1, not {rank}.")
             require(rank <= MOST_RANK, f"the rank of '{name}' must be at most {MOST_RANK:,}, not {rank}.")

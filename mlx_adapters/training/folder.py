@@ -190,6 +190,7 @@ class RunFolder:
             "data": self.recipe["data"],
             "signature": origin.signature(self.recipe["data"]["source"]),
             "type": lora.type,
+            "init": lora.init,
             "rank": rank,
             "ranks": lora.ranks,
             "scale": lora.scale,

@@ -33,6 +33,7 @@ from mlx_adapters.optimization.probe import Prober, adapter_bytes, first_block, 
 from mlx_adapters.optimization.step import Again, MemoryPlan, chunk_rows
 from mlx_adapters.optimization.through_rounding import plan_rounding
 from mlx_adapters.sources.bases import resolve_base
+from mlx_adapters.starts.ranks import trained_parameters
 from mlx_adapters.system.door import refusals
 from mlx_adapters.system.machine import on_gpu, usable_memory_bytes
 from mlx_adapters.training import setup
@@ -156,7 +157,7 @@ def estimate_rows(
         advice,
         seconds,
         largest.tokens.shape,
-        parts.adapter_bytes // 4,
+        trained_parameters(module, lora, setup.adapter_config(module, lora).keys),
         16 * parameters,
         tuple(rung for rung, *_ in steps),
     )

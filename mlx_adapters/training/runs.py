@@ -13,7 +13,6 @@ from mlx_adapters.errors import ConfigError, FormatError, TrainingError
 from mlx_adapters.events import Note, OnEvent, ignore, log_warnings, noting
 from mlx_adapters.models.adapter import Adapter, AdapterLike
 from mlx_adapters.models.base import Base, BaseLike
-from mlx_adapters.models.layers import named_layers
 from mlx_adapters.models.loading import load_model, load_tokenizer_of
 from mlx_adapters.optimization import distributed
 from mlx_adapters.optimization.distributed import World
@@ -319,10 +318,11 @@ def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None
     kept = folder.path if folder.begun else None
     reference = reference_model.of_run(model, feeds, training, recipe, kept, request.reference, request.on_event)
     config = setup.add_layers(model, lora, training.seed)
+    adapted = setup.adapted_layers(model.module, config)
     if request.adapter is not None:
-        setup.initialize_from(model, config, request.adapter)
-    adapted = dict(named_layers(model.module))
-    adapted = {key: adapted[key] for key in config.keys}
+        setup.initialize_from(model, config, request.adapter, lora.init)
+    elif not resumed:
+        setup.start(model, lora, config, rows, training, request.world, request.on_event)
     prepared = setup.prepare(model, training, rows, held_out, adapted, request.world, reference, memory)
     folder.adapter = config
     train_step = prepared.train_step

@@ -1,7 +1,6 @@
 """Preparing a run: rows, adapter layers and the training step, with all that can be refused before the first step."""
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, tzinfo
@@ -16,11 +15,11 @@ from mlx_adapters.data.batches import make_batch
 from mlx_adapters.data.datasets import DataSet
 from mlx_adapters.data.preferences import tokenize_for
 from mlx_adapters.data.tokenizing import Row
-from mlx_adapters.errors import ConfigError, FormatError, IncompatibleError, ModelError, did_you_mean
+from mlx_adapters.errors import ConfigError, FormatError, IncompatibleError, ModelError
 from mlx_adapters.events import Note, OnEvent
 from mlx_adapters.models.adapter import Adapter, template_of
 from mlx_adapters.models.base import Base
-from mlx_adapters.models.dense import dense_weight, quantization_of
+from mlx_adapters.models.dense import quantization_of
 from mlx_adapters.models.layers import (
     adaptable_layers,
     add_adapter_layers,
@@ -29,7 +28,6 @@ from mlx_adapters.models.layers import (
     resolve_target_modules,
 )
 from mlx_adapters.models.loading import load_module
-from mlx_adapters.models.low_rank import principal
 from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.models.model import Model
 from mlx_adapters.optimization.distributed import World
@@ -43,9 +41,11 @@ from mlx_adapters.optimization.probe import (
 )
 from mlx_adapters.optimization.step import MemoryPlan, TrainStep, plan_loss
 from mlx_adapters.optimization.through_rounding import plan_rounding
-from mlx_adapters.storage.tensor_files import as_numpy
+from mlx_adapters.starts.begin import begin
+from mlx_adapters.starts.factors import start_from_principal
+from mlx_adapters.starts.ranks import module_ranks, stored_rank
 from mlx_adapters.storage.tensor_names import LORA_A, MAGNITUDE, split
-from mlx_adapters.system.door import LoRALinear, mx, nn, refusals
+from mlx_adapters.system.door import mx, nn, refusals
 from mlx_adapters.system.machine import on_gpu
 from mlx_adapters.units import count
 
@@ -53,32 +53,13 @@ ALONE = World()
 
 
 def adapter_config(module: nn.Module, lora: LoraConfig) -> AdapterConfig:
-    """The adapter that `lora` describes on this model. Its rank is the largest of all modules' ranks.
+    """The adapter that `lora` describes on this model (see `starts.ranks`).
 
     Raises ConfigError for names that match nothing.
     """
     keys = resolve_target_modules(module, lora)
-    ranks = module_ranks(keys, lora)
     layers = -1 if lora.num_layers == "all" else lora.num_layers
-    rank = max(ranks.values()) * (2 if lora.init == "pissa" else 1)
-    return AdapterConfig(rank, lora.scale, keys, lora.type, lora.dropout, layers)
-
-
-def module_ranks(keys: tuple[str, ...], lora: LoraConfig) -> dict[str, int]:
-    """The rank of each adapted module: that of the longest name in `ranks` that matches, else `rank`."""
-    for name in lora.ranks:
-        if not any(_matches(key, name) for key in keys):
-            known = {key.rpartition(".")[2] for key in keys}
-            raise ConfigError(
-                f"The rank of '{name}' is for a module that is not adapted.",
-                did_you_mean(name, known, f"adapted are: {', '.join(sorted(known))}."),
-            )
-    names = sorted(lora.ranks, key=len, reverse=True)
-    return {key: next((lora.ranks[n] for n in names if _matches(key, n)), lora.rank) for key in keys}
-
-
-def _matches(key: str, name: str) -> bool:
-    return key == name or key.endswith("." + name)
+    return AdapterConfig(stored_rank(keys, lora), lora.scale, keys, lora.type, lora.dropout, layers)
 
 
 def add_layers(model: Model, lora: LoraConfig, seed: int) -> AdapterConfig:
@@ -101,30 +82,32 @@ def add_layers(model: Model, lora: LoraConfig, seed: int) -> AdapterConfig:
             inside = inside[:, None] if weight.ndim == 3 else inside
             model.module.load_weights([(name, mx.where(inside, weight, 0.0))], strict=False)
     if lora.init == "pissa":
-        _start_from_principal(model.module, config, ranks)
+        start_from_principal(adapted_layers(model.module, config), ranks, config.scale)
     mx.eval(model.module.trainable_parameters())
     return config
 
 
-def _start_from_principal(module: nn.Module, config: AdapterConfig, ranks: Mapping[str, int]) -> None:
-    """PiSSA (arXiv 2404.02948): W = (W - scale · B₀ A₀) + scale · B A, where B and A start as B₀ and A₀, the weight's
-    principal part. The base stays as it is, so W - scale · B₀ A₀ is an update, too, and beside B and A lie -B₀ and A₀,
-    which are not trained (`kept_from`: from which component on)."""
-    adapted = dict(named_layers(module))
-    for path in config.keys:
-        layer, rank = adapted[path], ranks[path]
-        if not isinstance(layer, LoRALinear):
-            raise ConfigError(
-                f"PiSSA is for linear layers, not for '{path}'.",
-                "leave it out of --target-modules, or take --init zero.",
-            )
-        weight = as_numpy(dense_weight(layer.linear, mx.float32))
-        require(min(weight.shape) >= rank, f"'{path}' has {min(weight.shape)} singular values, fewer than {rank}.")
-        left, right = (mx.array(factor / math.sqrt(config.scale)) for factor in principal(weight, rank))
-        none = (0, config.rank - 2 * rank)
-        layer.lora_a = mx.pad(mx.concatenate([right.T, right.T], axis=1), [(0, 0), none]).astype(layer.lora_a.dtype)
-        layer.lora_b = mx.pad(mx.concatenate([left.T, -left.T]), [none, (0, 0)]).astype(layer.lora_b.dtype)
-        layer.kept_from = rank
+def start(
+    model: Model,
+    lora: LoraConfig,
+    config: AdapterConfig,
+    rows: Sequence[Row],
+    training: TrainConfig,
+    world: World,
+    on_event: OnEvent,
+) -> None:
+    """Let fresh adapter layers start as `lora.init` says, where that takes more than the base (see `starts.begin`)."""
+    ranks, adapted = module_ranks(config.keys, lora), adapted_layers(model.module, config)
+    world.share(lambda: begin(adapted, lora, ranks, model.module, rows, training, on_event))
+    if lora.init in ("loftq", "eva"):
+        weights = world.share_arrays(dict(tree_flatten(model.module.trainable_parameters())))
+        model.module.load_weights(list(weights.items()), strict=False)
+
+
+def adapted_layers(module: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
+    """The adapter layers on a module, by path."""
+    layers = dict(named_layers(module))
+    return {key: layers[key] for key in config.keys}
 
 
 def require_loadable(module: nn.Module, config: AdapterConfig) -> None:
@@ -154,10 +137,10 @@ def _require_norms(module: nn.Module) -> None:
             )
 
 
-def initialize_from(model: Model, config: AdapterConfig, adapter: Adapter) -> None:
-    """Take over the weights of `adapter`. Raises IncompatibleError unless it has the same layers and rank."""
-    kept = any(hasattr(layer, "kept_from") for _, layer in named_layers(model.module))
-    require(not kept, "A run that starts from an adapter cannot start by PiSSA.", "leave --init or --init-from out.")
+def initialize_from(model: Model, config: AdapterConfig, adapter: Adapter, init: str) -> None:
+    """Take over the weights of `adapter`. Raises ConfigError where `init` names another start, IncompatibleError unless
+    it has the same layers and rank."""
+    require(init == "zero", "A run that starts from an adapter has no other start.", "leave --init or --init-from out.")
     own = {name: w.shape for name, w in tree_flatten(model.module.trainable_parameters())}
     theirs = {name: tuple(w.shape) for name, w in adapter.weights.items()}
     if own != theirs or adapter.config.scale != config.scale:

@@ -203,6 +203,7 @@ SETTINGS = {
         {"training.chat_template_args": {"enable_thinking": False, "style": "brief"}},
     ),
     "--init": (["--init", "pissa"], {"lora.init": "pissa"}),
+    "--original": (["--init", "loftq", "--original", "a/b"], {"lora.init": "loftq", "lora.original": "a/b"}),
     "--memory": (["--memory", "mlp"], {"training.memory": "mlp"}),
     "--memory-limit": (["--memory-limit", "12GB"], {"training.memory_limit": "12GB"}),
     "--data": (["--data", "elsewhere"], {"data": "elsewhere"}),

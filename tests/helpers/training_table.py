@@ -67,6 +67,7 @@ WAYS = {
         {"init": "pissa", "dropout": 0.0, "target_modules": ("q_proj", "down_proj"), "ranks": {"down_proj": 2}},
         {"weight_decay": 0.1, **CLIPPED},
     ),
+    "eva": Way({"init": "eva"}, CLIPPED),
     "dora": Way({"type": "dora"}, {"mask_prompt": True, **CLIPPED}),
     "packing": Way({}, {"packing": True, "max_seq_length": 96, "batch_size": 2, "grad_accumulation": 3, **CLIPPED}),
     "less memory": Way({}, {"grad_checkpoint": True, "chunked_loss": "on", **CLIPPED}),

@@ -1,4 +1,4 @@
-"""PiSSA on a base that stays: the weight's principal part is trained, and the adapter is the difference."""
+"""Starts on a base that stays: PiSSA, of which the adapter is the difference, and LoftQ, what a quantization lost."""
 
 import mlx.core as mx
 import numpy as np
@@ -13,8 +13,9 @@ from mlx_adapters.models.layers import adaptable_layers
 from mlx_adapters.models.loading import load_model
 from mlx_adapters.models.low_rank import principal
 from mlx_adapters.sources.bases import resolve_base
+from mlx_adapters.starts.begin import begin
 from mlx_adapters.storage import files
-from mlx_adapters.training.setup import add_layers
+from mlx_adapters.training.setup import adapted_layers, add_layers
 
 LORA = ma.LoraConfig(rank=3, scale=2.0, target_modules=("q_proj", "down_proj"), ranks={"down_proj": 2}, init="pissa")
 IDS = mx.array([[3, 9, 27, 81, 40, 7, 300, 12]])
@@ -79,3 +80,53 @@ def test_what_pissa_does_not_go_with_is_refused(tiny_model):
             ma.LoraConfig(init="pissa", **wrong)
     with pytest.raises(ConfigError, match="PiSSA is for linear layers"):
         add_layers(load_model(resolve_base(tiny_model("qwen3_moe"))), ma.LoraConfig(rank=2, init="pissa"), seed=0)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_loftq_starts_as_what_the_quantization_lost(tiny_model, kind):
+    original, packed = tiny_model("llama"), tiny_model("llama", bits=4)
+    lora = ma.LoraConfig(rank=5, scale=2.0, type=kind, init="loftq", original=str(original))
+    model = load_model(resolve_base(packed))
+    config = add_layers(model, lora, seed=0)
+    layers = adapted_layers(model.module, config)
+    begin(layers, lora, dict.fromkeys(layers, 5), model.module, [], ma.TrainConfig(), lambda _: None)
+    wanted, stored = (adaptable_layers(load_model(resolve_base(folder)).module) for folder in (original, packed))
+    for key, layer in layers.items():
+        before, weight = (np.array(dense_weight(every[key], mx.float32)) for every in (wanted, stored))
+        u, s, vt = np.linalg.svd(before - weight)
+        update = np.array(2.0 * layer.lora_a @ layer.lora_b).T
+        np.testing.assert_allclose(update, (u[:, :5] * s[:5]) @ vt[:5], atol=1e-5)
+    logits = {n: load_model(resolve_base(folder)).logits(IDS) for n, folder in (("o", original), ("q", packed))}
+    there, base = (mx.square(computed - logits["o"]).sum().item() for computed in (model.logits(IDS), logits["q"]))
+    assert there < 0.95 * base
+
+
+def test_loftq_of_experts_and_embeddings_is_expert_by_expert(tiny_model):
+    original, packed = tiny_model("qwen3_moe"), tiny_model("qwen3_moe", bits=4)
+    names = ("switch_mlp.up_proj", "embed_tokens")
+    lora = ma.LoraConfig(rank=3, scale=0.5, target_modules=names, init="loftq", original=str(original))
+    model = load_model(resolve_base(packed))
+    layers = adapted_layers(model.module, add_layers(model, lora, seed=0))
+    begin(layers, lora, dict.fromkeys(layers, 3), model.module, [], ma.TrainConfig(), lambda _: None)
+    wanted, stored = (adaptable_layers(load_model(resolve_base(folder)).module) for folder in (original, packed))
+    for key, layer in layers.items():
+        lost = np.array(dense_weight(wanted[key], mx.float32) - dense_weight(stored[key], mx.float32))
+        left, right = (layer.lora_b, layer.lora_a) if lost.ndim == 3 else (layer.lora_a, layer.lora_b)
+        u, s, vt = np.linalg.svd(lost)
+        nearest = (u[..., :3] * s[..., None, :3]) @ vt[..., :3, :]
+        np.testing.assert_allclose(np.array(0.5 * left @ right), nearest, atol=1e-5)
+
+
+def test_what_loftq_does_not_go_with_is_refused(tiny_model):
+    with pytest.raises(ConfigError, match="needs the model that the base was made of"):
+        ma.LoraConfig(init="loftq")
+    with pytest.raises(ConfigError, match="Only LoftQ"):
+        ma.LoraConfig(original="demo")
+    packed = tiny_model("llama", bits=4)
+    others = ((packed, "has the weights of the original"), (tiny_model("llama", seed=1), "differs by"))
+    for other, reason in (*others, (tiny_model("qwen3_moe"), "The original model has no layer")):
+        lora = ma.LoraConfig(rank=2, init="loftq", original=str(other))
+        model = load_model(resolve_base(packed))
+        layers = adapted_layers(model.module, add_layers(model, lora, seed=0))
+        with pytest.raises(ConfigError, match=reason):
+            begin(layers, lora, dict.fromkeys(layers, 2), model.module, [], ma.TrainConfig(), lambda _: None)

@@ -1,0 +1,1 @@
+"""What a fresh adapter starts as, where that is more than zero."""
