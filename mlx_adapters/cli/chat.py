@@ -1,5 +1,6 @@
 """`chat`: talk to a model and switch adapters. `ab`: two adapters side by side."""
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,9 @@ from mlx_adapters.cli._options import (
     template_options,
     trust_option,
 )
+from mlx_adapters.cli._prompt import Prompt
 from mlx_adapters.config.data import TemplateConfig
+from mlx_adapters.config.mapping import require
 from mlx_adapters.config.sampling import Drafting
 from mlx_adapters.errors import AdapterError
 
@@ -34,6 +37,8 @@ HELP = """/use NAME       answer with this adapter (attached if it is not yet)
 /base           answer without an adapter
 /compare A B    answer the next message with A and with B ('base' is the base)
 /adapters       what is attached
+/system TEXT    what the model is told beforehand; without TEXT nothing
+/save FILE      add the conversation to FILE as a row to train on
 /reset          forget the conversation
 /quit           end (or Ctrl-D)"""
 
@@ -77,8 +82,8 @@ def chat_command(
     if adapters:
         chat.model.use(chat.model.adapters[0].name)
     _output.note("Type a message, or /help.")
-    compared: list[str] | None = None
-    while (line := _read_line(chat)) is not None:
+    prompt, compared = Prompt(), None
+    while (line := prompt.read(_who(chat))) is not None:
         try:
             if line.startswith("/"):
                 if line.split()[0] == "/quit":
@@ -163,12 +168,18 @@ def _load(
     return model
 
 
-def _read_line(chat: "Chat") -> str | None:
-    if sys.stdin.isatty():
-        at_work = [info.name for info in chat.model.adapters if info.weight is not None]
-        _output.note_inline(f"{at_work[0] if at_work else 'base'}> ")
-    line = sys.stdin.readline()
-    return line.strip() if line else None
+def _who(chat: "Chat") -> str:
+    """Who answers."""
+    return next((info.name for info in chat.model.adapters if info.weight is not None), "base")
+
+
+def _save(chat: "Chat", file: Path) -> None:
+    from mlx_adapters.storage import files
+
+    require(bool(chat.messages), "There is nothing to save yet.")
+    system = [{"role": "system", "content": chat.system}] if chat.system else []
+    files.append_line(file, json.dumps({"messages": [*system, *chat.messages]}, ensure_ascii=False))
+    _output.note(f"Added to {file}.")
 
 
 def _obey(chat: "Chat", line: str, any_base: bool) -> list[str] | None:
@@ -186,6 +197,12 @@ def _obey(chat: "Chat", line: str, any_base: bool) -> list[str] | None:
     elif command == "/adapters" and not words:
         for info in chat.model.adapters:
             _output.note(f"{info.name}  {info.type} rank {info.rank}{'  (in use)' if info.weight is not None else ''}")
+    elif command == "/system":
+        chat.system = line.partition(" ")[2].strip() or None
+        chat.reset()
+        _output.note("A new conversation begins." if chat.system is None else "The model is told that from now on.")
+    elif command == "/save" and len(words) == 1:
+        _save(chat, Path(words[0]).expanduser())
     elif command == "/reset" and not words:
         chat.reset()
     else:
