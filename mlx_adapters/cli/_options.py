@@ -124,6 +124,14 @@ def template_options(command: Command) -> Command:
     return options(TemplateConfig)(with_template)  # type: ignore[return-value]
 
 
+prompt_cache_option = click.option(
+    "--prompt-cache",
+    type=UserPath(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Keep what was read and written in this file, and do not read again what it holds.",
+)
+
+
 def drafting_options(command: Command) -> Command:
     """The options of `Drafting`, which the command takes as `drafting`."""
 

@@ -18,6 +18,7 @@ from mlx_adapters.cli._options import (
     drafting_options,
     dtype_option,
     json_option,
+    prompt_cache_option,
     sampling_options,
     system_option,
     template_options,
@@ -57,6 +58,7 @@ HELP = """/use NAME       answer with this adapter (attached if it is not yet)
 @system_option
 @sampling_options
 @drafting_options
+@prompt_cache_option
 @template_options
 @dtype_option
 @trust_option
@@ -66,6 +68,7 @@ def chat_command(
     any_base: bool,
     system: str | None,
     drafting: Drafting,
+    prompt_cache: Path | None,
     template: TemplateConfig,
     dtype: str,
     **sampling: Any,
@@ -77,11 +80,22 @@ def chat_command(
       mlx-adapters chat --adapter sql --adapter chat
     """
     from mlx_adapters.generation.chat import Chat
+    from mlx_adapters.storage.files import require_writable
 
+    if prompt_cache is not None:
+        require_writable(prompt_cache)
     chat = Chat(_load(base, adapters, any_base, dtype, template, drafting), system)
     if adapters:
         chat.model.use(chat.model.adapters[0].name)
+    if prompt_cache is not None and prompt_cache.exists():
+        chat.cache = chat.model.load_cache(prompt_cache)
     _output.note("Type a message, or /help.")
+    _talk(chat, any_base, sampling)
+    if prompt_cache is not None and chat.cache is not None and chat.cache.tokens:
+        chat.model.save_cache(chat.cache, prompt_cache)
+
+
+def _talk(chat: "Chat", any_base: bool, sampling: dict[str, Any]) -> None:
     prompt, compared = Prompt(), None
     while (line := prompt.read(_who(chat))) is not None:
         try:

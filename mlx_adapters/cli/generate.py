@@ -1,6 +1,8 @@
 """`generate`: ask a model."""
 
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +16,7 @@ from mlx_adapters.cli._options import (
     drafting_options,
     dtype_option,
     json_option,
+    prompt_cache_option,
     sampling_options,
     system_option,
     template_options,
@@ -22,6 +25,9 @@ from mlx_adapters.cli._options import (
 )
 from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.sampling import Drafting
+
+if TYPE_CHECKING:
+    from mlx_adapters.generation.live import LiveModel
 
 
 @click.command("generate", cls=LongCommand)
@@ -33,6 +39,7 @@ from mlx_adapters.config.sampling import Drafting
 @system_option
 @sampling_options
 @drafting_options
+@prompt_cache_option
 @template_options
 @dtype_option
 @trust_option
@@ -45,6 +52,7 @@ def generate_command(
     any_base: bool,
     system: str | None,
     drafting: Drafting,
+    prompt_cache: Path | None,
     template: TemplateConfig,
     dtype: str,
     as_json: bool,
@@ -57,11 +65,15 @@ def generate_command(
       mlx-adapters generate "List all departments." --adapter sql
     """
     from mlx_adapters.generation.chat import conversation
+    from mlx_adapters.generation.decoding import ids_of
     from mlx_adapters.generation.live import load_model
     from mlx_adapters.sources.bases import recorded_base
     from mlx_adapters.sources.lookup import load_adapter
+    from mlx_adapters.storage.files import require_writable
 
     text = text_or_stdin(prompt)
+    if prompt_cache is not None:
+        require_writable(prompt_cache)
     told: Any = conversation(text, system) if system else text
     loaded = load_adapter(adapter) if adapter else None
     recorded = loaded.base_name if loaded else None
@@ -75,9 +87,21 @@ def generate_command(
         template=template,
         drafting=drafting,
     )
+    cache = None
+    if prompt_cache is not None:
+        ids = list(ids_of(model, told, options["raw"]))
+        cache, told = model.going_on(model.load_cache(prompt_cache) if prompt_cache.exists() else None, ids)
+        options["cache"] = cache
     if as_json:
-        _output.emit_json(model.generate(told, **options))
-        return
+        answer = model.generate(told, **options)
+        _output.emit_json(answer if cache is None else replace(answer, prompt_tokens=len(ids)))
+    else:
+        _write(model, told, options)
+    if cache is not None and prompt_cache is not None:
+        model.save_cache(cache, prompt_cache)
+
+
+def _write(model: "LiveModel", told: Any, options: dict[str, Any]) -> None:
     reason = None
     for response in model.stream(told, **options):
         _output.out(response.text, newline=False)

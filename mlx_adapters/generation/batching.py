@@ -9,13 +9,15 @@ is computed the tokens of the one before are handed out, so the device never wai
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from mlx_adapters.config.sampling import Sampling
 from mlx_adapters.errors import IncompatibleError
+from mlx_adapters.generation.decoding import TextStream, text_of
 from mlx_adapters.generation.reading import PREFILL_TOKENS, Reader
 from mlx_adapters.generation.requests import Request, Row, Token
 from mlx_adapters.runtime.attached import Attached
 from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.surgery.caches import same_function
-from mlx_adapters.system.door import make_prompt_cache, mx, nn
+from mlx_adapters.system.door import TokenizerWrapper, make_prompt_cache, mx, nn
 
 
 def batches(module: nn.Module) -> bool:
@@ -224,6 +226,25 @@ def answer_all(
                     ended = True
             if ended:
                 yield token.request, answers[token.request.number]
+
+
+def texts_of(
+    module: nn.Module,
+    pool: AdapterPool,
+    requests: Sequence[Request],
+    max_batch: int,
+    tokenizer: TokenizerWrapper,
+    sampling: Sampling,
+) -> list[str]:
+    """The texts of `answer_all`, in the order of the requests."""
+    texts = {request.number: TextStream(tokenizer, sampling) for request in requests}
+
+    def stopped(request: Request, token: int) -> bool:
+        texts[request.number].add(token)
+        return texts[request.number].stopped
+
+    answers = dict(answer_all(module, pool, requests, max_batch, stopped))
+    return [text_of(tokenizer, answers[request], sampling) for request in requests]
 
 
 def answer_plainly(

@@ -8,8 +8,8 @@ from typing import Any
 
 from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.errors import FormatError, NotFoundError
-from mlx_adapters.generation.live import LiveModel, PromptCache
-from mlx_adapters.runtime.attached import same
+from mlx_adapters.generation.decoding import PromptCache
+from mlx_adapters.generation.live import LiveModel
 
 
 @dataclass
@@ -23,9 +23,8 @@ class Chat:
     model: LiveModel
     system: str | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
+    cache: PromptCache | None = field(default=None, repr=False)
     full: bool = field(default=False, init=False)
-    _cache: PromptCache | None = field(default=None, repr=False)
-    _cached: list[int] = field(default_factory=list, repr=False)
 
     def ask(self, text: str, **options: Any) -> Iterator[str]:
         """The answer of the adapter at work, piece by piece; the turn is remembered when it is complete."""
@@ -46,22 +45,14 @@ class Chat:
 
     def reset(self) -> None:
         """Forget the conversation."""
-        self.messages, self._cache, self._cached = [], None, []
+        self.messages, self.cache = [], None
 
     def _answer(self, messages: list[dict[str, str]], **options: Any) -> Iterator[str]:
         prompt = self._encode(messages)
-        known = len(self._cached)
-        cache, continues = self._cache, known < len(prompt) and prompt[:known] == self._cached
-        if cache is None or not continues or not same(cache.selection, self.model.pool.selection):
-            cache, known = self.model.new_cache(), 0
-        self._cache, self._cached, written = None, [], list(prompt)  # an answer may be stopped: then both are lost
-        for response in self.model.stream(prompt[known:], cache=cache, **options):
-            written.append(int(response.token))
+        self.cache, rest = self.model.going_on(self.cache, prompt)
+        for response in self.model.stream(rest, cache=self.cache, **options):
             self.full = response.finish_reason == "context"
             yield response.text
-        offset = getattr(cache.layers[0], "offset", 0)
-        if isinstance(offset, int) and offset <= len(written):
-            self._cache, self._cached = cache, written[:offset]
 
     def _encode(self, messages: list[dict[str, str]], own: TemplateConfig | None = None) -> list[int]:
         if not self.model.has_template:

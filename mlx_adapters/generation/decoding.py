@@ -4,8 +4,9 @@ Tokens become text while they come, and stop words may begin in one token and en
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_adapters.config.data import TemplateConfig
@@ -14,6 +15,8 @@ from mlx_adapters.drafting.checking import Drafts, drafted_steps
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.generation.sampling import Sampler, stop_tokens
 from mlx_adapters.models.model import Model
+from mlx_adapters.prompt_caches.layers import count_of, shortened
+from mlx_adapters.runtime.attached import Selection
 from mlx_adapters.system.door import generate_step, make_prompt_cache, mx
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # a text, token ids, or a conversation's messages
@@ -80,6 +83,26 @@ class Generation:
     accepted_tokens: int = 0
 
 
+def gathered(steps: Iterator[Response], ends: Collection[int]) -> Generation:
+    """All steps of an answer together; `ends` are the tokens that end one."""
+    start, first, given = time.perf_counter(), 0.0, []
+    for step in steps:
+        first = first or time.perf_counter() - start
+        given.append(step)
+    last, tokens = given[-1], [step.token for step in given]
+    reason = last.finish_reason or "length"
+    return Generation(
+        "".join(step.text for step in given),
+        tokens[:-1] if reason == "stop" and tokens[-1] in ends else tokens,
+        given[0].prompt_tokens,
+        reason,
+        first,
+        time.perf_counter() - start,
+        last.guessed_tokens,
+        last.accepted_tokens,
+    )
+
+
 def ids_of(
     model: Model, prompt: Prompt, raw: bool = False, own: TemplateConfig | None = None
 ) -> Sequence[int] | mx.array:
@@ -129,6 +152,51 @@ def decode(
         yield Response(piece, token, logprobs, ids.size, reason, *counts)
         if reason:
             return
+
+
+@dataclass(eq=False)
+class PromptCache:
+    """Keys and values of `tokens`, bound to the adapters they were computed with. `make` gives empty layers."""
+
+    layers: list[Any]
+    selection: Selection
+    make: Callable[[], list[Any]]
+    tokens: list[int] = field(default_factory=list)
+
+    def beginning(self, token_ids: Sequence[int]) -> "PromptCache":
+        """What of it `token_ids` begin with: itself, a part, or an empty one where it cannot be cut exactly."""
+        pairs = zip(self.tokens, token_ids, strict=False)
+        common = next((i for i, (one, other) in enumerate(pairs) if one != other), None)
+        common = min(len(self.tokens), len(token_ids)) if common is None else common
+        if common == len(self.tokens):
+            return self
+        layers = shortened(self.layers, common, self.make) if common else None
+        if layers is None:
+            return PromptCache(self.make(), self.selection, self.make)
+        return PromptCache(layers, self.selection, self.make, self.tokens[:common])
+
+    def noted(self, ids: Sequence[int], steps: Generator[Response], exactly: bool) -> Iterator[Response]:
+        """The steps that it reads `ids` in; then it knows its tokens. What was stopped within a step holds none.
+
+        `exactly`: it has read what was given out, and nothing more.
+        """
+        tokens, whole, self.tokens = [*self.tokens, *ids], False, []
+        try:
+            for step in steps:
+                tokens.append(step.token)
+                yield step
+            whole = True
+        except GeneratorExit:
+            whole = True
+            raise
+        finally:
+            steps.close()
+            count = count_of(self.layers)
+            if count is None and exactly:
+                count = len(tokens)
+            if not whole or count is None or count > len(tokens):
+                self.layers, count = self.make(), 0
+            self.tokens = tokens[:count]
 
 
 class TextStream:

@@ -8,24 +8,26 @@ each answer keeps its own adapter and its own random numbers.
 import contextlib
 import itertools
 import logging
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Unpack
 
 from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.sampling import Drafting, Sampling, SamplingOptions
 from mlx_adapters.drafting.drafts import Drafter, load_drafter
 from mlx_adapters.errors import AdapterError, IncompatibleError
-from mlx_adapters.generation.batching import answer_all
-from mlx_adapters.generation.decoding import Generation, Prompt, Response, TextStream, decode, ids_of, text_of
+from mlx_adapters.generation.batching import texts_of
+from mlx_adapters.generation.decoding import Generation, Prompt, PromptCache, Response, decode, gathered, ids_of
 from mlx_adapters.generation.requests import Request
 from mlx_adapters.generation.sampling import Choose, LogitsProcessor, Sampler, stop_tokens
-from mlx_adapters.models.adapter import Adapter, AdapterLike, template_of, version_of
+from mlx_adapters.models.adapter import Adapter, AdapterLike, equal_files, template_of, version_of
 from mlx_adapters.models.base import BaseLike
 from mlx_adapters.models.layers import check_fits, check_made_for
 from mlx_adapters.models.loading import load_model as load_plain_model
 from mlx_adapters.models.model import Model
+from mlx_adapters.prompt_caches.files import read_cache, write_cache
+from mlx_adapters.prompt_caches.layers import count_of, shortened
 from mlx_adapters.runtime.attached import Attached, Selection, same
 from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.sources.bases import resolve_base
@@ -55,14 +57,6 @@ class _Origin:
     reference: str
     any_base: bool
     version: tuple[Any, ...] | None
-
-
-@dataclass(eq=False)
-class PromptCache:
-    """Keys and values of a conversation, bound to the adapters they were computed with."""
-
-    layers: list[Any]
-    selection: Selection
 
 
 class LiveModel(Model):
@@ -178,7 +172,7 @@ class LiveModel(Model):
                 log.warning("'%s' goes on with the weights that were attached. %s", name, error.message)
                 continue
             self._origins[name] = replace(origin, version=version_of(loaded))
-            if not _equal_files(renewed.adapter, entry.adapter):
+            if not equal_files(renewed.adapter, entry.adapter):
                 log.warning("'%s' was replaced since it was attached: its new weights are read.", name)
 
     @property
@@ -239,9 +233,60 @@ class LiveModel(Model):
             self.pool.unfuse()
             self.pool.select(selection)
 
+    def new_layers(self) -> list[Any]:
+        """An empty cache of mlx-lm's."""
+        return make_prompt_cache(self.module)
+
     def new_cache(self) -> PromptCache:
         """An empty cache for `stream(cache=...)`, bound to the adapters that are at work now."""
-        return PromptCache(make_prompt_cache(self.module), self.pool.selection)
+        return PromptCache(self.new_layers(), self.pool.selection, self.new_layers)
+
+    def going_on(self, cache: PromptCache | None, token_ids: Sequence[int]) -> tuple[PromptCache, Sequence[int]]:
+        """What of the cache a prompt can go on from, and the rest of the prompt, one token at least, for `stream`.
+
+        Args:
+            cache: of an earlier prompt, or None. One that was made with other adapters is of no use.
+            token_ids: the whole prompt.
+
+        Example:
+            >>> model = ma.load_model("demo")
+            >>> cache, rest = model.going_on(None, model.encode("List the Physics courses."))
+            >>> answer = list(model.stream(rest, cache=cache, max_tokens=4))
+            >>> cache, rest = model.going_on(cache, [*cache.tokens, *model.encode(" And these?", raw=True)])
+        """
+        if cache is None or not same(cache.selection, self.pool.selection):
+            return self.new_cache(), token_ids
+        begun = cache.beginning(token_ids[:-1])
+        return begun, token_ids[len(begun.tokens) :]
+
+    def save_cache(self, cache: PromptCache, path: Path | str) -> None:
+        """Write a cache to a file in mlx-lm's format, whole or not at all, with what it was made with.
+
+        Args:
+            cache: what `stream` filled.
+            path: the file, which it replaces.
+
+        Raises StorageError, or FormatError for a model whose caches mlx-lm's format has no place for.
+        """
+        layers = shortened(cache.layers, len(cache.tokens), self.new_layers) or cache.layers  # without room to grow
+        write_cache(Path(path), layers, cache.tokens, self._made_with(cache.selection), str(self.base.folder))
+
+    def load_cache(self, path: Path | str) -> PromptCache:
+        """The cache in a file of `save_cache`, for the adapters that are at work now.
+
+        Args:
+            path: the file.
+
+        Raises NotFoundError, FormatError; IncompatibleError if it was made with another base, other adapters or in
+        another precision.
+        """
+        selection = self.pool.selection
+        layers, tokens = read_cache(Path(path), self.new_layers, self._made_with(selection))
+        return PromptCache(layers, selection, self.new_layers, tokens)
+
+    def _made_with(self, selection: Selection) -> dict[str, Any]:
+        adapters = [[entry.digest(), weight] for entry, weight in selection]
+        return {"base": self.base.fingerprint, "adapters": adapters, "dtype": str(self.pool.dtype)}
 
     def logits(self, token_ids: list[int] | mx.array) -> mx.array:
         """What the model expects after each token, evaluated, so that a later switch cannot reach it.
@@ -283,16 +328,17 @@ class LiveModel(Model):
         """
         how, selection = (sampling or Sampling()).changed(options), self.pool.selection  # type: ignore[arg-type]
         chosen = Sampler(how, sampler, logits_processors, self.tokenizer)
-        if isinstance(cache, PromptCache):
-            if not same(cache.selection, selection):
-                raise IncompatibleError("This cache was made with another adapter.", "take a new one: new_cache().")
-            cache = cache.layers
-        before = getattr(cache[0], "offset", 0) if cache else 0
+        bound = cache if isinstance(cache, PromptCache) else None
+        if bound is not None and not same(bound.selection, selection):
+            raise IncompatibleError("This cache was made with another adapter.", "take a new one: new_cache().")
+        layers: Any = bound.layers if bound is not None else cache
+        before = len(bound.tokens) if bound is not None else (count_of(layers) or 0) if layers else 0
         ids = self.checked_ids(ids_of(self, prompt, raw), before)
         drafts = self.drafter.begin() if self.drafter else None
-        return self._steps(decode(self, ids, chosen, before, cache, drafts), selection)
+        steps = self._steps(decode(self, ids, chosen, before, layers, drafts), selection)
+        return steps if bound is None else bound.noted(ids.tolist(), steps, exactly=self.drafter is None)
 
-    def _steps(self, inner: Iterator[Response], selection: Selection) -> Iterator[Response]:
+    def _steps(self, inner: Iterator[Response], selection: Selection) -> Generator[Response]:
         while True:
             with self.pool.applied(selection):
                 response = next(inner, None)
@@ -306,6 +352,7 @@ class LiveModel(Model):
         sampling: Sampling | None = None,
         *,
         raw: bool = False,
+        cache: PromptCache | None = None,
         sampler: Choose | None = None,
         logits_processors: Sequence[LogitsProcessor] = (),
         **options: Unpack[SamplingOptions],
@@ -316,30 +363,16 @@ class LiveModel(Model):
             prompt: a text, token ids, or a conversation's messages (mappings with "role" and "content").
             sampling: how tokens are chosen.
             raw: leave the chat template out.
+            cache: as for `stream`.
             sampler: as for `stream`.
             logits_processors: as for `stream`.
             options: fields of `Sampling` that differ from `sampling`, such as max_tokens=64.
 
         Raises ModelError, or ConfigError for a wrong option.
         """
-        start, first = time.perf_counter(), 0.0
-        how, steps = (sampling or Sampling()).changed(options), []  # type: ignore[arg-type]
-        for step in self.stream(prompt, how, raw=raw, sampler=sampler, logits_processors=logits_processors):
-            first = first or time.perf_counter() - start
-            steps.append(step)
-        text, reason = "".join(step.text for step in steps), steps[-1].finish_reason or "length"
-        tokens = [step.token for step in steps]
-        ended = reason == "stop" and tokens[-1] in stop_tokens(how, self.tokenizer)
-        return Generation(
-            text,
-            tokens[:-1] if ended else tokens,
-            steps[0].prompt_tokens,
-            reason,
-            first,
-            time.perf_counter() - start,
-            steps[-1].guessed_tokens,
-            steps[-1].accepted_tokens,
-        )
+        how = (sampling or Sampling()).changed(options)  # type: ignore[arg-type]
+        steps = self.stream(prompt, how, raw=raw, cache=cache, sampler=sampler, logits_processors=logits_processors)
+        return gathered(steps, stop_tokens(how, self.tokenizer))
 
     def generate_batch(
         self,
@@ -381,21 +414,8 @@ class LiveModel(Model):
             )
             for prompt, (_, name) in zip(ids, prompts, strict=True)
         ]
-        texts = {request.number: TextStream(self.tokenizer, chosen) for request in requests}
-
-        def stopped(request: Request, token: int) -> bool:
-            texts[request.number].add(token)
-            return texts[request.number].stopped
-
         with self.pool.lock:
-            answers = dict(answer_all(self.module, self.pool, requests, max_batch, stopped))
-        return [text_of(self.tokenizer, answers[request], chosen) for request in requests]
-
-
-def _equal_files(one: Adapter, other: Adapter) -> bool:
-    """Whether two versions of an adapter are known to hold the same weights."""
-    recorded = [adapter.metadata.get("sha256") for adapter in (one, other)]
-    return one.iteration is None and recorded[0] is not None and recorded[0] == recorded[1]
+            return texts_of(self.module, self.pool, requests, max_batch, self.tokenizer, chosen)
 
 
 def load_model(

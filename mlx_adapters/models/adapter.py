@@ -352,6 +352,12 @@ def version_of(adapter: Adapter) -> tuple[Any, ...] | None:
     return tuple(stat and (stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
 
 
+def equal_files(one: Adapter, other: Adapter) -> bool:
+    """Whether two versions of an adapter are known to hold the same weights."""
+    recorded = [adapter.metadata.get("sha256") for adapter in (one, other)]
+    return one.iteration is None and recorded[0] is not None and recorded[0] == recorded[1]
+
+
 def write_adapter(adapter: Adapter, folder: Path, overwrite: bool = False) -> Path:
     """Write an adapter as a folder that `mlx_lm.load(adapter_path=...)` takes, whole or not at all; the folder.
 

@@ -6,7 +6,7 @@ that are out of their window, or keep a state that no token can be taken out of 
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mlx.utils import tree_flatten, tree_map
@@ -71,3 +71,19 @@ def _own(value: Any) -> Any:
 def bring_back(layer: Any, kept: Any) -> None:
     """Let a layer be as `kept`, a copy of `moment`, which is not changed later."""
     vars(layer).update(vars(moment(kept)))
+
+
+def shortened(cache: Sequence[Any], length: int, make: Callable[[], list[Any]]) -> list[Any] | None:
+    """A cache of the first `length` tokens of what this one holds; None if it does not hold all tokens apart."""
+    parts, short = [held(layer) for layer in leaves(cache)], make()
+    if any(part is None for part in parts):
+        return None
+    for layer, part in zip(leaves(short), parts, strict=True):
+        put(layer, [part], length)
+    return short
+
+
+def count_of(cache: Sequence[Any]) -> int | None:
+    """How many tokens a cache was given, by the first layer that counts them; None if none does."""
+    offsets = (getattr(layer, "offset", None) for layer in leaves(cache))
+    return next((offset for offset in offsets if isinstance(offset, int)), None)

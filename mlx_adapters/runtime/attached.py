@@ -1,10 +1,12 @@
 """An adapter in memory, and which of them are at work."""
 
+import hashlib
 from dataclasses import dataclass, field
 
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.runtime.factors import Factors, combine
 from mlx_adapters.runtime.sites import Site
+from mlx_adapters.storage.tensor_files import raw_bytes
 
 
 @dataclass(eq=False)
@@ -28,6 +30,15 @@ class Attached:
     def nbytes(self) -> int:
         """Bytes in memory."""
         return sum(f.nbytes for f in self.factors.values())
+
+    def digest(self) -> str:
+        """SHA-256 of its factors: equal for equal weights on one device and in one precision."""
+        digest = hashlib.sha256()
+        for site, factors in sorted(self.factors.items(), key=lambda item: item[0].paths):
+            digest.update(" ".join(site.paths).encode())
+            for array in factors.arrays:
+                digest.update(raw_bytes(array))
+        return digest.hexdigest()
 
 
 # The adapters at work, each with its weight; () is the base.
