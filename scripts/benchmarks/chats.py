@@ -1,0 +1,301 @@
+"""Chats of several clients with this server and with mlx-lm's, in one run on one machine.
+
+    python scripts/benchmarks/chats.py [--base demo] [base long adapter mixed structured] [--rounds 3] [--json FILE]
+
+Each client has a chat of five turns: it sends what was said so far and a new text of its own, and reads the answer as
+it is written, a fixed number of tokens (the end tokens are forbidden by `logit_bias`). In each round all sides of a leg
+take turns, in shuffled order, with new texts; shown are medians and, in brackets, the range over the rounds. On a CPU
+both get OpenBLAS and a float32 copy of the base.
+
+- base: 1, 4 and 16 clients without an adapter
+- long: one client, whose first text is long
+- adapter: 4 and 16 clients, all with one adapter
+- mixed: 16 clients over 8 adapters, against 16 with one
+- structured: 4 clients beside a fifth whose answers are JSON of a schema, against 4 beside a fifth like them
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
+
+from helpers.schemas import FORMAT  # noqa: E402
+from helpers.serving import Served  # noqa: E402
+
+import mlx_adapters  # noqa: E402, F401  (before mlx: it sees to a fast BLAS)
+
+TURNS, ADAPTERS = 5, [f"a{i}" for i in range(8)]
+WORDS = (ROOT / "LICENSE").read_text().lower().split()
+THEIRS = "import mlx_adapters; from mlx_lm.server import main; main()"  # with the same BLAS
+
+
+class MlxLm:
+    """mlx-lm's server in a process of its own."""
+
+    def __init__(self, base, *options):
+        with httpx.Client() as http:
+            port = random.randint(20_000, 40_000)
+            command = [sys.executable, "-c", THEIRS, "--model", str(base), "--port", str(port), "--log-level", "ERROR"]
+            self.process = subprocess.Popen([*command, *map(str, options)], cwd=ROOT, stderr=subprocess.DEVNULL)
+            self.address = f"http://127.0.0.1:{port}"
+            for _ in range(1200):
+                try:
+                    if http.get(self.address + "/health").status_code == 200:
+                        return
+                except httpx.TransportError:
+                    time.sleep(0.1)
+        raise RuntimeError("mlx-lm's server did not start")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        self.process.wait(30)
+
+
+class Talk:
+    """One client's chat; `firsts`: the seconds to the first token of each turn; `made`: the tokens of its answers."""
+
+    def __init__(self, model, seed, options, more=None, first=None):
+        self.words = first or options.words
+        self.model, self.chance, self.options, self.more = model, random.Random(seed), options, more or {}
+        self.firsts, self.made, self.seconds, self.cached = [], 0, 0.0, 0
+
+    async def run(self, http):
+        messages, start = [], time.monotonic()
+        for _ in range(TURNS):
+            messages.append({"role": "user", "content": " ".join(self.chance.choices(WORDS, k=self.words))})
+            self.words = self.options.words
+            messages.append({"role": "assistant", "content": await self.turn(http, messages)})
+        self.seconds = time.monotonic() - start
+
+    async def turn(self, http, messages):
+        body = {
+            "model": self.model,
+            "messages": messages,
+            "max_tokens": self.options.tokens,
+            "temperature": 0,
+            "stream": True,
+        }
+        body |= {"stream_options": {"include_usage": True}, "logit_bias": self.options.bias} | self.more
+        start, text, first = time.monotonic(), "", None
+        async with http.stream("POST", "/v1/chat/completions", json=body) as answer:
+            if answer.status_code != 200:
+                raise RuntimeError((await answer.aread())[:500])
+            async for line in answer.aiter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                chunk = json.loads(line[6:])
+                if chunk.get("usage"):
+                    self.made += chunk["usage"]["completion_tokens"]
+                    self.cached += (chunk["usage"].get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+                if chunk.get("choices") and (said := chunk["choices"][0]["delta"].get("content")):
+                    first = first or time.monotonic() - start
+                    text += said
+        self.firsts.append(first if first is not None else time.monotonic() - start)
+        return text
+
+
+async def crowd(address, talks):
+    """Figures of talks that are held at once."""
+    limits = httpx.Limits(max_connections=len(talks) * 2)
+    async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as http:
+        start = time.monotonic()
+        await asyncio.gather(*(talk.run(http) for talk in talks))
+        spent = time.monotonic() - start
+    return {
+        "tokens_per_second": sum(talk.made for talk in talks) / spent,
+        "first": statistics.median(talk.firsts[0] for talk in talks),
+        "later": statistics.median(first for talk in talks for first in talk.firsts[1:]),
+        "cached": sum(talk.cached for talk in talks),
+        "made": sum(talk.made for talk in talks),
+    }
+
+
+def leg(name, sides, options):
+    """Rounds in which every side has its turn; {side: [figures of each round]}."""
+    found = {side: [] for side in sides}
+    for number in range(options.rounds):
+        for side in random.Random(number).sample(list(sides), len(sides)):
+            address, talks = sides[side](number)
+            found[side].append(asyncio.run(crowd(address, talks)))
+            print(f"{name}, round {number + 1}, {side}: {found[side][-1]}", file=sys.stderr, flush=True)
+    return found
+
+
+def talks(model, count, options, first=None):
+    """A function of the round that gives so many talks with these models in turn."""
+    models = [model] if isinstance(model, str) else model
+    return lambda number: [Talk(models[i % len(models)], f"{number} {i}", options, first=first) for i in range(count)]
+
+
+def at(address, made):
+    return lambda number: (address, made(number))
+
+
+def race(name, ours, base, place, options):
+    """{title: figures} of a leg that mlx-lm's server takes part in."""
+    model, counts = "base", options.clients if name == "base" else [1]
+    told, first = (), options.long if name == "long" else None
+    if name == "adapter":
+        model, counts, told = (
+            ADAPTERS[0],
+            [n for n in options.clients if n > 1],
+            ("--adapter-path", place / ADAPTERS[0]),
+        )
+    found = {}
+    with MlxLm(base, *told) as theirs:
+        for address, called in ((ours.address, model), (theirs.address, "default_model")):
+            asyncio.run(crowd(address, [Talk(called, "warm", options)]))
+        for count in counts:
+            sides = {
+                "this server": at(ours.address, talks(model, count, options, first)),
+                "mlx-lm": at(theirs.address, talks("default_model", count, options, first)),
+            }
+            title = f"{name}, {count} client" + ("s" if count > 1 else "")
+            found[title] = leg(title, sides, options)
+    return found
+
+
+def mixed(ours, options):
+    """16 clients over all adapters, and with one."""
+    sides = {
+        "8 adapters": at(ours.address, talks(ADAPTERS, 16, options)),
+        "one adapter": at(ours.address, talks(ADAPTERS[0], 16, options)),
+    }
+    return {"mixed, 16 clients": leg("mixed", sides, options)}
+
+
+class Beside(Talk):
+    """A client that asks until it is ended, and is not counted."""
+
+    async def run(self, http):
+        while True:
+            await self.turn(http, [{"role": "user", "content": " ".join(self.chance.choices(WORDS, k=20))}])
+
+
+def structured(ours, options):
+    """Four plain talks, whose figures count, beside a fifth of either kind."""
+
+    async def played(number, more):
+        plain = talks("base", 4, options)(number)
+        limits = httpx.Limits(max_connections=16)
+        async with httpx.AsyncClient(base_url=ours.address, timeout=600, limits=limits) as http:
+            fifth = asyncio.ensure_future(Beside("base", f"{number} fifth", options, more).run(http))
+            start = time.monotonic()
+            await asyncio.gather(*(talk.run(http) for talk in plain))
+            spent = time.monotonic() - start
+            fifth.cancel()
+        return {"tokens_per_second": sum(talk.made for talk in plain) / spent}
+
+    kinds = {"beside a schema": {"response_format": FORMAT, "logit_bias": None}, "beside one like them": {}}
+    found = {kind: [] for kind in kinds}
+    for number in range(options.rounds):
+        for kind in random.Random(number).sample(list(kinds), 2):
+            found[kind].append(asyncio.run(played(number, kinds[kind])))
+            print(f"structured, round {number + 1}, {kind}: {found[kind][-1]}", file=sys.stderr, flush=True)
+    return {"structured, 4 clients": found}
+
+
+def prepare(place, options):
+    """A base that both can load, and adapters on it."""
+    from race import dense_copy
+    from serve import random_adapter
+
+    from mlx_adapters.generation.live import load_model
+    from mlx_adapters.models.adapter import write_adapter
+    from mlx_adapters.sources.bases import resolve_base
+    from mlx_adapters.system.machine import on_gpu
+
+    base = resolve_base(options.base)
+    folder = base.folder if on_gpu() else dense_copy(base, place / "base")
+    model = load_model(str(folder))
+    for i, name in enumerate(ADAPTERS):
+        write_adapter(random_adapter(model, options.rank, i), place / name)
+    options.bias = {str(token): -100 for token in model.tokenizer.eos_token_ids}
+    return folder
+
+
+def median(values, form="{:.1f}"):
+    low, high = form.format(min(values)), form.format(max(values))
+    return form.format(statistics.median(values)) + (f" ({low}-{high})" if low != high else "")
+
+
+def ratio(found, ours, theirs, key):
+    return median([a[key] / b[key] for a, b in zip(found[ours], found[theirs], strict=True)], "{:.2f}")
+
+
+def show(name, found):
+    """Rows of the table."""
+    for side, rounds in found.items():
+        cells = [median([one["tokens_per_second"] for one in rounds])]
+        for key in ("first", "later"):
+            cells.append(median([one[key] for one in rounds], "{:.2f}") if key in rounds[0] else "")
+        print(f"| {name} | {side} | " + " | ".join(cells) + " |")
+    first, second = list(found)
+    parts = [
+        f"{key} {ratio(found, first, second, key)}"
+        for key in ("tokens_per_second", "first", "later")
+        if key in found[first][0]
+    ]
+    print(f"| {name} | *{first} / {second}* | " + " | ".join(part.split(" ", 1)[1] for part in parts) + " |")
+
+
+def main():
+    from mlx_adapters.system.machine import environment
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("legs", nargs="*", default=["base", "long", "adapter", "mixed", "structured"])
+    parser.add_argument("--base", default="demo")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--clients", type=int, nargs="*", default=[1, 4, 16])
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--words", type=int, default=30)
+    parser.add_argument("--long", type=int, default=500, help="words of the first text of the leg `long`")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    results = {}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        place = Path(folder)
+        base = prepare(place, options)
+        adapters = [f"{name}={place / name}" for name in ADAPTERS]
+        with Served(base, "--max-batch", 16, "--max-adapters", 8, adapters=adapters) as ours:
+            for name in options.legs:
+                if name == "mixed":
+                    results |= mixed(ours, options)
+                elif name == "structured":
+                    results |= structured(ours, options)
+                else:
+                    results |= race(name, ours, base, place, options)
+    print(
+        f"\n{options.base}, rank {options.rank}; turns of {options.words} words, answers of {options.tokens} tokens, ",
+        end="",
+    )
+    print(f"{options.rounds} rounds; {environment()}\n")
+    print("| chats | | tokens/s | first token, s | of later turns, s |\n| --- | --- | --- | --- | --- |")
+    for name, found in results.items():
+        show(name, found)
+    if options.json:
+        told = {
+            "environment": environment(),
+            "options": {k: str(v) for k, v in vars(options).items()},
+            "results": results,
+        }
+        options.json.write_text(json.dumps(told, indent=1, default=str))
+
+
+if __name__ == "__main__":
+    main()
