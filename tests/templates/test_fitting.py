@@ -2,13 +2,16 @@
 
 import numpy as np
 import pytest
-from helpers.chat_families import TOOLS, by_marks, chat_tokenizer
+from helpers.chat_families import TOOLS, by_marks, chat_tokenizer, write_base
 
 from mlx_adapters.data.tokenizing import row_conversation, tokenize_row
-from mlx_adapters.errors import FormatError
+from mlx_adapters.errors import FormatError, ModelError
+from mlx_adapters.models.loading import load_model
 from mlx_adapters.rows.row import RawRow
+from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.system.templates import LimitError
 from mlx_adapters.templates.fitting import ASKED, JOINED, SINGLE, TOLD, rendered
+from mlx_adapters.templates.tool_calls import tool_format, with_tools
 
 
 def calling(*cities: str, ids: bool = False, content: str | None = None) -> dict:
@@ -141,3 +144,15 @@ def test_such_rows_are_trained_where_the_marks_of_the_template_are(family, messa
     assert {found.origin(turn.message) for turn in found.conversation.turns} == turns
     whole = tokenize_row(raw, tokenizer)
     assert whole.tokens.tolist() == ids and whole.changes == changes
+
+
+def test_in_use_the_model_is_asked_as_it_was_trained(tmp_path):
+    model = load_model(resolve_base(write_base(tmp_path / "base", "gemma2")))
+    row = tokenize_row(RawRow({"messages": TWO, "tools": TOOLS}, "line 3"), model.tokenizer, mask_prompt=True)
+    starts = np.flatnonzero(row.trained & ~np.roll(row.trained, 1))
+    for before, start in zip((TWO[:1], TWO[:4]), starts, strict=True):
+        messages, tools = with_tools(before, TOOLS, tool_format(model.tokenizer))  # as a server does
+        assert model.encode_chat(messages, tools) == row.tokens[:start].tolist()
+    assert model.encode_chat(TWO[:4], TOOLS) == row.tokens[: starts[1]].tolist()
+    with pytest.raises(ModelError, match="Conversation roles must alternate"):
+        model.encode_chat([{"role": "narrator", "content": "b"}, user("a")])
