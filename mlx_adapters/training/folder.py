@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mlx_adapters.config.mapping import require, shown
 from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.data.datasets import DataSet, keep
-from mlx_adapters.errors import AdapterError, ConfigError
+from mlx_adapters.errors import AdapterError
 from mlx_adapters.models.adapter import Weights
 from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.sources import references, registry
@@ -40,9 +41,12 @@ def arithmetic() -> dict[str, str]:
 
 def place_of(name: str) -> tuple[Reference, Path]:
     """A run's reference and folder: a name is in the registry, a path (./out) is where it says."""
+    name = str(paths.expanded(name)) if isinstance(name, Path) else name
+    hint = "give a name, or a path such as ./out."
+    require(isinstance(name, str), f"{shown(name)} cannot name a training run.", hint)
     reference = references.parse_reference(name)
-    if reference.kind == "hub" or reference.iteration is not None:
-        raise ConfigError(f"'{name}' cannot name a training run.", "give a name, or a path such as ./out.")
+    run = reference.kind != "hub" and reference.iteration is None
+    require(run, f"'{name}' cannot name a training run.", hint)
     if reference.kind == "name":
         return reference, registry.adapter_folder(reference.target)
     path = paths.expanded(reference.target)

@@ -11,13 +11,14 @@ from helpers.training_tools import cut_after, outcome, write_data
 
 from mlx_adapters import LoraConfig, TrainConfig, train
 from mlx_adapters.adapters.keeping import fill_template, remove, tag, use
-from mlx_adapters.errors import AdapterError, FormatError, StorageError, TrainingError
+from mlx_adapters.errors import AdapterError, ConfigError, FormatError, StorageError, TrainingError
 from mlx_adapters.events import CheckpointSaved, ValidationReport
 from mlx_adapters.optimization.step import TrainStep
 from mlx_adapters.sources.lookup import load_adapter
 from mlx_adapters.sources.registry import list_adapters
 from mlx_adapters.storage import files
 from mlx_adapters.training import state as states
+from mlx_adapters.training.folder import place_of
 
 LORA = LoraConfig(rank=2, scale=2.0, target_modules=("q_proj",))
 OTHER = LoraConfig(rank=4, scale=2.0, target_modules=("q_proj",))
@@ -223,3 +224,11 @@ def test_other_versions_of_the_arithmetic_are_told(run):
     told = [text for text in notes if "other versions" in text]
     assert len(told) == 1 and "mlx 0.0.1 -> " in told[0] and "numpy" not in told[0]
     assert files.read_json(path)["versions"] == metadata["versions"]
+
+
+def test_a_run_has_a_name_or_a_place(home, tmp_path):
+    assert place_of(tmp_path / "x") == place_of(str(tmp_path / "x")) and place_of("x")[0].kind == "name"
+    for odd in (5, None, ["x"], "x@3", "user/repo"):
+        with pytest.raises(ConfigError, match=r" cannot name a training run\.") as error:
+            place_of(odd)
+        assert "./out" in error.value.hint
