@@ -1,11 +1,12 @@
 """Two hundred clients against one server: random adapters, clients that leave, requests that are wrong.
 
-A tiny model with eight adapters is built, four of which fit into memory, and served on loopback. Every greedy answer is
-held against the adapter's solo run, every drawn one against the same request's before; structured ones are JSON of
-their schema; every refusal must be the one that was asked for; the server's memory must stay flat. Ends with status 1
-if anything differs.
+A tiny model with eight adapters is built, four of which fit into memory, and served on loopback, with room for a few
+conversations that need not be read again. Every greedy answer, also a second turn's, is held against the adapter's solo
+run, every drawn one against the same request's before; structured ones are JSON of their schema; every refusal must be
+the one that was asked for; the server's memory must stay flat. Ends with status 1 if anything differs.
 
     python scripts/load_test.py --clients 200 --seconds 120
+    python scripts/load_test.py --clients 32 --requests 5000
 """
 
 import argparse
@@ -47,7 +48,7 @@ WRONG = [
 
 
 def build(folder):
-    """Write the model and register the adapters; give {(name, prompt, length): text} of the solo runs."""
+    """Write the model and register the adapters; give {(name, prompt, length): (text, second turn's)} of solo runs."""
     from helpers.adapters import random_adapter
     from helpers.tiny_models import build_model
 
@@ -62,22 +63,32 @@ def build(folder):
         model.use(None if name == "base" else name)
         for prompt in PROMPTS:
             for length in LENGTHS:
-                wanted[name, prompt, length] = model.generate(prompt, max_tokens=length).text
+                text = model.generate(prompt, max_tokens=length).text
+                following = model.generate(second_turn(prompt, text), max_tokens=length).text
+                wanted[name, prompt, length] = text, following
     return wanted
+
+
+def second_turn(prompt, text):
+    """The messages of a conversation that goes on."""
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+    return [*messages, {"role": "user", "content": "And then?"}]
 
 
 class Clients:
     """All clients and what they saw."""
 
-    def __init__(self, http, wanted, seconds):
-        self.http, self.wanted, self.end = http, wanted, time.monotonic() + seconds
+    def __init__(self, http, wanted, seconds, requests):
+        self.http, self.wanted, self.end, self.left = http, wanted, time.monotonic() + seconds, requests
         self.counts, self.failures, self.latencies = collections.Counter(), [], []
         self.seen = {}
 
     async def one(self, number):
         chance = random.Random(number)
-        while time.monotonic() < self.end:
-            kind = chance.choices(["whole", "stream", "formed", "drawn", "leave", "wrong"], [30, 25, 10, 10, 12, 13])[0]
+        kinds = {"whole": 20, "stream": 20, "talk": 15, "formed": 10, "drawn": 10, "leave": 12, "wrong": 13}
+        while time.monotonic() < self.end and self.left > 0:
+            self.left -= 1
+            kind = chance.choices(list(kinds), list(kinds.values()))[0]
             name, prompt, length = chance.choice(list(self.wanted))
             body = {
                 "model": name,
@@ -97,7 +108,14 @@ class Clients:
     async def whole(self, body, wanted, chance):
         answer = await self.http.post("/v1/chat/completions", json=body)
         assert answer.status_code == 200, answer.text[:200]
-        assert answer.json()["choices"][0]["message"]["content"] == wanted, "another text than the solo run's"
+        assert answer.json()["choices"][0]["message"]["content"] == wanted[0], "another text than the solo run's"
+
+    async def talk(self, body, wanted, chance):
+        """A second turn, which may go on from what the first one left, from a part of it, or from nothing."""
+        question = body["messages"][0]["content"]
+        if chance.random() < 0.7:
+            await self.whole(body, wanted, chance)
+        await self.whole(body | {"messages": second_turn(question, wanted[0])}, wanted[1:], chance)
 
     async def stream(self, body, wanted, chance):
         text = ""
@@ -106,7 +124,7 @@ class Clients:
             async for line in answer.aiter_lines():
                 if line.startswith("data: {"):
                     text += json.loads(line[6:])["choices"][0]["delta"].get("content", "")
-        assert text == wanted, "another text than the solo run's"
+        assert text == wanted[0], "another text than the solo run's"
 
     async def formed(self, body, wanted, chance):
         """A grammar on the logits: the text is JSON of the schema, and the same for the same seed."""
@@ -156,10 +174,10 @@ async def watch(pid, samples):
         await asyncio.sleep(0.5)
 
 
-async def attack(address, pid, wanted, clients, seconds):
+async def attack(address, pid, wanted, clients, seconds, requests):
     limits = httpx.Limits(max_connections=clients * 2, max_keepalive_connections=clients)
     async with httpx.AsyncClient(base_url=address, timeout=120, limits=limits) as http:
-        crowd, samples = Clients(http, wanted, seconds), []
+        crowd, samples = Clients(http, wanted, seconds, requests), []
         watching = asyncio.ensure_future(watch(pid, samples))
         await asyncio.gather(*(crowd.one(i) for i in range(clients)))
         watching.cancel()
@@ -180,11 +198,15 @@ def report(crowd, samples, values, health, options):
     middle, last = (sum(s) / len(s) for s in (samples[quarter : 2 * quarter] or samples, samples[-quarter:]))
     latencies = sorted(crowd.latencies)
     answered = len(latencies)
-    print(f"{options.clients} clients, {options.seconds} s: " + ", ".join(f"{n} {k}" for k, n in crowd.counts.items()))
+    print(f"{options.clients} clients: " + ", ".join(f"{n} {k}" for k, n in crowd.counts.items()))
     print(
-        f"{answered / options.seconds:.1f} full answers/s; latency median {latencies[answered // 2]:.2f} s, "
+        f"{answered} full answers; latency median {latencies[answered // 2]:.2f} s, "
         f"99% {latencies[answered * 99 // 100]:.2f} s"
     )
+    known = sum(float(v) for k, v in values.items() if k.startswith("mlx_adapters_cached_tokens_total"))
+    given = sum(float(v) for k, v in values.items() if k.startswith("mlx_adapters_prompt_tokens_total"))
+    kept = float(values["mlx_adapters_prompt_cache_bytes"])
+    print(f"prompt tokens that were known: {known / given:.0%}; kept at the end: {kept / 1e6:.2f} MB")
     evictions = sum(float(v) for k, v in values.items() if "evictions_total{" in k)
     print(f"adapters put out and brought back: {evictions:.0f}")
     print(f"server memory: second quarter {middle / 1e6:.0f} MB, last quarter {last / 1e6:.0f} MB")
@@ -199,17 +221,21 @@ def report(crowd, samples, values, health, options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=200)
-    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--seconds", type=float)
+    parser.add_argument("--requests", type=int, help="end after so many")
     options = parser.parse_args()
+    options.seconds = options.seconds or (120 if options.requests is None else 3600)
+    options.requests = options.requests or 10**9
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MLX_ADAPTERS_HOME"] = folder + "/home"
         wanted = build(Path(folder))
-        limits = ("--max-adapters", 4, "--max-batch", 16, "--max-queue", options.clients * 2)
+        limits = ("--max-adapters", 4, "--max-batch", 16, "--max-queue", options.clients * 2, "--prompt-cache-mb", 2)
         with Served(folder + "/model", *limits, adapters=ADAPTERS) as server:
-            crowd = attack(server.address, server.process.pid, wanted, options.clients, options.seconds)
-            outcome = asyncio.run(crowd)
-    if server.said not in ("", "Error: Interrupted."):
-        print("the server said:", server.said[:3000])
+            how_much = options.clients, options.seconds, options.requests
+            outcome = asyncio.run(attack(server.address, server.process.pid, wanted, *how_much))
+    said = [line for line in server.said.splitlines() if not line.startswith(("curl ", "Error: Interrupted."))]
+    if said:
+        print("the server said:", "\n".join(said)[:3000])
     sys.exit(report(*outcome, options))
 
 
