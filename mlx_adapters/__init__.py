@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from mlx_adapters.config.data import TemplateConfig as TemplateConfig
     from mlx_adapters.config.evaluating import EvaluationConfig as EvaluationConfig
     from mlx_adapters.config.fusing import FuseOptions as FuseOptions
+    from mlx_adapters.config.quantization import CacheQuantization as CacheQuantization
     from mlx_adapters.config.quantization import Quantization as Quantization
     from mlx_adapters.config.sampling import Drafting as Drafting
     from mlx_adapters.config.sampling import Sampling as Sampling
@@ -130,6 +131,7 @@ _PUBLIC = {
     "Model": "models.model",
     "Generation": "generation.decoding",
     "Response": "generation.decoding",
+    "CacheQuantization": "config.quantization",
     "Drafting": "config.sampling",
     "Sampling": "config.sampling",
     "LiveModel": "generation.live",

@@ -14,6 +14,7 @@ from mlx_adapters.cli import _output
 from mlx_adapters.cli._settings import option, options
 from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.evaluating import EvaluationConfig
+from mlx_adapters.config.quantization import CacheQuantization
 from mlx_adapters.config.sampling import Drafting, Sampling
 from mlx_adapters.config.settings import settings_of
 from mlx_adapters.errors import ConfigError
@@ -130,6 +131,18 @@ prompt_cache_option = click.option(
     metavar="FILE",
     help="Keep what was read and written in this file, and do not read again what it holds.",
 )
+
+
+def kv_options(command: Command) -> Command:
+    """The options of `CacheQuantization`, which the command takes as `kv`."""
+
+    @functools.wraps(command)
+    def with_kv(*args: Any, **kwargs: Any) -> Any:
+        return command(
+            *args, kv=CacheQuantization(**{n: kwargs.pop(n) for n in settings_of(CacheQuantization)}), **kwargs
+        )
+
+    return options(CacheQuantization)(with_kv)  # type: ignore[return-value]
 
 
 def drafting_options(command: Command) -> Command:

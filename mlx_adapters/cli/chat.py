@@ -18,6 +18,7 @@ from mlx_adapters.cli._options import (
     drafting_options,
     dtype_option,
     json_option,
+    kv_options,
     prompt_cache_option,
     sampling_options,
     system_option,
@@ -27,6 +28,7 @@ from mlx_adapters.cli._options import (
 from mlx_adapters.cli._prompt import Prompt
 from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.mapping import require
+from mlx_adapters.config.quantization import CacheQuantization
 from mlx_adapters.config.sampling import Drafting
 from mlx_adapters.errors import AdapterError
 
@@ -59,6 +61,7 @@ HELP = """/use NAME       answer with this adapter (attached if it is not yet)
 @sampling_options
 @drafting_options
 @prompt_cache_option
+@kv_options
 @template_options
 @dtype_option
 @trust_option
@@ -69,6 +72,7 @@ def chat_command(
     system: str | None,
     drafting: Drafting,
     prompt_cache: Path | None,
+    kv: CacheQuantization,
     template: TemplateConfig,
     dtype: str,
     **sampling: Any,
@@ -84,7 +88,7 @@ def chat_command(
 
     if prompt_cache is not None:
         require_writable(prompt_cache)
-    chat = Chat(_load(base, adapters, any_base, dtype, template, drafting), system)
+    chat = Chat(_load(base, adapters, any_base, dtype, template, drafting, kv), system)
     if adapters:
         chat.model.use(chat.model.adapters[0].name)
     if prompt_cache is not None and prompt_cache.exists():
@@ -167,6 +171,7 @@ def _load(
     dtype: str,
     template: TemplateConfig,
     drafting: Drafting | None = None,
+    kv: CacheQuantization | None = None,
 ) -> "LiveModel":
     from mlx_adapters.generation.live import load_model
     from mlx_adapters.sources.bases import recorded_base
@@ -176,7 +181,7 @@ def _load(
     recorded = next((adapter.base_name for adapter in loaded if adapter.base_name), None)
     if base is None and recorded is None:
         raise click.UsageError("Give --base (the embedded model is 'demo').")
-    model = load_model(base or recorded_base(str(recorded)), dtype=dtype, template=template, drafting=drafting)
+    model = load_model(base or recorded_base(str(recorded)), dtype=dtype, template=template, drafting=drafting, kv=kv)
     for reference, adapter in zip(references, loaded, strict=True):
         model.attach(adapter, any_base, name=reference, use=False)
     return model

@@ -16,6 +16,7 @@ from mlx_adapters.cli._options import (
     drafting_options,
     dtype_option,
     json_option,
+    kv_options,
     prompt_cache_option,
     sampling_options,
     system_option,
@@ -24,6 +25,7 @@ from mlx_adapters.cli._options import (
     trust_option,
 )
 from mlx_adapters.config.data import TemplateConfig
+from mlx_adapters.config.quantization import CacheQuantization
 from mlx_adapters.config.sampling import Drafting
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 @sampling_options
 @drafting_options
 @prompt_cache_option
+@kv_options
 @template_options
 @dtype_option
 @trust_option
@@ -53,6 +56,7 @@ def generate_command(
     system: str | None,
     drafting: Drafting,
     prompt_cache: Path | None,
+    kv: CacheQuantization,
     template: TemplateConfig,
     dtype: str,
     as_json: bool,
@@ -86,6 +90,7 @@ def generate_command(
         any_base=any_base,
         template=template,
         drafting=drafting,
+        kv=kv,
     )
     cache = None
     if prompt_cache is not None:

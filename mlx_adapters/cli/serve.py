@@ -12,6 +12,7 @@ from mlx_adapters.cli._help import LongCommand
 from mlx_adapters.cli._options import UserPath, complete_named_references, dtype_option, template_options, trust_option
 from mlx_adapters.cli._settings import option, options
 from mlx_adapters.config.data import TemplateConfig
+from mlx_adapters.config.quantization import CacheQuantization
 from mlx_adapters.serving.settings import ServeSettings, parse_split
 
 
@@ -43,6 +44,7 @@ from mlx_adapters.serving.settings import ServeSettings, parse_split
 @option(ServeSettings, "cors_origins", flag="--cors-origin")
 @option(ServeSettings, "access_log", type=UserPath(path_type=Path))
 @options(ServeSettings, "access_log_json lenient")
+@options(CacheQuantization, "kv_bits kv_group_size")
 @template_options
 @dtype_option
 @trust_option
@@ -55,6 +57,8 @@ def serve_command(
     dtype: str,
     max_adapter_mb: int | None,
     prompt_cache_mb: int | None,
+    kv_bits: Any,
+    kv_group_size: Any,
     template: TemplateConfig,
     **settings: Any,
 ) -> None:
@@ -78,12 +82,12 @@ def serve_command(
     )
     listener = bind(checked.host, checked.port)
     served = [parse_adapter(text) for text in adapters]
-    engine = make_engine(base, served, checked, dtype=dtype, name=name, template=template)
+    kv = CacheQuantization(kv_bits, kv_group_size, quantized_kv_start=0)
+    engine = make_engine(base, served, checked, dtype=dtype, name=name, template=template, kv=kv)
     _output.note(f"Serving {', '.join(engine.catalog.names)}.")
     if engine.in_turn:
-        _output.note(
-            "Requests are decoded one after another: mlx-lm's code for this model does not take them together."
-        )
+        why = "has no batches of caches in few bits" if kv_bits else "does not take those for this model together"
+        _output.note(f"Requests are decoded one after another: mlx-lm's code {why}.")
     run_server(
         engine,
         lambda address, _: _tell_address(address, engine.catalog.names[-1]),

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from mlx_adapters.config.mapping import from_mapping, is_whole, require, shown, to_mapping, whole_number
-from mlx_adapters.config.settings import setting, settings
+from mlx_adapters.config.settings import check, setting, settings
 from mlx_adapters.errors import ConfigError, did_you_mean
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -151,3 +151,29 @@ class Precision:
 
 KEEP, UNQUANTIZED = Precision("keep"), Precision("none")
 PrecisionLike = Precision | Quantization | int | str | Mapping[str, Any]  # what `Precision.of` takes
+
+
+@settings
+@dataclasses.dataclass(frozen=True)
+class CacheQuantization:
+    """Keys and values of what was read in few bits: long texts take less memory, and answers change a little.
+
+    Raises ConfigError for what MLX does not have.
+
+    Example:
+        >>> model = ma.load_model("demo", kv=ma.CacheQuantization(kv_bits=8, quantized_kv_start=0))
+        >>> answer = model.generate("List the Physics courses.", max_tokens=8)
+    """
+
+    kv_bits: int | None = setting(
+        None, "Keep keys and values of what was read in so many bits", means="as computed", more="2, 3, 4, 5, 6 or 8."
+    )
+    kv_group_size: int = setting(64, "Keys and values that share a scale there", more="32, 64 or 128.")
+    quantized_kv_start: int = setting(5000, "Begin with that when a text has so many tokens", at_least=0)
+
+    def __post_init__(self) -> None:
+        check(self)
+        bits, sizes = QUANTIZATIONS["affine"]
+        for name, known in (("kv_bits", (None, *bits)), ("kv_group_size", sizes)):
+            value = getattr(self, name)
+            require(value in known, f"{name} is one of {', '.join(map(str, filter(None, known)))}, not {value}.")

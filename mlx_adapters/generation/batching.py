@@ -7,40 +7,43 @@ is computed the tokens of the one before are handed out, so the device never wai
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
+from mlx_adapters.config.quantization import CacheQuantization
 from mlx_adapters.config.sampling import Sampling
 from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.generation.decoding import TextStream, text_of
 from mlx_adapters.generation.reading import PREFILL_TOKENS, Reader
 from mlx_adapters.generation.requests import Request, Row, Token
+from mlx_adapters.prompt_caches.quantized import new_layers, reaching
 from mlx_adapters.runtime.attached import Attached
 from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.surgery.caches import same_function
 from mlx_adapters.system.door import TokenizerWrapper, make_prompt_cache, mx, nn
 
 
-def batches(module: nn.Module) -> bool:
+def batches(module: nn.Module, make: Callable[[], list[Any]] | None = None) -> bool:
     """Whether prompts of several lengths that are decoded together get what each gets alone. Tried on two of them.
 
     Some caches cannot be merged (llama4's), some of mlx-lm's models expect one offset for all rows (gpt_bigcode), and
     some give the rows' masks to the heads (gemma2), which fails or not as the numbers are.
     """
-    prompts, following = ([5], [6, 7, 8]), mx.array([[9], [10]])
+    make, prompts, following = make or partial(make_prompt_cache, module), ([5], [6, 7, 8]), mx.array([[9], [10]])
     try:
-        caches = [_read(module, prompt) for prompt in prompts]
+        caches = [_read(module, prompt, make) for prompt in prompts]
         together, other = ([layer.merge([layer]) for layer in cache] for cache in caches)
         for mine, new in zip(together, other, strict=True):
             mine.extend(new)
         both = module(following, cache=together)
-        alone = [module(following[i : i + 1], cache=_read(module, prompt)) for i, prompt in enumerate(prompts)]
+        alone = [module(following[i : i + 1], cache=_read(module, prompt, make)) for i, prompt in enumerate(prompts)]
         return both.shape == (2, *alone[0].shape[1:]) and same_function(both, mx.concatenate(alone))
     except Exception:  # mlx-lm's code raises what it likes
         return False
 
 
-def _read(module: nn.Module, prompt: list[int]) -> list[Any]:
-    cache = make_prompt_cache(module)
+def _read(module: nn.Module, prompt: list[int], make: Callable[[], list[Any]]) -> list[Any]:
+    cache = make()
     module(mx.array([prompt]), cache=cache)
     return cache
 
@@ -55,10 +58,12 @@ class Batcher:
         max_batch: int = 16,
         prefill: int = PREFILL_TOKENS,
         cache_bytes: int = 0,
+        make: Callable[[], list[Any]] | None = None,
     ) -> None:
         self.module, self.pool = module, pool
-        self.can_batch = max_batch > 1 and batches(module)
-        self.reader = Reader(module, pool, prefill, cache_bytes, self.can_batch)
+        make = make or partial(make_prompt_cache, module)
+        self.can_batch = max_batch > 1 and batches(module, make)
+        self.reader = Reader(module, pool, prefill, cache_bytes, self.can_batch, make)
         self.max_batch = max_batch if self.can_batch else 1
         self.rows: list[Row] = []
         self._caches: list[Any] = []
@@ -207,12 +212,13 @@ def answer_all(
     requests: Sequence[Request],
     max_batch: int = 16,
     stopped: Callable[[Request, int], bool] = lambda *_: False,
+    make: Callable[[], list[Any]] | None = None,
 ) -> Iterator[tuple[Request, list[int]]]:
     """(request, its tokens without the stop token), as the requests finish.
 
     `stopped` is told each token and says whether its answer ends there.
     """
-    batcher = Batcher(module, pool, min(max_batch, len(requests)))
+    batcher = Batcher(module, pool, min(max_batch, len(requests)), make=make)
     answers: dict[int, list[int]] = {request.number: [] for request in requests}
     for request in requests:
         batcher.submit(request)
@@ -235,15 +241,18 @@ def texts_of(
     max_batch: int,
     tokenizer: TokenizerWrapper,
     sampling: Sampling,
+    kv: CacheQuantization | None = None,
 ) -> list[str]:
-    """The texts of `answer_all`, in the order of the requests."""
+    """The texts of `answer_all`, in the order of the requests; `kv`: in which caches."""
     texts = {request.number: TextStream(tokenizer, sampling) for request in requests}
 
     def stopped(request: Request, token: int) -> bool:
         texts[request.number].add(token)
         return texts[request.number].stopped
 
-    answers = dict(answer_all(module, pool, requests, max_batch, stopped))
+    longest = max((len(request.prompt) + request.max_tokens for request in requests), default=0)
+    make = partial(new_layers, module, reaching(kv, longest))
+    answers = dict(answer_all(module, pool, requests, max_batch, stopped, make))
     return [text_of(tokenizer, answers[request], sampling) for request in requests]
 
 

@@ -10,14 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_adapters.config.data import TemplateConfig
+from mlx_adapters.config.quantization import CacheQuantization
 from mlx_adapters.config.sampling import Sampling
 from mlx_adapters.drafting.checking import Drafts, drafted_steps
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.generation.sampling import Sampler, stop_tokens
 from mlx_adapters.models.model import Model
 from mlx_adapters.prompt_caches.layers import count_of, shortened
+from mlx_adapters.prompt_caches.quantized import new_layers
 from mlx_adapters.runtime.attached import Selection
-from mlx_adapters.system.door import generate_step, make_prompt_cache, mx
+from mlx_adapters.system.door import generate_step, mx
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # a text, token ids, or a conversation's messages
 
@@ -126,17 +128,27 @@ def decode(
     before: int = 0,
     cache: list[Any] | None = None,
     drafts: Drafts | None = None,
+    kv: CacheQuantization | None = None,
 ) -> Iterator[Response]:
-    """The steps of the answer to `ids` (tokens,); `before` more are in `cache`. `drafts`: guesses that are checked."""
+    """The steps of the answer to `ids` (tokens,); `before` more are in `cache`. `drafts`: guesses that are checked.
+
+    `kv`: when the cache is quantized.
+    """
     wanted = sampler.sampling.max_tokens
     room = model.room(before + ids.size, wanted)
     how = sampler.sampling
     ends, text = stop_tokens(how, model.tokenizer), TextStream(model.tokenizer, how)
-    cache = make_prompt_cache(model.module) if cache is None else cache
+    cache = new_layers(model.module, kv) if cache is None else cache
     if drafts is None:
         processors = [sampler.process] if sampler.processors else None
         steps = generate_step(
-            ids, model.module, max_tokens=room, sampler=sampler, logits_processors=processors, prompt_cache=cache
+            ids,
+            model.module,
+            max_tokens=room,
+            sampler=sampler,
+            logits_processors=processors,
+            prompt_cache=cache,
+            **({} if kv is None else vars(kv)),
         )
     else:
         steps = drafted_steps(ids.tolist(), model.module, cache, drafts, sampler.step, sampler.foresee, room)

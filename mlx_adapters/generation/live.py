@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from mlx_adapters.config.data import TemplateConfig
+from mlx_adapters.config.mapping import to_mapping
+from mlx_adapters.config.quantization import CacheQuantization
 from mlx_adapters.config.sampling import Drafting, Sampling, SamplingOptions
 from mlx_adapters.drafting.drafts import Drafter, load_drafter
 from mlx_adapters.errors import AdapterError, IncompatibleError
@@ -28,11 +30,12 @@ from mlx_adapters.models.loading import load_model as load_plain_model
 from mlx_adapters.models.model import Model
 from mlx_adapters.prompt_caches.files import read_cache, write_cache
 from mlx_adapters.prompt_caches.layers import count_of, shortened
+from mlx_adapters.prompt_caches.quantized import forms, new_layers, require_quantizable
 from mlx_adapters.runtime.attached import Attached, Selection, same
 from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.lookup import load_adapter, plain
-from mlx_adapters.system.door import make_prompt_cache, mx
+from mlx_adapters.system.door import mx
 from mlx_adapters.units import count
 
 log = logging.getLogger("mlx_adapters.generation.live")
@@ -80,6 +83,7 @@ class LiveModel(Model):
     def __init__(self, plain: Model) -> None:
         super().__init__(plain.module, plain.tokenizer, plain.base, plain.config, template=plain.template)
         self.pool = AdapterPool(self.module)
+        self.kv: CacheQuantization | None = None
         self.drafter: Drafter | None = None
         self._origins: dict[str, _Origin] = {}
 
@@ -235,7 +239,7 @@ class LiveModel(Model):
 
     def new_layers(self) -> list[Any]:
         """An empty cache of mlx-lm's."""
-        return make_prompt_cache(self.module)
+        return new_layers(self.module, self.kv)
 
     def new_cache(self) -> PromptCache:
         """An empty cache for `stream(cache=...)`, bound to the adapters that are at work now."""
@@ -281,12 +285,13 @@ class LiveModel(Model):
         another precision.
         """
         selection = self.pool.selection
-        layers, tokens = read_cache(Path(path), self.new_layers, self._made_with(selection))
+        layers, tokens = read_cache(Path(path), forms(self.module, self.kv), self._made_with(selection))
         return PromptCache(layers, selection, self.new_layers, tokens)
 
     def _made_with(self, selection: Selection) -> dict[str, Any]:
         adapters = [[entry.digest(), weight] for entry, weight in selection]
-        return {"base": self.base.fingerprint, "adapters": adapters, "dtype": str(self.pool.dtype)}
+        kv = to_mapping(self.kv) if self.kv else None
+        return {"base": self.base.fingerprint, "adapters": adapters, "dtype": str(self.pool.dtype), "kv": kv}
 
     def logits(self, token_ids: list[int] | mx.array) -> mx.array:
         """What the model expects after each token, evaluated, so that a later switch cannot reach it.
@@ -335,7 +340,7 @@ class LiveModel(Model):
         before = len(bound.tokens) if bound is not None else (count_of(layers) or 0) if layers else 0
         ids = self.checked_ids(ids_of(self, prompt, raw), before)
         drafts = self.drafter.begin() if self.drafter else None
-        steps = self._steps(decode(self, ids, chosen, before, layers, drafts), selection)
+        steps = self._steps(decode(self, ids, chosen, before, layers, drafts, self.kv), selection)
         return steps if bound is None else bound.noted(ids.tolist(), steps, exactly=self.drafter is None)
 
     def _steps(self, inner: Iterator[Response], selection: Selection) -> Generator[Response]:
@@ -415,7 +420,7 @@ class LiveModel(Model):
             for prompt, (_, name) in zip(ids, prompts, strict=True)
         ]
         with self.pool.lock:
-            return texts_of(self.module, self.pool, requests, max_batch, self.tokenizer, chosen)
+            return texts_of(self.module, self.pool, requests, max_batch, self.tokenizer, chosen, self.kv)
 
 
 def load_model(
@@ -427,6 +432,7 @@ def load_model(
     any_base: bool = False,
     template: TemplateConfig | None = None,
     drafting: Drafting | None = None,
+    kv: CacheQuantization | None = None,
 ) -> LiveModel:
     """Load a base model (or a fused folder) once, for any number of adapters.
 
@@ -438,6 +444,7 @@ def load_model(
         any_base: take an adapter that was trained on another base.
         template: the chat template and its arguments; None: as the adapter at work was trained, else the base's own.
         drafting: what guesses tokens, which the model checks; None: nothing.
+        kv: keep keys and values in few bits; None: as they are computed.
 
     Raises NotFoundError, HubError, FormatError, ModelError, IncompatibleError; ConfigError for an argument that the
     chat template does not read.
@@ -450,6 +457,9 @@ def load_model(
     """
     loaded = None if adapter is None else load_adapter(adapter)
     model = LiveModel(load_plain_model(resolve_base(base), dtype=dtype, dense=dense, template=template))
+    if kv is not None and kv.kv_bits is not None:
+        require_quantizable(model.module, kv, str(model.config.get("model_type")))
+        model.kv = kv
     model.drafter = load_drafter(drafting, model, dtype) if drafting else None
     if loaded is not None and adapter is not None:
         model._attach(loaded, plain(adapter), any_base, None, use=True)

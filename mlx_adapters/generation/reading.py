@@ -9,14 +9,13 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 from mlx_adapters.generation.requests import Reading, Request, Token, scored
 from mlx_adapters.prompt_caches.probing import comes_back
 from mlx_adapters.prompt_caches.tree import PrefixTree
 from mlx_adapters.runtime.pool import AdapterPool
-from mlx_adapters.system.door import make_prompt_cache, mx, nn
+from mlx_adapters.system.door import mx, nn
 
 PREFILL_TOKENS = 512
 LEAST_TOKENS = 32  # of a piece, however slow the device is
@@ -32,9 +31,16 @@ class Reader:
     tokens of prompts that are scored are put into `told`.
     """
 
-    def __init__(self, module: nn.Module, pool: AdapterPool, most: int, cache_bytes: int, together: bool) -> None:
-        self.module, self.pool, self._most = module, pool, most
-        self._make_cache = partial(make_prompt_cache, module)
+    def __init__(
+        self,
+        module: nn.Module,
+        pool: AdapterPool,
+        most: int,
+        cache_bytes: int,
+        together: bool,
+        make: Callable[[], list[Any]],
+    ) -> None:
+        self.module, self.pool, self._most, self._make_cache = module, pool, most, make
         if cache_bytes > 0 and not comes_back(module, self._make_cache, together):
             cache_bytes = 0
         self.known = PrefixTree(self._make_cache, cache_bytes)

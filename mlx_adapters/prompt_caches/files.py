@@ -5,7 +5,7 @@ refused, since nobody can tell whether what is to follow begins with it.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,8 @@ def _as_array(value: Any) -> tuple[mx.array, str | None]:
     raise FormatError(f"mlx-lm's format has no place for a {type(value).__name__} of this model's cache.")
 
 
-def read_cache(path: Path, make: Callable[[], list[Any]], of: Mapping[str, Any]) -> tuple[list[Any], list[int]]:
-    """The cache in a file and the tokens it holds. `make` gives an empty one of the model.
+def read_cache(path: Path, forms: Sequence[list[Any]], of: Mapping[str, Any]) -> tuple[list[Any], list[int]]:
+    """The cache in a file and the tokens it holds. `forms` are empty ones of the model, of which it is like one.
 
     Raises NotFoundError, FormatError for what is no such file, IncompatibleError if it was made with other weights.
     """
@@ -73,11 +73,11 @@ def read_cache(path: Path, make: Callable[[], list[Any]], of: Mapping[str, Any])
         arrays: dict[str, Any] = read_safetensors(path)
         for name, kind in kinds[1:]:
             arrays[name] = _as_value(arrays[name], kind)
-        cache = make()
-        if [type(layer).__name__ for layer in cache] != list(classes):
+        form = next((form for form in forms if [type(layer).__name__ for layer in form] == list(classes)), None)
+        if form is None:
             raise refused("its layers are others")
         states = tree_unflatten(list(arrays.items()))
-        cache = [type(layer).from_state(state) for layer, state in zip(cache, states, strict=True)]
+        cache = [type(layer).from_state(state) for layer, state in zip(form, states, strict=True)]
         mx.eval([layer.state for layer in cache])
         for layer in leaves(cache):
             if held(layer) is not None and layer.offset != len(tokens):

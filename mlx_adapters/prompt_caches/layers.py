@@ -76,11 +76,16 @@ def bring_back(layer: Any, kept: Any) -> None:
 def shortened(cache: Sequence[Any], length: int, make: Callable[[], list[Any]]) -> list[Any] | None:
     """A cache of the first `length` tokens of what this one holds; None if it does not hold all tokens apart."""
     parts, short = [held(layer) for layer in leaves(cache)], make()
-    if any(part is None for part in parts):
+    if any(part is None or not _alike(part, layer) for part, layer in zip(parts, leaves(short), strict=True)):
         return None
     for layer, part in zip(leaves(short), parts, strict=True):
         put(layer, [part], length)
     return short
+
+
+def _alike(tokens: Tokens, layer: Any) -> bool:
+    """Whether the layer keeps such keys and values: in few bits, or not."""
+    return isinstance(tokens[0], mx.array) != hasattr(layer, "bits")
 
 
 def count_of(cache: Sequence[Any]) -> int | None:

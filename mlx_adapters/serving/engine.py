@@ -42,7 +42,7 @@ class Engine:
         self._commands: queue.Queue[Callable[[], None]] = queue.Queue()
         kept = settings.prompt_cache_bytes
         kept = usable_memory_bytes() // CACHE_SHARE if kept is None else kept
-        self._batcher = Batcher(model.module, model.pool, settings.max_batch, cache_bytes=kept)
+        self._batcher = Batcher(model.module, model.pool, settings.max_batch, cache_bytes=kept, make=model.new_layers)
         self._jobs: dict[int, Job] = {}
         self._parked: list[Job] = []
         self._open: set[Job] = set()

@@ -23,6 +23,7 @@ from mlx_adapters.config.evaluating import EvaluationConfig
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.config.mapping import from_mapping, to_mapping
 from mlx_adapters.config.merging import MergeSettings
+from mlx_adapters.config.quantization import CacheQuantization
 from mlx_adapters.config.sampling import Drafting, Sampling
 from mlx_adapters.config.settings import check, commented, setting, settings, settings_of
 from mlx_adapters.config.training import LoraConfig, TrainConfig
@@ -133,6 +134,9 @@ def option_names(command: click.Command) -> set[str]:
         ("generate", Sampling, set()),
         ("chat", Sampling, set()),
         ("ab", Sampling, set()),
+        ("generate", CacheQuantization, set()),
+        ("chat", CacheQuantization, set()),
+        ("serve", CacheQuantization, {"quantized_kv_start"}),  # from the first token on
         ("generate", Drafting, set()),
         ("chat", Drafting, set()),
         (

@@ -1,0 +1,56 @@
+"""Keys and values in few bits, where a model's layers take them so. Tried, since few of mlx-lm's caches can be."""
+
+from dataclasses import replace
+from typing import Any
+
+from mlx_adapters.config.quantization import CacheQuantization
+from mlx_adapters.errors import IncompatibleError
+from mlx_adapters.system.door import make_prompt_cache, mx, nn, refusals
+
+
+def new_layers(module: nn.Module, how: CacheQuantization | None) -> list[Any]:
+    """An empty cache of the model's; in few bits where that begins with the first token."""
+    cache = make_prompt_cache(module)
+    return cache if how is None or how.quantized_kv_start else quantized(cache, how)
+
+
+def forms(module: nn.Module, how: CacheQuantization | None) -> list[list[Any]]:
+    """The empty caches that the model's may be like."""
+    plain = make_prompt_cache(module)
+    return [plain] if how is None else [plain, quantized(make_prompt_cache(module), how)]
+
+
+def reaching(how: CacheQuantization | None, length: int) -> CacheQuantization | None:
+    """In few bits from the first token on, or not at all: as a text needs it that may have `length` tokens."""
+    return None if how is None or length < how.quantized_kv_start else replace(how, quantized_kv_start=0)
+
+
+def quantized(cache: list[Any], how: CacheQuantization) -> list[Any]:
+    """An empty cache that keeps keys and values in few bits from the first token on; states stay as they are.
+
+    Raises what mlx-lm raises for a layer that cannot.
+    """
+    return [_quantized(layer, how) for layer in cache]
+
+
+def _quantized(layer: Any, how: CacheQuantization) -> Any:
+    if hasattr(layer, "to_quantized"):
+        return layer.to_quantized(group_size=how.kv_group_size, bits=how.kv_bits)
+    if hasattr(layer, "keys_and_values") or hasattr(layer, "caches"):
+        raise NotImplementedError(f"{type(layer).__name__} keeps what it is given")
+    return layer
+
+
+def require_quantizable(module: nn.Module, how: CacheQuantization, kind: str) -> None:
+    """Raise IncompatibleError unless the model computes with such a cache; `kind` is its architecture."""
+
+    def refused(why: str) -> IncompatibleError:
+        return IncompatibleError(f"A {kind} model's cache cannot be quantized to that: {why}.", "leave --kv-bits out.")
+
+    with refusals(refused):
+        fresh = make_prompt_cache(module)
+        cache = quantized(fresh, how)
+        if not any(hasattr(layer, "to_quantized") for layer in fresh):
+            raise NotImplementedError("it keeps no keys and values")
+        for tokens in ([5, 6], [7]):
+            mx.eval(module(mx.array([tokens]), cache=cache))
