@@ -10,6 +10,7 @@ from pathlib import Path
 from mlx_adapters.checkpoints.originals import layout_of
 from mlx_adapters.config.fusing import DEFAULTS, FuseOptions
 from mlx_adapters.config.quantization import PrecisionLike
+from mlx_adapters.errors import FormatError
 from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.fusion.peft_check import check_as_loaded
@@ -17,15 +18,16 @@ from mlx_adapters.fusion.peft_resize import resized
 from mlx_adapters.fusion.peft_whole import whole_tensors
 from mlx_adapters.fusion.result import FuseResult
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.base import BaseLike, says_tied
+from mlx_adapters.models.base import Base, BaseLike, says_tied
 from mlx_adapters.models.layers import adaptable_layers, tied
 from mlx_adapters.models.loading import load_module
 from mlx_adapters.peft_format.conversion import convert, prepared, without_copies
-from mlx_adapters.peft_format.reading import read_peft, refuse_unsaved
+from mlx_adapters.peft_format.reading import PeftAdapter, read_peft, refuse_unsaved
 from mlx_adapters.peft_format.to_mlx import needs_untying
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.lookup import peft_folder
 from mlx_adapters.storage import paths, replacing
+from mlx_adapters.storage.hf_names import is_embedding, is_head
 
 
 def fuse_peft(
@@ -80,7 +82,7 @@ def fuse_peft(
         resolved = larger
         module, _ = load_module(resolved)
     peft = without_copies(peft, module, layout_of(resolved, module))
-    one_for_both = tied(adaptable_layers(module)) or (bool(peft.token_rows) and says_tied(resolved.config))
+    one_for_both = tied(adaptable_layers(module)) or _tokens_of_both(peft, resolved)
     if needs_untying(peft, adaptable_layers(module)):
         resolved = replace(resolved, untied=True)
         module, _ = load_module(resolved)
@@ -104,3 +106,17 @@ def fuse_peft(
         replaced=whole.replaced,
         on_event=on_event,
     )
+
+
+def _tokens_of_both(peft: PeftAdapter, base: Base) -> bool:
+    """Whether to PEFT tokens of the embedding are the output layer's, too, in a base that has both. Raises FormatError
+    where the base's config leaves it open."""
+    if not any(is_embedding(path) for path in peft.token_rows) or any(is_head(path) for path in peft.token_rows):
+        return False
+    told = says_tied(base.config)
+    if told is None:
+        raise FormatError(
+            "The base's config does not say whether its output layer is its embedding: what PEFT's tokens change is open.",
+            "put tie_word_embeddings into its config.json, as the model has it that the adapter was trained on.",
+        )
+    return told

@@ -46,15 +46,18 @@ def tying_config(config: dict[str, Any], tied: bool) -> dict[str, Any]:
     return {TIED: text.get(TIED, tied)} | config | {"text_config": {TIED: config.get(TIED, tied)} | text}
 
 
-def says_tied(config: dict[str, Any]) -> bool:
-    """Whether transformers takes a model's two ends for one by its config, whatever its checkpoint holds."""
-    told = config.get(TIED, (config.get("text_config") or {}).get(TIED))
-    if told is None:
-        from transformers import CONFIG_MAPPING  # late: it takes a second
+def says_tied(config: dict[str, Any]) -> bool | None:
+    """Whether transformers takes a model's two ends for one by its config, whatever its checkpoint holds.
 
-        kind = config.get("model_type")
-        told = kind in CONFIG_MAPPING and getattr(CONFIG_MAPPING[kind], TIED, False)
-    return bool(told)
+    None where the config does not say, and transformers would: then who wrote it may have thought otherwise.
+    """
+    told = config.get(TIED, (config.get("text_config") or {}).get(TIED))
+    if told is not None:
+        return bool(told)
+    from transformers import CONFIG_MAPPING  # late: it takes a second
+
+    kind = config.get("model_type")
+    return None if kind in CONFIG_MAPPING and getattr(CONFIG_MAPPING[kind], TIED, False) else False
 
 
 def resized_config(config: dict[str, Any], rows: int) -> dict[str, Any]:

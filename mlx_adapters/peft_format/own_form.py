@@ -87,7 +87,7 @@ def own_form(adapter: Adapter, facts: Facts) -> PeftForm:
             raise FormatError(f"PEFT's DoRA of an embedding is another function than MLX's: '{path}'.")
         a, b, m, factor = unloaded(a, b, m, fold, embedding)
         b = b if factor == 1 else b.astype(mx.float32) / factor
-        tensors |= tensors_of(path, a, b, m, embedding)
+        tensors |= tensors_of(hf_names.stored_path(path, facts.model_type), a, b, m, embedding)
         if parameter and not (layer in ROUTERS and each):
             parameters.append(tensor_names.join(path, WEIGHT))
         else:

@@ -69,8 +69,8 @@ OWN_NAMES = {
     "nemotron_h": (("model.", "backbone."),),
     **dict.fromkeys(("granitemoe", "granitemoehybrid"), ((".router", ".router.layer"),)),
     "kimi_linear": ((".forget_gate.f_", ".f_"),),
-    "laguna": ((".shared_experts.", ".shared_expert."),),
-    "phimoe": ((".mlp.", ".block_sparse_moe."), (".mlp.router", ".mlp.gate")),
+    "laguna": ((".shared_experts.", ".shared_expert."), (".mlp.gate", ".mlp.gate.proj")),
+    "phimoe": ((".mlp.router", ".mlp.gate"), (".mlp.", ".block_sparse_moe.")),
 }
 FAN_IN_FAN_OUT = ("gpt2",)  # transformers stores the linear weights of these as (in, out)
 _EXPERTS_FROM = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -90,6 +90,8 @@ PEFT_EXPERTS_EACH = (
     *("glm4_moe_lite", "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash", "mellum", "minimax", "mixtral", "olmoe"),
     *("qwen3_moe", "qwen3_next", "solar_open"),
 )
+# Modules whose names transformers spoils when PEFT loads them, taking them for a checkpoint's: the file has those.
+PEFT_SPOILED = {"laguna": (".shared_experts.", ".shared_expert.")}
 # Model types whose fused experts transformers keeps as (experts, in, out) without telling PEFT.
 PEFT_TURNED = ("llama4", "llama4_text")
 PEFT_UNHEEDED = {
@@ -168,6 +170,11 @@ def peft_path(path: str, model_type: str | None = None, renames: Renames | None 
     for old, new in reversed(renames):
         path = _rename(path, new, old)
     return path
+
+
+def stored_path(path: str, model_type: str | None) -> str:
+    """The path in transformers as PEFT's file must have it."""
+    return _rename(path, *PEFT_SPOILED.get(model_type or "", ("", "")))
 
 
 def _rename(path: str, old: str, new: str) -> str:

@@ -11,6 +11,7 @@ from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.errors import AdapterError, FormatError, IncompatibleError
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.fusion.peft import fuse_peft
+from mlx_adapters.models.base import says_tied
 from mlx_adapters.models.loading import load_model
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import files, tensor_files
@@ -113,6 +114,15 @@ def test_a_quantized_embedding_is_untied_as_it_is(tiny_model, tmp_path: Path):
     assert all(mx.array_equal(before[name], after[name]) for name in before)
     assert {name for name in after if name not in before} == {f"lm_head.{x}" for x in ("weight", "scales", "biases")}
     assert load_model(resolve_base(tmp_path / "out")).logits([1, 2, 3]).shape[-1] == shape[0]
+
+
+@pytest.mark.parametrize("kind, refused", [("gemma3_text", True), ("llama", False)])
+def test_tokens_need_a_config_that_says_whether_both_ends_are_one(kind: str, refused: bool, tmp_path: Path):
+    """Without a word in it transformers takes gemma3's ends for one, llama's for two."""
+    config = files.read_json(FIXTURES / "llama" / "base" / "config.json")
+    del config["tie_word_embeddings"]
+    assert says_tied(config | {"model_type": kind}) is (None if refused else False)
+    assert says_tied(config | {"text_config": {"tie_word_embeddings": True}}) is True
 
 
 @pytest.mark.parametrize("dora", [False, True])

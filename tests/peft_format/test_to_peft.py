@@ -42,6 +42,29 @@ def test_peft_to_mlx_to_peft(folder: Path, tmp_path: Path):
             assert mx.array_equal(after[name], expected), name
 
 
+def test_modules_go_by_the_names_that_arrive_in_transformers(tmp_path: Path):
+    """transformers calls Laguna's router and shared experts, and Phi MoE's router, otherwise than their checkpoints."""
+    wanted = {
+        "laguna": (
+            {"model.layers.1.mlp.shared_experts.up_proj"},
+            {"model.layers.1.mlp.gate.weight"},
+            {"model.layers.1.mlp.shared_expert.up_proj", "model.layers.1.mlp.gate"},
+        ),
+        "phimoe": (set(), {f"model.layers.{i}.mlp.router.weight" for i in (0, 1)}, None),
+    }
+    for kind, (modules, parameters, names) in wanted.items():
+        base = tiny_base(tmp_path / kind, kind)
+        adapter = picked_adapter(
+            base, lambda key: "shared_expert.up" in key or key.endswith((".gate.proj", "moe.gate"))
+        )
+        export_peft(adapter, tmp_path / f"{kind}-peft", base=base, base_model="a/b")
+        config = files.read_json(tmp_path / f"{kind}-peft" / "adapter_config.json")
+        assert set(config["target_modules"]) == modules and set(config["target_parameters"]) == parameters
+        tensors = mx.load(str(tmp_path / f"{kind}-peft" / "adapter_model.safetensors"))
+        stored = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in tensors}
+        assert stored == (names or {name.removesuffix(".weight") for name in parameters})
+
+
 def linear(key: str) -> bool:
     return "layers" in key or ".h." in key
 
