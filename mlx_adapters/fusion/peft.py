@@ -116,7 +116,7 @@ def _tokens_of_both(peft: PeftAdapter, base: Base) -> bool:
     told = says_tied(base.config)
     if told is None:
         raise FormatError(
-            "The base's config does not say whether its output layer is its embedding: what PEFT's tokens change is open.",
+            "The base's config leaves open whether its output layer is its embedding, and so what tokens change.",
             "put tie_word_embeddings into its config.json, as the model has it that the adapter was trained on.",
         )
     return told
