@@ -54,6 +54,7 @@ class LazyGroup(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         ctx.meta[_TYPED] = args[1:]
+        ctx.with_resource(_output.never_silent(args[0] if args else ""))
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -45,6 +46,7 @@ TOLD = tuple(
 
 _quiet = False
 _debug = False
+_said = False  # whether anything was printed yet
 _line_open = False  # whether the terminal stands in a live line
 
 
@@ -146,6 +148,8 @@ def style(text: str, stream: Any = None, **how: Any) -> str:
 
 def out(text: str = "", newline: bool = True) -> None:
     """Data, to stdout. Raises StorageError where it cannot be written."""
+    global _said
+    _said = True
     if _line_open and sys.stdout.isatty():
         _talk("", newline=False)  # takes away the live line of what ended before its time
     with _data():
@@ -157,8 +161,8 @@ def _styled(text: str) -> str:
 
 
 def _talk(text: str, newline: bool = True, clear: bool = True, live: bool = False) -> None:
-    global _line_open
-    _line_open = live
+    global _line_open, _said
+    _line_open, _said = live, True
     with contextlib.suppress(OSError, ValueError):  # nobody listens: the work goes on
         click.echo(("\r\x1b[K" if clear and _redraws() else "") + _styled(printable(text)), nl=newline, err=True)
 
@@ -314,6 +318,24 @@ def show_live(text: str, end: bool = False) -> None:
         _talk(cut(printable(text, line=True), columns() - 1), newline=end, live=not end)
     else:
         _talk(text)
+
+
+@contextlib.contextmanager
+def never_silent(doing: str, seconds: float = 0.8) -> Iterator[None]:
+    """A terminal is told what is being done where nothing was said of it for so long."""
+
+    def tell() -> None:
+        if not _said:
+            show_live(f"{doing}: getting ready ...")
+
+    timer = threading.Timer(seconds, tell)
+    timer.daemon = True
+    if live():
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def leave_interrupted() -> NoReturn:

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from helpers.adapters import make_run
+from helpers.serving import eventually
 
 from mlx_adapters.cli import _output
 from mlx_adapters.events import Note, Progress
@@ -174,3 +175,15 @@ def test_a_terminal_gets_bars_and_folded_tables_and_a_pipe_lines():
     piped = subprocess.run([sys.executable, "-c", SHOWS], capture_output=True, text=True, check=True)
     assert piped.stderr.splitlines()[0] == "fuse: 1/3 layers" and "\x1b" not in piped.stderr
     assert piped.stdout.splitlines() == ["NAME  PATH", f"a     {'word ' * 20}".rstrip(), "False"]
+
+
+def test_a_terminal_is_told_what_takes_long_to_begin(monkeypatch):
+    said = []
+    monkeypatch.setattr(_output, "show_live", said.append)
+    monkeypatch.setattr(_output, "live", lambda: True)
+    monkeypatch.setattr(_output, "_said", False)
+    with _output.never_silent("generate", seconds=0.01):
+        assert eventually(lambda: said == ["generate: getting ready ..."])
+    _output.note("Something.")
+    with _output.never_silent("generate", seconds=0.01):
+        assert not eventually(lambda: len(said) > 1, seconds=0.05)
