@@ -6,11 +6,9 @@ cannot be written is an error.
 """
 
 import contextlib
-import dataclasses
 import io
 import json
 import logging
-import math
 import os
 import re
 import shutil
@@ -18,11 +16,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
+from mlx_adapters.cli._json import json_for
+from mlx_adapters.cli._json import plain as plain  # the commands take it from here
 from mlx_adapters.errors import StorageError
 from mlx_adapters.events import Event, Note, Progress
 from mlx_adapters.units import columns as text_columns
@@ -224,30 +223,7 @@ def emit_json(value: Any) -> None:
     """One JSON document, to stdout: a mapping or dataclass, and its schema's version. NaN and Inf become null."""
     text = json.dumps({"schema": SCHEMA} | plain(value), indent=2, ensure_ascii=False, allow_nan=False)
     with _data():
-        click.echo(_json_for(text, getattr(sys.stdout, "encoding", None) or "utf-8"))
-
-
-def _json_for(text: str, encoding: str) -> str:
-    """JSON in which what a terminal obeys, or an encoding lacks, is written as \\uXXXX."""
-    text = re.sub(r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda match: f"\\u{ord(match[0]):04x}", text)
-    try:
-        text.encode(encoding)
-        return text
-    except UnicodeEncodeError:
-        return json.dumps(json.loads(text), indent=2)
-
-
-def plain(value: Any) -> Any:
-    """A dataclass, path, tuple or number as plain JSON values."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [plain(v) for v in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return str(value) if isinstance(value, Path) else value
+        click.echo(json_for(text, getattr(sys.stdout, "encoding", None) or "utf-8"))
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> None:

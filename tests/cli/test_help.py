@@ -111,7 +111,7 @@ def test_the_page_for_mlx_lms_users_is_made_of_the_table():
 def test_mlx_lms_minus_one_and_sixteen_bits(tmp_path):
     code, text = run("train", "demo", "--data", "x", "--name", "y", "--num-layers", "-1", "--print-config")
     assert code == 0 and "num_layers: all" in text
-    context = OURS["fuse"].make_context("fuse", ["a", "out", "--bits", "16"])
+    context = OURS["fuse"].make_context("fuse", ["a", "out", "--bits", "16"], help_option_names=["-h", "--help"])
     assert context.params["bits"] == "none"
 
 
