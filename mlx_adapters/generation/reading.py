@@ -5,6 +5,7 @@ leaves. A long prompt takes a while of each step; in half of it what is short ma
 """
 
 import itertools
+import logging
 import math
 import time
 from collections import deque
@@ -16,6 +17,8 @@ from mlx_adapters.prompt_caches.probing import comes_back
 from mlx_adapters.prompt_caches.tree import PrefixTree
 from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.system.door import mx, nn
+
+log = logging.getLogger("mlx_adapters.generation.reading")
 
 PREFILL_TOKENS = 512
 LEAST_TOKENS = 32  # of a piece, however slow the device is
@@ -68,7 +71,8 @@ class Reader:
         return False
 
     def clear(self) -> list[Request]:
-        """Forget all requests, and give them back."""
+        """Forget all requests, and give them back; and what was kept: it may be what failed."""
+        self.known.clear()
         lost = [*self.waiting, *(reading.request for reading in self._readings)]
         self.waiting.clear()
         self._readings, self.told = [], []
@@ -76,8 +80,13 @@ class Reader:
 
     def remember(self, request: Request, tokens: Sequence[int], cache: Sequence[Any]) -> None:
         """Keep what a cache holds after these tokens of the request's; its owner may go on with it."""
-        if self.known.limit:
+        if not self.known.limit:
+            return
+        try:
             self.known.add(request.weights, tokens, cache)
+        except Exception:  # no memory, say: answers go on, and find more of it
+            log.exception("what was read cannot be kept")
+            self.known.clear()
 
     def read(self, fits: Callable[[Request], bool], places: Callable[[], int], hurried: bool) -> Iterator[Reading]:
         """Read for a while; what was read to its end, as it is.

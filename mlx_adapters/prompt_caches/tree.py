@@ -104,6 +104,11 @@ class PrefixTree:
             below += node.children.values()
             self.nbytes -= self._order.pop(node)
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self._roots, self.nbytes = {}, 0
+        self._order.clear()
+
     def _path(self, key: Hashable, tokens: np.ndarray) -> list[tuple[Node, int]]:
         """The nodes along `tokens`, with how many of their tokens are there: all, but for the last one."""
         node, path, read = self._roots.get(key), [], 0

@@ -8,6 +8,7 @@ from helpers.tiny_configs import tiny_base
 from mlx_adapters.generation.batching import Batcher
 from mlx_adapters.generation.live import load_model
 from mlx_adapters.generation.requests import Request
+from mlx_adapters.prompt_caches.tree import PrefixTree
 from mlx_adapters.runtime.pool import AdapterPool
 
 END = 2
@@ -98,3 +99,33 @@ def test_a_long_prompt_keeps_nobody_waiting(tiny_model):
     batcher.cancel(late)
     assert len(finish(batcher)[again]) == 3
     assert batcher.clear() == [] and batcher.idle
+
+
+def test_what_cannot_be_kept_stops_nobody(tiny_model, monkeypatch):
+    model = model_of(tiny_model("llama"), 0)
+    batcher = Batcher(model.module, model.pool, max_batch=4, cache_bytes=1 << 30)
+    wanted = model.generate([5, 6, 7, 8], max_tokens=5).token_ids
+    for failing in (True, False, False):
+        with monkeypatch.context() as patch:
+            if failing:
+                patch.setattr(PrefixTree, "_count", lambda *_: 1 / 0)
+            request = Request([5, 6, 7, 8], None, 5)
+            batcher.submit(request)
+            assert finish(batcher)[request] == wanted
+    assert request.cached_tokens == 3 and len(batcher.reader.known) > 0
+    batcher.clear()
+    assert len(batcher.reader.known) == batcher.reader.known.nbytes == 0
+
+
+def test_where_tokens_cannot_be_taken_back_the_ends_of_messages_are_kept(tmp_path):
+    """Also a system message that others begin with, and what stands before the beginning of an answer."""
+    model = model_of(tiny_base(tmp_path / "base", "qwen3_5"), 0)
+    batcher = Batcher(model.module, model.pool, max_batch=4, cache_bytes=1 << 30)
+    system, known = [*range(5, 25), END], []
+    for user in ([30, 31], [40, 41, 42], [50, 51], [40, 41, 42]):
+        prompt = [*system, *user, END, 60 + len(known)]
+        request = Request(prompt, None, 3, stop_tokens=frozenset({END}))
+        batcher.submit(request)
+        assert finish(batcher)[request] == model.generate(prompt, max_tokens=3, extra_eos=(str(END),)).token_ids
+        known.append(request.cached_tokens)
+    assert known == [0, 0, len(system), len(system) + 4]
