@@ -188,6 +188,24 @@ if BROWSER:
         assert page.evaluate("[texts('.text')[0], texts('.answer header em')]") == ["half", ["stopped"] * 2]
         assert page.evaluate("localStorage['mlx_adapters.talk.x']") == '{"turns": [1]}'
 
+    def test_a_full_browser_loses_no_conversation_and_says_so(page):
+        ask(page, "one")
+        answered(page, "kept")
+        page.evaluate("""(() => {
+            let size = 1 << 22;  // until not even a character fits
+            for (let name = 0; size >= 1; name++)
+                try { localStorage["filled" + name] = "x".repeat(size); } catch { size >>= 1; }
+        })()""")
+        ask(page, "two")
+        answered(page, "written", 2)
+        assert "no room" in page.evaluate("document.getElementById('notice').innerText")
+        assert page.evaluate("texts('.text')")[-1] == "written"
+        stored = page.evaluate(
+            "Object.keys(localStorage).filter(name => name.startsWith('mlx_adapters.talk')).map("
+            "name => JSON.parse(localStorage[name]).turns.length)"
+        )
+        assert stored == [1]
+
     def test_what_a_model_writes_is_shown_and_nothing_of_it_is_run_or_loaded(page):
         ask(page, "one")
         hostile = [

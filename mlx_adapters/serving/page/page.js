@@ -97,7 +97,7 @@ async function run(turn, answers) {
 
 function note(of) {
   of.at = Date.now();
-  if (!store.keep(of)) say("The browser has no room for this conversation; it ends with this window.");
+  if (!store.keep(of)) say("The browser has no room for this conversation; delete earlier ones, or it ends with this window.");
   showHistory();
 }
 

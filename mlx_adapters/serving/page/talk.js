@@ -4,7 +4,6 @@
 // error, tokens, usage, first, seconds}; its state is "waiting", "whole", "cut" (at the limit), "stopped" or "failed".
 
 const TALK = "mlx_adapters.talk.", SETTINGS = "mlx_adapters.settings";
-const MOST_KEPT = 200;
 
 export const newTalk = system => ({ id: name(), title: "", at: Date.now(), system, turns: [] });
 export const name = () => Date.now().toString(36) + Math.random().toString(36).slice(2, 8);
@@ -64,17 +63,16 @@ const isTalk = talk => text(talk?.title) && text(talk.system) && Array.isArray(t
 
 export const kept = () => keys().map(read).filter(isTalk).sort((a, b) => b.at - a.at);
 
-// Whether the browser could keep it. Where there is no room, the oldest ones make some.
+// Whether the browser could keep it: with the probabilities of its tokens, or where there is no room for them without.
 export function keep(talk) {
   if (!store || !talk.turns.length) return !!store;
-  const lean = answer => ({ ...answer, tokens: answer.tokens?.map(({ text, logprob }) => ({ text, logprob })) });
-  const turns = talk.turns.map(turn => ({ ...turn, answers: turn.answers.map(lean) }));
-  const old = kept().filter(other => other.id !== talk.id);
-  old.slice(MOST_KEPT - 1).forEach(other => forget(other.id));
-  for (;;) {
-    try { store.setItem(TALK + talk.id, JSON.stringify({ ...talk, turns })); return true; }
-    catch { if (!old.length) return false; forget(old.pop().id); }
+  const lean = ({ text, logprob }) => ({ text, logprob });
+  for (const tokens of [answer => answer.tokens?.map(lean), () => []]) {
+    const answers = turn => turn.answers.map(answer => ({ ...answer, tokens: tokens(answer) }));
+    const turns = talk.turns.map(turn => ({ ...turn, answers: answers(turn) }));
+    try { store.setItem(TALK + talk.id, JSON.stringify({ ...talk, turns })); return true; } catch { /* full */ }
   }
+  return false;
 }
 
 export const forget = id => store?.removeItem(TALK + id);

@@ -79,8 +79,14 @@ export function markdown(box, text) {
 
 const percent = logprob => `${(100 * Math.exp(logprob)).toFixed(1)} %`;
 
+// Tokens that are there already stay: an answer may have thousands.
 function colored(box, answer) {
-  box.replaceChildren(...spans(answer).map(token => {
+  const found = spans(answer), shown = box.shown ?? [];
+  let same = 0;
+  while (same < shown.length && same < found.length && shown[same].text === found[same].text) same++;
+  while (box.children.length > same) box.lastChild.remove();
+  box.shown = found;
+  box.append(...found.slice(same).map(token => {
     const others = (token.top ?? []).map(one => `${percent(one.logprob)}  ${JSON.stringify(one.text)}`).join("\n");
     const title = `${JSON.stringify(token.text)}: ${percent(token.logprob)}${others && "\nlikeliest:\n" + others}`;
     const span = element("span", { textContent: token.text, title });
