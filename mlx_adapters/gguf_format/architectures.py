@@ -146,6 +146,10 @@ def _lfm2(config: Config) -> dict[str, Any]:
     return {"shortconv.l_cache": config["conv_L_cache"], "attention.head_count_kv": heads}
 
 
+def _lfm2_moe(config: Config) -> dict[str, Any]:
+    return _lfm2(config) | {"expert_gating_func": 2}
+
+
 def _olmoe(config: Config) -> dict[str, Any]:
     heads = config["num_attention_heads"]
     require(
@@ -242,6 +246,7 @@ def _tiled_places(name: str, known: str | None, config: Config) -> list[tuple[An
 _LLAMA = Architecture("llama", neighbours=True, extra=_no_windows, factors=FREQUENCIES)
 _UNTIED = {"tie_word_embeddings": False}
 _NORMED = {"norm_topk_prob": True}
+_BIASED = {"use_expert_bias": True, "routed_scaling_factor": 1.0}
 _LATENT = Architecture("deepseek2", neighbours=True, mixed=True, extra=_latent)
 ARCHITECTURES: dict[str, Architecture] = {
     **dict.fromkeys(("llama", "mixtral", "internlm3", "telechat3"), _LLAMA),
@@ -265,6 +270,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "granitemoe": Architecture("granitemoe", neighbours=True, factors=FREQUENCIES),
     "hunyuan_v1_dense": Architecture("hunyuan-dense"),
     "lfm2": Architecture("lfm2", extra=_lfm2, mixed=True),
+    "lfm2_moe": Architecture("lfm2moe", fixed=_NORMED | _BIASED, extra=_lfm2_moe, mixed=True),
     "mimo": Architecture("qwen2"),
     "minicpm": Architecture("minicpm", neighbours=True, extra=_minicpm, factors=FREQUENCIES),
     "ministral3": Architecture("mistral3", neighbours=True, extra=_ministral3, factors=FREQUENCIES),

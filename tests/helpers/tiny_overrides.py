@@ -87,7 +87,7 @@ OVERRIDES: dict[str, dict] = {
         "v_head_dim": 32,
     },
     "lfm2": {"block_dim": 64, "layer_types": ["conv", FULL]},
-    "lfm2_moe": {"layer_types": ["conv", FULL]},
+    "lfm2_moe": {"layer_types": ["conv", FULL], "use_expert_bias": True, "norm_topk_prob": True},
     "llama4": {
         "text": {
             "num_hidden_layers": 4,
