@@ -111,7 +111,7 @@ def add(
     reference = references.below(reference, subfolder)
     folder = lookup.inside(lookup.locate(reference, base, on_event)[0], None if reference.kind == "hub" else subfolder)
     if not folder.is_dir():
-        raise NotFoundError(f"There is no folder or .tar.gz file '{folder}'.")
+        raise NotFoundError(f"There is no folder or .tar.gz file '{folder}'.", "is it spelled right?")
     own = reference.own_name if reference.kind == "hub" else folder.name
 
     def copied(target: Path, named: str) -> None:
@@ -169,7 +169,9 @@ def _check_contents(folder: Path, name: str, source: str) -> str:
     """Hold what was unpacked or copied to the same standard as our own; "adapter" or "model"."""
     if not (folder / CONFIG_FILE).is_file():
         if not (folder / MODEL_CONFIG).is_file():
-            raise FormatError(f"'{source}' holds neither an adapter nor a model.")
+            raise FormatError(
+                f"'{source}' holds neither an adapter nor a model.", "'mlx-adapters pack' makes such files."
+            )
         _ = Base(name, folder).weight_files
         return "model"
     metadata = read_metadata(folder)

@@ -246,7 +246,9 @@ def fill_template(template: str, task: str, **known: str | int | None) -> str:
     try:
         parts = [(text, name, spec, how) for text, name, spec, how in string.Formatter().parse(template)]
     except ValueError as error:
-        raise ConfigError(f"The name template '{template}' cannot be read: {error}.") from None
+        raise ConfigError(
+            f"The name template '{template}' cannot be read: {error}.", "a field is {task}, say."
+        ) from None
     for _, name, spec, how in parts:
         hint = did_you_mean(name or "", fields, f"fields: {', '.join(sorted(fields))}.")
         require(name is None or (name in fields and not spec and not how), f"A name has no field '{name}'.", hint)

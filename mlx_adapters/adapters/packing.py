@@ -147,7 +147,9 @@ def _in_memory(value: dict[str, Any]) -> IO[bytes]:
 
 def _model_members(folder: Path, opened: contextlib.ExitStack, on_event: OnEvent) -> dict[str, IO[bytes]]:
     if not (folder / MODEL_CONFIG).is_file():
-        raise NotFoundError(f"'{folder}' is neither an adapter nor a model: no {CONFIG_FILE}, no {MODEL_CONFIG}.")
+        raise NotFoundError(
+            f"'{folder}' is neither an adapter nor a model: no {CONFIG_FILE}, no {MODEL_CONFIG}.", "name its folder."
+        )
     if lacking := Base(folder.name, folder).lacking:
         raise NotFoundError(
             f"'{folder}' lacks {lacking[0]}, which its index names.", "copy or download the whole model."

@@ -140,7 +140,7 @@ def _check_checksums(entry: Entry) -> str:
     for folder, name, expected in recorded:
         shown = f"{folder.name}/{name}"
         if name not in {path.name for path in folder.iterdir() if path.is_file()}:
-            raise FormatError(f"'{shown}' is recorded but missing.")
+            raise FormatError(f"'{shown}' is recorded but missing.", "copy or download the whole adapter.")
         if (digest := files.sha256(folder / name)) != expected:
             raise FormatError(f"'{shown}' is not the file that was recorded.", _whose(entry, digest, folder / name))
     return f"{len(recorded)} {'file' if len(recorded) == 1 else 'files'} as recorded"

@@ -66,7 +66,7 @@ def _together(layout: Layout, target: str) -> tuple[list[str], list[str]]:
         pieces = layout.into(name)
         if not pieces:
             why = layout.problems.get(name, "the original checkpoint has no such tensor")
-            raise FormatError(f"The original form of '{name}' is not known: {why}.")
+            raise FormatError(f"The original form of '{name}' is not known: {why}.", "fuse it in another --format.")
         for piece in pieces:
             sources[piece.source] = None
             for other in layout.of(piece.source):
@@ -84,7 +84,9 @@ def _covering(name: str, shape: tuple[int, ...], pieces: list[Piece]) -> list[Pi
             kept.append(piece)
     apart = all(_disjoint(one, other, shape) for one, other in combinations(kept, 2))
     if not apart or sum(math.prod(piece.shape(shape)) for piece in kept) != math.prod(shape):
-        raise FormatError(f"mlx-lm keeps only a part of '{name}' of the original checkpoint.")
+        raise FormatError(
+            f"mlx-lm keeps only a part of '{name}' of the original checkpoint.", "fuse it in another --format."
+        )
     return kept
 
 

@@ -18,6 +18,9 @@ from mlx_adapters.storage import hf_names, tensor_names
 from mlx_adapters.storage.hf_names import Renames
 from mlx_adapters.storage.tensor_names import WEIGHT
 
+MERGE_THERE = "merge it into its base in PEFT (merge_and_unload) and convert that model with 'mlx_lm.convert'."
+OWN_BASE = "give the base that it was trained on."
+
 Fold = float | list[Any]  # one factor of a weight's numbers, or [[rows, factor], ...]
 
 
@@ -68,9 +71,13 @@ class Places:
             if weight in self.layout.shapes or weight in self.layout.problems:
                 other = "it is no linear layer there" if self.layout.of(weight) else "it becomes parts of other tensors"
                 if weight in self.layout.shapes and not self.layout.of(weight) and not self.layout.problems:
-                    raise FormatError(f"mlx-lm leaves '{source}' out of the model, so that no adapter can update it.")
+                    raise FormatError(
+                        f"mlx-lm leaves '{source}' out of the model, so that no adapter can update it.", MERGE_THERE
+                    )
                 why = self.layout.problems.get(weight, other)
-                raise FormatError(f"mlx-lm holds '{source}' in another form, which no adapter layer can update: {why}.")
+                raise FormatError(
+                    f"mlx-lm holds '{source}' in another form, which no adapter layer can update: {why}.", MERGE_THERE
+                )
         raise IncompatibleError(
             f"The base model has no layer for '{source}' of the PEFT adapter.", "is it the base it was trained on?"
         )
@@ -113,9 +120,12 @@ class Places:
 
     def _take(self, key: str, piece: Piece, source: str) -> None:
         if self.taken.setdefault(key, source) != source and piece.index is None:
-            raise FormatError(f"Two PEFT modules, '{source}' and '{self.taken[key]}', are one layer.")
+            raise FormatError(
+                f"Two PEFT modules, '{source}' and '{self.taken[key]}', are one layer.",
+                "save it again in PEFT, with one of them.",
+            )
         if (fold := fold_of(piece)) and self.folds.setdefault(key, fold) != fold:
-            raise FormatError(f"mlx-lm multiplies the experts of '{key}' by different numbers.")
+            raise FormatError(f"mlx-lm multiplies the experts of '{key}' by different numbers.", MERGE_THERE)
 
     def expert(self, path: str) -> tuple[str, int] | None:
         """(stacked layer, expert) of a module path that is one of several experts, else None."""
@@ -173,10 +183,15 @@ class Places:
 
     def _take_experts(self, keys: list[str], pieces: list[Piece], source: str) -> None:
         if any(fold_of(piece) for piece in pieces):
-            raise FormatError(f"mlx-lm multiplies the weights of the experts '{keys[0]}', which is not followed here.")
+            raise FormatError(
+                f"mlx-lm multiplies the weights of the experts '{keys[0]}', which is not followed here.", MERGE_THERE
+            )
         for key in keys:
             if self.taken.setdefault(key, source) != source:
-                raise FormatError(f"Two PEFT modules, '{source}' and '{self.taken[key]}', are one layer.")
+                raise FormatError(
+                    f"Two PEFT modules, '{source}' and '{self.taken[key]}', are one layer.",
+                    "save it again in PEFT, with one of them.",
+                )
 
     def remember(self, key: str, path: str) -> None:
         """Note the path in transformers of a layer if the renames do not lead back to it."""
@@ -198,7 +213,9 @@ def fold_of(piece: Piece) -> Fold | None:
     if isinstance(piece.scale, float):
         return None if piece.scale == 1 else piece.scale
     if piece.scale.size != piece.scale.shape[0]:
-        raise FormatError(f"mlx-lm multiplies the numbers of '{piece.source}' one by one; no adapter can follow.")
+        raise FormatError(
+            f"mlx-lm multiplies the numbers of '{piece.source}' one by one; no adapter can follow.", MERGE_THERE
+        )
     return [list(run) for run in runs_of(piece.scale.reshape(-1))]
 
 
@@ -208,7 +225,10 @@ def unfolded(fold: Fold | None, rows: int) -> tuple[float, mx.array | None]:
         return float(fold or 1.0), None
     vector = np.repeat([factor for _, factor in fold], [count for count, _ in fold]).astype(np.float32)
     if vector.shape != (rows,):
-        raise FormatError("The record of what mlx-lm multiplies a weight by does not fit the weight.")
+        raise FormatError(
+            "The record of what mlx-lm multiplies a weight by does not fit the weight.",
+            "import it again from PEFT's folder.",
+        )
     return 1.0, mx.array(vector)
 
 

@@ -178,10 +178,9 @@ def _load(
     from mlx_adapters.sources.lookup import load_adapter
 
     loaded = [load_adapter(reference) for reference in references]
-    recorded = next((adapter.base_name for adapter in loaded if adapter.base_name), None)
-    if base is None and recorded is None:
+    if base is None and not loaded:
         raise click.UsageError("Give --base (the embedded model is 'demo').")
-    model = load_model(base or recorded_base(str(recorded)), dtype=dtype, template=template, drafting=drafting, kv=kv)
+    model = load_model(base or recorded_base(loaded), dtype=dtype, template=template, drafting=drafting, kv=kv)
     for reference, adapter in zip(references, loaded, strict=True):
         model.attach(adapter, any_base, name=reference, use=False)
     return model

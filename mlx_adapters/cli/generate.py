@@ -80,11 +80,10 @@ def generate_command(
         require_writable(prompt_cache)
     told: Any = conversation(text, system) if system else text
     loaded = load_adapter(adapter) if adapter else None
-    recorded = loaded.base_name if loaded else None
-    if base is None and recorded is None:
+    if base is None and loaded is None:
         raise click.UsageError("Give --adapter or --base (the embedded model is 'demo').")
     model = load_model(
-        base or recorded_base(str(recorded)),
+        base or recorded_base(filter(None, [loaded])),
         loaded,
         dtype=dtype,
         any_base=any_base,

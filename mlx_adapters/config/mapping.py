@@ -111,6 +111,12 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
+def to_mend(field: str, value: Any) -> str:
+    """What to do about a value in an adapter's config that is not of its kind."""
+    quoted = isinstance(value, str) and re.fullmatch(r"[-+.\deE]+", value)
+    return "take the quotes away." if quoted else f"write the '{field}' of its training there."
+
+
 def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return " or ".join(repr(option) for option in typing.get_args(hint))

@@ -16,7 +16,7 @@ from mlx_adapters.data.batches import Batch, make_batch
 from mlx_adapters.data.datasets import RawRow, read_data
 from mlx_adapters.data.preferences import tokenize_preference
 from mlx_adapters.data.tokenizing import Row, tokenize_row
-from mlx_adapters.errors import ConfigError, FormatError
+from mlx_adapters.errors import FormatError
 from mlx_adapters.evaluation.figures import TokenFigures
 from mlx_adapters.events import OnEvent, Progress, log_warnings
 from mlx_adapters.models.adapter import Adapter
@@ -135,10 +135,7 @@ def losses_on(
     """
     read = read_data(data, judging=True)
     rows = read.rows(read.judging)
-    name = base or adapters[0].base_name
-    if name is None:
-        raise ConfigError("The adapters name no base.", "name one with --base.")
-    model = load_model(resolve_base(name) if base else recorded_base(name))
+    model = load_model(resolve_base(base) if base else recorded_base(adapters))
     batches = Batches(judged_rows(rows, model, MAX_SEQ_LENGTH))
     losses = []
     for adapter in adapters:

@@ -32,7 +32,7 @@ from mlx_adapters.fusion.result import FuseResult, report
 from mlx_adapters.models.adapter import Adapter, AdapterLike, template_of
 from mlx_adapters.models.base import Base, BaseLike, Named
 from mlx_adapters.models.loading import load_tokenizer_of
-from mlx_adapters.sources.bases import recorded_base, resolve_base
+from mlx_adapters.sources.bases import NAME_IT, recorded_base, resolve_base
 from mlx_adapters.sources.lookup import load_adapter, several
 from mlx_adapters.storage import files, paths, replacing
 from mlx_adapters.storage.tensor_names import FUSE_RECIPE_FILE, REPORT_FILE
@@ -173,10 +173,9 @@ def choose_base(base: BaseLike | None, updates: Updates) -> Base:
     """The base that was named, else the one the adapters were made for. Raises ConfigError."""
     if base is None:
         names = dict.fromkeys(a.base_name for a, _ in updates.adapters if a.base_name)
-        if len(names) != 1:
-            why = "they name different ones: " + ", ".join(names) if names else "the adapter does not name it"
-            raise ConfigError(f"Which base model? {why[0].upper()}{why[1:]}.", "give it with --base.")
-        return recorded_base(next(iter(names)), everything=True)
+        if len(names) > 1:
+            raise ConfigError(f"Which base model? They name different ones: {', '.join(names)}.", NAME_IT)
+        return recorded_base((a for a, _ in updates.adapters), everything=True)
     return resolve_base(base, everything=True)
 
 

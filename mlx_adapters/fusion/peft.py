@@ -75,19 +75,21 @@ def fuse_peft(
     refuse_unsaved(peft)
     resolved = resolve_base(base)
     module, _ = load_module(resolved)
-    peft, notes = prepared(peft, module, layout_of(resolved, module), text_only)
+    layout = layout_of(resolved, module)
+    peft, notes = prepared(peft, module, layout, text_only)
     for note in notes:
         on_event(Note(note, "warning"))
-    if (larger := resized(peft, resolved, module, layout_of(resolved, module), resize, on_event)) is not resolved:
+    if (larger := resized(peft, resolved, module, layout, resize, on_event)) is not resolved:
         resolved = larger
         module, _ = load_module(resolved)
-    peft = without_copies(peft, module, layout_of(resolved, module))
+        layout = layout_of(resolved, module)
+    peft = without_copies(peft, module, layout)
     one_for_both = tied(adaptable_layers(module)) or _tokens_of_both(peft, resolved)
     if needs_untying(peft, adaptable_layers(module)):
         resolved = replace(resolved, untied=True)
         module, _ = load_module(resolved)
+        layout = layout_of(resolved, module)
         on_event(Note("The fused model has an output layer of its own: the adapter changes one end of the embedding."))
-    layout = layout_of(resolved, module)
     whole = whole_tensors(peft, module, layout, resolved.untied, one_for_both)
     rest, adapters = peft.without(lambda path: path in whole.updated), list[Adapter]()
     if rest.modules:

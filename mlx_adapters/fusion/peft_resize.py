@@ -16,7 +16,7 @@ from mlx_adapters.events import Note, OnEvent
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.dense import dense_weight, weight_shape
 from mlx_adapters.models.layers import adaptable_layers, nn, tied
-from mlx_adapters.peft_format.conversion import rows_of
+from mlx_adapters.peft_format.conversion import other_vocabulary
 from mlx_adapters.peft_format.reading import PeftAdapter
 from mlx_adapters.storage import hf_names, tensor_names
 from mlx_adapters.storage.tensor_names import WEIGHT
@@ -26,13 +26,12 @@ from mlx_adapters.units import count
 def resized(peft: PeftAdapter, base: Base, module: nn.Module, layout: Layout, resize: bool, on_event: OnEvent) -> Base:
     """`base`, with as many tokens as `peft` was trained with; unless `resize`, IncompatibleError if they differ."""
     layers = adaptable_layers(module)
-    rows, wanted = rows_of(layers), peft.vocabulary
-    if wanted is None or rows is None or wanted == rows:
+    if (differing := other_vocabulary(peft, layers, base.name)) is None:
         return base
+    rows, wanted, message = differing
     if not resize:
         raise IncompatibleError(
-            f"The PEFT adapter is for {wanted} tokens, but '{base.name}' has {rows} (a resized vocabulary).",
-            "--resize gives the fused model as many; or give the base that it was trained on.",
+            message, "--resize gives the fused model as many; or give the base that it was trained on."
         )
     ends = [path for path, layer in layers.items() if hf_names.is_end(path) and weight_shape(layer)[0] == rows]
     stored = _stored(peft, Places(layers, layout), ends[0] if tied(layers) else None)

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_adapters.checkpoints.places import Places
+from mlx_adapters.checkpoints.places import MERGE_THERE, OWN_BASE, Places
 from mlx_adapters.checkpoints.probing import Layout, Piece
 from mlx_adapters.errors import FormatError, IncompatibleError
 from mlx_adapters.models.dense import dense_weight, weight_shape
@@ -21,6 +21,7 @@ from mlx_adapters.models.layers import (
     weight_layers,
 )
 from mlx_adapters.peft_format.reading import PeftAdapter, PeftModule
+from mlx_adapters.peft_format.settings import MEND
 from mlx_adapters.peft_format.updates import strength
 from mlx_adapters.storage import hf_names, tensor_names
 from mlx_adapters.storage.hf_names import EMBEDDINGS, FUSED_DOWN, FUSED_GATE_UP, is_head
@@ -63,8 +64,10 @@ def whole_tensors(
         if not pieces:
             known = hf_names.mlx_paths(path)
             if any(tensor_names.join(place, leaf) in layout.shapes for place, _ in known):
-                raise FormatError(f"mlx-lm makes other tensors of '{name}', so that it cannot be put in as a whole.")
-            raise IncompatibleError(f"The base model has no place for '{name}' of the PEFT adapter.")
+                raise FormatError(
+                    f"mlx-lm makes other tensors of '{name}', so that it cannot be put in as a whole.", MERGE_THERE
+                )
+            raise IncompatibleError(f"The base model has no place for '{name}' of the PEFT adapter.", OWN_BASE)
         for piece in pieces:
             _put(piece, name, array, layers, shapes, whole)
     for path, rows in peft.token_rows.items():
@@ -91,7 +94,9 @@ def _update(
     paths = {piece.target: tensor_names.split(piece.target)[0] for piece in pieces}
     shape, made = layout.shapes[pieces[0].source], (lora.b.shape[0], lora.a.shape[1])
     if shape != made or lora.embedding:
-        raise IncompatibleError(f"'{lora.path}' of the PEFT adapter is made for {made}, the base's is {shape}.")
+        raise IncompatibleError(
+            f"'{lora.path}' of the PEFT adapter is made for {made}, the base's is {shape}.", OWN_BASE
+        )
     weight = mx.zeros(shape)
     for piece in pieces:
         layer = layers.get(paths[piece.target])
@@ -114,7 +119,7 @@ def _experts(name: str, array: mx.array, places: Places) -> dict[str, mx.array]:
     experts = weight_shape(places.layers[parts[0].key])[0]
     if tuple(array.shape) != (experts, *shape):
         raise IncompatibleError(
-            f"'{name}' of the PEFT adapter is {tuple(array.shape)}, the base's {(experts, *shape)}."
+            f"'{name}' of the PEFT adapter is {tuple(array.shape)}, the base's {(experts, *shape)}.", OWN_BASE
         )
     return {part.key: array[:, part.rows].astype(mx.float32) for part in parts}
 
@@ -134,7 +139,7 @@ def _put(
     if array.ndim != len(piece.select) or piece.shape(tuple(array.shape)) != wanted:
         raise IncompatibleError(
             f"'{name}' of the PEFT adapter is {tuple(array.shape)}, the base's is {wanted}.",
-            "give the base it was trained on.",
+            OWN_BASE,
         )
     made = piece.apply(array)
     if piece.index is not None and layer is not None:
@@ -170,16 +175,18 @@ def _with_token_rows(
     pieces, _ = places.look_up(onto)
     place = tensor_names.split(pieces[0].target)[0] if pieces else ""
     if not isinstance(places.layers.get(place), EMBEDDING + LINEAR):
-        raise IncompatibleError(f"The base model has no '{onto}' for the PEFT adapter's tokens.")
+        raise IncompatibleError(f"The base model has no '{onto}' for the PEFT adapter's tokens.", OWN_BASE)
     if "bias" in places.layers[place]:
-        raise FormatError(f"With single tokens of '{onto}' PEFT computes without its bias, as no model of mlx-lm does.")
+        raise FormatError(
+            f"With single tokens of '{onto}' PEFT computes without its bias, as no model does.", MERGE_THERE
+        )
     indices: Any = peft.settings.raw.get("trainable_token_indices")
     if isinstance(indices, dict):
         indices = next((own for name, own in indices.items() if f".{path}".endswith(f".{name}")), None)
     vocabulary, width = weight_shape(places.layers[place])
     sound = isinstance(indices, list) and all(type(i) is int and 0 <= i < vocabulary for i in indices)
     if not sound or tuple(rows.shape) != (len(indices or ()), width):
-        raise FormatError(f"The rows for '{path}' do not fit trainable_token_indices in the PEFT config.")
+        raise FormatError(f"The rows for '{path}' do not fit trainable_token_indices in the PEFT config.", MEND)
     weight = whole.replaced.get(place)
     weight = dense_weight(places.layers[place], mx.float32) if weight is None else weight
     weight[mx.array(indices)] = pieces[0].apply(rows.astype(mx.float32))

@@ -122,7 +122,7 @@ def read_recipe(path: str | Path | Named) -> Recipe:
         Precision.of(recipe.quantization)
         require(isinstance(recipe.text, dict | None), "Its text is not as it was written.")
     except ConfigError as error:
-        raise FormatError(f"The fuse recipe '{path}' is damaged. {error.message}") from None
+        raise FormatError(f"The fuse recipe '{path}' is damaged. {error.message}", "fuse anew.") from None
     return recipe
 
 

@@ -28,6 +28,8 @@ RENAMED_SETTINGS = (("num_experts", "qwen3_moe", "num_local_experts"), ("n_ctx",
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "model_max_length")
 MOST_LAYERS = 10_000
 TIED = "tie_word_embeddings"
+MEND_CONFIG = "mend its config.json, or name another model."
+NOT_PACKED = "name the model that it was made from, unpacked, or one that mlx-lm quantized."
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 
 
@@ -125,9 +127,9 @@ class Base:
             (path for path in self.folder.iterdir() if path.exists() and not (path.is_file() or path.is_dir())), None
         ):
             raise FormatError(f"'{odd}' is neither a file nor a folder.", "a pipe or a broken link? Take it away.")
-        with refusals(lambda why: FormatError(f"The config of '{self.name}' cannot be used: {why}.")):
+        with refusals(lambda why: FormatError(f"The config of '{self.name}' cannot be used: {why}.", MEND_CONFIG)):
             config = normalized_config(load_config(self.folder))
-            _check(config)
+            _check(config, self.name)
         if config.get("model_file") is not None and not trusts_remote_code():
             code = config["model_file"]
             raise FormatError(f"'{self.name}' brings code of its own, '{code}', which is not run unasked.", TRUST_IT)
@@ -221,7 +223,8 @@ class Base:
         there = {path.name for path in self.folder.glob(WEIGHT_FILES) if path.is_file()}
         index = self.folder / INDEX_FILE
         places = files.read_json(index).get("weight_map") if index.is_file() else None
-        named = {n for n in places.values() if isinstance(n, str)} if isinstance(places, dict) else numbered(there)
+        named = {n for n in places.values() if isinstance(n, str)} if isinstance(places, dict) else set()
+        named = named or numbered(there)
         return sorted(n for n in named - there if fnmatch(n, WEIGHT_FILES)) if there <= named else []
 
     def record(self) -> dict[str, Any]:
@@ -250,8 +253,9 @@ def numbered(names: Iterable[str]) -> set[str]:
     }
 
 
-def _check(config: Mapping[str, Any]) -> None:
-    """Raise ValueError unless what this package itself reads from a config has its type."""
+def _check(config: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError unless what this package itself reads from a config has its type, FormatError for weights that
+    mlx-lm does not unpack; `name`: the model's."""
     file = config.get("model_file")
     if file is not None and not (isinstance(file, str) and Path(file).name == file):
         raise ValueError(f"'model_file' is {str(file)[:40]!r}")
@@ -259,7 +263,7 @@ def _check(config: Mapping[str, Any]) -> None:
         raise ValueError("'text_config' is no object")
     quantization_in(config)
     if packer := packed_by(config):
-        raise ValueError(f"its weights are packed by {packer}, which mlx-lm does not read")
+        raise FormatError(f"The weights of '{name}' are packed by {packer}, which mlx-lm does not read.", NOT_PACKED)
     for part in (config, config.get("text_config") or {}):
         for key in ("n_positions", "vocab_size"):
             value = part.get(key)
@@ -303,7 +307,10 @@ def _window_pattern(kinds: list[str]) -> int:
     """Of how many layers in a row the last one looks at everything. Raises ModelError if there is no such rule."""
     period = kinds.index("full_attention") + 1
     if any((kind == "full_attention") != ((i + 1) % period == 0) for i, kind in enumerate(kinds)):
-        raise ModelError("mlx-lm cannot follow this model's layer_types: full attention does not come periodically.")
+        raise ModelError(
+            "mlx-lm cannot follow this model's layer_types: full attention does not come periodically.",
+            "take another base.",
+        )
     return period
 
 

@@ -95,7 +95,10 @@ def dense_layer(layer: nn.Module, weight: mx.array) -> nn.Module:
     """An unquantized layer of the same kind with that weight and the layer's bias, in the weight's type."""
     kind: Any = dense_class(layer)
     if kind is None:
-        raise ModelError(f"mlx-lm's '{type(layer).__name__}' cannot be computed unquantized.")
+        raise ModelError(
+            f"mlx-lm's '{type(layer).__name__}' cannot be computed unquantized.",
+            "fuse it with its own bits: --bits keep.",
+        )
     dense = kind.__new__(kind)
     nn.Module.__init__(dense)
     dict.update(dense, {name: value for name, value in layer.items() if not isinstance(value, mx.array)})

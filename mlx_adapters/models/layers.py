@@ -111,7 +111,10 @@ def resolve_target_modules(module: nn.Module, lora: LoraConfig) -> tuple[str, ..
     blocks = {tensor_names.block_index(path) for path in layers} - {None}
     count = len(blocks) if lora.num_layers == "all" else lora.num_layers
     if count > len(blocks):
-        raise ConfigError(f"The model has {units.count(len(blocks), 'block')}, so num_layers cannot be {count}.")
+        raise ConfigError(
+            f"The model has {units.count(len(blocks), 'block')}, so num_layers cannot be {count}.",
+            "take fewer, or all.",
+        )
     first = len(blocks) - count
     adapted = [path for path in layers if (index := tensor_names.block_index(path)) is None or index >= first]
     if lora.target_modules == "all":
@@ -300,7 +303,9 @@ def untie(module: nn.Module) -> None:
     switch = owner if hasattr(owner, "tie_word_embeddings") else getattr(owner, "args", None)
     embedding = getattr(getattr(owner, "model", None), "embed_tokens", None)
     if switch is None or not hasattr(switch, "tie_word_embeddings") or not isinstance(embedding, EMBEDDING):
-        raise IncompatibleError("mlx-lm has this architecture with one matrix for input and output only.")
+        raise IncompatibleError(
+            "mlx-lm has this architecture with one matrix for input and output only.", "leave the embedding as it is."
+        )
     kind = nn.QuantizedLinear if is_quantized(embedding) else nn.Linear
     head = kind.__new__(kind)
     nn.Module.__init__(head)

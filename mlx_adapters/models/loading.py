@@ -16,7 +16,7 @@ from mlx_adapters.config.mapping import require
 from mlx_adapters.config.quantization import DTYPES
 from mlx_adapters.errors import AdapterError, FormatError, ModelError
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.base import Base
+from mlx_adapters.models.base import NOT_PACKED, Base
 from mlx_adapters.models.dense import compute_dtype, dense_class, dense_layer, dense_weight, is_quantized, resize_rows
 from mlx_adapters.models.layers import named_layers, untie
 from mlx_adapters.models.model import Model
@@ -34,6 +34,9 @@ from mlx_adapters.system.door import (
 from mlx_adapters.system.limits import files_hint, wire_memory
 from mlx_adapters.system.machine import on_gpu
 from mlx_adapters.templates.habits import check_arguments
+
+NOT_ITS_OWN = "are its weights and its config.json of one model? Copy or download both again."
+WHOLE_MODEL = "copy or download the whole model."
 
 
 def load_model(
@@ -56,7 +59,7 @@ def load_model(
     """
     require(dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not '{dtype}'.")
     module, config = load_module(base)
-    with refusals(lambda why: ModelError(f"The weights of '{base.name}' cannot be read: {why}.")):
+    with refusals(lambda why: ModelError(f"The weights of '{base.name}' cannot be read: {why}.", WHOLE_MODEL)):
         set_precision(module, dtype, dense)
         mx.eval(module.parameters())
     if on_gpu():
@@ -85,7 +88,11 @@ def load_module(base: Base) -> tuple[nn.Module, dict[str, Any]]:
         with contextlib.suppress(AdapterError, OSError):  # what keeps the folder from being read tells less than `why`
             lacking = base.lacking
         why = f"it lacks {', '.join(lacking[:3])}, which its index names" if lacking else why
-        hint = "copy or download the whole model." if lacking else files_hint(files)
+        packer = (
+            (config.get("quantization_config") or {}).get("quant_method") if not config.get("quantization") else None
+        )
+        why = f"its weights, packed by {packer}, are not as mlx-lm reads them ({why})" if packer else why
+        hint = WHOLE_MODEL if lacking else NOT_PACKED if packer else files_hint(files) or NOT_ITS_OWN
         return ModelError(f"mlx-lm cannot load '{base.name}': {why}.", hint)
 
     with refusals(refused):
@@ -115,13 +122,18 @@ def load_tokenizer_of(base: Base, template: TemplateConfig | None = None) -> Any
             )
         for path in base.folder.iterdir():
             refuse_pointer(path)
-        return FormatError(f"The tokenizer of '{base.name}' cannot be loaded: {why}.")
+        return FormatError(
+            f"The tokenizer of '{base.name}' cannot be loaded: {why}.", "copy or download the model's files again."
+        )
 
     with refusals(refused):
         try:
             tokenizer = load_tokenizer(base.tokenizer or base.folder, eos, other)
         except TemplateSyntaxError as error:
-            raise FormatError(f"The chat template is not valid, line {error.lineno}: {error.message}") from None
+            raise FormatError(
+                f"The chat template is not valid, line {error.lineno}: {error.message}",
+                "mend it, or name another with --chat-template.",
+            ) from None
         tokenizer.encode("What is odd in its settings shows here.")
     # It need not warn about long texts: whoever uses it cuts them where the model's limit asks for it.
     getattr(tokenizer, "deprecation_warnings", {})["sequence-length-is-longer-than-the-specified-maximum"] = True

@@ -13,21 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.config.data import DataConfig
-from mlx_adapters.config.mapping import from_mapping
+from mlx_adapters.config.mapping import from_mapping, to_mend
 from mlx_adapters.errors import ConfigError, FormatError
 from mlx_adapters.storage import files
 from mlx_adapters.storage.replacing import stat_of
-from mlx_adapters.storage.tensor_names import (
-    ADAPTER_FILE,
-    CHECKPOINT_FILE,
-    CONFIG_FILE,
-    METADATA_FILE,
-    checkpoint_file,
-)
+from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CHECKPOINT_FILE, CONFIG_FILE, METADATA_FILE, checkpoint_file
 
 MAX_BYTES = 64 << 20  # a loss curve of a million points has 30 MB
 MAX_DEPTH = 20
 LARGEST_SCALE = 3e38  # float32 ends there
+HOW_IT_LOOKS = 'it looks like {"fine_tune_type": "lora", "lora_parameters": {"rank": 8, "scale": 20.0}}.'
 
 
 class WholeRecord(dict[str, Any]):
@@ -97,7 +92,8 @@ def check(raw: Mapping[str, Any], kinds: WholeRecord, where: str) -> None:
     wrong: list[str] = []
     if _fit(raw, kinds, "", wrong) is _OUT or wrong:
         fields = wrong or [name for name in kinds if raw.get(name) is None]
-        raise FormatError(f"{where} is damaged: {', '.join(fields[:5])} missing, or not as it was written.")
+        message = f"{where} is damaged: {', '.join(fields[:5])} missing, or not as it was written."
+        raise FormatError(message, "copy it again.")
 
 
 def plain(value: Any) -> Any:
@@ -175,7 +171,8 @@ def check_config(raw: Mapping[str, Any], where: str) -> None:
     if "peft_type" in raw:
         raise FormatError(f"{where} is a PEFT adapter.", "take it in with 'mlx-adapters import-peft'.")
     if kind not in ("lora", "dora") or not isinstance(parameters, Mapping):
-        raise FormatError(f"{where}: {CONFIG_FILE} is not an mlx-lm adapter config.")
+        what = f"'fine_tune_type' is {str(kind)[:40]!r}" if isinstance(parameters, Mapping) else "no 'lora_parameters'"
+        raise FormatError(f"{where}: {CONFIG_FILE} is not an mlx-lm adapter config: {what}.", HOW_IT_LOOKS)
     rank, scale, dropout = parameters.get("rank"), parameters.get("scale"), parameters.get("dropout", 0.0)
     needed = {
         "rank": (rank, "a whole number of at least 1", _is_whole(rank, least=1)),
@@ -185,8 +182,8 @@ def check_config(raw: Mapping[str, Any], where: str) -> None:
     }
     for name, (value, what, right) in needed.items():
         if not right:
-            what_is_there = "which is missing" if value is None else f"not {str(value)[:40]!r}"
-            raise FormatError(f"{where}: {CONFIG_FILE} needs {what} as '{name}', {what_is_there}.")
+            there = "which is missing" if value is None else f"not {str(value)[:40]!r}"
+            raise FormatError(f"{where}: {CONFIG_FILE} needs {what} as '{name}', {there}.", to_mend(name, value))
 
 
 def _kind(raw: Mapping[str, Any]) -> Any:
@@ -247,7 +244,7 @@ def parse_config(raw: Mapping[str, Any], keys: tuple[str, ...], where: str) -> A
 
 def _read(path: Path) -> dict[str, Any]:
     if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise FormatError(f"'{path}' is not a file.")
+        raise FormatError(f"'{path}' is not a file.", "a pipe or a folder? Put the file there.")
     if path.is_file() and path.stat().st_size > MAX_BYTES:
         raise FormatError(f"'{path}' has more than {MAX_BYTES >> 20} MB.", "this is no record of an adapter.")
     return files.read_json(path)

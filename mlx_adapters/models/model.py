@@ -114,7 +114,9 @@ class Model:
         self.base.check_tokens(array, "The prompt")
         if self.positions is not None and before + array.shape[-1] > self.positions:
             tokens = before + array.shape[-1]
-            raise ModelError(f"The prompt has {tokens} tokens; the model has {self.positions} positions.")
+            raise ModelError(
+                f"The prompt has {tokens} tokens; the model has {self.positions} positions.", "shorten it."
+            )
         return mx.array(array.astype(np.int32))
 
     @property
@@ -190,7 +192,9 @@ class Model:
         try:
             return rendered(messages, tools, self.tokenizer, render, template=chosen.chat_template)[1]
         except Exception as error:  # a template may raise what it likes
-            raise ModelError(f"The chat template refuses this conversation: {error}.") from None
+            raise ModelError(
+                f"The chat template refuses this conversation: {error}.", "give another with --chat-template."
+            ) from None
 
     def embedding(self, token_ids: list[int] | mx.array) -> mx.array:
         """The mean of the last hidden state, (width,) float32, not normalized.
@@ -202,7 +206,9 @@ class Model:
         """
         body = find_body(self.module)
         if body is None:
-            raise ModelError(f"'{self.base.name}' tells no hidden state: its layers and its head are one.")
+            raise ModelError(
+                f"'{self.base.name}' tells no hidden state: its layers and its head are one.", "take another base."
+            )
         hidden = body(self.checked_ids(token_ids)[None])  # (1, tokens, width)
         return hidden[0].astype(mx.float32).mean(axis=0)
 

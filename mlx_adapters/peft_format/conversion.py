@@ -1,6 +1,5 @@
 """A PEFT adapter becomes MLX's, for a base at hand; what the way back needs is recorded."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import takewhile
@@ -10,7 +9,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_adapters.checkpoints.originals import layout_of
-from mlx_adapters.checkpoints.places import Places
+from mlx_adapters.checkpoints.places import OWN_BASE, Places
 from mlx_adapters.checkpoints.probing import Layout
 from mlx_adapters.errors import FormatError, IncompatibleError
 from mlx_adapters.events import Note, OnEvent, log_warnings
@@ -111,7 +110,7 @@ def _other_parts(peft: PeftAdapter, places: Places) -> dict[str, list[str]]:
     for name in [*(tensor_names.join(path, WEIGHT) for path in peft.modules), *peft.dense]:
         path = tensor_names.split(name)[0]
         if hf_names.is_end(path) or hf_names.is_of_experts(path) or places.tensor(name):
-            there[re.split(r"\.\d+\.", path)[0] if re.search(r"\.\d+\.", path) else ""] = None
+            there[tensor_names.before_number(path)] = None
         else:
             missing.append(name)
     roots = [root.split(".") for root in there if root]
@@ -159,10 +158,9 @@ def _same(copy: mx.array, weight: mx.array, index: int | None) -> bool:
 
 def _with_all_tokens(peft: PeftAdapter, layers: Mapping[str, nn.Module], base: str, resize: bool) -> PeftAdapter:
     """An adapter of a smaller vocabulary, with nothing for the base's further tokens."""
-    rows, given = rows_of(layers), peft.vocabulary
-    if given is None or rows is None or given == rows:
+    if (differing := other_vocabulary(peft, layers, base)) is None:
         return peft
-    message = f"The PEFT adapter is for {given} tokens, but '{base}' has {rows} (a resized vocabulary)."
+    rows, given, message = differing
     whole = any(module.m is not None for path, module in peft.modules.items() if hf_names.is_end(path))
     if given > rows or whole:  # DoRA would need the further tokens' magnitudes
         raise IncompatibleError(message, RESIZE_HINT)
@@ -181,9 +179,13 @@ def _padded(module: PeftModule, more: list[tuple[int, int]]) -> PeftModule:
     return replace(module, b=mx.pad(module.b, more))
 
 
-def rows_of(layers: Mapping[str, nn.Module]) -> int | None:
-    """How many tokens the base's embedding has a row for."""
-    return next((weight_shape(layer)[0] for path, layer in layers.items() if hf_names.is_embedding(path)), None)
+def other_vocabulary(peft: PeftAdapter, layers: Mapping[str, nn.Module], base: str) -> tuple[int, int, str] | None:
+    """How many tokens the base has, the adapter was trained with, and that in words; None where they are as many."""
+    rows = next((weight_shape(layer)[0] for path, layer in layers.items() if hf_names.is_embedding(path)), None)
+    given = peft.vocabulary
+    if given is None or rows is None or given == rows:
+        return None
+    return rows, given, f"The PEFT adapter is for {given} tokens, but '{base}' has {rows} (a resized vocabulary)."
 
 
 def record(peft: PeftAdapter, converted: Converted, source: str) -> dict[str, Any]:
@@ -227,7 +229,7 @@ def _check_base_copies(peft: PeftAdapter, places: Places, base_name: str, replac
             raise IncompatibleError(
                 f"The PEFT adapter's base has a '{path}' of {tuple(copy.shape)}, '{base_name}' one of "
                 f"{weight_shape(layer)} (a resized vocabulary).",
-                "give the base it was trained on.",
+                OWN_BASE,
             )
         trained = tensor_names.join(path, WEIGHT) in peft.dense or path in peft.token_rows
         own = replaced.get(key) if not trained else None
@@ -237,5 +239,5 @@ def _check_base_copies(peft: PeftAdapter, places: Places, base_name: str, replac
         if not distance <= (QUANTIZED_TOLERANCE if is_quantized(layer) else DENSE_TOLERANCE):
             raise IncompatibleError(
                 f"'{path}' of '{base_name}' differs from the copy in the PEFT adapter (by {distance:.0%}).",
-                "give the base it was trained on.",
+                OWN_BASE,
             )

@@ -11,10 +11,11 @@ What they write, read in the programs' own sources (versions in brackets); tenso
 - optiq (0.7): mlx-lm's with PEFT's fields beside them; tensors of several ranks, one scale.
 """
 
-import re
+import math
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_adapters.checkpoints.shards import peft_weight_files
+from mlx_adapters.config.mapping import to_mend
 from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.models.adapter import Adapter, Weights, keys_of
 from mlx_adapters.models.layers import nn
@@ -35,8 +37,8 @@ from mlx_adapters.models.metadata import (
 )
 from mlx_adapters.peft_format.updates import LayerFactors, unified
 from mlx_adapters.storage import paths, tensor_files, tensor_names
-from mlx_adapters.storage.hf_names import FOREIGN_LEAVES, FOREIGN_WEIGHTS, NPZ, parse_peft_tensor
-from mlx_adapters.storage.tensor_names import CONFIG_FILE, LORA_A, LORA_B, MAGNITUDE, METADATA_FILE
+from mlx_adapters.storage.hf_names import FOREIGN_LEAVES, FOREIGN_WEIGHTS, NPZ, PEFT_SHARDS, parse_peft_tensor
+from mlx_adapters.storage.tensor_names import ADAPTER_LEAVES, CONFIG_FILE, LORA_A, LORA_B, MAGNITUDE, METADATA_FILE
 from mlx_adapters.units import count
 
 # What a setting is called; where several are there, the first counts.
@@ -57,11 +59,14 @@ def weights_in(folder: Path) -> Path:
             f"'{folder}' holds adapters in folders of it: {', '.join(inner[:10])}{', …' if len(inner) > 10 else ''}."
         )
         raise NotFoundError(several, f"name one: --subfolder {inner[-1]}, or the folder itself.")
-    if peft_weight_files(folder):
-        raise FormatError(f"'{folder}' is a PEFT adapter.", "take it in with 'mlx-adapters import-peft'.")
-    raise NotFoundError(
-        f"'{folder}' has no {FOREIGN_WEIGHTS[0]}.", f"nor any of {', '.join(FOREIGN_WEIGHTS[1:])}: is it an adapter?"
-    )
+    loose = [path.name for kind in ("*.safetensors", f"*{NPZ}") for path in paths.visible(folder, kind)]
+    if loose and not any(fnmatch(name, PEFT_SHARDS) for name in loose):
+        several = (
+            f"'{folder}' has no {FOREIGN_WEIGHTS[0]}, but {', '.join(loose[:5])}{', …' if len(loose) > 5 else ''}."
+        )
+        raise NotFoundError(several, f"name the file itself, if it is the adapter's: {folder / loose[-1]}")
+    peft_weight_files(folder)  # says what is wrong where there are none
+    raise FormatError(f"'{folder}' is a PEFT adapter.", "take it in with 'mlx-adapters import-peft'.")
 
 
 @dataclass(frozen=True)
@@ -108,9 +113,15 @@ def own_form(raw: Mapping[str, Any], tensors: Weights, where: str) -> tuple[Adap
     Layers of several ranks or scales get the largest rank and the commonest scale, exactly.
     Raises FormatError that names the field or the tensor that is wrong.
     """
-    if raw.get("fine_tune_type") == "full" or ("peft_type" in raw and "lora_parameters" not in raw):
+    kind, own = raw.get("fine_tune_type"), raw.get("lora_parameters")
+    if kind not in (None, "lora", "dora") or not isinstance(own or {}, Mapping) or ("peft_type" in raw and own is None):
         check_config(raw, f"'{where}'")  # says what it is
     weights = {_own_name(name): array for name, array in tensors.items()}
+    if unknown := next((n for n in weights if tensor_names.split(_own_name(n))[1] not in ADAPTER_LEAVES), None):
+        raise FormatError(
+            f"'{where}' holds a tensor '{unknown}' that no adapter has.",
+            "have the program that made it save the adapter alone: its lora_a, lora_b and m.",
+        )
     keys = keys_of(weights)
     ranks = {key: _rank(weights, key, where) for key in keys}
     settings = next((raw[n] for n in ("lora_parameters", "lora_config") if isinstance(raw.get(n), Mapping)), raw)
@@ -127,8 +138,22 @@ def own_form(raw: Mapping[str, Any], tensors: Weights, where: str) -> tuple[Adap
     config = parse_config(spelled, keys, f"'{where}'")
     scales = raw.get(MODULE_SCALES)
     config, weights = _one_rank(config, weights, ranks, scales if isinstance(scales, Mapping) else {}, where)
+    if config.scale == 0:
+        notes.append(f"{CONFIG_FILE} gives it the strength 0: it changes nothing.")
+    if (other := _other_alpha(raw, settings, config)) is not None:
+        notes.append(f"{CONFIG_FILE} has alpha {str(other)[:40]!r} beside scale {config.scale:g}: used at the scale.")
     both = "scale" in settings and is_number(alpha)
     return Adapter(config, weights, alpha=float(alpha) if both else None), notes
+
+
+def _other_alpha(raw: Mapping[str, Any], settings: Mapping[str, Any], config: AdapterConfig) -> Any:
+    """An alpha that is no number, or lies outside of the settings and leads to another scale than theirs; else None."""
+    alpha = _first(settings, ALPHA)
+    if alpha is not None or settings is raw:
+        return None if is_number(alpha) else alpha
+    alpha, rank = _first(raw, ALPHA), _first(raw, RANK) or config.rank
+    same = is_number(alpha) and is_number(rank) and math.isclose(alpha / rank, config.scale, rel_tol=1e-6)
+    return None if same else alpha
 
 
 def _own_name(name: str) -> str:
@@ -165,7 +190,7 @@ def _check_rank(rank: Any, ranks: Mapping[str, int], where: str) -> None:
         raise FormatError(f"'{where}' does not hold both factors of '{missing}' as matrices.", "is the file whole?")
     if rank is not None and not is_number(rank):
         raise FormatError(
-            f"'{where}': {CONFIG_FILE} needs a number as 'rank', not {str(rank)[:40]!r}.", "take the quotes away."
+            f"'{where}': {CONFIG_FILE} needs a number as 'rank', not {str(rank)[:40]!r}.", to_mend("rank", rank)
         )
     widths = {width for width in ranks.values() if width}
     if rank is not None and len(widths) == 1 and rank != (width := widths.pop()):
@@ -186,7 +211,9 @@ def _scale(settings: Mapping[str, Any], alpha: Any, rank: Any, other_names: bool
             f'{{"lora_parameters": {{"rank": {rank}, "scale": SCALE}}}} (mlx-examples had 2.0, then 20.0).',
         )
     if not is_number(alpha) or not is_number(rank) or not rank:
-        raise FormatError(f"'{where}': {CONFIG_FILE} needs a number as 'alpha', not {str(alpha)[:40]!r}.")
+        raise FormatError(
+            f"'{where}': {CONFIG_FILE} needs a number as 'alpha', not {str(alpha)[:40]!r}.", to_mend("alpha", alpha)
+        )
     note = f"{CONFIG_FILE} has alpha {alpha:g} and no scale: taken in at alpha / rank = {alpha / rank:g}."
     if other_names:
         note += f" mlx-vlm does so since 0.5; before, it trained at alpha itself: then scale the adapter by {rank:g}."
@@ -203,7 +230,9 @@ def _one_rank(
     for key in config.keys:
         scale = scales.get(key, config.scale)
         if not is_number(scale) or scale == 0:
-            raise FormatError(f"'{where}': {CONFIG_FILE} gives '{key}' the scale {str(scale)[:40]!r}.")
+            raise FormatError(
+                f"'{where}': {CONFIG_FILE} gives '{key}' the scale {str(scale)[:40]!r}.", to_mend("scale", scale)
+            )
         a, b, m = (weights.get(tensor_names.join(key, leaf)) for leaf in (LORA_A, LORA_B, MAGNITUDE))
         assert a is not None and b is not None
         updates.append(LayerFactors(key, a, b, m, float(scale)))
@@ -256,7 +285,7 @@ def text_part(adapter: Adapter, layers: Mapping[str, nn.Module]) -> tuple[Adapte
     """
     parts: dict[str, list[str]] = {}
     for key in adapter.config.keys:
-        parts.setdefault(re.split(r"\.\d+\.", key)[0] if re.search(r"\.\d+\.", key) else key, []).append(key)
+        parts.setdefault(tensor_names.before_number(key) or key, []).append(key)
     fits = {
         part: tensor_names.other_beginning(keys, layers.__contains__, layers) is not None
         for part, keys in parts.items()

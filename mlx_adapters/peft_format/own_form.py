@@ -84,7 +84,7 @@ def own_form(adapter: Adapter, facts: Facts) -> PeftForm:
                 f"PEFT has no DoRA for the {what} '{path}'.", f"train it as LoRA, or leave the {what} out."
             )
         if m is not None and embedding:
-            raise FormatError(f"PEFT's DoRA of an embedding is another function than MLX's: '{path}'.")
+            raise FormatError(f"PEFT's DoRA of an embedding is another function than MLX's: '{path}'.", LEAVE_OUT)
         a, b, m, factor = unloaded(a, b, m, fold, embedding)
         b = b if factor == 1 else b.astype(mx.float32) / factor
         tensors |= tensors_of(hf_names.stored_path(path, facts.model_type), a, b, m, embedding)
@@ -133,7 +133,9 @@ def _origin(key: str, facts: Facts) -> tuple[str, Fold | None]:
         raise FormatError(f"transformers has no module of its own for '{key}': {why}.", LEAVE_OUT)
     path, leaf = tensor_names.split(pieces[0].source)
     if leaf != WEIGHT:
-        raise FormatError(f"transformers has '{pieces[0].source}' for '{key}', which is no module that PEFT can adapt.")
+        raise FormatError(
+            f"transformers has '{pieces[0].source}' for '{key}', which is no module that PEFT can adapt.", LEAVE_OUT
+        )
     if path == key or facts.model_type in hf_names.OWN_NAMES:
         path = hf_names.peft_path(key, facts.model_type)
     return path, fold_of(pieces[0])
@@ -161,7 +163,9 @@ def _per_expert(
             raise FormatError(f"PEFT has no name for the experts '{key}'.", LEAVE_OUT)
         for expert, piece in enumerate(pieces):
             if fold_of(piece):
-                raise FormatError(f"mlx-lm multiplies the weights of the experts '{key}' when it loads them.")
+                raise FormatError(
+                    f"mlx-lm multiplies the weights of the experts '{key}' when it loads them.", LEAVE_OUT
+                )
             path = tensor_names.split(piece.source)[0]
             tensors |= tensors_of(path, a[expert].T, b[expert].T, None, False)
             targets[path] = None

@@ -21,6 +21,9 @@ _CATEGORIES: dict[str, Callable[[str], bool]] = {
 }
 
 
+SIMPLER = "write the modules' paths themselves into adapter_config.json."
+
+
 def full_match(pattern: str, text: str) -> bool:
     """Whether the whole of `text` matches, as `re.fullmatch` says.
 
@@ -29,19 +32,19 @@ def full_match(pattern: str, text: str) -> bool:
     try:
         return len(text) in _Walk(text).through(_parse(pattern), {0})
     except RecursionError:
-        raise FormatError(f"The pattern '{pattern[:80]}...' is nested too deeply.") from None
+        raise FormatError(f"The pattern '{pattern[:80]}...' is nested too deeply.", SIMPLER) from None
 
 
 @functools.lru_cache(maxsize=512)
 def _parse(pattern: str) -> Any:
     if len(pattern) > LONGEST:
-        raise FormatError(f"A pattern of {len(pattern)} characters is too long: '{pattern[:40]}...'.")
+        raise FormatError(f"A pattern of {len(pattern)} characters is too long: '{pattern[:40]}...'.", SIMPLER)
     try:
         parsed = re._parser.parse(pattern)  # type: ignore[attr-defined]
     except (re.error, OverflowError, ValueError) as error:
-        raise FormatError(f"'{pattern[:200]}' is not a regular expression: {error}.") from None
+        raise FormatError(f"'{pattern[:200]}' is not a regular expression: {error}.", SIMPLER) from None
     if parsed.state.flags & ~re.UNICODE:
-        raise FormatError(f"The pattern '{pattern[:200]}' sets flags, which cannot be followed here.")
+        raise FormatError(f"The pattern '{pattern[:200]}' sets flags, which cannot be followed here.", SIMPLER)
     return parsed
 
 
@@ -79,7 +82,7 @@ class _Walk:
             return {i for i in at if self._boundary(i) == (str(value) == "AT_BOUNDARY")}
         if kind in ("ASSERT", "ASSERT_NOT"):
             return {i for i in at if self._looks(i, *value) == (kind == "ASSERT")}
-        raise FormatError(f"A pattern uses {kind.lower()}, which cannot be followed here.")
+        raise FormatError(f"A pattern uses {kind.lower()}, which cannot be followed here.", SIMPLER)
 
     def _boundary(self, i: int) -> bool:
         around = [_CATEGORIES["CATEGORY_WORD"](c) for c in (self.text[i - 1 : i], self.text[i : i + 1])]

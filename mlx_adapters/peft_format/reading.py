@@ -13,10 +13,11 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_adapters.checkpoints.places import MERGE_THERE
 from mlx_adapters.checkpoints.shards import peft_weight_files, refuse_parts
 from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.models.adapter import first_not_finite
-from mlx_adapters.peft_format.settings import FUSE_HINT, PeftSettings
+from mlx_adapters.peft_format.settings import FUSE_HINT, MEND, PeftSettings
 from mlx_adapters.storage import files, hf_names, paths, tensor_files, tensor_names
 from mlx_adapters.storage.hf_names import (
     EMBEDDINGS,
@@ -27,6 +28,7 @@ from mlx_adapters.storage.hf_names import (
 from mlx_adapters.storage.tensor_names import CONFIG_FILE
 
 DTYPES = ("F32", "F16", "BF16")
+WHOLE, AGAIN = "is the file whole?", "save the adapter again with PEFT."
 TOKEN_ROWS = "trainable_tokens_delta"
 ORIGINAL, TRAINED = (
     "original_module",
@@ -107,7 +109,7 @@ class PeftAdapter:
         ends = {path: rows for path, rows in weights.items() if path.rpartition(".")[2] in EMBEDDINGS + HEADS}
         if len(set(ends.values())) > 1:
             raise FormatError(
-                f"The PEFT adapter is of two vocabularies: {', '.join(f'{p} {n}' for p, n in ends.items())}."
+                f"The PEFT adapter is of two vocabularies: {', '.join(f'{p} {n}' for p, n in ends.items())}.", AGAIN
             )
         return next(iter(ends.values()), None)
 
@@ -131,7 +133,7 @@ def find_folder(folder: Path) -> Path:
     if (folder / CONFIG_FILE).is_file():
         return folder
     if not folder.is_dir():
-        raise NotFoundError(f"There is no folder '{folder}'.")
+        raise NotFoundError(f"There is no folder '{folder}'.", "a repository on the Hub is 'user/name'.")
     inner = [path.parent for path in paths.visible(folder, f"*/{CONFIG_FILE}")]
     if len(inner) == 1:
         return inner[0]
@@ -173,7 +175,7 @@ def _read_tensors(folder: Path) -> tuple[dict[str, mx.array], float | None]:
         tensors |= read
         scale = _number(metadata.get(PEFT_SCALE)) if scale is None else scale
     if not tensors:
-        raise FormatError(f"The PEFT adapter '{folder}' holds no tensors.")
+        raise FormatError(f"The PEFT adapter '{folder}' holds no tensors.", WHOLE)
     names = hf_names.unwrapped(tensors)
     if len(set(names.values())) < len(names):
         twice = next(name for name, count in Counter(names.values()).items() if count > 1)
@@ -205,7 +207,7 @@ def _sort(peft: PeftAdapter, tensors: dict[str, mx.array]) -> PeftAdapter:
     for path, leaves in halves.items():
         peft.modules[path] = _module(path, leaves, kinds.get(path, set()), peft.settings)
     if not peft.modules and peft.beyond_lora is None:
-        raise FormatError(f"'{peft.folder}' holds no LoRA tensors.")
+        raise FormatError(f"'{peft.folder}' holds no LoRA tensors.", WHOLE)
     return peft
 
 
@@ -213,7 +215,7 @@ def _module(path: str, leaves: dict[str, mx.array], kinds: set[bool], settings: 
     a, b = leaves.get(tensor_names.LORA_A), leaves.get(tensor_names.LORA_B)
     m = leaves.get(tensor_names.MAGNITUDE)
     if a is None or b is None or len(kinds) != 1:
-        raise FormatError(f"The PEFT adapter lacks one of the two factors of '{path}'.", "is the file whole?")
+        raise FormatError(f"The PEFT adapter lacks one of the two factors of '{path}'.", WHOLE)
     embedding = kinds.pop()
     if embedding and m is not None:
         raise FormatError(
@@ -221,13 +223,15 @@ def _module(path: str, leaves: dict[str, mx.array], kinds: set[bool], settings: 
             "MLX's DoRA norms an embedding token by token.",
         )
     if settings.dora and m is None and not embedding:
-        raise FormatError(f"The PEFT adapter lacks the DoRA magnitude of '{path}'.", "is the file whole?")
+        raise FormatError(f"The PEFT adapter lacks the DoRA magnitude of '{path}'.", WHOLE)
     if m is not None and not settings.dora:
-        raise FormatError(f"The PEFT adapter has a magnitude for '{path}', but its config does not say use_dora.")
+        raise FormatError(f"The PEFT adapter has a magnitude for '{path}', but its config does not say use_dora.", MEND)
     if m is not None:
         m = m.reshape(-1) if m.size == max(m.shape, default=0) else m
     if a.ndim != 2 or b.ndim != 2 or (m is not None and m.shape != (b.shape[0],)):
-        raise FormatError(f"The factors of '{path}' have shapes {a.shape} and {b.shape}, which no LoRA layer has.")
+        raise FormatError(
+            f"The factors of '{path}' have shapes {a.shape} and {b.shape}, which no LoRA layer has.", AGAIN
+        )
     return PeftModule(path, a, b, m, embedding)
 
 
@@ -237,7 +241,7 @@ def _set_apart(name: str, array: mx.array, peft: PeftAdapter) -> None:
     if not name.startswith(PEFT_PREFIX):
         raise FormatError(
             f"'{name}' does not begin with '{PEFT_PREFIX}'; PEFT itself would ignore it.",
-            "save the adapter again with PEFT.",
+            AGAIN,
         )
     own, _, holder = path.rpartition(".")
     if hf_names.VELORA in name:
@@ -249,7 +253,7 @@ def _set_apart(name: str, array: mx.array, peft: PeftAdapter) -> None:
     elif holder == TRAINED:
         _set_apart(tensor_names.join(PEFT_PREFIX + own, leaf), array, peft)
     elif path.endswith(".lora_B") or ".lora_B." in path:
-        raise FormatError(f"The PEFT adapter has lora_bias: '{name}'.", "MLX's LoRA layers have no bias of their own.")
+        raise FormatError(f"The PEFT adapter has lora_bias: '{name}'.", MERGE_THERE)
     elif leaf == tensor_names.WEIGHT and path.endswith(".base_layer"):
         peft.base_copies[path.removesuffix(".base_layer").removesuffix(".token_adapter")] = array
     elif "lora_" not in name and (
@@ -258,7 +262,7 @@ def _set_apart(name: str, array: mx.array, peft: PeftAdapter) -> None:
     ):
         peft.dense[tensor_names.join(path.removesuffix(".base_layer"), leaf)] = array
     else:
-        raise FormatError(f"The PEFT adapter has a tensor that is no part of LoRA: '{name}'.")
+        raise FormatError(f"The PEFT adapter has a tensor that is no part of LoRA: '{name}'.", AGAIN)
 
 
 def refuse_beyond_lora(adapter: PeftAdapter) -> None:
@@ -278,11 +282,11 @@ def refuse_unsaved(adapter: PeftAdapter) -> None:
     """Raise FormatError if the config promises whole modules or tokens that the file does not hold."""
     raw = adapter.settings.raw
     if raw.get("lora_bias"):
-        raise FormatError("The PEFT adapter has lora_bias.", "MLX's LoRA layers have no bias of their own.")
+        raise FormatError("The PEFT adapter has lora_bias.", MERGE_THERE)
     for name in adapter.settings.modules_to_save:
         if not any(f".{name}." in f".{tensor}" for tensor in adapter.dense):
             raise FormatError(
-                f"The PEFT config names '{name}' in modules_to_save, but the file does not hold it.", "is it whole?"
+                f"The PEFT config names '{name}' in modules_to_save, but the file does not hold it.", WHOLE
             )
     if raw.get("trainable_token_indices") and not adapter.token_rows:
-        raise FormatError("The PEFT config has trainable_token_indices, but the file holds no rows for them.")
+        raise FormatError("The PEFT config has trainable_token_indices, but the file holds no rows for them.", WHOLE)

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from mlx_adapters.checkpoints.places import MERGE_THERE
 from mlx_adapters.errors import FormatError
 from mlx_adapters.peft_format.patterns import full_match
 
 # Initializations that leave the base's weights alone; the others move a part of them into the adapter.
 HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "true", "false")
 CONVERTED_HINT = "save it in PEFT with path_initial_model_for_weight_conversion, which makes an ordinary adapter of it."
+MEND = "mend adapter_config.json, or save the adapter again with PEFT."
 FUSE_HINT = "'mlx-adapters fuse --from-peft' applies it while fusing."
 NOT_EXPRESSIBLE = {
     "alora_invocation_tokens": "aLoRA switches on in the middle of the text",
@@ -67,7 +69,7 @@ class PeftSettings:
             target_parameters=_names(raw, "target_parameters") or (),
         )
         if not 0 <= settings.dropout < 1:
-            raise FormatError(f"lora_dropout cannot be {settings.dropout}.")
+            raise FormatError(f"lora_dropout in the PEFT config cannot be {settings.dropout}.", MEND)
         for pattern in (*settings.rank_pattern, *settings.alpha_pattern):
             full_match(_ending(pattern), "")
         return settings
@@ -153,7 +155,7 @@ def _refuse_other_methods(raw: Mapping[str, Any]) -> None:
         )
     for field, reason in NOT_EXPRESSIBLE.items():
         if raw.get(field):
-            raise FormatError(f"The PEFT adapter uses {field}: {reason}.", "MLX's LoRA layers cannot do that.")
+            raise FormatError(f"The PEFT adapter uses {field}: {reason}.", MERGE_THERE)
     start = raw.get("init_lora_weights", True)
     if isinstance(start, dict | list) or (start.lower() if isinstance(start, str) else start) not in HARMLESS_STARTS:
         raise FormatError(
@@ -167,27 +169,27 @@ def _ending(pattern: str) -> str:
 
 def _whole(value: Any, field: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 31:
-        raise FormatError(f"{field} in the PEFT config must be a whole number of at least 1, not {value!r:.80}.")
+        raise FormatError(f"{field} in the PEFT config must be a whole number of at least 1, not {value!r:.80}.", MEND)
     return value
 
 
 def _number(value: Any, field: str) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e30:
-        raise FormatError(f"{field} in the PEFT config must be a number, not {value!r:.80}.")
+        raise FormatError(f"{field} in the PEFT config must be a number, not {value!r:.80}.", MEND)
     return float(value)
 
 
 def _flag(raw: Mapping[str, Any], field: str) -> bool:
     value = raw.get(field) or False
     if not isinstance(value, bool):
-        raise FormatError(f"{field} in the PEFT config must be true or false, not {value!r:.80}.")
+        raise FormatError(f"{field} in the PEFT config must be true or false, not {value!r:.80}.", MEND)
     return value
 
 
 def _mapping(raw: Mapping[str, Any], field: str) -> dict[str, Any]:
     value = raw.get(field) or {}
     if not isinstance(value, dict):
-        raise FormatError(f"{field} in the PEFT config must map patterns to numbers, not be {value!r:.80}.")
+        raise FormatError(f"{field} in the PEFT config must map patterns to numbers, not be {value!r:.80}.", MEND)
     return value
 
 
@@ -195,5 +197,5 @@ def _names(raw: Mapping[str, Any], field: str) -> tuple[str, ...] | None:
     value = raw.get(field)
     value = [value] if isinstance(value, str) else value
     if value is not None and not (isinstance(value, Iterable) and all(isinstance(name, str) for name in value)):
-        raise FormatError(f"{field} in the PEFT config must be a list of names, not {value!r:.80}.")
+        raise FormatError(f"{field} in the PEFT config must be a list of names, not {value!r:.80}.", MEND)
     return tuple(value) if value is not None else None

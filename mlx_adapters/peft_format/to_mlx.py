@@ -6,13 +6,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_adapters.checkpoints.places import Fold, Places, WeightFactors, through
+from mlx_adapters.checkpoints.places import OWN_BASE, Fold, Places, WeightFactors, through
 from mlx_adapters.checkpoints.probing import Layout, Piece
 from mlx_adapters.errors import FormatError, IncompatibleError
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.layers import EMBEDDING, SWITCH, nn, tied
 from mlx_adapters.models.metadata import AdapterConfig
-from mlx_adapters.peft_format.reading import PeftAdapter, PeftModule
+from mlx_adapters.peft_format.reading import AGAIN, WHOLE, PeftAdapter, PeftModule
 from mlx_adapters.peft_format.settings import FUSE_HINT
 from mlx_adapters.peft_format.updates import LayerFactors, check_shape, expert_updates, fused_updates, strength, unified
 from mlx_adapters.storage import hf_names, tensor_names
@@ -87,7 +87,9 @@ def to_mlx(peft: PeftAdapter, layers: Mapping[str, nn.Module], layout: Layout, t
 def _plain_updates(module: PeftModule, peft: PeftAdapter, places: Places) -> list[LayerFactors]:
     """The updates of the layers that a module's weight becomes: one, but for a weight that loading cuts up."""
     if module.a.shape[0] != module.b.shape[1]:
-        raise FormatError(f"The factors of '{module.path}' have ranks {module.a.shape[0]} and {module.b.shape[1]}.")
+        raise FormatError(
+            f"The factors of '{module.path}' have ranks {module.a.shape[0]} and {module.b.shape[1]}.", AGAIN
+        )
     scale = strength(peft, module, module.a.shape[0])
     try:
         pieces = places.find(module.path, module.path)
@@ -98,7 +100,9 @@ def _plain_updates(module: PeftModule, peft: PeftAdapter, places: Places) -> lis
         key = tensor_names.split(piece.target)[0]
         layer = places.layers[key]
         if isinstance(layer, EMBEDDING) != module.embedding or isinstance(layer, SWITCH):
-            raise IncompatibleError(f"'{module.path}' of the PEFT adapter is another kind of layer in the base model.")
+            raise IncompatibleError(
+                f"'{module.path}' of the PEFT adapter is another kind of layer in the base model.", OWN_BASE
+            )
         if len(pieces) == 1:
             check_shape(_update(key, module, scale), layer, module.path)
             places.remember(key, module.path)
@@ -155,12 +159,12 @@ def _refuse_missing(peft: PeftAdapter, places: Places, keys: set[str]) -> None:
         else:
             named = peft.settings.targets(path) or peft.settings.names_parameter(f"{path}.{tensor_names.WEIGHT}")
         if named and not isinstance(layer, EMBEDDING):
-            raise FormatError(f"The PEFT config targets '{path}', but the file has no tensors for it.", "is it whole?")
+            raise FormatError(f"The PEFT config targets '{path}', but the file has no tensors for it.", WHOLE)
 
 
 def _assemble(updates: list[LayerFactors], peft: PeftAdapter) -> tuple[Adapter, dict[str, str]]:
     if not updates:
-        raise FormatError("The PEFT adapter has no LoRA layers.")
+        raise FormatError("The PEFT adapter has no LoRA layers.", WHOLE)
     made = unified(updates)
     if peft.settings.dora and any(update.m is None for update in made):
         raise FormatError("The PEFT adapter mixes DoRA layers with LoRA ones.", "MLX has one type for an adapter.")

@@ -17,7 +17,7 @@ from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.peft_format.own_form import Facts, PeftForm, own_form, tensors_of, unloaded
 from mlx_adapters.peft_format.settings import PeftSettings
 from mlx_adapters.peft_format.to_mlx import FUSED
-from mlx_adapters.peft_format.updates import joined_experts, regained, steps_of
+from mlx_adapters.peft_format.updates import DamagedBitsError, joined_experts, regained, steps_of
 from mlx_adapters.storage import hf_names
 from mlx_adapters.storage.hf_names import EMBEDDINGS, FUSED_GATE_UP, HEADS, POSITIONS, Renames
 from mlx_adapters.storage.tensor_names import LORA_A, LORA_B
@@ -30,11 +30,14 @@ class _NotAsItCame(Exception):
 
 
 def to_peft(adapter: Adapter, facts: Callable[[], Facts]) -> PeftForm:
-    """Convert an adapter; `facts` are asked for unless it came from PEFT. Raises FormatError for what PEFT lacks."""
+    """Convert an adapter; `facts` are asked for unless it came from PEFT. Raises FormatError for what PEFT lacks, or a
+    damaged record of what it was there."""
     origin = adapter.metadata.get("peft")
     if isinstance(origin, Mapping):
         try:
             return _as_it_came(adapter, origin)
+        except DamagedBitsError:
+            raise
         except (_NotAsItCame, FormatError, TypeError, ValueError, KeyError, AttributeError):
             pass  # or metadata from elsewhere, in which anything may stand
     return own_form(adapter, facts())

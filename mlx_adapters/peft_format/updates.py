@@ -5,7 +5,6 @@ with zeros to the largest rank and B takes up the ratio of the scales, which cha
 """
 
 import base64
-import contextlib
 import math
 import zlib
 from collections import Counter
@@ -16,11 +15,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_adapters.checkpoints.places import Places
+from mlx_adapters.checkpoints.places import MERGE_THERE, OWN_BASE, Places
 from mlx_adapters.errors import FormatError, IncompatibleError
 from mlx_adapters.models.dense import weight_shape
 from mlx_adapters.models.layers import EMBEDDING, SWITCH, nn
-from mlx_adapters.peft_format.reading import PeftAdapter, PeftModule
+from mlx_adapters.peft_format.reading import AGAIN, PeftAdapter, PeftModule
+from mlx_adapters.peft_format.settings import MEND
 from mlx_adapters.storage import hf_names
 from mlx_adapters.storage.hf_names import FUSED_DOWN, FUSED_GATE_UP, PEFT_TURNED, is_head
 from mlx_adapters.storage.tensor_files import as_numpy
@@ -54,7 +54,7 @@ def strength(peft: PeftAdapter, module: PeftModule, rank: int, parameter: str | 
             f"'{module.path}' has rank {rank}, but the PEFT config says {configured}.", "PEFT would not load it either."
         )
     if not math.isfinite(scale) or scale == 0:
-        raise FormatError(f"The PEFT config gives '{module.path}' the scale {scale}, so it does nothing.")
+        raise FormatError(f"The PEFT config gives '{module.path}' the scale {scale}, so it does nothing.", MEND)
     exact = peft.exact_scale
     return exact if exact is not None and math.isclose(exact, scale, rel_tol=1e-12) else scale
 
@@ -69,7 +69,7 @@ def check_shape(update: LayerFactors, layer: nn.Module, source: str) -> None:
         raise IncompatibleError(
             f"'{source}' of the PEFT adapter is made for a weight of {shape[0]} x {shape[1]}, "
             f"but the base's is {out} x {inputs}{resized}.",
-            "give the base it was trained on.",
+            OWN_BASE,
         )
 
 
@@ -108,13 +108,19 @@ def lost_bits(b: mx.array, scaled: mx.array, ratio: float) -> str | None:
     return base64.b64encode(zlib.compress(steps.astype(np.int8).tobytes())).decode()
 
 
+class DamagedBitsError(FormatError):
+    """The text of `lost_bits` is not as it was written: PEFT's own numbers cannot be had again."""
+
+
 def steps_of(lost: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """The units of `lost_bits` for a b of this shape, int8; zeros for a text that is none of its."""
-    with contextlib.suppress(ValueError, TypeError, zlib.error):
+    """The units of `lost_bits` for a b of this shape, int8. Raises DamagedBitsError for a text that is none of its."""
+    try:
         size = math.prod(shape)
         steps = zlib.decompressobj().decompress(base64.b64decode(lost, validate=True), size + 1)
         return np.frombuffer(steps, np.int8).reshape(shape)
-    return np.zeros(shape, np.int8)
+    except (ValueError, TypeError, zlib.error):
+        message = "The record of what rounding took from PEFT's numbers is damaged."
+        raise DamagedBitsError(message, "import the adapter again from PEFT's folder.") from None
 
 
 def regained(scaled: mx.array, ratio: float, steps: np.ndarray) -> mx.array:
@@ -138,12 +144,16 @@ def expert_updates(experts: Mapping[str, tuple[str, int]], peft: PeftAdapter, pl
     for path, (key, expert) in experts.items():
         module = peft.modules[path]
         if module.m is not None or module.embedding or module.a.shape[0] != module.b.shape[1]:
-            raise FormatError(f"The expert '{path}' is no plain LoRA module, and MLX has only LoRA for experts.")
+            raise FormatError(
+                f"The expert '{path}' is no plain LoRA module, and MLX has only LoRA for experts.", MERGE_THERE
+            )
         if expert in stacks.get(key, {}):
-            raise FormatError(f"The PEFT adapter has '{path}' twice.")
+            raise FormatError(f"The PEFT adapter has '{path}' twice.", AGAIN)
         fold = places.folds.get(key, 1.0)
         if isinstance(fold, list):
-            raise FormatError(f"mlx-lm multiplies the rows of the experts '{key}', which no adapter can follow.")
+            raise FormatError(
+                f"mlx-lm multiplies the rows of the experts '{key}', which no adapter can follow.", MERGE_THERE
+            )
         scale = strength(peft, module, module.a.shape[0]) * fold
         stacks.setdefault(key, {})[expert] = LayerFactors(key, module.a.T, module.b.T, None, scale)
     return [_stack(key, parts, places.layers[key]) for key, parts in stacks.items()]
@@ -152,12 +162,16 @@ def expert_updates(experts: Mapping[str, tuple[str, int]], peft: PeftAdapter, pl
 def _stack(key: str, parts: Mapping[int, LayerFactors], layer: nn.Module) -> LayerFactors:
     shape = weight_shape(layer)
     if not isinstance(layer, SWITCH) or max(parts) >= shape[0]:
-        raise IncompatibleError(f"The PEFT adapter has an expert {max(parts)} of '{key}', the base has {shape[0]}.")
+        raise IncompatibleError(
+            f"The PEFT adapter has an expert {max(parts)} of '{key}', the base has {shape[0]}.", OWN_BASE
+        )
     experts = dict(zip(parts, unified(parts.values()), strict=True))
     some = next(iter(experts.values()))
     for expert in experts.values():
         if (expert.a.shape, expert.b.shape) != ((shape[2], some.rank), (some.rank, shape[1])):
-            raise IncompatibleError(f"An expert of '{key}' is not made for a weight of {shape[1]} x {shape[2]}.")
+            raise IncompatibleError(
+                f"An expert of '{key}' is not made for a weight of {shape[1]} x {shape[2]}.", OWN_BASE
+            )
     nothing = replace(some, a=mx.zeros_like(some.a), b=mx.zeros_like(some.b))
     rows = [experts.get(i, nothing) for i in range(shape[0])]
     a, b = mx.stack([row.a.T for row in rows]), mx.stack([row.b.T for row in rows])
@@ -180,7 +194,7 @@ def fused_updates(
         gate_up = inner if both else names(f"{block}.experts.{FUSED_GATE_UP}")
         clear = both or (not inner and gate_up != names(f"{block}.experts.{FUSED_DOWN}"))
         if not clear or module.m is not None or module.embedding:
-            raise FormatError(f"The PEFT adapter does not say which parameter of the experts '{path}' is.")
+            raise FormatError(f"The PEFT adapter does not say which parameter of the experts '{path}' is.", MEND)
         parameter = FUSED_GATE_UP if gate_up else FUSED_DOWN
         parts, shape = places.fused(block, parameter, path)
         layer = places.layers[parts[0].key]
@@ -193,7 +207,7 @@ def fused_updates(
             raise IncompatibleError(
                 f"'{path}' of the PEFT adapter is made for experts of {left.shape[1]} x {right.shape[2]}, "
                 f"but the base's are {shape[0]} x {shape[1]}.",
-                "give the base it was trained on.",
+                OWN_BASE,
             )
         for part in parts:
             update = LayerFactors(part.key, right, left[:, part.rows], None, scale)
@@ -210,7 +224,9 @@ def _split_experts(
     """left (experts, out, rank), right (experts, rank, in) and the scale of one fused parameter."""
     rows = module.a.shape[0]
     if rows != module.b.shape[1] or rows % experts:
-        raise FormatError(f"The factors of '{module.path}' cannot be split among the base's {experts} experts.")
+        raise FormatError(
+            f"The factors of '{module.path}' cannot be split among the base's {experts} experts.", OWN_BASE
+        )
     rank = rows // experts
     scale = strength(peft, module, rank, parameter)
     right = module.a.reshape(experts, rank, -1)

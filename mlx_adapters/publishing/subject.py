@@ -149,7 +149,9 @@ class Subject:
         kept = {name: path for name, path in self.sources.items() if not matches(name, patterns)}
         missing = [name for name in REQUIRED[self.kind] if name not in kept]
         if missing:
-            raise ConfigError(f"'{missing[0]}' cannot be left out: without it the rest is useless.")
+            raise ConfigError(
+                f"'{missing[0]}' cannot be left out: without it the rest is useless.", "take it off --exclude."
+            )
         excluded = dict.fromkeys(sorted(set(self.sources) - set(kept)), "excluded")
         return replace(self, sources=kept, left_out=self.left_out | excluded)
 

@@ -1,9 +1,11 @@
 """Which base model a name means: `demo` (the embedded real model), a folder, or a Hub id with @revision or not."""
 
 import contextlib
+from collections.abc import Iterable
 from pathlib import Path
 
-from mlx_adapters.errors import HubError, NotFoundError, did_you_mean
+from mlx_adapters.errors import ConfigError, HubError, NotFoundError, did_you_mean
+from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base, BaseLike
 from mlx_adapters.sources.demo_base import DEMO_BASE, demo_base_folder
 from mlx_adapters.sources.lookup import spelled, tell_folder
@@ -11,6 +13,8 @@ from mlx_adapters.sources.references import hub_id
 from mlx_adapters.sources.snapshots import model_snapshot
 from mlx_adapters.storage import paths
 from mlx_adapters.storage.tensor_names import CONFIG_FILE
+
+NAME_IT = "give it with --base."
 
 
 def resolve_base(name: BaseLike, download: bool = True, everything: bool = False) -> Base:
@@ -27,7 +31,7 @@ def resolve_base(name: BaseLike, download: bool = True, everything: bool = False
     text = str(name)
     if text == DEMO_BASE:
         if not download and not (paths.home() / "bases" / DEMO_BASE).is_dir():
-            raise NotFoundError(f"'{DEMO_BASE}' is not on this machine yet.")
+            raise NotFoundError(f"'{DEMO_BASE}' is not on this machine yet.", "'mlx-adapters demo' fetches it.")
         return Base(DEMO_BASE, demo_base_folder())
     folder = paths.expanded(text)
     if isinstance(name, Path) or paths.is_path(text) or folder.is_dir():
@@ -51,11 +55,14 @@ def resolve_base(name: BaseLike, download: bool = True, everything: bool = False
     return Base(text, snapshot, snapshot.name if snapshot.parent.name == "snapshots" else revision)
 
 
-def recorded_base(name: str, everything: bool = False) -> Base:
-    """The base that an adapter names as its own, which may have been a folder of another machine.
+def recorded_base(adapters: Iterable[Adapter], everything: bool = False) -> Base:
+    """The base that the first adapter that names one was made for, which may have been a folder of another machine.
 
-    Raises what `resolve_base` raises, with the hint to name another one.
+    Raises ConfigError where none names one, or what `resolve_base` raises, with the hint to name another one.
     """
+    name = next((adapter.base_name for adapter in adapters if adapter.base_name), None)
+    if name is None:
+        raise ConfigError("Which base model? The adapter does not name it.", NAME_IT)
     try:
         return resolve_base(name, everything=everything)
     except (NotFoundError, HubError) as error:

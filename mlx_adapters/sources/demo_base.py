@@ -139,7 +139,9 @@ def convert(gguf: Path, folder: Path) -> None:
     try:
         loaded: Any = mx.load(str(gguf), format="gguf", return_metadata=True)
     except (RuntimeError, ValueError) as error:
-        raise FormatError(f"'{gguf}' cannot be read as GGUF: {error}.") from None
+        raise FormatError(
+            f"'{gguf}' cannot be read as GGUF: {error}.", "remove the folder of the demo's base and run it again."
+        ) from None
     tensors, metadata = loaded
     config = _config(metadata)
     tensor_files.write_safetensors(folder / "model.safetensors", _weights(tensors, config))

@@ -1,8 +1,10 @@
 """Take adapters and models from the Hugging Face Hub, pinned to a commit and kept for offline use."""
 
+import contextlib
 import glob
 import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,10 +12,11 @@ from typing import Any, Literal
 from mlx_adapters.checkpoints.contents import MODEL_CONFIG
 from mlx_adapters.checkpoints.shards import BEST, is_adapter_file, is_peft, weight_names
 from mlx_adapters.config.mapping import require
-from mlx_adapters.errors import AdapterError, HubError
+from mlx_adapters.errors import FormatError, HubError, ModelError, NotFoundError
 from mlx_adapters.events import OnEvent, log_warnings
 from mlx_adapters.models.adapter import Adapter, read_adapter, write_adapter_files
 from mlx_adapters.models.base import Base, BaseLike
+from mlx_adapters.models.loading import load_module
 from mlx_adapters.models.metadata import read_metadata
 from mlx_adapters.peft_format.conversion import as_mlx
 from mlx_adapters.peft_format.reading import read_peft, refuse_beyond_lora
@@ -235,14 +238,26 @@ def _read_peft(reference: Reference, folder: Path, model: Base, pinned: dict[str
 def _base_of_peft(reference: Reference, raw: dict[str, Any]) -> Base:
     """The base that a PEFT adapter names. Raises HubError that asks for one where it is none for MLX."""
     named = raw.get("base_model_name_or_path")
-    ask = f"mlx-adapters download {reference} --base BASE --name NAME"
-    if named in (None, "", "None") or (paths.is_path(str(named)) and not Path(named).exists()):
+    if not isinstance(named, str) or named in ("", "None") or (paths.is_path(named) and not Path(named).exists()):
         message = f"'{reference}' is a PEFT adapter that does not name its base model on the Hub."
-        raise HubError(message, f"say which one: {ask}")
+        raise HubError(message, f"say which one: {_with_base(reference)}")
+    with _asking_for_another(reference, named):
+        base = resolve_base(named)
+        load_module(base)
+        return base
+
+
+def _with_base(reference: Reference) -> str:
+    return f"mlx-adapters download {reference} --base BASE --name NAME"
+
+
+@contextlib.contextmanager
+def _asking_for_another(reference: Reference, named: str) -> Iterator[None]:
+    """Turn what keeps the base that a PEFT adapter names from being used into a HubError that asks for one."""
     try:
-        return resolve_base(named)
-    except AdapterError as error:
+        yield
+    except (FormatError, HubError, ModelError, NotFoundError) as error:
         plain = PACKED_NAME.sub("", named)
         proposed = f" Unquantized it may be '{plain}'." if plain != named else ""
         message = f"'{reference}' was trained on '{named}', which cannot be used here. {error.message}"
-        raise HubError(message, f"say which base to take: {ask}.{proposed}") from error
+        raise HubError(message, f"say which base to take: {_with_base(reference)}.{proposed}") from error

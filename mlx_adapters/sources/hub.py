@@ -76,7 +76,7 @@ def _translate(what: str, error: BaseException) -> AdapterError | None:
     if isinstance(error, HfHubHTTPError):
         return _from_status(what, error)
     if isinstance(error, HFValidationError):
-        return ConfigError(f"Cannot {what}: {_short(error)}")
+        return ConfigError(f"Cannot {what}: {_short(error)}", "a repository is 'user/name'.")
     if isinstance(error, LocalEntryNotFoundError):
         some = re.search(r"missing \(([^()]+)\)", str(error))
         lacks = f"the cache lacks {some[1]}" if some else "it is not in the cache"
@@ -137,7 +137,7 @@ def _from_status(what: str, error: Any) -> HubError:
         )
     if status >= 500 or status == 408:
         return Disconnected(f"Cannot {what}: the Hub answered {status}.", "try again later.")
-    return HubError(f"Cannot {what}: {said}")
+    return HubError(f"Cannot {what}: {said}", "the repository's page may tell more.")
 
 
 def _short(error: Any) -> str:

@@ -17,6 +17,8 @@ from mlx_adapters.sources.registry import checksums_of
 from mlx_adapters.storage import files, paths, tensor_files
 from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CHECKPOINT_FILE, CONFIG_FILE, EXTRAS, METADATA_FILE
 
+NOT_HELD = "Taken in as it is, without a look at whether it fits:"
+
 
 def write_own_form(
     source: Path,
@@ -47,7 +49,7 @@ def write_own_form(
     for done, (name, path) in enumerate(taken.items(), start=1):
         foreign = read_foreign(source, path, named)
         if name == ADAPTER_FILE:  # the first; the checkpoints are of the same base
-            layers = _layers_of_base(foreign.adapter, base)
+            layers = _layers_of_base(foreign.adapter, base, on_event)
         adapter, others = _on_its_base(foreign.adapter, layers, base, text_only)
         if name == ADAPTER_FILE:
             first, config = adapter, adapter.spelled(foreign.beside)
@@ -87,16 +89,24 @@ def is_cached(path: Path) -> bool:
     )
 
 
-def _layers_of_base(adapter: Adapter, name: BaseLike | None) -> Mapping[str, nn.Module]:
-    """The layers of the base that is named, or of the adapter's own, where that is on this machine; {} for none."""
+def _layers_of_base(adapter: Adapter, name: BaseLike | None, on_event: OnEvent) -> Mapping[str, nn.Module]:
+    """The layers of the base that is named, or of the adapter's own, where that is on this machine; {} for none, and
+    for one that is there and cannot be loaded, which is told."""
     own = name or adapter.base_name
     if own is None:
         return {}
     try:
-        return adaptable_layers(load_module(resolve_base(own, download=name is not None))[0])
+        found = resolve_base(own, download=name is not None)
     except AdapterError:
         if name is not None:
             raise
+        return {}
+    try:
+        return adaptable_layers(load_module(found)[0])
+    except AdapterError as error:
+        if name is not None:
+            raise
+        on_event(Note(f"{NOT_HELD} its base cannot be used: {error.message}", "warning"))
         return {}
 
 
@@ -122,8 +132,8 @@ def _on_its_base(
             return adapter, []
     try:
         check_fits(fitting, layers, f"'{name or adapter.base_name}'")
-    except IncompatibleError:
+    except IncompatibleError as error:
         if name is not None:
             raise
-        return adapter, []
+        return adapter, [f"It does not fit the base that it names. {error.message} Give it the right one with --base."]
     return fitting, [f"Left out, as no part of the text model: {others}."] if others else []

@@ -37,7 +37,7 @@ def model_snapshot(repo: str, revision: str | None, *, download: bool = True, ev
     if not download:
         if here and not lacks:
             return here
-        raise NotFoundError(f"'{repo}' is not on this machine yet.")
+        raise NotFoundError(f"'{repo}' is not on this machine yet.", f"'mlx-adapters download {repo}' fetches it.")
     try:
         hub.require_online(repo)
         return _download(repo, here.name if here and not lacks else revision)
@@ -106,7 +106,7 @@ def _refuse_unusable(base: Base) -> None:
     config = base.config
     if config.get("model_file"):  # code of its own, which is not here yet
         return
-    with refusals(lambda why: hub.Unusable(f"mlx-lm cannot load '{base.name}': {why}.")):
+    with refusals(lambda why: hub.Unusable(f"mlx-lm cannot load '{base.name}': {why}.", "name another base.")):
         make_module(config)
 
 

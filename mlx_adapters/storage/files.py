@@ -19,9 +19,18 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlx_adapters.errors import FormatError, NotFoundError, StorageError
-from mlx_adapters.storage.paths import TEMPORARY_PREFIX, refuse_pointer, same_place, storage_errors, unreadable
+from mlx_adapters.storage.paths import (
+    TEMPORARY_PREFIX,
+    refuse_pointer,
+    same_place,
+    storage_errors,
+    unreadable,
+    why_gone,
+)
 from mlx_adapters.storage.replacing import NOTHING, Output, refuse_existing
 from mlx_adapters.storage.temporaries import draft, flush, flush_path, flush_tree, in_draft, swap_in
+
+DAMAGED = "it may be damaged, or saved as another kind of file; copy or download it again."
 
 IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 
@@ -135,7 +144,9 @@ def json_text(value: Any, name: str | Path) -> str:
     try:
         return json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
     except ValueError as error:
-        raise FormatError(f"'{name}' would hold a number that JSON has not: {error}.") from None
+        raise FormatError(
+            f"'{name}' would hold a number that JSON has not: {error}.", "take NaN or Infinity out."
+        ) from None
 
 
 def tagged(value: Any) -> Any:
@@ -166,14 +177,14 @@ def read_json(path: str | Path) -> dict[str, Any]:
         with open(path, "rb") as stream:
             value = json.loads(stream.read())
     except FileNotFoundError:
-        raise NotFoundError(f"There is no file '{path}'.") from None
+        raise NotFoundError(f"There is no file '{path}'.", why_gone(path)) from None
     except OSError as error:
         raise unreadable(path, error) from None
     except (ValueError, RecursionError) as error:
         refuse_pointer(path)
-        raise FormatError(f"'{path}' is not readable JSON: {error}.") from None
+        raise FormatError(f"'{path}' is not readable JSON: {error}.", DAMAGED) from None
     if not isinstance(value, dict):
-        raise FormatError(f"'{path}' must hold a JSON object.")
+        raise FormatError(f"'{path}' must hold a JSON object, which begins with '{{'.", DAMAGED)
     return value
 
 

@@ -34,7 +34,14 @@ def expanded(path: str | Path) -> Path:
         whole.exists()
         return whole
     except (OSError, ValueError, RuntimeError):  # a name too long, a NUL, ~nobody
-        raise NotFoundError(f"There can be no path '{str(path)[:80]!r}'.") from None
+        raise NotFoundError(f"There can be no path '{str(path)[:80]!r}'.", "is it spelled right?") from None
+
+
+def why_gone(path: str | Path) -> str:
+    """What to do about a file that is not there."""
+    if os.path.islink(path):
+        return f"it is a link to '{os.readlink(path)}', where nothing is: put the file itself there."
+    return "is it spelled right, and copied whole?"
 
 
 def same_place(one: str | Path, other: str | Path) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 
 from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.storage.files import atomic_file
-from mlx_adapters.storage.paths import refuse_pointer, require_free_space, undrafted, unreadable
+from mlx_adapters.storage.paths import refuse_pointer, require_free_space, undrafted, unreadable, why_gone
 
 BLOCK = 16 << 20  # bytes copied at once
 HASHED_LATER = 32  # tensors that may wait, written, for their hash
@@ -197,7 +197,7 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]
         if [*starts, size - 8 - length] != [0, *ends] or not isinstance(metadata, dict):
             raise bad
     except FileNotFoundError:
-        raise NotFoundError(f"There is no file '{path}'.") from None
+        raise NotFoundError(f"There is no file '{path}'.", why_gone(path)) from None
     except OSError as error:
         raise unreadable(path, error) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error):
@@ -239,7 +239,7 @@ def glance_at_safetensors(path: str | Path) -> int:
                 if first == b"{" and (not ends or int(ends[-1]) <= size - 8 - length):
                     return size
     except FileNotFoundError:
-        raise NotFoundError(f"There is no file '{path}'.") from None
+        raise NotFoundError(f"There is no file '{path}'.", why_gone(path)) from None
     raise _not_whole(path)
 
 

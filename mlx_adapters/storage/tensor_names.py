@@ -88,6 +88,12 @@ def block_index(path: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def before_number(path: str) -> str:
+    """The part of a path before its first number (`vision_tower.blocks` of blocks in a row); "" without one."""
+    found = re.match(r"(.*?)\.\d+\.", path)
+    return found[1] if found else ""
+
+
 def natural_order(path: str) -> list[tuple[bool, int, str]]:
     """A sort key by which block 2 comes before block 10."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in path.split(".")]
@@ -123,7 +129,7 @@ def from_gguf(name: str) -> str:
         return join(f"model.layers.{block[1]}.{GGUF_BLOCK_MODULES[block[2]]}", leaf)
     if path in GGUF_MODULES:
         return join(GGUF_MODULES[path], leaf)
-    raise FormatError(f"The GGUF file holds a tensor '{name}' that a llama model does not have.")
+    raise FormatError(f"The GGUF file holds a tensor '{name}' that a llama model does not have.", "give a llama's.")
 
 
 # The tables of the `gguf` package know tensors by the checkpoints' names; where mlx-lm's differ, these are tried.

@@ -22,6 +22,7 @@ BLOCK = 512
 CHUNK = 1 << 20
 MAX_BYTES = 200_000_000_000
 MAX_FILES = 10_000
+PACK_AGAIN = "'mlx-adapters pack' makes such files; ask for another one."
 # gzip can unfold a thousandfold. Weights hardly shrink, so a hundredfold (beyond a little text) is an attack.
 MAX_RATIO, FREE_BYTES = 100, 64 << 20
 SAFE_SUFFIXES = (".safetensors", ".json", ".txt", ".md", ".model", ".tiktoken", ".jinja", ".yaml", ".yml")
@@ -47,7 +48,7 @@ def unpack(path: Path, folder: Path, max_bytes: int = MAX_BYTES, on_event: OnEve
             name = _file_name(info, path)
             if is_safe(name):
                 if (folder / name).exists():
-                    raise FormatError(f"'{path}' holds '{name}' twice.")
+                    raise FormatError(f"'{path}' holds '{name}' twice.", PACK_AGAIN)
                 with files.atomic_file(folder / name) as target:
                     for chunk in stream.chunks(info.size):
                         target.write(chunk)
@@ -95,7 +96,7 @@ class _Unzipped:
         """Read what is left, padding at most, so that the checksum at the end is checked."""
         try:
             if len(self._stream.read(CHUNK)) == CHUNK:
-                raise FormatError(f"'{self._path}' goes on after its end.")
+                raise FormatError(f"'{self._path}' goes on after its end.", PACK_AGAIN)
         except (OSError, EOFError, zlib.error):
             raise FormatError(f"'{self._path}' is damaged.", "copy or download it again.") from None
 
@@ -113,14 +114,14 @@ def _headers(stream: _Unzipped) -> Iterator[tarfile.TarInfo]:
         if info.type in (tarfile.XHDTYPE, tarfile.XGLTYPE) and 0 <= info.size < CHUNK:
             # Extra attributes such as times; a name in here would be one that does not fit a plain header.
             if b"path=" in stream.take(info.size + -info.size % BLOCK):
-                raise FormatError("The archive holds a file name that is too long, or a link.")
+                raise FormatError("The archive holds a file name that is too long, or a link.", PACK_AGAIN)
         elif info.isreg() and not info.issparse() and info.type != tarfile.CONTTYPE:
             yield info
         elif not info.isdir() or info.size:
             raise FormatError(
                 f"The archive holds '{_shown(info.name)}', which is no regular file.", "links and devices are refused."
             )
-    raise FormatError(f"The archive holds more than {MAX_FILES:,} entries.")
+    raise FormatError(f"The archive holds more than {MAX_FILES:,} entries.", PACK_AGAIN)
 
 
 def _file_name(info: tarfile.TarInfo, path: Path) -> str:

@@ -58,6 +58,7 @@ try:
         warnings.simplefilter("ignore")
         import mlx.core as mx
         import mlx.nn as nn
+        from mlx_lm import utils as mlx_lm_utils
         from mlx_lm.convert import mixed_quant_predicate_builder
         from mlx_lm.generate import TextStateMachine, generate_step, make_text_state_machine
         from mlx_lm.models import gated_delta, ssm
@@ -66,13 +67,7 @@ try:
         from mlx_lm.tokenizer_utils import TokenizerWrapper, _infer_tool_parser
         from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
         from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
-        from mlx_lm.utils import (
-            DEFAULT_ALLOW_PATTERNS,
-            _compressed_tensors_quantization,
-            _get_classes,
-            load_config,
-            load_model,
-        )
+        from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, _get_classes, load_config, load_model
         from mlx_lm.utils import load_tokenizer as load_mlx_tokenizer
         from transformers.utils import chat_template_utils
         from transformers.utils import logging as transformers_logging
@@ -133,6 +128,7 @@ def refusals(refused: Callable[[str], AdapterError]) -> Iterator[None]:
         raise
     except BaseException as error:
         said = printed.getvalue() if isinstance(error, SystemExit) else str(error)
+        said = f"it has no {said}" if isinstance(error, KeyError) and len(error.args) == 1 else said
         why = " ".join(said.split())[:300].rstrip(".") or type(error).__name__
         raise refused(why) from error
 
@@ -272,11 +268,15 @@ def packed_by(config: Mapping[str, Any]) -> str | None:
         known = blocks or FP8_SCALES in inspect.getsource(inspect.getmodule(model))  # type: ignore[arg-type]
     else:
         known = f'"{method}"' in inspect.getsource(load_model)
-    if method == "compressed-tensors":
-        try:
-            _compressed_tensors_quantization(settings)
-        except Exception:
-            return f"{method} ({settings.get('format')})"
+    try:  # it reads some of a packer's forms; AWQ packs eight outputs into a number, GPTQ eight inputs
+        if method == "compressed-tensors":
+            mlx_lm_utils._compressed_tensors_quantization(settings)
+        if method in ("awq", "gptq"):
+            weight = mx.zeros((8, 1) if method == "awq" else (1, 8), mx.int32)
+            one = {"x.qweight": weight, "x.scales": mx.ones((1, 8))}
+            mlx_lm_utils._transform_awq_weights(one, {**settings, "group_size": 8})
+    except Exception:
+        return f"{method} ({settings.get('format', settings.get('bits'))})"
     return None if known else str(method)
 
 

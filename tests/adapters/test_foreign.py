@@ -6,13 +6,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.adapters import make_adapter, make_mlx_lm_folder
+from helpers.odd_values import every_change
 from helpers.tiny_models import build_model
 
 from mlx_adapters.adapters.adding import add
-from mlx_adapters.errors import FormatError, IncompatibleError
+from mlx_adapters.errors import AdapterError, FormatError, IncompatibleError, NotFoundError
 from mlx_adapters.events import Note
 from mlx_adapters.models.adapter import read_adapter
 from mlx_adapters.models.loading import load_model
+from mlx_adapters.peft_format.foreign import read_foreign
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.registry import names
 
@@ -163,20 +165,26 @@ def test_the_file_of_its_weights_stands_for_its_folder(base, tmp_path):
     [
         (None, "adapters.npz", "no adapter_config.json with a 'scale'", '"rank": 4'),
         ({"fine_tune_type": "lora"}, "adapters.safetensors", "'scale'", "SCALE"),
-        (parameters(scale="strong"), "adapters.safetensors", "'scale', not 'strong'", None),
-        (parameters(scale=2.0, dropout=3), "adapters.safetensors", "'dropout', not '3'", None),
+        (parameters(scale="strong"), "adapters.safetensors", "'scale', not 'strong'", "'scale' of its training"),
+        (parameters(scale="2.0"), "adapters.safetensors", "'scale', not '2.0'", "quotes"),
+        (parameters(scale=2.0, dropout=3), "adapters.safetensors", "'dropout', not '3'", "'dropout' of its training"),
         (parameters(scale=2.0, rank=9), "adapters.safetensors", "rank 9, but its tensors have rank 4", "copy"),
         (parameters(scale=2.0, rank="4"), "adapters.safetensors", "a number as 'rank', not '4'", "quotes"),
-        (parameters(alpha="much"), "adapters.safetensors", "'alpha', not 'much'", None),
+        (parameters(alpha="much"), "adapters.safetensors", "'alpha', not 'much'", "'alpha' of its training"),
+        ({"lora_config": {"r": 4, "lora_alpha": "8"}}, "adapters.npz", "'alpha', not '8'", "quotes"),
+        (OWN | {"lora_parameters": [4, 2.0]}, "adapters.safetensors", "no 'lora_parameters'", "looks like"),
+        ([OWN], "adapters.safetensors", "must hold a JSON object", "another kind of file"),
+        (OWN, "adapter.safetensors", "has no adapters.safetensors, but adapter.safetensors", "name the file itself"),
+        (OWN, "0000100_adapters.safetensors", "but 0000100_adapters.safetensors", "name the file itself"),
         ({"peft_type": "LORA", "r": 4}, "adapters.safetensors", "PEFT adapter", "import-peft"),
         ({"fine_tune_type": "full"}, "adapters.safetensors", "full fine-tune", "extract"),
-        (own(fine_tune_type="vera"), "adapters.safetensors", "not an mlx-lm adapter config", None),
+        (own(fine_tune_type="vera"), "adapters.safetensors", "'fine_tune_type' is 'vera'", "looks like"),
     ],
 )
 def test_errors_name_the_field_that_is_wrong(base, whole, tmp_path, config, file, words, hint):
-    with pytest.raises(FormatError) as caught:
+    with pytest.raises((FormatError, NotFoundError)) as caught:
         add(write(tmp_path / "it", config, whole.weights, file))
-    assert words in caught.value.message and (hint or "") in (caught.value.hint or "")
+    assert words in caught.value.message and hint in caught.value.hint
     assert names() == []
 
 
@@ -193,6 +201,41 @@ def test_factors_that_are_none_are_told_by_their_layer(whole, tmp_path, change, 
     with pytest.raises(FormatError, match=words) as caught:
         add(write(tmp_path / "it", OWN, weights))
     assert hint in caught.value.hint and any(key in caught.value.message for key in KEYS)
+
+
+def test_a_tensor_that_no_adapter_has_is_named(whole, tmp_path):
+    weights = whole.weights | {"optimizer.step": mx.array([1.0])}
+    with pytest.raises(FormatError, match=r"a tensor 'optimizer\.step' that no adapter has") as caught:
+        add(write(tmp_path / "it", OWN, weights))
+    assert "save the adapter alone" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (parameters(scale=0.0), "the strength 0: it changes nothing"),
+        ({"rank": 4, "alpha": 0}, "the strength 0: it changes nothing"),
+        (parameters(scale=2.0, alpha="16"), "alpha '16' beside scale 2"),
+        (parameters(scale=2.0) | {"alpha": 16}, "alpha '16' beside scale 2"),
+        (parameters(scale=2.0) | {"r": 4, "lora_alpha": 16}, "alpha '16' beside scale 2"),
+    ],
+)
+def test_a_strength_that_is_odd_is_told(whole, tmp_path, config, words):
+    notes = []
+    add(write(tmp_path / "it", config, whole.weights), on_event=notes.append)
+    assert any(words in event.text for event in notes if isinstance(event, Note))
+
+
+@pytest.mark.parametrize("kind", sorted({name: FOLDERS[name] for name in FOLDERS if "/" not in FOLDERS[name][2]}))
+def test_whatever_a_config_holds_an_error_says_what_to_do(whole, tmp_path, kind):
+    config, spelled, file = FOLDERS[kind]
+    folder = write(tmp_path / "it", config, spelled(whole.weights), file)
+    for odd in every_change(config):
+        (folder / "adapter_config.json").write_text(json.dumps(odd))
+        try:
+            read_foreign(folder, folder / file, "it")
+        except AdapterError as error:
+            assert error.hint, error
 
 
 def test_an_npz_that_unfolds_to_more_than_it_holds_is_refused(tmp_path):

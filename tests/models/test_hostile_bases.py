@@ -45,7 +45,7 @@ def test_whatever_is_raised_becomes_the_given_error(capsys):
     for error, why in [
         (Panic("no\nway."), "no way"),
         (ValueError(), "ValueError"),
-        (KeyError("x"), "'x'"),
+        (KeyError("x"), "it has no 'x'"),
         (leave, "pip install it: now"),
     ]:
         with pytest.raises(ModelError) as refused, refusals(lambda why: ModelError(f"Cannot: {why}.")):

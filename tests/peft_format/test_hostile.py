@@ -8,12 +8,15 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from helpers.peft import base_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mlx_adapters.adapters.peft_export import export_peft
+from mlx_adapters.adapters.peft_import import import_peft
 from mlx_adapters.checkpoints.originals import layout_of
 from mlx_adapters.checkpoints.probing import Layout
-from mlx_adapters.errors import AdapterError
+from mlx_adapters.errors import AdapterError, FormatError
 from mlx_adapters.fusion.peft_whole import whole_tensors
 from mlx_adapters.models.layers import adaptable_layers, nn
 from mlx_adapters.models.loading import load_module
@@ -21,6 +24,7 @@ from mlx_adapters.peft_format.conversion import convert
 from mlx_adapters.peft_format.patterns import full_match
 from mlx_adapters.peft_format.reading import PeftAdapter, read_peft, refuse_beyond_lora, refuse_unsaved
 from mlx_adapters.peft_format.to_mlx import needs_untying
+from mlx_adapters.peft_format.updates import lost_bits, regained, steps_of
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage import tensor_files
 
@@ -209,3 +213,24 @@ def test_patterns_that_make_re_run_for_ages_do_not(pattern: str):
     start = time.monotonic()
     assert not full_match(pattern, "a" * 60)
     assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("damaged", ["", "not base64!", "AAAA", 7, None])
+def test_a_damaged_record_of_lost_bits_is_an_error(damaged):
+    b = mx.random.normal((4, 8), key=mx.random.key(1))
+    ratio = 1 / 3
+    lost = lost_bits(b, b * ratio, ratio)
+    assert mx.array_equal(regained(b * ratio, ratio, steps_of(lost, b.shape)), b)
+    with pytest.raises(FormatError, match="is damaged") as caught:
+        steps_of(damaged, b.shape)
+    assert "import the adapter again" in caught.value.hint
+
+
+def test_an_export_says_that_the_record_of_lost_bits_is_damaged(tmp_path: Path):
+    folder = FIXTURES / "llama" / "patterns"
+    adapter = import_peft(folder, base=base_of(folder), name="it")
+    assert adapter.metadata["peft"]["lost"]
+    for key in adapter.metadata["peft"]["lost"]:
+        adapter.metadata["peft"]["lost"][key] = "AAAA"
+    with pytest.raises(FormatError, match="is damaged"):
+        export_peft(adapter, tmp_path / "out")

@@ -70,6 +70,8 @@ QUANTIZED = {
     "fp8": {"quant_method": "fp8"},
     "compressed-tensors": {"quant_method": "compressed-tensors", "format": "float-quantized"},
     "hqq": {"quant_method": "hqq"},
+    "gptq": {"quant_method": "gptq", "bits": 4},
+    "awq": {"quant_method": "awq", "bits": 8},
 }
 
 
@@ -94,9 +96,24 @@ def test_a_peft_adapter_on_a_packed_base_asks_for_another(hub, tiny_model, metho
         ma.download("org/p")
     assert "--base BASE" in caught.value.hint and (plain is None or f"'{plain}'" in caught.value.hint)
     assert not [path for _, path in hub.requests if f"/{name}/resolve" in path and "safetensors" in path]
+    with pytest.raises(FormatError, match=rf"'{name}' are packed by {method}") as caught:
+        ma.load_model(name)
+    assert "unpacked" in caught.value.hint
 
 
-@pytest.mark.parametrize("named", [None, "", "None", "/home/joe/base"])
+def test_a_base_whose_tensors_are_none_of_its_config_asks_for_another(hub, tiny_model):
+    """Found before the adapter's own weights are fetched, with the way on."""
+    files = {path.name: path.read_bytes() for path in tiny_model("llama").iterdir()}
+    config = json.loads(files["config.json"]) | {"quantization_config": {"quant_method": "mxfp4"}}
+    hub.add("org/Tiny-mxfp4", files | {"config.json": json.dumps(config).encode(), "model.safetensors": POINTER})
+    peft = PEFT_CONFIG | {"base_model_name_or_path": "org/Tiny-mxfp4"}
+    hub.add("org/p", {"adapter_config.json": json.dumps(peft).encode(), "adapter_model.safetensors": b"x"})
+    with pytest.raises(HubError, match=r"trained on 'org/Tiny-mxfp4', which cannot be used") as caught:
+        ma.download("org/p")
+    assert "--base BASE" in caught.value.hint and not [p for _, p in hub.requests if "adapter_model" in p]
+
+
+@pytest.mark.parametrize("named", [None, "", "None", "/home/joe/base", 5, ["org/base"]])
 def test_a_peft_adapter_without_a_base_asks_for_one(hub, named):
     config = json.dumps(PEFT_CONFIG | {"base_model_name_or_path": named}).encode()
     hub.add("org/p", {"adapter_config.json": config, "adapter_model.safetensors": b"x"})

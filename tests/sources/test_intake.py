@@ -209,6 +209,38 @@ def test_the_text_part_of_an_mlx_vlm_adapter_is_taken_on_request(sql, base, writ
         ma.add(folder, text_only=True, name="nothing")
 
 
+# -- a base that does not help ---------------------------------------------------------------------
+
+
+def test_a_base_that_cannot_be_used_is_told(sql, base, written, tmp_path):
+    """Its own base is there, but another one, or broken: what is taken in has not been held against anything."""
+    folder, own = tmp_path / "it", tmp_path / "its base"
+    shutil.copytree(base, own)
+    folder.mkdir()
+    for file, content in written("PEFT's file name").items():
+        (folder / file).write_bytes(content)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"model": str(own)}))
+
+    def told():
+        said = []
+        ma.add(folder, name="it", overwrite=True, on_event=said.append)
+        return [event.text for event in said if isinstance(event, Note)]
+
+    assert not told()
+    shutil.rmtree(own / "model.safetensors", ignore_errors=True)
+    (own / "model.safetensors").write_bytes(b"")
+    (note,) = told()
+    assert note.startswith("Taken in as it is, without a look at whether it fits") and "model.safetensors" in note
+    shutil.rmtree(own)
+    assert not told()
+    shutil.copytree(base, own)
+    weights = {name.replace("layers.1", "layers.9"): array for name, array in sql.weights.items()}
+    mx.save_safetensors(str(folder / "adapter_model.safetensors"), weights)
+    (note,) = told()
+    assert note.startswith("It does not fit the base that it names.") and "layers.9" in note and "--base" in note
+
+
 # -- what a download asks --------------------------------------------------------------------------
 
 
