@@ -375,7 +375,9 @@ def make(out, names):
                         move(key, value)
                 made.save_pretrained(folder / "theirs" / case)
                 again = peft.PeftModel.from_pretrained(load_model(folder / "hf"), folder / "theirs" / case).eval()
-                saved[case] = run(again)
+                saved[case] = run(made)
+                if off(run(again), saved[case]) > TOLERANCE:
+                    print(f"   {folder.name}/{case}: PEFT does not load what it saved", flush=True)
                 if off(saved[case], saved["base"]) < 1e-3:
                     print(f"   {folder.name}/{case} does nothing", flush=True)
             except Exception as error:
