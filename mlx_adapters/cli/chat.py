@@ -124,6 +124,7 @@ def _talk(chat: "Chat", any_base: bool, sampling: dict[str, Any]) -> None:
 @any_base_option
 @system_option
 @sampling_options
+@kv_options
 @template_options
 @dtype_option
 @trust_option
@@ -135,6 +136,7 @@ def ab_command(
     base: str | None,
     any_base: bool,
     system: str | None,
+    kv: CacheQuantization,
     template: TemplateConfig,
     dtype: str,
     as_json: bool,
@@ -152,7 +154,7 @@ def ab_command(
 
     questions = read_prompts(prompts)
     references = [reference for reference in dict.fromkeys((a, b)) if reference != "base"]
-    model = _load(base, tuple(references), any_base, dtype, template)
+    model = _load(base, tuple(references), any_base, dtype, template, kv=kv)
     names = {"base": None} | dict(zip(references, (info.name for info in model.adapters), strict=True))
     pairs = answer_pairs(model, questions, names[a], names[b], system, **sampling)
     if as_json:

@@ -30,7 +30,7 @@ from mlx_adapters.config.settings import settings_of
 @click.option("--data", metavar="DIR", help="Folder or file with rows, or hf:user/name.")
 @click.option("--tasks", metavar="A,B", help="Instead of --data: tasks of lm-evaluation-harness (extra 'eval').")
 @click.option("--task-folder", type=UserPath(exists=True, file_okay=False), help="With --tasks: YAML tasks of yours.")
-@options(EvaluationConfig, "split score reference max_rows max_tokens max_seq_length batch_size")
+@options(EvaluationConfig, "split score reference max_rows max_tokens max_seq_length batch_size kv_bits kv_group_size")
 @options(DataConfig)
 @click.option("--save/--no-save", default=True, show_default=True, help="Keep the figures with the adapters.")
 @base_option
@@ -41,11 +41,11 @@ from mlx_adapters.config.settings import settings_of
 @json_option
 @Reads(
     modes={
-        "data": "variants split score reference max_rows max_tokens max_seq_length batch_size save base any_base dtype "
-        "output trust_remote_code as_json " + " ".join(settings_of(DataConfig)),
+        "data": "variants split score reference max_rows max_tokens max_seq_length batch_size kv_bits kv_group_size "
+        "save base any_base dtype output trust_remote_code as_json " + " ".join(settings_of(DataConfig)),
         "tasks": "variants task_folder max_rows batch_size base any_base dtype output trust_remote_code as_json",
     },
-    needs={"max_tokens": "score"},
+    needs={"max_tokens": "score", "kv_bits": "score", "kv_group_size": "score"},
 )
 def eval_command(
     variants: tuple[str, ...],

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mlx_adapters.config.data import DataConfig
-from mlx_adapters.config.quantization import Dtype, computing_dtype
+from mlx_adapters.config.quantization import CacheQuantization, Dtype, bits_of_cache, computing_dtype, groups_of_cache
 from mlx_adapters.config.settings import setting, settings
 
 
@@ -40,5 +40,16 @@ class EvaluationConfig(DataConfig):
     max_seq_length: int = setting(2048, "Longest row", more="In tokens.", at_least=2)
     max_tokens: int = setting(256, "Longest answer", at_least=1)
     batch_size: int = setting(8, "Answers at a time", at_least=1)
+    kv_bits: int | None = bits_of_cache()
+    kv_group_size: int = groups_of_cache()
     dtype: Dtype = computing_dtype()
     any_base: bool = setting(False, "Use the adapter on a base it was not trained on")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.kv
+
+    @property
+    def kv(self) -> CacheQuantization:
+        """How keys and values are kept while answers are written. Raises ConfigError for what MLX does not have."""
+        return CacheQuantization(self.kv_bits, self.kv_group_size, quantized_kv_start=0)

@@ -33,6 +33,17 @@ def computing_dtype() -> Any:
     return setting("auto", "Type to compute in", means="auto: float32 on a CPU, the model's on a GPU")
 
 
+def bits_of_cache() -> Any:
+    """The setting of the bits that keys and values are kept in."""
+    what = "Keep keys and values of what was read in so many bits"
+    return setting(None, what, means="as computed", more="2, 3, 4, 5, 6 or 8.")
+
+
+def groups_of_cache() -> Any:
+    """The setting of how many of them share a scale."""
+    return setting(64, "Keys and values that share a scale there", more="32, 64 or 128.")
+
+
 @settings
 @dataclasses.dataclass(frozen=True)
 class Quantization:
@@ -165,10 +176,8 @@ class CacheQuantization:
         >>> answer = model.generate("List the Physics courses.", max_tokens=8)
     """
 
-    kv_bits: int | None = setting(
-        None, "Keep keys and values of what was read in so many bits", means="as computed", more="2, 3, 4, 5, 6 or 8."
-    )
-    kv_group_size: int = setting(64, "Keys and values that share a scale there", more="32, 64 or 128.")
+    kv_bits: int | None = bits_of_cache()
+    kv_group_size: int = groups_of_cache()
     quantized_kv_start: int = setting(5000, "Begin with that when a text has so many tokens", at_least=0)
 
     def __post_init__(self) -> None:

@@ -196,7 +196,7 @@ def _evaluate(
     asked = questions(rows, model)
     prompts = [question.prompt for question in asked]
     answers = greedy_answers(
-        model, prompts, max_tokens=config.max_tokens, batch_size=config.batch_size, on_event=on_event
+        model, prompts, max_tokens=config.max_tokens, batch_size=config.batch_size, kv=config.kv, on_event=on_event
     )
     scores = [score(a, q.expected, q.row.record) for a, q in zip(answers, asked, strict=True)]
     return replace(result, score=mean(scores), row_scores=tuple(scores), answers=tuple(answers))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.config.data import TemplateConfig
+from mlx_adapters.config.quantization import CacheQuantization
 from mlx_adapters.data.datasets import RawRow
 from mlx_adapters.data.tokenizing import messages_of
 from mlx_adapters.errors import ConfigError, FormatError, NotFoundError, did_you_mean
@@ -69,18 +70,20 @@ def greedy_answers(
     *,
     max_tokens: int = 256,
     batch_size: int = 8,
+    kv: CacheQuantization | None = None,
     on_event: OnEvent = log_warnings,
 ) -> list[str]:
     """The likeliest continuation of each prompt, up to an end token, `max_tokens` or the model's last position.
 
-    `batch_size` at a time. Raises ModelError for a prompt that the model cannot read.
+    `batch_size` at a time, with keys and values kept as `kv` says. Raises ModelError for a prompt that the model cannot
+    read; IncompatibleError if they cannot be kept so.
     """
     asked = [model.checked_ids(prompt).tolist() for prompt in prompts]
     limits = [model.room(len(prompt), max_tokens) for prompt in asked]
     stop = frozenset(model.tokenizer.eos_token_ids)
     requests = [Request(p, max_tokens=n, stop_tokens=stop) for p, n in zip(asked, limits, strict=True)]
     written: dict[Request, list[int]] = {}
-    for request, tokens in answer_plainly(model.module, requests, batch_size):
+    for request, tokens in answer_plainly(model, requests, batch_size, kv):
         written[request] = tokens
         on_event(Progress("answer", len(written), len(prompts), "question"))
     return [model.tokenizer.decode(written[request]) for request in requests]

@@ -16,7 +16,8 @@ from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.generation.decoding import TextStream, text_of
 from mlx_adapters.generation.reading import PREFILL_TOKENS, Reader
 from mlx_adapters.generation.requests import Request, Row, Token
-from mlx_adapters.prompt_caches.quantized import new_layers, reaching
+from mlx_adapters.models.model import Model
+from mlx_adapters.prompt_caches.quantized import new_layers, reaching, require_quantizable
 from mlx_adapters.runtime.attached import Attached
 from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.surgery.caches import same_function
@@ -257,7 +258,11 @@ def texts_of(
 
 
 def answer_plainly(
-    module: nn.Module, requests: Sequence[Request], max_batch: int = 16
+    model: Model, requests: Sequence[Request], max_batch: int = 16, kv: CacheQuantization | None = None
 ) -> Iterator[tuple[Request, list[int]]]:
-    """`answer_all` by the model as it is."""
-    return answer_all(module, AdapterPool(module, group=False), requests, max_batch)
+    """`answer_all` by the model as it is. Raises IncompatibleError if it cannot keep keys and values as `kv` says."""
+    module = model.module
+    if kv is not None and kv.kv_bits is not None:
+        require_quantizable(module, kv, str(model.config.get("model_type")))
+    make = partial(new_layers, module, kv)
+    return answer_all(module, AdapterPool(module, group=False), requests, max_batch, make=make)

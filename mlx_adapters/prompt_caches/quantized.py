@@ -11,7 +11,7 @@ from mlx_adapters.system.door import make_prompt_cache, mx, nn, refusals
 def new_layers(module: nn.Module, how: CacheQuantization | None) -> list[Any]:
     """An empty cache of the model's; in few bits where that begins with the first token."""
     cache = make_prompt_cache(module)
-    return cache if how is None or how.quantized_kv_start else quantized(cache, how)
+    return cache if how is None or how.kv_bits is None or how.quantized_kv_start else quantized(cache, how)
 
 
 def forms(module: nn.Module, how: CacheQuantization | None) -> list[list[Any]]:

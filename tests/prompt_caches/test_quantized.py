@@ -8,8 +8,10 @@ from click.testing import CliRunner
 from helpers.tiny_configs import make_model, tiny_base, tiny_config
 
 from mlx_adapters.cli import cli
+from mlx_adapters.config.evaluating import EvaluationConfig
 from mlx_adapters.config.quantization import CacheQuantization
 from mlx_adapters.errors import ConfigError, IncompatibleError
+from mlx_adapters.evaluation.scores import greedy_answers
 from mlx_adapters.generation.batching import Batcher
 from mlx_adapters.generation.live import load_model
 from mlx_adapters.generation.requests import Request
@@ -53,6 +55,20 @@ def test_it_goes_on_from_a_cache_of_few_bits(base, kv, tmp_path):
         assert tokens_of(model, rest, short) == tokens_of(model, [*prompt[:25], 3, 4])
         prompts = [(prompt, None), (following, None)]
         assert model.generate_batch(prompts, max_tokens=4) == [model.generate(p, max_tokens=4).text for p, _ in prompts]
+
+
+def test_answers_that_are_scored_are_written_with_them(base):
+    plain, few = load_model(base), load_model(base, kv=CacheQuantization(2, 32, 0))
+    prompts = [np.random.default_rng(i).integers(5, 200, 30).tolist() for i in range(3)]
+    answers = []
+    for bits, model in ((None, plain), (2, few)):
+        kv = EvaluationConfig(kv_bits=bits, kv_group_size=32).kv
+        answers.append(greedy_answers(plain, prompts, kv=kv, max_tokens=6))
+        written = [model.generate(prompt, max_tokens=6).token_ids for prompt in prompts]
+        assert answers[-1] == [model.tokenizer.decode(tokens) for tokens in written]
+    assert answers[0] != answers[1]
+    with pytest.raises(ConfigError):
+        EvaluationConfig(kv_bits=1)
 
 
 def test_a_server_keeps_few_bits_and_gives_what_a_cold_one_gives(base):
