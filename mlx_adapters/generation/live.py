@@ -30,7 +30,7 @@ from mlx_adapters.models.loading import load_model as load_plain_model
 from mlx_adapters.models.model import Model
 from mlx_adapters.prompt_caches.files import read_cache, write_cache
 from mlx_adapters.prompt_caches.layers import count_of, shortened
-from mlx_adapters.prompt_caches.quantized import forms, new_layers, require_quantizable
+from mlx_adapters.prompt_caches.quantized import new_layers, require_quantizable
 from mlx_adapters.runtime.attached import Attached, Selection, same
 from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.sources.bases import resolve_base
@@ -285,7 +285,7 @@ class LiveModel(Model):
         another precision.
         """
         selection = self.pool.selection
-        layers, tokens = read_cache(Path(path), forms(self.module, self.kv), self._made_with(selection))
+        layers, tokens = read_cache(Path(path), self.module, self.kv, self._made_with(selection))
         return PromptCache(layers, selection, self.new_layers, tokens)
 
     def _made_with(self, selection: Selection) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Beside mlx-lm's metadata stands a record: with which weights it was made, and of
 refused, since nobody can tell whether what is to follow begins with it.
 """
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_adapters.config.quantization import CacheQuantization
 from mlx_adapters.errors import FormatError, IncompatibleError
 from mlx_adapters.prompt_caches.layers import held, leaves
+from mlx_adapters.prompt_caches.quantized import forms
 from mlx_adapters.storage.tensor_files import read_safetensors, read_safetensors_header, write_safetensors
-from mlx_adapters.system.door import mx, refusals
+from mlx_adapters.system.door import mx, nn, refusals
 
 RECORD = "mlx_adapters"
 WORDS = {"base": "another base", "adapters": "another adapter", "dtype": "another --dtype", "kv": "other --kv-bits"}
@@ -51,8 +54,10 @@ def _as_array(value: Any) -> tuple[mx.array, str | None]:
     raise FormatError(f"mlx-lm's format has no place for a {type(value).__name__} of this model's cache.")
 
 
-def read_cache(path: Path, forms: Sequence[list[Any]], of: Mapping[str, Any]) -> tuple[list[Any], list[int]]:
-    """The cache in a file and the tokens it holds. `forms` are empty ones of the model, of which it is like one.
+def read_cache(
+    path: Path, module: nn.Module, kv: CacheQuantization | None, of: Mapping[str, Any]
+) -> tuple[list[Any], list[int]]:
+    """The cache in a file and the tokens it holds, for this model and what it keeps in few bits.
 
     Raises NotFoundError, FormatError for what is no such file, IncompatibleError if it was made with other weights.
     """
@@ -73,7 +78,9 @@ def read_cache(path: Path, forms: Sequence[list[Any]], of: Mapping[str, Any]) ->
         arrays: dict[str, Any] = read_safetensors(path)
         for name, kind in kinds[1:]:
             arrays[name] = _as_value(arrays[name], kind)
-        form = next((form for form in forms if [type(layer).__name__ for layer in form] == list(classes)), None)
+        form = next(
+            (form for form in forms(module, kv) if [type(layer).__name__ for layer in form] == list(classes)), None
+        )
         if form is None:
             raise refused("its layers are others")
         states = tree_unflatten(list(arrays.items()))
@@ -82,6 +89,7 @@ def read_cache(path: Path, forms: Sequence[list[Any]], of: Mapping[str, Any]) ->
         for layer in leaves(cache):
             if held(layer) is not None and layer.offset != len(tokens):
                 raise refused("it holds other tokens than it says")
+        module(mx.zeros((1, 1), mx.int32), cache=copy.deepcopy(cache))  # only the graph: other shapes raise
     return cache, tokens
 
 

@@ -92,8 +92,8 @@ def test_what_is_not_its_own_is_refused(tiny_model, tmp_path):
     with pytest.raises(NotFoundError):
         model.load_cache(tmp_path / "nothing")
     whole = path.read_bytes()
-    size = int.from_bytes(whole[:8], "little")
-    header = json.loads(whole[8 : 8 + size])
+    size_of_header = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + size_of_header])
     record = json.loads(header["__metadata__"]["0.mlx_adapters"])
     for change in (
         {"0.mlx_adapters": "no JSON"},
@@ -105,9 +105,17 @@ def test_what_is_not_its_own_is_refused(tiny_model, tmp_path):
     ):
         text = json.dumps(header | {"__metadata__": header["__metadata__"] | change}).encode()
         text += b" " * (-len(text) % 8)
-        path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + size :])
+        path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + size_of_header :])
         with pytest.raises(FormatError):
             model.load_cache(path)
+    for name, tensor in header.items():
+        if name.startswith("0.0"):  # keys of other heads, as large
+            batch, heads, length, size = tensor["shape"]
+            text = json.dumps(header | {name: tensor | {"shape": [batch, heads * 2, length, size // 2]}}).encode()
+            text += b" " * (-len(text) % 8)
+            path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + size_of_header :])
+            with pytest.raises(FormatError):
+                model.load_cache(path)
     path.write_bytes(whole[:-100])
     with pytest.raises(FormatError):
         model.load_cache(path)
