@@ -66,7 +66,8 @@ def parsed(name: str, given: list[str], tmp_path) -> click.Context:
         if isinstance(p, click.Argument) and (p.required or p.name in given)
         for word in typed(p, tmp_path)
     ]
-    return command.make_context(name, words)
+    # Under the program's own context: a command keeps the names of its help option from the first one.
+    return command.make_context(name, words, parent=click.Context(cli, **cli.context_settings))
 
 
 def refusal(name: str, given: list[str], tmp_path) -> str | None:
