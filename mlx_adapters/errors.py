@@ -29,6 +29,7 @@ PYTHON_NAMES = {
     "chat-template-arg": "chat_template_args",
     "fuse-aware-group-size": "fuse_aware",
     "max-size": "max_bytes",
+    "prompt-cache": "cache",
 }
 PYTHON_CALLS = {  # of options that switch something on
     **{name: f"{name.replace('-', '_')}=True" for name in ("any-base", "force", "mask-prompt", "overwrite", "packing")},

@@ -44,7 +44,10 @@ def write_own_form(
     for path in (*taken.values(), *extras, source / CONFIG_FILE):
         if path.is_symlink() and not is_cached(path):
             raise FormatError(f"'{path}' is a link.", "put the file itself there.")
-    paths.require_free_space(target, sum(path.stat().st_size for path in (*taken.values(), *extras)))
+    needed = sum(path.stat().st_size for path in (*taken.values(), *extras))
+    paths.require_free_space(
+        target, needed, f"write the adapter '{named}'", "free some space, or write it elsewhere: --out, --home."
+    )
     rewritten = set[str]()
     for done, (name, path) in enumerate(taken.items(), start=1):
         foreign = read_foreign(source, path, named)

@@ -116,6 +116,13 @@ def test_room_is_asked_for_all_that_is_written_before_the_work(base, folder, tmp
     assert "free some space" in caught.value.hint and len(asked) == 1 and not (tmp_path / "out").exists()
 
 
+def test_a_disk_too_small_for_an_adapter_is_told_by_what_is_written(folder, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(StorageError, match="Cannot write the adapter 'small': it needs") as caught:
+        ma.add(folder, name="small")
+    assert "--home" in caught.value.hint
+
+
 def test_an_adapter_whose_recorded_base_is_gone_asks_for_one(base, folder, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(base, moved)
