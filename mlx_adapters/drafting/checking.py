@@ -41,7 +41,6 @@ def drafted_steps(
         guess = drafts.guess(tokens, max_tokens - made - 1, foresee()) if len(unread) == 1 else []
         read = [*unread, *guess]
         mark = Mark(cache, len(read)) if guess else None
-        drafts.guessed += len(guess)
         logits = module(mx.array([read]), cache=cache)[:, len(unread) - 1 :]  # (1, guesses + 1, vocabulary)
         right = 0
         try:

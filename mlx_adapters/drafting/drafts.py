@@ -20,10 +20,11 @@ class Drafts:
     Args:
         guessers: the first that has a guess gives it.
         most: guesses at a time.
+        earlier: tokens before the text, which are in its cache.
     """
 
-    def __init__(self, guessers: Sequence[Guesser], most: int) -> None:
-        self._guessers, self._most, self._length = guessers, most, most
+    def __init__(self, guessers: Sequence[Guesser], most: int, earlier: Sequence[int] = ()) -> None:
+        self._guessers, self._most, self._length, self._earlier = guessers, most, most, earlier
         self._misses = self._rest = 0
         self.guessed = self.accepted = 0
 
@@ -33,10 +34,15 @@ class Drafts:
             self._rest -= 1
             return []
         most = min(self._length, room)
-        return next(filter(None, (one.guess(tokens, most, choose) for one in self._guessers)), []) if most > 0 else []
+        if most < 1:
+            return []
+        text = [*self._earlier, *tokens] if self._earlier else tokens
+        found = next(filter(None, (one.guess(text, most, choose) for one in self._guessers)), [])
+        self.guessed += len(found)
+        return found
 
     def note(self, guessed: int, right: int) -> None:
-        """Learn what came of a guess."""
+        """Learn what came of a guess: how many of its tokens were right."""
         self._misses = self._misses + 1 if right == 0 else 0
         self._rest = min(2 ** max(self._misses - PATIENCE, 0) - 1, LONGEST_REST)
         self._length = min(2 * self._length, self._most) if right == guessed else right + 1
@@ -53,13 +59,14 @@ class Drafter:
 
     def __init__(self, settings: Drafting, vocabulary: int, small: Model | None = None) -> None:
         self.settings, self._vocabulary, self._small = settings, vocabulary, small
+        self.most = settings.draft_tokens
 
-    def begin(self) -> Drafts:
-        """For a new text."""
+    def begin(self, earlier: Sequence[int] = ()) -> Drafts:
+        """For a new text, after the tokens of an `earlier` one that are in its cache."""
         guessers: list[Guesser] = [Lookup()] if self.settings.prompt_lookup else []
         if self._small is not None:
             guessers.append(SmallModel(self._small, self._vocabulary))
-        return Drafts(guessers, self.settings.draft_tokens)
+        return Drafts(guessers, self.most, earlier)
 
 
 def load_drafter(settings: Drafting, model: Model, dtype: str = "auto") -> Drafter | None:

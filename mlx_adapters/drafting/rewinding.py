@@ -8,14 +8,30 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+from mlx_adapters.surgery.caches import Make, read, read_together, same_function
+from mlx_adapters.system.door import mx, nn
+
 
 def drops(layer: Any, ahead: int) -> bool:
     """Whether this cache can drop tokens once it has read `ahead` more. It is asked; its class is not."""
-    parts = getattr(layer, "caches", None)
+    parts, limit = getattr(layer, "caches", None), getattr(layer, "max_size", None)
     if parts is not None:
         return all(drops(part, ahead) for part in parts)
-    limit = getattr(layer, "max_size", None)
     return layer.is_trimmable() and (limit is None or layer.size() + ahead < limit)
+
+
+def may_guess(cache: Sequence[Any], ahead: int, rows: int, batched: bool) -> bool:
+    """Whether the rows of these caches may read `ahead` tokens, and each forget some of them.
+
+    A window that has come round may not where it is `batched`: mlx-lm's mask for several tokens leaves one out there.
+    """
+    if all(drops(layer, ahead) for layer in cache):
+        return True
+    return rows == 1 and not (batched and any(_is_window(layer) for layer in cache))
+
+
+def _is_window(layer: Any) -> bool:
+    return getattr(layer, "max_size", None) is not None or any(map(_is_window, getattr(layer, "caches", ())))
 
 
 class Mark:
@@ -36,14 +52,36 @@ class Mark:
                 layer.trim(read if self._kept else wrong)
         return read - wrong if self._kept else 0
 
+    def back_rows(self, read: int, wrong: Sequence[int]) -> int:
+        """Forget the last `wrong` (rows,) of the `read` tokens in each row; how many are to be read again.
 
-def drop_by_row(cache: Sequence[Any], wrong: Sequence[int]) -> None:
-    """Forget the last `wrong` (rows,) tokens of each row of batched caches that can drop tokens."""
-    least = min(wrong)
-    more = [count - least for count in wrong]
-    for layer in cache:
-        if least:
-            layer.trim(least)
+        Rows of which other numbers are wrong need caches that can drop them.
+        """
+        least = min(wrong)
+        again = self.back(read, least)
+        more = [count - least for count in wrong]
         if any(more):
-            layer.prepare(lengths=[-count for count in more], right_padding=more)
-            layer.finalize()
+            for layer in self._cache:
+                layer.prepare(lengths=[-count for count in more], right_padding=more)
+                layer.finalize()
+        return again
+
+
+def rewinds(module: nn.Module, make: Make) -> bool:
+    """Whether rows of a batch can each forget tokens of their own and go on as if alone. Tried on two of them.
+
+    `make` gives empty caches.
+    """
+    prompts, ahead, after = ([5], [6, 7, 8]), [[9, 10, 11], [12, 13, 14]], mx.array([[15], [16]])
+    try:
+        together = read_together(module, prompts, make)
+        mark = Mark(together, 3)
+        module(mx.array(ahead), cache=together)
+        if mark.back_rows(3, [2, 0]):
+            return False
+        both = module(after, cache=together)
+        whole = ([*prompts[0], *ahead[0][:1]], [*prompts[1], *ahead[1]])
+        alone = [module(after[i : i + 1], cache=read(module, text, make)) for i, text in enumerate(whole)]
+        return same_function(both, mx.concatenate(alone))
+    except Exception:  # mlx-lm's code raises what it likes
+        return False

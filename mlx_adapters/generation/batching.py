@@ -12,6 +12,8 @@ from typing import Any
 
 from mlx_adapters.config.quantization import CacheQuantization
 from mlx_adapters.config.sampling import Sampling
+from mlx_adapters.drafting.drafts import Drafter
+from mlx_adapters.drafting.rewinding import Mark, may_guess, rewinds
 from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.generation.decoding import TextStream, text_of
 from mlx_adapters.generation.reading import PREFILL_TOKENS, Reader
@@ -20,33 +22,10 @@ from mlx_adapters.models.model import Model
 from mlx_adapters.prompt_caches.quantized import new_layers, reaching, require_quantizable
 from mlx_adapters.runtime.attached import Attached
 from mlx_adapters.runtime.pool import AdapterPool
-from mlx_adapters.surgery.caches import same_function
+from mlx_adapters.surgery.caches import batches
 from mlx_adapters.system.door import TokenizerWrapper, make_prompt_cache, mx, nn
 
-
-def batches(module: nn.Module, make: Callable[[], list[Any]] | None = None) -> bool:
-    """Whether prompts of several lengths that are decoded together get what each gets alone. Tried on two of them.
-
-    Some caches cannot be merged (llama4's), some of mlx-lm's models expect one offset for all rows (gpt_bigcode), and
-    some give the rows' masks to the heads (gemma2), which fails or not as the numbers are.
-    """
-    make, prompts, following = make or partial(make_prompt_cache, module), ([5], [6, 7, 8]), mx.array([[9], [10]])
-    try:
-        caches = [_read(module, prompt, make) for prompt in prompts]
-        together, other = ([layer.merge([layer]) for layer in cache] for cache in caches)
-        for mine, new in zip(together, other, strict=True):
-            mine.extend(new)
-        both = module(following, cache=together)
-        alone = [module(following[i : i + 1], cache=_read(module, prompt, make)) for i, prompt in enumerate(prompts)]
-        return both.shape == (2, *alone[0].shape[1:]) and same_function(both, mx.concatenate(alone))
-    except Exception:  # mlx-lm's code raises what it likes
-        return False
-
-
-def _read(module: nn.Module, prompt: list[int], make: Callable[[], list[Any]]) -> list[Any]:
-    cache = make()
-    module(mx.array([prompt]), cache=cache)
-    return cache
+DRAFTED_ROWS = 4  # beyond, a device has enough to do with one token of each
 
 
 class Batcher:
@@ -60,12 +39,15 @@ class Batcher:
         prefill: int = PREFILL_TOKENS,
         cache_bytes: int = 0,
         make: Callable[[], list[Any]] | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         self.module, self.pool = module, pool
         make = make or partial(make_prompt_cache, module)
         self.can_batch = max_batch > 1 and batches(module, make)
         self.reader = Reader(module, pool, prefill, cache_bytes, self.can_batch, make)
         self.max_batch = max_batch if self.can_batch else 1
+        self._drafter = drafter
+        self._drafted_rows = 0 if drafter is None else DRAFTED_ROWS if self.can_batch and rewinds(module, make) else 1
         self.rows: list[Row] = []
         self._caches: list[Any] = []
         self._inputs: mx.array | None = None
@@ -127,9 +109,50 @@ class Batcher:
         """Read what fits of the waiting prompts, compute one step, give the tokens of the step before."""
         self._admit()
         tokens, self.reader.told = self.reader.told, []
-        inputs, logprobs = self._inputs, self._logprobs
-        if inputs is None:
+        if self._inputs is None:
             return tokens
+        read = self._guessed(self._inputs) if self._may_guess else []
+        tokens += self._check(read) if read else self._advance(self._inputs, self._logprobs)
+        self._steps += 1
+        if self._steps % 256 == 0:
+            mx.clear_cache()
+        return tokens
+
+    @property
+    def _may_guess(self) -> bool:
+        """Whether all rows can read guesses and forget them again, each its own."""
+        if self._drafter is None or len(self.rows) > self._drafted_rows:
+            return False
+        return may_guess(self._caches, self._drafter.most + 1, len(self.rows), self.can_batch)
+
+    def _guessed(self, inputs: mx.array) -> list[list[int]]:
+        """The next input of each row, and what is guessed to follow it; none if nothing is guessed."""
+        read = [[token, *row.guess(token)] for row, token in zip(self.rows, inputs.tolist(), strict=True)]
+        return read if max(map(len, read)) > 1 else []
+
+    def _check(self, read: list[list[int]]) -> list[Token]:
+        """A step that reads the next input of each row and guesses, and goes on by those that are right."""
+        width = max(map(len, read))
+        inputs = mx.array([[*tokens, *[0] * (width - len(tokens))] for tokens in read])
+        with self.pool.routed([row.request.adapter for row in self.rows]):
+            mark = Mark(self._caches, width)
+            logits = self.module(inputs, cache=self._caches)  # (rows, width, vocabulary)
+            told = self._logprobs if self._logprobs is not None else [None] * len(read)
+            steps = [row.follow(*each) for row, *each in zip(self.rows, read, logits, told, strict=True)]
+            again = mark.back_rows(width, [width - step.right for step in steps])
+            if again:
+                self.module(inputs[:, :again], cache=self._caches)
+        self._inputs = mx.array([step.following for step in steps], dtype=mx.uint32)
+        self._logprobs = None
+        if any(row.request.top_logprobs is not None for row in self.rows):
+            last = logits[mx.arange(len(steps)), mx.array([step.right - 1 for step in steps])]  # (rows, vocabulary)
+            self._logprobs = last - mx.logsumexp(last, axis=-1, keepdims=True)
+        self._end([not any(token.finish_reason for token in step.tokens) for step in steps])
+        return [token for step in steps for token in step.tokens]
+
+    def _advance(self, inputs: mx.array, logprobs: mx.array | None) -> list[Token]:
+        """A step that reads the next input of each row; what was chosen in the one before is told while it computes."""
+        tokens = []
         with self.pool.routed([row.request.adapter for row in self.rows]):
             self._inputs, self._logprobs = self._forward(inputs)
             mx.async_eval(self._inputs, *([] if self._logprobs is None else [self._logprobs]))
@@ -141,13 +164,15 @@ class Batcher:
                 continue
             tokens.append(row.told(token, None if logprobs is None else logprobs[i]))
             keep.append(tokens[-1].finish_reason is None)
-            if not keep[-1]:
+        self._end(keep)
+        return tokens
+
+    def _end(self, keep: list[bool]) -> None:
+        """Let the other rows go."""
+        for row, stays in zip(self.rows, keep, strict=True):
+            if not stays:
                 self._release(row.request)
         self._keep(keep)
-        self._steps += 1
-        if self._steps % 256 == 0:
-            mx.clear_cache()
-        return tokens
 
     def _forward(self, inputs: mx.array) -> tuple[mx.array, mx.array | None]:
         """(next tokens, log-probabilities if a row wants them) of a step with the tokens `inputs` (rows,)."""
@@ -183,7 +208,7 @@ class Batcher:
             self._inputs = mx.concatenate([self._inputs.astype(mx.uint32), last])
             if self._logprobs is not None:
                 self._logprobs = mx.pad(self._logprobs, [(0, 1), (0, 0)])
-        self.rows.append(Row(request))
+        self.rows.append(Row(request, self._drafter.begin() if self._drafter else None))
 
     def _keep(self, keep: list[bool]) -> None:
         if all(keep):
@@ -214,17 +239,20 @@ def answer_all(
     max_batch: int = 16,
     stopped: Callable[[Request, int], bool] = lambda *_: False,
     make: Callable[[], list[Any]] | None = None,
+    drafter: Drafter | None = None,
 ) -> Iterator[tuple[Request, list[int]]]:
     """(request, its tokens without the stop token), as the requests finish.
 
     `stopped` is told each token and says whether its answer ends there.
     """
-    batcher = Batcher(module, pool, min(max_batch, len(requests)), make=make)
+    batcher = Batcher(module, pool, min(max_batch, len(requests)), make=make, drafter=drafter)
     answers: dict[int, list[int]] = {request.number: [] for request in requests}
     for request in requests:
         batcher.submit(request)
     while not batcher.idle:
         for token in batcher.step():
+            if token.request.number not in answers:  # one of several of a step, after the end
+                continue
             ended = token.finish_reason is not None
             if token.finish_reason != "stop":
                 answers[token.request.number].append(token.id)
@@ -232,7 +260,7 @@ def answer_all(
                     batcher.cancel(token.request)
                     ended = True
             if ended:
-                yield token.request, answers[token.request.number]
+                yield token.request, answers.pop(token.request.number)
 
 
 def texts_of(
@@ -243,6 +271,7 @@ def texts_of(
     tokenizer: TokenizerWrapper,
     sampling: Sampling,
     kv: CacheQuantization | None = None,
+    drafter: Drafter | None = None,
 ) -> list[str]:
     """The texts of `answer_all`, in the order of the requests; `kv`: in which caches."""
     texts = {request.number: TextStream(tokenizer, sampling) for request in requests}
@@ -253,7 +282,7 @@ def texts_of(
 
     longest = max((len(request.prompt) + request.max_tokens for request in requests), default=0)
     make = partial(new_layers, module, reaching(kv, longest))
-    answers = dict(answer_all(module, pool, requests, max_batch, stopped, make))
+    answers = dict(answer_all(module, pool, requests, max_batch, stopped, make, drafter))
     return [text_of(tokenizer, answers[request], sampling) for request in requests]
 
 

@@ -17,7 +17,7 @@ from mlx_adapters.errors import ConfigError
 from mlx_adapters.generation.sampling import Sampler, stop_tokens
 from mlx_adapters.models.model import Model
 from mlx_adapters.prompt_caches.layers import count_of, shortened
-from mlx_adapters.prompt_caches.quantized import new_layers
+from mlx_adapters.prompt_caches.quantized import new_layers, reaching
 from mlx_adapters.runtime.attached import Selection
 from mlx_adapters.system.door import generate_step, mx
 
@@ -138,6 +138,8 @@ def decode(
     room = model.room(before + ids.size, wanted)
     how = sampler.sampling
     ends, text = stop_tokens(how, model.tokenizer), TextStream(model.tokenizer, how)
+    if drafts is not None:  # what is guessed and forgotten is not quantized on the way
+        kv = reaching(kv, before + ids.size + room)
     cache = new_layers(model.module, kv) if cache is None else cache
     if drafts is None:
         processors = [sampler.process] if sampler.processors else None

@@ -339,7 +339,7 @@ class LiveModel(Model):
         layers: Any = bound.layers if bound is not None else cache
         before = len(bound.tokens) if bound is not None else (count_of(layers) or 0) if layers else 0
         ids = self.checked_ids(ids_of(self, prompt, raw), before)
-        drafts = self.drafter.begin() if self.drafter else None
+        drafts = self.drafter.begin(bound.tokens if bound is not None else ()) if self.drafter else None
         steps = self._steps(decode(self, ids, chosen, before, layers, drafts, self.kv), selection)
         return steps if bound is None else bound.noted(ids.tolist(), steps, exactly=self.drafter is None)
 
@@ -420,7 +420,7 @@ class LiveModel(Model):
             for prompt, (_, name) in zip(ids, prompts, strict=True)
         ]
         with self.pool.lock:
-            return texts_of(self.module, self.pool, requests, max_batch, self.tokenizer, chosen, self.kv)
+            return texts_of(self.module, self.pool, requests, max_batch, self.tokenizer, chosen, self.kv, self.drafter)
 
 
 def load_model(

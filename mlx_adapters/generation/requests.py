@@ -9,6 +9,7 @@ import numpy as np
 
 from mlx_adapters.config.mapping import require
 from mlx_adapters.config.sampling import Sampling
+from mlx_adapters.drafting.drafts import Drafts
 from mlx_adapters.errors import ModelError
 from mlx_adapters.generation.sampling import Sampler
 from mlx_adapters.runtime.attached import Attached
@@ -93,11 +94,21 @@ class Reading:
         return list(self.request.prompt[self.done : end])
 
 
+@dataclass(frozen=True)
+class Followed:
+    """How far a row came in a step with guesses: what to tell, its next input, how many of those read were right."""
+
+    tokens: list[Token]
+    following: int
+    right: int
+
+
 @dataclass(eq=False)
 class Row:
     """One answer that is being written."""
 
     request: Request
+    drafts: Drafts | None = None
     written: list[int] = field(default_factory=list)
     fresh: bool = True  # its next input is still the prompt's last token
     read: mx.array | None = None  # the tokens before its next input, (n,), where its logits are processed
@@ -125,8 +136,42 @@ class Row:
         except ModelError:
             self.failed = True
 
+    def guess(self, token: int) -> list[int]:
+        """What may follow the row's next input `token`."""
+        if self.drafts is None:
+            return []
+        request = self.request
+        text = [*request.prompt, *self.written, *([] if self.fresh else [token])]
+        room = request.max_tokens - 1 - (len(text) - len(request.prompt))
+        return self.drafts.guess(text, room, request.sampler.foresee())
+
+    def follow(self, read: Sequence[int], logits: mx.array, logprobs: mx.array | None) -> Followed:
+        """Go on by the row's next input and those of the guesses after it that are right, `read` together.
+
+        `logits` (read, vocabulary) come after each of them; `logprobs` (vocabulary,) are those of the first.
+        """
+        told: list[Token] = []
+        wants = self.request.top_logprobs is not None
+        for right, token in enumerate(read, start=1):
+            self.advance(token)
+            if self.fresh:
+                self.fresh = False
+            else:
+                told.append(self.told(token, logprobs))
+            here = logits[right - 1 : right]
+            following = int(self.choose(mx.array([token]), here).item())
+            logprobs = (here - mx.logsumexp(here, axis=-1, keepdims=True))[0] if wants else None
+            if right == len(read) or read[right] != following or (told and told[-1].finish_reason):
+                break
+        if self.drafts is not None and len(read) > 1:
+            self.drafts.accepted += right - 1
+            self.drafts.note(len(read) - 1, right - 1)
+        return Followed(told, following, right)
+
     def choose(self, token: mx.array, logits: mx.array) -> mx.array:
         """The token (1,) that follows `token` (1,), of its logits (1, vocabulary)."""
+        if self.plain:
+            return mx.argmax(logits, axis=-1)
         sampler = self.request.sampler
         if self.read is not None:
             self.read = mx.concatenate([self.read, token.astype(mx.uint32)])

@@ -42,7 +42,14 @@ class Engine:
         self._commands: queue.Queue[Callable[[], None]] = queue.Queue()
         kept = settings.prompt_cache_bytes
         kept = usable_memory_bytes() // CACHE_SHARE if kept is None else kept
-        self._batcher = Batcher(model.module, model.pool, settings.max_batch, cache_bytes=kept, make=model.new_layers)
+        self._batcher = Batcher(
+            model.module,
+            model.pool,
+            settings.max_batch,
+            cache_bytes=kept,
+            make=model.new_layers,
+            drafter=model.drafter,
+        )
         self._jobs: dict[int, Job] = {}
         self._parked: list[Job] = []
         self._open: set[Job] = set()
@@ -258,7 +265,9 @@ class Engine:
         return served
 
     def _hand_out(self, token: Token) -> None:
-        job = self._jobs[token.request.number]
+        job = self._jobs.get(token.request.number)
+        if job is None:  # one of several tokens of a step, after a stop text
+            return
         if job.first is None and not token.of_prompt:
             job.first = time.monotonic()
             self.metrics.observe("time_to_first_token_seconds", job.first - job.arrived, model=job.model)

@@ -5,12 +5,14 @@ only: called without caches, they compute keys and values of their own, from wei
 is given fresh caches wherever it is called without, so that it is trained and judged as it generates.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from mlx_adapters.surgery.calls import intercept
 from mlx_adapters.system.door import make_prompt_cache, mx, nn
+
+Make = Callable[[], list[Any]]  # gives empty caches
 
 
 def trace(module: nn.Module) -> None:
@@ -68,3 +70,34 @@ def same_function(logits: mx.array, expected: mx.array) -> bool:
     p, q = (x.astype(mx.float32) - mx.logsumexp(x.astype(mx.float32), -1, keepdims=True) for x in (expected, logits))
     lost = mx.where(mx.isinf(p), 0.0, mx.exp(p) * (p - q)).sum(axis=-1)
     return bool((mx.sort(lost.flatten())[lost.size // 2] < 0.1).item())
+
+
+def batches(module: nn.Module, make: Make | None = None) -> bool:
+    """Whether prompts of several lengths that are decoded together get what each gets alone. Tried on two of them.
+
+    Some caches cannot be merged (llama4's), some of mlx-lm's models expect one offset for all rows (gpt_bigcode), and
+    some give the rows' masks to the heads (gemma2), which fails or not as the numbers are. `make` gives empty caches.
+    """
+    prompts, following = ([5], [6, 7, 8]), mx.array([[9], [10]])
+    try:
+        both = module(following, cache=read_together(module, prompts, make))
+        alone = [module(following[i : i + 1], cache=read(module, prompt, make)) for i, prompt in enumerate(prompts)]
+        return both.shape == (2, *alone[0].shape[1:]) and same_function(both, mx.concatenate(alone))
+    except Exception:  # mlx-lm's code raises what it likes
+        return False
+
+
+def read(module: nn.Module, prompt: Sequence[int], make: Make | None = None) -> list[Any]:
+    """Caches that hold a prompt."""
+    cache = make() if make else make_prompt_cache(module)
+    module(mx.array([list(prompt)]), cache=cache)
+    return cache
+
+
+def read_together(module: nn.Module, prompts: Sequence[Sequence[int]], make: Make | None = None) -> list[Any]:
+    """Caches of a batch whose rows hold these prompts, each read alone."""
+    together, *others = ([layer.merge([layer]) for layer in read(module, prompt, make)] for prompt in prompts)
+    for other in others:
+        for mine, new in zip(together, other, strict=True):
+            mine.extend(new)
+    return together

@@ -12,12 +12,13 @@ from helpers.tiny_configs import make_model, tiny_base, tiny_config
 
 from mlx_adapters.config.sampling import Sampling
 from mlx_adapters.errors import ConfigError
-from mlx_adapters.generation.batching import Batcher, answer_all, batches
+from mlx_adapters.generation.batching import Batcher, answer_all
 from mlx_adapters.generation.decoding import TextStream
 from mlx_adapters.generation.live import load_model
 from mlx_adapters.generation.requests import Request
 from mlx_adapters.generation.sampling import Sampler
 from mlx_adapters.runtime.pool import AdapterPool
+from mlx_adapters.surgery.caches import batches
 
 ARCHITECTURES = ["llama", "gemma3_text", "qwen3_moe"]
 PROMPT = [5, 9, 2, 77, 31]

@@ -18,10 +18,10 @@ class Prompter:
         return [token ^ 1 if bad else token for token, bad in zip(known, wrong, strict=True)]
 
 
-def a_module(name):
+def a_module(name, **changed):
     """A tiny model that says many tokens: one with fresh weights says hardly any."""
     mx.random.seed(3)
-    module = make_model(tiny_config(name))
+    module = make_model(tiny_config(name) | changed)
     module.update(tree_map(lambda a: a if a.ndim < 2 else mx.random.normal(a.shape) * 0.2, module.parameters()))
     module.eval()
     return module
