@@ -9,10 +9,18 @@ import click
 
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._help import LongCommand
-from mlx_adapters.cli._options import UserPath, complete_named_references, dtype_option, template_options, trust_option
+from mlx_adapters.cli._options import (
+    UserPath,
+    complete_named_references,
+    drafting_options,
+    dtype_option,
+    template_options,
+    trust_option,
+)
 from mlx_adapters.cli._settings import option, options
 from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.quantization import CacheQuantization
+from mlx_adapters.config.sampling import Drafting
 from mlx_adapters.serving.settings import ServeSettings, parse_split
 
 
@@ -45,6 +53,7 @@ from mlx_adapters.serving.settings import ServeSettings, parse_split
 @option(ServeSettings, "access_log", type=UserPath(path_type=Path))
 @options(ServeSettings, "access_log_json lenient")
 @options(CacheQuantization, "kv_bits kv_group_size")
+@drafting_options
 @template_options
 @dtype_option
 @trust_option
@@ -59,6 +68,7 @@ def serve_command(
     prompt_cache_mb: int | None,
     kv_bits: Any,
     kv_group_size: Any,
+    drafting: Drafting,
     template: TemplateConfig,
     **settings: Any,
 ) -> None:
@@ -83,7 +93,7 @@ def serve_command(
     listener = bind(checked.host, checked.port)
     served = [parse_adapter(text) for text in adapters]
     kv = CacheQuantization(kv_bits, kv_group_size, quantized_kv_start=0)
-    engine = make_engine(base, served, checked, dtype=dtype, name=name, template=template, kv=kv)
+    engine = make_engine(base, served, checked, dtype=dtype, name=name, template=template, kv=kv, drafting=drafting)
     _output.note(f"Serving {', '.join(engine.catalog.names)}.")
     if engine.in_turn:
         why = "has no batches of caches in few bits" if kv_bits else "does not take those for this model together"

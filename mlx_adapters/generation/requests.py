@@ -36,6 +36,7 @@ class Request:
 
     `adapter` None is the base. `stop_tokens` end the answer and are not part of it. `scores`: the prompt's tokens come
     out first, with their log-probabilities. `cached_tokens`: how many of them were not read, since they are known.
+    `guessed_tokens` and `accepted_tokens`: of the answer, and how many were right.
     """
 
     prompt: Sequence[int]
@@ -47,6 +48,8 @@ class Request:
     constraint: Constraint | None = None
     scores: bool = False
     cached_tokens: int = field(default=0, init=False)
+    guessed_tokens: int = field(default=0, init=False)
+    accepted_tokens: int = field(default=0, init=False)
     number: int = field(default_factory=lambda: next(_numbers))
 
     def __post_init__(self) -> None:
@@ -164,7 +167,8 @@ class Row:
             if right == len(read) or read[right] != following or (told and told[-1].finish_reason):
                 break
         if self.drafts is not None and len(read) > 1:
-            self.drafts.accepted += right - 1
+            self.request.guessed_tokens += len(read) - 1
+            self.request.accepted_tokens += right - 1
             self.drafts.note(len(read) - 1, right - 1)
         return Followed(told, following, right)
 

@@ -17,14 +17,25 @@ from mlx_adapters.protocols.options import Asked
 Body = dict[str, Any]
 
 
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0, reasoning_tokens: int = 0) -> Body:
+def usage(
+    prompt_tokens: int,
+    completion_tokens: int,
+    cached_tokens: int = 0,
+    reasoning_tokens: int = 0,
+    guessed_tokens: int = 0,
+    accepted_tokens: int = 0,
+) -> Body:
     """OpenAI's usage record."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
+        "completion_tokens_details": {
+            "reasoning_tokens": reasoning_tokens,
+            "accepted_prediction_tokens": accepted_tokens,
+            "rejected_prediction_tokens": guessed_tokens - accepted_tokens,
+        },
     }
 
 

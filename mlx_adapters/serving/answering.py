@@ -291,4 +291,5 @@ class Answering:
             sum(answer.completion_tokens for answer in answers),
             sum(job.cached_tokens for job in firsts),
             sum(answer.reasoning_tokens for answer in answers),
+            *(sum(counts) for counts in zip(*(job.guessed for job in jobs), strict=True)),
         )

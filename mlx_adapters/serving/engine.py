@@ -298,6 +298,9 @@ class Engine:
         self._open.discard(job)
         self.metrics.add("requests_total", model=job.model, outcome=outcome)
         self.metrics.add("completion_tokens_total", job.made, model=job.model)
+        if self.model.drafter is not None:
+            for name, tokens in zip(("guessed", "accepted"), job.guessed, strict=True):
+                self.metrics.add(f"{name}_tokens_total", tokens, model=job.model)
         if job.first is not None and job.made > 1:
             spent = (time.monotonic() - job.first) / (job.made - 1)
             self.metrics.observe("time_per_output_token_seconds", spent, model=job.model)

@@ -55,6 +55,11 @@ class Job:
         """How many of the prompt's tokens were known and not read."""
         return 0 if self.request is None else self.request.cached_tokens
 
+    @property
+    def guessed(self) -> tuple[int, int]:
+        """How many tokens were guessed, and how many of them were right."""
+        return (0, 0) if self.request is None else (self.request.guessed_tokens, self.request.accepted_tokens)
+
     def begin(self, attached: Attached | None, tokenizer: TokenizerWrapper) -> Request:
         """What the batch is asked for, with the adapter in memory (None: the base)."""
         how = self.sampling

@@ -17,6 +17,7 @@ from typing import Any
 from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.mapping import require
 from mlx_adapters.config.quantization import CacheQuantization
+from mlx_adapters.config.sampling import Drafting
 from mlx_adapters.errors import ConfigError, NotFoundError
 from mlx_adapters.generation.live import load_model
 from mlx_adapters.models.layers import check_fits, check_made_for
@@ -63,6 +64,7 @@ def make_engine(
     name: str | None = None,
     template: TemplateConfig | None = None,
     kv: CacheQuantization | None = None,
+    drafting: Drafting | None = None,
 ) -> Engine:
     """Load the base, check every adapter against it and keep the first ones in memory.
 
@@ -71,7 +73,7 @@ def make_engine(
     """
     called = name or (Path(base).name if Path(base).is_dir() else base)
     check_names(called, [adapter for adapter, _ in adapters], settings.splits)
-    model = load_model(base, dtype=dtype, template=template, kv=kv)
+    model = load_model(base, dtype=dtype, template=template, kv=kv, drafting=drafting)
     engine = Engine(model, settings, called)
     for adapter, reference in adapters:
         if len(model.pool.attached) < settings.max_adapters:

@@ -139,6 +139,7 @@ def option_names(command: click.Command) -> set[str]:
         ("serve", CacheQuantization, {"quantized_kv_start"}),  # from the first token on
         ("generate", Drafting, set()),
         ("chat", Drafting, set()),
+        ("serve", Drafting, set()),
         (
             "serve",
             ServeSettings,

@@ -15,9 +15,9 @@ from mlx_adapters.serving.start import make_engine, run_server
 
 
 @contextlib.contextmanager
-def running(folder, adapters, name="base", **settings):
+def running(folder, adapters, name="base", drafting=None, **settings):
     """A server with these adapters on a free port; gives (address, engine)."""
-    engine = make_engine(str(folder), adapters, ServeSettings(port=0, **settings), name=name)
+    engine = make_engine(str(folder), adapters, ServeSettings(port=0, **settings), name=name, drafting=drafting)
     started = queue.Queue()
     thread = threading.Thread(target=run_server, args=(engine, lambda *at: started.put(at)), daemon=True)
     thread.start()
