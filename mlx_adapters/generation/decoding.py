@@ -19,6 +19,7 @@ from mlx_adapters.models.model import Model
 from mlx_adapters.prompt_caches.layers import count_of, shortened
 from mlx_adapters.prompt_caches.quantized import new_layers, reaching
 from mlx_adapters.runtime.attached import Selection
+from mlx_adapters.surgery.blocks import by_block
 from mlx_adapters.system.door import generate_step, mx
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # a text, token ids, or a conversation's messages
@@ -145,7 +146,7 @@ def decode(
         processors = [sampler.process] if sampler.processors else None
         steps = generate_step(
             ids,
-            model.module,
+            by_block(model.module),
             max_tokens=room,
             sampler=sampler,
             logits_processors=processors,

@@ -13,7 +13,7 @@ from mlx_adapters.errors import ModelError
 from mlx_adapters.models.adapter import Adapter, template_of
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import attach, check_fits, check_made_for, detach
-from mlx_adapters.surgery.blocks import find_body
+from mlx_adapters.surgery.blocks import by_block, find_body
 from mlx_adapters.system.door import mx, nn
 from mlx_adapters.templates.fitting import Fitted, rendered
 
@@ -222,7 +222,8 @@ class Model:
         Raises ModelError as `checked_ids` does.
         """
         ids = self.checked_ids(token_ids)
-        return self.module(ids[None])[0] if ids.ndim == 1 else self.module(ids)
+        call = by_block(self.module)
+        return call(ids[None])[0] if ids.ndim == 1 else call(ids)
 
 
 def _require_unicode(text: str) -> None:

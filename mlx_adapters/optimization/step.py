@@ -5,8 +5,9 @@ functions (gradient, update) are compiled on a GPU, once for each shape of batch
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from mlx.utils import tree_flatten
@@ -25,11 +26,12 @@ from mlx_adapters.optimization.optimizers import Optimizer, compiled
 from mlx_adapters.optimization.through_rounding import Rounding
 from mlx_adapters.storage.tensor_names import block_index
 from mlx_adapters.surgery import calls
-from mlx_adapters.surgery.blocks import find_body
+from mlx_adapters.surgery.blocks import evaluate_in_order, find_body, noting_outputs
 from mlx_adapters.surgery.recomputation import Again, FeedForward, computed_again, find_feed_forwards
 from mlx_adapters.surgery.segments import begun_anew, segmented_caches
 from mlx_adapters.system.door import mx, nn
 from mlx_adapters.system.limits import memory_near, out_of_memory
+from mlx_adapters.system.machine import on_gpu
 
 EQUAL = 1e-4  # relative; float32 sums in another order differ by less
 
@@ -81,7 +83,7 @@ class TrainStep:
     """A module with adapter layers, and what trains them.
 
     `adapted` maps paths to the adapted layers; `rounding` is what fuse-aware training goes through. `kept`: where the
-    weights are not trained, by name.
+    weights are not trained, by name. `heed`: called while a step is computed; it may raise to end it.
     """
 
     module: nn.Module
@@ -95,6 +97,8 @@ class TrainStep:
     kept: Weights = field(init=False)
     feed_forwards: list[FeedForward] = field(init=False)
     optimizer: Optimizer = field(init=False)
+    heed: Callable[[], None] = field(default_factory=lambda: lambda: None, init=False)
+    _outputs: list[Any] = field(default_factory=list, init=False)
     _frozen_are_rounded: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -137,8 +141,8 @@ class TrainStep:
     def take(self, draw: Draw, rate: float, rounding: bool = False) -> Taken:
         """One update, evaluated.
 
-        Over all processes; a lost one raises LostPeerError before anything has changed but the random state. Raises
-        OutOfMemoryError.
+        Over all processes; a lost one raises LostPeerError before anything has changed but the random state, and so
+        does what `heed` raises, which on a CPU is called between the blocks' parts. Raises OutOfMemoryError.
         """
         key = calls.random_key()
         try:
@@ -154,10 +158,12 @@ class TrainStep:
     def _take(self, draw: Draw, rate: float, rounding: bool) -> Taken:
         shares = self._shares(draw, rounding)
         loss, figures, gradients = self.gradient(draw.batches[0], shares, rounding)
+        self._evaluate_in_order(gradients)
         for batch in draw.batches[1:]:
             mx.eval(loss, figures, gradients)
             more, others, from_batch = self.gradient(batch, shares, rounding)
             loss, figures, gradients = loss + more, _added(figures, others), _added(gradients, from_batch)
+            self._evaluate_in_order(from_batch)
         summed = self.world.sum_all({"loss": loss} | {f"figure {n}": f for n, f in figures.items()} | gradients)
         norms = self.update({name: summed[name] for name in gradients}, rate)
         mx.eval(summed, norms, self.weights, self.optimizer.arrays(), mx.random.state)
@@ -171,6 +177,7 @@ class TrainStep:
         for batch in draw.batches:
             with memory_near(self.memory.near):
                 more, others = self._evaluate[rounding](self.weights, device_batch(batch), *vars(shares).values())
+                self._evaluate_in_order({})
                 loss, figures = loss + more, _added(figures, others)
                 mx.eval(loss, figures)
         summed = self.world.sum_all({"loss": loss} | {f"figure {n}": f for n, f in figures.items()})
@@ -182,6 +189,7 @@ class TrainStep:
         key, shares = calls.random_key(), shares_of(draw_of(probe))
         gradient = self._make_gradient(False, again, in_float32)
         _, _, gradients = gradient(self.weights, device_batch(probe), *vars(shares).values())
+        self._evaluate_in_order(gradients)
         mx.eval(gradients)
         calls.set_random_key(key)
         return gradients
@@ -233,6 +241,17 @@ class TrainStep:
         figures = {name: np.array(summed[f"figure {name}"]).tolist() for name in names}
         return figures | ({"kl": [shares.kl.item(), 1.0]} if self.config.objective.rows == "labeled" else {})
 
+    def _evaluate_in_order(self, gradients: Weights) -> None:
+        """What the blocks gave, forwards, and their gradients, backwards; nothing where the step is compiled."""
+        if on_gpu():
+            return
+        by_block: dict[int, list[mx.array]] = {}
+        for name, gradient in gradients.items():
+            number = block_index(name)
+            by_block.setdefault(-1 if number is None else number, []).append(gradient)
+        outputs, self._outputs = self._outputs, []
+        evaluate_in_order(outputs + [by_block[number] for number in sorted(by_block, reverse=True)], self.heed)
+
     @contextlib.contextmanager
     def _at_work(self, rounding: bool, again: Again | None, in_float32: bool = True) -> Iterator[None]:
         """The module as the step calls it. Afterwards it has its own weights again, and no array of a trace."""
@@ -254,7 +273,8 @@ class TrainStep:
             self._frozen_are_rounded = True
 
     def _loss(self, weights: Weights, batch: Arrays, shares: Shares) -> tuple[mx.array, Figures]:
-        by_token = token_log_probabilities(self.module, self.plan, batch, weights)
+        with contextlib.nullcontext([]) if on_gpu() else noting_outputs(self.module) as self._outputs:
+            by_token = token_log_probabilities(self.module, self.plan, batch, weights)
         return loss_of(self.config.objective, by_token, batch, shares)
 
 

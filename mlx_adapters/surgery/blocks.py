@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 from mlx_adapters.surgery.calls import call_as, intercept
 from mlx_adapters.system.door import mx, nn
+from mlx_adapters.system.machine import on_gpu
 
+WORTH_TOKENS = 8  # in one call: fewer are soon computed
 MOST_LOGITS = 1 << 26  # at once: 256 MB in float32, 441 tokens of a vocabulary of 151,936
 
 
@@ -60,6 +62,47 @@ def _is_called(module: nn.Module, body: nn.Module) -> bool:
         except Exception:  # whoever computes with it will be told
             return False
     return len(calls) == 1
+
+
+@contextmanager
+def noting_outputs(module: nn.Module) -> Iterator[list[Any]]:
+    """Within the block what each block of the model gives is noted, in order, before it is evaluated."""
+    outputs: list[Any] = []
+
+    def note(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        outputs.append(original(*args, **kwargs))
+        return outputs[-1]
+
+    blocks = find_blocks(module)
+    with ExitStack() as stack:
+        for block in [] if blocks is None else blocks.owner[blocks.key]:
+            stack.callback(intercept(block, note))
+        yield outputs
+
+
+def evaluate_in_order(parts: list[Any], heed: Callable[[], None] = lambda: None) -> None:
+    """Evaluate one part of a computation after the other, and let go of each: the same numbers, and Python hears a
+    signal in between, where `heed` is called. Empties `parts`."""
+    parts.reverse()
+    while parts:
+        mx.eval(parts.pop())
+        heed()
+
+
+def by_block(module: nn.Module) -> Callable[..., Any]:
+    """The model, to be called as it is. On a CPU, where a text takes long, its blocks are evaluated in order."""
+    if on_gpu():
+        return module
+
+    def call(tokens: mx.array, *args: Any, **kwargs: Any) -> Any:
+        if tokens.size < WORTH_TOKENS:
+            return module(tokens, *args, **kwargs)
+        with noting_outputs(module) as outputs:
+            result = module(tokens, *args, **kwargs)
+        evaluate_in_order(outputs)
+        return result
+
+    return call
 
 
 def keep_blocks(module: nn.Module, first: int, count: int) -> None:

@@ -11,8 +11,12 @@ from mlx_adapters.events import Event, OnEvent, wants_to_stop
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a shutdown, a closed terminal
 
 
+class InterruptedWork(Exception):
+    """A signal came: the work at hand is left as if it had not begun."""
+
+
 class Interrupt:
-    """What ends a run before its last iteration: it lets the iteration end, so that the run can save.
+    """What ends a run before its last iteration: the run saves what its last whole iteration left.
 
     `requested` is set by the first signal of STOPS; a second Ctrl-C stops at once. `stopped`: an `on_event` gave back
     `Stop`. `raised`: what an `on_event` raised while the run was `saving` what it had; from then on it hears no more.
@@ -41,6 +45,11 @@ class Interrupt:
     def ends(self) -> bool:
         """Whether the run is to end."""
         return self.requested or self.stopped or self.raised is not None
+
+    def heed(self) -> None:
+        """Called in the middle of an iteration or an evaluation, which nobody waits for once a signal has come."""
+        if self.requested:
+            raise InterruptedWork
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:

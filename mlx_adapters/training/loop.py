@@ -5,8 +5,10 @@ is carried from one iteration to the next but the weights, the optimizer, the ra
 in `State`, and a checkpoint holds all four.
 """
 
+import contextlib
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import NoReturn
 
@@ -31,7 +33,7 @@ from mlx_adapters.optimization.optimizers import learning_rate
 from mlx_adapters.optimization.step import OutOfMemoryError, Taken, TrainStep
 from mlx_adapters.storage.tensor_names import LORA_B, split
 from mlx_adapters.system.door import mx
-from mlx_adapters.system.interrupt import Interrupt
+from mlx_adapters.system.interrupt import Interrupt, InterruptedWork
 from mlx_adapters.training import state as states
 from mlx_adapters.training.folder import RunFolder
 from mlx_adapters.training.state import State
@@ -68,15 +70,17 @@ class Loop:
         Raises TrainingError; after saving KeyboardInterrupt, or what an `on_event` raised.
         """
         self.interrupt.saving = True
-        if self.state.iteration == 0 and not self.state.validation_losses:
-            self._validate()
         self._updates = self.feed.updates(self.state.batches)
+        with contextlib.suppress(InterruptedWork):
+            self._make_up()
         while self.unfinished:
             others = self._others_end()
             try:
                 self._iterate()
             except LostPeerError:
                 self._abandon()
+            except InterruptedWork:  # what is left unfinished is made up for when the run goes on
+                pass
             if others or (self.interrupt.ends and self.train_step.world.size == 1):
                 self._end()
                 return self.state
@@ -84,6 +88,14 @@ class Loop:
             raise self.interrupt.raised
         self._tell_untouched()
         return self.state
+
+    def _make_up(self) -> None:
+        """Evaluate the untrained weights, and after an interrupt that came while the run evaluated."""
+        iteration, losses = self.state.iteration, self.state.validation_losses
+        if iteration == 0 and not losses:
+            self._validate()
+        elif self.validation is not None and self._is_due(iteration) and losses[-1:] and losses[-1][0] != iteration:
+            self._conclude()
 
     @property
     def unfinished(self) -> bool:
@@ -136,16 +148,24 @@ class Loop:
         state, config = self.state, self.config
         state.seconds += time.perf_counter() - start
         self._tell_pace()
-        last = state.iteration == config.iterations
-        if last or state.iteration % config.report_every == 0:
+        if not self.unfinished or state.iteration % config.report_every == 0:
             self._report()
-        best = (last or state.iteration % config.eval_every == 0) and self._validate()
+        self._conclude()
+        self.on_event(Progress("train", state.iteration, config.iterations, "iteration"))
+
+    def _is_due(self, iteration: int) -> bool:
+        """Whether the iteration ends with an evaluation."""
+        return iteration == self.config.iterations or iteration % self.config.eval_every == 0
+
+    def _conclude(self) -> None:
+        """Evaluate, stop early and save, if that is due."""
+        state, config = self.state, self.config
+        best = self._is_due(state.iteration) and self._validate()
         if config.early_stop is not None and state.evaluations_since_best >= config.early_stop:
             state.stopped_early = True
             self._say(f"Stopped early: no better validation loss than at iteration {state.best_iteration}.")
-        if last or best or state.stopped_early or self._save_is_due():
+        if not self.unfinished or best or self._save_is_due():
             self.save()
-        self.on_event(Progress("train", state.iteration, config.iterations, "iteration"))
 
     def _step(self, draw: Draw) -> None:
         state = self.state
@@ -171,9 +191,20 @@ class Loop:
         """One update, and the draw that it was made with: in smaller parts, if there was no room for it."""
         while True:
             try:
-                return self.train_step.take(draw, rate, self._rounding(self.state.iteration + 1)), draw
+                with self._heeding():
+                    return self.train_step.take(draw, rate, self._rounding(self.state.iteration + 1)), draw
             except OutOfMemoryError as error:
                 draw = self._in_smaller_parts(draw, error)
+
+    @contextlib.contextmanager
+    def _heeding(self) -> Iterator[None]:
+        """A signal ends what is computed in the block; of several processes, all end after the same iteration."""
+        if self.train_step.world.size == 1 and self.unfinished:
+            self.train_step.heed = self.interrupt.heed
+        try:
+            yield
+        finally:
+            self.train_step.heed = lambda: None
 
     def _in_smaller_parts(self, draw: Draw, why: OutOfMemoryError) -> Draw:
         """The same rows, half as many predictions at a time from now on. Raises TrainingError for a single row."""
@@ -260,7 +291,8 @@ class Loop:
         """Evaluate; True if this is the best so far. Without validation rows there is no best."""
         if self.validation is None:
             return False
-        loss, sums = self.train_step.evaluate(self.validation, self._rounding(self.state.iteration))
+        with self._heeding():
+            loss, sums = self.train_step.evaluate(self.validation, self._rounding(self.state.iteration))
         if not math.isfinite(loss):
             raise TrainingError(
                 f"The validation loss became NaN or infinite at iteration {self.state.iteration}.",

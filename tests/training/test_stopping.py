@@ -1,11 +1,13 @@
 """A run that its `on_event` ends: by `Stop`, an error, Ctrl-C in it, from another thread; all is kept, and goes on."""
 
+import signal
 import threading
 
 import pytest
 from helpers.training_tools import outcome, write_data
 
 import mlx_adapters as ma
+from mlx_adapters.optimization.step import TrainStep
 
 LORA = ma.LoraConfig(rank=2, target_modules=("q_proj",))
 SETTINGS = ma.TrainConfig(
@@ -89,3 +91,31 @@ def test_a_run_in_a_thread_is_stopped_from_outside(given, home):
 def test_a_finished_run_was_not_stopped(given, home):
     run = ma.train(*given, name="run", lora=LORA, training=SETTINGS, on_event=at(8, ma.Progress, lambda _: ma.Stop))
     assert run.final.iteration == 8 and not run.stopped
+
+
+@pytest.mark.parametrize(("method", "time", "saved"), [("evaluate", 1, None), ("take", 4, 3), ("evaluate", 3, 4)])
+def test_a_signal_ends_what_is_computed_in_the_middle(method, time, saved, given, whole, home, monkeypatch):
+    """An iteration or an evaluation is left between two blocks; the run goes on as if it had not begun it."""
+    original, calls, heard = getattr(TrainStep, method), [], []
+
+    def interrupted(self, *arguments):
+        calls.append(method)
+        if len(calls) == time and not heard:
+            heed = self.heed
+
+            def first_block_is_done():
+                heard.append(signal.raise_signal(signal.SIGINT))
+                heed()
+
+            self.heed = first_block_is_done
+        return original(self, *arguments)
+
+    monkeypatch.setattr(TrainStep, method, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ma.train(*given, name="run", lora=LORA, training=SETTINGS)
+    assert len(heard) == 1, "nothing is computed any more"
+    if saved is None:
+        assert not ma.list_adapters()
+    else:
+        assert ma.load_adapter(f"run@{saved}").iteration == saved
+        assert outcome(ma.train(name="run", resume=True).folder) == whole
