@@ -11,7 +11,7 @@ import shutil
 import pytest
 from click.testing import CliRunner
 from helpers.adapters import make_run
-from helpers.public import NAMES, commands, example_lines
+from helpers.public import NAMES, commands, example_lines, load_script
 
 import mlx_adapters as ma
 from mlx_adapters.adapters.keeping import tag
@@ -98,6 +98,15 @@ def test_the_example_in_the_docstring_runs(name, place):
             exec(compile(example.source, name, "single"), test.globs)
         if example.want:
             assert check(example.want, out.getvalue(), doctest.ELLIPSIS), f"{example.source}{out.getvalue()}"
+
+
+def test_the_ten_tasks_run_one_after_the_other(place):
+    there = {"ma": ma}
+    for ours, *_ in load_script("python_docs").tasks().values():
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(ours, there)
+    assert there["run"].final.iteration == 6 and there["answer"] and there["result"].folder.exists()
+    assert {one.variant for one in there["report"].evaluations} == {"base", "sql"} and there["both"].config.rank == 8
 
 
 def test_no_test_of_examples_is_forgotten():

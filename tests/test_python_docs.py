@@ -47,3 +47,15 @@ def test_the_docstring_has_an_example(name):
 def test_the_page_shows_the_docstrings_as_they_are():
     assert DOCS.PAGE.read_text() == DOCS.snapshot(), "run scripts/python_docs --write"
     assert sorted(" ".join(DOCS.GROUPS.values()).split()) == sorted(NAMES), "give every name a group"
+
+
+def test_no_task_takes_more_lines_here_than_elsewhere():
+    assert len(DOCS.tasks()) == 10
+    for task, codes in DOCS.tasks().items():
+        ours, *others = map(DOCS.lines_of, codes)
+        assert 0 < ours <= min(filter(None, others)) and len(others) == 3, task
+
+
+def test_statements_are_counted_and_imports_are_not():
+    assert DOCS.lines_of("import a\nx = f(\n    1,\n)\nfor y in x:\n    print(y)\n") == 3
+    assert DOCS.lines_of("$ mlx_lm.fuse --model base\n") == 1 and DOCS.lines_of("") == 0
