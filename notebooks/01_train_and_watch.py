@@ -29,10 +29,18 @@ for line in (data / "train.jsonl").read_text().splitlines()[:3]:
 
 # %%
 settings = ma.TrainConfig(
-    iterations=12, batch_size=4, learning_rate=6e-4, schedule="linear", warmup=2,
-    mask_prompt=True, max_seq_length=128, eval_every=4, eval_batches=3, save_every=4,
+    iterations=12,
+    batch_size=4,
+    learning_rate=6e-4,
+    schedule="linear",
+    warmup=2,
+    mask_prompt=True,
+    max_seq_length=128,
+    eval_every=4,
+    eval_batches=3,
+    save_every=4,
     report_every=1,
-)  # fmt: skip
+)
 report = ma.check_data(data, BASE, settings)
 for split, part in report.splits.items():
     print(
@@ -49,9 +57,14 @@ for split, part in report.splits.items():
 seen = []
 lora = ma.LoraConfig(rank=8, scale=20.0, num_layers=12)
 run = ma.train(
-    BASE, data, name=NAME, lora=lora, training=settings, overwrite=True,
+    BASE,
+    data,
+    name=NAME,
+    lora=lora,
+    training=settings,
+    overwrite=True,
     on_event=seen.append,
-)  # fmt: skip
+)
 print(f"best {run.best}, final {run.final}")
 print("events:", *sorted({type(event).__name__ for event in seen}))
 

@@ -18,10 +18,18 @@ from mlx_adapters.units import size
 BASE = "demo"
 data = write_demo_data(Path("data/sql"), overwrite=True)
 settings = ma.TrainConfig(
-    iterations=12, batch_size=4, learning_rate=2e-3, schedule="linear", warmup=2,
-    mask_prompt=True, max_seq_length=128, eval_every=6, eval_batches=2, save_every=12,
+    iterations=12,
+    batch_size=4,
+    learning_rate=2e-3,
+    schedule="linear",
+    warmup=2,
+    mask_prompt=True,
+    max_seq_length=128,
+    eval_every=6,
+    eval_batches=2,
+    save_every=12,
     report_every=2,
-)  # fmt: skip
+)
 lora = ma.LoraConfig(rank=8, scale=20.0, num_layers=2)
 ma.train(BASE, data, name="notebook-fuse", lora=lora, training=settings, overwrite=True)
 sql = ma.load_adapter("notebook-fuse")
@@ -71,9 +79,10 @@ for name, value in kl.items():
     axes.annotate(same, (value, name), (10, 0), textcoords="offset points", va="center")
 axes.set(xscale="log", xlim=(min(kl.values()) / 2, max(kl.values()) * 30))
 axes.set(
-    title=f"{judged.tokens:,} tokens of {judged.rows} unseen rows", ylim=(2.5, -0.5),
+    title=f"{judged.tokens:,} tokens of {judged.rows} unseen rows",
+    ylim=(2.5, -0.5),
     xlabel=f"KL from the adapter model, nats per token (base: {judged.base_kl:.2f})",
-)  # fmt: skip
+)
 axes.grid(axis="y", color="0.9")
 plt.show()
 
@@ -106,9 +115,14 @@ for tasks in (1, 3, 10):
 
 # %%
 ma.benchmark(
-    ["base", sql.name, "./out/calibrated"], BASE, prompt_tokens=32, decode_tokens=12,
-    rounds=3, trials=2, cold_load=False,
-)  # fmt: skip
+    ["base", sql.name, "./out/calibrated"],
+    BASE,
+    prompt_tokens=32,
+    decode_tokens=12,
+    rounds=3,
+    trials=2,
+    cold_load=False,
+)
 
 # %% [markdown]
 # ## So which?

@@ -20,9 +20,16 @@ from mlx_adapters.demo.catalog import write_demo_data
 BASE = "demo"
 lora = ma.LoraConfig(rank=8, scale=20.0, num_layers=12)
 settings = ma.TrainConfig(
-    iterations=12, batch_size=4, learning_rate=6e-4, schedule="linear",
-    mask_prompt=True, max_seq_length=128, eval_every=12, eval_batches=2, save_every=12,
-)  # fmt: skip
+    iterations=12,
+    batch_size=4,
+    learning_rate=6e-4,
+    schedule="linear",
+    mask_prompt=True,
+    max_seq_length=128,
+    eval_every=12,
+    eval_batches=2,
+    save_every=12,
+)
 try:
     sql = ma.load_adapter("demo-sql")
 except ma.NotFoundError:
@@ -37,10 +44,19 @@ except ma.NotFoundError:
 
 # %%
 CAPITALS = {
-    "France": "Paris", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo",
-    "Greece": "Athens", "Germany": "Berlin", "Russia": "Moscow", "China": "Beijing",
-    "Ireland": "Dublin", "Peru": "Lima", "Cuba": "Havana", "Poland": "Warsaw",
-}  # fmt: skip
+    "France": "Paris",
+    "Spain": "Madrid",
+    "Japan": "Tokyo",
+    "Egypt": "Cairo",
+    "Greece": "Athens",
+    "Germany": "Berlin",
+    "Russia": "Moscow",
+    "China": "Beijing",
+    "Ireland": "Dublin",
+    "Peru": "Lima",
+    "Cuba": "Havana",
+    "Poland": "Warsaw",
+}
 OTHERS = {
     "What color is the sky?": "The sky is blue.",
     "How many legs does a spider have?": "A spider has eight legs.",
@@ -165,9 +181,12 @@ model.use({"sql": 0.7, "ahoy": 0.3})
 tokens = model.encode(questions[1])
 together = model.logits(tokens)
 merged = ma.merge(
-    [sql, "notebook-ahoy"], weights=[0.7, 0.3], method="cat", name="notebook-merged",
+    [sql, "notebook-ahoy"],
+    weights=[0.7, 0.3],
+    method="cat",
+    name="notebook-merged",
     overwrite=True,
-)  # fmt: skip
+)
 model.attach(merged)
 difference = abs(model.logits(tokens) - together).max().item()
 print(f"largest difference of the logits: {difference:.1e}")

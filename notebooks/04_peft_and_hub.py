@@ -18,9 +18,11 @@ from hub_server import WRITE_TOKEN, HubServer
 
 hub = HubServer().__enter__()
 os.environ |= {
-    "HF_ENDPOINT": hub.url, "HF_TOKEN": WRITE_TOKEN, "HF_HUB_DISABLE_XET": "1",
+    "HF_ENDPOINT": hub.url,
+    "HF_TOKEN": WRITE_TOKEN,
+    "HF_HUB_DISABLE_XET": "1",
     "HF_HOME": str(Path("hf").absolute()),
-}  # fmt: skip
+}
 
 # %%
 import matplotlib.pyplot as plt
@@ -36,10 +38,17 @@ try:
     sql = ma.load_adapter("demo-sql")
 except ma.NotFoundError:
     settings = ma.TrainConfig(
-        iterations=12, batch_size=4, learning_rate=6e-4, schedule="linear",
-        mask_prompt=True, max_seq_length=128, eval_every=6, eval_batches=2,
-        save_every=12, report_every=2,
-    )  # fmt: skip
+        iterations=12,
+        batch_size=4,
+        learning_rate=6e-4,
+        schedule="linear",
+        mask_prompt=True,
+        max_seq_length=128,
+        eval_every=6,
+        eval_batches=2,
+        save_every=12,
+        report_every=2,
+    )
     data = write_demo_data(Path("data/sql"), overwrite=True)
     lora, name = ma.LoraConfig(num_layers=12), "notebook-short"
     ma.train(BASE, data, name=name, lora=lora, training=settings, overwrite=True)

@@ -31,7 +31,7 @@ def cells(source: str) -> list:
             text = [line.removeprefix("#").removeprefix(" ") for line in lines]
             cell = nbformat.v4.new_markdown_cell("\n".join(text))
         else:
-            code = body.strip().replace("  # fmt: skip", "")
+            code = body.strip()
             cell = nbformat.v4.new_code_cell(code)
         cell["id"] = f"cell-{number}"
         cells_read.append(cell)
@@ -64,9 +64,12 @@ def run(name: str) -> float:
     with tempfile.TemporaryDirectory() as folder:
         where = {"metadata": {"path": folder}}
         NotebookClient(
-            notebook, timeout=900, kernel_name="python3", resources=where,
+            notebook,
+            timeout=900,
+            kernel_name="python3",
+            resources=where,
             coalesce_streams=True,
-        ).execute()  # fmt: skip
+        ).execute()
     seconds = time.perf_counter() - start
     tidy(notebook)
     if leaks := sorted({line for line in texts(notebook) if LOCAL_PATH.search(line)}):
