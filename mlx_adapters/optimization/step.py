@@ -273,7 +273,9 @@ class TrainStep:
             self._frozen_are_rounded = True
 
     def _loss(self, weights: Weights, batch: Arrays, shares: Shares) -> tuple[mx.array, Figures]:
-        with contextlib.nullcontext([]) if on_gpu() else noting_outputs(self.module) as self._outputs:
+        with contextlib.ExitStack() as stack:
+            if not on_gpu():
+                self._outputs = stack.enter_context(noting_outputs(self.module))
             by_token = token_log_probabilities(self.module, self.plan, batch, weights)
         return loss_of(self.config.objective, by_token, batch, shares)
 
