@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 from mlx_adapters.events import Event, OnEvent, wants_to_stop
 
@@ -50,6 +51,16 @@ class Interrupt:
         """Called in the middle of an iteration or an evaluation, which nobody waits for once a signal has come."""
         if self.requested:
             raise InterruptedWork
+
+    @contextlib.contextmanager
+    def ending(self, work: Any, allowed: bool) -> Iterator[None]:
+        """Within the block `work.heed`, which it calls when it may be left, ends it once a signal has come."""
+        if allowed:
+            work.heed = self.heed
+        try:
+            yield
+        finally:
+            work.heed = lambda: None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:

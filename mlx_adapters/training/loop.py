@@ -8,7 +8,6 @@ in `State`, and a checkpoint holds all four.
 import contextlib
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import NoReturn
 
@@ -196,15 +195,9 @@ class Loop:
             except OutOfMemoryError as error:
                 draw = self._in_smaller_parts(draw, error)
 
-    @contextlib.contextmanager
-    def _heeding(self) -> Iterator[None]:
+    def _heeding(self) -> contextlib.AbstractContextManager[None]:
         """A signal ends what is computed in the block; of several processes, all end after the same iteration."""
-        if self.train_step.world.size == 1 and self.unfinished:
-            self.train_step.heed = self.interrupt.heed
-        try:
-            yield
-        finally:
-            self.train_step.heed = lambda: None
+        return self.interrupt.ending(self.train_step, self.train_step.world.size == 1 and self.unfinished)
 
     def _in_smaller_parts(self, draw: Draw, why: OutOfMemoryError) -> Draw:
         """The same rows, half as many predictions at a time from now on. Raises TrainingError for a single row."""
