@@ -68,9 +68,9 @@ def test_other_tokens_of_the_same_rows_are_named(base, data, monkeypatch):
     from mlx_adapters.data import tokenizing as rows
 
     stop(base, data)
-    whole = rows._whole_conversation
+    plain = rows._plain_conversation
     with monkeypatch.context() as patch:
-        patch.setattr(rows, "_whole_conversation", lambda *a: whole(*a)[1:])
+        patch.setattr(rows, "_plain_conversation", lambda *a: (plain(*a)[0], plain(*a)[1][1:]))
         with pytest.raises(IncompatibleError, match="the tokens of split 'train'; the tokens of split 'valid'"):
             train(name="cut", resume=True)
     assert train(name="cut", resume=True).final.iteration == 6
