@@ -13,9 +13,15 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 import mlx_adapters  # noqa: F401  (before mlx: it loads the fast BLAS on Linux)
+
+# The same examples everywhere, however long one takes; MLX_ADAPTERS_SEARCH=1 looks for others.
+hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("search", deadline=None)
+hypothesis.settings.load_profile("search" if os.environ.get("MLX_ADAPTERS_SEARCH") else "steady")
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::", "", None)
 

@@ -331,7 +331,7 @@ ODD_TEXT = st.sampled_from(
     ["~nobody/x", "a" * 5000, "\0", "../..", "/", "user/repo", "demo", ".", "é", "{}", "user/repo@x"]
 )
 ODD = json_values | ODD_TEXT
-FUZZ = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+FUZZ = settings(max_examples=400, suppress_health_check=list(HealthCheck))
 
 
 def mutate(folder, config, parameters, metadata, edits):

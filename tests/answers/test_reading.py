@@ -33,7 +33,7 @@ def call(family, arguments):
 
 
 @given(st.sampled_from(sorted(TOKENIZERS)), TEXT, TEXT, st.lists(st.integers(1, 9), max_size=40))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_pieces_make_no_difference(family, value, thought, sizes):
     thinks = reasoning_marks(TOKENIZERS[family]) is not None
     text = (f"<think>\n{thought}</think>\n\n" if thinks else "") + call(family, {"city": value})
@@ -45,7 +45,7 @@ def test_pieces_make_no_difference(family, value, thought, sizes):
 
 
 @given(TEXT, st.lists(st.integers(1, 5), max_size=30))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_an_answer_without_marks_is_the_text_as_it_is(text, sizes):
     answer, parts = read("gemma3", text, sizes)
     assert answer.content == text == "".join(part.text for part in parts) and answer.finish_reason == "stop"

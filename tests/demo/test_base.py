@@ -63,7 +63,7 @@ def test_unpermute_turns_interleaved_rotary_pairs_into_halves():
     assert np.array_equal(np.array(demo.unpermute(mx.array(stored), heads)), original)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(st.characters(min_codepoint=32, max_codepoint=0x3FFFF, codec="utf-8")))
 def test_tokenizer_gives_text_back(tokenizer, text):
     """Text of the assigned planes: the model's vocabulary lacks a few control bytes and the bytes beyond."""
@@ -71,7 +71,7 @@ def test_tokenizer_gives_text_back(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(plain, add_special_tokens=False)) == plain
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(min_value=0))
 def test_every_digit_is_a_token(tokenizer, number):
     assert len(tokenizer.encode(str(number), add_special_tokens=False)) == len(str(number))

@@ -75,7 +75,7 @@ def test_bad_queries_are_wrong_and_change_nothing(database, sql):
     assert database.rows("SELECT COUNT(*), SUM(stock) FROM item") == [(4, 20)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.text())
 def test_any_text_is_an_answer(database, text):
     assert is_correct(text, "SELECT name, price, stock, 'gold' FROM item", database) is False

@@ -51,7 +51,7 @@ def test_options_change_a_sampling_and_wrong_ones_are_named():
 
 
 @given(st.integers(0, 50), st.floats(0.05, 1), st.floats(0.01, 1), st.integers(0, 40))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_filters_leave_what_mlx_lm_leaves(seed, top_p, min_p, top_k):
     logits = mx.random.normal((2, 32), key=mx.random.key(seed)) * 3
     logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)

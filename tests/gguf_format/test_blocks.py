@@ -34,7 +34,7 @@ def test_codes_go_over_to_the_bit(quantization, form, dtype, shape):
     np.testing.assert_array_equal(restored(made, form), np.array(dequantize(packed)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(-34, 6), st.sampled_from([mx.bfloat16, mx.float32]), st.integers(0, 99))
 def test_how_close_scales_of_another_type_are(exponent, dtype, seed):
     """bfloat16 is float16 to the bit from 2^-17 on, else off by half of the smallest step; float32 keeps 11 bits."""

@@ -198,7 +198,7 @@ matrices = st.integers(0, 2**32 - 1).map(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(matrices, st.floats(0.01, 1))
 def test_keep_largest_keeps_exactly_the_largest(matrix, density):
     kept = arithmetic.keep_largest(matrix, density)
@@ -208,7 +208,7 @@ def test_keep_largest_keeps_exactly_the_largest(matrix, density):
         assert np.abs(matrix[kept != 0]).min() >= np.abs(matrix[kept == 0]).max()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(matrices, matrices, st.floats(0.05, 1))
 def test_dropping_keeps_the_mean_and_the_seed_decides(x, y, density):
     one = arithmetic.drop_at_random(x, density, np.random.default_rng(9))

@@ -145,7 +145,7 @@ CONFIG_PATHS = [
 ]
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(path=st.sampled_from(CONFIG_PATHS), value=odd_values)
 def test_odd_configs_are_read_or_refused(base, home, path, value):
     folder = registry.adapter_folder("odd")

@@ -39,7 +39,7 @@ CASES = (
     "qwen2/refused/tied-both-to-save",
 )
 TYPES = [mx.float16, mx.bfloat16, mx.int32, mx.bool_, mx.uint8]
-FUZZ = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None, "derandomize": True}
+FUZZ = {"suppress_health_check": list(HealthCheck)}
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 values = st.recursive(

@@ -50,7 +50,7 @@ def test_numbers_are_rounded_to_a_type_as_mlx_rounds_them(dtype):
     np.testing.assert_array_equal(round_to(values, dtype), to_numpy(mx.array(values).astype(dtype)))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(bits=st.sampled_from([2, 3, 4, 5, 6, 8]), rows=st.integers(1, 3), words=st.integers(1, 3), data=st.data())
 def test_packing_round_trips_and_is_what_mlx_reads(bits, rows, words, data):
     n = 32 * words

@@ -135,7 +135,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "label", "question", "system"]), VALUES))
 def test_any_values_are_a_row_or_an_error_of_ours(values):
     raw = RawRow(values, "line 7")

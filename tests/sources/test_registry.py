@@ -74,7 +74,7 @@ def test_a_damaged_entry_is_reported_and_hides_nothing(base, how):
 KEYS = ["name", "base", "tags", "sha256", "iteration", "date", "status", "best_validation_loss", "validation_losses"]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(metadata=st.dictionaries(st.sampled_from(KEYS), json_values), config=json_values, parameters=json_values)
 def test_any_json_in_an_entry_is_read_or_reported(home, metadata, config, parameters):
     folder = registry.adapter_folder("odd")

@@ -85,7 +85,7 @@ entries = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(st.text(max_size=3), st.one_of(entries, st.none(), st.integers()), max_size=3), st.integers(0, 40)
 )
