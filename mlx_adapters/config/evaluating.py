@@ -47,9 +47,4 @@ class EvaluationConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.kv
-
-    @property
-    def kv(self) -> CacheQuantization:
-        """How keys and values are kept while answers are written. Raises ConfigError for what MLX does not have."""
-        return CacheQuantization(self.kv_bits, self.kv_group_size, quantized_kv_start=0)
+        CacheQuantization(self.kv_bits, self.kv_group_size)  # raises for what MLX does not have

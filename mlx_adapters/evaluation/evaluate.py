@@ -16,6 +16,7 @@ import numpy as np
 from mlx_adapters.config.data import DataConfig, TemplateConfig
 from mlx_adapters.config.evaluating import EvaluationConfig
 from mlx_adapters.config.mapping import require
+from mlx_adapters.config.quantization import CacheQuantization
 from mlx_adapters.config.training import DPO, KTO, Objective
 from mlx_adapters.data.datasets import Data, RawRow, columns_of, read_as_trained, spread
 from mlx_adapters.data.tokenizing import Row
@@ -195,8 +196,9 @@ def _evaluate(
         return replace(result, score=mean(values, score.groups), row_scores=tuple(values), groups=score.groups)
     asked = questions(rows, model)
     prompts = [question.prompt for question in asked]
+    kv = CacheQuantization(config.kv_bits, config.kv_group_size, quantized_kv_start=0)
     answers = greedy_answers(
-        model, prompts, max_tokens=config.max_tokens, batch_size=config.batch_size, kv=config.kv, on_event=on_event
+        model, prompts, max_tokens=config.max_tokens, batch_size=config.batch_size, kv=kv, on_event=on_event
     )
     scores = [score(a, q.expected, q.row.record) for a, q in zip(answers, asked, strict=True)]
     return replace(result, score=mean(scores), row_scores=tuple(scores), answers=tuple(answers))
