@@ -58,9 +58,9 @@ PAGES = pages()
 
 
 def commands() -> list[list[str]]:
-    """What stands after a `$` on the pages, in their order."""
+    """What of this program stands after a `$` on the pages, in their order."""
     blocks = re.findall(r"```console\n(.*?)```", "\n".join(PAGES.values()), re.DOTALL)
-    lines = [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
+    lines = [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ mlx-adapters ")]
     return [shlex.split(line) for line in lines]
 
 

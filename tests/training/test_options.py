@@ -241,7 +241,13 @@ def test_no_setting_is_forgotten_here():
         *(field.name for field in dataclasses.fields(DataConfig)),
     }
     assert {f.name for f in dataclasses.fields(TrainConfig)} == elsewhere | CHANGES_WEIGHTS.keys()
-    assert {f.name for f in dataclasses.fields(LoraConfig)} == {*LORA_CHANGES, "target_modules", "num_layers", "init"}
+    assert {f.name for f in dataclasses.fields(LoraConfig)} == {
+        *LORA_CHANGES,
+        "target_modules",
+        "num_layers",
+        "init",
+        "original",
+    }
 
 
 def test_rank_patterns_are_stored_as_zeros_that_stay_zero(observe):
