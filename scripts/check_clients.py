@@ -56,8 +56,8 @@ def check(name, work):
         print("ok", name)
     except Exception as error:
         print("failed", name, "-", type(error).__name__, str(error)[:300].replace("\\n", " "))
-def same(found, wanted):
-    assert found == wanted, f"{found!r}, not {wanted!r}"
+def same(given, wanted):
+    assert given == wanted, f"{given!r}, not {wanted!r}"
 def ada(person):
     same(person.model_dump(), {"name": "Ada", "age": 36})
 """

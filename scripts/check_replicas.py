@@ -206,8 +206,8 @@ async def ask_all(port, wanted, replicas, seconds, clients):
 
 def report(kind, crowd, spent, loads, said):
     counts, waits = crowd.counts, sorted(crowd.waits)
-    at_home = sum(max(found.values()) for found in crowd.where.values())
-    answered = sum(sum(found.values()) for found in crowd.where.values())
+    at_home = sum(max(seen.values()) for seen in crowd.where.values())
+    answered = sum(sum(seen.values()) for seen in crowd.where.values())
     troubles = ", ".join(f"{n} {k}" for k, n in sorted(counts.items()) if k not in ("asked", "asked again", "lost"))
     print(f"{kind}: {counts['asked']} requests in {spent:.0f} s, {len(crowd.bad)} wrong, {counts['lost']} lost")
     print(f"  asked again {counts['asked again']} times ({troubles or 'no trouble'})")

@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from mlx_adapters.config.mapping import require
+from mlx_adapters.config.mapping import is_whole, require
 from mlx_adapters.config.quantization import Dtype, computing_dtype
 from mlx_adapters.config.settings import check, setting, settings
 
@@ -42,6 +42,9 @@ class BenchmarkConfig:
     seed: int = setting(0, "Of the order and of the random prompts")
 
     def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "batch"):
+            if is_whole(one := getattr(self, name)):  # a single length is as good as a tuple of it
+                object.__setattr__(self, name, (int(one),))
         check(self)
         for name in ("prompt_tokens", "batch"):
             values = getattr(self, name)

@@ -37,9 +37,9 @@ class Drafts:
         if most < 1:
             return []
         text = [*self._earlier, *tokens] if self._earlier else tokens
-        found = next(filter(None, (one.guess(text, most, choose) for one in self._guessers)), [])
-        self.guessed += len(found)
-        return found
+        guess = next(filter(None, (one.guess(text, most, choose) for one in self._guessers)), [])
+        self.guessed += len(guess)
+        return guess
 
     def note(self, guessed: int, right: int) -> None:
         """Learn what came of a guess: how many of its tokens were right."""

@@ -61,11 +61,11 @@ class Lookup:
 
 def _continued(tokens: Sequence[int], at: int, most: int) -> list[int]:
     """The tokens from `at` on; where they end, those before are taken to repeat."""
-    found = list(tokens[at : at + most])
+    guess = list(tokens[at : at + most])
     period = len(tokens) - at
-    while len(found) < most:
-        found.append(found[-period])
-    return found
+    while len(guess) < most:
+        guess.append(guess[-period])
+    return guess
 
 
 class SmallModel:

@@ -21,8 +21,8 @@ def comes_back(module: nn.Module, make: Callable[[], list[Any]], together: bool)
         expected = module(mx.array([[*READ, NEXT]]), cache=make())
         for length in (len(READ), len(READ) // 2):
             cache, known = tree.find(None, READ[:length])
-            found = module(mx.array([[*READ, NEXT][known:]]), cache=cache)
-            if not same_function(found[:, -1], expected[:, -1]):
+            logits = module(mx.array([[*READ, NEXT][known:]]), cache=cache)
+            if not same_function(logits[:, -1], expected[:, -1]):
                 return False
         return True
     except Exception:  # mlx-lm's code raises what it likes

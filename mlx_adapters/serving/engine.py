@@ -105,9 +105,9 @@ class Engine:
         return [self._embedding(name, ids) for ids in prompts]  # others may come between
 
     def _embedding(self, name: str, ids: Sequence[int]) -> list[float]:
-        while isinstance(found := self._ask(partial(self._embed, name, ids)), Future):
-            wait([found], self.settings.max_seconds)
-        return found
+        while isinstance(vector := self._ask(partial(self._embed, name, ids)), Future):
+            wait([vector], self.settings.max_seconds)
+        return vector
 
     def _embed(self, name: str, ids: Sequence[int]) -> list[float] | Future[Adapter]:
         served, attached = self.catalog.adapter(name), None

@@ -59,7 +59,7 @@ class ServeSettings:
     host: str = setting("127.0.0.1", "Other than loopback needs `api_key_file`")
     port: int = setting(8080, "0: any free one", at_least=0, at_most=65535)
     api_keys: tuple[str, ...] = setting((), "Keys that may ask, one a line", secret=True)
-    max_adapters: int = setting(8, "In memory at once", at_least=1)
+    max_adapters: int = setting(16, "In memory at once", at_least=1)
     max_adapter_bytes: int | None = setting(None, "Memory for adapters", means="no limit", at_least=1)
     prompt_cache_bytes: int | None = setting(
         None, "Memory for prompts and answers that need not be read again", means="a tenth of the memory", at_least=0

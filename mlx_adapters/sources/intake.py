@@ -99,13 +99,13 @@ def _layers_of_base(adapter: Adapter, name: BaseLike | None, on_event: OnEvent) 
     if own is None:
         return {}
     try:
-        found = resolve_base(own, download=name is not None)
+        base = resolve_base(own, download=name is not None)
     except AdapterError:
         if name is not None:
             raise
         return {}
     try:
-        return adaptable_layers(load_module(found)[0])
+        return adaptable_layers(load_module(base)[0])
     except AdapterError as error:
         if name is not None:
             raise

@@ -90,8 +90,8 @@ def block_index(path: str) -> int | None:
 
 def before_number(path: str) -> str:
     """The part of a path before its first number (`vision_tower.blocks` of blocks in a row); "" without one."""
-    found = re.match(r"(.*?)\.\d+\.", path)
-    return found[1] if found else ""
+    before = re.match(r"(.*?)\.\d+\.", path)
+    return before[1] if before else ""
 
 
 def natural_order(path: str) -> list[tuple[bool, int, str]]:

@@ -114,9 +114,9 @@ def _anew(convolutions: list[nn.Module]) -> Call:
 
 def _states_in(arguments: Any) -> States | None:
     for each in arguments:
-        found = _states_in(each) if isinstance(each, list) else each
-        if isinstance(found, States):
-            return found
+        states = _states_in(each) if isinstance(each, list) else each
+        if isinstance(states, States):
+            return states
     return None
 
 

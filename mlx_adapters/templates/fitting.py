@@ -118,7 +118,7 @@ def _usual(parts: list[Part], tokenizer: TokenizerWrapper, template: str | None)
 
 def _single(parts: list[Part]) -> list[Part]:
     """Turns of several calls as turns of one, each followed by its result, if they are as many or there are none."""
-    found: list[Part] = []
+    fitted: list[Part] = []
     rest = list(parts)
     while rest:
         (message, origin), rest = rest[0], rest[1:]
@@ -126,14 +126,14 @@ def _single(parts: list[Part]) -> list[Part]:
         until = next((i for i, (after, _) in enumerate(rest) if after.get("role") != "tool"), len(rest))
         results = _by_call(calls, rest[:until])
         if len(calls) < 2 or results is None:
-            found.append((message, origin))
+            fitted.append((message, origin))
             continue
         silent = {"role": message["role"], "content": None if message.get("content") is None else ""}
         for number, call in enumerate(calls):
-            found.append(((silent if number else message) | {"tool_calls": [call]}, origin))
-            found.extend(results[number : number + 1])
+            fitted.append(((silent if number else message) | {"tool_calls": [call]}, origin))
+            fitted.extend(results[number : number + 1])
         rest = rest[until:]
-    return found
+    return fitted
 
 
 def _by_call(calls: Sequence[Any], results: list[Part]) -> list[Part] | None:
@@ -147,19 +147,19 @@ def _by_call(calls: Sequence[Any], results: list[Part]) -> list[Part] | None:
 
 def _in_turn(parts: list[Part], weights: Sequence[int]) -> tuple[list[Part], tuple[str, ...]]:
     """Every speaker after the other, the user first; and what was changed for it."""
-    found: list[Part] = []
+    fitted: list[Part] = []
     for message, origin in parts:
-        if found and _go_together(found[-1], (message, origin), weights):
-            before, numbers = found[-1]
-            found[-1] = (_one(before, message), (*numbers, *origin))
+        if fitted and _go_together(fitted[-1], (message, origin), weights):
+            before, numbers = fitted[-1]
+            fitted[-1] = (_one(before, message), (*numbers, *origin))
         else:
-            found.append((message, origin))
-    changes: tuple[str, ...] = (JOINED,) if len(found) < len(parts) else ()
-    first = next((i for i, (message, _) in enumerate(found) if message.get("role") not in ("system", "developer")), 0)
-    if found and found[first][0].get("role") == "assistant":
-        found.insert(first, ({"role": "user", "content": ""}, ()))
+            fitted.append((message, origin))
+    changes: tuple[str, ...] = (JOINED,) if len(fitted) < len(parts) else ()
+    first = next((i for i, (message, _) in enumerate(fitted) if message.get("role") not in ("system", "developer")), 0)
+    if fitted and fitted[first][0].get("role") == "assistant":
+        fitted.insert(first, ({"role": "user", "content": ""}, ()))
         changes += (ASKED,)
-    return found, changes
+    return fitted, changes
 
 
 def _go_together(one: Part, other: Part, weights: Sequence[int]) -> bool:

@@ -74,8 +74,8 @@ def thoughts(message: Mapping[str, Any]) -> dict[str, str]:
     if message.get("role") != "assistant":
         return {}
     names = [name for name in message if name not in STANDARD and THOUGHT.fullmatch(name)]
-    found = {name: _thought(message[name]) for name in (*STANDARD, *names) if name in message}
-    return {name: text for name, text in found.items() if text.strip()}
+    thoughts = {name: _thought(message[name]) for name in (*STANDARD, *names) if name in message}
+    return {name: text for name, text in thoughts.items() if text.strip()}
 
 
 def _thought(value: Any) -> str:

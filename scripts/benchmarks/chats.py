@@ -126,13 +126,13 @@ async def crowd(address, talks):
 
 def leg(name, sides, options):
     """Rounds in which every side has its turn; {side: [figures of each round]}."""
-    found = {side: [] for side in sides}
+    figures = {side: [] for side in sides}
     for number in range(options.rounds):
         for side in random.Random(number).sample(list(sides), len(sides)):
             address, talks = sides[side](number)
-            found[side].append(asyncio.run(crowd(address, talks)))
-            print(f"{name}, round {number + 1}, {side}: {found[side][-1]}", file=sys.stderr, flush=True)
-    return found
+            figures[side].append(asyncio.run(crowd(address, talks)))
+            print(f"{name}, round {number + 1}, {side}: {figures[side][-1]}", file=sys.stderr, flush=True)
+    return figures
 
 
 def talks(model, count, options, first=None):
@@ -155,7 +155,7 @@ def race(name, ours, base, place, options):
             [n for n in options.clients if n > 1],
             ("--adapter-path", place / ADAPTERS[0]),
         )
-    found = {}
+    figures = {}
     with MlxLm(base, *told) as theirs:
         for address, called in ((ours.address, model), (theirs.address, "default_model")):
             asyncio.run(crowd(address, [Talk(called, "warm", options)]))
@@ -165,8 +165,8 @@ def race(name, ours, base, place, options):
                 "mlx-lm": at(theirs.address, talks("default_model", count, options, first)),
             }
             title = f"{name}, {count} client" + ("s" if count > 1 else "")
-            found[title] = leg(title, sides, options)
-    return found
+            figures[title] = leg(title, sides, options)
+    return figures
 
 
 def mixed(ours, options):
@@ -201,12 +201,12 @@ def structured(ours, options):
         return {"tokens_per_second": sum(talk.made for talk in plain) / spent}
 
     kinds = {"beside a schema": {"response_format": FORMAT, "logit_bias": None}, "beside one like them": {}}
-    found = {kind: [] for kind in kinds}
+    figures = {kind: [] for kind in kinds}
     for number in range(options.rounds):
         for kind in random.Random(number).sample(list(kinds), 2):
-            found[kind].append(asyncio.run(played(number, kinds[kind])))
-            print(f"structured, round {number + 1}, {kind}: {found[kind][-1]}", file=sys.stderr, flush=True)
-    return {"structured, 4 clients": found}
+            figures[kind].append(asyncio.run(played(number, kinds[kind])))
+            print(f"structured, round {number + 1}, {kind}: {figures[kind][-1]}", file=sys.stderr, flush=True)
+    return {"structured, 4 clients": figures}
 
 
 def prepare(place, options):
@@ -233,22 +233,22 @@ def median(values, form="{:.1f}"):
     return form.format(statistics.median(values)) + (f" ({low}-{high})" if low != high else "")
 
 
-def ratio(found, ours, theirs, key):
-    return median([a[key] / b[key] for a, b in zip(found[ours], found[theirs], strict=True)], "{:.2f}")
+def ratio(figures, ours, theirs, key):
+    return median([a[key] / b[key] for a, b in zip(figures[ours], figures[theirs], strict=True)], "{:.2f}")
 
 
-def show(name, found):
+def show(name, figures):
     """Rows of the table."""
-    for side, rounds in found.items():
+    for side, rounds in figures.items():
         cells = [median([one["tokens_per_second"] for one in rounds])]
         for key in ("first", "later"):
             cells.append(median([one[key] for one in rounds], "{:.2f}") if key in rounds[0] else "")
         print(f"| {name} | {side} | " + " | ".join(cells) + " |")
-    first, second = list(found)
+    first, second = list(figures)
     parts = [
-        f"{key} {ratio(found, first, second, key)}"
+        f"{key} {ratio(figures, first, second, key)}"
         for key in ("tokens_per_second", "first", "later")
-        if key in found[first][0]
+        if key in figures[first][0]
     ]
     print(f"| {name} | *{first} / {second}* | " + " | ".join(part.split(" ", 1)[1] for part in parts) + " |")
 
@@ -286,8 +286,8 @@ def main():
     )
     print(f"{options.rounds} rounds; {environment()}\n")
     print("| chats | | tokens/s | first token, s | of later turns, s |\n| --- | --- | --- | --- | --- |")
-    for name, found in results.items():
-        show(name, found)
+    for name, figures in results.items():
+        show(name, figures)
     if options.json:
         told = {
             "environment": environment(),

@@ -79,11 +79,11 @@ def measure(options):
         for _ in range(options.rounds):
             for kind, rows in kinds.items():  # in turn, so that all see the same machine
                 runs[kind].append(steps(rows(size)))
-        for kind, found in runs.items():
-            decode[kind][size] = min(one[2] for one in found)  # other programs on the machine only ever add
+        for kind, seen in runs.items():
+            decode[kind][size] = min(one[2] for one in seen)  # other programs on the machine only ever add
         swap = statistics.median(one[1] - one[2] for one in runs["each"])
     long, short = (min(steps(attached[:1], p)[0] for _ in range(options.rounds)) for p in (prompt, prompt[:2]))
-    found = {
+    seen = {
         "base": options.base,
         "rank": options.rank,
         "environment": environment(),
@@ -97,7 +97,7 @@ def measure(options):
         "adapter_bytes": adapter_bytes,
         "file_bytes": file_bytes,
     }
-    text = json.dumps(found, indent=1, default=str)
+    text = json.dumps(seen, indent=1, default=str)
     print(text)
     if options.json:
         options.json.write_text(text + "\n")
@@ -162,23 +162,23 @@ class Constants:
         self.raw = raw
         self.load = raw["load_cold"] or raw["load"]
         self.swap, self.prefill = raw["swap"], raw["prefill"]
-        found = {kind: {int(size): seconds for size, seconds in of.items()} for kind, of in raw["decode"].items()}
-        self.steps = {kind: self._line(self._least(found, kind)) for kind in found}
+        seen = {kind: {int(size): seconds for size, seconds in of.items()} for kind, of in raw["decode"].items()}
+        self.steps = {kind: self._line(self._least(seen, kind)) for kind in seen}
 
     @staticmethod
-    def _least(found, kind):
+    def _least(seen, kind):
         """What a step can have taken: no more than one of more rows, or of these rows with more to do."""
-        others = list(found)[list(found).index(kind) :]  # none, one, each
-        return {n: min(found[k][m] for k in others for m in found[k] if m >= n) for n in found[kind]}
+        others = list(seen)[list(seen).index(kind) :]  # none, one, each
+        return {n: min(seen[k][m] for k in others for m in seen[k] if m >= n) for n in seen[kind]}
 
     @staticmethod
     def _line(points):
-        sizes, found = sorted(points), {}
+        sizes, seen = sorted(points), {}
         for low, high in zip(sizes, [*sizes[1:], sizes[-1]], strict=True):
             for n in range(low, high + 1):
                 part = (n - low) / max(high - low, 1)
-                found[n] = points[low] * (1 - part) + points[high] * part
-        return found
+                seen[n] = points[low] * (1 - part) + points[high] * part
+        return seen
 
     def rate(self, setup):
         """Requests a second that one replica carries with full batches."""

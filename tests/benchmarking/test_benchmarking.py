@@ -738,3 +738,10 @@ def test_quality_beside_speed(tiny_model, tmp_path):
     by_label = {e["variant"]: e for e in report.quality["evaluations"]}
     assert by_label["sql"]["kl"]["value"] == 0 < by_label["fuse:sql:8"]["kl"]["value"] < by_label["base"]["kl"]["value"]
     assert "Speed against quality" in page.plots(report)
+
+
+def test_one_length_is_a_tuple_of_it():
+    config = BenchmarkConfig(prompt_tokens=64, batch=np.int64(2))
+    assert config.shapes == [(64, 2)] and config.prompt_tokens == (64,)
+    with pytest.raises(ConfigError, match="prompt_tokens"):
+        BenchmarkConfig(prompt_tokens=0)

@@ -267,8 +267,8 @@ TOLD = [
 @pytest.mark.parametrize(("family", "raw", "told"), TOLD)
 def test_training_tells_what_the_template_makes_of_rows_otherwise_than_they_say(family, raw, told, mask):
     if mask or "weight" not in str(raw.values):
-        found = remarks(family, raw, mask_prompt=mask)
-        assert [one.startswith(told) and "train.jsonl, line 3" in one for one in found] == ([True] if told else [])
+        remarked = remarks(family, raw, mask_prompt=mask)
+        assert [one.startswith(told) and "train.jsonl, line 3" in one for one in remarked] == ([True] if told else [])
 
 
 def test_the_same_is_in_the_report(tmp_path):

@@ -103,13 +103,13 @@ def test_no_wrong_token(tiny_model, name, max_batch):
     wanted, steps = finish(Batcher(model.module, model.pool, max_batch), requests(model))
     texts = [[*answer[0].request.prompt, *(token.id for token in answer)] for answer in wanted]
     knowing = Knowing(texts, wrong=0.2)
-    found, fewer = finish(
+    answered, fewer = finish(
         Batcher(model.module, model.pool, max_batch, drafter=knowing, cache_bytes=1 << 20), requests(model)
     )
     can = rewinds(model.module, partial(make_prompt_cache, model.module))
     if max_batch == 1 or can:  # else only while there is one row
-        assert fewer < steps and sum(answer[0].request.accepted_tokens for answer in found) > 20
-    for one, other in zip(found, wanted, strict=True):
+        assert fewer < steps and sum(answer[0].request.accepted_tokens for answer in answered) > 20
+    for one, other in zip(answered, wanted, strict=True):
         assert [(t.id, t.finish_reason) for t in one] == [(t.id, t.finish_reason) for t in other]
         for mine, theirs in zip(one, other, strict=True):
             assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-3) and len(mine.top) == len(theirs.top)
@@ -141,8 +141,8 @@ def test_caches_in_few_bits_with_guesses(tiny_model):
     plain, drafted = load_model(folder, kv=kv), load_model(folder, kv=kv, drafting=Drafting(prompt_lookup=True))
     prompts = ["one two three one two three", "a b a b a b"]
     for prompt in prompts:
-        found = drafted.generate(prompt, max_tokens=30, ignore_eos=True)
-        assert found.token_ids == plain.generate(prompt, max_tokens=30, ignore_eos=True).token_ids
-        assert found.accepted_tokens > 0
+        answered = drafted.generate(prompt, max_tokens=30, ignore_eos=True)
+        assert answered.token_ids == plain.generate(prompt, max_tokens=30, ignore_eos=True).token_ids
+        assert answered.accepted_tokens > 0
     pairs = [(prompt, None) for prompt in prompts]
     assert drafted.generate_batch(pairs, max_tokens=30) == plain.generate_batch(pairs, max_tokens=30)

@@ -42,10 +42,10 @@ def test_equal_to_the_token(name, how):
     module = a_module(name)
     wanted = plainly(module, how)
     drafts = Drafts([Prompter(PROMPT + [token for token, _ in wanted], wrong=0.25)], 4)
-    found = list(drafted(module, how, drafts))
-    assert [token for token, _ in found] == [token for token, _ in wanted]
+    drawn = list(drafted(module, how, drafts))
+    assert [token for token, _ in drawn] == [token for token, _ in wanted]
     assert 0.3 < drafts.accepted / drafts.guessed < 0.9
-    for (_, one), (_, other) in zip(found, wanted, strict=True):
+    for (_, one), (_, other) in zip(drawn, wanted, strict=True):
         assert mx.abs(mx.exp(one) - mx.exp(other)).max().item() < 1e-4
 
 
@@ -109,6 +109,6 @@ def test_the_distribution_is_the_models():
         steps = drafted(module, {"temperature": 0.4, "seed": seed}, Drafts([Prompter([*PROMPT, likely, 1], 0)], 2))
         counts[next(steps)[0]] += 1
     often = expected * SEEDS > 5
-    p, found = np.append(expected[often], expected[~often].sum()), np.append(counts[often], counts[~often].sum())
-    chi_square = ((found - SEEDS * p) ** 2 / (SEEDS * p)).sum()
+    p, drawn = np.append(expected[often], expected[~often].sum()), np.append(counts[often], counts[~often].sum())
+    chi_square = ((drawn - SEEDS * p) ** 2 / (SEEDS * p)).sum()
     assert len(p) > 3 and chi_square < len(p) - 1 + 3 * np.sqrt(2 * (len(p) - 1))

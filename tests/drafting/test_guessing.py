@@ -47,10 +47,10 @@ def test_guesses_are_fewer_after_misses_and_never_more_than_allowed(history):
     willing = Willing()
     drafts = Drafts([willing], 4)
     for room, right in history:
-        found = drafts.guess([1], room, mx.argmax)
-        assert len(found) <= min(room, 4)
-        if found:
-            drafts.note(len(found), len(found) if right else 0)
+        ids = drafts.guess([1], room, mx.argmax)
+        assert len(ids) <= min(room, 4)
+        if ids:
+            drafts.note(len(ids), len(ids) if right else 0)
     if len(history) > 10 and not any(right for _, right in history):
         assert len(willing.asked) < len(history) / 2 + 4  # it rests
     assert Drafts([willing], 4).guess([1], 0, mx.argmax) == []

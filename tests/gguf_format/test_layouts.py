@@ -21,14 +21,14 @@ LAYOUTS = json.loads((Path(__file__).parents[1] / "fixtures" / "gguf_layouts.jso
 
 @pytest.mark.parametrize("name", sorted(GGUF_MODELS))
 def test_a_file_is_laid_out_as_llama_cpp_read_it(name):
-    found, expected = layout_of(name), LAYOUTS[name]
-    assert found["architecture"] == expected["architecture"]
-    assert found["values"].keys() == expected["values"].keys()
+    seen, expected = layout_of(name), LAYOUTS[name]
+    assert seen["architecture"] == expected["architecture"]
+    assert seen["values"].keys() == expected["values"].keys()
     for key, value in expected["values"].items():
-        assert found["values"][key] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), key
-    assert found["tensors"].keys() == expected["tensors"].keys()
+        assert seen["values"][key] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), key
+    assert seen["tensors"].keys() == expected["tensors"].keys()
     for tensor, numbers in expected["tensors"].items():
-        np.testing.assert_allclose(found["tensors"][tensor], numbers, rtol=1e-4, err_msg=tensor)
+        np.testing.assert_allclose(seen["tensors"][tensor], numbers, rtol=1e-4, err_msg=tensor)
 
 
 def context(kind: str, **config) -> int:

@@ -113,9 +113,9 @@ class Page:
                 self.complaints.append(details.get("exception", {}).get("description", details["text"]))
 
     def _connect(self, url: str) -> None:
-        found = re.fullmatch(r"ws://([^/]+)(/.*)", url)
-        assert found is not None
-        address, path = found.groups()
+        parts = re.fullmatch(r"ws://([^/]+)(/.*)", url)
+        assert parts is not None
+        address, path = parts.groups()
         host, port = address.split(":")
         self._socket = socket.create_connection((host, int(port)), timeout=60)
         self._stream = self._socket.makefile("rb")

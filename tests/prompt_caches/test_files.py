@@ -37,14 +37,14 @@ def test_what_is_written_is_read(name, tmp_path):
     following = [*prompt, *written, 7, 8, 9]
     expected = talk(model, None, following)[0]
     for kept in (again, cache):
-        found, _, known = talk(model, kept, following)
-        assert found == expected and known == len(following) - 3
+        answered, _, known = talk(model, kept, following)
+        assert answered == expected and known == len(following) - 3
     theirs = load_prompt_cache(str(tmp_path / "kept.safetensors"))
     logits = model.module(mx.array([[7, 8, 9]]), cache=theirs)[0, -1]
     assert distance(logits, model.logits(following)[-1]) < 1e-4
     for other in ([*prompt[:20], 3, 4, 5], prompt[:10]):  # begins alike: cut where that is exact, else read anew
-        found, _, known = talk(model, model.load_cache(tmp_path / "kept"), other)
-        assert found == talk(model, None, other)[0]
+        answered, _, known = talk(model, model.load_cache(tmp_path / "kept"), other)
+        assert answered == talk(model, None, other)[0]
         assert known == (min(20, len(other) - 1) if name == "llama" else 0)
 
 

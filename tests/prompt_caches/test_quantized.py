@@ -47,8 +47,8 @@ def test_it_goes_on_from_a_cache_of_few_bits(base, kv, tmp_path):
     for kept in (model.load_cache(tmp_path / "kept"), cache):
         again, rest = model.going_on(kept, following)
         assert rest == [7, 8, 9]
-        found = tokens_of(model, rest, again)
-    assert len(found) == 6
+        ids = tokens_of(model, rest, again)
+    assert len(ids) == 6
     short, rest = model.going_on(model.load_cache(tmp_path / "kept"), [*prompt[:25], 3, 4])
     assert len(rest) == (2 if kv is AT_ONCE else 27)  # cut only where what is left was computed so, too
     if kv is AT_ONCE:

@@ -65,13 +65,13 @@ def test_it_gives_back_what_was_read(name, module_of):
     first = random.integers(5, 200, 40).tolist()
     other = [*first[:20], *random.integers(5, 200, 12).tolist()]
     prompts = [first, first, [*first, 9, 8, 7], other, [*other, 5, 6], first[:12], [*first, 9, 8, 7, 6, 5], first[:25]]
-    found = []
+    reused = []
     for prompt in prompts:
         logits, known = read(module, tree, "a", prompt)
         assert distance(logits, cold(module, prompt)) < 1e-4
-        found.append(known)
+        reused.append(known)
     by_tokens = name in BY_TOKENS
-    assert found == ([0, 39, 40, 20, 32, 11, 43, 24] if by_tokens else [0, 39, 40, 7, 32, 7, 43, 14])
+    assert reused == ([0, 39, 40, 20, 32, 11, 43, 24] if by_tokens else [0, 39, 40, 7, 32, 7, 43, 14])
     assert tree.by_moments == (not by_tokens or name == "llama4")
     assert tree.find("b", first)[1] == 0
     assert sum(node.nbytes for node in tree._order) == tree.nbytes > 0

@@ -25,6 +25,6 @@ window.fetch = (url, options) => {
 };
 window.answer = (requests, text) => { for (const one of requests) { one.say(text); one.end(); } };
 window.busy = () => document.body.classList.contains("running");
-window.texts = selector => [...document.querySelectorAll(selector)].map(found => found.innerText.trim());
+window.texts = selector => [...document.querySelectorAll(selector)].map(element => element.innerText.trim());
 window.press = text => [...document.querySelectorAll("button")].filter(one => one.textContent === text && one.offsetParent).at(-1).click();
 true

@@ -31,14 +31,14 @@ def answers(address, **fields):
 @pytest.fixture(scope="module")
 def told(tiny_model):
     """What a server without and two with guesses answer, a stop text among it, and the metrics of the last."""
-    folder, found = tiny_model("llama"), []
+    folder, answered = tiny_model("llama"), []
     for drafting in (None, Drafting(draft_model=str(folder), draft_tokens=3), Drafting(prompt_lookup=True)):
         with running(folder, [], drafting=drafting) as (address, _):
             each = [answers(address, **fields) for fields in ASKED]
             each.append(answers(address, stop=each[0]["choices"][0]["text"][6:9]))
-            found.append(each)
+            answered.append(each)
             metrics = urllib.request.urlopen(f"{address}/metrics").read().decode()
-    return found, metrics
+    return answered, metrics
 
 
 def test_answers_are_the_same(told):
@@ -50,8 +50,8 @@ def test_answers_are_the_same(told):
             assert two["usage"]["completion_tokens"] == one["usage"]["completion_tokens"]
             for mine, theirs in zip(two["choices"], one["choices"], strict=True):
                 if mine["logprobs"] is not None:
-                    found, wanted = (each["logprobs"]["token_logprobs"] for each in (mine, theirs))
-                    assert found == pytest.approx(wanted, abs=1e-3)
+                    answered, wanted = (each["logprobs"]["token_logprobs"] for each in (mine, theirs))
+                    assert answered == pytest.approx(wanted, abs=1e-3)
 
 
 def test_usage_and_metrics_say_what_was_right(told):

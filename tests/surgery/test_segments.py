@@ -58,8 +58,8 @@ def anew(module):
 def test_packed_rows_are_computed_as_if_they_were_alone(name, model_of):
     module = model_of(name)
     with anew(module):
-        found = packed(module, rows())
-    for logits, row in zip(found, rows(), strict=True):
+        output = packed(module, rows())
+    for logits, row in zip(output, rows(), strict=True):
         assert mx.abs(logits - module(row)).max() <= 2e-5 * mx.abs(logits).max()
 
 
@@ -104,8 +104,8 @@ def test_so_does_a_kernel_of_the_gated_delta_rule(model_of, monkeypatch):
         monkeypatch.setattr(gated_delta, "gated_delta_kernel", kernel)
         monkeypatch.setattr(gated_delta.mx, "default_device", lambda: mx.gpu)
         monkeypatch.setattr(gated_delta.mx.metal, "is_available", lambda: True)
-        found = packed(module, rows())[-1]
-    assert used and mx.array_equal(found, expected)
+        output = packed(module, rows())[-1]
+    assert used and mx.array_equal(output, expected)
 
 
 def test_states_are_not_kept_and_end_where_a_layer_s_end():

@@ -137,11 +137,11 @@ CONVERSATIONS = [
 def test_such_rows_are_trained_where_the_marks_of_the_template_are(family, messages, changes, turns):
     tokenizer, tools = chat_tokenizer(family), TOOLS if any("tool_calls" in message for message in messages) else None
     raw = RawRow({"messages": messages} | ({"tools": tools} if tools else {}), "line 3")
-    found, row = row_conversation(raw, tokenizer), tokenize_row(raw, tokenizer, mask_prompt=True)
-    ids, trained = by_marks(tokenizer, family, found.form.messages, found.form.tools)
+    seen, row = row_conversation(raw, tokenizer), tokenize_row(raw, tokenizer, mask_prompt=True)
+    ids, trained = by_marks(tokenizer, family, seen.form.messages, seen.form.tools)
     assert row.tokens.tolist() == ids and (row.trained == trained & (np.arange(len(ids)) > 0)).all()
     assert (row.changes, row.left_out) == (changes, ())
-    assert {found.origin(turn.message) for turn in found.conversation.turns} == turns
+    assert {seen.origin(turn.message) for turn in seen.conversation.turns} == turns
     whole = tokenize_row(raw, tokenizer)
     assert whole.tokens.tolist() == ids and whole.changes == changes
 
