@@ -58,8 +58,8 @@ def peft_weight_files(folder: Path) -> list[Path]:
         if pickles := paths.visible(folder, pickle):
             raise FormatError(f"'{folder}' holds its weights in a pickle, {pickles[0].name}.", PICKLE_HINT)
     for pattern, (what, cure) in CUT_UP.items():
-        if pickles := [*paths.visible(folder, pattern), *paths.visible(folder, f"*/{pattern}")]:
-            name = pickles[0].relative_to(folder)
+        if parts := [*paths.visible(folder, pattern), *paths.visible(folder, f"*/{pattern}")]:
+            name = parts[0].relative_to(folder)
             raise FormatError(f"'{folder}' holds the parts that {what} cut its weights into, such as {name}.", cure)
     raise NotFoundError(f"'{folder}' has no {PEFT_WEIGHTS_FILE}.", "a config alone is no adapter: copy both.")
 

@@ -78,8 +78,7 @@ HABITS: dict[str, dict[str, str]] = {
         "--prompt-cache-size": "Prompts are kept up to --prompt-cache-mb.",
         "--prompt-cache-bytes": "Prompts are kept up to --prompt-cache-mb.",
         "--quantized-kv-start": "A cache of few bits is one from the first token on.",
-        "--draft-model": "Nothing is drafted.",
-        "--num-draft-tokens": "Nothing is drafted.",
+        "--num-draft-tokens": "--draft-tokens {}",
         "--pipeline": "A model is not spread over machines; several servers go behind a proxy.",
     },
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_adapters.cli import _output
+from mlx_adapters.errors import AdapterError
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -57,7 +58,7 @@ def _history() -> Any:
             return list(typed(home() / "chat_history"))[-KEPT:][::-1]
 
         def store_string(self, string: str) -> None:
-            with suppress(Exception):  # a history that cannot be kept stops no chat
+            with suppress(AdapterError):  # a history that cannot be kept stops no chat
                 files.append_line(home() / "chat_history", json.dumps(string))
 
     return Kept()

@@ -172,8 +172,9 @@ class CacheQuantization:
     Raises ConfigError for what MLX does not have.
 
     Example:
-        >>> model = ma.load_model("demo", kv=ma.CacheQuantization(kv_bits=8, quantized_kv_start=0))
-        >>> answer = model.generate("List the Physics courses.", max_tokens=8)
+        >>> few = ma.CacheQuantization(kv_bits=8, quantized_kv_start=0)  # for load_model(..., kv=few)
+        >>> few.kv_group_size
+        64
     """
 
     kv_bits: int | None = bits_of_cache()

@@ -108,8 +108,8 @@ class Reader:
             reading = self._readings[-1]
             budget -= self._read_piece(reading, budget) + 1
             if reading.left == 0:
-                self._readings.remove(reading)
                 yield reading
+                self._readings.remove(reading)  # then: `clear` gives back what could not join
 
     def _while(self) -> int:
         """How many tokens may be read while others wait: few sizes, since a GPU compiles its kernels for each."""

@@ -17,10 +17,15 @@ from mlx_adapters.system.door import mx
 from mlx_adapters.system.machine import on_gpu
 
 
+def compiles() -> bool:
+    """Whether steps are compiled: on a GPU."""
+    return on_gpu()
+
+
 def compiled(function: Callable, state: Any = None) -> Callable:
     """`function` compiled on a GPU, as it is on a CPU: there compiling calls a C++ compiler for each fused
     kernel and was no faster (a 135M-parameter model, 2 cores). `state` is changed by the function."""
-    return mx.compile(function, inputs=state, outputs=state) if on_gpu() else function
+    return mx.compile(function, inputs=state, outputs=state) if compiles() else function
 
 
 def schedule_end(config: TrainConfig) -> int:

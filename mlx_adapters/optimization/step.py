@@ -22,7 +22,7 @@ from mlx_adapters.optimization.distributed import World
 from mlx_adapters.optimization.feed import Draw, draw_of
 from mlx_adapters.optimization.log_probabilities import Arrays
 from mlx_adapters.optimization.objectives import Figures, Shares, loss_of, sums_of_lines
-from mlx_adapters.optimization.optimizers import Optimizer, compiled
+from mlx_adapters.optimization.optimizers import Optimizer, compiled, compiles
 from mlx_adapters.optimization.through_rounding import Rounding
 from mlx_adapters.storage.tensor_names import block_index
 from mlx_adapters.surgery import calls
@@ -31,7 +31,6 @@ from mlx_adapters.surgery.recomputation import Again, FeedForward, computed_agai
 from mlx_adapters.surgery.segments import begun_anew, segmented_caches
 from mlx_adapters.system.door import mx, nn
 from mlx_adapters.system.limits import memory_near, out_of_memory
-from mlx_adapters.system.machine import on_gpu
 
 EQUAL = 1e-4  # relative; float32 sums in another order differ by less
 
@@ -243,7 +242,7 @@ class TrainStep:
 
     def _evaluate_in_order(self, gradients: Weights) -> None:
         """What the blocks gave, forwards, and their gradients, backwards; nothing where the step is compiled."""
-        if on_gpu():
+        if compiles():
             return
         by_block: dict[int, list[mx.array]] = {}
         for name, gradient in gradients.items():
@@ -274,7 +273,7 @@ class TrainStep:
 
     def _loss(self, weights: Weights, batch: Arrays, shares: Shares) -> tuple[mx.array, Figures]:
         with contextlib.ExitStack() as stack:
-            if not on_gpu():
+            if not compiles():
                 self._outputs = stack.enter_context(noting_outputs(self.module))
             by_token = token_log_probabilities(self.module, self.plan, batch, weights)
         return loss_of(self.config.objective, by_token, batch, shares)

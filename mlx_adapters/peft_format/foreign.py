@@ -117,7 +117,7 @@ def own_form(raw: Mapping[str, Any], tensors: Weights, where: str) -> tuple[Adap
     if kind not in (None, "lora", "dora") or not isinstance(own or {}, Mapping) or ("peft_type" in raw and own is None):
         check_config(raw, f"'{where}'")  # says what it is
     weights = {_own_name(name): array for name, array in tensors.items()}
-    if unknown := next((n for n in weights if tensor_names.split(_own_name(n))[1] not in ADAPTER_LEAVES), None):
+    if unknown := next((n for n in weights if tensor_names.split(n)[1] not in ADAPTER_LEAVES), None):
         raise FormatError(
             f"'{where}' holds a tensor '{unknown}' that no adapter has.",
             "have the program that made it save the adapter alone: its lora_a, lora_b and m.",

@@ -112,7 +112,10 @@ class Engine:
     def _embed(self, name: str, ids: Sequence[int]) -> list[float] | Future[Adapter]:
         served, attached = self.catalog.adapter(name), None
         if served is not None:
-            attached = self._residents.bring_in(served)
+            try:
+                attached = self._residents.bring_in(served)
+            except Exception as error:  # as for a job
+                raise unloadable(name, error) from None
             if attached is None and served.reading is not None:
                 return served.reading
             if attached is None:
@@ -244,9 +247,7 @@ class Engine:
             self._fail(job, error)
             return True
         except Exception as error:  # a damaged file may raise what it likes; the other jobs go on
-            log.warning("adapter '%s' cannot be loaded: %r", job.model, error)
-            why = f": {error.message}" if isinstance(error, AdapterError) else "."
-            self._fail(job, ApiError(503, f"Adapter '{job.model}' cannot be loaded{why}", kind="server_error"))
+            self._fail(job, unloadable(job.model, error))
             return True
         self._jobs[request.number] = job
         self._batcher.submit(request)
@@ -304,3 +305,10 @@ class Engine:
         if job.first is not None and job.made > 1:
             spent = (time.monotonic() - job.first) / (job.made - 1)
             self.metrics.observe("time_per_output_token_seconds", spent, model=job.model)
+
+
+def unloadable(name: str, error: Exception) -> ApiError:
+    """What is told of an adapter that raised `error` when it was read or taken in."""
+    log.warning("adapter '%s' cannot be loaded: %r", name, error)
+    why = f": {error.message}" if isinstance(error, AdapterError) else "."
+    return ApiError(503, f"Adapter '{name}' cannot be loaded{why}", kind="server_error")

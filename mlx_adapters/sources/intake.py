@@ -79,7 +79,7 @@ def write_own_form(
         return
     for path in paths.visible(target):
         if path.name not in (*taken, METADATA_FILE, CONFIG_FILE, *EXTRAS):
-            path.unlink()
+            files.remove(path)
 
 
 def is_cached(path: Path) -> bool:

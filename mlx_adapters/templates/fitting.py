@@ -142,7 +142,7 @@ def _by_call(calls: Sequence[Any], results: list[Part]) -> list[Part] | None:
         return None
     ids = [call.get("id") for call in calls if isinstance(call, Mapping)]
     of = {message.get("tool_call_id"): (message, origin) for message, origin in results}
-    return [of[id] for id in ids] if set(ids) == set(of) and None not in of else results
+    return [of[id] for id in ids] if set(ids) == set(of) and len(of) == len(results) and None not in of else results
 
 
 def _in_turn(parts: list[Part], weights: Sequence[int]) -> tuple[list[Part], tuple[str, ...]]:

@@ -156,12 +156,14 @@ def differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]
 def _changed_text(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> list[str]:
     if old is None or new is None:  # not tokenized yet, or a run of an older version
         return []
-    if old["chat_template"] != new["chat_template"]:
+    if not isinstance(old.get("rows"), Mapping) or not isinstance(new.get("rows"), Mapping):  # a damaged record
+        return ["the record of the text"]
+    if old.get("chat_template") != new.get("chat_template"):
         return ["the base's chat template"]
     return [
         f"the tokens of split '{split}'"
         for split in sorted(old["rows"])
-        if old["rows"][split] != new["rows"].get(split)
+        if old["rows"].get(split) != new["rows"].get(split)
     ]
 
 

@@ -98,6 +98,7 @@ def start(
 ) -> None:
     """Let fresh adapter layers start as `lora.init` says, where that takes more than the base (see `starts.begin`)."""
     ranks, adapted = module_ranks(config.keys, lora), adapted_layers(model.module, config)
+    model.module.eval()  # dropout would use up random numbers, in one of several processes alone
     world.share(lambda: begin(adapted, lora, ranks, model.module, rows, training, on_event))
     if lora.init in ("loftq", "eva"):
         weights = world.share_arrays(dict(tree_flatten(model.module.trainable_parameters())))

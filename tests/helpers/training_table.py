@@ -3,8 +3,8 @@
 A setting that joins LoraConfig or TrainConfig must join a row here (`test_every_setting_is_in_the_table`).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,14 @@ class Way:
         folder = folders[self.settings[1].objective.rows]
         return folder if self.validated else folder / "train.jsonl"
 
+    def made(self, tiny_model: Callable[..., Path]) -> tuple[Path, LoraConfig, TrainConfig]:
+        """Its base, and its settings with the model that the base was made of, if they ask for one."""
+        lora, training = self.settings
+        named = {"architecture": "llama"} | self.base
+        if lora.original:
+            lora = replace(lora, original=str(tiny_model(architecture=named["architecture"])))
+        return tiny_model(**named), lora, training
+
     @property
     def settings(self) -> tuple[LoraConfig, TrainConfig]:
         return LoraConfig(**LORA | self.lora), TrainConfig(**TRAINING | self.training)
@@ -68,6 +76,7 @@ WAYS = {
         {"weight_decay": 0.1, **CLIPPED},
     ),
     "eva": Way({"init": "eva"}, CLIPPED),
+    "loftq": Way({"init": "loftq", "original": "the base, unquantized"}, CLIPPED, {"bits": 4, "group_size": 32}),
     "dora": Way({"type": "dora"}, {"mask_prompt": True, **CLIPPED}),
     "packing": Way({}, {"packing": True, "max_seq_length": 96, "batch_size": 2, "grad_accumulation": 3, **CLIPPED}),
     "less memory": Way({}, {"grad_checkpoint": True, "chunked_loss": "on", **CLIPPED}),

@@ -48,8 +48,7 @@ def test_every_setting_is_in_the_table(config):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_resumed_run_equals_an_uninterrupted_one(way, tiny_model, data):
-    (lora, training), data = WAYS[way].settings, WAYS[way].data_in(data)
-    base = tiny_model(**{"architecture": "llama"} | WAYS[way].base)
+    (base, lora, training), data = WAYS[way].made(tiny_model), WAYS[way].data_in(data)
     more = {}
     if WAYS[way].init_from or WAYS[way].reference:
         train(base, data, name="first", lora=lora, training=replace(training, iterations=2))

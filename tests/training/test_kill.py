@@ -94,8 +94,7 @@ def gone(pid: int) -> bool:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_kills_in_every_way_to_train_and_not_one_bit_lost(way, trainer, data, tiny_model, home):
-    (lora, training), data = WAYS[way].settings, WAYS[way].data_in(data)
-    base = tiny_model(**{"architecture": "llama"} | WAYS[way].base)
+    (base, lora, training), data = WAYS[way].made(tiny_model), WAYS[way].data_in(data)
     request = {"base": str(base), "data": str(data), "lora": to_mapping(lora), "training": to_mapping(training)}
     request["home"] = str(home)
     if WAYS[way].init_from or WAYS[way].reference:
