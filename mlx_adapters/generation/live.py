@@ -8,6 +8,7 @@ each answer keeps its own adapter and its own random numbers.
 import contextlib
 import itertools
 import logging
+import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from mlx_adapters.models.loading import load_model as load_plain_model
 from mlx_adapters.models.model import Model
 from mlx_adapters.prompt_caches.files import read_cache, write_cache
 from mlx_adapters.prompt_caches.layers import count_of, shortened
-from mlx_adapters.prompt_caches.quantized import new_layers, require_quantizable
+from mlx_adapters.prompt_caches.quantized import new_layers, reaching, require_quantizable
 from mlx_adapters.runtime.attached import Attached, Selection, same
 from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.sources.bases import resolve_base
@@ -238,8 +239,8 @@ class LiveModel(Model):
             self.pool.select(selection)
 
     def new_layers(self) -> list[Any]:
-        """An empty cache of mlx-lm's."""
-        return new_layers(self.module, self.kv)
+        """An empty cache of mlx-lm's; with guesses, which are taken back, in few bits from the first token on."""
+        return new_layers(self.module, self.kv if self.drafter is None else reaching(self.kv, sys.maxsize))
 
     def new_cache(self) -> PromptCache:
         """An empty cache for `stream(cache=...)`, bound to the adapters that are at work now."""
@@ -332,8 +333,8 @@ class LiveModel(Model):
         or its adapter is detached.
         """
         how, selection = (sampling or Sampling()).changed(options), self.pool.selection  # type: ignore[arg-type]
-        chosen = Sampler(how, sampler, logits_processors, self.tokenizer)
         bound = cache if isinstance(cache, PromptCache) else None
+        chosen = Sampler(how, sampler, logits_processors, self.tokenizer, bound.tokens if bound is not None else ())
         if bound is not None and not same(bound.selection, selection):
             raise IncompatibleError("This cache was made with another adapter.", "take a new one: new_cache().")
         layers: Any = bound.layers if bound is not None else cache

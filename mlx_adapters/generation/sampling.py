@@ -28,6 +28,7 @@ class Sampler:
         choose: does that instead.
         processors: change the logits first, one after the other; what `sampling` asks for comes before.
         tokenizer: knows the tokens that end an answer or a line, which some settings must not touch.
+        read: the tokens of a cache that the prompt goes on from, which the processors see as its beginning.
 
     Raises ConfigError if `choose` and `sampling` both say how.
     """
@@ -38,6 +39,7 @@ class Sampler:
         choose: Choose | None = None,
         processors: Sequence[LogitsProcessor] = (),
         tokenizer: Any = None,
+        read: Sequence[int] = (),
     ) -> None:
         replaced = [name for name in CHOICE if getattr(sampling, name) != getattr(Sampling(), name)]
         if choose is not None and replaced:
@@ -50,6 +52,7 @@ class Sampler:
                 *processors,
             ),
         )
+        self._read = mx.array(list(read), dtype=mx.uint32) if read and self.processors else None
         self._spared = _spared(tokenizer) if sampling.xtc_probability > 0 else ()
         # Next to 0 the likeliest token wins anyhow, and log-probabilities divided by the temperature overflow.
         self.greedy = choose is None and sampling.temperature < 1e-5
@@ -66,6 +69,8 @@ class Sampler:
 
     def process(self, tokens: mx.array, logits: mx.array) -> mx.array:
         """The logits (1, vocabulary) as the processors leave them; `tokens` (n,) are the prompt's and the answer's."""
+        if self._read is not None and self.processors:
+            tokens = mx.concatenate([self._read, tokens.astype(mx.uint32)])  # (read + n,)
         for processor in self.processors:
             logits = processor(tokens, logits)
         return logits

@@ -10,6 +10,7 @@ from helpers.adapters import distance, random_adapter
 from helpers.tiny_configs import tiny_base
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 
+import mlx_adapters as ma
 from mlx_adapters.cli import cli
 from mlx_adapters.errors import FormatError, IncompatibleError, NotFoundError
 from mlx_adapters.generation.chat import Chat
@@ -144,3 +145,29 @@ def test_generate_and_chat_keep_what_they_read(tiny_model, tmp_path, monkeypatch
     assert code == 0 and text.startswith(plain.rstrip("\n")) and len(read[3][1]) == 1
     assert len(load_model(base).load_cache(path).tokens) > len(read[0][1]) + 4
     assert run("generate", "Go on.", "--dtype", "bfloat16")[0] == 1
+
+
+def test_penalties_see_what_was_read_before(tmp_path):
+    """An answer that goes on from a cache is that of the whole prompt, penalties included, with guesses too."""
+    folder = tiny_base(tmp_path / "base", "llama")
+    prompt = [*range(5, 300), *range(20, 30)]  # what the model says is mostly among the first
+    hard = {"repetition_penalty": 1.9, "penalty_window": None, "max_tokens": 12, "ignore_eos": True}
+    windowed = hard | {"penalty_window": 290}
+    for drafting in (None, ma.Drafting(prompt_lookup=True)):
+        model = load_model(folder, drafting=drafting)
+        for how in (hard, windowed):
+            whole = [step.token for step in model.stream(prompt, **how)]
+            cache = model.new_cache()
+            list(model.stream(prompt[:295], cache=cache, max_tokens=1))
+            cache, rest = model.going_on(cache, prompt)
+            assert len(rest) == 10
+            assert [step.token for step in model.stream(rest, cache=cache, **how)] == whole
+    assert whole != [step.token for step in model.stream(prompt, max_tokens=12, ignore_eos=True)]
+
+
+def test_with_guesses_a_cache_of_few_bits_is_so_from_the_beginning(tiny_model):
+    folder = tiny_model("llama", head_dim=32)
+    kv = ma.CacheQuantization(kv_bits=8, kv_group_size=32)
+    plain, guessing = (load_model(folder, drafting=d, kv=kv) for d in (None, ma.Drafting(prompt_lookup=True)))
+    kinds = [{type(layer).__name__ for layer in model.new_layers()} for model in (plain, guessing)]
+    assert kinds == [{"KVCache"}, {"QuantizedKVCache"}]
