@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from mlx_adapters.errors import AdapterError
 from mlx_adapters.system.door import TokenizerWrapper
 from mlx_adapters.system.templates import LimitError
 from mlx_adapters.templates.habits import fitted
@@ -67,7 +68,8 @@ def rendered(
         try:
             return form, render(form)
         except Exception as error:  # a template may raise what it likes
-            if isinstance(error, LimitError) or isinstance(error.__cause__, LimitError):
+            ours = isinstance(error, AdapterError) and error.__cause__ is None  # not what the template says
+            if ours or isinstance(error, LimitError) or isinstance(error.__cause__, LimitError):
                 raise
             refusal = refusal or error
     assert refusal is not None
