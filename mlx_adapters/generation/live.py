@@ -8,7 +8,6 @@ each answer keeps its own adapter and its own random numbers.
 import contextlib
 import itertools
 import logging
-import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -240,7 +239,7 @@ class LiveModel(Model):
 
     def new_layers(self) -> list[Any]:
         """An empty cache of mlx-lm's; with guesses, which are taken back, in few bits from the first token on."""
-        return new_layers(self.module, self.kv if self.drafter is None else reaching(self.kv, sys.maxsize))
+        return new_layers(self.module, self.kv if self.drafter is None else reaching(self.kv, 1 << 60))
 
     def new_cache(self) -> PromptCache:
         """An empty cache for `stream(cache=...)`, bound to the adapters that are at work now."""

@@ -149,7 +149,7 @@ def test_the_module_holds_no_array_of_a_trace(tiny_model, monkeypatch):
     monkeypatch.setattr(
         engines, "compiled", lambda function, state=None: mx.compile(function, inputs=state, outputs=state)
     )
-    monkeypatch.setattr(engines, "on_gpu", lambda: True)  # where it is compiled
+    monkeypatch.setattr(engines, "compiles", lambda: True)
     training = TrainConfig(grad_checkpoint=True, fuse_aware=Quantization(2, 32))
     made = train_step(tiny_model("qwen3"), training)
     kinds = [type(module) for module in made.module.modules()]

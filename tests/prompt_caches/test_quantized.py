@@ -62,7 +62,7 @@ def test_answers_that_are_scored_are_written_with_them(base):
     prompts = [np.random.default_rng(i).integers(5, 200, 30).tolist() for i in range(3)]
     answers = []
     for bits, model in ((None, plain), (2, few)):
-        kv = EvaluationConfig(kv_bits=bits, kv_group_size=32).kv
+        kv = CacheQuantization(bits, 32, 0)
         answers.append(greedy_answers(plain, prompts, kv=kv, max_tokens=6))
         written = [model.generate(prompt, max_tokens=6).token_ids for prompt in prompts]
         assert answers[-1] == [model.tokenizer.decode(tokens) for tokens in written]

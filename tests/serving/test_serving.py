@@ -540,10 +540,10 @@ def test_what_the_engine_does_not_come_to_in_time_is_told(tiny_model, monkeypatc
 def test_memory_stays_flat(server, client):
     mx.clear_cache()
     for i in range(6):
-        client.chat.completions.create(model="abc"[i % 3], messages=CHAT, max_tokens=20)
+        client.chat.completions.create(model="abc"[i % 3], messages=CHAT, max_tokens=20, temperature=0)
     mx.synchronize()
     before = mx.get_active_memory()
     for i in range(30):
-        client.chat.completions.create(model="abc"[i % 3], messages=CHAT, max_tokens=20)
+        client.chat.completions.create(model="abc"[i % 3], messages=CHAT, max_tokens=20, temperature=0)
     mx.synchronize()
     assert mx.get_active_memory() < before * 1.1 + (1 << 20 if on_gpu() else 0)  # memory is given in pages there
