@@ -46,9 +46,11 @@ class LazyGroup(click.Group):
             if any(error.option_name in option.opts for option in self.get_params(ctx)):
                 where = f"mlx-adapters {error.option_name} {ctx.invoked_subcommand} ..."
                 raise click.UsageError(f"{error.option_name} goes before the command: {where}", error.ctx) from None
-            from mlx_adapters.cli._habits import in_our_words
+            from mlx_adapters.cli._habits import HABITS, in_our_words
 
-            line = in_our_words(str(error.ctx.info_name), ctx.meta[_TYPED]) if error.ctx else None
+            command = str(error.ctx.info_name) if error.ctx else ""
+            theirs = error.option_name in HABITS.get(command, {})  # another one is a slip, and told as such
+            line = in_our_words(command, ctx.meta[_TYPED]) if theirs else None
             said = click.UsageError(f"{error.option_name} is mlx-lm's. Here: {line}", error.ctx) if line else error
             raise said from None
 

@@ -99,6 +99,11 @@ def test_a_line_of_mlx_lms_is_answered_by_the_line_to_type():
     assert in_our_words("train", ["demo", "--frob"]) is None
 
 
+def test_a_slip_is_not_called_mlx_lms():
+    text = run("train", "--modle", "demo", "--iters", "5")[1]
+    assert "No such option '--modle'" in text and "mlx-lm" not in text
+
+
 def test_one_missing_thing_is_named_by_itself():
     assert "Give --name (or --resume NAME)." in run("train", "demo", "--data", "rows")[1]
     assert "Give BASE, --data and --name (or" in run("train")[1]
