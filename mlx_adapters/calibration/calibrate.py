@@ -21,12 +21,13 @@ from mlx_adapters.models.dense import weight_shape
 from mlx_adapters.rounding.engines import NUMPY, Engine, MlxEngine
 from mlx_adapters.rounding.feedback import DAMPING, OUTPUT_DAMPING
 from mlx_adapters.rounding.packed import Packed
-from mlx_adapters.rounding.workers import Done, Task, Workers, worker_count
+from mlx_adapters.rounding.workers import Done, Task, Workers, stacked, worker_count
 from mlx_adapters.storage.tensor_files import as_numpy
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.machine import on_gpu
 
 EXPERT_BYTES = 1 << 31  # of the experts that are rounded together, and of their moments
+TOGETHER_BYTES = 7 << 30  # of the layers that are
 
 
 def round_layers(
@@ -69,15 +70,58 @@ def round_layers(
         for _, moments in Collector(forward, backward, set(targets), batches, spool.folder).run(on_event, seed):
             while moments:
                 path = next(iter(moments))
-                layer = _Layer(path, backward, moments.pop(path), dtype_name(dtype))
-                parts = layer.submit(workers, wanted[path] if thorough else None, targets[path], engine)
-                under_way += [(path, futures) for futures in parts.values()]
+                paths = [path] if engine is NUMPY else _alike(path, moments, backward, wanted, targets)
+                layers = [_Layer(each, backward, moments.pop(each), dtype_name(dtype)) for each in paths]
+                how = wanted[path] if thorough else None, targets[path], engine
+                if len(layers) == 1:
+                    under_way += [(path, futures) for futures in layers[0].submit(workers, *how).values()]
+                else:
+                    under_way += _together(layers, *how)
                 collect(most=2 * workers.count)
         collect(most=0)
     if isinstance(engine, MlxEngine) and engine.note:
         on_event(Note(f"{engine.note[0].upper()}{engine.note[1:]}.", "warning"))
     known = {path for path, _ in spool.losses}
     return [path for path in wanted if path not in known]
+
+
+def _alike(
+    path: str,
+    moments: dict[str, Moments | ExpertMoments],
+    model: BlockwiseModel,
+    wanted: dict[str, Quantization],
+    targets: dict[str, list[Quantization]],
+) -> list[str]:
+    """`path` and the other layers of its block that can be rounded with it in one batch, as many as memory allows: a
+    GPU is soon done with one."""
+
+    def kind(other: str) -> tuple[Any, ...]:
+        seen, start = moments[other], model.source.packed(other)
+        outputs = seen.outputs is not None if isinstance(seen, Moments) else other
+        changed = model.change(other, 0, 1) is not None
+        return model.weight(other).shape, outputs, changed, start and start.quantization, wanted[other], targets[other]
+
+    out, width = model.weight(path).shape[-2:]
+    most = TOGETHER_BYTES // (4 * (8 * width * width + 12 * width * out + 4 * out * out))
+    return [other for other in moments if kind(other) == kind(path)][: max(1, most)]
+
+
+def _together(
+    layers: Sequence["_Layer"], together: Quantization | None, targets: Sequence[Quantization], engine: Engine
+) -> Iterator[tuple[str, list[Future[Done]]]]:
+    """Round layers that are alike, to `targets`; one by one where the GPU's memory is too small for all."""
+    for tasks in zip(*(layer.tasks(0, 1, together, targets, engine) for layer in layers), strict=True):
+        try:
+            done = stacked(tasks).run_each(engine)
+        except RuntimeError as error:
+            if not lacks_memory(error):
+                raise
+            mx.clear_cache()
+            done = [task.run(engine) for task in tasks]
+        for layer, each in zip(layers, done, strict=True):
+            future: Future[Done] = Future()
+            future.set_result(each)
+            yield layer.path, [future]
 
 
 class _Layer:
@@ -139,6 +183,9 @@ class _Layer:
         # Few tokens know little of how outputs are felt together.
         damping = OUTPUT_DAMPING + weight.shape[0] / max(moments.output_tokens, 1)
         unit = weight.size * _mean_diagonal(moments.fisher).item()
+        if engine is not NUMPY:
+            mx.eval(hessian)
+        moments.plain = moments.fisher = moments.outputs = None  # they are large
         doubt, update = DAMPING + weight.shape[1] / max(int(moments.tokens), 1), self.model.change(self.path, 0, None)
         for target in targets:
             yield Task(

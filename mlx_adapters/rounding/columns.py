@@ -2,11 +2,12 @@
 
 Matrices are transposed, (in, out), float32; axes before those are a batch. H is the inputs' second moments, R its
 Cholesky factor (see `feedback`). The steps between the columns are array operations, the same for NumPy and MLX; what
-an `Engine` does its own way is the loop over the columns of one group, and products that are kept up to date.
+an `Engine` does its own way is what a group takes, the loop over its columns, and products that are kept up to date.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -46,18 +47,20 @@ class Rounder:
     """The rounding of one block of rows under one damped H (..., in, in) = R Rᵀ.
 
     `ahead` is R with each column divided by its diagonal entry, and `variances` (..., in) are the squares of those;
-    `start` is the grid of the base, (scales, biases), each (..., out) for each group.
+    `blocks` are what `diagonal_blocks` gives of H and of that factor, (groups, ..., group, group) each; `start` is the
+    grid of the base, (scales, biases), each (..., out) for each group.
     """
 
     def __init__(
         self,
         hessian: Array,
         factor: tuple[Array, Array],
+        blocks: tuple[Array, Array],
         grid: Grid,
         engine: "Engine",
         start: tuple[list[Array], list[Array]] | None = None,
     ) -> None:
-        self.hessian, (self.ahead, self.variances) = hessian, factor
+        self.hessian, (self.ahead, self.variances), (self.own, self.feeding) = hessian, factor, blocks
         self.grid, self.engine, self.start = grid, engine, start
         self.group = grid.quantization.group_size
 
@@ -67,10 +70,10 @@ class Rounder:
         fed = self.engine.product(self.ahead.swapaxes(-1, -2), self.engine.xp.zeros_like(weight), lower=True)
         for g, a in enumerate(range(0, weight.shape[-2], self.group)):
             b = a + self.group
-            block = self.ahead[..., a:b, a:b].swapaxes(-1, -2)
             start = () if self.start is None else (self.start[0][g], self.start[1][g])
-            made = self._forward(weight[..., a:b, :], fed.rows(a, b), block, self.variances[..., a:b], *start)
-            fed.add(a, b, weight[..., a:b, :] - made[-1])
+            own, block, variances = weight[..., a:b, :], self.feeding[g], self.variances[..., a:b]
+            *made, error = self.engine.forward(self.grid, own + fed.rows(a, b), own, block, variances, *start)
+            fed.add(a, b, error)
             done.append(*made)
         return done
 
@@ -81,32 +84,10 @@ class Rounder:
         slopes = self.engine.product(self.hessian, errors)
         for g, a in enumerate(range(0, weight.shape[-2], self.group)):
             b = a + self.group
-            old, block = rounded.group(g), self.hessian[..., a:b, a:b]
-            made = self._again(weight[..., a:b, :], slopes.rows(a, b), block, *old)
-            slopes.add(a, b, old[-1] - made[-1])
+            *made, moved = self.engine.again(self.grid, slopes.rows(a, b), self.own[g], *rounded.group(g))
+            slopes.add(a, b, moved)
             done.append(*made)
         return done
-
-    def _forward(
-        self, weight: Array, fed: Array, block: Array, variances: Array, *start: Array
-    ) -> tuple[Array, Array, Array, Array]:
-        """One group's first rounding: scale, bias, codes, values."""
-        target = weight + fed
-        scale, bias = self.engine.choose(self.grid, target, variances, *start)
-        return scale, bias, *self.engine.columns(self.grid, target, weight, None, block, scale, bias)
-
-    def _again(
-        self, weight: Array, slope: Array, block: Array, scale: Array, bias: Array, codes: Array, values: Array
-    ) -> tuple[Array, Array, Array, Array]:
-        """One group's rounding once more, given all others: scale, bias, codes, values.
-
-        `slope` (..., group, out) is the group's rows of H·E, `block` its block of H.
-        """
-        scale, bias, refitted = self.engine.refit(self.grid, slope, block, codes, scale, bias)
-        slope = slope + block @ (values - refitted)
-        diagonal = self.engine.xp.diagonal(block, axis1=-2, axis2=-1)[..., None]  # (..., group, 1)
-        target, start = refitted + slope / diagonal, refitted - weight
-        return scale, bias, *self.engine.columns(self.grid, target, weight, start, block / diagonal, scale, bias)
 
     def packed(self, rounded: Rounded) -> Packed:
         """The result in the file's form: (..., out, in) in words, (..., out, groups) scales."""
@@ -171,3 +152,37 @@ def refit(
     gain = 2 * (ds * gs + db * gb) - (ds * ds * ss + 2 * ds * db * sb + db * db * bb)
     scale, bias = xp.where(gain > 0, new_scale, scale), xp.where(gain > 0, new_bias, bias)
     return scale, bias, grid.values(codes, scale, bias)
+
+
+def forward(
+    engine: "Engine", grid: Grid, target: Array, weight: Array, block: Array, variances: Array, *start: Array
+) -> tuple[Array, ...]:
+    """One group's first rounding: scale, bias, codes, values, and the error that others are to cancel.
+
+    `target` is `weight` (..., group, out) and what earlier groups feed on; `start` a grid that is tried too.
+    """
+    scale, bias = choose_grid(grid, target, variances, *start)
+    codes, values = engine.columns(grid, target, weight, block, scale, bias)
+    return scale, bias, codes, values, weight - values
+
+
+def again(
+    engine: "Engine", grid: Grid, slope: Array, block: Array, scale: Array, bias: Array, codes: Array, values: Array
+) -> tuple[Array, ...]:
+    """One group's rounding once more, given all others: scale, bias, codes, values, and by how much those fell.
+
+    `slope` (..., group, out) is the group's rows of H·E, `block` its block of H.
+    """
+    scale, bias, refitted = refit(grid, slope, block, codes, scale, bias)
+    slope = slope + block @ (values - refitted)
+    diagonal = engine.xp.diagonal(block, axis1=-2, axis2=-1)[..., None]  # (..., group, 1)
+    codes, new = engine.columns(grid, refitted + slope / diagonal, refitted, block / diagonal, scale, bias)
+    return scale, bias, codes, new, values - new
+
+
+def diagonal_blocks(matrix: Array, size: int, xp: ModuleType) -> Array:
+    """The blocks (n / size, ..., size, size) along the diagonal of `matrix` (..., n, n)."""
+    *lead, n, _ = matrix.shape
+    parts = matrix.reshape(*lead, n // size, size, n // size, size)
+    blocks = xp.moveaxis(xp.diagonal(parts, axis1=-4, axis2=-2), -1, 0)
+    return xp.ascontiguousarray(blocks) if hasattr(xp, "ascontiguousarray") else xp.contiguous(blocks)

@@ -1,8 +1,9 @@
 """What rounding does differently on NumPy and on MLX: the loop over a group's columns, running products, factors.
 
 The algorithm stands once, in `columns` and `feedback`. NumPy is the fastest on a CPU (see `workers`): its loop works
-in place on one matrix. MLX works on a batch of matrices; on a GPU it has kernels for what each group takes (see
-`kernels`), and plain operations anywhere else, or where a kernel does not give what they give.
+in place on one matrix. MLX works on a batch of matrices; on a GPU it has one kernel for all that a group takes, since
+there each operation costs more than its arithmetic, and another for a factor's panels, so that the CPU need not be
+asked (see `kernels`); plain operations anywhere else, or where a kernel does not give what they give.
 """
 
 from collections.abc import Callable
@@ -13,12 +14,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_adapters.rounding import kernels
-from mlx_adapters.rounding.columns import choose_grid, refit
+from mlx_adapters.rounding.columns import again, diagonal_blocks, forward
 from mlx_adapters.rounding.grids import AffineGrid, Array, FloatGrid, Grid, to_numpy
+from mlx_adapters.rounding.kernels import PANEL
 from mlx_adapters.system.machine import on_gpu
 
 MORE_DAMPING = 0.01
-PANEL = 128  # columns of a Cholesky factor that are made at once
+Panels = Callable[[mx.array, bool], tuple[mx.array, mx.array]]  # see `kernels.panels`
 EVERY = 4  # groups to a graph: the CPU builds the next ones while the GPU computes
 
 
@@ -51,21 +53,22 @@ class Engine(Protocol):
     def array(self, array: mx.array | np.ndarray) -> Array:
         """The float32 array."""
 
-    def choose(self, grid: Grid, target: Array, weights: Array, *start: Array) -> tuple[Array, Array]:
-        """See `columns.choose_grid`."""
+    def forward(
+        self, grid: Grid, target: Array, weight: Array, block: Array, variances: Array, *start: Array
+    ) -> tuple[Array, ...]:
+        """See `columns.forward`."""
 
-    def refit(
-        self, grid: Grid, slope: Array, block: Array, codes: Array, scale: Array, bias: Array
-    ) -> tuple[Array, Array, Array]:
-        """See `columns.refit`."""
+    def again(
+        self, grid: Grid, slope: Array, block: Array, scale: Array, bias: Array, codes: Array, values: Array
+    ) -> tuple[Array, ...]:
+        """See `columns.again`."""
 
     def columns(
-        self, grid: Grid, target: Array, weight: Array, start: Array | None, block: Array, scale: Array, bias: Array
+        self, grid: Grid, target: Array, weight: Array, block: Array, scale: Array, bias: Array
     ) -> tuple[Array, Array]:
         """Round a group (..., group, out) column by column to `target` plus what earlier columns feed on.
 
-        Column j gets Σ_{i<j} block[j, i] · fed[i]: fed is the error weight - value, with `start` added if there is
-        one. Returns codes (uint8) and values.
+        Column j gets Σ_{i<j} block[j, i] · (weight - value)_i. Returns codes (uint8) and values.
         """
 
     def factor(self, hessian: Array) -> Array:
@@ -125,18 +128,17 @@ class NumpyEngine:
     def array(self, array: mx.array | np.ndarray) -> np.ndarray:
         return to_numpy(array) if isinstance(array, mx.array) else array.astype(np.float32, copy=False)
 
-    def choose(self, grid: Grid, target: np.ndarray, weights: np.ndarray, *start: np.ndarray) -> tuple:
-        return choose_grid(grid, target, weights, *start)
+    def forward(self, grid: Grid, *group: np.ndarray) -> tuple[np.ndarray, ...]:
+        return forward(self, grid, *group)
 
-    def refit(self, grid: Grid, *group: np.ndarray) -> tuple:
-        return refit(grid, *group)
+    def again(self, grid: Grid, *group: np.ndarray) -> tuple[np.ndarray, ...]:
+        return again(self, grid, *group)
 
     def columns(
         self,
         grid: Grid,
         target: np.ndarray,
         weight: np.ndarray,
-        start: np.ndarray | None,
         block: np.ndarray,
         scale: np.ndarray,
         bias: np.ndarray,
@@ -145,8 +147,6 @@ class NumpyEngine:
         inverse, block = 1 / scale, np.ascontiguousarray(block)
         bias = bias if grid.has_bias else np.zeros_like(scale)
         targets, aims = (target - bias) * inverse, (weight - bias) * inverse
-        if start is not None:
-            aims += start * inverse
         taken, fed, nearest = np.empty_like(targets), np.empty_like(targets), _nearest(grid)
         for j in range(len(targets)):
             if j:
@@ -210,86 +210,96 @@ class MlxEngine:
     def array(self, array: mx.array | np.ndarray) -> mx.array:
         return mx.array(array).astype(mx.float32)
 
-    def _has_kernels(self, grid: Grid) -> bool:
+    def _has_kernels(self, grid: Grid | None = None) -> bool:
+        """Whether the GPU's kernels for this grid (None: for factors) are right."""
         if not on_gpu():
             return False
-        problem = kernels.problem_with(grid.quantization, grid.dtype)
+        problem = kernels.problem_with(grid.quantization, grid.dtype) if grid else kernels.problem_with_panels()
         self.note = self.note or problem
         return problem is None
 
-    def choose(self, grid: Grid, target: mx.array, weights: mx.array, *start: mx.array) -> tuple:
+    def forward(self, grid: Grid, *group: mx.array) -> tuple[mx.array, ...]:
         if isinstance(grid, AffineGrid) and self._has_kernels(grid):
-            return kernels.choose(grid, target, weights, *start)
-        return choose_grid(grid, target, weights, *start)
+            return kernels.forward(grid, *group)
+        return forward(self, grid, *group)
 
-    def refit(self, grid: Grid, *group: mx.array) -> tuple:
+    def again(self, grid: Grid, *group: mx.array) -> tuple[mx.array, ...]:
         if isinstance(grid, AffineGrid) and self._has_kernels(grid):
-            return kernels.refit(grid, *group)
-        return refit(grid, *group)
+            return kernels.again(grid, *group)
+        return again(self, grid, *group)
 
-    def columns(self, grid: Grid, *group: Any) -> tuple[mx.array, mx.array]:
-        loop = kernels.columns if self._has_kernels(grid) else kernels.plain_columns
-        return loop(grid, *group)
+    def columns(self, grid: Grid, *group: mx.array) -> tuple[mx.array, mx.array]:
+        if isinstance(grid, FloatGrid) and self._has_kernels(grid):
+            return kernels.columns(grid, *group)
+        return kernels.plain_columns(grid, *group)
 
     def factor(self, hessian: mx.array) -> mx.array:
-        extra = MORE_DAMPING
+        extra, panels = MORE_DAMPING, self._panels()
         while True:
-            try:
-                return _upper_factor(hessian)
-            except np.linalg.LinAlgError:
-                hessian, extra = hessian + extra * mx.eye(hessian.shape[-1]), 4 * extra
+            factor = _upper_factor(hessian, panels)
+            if mx.isfinite(mx.diagonal(factor, axis1=-2, axis2=-1)).all().item():
+                return factor
+            hessian, extra = hessian + extra * mx.eye(hessian.shape[-1]), 4 * extra
+
+    def _panels(self) -> Panels:
+        return kernels.panels if self._has_kernels() else kernels.plain_panels
 
     def solve(self, matrix: mx.array, other: mx.array) -> mx.array:
         factor = self.factor(matrix)
-        return _solve_lower(factor.swapaxes(-1, -2), _solve_upper(factor, other))
+        inverses = _inverses(factor, self._panels())
+        return _solve_lower(factor.swapaxes(-1, -2), inverses, _solve_upper(factor, inverses, other))
 
     def solve_lower(self, lower: mx.array, other: mx.array) -> mx.array:
-        return _solve_lower(lower, other)
+        return _solve_lower(lower, _inverses(lower.swapaxes(-1, -2), self._panels()), other)
 
     def select(self, mask: mx.array, new: mx.array, old: mx.array) -> mx.array:
+        if mask.ndim == 0:
+            return new if mask.item() else old
         return mx.where(mask.reshape(*mask.shape, *[1] * (new.ndim - mask.ndim)), new, old)
 
 
-def _upper_factor(hessian: mx.array) -> mx.array:
-    """R with H = R Rᵀ, from the last columns to the first: LAPACK factors a panel's own block, MLX does the rest.
-
-    Raises LinAlgError where H is not positive definite.
-    """
-    n, rest, panels = hessian.shape[-1], hessian, list[mx.array]()
+def _upper_factor(hessian: mx.array, panels: Panels) -> mx.array:
+    """R with H = R Rᵀ, by panels from the last columns to the first; NaN where H is not positive definite."""
+    n, rest, made = hessian.shape[-1], hessian, list[mx.array]()
     for a in range((n - 1) // PANEL * PANEL, -1, -PANEL):
-        own = to_numpy(rest[..., a:, a:]).astype(np.float64)  # (..., panel, panel)
-        corner = np.linalg.cholesky(own[..., ::-1, ::-1])[..., ::-1, ::-1]
-        if not np.isfinite(corner).all():
-            raise np.linalg.LinAlgError
-        inverse = mx.array(np.linalg.inv(corner).astype(np.float32))
+        corner, inverse = panels(rest[..., a:, a:], False)  # (..., panel, panel)
         above = rest[..., :a, a:] @ inverse.swapaxes(-1, -2)  # (..., a, panel)
         rest = mx.addmm(rest[..., :a, :a], above, above.swapaxes(-1, -2), alpha=-1.0)
         below = mx.zeros((*hessian.shape[:-2], n - a - corner.shape[-1], corner.shape[-1]))
-        panels.append(mx.concatenate([above, mx.array(corner.astype(np.float32)), below], axis=-2))
-    return mx.concatenate(panels[::-1], axis=-1)
+        made.append(mx.concatenate([above, corner, below], axis=-2))
+        if len(made) % EVERY == 0:
+            mx.eval(rest)  # what is ahead of the GPU holds what is left of H for each panel
+    return mx.concatenate(made[::-1], axis=-1)
 
 
-def _solve_upper(upper: mx.array, other: mx.array) -> mx.array:
+def _inverses(upper: mx.array, panels: Panels) -> list[mx.array]:
+    """The inverses (..., panel, panel) of the blocks along the diagonal of an upper triangular matrix."""
+    whole = upper.shape[-1] // PANEL * PANEL
+    parts = list[mx.array]()
+    if whole:
+        parts += list(panels(diagonal_blocks(upper[..., :whole, :whole], PANEL, mx), True)[1])
+    if whole < upper.shape[-1]:
+        parts.append(panels(upper[..., whole:, whole:], True)[1])
+    return parts
+
+
+def _solve_upper(upper: mx.array, inverses: list[mx.array], other: mx.array) -> mx.array:
     """upper⁻¹ · other by panels, from the last rows to the first."""
     parts, rest = list[mx.array](), other
-    for a in range((upper.shape[-1] - 1) // PANEL * PANEL, -1, -PANEL):
-        parts.append(_inverse(upper[..., a:, a:][..., :PANEL, :PANEL]) @ rest[..., a:, :])
-        rest = rest[..., :a, :] - upper[..., :a, a:][..., :PANEL] @ parts[-1]
+    for a, inverse in reversed([*zip(range(0, upper.shape[-1], PANEL), inverses, strict=True)]):
+        parts.append(inverse @ rest[..., a:, :])
+        rest = mx.addmm(rest[..., :a, :], upper[..., :a, a : a + PANEL], parts[-1], alpha=-1.0)
     return mx.concatenate(parts[::-1], axis=-2)
 
 
-def _solve_lower(lower: mx.array, other: mx.array) -> mx.array:
-    """lower⁻¹ · other by panels, from the first rows to the last."""
+def _solve_lower(lower: mx.array, inverses: list[mx.array], other: mx.array) -> mx.array:
+    """lower⁻¹ · other by panels, from the first rows to the last; `inverses` are those of its transpose."""
     parts, rest = list[mx.array](), other
-    for a in range(0, lower.shape[-1], PANEL):
-        b = min(a + PANEL, lower.shape[-1])
-        parts.append(_inverse(lower[..., a:b, a:b]) @ rest[..., : b - a, :])
-        rest = rest[..., b - a :, :] - lower[..., b:, a:b] @ parts[-1]
+    for a, inverse in zip(range(0, lower.shape[-1], PANEL), inverses, strict=True):
+        parts.append(inverse.swapaxes(-1, -2) @ rest[..., : inverse.shape[-1], :])
+        below = lower[..., a + PANEL :, a : a + PANEL]
+        rest = mx.addmm(rest[..., inverse.shape[-1] :, :], below, parts[-1], alpha=-1.0)
     return mx.concatenate(parts, axis=-2)
-
-
-def _inverse(panel: mx.array) -> mx.array:
-    return mx.array(np.linalg.inv(to_numpy(panel).astype(np.float64)).astype(np.float32))
 
 
 NUMPY = NumpyEngine()

@@ -26,13 +26,14 @@ an engine of MLX. The engine of NumPy takes one matrix.
 """
 
 import itertools
+from functools import partial
 from types import ModuleType
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_adapters.config.quantization import Quantization
-from mlx_adapters.rounding.columns import Rounded, Rounder
+from mlx_adapters.rounding.columns import Rounded, Rounder, diagonal_blocks
 from mlx_adapters.rounding.engines import NUMPY, Engine
 from mlx_adapters.rounding.grids import Array, make_grid
 from mlx_adapters.rounding.packed import Packed, dequantize, to_nearest
@@ -74,7 +75,7 @@ def calibrated(
     outputs: Array | None = None,
     sweeps: int = 6,
     together: bool = True,
-    output_damping: float = OUTPUT_DAMPING,
+    output_damping: Array | float = OUTPUT_DAMPING,
     update: mx.array | None = None,
     engine: Engine = NUMPY,
 ) -> tuple[Packed, Array]:
@@ -168,12 +169,14 @@ class _BlockedRounder:
             if start.biases is not None:
                 biases = self.transposed(engine.array(start.biases))
         groups = range(weight.shape[-1] // quantization.group_size)
+        blocks_of = partial(diagonal_blocks, size=quantization.group_size, xp=engine.xp)
+        along = blocks_of(hessian), blocks_of(factor[0].swapaxes(-1, -2))
         self.rounders = []
         for span in self.spans:
             own = None
             if scales is not None and biases is not None:
                 own = [scales[..., g, span] for g in groups], [biases[..., g, span] for g in groups]
-            self.rounders.append(Rounder(hessian, factor, grid, engine, own))
+            self.rounders.append(Rounder(hessian, factor, along, grid, engine, own))
         self.states: list[Rounded | None] = [None] * len(blocks)
         self.errors = [engine.xp.zeros_like(self.weight[..., span]) for span in self.spans]
         # Of an update that is to keep its length: how much more of it is aimed at, and what the first pass kept.

@@ -1,7 +1,8 @@
 """The texts of the kernels of `kernels`, for Metal and CUDA: one for both, with the few words that differ.
 
-There are four: choosing a group's grid, moving it to its best, and the loop over its columns, affine or float.
-A thread takes one output row, with the group's numbers in registers.
+Three round a group: the first time (its grid is chosen, then its columns one by one), once more (its grid is moved to
+its best), and in float modes only its columns. There a thread takes one output row. One factors and inverts panels, a
+thread for each row or column.
 """
 
 from typing import NamedTuple
@@ -12,7 +13,13 @@ WORDS = {
     "cuda": {
         "ROW": "blockIdx.x * blockDim.x + threadIdx.x",
         "MATRIX": "blockIdx.y",
+        "PANEL": "blockIdx.x",
+        "THREAD": "threadIdx.x",
+        "SHARED": "__shared__",
+        "BARRIER": "__syncthreads",
         "RINT": "rintf",
+        "ROOT": "sqrtf",
+        "BARRIER_OF": "",
         "FUNCTION": "__device__ inline",
         "TO_BITS": "__float_as_uint",
         "FROM_BITS": "__uint_as_float",
@@ -21,7 +28,13 @@ WORDS = {
     "metal": {
         "ROW": "thread_position_in_grid.x",
         "MATRIX": "thread_position_in_grid.y",
+        "PANEL": "threadgroup_position_in_grid.x",
+        "THREAD": "thread_position_in_threadgroup.x",
+        "SHARED": "threadgroup",
+        "BARRIER": "metal::threadgroup_barrier",
+        "BARRIER_OF": "metal::mem_flags::mem_threadgroup",
         "RINT": "metal::rint",
+        "ROOT": "metal::sqrt",
         "FUNCTION": "inline",
         "TO_BITS": "as_type<uint>",
         "FROM_BITS": "as_type<float>",
@@ -39,42 +52,41 @@ FUNCTION float as_scale(float x, int stored) {
   const float s = as_stored(x, stored);
   return (s < 0.0f ? -s : s) < 1e-30f ? 1e-8f : s;
 }
-FUNCTION float code_of(float x, float s, float b, float top) {
-  const float code = RINT((x - b) / s);
+FUNCTION float code_of(float x, float inverse, float b, float top) {
+  const float code = RINT((x - b) * inverse);
   return code < 0.0f ? 0.0f : code > top ? top : code;
 }
 """
 START = """
-const int row = ROW, matrix = MATRIX, out = target_shape[2];
+const int row = ROW, matrix = MATRIX, group = target_shape[1], out = target_shape[2];
 if (row < out) {
-  const int grid = matrix * out + row, first = matrix * GROUP * out + row, corner = matrix * GROUP * GROUP;
+  const int grid = matrix * out + row, first = matrix * group * out + row, corner = matrix * group * group;
 """
-COLUMNS = """
-  const float s = scale[grid];
+LOOP = """
   float fed[GROUP];
-  for (int j = 0; j < GROUP; ++j) {
+  for (int j = 0; j < group; ++j) {
     const int at = first + j * out;
-    float wanted = target[at], odd = 0.0f;
+    float even = 0.0f, odd = 0.0f;
     int i = 0;
     for (; i + 1 < j; i += 2) {
-      wanted += block[corner + j * GROUP + i] * fed[i];
-      odd += block[corner + j * GROUP + i + 1] * fed[i + 1];
+      even += block[corner + j * group + i] * fed[i];
+      odd += block[corner + j * group + i + 1] * fed[i + 1];
     }
-    if (i < j) wanted += block[corner + j * GROUP + i] * fed[i];
-    wanted += odd;
+    if (i < j) even += block[corner + j * group + i] * fed[i];
+    AIM
     ROUND
     codes[at] = (unsigned char) code;
     values[at] = value;
-    fed[j] = weight[at] - value;
-    if (MOVED) fed[j] += start[at];
+    fed[j] = source - value;
+    MOVED
   }
 }
 """
+AIMED = """
+    const float source = weight[at], wanted = target[at] + (even + odd);"""
 AFFINE = """
-    const float b = bias[grid];
-    const float code = code_of(wanted, s, b, float(TOP));
-    const float value = s * code + b;
-"""
+    const float code = code_of(wanted, 1.0f / s, b, float(TOP));
+    const float value = s * code + b;"""
 FLOAT = """
     int low = 0, high = TOP;
     while (low < high) {
@@ -82,44 +94,45 @@ FLOAT = """
       if (middles[middle] < wanted / s) low = middle + 1; else high = middle;
     }
     const int code = order[low];
-    const float value = s * levels[code];
-"""
+    const float value = s * levels[code];"""
 # Tries are ranges, each followed by its refit (odd), the refit of the best, and the base's own grid.
 CHOOSE = """
+  const int ranges = shrinks_shape[0];
   const float top = float(TOP);
   float t[GROUP], v[GROUP];
   float low = target[first], high = low, total = 0.0f;
-  for (int j = 0; j < GROUP; ++j) {
+  for (int j = 0; j < group; ++j) {
     t[j] = target[first + j * out];
-    v[j] = weights[matrix * GROUP + j];
+    v[j] = variances[matrix * group + j];
     low = t[j] < low ? t[j] : low;
     high = t[j] > high ? t[j] : high;
     total += v[j];
   }
   const float half_range = (high - low) / 2.0f, center = (low + high) / 2.0f;
   float best = 0.0f, best_s = 1.0f, best_b = 0.0f, s = 1.0f, b = 0.0f;
-  for (int k = 0; k <= 2 * RANGES + STARTED; ++k) {
-    if (k > 2 * RANGES) {
+  for (int k = 0; k <= 2 * ranges + STARTED; ++k) {
+    if (k > 2 * ranges) {
       s = start_scale[grid];
       b = start_bias[grid];
-    } else if (k % 2 == 0 && k < 2 * RANGES) {
+    } else if (k % 2 == 0 && k < 2 * ranges) {
       const float half_width = half_range * shrinks[k / 2];
       s = as_scale(2.0f * half_width / top, STORED);
       b = as_stored(center - half_width, STORED);
     } else {
-      if (k == 2 * RANGES) {
+      if (k == 2 * ranges) {
         s = best_s;
         b = best_b;
       }
+      const float inverse = 1.0f / s;
       float mean_code = 0.0f, mean = 0.0f, spread = 0.0f, slope = 0.0f;
-      for (int j = 0; j < GROUP; ++j) {
-        mean_code += v[j] * code_of(t[j], s, b, top);
+      for (int j = 0; j < group; ++j) {
+        mean_code += v[j] * code_of(t[j], inverse, b, top);
         mean += v[j] * t[j];
       }
       mean_code /= total;
       mean /= total;
-      for (int j = 0; j < GROUP; ++j) {
-        const float centered = code_of(t[j], s, b, top) - mean_code;
+      for (int j = 0; j < group; ++j) {
+        const float centered = code_of(t[j], inverse, b, top) - mean_code;
         spread += v[j] * centered * centered;
         slope += v[j] * centered * t[j];
       }
@@ -127,9 +140,10 @@ CHOOSE = """
       s = as_scale(slope, STORED);
       b = as_stored(mean - slope * mean_code, STORED);
     }
+    const float inverse = 1.0f / s;
     float error = 0.0f;
-    for (int j = 0; j < GROUP; ++j) {
-      const float off = t[j] - (s * code_of(t[j], s, b, top) + b);
+    for (int j = 0; j < group; ++j) {
+      const float off = t[j] - (s * code_of(t[j], inverse, b, top) + b);
       error += v[j] * off * off;
     }
     if (k == 0 || error < best) {
@@ -138,63 +152,114 @@ CHOOSE = """
       best_b = b;
     }
   }
-  scale[grid] = best_s;
-  bias[grid] = best_b;
-}
-"""
-REFIT = """
-  float c[GROUP];
-  for (int j = 0; j < GROUP; ++j) c[j] = float(codes[first + j * out]);
-  float ss = 0.0f, gs = 0.0f, sb = 0.0f, bb = 0.0f, gb = 0.0f;
-  for (int j = 0; j < GROUP; ++j) {
-    const float slope = target[first + j * out];
-    float curved = 0.0f, sum = 0.0f;
-    for (int i = 0; i < GROUP; ++i) {
-      const float h = block[corner + j * GROUP + i];
-      curved += h * c[i];
-      sum += h;
-    }
-    ss += c[j] * curved;
-    gs += c[j] * slope;
-    sb += curved;
-    bb += sum;
-    gb += slope;
-  }
-  float s = old_scale[grid], b = old_bias[grid];
-  const float least = 1e-6f * ss * bb + 1e-20f, product = ss * bb - sb * sb;
-  const float determinant = product > least ? product : least;
-  const float new_s = as_scale(s + (bb * gs - sb * gb) / determinant, STORED);
-  const float new_b = as_stored(b + (ss * gb - sb * gs) / determinant, STORED);
-  const float ds = new_s - s, db = new_b - b;
-  if (2.0f * (ds * gs + db * gb) - (ds * ds * ss + 2.0f * ds * db * sb + db * db * bb) > 0.0f) {
-    s = new_s;
-    b = new_b;
-  }
+  s = best_s;
+  b = best_b;
   scale[grid] = s;
   bias[grid] = b;
-  for (int j = 0; j < GROUP; ++j) values[first + j * out] = s * c[j] + b;
+"""
+REFIT = """
+  float c[GROUP], t[GROUP], h[GROUP], sums[GROUP];
+  for (int j = 0; j < group; ++j) c[j] = float(old_codes[first + j * out]);
+  float ss = 0.0f, gs = 0.0f, sb = 0.0f, bb = 0.0f, gb = 0.0f;
+  for (int j = 0; j < group; ++j) {
+    float curved = 0.0f, sum = 0.0f;
+    for (int i = 0; i < group; ++i) {
+      const float own = block[corner + j * group + i];
+      curved += own * c[i];
+      sum += own;
+    }
+    t[j] = target[first + j * out];
+    h[j] = curved;
+    sums[j] = sum;
+    ss += c[j] * curved;
+    gs += c[j] * t[j];
+    sb += curved;
+    bb += sum;
+    gb += t[j];
+  }
+  const float old_s = old_scale[grid], old_b = old_bias[grid];
+  const float least = 1e-6f * ss * bb + 1e-20f, product = ss * bb - sb * sb;
+  const float determinant = product > least ? product : least;
+  const float new_s = as_scale(old_s + (bb * gs - sb * gb) / determinant, STORED);
+  const float new_b = as_stored(old_b + (ss * gb - sb * gs) / determinant, STORED);
+  const float ds = new_s - old_s, db = new_b - old_b;
+  const bool better = 2.0f * (ds * gs + db * gb) - (ds * ds * ss + 2.0f * ds * db * sb + db * db * bb) > 0.0f;
+  const float s = better ? new_s : old_s, b = better ? new_b : old_b;
+  scale[grid] = s;
+  bias[grid] = b;
+  for (int j = 0; j < group; ++j) t[j] += (old_s - s) * h[j] + (old_b - b) * sums[j];
+"""
+REAIMED = """
+    const float source = s * c[j] + b;
+    const float wanted = source + (t[j] + (even + odd)) / block[corner + j * group + j];"""
+# R upper, from the last column to the first, then column by column its inverse.
+PANELS = """
+const int matrix = PANEL, row = THREAD, size = matrices_shape[1], corner = matrix * size * size;
+SHARED float r[SIZE * (SIZE + 1)];
+float x[SIZE];
+for (int j = 0; j < size; ++j) {
+  if (row < size) r[row * (size + 1) + j] = matrices[corner + row * size + j];
+}
+BARRIER(BARRIER_OF);
+for (int j = size - 1; j >= 0 && !FACTORED; --j) {
+  float mine = 0.0f, own = 0.0f;
+  if (row <= j) {
+    mine = r[row * (size + 1) + j];
+    own = r[j * (size + 1) + j];
+    for (int k = j + 1; k < size; ++k) {
+      mine -= r[row * (size + 1) + k] * r[j * (size + 1) + k];
+      own -= r[j * (size + 1) + k] * r[j * (size + 1) + k];
+    }
+    own = ROOT(own);
+  }
+  BARRIER(BARRIER_OF);
+  if (row <= j) r[row * (size + 1) + j] = row < j ? mine / own : own;
+  BARRIER(BARRIER_OF);
+}
+if (row < size) {
+  for (int i = size - 1; i >= 0; --i) {
+    float sum = i == row ? 1.0f : 0.0f;
+    for (int k = i + 1; k <= row; ++k) sum -= r[i * (size + 1) + k] * x[k];
+    x[i] = i <= row ? sum / r[i * (size + 1) + i] : 0.0f;
+  }
+  for (int i = 0; i < size; ++i) {
+    factor[corner + i * size + row] = i <= row ? r[i * (size + 1) + row] : 0.0f;
+    inverse[corner + i * size + row] = x[i];
+  }
 }
 """
+
+
+def _loop(aim: str, rounding: str, moved: str = "") -> str:
+    return LOOP.replace("AIM", aim.strip()).replace("ROUND", rounding.strip()).replace("MOVED", moved)
 
 
 class Text(NamedTuple):
-    """A kernel: its body, the names of its inputs (the first is (batch, group, out)) and of its outputs."""
+    """A kernel: its body, the names of its inputs (the first, "target", is (batch, group, out)) and of its outputs."""
 
     body: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
 
-COLUMN_INPUTS = ("target", "weight", "start", "block", "scale", "bias")
+OUTPUTS = ("scale", "bias", "codes", "values", "moved")
 TEXTS = {
-    "columns": Text(COLUMNS.replace("ROUND", AFFINE.strip()), COLUMN_INPUTS, ("codes", "values")),
-    "float_columns": Text(
-        COLUMNS.replace("ROUND", FLOAT.strip()),
-        (*COLUMN_INPUTS, "middles", "order", "levels"),
+    "columns": Text(
+        START + "  const float s = scale[grid];" + _loop(AIMED, FLOAT),
+        ("target", "weight", "block", "scale", "middles", "order", "levels"),
         ("codes", "values"),
     ),
-    "choose": Text(CHOOSE, ("target", "weights", "shrinks", "start_scale", "start_bias"), ("scale", "bias")),
-    "refit": Text(REFIT, ("target", "block", "codes", "old_scale", "old_bias"), ("scale", "bias", "values")),
+    "forward": Text(
+        START + CHOOSE + _loop(AIMED, AFFINE, "moved[at] = fed[j];"),
+        ("target", "weight", "block", "variances", "shrinks", "start_scale", "start_bias"),
+        OUTPUTS,
+    ),
+    "again": Text(
+        START + REFIT + _loop(REAIMED, AFFINE, "moved[at] = old_s * c[j] + old_b - value;"),
+        ("target", "block", "old_scale", "old_bias", "old_codes"),
+        OUTPUTS,
+    ),
+    "panels": Text(PANELS, ("matrices",), ("factor", "inverse")),
 }
 
 

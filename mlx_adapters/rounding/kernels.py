@@ -1,23 +1,25 @@
 """What is done for each output row of one group on MLX: kernels for Metal and CUDA, and plain operations anywhere.
 
-The plain operations are those of `columns` and `plain_columns` here; the kernels' texts stand in `kernel_texts`. Before
-kernels are used they are held against the plain operations on a small group, those of the columns to the bit, with
-numbers such that both are exact. Of modes other than affine only the columns have a kernel.
+The plain operations are those of `columns`, `plain_columns` and `plain_panels` here; the kernels' texts stand in
+`kernel_texts`. Before kernels are used they are held against the plain operations on a small group; that of the float
+modes, which have one for the columns alone, to the bit, with numbers such that both are exact.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_adapters.config.quantization import Quantization
-from mlx_adapters.rounding.columns import choose_grid
-from mlx_adapters.rounding.columns import refit as plain_refit
-from mlx_adapters.rounding.grids import SHRINKS, AffineGrid, FloatGrid, Grid, make_grid
-from mlx_adapters.rounding.kernel_texts import HEADER, START, TEXTS, source
+from mlx_adapters.rounding.columns import again as plain_again
+from mlx_adapters.rounding.columns import forward as plain_forward
+from mlx_adapters.rounding.grids import SHRINKS, AffineGrid, FloatGrid, Grid, make_grid, to_numpy
+from mlx_adapters.rounding.kernel_texts import HEADER, TEXTS, source
 from mlx_adapters.system.gpu_kernels import build, language
 
+PANEL = 32  # columns of a Cholesky factor that are made at once, by one thread for each
 THREADS = 32  # in a threadgroup: rows of one matrix are few, and the GPU has many cores
 UNLIKE = "the GPU's kernels do not give what plain operations give; those are used, slowly"
 STORED = {mx.float32: 0, mx.bfloat16: 1, mx.float16: 2}
@@ -25,72 +27,90 @@ STORED = {mx.float32: 0, mx.bfloat16: 1, mx.float16: 2}
 
 @cache
 def _built(name: str) -> Callable[..., list[mx.array]]:
-    body, inputs, outputs = TEXTS[name]
-    own = language()
-    return build(f"round_{name}", inputs, outputs, source(own, START + body), source(own, HEADER))
+    text, own = TEXTS[name], language()
+    return build(f"round_{name}", text.inputs, text.outputs, source(own, text.body), source(own, HEADER))
 
 
 def _call(name: str, inputs: list[mx.array], **constants: int | bool) -> list[mx.array]:
     """Run a kernel; of its inputs those with a batch have it as leading axes, kept for the outputs."""
     *lead, group, out = inputs[0].shape
     flat = inputs[0].reshape(-1, group, out)
-    made = {"codes": (flat.shape, mx.uint8), "values": (flat.shape, mx.float32)}
-    kinds = [made.get(output, ((len(flat), out), mx.float32)) for output in TEXTS[name].outputs]
+    small = {"scale": (len(flat), out), "bias": (len(flat), out)}
+    shapes = [small.get(output, flat.shape) for output in TEXTS[name].outputs]
+    kinds = [mx.uint8 if output == "codes" else mx.float32 for output in TEXTS[name].outputs]
     results = _built(name)(
         inputs=[flat, *inputs[1:]],
         template=[("GROUP", group), *constants.items()],
         grid=(-(-out // THREADS) * THREADS, len(flat), 1),
         threadgroup=(THREADS, 1, 1),
-        output_shapes=[shape for shape, _ in kinds],
-        output_dtypes=[kind for _, kind in kinds],
+        output_shapes=shapes,
+        output_dtypes=kinds,
     )
     return [result.reshape(*lead, *result.shape[1:]) for result in results]
 
 
 def columns(
-    grid: Grid,
-    target: mx.array,
-    weight: mx.array,
-    start: mx.array | None,
-    block: mx.array,
-    scale: mx.array,
-    bias: mx.array,
+    grid: FloatGrid, target: mx.array, weight: mx.array, block: mx.array, scale: mx.array, bias: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """See `Engine.columns`; on a GPU."""
-    inputs = [target, weight, weight if start is None else start, block, scale, bias]
-    if isinstance(grid, FloatGrid):
-        inputs += [grid.middles, grid.order, grid.levels]
-        codes, values = _call("float_columns", inputs, TOP=len(grid.middles), MOVED=start is not None)
-    else:
-        codes, values = _call("columns", inputs, TOP=int(grid.top), MOVED=start is not None)
+    """See `Engine.columns`; of the modes other than affine, on a GPU."""
+    inputs = [target, weight, block, scale, grid.middles, grid.order, grid.levels]
+    codes, values = _call("columns", inputs, TOP=len(grid.middles))
     return codes, values
 
 
-def choose(grid: AffineGrid, target: mx.array, weights: mx.array, *start: mx.array) -> tuple[mx.array, mx.array]:
-    """`columns.choose_grid` on a GPU."""
+def forward(
+    grid: AffineGrid, target: mx.array, weight: mx.array, block: mx.array, variances: mx.array, *start: mx.array
+) -> tuple[mx.array, ...]:
+    """`columns.forward` on a GPU."""
     shrinks = SHRINKS if grid.quantization.bits < 8 else SHRINKS[:1]
-    own = start or (weights, weights)
-    constants = {"TOP": int(grid.top), "STORED": STORED[grid.dtype], "RANGES": len(shrinks), "STARTED": bool(start)}
-    scale, bias = _call("choose", [target, weights, mx.array(shrinks, dtype=mx.float32), *own], **constants)
-    return scale, bias
+    inputs = [target, weight, block, variances, mx.array(shrinks, dtype=mx.float32), *(start or (variances, variances))]
+    constants = {"TOP": int(grid.top), "STORED": STORED[grid.dtype], "STARTED": bool(start)}
+    return tuple(_call("forward", inputs, **constants))
 
 
-def refit(
-    grid: AffineGrid, slope: mx.array, block: mx.array, codes: mx.array, scale: mx.array, bias: mx.array
-) -> tuple[mx.array, mx.array, mx.array]:
-    """`columns.refit` on a GPU."""
-    scale, bias, values = _call("refit", [slope, block, codes, scale, bias], STORED=STORED[grid.dtype])
-    return scale, bias, values
-
-
-def plain_columns(
-    grid: Grid,
-    target: mx.array,
-    weight: mx.array,
-    start: mx.array | None,
+def again(
+    grid: AffineGrid,
+    slope: mx.array,
     block: mx.array,
     scale: mx.array,
     bias: mx.array,
+    codes: mx.array,
+    values: mx.array,
+) -> tuple[mx.array, ...]:
+    """`columns.again` on a GPU."""
+    constants = {"TOP": int(grid.top), "STORED": STORED[grid.dtype]}
+    return tuple(_call("again", [slope, block, scale, bias, codes], **constants))
+
+
+def panels(matrices: mx.array, factored: bool) -> tuple[mx.array, mx.array]:
+    """(R, R⁻¹) of each positive definite matrix R Rᵀ (..., n, n), n at most PANEL, R upper triangular; if they are
+    `factored`, the matrices are R. On a GPU; NaN where there is none."""
+    size, flat = matrices.shape[-1], matrices.reshape(-1, *matrices.shape[-2:])
+    factor, inverse = _built("panels")(
+        inputs=[flat],
+        template=[("SIZE", size), ("FACTORED", factored)],
+        grid=(len(flat) * PANEL, 1, 1),
+        threadgroup=(PANEL, 1, 1),
+        output_shapes=[flat.shape] * 2,
+        output_dtypes=[mx.float32] * 2,
+    )
+    return factor.reshape(matrices.shape), inverse.reshape(matrices.shape)
+
+
+def plain_panels(matrices: mx.array, factored: bool) -> tuple[mx.array, mx.array]:
+    """See `panels`; by LAPACK."""
+    factor: np.ndarray = to_numpy(matrices).astype(np.float64)
+    if not factored:
+        try:
+            factor = np.linalg.cholesky(factor[..., ::-1, ::-1])[..., ::-1, ::-1]
+        except np.linalg.LinAlgError:
+            factor = np.full_like(factor, np.nan)
+    with np.errstate(invalid="ignore"):
+        return mx.array(factor.astype(np.float32)), mx.array(np.linalg.inv(factor).astype(np.float32))
+
+
+def plain_columns(
+    grid: Grid, target: mx.array, weight: mx.array, block: mx.array, scale: mx.array, bias: mx.array
 ) -> tuple[mx.array, mx.array]:
     """See `Engine.columns`."""
     ahead, codes, values = target, [], []
@@ -98,36 +118,55 @@ def plain_columns(
         column = slice(j, j + 1)
         codes.append(grid.codes(ahead[..., :1, :], scale, bias))  # (..., 1, out)
         values.append(grid.values(codes[-1], scale, bias))
-        fed = weight[..., column, :] - values[-1]
-        if start is not None:
-            fed = fed + start[..., column, :]
-        ahead = ahead[..., 1:, :] + block[..., j + 1 :, column] * fed
+        ahead = ahead[..., 1:, :] + block[..., j + 1 :, column] * (weight[..., column, :] - values[-1])
     return mx.concatenate(codes, axis=-2).astype(mx.uint8), mx.concatenate(values, axis=-2)
 
 
 @cache
 def problem_with(quantization: Quantization, dtype: mx.Dtype) -> str | None:
     """Why the kernels for this quantization are not to be used on this device; None if they are."""
-    grid = make_grid(quantization, dtype, mx)
+    return _problem(partial(_rounds_right, make_grid(quantization, dtype, mx)))
+
+
+@cache
+def problem_with_panels() -> str | None:
+    """Why the kernel for a factor's panels is not to be used on this device; None if it is."""
+    return _problem(_panels_right)
+
+
+def _problem(right: Callable[[], bool]) -> str | None:
     try:
-        for moved in (False, True):
-            case = exact_group(quantization, moved)
-            for mine, theirs in zip(columns(grid, *case), plain_columns(grid, *case), strict=True):
-                if not mx.array_equal(mine, theirs).item():
-                    return UNLIKE
-        if isinstance(grid, AffineGrid):
-            target, weights, block, codes, scale, bias = usual_group(grid)
-            for start in ((), (scale, bias)):
-                if not _alike(choose(grid, target, weights, *start), choose_grid(grid, target, weights, *start)):
-                    return UNLIKE
-            levels = codes.astype(mx.float32)
-            if not _alike(
-                refit(grid, target, block, codes, scale, bias), plain_refit(grid, target, block, levels, scale, bias)
-            ):
-                return UNLIKE
+        return None if right() else UNLIKE
     except (RuntimeError, ValueError) as error:
         return f"the GPU's kernels cannot be used ({str(error).splitlines()[0]}); plain operations are, slowly"
-    return None
+
+
+def _rounds_right(grid: Grid) -> bool:
+    if isinstance(grid, FloatGrid):
+        case = exact_group(grid.quantization)
+        pairs = zip(columns(grid, *case), plain_columns(grid, *case), strict=True)
+        return all(mx.array_equal(mine, theirs).item() for mine, theirs in pairs)
+    plain = SimpleNamespace(xp=mx, columns=plain_columns)
+    target, variances, block, *rounded = usual_group(grid)
+    feeding = mx.tril(block, -1) / variances[..., None]
+    starts = ((), tuple(rounded[:2]))
+    forwards = [(target + 0.001, target, feeding, variances, *start) for start in starts]
+    return all(_alike(forward(grid, *case), plain_forward(plain, grid, *case)) for case in forwards) and _alike(
+        again(grid, target, block, *rounded), plain_again(plain, grid, target, block, *rounded)
+    )
+
+
+def _panels_right() -> bool:
+    random = np.random.default_rng(0)
+    for size in (PANEL, 5):
+        x = random.standard_normal((3, 2 * size, size)).astype(np.float32)
+        case = mx.array(x.swapaxes(-1, -2) @ x / size + 0.1 * np.eye(size, dtype=np.float32))
+        for factored in (False, True):
+            pairs = zip(panels(case, factored), plain_panels(case, factored), strict=True)
+            if not all(mx.allclose(mine, theirs, rtol=1e-3, atol=1e-4).item() for mine, theirs in pairs):
+                return False
+            case = plain_panels(case, False)[0]
+    return True
 
 
 def _alike(mine: tuple[mx.array, ...], theirs: tuple[mx.array, ...]) -> bool:
@@ -137,17 +176,18 @@ def _alike(mine: tuple[mx.array, ...], theirs: tuple[mx.array, ...]) -> bool:
 
 
 def usual_group(grid: AffineGrid) -> tuple[mx.array, ...]:
-    """Target, weights, H, codes, scale and bias of a group of two matrices with 200 rows, as they are in a layer."""
+    """Target, variances, H, scale, bias, codes and values of a group of two matrices with 200 rows, as in a layer."""
     random, group, out = np.random.default_rng(0), grid.quantization.group_size, 200
     x = random.standard_normal((2, 2 * group, group)) * np.exp(random.standard_normal(group))
     block = mx.array((x.swapaxes(-1, -2) @ x / group).astype(np.float32))
     target = mx.array((0.02 * random.standard_normal((2, group, out))).astype(np.float32))
     scale, bias = (part[0] for part in grid.candidates(target))
-    codes = grid.codes(target, scale, bias).astype(mx.uint8)
-    return target, mx.diagonal(block, axis1=-2, axis2=-1), block, codes, scale, bias
+    codes = grid.codes(target, scale, bias)
+    values = grid.values(codes, scale, bias)
+    return target, mx.diagonal(block, axis1=-2, axis2=-1), block, scale, bias, codes.astype(mx.uint8), values
 
 
-def exact_group(quantization: Quantization, moved: bool) -> tuple:
+def exact_group(quantization: Quantization) -> tuple[mx.array, ...]:
     """Arguments of `Engine.columns` after the grid, of two matrices with 40 rows, that need no rounding in float32.
 
     Everything is a multiple of 1/16 and small; an error is fed on whole or not at all.
@@ -157,7 +197,7 @@ def exact_group(quantization: Quantization, moved: bool) -> tuple:
     def sixteenths(*shape: int, most: int = 64) -> mx.array:
         return mx.array(random.integers(-most, most, shape).astype(np.float32) / 16)
 
-    target, weight, start = (sixteenths(2, group, out) for _ in range(3))
+    target, weight = (sixteenths(2, group, out) for _ in range(2))
     block = mx.array(random.choice([-1, 0, 0, 0, 0, 0, 1], (2, group, group)).astype(np.float32))
     scale = mx.array(random.choice([0.25, 0.5, 1, 2], (2, out)).astype(np.float32))
-    return target, weight, start if moved else None, block, scale, sixteenths(2, out)
+    return target, weight, block, scale, sixteenths(2, out)

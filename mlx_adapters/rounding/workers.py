@@ -16,8 +16,8 @@ import threading
 import traceback
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import IO
+from dataclasses import dataclass, replace
+from typing import IO, Any
 
 import mlx.core as mx
 import numpy as np
@@ -52,12 +52,22 @@ class Task:
     unit: Array | float = 1.0
     outputs: Array | None = None
     together: bool = True
-    output_damping: float = OUTPUT_DAMPING
+    output_damping: Array | float = OUTPUT_DAMPING
     update: mx.array | None = None
     doubt: Array | float = DAMPING
 
     def run(self, engine: Engine = NUMPY) -> "Done":
         """The rounded weight: calibrated, or to nearest where that is better."""
+        packed, losses, better = self._rounded(engine)
+        return Done(packed, float(losses.sum()), bool(better.all()))
+
+    def run_each(self, engine: Engine) -> "list[Done]":
+        """The same of each matrix of a batch."""
+        packed, losses, better = self._rounded(engine)
+        return [Done(packed[i], float(losses[i]), bool(better[i])) for i in range(len(losses))]
+
+    def _rounded(self, engine: Engine) -> tuple[Packed, Array, Array]:
+        """The weight, its errors (...), and whether (...) it was rounded to nearest."""
         dtype = getattr(mx, self.dtype)
         packed, loss = calibrated(
             self.weight,
@@ -78,8 +88,12 @@ class Task:
         pairs = {name: (plain.tensors[name], part) for name, part in packed.tensors.items()}
         mask = mx.array(better)
         chosen = {name: mx.where(mask.reshape(*mask.shape, 1, 1), *pair) for name, pair in pairs.items()}
-        loss = (self.unit * engine.xp.where(better, plain_loss, loss)).sum()
-        return Done(Packed.of(chosen, packed.quantization), float(loss), bool(better.all()))
+        mx.eval(chosen)
+        return (
+            Packed.of(chosen, packed.quantization),
+            self.unit * engine.xp.where(better, plain_loss, loss),
+            better,
+        )
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -92,6 +106,21 @@ class Task:
         """About what running it takes: H, its factor and copies; the matrix, its errors and copies; G and its."""
         out, width = self.weight.shape
         return 4 * (6 * width * width + 7 * width * out + (3 * out * out if self.outputs is not None else 0))
+
+
+def stacked(tasks: Sequence[Task]) -> Task:
+    """Tasks of matrices of one shape as the task of a batch. All have a start, or G, or an update, or none has."""
+    first, parts = tasks[0], dict[str, Any]()
+    for name in ("weight", "hessian", "outputs", "update"):
+        arrays = [getattr(task, name) for task in tasks]
+        parts[name] = None if arrays[0] is None else mx.stack(arrays)
+    for name in ("unit", "output_damping", "doubt"):
+        parts[name] = mx.array([getattr(task, name) for task in tasks])
+    starts = [task.start.tensors for task in tasks if task.start is not None]
+    if first.start is not None:
+        together = {name: mx.stack([start[name] for start in starts]) for name in starts[0]}
+        parts["start"] = Packed.of(together, first.start.quantization)
+    return replace(first, **parts)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,14 @@
 
     python scripts/benchmarks/fuse_large.py --blocks 8                     # widths of a 7B llama, random weights
     python scripts/benchmarks/fuse_large.py --shape 30b-a3b --blocks 1     # of a mixture of 128 experts
+    python scripts/benchmarks/fuse_large.py --blocks 2 --methods calibrated gptq   # beside mlx_lm.gptq
     python scripts/benchmarks/fuse_large.py --tiny                         # the same way in seconds, to try it
 
 The model is quantized to 4 bits (group 64) and gets a random rank-8 adapter on all linear layers and experts; the text
-is the one that the package carries. Cost is linear in blocks but for the start and the check's head, so that blocks
-that were not run can be extrapolated from two runs: a 7B llama has 32, Qwen3-30B-A3B 48.
+is the one that the package carries. `gptq` is mlx_lm.gptq's function on the fused model, on the same rows, without the
+time that it takes to fuse and load that; KL is measured alike for all. Cost is linear in blocks but for the start
+and the check's head, so that blocks that were not run can be extrapolated from two runs: a 7B llama has 32,
+Qwen3-30B-A3B 48.
 """
 
 import argparse
@@ -19,9 +22,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 import mlx_adapters as ma  # isort: skip  (before mlx: it loads the fast BLAS on Linux)
+import fuse_ways
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from mlx_adapters.assembly.weights import Updates
+from mlx_adapters.calibration.blockwise import BlockwiseModel
+from mlx_adapters.calibration.fidelity import measure_fidelity
+from mlx_adapters.calibration.strategy import batches_of
+from mlx_adapters.calibration.texts import choose_text
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.config.training import LoraConfig
 from mlx_adapters.events import Note, Progress
@@ -115,37 +124,73 @@ def main():
         mx.clear_cache()
         report = {"device": str(mx.device_info().get("device_name", "cpu")), "blocks": options.blocks}
         for method in options.methods:
+            mx.clear_cache()
             mx.reset_peak_memory()
-            start = time.perf_counter()
-            result = ma.fuse(
-                base,
-                adapter,
-                Path(work) / method,
-                quantization=4,
-                any_base=True,
-                on_event=talk,
-                options=FuseOptions(method=method, calibration_rows=options.rows, check=method == "calibrated"),
-            )
-            seconds = time.perf_counter() - start
+            way = gptq if method == "gptq" else ours
+            seconds, figures = way(base, adapter, Path(work) / method, method, options.rows)
             report[method] = {
                 "seconds": seconds,
                 "seconds_per_block": seconds / options.blocks,
                 "peak_mlx_bytes": mx.get_peak_memory(),
                 "peak_resident_bytes": peak_resident_bytes(),
-                "bits_per_weight": result.bits_per_weight,
-                "model_bytes": result.size_bytes,
-                "kl": result.fidelity.kl_mean if result.fidelity else None,
-            }
-            print(json.dumps({method: report[method]}, indent=1), flush=True)
+            } | figures
+            print(json.dumps({method: report[method]}), flush=True)
             if options.json:
                 options.json.write_text(json.dumps(report, indent=1))
 
 
-def talk(event):
-    if isinstance(event, Progress) and event.stage != "write":
-        print(f"{time.strftime('%X')} {event.stage} {event.done}/{event.total}", file=sys.stderr, flush=True)
-    elif isinstance(event, Note):
-        print(event.text, file=sys.stderr, flush=True)
+def ours(base, adapter, out, method, rows):
+    """(seconds, figures) of our fuse, with its check if it is calibrated."""
+    start = time.perf_counter()
+    result = ma.fuse(
+        base,
+        adapter,
+        out,
+        quantization=4,
+        any_base=True,
+        on_event=Talk(),
+        options=FuseOptions(method=method, calibration_rows=rows, check=method == "calibrated"),
+    )
+    seconds, fidelity = time.perf_counter() - start, result.fidelity
+    figures = {"bits_per_weight": result.bits_per_weight, "model_bytes": result.size_bytes}
+    if fidelity:
+        figures |= {"kl": fidelity.kl_mean, "same_top": fidelity.same_top, "base_kl": fidelity.base_kl}
+    return seconds, figures
+
+
+def gptq(base, adapter, out, method, rows):
+    """(seconds, figures) of mlx_lm.gptq's function; the fuse and the model's loading are not counted."""
+    from mlx_lm.quant.gptq import gptq_quantize
+
+    dense = out.with_name("dense")
+    plain = FuseOptions(check=False)
+    ma.fuse(base, adapter, dense, quantization="none", dtype="bfloat16", any_base=True, options=plain)
+    loaded, data = fuse_ways._dense(str(dense), None, rows)
+    mx.eval(loaded.module.parameters())
+    mx.reset_peak_memory()
+    start = time.perf_counter()
+    module, quantization = gptq_quantize(loaded.module, fuse_ways._pieces(data), 4, 64, 4, 64)
+    mx.eval(module.parameters())
+    seconds, peak = time.perf_counter() - start, mx.get_peak_memory()
+    fuse_ways._save(loaded.base, module, {**loaded.config, "quantization": quantization}, str(out))
+    text = choose_text(None, [adapter], loaded.tokenizer, rows, FuseOptions().check_rows)
+    del module, loaded
+    its_base = resolve_base(base)
+    exact = BlockwiseModel(its_base, Updates(((adapter, 1.0),)))
+    fused = BlockwiseModel(resolve_base(out), None, lambda _: True)
+    fidelity = measure_fidelity(exact, fused, None, batches_of(text.check, its_base))
+    return seconds, {"quantize_peak_mlx_bytes": peak, "kl": fidelity.kl_mean, "same_top": fidelity.same_top}
+
+
+class Talk:
+    """Says when a stage begins and ends, and every tenth step of it."""
+
+    def __call__(self, event):
+        if isinstance(event, Progress) and event.stage != "write":
+            if event.done in (1, event.total) or event.done % 10 == 0:
+                print(f"{time.strftime('%X')} {event.stage} {event.done}/{event.total}", file=sys.stderr, flush=True)
+        elif isinstance(event, Note):
+            print(f"{time.strftime('%X')} {event.text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

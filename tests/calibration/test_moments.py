@@ -13,10 +13,12 @@ from mlx_adapters.calibration.blockwise import BlockwiseModel
 from mlx_adapters.calibration.collecting import Collector
 from mlx_adapters.calibration.fidelity import measure_fidelity
 from mlx_adapters.calibration.moments import ExpertMoments, Seen, mix
+from mlx_adapters.calibration.spool import Spool
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.data.batches import make_batches
 from mlx_adapters.errors import ModelError
 from mlx_adapters.fusion.fuse import fuse
+from mlx_adapters.rounding.packed import dequantize
 from mlx_adapters.rounding.workers import Task
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.surgery import blocks
@@ -178,3 +180,40 @@ def test_fewer_experts_and_fewer_rows_where_memory_is_short(tiny_model, tmp_path
     Full(monkeypatch, most=99, tokens=0)
     with pytest.raises(ModelError, match="too little memory"):
         fuse(folder, adapter, tmp_path / "none", quantization=4, options=options)
+
+
+def test_layers_that_are_alike_are_rounded_in_one_batch_and_one_by_one_where_memory_is_short(
+    tiny_model, tmp_path, monkeypatch
+):
+    folder = tiny_model("llama", bits=4)
+    adapter, options = visible_adapter(folder), FuseOptions(calibration_rows=8, check_rows=4, check=False)
+    run_each, batches, spools = Task.run_each, [], []
+    monkeypatch.setattr(calibrate, "on_gpu", lambda: True)
+    monkeypatch.setattr(strategy, "batches_of", lambda rows, base, most=0: make_batches(rows))
+
+    def full(task, engine):
+        batches.append(len(task.weight))
+        raise RuntimeError("out of memory")
+
+    def counted(task, engine):
+        batches.append(len(task.weight))
+        return run_each(task, engine)
+
+    put = Spool.put
+
+    def kept(spool, path, done):
+        spools[-1][path] = done
+        put(spool, path, done)
+
+    monkeypatch.setattr(Spool, "put", kept)
+    for way, run in (("together", counted), ("alone", full)):
+        monkeypatch.setattr(Task, "run_each", run)
+        spools.append({})
+        fuse(folder, adapter, tmp_path / way, quantization=4, options=options)
+    assert batches[: len(batches) // 2] == batches[len(batches) // 2 :] and max(batches) > 1
+    together, alone = spools
+    assert set(together) == set(alone)
+    for path, done in together.items():
+        assert done.loss == pytest.approx(alone[path].loss, rel=0.05)
+        assert done.packed.weight.shape == alone[path].packed.weight.shape
+        assert (dequantize(done.packed) == dequantize(alone[path].packed)).mean().item() > 0.7

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from mlx_adapters.config.quantization import QUANTIZATIONS, Quantization
 from mlx_adapters.rounding import engines, feedback, kernel_texts, kernels
-from mlx_adapters.rounding.columns import choose_grid, refit
+from mlx_adapters.rounding.columns import again, diagonal_blocks, forward
 from mlx_adapters.rounding.engines import NUMPY, MlxEngine
 from mlx_adapters.rounding.grids import make_grid, pack_codes, to_numpy
 from mlx_adapters.rounding.packed import dequantize, nearest
@@ -104,20 +105,25 @@ def test_a_matrix_that_is_not_positive_definite_is_damped_until_it_is():
     np.testing.assert_allclose(NUMPY.factor(np.array(h)), factor, atol=1e-6)
 
 
+def test_blocks_along_the_diagonal_are_cut_out_of_every_matrix():
+    matrix = np.arange(2 * 6 * 6).reshape(2, 6, 6)
+    for xp in (np, mx):
+        blocks = np.array(diagonal_blocks(xp.array(matrix), 2, xp))
+        np.testing.assert_array_equal(blocks, [matrix[:, a : a + 2, a : a + 2] for a in (0, 2, 4)])
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_mlx_packs_as_numpy_packs(bits):
     codes = np.random.default_rng(0).integers(0, 2**bits, (3, 96)).astype(np.uint8)
     np.testing.assert_array_equal(np.array(pack_codes(mx.array(codes), bits, mx)), pack_codes(codes, bits))
 
 
-@pytest.mark.parametrize("moved", [False, True])
 @pytest.mark.parametrize("quantization", MODES, ids=str)
-def test_plain_columns_are_numpys_and_the_case_for_kernels_is_exact(quantization, moved):
-    case = kernels.exact_group(quantization, moved)
+def test_plain_columns_are_numpys_and_the_case_for_kernels_is_exact(quantization):
+    case = kernels.exact_group(quantization)
     codes, values = kernels.plain_columns(make_grid(quantization, mx.float32, mx), *case)
-    parts = [None if part is None else np.array(part) for part in case]
     for i in range(2):
-        mine = [None if part is None else part[i] for part in parts]
+        mine = [np.array(part[i]) for part in case]
         theirs = NUMPY.columns(make_grid(quantization, mx.float32), *mine)
         np.testing.assert_array_equal(np.array(values[i]), theirs[1])
         other = np.array(codes[i]) != theirs[0]
@@ -126,7 +132,7 @@ def test_plain_columns_are_numpys_and_the_case_for_kernels_is_exact(quantization
 
 
 def test_kernels_are_one_text_but_for_a_few_words():
-    for text in (kernel_texts.HEADER, *(kernel_texts.START + text.body for text in kernel_texts.TEXTS.values())):
+    for text in (kernel_texts.HEADER, *(text.body for text in kernel_texts.TEXTS.values())):
         texts = [kernel_texts.source(language, text) for language in ("cuda", "metal")]
         words = [re.findall(r"[\w:.]+|\S", one) for one in texts]
         changed = [op for op in difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes() if op[0] != "equal"]
@@ -136,30 +142,30 @@ def test_kernels_are_one_text_but_for_a_few_words():
 
 def fake(name):
     """In place of the kernels: the plain operations."""
+    plain = SimpleNamespace(xp=mx, columns=kernels.plain_columns)
 
-    def columns(inputs, template, **_):
-        target, weight, start, block, scale, bias, *_ = inputs
+    def forwards(inputs, template, **_):
+        target, weight, block, variances, _, *start = inputs
         grid = make_grid(QUANTIZATION, DTYPE, mx)
-        codes, values = kernels.plain_columns(
-            grid, target, weight, start if dict(template)["MOVED"] else None, block, scale, bias
-        )
-        return [codes, values]
+        start = start if dict(template)["STARTED"] else ()
+        return list(forward(plain, grid, target, weight, block, variances, *start))
 
-    def choose(inputs, template, **_):
-        target, weights, _, *start = inputs
+    def agains(inputs, **_):
+        slope, block, scale, bias, codes = inputs
         grid = make_grid(QUANTIZATION, DTYPE, mx)
-        return list(choose_grid(grid, target, weights, *(start if dict(template)["STARTED"] else ())))
+        values = grid.values(codes.astype(mx.float32), scale, bias)
+        return list(again(plain, grid, slope, block, scale, bias, codes, values))
 
-    def refits(inputs, **_):
-        return list(refit(make_grid(QUANTIZATION, DTYPE, mx), *inputs))
+    def panels(inputs, template, **_):
+        return list(kernels.plain_panels(*inputs, dict(template)["FACTORED"]))
 
-    return {"columns": columns, "choose": choose, "refit": refits}[name]
+    return {"forward": forwards, "again": agains, "panels": panels}[name]
 
 
 QUANTIZATION, DTYPE = Quantization(4, 32), mx.bfloat16
 
 
-@pytest.mark.parametrize("what", ["columns", "choose", "refit"])
+@pytest.mark.parametrize("what", ["forward", "again", "panels"])
 @pytest.mark.parametrize("how", ["right", "fails", "lies"])
 def test_kernels_that_fail_or_lie_give_way_with_a_note(monkeypatch, what, how):
     def broken(*_, **__):
@@ -172,7 +178,8 @@ def test_kernels_that_fail_or_lie_give_way_with_a_note(monkeypatch, what, how):
     other = {"right": fake(what), "fails": broken, "lies": lying}[how]
     monkeypatch.setattr(engines, "on_gpu", lambda: True)
     monkeypatch.setattr(kernels, "_built", lambda name: other if name == what else fake(name))
-    kernels.problem_with.cache_clear()
+    for check in (kernels.problem_with, kernels.problem_with_panels):
+        check.cache_clear()
     weights, h, _, base, update = layers(2, QUANTIZATION)
     engine = MlxEngine()
     arguments = weights, mx.array(h), QUANTIZATION, DTYPE, base
@@ -182,14 +189,15 @@ def test_kernels_that_fail_or_lie_give_way_with_a_note(monkeypatch, what, how):
     monkeypatch.setattr(engines, "on_gpu", lambda: False)
     _, plain = feedback.calibrated(*arguments, update=update, engine=MlxEngine())
     np.testing.assert_allclose(np.array(losses), np.array(plain), rtol=1e-3)
-    kernels.problem_with.cache_clear()
+    for check in (kernels.problem_with, kernels.problem_with_panels):
+        check.cache_clear()
 
 
 @pytest.mark.metal
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32], ids=str)
 @pytest.mark.parametrize("quantization", MODES, ids=str)
 def test_kernels_for_metal_are_used_and_give_what_plain_operations_give(quantization, dtype, monkeypatch):
-    assert on_gpu() and kernels.problem_with(quantization, dtype) is None
+    assert on_gpu() and kernels.problem_with(quantization, dtype) is kernels.problem_with_panels() is None
     weights, h, g, base, update = layers(2, quantization)
     arguments = weights, mx.array(h), quantization, dtype, base, mx.array(g)
     _, losses = feedback.calibrated(*arguments, update=update, engine=MlxEngine())
