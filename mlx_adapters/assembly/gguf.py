@@ -105,6 +105,10 @@ class GgufWriter:
         form = self._form(tensor_names.join(path, tensor_names.WEIGHT), tuple(rows.shape))
         return mx.array(blocks.restored(blocks.quantized(to_numpy(rows), form), form))
 
+    def beside_bytes(self, assembly: Assembly) -> int:
+        """None."""
+        return 0
+
     def write(self, assembly: Assembly, folder: Path, rounded: Rounded, on_event: OnEvent) -> Written:
         """Write `folder`/model.gguf. Raises FormatError for a tokenizer or numbers that cannot be written correctly."""
         base, layout = assembly.base, self._layout

@@ -33,6 +33,7 @@ from mlx_adapters.models.base import Base, tying_config
 from mlx_adapters.models.layers import adaptable_layers, tied
 from mlx_adapters.models.loading import load_module
 from mlx_adapters.storage import files, tensor_names
+from mlx_adapters.storage.tensor_files import StoredTensor
 from mlx_adapters.storage.tensor_names import QUANTIZED_LEAVES, WEIGHT
 from mlx_adapters.system.door import mx
 
@@ -77,17 +78,24 @@ class HfWriter:
         """As they are."""
         return rows
 
+    def beside_bytes(self, assembly: Assembly) -> int:
+        """Of what mlx-lm leaves out and the original names."""
+        return sum(tensor.nbytes for tensor in self._others(assembly).values())
+
     def write(self, assembly: Assembly, folder: Path, rounded: Rounded, on_event: OnEvent) -> Written:
         """Write the weights in shards, the original's config.json, tokenizer and the like."""
         made = {entry[0]: unit for unit in assembly.units(rounded) for entry in unit.layout}
         units = [_unit(group, made) for group in self._groups]
-        others = {name: t for name, t in left_out(assembly.base)[0].items() if name in self._layout.shapes}
+        others = self._others(assembly)
         size = write_weights(folder, units, on_event, more=others, made_by="pt")
         name = dtype_name(assembly.weight_dtype)
         types = {key: name for key in ("torch_dtype", "dtype") if key in self._config or key == "torch_dtype"}
         write_config(folder, self._config | types, None)
         copy_companions(assembly.base, folder)
         return Written(size, without_place(assembly.base, "hf", others))
+
+    def _others(self, assembly: Assembly) -> dict[str, StoredTensor]:
+        return {name: t for name, t in left_out(assembly.base)[0].items() if name in self._layout.shapes}
 
 
 def original_dtype(config: dict[str, Any]) -> mx.Dtype | None:

@@ -207,6 +207,9 @@ class Writer(Protocol):
     def stored(self, path: str, rows: mx.array) -> mx.array:
         """The numbers that the file holds of unquantized float32 `rows` of the changed layer at `path`."""
 
+    def beside_bytes(self, assembly: Assembly) -> int:
+        """Bytes on the disk that are not in the plan."""
+
     def write(self, assembly: Assembly, folder: Path, rounded: Rounded, on_event: OnEvent) -> Written:
         """Write the model into `folder`; `rounded` gives the layers that calibration has rounded."""
 

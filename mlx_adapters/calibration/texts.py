@@ -20,6 +20,7 @@ from mlx_adapters.data.tokenizing import tokenize_row
 from mlx_adapters.errors import AdapterError, FormatError, NotFoundError
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.metadata import data_config
+from mlx_adapters.storage import paths
 from mlx_adapters.system.origin import made_here
 
 GENERAL = "general text of the package"
@@ -118,7 +119,7 @@ def _read_asked(asked: Data, adapters: Sequence[Adapter]) -> tuple[str, Rows]:
     if isinstance(asked, str | Path):
         if str(asked) == PYTHON:  # of a recipe
             return PYTHON, _parts(read_again(PYTHON, None))
-        path = Path(asked).expanduser()
+        path = paths.expanded(asked)
         if path.suffix == ".txt" and not path.is_dir():
             return str(asked), _read_paragraphs(path, str(asked))
     data = read_as_trained(asked, data_config(adapters[0].metadata) if adapters else DataConfig())

@@ -8,12 +8,14 @@ and that the index names, where mlx-vlm and transformers look.
 import copy
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_adapters.config.mapping import to_mapping
-from mlx_adapters.models.base import INDEX_FILE, OTHER_FILE, Base, quantization_in
+from mlx_adapters.models.base import INDEX_FILE, OTHER_FILE, WEIGHT_FILES, Base, quantization_in
+from mlx_adapters.models.dense import weight_shape
+from mlx_adapters.models.layers import output_layer, weight_layers
 from mlx_adapters.storage import files, tensor_files, tensor_names
 from mlx_adapters.storage.tensor_files import StoredTensor
 from mlx_adapters.storage.tensor_names import SCALES
@@ -53,6 +55,29 @@ def _read(base: Base, arrays: dict[str, mx.array]) -> set[str]:
     return read | _ancestors(made, rest, arrays)
 
 
+def optional_head(base: Base) -> tuple[str, str] | None:
+    """(embedding, output layer): the paths in a model that has such a layer just where its weights hold one.
+
+    Seen by giving mlx-lm the weights without it. Nothing is computed.
+    """
+    arrays = dict[str, mx.array]()
+    for path in base.weight_files:
+        arrays |= tensor_files.read_safetensors(path)
+    module = make_module(copy.deepcopy(base.config), base.folder)
+    layers = weight_layers(module)
+    head = output_layer(layers)
+    if head is None or not hasattr(module, "sanitize"):
+        return None
+    own = {
+        id(array) for name, array in sanitize_of(module)(dict(arrays)).items() if tensor_names.split(name)[0] == head
+    }
+    module.sanitize({name: array for name, array in arrays.items() if id(array) not in own})
+    if head in weight_layers(module):
+        return None
+    shape = weight_shape(layers[head])
+    return next(p for p, layer in layers.items() if p != head and weight_shape(layer) == shape), head
+
+
 def _ancestors(made: Sequence[mx.array], names: Sequence[str], arrays: dict[str, mx.array]) -> set[str]:
     """Of the `names` those whose arrays `made` is computed from, by the graph that MLX keeps of it."""
     ancestors: set[str] = set()
@@ -90,20 +115,38 @@ def _is_copy(tensor: StoredTensor, others: Iterable[StoredTensor]) -> bool:
     )
 
 
-def hand_on(base: Base, folder: Path) -> tuple[Stored, list[str]]:
-    """Write what `left_out` finds into a model folder and its index; return it, and what is to be told about it."""
+def hand_on(base: Base, folder: Path, twins: Mapping[str, str] | None = None) -> tuple[Stored, list[str]]:
+    """Write what `left_out` finds into a model folder and its index; return it, and what is to be told about it.
+
+    `twins`: layers that go there too, each by the layer of the folder's own whose tensors it has.
+    """
     tensors, missing = left_out(base)
+    more = tensors | _twins(folder, twins or {})
     notes = []
-    if tensors:
-        tensor_files.copy_tensors(folder / OTHER_FILE, tensors)
+    if more:
+        tensor_files.copy_tensors(folder / OTHER_FILE, more)
         index = files.read_json(folder / INDEX_FILE)
-        index["weight_map"] |= dict.fromkeys(tensors, OTHER_FILE)
-        index["metadata"]["total_size"] += sum(tensor.nbytes for tensor in tensors.values())
+        index["weight_map"] |= dict.fromkeys(more, OTHER_FILE)
+        index["metadata"]["total_size"] += sum(tensor.nbytes for tensor in more.values())
         files.write_json(folder / INDEX_FILE, index)
+    if tensors:
         notes.append(f"{described(tensors)} copied as in the base; mlx-lm does not use them")
     if missing:
         notes.append(f"{described(missing)} left out: the base's folder lacks their file, which its index names")
     return tensors, notes
+
+
+def _twins(folder: Path, twins: Mapping[str, str]) -> Stored:
+    stored = Stored()
+    for file in sorted(folder.glob(WEIGHT_FILES)) if twins else ():
+        stored |= tensor_files.stored_tensors(file)
+    split = [(*tensor_names.split(name), tensor) for name, tensor in stored.items()]
+    return {
+        tensor_names.join(twin, leaf): tensor
+        for twin, own in twins.items()
+        for path, leaf, tensor in split
+        if path == own
+    }
 
 
 def without_place(base: Base, format: str, handed_on: Iterable[str] = ()) -> tuple[str, ...]:

@@ -225,7 +225,7 @@ def split_data(
     replacing.refuse_existing(out, overwrite, SPLIT_OUTPUT)
     replacing.refuse_reading_inside(out, [file])
     require(0 <= valid < 1 and 0 <= test < 1 and valid + test < 1, "valid and test must be shares that leave a rest.")
-    rows = [RawRow(values, where) for values, where in read_file(Path(file).expanduser())]
+    rows = [RawRow(values, where) for values, where in read_file(paths.expanded(file))]
     parts = apart(rows, {"valid": valid, "test": test}, seed)
     require(bool(parts["train"]), f"'{file}' has too few different rows to split.")
     with files.atomic_folder(out, overwrite, SPLIT_OUTPUT) as folder:

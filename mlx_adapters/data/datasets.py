@@ -24,7 +24,7 @@ from mlx_adapters.rows.files import Located, read_file, suffix_of
 from mlx_adapters.rows.row import DEFAULTS, RawRow, columns_of
 from mlx_adapters.rows.shapes import ORDINARY
 from mlx_adapters.rows.splits import NAMES, files_of
-from mlx_adapters.storage import files
+from mlx_adapters.storage import files, paths
 from mlx_adapters.storage.files import sha256
 from mlx_adapters.storage.tensor_names import ROWS_FOLDER
 from mlx_adapters.units import count
@@ -114,7 +114,7 @@ def read_data(source: Data, judging: bool = False, read: DataConfig = DEFAULTS) 
             for name, rows in hub.load(str(source)).items()
         }
     else:
-        source = Path(source).expanduser().absolute()
+        source = paths.expanded(source)
         splits = _read_local(source, read)
         if not (splits if judging else "train" in splits):
             raise _nothing_there(source, judging)

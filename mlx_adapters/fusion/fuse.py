@@ -19,7 +19,6 @@ from mlx_adapters.assembly.writing import SPARE_BYTES, companion_bytes
 from mlx_adapters.calibration.spool import Spool, key_of, spooled
 from mlx_adapters.calibration.strategy import Strategy
 from mlx_adapters.calibration.texts import GENERAL, PYTHON, choose_text
-from mlx_adapters.checkpoints.left_out import left_out
 from mlx_adapters.config.fusing import DEFAULTS, FuseOptions
 from mlx_adapters.config.mapping import from_mapping, require, to_mapping
 from mlx_adapters.config.quantization import DTYPES, Precision, PrecisionLike
@@ -101,7 +100,7 @@ def fuse(
     file = options.calibration if isinstance(options.calibration, str | Path) else None
     replacing.refuse_reading_inside(out, [resolved, file, *(adapter for adapter, _ in updates.adapters)])
     check_program(options.program, resolved, out)
-    writer = make_writer(options.format, precision, dtype, resolved)
+    writer = make_writer(options, precision, dtype, resolved)
     mixed = options.max_kl is not None or options.budget_bits is not None
     if options.format != "mlx":
         require(
@@ -113,8 +112,7 @@ def fuse(
     assembly = open_assembly(resolved, updates, writer, any_base, options.recipe)
     notes = _notes(assembly, on_event)
     strategy = Strategy(assembly, options, on_event)
-    handed_on = left_out(resolved)[0].values() if options.format == "mlx" else ()
-    beside = companion_bytes(resolved) + sum(tensor.nbytes for tensor in handed_on)
+    beside = companion_bytes(resolved) + writer.beside_bytes(assembly)
     paths.require_free_space(out, strategy.disk_bytes() + beside + SPARE_BYTES)
     made_of = asdict(_recipe(strategy, writer, given, dtype))
     key = key_of(made_of | {"options": made_of["options"] | WITHOUT_ROUNDING})

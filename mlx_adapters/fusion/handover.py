@@ -117,7 +117,11 @@ def check_program(program: str | None, base: Base, out: Path) -> None:
     """Raise ConfigError for a model that the program does not open, or a place where it does not look."""
     if program == "mlx-vlm":
         pictures = any(key in base.config for key in ("vision_config", "audio_config"))
-        require(pictures, f"mlx-vlm opens models of pictures, and '{base.name}' is none.", "leave --for out.")
+        require(
+            pictures,
+            f"mlx-vlm is for models of pictures or sound, and '{base.name}' is of text alone.",
+            "leave --for out: mlx-lm opens the folder.",
+        )
     if program == "lmstudio":
         inside = [root for place in LM_STUDIO if out.is_relative_to(root := paths.expanded(place))]
         for root in inside:

@@ -110,7 +110,7 @@ def differences(asked: Recipe, made: Recipe) -> str | None:
 
 def read_recipe(path: str | Path | Named) -> Recipe:
     """Read a recipe from its file or the folder that holds it. Raises NotFoundError or FormatError."""
-    path = Path(path if isinstance(path, str | Path) else path.reference).expanduser()
+    path = paths.expanded(path if isinstance(path, str | Path) else path.reference)
     raw = files.read_json(path / FUSE_RECIPE_FILE if path.is_dir() else path)
     raw.pop("format", None)
     try:

@@ -325,8 +325,7 @@ def _rope_settings(rope: dict[str, Any], config: dict[str, Any]) -> dict[str, An
     if rope.get("partial_rotary_factor") is not None:
         settings["partial_rotary_factor"] = rope["partial_rotary_factor"]
     if rope.get("rope_type", "default") != "default" and not config.get("rope_scaling"):
-        scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
-        settings["rope_scaling"] = scaling | {"type": rope["rope_type"]}
+        settings["rope_scaling"] = rope | {"type": rope["rope_type"]}  # whole: transformers takes it before the other
     elif "rope_scaling" not in config:  # llama4 must be told that there is none
         settings["rope_scaling"] = None
     return settings

@@ -62,6 +62,16 @@ def weight_shape(layer: nn.Module) -> tuple[int, ...]:
     return tuple(layer.weight.shape)
 
 
+def equal_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two layers hold the same numbers, packed alike if they are."""
+    first, second = dict(tree_flatten(one.parameters())), dict(tree_flatten(other.parameters()))
+    return (
+        quantization_of(one) == quantization_of(other)
+        and set(first) == set(second)
+        and all(mx.array_equal(first[name], second[name]).item() for name in first)
+    )
+
+
 def resize_rows(layer: nn.Module, count: int, more: mx.array) -> None:
     """Cut the layer's rows to `count`, or append `more` (count - rows, in), in place; packed rows keep their codes."""
     rows = weight_shape(layer)[0]

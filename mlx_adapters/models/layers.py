@@ -288,10 +288,16 @@ def detach(module: nn.Module) -> None:
 
 
 def tied(layers: Mapping[str, nn.Module]) -> bool:
-    """Whether a base's output layer is its input embedding: no linear layer outside the blocks is as tall."""
+    """Whether a base's output layer is its input embedding: it has none of its own."""
+    return output_layer(layers) is None
+
+
+def output_layer(layers: Mapping[str, nn.Module]) -> str | None:
+    """The path of a base's output layer: a linear one outside the blocks that is as tall as an embedding."""
     heights = {weight_shape(layer)[0] for layer in layers.values() if isinstance(layer, EMBEDDING)}
-    outside = [layer for path, layer in layers.items() if tensor_names.block_index(path) is None]
-    return not any(isinstance(layer, LINEAR) and weight_shape(layer)[0] in heights for layer in outside)
+    outside = {path: layer for path, layer in layers.items() if tensor_names.block_index(path) is None}
+    tall = (p for p, layer in outside.items() if isinstance(layer, LINEAR) and weight_shape(layer)[0] in heights)
+    return next(tall, None)
 
 
 def untie(module: nn.Module) -> None:

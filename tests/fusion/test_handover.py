@@ -4,15 +4,20 @@ import json
 import re
 import shutil
 
+import mlx.core as mx
 import pytest
+from helpers.adapters import make_adapter
 from helpers.chat_families import FAMILIES, plain
 from helpers.fusing import visible_adapter
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from mlx_adapters.checkpoints.left_out import left_out
 from mlx_adapters.config.fusing import FuseOptions, opened_by
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.fusion.handover import chat_form
+from mlx_adapters.models.loading import load_model
+from mlx_adapters.sources.bases import resolve_base
 
 CHAT = [
     {"role": "system", "content": "Be short."},
@@ -123,10 +128,67 @@ def test_lm_studio_looks_two_folders_down(tiny_model, tmp_path, monkeypatch):
     shutil.rmtree(models)
 
 
-def test_mlx_vlm_opens_models_of_pictures(tiny_model, tmp_path):
-    assert (make(tiny_model("gemma3"), tmp_path, "mlx-vlm", 4)).opened_with[0].startswith("mlx_vlm.generate --model")
-    with pytest.raises(ConfigError, match="opens models of pictures"):
+def test_mlx_vlm_is_for_models_of_pictures(tiny_model, tmp_path):
+    with pytest.raises(ConfigError, match="is for models of pictures or sound"):
         make(tiny_model("llama"), tmp_path / "x", "mlx-vlm", 4)
+
+
+def ends(folder):
+    """The tensors of the embedding and of the output layer, as the index names them: mlx-vlm reads by it."""
+    places = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    paths = "language_model.model.embed_tokens.", "language_model.lm_head."
+    return [
+        {n.removeprefix(path): mx.load(str(folder / file))[n] for n, file in places.items() if n.startswith(path)}
+        for path in paths
+    ]
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(mx.array_equal(one[name], other[name]).item() for name in one)
+
+
+@pytest.mark.parametrize("bits", [4, "none"])
+def test_mlx_vlm_gets_the_packed_output_layer_that_it_makes_of_the_embedding(bits, tiny_model, tmp_path):
+    base = tiny_model("gemma3")
+    made = make(base, tmp_path, "mlx-vlm", bits)
+    assert made.opened_with[0].startswith("mlx_vlm.generate --model")
+    embedding, head = ends(made.folder)
+    assert same(embedding, head) if bits == 4 else not head
+    plain = make(base, tmp_path / "plain", None, bits)
+    logits = [load_model(resolve_base(fused.folder)).logits([1, 2, 3]) for fused in (made, plain)]
+    assert mx.array_equal(*logits).item()
+    assert left_out(resolve_base(made.folder)) == ({}, [])  # fused once more, it is made of the new embedding
+
+
+@pytest.fixture
+def with_a_head(tiny_model, tmp_path):
+    """A copy of a base with an output layer of its own, `factor` times the embedding: as mlx-vlm converts it for 1."""
+
+    def made(factor):
+        folder = tmp_path / f"base{factor}"
+        shutil.copytree(tiny_model("gemma3"), folder)
+        weights = mx.load(str(folder / "model.safetensors"))
+        head = factor * weights["language_model.model.embed_tokens.weight"]
+        mx.save_safetensors(str(folder / "model.safetensors"), weights | {"language_model.lm_head.weight": head})
+        return folder
+
+    return made
+
+
+def test_an_output_layer_that_is_the_embedding_is_rounded_as_it_is(with_a_head, tmp_path):
+    base = with_a_head(1.0)
+    options = FuseOptions(method="nearest", check=False, program="mlx-vlm", recipe="mixed_4_6")  # of the layer 6 bits
+    embedding, head = ends(fuse(base, visible_adapter(base), tmp_path / "out", options=options).folder)
+    assert same(embedding, head) and "scales" in head
+
+
+def test_mlx_vlm_would_not_see_an_output_layer_of_its_own(with_a_head, tmp_path):
+    base = with_a_head(0.5)
+    with pytest.raises(ConfigError, match="the two differ"):
+        make(base, tmp_path / "x", "mlx-vlm", 4)
+    with pytest.raises(ConfigError, match="the adapter changes one of them"):
+        options = FuseOptions(method="nearest", check=False, program="mlx-vlm")
+        fuse(base, make_adapter(base, keys=("language_model.lm_head",)), tmp_path / "x", options=options)
 
 
 def test_a_format_that_the_program_does_not_open_is_refused():

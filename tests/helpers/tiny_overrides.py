@@ -67,6 +67,10 @@ OVERRIDES: dict[str, dict] = {
         "layer_types": BOTH * 2,
         "hidden_size_per_layer_input": 32,
         "global_head_dim": 32,
+        "rope_parameters": {
+            FULL: ROPE | {"rope_type": "proportional", "partial_rotary_factor": 0.25},
+            SLIDING: ROPE,
+        },
     },
     "glm_moe_dsa": {"topk_method": "noaux_tc"},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], "mamba_expand": 1, "mamba_d_head": 16},

@@ -7,8 +7,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from mlx_adapters.calibration.texts import _read_asked
+from mlx_adapters.data.checking import split_data
 from mlx_adapters.data.datasets import hold_out, read_data
 from mlx_adapters.errors import ConfigError, FormatError, NotFoundError
+from mlx_adapters.fusion.recipe import read_recipe
 from mlx_adapters.rows.hub import HubData, parse
 
 ROW = '{"text": "a"}\n'
@@ -23,6 +26,13 @@ def fill(folder, **files):
     for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text(ROW * rows)
     return folder
+
+
+@pytest.mark.parametrize("odd", ["words " * 99, "~no-one-of-this-name/rows.jsonl"])
+def test_text_that_is_no_path_is_told_as_such(odd, tmp_path):
+    for read in (read_data, read_recipe, lambda file: split_data(file, tmp_path), lambda file: _read_asked(file, [])):
+        with pytest.raises(NotFoundError, match="There can be no path"):
+            read(odd)
 
 
 @pytest.mark.parametrize("name", ["valid", "validation", "val", "dev", "Dev"])
