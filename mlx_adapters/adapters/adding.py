@@ -84,6 +84,8 @@ def add(
     require(name is None or out is None, "Give a name or an output folder, not both.")
     source = source if isinstance(source, str | Path) else source.reference
     path = paths.expanded(source)
+    if path.name == CONFIG_FILE and path.is_file():
+        source = path = path.parent
     if path.is_file():
         require(subfolder is None, f"'{source}' is a file: --subfolder is for folders and repositories.")
     if path.name.endswith(ENDINGS) and path.is_file():

@@ -126,10 +126,11 @@ class PeftAdapter:
 
 
 def find_folder(folder: Path) -> Path:
-    """The folder itself, or its one subfolder with an adapter (PEFT makes one for a named adapter).
+    """The folder itself, its one subfolder with an adapter (PEFT makes one for a named one), or a file's own.
 
     Raises NotFoundError that lists what there is.
     """
+    folder = folder.parent if folder.is_file() else folder
     if (folder / CONFIG_FILE).is_file():
         return folder
     if not folder.is_dir():

@@ -12,6 +12,7 @@ from typing import Literal
 from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.storage import paths
+from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CONFIG_FILE
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 CHECKPOINT = re.compile(r"(.+)@(\d+|best|last)")
@@ -75,7 +76,11 @@ def hub_id(text: str) -> tuple[str, str | None] | None:
 
 
 def parse_reference(text: str) -> Reference:
-    """Parse NAME, NAME@ITERATION, a path, or user/repo[/folder][@revision]. Raises ConfigError."""
+    """Parse NAME, NAME@ITERATION, a path, or user/repo[/folder][@revision]. Raises ConfigError.
+
+    A path to an adapter's config or weights means the folder that they lie in.
+    """
+    text = text.removesuffix(f"/{CONFIG_FILE}").removesuffix(f"/{ADAPTER_FILE}") or "/"
     if paths.is_path(text):
         match = CHECKPOINT.fullmatch(text)
         return Reference("path", match[1], _iteration(match[2])) if match else Reference("path", text)

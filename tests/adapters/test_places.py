@@ -49,6 +49,15 @@ def test_a_snapshot_made_of_links_is_added_and_other_links_are_not(folder, tmp_p
         ma.add(folder, name="other")
 
 
+def test_an_adapters_config_stands_for_its_folder(folder):
+    config = folder / "adapter_config.json"
+    ma.add(config, name="by-config")
+    read = [ma.load_adapter(place) for place in (config, folder / "adapters.safetensors", "by-config")]
+    assert {adapter.fingerprint for adapter in read} == {ma.read_adapter(folder).fingerprint}
+    peft = Path(__file__).parents[1] / "fixtures/peft/llama"
+    assert ma.import_peft(peft / "all-linear/adapter_config.json", base=peft / "base", name="peft").name == "peft"
+
+
 def test_a_base_that_is_a_snapshot_of_links_is_fused(base, folder, tmp_path):
     place = snapshot(base, tmp_path / "models--user--base")
     out = ma.fuse(place, folder, tmp_path / "out", options=NEAREST, any_base=True).folder
