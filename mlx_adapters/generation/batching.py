@@ -1,9 +1,9 @@
 """Continuous batching with another adapter for each row.
 
 One decode step computes one token for every row, whatever its adapter (see `additions.PerRow`); requests join and
-leave between steps. A prompt is read alone, in pieces, with its own adapter; then its keys and values join the
-batch's. What was read and written is kept, and not read again (see `prompt_caches.tree`). While a step
-is computed the tokens of the one before are handed out, so the device never waits.
+leave between steps. Prompts are read in pieces (see `reading`); then their keys and values join the batch's. What was
+read and written is kept, and not read again (see `prompt_caches.tree`). While a step is computed the tokens of the one
+before are handed out, so the device never waits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -72,9 +72,10 @@ class Batcher:
         return True
 
     def _fits(self, request: Request) -> bool:
-        """Whether it may join the rows that are being decoded."""
-        others = any(row.request.adapter is not request.adapter for row in self.rows)
-        return len(self.rows) < self.max_batch and (not others or self.can_mix)
+        """Whether it may join the rows that are being decoded, and those that will be."""
+        beside = [row.request for row in self.rows] + [reading.request for reading in self.reader.readings]
+        alike = all(other.adapter is request.adapter for other in beside)
+        return len(beside) < self.max_batch and (alike or self.can_mix)
 
     @property
     def idle(self) -> bool:
@@ -194,12 +195,12 @@ class Batcher:
 
     def _admit(self) -> None:
         """Read waiting prompts for a while; those that are read join the batch."""
-        for reading in self.reader.read(self._fits, lambda: self.max_batch - len(self.rows), bool(self.rows)):
-            self._join(reading.request, reading.cache)
+        for readings in self.reader.read(self._fits, bool(self.rows)):
+            self._join([reading.request for reading in readings], [reading.cache for reading in readings])
 
-    def _join(self, request: Request, cache: list[Any]) -> None:
-        last = mx.array([request.prompt[-1]], dtype=mx.uint32)
-        merged = [layer.merge([layer]) for layer in cache] if self.can_batch else cache
+    def _join(self, requests: Sequence[Request], caches: Sequence[list[Any]]) -> None:
+        last = mx.array([request.prompt[-1] for request in requests], dtype=mx.uint32)
+        merged = [layers[0].merge(layers) for layers in zip(*caches, strict=True)] if self.can_batch else caches[0]
         if self._inputs is None:
             self._caches, self._inputs, self._logprobs = merged, last, None
         else:
@@ -207,8 +208,8 @@ class Batcher:
                 mine.extend(new)
             self._inputs = mx.concatenate([self._inputs.astype(mx.uint32), last])
             if self._logprobs is not None:
-                self._logprobs = mx.pad(self._logprobs, [(0, 1), (0, 0)])
-        self.rows.append(Row(request, self._drafter.begin() if self._drafter else None))
+                self._logprobs = mx.pad(self._logprobs, [(0, len(requests)), (0, 0)])
+        self.rows += [Row(request, self._drafter.begin() if self._drafter else None) for request in requests]
 
     def _keep(self, keep: list[bool]) -> None:
         if all(keep):

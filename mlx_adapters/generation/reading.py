@@ -1,21 +1,23 @@
 """Prompts that wait, and that are read in pieces between the steps of those that are answered.
 
 What is known of a prompt is not read again (see `prompt_caches.tree`), and what was read is kept, also when its client
-leaves. A long prompt takes a while of each step; in half of it what is short may overtake it.
+leaves. Prompts of about one length are read in one pass, each into its own cache: a pass over many rows costs less than
+one for each. A long prompt takes a while of each step; in half of it what is short may overtake it.
 """
 
 import itertools
 import logging
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mlx_adapters.generation.requests import Reading, Request, Token, scored
+from mlx_adapters.prompt_caches.layers import holds
 from mlx_adapters.prompt_caches.probing import comes_back
 from mlx_adapters.prompt_caches.tree import PrefixTree
 from mlx_adapters.runtime.pool import AdapterPool
+from mlx_adapters.surgery.caches import read_rows, reads_rows
 from mlx_adapters.system.door import mx, nn
 
 log = logging.getLogger("mlx_adapters.generation.reading")
@@ -24,14 +26,15 @@ PREFILL_TOKENS = 512
 LEAST_TOKENS = 32  # of a piece, however slow the device is
 STALL_SECONDS = 0.25  # for which others may wait for a piece
 SCORED_TOKENS = 128  # of a prompt whose log-probabilities are told, in one piece: (tokens, vocabulary) is large
-LOOKED_AT = 8  # of the prompts that wait, when a short one may overtake a long one
+TOGETHER = 8  # prompts in one pass
 
 
 class Reader:
     """Reads the prompts of requests, in the order of their coming but for short ones. To be used from one thread.
 
-    `known` keeps what was read in `cache_bytes` at most; `together`: what is added to it comes out of batches. The
-    tokens of prompts that are scored are put into `told`.
+    `known` keeps what was read in `cache_bytes` at most; `together`: caches can be merged, and what is added to it
+    comes out of batches. `readings` are under way, in the order of their coming. The tokens of prompts that are scored
+    are put into `told`.
     """
 
     def __init__(
@@ -47,15 +50,16 @@ class Reader:
         if cache_bytes > 0 and not comes_back(module, self._make_cache, together):
             cache_bytes = 0
         self.known = PrefixTree(self._make_cache, cache_bytes)
+        self._rows = TOGETHER if together and reads_rows(module, make) else 1
         self.waiting: deque[Request] = deque()
         self.told: list[Token] = []
-        self._readings: list[Reading] = []  # one, or a long one and a short one that overtakes it
+        self.readings: list[Reading] = []
         self._pace = 0.0  # seconds that reading a token took lately
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing to read."""
-        return not (self.waiting or self._readings)
+        return not (self.waiting or self.readings)
 
     def cancel(self, request: Request) -> bool:
         """Forget a request; False if it is not here."""
@@ -63,19 +67,19 @@ class Reader:
         if request in self.waiting:
             self.waiting.remove(request)
             return True
-        for reading in self._readings[:]:
+        for reading in self.readings[:]:
             if reading.request is request:
                 self.remember(request, request.prompt[: reading.done], reading.cache)
-                self._readings.remove(reading)
+                self.readings.remove(reading)
                 return True
         return False
 
     def clear(self) -> list[Request]:
         """Forget all requests, and give them back; and what was kept: it may be what failed."""
         self.known.clear()
-        lost = [*self.waiting, *(reading.request for reading in self._readings)]
+        lost = [*self.waiting, *(reading.request for reading in self.readings)]
         self.waiting.clear()
-        self._readings, self.told = [], []
+        self.readings, self.told = [], []
         return lost
 
     def remember(self, request: Request, tokens: Sequence[int], cache: Sequence[Any]) -> None:
@@ -88,33 +92,38 @@ class Reader:
             log.exception("what was read cannot be kept")
             self.known.clear()
 
-    def read(self, fits: Callable[[Request], bool], places: Callable[[], int], hurried: bool) -> Iterator[Reading]:
+    def read(self, fits: Callable[[Request], bool], hurried: bool) -> Iterator[list[Reading]]:
         """Read for a while; what was read to its end, as it is.
 
-        `fits` says whether a request may be read now, `places` for how many there is room; `hurried`: others wait.
+        `fits` says whether a request may join those that are answered and those under way; `hurried`: others wait.
         """
         budget = self._while() if hurried else self._most
         aside = budget // 2
-        while budget > 0 and not self.idle:
-            if not fits(self._readings[0].request if self._readings else self.waiting[0]):
-                return
-            if not self._readings:
-                self._readings.append(self._begin(self.waiting.popleft()))
-            if len(self._readings) == 1 and self._readings[0].left > budget and places() > 1:
-                short = self._short(fits, aside)
-                if short is not None:
-                    aside -= short.left + 1
-                    self._readings.append(short)
-            reading = self._readings[-1]
-            budget -= self._read_piece(reading, budget) + 1
-            if reading.left == 0:
-                yield reading
-                self._readings.remove(reading)  # then: `clear` gives back what could not join
+        while budget > 0 and self._take(fits):
+            if all(reading.left for reading in self.readings):
+                spent = self._pass(*self._group(budget, aside))
+                budget, aside = budget - spent, aside - spent
+            if ready := [reading for reading in self.readings if not reading.left]:
+                yield ready
+                self.readings = [reading for reading in self.readings if reading.left]  # then: `clear` gives back all
 
     def _while(self) -> int:
         """How many tokens may be read while others wait: few sizes, since a GPU compiles its kernels for each."""
-        most = STALL_SECONDS / self._pace if self._pace else self._most
-        return min(self._most, max(LEAST_TOKENS, 1 << int(math.log2(max(most, 1)))))
+        most = int(STALL_SECONDS / self._pace) if self._pace else self._most
+        return min(self._most, max(most // LEAST_TOKENS, 1) * LEAST_TOKENS)
+
+    def _take(self, fits: Callable[[Request], bool]) -> bool:
+        """Begin what may be read now, in the order of its coming; whether anything is under way."""
+        for request in list(itertools.islice(self.waiting, TOGETHER)):
+            if len(self.readings) == TOGETHER or not fits(request):
+                break
+            reading = self._begin(request)
+            if not any(self._soon_known(reading, other.request) for other in self.readings):
+                self.waiting.remove(request)
+                self.readings.append(reading)
+                if request.scores:
+                    self.told.append(Token(request, request.prompt[0], of_prompt=True))
+        return bool(self.readings)
 
     def _begin(self, request: Request) -> Reading:
         """Begin to read a prompt after what is known of it."""
@@ -127,33 +136,56 @@ class Reader:
                 reading.stops = ends[:1] + ends[-1:]
         return reading
 
-    def _short(self, fits: Callable[[Request], bool], most: int) -> Reading | None:
-        """One that waits and has fewer tokens to read."""
-        for request in itertools.islice(self.waiting, LOOKED_AT):
-            if fits(request) and (reading := self._begin(request)).left < most:
-                self.waiting.remove(request)
-                return reading
-        return None
+    def _soon_known(self, reading: Reading, other: Request) -> bool:
+        """Whether most of what is to be read will be known once another prompt is read."""
+        mine, most = reading.request, reading.done + reading.left // 2 + 1
+        if mine.scores or not self.known.limit or mine.weights != other.weights:
+            return False
+        return list(mine.prompt[:most]) == list(other.prompt[:most])
 
-    def _read_piece(self, reading: Reading, most: int) -> int:
-        """Read at most so many tokens; how many they were."""
-        request = reading.request
-        if request.scores and reading.done == 0:
-            self.told.append(Token(request, request.prompt[0], of_prompt=True))
-        piece, begun = reading.piece(min(most, SCORED_TOKENS) if request.scores else most), time.perf_counter()
-        if not piece:
-            return 0
-        with self.pool.routed([request.adapter]):
-            logits = self.module(mx.array([piece]), cache=reading.cache)
-            mx.eval([layer.state for layer in reading.cache])
-            if request.scores:
-                self._score(request, logits[0], reading.done + 1)
-        reading.done += len(piece)
-        seconds = (time.perf_counter() - begun) / len(piece)
-        self._pace = 0.7 * self._pace + 0.3 * seconds if self._pace else seconds
-        if reading.left == 0 or reading.done in reading.stops:
-            self.remember(request, request.prompt[: reading.done], reading.cache)
-        return len(piece)
+    def _group(self, budget: int, aside: int) -> tuple[list[Reading], int]:
+        """What is read in the next pass, and how much of each at most: the oldest, or short ones that overtake it."""
+        first, most = self.readings[0], budget
+        if first.left > budget:
+            first = next((reading for reading in self.readings if reading.left < aside), first)
+            most = budget if first is self.readings[0] else aside
+        if first.request.scores:
+            return [first], min(most, SCORED_TOKENS)
+        group, width = [first], len(first.piece(most))
+        for reading in self.readings:
+            wider = max(width, len(reading.piece(most)))
+            if reading is first or reading.request.scores or len(group) == self._rows:
+                continue
+            if (len(group) + 1) * wider <= most and _are_alike([*group, reading], wider):
+                group, width = [*group, reading], wider
+        return group, width
+
+    def _pass(self, group: Sequence[Reading], most: int) -> int:
+        """Read at most so many tokens of each; how many it took the time of."""
+        first, begun = group[0], time.perf_counter()
+        pieces = [reading.piece(most) for reading in group]
+        with self.pool.routed([reading.request.adapter for reading in group]):
+            if first.request.scores:
+                logits = self.module(mx.array(pieces), cache=first.cache)
+                self._score(first.request, logits[0], first.done + 1)
+            else:
+                caches = read_rows(self.module, [reading.cache for reading in group], pieces)
+                for reading, cache in zip(group, caches, strict=True):
+                    reading.cache = cache
+            mx.eval([layer.state for reading in group for layer in reading.cache])
+        for reading, piece in zip(group, pieces, strict=True):
+            reading.done += len(piece)
+            if reading.left == 0 or reading.done in reading.stops:
+                self.remember(reading.request, reading.request.prompt[: reading.done], reading.cache)
+        tokens = len(group) * max(map(len, pieces))
+        self._note(tokens, time.perf_counter() - begun)
+        return tokens
+
+    def _note(self, tokens: int, seconds: float) -> None:
+        """Learn how fast the device reads, of passes that it works for; a slow one may have compiled kernels."""
+        pace = seconds / tokens
+        if tokens >= LEAST_TOKENS:
+            self._pace = 0.7 * self._pace + 0.3 * pace if 0 < self._pace < pace else pace
 
     def _score(self, request: Request, logits: mx.array, start: int) -> None:
         """Tell of the prompt's tokens from `start` on, by the logits (tokens, vocabulary) before each."""
@@ -161,3 +193,12 @@ class Reader:
         for i, token in enumerate(request.prompt[start : start + len(logprobs)]):
             told = scored(token, logprobs[i], request.top_logprobs or 0)
             self.told.append(Token(request, token, None, *told, of_prompt=True))
+
+
+def _are_alike(group: Sequence[Reading], width: int) -> bool:
+    """Whether one pass over `width` tokens of each is worth its padding, and a window has room for it."""
+    pieces = [len(reading.piece(width)) for reading in group]
+    ahead = max(reading.done for reading in group) + width
+    texts = [reading.done + piece for reading, piece in zip(group, pieces, strict=True)]
+    padded = any(len(group) * max(lengths) > 2 * sum(lengths) for lengths in (pieces, texts))
+    return not padded and all(holds(layer, ahead) for reading in group for layer in reading.cache)

@@ -39,6 +39,12 @@ def held(layer: Any) -> Tokens | None:
     return tokens if all(array.shape[-2] == layer.offset for array in arrays(tokens)) else None
 
 
+def holds(layer: Any, length: int) -> bool:
+    """Whether nothing of `length` tokens would be out of the layer's window, if it has one."""
+    parts, window = getattr(layer, "caches", None), getattr(layer, "max_size", None)
+    return all(holds(part, length) for part in parts) if parts is not None else window is None or length < window
+
+
 def cut(tokens: Tokens, start: int, end: int | None = None) -> Tokens:
     """Some of the tokens, in arrays of their own: what they were cut from can be freed."""
     return tree_map(lambda array: mx.contiguous(array[..., start:end, :]), tokens)

@@ -118,6 +118,11 @@ class PerRow:
             y = y * f.gain[slots].reshape(y.shape)
             if f.shift is not None:
                 y = y + f.shift[slots].reshape(y.shape)
+        if x.ndim == 3 and x.shape[1] > 1 and len(x) == self.rows.slots.size:  # of many tokens a product for each row
+            low = x @ self.a[self.rows.slots]  # (rows, tokens, layers · r)
+            high = self.b[self.rows.slots]  # (rows, r, Σ out)
+            parts = zip(split(y, widths), split(low, [rank] * len(widths)), split(high, widths), strict=True)
+            return [part + each @ out for part, each, out in parts]
         z = mx.gather_mm(x.reshape(-1, 1, x.shape[-1]), self.a, order, slots)  # (tokens, 1, layers · r)
         parts = zip(split(y, widths), split(z, [rank] * len(widths)), split(self.b, widths), strict=True)
         return [part + mx.gather_mm(low, high, order, slots).reshape(part.shape) for part, low, high in parts]
