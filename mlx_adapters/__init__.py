@@ -95,7 +95,9 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from mlx_adapters.system.door import trusting_remote_code as trusting_remote_code
     from mlx_adapters.system.machine import environment as environment
     from mlx_adapters.training.forecast import estimate as estimate
+    from mlx_adapters.training.runs import plan_training as plan_training
     from mlx_adapters.training.runs import train as train
+    from mlx_adapters.training.state import TrainPlan as TrainPlan
     from mlx_adapters.training.state import TrainRun as TrainRun
 
 __version__ = "0.2.0"
@@ -116,7 +118,9 @@ _PUBLIC = {
     "ORPO": "config.training",
     "SimPO": "config.training",
     "KTO": "config.training",
+    "TrainPlan": "training.state",
     "TrainRun": "training.state",
+    "plan_training": "training.runs",
     "train": "training.runs",
     "Stop": "events",
     "Event": "events",

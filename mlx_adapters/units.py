@@ -60,6 +60,14 @@ def bytes_of(text: str) -> int:
     return round(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
+def is_size(text: str) -> bool:
+    """Whether `bytes_of` knows it."""
+    try:
+        return bytes_of(text) > 0
+    except ValueError:
+        return False
+
+
 def count(number: int, thing: str) -> str:
     """ "1 layer", "1,200 layers", "3 batches"."""
     return f"{number:,} {thing}" + ("" if number == 1 else "es" if thing.endswith(("ch", "s")) else "s")

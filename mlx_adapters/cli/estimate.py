@@ -137,8 +137,11 @@ def _training(settings: Settings, as_json: bool, gigabytes: float | None) -> Non
         "and moments"
     )
     if estimated.seconds_per_iteration is not None:
-        each, total = estimated.seconds_per_iteration, estimated.seconds_per_iteration * training.iterations
-        _output.out(f"about {_output.number(each)} s per iteration, {_output.duration(total)} in all, validation apart")
+        each, total = estimated.seconds_per_iteration, estimated.seconds_per_iteration * estimated.iterations
+        _output.out(
+            f"about {_output.number(each)} s per iteration, {_output.duration(total)} for all "
+            f"{estimated.iterations:,}, validation apart"
+        )
     if len(estimated.ladder) > 1:
         taken = next((rung for rung in estimated.ladder if rung.fits), None)
         steps = [

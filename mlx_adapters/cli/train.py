@@ -20,6 +20,7 @@ from mlx_adapters.cli._options import (
     name_template_option,
     new_name,
     overwrite_option,
+    refuse_ignored,
     refuse_outputs_that_are_read,
     trust_option,
 )
@@ -30,10 +31,11 @@ from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.events import Event, Note, Progress, TrainReport, ValidationReport
 from mlx_adapters.training.reporting import SERVICES
-from mlx_adapters.units import listed
+from mlx_adapters.units import count, listed
 
 if TYPE_CHECKING:
     from mlx_adapters.training.reporting import Reporter
+    from mlx_adapters.training.state import TrainPlan
 
 
 @click.command("train", cls=LongCommand)
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 @click.option("--reference", type=REFERENCE, metavar="REF", help="Of dpo and kto: the base with this adapter [alone].")
 @training_options
 @click.option("--print-config", is_flag=True, help="Show the settings as a config file and stop.")
+@click.option("--dry-run", is_flag=True, help="Refuse what would be refused, say what would run, and keep nothing.")
 @click.option("--log", type=OUTPUT_FILE, help="Append every event to this JSONL file.")
 @click.option("--report-to", type=click.Choice(SERVICES), help="Send the losses there too.")
 @overwrite_option
@@ -58,7 +61,7 @@ if TYPE_CHECKING:
 @json_option
 @Reads(
     modes={
-        "resume": f"base data {SETTINGS} log report_to trust_remote_code as_json",
+        "resume": f"base data {SETTINGS} dry_run log report_to trust_remote_code as_json",
         "print_config": f"base data name {SETTINGS}",
     }
 )
@@ -68,6 +71,7 @@ def train_command(
     init_from: str | None,
     reference: str | None,
     print_config: bool,
+    dry_run: bool,
     log: str | None,
     report_to: str | None,
     overwrite: bool,
@@ -88,7 +92,7 @@ def train_command(
         return
     from mlx_adapters.sources.lookup import load_adapter
     from mlx_adapters.system.machine import typed_command
-    from mlx_adapters.training.runs import train
+    from mlx_adapters.training.runs import plan_training, train
 
     refuse_outputs_that_are_read()
     name = resume or settings.name
@@ -106,19 +110,18 @@ def train_command(
         if name_template is not None:
             rank = lora.rank if lora else load_adapter(str(init_from)).config.rank
             name = new_name(name, name_template, base=settings.base, rank=rank)
-        new = {
-            "init_from": init_from,
-            "reference": reference,
-            "overwrite": overwrite,
-            "command": typed_command() or None,
-        }
+        new = {"init_from": init_from, "reference": reference, "overwrite": overwrite}
+    asked = {"name": name, "lora": lora, "training": training, "forecast": True, **new}
+    if dry_run:
+        refuse_ignored("log report_to", "--dry-run")
+        _plan(plan_training(settings.base, settings.data, on_event=_output.progress(), **asked), as_json)
+        return
     watch = Watch(log)
     if report_to is not None:
         watch.report_to(report_to, name, (to_mapping(lora) if lora else {}) | to_mapping(training))
     with contextlib.closing(watch):
-        run = train(
-            settings.base, settings.data, name=name, lora=lora, training=training, forecast=True, on_event=watch, **new
-        )
+        command = None if resume else typed_command() or None
+        run = train(settings.base, settings.data, command=command, on_event=watch, **asked)
     if run.rank != 0:
         return
     if as_json:
@@ -132,6 +135,27 @@ def train_command(
         f"mlx-adapters show {reference}",
         f"mlx-adapters fuse {reference} out/{run.folder.name}-4bit --bits 4",
     )
+
+
+def _plan(plan: "TrainPlan", as_json: bool) -> None:
+    if as_json:
+        _output.emit_json(plan)
+        return
+    first = f"from iteration {plan.iteration:,} on, " if plan.iteration else ""
+    judged = f"{count(plan.validation_rows, 'row')} every {plan.eval_every:,}" if plan.validation_rows else "none"
+    lines = [
+        ("base", plan.base),
+        ("adapter", f"{count(plan.adapted_layers, 'layer')}, {plan.trained_parameters:,} trained parameters"),
+        (
+            "training",
+            f"{first}{count(plan.iterations, 'iteration')}, {_output.number(plan.passes)} x {count(plan.rows, 'row')}",
+        ),
+        ("validation", judged),
+        ("checkpoints", f"every {plan.save_every:,}"),
+        ("kept in", _output.place(plan.folder)),
+    ]
+    _output.table(("WHAT", "WOULD BE"), lines)
+    _output.note("Nothing was trained or kept. Next: the same line without --dry-run")
 
 
 def _settings_of_run(settings: Settings, name: str) -> tuple[LoraConfig, TrainConfig]:

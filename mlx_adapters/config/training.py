@@ -7,13 +7,13 @@ the `likelihood` of the (chosen) text, as plain fine-tuning does. How its loss i
 
 import dataclasses
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 from mlx_adapters.config.data import DataConfig
 from mlx_adapters.config.mapping import from_mapping, require, shown, to_mapping
 from mlx_adapters.config.quantization import Dtype, Quantization, computing_dtype
 from mlx_adapters.config.settings import check, setting, settings
-from mlx_adapters.units import bytes_of
+from mlx_adapters.units import is_size
 
 MOST_RANK = 1 << 16  # wider than the matrices themselves
 
@@ -210,6 +210,19 @@ Objective = SFT | DPO | ORPO | SimPO | KTO
 OBJECTIVES: dict[str, type[Objective]] = {kind().name: kind for kind in (SFT, DPO, ORPO, SimPO, KTO)}
 
 
+MOST_BY_DEFAULT, LEAST_BY_DEFAULT, PASSES = 600, 100, 10  # iterations, and passes over the rows
+EVERY = 100  # iterations between two validations, or two checkpoints
+_EVERY = f"{EVERY}, or a tenth of a run that the rows make shorter"
+
+
+class Course(NamedTuple):
+    """The iterations of a run, and how many lie between two validations and two checkpoints."""
+
+    iterations: int
+    eval_every: int
+    save_every: int
+
+
 @settings
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(DataConfig):
@@ -230,7 +243,14 @@ class TrainConfig(DataConfig):
     objective: SFT | DPO | ORPO | SimPO | KTO = setting(
         SFT, "What is learned", means="sft: the rows as they are", more="dpo, orpo, simpo and kto learn preferences."
     )
-    iterations: int = setting(600, "Optimizer updates", at_least=1)
+    iterations: int | None = setting(
+        None,
+        "Optimizer updates",
+        means=f"{MOST_BY_DEFAULT}, or {PASSES} passes over fewer rows",
+        more=f"By default at least {LEAST_BY_DEFAULT}; a run records the number.",
+        at_least=1,
+    )
+    epochs: float | None = setting(None, "Passes over the training rows, instead of `iterations`", above=0)
     batch_size: int = setting(4, "Rows per batch", more="With `packing`: packed sequences.", at_least=1)
     learning_rate: float = setting(1e-4, "Step size", means="1e-4", above=0)
     schedule: Literal["constant", "cosine", "linear"] = setting(
@@ -272,10 +292,14 @@ class TrainConfig(DataConfig):
     )
     fuse_aware: Quantization | None = setting(None, "Train through the rounding of a fuse to BITS", metavar="BITS")
     fuse_aware_from: int = setting(0, "Iteration after which the rounding is trained through", at_least=0)
-    eval_every: int = setting(100, "Iterations between validations", at_least=1)
+    eval_every: int | None = setting(
+        None, "Iterations between validations", means=_EVERY, more="Without `iterations` the rows decide.", at_least=1
+    )
     eval_batches: int | None = setting(None, "Validation batches", means="all", at_least=1)
     report_every: int = setting(10, "Iterations between reports", at_least=1)
-    save_every: int = setting(100, "Iterations between checkpoints", at_least=1)
+    save_every: int | None = setting(
+        None, "Iterations between checkpoints", means=_EVERY, more="Without `iterations` the rows decide.", at_least=1
+    )
     save_every_minutes: float | None = setting(None, "Also save after so many minutes", above=0)
     keep: int | None = setting(None, "Checkpoints to keep besides the best", means="all", at_least=1)
     early_stop: int | None = setting(None, "Stop after so many validations without a better loss", at_least=1)
@@ -296,15 +320,17 @@ class TrainConfig(DataConfig):
         require(known, f"fuse_aware cannot be {shown(self.fuse_aware)}.", example)
         known = isinstance(self.objective, Objective)
         require(known, f"objective cannot be {shown(self.objective)}.", "give settings, such as DPO(beta=0.3).")
-        require(self.warmup < self.iterations, "warmup must be shorter than the training itself.")
+        require(self.iterations is None or self.epochs is None, "iterations and epochs say the same.", "give one.")
+        long = self.iterations is None or self.warmup < self.iterations
+        require(long, "warmup must be shorter than the training itself.")
         falls = self.schedule_iterations is None or self.schedule != "constant"
         require(falls, "schedule_iterations needs a schedule that ends.", "use --schedule cosine or linear.")
         both = not self.grad_checkpoint or self.memory in ("auto", "blocks")
         require(both, f"grad_checkpoint computes blocks again, not {self.memory}.", "leave one of both out.")
-        with_unit = self.memory_limit is None or _is_size(self.memory_limit)
+        with_unit = self.memory_limit is None or is_size(self.memory_limit)
         require(with_unit, f"memory_limit cannot be '{self.memory_limit}'.", "write 12GB or 800MB.")
         end = self.schedule_iterations or self.iterations
-        require(self.warmup < end, "warmup must be shorter than the schedule.")
+        require(end is None or self.warmup < end, "warmup must be shorter than the schedule.")
         require(self.optimizer != "adam" or self.weight_decay == 0, "adam has no weight decay.", "use adamw.")
         texts = self.objective.rows == "texts"
         require(self.mask_prompt or not (texts and self.last_turn_only), "last_turn_only needs mask_prompt.")
@@ -313,16 +339,32 @@ class TrainConfig(DataConfig):
             f"{self.objective.name} cannot pack rows: it compares whole answers.",
             "train without --packing.",
         )
-        in_time = self.early_stop is None or self.eval_every < self.iterations
+        in_time = self.early_stop is None or self.iterations is None or self.course.eval_every < self.iterations
         require(in_time, "early_stop needs an evaluation before the end.", f"use --eval-every below {self.iterations}.")
         require(self.fuse_aware is not None or self.fuse_aware_from == 0, "fuse_aware_from needs fuse_aware.")
 
+    @property
+    def course(self) -> Course:
+        """When a run ends, validates and saves; what the rows decide is settled when they are known (`settled`)."""
+        return Course(self.iterations or MOST_BY_DEFAULT, self.eval_every or EVERY, self.save_every or EVERY)
 
-def _is_size(text: str) -> bool:
-    try:
-        return bytes_of(text) > 0
-    except ValueError:
-        return False
+
+def passes(training: TrainConfig, lines: int) -> float:
+    """How often a run goes through the rows that fill so many lines of batches: a row each, or a packed sequence."""
+    return training.course.iterations * training.grad_accumulation / -(-lines // training.batch_size)
+
+
+def settled(training: TrainConfig, lines: int) -> TrainConfig:
+    """The same settings with what was left to the rows, which fill so many lines of batches. Raises ConfigError where
+    a setting does not go with that."""
+    iterations, every = training.iterations, EVERY
+    if iterations is None:
+        updates = -(-lines // training.batch_size) / training.grad_accumulation  # in a pass
+        asked = math.ceil((training.epochs or PASSES) * updates - 1e-9)
+        iterations = max(asked, 1) if training.epochs else min(max(asked, LEAST_BY_DEFAULT), MOST_BY_DEFAULT)
+        every = min(max(iterations // 10, 1), EVERY)
+    evaluated, saved = training.eval_every or every, training.save_every or every
+    return dataclasses.replace(training, iterations=iterations, epochs=None, eval_every=evaluated, save_every=saved)
 
 
 def with_objective(training: TrainConfig, objective: Objective | str | None) -> TrainConfig:

@@ -136,10 +136,15 @@ class Feed:
         return replace(made, reference=reference.reshape(-1))
 
 
+def bins_of(rows: Sequence[Row], config: TrainConfig) -> list[list[int]]:
+    """The rows in each line of a batch: one, or several when packing."""
+    lengths = [len(row.tokens) for row in rows]
+    return fill_bins(lengths, config.max_seq_length) if config.packing else [[i] for i in range(len(rows))]
+
+
 def make_feed(rows: Sequence[Row], config: TrainConfig, *, gpu: bool, world: World | None = None) -> Feed:
     """Bins and padding for `rows`. Raises ConfigError if a batch is larger than the data."""
-    lengths = [len(row.tokens) for row in rows]
-    bins = fill_bins(lengths, config.max_seq_length) if config.packing else [[i] for i in range(len(rows))]
+    bins = bins_of(rows, config)
     if config.batch_size > len(bins):
         there = count(len(bins), "packed sequence" if config.packing else "row")
         raise ConfigError(
@@ -149,6 +154,12 @@ def make_feed(rows: Sequence[Row], config: TrainConfig, *, gpu: bool, world: Wor
     aside = mismatched(rows, config.max_seq_length) if config.objective.rows == "labeled" else ()
     # A new shape costs a GPU seconds of compilation; on a CPU the padding costs more.
     return Feed(rows, bins, config, 32 if gpu else 1, gpu, world or World(), aside)
+
+
+def largest_draw(rows: Sequence[Row], config: TrainConfig, gpu: bool, most: int | None = None) -> Draw:
+    """The update of the longest rows."""
+    feed = replace(make_feed(rows, config, gpu=gpu), most=most)
+    return feed.draw([np.argsort(feed.lengths)[-config.batch_size :]] * config.grad_accumulation)
 
 
 def mismatched(rows: Sequence[Row], max_seq_length: int) -> list[Row]:

@@ -30,7 +30,7 @@ def compiled(function: Callable, state: Any = None) -> Callable:
 
 def schedule_end(config: TrainConfig) -> int:
     """The last iteration of the schedule."""
-    return config.iterations if config.schedule_iterations is None else config.schedule_iterations
+    return config.course.iterations if config.schedule_iterations is None else config.schedule_iterations
 
 
 def learning_rate(config: TrainConfig, iteration: int) -> float:

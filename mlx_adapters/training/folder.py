@@ -15,7 +15,8 @@ from typing import Any
 from mlx_adapters.config.mapping import require, shown
 from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.data.datasets import DataSet, keep
-from mlx_adapters.errors import AdapterError
+from mlx_adapters.errors import AdapterError, FormatError
+from mlx_adapters.events import Note, OnEvent
 from mlx_adapters.models.adapter import Weights
 from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.sources import references, registry
@@ -28,7 +29,7 @@ from mlx_adapters.training import reference_model
 from mlx_adapters.training import state as states
 from mlx_adapters.training.recipe import settings_in
 from mlx_adapters.training.reference_model import Values
-from mlx_adapters.training.state import CURVES, RUN_RECIPE_FILE, State
+from mlx_adapters.training.state import CURVES, RUN_RECIPE_FILE, Checkpoint, State
 
 ARITHMETIC = ("mlx", "mlx-lm")  # the libraries that decide what is computed
 
@@ -85,8 +86,7 @@ class RunFolder:
 
     def require_space(self, *saved: Weights) -> None:
         """Raise StorageError, before there is anything to lose, if the disk has no room for a checkpoint."""
-        if self.writes:
-            paths.require_free_space(self.path, sum(a.nbytes for arrays in saved for a in arrays.values()))
+        paths.require_free_space(self.path, sum(a.nbytes for arrays in saved for a in arrays.values()))
 
     def update_recipe(self, recipe: dict[str, Any]) -> None:
         """Record the settings that a resumed run may change; what else the record holds stays."""
@@ -138,7 +138,7 @@ class RunFolder:
     def _derive(self, folder: Path, state: State) -> None:
         config, before = self.settings[1], _metadata_in(folder)
         chosen = chosen_by_hand(before)
-        states.prune(folder, config.keep, {state.best_iteration, chosen}, config.save_every)
+        states.prune(folder, config.keep, {state.best_iteration, chosen}, config.course.save_every)
         there = states.iterations(folder)
         meant = next((i for i in (chosen, state.best_iteration) if i in there), there[-1])
         states.link_weights(folder, meant)
@@ -159,6 +159,28 @@ class RunFolder:
             for name in ARITHMETIC
             if name in before and before[name] != now.get(name)
         ]
+
+    def newest(self, on_event: OnEvent) -> Checkpoint:
+        """The newest whole checkpoint; later ones are damaged and removed. Raises FormatError if there is none."""
+        if self.writes and states.drop_half_written(self.path):
+            on_event(Note("A half-written checkpoint was removed: the run ended while saving.", "warning"))
+        checkpoint, problems = states.newest(self.path)
+        if checkpoint is None and not problems:
+            raise FormatError(f"'{self.reference}' cannot be resumed: it has no checkpoint.", "start it anew.")
+        if checkpoint is None:
+            raise FormatError(
+                f"No checkpoint of '{self.reference}' is whole: {' '.join(problems)}",
+                f"begin a new run with its weights: --init-from {self.reference}.",
+            )
+        for problem in problems:
+            on_event(Note(f"{problem} Taking the checkpoint before it.", "warning"))
+        if others := self.other_versions():
+            text = f"The run goes on with other versions ({', '.join(others)}), so not to the bit as it would have."
+            on_event(Note(text, "warning"))
+        if self.writes:
+            states.drop_after(self.path, checkpoint.state.iteration)
+        self.refresh(checkpoint.state)  # a crash may have come between a save and its links
+        return checkpoint
 
     def how_to_resume(self) -> str:
         """What to type to go on."""
@@ -185,7 +207,7 @@ class RunFolder:
         lora, config = self.settings
         losses = {"train": dict(state.train_losses), "validation": dict(state.validation_losses)}
         rank = max([lora.rank, *lora.ranks.values()])
-        done = state.iteration >= config.iterations
+        done = state.iteration >= config.course.iterations
         return {
             "name": self.path.name,
             "source": "train",

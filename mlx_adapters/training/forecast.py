@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mlx_adapters.config.mapping import from_mapping
-from mlx_adapters.config.training import LoraConfig, TrainConfig
+from mlx_adapters.config.training import LoraConfig, TrainConfig, settled
 from mlx_adapters.data.batches import Batch
 from mlx_adapters.data.datasets import Data, read_data
 from mlx_adapters.data.tokenizing import Row
@@ -28,7 +28,7 @@ from mlx_adapters.models.dense import weight_shape
 from mlx_adapters.models.layers import named_layers
 from mlx_adapters.models.loading import load_module, load_tokenizer_of
 from mlx_adapters.optimization.distributed import World
-from mlx_adapters.optimization.feed import Draw, make_feed
+from mlx_adapters.optimization.feed import bins_of, largest_draw, make_feed
 from mlx_adapters.optimization.probe import Prober, adapter_bytes, first_block, weight_bytes
 from mlx_adapters.optimization.step import Again, MemoryPlan, chunk_rows
 from mlx_adapters.optimization.through_rounding import plan_rounding
@@ -87,7 +87,8 @@ class Estimate(Table):
     `seconds_per_iteration` is for a batch of the mean size, None if it was not timed; `largest_batch` is
     (rows, tokens). `ladder` holds the ways to need less, the cheapest first; a run takes the first that fits, whose
     parts and peak these are. `advice` names single changes that would make it fit, with the peak each leads to.
-    `full_finetune_bytes`, for comparison: weights, gradients and both of Adam's moments in float32.
+    `iterations`: those of the run. `full_finetune_bytes`, for comparison: weights, gradients and both of Adam's moments
+    in float32.
     """
 
     parts: Parts
@@ -99,6 +100,7 @@ class Estimate(Table):
     largest_batch: tuple[int, int]
     trainable_parameters: int
     full_finetune_bytes: int
+    iterations: int
     ladder: tuple[Rung, ...] = ()
 
 
@@ -132,6 +134,7 @@ def estimate(
     tokenizer = load_tokenizer_of(resolved, training.template)
     rows = setup.tokenize_split(read_data(data, read=training), "train", tokenizer, training, on_event)
     setup.require_readable(rows, resolved)
+    training = settled(training, len(bins_of(rows, training)))
     return estimate_rows(resolved, rows, lora, training, timed)
 
 
@@ -159,6 +162,7 @@ def estimate_rows(
         largest.tokens.shape,
         trained_parameters(module, lora, setup.adapter_config(module, lora).keys),
         16 * parameters,
+        training.course.iterations,
         tuple(rung for rung, *_ in steps),
     )
 
@@ -237,7 +241,7 @@ def _ladder(
     """The ways that are left open, and then the last of them with fewer and fewer rows at a time; each is measured as
     it is asked for."""
     plans = [(MemoryPlan(again), 0) for again in _asked(training)]
-    lines = largest_draw(rows, training).batches[0].tokens
+    lines = largest_draw(rows, training, on_gpu()).batches[0].tokens
     each = lines.size // training.batch_size
     few = training.batch_size
     while few > 1:
@@ -253,18 +257,12 @@ def _ladder(
 def _needs_little(base: Base, rows: Sequence[Row], training: TrainConfig) -> bool:
     """Whether a bound that is never reached, from shapes alone, is an eighth of the memory there is."""
     module, config = load_module(base)
-    tokens, blocks = largest_draw(rows, training).batches[0].tokens, len(module.layers)
+    tokens, blocks = largest_draw(rows, training, on_gpu()).batches[0].tokens, len(module.layers)
     shapes = [weight_shape(layer)[-2:] for _, layer in named_layers(module) if "weight" in layer]
     wide = sum(shape[-1] + 2 * shape[0] for shape in shapes if len(shape) > 1)
     scores = blocks * int(config.get("num_attention_heads", 128)) * tokens.shape[1]
     most = weight_bytes(module, training.dtype) + 4 * tokens.size * 4 * (wide + scores)
     return most <= _usable(training) / 8
-
-
-def largest_draw(rows: Sequence[Row], training: TrainConfig, most: int | None = None) -> Draw:
-    """The update of the longest rows."""
-    feed = replace(make_feed(rows, training, gpu=on_gpu()), most=most)
-    return feed.draw([np.argsort(feed.lengths)[-training.batch_size :]] * training.grad_accumulation)
 
 
 def forecast(
@@ -273,7 +271,7 @@ def forecast(
     """Predict the peak, part by part, and give the largest batch."""
     memory = memory or MemoryPlan(_asked(training)[0])
     prober = _prober(base, lora, training, memory)
-    draw = largest_draw(rows, training, memory.positions)
+    draw = largest_draw(rows, training, on_gpu(), memory.positions)
     largest = max(draw.batches, key=lambda batch: batch.tokens.size)
     module, _ = load_module(base)
     reached = len(module.layers) - first_block(prober.adapter, len(module.layers))

@@ -99,7 +99,7 @@ class Loop:
     @property
     def unfinished(self) -> bool:
         """Whether there are iterations to do."""
-        return self.state.iteration < self.config.iterations and not self.state.stopped_early
+        return self.state.iteration < self.config.course.iterations and not self.state.stopped_early
 
     def _end(self) -> None:
         """Save what there is. Raises what ended the run, but for `Stop`."""
@@ -150,11 +150,11 @@ class Loop:
         if not self.unfinished or state.iteration % config.report_every == 0:
             self._report()
         self._conclude()
-        self.on_event(Progress("train", state.iteration, config.iterations, "iteration"))
+        self.on_event(Progress("train", state.iteration, config.course.iterations, "iteration"))
 
     def _is_due(self, iteration: int) -> bool:
         """Whether the iteration ends with an evaluation."""
-        return iteration == self.config.iterations or iteration % self.config.eval_every == 0
+        return iteration == self.config.course.iterations or iteration % self.config.course.eval_every == 0
 
     def _conclude(self) -> None:
         """Evaluate, stop early and save, if that is due."""
@@ -253,7 +253,7 @@ class Loop:
         self.on_event(
             TrainReport(
                 state.iteration,
-                self.config.iterations,
+                self.config.course.iterations,
                 loss,
                 learning_rate(self.config, state.iteration),
                 trained / seconds,
@@ -271,7 +271,7 @@ class Loop:
 
     def _tell_pace(self) -> None:
         """After three iterations of warm-up and three more: how long one takes, and the rest."""
-        state, left = self.state, self.config.iterations - self.state.iteration
+        state, left = self.state, self.config.course.iterations - self.state.iteration
         self._steps += 1
         if self._steps == WARM_UP:
             self._warm = (state.seconds, state.real_tokens)
@@ -301,7 +301,7 @@ class Loop:
     def _save_is_due(self) -> bool:
         minutes = self.config.save_every_minutes
         timed = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
-        return timed or self.state.iteration % self.config.save_every == 0
+        return timed or self.state.iteration % self.config.course.save_every == 0
 
     def save(self) -> None:
         """Write a checkpoint of this moment."""

@@ -4,19 +4,24 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from mlx_adapters.config.mapping import from_mapping, to_mapping
-from mlx_adapters.config.training import LoraConfig, TrainConfig
-from mlx_adapters.data.datasets import DataSet
+from mlx_adapters.config.training import LoraConfig, Objective, TrainConfig, settled
+from mlx_adapters.data.datasets import Data, DataSet
 from mlx_adapters.data.tokenizing import Row
-from mlx_adapters.errors import FormatError, IncompatibleError, NotFoundError
+from mlx_adapters.errors import ConfigError, FormatError, IncompatibleError, NotFoundError
+from mlx_adapters.events import OnEvent
 from mlx_adapters.models import metadata
-from mlx_adapters.models.base import Base
+from mlx_adapters.models.adapter import Adapter, AdapterLike
+from mlx_adapters.models.base import Base, BaseLike
+from mlx_adapters.optimization.distributed import World
 from mlx_adapters.optimization.optimizers import learning_rate, schedule_end
 from mlx_adapters.storage import files
+from mlx_adapters.system.interrupt import Interrupt
 from mlx_adapters.training.state import RUN_RECIPE_FILE, VERSION
 
 KINDS = metadata.WholeRecord(
@@ -27,7 +32,70 @@ KINDS = metadata.WholeRecord(
     world_size=int,
 )
 # Settings that may differ when a run goes on: they do not change what is computed up to then.
-FREE = ("iterations", "schedule_iterations", "keep", "save_every_minutes", "early_stop", "memory", "memory_limit")
+FREE = (
+    "iterations",
+    "epochs",
+    "schedule_iterations",
+    "keep",
+    "save_every_minutes",
+    "early_stop",
+    "memory",
+    "memory_limit",
+)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """How a run is watched and stopped, and with whom it runs."""
+
+    world: World
+    interrupt: Interrupt
+    on_event: OnEvent
+    forecast: bool
+    dry: bool  # nothing is written
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `train` was asked for, as it was typed."""
+
+    base: BaseLike | None
+    data: Data | None
+    lora: LoraConfig | None
+    training: TrainConfig | None
+    objective: Objective | str | None
+    init_from: AdapterLike | None
+    reference: AdapterLike | None
+    command: str | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `train` was asked for, resolved."""
+
+    base: Base
+    data: DataSet
+    lora: LoraConfig
+    training: TrainConfig
+    adapter: Adapter | None
+    reference: Adapter | None
+    command: str | None
+    watched: Watched
+
+    @property
+    def world(self) -> World:
+        """The processes of the run."""
+        return self.watched.world
+
+    @property
+    def on_event(self) -> OnEvent:
+        """Who watches."""
+        return self.watched.on_event
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process keeps what is trained."""
+        return self.world.leads and not self.watched.dry
 
 
 def make_recipe(
@@ -105,6 +173,17 @@ def settings_in(recipe: Mapping[str, Any]) -> tuple[LoraConfig, TrainConfig]:
     """The settings that a recipe holds."""
     where = "the run's recipe"
     return from_mapping(LoraConfig, recipe["lora"], where), from_mapping(TrainConfig, recipe["training"], where)
+
+
+def resumed(training: TrainConfig, recipe: Mapping[str, Any]) -> TrainConfig:
+    """The settings of a run that goes on: what they leave to the rows is as the run began. Raises ConfigError."""
+    before, lines = settings_in(recipe)[1].course, recipe.get("lines")
+    if training.epochs is None:
+        training, lines = replace(training, iterations=training.iterations or before.iterations), 1
+    if not isinstance(lines, int) or lines < 1:
+        raise ConfigError("The run does not say how many rows an epoch has.", "resume it with --iterations.")
+    evaluated, saved = training.eval_every or before.eval_every, training.save_every or before.save_every
+    return settled(replace(training, eval_every=evaluated, save_every=saved), lines)
 
 
 def require_same(old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> None:

@@ -40,7 +40,7 @@ OnBatch = Callable[[int, int], None]
 def drawn_by(feeds: Mapping[str, Feed], config: TrainConfig) -> dict[str, list[np.ndarray]]:
     """The batches whose values a run of `config` needs: those of training as far as they are of the first epoch, and
     those of a validation."""
-    batches = {"train": config.iterations * config.grad_accumulation, "valid": config.eval_batches}
+    batches = {"train": config.course.iterations * config.grad_accumulation, "valid": config.eval_batches}
     seeds = {"train": config.seed, "valid": 0}
     return {
         split: epoch_batches(feed.lengths, feed.config.batch_size, seeds[split], 0)[: batches[split]]

@@ -1,21 +1,22 @@
 """`train`, the public function: check all that can be checked, then run the loop in a locked folder."""
 
 import contextlib
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters.config.mapping import require
-from mlx_adapters.config.training import LoraConfig, Objective, TrainConfig, with_objective
-from mlx_adapters.data.datasets import Data, DataSet, hold_out, read_again, read_data
-from mlx_adapters.errors import ConfigError, FormatError, TrainingError
+from mlx_adapters.config.mapping import require, to_mapping
+from mlx_adapters.config.training import LoraConfig, Objective, TrainConfig, passes, settled, with_objective
+from mlx_adapters.data.datasets import Data, hold_out, read_again, read_data
+from mlx_adapters.errors import ConfigError, TrainingError
 from mlx_adapters.events import Note, OnEvent, ignore, log_warnings, noting
-from mlx_adapters.models.adapter import Adapter, AdapterLike
-from mlx_adapters.models.base import Base, BaseLike
+from mlx_adapters.models.adapter import AdapterLike
+from mlx_adapters.models.base import BaseLike
 from mlx_adapters.models.loading import load_model, load_tokenizer_of
 from mlx_adapters.optimization import distributed
-from mlx_adapters.optimization.distributed import World
+from mlx_adapters.optimization.feed import bins_of
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.lookup import load_adapter
 from mlx_adapters.sources.references import Reference
@@ -29,50 +30,20 @@ from mlx_adapters.training.folder import RunFolder, arithmetic, place_of
 from mlx_adapters.training.forecast import memory_of_run
 from mlx_adapters.training.loop import Loop
 from mlx_adapters.training.recipe import (
+    Asked,
+    Request,
+    Watched,
     differences,
     make_recipe,
     rate_jump,
     read_recipe,
     require_same,
+    resumed,
     settings_in,
     text_record,
 )
-from mlx_adapters.training.state import Checkpoint, TrainRun
+from mlx_adapters.training.state import Checkpoint, TrainPlan, TrainRun
 from mlx_adapters.units import count
-
-
-@dataclass(frozen=True)
-class _Watched:
-    """How a run is watched and stopped, and with whom it runs."""
-
-    world: World
-    interrupt: Interrupt
-    on_event: OnEvent
-    forecast: bool
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What `train` was asked for, resolved."""
-
-    base: Base
-    data: DataSet
-    lora: LoraConfig
-    training: TrainConfig
-    adapter: Adapter | None
-    reference: Adapter | None
-    command: str | None
-    watched: _Watched
-
-    @property
-    def world(self) -> World:
-        """The processes of the run."""
-        return self.watched.world
-
-    @property
-    def on_event(self) -> OnEvent:
-        """Who watches."""
-        return self.watched.on_event
 
 
 def train(
@@ -123,72 +94,122 @@ def train(
         >>> print(ma.train(name="mine", resume=True, training=more).final)
         mine@6
     """
-    place, path = place_of(name)
-    world, interrupt = distributed.start(), Interrupt()
-    on_event, notes = noting(interrupt.heeding(on_event if world.leads else ignore))
-    asked = {"name": name, "resume": resume, "overwrite": overwrite, "init_from": init_from is not None}
-    with contextlib.ExitStack() as held:
-        with world.starting():
-            world.require_equal(lambda: {**asked, **arithmetic()}, differences)
-            watched = _Watched(world, interrupt, on_event, forecast)
-            if resume:
-                new = init_from is None and reference is None and not overwrite
-                require(new, "A resumed run goes on as it is: no init_from, no reference, no overwrite.")
-                old = world.share(lambda: read_recipe(path))
-                request = _as_it_was(old, path, base, data, lora, training, objective, watched)
-                loop = _resume(request, old, place, path, held)
-            else:
-                world.share(lambda: replacing.refuse_existing(path, overwrite, ADAPTER_OUTPUT))
-                request = _new(base, data, lora, training, objective, init_from, reference, command, watched)
-                loop = _begin(request, place, path, overwrite, held)
+    on_event, notes = noting(on_event)
+    asked = Asked(base, data, lora, training, objective, init_from, reference, command)
+    with _opened(name, asked, resume, overwrite, forecast, on_event) as loop:
         return replace(_run(loop), notes=tuple(notes))
 
 
-def _as_it_was(
-    old: dict[str, Any],
-    path: Path,
-    base: BaseLike | None,
-    data: Data | None,
-    lora: LoraConfig | None,
-    training: TrainConfig | None,
-    objective: Objective | str | None,
-    watched: _Watched,
-) -> _Request:
+def plan_training(
+    base: BaseLike | None = None,
+    data: Data | None = None,
+    *,
+    name: str,
+    lora: LoraConfig | None = None,
+    training: TrainConfig | None = None,
+    resume: bool = False,
+    init_from: AdapterLike | None = None,
+    objective: Objective | str | None = None,
+    reference: AdapterLike | None = None,
+    overwrite: bool = False,
+    forecast: bool = False,
+    on_event: OnEvent = log_warnings,
+) -> TrainPlan:
+    """What `train` would do with the same arguments, after refusing all that it would refuse. Keeps nothing.
+
+    Args:
+        base: as for `train`, and so are all others.
+        data: the rows.
+        name: where the adapter would be kept.
+        lora: what is adapted.
+        training: how long, and on how much at a time.
+        resume: whether a run would go on.
+        init_from: what it would start from.
+        objective: what is learned.
+        reference: of DPO and KTO; what it says of the rows is not computed.
+        overwrite: replace an adapter of this name.
+        forecast: predict the peak memory.
+        on_event: called with notes.
+
+    Raises what `train` raises before its first step.
+
+    Example:
+        >>> plan = ma.plan_training("demo", "data/sql", name="planned", training=ma.TrainConfig(epochs=2))
+        >>> plan.iteration, plan.passes
+        (0, 2.0)
+    """
+    asked = Asked(base, data, lora, training, objective, init_from, reference, None)
+    with _opened(name, asked, resume, overwrite, forecast, on_event, dry=True) as loop:
+        return TrainPlan(
+            loop.folder.path,
+            loop.folder.recipe["base"]["name"],
+            len(loop.feed.rows),
+            sum(map(len, loop.validation.drawn)) if loop.validation else 0,
+            loop.state.iteration,
+            loop.config.course.iterations,
+            passes(loop.config, len(loop.feed.bins)),
+            loop.config.course.eval_every,
+            loop.config.course.save_every,
+            len(loop.train_step.adapted),
+            sum(weight.size for weight in loop.train_step.weights.values()),
+        )
+
+
+@contextlib.contextmanager
+def _opened(
+    name: str, asked: Asked, resume: bool, overwrite: bool, forecast: bool, on_event: OnEvent, dry: bool = False
+) -> Iterator[Loop]:
+    """A run that is ready for its next step, and everything refused that can be; what it locks is free afterwards."""
+    place, path = place_of(name)
+    world, interrupt = distributed.start(), Interrupt()
+    on_event = interrupt.heeding(on_event if world.leads else ignore)
+    with contextlib.ExitStack() as held:
+        with world.starting():
+            equal = {"name": name, "resume": resume, "overwrite": overwrite, "init_from": asked.init_from is not None}
+            world.require_equal(lambda: {**equal, **arithmetic()}, differences)
+            watched = Watched(world, interrupt, on_event, forecast, dry)
+            if resume:
+                new = asked.init_from is None and asked.reference is None and not overwrite
+                require(new, "A resumed run goes on as it is: no init_from, no reference, no overwrite.")
+                old = world.share(lambda: read_recipe(path))
+                loop = _resume(_as_it_was(old, path, asked, watched), old, place, path, held)
+            else:
+                world.share(lambda: replacing.refuse_existing(path, overwrite, ADAPTER_OUTPUT))
+                loop = _begin(_new(asked, watched), place, path, overwrite, held)
+        yield loop
+
+
+def _as_it_was(old: dict[str, Any], path: Path, asked: Asked, watched: Watched) -> Request:
     """What a resumed run does: as its recipe says, but for what is given."""
-    lora, training = lora or settings_in(old)[0], training or settings_in(old)[1]
-    rows = read_again(old["data"]["source"], path, read=training) if data is None else read_data(data, read=training)
-    base = resolve_base(base or old["base"]["name"])
-    return _Request(base, rows, lora, with_objective(training, objective), None, None, old["command"], watched)
+    lora, training = asked.lora or settings_in(old)[0], asked.training or settings_in(old)[1]
+    if asked.data is None:
+        rows = read_again(old["data"]["source"], path, read=training)
+    else:
+        rows = read_data(asked.data, read=training)
+    training = resumed(with_objective(training, asked.objective), old)
+    return Request(
+        resolve_base(asked.base or old["base"]["name"]), rows, lora, training, None, None, old["command"], watched
+    )
 
 
-def _new(
-    base: BaseLike | None,
-    data: Data | None,
-    lora: LoraConfig | None,
-    training: TrainConfig | None,
-    objective: Objective | str | None,
-    init_from: AdapterLike | None,
-    reference: AdapterLike | None,
-    command: str | None,
-    watched: _Watched,
-) -> _Request:
-    if base is None or data is None:
+def _new(asked: Asked, watched: Watched) -> Request:
+    if asked.base is None or asked.data is None:
         raise ConfigError("A new run needs a base model and data.", "give both, or resume a run.")
-    training = with_objective(training or TrainConfig(), objective)
-    compares = training.objective.reference
-    require(reference is None or compares, f"{training.objective.name} compares with no reference model.")
-    adapter = load_adapter(init_from) if init_from is not None else None
-    if adapter and compares and reference is None:
+    training = with_objective(asked.training or TrainConfig(), asked.objective)
+    compares, judge = training.objective.reference, asked.reference
+    require(judge is None or compares, f"{training.objective.name} compares with no reference model.")
+    adapter = load_adapter(asked.init_from) if asked.init_from is not None else None
+    if adapter and compares and judge is None:
         text = f"The reference is the base alone; reference='{adapter.name}' would be what training starts from."
         watched.on_event(Note(text))
-    lora = lora or (setup.lora_of(adapter) if adapter else LoraConfig())
+    lora = asked.lora or (setup.lora_of(adapter) if adapter else LoraConfig())
     training = setup.with_template_of(training, adapter)
-    rows, judge = read_data(data, read=training), load_adapter(reference) if reference is not None else None
-    return _Request(resolve_base(base), rows, lora, training, adapter, judge, command, watched)
+    rows, held_against = read_data(asked.data, read=training), load_adapter(judge) if judge is not None else None
+    return Request(resolve_base(asked.base), rows, lora, training, adapter, held_against, asked.command, watched)
 
 
-def _begin(request: _Request, reference: Reference, path: Path, overwrite: bool, held: contextlib.ExitStack) -> Loop:
-    folder = RunFolder(reference, path, {}, held, writes=request.world.leads, overwrite=overwrite)
+def _begin(request: Request, reference: Reference, path: Path, overwrite: bool, held: contextlib.ExitStack) -> Loop:
+    folder = RunFolder(reference, path, {}, held, writes=request.writes, overwrite=overwrite)
 
     def claim() -> None:  # before the model loads: of two runs of one new name the later one ends here
         held.enter_context(training_lock(path))
@@ -201,10 +222,10 @@ def _begin(request: _Request, reference: Reference, path: Path, overwrite: bool,
 
 
 def _resume(
-    request: _Request, old: dict[str, Any], reference: Reference, path: Path, held: contextlib.ExitStack
+    request: Request, old: dict[str, Any], reference: Reference, path: Path, held: contextlib.ExitStack
 ) -> Loop:
     world = request.world
-    folder = RunFolder(reference, path, old, held, writes=world.leads, begun=True)
+    folder = RunFolder(reference, path, old, held, writes=request.writes, begun=True)
     checkpoints: list[Checkpoint] = []
 
     def look() -> dict[str, Any]:
@@ -212,7 +233,7 @@ def _resume(
         folder.hold()
         if read_recipe(path) != old:
             raise TrainingError(f"'{reference}' has just been replaced by another run.", "look at it and try again.")
-        checkpoints.append(_newest(folder, request))
+        checkpoints.append(folder.newest(request.on_event))
         return asdict(checkpoints[0].state)
 
     state = states.state_from(world.share(look))
@@ -226,28 +247,6 @@ def _resume(
     mine = checkpoints[0] if checkpoints else Checkpoint(state, {}, {})
     checkpoint = Checkpoint(state, world.share_arrays(mine.weights), world.share_arrays(mine.optimizer))
     return _prepare(request, folder, checkpoint)
-
-
-def _newest(folder: RunFolder, request: _Request) -> Checkpoint:
-    """The newest whole checkpoint; later ones are damaged and removed. Raises FormatError if there is none."""
-    if states.drop_half_written(folder.path):
-        request.on_event(Note("A half-written checkpoint was removed: the run ended while saving.", "warning"))
-    checkpoint, problems = states.newest(folder.path)
-    if checkpoint is None and not problems:
-        raise FormatError(f"'{folder.reference}' cannot be resumed: it has no checkpoint.", "start it anew.")
-    if checkpoint is None:
-        raise FormatError(
-            f"No checkpoint of '{folder.reference}' is whole: {' '.join(problems)}",
-            f"begin a new run with its weights: --init-from {folder.reference}.",
-        )
-    for problem in problems:
-        request.on_event(Note(f"{problem} Taking the checkpoint before it.", "warning"))
-    if others := folder.other_versions():
-        text = f"The run goes on with other versions ({', '.join(others)}), so not to the bit as it would have."
-        request.on_event(Note(text, "warning"))
-    states.drop_after(folder.path, checkpoint.state.iteration)
-    folder.refresh(checkpoint.state)  # a crash may have come between a save and its links
-    return checkpoint
 
 
 def _run(loop: Loop) -> TrainRun:
@@ -276,7 +275,7 @@ def _now() -> str:
     return datetime.now().astimezone().isoformat()
 
 
-def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None) -> Loop:
+def _prepare(request: Request, folder: RunFolder, checkpoint: Checkpoint | None) -> Loop:
     """Load the model, tokenize the rows, add the layers, and compare a resumed run with what it was."""
     lora, training = request.lora, request.training
     resumed = checkpoint is not None
@@ -305,10 +304,14 @@ def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None
         rows, held_out = (
             setup.tokenize_split(data, s, tokenizer, training, request.on_event) for s in ("train", "valid")
         )
+    lines = len(bins_of(rows, training))
+    training = settled(training, lines)
+    recipe |= {"training": to_mapping(training), "lines": lines}
     recipe["text"] = text_record(tokenizer, {"train": rows, "valid": held_out})
     request.world.require_equal(lambda: {"recipe": recipe}, differences)
     if resumed:
         require_same(folder.recipe, recipe, str(folder.reference))
+    request.on_event(Note(setup.told_passes(training, len(rows), lines)))
     setup.require_validation(held_out, training, request.on_event)
     setup.require_readable((*rows, *held_out), request.base)
     told, say = request.watched.forecast, request.on_event
@@ -316,7 +319,8 @@ def _prepare(request: _Request, folder: RunFolder, checkpoint: Checkpoint | None
     model = load_model(request.base, dtype=training.dtype, gradients=True)
     feeds = setup.make_feeds(rows, held_out, training, request.world)
     kept = folder.path if folder.begun else None
-    reference = reference_model.of_run(model, feeds, training, recipe, kept, request.reference, request.on_event)
+    judge, dry = request.reference, request.watched.dry
+    reference = {} if dry else reference_model.of_run(model, feeds, training, recipe, kept, judge, request.on_event)
     config = setup.add_layers(model, lora, training.seed)
     adapted = setup.adapted_layers(model.module, config)
     if request.adapter is not None:

@@ -10,7 +10,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_adapters.config.mapping import require
-from mlx_adapters.config.training import LoraConfig, TrainConfig
+from mlx_adapters.config.training import LoraConfig, TrainConfig, passes
 from mlx_adapters.data.batches import make_batch
 from mlx_adapters.data.datasets import DataSet
 from mlx_adapters.data.preferences import tokenize_for
@@ -47,7 +47,7 @@ from mlx_adapters.starts.ranks import module_ranks, stored_rank
 from mlx_adapters.storage.tensor_names import LORA_A, MAGNITUDE, split
 from mlx_adapters.system.door import mx, nn, refusals
 from mlx_adapters.system.machine import on_gpu
-from mlx_adapters.units import count
+from mlx_adapters.units import count, number
 
 ALONE = World()
 
@@ -130,10 +130,10 @@ def _require_norms(module: nn.Module) -> None:
     norms = {name: m for name, m in tree_flatten(module.trainable_parameters()) if split(name)[1] == MAGNITUDE}
     zeros = {split(name)[0]: (m == 0).sum() for name, m in norms.items()}
     mx.eval(zeros)
-    for path, number in zeros.items():
-        if number.item():
+    for path, of_layer in zeros.items():
+        if of_layer.item():
             raise ConfigError(
-                f"{count(number.item(), 'row')} of '{path}' hold only zeros, and DoRA divides by their norm.",
+                f"{count(of_layer.item(), 'row')} of '{path}' hold only zeros, and DoRA divides by their norm.",
                 "train LoRA, or leave the layer out of --target-modules.",
             )
 
@@ -208,6 +208,14 @@ def tokenize_split(
         kind, other = ("good", "bad") if labels == {True} else ("bad", "good")
         on_event(Note(f"All answers are {kind} ones: nothing tells the model what a {other} one is.", "warning"))
     return done.rows
+
+
+def told_passes(training: TrainConfig, rows: int, lines: int) -> str:
+    """How long a run is, in passes over its rows, which fill so many lines of batches."""
+    often = passes(training, lines)
+    packed = f" in {count(lines, 'packed sequence')}" if training.packing else ""
+    through = f"{number(often)} {'pass' if often == 1 else 'passes'} over {count(rows, 'row')}{packed}"
+    return f"{count(training.course.iterations, 'iteration')} = {through}."
 
 
 def require_validation(rows: tuple[Row, ...], config: TrainConfig, on_event: OnEvent) -> None:

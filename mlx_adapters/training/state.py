@@ -83,7 +83,7 @@ class State:
                 f"to go on all the same, resume it with --early-stop above {old.early_stop}.",
             )
         self.stopped_early = False
-        if self.iteration >= new.iterations:
+        if self.iteration >= new.course.iterations:
             raise TrainingError(
                 f"'{reference}' has finished its {count(self.iteration, 'iteration')}.",
                 f"to train on, resume it with --iterations above {self.iteration}.",
@@ -97,6 +97,42 @@ class Checkpoint:
     state: State
     weights: Weights
     optimizer: Weights
+
+
+@dataclass(frozen=True)
+class TrainPlan(Table):
+    """What a run would do.
+
+    Args:
+        folder: where the adapter would lie.
+        base: the model's name.
+        rows: those that are trained.
+        validation_rows: those of one validation.
+        iteration: where it would go on; 0 for a new run.
+        iterations: the last one.
+        passes: how often all iterations go through the rows.
+        eval_every: iterations between validations.
+        save_every: iterations between checkpoints.
+        adapted_layers: how many layers are adapted.
+        trained_parameters: how many numbers the adapter has.
+
+    Example:
+        >>> plan = ma.plan_training("demo", "data/sql", name="planned", training=ma.TrainConfig(iterations=60))
+        >>> plan.iterations, plan.folder.exists()
+        (60, False)
+    """
+
+    folder: Path
+    base: str
+    rows: int
+    validation_rows: int
+    iteration: int
+    iterations: int
+    passes: float
+    eval_every: int
+    save_every: int
+    adapted_layers: int
+    trained_parameters: int
 
 
 @dataclass(frozen=True)

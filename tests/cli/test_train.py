@@ -204,6 +204,7 @@ SETTINGS = {
     ),
     "--init": (["--init", "pissa"], {"lora.init": "pissa"}),
     "--original": (["--init", "loftq", "--original", "a/b"], {"lora.init": "loftq", "lora.original": "a/b"}),
+    "--epochs": (["--epochs", "1.5"], {"training.epochs": 1.5}),
     "--memory": (["--memory", "mlp"], {"training.memory": "mlp"}),
     "--memory-limit": (["--memory-limit", "12GB"], {"training.memory_limit": "12GB"}),
     "--data": (["--data", "elsewhere"], {"data": "elsewhere"}),
@@ -250,7 +251,8 @@ def test_no_option_is_forgotten_here():
     elsewhere = {
         "--trust-remote-code",
         "--reference",
-    }  # tests/models/test_own_code.py, tests/training/test_preferences.py
+        "--dry-run",
+    }  # tests/models/test_own_code.py, tests/training/test_preferences.py, tests/cli/test_small_data.py
     assert options == SETTINGS.keys() | ACTIONS.keys() | elsewhere
     assert all(callable(globals()[test]) for test in ACTIONS.values())
 

@@ -65,7 +65,7 @@ WAYS = {
     "adafactor": Way({}, {"optimizer": "adafactor", "schedule": "linear", **CLIPPED}),
     "muon": Way({}, {"optimizer": "muon", "grad_accumulation": 2, **CLIPPED}),
     "muon, experts": Way({}, {"optimizer": "muon", **CLIPPED}, {"architecture": "qwen3_moe"}),
-    "without dropout": Way({"dropout": 0.0}, {"text_column": "completion", **CLIPPED}),
+    "without dropout": Way({"dropout": 0.0}, {"text_column": "completion", "iterations": None, "epochs": 2, **CLIPPED}),
     "some modules": Way(
         {"target_modules": ("q_proj", "v_proj"), "num_layers": 1, "ranks": {"v_proj": 2}},
         {"prompt_column": "completion", "completion_column": "prompt"},

@@ -223,6 +223,7 @@ def test_target_modules_and_num_layers_choose_the_keys(observe):
 def test_no_setting_is_forgotten_here():
     elsewhere = {
         "iterations",
+        "epochs",
         "report_every",
         "eval_every",
         "save_every",
