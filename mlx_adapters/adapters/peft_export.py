@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_adapters.checkpoints.originals import layout_of
-from mlx_adapters.display.readmes import stamp
 from mlx_adapters.errors import HubError, NotFoundError
 from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.models.adapter import Adapter, AdapterLike
@@ -19,6 +18,7 @@ from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.demo_base import DEMO_BASE
 from mlx_adapters.storage import files, paths, replacing, tensor_files, tensor_names
 from mlx_adapters.storage.hf_names import EMBEDDINGS, PEFT_OUTPUT, PEFT_SCALE, PEFT_WEIGHTS_FILE
+from mlx_adapters.storage.replacing import stamp
 from mlx_adapters.storage.tensor_names import CONFIG_FILE
 
 NAME_BASE = "name the base it was trained on with --base."

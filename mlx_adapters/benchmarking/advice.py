@@ -9,15 +9,13 @@ from dataclasses import dataclass
 
 from mlx_adapters.benchmarking.measurements import METRICS, ShapeRow, VariantFigures
 from mlx_adapters.benchmarking.reports import Report
-from mlx_adapters.benchmarking.words import phrase
+from mlx_adapters.benchmarking.words import TOLERANCE, phrase
 from mlx_adapters.display.tables import Table
 from mlx_adapters.errors import ConfigError, FormatError
 from mlx_adapters.evaluation.statistics import Ratio
 from mlx_adapters.evaluation.variants import label_of
 from mlx_adapters.models.adapter import AdapterLike
 from mlx_adapters.units import count, number, size
-
-TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
@@ -105,14 +103,11 @@ class _Judge:
     ) -> None:
         self.report, self.rows, self.adapter = report, rows, adapter
         self.memory, self.tolerance = memory, tolerance
-        bare = [row for row in rows.values() if not row.adapter_bytes]
-        fingerprint = adapter.conditions["fingerprint"]
-        self.base = next((row for row in bare if row.conditions["fingerprint"] == fingerprint), None)
-        self.fused = [row for row in bare if row.conditions["fingerprint"] != fingerprint]
+        self.base, self.fused = report.around(adapter)
         self.batch = batch or report.config.batch[0]
         if self.batch not in report.config.batch:
             raise ConfigError(f"Batch size {batch} was not measured.", f"measured: {report.config.batch}.")
-        self.quality = {e["variant"]: e for e in report.quality.get("evaluations", ()) if not e.get("error")}
+        self.quality = report.judged
 
     def shape(self, row: VariantFigures) -> ShapeRow:
         """The row at the longest prompt of the wanted batch size."""
@@ -137,15 +132,9 @@ class _Judge:
                 return comparison.ratio
         raise FormatError(f"The report lacks figures of '{label}' and '{other}' to compare.", "measure again.")
 
-    def lost(self, row: VariantFigures) -> float | None:
-        """KL(adapter ‖ fused) over KL(adapter ‖ base), None if it was not measured."""
-        mine = self.quality.get(row.label, {}).get("kl")
-        base = self.quality.get(self.base.label, {}).get("kl") if self.base else None
-        return mine["value"] / base["value"] if mine and base and base["value"] > 0 else None
-
     def keeps(self, row: VariantFigures) -> bool:
         """Whether the fused row keeps the fine-tune; what was not measured is not believed."""
-        lost = self.lost(row)
+        lost = self.report.lost(row, self.base)
         return lost is not None and lost <= self.tolerance
 
     def storage(self, adapters: int) -> Storage:
@@ -187,7 +176,7 @@ class _Judge:
     def _quality(self) -> list[str]:
         lines = []
         for row in self.fused:
-            lost, judged = self.lost(row), self.quality.get(row.label)
+            lost, judged = self.report.lost(row, self.base), self.quality.get(row.label)
             if lost is None or judged is None:
                 lines.append(
                     f"'{row.label}': what fusing loses was not measured, so it is not advised (give --quality)."

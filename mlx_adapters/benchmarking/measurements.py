@@ -4,7 +4,7 @@ Each process's raw result is kept; rows and ratios are computed from those, so t
 again by a later version and compared with something new.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self
@@ -125,8 +125,10 @@ class Measurements:
     def readable(self) -> Self:
         """The same with short names for folders: what people read. What is saved keeps the references."""
         names = short_names(self.labels)
-        if list(names) == list(names.values()):
-            return self
+        return self if list(names) == list(names.values()) else self.renamed(names)
+
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """The same with each variant under another name."""
         quality = {**self.quality}
         if quality:
             evaluations = [{**e, "variant": names.get(e["variant"], e["variant"])} for e in quality["evaluations"]]
@@ -144,6 +146,24 @@ class Measurements:
         judged = {e["variant"]: e["error"] for e in self.quality.get("evaluations", ())}
         errors = {row.label: row.error or judged.get(row.label) for row in self.rows}
         return {label: error for label, error in errors.items() if error}
+
+    @property
+    def judged(self) -> dict[str, dict[str, Any]]:
+        """Label -> evaluation of the variants whose quality was measured."""
+        return {e["variant"]: e for e in self.quality.get("evaluations", ()) if not e.get("error")}
+
+    def around(self, adapter: VariantFigures) -> tuple[VariantFigures | None, list[VariantFigures]]:
+        """The bare base of an adapter, and the fused models: what has weights of its own and no adapter on it."""
+        bare = [row for row in self.rows if row.error is None and not row.adapter_bytes]
+        mine = adapter.conditions["fingerprint"]
+        base = next((row for row in bare if row.conditions["fingerprint"] == mine), None)
+        return base, [row for row in bare if row.conditions["fingerprint"] != mine]
+
+    def lost(self, fused: VariantFigures, base: VariantFigures | None) -> float | None:
+        """KL(adapter ‖ fused) over KL(adapter ‖ base): the share of the fine-tune that fusing undid. None if it was not
+        measured."""
+        mine, whole = (self.judged.get(row.label, {}).get("kl") if row else None for row in (fused, base))
+        return mine["value"] / whole["value"] if mine and whole and whole["value"] > 0 else None
 
     def of(self, label: str) -> list[Run]:
         """The runs of a variant, in the order of the rounds."""

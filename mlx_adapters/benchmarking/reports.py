@@ -10,10 +10,11 @@ from typing import Any
 
 from mlx_adapters.benchmarking import words
 from mlx_adapters.benchmarking.measurements import COMPARED, FORMAT, METRICS, Measurements, Run, VariantFigures
-from mlx_adapters.benchmarking.page import plots
+from mlx_adapters.benchmarking.page import details, overview
 from mlx_adapters.benchmarking.schedule import BenchmarkConfig
 from mlx_adapters.config.mapping import from_mapping
 from mlx_adapters.display.notebook import html_block, html_pictures, html_table
+from mlx_adapters.display.svg import picture
 from mlx_adapters.display.tables import Table, flat, named
 from mlx_adapters.errors import FormatError
 from mlx_adapters.evaluation.statistics import Ratio, unpaired_ratio
@@ -37,8 +38,11 @@ class Report(Measurements, Table):
 
     def _repr_html_(self) -> str:
         shown = self.readable
-        remarks = [f"<p>{escape(text)}</p>" for text in (*words.head(shown), *words.sentences(shown))]
-        return html_block("Benchmark", html_table(*words.table(shown)), *remarks, html_pictures(plots(shown)))
+        drawn = {title: picture(chart) for title, chart in overview(shown).items()}
+        spread = {title: picture(chart) for title, chart in details(shown).items()}
+        remarks = "".join(f"<p>{escape(text)}</p>" for text in (*words.head(shown), *words.sentences(shown)))
+        folded = f"<details><summary>Spread and method</summary>{remarks}{html_pictures(spread)}</details>"
+        return html_block(words.verdict(shown), html_pictures(drawn), html_table(*words.table(shown)), folded)
 
 
 def read_report(path: Path) -> Report:

@@ -9,6 +9,7 @@ from mlx_adapters.units import count, number, size
 
 HEADERS = ("VARIANT", "LOAD s", "TTFT ms", "PREFILL tok/s", "DECODE tok/s", "PEAK", "DISK")
 TOO_FEW = "(too few rounds to say)"
+TOLERANCE = 0.01  # a fused model that undoes no more of the fine-tune keeps it
 TELLING = 2  # an interval that reaches over a factor of two says nothing
 WORDS = {"tok/s": ("faster", "slower"), "s": ("longer", "shorter"), "B": ("more", "less")}
 
@@ -27,7 +28,7 @@ def head(report: Measurements) -> list[str]:
         f"{name}, {count(m['cores'], 'core')}, {size(m['memory_bytes'])} memory, {m['system']}; {versions}",
         f"{prompts} {lengths} tokens, {c.decode_tokens} decoded, batch {', '.join(map(str, c.batch))}; "
         f"{count(c.rounds, 'round')} of fresh processes, {count(c.trials, 'trial')} each: median (smallest-largest)",
-        f"compared by each round's best trial, decoding by its fastest {steps} in a row",
+        f"differences are of what was least disturbed: each round's best trial, in decoding its best {steps} in a row",
         *arithmetic(report.rows),
         *_quality_head(report),
     ]
@@ -37,6 +38,8 @@ def _quality_head(report: Measurements) -> list[str]:
     if not report.quality:
         return []
     data, reference = report.quality["data"], report.quality["reference"]
+    if "said" in data:
+        return [data["said"]]
     against = f"; KL and same top token against {reference}" if reference else ""
     return [f"quality on {data['rows']} {data['split']} rows of {data['source']}, loss in nats per token{against}"]
 
@@ -93,30 +96,119 @@ def _cold_notes(report: Measurements) -> list[str]:
     return [f"Cold load: the file cache could not be dropped wholly ({share:.0%} of the bytes came from the disk)."]
 
 
-def table(report: Measurements) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Headers and lines; with several shapes there is one line for each, with quality more columns."""
+def verdict(report: Measurements) -> str:
+    """What the figures come to, in a sentence."""
+    rows = [row for row in report.rows if row.error is None and row.shapes]
+    if not rows:
+        return "Nothing could be measured."
+    adapter = next((row for row in rows if row.adapter_bytes), None)
+    base, fused = report.around(adapter) if adapter else (None, [])
+    if adapter is None or not fused:
+        return _of_the_best(rows) if adapter is None or base is None else _of_an_adapter(report, adapter, base)
+    kept = [row for row in fused if keeps(report, row, adapter, base)]
+    if kept:
+        best = min(kept, key=_size)
+        told, cost = _told(report, best, adapter, base), _cost(report, best, adapter)
+        return f"{best.label} keeps the fine-tune: {told}; {cost}."
+    far = {row.label: _distance(report, row) for row in fused if row.label in report.judged}
+    if not far:
+        small = min(fused, key=_size)
+        return f"Quality was not measured (--quality DATA); {small.label}: {_cost(report, small, adapter)}."
+    near = next(row for row in fused if row.label == min(far, key=far.__getitem__))
+    return f"No fused model keeps the fine-tune; {near.label} comes nearest: {_told(report, near, adapter, base)}."
+
+
+def _distance(report: Measurements, row: VariantFigures) -> float:
+    """By what is known of a row: its KL, else its loss, else the share of wrong answers."""
+    known = {key: found["value"] for key in ("kl", "loss", "score") if (found := report.judged[row.label].get(key))}
+    return known.get("kl", known.get("loss", 1 - known.get("score", 0.0)))
+
+
+def keeps(report: Measurements, fused: VariantFigures, adapter: VariantFigures, base: VariantFigures | None) -> bool:
+    """Whether a fused model is known to keep the fine-tune: by its distance from the adapter, else by its score."""
+    lost = report.lost(fused, base)
+    if lost is not None:
+        return lost <= TOLERANCE
+    scores = [report.judged.get(row.label, {}).get("score") or {} for row in (fused, adapter)]
+    return scores[0].get("value", -1) >= scores[1].get("value", 0)
+
+
+def _size(row: VariantFigures) -> int:
+    return row.size_bytes or 0
+
+
+def _told(report: Measurements, row: VariantFigures, adapter: VariantFigures, base: VariantFigures | None) -> str:
+    """The quality of a row, with the adapter's and the base's for scale."""
+    others = [(name, report.judged.get(one.label, {})) for name, one in (("adapter", adapter), ("base", base)) if one]
+    mine = report.judged[row.label]
+    if mine.get("score"):
+        scale = ", ".join(f"{name} {e['score']['value']:.1%}" for name, e in others if e.get("score"))
+        return f"{mine['score']['value']:.1%} right ({scale})"
+    if mine.get("kl"):
+        same = f"same token {mine['same_top']['value']:.1%}, " if mine.get("same_top") else ""
+        scale = "".join(f" (base {number(e['kl']['value'])})" for name, e in others if name == "base" and e.get("kl"))
+        return f"{same}KL {number(mine['kl']['value'], 2)}{scale}"
+    scale = ", ".join(f"{name} {number(e['loss']['value'])}" for name, e in others if e.get("loss"))
+    return f"loss {number(mine['loss']['value'])} ({scale})"
+
+
+def _cost(report: Measurements, row: VariantFigures, adapter: VariantFigures) -> str:
+    """Size and speed of a fused model beside the adapter on its base."""
+    beside = "instead of" if _size(row) < _size(adapter) else "against"
+    sizes = f"{size(row.size_bytes)} {beside} {size(adapter.size_bytes)}"
+    speeds = [f"{number(one.shapes[0].decode_tps.median)}" for one in (row, adapter)]
+    ratio = next((c.ratio for c in report.compare(row.label, adapter.label, "decode_tps")), None)
+    if ratio is None or ratio.low is None:
+        return f"{sizes}, {' against '.join(speeds)} tok/s"
+    if not ratio.differs:
+        return f"{sizes}, and decodes as fast as far as {count(report.config.rounds, 'round')} can tell"
+    return f"{sizes}, and decodes {number(ratio.value, 2)} times as fast"
+
+
+def _of_an_adapter(report: Measurements, adapter: VariantFigures, base: VariantFigures) -> str:
+    told = f"{_told(report, adapter, base, None)}; " if adapter.label in report.judged else ""
+    return f"{adapter.label} on its base: {told}{_cost(report, adapter, base)}."
+
+
+def _of_the_best(rows: Sequence[VariantFigures]) -> str:
+    """Which is fastest and which smallest."""
+    fast = max(rows, key=lambda row: row.shapes[0].decode_tps.median)
+    small = min(rows, key=_size)
+    speed, least = f"{number(fast.shapes[0].decode_tps.median)} tok/s", size(small.size_bytes)
+    if len(rows) == 1:
+        return f"{fast.label} decodes {speed} and takes {least}."
+    if fast is small:
+        return f"{fast.label} decodes fastest ({speed}) and is the smallest ({least})."
+    return f"{fast.label} decodes fastest ({speed}), {small.label} is the smallest ({least})."
+
+
+def table(report: Measurements, ranges: bool = True) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headers and lines; with several shapes there is one line for each, with quality more columns.
+
+    ranges: with the smallest and the largest value beside each median.
+    """
     many = len(report.config.shapes) > 1
     quality = quality_cells(report)
     headers = (HEADERS[0], *(["PROMPT x BATCH"] if many else []), *HEADERS[1:], *quality.get("", ()))
     lines = []
     for row in report.rows:
         for shape in row.shapes or (None,):
-            line = cells(row, shape, many) + quality.get(row.label, ())
+            line = cells(row, shape, many, ranges) + quality.get(row.label, ())
             lines.append(line + ("",) * (len(headers) - len(line)))
     return headers, lines
 
 
-def cells(row: VariantFigures, shape: ShapeRow | None, many: bool) -> tuple[str, ...]:
+def cells(row: VariantFigures, shape: ShapeRow | None, many: bool, ranges: bool = True) -> tuple[str, ...]:
     """One line of the table, without quality."""
     if shape is None or row.load_seconds is None:
         return (row.label, *[""] * many, "failed")
     return (
         row.label,
         *([f"{shape.prompt_tokens} x {shape.batch}"] if many else []),
-        spread(row.load_seconds, 3),
-        spread(shape.ttft_seconds, 3, 1000),
-        spread(shape.prefill_tps),
-        spread(shape.decode_tps),
+        spread(row.load_seconds, 3, ranges=ranges),
+        spread(shape.ttft_seconds, 3, 1000, ranges),
+        spread(shape.prefill_tps, ranges=ranges),
+        spread(shape.decode_tps, ranges=ranges),
         size(shape.peak_memory_bytes),
         size(row.size_bytes),
     )
@@ -136,10 +228,10 @@ def quality_cells(report: Measurements) -> dict[str, tuple[str, ...]]:
     return cells
 
 
-def spread(summary: Summary, digits: int = 3, factor: float = 1.0) -> str:
+def spread(summary: Summary, digits: int = 3, factor: float = 1.0, ranges: bool = True) -> str:
     """ "median (smallest-largest)"."""
     low, middle, high = (number(v * factor, digits) for v in (summary.minimum, summary.median, summary.maximum))
-    return f"{middle} ({low}-{high})" if summary.count > 1 else middle
+    return f"{middle} ({low}-{high})" if ranges and summary.count > 1 else middle
 
 
 def percent(ratio: float) -> float:
@@ -148,7 +240,7 @@ def percent(ratio: float) -> float:
 
 
 def phrase(metric: str, ratio: Ratio) -> str:
-    """A ratio in words: "8.0 % slower [6.1, 9.8]" or "no difference seen [-1.2, +2.0] %"."""
+    """A ratio in words: "8.0 % slower [6.1, 9.8]" or "the same within noise [-1.2, +2.0] %"."""
     up, down = WORDS[METRICS[metric].unit]
     value, low, high = (None if v is None else percent(v) for v in (ratio.value, ratio.low, ratio.high))
     if low is None or high is None or value is None:
@@ -156,7 +248,7 @@ def phrase(metric: str, ratio: Ratio) -> str:
     if not ratio.differs and 1 + high / 100 > TELLING * (1 + low / 100):
         return f"too few or too noisy rounds to tell [{low:+.0f}, {high:+.0f}] %"
     if not ratio.differs:
-        return f"no difference seen [{low:+.1f}, {high:+.1f}] %"
+        return f"the same within noise [{low:+.1f}, {high:+.1f}] %"
     bounds = sorted((abs(low), abs(high)))
     return f"{abs(value):.1f} % {up if ratio.value > 1 else down} [{bounds[0]:.1f}, {bounds[1]:.1f}]"
 
@@ -188,5 +280,14 @@ def markdown(report: Measurements) -> str:
     rows = ["| " + " | ".join(line) + " |" for line in (headers, right, *lines)]
     remarks = [f"- {text}" for text in (*head(report), *sentences(report), *failures(report), *notes(report))]
     return "\n".join(
-        [*rows, "", *remarks, "", f"`{report.command}`, {report.created}" if report.command else report.created, ""]
+        [
+            verdict(report),
+            "",
+            *rows,
+            "",
+            *remarks,
+            "",
+            f"`{report.command}`, {report.created}" if report.command else report.created,
+            "",
+        ]
     )

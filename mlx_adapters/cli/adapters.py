@@ -216,20 +216,20 @@ def _show_losses(details: "Details") -> None:
 
 def _plot(details: "Details", path: Path) -> None:
     from mlx_adapters.adapters.inspecting import figures_of, loss_unit
-    from mlx_adapters.display import png, svg
+    from mlx_adapters.display import charts, png, svg
     from mlx_adapters.errors import ConfigError, NotFoundError
     from mlx_adapters.storage import files
 
-    formats = {".svg": lambda *chart: svg.line_chart(*chart).encode(), ".png": png.line_chart}
-    draw = formats.get(path.suffix.lower())
-    if draw is None:
+    ending = path.suffix.lower()
+    if ending not in (".svg", ".png"):
         raise ConfigError(f"'{path}' must end in .png or .svg.")
     losses = _losses(details)
     if not losses:
         raise NotFoundError(f"No losses are recorded for '{details.name}'.")
     losses |= {f"{kind} margin": curve for kind, curve in figures_of(details.metadata, "margin").items()}
+    chart = charts.lines(losses, details.name, "iteration", loss_unit(details.metadata))
     with files.atomic_file(path) as stream:
-        stream.write(draw(losses, details.name, "iteration", loss_unit(details.metadata)))
+        stream.write(png.picture(chart) if ending == ".png" else svg.picture(chart).encode())
     _output.note(f"Losses drawn in {path}")
 
 

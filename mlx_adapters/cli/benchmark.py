@@ -56,7 +56,7 @@ class Percent(click.ParamType):
 @option(EvaluationConfig, "max_rows", help="With --quality: judge only so many rows, evenly spaced.")
 @click.option("-o", "--output", type=OUTPUT_FILE, help="Save the report as JSON.")
 @click.option("--markdown", type=OUTPUT_FILE, help="Write it as Markdown.")
-@click.option("--html", type=OUTPUT_FILE, help="Write it as one HTML file with plots.")
+@click.option("--html", type=OUTPUT_FILE, help="Write it as a page: the verdict, a chart, the figures.")
 @click.option("--plots", type=OUTPUT_FOLDER, help="Write the plots as SVG and PNG into a folder.")
 @click.option("--against", type=UserPath(exists=True, dir_okay=False, path_type=Path), help="An older saved report.")
 @click.option("--fail-over", type=Percent(), metavar="5%", help="With --against: fail if something got worse by more.")
@@ -133,7 +133,7 @@ def save(report: "Report", output: Path | None, markdown: Path | None, html: Pat
     if html:
         files.write_text(html, page.html(report))
     if plots:
-        for title, chart in page.charts(report).items():
+        for title, chart in (page.overview(report) | page.details(report)).items():
             name = "".join(c if c.isalnum() else "-" for c in title.lower()).strip("-")
             files.write_text(plots / f"{name}.svg", svg.picture(chart))
             with files.atomic_file(plots / f"{name}.png") as stream:
@@ -141,7 +141,7 @@ def save(report: "Report", output: Path | None, markdown: Path | None, html: Pat
 
 
 def show(report: "Report", old: "Report | None" = None) -> None:
-    """Head, table, differences, changes and notes, to stdout; warnings to stderr."""
+    """Head, table, differences, changes and the verdict, to stdout; warnings to stderr."""
     from mlx_adapters.benchmarking import words
     from mlx_adapters.benchmarking.reports import changes, other_conditions
 
@@ -160,3 +160,4 @@ def show(report: "Report", old: "Report | None" = None) -> None:
             _output.warn(f"The older report was made under other conditions: {note}.")
     for note in words.notes(report):
         _output.warn(note)
+    _output.out(words.verdict(report))

@@ -75,10 +75,9 @@ def _show(result: "DemoResult") -> None:
     _output.table(("VARIANT", "ANSWER"), answers)
     asked = count(result.variants[0].questions, "test question")
     _output.out(f"\nExecution accuracy on {asked} (wordings that training never showed):")
-    distance = {str(fused.folder): fused.fidelity for fused in result.fused}
     rows = []
     for v in result.variants:
-        fidelity = distance.get(v.reference)
+        fidelity = result.fused[v.label].fidelity if v.label in result.fused else None
         far = (_output.number(fidelity.kl_mean), f"{fidelity.same_top:.1%}") if fidelity else ("-", "-")
         rows.append((v.label, f"{v.accuracy:.1%}", f"{v.right}/{v.questions}", *far, _output.duration(v.seconds)))
     _output.table(("VARIANT", "ACCURACY", "RIGHT", "KL", "SAME TOKEN", "TIME"), rows, right=(1, 2, 3, 4, 5))
@@ -87,7 +86,7 @@ def _show(result: "DemoResult") -> None:
     show(result.report)
     _output.out(f"\nSeconds: {', '.join(f'{step} {s:.0f}' for step, s in result.seconds.items())}")
     places = [("base model", result.base_folder), ("data", result.data_folder), ("adapter", result.adapter_folder)]
-    places += [("benchmark", result.report_file)]
-    places += [(f"fused, {bits} bits", fused.folder) for bits, fused in zip((8, 4), result.fused, strict=True)]
+    places += [("the page of it all", result.report_file)]
+    places += [(label, fused.folder) for label, fused in result.fused.items()]
     _output.table(("WHAT", "WHERE"), [(what, str(where)) for what, where in places])
     _output.out(f"\nAsk it yourself: mlx-adapters generate --adapter {result.adapter} 'List the Physics courses.'")

@@ -1,10 +1,13 @@
-"""The whole way on the embedded data: train, fuse to 8 and 4 bits, ask, score and measure."""
+"""The whole way on the embedded data: train, fuse to 8 and 4 bits, ask, score and measure.
+
+Beside the two fuses stands one that rounds to nearest, as `mlx_lm.fuse` does, so that one sees what it costs.
+"""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mlx_adapters.benchmarking.page import html
 from mlx_adapters.benchmarking.reports import Report
@@ -14,8 +17,10 @@ from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.data.datasets import spread
 from mlx_adapters.demo.catalog import DATABASE_FILE, SCHEMA_PROMPT, demo_questions, write_demo_data
 from mlx_adapters.errors import AdapterError
+from mlx_adapters.evaluation.figures import Evaluation
 from mlx_adapters.evaluation.scores import greedy_answers
 from mlx_adapters.evaluation.sqlite import Database, is_correct
+from mlx_adapters.evaluation.statistics import Mean, mean
 from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.fusion.result import FuseResult
@@ -49,6 +54,7 @@ class DemoPlan:
 
 LORA = LoraConfig(rank=8, scale=20.0)
 REPORT_FILE = "benchmark.html"
+NEAREST = FuseOptions(method="nearest")
 AT_ONCE = 40  # prompts answered together; more cost memory and save little
 MAX_TOKENS = 48  # the longest gold query has 27
 # A high rate that falls to zero: few iterations have to do.
@@ -109,7 +115,7 @@ class DemoResult:
     data_folder: Path
     adapter_folder: Path
     adapter: str
-    fused: tuple[FuseResult, ...]
+    fused: dict[str, FuseResult]
     question: str
     gold: str
     variants: tuple[DemoVariant, ...]
@@ -144,15 +150,19 @@ def run_demo(quick: bool = False, retrain: bool = False, on_event: OnEvent = log
     base = clock.step("model", "1/6 The model: SmolLM2-135M-Instruct", lambda: demo_base_folder(on_event))
     data = clock.step("data", "2/6 The data: questions about a course catalog", lambda: _data(folder / "catalog"))
     clock.step("train", f"3/6 Training the adapter '{plan.name}'", lambda: _train(plan, data, retrain, on_event))
-    fused = clock.step("fuse", "4/6 Fusing to 8 and to 4 bits", lambda: _fuse(plan, folder, on_event))
+    fused = clock.step(
+        "fuse", "4/6 Fusing to 8 and to 4 bits, and to 4 by rounding to nearest", lambda: _fuse(plan, folder, on_event)
+    )
     variants = clock.step(
         "score",
         f"5/6 Answering {count(plan.questions, 'test question')} with each variant",
         lambda: _score(plan, data, fused, on_event),
     )
     report = clock.step("benchmark", "6/6 Measuring speed and memory", lambda: _measure(plan, variants, on_event))
+    report = report.renamed({v.reference: v.label for v in variants})
     # What the steps before it did to the machine's load is no other program's doing.
-    report = replace(report, warnings=tuple(warnings(before, system_state(), report.machine["cores"])))
+    told = tuple(warnings(before, system_state(), report.machine["cores"]))
+    report = replace(report, warnings=told, quality=_quality(plan, variants, fused))
     files.write_text(folder / REPORT_FILE, html(report))
     shown = demo_questions()["test"][0]
     return DemoResult(
@@ -199,17 +209,20 @@ def _train(plan: DemoPlan, data: Path, retrain: bool, on_event: OnEvent) -> None
     )
 
 
-def _fuse(plan: DemoPlan, folder: Path, on_event: OnEvent) -> tuple[FuseResult, ...]:
-    def one(bits: int) -> FuseResult:
-        out = folder / f"{plan.name}-{bits}bit"
-        return fuse(
-            DEMO_BASE, plan.name, out, quantization=bits, options=plan.fusing, overwrite=True, on_event=on_event
-        )
+def _fuse(plan: DemoPlan, folder: Path, on_event: OnEvent) -> dict[str, FuseResult]:
+    def one(bits: int, options: FuseOptions, ending: str = "") -> FuseResult:
+        out = folder / f"{plan.name}-{bits}bit{ending}"
+        return fuse(DEMO_BASE, plan.name, out, quantization=bits, options=options, overwrite=True, on_event=on_event)
 
-    return one(8), one(4)
+    nearest = replace(NEAREST, check_rows=plan.fusing.check_rows)
+    return {
+        "8 bits": one(8, plan.fusing),
+        "4 bits": one(4, plan.fusing),
+        "4 bits, nearest": one(4, nearest, "-nearest"),
+    }
 
 
-def _score(plan: DemoPlan, data: Path, fused: tuple[FuseResult, ...], on_event: OnEvent) -> tuple[DemoVariant, ...]:
+def _score(plan: DemoPlan, data: Path, fused: dict[str, FuseResult], on_event: OnEvent) -> tuple[DemoVariant, ...]:
     """Every variant on the same questions. The base, which has not learned the schema, is told it."""
     asked = spread(demo_questions()["test"], plan.questions)
     database = Database(data / DATABASE_FILE)
@@ -225,8 +238,8 @@ def _score(plan: DemoPlan, data: Path, fused: tuple[FuseResult, ...], on_event: 
     scores = [score("base, told the schema", "base", model, {"role": "system", "content": SCHEMA_PROMPT})]
     model.attach(load_adapter(plan.name))
     scores.append(score("adapter", plan.name, model))
-    for bits, result in zip((8, 4), fused, strict=True):
-        scores.append(score(f"fused, {bits} bits", str(result.folder), load_model(resolve_base(result.folder))))
+    for label, result in fused.items():
+        scores.append(score(label, str(result.folder), load_model(resolve_base(result.folder))))
     return tuple(scores)
 
 
@@ -241,3 +254,23 @@ def _measure(plan: DemoPlan, variants: tuple[DemoVariant, ...], on_event: OnEven
         cold_load=False,
         on_event=on_event,
     )
+
+
+def _quality(plan: DemoPlan, variants: tuple[DemoVariant, ...], fused: dict[str, FuseResult]) -> dict[str, Any]:
+    """What the steps before found, as a benchmark's report has it: right answers, and the distances of the checks."""
+    found = {label: result.fidelity for label, result in fused.items()}
+    one = next(fidelity for fidelity in found.values() if fidelity)
+    figures = {
+        variants[0].label: (one.loss_base, one.base_kl, one.base_same_top),
+        variants[1].label: (one.loss_adapter, 0.0, 1.0),
+    } | {label: (f.loss_fused, f.kl_mean, f.same_top) for label, f in found.items() if f}
+    said = (
+        f"right answers: of {count(plan.questions, 'test question')}, by running the query; loss, KL and same top "
+        f"token against the adapter: on {count(one.rows, 'row')} kept aside, the base without the schema"
+    )
+    judged = []
+    for v in variants:
+        loss, kl, same = (None if x is None else Mean(x, None, one.rows) for x in figures[v.label])
+        score = mean([1.0] * v.right + [0.0] * (v.questions - v.right))
+        judged.append(Evaluation(v.label, v.questions, one.tokens, loss, kl, same, score).to_json())
+    return {"data": {"said": said}, "score": "sqlite", "reference": variants[1].label, "evaluations": judged}

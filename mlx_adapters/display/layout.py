@@ -1,13 +1,17 @@
-"""What charts consist of, whatever draws them: marks, at places in pixels from the upper left corner."""
+"""What charts consist of, whatever draws them: marks, at places in pixels from the upper left corner.
+
+`named` finds each dot a place for its name, where it crosses no line, no dot and no other name.
+"""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from mlx_adapters.units import columns
 
 COLORS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#6b7280")
-GRAY = "#808080"
-INK = "#767676"  # of a `Chart`
-LEFT, RIGHT, TOP, BOTTOM = 56, 16, 30, 40
+INK = "#767676"  # of text and axes, readable on light and dark pages
 
 Points = Sequence[tuple[float, float]]
 
@@ -18,7 +22,7 @@ class Rule:
 
     start: tuple[float, float]
     end: tuple[float, float]
-    color: str = GRAY
+    color: str = INK
     width: float = 1
     opacity: float = 1
     round: bool = False
@@ -80,6 +84,19 @@ class Chart:
     marks: Sequence[Mark]
 
 
+def moved(mark: Mark, down: float) -> Mark:
+    """The same mark lower in the picture."""
+    match mark:
+        case Rule(start=(x, y), end=(x2, y2)):
+            return replace(mark, start=(x, y + down), end=(x2, y2 + down))
+        case Curve():
+            return replace(mark, points=[(x, y + down) for x, y in mark.points])
+        case Dot(center=(x, y)):
+            return replace(mark, center=(x, y + down))
+        case Label(place=(x, y)) | Box(place=(x, y)):
+            return replace(mark, place=(x, y + down))
+
+
 def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[float]:
     """About `count` round numbers that cover `low` to `high`; `whole`: no fractions."""
     span = (high - low) or abs(high) or 1.0
@@ -103,33 +120,87 @@ def finite(series: Mapping[str, Points]) -> dict[str, list[tuple[float, float]]]
     return kept
 
 
-def line_marks(
-    series: Mapping[str, Points], title: str, x_label: str, y_label: str, width: int, height: int
-) -> list[Mark]:
-    """The marks of a chart of `series` (name -> (x, y) points) with grid, axis labels and a legend."""
-    kept = finite(series)
-    places = [x for points in kept.values() for x, _ in points]
-    xs = ticks(min(places), max(places), whole=all(x.is_integer() for x in map(float, places)))
-    ys = ticks(min(y for p in kept.values() for _, y in p), max(y for p in kept.values() for _, y in p))
-    right, bottom = width - RIGHT, height - BOTTOM
+class Area(NamedTuple):
+    """A rectangle: left, top, right, bottom."""
 
-    def at(x: float, y: float) -> tuple[float, float]:
-        across = (x - xs[0]) / ((xs[-1] - xs[0]) or 1)
-        up = (y - ys[0]) / ((ys[-1] - ys[0]) or 1)
-        return LEFT + across * (right - LEFT), bottom - up * (bottom - TOP)
+    left: float
+    top: float
+    right: float
+    bottom: float
 
-    marks: list[Mark] = [
-        Label((width / 2, 16), title, "middle", 14),
-        Label(((LEFT + right) / 2, height - 6), x_label, "middle"),
-        Label((14, (TOP + bottom) / 2), y_label, "middle", turned=True),
-    ]
-    for y in ys:
-        _, level = at(xs[0], y)
-        marks += [Rule((LEFT, level), (right, level), opacity=0.25), Label((LEFT - 6, level + 4), f"{y:g}", "end")]
-    marks += [Label((at(x, ys[0])[0], bottom + 16), f"{x:g}", "middle") for x in xs]
-    for number, (name, points) in enumerate(kept.items()):
-        color, level = COLORS[number % len(COLORS)], TOP + 14 + 18 * number
-        marks.append(Curve([at(*point) for point in points], color, len(points) <= 40))
-        marks.append(Rule((right - 150, level - 4), (right - 132, level - 4), color, 3))
-        marks.append(Label((right - 126, level), name, "start"))
-    return marks
+    def meets(self, other: "Area") -> bool:
+        """Whether both cover a place."""
+        across = self.left < other.right and other.left < self.right
+        return across and self.top < other.bottom and other.top < self.bottom
+
+    def wider(self, by: float) -> "Area":
+        """The same with room around it."""
+        return Area(self.left - by, self.top - by, self.right + by, self.bottom + by)
+
+    def cut_to(self, frame: "Area") -> "Area":
+        """The part of it in `frame`."""
+        left, top = max(self.left, frame.left), max(self.top, frame.top)
+        return Area(left, top, min(self.right, frame.right), min(self.bottom, frame.bottom))
+
+    def crossed(self, line: Rule) -> bool:
+        """Whether a straight line passes through: what is left of it after clipping at the four sides."""
+        (x, y), (x2, y2) = line.start, line.end
+        first, last = 0.0, 1.0
+        sides = ((x, x2 - x, self.left, self.right), (y, y2 - y, self.top, self.bottom))
+        for start, step, low, high in sides:
+            if step == 0:
+                if not low < start < high:
+                    return False
+                continue
+            near, far = sorted(((low - start) / step, (high - start) / step))
+            first, last = max(first, near), min(last, far)
+        return first < last
+
+
+def area_of(mark: Label | Dot) -> Area:
+    """What a name or a dot covers. Letters differ by font; none that draws a chart is wider on average."""
+    if isinstance(mark, Dot):
+        (x, y), r = mark.center, mark.radius
+        return Area(x - r, y - r, x + r, y + r)
+    (x, y), width = mark.place, 0.62 * mark.size * columns(mark.text)
+    left = x - width * {"start": 0, "middle": 0.5, "end": 1}[mark.anchor]
+    return Area(left, y - 0.85 * mark.size, left + width, y + 0.3 * mark.size)
+
+
+def named(dots: Sequence[tuple[str, Dot]], lines: Sequence[Rule], frame: Area) -> list[list[Mark]]:
+    """For each dot its name and, where that is not beside the dot, the line from the dot to it.
+
+    Places near the dot come first. A name that finds no place in the frame gives no marks.
+    """
+    taken, drawn = [area_of(dot) for _, dot in dots], list(lines)
+    placed = list[list[Mark]]()
+    for name, dot in dots:
+        blocking = [area_of(other) for _, other in dots if other.center != dot.center] + taken[len(dots) :]
+        placed.append([])
+        for label, leader in _places(name, dot):
+            area = area_of(label)
+            if area != area.cut_to(frame) or any(area.meets(other) for other in taken):
+                continue
+            if any(area.wider(2).crossed(line) for line in drawn) or (
+                leader and any(b.crossed(leader) for b in blocking)
+            ):
+                continue
+            taken.append(area)
+            drawn += [leader] if leader else []
+            placed[-1] = [leader, label] if leader else [label]
+            break
+    return placed
+
+
+def _places(name: str, dot: Dot) -> Iterator[tuple[Label, Rule | None]]:
+    """Where a dot's name may stand: around it, then farther and farther away, with a line."""
+    x, y = dot.center
+    sides = ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (1, 1), (-1, -1), (-1, 1))
+    for distance in (4, 16, 30, 46, 64, 84):
+        for across, down in sides:
+            reach = dot.radius + distance * (0.75 if across and down else 1)
+            end = x + across * reach, y + down * reach
+            baseline = end[1] + {-1: -4, 0: 4, 1: 11}[down]
+            label = Label((round(end[0], 1), round(baseline, 1)), name, ("end", "middle", "start")[across + 1])
+            start = x + across * dot.radius * 0.7, y + down * dot.radius * 0.7
+            yield label, Rule(start, end, dot.color, opacity=0.7) if distance > 4 else None

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from mlx_adapters.display.charts import lines
 from mlx_adapters.display.layout import Points
-from mlx_adapters.display.svg import line_chart
+from mlx_adapters.display.svg import picture
 from mlx_adapters.events import Event, Note, OnEvent, Progress, TrainReport, ValidationReport
 from mlx_adapters.units import number
 
@@ -51,7 +52,7 @@ def loss_curve(train: Points, validation: Points) -> str:
     """The losses by iteration as an SVG, "" if there are too few to draw a line."""
     series = {"training": train, "validation": validation}
     drawn = {name: [(float(x), float(y)) for x, y in points] for name, points in series.items() if len(points) > 1}
-    return line_chart(drawn, "Loss", "iteration", "nats per token") if drawn else ""
+    return picture(lines(drawn, "Loss", "iteration", "nats per token")) if drawn else ""
 
 
 def progress_bar() -> OnEvent:

@@ -1,30 +1,15 @@
 """Charts as SVG text, readable on light and dark pages."""
 
-from collections.abc import Mapping
 from html import escape
 
-from mlx_adapters.display.layout import GRAY, INK, Box, Chart, Curve, Dot, Label, Mark, Points, Rule, line_marks
-
-
-def line_chart(
-    series: Mapping[str, Points], title: str, x_label: str, y_label: str, width: int = 640, height: int = 320
-) -> str:
-    """An SVG of `series` (name -> (x, y) points) with axes and a legend. Points that are not finite are left out.
-
-    Raises ValueError if no point is left.
-    """
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'font-family="system-ui, sans-serif" font-size="12" fill="{GRAY}">'
-    )
-    marks = line_marks(series, title, x_label, y_label, width, height)
-    return "\n".join([head, *map(_element, marks), "</svg>"]) + "\n"
+from mlx_adapters.display.layout import INK, Box, Chart, Curve, Dot, Label, Mark, Rule
 
 
 def picture(chart: Chart) -> str:
-    """An SVG of a chart that scales with the page; a page may set the color of its text with CSS."""
+    """An SVG of a chart, at most as wide as the page; a page may set its width and the color of its text with CSS."""
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {chart.width} {chart.height}" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {chart.width} {chart.height}" width="{chart.width}" '
+        f'height="{chart.height}" style="max-width:100%;height:auto" role="img" '
         f'font-family="system-ui, sans-serif" font-size="12" fill="{INK}"><title>{escape(chart.title)}</title>'
         + "".join(map(_element, chart.marks))
         + "</svg>\n"

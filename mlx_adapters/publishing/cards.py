@@ -14,13 +14,13 @@ from typing import Any
 import yaml
 
 from mlx_adapters.display.notebook import loss_curve
-from mlx_adapters.display.readmes import FRONT, handwritten, is_ours, lines_by_hand, made_lines, stamp
 from mlx_adapters.errors import ConfigError, did_you_mean
 from mlx_adapters.models.metadata import losses_of
 from mlx_adapters.publishing.card_sections import SECTIONS
 from mlx_adapters.publishing.subject import Subject
 from mlx_adapters.sources.references import hub_id
 from mlx_adapters.storage import files
+from mlx_adapters.storage.replacing import FRONT, handwritten, is_ours, lines_by_hand, made_lines, stamp
 
 MINE, END_MINE = "<!-- yours: this part survives the next publish -->", "<!-- /yours -->"
 CURVE_FILE = "loss.svg"

@@ -6,6 +6,7 @@ A command says which files it writes. A folder that holds any other file is not 
 what the command reads.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -13,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from mlx_adapters.display.readmes import handwritten, is_ours, lines_by_hand
 from mlx_adapters.errors import AdapterError, ExistsError, TrainingError
 from mlx_adapters.storage.paths import TEMPORARY_PREFIX, is_litter
 
 SHOWN = 3
 README = "README.md"
+# A README made here ends in a stamp, four hexadecimal digits for each line; a part between two marks is the user's.
+MINE = re.compile(r"<!-- yours\b.*?-->\n?(.*?)\n?<!-- /yours -->", re.S)
+FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n---\r?\n?", re.S)
+STAMP = re.compile(r"<!-- made: ([0-9a-f]*) -->")
 
 
 @dataclass(frozen=True)
@@ -153,3 +157,36 @@ def _version(folder: Path, names: tuple[str, ...]) -> list[tuple[int, ...] | Non
     place, *stats = (stat_of(folder / name) for name in ("", *names))
     versions = [s and (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in stats]
     return [place and (place.st_dev, place.st_ino), *versions]
+
+
+def stamp(text: str) -> str:
+    """What says of a README that the lines of `text` were made."""
+    return f"<!-- made: {''.join(map(_mark, made_lines(text)))} -->"
+
+
+def is_ours(text: str) -> bool:
+    """Whether a README was made here: it has our marks, or what is left of them."""
+    return bool(MINE.search(text) or STAMP.search(text))
+
+
+def handwritten(text: str) -> str:
+    """The user's part of a README; of one that was not made here, all of it below the front matter."""
+    match = MINE.search(text)
+    return (match[1] if match else "" if is_ours(text) else FRONT.sub("", text)).strip()
+
+
+def made_lines(text: str) -> list[str]:
+    """The lines of a README that are made anew each time: all but front matter, user's part and empty ones."""
+    rest = STAMP.sub("", MINE.sub("", FRONT.sub("", text), count=1))
+    return [line.rstrip() for line in rest.splitlines() if line.strip()]
+
+
+def lines_by_hand(text: str) -> list[str]:
+    """The lines outside the user's part that the stamp does not know."""
+    mark = STAMP.search(text)
+    made = set(re.findall("....", mark[1])) if mark else set()
+    return [line for line in made_lines(text) if _mark(line) not in made]
+
+
+def _mark(line: str) -> str:
+    return hashlib.sha256(line.encode()).hexdigest()[:4]

@@ -8,12 +8,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from click.testing import CliRunner
-from helpers.benchmarks import registered_adapter, synthetic
+from helpers.benchmarks import MB, fused_report, registered_adapter
 from mlx.utils import tree_flatten
 
 from mlx_adapters.benchmarking import trials
 from mlx_adapters.benchmarking.advice import advise
-from mlx_adapters.benchmarking.measurements import Run
 from mlx_adapters.cli import cli
 from mlx_adapters.errors import ConfigError, FormatError, IncompatibleError
 from mlx_adapters.generation import memory
@@ -21,61 +20,30 @@ from mlx_adapters.models.loading import load_model, load_module
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage.files import write_json
 
-MB = 10**6
-SIZES = {"base": 350 * MB, "sql": 356 * MB, "f8": 600 * MB, "f4": 350 * MB}
-
-
-def report(speeds, kl=(2.0, 0.0, 0.002, 0.2), scores=None):
-    """base, sql (an adapter of 6 MB), f8 and f4 with these decode speeds and KL against sql."""
-    measured = synthetic(dict(zip(SIZES, speeds, strict=True)))
-    runs = []
-    for run in measured.runs:
-        label, result = run.variant, dict(run.result)
-        result["size_bytes"], result["adapter_bytes"] = SIZES[label], 6 * MB if label == "sql" else 0
-        result["conditions"] = result["conditions"] | {"fingerprint": label if label[0] == "f" else "base"}
-        result["shapes"] = [s | {"peak_memory_bytes": SIZES[label] + 50 * MB} for s in result["shapes"]]
-        runs.append(Run(label, run.round, result))
-    evaluations = [
-        {
-            "variant": label,
-            "error": None,
-            "kl": {"value": value, "error": 0.0},
-            "score": {"value": scores[i], "error": 0.0} if scores else None,
-        }
-        for i, (label, value) in enumerate(zip(SIZES, kl, strict=True))
-    ]
-    quality = {
-        "evaluations": evaluations,
-        "reference": "sql",
-        "score": None,
-        "data": {"source": "data", "split": "test", "rows": 3},
-    }
-    return dataclasses.replace(measured, runs=tuple(runs), quality=quality)
-
 
 def test_a_fused_model_that_keeps_the_fine_tune_and_is_faster_is_taken():
-    advice = advise(report((300, 220, 280, 300)), "sql")
+    advice = advise(fused_report((300, 220, 280, 300)), "sql")
     assert advice.choice == "f8" and "'f8'" in advice.decision  # f4 is faster, but lost 10 %
     words = "\n".join(advice.reasons)
     assert "'f8' loses 0.10%" in words and "'f4' loses 10.00%" in words and "more than the 1% allowed" in words
-    assert advise(report((300, 220, 280, 300)), "sql", tolerance=0.2).choice == "f4"
+    assert advise(fused_report((300, 220, 280, 300)), "sql", tolerance=0.2).choice == "f4"
 
 
 def test_a_report_without_figures_to_compare_is_refused():
     """As a hand-edited file has it: no two figures are of one round."""
-    measured = report((300, 220, 280, 300))
+    measured = fused_report((300, 220, 280, 300))
     runs = [dataclasses.replace(run, round=i) for i, run in enumerate(measured.runs)]
     with pytest.raises(FormatError, match="lacks figures"):
         advise(dataclasses.replace(measured, runs=tuple(runs)), "sql")
 
 
 def test_no_gain_means_no_fusing():
-    advice = advise(report((300, 300, 300, 300)), "sql")
+    advice = advise(fused_report((300, 300, 300, 300)), "sql")
     assert advice.choice == "sql" and "no fused variant was seen to decode faster" in advice.decision
 
 
 def test_several_adapters_share_one_base():
-    advice = advise(report((300, 220, 280, 300)), "sql", adapters=10)
+    advice = advise(fused_report((300, 220, 280, 300)), "sql", adapters=10)
     assert advice.choice == "sql"
     assert advice.storage.as_adapters_bytes == 410 * MB
     assert advice.storage.fused_bytes == {"f8": 6000 * MB, "f4": 3500 * MB}
@@ -83,20 +51,20 @@ def test_several_adapters_share_one_base():
 
 
 def test_memory_decides():
-    advice = advise(report((300, 220, 280, 300)), "sql", memory_bytes=500 * MB)
+    advice = advise(fused_report((300, 220, 280, 300)), "sql", memory_bytes=500 * MB)
     assert advice.choice == "sql" and "fits the memory" in advice.decision
-    assert "Nothing fits" in advise(report((300, 220, 280, 300)), "sql", memory_bytes=100 * MB).decision
+    assert "Nothing fits" in advise(fused_report((300, 220, 280, 300)), "sql", memory_bytes=100 * MB).decision
 
 
 def test_what_was_not_measured_is_not_believed():
-    blind = dataclasses.replace(report((300, 220, 280, 300)), quality={})
+    blind = dataclasses.replace(fused_report((300, 220, 280, 300)), quality={})
     advice = advise(blind, "sql")
     assert advice.choice == "sql" and any("was not measured" in reason for reason in advice.reasons)
     assert "is known to keep the fine-tune" in advice.decision and "memory" not in advice.decision
 
 
 def test_speeds_come_with_their_figures():
-    words = "\n".join(advise(report((300, 220, 280, 300)), "sql").reasons)
+    words = "\n".join(advise(fused_report((300, 220, 280, 300)), "sql").reasons)
     figure = r"2\d\d against (2|3)\d\d tok/s, \d+\.\d % (slower|faster) \["
     assert re.search(rf"'sql' against the base, decode at \d+ x 1: {figure}", words)
     assert re.search(rf"'f8' against the adapter, decode at \d+ x 1: {figure}", words)
@@ -106,11 +74,11 @@ def test_speeds_come_with_their_figures():
 def test_unknown_adapter_or_batch():
     for options in ({"adapter": "base"}, {"adapter": "no"}, {"adapter": "sql", "batch": 4}):
         with pytest.raises(ConfigError):
-            advise(report((1, 1, 1, 1)), **options)
+            advise(fused_report((1, 1, 1, 1)), **options)
 
 
 def test_advise_command_takes_a_saved_report(tmp_path):
-    write_json(tmp_path / "report.json", report((300, 220, 280, 300), scores=(0, 0.6, 0.6, 0.5)).to_json())
+    write_json(tmp_path / "report.json", fused_report((300, 220, 280, 300), scores=(0, 0.6, 0.6, 0.5)).to_json())
     shown = CliRunner().invoke(cli, ["advise", "sql", "--report", str(tmp_path / "report.json"), "--memory", "8"])
     assert (
         shown.exit_code == 0 and shown.stdout.startswith("Fuse: use 'f8'.") and "score 0.5 against 0.6" in shown.stdout
@@ -125,7 +93,7 @@ def test_advise_measures_base_adapter_and_fused_variants(tiny_model, monkeypatch
 
     def benchmark(variants, base, **options):
         asked.append((variants, base, options["batch"], options["max_rows"]))
-        return report((300, 220, 280, 300))
+        return fused_report((300, 220, 280, 300))
 
     monkeypatch.setattr("mlx_adapters.benchmarking.run.benchmark", benchmark)
     shown = CliRunner().invoke(cli, ["advise", "sql", "--bits", "8", "--quality", "data"])

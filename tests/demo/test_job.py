@@ -49,23 +49,36 @@ def test_the_whole_way(home_with_base, monkeypatch):
     assert [v["label"] for v in result["variants"]] == [
         "base, told the schema",
         "adapter",
-        "fused, 8 bits",
-        "fused, 4 bits",
+        "8 bits",
+        "4 bits",
+        "4 bits, nearest",
     ]
     assert all(v["questions"] == job.QUICK.questions and v["answer"] for v in result["variants"])
     assert [entry.name for entry in list_adapters(base="demo")] == ["demo-quick"]
-    for bits, fused in zip((8, 4), result["fused"], strict=True):
-        config = json.loads((home_with_base / "demo" / f"demo-quick-{bits}bit" / "config.json").read_text())
-        assert config["quantization"]["bits"] == bits
-        assert fused["folder"] == str(home_with_base / "demo" / f"demo-quick-{bits}bit")
+    folders = {"8 bits": "8bit", "4 bits": "4bit", "4 bits, nearest": "4bit-nearest"}
+    assert result["fused"].keys() == folders.keys()
+    for label, fused in result["fused"].items():
+        folder = home_with_base / "demo" / f"demo-quick-{folders[label]}"
+        assert json.loads((folder / "config.json").read_text())["quantization"]["bits"] == int(label[0])
+        assert fused["folder"] == str(folder)
     measured = {run["variant"] for run in result["report"]["runs"] if "error" not in run["result"]}
-    assert measured == {v["reference"] for v in result["variants"]}
+    assert measured == {v["label"] for v in result["variants"]}
+
+    page = (home_with_base / "demo" / "benchmark.html").read_text()  # with the quality of the steps before
+    drawn = page[page.index("<h1>") : page.index("<h2>Figures</h2>")]
+    assert drawn.count("<svg") == 2 and "right answers" in drawn
+    assert all(drawn.count(f">{v['label']}</text>") == 2 for v in result["variants"])
+    judged = {e["variant"]: e for e in result["report"]["quality"]["evaluations"]}
+    for v in result["variants"]:
+        assert judged[v["label"]]["score"]["value"] == v["right"] / v["questions"]
+    for label, fused in result["fused"].items():
+        assert judged[label]["kl"]["value"] == fused["fidelity"]["kl_mean"]
 
     printed = CliRunner().invoke(cli, ["demo", "--quick"], catch_exceptions=False)
     assert printed.exit_code == 0
     for expected in (
         "demo-quick",
-        "fused, 4 bits",
+        "4 bits, nearest",
         "SAME TOKEN",
         "DECODE tok/s",
         result["gold"],

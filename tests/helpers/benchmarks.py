@@ -1,5 +1,6 @@
 """Reports as if they had been measured, and adapters to measure."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,9 @@ from mlx_adapters.benchmarking.schedule import BenchmarkConfig
 from mlx_adapters.evaluation.variants import Variant
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.sources.registry import register
+
+MB = 10**6
+SIZES = {"base": 350 * MB, "sql": 356 * MB, "f8": 600 * MB, "f4": 350 * MB}
 
 
 def registered_adapter(folder: Path, name: str = "sql") -> Adapter:
@@ -72,3 +76,31 @@ def synthetic(
     machine = {"versions": {"mlx": "0.32.4"}, "device_name": "test", "cores": 2, "memory_bytes": 10**9, "system": "x"}
     variants = tuple(Variant(label, "m") for label in speeds)
     return Report("2026-01-01", "mlx-adapters benchmark", machine, {}, config, variants, tuple(runs))
+
+
+def fused_report(speeds, kl=(2.0, 0.0, 0.002, 0.2), scores=None):
+    """base, sql (an adapter of 6 MB), f8 and f4 with these decode speeds and KL against sql."""
+    measured = synthetic(dict(zip(SIZES, speeds, strict=True)))
+    runs = []
+    for run in measured.runs:
+        label, result = run.variant, dict(run.result)
+        result["size_bytes"], result["adapter_bytes"] = SIZES[label], 6 * MB if label == "sql" else 0
+        result["conditions"] = result["conditions"] | {"fingerprint": label if label[0] == "f" else "base"}
+        result["shapes"] = [s | {"peak_memory_bytes": SIZES[label] + 50 * MB} for s in result["shapes"]]
+        runs.append(Run(label, run.round, result))
+    evaluations = [
+        {
+            "variant": label,
+            "error": None,
+            "kl": {"value": value, "error": 0.0},
+            "score": {"value": scores[i], "error": 0.0} if scores else None,
+        }
+        for i, (label, value) in enumerate(zip(SIZES, kl, strict=True))
+    ]
+    quality = {
+        "evaluations": evaluations,
+        "reference": "sql",
+        "score": None,
+        "data": {"source": "data", "split": "test", "rows": 3},
+    }
+    return dataclasses.replace(measured, runs=tuple(runs), quality=quality)
