@@ -7,6 +7,7 @@ two tokens are equally likely to within the rounding of floats, the wider step m
 random numbers accepts about as many.)
 """
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from mlx_adapters.models.model import Model
 from mlx_adapters.system.door import make_prompt_cache, mx
 
 PREFILL_TOKENS = 512
+PIECE_TOKENS, PIECE_SECONDS = 64, 0.1  # of a second model's reading, while others wait for their tokens
 Choose = Callable[[mx.array], mx.array]  # log-probabilities (1, vocabulary) -> token (1,)
 
 
@@ -84,17 +86,21 @@ class SmallModel:
         self._mark: Mark | None = None
 
     def guess(self, tokens: Sequence[int], most: int, choose: Choose) -> list[int]:
-        """`most` tokens; none where the model's context ends."""
+        """`most` tokens; none where the model's context ends, or while there is much to be read before it can guess."""
         context = self._model.base.context
         if most < 1 or (context is not None and len(tokens) + most > context):
             return []
         self._go_back(tokens)
-        while len(self._read) < len(tokens):
-            piece = list(tokens[len(self._read) : len(self._read) + PREFILL_TOKENS])
+        deadline = time.monotonic() + PIECE_SECONDS
+        while True:
+            piece = list(tokens[len(self._read) : len(self._read) + PIECE_TOKENS])
             logits = self._model.module(mx.array([piece]), cache=self._cache)[:, -1]
             self._read += piece
-            if len(self._read) < len(tokens):
-                mx.eval([layer.state for layer in self._cache])
+            if len(self._read) == len(tokens):
+                break
+            mx.eval([layer.state for layer in self._cache])
+            if time.monotonic() > deadline:
+                return []
         self._mark = Mark(self._cache, most - 1)
         guessed: list[mx.array] = []
         while True:

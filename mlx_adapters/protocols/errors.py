@@ -29,8 +29,8 @@ class ApiError(Exception):
 
 
 @contextlib.contextmanager
-def told_as(param: str, longest: int = 400) -> Iterator[None]:
-    """Turn this package's errors into refusals of `param`."""
+def told_as(param: str | None = None, longest: int = 400) -> Iterator[None]:
+    """Turn this package's errors into refusals of `param`, or of the whole."""
     try:
         yield
     except AdapterError as error:

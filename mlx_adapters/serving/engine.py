@@ -18,7 +18,8 @@ from mlx_adapters.generation.batching import Batcher
 from mlx_adapters.generation.live import LiveModel
 from mlx_adapters.generation.requests import Token
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.protocols.errors import ApiError
+from mlx_adapters.protocols.errors import ApiError, told_as
+from mlx_adapters.runtime.attached import Attached
 from mlx_adapters.serving.jobs import Job, log
 from mlx_adapters.serving.metrics import Metrics
 from mlx_adapters.serving.residents import Catalog, Residents, Served
@@ -27,6 +28,7 @@ from mlx_adapters.system.door import mx
 from mlx_adapters.system.machine import usable_memory_bytes
 
 PATIENCE = 1.0  # seconds that others may overtake a job whose adapter finds no room
+READ_SECONDS = 5.0  # that the end waits for an adapter's files
 CACHE_SHARE = 10  # of the memory, one part for prompts that were read
 NO_ROOM = "All adapters are in use; none can make room."
 
@@ -72,7 +74,7 @@ class Engine:
             self._commands.put(work)
             if self._thread.is_alive():  # a thread that computes while Python ends would bring the process down
                 self._thread.join(patience)
-        self._residents.close()
+        self._residents.close(READ_SECONDS)
 
     @property
     def alive(self) -> bool:
@@ -102,20 +104,23 @@ class Engine:
 
     def embed(self, name: str, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """The mean hidden state of each prompt, with the adapter (or base) that `resolve` gave. Raises ApiError."""
-        return [self._embedding(name, ids) for ids in prompts]  # others may come between
+        deadline = time.monotonic() + self.settings.max_seconds
+        return [self._embedding(name, ids, deadline) for ids in prompts]  # others may come between
 
-    def _embedding(self, name: str, ids: Sequence[int]) -> list[float]:
+    def _embedding(self, name: str, ids: Sequence[int], deadline: float) -> list[float]:
         while isinstance(vector := self._ask(partial(self._embed, name, ids)), Future):
-            wait([vector], self.settings.max_seconds)
+            self._await(vector, name, deadline - time.monotonic())
         return vector
+
+    def _await(self, reading: Future[Adapter], name: str, seconds: float) -> None:
+        """Wait for an adapter's files. What reading them raises is told by who takes them in."""
+        if not wait([reading], seconds).done:
+            raise ApiError(504, f"Adapter '{name}' was not read in time.", kind="server_error")
 
     def _embed(self, name: str, ids: Sequence[int]) -> list[float] | Future[Adapter]:
         served, attached = self.catalog.adapter(name), None
         if served is not None:
-            try:
-                attached = self._residents.bring_in(served)
-            except Exception as error:  # as for a job
-                raise unloadable(name, error) from None
+            attached = self._bring_in(served)
             if attached is None and served.reading is not None:
                 return served.reading
             if attached is None:
@@ -129,12 +134,14 @@ class Engine:
     def add_adapter(self, name: str, reference: str) -> Served:
         """Serve another adapter and load it now.
 
-        Raises AdapterError, or ApiError 503 if there is no room; then nothing changed. ApiError 504 if the engine
-        does not come to it in time: it may still be served then.
+        Raises AdapterError, or ApiError: 503 if there is no room, 504 if its files are not read in time; then nothing
+        changed. ApiError 504 if the engine does not come to it in time: it may still be served then.
         """
         require(name not in self.catalog.names, f"'{name}' is served already.")
         served = Served(name, reference)
-        self._residents.read(served).result()
+        reading = self._residents.read(served)
+        self._await(reading, name, self.settings.max_seconds)
+        reading.result()
         return self._ask(partial(self._add_adapter, served))
 
     def remove_adapter(self, name: str) -> None:
@@ -237,22 +244,32 @@ class Engine:
     def _begin(self, job: Job) -> bool:
         """Give the job its adapter and queue it. False if it must wait: the adapter is read, or finds no room yet."""
         try:
-            served, attached = self.catalog.adapter(job.model), None
-            if served is not None:
-                attached = self._residents.bring_in(served)
-                if attached is None:
-                    return False
-            request = job.begin(attached, self.model.tokenizer)
+            served = self.catalog.adapter(job.model)
+            attached = None if served is None else self._bring_in(served)
+            if served is not None and attached is None:
+                return False
+            with told_as():
+                request = job.begin(attached, self.model.tokenizer)
         except ApiError as error:
             self._fail(job, error)
             return True
-        except Exception as error:  # a damaged file may raise what it likes; the other jobs go on
-            self._fail(job, unloadable(job.model, error))
+        except Exception:  # the other jobs go on
+            log.exception("a request cannot be begun")
+            self._fail(job, ApiError(500, "The server cannot begin with this request.", kind="server_error"))
             return True
         self._jobs[request.number] = job
         self._batcher.submit(request)
         self.metrics.add("prompt_tokens_total", len(job.prompt), model=job.model)
         return True
+
+    def _bring_in(self, served: Served) -> Attached | None:
+        """See `Residents.bring_in`. Raises ApiError 503 if it cannot be loaded."""
+        try:
+            return self._residents.bring_in(served)
+        except Exception as error:  # a damaged file may raise what it likes
+            log.warning("adapter '%s' cannot be loaded: %r", served.name, error)
+            why = f": {error.message}" if isinstance(error, AdapterError) else "."
+            raise ApiError(503, f"Adapter '{served.name}' cannot be loaded{why}", kind="server_error") from None
 
     def _fail(self, job: Job, error: ApiError) -> None:
         self._end(job, "error")
@@ -305,10 +322,3 @@ class Engine:
         if job.first is not None and job.made > 1:
             spent = (time.monotonic() - job.first) / (job.made - 1)
             self.metrics.observe("time_per_output_token_seconds", spent, model=job.model)
-
-
-def unloadable(name: str, error: Exception) -> ApiError:
-    """What is told of an adapter that raised `error` when it was read or taken in."""
-    log.warning("adapter '%s' cannot be loaded: %r", name, error)
-    why = f": {error.message}" if isinstance(error, AdapterError) else "."
-    return ApiError(503, f"Adapter '{name}' cannot be loaded{why}", kind="server_error")

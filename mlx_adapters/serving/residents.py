@@ -1,15 +1,16 @@
 """What can be asked for, and which adapters are in memory: brought in when one is, put out when others need the room.
 
 There may be `max_adapters` of them and so many bytes. The least recently used one that no request holds goes first;
-one that is served no more goes when its last answer is written. Files are read in a thread of their own: answers that
-are being written do not wait for a disk.
+one that is served no more goes when its last answer is written. Files are read in threads of their own: neither answers
+that are being written nor the server's end wait for a disk.
 """
 
 import itertools
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from mlx_adapters.config.data import TemplateConfig
@@ -23,6 +24,8 @@ from mlx_adapters.serving.metrics import Metrics
 from mlx_adapters.serving.settings import ServeSettings, TrafficSplit
 from mlx_adapters.sources.lookup import load_adapter
 from mlx_adapters.system.door import mx
+
+READ_AT_ONCE = 4  # adapters: one that a disk does not give keeps few others waiting
 
 
 @dataclass(eq=False)
@@ -116,15 +119,31 @@ class Residents:
         self.model, self.metrics, self._on_read, self._on_leave = model, metrics, on_read, on_leave
         self._most, self._byte_limit = settings.max_adapters, settings.max_adapter_bytes or math.inf
         self._serial = itertools.count()
-        self._reader = ThreadPoolExecutor(1, "reader")
+        self._places = threading.Semaphore(READ_AT_ONCE)
+        self._readers: set[threading.Thread] = set()
         self.leaving: list[Served] = []
 
     def read(self, served: Served) -> Future[Adapter]:
         """Begin to read the adapter's files, if that has not begun. Any thread may call this."""
         if served.reading is None:
-            served.reading = self._reader.submit(_read, served)
-            served.reading.add_done_callback(lambda _: self._on_read())
+            reading: Future[Adapter] = Future()
+            served.reading = reading
+            reading.add_done_callback(lambda _: self._on_read())
+            reader = threading.Thread(target=self._read, args=(served, reading), name="reader", daemon=True)
+            self._readers.add(reader)
+            reader.start()
         return served.reading
+
+    def _read(self, served: Served, reading: Future[Adapter]) -> None:
+        try:
+            with self._places:
+                adapter = served.read()
+                mx.eval(adapter.weights)  # in this thread, not when the engine's first looks at them
+            reading.set_result(adapter)
+        except BaseException as error:
+            reading.set_exception(error)
+        finally:
+            self._readers.discard(threading.current_thread())
 
     def bring_in(self, served: Served) -> Attached | None:
         """The adapter in memory; None while it is read, or while others that are in use leave no room for it.
@@ -183,12 +202,8 @@ class Residents:
                 if attached is not None:
                     self.model.pool.remove(attached.name)
 
-    def close(self) -> None:
-        """Read no more."""
-        self._reader.shutdown(wait=False, cancel_futures=True)
-
-
-def _read(served: Served) -> Adapter:
-    adapter = served.read()
-    mx.eval(adapter.weights)  # in this thread, not when the engine's first looks at them
-    return adapter
+    def close(self, seconds: float) -> None:
+        """Wait so long for what is being read: threads that compute while Python ends would bring the process down."""
+        deadline = time.monotonic() + seconds
+        for reader in list(self._readers):
+            reader.join(max(deadline - time.monotonic(), 0))

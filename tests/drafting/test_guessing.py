@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_adapters.config.sampling import Drafting
+from mlx_adapters.drafting import guessing
 from mlx_adapters.drafting.drafts import Drafter, Drafts, check_tokens
 from mlx_adapters.drafting.guessing import Lookup, SmallModel, agreeing, of_width
 from mlx_adapters.errors import IncompatibleError
@@ -76,6 +77,20 @@ def test_a_second_model_keeps_to_its_context(tiny_model):
     model = load_model(tiny_model("llama"))
     guesser = SmallModel(model, 512)
     assert guesser.guess([1] * (model.base.context - 1), 2, mx.argmax) == []
+
+
+def test_a_second_model_reads_a_long_prompt_between_the_steps(tiny_model, monkeypatch):
+    """It guesses once it has read all, as it would have at once."""
+    model, tokens = load_model(tiny_model("llama")), [7 * i % 500 for i in range(300)]
+
+    def greedy(logprobs):
+        return mx.argmax(logprobs, axis=-1)
+
+    wanted = SmallModel(model, 512).guess([*tokens, 1, 2, 3, 4], 3, greedy)
+    monkeypatch.setattr(guessing, "PIECE_SECONDS", 0.0)
+    guesser = SmallModel(model, 512)
+    guesses = [guesser.guess([*tokens, *range(1, i + 1)], 3, greedy) for i in range(5)]
+    assert guesses == [[]] * 4 + [wanted]
 
 
 def test_widths_and_agreeing():

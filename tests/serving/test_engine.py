@@ -8,8 +8,10 @@ from helpers.adapters import random_adapter
 from helpers.serving import eventually, running
 from helpers.tiny_configs import tiny_base
 
+from mlx_adapters.errors import ConfigError
 from mlx_adapters.generation.live import load_model
-from mlx_adapters.serving import residents, transport
+from mlx_adapters.serving import engine as engine_module
+from mlx_adapters.serving import jobs, residents, transport
 from mlx_adapters.serving.engine import Engine
 from mlx_adapters.serving.settings import ServeSettings
 from mlx_adapters.sources.registry import register
@@ -68,6 +70,41 @@ def test_answers_go_on_while_adapters_are_read(tiny_model, slow_disk, monkeypatc
         assert late[0].status_code == 201
         assert httpx.post(address + "/v1/embeddings", json={"model": "q", "input": "a"}).status_code == 200
         assert engine.catalog.served["s"].reading is None
+
+
+def test_nobody_waits_without_end_for_a_disk(tiny_model, slow_disk, monkeypatch):
+    """Not who asks for a vector, not who loads an adapter, not who ends the server."""
+    monkeypatch.setattr(engine_module, "READ_SECONDS", 0.05)
+    folder = tiny_model("llama")
+    register(random_adapter(load_model(folder), seed=5), "p")
+    with running(folder, [("p", "p"), ("q", "p")], allow_load=True, max_adapters=1, max_seconds=0.3) as (address, _):
+        slow_disk.clear()
+        for path, body in (
+            ("embeddings", {"model": "q", "input": "a"}),
+            ("adapters", {"name": "r", "reference": "p"}),
+            ("chat/completions", CHAT | {"model": "q"}),
+        ):
+            answer = httpx.post(f"{address}/v1/{path}", json=body, timeout=10)
+            assert answer.status_code == 504, path
+        assert httpx.post(address + "/v1/embeddings", json={"model": "base", "input": "a"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"), [(ConfigError("top_k is odd."), 400, "top_k is odd."), (KeyError("x"), 500, "request")]
+)
+def test_an_odd_request_is_not_told_as_a_damaged_adapter(error, status, told, tiny_model, monkeypatch):
+    def odd(*_, **__):
+        raise error
+
+    folder = tiny_model("llama")
+    register(random_adapter(load_model(folder), seed=5), "p")
+    with running(folder, [("p", "p")]) as (address, _):
+        with monkeypatch.context() as patch:
+            patch.setattr(jobs, "Sampler", odd)
+            answer = httpx.post(address + "/v1/chat/completions", json=CHAT | {"model": "p"})
+        assert answer.status_code == status and told in answer.json()["error"]["message"]
+        assert "p" not in answer.json()["error"]["message"].split()
+        assert httpx.post(address + "/v1/chat/completions", json=CHAT | {"model": "p"}).status_code == 200
 
 
 def test_what_was_read_is_told_and_goes_with_its_adapter(tiny_model):
