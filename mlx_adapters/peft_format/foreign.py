@@ -123,6 +123,8 @@ def own_form(raw: Mapping[str, Any], tensors: Weights, where: str) -> tuple[Adap
             "have the program that made it save the adapter alone: its lora_a, lora_b and m.",
         )
     keys = keys_of(weights)
+    if not keys:
+        raise FormatError(f"'{where}' holds no layer: its file of weights is empty.", "was its training saved?")
     ranks = {key: _rank(weights, key, where) for key in keys}
     settings = next((raw[n] for n in ("lora_parameters", "lora_config") if isinstance(raw.get(n), Mapping)), raw)
     rank, alpha, dropout = (_first(settings, names) for names in (RANK, ALPHA, DROPOUT))

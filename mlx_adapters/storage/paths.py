@@ -34,7 +34,7 @@ def expanded(path: str | Path) -> Path:
         whole.exists()
         return whole
     except (OSError, ValueError, RuntimeError):  # a name too long, a NUL, ~nobody
-        raise NotFoundError(f"There can be no path '{str(path)[:80]!r}'.", "is it spelled right?") from None
+        raise NotFoundError(f"There can be no path {str(path)[:80]!r}.", "is it spelled right?") from None
 
 
 def why_gone(path: str | Path) -> str:

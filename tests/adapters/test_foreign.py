@@ -208,6 +208,8 @@ def test_a_tensor_that_no_adapter_has_is_named(whole, tmp_path):
     with pytest.raises(FormatError, match=r"a tensor 'optimizer\.step' that no adapter has") as caught:
         add(write(tmp_path / "it", OWN, weights))
     assert "save the adapter alone" in caught.value.hint
+    with pytest.raises(FormatError, match="holds no layer"):
+        add(write(tmp_path / "empty", OWN, {}))
 
 
 @pytest.mark.parametrize(
