@@ -29,6 +29,7 @@ from mlx_adapters.system.door import (
     load_tokenizer,
     mx,
     nn,
+    read_by_transformers,
     refusals,
 )
 from mlx_adapters.system.limits import files_hint, wire_memory
@@ -122,9 +123,14 @@ def load_tokenizer_of(base: Base, template: TemplateConfig | None = None) -> Any
             )
         for path in base.folder.iterdir():
             refuse_pointer(path)
-        return FormatError(
-            f"The tokenizer of '{base.name}' cannot be loaded: {why}.", "copy or download the model's files again."
-        )
+        again = "copy or download the model's files again."
+        try:
+            with refusals(ModelError):
+                read_by_transformers(base.tokenizer or base.folder)
+        except ModelError as error:
+            if error.message == why:
+                return FormatError(f"transformers cannot read the config.json of '{base.name}': {why}.", again)
+        return FormatError(f"The tokenizer of '{base.name}' cannot be loaded: {why}.", again)
 
     with refusals(refused):
         try:

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import io
+import re
 import resource
 import sys
 import warnings
@@ -69,6 +70,7 @@ try:
         from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
         from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, _get_classes, load_config, load_model
         from mlx_lm.utils import load_tokenizer as load_mlx_tokenizer
+        from transformers import AutoConfig
         from transformers.utils import chat_template_utils
         from transformers.utils import logging as transformers_logging
 except ImportError as error:
@@ -111,6 +113,11 @@ raise_open_files()
 chat_template_utils.ImmutableSandboxedEnvironment = Bounded  # the sandbox of chat templates, with limits
 
 
+# How Python and transformers say that a setting is missing or wrong.
+LACKING = re.compile(r"^\w+\.__init__\(\) missing \d+ required \S+ arguments?: ")
+VALIDATED = re.compile(r"^(Class v|V)alidation error for \w+ '\w+': \w+: ")
+
+
 @contextlib.contextmanager
 def refusals(refused: Callable[[str], AdapterError]) -> Iterator[None]:
     """Turn whatever reading somebody's model raises in the libraries into `refused(why)`.
@@ -129,7 +136,8 @@ def refusals(refused: Callable[[str], AdapterError]) -> Iterator[None]:
     except BaseException as error:
         said = printed.getvalue() if isinstance(error, SystemExit) else str(error)
         said = f"it has no {said}" if isinstance(error, KeyError) and len(error.args) == 1 else said
-        why = " ".join(said.split())[:300].rstrip(".") or type(error).__name__
+        said = VALIDATED.sub("", LACKING.sub("it has no ", " ".join(said.split())))
+        why = said[:300].rstrip(".") or type(error).__name__
         raise refused(why) from error
 
 
@@ -195,6 +203,11 @@ def load_tokenizer(folder: Path, eos_token_ids: Any, chat_template: str | None =
     if chat_template is not None:
         tokenizer._chat_template = None  # mlx-lm's own code for a kind of model would come first
     return tokenizer
+
+
+def read_by_transformers(folder: Path) -> None:
+    """Raise what transformers raises for the folder's config.json: it reads that for a tokenizer too."""
+    AutoConfig.from_pretrained(folder, trust_remote_code=trusts_remote_code())
 
 
 @dataclass(frozen=True)
@@ -345,8 +358,9 @@ __all__ = [
     "mx",
     "nn",
     "packed_by",
-    "sanitize_of",
+    "read_by_transformers",
     "refusals",
+    "sanitize_of",
     "ssm",
     "tool_parser_of",
     "trusting_remote_code",

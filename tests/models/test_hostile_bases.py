@@ -46,6 +46,8 @@ def test_whatever_is_raised_becomes_the_given_error(capsys):
         (Panic("no\nway."), "no way"),
         (ValueError(), "ValueError"),
         (KeyError("x"), "it has no 'x'"),
+        (TypeError("A.__init__() missing 2 required positional arguments: 'x' and 'y'"), "it has no 'x' and 'y'"),
+        (ValueError("Validation error for field 'x':\n  TypeError: Field 'x' is odd"), "Field 'x' is odd"),
         (leave, "pip install it: now"),
     ]:
         with pytest.raises(ModelError) as refused, refusals(lambda why: ModelError(f"Cannot: {why}.")):
@@ -93,6 +95,12 @@ def test_a_broken_config_is_refused_or_read(broken, settings):
         load_model(resolve_base(folder)).generate("hi", max_tokens=1)
     except AdapterError as error:
         assert "\n" not in error.message and error.message.endswith(".") and "Error(" not in error.message
+
+
+def test_a_config_that_transformers_refuses_is_not_the_tokenizers_fault(broken):
+    folder = broken("config.json", rms_norm_eps="1e-5")
+    with pytest.raises(FormatError, match=r"transformers cannot read the config\.json of .*'rms_norm_eps'"):
+        load_tokenizer_of(resolve_base(folder))
 
 
 @pytest.mark.parametrize("content", [b"1", b"[]", b'"x"', b"{", b"\xff", b"[" * 100_000, b'{"eos_token_id": [[]]}'])
