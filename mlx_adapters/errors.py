@@ -17,10 +17,15 @@ AdapterError(message, hint=None)   exit 1
 Any other exception that leaves this package is a bug and keeps its traceback.
 """
 
+import contextlib
 import difflib
+import io
 import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 
+LACKING = re.compile(r"^\w+\.__init__\(\) missing \d+ required \S+ arguments?: ")  # of a setting, in Python's words
+VALIDATED = re.compile(r"^(Class v|V)alidation error for \w+ '\w+': \w+: ")  # before a reason of transformers
 # What an option is called in Python, where that is not its name with underscores.
 PYTHON_NAMES = {
     "bits": "quantization",
@@ -168,3 +173,26 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str | 
     if near:
         return "did you mean " + " or ".join(f"'{n}'" for n in near) + "?" + (f" {otherwise}" if otherwise else "")
     return otherwise or None
+
+
+@contextlib.contextmanager
+def refusals(refused: Callable[[str], AdapterError]) -> Iterator[None]:
+    """Turn whatever reading somebody's model raises in the libraries into `refused(why)`.
+
+    They check little and raise what they like: transformers its own classes, tokenizers bare exceptions and Rust's
+    panics, a module of mlx-lm SystemExit. What they print meanwhile does not belong on stdout; it is the reason of
+    an exit.
+    """
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (AdapterError, KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:
+        said = printed.getvalue() if isinstance(error, SystemExit) else str(error)
+        said = f"it has no {said}" if isinstance(error, KeyError) and len(error.args) == 1 else said
+        said = VALIDATED.sub("", LACKING.sub("it has no ", " ".join(said.split())))
+        why = said[:300].rstrip(".") or type(error).__name__
+        raise refused(why) from error

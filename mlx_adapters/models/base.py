@@ -15,10 +15,10 @@ import numpy as np
 
 from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.quantization import Quantization
-from mlx_adapters.errors import AdapterError, FormatError, ModelError, NotFoundError
+from mlx_adapters.errors import AdapterError, FormatError, ModelError, NotFoundError, refusals
 from mlx_adapters.storage import files, tensor_files
 from mlx_adapters.storage.tensor_names import FUSE_RECIPE_FILE
-from mlx_adapters.system.door import TRUST_IT, load_config, logits_shape, mx, packed_by, refusals, trusts_remote_code
+from mlx_adapters.system.door import TRUST_IT, load_config, logits_shape, mx, packed_by, trusts_remote_code
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHT_FILES = "model*.safetensors"  # which mlx-lm opens

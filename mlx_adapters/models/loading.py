@@ -14,7 +14,7 @@ from mlx.utils import tree_unflatten
 from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.mapping import require
 from mlx_adapters.config.quantization import DTYPES
-from mlx_adapters.errors import AdapterError, FormatError, ModelError
+from mlx_adapters.errors import AdapterError, FormatError, ModelError, refusals
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import NOT_PACKED, Base
 from mlx_adapters.models.dense import compute_dtype, dense_class, dense_layer, dense_weight, is_quantized, resize_rows
@@ -29,8 +29,7 @@ from mlx_adapters.system.door import (
     load_tokenizer,
     mx,
     nn,
-    read_by_transformers,
-    refusals,
+    trusts_remote_code,
 )
 from mlx_adapters.system.limits import files_hint, wire_memory
 from mlx_adapters.system.machine import on_gpu
@@ -126,7 +125,9 @@ def load_tokenizer_of(base: Base, template: TemplateConfig | None = None) -> Any
         again = "copy or download the model's files again."
         try:
             with refusals(ModelError):
-                read_by_transformers(base.tokenizer or base.folder)
+                from transformers import AutoConfig  # late: it takes a second
+
+                AutoConfig.from_pretrained(base.tokenizer or base.folder, trust_remote_code=trusts_remote_code())
         except ModelError as error:
             if error.message == why:
                 return FormatError(f"transformers cannot read the config.json of '{base.name}': {why}.", again)

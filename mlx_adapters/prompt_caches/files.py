@@ -13,11 +13,11 @@ from typing import Any
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_adapters.config.quantization import CacheQuantization
-from mlx_adapters.errors import FormatError, IncompatibleError
+from mlx_adapters.errors import FormatError, IncompatibleError, refusals
 from mlx_adapters.prompt_caches.layers import held, leaves
 from mlx_adapters.prompt_caches.quantized import forms
 from mlx_adapters.storage.tensor_files import read_safetensors, read_safetensors_header, write_safetensors
-from mlx_adapters.system.door import mx, nn, refusals
+from mlx_adapters.system.door import mx, nn
 
 RECORD = "mlx_adapters"
 WORDS = {"base": "another base", "adapters": "another adapter", "dtype": "another --dtype", "kv": "other --kv-bits"}

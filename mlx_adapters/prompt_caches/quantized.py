@@ -4,8 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 from mlx_adapters.config.quantization import CacheQuantization
-from mlx_adapters.errors import IncompatibleError
-from mlx_adapters.system.door import make_prompt_cache, mx, nn, refusals
+from mlx_adapters.errors import IncompatibleError, refusals
+from mlx_adapters.system.door import make_prompt_cache, mx, nn
 
 
 def new_layers(module: nn.Module, how: CacheQuantization | None) -> list[Any]:

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mlx_adapters.checkpoints.contents import MODEL_CONFIG, WEIGHTS, belongs, is_loaded, is_tokenizer
-from mlx_adapters.errors import AdapterError, HubError, NotFoundError
+from mlx_adapters.errors import AdapterError, HubError, NotFoundError, refusals
 from mlx_adapters.models.base import Base
 from mlx_adapters.sources import hub
 from mlx_adapters.storage import files
 from mlx_adapters.storage.tensor_names import CONFIG_FILE
-from mlx_adapters.system.door import fetched_by_mlx_lm, make_module, refusals
+from mlx_adapters.system.door import fetched_by_mlx_lm, make_module
 
 
 def model_snapshot(repo: str, revision: str | None, *, download: bool = True, everything: bool = False) -> Path:

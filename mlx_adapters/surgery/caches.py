@@ -16,12 +16,12 @@ Make = Callable[[], list[Any]]  # gives empty caches
 
 
 def trace(module: nn.Module) -> None:
-    """Build the graph of one token's pass, and compute nothing: what does not fit together raises here, not later."""
-    token = mx.zeros((1, 1), mx.int32)
+    """Build the graph of a short pass, and compute nothing: what does not fit together raises here, not later."""
+    tokens = mx.zeros((1, 3), mx.int32)  # a window of none at all is no window of one token
     try:
-        module(token, cache=make_prompt_cache(module))
-    except Exception:  # some take no cache, or none of these
-        module(token)
+        module(tokens, cache=make_prompt_cache(module))
+    except (TypeError, AttributeError):  # some code takes no cache, or none of these
+        module(tokens)
 
 
 def compute_as_generated(module: nn.Module) -> None:

@@ -8,8 +8,6 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
-import io
-import re
 import resource
 import sys
 import warnings
@@ -24,7 +22,7 @@ from typing import Any
 
 from jinja2 import Template
 
-from mlx_adapters.errors import AdapterError, ModelError
+from mlx_adapters.errors import ModelError
 from mlx_adapters.system.limits import raise_open_files
 from mlx_adapters.system.templates import Bounded
 
@@ -70,7 +68,6 @@ try:
         from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
         from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, _get_classes, load_config, load_model
         from mlx_lm.utils import load_tokenizer as load_mlx_tokenizer
-        from transformers import AutoConfig
         from transformers.utils import chat_template_utils
         from transformers.utils import logging as transformers_logging
 except ImportError as error:
@@ -111,34 +108,6 @@ def _check() -> None:
 _check()
 raise_open_files()
 chat_template_utils.ImmutableSandboxedEnvironment = Bounded  # the sandbox of chat templates, with limits
-
-
-# How Python and transformers say that a setting is missing or wrong.
-LACKING = re.compile(r"^\w+\.__init__\(\) missing \d+ required \S+ arguments?: ")
-VALIDATED = re.compile(r"^(Class v|V)alidation error for \w+ '\w+': \w+: ")
-
-
-@contextlib.contextmanager
-def refusals(refused: Callable[[str], AdapterError]) -> Iterator[None]:
-    """Turn whatever reading somebody's model raises in the libraries into `refused(why)`.
-
-    They check little and raise what they like: transformers its own classes, tokenizers bare exceptions and Rust's
-    panics, a module of mlx-lm SystemExit. What they print meanwhile does not belong on stdout; it is the reason of
-    an exit.
-    """
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(printed), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except (AdapterError, KeyboardInterrupt, GeneratorExit):
-        raise
-    except BaseException as error:
-        said = printed.getvalue() if isinstance(error, SystemExit) else str(error)
-        said = f"it has no {said}" if isinstance(error, KeyError) and len(error.args) == 1 else said
-        said = VALIDATED.sub("", LACKING.sub("it has no ", " ".join(said.split())))
-        why = said[:300].rstrip(".") or type(error).__name__
-        raise refused(why) from error
 
 
 _trusting: ContextVar[bool] = ContextVar("trusting_remote_code", default=False)
@@ -203,11 +172,6 @@ def load_tokenizer(folder: Path, eos_token_ids: Any, chat_template: str | None =
     if chat_template is not None:
         tokenizer._chat_template = None  # mlx-lm's own code for a kind of model would come first
     return tokenizer
-
-
-def read_by_transformers(folder: Path) -> None:
-    """Raise what transformers raises for the folder's config.json: it reads that for a tokenizer too."""
-    AutoConfig.from_pretrained(folder, trust_remote_code=trusts_remote_code())
 
 
 @dataclass(frozen=True)
@@ -358,8 +322,6 @@ __all__ = [
     "mx",
     "nn",
     "packed_by",
-    "read_by_transformers",
-    "refusals",
     "sanitize_of",
     "ssm",
     "tool_parser_of",

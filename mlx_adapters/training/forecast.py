@@ -22,6 +22,7 @@ from mlx_adapters.data.batches import Batch
 from mlx_adapters.data.datasets import Data, read_data
 from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.display.tables import Table
+from mlx_adapters.errors import refusals
 from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.models.base import Base, BaseLike
 from mlx_adapters.models.dense import weight_shape
@@ -34,7 +35,6 @@ from mlx_adapters.optimization.step import Again, MemoryPlan, chunk_rows
 from mlx_adapters.optimization.through_rounding import plan_rounding
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.starts.ranks import trained_parameters
-from mlx_adapters.system.door import refusals
 from mlx_adapters.system.machine import on_gpu, usable_memory_bytes
 from mlx_adapters.training import setup
 from mlx_adapters.training.recipe import settings_in

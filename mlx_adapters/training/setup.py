@@ -15,7 +15,7 @@ from mlx_adapters.data.batches import make_batch
 from mlx_adapters.data.datasets import DataSet
 from mlx_adapters.data.preferences import tokenize_for
 from mlx_adapters.data.tokenizing import Row
-from mlx_adapters.errors import ConfigError, FormatError, IncompatibleError, ModelError
+from mlx_adapters.errors import ConfigError, FormatError, IncompatibleError, ModelError, refusals
 from mlx_adapters.events import Note, OnEvent
 from mlx_adapters.models.adapter import Adapter, template_of
 from mlx_adapters.models.base import Base
@@ -45,7 +45,7 @@ from mlx_adapters.starts.begin import begin
 from mlx_adapters.starts.factors import start_from_principal
 from mlx_adapters.starts.ranks import module_ranks, stored_rank
 from mlx_adapters.storage.tensor_names import LORA_A, MAGNITUDE, split
-from mlx_adapters.system.door import mx, nn, refusals
+from mlx_adapters.system.door import mx, nn
 from mlx_adapters.system.machine import on_gpu
 from mlx_adapters.units import count, number
 

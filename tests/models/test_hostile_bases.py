@@ -11,11 +11,10 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_adapters.errors import AdapterError, FormatError, ModelError
+from mlx_adapters.errors import AdapterError, FormatError, ModelError, refusals
 from mlx_adapters.generation.live import load_model
 from mlx_adapters.models.loading import load_module, load_tokenizer_of
 from mlx_adapters.sources.bases import resolve_base
-from mlx_adapters.system.door import refusals
 
 
 class Panic(BaseException):
@@ -101,6 +100,11 @@ def test_a_config_that_transformers_refuses_is_not_the_tokenizers_fault(broken):
     folder = broken("config.json", rms_norm_eps="1e-5")
     with pytest.raises(FormatError, match=r"transformers cannot read the config\.json of .*'rms_norm_eps'"):
         load_tokenizer_of(resolve_base(folder))
+
+
+def test_a_model_that_reads_one_token_and_no_text_is_refused(broken):
+    with pytest.raises(ModelError, match="cannot load"):
+        load_module(resolve_base(broken("config.json", "gemma3_text", sliding_window=0)))
 
 
 @pytest.mark.parametrize("content", [b"1", b"[]", b'"x"', b"{", b"\xff", b"[" * 100_000, b'{"eos_token_id": [[]]}'])
