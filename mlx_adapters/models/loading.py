@@ -92,7 +92,8 @@ def load_module(base: Base) -> tuple[nn.Module, dict[str, Any]]:
             (config.get("quantization_config") or {}).get("quant_method") if not config.get("quantization") else None
         )
         why = f"its weights, packed by {packer}, are not as mlx-lm reads them ({why})" if packer else why
-        hint = WHOLE_MODEL if lacking else NOT_PACKED if packer else files_hint(files) or NOT_ITS_OWN
+        own = f"it is code of its own, '{config['model_file']}', that says so." if config.get("model_file") else None
+        hint = WHOLE_MODEL if lacking else NOT_PACKED if packer else files_hint(files) or own or NOT_ITS_OWN
         return ModelError(f"mlx-lm cannot load '{base.name}': {why}.", hint)
 
     with refusals(refused):

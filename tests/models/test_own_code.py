@@ -107,6 +107,13 @@ def test_code_outside_the_folder_is_refused(own, file):
         ma.load_model(own)
 
 
+def test_what_such_code_raises_is_its_own(own):
+    (own / OWN).write_text("raise RuntimeError('made for another mlx-lm')")
+    with ma.trusting_remote_code(), pytest.raises(ma.ModelError, match="made for another mlx-lm") as caught:
+        ma.load_model(own)
+    assert OWN in caught.value.hint
+
+
 def test_a_tokenizers_code_is_run_when_asked_for(own, tmp_path):
     settings = json.loads((own / "tokenizer_config.json").read_text())
     (own / "tok.py").write_text(
