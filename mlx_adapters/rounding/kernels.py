@@ -58,12 +58,16 @@ def columns(
     return codes, values
 
 
+@cache
+def _shrinks(bits: int) -> mx.array:
+    return mx.array(SHRINKS if bits < 8 else SHRINKS[:1], dtype=mx.float32)
+
+
 def forward(
     grid: AffineGrid, target: mx.array, weight: mx.array, block: mx.array, variances: mx.array, *start: mx.array
 ) -> tuple[mx.array, ...]:
     """`columns.forward` on a GPU."""
-    shrinks = SHRINKS if grid.quantization.bits < 8 else SHRINKS[:1]
-    inputs = [target, weight, block, variances, mx.array(shrinks, dtype=mx.float32), *(start or (variances, variances))]
+    inputs = [target, weight, block, variances, _shrinks(grid.quantization.bits), *(start or (variances, variances))]
     constants = {"TOP": int(grid.top), "STORED": STORED[grid.dtype], "STARTED": bool(start)}
     return tuple(_call("forward", inputs, **constants))
 
