@@ -263,9 +263,12 @@ def _upper_factor(hessian: mx.array, panels: Panels) -> mx.array:
     n, rest, made = hessian.shape[-1], hessian, list[mx.array]()
     for a in range((n - 1) // PANEL * PANEL, -1, -PANEL):
         corner, inverse = panels(rest[..., a:, a:], False)  # (..., panel, panel)
+        below = mx.zeros((*hessian.shape[:-2], n - a - corner.shape[-1], corner.shape[-1]))
+        if a == 0:  # (CUDA's products of nothing divide by zero)
+            made.append(mx.concatenate([corner, below], axis=-2))
+            break
         above = rest[..., :a, a:] @ inverse.swapaxes(-1, -2)  # (..., a, panel)
         rest = mx.addmm(rest[..., :a, :a], above, above.swapaxes(-1, -2), alpha=-1.0)
-        below = mx.zeros((*hessian.shape[:-2], n - a - corner.shape[-1], corner.shape[-1]))
         made.append(mx.concatenate([above, corner, below], axis=-2))
         if len(made) % EVERY == 0:
             mx.eval(rest)  # what is ahead of the GPU holds what is left of H for each panel
@@ -288,7 +291,8 @@ def _solve_upper(upper: mx.array, inverses: list[mx.array], other: mx.array) -> 
     parts, rest = list[mx.array](), other
     for a, inverse in reversed([*zip(range(0, upper.shape[-1], PANEL), inverses, strict=True)]):
         parts.append(inverse @ rest[..., a:, :])
-        rest = mx.addmm(rest[..., :a, :], upper[..., :a, a : a + PANEL], parts[-1], alpha=-1.0)
+        if a:
+            rest = mx.addmm(rest[..., :a, :], upper[..., :a, a : a + PANEL], parts[-1], alpha=-1.0)
     return mx.concatenate(parts[::-1], axis=-2)
 
 
@@ -297,8 +301,9 @@ def _solve_lower(lower: mx.array, inverses: list[mx.array], other: mx.array) -> 
     parts, rest = list[mx.array](), other
     for a, inverse in zip(range(0, lower.shape[-1], PANEL), inverses, strict=True):
         parts.append(inverse.swapaxes(-1, -2) @ rest[..., : inverse.shape[-1], :])
-        below = lower[..., a + PANEL :, a : a + PANEL]
-        rest = mx.addmm(rest[..., inverse.shape[-1] :, :], below, parts[-1], alpha=-1.0)
+        if a + PANEL < lower.shape[-1]:
+            below = lower[..., a + PANEL :, a : a + PANEL]
+            rest = mx.addmm(rest[..., PANEL:, :], below, parts[-1], alpha=-1.0)
     return mx.concatenate(parts, axis=-2)
 
 

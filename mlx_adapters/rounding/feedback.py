@@ -205,11 +205,11 @@ class _BlockedRounder:
         xp, engine = self.engine.xp, self.engine
         factor = engine.factor(outputs)
         for number, span in enumerate(self.spans):
-            before = slice(0, span.start)
-            fed = engine.solve_lower(
-                factor[..., span, span].swapaxes(-1, -2), factor[..., before, span].swapaxes(-1, -2)
-            )
-            shift = self._whole()[..., before] @ fed.swapaxes(-1, -2)
+            shift = None
+            if number:
+                before, lower = slice(0, span.start), factor[..., span, span].swapaxes(-1, -2)
+                fed = engine.solve_lower(lower, factor[..., before, span].swapaxes(-1, -2))
+                shift = self._whole()[..., before] @ fed.swapaxes(-1, -2)
             self._round(number, shift, 1)
         feeds = [engine.solve(outputs[..., s, s], outputs[..., s, :]).swapaxes(-1, -2) for s in self.spans]
         for passed in range(2 if self.weight.size <= engine.large else 1):

@@ -98,6 +98,25 @@ def test_systems_are_solved_by_panels(n):
             np.testing.assert_allclose(NUMPY.solve(matrix[i], other[i]), expected[i], rtol=1e-2, atol=1e-2)
 
 
+def test_no_product_of_nothing_is_asked_for(monkeypatch):
+    """CUDA divides by zero there, which ends the process."""
+    sizes, addmm, kept = [], mx.addmm, feedback._BlockedRounder._round
+    monkeypatch.setattr(
+        mx, "addmm", lambda c, a, b, **k: (sizes.append(c.size * a.size * b.size), addmm(c, a, b, **k))[1]
+    )
+    solve = MlxEngine.solve_lower
+    monkeypatch.setattr(MlxEngine, "solve_lower", lambda *a: (sizes.append(a[-1].size), solve(*a))[1])
+    monkeypatch.setattr(
+        feedback._BlockedRounder, "_round", lambda *a: (sizes.append(a[2] is None or a[2].size), kept(*a))
+    )
+    weights, h, g, base, update = layers(1, Quantization(4, 64))
+    engine = MlxEngine()
+    feedback.calibrated(
+        weights, mx.array(h), Quantization(4, 64), mx.bfloat16, base, mx.array(g), update=update, engine=engine
+    )
+    assert len(sizes) > 20 and all(sizes)
+
+
 def test_a_matrix_that_is_not_positive_definite_is_damped_until_it_is():
     h = mx.array(np.diag([1.0, -0.005, 2.0]).astype(np.float32))
     factor = np.array(MlxEngine().factor(h))
