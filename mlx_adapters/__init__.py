@@ -75,7 +75,9 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from mlx_adapters.generation.decoding import Response as Response
     from mlx_adapters.generation.live import LiveModel as LiveModel
     from mlx_adapters.generation.live import load_model as load_model
+    from mlx_adapters.generation.memory import KnownModel as KnownModel
     from mlx_adapters.generation.memory import estimate_inference as estimate_inference
+    from mlx_adapters.generation.memory import known_models as known_models
     from mlx_adapters.generation.wrapping import wrap_model as wrap_model
     from mlx_adapters.merging.extraction import extract as extract
     from mlx_adapters.merging.recipes import interpolate as interpolate
@@ -146,6 +148,8 @@ _PUBLIC = {
     "BenchmarkInterrupted": "benchmarking.run",
     "advise": "benchmarking.advice",
     "estimate_inference": "generation.memory",
+    "KnownModel": "generation.memory",
+    "known_models": "generation.memory",
     "evaluate": "evaluation.evaluate",
     "run_tasks": "evaluation.harness",
     "EvaluationConfig": "config.evaluating",

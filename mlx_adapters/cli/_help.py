@@ -8,6 +8,7 @@ from mlx_adapters.cli import _output
 GROUPS = {
     "Start": {
         "demo": ("demo", "The whole way on an embedded model and data."),
+        "models": ("estimate", "Bases to begin with, and which of them fit this machine."),
         "data": ("data", "Look at training data before training, and split it."),
         "estimate": ("estimate", "Forecast memory, and the time of a training, beforehand."),
         "init": ("packing", "Start a project of adapters."),

@@ -161,3 +161,36 @@ def _training(settings: Settings, as_json: bool, gigabytes: float | None) -> Non
     _output.out(f"It does not fit: {there}. Any one of these would make it fit:")
     for advice in estimated.advice:
         _output.out(f"  {advice}")
+
+
+@click.command("models")
+@json_option
+def models_command(as_json: bool) -> None:
+    """Bases to begin with, and which of them this machine has the memory to run and to train, roughly: answers with
+    4,096 tokens of context, batches of 4 x 512 tokens. Any other that mlx-lm loads will do as well.
+
+    \b
+    Example:
+      mlx-adapters models
+    """
+    from mlx_adapters.generation.memory import known_models
+    from mlx_adapters.system.machine import usable_memory_bytes
+
+    memory, models = usable_memory_bytes(), known_models()
+    if as_json:
+        _output.emit_json({"memory_bytes": memory, "models": models})
+        return
+    size = _output.size
+    rows = [
+        (m.id, f"{m.parameters / 1e9:.2g} B", size(m.size_bytes), m.license, str(m.year), *fits)
+        for m in models
+        for fits in [["yes" if need <= memory else "no" for need in (m.running_bytes, m.training_bytes)]]
+    ]
+    _output.table(("MODEL", "PARAMS", "DISK", "LICENSE", "YEAR", "RUN", "TRAIN"), rows, right=(1, 2))
+    trained = [m for m in models if m.training_bytes <= memory]
+    largest = f"'{trained[-1].id}' is the largest of them that trains in it" if trained else "none of them trains in it"
+    _output.out(f"{size(memory)} of memory can be used now; {largest}.")
+    base = trained[-1].id if trained else models[0].id
+    _output.next_steps(
+        f"mlx-adapters estimate {base} --data my-data", f"mlx-adapters train {base} --data my-data --name mine"
+    )

@@ -5,16 +5,18 @@ context without evaluating anything (MLX is lazy), and the caches that come out 
 sliding windows and shared layers count as they are. Activations are those of one prefill chunk, estimated.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources import files as package_files
 from typing import Any
 
 from mlx.utils import tree_flatten
 
 from mlx_adapters.config.mapping import require
 from mlx_adapters.config.quantization import Quantization
-from mlx_adapters.display.tables import Table, flat
+from mlx_adapters.display.tables import Rows, Table, flat
 from mlx_adapters.models.adapter import AdapterLike
 from mlx_adapters.models.base import Base, BaseLike
 from mlx_adapters.models.dense import weight_shape
@@ -69,6 +71,71 @@ class InferenceEstimate(Table):
     def records(self) -> list[dict[str, Any]]:
         """One for each precision."""
         return [flat(forecast) for forecast in self.forecasts]
+
+
+@dataclass(frozen=True)
+class KnownModel(Table):
+    """A base that people begin with, and what it takes.
+
+    Args:
+        id: what to type for it.
+        parameters: how many numbers it has.
+        license: its license's name.
+        year: when it was published.
+        source: the model card that says so.
+        size_bytes: of its weights, which are in 4 bits: 4.5 with the groups' scales.
+        running_bytes: the memory to answer with it, about: weights, 4,096 tokens of context, and half a GB.
+        training_bytes: the memory to train it, about: weights, a batch of 4 x 512 tokens with blocks computed again.
+
+    Example:
+        >>> ma.known_models()[0].id
+        'demo'
+    """
+
+    id: str
+    parameters: int
+    license: str
+    year: int
+    source: str
+    size_bytes: int
+    running_bytes: int
+    training_bytes: int
+
+
+def known_models() -> Rows[KnownModel]:
+    """A short list of bases to begin with, the smallest first, with the memory that they take on this device, roughly.
+
+    Nothing is loaded or fetched; `estimate` and `estimate_inference` say it of any base, more exactly.
+
+    Example:
+        >>> [model.id for model in ma.known_models() if model.parameters < 600_000_000]
+        ['demo', 'mlx-community/Qwen2.5-0.5B-Instruct-4bit', 'mlx-community/Qwen3-0.6B-4bit']
+    """
+    text = (package_files("mlx_adapters.generation") / "known_models.json").read_text(encoding="utf-8")
+    return Rows(_known(**entry) for entry in json.loads(text))
+
+
+def _known(
+    id: str,
+    parameters: int,
+    license: str,
+    year: int,
+    layers: int,
+    hidden: int,
+    intermediate: int,
+    kv_width: int,
+    vocabulary: int,
+    source: str,
+    size_bytes: int | None = None,
+) -> KnownModel:
+    item, beside = 2 if on_gpu() else 4, 500_000_000
+    stored = size_bytes or parameters * 9 // 16  # 4 bits, and 16 each for scale and bias of 64
+    weights = stored if on_gpu() else 4 * parameters
+    cache = 2 * layers * kv_width * 4096 * item
+    each = layers * hidden + 4 * intermediate + 12 * hidden  # per token: what every block got, and one at work
+    logits = 3 * 4 * 512 * vocabulary
+    trained = weights + item * 4 * 512 * each + logits + beside
+    return KnownModel(id, parameters, license, year, source, stored, weights + cache + beside, trained)
 
 
 def estimate_inference(

@@ -22,6 +22,7 @@ demo --data-only rows
 doctor --base base --data data
 data check data --base base
 data split data/train.jsonl halves
+models
 estimate base
 estimate base --data data
 train base --data data --name new --iterations 1 --batch-size 1 --dry-run

@@ -62,3 +62,37 @@ def test_the_demo_writes_its_data_alone(tmp_path, monkeypatch):
     assert "already exists" in str(again.exception)
     assert CliRunner().invoke(cli, ["demo", "--data-only", "data/sql", "--overwrite"]).exit_code == 0
     assert CliRunner().invoke(cli, ["demo", "--data-only", "x", "--quick"]).exit_code == 2
+
+
+def test_models_are_marked_by_what_fits(monkeypatch):
+    from mlx_adapters.system import machine
+
+    def marks(memory: float) -> dict[str, list[str]]:
+        monkeypatch.setattr(machine, "usable_memory_bytes", lambda: int(memory))
+        lines = [line.split() for line in CliRunner().invoke(cli, ["models"]).stdout.splitlines()]
+        return {words[0]: words[-2:] for words in lines[1:-1]}
+
+    assert {fit for fits in marks(1e12).values() for fit in fits} == {"yes"}
+    assert {fit for fits in marks(1e8).values() for fit in fits} == {"no"}
+    assert marks(2e9)["demo"] == ["yes", "yes"]
+    said = CliRunner().invoke(cli, ["models"])
+    assert "'demo' is the largest of them that trains in it" in said.stdout
+    assert "mlx-adapters estimate demo --data my-data" in said.stderr
+
+
+def test_the_parameters_of_the_listed_models_are_those_of_their_shapes():
+    """What each block has besides: queries' width, biases and norms."""
+    import json
+    from importlib.resources import files
+
+    known = json.loads((files("mlx_adapters.generation") / "known_models.json").read_text())
+    heads = {"0.6B": 2048, "1.7B": 2048, "3-4B": 4096, "3-8B": 4096, "14B": 5120, "32B": 8192, "gemma": 1024}
+    for m in known:
+        h, kv = m["hidden"], m["kv_width"]
+        queries = next((width for name, width in heads.items() if name in m["id"]), h)
+        norms = {"Qwen3": 2 * h + 256, "gemma": 4 * h + 512, "Qwen2.5": 2 * h + h + 2 * kv}
+        more = next((count for name, count in norms.items() if name in m["id"]), 2 * h)
+        block = 2 * h * queries + 2 * h * kv + 3 * h * m["intermediate"] + more
+        ends = 2 if m["parameters"] > 5e9 else 1
+        assert ends * m["vocabulary"] * h + m["layers"] * block + h == m["parameters"], m["id"]
+        assert m["source"].startswith("https://huggingface.co/") and len(m["id"]) <= 40
