@@ -15,6 +15,7 @@ import click
 import mlx_adapters
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._help import ALIASES, COMMANDS, GROUPS
+from mlx_adapters.cli._notify import notifying
 from mlx_adapters.errors import AdapterError
 
 _TYPED = "mlx_adapters.typed"  # in a context's meta: what stands after the command
@@ -56,7 +57,9 @@ class LazyGroup(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         ctx.meta[_TYPED] = args[1:]
-        ctx.with_resource(_output.never_silent(args[0] if args else ""))
+        command = args[0] if args else ""
+        ctx.with_resource(_output.never_silent(command))
+        ctx.with_resource(notifying(ALIASES.get(command, command)))
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:

@@ -22,6 +22,8 @@ import click
 
 from mlx_adapters.cli._json import json_for
 from mlx_adapters.cli._json import plain as plain  # the commands take it from here
+from mlx_adapters.cli._places import place as place
+from mlx_adapters.cli._places import word as word
 from mlx_adapters.errors import StorageError
 from mlx_adapters.events import Event, Note, Progress
 from mlx_adapters.units import columns as text_columns
@@ -129,6 +131,11 @@ def _redraws() -> bool:
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
+def heard() -> bool:
+    """Whether somebody sits at a terminal and wants to be told things."""
+    return not _quiet and sys.stderr.isatty()
+
+
 def columns() -> int:
     """The terminal's width, 80 where there is none."""
     return shutil.get_terminal_size().columns
@@ -172,19 +179,8 @@ def note(text: str) -> None:
         _talk(text)
 
 
-def place(path: str | os.PathLike[str]) -> str:
-    """A path as people write it: from here, or from their home, where that is shorter."""
-    whole = os.path.abspath(path)
-    shorter = [whole]
-    for top, mark in ((os.getcwd(), ""), (os.path.expanduser("~"), "~/")):
-        inside = os.path.relpath(whole, top)
-        if top != os.sep and not inside.startswith(os.pardir) and inside != os.curdir:
-            shorter.append(mark + inside)
-    return min(shorter, key=len)
-
-
 def next_steps(*lines: str) -> None:
-    """What to type after this, to stderr."""
+    """What to type after this, to stderr; what the user named stands in it as `word` writes it."""
     for before, line in zip(("Next: ", *["      "] * len(lines)), lines, strict=False):
         note(before + line)
 

@@ -8,6 +8,18 @@ from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import REFERENCE, Reads, UserPath, base_option, json_option, trust_option
 
 
+def _next(choice: str, ref: str, base: str | None) -> str:
+    """What to type to have what was chosen."""
+    kind, _, rest = choice.partition(":")
+    adapter, _, bits = rest.rpartition(":")
+    if kind == "fuse" and adapter:
+        name = adapter.replace("@", "-").rpartition("/")[2]
+        return f"mlx-adapters fuse {_output.word(adapter)} out/{_output.word(name)}-{bits}bit --bits {bits}"
+    if choice == ref:
+        return f"mlx-adapters serve {_output.word(base or 'BASE')} --adapter {_output.word(ref)}"
+    return f'mlx-adapters generate "..." --base {_output.word(choice)}'
+
+
 @click.command("advise")
 @click.argument("ref", type=REFERENCE)
 @click.option("--adapters", type=click.IntRange(min=1), default=1, show_default=True, help="So many on one base.")
@@ -84,4 +96,5 @@ def advise_command(
         _output.out(advice.decision)
         for reason in advice.reasons:
             _output.out(f"- {reason}")
+        _output.next_steps(_next(advice.choice, ref, base))
     _output.end_if_failed(failures(measured.readable))

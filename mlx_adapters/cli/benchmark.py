@@ -116,8 +116,21 @@ def benchmark_command(
             show(report, old)
     if report.interrupted:
         raise KeyboardInterrupt
+    if not as_json:
+        _output.next_steps(_next(variants, quality, output))
     worse = [c for c in changes(report, old) if fail_over is not None and c.fails(fail_over)] if old else []
     _output.end_if_failed([*failures(report.readable), *(f"{change} than in {against}" for change in worse)])
+
+
+def _next(variants: tuple[str, ...], quality: str | None, output: Path | None) -> str:
+    """What to type after a benchmark: to decide by it, or to know more."""
+    from mlx_adapters.sources.registry import names
+
+    mine = next((one for one in variants if one.partition("@")[0] in names()), None)
+    if mine and output and len(variants) > 1:
+        return f"mlx-adapters advise {_output.word(mine)} --report {_output.word(output)}"
+    again = " ".join(map(_output.word, variants))
+    return f"mlx-adapters benchmark {again} --quality {_output.word(quality or 'DATA')} --html report.html"
 
 
 def save(report: "Report", output: Path | None, markdown: Path | None, html: Path | None, plots: Path | None) -> None:

@@ -1,6 +1,7 @@
 """`data check` and `data split`."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,7 +14,7 @@ from mlx_adapters.config.training import OBJECTIVES, TrainConfig, with_objective
 from mlx_adapters.units import count
 
 if TYPE_CHECKING:
-    from mlx_adapters.data.checking import SplitReport
+    from mlx_adapters.data.checking import DataReport, SplitReport
 
 NO_STOP = "No trained row holds a token that stops a generation: the model will not learn to stop."
 
@@ -106,6 +107,32 @@ def data_check_command(data: str, base: str, row: int, objective: str | None, as
         _output.out(f"message {turn.message}: {count(turn.trained_tokens, 'token')}{ends}")
     if not report.stops:
         _output.warn(NO_STOP)
+    _output.out(f"\n{_verdict(report)}")
+    is_file, name = Path(data).is_file(), _output.word(data)
+    if is_file:
+        _output.next_steps(f"mlx-adapters data split {name} {_output.word(Path(data).with_suffix('') / 'split')}")
+        return
+    how = "".join(f" --{flag.replace('_', '-')}" for flag in ("mask_prompt", "last_turn_only") if settings[flag])
+    how += f" --objective {objective}" if objective else ""
+    _output.next_steps(f"mlx-adapters train {_output.word(base)} --data {name} --name NAME{how}")
+
+
+def _verdict(report: "DataReport") -> str:
+    """What is trained, and what of it one may want to look at."""
+    train, found = report.splits["train"], list[str]()
+    for name, split in report.splits.items():
+        odd = {
+            "cut": split.truncated,
+            "with nothing left": len(split.dropped),
+            "left out": len(split.unusable),
+            "double": split.duplicates,
+            "with an empty answer": len(split.empty_answers),
+            "in train too": report.overlaps.get(name, 0),
+        }
+        found += [f"{many:,} of {name} {what}" for what, many in odd.items() if many]
+    trained = f"{count(train.rows, 'row')} train {count(train.trained_tokens, 'token')}"
+    judged = "" if "valid" in report.splits else "; there are no validation rows"
+    return f"{trained}{judged}; {'worth a look: ' + ', '.join(found) if found else 'nothing stands out'}."
 
 
 def _list(name: str, split: "SplitReport") -> None:
@@ -177,4 +204,8 @@ def data_split_command(
     if as_json:
         _output.emit_json(counts)
     else:
-        _output.out(f"{out}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+        _output.out(f"{_output.place(out)}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+        there = _output.word(out)
+        _output.next_steps(
+            f"mlx-adapters data check {there}", f"mlx-adapters train BASE --data {there} --name NAME --mask-prompt"
+        )

@@ -1,6 +1,5 @@
 """`demo`: the main job on the embedded model and data."""
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,7 +56,7 @@ def _write_data(folder: Path, overwrite: bool, as_json: bool) -> None:
         return
     counts = ", ".join(f"{number} {split}" for split, number in rows.items())
     _output.out(f"Rows in {_output.place(folder)}: {counts}; {DATABASE_FILE} answers their queries.")
-    there = shlex.quote(str(folder))
+    there = _output.word(folder)
     _output.next_steps(
         f"mlx-adapters data check {there} --base demo",
         f"mlx-adapters train demo --data {there} --name sql --mask-prompt --epochs 1",

@@ -112,7 +112,11 @@ def estimate_command(
         for f in estimated.forecasts
     ]
     _output.table(headers, rows, right=range(1, len(headers)))
-    _output.out(f"Batch {batch}; there is {size(estimated.memory_bytes)} of memory.")
+    fits = [f.precision for f in estimated.forecasts if all(f.fits(estimated.memory_bytes).values())]
+    verdict = f"fits: {', '.join(fits)}" if fits else "at these lengths none fits"
+    _output.out(f"Batch {batch}; there is {size(estimated.memory_bytes)} of memory; {verdict}.")
+    asked = f" --adapter {_output.word(adapter)}" if adapter else ""
+    _output.next_steps(f'mlx-adapters generate "..." --base {_output.word(settings.base)}{asked}')
 
 
 def _training(settings: Settings, as_json: bool, gigabytes: float | None) -> None:
@@ -157,6 +161,8 @@ def _training(settings: Settings, as_json: bool, gigabytes: float | None) -> Non
     there = f"there is {size(estimated.usable_bytes)}" + ("" if training.memory_limit else " on this machine")
     if estimated.fits:
         _output.out(f"It fits: {there}.")
+        base, data = _output.word(settings.base or ""), _output.word(settings.data or "")
+        _output.next_steps(f"mlx-adapters train {base} --data {data} --name NAME, with the same options")
         return
     _output.out(f"It does not fit: {there}. Any one of these would make it fit:")
     for advice in estimated.advice:

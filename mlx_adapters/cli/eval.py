@@ -23,6 +23,7 @@ from mlx_adapters.cli._settings import options
 from mlx_adapters.config.data import DataConfig
 from mlx_adapters.config.evaluating import EvaluationConfig
 from mlx_adapters.config.settings import settings_of
+from mlx_adapters.units import listed
 
 
 @click.command("eval", cls=LongCommand)
@@ -78,9 +79,7 @@ def eval_command(
     config = EvaluationConfig(**settings)
     assert data is not None
     report = evaluation.evaluate(variants, data, base=base, config=config, on_event=_output.progress())
-    if save:
-        for name in evaluation.save(report, variants, on_event=_output.progress()):
-            _output.note(f"The figures are kept with '{name}'.")
+    kept = list(evaluation.save(report, variants, on_event=_output.progress())) if save else []
     try:
         if output:
             files.write_json(output, _output.plain(report.to_json()))
@@ -93,6 +92,10 @@ def eval_command(
             _output.table(headers, lines, right=range(1, len(headers)))
             for line in (*reports.sentences(shown), *reports.notes(shown)):
                 _output.out(line)
+    if kept:
+        _output.note(f"The figures are kept with {listed([repr(name) for name in kept])}.")
+        of_it = _output.word(kept[-1])
+        _output.next_steps(f"mlx-adapters show {of_it}", f"mlx-adapters advise {of_it} --quality {_output.word(data)}")
     _output.end_if_failed(f"'{e.variant}' failed: {e.error}" for e in report.readable.evaluations if e.error)
 
 

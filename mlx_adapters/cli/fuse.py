@@ -1,6 +1,5 @@
 """`fuse`: adapters into base weights."""
 
-import shlex
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -220,19 +219,20 @@ def _show(result: "FuseResult") -> None:
     if result.fidelity:
         _show_verdict(result.fidelity, result.text)
     how = f"{result.method} rounding, {result.bits_per_weight:.2f} bits per weight (scales and unquantized tensors too)"
+    folder = _output.place(result.folder)
     _output.out(
-        f"{result.folder}: {'unquantized' if result.method == 'none' else how}, {_output.size(result.size_bytes)}, "
+        f"{folder}: {'unquantized' if result.method == 'none' else how}, {_output.size(result.size_bytes)}, "
         f"{count(len(result.survival), 'layer')} changed, made in {_output.duration(result.seconds)}"
     )
     if result.text and result.method == "calibrated":
         _output.out(f"Calibrated on {result.text['calibration_rows']} rows of {result.text['source']}.")
     for line in result.opened_with:
         _output.out(line)
-    folder = shlex.quote(result.reference)
+    there = _output.word(result.reference)
     if not result.opened_with:
-        _output.next_steps(f'mlx-adapters generate "..." --base {folder}', f"mlx-adapters publish {folder} USER/REPO")
+        _output.next_steps(f'mlx-adapters generate "..." --base {there}', f"mlx-adapters publish {there} USER/REPO")
     if (result.folder / REPORT_FILE).is_file():
-        _output.note(f"Every layer's figures are in {result.folder / REPORT_FILE}.")
+        _output.note(f"Every layer's figures are in {_output.place(result.folder / REPORT_FILE)}.")
 
 
 def _show_verdict(fidelity: "Fidelity", text: dict[str, Any] | None) -> None:

@@ -179,6 +179,15 @@ def interpolate_command(
         return
     rows = [(number(p.t), number(p.loss, 4), str(p.adapter.config.rank), kept.get(p.t, "-")) for p in points]
     _output.table(("T", "LOSS", "RANK", "KEPT AS"), rows, right=(0, 1, 2))
+    known = [p for p in points if p.loss is not None]
+    if known:
+        lowest = min(known, key=lambda p: p.loss or 0.0)
+        _output.out(f"The lowest loss is {number(lowest.loss, 4)}, at {number(lowest.t)}.")
+    if kept:
+        _output.next_steps(f'mlx-adapters generate "..." --adapter {_output.word(next(iter(kept.values())))}')
+    else:
+        line = f"mlx-adapters interpolate {_output.word(a)} {_output.word(b)} --steps {steps}"
+        _output.next_steps(f"{line} --data {_output.word(str(data))} --name NAME --best")
 
 
 @click.command("extract")
@@ -248,3 +257,5 @@ def _show(adapter: "Adapter", as_json: bool) -> None:
         lowest = min(recipe["energy_by_layer"], key=recipe["energy_by_layer"].get)
         least = f"{recipe['energy_by_layer'][lowest]:.2%}"
         _output.out(f"energy kept: {recipe['energy_kept']:.2%} of all, at least {least} of a layer ({lowest})")
+    name = _output.word(adapter.name)
+    _output.next_steps(f'mlx-adapters generate "..." --adapter {name}', f"mlx-adapters eval base {name} --data DATA")

@@ -54,7 +54,9 @@ def pack_command(source: str, target: Path, checkpoints: bool, overwrite: bool, 
     if as_json:
         _output.emit_json(done)
         return
-    _output.out(f"{done.path}: {count(len(done.files), 'file')}, {_output.size(done.size_bytes)}, sha256 {done.sha256}")
+    path = _output.place(done.path)
+    _output.out(f"{path}: {count(len(done.files), 'file')}, {_output.size(done.size_bytes)}, sha256 {done.sha256}")
+    _output.next_steps(f"mlx-adapters add {_output.word(done.path)} --name NAME")
 
 
 @click.command("add")
@@ -105,9 +107,11 @@ def add_command(
     if as_json:
         _output.emit_json(done)
         return
-    where = f"as '{done.name}'" if done.name else f"in {done.folder}"
+    where = f"as '{done.name}'" if done.name else f"in {_output.place(done.folder)}"
     checkpoints = f" with {count(len(done.iterations), 'checkpoint')}" if done.iterations else ""
     _output.out(f"Added the {done.kind}{checkpoints} {where}.")
+    how = "--adapter" if done.kind == "adapter" else "--base"
+    _output.next_steps(f'mlx-adapters generate "..." {how} {_output.word(done.name or done.folder)}')
 
 
 @click.command("init")
@@ -128,4 +132,5 @@ def init_command(folder: Path, overwrite: bool, as_json: bool) -> None:
         _output.emit_json({"folder": folder, "files": written})
         return
     _output.out(f"Wrote {', '.join(written)} in '{folder}'.")
-    _output.note(f"Next: put rows into {folder}/data, then 'mlx-adapters train --config {folder}/train.yaml'.")
+    _output.out(f"It trains on the rows in {_output.place(folder / 'data')}.")
+    _output.next_steps(f"mlx-adapters train --config {_output.word(folder / 'train.yaml')}")

@@ -76,9 +76,14 @@ def import_peft_command(
         )
         return
     config = adapter.config
+    base_name = _output.place(str(adapter.base_name))
     _output.out(
         f"Imported '{adapter.name}': {config.type}, rank {config.rank}, scale {_output.number(config.scale, 6)}, "
-        f"{count(len(config.keys), 'layer')}, {adapter.parameters:,} parameters, for {adapter.base_name}"
+        f"{count(len(config.keys), 'layer')}, {adapter.parameters:,} parameters, for {base_name}"
+    )
+    _output.next_steps(
+        f'mlx-adapters generate "..." --adapter {_output.word(adapter.name)}',
+        f"mlx-adapters fuse {_output.word(adapter.name)} out/{adapter.name}-4bit --bits 4",
     )
 
 
@@ -107,6 +112,6 @@ def export_peft_command(
     if as_json:
         _output.emit_json(result)
         return
-    _output.out(
-        f"{result.folder}: {result.tensors} tensors, {_output.size(result.size_bytes)}, for {result.base_model}"
-    )
+    folder = _output.place(result.folder)
+    _output.out(f"{folder}: {result.tensors} tensors, {_output.size(result.size_bytes)}, for {result.base_model}")
+    _output.note(f"Next, in Python: PeftModel.from_pretrained(model, {folder!r})")

@@ -89,9 +89,11 @@ def publish_command(
     if dry_run:
         _output.out(f"\n{result.card}")
         _output.note(f"Nothing was uploaded. Without --dry-run this becomes the {where}.")
+        _output.next_steps(f"mlx-adapters publish {_output.word(source)} {_output.word(repo)}")
     else:
         _output.out(f"{result.url if result.changed else 'Nothing has changed: ' + str(result.url)}")
         _output.note(f"Published as the {where}." if result.changed else f"The {where} is up to date.")
+        _output.next_steps(f"mlx-adapters download {_output.word(repo)}")
 
 
 @click.command("download")
@@ -127,10 +129,10 @@ def download_command(
         _output.emit_json(result)
     elif result.kind == "adapter":
         _output.out(f"{result.name}: {result.repo} at {result.commit[:12]}")
-        _output.note(f'Try it: mlx-adapters generate "..." --adapter {result.name}')
+        _output.next_steps(f'mlx-adapters generate "..." --adapter {result.name}')
     else:
-        _output.out(f"{result.folder}: {result.repo} at {result.commit[:12]}")
-        _output.note(f'Try it: mlx-adapters generate "..." --base {result.repo}')
+        _output.out(f"{_output.place(result.folder)}: {result.repo} at {result.commit[:12]}")
+        _output.next_steps(f'mlx-adapters generate "..." --base {result.repo}')
 
 
 @click.command("card")
@@ -162,7 +164,11 @@ def card_command(
     options = {"repo": repo, "base_model": base_model, "license": license, "benchmark": benchmark}
     if write:
         path = write_card(source, **options, on_event=_output.progress())
-        _output.emit_json({"path": path}) if as_json else _output.out(str(path))
+        if as_json:
+            _output.emit_json({"path": path})
+        else:
+            _output.out(_output.place(path))
+            _output.next_steps(f"mlx-adapters publish {_output.word(source)} {_output.word(repo or 'USER/REPO')}")
         return
     card = make_card(source, **options)
     if as_json:

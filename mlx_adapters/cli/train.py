@@ -1,7 +1,6 @@
 """`train`: make an adapter."""
 
 import contextlib
-import shlex
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -128,12 +127,13 @@ def train_command(
         _output.emit_json(run)
         return
     loss = f", validation loss {_output.number(run.best_validation_loss, 4)}" if run.best_validation_loss else ""
-    _output.out(f"{run.best}{loss}; trained {_output.duration(run.duration_seconds)}, kept in {run.folder}")
-    reference = shlex.quote(run.reference)
+    took, where = _output.duration(run.duration_seconds), _output.place(run.folder)
+    _output.out(f"{run.best}{loss}; trained {took}, kept in {where}")
+    mine = _output.word(run.reference)
     _output.next_steps(
-        f'mlx-adapters generate "..." --adapter {reference}',
-        f"mlx-adapters show {reference}",
-        f"mlx-adapters fuse {reference} out/{run.folder.name}-4bit --bits 4",
+        f'mlx-adapters generate "..." --adapter {mine}',
+        f"mlx-adapters show {mine}",
+        f"mlx-adapters fuse {mine} out/{run.folder.name}-4bit --bits 4",
     )
 
 
@@ -144,7 +144,7 @@ def _plan(plan: "TrainPlan", as_json: bool) -> None:
     first = f"from iteration {plan.iteration:,} on, " if plan.iteration else ""
     judged = f"{count(plan.validation_rows, 'row')} every {plan.eval_every:,}" if plan.validation_rows else "none"
     lines = [
-        ("base", plan.base),
+        ("base", _output.place(plan.base)),
         ("adapter", f"{count(plan.adapted_layers, 'layer')}, {plan.trained_parameters:,} trained parameters"),
         (
             "training",

@@ -1,0 +1,97 @@
+"""How commands end: with a verdict and lines that can be typed next; a long one with a notification on macOS."""
+
+import shlex
+import shutil
+
+import click
+import pytest
+from click.testing import CliRunner
+from helpers.adapters import make_run
+from helpers.public import LEAVES
+
+from mlx_adapters.cli import _notify, _output, cli
+from mlx_adapters.demo.catalog import write_demo_data
+from mlx_adapters.system import machine
+
+# What is typed, and what the verdict says. They run one after the other, in one place.
+LINES = {
+    "demo --data-only rows": "600 train",
+    "models": "of memory can be used now",
+    "data split data/train.jsonl halves": "halves: 16 train",
+    "data check halves --base base": "nothing stands out",
+    "data check data/train.jsonl --base base": "there are no validation rows",
+    "estimate base": "fits: as stored",
+    "estimate base --data data": "It fits",
+    "train base --data data --name new --iterations 1 --batch-size 1": "kept in home/adapters/new",
+    "train base --data data --name never --epochs 1 --dry-run": "WOULD BE",
+    "pack sql sql.tar.gz": "sql.tar.gz: ",
+    "add sql.tar.gz --name copy": "Added the adapter as 'copy'",
+    "init project": "It trains on the rows in project/data",
+    "merge sql copy --name both": "both: rank",
+    "interpolate sql copy --steps 2 --data data": "The lowest loss is",
+    "eval base sql --data data --max-rows 2": "sql",
+    "export-peft sql peft --base-model user/name": "peft: ",
+    "import-peft peft --base base --name back": "Imported 'back'",
+    "fuse sql full --bits none": "full: unquantized",
+    "card full --write": "README.md",
+}
+
+
+def next_lines(talk: str) -> list[str]:
+    """The commands after "Next: "."""
+    _, found, after = talk.partition("Next: ")
+    lines = [line.strip() for line in after.splitlines()] if found else []
+    return [line.partition(", with")[0] for line in lines if line.startswith("mlx-adapters ")]
+
+
+def parse(line: str) -> None:
+    """Raise a usage error unless it is a command of ours with options that it has."""
+    _, *words = shlex.split(line)
+    name = " ".join(words[:2]) if words[0] == "data" else words[0]
+    command, rest = LEAVES[f"mlx-adapters {name}"], words[len(name.split()) :]
+    program = click.Context(cli, info_name="mlx-adapters", help_option_names=["-h", "--help"])
+    command.make_context(name, rest, parent=program)
+
+
+def test_every_ending_has_a_verdict_and_a_line_to_type(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(machine, "usable_memory_bytes", lambda: 10**12)
+    shutil.copytree(tiny_model(), "base")
+    for path in write_demo_data(tmp_path / "data").glob("*.jsonl"):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:20]))
+    make_run("base", "sql", losses=[(100, 2.0), (200, 1.0)])
+    for line, verdict in LINES.items():
+        done = CliRunner().invoke(cli, line.split())
+        assert done.exit_code == 0 and verdict in done.stdout, f"{line}\n{done.output}\n{done.exception}"
+        assert str(tmp_path) not in done.output, f"{line}\n{done.output}"  # paths are told from here
+        told = next_lines(done.stderr)
+        assert told or "Next" in done.stderr, f"{line}\n{done.output}"
+        for typed in told:
+            parse(typed)
+
+
+@pytest.mark.parametrize(
+    ("system", "terminal", "setting", "seconds", "shown"),
+    [
+        ("darwin", True, None, 61, True),
+        ("darwin", True, "off", 61, False),
+        ("darwin", False, None, 61, False),
+        ("darwin", True, None, 59, False),
+        ("linux", True, None, 61, False),
+    ],
+)
+def test_a_notification_comes_after_a_minute_at_a_mac_s_terminal(
+    system, terminal, setting, seconds, shown, monkeypatch
+):
+    calls, clock = [], iter([0.0, float(seconds)])
+    monkeypatch.setattr(machine, "tool", lambda *command: calls.append(command))
+    monkeypatch.setattr(_notify.sys, "platform", system)
+    monkeypatch.setattr(_notify.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(_output, "heard", lambda: terminal)
+    monkeypatch.setenv(_notify.SETTING, setting or "")
+    with pytest.raises(ValueError), _notify.notifying("train"):
+        raise ValueError
+    assert bool(calls) == shown
+    if shown:
+        assert calls[0][0] == "osascript" and calls[0][-2:] == ("mlx-adapters train", "stopped after 1 min 1 s")
+        assert "on run {title, said}" in calls[0]
