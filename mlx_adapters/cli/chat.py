@@ -125,6 +125,7 @@ def _talk(chat: "Chat", any_base: bool, sampling: dict[str, Any]) -> None:
 @system_option
 @sampling_options
 @kv_options
+@drafting_options
 @template_options
 @dtype_option
 @trust_option
@@ -137,6 +138,7 @@ def ab_command(
     any_base: bool,
     system: str | None,
     kv: CacheQuantization,
+    drafting: Drafting,
     template: TemplateConfig,
     dtype: str,
     as_json: bool,
@@ -154,7 +156,7 @@ def ab_command(
 
     questions = read_prompts(prompts)
     references = [reference for reference in dict.fromkeys((a, b)) if reference != "base"]
-    model = _load(base, tuple(references), any_base, dtype, template, kv=kv)
+    model = _load(base, tuple(references), any_base, dtype, template, drafting, kv)
     names = {"base": None} | dict(zip(references, (info.name for info in model.adapters), strict=True))
     pairs = answer_pairs(model, questions, names[a], names[b], system, **sampling)
     if as_json:

@@ -134,6 +134,7 @@ def option_names(command: click.Command) -> set[str]:
         ("generate", Sampling, set()),
         ("chat", Sampling, set()),
         ("ab", Sampling, set()),
+        ("ab", Drafting, set()),
         ("generate", CacheQuantization, set()),
         ("chat", CacheQuantization, set()),
         ("serve", CacheQuantization, {"quantized_kv_start"}),  # from the first token on

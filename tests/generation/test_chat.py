@@ -93,6 +93,9 @@ def test_ab(model, tiny_model, tmp_path):
         turn = [{"role": "user", "content": pair["prompt"]}]
         assert pair["a"] == answer(model, "one", turn, max_tokens=6)
         assert pair["b"] == answer(model, None, turn, max_tokens=6)
+    options = ["--base", base, "--draft-model", base, "--json", *OPTIONS]
+    guessed = CliRunner().invoke(cli, ["ab", str(file), "one", "base", *options])
+    assert json.loads(guessed.stdout) == answered
     shown = CliRunner().invoke(cli, ["ab", str(file), "one", "two", "--base", base, *OPTIONS])
     assert shown.stdout.count("\none: ") == 2 and shown.stdout.count("\ntwo: ") == 2
 
