@@ -6,6 +6,8 @@ from typing import Any
 
 from mlx_adapters.errors import AdapterError
 
+LONGEST = 2000  # characters of a message: it may repeat what was sent
+
 
 class ApiError(Exception):
     """A refusal with an HTTP status and the body that OpenAI's API gives."""
@@ -19,6 +21,7 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
     ) -> None:
+        message = message if len(message) <= LONGEST else message[:LONGEST] + " ..."
         super().__init__(message)
         self.status, self.message, self.kind, self.param, self.code = status, message, kind, param, code
 

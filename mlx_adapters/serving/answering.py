@@ -106,7 +106,7 @@ class Answering:
             for prompt in prompts:
                 self.model.checked_ids(prompt)
                 self.model.room(len(prompt), 1)
-            vectors = await asyncio.to_thread(self.engine.embed, model, prompts)
+            vectors = await self.engine.embed(model, prompts)
         return JSONResponse(embeddings_body(vectors, model, sum(map(len, prompts)), packed))
 
     async def plain_tokens(self, prompt: str | list[int], where: str = "prompt") -> list[int]:

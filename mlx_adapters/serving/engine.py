@@ -4,11 +4,13 @@ The web side puts a `Job` in and reads its events from an asyncio queue; nothing
 canceled, too slow or failed leaves the batch between two steps.
 """
 
+import asyncio
+import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -34,7 +36,10 @@ NO_ROOM = "All adapters are in use; none can make room."
 
 
 class Engine:
-    """Runs `model` for many jobs. `start` and `stop` it; the other methods may be called from any thread."""
+    """Runs `model` for many jobs. `start` and `stop` it; the other methods may be called from any thread.
+
+    Before it is started, adapters can be put into `residents`; later these are its thread's alone.
+    """
 
     def __init__(self, model: LiveModel, settings: ServeSettings, base_name: str) -> None:
         self.model, self.settings = model, settings
@@ -45,17 +50,12 @@ class Engine:
         kept = settings.prompt_cache_bytes
         kept = usable_memory_bytes() // CACHE_SHARE if kept is None else kept
         self._batcher = Batcher(
-            model.module,
-            model.pool,
-            settings.max_batch,
-            cache_bytes=kept,
-            make=model.new_layers,
-            drafter=model.drafter,
+            model.module, model.pool, settings.max_batch, cache_bytes=kept, make=model.new_layers, drafter=model.drafter
         )
         self._jobs: dict[int, Job] = {}
         self._parked: list[Job] = []
         self._open: set[Job] = set()
-        self._residents = Residents(
+        self.residents = Residents(
             model, settings, self.metrics, lambda: self._commands.put(lambda: None), self._batcher.reader.known.drop
         )
         self._stopping = threading.Event()
@@ -74,7 +74,7 @@ class Engine:
             self._commands.put(work)
             if self._thread.is_alive():  # a thread that computes while Python ends would bring the process down
                 self._thread.join(patience)
-        self._residents.close(READ_SECONDS)
+        self.residents.close(READ_SECONDS)
 
     @property
     def alive(self) -> bool:
@@ -102,20 +102,16 @@ class Engine:
         """Forget a job; its place in the batch is free before the next step."""
         self._commands.put(lambda: self._drop(job, "cancelled"))
 
-    def embed(self, name: str, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+    async def embed(self, name: str, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """The mean hidden state of each prompt, with the adapter (or base) that `resolve` gave. Raises ApiError."""
-        deadline = time.monotonic() + self.settings.max_seconds
-        return [self._embedding(name, ids, deadline) for ids in prompts]  # others may come between
+        async with self._in_time():
+            return [await self._embedding(name, ids) for ids in prompts]  # others may come between
 
-    def _embedding(self, name: str, ids: Sequence[int], deadline: float) -> list[float]:
-        while isinstance(vector := self._ask(partial(self._embed, name, ids)), Future):
-            self._await(vector, name, deadline - time.monotonic())
+    async def _embedding(self, name: str, ids: Sequence[int]) -> list[float]:
+        while isinstance(vector := await self._ask(partial(self._embed, name, ids)), Future):
+            with contextlib.suppress(Exception):  # who takes the adapter in tells what reading it raised
+                await asyncio.shield(asyncio.wrap_future(vector))
         return vector
-
-    def _await(self, reading: Future[Adapter], name: str, seconds: float) -> None:
-        """Wait for an adapter's files. What reading them raises is told by who takes them in."""
-        if not wait([reading], seconds).done:
-            raise ApiError(504, f"Adapter '{name}' was not read in time.", kind="server_error")
 
     def _embed(self, name: str, ids: Sequence[int]) -> list[float] | Future[Adapter]:
         served, attached = self.catalog.adapter(name), None
@@ -131,23 +127,21 @@ class Engine:
         self.metrics.add("prompt_tokens_total", len(ids), model=name)
         return vector.tolist()
 
-    def add_adapter(self, name: str, reference: str) -> Served:
+    async def add_adapter(self, name: str, reference: str) -> Served:
         """Serve another adapter and load it now.
 
-        Raises AdapterError, or ApiError: 503 if there is no room, 504 if its files are not read in time; then nothing
-        changed. ApiError 504 if the engine does not come to it in time: it may still be served then.
+        Raises AdapterError, or ApiError: 503 if there is no room, 504 if it is not there in time; then nothing changed.
         """
         require(name not in self.catalog.names, f"'{name}' is served already.")
         served = Served(name, reference)
-        reading = self._residents.read(served)
-        self._await(reading, name, self.settings.max_seconds)
-        reading.result()
-        return self._ask(partial(self._add_adapter, served))
+        async with self._in_time():
+            await asyncio.shield(asyncio.wrap_future(self.residents.read(served)))
+            return await self._ask(partial(self._add_adapter, served))
 
     def remove_adapter(self, name: str) -> None:
         """Serve an adapter no more. Answers that are being written with it are finished."""
         served = self.catalog.served.pop(name)
-        self._commands.put(lambda: self._residents.leaving.append(served))
+        self._commands.put(lambda: self.residents.leaving.append(served))
 
     def update_gauges(self) -> None:
         """Bring the gauges up to date."""
@@ -164,26 +158,33 @@ class Engine:
         for name, value in gauges.items():
             self.metrics.set(name, value)
 
-    def _ask(self, work: Callable[[], Any]) -> Any:
-        """Run `work` in the engine's thread and give its result; directly before the engine is started."""
-        if not self._thread.is_alive():
-            return work()
-        answer: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
+    @contextlib.asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(self.settings.max_seconds):
+                yield
+        except TimeoutError:
+            raise self._late() from None
+
+    def _late(self) -> ApiError:
+        return ApiError(504, f"No answer within {self.settings.max_seconds:g} seconds.", kind="server_error")
+
+    async def _ask(self, work: Callable[[], Any]) -> Any:
+        """Run `work` in the engine's thread and give its result."""
+        answer: Future[Any] = Future()
 
         def command() -> None:
+            if not answer.set_running_or_notify_cancel():  # nobody waits for it any more
+                return
             try:
-                answer.put((work(), None))
+                answer.set_result(work())
             except Exception as error:
-                answer.put((None, error))
+                answer.set_exception(error)
 
+        if not self.alive:
+            raise ApiError(503, "The server is stopping.", kind="server_error")
         self._commands.put(command)
-        try:
-            value, error = answer.get(timeout=self.settings.max_seconds)
-        except queue.Empty:
-            raise ApiError(504, "The engine did not come to this in time; it may yet.", kind="server_error") from None
-        if error is not None:
-            raise error
-        return value
+        return await asyncio.wrap_future(answer)
 
     # -- in the engine's thread ------------------------------------------------------------------------
 
@@ -201,7 +202,7 @@ class Engine:
 
     def _obey(self) -> None:
         """Carry out the commands that are there; wait for one if there is nothing else to do."""
-        wait = self._batcher.idle and not self._residents.leaving
+        wait = self._batcher.idle and not self.residents.leaving
         try:
             self._commands.get(timeout=0.5 if wait else None, block=wait)()
             while True:
@@ -214,13 +215,13 @@ class Engine:
         late = [j for j in [*self._jobs.values(), *self._parked] if now - j.arrived > self.settings.max_seconds]
         for job in late:
             self._drop(job, "timeout")
-            job.send(ApiError(504, f"No answer within {self.settings.max_seconds:g} seconds.", kind="server_error"))
+            job.send(self._late())
         waiting, self._parked = self._parked, []
         for job in waiting:
             blocked = any(now - other.arrived > PATIENCE and not self._is_read(other) for other in self._parked)
             if blocked or not self._begin(job):
                 self._parked.append(job)
-        self._residents.let_go()
+        self.residents.let_go()
         if self._batcher.idle:
             return
         try:
@@ -265,7 +266,7 @@ class Engine:
     def _bring_in(self, served: Served) -> Attached | None:
         """See `Residents.bring_in`. Raises ApiError 503 if it cannot be loaded."""
         try:
-            return self._residents.bring_in(served)
+            return self.residents.bring_in(served)
         except Exception as error:  # a damaged file may raise what it likes
             log.warning("adapter '%s' cannot be loaded: %r", served.name, error)
             why = f": {error.message}" if isinstance(error, AdapterError) else "."
@@ -277,7 +278,7 @@ class Engine:
 
     def _add_adapter(self, served: Served) -> Served:
         require(served.name not in self.catalog.names, f"'{served.name}' is served already.")
-        if self._residents.bring_in(served) is None:
+        if self.residents.bring_in(served) is None:
             raise ApiError(503, NO_ROOM, kind="server_error")
         self.catalog.served[served.name] = served
         return served

@@ -83,7 +83,7 @@ class Catalog:
                 return split.choose(user if user is not None else f"request {time.time_ns()}")
         if name != self.base_name and name not in self.served:
             hint = did_you_mean(name, self.names)
-            message = f"The model '{name}' does not exist. Served: {', '.join(self.names)}."
+            message = f"The model '{name[:100]}' does not exist. Served: {', '.join(self.names)}."
             raise ApiError(404, message + (f" {hint}" if hint else ""), param="model", code="model_not_found")
         return name
 
@@ -135,6 +135,7 @@ class Residents:
         return served.reading
 
     def _read(self, served: Served, reading: Future[Adapter]) -> None:
+        reading.set_running_or_notify_cancel()
         try:
             with self._places:
                 adapter = served.read()
@@ -158,12 +159,13 @@ class Residents:
         if not reading.done():
             return None
         served.reading = None  # also when it failed: the next request tries again
-        adapter = reading.result()
-        served.nbytes = served.nbytes or sum(w.size for w in adapter.weights.values()) * self.model.pool.dtype.size
-        return self._attach(served, adapter)
+        return self.attach(served, reading.result())
 
-    def _attach(self, served: Served, adapter: Adapter) -> Attached | None:
-        pool, going = self.model.pool, self._to_go(served, served.nbytes or 0)
+    def attach(self, served: Served, adapter: Adapter) -> Attached | None:
+        """What was read, in memory; None while others that are in use leave no room for it."""
+        pool = self.model.pool
+        served.nbytes = served.nbytes or sum(w.size for w in adapter.weights.values()) * pool.dtype.size
+        going = self._to_go(served, served.nbytes)
         if going is None:
             return None
         for entry in going:
@@ -176,7 +178,7 @@ class Residents:
         served.nbytes = served.attached.nbytes
         if pool.nbytes > self._byte_limit:  # in groups of layers it takes more than in its file
             pool.remove(name)
-            return self._attach(served, adapter)
+            return self.attach(served, adapter)
         self.metrics.add("adapter_loads_total", adapter=served.name)
         return served.attached
 

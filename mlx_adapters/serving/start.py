@@ -76,14 +76,14 @@ def make_engine(
     model = load_model(base, dtype=dtype, template=template, kv=kv, drafting=drafting)
     engine = Engine(model, settings, called)
     for adapter, reference in adapters:
+        served = Served(adapter, reference)
+        loaded = served.read()
         if len(model.pool.attached) < settings.max_adapters:
-            engine.add_adapter(adapter, reference)
+            engine.residents.attach(served, loaded)
         else:
-            served = Served(adapter, reference)
-            loaded = served.read()
             check_fits(loaded, model.module, f"'{called}'")
             check_made_for(loaded, model.base.name, model.base.fingerprint)
-            engine.catalog.served[adapter] = served
+        engine.catalog.served[adapter] = served
     return engine
 
 

@@ -80,7 +80,7 @@ def parse_reference(text: str) -> Reference:
 
     A path to an adapter's config or weights means the folder that they lie in.
     """
-    text = text.removesuffix(f"/{CONFIG_FILE}").removesuffix(f"/{ADAPTER_FILE}") or "/"
+    text = text and (text.removesuffix(f"/{CONFIG_FILE}").removesuffix(f"/{ADAPTER_FILE}") or "/")
     if paths.is_path(text):
         match = CHECKPOINT.fullmatch(text)
         return Reference("path", match[1], _iteration(match[2])) if match else Reference("path", text)

@@ -89,6 +89,19 @@ def test_nobody_waits_without_end_for_a_disk(tiny_model, slow_disk, monkeypatch)
         assert httpx.post(address + "/v1/embeddings", json={"model": "base", "input": "a"}).status_code == 200
 
 
+def test_what_the_engine_does_not_come_to_in_time_is_told_and_does_not_happen_later(tiny_model):
+    folder = tiny_model("llama")
+    register(random_adapter(load_model(folder), seed=5), "p")
+    with running(folder, [], allow_load=True, max_seconds=0.2) as (address, engine):
+        busy = threading.Event()
+        engine._commands.put(lambda: busy.wait(60))
+        assert httpx.post(address + "/v1/adapters", json={"name": "p"}).status_code == 504
+        assert httpx.post(address + "/v1/embeddings", json={"model": "base", "input": "a"}).status_code == 504
+        busy.set()
+        assert httpx.post(address + "/v1/embeddings", json={"model": "base", "input": "a"}).status_code == 200
+        assert engine.catalog.served == {}
+
+
 @pytest.mark.parametrize(
     ("error", "status", "told"), [(ConfigError("top_k is odd."), 400, "top_k is odd."), (KeyError("x"), 500, "request")]
 )

@@ -17,7 +17,6 @@ from helpers.serving import eventually, running
 
 from mlx_adapters.errors import ConfigError, IncompatibleError
 from mlx_adapters.generation.live import load_model
-from mlx_adapters.protocols.errors import ApiError
 from mlx_adapters.serving.metrics import Metrics
 from mlx_adapters.serving.settings import ServeSettings, is_loopback, parse_split
 from mlx_adapters.serving.start import bind, make_engine, parse_adapter, read_keys
@@ -526,15 +525,6 @@ def test_a_name_that_comes_to_mean_another_adapter_is_not_served_under_it(regist
         assert httpx.post(address + "/v1/adapters", json={"name": "q", "reference": "q"}).status_code in (200, 201)
         assert httpx.post(url, json=body | {"model": "q"}).status_code == 200
         assert engine.catalog.served["q"].fingerprint == other.fingerprint
-
-
-def test_what_the_engine_does_not_come_to_in_time_is_told(tiny_model, monkeypatch):
-    engine = make_engine(str(tiny_model("llama")), [], ServeSettings(max_seconds=0.01))
-    monkeypatch.setattr("mlx_adapters.serving.residents._read", lambda served: served)
-    monkeypatch.setattr(engine._thread, "is_alive", lambda: True)  # as if it were busy
-    with pytest.raises(ApiError) as caught:
-        engine.add_adapter("a", "a")
-    assert caught.value.status == 504
 
 
 def test_memory_stays_flat(server, client):
