@@ -159,10 +159,11 @@ def forward(
 ) -> tuple[Array, ...]:
     """One group's first rounding: scale, bias, codes, values, and the error that others are to cancel.
 
-    `target` is `weight` (..., group, out) and what earlier groups feed on; `start` a grid that is tried too.
+    `target` is `weight` (..., group, out) and what earlier groups feed on; of `block` (..., group, group) row i says
+    what column i feeds on to those after it; `start` is a grid that is tried too.
     """
     scale, bias = choose_grid(grid, target, variances, *start)
-    codes, values = engine.columns(grid, target, weight, block, scale, bias)
+    codes, values = engine.columns(grid, target, weight, block.swapaxes(-1, -2), scale, bias)
     return scale, bias, codes, values, weight - values
 
 

@@ -170,7 +170,7 @@ class _BlockedRounder:
                 biases = self.transposed(engine.array(start.biases))
         groups = range(weight.shape[-1] // quantization.group_size)
         blocks_of = partial(diagonal_blocks, size=quantization.group_size, xp=engine.xp)
-        along = blocks_of(hessian), blocks_of(factor[0].swapaxes(-1, -2))
+        along = blocks_of(hessian), blocks_of(factor[0])
         self.rounders = []
         for span in self.spans:
             own = None

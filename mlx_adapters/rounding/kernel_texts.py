@@ -1,8 +1,9 @@
 """The texts of the kernels of `kernels`, for Metal and CUDA: one for both, with the few words that differ.
 
 Three round a group: the first time (its grid is chosen, then its columns one by one), once more (its grid is moved to
-its best), and in float modes only its columns. There a thread takes one output row. One factors and inverts panels, a
-thread for each row or column.
+its best), and in float modes only its columns. There 32 lanes that run in step take one output row, each lane every
+32nd column. One factors and inverts panels, a thread for each row or column. Loops that run long have no constant end:
+unrolled they take a minute to compile.
 """
 
 from typing import NamedTuple
@@ -20,6 +21,9 @@ WORDS = {
         "RINT": "rintf",
         "ROOT": "sqrtf",
         "BARRIER_OF": "",
+        "SHUFFLE": "__shfl_sync",
+        "SHUFFLE_XOR": "__shfl_xor_sync",
+        "ALL": "0xffffffffu,",
         "FUNCTION": "__device__ inline",
         "TO_BITS": "__float_as_uint",
         "FROM_BITS": "__uint_as_float",
@@ -33,6 +37,9 @@ WORDS = {
         "SHARED": "threadgroup",
         "BARRIER": "metal::threadgroup_barrier",
         "BARRIER_OF": "metal::mem_flags::mem_threadgroup",
+        "SHUFFLE": "metal::simd_shuffle",
+        "SHUFFLE_XOR": "metal::simd_shuffle_xor",
+        "ALL": "",
         "RINT": "metal::rint",
         "ROOT": "metal::sqrt",
         "FUNCTION": "inline",
@@ -52,64 +59,93 @@ FUNCTION float as_scale(float x, int stored) {
   const float s = as_stored(x, stored);
   return (s < 0.0f ? -s : s) < 1e-30f ? 1e-8f : s;
 }
+FUNCTION float sum_of(float x) {
+  for (int k = 16; k > 0; k /= 2) x += SHUFFLE_XOR(ALL x, k);
+  return x;
+}
+FUNCTION float least_of(float x) {
+  for (int k = 16; k > 0; k /= 2) {
+    const float other = SHUFFLE_XOR(ALL x, k);
+    x = other < x ? other : x;
+  }
+  return x;
+}
+FUNCTION float most_of(float x) {
+  return -least_of(-x);
+}
 FUNCTION float code_of(float x, float inverse, float b, float top) {
   const float code = RINT((x - b) * inverse);
   return code < 0.0f ? 0.0f : code > top ? top : code;
 }
 """
 START = """
-const int row = ROW, matrix = MATRIX, group = target_shape[1], out = target_shape[2];
+const int thread = ROW, lane = thread % 32, row = thread / 32, matrix = MATRIX;
+const int group = target_shape[1], out = target_shape[2];
 if (row < out) {
-  const int grid = matrix * out + row, first = matrix * group * out + row, corner = matrix * group * group;
+  const int grid = matrix * out + row, first = matrix * group * out + row, corner = matrix * group * group + lane;
 """
+# Every lane rounds its own column, the one whose turn it is hands its error on.
 LOOP = """
-  float fed[GROUP];
-  for (int j = 0; j < group; ++j) {
-    const int at = first + j * out;
-    float even = 0.0f, odd = 0.0f;
-    int i = 0;
-    for (; i + 1 < j; i += 2) {
-      even += block[corner + j * group + i] * fed[i];
-      odd += block[corner + j * group + i + 1] * fed[i + 1];
+  float fed[OWN], found[OWN], taken[OWN];
+  for (int p = 0; p < OWN; ++p) fed[p] = 0.0f;
+  for (int q = 0; q < OWN; ++q) {
+    for (int l = 0; l < WIDTH; ++l) {
+      AIM
+      ROUND
+      if (lane == l) {
+        found[q] = float(code);
+        taken[q] = value;
+      }
+      const float error = SHUFFLE(ALL source - value, l);
+      for (int p = 0; p < OWN; ++p) if (lane < WIDTH) fed[p] += block[corner + (32 * q + l) * group + 32 * p] * error;
     }
-    if (i < j) even += block[corner + j * group + i] * fed[i];
-    AIM
-    ROUND
-    codes[at] = (unsigned char) code;
-    values[at] = value;
-    fed[j] = source - value;
+  }
+  for (int p = 0; p < OWN; ++p) if (lane < WIDTH) {
+    const int at = first + (32 * p + lane) * out;
+    codes[at] = (unsigned char) found[p];
+    values[at] = taken[p];
     MOVED
   }
 }
 """
-AIMED = """
-    const float source = weight[at], wanted = target[at] + (even + odd);"""
 AFFINE = """
-    const float code = code_of(wanted, 1.0f / s, b, float(TOP));
-    const float value = s * code + b;"""
+      const float code = code_of(wanted, inverse, b, float(TOP));
+      const float value = s * code + b;"""
 FLOAT = """
-    int low = 0, high = TOP;
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (middles[middle] < wanted / s) low = middle + 1; else high = middle;
-    }
-    const int code = order[low];
-    const float value = s * levels[code];"""
+      int low = 0, high = TOP;
+      while (low < high) {
+        const int middle = (low + high) / 2;
+        if (middles[middle] < wanted / s) low = middle + 1; else high = middle;
+      }
+      const int code = order[low];
+      const float value = s * levels[code];"""
+# What is rounded, and what it is to be near.
+READ = """
+  float w[OWN], t[OWN];
+  for (int p = 0; p < OWN; ++p) {
+    const int at = first + (32 * p + lane) * out;
+    w[p] = lane < WIDTH ? weight[at] : 0.0f;
+    t[p] = lane < WIDTH ? target[at] : 0.0f;
+  }
+"""
+AIMED = """
+      const float source = w[q], wanted = t[q] + fed[q];"""
 # Tries are ranges, each followed by its refit (odd), the refit of the best, and the base's own grid.
 CHOOSE = """
   const int ranges = shrinks_shape[0];
   const float top = float(TOP);
-  float t[GROUP], v[GROUP];
-  float low = target[first], high = low, total = 0.0f;
-  for (int j = 0; j < group; ++j) {
-    t[j] = target[first + j * out];
-    v[j] = variances[matrix * group + j];
-    low = t[j] < low ? t[j] : low;
-    high = t[j] > high ? t[j] : high;
-    total += v[j];
+  float v[OWN], low = t[0], high = t[0], total = 0.0f;
+  for (int p = 0; p < OWN; ++p) {
+    v[p] = variances[matrix * group + 32 * p + lane];
+    low = t[p] < low ? t[p] : low;
+    high = t[p] > high ? t[p] : high;
+    total += v[p];
   }
+  low = least_of(low);
+  high = most_of(high);
+  total = sum_of(total);
   const float half_range = (high - low) / 2.0f, center = (low + high) / 2.0f;
-  float best = 0.0f, best_s = 1.0f, best_b = 0.0f, s = 1.0f, b = 0.0f;
+  float best = 0.0f, best_s = 1.0f, best_b = 0.0f, s = 1.0f, b = 0.0f, inverse = 1.0f;
   for (int k = 0; k <= 2 * ranges + STARTED; ++k) {
     if (k > 2 * ranges) {
       s = start_scale[grid];
@@ -123,29 +159,31 @@ CHOOSE = """
         s = best_s;
         b = best_b;
       }
-      const float inverse = 1.0f / s;
+      inverse = 1.0f / s;
       float mean_code = 0.0f, mean = 0.0f, spread = 0.0f, slope = 0.0f;
-      for (int j = 0; j < group; ++j) {
-        mean_code += v[j] * code_of(t[j], inverse, b, top);
-        mean += v[j] * t[j];
+      for (int p = 0; p < OWN; ++p) {
+        mean_code += v[p] * code_of(t[p], inverse, b, top);
+        mean += v[p] * t[p];
       }
-      mean_code /= total;
-      mean /= total;
-      for (int j = 0; j < group; ++j) {
-        const float centered = code_of(t[j], inverse, b, top) - mean_code;
-        spread += v[j] * centered * centered;
-        slope += v[j] * centered * t[j];
+      mean_code = sum_of(mean_code) / total;
+      mean = sum_of(mean) / total;
+      for (int p = 0; p < OWN; ++p) {
+        const float centered = code_of(t[p], inverse, b, top) - mean_code;
+        spread += v[p] * centered * centered;
+        slope += v[p] * centered * t[p];
       }
-      slope /= spread > 1e-12f ? spread : 1e-12f;
+      spread = sum_of(spread);
+      slope = sum_of(slope) / (spread > 1e-12f ? spread : 1e-12f);
       s = as_scale(slope, STORED);
       b = as_stored(mean - slope * mean_code, STORED);
     }
-    const float inverse = 1.0f / s;
+    inverse = 1.0f / s;
     float error = 0.0f;
-    for (int j = 0; j < group; ++j) {
-      const float off = t[j] - (s * code_of(t[j], inverse, b, top) + b);
-      error += v[j] * off * off;
+    for (int p = 0; p < OWN; ++p) {
+      const float off = t[p] - (s * code_of(t[p], inverse, b, top) + b);
+      error += v[p] * off * off;
     }
+    error = sum_of(error);
     if (k == 0 || error < best) {
       best = error;
       best_s = s;
@@ -154,29 +192,40 @@ CHOOSE = """
   }
   s = best_s;
   b = best_b;
-  scale[grid] = s;
-  bias[grid] = b;
+  inverse = 1.0f / s;
 """
 REFIT = """
-  float c[GROUP], t[GROUP], h[GROUP], sums[GROUP];
-  for (int j = 0; j < group; ++j) c[j] = float(old_codes[first + j * out]);
-  float ss = 0.0f, gs = 0.0f, sb = 0.0f, bb = 0.0f, gb = 0.0f;
-  for (int j = 0; j < group; ++j) {
-    float curved = 0.0f, sum = 0.0f;
-    for (int i = 0; i < group; ++i) {
-      const float own = block[corner + j * group + i];
-      curved += own * c[i];
-      sum += own;
-    }
-    t[j] = target[first + j * out];
-    h[j] = curved;
-    sums[j] = sum;
-    ss += c[j] * curved;
-    gs += c[j] * t[j];
-    sb += curved;
-    bb += sum;
-    gb += t[j];
+  float c[OWN], t[OWN], h[OWN], sums[OWN];
+  for (int p = 0; p < OWN; ++p) {
+    const int at = first + (32 * p + lane) * out;
+    c[p] = float(old_codes[at]);
+    t[p] = target[at];
+    h[p] = 0.0f;
+    sums[p] = 0.0f;
   }
+  for (int q = 0; q < OWN; ++q) {
+    for (int l = 0; l < WIDTH; ++l) {
+      const float other = SHUFFLE(ALL c[q], l);
+      for (int p = 0; p < OWN; ++p) {
+        const float own = block[corner + (32 * q + l) * group + 32 * p];
+        h[p] += own * other;
+        sums[p] += own;
+      }
+    }
+  }
+  float ss = 0.0f, gs = 0.0f, sb = 0.0f, bb = 0.0f, gb = 0.0f;
+  for (int p = 0; p < OWN; ++p) {
+    ss += c[p] * h[p];
+    gs += c[p] * t[p];
+    sb += h[p];
+    bb += sums[p];
+    gb += t[p];
+  }
+  ss = sum_of(ss);
+  gs = sum_of(gs);
+  sb = sum_of(sb);
+  bb = sum_of(bb);
+  gb = sum_of(gb);
   const float old_s = old_scale[grid], old_b = old_bias[grid];
   const float least = 1e-6f * ss * bb + 1e-20f, product = ss * bb - sb * sb;
   const float determinant = product > least ? product : least;
@@ -184,14 +233,20 @@ REFIT = """
   const float new_b = as_stored(old_b + (ss * gb - sb * gs) / determinant, STORED);
   const float ds = new_s - old_s, db = new_b - old_b;
   const bool better = 2.0f * (ds * gs + db * gb) - (ds * ds * ss + 2.0f * ds * db * sb + db * db * bb) > 0.0f;
-  const float s = better ? new_s : old_s, b = better ? new_b : old_b;
-  scale[grid] = s;
-  bias[grid] = b;
-  for (int j = 0; j < group; ++j) t[j] += (old_s - s) * h[j] + (old_b - b) * sums[j];
+  const float s = better ? new_s : old_s, b = better ? new_b : old_b, inverse = 1.0f / s;
+  for (int p = 0; p < OWN; ++p) {
+    t[p] += (old_s - s) * h[p] + (old_b - b) * sums[p];
+    h[p] = 1.0f / block[corner + (32 * p + lane) * group + 32 * p];
+  }
 """
 REAIMED = """
-    const float source = s * c[j] + b;
-    const float wanted = source + (t[j] + (even + odd)) / block[corner + j * group + j];"""
+      const float source = s * c[q] + b, wanted = source + (t[q] + fed[q]) * h[q];"""
+GRID = """
+  if (lane == 0) {
+    scale[grid] = s;
+    bias[grid] = b;
+  }
+"""
 # R upper, from the last column to the first, then column by column its inverse.
 PANELS = """
 const int matrix = PANEL, row = THREAD, size = matrices_shape[1], corner = matrix * size * size;
@@ -245,17 +300,17 @@ class Text(NamedTuple):
 OUTPUTS = ("scale", "bias", "codes", "values", "moved")
 TEXTS = {
     "columns": Text(
-        START + "  const float s = scale[grid];" + _loop(AIMED, FLOAT),
+        START + READ + "  const float s = scale[grid];" + _loop(AIMED, FLOAT),
         ("target", "weight", "block", "scale", "middles", "order", "levels"),
         ("codes", "values"),
     ),
     "forward": Text(
-        START + CHOOSE + _loop(AIMED, AFFINE, "moved[at] = fed[j];"),
+        START + READ + CHOOSE + GRID + _loop(AIMED, AFFINE, "moved[at] = w[p] - taken[p];"),
         ("target", "weight", "block", "variances", "shrinks", "start_scale", "start_bias"),
         OUTPUTS,
     ),
     "again": Text(
-        START + REFIT + _loop(REAIMED, AFFINE, "moved[at] = old_s * c[j] + old_b - value;"),
+        START + REFIT + GRID + _loop(REAIMED, AFFINE, "moved[at] = old_s * c[p] + old_b - taken[p];"),
         ("target", "block", "old_scale", "old_bias", "old_codes"),
         OUTPUTS,
     ),

@@ -20,7 +20,7 @@ from mlx_adapters.rounding.kernel_texts import HEADER, TEXTS, source
 from mlx_adapters.system.gpu_kernels import build, language
 
 PANEL = 32  # columns of a Cholesky factor that are made at once, by one thread for each
-THREADS = 32  # in a threadgroup: rows of one matrix are few, and the GPU has many cores
+LANES, ROWS = 32, 8  # of a threadgroup: rows lie beside each other in memory, and are read together
 UNLIKE = "the GPU's kernels do not give what plain operations give; those are used, slowly"
 STORED = {mx.float32: 0, mx.bfloat16: 1, mx.float16: 2}
 
@@ -40,9 +40,9 @@ def _call(name: str, inputs: list[mx.array], **constants: int | bool) -> list[mx
     kinds = [mx.uint8 if output == "codes" else mx.float32 for output in TEXTS[name].outputs]
     results = _built(name)(
         inputs=[flat, *inputs[1:]],
-        template=[("GROUP", group), *constants.items()],
-        grid=(-(-out // THREADS) * THREADS, len(flat), 1),
-        threadgroup=(THREADS, 1, 1),
+        template=[("OWN", -(-group // LANES)), ("WIDTH", min(group, LANES)), *constants.items()],
+        grid=(-(-out // ROWS) * ROWS * LANES, len(flat), 1),
+        threadgroup=(ROWS * LANES, 1, 1),
         output_shapes=shapes,
         output_dtypes=kinds,
     )
@@ -53,7 +53,7 @@ def columns(
     grid: FloatGrid, target: mx.array, weight: mx.array, block: mx.array, scale: mx.array, bias: mx.array
 ) -> tuple[mx.array, mx.array]:
     """See `Engine.columns`; of the modes other than affine, on a GPU."""
-    inputs = [target, weight, block, scale, grid.middles, grid.order, grid.levels]
+    inputs = [target, weight, block.swapaxes(-1, -2), scale, grid.middles, grid.order, grid.levels]
     codes, values = _call("columns", inputs, TOP=len(grid.middles))
     return codes, values
 
@@ -152,7 +152,7 @@ def _rounds_right(grid: Grid) -> bool:
         return all(mx.array_equal(mine, theirs).item() for mine, theirs in pairs)
     plain = SimpleNamespace(xp=mx, columns=plain_columns)
     target, variances, block, *rounded = usual_group(grid)
-    feeding = mx.tril(block, -1) / variances[..., None]
+    feeding = mx.triu(block, 1) / variances[..., None, :]
     starts = ((), tuple(rounded[:2]))
     forwards = [(target + 0.001, target, feeding, variances, *start) for start in starts]
     return all(_alike(forward(grid, *case), plain_forward(plain, grid, *case)) for case in forwards) and _alike(

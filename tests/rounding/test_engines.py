@@ -155,7 +155,7 @@ def test_kernels_are_one_text_but_for_a_few_words():
         texts = [kernel_texts.source(language, text) for language in ("cuda", "metal")]
         words = [re.findall(r"[\w:.]+|\S", one) for one in texts]
         changed = [op for op in difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes() if op[0] != "equal"]
-        assert 2 <= len(changed) <= 12
+        assert 2 <= len(changed) <= 20
         assert sum(op[2] - op[1] for op in changed) < 0.25 * len(words[0])
 
 
