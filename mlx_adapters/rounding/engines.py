@@ -13,14 +13,12 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from mlx_adapters.rounding import kernels
-from mlx_adapters.rounding.columns import again, diagonal_blocks, forward
+from mlx_adapters.rounding import cholesky, kernels
+from mlx_adapters.rounding.columns import again, forward
 from mlx_adapters.rounding.grids import AffineGrid, Array, FloatGrid, Grid, to_numpy
-from mlx_adapters.rounding.kernels import PANEL
 from mlx_adapters.system.machine import on_gpu
 
 MORE_DAMPING = 0.01
-Panels = Callable[[mx.array, bool], tuple[mx.array, mx.array]]  # see `kernels.panels`
 EVERY = 4  # groups to a graph: the CPU builds the next ones while the GPU computes
 
 
@@ -214,7 +212,7 @@ class MlxEngine:
         """Whether the GPU's kernels for this grid (None: for factors) are right."""
         if not on_gpu():
             return False
-        problem = kernels.problem_with(grid.quantization, grid.dtype) if grid else kernels.problem_with_panels()
+        problem = kernels.problem_with(grid.quantization, grid.dtype) if grid else cholesky.problem_with_panels()
         self.note = self.note or problem
         return problem is None
 
@@ -236,75 +234,26 @@ class MlxEngine:
     def factor(self, hessian: mx.array) -> mx.array:
         extra, panels = MORE_DAMPING, self._panels()
         while True:
-            factor = _upper_factor(hessian, panels)
+            factor = cholesky.upper_factor(hessian, panels)
             if mx.isfinite(mx.diagonal(factor, axis1=-2, axis2=-1)).all().item():
                 return factor
             hessian, extra = hessian + extra * mx.eye(hessian.shape[-1]), 4 * extra
 
-    def _panels(self) -> Panels:
-        return kernels.panels if self._has_kernels() else kernels.plain_panels
+    def _panels(self) -> cholesky.Panels:
+        return cholesky.panels if self._has_kernels() else cholesky.plain_panels
 
     def solve(self, matrix: mx.array, other: mx.array) -> mx.array:
         factor = self.factor(matrix)
-        inverses = _inverses(factor, self._panels())
-        return _solve_lower(factor.swapaxes(-1, -2), inverses, _solve_upper(factor, inverses, other))
+        inverses = cholesky.inverses(factor, self._panels())
+        return cholesky.solve_lower(factor.swapaxes(-1, -2), inverses, cholesky.solve_upper(factor, inverses, other))
 
     def solve_lower(self, lower: mx.array, other: mx.array) -> mx.array:
-        return _solve_lower(lower, _inverses(lower.swapaxes(-1, -2), self._panels()), other)
+        return cholesky.solve_lower(lower, cholesky.inverses(lower.swapaxes(-1, -2), self._panels()), other)
 
     def select(self, mask: mx.array, new: mx.array, old: mx.array) -> mx.array:
         if mask.ndim == 0:
             return new if mask.item() else old
         return mx.where(mask.reshape(*mask.shape, *[1] * (new.ndim - mask.ndim)), new, old)
-
-
-def _upper_factor(hessian: mx.array, panels: Panels) -> mx.array:
-    """R with H = R Rᵀ, by panels from the last columns to the first; NaN where H is not positive definite."""
-    n, rest, made = hessian.shape[-1], hessian, list[mx.array]()
-    for a in range((n - 1) // PANEL * PANEL, -1, -PANEL):
-        corner, inverse = panels(rest[..., a:, a:], False)  # (..., panel, panel)
-        below = mx.zeros((*hessian.shape[:-2], n - a - corner.shape[-1], corner.shape[-1]))
-        if a == 0:  # (CUDA's products of nothing divide by zero)
-            made.append(mx.concatenate([corner, below], axis=-2))
-            break
-        above = rest[..., :a, a:] @ inverse.swapaxes(-1, -2)  # (..., a, panel)
-        rest = mx.addmm(rest[..., :a, :a], above, above.swapaxes(-1, -2), alpha=-1.0)
-        made.append(mx.concatenate([above, corner, below], axis=-2))
-        if len(made) % EVERY == 0:
-            mx.eval(rest)  # what is ahead of the GPU holds what is left of H for each panel
-    return mx.concatenate(made[::-1], axis=-1)
-
-
-def _inverses(upper: mx.array, panels: Panels) -> list[mx.array]:
-    """The inverses (..., panel, panel) of the blocks along the diagonal of an upper triangular matrix."""
-    whole = upper.shape[-1] // PANEL * PANEL
-    parts = list[mx.array]()
-    if whole:
-        parts += list(panels(diagonal_blocks(upper[..., :whole, :whole], PANEL, mx), True)[1])
-    if whole < upper.shape[-1]:
-        parts.append(panels(upper[..., whole:, whole:], True)[1])
-    return parts
-
-
-def _solve_upper(upper: mx.array, inverses: list[mx.array], other: mx.array) -> mx.array:
-    """upper⁻¹ · other by panels, from the last rows to the first."""
-    parts, rest = list[mx.array](), other
-    for a, inverse in reversed([*zip(range(0, upper.shape[-1], PANEL), inverses, strict=True)]):
-        parts.append(inverse @ rest[..., a:, :])
-        if a:
-            rest = mx.addmm(rest[..., :a, :], upper[..., :a, a : a + PANEL], parts[-1], alpha=-1.0)
-    return mx.concatenate(parts[::-1], axis=-2)
-
-
-def _solve_lower(lower: mx.array, inverses: list[mx.array], other: mx.array) -> mx.array:
-    """lower⁻¹ · other by panels, from the first rows to the last; `inverses` are those of its transpose."""
-    parts, rest = list[mx.array](), other
-    for a, inverse in zip(range(0, lower.shape[-1], PANEL), inverses, strict=True):
-        parts.append(inverse.swapaxes(-1, -2) @ rest[..., : inverse.shape[-1], :])
-        if a + PANEL < lower.shape[-1]:
-            below = lower[..., a + PANEL :, a : a + PANEL]
-            rest = mx.addmm(rest[..., PANEL:, :], below, parts[-1], alpha=-1.0)
-    return mx.concatenate(parts, axis=-2)
 
 
 NUMPY = NumpyEngine()

@@ -2,8 +2,7 @@
 
 Three round a group: the first time (its grid is chosen, then its columns one by one), once more (its grid is moved to
 its best), and in float modes only its columns. There 32 lanes that run in step take one output row, each lane every
-32nd column. One factors and inverts panels, a thread for each row or column. Loops that run long have no constant end:
-unrolled they take a minute to compile.
+32nd column. Loops that run long have no constant end: unrolled they take a minute to compile.
 """
 
 from typing import NamedTuple
@@ -247,42 +246,6 @@ GRID = """
     bias[grid] = b;
   }
 """
-# R upper, from the last column to the first, then column by column its inverse.
-PANELS = """
-const int matrix = PANEL, row = THREAD, size = matrices_shape[1], corner = matrix * size * size;
-SHARED float r[SIZE * (SIZE + 1)];
-float x[SIZE];
-for (int j = 0; j < size; ++j) {
-  if (row < size) r[row * (size + 1) + j] = matrices[corner + row * size + j];
-}
-BARRIER(BARRIER_OF);
-for (int j = size - 1; j >= 0 && !FACTORED; --j) {
-  float mine = 0.0f, own = 0.0f;
-  if (row <= j) {
-    mine = r[row * (size + 1) + j];
-    own = r[j * (size + 1) + j];
-    for (int k = j + 1; k < size; ++k) {
-      mine -= r[row * (size + 1) + k] * r[j * (size + 1) + k];
-      own -= r[j * (size + 1) + k] * r[j * (size + 1) + k];
-    }
-    own = ROOT(own);
-  }
-  BARRIER(BARRIER_OF);
-  if (row <= j) r[row * (size + 1) + j] = row < j ? mine / own : own;
-  BARRIER(BARRIER_OF);
-}
-if (row < size) {
-  for (int i = size - 1; i >= 0; --i) {
-    float sum = i == row ? 1.0f : 0.0f;
-    for (int k = i + 1; k <= row; ++k) sum -= r[i * (size + 1) + k] * x[k];
-    x[i] = i <= row ? sum / r[i * (size + 1) + i] : 0.0f;
-  }
-  for (int i = 0; i < size; ++i) {
-    factor[corner + i * size + row] = i <= row ? r[i * (size + 1) + row] : 0.0f;
-    inverse[corner + i * size + row] = x[i];
-  }
-}
-"""
 
 
 def _loop(aim: str, rounding: str, moved: str = "") -> str:
@@ -314,7 +277,6 @@ TEXTS = {
         ("target", "block", "old_scale", "old_bias", "old_codes"),
         OUTPUTS,
     ),
-    "panels": Text(PANELS, ("matrices",), ("factor", "inverse")),
 }
 
 

@@ -1,8 +1,8 @@
 """What is done for each output row of one group on MLX: kernels for Metal and CUDA, and plain operations anywhere.
 
-The plain operations are those of `columns`, `plain_columns` and `plain_panels` here; the kernels' texts stand in
-`kernel_texts`. Before kernels are used they are held against the plain operations on a small group; that of the float
-modes, which have one for the columns alone, to the bit, with numbers such that both are exact.
+The plain operations are those of `columns` and `plain_columns` here; the kernels' texts stand in `kernel_texts`. Before
+kernels are used they are held against the plain operations on a small group; that of the float modes, which have one
+for the columns alone, to the bit, with numbers such that both are exact.
 """
 
 from collections.abc import Callable
@@ -15,11 +15,10 @@ import numpy as np
 from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.rounding.columns import again as plain_again
 from mlx_adapters.rounding.columns import forward as plain_forward
-from mlx_adapters.rounding.grids import SHRINKS, AffineGrid, FloatGrid, Grid, make_grid, to_numpy
+from mlx_adapters.rounding.grids import SHRINKS, AffineGrid, FloatGrid, Grid, make_grid
 from mlx_adapters.rounding.kernel_texts import HEADER, TEXTS, source
 from mlx_adapters.system.gpu_kernels import build, language
 
-PANEL = 32  # columns of a Cholesky factor that are made at once, by one thread for each
 LANES, ROWS = 32, 8  # of a threadgroup: rows lie beside each other in memory, and are read together
 UNLIKE = "the GPU's kernels do not give what plain operations give; those are used, slowly"
 STORED = {mx.float32: 0, mx.bfloat16: 1, mx.float16: 2}
@@ -86,33 +85,6 @@ def again(
     return tuple(_call("again", [slope, block, scale, bias, codes], **constants))
 
 
-def panels(matrices: mx.array, factored: bool) -> tuple[mx.array, mx.array]:
-    """(R, R⁻¹) of each positive definite matrix R Rᵀ (..., n, n), n at most PANEL, R upper triangular; if they are
-    `factored`, the matrices are R. On a GPU; NaN where there is none."""
-    size, flat = matrices.shape[-1], matrices.reshape(-1, *matrices.shape[-2:])
-    factor, inverse = _built("panels")(
-        inputs=[flat],
-        template=[("SIZE", size), ("FACTORED", factored)],
-        grid=(len(flat) * PANEL, 1, 1),
-        threadgroup=(PANEL, 1, 1),
-        output_shapes=[flat.shape] * 2,
-        output_dtypes=[mx.float32] * 2,
-    )
-    return factor.reshape(matrices.shape), inverse.reshape(matrices.shape)
-
-
-def plain_panels(matrices: mx.array, factored: bool) -> tuple[mx.array, mx.array]:
-    """See `panels`; by LAPACK."""
-    factor: np.ndarray = to_numpy(matrices).astype(np.float64)
-    if not factored:
-        try:
-            factor = np.linalg.cholesky(factor[..., ::-1, ::-1])[..., ::-1, ::-1]
-        except np.linalg.LinAlgError:
-            factor = np.full_like(factor, np.nan)
-    with np.errstate(invalid="ignore"):
-        return mx.array(factor.astype(np.float32)), mx.array(np.linalg.inv(factor).astype(np.float32))
-
-
 def plain_columns(
     grid: Grid, target: mx.array, weight: mx.array, block: mx.array, scale: mx.array, bias: mx.array
 ) -> tuple[mx.array, mx.array]:
@@ -129,16 +101,11 @@ def plain_columns(
 @cache
 def problem_with(quantization: Quantization, dtype: mx.Dtype) -> str | None:
     """Why the kernels for this quantization are not to be used on this device; None if they are."""
-    return _problem(partial(_rounds_right, make_grid(quantization, dtype, mx)))
+    return problem(partial(_rounds_right, make_grid(quantization, dtype, mx)))
 
 
-@cache
-def problem_with_panels() -> str | None:
-    """Why the kernel for a factor's panels is not to be used on this device; None if it is."""
-    return _problem(_panels_right)
-
-
-def _problem(right: Callable[[], bool]) -> str | None:
+def problem(right: Callable[[], bool]) -> str | None:
+    """Why kernels that should be `right` are not to be used; None if they are."""
     try:
         return None if right() else UNLIKE
     except (RuntimeError, ValueError) as error:
@@ -158,19 +125,6 @@ def _rounds_right(grid: Grid) -> bool:
     return all(_alike(forward(grid, *case), plain_forward(plain, grid, *case)) for case in forwards) and _alike(
         again(grid, target, block, *rounded), plain_again(plain, grid, target, block, *rounded)
     )
-
-
-def _panels_right() -> bool:
-    random = np.random.default_rng(0)
-    for size in (PANEL, 5):
-        x = random.standard_normal((3, 2 * size, size)).astype(np.float32)
-        case = mx.array(x.swapaxes(-1, -2) @ x / size + 0.1 * np.eye(size, dtype=np.float32))
-        for factored in (False, True):
-            pairs = zip(panels(case, factored), plain_panels(case, factored), strict=True)
-            if not all(mx.allclose(mine, theirs, rtol=1e-3, atol=1e-4).item() for mine, theirs in pairs):
-                return False
-            case = plain_panels(case, False)[0]
-    return True
 
 
 def _alike(mine: tuple[mx.array, ...], theirs: tuple[mx.array, ...]) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlx_adapters.config.quantization import QUANTIZATIONS, Quantization
-from mlx_adapters.rounding import engines, feedback, kernel_texts, kernels
+from mlx_adapters.rounding import cholesky, engines, feedback, kernel_texts, kernels
 from mlx_adapters.rounding.columns import again, diagonal_blocks, forward
 from mlx_adapters.rounding.engines import NUMPY, MlxEngine
 from mlx_adapters.rounding.grids import make_grid, pack_codes, to_numpy
@@ -151,7 +151,7 @@ def test_plain_columns_are_numpys_and_the_case_for_kernels_is_exact(quantization
 
 
 def test_kernels_are_one_text_but_for_a_few_words():
-    for text in (kernel_texts.HEADER, *(text.body for text in kernel_texts.TEXTS.values())):
+    for text in (kernel_texts.HEADER, cholesky.TEXT, *(text.body for text in kernel_texts.TEXTS.values())):
         texts = [kernel_texts.source(language, text) for language in ("cuda", "metal")]
         words = [re.findall(r"[\w:.]+|\S", one) for one in texts]
         changed = [op for op in difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes() if op[0] != "equal"]
@@ -176,9 +176,17 @@ def fake(name):
         return list(again(plain, grid, slope, block, scale, bias, codes, values))
 
     def panels(inputs, template, **_):
-        return list(kernels.plain_panels(*inputs, dict(template)["FACTORED"]))
+        return list(cholesky.plain_panels(*inputs, dict(template)["FACTORED"]))
 
     return {"forward": forwards, "again": agains, "panels": panels}[name]
+
+
+def use(monkeypatch, kernel):
+    """`kernel(name)` in place of each kernel, none of them tried yet."""
+    monkeypatch.setattr(kernels, "_built", kernel)
+    monkeypatch.setattr(cholesky, "_kernel", lambda: kernel("panels"))
+    for check in (kernels.problem_with, cholesky.problem_with_panels):
+        check.cache_clear()
 
 
 QUANTIZATION, DTYPE = Quantization(4, 32), mx.bfloat16
@@ -196,9 +204,7 @@ def test_kernels_that_fail_or_lie_give_way_with_a_note(monkeypatch, what, how):
 
     other = {"right": fake(what), "fails": broken, "lies": lying}[how]
     monkeypatch.setattr(engines, "on_gpu", lambda: True)
-    monkeypatch.setattr(kernels, "_built", lambda name: other if name == what else fake(name))
-    for check in (kernels.problem_with, kernels.problem_with_panels):
-        check.cache_clear()
+    use(monkeypatch, lambda name: other if name == what else fake(name))
     weights, h, _, base, update = layers(2, QUANTIZATION)
     engine = MlxEngine()
     arguments = weights, mx.array(h), QUANTIZATION, DTYPE, base
@@ -208,15 +214,14 @@ def test_kernels_that_fail_or_lie_give_way_with_a_note(monkeypatch, what, how):
     monkeypatch.setattr(engines, "on_gpu", lambda: False)
     _, plain = feedback.calibrated(*arguments, update=update, engine=MlxEngine())
     np.testing.assert_allclose(np.array(losses), np.array(plain), rtol=1e-3)
-    for check in (kernels.problem_with, kernels.problem_with_panels):
-        check.cache_clear()
+    use(monkeypatch, fake)
 
 
 @pytest.mark.metal
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32], ids=str)
 @pytest.mark.parametrize("quantization", MODES, ids=str)
 def test_kernels_for_metal_are_used_and_give_what_plain_operations_give(quantization, dtype, monkeypatch):
-    assert on_gpu() and kernels.problem_with(quantization, dtype) is kernels.problem_with_panels() is None
+    assert on_gpu() and kernels.problem_with(quantization, dtype) is cholesky.problem_with_panels() is None
     weights, h, g, base, update = layers(2, quantization)
     arguments = weights, mx.array(h), quantization, dtype, base, mx.array(g)
     _, losses = feedback.calibrated(*arguments, update=update, engine=MlxEngine())
