@@ -68,6 +68,7 @@ def whole_tensors(
                     f"mlx-lm makes other tensors of '{name}', so that it cannot be put in as a whole.", MERGE_THERE
                 )
             raise IncompatibleError(f"The base model has no place for '{name}' of the PEFT adapter.", OWN_BASE)
+        array = _as_stored(array, layout.shapes[pieces[0].source])
         for piece in pieces:
             _put(piece, name, array, layers, shapes, whole)
     for path, rows in peft.token_rows.items():
@@ -122,6 +123,12 @@ def _experts(name: str, array: mx.array, places: Places) -> dict[str, mx.array]:
             f"'{name}' of the PEFT adapter is {tuple(array.shape)}, the base's {(experts, *shape)}.", OWN_BASE
         )
     return {part.key: array[:, part.rows].astype(mx.float32) for part in parts}
+
+
+def _as_stored(array: mx.array, shape: tuple[int, ...]) -> mx.array:
+    """Experts as the checkpoint has them: some (Qwen3-VL's) lie there turned, and transformers turns them back."""
+    turned = array.ndim == 3 and tuple(array.shape) != shape == tuple(array.swapaxes(1, 2).shape)
+    return array.swapaxes(1, 2) if turned else array
 
 
 def _put(

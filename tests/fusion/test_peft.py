@@ -1,5 +1,6 @@
 """What no MLX adapter can hold goes into a fused model: its logits are PEFT's."""
 
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -81,6 +82,18 @@ def test_plain_adapters_are_fused_as_well(folder: Path, tmp_path: Path):
         return
     fused, expected = logits_after(folder, tmp_path / "out", options=QUIET)
     assert mx.abs(fused - expected).max().item() < 1e-4
+
+
+def test_experts_that_transformers_turns_when_it_loads_them_are_put_in_as_they_lie(tmp_path: Path):
+    folder = FIXTURES / "llama4_text" / "refused" / "experts-to-save"
+    turned = shutil.copytree(folder, tmp_path / "peft")
+    tensors = mx.load(str(turned / "adapter_model.safetensors"))
+    tensors = {name: array.swapaxes(1, 2) if array.ndim == 3 else array for name, array in tensors.items()}
+    tensor_files.write_safetensors(turned / "adapter_model.safetensors", tensors)
+    _, expected = logits_after(folder, tmp_path / "plain", options=QUIET)
+    fuse_peft(turned, tmp_path / "out", base=base_of(folder), options=QUIET)
+    ids = mx.load(str(base_of(folder).parent / "logits.safetensors"))["input_ids"]
+    assert mx.abs(load_model(resolve_base(tmp_path / "out")).logits(ids) - expected).max().item() < 1e-4
 
 
 @pytest.mark.parametrize("format", ["mlx", "hf"])
