@@ -68,7 +68,7 @@ OVERRIDES: dict[str, dict] = {
         "hidden_size_per_layer_input": 32,
         "global_head_dim": 32,
         "rope_parameters": {
-            FULL: ROPE | {"rope_type": "proportional", "partial_rotary_factor": 0.25},
+            FULL: {"rope_theta": 1000000.0, "rope_type": "proportional", "partial_rotary_factor": 0.25},
             SLIDING: ROPE,
         },
     },
