@@ -36,6 +36,7 @@ from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.lookup import load_adapter, plain
 from mlx_adapters.system.door import mx
+from mlx_adapters.system.machine import on_gpu
 from mlx_adapters.units import count
 
 log = logging.getLogger("mlx_adapters.generation.live")
@@ -82,7 +83,7 @@ class LiveModel(Model):
 
     def __init__(self, plain: Model) -> None:
         super().__init__(plain.module, plain.tokenizer, plain.base, plain.config, template=plain.template)
-        self.pool = AdapterPool(self.module)
+        self.pool = AdapterPool(self.module, together=plain.together)
         self.kv: CacheQuantization | None = None
         self.drafter: Drafter | None = None
         self._origins: dict[str, _Origin] = {}
@@ -456,7 +457,8 @@ def load_model(
         True
     """
     loaded = None if adapter is None else load_adapter(adapter)
-    model = LiveModel(load_plain_model(resolve_base(base), dtype=dtype, dense=dense, template=template))
+    plain_model = load_plain_model(resolve_base(base), dtype=dtype, dense=dense, template=template, together=on_gpu())
+    model = LiveModel(plain_model)
     if kv is not None and kv.kv_bits is not None:
         require_quantizable(model.module, kv, str(model.config.get("model_type")))
         model.kv = kv

@@ -18,11 +18,12 @@ from mlx_adapters.errors import AdapterError, FormatError, ModelError, refusals
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import NOT_PACKED, Base
 from mlx_adapters.models.dense import compute_dtype, dense_class, dense_layer, dense_weight, is_quantized, resize_rows
-from mlx_adapters.models.layers import named_layers, untie
+from mlx_adapters.models.layers import adaptable_layers, named_layers, untie
 from mlx_adapters.models.model import Model
 from mlx_adapters.models.quantized_check import replace_miscomputed
 from mlx_adapters.storage.paths import refuse_pointer
 from mlx_adapters.surgery.caches import compute_as_generated, trace
+from mlx_adapters.surgery.groups import lay_groups_together
 from mlx_adapters.system.door import (
     TRUST_IT,
     load_mlx_model,
@@ -48,23 +49,25 @@ def load_model(
     any_base: bool = False,
     gradients: bool = False,
     template: TemplateConfig | None = None,
+    together: bool = False,
 ) -> Model:
     """Load a base model (or a fused folder), with an adapter on it if one is given.
 
     dtype: "auto" is float32 on a CPU and as stored on a GPU. dense: replace quantized layers by dense ones
     (default: on a CPU). On a GPU, quantized layers that MLX computes wrong there are made dense and named in a
     MiscomputedWarning; with `gradients` also those that it gives wrong gradients. `template`: as for
-    `load_tokenizer_of`. Raises NotFoundError, HubError,
-    FormatError, ModelError or IncompatibleError.
+    `load_tokenizer_of`. `together`: lay the linear layers that share an input below each other as they are read, for
+    adapters that are attached later. Raises NotFoundError, HubError, FormatError, ModelError or IncompatibleError.
     """
     require(dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not '{dtype}'.")
     module, config = load_module(base)
     with refusals(lambda why: ModelError(f"The weights of '{base.name}' cannot be read: {why}.", WHOLE_MODEL)):
         set_precision(module, dtype, dense)
+        groups = lay_groups_together(module, adaptable_layers(module)) if together else {}
         mx.eval(module.parameters())
-    if on_gpu():
-        replace_miscomputed(module, compute_dtype(module), gradients)
+    wrong = set(replace_miscomputed(module, compute_dtype(module), gradients) if on_gpu() else ())
     model = Model(module, load_tokenizer_of(base, template), base, config, template=template or TemplateConfig())
+    model.together = {paths: arrays for paths, arrays in groups.items() if wrong.isdisjoint(paths)}
     if adapter is not None:
         model.attach(adapter, any_base)
     return model

@@ -14,6 +14,7 @@ from mlx_adapters.models.adapter import Adapter, template_of
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.layers import attach, check_fits, check_made_for, detach
 from mlx_adapters.surgery.blocks import by_block, find_body
+from mlx_adapters.surgery.groups import Arrays
 from mlx_adapters.system.door import mx, nn
 from mlx_adapters.templates.fitting import Fitted, rendered
 
@@ -29,6 +30,7 @@ class Model:
         config: its config.json.
         adapter: the one that is on.
         template: how conversations are written; what it leaves open is as the adapter was trained.
+        together: arrays of linear layers that share an input, one below the other, by the layers' paths.
 
     Example:
         >>> model = ma.load_model("demo")
@@ -43,6 +45,7 @@ class Model:
     config: dict[str, Any]
     adapter: Adapter | None = field(default=None)
     template: TemplateConfig = field(default=TemplateConfig())
+    together: dict[tuple[str, ...], Arrays] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"Model({self.base.name!r}, adapter={self.adapter.name if self.adapter else None!r})"

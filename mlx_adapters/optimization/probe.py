@@ -57,9 +57,14 @@ class Prober:
     memory: MemoryPlan = field(default_factory=MemoryPlan)
 
     def step_bytes(self, draw: Draw, blocks: int) -> float:
-        """Bytes that one step needs above what lies in memory all the time, for `blocks` adapted blocks."""
+        """Bytes that one step needs above what lies in memory all the time, for `blocks` adapted blocks.
+
+        The first step holds less than those after it, and a GPU frees what it has done with at its own time, so there
+        the median of three later ones counts; a CPU's first step tells enough.
+        """
+        steps = (1, 3) if on_gpu() else (0, 1)
         with as_little_memory_as_will_do():
-            return _through(self._counts(blocks), lambda n: self._measure(draw, n, 0, 1)[0], blocks)
+            return _through(self._counts(blocks), lambda n: self._measure(draw, n, *steps)[0], blocks)
 
     def seconds(self, draw: Draw, blocks: int, warm_up: int = 3, timed: int = 3) -> float:
         """Median time of a step after `warm_up` steps, for `blocks` adapted blocks."""
@@ -116,18 +121,20 @@ class Prober:
             memory=self.memory,
         )
 
-    def _measure(self, draw: Draw, blocks: int, warm_up: int, timed: int) -> tuple[int, float]:
+    def _measure(self, draw: Draw, blocks: int, warm_up: int, timed: int) -> tuple[float, float]:
+        """(bytes at the peak above what lay there before, seconds) of a step: medians of those after the warm-up."""
         train_step = self._train_step(blocks)
         mx.eval(train_step.weights, train_step.optimizer.arrays())
         gc.collect()
         mx.clear_cache()
-        mx.reset_peak_memory()
-        before, seconds = mx.get_active_memory(), []
+        before, seconds, peaks = mx.get_active_memory(), [], []
         for _ in range(warm_up + timed):
+            mx.reset_peak_memory()
             start = time.perf_counter()
             train_step.take(draw, 1e-12, rounding=self.training.fuse_aware is not None)
             seconds.append(time.perf_counter() - start)
-        return mx.get_peak_memory() - before, statistics.median(seconds[warm_up:])
+            peaks.append(mx.get_peak_memory() - before)
+        return statistics.median(peaks[warm_up:]), statistics.median(seconds[warm_up:])
 
 
 def _through(counts: list[int], measure: Callable[[int], float], wanted: int) -> float:

@@ -21,7 +21,7 @@ from mlx_adapters.models.quantized_check import are_right
 from mlx_adapters.runtime import kernel
 from mlx_adapters.runtime.additions import ForAll
 from mlx_adapters.runtime.attached import Attached, Selection, combined, is_mixture, same
-from mlx_adapters.runtime.factors import prepare
+from mlx_adapters.runtime.factors import Factors, prepare
 from mlx_adapters.runtime.sites import (
     Group,
     Site,
@@ -33,7 +33,7 @@ from mlx_adapters.runtime.sites import (
     wrap,
 )
 from mlx_adapters.runtime.stacks import Stacks, part
-from mlx_adapters.surgery.groups import find_groups
+from mlx_adapters.surgery.groups import Arrays, find_groups
 from mlx_adapters.system.door import mx, nn
 from mlx_adapters.system.machine import on_gpu
 
@@ -47,16 +47,20 @@ class Plan:
 
 
 MAX_MIXTURES = 2  # kept for switching back
+AT_A_TIME = 16  # sites: each evaluation takes its time
 
 
 class AdapterPool:
     """The adapters of one model.
 
     `group`: linear layers on one input become one product. That saves operations, which a GPU's decode speed
-    hangs on and a CPU's does not, so by default it is on on a GPU only.
+    hangs on and a CPU's does not, so by default it is on on a GPU only. `together`: groups that were laid together when
+    the model was loaded.
     """
 
-    def __init__(self, module: nn.Module, group: bool | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, group: bool | None = None, together: Mapping[tuple[str, ...], Arrays] | None = None
+    ) -> None:
         self.module = module
         self.layers = adaptable_layers(module)
         self.dtype = compute_dtype(module)
@@ -65,6 +69,7 @@ class AdapterPool:
         self.selection: Selection = ()
         self.fused: Selection | None = None
         self._group = on_gpu() if group is None else group
+        self._together = dict(together or {})
         self._plans: dict[tuple, Plan] = {}
         self._groups: list[tuple[str, ...]] | None = None
         self._sites: dict[str, Site] = {}
@@ -80,23 +85,32 @@ class AdapterPool:
         with self.lock:
             check_fits(adapter, self.layers)
             kernel.is_right(self.dtype)  # here, since it cannot be tried while something is compiled
-            keys = adapter.config.keys
-            prepared = {key: prepare(self.layers[key], adapter, key, self.dtype) for key in keys}
             before = set(self._sites)
             try:
-                sites = self._install(keys)
-                made = {site: site.assemble(prepared) for site in sites}
-                mx.eval([f.arrays for f in made.values() if f is not None])
+                factors = self._factors(adapter, self._install(adapter.config.keys))
             except BaseException:
                 self._uninstall(self._sites.keys() - before)
                 raise
-            entry = Attached(name, replace(adapter, weights={}), {s: f for s, f in made.items() if f is not None})
+            entry = Attached(name, replace(adapter, weights={}), factors)
             if name in self.attached:
                 self._forget(self.attached[name])
             self.attached[name] = entry
             self._stacks = None
             self.touch(entry)
             return entry
+
+    def _factors(self, adapter: Adapter, sites: Sequence[Site]) -> dict[Site, Factors]:
+        """What the adapter adds to each site, evaluated: some at a time, since that takes memory for a moment."""
+        made: dict[Site, Factors] = {}
+        keys = set(adapter.config.keys)
+        for start in range(0, len(sites), AT_A_TIME):
+            for site in sites[start : start + AT_A_TIME]:
+                own = keys.intersection(site.paths)
+                prepared = {key: prepare(self.layers[key], adapter, key, self.dtype) for key in own}
+                if factors := site.assemble(prepared):
+                    made[site] = factors
+            mx.eval([factors.arrays for factors in made.values()])
+        return made
 
     def remove(self, name: str) -> None:
         """Let an adapter go; with the last one the base's own layers come back."""
@@ -157,7 +171,7 @@ class AdapterPool:
 
     def _find_groups(self) -> list[tuple[str, ...]]:
         """The groups, but for those whose one product this device computes wrong, though not its parts."""
-        groups = find_groups(self.module, self.layers)
+        groups = list(self._together) or find_groups(self.module, self.layers)
         packed = [paths for paths in groups if is_quantized(self.layers[paths[0]])] if on_gpu() else []
         rights = are_right([joined([self.layers[path] for path in paths]) for paths in packed], self.dtype)
         wrong = {paths for paths, right in zip(packed, rights, strict=True) if not right}
@@ -165,7 +179,7 @@ class AdapterPool:
 
     def _install_site(self, paths: tuple[str, ...]) -> None:
         layers = [self.layers[path] for path in paths]
-        site = Group(paths, layers) if len(paths) > 1 else Site(paths, layers)
+        site = Group(paths, layers, self._together.get(paths)) if len(paths) > 1 else Site(paths, layers)
         self._sites |= dict.fromkeys(paths, site)
         if isinstance(layers[0], SWITCH):
             block = at_path(self.module, paths[0].rpartition(".")[0])

@@ -19,6 +19,7 @@ from mlx_adapters.runtime.additions import Addition
 from mlx_adapters.runtime.factors import Factors, below_each_other
 from mlx_adapters.storage.tensor_names import BIAS, QUANTIZED_LEAVES, WEIGHT
 from mlx_adapters.surgery.calls import intercept
+from mlx_adapters.surgery.groups import Arrays, lay_together
 from mlx_adapters.system.door import mx, nn
 
 
@@ -46,10 +47,10 @@ class Site:
 class Group(Site):
     """Linear layers on one input."""
 
-    def __init__(self, paths: Sequence[str], layers: Sequence[nn.Module]) -> None:
+    def __init__(self, paths: Sequence[str], layers: Sequence[nn.Module], arrays: Arrays | None = None) -> None:
         super().__init__(paths, layers)
         self.widths = [layer.weight.shape[0] for layer in layers]
-        self.product = Concatenated(layers)
+        self.product = Concatenated(layers, arrays)
         self._held: tuple[weakref.ref, dict[int, mx.array]] | None = None
 
     def assemble(self, factors: dict[str, Factors]) -> Factors | None:
@@ -79,28 +80,23 @@ class Group(Site):
 
 
 class Concatenated:
-    """Linear layers of one kind as one; their weights become views of the one array, equal to the bit."""
+    """Linear layers of one kind as one; `arrays`: those of all, if the layers' own are views of them already."""
 
-    weight: mx.array
-    scales: mx.array  # of quantized layers, as `biases`
-    biases: mx.array | None
-
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, layers: Sequence[nn.Module], arrays: Arrays | None = None) -> None:
         first = layers[0]
-        self.options: dict[str, object] | None = None
+        self.options: dict[str, Any] | None = None
         if isinstance(first, nn.QuantizedLinear):
             self.options = {"group_size": first.group_size, "bits": first.bits, "mode": first.mode}
-        for name in QUANTIZED_LEAVES if self.options else (WEIGHT,):
-            setattr(self, name, _join(layers, name) if first.get(name) is not None else None)
-        self.bias = _join(layers, BIAS) if BIAS in first else None
-        self.transposed = self.weight.T
+        self.arrays = arrays if arrays is not None else lay_together(layers)
+        self.transposed, self.bias = self.arrays[WEIGHT].T, self.arrays.get(BIAS)
         mx.eval(self.transposed)
 
     def __call__(self, x: mx.array) -> mx.array:
         if self.options is None:
             y = x @ self.transposed
         else:
-            y = mx.quantized_matmul(x, self.weight, self.scales, self.biases, transpose=True, **self.options)
+            packed = (self.arrays.get(name) for name in QUANTIZED_LEAVES)
+            y = mx.quantized_matmul(x, *packed, transpose=True, **self.options)
         return y if self.bias is None else y + self.bias
 
 
@@ -112,17 +108,6 @@ def joined(layers: Sequence[nn.Module]) -> nn.QuantizedLinear:
         setattr(whole, name, getattr(first, name))
     for name in (name for name in (*QUANTIZED_LEAVES, BIAS) if first.get(name) is not None):
         whole[name] = mx.concatenate([layer[name] for layer in layers])
-    return whole
-
-
-def _join(layers: Sequence[nn.Module], name: str) -> mx.array:
-    whole, start = mx.concatenate([layer[name] for layer in layers]), 0
-    mx.eval(whole)
-    for layer in layers:
-        extent = layer[name].shape[0]
-        layer[name] = whole[start : start + extent]
-        start += extent
-    mx.eval([layer[name] for layer in layers])
     return whole
 
 

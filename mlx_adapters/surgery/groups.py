@@ -1,11 +1,13 @@
-"""Linear layers that are given the same input, found by watching one forward pass."""
+"""Linear layers that are given the same input: found by watching one forward pass, laid together in memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 from mlx_adapters.storage.tensor_names import BIAS, QUANTIZED_LEAVES
 from mlx_adapters.surgery.calls import intercept
 from mlx_adapters.system.door import mx, nn
+
+Arrays = dict[str, mx.array]  # of layers, by their names in a layer
 
 
 def find_groups(module: nn.Module, layers: dict[str, nn.Module]) -> list[tuple[str, ...]]:
@@ -44,3 +46,24 @@ def find_groups(module: nn.Module, layers: dict[str, nn.Module]) -> list[tuple[s
 def _kind(layer: nn.Module) -> tuple:
     dtypes = tuple(layer[name].dtype if layer.get(name) is not None else None for name in (*QUANTIZED_LEAVES, BIAS))
     return (type(layer), *(getattr(layer, n, None) for n in ("bits", "group_size", "mode")), dtypes)
+
+
+def lay_together(layers: Sequence[nn.Module]) -> Arrays:
+    """The arrays of linear layers of one kind, one below the other, (Σ out, ...) each; the layers' own become views of
+    them, equal to the bit. Evaluated: of layers that were not, no second copy is ever in memory."""
+    wholes: Arrays = {}
+    for name in (name for name in (*QUANTIZED_LEAVES, BIAS) if layers[0].get(name) is not None):
+        whole, start = mx.concatenate([layer[name] for layer in layers]), 0
+        for layer in layers:
+            extent = layer[name].shape[0]
+            layer[name] = whole[start : start + extent]
+            start += extent
+        wholes[name] = whole
+    mx.eval(wholes, [layer.parameters() for layer in layers])
+    return wholes
+
+
+def lay_groups_together(module: nn.Module, layers: Mapping[str, nn.Module]) -> dict[tuple[str, ...], Arrays]:
+    """`lay_together` for all groups of a model, by their paths; of a model whose weights are still to be read, so that
+    they are read into place."""
+    return {paths: lay_together([layers[path] for path in paths]) for paths in find_groups(module, dict(layers))}

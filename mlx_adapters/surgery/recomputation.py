@@ -21,6 +21,9 @@ Call = Callable[..., Any]
 Again = Literal["nothing", "mlp", "blocks"]  # of a block what lies between its products; its feed-forward part; all
 
 
+_ARRAY = object()  # stands for an array
+
+
 def checkpoint(function: Call) -> Call:
     """`function`, of nested arguments, of which the backward pass is left the inputs.
 
@@ -29,11 +32,12 @@ def checkpoint(function: Call) -> Call:
     """
 
     def call(*args: Any) -> Any:
-        form: list[Any] = []
+        form: list[Any] = []  # of what comes out, without its arrays: they would hold the graph, which holds `flat`
 
         def flat(*arrays: mx.array) -> list[mx.array]:
-            form[:] = [function(*_filled(args, arrays, _carries_gradient))]
-            return _leaves(form, _is_array)
+            made = function(*_filled(args, arrays, _carries_gradient))
+            form[:] = [tree_map(lambda leaf: _ARRAY if _is_array(leaf) else leaf, made)]
+            return _leaves(made, _is_array)
 
         run = mx.custom_function(flat)
 
@@ -44,7 +48,7 @@ def checkpoint(function: Call) -> Call:
             return tuple(mx.depends(gradients, gradients))
 
         outputs = _listed(run(*_leaves(args, _carries_gradient)))
-        return _filled(form, outputs, _is_array)[0]
+        return _filled(form, outputs, lambda leaf: leaf is _ARRAY)[0]
 
     return call
 

@@ -190,7 +190,7 @@ def settle_memory(
 
 
 def _near(memory: MemoryPlan, parts: Parts, training: TrainConfig) -> MemoryPlan:
-    return replace(memory, near=min(int(1.05 * parts.peak_bytes), _usable(training)))
+    return replace(memory, near=min(parts.peak_bytes, _usable(training)))
 
 
 def _predicted(parts: Parts, training: TrainConfig, told: bool) -> str:

@@ -19,7 +19,7 @@ import mlx_adapters  # noqa: F401  (before mlx: it sees to a fast BLAS)
 # isort: split
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import llama, qwen2
+from mlx_lm.models import llama, qwen2, qwen3
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.lora import LoRALinear
 
@@ -46,6 +46,23 @@ SHAPES = {
             rms_norm_eps=1e-5,
             vocab_size=128256,
             tie_word_embeddings=False,
+        ),
+    ),
+    "4b": (
+        qwen3,
+        dict(
+            model_type="qwen3",
+            hidden_size=2560,
+            num_hidden_layers=36,
+            intermediate_size=9728,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=128,
+            max_position_embeddings=40960,
+            rope_theta=1e6,
+            rms_norm_eps=1e-6,
+            vocab_size=151936,
+            tie_word_embeddings=True,
         ),
     ),
     "0.5b": (
@@ -212,6 +229,13 @@ def decode(model, batch, tokens, clock):
     return steps[1:]
 
 
+def prefill(model, batch, tokens, clock):
+    """Seconds of reading a prompt of so many tokens, the last logits evaluated."""
+    cache, start = make_prompt_cache(model), clock()
+    mx.eval(model(mx.zeros((batch, tokens), dtype=mx.uint32), cache=cache)[:, -1])
+    return clock() - start
+
+
 def logits(model, batch):
     """Logits of one decode step, in float32."""
     cache = make_prompt_cache(model)
@@ -236,19 +260,24 @@ def run(shape, batch, options, clock):
                 computed = logits(model, batch)[0]
                 mx.eval(computed)
                 decode(model, batch, 4, clock)
+                for tokens in options.prefill:
+                    prefill(model, batch, tokens, clock)
         except Exception as failure:
             print(f"  {name}: failed: {failure}", flush=True)
             continue
         reference = computed if name == "mlx-lm" else reference
         if reference is not None:
             notes["error"] = (mx.abs(computed - reference).max() / mx.abs(reference).max()).item()
-        ready[name], results[name] = (model, context), {**notes, "steps": []}
+        ready[name], results[name] = (model, context), {**notes, "steps": [], "prefill": {}}
         print(f"  {name} ready after {time.time() - begun:.0f} s", flush=True)
     for _ in range(options.rounds):
         for name, (model, context) in ready.items():
             if time.time() - begun < options.budget:
                 with context():
                     results[name]["steps"] += decode(model, batch, options.tokens, clock)
+                    for tokens in options.prefill:
+                        seconds = results[name]["prefill"].setdefault(tokens, [])
+                        seconds.append(prefill(model, batch, tokens, clock))
     show(shape, batch, options, results, time.time() - begun)
     return {"shape": shape, "batch": batch, "results": results}
 
@@ -276,6 +305,11 @@ def show(shape, batch, options, results, seconds):
             f"{result.get('attach_seconds', 0):9.2f}",
             flush=True,
         )
+    for tokens in options.prefill:
+        for name in results:
+            own, base = (statistics.median(results[n]["prefill"].get(tokens, [0.0])) for n in (name, "base"))
+            ratio = own / base if base else 0.0
+            print(f"prefill of {tokens} tokens: {name:15} {1e3 * own:8.1f} ms, {ratio:.3f} of base", flush=True)
 
 
 def main():
@@ -286,6 +320,7 @@ def main():
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--prefill", nargs="*", type=int, default=[], help="tokens of prompts to read, too")
     parser.add_argument("--only", nargs="+", help="some of the variants")
     parser.add_argument("--budget", type=float, default=300, help="seconds for each shape and batch")
     parser.add_argument("--cpu-time", action="store_true", help="count the process's CPU seconds (busy machine)")

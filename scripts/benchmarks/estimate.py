@@ -1,10 +1,17 @@
 """Predicted against measured peak memory of training, on ten settings of the demo model and tiny architectures.
 
 Each setting trains three iterations of its largest batch in a fresh process (`mx.get_peak_memory()` after a
-reset once the model is loaded), and predicts in another. Run: python scripts/benchmarks/estimate.py [--quick]
+reset once the model is loaded), and predicts in another. With `--shapes` five settings of random models of these
+shapes instead, all at once: memory does not mind.
+
+    python scripts/benchmarks/estimate.py
+    python scripts/benchmarks/estimate.py --shapes 0.6b 4b
 """
 
+import argparse
+import gc
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,13 +34,27 @@ SETTINGS = [
     ("8 wide qwen3 blocks", "qwen3", {}, {}, {"batch_size": 4, "length": 256}),
     ("8 mixtral blocks", "mixtral", {}, {}, {"batch_size": 4, "length": 256}),
 ]
+FULL = {"batch_size": 4, "length": 512}
+AT_SHAPES = [
+    ("batch 4 x 512", {}, {}, FULL),
+    ("batch 1 x 2,048", {}, {}, {"batch_size": 1, "length": 2048}),
+    ("MLP recomputed", {}, {"memory": "mlp"}, FULL),
+    ("blocks recomputed", {}, {"memory": "blocks"}, FULL),
+    ("rank 64, accumulation 2", {"rank": 64}, {"grad_accumulation": 2}, FULL),
+]
+SHAPES = ("tiny", "0.6b", "4b")
+SETTINGS += [(f"{shape}, {label}", shape, *rest) for shape in SHAPES for label, *rest in AT_SHAPES]
 WIDE = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "vocab_size": 8192}
 
 
 def base_folder(name: str, work: Path):
-    """The demo model, or a tiny architecture made wider and deeper."""
+    """The demo model, a random one of a shape, or a tiny architecture made wider and deeper."""
     if name == "demo":
         return "demo"
+    if name in SHAPES:
+        import train_memory
+
+        return train_memory.base_folder(name, work)
     from helpers import tiny_models
 
     folder = work / name
@@ -52,11 +73,12 @@ def rows_of(batch_size: int, length: int, vocabulary: int) -> list:
     ]
 
 
-def one(number: int, measure: bool, work: Path) -> int:
-    """Bytes predicted or measured for a setting, in this process."""
+def one(number: int, measure: bool, work: Path) -> int | tuple[int, int]:
+    """Bytes predicted or measured for a setting, in this process; of a random model of a shape both."""
     from mlx_adapters.config.training import LoraConfig, TrainConfig
     from mlx_adapters.models.layers import named_layers
     from mlx_adapters.models.loading import load_model
+    from mlx_adapters.optimization.step import MemoryPlan
     from mlx_adapters.sources.bases import resolve_base
     from mlx_adapters.system.door import mx
     from mlx_adapters.training import forecast, setup
@@ -67,32 +89,81 @@ def one(number: int, measure: bool, work: Path) -> int:
     rows = rows_of(shape["batch_size"], shape["length"], base.config["vocab_size"])
     if not measure:
         return forecast.forecast(base, rows, LoraConfig(**lora), config)[0].peak_bytes
+    memory = None
+    if name in SHAPES:  # as a run does it: a GPU works ahead up to what is foretold, and no further
+        parts = forecast.forecast(base, rows, LoraConfig(**lora), config)[0]
+        memory = forecast._near(MemoryPlan(forecast._asked(config)[0]), parts, config)
+        gc.collect()
+        mx.clear_cache()
     model = load_model(resolve_base(base))
     keys = setup.add_layers(model, LoraConfig(**lora), 0).keys
     layers = dict(named_layers(model.module))
-    train_step, feed, _ = vars(setup.prepare(model, config, tuple(rows), (), {k: layers[k] for k in keys})).values()
+    adapted = {k: layers[k] for k in keys}
+    prepared = setup.prepare(model, config, tuple(rows), (), adapted, memory=memory)
     mx.clear_cache()
     mx.reset_peak_memory()
-    updates = feed.updates(0)
-    for _ in range(3):
-        train_step.take(next(updates), 1e-4)
-    return mx.get_peak_memory()
+    updates, peaks = prepared.feed.updates(0), []
+    for _ in range(3 if memory is None else 6):
+        peaks.append(mx.get_peak_memory())
+        if memory is not None:
+            mx.reset_peak_memory()
+        prepared.train_step.take(next(updates), 1e-4)
+    peaks.append(mx.get_peak_memory())
+    if memory is None:
+        return peaks[-1]
+    print(
+        f"{SETTINGS[number][0]}: GB at the peak of each step {[round(p / 1e9, 2) for p in peaks[1:]]}", file=sys.stderr
+    )
+    return parts.peak_bytes, statistics.median(peaks[2:])
+
+
+def line(label: str, predicted: int, measured: int) -> str:
+    """A row of the table."""
+    return f"| {label} | {predicted / 1e6:,.0f} | {measured / 1e6:,.0f} | {predicted / measured - 1:+.1%} |"
+
+
+def at_shapes(shapes: list[str]) -> None:
+    """The settings of these shapes, each in a process, all at once."""
+    with tempfile.TemporaryDirectory() as work:
+        for shape in shapes:
+            subprocess.run([sys.executable, __file__, "--one", shape, "make", work], check=True)
+        running = {
+            label: subprocess.Popen(
+                [sys.executable, __file__, "--one", str(number), "measure", work], stdout=subprocess.PIPE, text=True
+            )
+            for number, (label, name, *_) in enumerate(SETTINGS)
+            if name in shapes
+        }
+        for label, process in running.items():
+            out = process.communicate()[0].splitlines()
+            print(line(label, *json.loads(out[-1])) if out else f"| {label} | failed | | |", flush=True)
 
 
 def main() -> None:
-    if len(sys.argv) > 3:
-        print(json.dumps(one(int(sys.argv[1]), sys.argv[2] == "measure", Path(sys.argv[3]))))
+    """Measure the settings, one after the other or those of some shapes at once."""
+    if sys.argv[1:2] == ["--one"]:
+        which, kind, work = sys.argv[2], sys.argv[3], Path(sys.argv[4])
+        if kind == "make":
+            base_folder(which, work)
+        else:
+            print(json.dumps(one(int(which), kind == "measure", work)))
         return
-    print("| setting | predicted MB | measured MB | error |\n|---|---|---|---|")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="five settings of random models of these shapes")
+    options = parser.parse_args()
+    print("| setting | predicted MB | measured MB | error |\n|---|---|---|---|", flush=True)
+    if options.shapes:
+        at_shapes(options.shapes)
+        return
     with tempfile.TemporaryDirectory() as work:
-        for number, (label, *_) in enumerate(SETTINGS):
+        for number, (label, name, *_) in enumerate(SETTINGS):
+            if name in SHAPES:
+                continue
             values = []
             for kind in ("predict", "measure"):
-                command = [sys.executable, __file__, str(number), kind, work]
+                command = [sys.executable, __file__, "--one", str(number), kind, work]
                 values.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-            predicted, measured = values
-            error = predicted / measured - 1
-            print(f"| {label} | {predicted / 1e6:,.0f} | {measured / 1e6:,.0f} | {error:+.1%} |", flush=True)
+            print(line(label, *values), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 
 Random weights of a Qwen 3 shape, packed in 4 bits (or the embedded model), rank 8 on all linear layers, a fixed batch
 of which the last quarter of each row is trained. Each way takes two steps to warm up, then timed ones; `peak` is
-`mx.get_peak_memory()` of these. Ours run as `train` runs them: one step that is never ahead tells what they need, and
+`mx.get_peak_memory()` of these. With `--mixed` rows of 5 to `--length` tokens, spread evenly on a logarithmic scale,
+that each program puts into batches its own way; each shape is met once before it counts, and tokens are real ones,
+padding apart. Ours run as `train` runs them: one step that is never ahead tells what they need, and
 from that on a GPU waits (`--ahead` lets it run ahead as far as it likes). mlx-lm's are its layers, loss and compiled
 step, as its trainer has them.
 
     python scripts/benchmarks/train_memory.py --shape 4b
+    python scripts/benchmarks/train_memory.py --shape 4b --mixed 8 --ways mlx-lm ours
     python scripts/benchmarks/train_memory.py --shape demo --length 128 --json train_memory.json
 """
 
@@ -61,32 +64,51 @@ def model_of(shape: str):
     return module
 
 
-def batch_of(options: argparse.Namespace):
-    """The rows as one batch of ours."""
-    from mlx_adapters.data.batches import make_batch
-    from mlx_adapters.data.tokenizing import Row
+def base_folder(shape: str, work: Path) -> Path:
+    """A folder with the random model and a small tokenizer, for what takes folders."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
     from mlx_adapters.system.machine import on_gpu
 
-    random, length = np.random.default_rng(SEED), options.length + 1
-    trained = np.arange(length) > options.length * 3 // 4
-    rows = [
-        Row(random.integers(3, 500, length).astype(np.int32), trained, "here", length) for _ in range(options.batch)
+    sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tests"))
+    from helpers.tiny_models import write_tokenizer
+
+    folder = work / shape
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        config = QWEN3 | SHAPES[shape] | ({"quantization": {"group_size": 64, "bits": 4}} if on_gpu() else {})
+        mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model_of(shape).parameters())))
+        (folder / "config.json").write_text(json.dumps(config))
+        write_tokenizer(folder)
+    return folder
+
+
+def rows_of(options: argparse.Namespace) -> list:
+    """Rows of one length, a batch of them; or, mixed, of many lengths. The last quarter of each is trained."""
+    from mlx_adapters.data.tokenizing import Row
+
+    random = np.random.default_rng(SEED)
+    spread = (options.length / 5) ** random.random(options.mixed * options.batch)
+    lengths = [round(5 * s) for s in spread] if options.mixed else [options.length + 1] * options.batch
+    return [
+        Row(random.integers(3, 500, n).astype(np.int32), np.arange(n) > (n - 1) * 3 // 4, "here", n) for n in lengths
     ]
-    return make_batch([[row] for row in rows], 32 if on_gpu() else 1)
 
 
-def ours(module, options: argparse.Namespace, again: str, world=None) -> Callable[[], float]:
-    """One update, by `TrainStep`."""
+def ours(module, options: argparse.Namespace, again: str, world=None) -> list[Callable[[], tuple[float, int]]]:
+    """Updates by `TrainStep`; each gives its loss and how many tokens it read."""
     from dataclasses import replace
 
     from mlx_adapters.config.training import LoraConfig, TrainConfig
     from mlx_adapters.models.layers import add_adapter_layers, named_layers, resolve_target_modules
     from mlx_adapters.models.metadata import AdapterConfig
-    from mlx_adapters.optimization.feed import draw_of
+    from mlx_adapters.optimization.feed import make_feed
     from mlx_adapters.optimization.step import LossPlan, MemoryPlan, TrainStep, chunk_rows
     from mlx_adapters.surgery.blocks import find_body
     from mlx_adapters.system.door import mx
     from mlx_adapters.system.limits import as_little_memory_as_will_do
+    from mlx_adapters.system.machine import on_gpu
 
     keys = resolve_target_modules(module, LoraConfig())
     add_adapter_layers(module, AdapterConfig(RANK, SCALE, keys))
@@ -97,25 +119,27 @@ def ours(module, options: argparse.Namespace, again: str, world=None) -> Callabl
     made = TrainStep(module, {key: layers[key] for key in keys}, config, plan, memory=MemoryPlan(again))  # type: ignore[arg-type]
     if world is not None:
         made.world = world
-    draw = draw_of(batch_of(options))
+    updates = make_feed(rows_of(options), config, gpu=on_gpu()).updates(0)
+    draws = [next(updates) for _ in range(options.mixed or 1)]
     if world is not None:
-        draw = replace(draw, tokens=world.size * draw.tokens)
+        draws = [replace(draw, tokens=world.size * draw.tokens) for draw in draws]
     mx.eval(made.weights, made.optimizer.arrays())
     if not options.ahead:
-        made.take(draw, 1e-5)  # compiles
+        largest = max(draws, key=lambda draw: draw.batches[0].tokens.size)
+        made.take(largest, 1e-5)  # compiles
         mx.reset_peak_memory()
         with as_little_memory_as_will_do():
-            made.take(draw, 1e-5)
+            made.take(largest, 1e-5)
         made.memory = MemoryPlan(again, near=int(mx.get_peak_memory() * options.near))  # type: ignore[arg-type]
-    return lambda: made.take(draw, 1e-5).loss.item()
+    return [lambda draw=draw: (made.take(draw, 1e-5).loss.item(), draw.real_tokens) for draw in draws]
 
 
-def theirs(module, options: argparse.Namespace, checkpoint: bool) -> Callable[[], float]:
-    """One update as `mlx_lm.tuner.trainer.train` makes it."""
+def theirs(module, options: argparse.Namespace, checkpoint: bool) -> list[Callable[[], tuple[float, int]]]:
+    """Updates as `mlx_lm.tuner.trainer.train` makes them, on the batches that it makes."""
     import mlx.core as mx
     import mlx.nn as nn
     import mlx.optimizers as optim
-    from mlx_lm.tuner import trainer, utils
+    from mlx_lm.tuner import datasets, trainer, utils
 
     from mlx_adapters.system.machine import on_gpu
 
@@ -125,8 +149,8 @@ def theirs(module, options: argparse.Namespace, checkpoint: bool) -> Callable[[]
     module.train()
     optimizer, gradient = optim.Adam(1e-5), nn.value_and_grad(module, trainer.default_loss)
     state = [module.state, optimizer.state, mx.random.state]
-    tokens = mx.array(batch_of(options).tokens)
-    lengths = mx.array([[options.length * 3 // 4 + 1, options.length + 1]] * options.batch)
+    given = trainer.iterate_batches(datasets.CacheDataset(Texts(rows_of(options))), options.batch, 2048)
+    batches = list(given)
 
     def step(batch: mx.array, lengths: mx.array) -> mx.array:
         (loss, _), gradients = gradient(module, batch, lengths)
@@ -135,12 +159,30 @@ def theirs(module, options: argparse.Namespace, checkpoint: bool) -> Callable[[]
 
     compiled = partial(mx.compile, inputs=state, outputs=state)(step) if on_gpu() else step
 
-    def update() -> float:
-        loss = compiled(tokens, lengths)
+    def update(batch: mx.array, lengths: mx.array) -> tuple[float, int]:
+        loss = compiled(batch, lengths)
         mx.eval(state, loss)
-        return loss.item()
+        return loss.item(), int(lengths[:, 1].sum().item())
 
-    return update
+    return [partial(update, *batch) for batch in batches]
+
+
+class Texts:
+    """The rows as one of mlx-lm's data sets of prompts and completions."""
+
+    def __init__(self, rows: list) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"prompt": index, "completion": index}
+
+    def process(self, row: dict) -> tuple:
+        """(tokens, how many of them are the prompt)."""
+        found = self.rows[row["prompt"]]
+        return found.tokens.tolist(), int(np.argmax(found.trained))
 
 
 def measure(module, way: str, options: argparse.Namespace) -> dict:
@@ -154,30 +196,31 @@ def measure(module, way: str, options: argparse.Namespace) -> dict:
     mx.random.seed(SEED)
     module.freeze()
     began = time.perf_counter()
-    update = ours(module, options, OURS[way]) if way in OURS else theirs(module, options, THEIRS[way])
-    losses = [update() for _ in range(WARM_UP)]
+    updates = ours(module, options, OURS[way]) if way in OURS else theirs(module, options, THEIRS[way])
+    losses = [update()[0] for update in (updates if options.mixed else updates * WARM_UP)]
     ready = time.perf_counter() - began
     print(f"{way}: ready after {ready:.0f} s", file=sys.stderr, flush=True)
     gc.collect()
     mx.clear_cache()
     mx.reset_peak_memory()
-    seconds = []
-    for _ in range(options.steps):
+    seconds, tokens = [], 0
+    for update in updates * options.steps:
         start = time.perf_counter()
-        losses.append(update())
+        loss, read = update()
+        losses.append(loss)
+        tokens += read
         seconds.append(time.perf_counter() - start)
-    tokens = options.batch * options.length
     figures = {
         "way": way,
         "ms": 1e3 * statistics.median(seconds),
         "ms_range": [1e3 * min(seconds), 1e3 * max(seconds)],
-        "tokens_per_second": tokens / statistics.median(seconds),
+        "tokens_per_second": tokens / (sum(seconds) if options.mixed else len(seconds) * statistics.median(seconds)),
         "peak_bytes": mx.get_peak_memory(),
         "first_loss": losses[0],
         "last_loss": losses[-1],
         "ready_seconds": ready,
     }
-    del update
+    del update, updates
     kind.__call__ = call  # mlx-lm's checkpointing changes the class
     detach(module)
     module.unfreeze()
@@ -206,6 +249,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--mixed", type=int, default=0, metavar="N", help="N batches of rows of many lengths")
     parser.add_argument("--ahead", action="store_true", help="let a GPU work ahead as far as it likes")
     parser.add_argument("--near", type=float, default=1.0, help="of what a step needs, where a GPU waits")
     parser.add_argument("--ways", nargs="*", default=[*THEIRS, *OURS], choices=[*THEIRS, *OURS], metavar="WAY")
@@ -220,9 +264,8 @@ def main() -> None:
         f"# {machine['device_name']}, mlx {machine['versions']['mlx']}, mlx-lm {machine['versions']['mlx-lm']}; ",
         end="",
     )
-    print(
-        f"{options.shape}, batch {options.batch} x {options.length}, a quarter trained, rank {RANK}, all linear layers"
-    )
+    lengths = f"{'5 to ' if options.mixed else ''}{options.length}"
+    print(f"{options.shape}, batch {options.batch} x {lengths}, a quarter trained, rank {RANK}, all linear layers")
     print(
         "| | ms a step | tokens/s | of mlx-lm's | peak GB | of mlx-lm's |\n| --- | ---: | ---: | ---: | ---: | ---: |"
     )

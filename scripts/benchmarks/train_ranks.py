@@ -24,12 +24,12 @@ def one(options: argparse.Namespace) -> None:
     from mlx_adapters.optimization.distributed import start
 
     world = start()
-    update = ours(model_of(options.shape), options, options.again, world)
-    losses = [update() for _ in range(WARM_UP)]
+    (update,) = ours(model_of(options.shape), options, options.again, world)
+    losses = [update()[0] for _ in range(WARM_UP)]
     seconds = []
     for _ in range(options.steps):
         began = time.perf_counter()
-        losses.append(update())
+        losses.append(update()[0])
         seconds.append(time.perf_counter() - began)
     if world.leads:
         tokens = world.size * options.batch * options.length / statistics.median(seconds)
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--again", choices=sorted(OURS.values()), default="nothing")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.ahead, options.near = True, 1.0
+    options.ahead, options.near, options.mixed = True, 1.0, 0
     if options.one:
         one(options)
         return

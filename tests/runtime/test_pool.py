@@ -98,6 +98,28 @@ def test_grouping_keeps_the_base_in_memory_once(tiny_model):
         assert mx.array_equal(layer.weight, weights[path])
 
 
+def test_groups_are_laid_together_as_they_are_read(tiny_model):
+    folder = tiny_model("qwen3", hidden_size=512, intermediate_size=2048, num_hidden_layers=4)
+    wanted = loading.load_model(resolve_base(folder))
+    size = mx.get_active_memory()
+    del wanted
+    gc.collect()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    plain = loading.load_model(resolve_base(folder), together=True)
+    assert mx.get_peak_memory() < 1.2 * size
+    model, wanted = LiveModel(plain), load_model(folder)
+    assert len(plain.together) == 8
+    assert mx.array_equal(model.logits(TOKENS), wanted.logits(TOKENS))
+    model.pool = AdapterPool(model.module, group=True, together=plain.together)
+    adapter = random_adapter(model)
+    before = mx.get_active_memory()
+    model.attach(adapter)
+    wanted.attach(adapter)
+    assert mx.get_active_memory() - before < 0.1 * size
+    assert distance(model.logits(TOKENS), wanted.logits(TOKENS)) < 1e-4
+
+
 def held_by(model, size, before):
     """Whether MLX holds about `size` bytes of adapters more than `before`, and what the pool says.
 

@@ -1,6 +1,7 @@
 """What is computed again: the same numbers, and one part's arrays at a time."""
 
 import gc
+import weakref
 
 import mlx.core as mx
 import pytest
@@ -88,6 +89,22 @@ def test_checkpoints_in_a_row_hold_one_at_a_time():
         mx.grad(loss)(weights, x, checkpoint), mx.grad(loss)(weights, x, lambda function: function), strict=True
     ):
         assert mx.array_equal(one, other)
+
+
+def test_what_was_traced_goes_with_what_came_of_it():
+    """A compiled step that is let go must take the model with it, else each forecast keeps its own on a GPU."""
+
+    def double(x):
+        return {"y": 2 * x}
+
+    def gradient(call):
+        return mx.grad(lambda x: mx.exp(call(x)["y"]).sum())(mx.zeros(3))
+
+    gone = weakref.ref(double)
+    traced = gradient(checkpoint(double))
+    del double, traced
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_checkpoint_hands_on_what_it_is_given():
