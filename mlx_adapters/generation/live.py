@@ -36,7 +36,6 @@ from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.lookup import load_adapter, plain
 from mlx_adapters.system.door import mx
-from mlx_adapters.system.machine import on_gpu
 from mlx_adapters.units import count
 
 log = logging.getLogger("mlx_adapters.generation.live")
@@ -457,8 +456,7 @@ def load_model(
         True
     """
     loaded = None if adapter is None else load_adapter(adapter)
-    plain_model = load_plain_model(resolve_base(base), dtype=dtype, dense=dense, template=template, together=on_gpu())
-    model = LiveModel(plain_model)
+    model = LiveModel(load_plain_model(resolve_base(base), dtype=dtype, dense=dense, template=template, together=None))
     if kv is not None and kv.kv_bits is not None:
         require_quantizable(model.module, kv, str(model.config.get("model_type")))
         model.kv = kv

@@ -49,7 +49,7 @@ def load_model(
     any_base: bool = False,
     gradients: bool = False,
     template: TemplateConfig | None = None,
-    together: bool = False,
+    together: bool | None = False,
 ) -> Model:
     """Load a base model (or a fused folder), with an adapter on it if one is given.
 
@@ -57,10 +57,12 @@ def load_model(
     (default: on a CPU). On a GPU, quantized layers that MLX computes wrong there are made dense and named in a
     MiscomputedWarning; with `gradients` also those that it gives wrong gradients. `template`: as for
     `load_tokenizer_of`. `together`: lay the linear layers that share an input below each other as they are read, for
-    adapters that are attached later. Raises NotFoundError, HubError, FormatError, ModelError or IncompatibleError.
+    adapters that are attached later (None: on a GPU). Raises NotFoundError, HubError, FormatError, ModelError or
+    IncompatibleError.
     """
     require(dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not '{dtype}'.")
     module, config = load_module(base)
+    together = on_gpu() if together is None else together
     with refusals(lambda why: ModelError(f"The weights of '{base.name}' cannot be read: {why}.", WHOLE_MODEL)):
         set_precision(module, dtype, dense)
         groups = lay_groups_together(module, adaptable_layers(module)) if together else {}

@@ -30,7 +30,6 @@ class Model:
         config: its config.json.
         adapter: the one that is on.
         template: how conversations are written; what it leaves open is as the adapter was trained.
-        together: arrays of linear layers that share an input, one below the other, by the layers' paths.
 
     Example:
         >>> model = ma.load_model("demo")
@@ -45,7 +44,7 @@ class Model:
     config: dict[str, Any]
     adapter: Adapter | None = field(default=None)
     template: TemplateConfig = field(default=TemplateConfig())
-    together: dict[tuple[str, ...], Arrays] = field(default_factory=dict)
+    together: dict[tuple[str, ...], Arrays] = field(default_factory=dict, init=False)  # see `lay_groups_together`
 
     def __repr__(self) -> str:
         return f"Model({self.base.name!r}, adapter={self.adapter.name if self.adapter else None!r})"

@@ -31,19 +31,21 @@ class ForAll:
         self.a, self.b = a.swapaxes(-1, -2), factors.b.swapaxes(-1, -2)  # (..., in, layers · r), (..., r, Σ out)
         if self.linear_like:  # for one row: a product of equal ranks needs no reshaping around it
             self.one_a, self.one_b = self.a[None], self.b[None]
+            self.kernel_a, self.kernel_b = a.reshape(1, -1, *factors.a.shape[-2:]), factors.b[None]  # one slot
         self.adds = not on_gpu() and self.b.dtype == mx.float32  # a product that adds is one operation less
 
     @property
     def arrays(self) -> list[mx.array]:
         """What must be evaluated before it is used."""
-        return [self.a, self.b, *([self.one_a, self.one_b] if self.linear_like else [])]
+        views = [self.one_a, self.one_b, self.kernel_a, self.kernel_b] if self.linear_like else []
+        return [self.a, self.b, *views]
 
     def linears(self, y: mx.array, x: mx.array, widths: Sequence[int]) -> list[mx.array]:
         """The outputs of linear layers on x (..., in), from what they computed, y (..., Σ widths)."""
         f, rank = self.factors, self.b.shape[-2]
         if kernel.serves(y, x, f.b):
-            a, gain, shift = f.a.reshape(1, len(widths), rank, -1), f.gain, f.shift
-            return split(kernel.add_update(y, x, a, f.b[None], widths, kernel.first(x), gain, shift), widths)
+            slots = kernel.first(x)
+            return split(kernel.add_update(y, x, self.kernel_a, self.kernel_b, widths, slots, f.gain, f.shift), widths)
         if f.gain is not None:
             y = y * f.gain
             if f.shift is not None:

@@ -5,15 +5,20 @@ z = a x for itself, from the cache, and then its columns of y · gain + shift + 
 Sums are in float32 and rounded once. One text serves CUDA and Metal; `WORDS` holds what they spell differently.
 """
 
+import hashlib
+import math
 from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
+from mlx_adapters.models.quantized_check import remembered
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.gpu_kernels import Language, build, language, spelled
 from mlx_adapters.system.machine import on_gpu
 
 MOST_TOKENS, MOST_RANKS = 16, 64  # beyond them products are faster; registers hold the sums of so many ranks
+MOST_ERROR = 1e-2  # of the largest number
 THREADS = 512  # of a block: 256 took 1.04, 128 took 1.12 of its time (H200, the layers of a 4B model, rank 8)
 
 WORDS = {
@@ -50,19 +55,24 @@ template <typename T> struct alignas(16) Packed { T v[16 / sizeof(T)]; };
 """
 SOURCE = """
 constexpr int N = 16 / sizeof(T);
+const int in = x_shape[x_ndim - 1], out_width = y_shape[y_ndim - 1], count = a_shape[1];
 const int me = THREAD, token = TOKEN, slot = slots[token];
-int block = BLOCK, part = 0, start = 0, end = 0;
-PARTS
-GLOBAL T* row = x + (size_t) token * IN;
-GLOBAL T* low = a + ((size_t) slot * COUNT + part) * R * IN;
+int block = BLOCK, part = 0;
+for (; part < count - 1; ++part) {
+  const int blocks = (bounds[part + 1] - bounds[part] + THREADS - 1) / THREADS;
+  if (block < blocks) break;
+  block -= blocks;
+}
+GLOBAL T* row = x + (size_t) token * in;
+GLOBAL T* low = a + ((size_t) slot * count + part) * R * in;
 float sums[R];
 #pragma unroll
 for (int j = 0; j < R; ++j) sums[j] = 0.0f;
-for (int k = me * N; k < IN; k += THREADS * N) {
+for (int k = me * N; k < in; k += THREADS * N) {
   Packed<T> xs = *(GLOBAL Packed<T>*) (row + k);
   #pragma unroll
   for (int j = 0; j < R; ++j) {
-    Packed<T> as = *(GLOBAL Packed<T>*) (low + (size_t) j * IN + k);
+    Packed<T> as = *(GLOBAL Packed<T>*) (low + (size_t) j * in + k);
     for (int i = 0; i < N; ++i) sums[j] += (float) xs.v[i] * (float) as.v[i];
   }
 }
@@ -80,16 +90,17 @@ if (me < R) {
   z[me] = v;
 }
 WAIT;
-const int column = start + block * THREADS + me;
-if (column < end) {
-  float v = (float) y[(size_t) token * OUT + column];
-  const size_t at = (size_t) slot * OUT + column;
+const int column = bounds[part] + block * THREADS + me;
+if (column < bounds[part + 1]) {
+  float v = (float) y[(size_t) token * out_width + column];
+  const size_t at = (size_t) slot * out_width + column;
   GAIN
   for (int j = 0; j < R; ++j) v += (float) b[at * R + j] * z[j];
-  out[(size_t) token * OUT + column] = (T) v;
+  out[(size_t) token * out_width + column] = (T) v;
 }
 """
 GAIN, SHIFT = "v *= (float) gain[at];", "v += (float) shift[at];"
+ALWAYS = ("x", "y", "a", "b", "slots", "bounds")
 
 
 def add_update(
@@ -114,21 +125,12 @@ def add_update(
 
     Returns: (..., Σ widths), in y's type.
     """
-    given = {"x": x, "y": y, "a": a, "b": b, "slots": slots, "gain": gain, "shift": shift}
-    given = {name: array for name, array in given.items() if array is not None}
-    kernel = _kernel(language(), tuple(widths), tuple(given))
-    blocks = sum(-(-width // THREADS) for width in widths)
-    options: dict[str, Any] = {
-        "T": y.dtype,
-        "IN": x.shape[-1],
-        "OUT": y.shape[-1],
-        "R": a.shape[2],
-        "COUNT": a.shape[1],
-    }
-    (out,) = kernel(
-        inputs=list(given.values()),
-        template=list((options | {"THREADS": THREADS}).items()),
-        grid=(blocks * THREADS, slots.size, 1),
+    bounds, threads = _shares(tuple(widths))
+    scaled = [array for array in (gain, shift) if array is not None]
+    (out,) = _kernel(language(), gain is not None, shift is not None)(
+        inputs=[x, y, a, b, slots, bounds, *scaled],
+        template=[("T", y.dtype), ("R", a.shape[2]), ("THREADS", THREADS)],
+        grid=(threads, slots.size, 1),
         threadgroup=(THREADS, 1, 1),
         output_shapes=[y.shape],
         output_dtypes=[y.dtype],
@@ -137,23 +139,22 @@ def add_update(
 
 
 @cache
-def _kernel(own: Language, widths: tuple[int, ...], names: tuple[str, ...]) -> Any:
-    """The kernel for layers of these widths that is given these arrays."""
-    name = "_".join(["add_update", *map(str, widths), *names[5:]])
-    return build(name, names, ["out"], source(own, widths, names), HEADERS[own] + HEADER)
+def _shares(widths: tuple[int, ...]) -> tuple[mx.array, int]:
+    """(where each layer's columns begin and the last one's end, how many threads work for a token)."""
+    return mx.array([0, *accumulate(widths)], mx.int32), THREADS * sum(-(-width // THREADS) for width in widths)
 
 
-def source(own: Language, widths: Sequence[int], names: Sequence[str]) -> str:
-    """The kernel's text: which block works for which layer is written out."""
-    parts, blocks, start = [], 0, 0
-    for part, width in enumerate(widths):
-        first, blocks = blocks, blocks - (-width // THREADS)
-        here = f"part = {part}; block -= {first}; start = {start}; end = {start + width};"
-        parts.append(f"if (block < {blocks}) {{ {here} }}")
-        start += width
+@cache
+def _kernel(own: Language, gain: bool, shift: bool) -> Any:
+    """The kernel, for whatever sizes: compiled once for each type and rank."""
+    names = [*ALWAYS, *(["gain"] if gain else []), *(["shift"] if shift else [])]
+    return build("_".join(["add_update", *names[6:]]), names, ["out"], source(own, names), HEADERS[own] + HEADER)
+
+
+def source(own: Language, names: Sequence[str]) -> str:
+    """The kernel's text, for these arrays."""
     scaled = " ".join(line for name, line in (("gain", GAIN), ("shift", SHIFT)) if name in names)
-    words = WORDS[own] | {"PARTS": "\nelse ".join(parts), "GAIN": scaled}
-    return spelled(SOURCE, words)
+    return spelled(SOURCE, WORDS[own] | {"GAIN": scaled})
 
 
 def serves(y: mx.array, x: mx.array, b: mx.array) -> bool:
@@ -169,7 +170,8 @@ def serves(y: mx.array, x: mx.array, b: mx.array) -> bool:
 
 
 def is_right(dtype: mx.Dtype) -> bool:
-    """Whether this device computes with the kernel what it computes with products; tried once, on small factors."""
+    """Whether this device computes with the kernel what it computes with products; tried once, on small factors, and
+    remembered."""
     return on_gpu() and _tried(dtype)
 
 
@@ -185,8 +187,14 @@ def _zeros(count: int) -> mx.array:
 
 @cache
 def _tried(dtype: mx.Dtype) -> bool:
+    text = hashlib.sha256((source(language(), [*ALWAYS, "gain", "shift"]) + HEADERS[language()]).encode()).hexdigest()
+    return remembered(f"add_update {text[:16]}, {dtype}", lambda: _error(dtype)) <= MOST_ERROR
+
+
+def _error(dtype: mx.Dtype) -> float:
+    """How far the kernel is off on small factors, relative to the largest number; infinite where it is refused."""
     keys = mx.random.split(mx.random.key(0), 6)
-    widths, tokens, slots, inputs, rank = (40, 600), 3, 2, 72, 5
+    widths, tokens, slots, inputs, rank = (40, 600), 3, 2, 72, 8
     shapes = [(tokens, sum(widths)), (tokens, inputs), (slots, 2, rank, inputs), (slots, sum(widths), rank)]
     y, x, a, b = (mx.random.normal(shape, key=key).astype(dtype) for shape, key in zip(shapes, keys, strict=False))
     gain, shift = (mx.random.normal((slots, sum(widths)), key=key).astype(dtype) for key in keys[4:])
@@ -195,9 +203,10 @@ def _tried(dtype: mx.Dtype) -> bool:
         added = add_update(y, x, a, b, widths, at, gain, shift).astype(mx.float32)
         mx.eval(added)
     except (RuntimeError, ValueError):
-        return False
+        return math.inf
     y, x, a, b, gain, shift = (array.astype(mx.float32) for array in (y, x, a, b, gain, shift))
     z = (a[at] @ x[:, None, :, None]).squeeze(-1)  # (tokens, layers, r)
     z = mx.concatenate([mx.repeat(z[:, i : i + 1], width, axis=1) for i, width in enumerate(widths)], axis=1)
     expected = y * gain[at] + shift[at] + (b[at] * z).sum(axis=-1)
-    return bool(mx.allclose(added, expected, rtol=1e-2, atol=1e-2 * mx.abs(expected).max().item()).item())
+    error = (mx.abs(added - expected).max() / mx.abs(expected).max()).item()
+    return error if math.isfinite(error) else math.inf

@@ -89,7 +89,7 @@ class Concatenated:
             self.options = {"group_size": first.group_size, "bits": first.bits, "mode": first.mode}
         self.arrays = arrays if arrays is not None else lay_together(layers)
         self.transposed, self.bias = self.arrays[WEIGHT].T, self.arrays.get(BIAS)
-        mx.eval(self.transposed)
+        mx.eval(self.arrays, self.transposed, [layer.parameters() for layer in layers])
 
     def __call__(self, x: mx.array) -> mx.array:
         if self.options is None:

@@ -1,7 +1,9 @@
 """Linear layers that are given the same input: found by watching one forward pass, laid together in memory."""
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 from mlx_adapters.storage.tensor_names import BIAS, QUANTIZED_LEAVES
 from mlx_adapters.surgery.calls import intercept
@@ -50,7 +52,7 @@ def _kind(layer: nn.Module) -> tuple:
 
 def lay_together(layers: Sequence[nn.Module]) -> Arrays:
     """The arrays of linear layers of one kind, one below the other, (Σ out, ...) each; the layers' own become views of
-    them, equal to the bit. Evaluated: of layers that were not, no second copy is ever in memory."""
+    them, equal to the bit. Of layers that were not evaluated before, no second copy is left in memory once they are."""
     wholes: Arrays = {}
     for name in (name for name in (*QUANTIZED_LEAVES, BIAS) if layers[0].get(name) is not None):
         whole, start = mx.concatenate([layer[name] for layer in layers]), 0
@@ -59,11 +61,23 @@ def lay_together(layers: Sequence[nn.Module]) -> Arrays:
             layer[name] = whole[start : start + extent]
             start += extent
         wholes[name] = whole
-    mx.eval(wholes, [layer.parameters() for layer in layers])
     return wholes
 
 
+UNDER_WAY = 4  # groups: a GPU waits for none of them, and few are in memory twice
+
+
 def lay_groups_together(module: nn.Module, layers: Mapping[str, nn.Module]) -> dict[tuple[str, ...], Arrays]:
-    """`lay_together` for all groups of a model, by their paths; of a model whose weights are still to be read, so that
-    they are read into place."""
-    return {paths: lay_together([layers[path] for path in paths]) for paths in find_groups(module, dict(layers))}
+    """`lay_together` for all groups of a model, by their paths, evaluated; of a model whose weights are still to be
+    read, so that they are read into place."""
+    laid: dict[tuple[str, ...], Arrays] = {}
+    begun: deque[list[Any]] = deque()
+    for paths in find_groups(module, dict(layers)):
+        group = [layers[path] for path in paths]
+        laid[paths] = lay_together(group)
+        begun.append([laid[paths], [layer.parameters() for layer in group]])
+        mx.async_eval(begun[-1])
+        if len(begun) > UNDER_WAY:
+            mx.eval(begun.popleft())
+    mx.eval(list(begun))
+    return laid

@@ -10,20 +10,20 @@ import pytest
 from mlx_adapters.runtime import additions, kernel
 from mlx_adapters.runtime.factors import Factors
 
-NAMES = ("x", "y", "a", "b", "slots", "gain", "shift")
+NAMES = (*kernel.ALWAYS, "gain", "shift")
 
 
 def test_both_languages_share_one_text():
-    metal, cuda = (kernel.source(language, (40, 600), NAMES) for language in ("metal", "cuda"))
+    metal, cuda = (kernel.source(language, NAMES) for language in ("metal", "cuda"))
     for word, spelled in sorted(kernel.WORDS["metal"].items(), key=lambda item: -len(item[1])):
         metal = metal.replace(spelled, kernel.WORDS["cuda"][word])
     assert metal == cuda
 
 
 def test_blocks_of_threads_are_shared_out_among_layers():
-    text = kernel.source("cuda", (kernel.THREADS + 1, 8), NAMES[:5])
-    assert "if (block < 2) { part = 0; block -= 0; start = 0; end = 513; }" in text
-    assert "else if (block < 3) { part = 1; block -= 2; start = 513; end = 521; }" in text
+    bounds, threads = kernel._shares((kernel.THREADS + 1, 8))
+    assert bounds.tolist() == [0, kernel.THREADS + 1, kernel.THREADS + 9] and threads == 3 * kernel.THREADS
+    text = kernel.source("cuda", kernel.ALWAYS)
     assert kernel.GAIN not in text and kernel.SHIFT not in text
 
 
