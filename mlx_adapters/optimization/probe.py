@@ -60,7 +60,7 @@ class Prober:
         """Bytes that one step needs above what lies in memory all the time, for `blocks` adapted blocks.
 
         The first step holds less than those after it, and a GPU frees what it has done with at its own time, so there
-        the median of three later ones counts; a CPU's first step tells enough.
+        the least of three later ones counts; a CPU's first step tells enough.
         """
         steps = (1, 3) if on_gpu() else (0, 1)
         with as_little_memory_as_will_do():
@@ -121,8 +121,8 @@ class Prober:
             memory=self.memory,
         )
 
-    def _measure(self, draw: Draw, blocks: int, warm_up: int, timed: int) -> tuple[float, float]:
-        """(bytes at the peak above what lay there before, seconds) of a step: medians of those after the warm-up."""
+    def _measure(self, draw: Draw, blocks: int, warm_up: int, timed: int) -> tuple[int, float]:
+        """(the least bytes at the peak above what lay there before, median seconds) of the steps after the warm-up."""
         train_step = self._train_step(blocks)
         mx.eval(train_step.weights, train_step.optimizer.arrays())
         gc.collect()
@@ -134,7 +134,7 @@ class Prober:
             train_step.take(draw, 1e-12, rounding=self.training.fuse_aware is not None)
             seconds.append(time.perf_counter() - start)
             peaks.append(mx.get_peak_memory() - before)
-        return statistics.median(peaks[warm_up:]), statistics.median(seconds[warm_up:])
+        return min(peaks[warm_up:]), statistics.median(seconds[warm_up:])
 
 
 def _through(counts: list[int], measure: Callable[[int], float], wanted: int) -> float:

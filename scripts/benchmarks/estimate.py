@@ -2,7 +2,7 @@
 
 Each setting trains three iterations of its largest batch in a fresh process (`mx.get_peak_memory()` after a
 reset once the model is loaded), and predicts in another. With `--shapes` five settings of random models of these
-shapes instead, all at once: memory does not mind.
+shapes instead, in this process, as runs do them: a GPU works ahead up to what is foretold; the median of six steps.
 
     python scripts/benchmarks/estimate.py
     python scripts/benchmarks/estimate.py --shapes 0.6b 4b
@@ -93,8 +93,8 @@ def one(number: int, measure: bool, work: Path) -> int | tuple[int, int]:
     if name in SHAPES:  # as a run does it: a GPU works ahead up to what is foretold, and no further
         parts = forecast.forecast(base, rows, LoraConfig(**lora), config)[0]
         memory = forecast._near(MemoryPlan(forecast._asked(config)[0]), parts, config)
-        gc.collect()
-        mx.clear_cache()
+    gc.collect()
+    mx.clear_cache()
     model = load_model(resolve_base(base))
     keys = setup.add_layers(model, LoraConfig(**lora), 0).keys
     layers = dict(named_layers(model.module))
@@ -122,40 +122,26 @@ def line(label: str, predicted: int, measured: int) -> str:
     return f"| {label} | {predicted / 1e6:,.0f} | {measured / 1e6:,.0f} | {predicted / measured - 1:+.1%} |"
 
 
-def at_shapes(shapes: list[str]) -> None:
-    """The settings of these shapes, each in a process, all at once."""
-    with tempfile.TemporaryDirectory() as work:
-        for shape in shapes:
-            subprocess.run([sys.executable, __file__, "--one", shape, "make", work], check=True)
-        running = {
-            label: subprocess.Popen(
-                [sys.executable, __file__, "--one", str(number), "measure", work], stdout=subprocess.PIPE, text=True
-            )
-            for number, (label, name, *_) in enumerate(SETTINGS)
-            if name in shapes
-        }
-        for label, process in running.items():
-            out = process.communicate()[0].splitlines()
-            print(line(label, *json.loads(out[-1])) if out else f"| {label} | failed | | |", flush=True)
+def at_shapes(shapes: list[str], work: Path) -> None:
+    """The settings of these shapes, one after the other in this process."""
+    for number, (label, name, *_) in enumerate(SETTINGS):
+        if name in shapes:
+            print(line(label, *one(number, True, work)), flush=True)
 
 
 def main() -> None:
     """Measure the settings, one after the other or those of some shapes at once."""
     if sys.argv[1:2] == ["--one"]:
-        which, kind, work = sys.argv[2], sys.argv[3], Path(sys.argv[4])
-        if kind == "make":
-            base_folder(which, work)
-        else:
-            print(json.dumps(one(int(which), kind == "measure", work)))
+        print(json.dumps(one(int(sys.argv[2]), sys.argv[3] == "measure", Path(sys.argv[4]))))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="five settings of random models of these shapes")
     options = parser.parse_args()
     print("| setting | predicted MB | measured MB | error |\n|---|---|---|---|", flush=True)
-    if options.shapes:
-        at_shapes(options.shapes)
-        return
     with tempfile.TemporaryDirectory() as work:
+        if options.shapes:
+            at_shapes(options.shapes, Path(work))
+            return
         for number, (label, name, *_) in enumerate(SETTINGS):
             if name in SHAPES:
                 continue
