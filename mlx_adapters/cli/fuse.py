@@ -1,5 +1,6 @@
 """`fuse`: adapters into base weights."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -7,6 +8,7 @@ import click
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._help import LongCommand
 from mlx_adapters.cli._options import (
+    OUTPUT_FILE,
     REFERENCE,
     Reads,
     any_base_option,
@@ -15,6 +17,7 @@ from mlx_adapters.cli._options import (
     json_option,
     overwrite_option,
     refuse_ignored,
+    refuse_outputs_that_are_read,
     resize_option,
     subfolder_option,
     text_only_option,
@@ -23,6 +26,7 @@ from mlx_adapters.cli._options import (
 from mlx_adapters.cli._settings import option, options
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.config.quantization import BITS, DTYPES, MODES, Precision, Quantization
+from mlx_adapters.storage import files, paths
 from mlx_adapters.storage.tensor_names import REPORT_FILE
 from mlx_adapters.units import count
 
@@ -67,6 +71,7 @@ if TYPE_CHECKING:
 @click.option("--again", metavar="RECIPE", help="Repeat the fuse of a recipe, to the byte.")
 @click.option("--check-only", metavar="MODEL", help="Write nothing; check a model that was fused before.")
 @click.option("--adapter", "adapter", type=REFERENCE, metavar="REF", help="The adapter, with --check-only.")
+@click.option("--html", type=OUTPUT_FILE, help="Write the report as a page: what was lost, and where the bits are.")
 @base_option
 @any_base_option
 @overwrite_option
@@ -74,12 +79,12 @@ if TYPE_CHECKING:
 @json_option
 @Reads(
     modes={
-        "again": "refs overwrite trust_remote_code as_json",
-        "check_only": "refs adapter weights base any_base calibration calibration_rows check_rows "
+        "again": "refs html overwrite trust_remote_code as_json",
+        "check_only": "refs adapter weights base any_base calibration calibration_rows check_rows html "
         "trust_remote_code as_json",
         "from_peft": "refs base bits group_size mode dtype method calibration calibration_rows thorough check "
-        "check_rows max_kl budget_bits program format force resize text_only subfolder overwrite trust_remote_code "
-        "as_json",
+        "check_rows max_kl budget_bits program format force resize text_only subfolder html overwrite "
+        "trust_remote_code as_json",
     },
     needs={
         "adapter": "check_only",
@@ -107,6 +112,7 @@ def fuse_command(
     text_only: bool,
     subfolder: str | None,
     adapter: str | None,
+    html: Path | None,
     resume: bool,
     **settings: Any,
 ) -> None:
@@ -118,7 +124,7 @@ def fuse_command(
     Example:
       mlx-adapters fuse sql out/sql-4bit --bits 4
       mlx-adapters fuse sql chat out/both --weight 0.7 --weight 0.3
-      mlx-adapters fuse sql out/sql-small --bits 4 --max-kl 0.005
+      mlx-adapters fuse sql out/sql-small --bits 4 --max-kl 0.005 --html report.html
       mlx-adapters fuse --from-peft user/lora-with-lm-head --base meta-llama/Llama-3.2-1B out/whole
       mlx-adapters fuse sql out/sql-ollama --bits 4 --for ollama
       mlx-adapters fuse --again out/sql-4bit out/sql-4bit-again
@@ -126,9 +132,10 @@ def fuse_command(
     """
     from mlx_adapters.fusion.fuse import fuse, fuse_again
 
+    refuse_outputs_that_are_read()
     asked, on_event = FuseOptions(**settings), _output.progress()
     if check_only is not None:
-        _check_only(check_only, [*refs, *([adapter] if adapter else [])], base, weights, asked, any_base, as_json)
+        _check_only(check_only, [*refs, *([adapter] if adapter else [])], base, weights, asked, any_base, html, as_json)
         return
     if not asked.check:
         refuse_ignored("check_rows", "--no-check")
@@ -143,6 +150,8 @@ def fuse_command(
     if len(refs) < (1 if again or from_peft else 2):
         raise click.UsageError("Give the adapter and the folder to write.")
     *adapters, out = refs
+    if html is not None and html.resolve().is_relative_to(paths.expanded(out).resolve()):
+        raise click.UsageError("--html is a file beside the model, not in its folder, which only the fuse writes.")
     precision = Precision.spelled(bits, group_size, mode)
     if again is not None:
         if adapters:
@@ -180,6 +189,10 @@ def fuse_command(
             resume=resume,
             on_event=on_event,
         )
+    if html is not None:
+        from mlx_adapters.fusion import result as results
+
+        files.write_text(html, results.html(result))
     if as_json:
         _output.emit_json(result)
     else:
@@ -193,13 +206,14 @@ def _check_only(
     weights: tuple[float, ...],
     options: Any,
     any_base: bool,
+    html: Path | None,
     as_json: bool,
 ) -> None:
-    from mlx_adapters.fusion.check import check_fused
+    from mlx_adapters.fusion import check
 
     if not adapters:
         raise click.UsageError("Give the adapter with --adapter.")
-    checked = check_fused(
+    checked = check.check_fused(
         model,
         adapters,
         base=base,
@@ -208,6 +222,8 @@ def _check_only(
         any_base=any_base,
         on_event=_output.progress(),
     )
+    if html is not None:
+        files.write_text(html, check.html(checked))
     if as_json:
         _output.emit_json(checked)
         return

@@ -256,11 +256,12 @@ def lines(
 
     Raises ValueError if no finite point is left.
     """
-    kept, left, top = finite(series), 56, 48
+    kept, left = finite(series), 56
+    legend, top = _keys(list(kept), left, width - 16)
     places = [x for points in kept.values() for x, _ in points]
     xs = ticks(min(places), max(places), whole=all(x.is_integer() for x in map(float, places)))
     ys = ticks(min(y for p in kept.values() for _, y in p), max(y for p in kept.values() for _, y in p))
-    right, bottom, legend = width - 16, height - 40, float(left)
+    right, bottom = width - 16, height - 40
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = (x - xs[0]) / ((xs[-1] - xs[0]) or 1)
@@ -268,6 +269,7 @@ def lines(
         return left + across * (right - left), bottom - up * (bottom - top)
 
     marks: list[Mark] = [
+        *legend,
         Label((width / 2, 16), title, "middle", 14),
         Label(((left + right) / 2, height - 6), x_label, "middle"),
         Label((14, (top + bottom) / 2), y_label, "middle", turned=True),
@@ -276,12 +278,23 @@ def lines(
         _, level = at(xs[0], y)
         marks += [Rule((left, level), (right, level), opacity=0.25), Label((left - 6, level + 4), f"{y:g}", "end")]
     marks += [Label((at(x, ys[0])[0], bottom + 16), f"{x:g}", "middle") for x in xs]
-    for i, (name, points) in enumerate(kept.items()):
+    for i, points in enumerate(kept.values()):
         color = COLORS[i % len(COLORS)]
         marks.append(Curve([at(*point) for point in points], color, len(points) <= 40))
-        marks += [Rule((legend, 32), (legend + 18, 32), color, 3), label := Label((legend + 24, 36), name, "start")]
-        legend = area_of(label).right + 16
     return Chart(title, width, height, marks)
+
+
+def _keys(names: Sequence[str], left: float, right: float) -> tuple[list[Mark], int]:
+    """A stroke in its color and a name for each series, in lines below the title, and where they end."""
+    marks, x, y = list[Mark](), left, 36
+    for i, name in enumerate(names):
+        label = Label((x + 24, y), name, "start")
+        if area_of(label).right > right and x > left:
+            x, y = left, y + 18
+            label = Label((x + 24, y), name, "start")
+        marks += [Rule((x, y - 4), (x + 18, y - 4), COLORS[i % len(COLORS)], 3), label]
+        x = area_of(label).right + 16
+    return marks, y + 12
 
 
 def stacked_up(charts: Sequence[Chart], title: str) -> Chart:

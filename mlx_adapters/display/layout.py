@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from mlx_adapters.units import columns
 
-COLORS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#6b7280")
+COLORS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#6b7280", "#db2777", "#0891b2")
 INK = "#767676"  # of text and axes, readable on light and dark pages
 
 Points = Sequence[tuple[float, float]]

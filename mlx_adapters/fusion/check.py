@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mlx_adapters.assembly.formats import MlxWriter
@@ -14,9 +15,11 @@ from mlx_adapters.calibration.strategy import batches_of
 from mlx_adapters.calibration.texts import choose_text
 from mlx_adapters.config.fusing import DEFAULTS, FuseOptions
 from mlx_adapters.config.quantization import KEEP
+from mlx_adapters.display import page
 from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.events import OnEvent, log_warnings
 from mlx_adapters.fusion.fuse import choose_base, gather_updates
+from mlx_adapters.fusion.result import check_parts, distance_chart, layers
 from mlx_adapters.models.adapter import AdapterLike
 from mlx_adapters.models.base import BaseLike
 from mlx_adapters.models.dense import weight_shape
@@ -39,6 +42,17 @@ class Checked:
     def update_survival(self) -> float:
         """The mean cosine between the updates wanted and those found."""
         return mean_cosine(self.survival)
+
+
+def html(checked: Checked) -> str:
+    """What a check found as a page."""
+    return page.html(
+        f"Checked: {Path(checked.model).name}",
+        checked.fidelity.verdict,
+        page.section("", page.pictures({"Distance": distance_chart(checked.fidelity)}, headed=False)),
+        *check_parts(checked.fidelity, checked.text),
+        layers(checked.survival, None),
+    )
 
 
 def check_fused(

@@ -1,14 +1,21 @@
-"""What came of a fuse."""
+"""What came of a fuse: as data, and as a page for people."""
 
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_adapters.assembly.survival import Survival, mean_cosine
 from mlx_adapters.calibration.fidelity import Fidelity
+from mlx_adapters.display import charts, page
+from mlx_adapters.display.charts import Axis, Spot
+from mlx_adapters.display.layout import COLORS, Chart
 from mlx_adapters.display.notebook import html_block, html_facts, html_table
 from mlx_adapters.display.tables import Table, flat
-from mlx_adapters.units import size
+from mlx_adapters.errors import AdapterError
+from mlx_adapters.storage.tensor_files import stored_tensors
+from mlx_adapters.storage.tensor_names import BIASES, SCALES, split
+from mlx_adapters.units import count, duration, number, size
 
 
 @dataclass(frozen=True)
@@ -92,3 +99,129 @@ def report(result: FuseResult) -> dict[str, Any]:
             "perplexity_fused": result.fidelity.perplexity_fused,
         }
     return plain
+
+
+def bits_by_part(result: FuseResult) -> dict[str, float]:
+    """Where the bits per weight go, by what the files hold: "weights", the "scales" of groups, and what is
+    "not quantized". Empty for a model without quantization, and for a format that is not MLX's."""
+    if not result.quantization:
+        return {}
+    parts = {"weights": 0, "scales": 0, "not quantized": 0}
+    try:
+        tensors = [
+            one for file in sorted(result.folder.glob("model*.safetensors")) for one in stored_tensors(file).items()
+        ]
+    except AdapterError:
+        return {}
+    scaled = {name.removesuffix(f".{SCALES}") for name, _ in tensors if name.endswith(f".{SCALES}")}
+    for name, tensor in tensors:
+        layer, _, leaf = name.rpartition(".")
+        kind = "not quantized" if layer not in scaled else "scales" if leaf in (SCALES, BIASES) else "weights"
+        parts[kind] += tensor.nbytes
+    total = sum(parts.values())
+    return {kind: result.bits_per_weight * nbytes / total for kind, nbytes in parts.items()} if total else {}
+
+
+def html(result: FuseResult) -> str:
+    """The report of a fuse as a page: the verdict, how far from the adapter and where the bits are, then each layer."""
+    verdict = result.fidelity.verdict if result.fidelity else "What fusing lost was not measured."
+    what = f"{result.bits_per_weight:.2f} bits per weight, {size(result.size_bytes)}"
+    bits = bits_by_part(result)
+    drawn = {} if result.fidelity is None else {"Distance": distance_chart(result.fidelity)}
+    if bits:
+        drawn["Bits"] = charts.stacked({"bits per weight": bits}, "Bits per weight by part", "bits per weight", number)
+    how = f"{result.method} rounding, {count(len(result.survival), 'layer')} changed, in {duration(result.seconds)}."
+    text = result.text if result.method == "calibrated" else None
+    on_text = [f"Calibrated on {text['calibration_rows']} rows of {text['source']}."] if text else []
+    return page.html(
+        f"Fused: {result.folder.name}, {what}",
+        verdict,
+        page.section("", page.pictures(drawn, headed=False)),
+        page.warning(result.notes),
+        page.section("The bits", page.bullets(_of_bits(result, bits))),
+        *check_parts(result.fidelity, result.text),
+        layers(result.survival, result.quantization),
+        page.section("How it was made", page.paragraphs([how, *on_text, *result.opened_with])),
+    )
+
+
+def _of_bits(result: FuseResult, parts: dict[str, float]) -> list[str]:
+    """Why a weight takes more bits than were asked for."""
+    asked = result.quantization
+    if not asked:
+        return []
+    said = [
+        f"Asked for: {asked['bits']} bits in groups of {asked['group_size']}. On the disk it is "
+        f"{result.bits_per_weight:.2f} bits per weight, everything counted."
+    ]
+    if parts:
+        rest = number(parts["not quantized"], 2)
+        said.append(
+            f"{parts['scales']:.2f} of them are scales and offsets: a pair for each group of weights. Larger groups "
+            f"(--group-size) take fewer; {rest} are tensors that stay as they are, such as norms."
+        )
+    others: dict[str, list[str]] = {}
+    for path, own in asked.items():
+        if isinstance(own, dict) or own is False:
+            name = f"at {own['bits']} bits in groups of {own['group_size']}" if own else "not quantized"
+            others.setdefault(name, []).append(path)
+    for name, paths in others.items():
+        named = f": {', '.join(paths)}" if len(paths) <= 3 else ""
+        said.append(f"{count(len(paths), 'layer')} {name}{named}.")
+    return said
+
+
+def distance_chart(fidelity: Fidelity) -> Chart:
+    """How far the fused model and the base are from the adapter model, against their losses."""
+    spots = {
+        "adapter": Spot(fidelity.loss_adapter, 0.0),
+        "fused": Spot(fidelity.loss_fused, max(fidelity.kl_mean, 0.0)),
+    }
+    if fidelity.base_kl is not None and fidelity.loss_base is not None:
+        spots["base"] = Spot(fidelity.loss_base, fidelity.base_kl)
+    up = Axis("KL from the adapter, in nats", lambda kl: f"{kl:g}", logarithmic=True, reversed=True)
+    return charts.tradeoff(spots, "Distance from the adapter", Axis("loss, nats per token"), up)
+
+
+def check_parts(fidelity: Fidelity | None, text: dict[str, Any] | None) -> list[str]:
+    """What the check found, with what its figures mean."""
+    if fidelity is None:
+        return []
+    where = f" of {text['source']}" if text else ""
+    said = (
+        f"On {fidelity.tokens:,} tokens of {count(fidelity.rows, 'row')} kept aside{where}. KL is the mean distance "
+        "from the adapter model in nats per token, 0 where nothing was lost; SAME TOP the share of tokens where both "
+        "put the same one first."
+    )
+    why = [f"That is the general text, because: {text['why']}"] if text and text.get("why") else []
+    return [page.section("The check", page.table(*fidelity.table()), page.paragraphs([said, *why]))]
+
+
+def layers(survival: tuple[Survival, ...], quantization: dict[str, Any] | None) -> str:
+    """Every changed layer, with its bits and what the stored weights hold of the update."""
+
+    def bits(path: str) -> str:
+        own = (quantization or {}).get(path, quantization)
+        return str(own.get("bits", "-")) if isinstance(own, dict) else "-"
+
+    said = (
+        "UPDATE is how strong the adapter is there, beside the weights. COSINE and STRENGTH compare the update in the "
+        "file with the one wanted. Rounding adds an error that has nothing to do with it, so a light update has a low "
+        "cosine and still does its work: what counts is the check."
+    )
+    lines = [
+        (s.path, bits(s.path), f"{s.update_ratio:.2%}", f"{s.cosine:.4f}", f"{s.norm_ratio:.2f}") for s in survival
+    ]
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for s in survival:
+        if block := re.search(r"\.(\d+)\.", s.path):
+            curves.setdefault(split(s.path)[1], []).append((float(block[1]), s.cosine))
+    curves = {kind: sorted(points) for kind, points in list(curves.items())[: len(COLORS)] if len(points) > 1}
+    title = "Update kept (cosine) by block"
+    drawn = {title: charts.lines(curves, title, "block", "cosine")} if curves else {}
+    return page.folded(
+        f"{count(len(survival), 'changed layer')}",
+        page.paragraphs([said]),
+        page.pictures(drawn, headed=False),
+        page.table(("LAYER", "BITS", "UPDATE", "COSINE", "STRENGTH"), lines),
+    )
