@@ -22,7 +22,6 @@ from mlx_adapters.display.layout import (
     Rule,
     area_of,
     finite,
-    moved,
     named,
     ticks,
 )
@@ -217,6 +216,13 @@ def tradeoff(spots: Mapping[str, Spot], title: str, across: Axis, up: Axis) -> C
     return _chart(height, marks, title)
 
 
+def distances(models: Mapping[str, tuple[float, float]]) -> Chart:
+    """(loss, KL from the adapter) in nats per token of each model: what fusing lost, and what not fine-tuning loses."""
+    up = Axis("KL from the adapter, in nats", lambda kl: f"{kl:g}", logarithmic=True, reversed=True)
+    spots = {name: Spot(loss, max(kl, 0.0)) for name, (loss, kl) in models.items()}
+    return tradeoff(spots, "Distance from the adapter", Axis("loss, nats per token"), up)
+
+
 class _Fitted:
     """From the values of an axis to pixels between `start` and `end`, with ticks that fit them."""
 
@@ -257,7 +263,7 @@ def lines(
     Raises ValueError if no finite point is left.
     """
     kept, left = finite(series), 56
-    legend, top = _keys(list(kept), left, width - 16)
+    legend, top = _legend({name: COLORS[i % len(COLORS)] for i, name in enumerate(kept)}, left, width - 16, 26)
     places = [x for points in kept.values() for x, _ in points]
     xs = ticks(min(places), max(places), whole=all(x.is_integer() for x in map(float, places)))
     ys = ticks(min(y for p in kept.values() for _, y in p), max(y for p in kept.values() for _, y in p))
@@ -284,41 +290,21 @@ def lines(
     return Chart(title, width, height, marks)
 
 
-def _keys(names: Sequence[str], left: float, right: float) -> tuple[list[Mark], int]:
-    """A stroke in its color and a name for each series, in lines below the title, and where they end."""
-    marks, x, y = list[Mark](), left, 36
-    for i, name in enumerate(names):
-        label = Label((x + 24, y), name, "start")
-        if area_of(label).right > right and x > left:
-            x, y = left, y + 18
-            label = Label((x + 24, y), name, "start")
-        marks += [Rule((x, y - 4), (x + 18, y - 4), COLORS[i % len(COLORS)], 3), label]
-        x = area_of(label).right + 16
-    return marks, y + 12
-
-
-def stacked_up(charts: Sequence[Chart], title: str) -> Chart:
-    """Charts of one width below each other as one picture."""
-    marks, height = list[Mark](), 0
-    for chart in charts:
-        marks += [moved(mark, height) for mark in chart.marks]
-        height += chart.height
-    return Chart(title, WIDTH, height, marks)
-
-
 def _bar(start: float, end: float, y: float, color: str, opacity: float) -> Box:
     return Box((round(start, 1), y), round(max(end - start, 0.5), 1), 14, color, opacity)
 
 
-def _legend(colors: Mapping[str, str]) -> tuple[list[Mark], int]:
-    """Boxes with names in lines of WIDTH, and how high they are."""
+def _legend(
+    colors: Mapping[str, str], left: float = MARGIN, right: float = WIDTH, top: int = 6
+) -> tuple[list[Mark], int]:
+    """Boxes with names, in lines from `left` to `right`, and where they end."""
     parts: list[Mark] = []
-    x, y = float(MARGIN), 6
+    x, y = left, top
     for name, color in colors.items():
-        length = 26 + 6.6 * len(name)
-        if x + length > WIDTH and x > MARGIN:
-            x, y = float(MARGIN), y + 18
-        parts.append(Box((round(x), y), 11, 11, color, 0.85, corner=2))
-        parts.append(_text(x + 16, y + 10, name))
-        x += length
+        label = _text(x + 16, y + 10, name)
+        if area_of(label).right > right and x > left:
+            x, y = left, y + 18
+            label = _text(x + 16, y + 10, name)
+        parts += [Box((round(x), y), 11, 11, color, 0.85, corner=2), label]
+        x = area_of(label).right + 10
     return parts, y + 22

@@ -97,6 +97,15 @@ def moved(mark: Mark, down: float) -> Mark:
             return replace(mark, place=(x, y + down))
 
 
+def stacked_up(charts: Sequence[Chart], title: str) -> Chart:
+    """Charts of one width below each other as one picture."""
+    marks, height = list[Mark](), 0
+    for chart in charts:
+        marks += [moved(mark, height) for mark in chart.marks]
+        height += chart.height
+    return Chart(title, charts[0].width, height, marks)
+
+
 def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[float]:
     """About `count` round numbers that cover `low` to `high`; `whole`: no fractions."""
     span = (high - low) or abs(high) or 1.0

@@ -8,7 +8,6 @@ from typing import Any
 from mlx_adapters.assembly.survival import Survival, mean_cosine
 from mlx_adapters.calibration.fidelity import Fidelity
 from mlx_adapters.display import charts, page
-from mlx_adapters.display.charts import Axis, Spot
 from mlx_adapters.display.layout import COLORS, Chart
 from mlx_adapters.display.notebook import html_block, html_facts, html_table
 from mlx_adapters.display.tables import Table, flat
@@ -173,14 +172,10 @@ def _of_bits(result: FuseResult, parts: dict[str, float]) -> list[str]:
 
 def distance_chart(fidelity: Fidelity) -> Chart:
     """How far the fused model and the base are from the adapter model, against their losses."""
-    spots = {
-        "adapter": Spot(fidelity.loss_adapter, 0.0),
-        "fused": Spot(fidelity.loss_fused, max(fidelity.kl_mean, 0.0)),
-    }
+    models = {"adapter": (fidelity.loss_adapter, 0.0), "fused": (fidelity.loss_fused, fidelity.kl_mean)}
     if fidelity.base_kl is not None and fidelity.loss_base is not None:
-        spots["base"] = Spot(fidelity.loss_base, fidelity.base_kl)
-    up = Axis("KL from the adapter, in nats", lambda kl: f"{kl:g}", logarithmic=True, reversed=True)
-    return charts.tradeoff(spots, "Distance from the adapter", Axis("loss, nats per token"), up)
+        models["base"] = (fidelity.loss_base, fidelity.base_kl)
+    return charts.distances(models)
 
 
 def check_parts(fidelity: Fidelity | None, text: dict[str, Any] | None) -> list[str]:

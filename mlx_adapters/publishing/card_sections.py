@@ -8,14 +8,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mlx_adapters.benchmarking.words import markdown, verdict
 from mlx_adapters.models.metadata import losses_of
 from mlx_adapters.publishing import staging
 from mlx_adapters.publishing.card_examples import example_of
+from mlx_adapters.publishing.cleaning import clean_text
 from mlx_adapters.publishing.subject import Subject
 from mlx_adapters.storage.tensor_names import ADAPTER_FILE, FUSE_RECIPE_FILE, split
 from mlx_adapters.units import count, duration, number, size
 
 Facts = Mapping[str, Any]
+CURVE_FILE, CHART_FILE = "loss.svg", "quality.svg"
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -115,6 +118,19 @@ def _and(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
+def overview(subject: Subject, facts: Facts) -> str:
+    """The one picture of how good it is, with what it says: against what it costs where a benchmark was given."""
+    if CHART_FILE not in facts["pictures"]:
+        return ""
+    if subject.benchmark:
+        said = verdict(subject.benchmark.readable)
+    else:
+        measured = subject.report["fidelity"]
+        same = f"same token {measured['same_top']:.1%}, " if measured.get("same_top") is not None else ""
+        said = f"Beside the adapter on its base: {same}KL {number(measured['kl_mean'], 2)} nats per token."
+    return f"{said}\n\n![Quality]({CHART_FILE})"
+
+
 # -- how it was made -------------------------------------------------------------------------------
 
 
@@ -124,15 +140,12 @@ def training(subject: Subject, facts: Facts) -> str:
     parts = []
     data = metadata.get("data") or {}
     if data.get("splits"):
-        rows = [
-            (name, f"{part.get('rows', 0):,}", f"`{str(part.get('sha256'))[:16]}`")
-            for name, part in data["splits"].items()
-        ]
-        parts += [f"Data: `{data.get('source')}`.", table(("split", "rows", "SHA-256"), rows)]
+        rows = ", ".join(f"{part.get('rows', 0):,} {name}" for name, part in data["splits"].items())
+        parts.append(f"Data: `{data.get('source')}`, rows: {rows}.")
     losses = _losses(subject)
     if losses:
         parts.append(losses)
-    parts += [f"![Loss by iteration]({name})" for name in facts["pictures"]]
+    parts += [f"![Loss by iteration]({CURVE_FILE})"] if CURVE_FILE in facts["pictures"] else []
     settings = metadata.get("training")
     if isinstance(settings, Mapping):
         parts.append(_details("All settings", settings_table(settings)))
@@ -224,7 +237,7 @@ def _fidelity_table(measured: Mapping[str, Any], source: str) -> str:
 
 def speed(subject: Subject, facts: Facts) -> str:
     """The benchmark that was given, with its machine and conditions."""
-    return f"## Speed and memory\n\n{subject.benchmark}" if subject.benchmark else ""
+    return f"## Speed and memory\n\n{clean_text(markdown(subject.benchmark).strip())}" if subject.benchmark else ""
 
 
 def files_table(subject: Subject, facts: Facts) -> str:
@@ -279,9 +292,12 @@ def recipe(subject: Subject, facts: Facts) -> str:
             f"out of `mlx-adapters fuse --again {FUSE_RECIPE_FILE} OUT`."
         )
     recorded = (subject.metadata.get("sha256") or {}).get(ADAPTER_FILE)
+    splits = (subject.trained.get("data") or {}).get("splits") or {}
+    hashes = [(name, f"`{str(part.get('sha256'))[:16]}`") for name, part in splits.items() if part.get("sha256")]
+    parts += [table(("data", "SHA-256"), hashes)] if hashes else []
     if recorded and subject.adapter and subject.adapter.iteration is None:
         parts.append(f"SHA-256 of `{ADAPTER_FILE}`: `{recorded}`.")
     return "\n\n".join(["## Recipe", *parts]) if parts else ""
 
 
-SECTIONS = (what_it_is, training, evaluation, fidelity, speed, files_table, usage, limits, recipe)
+SECTIONS = (what_it_is, overview, usage, evaluation, fidelity, speed, training, limits, files_table, recipe)

@@ -13,17 +13,19 @@ from typing import Any
 
 import yaml
 
+from mlx_adapters.benchmarking.page import overview
+from mlx_adapters.display import charts, layout, svg
+from mlx_adapters.display.layout import Chart
 from mlx_adapters.display.notebook import loss_curve
 from mlx_adapters.errors import ConfigError, did_you_mean
 from mlx_adapters.models.metadata import losses_of
-from mlx_adapters.publishing.card_sections import SECTIONS
+from mlx_adapters.publishing.card_sections import CHART_FILE, CURVE_FILE, SECTIONS
 from mlx_adapters.publishing.subject import Subject
 from mlx_adapters.sources.references import hub_id
 from mlx_adapters.storage import files
 from mlx_adapters.storage.replacing import FRONT, handwritten, is_ours, lines_by_hand, made_lines, stamp
 
 MINE, END_MINE = "<!-- yours: this part survives the next publish -->", "<!-- /yours -->"
-CURVE_FILE = "loss.svg"
 # Keys of the front matter that are made anew each time; others that the user added are kept.
 OWN = ("base_model", "base_model_relation", "library_name", "pipeline_tag", "model-index")
 
@@ -212,9 +214,23 @@ def _model_index(subject: Subject) -> list[dict[str, Any]] | None:
 
 
 def _pictures(subject: Subject) -> dict[str, str]:
-    """File name -> SVG text."""
-    picture = loss_curve(*losses_of(subject.trained))
-    return {CURVE_FILE: picture} if picture else {}
+    """File name -> SVG text: how good it is, and the losses."""
+    chart, curve = _chart(subject), loss_curve(*losses_of(subject.trained))
+    return ({CHART_FILE: svg.picture(chart)} if chart else {}) | ({CURVE_FILE: curve} if curve else {})
+
+
+def _chart(subject: Subject) -> Chart | None:
+    """Quality against size and speed if a benchmark was given, else how far a fused model is from its adapter."""
+    if subject.benchmark:
+        drawn = list(overview(subject.benchmark).values())
+        return layout.stacked_up(drawn, "Quality, size and speed") if drawn else None
+    found, models = subject.report.get("fidelity") or {}, dict[str, tuple[float, float]]()
+    for name, loss, kl in (("adapter", "loss_adapter", 0.0), (subject.name, "loss_fused", found.get("kl_mean"))):
+        if isinstance(found.get(loss), float) and isinstance(kl, float):
+            models[name] = found[loss], kl
+    if isinstance(found.get("loss_base"), float) and isinstance(found.get("base_kl"), float):
+        models["base"] = found["loss_base"], found["base_kl"]
+    return charts.distances(models) if subject.name in models else None
 
 
 def write_readme(card: Card, folder: Path) -> Path:

@@ -11,14 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mlx_adapters.benchmarking.reports import read_report
-from mlx_adapters.benchmarking.words import markdown
+from mlx_adapters.benchmarking.reports import Report, read_report
 from mlx_adapters.checkpoints.contents import MODEL_CONFIG, files_below, sorted_out
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError
 from mlx_adapters.models.adapter import Adapter, AdapterLike, place_of, read_adapter, weights_file
 from mlx_adapters.models.base import INDEX_FILE, OTHER_FILE, WEIGHT_FILES
 from mlx_adapters.models.metadata import RECIPE_KINDS, REPORT_KINDS, fit, read_config, read_metadata
-from mlx_adapters.publishing.cleaning import clean, clean_text
+from mlx_adapters.publishing.cleaning import clean
 from mlx_adapters.sources.lookup import load_adapter, locate, spelled
 from mlx_adapters.sources.references import parse_reference
 from mlx_adapters.storage import files, paths
@@ -60,7 +59,7 @@ class Subject:
     adapter: Adapter | None = None
     local_base: str | None = None  # the base's name as recorded, which may be a folder of this machine
     fused: Adapter | None = None  # the one adapter that was fused in, if it is still here
-    benchmark: str = ""  # a saved benchmark as Markdown
+    benchmark: Report | None = None
 
     @property
     def base(self) -> dict[str, Any]:
@@ -179,13 +178,7 @@ def read_subject(source: AdapterLike, benchmark: str | Path | None = None) -> Su
         folder, iteration = locate(f"./{text}" if bare else text)
     if folder is None or not folder.is_dir():
         raise NotFoundError(f"There is no folder '{folder}'.", "'mlx-adapters list' shows the adapters there are.")
-    return replace(_subject(folder, iteration), benchmark=_benchmark(benchmark))
-
-
-def _benchmark(path: str | Path | None) -> str:
-    if path is None:
-        return ""
-    return clean_text(markdown(read_report(Path(path))).strip())
+    return replace(_subject(folder, iteration), benchmark=read_report(Path(benchmark)) if benchmark else None)
 
 
 def _subject(folder: Path, iteration: int | None) -> Subject:

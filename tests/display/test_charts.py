@@ -183,7 +183,7 @@ def test_a_line_crosses_an_area_only_if_it_passes_through():
 
 def test_charts_below_each_other_are_one_picture():
     one = charts.tradeoff({"a": Spot(1, 0.3), "b": Spot(2, 0.9)}, "t", SIZE, RIGHT)
-    both = charts.stacked_up([one, one], "both")
+    both = layout.stacked_up([one, one], "both")
     assert both.height == 2 * one.height and len(both.marks) == 2 * len(one.marks)
     first, second = (dot.center for dot in dots_of(both)[::2])
     assert second == (first[0], first[1] + one.height)

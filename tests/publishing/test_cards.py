@@ -282,9 +282,29 @@ def test_a_saved_benchmark_is_shown_in_the_card(sql, base, tmp_path):
     report = ma.benchmark(["base", "sql"], str(base), prompt_tokens=8, decode_tokens=4, rounds=1, trials=1)
     saved = tmp_path / "report.json"
     saved.write_text(json.dumps(report.to_json()))
-    text = str(make_card("sql", benchmark=saved))
+    card = make_card("sql", benchmark=saved)
+    text, picture = str(card), xml.etree.ElementTree.fromstring(card.pictures["quality.svg"])
+    names = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"base", "sql"} <= set(names) and str(tmp_path) not in card.pictures["quality.svg"]
+    assert text.index("![Quality](quality.svg)") < text.index("## ") < text.index("## Speed and memory")
     assert "## Speed and memory" in text and re.search(r"\| sql \|.*\d", text) and str(tmp_path) not in text
     assert "sql on its base: " in report._repr_html_() and "<svg" in report._repr_html_()
+
+
+def test_a_card_says_what_it_is_how_good_and_how_to_use_it_before_how_it_was_made_and_hashes_last(sql, base, tmp_path):
+    ma.fuse(base, sql, tmp_path / "fused", quantization=8, options=ma.FuseOptions(check_rows=3))
+    for source in ("sql", str(tmp_path / "fused")):
+        card = make_card(source)
+        headings = re.findall("^## (.*)$", card.body, re.M)
+        assert headings[0] == "How to use it" and headings[-2:] == ["Files", "Recipe"]
+        hashes = [m.start() for m in re.finditer("[0-9a-f]{16}", card.body)]
+        assert hashes and min(hashes) > card.body.index("## Recipe")
+    picture = xml.etree.ElementTree.fromstring(card.pictures["quality.svg"])
+    names = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"adapter", "fused", "base"} <= set(names)
+    assert (
+        card.body.index("same token ") < card.body.index("![Quality](quality.svg)") < card.body.index("## How to use")
+    )
 
 
 DAMAGED = [
