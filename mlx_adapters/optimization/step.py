@@ -219,7 +219,8 @@ class TrainStep:
             self.module.eval()
             with self._at_work(rounding, None):
                 batch = Arrays(**arrays)
-                sums = answer_log_probabilities(self.module, self.plan, batch, weights)
+                with self._noting():
+                    sums = answer_log_probabilities(self.module, self.plan, batch, weights)
                 before = mx.zeros_like(sums) if batch.reference is None else batch.reference
             return ((sums - before) * mx.abs(batch.labels)).sum()
 
@@ -233,6 +234,7 @@ class TrainStep:
         gain = mx.array(0.0)
         for batch in draw.aside:
             gain = gain + self._gain[rounding](self.weights, device_batch(batch))
+            self._evaluate_in_order({})
             mx.eval(gain)
         return replace(shares, kl=mx.maximum(self.world.sum(gain) * shares.examples, 0))
 
@@ -250,6 +252,15 @@ class TrainStep:
             by_block.setdefault(-1 if number is None else number, []).append(gradient)
         outputs, self._outputs = self._outputs, []
         evaluate_in_order(outputs + [by_block[number] for number in sorted(by_block, reverse=True)], self.heed)
+
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Within the block what the blocks give is noted for `_evaluate_in_order`, but where the step is compiled."""
+        if compiles():
+            yield
+            return
+        with noting_outputs(self.module) as self._outputs:
+            yield
 
     @contextlib.contextmanager
     def _at_work(self, rounding: bool, again: Again | None, in_float32: bool = True) -> Iterator[None]:
@@ -272,9 +283,7 @@ class TrainStep:
             self._frozen_are_rounded = True
 
     def _loss(self, weights: Weights, batch: Arrays, shares: Shares) -> tuple[mx.array, Figures]:
-        with contextlib.ExitStack() as stack:
-            if not compiles():
-                self._outputs = stack.enter_context(noting_outputs(self.module))
+        with self._noting():
             by_token = token_log_probabilities(self.module, self.plan, batch, weights)
         return loss_of(self.config.objective, by_token, batch, shares)
 

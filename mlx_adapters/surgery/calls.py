@@ -8,6 +8,7 @@ no class is touched, so other models in the process are unchanged.
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -65,6 +66,41 @@ def call_as(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         undo()
+
+
+@contextlib.contextmanager
+def function_call_as(home: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Within the block, in this thread alone, calling the function `home.name` of a module of mlx-lm's runs
+    `function(original, *args, **kwargs)`. Who steps in last is called first."""
+    functions = _here(home, name)
+    functions.append(function)
+    try:
+        yield
+    finally:
+        functions.remove(function)
+
+
+_OPENING = threading.Lock()
+
+
+def _here(home: Any, name: str) -> list[Callable[..., Any]]:
+    """What steps in before `home.name` in this thread; from the first time on, that function asks for it."""
+    with _OPENING:
+        own = getattr(getattr(home, name), HELD, None)
+        if own is None:
+            own, original = threading.local(), getattr(home, name)
+
+            @functools.wraps(original)
+            def call(*args: Any, **kwargs: Any) -> Any:
+                run = original
+                for function in getattr(own, "functions", ()):
+                    run = partial(function, run)
+                return run(*args, **kwargs)
+
+            setattr(call, HELD, own)
+            setattr(home, name, call)
+    own.functions = getattr(own, "functions", [])
+    return own.functions
 
 
 def random_key() -> mx.array:

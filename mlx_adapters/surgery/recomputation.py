@@ -8,7 +8,6 @@ architecture is known by name: a feed-forward part is what a block calls with th
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal
 
 from mlx.utils import tree_map
@@ -261,8 +260,9 @@ CHUNK = 64  # tokens of a recurrence whose states the backward pass holds at a t
 
 @contextlib.contextmanager
 def recurrences_in_chunks() -> Iterator[None]:
-    """Within the block a gated delta rule (Gated DeltaNet, arXiv 2412.06464) keeps one state for each chunk of tokens,
-    not one for each token, and computes those of a chunk again: mlx-lm's code, on CHUNK tokens at a time."""
+    """Within the block, in this thread, a gated delta rule (Gated DeltaNet, arXiv 2412.06464) keeps one state for each
+    chunk of tokens, not one for each token, and computes those of a chunk again: mlx-lm's code, on CHUNK tokens at a
+    time."""
 
     def in_chunks(original: Call, q: mx.array, *args: Any) -> tuple[mx.array, mx.array]:
         k, v, g, beta, state, mask = (*args, None, None)[:6]
@@ -275,12 +275,8 @@ def recurrences_in_chunks() -> Iterator[None]:
             outputs.append(y)
         return mx.concatenate(outputs, axis=1), state
 
-    original = gated_delta.gated_delta_ops
-    gated_delta.gated_delta_ops = partial(in_chunks, original)
-    try:
+    with calls.function_call_as(gated_delta, "gated_delta_ops", in_chunks):
         yield
-    finally:
-        gated_delta.gated_delta_ops = original
 
 
 @contextlib.contextmanager

@@ -9,8 +9,8 @@ convolution sees zeros where it would see the row before. All of it costs what o
 """
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 from mlx_adapters.surgery import calls
@@ -122,7 +122,7 @@ def _states_in(arguments: Any) -> States | None:
 
 @contextlib.contextmanager
 def _recurrences_begun_anew(segments: mx.array) -> Iterator[None]:
-    """Within the block, mlx-lm's recurrences forget their state at each row's first token."""
+    """Within the block, in this thread, mlx-lm's recurrences forget their state at each row's first token."""
     first = mx.concatenate([mx.zeros_like(segments[:, :1]), segments[:, 1:] != segments[:, :-1]], axis=1)
 
     def delta_rule(original: Call, q: mx.array, k: mx.array, v: mx.array, g: mx.array, *args: Any) -> Any:
@@ -133,28 +133,24 @@ def _recurrences_begun_anew(segments: mx.array) -> Iterator[None]:
         factor = mx.where(first, FORGET, 1.0)  # of each token's exponent
         return original(*args, mask=factor if mask is None else mask * factor, **kwargs)
 
-    changed = (
-        (gated_delta, "gated_delta_ops", delta_rule),
-        (gated_delta, "gated_delta_kernel", delta_rule),
-        (ssm, "ssm_attn", state_space),
-    )
-    own = [(home, name, getattr(home, name)) for home, name, _ in changed]
-    for home, name, function in changed:
-        setattr(home, name, partial(function, getattr(home, name)))
-    try:
+    with contextlib.ExitStack() as stack:
+        for home, name, function in (
+            (gated_delta, "gated_delta_ops", delta_rule),
+            (gated_delta, "gated_delta_kernel", delta_rule),
+            (ssm, "ssm_attn", state_space),
+        ):
+            stack.enter_context(calls.function_call_as(home, name, function))
         yield
-    finally:
-        for home, name, function in own:
-            setattr(home, name, function)
 
 
 def _within_rows(convolution: nn.Module, segments: mx.array) -> Call:
     """A depthwise causal convolution that sees zeros where the row before is."""
     weight, length = convolution.weight, segments.shape[1]  # weight: (channels, taps, 1)
-    taps = weight.shape[1]
+    taps, thread = weight.shape[1], threading.get_ident()
 
     def call(original: Call, x: mx.array) -> mx.array:
-        if weight.shape[2] != 1 or x.shape[1] != length + taps - 1:  # not of this kind
+        ours = threading.get_ident() == thread
+        if not ours or weight.shape[2] != 1 or x.shape[1] != length + taps - 1:  # or not of this kind
             return original(x)
         rows = mx.pad(segments, [(0, 0), (taps - 1, 0)])
         y = mx.zeros((), mx.float32)

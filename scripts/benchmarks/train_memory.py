@@ -33,6 +33,30 @@ QWEN3 |= {"vocab_size": 151_936, "max_position_embeddings": 40_960, "rope_theta"
 SHAPES = {
     "4b": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
     "0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
+    "gated-delta": {  # a tiny Qwen 3.5, three of whose four blocks are recurrences
+        "model_type": "qwen3_5",
+        "text_config": {
+            "model_type": "qwen3_5",
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 4,
+            "full_attention_interval": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "rms_norm_eps": 1e-6,
+            "vocab_size": 512,
+            "max_position_embeddings": 4096,
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 32,
+            "linear_conv_kernel_dim": 4,
+            "tie_word_embeddings": True,
+            "num_experts": 0,
+            "rope_parameters": {"type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        },
+    },
     "tiny": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8}
     | {"vocab_size": 4096},
 }

@@ -19,6 +19,7 @@ from mlx_adapters.optimization.feed import Draw, make_feed
 from mlx_adapters.optimization.objectives import means, with_sums
 from mlx_adapters.optimization.step import TrainStep, plan_loss
 from mlx_adapters.sources.bases import resolve_base
+from mlx_adapters.system.interrupt import Interrupt, InterruptedWork
 from mlx_adapters.training import reference_model, setup
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "preferences.safetensors"
@@ -85,6 +86,17 @@ def taken(step: TrainStep, draw: Draw) -> tuple[float, dict, dict]:
         gradients = {name: gradients.get(name, 0) + np.array(g) for name, g in more.items()}
         sums = with_sums(sums, {name: np.array(pair).tolist() for name, pair in figures.items()})
     return loss, means(sums) | ({"kl": shares.kl.item()} if draw.aside else {}), gradients
+
+
+def test_a_signal_is_heard_while_other_answers_are_looked_at(tiny_model):
+    name = next(name for name, case in CASES.items() if case["objective"] == "kto")
+    config = TrainConfig(objective=objective_of(CASES[name]), batch_size=2)
+    step, draw = prepared(tiny_model(), CASES[name], config)
+    step.heed = Interrupt().heed
+    step._shares(draw, False)
+    step.heed.__self__.requested = True
+    with pytest.raises(InterruptedWork):
+        step._shares(draw, False)
 
 
 @pytest.mark.parametrize("batch_size", [4, 3, 1])

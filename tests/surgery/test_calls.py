@@ -1,7 +1,9 @@
 """Calls inside a model are changed for as long as asked, and nothing is left behind, whatever fails."""
 
 import gc
+import types
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,7 +21,7 @@ from mlx_adapters.runtime.sites import Site
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.surgery import calls
 from mlx_adapters.surgery.blocks import Blocks, find_blocks, find_body, keep_blocks
-from mlx_adapters.surgery.calls import call_as, hidden_states, intercept
+from mlx_adapters.surgery.calls import call_as, function_call_as, hidden_states, intercept
 from mlx_adapters.surgery.groups import find_groups
 from mlx_adapters.surgery.taps import Tape, tapped, tapped_vjp
 
@@ -58,6 +60,18 @@ def test_functions_in_between_go_in_any_order(order):
         undo[number]()
         left.remove(number)
     assert traces(layer) == before and mx.array_equal(layer(x), plain)
+
+
+def test_a_function_is_changed_for_one_thread_alone():
+    home = types.SimpleNamespace(double=lambda x: 2 * x)
+    with (
+        function_call_as(home, "double", lambda original, x: original(x) + 1),
+        function_call_as(home, "double", lambda original, x: 10 * original(x)),
+    ):
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(home.double, 3).result() == 6
+        assert home.double(3) == 70
+    assert home.double(3) == 6
 
 
 def test_an_output_layer_is_intercepted_by_its_own_method():
