@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from mlx_adapters.config.training import TrainConfig as TrainConfig
     from mlx_adapters.data.checking import check_data as check_data
     from mlx_adapters.data.checking import split_data as split_data
+    from mlx_adapters.demo.catalog import write_demo_data as write_demo_data
     from mlx_adapters.display.notebook import progress_bar as progress_bar
     from mlx_adapters.errors import AdapterError as AdapterError
     from mlx_adapters.errors import ConfigError as ConfigError
@@ -134,6 +135,7 @@ _PUBLIC = {
     "estimate": "training.forecast",
     "check_data": "data.checking",
     "split_data": "data.checking",
+    "write_demo_data": "demo.catalog",
     "Model": "models.model",
     "Generation": "generation.decoding",
     "Response": "generation.decoding",

@@ -9,15 +9,13 @@
 # %%
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 
 import mlx_adapters as ma
-from mlx_adapters.demo.catalog import write_demo_data
 
 BASE, NAME = "demo", "notebook-sql"
-data = write_demo_data(Path("data/sql"), overwrite=True)
+data = ma.write_demo_data("data/sql", overwrite=True)
 for line in (data / "train.jsonl").read_text().splitlines()[:3]:
     question, answer = json.loads(line)["messages"][-2:]
     print(question["content"], answer["content"], sep="\n    ")

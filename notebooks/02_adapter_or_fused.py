@@ -7,16 +7,12 @@
 # so that all this takes a minute or two.
 
 # %%
-from pathlib import Path
-
 import matplotlib.pyplot as plt
 
 import mlx_adapters as ma
-from mlx_adapters.demo.catalog import write_demo_data
-from mlx_adapters.units import size
 
 BASE = "demo"
-data = write_demo_data(Path("data/sql"), overwrite=True)
+data = ma.write_demo_data("data/sql", overwrite=True)
 settings = ma.TrainConfig(
     iterations=12,
     batch_size=4,
@@ -100,22 +96,23 @@ plt.show()
 adapter = (sql.folder / "adapters.safetensors").stat().st_size
 base = sum(path.stat().st_size for path in ma.load_model(BASE).base.weight_files)
 model = fused["4 bits, calibrated"].size_bytes
-print(f"adapter {size(adapter)}, base {size(base)}, fused model {size(model)}")
+adapter, base, model = (number / 1e6 for number in (adapter, base, model))
+print(f"adapter {adapter:.2f} MB, base {base:.0f} MB, fused model {model:.0f} MB")
 for tasks in (1, 3, 10):
-    shared, copies = size(base + tasks * adapter), size(tasks * model)
-    print(f"tasks: {tasks:>2}, {shared:>6} as adapters, {copies:>6} as fused models")
+    shared, copies = base + tasks * adapter, tasks * model
+    print(f"tasks: {tasks:>2}, {shared:4.0f} MB as adapters, {copies:4.0f} MB as fused")
 
 # %% [markdown]
 # ## Load time, speed and memory
 #
 # Each variant runs in fresh processes, in shuffled order. On a CPU all of them compute
 # with dense float32 copies of their weights, so packed weights save no memory there;
-# on a GPU they do. Few rounds on a busy machine say little: read the intervals, not
-# the points.
+# on a GPU they do. The bars reach from the smallest figure to the largest: where they
+# overlap as here, few rounds on a busy machine show no difference.
 
 # %%
-ma.benchmark(
-    ["base", sql.name, "./out/calibrated"],
+report = ma.benchmark(
+    ["base", sql, fused["4 bits, calibrated"]],
     BASE,
     prompt_tokens=32,
     decode_tokens=12,
@@ -123,6 +120,22 @@ ma.benchmark(
     trials=2,
     cold_load=False,
 )
+measured = report.to_pandas()
+measured["label"] = ["base", "adapter", "fused, 4 bits"]
+shown = {
+    "load_seconds": "load, seconds",
+    "ttft_seconds": "first token, seconds",
+    "decode_tps": "decode, tokens per second",
+}
+figure, axes = plt.subplots(1, 3, figsize=(9, 1.8), sharey=True)
+for panel, (name, title) in zip(axes, shown.items(), strict=True):
+    low, high = measured[f"{name}.minimum"], measured[f"{name}.maximum"]
+    panel.hlines(measured["label"], low, high, color="0.8", linewidth=6)
+    panel.plot(measured[name], measured["label"], "o", color="C0")
+    panel.set(xlabel=title, xlim=(0, high.max() * 1.1), ylim=(2.5, -0.5))
+plt.show()
+memory = measured.set_index("label")["peak_memory_bytes"] / 1e6
+print("peak memory, MB:", ", ".join(f"{name} {mb:,.0f}" for name, mb in memory.items()))
 
 # %% [markdown]
 # ## So which?

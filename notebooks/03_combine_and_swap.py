@@ -15,7 +15,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 import mlx_adapters as ma
-from mlx_adapters.demo.catalog import write_demo_data
 
 BASE = "demo"
 lora = ma.LoraConfig(rank=8, scale=20.0, num_layers=12)
@@ -33,7 +32,7 @@ settings = ma.TrainConfig(
 try:
     sql = ma.load_adapter("demo-sql")
 except ma.NotFoundError:
-    data = write_demo_data(Path("data/sql"), overwrite=True)
+    data = ma.write_demo_data("data/sql", overwrite=True)
     name = "notebook-short"
     ma.train(BASE, data, name=name, lora=lora, training=settings, overwrite=True)
     sql = ma.load_adapter(name)
@@ -144,11 +143,17 @@ for label, took in times.items():
     print(f"{label:18} {median:8,.1f} ({low:,.1f} to {high:,.1f})")
 
 # %%
-medians = [statistics.median(took) for took in times.values()]
-figure, axes = plt.subplots(figsize=(7, 2))
-axes.barh(list(times), medians, color=["0.6", "0.8", "C2", "C2"])
-axes.set(xlabel="milliseconds, median")
-axes.invert_yaxis()
+medians = {label: statistics.median(took) for label, took in times.items()}
+figure, axes = plt.subplots(figsize=(8, 2))
+axes.scatter(
+    list(medians.values()), list(medians), s=60, color=["C3", "0.5", "0.5", "C2"]
+)
+for label, value in medians.items():
+    text = f"{value:,.0f} ms" if value > 10 else f"{value:.2g} ms"
+    axes.annotate(text, (value, label), (9, 0), textcoords="offset points", va="center")
+axes.set(xscale="log", xlabel="milliseconds, median (each mark is ten times the last)")
+axes.set(xlim=(min(medians.values()) / 3, max(medians.values()) * 10), ylim=(3.5, -0.5))
+axes.grid(axis="y", color="0.9")
 plt.show()
 
 # %% [markdown]

@@ -1,8 +1,9 @@
 """Make the notebooks out of their scripts: `./scripts/notebooks [NAME...]`.
 
 `notebooks/NAME.py` is the source, cells begin with `# %%`; `notebooks/NAME.ipynb` is
-what people read, with the outputs of one run from top to bottom. A notebook that fails,
-or prints a path of this machine, is not written.
+what people read, with the outputs of one run from top to bottom: in an empty folder,
+with a home that holds the base `demo` alone, and a stand-in for the Hub. A notebook
+that fails, or prints a path of this machine, is not written.
 """
 
 import os
@@ -79,10 +80,27 @@ def run(name: str) -> float:
 
 
 def main() -> None:
-    os.environ["PYTHONPATH"] = str(ROOT)
-    os.environ["MLX_ADAPTERS_TESTS"] = str(ROOT / "tests")
-    for name in sys.argv[1:] or sorted(path.stem for path in HERE.glob("[0-9]*.py")):
-        print(f"{name}: {run(name):.0f} s", flush=True)
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    from helpers.hub_server import WRITE_TOKEN, HubServer
+
+    from mlx_adapters.sources.demo_base import demo_base_folder
+
+    base = demo_base_folder()
+    names = sys.argv[1:] or sorted(path.stem for path in HERE.glob("[0-9]*.py"))
+    with HubServer() as hub:
+        for name in names:
+            with tempfile.TemporaryDirectory() as home:
+                (Path(home) / "bases").mkdir()
+                (Path(home) / "bases" / base.name).symlink_to(base)
+                os.environ |= {
+                    "PYTHONPATH": str(ROOT),
+                    "MLX_ADAPTERS_HOME": home,
+                    "HF_HOME": f"{home}/hf",
+                    "HF_ENDPOINT": hub.url,
+                    "HF_TOKEN": WRITE_TOKEN,
+                    "HF_HUB_DISABLE_XET": "1",
+                }
+                print(f"{name}: {run(name):.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_adapters.config.mapping import to_mapping
+from mlx_adapters.data.datasets import Data
 from mlx_adapters.display.tables import Table, flat
 from mlx_adapters.events import OnEvent, log_warnings
 from mlx_adapters.models.adapter import Adapter, AdapterLike, place_of
+from mlx_adapters.models.base import BaseLike
 from mlx_adapters.models.low_rank import LowRankUpdate, inner, update_of, update_shape
 from mlx_adapters.models.metadata import curve_of, losses_of
 from mlx_adapters.sources import lookup, registry
@@ -167,8 +169,8 @@ def compare(
     a: AdapterLike,
     b: AdapterLike,
     *,
-    data: str | Path | None = None,
-    base: str | None = None,
+    data: Data | None = None,
+    base: BaseLike | None = None,
     on_event: OnEvent = log_warnings,
 ) -> Comparison:
     """Settings, data and losses that differ, and norm and cosine of the updates, layer by layer and over all.

@@ -17,12 +17,11 @@ from typing import Any
 
 from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import AdapterError, ConfigError, ExistsError, did_you_mean
-from mlx_adapters.models.adapter import weights_file
-from mlx_adapters.models.base import Named
+from mlx_adapters.models.adapter import AdapterLike, weights_file
 from mlx_adapters.models.metadata import losses_of, read_metadata
 from mlx_adapters.sources import lookup, registry
-from mlx_adapters.sources.lookup import iteration_of, spelled
-from mlx_adapters.sources.references import Reference, check_name, parse_reference
+from mlx_adapters.sources.lookup import iteration_of, registered
+from mlx_adapters.sources.references import Reference, check_name
 from mlx_adapters.sources.registry import Entry
 from mlx_adapters.storage import files, paths, temporaries, tensor_files
 from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CHECKPOINTS_FOLDER, METADATA_FILE
@@ -48,11 +47,11 @@ def _changing(name: str) -> Iterator[Path]:
         yield lookup.locate(known)[0]
 
 
-def rename(name: str | Named, new: str) -> Entry:
+def rename(name: AdapterLike, new: str) -> Entry:
     """Give an adapter another name.
 
     Args:
-        name: the old one.
+        name: the adapter, by its old name.
         new: the new one.
 
     Raises NotFoundError, ExistsError or ConfigError; TrainingError if it is being trained.
@@ -61,9 +60,9 @@ def rename(name: str | Named, new: str) -> Entry:
         >>> ma.rename("sql", "sql-v1").name
         'sql-v1'
     """
-    name, target = spelled(name), registry.adapters_folder() / check_name(new)
-    with registry.changing(check_name(name), new):
-        folder, _ = lookup.locate(Reference("name", name))
+    old, target = registered(name, "names are those of whole adapters"), registry.adapters_folder() / check_name(new)
+    with registry.changing(old.target, new):
+        folder, _ = lookup.locate(old)
         require(folder.name != new, f"'{new}' has this name already.")
         taken = registry.adapter_folder(new)  # the same adapter's where only the case changes
         if os.path.lexists(taken) and not paths.same_place(taken, folder):
@@ -76,7 +75,7 @@ def rename(name: str | Named, new: str) -> Entry:
     return registry.read_entry(target)
 
 
-def tag(name: str | Named, add: Sequence[str] = (), remove: Sequence[str] = ()) -> tuple[str, ...]:
+def tag(name: AdapterLike, add: Sequence[str] = (), remove: Sequence[str] = ()) -> tuple[str, ...]:
     """Add and remove tags; the tags there are now.
 
     Args:
@@ -90,24 +89,24 @@ def tag(name: str | Named, add: Sequence[str] = (), remove: Sequence[str] = ()) 
         >>> ma.tag("sql", ["production"], remove=["candidate"])
         ('production',)
     """
-    name = spelled(name)
+    known = registered(name, "tags are those of whole adapters")
     for text in (*add, *remove):
         require(
             bool(registry.TAG.fullmatch(text)), f"'{text}' cannot be a tag.", "letters, digits, '.', '_', ':', '-'."
         )
     if not add and not remove:
-        return registry.read_entry(lookup.locate(Reference("name", check_name(name)))[0]).tags
-    with _changing(name) as folder:
+        return registry.read_entry(lookup.locate(known)[0]).tags
+    with _changing(known.target) as folder:
         now = (set(registry.tags_of(read_metadata(folder))) | set(add)) - set(remove)
         _update_metadata(folder, tags=sorted(now))
     return tuple(sorted(now))
 
 
-def use(reference: str | Named) -> Entry:
+def use(reference: AdapterLike) -> Entry:
     """Let the bare name mean one of the adapter's checkpoints.
 
     Args:
-        reference: "name@iteration", or "name@best", "name@last".
+        reference: a checkpoint: "name@iteration", "name@best", "name@last" or `run.best`.
 
     Raises ConfigError, NotFoundError, or FormatError if the checkpoint is damaged.
 
@@ -115,9 +114,9 @@ def use(reference: str | Named) -> Entry:
         >>> ma.use("sql@600").iteration
         600
     """
-    ref = parse_reference(spelled(reference))
-    if ref.kind != "name" or ref.iteration is None:
-        raise ConfigError(f"'{reference}' names no checkpoint.", "give NAME@ITERATION, for example sql@600.")
+    ref = registered(reference)
+    if ref.iteration is None:
+        raise ConfigError(f"'{ref}' names no checkpoint.", "give NAME@ITERATION, for example sql@600.")
     with _changing(ref.target) as folder:
         chosen = weights_file(folder, iteration := iteration_of(folder, ref))
         tensor_files.read_safetensors_header(chosen)
@@ -132,7 +131,7 @@ def use(reference: str | Named) -> Entry:
     return registry.read_entry(folder)
 
 
-def remove(reference: str | Named) -> Removed:
+def remove(reference: AdapterLike) -> Removed:
     """Remove an adapter, or one of its checkpoints.
 
     Args:
@@ -144,7 +143,7 @@ def remove(reference: str | Named) -> Removed:
         >>> ma.remove("chat@100").iterations
         (100,)
     """
-    with _removing(spelled(reference)) as (entry, iteration):
+    with _removing(reference) as (entry, iteration):
         if iteration is not None:
             return _remove_checkpoints(entry, [iteration])
         size = paths.size_on_disk(entry.folder)
@@ -165,11 +164,9 @@ def removable(references: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _removing(reference: str) -> Iterator[tuple[Entry, int | None]]:
+def _removing(reference: AdapterLike) -> Iterator[tuple[Entry, int | None]]:
     """The adapter that is held, and the one checkpoint that is meant, once nothing speaks against their removal."""
-    ref = parse_reference(reference)
-    if ref.kind != "name":
-        raise ConfigError(f"'{reference}' is not in the registry.", "only named adapters can be removed.")
+    ref = registered(reference)
     with _changing(ref.target) as folder:
         entry = registry.read_entry(folder)
         iteration = iteration_of(folder, ref)
@@ -182,7 +179,7 @@ def _removing(reference: str) -> Iterator[tuple[Entry, int | None]]:
         yield entry, iteration
 
 
-def prune(name: str | Named, *, keep_best: bool = True, keep_last: int = 1, dry_run: bool = False) -> Removed:
+def prune(name: AdapterLike, *, keep_best: bool = True, keep_last: int = 1, dry_run: bool = False) -> Removed:
     """Remove checkpoints, except the one in use.
 
     Args:
@@ -197,9 +194,9 @@ def prune(name: str | Named, *, keep_best: bool = True, keep_last: int = 1, dry_
         >>> ma.prune("sql", keep_last=1, dry_run=True).iterations
         (200, 500)
     """
-    name = spelled(name)
+    known = registered(name, "only whole adapters are pruned")
     require(keep_last >= 0, f"keep_last must not be negative, not {keep_last}.")
-    with _changing(name) as folder:
+    with _changing(known.target) as folder:
         entry = registry.read_entry(folder)
         kept = {*(entry.iterations[-keep_last:] if keep_last else ()), entry.iteration}
         if keep_best:

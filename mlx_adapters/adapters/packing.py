@@ -19,7 +19,7 @@ from mlx_adapters.checkpoints.contents import files_below
 from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import ExistsError, NotFoundError
 from mlx_adapters.events import Note, OnEvent, Progress, log_warnings
-from mlx_adapters.models.adapter import Adapter, AdapterLike, read_adapter, write_adapter
+from mlx_adapters.models.adapter import Adapter, AdapterOrBase, read_adapter, write_adapter
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.metadata import iterations_of, read_config
 from mlx_adapters.sources import lookup
@@ -54,7 +54,7 @@ class Pack:
 
 
 def pack(
-    source: AdapterLike,
+    source: AdapterOrBase,
     target: str | Path,
     *,
     checkpoints: bool = False,
@@ -87,7 +87,7 @@ def pack(
         with files.draft_beside(target) as place:
             own = source.name.partition("@")[0].rpartition("/")[2]  # the folder's name in the pack
             return pack(write_adapter(source, place / own), target, overwrite=overwrite, on_event=on_event)
-    folder, iteration = lookup.locate(source)
+    folder, iteration = (source.folder, None) if isinstance(source, Base) else lookup.locate(source)
     if not folder.is_dir():
         raise NotFoundError(
             f"There is no adapter or model folder '{folder}'.", "'mlx-adapters list' shows the adapters."

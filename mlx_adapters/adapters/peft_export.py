@@ -13,7 +13,7 @@ from mlx_adapters.models.loading import load_module
 from mlx_adapters.models.metadata import base_of
 from mlx_adapters.peft_format.own_form import Facts
 from mlx_adapters.peft_format.to_peft import to_peft
-from mlx_adapters.sources import lookup, references
+from mlx_adapters.sources import lookup, references, registry
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.demo_base import DEMO_BASE
 from mlx_adapters.storage import files, paths, replacing, tensor_files, tensor_names
@@ -104,7 +104,7 @@ def export_peft(
     out = paths.expanded(out)
     replacing.refuse_existing(out, overwrite, PEFT_OUTPUT)
     loaded = lookup.load_adapter(adapter)
-    replacing.refuse_reading_inside(out, [loaded, base])
+    replacing.refuse_reading_inside(out, [loaded, None if base is None else registry.base_name(base)])
     form = to_peft(loaded, lambda: _facts(loaded, base))
     named = base_model or form.config.get("base_model_name_or_path")
     form.config["base_model_name_or_path"] = named

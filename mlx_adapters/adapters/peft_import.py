@@ -5,19 +5,19 @@ from pathlib import Path
 
 from mlx_adapters.events import OnEvent, log_warnings
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.base import BaseLike
+from mlx_adapters.models.base import BaseLike, Named
 from mlx_adapters.peft_format.conversion import as_mlx
 from mlx_adapters.peft_format.reading import read_peft, refuse_beyond_lora, refuse_unsaved
 from mlx_adapters.sources import registry
 from mlx_adapters.sources.bases import resolve_base
-from mlx_adapters.sources.lookup import peft_folder
+from mlx_adapters.sources.lookup import peft_folder, spelled
 from mlx_adapters.storage import paths, replacing
 from mlx_adapters.storage.tensor_names import ADAPTER_OUTPUT
 from mlx_adapters.system import machine
 
 
 def import_peft(
-    source: str | Path,
+    source: str | Path | Named,
     *,
     base: BaseLike,
     name: str,
@@ -51,12 +51,13 @@ def import_peft(
         4
     """
     replacing.refuse_existing(registry.adapter_folder(name), overwrite, ADAPTER_OUTPUT)
+    source, resolved = spelled(source), resolve_base(base)
     folder, hub = peft_folder(source, subfolder)
-    replacing.refuse_reading_inside(registry.adapter_folder(name), [folder, base])
-    with paths.named(folder, str(source)):
+    replacing.refuse_reading_inside(registry.adapter_folder(name), [folder, resolved])
+    with paths.named(folder, source):
         peft = read_peft(folder)
     refuse = refuse_unsaved if text_only else refuse_beyond_lora  # of a tower, much is whole
     refuse(peft)
-    adapter = as_mlx(peft, resolve_base(base), str(source), tie, resize, text_only, on_event)
+    adapter = as_mlx(peft, resolved, source, tie, resize, text_only, on_event)
     metadata = adapter.metadata | machine.made_now() | hub
     return registry.register(replace(adapter, metadata=metadata), name, overwrite)

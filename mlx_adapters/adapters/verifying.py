@@ -9,8 +9,8 @@ from typing import Any
 
 from mlx_adapters.display.tables import Rows, Table, flat
 from mlx_adapters.errors import AdapterError, FormatError, NotFoundError
-from mlx_adapters.models.adapter import Adapter, read_adapter
-from mlx_adapters.models.base import Base, BaseLike, Named
+from mlx_adapters.models.adapter import Adapter, AdapterLike, place_of, read_adapter
+from mlx_adapters.models.base import Base, BaseLike
 from mlx_adapters.models.layers import check_fits, check_made_for
 from mlx_adapters.models.loading import load_module
 from mlx_adapters.models.metadata import base_of
@@ -57,13 +57,11 @@ TRIES = 5
 Modules = dict[str, tuple[Base, Any] | AdapterError]
 
 
-def verify(
-    reference: str | Path | Named, *, base: BaseLike | None = None, _modules: Modules | None = None
-) -> Verification:
+def verify(reference: AdapterLike, *, base: BaseLike | None = None, _modules: Modules | None = None) -> Verification:
     """Checksums, tensors against the config, NaN, all checkpoints, and the fit to the base's layers.
 
     Args:
-        reference: the adapter.
+        reference: the adapter; one in memory has no files, checksums and checkpoints.
         base: the base to hold it against; None: its own, if it is on this machine. Nothing is downloaded.
 
     Raises ConfigError, NotFoundError or HubError if there is no such adapter; what is wrong with it is returned.
@@ -72,10 +70,14 @@ def verify(
         >>> ma.verify("sql").problems
         ()
     """
+    modules = {} if _modules is None else _modules
+    if isinstance(reference, Adapter):
+        if (place := place_of(reference)) is None:
+            return Verification(reference.name, _checks_in_memory(reference, base, modules))
+        reference = place
     folder, iteration = lookup.locate(reference)
     if not folder.is_dir():
         raise NotFoundError(f"There is no adapter folder '{folder}'.", "'mlx-adapters list' shows the named ones.")
-    modules = {} if _modules is None else _modules
     for _ in range(TRIES):
         entry = registry.read_entry(folder)
         checks = _checks(entry, iteration, base, modules)
@@ -95,6 +97,11 @@ def _checks(entry: Entry, iteration: int | None, base: BaseLike | None, modules:
     if read:
         checks.append(_check("base", lambda: _check_base(read[0], base, modules)))
     return tuple(checks)
+
+
+def _checks_in_memory(adapter: Adapter, base: BaseLike | None, modules: Modules) -> tuple[Check, ...]:
+    tensors = _check("tensors", lambda: _found(adapter.check()))
+    return tensors, _check("base", lambda: _check_base(adapter, base, modules))
 
 
 def verify_all(base: BaseLike | None = None) -> Rows[Verification]:
@@ -157,17 +164,21 @@ def _whose(entry: Entry, digest: str, path: Path) -> str:
 def _check_tensors(folder: Path, iteration: int | None, read: list[Adapter]) -> str:
     adapter = read_adapter(folder, iteration, folder.name)
     read.append(adapter)
+    return _found(adapter)
+
+
+def _found(adapter: Adapter) -> str:
     note = f". {adapter.strength_note}" if adapter.strength_note else ""
     return f"{count(len(adapter.config.keys), 'layer')} of rank {adapter.config.rank}, all finite{note}"
 
 
 def _check_base(adapter: Adapter, base: BaseLike | None, modules: Modules) -> str:
-    name = base or adapter.base_name
-    if not isinstance(name, str):
+    name = adapter.base_name if base is None else registry.base_name(base)
+    if name is None:
         raise _NotCheckedError("its base is not recorded; name one with --base")
     if name not in modules:
         try:
-            resolved = resolve_base(name, download=base is not None)
+            resolved = resolve_base(name if base is None else base, download=base is not None)
             modules[name] = (resolved, load_module(resolved)[0])
         except AdapterError as error:
             modules[name] = error

@@ -45,7 +45,7 @@ class Report(Measurements, Table):
         return html_block(words.verdict(shown), html_pictures(drawn), html_table(*words.table(shown)), folded)
 
 
-def read_report(path: Path) -> Report:
+def read_report(path: str | Path) -> Report:
     """Read the report of a benchmark that was saved as JSON.
 
     Args:
@@ -61,7 +61,7 @@ def read_report(path: Path) -> Report:
         >>> ma.read_report(Path("report.json")).labels
         ['base']
     """
-    raw = files.read_json(path)
+    raw = files.read_json(Path(path).expanduser())
     try:
         if raw["format"] != FORMAT:
             raise FormatError(f"'{path}' is a report of another version (format {raw['format']}).", "measure again.")

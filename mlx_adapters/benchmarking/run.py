@@ -15,12 +15,13 @@ from mlx_adapters.benchmarking.schedule import BenchmarkConfig, schedule
 from mlx_adapters.config.evaluating import EvaluationConfig
 from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.config.quantization import Dtype
-from mlx_adapters.data.datasets import read_data
-from mlx_adapters.evaluation.variants import Variant, base_text, parse_variants, prepare, spelled, workspace
+from mlx_adapters.data.datasets import PYTHON, Data, DataSet, keep, read_data
+from mlx_adapters.evaluation.variants import Variant, prepare, read_variants, workspace
 from mlx_adapters.events import Note, OnEvent, Progress, ignore, log_warnings
-from mlx_adapters.models.adapter import AdapterLike
+from mlx_adapters.models.adapter import AdapterOrBase
 from mlx_adapters.models.base import BaseLike
 from mlx_adapters.storage import files
+from mlx_adapters.storage.tensor_names import ROWS_FOLDER
 from mlx_adapters.system.conditions import system_state, warnings
 from mlx_adapters.system.door import trusts_remote_code
 from mlx_adapters.system.machine import child_environment, environment, typed_command
@@ -49,7 +50,7 @@ class BenchmarkInterrupted(KeyboardInterrupt):
 
 
 def benchmark(
-    variants: AdapterLike | Iterable[AdapterLike],
+    variants: AdapterOrBase | Iterable[AdapterOrBase],
     base: BaseLike | None = None,
     *,
     prompt_tokens: int | Sequence[int] = 128,
@@ -57,12 +58,12 @@ def benchmark(
     batch: int | Sequence[int] = 1,
     rounds: int = 5,
     trials: int = 3,
-    data: str | Path | None = None,
+    data: Data | None = None,
     dtype: Dtype = "auto",
     cold_load: bool = True,
     any_base: bool = False,
     seed: int = 0,
-    quality: str | Path | None = None,
+    quality: Data | None = None,
     score: str | None = None,
     max_rows: int | None = None,
     on_event: OnEvent = log_warnings,
@@ -79,7 +80,7 @@ def benchmark(
         batch: sequences at a time, or several numbers.
         rounds: fresh processes for each variant.
         trials: measurements in each of them.
-        data: rows that prompts are made of; None: random tokens.
+        data: rows that prompts are made of, as for `train`; None: random tokens.
         dtype: to compute in; "auto": float32 on a CPU, the model's own on a GPU.
         cold_load: also load with the system's file cache dropped, where that is possible.
         any_base: take adapters that were trained on another base.
@@ -103,26 +104,44 @@ def benchmark(
         batch=_tuple(batch),
         rounds=rounds,
         trials=trials,
-        data=None if data is None else str(data),
         dtype=dtype,
         cold_load=cold_load,
         any_base=any_base,
         seed=seed,
     )
-    check_data(config.data, quality, score)
     with workspace() as folder:
-        report = run(parse_variants(spelled(variants, folder), base_text(base)), config, on_event, folder)
+        prompts, judged = at_hand(data, folder / "prompts"), at_hand(quality, folder / "quality")
+        check_data(prompts, judged, score)
+        report = run(read_variants(variants, base, folder), replace(config, data=prompts), on_event, folder)
+        report = replace(report, config=replace(config, data=source_of(data)))
         if report.interrupted:
             raise BenchmarkInterrupted(report)
-        if quality is None:
+        if judged is None:
             return report
         try:
-            return replace(report, quality=_quality(report, quality, score, max_rows, folder, on_event))
+            found = _quality(report, judged, score, max_rows, folder, on_event)
+            found["data"]["source"] = source_of(quality)
+            return replace(report, quality=found)
         except KeyboardInterrupt:
             raise BenchmarkInterrupted(replace(report, interrupted=True)) from None
 
 
-def check_data(prompts: str | None, quality: str | Path | None, score: str | None) -> None:
+def at_hand(data: Data | None, folder: Path) -> str | None:
+    """Where the processes read data: rows that no file holds are written into `folder`. Raises what is wrong."""
+    if data is None or isinstance(data, str | Path):
+        return None if data is None else str(data)
+    keep(replace(read_data(data, judging=True), source=PYTHON), folder)
+    return str(folder / ROWS_FOLDER)
+
+
+def source_of(data: Data | None) -> str | None:
+    """What a report says of data."""
+    if isinstance(data, DataSet):
+        return data.source
+    return str(data) if isinstance(data, str | Path) else None if data is None else PYTHON
+
+
+def check_data(prompts: str | None, quality: str | None, score: str | None) -> None:
     """Read all data once before anything is measured. Raises what is wrong with it."""
     from mlx_adapters.evaluation.scores import parse_score
 
@@ -134,7 +153,7 @@ def check_data(prompts: str | None, quality: str | Path | None, score: str | Non
 
 
 def _quality(
-    report: Report, data: str | Path, score: str | None, max_rows: int | None, folder: Path, on_event: OnEvent
+    report: Report, data: str, score: str | None, max_rows: int | None, folder: Path, on_event: OnEvent
 ) -> dict[str, Any]:
     """The evaluation of the measured variants, as plain values without the answers."""
     from mlx_adapters.evaluation.evaluate import evaluate_ready

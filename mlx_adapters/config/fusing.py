@@ -1,8 +1,8 @@
 """What a fuse can be asked for. Imports no MLX."""
 
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,6 +95,12 @@ class FuseOptions:
             "A recipe of mixed precision needs the MLX format.",
             "leave --format.",
         )
+
+
+def with_calibration(options: FuseOptions, calibration: Any) -> FuseOptions:
+    """The same options with the text that is given beside them; what can be read once only is read here."""
+    text = options.calibration if calibration is None else calibration
+    return replace(options, calibration=tuple(text) if isinstance(text, Iterator) else text)
 
 
 def opened_by(program: str | None) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mlx_adapters.demo import questions
 from mlx_adapters.demo.questions import PATTERNS, SPLITS, Pattern
-from mlx_adapters.storage import files
+from mlx_adapters.storage import files, paths
 from mlx_adapters.storage.replacing import Output
 
 DATABASE_FILE = "catalog.sqlite"
@@ -149,12 +149,27 @@ def _has_answer(catalog: sqlite3.Connection, sql: str) -> bool:
     return bool(rows) and rows != [(0,)]
 
 
-def write_demo_data(folder: Path, overwrite: bool = False) -> Path:
-    """Write train.jsonl, valid.jsonl, test.jsonl and catalog.sqlite to `folder`, all or nothing."""
+def write_demo_data(folder: str | Path, overwrite: bool = False) -> Path:
+    """Write the demo's data, questions about a made-up course catalog with their SQL, and the catalog; the folder.
+
+    train.jsonl, valid.jsonl and test.jsonl hold conversations, catalog.sqlite what the score `sqlite` asks.
+
+    Args:
+        folder: the folder to make.
+        overwrite: replace the data that an earlier call wrote there.
+
+    Raises ExistsError or StorageError; then nothing is written.
+
+    Example:
+        >>> folder = ma.write_demo_data("data/catalog")
+        >>> sorted(path.name for path in folder.iterdir())
+        ['catalog.sqlite', 'test.jsonl', 'train.jsonl', 'valid.jsonl']
+    """
+    folder = paths.expanded(folder)
     with files.atomic_folder(folder, overwrite, DATA_OUTPUT) as temporary:
         for split, drawn in demo_questions().items():
             lines = (json.dumps(question.row(), ensure_ascii=False) for question in drawn)
             files.write_text(temporary / f"{split}.jsonl", "\n".join(lines) + "\n")
         with files.atomic_file(temporary / DATABASE_FILE) as stream:
             stream.write(build_catalog().serialize())
-    return Path(folder)
+    return folder

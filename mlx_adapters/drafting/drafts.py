@@ -10,7 +10,7 @@ from mlx_adapters.models.loading import load_model
 from mlx_adapters.models.model import Model
 from mlx_adapters.sources.bases import resolve_base
 
-PATIENCE = 2  # guesses in a row that may be all wrong before some steps go without
+ALLOWED_MISSES = 2  # guesses in a row that may be all wrong before some steps go without
 LONGEST_REST = 31  # steps
 
 
@@ -44,7 +44,7 @@ class Drafts:
     def note(self, guessed: int, right: int) -> None:
         """Learn what came of a guess: how many of its tokens were right."""
         self._misses = self._misses + 1 if right == 0 else 0
-        self._rest = min(2 ** max(self._misses - PATIENCE, 0) - 1, LONGEST_REST)
+        self._rest = min(2 ** max(self._misses - ALLOWED_MISSES, 0) - 1, LONGEST_REST)
         self._length = min(2 * self._length, self._most) if right == guessed else right + 1
 
 

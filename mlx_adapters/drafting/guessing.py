@@ -15,7 +15,7 @@ from mlx_adapters.drafting.rewinding import Mark
 from mlx_adapters.models.model import Model
 from mlx_adapters.system.door import make_prompt_cache, mx
 
-PREFILL_TOKENS = 512
+PREFILL_TOKENS = 512  # of a prompt, that are read in one step
 PIECE_TOKENS, PIECE_SECONDS = 64, 0.1  # of a second model's reading, while others wait for their tokens
 Choose = Callable[[mx.array], mx.array]  # log-probabilities (1, vocabulary) -> token (1,)
 

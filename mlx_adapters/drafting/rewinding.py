@@ -8,7 +8,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_adapters.surgery.caches import Make, read, read_together, same_function
+from mlx_adapters.surgery.caches import Make, read_prompt, read_together, same_function
 from mlx_adapters.system.door import mx, nn
 
 
@@ -81,7 +81,7 @@ def rewinds(module: nn.Module, make: Make) -> bool:
             return False
         both = module(after, cache=together)
         whole = ([*prompts[0], *ahead[0][:1]], [*prompts[1], *ahead[1]])
-        alone = [module(after[i : i + 1], cache=read(module, text, make)) for i, text in enumerate(whole)]
+        alone = [module(after[i : i + 1], cache=read_prompt(module, text, make)) for i, text in enumerate(whole)]
         return same_function(both, mx.concatenate(alone))
     except Exception:  # mlx-lm's code raises what it likes
         return False

@@ -26,9 +26,9 @@ from mlx_adapters.evaluation.reports import EvaluationReport
 from mlx_adapters.evaluation.scores import Score, greedy_answers, parse_score, questions
 from mlx_adapters.evaluation.statistics import mean, placements, weighted_mean
 from mlx_adapters.evaluation.tokens import Batches, judge, judged_rows
-from mlx_adapters.evaluation.variants import BASE, Variant, base_text, parse_variants, prepare, spelled, workspace
+from mlx_adapters.evaluation.variants import BASE, Variant, prepare, read_variants, workspace
 from mlx_adapters.events import Note, OnEvent, log_warnings
-from mlx_adapters.models.adapter import AdapterLike
+from mlx_adapters.models.adapter import AdapterOrBase
 from mlx_adapters.models.base import BaseLike
 from mlx_adapters.models.loading import load_model
 from mlx_adapters.models.metadata import data_config, read_metadata
@@ -43,7 +43,7 @@ PREFERENCES = ("preference", "reward")  # scores of pairs, and of answers with a
 
 
 def evaluate(
-    variants: AdapterLike | Iterable[AdapterLike],
+    variants: AdapterOrBase | Iterable[AdapterOrBase],
     data: Data,
     *,
     base: BaseLike | None = None,
@@ -69,7 +69,7 @@ def evaluate(
     """
     config = config or EvaluationConfig()
     with workspace() as folder:
-        parsed = parse_variants(spelled(variants, folder), base_text(base))
+        parsed = read_variants(variants, base, folder)
         ready = [prepare(variant, folder, config.any_base, on_event) for variant in parsed]
         return evaluate_ready(ready, data, config, on_event)
 

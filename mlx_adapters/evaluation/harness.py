@@ -10,16 +10,14 @@ from mlx_adapters.display.tables import Table, flat, named
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError
 from mlx_adapters.evaluation.variants import (
     Variant,
-    base_text,
-    parse_variants,
     prepare,
+    read_variants,
     short_names,
-    spelled,
     workspace,
 )
 from mlx_adapters.events import Note, OnEvent, Progress, log_warnings
 from mlx_adapters.generation.live import load_model
-from mlx_adapters.models.adapter import AdapterLike
+from mlx_adapters.models.adapter import AdapterOrBase
 from mlx_adapters.models.base import BaseLike
 from mlx_adapters.sources.lookup import load_adapter
 from mlx_adapters.system.door import harness_model
@@ -82,7 +80,7 @@ class TaskReport(Table):
 
 
 def run_tasks(
-    variants: AdapterLike | Iterable[AdapterLike],
+    variants: AdapterOrBase | Iterable[AdapterOrBase],
     tasks: Sequence[str],
     *,
     base: BaseLike | None = None,
@@ -123,7 +121,7 @@ def run_tasks(
         )
     evaluations: list[TaskEvaluation] = []
     with workspace() as place:
-        parsed = parse_variants(spelled(variants, place), base_text(base))
+        parsed = read_variants(variants, base, place)
         for variant in parsed:
             on_event(Progress("tasks", len(evaluations), len(parsed), "variant"))
             model = None  # let the one before go first

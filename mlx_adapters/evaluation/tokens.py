@@ -7,19 +7,19 @@ distribution over the next token and q the model's, KL(p ‖ q) in nats says wha
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
 from mlx_adapters.config.training import Objective, TrainConfig
 from mlx_adapters.data.batches import Batch, make_batch
-from mlx_adapters.data.datasets import RawRow, read_data
+from mlx_adapters.data.datasets import Data, RawRow, read_data
 from mlx_adapters.data.preferences import tokenize_preference
 from mlx_adapters.data.tokenizing import Row, tokenize_row
 from mlx_adapters.errors import FormatError
 from mlx_adapters.evaluation.figures import TokenFigures
 from mlx_adapters.events import OnEvent, Progress, log_warnings
 from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.base import BaseLike
 from mlx_adapters.models.loading import load_model
 from mlx_adapters.models.model import Model
 from mlx_adapters.sources.bases import recorded_base, resolve_base
@@ -123,9 +123,9 @@ def judge(model: Model, batches: Batches, on_event: OnEvent = log_warnings) -> T
 
 
 def losses_on(
-    data: str | Path,
+    data: Data,
     adapters: Sequence[Adapter],
-    base: str | None,
+    base: BaseLike | None,
     any_base: bool = False,
     on_event: OnEvent = log_warnings,
 ) -> list[float]:
@@ -135,7 +135,7 @@ def losses_on(
     """
     read = read_data(data, judging=True)
     rows = read.rows(read.judging)
-    model = load_model(resolve_base(base) if base else recorded_base(adapters))
+    model = load_model(recorded_base(adapters) if base is None else resolve_base(base))
     batches = Batches(judged_rows(rows, model, MAX_SEQ_LENGTH))
     losses = []
     for adapter in adapters:

@@ -21,12 +21,12 @@ from mlx_adapters.models.metadata import base_of, read_metadata
 from mlx_adapters.sources import lookup
 from mlx_adapters.sources.lookup import locate
 from mlx_adapters.sources.references import parse_reference
-from mlx_adapters.sources.registry import adapter_folder, names
+from mlx_adapters.sources.registry import adapter_folder, base_name, names
 from mlx_adapters.storage import files, paths
 from mlx_adapters.storage.tensor_names import CONFIG_FILE
 
 if TYPE_CHECKING:
-    from mlx_adapters.models.adapter import AdapterLike
+    from mlx_adapters.models.adapter import AdapterOrBase
     from mlx_adapters.models.base import BaseLike
 
 BASE, FUSE = "base", "fuse"
@@ -169,32 +169,43 @@ def _with_base(variant: Variant, base: str | None) -> Variant:
     return replace(variant, base=name)
 
 
-def spelled(variants: "AdapterLike | Iterable[AdapterLike]", folder: Path) -> list[str | Variant]:
-    """Variants as they are spelled; an adapter that no file holds as it is, is written into `folder`."""
-    from mlx_adapters.models.adapter import AdapterLike
+def read_variants(
+    given: "AdapterOrBase | Iterable[AdapterOrBase]", base: "BaseLike | None", folder: Path
+) -> list[Variant]:
+    """`parse_variants` of what Python's functions take; an adapter that no file holds as it is, is written into
+    `folder`."""
+    from mlx_adapters.models.adapter import AdapterOrBase
 
-    several = [variants] if isinstance(variants, AdapterLike) else variants
-    return [_spelled(variant, folder / f"{number}") for number, variant in enumerate(several)]
+    several = [given] if isinstance(given, AdapterOrBase) else given
+    texts = [_spelled(variant, folder / f"{number}") for number, variant in enumerate(several)]
+    return parse_variants(texts, None if base is None else base_name(base))
 
 
-def _spelled(variant: "AdapterLike", folder: Path) -> str | Variant:
+def _spelled(variant: "AdapterOrBase", folder: Path) -> str | Variant:
     from mlx_adapters.models.adapter import Adapter, place_of, write_adapter
 
-    if isinstance(variant, str):
-        return variant
-    if not isinstance(variant, Adapter):
-        return lookup.spelled(variant)
-    if place := place_of(variant):
-        return place
-    label = f"{variant.name} (in memory)" if variant.metadata.get("name") else variant.name
-    return Variant(label, adapter=str(write_adapter(variant, folder)))
+    if isinstance(variant, Adapter) and not place_of(variant):
+        return Variant(_text_of(variant), adapter=str(write_adapter(variant, folder)))
+    return variant if isinstance(variant, str) else _text_of(variant)
 
 
-def label_of(variant: "AdapterLike", labels: Iterable[str]) -> str:
-    """The one of `labels` that a variant stands behind, in whatever form it is given; else its own text."""
+def _text_of(variant: "AdapterOrBase") -> str:
+    """How a variant is spelled, and what it is called where it is in memory only."""
     from mlx_adapters.models.adapter import Adapter, place_of
+    from mlx_adapters.models.base import Base
 
-    text = (place_of(variant) or variant.name) if isinstance(variant, Adapter) else lookup.spelled(variant)
+    if isinstance(variant, Adapter):
+        return place_of(variant) or (f"{variant.name} (in memory)" if variant.metadata.get("name") else variant.name)
+    if isinstance(variant, Base):
+        return variant.name
+    loaded = isinstance(getattr(variant, "base", None), Base)
+    require(not loaded, "A loaded model is no variant.", "give its base (model.base) and its adapter, one by one.")
+    return lookup.spelled(variant)
+
+
+def label_of(variant: "AdapterOrBase", labels: Iterable[str]) -> str:
+    """The one of `labels` that a variant stands behind, in whatever form it is given; else its own text."""
+    text = _text_of(variant)
     known = [label for label in labels if label in (variant, text)]
     known += [label for label in labels if _folder_of(label) == _folder_of(text) is not None]
     return known[0] if known else text
@@ -203,15 +214,6 @@ def label_of(variant: "AdapterLike", labels: Iterable[str]) -> str:
 def _folder_of(text: str) -> Path | None:
     place = lookup.spelled(text)
     return paths.expanded(place) if paths.is_path(place) else None
-
-
-def base_text(base: "BaseLike | None") -> str | None:
-    """What "base" is to mean, as text."""
-    from mlx_adapters.models.base import Base
-
-    if base is None or isinstance(base, str):
-        return base
-    return base.name if isinstance(base, Base) else lookup.spelled(base)
 
 
 def prepare(variant: Variant, folder: Path, any_base: bool, on_event: OnEvent) -> Variant:

@@ -13,8 +13,9 @@ from mlx_adapters.calibration.blockwise import BlockwiseModel
 from mlx_adapters.calibration.fidelity import Fidelity, measure_fidelity
 from mlx_adapters.calibration.strategy import batches_of
 from mlx_adapters.calibration.texts import choose_text
-from mlx_adapters.config.fusing import DEFAULTS, FuseOptions
+from mlx_adapters.config.fusing import DEFAULTS, FuseOptions, with_calibration
 from mlx_adapters.config.quantization import KEEP
+from mlx_adapters.data.datasets import Data
 from mlx_adapters.display import page
 from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.events import OnEvent, log_warnings
@@ -61,6 +62,7 @@ def check_fused(
     *,
     base: BaseLike | None = None,
     weights: Sequence[float] | None = None,
+    calibration: Data | None = None,
     options: FuseOptions = DEFAULTS,
     any_base: bool = False,
     on_event: OnEvent = log_warnings,
@@ -72,6 +74,7 @@ def check_fused(
         adapters: what was fused.
         base: what it was fused into; None: the one that the adapter was made for.
         weights: a factor for each adapter; 1 each if left out.
+        calibration: text to judge on, as for `fuse`.
         options: of which `calibration`, `check_rows` and `seed` choose the text.
         any_base: take a base that the adapter was not trained on.
         on_event: called with progress and notes.
@@ -83,11 +86,12 @@ def check_fused(
         >>> 0 <= checked.fidelity.same_top <= 1
         True
     """
+    options = with_calibration(options, calibration)
     given = several(adapters)
     updates = gather_updates(given, weights)
     unfused, fused = choose_base(base, updates), resolve_base(model)
     assembly = open_assembly(unfused, updates, MlxWriter(KEEP, None, unfused), any_base)
-    survival = measure_survival(assembly.source, BaseWeights.of(load_module(fused)[0]), updates, str(model))
+    survival = measure_survival(assembly.source, BaseWeights.of(load_module(fused)[0]), updates, fused.name)
     tokenizer = load_tokenizer_of(unfused)
     loaded = [adapter for adapter, _ in updates.adapters]
     text = choose_text(
@@ -97,7 +101,7 @@ def check_fused(
     exact = BlockwiseModel(unfused, updates)
     variants = exact, BlockwiseModel(fused, None, lambda _: True), BlockwiseModel(unfused, beside=exact)
     return Checked(
-        str(model), measure_fidelity(*variants, batches_of(text.check, unfused), on_event), survival, text.describe()
+        fused.name, measure_fidelity(*variants, batches_of(text.check, unfused), on_event), survival, text.describe()
     )
 
 

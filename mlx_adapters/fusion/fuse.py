@@ -7,7 +7,7 @@ what it cost is measured on other text (see `fidelity`).
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,9 +19,10 @@ from mlx_adapters.assembly.writing import SPARE_BYTES, companion_bytes
 from mlx_adapters.calibration.spool import Spool, key_of, spooled
 from mlx_adapters.calibration.strategy import Strategy
 from mlx_adapters.calibration.texts import GENERAL, PYTHON, choose_text
-from mlx_adapters.config.fusing import DEFAULTS, FuseOptions
+from mlx_adapters.config.fusing import DEFAULTS, FuseOptions, with_calibration
 from mlx_adapters.config.mapping import from_mapping, require, to_mapping
 from mlx_adapters.config.quantization import DTYPES, Precision, PrecisionLike
+from mlx_adapters.data.datasets import Data
 from mlx_adapters.errors import ConfigError, FidelityError, IncompatibleError
 from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.fusion import recipe as recipes
@@ -52,6 +53,7 @@ def fuse(
     quantization: PrecisionLike = "keep",
     dtype: str = "auto",
     weights: Sequence[float] | None = None,
+    calibration: Data | None = None,
     options: FuseOptions = DEFAULTS,
     overwrite: bool = False,
     any_base: bool = False,
@@ -69,6 +71,8 @@ def fuse(
             many, else in MLX's default); a `Quantization`; or a mapping such as {"bits": 4, "group_size": 32}.
         dtype: of scales and of all that is not packed: "float32", "bfloat16", "float16"; "auto": the base's.
         weights: a factor for each adapter; 1 each if left out.
+        calibration: text to calibrate and check on, instead of `options.calibration`: a folder, a file, or rows, as for
+            `train`; None: what the adapter was trained on, else a general text.
         options: how to round and how to check.
         overwrite: replace an earlier fuse in `out`.
         any_base: fuse into a base that the adapter was not trained on.
@@ -95,8 +99,7 @@ def fuse(
     given = several(adapters)
     updates = gather_updates(given, weights, replaced)
     resolved = choose_base(base, updates)
-    if isinstance(options.calibration, Iterator):  # it is read more than once
-        options = replace(options, calibration=tuple(options.calibration))
+    options = with_calibration(options, calibration)
     file = options.calibration if isinstance(options.calibration, str | Path) else None
     replacing.refuse_reading_inside(out, [resolved, file, *(adapter for adapter, _ in updates.adapters)])
     check_program(options.program, resolved, out)

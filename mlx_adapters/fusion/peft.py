@@ -10,6 +10,7 @@ from pathlib import Path
 from mlx_adapters.checkpoints.originals import layout_of
 from mlx_adapters.config.fusing import DEFAULTS, FuseOptions
 from mlx_adapters.config.quantization import PrecisionLike
+from mlx_adapters.data.datasets import Data
 from mlx_adapters.errors import FormatError
 from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.fusion.fuse import fuse
@@ -18,20 +19,20 @@ from mlx_adapters.fusion.peft_resize import resized
 from mlx_adapters.fusion.peft_whole import whole_tensors
 from mlx_adapters.fusion.result import FuseResult
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.base import Base, BaseLike, says_tied
+from mlx_adapters.models.base import Base, BaseLike, Named, says_tied
 from mlx_adapters.models.layers import adaptable_layers, tied
 from mlx_adapters.models.loading import load_module
 from mlx_adapters.peft_format.conversion import convert, prepared, without_copies
 from mlx_adapters.peft_format.reading import PeftAdapter, read_peft, refuse_unsaved
 from mlx_adapters.peft_format.to_mlx import needs_untying
 from mlx_adapters.sources.bases import resolve_base
-from mlx_adapters.sources.lookup import peft_folder
+from mlx_adapters.sources.lookup import peft_folder, spelled
 from mlx_adapters.storage import paths, replacing
 from mlx_adapters.storage.hf_names import is_embedding, is_head
 
 
 def fuse_peft(
-    source: str | Path,
+    source: str | Path | Named,
     out: str | Path,
     *,
     base: BaseLike,
@@ -40,6 +41,7 @@ def fuse_peft(
     resize: bool = False,
     text_only: bool = False,
     subfolder: str | None = None,
+    calibration: Data | None = None,
     options: FuseOptions = DEFAULTS,
     overwrite: bool = False,
     on_event: OnEvent = log_warnings,
@@ -56,6 +58,7 @@ def fuse_peft(
             rows are appended, or cut, at both ends.
         text_only: leave out what the adapter changes besides the text model; a warning names it.
         subfolder: where in `source` the adapter lies.
+        calibration: as for `fuse`.
         options: as for `fuse`.
         overwrite: replace an earlier fuse in `out`.
         on_event: called with progress and notes.
@@ -69,7 +72,7 @@ def fuse_peft(
         True
     """
     folder, _ = peft_folder(source, subfolder, tokenizer=resize)
-    with paths.named(folder, str(source)):
+    with paths.named(folder, spelled(source)):
         peft = read_peft(folder)
     replacing.refuse_reading_inside(paths.expanded(out), [peft])
     refuse_unsaved(peft)
@@ -103,6 +106,7 @@ def fuse_peft(
         out,
         quantization=quantization,
         dtype=dtype,
+        calibration=calibration,
         options=options,
         overwrite=overwrite,
         replaced=whole.replaced,

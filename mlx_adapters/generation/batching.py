@@ -13,10 +13,11 @@ from typing import Any
 from mlx_adapters.config.quantization import CacheQuantization
 from mlx_adapters.config.sampling import Sampling
 from mlx_adapters.drafting.drafts import Drafter
+from mlx_adapters.drafting.guessing import PREFILL_TOKENS
 from mlx_adapters.drafting.rewinding import Mark, may_guess, rewinds
 from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.generation.decoding import TextStream, text_of
-from mlx_adapters.generation.reading import PREFILL_TOKENS, Reader
+from mlx_adapters.generation.reading import Reader
 from mlx_adapters.generation.requests import Request, Row, Token
 from mlx_adapters.models.model import Model
 from mlx_adapters.prompt_caches.quantized import new_layers, reaching, require_quantizable

@@ -165,7 +165,7 @@ class LiveModel(Model):
 
     def _renew(self, wanted: str | Mapping[str, float] | None) -> None:
         """Read the adapters anew that were attached by a reference and whose files are others now, and say so."""
-        for name in [wanted] if isinstance(wanted, str) else wanted or ():
+        for name in [wanted] if isinstance(wanted, str) else wanted if isinstance(wanted, Mapping) else ():
             origin, entry = self._origins.get(name), self.pool.attached.get(name)
             if origin is None or entry is None or version_of(entry.adapter) == origin.version:
                 continue

@@ -22,7 +22,6 @@ from mlx_adapters.system.door import mx, nn
 
 log = logging.getLogger("mlx_adapters.generation.reading")
 
-PREFILL_TOKENS = 512
 LEAST_TOKENS = 32  # of a piece, however slow the device is
 STALL_SECONDS = 0.25  # for which others may wait for a piece
 SCORED_TOKENS = 128  # of a prompt whose log-probabilities are told, in one piece: (tokens, vocabulary) is large

@@ -6,7 +6,6 @@ were not asked for) is measured and recorded, never passed over in silence.
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -24,7 +23,7 @@ from mlx_adapters.merging.decomposition import (
     kept_energy,
 )
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.base import Base, BaseLike, Named
+from mlx_adapters.models.base import Base, BaseLike
 from mlx_adapters.models.dense import dense_weight, weight_shape
 from mlx_adapters.models.layers import EMBEDDING, resolve_target_modules, weight_layers
 from mlx_adapters.models.loading import load_module
@@ -32,7 +31,6 @@ from mlx_adapters.models.low_rank import LowRankUpdate, Matrix, tensors_of
 from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.sources import registry
 from mlx_adapters.sources.bases import resolve_base
-from mlx_adapters.sources.lookup import spelled
 from mlx_adapters.storage import files, paths, replacing, tensor_files
 from mlx_adapters.storage.tensor_files import as_numpy
 from mlx_adapters.storage.tensor_names import ADAPTER_FILE, ADAPTER_OUTPUT, CONFIG_FILE, QUANTIZED_LEAVES, WEIGHT, join
@@ -53,7 +51,7 @@ class _Change:
 
 
 def extract(
-    finetuned: str | Path | Named,
+    finetuned: BaseLike,
     base: BaseLike,
     *,
     rank: int | Literal["auto"] = 16,
@@ -87,10 +85,10 @@ def extract(
         4
     """
     check_rank(rank, energy)
+    found_base = resolve_base(base)
     if name is not None:
         replacing.refuse_existing(registry.adapter_folder(name), overwrite, ADAPTER_OUTPUT)
-        replacing.refuse_reading_inside(registry.adapter_folder(name), [finetuned, base])
-    found_base = resolve_base(base)
+        replacing.refuse_reading_inside(registry.adapter_folder(name), [registry.base_name(finetuned), found_base])
     module, _ = load_module(found_base)
     keys = resolve_target_modules(module, LoraConfig(target_modules=target_modules))
     parts: dict[str, Decomposition] = {}
@@ -137,9 +135,9 @@ def _decompose(change: _Change, rank: int | None, energy: float) -> Decompositio
 # -- reading the two models, layer by layer -------------------------------------------------------------
 
 
-def _tuned_weights(finetuned: str | Path | Named, base: Base) -> Any:
+def _tuned_weights(finetuned: BaseLike, base: Base) -> Any:
     """The fine-tuned module with lazy weights, or the base with an mlx-lm full fine-tune's weights over it."""
-    folder = paths.expanded(finetuned if isinstance(finetuned, str | Path) else spelled(finetuned))
+    folder = paths.expanded(registry.base_name(finetuned))
     if (folder / CONFIG_FILE).is_file():
         if files.read_json(folder / CONFIG_FILE).get("fine_tune_type") != "full":
             raise FormatError(f"'{finetuned}' is an adapter, not a full fine-tune.", "'merge --method svd' reduces it.")

@@ -8,7 +8,7 @@ own numbers side by side (`cat` with factors that are powers of two), they keep 
 import dataclasses
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -34,7 +34,7 @@ from mlx_adapters.units import count
 
 
 def merge(
-    sources: Sequence[AdapterLike],
+    sources: AdapterLike | Iterable[AdapterLike],
     weights: Sequence[float] | None = None,
     *,
     method: MergeMethod = "cat",
@@ -81,7 +81,7 @@ def merge(
         >>> ma.merge(["sql", "chat"], method="svd", rank=4).config.rank
         4
     """
-    adapters = [lookup.load_adapter(source) for source in sources]
+    adapters = [lookup.load_adapter(source) for source in lookup.several(sources)]
     _require_place(name, overwrite, adapters)
     weights = _checked_weights(adapters, weights)
     asked = MergeSettings(method, rank, energy, density, seed, sign_method, dtype, any_base)

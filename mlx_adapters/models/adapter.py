@@ -17,7 +17,7 @@ import numpy as np
 from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.display.notebook import html_block, html_facts, loss_curve
 from mlx_adapters.errors import AdapterError, FormatError, NotFoundError
-from mlx_adapters.models.base import Named
+from mlx_adapters.models.base import Base, Named
 from mlx_adapters.models.metadata import (
     AdapterConfig,
     base_of,
@@ -222,6 +222,7 @@ _INFINITY = {mx.float32: (mx.int32, 0x7F800000), mx.bfloat16: (mx.int16, 0x7F80)
 
 
 AdapterLike = Adapter | str | Path | Named  # what stands for an adapter above `sources`: itself, or a reference to it
+AdapterOrBase = AdapterLike | Base  # where a model will do as well
 
 
 def template_of(adapter: Adapter) -> TemplateConfig:
@@ -296,7 +297,7 @@ def keys_of(names: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(sorted(paths, key=tensor_names.natural_order))
 
 
-def read_adapter(folder: Path, iteration: int | None = None, name: str | None = None) -> Adapter:
+def read_adapter(folder: str | Path, iteration: int | None = None, name: str | None = None) -> Adapter:
     """Read and check an adapter folder, ours or plain mlx-lm's.
 
     Args:
@@ -358,7 +359,7 @@ def equal_files(one: Adapter, other: Adapter) -> bool:
     return one.iteration is None and recorded[0] is not None and recorded[0] == recorded[1]
 
 
-def write_adapter(adapter: Adapter, folder: Path, overwrite: bool = False) -> Path:
+def write_adapter(adapter: Adapter, folder: str | Path, overwrite: bool = False) -> Path:
     """Write an adapter as a folder that `mlx_lm.load(adapter_path=...)` takes, whole or not at all; the folder.
 
     Args:
@@ -374,9 +375,10 @@ def write_adapter(adapter: Adapter, folder: Path, overwrite: bool = False) -> Pa
         ['adapter_config.json', 'adapter_metadata.json', 'adapters.safetensors']
     """
     adapter.check()
-    with files.atomic_folder(Path(folder), overwrite, ADAPTER_OUTPUT) as temporary:
+    folder = paths.expanded(folder)
+    with files.atomic_folder(folder, overwrite, ADAPTER_OUTPUT) as temporary:
         write_adapter_files(adapter, temporary)
-    return Path(folder)
+    return folder
 
 
 def write_adapter_files(adapter: Adapter, folder: Path) -> None:

@@ -100,6 +100,14 @@ class Named(Protocol):
         """How the adapter or model is spelled."""
 
 
+class Loaded(Protocol):
+    """A model in memory: where a base is asked for, it stands for the one that it was loaded from."""
+
+    @property
+    def base(self) -> "Base":
+        """Where that lies."""
+
+
 @dataclass(frozen=True)
 class Base:
     """Where a base model lies. `revision` is the Hub's commit, None for a folder.
@@ -239,7 +247,7 @@ class Base:
         }
 
 
-BaseLike = Base | str | Path | Named  # what stands for a base above `sources`: itself, or a reference to it
+BaseLike = Base | Loaded | str | Path | Named  # what stands for a base above `sources`: itself, or a reference to it
 
 
 def numbered(names: Iterable[str]) -> set[str]:

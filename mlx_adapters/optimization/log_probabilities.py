@@ -75,7 +75,7 @@ def chunked(
     hidden = hidden.reshape(-1, hidden.shape[-1])[batch.positions]
 
     def piece(head: Weights, hidden: mx.array, targets: mx.array) -> mx.array:
-        put(module, head)
+        set_weights(module, head)
         return picked(calls.head_logits(module, body, hidden), targets)
 
     return _chunked(piece, chunk)(head, hidden, batch.targets)
@@ -123,7 +123,7 @@ def _chunked(piece: Callable[..., mx.array], chunk: int) -> Callable[..., mx.arr
     return lambda *args: whole(*args)[0]
 
 
-def put(module: nn.Module, weights: Weights) -> None:
+def set_weights(module: nn.Module, weights: Weights) -> None:
     """Set the named parameters of the module."""
     if weights:
         module.load_weights(list(weights.items()), strict=False)

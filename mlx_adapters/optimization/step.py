@@ -267,7 +267,7 @@ class TrainStep:
         """The module as the step calls it. Afterwards it has its own weights again, and no array of a trace."""
         own = dict(tree_flatten(self.module.trainable_parameters()))
         with contextlib.ExitStack() as stack:
-            stack.callback(log_probabilities.put, self.module, own)
+            stack.callback(log_probabilities.set_weights, self.module, own)
             for layer, call in self._calls:
                 stack.callback(calls.intercept(layer, call))
             if rounding and self.rounding is not None:
@@ -300,7 +300,7 @@ def shares_of(draw: Draw) -> Shares:
 
 def token_log_probabilities(module: nn.Module, plan: LossPlan, batch: Arrays, weights: Weights) -> mx.array:
     """(n,) log p of the batch's trained tokens, with these trainable weights, as `plan` says."""
-    log_probabilities.put(module, weights)
+    log_probabilities.set_weights(module, weights)
     cache = None if batch.segments is None else segmented_caches(module, batch.segments[:, :-1])
     if plan.body is None:
         return log_probabilities.plain(module, batch, cache)

@@ -50,7 +50,7 @@ def cut(tokens: Tokens, start: int, end: int | None = None) -> Tokens:
     return tree_map(lambda array: mx.contiguous(array[..., start:end, :]), tokens)
 
 
-def put(layer: Any, parts: Sequence[Tokens], length: int) -> None:
+def fill(layer: Any, parts: Sequence[Tokens], length: int) -> None:
     """Let an empty layer hold these parts, one after another, up to `length` tokens. The parts are never changed."""
     whole = parts[0] if len(parts) == 1 else tree_map(lambda *each: mx.concatenate(each, axis=-2), *parts)
     layer.keys, layer.values = tree_map(lambda array: array[..., :length, :], whole)
@@ -85,7 +85,7 @@ def shortened(cache: Sequence[Any], length: int, make: Callable[[], list[Any]]) 
     if any(part is None or not _alike(part, layer) for part, layer in zip(parts, leaves(short), strict=True)):
         return None
     for layer, part in zip(leaves(short), parts, strict=True):
-        put(layer, [part], length)
+        fill(layer, [part], length)
     return short
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_adapters.prompt_caches.layers import arrays, bring_back, cut, held, leaves, moment, nbytes, put
+from mlx_adapters.prompt_caches.layers import arrays, bring_back, cut, fill, held, leaves, moment, nbytes
 from mlx_adapters.system.door import mx
 
 
@@ -64,7 +64,7 @@ class PrefixTree:
         path = path[:best]
         for i, layer in enumerate(layers if path else ()):
             if all(node.held[i] is not None for node, _ in path):
-                put(layer, [node.held[i] for node, _ in path], length)
+                fill(layer, [node.held[i] for node, _ in path], length)
             else:
                 bring_back(layer, path[-1][0].moments[i])  # type: ignore[index]
         self._touch(path[-1][0] if path else None)

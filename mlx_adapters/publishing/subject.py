@@ -14,8 +14,8 @@ from typing import Any, Literal
 from mlx_adapters.benchmarking.reports import Report, read_report
 from mlx_adapters.checkpoints.contents import MODEL_CONFIG, files_below, sorted_out
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError
-from mlx_adapters.models.adapter import Adapter, AdapterLike, place_of, read_adapter, weights_file
-from mlx_adapters.models.base import INDEX_FILE, OTHER_FILE, WEIGHT_FILES
+from mlx_adapters.models.adapter import Adapter, AdapterOrBase, place_of, read_adapter, weights_file
+from mlx_adapters.models.base import INDEX_FILE, OTHER_FILE, WEIGHT_FILES, Base
 from mlx_adapters.models.metadata import RECIPE_KINDS, REPORT_KINDS, fit, read_config, read_metadata
 from mlx_adapters.publishing.cleaning import clean
 from mlx_adapters.sources.lookup import load_adapter, locate, spelled
@@ -160,10 +160,10 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
-def read_subject(source: AdapterLike, benchmark: str | Path | None = None) -> Subject:
+def read_subject(source: AdapterOrBase, benchmark: Report | str | Path | None = None) -> Subject:
     """Find what `source` means: an adapter's name, NAME@ITERATION, or the folder of an adapter or a model.
 
-    benchmark: a saved report (`benchmark --output`) that belongs to it.
+    benchmark: a report that belongs to it, or the file of one (`benchmark --output`).
     Raises NotFoundError or FormatError.
     """
     if isinstance(source, Adapter):
@@ -173,12 +173,13 @@ def read_subject(source: AdapterLike, benchmark: str | Path | None = None) -> Su
         folder, iteration = source.folder, source.iteration
     else:
         # Nothing is published from the Hub to the Hub: what has a slash is a folder.
-        text = spelled(source)
+        text = source.name if isinstance(source, Base) else spelled(source)
         bare = "/" in text and not paths.is_path(text)
         folder, iteration = locate(f"./{text}" if bare else text)
     if folder is None or not folder.is_dir():
         raise NotFoundError(f"There is no folder '{folder}'.", "'mlx-adapters list' shows the adapters there are.")
-    return replace(_subject(folder, iteration), benchmark=read_report(Path(benchmark)) if benchmark else None)
+    report = read_report(benchmark) if isinstance(benchmark, str | Path) else benchmark
+    return replace(_subject(folder, iteration), benchmark=report)
 
 
 def _subject(folder: Path, iteration: int | None) -> Subject:

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from mlx_adapters.benchmarking.reports import Report
 from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import AdapterError, HubError
 from mlx_adapters.events import Note, OnEvent, log_warnings
-from mlx_adapters.models.adapter import AdapterLike
+from mlx_adapters.models.adapter import AdapterOrBase
 from mlx_adapters.models.base import INDEX_FILE, OTHER_FILE
 from mlx_adapters.publishing import cards, staging
 from mlx_adapters.publishing.cleaning import check_paths, check_secrets
@@ -57,22 +58,22 @@ class Publication:
 
 
 def make_card(
-    source: AdapterLike,
+    source: AdapterOrBase,
     *,
     repo: str | None = None,
     base_model: str | None = None,
     license: str | None = None,
-    benchmark: str | Path | None = None,
+    benchmark: Report | str | Path | None = None,
     old: str | None = None,
 ) -> cards.Card:
     """The card (README.md) of an adapter or model, from its metadata.
 
     Args:
-        source: an adapter's name, NAME@ITERATION, or a folder.
+        source: an adapter, or a model's folder.
         repo: where it will be, for the commands that the card shows.
         base_model: where the metadata does not tell.
         license: likewise.
-        benchmark: a saved report to show.
+        benchmark: a report to show, or the file of one.
         old: the README to take the user's part from; None: README.md in the folder.
 
     Raises NotFoundError, FormatError or, for a license or base that the Hub would refuse, ConfigError.
@@ -86,12 +87,12 @@ def make_card(
 
 
 def write_card(
-    source: AdapterLike,
+    source: AdapterOrBase,
     *,
     repo: str | None = None,
     base_model: str | None = None,
     license: str | None = None,
-    benchmark: str | Path | None = None,
+    benchmark: Report | str | Path | None = None,
     on_event: OnEvent = log_warnings,
 ) -> Path:
     """Write the card as README.md, with its pictures, into the folder of `source`; the user's part is kept."""
@@ -140,7 +141,7 @@ def _base_card(subject: Subject) -> cards.BaseCard:
 
 
 def publish(
-    source: AdapterLike,
+    source: AdapterOrBase,
     repo: str,
     *,
     private: bool = True,
@@ -151,14 +152,14 @@ def publish(
     exclude: Sequence[str] = (),
     base_model: str | None = None,
     license: str | None = None,
-    benchmark: str | Path | None = None,
+    benchmark: Report | str | Path | None = None,
     show_progress: bool = False,
     on_event: OnEvent = log_warnings,
 ) -> Publication:
     """Upload an adapter or a fused model with its card to the Hub, private unless told otherwise.
 
     Args:
-        source: an adapter's name, NAME@ITERATION, or a folder.
+        source: an adapter, or a model's folder.
         repo: "user/name".
         private: who may see it; a pull request changes nothing of that.
         dry_run: upload nothing, only say what would be uploaded.
@@ -168,7 +169,7 @@ def publish(
         exclude: patterns of files to leave out.
         base_model: for the card, where the metadata does not tell.
         license: likewise.
-        benchmark: a saved report that the card shows.
+        benchmark: a report that the card shows, or the file of one.
         show_progress: the bars of huggingface_hub.
         on_event: called with notes.
 

@@ -12,8 +12,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
-from mlx_adapters.config.mapping import require
-from mlx_adapters.errors import IncompatibleError, NotFoundError, did_you_mean
+from mlx_adapters.config.mapping import require, shown
+from mlx_adapters.errors import ConfigError, IncompatibleError, NotFoundError, did_you_mean
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.dense import compute_dtype, is_quantized
 from mlx_adapters.models.layers import SWITCH, adaptable_layers, check_fits
@@ -199,6 +199,9 @@ class AdapterPool:
         """The selection that a name, {name: weight} or None means."""
         if wanted is None:
             return ()
+        if not isinstance(wanted, str | Mapping):
+            hint = "`attach` gives the name of what it attached; `using` takes an adapter itself."
+            raise ConfigError(f"{shown(wanted)} is no name of an attached adapter.", hint)
         weights = {wanted: scale} if isinstance(wanted, str) else wanted
         for name, weight in weights.items():
             require(abs(weight) < math.inf, f"The weight of '{name}' must be finite, not {weight}.")

@@ -29,7 +29,7 @@ from mlx_adapters.serving.settings import ServeSettings
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.machine import usable_memory_bytes
 
-PATIENCE = 1.0  # seconds that others may overtake a job whose adapter finds no room
+OVERTAKING_SECONDS = 1.0  # for which others may overtake a job whose adapter finds no room
 READ_SECONDS = 5.0  # that the end waits for an adapter's files
 CACHE_SHARE = 10  # of the memory, one part for prompts that were read
 NO_ROOM = "All adapters are in use; none can make room."
@@ -218,7 +218,9 @@ class Engine:
             job.send(self._late())
         waiting, self._parked = self._parked, []
         for job in waiting:
-            blocked = any(now - other.arrived > PATIENCE and not self._is_read(other) for other in self._parked)
+            blocked = any(
+                now - other.arrived > OVERTAKING_SECONDS and not self._is_read(other) for other in self._parked
+            )
             if blocked or not self._begin(job):
                 self._parked.append(job)
         self.residents.let_go()

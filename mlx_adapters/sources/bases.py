@@ -24,10 +24,11 @@ def resolve_base(name: BaseLike, download: bool = True, everything: bool = False
     NotFoundError for what is not on this machine yet. `everything`: also what goes along with a model but is not needed
     to load it.
     """
-    if isinstance(name, Base):
-        return name
     if not isinstance(name, str | Path):
-        name = spelled(name)
+        base = name if isinstance(name, Base) else getattr(name, "base", None)
+        if isinstance(base, Base):
+            return base
+        name = spelled(name)  # type: ignore[arg-type]
     text = str(name)
     if text == DEMO_BASE:
         if not download and not (paths.home() / "bases" / DEMO_BASE).is_dir():

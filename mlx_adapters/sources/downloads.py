@@ -24,7 +24,7 @@ from mlx_adapters.sources import hub
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.intake import write_own_form
 from mlx_adapters.sources.references import Reference, below, check_name, parse_reference
-from mlx_adapters.sources.registry import register
+from mlx_adapters.sources.registry import base_name, register
 from mlx_adapters.sources.snapshots import refuse_other_forms
 from mlx_adapters.storage import files, locks, paths
 from mlx_adapters.storage.tensor_names import ADAPTER_OUTPUT, CONFIG_FILE, METADATA_FILE
@@ -58,7 +58,7 @@ def download(
     repo: str,
     *,
     name: str | None = None,
-    base: str | Path | None = None,
+    base: BaseLike | None = None,
     subfolder: str | None = None,
     overwrite: bool = False,
     show_progress: bool = False,
@@ -200,7 +200,7 @@ def adapter_snapshot(reference: Reference, *, base: BaseLike | None = None, on_e
 def _converted(there: FoundAdapter, base: BaseLike | None, show_progress: bool, on_event: OnEvent) -> Path:
     reference, repo = there.reference, there.reference.target
     asked = replace(reference, revision=None)
-    special = [str(part) for part in (base.name if isinstance(base, Base) else base, reference.subfolder) if part]
+    special = [str(part) for part in (base and base_name(base), reference.subfolder) if part]
     key = f"{there.commit}-{hashlib.sha256(chr(0).join(special).encode()).hexdigest()[:8]}" if special else there.commit
     folder = paths.home() / "hub" / repo.replace("/", "--") / key
     if folder.is_dir():

@@ -12,7 +12,7 @@ from mlx_adapters.events import OnEvent, log, log_warnings
 from mlx_adapters.models.metadata import losses_of
 from mlx_adapters.sources.hub import NotCached
 from mlx_adapters.sources.references import CHECKPOINT, NAME, Reference, below, hub_id, parse_reference
-from mlx_adapters.sources.registry import adapter_folder, names, read_entry
+from mlx_adapters.sources.registry import adapter_folder, adapters_folder, names, read_entry
 from mlx_adapters.storage import paths
 
 if TYPE_CHECKING:
@@ -62,6 +62,27 @@ def plain(given: "AdapterLike") -> "Adapter | str":
     from mlx_adapters.models.adapter import Adapter
 
     return given if isinstance(given, Adapter) else spelled(given)
+
+
+def registered(given: "AdapterLike", what: str | None = None) -> Reference:
+    """The name of an adapter in the registry, with the checkpoint that is meant; `what` is done to adapters only.
+
+    Raises ConfigError for one that is not there, and for a checkpoint where `what` is given.
+    """
+    from mlx_adapters.models.adapter import Adapter, place_of
+
+    if isinstance(given, Adapter) and not place_of(given):
+        hint = "write_adapter writes it, and 'mlx-adapters add' takes it in under a name."
+        raise ConfigError(f"Adapter '{given.name}' is in memory only.", hint)
+    reference = parse_reference(place_of(given) or "" if isinstance(given, Adapter) else spelled(given))
+    folder = paths.expanded(reference.target) if reference.kind == "path" else None
+    if folder is not None and paths.same_place(folder.parent, adapters_folder()):
+        reference = Reference("name", folder.name, reference.iteration)
+    if reference.kind != "name":
+        raise ConfigError(f"'{reference}' is not in the registry.", "'mlx-adapters add' takes it in under a name.")
+    if what is not None and reference.iteration is not None:
+        raise ConfigError(f"'{reference}' is a checkpoint, and {what}.", f"name the adapter: {reference.target}.")
+    return reference
 
 
 def several(given: "AdapterLike | Iterable[AdapterLike]") -> "list[Adapter | str]":

@@ -26,6 +26,7 @@ from mlx_adapters.storage.tensor_names import (
 
 if TYPE_CHECKING:
     from mlx_adapters.models.adapter import Adapter
+    from mlx_adapters.models.base import BaseLike
 
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,49}")
 
@@ -89,7 +90,7 @@ class Entry:
         return known.get(self.iteration) if known and self.iteration is not None else self.best_validation_loss
 
 
-def list_adapters(base: str | Path | None = None, tag: str | None = None) -> Rows[Entry]:
+def list_adapters(base: "BaseLike | None" = None, tag: str | None = None) -> Rows[Entry]:
     """All named adapters, by name: a list, and a table. Reads no weights.
 
     Args:
@@ -100,12 +101,21 @@ def list_adapters(base: str | Path | None = None, tag: str | None = None) -> Row
         >>> [(entry.name, entry.iterations) for entry in ma.list_adapters()]
         [('chat', (100, 200)), ('sql', (200, 400, 500, 600))]
     """
-    base = None if base is None else str(base)
+    name = "" if base is None else base_name(base)
+    wanted = (name, str(paths.expanded(name)))
     return Rows(
         e
         for e in _entries()
-        if (base is None or (e.base and paths.same_source(e.base, base))) and (tag is None or tag in e.tags)
+        if (base is None or any(paths.same_source(e.base or "", name) for name in wanted))
+        and (tag is None or tag in e.tags)
     )
+
+
+def base_name(base: "BaseLike") -> str:
+    """What a base is called, in whatever form it is given."""
+    if isinstance(base, str | Path):
+        return base if isinstance(base, str) else str(paths.expanded(base))
+    return str(getattr(base, "reference", None) or getattr(base, "base", base).name)  # type: ignore[union-attr]
 
 
 def _entries() -> list[Entry]:

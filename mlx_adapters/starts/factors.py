@@ -24,7 +24,7 @@ def weight_of(layer: nn.Module) -> Matrix:
     return as_numpy(dense_weight(base_layer(layer), mx.float32))
 
 
-def put(layer: nn.Module, left: Matrix, right: Matrix) -> None:
+def set_factors(layer: nn.Module, left: Matrix, right: Matrix) -> None:
     """Let the first components of a layer's update be left (..., out, r) · right (..., r, in), and the others nothing.
 
     Raises ConfigError for an update of more components than the layer has.
@@ -55,7 +55,7 @@ def start_from_principal(adapted: Mapping[str, nn.Module], ranks: Mapping[str, i
         weight, rank = weight_of(layer), ranks[path]
         require(min(weight.shape) >= rank, f"'{path}' has {min(weight.shape)} singular values, fewer than {rank}.")
         left, right = _nearest(weight, rank, scale)
-        put(layer, np.concatenate([left, -left], axis=1), np.concatenate([right, right]))
+        set_factors(layer, np.concatenate([left, -left], axis=1), np.concatenate([right, right]))
         layer.kept_from = rank
 
 
@@ -87,7 +87,7 @@ def start_from_residual(
         require(share < FAR, far, "give the model that the base was made of.")
         lost = max(lost, share)
         left, right = _nearest(residual, min(ranks[path], *weight.shape[-2:]), scale)
-        put(layer, left, right)
+        set_factors(layer, left, right)
         if MAGNITUDE in layer:
             layer[MAGNITUDE] = mx.array(np.linalg.norm(weight + scale * (left @ right), axis=-1)).astype(layer.m.dtype)
     hint = "LoftQ makes up for what a quantization lost; this base has lost nothing."

@@ -81,13 +81,15 @@ def batches(module: nn.Module, make: Make | None = None) -> bool:
     prompts, following = ([5], [6, 7, 8]), mx.array([[9], [10]])
     try:
         both = module(following, cache=read_together(module, prompts, make))
-        alone = [module(following[i : i + 1], cache=read(module, prompt, make)) for i, prompt in enumerate(prompts)]
+        alone = [
+            module(following[i : i + 1], cache=read_prompt(module, prompt, make)) for i, prompt in enumerate(prompts)
+        ]
         return both.shape == (2, *alone[0].shape[1:]) and same_function(both, mx.concatenate(alone))
     except Exception:  # mlx-lm's code raises what it likes
         return False
 
 
-def read(module: nn.Module, prompt: Sequence[int], make: Make | None = None) -> list[Any]:
+def read_prompt(module: nn.Module, prompt: Sequence[int], make: Make | None = None) -> list[Any]:
     """Caches that hold a prompt."""
     cache = make() if make else make_prompt_cache(module)
     module(mx.array([list(prompt)]), cache=cache)
@@ -96,7 +98,7 @@ def read(module: nn.Module, prompt: Sequence[int], make: Make | None = None) -> 
 
 def read_together(module: nn.Module, prompts: Sequence[Sequence[int]], make: Make | None = None) -> list[Any]:
     """Caches of a batch whose rows hold these prompts, each read alone."""
-    together, *others = ([layer.merge([layer]) for layer in read(module, prompt, make)] for prompt in prompts)
+    together, *others = ([layer.merge([layer]) for layer in read_prompt(module, prompt, make)] for prompt in prompts)
     for other in others:
         for mine, new in zip(together, other, strict=True):
             mine.extend(new)
@@ -125,9 +127,9 @@ def reads_rows(module: nn.Module, make: Make | None = None) -> bool:
     """Whether `read_rows` gives what each gets alone, after beginnings of several lengths. Tried on three of them."""
     begun, pieces, following = ([5, 6, 7], [8], [9, 10, 11, 12, 13]), ([14], [15, 16, 17, 18], [19, 20]), [[21]] * 3
     try:
-        caches = read_rows(module, [read(module, tokens, make) for tokens in begun], pieces)
+        caches = read_rows(module, [read_prompt(module, tokens, make) for tokens in begun], pieces)
         texts = [[*tokens, *piece] for tokens, piece in zip(begun, pieces, strict=True)]
-        alone = [read(module, text, make) for text in texts]
+        alone = [read_prompt(module, text, make) for text in texts]
         pairs = zip(following, caches, alone, strict=True)
         steps = [(module(mx.array([x]), cache=one), module(mx.array([x]), cache=other)) for x, one, other in pairs]
         return all(same_function(*step) for step in steps)

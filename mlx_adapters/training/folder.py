@@ -18,6 +18,7 @@ from mlx_adapters.data.datasets import DataSet, keep
 from mlx_adapters.errors import AdapterError, FormatError
 from mlx_adapters.events import Note, OnEvent
 from mlx_adapters.models.adapter import Weights
+from mlx_adapters.models.base import Named
 from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.sources import references, registry
 from mlx_adapters.sources.references import Reference
@@ -40,14 +41,14 @@ def arithmetic() -> dict[str, str]:
     return {name: there.get(name, "none") for name in ("mlx_adapters", *ARITHMETIC, "transformers")}
 
 
-def place_of(name: str) -> tuple[Reference, Path]:
+def place_of(name: str | Path | Named) -> tuple[Reference, Path]:
     """A run's reference and folder: a name is in the registry, a path (./out) is where it says."""
-    name = str(paths.expanded(name)) if isinstance(name, Path) else name
+    text = str(paths.expanded(name)) if isinstance(name, Path) else getattr(name, "reference", name)
     hint = "give a name, or a path such as ./out."
-    require(isinstance(name, str), f"{shown(name)} cannot name a training run.", hint)
-    reference = references.parse_reference(name)
+    require(isinstance(text, str), f"{shown(name)} cannot name a training run.", hint)
+    reference = references.parse_reference(str(text))
     run = reference.kind != "hub" and reference.iteration is None
-    require(run, f"'{name}' cannot name a training run.", hint)
+    require(run, f"'{text}' cannot name a training run.", hint)
     if reference.kind == "name":
         return reference, registry.adapter_folder(reference.target)
     path = paths.expanded(reference.target)

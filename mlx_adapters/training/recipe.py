@@ -208,7 +208,9 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str] 
     for split in sorted(splits):
         before, after = (recipe["data"]["splits"].get(split, {}) for recipe in (old, new))
         if split != "test" and before.get("sha256") != after.get("sha256"):
-            changed.append(f"the data ({split}: {before.get('rows', 0)} -> {after.get('rows', 0)} rows)")
+            counts = before.get("rows", 0), after.get("rows", 0)
+            said = f"other {counts[0]} rows" if counts[0] == counts[1] else f"{counts[0]} -> {counts[1]} rows"
+            changed.append(f"the data ({split}: {said})")
     defaults = {"lora": to_mapping(LoraConfig()), "training": to_mapping(TrainConfig())}
     for group, known in defaults.items():  # what a run of an older version did not know was as it is by default
         for key in sorted({*old[group], *new[group]}):

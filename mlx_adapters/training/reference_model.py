@@ -114,7 +114,7 @@ def of_run(
     if not config.objective.reference:
         return {}
     world = feeds["train"].world
-    kept = read(folder, bound_to(recipe)) if folder is not None and world.leads else {}
+    kept = read_values(folder, bound_to(recipe)) if folder is not None and world.leads else {}
     shared = world.share_arrays({split: mx.array(array) for split, array in kept.items()})
     values = {split: np.array(array) for split, array in shared.items()}
     drawn = drawn_by(feeds, config)
@@ -172,7 +172,7 @@ def write(folder: Path, values: Values, bound: str) -> None:
     tensor_files.write_safetensors(folder / REFERENCE_FILE, arrays, about)
 
 
-def read(folder: Path, bound: str) -> Values:
+def read_values(folder: Path, bound: str) -> Values:
     """The values that a run kept; none if there are none, or they are of another run or damaged."""
     path = folder / REFERENCE_FILE
     if not path.is_file():

@@ -13,7 +13,7 @@ from mlx_adapters.data.datasets import Data, hold_out, read_again, read_data
 from mlx_adapters.errors import ConfigError, TrainingError
 from mlx_adapters.events import Note, OnEvent, ignore, log_warnings, noting
 from mlx_adapters.models.adapter import AdapterLike
-from mlx_adapters.models.base import BaseLike
+from mlx_adapters.models.base import BaseLike, Named
 from mlx_adapters.models.loading import load_model, load_tokenizer_of
 from mlx_adapters.optimization import distributed
 from mlx_adapters.optimization.feed import bins_of
@@ -50,7 +50,7 @@ def train(
     base: BaseLike | None = None,
     data: Data | None = None,
     *,
-    name: str,
+    name: str | Path | Named,
     lora: LoraConfig | None = None,
     training: TrainConfig | None = None,
     resume: bool = False,
@@ -68,7 +68,7 @@ def train(
         base: the model to train for: "demo", a folder or a Hub id. Not needed to resume.
         data: a folder with train.jsonl and valid.jsonl, one file, or "hf:user/name"; or rows: a list or generator of
             mappings, a frame, a `datasets.Dataset`, or {"train": rows, "valid": rows}. Not needed to resume.
-        name: the adapter's name in the registry, or a folder, if it is a path (./out).
+        name: the adapter's name in the registry, or a folder, if it is a path (./out); a run that goes on, itself.
         lora: what is adapted and how strongly.
         training: how long, on how much at a time, at which learning rate.
         resume: go on exactly where the run's newest whole checkpoint stands. What is not given then is taken from the
@@ -104,7 +104,7 @@ def plan_training(
     base: BaseLike | None = None,
     data: Data | None = None,
     *,
-    name: str,
+    name: str | Path | Named,
     lora: LoraConfig | None = None,
     training: TrainConfig | None = None,
     resume: bool = False,
@@ -157,7 +157,13 @@ def plan_training(
 
 @contextlib.contextmanager
 def _opened(
-    name: str, asked: Asked, resume: bool, overwrite: bool, forecast: bool, on_event: OnEvent, dry: bool = False
+    name: str | Path | Named,
+    asked: Asked,
+    resume: bool,
+    overwrite: bool,
+    forecast: bool,
+    on_event: OnEvent,
+    dry: bool = False,
 ) -> Iterator[Loop]:
     """A run that is ready for its next step, and everything refused that can be; what it locks is free afterwards."""
     place, path = place_of(name)
@@ -165,7 +171,8 @@ def _opened(
     on_event = interrupt.heeding(on_event if world.leads else ignore)
     with contextlib.ExitStack() as held:
         with world.starting():
-            equal = {"name": name, "resume": resume, "overwrite": overwrite, "init_from": asked.init_from is not None}
+            called = str(getattr(name, "reference", name))
+            equal = {"name": called, "resume": resume, "overwrite": overwrite, "init_from": asked.init_from is not None}
             world.require_equal(lambda: {**equal, **arithmetic()}, differences)
             watched = Watched(world, interrupt, on_event, forecast, dry)
             if resume:

@@ -131,5 +131,5 @@ def make_updates_visible(module, strength: float = 0.05) -> dict[str, mx.array]:
     for number, name in enumerate(sorted(weights)):
         if split(name)[1] == LORA_B:
             weights[name] = strength * mx.random.normal(weights[name].shape, key=mx.random.key(number))
-    log_probabilities.put(module, weights)
+    log_probabilities.set_weights(module, weights)
     return weights

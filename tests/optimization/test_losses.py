@@ -67,11 +67,11 @@ def test_chunked_loss_and_gradient_equal_the_plain_ones(architecture, tiny_model
     assert head
 
     def plain(weights):
-        log_probabilities.put(model.module, weights)
+        log_probabilities.set_weights(model.module, weights)
         return -log_probabilities.plain(model.module, batch).sum()
 
     def chunked(weights):
-        log_probabilities.put(model.module, weights)
+        log_probabilities.set_weights(model.module, weights)
         return -log_probabilities.chunked(model.module, body, batch, {n: weights[n] for n in head}, 16).sum()
 
     (a, grads_a), (b, grads_b) = mx.value_and_grad(plain)(weights), mx.value_and_grad(chunked)(weights)
@@ -100,7 +100,7 @@ def test_chunks_hold_less_memory(tiny_model):
     for chunk in (16, 10_000):
 
         def loss(weights, chunk=chunk):
-            log_probabilities.put(model.module, weights)
+            log_probabilities.set_weights(model.module, weights)
             return -log_probabilities.chunked(model.module, body, batch, {}, chunk).sum()
 
         mx.synchronize()

@@ -53,12 +53,12 @@ def mlx_lms(made: TrainStep, given: Batch) -> Gradient:
     arrays = Arrays(**device_batch(given))
 
     def loss(weights: Gradient) -> mx.array:
-        log_probabilities.put(made.module, weights)
+        log_probabilities.set_weights(made.module, weights)
         return -(log_probabilities.plain(made.module, arrays) * arrays.weights).sum() / arrays.weights.sum()
 
     gradient = mx.grad(loss)(made.weights)
     mx.eval(gradient)
-    log_probabilities.put(made.module, made.weights)
+    log_probabilities.set_weights(made.module, made.weights)
     return gradient
 
 

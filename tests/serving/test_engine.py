@@ -58,7 +58,7 @@ def test_answers_go_on_while_adapters_are_read(tiny_model, slow_disk, monkeypatc
         for thread in threads:
             thread.start()
         assert eventually(lambda: any(line.startswith(":") for line in parts))
-        for name in ("p", "base"):  # more than PATIENCE later too: who waits for a disk holds up nobody
+        for name in ("p", "base"):  # more than OVERTAKING_SECONDS later too: who waits for a disk holds up nobody
             answer = httpx.post(url, json=CHAT | {"model": name, "max_tokens": 40}, timeout=30)
             assert answer.json()["usage"]["completion_tokens"] == 40
         vector = httpx.post(address + "/v1/embeddings", json={"model": "p", "input": "a"})

@@ -54,7 +54,7 @@ def learn(tiny_model, data):
 
 def kept(name="run"):
     recipe = read_json(adapter_folder(name) / "recipe.json")
-    return reference_model.read(adapter_folder(name), reference_model.bound_to(recipe))
+    return reference_model.read_values(adapter_folder(name), reference_model.bound_to(recipe))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)

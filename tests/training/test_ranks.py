@@ -79,7 +79,7 @@ def said(tiny_model, tmp_path_factory):
 @pytest.mark.parametrize(
     ("scenario", "what"),
     [
-        ("data", "the data (train: 13 -> 13 rows)"),
+        ("data", "the data (train: other 13 rows)"),
         ("base", "the base model ("),
         ("rate", "learning_rate (0.01 -> 0.02)"),
         ("iterations", "iterations (4 -> 6)"),
