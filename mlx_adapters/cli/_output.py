@@ -24,6 +24,8 @@ from mlx_adapters.cli._json import json_for
 from mlx_adapters.cli._json import plain as plain  # the commands take it from here
 from mlx_adapters.cli._places import place as place
 from mlx_adapters.cli._places import word as word
+from mlx_adapters.display.screen import facts_as_text, prose
+from mlx_adapters.display.screen import middle_out as middle_out
 from mlx_adapters.errors import StorageError
 from mlx_adapters.events import Event, Note, Progress
 from mlx_adapters.units import columns as text_columns
@@ -162,6 +164,20 @@ def out(text: str = "", newline: bool = True) -> None:
         click.echo(_styled(printable(text)), nl=newline)
 
 
+def say(text: str) -> None:
+    """Sentences about the data, to stdout; on a terminal no word is broken."""
+    out(_fitted(text, sys.stdout))
+
+
+def facts(pairs: Iterable[tuple[str, str]]) -> None:
+    """Names and what they are, to stdout, the values one below the other."""
+    out(facts_as_text(pairs, columns() if sys.stdout.isatty() else None))
+
+
+def _fitted(text: str, stream: Any) -> str:
+    return prose(text, columns()) if stream.isatty() else text
+
+
 def _styled(text: str) -> str:
     return text.replace(_OUR_ESCAPE, "\x1b")
 
@@ -176,7 +192,7 @@ def _talk(text: str, newline: bool = True, clear: bool = True, live: bool = Fals
 def note(text: str) -> None:
     """Talk, to stderr."""
     if not _quiet:
-        _talk(text)
+        _talk(_fitted(text, sys.stderr))
 
 
 def next_steps(*lines: str) -> None:
@@ -192,7 +208,7 @@ def note_inline(text: str) -> None:
 
 def warn(text: str) -> None:
     """A warning, to stderr."""
-    _talk(style("Warning: ", sys.stderr, fg="yellow") + text)
+    _talk(style("Warning:", sys.stderr, fg="yellow") + _fitted("Warning: " + text, sys.stderr)[8:])
 
 
 def error(message: str, hint: str | None = None) -> None:
@@ -218,14 +234,6 @@ def end_if_failed(failures: Iterable[str]) -> None:
         raise click.exceptions.Exit(1)
 
 
-def middle_out(text: str, length: int) -> str:
-    """`text`, or its head and tail if it is longer than `length` characters."""
-    if len(text) <= length:
-        return text
-    head, tail = text[: 2 * length // 3], text[-(length // 3) :]
-    return f"{head} … {len(text) - len(head) - len(tail):,} characters more … {tail}"
-
-
 def emit_json(value: Any) -> None:
     """One JSON document, to stdout: a mapping or dataclass, and its schema's version. NaN and Inf become null."""
     text = json.dumps({"schema": SCHEMA} | plain(value), indent=2, ensure_ascii=False, allow_nan=False)
@@ -234,7 +242,7 @@ def emit_json(value: Any) -> None:
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> None:
-    """A table to stdout; the columns in `right` are aligned right. What is too wide for a terminal is folded there."""
+    """A table to stdout; the columns in `right` are aligned right. Too wide for a terminal, it is folded there."""
     heads = [printable(head, line=True) for head in headers]
     lines = [[printable(str(cell), line=True) for cell in row] for row in rows]
     text = format_table(heads, lines, right)

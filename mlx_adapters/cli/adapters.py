@@ -71,7 +71,7 @@ def _without_metadata(entry: "Entry") -> dict[str, Any]:
 def _list_row(e: "Entry") -> tuple[str, ...]:
     name = e.name if e.iteration is None or not e.iterations else f"{e.name} (@{e.iteration})"
     tags = "".join(f" #{tag}" for tag in e.tags)
-    about = _output.style(e.problem, fg="red") if e.problem else (e.base or "-") + tags
+    about = _output.style(e.problem, fg="red") if e.problem else (_output.place(e.base) if e.base else "-") + tags
     return (
         name,
         e.type or "-",
@@ -105,8 +105,7 @@ def show_command(ref: str, layers: bool, plot: Path | None, as_json: bool) -> No
     if as_json:
         _output.emit_json(details)
         return
-    for name, value in _facts(details):
-        _output.out(f"{name:<16} {value}")
+    _output.facts(_facts(details))
     _show_losses(details)
     _output.out()
     _output.table(("LAYERS", "SHAPE", "‖ΔW‖"), _layer_rows(details.layers, layers), right=(2,))
@@ -133,8 +132,8 @@ def _facts(d: "Details") -> list[tuple[str, str]]:
 
     own = [
         ("name", d.name),
-        ("folder", str(d.folder or "-")),
-        ("base", d.base or "-"),
+        ("folder", _output.place(d.folder) if d.folder else "-"),
+        ("base", _output.place(d.base) if d.base else "-"),
         ("type", f"{d.type}, rank {d.rank}, scale {number(d.scale, 6)}"),
         ("parameters", f"{d.parameters:,} in {count(len(d.layers), 'layer')}"),
     ]
@@ -326,4 +325,4 @@ def _show_verification(verification: "Verification") -> None:
     _output.out(f"{verification.name}: {'sound' if verification.sound else _output.style('NOT SOUND', fg='red')}")
     for check in verification.checks:
         mark = {True: "ok", False: _output.style("FAILED", fg="red"), None: "not checked"}[check.sound]
-        _output.out(f"  {check.what}: {mark}: {check.detail}")
+        _output.say(f"  {check.what}: {mark}: {check.detail}")

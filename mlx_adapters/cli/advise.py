@@ -93,8 +93,8 @@ def advise_command(
     if as_json:
         _output.emit_json({"advice": advice, "report": measured.to_json()})
     else:
-        _output.out(advice.decision)
+        _output.say(advice.decision)
         for reason in advice.reasons:
-            _output.out(f"- {reason}")
+            _output.say(f"- {reason}")
         _output.next_steps(_next(advice.choice, ref, base))
     _output.end_if_failed(failures(measured.readable))

@@ -160,11 +160,11 @@ def show(report: "Report", old: "Report | None" = None) -> None:
 
     saved, report = report, report.readable
     for line in words.head(report):
-        _output.out(f"# {line}")
+        _output.say(f"# {line}")
     headers, lines = words.table(report)
     _output.table(headers, lines, right=range(1, len(headers)))
     for line in words.sentences(report):
-        _output.out(line)
+        _output.say(line)
     if old is not None:
         _output.out(f"Since {old.created}:")
         for change in changes(saved, old):

@@ -92,22 +92,23 @@ def data_check_command(data: str, base: str, row: int, objective: str | None, as
     _output.table(heads, rows, right=(1, *range(3, 12)))
     train = report.splits["train"]
     most = max((many for *_, many in train.histogram), default=1) or 1
-    _output.out("\ntokens per training row")
+    width = min(40, _output.columns() - 23)
+    _output.say("\ntokens per training row")
     for low, high, many in train.histogram:
-        _output.out(f"{low:>6}-{high:<6} {many:>6}  {'#' * round(40 * many / most)}".rstrip())
+        _output.say(f"{low:>6}-{high:<6} {many:>6}  {'#' * round(width * many / most)}".rstrip())
     for name, split in report.splits.items():
         _list(name, split)
     shown = report.shown
-    _output.out(f"\ntraining row {row}; the loss counts what stands between [[ and ]]")
+    _output.say(f"\ntraining row {row}; the loss counts what stands between [[ and ]]")
     _output.out(_marked(shown.pieces))
     if shown.rejected:
         _output.out(f"\nits rejected answer\n{_marked(shown.rejected)}")
     for turn in shown.turns:
         ends = "" if turn.stops else ", and ends in no token that stops a generation"
-        _output.out(f"message {turn.message}: {count(turn.trained_tokens, 'token')}{ends}")
+        _output.say(f"message {turn.message}: {count(turn.trained_tokens, 'token')}{ends}")
     if not report.stops:
         _output.warn(NO_STOP)
-    _output.out(f"\n{_verdict(report)}")
+    _output.say(f"\n{_verdict(report)}")
     is_file, name = Path(data).is_file(), _output.word(data)
     if is_file:
         _output.next_steps(f"mlx-adapters data split {name} {_output.word(Path(data).with_suffix('') / 'split')}")
@@ -142,7 +143,7 @@ def _list(name: str, split: "SplitReport") -> None:
         many = split.endless_turns
         endless = f"; {many} {'ends' if many == 1 else 'end'} in no token that stops a generation" if many else ""
         turns = count(split.turns, "turn")
-        _output.out(f"{name}, {turns} of the assistant: {least} to {most} tokens, median {median:g}{endless}")
+        _output.say(f"{name}, {turns} of the assistant: {least} to {most} tokens, median {median:g}{endless}")
     by_field: dict[tuple[str, str], list[str]] = {}
     for text in split.left_out:
         message = f", message {text.message}" if text.message else ""
@@ -150,9 +151,9 @@ def _list(name: str, split: "SplitReport") -> None:
         by_field.setdefault((text.role, text.field), []).append(place)
     for (role, field), places in by_field.items():
         whose = f"{field} of '{role}'" if role else f"{field} of the row"
-        _output.out(f"{name}, never reaches the model, {whose} ({len(places)}): {_first(places)}")
+        _output.say(f"{name}, never reaches the model, {whose} ({len(places)}): {_first(places)}")
     for role, many in split.unknown_roles.items():
-        _output.out(f"{name}, messages of an unknown role '{role}' ({many}): only 'assistant' is trained")
+        _output.say(f"{name}, messages of an unknown role '{role}' ({many}): only 'assistant' is trained")
     for what, where in (
         ("empty answer", split.empty_answers),
         ("nothing left to train", split.dropped),
@@ -163,7 +164,7 @@ def _list(name: str, split: "SplitReport") -> None:
         ("has tokens that the model does not have, and cannot be trained", split.outside_model),
     ):
         if where:
-            _output.out(f"{name}, {what} ({len(where)}): {_first(where)}")
+            _output.say(f"{name}, {what} ({len(where)}): {_first(where)}")
 
 
 def _first(places: Sequence[str], most: int = 3) -> str:
@@ -204,7 +205,7 @@ def data_split_command(
     if as_json:
         _output.emit_json(counts)
     else:
-        _output.out(f"{_output.place(out)}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+        _output.say(f"{_output.place(out)}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
         there = _output.word(out)
         _output.next_steps(
             f"mlx-adapters data check {there}", f"mlx-adapters train BASE --data {there} --name NAME --mask-prompt"

@@ -32,21 +32,18 @@ def env_command(ctx: click.Context, check: bool, as_json: bool) -> None:
     if as_json:
         _output.emit_json(surroundings)
         return
-    _show(surroundings)
-    _output.out(f"{'home':<16} {surroundings.home}")
+    _output.facts([*_facts(surroundings), ("home", _output.place(surroundings.home))])
 
 
-def _show(surroundings: Any) -> None:
-    for name, version in surroundings.versions.items():
-        _output.out(f"{name:<16} {version}")
+def _facts(surroundings: Any) -> list[tuple[str, str]]:
     cores, memory = count(surroundings.cores, "core"), _output.size(surroundings.memory_bytes)
-    _output.out(f"{'system':<16} {surroundings.system}, {cores}, {memory} memory")
+    facts = [*surroundings.versions.items(), ("system", f"{surroundings.system}, {cores}, {memory} memory")]
     if surroundings.chip != surroundings.device_name:
-        _output.out(f"{'chip':<16} {surroundings.chip}")
-    _output.out(f"{'device':<16} {surroundings.device} ({surroundings.device_name})")
-    _output.out(f"{'BLAS':<16} {surroundings.blas}")
+        facts.append(("chip", surroundings.chip))
+    facts += [("device", f"{surroundings.device} ({surroundings.device_name})"), ("BLAS", surroundings.blas)]
     if surroundings.blas_hint:
-        _output.out(f"{'':<16} OpenBLAS makes it some 50 times faster: {surroundings.blas_hint}")
+        facts.append(("", f"OpenBLAS makes it some 50 times faster: {surroundings.blas_hint}"))
+    return facts
 
 
 def _short(value: str | float | None) -> str:
@@ -68,14 +65,14 @@ def _check(ctx: click.Context, as_json: bool) -> None:
             }
         )
     else:
-        _show(test.environment)
         state = ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in test.conditions.items())
-        _output.out(f"{'conditions':<16} {state}")
-        for check in test.checks:
-            mark = "passed" if check.passed else "FAILED"
-            _output.out(f"{check.name:<16} {mark}: {check.seen} ({check.seconds:.1f} s)")
         good = sum(check.passed for check in test.checks)
-        _output.out(f"{'self-test':<16} {good} of {count(len(test.checks), 'check')} passed in {test.seconds:.0f} s")
+        checks = [
+            (check.name, f"{'passed' if check.passed else 'FAILED'}: {check.seen} ({check.seconds:.1f} s)")
+            for check in test.checks
+        ]
+        result = f"{good} of {count(len(test.checks), 'check')} passed in {test.seconds:.0f} s"
+        _output.facts([*_facts(test.environment), ("conditions", state), *checks, ("self-test", result)])
         _output.note("Paste this block into a report: it names no one.")
     if not test.passed:
         ctx.exit(1)

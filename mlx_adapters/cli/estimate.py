@@ -114,7 +114,7 @@ def estimate_command(
     _output.table(headers, rows, right=range(1, len(headers)))
     fits = [f.precision for f in estimated.forecasts if all(f.fits(estimated.memory_bytes).values())]
     verdict = f"fits: {', '.join(fits)}" if fits else "at these lengths none fits"
-    _output.out(f"Batch {batch}; there is {size(estimated.memory_bytes)} of memory; {verdict}.")
+    _output.say(f"Batch {batch}; there is {size(estimated.memory_bytes)} of memory; {verdict}.")
     asked = f" --adapter {_output.word(adapter)}" if adapter else ""
     _output.next_steps(f'mlx-adapters generate "..." --base {_output.word(settings.base)}{asked}')
 
@@ -135,14 +135,14 @@ def _training(settings: Settings, as_json: bool, gigabytes: float | None) -> Non
     parts = [(name.removesuffix("_bytes"), size(count)) for name, count in vars(estimated.parts).items()]
     _output.table(("PART", "AT THE PEAK"), [*parts, ("all", size(estimated.peak_bytes))], right=(1,))
     rows, tokens = estimated.largest_batch
-    _output.out(
+    _output.say(
         f"{estimated.trainable_parameters:,} trained parameters; largest batch {rows} x {tokens} tokens; full "
         f"fine-tuning in float32 with Adam would need {size(estimated.full_finetune_bytes)} for weights, gradients "
         "and moments"
     )
     if estimated.seconds_per_iteration is not None:
         each, total = estimated.seconds_per_iteration, estimated.seconds_per_iteration * estimated.iterations
-        _output.out(
+        _output.say(
             f"about {_output.number(each)} s per iteration, {_output.duration(total)} for all "
             f"{estimated.iterations:,}, validation apart"
         )
@@ -160,13 +160,13 @@ def _training(settings: Settings, as_json: bool, gigabytes: float | None) -> Non
         _output.table(("WAY", "PEAK", "COST", "FITS"), steps, right=(1,))
     there = f"there is {size(estimated.usable_bytes)}" + ("" if training.memory_limit else " on this machine")
     if estimated.fits:
-        _output.out(f"It fits: {there}.")
+        _output.say(f"It fits: {there}.")
         base, data = _output.word(settings.base or ""), _output.word(settings.data or "")
-        _output.next_steps(f"mlx-adapters train {base} --data {data} --name NAME, with the same options")
+        _output.next_steps(f"mlx-adapters train {base} --data {data} --name NAME")
         return
-    _output.out(f"It does not fit: {there}. Any one of these would make it fit:")
+    _output.say(f"It does not fit: {there}. Any one of these would make it fit:")
     for advice in estimated.advice:
-        _output.out(f"  {advice}")
+        _output.say(f"  {advice}")
 
 
 @click.command("models")
@@ -195,7 +195,7 @@ def models_command(as_json: bool) -> None:
     _output.table(("MODEL", "PARAMS", "DISK", "LICENSE", "YEAR", "RUN", "TRAIN"), rows, right=(1, 2))
     trained = [m for m in models if m.training_bytes <= memory]
     largest = f"'{trained[-1].id}' is the largest of them that trains in it" if trained else "none of them trains in it"
-    _output.out(f"{size(memory)} of memory can be used now; {largest}.")
+    _output.say(f"{size(memory)} of memory can be used now; {largest}.")
     base = trained[-1].id if trained else models[0].id
     _output.next_steps(
         f"mlx-adapters estimate {base} --data my-data", f"mlx-adapters train {base} --data my-data --name mine"

@@ -91,7 +91,7 @@ def eval_command(
             headers, lines = reports.table(shown)
             _output.table(headers, lines, right=range(1, len(headers)))
             for line in (*reports.sentences(shown), *reports.notes(shown)):
-                _output.out(line)
+                _output.say(line)
     if kept:
         _output.note(f"The figures are kept with {listed([repr(name) for name in kept])}.")
         of_it = _output.word(kept[-1])

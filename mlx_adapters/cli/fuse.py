@@ -236,14 +236,14 @@ def _show(result: "FuseResult") -> None:
         _show_verdict(result.fidelity, result.text)
     how = f"{result.method} rounding, {result.bits_per_weight:.2f} bits per weight (scales and unquantized tensors too)"
     folder = _output.place(result.folder)
-    _output.out(
+    _output.say(
         f"{folder}: {'unquantized' if result.method == 'none' else how}, {_output.size(result.size_bytes)}, "
         f"{count(len(result.survival), 'layer')} changed, made in {_output.duration(result.seconds)}"
     )
     if result.text and result.method == "calibrated":
-        _output.out(f"Calibrated on {result.text['calibration_rows']} rows of {result.text['source']}.")
+        _output.say(f"Calibrated on {result.text['calibration_rows']} rows of {result.text['source']}.")
     for line in result.opened_with:
-        _output.out(line)
+        _output.say(line)
     there = _output.word(result.reference)
     if not result.opened_with:
         _output.next_steps(f'mlx-adapters generate "..." --base {there}', f"mlx-adapters publish {there} USER/REPO")
@@ -253,10 +253,10 @@ def _show(result: "FuseResult") -> None:
 
 def _show_verdict(fidelity: "Fidelity", text: dict[str, Any] | None) -> None:
     where = f" of {text['source']}" if text else ""
-    _output.out(fidelity.verdict)
-    _output.out(
+    _output.say(fidelity.verdict)
+    _output.say(
         f"KL is the mean distance from the adapter model in nats per token: on {fidelity.tokens:,} tokens of "
         f"{count(fidelity.rows, 'row')} kept aside{where}."
     )
     if text and text["why"]:
-        _output.out(f"That is the general text, because: {text['why']}")
+        _output.say(f"That is the general text, because: {text['why']}")

@@ -118,7 +118,7 @@ def prune_command(
         _output.emit_json({"dry_run": dry_run, "pruned": plans})
         return
     for plan in plans:
-        _output.out(f"{plan.name}: {', '.join(f'@{i}' for i in plan.iterations) or 'nothing to remove'}")
+        _output.say(f"{plan.name}: {', '.join(f'@{i}' for i in plan.iterations) or 'nothing to remove'}")
     _output.note(f"{'Would remove' if dry_run else 'Removed'} {total}.")
 
 

@@ -182,7 +182,7 @@ def interpolate_command(
     known = [p for p in points if p.loss is not None]
     if known:
         lowest = min(known, key=lambda p: p.loss or 0.0)
-        _output.out(f"The lowest loss is {number(lowest.loss, 4)}, at {number(lowest.t)}.")
+        _output.say(f"The lowest loss is {number(lowest.loss, 4)}, at {number(lowest.t)}.")
     if kept:
         _output.next_steps(f'mlx-adapters generate "..." --adapter {_output.word(next(iter(kept.values())))}')
     else:
@@ -251,11 +251,11 @@ def _show(adapter: "Adapter", as_json: bool) -> None:
         return
     config = adapter.config
     layers = count(len(config.keys), "layer")
-    _output.out(f"{adapter.name}: rank {config.rank}, scale {number(config.scale, 4)}, {layers}")
+    _output.say(f"{adapter.name}: rank {config.rank}, scale {number(config.scale, 4)}, {layers}")
     recipe = adapter.metadata.get("merge") or adapter.metadata.get("extract") or {}
     if "energy_kept" in recipe:
         lowest = min(recipe["energy_by_layer"], key=recipe["energy_by_layer"].get)
         least = f"{recipe['energy_by_layer'][lowest]:.2%}"
-        _output.out(f"energy kept: {recipe['energy_kept']:.2%} of all, at least {least} of a layer ({lowest})")
+        _output.say(f"energy kept: {recipe['energy_kept']:.2%} of all, at least {least} of a layer ({lowest})")
     name = _output.word(adapter.name)
     _output.next_steps(f'mlx-adapters generate "..." --adapter {name}', f"mlx-adapters eval base {name} --data DATA")

@@ -55,7 +55,7 @@ def pack_command(source: str, target: Path, checkpoints: bool, overwrite: bool, 
         _output.emit_json(done)
         return
     path = _output.place(done.path)
-    _output.out(f"{path}: {count(len(done.files), 'file')}, {_output.size(done.size_bytes)}, sha256 {done.sha256}")
+    _output.say(f"{path}: {count(len(done.files), 'file')}, {_output.size(done.size_bytes)}, sha256 {done.sha256}")
     _output.next_steps(f"mlx-adapters add {_output.word(done.path)} --name NAME")
 
 
@@ -109,7 +109,7 @@ def add_command(
         return
     where = f"as '{done.name}'" if done.name else f"in {_output.place(done.folder)}"
     checkpoints = f" with {count(len(done.iterations), 'checkpoint')}" if done.iterations else ""
-    _output.out(f"Added the {done.kind}{checkpoints} {where}.")
+    _output.say(f"Added the {done.kind}{checkpoints} {where}.")
     how = "--adapter" if done.kind == "adapter" else "--base"
     _output.next_steps(f'mlx-adapters generate "..." {how} {_output.word(done.name or done.folder)}')
 
@@ -131,6 +131,6 @@ def init_command(folder: Path, overwrite: bool, as_json: bool) -> None:
     if as_json:
         _output.emit_json({"folder": folder, "files": written})
         return
-    _output.out(f"Wrote {', '.join(written)} in '{folder}'.")
-    _output.out(f"It trains on the rows in {_output.place(folder / 'data')}.")
+    _output.say(f"Wrote {', '.join(written)} in '{folder}'.")
+    _output.say(f"It trains on the rows in {_output.place(folder / 'data')}.")
     _output.next_steps(f"mlx-adapters train --config {_output.word(folder / 'train.yaml')}")

@@ -113,5 +113,5 @@ def export_peft_command(
         _output.emit_json(result)
         return
     folder = _output.place(result.folder)
-    _output.out(f"{folder}: {result.tensors} tensors, {_output.size(result.size_bytes)}, for {result.base_model}")
+    _output.say(f"{folder}: {result.tensors} tensors, {_output.size(result.size_bytes)}, for {result.base_model}")
     _output.note(f"Next, in Python: PeftModel.from_pretrained(model, {folder!r})")

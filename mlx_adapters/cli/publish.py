@@ -91,7 +91,7 @@ def publish_command(
         _output.note(f"Nothing was uploaded. Without --dry-run this becomes the {where}.")
         _output.next_steps(f"mlx-adapters publish {_output.word(source)} {_output.word(repo)}")
     else:
-        _output.out(f"{result.url if result.changed else 'Nothing has changed: ' + str(result.url)}")
+        _output.say(f"{result.url if result.changed else 'Nothing has changed: ' + str(result.url)}")
         _output.note(f"Published as the {where}." if result.changed else f"The {where} is up to date.")
         _output.next_steps(f"mlx-adapters download {_output.word(repo)}")
 
@@ -128,10 +128,10 @@ def download_command(
     if as_json:
         _output.emit_json(result)
     elif result.kind == "adapter":
-        _output.out(f"{result.name}: {result.repo} at {result.commit[:12]}")
+        _output.say(f"{result.name}: {result.repo} at {result.commit[:12]}")
         _output.next_steps(f'mlx-adapters generate "..." --adapter {result.name}')
     else:
-        _output.out(f"{_output.place(result.folder)}: {result.repo} at {result.commit[:12]}")
+        _output.say(f"{_output.place(result.folder)}: {result.repo} at {result.commit[:12]}")
         _output.next_steps(f'mlx-adapters generate "..." --base {result.repo}')
 
 

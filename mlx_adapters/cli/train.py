@@ -128,7 +128,7 @@ def train_command(
         return
     loss = f", validation loss {_output.number(run.best_validation_loss, 4)}" if run.best_validation_loss else ""
     took, where = _output.duration(run.duration_seconds), _output.place(run.folder)
-    _output.out(f"{run.best}{loss}; trained {took}, kept in {where}")
+    _output.say(f"{run.best}{loss}; trained {took}, kept in {where}")
     mine = _output.word(run.reference)
     _output.next_steps(
         f'mlx-adapters generate "..." --adapter {mine}',
@@ -220,9 +220,9 @@ class Watch:
             watched = _watched(event.figures)
             trained, real = map(_output.number, (event.trained_tokens_per_second, event.tokens_per_second))
             _output.note(
-                f"iteration {event.iteration}/{event.iterations}: loss {event.train_loss:.4f}{watched}, learning rate "
-                f"{event.learning_rate:.3g}, {trained} trained tok/s, {real} tok/s{_over(event.processes)}, "
-                f"peak {_output.size(event.peak_memory_bytes)}"
+                f"iteration {event.iteration}/{event.iterations}: loss {event.train_loss:.4f}{watched}, rate "
+                f"{event.learning_rate:.3g}, {real} tok/s ({trained} trained){_over(event.processes)}, "
+                f"{_output.size(event.peak_memory_bytes)}"
             )
         elif isinstance(event, ValidationReport):
             more = _watched(event.figures) + (" (best checkpoint so far)" if event.best else "")

@@ -1,5 +1,7 @@
 """Bars and tables as text that fits a terminal's width, laid out by rich, which is loaded when the first is shown."""
 
+import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -9,6 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 BAR, LEAST_BAR, GAP, NARROW = 30, 4, 2, 12  # columns: of a bar, between cells, of a text that is folded
+JOINED = "\ue000"  # stands for the space between a number and its unit, where no line ends
 
 
 def bar(before: str, share: float, after: str, stream: TextIO, width: int, color: bool) -> str:
@@ -42,6 +45,7 @@ def folded_table(
     from rich.text import Text
 
     console, flush = _console(stream, width, color), set(right)
+    rows = [[re.sub(r"(?<=\d) (?=[kMGT]?B\b)", JOINED, cell) for cell in row] for row in rows]
     widths = _widths([headers, *rows], flush, width)
     if widths is None:
         table = Table.grid(padding=(0, GAP, 0, 0))
@@ -49,7 +53,7 @@ def folded_table(
         table.add_column(overflow="fold")
         for number, row in enumerate(rows):
             if number:
-                table.add_row()
+                table.add_row(Text("", style="not bold"))
             for head, cell in zip(headers, row, strict=True):
                 table.add_row(Text(head), Text(cell))
         return _stripped(_text(console, table))
@@ -57,12 +61,51 @@ def folded_table(
     for number, (head, room) in enumerate(zip(headers, widths, strict=True)):
         table.add_column(Text(head), justify="right" if number in flush else "left", width=room, overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(_wrapped(cell, room)) for cell, room in zip(row, widths, strict=True)))
     return _stripped(_text(console, table))
 
 
+def _wrapped(cell: str, width: int) -> str:
+    """The cell in lines, broken between words and after hyphens where that is possible."""
+    return "\n".join(textwrap.wrap(cell, width)) if cell.isascii() and len(cell) > width else cell
+
+
 def _stripped(text: str) -> str:
-    return "\n".join(line.rstrip() for line in text.splitlines())
+    """Without spaces at the ends of lines, colored ones too."""
+    ends = re.compile(r"(?:[ ]|\x1b\[[\d;]*m)+$")
+    lines = (ends.sub(lambda end: "\x1b[0m" if "\x1b" in end[0] and end.start() else "", x) for x in text.splitlines())
+    return "\n".join(lines).replace(JOINED, " ")
+
+
+def middle_out(text: str, length: int) -> str:
+    """`text`, or its head and tail if it is longer than `length` characters."""
+    if len(text) <= length:
+        return text
+    head, tail = text[: 2 * length // 3], text[-(length // 3) :]
+    return f"{head} … {len(text) - len(head) - len(tail):,} characters more … {tail}"
+
+
+def prose(text: str, width: int) -> str:
+    """Sentences in lines of at most `width` columns, broken between words; longer words, and commands, stay whole."""
+    if "mlx-adapters " in text:  # to be copied
+        return text
+    return "\n".join(line if columns(line) <= width else _filled(line, width) for line in text.split("\n"))
+
+
+def facts_as_text(pairs: Iterable[tuple[str, str]], width: int | None) -> str:
+    """Names and what they are, the values one below the other, in lines of at most `width` columns."""
+    rows = list(pairs)
+    wide = max(len(name) for name, _ in rows) + 1
+    lines = (name.ljust(wide) + value.replace("\n", " ") for name, value in rows)
+    return "\n".join(line if width is None else _filled(line, width, " " * wide) for line in lines)
+
+
+def _filled(line: str, width: int, under: str = "") -> str:
+    under = under or " " * (len(line) - len(line.lstrip(" -")))
+    start, rest = line[: len(under)], line[len(under) :]
+    room = max(width - len(under), NARROW)
+    parts = textwrap.wrap(rest, room, break_long_words=False, break_on_hyphens=False) or [""]
+    return "\n".join((under if number else start) + part for number, part in enumerate(parts)).rstrip()
 
 
 def _widths(lines: Sequence[Sequence[str]], flush: set[int], width: int) -> list[int] | None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_adapters.display.screen import bar, folded_table
+from mlx_adapters.display.screen import bar, facts_as_text, folded_table, prose
 from mlx_adapters.units import columns, cut, format_table
 
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
@@ -90,3 +90,32 @@ def test_signs_that_take_two_columns_are_counted_so():
         "漢字   1",
         "abcd  22",
     ]
+
+
+@pytest.mark.parametrize("width", [80, 60, 40])
+def test_numbers_keep_their_units_and_names_break_at_hyphens(width):
+    rows = [
+        ["tiny-with-a-rather-long-name-of-an-adapter", "9.81 MB", "2026-11-29 12:01", "mlx-community/Qwen3-4B-4bit"]
+    ]
+    text = folded_table(["NAME", "SIZE", "DATE", "BASE"], rows, (1,), io.StringIO(), width, color=False)
+    assert "9.81 MB" in text and max(map(len, text.splitlines())) <= width
+    assert width < 80 or re.search(r"^tiny-with-a-\S*-\s", text, re.M)
+
+
+def test_what_ends_in_spaces_does_not_also_in_color():
+    text = folded_table(HEADS, ROWS, range(1, 5), io.StringIO(), 30, color=True)
+    assert not re.search(r" $", plain(text), re.M) and "\n\n" in plain(text)
+
+
+@given(st.lists(st.text("ab -\n", max_size=40), max_size=8).map(" ".join), st.integers(13, 60))
+def test_prose_keeps_its_words_and_breaks_none(text, width):
+    assert prose(text, width).split() == text.split()
+    too_long = [line for line in prose(text, width).split("\n") if len(line) > width]
+    assert all(len(line.split()) <= 1 or len(line) - len(line.lstrip(" -")) > width - 13 for line in too_long)
+
+
+def test_facts_stand_below_each_other_in_the_width_and_commands_stay_whole():
+    told = facts_as_text([("a long name", "one two three four"), ("b", "five")], 24)
+    assert told.split("\n") == ["a long name one two", "            three four", "b           five"]
+    assert facts_as_text([("a", "one " * 30)], None).count("\n") == 0
+    assert prose("Next: mlx-adapters train x", 10) == "Next: mlx-adapters train x"

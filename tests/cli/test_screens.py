@@ -1,0 +1,68 @@
+"""At a terminal of 80 and of 60 columns no line is wider, whatever a command prints."""
+
+import re
+import shutil
+import sys
+
+import pytest
+from click.testing import CliRunner
+from helpers.adapters import make_run
+
+from mlx_adapters.cli import _output, cli
+from mlx_adapters.demo.catalog import write_demo_data
+
+LONG = "an-adapter-with-a-rather-long-name-for-a-terminal"
+LINES = f"""\
+list
+show {LONG}
+compare {LONG} sql
+verify --all
+estimate ./base --adapter {LONG}
+estimate ./base --data data --num-layers 1
+data check data --base ./base
+models
+env
+eval base {LONG} sql --data data --max-rows 2 --base ./base
+interpolate {LONG} sql --steps 2 --data data
+train ./base --data data --name new --iterations 2 --batch-size 1 --report-every 1
+train ./base --data data --name never --dry-run
+prune {LONG} --dry-run
+merge {LONG} sql --name both
+doctor --base ./base --data data
+"""
+ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@pytest.fixture(scope="module")
+def place(tiny_model, tmp_path_factory):
+    """A folder with a home, a base, data and adapters of long names."""
+    folder = tmp_path_factory.mktemp("screens")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_ADAPTERS_HOME", str(folder / "home"))
+        shutil.copytree(tiny_model(), folder / "base")
+        for path in write_demo_data(folder / "data").glob("*.jsonl"):
+            path.write_text("".join(path.read_text().splitlines(keepends=True)[:12]))
+        for name in (LONG, "sql"):
+            make_run(folder / "base", name, losses=[(100, 2.0), (200, 1.0)])
+    return folder
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_no_line_is_wider_than_the_terminal(width, place, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("MLX_ADAPTERS_HOME", str(place / "home"))
+    monkeypatch.setattr(_output, "columns", lambda: width)
+    runner, wide = CliRunner(), []
+    with runner.isolation():
+        monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: True, raising=False)
+    for line in LINES.splitlines():
+        done = runner.invoke(cli, [*line.split(), *(["--overwrite"] if "--name" in line else [])])
+        assert done.exit_code == 0, f"{line}\n{done.output}\n{done.exception}"
+        shown = [ESCAPE.sub("", text.rpartition("\r")[2]) for text in done.output.splitlines()]
+        wide += [f"{line}: {text}" for text in shown if len(text) > width and not _stays(text)]
+    assert not wide, "\n".join(wide)
+
+
+def _stays(text: str) -> bool:
+    """Whether it is to be copied, a row of data, or one long word that stands alone."""
+    return "mlx-adapters " in text or "<|im" in text or " " not in text.strip().partition(" ")[2].strip()
