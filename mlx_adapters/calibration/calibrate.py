@@ -19,15 +19,16 @@ from mlx_adapters.events import Note, OnEvent, Progress
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.dense import weight_shape
 from mlx_adapters.rounding.engines import NUMPY, Engine, MlxEngine
-from mlx_adapters.rounding.feedback import DAMPING, OUTPUT_DAMPING
+from mlx_adapters.rounding.feedback import DAMPING, OUTPUT_DAMPING, SWEEPS
 from mlx_adapters.rounding.packed import Packed
-from mlx_adapters.rounding.workers import Done, Task, Workers, stacked, worker_count
+from mlx_adapters.rounding.workers import Done, Task, Way, Workers, stacked, worker_count
 from mlx_adapters.storage.tensor_files import as_numpy
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.machine import on_gpu
 
 EXPERT_BYTES = 1 << 31  # of the experts that are rounded together, and of their moments
 TOGETHER_BYTES = 7 << 30  # of the layers that are
+FEW_SWEEPS = 1  # to a precision that is only to choose from
 
 
 def round_layers(
@@ -56,14 +57,15 @@ def round_layers(
     forward, backward = BlockwiseModel(base, updates), BlockwiseModel(base, updates)
     shapes = {path: weight_shape(backward.source.layers[path]) for path in targets}
     total = sum(map(len, every.values()))
-    under_way: deque[tuple[str, list[Future[Done]]]] = deque()
+    under_way: deque[tuple[str, list[Future[list[Done]]]]] = deque()
     engine: Engine = MlxEngine() if on_gpu() else NUMPY
 
     def collect(most: int) -> None:
         """Take finished layers off the queue, waiting until at most so many are left."""
         while under_way and (len(under_way) > most or all(part.done() for part in under_way[0][1])):
             path, parts = under_way.popleft()
-            spool.put(path, _joined([part.result() for part in parts], len(shapes[path])))
+            for dones in zip(*(part.result() for part in parts), strict=True):
+                spool.put(path, _joined(dones, len(shapes[path])))
             on_event(Progress("calibrate: round", len(spool.losses), total, "layer"))
 
     with Workers(0 if on_gpu() else worker_count(shapes.values()), engine=engine) as workers:
@@ -72,11 +74,11 @@ def round_layers(
                 path = next(iter(moments))
                 paths = [path] if engine is NUMPY else _alike(path, moments, backward, wanted, targets)
                 layers = [_Layer(each, backward, moments.pop(each), dtype_name(dtype)) for each in paths]
-                how = wanted[path] if thorough else None, targets[path], engine
+                ways = _ways(wanted[path], thorough, targets[path])
                 if len(layers) == 1:
-                    under_way += [(path, futures) for futures in layers[0].submit(workers, *how).values()]
+                    under_way.append((path, layers[0].submit(workers, ways, engine)))
                 else:
-                    under_way += _together(layers, *how)
+                    under_way += _together(layers, ways, engine)
                 collect(most=2 * workers.count)
         collect(most=0)
     if isinstance(engine, MlxEngine) and engine.note:
@@ -106,22 +108,31 @@ def _alike(
     return [other for other in moments if kind(other) == kind(path)][: max(1, most)]
 
 
+def _ways(main: Quantization, thorough: bool, targets: Iterable[Quantization]) -> tuple[Way, ...]:
+    """How to round to each of `targets`: to `main`, if `thorough`, with rows that cancel each other's errors.
+
+    The others, to choose from, get few sweeps: three of them take less than `main` alone, with errors 5 % above what
+    all sweeps leave.
+    """
+    return tuple(Way(q, thorough and q == main, SWEEPS if q == main else FEW_SWEEPS) for q in targets)
+
+
 def _together(
-    layers: Sequence["_Layer"], together: Quantization | None, targets: Sequence[Quantization], engine: Engine
-) -> Iterator[tuple[str, list[Future[Done]]]]:
-    """Round layers that are alike, to `targets`; one by one where the GPU's memory is too small for all."""
-    for tasks in zip(*(layer.tasks(0, 1, together, targets, engine) for layer in layers), strict=True):
-        try:
-            done = stacked(tasks).run_each(engine)
-        except RuntimeError as error:
-            if not lacks_memory(error):
-                raise
-            mx.clear_cache()
-            done = [task.run(engine) for task in tasks]
-        for layer, each in zip(layers, done, strict=True):
-            future: Future[Done] = Future()
-            future.set_result(each)
-            yield layer.path, [future]
+    layers: Sequence["_Layer"], ways: tuple[Way, ...], engine: Engine
+) -> Iterator[tuple[str, list[Future[list[Done]]]]]:
+    """Round layers that are alike; one by one where the GPU's memory is too small for all."""
+    tasks = [task for layer in layers for task in layer.tasks(0, 1, ways, engine)]
+    try:
+        done = stacked(tasks).run_each(engine)
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
+        mx.clear_cache()
+        done = [task.run(engine) for task in tasks]
+    for layer, each in zip(layers, done, strict=True):
+        future: Future[list[Done]] = Future()
+        future.set_result(each)
+        yield layer.path, [future]
 
 
 class _Layer:
@@ -135,27 +146,21 @@ class _Layer:
         self.path, self.model, self.seen, self.dtype = path, model, seen, dtype
         self.weight, self.start = model.weight(path), model.source.packed(path)
 
-    def submit(
-        self, workers: Workers, together: Quantization | None, targets: Sequence[Quantization], engine: Engine
-    ) -> dict[Quantization, list[Future[Done]]]:
-        """Start the rounding to `targets`, of fewer experts at a time where the GPU's memory is too small for more."""
-        parts: dict[Quantization, list[Future[Done]]] = {target: [] for target in targets}
+    def submit(self, workers: Workers, ways: tuple[Way, ...], engine: Engine) -> list[Future[list[Done]]]:
+        """Start the rounding, of fewer experts at a time where the GPU's memory is too small for more."""
+        begun: list[Future[list[Done]]] = []
         pieces = self._pieces()
         while pieces:
             a, b = pieces.pop(0)
             try:
-                tasks = self.tasks(a, b, together, targets, engine)
-                begun = [(task.quantization, workers.submit(task)) for task in tasks]
+                begun += [workers.submit(task) for task in self.tasks(a, b, ways, engine)]
             except RuntimeError as error:
                 if not lacks_memory(error) or b - a < 2:
                     raise
                 mx.clear_cache()
                 middle = (a + b) // 2
                 pieces[:0] = [(a, middle), (middle, b)]
-                continue
-            for target, future in begun:
-                parts[target].append(future)
-        return parts
+        return begun
 
     def _pieces(self) -> list[tuple[int, int]]:
         """Ranges of experts that are rounded together, and of which moments are in memory at once."""
@@ -166,15 +171,11 @@ class _Layer:
         step = max(1, EXPERT_BYTES // each)
         return [(a, min(a + step, experts)) for a in range(0, experts, step)]
 
-    def tasks(
-        self, a: int, b: int, together: Quantization | None, targets: Sequence[Quantization], engine: Engine
-    ) -> Iterator[Task]:
-        """The rounding to `targets` of the matrix, or of the experts a…b by their own moments.
-
-        To `together` (see `calibrated`) the rows of a matrix are rounded so; experts and all else row by row.
-        """
+    def tasks(self, a: int, b: int, ways: tuple[Way, ...], engine: Engine) -> Iterator[Task]:
+        """The rounding of the matrix, or of the experts a…b, row by row, by their own moments."""
         if isinstance(self.seen, ExpertMoments):
-            yield from self._experts(a, b, targets, engine)
+            ways = tuple(way._replace(together=False) for way in ways)
+            yield from self._experts(a, b, ways, engine)
             return
         moments, weight = self.seen, self.weight
         _refuse_not_finite(moments)
@@ -187,22 +188,9 @@ class _Layer:
             mx.eval(hessian)
         moments.plain = moments.fisher = moments.outputs = None  # they are large
         doubt, update = DAMPING + weight.shape[1] / max(int(moments.tokens), 1), self.model.change(self.path, 0, None)
-        for target in targets:
-            yield Task(
-                weight,
-                hessian,
-                target,
-                self.dtype,
-                self.start,
-                unit,
-                outputs,
-                target == together,
-                damping,
-                update,
-                doubt,
-            )
+        yield Task(weight, hessian, ways, self.dtype, self.start, unit, outputs, damping, update, doubt)
 
-    def _experts(self, a: int, b: int, targets: Sequence[Quantization], engine: Engine) -> Iterator[Task]:
+    def _experts(self, a: int, b: int, ways: tuple[Way, ...], engine: Engine) -> Iterator[Task]:
         assert isinstance(self.seen, ExpertMoments)
         moments = self.seen.of(a, b)
         _refuse_not_finite(moments)
@@ -212,14 +200,13 @@ class _Layer:
         doubts = DAMPING + self.weight.shape[-1] / mx.maximum(mx.array(moments.tokens), 1)
         update, start = self.model.change(self.path, a, b), None if self.start is None else self.start[a:b]
         weight = self.weight[a:b]
-        for target in targets:
-            if engine is not NUMPY:
-                yield Task(weight, hessian, target, self.dtype, start, units, update=update, doubt=doubts)
-                continue
-            for e in range(b - a):
-                mine, first = (None if part is None else part[e] for part in (update, start))
-                h, unit, doubt = as_numpy(hessian[e]), units[e].item(), doubts[e].item()
-                yield Task(weight[e], h, target, self.dtype, first, unit, update=mine, doubt=doubt)
+        if engine is not NUMPY:
+            yield Task(weight, hessian, ways, self.dtype, start, units, update=update, doubt=doubts)
+            return
+        for e in range(b - a):
+            mine, first = (None if part is None else part[e] for part in (update, start))
+            h, unit, doubt = as_numpy(hessian[e]), units[e].item(), doubts[e].item()
+            yield Task(weight[e], h, ways, self.dtype, first, unit, update=mine, doubt=doubt)
 
 
 def lacks_memory(error: RuntimeError) -> bool:

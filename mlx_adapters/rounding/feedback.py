@@ -41,6 +41,7 @@ from mlx_adapters.rounding.packed import Packed, dequantize, to_nearest
 DAMPING, OUTPUT_DAMPING = 0.01, 0.1
 ROW_BLOCKS = 8
 PROBES = 256
+SWEEPS = 6  # row by row
 NOTABLE_LOSS, MOST_AIM = 0.01, 1.0  # of an update's length
 
 
@@ -73,20 +74,21 @@ def calibrated(
     dtype: mx.Dtype,
     start: Packed | None = None,
     outputs: Array | None = None,
-    sweeps: int = 6,
+    sweeps: int = SWEEPS,
     together: bool = True,
     output_damping: Array | float = OUTPUT_DAMPING,
     update: mx.array | None = None,
     engine: Engine = NUMPY,
+    factor: tuple[Array, Array] | None = None,
 ) -> tuple[Packed, Array]:
     """Round `weight` (..., out, in) for the least tr(G E H Eᵀ).
 
     H = `hessian` (..., in, in) are second moments of the inputs, G = `outputs` (..., out, out) of the gradients at the
     outputs (None: the identity). `start` is the same layer's quantized base, whose grids are tried too; `dtype`
     is the type of the scales; without `together` rows are rounded each by itself, which takes a quarter of the
-    time, and G only judges. `update` (..., out, in) is the part of `weight` that is to keep its length. Returns the
-    packed weight and its error (...), tr(G E H Eᵀ) per weight with G and H scaled to mean diagonal 1 (with an `update`,
-    the error against the weight aimed at).
+    time, and G only judges. `update` (..., out, in) is the part of `weight` that is to keep its length; `factor` the
+    `column_feedback` of the `damped` H, if it is known. Returns the packed weight and its error (...), tr(G E H Eᵀ) per
+    weight with G and H scaled to mean diagonal 1 (with an `update`, the error against the weight aimed at).
     """
     matrix, damped_hessian = engine.array(weight), damped(hessian, engine=engine)
     rows = matrix.shape[-2]
@@ -96,7 +98,8 @@ def calibrated(
     felt = None
     if outputs is not None:
         felt = damped(outputs, output_damping, engine)[..., engine.xp.array(order), :][..., engine.xp.array(order)]
-    rounder = _BlockedRounder(matrix, damped_hessian, blocks, quantization, dtype, start, engine)
+    factor = factor or column_feedback(damped_hessian, engine)
+    rounder = _BlockedRounder(matrix, damped_hessian, factor, blocks, quantization, dtype, start, engine)
     change = None if update is None else rounder.transposed(engine.array(update))
     if felt is None or len(blocks) == 1:
         rounder.round_alone(sweeps, felt, change)
@@ -151,6 +154,7 @@ class _BlockedRounder:
         self,
         weight: Array,
         hessian: Array,
+        factor: tuple[Array, Array],
         blocks: list[np.ndarray],
         quantization: Quantization,
         dtype: mx.Dtype,
@@ -161,7 +165,6 @@ class _BlockedRounder:
         edges = np.cumsum([0, *(len(rows) for rows in blocks)]).tolist()
         self.spans = [slice(a, b) for a, b in itertools.pairwise(edges)]
         self.weight, grid = self.transposed(weight), make_grid(quantization, dtype, engine.xp)
-        factor = column_feedback(hessian, engine)
         scales = biases = None
         if start is not None and start.quantization == quantization:
             scales = self.transposed(grid.decode_scales(start.scales))  # (..., groups, out)

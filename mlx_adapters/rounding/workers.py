@@ -14,10 +14,10 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -25,7 +25,15 @@ import numpy as np
 from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.errors import ModelError
 from mlx_adapters.rounding.engines import NUMPY, Engine
-from mlx_adapters.rounding.feedback import DAMPING, OUTPUT_DAMPING, calibrated, nearest_if_better
+from mlx_adapters.rounding.feedback import (
+    DAMPING,
+    OUTPUT_DAMPING,
+    SWEEPS,
+    calibrated,
+    column_feedback,
+    damped,
+    nearest_if_better,
+)
 from mlx_adapters.rounding.grids import Array
 from mlx_adapters.rounding.packed import Packed
 from mlx_adapters.system.machine import child_environment, memory_beside_model_bytes, performance_cores
@@ -36,9 +44,18 @@ THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 COMMAND = (sys.executable, "-P", "-m", "mlx_adapters.rounding.workers")
 
 
+class Way(NamedTuple):
+    """One precision to round to, and how: see `calibrated`."""
+
+    quantization: Quantization
+    together: bool = True
+    sweeps: int = SWEEPS
+
+
 @dataclass(frozen=True)
 class Task:
-    """One call of `calibrated`: its arguments, with `dtype` by name; the error is given in units of `unit`.
+    """Calls of `calibrated` for one matrix, one for each of `ways`: its arguments, with `dtype` by name; the error is
+    given in units of `unit`.
 
     `doubt` is the damping under which rounding to nearest is judged. A batch of matrices has one axis more everywhere;
     its error is the sum of theirs.
@@ -46,54 +63,54 @@ class Task:
 
     weight: mx.array
     hessian: Array
-    quantization: Quantization
+    ways: tuple[Way, ...]
     dtype: str
     start: Packed | None
     unit: Array | float = 1.0
     outputs: Array | None = None
-    together: bool = True
     output_damping: Array | float = OUTPUT_DAMPING
     update: mx.array | None = None
     doubt: Array | float = DAMPING
 
-    def run(self, engine: Engine = NUMPY) -> "Done":
-        """The rounded weight: calibrated, or to nearest where that is better."""
-        packed, losses, better = self._rounded(engine)
-        return Done(packed, float(losses.sum()), bool(better.all()))
+    def run(self, engine: Engine = NUMPY) -> "list[Done]":
+        """The rounded weight by each way: calibrated, or to nearest where that is better."""
+        return [Done(packed, float(errors.sum()), bool(mask.all())) for packed, errors, mask in self._rounded(engine)]
 
-    def run_each(self, engine: Engine) -> "list[Done]":
+    def run_each(self, engine: Engine) -> "list[list[Done]]":
         """The same of each matrix of a batch."""
-        packed, losses, better = self._rounded(engine)
-        return [Done(packed[i], float(losses[i]), bool(better[i])) for i in range(len(losses))]
+        made = [
+            [Done(packed[i], float(errors[i]), bool(mask[i])) for i in range(len(errors))]
+            for packed, errors, mask in self._rounded(engine)
+        ]
+        return [list(dones) for dones in zip(*made, strict=True)]
 
-    def _rounded(self, engine: Engine) -> tuple[Packed, Array, Array]:
-        """The weight, its errors (...), and whether (...) it was rounded to nearest."""
-        dtype = getattr(mx, self.dtype)
-        packed, loss = calibrated(
-            self.weight,
-            self.hessian,
-            self.quantization,
-            dtype,
-            self.start,
-            self.outputs,
-            together=self.together,
-            output_damping=self.output_damping,
-            update=self.update,
-            engine=engine,
-        )
-        outputs, damping = self.outputs, self.output_damping
-        plain, plain_loss, better = nearest_if_better(
-            packed, self.weight, self.hessian, dtype, outputs, self.doubt, damping, engine
-        )
-        pairs = {name: (plain.tensors[name], part) for name, part in packed.tensors.items()}
-        mask = mx.array(better)
-        chosen = {name: mx.where(mask.reshape(*mask.shape, 1, 1), *pair) for name, pair in pairs.items()}
-        mx.eval(chosen)
-        return (
-            Packed.of(chosen, packed.quantization),
-            self.unit * engine.xp.where(better, plain_loss, loss),
-            better,
-        )
+    def _rounded(self, engine: Engine) -> Iterator[tuple[Packed, Array, Array]]:
+        """By each way the weight, its errors (...), and whether (...) it was rounded to nearest."""
+        dtype, outputs, damping = getattr(mx, self.dtype), self.outputs, self.output_damping
+        factor = column_feedback(damped(self.hessian, engine=engine), engine)
+        for way in self.ways:
+            packed, loss = calibrated(
+                self.weight,
+                self.hessian,
+                way.quantization,
+                dtype,
+                self.start,
+                outputs,
+                way.sweeps,
+                way.together,
+                damping,
+                self.update,
+                engine,
+                factor,
+            )
+            plain, plain_loss, better = nearest_if_better(
+                packed, self.weight, self.hessian, dtype, outputs, self.doubt, damping, engine
+            )
+            pairs = {name: (plain.tensors[name], part) for name, part in packed.tensors.items()}
+            mask = mx.array(better)
+            chosen = {name: mx.where(mask.reshape(*mask.shape, 1, 1), *pair) for name, pair in pairs.items()}
+            mx.eval(chosen)
+            yield Packed.of(chosen, way.quantization), self.unit * engine.xp.where(better, plain_loss, loss), better
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -176,10 +193,10 @@ class Workers:
             process.wait()
             _close(process.stdout)
 
-    def submit(self, task: Task) -> "Future[Done]":
+    def submit(self, task: Task) -> "Future[list[Done]]":
         """Run a task; waits until there is room for it."""
         if self._threads is None:
-            done: Future[Done] = Future()
+            done: Future[list[Done]] = Future()
             done.set_result(task.run(self.engine))
             return done
         mx.eval(task.arrays)  # another thread than the one that made them cannot
@@ -198,7 +215,7 @@ class Workers:
             self._used, self._flying = self._used - need, self._flying - 1
             self._room.notify_all()
 
-    def _run(self, task: Task) -> Done:
+    def _run(self, task: Task) -> list[Done]:
         process = self._idle.get()
         try:
             assert process.stdin and process.stdout

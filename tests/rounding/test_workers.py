@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.errors import ModelError
 from mlx_adapters.rounding import workers
+from mlx_adapters.rounding.engines import NUMPY, MlxEngine
 from mlx_adapters.rounding.packed import nearest
-from mlx_adapters.rounding.workers import Task, Workers
+from mlx_adapters.rounding.workers import Task, Way, Workers
 
 
 def make_task(seed: int, width: int = 128, out: int = 96, outputs: bool = True) -> Task:
@@ -20,12 +22,18 @@ def make_task(seed: int, width: int = 128, out: int = 96, outputs: bool = True) 
     weight = mx.array(random.normal(size=(out, width)).astype(np.float32)) + 0  # not computed yet
     felt = (g.T @ g).astype(np.float32) if outputs else None
     hessian, start = (x.T @ x).astype(np.float32), nearest(weight, Quantization(4, 64), mx.bfloat16)
-    return Task(weight, hessian, Quantization(4, 64), "bfloat16", start, 3.0, felt, update=0.01 * weight)
+    ways = Way(Quantization(4, 64)), Way(Quantization(8, 64), together=False, sweeps=1)
+    return Task(weight, hessian, ways, "bfloat16", start, 3.0, felt, update=0.01 * weight)
 
 
-def same(one, other) -> bool:
-    parts = zip(one.packed.tensors.values(), other.packed.tensors.values(), strict=True)
-    return one.loss == other.loss and all(a.dtype == b.dtype and mx.array_equal(a, b).item() for a, b in parts)
+def same(ones, others) -> bool:
+    parts = [
+        pair
+        for one, other in zip(ones, others, strict=True)
+        for pair in zip(one.packed.tensors.values(), other.packed.tensors.values(), strict=True)
+    ]
+    equal = all(a.dtype == b.dtype and mx.array_equal(a, b).item() for a, b in parts)
+    return equal and [one.loss for one in ones] == [other.loss for other in others]
 
 
 def test_workers_give_what_the_process_itself_gives():
@@ -34,6 +42,21 @@ def test_workers_give_what_the_process_itself_gives():
         results = [future.result() for future in [several.submit(task) for task in tasks]]
         assert all(same(a, none.submit(task).result()) for a, task in zip(results, tasks, strict=True))
     assert not same(results[0], results[2])
+    for four, eight in results:
+        assert (four.packed.quantization.bits, eight.packed.quantization.bits) == (4, 8)
+        assert 0 < eight.loss < 0.02 * four.loss
+
+
+@pytest.mark.parametrize("engine", [NUMPY, MlxEngine()], ids=["numpy", "mlx"])
+def test_several_ways_share_one_factor_and_give_what_each_gives_alone(engine, monkeypatch):
+    task, factors, factor = make_task(1), [], type(engine).factor
+    if engine is not NUMPY:
+        task = replace(task, hessian=mx.array(task.hessian), outputs=None)
+    monkeypatch.setattr(type(engine), "factor", lambda *a: (factors.append(len(a[1])), factor(*a))[1])
+    both = task.run(engine)
+    width = task.weight.shape[1]
+    assert factors.count(width) == 1
+    assert same(both, [replace(task, ways=(way,)).run(engine)[0] for way in task.ways])
 
 
 def test_tasks_under_way_stay_within_the_memory():
@@ -43,10 +66,10 @@ def test_tasks_under_way_stay_within_the_memory():
         for _ in range(6):
             futures.append(pool.submit(task))
             most = max(most, pool._used)
-        assert all(future.result().loss > 0 for future in futures)
+        assert all(future.result()[0].loss > 0 for future in futures)
     assert task.nbytes <= most <= 2 * task.nbytes
     with Workers(1, memory=1) as pool:  # one always runs
-        assert pool.submit(task).result().loss > 0
+        assert pool.submit(task).result()[0].loss > 0
 
 
 def test_a_worker_that_dies_is_an_error_and_not_a_wait():
@@ -59,7 +82,7 @@ def test_a_worker_that_dies_is_an_error_and_not_a_wait():
 
 def test_what_fails_in_a_worker_is_told():
     task = make_task(0)
-    broken = Task(task.weight, np.zeros((3, 3), np.float32), task.quantization, "bfloat16", None)
+    broken = Task(task.weight, np.zeros((3, 3), np.float32), task.ways, "bfloat16", None)
     with pytest.raises(RuntimeError, match="Traceback"), Workers(1) as pool:
         pool.submit(broken).result()
 
