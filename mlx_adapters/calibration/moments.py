@@ -97,7 +97,7 @@ class ExpertMoments:
         rows = np.broadcast_to(rows, seen.indices.shape).reshape(-1)
         weights = seen.g.reshape(-1, seen.g.shape[-1]).square().mean(axis=-1, keepdims=True)  # (pairs, 1)
         # Padding reaches experts too; nothing depends on it, so its gradient is exactly zero.
-        chosen = np.where(as_numpy(weights)[:, 0] > 0, chosen, self.experts)
+        chosen = np.where(as_numpy(weights)[:, 0] != 0, chosen, self.experts)  # (NaN stays, and is refused)
         self.tokens += np.bincount(chosen, minlength=self.experts + 1)[: self.experts]
         self._calls.append((x.reshape(-1, x.shape[-1]), rows, chosen, mx.sqrt(weights)))
         mx.eval(self._calls[-1][0], self._calls[-1][3])

@@ -1,6 +1,6 @@
 """Moments of experts: their own tokens, shrunk towards what all saw, a few experts at a time."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import mlx.core as mx
 import numpy as np
@@ -16,7 +16,7 @@ from mlx_adapters.calibration.moments import ExpertMoments, Seen, mix
 from mlx_adapters.calibration.spool import Spool
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.data.batches import make_batches
-from mlx_adapters.errors import ModelError
+from mlx_adapters.errors import FormatError, ModelError
 from mlx_adapters.fusion.fuse import fuse
 from mlx_adapters.rounding.packed import dequantize
 from mlx_adapters.rounding.workers import Task
@@ -137,6 +137,19 @@ def test_logits_are_held_for_few_tokens_at_a_time(tiny_model, tmp_path, monkeypa
         assert 0.2 < traces[0] / traces[1] < 5  # other random directions
     assert asdict(other) == pytest.approx(asdict(fidelity), rel=1e-4)
     assert max(widths[1]) <= 5 < max(widths[0])
+
+
+@pytest.mark.parametrize("where", ["x", "g"])
+def test_nan_at_one_expert_is_refused(where):
+    seen, _ = calls()
+    part = getattr(seen[0], where)
+    at = mx.arange(part.size).reshape(part.shape) == part.size - 1  # one number of one token
+    broken = replace(seen[0], **{where: mx.where(at, mx.array(float("nan")), part)})
+    moments = ExpertMoments(EXPERTS)
+    for call in (broken, seen[1]):
+        moments.add(call)
+    with pytest.raises(FormatError, match="computes NaN or Inf"):
+        calibrate._refuse_not_finite(moments.of(0, EXPERTS))
 
 
 class Full:
