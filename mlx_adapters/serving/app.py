@@ -194,8 +194,6 @@ class Server:
             check_name(name)
             if parse_reference(reference).kind != "name":
                 raise ApiError(403, "Only adapters of the registry can be loaded.", param="reference")
-            if name in self.engine.catalog.names:
-                raise ApiError(409, f"'{name}' is served already.", param="name")
             await self.engine.add_adapter(name, reference)
         except AdapterError as error:
             raise ApiError(404 if "No adapter named" in error.message else 400, error.message) from None

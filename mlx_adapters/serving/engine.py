@@ -14,7 +14,6 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
-from mlx_adapters.config.mapping import require
 from mlx_adapters.errors import AdapterError
 from mlx_adapters.generation.batching import Batcher
 from mlx_adapters.generation.live import LiveModel
@@ -130,10 +129,11 @@ class Engine:
     async def add_adapter(self, name: str, reference: str) -> Served:
         """Serve another adapter and load it now.
 
-        Raises AdapterError, or ApiError: 503 if there is no room, 504 if it is not there in time; then nothing changed.
+        Raises AdapterError, or ApiError: 409 if the name is served, 503 if there is no room, 504 if it is not there in
+        time; then nothing changed.
         """
-        require(name not in self.catalog.names, f"'{name}' is served already.")
         served = Served(name, reference)
+        self.catalog.require_new(name)
         async with self._in_time():
             await asyncio.shield(asyncio.wrap_future(self.residents.read(served)))
             return await self._ask(partial(self._add_adapter, served))
@@ -279,7 +279,7 @@ class Engine:
         job.send(error)
 
     def _add_adapter(self, served: Served) -> Served:
-        require(served.name not in self.catalog.names, f"'{served.name}' is served already.")
+        self.catalog.require_new(served.name)
         if self.residents.bring_in(served) is None:
             raise ApiError(503, NO_ROOM, kind="server_error")
         self.catalog.served[served.name] = served

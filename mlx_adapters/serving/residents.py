@@ -87,6 +87,11 @@ class Catalog:
             raise ApiError(404, message + (f" {hint}" if hint else ""), param="model", code="model_not_found")
         return name
 
+    def require_new(self, name: str) -> None:
+        """Raise ApiError 409 if the name can be asked for already."""
+        if name in self.names:
+            raise ApiError(409, f"'{name}' is served already.", param="name")
+
     def adapter(self, name: str) -> Served | None:
         """The adapter that `resolve` gave, None for the base. Raises ApiError 404 if it was removed since."""
         if name == self.base_name:
