@@ -69,6 +69,7 @@ class Loop:
         Raises TrainingError; after saving KeyboardInterrupt, or what an `on_event` raised.
         """
         self.interrupt.saving = True
+        mx.reset_peak_memory()  # what loading and the forecast took is no part of what is reported
         self._updates = self.feed.updates(self.state.batches)
         with contextlib.suppress(InterruptedWork):
             self._make_up()
