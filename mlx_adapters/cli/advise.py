@@ -6,6 +6,30 @@ import click
 
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import REFERENCE, Reads, UserPath, base_option, json_option, trust_option
+from mlx_adapters.units import count
+
+
+def _known(ref: str, bits: tuple[str, ...], quality: str | None) -> tuple[list[str], str | None]:
+    """The variants to measure and the data to judge them by: what is fused already is taken as it is, and where
+    nothing is asked for, the data that the adapter was trained on, if that was here."""
+    from mlx_adapters.fusion.recipe import fused_here
+    from mlx_adapters.sources.lookup import load_adapter
+    from mlx_adapters.system.origin import made_here
+
+    adapter, fused = load_adapter(ref), list[str]()
+    there = fused_here(adapter, Path.cwd())
+    for one in bits:
+        if one in there:
+            fused.append(f"./{_output.place(there[one])}")
+            _output.note(f"'{fused[-1]}' is fused of it already.")
+        else:
+            fused.append(f"fuse:{ref}:{one}")
+    source = (adapter.metadata.get("data") or {}).get("source")
+    trained_here = isinstance(source, str) and made_here(source, adapter.metadata.get("signature"))
+    if quality is None and trained_here and Path(str(source)).exists():
+        quality = str(source)
+        _output.note(f"Judged by the adapter's own data, {_output.place(quality)}; --quality DIR names other rows.")
+    return ["base", ref, *fused], quality
 
 
 def _next(choice: str, ref: str, base: str | None) -> str:
@@ -25,7 +49,7 @@ def _next(choice: str, ref: str, base: str | None) -> str:
 @click.option("--adapters", type=click.IntRange(min=1), default=1, show_default=True, help="So many on one base.")
 @click.option("--serves", type=click.IntRange(min=1), default=1, show_default=True, help="Requests at a time.")
 @click.option("--memory", type=click.FloatRange(min=0, min_open=True), metavar="GB", help="Memory for the model.")
-@click.option("--quality", metavar="DIR", help="Data to judge what fusing loses; without it no fusing is advised.")
+@click.option("--quality", metavar="DIR", help="Data to judge what fusing loses [the adapter's own].")
 @click.option("--score", metavar="SCORE", help="With --quality: a task score, see 'eval'.")
 @click.option("--max-rows", type=click.IntRange(min=1), default=50, show_default=True, help="Rows to judge.")
 @click.option("--bits", multiple=True, default=("4", "8"), show_default=True, help="Precisions to try; repeatable.")
@@ -71,7 +95,9 @@ def advise_command(
     if report is not None:
         measured = read_report(report)
     else:
-        variants = ["base", ref, *(f"fuse:{ref}:{b}" for b in bits)]
+        variants, quality = _known(ref, bits, quality)
+        begins = count(rounds * len(variants), "fresh process")
+        _output.note(f"Measuring {count(len(variants), 'variant')} in {count(rounds, 'round')}, {begins} in all.")
         measured = benchmark(
             variants,
             base,

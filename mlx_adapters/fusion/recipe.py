@@ -1,5 +1,6 @@
 """The recipe that a fused folder carries: enough to make the same bytes again."""
 
+import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +125,19 @@ def read_recipe(path: str | Path | Named) -> Recipe:
     except ConfigError as error:
         raise FormatError(f"The fuse recipe '{path}' is damaged. {error.message}", "fuse anew.") from None
     return recipe
+
+
+def fused_here(adapter: Adapter, top: Path) -> dict[str, Path]:
+    """The models at most two folders below `top` that were fused of this adapter alone, by their bits ("none": 16)."""
+    found: dict[str, Path] = {}
+    for path in sorted(file for depth in ("*", "*/*") for file in top.glob(f"{depth}/{FUSE_RECIPE_FILE}")):
+        with contextlib.suppress(AdapterError, KeyError, TypeError, AttributeError, OSError):
+            recipe = read_recipe(path.parent)
+            mine = [one["fingerprint"] for one in recipe.adapters] == [adapter.fingerprint]
+            if mine and recipe.options.get("format") == "mlx":
+                precision = Precision.of(recipe.quantization)
+                found[str(precision.bits or "none")] = path.parent
+    return found
 
 
 def ingredients(recipe: Recipe) -> tuple[Base, list[Adapter]]:
