@@ -197,7 +197,8 @@ def test_serve_listens_and_drains(model, tiny_model):
         lines = [server.stderr.readline(), server.stderr.readline()]
         assert "base, one, second" in lines[0]
         address = lines[1].split()[2]
-        answer = httpx.post(address + "/v1/completions", json={"model": "second", "prompt": "List", "max_tokens": 4})
+        body = {"model": "second", "prompt": "List", "max_tokens": 4}
+        answer = httpx.post(address + "/v1/completions", json=body, timeout=120)  # a GPU compiles its kernels first
         assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 4
         assert httpx.get(address + "/health/ready").json() == {"status": "ok"}
         server.send_signal(signal.SIGTERM)
