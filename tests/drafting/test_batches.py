@@ -137,7 +137,7 @@ def test_answers_of_a_batch_end_at_their_stop_texts(tiny_model):
 
 def test_caches_in_few_bits_with_guesses(tiny_model):
     """The same text as without guesses from the same caches, alone and together."""
-    folder, kv = tiny_model("llama", head_dim=32), CacheQuantization(kv_bits=8, kv_group_size=32, quantized_kv_start=0)
+    folder, kv = tiny_model("llama", head_dim=64), CacheQuantization(kv_bits=8, kv_group_size=32, quantized_kv_start=0)
     plain, drafted = load_model(folder, kv=kv), load_model(folder, kv=kv, drafting=Drafting(prompt_lookup=True))
     prompts = ["one two three one two three", "a b a b a b"]
     for prompt in prompts:

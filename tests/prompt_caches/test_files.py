@@ -166,7 +166,7 @@ def test_penalties_see_what_was_read_before(tmp_path):
 
 
 def test_with_guesses_a_cache_of_few_bits_is_so_from_the_beginning(tiny_model):
-    folder = tiny_model("llama", head_dim=32)
+    folder = tiny_model("llama", head_dim=64)
     kv = ma.CacheQuantization(kv_bits=8, kv_group_size=32)
     plain, guessing = (load_model(folder, drafting=d, kv=kv) for d in (None, ma.Drafting(prompt_lookup=True)))
     kinds = [{type(layer).__name__ for layer in model.new_layers()} for model in (plain, guessing)]

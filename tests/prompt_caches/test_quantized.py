@@ -24,7 +24,7 @@ LATER = CacheQuantization(4, 32, 20)
 
 @pytest.fixture(scope="module")
 def base(tiny_model):
-    return tiny_model("llama", head_dim=32)
+    return tiny_model("llama", head_dim=64)
 
 
 def tokens_of(model, prompt, cache=None, count=6):
@@ -105,7 +105,7 @@ def test_what_cannot_be_is_refused_by_name(name, tmp_path):
 
 def test_recurrent_states_stay_as_they_are_beside_it():
     config = tiny_config("qwen3_5")
-    config["text_config"]["head_dim"] = 32
+    config["text_config"]["head_dim"] = 64
     module = make_model(config)
     require_quantizable(module, AT_ONCE, "qwen3_5")
     assert {hasattr(layer, "bits") for layer in new_layers(module, AT_ONCE)} == {True, False}
