@@ -1,6 +1,6 @@
 """One text, written with guesses: a step reads the last token and some guesses, and keeps what was right."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from mlx_adapters.drafting.drafts import Drafts
@@ -17,7 +17,7 @@ def drafted_steps(
     choose: Callable[[Sequence[int], mx.array], tuple[int, mx.array]],
     foresee: Callable[[], Choose],
     max_tokens: int,
-) -> Iterator[tuple[int, mx.array]]:
+) -> Generator[tuple[int, mx.array]]:
     """What mlx-lm's `generate_step` gives, with guesses: the tokens one by one, with their log-probabilities.
 
     When it is left early the cache holds the prompt and the tokens given out but the last, or fewer.

@@ -1,7 +1,8 @@
 """A conversation that may change its adapter, and prompts answered by two adapters."""
 
+import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,14 @@ class Chat:
     cache: PromptCache | None = field(default=None, repr=False)
     full: bool = field(default=False, init=False)
 
-    def ask(self, text: str, **options: Any) -> Iterator[str]:
+    def ask(self, text: str, **options: Any) -> Generator[str]:
         """The answer of the adapter at work, piece by piece; the turn is remembered when it is complete."""
         messages = [*self.messages, {"role": "user", "content": text}]
         pieces = []
-        for piece in self._answer(messages, **options):
-            pieces.append(piece)
-            yield piece
+        with contextlib.closing(self._answer(messages, **options)) as answer:
+            for piece in answer:
+                pieces.append(piece)
+                yield piece
         self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
 
     def compare(self, text: str, adapters: list[str | None], **options: Any) -> list[str]:
@@ -47,12 +49,13 @@ class Chat:
         """Forget the conversation."""
         self.messages, self.cache = [], None
 
-    def _answer(self, messages: list[dict[str, str]], **options: Any) -> Iterator[str]:
+    def _answer(self, messages: list[dict[str, str]], **options: Any) -> Generator[str]:
         prompt = self._encode(messages)
         self.cache, rest = self.model.going_on(self.cache, prompt)
-        for response in self.model.stream(rest, cache=self.cache, **options):
-            self.full = response.finish_reason == "context"
-            yield response.text
+        with contextlib.closing(self.model.stream(rest, cache=self.cache, **options)) as steps:
+            for response in steps:
+                self.full = response.finish_reason == "context"
+                yield response.text
 
     def _encode(self, messages: list[dict[str, str]], own: TemplateConfig | None = None) -> list[int]:
         if not self.model.has_template:

@@ -130,7 +130,7 @@ def decode(
     cache: list[Any] | None = None,
     drafts: Drafts | None = None,
     kv: CacheQuantization | None = None,
-) -> Iterator[Response]:
+) -> Generator[Response]:
     """The steps of the answer to `ids` (tokens,); `before` more are in `cache`. `drafts`: guesses that are checked.
 
     `kv`: when the cache is quantized.
@@ -155,18 +155,19 @@ def decode(
         )
     else:
         steps = drafted_steps(ids.tolist(), model.module, cache, drafts, sampler.step, sampler.foresee, room)
-    for made, (token, logprobs) in enumerate(steps, start=1):
-        piece = text.add(token) if token not in ends else ""
-        reason = "stop" if token in ends or text.stopped else None
-        if reason is None and made == room:
-            reason = "length" if room == wanted else "context"
-        piece += text.finish() if reason else ""
-        if text.stopped:
-            reason = "stop"
-        counts = (drafts.guessed, drafts.accepted) if drafts else ()
-        yield Response(piece, token, logprobs, ids.size, reason, *counts)
-        if reason:
-            return
+    with contextlib.closing(steps):  # not every Python ends what an ended generator was reading
+        for made, (token, logprobs) in enumerate(steps, start=1):
+            piece = text.add(token) if token not in ends else ""
+            reason = "stop" if token in ends or text.stopped else None
+            if reason is None and made == room:
+                reason = "length" if room == wanted else "context"
+            piece += text.finish() if reason else ""
+            if text.stopped:
+                reason = "stop"
+            counts = (drafts.guessed, drafts.accepted) if drafts else ()
+            yield Response(piece, token, logprobs, ids.size, reason, *counts)
+            if reason:
+                return
 
 
 @dataclass(eq=False)
@@ -190,12 +191,13 @@ class PromptCache:
             return PromptCache(self.make(), self.selection, self.make)
         return PromptCache(layers, self.selection, self.make, self.tokens[:common])
 
-    def noted(self, ids: Sequence[int], steps: Generator[Response], exactly: bool) -> Iterator[Response]:
+    def noted(self, ids: Sequence[int], steps: Generator[Response], exactly: bool) -> Generator[Response]:
         """The steps that it reads `ids` in; then it knows its tokens. What was stopped within a step holds none.
 
-        `exactly`: it has read what was given out, and nothing more.
+        `exactly`: it has read what was given out, and nothing more. Until the steps end it is empty.
         """
-        tokens, whole, self.tokens = [*self.tokens, *ids], False, []
+        tokens, whole, layers = [*self.tokens, *ids], False, self.layers
+        self.tokens, self.layers = [], self.make()
         try:
             for step in steps:
                 tokens.append(step.token)
@@ -206,12 +208,11 @@ class PromptCache:
             raise
         finally:
             steps.close()
-            count = count_of(self.layers)
+            count = count_of(layers)
             if count is None and exactly:
                 count = len(tokens)
-            if not whole or count is None or count > len(tokens):
-                self.layers, count = self.make(), 0
-            self.tokens = tokens[:count]
+            if whole and count is not None and count <= len(tokens):
+                self.tokens, self.layers = tokens[:count], layers
 
 
 class TextStream:

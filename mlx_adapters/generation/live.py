@@ -316,7 +316,7 @@ class LiveModel(Model):
         sampler: Choose | None = None,
         logits_processors: Sequence[LogitsProcessor] = (),
         **options: Unpack[SamplingOptions],
-    ) -> Iterator[Response]:
+    ) -> Generator[Response]:
         """The steps of an answer as they are made. Other streams and switches do not change this one.
 
         Args:
@@ -343,13 +343,14 @@ class LiveModel(Model):
         steps = self._steps(decode(self, ids, chosen, before, layers, drafts, self.kv), selection)
         return steps if bound is None else bound.noted(ids.tolist(), steps, exactly=self.drafter is None)
 
-    def _steps(self, inner: Iterator[Response], selection: Selection) -> Generator[Response]:
-        while True:
-            with self.pool.applied(selection):
-                response = next(inner, None)
-            if response is None:
-                return
-            yield response
+    def _steps(self, inner: Generator[Response], selection: Selection) -> Generator[Response]:
+        with contextlib.closing(inner):
+            while True:
+                with self.pool.applied(selection):
+                    response = next(inner, None)
+                if response is None:
+                    return
+                yield response
 
     def generate(
         self,

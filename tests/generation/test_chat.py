@@ -1,6 +1,7 @@
 """chat, ab and serve from the command line."""
 
 import contextlib
+import inspect
 import json
 import os
 import signal
@@ -14,10 +15,13 @@ from click.testing import CliRunner
 from helpers.adapters import random_adapter
 
 import mlx_adapters.cli.chat as chat_module
+import mlx_adapters.generation.decoding as decoding
+import mlx_adapters.generation.live as live_module
 from mlx_adapters.cli import cli
 from mlx_adapters.errors import FormatError, ModelError, NotFoundError
 from mlx_adapters.generation.chat import Chat, read_prompts
-from mlx_adapters.generation.live import load_model
+from mlx_adapters.generation.live import LiveModel, load_model
+from mlx_adapters.prompt_caches.layers import count_of
 from mlx_adapters.sources.registry import register
 
 OPTIONS = ["--max-tokens", "6"]
@@ -237,6 +241,21 @@ def test_what_was_read_of_a_stopped_answer_is_not_read_on(model):
     stopped.close()
     again, fresh = ("".join(one.ask("Hello", max_tokens=12)) for one in (chat, Chat(model)))
     assert chat.messages[0]["content"] == "Hello" and again == fresh
+
+
+def test_no_generator_is_left_to_the_interpreter(model, monkeypatch):
+    """Python 3.12.3 does not end what an ended generator was reading, while somebody keeps the ended one."""
+    kept = []
+    for owner, name in ((Chat, "_answer"), (LiveModel, "stream"), (live_module, "decode"), (decoding, "generate_step")):
+        make = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, _make=make, **k: kept.append(_make(*a, **k)) or kept[-1])
+    chat = Chat(model)
+    stopped = chat.ask("Count to a hundred.", max_tokens=20)
+    next(stopped)
+    assert not chat.cache.tokens and count_of(chat.cache.layers) == 0  # nobody goes on from what is being read
+    stopped.close()
+    assert len(kept) == 4 and all(inspect.getgeneratorstate(one) == inspect.GEN_CLOSED for one in kept)
+    assert len(chat.cache.tokens) == count_of(chat.cache.layers) > 20
 
 
 def test_use_base_and_what_is_no_text(model):

@@ -221,7 +221,8 @@ def test_other_bad_input(server):
         body = {"model": "a", "prompt": [5] * tokens, "max_tokens": asked}
         long = httpx.post(address + "/v1/completions", json=body).json()["error"]
         assert long["code"] == "context_length_exceeded" and long["param"] == "prompt"
-    whole = httpx.post(address + "/v1/completions", json={"model": "a", "prompt": [5] * 2048})  # as in `generate`
+    body = {"model": "a", "prompt": [5] * 2048}  # as in `generate`
+    whole = httpx.post(address + "/v1/completions", json=body, timeout=120)  # a GPU compiles its kernels first
     assert whole.status_code == 200 and whole.json()["usage"]["completion_tokens"] == 1
     assert httpx.get(address + "/v1/nothing").json()["error"]["code"] == "not_found"
     assert httpx.get(address + "/v1/completions").status_code == 405
