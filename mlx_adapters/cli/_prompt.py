@@ -68,6 +68,6 @@ def typed(file: Path) -> Iterator[str]:
     """The texts of a history, the oldest first; what is none is left out."""
     with suppress(OSError), open(file, encoding="utf-8", errors="replace") as lines:
         for line in lines:
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 if isinstance(text := json.loads(line), str):
                     yield text

@@ -75,7 +75,7 @@ def read_hosts(hosts: str | None, hostfile: str | Path | None) -> list[str]:
         return [str(entry["ssh"]) for entry in entries]
     except OSError as error:
         raise NotFoundError(f"The host file '{hostfile}' cannot be read: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         hint = 'it is a list of {"ssh": NAME, "ips": [ADDRESS]}; \'mlx.distributed_config\' makes one.'
         raise FormatError(f"'{hostfile}' is no host file of mlx.launch.", hint) from None
 

@@ -99,7 +99,7 @@ def _prompt(line: str, where: str) -> str:
         if isinstance(content, str):
             return content
         raise TypeError
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise FormatError(f"{where} has neither 'prompt' nor 'messages' with a user's turn.") from None
 
 

@@ -340,17 +340,8 @@ class LiveModel(Model):
         before = len(bound.tokens) if bound is not None else (count_of(layers) or 0) if layers else 0
         ids = self.checked_ids(ids_of(self, prompt, raw), before)
         drafts = self.drafter.begin(bound.tokens if bound is not None else ()) if self.drafter else None
-        steps = self._steps(decode(self, ids, chosen, before, layers, drafts, self.kv), selection)
+        steps = self.pool.steps(selection, decode(self, ids, chosen, before, layers, drafts, self.kv))
         return steps if bound is None else bound.noted(ids.tolist(), steps, exactly=self.drafter is None)
-
-    def _steps(self, inner: Generator[Response], selection: Selection) -> Generator[Response]:
-        with contextlib.closing(inner):
-            while True:
-                with self.pool.applied(selection):
-                    response = next(inner, None)
-                if response is None:
-                    return
-                yield response
 
     def generate(
         self,

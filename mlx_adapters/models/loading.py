@@ -5,6 +5,7 @@ arithmetic is ten times slower there); on a GPU it stays as stored.
 """
 
 import contextlib
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -120,6 +121,12 @@ def load_tokenizer_of(base: Base, template: TemplateConfig | None = None) -> Any
     FormatError or ConfigError.
     """
     eos, other = base.config.get("eos_token_id"), template.chat_template if template else None
+    ends = eos if isinstance(eos, list) else [eos]
+    if not all(end is None or (isinstance(end, int) and not isinstance(end, bool)) for end in ends):
+        raise FormatError(
+            f"eos_token_id of '{base.name}' is {json.dumps(eos)}, which is no token id.",
+            "it stands in config.json or generation_config.json: a whole number, or a list of them.",
+        )
 
     def refused(why: str) -> AdapterError:
         if "trust_remote_code" in why:

@@ -9,8 +9,9 @@ import contextlib
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from mlx_adapters.config.mapping import require, shown
 from mlx_adapters.errors import ConfigError, IncompatibleError, NotFoundError, did_you_mean
@@ -36,6 +37,8 @@ from mlx_adapters.runtime.stacks import Stacks, part
 from mlx_adapters.surgery.groups import Arrays, find_groups
 from mlx_adapters.system.door import mx, nn
 from mlx_adapters.system.machine import on_gpu
+
+Step = TypeVar("Step")
 
 
 @dataclass(frozen=True)
@@ -248,6 +251,16 @@ class AdapterPool:
             finally:
                 if not same(self.selection, before):
                     self.select(before if all(entry.alive for entry, _ in before) else ())
+
+    def steps(self, selection: Selection, inner: Generator[Step]) -> Generator[Step]:
+        """What `inner` gives, each step of it computed while these adapters are at work."""
+        with contextlib.closing(inner):
+            while True:
+                with self.applied(selection):
+                    step = next(inner, None)
+                if step is None:
+                    return
+                yield step
 
     @contextlib.contextmanager
     def routed(self, entries: Sequence[Attached | None]) -> Iterator[None]:

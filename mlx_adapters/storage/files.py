@@ -230,11 +230,16 @@ def remove(path: Path) -> None:
     """Remove a file or folder so that it is gone at once, even if the deletion is interrupted."""
     path = Path(path)
     with storage_errors(path):
-        if path.is_dir() and not path.is_symlink():
+        if not path.is_dir() or path.is_symlink():
+            path.unlink()
+            return
+        try:
             with draft(path.parent) as folder:
                 os.replace(path, folder / "gone")
-        else:
-            path.unlink()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            shutil.rmtree(path)  # there is no room for a draft; what is deleted makes some
 
 
 def sha256(path: Path) -> str:

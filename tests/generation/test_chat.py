@@ -124,7 +124,15 @@ def test_a_system_message_comes_before_the_question(model, tiny_model, tmp_path)
 def test_prompt_files(tmp_path):
     with pytest.raises(NotFoundError):
         read_prompts(tmp_path / "none.txt")
-    for content in ('{"x": 1}', "[]", "3", '{"messages": []}', "{", '{"messages": [{"role": "user", "content": 3}]}'):
+    for content in (
+        '{"x": 1}',
+        "[" * 9999,
+        "[]",
+        "3",
+        '{"messages": []}',
+        "{",
+        '{"messages": [{"role": "user", "content": 3}]}',
+    ):
         file = tmp_path / "bad.jsonl"
         file.write_text(content)
         with pytest.raises(FormatError):

@@ -373,3 +373,12 @@ def test_a_refusal_while_reading_names_what_was_read(tmp_path, number):
         files.link_or_copy(tmp_path / "absent", tmp_path / "copy")
     with pytest.raises(StorageError, match=r"Cannot write .*out"), files.atomic_folder(tmp_path / "out") as folder:
         raise OSError(errno.EACCES, "Permission denied", str(folder / "x"))
+
+
+def test_what_lies_on_a_full_disk_can_be_removed(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(temporaries.tempfile, "mkdtemp", full)
+    files.remove(make(tmp_path / "parts", "a", "sub/b"))
+    assert os.listdir(tmp_path) == []
