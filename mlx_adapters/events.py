@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mlx_adapters.errors import in_python
+
 log = logging.getLogger("mlx_adapters.events")
 
 
@@ -168,7 +170,7 @@ def ignore(event: Event) -> None:
 def log_warnings(event: Event) -> None:
     """The default `on_event`: warnings go to a logger, so that they stand on stderr and under a notebook's cell."""
     if isinstance(event, Note) and event.level == "warning":
-        log.warning(event.text)
+        log.warning(in_python(event.text))
 
 
 def warnings_only(on_event: OnEvent) -> OnEvent:

@@ -50,8 +50,8 @@ ROOMS = [
     "storage",
     "config",
     "display",
-    "errors",
     "events",
+    "errors",
     "units",
 ]
 ROOM_OF_LAYER = {room: number for number, room in enumerate(reversed(ROOMS))}

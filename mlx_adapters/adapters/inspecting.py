@@ -45,7 +45,7 @@ class SavedIteration:
     in_use: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Details(Table):
     """Everything `show` shows."""
 
@@ -147,7 +147,7 @@ class LayerComparison:
     cosine: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison(Table):
     """Two adapters side by side. `settings` holds what differs, as (name, value of a, value of b)."""
 

@@ -31,7 +31,7 @@ class Check:
     detail: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verification(Table):
     """All checks of one adapter."""
 

@@ -78,7 +78,7 @@ class SplitReport:
     changed: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DataReport(Table):
     """A whole data set. `overlaps` counts rows of valid and test that also stand in train; `shown` is a training row
     as the model sees it, the first unless another was asked for, and `first_row` its pieces of (text, whether the loss

@@ -8,6 +8,7 @@ from typing import Any
 from mlx_adapters.display.charts import lines
 from mlx_adapters.display.layout import Points
 from mlx_adapters.display.svg import picture
+from mlx_adapters.errors import in_python
 from mlx_adapters.events import Event, Note, OnEvent, Progress, TrainReport, ValidationReport
 from mlx_adapters.units import number
 
@@ -72,7 +73,8 @@ def progress_bar() -> OnEvent:
 
     def on_event(event: Event) -> None:
         if isinstance(event, Note):
-            tqdm.write(f"Warning: {event.text}" if event.level == "warning" else event.text, file=stream)
+            text = in_python(event.text)
+            tqdm.write(f"Warning: {text}" if event.level == "warning" else text, file=stream)
         if isinstance(event, TrainReport):
             train.append(event.train_loss)
         if isinstance(event, ValidationReport):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from mlx_adapters.display.notebook import html_block, html_table
@@ -29,6 +30,12 @@ class Table:
         except ImportError:
             raise ConfigError("pandas is not installed.", "pip install pandas; or take records().") from None
         return pandas.DataFrame(self.records())
+
+    def __repr__(self) -> str:
+        fields: Iterable[dataclasses.Field[Any]] = getattr(self, "__dataclass_fields__", {}).values()
+        facts = {field.name: getattr(self, field.name) for field in fields if field.repr}
+        shown = [f"{name}={_brief(value)}" for name, value in facts.items() if value is not None]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def _repr_html_(self) -> str:
         records = self.records()
@@ -76,6 +83,17 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
 
 def _is_inner(value: Any) -> bool:
     return dataclasses.is_dataclass(value) or isinstance(value, Mapping | list | tuple)
+
+
+def _brief(value: Any) -> str:
+    """A plain value as it is written, of what holds others how many."""
+    if isinstance(value, float):
+        return number(value, 4)
+    if isinstance(value, Path):
+        return repr(value.name)
+    if isinstance(value, list | tuple | Mapping) and value:
+        return f"<{len(value)}>"
+    return f"<{type(value).__name__}>" if dataclasses.is_dataclass(value) else repr(value)
 
 
 def _cell(value: Any) -> str:

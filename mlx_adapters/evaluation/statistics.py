@@ -174,7 +174,7 @@ def mean(values: Sequence[float], groups: Sequence[bool] = ()) -> Mean:
     parts = [[v for v, g in zip(values, groups, strict=True) if g is k] for k in (True, False)] if groups else [values]
     count = min(map(len, parts))
     error = math.sqrt(sum(statistics.variance(part) / len(part) for part in parts)) if count > 1 else None
-    return Mean(statistics.fmean(values), error, count)
+    return Mean(float(statistics.fmean(values)), error, count)
 
 
 def placements(values: Sequence[float], groups: Sequence[bool]) -> list[float]:
@@ -200,10 +200,10 @@ def weighted_mean(sums: Sequence[float], weights: Sequence[float]) -> Mean:
     """
     value = sum(sums) / sum(weights)
     if len(sums) < 2:
-        return Mean(value, None, len(sums))
+        return Mean(float(value), None, len(sums))
     residuals = [s - value * w for s, w in zip(sums, weights, strict=True)]
     spread = math.sqrt(math.fsum(r * r for r in residuals) / (len(sums) - 1))
-    return Mean(value, spread / math.sqrt(len(sums)) / statistics.fmean(weights), len(sums))
+    return Mean(float(value), float(spread / math.sqrt(len(sums)) / statistics.fmean(weights)), len(sums))
 
 
 def share_interval(share: float, count: int) -> tuple[float, float]:

@@ -59,7 +59,7 @@ class MemoryForecast:
         return {context: peak <= memory_bytes for context, peak in self.peak_bytes.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class InferenceEstimate(Table):
     """The forecasts of one base model, with the memory that there is."""
 
@@ -73,7 +73,7 @@ class InferenceEstimate(Table):
         return [flat(forecast) for forecast in self.forecasts]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class KnownModel(Table):
     """A base that people begin with, and what it takes.
 

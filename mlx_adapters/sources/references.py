@@ -19,7 +19,7 @@ CHECKPOINT = re.compile(r"(.+)@(\d+|best|last)")
 HUB = re.compile(r"([A-Za-z0-9][\w.-]*/\w[\w.-]*)((?:/\w[\w.-]*)*)(?:@([\w./-]+))?")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Reference:
     """A parsed reference. `target` is a name, a path or a Hub id; `subfolder` where in a repository it lies.
 
@@ -38,6 +38,9 @@ class Reference:
         if self.kind == "path" and not paths.is_path(place):
             place = f"./{place}"
         return place if suffix is None else f"{place}@{suffix}"
+
+    def __repr__(self) -> str:
+        return f"Reference('{self}')"
 
     @property
     def reference(self) -> str:

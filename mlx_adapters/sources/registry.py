@@ -59,7 +59,7 @@ def names() -> list[str]:
     return sorted(p.name for p in folder.iterdir() if (p.is_dir() or p.is_symlink()) and NAME.fullmatch(p.name))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Entry:
     """One row of `list`. A damaged adapter has `problem` and as much of the rest as could be read."""
 
@@ -77,6 +77,10 @@ class Entry:
     tags: tuple[str, ...] = ()
     problem: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __repr__(self) -> str:
+        facts = [str(self.type), f"rank {self.rank}", f"base {self.base!r}", f"checkpoints {list(self.iterations)}"]
+        return f"Entry({self.name!r}, {', '.join(facts if self.problem is None else [self.problem])})"
 
     @property
     def reference(self) -> str:

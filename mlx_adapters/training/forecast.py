@@ -80,7 +80,7 @@ class Rung:
         return f"{what} computed again" + (f", {count(self.rows, 'row')} at a time" if self.rows else "")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Estimate(Table):
     """The forecast of a run.
 

@@ -99,7 +99,7 @@ class Checkpoint:
     optimizer: Weights
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainPlan(Table):
     """What a run would do.
 

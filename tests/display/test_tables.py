@@ -61,6 +61,15 @@ def test_every_result_is_a_frame_and_a_table(name, results):
     assert "<table>" in results[name]._repr_html_()
 
 
+def test_every_result_reads_in_a_line(results):
+    """Plain values in a few words: no NumPy's, no paths of pathlib, and of long lists how many."""
+    shown = {name: repr(result) for name, result in results.items()}
+    assert not [text for text in shown.values() if "np." in text or "Path(" in text or len(text) > 400], shown
+    assert shown["describe"].startswith("Details(name='sql', folder='sql', type='lora', rank=2, scale=20, ")
+    assert "layers=<14>" in shown["describe"] and repr(results["run"].best).startswith("Reference('sql@")
+    assert "np." not in repr(results["evaluate"].evaluations)
+
+
 def test_rows_are_found_by_name(results):
     assert results["evaluate"]["sql"].loss == results["evaluate"].evaluations[1].loss
     assert results["benchmark"]["base"].label == "base"
