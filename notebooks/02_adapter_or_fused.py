@@ -92,15 +92,22 @@ plt.show()
 #
 # An adapter is small beside a base that all adapters share.
 
+
 # %%
+def size(number: float) -> str:
+    """Bytes in words, as "98.3 MB"."""
+    unit = "MB" if number >= 1e6 else "kB"
+    value = number / (1e6 if unit == "MB" else 1e3)
+    return f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
+
+
 adapter = (sql.folder / "adapters.safetensors").stat().st_size
 base = sum(path.stat().st_size for path in ma.load_model(BASE).base.weight_files)
 model = fused["4 bits, calibrated"].size_bytes
-adapter, base, model = (number / 1e6 for number in (adapter, base, model))
-print(f"adapter {adapter:.2f} MB, base {base:.0f} MB, fused model {model:.0f} MB")
+print(f"adapter {size(adapter)}, base {size(base)}, fused model {size(model)}")
 for tasks in (1, 3, 10):
-    shared, copies = base + tasks * adapter, tasks * model
-    print(f"tasks: {tasks:>2}, {shared:4.0f} MB as adapters, {copies:4.0f} MB as fused")
+    shared, copies = size(base + tasks * adapter), size(tasks * model)
+    print(f"tasks: {tasks:>2}, {shared:>6} as adapters, {copies:>6} as fused models")
 
 # %% [markdown]
 # ## Load time, speed and memory
