@@ -17,7 +17,9 @@ from mlx_adapters.models import layers, loading
 from mlx_adapters.models.adapter import Adapter, write_adapter
 from mlx_adapters.models.loading import load_model as load_plain_model
 from mlx_adapters.models.metadata import AdapterConfig
+from mlx_adapters.runtime.additions import MANY_TOKENS
 from mlx_adapters.runtime.pool import AdapterPool
+from mlx_adapters.runtime.sites import Concatenated
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.system import machine
 
@@ -118,6 +120,22 @@ def test_groups_are_laid_together_as_they_are_read(tiny_model):
     wanted.attach(adapter)
     assert mx.get_active_memory() - before < 0.1 * size
     assert distance(model.logits(TOKENS), wanted.logits(TOKENS)) < 1e-4
+
+
+def test_a_weight_unpacked_for_many_tokens_computes_the_same(tiny_model, monkeypatch):
+    model = load_model(tiny_model("llama", bits=4), dense=False)
+    model.pool = AdapterPool(model.module, group=True)
+    model.attach(random_adapter(model))
+    many = [3 + i % 400 for i in range(MANY_TOKENS + 40)]
+    wanted, unpacked = model.logits(many), []
+    packed = [site.product for site in set(model.pool._sites.values()) if isinstance(site.product, Concatenated)]
+    for product in packed:
+        product.unpacks = True
+    monkeypatch.setattr(mx, "dequantize", lambda *a, own=mx.dequantize, **k: (unpacked.append(1), own(*a, **k))[1])
+    assert distance(model.logits(many), wanted) < 1e-4 * mx.abs(wanted).max().item()
+    seen = len(unpacked)
+    model.logits(many[:MANY_TOKENS])  # the embedding alone
+    assert seen == len(packed) + len(unpacked) - seen > 2
 
 
 def held_by(model, size, before):
