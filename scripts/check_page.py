@@ -59,12 +59,12 @@ def answers(page):
     return page.evaluate(SHOWN)
 
 
-def pictures(page, folder):
+def pictures(page, folder, what):
     folder.mkdir(parents=True, exist_ok=True)
     for width in (390, 1200):
         for dark in (False, True):
             page.look(width, 800, dark)
-            page.picture(folder / f"{width}-{'dark' if dark else 'light'}.png")
+            page.picture(folder / f"{what}-{width}-{'dark' if dark else 'light'}.png")
 
 
 def main():
@@ -79,6 +79,9 @@ def main():
         with Served(folder + "/model", adapters=("one", "two")) as server, Page(server.address + "/") as page:
             page.until("document.querySelectorAll('.pane').length === 2")
             page.evaluate(CHOOSE)
+            if options.pictures:
+                pictures(page, options.pictures, "welcome")
+                page.look(1200, 800, False)
             ask(page)
             shown = [answers(page)]
             ask(page)
@@ -90,7 +93,7 @@ def main():
             page.evaluate("document.querySelector('#history button').click()")
             shown.append(page.evaluate(SHOWN))
             if options.pictures:
-                pictures(page, options.pictures)
+                pictures(page, options.pictures, "answers")
             complaints = page.complaints
     plain = lambda text: "".join(text.split())  # noqa: E731  (Markdown makes other space of it)
     good = all([plain(one) for one in texts] == [plain(one) for one in wanted] for texts in shown) and not complaints

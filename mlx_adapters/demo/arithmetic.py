@@ -135,7 +135,7 @@ class Numbers:
             greedy_answers(model, [model.encode(ROW["prompt"])], max_tokens=16, on_event=ignore)
             for model in (attached, fused)
         ]
-        said = "the same text" if texts[0] == texts[1] else "another text (near ties)"
+        said = "the same text" if texts[0] == texts[1] else "another text, where two tokens are as likely"
         return Outcome(error < 0.01, f"logits off by {100 * error:.2g} %, {said}")
 
 

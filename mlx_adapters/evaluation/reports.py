@@ -99,6 +99,6 @@ def _phrase(value: Mean, up: str, down: str) -> str:
     margin = student(value.count - 1) * value.error
     low, high = value.value - margin, value.value + margin
     if not value.differs:
-        return f"no difference seen [{low:+.2g}, {high:+.2g}]"
+        return f"the same within noise [{low:+.2g}, {high:+.2g}]"
     bounds = sorted((abs(low), abs(high)))
     return f"{abs(value.value):.3g} {up if value.value > 0 else down} [{bounds[0]:.2g}, {bounds[1]:.2g}]"
