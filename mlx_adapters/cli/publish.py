@@ -1,5 +1,8 @@
 """`publish`, `download`, `card`: the Hugging Face Hub."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import click
 
 from mlx_adapters.cli import _output
@@ -20,6 +23,9 @@ _benchmark = click.option(
     metavar="FILE",
     help="Report of 'benchmark --output' to show in the card.",
 )
+_ask = click.option(
+    "--ask", "questions", multiple=True, metavar="TEXT", help="Answer this and show it in the card; may be repeated."
+)
 _license = click.option("--license", metavar="ID", help="License for the card, e.g. apache-2.0 [the base's].")
 
 
@@ -33,6 +39,7 @@ _license = click.option("--license", metavar="ID", help="License for the card, e
 @click.option("--create-pr", is_flag=True, help="Propose the change as a pull request.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out files such as '*.svg'; may be repeated.")
 @_benchmark
+@_ask
 @_base_model
 @_license
 @json_option
@@ -46,6 +53,7 @@ def publish_command(
     create_pr: bool,
     exclude: tuple[str, ...],
     benchmark: str | None,
+    questions: tuple[str, ...],
     base_model: str | None,
     license: str | None,
     as_json: bool,
@@ -72,6 +80,7 @@ def publish_command(
         create_pr=create_pr,
         exclude=exclude,
         benchmark=benchmark,
+        answers=_answers(source, questions),
         base_model=base_model,
         license=license,
         show_progress=_output.live(),
@@ -140,6 +149,7 @@ def download_command(
 @click.option("--repo", metavar="USER/REPO", help="The repository that the examples name.")
 @click.option("--write", is_flag=True, help="Write README.md (and the loss curve) into the folder; keeps your part.")
 @_benchmark
+@_ask
 @_base_model
 @_license
 @json_option
@@ -148,6 +158,7 @@ def card_command(
     repo: str | None,
     write: bool,
     benchmark: str | None,
+    questions: tuple[str, ...],
     base_model: str | None,
     license: str | None,
     as_json: bool,
@@ -156,12 +167,13 @@ def card_command(
 
     \b
     Example:
-      mlx-adapters card sql
+      mlx-adapters card sql --ask "List the Physics courses."
       mlx-adapters card ./out/sql-4bit --write
     """
     from mlx_adapters.publishing.uploads import make_card, write_card
 
-    options = {"repo": repo, "base_model": base_model, "license": license, "benchmark": benchmark}
+    options: dict[str, Any] = {"repo": repo, "base_model": base_model, "license": license, "benchmark": benchmark}
+    options["answers"] = _answers(source, questions)
     if write:
         path = write_card(source, **options, on_event=_output.progress())
         if as_json:
@@ -175,3 +187,25 @@ def card_command(
         _output.emit_json({"front_matter": card.front, "text": str(card)})
     else:
         _output.out(str(card), newline=False)
+
+
+def _answers(source: str, questions: Sequence[str]) -> dict[str, dict[str, str]]:
+    """What the published thing answers, and of an adapter its base beside it: greedy, 128 tokens at most."""
+    if not questions:
+        return {}
+    from mlx_adapters.generation.live import load_model
+    from mlx_adapters.publishing.subject import read_subject
+    from mlx_adapters.sources.bases import recorded_base
+
+    subject = read_subject(source)
+    if subject.kind not in ("adapter", "model"):
+        raise click.UsageError(f"--ask needs an adapter or a model for MLX; '{source}' is in another format.")
+    adapter = subject.adapter
+    model = load_model(recorded_base([adapter]) if adapter else subject.folder)
+    given: dict[str, dict[str, str]] = {question: {} for question in questions}
+    for whose in ("base", subject.name) if adapter else (subject.name,):
+        if adapter and whose != "base":
+            model.attach(adapter)
+        for question in questions:
+            given[question][whose] = model.generate(question, max_tokens=128).text
+    return given

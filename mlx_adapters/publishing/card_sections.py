@@ -131,6 +131,21 @@ def overview(subject: Subject, facts: Facts) -> str:
     return f"{said}\n\n![Quality]({CHART_FILE})"
 
 
+def answers(subject: Subject, facts: Facts) -> str:
+    """Example questions with the answers that were given."""
+    parts = []
+    for question, given in subject.answers.items():
+        rows = [(whose, shortened(" ".join(text.split()))) for whose, text in given.items()]
+        parts.append(f"**{' '.join(question.split())}**\n\n{table(('', 'answer'), rows)}")
+    return "\n\n".join(["## What it answers", *parts]) if parts else ""
+
+
+def shortened(text: str, most: int = 300) -> str:
+    """The beginning of a long answer, without signs that cannot be seen."""
+    text = "".join(character for character in text if character.isprintable())
+    return text if len(text) <= most else f"{text[:most].rstrip()} …"
+
+
 # -- how it was made -------------------------------------------------------------------------------
 
 
@@ -300,4 +315,4 @@ def recipe(subject: Subject, facts: Facts) -> str:
     return "\n\n".join(["## Recipe", *parts]) if parts else ""
 
 
-SECTIONS = (what_it_is, overview, usage, evaluation, fidelity, speed, training, limits, files_table, recipe)
+SECTIONS = (what_it_is, overview, answers, usage, evaluation, fidelity, speed, training, limits, files_table, recipe)

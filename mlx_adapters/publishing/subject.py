@@ -7,7 +7,7 @@ Of an adapter only its own files go up. Of a model (and a PEFT export) all goes 
 import contextlib
 import fnmatch
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +40,7 @@ REQUIRED = {
     "gguf": (GGUF_FILE,),
 }
 Kind = Literal["adapter", "peft", "model", "gguf"]
+Answers = Mapping[str, Mapping[str, str]]  # question -> whose answer -> its text
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Subject:
     local_base: str | None = None  # the base's name as recorded, which may be a folder of this machine
     fused: Adapter | None = None  # the one adapter that was fused in, if it is still here
     benchmark: Report | None = None
+    answers: Answers = field(default_factory=dict)
 
     @property
     def base(self) -> dict[str, Any]:
@@ -160,10 +162,12 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
-def read_subject(source: AdapterOrBase, benchmark: Report | str | Path | None = None) -> Subject:
+def read_subject(
+    source: AdapterOrBase, benchmark: Report | str | Path | None = None, answers: Answers | None = None
+) -> Subject:
     """Find what `source` means: an adapter's name, NAME@ITERATION, or the folder of an adapter or a model.
 
-    benchmark: a report that belongs to it, or the file of one (`benchmark --output`).
+    benchmark: a report that belongs to it, or the file of one (`benchmark --output`). answers: to example questions.
     Raises NotFoundError or FormatError.
     """
     if isinstance(source, Adapter):
@@ -179,7 +183,7 @@ def read_subject(source: AdapterOrBase, benchmark: Report | str | Path | None = 
     if folder is None or not folder.is_dir():
         raise NotFoundError(f"There is no folder '{folder}'.", "'mlx-adapters list' shows the adapters there are.")
     report = read_report(benchmark) if isinstance(benchmark, str | Path) else benchmark
-    return replace(_subject(folder, iteration), benchmark=report)
+    return replace(_subject(folder, iteration), benchmark=report, answers=answers or {})
 
 
 def _subject(folder: Path, iteration: int | None) -> Subject:

@@ -20,7 +20,7 @@ from mlx_adapters.publishing import cards, staging
 from mlx_adapters.publishing.cleaning import check_paths, check_secrets
 from mlx_adapters.publishing.remote import PublishedFile, Remote, changes, foresee_refusal, look
 from mlx_adapters.publishing.sending import Uploader
-from mlx_adapters.publishing.subject import Subject, matches, read_subject
+from mlx_adapters.publishing.subject import Answers, Subject, matches, read_subject
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.hub import (
     address,
@@ -64,6 +64,7 @@ def make_card(
     base_model: str | None = None,
     license: str | None = None,
     benchmark: Report | str | Path | None = None,
+    answers: Answers | None = None,
     old: str | None = None,
 ) -> cards.Card:
     """The card (README.md) of an adapter or model, from its metadata.
@@ -74,6 +75,7 @@ def make_card(
         base_model: where the metadata does not tell.
         license: likewise.
         benchmark: a report to show, or the file of one.
+        answers: example questions to show: question -> whose answer -> its text.
         old: the README to take the user's part from; None: README.md in the folder.
 
     Raises NotFoundError, FormatError or, for a license or base that the Hub would refuse, ConfigError.
@@ -83,7 +85,7 @@ def make_card(
         >>> card.front["license"]
         'apache-2.0'
     """
-    return _card_of(read_subject(source, benchmark), repo, base_model, license, old)
+    return _card_of(read_subject(source, benchmark, answers), repo, base_model, license, old)
 
 
 def write_card(
@@ -93,10 +95,11 @@ def write_card(
     base_model: str | None = None,
     license: str | None = None,
     benchmark: Report | str | Path | None = None,
+    answers: Answers | None = None,
     on_event: OnEvent = log_warnings,
 ) -> Path:
     """Write the card as README.md, with its pictures, into the folder of `source`; the user's part is kept."""
-    subject = read_subject(source, benchmark)
+    subject = read_subject(source, benchmark, answers)
     card = _card_of(subject, repo, base_model, license)
     _tell_lost(card, "README.md", _local_readme(subject.folder), on_event)
     return cards.write_readme(card, subject.folder)
@@ -153,6 +156,7 @@ def publish(
     base_model: str | None = None,
     license: str | None = None,
     benchmark: Report | str | Path | None = None,
+    answers: Answers | None = None,
     show_progress: bool = False,
     on_event: OnEvent = log_warnings,
 ) -> Publication:
@@ -170,6 +174,7 @@ def publish(
         base_model: for the card, where the metadata does not tell.
         license: likewise.
         benchmark: a report that the card shows, or the file of one.
+        answers: example questions that it shows: question -> whose answer -> its text.
         show_progress: the bars of huggingface_hub.
         on_event: called with notes.
 
@@ -188,7 +193,7 @@ def publish(
     require(not (create_pr and revision), "A pull request is made against 'main': give no revision with it.")
     if not dry_run:
         require_token(f"upload to '{repo}'")
-    subject = _named_by_the_hub(read_subject(source, benchmark).without(exclude), base_model)
+    subject = _named_by_the_hub(read_subject(source, benchmark, answers).without(exclude), base_model)
     staging.check(subject)
     remote = look(repo, revision, dry_run, on_event)
     if dry_run and remote.known and not create_pr:

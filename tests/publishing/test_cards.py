@@ -307,6 +307,22 @@ def test_a_card_says_what_it_is_how_good_and_how_to_use_it_before_how_it_was_mad
     )
 
 
+def test_a_card_shows_the_answers_that_were_asked_for(sql, base):
+    """The base's and the adapter's, as they are generated, between the chart and how to use it."""
+    model, question = ma.load_model(base), "List | all\ncourses."
+    plain = model.generate(question, max_tokens=128).text
+    model.attach(sql)
+    tuned = model.generate(question, max_tokens=128).text
+    shown = CliRunner().invoke(cli, ["card", "sql", "--ask", question], catch_exceptions=False)
+    card = make_card("sql", answers={question: {"base": plain, "sql": tuned}})
+    assert shown.exit_code == 0 and plain != tuned
+    asked = card.body[card.body.index("## What it answers") : card.body.index("## How to use it")]
+    assert asked in shown.stdout
+    assert card.body.index("**List | all courses.**") < card.body.index("## How to use it")
+    said = make_card("sql", answers={"Why?": {"sql": "word " * 100}}).body
+    assert f"| sql | {('word ' * 60).rstrip()} … |" in said and "## What it answers" not in make_card("sql").body
+
+
 DAMAGED = [
     ("fuse_recipe.json", {"adapters": ["1"]}),
     ("fuse_recipe.json", {"adapters": [{"reference": 1, "name": []}], "options": 1, "versions": [], "date": {}}),
