@@ -1,6 +1,7 @@
 """A benchmark's report as one HTML file: the verdict, quality against size and speed, then figures and method."""
 
 import json
+import math
 from typing import Any
 
 from mlx_adapters.benchmarking import words
@@ -49,9 +50,10 @@ def overview(report: Measurements) -> dict[str, Chart]:
     ranges = {label: (speed.minimum, speed.maximum) for label, speed in speeds.items()}
     on_disk, fast = Axis("size on disk", size), Axis("decoding, tokens per second")
     for key, axis in _quality_axes(report).items():
-        known = {label: report.judged[label][key] for label in rows if report.judged.get(label, {}).get(key)}
+        found = {label: report.judged.get(label, {}).get(key) for label in rows}
+        known = {label: one for label, one in found.items() if one and math.isfinite(one["value"])}
         if len(known) > 1:
-            off = {label: 2 * (found["error"] or 0.0) for label, found in known.items()}
+            off = {label: 2 * (one["error"] or 0.0) for label, one in known.items()}
             good = {n: (v["value"], (v["value"] - off[n], v["value"] + off[n])) for n, v in known.items()}
             sizes = {n: Spot(rows[n].size_bytes or 0, y, None, ys) for n, (y, ys) in good.items()}
             faster = {n: Spot(speeds[n].median, y, ranges[n], ys) for n, (y, ys) in good.items()}

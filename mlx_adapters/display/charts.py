@@ -216,11 +216,16 @@ def tradeoff(spots: Mapping[str, Spot], title: str, across: Axis, up: Axis) -> C
     return _chart(height, marks, title)
 
 
-def distances(models: Mapping[str, tuple[float, float]]) -> Chart:
-    """(loss, KL from the adapter) in nats per token of each model: what fusing lost, and what not fine-tuning loses."""
+def distances(models: Mapping[str, tuple[float | None, float | None]]) -> Chart | None:
+    """(loss, KL from the adapter) in nats per token of each model: what fusing lost, and what not fine-tuning loses.
+    None where fewer than two are known."""
     up = Axis("KL from the adapter, in nats", lambda kl: f"{kl:g}", logarithmic=True, reversed=True)
-    spots = {name: Spot(loss, max(kl, 0.0)) for name, (loss, kl) in models.items()}
-    return tradeoff(spots, "Distance from the adapter", Axis("loss, nats per token"), up)
+    spots = dict[str, Spot]()
+    for name, (loss, kl) in models.items():
+        if loss is not None and kl is not None and math.isfinite(loss + kl):
+            spots[name] = Spot(loss, max(kl, 0.0))
+    title = "Distance from the adapter"
+    return tradeoff(spots, title, Axis("loss, nats per token"), up) if len(spots) > 1 else None
 
 
 class _Fitted:

@@ -20,7 +20,7 @@ from mlx_adapters.display import page
 from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.events import OnEvent, log_warnings
 from mlx_adapters.fusion.fuse import choose_base, gather_updates
-from mlx_adapters.fusion.result import check_parts, distance_chart, layers
+from mlx_adapters.fusion.result import check_parts, distance_charts, layers
 from mlx_adapters.models.adapter import AdapterLike
 from mlx_adapters.models.base import BaseLike
 from mlx_adapters.models.dense import weight_shape
@@ -50,7 +50,7 @@ def html(checked: Checked) -> str:
     return page.html(
         f"Checked: {Path(checked.model).name}",
         checked.fidelity.verdict,
-        page.section("", page.pictures({"Distance": distance_chart(checked.fidelity)}, headed=False)),
+        page.section("", page.pictures(distance_charts(checked.fidelity), headed=False)),
         *check_parts(checked.fidelity, checked.text),
         layers(checked.survival, None),
     )

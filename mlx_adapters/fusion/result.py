@@ -126,7 +126,7 @@ def html(result: FuseResult) -> str:
     verdict = result.fidelity.verdict if result.fidelity else "What fusing lost was not measured."
     what = f"{result.bits_per_weight:.2f} bits per weight, {size(result.size_bytes)}"
     bits = bits_by_part(result)
-    drawn = {} if result.fidelity is None else {"Distance": distance_chart(result.fidelity)}
+    drawn = distance_charts(result.fidelity)
     if bits:
         drawn["Bits"] = charts.stacked({"bits per weight": bits}, "Bits per weight by part", "bits per weight", number)
     how = f"{result.method} rounding, {count(len(result.survival), 'layer')} changed, in {duration(result.seconds)}."
@@ -170,12 +170,17 @@ def _of_bits(result: FuseResult, parts: dict[str, float]) -> list[str]:
     return said
 
 
-def distance_chart(fidelity: Fidelity) -> Chart:
-    """How far the fused model and the base are from the adapter model, against their losses."""
-    models = {"adapter": (fidelity.loss_adapter, 0.0), "fused": (fidelity.loss_fused, fidelity.kl_mean)}
-    if fidelity.base_kl is not None and fidelity.loss_base is not None:
-        models["base"] = (fidelity.loss_base, fidelity.base_kl)
-    return charts.distances(models)
+def distance_charts(fidelity: Fidelity | None) -> dict[str, Chart]:
+    """How far the fused model and the base are from the adapter model, against their losses; none without a check."""
+    if fidelity is None:
+        return {}
+    models = {
+        "adapter": (fidelity.loss_adapter, 0.0),
+        "fused": (fidelity.loss_fused, fidelity.kl_mean),
+        "base": (fidelity.loss_base, fidelity.base_kl),
+    }
+    chart = charts.distances(models)
+    return {chart.title: chart} if chart else {}
 
 
 def check_parts(fidelity: Fidelity | None, text: dict[str, Any] | None) -> list[str]:

@@ -224,13 +224,14 @@ def _chart(subject: Subject) -> Chart | None:
     if subject.benchmark:
         drawn = list(overview(subject.benchmark).values())
         return layout.stacked_up(drawn, "Quality, size and speed") if drawn else None
-    found, models = subject.report.get("fidelity") or {}, dict[str, tuple[float, float]]()
-    for name, loss, kl in (("adapter", "loss_adapter", 0.0), (subject.name, "loss_fused", found.get("kl_mean"))):
-        if isinstance(found.get(loss), float) and isinstance(kl, float):
-            models[name] = found[loss], kl
-    if isinstance(found.get("loss_base"), float) and isinstance(found.get("base_kl"), float):
-        models["base"] = found["loss_base"], found["base_kl"]
-    return charts.distances(models) if subject.name in models else None
+    found = subject.report.get("fidelity") or {}
+    known = {key: value for key, value in found.items() if isinstance(value, int | float)}
+    if "kl_mean" not in known or "loss_fused" not in known:
+        return None
+    kinds = {"adapter": ("loss_adapter", ""), subject.name: ("loss_fused", "kl_mean"), "base": ("loss_base", "base_kl")}
+    return charts.distances(
+        {name: (known.get(loss), known.get(kl) if kl else 0.0) for name, (loss, kl) in kinds.items()}
+    )
 
 
 def write_readme(card: Card, folder: Path) -> Path:

@@ -167,6 +167,15 @@ def test_the_page_opens_with_the_verdict_then_one_chart_then_the_figures(judged)
         assert len([mark for mark in chart.marks if isinstance(mark, Dot)]) == len(SIZES)
 
 
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), 0.0, -1e-9, 1e-300])
+def test_odd_figures_leave_a_page(odd):
+    """A model that has fallen apart has no mark on the chart of quality, and all others theirs."""
+    report = fused_report((300, 220, 280, 300), kl=(2.0, 0.0, 0.002, odd))
+    texts = [m.text for m in page.overview(report)["Quality and size"].marks if isinstance(m, Label)]
+    assert ("f4" in texts) == (abs(odd) < 1) and {"base", "sql", "f8"} <= set(texts)
+    assert "<h1>" in page.html(report)
+
+
 def test_a_variant_that_could_not_be_judged_is_told_and_has_no_mark():
     report = fused_report((300, 220, 280, 300))
     evaluations = [

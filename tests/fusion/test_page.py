@@ -53,11 +53,18 @@ def test_layers_of_other_precisions_are_counted(tiny, tmp_path):
 
 
 def test_the_chart_stands_the_fused_model_between_adapter_and_base():
-    dots = [mark.center for mark in results.distance_chart(CHECKED).marks if isinstance(mark, Dot)]
+    dots = [
+        mark.center
+        for mark in results.distance_charts(CHECKED)["Distance from the adapter"].marks
+        if isinstance(mark, Dot)
+    ]
     (adapter, fused, base) = dots
     assert adapter[0] < fused[0] < base[0] and adapter[1] < fused[1] < base[1]
     alone = Fidelity(3, 90, 0.0, 0.0, 0.0, 1.0, 0.5, 0.5)
-    assert len([m for m in results.distance_chart(alone).marks if isinstance(m, Dot)]) == 2
+    (chart,) = results.distance_charts(alone).values()
+    assert len([m for m in chart.marks if isinstance(m, Dot)]) == 2
+    lost = Fidelity(3, 90, float("nan"), 0.0, 0.0, 1.0, 0.5, float("inf"))
+    assert results.distance_charts(lost) == results.distance_charts(None) == {}
 
 
 def test_the_command_writes_the_page_of_a_fuse_and_of_a_check(tiny, tmp_path, monkeypatch):
