@@ -301,7 +301,7 @@ def test_a_card_says_what_it_is_how_good_and_how_to_use_it_before_how_it_was_mad
         assert hashes and min(hashes) > card.body.index("## Recipe")
     picture = xml.etree.ElementTree.fromstring(card.pictures["quality.svg"])
     names = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
-    assert {"adapter", "fused", "base"} <= set(names)
+    assert {"adapter", "this model", "base"} <= set(names)
     assert (
         card.body.index("same token ") < card.body.index("![Quality](quality.svg)") < card.body.index("## How to use")
     )
