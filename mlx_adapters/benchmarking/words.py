@@ -160,6 +160,8 @@ def _cost(report: Measurements, row: VariantFigures, adapter: VariantFigures) ->
     ratio = next((c.ratio for c in report.compare(row.label, adapter.label, "decode_tps")), None)
     if ratio is None or ratio.low is None:
         return f"{sizes}, {' against '.join(speeds)} tok/s"
+    if not ratio.differs and _tells_nothing(ratio):
+        return f"{sizes}; the rounds are too few or too noisy to tell which decodes faster"
     if not ratio.differs:
         return f"{sizes}, and decodes as fast as far as {count(report.config.rounds, 'round')} can tell"
     return f"{sizes}, and decodes {number(ratio.value, 2)} times as fast"
@@ -245,12 +247,17 @@ def phrase(metric: str, ratio: Ratio) -> str:
     value, low, high = (None if v is None else percent(v) for v in (ratio.value, ratio.low, ratio.high))
     if low is None or high is None or value is None:
         return f"{value:+.1f} % {TOO_FEW}"
-    if not ratio.differs and 1 + high / 100 > TELLING * (1 + low / 100):
+    if not ratio.differs and _tells_nothing(ratio):
         return f"too few or too noisy rounds to tell [{low:+.0f}, {high:+.0f}] %"
     if not ratio.differs:
         return f"the same within noise [{low:+.1f}, {high:+.1f}] %"
     bounds = sorted((abs(low), abs(high)))
     return f"{abs(value):.1f} % {up if ratio.value > 1 else down} [{bounds[0]:.1f}, {bounds[1]:.1f}]"
+
+
+def _tells_nothing(ratio: Ratio) -> bool:
+    """Whether an interval is so wide that anything may be true."""
+    return ratio.low is not None and ratio.high is not None and ratio.high > TELLING * ratio.low
 
 
 def sentences(report: Measurements) -> list[str]:

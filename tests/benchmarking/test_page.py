@@ -132,6 +132,8 @@ def test_the_verdict_claims_no_more_than_was_measured():
     assert words.verdict(synthetic({"a": 100.0, "b": 90.0}, noise=0)) == (
         "a decodes fastest (100 tok/s) and is the smallest (1 kB)."
     )
+    noisy = fused_report((300, 300, 300, 300), kl=(2.0, 0.0, 0.002, 0.003), noise=0.6)
+    assert words.verdict(noisy).endswith("too few or too noisy to tell which decodes faster.")
     failed = dataclasses.replace(unjudged, runs=(Run("base", 0, {"error": "gone"}),))
     assert words.verdict(failed) == "Nothing could be measured."
 

@@ -78,9 +78,9 @@ def synthetic(
     return Report("2026-01-01", "mlx-adapters benchmark", machine, {}, config, variants, tuple(runs))
 
 
-def fused_report(speeds, kl=(2.0, 0.0, 0.002, 0.2), scores=None):
+def fused_report(speeds, kl=(2.0, 0.0, 0.002, 0.2), scores=None, noise=0.002):
     """base, sql (an adapter of 6 MB), f8 and f4 with these decode speeds and KL against sql."""
-    measured = synthetic(dict(zip(SIZES, speeds, strict=True)))
+    measured = synthetic(dict(zip(SIZES, speeds, strict=True)), noise)
     runs = []
     for run in measured.runs:
         label, result = run.variant, dict(run.result)
