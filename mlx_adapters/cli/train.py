@@ -221,7 +221,7 @@ class Watch:
             trained, real = map(_output.number, (event.trained_tokens_per_second, event.tokens_per_second))
             _output.note(
                 f"iteration {event.iteration}/{event.iterations}: loss {event.train_loss:.4f}{watched}, rate "
-                f"{event.learning_rate:.3g}, {real} tok/s ({trained} trained){_over(event.processes)}, "
+                f"{event.learning_rate:.3g}, {trained} of {real} tok/s{_over(event.processes)}, "
                 f"{_output.size(event.peak_memory_bytes)}"
             )
         elif isinstance(event, ValidationReport):
