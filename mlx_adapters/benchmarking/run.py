@@ -12,11 +12,12 @@ from typing import Any
 from mlx_adapters.benchmarking.measurements import Run
 from mlx_adapters.benchmarking.reports import Report
 from mlx_adapters.benchmarking.schedule import BenchmarkConfig, schedule
+from mlx_adapters.config.data import DataConfig
 from mlx_adapters.config.evaluating import EvaluationConfig
 from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.config.quantization import Dtype
-from mlx_adapters.data.datasets import PYTHON, Data, DataSet, keep, read_data
-from mlx_adapters.evaluation.variants import Variant, prepare, read_variants, workspace
+from mlx_adapters.data.datasets import DEFAULTS, PYTHON, Data, DataSet, keep, read_as_trained, read_data
+from mlx_adapters.evaluation.variants import Variant, prepare, read_variants, trained_on, workspace
 from mlx_adapters.events import Note, OnEvent, Progress, ignore, log_warnings
 from mlx_adapters.models.adapter import AdapterOrBase
 from mlx_adapters.models.base import BaseLike
@@ -110,9 +111,11 @@ def benchmark(
         seed=seed,
     )
     with workspace() as folder:
-        prompts, judged = at_hand(data, folder / "prompts"), at_hand(quality, folder / "quality")
-        check_data(prompts, judged, score)
-        report = run(read_variants(variants, base, folder), replace(config, data=prompts), on_event, folder)
+        parsed = read_variants(variants, base, folder)
+        own = trained_on(parsed)
+        prompts, judged = at_hand(data, folder / "prompts"), at_hand(quality, folder / "quality", own)
+        check_data(prompts, judged, score, own)
+        report = run(parsed, replace(config, data=prompts), on_event, folder)
         report = replace(report, config=replace(config, data=source_of(data)))
         if report.interrupted:
             raise BenchmarkInterrupted(report)
@@ -126,11 +129,11 @@ def benchmark(
             raise BenchmarkInterrupted(replace(report, interrupted=True)) from None
 
 
-def at_hand(data: Data | None, folder: Path) -> str | None:
+def at_hand(data: Data | None, folder: Path, own: DataConfig = DEFAULTS) -> str | None:
     """Where the processes read data: rows that no file holds are written into `folder`. Raises what is wrong."""
     if data is None or isinstance(data, str | Path):
         return None if data is None else str(data)
-    keep(replace(read_data(data, judging=True), source=PYTHON), folder)
+    keep(replace(read_as_trained(data, own, judging=True), source=PYTHON), folder)
     return str(folder / ROWS_FOLDER)
 
 
@@ -141,13 +144,14 @@ def source_of(data: Data | None) -> str | None:
     return str(data) if isinstance(data, str | Path) else None if data is None else PYTHON
 
 
-def check_data(prompts: str | None, quality: str | None, score: str | None) -> None:
-    """Read all data once before anything is measured. Raises what is wrong with it."""
+def check_data(prompts: str | None, quality: str | None, score: str | None, own: DataConfig = DEFAULTS) -> None:
+    """Read all data once before anything is measured, `quality` as `own` says. Raises what is wrong with it."""
     from mlx_adapters.evaluation.scores import parse_score
 
-    for source in (prompts, quality):
-        if source is not None:
-            read_data(source, judging=True)
+    if prompts is not None:
+        read_data(prompts, judging=True)
+    if quality is not None:
+        read_as_trained(quality, own, judging=True)
     if quality is not None and score is not None:
         parse_score(score, quality)
 

@@ -1,23 +1,29 @@
 """`advise`: adapter or fused, and at which precision."""
 
+import contextlib
 from pathlib import Path
 
 import click
 
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import REFERENCE, Reads, UserPath, base_option, json_option, trust_option
+from mlx_adapters.errors import AdapterError
 from mlx_adapters.units import count
 
 
-def _known(ref: str, bits: tuple[str, ...], quality: str | None) -> tuple[list[str], str | None]:
+def _known(ref: str, base: str | None, bits: tuple[str, ...], quality: str | None) -> tuple[list[str], str | None]:
     """The variants to measure and the data to judge them by: what is fused already is taken as it is, and where
     nothing is asked for, the data that the adapter was trained on, if that was here."""
+    from mlx_adapters.data.datasets import read_as_trained
     from mlx_adapters.fusion.recipe import fused_here
+    from mlx_adapters.models.metadata import data_config
+    from mlx_adapters.sources.bases import recorded_base, resolve_base
     from mlx_adapters.sources.lookup import load_adapter
     from mlx_adapters.system.origin import made_here
 
-    adapter, fused = load_adapter(ref), list[str]()
-    there = fused_here(adapter, Path.cwd())
+    adapter, fused, there = load_adapter(ref), list[str](), dict[str, Path]()
+    with contextlib.suppress(AdapterError):  # it will be said of the variants
+        there = fused_here(adapter, resolve_base(base) if base else recorded_base([adapter]), Path.cwd())
     for one in bits:
         if one in there:
             fused.append(f"./{_output.place(there[one])}")
@@ -27,8 +33,13 @@ def _known(ref: str, bits: tuple[str, ...], quality: str | None) -> tuple[list[s
     source = (adapter.metadata.get("data") or {}).get("source")
     trained_here = isinstance(source, str) and made_here(source, adapter.metadata.get("signature"))
     if quality is None and trained_here and Path(str(source)).exists():
-        quality = str(source)
-        _output.note(f"Judged by the adapter's own data, {_output.place(quality)}; --quality DIR names other rows.")
+        try:
+            read_as_trained(str(source), data_config(adapter.metadata), judging=True)
+        except AdapterError as error:
+            _output.note(f"Not judged by the adapter's own data: {error.message} --quality DIR names other rows.")
+        else:
+            quality = str(source)
+            _output.note(f"Judged by the adapter's own data, {_output.place(quality)}; --quality DIR names other rows.")
     return ["base", ref, *fused], quality
 
 
@@ -38,7 +49,8 @@ def _next(choice: str, ref: str, base: str | None) -> str:
     adapter, _, bits = rest.rpartition(":")
     if kind == "fuse" and adapter:
         name = adapter.replace("@", "-").rpartition("/")[2]
-        return f"mlx-adapters fuse {_output.word(adapter)} out/{_output.word(name)}-{bits}bit --bits {bits}"
+        into = f" --base {_output.word(base)}" if base else ""
+        return f"mlx-adapters fuse {_output.word(adapter)} out/{_output.word(name)}-{bits}bit --bits {bits}{into}"
     if choice == ref:
         return f"mlx-adapters serve {_output.word(base or 'BASE')} --adapter {_output.word(ref)}"
     return f'mlx-adapters generate "..." --base {_output.word(choice)}'
@@ -50,7 +62,7 @@ def _next(choice: str, ref: str, base: str | None) -> str:
 @click.option("--serves", type=click.IntRange(min=1), default=1, show_default=True, help="Requests at a time.")
 @click.option("--memory", type=click.FloatRange(min=0, min_open=True), metavar="GB", help="Memory for the model.")
 @click.option("--quality", metavar="DIR", help="Data to judge what fusing loses [the adapter's own].")
-@click.option("--score", metavar="SCORE", help="With --quality: a task score, see 'eval'.")
+@click.option("--score", metavar="SCORE", help="Judge by a task score, too; see 'eval'.")
 @click.option("--max-rows", type=click.IntRange(min=1), default=50, show_default=True, help="Rows to judge.")
 @click.option("--bits", multiple=True, default=("4", "8"), show_default=True, help="Precisions to try; repeatable.")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds of measuring.")
@@ -62,10 +74,7 @@ def _next(choice: str, ref: str, base: str | None) -> str:
 @base_option
 @trust_option
 @json_option
-@Reads(
-    modes={"report": "ref adapters serves memory as_json"},
-    needs={"score": "quality", "max_rows": "quality"},
-)
+@Reads(modes={"report": "ref adapters serves memory as_json"})
 def advise_command(
     ref: str,
     adapters: int,
@@ -95,7 +104,9 @@ def advise_command(
     if report is not None:
         measured = read_report(report)
     else:
-        variants, quality = _known(ref, bits, quality)
+        variants, quality = _known(ref, base, bits, quality)
+        if quality is None:
+            Reads(needs={"score": "quality", "max_rows": "quality"}).check(click.get_current_context())
         begins = count(rounds * len(variants), "fresh process")
         _output.note(f"Measuring {count(len(variants), 'variant')} in {count(rounds, 'round')}, {begins} in all.")
         measured = benchmark(

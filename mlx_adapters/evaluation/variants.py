@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlx_adapters.config.data import DataConfig
 from mlx_adapters.config.mapping import require
 from mlx_adapters.config.quantization import BITS, Precision
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError, did_you_mean
 from mlx_adapters.events import Note, OnEvent, warnings_only
-from mlx_adapters.models.metadata import base_of, read_metadata
+from mlx_adapters.models.metadata import base_of, data_config, read_metadata
 from mlx_adapters.sources import lookup
 from mlx_adapters.sources.lookup import locate
 from mlx_adapters.sources.references import parse_reference
@@ -201,6 +202,14 @@ def _text_of(variant: "AdapterOrBase") -> str:
     loaded = isinstance(getattr(variant, "base", None), Base)
     require(not loaded, "A loaded model is no variant.", "give its base (model.base) and its adapter, one by one.")
     return lookup.spelled(variant)
+
+
+def trained_on(variants: Iterable[Variant]) -> DataConfig:
+    """How the first adapter among them read its rows, as evaluating does; the defaults, if there is none."""
+    adapter = next((v.adapter for v in variants if v.adapter and not v.problem), None)
+    with contextlib.suppress(AdapterError):  # it will be said of the variant
+        return data_config(read_metadata(locate(adapter)[0])) if adapter else DataConfig()
+    return DataConfig()
 
 
 def label_of(variant: "AdapterOrBase", labels: Iterable[str]) -> str:

@@ -127,16 +127,20 @@ def read_recipe(path: str | Path | Named) -> Recipe:
     return recipe
 
 
-def fused_here(adapter: Adapter, top: Path) -> dict[str, Path]:
-    """The models at most two folders below `top` that were fused of this adapter alone, by their bits ("none": 16)."""
+def fused_here(adapter: Adapter, base: Base, top: Path) -> dict[str, Path]:
+    """The models at most two folders below `top` that are what a plain fuse makes of this adapter alone and `base`, by
+    their bits ("none": 16); of several the first."""
     found: dict[str, Path] = {}
     for path in sorted(file for depth in ("*", "*/*") for file in top.glob(f"{depth}/{FUSE_RECIPE_FILE}")):
         with contextlib.suppress(AdapterError, KeyError, TypeError, AttributeError, OSError):
             recipe = read_recipe(path.parent)
-            mine = [one["fingerprint"] for one in recipe.adapters] == [adapter.fingerprint]
-            if mine and recipe.options.get("format") == "mlx":
-                precision = Precision.of(recipe.quantization)
-                found[str(precision.bits or "none")] = path.parent
+            precision = Precision.of(recipe.quantization)
+            whole = [(one["fingerprint"], one["weight"]) for one in recipe.adapters] == [(adapter.fingerprint, 1)]
+            own = recipe.base["fingerprint"] == base.fingerprint and recipe.options.get("format") == "mlx"
+            # Under 8 bits a plain fuse calibrates; where it does not, nearest is not what was asked for.
+            coarse = recipe.method == recipe.options.get("method") == "nearest" and precision.bits != 8
+            if whole and own and not coarse and precision.mode in (None, "affine"):
+                found.setdefault(str(precision.bits), path.parent)
     return found
 
 

@@ -9,18 +9,18 @@ import mlx.nn as nn
 import pytest
 from click.testing import CliRunner
 from helpers.benchmarks import MB, fused_report, registered_adapter
-from helpers.training_tools import write_data
 from mlx.utils import tree_flatten
 
-from mlx_adapters import FuseOptions, LoraConfig, TrainConfig, fuse, train
+from mlx_adapters import FuseOptions, LoraConfig, TrainConfig, benchmark, fuse, train
 from mlx_adapters.benchmarking import trials
 from mlx_adapters.benchmarking.advice import advise
 from mlx_adapters.cli import cli
-from mlx_adapters.errors import ConfigError, FormatError, IncompatibleError
+from mlx_adapters.cli.advise import _next
+from mlx_adapters.errors import ConfigError, FormatError, IncompatibleError, StorageError
+from mlx_adapters.fusion.recipe import fused_here
 from mlx_adapters.generation import memory
 from mlx_adapters.models.loading import load_model, load_module
 from mlx_adapters.sources.bases import resolve_base
-from mlx_adapters.sources.registry import adapter_folder
 from mlx_adapters.storage.files import write_json
 
 
@@ -102,32 +102,59 @@ def test_advise_measures_base_adapter_and_fused_variants(tiny_model, monkeypatch
     shown = CliRunner().invoke(cli, ["advise", "sql", "--bits", "8", "--quality", "data"])
     assert shown.exit_code == 0, shown.output
     assert asked == [(["base", "sql", "fuse:sql:8"], None, 1, 50)]
+    for option, value in (("--score", "exact"), ("--max-rows", "20")):  # no data of its own is here
+        shown = CliRunner().invoke(cli, ["advise", "sql", option, value])
+        assert shown.exit_code == 2 and f"{option} needs --quality" in shown.output and len(asked) == 1
 
 
-def test_advise_takes_what_is_fused_already_and_the_data_that_this_machine_trained_on(
-    tiny_model, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    data, asked = write_data(tmp_path / "rows", rows=6, valid=2), []
-    settings = TrainConfig(iterations=1, batch_size=2)
-    train(tiny_model("llama"), data, name="sql", lora=LoraConfig(rank=2), training=settings)
-    fuse(None, "sql", "out/eight", quantization=8, options=FuseOptions(check=False))
-    (tmp_path / "out" / "broken").mkdir()
-    (tmp_path / "out" / "broken" / "fuse_recipe.json").write_text("{}")
+def test_the_fuse_that_advise_ends_with_names_the_same_base():
+    assert _next("fuse:sql:4", "sql", "my base").endswith("out/sql-4bit --bits 4 --base 'my base'")
+    assert _next("fuse:sql:4", "sql", None).endswith("out/sql-4bit --bits 4")
 
-    def benchmark(variants, base, **options):
-        asked.append((variants, options["quality"]))
+
+def test_only_what_a_plain_fuse_makes_stands_in_for_it(tiny_model, tmp_path):
+    folder, other = tiny_model("llama"), tiny_model("llama", bits=8)
+    adapter, unchecked = registered_adapter(folder), {"options": FuseOptions(check=False, method="nearest")}
+    plain = {"options": FuseOptions(check=False, calibration_rows=4, check_rows=1)}
+    fuse(folder, adapter, tmp_path / "b", quantization=4, **plain)
+    fuse(folder, adapter, tmp_path / "c", quantization=4, **plain)
+    fuse(folder, adapter, tmp_path / "eight", quantization=8, **unchecked)
+    found = {"4": tmp_path / "b", "8": tmp_path / "eight"}
+    fuse(folder, adapter, tmp_path / "a-nearest", quantization=4, **unchecked)
+    fuse(folder, adapter, tmp_path / "a-half", quantization=8, weights=[0.5], **unchecked)
+    fuse(other, adapter, tmp_path / "a-other", quantization="none", any_base=True, **unchecked)
+    fuse(folder, adapter, tmp_path / "a-mode", quantization={"bits": 8, "mode": "mxfp8"}, **unchecked)
+    assert fused_here(adapter, resolve_base(folder), tmp_path) == found
+
+
+def test_data_that_nobody_named_is_read_as_it_was_trained_on_and_may_be_damaged(tiny_model, tmp_path, monkeypatch):
+    data, asked = tmp_path / "rows.jsonl", []
+    data.write_text('{"q": "1 + 1?", "a": "2"}\n{"q": "2 + 2?", "a": "4"}\n')
+    columns = TrainConfig(iterations=1, batch_size=1, prompt_column="q", completion_column="a")
+    train(tiny_model("llama"), data, name="sql", lora=LoraConfig(rank=2), training=columns)
+
+    def stop(variants, *_):
+        asked.append([variant.label for variant in variants])
+        raise StorageError("Measured enough.")
+
+    monkeypatch.setattr("mlx_adapters.benchmarking.run.run", stop)
+    with pytest.raises(StorageError):  # as `advise` names it, and from Python
+        benchmark(["base", "fuse:sql:4"], quality=str(data))
+    with pytest.raises(StorageError):
+        benchmark(["base", "sql"], quality=[{"q": "3 + 3?", "a": "6"}])
+    assert asked == [["base", "fuse:sql:4"], ["base", "sql"]]
+
+    def measured(variants, base, **options):
+        asked.append((options["quality"], options["score"], options["max_rows"]))
         return fused_report((300, 220, 280, 300))
 
-    monkeypatch.setattr("mlx_adapters.benchmarking.run.benchmark", benchmark)
-    shown = CliRunner().invoke(cli, ["advise", "sql"])
+    monkeypatch.setattr("mlx_adapters.benchmarking.run.benchmark", measured)
+    shown = CliRunner().invoke(cli, ["advise", "sql", "--max-rows", "20", "--score", "exact"])
     assert shown.exit_code == 0, shown.output
-    assert asked == [(["base", "sql", "fuse:sql:4", "./out/eight"], str(data))]
-    assert "'./out/eight' is fused of it already." in shown.stderr and "own data, rows" in shown.stderr
-    assert "4 variants in 5 rounds, 20 fresh processes" in shown.stderr and "Next: mlx-adapters " in shown.stderr
-    (adapter_folder("sql") / "adapter_metadata.json").write_text("{}")  # a stranger's says nothing
-    CliRunner().invoke(cli, ["advise", "sql"])
-    assert asked[1][1] is None
+    data.write_text("{")
+    shown = CliRunner().invoke(cli, ["advise", "sql"])
+    assert shown.exit_code == 0 and "Not judged by the adapter's own data" in shown.stderr, shown.output
+    assert asked[2:] == [(str(data), "exact", 20), (None, None, None)]
 
 
 # -- memory -------------------------------------------------------------------------------------------

@@ -147,7 +147,6 @@ def test_an_option_that_another_brings_says_so_and_is_refused_alone():
         ("estimate demo --rank 4", "--rank needs --config or --data"),
         ("estimate demo --batch-size 4", "--batch-size needs --config or --data"),
         ("advise sql --report FILE --bits 4", "--bits does not go with --report"),
-        ("advise sql --score exact", "--score needs --quality"),
         ("interpolate a b --name x --base demo", "--base needs --data"),
         ("compare a b --base demo", "--base needs --data"),
         ("benchmark base --fail-over 5%", "--fail-over needs --against"),
