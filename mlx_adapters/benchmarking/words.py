@@ -109,28 +109,45 @@ def verdict(report: Measurements) -> str:
     if kept:
         best = min(kept, key=_size)
         told, cost = _told(report, best, adapter, base), _cost(report, best, adapter)
-        return f"{best.label} keeps the fine-tune: {told}; {cost}."
-    far = {row.label: _distance(report, row) for row in fused if row.label in report.judged}
+        by = _by(report, best, base)
+        return f"{best.label} keeps the fine-tune{by}: {told}; {cost}."
+    far = {row.label: _distance(report, row, base) for row in fused if row.label in report.judged}
     if not far:
         small = min(fused, key=_size)
         return f"Quality was not measured (--quality DATA); {small.label}: {_cost(report, small, adapter)}."
     near = next(row for row in fused if row.label == min(far, key=far.__getitem__))
-    return f"No fused model keeps the fine-tune; {near.label} comes nearest: {_told(report, near, adapter, base)}."
+    found = {keeps(report, row, adapter, base) for row in fused}
+    if found == {False}:
+        said = f"No fused model keeps the fine-tune{_by(report, near, base)}"
+    elif base is None and adapter.label in report.judged and found == {None}:
+        said = "Whether a fused model keeps the fine-tune is not known without `base` among the variants"
+    else:
+        said = "No fused model is known to keep the fine-tune"
+    return f"{said}; {near.label} comes nearest: {_told(report, near, adapter, base)}."
 
 
-def _distance(report: Measurements, row: VariantFigures) -> float:
-    """By what is known of a row: its KL, else its loss, else the share of wrong answers."""
+def _by(report: Measurements, row: VariantFigures, base: VariantFigures | None) -> str:
+    return " by its score" if report.lost(row, base) is None else ""
+
+
+def _distance(report: Measurements, row: VariantFigures, base: VariantFigures | None) -> float:
+    """By what is known of a row: its score where that decides, else its KL, else its loss."""
     known = {key: found["value"] for key in ("kl", "loss", "score") if (found := report.judged[row.label].get(key))}
-    return known.get("kl", known.get("loss", 1 - known.get("score", 0.0)))
+    if "score" in known and report.lost(row, base) is None:
+        return -known["score"]
+    return known.get("kl", known.get("loss", 0.0))
 
 
-def keeps(report: Measurements, fused: VariantFigures, adapter: VariantFigures, base: VariantFigures | None) -> bool:
-    """Whether a fused model is known to keep the fine-tune: by its distance from the adapter, else by its score."""
+def keeps(
+    report: Measurements, fused: VariantFigures, adapter: VariantFigures, base: VariantFigures | None
+) -> bool | None:
+    """Whether a fused model keeps the fine-tune: by its distance from the adapter over the base's, else by its score
+    beside the adapter's; None if neither is known."""
     lost = report.lost(fused, base)
     if lost is not None:
         return lost <= TOLERANCE
-    scores = [report.judged.get(row.label, {}).get("score") or {} for row in (fused, adapter)]
-    return scores[0].get("value", -1) >= scores[1].get("value", 0)
+    mine, whole = (report.judged.get(row.label, {}).get("score") for row in (fused, adapter))
+    return mine["value"] >= whole["value"] if mine and whole else None
 
 
 def _size(row: VariantFigures) -> int:

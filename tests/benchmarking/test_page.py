@@ -143,15 +143,45 @@ def test_a_verdict_of_scores_alone_or_losses_alone():
     report = fused_report((300, 220, 280, 300), scores=(0.0, 0.9, 0.9, 0.5))
     by_score = [e | {"kl": None} for e in report.quality["evaluations"]]
     alone = dataclasses.replace(report, quality=report.quality | {"evaluations": by_score})
-    assert words.verdict(alone).startswith("f8 keeps the fine-tune: 90.0% right (adapter 90.0%, base 0.0%)")
+    assert words.verdict(alone).startswith(
+        "f8 keeps the fine-tune by its score: 90.0% right (adapter 90.0%, base 0.0%)"
+    )
     losses = [
         e | {"kl": None, "score": None, "loss": {"value": value, "error": 0.1}}
         for e, value in zip(by_score, (2.0, 0.5, 0.51, 0.7), strict=True)
     ]
     alone = dataclasses.replace(report, quality=report.quality | {"evaluations": losses})
     assert words.verdict(alone) == (
-        "No fused model keeps the fine-tune; f8 comes nearest: loss 0.51 (adapter 0.5, base 2)."
+        "No fused model is known to keep the fine-tune; f8 comes nearest: loss 0.51 (adapter 0.5, base 2)."
     )
+
+
+def test_without_the_base_only_scores_tell_whether_the_fine_tune_is_kept():
+    """And they do not where the adapter's own is missing: 0 % right then kept the fine-tune."""
+
+    def verdict(failed=(), **given):
+        report = fused_report((300, 220, 280, 300), **given)
+        judged = [
+            e | ({"error": "no tokens", "kl": None, "score": None} if e["variant"] in failed else {})
+            for e in report.quality["evaluations"]
+            if e["variant"] != "base"
+        ]
+        variants = tuple(v for v in report.variants if v.label != "base")
+        return words.verdict(
+            dataclasses.replace(report, variants=variants, quality=report.quality | {"evaluations": judged})
+        )
+
+    assert verdict() == (
+        "Whether a fused model keeps the fine-tune is not known without `base` among the variants; "
+        "f8 comes nearest: KL 0.002."
+    )
+    assert verdict(scores=(0.0, 0.9, 0.9, 0.5)).startswith("f8 keeps the fine-tune by its score: 90.0% right")
+    assert verdict(scores=(0.0, 0.9, 0.5, 0.7)) == (
+        "No fused model keeps the fine-tune by its score; f4 comes nearest: 70.0% right (adapter 90.0%)."
+    )
+    for failed in (("sql",), ("sql", "f8")):
+        said = verdict(failed, scores=(0.0, 0.9, 0.0, 0.0))
+        assert said.startswith("No fused model is known to keep the fine-tune; f") and "0.0% right" in said
 
 
 @pytest.mark.parametrize("judged", [True, False])
