@@ -156,8 +156,8 @@ def _of_bits(result: FuseResult, parts: dict[str, float]) -> list[str]:
     if parts:
         rest = number(parts["not quantized"], 2)
         said.append(
-            f"{parts['scales']:.2f} of them are scales and offsets: a pair for each group of weights. Larger groups "
-            f"(--group-size) take fewer; {rest} are tensors that stay as they are, such as norms."
+            f"{parts['scales']:.2f} of them are {_of_scales(asked)}; {rest} are tensors that stay as they are, "
+            "such as norms."
         )
     others: dict[str, list[str]] = {}
     for path, own in asked.items():
@@ -168,6 +168,14 @@ def _of_bits(result: FuseResult, parts: dict[str, float]) -> list[str]:
         named = f": {', '.join(paths)}" if len(paths) <= 3 else ""
         said.append(f"{count(len(paths), 'layer')} {name}{named}.")
     return said
+
+
+def _of_scales(asked: dict[str, Any]) -> str:
+    """What each group of weights brings along: only affine ones have an offset and come in several sizes."""
+    affine = [one.get("mode", "affine") == "affine" for one in (asked, *asked.values()) if isinstance(one, dict)]
+    if all(affine):
+        return "scales and offsets: a pair for each group of weights. Larger groups (--group-size) take fewer"
+    return "scales: a scale for each group of weights" + (", with an offset in affine layers" if any(affine) else "")
 
 
 def distance_charts(fidelity: Fidelity | None) -> dict[str, Chart]:

@@ -1,6 +1,7 @@
 """The page of a fuse: what was lost, where the bits are, each layer."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -35,6 +36,15 @@ def test_the_bits_are_told_to_the_last_one(tiny, tmp_path):
     assert "What fusing lost was not measured." in text and text.count("<svg") >= 1
     for layer in made.survival:
         assert re.search(rf"<td>{re.escape(layer.path)}</td><td>4</td>", text)
+    for own, said in (
+        ({}, "scales: a scale for each group of weights; "),
+        (
+            {"lm_head": {"bits": 8, "group_size": 64}},
+            "a scale for each group of weights, with an offset in affine layers; ",
+        ),
+    ):
+        page = results.html(replace(made, quantization=made.quantization | {"mode": "mxfp4"} | own))
+        assert said in page and "--group-size" not in page
     whole = fuse(tiny, visible_adapter(tiny), tmp_path / "whole", quantization="none")
     assert results.bits_by_part(whole) == {} and "Asked for" not in results.html(whole)
 
