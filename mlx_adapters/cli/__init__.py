@@ -42,7 +42,8 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with notifying(lambda: ctx.invoked_subcommand):
+                return super().invoke(ctx)
         except click.NoSuchOption as error:
             if any(error.option_name in option.opts for option in self.get_params(ctx)):
                 where = f"mlx-adapters {error.option_name} {ctx.invoked_subcommand} ..."
@@ -59,7 +60,6 @@ class LazyGroup(click.Group):
         ctx.meta[_TYPED] = args[1:]
         command = args[0] if args else ""
         ctx.with_resource(_output.never_silent(command))
-        ctx.with_resource(notifying(ALIASES.get(command, command)))
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:

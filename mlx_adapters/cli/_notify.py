@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from mlx_adapters.cli import _output
 from mlx_adapters.units import duration
@@ -17,14 +17,17 @@ SCRIPT = ("on run {title, said}", "display notification said with title title", 
 
 
 @contextlib.contextmanager
-def notifying(command: str) -> Iterator[None]:
-    """Tell macOS when a long command ends, well or not; nobody is told without a terminal, or with --quiet."""
+def notifying(running: Callable[[], str | None]) -> Iterator[None]:
+    """Tell macOS when a long command ends, well or not; nobody is told without a terminal, or with --quiet.
+
+    running: the command's name, asked for at the end, when it is known.
+    """
     start, how = time.monotonic(), "stopped"
     try:
         yield
         how = "done"
     finally:
-        took = time.monotonic() - start
+        took, command = time.monotonic() - start, running()
         if command in LONG and took >= AFTER_SECONDS and _wanted():
             notify(f"mlx-adapters {command}", f"{how} after {duration(took)}")
 

@@ -45,7 +45,7 @@ ZSH = """\
 class _WholeWords(ShellComplete):
     """Completions of `--option=value` are the whole word."""
 
-    def get_completions(self, args: list[str], incomplete: str) -> list[CompletionItem[str]]:
+    def get_completions(self, args: list[str], incomplete: str) -> "list[CompletionItem[str]]":
         items = super().get_completions(args, incomplete)
         option, equals, _ = incomplete.partition("=")
         if equals and option.startswith("--"):
@@ -64,7 +64,7 @@ class _Bash(_WholeWords, BashComplete):
         self._word = "" if line.endswith((" ", "\t")) else words.pop()
         return words[1:], self._word
 
-    def format_completion(self, item: CompletionItem[str]) -> str:
+    def format_completion(self, item: "CompletionItem[str]") -> str:
         before = self._word.removesuffix(os.environ["COMP_PIECE"])
         return f"{item.type},{item.value.removeprefix(before)}"
 

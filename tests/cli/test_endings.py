@@ -89,9 +89,40 @@ def test_a_notification_comes_after_a_minute_at_a_mac_s_terminal(
     monkeypatch.setattr(_notify.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(_output, "heard", lambda: terminal)
     monkeypatch.setenv(_notify.SETTING, setting or "")
-    with pytest.raises(ValueError), _notify.notifying("train"):
+    with pytest.raises(ValueError), _notify.notifying(lambda: "train"):
         raise ValueError
     assert bool(calls) == shown
     if shown:
         assert calls[0][0] == "osascript" and calls[0][-2:] == ("mlx-adapters train", "stopped after 1 min 1 s")
         assert "on run {title, said}" in calls[0]
+
+
+@pytest.mark.parametrize(
+    ("typed", "error", "shown"),
+    [
+        ("train", None, ["done"]),
+        ("train", ValueError, ["stopped"]),
+        ("list", None, []),
+        ("list", ValueError, []),
+    ],
+)
+def test_a_notification_says_how_the_command_ended_with_any_click(typed, error, shown, monkeypatch):
+    """click before 8.2 closes what a context holds without telling it of the exception."""
+
+    def run():
+        if error:
+            raise error
+
+    def leave(context, *exception):
+        context.close()
+        return left(context, *exception)
+
+    left, said = click.Context.__exit__, []
+    monkeypatch.setattr(click.Context, "__exit__", leave)
+    monkeypatch.setattr(type(cli), "get_command", lambda _, context, name: click.Command(name, callback=run))
+    monkeypatch.setattr(_notify, "AFTER_SECONDS", 0)
+    monkeypatch.setattr(_notify, "_wanted", lambda: True)
+    monkeypatch.setattr(_notify, "notify", lambda title, how: said.append((title, how.split()[0])))
+    done = CliRunner().invoke(cli, [typed])
+    assert isinstance(done.exception, error or type(None))
+    assert said == [(f"mlx-adapters {typed}", how) for how in shown]
