@@ -137,7 +137,7 @@ def fused_here(adapter: Adapter, base: Base, top: Path) -> dict[str, Path]:
             precision = Precision.of(recipe.quantization)
             whole = [(one["fingerprint"], one["weight"]) for one in recipe.adapters] == [(adapter.fingerprint, 1)]
             own = recipe.base["fingerprint"] == base.fingerprint and recipe.options.get("format") == "mlx"
-            # Under 8 bits a plain fuse calibrates; where it does not, nearest is not what was asked for.
+            # A plain fuse calibrates under 8 bits: one that was told to round to nearest is another model.
             coarse = recipe.method == recipe.options.get("method") == "nearest" and precision.bits != 8
             if whole and own and not coarse and precision.mode in (None, "affine"):
                 found.setdefault(str(precision.bits), path.parent)

@@ -9,6 +9,7 @@ import mlx.nn as nn
 import pytest
 from click.testing import CliRunner
 from helpers.benchmarks import MB, fused_report, registered_adapter
+from helpers.training_tools import write_data
 from mlx.utils import tree_flatten
 
 from mlx_adapters import FuseOptions, LoraConfig, TrainConfig, benchmark, fuse, train
@@ -21,6 +22,7 @@ from mlx_adapters.fusion.recipe import fused_here
 from mlx_adapters.generation import memory
 from mlx_adapters.models.loading import load_model, load_module
 from mlx_adapters.sources.bases import resolve_base
+from mlx_adapters.sources.registry import adapter_folder
 from mlx_adapters.storage.files import write_json
 
 
@@ -155,6 +157,32 @@ def test_data_that_nobody_named_is_read_as_it_was_trained_on_and_may_be_damaged(
     shown = CliRunner().invoke(cli, ["advise", "sql"])
     assert shown.exit_code == 0 and "Not judged by the adapter's own data" in shown.stderr, shown.output
     assert asked[2:] == [(str(data), "exact", 20), (None, None, None)]
+
+
+def test_advise_takes_what_is_fused_already_and_the_data_that_this_machine_trained_on(
+    tiny_model, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    data, asked = write_data(tmp_path / "rows", rows=6, valid=2), []
+    settings = TrainConfig(iterations=1, batch_size=2)
+    train(tiny_model("llama"), data, name="sql", lora=LoraConfig(rank=2), training=settings)
+    fuse(None, "sql", "out/eight", quantization=8, options=FuseOptions(check=False))
+    (tmp_path / "out" / "broken").mkdir()
+    (tmp_path / "out" / "broken" / "fuse_recipe.json").write_text("{}")
+
+    def benchmark(variants, base, **options):
+        asked.append((variants, options["quality"]))
+        return fused_report((300, 220, 280, 300))
+
+    monkeypatch.setattr("mlx_adapters.benchmarking.run.benchmark", benchmark)
+    shown = CliRunner().invoke(cli, ["advise", "sql"])
+    assert shown.exit_code == 0, shown.output
+    assert asked == [(["base", "sql", "fuse:sql:4", "./out/eight"], str(data))]
+    assert "'./out/eight' is fused of it already." in shown.stderr and "own data, rows" in shown.stderr
+    assert "4 variants in 5 rounds, 20 fresh processes" in shown.stderr and "Next: mlx-adapters " in shown.stderr
+    (adapter_folder("sql") / "adapter_metadata.json").write_text("{}")  # a stranger's says nothing
+    CliRunner().invoke(cli, ["advise", "sql"])
+    assert asked[1][1] is None
 
 
 # -- memory -------------------------------------------------------------------------------------------
