@@ -122,11 +122,13 @@ def _together(
 ) -> Iterator[tuple[str, list[Future[list[Done]]]]]:
     """Round layers that are alike; one by one where the GPU's memory is too small for all."""
     tasks = [task for layer in layers for task in layer.tasks(0, 1, ways, engine)]
+    done: Sequence[list[Done]] | None = None
     try:
         done = stacked(tasks).run_each(engine)
     except RuntimeError as error:
         if not lacks_memory(error):
             raise
+    if done is None:  # after the block: the error holds what took the memory
         mx.clear_cache()
         done = [task.run(engine) for task in tasks]
     for layer, each in zip(layers, done, strict=True):

@@ -340,7 +340,7 @@ class TrainConfig(DataConfig):
             "train without --packing.",
         )
         in_time = self.early_stop is None or self.iterations is None or self.course.eval_every < self.iterations
-        require(in_time, "early_stop needs an evaluation before the end.", f"use --eval-every below {self.iterations}.")
+        require(in_time, "early_stop needs an evaluation before the end.", "evaluate more often, or leave it out.")
         require(self.fuse_aware is not None or self.fuse_aware_from == 0, "fuse_aware_from needs fuse_aware.")
 
     @property

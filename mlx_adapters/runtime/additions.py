@@ -35,7 +35,6 @@ class ForAll:
             self.one_a, self.one_b = self.a[None], self.b[None]
             self.kernel_a, self.kernel_b = a.reshape(1, -1, *factors.a.shape[-2:]), factors.b[None]  # one slot
         self.adds = not on_gpu() and self.b.dtype == mx.float32  # a product that adds is one operation less
-        self._parts_of_b: dict[bool, list[mx.array]] = {}
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -53,13 +52,10 @@ class ForAll:
             y = y * f.gain
             if f.shift is not None:
                 y = y + f.shift
-        one = x.ndim == 3 and x.shape[0] == 1
-        a, b = (self.one_a, self.one_b) if one else (self.a, self.b)
-        if one not in self._parts_of_b:
-            self._parts_of_b[one] = split(b, widths)
+        a, b = (self.one_a, self.one_b) if x.ndim == 3 and x.shape[0] == 1 else (self.a, self.b)
         z = x @ a  # (..., layers · r)
         adds = self.adds or x.size > MANY_TOKENS * x.shape[-1]
-        parts = zip(split(y, widths), split(z, [rank] * len(widths)), self._parts_of_b[one], strict=True)
+        parts = zip(split(y, widths), split(z, [rank] * len(widths)), split(b, widths), strict=True)
         return [mx.addmm(part, low, high) if adds else part + low @ high for part, low, high in parts]
 
     def lookup(self, y: mx.array, ids: mx.array) -> mx.array:

@@ -136,7 +136,12 @@ class Residents:
             reading.add_done_callback(lambda _: self._on_read())
             reader = threading.Thread(target=self._read, args=(served, reading), name="reader", daemon=True)
             self._readers.add(reader)
-            reader.start()
+            try:
+                reader.start()
+            except RuntimeError:  # no further thread can be had now; the next request tries again
+                self._readers.discard(reader)
+                served.reading = None
+                raise
         return served.reading
 
     def _read(self, served: Served, reading: Future[Adapter]) -> None:

@@ -285,7 +285,7 @@ def _now() -> str:
 def _prepare(request: Request, folder: RunFolder, checkpoint: Checkpoint | None) -> Loop:
     """Load the model, tokenize the rows, add the layers, and compare a resumed run with what it was."""
     lora, training = request.lora, request.training
-    resumed = checkpoint is not None
+    goes_on = checkpoint is not None
     started_from = request.adapter.fingerprint if request.adapter is not None else None
     folder.data = data = request.data
     for note in data.notes:
@@ -297,14 +297,14 @@ def _prepare(request: Request, folder: RunFolder, checkpoint: Checkpoint | None)
         data,
         lora,
         training,
-        folder.recipe.get("init_from") if resumed else started_from,
-        folder.recipe.get("reference") if resumed else reference_model.record_of(request.reference),
+        folder.recipe.get("init_from") if goes_on else started_from,
+        folder.recipe.get("reference") if goes_on else reference_model.record_of(request.reference),
         request.world.size,
         request.command,
         folder.recipe.get("started") or request.world.share(_now),
     )
     request.world.require_equal(lambda: {"recipe": recipe}, differences)
-    if resumed:
+    if goes_on:
         require_same(folder.recipe, recipe, str(folder.reference))
     tokenizer = load_tokenizer_of(request.base, training.template)
     with setup.template_date(datetime.fromisoformat(recipe["started"])):
@@ -316,7 +316,7 @@ def _prepare(request: Request, folder: RunFolder, checkpoint: Checkpoint | None)
     recipe |= {"training": to_mapping(training), "lines": lines}
     recipe["text"] = text_record(tokenizer, {"train": rows, "valid": held_out})
     request.world.require_equal(lambda: {"recipe": recipe}, differences)
-    if resumed:
+    if goes_on:
         require_same(folder.recipe, recipe, str(folder.reference))
     request.on_event(Note(setup.told_passes(training, len(rows), lines)))
     setup.require_validation(held_out, training, request.on_event)
@@ -332,7 +332,7 @@ def _prepare(request: Request, folder: RunFolder, checkpoint: Checkpoint | None)
     adapted = setup.adapted_layers(model.module, config)
     if request.adapter is not None:
         setup.initialize_from(model, config, request.adapter, lora.init)
-    elif not resumed:
+    elif not goes_on:
         setup.start(model, lora, config, rows, training, request.world, request.on_event)
     prepared = setup.prepare(model, training, rows, held_out, adapted, request.world, reference, memory)
     folder.adapter = config
