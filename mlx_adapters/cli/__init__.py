@@ -14,11 +14,9 @@ import click
 
 import mlx_adapters
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._help import ALIASES, COMMANDS, GROUPS
+from mlx_adapters.cli._help import ALIASES, COMMANDS, GROUPS, TYPED
 from mlx_adapters.cli._notify import notifying
 from mlx_adapters.errors import AdapterError
-
-_TYPED = "mlx_adapters.typed"  # in a context's meta: what stands after the command
 
 
 class LazyGroup(click.Group):
@@ -52,12 +50,12 @@ class LazyGroup(click.Group):
 
             command = str(error.ctx.info_name) if error.ctx else ""
             theirs = error.option_name in HABITS.get(command, {})  # another one is a slip, and told as such
-            line = in_our_words(command, ctx.meta[_TYPED]) if theirs else None
+            line = in_our_words(command, ctx.meta[TYPED]) if theirs else None
             said = click.UsageError(f"{error.option_name} is mlx-lm's. Here: {line}", error.ctx) if line else error
             raise said from None
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        ctx.meta[_TYPED] = args[1:]
+        ctx.meta[TYPED] = args[1:]
         command = args[0] if args else ""
         ctx.with_resource(_output.never_silent(command))
         try:

@@ -4,6 +4,8 @@ import click
 
 from mlx_adapters.cli import _output
 
+TYPED = "mlx_adapters.typed"  # in a context's meta: what stands after the command
+
 # What one wants -> command -> (module in this folder, one line for the overview).
 GROUPS = {
     "Start": {

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from mlx_adapters.cli import _output
+from mlx_adapters.cli._help import TYPED
 from mlx_adapters.cli._settings import option, options
 from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.evaluating import EvaluationConfig
@@ -245,6 +247,30 @@ def refuse_ignored(names: str, why: str) -> None:
     for name in _given(context):
         if name in names.split():
             raise click.UsageError(f"{_spelled(context, name)} does not go with {why}.")
+
+
+def carried(command: str, without: str = "") -> str:
+    """The options that were typed and that `command`, which is told as the next step, has too, as a shell takes them.
+
+    Not those named in `without`, nor those of files to write: the next step would replace what was just written.
+    """
+    here = click.get_current_context()
+    root = here.find_root()
+    assert isinstance(root.command, click.Group)
+    following = root.command.get_command(root, command)
+    flags = {flag for param in following.params for flag in param.opts} if following else set()
+    names = len(here.command_path.split()) - len(root.command_path.split()) - 1  # `check` of `data check`
+    typed, *_ = here.command.make_parser(here).parse_args(list(here.meta[TYPED][names:]))
+    known = {param.name: param for param in here.command.get_params(here) if isinstance(param, click.Option)}
+    words = list[str]()
+    for name, given in typed.items():
+        param = known.get(name)
+        if param is None or name in without.split() or isinstance(param.type, OutputPath) or not flags & {*param.opts}:
+            continue
+        flag = _spelled(here, name)
+        for value in given if isinstance(given, list) else [given]:
+            words += [flag] if param.is_flag else [flag, str(value)]
+    return "".join(f" {shlex.quote(word)}" for word in words)
 
 
 def refuse_outputs_that_are_read() -> None:

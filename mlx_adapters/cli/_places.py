@@ -11,7 +11,9 @@ def word(text: str | os.PathLike[str]) -> str:
 
 
 def place(path: str | os.PathLike[str]) -> str:
-    """A path as people write it: from here, or from their home, where that is shorter."""
+    """A path as people write it: an absolute one from here, or from their home, where that is shorter."""
+    if not os.path.isabs(path):  # typed so, or a name or an id of the Hub
+        return str(path)
     whole = os.path.abspath(path)
     shorter = [whole]
     for top, mark in ((os.getcwd(), ""), (os.path.expanduser("~"), "~/")):

@@ -15,6 +15,7 @@ from mlx_adapters.cli._options import (
     UserPath,
     any_base_option,
     base_option,
+    carried,
     complete_references,
     dtype_option,
     json_option,
@@ -129,8 +130,8 @@ def _next(variants: tuple[str, ...], quality: str | None, output: Path | None) -
     mine = next((one for one in variants if one.partition("@")[0] in names()), None)
     if mine and output and len(variants) > 1:
         return f"mlx-adapters advise {_output.word(mine)} --report {_output.word(output)}"
-    again = " ".join(map(_output.word, variants))
-    return f"mlx-adapters benchmark {again} --quality {_output.word(quality or 'DATA')} --html report.html"
+    again = " ".join(map(_output.word, variants)) + carried("benchmark") + ("" if quality else " --quality DATA")
+    return f"mlx-adapters benchmark {again} --html report.html"
 
 
 def save(report: "Report", output: Path | None, markdown: Path | None, html: Path | None, plots: Path | None) -> None:

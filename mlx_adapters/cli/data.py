@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_adapters.cli import _output
-from mlx_adapters.cli._options import UserPath, json_option, overwrite_option, trust_option
+from mlx_adapters.cli._options import UserPath, carried, json_option, overwrite_option, trust_option
 from mlx_adapters.cli._settings import option, options
 from mlx_adapters.config.data import DataConfig
 from mlx_adapters.config.training import OBJECTIVES, TrainConfig, with_objective
@@ -113,9 +113,7 @@ def data_check_command(data: str, base: str, row: int, objective: str | None, as
     if is_file:
         _output.next_steps(f"mlx-adapters data split {name} {_output.word(Path(data).with_suffix('') / 'split')}")
         return
-    how = "".join(f" --{flag.replace('_', '-')}" for flag in ("mask_prompt", "last_turn_only") if settings[flag])
-    how += f" --objective {objective}" if objective else ""
-    _output.next_steps(f"mlx-adapters train {_output.word(base)} --data {name} --name NAME{how}")
+    _output.next_steps(f"mlx-adapters train {_output.word(base)} --data {name} --name NAME{carried('train')}")
 
 
 def _verdict(report: "DataReport") -> str:

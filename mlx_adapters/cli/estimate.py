@@ -9,7 +9,7 @@ import click
 
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._help import LongCommand
-from mlx_adapters.cli._options import Reads, adapter_option, json_option, refuse_ignored, trust_option
+from mlx_adapters.cli._options import Reads, adapter_option, carried, json_option, refuse_ignored, trust_option
 from mlx_adapters.cli._settings import Counts
 from mlx_adapters.cli._training_options import SETTINGS, Settings, read_settings, training_options
 from mlx_adapters.config.settings import settings_of
@@ -115,8 +115,7 @@ def estimate_command(
     fits = [f.precision for f in estimated.forecasts if all(f.fits(estimated.memory_bytes).values())]
     verdict = f"fits: {', '.join(fits)}" if fits else "at these lengths none fits"
     _output.say(f"Batch {batch}; there is {size(estimated.memory_bytes)} of memory; {verdict}.")
-    asked = f" --adapter {_output.word(adapter)}" if adapter else ""
-    _output.next_steps(f'mlx-adapters generate "..." --base {_output.word(settings.base)}{asked}')
+    _output.next_steps(f'mlx-adapters generate "..." --base {_output.word(settings.base)}{carried("generate")}')
 
 
 def _training(settings: Settings, as_json: bool, gigabytes: float | None) -> None:
@@ -124,7 +123,7 @@ def _training(settings: Settings, as_json: bool, gigabytes: float | None) -> Non
 
     lora, training = settings.lora_config(), settings.train_config()
     if gigabytes is not None:
-        training = replace(training, memory_limit=f"{gigabytes:f}GB")
+        training = replace(training, memory_limit=f"{gigabytes:f}".rstrip("0").rstrip(".") + "GB")
     estimated = estimate(
         settings.base or "", settings.data or "", lora=lora, training=training, on_event=_output.progress()
     )
@@ -162,7 +161,9 @@ def _training(settings: Settings, as_json: bool, gigabytes: float | None) -> Non
     if estimated.fits:
         _output.say(f"It fits: {there}.")
         base, data = _output.word(settings.base or ""), _output.word(settings.data or "")
-        _output.next_steps(f"mlx-adapters train {base} --data {data} --name NAME")
+        limit = "" if gigabytes is None else f" --memory-limit {training.memory_limit}"  # here it is --memory GB
+        how = carried("train", "data memory memory_limit" if limit else "data")
+        _output.next_steps(f"mlx-adapters train {base} --data {data} --name NAME{how}{limit}")
         return
     _output.say(f"It does not fit: {there}. Any one of these would make it fit:")
     for advice in estimated.advice:

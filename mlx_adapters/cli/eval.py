@@ -13,6 +13,7 @@ from mlx_adapters.cli._options import (
     UserPath,
     any_base_option,
     base_option,
+    carried,
     complete_references,
     dtype_option,
     json_option,
@@ -95,7 +96,10 @@ def eval_command(
     if kept:
         _output.note(f"The figures are kept with {listed([repr(name) for name in kept])}.")
         of_it = _output.word(kept[-1])
-        _output.next_steps(f"mlx-adapters show {of_it}", f"mlx-adapters advise {of_it} --quality {_output.word(data)}")
+        _output.next_steps(
+            f"mlx-adapters show {of_it}",
+            f"mlx-adapters advise {of_it} --quality {_output.word(data)}{carried('advise')}",
+        )
     _output.end_if_failed(f"'{e.variant}' failed: {e.error}" for e in report.readable.evaluations if e.error)
 
 

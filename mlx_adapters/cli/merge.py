@@ -9,6 +9,7 @@ from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import (
     REFERENCE,
     Reads,
+    carried,
     json_option,
     name_template_option,
     new_name,
@@ -184,10 +185,11 @@ def interpolate_command(
         lowest = min(known, key=lambda p: p.loss or 0.0)
         _output.say(f"The lowest loss is {number(lowest.loss, 4)}, at {number(lowest.t)}.")
     if kept:
-        _output.next_steps(f'mlx-adapters generate "..." --adapter {_output.word(next(iter(kept.values())))}')
+        mine = _output.word(next(iter(kept.values())))
+        _output.next_steps(f'mlx-adapters generate "..." --adapter {mine}{carried("generate")}')
     else:
-        line = f"mlx-adapters interpolate {_output.word(a)} {_output.word(b)} --steps {steps}"
-        _output.next_steps(f"{line} --data {_output.word(str(data))} --name NAME --best")
+        line = f"mlx-adapters interpolate {_output.word(a)} {_output.word(b)}{carried('interpolate')}"
+        _output.next_steps(f"{line} --name NAME --best")
 
 
 @click.command("extract")

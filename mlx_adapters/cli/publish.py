@@ -9,6 +9,7 @@ from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import (
     UserPath,
     base_option,
+    carried,
     complete_references,
     json_option,
     overwrite_option,
@@ -98,7 +99,7 @@ def publish_command(
     if dry_run:
         _output.out(f"\n{result.card}")
         _output.note(f"Nothing was uploaded. Without --dry-run this becomes the {where}.")
-        _output.next_steps(f"mlx-adapters publish {_output.word(source)} {_output.word(repo)}")
+        _output.next_steps("the same line without --dry-run")
     else:
         _output.say(f"{result.url if result.changed else 'Nothing has changed: ' + str(result.url)}")
         _output.note(f"Published as the {where}." if result.changed else f"The {where} is up to date.")
@@ -180,7 +181,8 @@ def card_command(
             _output.emit_json({"path": path})
         else:
             _output.out(_output.place(path))
-            _output.next_steps(f"mlx-adapters publish {_output.word(source)} {_output.word(repo or 'USER/REPO')}")
+            where = _output.word(repo or "USER/REPO")
+            _output.next_steps(f"mlx-adapters publish {_output.word(source)} {where}{carried('publish')}")
         return
     card = make_card(source, **options)
     if as_json:

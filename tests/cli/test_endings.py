@@ -2,15 +2,19 @@
 
 import shlex
 import shutil
+from types import SimpleNamespace
 
 import click
 import pytest
 from click.testing import CliRunner
 from helpers.adapters import make_run
+from helpers.benchmarks import synthetic
 from helpers.public import LEAVES
 
-from mlx_adapters.cli import _notify, _output, cli
+from mlx_adapters.benchmarking import run
+from mlx_adapters.cli import _notify, _output, cli, publish
 from mlx_adapters.demo.catalog import write_demo_data
+from mlx_adapters.publishing import uploads
 from mlx_adapters.system import machine
 
 # What is typed, and what the verdict says. They run one after the other, in one place.
@@ -19,21 +23,40 @@ LINES = {
     "models": "of memory can be used now",
     "data split data/train.jsonl halves": "halves: 16 train",
     "data check halves --base base": "nothing stands out",
+    "data check halves --base base --mask-prompt --max-seq-length=300 --objective sft": "16 rows train",
     "data check data/train.jsonl --base base": "there are no validation rows",
     "estimate base": "fits: as stored",
     "estimate base --data data": "It fits",
+    "estimate base --data data --rank 4 --rank v_proj=2 --memory-limit 9GB --batch-size 1": "It fits",
+    "estimate base --data data --rank 4 --memory 2.5": "It fits",
     "train base --data data --name new --iterations 1 --batch-size 1": "kept in home/adapters/new",
     "train base --data data --name never --epochs 1 --dry-run": "WOULD BE",
     "pack sql sql.tar.gz": "sql.tar.gz: ",
     "add sql.tar.gz --name copy": "Added the adapter as 'copy'",
     "init project": "It trains on the rows in project/data",
     "merge sql copy --name both": "both: rank",
-    "interpolate sql copy --steps 2 --data data": "The lowest loss is",
-    "eval base sql --data data --max-rows 2": "sql",
+    "interpolate sql copy --steps 2 --data data --base ./base": "The lowest loss is",
+    "eval base sql --data data --max-rows 2 --base ./base": "sql",
     "export-peft sql peft --base-model user/name": "peft: ",
     "import-peft peft --base base --name back": "Imported 'back'",
     "fuse sql full --bits none": "full: unquantized",
-    "card full --write": "README.md",
+    "card full --write --license mit": "README.md",
+}
+# How the line that is told next ends: with what was typed and decides what it does.
+CARRIED = {
+    "data check halves --base base": " --name NAME",
+    "data check halves --base base --mask-prompt --max-seq-length=300 --objective sft": (
+        " --name NAME --mask-prompt --max-seq-length 300 --objective sft"
+    ),
+    "estimate base --data data --rank 4 --rank v_proj=2 --memory-limit 9GB --batch-size 1": (
+        " --name NAME --rank 4 --rank v_proj=2 --memory-limit 9GB --batch-size 1"
+    ),
+    "estimate base --data data --rank 4 --memory 2.5": " --name NAME --rank 4 --memory-limit 2.5GB",
+    "interpolate sql copy --steps 2 --data data --base ./base": (
+        "interpolate sql copy --steps 2 --data data --base ./base --name NAME --best"
+    ),
+    "eval base sql --data data --max-rows 2 --base ./base": " --quality data --max-rows 2 --base ./base",
+    "card full --write --license mit": "publish full USER/REPO --license mit",
 }
 
 
@@ -68,6 +91,40 @@ def test_every_ending_has_a_verdict_and_a_line_to_type(tiny_model, tmp_path, mon
         assert told or "Next" in done.stderr, f"{line}\n{done.output}"
         for typed in told:
             parse(typed)
+        assert (told or [""])[-1].endswith(CARRIED.get(line, "")), done.stderr
+
+
+def test_what_was_typed_goes_into_the_next_line_as_a_shell_takes_it(tmp_path, monkeypatch):
+    """Of `card`, of `benchmark` (but for the files it wrote), and of a dry run of `publish`, which is typed again."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b.json").touch()
+    file = SimpleNamespace(path="README.md", size_bytes=1, change="new")
+    done = SimpleNamespace(files=[file], left_out={}, private=False, kind="model", repo="u/r", card="the card")
+    monkeypatch.setattr(uploads, "publish", lambda *_, **__: done)
+    monkeypatch.setattr(uploads, "write_card", lambda *_, **__: tmp_path / "README.md")
+    monkeypatch.setattr(publish, "_answers", lambda *_: {})
+    monkeypatch.setattr(run, "benchmark", lambda *_, **__: synthetic({"base": 10.0}))
+    for typed, told in (
+        (
+            "card sql --write --repo u/r --ask 'Who?' --ask='' --benchmark b.json",
+            "publish sql u/r --ask 'Who?' --ask '' --benchmark b.json",
+        ),
+        (
+            "benchmark base --base ./b --no-cold --markdown m.md",
+            "benchmark base --base ./b --no-cold --quality DATA --html report.html",
+        ),
+        ("benchmark base --quality 'my rows' --html r.html", "benchmark base --quality 'my rows' --html report.html"),
+    ):
+        assert next_lines(CliRunner().invoke(cli, shlex.split(typed)).stderr) == [f"mlx-adapters {told}"]
+    typed = "publish sql u/r --exclude *.svg --revision draft --public --dry-run"
+    assert CliRunner().invoke(cli, typed.split()).stderr.endswith("Next: the same line without --dry-run\n")
+
+
+def test_only_what_is_absolute_is_a_path_to_be_told_shorter(monkeypatch):
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("HOME", "/home/me")
+    names = ("demo", "mlx-community/Qwen3-0.6B-4bit", "./out", "/home/me/out")
+    assert [_output.place(name) for name in names] == [*names[:3], "~/out"]
 
 
 @pytest.mark.parametrize(
