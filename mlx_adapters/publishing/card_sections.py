@@ -285,7 +285,7 @@ def limits(subject: Subject, facts: Facts) -> str:
         )
     settings = subject.trained.get("training")
     longest = settings.get("max_seq_length") if isinstance(settings, Mapping) else None
-    if longest:
+    if isinstance(longest, int) and longest > 0:
         sentences.append(f"Trained on texts of at most {longest:,} tokens.")
     if not subject.evaluations and not subject.report:
         sentences.append("No evaluation is recorded.")

@@ -152,7 +152,7 @@ def test_a_damaged_recipe_is_told(run):
         with pytest.raises(AdapterError):
             train(name="run", resume=True)
         assert files.read_json(path) == recipe | change
-    for key in recipe.keys() - {"text", "started", "base_config", "reference", "memory"}:
+    for key in recipe.keys() - {"text", "started", "base_config", "reference", "memory", "lines"}:
         files.write_json(path, {k: v for k, v in recipe.items() if k != key})
         with pytest.raises(FormatError):
             train(name="run", resume=True)
