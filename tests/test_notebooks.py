@@ -1,29 +1,21 @@
-"""Notebooks hold to what their readers have: the public names and an installed package."""
+"""Notebooks hold to what their readers have: public names, an installed package, outputs of the code above them."""
 
 import ast
 import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
 from helpers.public import NAMES, ROOT
 
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.py"))
 INSTALLED = {"matplotlib", "pandas", "huggingface_hub"}  # besides Python's own: what the extra `notebooks` brings
+LOCAL_PATH = re.compile(r"/(?:home|Users|root|tmp|private|var)/[\w.-]+")
 
 
-def code_of(path: Path) -> str:
-    """The code of a script, or of the notebook that is made of it."""
-    if path.suffix == ".py":
-        return path.read_text()
-    cells = json.loads(path.read_text())["cells"]
-    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_imports_public_names_only(path):
-    tree = ast.parse(code_of(path))
+    tree = ast.parse(path.read_text())
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
     froms = [node.module or "." for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     modules = [alias.name for node in imports for alias in node.names] + froms
@@ -35,4 +27,21 @@ def test_a_notebook_imports_public_names_only(path):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ma"
     }
     assert used and used <= set(NAMES)
-    assert not re.search(r"\bsys\.path\b|__file__|\.\./", code_of(path)), "it runs wherever it lies"
+    assert not re.search(r"\bsys\.path\b|__file__|\.\./", path.read_text()), "it runs wherever it lies"
+
+
+def cells(source: str) -> list[str]:
+    """The code cells of a script."""
+    parts = [part.partition("\n") for part in re.split(r"^# %%", source, flags=re.M)[1:]]
+    return [body.strip() for head, _, body in parts if "[markdown]" not in head]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_shows_a_whole_run_of_its_script(path):
+    notebook = json.loads(path.with_suffix(".ipynb").read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert ["".join(cell["source"]) for cell in code] == cells(path.read_text()), "run scripts/notebooks"
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error"] and len(outputs) > 4
+    assert not LOCAL_PATH.search(json.dumps([o for o in outputs if "image/png" not in o.get("data", {})]))
