@@ -83,11 +83,6 @@ class Spool:
         ]
         files.write_json(self.folder / RECORD, {"key": self.key, "layers": layers})
 
-    def _entry(self, path: str, quantization: Quantization) -> dict[str, Any]:
-        key = path, quantization
-        file, loss, nearest = self._files[key], self.losses[key], key in self.nearest
-        return {"path": path, "quantization": to_mapping(quantization), "file": file, "loss": loss, "nearest": nearest}
-
     def get(self, path: str, quantization: Quantization | None) -> Packed | None:
         """The layer rounded to that precision, or None."""
         file = self._files.get((path, quantization)) if quantization is not None else None
