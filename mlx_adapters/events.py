@@ -32,6 +32,7 @@ class Progress(Event):
         done: units that are finished.
         total: how many there are.
         unit: what is counted, such as "layer".
+        later: seconds that what comes after this stage is expected to take.
 
     Example:
         >>> bar = ma.progress_bar()
@@ -42,6 +43,7 @@ class Progress(Event):
     done: int
     total: int
     unit: str = ""
+    later: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ from mlx_adapters.surgery.blocks import Blocks, Call
 from mlx_adapters.surgery.taps import Tape, fisher_probe, tapped, tapped_vjp
 from mlx_adapters.system.door import mx, nn
 
+FORWARD = "calibrate: forward"
+
 
 class HiddenStates:
     """Lists of arrays on the disk, put in one after the other and taken out from the last to the first."""
@@ -98,7 +100,7 @@ class Collector:
                 after.append(out)
             hidden = after
             model.release(index)
-            on_event(Progress("calibrate: forward", index + 1, count, "block"))
+            on_event(Progress(FORWARD, index + 1, count, "block"))
         return hidden
 
     def tapped(self, index: int, tape: Tape) -> AbstractContextManager[None]:

@@ -1,5 +1,7 @@
 """The part of a fuse that reads text: which method and precision, calibration, and the check."""
 
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -8,6 +10,7 @@ from mlx_adapters.assembly.weights import Updates
 from mlx_adapters.assembly.writing import dtype_name
 from mlx_adapters.calibration.blockwise import BlockwiseModel
 from mlx_adapters.calibration.calibrate import lacks_memory, round_layers
+from mlx_adapters.calibration.collecting import FORWARD
 from mlx_adapters.calibration.fidelity import Fidelity, measure_fidelity
 from mlx_adapters.calibration.mixed import (
     finer,
@@ -18,14 +21,14 @@ from mlx_adapters.calibration.mixed import (
     within_budget,
 )
 from mlx_adapters.calibration.spool import Spool
-from mlx_adapters.calibration.texts import Text, choose_text
+from mlx_adapters.calibration.texts import Text, choose_text, tokens_in
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.data.batches import TokenBatch, TokenRow, make_batches
 from mlx_adapters.data.datasets import spread
 from mlx_adapters.errors import AdapterError, ConfigError, ModelError
-from mlx_adapters.events import Note, OnEvent
+from mlx_adapters.events import Event, Note, OnEvent, Progress
 from mlx_adapters.models.adapter import template_of
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.loading import load_tokenizer_of
@@ -167,7 +170,7 @@ class Strategy:
                     batches_of(rows, assembly.base, most),
                     dtype,
                     spool,
-                    self.on_event,
+                    self._foretelling(rows),
                     self._finer(),
                     options.seed,
                     options.thorough,
@@ -186,6 +189,23 @@ class Strategy:
             "close what else uses it and add --continue, or take --method nearest.",
         )
 
+    def _foretelling(self, rows: list[TokenRow]) -> OnEvent:
+        """`on_event`, told with the progress of rounding what judging will take, by the pace of the forward pass: it
+        takes three models through other rows."""
+        check = self.text.check if self.text and self.options.check else []
+        share = 3 * (tokens_in(self._judging(rows)) + tokens_in(check)) / max(tokens_in(rows), 1)
+        began, forward = time.monotonic(), 0.0
+
+        def on_event(event: Event) -> None:
+            nonlocal forward
+            if isinstance(event, Progress) and event.stage == FORWARD:
+                forward = time.monotonic() - began
+            elif isinstance(event, Progress):
+                event = replace(event, later=share * forward)
+            self.on_event(event)
+
+        return on_event
+
     def _round_to_nearest(self, spool: Spool, why: str) -> None:
         self.method, self.calibrated_in_vain = "nearest", True
         self.notes += (f"rounded to nearest: {why}",)
@@ -196,6 +216,9 @@ class Strategy:
         """The precision of the layers that calibration rounded."""
         return {plan.path: plan.target for plan in self.assembly.plans if (plan.path, plan.target) in spool.losses}
 
+    def _judging(self, rows: list[TokenRow]) -> list[TokenRow]:
+        return spread(rows, max(JUDGING_ROWS, len(rows) // 10))
+
     def _nearest_is_better(self, spool: Spool) -> bool:
         """Whether the whole model, at the chosen precisions, strays less on (some of) the calibration rows with all
         layers rounded to nearest.
@@ -203,8 +226,7 @@ class Strategy:
         Layers are judged one by one before; few rows do not tell how their errors add up.
         """
         assembly, targets = self.assembly, self._rounded(spool)
-        known = self.text.calibration if self.text else []
-        rows = spread(known, max(JUDGING_ROWS, len(known) // 10))
+        rows = self._judging(self.text.calibration if self.text else [])
 
         def calibrated(path: str) -> mx.array | None:
             packed = spool.get(path, targets.get(path))

@@ -50,7 +50,7 @@ class Text:
             "why": self.why,
             "sha256": self.sha256,
             "calibration_rows": len(self.calibration),
-            "calibration_tokens": sum(len(tokens) for tokens, _ in self.calibration),
+            "calibration_tokens": tokens_in(self.calibration),
             "check_rows": len(self.check),
         }
 
@@ -102,7 +102,7 @@ def _prepare(
     judged = {tokens.tobytes() for tokens, _ in check}
     calibration = _enough(train, calibration_rows, tokens_of, judged)  # other rows may say the same
     for rows, what in ((calibration, "calibration"), (check, "the check")):
-        if (tokens := _tokens(rows)) < LEAST_TOKENS:
+        if (tokens := tokens_in(rows)) < LEAST_TOKENS:
             raise FormatError(
                 f"'{source}' is too short: {tokens} tokens for {what}, at least {LEAST_TOKENS} are needed.",
                 "give more rows, or leave --calibration away to use the general text.",
@@ -205,12 +205,13 @@ def _enough(rows: list[RawRow], count: int, tokens_of: Tokenize, without: set[by
     """`count` rows, evenly spaced, or as many more as LEAST_TOKENS take; none whose tokens are in `without`."""
     while True:
         enough = [row for row in tokens_of(spread(rows, count)) if row[0].tobytes() not in without]
-        if count >= len(rows) or _tokens(enough) >= LEAST_TOKENS:
+        if count >= len(rows) or tokens_in(enough) >= LEAST_TOKENS:
             return enough
         count *= 2
 
 
-def _tokens(rows: list[TokenRow]) -> int:
+def tokens_in(rows: list[TokenRow]) -> int:
+    """How many tokens they have together."""
     return sum(len(tokens) for tokens, _ in rows)
 
 

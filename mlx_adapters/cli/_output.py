@@ -258,7 +258,7 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable
 def progress() -> Callable[[Event], None]:
     """An `on_event` that shows progress with rate and time left on stderr: a live line on a terminal, else a
     line every ten seconds."""
-    started: dict[str, float] = {}
+    started: dict[str, tuple[float, int]] = {}  # when each stage was first heard of, and what was done of it by then
     shown = [0.0]
 
     def on_event(event: Event) -> None:
@@ -266,38 +266,39 @@ def progress() -> Callable[[Event], None]:
             (warn if event.level == "warning" else note)(event.text)
         elif isinstance(event, Progress) and not _quiet:
             now = time.monotonic()
-            start = started.setdefault(event.stage, now)
+            start, before = started.setdefault(event.stage, (now, event.done))
             last = event.done >= event.total
             if not last and now - shown[0] < (0.1 if _redraws() else 10):
                 return
             shown[0] = now
-            _show_progress(event, now - start)
+            _show_progress(event, now - start, event.done - before)
             if last:
                 del started[event.stage]  # another variant may come, with a pace of its own
 
     return on_event
 
 
-def _show_progress(event: Progress, elapsed: float) -> None:
+def _show_progress(event: Progress, elapsed: float, anew: int) -> None:
     """The event as a line; with a bar, where a terminal can go back in it and the stage is not over."""
     if event.done >= event.total or not _redraws():
-        show_live(f"{event.stage}: {_pace(event, elapsed)}", end=event.done >= event.total)
+        show_live(f"{event.stage}: {_pace(event, elapsed, anew)}", end=event.done >= event.total)
         return
     from mlx_adapters.display.screen import bar
 
-    before, after = printable(event.stage, line=True), printable(_pace(event, elapsed), line=True)
+    before, after = printable(event.stage, line=True), printable(_pace(event, elapsed, anew), line=True)
     line = bar(before, event.done / event.total, after, sys.stderr, columns() - 1, colored(sys.stderr))
     _talk(line.replace("\x1b", _OUR_ESCAPE), newline=False, live=True)
 
 
-def _pace(event: Progress, elapsed: float) -> str:
+def _pace(event: Progress, elapsed: float, anew: int) -> str:
+    """How far it is, and how fast `anew` units were done in the time `elapsed`."""
     total = count(event.total, event.unit) if event.unit else f"{event.total:,}"
     text = f"{event.done:,}/{total}"
-    if event.done and elapsed > 0.5:
-        rate = event.done / elapsed
+    if anew and elapsed > 0.5:
+        rate = anew / elapsed
         text += f", {number(rate)}/s"
         if event.done < event.total:
-            text += f", {duration((event.total - event.done) / rate)} left"
+            text += f", {duration((event.total - event.done) / rate + event.later)} left"
     return text
 
 

@@ -6,19 +6,22 @@ there each operation costs more than its arithmetic, and another for a factor's 
 asked (see `kernels`); plain operations anywhere else, or where a kernel does not give what they give.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_adapters.errors import ModelError
 from mlx_adapters.rounding import cholesky, kernels
 from mlx_adapters.rounding.columns import again, forward
 from mlx_adapters.rounding.grids import AffineGrid, Array, FloatGrid, Grid, to_numpy
 from mlx_adapters.system.machine import on_gpu
 
-MORE_DAMPING = 0.01
+MORE_DAMPING, MOST_DAMPING = 0.01, 1e4  # of a matrix whose mean diagonal is 1
+UNSOLVED = "This device does not factor a matrix.", "mlx-adapters env --check tells what it computes right."
 EVERY = 4  # groups to a graph: the CPU builds the next ones while the GPU computes
 
 
@@ -70,7 +73,10 @@ class Engine(Protocol):
         """
 
     def factor(self, hessian: Array) -> Array:
-        """Upper triangular R with H = R Rᵀ. More damping is added until H is positive definite."""
+        """Upper triangular R with H = R Rᵀ. More damping is added until H is positive definite.
+
+        Raises ModelError if it never is: then the device computes wrong.
+        """
 
     def solve(self, matrix: Array, other: Array) -> Array:
         """matrix⁻¹ · other, for a positive definite matrix."""
@@ -157,13 +163,11 @@ class NumpyEngine:
     def factor(self, hessian: np.ndarray) -> np.ndarray:
         flipped = np.ascontiguousarray(hessian[::-1, ::-1])
         flipped = flipped.astype(np.float64) if len(hessian) <= 4096 else flipped.copy()
-        extra = MORE_DAMPING
-        while True:
-            try:
+        for extra in _more_damping():
+            flipped[np.diag_indices(len(flipped))] += extra
+            with contextlib.suppress(np.linalg.LinAlgError):
                 return np.ascontiguousarray(np.linalg.cholesky(flipped)[::-1, ::-1]).astype(np.float32)
-            except np.linalg.LinAlgError:
-                flipped[np.diag_indices(len(flipped))] += extra
-                extra *= 4
+        raise ModelError(*UNSOLVED)
 
     def solve(self, matrix: np.ndarray, other: np.ndarray) -> np.ndarray:
         return np.linalg.solve(matrix, other)
@@ -173,6 +177,15 @@ class NumpyEngine:
 
     def select(self, mask: Any, new: np.ndarray, old: np.ndarray) -> np.ndarray:
         return new if mask else old
+
+
+def _more_damping() -> Iterator[float]:
+    """Nothing, then what is added to a matrix until it is positive definite."""
+    yield 0.0
+    extra = MORE_DAMPING
+    while extra < MOST_DAMPING:
+        yield extra
+        extra *= 4
 
 
 def _nearest(grid: Grid) -> Callable[[np.ndarray, np.ndarray], None]:
@@ -232,12 +245,13 @@ class MlxEngine:
         return kernels.plain_columns(grid, *group)
 
     def factor(self, hessian: mx.array) -> mx.array:
-        extra, panels = MORE_DAMPING, self._panels()
-        while True:
+        panels = self._panels()
+        for extra in _more_damping():
+            hessian = hessian + extra * mx.eye(hessian.shape[-1]) if extra else hessian
             factor = cholesky.upper_factor(hessian, panels)
             if mx.isfinite(mx.diagonal(factor, axis1=-2, axis2=-1)).all().item():
                 return factor
-            hessian, extra = hessian + extra * mx.eye(hessian.shape[-1]), 4 * extra
+        raise ModelError(*UNSOLVED)
 
     def _panels(self) -> cholesky.Panels:
         return cholesky.panels if self._has_kernels() else cholesky.plain_panels

@@ -34,12 +34,12 @@ class Stops:
     """Listens to a fuse, and stops it after some layers; `rounded` counts them, `said` is what was told."""
 
     def __init__(self, after=10**6):
-        self.after, self.rounded, self.said = after, 0, []
+        self.after, self.rounded, self.said, self.later = after, 0, [], 0.0
 
     def __call__(self, event):
         self.said.append(str(event))
         if isinstance(event, Progress) and event.stage == "calibrate: round":
-            self.rounded += 1
+            self.rounded, self.later = self.rounded + 1, event.later
             if self.rounded == self.after:
                 raise KeyboardInterrupt
 
@@ -62,6 +62,7 @@ def test_a_stopped_fuse_goes_on_to_the_same_bytes(at_hand, tmp_path):
     rest = Stops()
     fuse(base, adapter, out, quantization=4, options=OPTIONS, resume=True, on_event=rest)
     assert 0 < rest.rounded == whole.rounded - STOP_AFTER
+    assert whole.later > 0, "rounding is told with what judging will take"
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     for name in ("model.safetensors", "config.json"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

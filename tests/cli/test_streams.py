@@ -119,6 +119,16 @@ def test_no_control_character_reaches_the_terminal(capsys, monkeypatch):
     assert json.loads(document)["text"] == HOSTILE and not set(document) & set("\x1b\x9b\u202e")
 
 
+def test_the_time_left_is_that_of_the_whole_job(capsys, monkeypatch):
+    """What is left of the stage by the pace of this run (a continued one began at 8), and what comes after it."""
+    clock = iter((0.0, 20.0))
+    monkeypatch.setattr(_output.time, "monotonic", lambda: next(clock))
+    on_event = _output.progress()
+    on_event(Progress("round", 8, 20, "layer", later=120.0))
+    on_event(Progress("round", 10, 20, "layer", later=60.0))
+    assert capsys.readouterr().err.splitlines()[-1] == "round: 10/20 layers, 0.1/s, 2 min 40 s left"
+
+
 def test_our_own_colors_survive_on_a_terminal(adapters):
     master, slave = pty.openpty()
     env = os.environ | {"TERM": "xterm"}

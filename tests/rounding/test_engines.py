@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mlx_adapters.config.quantization import QUANTIZATIONS, Quantization
+from mlx_adapters.errors import ModelError
 from mlx_adapters.rounding import cholesky, engines, feedback, kernel_texts, kernels
 from mlx_adapters.rounding.columns import again, diagonal_blocks, forward
 from mlx_adapters.rounding.engines import NUMPY, MlxEngine
@@ -122,6 +123,11 @@ def test_a_matrix_that_is_not_positive_definite_is_damped_until_it_is():
     factor = np.array(MlxEngine().factor(h))
     np.testing.assert_allclose(factor @ factor.T, np.array(h) + 0.01 * np.eye(3), atol=1e-6)
     np.testing.assert_allclose(NUMPY.factor(np.array(h)), factor, atol=1e-6)
+
+
+def test_a_device_that_computes_nan_is_an_error_and_no_endless_loop():
+    with pytest.raises(ModelError, match="does not factor"):
+        MlxEngine().factor(mx.full((3, 3), mx.nan))
 
 
 def test_blocks_along_the_diagonal_are_cut_out_of_every_matrix():

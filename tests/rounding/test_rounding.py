@@ -1,6 +1,7 @@
 """Rounding: packing as MLX packs, grids as MLX decodes, and less error than rounding to nearest."""
 
 import itertools
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -235,6 +236,8 @@ def test_nearest_is_kept_where_it_moves_the_outputs_less():
     assert all(mx.array_equal(a, b) for a, b in zip(kept.tensors.values(), plain.tensors.values(), strict=True))
     error = weight - dequantize(plain)
     assert loss == pytest.approx(error.square().mean().item() * 1.01, rel=1e-4)  # H is damped by 1 %
+    spoiled = replace(plain, scales=plain.scales * mx.nan)
+    assert feedback.nearest_if_better(spoiled, weight, h, mx.float32)[2]
 
 
 def test_few_tokens_are_doubted():
