@@ -28,13 +28,15 @@ NAMES = (
     *("nemotron_h", "mixtral", "deepseek_v2", "dots1", "jamba", "olmoe", "phimoe", "ernie4_5_moe", "mistral4"),
     *("hunyuan_v1_dense", "exaone_moe", "afmoe", "mellum", "longcat_flash", "dbrx", "falcon_h1", "qwen3_vl"),
     *("qwen3_vl_moe", "gpt_neox", "minicpm3", "kimi_linear", "laguna", "olmo_hybrid", "gptj", "cohere2", "glm_moe_dsa"),
+    *("mamba", "mamba2"),
 )
 STEPS = {"time_step_limit": [0.0, 100.0]}
 WHOLE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
 SETTINGS = {  # what mlx-lm and transformers take for granted differently
-    "afmoe": {"mup_enabled": True},
+    "afmoe": {"mup_enabled": True, "route_scale": 2.0, "global_attn_every_n_layers": 1},
     "falcon_h1": STEPS | {"mlp_multipliers": [0.7, 1.3], "ssm_multipliers": [0.9, 0.8, 0.7, 1.1, 1.2]},
     "granitemoehybrid": STEPS | {"position_embedding_type": "rope"},
+    "longcat_flash": {"zero_expert_num": 0},  # (transformers 5.24 makes gate_up_proj for the others as well)
     "laguna": {"rope_parameters": {"full_attention": WHOLE, "sliding_attention": WHOLE}},
 }
 PARTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "router")

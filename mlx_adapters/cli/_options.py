@@ -13,6 +13,7 @@ from click.shell_completion import CompletionItem
 
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._help import TYPED
+from mlx_adapters.cli._places import CARRIED
 from mlx_adapters.cli._settings import option, options
 from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.evaluating import EvaluationConfig
@@ -99,10 +100,11 @@ sampling_options = options(Sampling)
 system_option = click.option("--system", help="The system message.")
 
 
-def _trust(context: click.Context, _: click.Parameter, value: bool) -> None:
+def _trust(context: click.Context, param: click.Parameter, value: bool) -> None:
     if value:
         from mlx_adapters.system.door import trusting_remote_code
 
+        context.meta[CARRIED] = param.opts[0]
         context.with_resource(trusting_remote_code())
 
 

@@ -22,6 +22,7 @@ import click
 
 from mlx_adapters.cli._json import json_for
 from mlx_adapters.cli._json import plain as plain  # the commands take it from here
+from mlx_adapters.cli._places import carrying
 from mlx_adapters.cli._places import place as place
 from mlx_adapters.cli._places import word as word
 from mlx_adapters.display.screen import facts_as_text, prose
@@ -198,7 +199,7 @@ def note(text: str) -> None:
 def next_steps(*lines: str) -> None:
     """What to type after this, to stderr; what the user named stands in it as `word` writes it."""
     for before, line in zip(("Next: ", *["      "] * len(lines)), lines, strict=False):
-        note(before + line)
+        note(before + carrying(line))
 
 
 def note_inline(text: str) -> None:

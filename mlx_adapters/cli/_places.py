@@ -1,7 +1,11 @@
-"""Paths as people read and type them."""
+"""Paths and lines as people read and type them."""
 
 import os
 import shlex
+
+import click
+
+CARRIED = "mlx_adapters.carried"  # in a context's meta: an option without which the next line would be refused
 
 
 def word(text: str | os.PathLike[str]) -> str:
@@ -21,3 +25,17 @@ def place(path: str | os.PathLike[str]) -> str:
         if top != os.sep and not inside.startswith(os.pardir) and inside != os.curdir:
             shorter.append(mark + inside)
     return min(shorter, key=len)
+
+
+def carrying(line: str) -> str:
+    """A line to type next, with the option that this command was given and that one must be given too."""
+    context = click.get_current_context(silent=True)
+    flag = context.meta.get(CARRIED) if context else None
+    if context is None or flag is None or flag in line:
+        return line
+    command: click.Command | None = context.find_root().command
+    for name in line.split()[1:]:
+        if not isinstance(command, click.Group):
+            break
+        command = command.get_command(context, name)
+    return f"{line} {flag}" if command and any(flag in param.opts for param in command.params) else line

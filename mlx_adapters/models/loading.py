@@ -10,13 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.mapping import require
 from mlx_adapters.config.quantization import DTYPES
 from mlx_adapters.errors import AdapterError, FormatError, ModelError, refusals
-from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.adapter import Adapter, first_not_finite
 from mlx_adapters.models.base import NOT_PACKED, Base
 from mlx_adapters.models.dense import compute_dtype, dense_class, dense_layer, dense_weight, is_quantized, resize_rows
 from mlx_adapters.models.layers import adaptable_layers, named_layers, untie
@@ -69,11 +69,27 @@ def load_model(
         groups = lay_groups_together(module, adaptable_layers(module)) if together else {}
         mx.eval(module.parameters())
     wrong = set(replace_miscomputed(module, compute_dtype(module), gradients) if on_gpu() else ())
+    require_numbers(module, base)
     model = Model(module, load_tokenizer_of(base, template), base, config, template=template or TemplateConfig())
     model.together = {paths: arrays for paths, arrays in groups.items() if wrong.isdisjoint(paths)}
     if adapter is not None:
         model.attach(adapter, any_base)
     return model
+
+
+def require_numbers(module: nn.Module, base: Base) -> None:
+    """Raise ModelError if the logits of three tokens are NaN or infinite: so would be all that is made with them."""
+    middle = (base.vocabulary or 3) // 3  # rows that no tokenizer uses lie at the ends
+    logits = module(mx.arange(middle, middle + 3)[None])
+    if mx.isfinite(mx.logsumexp(logits.astype(mx.float32), axis=-1)).all().item():
+        return
+    bad = first_not_finite(dict(tree_flatten(module.parameters())))
+    raise ModelError(
+        f"'{base.name}' computes NaN or Inf: " + (f"its '{bad}' holds it." if bad else "its weights are numbers."),
+        WHOLE_MODEL
+        if bad
+        else "is rope_theta, a scale or an epsilon in its config.json wrong? Or try --dtype float32.",
+    )
 
 
 def set_precision(module: nn.Module, dtype: str = "auto", dense: bool | None = None) -> None:

@@ -22,6 +22,8 @@ from mlx_adapters.storage.hf_names import (
     FUSED_DOWN,
     FUSED_GATE_UP,
     HEADS,
+    PEFT_UNCALLED,
+    PEFT_UNHEEDED,
     POSITIONS,
     Renames,
     is_head,
@@ -90,6 +92,7 @@ def _plain_updates(module: PeftModule, peft: PeftAdapter, places: Places) -> lis
         raise FormatError(
             f"The factors of '{module.path}' have ranks {module.a.shape[0]} and {module.b.shape[1]}.", AGAIN
         )
+    _refuse_uncalled(module, places.layout.model_type)
     scale = strength(peft, module, module.a.shape[0])
     try:
         pieces = places.find(module.path, module.path)
@@ -110,6 +113,17 @@ def _plain_updates(module: PeftModule, peft: PeftAdapter, places: Places) -> lis
         check_shape(update, layer, module.path)
         updates.append(update)
     return updates
+
+
+def _refuse_uncalled(module: PeftModule, model_type: str | None) -> None:
+    """Raise FormatError for an update that PEFT's own model computes without. What was trained there is still zero."""
+    layer = split(module.path)[1]
+    uncalled = layer in PEFT_UNCALLED and layer in PEFT_UNHEEDED.get(model_type or "", ())
+    if uncalled and mx.any(module.b != 0).item():
+        raise FormatError(
+            f"transformers reads the weight of '{module.path}' itself, so that the update there does nothing in PEFT.",
+            f"save it in PEFT without '{layer}' (exclude_modules).",
+        )
 
 
 def _update(key: str, module: PeftModule, scale: float, piece: Piece | None = None) -> LayerFactors:

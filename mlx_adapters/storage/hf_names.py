@@ -47,6 +47,7 @@ PEFT_RENAMES: Renames = (
     ("gpt_neox.layers.", "model.h."),
     ("gpt_neox.", "model."),
     ("embed_out", "model.embed_out"),
+    ("lm_head", "model.embed_out"),
     (".mlp.", ".block_sparse_moe."),
     ("model.language_model.", "model."),
     ("language_model.model.", "model."),
@@ -64,7 +65,7 @@ _TEXT_MODEL: Renames = (("model.", "language_model.model."), ("lm_head", "langua
 OWN_NAMES = {
     "gpt2": PEFT_RENAMES[2:3],
     "gpt_bigcode": PEFT_RENAMES[2:3],
-    "gpt_neox": PEFT_RENAMES[3:6],
+    "gpt_neox": (("gpt_neox.", "model."), ("lm_head", "model.embed_out"), ("gpt_neox.layers.", "model.h.")),
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "llama4"), _TEXT_MODEL),
     "nemotron_h": (("model.", "backbone."),),
     **dict.fromkeys(("granitemoe", "granitemoehybrid"), ((".router", ".router.layer"),)),
@@ -99,6 +100,7 @@ PEFT_UNHEEDED = {
     **dict.fromkeys(("mamba", "falcon_mamba"), ("out_proj", "conv1d", "dt_proj")),
     "jamba": ("dt_proj",),
 }
+PEFT_UNCALLED = ("dt_proj",)  # of these, what is read so on every device; the others by a GPU's kernels alone
 
 
 def is_embedding(path: str) -> bool:

@@ -107,6 +107,29 @@ def test_a_model_that_reads_one_token_and_no_text_is_refused(broken):
         load_module(resolve_base(broken("config.json", "gemma3_text", sliding_window=0)))
 
 
+@pytest.mark.parametrize(
+    "settings", [{"rope_theta": 0.0}, {"rope_theta": -1.0}, {"rms_norm_eps": float("nan")}], ids=str
+)
+def test_a_model_that_computes_no_numbers_is_refused_when_it_is_loaded(broken, settings):
+    with pytest.raises(ModelError, match="computes NaN or Inf: its weights are numbers") as refused:
+        load_model(resolve_base(broken("config.json", **settings)))
+    assert "rope_theta" in refused.value.hint
+
+
+def test_a_weight_that_is_no_number_is_named(broken):
+    folder = broken("config.json")
+    weights = mx.load(str(folder / "model.safetensors"))
+    weights["model.norm.weight"][3] = float("nan")
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    with pytest.raises(ModelError, match=r"computes NaN or Inf: its 'model\.norm\.weight' holds it"):
+        load_model(resolve_base(folder))
+
+
+@pytest.mark.parametrize("settings", [{"rope_theta": 0.5}, {"rms_norm_eps": 1e30}], ids=str)
+def test_odd_numbers_that_a_model_can_compute_with_are_taken(broken, settings):
+    assert load_model(resolve_base(broken("config.json", **settings)))
+
+
 NO_TOKENS = [b'{"eos_token_id": %b}' % one for one in (b"[[]]", b'["null"]', b'{"": {}}', b"true", b"[1.5]")]
 
 

@@ -1,6 +1,7 @@
 """Code that a model brings along runs where somebody asks for it by name, and nowhere else."""
 
 import json
+import re
 from pathlib import Path
 
 import mlx.core as mx
@@ -68,6 +69,9 @@ def test_its_code_is_run_when_asked_for_and_never_else(own, tmp_path):
             assert not (tmp_path / "ran").exists(), name
         trusted = run(*command, "--trust-remote-code")
         assert trusted.exception is None and trusted.exit_code == 0, (name, trusted.output, trusted.exception)
+        told = re.findall(r"mlx-adapters (?:generate|eval|train|fuse) .*", trusted.output)
+        assert all("--trust-remote-code" in line for line in told), told
+        assert told or name not in ("train", "fuse", "import-peft", "extract", "data check")
         (tmp_path / "ran").unlink(missing_ok=True)
     assert (tmp_path / "out" / OWN).read_text() == (own / OWN).read_text()
     with mx.stream(

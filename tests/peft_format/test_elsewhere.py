@@ -7,11 +7,13 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from helpers.peft import FIXTURES
+from helpers.peft import FIXTURES, picked_adapter
+from helpers.tiny_configs import tiny_base
 
+from mlx_adapters.adapters.peft_export import export_peft
 from mlx_adapters.adapters.peft_import import import_peft
 from mlx_adapters.errors import AdapterError, FormatError
-from mlx_adapters.storage import tensor_files
+from mlx_adapters.storage import files, tensor_files
 
 LLAMA = FIXTURES / "llama"
 WEIGHTS = "adapter_model.safetensors"
@@ -164,3 +166,22 @@ def test_a_folder_without_whole_weights_says_what_it_has(tmp_path, file, words, 
     with pytest.raises(AdapterError, match=words) as caught:
         taken(folder)
     assert cure in caught.value.hint
+
+
+def test_an_update_that_transformers_never_computes_is_taken_as_long_as_it_is_nothing(tmp_path: Path):
+    """jamba's dt_proj is read past PEFT's layer: what was trained there is still zero."""
+    base, out = tiny_base(tmp_path / "base", "jamba"), tmp_path / "out"
+    export_peft(picked_adapter(base, lambda key: key.endswith("x_proj")), out, base=base)
+    config, weights = files.read_json(out / "adapter_config.json"), mx.load(str(out / "adapter_model.safetensors"))
+    more = {f"base_model.model.model.layers.0.mamba.dt_proj.lora_{leaf}.weight" for leaf in "AB"}
+    config["target_modules"].append("model.layers.0.mamba.dt_proj")
+    files.write_json(out / "adapter_config.json", config)
+    for trained in (False, True):
+        shapes = {name: (3, 4) if "lora_A" in name else (128, 3) for name in more}
+        update = {name: mx.ones(s) * (trained or "lora_A" in name) for name, s in shapes.items()}
+        tensor_files.write_safetensors(out / "adapter_model.safetensors", weights | update)
+        if trained:
+            with pytest.raises(FormatError, match=r"reads the weight of 'model\.layers\.0\.mamba\.dt_proj' itself"):
+                import_peft(out, base=base, name="it", overwrite=True)
+        else:
+            assert len(import_peft(out, base=base, name="it").config.keys) == 2

@@ -224,12 +224,15 @@ def test_names_are_those_of_the_class_that_peft_users_load(tmp_path: Path):
     for architecture, kind, expected in [
         ("qwen3_5_text", "q_proj", "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"),
         ("lfm2_moe", "feed_forward.gate_proj", "base_model.model.model.layers.0.feed_forward.w1.lora_A.weight"),
+        ("gpt_neox", "dense", "base_model.model.gpt_neox.layers.0.attention.dense.lora_A.weight"),
+        ("gpt_neox", "embed_out", "base_model.model.lm_head.lora_A.weight"),
     ]:
         base = FIXTURES / architecture / "base"
+        base = base if base.is_dir() else tiny_base(tmp_path / "base" / kind, architecture)
         adapter = picked_adapter(base, lambda key, kind=kind: key.endswith(kind))
-        export_peft(adapter, tmp_path / architecture, base=base)
-        assert expected in mx.load(str(tmp_path / architecture / "adapter_model.safetensors"))
-        assert import_peft(tmp_path / architecture, base=base, name=architecture).fingerprint == adapter.fingerprint
+        export_peft(adapter, tmp_path / kind, base=base)
+        assert expected in mx.load(str(tmp_path / kind / "adapter_model.safetensors"))
+        assert import_peft(tmp_path / kind, base=base, name=kind).fingerprint == adapter.fingerprint
 
 
 @pytest.mark.parametrize(
