@@ -17,7 +17,7 @@ from mlx_adapters.assembly.writing import (
     write_config,
     write_weights,
 )
-from mlx_adapters.checkpoints.left_out import hand_on, left_out, optional_head, quantization_with
+from mlx_adapters.checkpoints.left_out import Stored, hand_on, left_out, optional_head, quantization_with
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.config.mapping import require
 from mlx_adapters.config.quantization import Precision
@@ -55,8 +55,12 @@ class MlxWriter:
         """Of what mlx-lm leaves out, and of layers that are written once more."""
         twins = {*self.twins(assembly).values()}
         again = (packed_shapes(p, dtype_name(assembly.scale_dtype)) for p in assembly.plans if p.path in twins)
-        handed_on = sum(tensor.nbytes for tensor in left_out(self._base)[0].values())
+        handed_on = sum(tensor.nbytes for tensor in self._left_out[0].values())
         return handed_on + sum(tensor_bytes(dtype, shape) for leaves in again for _, dtype, shape in leaves)
+
+    @cached_property
+    def _left_out(self) -> tuple[Stored, list[str]]:
+        return left_out(self._base)
 
     def twins(self, assembly: Assembly) -> dict[str, str]:
         """Layers that are written once more, where mlx-lm does not look: the new name, and that of the layer."""
@@ -68,7 +72,8 @@ class MlxWriter:
         size = write_weights(folder, assembly.units(rounded), on_event)
         if assembly.dtype is not None:
             config |= {key: dtype_name(assembly.dtype) for key in ("torch_dtype", "dtype") if key in config}
-        others, notes = hand_on(base, folder, twins)
+        others, missing = self._left_out
+        notes = hand_on(others, missing, folder, twins)
         quantization = assembly.quantization or {}
         quantization |= {twin: quantization[own] for twin, own in twins.items() if own in quantization}
         write_config(folder, config, quantization_with(others, base.config, quantization or None))

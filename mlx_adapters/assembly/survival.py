@@ -25,10 +25,15 @@ def not_finite(path: str) -> FormatError:
     )
 
 
+def all_finite(*arrays: mx.array) -> mx.array:
+    """Whether no floating array has NaN or Inf in it."""
+    floating = [array for array in arrays if mx.issubdtype(array.dtype, mx.floating)]
+    return mx.stack([mx.array(True), *(mx.isfinite(array).all() for array in floating)]).all()
+
+
 def require_finite(path: str, *stored: mx.array) -> None:
     """Raise FormatError if a floating array that a file is to hold for the layer at `path` has NaN or Inf in it."""
-    floating = [array for array in stored if mx.issubdtype(array.dtype, mx.floating)]
-    if floating and not mx.stack([mx.isfinite(array).all() for array in floating]).all().item():
+    if not all_finite(*stored).item():
         raise not_finite(path)
 
 

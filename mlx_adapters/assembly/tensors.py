@@ -16,7 +16,15 @@ from mlx_adapters.assembly.plan import (
     plan_layers,
     quantization_config,
 )
-from mlx_adapters.assembly.survival import Survival, SurvivalSum, require_finite, require_representable, sample
+from mlx_adapters.assembly.survival import (
+    Survival,
+    SurvivalSum,
+    all_finite,
+    not_finite,
+    require_finite,
+    require_representable,
+    sample,
+)
 from mlx_adapters.assembly.weights import BaseWeights, Updates, chunks
 from mlx_adapters.assembly.writing import Unit, Written, dtype_name
 from mlx_adapters.config.mapping import require
@@ -165,11 +173,13 @@ class Assembly:
             else:
                 piece = packed[start:stop] if packed is not None else to_nearest(fused, plan.target, self.scale_dtype)
                 parts, stored = list(piece.tensors.values()), dequantize(piece[some])
-            base, wanted = base[some], fused[some]
-            mx.eval(parts, *([base, wanted, stored] if plan.changed else []))
+            base, wanted, finite = base[some], fused[some], all_finite(*parts)
+            mx.eval(
+                parts, finite, *([base, wanted, stored] if plan.changed else [])
+            )  # at once: each waits for a thread
             require_representable(plan.path, fused, self.scale_dtype if plan.target else self.weight_dtype)
-            if plan.target is not None:
-                require_finite(plan.path, *parts)
+            if plan.target is not None and not finite.item():
+                raise not_finite(plan.path)
             pieces.append(parts)
             if plan.changed:
                 total.add(base, wanted, stored)

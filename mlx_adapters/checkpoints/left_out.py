@@ -115,12 +115,11 @@ def _is_copy(tensor: StoredTensor, others: Iterable[StoredTensor]) -> bool:
     )
 
 
-def hand_on(base: Base, folder: Path, twins: Mapping[str, str] | None = None) -> tuple[Stored, list[str]]:
-    """Write what `left_out` finds into a model folder and its index; return it, and what is to be told about it.
+def hand_on(tensors: Stored, missing: list[str], folder: Path, twins: Mapping[str, str] | None = None) -> list[str]:
+    """Write what `left_out` has found into a model folder and its index; return what is to be told about it.
 
     `twins`: layers that go there too, each by the layer of the folder's own whose tensors it has.
     """
-    tensors, missing = left_out(base)
     more = tensors | _twins(folder, twins or {})
     notes = []
     if more:
@@ -133,7 +132,7 @@ def hand_on(base: Base, folder: Path, twins: Mapping[str, str] | None = None) ->
         notes.append(f"{described(tensors)} copied as in the base; mlx-lm does not use them")
     if missing:
         notes.append(f"{described(missing)} left out: the base's folder lacks their file, which its index names")
-    return tensors, notes
+    return notes
 
 
 def _twins(folder: Path, twins: Mapping[str, str]) -> Stored:

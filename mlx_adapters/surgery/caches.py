@@ -27,20 +27,20 @@ def trace(module: nn.Module) -> None:
 def compute_as_generated(module: nn.Module) -> None:
     """Give the module fresh caches from now on where it is given none, if other layers take part with them."""
     try:
-        differs = _called(module, make_prompt_cache(module)) != _called(module, None)
+        cached, plain = _called(module, make_prompt_cache(module), None)
     except Exception:  # what takes no cache needs none
         return
-    if differs:
+    if cached != plain:
         intercept(module, _with_fresh_caches(module))
 
 
-def _called(module: nn.Module, cache: list[Any] | None) -> set[int]:
-    """The linear layers that one token goes through, by id."""
-    called: set[int] = set()
+def _called(module: nn.Module, *caches: list[Any] | None) -> list[set[int]]:
+    """The linear layers that one token goes through with each of the caches, by id."""
+    called: list[set[int]] = []
 
     def noting(layer: nn.Module) -> Callable[..., Any]:
         def note(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            called.add(id(layer))
+            called[-1].add(id(layer))
             return original(*args, **kwargs)
 
         return note
@@ -49,7 +49,9 @@ def _called(module: nn.Module, cache: list[Any] | None) -> set[int]:
         for layer in module.modules():
             if isinstance(layer, nn.Linear | nn.QuantizedLinear):
                 stack.callback(intercept(layer, noting(layer)))
-        module(mx.zeros((1, 1), mx.int32), cache=cache)
+        for cache in caches:
+            called.append(set())
+            module(mx.zeros((1, 1), mx.int32), cache=cache)
     return called
 
 
