@@ -293,8 +293,7 @@ def _show_progress(event: Progress, elapsed: float, anew: int) -> None:
 
 def _pace(event: Progress, elapsed: float, anew: int) -> str:
     """How far it is, and how fast `anew` units were done in the time `elapsed`."""
-    total = count(event.total, event.unit) if event.unit else f"{event.total:,}"
-    text = f"{event.done:,}/{total}"
+    text = f"{event.done:,}/{count(event.total, event.unit) if event.unit else format(event.total, ',')}"
     if anew and elapsed > 0.5:
         rate = anew / elapsed
         text += f", {number(rate)}/s"
