@@ -116,10 +116,9 @@ class Reader:
         for request in list(itertools.islice(self.waiting, TOGETHER)):
             if len(self.readings) == TOGETHER or not fits(request):
                 break
-            reading = self._begin(request)
-            if not any(self._soon_known(reading, other.request) for other in self.readings):
+            if not any(self._soon_known(request, other) for other in self.readings):
                 self.waiting.remove(request)
-                self.readings.append(reading)
+                self.readings.append(self._begin(request))
                 if request.scores:
                     self.told.append(Token(request, request.prompt[0], of_prompt=True))
         return bool(self.readings)
@@ -135,12 +134,15 @@ class Reader:
                 reading.stops = ends[:1] + ends[-1:]
         return reading
 
-    def _soon_known(self, reading: Reading, other: Request) -> bool:
-        """Whether most of what is to be read will be known once another prompt is read."""
-        mine, most = reading.request, reading.done + reading.left // 2 + 1
-        if mine.scores or not self.known.limit or mine.weights != other.weights:
+    def _soon_known(self, request: Request, reading: Reading) -> bool:
+        """Whether most of what is to be read of a prompt will be known once another is read."""
+        prompt, other = request.prompt, reading.request
+        if request.scores or not self.known.limit or request.weights != other.weights:
             return False
-        return list(mine.prompt[:most]) == list(other.prompt[:most])
+        known = self.known.known(request.weights, prompt[:-1])
+        most = known + (len(prompt) - 1 - known) // 2 + 1
+        ends = [*reading.stops, len(other.prompt) - 1] if self.known.by_moments else [most]
+        return any(most <= end < len(prompt) and list(prompt[:end]) == list(other.prompt[:end]) for end in ends)
 
     def _group(self, budget: int, aside: int) -> tuple[list[Reading], int]:
         """What is read in the next pass, and how much of each at most: the oldest, or short ones that overtake it."""

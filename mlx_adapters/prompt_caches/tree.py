@@ -49,11 +49,25 @@ class PrefixTree:
     def __len__(self) -> int:
         return len(self._order)
 
+    def known(self, key: Hashable, tokens: Sequence[int]) -> int:
+        """How many of the first `tokens` need not be read."""
+        return self._longest(key, tokens)[1]
+
     def find(self, key: Hashable, tokens: Sequence[int]) -> tuple[list[Any], int]:
         """A cache of the longest beginning of `tokens` that is known, and how many they are."""
-        path, cache = self._path(key, np.asarray(tokens)), self.make()
-        layers = leaves(cache)
-        told = [True] * len(layers)  # layers of which every token so far is held
+        (path, length), cache = self._longest(key, tokens), self.make()
+        for i, layer in enumerate(leaves(cache) if path else ()):
+            if all(node.held[i] is not None for node in path):
+                fill(layer, [node.held[i] for node in path], length)
+            else:
+                bring_back(layer, path[-1].moments[i])  # type: ignore[index]
+        self._touch(path[-1] if path else None)
+        return cache, length
+
+    def _longest(self, key: Hashable, tokens: Sequence[int]) -> tuple[list[Node], int]:
+        """The nodes of the longest beginning of `tokens` that can be gone on from, and its length."""
+        path = self._path(key, np.asarray(tokens))
+        told = [True for _ in path[0][0].held] if path else []  # layers of which every token so far is held
         best, length, read = 0, 0, 0
         for count, (node, common) in enumerate(path, start=1):
             told = [so_far and part is not None for so_far, part in zip(told, node.held, strict=True)]
@@ -61,14 +75,7 @@ class PrefixTree:
             whole = common == len(node.tokens) and node.moments is not None
             if all(told) or (whole and all(t or m is not None for t, m in zip(told, node.moments or (), strict=True))):
                 best, length = count, read
-        path = path[:best]
-        for i, layer in enumerate(layers if path else ()):
-            if all(node.held[i] is not None for node, _ in path):
-                fill(layer, [node.held[i] for node, _ in path], length)
-            else:
-                bring_back(layer, path[-1][0].moments[i])  # type: ignore[index]
-        self._touch(path[-1][0] if path else None)
-        return cache, length
+        return [node for node, _ in path[:best]], length
 
     def add(self, key: Hashable, tokens: Sequence[int], cache: Sequence[Any]) -> None:
         """Keep what `cache` holds after these tokens, as far as it is not known yet."""

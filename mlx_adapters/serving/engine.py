@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from functools import partial
 from typing import Any
 
@@ -54,6 +54,7 @@ class Engine:
         self._jobs: dict[int, Job] = {}
         self._parked: list[Job] = []
         self._open: set[Job] = set()
+        self._asked: set[Future[Any]] = set()
         self.residents = Residents(
             model, settings, self.metrics, lambda: self._commands.put(lambda: None), self._batcher.reader.known.drop
         )
@@ -183,10 +184,14 @@ class Engine:
             except Exception as error:
                 answer.set_exception(error)
 
-        if not self.alive:
-            raise ApiError(503, "The server is stopping.", kind="server_error")
-        self._commands.put(command)
-        return await asyncio.wrap_future(answer)
+        self._asked.add(answer)  # as in `submit`
+        try:
+            if not self.alive:
+                raise ApiError(503, "The server is stopping.", kind="server_error")
+            self._commands.put(command)
+            return await asyncio.wrap_future(answer)
+        finally:
+            self._asked.discard(answer)
 
     # -- in the engine's thread ------------------------------------------------------------------------
 
@@ -198,9 +203,13 @@ class Engine:
         except BaseException as error:
             self.failed = error
             log.exception("the engine stopped")
+            told = ApiError(500, "The engine stopped.", kind="server_error")
             for job in list(self._open):
                 self._open.discard(job)  # else a full queue would tell what comes later to try again
-                job.send(ApiError(500, "The engine stopped.", kind="server_error"))
+                job.send(told)
+            for answer in list(self._asked):
+                with contextlib.suppress(InvalidStateError):  # it was given, or nobody waits for it
+                    answer.set_exception(told)
 
     def _obey(self) -> None:
         """Carry out the commands that are there; wait for one if there is nothing else to do."""

@@ -37,7 +37,9 @@ import mlx_adapters  # noqa: E402, F401  (before mlx: it sees to a fast BLAS)
 
 TURNS, ADAPTERS = 5, [f"a{i}" for i in range(8)]
 WORDS = (ROOT / "LICENSE").read_text().lower().split()
-THEIRS = "import mlx_adapters; from mlx_lm.server import main; main()"  # with the same BLAS
+# With the same BLAS, and room for clients that come at once: its own 5 lets others wait a second, or loses them.
+THEIRS = "import socketserver; socketserver.TCPServer.request_queue_size = 128; import mlx_adapters; "
+THEIRS += "from mlx_lm.server import main; main()"
 
 
 class MlxLm:

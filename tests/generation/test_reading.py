@@ -88,6 +88,37 @@ def test_what_prompts_begin_with_is_read_once_though_they_come_together(tiny_mod
     assert seen == [(2, 64), (2, 6), (4, 1)]
 
 
+def test_a_prompt_that_waits_for_another_is_begun_when_that_is_read(tiny_model, monkeypatch):
+    model = model_of(tiny_model("llama"))
+    batcher = Batcher(model.module, model.pool, cache_bytes=1 << 30, prefill=16)
+    begun, begin = [], batcher.reader._begin
+    monkeypatch.setattr(batcher.reader, "_begin", lambda request: begun.append(request) or begin(request))
+    system = tokens_of(3, 100)[0]
+    requests = [Request([*system, i], None, 2) for i in range(5, 9)]
+    for request in requests:
+        batcher.submit(request)
+    while not batcher.idle:
+        batcher.step()
+    assert begun == requests and [request.cached_tokens for request in requests] == [0, 100, 100, 100]
+
+
+def test_where_only_ends_of_messages_are_kept_prompts_wait_for_these_alone(tmp_path, passes):
+    model = model_of(tiny_base(tmp_path / "base", "qwen3_5"))
+    batcher = Batcher(model.module, model.pool, cache_bytes=1 << 30)
+    seen = passes(model.module)
+    (first, system), ends = tokens_of(5, 30, 60), frozenset({2})
+    groups = ([first], [[*system, 5, 6], [*system, 7, 8]], [[*first, *system, 2, i, 6] for i in (5, 7)])
+    for prompts, read in zip(groups, [(1, 29), (2, 61), (1, 91 - 29)], strict=True):
+        seen.clear()
+        requests = [Request(prompt, None, 1, stop_tokens=ends) for prompt in prompts]
+        for request in requests:
+            batcher.submit(request)
+        while not batcher.idle:
+            batcher.step()
+        assert seen[0] == read
+    assert requests[1].cached_tokens == 91
+
+
 def test_padding_takes_no_more_than_reading(tiny_model, passes):
     """Neither short prompts beside a long one, nor fresh ones beside a long chat."""
     model = model_of(tiny_model("llama"))

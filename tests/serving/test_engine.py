@@ -104,6 +104,31 @@ def test_what_the_engine_does_not_come_to_in_time_is_told_and_does_not_happen_la
         assert engine.catalog.served == {}
 
 
+def test_an_engine_that_fails_tells_everybody_who_waits(tiny_model):
+    with running(tiny_model("llama"), [], max_seconds=60) as (address, engine):
+        busy, late = threading.Event(), []
+
+        def fail():
+            busy.wait(60)
+            raise SystemExit
+
+        engine._commands.put(fail)
+        asked = {"embeddings": {"input": "a"}, "chat/completions": CHAT}
+        threads = [
+            threading.Thread(
+                target=lambda at=at: late.append(httpx.post(f"{address}/v1/{at[0]}", json=at[1], timeout=90))
+            )
+            for at in ((path, body | {"model": "base"}) for path, body in asked.items())
+        ]
+        for thread in threads:
+            thread.start()
+        assert eventually(lambda: engine._commands.qsize() == 2)
+        busy.set()
+        for thread in threads:
+            thread.join(5)
+        assert [answer.status_code for answer in late] == [500, 500]
+
+
 @pytest.mark.parametrize(
     ("error", "status", "told"), [(ConfigError("top_k is odd."), 400, "top_k is odd."), (KeyError("x"), 500, "request")]
 )
