@@ -301,9 +301,7 @@ class Engine:
         if job is None:  # one of several tokens of a step, after a stop text
             return
         if job.first is None and not token.of_prompt:
-            job.first = time.monotonic()
-            self.metrics.observe("time_to_first_token_seconds", job.first - job.arrived, model=job.model)
-            self.metrics.add("cached_tokens_total", job.cached_tokens, model=job.model)
+            job.begun(self.metrics)
         event = job.take(token)
         if isinstance(event, ApiError):
             self._drop(job, "error")
@@ -328,11 +326,4 @@ class Engine:
 
     def _end(self, job: Job, outcome: str) -> None:
         self._open.discard(job)
-        self.metrics.add("requests_total", model=job.model, outcome=outcome)
-        self.metrics.add("completion_tokens_total", job.made, model=job.model)
-        if self.model.drafter is not None:
-            for name, tokens in zip(("guessed", "accepted"), job.guessed, strict=True):
-                self.metrics.add(f"{name}_tokens_total", tokens, model=job.model)
-        if job.first is not None and job.made > 1:
-            spent = (time.monotonic() - job.first) / (job.made - 1)
-            self.metrics.observe("time_per_output_token_seconds", spent, model=job.model)
+        job.count(self.metrics, outcome)

@@ -12,6 +12,7 @@ from mlx_adapters.generation.requests import Constraint, Request, Token
 from mlx_adapters.generation.sampling import Sampler, stop_tokens
 from mlx_adapters.protocols.errors import ApiError
 from mlx_adapters.runtime.attached import Attached
+from mlx_adapters.serving.metrics import Metrics
 from mlx_adapters.system.door import TokenizerWrapper
 
 log = logging.getLogger("mlx_adapters.serve")
@@ -96,6 +97,22 @@ class Job:
             return None
         held, self.held = tuple(self.held), []
         return Piece(text, held, reason, self.made)
+
+    def begun(self, metrics: Metrics) -> None:
+        """Count its first token, which comes now."""
+        self.first = time.monotonic()
+        metrics.observe("time_to_first_token_seconds", self.first - self.arrived, model=self.model)
+        metrics.add("cached_tokens_total", self.cached_tokens, model=self.model)
+
+    def count(self, metrics: Metrics, outcome: str) -> None:
+        """Count it and its tokens, at its end."""
+        metrics.add("requests_total", model=self.model, outcome=outcome)
+        metrics.add("completion_tokens_total", self.made, model=self.model)
+        for name, tokens in zip(("guessed", "accepted"), self.guessed, strict=True):
+            metrics.add(f"{name}_tokens_total", tokens, model=self.model)
+        if self.first is not None and self.made > 1:
+            spent = (time.monotonic() - self.first) / (self.made - 1)
+            metrics.observe("time_per_output_token_seconds", spent, model=self.model)
 
     def send(self, event: Piece | ApiError) -> None:
         """Hand an event to the web side."""
