@@ -12,7 +12,7 @@ from mlx_adapters.errors import ConfigError, FormatError, NotFoundError
 from mlx_adapters.events import Note, OnEvent, log_warnings
 from mlx_adapters.models.adapter import read_adapter
 from mlx_adapters.models.base import Base, BaseLike, Named
-from mlx_adapters.models.metadata import iterations_of, read_metadata
+from mlx_adapters.models.metadata import read_metadata
 from mlx_adapters.sources import lookup, references, registry
 from mlx_adapters.sources.intake import write_own_form
 from mlx_adapters.storage import files, paths, replacing
@@ -24,6 +24,7 @@ from mlx_adapters.storage.tensor_names import (
     CONFIG_FILE,
     METADATA_FILE,
     checkpoint_file,
+    iterations_of,
 )
 from mlx_adapters.storage.unpacking import MAX_BYTES, TEMPLATES, unpack
 

@@ -17,12 +17,11 @@ from mlx_adapters.events import OnEvent, log_warnings
 from mlx_adapters.models.adapter import Adapter, AdapterLike, place_of
 from mlx_adapters.models.base import BaseLike
 from mlx_adapters.models.low_rank import LowRankUpdate, inner, update_of, update_shape
-from mlx_adapters.models.metadata import curve_of, losses_of
+from mlx_adapters.models.metadata import curve_of, losses_of, read_version
 from mlx_adapters.sources import lookup, registry
 from mlx_adapters.sources.registry import Entry
 from mlx_adapters.storage import paths
-from mlx_adapters.storage.replacing import read_whole
-from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CONFIG_FILE, METADATA_FILE, natural_order
+from mlx_adapters.storage.tensor_names import natural_order
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def describe(reference: AdapterLike) -> Details:
     if isinstance(reference, Adapter):
         return _describe(reference)
     folder = lookup.locate(reference)[0]
-    return read_whole(folder, (ADAPTER_FILE, CONFIG_FILE, METADATA_FILE), lambda: _describe(reference))
+    return read_version(folder, lambda: _describe(reference))
 
 
 def _describe(reference: AdapterLike) -> Details:

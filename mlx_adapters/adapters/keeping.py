@@ -126,7 +126,8 @@ def use(reference: AdapterLike) -> Entry:
         # The weights file alone decides, in one step. The metadata are whole on the disk before it, and follow it.
         with files.atomic_file(folder / METADATA_FILE) as stream:
             stream.write(files.json_text(metadata, METADATA_FILE).encode())
-            stream.flush()  # a full disk shows here
+            stream.flush()
+            temporaries.flush(stream.fileno())  # a full disk shows here
             files.link_or_copy(chosen, folder / ADAPTER_FILE)
     return registry.read_entry(folder)
 

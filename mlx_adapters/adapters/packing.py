@@ -21,16 +21,16 @@ from mlx_adapters.errors import ExistsError, NotFoundError
 from mlx_adapters.events import Note, OnEvent, Progress, log_warnings
 from mlx_adapters.models.adapter import Adapter, AdapterOrBase, read_adapter, write_adapter
 from mlx_adapters.models.base import Base
-from mlx_adapters.models.metadata import iterations_of, read_config
+from mlx_adapters.models.metadata import read_config, read_version
 from mlx_adapters.sources import lookup
 from mlx_adapters.storage import files, paths, replacing
-from mlx_adapters.storage.replacing import read_whole
 from mlx_adapters.storage.tensor_names import (
     ADAPTER_FILE,
     CONFIG_FILE,
     EXTRAS,
     METADATA_FILE,
     checkpoint_file,
+    iterations_of,
 )
 from mlx_adapters.storage.unpacking import BLOCK, CHUNK, TEMPLATES, is_safe
 
@@ -104,7 +104,7 @@ def pack(
     # Once they are open, what replaces or removes the files does not touch what is packed.
     names = tuple(path.name for path in paths.visible(folder))
     with opened, contextlib.ExitStack() as writing:
-        members = read_whole(folder, (ADAPTER_FILE, CONFIG_FILE, METADATA_FILE, *names), members_of)
+        members = read_version(folder, members_of, names)
         raw = writing.enter_context(files.atomic_file(target))
         stream = writing.enter_context(gzip.GzipFile("", "wb", 1, raw, mtime=0))
         for done, (name, content) in enumerate(sorted(members.items()), start=1):

@@ -24,14 +24,14 @@ from mlx_adapters.models.metadata import (
     check_config,
     data_config,
     is_number,
-    iterations_of,
     losses_of,
     parse_config,
     read_config,
     read_metadata,
+    read_version,
 )
 from mlx_adapters.storage import files, paths, tensor_files, tensor_names
-from mlx_adapters.storage.replacing import read_whole, stat_of
+from mlx_adapters.storage.replacing import stat_of
 from mlx_adapters.storage.tensor_names import (
     ADAPTER_FILE,
     ADAPTER_LEAVES,
@@ -281,7 +281,7 @@ def weights_file(folder: Path, iteration: int | None = None) -> Path:
     path = folder / (ADAPTER_FILE if iteration is None else tensor_names.checkpoint_file(iteration))
     if path.is_file():
         return path
-    there = ", ".join(map(str, iterations_of(folder)))
+    there = ", ".join(map(str, tensor_names.iterations_of(folder)))
     if iteration is None:
         raise NotFoundError(
             f"'{folder}' has no {ADAPTER_FILE}.", f"its checkpoints: {there}." if there else "is it an adapter folder?"
@@ -315,7 +315,7 @@ def read_adapter(folder: str | Path, iteration: int | None = None, name: str | N
     """
     folder = paths.expanded(folder)
     weights = ADAPTER_FILE if iteration is None else tensor_names.checkpoint_file(iteration)
-    return read_whole(folder, (CONFIG_FILE, METADATA_FILE, weights), lambda: _read(folder, iteration, name))
+    return read_version(folder, lambda: _read(folder, iteration, name), [weights])
 
 
 def _read(folder: Path, iteration: int | None, name: str | None) -> Adapter:

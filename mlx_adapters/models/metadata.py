@@ -5,19 +5,18 @@ hold, and under each name that we know a value of its kind. What is not so is le
 """
 
 import math
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mlx_adapters.config.data import DataConfig
 from mlx_adapters.config.mapping import from_mapping, to_mend
-from mlx_adapters.errors import ConfigError, FormatError
-from mlx_adapters.storage import files
-from mlx_adapters.storage.replacing import stat_of
-from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CHECKPOINT_FILE, CONFIG_FILE, METADATA_FILE, checkpoint_file
+from mlx_adapters.errors import AdapterError, ConfigError, FormatError
+from mlx_adapters.storage import files, locks
+from mlx_adapters.storage.replacing import read_whole
+from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CONFIG_FILE, METADATA_FILE, chosen_iteration
 
 MAX_BYTES = 64 << 20  # a loss curve of a million points has 30 MB
 MAX_DEPTH = 20
@@ -285,6 +284,35 @@ def examine_metadata(folder: Path) -> tuple[dict[str, Any], list[str]]:
     return known | {"source": "mlx-lm", "name": Path(folder).name} | ({"training": training} if training else {}), []
 
 
+T = TypeVar("T")
+
+
+def read_version(folder: Path, read: Callable[[], T], also: Sequence[str] = ()) -> T:
+    """What `read` gives of an adapter's folder, all from one version of its files, `also` (names) among them.
+
+    Raises what `read` raises, and TrainingError if the files never stay the same.
+    """
+
+    def once() -> tuple[bool, T]:
+        return _is_behind(folder), read()
+
+    names = (ADAPTER_FILE, CONFIG_FILE, METADATA_FILE, *also)
+    behind, value = read_whole(folder, names, once)
+    if behind:  # between the two steps of a change, or a kill was there: then nobody holds the lock
+        locks.wait_for_change(folder)
+        _, value = read_whole(folder, names, once)
+    return value
+
+
+def _is_behind(folder: Path) -> bool:
+    """Whether the record is not yet that of the weights."""
+    try:
+        chosen = chosen_iteration(folder, None)
+        return chosen is not None and _read(folder / METADATA_FILE).get("iteration") != chosen
+    except (AdapterError, OSError):
+        return False
+
+
 def _of_the_weights(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     """The metadata, true to the weights: which checkpoint `adapters.safetensors` is, is decided by that file alone.
 
@@ -296,31 +324,6 @@ def _of_the_weights(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
         return metadata
     sums = {name: value for name, value in (metadata.get("sha256") or {}).items() if name != ADAPTER_FILE}
     return metadata | {"iteration": chosen, "sha256": sums}
-
-
-def chosen_iteration(folder: Path, recorded: int | None) -> int | None:
-    """The checkpoint that `adapters.safetensors` is: a hard link to it or, on a disk without links, its copy.
-
-    A copy is known by its size and time. Where several could be meant, or none, it is the one `recorded`.
-    """
-    weights = stat_of(folder / ADAPTER_FILE)
-    if weights is None:
-        return recorded
-    links, copies = set(), set()
-    for iteration in iterations_of(folder):
-        stat = stat_of(folder / checkpoint_file(iteration))
-        if stat and os.path.samestat(stat, weights):
-            links.add(iteration)
-        elif stat and (stat.st_size, stat.st_mtime_ns) == (weights.st_size, weights.st_mtime_ns):
-            copies.add(iteration)
-    likely = links or copies
-    return recorded if recorded in likely or len(likely) != 1 else likely.pop()
-
-
-def iterations_of(folder: Path) -> tuple[int, ...]:
-    """The iterations that the folder has checkpoints of, ascending."""
-    matches = (CHECKPOINT_FILE.fullmatch(path.name) for path in Path(folder).iterdir())
-    return tuple(sorted(int(match.group(1)) for match in matches if match))
 
 
 def base_of(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,16 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_adapters.display.tables import Rows
 from mlx_adapters.errors import AdapterError, TrainingError
-from mlx_adapters.models.metadata import base_of, check_config, examine_metadata, losses_of, read_config, read_metadata
+from mlx_adapters.models.metadata import (
+    base_of,
+    check_config,
+    examine_metadata,
+    losses_of,
+    read_config,
+    read_metadata,
+    read_version,
+)
 from mlx_adapters.sources.references import NAME, check_name
 from mlx_adapters.storage import locks, paths, replacing, temporaries, tensor_files
-from mlx_adapters.storage.replacing import read_whole
 from mlx_adapters.storage.tensor_names import (
     ADAPTER_FILE,
     ADAPTER_OUTPUT,
     CHECKPOINT_FILE,
     CHECKPOINTS_FOLDER,
-    CONFIG_FILE,
     METADATA_FILE,
     checkpoint_file,
 )
@@ -147,7 +153,7 @@ def read_entry(folder: Path) -> Entry:
         return Entry(folder.name, folder, **fields)
 
     try:
-        return read_whole(folder, (ADAPTER_FILE, CONFIG_FILE, METADATA_FILE), read)
+        return read_version(folder, read)
     except AdapterError as error:
         return Entry(folder.name, folder, problem=error.message)
 
@@ -216,7 +222,7 @@ def changing(*names: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for place, folder in sorted(folders.items()):  # always in one order, so that no two can wait for each other
             busy = f"'{folder.name}' is being trained."
-            stack.enter_context(locks.lock(f"change-{place}"))
+            stack.enter_context(locks.lock(locks.change_of(folder)))
             stack.enter_context(locks.lock(f"run-{place}", wait=False, busy=busy))
             if folder.is_dir():  # a run of another home holds its folder alone
                 stack.enter_context(locks.lock_file(folder, busy=busy))
@@ -233,7 +239,7 @@ def training_lock(folder: Path) -> Iterator[None]:
     """
     place = locks.place_name(folder)
     with contextlib.ExitStack() as stack:
-        with locks.lock(f"change-{place}"):
+        with locks.lock(locks.change_of(folder)):
             busy = f"'{folder.name}' is being trained by another process."
             stack.enter_context(locks.lock(f"run-{place}", wait=False, busy=busy))
             if not paths.same_place(folder.parent, adapters_folder()):  # a path, which another home may train, too

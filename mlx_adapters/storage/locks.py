@@ -9,14 +9,16 @@ import logging
 import os
 import re
 import tempfile
+import threading
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlx_adapters.errors import TrainingError
+from mlx_adapters.errors import StorageError, TrainingError
 from mlx_adapters.storage.paths import home, storage_errors
 
 log = logging.getLogger("mlx_adapters.storage.locks")
+held_here = threading.local()  # .names: the locks of the home folder that this thread holds
 NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
@@ -69,4 +71,25 @@ def lock(name: str, wait: bool = True, busy: str | None = None, of_all_homes: bo
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     with lock_file(path, wait=wait, busy=busy):
-        yield
+        before = _held_names()
+        held_here.names = before | {name.casefold()}
+        try:
+            yield
+        finally:
+            held_here.names = before
+
+
+def _held_names() -> frozenset[str]:
+    return getattr(held_here, "names", frozenset())
+
+
+def change_of(folder: Path) -> str:
+    """The name of the lock that is held while several files of a folder are replaced."""
+    return f"change-{place_name(folder)}"
+
+
+def wait_for_change(folder: Path) -> None:
+    """Return when nobody else changes the folder; at once where this thread does, or where no lock can be held."""
+    if change_of(folder).casefold() not in _held_names():
+        with contextlib.suppress(StorageError, OSError), lock(change_of(folder)):
+            pass

@@ -134,7 +134,8 @@ class RunFolder:
     def refresh(self, state: State) -> None:
         """Derive all other files from the checkpoints and `state`. Doing it again changes nothing."""
         if self.writes and self.begun:
-            self._derive(self.path, state)
+            with locks.lock(locks.change_of(self.path)):  # weights and record are two files: whoever reads waits
+                self._derive(self.path, state)
 
     def _derive(self, folder: Path, state: State) -> None:
         config, before = self.settings[1], _metadata_in(folder)

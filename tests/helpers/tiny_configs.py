@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from helpers.tiny_models import random_weights, write_tokenizer
 from helpers.tiny_overrides import OVERRIDES
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import load_model, quantize_model, save_model
 
 # (names of settings, value); the first pattern that is the whole name counts.
@@ -94,9 +94,17 @@ def module_of(name: str) -> types.ModuleType:
 
 
 def make_model(config: dict) -> nn.Module:
-    """mlx-lm's model of this config. Some of them change the config that they are given."""
+    """mlx-lm's model of this config. Some of them change the config that they are given.
+
+    A router that begins as zeros is drawn: among experts that are all alike each device chooses others, and with
+    another number of tokens others again.
+    """
     module = module_of(config["model_type"])
-    return module.Model(module.ModelArgs.from_dict(json.loads(json.dumps(config))))
+    model = module.Model(module.ModelArgs.from_dict(json.loads(json.dumps(config))))
+    zeros = [(name, w) for name, w in tree_flatten(model.parameters()) if name.endswith("gate.weight") and not w.any()]
+    drawn = [(name, mx.random.normal(w.shape, w.dtype, key=mx.random.key(i)) / 8) for i, (name, w) in enumerate(zeros)]
+    model.update(tree_unflatten(drawn))
+    return model
 
 
 def tiny_config(name: str) -> dict:

@@ -318,6 +318,40 @@ def test_a_read_that_is_overtaken_by_a_change_is_of_the_new_version(base, monkey
         )
 
 
+def test_no_reader_sees_the_new_weights_with_the_old_record(base, home, monkeypatch):
+    """They come in the instant between; after a kill there nobody is waited for."""
+    folder, link, seen = make_run(base, "x"), files.link_or_copy, {}
+    readers = {
+        "load": lambda: lookup.load_adapter("x").metadata,
+        "list": lambda: registry.list_adapters()[0].metadata,
+        "show": lambda: inspecting.describe("x").metadata,
+        "checkpoint": lambda: lookup.load_adapter("x@300").metadata,
+        "pack": lambda: packing.pack("x", home / "x.tar.gz").sha256,
+    }
+
+    def reading(source: Path, target: Path) -> None:
+        link(source, target)
+        threads = [
+            threading.Thread(target=lambda n=name, r=read: seen.update({n: r()})) for name, read in readers.items()
+        ]
+        for thread in threads:
+            thread.start()
+        threads[-1].join(0.3)
+        running.extend(threads)
+
+    running: list[threading.Thread] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "link_or_copy", reading)
+        keeping.use("x@100")
+    for thread in running:
+        thread.join()
+    (home / "x.tar.gz").unlink()
+    assert seen == {name: read() for name, read in readers.items()}
+    assert seen["list"]["iteration"] == 100 and seen["list"]["chosen_by"] == "use"
+    link(folder / "0000300_adapters.safetensors", folder / "adapters.safetensors")  # as a kill leaves it
+    assert registry.read_entry(folder).iteration == 300
+
+
 @pytest.mark.parametrize("change", [lambda: keeping.rename("a", "z"), lambda: keeping.remove("a")])
 def test_a_list_beside_a_rename_or_removal_is_from_before_or_after_it(base, monkeypatch, change):
     for name in "ab":
