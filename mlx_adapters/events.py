@@ -175,9 +175,9 @@ def log_warnings(event: Event) -> None:
         log.warning(in_python(event.text))
 
 
-def warnings_only(on_event: OnEvent) -> OnEvent:
-    """An `on_event` that passes on nothing but warnings."""
-    return lambda event: on_event(event) if isinstance(event, Note) and event.level == "warning" else None
+def without_notes(on_event: OnEvent) -> OnEvent:
+    """An `on_event` that passes on progress and warnings: for a step of something larger."""
+    return lambda event: None if isinstance(event, Note) and event.level != "warning" else on_event(event)
 
 
 def noting(on_event: OnEvent) -> tuple[OnEvent, list[str]]:

@@ -179,7 +179,7 @@ HARNESS = SimpleNamespace(
 )
 
 
-def without_a_process(variant, config, folder, worker) -> dict:
+def without_a_process(variant, config, *_) -> dict:
     """What a process of a benchmark gives, and what it would have read."""
     (result,) = [run.result for run in synthetic({variant.label: 10.0}, count=1).runs]
     adapter = load_adapter(variant.adapter) if variant.adapter else None

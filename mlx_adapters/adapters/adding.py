@@ -106,7 +106,7 @@ def add(
 
         taken = _take_in(alone, path, path.absolute().parent.name, name, out, overwrite, str(source))
         return _tell_strength(taken, on_event)
-    reference = references.parse_reference(lookup.spelled(source))
+    reference = lookup.reference_of(source)
     if reference.kind == "name":
         hint = "give a path, or user/repo for the Hub."
         raise ConfigError(f"'{source}' is a name, not a place to add an adapter from.", hint)

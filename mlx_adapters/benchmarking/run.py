@@ -16,7 +16,7 @@ from mlx_adapters.config.data import DataConfig
 from mlx_adapters.config.evaluating import EvaluationConfig
 from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.config.quantization import Dtype
-from mlx_adapters.data.datasets import DEFAULTS, PYTHON, Data, DataSet, keep, read_as_trained, read_data
+from mlx_adapters.data.datasets import DEFAULTS, PYTHON, Data, DataSet, keep, read_as_trained
 from mlx_adapters.evaluation.variants import Variant, prepare, read_variants, trained_on, workspace
 from mlx_adapters.events import Note, OnEvent, Progress, ignore, log_warnings
 from mlx_adapters.models.adapter import AdapterOrBase
@@ -113,9 +113,9 @@ def benchmark(
     with workspace() as folder:
         parsed = read_variants(variants, base, folder)
         own = trained_on(parsed)
-        prompts, judged = at_hand(data, folder / "prompts"), at_hand(quality, folder / "quality", own)
+        prompts, judged = at_hand(data, folder / "prompts", own), at_hand(quality, folder / "quality", own)
         check_data(prompts, judged, score, own)
-        report = run(parsed, replace(config, data=prompts), on_event, folder)
+        report = run(parsed, replace(config, data=prompts), on_event, folder, own)
         report = replace(report, config=replace(config, data=source_of(data)))
         if report.interrupted:
             raise BenchmarkInterrupted(report)
@@ -145,11 +145,11 @@ def source_of(data: Data | None) -> str | None:
 
 
 def check_data(prompts: str | None, quality: str | None, score: str | None, own: DataConfig = DEFAULTS) -> None:
-    """Read all data once before anything is measured, `quality` as `own` says. Raises what is wrong with it."""
+    """Read all data once before anything is measured, as `own` says. Raises what is wrong with it."""
     from mlx_adapters.evaluation.scores import parse_score
 
     if prompts is not None:
-        read_data(prompts, judging=True)
+        read_as_trained(prompts, own, judging=True)
     if quality is not None:
         read_as_trained(quality, own, judging=True)
     if quality is not None and score is not None:
@@ -177,9 +177,11 @@ def run(
     config: BenchmarkConfig,
     on_event: OnEvent,
     folder: Path,
+    own: DataConfig = DEFAULTS,
     worker: Sequence[str] = WORKER,
 ) -> Report:
-    """Run all processes; `worker` holds the arguments after the Python interpreter, for experiments."""
+    """Run all processes; `own` says how prompts are read and rendered, `worker` holds the arguments after the Python
+    interpreter, for experiments."""
     start, before = time.perf_counter(), system_state()
     runs: list[Run] = []
     interrupted = False
@@ -190,7 +192,7 @@ def run(
         for done, (number, index) in enumerate(plan):
             on_event(Progress("benchmark", done, len(plan), "run"))
             if not any(r.variant == variants[index].label and "error" in r.result for r in runs):
-                runs.append(Run(variants[index].label, number, run_worker(ready[index], config, folder, worker)))
+                runs.append(Run(variants[index].label, number, run_worker(ready[index], config, own, folder, worker)))
         on_event(Progress("benchmark", len(plan), len(plan), "run"))
     except KeyboardInterrupt:
         interrupted = True
@@ -211,12 +213,14 @@ def run(
     )
 
 
-def run_worker(variant: Variant, config: BenchmarkConfig, folder: Path, worker: Sequence[str]) -> dict[str, Any]:
+def run_worker(
+    variant: Variant, config: BenchmarkConfig, own: DataConfig, folder: Path, worker: Sequence[str]
+) -> dict[str, Any]:
     """One process: its result, or {"error": ...} if it failed or died."""
     job, result = folder / "job.json", folder / "result.json"
     result.unlink(missing_ok=True)
-    told = {"variant": to_mapping(variant), "config": to_mapping(config), "trust_remote_code": trusts_remote_code()}
-    files.write_json(job, told)
+    settings = {"variant": to_mapping(variant), "config": to_mapping(config), "data": to_mapping(own)}
+    files.write_json(job, settings | {"trust_remote_code": trusts_remote_code()})
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, *worker, str(job), str(result)],

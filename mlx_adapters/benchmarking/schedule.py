@@ -1,7 +1,9 @@
 """How a benchmark is done: its settings, and the order in which the processes run. Imports no MLX."""
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from mlx_adapters.config.mapping import is_whole, require
 from mlx_adapters.config.quantization import Dtype, computing_dtype
@@ -65,3 +67,57 @@ def schedule(count: int, rounds: int, seed: int) -> list[tuple[int, int]]:
         order.shuffle(variants)
         plan += [(number, variant) for variant in variants]
     return plan
+
+
+# Passes over text that a calibrated fuse makes, in passes forward: three and a gradient to calibrate, three to check.
+CALIBRATING, CHECKING = 4.5, 3.0
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a machine is with a base and an adapter, from one short process, and forecasts from it, in seconds.
+
+    Args:
+        overhead_seconds: of a process that measures nothing: to start, import, load and end.
+        load_seconds: of the model alone.
+        prompt_seconds: to read a prompt of `prompt_tokens`.
+        token_seconds: to write a token.
+        rounded_per_second: weights that a calibrated fuse rounds, roughly.
+    """
+
+    overhead_seconds: float
+    load_seconds: float
+    prompt_seconds: float
+    token_seconds: float
+    prompt_tokens: int
+    rounded_per_second: float
+
+    @classmethod
+    def of(cls, result: Mapping[str, Any], config: BenchmarkConfig, rounded_per_second: float) -> "Pace":
+        """From what a process gave that measured one prompt once, with `config`."""
+        (shape,) = result["shapes"]
+        (trial,) = shape["trials"]
+        prompt, token = trial["ttft_seconds"], 1 / trial["decode_tps"]
+        measured = 2 * prompt + (config.warmup_tokens + config.decode_tokens) * token
+        overhead = max(0.0, result["process_seconds"] - measured)
+        return cls(overhead, result["load_seconds"], prompt, token, shape["prompt_tokens"], rounded_per_second)
+
+    def reading(self, tokens: float) -> float:
+        """To read so many tokens of text."""
+        return tokens * self.prompt_seconds / self.prompt_tokens
+
+    def process(self, config: BenchmarkConfig) -> float:
+        """One of a benchmark's processes."""
+        seconds = self.overhead_seconds + self.load_seconds * config.cold_load
+        for prompt, batch in config.shapes:
+            once = self.reading(prompt * batch)
+            seconds += once + config.warmup_tokens * self.token_seconds
+            seconds += config.trials * (once + config.decode_tokens * self.token_seconds)
+        return seconds
+
+    def fusing(self, calibrated: bool, weights: int, calibration_tokens: float, check_tokens: float) -> float:
+        """One fuse, checked."""
+        seconds = self.load_seconds + self.reading(CHECKING * check_tokens)
+        if calibrated:
+            seconds += self.reading(CALIBRATING * calibration_tokens) + weights / self.rounded_per_second
+        return seconds

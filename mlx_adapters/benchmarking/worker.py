@@ -22,8 +22,9 @@ from mlx.utils import tree_flatten
 
 from mlx_adapters.benchmarking import trials
 from mlx_adapters.benchmarking.schedule import BenchmarkConfig
+from mlx_adapters.config.data import DataConfig
 from mlx_adapters.config.mapping import from_mapping, require
-from mlx_adapters.data.datasets import read_data
+from mlx_adapters.data.datasets import read_as_trained
 from mlx_adapters.data.tokenizing import tokenize
 from mlx_adapters.errors import AdapterError, FormatError
 from mlx_adapters.evaluation.variants import Variant
@@ -46,22 +47,27 @@ from mlx_adapters.system.machine import on_gpu
 def main(job_file: str, result_file: str) -> None:
     """Do the job and write what was measured, or the error."""
     job = files.read_json(Path(job_file))
+    settings = (
+        from_mapping(Variant, job["variant"]),
+        from_mapping(BenchmarkConfig, job["config"]),
+        from_mapping(DataConfig, job["data"]),
+    )
     with warnings.catch_warnings(record=True) as told:  # of this process nobody reads stderr
         try:
             with trusting_remote_code(job["trust_remote_code"]):
-                result = run_job(from_mapping(Variant, job["variant"]), from_mapping(BenchmarkConfig, job["config"]))
+                result = run_job(*settings)
         except AdapterError as error:
             result = {"error": error.with_hint, "hint": error.hint}
     result["warnings"] = [str(w.message) for w in told if w.category in (StrengthWarning, MiscomputedWarning)]
     files.write_json(Path(result_file), result)
 
 
-def run_job(variant: Variant, config: BenchmarkConfig) -> dict[str, Any]:
-    """Everything one process measures for one variant."""
+def run_job(variant: Variant, config: BenchmarkConfig, own: DataConfig) -> dict[str, Any]:
+    """Everything one process measures for one variant; `own` says how rows that make prompts are read and rendered."""
     load_tokenizer_of(resolve_base(str(variant.base)))  # imports what transformers puts off, which is no load time
     model, result = measure_loads(variant, config)
     check_lengths(model, config)
-    prompts = {shape: prompts_for(model, config, *shape) for shape in config.shapes}
+    prompts = {shape: prompts_for(model, config, own, *shape) for shape in config.shapes}
     warm_up(model, config, prompts)
     result["shapes"] = [measure_shape(model, config, shape, prompts[shape]) for shape in config.shapes]
     result |= {"process": process_memory(), "conditions": conditions(model)}
@@ -131,18 +137,18 @@ def check_lengths(model: Model, config: BenchmarkConfig) -> None:
     )
 
 
-def prompts_for(model: Model, config: BenchmarkConfig, length: int, batch: int) -> mx.array:
+def prompts_for(model: Model, config: BenchmarkConfig, own: DataConfig, length: int, batch: int) -> mx.array:
     """(batch, length) token ids: from the data's rows, or random ones with a fixed seed."""
     if config.data is None:
         return trials.random_prompts(trials.vocabulary_size(model.module), batch, length, config.seed)
-    prompts = real_prompts(config.data, model.tokenizer, batch, length)
+    prompts = real_prompts(config.data, own, load_tokenizer_of(model.base, own.template), batch, length)
     model.base.check_tokens(np.array(prompts), config.data)
     return prompts
 
 
-def real_prompts(source: str, tokenizer: Any, batch: int, length: int) -> mx.array:
+def real_prompts(source: str, own: DataConfig, tokenizer: Any, batch: int, length: int) -> mx.array:
     """(batch, length) token ids from the test rows (else valid, else train), each prompt starting elsewhere."""
-    data = read_data(source, judging=True)
+    data = read_as_trained(source, own, judging=True)
     rows = data.rows(data.judging)
     lines = [row.tokens.tolist() for row in tokenize(rows, tokenizer).rows]
     if not lines:

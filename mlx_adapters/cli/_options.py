@@ -31,10 +31,10 @@ class ReferenceType(click.ParamType):
     name = "ref"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from mlx_adapters.sources.references import parse_reference
+        from mlx_adapters.sources.lookup import reference_of
 
         try:
-            return str(value) if parse_reference(str(value)) else ""
+            return str(value) if reference_of(str(value)) else ""
         except ConfigError as error:
             self.fail(error.message + (f" ({error.hint})" if error.hint else ""), param, ctx)
 

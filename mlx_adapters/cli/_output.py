@@ -22,16 +22,18 @@ import click
 
 from mlx_adapters.cli._json import json_for
 from mlx_adapters.cli._json import plain as plain  # the commands take it from here
-from mlx_adapters.cli._places import carrying
+from mlx_adapters.cli._places import carrying, shortened
 from mlx_adapters.cli._places import place as place
 from mlx_adapters.cli._places import word as word
-from mlx_adapters.display.screen import facts_as_text, prose
+from mlx_adapters.display.screen import facts_as_text, pace, prose
 from mlx_adapters.display.screen import middle_out as middle_out
 from mlx_adapters.errors import StorageError
 from mlx_adapters.events import Event, Note, Progress
 from mlx_adapters.units import columns as text_columns
-from mlx_adapters.units import count, cut, duration, format_table, number
-from mlx_adapters.units import size as size  # the commands take it from here
+from mlx_adapters.units import cut, format_table
+from mlx_adapters.units import duration as duration  # the commands take them from here
+from mlx_adapters.units import number as number
+from mlx_adapters.units import size as size
 
 SCHEMA = "mlx_adapters/1"  # of the --json documents; fields may be added, any other change counts up (docs/json.md)
 
@@ -50,6 +52,7 @@ TOLD = tuple(
 
 _quiet = False
 _debug = False
+_told = set[str]()  # what was logged: each sentence is printed once
 _said = False  # whether anything was printed yet
 _line_open = False  # whether the terminal stands in a live line
 
@@ -60,6 +63,7 @@ def configure(quiet: bool, debug: bool) -> None:
     _quiet, _debug = quiet, debug
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported
+    _told.clear()
     for name in TOLD:
         log = logging.getLogger(name)
         log.setLevel(logging.INFO)
@@ -117,7 +121,9 @@ def printable(text: str, line: bool = False) -> str:
 
 class _NoteHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        (warn if record.levelno >= logging.WARNING else note)(record.getMessage())
+        if (text := record.getMessage()) not in _told:
+            _told.add(text)
+            (warn if record.levelno >= logging.WARNING else note)(text)
 
 
 def debugging() -> bool:
@@ -176,7 +182,7 @@ def facts(pairs: Iterable[tuple[str, str]]) -> None:
 
 
 def _fitted(text: str, stream: Any) -> str:
-    return prose(text, columns()) if stream.isatty() else text
+    return prose(shortened(text), columns()) if stream.isatty() else shortened(text)
 
 
 def _styled(text: str) -> str:
@@ -214,9 +220,9 @@ def warn(text: str) -> None:
 
 def error(message: str, hint: str | None = None) -> None:
     """An error and the next step, to stderr, each in one line."""
-    _talk(style("Error: ", sys.stderr, fg="red") + printable(message, line=True))
+    _talk(style("Error: ", sys.stderr, fg="red") + printable(shortened(message), line=True))
     if hint:
-        _talk(style("Hint: ", sys.stderr, fg="cyan") + printable(hint, line=True))
+        _talk(style("Hint: ", sys.stderr, fg="cyan") + printable(shortened(hint), line=True))
 
 
 def usage(problem: click.ClickException) -> None:
@@ -282,24 +288,13 @@ def progress() -> Callable[[Event], None]:
 def _show_progress(event: Progress, elapsed: float, anew: int) -> None:
     """The event as a line; with a bar, where a terminal can go back in it and the stage is not over."""
     if event.done >= event.total or not _redraws():
-        show_live(f"{event.stage}: {_pace(event, elapsed, anew)}", end=event.done >= event.total)
+        show_live(f"{event.stage}: {pace(event, elapsed, anew)}", end=event.done >= event.total)
         return
     from mlx_adapters.display.screen import bar
 
-    before, after = printable(event.stage, line=True), printable(_pace(event, elapsed, anew), line=True)
+    before, after = printable(event.stage, line=True), printable(pace(event, elapsed, anew), line=True)
     line = bar(before, event.done / event.total, after, sys.stderr, columns() - 1, colored(sys.stderr))
     _talk(line.replace("\x1b", _OUR_ESCAPE), newline=False, live=True)
-
-
-def _pace(event: Progress, elapsed: float, anew: int) -> str:
-    """How far it is, and how fast `anew` units were done in the time `elapsed`."""
-    text = f"{event.done:,}/{count(event.total, event.unit) if event.unit else format(event.total, ',')}"
-    if anew and elapsed > 0.5:
-        rate = anew / elapsed
-        text += f", {number(rate)}/s"
-        if event.done < event.total:
-            text += f", {duration((event.total - event.done) / rate + event.later)} left"
-    return text
 
 
 def show_live(text: str, end: bool = False) -> None:

@@ -1,7 +1,10 @@
 """Paths and lines as people read and type them."""
 
 import os
+import re
 import shlex
+from collections.abc import Iterator
+from contextlib import suppress
 
 import click
 
@@ -14,13 +17,28 @@ def word(text: str | os.PathLike[str]) -> str:
     return shlex.quote(short if short == str(text) or os.sep in short else f"./{short}")  # never taken for a name
 
 
+def shortened(text: str) -> str:
+    """A text in which the absolute paths below here and below the home are as people write them."""
+    for top, mark in _tops():
+        if len(top) > 1:
+            text = re.sub(rf"(?<![\w.~/-]){re.escape(top)}/(?=[^\s'/])", mark, text)
+    return text
+
+
+def _tops() -> Iterator[tuple[str, str]]:
+    """The folders that paths may begin at, and how that is written; here may have been removed."""
+    with suppress(OSError):
+        yield os.getcwd(), ""
+    yield os.path.expanduser("~"), "~/"
+
+
 def place(path: str | os.PathLike[str]) -> str:
     """A path as people write it: an absolute one from here, or from their home, where that is shorter."""
     if not os.path.isabs(path):  # typed so, or a name or an id of the Hub
         return str(path)
     whole = os.path.abspath(path)
     shorter = [whole]
-    for top, mark in ((os.getcwd(), ""), (os.path.expanduser("~"), "~/")):
+    for top, mark in _tops():
         inside = os.path.relpath(whole, top)
         if top != os.sep and not inside.startswith(os.pardir) and inside != os.curdir:
             shorter.append(mark + inside)

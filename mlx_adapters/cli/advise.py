@@ -5,10 +5,15 @@ from pathlib import Path
 
 import click
 
+from mlx_adapters.benchmarking.schedule import BenchmarkConfig, Pace
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._options import REFERENCE, Reads, UserPath, base_option, json_option, trust_option
+from mlx_adapters.config.evaluating import EvaluationConfig
 from mlx_adapters.errors import AdapterError
-from mlx_adapters.units import count
+from mlx_adapters.units import count, duration
+
+PROBE = BenchmarkConfig(decode_tokens=8, rounds=1, trials=1, cold_load=False)
+ROUNDED = {True: 20e6, False: 6e6}  # weights a second that a fuse rounds: seen on one H200, on two CPU cores
 
 
 def _known(ref: str, base: str | None, bits: tuple[str, ...], quality: str | None) -> tuple[list[str], str | None]:
@@ -30,6 +35,10 @@ def _known(ref: str, base: str | None, bits: tuple[str, ...], quality: str | Non
             _output.note(f"'{fused[-1]}' is fused of it already.")
         else:
             fused.append(f"fuse:{ref}:{one}")
+    for made, path in there.items():
+        if made.partition(" ")[0] in bits and made not in bits:
+            fused.append(f"./{_output.place(path)}")
+            _output.note(f"'{fused[-1]}' is measured, too: {made}.")
     source = (adapter.metadata.get("data") or {}).get("source")
     trained_here = isinstance(source, str) and made_here(source, adapter.metadata.get("signature"))
     if quality is None and trained_here and Path(str(source)).exists():
@@ -41,6 +50,49 @@ def _known(ref: str, base: str | None, bits: tuple[str, ...], quality: str | Non
             quality = str(source)
             _output.note(f"Judged by the adapter's own data, {_output.place(quality)}; --quality DIR names other rows.")
     return ["base", ref, *fused], quality
+
+
+def _forecast(
+    variants: list[str], base: str | None, config: BenchmarkConfig, quality: str | None, max_rows: int
+) -> str:
+    """How long all of it will take, roughly, from one short process; "" where that fails."""
+    from mlx_adapters.benchmarking.run import WORKER, run_worker
+    from mlx_adapters.calibration.texts import choose_text
+    from mlx_adapters.config.fusing import FuseOptions
+    from mlx_adapters.data.tokenizing import tokenize
+    from mlx_adapters.evaluation.evaluate import choose_rows
+    from mlx_adapters.evaluation.variants import parse_variants, trained_on, workspace
+    from mlx_adapters.models.adapter import template_of
+    from mlx_adapters.models.loading import load_tokenizer_of
+    from mlx_adapters.sources.bases import resolve_base
+    from mlx_adapters.sources.lookup import load_adapter
+    from mlx_adapters.system.machine import on_gpu
+
+    parsed, defaults = parse_variants(variants, base), FuseOptions()
+    own, adapter = trained_on(parsed), next(v for v in parsed if v.adapter and not v.problem)
+    on, loaded = resolve_base(adapter.base or ""), load_adapter(adapter.adapter or "")
+    tokenizer = load_tokenizer_of(on, template_of(loaded))
+    text = choose_text(None, [loaded], tokenizer, defaults.calibration_rows, defaults.check_rows, on.positions)
+    rows = choose_rows(quality, EvaluationConfig(max_rows=max_rows, **vars(own)))[0] if quality else []
+    with workspace() as folder:
+        result = run_worker(adapter, PROBE, own, folder, WORKER)
+    if "error" in result:
+        return ""
+    pace = Pace.of(result, PROBE, ROUNDED[on_gpu()])
+    calibration, check = (sum(len(tokens) for tokens, _ in part) for part in (text.calibration, text.check))
+    stored = on.quantization if on_gpu() else None
+    bits = stored.bits + 32 / stored.group_size if stored else 16 if on_gpu() else 32
+    weights = round(8 * result["weights_bytes"] / bits)
+    judged = sum(len(row.tokens) for row in tokenize(rows, tokenizer).rows)
+    parts = {
+        "fusing": sum(
+            pace.fusing(v.fuse_bits not in ("8", "none"), weights, calibration, check) for v in parsed if v.fuse_bits
+        ),
+        "measuring": config.rounds * len(parsed) * pace.process(config),
+        "judging": (pace.load_seconds + pace.reading(judged)) * len(parsed) if judged else 0.0,
+    }
+    told = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds)
+    return f"This takes about {duration(sum(parts.values()))}: {told}."
 
 
 def _next(choice: str, ref: str, base: str | None) -> str:
@@ -109,6 +161,10 @@ def advise_command(
             Reads(needs={"score": "quality", "max_rows": "quality"}).check(click.get_current_context())
         begins = count(rounds * len(variants), "fresh process")
         _output.note(f"Measuring {count(len(variants), 'variant')} in {count(rounds, 'round')}, {begins} in all.")
+        with contextlib.suppress(AdapterError):  # the benchmark says it
+            config = BenchmarkConfig(batch=(serves,), rounds=rounds)
+            if said := _forecast(variants, base, config, quality, max_rows):
+                _output.note(said)
         measured = benchmark(
             variants,
             base,

@@ -117,7 +117,7 @@ def benchmark_command(
             show(report, old)
     if report.interrupted:
         raise KeyboardInterrupt
-    if not as_json:
+    if not as_json and any(row.error is None for row in report.rows):
         _output.next_steps(_next(variants, quality, output))
     worse = [c for c in changes(report, old) if fail_over is not None and c.fails(fail_over)] if old else []
     _output.end_if_failed([*failures(report.readable), *(f"{change} than in {against}" for change in worse)])

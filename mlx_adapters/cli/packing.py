@@ -48,7 +48,7 @@ def pack_command(source: str, target: Path, checkpoints: bool, overwrite: bool, 
     Example:
       mlx-adapters pack sql sql.tar.gz
     """
-    from mlx_adapters.adapters.packing import pack
+    from mlx_adapters.adapters.packing import MODEL_CONFIG, pack
 
     done = pack(source, target, checkpoints=checkpoints, overwrite=overwrite, on_event=_output.progress())
     if as_json:
@@ -56,7 +56,8 @@ def pack_command(source: str, target: Path, checkpoints: bool, overwrite: bool, 
         return
     path = _output.place(done.path)
     _output.say(f"{path}: {count(len(done.files), 'file')}, {_output.size(done.size_bytes)}, sha256 {done.sha256}")
-    _output.next_steps(f"mlx-adapters add {_output.word(done.path)} --name NAME")
+    into = "--out FOLDER" if MODEL_CONFIG in done.files else "--name NAME"
+    _output.next_steps(f"mlx-adapters add {_output.word(done.path)} {into}")
 
 
 @click.command("add")

@@ -5,7 +5,8 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from mlx_adapters.units import columns, cut
+from mlx_adapters.events import Progress
+from mlx_adapters.units import columns, count, cut, duration, number
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -133,3 +134,14 @@ def _text(console: "Console", thing: Any) -> str:
     with console.capture() as captured:  # nothing is printed here
         console.print(thing, end="")
     return captured.get()
+
+
+def pace(event: Progress, elapsed: float, anew: int) -> str:
+    """How far it is, and how fast `anew` units were done in the time `elapsed`."""
+    text = f"{event.done:,}/{count(event.total, event.unit) if event.unit else format(event.total, ',')}"
+    if anew and elapsed > 0.5:
+        rate = anew / elapsed
+        text += f", {number(rate)}/s"
+        if event.done < event.total:
+            text += f", {duration((event.total - event.done) / rate + event.later)} left"
+    return text

@@ -17,7 +17,7 @@ from mlx_adapters.config.data import DataConfig
 from mlx_adapters.config.mapping import require
 from mlx_adapters.config.quantization import BITS, Precision
 from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError, did_you_mean
-from mlx_adapters.events import Note, OnEvent, warnings_only
+from mlx_adapters.events import Note, OnEvent, without_notes
 from mlx_adapters.models.metadata import base_of, data_config, read_metadata
 from mlx_adapters.sources import lookup
 from mlx_adapters.sources.lookup import locate
@@ -62,7 +62,7 @@ def parse_variant(text: str) -> Variant:
         reference, _, bits = rest.rpartition(":")
         if bits not in BITS or not reference:
             raise ConfigError(f"'{text}' is no variant.", "write fuse:ADAPTER:BITS, for example fuse:sql:4.")
-        parse_reference(reference)
+        lookup.reference_of(reference)
         return Variant(text, adapter=reference, fuse_bits=bits)
     if text == "demo":
         return Variant(text, base=text)
@@ -70,7 +70,7 @@ def parse_variant(text: str) -> Variant:
     if paths.is_path(place) and (folder := paths.expanded(place)).is_dir():
         is_adapter = (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
         return Variant(text, adapter=str(folder)) if is_adapter else Variant(text, base=text)
-    kind = parse_reference(text).kind
+    kind = parse_reference(place).kind
     if kind == "hub":
         return Variant(text, adapter=text) if is_hub_adapter(text) else Variant(text, base=text)
     if kind == "name" and not adapter_folder(parse_reference(text).target).is_dir():
@@ -235,7 +235,7 @@ def prepare(variant: Variant, folder: Path, any_base: bool, on_event: OnEvent) -
         try:
             if not out.is_dir():
                 precision = Precision.spelled(bits)
-                told = warnings_only(on_event)
+                told = without_notes(on_event)
                 fuse(variant.base, variant.adapter or "", out, quantization=precision, any_base=any_base, on_event=told)
             variant = replace(variant, base=str(out), adapter=None)
         except AdapterError as error:

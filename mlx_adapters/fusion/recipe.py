@@ -128,8 +128,11 @@ def read_recipe(path: str | Path | Named) -> Recipe:
 
 
 def fused_here(adapter: Adapter, base: Base, top: Path) -> dict[str, Path]:
-    """The models at most two folders below `top` that are what a plain fuse makes of this adapter alone and `base`, by
-    their bits ("none": 16); of several the first."""
+    """The models at most two folders below `top` that are fused of this adapter alone and `base`, calibrated where that
+    is due; of several of one precision the first.
+
+    What a plain fuse makes goes by its bits ("4", "none"), what has other groups by both: "4 bits in groups of 32".
+    """
     found: dict[str, Path] = {}
     for path in sorted(file for depth in ("*", "*/*") for file in top.glob(f"{depth}/{FUSE_RECIPE_FILE}")):
         with contextlib.suppress(AdapterError, KeyError, TypeError, AttributeError, OSError):
@@ -140,7 +143,9 @@ def fused_here(adapter: Adapter, base: Base, top: Path) -> dict[str, Path]:
             # A plain fuse calibrates under 8 bits: one that was told to round to nearest is another model.
             coarse = recipe.method == recipe.options.get("method") == "nearest" and precision.bits != 8
             if whole and own and not coarse and precision.mode in (None, "affine"):
-                found.setdefault(str(precision.bits), path.parent)
+                plain = precision.settled(base.quantization) == Precision.of(precision.bits).settled(base.quantization)
+                grouped = f"{precision.bits} bits in groups of {precision.group_size}"
+                found.setdefault(str(precision.bits) if plain else grouped, path.parent)
     return found
 
 

@@ -277,12 +277,17 @@ def weights_file(folder: Path, iteration: int | None = None) -> Path:
     """The file of the adapter, or of its checkpoint. Raises NotFoundError that lists what there is."""
     folder = Path(folder)
     if not folder.is_dir():
+        if folder.is_file():
+            hint = "name the folder; 'mlx-adapters add' takes in a file of weights, or a packed one."
+            raise NotFoundError(f"'{folder}' is a file, not an adapter's folder.", hint)
         raise NotFoundError(f"There is no adapter folder '{folder}'.", "'mlx-adapters list' shows the named ones.")
     path = folder / (ADAPTER_FILE if iteration is None else tensor_names.checkpoint_file(iteration))
     if path.is_file():
         return path
     there = ", ".join(map(str, tensor_names.iterations_of(folder)))
     if iteration is None:
+        if (folder / "config.json").is_file():
+            raise NotFoundError(f"'{folder}' is a model, not an adapter.", "name it as the base: --base.")
         raise NotFoundError(
             f"'{folder}' has no {ADAPTER_FILE}.", f"its checkpoints: {there}." if there else "is it an adapter folder?"
         )

@@ -19,7 +19,8 @@ from mlx_adapters.protocols.errors import ApiError
 from mlx_adapters.serving.answering import Answering
 from mlx_adapters.serving.engine import Engine
 from mlx_adapters.serving.transport import Guard, Limits, error_response
-from mlx_adapters.sources.references import check_name, parse_reference
+from mlx_adapters.sources.lookup import reference_of
+from mlx_adapters.sources.references import check_name
 
 PAGE = Path(__file__).parent / "page"
 # The page loads nothing but its own files, and what a model wrote becomes HTML through DOMPurify or not at all.
@@ -192,7 +193,7 @@ class Server:
         """Serve a registered adapter. Raises ApiError."""
         try:
             check_name(name)
-            if parse_reference(reference).kind != "name":
+            if reference_of(reference).kind != "name":
                 raise ApiError(403, "Only adapters of the registry can be loaded.", param="reference")
             await self.engine.add_adapter(name, reference)
         except AdapterError as error:

@@ -25,7 +25,8 @@ from mlx_adapters.serving.engine import Engine
 from mlx_adapters.serving.jobs import OncePerSecond, log
 from mlx_adapters.serving.residents import Served
 from mlx_adapters.serving.settings import ServeSettings, check_names
-from mlx_adapters.sources.references import check_name, parse_reference
+from mlx_adapters.sources.lookup import reference_of
+from mlx_adapters.sources.references import check_name
 
 OTHER_FILES = 200  # that are open beside connections: shards of a base, adapters that are read, libraries
 
@@ -34,9 +35,9 @@ def parse_adapter(text: str) -> tuple[str, str]:
     """(name, reference) of "NAME=REF" or of a registry reference, which is its own name."""
     name, equals, reference = text.partition("=")
     if not equals:
-        require(parse_reference(text).kind == "name", f"'{text}' needs a name.", f"write NAME={text}.")
+        require(reference_of(text).kind == "name", f"'{text}' needs a name.", f"write NAME={text}.")
         name, reference = text.partition("@")[0], text
-    parse_reference(reference)
+    reference_of(reference)
     return check_name(name), reference
 
 

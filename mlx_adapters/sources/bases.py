@@ -35,9 +35,11 @@ def resolve_base(name: BaseLike, download: bool = True, everything: bool = False
             raise NotFoundError(f"'{DEMO_BASE}' is not on this machine yet.", "'mlx-adapters demo' fetches it.")
         return Base(DEMO_BASE, demo_base_folder())
     folder = paths.expanded(text)
-    if isinstance(name, Path) or paths.is_path(text) or folder.is_dir():
+    if isinstance(name, Path) or paths.is_path(text) or folder.exists():
         if not (folder / "config.json").is_file():
-            what = "no config.json in it" if folder.is_dir() else "no such folder"
+            what = (
+                "no config.json in it" if folder.is_dir() else "it is a file" if folder.exists() else "no such folder"
+            )
             raise NotFoundError(f"There is no model at '{text}': {what}.", _hint(text, folder))
         if not isinstance(name, Path):
             tell_folder(text)

@@ -86,7 +86,14 @@ def download(
     if name is not None:
         check_name(name)
     require(reference.kind == "hub", f"'{repo}' is no repository: it is 'user/name' or 'user/name@revision'.")
-    there, target = find_adapter(below(reference, subfolder), also=MODEL_CONFIG), reference.target
+    target = reference.target
+    try:
+        there = find_adapter(below(reference, subfolder), also=MODEL_CONFIG)
+    except hub.NotCached as error:
+        here = (
+            f"the folder ./{target} here is taken in by 'mlx-adapters add {target}'." if Path(target).is_dir() else ""
+        )
+        raise hub.NotCached(error.message, here or error.hint) from None
     if not there.files:
         require(
             name is None and base is None,

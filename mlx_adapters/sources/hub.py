@@ -17,7 +17,6 @@ from mlx_adapters.storage import paths
 
 log = logging.getLogger("mlx_adapters.hub")
 CACHE_HINT = "free some space, or name a place on another disk for downloads with HF_HOME."
-NO_HUB = "if it is meant to be a folder, there is none of that name here; else check the network, and HF_HUB_OFFLINE."
 SIGN_IN = "sign in with 'hf auth login', or set HF_TOKEN."
 COMMIT = re.compile(r"[0-9a-f]{40}")
 BAD_BRANCH = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|^[-/.]|/\.|[/.]$|\.lock(?=/|$)|^@$")
@@ -80,10 +79,7 @@ def _translate(what: str, error: BaseException) -> AdapterError | None:
     if isinstance(error, LocalEntryNotFoundError):
         some = re.search(r"missing \(([^()]+)\)", str(error))
         lacks = f"the cache lacks {some[1]}" if some else "it is not in the cache"
-        return NotCached(
-            f"Cannot {what}: {lacks}, and the Hub cannot be reached.",
-            NO_HUB,
-        )
+        return NotCached(f"Cannot {what}: {lacks}, and the Hub cannot be reached.", _why_no_hub())
     if type(error) is RuntimeError and error.__cause__ is not None:  # a thread of an upload failed
         return _translate(what, error.__cause__)
     if type(error) is RuntimeError or isinstance(error, HTTPError | ConnectionError | TimeoutError):
@@ -92,6 +88,13 @@ def _translate(what: str, error: BaseException) -> AdapterError | None:
             "check the network and run the same command again; it goes on where it stopped.",
         )
     return None
+
+
+def _why_no_hub() -> str:
+    from huggingface_hub import constants
+
+    check = "HF_HUB_OFFLINE is set, which keeps it away" if constants.HF_HUB_OFFLINE else "check the network"
+    return f"if a folder of this machine is meant, is its path spelled right? For the Hub: {check}."
 
 
 class NotCached(HubError):
@@ -254,7 +257,7 @@ def require_online(repo: str) -> None:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        raise NotCached(f"Cannot download '{repo}': it is not in the cache, and the Hub cannot be reached.", NO_HUB)
+        raise NotCached(f"Cannot download '{repo}': it is not in the cache, and the Hub is not asked.", _why_no_hub())
 
 
 def require_room(repo: str, needed_bytes: int) -> None:

@@ -10,7 +10,6 @@ from mlx_adapters.config.mapping import require, shown
 from mlx_adapters.errors import ConfigError, NotFoundError, did_you_mean
 from mlx_adapters.events import OnEvent, log, log_warnings
 from mlx_adapters.models.metadata import losses_of
-from mlx_adapters.sources.hub import NotCached
 from mlx_adapters.sources.references import CHECKPOINT, NAME, Reference, below, hub_id, parse_reference
 from mlx_adapters.sources.registry import adapter_folder, adapters_folder, names, read_entry
 from mlx_adapters.storage import paths
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
 def spelled(given: "str | Path | Named") -> str:
     """A reference as text: a folder as a path, a result as what it stands for.
 
-    A name that no adapter has, and a Hub id, is the folder of that name where there is one: `o5` is `./o5`, as it is
-    for models. Raises ConfigError for what is no reference.
+    The one rule for adapters and models: a path that is there wins, with a note where it could be a Hub id. A bare
+    name is an adapter's first: `o5` is `./o5` where none is called so. Raises ConfigError for what is no reference.
     """
     if isinstance(given, Path):
         return str(paths.expanded(given))
@@ -34,16 +33,23 @@ def spelled(given: "str | Path | Named") -> str:
         raise ConfigError(f"{shown(given)} is no adapter and no model.", hint)
     place, at, iteration = text.rpartition("@") if CHECKPOINT.fullmatch(text) else (text, "", "")
     known = paths.is_path(text) or (NAME.fullmatch(place) and _is_registered(place))
-    if known or not _is_folder(place):
+    if known or not (_is_there(place) if "/" in place else _is_folder(place)):
         return text
     tell_folder(place)
     return f"{paths.expanded(place)}{at}{iteration}"
 
 
+def reference_of(given: "str | Path | Named") -> Reference:
+    """What a reference means, as `spelled` has it. Raises ConfigError."""
+    return parse_reference(spelled(given))
+
+
 def tell_folder(text: str) -> None:
     """Note that a name which could be one on the Hub is taken for the folder that is here."""
     if hub_id(text):
-        log.info(f"'{text}' is the folder ./{text} here, not a repository of the Hub.")
+        log.info(
+            f"'{text}' is the {'folder' if _is_folder(text) else 'file'} ./{text} here, not a repository of the Hub."
+        )
 
 
 def _is_registered(name: str) -> bool:
@@ -53,6 +59,13 @@ def _is_registered(name: str) -> bool:
 def _is_folder(text: str) -> bool:
     try:
         return Path(text).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def _is_there(text: str) -> bool:
+    try:
+        return Path(text).exists()
     except (OSError, ValueError):
         return False
 
@@ -74,7 +87,7 @@ def registered(given: "AdapterLike", what: str | None = None) -> Reference:
     if isinstance(given, Adapter) and not place_of(given):
         hint = "write_adapter writes it, and 'mlx-adapters add' takes it in under a name."
         raise ConfigError(f"Adapter '{given.name}' is in memory only.", hint)
-    reference = parse_reference(place_of(given) or "" if isinstance(given, Adapter) else spelled(given))
+    reference = parse_reference(place_of(given) or "") if isinstance(given, Adapter) else reference_of(given)
     folder = paths.expanded(reference.target) if reference.kind == "path" else None
     if folder is not None and paths.same_place(folder.parent, adapters_folder()):
         reference = Reference("name", folder.name, reference.iteration)
@@ -99,17 +112,13 @@ def locate(
 
     Raises NotFoundError that suggests the nearest names.
     """
-    ref = reference if isinstance(reference, Reference) else parse_reference(spelled(reference))
+    ref = reference if isinstance(reference, Reference) else reference_of(reference)
     if ref.kind == "path":
         return (folder := paths.expanded(ref.target)), iteration_of(folder, ref)
     if ref.kind == "hub":
         from mlx_adapters.sources.downloads import adapter_snapshot
 
-        try:
-            return adapter_snapshot(ref, base=base, on_event=on_event), None
-        except NotCached as error:
-            hint = f"{error.hint} A folder of this machine is './{ref}'." if ref.subfolder else error.hint
-            raise NotCached(error.message, hint) from None
+        return adapter_snapshot(ref, base=base, on_event=on_event), None
     folder = adapter_folder(ref.target)
     if not folder.is_dir():
         if folder.is_symlink():
@@ -157,7 +166,7 @@ def load_adapter(reference: "AdapterLike") -> "Adapter":
 
     if isinstance(reference, Adapter):
         return reference.check()
-    parsed = parse_reference(spelled(reference))
+    parsed = reference_of(reference)
     folder, iteration = locate(parsed)
     # The registry's name is the folder's, whatever the folder was called when its record was written.
     adapter = read_adapter(folder, iteration, name=folder.name if parsed.kind == "name" else None)

@@ -1,4 +1,4 @@
-"""How a reference is spelled, which alone decides what it means, never what happens to exist.
+"""How a reference is spelled. What exists goes first: `lookup.reference_of` knows that, and asks here for the rest.
 
 `NAME` and `NAME@ITERATION` (or `@best`, `@last`) are the registry's, a path starts with `.`, `/` or `~` (with
 `@ITERATION` for a checkpoint),
@@ -90,7 +90,8 @@ def parse_reference(text: str) -> Reference:
     if hub := HUB.fullmatch(text):
         return Reference("hub", hub[1], revision=hub[3], subfolder=hub[2].strip("/") or None)
     if "/" in text:
-        raise ConfigError(f"'{text}' is neither a name nor 'user/repo'.", f"write a path as './{text}'.")
+        hint = "'mlx-adapters list' shows the names; a repository of the Hub is 'user/repo'."
+        raise ConfigError(f"There is no folder '{text}', and no name and no repository is spelled so.", hint)
     name, at, iteration = text.partition("@")
     if at and not CHECKPOINT.fullmatch(text):
         raise ConfigError(

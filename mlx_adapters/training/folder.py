@@ -15,7 +15,7 @@ from typing import Any
 from mlx_adapters.config.mapping import require, shown
 from mlx_adapters.config.training import LoraConfig, TrainConfig
 from mlx_adapters.data.datasets import DataSet, keep
-from mlx_adapters.errors import AdapterError, FormatError
+from mlx_adapters.errors import AdapterError, ConfigError, FormatError
 from mlx_adapters.events import Note, OnEvent
 from mlx_adapters.models.adapter import Weights
 from mlx_adapters.models.base import Named
@@ -42,13 +42,14 @@ def arithmetic() -> dict[str, str]:
 
 
 def place_of(name: str | Path | Named) -> tuple[Reference, Path]:
-    """A run's reference and folder: a name is in the registry, a path (./out) is where it says."""
+    """A run's reference and folder: a name is in the registry, a path (out/sql) where it says; none is on the Hub."""
     text = str(paths.expanded(name)) if isinstance(name, Path) else getattr(name, "reference", name)
     hint = "give a name, or a path such as ./out."
-    require(isinstance(text, str), f"{shown(name)} cannot name a training run.", hint)
-    reference = references.parse_reference(str(text))
-    run = reference.kind != "hub" and reference.iteration is None
-    require(run, f"'{text}' cannot name a training run.", hint)
+    if not isinstance(text, str):
+        raise ConfigError(f"{shown(name)} cannot name a training run.", hint)
+    bare = "/" in text and not paths.is_path(text)
+    reference = references.parse_reference(f"./{text}" if bare else text)
+    require(reference.iteration is None, f"'{text}' cannot name a training run.", hint)
     if reference.kind == "name":
         return reference, registry.adapter_folder(reference.target)
     path = paths.expanded(reference.target)

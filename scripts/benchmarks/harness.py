@@ -106,10 +106,10 @@ def forked(cpu_time):
     command = [sys.executable, __file__, "--forks-cpu" if cpu_time else "--forks"]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def run_worker(variant, config, folder, _):
+    def run_worker(variant, config, own, folder, _):
         job, result = folder / "job.json", folder / "result.json"
         result.unlink(missing_ok=True)
-        files.write_json(job, {"variant": to_mapping(variant), "config": to_mapping(config)})
+        files.write_json(job, {"variant": to_mapping(variant), "config": to_mapping(config), "data": to_mapping(own)})
         server.stdin.write(json.dumps([str(job), str(result)]) + "\n")
         server.stdin.flush()
         server.stdout.readline()

@@ -15,8 +15,9 @@ from mlx.utils import tree_flatten
 from mlx_adapters import FuseOptions, LoraConfig, TrainConfig, benchmark, fuse, train
 from mlx_adapters.benchmarking import trials
 from mlx_adapters.benchmarking.advice import advise
+from mlx_adapters.benchmarking.schedule import BenchmarkConfig, Pace
 from mlx_adapters.cli import cli
-from mlx_adapters.cli.advise import _next
+from mlx_adapters.cli.advise import PROBE, _forecast, _next
 from mlx_adapters.errors import ConfigError, FormatError, IncompatibleError, StorageError
 from mlx_adapters.fusion.recipe import fused_here
 from mlx_adapters.generation import memory
@@ -24,6 +25,7 @@ from mlx_adapters.models.loading import load_model, load_module
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.registry import adapter_folder
 from mlx_adapters.storage.files import write_json
+from mlx_adapters.units import duration
 
 
 def test_a_fused_model_that_keeps_the_fine_tune_and_is_faster_is_taken():
@@ -101,12 +103,37 @@ def test_advise_measures_base_adapter_and_fused_variants(tiny_model, monkeypatch
         return fused_report((300, 220, 280, 300))
 
     monkeypatch.setattr("mlx_adapters.benchmarking.run.benchmark", benchmark)
+    monkeypatch.setattr("mlx_adapters.cli.advise._forecast", lambda *_: "This takes a while.")
     shown = CliRunner().invoke(cli, ["advise", "sql", "--bits", "8", "--quality", "data"])
     assert shown.exit_code == 0, shown.output
     assert asked == [(["base", "sql", "fuse:sql:8"], None, 1, 50)]
     for option, value in (("--score", "exact"), ("--max-rows", "20")):  # no data of its own is here
         shown = CliRunner().invoke(cli, ["advise", "sql", option, value])
         assert shown.exit_code == 2 and f"{option} needs --quality" in shown.output and len(asked) == 1
+
+
+def test_advise_foretells_how_long_it_takes(tiny_model, tmp_path, monkeypatch):
+    """From one short process: 10 s of overhead, 2 of them the load, 0.1 s a token written, 1,000 a second read."""
+    registered_adapter(tiny_model("llama"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(3 * ('{"text": "' + "a " * 100 + '"}\n'))
+    result = {
+        "process_seconds": 10 + 2 * 0.128 + 16 * 0.1,
+        "load_seconds": 2.0,
+        "weights_bytes": 4 * 60e6,
+        "shapes": [{"prompt_tokens": 128, "trials": [{"ttft_seconds": 0.128, "decode_tps": 10.0}]}],
+    }
+    monkeypatch.setattr("mlx_adapters.benchmarking.run.run_worker", lambda *_: result)
+    config = BenchmarkConfig(prompt_tokens=(1000,), decode_tokens=40, trials=2, rounds=3)
+    pace = Pace.of(result, PROBE, 1e6)
+    assert pace.process(config) == pytest.approx(10 + 2 + (1 + 0.8) + 2 * (1 + 4))
+    assert pace.fusing(True, 5_000_000, 2000, 1000) == pytest.approx(2 + 3 + 4.5 * 2 + 5)
+    assert pace.fusing(False, 5_000_000, 2000, 1000) == pytest.approx(2 + 3)
+    said = _forecast(["base", "sql", "fuse:sql:4", "fuse:sql:8"], None, config, str(rows), 2)
+    parts = dict(re.findall(r"(\w+) ([\d.]+ (?:min \d+ )?s)", said))
+    assert parts["measuring"] == duration(3 * 4 * pace.process(config)) and {"about", "fusing", "judging"} < set(parts)
+    monkeypatch.setattr("mlx_adapters.benchmarking.run.run_worker", lambda *_: {"error": "no memory"})
+    assert _forecast(["base", "sql"], None, config, None, 2) == ""
 
 
 def test_the_fuse_that_advise_ends_with_names_the_same_base():
@@ -121,7 +148,9 @@ def test_only_what_a_plain_fuse_makes_stands_in_for_it(tiny_model, tmp_path):
     fuse(folder, adapter, tmp_path / "b", quantization=4, **plain)
     fuse(folder, adapter, tmp_path / "c", quantization=4, **plain)
     fuse(folder, adapter, tmp_path / "eight", quantization=8, **unchecked)
-    found = {"4": tmp_path / "b", "8": tmp_path / "eight"}
+    grouped = {"bits": 4, "group_size": 32}
+    fuse(folder, adapter, tmp_path / "a-groups", quantization=grouped, **plain)
+    found = {"4": tmp_path / "b", "8": tmp_path / "eight", "4 bits in groups of 32": tmp_path / "a-groups"}
     fuse(folder, adapter, tmp_path / "a-nearest", quantization=4, **unchecked)
     fuse(folder, adapter, tmp_path / "a-half", quantization=8, weights=[0.5], **unchecked)
     fuse(other, adapter, tmp_path / "a-other", quantization="none", any_base=True, **unchecked)

@@ -381,7 +381,7 @@ def fake_worker(folder: Path, body: str) -> tuple[str, ...]:
 
 def test_a_worker_that_dies_is_a_row_and_runs_once(tmp_path):
     worker = fake_worker(tmp_path, "open(sys.argv[1] + '.count', 'a').write('x'); import os; os.kill(os.getpid(), 9)")
-    report = run([Variant("a", "m")], BenchmarkConfig(rounds=3), lambda _: None, tmp_path, worker)
+    report = run([Variant("a", "m")], BenchmarkConfig(rounds=3), lambda _: None, tmp_path, worker=worker)
     assert "signal 9" in report.rows[0].error
     assert (tmp_path / "job.json.count").read_text() == "x"
 
@@ -390,7 +390,9 @@ def test_interrupt_keeps_the_finished_rows(tmp_path):
     worker = fake_worker(
         tmp_path, "open(sys.argv[2], 'w').write('{}') if job['variant']['label'] == 'a' else sys.exit(130)"
     )
-    report = run([Variant("a", "m"), Variant("b", "m")], BenchmarkConfig(rounds=4), lambda _: None, tmp_path, worker)
+    report = run(
+        [Variant("a", "m"), Variant("b", "m")], BenchmarkConfig(rounds=4), lambda _: None, tmp_path, worker=worker
+    )
     assert report.interrupted and {r.variant for r in report.runs} <= {"a"}
 
 

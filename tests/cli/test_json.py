@@ -71,8 +71,8 @@ def place(tiny_model, base, hub, tmp_path, monkeypatch):
     (tmp_path / "questions.txt").write_text("List the Physics courses.\n")
     make_run(base, "sql", losses=[(100, 2.0), (200, 1.0)])
 
-    def run_here(variant: Variant, config, folder, _):
-        return worker.run_job(variant, config) | {"process_seconds": 1.0}
+    def run_here(variant: Variant, config, own, *_):
+        return worker.run_job(variant, config, own) | {"process_seconds": 1.0}
 
     monkeypatch.setattr(benchmarking, "run_worker", run_here)
     return tmp_path

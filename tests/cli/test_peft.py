@@ -86,7 +86,8 @@ def test_a_folder_in_the_current_directory_needs_no_dot(tmp_path: Path, monkeypa
     assert run("import-peft", "lora", "--base", LLAMA, "--name", "it").exit_code == 0
 
 
-def test_an_export_whose_base_peft_cannot_load_is_told_in_one_line(tmp_path: Path):
+def test_an_export_whose_base_peft_cannot_load_is_told_in_one_line(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     run("import-peft", str(FIXTURES / "llama" / "rslora"), "--base", LLAMA, "--name", "sql")
     file = adapter_folder("sql") / "adapter_metadata.json"
     for name in (LLAMA, "demo", "/models/mine"):

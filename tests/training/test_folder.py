@@ -228,7 +228,8 @@ def test_other_versions_of_the_arithmetic_are_told(run):
 
 def test_a_run_has_a_name_or_a_place(home, tmp_path):
     assert place_of(tmp_path / "x") == place_of(str(tmp_path / "x")) and place_of("x")[0].kind == "name"
-    for odd in (5, None, ["x"], "x@3", "user/repo"):
+    assert place_of("out/x")[0].kind == "path" and place_of("out/x") == place_of("./out/x")
+    for odd in (5, None, ["x"], "x@3", "./x@3"):
         with pytest.raises(ConfigError, match=r" cannot name a training run\.") as error:
             place_of(odd)
         assert "./out" in error.value.hint
