@@ -2,14 +2,14 @@
 
     python scripts/benchmarks/fuse_large.py --blocks 8                     # widths of a 7B llama, random weights
     python scripts/benchmarks/fuse_large.py --shape 30b-a3b --blocks 1     # of a mixture of 128 experts
-    python scripts/benchmarks/fuse_large.py --blocks 2 --methods calibrated gptq   # beside mlx_lm.gptq
+    python scripts/benchmarks/fuse_large.py --blocks 2 --methods calibrated mlx_lm.fuse gptq   # beside mlx-lm's
     python scripts/benchmarks/fuse_large.py --tiny                         # the same way in seconds, to try it
 
 The model is quantized to 4 bits (group 64) and gets a random rank-8 adapter on all linear layers and experts; the text
-is the one that the package carries. `gptq` is mlx_lm.gptq's function on the fused model, on the same rows, without the
-time that it takes to fuse and load that; KL is measured alike for all. Cost is linear in blocks but for the start
-and the check's head, so that blocks that were not run can be extrapolated from two runs: a 7B llama has 32,
-Qwen3-30B-A3B 48.
+is the one that the package carries. `mlx_lm.fuse` is the command, `gptq` is mlx_lm.gptq's function on the fused model,
+on the same rows, without the time that it takes to fuse and load that; KL is measured alike for all. Cost is linear in
+blocks but for the start and the check's head, so that blocks that were not run can be extrapolated from two runs: a 7B
+llama has 32, Qwen3-30B-A3B 48.
 """
 
 import argparse
@@ -35,8 +35,8 @@ from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.config.training import LoraConfig
 from mlx_adapters.events import Note, Progress
 from mlx_adapters.models import layers
-from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.loading import load_module
+from mlx_adapters.models.adapter import Adapter, write_adapter
+from mlx_adapters.models.loading import load_module, load_tokenizer_of
 from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.system.conditions import peak_resident_bytes
@@ -108,7 +108,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--methods", nargs="*", default=["nearest", "calibrated"])
+    parser.add_argument("--methods", nargs="*", default=["nearest", "calibrated"], choices=WAYS)
     parser.add_argument("--rows", type=int, default=64, help="calibration rows")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--work", type=Path, help="where to put the models [a temporary folder]")
@@ -126,8 +126,7 @@ def main():
         for method in options.methods:
             mx.clear_cache()
             mx.reset_peak_memory()
-            way = gptq if method == "gptq" else ours
-            seconds, figures = way(base, adapter, Path(work) / method, method, options.rows)
+            seconds, figures = WAYS[method](base, adapter, Path(work) / method, method, options.rows)
             report[method] = {
                 "seconds": seconds,
                 "seconds_per_block": seconds / options.blocks,
@@ -173,13 +172,30 @@ def gptq(base, adapter, out, method, rows):
     mx.eval(module.parameters())
     seconds, peak = time.perf_counter() - start, mx.get_peak_memory()
     fuse_ways._save(loaded.base, module, {**loaded.config, "quantization": quantization}, str(out))
-    text = choose_text(None, [adapter], loaded.tokenizer, rows, FuseOptions().check_rows)
     del module, loaded
+    return seconds, {"quantize_peak_mlx_bytes": peak} | judged(base, adapter, out, rows)
+
+
+def mlx_lm_fuse(base, adapter, out, method, rows):
+    """(seconds, figures) of the command `mlx_lm.fuse`."""
+    folder = write_adapter(adapter, out.with_name("adapter"))
+    start = time.perf_counter()
+    fuse_ways.mlx_lm_fuse(str(base), str(folder), str(out))
+    seconds, peak = time.perf_counter() - start, mx.get_peak_memory()
+    return seconds, {"quantize_peak_mlx_bytes": peak} | judged(base, adapter, out, rows)
+
+
+def judged(base, adapter, out, rows):
+    """KL and same top of what others have fused, on the rows that ours is checked on."""
     its_base = resolve_base(base)
+    text = choose_text(None, [adapter], load_tokenizer_of(its_base), rows, FuseOptions().check_rows)
     exact = BlockwiseModel(its_base, Updates(((adapter, 1.0),)))
     fused = BlockwiseModel(resolve_base(out), None, lambda _: True)
     fidelity = measure_fidelity(exact, fused, None, batches_of(text.check, its_base))
-    return seconds, {"quantize_peak_mlx_bytes": peak, "kl": fidelity.kl_mean, "same_top": fidelity.same_top}
+    return {"kl": fidelity.kl_mean, "same_top": fidelity.same_top}
+
+
+WAYS = {"nearest": ours, "calibrated": ours, "mlx_lm.fuse": mlx_lm_fuse, "gptq": gptq}
 
 
 class Talk:
