@@ -15,8 +15,8 @@ from mlx_adapters.system.door import mx, nn
 class BlockwiseModel:
     """One of the models that are compared or calibrated: base, adapter model or fused model.
 
-    Weights are read lazily, and only for the block in use, as dense float32; `release` lets go of them. It
-    goes through its blocks once, in any order.
+    Weights are read lazily, and only for the block in use, as dense float32; `release` lets go of them, and of what
+    the file holds of them. It goes through its blocks once, in any order.
     """
 
     def __init__(
@@ -85,12 +85,12 @@ class BlockwiseModel:
         return weight[start:stop] - self.source.rows(path, start, len(weight) if stop is None else stop)
 
     def release(self, index: int) -> None:
-        """Drop the weights of block `index`; it cannot be used again."""
-        for path in self.layer_paths(index):
+        """Drop the weights of block `index` (len(blocks): all the rest), packed ones too; it cannot be used again."""
+        paths = self.layer_paths(index)
+        for path in paths:
             self._dense.pop(path, None)
-        if index < len(self.blocks):
-            block = self.blocks.block(index)
-            block.update(tree_map(lambda _: mx.zeros((0,)), block.parameters()))
+        for part in (self._part(index), *(self.source.layers[path] for path in paths)):
+            part.update(tree_map(lambda _: mx.zeros((0,)), part.parameters()))
         mx.clear_cache()
 
 

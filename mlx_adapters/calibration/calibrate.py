@@ -27,7 +27,7 @@ from mlx_adapters.system.door import mx
 from mlx_adapters.system.machine import on_gpu
 
 EXPERT_BYTES = 1 << 31  # of the experts that are rounded together, and of their moments
-TOGETHER_BYTES = 7 << 30  # of the layers that are
+TOGETHER_BYTES = 5 << 30  # of the layers that are
 FEW_SWEEPS = 1  # to a precision that is only to choose from
 
 

@@ -101,6 +101,7 @@ class Collector:
             hidden = after
             model.release(index)
             on_event(Progress(FORWARD, index + 1, count, "block"))
+        model.release(count)
         return hidden
 
     def tapped(self, index: int, tape: Tape) -> AbstractContextManager[None]:

@@ -214,7 +214,7 @@ class _BlockedRounder:
                 fed = engine.solve_lower(lower, factor[..., before, span].swapaxes(-1, -2))
                 shift = self._whole()[..., before] @ fed.swapaxes(-1, -2)
             self._round(number, shift, 1)
-        feeds = [engine.solve(outputs[..., s, s], outputs[..., s, :]).swapaxes(-1, -2) for s in self.spans]
+        feeds = self._solved(outputs)
         for passed in range(2 if self.weight.size <= engine.large else 1):
             moved = None if update is None else self._correct_aim(update, outputs)
             if moved is not None:
@@ -222,6 +222,18 @@ class _BlockedRounder:
             for number, fed in enumerate(feeds):
                 self._round(number, self._whole() @ fed - self.errors[number], 1, None if passed else moved)
             self._keep_if_better(outputs, factor)
+
+    def _solved(self, outputs: Array) -> list[Array]:
+        """G_bb⁻¹ G_b of each block of rows, transposed, (..., out, rows): what they cancel of all others' errors."""
+        xp, size = self.engine.xp, self.spans[-1].stop - self.spans[-1].start
+        alike = [span for span in self.spans if span.stop - span.start == size]  # (those go in one batch)
+        lots = [[span] for span in self.spans[: -len(alike)]] + [alike]
+        solved = list[Array]()
+        for lot in lots:
+            pairs = ((outputs[..., s, s], outputs[..., s, :]) for s in lot)
+            own, rows = (xp.stack(parts) for parts in zip(*pairs, strict=True))
+            solved += list(self.engine.solve(own, rows).swapaxes(-1, -2))
+        return solved
 
     def _whole(self) -> Array:
         return self.engine.xp.concatenate(self.errors, axis=-1)

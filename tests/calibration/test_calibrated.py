@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from helpers.fusing import some_rows, visible_adapter
+from mlx.utils import tree_flatten
 
 from mlx_adapters import TrainConfig, errors, load_adapter, train
 from mlx_adapters.assembly.plan import LayerPlan
@@ -150,6 +151,24 @@ def test_calibration_holds_the_activations_of_one_block(tiny_model, tmp_path):
     assert mx.get_active_memory() - before < 3 * kept
     assert len(list(tmp_path.iterdir())) == 12
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) > 12 * kept
+
+
+def test_a_released_part_of_a_model_holds_nothing(tiny_model):
+    """Not the packed weights either: a model of many blocks would be in memory twice."""
+    model = BlockwiseModel(resolve_base(tiny_model("llama", bits=4)))
+    parts = range(len(model.blocks) + 1)
+
+    def held(index):
+        layers = [model.source.layers[path] for path in model.layer_paths(index)]
+        return sum(value.nbytes for layer in layers for _, value in tree_flatten(layer.parameters()))
+
+    for index in parts:
+        model.prepare(index)
+    before = [held(index) for index in parts]
+    model.release(1)
+    assert [held(index) for index in parts] == [before[0], 0, *before[2:]] and before[1] > 0
+    model.release(len(model.blocks))
+    assert held(len(model.blocks)) == 0 < before[-1]
 
 
 def test_calibration_asks_for_room_on_the_disk_before_it_works(tiny_model, tmp_path, monkeypatch):
