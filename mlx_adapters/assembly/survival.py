@@ -66,8 +66,8 @@ class Survival:
 
 
 def mean_cosine(survival: Sequence[Survival]) -> float:
-    """The mean over the layers of the cosine between the update wanted and the one stored."""
-    return sum(layer.cosine for layer in survival) / max(len(survival), 1)
+    """The mean over the layers of the cosine between the update wanted and the one stored; 1 where nothing was."""
+    return sum(layer.cosine for layer in survival) / len(survival) if survival else 1.0
 
 
 class SurvivalSum:

@@ -42,8 +42,10 @@ class LoraConfig:
     num_layers: int | Literal["all"] = setting(
         "all", "How many of the last blocks to adapt", at_least=1, metavar="N|all"
     )
-    type: Literal["lora", "dora"] = setting(
-        "lora", "Kind of adapter", more="dora adds a trained magnitude for each output (arXiv 2402.09353)."
+    type: Literal["lora", "dora", "full"] = setting(
+        "lora",
+        "Kind of adapter",
+        more="dora: a trained magnitude for each output, too (arXiv 2402.09353); full: the model's own weights.",
     )
     ranks: dict[str, int] = setting(dict, "Other ranks, by module name")
     init: Literal["zero", "pissa", "loftq", "eva"] = setting(
@@ -64,9 +66,8 @@ class LoraConfig:
             require(self.type == "lora", "PiSSA is for LoRA here, not for DoRA.")
         if self.init == "loftq":
             require(self.scale > 0, f"LoftQ needs a scale above 0, not {self.scale}.")
-            require(
-                self.original is not None, "LoftQ needs the model that the base was made of.", "name it: --original."
-            )
+            named = self.original is not None
+            require(named, "LoftQ needs the model that the base was made of.", "name it: --original.")
         require(self.original is None or self.init == "loftq", "Only LoftQ asks for an original model.")
         for name, rank in self.ranks.items():
             require(rank >= 1, f"the rank of '{name}' must be at least 1, not {rank}.")

@@ -32,7 +32,7 @@ from mlx_adapters.fusion.result import FuseResult, report
 from mlx_adapters.models.adapter import Adapter, AdapterLike, template_of
 from mlx_adapters.models.base import Base, BaseLike, Named
 from mlx_adapters.models.loading import load_tokenizer_of
-from mlx_adapters.sources.bases import NAME_IT, recorded_base, resolve_base
+from mlx_adapters.sources.bases import NAME_IT, full_fine_tune, recorded_base, resolve_base
 from mlx_adapters.sources.lookup import load_adapter, several
 from mlx_adapters.storage import files, paths, replacing
 from mlx_adapters.storage.tensor_names import FUSE_RECIPE_FILE, REPORT_FILE
@@ -96,8 +96,9 @@ def fuse(
     out = paths.expanded(out)
     ours = recipes.earlier_output(out)
     replacing.refuse_existing(out, overwrite, ours)
-    given = several(adapters)
-    updates = gather_updates(given, weights, replaced)
+    given, base = with_model(several(adapters), base)
+    tuned = isinstance(base, Base) and base.tuned is not None
+    updates = gather_updates(given, weights, replaced if given or not tuned else {})
     resolved = choose_base(base, updates)
     options = with_calibration(options, calibration)
     file = options.calibration if isinstance(options.calibration, str | Path) else None
@@ -152,6 +153,15 @@ def fuse(
         files.write_json(folder / FUSE_RECIPE_FILE, {"format": 1} | asdict(made))
         files.write_json(folder / REPORT_FILE, report(result) | {"files": recipes.written_in(folder)})
     return result
+
+
+def with_model(given: Sequence[Adapter | str], base: BaseLike | None) -> tuple[list[Adapter | str], BaseLike | None]:
+    """(adapters, base): where no base is named, a full fine-tune among what is given is the base, fused by itself."""
+    models = {one: made for one in given if isinstance(one, str) and (made := full_fine_tune(one)) is not None}
+    if base is not None or not models:
+        return list(given), base
+    require(len(models) == 1, f"{' and '.join(models)} are models, and only one can be fused into.", "name one.")
+    return [one for one in given if one not in models], next(iter(models.values()))
 
 
 def gather_updates(

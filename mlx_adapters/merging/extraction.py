@@ -30,10 +30,10 @@ from mlx_adapters.models.loading import load_module
 from mlx_adapters.models.low_rank import LowRankUpdate, Matrix, tensors_of
 from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.sources import registry
-from mlx_adapters.sources.bases import resolve_base
-from mlx_adapters.storage import files, paths, replacing, tensor_files
+from mlx_adapters.sources.bases import resolve_base, tuned
+from mlx_adapters.storage import files, paths, replacing
 from mlx_adapters.storage.tensor_files import as_numpy
-from mlx_adapters.storage.tensor_names import ADAPTER_FILE, ADAPTER_OUTPUT, CONFIG_FILE, QUANTIZED_LEAVES, WEIGHT, join
+from mlx_adapters.storage.tensor_names import ADAPTER_OUTPUT, CONFIG_FILE, QUANTIZED_LEAVES, WEIGHT, join
 from mlx_adapters.system import machine
 
 
@@ -67,7 +67,7 @@ def extract(
     The shares of ‖ΔW‖² kept, and the norms of what was left out, are in `metadata["extract"]`.
 
     Args:
-        finetuned: a model (folder or Hub id), or the folder of an mlx-lm full fine-tune (`fine_tune_type: full`).
+        finetuned: a model (folder or Hub id), or a full fine-tune: its name, or its folder, also mlx-lm's.
         base: what it was made of.
         rank: of the adapter; "auto": what keeps the share `energy` of every layer's ‖ΔW‖².
         energy: with rank "auto"; None: 0.99.
@@ -141,16 +141,8 @@ def _tuned_weights(finetuned: BaseLike, base: Base) -> Any:
     if (folder / CONFIG_FILE).is_file():
         if files.read_json(folder / CONFIG_FILE).get("fine_tune_type") != "full":
             raise FormatError(f"'{finetuned}' is an adapter, not a full fine-tune.", "'merge --method svd' reduces it.")
-        tuned, _ = load_module(base)
-        weights = tensor_files.read_safetensors(folder / ADAPTER_FILE)
-        known = {path: value.shape for path, value in tree_flatten(tuned.parameters())}
-        for path, value in weights.items():
-            if known.get(path) != value.shape:
-                raise IncompatibleError(f"'{finetuned}' has '{path}' {value.shape}, which '{base.name}' has not.")
-        tuned.load_weights(list(weights.items()), strict=False)
-        return tuned
-    tuned, _ = load_module(resolve_base(finetuned))
-    return tuned
+        return load_module(tuned(base, folder))[0]
+    return load_module(resolve_base(finetuned))[0]
 
 
 def _changes(base: Any, tuned: Any, on_event: OnEvent) -> Iterator[_Change]:

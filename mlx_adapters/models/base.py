@@ -112,10 +112,10 @@ class Loaded(Protocol):
 class Base:
     """Where a base model lies. `revision` is the Hub's commit, None for a folder.
 
-    `parameters` are biases and norms that `load_module` puts in place of the folder's own, by name. `untied`: the
-    output layer becomes a matrix of its own, equal to the embedding that the folder's model uses for both. `rows`: the
-    vocabulary is cut to so many tokens, or grows to them by `appended`, by layer path. `tokenizer`: the folder of one
-    that takes the place of the folder's own.
+    `parameters` are what `load_module` puts in place of the folder's own, by name: biases and norms, or what a full
+    fine-tune trained, of which `tuned` is a hash. `untied`: the output layer becomes a matrix of its own, equal to the
+    embedding that the folder's model uses for both. `rows`: the vocabulary is cut to so many tokens, or grows to them
+    by `appended`, by layer path. `tokenizer`: the folder of one that takes the place of the folder's own.
     """
 
     name: str
@@ -126,6 +126,7 @@ class Base:
     rows: int | None = None
     appended: dict[str, mx.array] = field(default_factory=dict, repr=False, compare=False)
     tokenizer: Path | None = None
+    tuned: str | None = None
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -210,6 +211,8 @@ class Base:
                     digest.update(stream.read(SAMPLE_BYTES))
                     if size <= SAMPLE_BYTES:
                         break
+        if self.tuned is not None:
+            digest.update(self.tuned.encode())
         return digest.hexdigest()
 
     @cached_property

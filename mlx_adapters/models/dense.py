@@ -2,9 +2,10 @@
 
 import inspect
 import sys
+from collections.abc import Collection
 from typing import Any
 
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.errors import ModelError
@@ -116,6 +117,20 @@ def dense_layer(layer: nn.Module, weight: mx.array) -> nn.Module:
     if "bias" in layer:
         dense.bias = layer.bias.astype(weight.dtype)
     return dense
+
+
+def own_parameters(module: nn.Module) -> dict[str, mx.array]:
+    """The floating-point parameters of a module, without those of the modules in it."""
+    own = ((name, value) for name, value in module.items() if isinstance(value, mx.array) and name[:1] != "_")
+    return {name: value for name, value in own if mx.issubdtype(value.dtype, mx.floating)}
+
+
+def unpack(module: nn.Module, keys: Collection[str]) -> None:
+    """Put dense layers in place of the packed ones at `keys`, in the type that the model computes in."""
+    packed = {key: layer for key, layer in module.named_modules() if key in keys and is_quantized(layer)}
+    dtype = compute_dtype(module)
+    dense = [(key, dense_layer(layer, dense_weight(layer, dtype))) for key, layer in packed.items()]
+    module.update_modules(tree_unflatten(dense))
 
 
 def compute_dtype(module: nn.Module) -> mx.Dtype:

@@ -14,10 +14,10 @@ from mlx_adapters import units
 from mlx_adapters.config.training import LoraConfig
 from mlx_adapters.errors import ConfigError, IncompatibleError, did_you_mean
 from mlx_adapters.models.adapter import Adapter
-from mlx_adapters.models.dense import is_quantized, weight_shape
-from mlx_adapters.models.metadata import AdapterConfig, base_of
+from mlx_adapters.models.dense import is_quantized, own_parameters, unpack, weight_shape
+from mlx_adapters.models.metadata import FULL, AdapterConfig, base_of
 from mlx_adapters.storage import tensor_names
-from mlx_adapters.storage.tensor_names import LORA_A, LORA_B, MAGNITUDE, WEIGHT
+from mlx_adapters.storage.tensor_names import LORA_A, LORA_B, MAGNITUDE, QUANTIZED_LEAVES, WEIGHT
 from mlx_adapters.surgery.caches import trace
 from mlx_adapters.system.door import (
     DoRAEmbedding,
@@ -105,9 +105,10 @@ def resolve_target_modules(module: nn.Module, lora: LoraConfig) -> tuple[str, ..
 
     "all" means every linear and expert layer of the adapted blocks that the model's code lets be adapted. A name
     matches a whole path or its trailing components (`q_proj`, `mlp.up_proj`); names outside the blocks
-    (`embed_tokens`, `lm_head`) match whatever `num_layers` is. Raises ConfigError for a name that matches nothing.
+    (`embed_tokens`, `lm_head`) match whatever `num_layers` is. Of a full fine-tune they are the modules that hold
+    parameters of their own. Raises ConfigError for a name that matches nothing.
     """
-    layers = adaptable_layers(module)
+    layers = _owners(module) if lora.type == FULL else adaptable_layers(module)
     blocks = {tensor_names.block_index(path) for path in layers} - {None}
     count = len(blocks) if lora.num_layers == "all" else lora.num_layers
     if count > len(blocks):
@@ -119,6 +120,8 @@ def resolve_target_modules(module: nn.Module, lora: LoraConfig) -> tuple[str, ..
     adapted = [path for path in layers if (index := tensor_names.block_index(path)) is None or index >= first]
     if lora.target_modules == "all":
         inside = [path for path in adapted if tensor_names.block_index(path) is not None]
+        if lora.type == FULL:
+            return tuple(inside)
         return _that_run(module, [path for path in inside if not isinstance(layers[path], EMBEDDING)], lora)
     keys: dict[str, None] = {}
     for name in lora.target_modules:
@@ -129,6 +132,12 @@ def resolve_target_modules(module: nn.Module, lora: LoraConfig) -> tuple[str, ..
             raise ConfigError(f"The target module '{name}' matches nothing in this model.", near)
         keys |= dict.fromkeys(matches)
     return tuple(sorted(keys, key=tensor_names.natural_order))
+
+
+def _owners(module: nn.Module) -> dict[str, nn.Module]:
+    """The modules that hold parameters themselves, in natural order of their paths."""
+    found = {path: each for path, each in module.named_modules() if own_parameters(each)}
+    return {path: found[path] for path in sorted(found, key=tensor_names.natural_order)}
 
 
 def _that_run(module: nn.Module, paths: list[str], lora: LoraConfig) -> tuple[str, ...]:
@@ -159,7 +168,12 @@ def _runs(module: nn.Module, paths: list[str], lora: LoraConfig) -> bool:
 
 
 def expected_shapes(layer: nn.Module, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
-    """Leaf name -> shape of the adapter tensors that fit the layer."""
+    """Leaf name -> shape of the adapter tensors that fit the layer; of a full fine-tune, of the layer's own."""
+    if config.type == FULL:
+        own = own_parameters(layer)
+        packed = set(QUANTIZED_LEAVES) if is_quantized(layer) else set()
+        shapes = {name: tuple(value.shape) for name, value in own.items() if name not in packed}
+        return shapes | ({WEIGHT: weight_shape(layer)} if packed else {})
     *experts, out, inputs = weight_shape(layer)
     rank = config.rank
     if experts:
@@ -219,8 +233,15 @@ def check_made_for(adapter: Adapter, base_name: str, fingerprint: str) -> None:
 def add_adapter_layers(module: nn.Module, config: AdapterConfig) -> None:
     """Wrap the layers at `config.keys` in mlx-lm's adapter layers with fresh weights (lora_b zero).
 
-    Changes `module` in place, all layers or none. The random numbers come from `mx.random`.
+    Changes `module` in place, all layers or none. The random numbers come from `mx.random`. For a full fine-tune the
+    modules there are trained themselves, packed ones as dense ones.
     """
+    if config.type == FULL:
+        unpack(module, config.keys)
+        for key, owner in dict(module.named_modules()).items():
+            if key in config.keys:
+                owner.unfreeze(recurse=False, keys=list(own_parameters(owner)))
+        return
     layers = adaptable_layers(module)
     missing = [key for key in config.keys if key not in layers]
     if missing:

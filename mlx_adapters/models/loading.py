@@ -18,11 +18,20 @@ from mlx_adapters.config.quantization import DTYPES
 from mlx_adapters.errors import AdapterError, FormatError, ModelError, refusals
 from mlx_adapters.models.adapter import Adapter, first_not_finite
 from mlx_adapters.models.base import NOT_PACKED, Base
-from mlx_adapters.models.dense import compute_dtype, dense_class, dense_layer, dense_weight, is_quantized, resize_rows
+from mlx_adapters.models.dense import (
+    compute_dtype,
+    dense_class,
+    dense_layer,
+    dense_weight,
+    is_quantized,
+    resize_rows,
+    unpack,
+)
 from mlx_adapters.models.layers import adaptable_layers, named_layers, untie
 from mlx_adapters.models.model import Model
 from mlx_adapters.models.quantized_check import replace_miscomputed
 from mlx_adapters.storage.paths import refuse_pointer
+from mlx_adapters.storage.tensor_names import WEIGHT, split
 from mlx_adapters.surgery.caches import compute_as_generated, trace
 from mlx_adapters.surgery.groups import lay_groups_together
 from mlx_adapters.system.door import (
@@ -124,10 +133,22 @@ def load_module(base: Base) -> tuple[nn.Module, dict[str, Any]]:
             resize_rows(dict(named_layers(module))[path], base.rows or 0, rows)
         if base.untied:
             untie(module)
-        module.load_weights(list(base.parameters.items()), strict=False)
+        _put(module, base.parameters, base.tuned is not None)
         trace(module)
         compute_as_generated(module)
     return module, config
+
+
+def _put(module: nn.Module, parameters: dict[str, mx.array], tuned: bool) -> None:
+    """Put these in place of the module's own; where they were trained, in its own types and where it has them."""
+    unpack(module, {path for path, leaf in map(split, parameters) if leaf == WEIGHT})
+    if tuned:
+        own = dict(tree_flatten(module.parameters()))
+        for name, array in parameters.items():
+            if name not in own or own[name].shape != array.shape:
+                raise ValueError(f"its fine-tune has '{name}' {tuple(array.shape)}, which the model has not")
+        parameters = {name: array.astype(own[name].dtype) for name, array in parameters.items()}
+    module.load_weights(list(parameters.items()), strict=False)
 
 
 def load_tokenizer_of(base: Base, template: TemplateConfig | None = None) -> Any:

@@ -21,6 +21,7 @@ from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CONFIG_FILE, METADAT
 MAX_BYTES = 64 << 20  # a loss curve of a million points has 30 MB
 MAX_DEPTH = 20
 LARGEST_SCALE = 3e38  # float32 ends there
+FULL = "full"  # mlx-lm's word for a fine-tune of a model's own weights
 HOW_IT_LOOKS = 'it looks like {"fine_tune_type": "lora", "lora_parameters": {"rank": 8, "scale": 20.0}}.'
 
 
@@ -163,10 +164,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 def check_config(raw: Mapping[str, Any], where: str) -> None:
     """Raise FormatError, saying what is missing or wrong, unless this is mlx-lm's form of an adapter's settings."""
     kind, parameters, layers = _kind(raw), raw.get("lora_parameters"), raw.get("num_layers")
-    if kind == "full":
-        raise FormatError(
-            f"{where} holds a full fine-tune, not a low-rank adapter.", "'mlx-adapters extract' makes an adapter of it."
-        )
+    if kind == FULL:
+        way = "it is a model: name it with --base, or write it with 'mlx-adapters fuse'; 'extract' makes an adapter."
+        raise FormatError(f"{where} holds a full fine-tune, not a low-rank adapter.", way)
     if "peft_type" in raw:
         raise FormatError(f"{where} is a PEFT adapter.", "take it in with 'mlx-adapters import-peft'.")
     if kind not in ("lora", "dora") or not isinstance(parameters, Mapping):
@@ -202,7 +202,7 @@ class AdapterConfig:
         rank: width of the update, one for all layers.
         scale: the factor on B·A; PEFT's alpha / rank.
         keys: full paths of the adapted modules.
-        type: "lora" or "dora".
+        type: "lora", "dora", or of a run that trains the modules' own weights "full".
         dropout: what training dropped.
         num_layers: what was asked for when training (-1: all blocks).
 
@@ -225,6 +225,8 @@ class AdapterConfig:
             existing: a config that other versions or programs wrote; what else it holds stays.
         """
         existing = existing or {}
+        if self.type == FULL:
+            return {**existing, "fine_tune_type": self.type, "num_layers": self.num_layers}
         parameters = {"rank": self.rank, "scale": self.scale, "dropout": self.dropout, "keys": list(self.keys)}
         settings = {"fine_tune_type": self.type, "num_layers": self.num_layers}
         return {**existing, **settings, "lora_parameters": {**existing.get("lora_parameters", {}), **parameters}}

@@ -109,7 +109,7 @@ class Prober:
         config = AdapterConfig(self.adapter.rank, self.adapter.scale, keys, self.adapter.type, self.adapter.dropout)
         add_adapter_layers(module, config)
         mx.eval(module.parameters())
-        layers = dict(named_layers(module))
+        layers = dict(module.named_modules())
         body = None if self.training.chunked_loss == "off" else find_body(module)
         plan = LossPlan(body, chunk_rows(self.vocabulary))
         return TrainStep(
@@ -168,8 +168,8 @@ def weight_bytes(module: nn.Module, dtype: str) -> int:
 
 
 def adapter_bytes(module: nn.Module, adapter: AdapterConfig, training: TrainConfig) -> tuple[int, int]:
-    """(bytes of the adapter's float32 weights, bytes of the optimizer's state)."""
-    layers = dict(named_layers(module))
+    """(bytes of the trained float32 weights, bytes of the optimizer's state)."""
+    layers = dict(module.named_modules())
     shapes = {
         f"{key}.{leaf}": shape for key in adapter.keys for leaf, shape in expected_shapes(layers[key], adapter).items()
     }

@@ -81,8 +81,9 @@ class Taken:
 class TrainStep:
     """A module with adapter layers, and what trains them.
 
-    `adapted` maps paths to the adapted layers; `rounding` is what fuse-aware training goes through. `kept`: where the
-    weights are not trained, by name. `heed`: called while a step is computed; it may raise to end it.
+    `weights` are float32, whatever type the module computes in. `adapted` maps paths to the adapted layers;
+    `rounding` is what fuse-aware training goes through. `kept`: where the weights are not trained, by name. `heed`:
+    called while a step is computed; it may raise to end it.
     """
 
     module: nn.Module
@@ -101,7 +102,9 @@ class TrainStep:
     _frozen_are_rounded: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        self.weights = dict(tree_flatten(self.module.trainable_parameters()))
+        own = dict(tree_flatten(self.module.trainable_parameters()))
+        self._types = {name: weight.dtype for name, weight in own.items()}
+        self.weights = {name: weight.astype(mx.float32) for name, weight in own.items()}
         self.kept = dict(pair for path, layer in self.adapted.items() for pair in kept_parts(path, layer))
         self.optimizer = Optimizer(self.config, self.weights)
         layers = [layer for _, layer in named_layers(self.module)]
@@ -220,7 +223,7 @@ class TrainStep:
             with self._at_work(rounding, None):
                 batch = Arrays(**arrays)
                 with self._noting():
-                    sums = answer_log_probabilities(self.module, self.plan, batch, weights)
+                    sums = answer_log_probabilities(self.module, self.plan, batch, self._typed(weights))
                 before = mx.zeros_like(sums) if batch.reference is None else batch.reference
             return ((sums - before) * mx.abs(batch.labels)).sum()
 
@@ -282,9 +285,12 @@ class TrainStep:
             through_rounding.round_frozen(self.module, self.adapted, self.rounding)
             self._frozen_are_rounded = True
 
+    def _typed(self, weights: Weights) -> Weights:
+        return {name: weight.astype(self._types[name]) for name, weight in weights.items()}
+
     def _loss(self, weights: Weights, batch: Arrays, shares: Shares) -> tuple[mx.array, Figures]:
         with self._noting():
-            by_token = token_log_probabilities(self.module, self.plan, batch, weights)
+            by_token = token_log_probabilities(self.module, self.plan, batch, self._typed(weights))
         return loss_of(self.config.objective, by_token, batch, shares)
 
 

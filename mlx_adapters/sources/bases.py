@@ -1,17 +1,23 @@
-"""Which base model a name means: `demo` (the embedded real model), a folder, or a Hub id with @revision or not."""
+"""Which base model a name means: `demo` (the embedded real model), a folder, or a Hub id with @revision or not.
+
+A full fine-tune among the named adapters is a base too: the one it was made of, with other weights.
+"""
 
 import contextlib
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
-from mlx_adapters.errors import ConfigError, HubError, NotFoundError, did_you_mean
-from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.errors import ConfigError, FormatError, HubError, IncompatibleError, NotFoundError, did_you_mean
+from mlx_adapters.models.adapter import Adapter, first_not_finite, weights_file
 from mlx_adapters.models.base import Base, BaseLike
+from mlx_adapters.models.metadata import FULL, base_of, read_config, read_metadata
 from mlx_adapters.sources.demo_base import DEMO_BASE, demo_base_folder
-from mlx_adapters.sources.lookup import spelled, tell_folder
-from mlx_adapters.sources.references import hub_id
+from mlx_adapters.sources.lookup import iteration_of, spelled, tell_folder
+from mlx_adapters.sources.references import hub_id, parse_reference
+from mlx_adapters.sources.registry import adapter_folder
 from mlx_adapters.sources.snapshots import model_snapshot
-from mlx_adapters.storage import paths
+from mlx_adapters.storage import files, paths, tensor_files
 from mlx_adapters.storage.tensor_names import CONFIG_FILE
 
 NAME_IT = "give it with --base."
@@ -34,6 +40,8 @@ def resolve_base(name: BaseLike, download: bool = True, everything: bool = False
         if not download and not (paths.home() / "bases" / DEMO_BASE).is_dir():
             raise NotFoundError(f"'{DEMO_BASE}' is not on this machine yet.", "'mlx-adapters demo' fetches it.")
         return Base(DEMO_BASE, demo_base_folder())
+    if (made := full_fine_tune(text)) is not None:
+        return made
     folder = paths.expanded(text)
     if isinstance(name, Path) or paths.is_path(text) or folder.exists():
         if not (folder / "config.json").is_file():
@@ -56,6 +64,39 @@ def resolve_base(name: BaseLike, download: bool = True, everything: bool = False
     if not (snapshot / "config.json").is_file():
         raise NotFoundError(f"There is no model in '{text}': no config.json in it.", _hint(text, snapshot))
     return Base(text, snapshot, snapshot.name if snapshot.parent.name == "snapshots" else revision)
+
+
+def full_fine_tune(text: str) -> Base | None:
+    """The model that a full fine-tune is, ours or mlx-lm's, by its name, NAME@ITERATION or folder."""
+    try:
+        reference = parse_reference(spelled(text))
+    except ConfigError:
+        return None
+    if reference.kind == "hub":
+        return None
+    folder = adapter_folder(reference.target) if reference.kind == "name" else paths.expanded(reference.target)
+    if (folder / "config.json").is_file() or not (folder / CONFIG_FILE).is_file():
+        return None
+    if read_config(folder).get("fine_tune_type") != FULL:
+        return None
+    recorded = base_of(read_metadata(folder))
+    if not recorded.get("name"):
+        raise ConfigError(f"Which model is '{text}' a fine-tune of? It does not say.", "'mlx-adapters extract' asks.")
+    base = resolve_base(recorded["name"])
+    if recorded.get("fingerprint", base.fingerprint) != base.fingerprint:
+        why = f"'{text}' was trained on other weights than '{base.name}' holds now."
+        raise IncompatibleError(why, "put them back.")
+    return tuned(base, folder, iteration_of(folder, reference), text)
+
+
+def tuned(base: Base, folder: Path, iteration: int | None = None, name: str | None = None) -> Base:
+    """`base` with the weights of the full fine-tune in `folder`, ours or mlx-lm's. Raises FormatError."""
+    path = weights_file(folder, iteration)
+    weights = tensor_files.read_safetensors(path)
+    if bad := first_not_finite(weights):
+        raise FormatError(f"The full fine-tune '{folder.name}' holds NaN or Inf in '{bad}'.", "take an earlier one.")
+    digest = (base.tuned or "") + files.sha256(path)
+    return replace(base, name=name or base.name, parameters=base.parameters | weights, tuned=digest)
 
 
 def recorded_base(adapters: Iterable[Adapter], everything: bool = False) -> Base:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_adapters.display.tables import Rows
 from mlx_adapters.errors import AdapterError, TrainingError
 from mlx_adapters.models.metadata import (
+    FULL,
     base_of,
     check_config,
     examine_metadata,
@@ -174,7 +175,8 @@ def _look_at_config(folder: Path, fields: dict[str, Any]) -> None:
     fields["scale"] = _typed(parameters.get("scale"), int, float)
     fields["base"] = _typed(config.get("model"), str)
     fields["type"] = _typed(config.get("fine_tune_type", "lora"), str)
-    check_config(config, f"'{folder.name}'")
+    if fields["type"] != FULL:
+        check_config(config, f"'{folder.name}'")
 
 
 def _look_at_metadata(folder: Path, fields: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from mlx_adapters.config.training import LoraConfig
 from mlx_adapters.errors import ConfigError, did_you_mean
-from mlx_adapters.models.layers import expected_shapes, named_layers, nn
+from mlx_adapters.models.layers import expected_shapes, nn
 from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.starts.inputs import SPREAD
 
@@ -42,7 +42,7 @@ def stored_rank(keys: Iterable[str], lora: LoraConfig) -> int:
 
 def trained_parameters(module: nn.Module, lora: LoraConfig, keys: Iterable[str]) -> int:
     """How many numbers training changes."""
-    layers, total = dict(named_layers(module)), 0
+    layers, total = dict(module.named_modules()), 0
     for key, rank in module_ranks(keys, lora).items():
         shapes = expected_shapes(layers[key], AdapterConfig(rank, lora.scale, (key,), lora.type))
         total += sum(math.prod(shape) for shape in shapes.values())

@@ -19,7 +19,7 @@ from mlx_adapters.errors import AdapterError, ConfigError, FormatError
 from mlx_adapters.events import Note, OnEvent
 from mlx_adapters.models.adapter import Weights
 from mlx_adapters.models.base import Named
-from mlx_adapters.models.metadata import AdapterConfig
+from mlx_adapters.models.metadata import FULL, AdapterConfig
 from mlx_adapters.sources import references, registry
 from mlx_adapters.sources.references import Reference
 from mlx_adapters.storage import files, locks, paths, replacing
@@ -209,7 +209,8 @@ class RunFolder:
         """What training knows of the adapter."""
         lora, config = self.settings
         losses = {"train": dict(state.train_losses), "validation": dict(state.validation_losses)}
-        rank = max([lora.rank, *lora.ranks.values()])
+        rank, scale = max([lora.rank, *lora.ranks.values()]), lora.scale
+        strength = {"rank": rank, "ranks": lora.ranks, "scale": scale, "alpha": scale * rank}
         done = state.iteration >= config.course.iterations
         return {
             "name": self.path.name,
@@ -220,10 +221,7 @@ class RunFolder:
             "signature": origin.signature(self.recipe["data"]["source"]),
             "type": lora.type,
             "init": lora.init,
-            "rank": rank,
-            "ranks": lora.ranks,
-            "scale": lora.scale,
-            "alpha": lora.scale * rank,
+            **({} if lora.type == FULL else strength),
             "training": self.recipe["training"],
             "init_from": self.recipe["init_from"],
             "seed": config.seed,

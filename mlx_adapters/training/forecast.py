@@ -286,6 +286,7 @@ def forecast(
 
 
 def _prober(base: Base, lora: LoraConfig, training: TrainConfig, memory: MemoryPlan) -> Prober:
+    setup.require_together(lora, training)
     module, config = load_module(base)
     adapter, asked = setup.adapter_config(module, lora), training.fuse_aware
     setup.require_loadable(module, adapter)

@@ -285,6 +285,7 @@ def _now() -> str:
 def _prepare(request: Request, folder: RunFolder, checkpoint: Checkpoint | None) -> Loop:
     """Load the model, tokenize the rows, add the layers, and compare a resumed run with what it was."""
     lora, training = request.lora, request.training
+    setup.require_together(lora, training, request.adapter)
     goes_on = checkpoint is not None
     started_from = request.adapter.fingerprint if request.adapter is not None else None
     folder.data = data = request.data

@@ -24,11 +24,10 @@ from mlx_adapters.models.layers import (
     adaptable_layers,
     add_adapter_layers,
     loads_in_mlx_lm,
-    named_layers,
     resolve_target_modules,
 )
 from mlx_adapters.models.loading import load_module
-from mlx_adapters.models.metadata import AdapterConfig
+from mlx_adapters.models.metadata import FULL, AdapterConfig
 from mlx_adapters.models.model import Model
 from mlx_adapters.optimization.distributed import World
 from mlx_adapters.optimization.feed import Feed, make_feed
@@ -106,8 +105,8 @@ def start(
 
 
 def adapted_layers(module: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
-    """The adapter layers on a module, by path."""
-    layers = dict(named_layers(module))
+    """What is trained of a module, by path: adapter layers, or its own."""
+    layers = dict(module.named_modules())
     return {key: layers[key] for key in config.keys}
 
 
@@ -115,7 +114,8 @@ def require_loadable(module: nn.Module, config: AdapterConfig) -> None:
     """Raise ConfigError for layers on which plain mlx-lm could not load the adapter. `module` is as its folder holds
     it; on a CPU it is trained unquantized, and would not tell."""
     layers = adaptable_layers(module)
-    bad = [key for key in config.keys if not loads_in_mlx_lm(layers[key], config)]
+    full = config.type == FULL
+    bad = [] if full else [key for key in config.keys if not loads_in_mlx_lm(layers[key], config)]
     if bad:
         quantization = quantization_of(layers[bad[0]])
         bits = f" in {quantization.bits} bits" if quantization else ""
@@ -136,6 +136,16 @@ def _require_norms(module: nn.Module) -> None:
                 f"{count(of_layer.item(), 'row')} of '{path}' hold only zeros, and DoRA divides by their norm.",
                 "train LoRA, or leave the layer out of --target-modules.",
             )
+
+
+def require_together(lora: LoraConfig, training: TrainConfig, adapter: Adapter | None = None) -> None:
+    """Raise ConfigError for settings of which each is for another way to train."""
+    if lora.type == FULL:
+        plain = LoraConfig(num_layers=lora.num_layers, target_modules=lora.target_modules, type=lora.type)
+        require(lora == plain, "A full fine-tune has no rank, scale, dropout or other start.", "leave them out.")
+        require(training.fuse_aware is None, "A full fine-tune is not trained through a rounding.", "fuse it later.")
+        require(training.lora_plus_ratio == 1, "A full fine-tune has no lora_b, so no lora_plus_ratio.")
+        require(adapter is None, "A full fine-tune starts from a model, not from an adapter.", "fuse it in first.")
 
 
 def initialize_from(model: Model, config: AdapterConfig, adapter: Adapter, init: str) -> None:

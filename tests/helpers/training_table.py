@@ -55,6 +55,7 @@ class Way:
         return LoraConfig(**LORA | self.lora), TrainConfig(**TRAINING | self.training)
 
 
+FULL = {"type": "full", "rank": LoraConfig.rank, "scale": LoraConfig.scale, "dropout": 0.0}
 CLIPPED = {"max_grad_norm": 0.05}  # so low that every step is clipped
 QUARTER = Quantization(4, 32)
 TEMPLATE = "{%- for m in messages %}{{ style }} {{ m.role }}: {{ m.content }}{{ eos_token }}{%- endfor %}"
@@ -78,6 +79,8 @@ WAYS = {
     "eva": Way({"init": "eva"}, CLIPPED),
     "loftq": Way({"init": "loftq", "original": "the base, unquantized"}, CLIPPED, {"bits": 4, "group_size": 32}),
     "dora": Way({"type": "dora"}, {"mask_prompt": True, **CLIPPED}),
+    "full": Way({**FULL, "num_layers": 1}, {"memory": "mlp", **CLIPPED}, {"bits": 4, "group_size": 32}),
+    "full, named": Way({**FULL, "target_modules": ("input_layernorm", "v_proj", "embed_tokens")}, CLIPPED),
     "packing": Way({}, {"packing": True, "max_seq_length": 96, "batch_size": 2, "grad_accumulation": 3, **CLIPPED}),
     "less memory": Way({}, {"grad_checkpoint": True, "chunked_loss": "on", **CLIPPED}),
     "MLPs computed again": Way({}, {"memory": "mlp", **CLIPPED}),

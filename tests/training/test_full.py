@@ -1,0 +1,115 @@
+"""Full fine-tuning: a model's own weights are trained, and what comes of it is a model like any other."""
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_adapters import (
+    AdapterError,
+    LoraConfig,
+    Quantization,
+    TrainConfig,
+    estimate,
+    extract,
+    fuse,
+    list_adapters,
+    load_adapter,
+    load_model,
+    train,
+)
+
+FULL = LoraConfig(type="full", num_layers=1)
+SHORT = TrainConfig(iterations=3, batch_size=2, learning_rate=1e-3, eval_every=1, save_every=1, report_every=1)
+ROWS = {
+    split: [{"prompt": f"{i} and {i}?", "completion": f"{i + i}."} for i in range(9)] for split in ("train", "valid")
+}
+TOKENS = mx.array([[5, 6, 7, 8]])
+
+
+@pytest.fixture
+def base(tiny_model):
+    return tiny_model(architecture="llama")
+
+
+def logits(model):
+    return load_model(model).module(TOKENS)
+
+
+def test_what_was_trained_is_a_model_by_its_name(base, home, tmp_path):
+    """By name, by checkpoint, by folder, in plain mlx-lm, and written as a model of its own: the same function."""
+    run = train(base, ROWS, name="whole", lora=FULL, training=SHORT)
+    assert run.validation_losses[-1][1] < run.validation_losses[0][1]
+    own = logits(run)
+    assert mx.abs(own - logits(base)).max() > 1e-3
+    assert mx.array_equal(logits("whole@3"), own) and not mx.array_equal(logits("whole@1"), own)
+    assert mx.array_equal(logits(run.folder), own)
+    module, _ = mlx_lm.load(str(base), adapter_path=str(run.folder))
+    assert mx.allclose(module(TOKENS), own, atol=1e-5)
+    assert mx.array_equal(logits(fuse(None, "whole", tmp_path / "out")), own)
+    assert mx.allclose(logits(fuse(None, run, tmp_path / "eight", quantization=8)), own, atol=0.1)
+    (entry,) = list_adapters()
+    assert (entry.type, entry.rank, entry.problem) == ("full", None, None)
+    with pytest.raises(AdapterError, match="full fine-tune") as error:
+        load_adapter("whole")
+    assert "--base" in error.value.hint
+
+
+def test_an_adapter_is_trained_on_it_and_made_of_it(base, home, tmp_path):
+    train(base, ROWS, name="whole", lora=FULL, training=SHORT)
+    adapter = train("whole", ROWS, name="on-it", training=SHORT)
+    own = load_model("whole", "on-it").module(TOKENS)
+    assert not mx.array_equal(own, logits("whole"))
+    assert mx.allclose(logits(fuse(None, adapter, tmp_path / "out")), own, atol=1e-5)
+    made = extract("whole", base, rank="auto", energy=0.9999)
+    assert all("layers.1." in key for key in made.config.keys)
+    assert any("norm" in name for name in made.metadata["extract"]["left_out"])
+    again = train("whole", ROWS, name="again", lora=FULL, training=SHORT)
+    assert not mx.array_equal(logits(again), logits("whole"))
+    train(base, ROWS, name="whole", lora=FULL, training=SHORT, overwrite=True, objective="sft")
+    with pytest.raises(AdapterError, match="trained on other weights"):
+        train(base, ROWS, name="whole", lora=FULL, training=TrainConfig(iterations=1, seed=1), overwrite=True)
+        load_model("whole", "on-it")
+
+
+def test_the_last_blocks_alone_are_trained_packed_ones_as_dense_ones(tiny_model, home):
+    base = tiny_model(architecture="llama", bits=4, group_size=32)
+    train(base, ROWS, name="whole", lora=FULL, training=SHORT)
+    before, after = (dict(tree_flatten(load_model(m, dense=False).module.parameters())) for m in (base, "whole"))
+    changed = {name for name, array in after.items() if name not in before or not mx.array_equal(array, before[name])}
+    assert changed and all(".layers.1." in name for name in changed)
+    assert {name.rpartition(".")[2] for name in changed} == {"weight"}
+    assert "model.layers.1.mlp.up_proj.scales" in before and "model.layers.1.mlp.up_proj.scales" not in after
+
+
+def test_weights_are_float32_whatever_the_model_computes_in(base, home):
+    """Steps of 1e-6 are less than bfloat16 can tell from none."""
+    training = TrainConfig(iterations=2, batch_size=2, learning_rate=1e-6, dtype="bfloat16")
+    run = train(base, ROWS, name="whole", lora=FULL, training=training)
+    weights = mx.load(str(run.folder / "adapters.safetensors"))
+    own = dict(tree_flatten(load_model(base, dtype="bfloat16").module.parameters()))
+    assert all(array.dtype == mx.float32 for array in weights.values())
+    moved = mx.concatenate([mx.abs(weights[name] - own[name]).flatten() for name in weights])
+    assert 0 < moved.max() < 1e-5
+
+
+def test_a_forecast_counts_the_weights_their_gradients_and_the_optimizer(base):
+    parts = estimate(base, ROWS, lora=FULL, training=SHORT, timed=False).parts
+    trained = sum(a.size for n, a in tree_flatten(load_model(base).module.parameters()) if ".layers.1." in n)
+    assert parts.adapter_bytes == parts.gradients_bytes == 4 * trained
+    assert 8 * trained <= parts.optimizer_bytes < 8.1 * trained
+
+
+@pytest.mark.parametrize(
+    "lora, training, why",
+    [
+        ({"rank": 4}, {}, "no rank"),
+        ({"dropout": 0.1}, {}, "no rank, scale, dropout"),
+        ({}, {"fuse_aware": Quantization(4, 32)}, "through a rounding"),
+        ({}, {"lora_plus_ratio": 2.0}, "no lora_b"),
+    ],
+)
+def test_what_belongs_to_adapters_is_refused(base, home, lora, training, why):
+    with pytest.raises(AdapterError, match=why):
+        train(base, ROWS, name="whole", lora=LoraConfig(type="full", **lora), training=TrainConfig(**training))
+    assert not (home / "adapters" / "whole").exists()
