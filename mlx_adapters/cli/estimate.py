@@ -131,7 +131,7 @@ def _training(settings: Settings, as_json: bool, gigabytes: float | None) -> Non
         _output.emit_json(estimated)
         return
     size = _output.size
-    parts = [(name.removesuffix("_bytes"), size(count)) for name, count in vars(estimated.parts).items()]
+    parts = [(name.removesuffix("_bytes"), size(count)) for name, count in vars(estimated.parts).items() if count]
     _output.table(("PART", "AT THE PEAK"), [*parts, ("all", size(estimated.peak_bytes))], right=(1,))
     rows, tokens = estimated.largest_batch
     _output.say(

@@ -225,11 +225,10 @@ class AdapterConfig:
             existing: a config that other versions or programs wrote; what else it holds stays.
         """
         existing = existing or {}
-        if self.type == FULL:
-            return {**existing, "fine_tune_type": self.type, "num_layers": self.num_layers}
         parameters = {"rank": self.rank, "scale": self.scale, "dropout": self.dropout, "keys": list(self.keys)}
         settings = {"fine_tune_type": self.type, "num_layers": self.num_layers}
-        return {**existing, **settings, "lora_parameters": {**existing.get("lora_parameters", {}), **parameters}}
+        low_rank = {"lora_parameters": {**existing.get("lora_parameters", {}), **parameters}}
+        return {**existing, **settings, **({} if self.type == FULL else low_rank)}
 
 
 def parse_config(raw: Mapping[str, Any], keys: tuple[str, ...], where: str) -> AdapterConfig:

@@ -4,7 +4,7 @@ What lies in memory all the time (weights, adapter, optimizer) is counted from s
 is measured on this device with a few of the model's blocks, at the shape of the largest batch, and extended to
 all: each block that the backward pass reaches keeps its activations, the blocks before keep nothing. So a
 model that does not fit can be judged too. On a GPU MLX works some 300 operations ahead as long as there is room; a run
-lets it do so up to what was foretold.
+lets it do so in a fifth of what a step needs, if there is as much, and no further.
 
 `settle_memory` chooses, before a run begins, the cheapest way that fits: keep all, compute the MLPs again in the
 backward pass, or whole blocks, and, if that is not enough, take batches in parts.
@@ -43,7 +43,7 @@ from mlx_adapters.units import bytes_of, count, size
 
 @dataclass(frozen=True)
 class Parts:
-    """Bytes in memory at the peak of a training step, by what they are for."""
+    """Bytes in memory at the peak of a training step, by what they are for; `ahead_bytes`: see AHEAD."""
 
     weights_bytes: int
     adapter_bytes: int
@@ -51,16 +51,17 @@ class Parts:
     gradients_bytes: int
     activations_bytes: int
     logits_bytes: int
+    ahead_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
         """All of it: what `mx.get_peak_memory()` shows."""
-        standing = self.weights_bytes + self.adapter_bytes + self.optimizer_bytes
-        return standing + self.gradients_bytes + self.activations_bytes + self.logits_bytes
+        return sum(vars(self).values())
 
 
 WAYS: tuple[Again, ...] = ("nothing", "mlp", "blocks")
 SLOWER = {"nothing": "", "mlp": "about a fifth more time", "blocks": "about a third more time"}
+AHEAD = 0.2  # of what a step needs: with it a GPU works ahead; without it waits, and takes up to twice as long
 ROOM = 0.95  # of the memory there is, for what MLX itself holds, and for what a forecast is off by
 
 
@@ -194,7 +195,7 @@ def _near(memory: MemoryPlan, parts: Parts, training: TrainConfig) -> MemoryPlan
 
 
 def _predicted(parts: Parts, training: TrainConfig, told: bool) -> str:
-    each = ", ".join(f"{name.removesuffix('_bytes')} {size(number)}" for name, number in vars(parts).items())
+    each = ", ".join(f"{name.removesuffix('_bytes')} {size(number)}" for name, number in vars(parts).items() if number)
     share = f" ({each})" if told else ""
     return f"Predicted peak memory {size(parts.peak_bytes)}{share} of {size(_usable(training))}"
 
@@ -241,8 +242,7 @@ def _ladder(
     """The ways that are left open, and then the last of them with fewer and fewer rows at a time; each is measured as
     it is asked for."""
     plans = [(MemoryPlan(again), 0) for again in _asked(training)]
-    lines = largest_draw(rows, training, on_gpu()).batches[0].tokens
-    each = lines.size // training.batch_size
+    each = largest_draw(rows, training, on_gpu()).batches[0].tokens.size // training.batch_size
     few = training.batch_size
     while few > 1:
         few = -(-few // 2)
@@ -282,7 +282,9 @@ def forecast(
         step = int(prober.step_bytes(draw, max(reached, 1)))
     logits = min(_logits_bytes(largest, prober.vocabulary, training), max(step - adapter, 0))
     activations = max(step - adapter - logits, 0)
-    return Parts(weights, adapter, optimizer, adapter, activations, logits), largest
+    needed = Parts(weights, adapter, optimizer, adapter, activations, logits)
+    room = int(ROOM * _usable(training)) - needed.peak_bytes
+    return replace(needed, ahead_bytes=max(min(int(AHEAD * needed.peak_bytes), room), 0) if on_gpu() else 0), largest
 
 
 def _prober(base: Base, lora: LoraConfig, training: TrainConfig, memory: MemoryPlan) -> Prober:
@@ -308,9 +310,8 @@ def _seconds(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainC
     order = np.argsort(feed.lengths)
     middle = max(len(order) // 2 - training.batch_size // 2, 0)
     typical = feed.draw([order[middle : middle + training.batch_size]] * training.grad_accumulation)
-    reached = blocks - first_block(prober.adapter, blocks)
     with refusals(setup.cannot_train):
-        seconds = prober.seconds(typical, max(reached, 1))
+        seconds = prober.seconds(typical, max(blocks - first_block(prober.adapter, blocks), 1))
     return seconds * feed.tokens_per_update / max(sum(batch.real_tokens for batch in typical.batches), 1)
 
 

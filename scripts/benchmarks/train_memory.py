@@ -4,9 +4,9 @@ Random weights of a Qwen 3 shape, packed in 4 bits (or the embedded model), rank
 of which the last quarter of each row is trained. Each way takes two steps to warm up, then timed ones; `peak` is
 `mx.get_peak_memory()` of these. With `--mixed` rows of 5 to `--length` tokens, spread evenly on a logarithmic scale,
 that each program puts into batches its own way; each shape is met once before it counts, and tokens are real ones,
-padding apart. Ours run as `train` runs them: one step that is never ahead tells what they need, and
-from that on a GPU waits (`--ahead` lets it run ahead as far as it likes). mlx-lm's are its layers, loss and compiled
-step, as its trainer has them.
+padding apart. Ours run as `train` runs them: one step that is never ahead tells what they need, and from `--near` of
+that on a GPU waits (`--ahead`: never). mlx-lm's are its layers, loss and compiled step, as
+its trainer has them.
 
     python scripts/benchmarks/train_memory.py --shape 4b
     python scripts/benchmarks/train_memory.py --shape 4b --mixed 8 --ways mlx-lm ours
@@ -275,7 +275,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--mixed", type=int, default=0, metavar="N", help="N batches of rows of many lengths")
     parser.add_argument("--ahead", action="store_true", help="let a GPU work ahead as far as it likes")
-    parser.add_argument("--near", type=float, default=1.0, help="of what a step needs, where a GPU waits")
+    parser.add_argument("--near", type=float, default=1.2, help="of what a step needs, where a GPU waits")
     parser.add_argument("--ways", nargs="*", default=[*THEIRS, *OURS], choices=[*THEIRS, *OURS], metavar="WAY")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
