@@ -256,9 +256,8 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable
     if sys.stdout.isatty() and max(map(text_columns, text.splitlines())) > columns():
         from mlx_adapters.display.screen import folded_table
 
-        text = folded_table(heads, lines, right, sys.stdout, columns(), colored(sys.stdout)).replace(
-            "\x1b", _OUR_ESCAPE
-        )
+        folded = folded_table(heads, lines, right, sys.stdout, columns(), colored(sys.stdout))
+        text = folded.replace("\x1b", _OUR_ESCAPE)
     out(text)
 
 
