@@ -18,7 +18,7 @@ from mlx_adapters.models.base import Base
 from mlx_adapters.models.dense import dense_weight, is_quantized, weight_shape
 from mlx_adapters.models.layers import adaptable_layers, check_fits, loads_in_mlx_lm, nn, tied
 from mlx_adapters.models.loading import load_module
-from mlx_adapters.peft_format.reading import PeftAdapter, PeftModule, refuse_whole
+from mlx_adapters.peft_format.reading import PeftAdapter, PeftModule, refuse_unsaved_modules, refuse_whole
 from mlx_adapters.peft_format.to_mlx import Converted, to_mlx
 from mlx_adapters.storage import hf_names, tensor_names
 from mlx_adapters.storage.tensor_names import WEIGHT
@@ -85,6 +85,7 @@ def prepared(peft: PeftAdapter, module: Any, layout: Layout, text_only: bool) ->
     A trainer that wraps the model, or trains its body alone, puts all of its names elsewhere. Raises FormatError for an
     adapter of more than the text model unless `text_only`.
     """
+    refuse_unsaved_modules(peft, layout.shapes)
     places = Places(adaptable_layers(module), layout)
     known = [path for path in peft.modules if not (hf_names.is_end(path) or hf_names.is_of_experts(path))]
     names = {tensor_names.split(name)[0] for name in layout.shapes} | set(places.layers)

@@ -6,7 +6,7 @@ one half of an update, a copy of the base's embedding, or one of the things MLX'
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from mlx_adapters.storage import files, hf_names, paths, tensor_files, tensor_na
 from mlx_adapters.storage.hf_names import (
     EMBEDDINGS,
     HEADS,
+    PEFT_CLASSIFIERS,
     PEFT_PREFIX,
     PEFT_SCALE,
+    is_end,
 )
 from mlx_adapters.storage.tensor_names import CONFIG_FILE
 
@@ -280,14 +282,27 @@ def refuse_whole(adapter: PeftAdapter) -> None:
 
 
 def refuse_unsaved(adapter: PeftAdapter) -> None:
-    """Raise FormatError if the config promises whole modules or tokens that the file does not hold."""
+    """Raise FormatError for what no base can give: a classifier's head, tokens that the config promises and the file
+    does not hold."""
     raw = adapter.settings.raw
     if raw.get("lora_bias"):
         raise FormatError("The PEFT adapter has lora_bias.", MERGE_THERE)
+    if head := next((n for n in PEFT_CLASSIFIERS if any(f".{n}." in f".{tensor}" for tensor in adapter.dense)), None):
+        task = f" (task_type {raw['task_type']})" if isinstance(raw.get("task_type"), str) else ""
+        raise FormatError(
+            f"The PEFT adapter answers with '{head}', a classifier's head{task}: no language model has one.",
+            "take one that was trained on a language model (CAUSAL_LM).",
+        )
+    if raw.get("trainable_token_indices") and not adapter.token_rows:
+        raise FormatError("The PEFT config has trainable_token_indices, but the file holds no rows for them.", WHOLE)
+
+
+def refuse_unsaved_modules(adapter: PeftAdapter, there: Iterable[str]) -> None:
+    """Raise FormatError if the config promises whole modules that the file does not hold. PEFT goes by how a module's
+    name ends, and saves nothing for one that is not among the base's tensors `there`."""
     for name in adapter.settings.modules_to_save:
-        if not any(f".{name}." in f".{tensor}" for tensor in adapter.dense):
+        known = is_end(name) or any(f"{name}." in tensor for tensor in there)
+        if known and not any(f"{name}." in tensor for tensor in adapter.dense):
             raise FormatError(
                 f"The PEFT config names '{name}' in modules_to_save, but the file does not hold it.", WHOLE
             )
-    if raw.get("trainable_token_indices") and not adapter.token_rows:
-        raise FormatError("The PEFT config has trainable_token_indices, but the file holds no rows for them.", WHOLE)

@@ -73,6 +73,8 @@ OWN_NAMES = {
     "laguna": ((".shared_experts.", ".shared_expert."), (".mlp.gate", ".mlp.gate.proj")),
     "phimoe": ((".mlp.router", ".mlp.gate"), (".mlp.", ".block_sparse_moe.")),
 }
+# What models have in place of an output layer that sort texts, or tokens; PEFT puts all into such a config.
+PEFT_CLASSIFIERS = ("score", "classifier", "qa_outputs")
 FAN_IN_FAN_OUT = ("gpt2",)  # transformers stores the linear weights of these as (in, out)
 _EXPERTS_FROM = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 EXPERTS_TO = {mlx: peft for peft, mlx in _EXPERTS_FROM.items()}

@@ -185,3 +185,29 @@ def test_an_update_that_transformers_never_computes_is_taken_as_long_as_it_is_no
                 import_peft(out, base=base, name="it", overwrite=True)
         else:
             assert len(import_peft(out, base=base, name="it").config.keys) == 2
+
+
+def test_a_classifiers_head_is_told_by_its_name(tmp_path: Path):
+    folder, task = copied("llama/one-layer", tmp_path), {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
+    config = json.loads((folder / "adapter_config.json").read_text()) | task
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert taken(folder).config.rank  # on a model without a classifier PEFT saves none
+    tensors = dict(mx.load(str(folder / WEIGHTS))) | {"base_model.model.score.weight": mx.ones((2, 64))}
+    tensor_files.write_safetensors(folder / WEIGHTS, tensors)
+    with pytest.raises(FormatError, match="answers with 'score', a classifier's head \\(task_type SEQ_CLS\\)"):
+        taken(folder, name="other")
+
+
+@pytest.mark.parametrize(
+    "names, refused", [(["q_norm"], None), (["layernorm"], "'layernorm' in modules_to_save")], ids=str
+)
+def test_modules_that_the_base_lacks_are_not_missed(names, refused, tmp_path: Path):
+    """PEFT goes by how names end, and saves nothing where none does."""
+    folder = copied("llama/one-layer", tmp_path)
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"modules_to_save": names}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    if refused:
+        with pytest.raises(FormatError, match=refused):
+            taken(folder)
+    else:
+        assert taken(folder).config.rank
