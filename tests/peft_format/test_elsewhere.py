@@ -188,7 +188,10 @@ def test_an_update_that_transformers_never_computes_is_taken_as_long_as_it_is_no
 
 
 def test_a_classifiers_head_is_told_by_its_name(tmp_path: Path):
-    folder, task = copied("llama/one-layer", tmp_path), {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
+    folder, task = (
+        copied("llama/one-layer", tmp_path),
+        {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]},
+    )
     config = json.loads((folder / "adapter_config.json").read_text()) | task
     (folder / "adapter_config.json").write_text(json.dumps(config))
     assert taken(folder).config.rank  # on a model without a classifier PEFT saves none
