@@ -279,14 +279,27 @@ def refuse_outputs_that_are_read() -> None:
     """Raise ExistsError if what is to be written belongs to something that another parameter names."""
     from mlx_adapters.storage.replacing import refuse_writing_into
 
+    outputs, others = _named()
+    reads = {part for one in others for part in (one, *one.split(":"))} - {""}  # sqlite:FILE, fuse:ADAPTER:8
+    for output in outputs:
+        refuse_writing_into(output, sorted(reads))
+
+
+def tell_outputs() -> None:
+    """Say what was written besides what the command is for."""
+    if outputs := _named()[0]:
+        _output.note(f"Written: {', '.join(map(_output.place, outputs))}.")
+
+
+def _named() -> tuple[list[Path], list[str]]:
+    """(the outputs that were named, what else was named) on the command line."""
     context = click.get_current_context()
-    outputs, reads = list[Path](), set[str]()
+    outputs, others = list[Path](), list[str]()
     for param in context.command.params:
         value = context.params.get(param.name or "")
         for one in value if isinstance(value, tuple) else (value,):
             if isinstance(param.type, OutputPath) and one is not None:
                 outputs.append(one)
             elif isinstance(one, str | Path):
-                reads |= {str(one), *str(one).split(":")} - {""}  # sqlite:FILE, fuse:ADAPTER:8
-    for output in outputs:
-        refuse_writing_into(output, sorted(reads))
+                others.append(str(one))
+    return outputs, others

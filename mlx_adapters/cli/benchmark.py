@@ -20,6 +20,7 @@ from mlx_adapters.cli._options import (
     dtype_option,
     json_option,
     refuse_outputs_that_are_read,
+    tell_outputs,
     trust_option,
 )
 from mlx_adapters.cli._settings import option, options
@@ -115,6 +116,7 @@ def benchmark_command(
             _output.emit_json(report.to_json())
         else:
             show(report, old)
+    tell_outputs()
     if report.interrupted:
         raise KeyboardInterrupt
     if not as_json and any(row.error is None for row in report.rows):

@@ -109,11 +109,12 @@ def data_check_command(data: str, base: str, row: int, objective: str | None, as
     if not report.stops:
         _output.warn(NO_STOP)
     _output.say(f"\n{_verdict(report)}")
-    is_file, name = Path(data).is_file(), _output.word(data)
-    if is_file:
-        _output.next_steps(f"mlx-adapters data split {name} {_output.word(Path(data).with_suffix('') / 'split')}")
-        return
-    _output.next_steps(f"mlx-adapters train {_output.word(base)} --data {name} --name NAME{carried('train')}")
+    folder, first = _output.word(data), list[str]()
+    if Path(data).is_file():
+        out = _output.word(Path(data).with_suffix("") / "split")
+        folder, first = out, [f"mlx-adapters data split {folder} {out}"]
+    train_it = f"mlx-adapters train {_output.word(base)} --data {folder} --name NAME{carried('train')}"
+    _output.next_steps(*first, train_it)
 
 
 def _verdict(report: "DataReport") -> str:

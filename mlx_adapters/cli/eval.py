@@ -18,6 +18,7 @@ from mlx_adapters.cli._options import (
     dtype_option,
     json_option,
     refuse_outputs_that_are_read,
+    tell_outputs,
     trust_option,
 )
 from mlx_adapters.cli._settings import options
@@ -93,6 +94,7 @@ def eval_command(
             _output.table(headers, lines, right=range(1, len(headers)))
             for line in (*reports.sentences(shown), *reports.notes(shown)):
                 _output.say(line)
+    tell_outputs()
     if kept:
         _output.note(f"The figures are kept with {listed([repr(name) for name in kept])}.")
         of_it = _output.word(kept[-1])
@@ -135,5 +137,6 @@ def _public_tasks(
             _output.emit_json(report)
         else:
             _output.table(*report.table(), right=(3,))
+    tell_outputs()
     names = short_names(e.variant for e in report.evaluations)
     _output.end_if_failed(f"'{names[e.variant]}' failed: {e.error}" for e in report.evaluations if e.error)

@@ -20,6 +20,7 @@ from mlx_adapters.cli._options import (
     refuse_outputs_that_are_read,
     resize_option,
     subfolder_option,
+    tell_outputs,
     text_only_option,
     trust_option,
 )
@@ -197,6 +198,7 @@ def fuse_command(
         _output.emit_json(result)
     else:
         _show(result)
+    tell_outputs()
 
 
 def _check_only(
@@ -229,6 +231,7 @@ def _check_only(
         return
     _show_verdict(checked.fidelity, checked.text)
     _output.table(*checked.fidelity.table(), right=range(1, 7))
+    tell_outputs()
 
 
 def _show(result: "FuseResult") -> None:

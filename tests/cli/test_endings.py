@@ -44,6 +44,7 @@ LINES = {
 }
 # How the line that is told next ends: with what was typed and decides what it does.
 CARRIED = {
+    "data check data/train.jsonl --base base": "train base --data data/train/split --name NAME",
     "data check halves --base base": " --name NAME",
     "data check halves --base base --mask-prompt --max-seq-length=300 --objective sft": (
         " --name NAME --mask-prompt --max-seq-length 300 --objective sft"
@@ -116,6 +117,10 @@ def test_what_was_typed_goes_into_the_next_line_as_a_shell_takes_it(tmp_path, mo
         ("benchmark base --quality 'my rows' --html r.html", "benchmark base --quality 'my rows' --html report.html"),
     ):
         assert next_lines(CliRunner().invoke(cli, shlex.split(typed)).stderr) == [f"mlx-adapters {told}"]
+    assert (
+        "Written: m.md, r.html.\n"
+        in CliRunner().invoke(cli, ["benchmark", "base", "--markdown", "m.md", "--html", "r.html"]).stderr
+    )
     typed = "publish sql u/r --exclude *.svg --revision draft --public --dry-run"
     assert CliRunner().invoke(cli, typed.split()).stderr.endswith("Next: the same line without --dry-run\n")
 
