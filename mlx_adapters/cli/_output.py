@@ -326,6 +326,6 @@ def never_silent(doing: str, seconds: float = 0.8) -> Iterator[None]:
 
 def leave_interrupted() -> NoReturn:
     """End with 130, without Python's clearing up: MLX aborts where one of its threads is still at work."""
-    error("Interrupted.")
+    _talk("Interrupted.")
     discard()
     os._exit(130)

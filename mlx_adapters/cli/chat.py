@@ -1,5 +1,6 @@
 """`chat`: talk to a model and switch adapters. `ab`: two adapters side by side."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -101,8 +102,10 @@ def chat_command(
 
 def _talk(chat: "Chat", any_base: bool, sampling: dict[str, Any]) -> None:
     prompt, compared = Prompt(), None
-    while (line := prompt.read(_who(chat))) is not None:
+    while True:
         try:
+            if (line := prompt.read(_who(chat))) is None:
+                return
             if line.startswith("/"):
                 if line.split()[0] == "/quit":
                     return
@@ -114,6 +117,10 @@ def _talk(chat: "Chat", any_base: bool, sampling: dict[str, Any]) -> None:
                 _answer(chat, line, sampling)
         except AdapterError as error:
             _output.error(error.message, error.hint)
+        except KeyboardInterrupt:  # lets go of the line, or of the answer
+            if not sys.stdin.isatty():
+                raise
+            _output.note("Ctrl-D ends the chat.")
 
 
 @click.command("ab", cls=LongCommand)
@@ -228,7 +235,7 @@ def _obey(chat: "Chat", line: str, any_base: bool) -> list[str] | None:
     elif command == "/reset" and not words:
         chat.reset()
     else:
-        _output.note(HELP)
+        _output.note(HELP if command == "/help" else f"'{line}' is nothing that I can do.\n{HELP}")
     return None
 
 
@@ -238,17 +245,13 @@ def _attach(chat: "Chat", name: str, any_base: bool) -> None:
 
 
 def _answer(chat: "Chat", line: str, sampling: dict[str, Any]) -> None:
-    full = False
     try:
-        for piece in chat.ask(line, **sampling):
-            _output.out(piece, newline=False)
-        full = chat.full
-    except KeyboardInterrupt:
-        if not sys.stdin.isatty():
-            raise
-        _output.note(" (stopped; Ctrl-D ends the chat)")
-    _output.out()
-    if full:
+        with contextlib.closing(chat.ask(line, **sampling)) as pieces:
+            for piece in pieces:
+                _output.out(piece, newline=False)
+    finally:
+        _output.out()
+    if chat.full:
         _output.warn("The answer stopped where the model's context ends; /reset begins a new conversation.")
 
 

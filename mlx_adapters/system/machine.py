@@ -114,11 +114,13 @@ def memory_beside_model_bytes() -> int:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package and of what it stands on."""
+    """Versions of this package (of the code that runs, whatever is installed) and of what it stands on."""
     from importlib.metadata import PackageNotFoundError, version
 
-    numbers = {"python": platform.python_version()}
-    for name in ("mlx_adapters", "mlx", "mlx-lm", "numpy", "safetensors", "huggingface-hub", "transformers"):
+    from mlx_adapters import __version__
+
+    numbers = {"python": platform.python_version(), "mlx_adapters": __version__}
+    for name in ("mlx", "mlx-lm", "numpy", "safetensors", "huggingface-hub", "transformers"):
         with contextlib.suppress(PackageNotFoundError):
             numbers[name] = version(name)
     return numbers

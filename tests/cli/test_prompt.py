@@ -38,14 +38,15 @@ def test_a_terminal_edits_remembers_and_takes_pasted_lines_as_one(tiny_model, tm
     environment = os.environ | {"MLX_ADAPTERS_HOME": str(home), "TERM": "xterm", "COLUMNS": "80"}
     command = [sys.executable, "-m", "mlx_adapters", "chat", "--base", str(tiny_model("llama")), "--max-tokens", "2"]
     pasted = b"\x1b[200~List all\ncourses.\x1b[201~\r"
-    keys = [b"/system Be brietf\x7f\x7ff.\r", pasted, f"/save {row}\r".encode(), b"/quit\r"]
+    keys = [b"/system Be brietf\x7f\x7ff.\r", b"let go\x03", b"/nope\r", pasted, f"/save {row}\r".encode(), b"/quit\r"]
     said, _ = talk(command, keys, environment)
     messages = json.loads(row.read_text())["messages"] if row.exists() else said
     assert messages[:2] == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "List all\ncourses."},
     ], said
-    assert list(typed(home / "chat_history"))[:2] == ["/system Be brief.", "List all\ncourses."]
+    assert "Ctrl-D ends the chat." in said and "Error" not in said and "'/nope' is nothing" in said
+    assert list(typed(home / "chat_history"))[:3] == ["/system Be brief.", "/nope", "List all\ncourses."]
 
 
 def test_a_history_holds_texts_alone(tmp_path):

@@ -176,7 +176,7 @@ def test_a_second_interrupt_drops_what_is_under_way(tiny_model):
             list(lines)
         assert server.wait(10) == 130
         said = server.stderr.read().strip().splitlines()  # how to ask, and how it ended
-        assert "curl" in said[0] and said[1:] == ["Error: Interrupted."]
+        assert "curl" in said[0] and said[1:] == ["Interrupted."]
     finally:
         server.kill()
         server.wait()
@@ -234,12 +234,19 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(monkeypatch, capsys):
             yield "half"
             raise KeyboardInterrupt
 
+    def talk():
+        lines = iter(["x", None])
+        monkeypatch.setattr(chat_module, "Prompt", lambda: SimpleNamespace(read=lambda _: next(lines)))
+        chat_module._talk(Slow(), False, {})
+
+    monkeypatch.setattr(chat_module, "_who", lambda _: "base")
     monkeypatch.setattr(chat_module.sys, "stdin", SimpleNamespace(isatty=lambda: True))
-    chat_module._answer(Slow(), "x", {})
-    assert "half" in capsys.readouterr().out
+    talk()
+    said = capsys.readouterr()
+    assert said.out == "half\n" and "Ctrl-D ends the chat" in said.err
     monkeypatch.setattr(chat_module.sys, "stdin", SimpleNamespace(isatty=lambda: False))
     with pytest.raises(KeyboardInterrupt):
-        chat_module._answer(Slow(), "x", {})
+        talk()
 
 
 def test_what_was_read_of_a_stopped_answer_is_not_read_on(model):
