@@ -15,6 +15,7 @@ from mlx_adapters.evaluation.statistics import Blocks, Ratio, Summary, paired_ra
 from mlx_adapters.evaluation.variants import Variant, short_names
 
 FORMAT = 2
+NOT_RUN = "not run"  # stands where the error of a variant does that no process came to
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ class Measurements:
         runs = self.of(label)
         error = next((run.result["error"] for run in runs if "error" in run.result), None)
         if error or not runs:
-            return VariantFigures(label, error or "not run")
+            return VariantFigures(label, error or NOT_RUN)
         results = [run.result for run in runs]
         return VariantFigures(
             label,

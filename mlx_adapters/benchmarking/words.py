@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mlx_adapters.benchmarking.measurements import METRICS, Measurements, ShapeRow, VariantFigures
+from mlx_adapters.benchmarking.measurements import METRICS, NOT_RUN, Measurements, ShapeRow, VariantFigures
 from mlx_adapters.benchmarking.schedule import stretch
 from mlx_adapters.evaluation.statistics import Ratio, Summary
 from mlx_adapters.units import count, number, size
@@ -220,7 +220,7 @@ def table(report: Measurements, ranges: bool = True) -> tuple[tuple[str, ...], l
 def cells(row: VariantFigures, shape: ShapeRow | None, many: bool, ranges: bool = True) -> tuple[str, ...]:
     """One line of the table, without quality."""
     if shape is None or row.load_seconds is None:
-        return (row.label, *[""] * many, "failed")
+        return (row.label, *[""] * many, NOT_RUN if row.error == NOT_RUN else "failed")
     return (
         row.label,
         *([f"{shape.prompt_tokens} x {shape.batch}"] if many else []),

@@ -91,8 +91,13 @@ def _forecast(
         "measuring": config.rounds * len(parsed) * pace.process(config),
         "judging": (pace.load_seconds + pace.reading(judged)) * len(parsed) if judged else 0.0,
     }
-    told = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds)
-    return f"This takes about {duration(sum(parts.values()))}: {told}."
+    told = ", ".join(f"{name} {_roughly(seconds)}" for name, seconds in parts.items() if seconds)
+    return f"This takes about {_roughly(sum(parts.values()))}: {told}."
+
+
+def _roughly(seconds: float) -> str:
+    """So many minutes, or less than one; no forecast knows more."""
+    return duration(60 * max(1, round(seconds / 60))).removesuffix(" 0 s") if seconds > 30 else "half a minute"
 
 
 def _next(choice: str, ref: str, base: str | None) -> str:

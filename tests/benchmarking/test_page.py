@@ -136,6 +136,7 @@ def test_the_verdict_claims_no_more_than_was_measured():
     assert words.verdict(noisy).endswith("too few or too noisy to tell which decodes faster.")
     failed = dataclasses.replace(unjudged, runs=(Run("base", 0, {"error": "gone"}),))
     assert words.verdict(failed) == "Nothing could be measured."
+    assert [line[1] for line in words.table(failed)[1]] == ["failed", *["not run"] * (len(failed.labels) - 1)]
 
 
 def test_a_verdict_of_scores_alone_or_losses_alone():
