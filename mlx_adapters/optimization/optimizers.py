@@ -13,6 +13,7 @@ from mlx import optimizers
 from mlx_adapters.config.training import TrainConfig
 from mlx_adapters.models.adapter import Weights
 from mlx_adapters.storage.tensor_names import LORA_B, split
+from mlx_adapters.surgery.calls import set_random_key
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.machine import on_gpu
 
@@ -24,8 +25,32 @@ def compiles() -> bool:
 
 def compiled(function: Callable, state: Any = None) -> Callable:
     """`function` compiled on a GPU, as it is on a CPU: there compiling calls a C++ compiler for each fused
-    kernel and was no faster (a 135M-parameter model, 2 cores). `state` is changed by the function."""
-    return mx.compile(function, inputs=state, outputs=state) if compiles() else function
+    kernel and was no faster (a 135M-parameter model, 2 cores). `state` is changed by the function.
+
+    One that fails while MLX traces it leaves the state as it was: MLX leaves its tracers in it, also in its own random
+    state, and nothing in the process could be computed any more.
+    """
+    if not compiles():
+        return function
+    fast = mx.compile(function, inputs=state, outputs=state)
+
+    def call(*arguments: Any) -> Any:
+        key = mx.array(mx.random.state[0])
+        before = [(part, [(path, mx.array(array)) for path, array in _flat(part)]) for part in _dictionaries(state)]
+        try:
+            return fast(*arguments)
+        except BaseException:
+            set_random_key(key)
+            for part, arrays in before:
+                for path, array in arrays:
+                    _place(part, path.split("/"), array)
+            raise
+
+    return call
+
+
+def _dictionaries(state: Any) -> list[dict]:
+    return [part for part in state or [] if isinstance(part, dict)]
 
 
 def schedule_end(config: TrainConfig) -> int:

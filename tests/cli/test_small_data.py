@@ -74,10 +74,12 @@ def test_models_are_marked_by_what_fits(monkeypatch):
 
     assert {fit for fits in marks(1e12).values() for fit in fits} == {"yes"}
     assert {fit for fits in marks(1e8).values() for fit in fits} == {"no"}
-    assert marks(2e9)["demo"] == ["yes", "yes"]
+    fits = marks(2e9)
+    assert fits["demo"] == ["yes", "yes"] and ["no", "no"] in fits.values()
     said = CliRunner().invoke(cli, ["models"])
-    assert "'demo' is the largest of them that trains in it" in said.stdout
-    assert "mlx-adapters estimate demo --data my-data" in said.stderr
+    largest = [name for name in fits if f"'{name}' is the largest of them that trains in it" in said.stdout]
+    assert [fits[name][1] for name in largest] == ["yes"]  # on a CPU demo's: weights have float32 there
+    assert f"mlx-adapters estimate {largest[0]} --data my-data" in said.stderr
 
 
 def test_the_parameters_of_the_listed_models_are_those_of_their_shapes():

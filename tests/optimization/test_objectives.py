@@ -88,7 +88,7 @@ def taken(step: TrainStep, draw: Draw) -> tuple[float, dict, dict]:
     return loss, means(sums) | ({"kl": shares.kl.item()} if draw.aside else {}), gradients
 
 
-def test_a_signal_is_heard_while_other_answers_are_looked_at(tiny_model):
+def test_a_signal_is_heard_while_other_answers_are_looked_at(on_cpu, tiny_model):
     name = next(name for name, case in CASES.items() if case["objective"] == "kto")
     config = TrainConfig(objective=objective_of(CASES[name]), batch_size=2)
     step, draw = prepared(tiny_model(), CASES[name], config)

@@ -173,6 +173,7 @@ def no_room_for(most: int, monkeypatch) -> None:
         return true(self, batch, *args)
 
     monkeypatch.setattr(TrainStep, "gradient", gradient)
+    monkeypatch.setattr(forecast, "on_gpu", lambda: False)  # else it is foreseen
 
 
 def test_a_batch_that_finds_no_memory_is_split(tiny_model, tmp_path, monkeypatch):
@@ -182,6 +183,17 @@ def test_a_batch_that_finds_no_memory_is_split(tiny_model, tmp_path, monkeypatch
     assert any("taken in parts from now on" in text for text in said)
     assert read_json(adapter_folder("split") / "recipe.json")["memory"]["positions"] <= 80
     monkeypatch.undo()
+
+
+def test_a_forecast_that_finds_no_memory_goes_on_to_what_takes_less(tiny_model, tmp_path, monkeypatch):
+    """It tries the steps: what there is no room for does not fit, and is no fault of the model's."""
+    data = write_data(tmp_path / "data", rows=20)
+    no_room_for(80, monkeypatch)
+    said = notes_of(
+        lambda say: train(tiny_model(), data, name="split", lora=LORA, training=SHORT, forecast=True, on_event=say)
+    )
+    assert read_json(adapter_folder("split") / "recipe.json")["memory"]["positions"] <= 80
+    assert any("so that it fits" in text for text in said)
 
 
 def test_a_row_that_finds_no_memory_ends_the_run_in_words(tiny_model, tmp_path, monkeypatch):

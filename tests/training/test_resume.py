@@ -215,3 +215,21 @@ def test_compiled_as_on_a_gpu_it_resumes_to_the_bit_too(tiny_model, data, monkey
     resumed = outcome(adapter_folder("run"))
     resumed["adapter_metadata.json"]["name"] = "whole"
     assert resumed == outcome(adapter_folder("whole"))
+
+
+def test_a_step_that_fails_while_it_is_traced_leaves_what_can_be_computed_with(monkeypatch):
+    """MLX leaves its tracers in the random state and in an optimizer's: whatever came next failed."""
+    from mlx_adapters.optimization import optimizers
+
+    monkeypatch.setattr(optimizers, "on_gpu", lambda: True)
+    mx.random.seed(5)
+    expected, state = mx.random.normal((3,)), {"v": {"a": mx.ones(2)}}
+
+    def step(x: mx.array) -> mx.array:
+        state["v"]["a"] = state["v"]["a"] + mx.random.normal(x.shape)
+        raise KeyboardInterrupt
+
+    mx.random.seed(5)
+    with pytest.raises(KeyboardInterrupt):
+        optimizers.compiled(step, [mx.random.state, state])(mx.zeros(2))
+    assert mx.array_equal(mx.random.normal((3,)), expected) and state["v"]["a"].tolist() == [1, 1]
