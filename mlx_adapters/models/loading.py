@@ -27,7 +27,7 @@ from mlx_adapters.models.dense import (
     resize_rows,
     unpack,
 )
-from mlx_adapters.models.layers import adaptable_layers, named_layers, untie
+from mlx_adapters.models.layers import SWITCH, adaptable_layers, named_layers, untie
 from mlx_adapters.models.model import Model
 from mlx_adapters.models.quantized_check import replace_miscomputed
 from mlx_adapters.storage.paths import refuse_pointer
@@ -75,6 +75,8 @@ def load_model(
     together = on_gpu() if together is None else together
     with refusals(lambda why: ModelError(f"The weights of '{base.name}' cannot be read: {why}.", WHOLE_MODEL)):
         set_precision(module, dtype, dense)
+        if on_gpu():
+            lay_experts_out(module)
         groups = lay_groups_together(module, adaptable_layers(module)) if together else {}
         mx.eval(module.parameters())
     wrong = set(replace_miscomputed(module, compute_dtype(module), gradients) if on_gpu() else ())
@@ -84,6 +86,16 @@ def load_model(
     if adapter is not None:
         model.attach(adapter, any_base)
     return model
+
+
+def lay_experts_out(module: nn.Module) -> None:
+    """Give experts' weights (experts, out, in) rows that lie one after the other.
+
+    Some checkpoints hold them turned, or two of them in one array; each product would then copy all experts first.
+    """
+    for layer in module.modules():
+        if isinstance(layer, SWITCH) and not is_quantized(layer):
+            layer.weight = mx.contiguous(layer.weight)
 
 
 def require_numbers(module: nn.Module, base: Base) -> None:

@@ -21,7 +21,7 @@ from mlx_adapters.models.dense import weight_shape
 from mlx_adapters.storage.tensor_names import BIAS, LORA_A, LORA_B, join
 from mlx_adapters.surgery import calls
 from mlx_adapters.system.door import DoRALinear, LoRALinear, LoRASwitchLinear, mx, nn
-from mlx_adapters.system.machine import on_gpu
+from mlx_adapters.system.machine import on_cuda, on_gpu
 
 Call = Callable[..., mx.array]
 
@@ -95,6 +95,8 @@ def _of_experts(indices: mx.array, ordered: bool, scale: float, kept: float) -> 
     """`_low_rank` for y (..., 1, out), x (..., 1, in), A (experts, r, in) and B (experts, out, r), as `indices` say."""
 
     def added(d: mx.array, a: mx.array, b: mx.array) -> mx.array:
+        if more := -a.shape[-2] % 8 if on_cuda() else 0:  # MLX 0.32.4 reads eight numbers at once going back
+            a, b = mx.pad(a, [(0, 0), (0, more), (0, 0)]), mx.pad(b, [(0, 0), (0, 0), (0, more)])
         for factor in (a, scale * b):
             turned = factor.astype(d.dtype).swapaxes(-1, -2)  # (experts, in, r), (experts, r, out)
             d = mx.gather_mm(d, turned, rhs_indices=indices, sorted_indices=ordered)
@@ -178,7 +180,7 @@ MANY_TOKENS, LARGE = 256, 1 << 20  # predictions; weights of a matrix
 
 def unpacking_calls(layers: Iterable[nn.Module]) -> list[tuple[nn.Module, Call]]:
     """(packed linear layer, what to `calls.intercept` its calls with) of those that are faster unpacked."""
-    if not (on_gpu() and mx.cuda.is_available()):
+    if not on_cuda():
         return []
     packed = [layer for layer in layers if type(layer) is nn.QuantizedLinear and layer.mode == "affine"]
     return [(layer, unpacking(layer)) for layer in packed if math.prod(weight_shape(layer)) >= LARGE]

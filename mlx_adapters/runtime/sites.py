@@ -21,7 +21,7 @@ from mlx_adapters.storage.tensor_names import BIAS, QUANTIZED_LEAVES, WEIGHT
 from mlx_adapters.surgery.calls import intercept
 from mlx_adapters.surgery.groups import Arrays, lay_together
 from mlx_adapters.system.door import mx, nn
-from mlx_adapters.system.machine import on_gpu
+from mlx_adapters.system.machine import on_cuda
 
 
 class Site:
@@ -97,7 +97,7 @@ class Concatenated:
         if isinstance(first, nn.QuantizedLinear):
             self.options = {"group_size": first.group_size, "bits": first.bits, "mode": first.mode}
         self.arrays = arrays if arrays is not None else lay_together(layers)
-        self.unpacks = self.options is not None and first.mode == "affine" and on_gpu() and mx.cuda.is_available()
+        self.unpacks = self.options is not None and first.mode == "affine" and on_cuda()
         self.transposed, self.bias = self.arrays[WEIGHT].T, self.arrays.get(BIAS)
         mx.eval(self.arrays, self.transposed, [layer.parameters() for layer in layers])
 

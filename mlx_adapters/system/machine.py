@@ -48,6 +48,13 @@ def on_gpu() -> bool:
     return mx.default_device().type == mx.DeviceType.gpu
 
 
+def on_cuda() -> bool:
+    """Whether MLX computes with CUDA by default."""
+    import mlx.core as mx
+
+    return on_gpu() and mx.cuda.is_available()
+
+
 def tool(*command: str) -> str:
     """What a tool of macOS prints, without space around it; "" if it fails or is not there."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):

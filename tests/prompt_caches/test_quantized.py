@@ -2,10 +2,13 @@
 
 from functools import partial
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from helpers.tiny_configs import make_model, tiny_base, tiny_config
+from mlx_lm.models import base as attention
+from mlx_lm.models.cache import QuantizedKVCache
 
 from mlx_adapters.cli import cli
 from mlx_adapters.config.evaluating import EvaluationConfig
@@ -17,6 +20,7 @@ from mlx_adapters.generation.live import load_model
 from mlx_adapters.generation.requests import Request
 from mlx_adapters.prompt_caches.probing import comes_back
 from mlx_adapters.prompt_caches.quantized import new_layers, require_quantizable
+from mlx_adapters.system import door
 
 AT_ONCE = CacheQuantization(8, 32, 0)
 LATER = CacheQuantization(4, 32, 20)
@@ -110,3 +114,23 @@ def test_recurrent_states_stay_as_they_are_beside_it():
     require_quantizable(module, AT_ONCE, "qwen3_5")
     assert {hasattr(layer, "bits") for layer in new_layers(module, AT_ONCE)} == {True, False}
     assert comes_back(module, partial(new_layers, module, AT_ONCE), together=False)
+
+
+@pytest.mark.parametrize(("heads", "width", "group"), [(4, 64, 32), (2, 96, 32), (4, 128, 128)])
+@pytest.mark.parametrize(("before", "tokens"), [(0, 7), (9, 1), (9, 6)])
+def test_where_there_is_no_such_product_keys_and_values_are_unpacked(heads, width, group, before, tokens, monkeypatch):
+    """As on CUDA: the same numbers, of rows laid out as models lay them, heads that share keys and either mask."""
+    mx.random.seed(0)
+    cache = QuantizedKVCache(group_size=group, bits=8)
+    q, k, v = (mx.random.normal((2, before + tokens, n, width)).swapaxes(1, 2) for n in (heads, 2, 2))
+    if before:
+        cache.update_and_fetch(k[..., :before, :], v[..., :before, :])
+    held = cache.update_and_fetch(k[..., before:, :], v[..., before:, :])
+    seen = mx.arange(before + tokens)[None] <= mx.arange(before, before + tokens)[:, None]
+    for mask in (None,) if tokens == 1 else ("causal", seen, mx.where(seen, 0.0, -1e9)):
+        outputs = []
+        for cuda in (False, True):
+            monkeypatch.setattr(door, "on_cuda", lambda cuda=cuda: cuda)
+            given = (q[..., before:, :], *held, 0.1, mask)
+            outputs.append(attention.quantized_scaled_dot_product_attention(*given, group_size=group, bits=8))
+        assert mx.allclose(*outputs, atol=1e-5) and not mx.array_equal(*outputs)

@@ -95,8 +95,8 @@ def test_a_finished_run_was_not_stopped(given, home):
 
 @pytest.mark.parametrize(("method", "time", "saved"), [("evaluate", 1, None), ("take", 4, 3), ("evaluate", 3, 4)])
 def test_a_signal_ends_what_is_computed_in_the_middle(on_cpu, method, time, saved, given, whole, home, monkeypatch):
-    """On a CPU, as a GPU's steps are compiled. An iteration or an evaluation is left between two blocks; the run goes on
-    as if it had not begun it."""
+    """On a CPU, as a GPU's steps are compiled. An iteration or an evaluation is left between two blocks; the run
+    goes on as if it had not begun it."""
     original, calls, heard = getattr(TrainStep, method), [], []
 
     def interrupted(self, *arguments):
