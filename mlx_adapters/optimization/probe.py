@@ -28,6 +28,7 @@ from mlx_adapters.optimization.step import (
     Again,
     LossPlan,
     MemoryPlan,
+    OutOfMemoryError,
     TrainStep,
     chunk_rows,
     device_batch,
@@ -40,7 +41,7 @@ from mlx_adapters.surgery.calls import call_as
 from mlx_adapters.surgery.segments import begun_anew, segmented_caches
 from mlx_adapters.system.door import make_prompt_cache, mx, nn
 from mlx_adapters.system.limits import as_little_memory_as_will_do
-from mlx_adapters.system.machine import on_gpu
+from mlx_adapters.system.machine import on_gpu, usable_memory_bytes
 
 PROBED_TOKENS, MOST_TOKENS = 16, 64  # of what a model says; of a row that it is tried on
 
@@ -60,11 +61,15 @@ class Prober:
         """Bytes that one step needs above what lies in memory all the time, for `blocks` adapted blocks.
 
         The first step holds less than those after it, and a GPU frees what it has done with at its own time, so there
-        the least of three later ones counts; a CPU's first step tells enough.
+        the least of three later ones counts; a CPU's first step tells enough. What there is no room for takes all that
+        there is, or more.
         """
         steps = (1, 3) if on_gpu() else (0, 1)
-        with as_little_memory_as_will_do():
-            return _through(self._counts(blocks), lambda n: self._measure(draw, n, *steps)[0], blocks)
+        try:
+            with as_little_memory_as_will_do():
+                return _through(self._counts(blocks), lambda n: self._measure(draw, n, *steps)[0], blocks)
+        except OutOfMemoryError:
+            return usable_memory_bytes()
 
     def seconds(self, draw: Draw, blocks: int, warm_up: int = 3, timed: int = 3) -> float:
         """Median time of a step after `warm_up` steps, for `blocks` adapted blocks."""

@@ -5,7 +5,8 @@ from typing import Any
 
 from mlx_adapters.config.quantization import CacheQuantization
 from mlx_adapters.errors import IncompatibleError, refusals
-from mlx_adapters.system.door import make_prompt_cache, mx, nn
+from mlx_adapters.system.door import attention, make_prompt_cache, mx, nn
+from mlx_adapters.system.machine import on_cuda
 
 
 def new_layers(module: nn.Module, how: CacheQuantization | None) -> list[Any]:
@@ -54,3 +55,29 @@ def require_quantizable(module: nn.Module, how: CacheQuantization, kind: str) ->
             raise NotImplementedError("it keeps no keys and values")
         for tokens in ([5, 6], [7]):
             mx.eval(module(mx.array([tokens]), cache=cache))
+
+
+attend = attention.quantized_scaled_dot_product_attention  # mlx-lm's own
+
+
+def attend_to_quantized(
+    queries: mx.array,
+    q_keys: tuple[mx.array, ...],
+    q_values: tuple[mx.array, ...],
+    scale: float,
+    mask: Any,
+    group_size: int = 64,
+    bits: int = 8,
+) -> mx.array:
+    """Attention over keys and values in few bits, in mlx-lm's place; queries (rows, heads, tokens, width).
+
+    MLX 0.32.4's CUDA build has no such product for queries as models lay them out, nor for heads that share keys:
+    there keys and values are unpacked, those of one layer at a time.
+    """
+    if not on_cuda():
+        return attend(queries, q_keys, q_values, scale, mask, group_size=group_size, bits=bits)
+    keys, values = (mx.dequantize(*packed, group_size=group_size, bits=bits) for packed in (q_keys, q_values))
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+
+
+attention.quantized_scaled_dot_product_attention = attend_to_quantized

@@ -24,7 +24,6 @@ from jinja2 import Template
 
 from mlx_adapters.errors import ModelError
 from mlx_adapters.system.limits import raise_open_files
-from mlx_adapters.system.machine import on_cuda
 from mlx_adapters.system.templates import Bounded
 
 TESTED = "0.32"
@@ -91,6 +90,7 @@ def _check() -> None:
         load_mlx_tokenizer: ("tokenizer_config_extra", "eos_token_ids"),
         **{kind.from_base: ("r", "scale", "dropout") for kind in (LoRALinear, DoRALinear, LoRAEmbedding)},
         LoRASwitchLinear.from_base: ("r", "scale", "dropout"),
+        attention.quantized_scaled_dot_product_attention: ("q_keys", "q_values", "scale", "mask", "group_size", "bits"),
         generate_step: ("prompt", "max_tokens", "sampler", "logits_processors", "prompt_cache"),
     }
     for function, names in relied_on.items():
@@ -110,30 +110,6 @@ def _check() -> None:
 _check()
 raise_open_files()
 chat_template_utils.ImmutableSandboxedEnvironment = Bounded  # the sandbox of chat templates, with limits
-_attend_to_quantized = attention.quantized_scaled_dot_product_attention
-
-
-def attend_to_quantized(
-    queries: mx.array,
-    q_keys: tuple[mx.array, ...],
-    q_values: tuple[mx.array, ...],
-    scale: float,
-    mask: Any,
-    group_size: int = 64,
-    bits: int = 8,
-) -> mx.array:
-    """Attention over keys and values in few bits, in mlx-lm's place; queries (rows, heads, tokens, width).
-
-    MLX 0.32.4's CUDA build has no such product for queries as models lay them out, nor for heads that share keys:
-    there keys and values are unpacked, those of one layer at a time.
-    """
-    if not on_cuda():
-        return _attend_to_quantized(queries, q_keys, q_values, scale, mask, group_size=group_size, bits=bits)
-    keys, values = (mx.dequantize(*packed, group_size=group_size, bits=bits) for packed in (q_keys, q_values))
-    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
-
-
-attention.quantized_scaled_dot_product_attention = attend_to_quantized
 
 
 _trusting: ContextVar[bool] = ContextVar("trusting_remote_code", default=False)

@@ -150,7 +150,7 @@ def estimate_rows(
     rung, memory, parts, largest = next((step for step in steps if step[0].fits), steps[-1])
     usable = _usable(training)
     advice = () if rung.fits else tuple(_advice(base, rows, lora, training, memory, usable))
-    seconds = _seconds(base, rows, lora, training, memory) if timed else None
+    seconds = _seconds(base, rows, lora, training, memory) if timed and rung.fits else None
     module, _ = load_module(base)
     parameters = sum(int(np.prod(weight_shape(layer))) for _, layer in named_layers(module) if "weight" in layer)
     return Estimate(

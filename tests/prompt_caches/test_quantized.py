@@ -18,9 +18,9 @@ from mlx_adapters.evaluation.scores import greedy_answers
 from mlx_adapters.generation.batching import Batcher
 from mlx_adapters.generation.live import load_model
 from mlx_adapters.generation.requests import Request
+from mlx_adapters.prompt_caches import quantized
 from mlx_adapters.prompt_caches.probing import comes_back
 from mlx_adapters.prompt_caches.quantized import new_layers, require_quantizable
-from mlx_adapters.system import door
 
 AT_ONCE = CacheQuantization(8, 32, 0)
 LATER = CacheQuantization(4, 32, 20)
@@ -130,7 +130,7 @@ def test_where_there_is_no_such_product_keys_and_values_are_unpacked(heads, widt
     for mask in (None,) if tokens == 1 else ("causal", seen, mx.where(seen, 0.0, -1e9)):
         outputs = []
         for cuda in (False, True):
-            monkeypatch.setattr(door, "on_cuda", lambda cuda=cuda: cuda)
+            monkeypatch.setattr(quantized, "on_cuda", lambda cuda=cuda: cuda)
             given = (q[..., before:, :], *held, 0.1, mask)
             outputs.append(attention.quantized_scaled_dot_product_attention(*given, group_size=group, bits=8))
         assert mx.allclose(*outputs, atol=1e-5) and not mx.array_equal(*outputs)
