@@ -17,7 +17,7 @@ from mlx_adapters.storage import files, paths, temporaries
 from mlx_adapters.system.conditions import system_state
 from mlx_adapters.system.machine import Environment, environment
 
-SECONDS = 50  # after which what could not be tried is left out
+SECONDS = 40  # after which what could not be tried is left out: with the start, all ends within a minute
 
 
 @dataclass(frozen=True)
