@@ -142,7 +142,8 @@ def hand_over(program: str, folder: Path, out: Path, tokenizer: Any) -> tuple[li
     if program == "lmstudio":
         here = any(out.is_relative_to(paths.expanded(place)) for place in LM_STUDIO)
         to, last = f"{LM_STUDIO[0]}/local", quote(out.name)
-        there = [] if here else [f"mkdir -p {to} && ln -s {where} {to}/{last}"]
+        target = quote(str(out.absolute()))  # a link's own folder is where a relative one would begin
+        there = [] if here else [f"mkdir -p {to} && ln -s {target} {to}/{last}"]
         return [*there, f"lms load {quote(out.parent.name) if here else 'local'}/{last}"], []
     lines = {
         "llama.cpp": [f"llama-cli -m {where}/{FILE_NAME} --jinja", f"llama-server -m {where}/{FILE_NAME} --jinja"],

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -116,9 +117,10 @@ def test_what_ollamas_language_cannot_say_is_told(tiny_model, tmp_path):
 
 def test_lm_studio_looks_two_folders_down(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     base = tiny_model("llama")
-    made = make(base, tmp_path, "lmstudio", format="gguf")
-    assert "ln -s" in made.opened_with[0] and made.opened_with[1] == "lms load local/Out"
+    made = make(base, Path(), "lmstudio", format="gguf")
+    assert f"ln -s {tmp_path}/Out ~" in made.opened_with[0] and made.opened_with[1] == "lms load local/Out"
     models = tmp_path / ".lmstudio/models"
     options = FuseOptions(method="nearest", check=False, program="lmstudio")
     made = fuse(base, visible_adapter(base), models / "me/sql", options=options)
