@@ -9,7 +9,7 @@ both get OpenBLAS and a float32 copy of the base.
 
 - base: 1, 4 and 16 clients without an adapter
 - long: one client, whose first text is long
-- adapter: 4 and 16 clients, all with one adapter
+- adapter: 1, 4 and 16 clients, all with one adapter
 - mixed: 16 clients over 8 adapters, against 16 with one
 - structured: 4 clients beside a fifth whose answers are JSON of a schema, against 4 beside a fifth like them
 """
@@ -149,14 +149,10 @@ def at(address, made):
 
 def race(name, ours, base, place, options):
     """{title: figures} of a leg that mlx-lm's server takes part in."""
-    model, counts = "base", options.clients if name == "base" else [1]
+    model, counts = "base", [1] if name == "long" else options.clients
     told, first = (), options.long if name == "long" else None
     if name == "adapter":
-        model, counts, told = (
-            ADAPTERS[0],
-            [n for n in options.clients if n > 1],
-            ("--adapter-path", place / ADAPTERS[0]),
-        )
+        model, told = ADAPTERS[0], ("--adapter-path", place / ADAPTERS[0])
     figures = {}
     with MlxLm(base, *told) as theirs:
         for address, called in ((ours.address, model), (theirs.address, "default_model")):
