@@ -6,7 +6,7 @@ run, every drawn one against the same request's before; structured ones are JSON
 the one that was asked for; the server's memory must stay flat. Ends with status 1 if anything differs.
 
     python scripts/load_test.py --clients 200 --seconds 120
-    python scripts/load_test.py --clients 32 --requests 5000
+    python scripts/load_test.py --clients 32 --requests 5000 -- --prompt-lookup
 """
 
 import argparse
@@ -223,6 +223,7 @@ def main():
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--requests", type=int, help="end after so many")
+    parser.add_argument("serve", nargs="*", metavar="OPTION", help="of `serve`, after --")
     options = parser.parse_args()
     options.seconds = options.seconds or (120 if options.requests is None else 3600)
     options.requests = options.requests or 10**9
@@ -230,7 +231,7 @@ def main():
         os.environ["MLX_ADAPTERS_HOME"] = folder + "/home"
         wanted = build(Path(folder))
         limits = ("--max-adapters", 4, "--max-batch", 16, "--max-queue", options.clients * 2, "--prompt-cache-mb", 2)
-        with Served(folder + "/model", *limits, adapters=ADAPTERS) as server:
+        with Served(folder + "/model", *limits, *options.serve, adapters=ADAPTERS) as server:
             how_much = options.clients, options.seconds, options.requests
             outcome = asyncio.run(attack(server.address, server.process.pid, wanted, *how_much))
     said = [line for line in server.said.splitlines() if not line.startswith(("curl ", "Error: Interrupted."))]
