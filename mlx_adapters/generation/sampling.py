@@ -44,14 +44,8 @@ class Sampler:
         replaced = [name for name in CHOICE if getattr(sampling, name) != getattr(Sampling(), name)]
         if choose is not None and replaced:
             raise ConfigError(f"A sampler of your own takes the place of {replaced[0]}.", "give one or the other.")
-        self.sampling, self.choose, self.processors = (
-            sampling,
-            choose,
-            (
-                *processors_of(sampling, tokenizer),
-                *processors,
-            ),
-        )
+        self.sampling, self.choose = sampling, choose
+        self.processors = (*processors_of(sampling, tokenizer), *processors)
         self._read = mx.array(list(read), dtype=mx.uint32) if read and self.processors else None
         self._spared = _spared(tokenizer) if sampling.xtc_probability > 0 else ()
         # Next to 0 the likeliest token wins anyhow, and log-probabilities divided by the temperature overflow.

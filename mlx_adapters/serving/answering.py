@@ -3,18 +3,20 @@
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from urllib.parse import quote
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import Receive
 
 from mlx_adapters.answers.constraints import Constraint, Grammar, Grammars
-from mlx_adapters.answers.reading import Answer, AnswerReader
+from mlx_adapters.answers.reading import Answer, AnswerReader, Part, ToolCall
 from mlx_adapters.answers.schemas import answer_grammar, json_rule
 from mlx_adapters.errors import ModelError
+from mlx_adapters.generation.requests import Token
 from mlx_adapters.models.model import Model
 from mlx_adapters.protocols.chat import CompletionWriter, Writer, embeddings_body, usage
 from mlx_adapters.protocols.conversation import Conversation, read_conversation
@@ -25,7 +27,7 @@ from mlx_adapters.protocols.options import Asked, read_options, read_prompts
 from mlx_adapters.protocols.prompts import Tokenizing, check_fits, prepared
 from mlx_adapters.protocols.responses import ResponseWriter, read_response
 from mlx_adapters.serving.engine import Engine
-from mlx_adapters.serving.jobs import Job
+from mlx_adapters.serving.jobs import Job, Piece
 from mlx_adapters.serving.transport import EventStream, left, read_body
 
 DEFAULT_MAX_TOKENS = 512
@@ -97,10 +99,9 @@ class Answering:
         name = fields.model()
         given = read_prompts(fields.value("input"), self.model.vocabulary, "input")
         packed = fields.take("encoding_format", str, "float") == "base64"
+        user = fields.take("user", str)
         fields.refuse_rest()
-        model = self.engine.catalog.resolve(
-            name, fields.raw.get("user") if isinstance(fields.raw.get("user"), str) else None
-        )
+        model = self.engine.catalog.resolve(name, user)
         prompts = [await self.plain_tokens(prompt, "input") for prompt in given]
         with told_as("input"):
             for prompt in prompts:
@@ -153,17 +154,20 @@ class Answering:
     ) -> Response:
         """Put jobs in and answer with what they write, streamed or whole."""
         jobs = await self._jobs(asked, model, prompts, writer, grammar)
-        answers = [Answer(read()) for _ in jobs]
-        self.engine.submit(*jobs)
         told = request.scope["told"]
+        reply = Reply(asked, prompts, jobs, [Answer(read()) for _ in jobs], writer, told)
+        self.engine.submit(*jobs)
         told |= {"model": model, "prompt_tokens": sum(map(len, prompts)), "completion_tokens": 0}
         headers = {"X-Adapter": quote(model, safe="/:@ ")}
         if fields.ignored:
             headers[HEADERS] = quote(", ".join(fields.ignored), safe=", ._[]")
         if asked.stream:
-            chunks = self._chunks(jobs, answers, writer, asked, prompts, told)
-            return EventStream(chunks, lambda: self._cancel(jobs), self.settings.write_seconds, headers, writer)
-        return JSONResponse(await self._whole(request, jobs, answers, writer, asked, prompts), headers=headers)
+            cancel = partial(self.engine.cancel, *jobs)
+            return EventStream(reply.chunks(), cancel, self.settings.write_seconds, headers, writer)
+        try:
+            return JSONResponse(await reply.whole(request.receive), headers=headers)
+        finally:
+            self.engine.cancel(*jobs)
 
     async def _jobs(
         self, asked: Asked, model: str, prompts: Sequence[list[int]], writer: Writer, grammar: Grammar | None
@@ -215,81 +219,74 @@ class Answering:
             raise ApiError(400, f"max_tokens may be at most {self.settings.max_tokens} here.", param="max_tokens")
         return room
 
-    def _cancel(self, jobs: Sequence[Job]) -> None:
-        for job in jobs:
-            self.engine.cancel(job)
 
-    @staticmethod
-    def _take(asked: Asked, answer: Answer, event: Any, told: dict[str, Any]) -> tuple[list[Any], Sequence[Any]]:
-        """Put a piece into its answer; its new parts and tokens."""
-        if isinstance(event, ApiError):
-            raise event
-        text, tokens, made = event.text, event.tokens, event.completion_tokens
-        if asked.max_tokens == 0:  # the prompt's log-probabilities alone were asked for
-            text, tokens, made = "", tuple(token for token in tokens if token.of_prompt), 0
-        reason = "length" if event.finish_reason and asked.max_tokens == 0 else event.finish_reason
-        told["completion_tokens"] += answer.count(made)
-        answer.tokens += tokens
-        return answer.add(text, reason), tokens
+@dataclass(frozen=True)
+class Reply:
+    """The answers to one request while they are written, in the words of `writer`. `told`: for the access log."""
 
-    async def _whole(
-        self,
-        request: Request,
-        jobs: list[Job],
-        answers: list[Answer],
-        writer: Writer,
-        asked: Asked,
-        prompts: Sequence[list[int]],
-    ) -> dict[str, Any]:
-        """Wait for the answers, or for the client to go away."""
-        gone = asyncio.ensure_future(left(request.receive))
+    asked: Asked
+    prompts: Sequence[list[int]]
+    jobs: list[Job]
+    answers: list[Answer]
+    writer: Writer
+    told: dict[str, Any]
+
+    async def whole(self, receive: Receive) -> dict[str, Any]:
+        """Wait for the answers. Raises ApiError, or ClientDisconnect when the client has gone away."""
+        gone = asyncio.ensure_future(left(receive))
         try:
-            while any(answer.finish_reason is None for answer in answers):
-                event = asyncio.ensure_future(jobs[0].events.get())
+            while self._unfinished:
+                event = asyncio.ensure_future(self.jobs[0].events.get())
                 await asyncio.wait([event, gone], return_when=asyncio.FIRST_COMPLETED)
                 if not event.done():
                     event.cancel()
                     raise ClientDisconnect
-                job, piece = event.result()
-                self._take(asked, answers[jobs.index(job)], piece, request.scope["told"])
-            return writer.whole(answers, self._usage(jobs, answers, prompts))
+                self._take(*event.result())
+            return self.writer.whole(self.answers, self._usage)
         finally:
             gone.cancel()
-            self._cancel(jobs)
 
-    async def _chunks(
-        self,
-        jobs: list[Job],
-        answers: list[Answer],
-        writer: Writer,
-        asked: Asked,
-        prompts: Sequence[list[int]],
-        told: dict[str, Any],
-    ) -> AsyncIterator[dict[str, Any] | ApiError]:
+    async def chunks(self) -> AsyncIterator[dict[str, Any] | ApiError]:
         """The chunks of a stream."""
-        for chunk in writer.begin(len(answers)):
+        for chunk in self.writer.begin(len(self.answers)):
             yield chunk
-        while any(answer.finish_reason is None for answer in answers):
-            job, event = await jobs[0].events.get()
-            index = jobs.index(job)
+        while self._unfinished:
             try:
-                parts, tokens = self._take(asked, answers[index], event, told)
+                index, parts, tokens = self._take(*await self.jobs[0].events.get())
             except ApiError as error:
                 yield error
                 return
-            for chunk in writer.piece(index, parts, tokens, answers[index]):
+            for chunk in self.writer.piece(index, parts, tokens, self.answers[index]):
                 yield chunk
-        for chunk in writer.end(answers, self._usage(jobs, answers, prompts)):
+        for chunk in self.writer.end(self.answers, self._usage):
             yield chunk
 
-    @staticmethod
-    def _usage(jobs: Sequence[Job], answers: Sequence[Answer], prompts: Sequence[list[int]]) -> dict[str, Any]:
+    @property
+    def _unfinished(self) -> bool:
+        return any(answer.finish_reason is None for answer in self.answers)
+
+    def _take(self, job: Job, event: Piece | ApiError) -> tuple[int, list[Part | ToolCall], Sequence[Token]]:
+        """Put a piece into its answer: which one that is, its new parts and tokens."""
+        if isinstance(event, ApiError):
+            raise event
+        text, tokens, made, reason = event.text, event.tokens, event.completion_tokens, event.finish_reason
+        if self.asked.max_tokens == 0:  # the prompt's log-probabilities alone were asked for
+            text, tokens, made = "", tuple(token for token in tokens if token.of_prompt), 0
+            reason = reason and "length"
+        index = self.jobs.index(job)
+        answer = self.answers[index]
+        self.told["completion_tokens"] += answer.count(made)
+        answer.tokens += tokens
+        return index, answer.add(text, reason), tokens
+
+    @property
+    def _usage(self) -> dict[str, Any]:
         """The record of all answers; each prompt counts once, however many answers it got."""
-        firsts = jobs[:: len(jobs) // len(prompts)]
+        firsts = self.jobs[:: len(self.jobs) // len(self.prompts)]
         return usage(
-            sum(map(len, prompts)),
-            sum(answer.completion_tokens for answer in answers),
+            sum(map(len, self.prompts)),
+            sum(answer.completion_tokens for answer in self.answers),
             sum(job.cached_tokens for job in firsts),
-            sum(answer.reasoning_tokens for answer in answers),
-            *(sum(counts) for counts in zip(*(job.guessed for job in jobs), strict=True)),
+            sum(answer.reasoning_tokens for answer in self.answers),
+            *(sum(counts) for counts in zip(*(job.guessed for job in self.jobs), strict=True)),
         )

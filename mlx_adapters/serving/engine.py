@@ -98,9 +98,10 @@ class Engine:
             raise ApiError(503, "The server is stopping.", kind="server_error")
         self._commands.put(lambda: self._parked.extend(jobs))
 
-    def cancel(self, job: Job) -> None:
-        """Forget a job; its place in the batch is free before the next step."""
-        self._commands.put(lambda: self._drop(job, "cancelled"))
+    def cancel(self, *jobs: Job) -> None:
+        """Forget jobs; their places in the batch are free before the next step."""
+        for job in jobs:
+            self._commands.put(partial(self._drop, job, "cancelled"))
 
     async def embed(self, name: str, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """The mean hidden state of each prompt, with the adapter (or base) that `resolve` gave. Raises ApiError."""
