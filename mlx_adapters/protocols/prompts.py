@@ -99,7 +99,9 @@ def prepared(
     Raises ApiError 400.
     """
     check_fits([str(message.get("content") or "") for message in talk.messages], model, where)
-    tokenizer, given = model.tokenizer, TemplateConfig(chat_template_args=talk.arguments)
+    tokenizer = model.tokenizer
+    with told_as("chat_template_kwargs"):
+        given = TemplateConfig(chat_template_args=talk.arguments)
     template = given.over(model.template).over(own).chat_template
     called = talk.tools or any(m["role"] == "tool" or m.get("tool_calls") for m in talk.messages)
     format = tool_format(tokenizer, template) if called else None

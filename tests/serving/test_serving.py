@@ -198,6 +198,7 @@ BAD = [
     ({"model": "a", "messages": CHAT, "tools": [{}]}, "'tools[0]'"),
     ({"model": "a", "messages": CHAT, "temprature": 1}, "did you mean 'temperature'"),
     ({"model": "a", "messages": CHAT, "top_logprobs": 2}, "needs 'logprobs'"),
+    ({"model": "a", "messages": CHAT, "chat_template_kwargs": {"messages": []}}, "'messages' cannot be given"),
     ({"model": "a", "messages": [{"role": "user", "content": "x " * 9000}]}, "context"),
 ]
 
