@@ -9,7 +9,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from functools import partial
 from typing import Any
@@ -70,7 +70,7 @@ class Engine:
     def stop(self, seconds: float = 30.0) -> None:
         """Finish what is under way, for at most `seconds`, drop the rest, then end."""
         self._stopping.set()
-        for work, patience in ((lambda: None, seconds), (self._drop_all, 10)):
+        for work, patience in ((lambda: None, seconds), (partial(self._drop_all, self._open), 10)):
             self._commands.put(work)
             if self._thread.is_alive():  # a thread that computes while Python ends would bring the process down
                 self._thread.join(patience)
@@ -100,8 +100,7 @@ class Engine:
 
     def cancel(self, *jobs: Job) -> None:
         """Forget jobs; their places in the batch are free before the next step."""
-        for job in jobs:
-            self._commands.put(partial(self._drop, job, "cancelled"))
+        self._commands.put(partial(self._drop_all, jobs))
 
     async def embed(self, name: str, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """The mean hidden state of each prompt, with the adapter (or base) that `resolve` gave. Raises ApiError."""
@@ -321,8 +320,8 @@ class Engine:
             self._batcher.cancel(job.request)
         self._end(job, outcome)
 
-    def _drop_all(self) -> None:
-        for job in list(self._open):
+    def _drop_all(self, jobs: Iterable[Job]) -> None:
+        for job in list(jobs):
             self._drop(job, "cancelled")
 
     def _end(self, job: Job, outcome: str) -> None:

@@ -32,7 +32,7 @@ def spelled(given: "str | Path | Named") -> str:
         hint = "give a name, a folder, 'user/repo', or what a function of this package gave."
         raise ConfigError(f"{shown(given)} is no adapter and no model.", hint)
     place, at, iteration = text.rpartition("@") if CHECKPOINT.fullmatch(text) else (text, "", "")
-    known = paths.is_path(text) or (NAME.fullmatch(place) and _is_registered(place))
+    known = not text or paths.is_path(text) or (NAME.fullmatch(place) and _is_registered(place))
     if known or not (_is_there(place) if "/" in place else _is_folder(place)):
         return text
     tell_folder(place)
