@@ -13,11 +13,10 @@ from typing import Any
 from mlx_adapters.config.quantization import CacheQuantization
 from mlx_adapters.config.sampling import Sampling
 from mlx_adapters.drafting.drafts import Drafter
-from mlx_adapters.drafting.guessing import PREFILL_TOKENS
 from mlx_adapters.drafting.rewinding import Mark, may_guess, rewinds
 from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.generation.decoding import TextStream, text_of
-from mlx_adapters.generation.reading import Reader
+from mlx_adapters.generation.reading import MOST_TOKENS, Reader
 from mlx_adapters.generation.requests import Request, Row, Token
 from mlx_adapters.models.model import Model
 from mlx_adapters.prompt_caches.quantized import new_layers, reaching, require_quantizable
@@ -37,7 +36,7 @@ class Batcher:
         module: nn.Module,
         pool: AdapterPool,
         max_batch: int = 16,
-        prefill: int = PREFILL_TOKENS,
+        prefill: int = MOST_TOKENS,
         cache_bytes: int = 0,
         make: Callable[[], list[Any]] | None = None,
         drafter: Drafter | None = None,

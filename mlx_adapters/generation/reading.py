@@ -2,7 +2,8 @@
 
 What is known of a prompt is not read again (see `prompt_caches.tree`), and what was read is kept, also when its client
 leaves. Prompts of about one length are read in one pass, each into its own cache: a pass over many rows costs less than
-one for each. A long prompt takes a while of each step; in half of it what is short may overtake it.
+one for each. While others are answered, a prompt waits a moment for company: a pass holds them all up, and those that
+begin together end together. A long prompt takes a while of each step; in half of it what is short may overtake it.
 """
 
 import itertools
@@ -19,6 +20,7 @@ from mlx_adapters.prompt_caches.tree import PrefixTree
 from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.surgery.caches import read_rows, reads_rows
 from mlx_adapters.system.door import mx, nn
+from mlx_adapters.system.machine import on_gpu
 
 log = logging.getLogger("mlx_adapters.generation.reading")
 
@@ -26,6 +28,8 @@ LEAST_TOKENS = 32  # of a piece, however slow the device is
 STALL_SECONDS = 0.25  # for which others may wait for a piece
 SCORED_TOKENS = 128  # of a prompt whose log-probabilities are told, in one piece: (tokens, vocabulary) is large
 TOGETHER = 8  # prompts in one pass
+PATIENCE = 2  # steps of others that a prompt waits for company
+MOST_TOKENS = 2048 if on_gpu() else 512  # in one step
 
 
 class Reader:
@@ -54,6 +58,7 @@ class Reader:
         self.told: list[Token] = []
         self.readings: list[Reading] = []
         self._pace = 0.0  # seconds that reading a token took lately
+        self._waited = 0  # steps for which what waits could have been read
 
     @property
     def idle(self) -> bool:
@@ -96,6 +101,8 @@ class Reader:
 
         `fits` says whether a request may join those that are answered and those under way; `hurried`: others wait.
         """
+        if hurried and self._awaits_company(fits):
+            return
         budget = self._while() if hurried else self._most
         aside = budget // 2
         while budget > 0 and self._take(fits):
@@ -105,6 +112,12 @@ class Reader:
             if ready := [reading for reading in self.readings if not reading.left]:
                 yield ready
                 self.readings = [reading for reading in self.readings if reading.left]  # then: `clear` gives back all
+
+    def _awaits_company(self, fits: Callable[[Request], bool]) -> bool:
+        """Whether what waits is left to wait in this step."""
+        alone = not self.readings and 0 < len(self.waiting) < self._rows and fits(self.waiting[0])
+        self._waited = (self._waited + 1) % (PATIENCE + 1) if alone else 0
+        return self._waited > 0
 
     def _while(self) -> int:
         """How many tokens may be read while others wait: few sizes, since a GPU compiles its kernels for each."""

@@ -88,6 +88,26 @@ def test_what_prompts_begin_with_is_read_once_though_they_come_together(tiny_mod
     assert seen == [(2, 64), (2, 6), (4, 1)]
 
 
+def test_while_others_are_answered_a_prompt_waits_a_moment_for_company(tiny_model, passes):
+    model = model_of(tiny_model("llama"))
+    batcher = Batcher(model.module, model.pool)
+    seen = passes(model.module)
+    first, *others, last = (Request(prompt, None, 20) for prompt in tokens_of(6, 9, 11, 12, 13, 10))
+    batcher.submit(first)
+    batcher.step()  # nobody is kept waiting: at once
+    seen.clear()
+    for request in others:
+        batcher.submit(request)
+        batcher.step()
+    assert seen == [(1, 1), (1, 1), (3, 12), (4, 1)]
+    batcher.submit(last)
+    steps = 0
+    while not any(row.request is last for row in batcher.rows):
+        batcher.step()
+        steps += 1
+    assert steps == 3 and batcher.reader.idle
+
+
 def test_a_prompt_that_waits_for_another_is_begun_when_that_is_read(tiny_model, monkeypatch):
     model = model_of(tiny_model("llama"))
     batcher = Batcher(model.module, model.pool, cache_bytes=1 << 30, prefill=16)
