@@ -55,13 +55,15 @@ class BlockwiseModel:
         return any(self._unlike(path) for path in self.layer_paths(index))
 
     def prepare(self, index: int) -> None:
-        """Make the weights of block `index` (len(blocks): of all the rest) dense float32."""
+        """Make the weights of block `index` dense float32; len(blocks): of all the rest, each where it is first used.
+        To prepare those again lets go of what was computed."""
         dense = [(path, dense_layer(self.source.layers[path], self._weight(path))) for path in self.layer_paths(index)]
         self._dense |= dense
         self.source.module.update_modules(tree_unflatten(dense))
         part = self._part(index)
         part.update(tree_map(_to_float32, part.parameters()))
-        mx.eval([layer.parameters() for _, layer in dense], part.parameters() if index < len(self.blocks) else [])
+        if index < len(self.blocks):
+            mx.eval([layer.parameters() for _, layer in dense], part.parameters())
 
     def _part(self, index: int) -> nn.Module:
         if index < len(self.blocks):

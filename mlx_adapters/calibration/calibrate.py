@@ -27,7 +27,7 @@ from mlx_adapters.system.door import mx
 from mlx_adapters.system.machine import on_gpu
 
 EXPERT_BYTES = 1 << 31  # of the experts that are rounded together, and of their moments
-TOGETHER_BYTES = 5 << 30  # of the layers that are
+TOGETHER_BYTES = 4 << 30  # of the layers that are
 FEW_SWEEPS = 1  # to a precision that is only to choose from
 
 
@@ -71,7 +71,7 @@ def round_layers(
     with Workers(0 if on_gpu() else worker_count(shapes.values()), engine=engine) as workers:
         for _, moments in Collector(forward, backward, set(targets), batches, spool.folder).run(on_event, seed):
             while moments:
-                path = next(iter(moments))
+                path = max(moments, key=lambda each: shapes[each][-1])  # the largest moments are soon gone
                 paths = [path] if engine is NUMPY else _alike(path, moments, backward, wanted, targets)
                 layers = [_Layer(each, backward, moments.pop(each), dtype_name(dtype)) for each in paths]
                 ways = _ways(wanted[path], thorough, targets[path])

@@ -139,6 +139,7 @@ class Stages:
         c.backward.prepare(count)
         moments, cotangents = self._head(c.backward.blocks, hidden)
         del hidden
+        c.backward.prepare(count)  # (embedding and head are large, and done)
         held_back = moments  # a tied embedding also gets what reaches it from below
         for index in range(count - 1, c.first - 1, -1):
             c.backward.prepare(index)

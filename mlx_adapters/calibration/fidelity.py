@@ -109,6 +109,7 @@ def hidden_states(
         twin = _twin(models, v, count, range(v))
         hidden.append([h for h, _ in entered] if twin is None else hidden[twin])
         mx.eval(hidden[-1])
+        model.prepare(count)  # (the embedding is large, and done)
     for index in range(count):
         before = list(hidden)
         for v, model in enumerate(models):

@@ -1,4 +1,4 @@
-"""Cholesky factors on MLX, and systems solved by them, by panels: a GPU has neither.
+"""Cholesky factors on MLX, and the inverses of theirs, by panels: a GPU has neither.
 
 A panel's own block is factored and inverted by a kernel, a thread for each row or column, so that the CPU need not be
 asked; by LAPACK where there is none. All else is products of matrices.
@@ -10,25 +10,24 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 
-from mlx_adapters.rounding.columns import diagonal_blocks
-from mlx_adapters.rounding.grids import to_numpy
+from mlx_adapters.rounding.grids import identity_of, to_numpy
 from mlx_adapters.rounding.kernel_texts import source
 from mlx_adapters.rounding.kernels import problem
 from mlx_adapters.system.gpu_kernels import build, language
 
 Panels = Callable[[mx.array, bool], tuple[mx.array, mx.array]]  # see `panels`
-PANEL = 32  # columns that are made at once
-EVERY = 4  # panels to a graph: what is ahead of the GPU holds what is left of the matrix for each
+PANEL, BLOCK = 64, 512  # columns that are made at once: in a kernel, and before what is left of a large matrix is
 # R upper, from the last column to the first, then column by column its inverse.
 TEXT = """
 const int matrix = PANEL, row = THREAD, size = matrices_shape[1], corner = matrix * size * size;
 SHARED float r[SIZE * (SIZE + 1)];
 float x[SIZE];
+const bool whole = factored[0] == 0;
 for (int j = 0; j < size; ++j) {
   if (row < size) r[row * (size + 1) + j] = matrices[corner + row * size + j];
 }
 BARRIER(BARRIER_OF);
-for (int j = size - 1; j >= 0 && !FACTORED; --j) {
+for (int j = size - 1; j >= 0 && whole; --j) {
   float mine = 0.0f, own = 0.0f;
   if (row <= j) {
     mine = r[row * (size + 1) + j];
@@ -59,16 +58,16 @@ if (row < size) {
 
 @cache
 def _kernel() -> Callable[..., list[mx.array]]:
-    return build("panels", ["matrices"], ["factor", "inverse"], source(language(), TEXT), "")
+    return build("panels", ["matrices", "factored"], ["factor", "inverse"], source(language(), TEXT), "")
 
 
 def panels(matrices: mx.array, factored: bool) -> tuple[mx.array, mx.array]:
     """(R, R⁻¹) of each positive definite matrix R Rᵀ (..., n, n), n at most PANEL, R upper triangular; if they are
     `factored`, the matrices are R. On a GPU; NaN where there is none."""
-    size, flat = matrices.shape[-1], matrices.reshape(-1, *matrices.shape[-2:])
+    flat = matrices.reshape(-1, *matrices.shape[-2:])
     factor, inverse = _kernel()(
-        inputs=[flat],
-        template=[("SIZE", size), ("FACTORED", factored)],
+        inputs=[flat, mx.array([int(factored)])],  # (a constant would be compiled anew)
+        template=[("SIZE", PANEL)],
         grid=(len(flat) * PANEL, 1, 1),
         threadgroup=(PANEL, 1, 1),
         output_shapes=[flat.shape] * 2,
@@ -109,19 +108,33 @@ def _panels_right() -> bool:
 
 
 def upper_factor(hessian: mx.array, panels: Panels) -> mx.array:
-    """R with H = R Rᵀ, by panels from the last columns to the first; NaN where H is not positive definite."""
-    n, rest, made = hessian.shape[-1], hessian, list[mx.array]()
-    for a in range((n - 1) // PANEL * PANEL, -1, -PANEL):
-        corner, inverse = panels(rest[..., a:, a:], False)  # (..., panel, panel)
+    """R with H = R Rᵀ, by blocks from the last columns to the first; NaN where H is not positive definite."""
+    if hessian.shape[-1] <= BLOCK:
+        return _by_columns(hessian, PANEL, panels)
+
+    def blocks(matrices: mx.array, _: bool) -> tuple[mx.array, mx.array]:
+        factor = _by_columns(matrices, PANEL, panels)
+        return factor, inverse_upper(factor, panels)
+
+    return _by_columns(hessian, BLOCK, blocks)
+
+
+def _by_columns(hessian: mx.array, size: int, panels: Panels) -> mx.array:
+    """The factor, `size` columns at once, whose own block `panels` factors."""
+    n, rest, before, made = hessian.shape[-1], hessian, hessian, list[mx.array]()
+    for a in range((n - 1) // size * size, -1, -size):
+        corner, inverse = panels(rest[..., a:, a:], False)  # (..., size, size)
         below = mx.zeros((*hessian.shape[:-2], n - a - corner.shape[-1], corner.shape[-1]))
         if a == 0:  # (CUDA's products of nothing divide by zero)
             made.append(mx.concatenate([corner, below], axis=-2))
             break
-        above = rest[..., :a, a:] @ inverse.swapaxes(-1, -2)  # (..., a, panel)
+        above = rest[..., :a, a:] @ inverse.swapaxes(-1, -2)  # (..., a, size)
         rest = mx.addmm(rest[..., :a, :a], above, above.swapaxes(-1, -2), alpha=-1.0)
         made.append(mx.concatenate([above, corner, below], axis=-2))
-        if len(made) % EVERY == 0:
-            mx.eval(rest)  # what is ahead of the GPU holds what is left of H for each panel
+        if size == BLOCK:
+            mx.async_eval(rest)
+            mx.eval(before)  # what is ahead of the GPU holds what is left of H for each block
+            before = rest
     return mx.concatenate(made[::-1], axis=-1)
 
 
@@ -130,28 +143,20 @@ def inverses(upper: mx.array, panels: Panels) -> list[mx.array]:
     whole = upper.shape[-1] // PANEL * PANEL
     parts = list[mx.array]()
     if whole:
-        parts += list(panels(diagonal_blocks(upper[..., :whole, :whole], PANEL, mx), True)[1])
+        shape = *upper.shape[:-2], whole // PANEL, PANEL, whole // PANEL, PANEL
+        blocks = mx.diagonal(upper[..., :whole, :whole].reshape(shape), axis1=-4, axis2=-2)
+        parts += list(panels(mx.contiguous(mx.moveaxis(blocks, -1, 0)), True)[1])
     if whole < upper.shape[-1]:
         parts.append(panels(upper[..., whole:, whole:], True)[1])
     return parts
 
 
-def solve_upper(upper: mx.array, inverses: list[mx.array], other: mx.array) -> mx.array:
-    """upper⁻¹ · other by panels, from the last rows to the first."""
-    parts, rest = list[mx.array](), other
-    for a, inverse in reversed([*zip(range(0, upper.shape[-1], PANEL), inverses, strict=True)]):
+def inverse_upper(upper: mx.array, panels: Panels) -> mx.array:
+    """R⁻¹ of an upper triangular matrix, by panels of its rows from the last to the first."""
+    parts, n = list[mx.array](), upper.shape[-1]
+    rest = mx.broadcast_to(identity_of(n, mx), upper.shape)
+    for a, inverse in reversed([*zip(range(0, n, PANEL), inverses(upper, panels), strict=True)]):
         parts.append(inverse @ rest[..., a:, :])
         if a:
             rest = mx.addmm(rest[..., :a, :], upper[..., :a, a : a + PANEL], parts[-1], alpha=-1.0)
     return mx.concatenate(parts[::-1], axis=-2)
-
-
-def solve_lower(lower: mx.array, inverses: list[mx.array], other: mx.array) -> mx.array:
-    """lower⁻¹ · other by panels, from the first rows to the last; `inverses` are those of its transpose."""
-    parts, rest = list[mx.array](), other
-    for a, inverse in zip(range(0, lower.shape[-1], PANEL), inverses, strict=True):
-        parts.append(inverse.swapaxes(-1, -2) @ rest[..., : inverse.shape[-1], :])
-        if a + PANEL < lower.shape[-1]:
-            below = lower[..., a + PANEL :, a : a + PANEL]
-            rest = mx.addmm(rest[..., PANEL:, :], below, parts[-1], alpha=-1.0)
-    return mx.concatenate(parts, axis=-2)

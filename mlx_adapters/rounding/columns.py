@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class Rounded:
-    """Each group's scales and biases (..., out), codes and the values that they stand for (..., group, out)."""
+    """By steps of some groups: scales and biases (..., groups, out), codes and their values (..., columns, out)."""
 
     scales: list[Array]
     biases: list[Array]
     codes: list[Array]
     values: list[Array]
 
-    def group(self, g: int) -> tuple[Array, Array, Array, Array]:
-        """Those of one group."""
-        return self.scales[g], self.biases[g], self.codes[g], self.values[g]
+    def step(self, number: int) -> tuple[Array, ...]:
+        """Those of one step."""
+        return tuple(parts[number] for parts in vars(self).values())
 
     def append(self, scale: Array, bias: Array, codes: Array, values: Array) -> None:
-        """Add a group."""
+        """Add a step."""
         for parts, new in zip(vars(self).values(), (scale, bias, codes, values), strict=True):
             parts.append(new)
 
@@ -47,33 +47,34 @@ class Rounder:
     """The rounding of one block of rows under one damped H (..., in, in) = R Rᵀ.
 
     `ahead` is R with each column divided by its diagonal entry, and `variances` (..., in) are the squares of those;
-    `blocks` are what `diagonal_blocks` gives of H and of that factor, (groups, ..., group, group) each; `start` is the
-    grid of the base, (scales, biases), each (..., out) for each group.
+    `blocks` are what `diagonal_blocks` gives of H and of that factor, for each step (..., columns, columns); `start` is
+    the grid of the base, (scales, biases), each (..., groups, out).
     """
 
     def __init__(
         self,
         hessian: Array,
         factor: tuple[Array, Array],
-        blocks: tuple[Array, Array],
+        blocks: tuple[list[Array], list[Array]],
         grid: Grid,
         engine: "Engine",
-        start: tuple[list[Array], list[Array]] | None = None,
+        start: tuple[Array, Array] | None = None,
     ) -> None:
         self.hessian, (self.ahead, self.variances), (self.own, self.feeding) = hessian, factor, blocks
         self.grid, self.engine, self.start = grid, engine, start
-        self.group = grid.quantization.group_size
+        width, step = hessian.shape[-1], engine.step(grid)
+        self.steps = [slice(a, min(a + step, width)) for a in range(0, width, step)]
 
     def feed_forward(self, weight: Array) -> Rounded:
         """One pass over the columns of `weight` with error feedback (GPTQ), choosing each group's grid on the way."""
-        done = Rounded([], [], [], [])
+        done, group = Rounded([], [], [], []), self.grid.quantization.group_size
         fed = self.engine.product(self.ahead.swapaxes(-1, -2), self.engine.xp.zeros_like(weight), lower=True)
-        for g, a in enumerate(range(0, weight.shape[-2], self.group)):
-            b = a + self.group
-            start = () if self.start is None else (self.start[0][g], self.start[1][g])
-            own, block, variances = weight[..., a:b, :], self.feeding[g], self.variances[..., a:b]
-            *made, error = self.engine.forward(self.grid, own + fed.rows(a, b), own, block, variances, *start)
-            fed.add(a, b, error)
+        for columns, block in zip(self.steps, self.feeding, strict=True):
+            groups = slice(columns.start // group, columns.stop // group)
+            start = () if self.start is None else tuple(part[..., groups, :] for part in self.start)
+            own, variances = weight[..., columns, :], self.variances[..., columns]
+            *made, error = self.engine.forward(self.grid, own + fed.rows(columns), own, block, variances, *start)
+            fed.add(columns, error)
             done.append(*made)
         return done
 
@@ -82,10 +83,9 @@ class Rounder:
         errors = weight - self.engine.xp.concatenate(rounded.values, axis=-2)
         done = Rounded([], [], [], [])
         slopes = self.engine.product(self.hessian, errors)
-        for g, a in enumerate(range(0, weight.shape[-2], self.group)):
-            b = a + self.group
-            *made, moved = self.engine.again(self.grid, slopes.rows(a, b), self.own[g], *rounded.group(g))
-            slopes.add(a, b, moved)
+        for number, (columns, block) in enumerate(zip(self.steps, self.own, strict=True)):
+            *made, moved = self.engine.again(self.grid, slopes.rows(columns), block, *rounded.step(number))
+            slopes.add(columns, moved)
             done.append(*made)
         return done
 
@@ -94,8 +94,9 @@ class Rounder:
         xp, grid = self.engine.xp, self.grid
         codes = xp.concatenate(rounded.codes, axis=-2).swapaxes(-1, -2)
         words = pack_codes(codes, grid.quantization.bits, xp)
-        scales = mx.array(grid.encode_scales(xp.stack(rounded.scales, axis=-1))).astype(grid.dtype)
-        biases = mx.array(xp.stack(rounded.biases, axis=-1)).astype(grid.dtype) if grid.has_bias else None
+        scales, biases = (xp.concatenate(parts, axis=-2).swapaxes(-1, -2) for parts in (rounded.scales, rounded.biases))
+        scales = mx.array(grid.encode_scales(scales)).astype(grid.dtype)
+        biases = mx.array(biases).astype(grid.dtype) if grid.has_bias else None
         return Packed(mx.array(words), scales, biases, grid.quantization)
 
 
@@ -157,33 +158,52 @@ def refit(
 def forward(
     engine: "Engine", grid: Grid, target: Array, weight: Array, block: Array, variances: Array, *start: Array
 ) -> tuple[Array, ...]:
-    """One group's first rounding: scale, bias, codes, values, and the error that others are to cancel.
+    """The first rounding of a step's groups: scale, bias, codes, values, and the error that others are to cancel.
 
-    `target` is `weight` (..., group, out) and what earlier groups feed on; of `block` (..., group, group) row i says
-    what column i feeds on to those after it; `start` is a grid that is tried too.
+    `target` is `weight` (..., columns, out) and what earlier steps feed on; of `block` (..., columns, columns) row i
+    says what column i feeds on to those after it; `start` is a grid (..., groups, out) that is tried too.
     """
-    scale, bias = choose_grid(grid, target, variances, *start)
-    codes, values = engine.columns(grid, target, weight, block.swapaxes(-1, -2), scale, bias)
-    return scale, bias, codes, values, weight - values
+    feeding, made = block.swapaxes(-1, -2), list[tuple[Array, ...]]()
+    for number, own in enumerate(_groups(grid, target)):
+        aim = target[..., own, :]
+        if number:
+            aim = aim + feeding[..., own, : own.start] @ grid.xp.concatenate([errors for *_, errors in made], axis=-2)
+        scale, bias = choose_grid(grid, aim, variances[..., own], *(part[..., number, :] for part in start))
+        codes, values = engine.columns(grid, aim, weight[..., own, :], feeding[..., own, own], scale, bias)
+        made.append((scale[..., None, :], bias[..., None, :], codes, values, weight[..., own, :] - values))
+    return _joined(grid, made)
 
 
 def again(
     engine: "Engine", grid: Grid, slope: Array, block: Array, scale: Array, bias: Array, codes: Array, values: Array
 ) -> tuple[Array, ...]:
-    """One group's rounding once more, given all others: scale, bias, codes, values, and by how much those fell.
+    """A step's rounding once more, given all others: scale, bias, codes, values, and by how much those fell.
 
-    `slope` (..., group, out) is the group's rows of H·E, `block` its block of H.
+    `slope` (..., columns, out) are the step's rows of H·E, `block` its block of H.
     """
-    scale, bias, refitted = refit(grid, slope, block, codes, scale, bias)
-    slope = slope + block @ (values - refitted)
-    diagonal = engine.xp.diagonal(block, axis1=-2, axis2=-1)[..., None]  # (..., group, 1)
-    codes, new = engine.columns(grid, refitted + slope / diagonal, refitted, block / diagonal, scale, bias)
-    return scale, bias, codes, new, values - new
+    made = list[tuple[Array, ...]]()
+    for number, own in enumerate(_groups(grid, slope)):
+        here, square, old = slope[..., own, :], block[..., own, own], values[..., own, :]
+        if number:
+            here = here + block[..., own, : own.start] @ grid.xp.concatenate([moved for *_, moved in made], axis=-2)
+        s, b, refitted = refit(grid, here, square, codes[..., own, :], scale[..., number, :], bias[..., number, :])
+        here = here + square @ (old - refitted)
+        diagonal = engine.xp.diagonal(square, axis1=-2, axis2=-1)[..., None]  # (..., group, 1)
+        taken, new = engine.columns(grid, refitted + here / diagonal, refitted, square / diagonal, s, b)
+        made.append((s[..., None, :], b[..., None, :], taken, new, old - new))
+    return _joined(grid, made)
 
 
-def diagonal_blocks(matrix: Array, size: int, xp: ModuleType) -> Array:
-    """The blocks (n / size, ..., size, size) along the diagonal of `matrix` (..., n, n)."""
-    *lead, n, _ = matrix.shape
-    parts = matrix.reshape(*lead, n // size, size, n // size, size)
-    blocks = xp.moveaxis(xp.diagonal(parts, axis1=-4, axis2=-2), -1, 0)
-    return xp.ascontiguousarray(blocks) if hasattr(xp, "ascontiguousarray") else xp.contiguous(blocks)
+def _groups(grid: Grid, columns: Array) -> list[slice]:
+    group = grid.quantization.group_size
+    return [slice(a, a + group) for a in range(0, columns.shape[-2], group)]
+
+
+def _joined(grid: Grid, made: list[tuple[Array, ...]]) -> tuple[Array, ...]:
+    return made[0] if len(made) == 1 else tuple(grid.xp.concatenate(p, axis=-2) for p in zip(*made, strict=True))
+
+
+def diagonal_blocks(matrix: Array, size: int, xp: ModuleType) -> list[Array]:
+    """The blocks (..., size, size) along the diagonal of `matrix` (..., n, n); the last one may be smaller."""
+    parts = [matrix[..., a : a + size, a : a + size] for a in range(0, matrix.shape[-1], size)]
+    return [xp.ascontiguousarray(part) if hasattr(xp, "ascontiguousarray") else xp.contiguous(part) for part in parts]

@@ -7,7 +7,7 @@ asked (see `kernels`); plain operations anywhere else, or where a kernel does no
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -17,22 +17,22 @@ import numpy as np
 from mlx_adapters.errors import ModelError
 from mlx_adapters.rounding import cholesky, kernels
 from mlx_adapters.rounding.columns import again, forward
-from mlx_adapters.rounding.grids import AffineGrid, Array, FloatGrid, Grid, to_numpy
+from mlx_adapters.rounding.grids import AffineGrid, Array, FloatGrid, Grid, identity_of, to_numpy
 from mlx_adapters.system.machine import on_gpu
 
 MORE_DAMPING, MOST_DAMPING = 0.01, 1e4  # of a matrix whose mean diagonal is 1
 UNSOLVED = "This device does not factor a matrix.", "mlx-adapters env --check tells what it computes right."
-EVERY = 4  # groups to a graph: the CPU builds the next ones while the GPU computes
+EVERY = 4  # steps to a graph: the CPU builds the next ones while the GPU computes
 
 
 class Product(Protocol):
     """matrix · errors, (..., n, n) · (..., n, out), while the errors change group by group."""
 
-    def rows(self, a: int, b: int) -> Array:
-        """Its rows a…b now."""
+    def rows(self, some: slice) -> Array:
+        """Some of its rows now."""
 
-    def add(self, a: int, b: int, moved: Array) -> None:
-        """Add `moved` to the errors a…b."""
+    def add(self, some: slice, moved: Array) -> None:
+        """Add `moved` to some of the errors."""
 
 
 class Engine(Protocol):
@@ -46,6 +46,9 @@ class Engine(Protocol):
 
     @property
     def large(self) -> float: ...
+
+    def step(self, grid: Grid) -> int:
+        """How many columns, some groups, are rounded at once."""
 
     def product(self, matrix: Array, errors: Array, lower: bool = False) -> Product:
         """Their product, to be kept. `lower`: of the matrix only what is below the diagonal blocks counts, and the
@@ -78,11 +81,11 @@ class Engine(Protocol):
         Raises ModelError if it never is: then the device computes wrong.
         """
 
-    def solve(self, matrix: Array, other: Array) -> Array:
-        """matrix⁻¹ · other, for a positive definite matrix."""
+    def inverse_upper(self, upper: Array) -> Array:
+        """The inverse of an upper triangular matrix."""
 
-    def solve_lower(self, lower: Array, other: Array) -> Array:
-        """lower⁻¹ · other, for a lower triangular matrix."""
+    def each(self, function: Callable[[Array], Array], matrices: Sequence[Array]) -> list[Array]:
+        """`function` of every matrix."""
 
     def select(self, mask: Array, new: Array, old: Array) -> Array:
         """`new` for the matrices where `mask` (...) holds, else `old`."""
@@ -94,30 +97,35 @@ class _Lazy:
     def __init__(self, matrix: np.ndarray, errors: np.ndarray, lower: bool = False) -> None:
         self.matrix, self.errors, self.lower = matrix, errors, lower
 
-    def rows(self, a: int, b: int) -> np.ndarray:
-        end = a if self.lower else len(self.errors)
-        return self.matrix[a:b, :end] @ self.errors[:end]
+    def rows(self, some: slice) -> np.ndarray:
+        end = some.start if self.lower else len(self.errors)
+        return self.matrix[some, :end] @ self.errors[:end]
 
-    def add(self, a: int, b: int, moved: np.ndarray) -> None:
-        self.errors[a:b] += moved
+    def add(self, some: slice, moved: np.ndarray) -> None:
+        self.errors[some] += moved
 
 
 class _Running:
-    """A product that is kept up to date: a GPU multiplies tall matrices faster than flat ones."""
+    """A product that is kept up to date: a GPU multiplies tall matrices faster than flat ones. If `lower`, the rows
+    from `first` on."""
 
     def __init__(self, matrix: mx.array, errors: mx.array, lower: bool = False) -> None:
-        self.matrix, self.total = matrix, errors if lower else matrix @ errors
-        self.groups, self.before = 0, self.total
+        self.matrix, self.total, self.lower = matrix, errors if lower else matrix @ errors, lower
+        self.first, self.steps, self.before = 0, 0, self.total
 
-    def rows(self, a: int, b: int) -> mx.array:
-        return self.total[..., a:b, :]
+    def rows(self, some: slice) -> mx.array:
+        return self.total[..., some.start - self.first : some.stop - self.first, :]
 
-    def add(self, a: int, b: int, moved: mx.array) -> None:
-        self.total = mx.addmm(self.total, self.matrix[..., :, a:b], moved)
-        self.groups += 1
-        if self.groups % EVERY == 0:
+    def add(self, some: slice, moved: mx.array) -> None:
+        if self.lower:
+            if some.stop == self.matrix.shape[-1]:
+                return
+            self.total, self.first = self.total[..., some.stop - self.first :, :], some.stop
+        self.total = mx.addmm(self.total, self.matrix[..., self.first :, some], moved)
+        self.steps += 1
+        if self.steps % EVERY == 0:
             mx.async_eval(self.total)
-            mx.eval(self.before)  # what is ahead of the GPU holds a product for each group
+            mx.eval(self.before)  # what is ahead of the GPU holds a product for each step
             self.before = self.total
 
 
@@ -125,6 +133,9 @@ class NumpyEngine:
     """One matrix (in, out) at a time, on one core."""
 
     xp, large = np, float(1 << 23)  # two passes over a larger matrix, worth some percent of the error, take minutes
+
+    def step(self, grid: Grid) -> int:
+        return grid.quantization.group_size
 
     def product(self, matrix: np.ndarray, errors: np.ndarray, lower: bool = False) -> Product:
         return _Lazy(matrix, errors, lower)
@@ -169,11 +180,11 @@ class NumpyEngine:
                 return np.ascontiguousarray(np.linalg.cholesky(flipped)[::-1, ::-1]).astype(np.float32)
         raise ModelError(*UNSOLVED)
 
-    def solve(self, matrix: np.ndarray, other: np.ndarray) -> np.ndarray:
-        return np.linalg.solve(matrix, other)
+    def inverse_upper(self, upper: np.ndarray) -> np.ndarray:
+        return np.linalg.inv(upper)
 
-    def solve_lower(self, lower: np.ndarray, other: np.ndarray) -> np.ndarray:
-        return np.linalg.solve(lower, other)
+    def each(self, function: Callable[[np.ndarray], np.ndarray], matrices: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [function(matrix) for matrix in matrices]
 
     def select(self, mask: Any, new: np.ndarray, old: np.ndarray) -> np.ndarray:
         return new if mask else old
@@ -215,6 +226,10 @@ class MlxEngine:
     def __init__(self) -> None:
         self.note: str | None = None
 
+    def step(self, grid: Grid) -> int:
+        group = grid.quantization.group_size
+        return kernels.STEP if isinstance(grid, AffineGrid) and self._has_kernels(grid) else group
+
     def product(self, matrix: mx.array, errors: mx.array, lower: bool = False) -> Product:
         return _Running(matrix, errors, lower)
 
@@ -247,7 +262,7 @@ class MlxEngine:
     def factor(self, hessian: mx.array) -> mx.array:
         panels = self._panels()
         for extra in _more_damping():
-            hessian = hessian + extra * mx.eye(hessian.shape[-1]) if extra else hessian
+            hessian = hessian + extra * identity_of(hessian.shape[-1], mx) if extra else hessian
             factor = cholesky.upper_factor(hessian, panels)
             if mx.isfinite(mx.diagonal(factor, axis1=-2, axis2=-1)).all().item():
                 return factor
@@ -256,13 +271,13 @@ class MlxEngine:
     def _panels(self) -> cholesky.Panels:
         return cholesky.panels if self._has_kernels() else cholesky.plain_panels
 
-    def solve(self, matrix: mx.array, other: mx.array) -> mx.array:
-        factor = self.factor(matrix)
-        inverses = cholesky.inverses(factor, self._panels())
-        return cholesky.solve_lower(factor.swapaxes(-1, -2), inverses, cholesky.solve_upper(factor, inverses, other))
+    def inverse_upper(self, upper: mx.array) -> mx.array:
+        return cholesky.inverse_upper(upper, self._panels())
 
-    def solve_lower(self, lower: mx.array, other: mx.array) -> mx.array:
-        return cholesky.solve_lower(lower, cholesky.inverses(lower.swapaxes(-1, -2), self._panels()), other)
+    def each(self, function: Callable[[mx.array], mx.array], matrices: Sequence[mx.array]) -> list[mx.array]:
+        if len({matrix.shape for matrix in matrices}) == 1:  # at once
+            return list(function(mx.stack(matrices)))
+        return [function(matrix) for matrix in matrices]
 
     def select(self, mask: mx.array, new: mx.array, old: mx.array) -> mx.array:
         if mask.ndim == 0:

@@ -26,7 +26,6 @@ an engine of MLX. The engine of NumPy takes one matrix.
 """
 
 import itertools
-from functools import partial
 from types import ModuleType
 
 import mlx.core as mx
@@ -35,12 +34,12 @@ import numpy as np
 from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.rounding.columns import Rounded, Rounder, diagonal_blocks
 from mlx_adapters.rounding.engines import NUMPY, Engine
-from mlx_adapters.rounding.grids import Array, make_grid
+from mlx_adapters.rounding.grids import Array, identity_of, make_grid
 from mlx_adapters.rounding.packed import Packed, dequantize, to_nearest
 
 DAMPING, OUTPUT_DAMPING = 0.01, 0.1
 ROW_BLOCKS = 8
-PROBES = 256
+ESTIMATED, PROBES = 1 << 23, 256  # weights from which on an error is estimated, and from how many samples
 SWEEPS = 6  # row by row
 NOTABLE_LOSS, MOST_AIM = 0.01, 1.0  # of an update's length
 
@@ -52,7 +51,7 @@ def damped(hessian: Array, damping: Array | float = DAMPING, engine: Engine = NU
     means: round those to nearest. An H with no finite positive trace becomes the identity.
     """
     xp, hessian = engine.xp, engine.array(hessian)
-    identity = xp.eye(hessian.shape[-1], dtype=xp.float32)
+    identity = identity_of(hessian.shape[-1], xp)
     mean = _diagonal(hessian, xp).mean(axis=-1)  # (...)
     usable = xp.isfinite(mean) & (mean > 0) & xp.isfinite(hessian).all(axis=(-2, -1))
     scale, more = 0.5 / xp.where(usable, mean, xp.ones_like(mean)), xp.array(damping, dtype=xp.float32)
@@ -171,14 +170,13 @@ class _BlockedRounder:
             biases = engine.xp.zeros_like(scales)
             if start.biases is not None:
                 biases = self.transposed(engine.array(start.biases))
-        groups = range(weight.shape[-1] // quantization.group_size)
-        blocks_of = partial(diagonal_blocks, size=quantization.group_size, xp=engine.xp)
-        along = blocks_of(hessian), blocks_of(factor[0])
+        step = engine.step(grid)
+        along = diagonal_blocks(hessian, step, engine.xp), diagonal_blocks(factor[0], step, engine.xp)
         self.rounders = []
         for span in self.spans:
             own = None
             if scales is not None and biases is not None:
-                own = [scales[..., g, span] for g in groups], [biases[..., g, span] for g in groups]
+                own = scales[..., span], biases[..., span]
             self.rounders.append(Rounder(hessian, factor, along, grid, engine, own))
         self.states: list[Rounded | None] = [None] * len(blocks)
         self.errors = [engine.xp.zeros_like(self.weight[..., span]) for span in self.spans]
@@ -207,33 +205,27 @@ class _BlockedRounder:
         """Each block against the errors of those before it, then twice (large: once) against those of all others."""
         xp, engine = self.engine.xp, self.engine
         factor = engine.factor(outputs)
+        inverses = engine.each(engine.inverse_upper, [factor[..., span, span] for span in self.spans])
         for number, span in enumerate(self.spans):
             shift = None
             if number:
-                before, lower = slice(0, span.start), factor[..., span, span].swapaxes(-1, -2)
-                fed = engine.solve_lower(lower, factor[..., before, span].swapaxes(-1, -2))
-                shift = self._whole()[..., before] @ fed.swapaxes(-1, -2)
+                before = xp.concatenate(self.errors[:number], axis=-1)
+                shift = before @ factor[..., : span.start, span] @ inverses[number]
             self._round(number, shift, 1)
-        feeds = self._solved(outputs)
+        inverses = engine.each(self._inverse, [outputs[..., span, span] for span in self.spans])
         for passed in range(2 if self.weight.size <= engine.large else 1):
             moved = None if update is None else self._correct_aim(update, outputs)
             if moved is not None:
                 self.best_loss = xp.where(moved, np.float32(np.inf), self.best_loss)  # of another target
-            for number, fed in enumerate(feeds):
-                self._round(number, self._whole() @ fed - self.errors[number], 1, None if passed else moved)
+            for number, (span, inverse) in enumerate(zip(self.spans, inverses, strict=True)):
+                shift = self._whole() @ outputs[..., span] @ inverse - self.errors[number]
+                self._round(number, shift, 1, None if passed else moved)
             self._keep_if_better(outputs, factor)
 
-    def _solved(self, outputs: Array) -> list[Array]:
-        """G_bb⁻¹ G_b of each block of rows, transposed, (..., out, rows): what they cancel of all others' errors."""
-        xp, size = self.engine.xp, self.spans[-1].stop - self.spans[-1].start
-        alike = [span for span in self.spans if span.stop - span.start == size]  # (those go in one batch)
-        lots = [[span] for span in self.spans[: -len(alike)]] + [alike]
-        solved = list[Array]()
-        for lot in lots:
-            pairs = ((outputs[..., s, s], outputs[..., s, :]) for s in lot)
-            own, rows = (xp.stack(parts) for parts in zip(*pairs, strict=True))
-            solved += list(self.engine.solve(own, rows).swapaxes(-1, -2))
-        return solved
+    def _inverse(self, matrix: Array) -> Array:
+        """Of a positive definite matrix."""
+        inverse = self.engine.inverse_upper(self.engine.factor(matrix))
+        return inverse.swapaxes(-1, -2) @ inverse
 
     def _whole(self) -> Array:
         return self.engine.xp.concatenate(self.errors, axis=-1)
@@ -274,7 +266,7 @@ class _BlockedRounder:
         return new.chosen(lambda mine, other: self.engine.select(mask, mine, other), old)
 
     def _keep_if_better(self, outputs: Array | None, factor: Array | None = None) -> None:
-        estimated = factor if self.weight.size > self.engine.large else None
+        estimated = factor if self.weight.shape[-2] * self.weight.shape[-1] > ESTIMATED else None
         loss = error_felt(self._whole(), self.hessian, outputs, estimated)
         loss = loss / (self.weight.shape[-2] * self.weight.shape[-1])
         better, states = loss < self.best_loss, [state for state in self.states if state is not None]
@@ -296,8 +288,8 @@ def error_felt(errors: Array, hessian: Array, outputs: Array | None = None, fact
     With a `factor` R of G = R Rᵀ it is estimated: it is the mean over random u of covariance G of what H makes of E u.
     """
     if factor is not None:
-        noise = np.random.default_rng(0).standard_normal((len(factor), PROBES), np.float32)
-        moved = errors @ (factor @ noise)  # (in, PROBES)
+        noise = np.random.default_rng(0).standard_normal((factor.shape[-1], PROBES), np.float32)
+        moved = errors @ (factor @ (noise if isinstance(factor, np.ndarray) else mx.array(noise)))  # (..., in, PROBES)
         return (moved * (hessian @ moved)).sum(axis=(-2, -1)) / PROBES
     felt = errors if outputs is None else errors @ outputs  # (..., in, out)
     return (felt * (hessian @ errors)).sum(axis=(-2, -1))

@@ -190,6 +190,11 @@ def make_grid(quantization: Quantization, dtype: mx.Dtype, xp: ModuleType = np) 
     return AffineGrid(quantization, dtype, xp) if quantization.mode == "affine" else FloatGrid(quantization, xp)
 
 
+def identity_of(n: int, xp: ModuleType) -> Array:
+    """The identity (n, n). (`mx.eye` is a scatter, which a GPU compiles for seconds.)"""
+    return (xp.arange(n)[:, None] == xp.arange(n)).astype(xp.float32)
+
+
 def weighted(weights: Array, values: Array) -> Array:
     """Σ weights (..., group) · values (..., group, out) over the group."""
     return (weights[..., None, :] @ values)[..., 0, :]

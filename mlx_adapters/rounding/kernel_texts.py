@@ -1,8 +1,9 @@
 """The texts of the kernels of `kernels`, for Metal and CUDA: one for both, with the few words that differ.
 
-Three round a group: the first time (its grid is chosen, then its columns one by one), once more (its grid is moved to
-its best), and in float modes only its columns. There 32 lanes that run in step take one output row, each lane every
-32nd column. Loops that run long have no constant end: unrolled they take a minute to compile.
+Three round a step's groups one after the other: the first time (its grid is chosen, then its columns one by one), once
+more (its grid is moved to its best), and in float modes the columns of one group. There 32 lanes that run in step take
+one output row, each lane every 32nd column. Loops that run long have no constant end: unrolled they take a minute to
+compile.
 """
 
 from typing import NamedTuple
@@ -79,9 +80,13 @@ FUNCTION float code_of(float x, float inverse, float b, float top) {
 """
 START = """
 const int thread = ROW, lane = thread % 32, row = thread / 32, matrix = MATRIX;
-const int group = target_shape[1], out = target_shape[2];
-if (row < out) {
-  const int grid = matrix * out + row, first = matrix * group * out + row, corner = matrix * group * group + lane;
+const int columns = target_shape[1], out = target_shape[2], groups = columns / (OWN * WIDTH);
+float later[COLUMNS];  // of this group and those after it: what earlier ones feed on to them
+for (int p = 0; p < COLUMNS; ++p) later[p] = 0.0f;
+for (int g = 0; g < groups && row < out; ++g) {
+  const int begin = g * OWN * WIDTH, left = columns - begin, grid = (matrix * groups + g) * out + row;
+  const int top_row = matrix * columns + begin, first = top_row * out + row;
+  const int corner = top_row * columns + begin + lane;
 """
 # Every lane rounds its own column, the one whose turn it is hands its error on.
 LOOP = """
@@ -96,7 +101,7 @@ LOOP = """
         taken[q] = value;
       }
       const float error = SHUFFLE(ALL source - value, l);
-      for (int p = 0; p < OWN; ++p) if (lane < WIDTH) fed[p] += block[corner + (32 * q + l) * group + 32 * p] * error;
+      for (int p = 0; p < OWN; ++p) if (lane < WIDTH) fed[p] += block[corner + (32 * q + l) * columns + 32 * p] * error;
     }
   }
   for (int p = 0; p < OWN; ++p) if (lane < WIDTH) {
@@ -105,6 +110,7 @@ LOOP = """
     values[at] = taken[p];
     MOVED
   }
+  FEED
 }
 """
 AFFINE = """
@@ -118,13 +124,23 @@ FLOAT = """
       }
       const int code = order[low];
       const float value = s * levels[code];"""
+# A group's errors move the groups after it.
+FEED = """for (int q = 0; q < OWN && left > 32 * OWN; ++q) {
+    for (int l = 0; l < WIDTH; ++l) {
+      const float error = SHUFFLE(ALL taken[q], l);
+      for (int p = OWN; p < COLUMNS; ++p) {
+        if (32 * p < left) later[p] += block[corner + (32 * q + l) * columns + 32 * p] * error;
+      }
+    }
+  }
+  for (int p = 0; p < COLUMNS; ++p) later[p] = p + OWN < COLUMNS ? later[p + OWN] : 0.0f;"""
 # What is rounded, and what it is to be near.
 READ = """
   float w[OWN], t[OWN];
   for (int p = 0; p < OWN; ++p) {
     const int at = first + (32 * p + lane) * out;
     w[p] = lane < WIDTH ? weight[at] : 0.0f;
-    t[p] = lane < WIDTH ? target[at] : 0.0f;
+    t[p] = lane < WIDTH ? target[at] + later[p] : 0.0f;
   }
 """
 AIMED = """
@@ -135,7 +151,7 @@ CHOOSE = """
   const float top = float(TOP);
   float v[OWN], low = t[0], high = t[0], total = 0.0f;
   for (int p = 0; p < OWN; ++p) {
-    v[p] = variances[matrix * group + 32 * p + lane];
+    v[p] = variances[matrix * columns + begin + 32 * p + lane];
     low = t[p] < low ? t[p] : low;
     high = t[p] > high ? t[p] : high;
     total += v[p];
@@ -145,7 +161,7 @@ CHOOSE = """
   total = sum_of(total);
   const float half_range = (high - low) / 2.0f, center = (low + high) / 2.0f;
   float best = 0.0f, best_s = 1.0f, best_b = 0.0f, s = 1.0f, b = 0.0f, inverse = 1.0f;
-  for (int k = 0; k <= 2 * ranges + STARTED; ++k) {
+  for (int k = 0; k <= 2 * ranges + started[0]; ++k) {
     if (k > 2 * ranges) {
       s = start_scale[grid];
       b = start_bias[grid];
@@ -198,7 +214,7 @@ REFIT = """
   for (int p = 0; p < OWN; ++p) {
     const int at = first + (32 * p + lane) * out;
     c[p] = float(old_codes[at]);
-    t[p] = target[at];
+    t[p] = target[at] + later[p];
     h[p] = 0.0f;
     sums[p] = 0.0f;
   }
@@ -206,7 +222,7 @@ REFIT = """
     for (int l = 0; l < WIDTH; ++l) {
       const float other = SHUFFLE(ALL c[q], l);
       for (int p = 0; p < OWN; ++p) {
-        const float own = block[corner + (32 * q + l) * group + 32 * p];
+        const float own = block[corner + (32 * q + l) * columns + 32 * p];
         h[p] += own * other;
         sums[p] += own;
       }
@@ -235,7 +251,7 @@ REFIT = """
   const float s = better ? new_s : old_s, b = better ? new_b : old_b, inverse = 1.0f / s;
   for (int p = 0; p < OWN; ++p) {
     t[p] += (old_s - s) * h[p] + (old_b - b) * sums[p];
-    h[p] = 1.0f / block[corner + (32 * p + lane) * group + 32 * p];
+    h[p] = 1.0f / block[corner + (32 * p + lane) * columns + 32 * p];
   }
 """
 REAIMED = """
@@ -249,11 +265,15 @@ GRID = """
 
 
 def _loop(aim: str, rounding: str, moved: str = "") -> str:
-    return LOOP.replace("AIM", aim.strip()).replace("ROUND", rounding.strip()).replace("MOVED", moved)
+    """The columns' loop; `moved` is by how much one fell, which is fed on to later groups."""
+    parts = {"AIM": aim.strip(), "ROUND": rounding.strip(), "MOVED": "", "FEED": ""}
+    if moved:
+        parts |= {"MOVED": f"moved[at] = taken[p] = {moved};", "FEED": FEED}
+    return spelled(LOOP, parts)
 
 
 class Text(NamedTuple):
-    """A kernel: its body, the names of its inputs (the first, "target", is (batch, group, out)) and of its outputs."""
+    """A kernel: its body, the names of its inputs (the first, "target": (batch, columns, out)) and of its outputs."""
 
     body: str
     inputs: tuple[str, ...]
@@ -268,12 +288,12 @@ TEXTS = {
         ("codes", "values"),
     ),
     "forward": Text(
-        START + READ + CHOOSE + GRID + _loop(AIMED, AFFINE, "moved[at] = w[p] - taken[p];"),
-        ("target", "weight", "block", "variances", "shrinks", "start_scale", "start_bias"),
+        START + READ + CHOOSE + GRID + _loop(AIMED, AFFINE, "w[p] - taken[p]"),
+        ("target", "weight", "block", "variances", "shrinks", "started", "start_scale", "start_bias"),
         OUTPUTS,
     ),
     "again": Text(
-        START + REFIT + GRID + _loop(REAIMED, AFFINE, "moved[at] = old_s * c[p] + old_b - taken[p];"),
+        START + REFIT + GRID + _loop(REAIMED, AFFINE, "old_s * c[p] + old_b - taken[p]"),
         ("target", "block", "old_scale", "old_bias", "old_codes"),
         OUTPUTS,
     ),

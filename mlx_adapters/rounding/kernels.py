@@ -1,7 +1,7 @@
-"""What is done for each output row of one group on MLX: kernels for Metal and CUDA, and plain operations anywhere.
+"""What is done for each output row of a step's groups on MLX: kernels for Metal and CUDA, plain operations anywhere.
 
 The plain operations are those of `columns` and `plain_columns` here; the kernels' texts stand in `kernel_texts`. Before
-kernels are used they are held against the plain operations on a small group; that of the float modes, which have one
+kernels are used they are held against the plain operations on a small step; that of the float modes, which have one
 for the columns alone, to the bit, with numbers such that both are exact.
 """
 
@@ -20,6 +20,7 @@ from mlx_adapters.rounding.kernel_texts import HEADER, TEXTS, source
 from mlx_adapters.system.gpu_kernels import build, language
 
 LANES, ROWS = 32, 8  # of a threadgroup: rows lie beside each other in memory, and are read together
+STEP = 512  # columns whose groups one call rounds: a call costs as much as their arithmetic
 UNLIKE = "the GPU's kernels do not give what plain operations give; those are used, slowly"
 STORED = {mx.float32: 0, mx.bfloat16: 1, mx.float16: 2}
 
@@ -30,16 +31,22 @@ def _built(name: str) -> Callable[..., list[mx.array]]:
     return build(f"round_{name}", text.inputs, text.outputs, source(own, text.body), source(own, HEADER))
 
 
-def _call(name: str, inputs: list[mx.array], **constants: int | bool) -> list[mx.array]:
-    """Run a kernel; of its inputs those with a batch have it as leading axes, kept for the outputs."""
-    *lead, group, out = inputs[0].shape
-    flat = inputs[0].reshape(-1, group, out)
-    small = {"scale": (len(flat), out), "bias": (len(flat), out)}
+def _call(name: str, group: int, most: int, inputs: list[mx.array], **constants: int) -> list[mx.array]:
+    """Run a kernel on groups of `group` columns, at most `most` columns; of its inputs those with a batch have it as
+    leading axes, kept for the outputs."""
+    *lead, columns, out = inputs[0].shape
+    flat = inputs[0].reshape(-1, columns, out)
+    small = dict.fromkeys(("scale", "bias"), (len(flat), columns // group, out))
     shapes = [small.get(output, flat.shape) for output in TEXTS[name].outputs]
     kinds = [mx.uint8 if output == "codes" else mx.float32 for output in TEXTS[name].outputs]
     results = _built(name)(
         inputs=[flat, *inputs[1:]],
-        template=[("OWN", -(-group // LANES)), ("WIDTH", min(group, LANES)), *constants.items()],
+        template=[
+            ("OWN", -(-group // LANES)),
+            ("WIDTH", min(group, LANES)),
+            ("COLUMNS", -(-most // LANES)),
+            *constants.items(),
+        ],
         grid=(-(-out // ROWS) * ROWS * LANES, len(flat), 1),
         threadgroup=(ROWS * LANES, 1, 1),
         output_shapes=shapes,
@@ -53,7 +60,8 @@ def columns(
 ) -> tuple[mx.array, mx.array]:
     """See `Engine.columns`; of the modes other than affine, on a GPU."""
     inputs = [target, weight, block.swapaxes(-1, -2), scale, grid.middles, grid.order, grid.levels]
-    codes, values = _call("columns", inputs, TOP=len(grid.middles))
+    group = grid.quantization.group_size
+    codes, values = _call("columns", group, group, inputs, TOP=len(grid.middles))
     return codes, values
 
 
@@ -66,9 +74,13 @@ def forward(
     grid: AffineGrid, target: mx.array, weight: mx.array, block: mx.array, variances: mx.array, *start: mx.array
 ) -> tuple[mx.array, ...]:
     """`columns.forward` on a GPU."""
-    inputs = [target, weight, block, variances, _shrinks(grid.quantization.bits), *(start or (variances, variances))]
-    constants = {"TOP": int(grid.top), "STORED": STORED[grid.dtype], "STARTED": bool(start)}
-    return tuple(_call("forward", inputs, **constants))
+    shrinks, started = _shrinks(grid.quantization.bits), mx.array([int(bool(start))])  # (a constant is compiled anew)
+    inputs = [target, weight, block, variances, shrinks, started, *(start or (variances, variances))]
+    return tuple(_call("forward", grid.quantization.group_size, STEP, inputs, **_constants(grid)))
+
+
+def _constants(grid: AffineGrid) -> dict[str, int]:
+    return {"TOP": int(grid.top), "STORED": STORED[grid.dtype]}
 
 
 def again(
@@ -81,8 +93,8 @@ def again(
     values: mx.array,
 ) -> tuple[mx.array, ...]:
     """`columns.again` on a GPU."""
-    constants = {"TOP": int(grid.top), "STORED": STORED[grid.dtype]}
-    return tuple(_call("again", [slope, block, scale, bias, codes], **constants))
+    inputs = [slope, block, scale, bias, codes]
+    return tuple(_call("again", grid.quantization.group_size, STEP, inputs, **_constants(grid)))
 
 
 def plain_columns(
@@ -118,8 +130,7 @@ def _rounds_right(grid: Grid) -> bool:
         pairs = zip(columns(grid, *case), plain_columns(grid, *case), strict=True)
         return all(mx.array_equal(mine, theirs).item() for mine, theirs in pairs)
     plain = SimpleNamespace(xp=mx, columns=plain_columns)
-    target, variances, block, *rounded = usual_group(grid)
-    feeding = mx.triu(block, 1) / variances[..., None, :]
+    target, block, feeding, variances, *rounded = usual_step(grid)
     starts = ((), tuple(rounded[:2]))
     forwards = [(target + 0.001, target, feeding, variances, *start) for start in starts]
     return all(_alike(forward(grid, *case), plain_forward(plain, grid, *case)) for case in forwards) and _alike(
@@ -133,16 +144,23 @@ def _alike(mine: tuple[mx.array, ...], theirs: tuple[mx.array, ...]) -> bool:
     return all(part.mean().item() > 0.95 for part in near)
 
 
-def usual_group(grid: AffineGrid) -> tuple[mx.array, ...]:
-    """Target, variances, H, scale, bias, codes and values of a group of two matrices with 200 rows, as in a layer."""
+def usual_step(grid: AffineGrid) -> tuple[mx.array, ...]:
+    """Three groups of two matrices with 200 rows, as in a layer: target, H, its factor with each column divided by its
+    diagonal entry, the squares of those, scale, bias, codes and values."""
     random, group, out = np.random.default_rng(0), grid.quantization.group_size, 200
-    x = random.standard_normal((2, 2 * group, group)) * np.exp(random.standard_normal(group))
-    block = mx.array((x.swapaxes(-1, -2) @ x / group).astype(np.float32))
-    target = mx.array((0.02 * random.standard_normal((2, group, out))).astype(np.float32))
-    scale, bias = (part[0] for part in grid.candidates(target))
-    codes = grid.codes(target, scale, bias)
-    values = grid.values(codes, scale, bias)
-    return target, mx.diagonal(block, axis1=-2, axis2=-1), block, scale, bias, codes.astype(mx.uint8), values
+    columns = 3 * group
+    x = random.standard_normal((2, 2 * columns, columns)) * np.exp(random.standard_normal(columns))
+    block = x.swapaxes(-1, -2) @ x / columns + 0.1 * np.eye(columns)
+    factor = np.linalg.cholesky(block[..., ::-1, ::-1])[..., ::-1, ::-1]
+    diagonal = np.diagonal(factor, axis1=-2, axis2=-1)
+    moments = (block, factor / diagonal[..., None, :], diagonal**2)
+    target = mx.array((0.02 * random.standard_normal((2, columns, out))).astype(np.float32))
+    split = mx.unflatten(target, -2, (3, group))  # (2, 3, group, out)
+    scale, bias = (part[0] for part in grid.candidates(split))  # (2, 3, out)
+    codes = grid.codes(split, scale, bias)
+    values = grid.values(codes, scale, bias).reshape(target.shape)
+    codes = codes.astype(mx.uint8).reshape(target.shape)
+    return target, *(mx.array(part.astype(np.float32)) for part in moments), scale, bias, codes, values
 
 
 def exact_group(quantization: Quantization) -> tuple[mx.array, ...]:

@@ -56,7 +56,7 @@ def tapped_vjp(
     tape.probes, tape.notes, tape.shapes = None, [], []
     out = run(hidden)  # lazy: only for the shapes, and for what the cotangent needs of it
     sent = cotangent(out)
-    probes = [mx.zeros(shape) for shape in tape.shapes]
+    probes = [mx.broadcast_to(mx.zeros(()), shape) for shape in tape.shapes]  # (no memory)
 
     def probed(hidden: mx.array, *probes: mx.array) -> mx.array:
         tape.probes, tape.notes, tape.shapes = list(probes), [], []

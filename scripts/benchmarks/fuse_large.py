@@ -13,6 +13,7 @@ llama has 32, Qwen3-30B-A3B 48.
 """
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
@@ -124,6 +125,7 @@ def main():
         mx.clear_cache()
         report = {"device": str(mx.device_info().get("device_name", "cpu")), "blocks": options.blocks}
         for method in options.methods:
+            gc.collect()  # the random model is a cycle
             mx.clear_cache()
             mx.reset_peak_memory()
             seconds, figures = WAYS[method](base, adapter, Path(work) / method, method, options.rows)
