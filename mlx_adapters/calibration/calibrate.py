@@ -79,6 +79,7 @@ def round_layers(
                     under_way.append((path, layers[0].submit(workers, ways, engine)))
                 else:
                     under_way += _together(layers, ways, engine)
+                del layers  # and with them the block's weights
                 collect(most=2 * workers.count)
         collect(most=0)
     if isinstance(engine, MlxEngine) and engine.note:

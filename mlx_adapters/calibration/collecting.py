@@ -12,6 +12,7 @@ the first, so that memory holds the weights and the activations of one block, ho
 """
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -89,18 +90,25 @@ class Collector:
         entered = [model.blocks.enter(batch.tokens) for batch in self.batches]
         hidden, self._calls = [h for h, _ in entered], [c for _, c in entered]
         paths.require_free_space(self._entries.folder, (count - self.first) * sum(h.nbytes for h in hidden))
-        for index in range(count):
-            if index >= self.first:
-                self._entries.put(hidden)
-            model.prepare(index)
-            after = []
-            for h, calls in zip(hidden, self._calls, strict=True):
-                out = model.blocks.step(index, h, calls[index])
-                mx.eval(out)
-                after.append(out)
-            hidden = after
-            model.release(index)
-            on_event(Progress(FORWARD, index + 1, count, "block"))
+        with ThreadPoolExecutor(1) as writer:  # the disk works beside the device
+            written: Future[None] | None = None
+            for index in range(count):
+                if index >= self.first:
+                    mx.eval(hidden)  # (the other thread cannot)
+                    if written is not None:
+                        written.result()
+                    written = writer.submit(self._entries.put, hidden)
+                model.prepare(index)
+                after = []
+                for h, calls in zip(hidden, self._calls, strict=True):
+                    out = model.blocks.step(index, h, calls[index])
+                    mx.eval(out)
+                    after.append(out)
+                hidden = after
+                model.release(index)
+                on_event(Progress(FORWARD, index + 1, count, "block"))
+            if written is not None:
+                written.result()
         model.release(count)
         return hidden
 
