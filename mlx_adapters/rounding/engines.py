@@ -26,13 +26,13 @@ EVERY = 4  # steps to a graph: the CPU builds the next ones while the GPU comput
 
 
 class Product(Protocol):
-    """matrix · errors, (..., n, n) · (..., n, out), while the errors change group by group."""
+    """matrix · errors, (..., n, n) · (..., n, out), while the errors change step by step: the rows from there on."""
 
     def rows(self, some: slice) -> Array:
         """Some of its rows now."""
 
     def add(self, some: slice, moved: Array) -> None:
-        """Add `moved` to some of the errors."""
+        """Add `moved` to some of the errors; only rows after those are asked for then."""
 
 
 class Engine(Protocol):
@@ -106,22 +106,20 @@ class _Lazy:
 
 
 class _Running:
-    """A product that is kept up to date: a GPU multiplies tall matrices faster than flat ones. If `lower`, the rows
-    from `first` on."""
+    """A product whose rows from `first` on are kept up to date: a GPU multiplies tall matrices faster than flat."""
 
     def __init__(self, matrix: mx.array, errors: mx.array, lower: bool = False) -> None:
-        self.matrix, self.total, self.lower = matrix, errors if lower else matrix @ errors, lower
+        self.matrix, self.total = matrix, errors if lower else matrix @ errors
         self.first, self.steps, self.before = 0, 0, self.total
 
     def rows(self, some: slice) -> mx.array:
         return self.total[..., some.start - self.first : some.stop - self.first, :]
 
     def add(self, some: slice, moved: mx.array) -> None:
-        if self.lower:
-            if some.stop == self.matrix.shape[-1]:
-                return
-            self.total, self.first = self.total[..., some.stop - self.first :, :], some.stop
-        self.total = mx.addmm(self.total, self.matrix[..., self.first :, some], moved)
+        if some.stop == self.matrix.shape[-1]:
+            return
+        ahead, self.first = self.total[..., some.stop - self.first :, :], some.stop
+        self.total = mx.addmm(ahead, self.matrix[..., self.first :, some], moved)
         self.steps += 1
         if self.steps % EVERY == 0:
             mx.async_eval(self.total)
