@@ -171,6 +171,16 @@ def test_a_released_part_of_a_model_holds_nothing(tiny_model):
     assert held(len(model.blocks)) == 0 < before[-1]
 
 
+def test_what_is_outside_the_blocks_is_dense_only_while_it_is_used(tiny_model):
+    model = BlockwiseModel(resolve_base(tiny_model("qwen3", bits=4)))
+    count = len(model.blocks)
+    model.prepare(count)
+    mx.eval(model.blocks.finish(mx.ones((1, 1, 64)), mx.array([0])))
+    before = mx.get_active_memory()
+    model.prepare(count)
+    assert before - mx.get_active_memory() > 0.9 * model.weight("lm_head").nbytes
+
+
 def test_calibration_asks_for_room_on_the_disk_before_it_works(tiny_model, tmp_path, monkeypatch):
     base = resolve_base(tiny_model("llama"))
     collector = Collector(

@@ -64,6 +64,17 @@ def test_mlx_rounds_a_batch_as_numpy_rounds_each(quantization, together):
         }
 
 
+def test_a_large_matrixs_error_is_estimated_well(monkeypatch):
+    weights, h, g, base, _ = layers(2, Quantization(4, 64))
+    runs = []
+    for limit in (1 << 23, 0):
+        monkeypatch.setattr(feedback, "ESTIMATED", limit)
+        arguments = weights, mx.array(h), Quantization(4, 64), mx.bfloat16, base, mx.array(g)
+        runs.append(np.array(feedback.calibrated(*arguments, engine=MlxEngine())[1]))
+    np.testing.assert_allclose(runs[1], runs[0], rtol=0.1)
+    assert (runs[1] != runs[0]).all()
+
+
 def test_one_engine_gives_the_same_bits_again():
     weights, h, _, base, update = layers(2, Quantization(4, 64))
     runs = []
