@@ -88,6 +88,8 @@ for (int g = 0; g < groups && row < out; ++g) {
   const int top_row = matrix * columns + begin, first = top_row * out + row;
   const int corner = top_row * columns + begin + lane;
 """
+# Of affine grids: no constants, with which each precision would be compiled anew.
+SETTINGS = "const float top = float(settings[0]);\nconst int stored = settings[1], started = settings[2];"
 # Every lane rounds its own column, the one whose turn it is hands its error on.
 LOOP = """
   float fed[OWN], found[OWN], taken[OWN];
@@ -114,7 +116,7 @@ LOOP = """
 }
 """
 AFFINE = """
-      const float code = code_of(wanted, inverse, b, float(TOP));
+      const float code = code_of(wanted, inverse, b, top);
       const float value = s * code + b;"""
 FLOAT = """
       int low = 0, high = TOP;
@@ -148,7 +150,6 @@ AIMED = """
 # Tries are ranges, each followed by its refit (odd), the refit of the best, and the base's own grid.
 CHOOSE = """
   const int ranges = shrinks_shape[0];
-  const float top = float(TOP);
   float v[OWN], low = t[0], high = t[0], total = 0.0f;
   for (int p = 0; p < OWN; ++p) {
     v[p] = variances[matrix * columns + begin + 32 * p + lane];
@@ -161,14 +162,14 @@ CHOOSE = """
   total = sum_of(total);
   const float half_range = (high - low) / 2.0f, center = (low + high) / 2.0f;
   float best = 0.0f, best_s = 1.0f, best_b = 0.0f, s = 1.0f, b = 0.0f, inverse = 1.0f;
-  for (int k = 0; k <= 2 * ranges + started[0]; ++k) {
+  for (int k = 0; k <= 2 * ranges + started; ++k) {
     if (k > 2 * ranges) {
       s = start_scale[grid];
       b = start_bias[grid];
     } else if (k % 2 == 0 && k < 2 * ranges) {
       const float half_width = half_range * shrinks[k / 2];
-      s = as_scale(2.0f * half_width / top, STORED);
-      b = as_stored(center - half_width, STORED);
+      s = as_scale(2.0f * half_width / top, stored);
+      b = as_stored(center - half_width, stored);
     } else {
       if (k == 2 * ranges) {
         s = best_s;
@@ -189,8 +190,8 @@ CHOOSE = """
       }
       spread = sum_of(spread);
       slope = sum_of(slope) / (spread > 1e-12f ? spread : 1e-12f);
-      s = as_scale(slope, STORED);
-      b = as_stored(mean - slope * mean_code, STORED);
+      s = as_scale(slope, stored);
+      b = as_stored(mean - slope * mean_code, stored);
     }
     inverse = 1.0f / s;
     float error = 0.0f;
@@ -244,8 +245,8 @@ REFIT = """
   const float old_s = old_scale[grid], old_b = old_bias[grid];
   const float least = 1e-6f * ss * bb + 1e-20f, product = ss * bb - sb * sb;
   const float determinant = product > least ? product : least;
-  const float new_s = as_scale(old_s + (bb * gs - sb * gb) / determinant, STORED);
-  const float new_b = as_stored(old_b + (ss * gb - sb * gs) / determinant, STORED);
+  const float new_s = as_scale(old_s + (bb * gs - sb * gb) / determinant, stored);
+  const float new_b = as_stored(old_b + (ss * gb - sb * gs) / determinant, stored);
   const float ds = new_s - old_s, db = new_b - old_b;
   const bool better = 2.0f * (ds * gs + db * gb) - (ds * ds * ss + 2.0f * ds * db * sb + db * db * bb) > 0.0f;
   const float s = better ? new_s : old_s, b = better ? new_b : old_b, inverse = 1.0f / s;
@@ -288,13 +289,13 @@ TEXTS = {
         ("codes", "values"),
     ),
     "forward": Text(
-        START + READ + CHOOSE + GRID + _loop(AIMED, AFFINE, "w[p] - taken[p]"),
-        ("target", "weight", "block", "variances", "shrinks", "started", "start_scale", "start_bias"),
+        SETTINGS + START + READ + CHOOSE + GRID + _loop(AIMED, AFFINE, "w[p] - taken[p]"),
+        ("target", "weight", "block", "variances", "shrinks", "settings", "start_scale", "start_bias"),
         OUTPUTS,
     ),
     "again": Text(
-        START + REFIT + GRID + _loop(REAIMED, AFFINE, "old_s * c[p] + old_b - taken[p]"),
-        ("target", "block", "old_scale", "old_bias", "old_codes"),
+        SETTINGS + START + REFIT + GRID + _loop(REAIMED, AFFINE, "old_s * c[p] + old_b - taken[p]"),
+        ("target", "block", "old_scale", "old_bias", "old_codes", "settings"),
         OUTPUTS,
     ),
 }

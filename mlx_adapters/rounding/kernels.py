@@ -74,13 +74,21 @@ def forward(
     grid: AffineGrid, target: mx.array, weight: mx.array, block: mx.array, variances: mx.array, *start: mx.array
 ) -> tuple[mx.array, ...]:
     """`columns.forward` on a GPU."""
-    shrinks, started = _shrinks(grid.quantization.bits), mx.array([int(bool(start))])  # (a constant is compiled anew)
-    inputs = [target, weight, block, variances, shrinks, started, *(start or (variances, variances))]
-    return tuple(_call("forward", grid.quantization.group_size, STEP, inputs, **_constants(grid)))
+    quantization = grid.quantization
+    inputs = [
+        target,
+        weight,
+        block,
+        variances,
+        _shrinks(quantization.bits),
+        _settings(grid.top, grid.dtype, bool(start)),
+    ]
+    return tuple(_call("forward", quantization.group_size, STEP, [*inputs, *(start or (variances, variances))]))
 
 
-def _constants(grid: AffineGrid) -> dict[str, int]:
-    return {"TOP": int(grid.top), "STORED": STORED[grid.dtype]}
+@cache
+def _settings(top: float, dtype: mx.Dtype, started: bool) -> mx.array:
+    return mx.array([int(top), STORED[dtype], int(started)])
 
 
 def again(
@@ -93,8 +101,8 @@ def again(
     values: mx.array,
 ) -> tuple[mx.array, ...]:
     """`columns.again` on a GPU."""
-    inputs = [slope, block, scale, bias, codes]
-    return tuple(_call("again", grid.quantization.group_size, STEP, inputs, **_constants(grid)))
+    inputs = [slope, block, scale, bias, codes, _settings(grid.top, grid.dtype, False)]
+    return tuple(_call("again", grid.quantization.group_size, STEP, inputs))
 
 
 def plain_columns(

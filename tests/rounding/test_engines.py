@@ -178,13 +178,13 @@ def fake(name):
     plain = SimpleNamespace(xp=mx, columns=kernels.plain_columns)
 
     def forwards(inputs, **_):
-        target, weight, block, variances, _, started, *start = inputs
+        target, weight, block, variances, _, settings, *start = inputs
         grid = make_grid(QUANTIZATION, DTYPE, mx)
-        start = start if started.item() else ()
+        start = start if settings[2].item() else ()
         return list(forward(plain, grid, target, weight, block, variances, *start))
 
     def agains(inputs, **_):
-        slope, block, scale, bias, codes = inputs
+        slope, block, scale, bias, codes, _ = inputs
         grid = make_grid(QUANTIZATION, DTYPE, mx)
         own_scale, own_bias = (mx.repeat(part, QUANTIZATION.group_size, axis=-2) for part in (scale, bias))
         values = own_scale * codes + own_bias
