@@ -94,7 +94,8 @@ def publish_command(
     _output.table(("FILE", "SIZE", "CHANGE"), rows, right=(1,))
     for why in dict.fromkeys(result.left_out.values()):
         names = [name for name, reason in result.left_out.items() if reason == why]
-        _output.note(f"Left out ({why}): {', '.join(names)}.")
+        more = f" and {len(names) - 4} more" if len(names) > 5 else ""
+        _output.note(f"Left out ({why}): {', '.join(names[: 4 if more else None])}{more}.")
     where = f"{'private' if result.private else 'public'} {result.kind} '{repo}'"
     if dry_run:
         _output.out(f"\n{result.card}")

@@ -22,9 +22,18 @@ from mlx_adapters.sources.lookup import load_adapter, locate, spelled
 from mlx_adapters.sources.references import parse_reference
 from mlx_adapters.storage import files, paths
 from mlx_adapters.storage.hf_names import PEFT_WEIGHTS_FILE
-from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CONFIG_FILE, FUSE_RECIPE_FILE, METADATA_FILE, REPORT_FILE
+from mlx_adapters.storage.tensor_names import (
+    ADAPTER_FILE,
+    CHECKPOINT_FILE,
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    FUSE_RECIPE_FILE,
+    METADATA_FILE,
+    REPORT_FILE,
+)
 
 GGUF_FILE = "model.gguf"
+CHECKPOINT = "other checkpoints; NAME@ITERATION publishes one"
 LICENSE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 # All that goes up of a folder besides licenses. Of models, and of exports to PEFT, all that belongs to them.
 PUBLISHED = {
@@ -226,9 +235,13 @@ def _why_not(kind: Kind, names: Iterable[str]) -> dict[str, str | None]:
     reasons = sorted_out(names)
     if kind in ("adapter", "gguf"):
         other = "no part of an adapter" if kind == "adapter" else "no part of a GGUF file"
-        reasons = {name: why or other for name, why in reasons.items()}
+        reasons = {name: CHECKPOINT if _of_checkpoint(name) else why or other for name, why in reasons.items()}
     own = (*PUBLISHED[kind], *LICENSE_FILES)
     return {name: None if "/" not in name and matches(name, own) else why for name, why in reasons.items()}
+
+
+def _of_checkpoint(name: str) -> bool:
+    return bool(CHECKPOINT_FILE.fullmatch(name)) or name.startswith(f"{CHECKPOINTS_FOLDER}/")
 
 
 def _left_out(reasons: Mapping[str, str | None]) -> dict[str, str]:

@@ -58,6 +58,8 @@ def test_only_the_adapter_and_its_card_go_up(hub, sql):
         "recipe.json",
         "0000020_adapters.safetensors",
     }
+    others = {name for name, why in result.left_out.items() if "checkpoints" in why}
+    assert others == {"checkpoints", "0000020_adapters.safetensors"}
     everything = uploaded(hub) + b"".join(hub.bodies)
     for secret in (b"joe", b"a secret row", b"moments", os.fsencode(sql.folder.parent.parent), WRITE_TOKEN.encode()):
         assert secret not in everything, secret
