@@ -79,7 +79,7 @@ def _list_row(e: "Entry") -> tuple[str, ...]:
         number(e.validation_loss),
         str(len(e.iterations)),
         size(e.size_bytes),
-        (e.created or "-")[:16].replace("T", " "),
+        (e.created or "-")[:10],  # the time of day is in `show`
         about,
     )
 
