@@ -61,6 +61,8 @@ def peft_weight_files(folder: Path) -> list[Path]:
         if parts := [*paths.visible(folder, pattern), *paths.visible(folder, f"*/{pattern}")]:
             name = parts[0].relative_to(folder)
             raise FormatError(f"'{folder}' holds the parts that {what} cut its weights into, such as {name}.", cure)
+    if not (folder / CONFIG_FILE).is_file():
+        raise NotFoundError(f"'{folder}' is no adapter: it has no {CONFIG_FILE}.", "is it the right folder?")
     raise NotFoundError(f"'{folder}' has no {PEFT_WEIGHTS_FILE}.", "a config alone is no adapter: copy both.")
 
 

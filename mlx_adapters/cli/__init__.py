@@ -16,11 +16,16 @@ import mlx_adapters
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._help import ALIASES, COMMANDS, GROUPS, TYPED
 from mlx_adapters.cli._notify import notifying
-from mlx_adapters.errors import AdapterError
+from mlx_adapters.errors import AdapterError, NotFoundError
 
 
 class LazyGroup(click.Group):
     """A group that imports a command's module when the command is used."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args[:1] == ["help"]:
+            args = [*args[1:], "--help"]
+        return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -91,6 +96,10 @@ def cli(home: str | None, debug: bool, quiet: bool) -> None:
     if home:
         os.environ["MLX_ADAPTERS_HOME"] = os.path.abspath(os.path.expanduser(home))
     _output.configure(quiet=quiet, debug=debug)
+    try:
+        os.getcwd()
+    except OSError:
+        raise NotFoundError("The folder that you are in is gone.", "go to another one: cd.") from None
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from mlx_adapters.models.base import Base, BaseLike
 from mlx_adapters.models.metadata import FULL, base_of, read_config, read_metadata
 from mlx_adapters.sources.demo_base import DEMO_BASE, demo_base_folder
 from mlx_adapters.sources.lookup import iteration_of, spelled, tell_folder
-from mlx_adapters.sources.references import hub_id, parse_reference
+from mlx_adapters.sources.references import NAME, hub_id, parse_reference
 from mlx_adapters.sources.registry import adapter_folder
 from mlx_adapters.sources.snapshots import model_snapshot
 from mlx_adapters.storage import files, paths, tensor_files
@@ -116,8 +116,10 @@ def recorded_base(adapters: Iterable[Adapter], everything: bool = False) -> Base
 
 def _hint(text: str, folder: Path) -> str | None:
     """The next step where `folder`, called `text`, holds no model."""
-    if (folder / CONFIG_FILE).is_file():
-        return "it is an adapter: name it with --adapter."
+    for place in (folder, adapter_folder(text) if NAME.fullmatch(text) else folder):
+        if (place / CONFIG_FILE).is_file():
+            of = base_of(read_metadata(place)).get("name")
+            return f"it is an adapter{f' of {of!r}' if of else ''}: name it with --adapter."
     general = "a model is 'demo', a folder with config.json, or a Hub id such as 'mlx-community/Qwen3-0.6B-4bit'."
     return did_you_mean(text, _models_beside(text, folder), general)
 

@@ -10,6 +10,7 @@ from mlx_adapters.config.mapping import require, shown
 from mlx_adapters.errors import ConfigError, NotFoundError, did_you_mean
 from mlx_adapters.events import OnEvent, log, log_warnings
 from mlx_adapters.models.metadata import losses_of
+from mlx_adapters.sources.demo_base import DEMO_BASE
 from mlx_adapters.sources.references import CHECKPOINT, NAME, Reference, below, hub_id, parse_reference
 from mlx_adapters.sources.registry import adapter_folder, adapters_folder, names, read_entry
 from mlx_adapters.storage import paths
@@ -126,6 +127,8 @@ def locate(
                 f"'{ref.target}' is a link to '{os.readlink(folder)}', which is not there.",
                 f"connect the disk that it is on, or remove the link: {folder}",
             )
+        if ref.target == DEMO_BASE:
+            raise NotFoundError(f"'{DEMO_BASE}' is a model, not an adapter.", "name it as the base: --base.")
         raise NotFoundError(
             f"No adapter named '{ref.target}'.", did_you_mean(ref.target, names(), "'mlx-adapters list' shows all.")
         )

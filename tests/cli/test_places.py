@@ -1,6 +1,7 @@
 """One rule for what is typed as an adapter or a model: a path that is there wins, and nothing untrue is hinted."""
 
 import logging
+import os
 
 import pytest
 from click.testing import CliRunner
@@ -21,6 +22,7 @@ def here(tiny_model, tmp_path, monkeypatch):
     write_adapter(make_adapter(base), tmp_path / "out" / "ad")
     (tmp_path / "out" / "base").symlink_to(base)
     (tmp_path / "out" / "text.txt").write_text("x")
+    (tmp_path / "rows").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return tmp_path
@@ -62,7 +64,10 @@ def test_what_wins_is_said_once(here):
         ("show out/nope", "Cannot download 'out/nope'", "HF_HUB_OFFLINE is set"),
         ("generate x --base out/text.txt", "it is a file", "config.json"),
         ("generate x --base ./out/text.txt", "it is a file", "config.json"),
-        ("generate x --base out/ad", "no config.json in it", "it is an adapter"),
+        ("generate x --base out/ad", "no config.json in it", "it is an adapter of"),
+        ("serve sql", "There is no model 'sql'", "name it with --adapter"),
+        ("show demo", "'demo' is a model, not an adapter.", "--base"),
+        ("add rows", "'rows' is no adapter: it has no adapter_config.json", "is it the right folder?"),
         ("download out/ad", "Cannot download 'out/ad'", "'mlx-adapters add out/ad'"),
     ],
 )
@@ -89,6 +94,16 @@ def test_a_text_is_told_where_here_is_gone(here, monkeypatch):
     monkeypatch.chdir(gone)
     gone.rmdir()
     assert _places.shortened(f"{here}/x") == f"{here}/x"
+
+
+def test_a_folder_that_is_gone_is_told(here, monkeypatch):
+    monkeypatch.setattr("os.getcwd", lambda: os.stat("/nowhere"))
+    assert "The folder that you are in is gone." in run("list", fails=True)
+
+
+def test_help_is_a_command_too(here):
+    assert run("help").startswith("Usage:") and "COMMAND" in run("help")
+    assert "scale [OPTIONS] REF FACTOR" in run("help scale")
 
 
 def test_a_log_says_a_sentence_once_a_command(here, capsys):
