@@ -84,9 +84,11 @@ class State:
             )
         self.stopped_early = False
         if self.iteration >= new.course.iterations:
+            ended, done = self.iteration >= old.course.iterations, count(self.iteration, "iteration")
+            at = f"has finished its {done}" if ended else f"has done {done} already"
+            whole = "" if ended else f", or without for all {old.course.iterations}"
             raise TrainingError(
-                f"'{reference}' has finished its {count(self.iteration, 'iteration')}.",
-                f"to train on, resume it with --iterations above {self.iteration}.",
+                f"'{reference}' {at}.", f"to train on, resume it with --iterations above {self.iteration}{whole}."
             )
 
 

@@ -101,6 +101,9 @@ def test_resume_of_finished_missing_newer_and_running(stopped):
         train(name="other", resume=True)
     with locks.lock_file(stopped), pytest.raises(TrainingError, match="by another process"):
         train(name="run", resume=True)
+    with pytest.raises(TrainingError, match=r"has done \d+ iterations already") as caught:
+        train(name="run", resume=True, training=config(iterations=4))
+    assert "or without for all 11." in caught.value.hint
     train(name="run", resume=True)
     with pytest.raises(TrainingError, match="has finished its 11 iterations") as caught:
         train(name="run", resume=True)
