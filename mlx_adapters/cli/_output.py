@@ -261,9 +261,9 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable
     out(text)
 
 
-def progress() -> Callable[[Event], None]:
-    """An `on_event` that shows progress with rate and time left on stderr: a live line on a terminal, else a
-    line every ten seconds."""
+def progress(beside: Callable[[str], str] = lambda stage: "") -> Callable[[Event], None]:
+    """An `on_event` that shows progress with rate and time left on stderr: a live line on a terminal, with what is to
+    stand `beside` the stage, else a line every ten seconds."""
     started: dict[str, tuple[float, int]] = {}  # when each stage was first heard of, and what was done of it by then
     shown = [0.0]
 
@@ -277,21 +277,24 @@ def progress() -> Callable[[Event], None]:
             if not last and now - shown[0] < (0.1 if _redraws() else 10):
                 return
             shown[0] = now
-            _show_progress(event, now - start, event.done - before)
+            _show_progress(event, now - start, event.done - before, beside(event.stage))
             if last:
                 del started[event.stage]  # another variant may come, with a pace of its own
 
     return on_event
 
 
-def _show_progress(event: Progress, elapsed: float, anew: int) -> None:
+def _show_progress(event: Progress, elapsed: float, anew: int, beside: str) -> None:
     """The event as a line; with a bar, where a terminal can go back in it and the stage is not over."""
     if event.done >= event.total or not _redraws():
         show_live(f"{event.stage}: {pace(event, elapsed, anew)}", end=event.done >= event.total)
         return
     from mlx_adapters.display.screen import bar
 
-    before, after = printable(event.stage, line=True), printable(pace(event, elapsed, anew), line=True)
+    before, after = (
+        printable(f"{event.stage} {beside}".rstrip(), line=True),
+        printable(pace(event, elapsed, anew), line=True),
+    )
     line = bar(before, event.done / event.total, after, sys.stderr, columns() - 1, colored(sys.stderr))
     _talk(line.replace("\x1b", _OUR_ESCAPE), newline=False, live=True)
 

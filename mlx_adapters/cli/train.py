@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from mlx_adapters.training.reporting import Reporter
     from mlx_adapters.training.state import TrainPlan
 
+ROOMY = 80  # columns of a terminal whose live line has room for the losses
+
 
 @click.command("train", cls=LongCommand)
 @click.argument("base", required=False)
@@ -194,7 +196,7 @@ class Watch:
 
         if log is not None:
             files.require_writable(Path(log))
-        self._log, self._live = log, _output.progress()
+        self._log, self._live, self._losses = log, _output.progress(self._beside), list[float]()
         self._reporter: Reporter | None = None
 
     def report_to(self, service: str, name: str, config: dict[str, Any]) -> None:
@@ -217,6 +219,7 @@ class Watch:
         if self._log is not None and not isinstance(event, Progress):
             self._append(event)
         if isinstance(event, TrainReport):
+            self._losses.append(event.train_loss)
             watched = _watched(event.figures)
             trained, real = map(_output.number, (event.trained_tokens_per_second, event.tokens_per_second))
             _output.note(
@@ -229,6 +232,13 @@ class Watch:
             _output.note(f"iteration {event.iteration}: validation loss {event.validation_loss:.4f}{more}")
         elif isinstance(event, Progress | Note):
             self._live(event)
+
+    def _beside(self, stage: str) -> str:
+        """The last losses, in a terminal that has room for them."""
+        from mlx_adapters.display.notebook import sparkline
+
+        room = stage == "train" and _output.columns() >= ROOMY
+        return f"{self._losses[-1]:.3f} {sparkline(self._losses, 8)}" if room and self._losses else ""
 
     def _append(self, event: Event) -> None:
         import json

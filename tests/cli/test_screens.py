@@ -9,7 +9,9 @@ from click.testing import CliRunner
 from helpers.adapters import make_run
 
 from mlx_adapters.cli import _output, cli
+from mlx_adapters.cli.train import Watch
 from mlx_adapters.demo.catalog import write_demo_data
+from mlx_adapters.events import Progress, TrainReport
 
 LONG = "an-adapter-with-a-rather-long-name-for-a-terminal"
 LINES = f"""\
@@ -66,3 +68,15 @@ def test_no_line_is_wider_than_the_terminal(width, place, monkeypatch):
 def _stays(text: str) -> bool:
     """Whether it is to be copied, a row of data, or one long word that stands alone."""
     return "mlx-adapters " in text or "<|im" in text or " " not in text.strip().partition(" ")[2].strip()
+
+
+@pytest.mark.parametrize(("width", "shown"), [(90, True), (60, False)])
+def test_the_live_line_of_a_training_has_its_last_losses(width, shown, monkeypatch, capsys):
+    monkeypatch.setattr(_output, "columns", lambda: width)
+    monkeypatch.setattr(_output, "_redraws", lambda: True)
+    watch = Watch(None)
+    for number, loss in enumerate((4.0, 3.0, 1.0), 1):
+        watch(TrainReport(number, 9, loss, 1e-4, 100.0, 80.0, 10**9))
+    watch(Progress("train", 3, 9, "iteration"))
+    line = ESCAPE.sub("", capsys.readouterr().err.splitlines()[-1].rpartition("\r")[2])
+    assert ("train 1.000 █▆▁" in line) == shown and "3/9 iterations" in line and len(line) <= width
