@@ -86,6 +86,12 @@ def peaks(base, data) -> dict[str, int]:
     return {rung.again: rung.peak_bytes for rung in estimated.ladder}
 
 
+@pytest.fixture(autouse=True)
+def needed_alone(monkeypatch):
+    """The forecast without what a GPU is given beside it, to work ahead."""
+    monkeypatch.setattr(forecast, "AHEAD", 0)
+
+
 @pytest.fixture
 def deep(tiny_model, tmp_path):
     return tiny_model("llama", **DEEP), write_data(tmp_path / "data", rows=20)
