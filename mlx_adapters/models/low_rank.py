@@ -11,6 +11,7 @@ import numpy as np
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.storage.tensor_files import as_numpy
 from mlx_adapters.storage.tensor_names import LORA_A, LORA_B, join
+from mlx_adapters.system.machine import on_cuda
 
 EXACT, OVERSAMPLED, POWERS = 512, 16, 8  # of `principal`: up to this width all singular values are computed
 Matrix = np.ndarray[Any, np.dtype[np.float32]]
@@ -129,3 +130,14 @@ def tensors_of(key: str, update: LowRankUpdate, dtype: mx.Dtype) -> dict[str, mx
     if a.ndim == 3:
         a, b = np.swapaxes(a, -1, -2), np.swapaxes(b, -1, -2)
     return {join(key, LORA_A): mx.array(a).astype(dtype), join(key, LORA_B): mx.array(b).astype(dtype)}
+
+
+def filled(a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
+    """Factors of experts, A (experts, r, in) and B (experts, out, r), with zeros up to a rank that CUDA computes.
+
+    MLX 0.32.4's kernel for them reads eight numbers at once, and the process loses the GPU ("misaligned address") where
+    rows of r numbers begin between: of float32 at r = 2, 3 and 6, of bfloat16 at 4 and 12, too.
+    """
+    if more := -a.shape[-2] % 8 if on_cuda() else 0:
+        a, b = mx.pad(a, [(0, 0), (0, more), (0, 0)]), mx.pad(b, [(0, 0), (0, 0), (0, more)])
+    return a, b

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from mlx_adapters.models.dense import weight_shape
+from mlx_adapters.models.low_rank import filled
 from mlx_adapters.storage.tensor_names import BIAS, LORA_A, LORA_B, join
 from mlx_adapters.surgery import calls
 from mlx_adapters.system.door import DoRALinear, LoRALinear, LoRASwitchLinear, mx, nn
@@ -95,8 +96,7 @@ def _of_experts(indices: mx.array, ordered: bool, scale: float, kept: float) -> 
     """`_low_rank` for y (..., 1, out), x (..., 1, in), A (experts, r, in) and B (experts, out, r), as `indices` say."""
 
     def added(d: mx.array, a: mx.array, b: mx.array) -> mx.array:
-        if more := -a.shape[-2] % 8 if on_cuda() else 0:  # MLX 0.32.4 reads eight numbers at once going back
-            a, b = mx.pad(a, [(0, 0), (0, more), (0, 0)]), mx.pad(b, [(0, 0), (0, 0), (0, more)])
+        a, b = filled(a, b)
         for factor in (a, scale * b):
             turned = factor.astype(d.dtype).swapaxes(-1, -2)  # (experts, in, r), (experts, r, out)
             d = mx.gather_mm(d, turned, rhs_indices=indices, sorted_indices=ordered)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.dense import dense_weight
 from mlx_adapters.models.layers import EMBEDDING, LINEAR, SWITCH
+from mlx_adapters.models.low_rank import filled
 from mlx_adapters.system.door import mx, nn
 from mlx_adapters.system.machine import on_gpu
 
@@ -62,7 +63,9 @@ def prepare(layer: nn.Module, adapter: Adapter, key: str, dtype: mx.Dtype) -> Fa
     a, b = lora_a.astype(mx.float32), lora_b.astype(mx.float32)
     if isinstance(layer, EMBEDDING):
         a, b = b, a
-    elif not isinstance(layer, SWITCH):
+    elif isinstance(layer, SWITCH):
+        a, b = filled(a, b)
+    else:
         a, b = a.T, b.T
     b, gain, shift = adapter.config.scale * b, None, None
     if m is not None:

@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_adapters.optimization import adapted
+from mlx_adapters.models import low_rank
 from mlx_adapters.optimization.adapted import saving_calls, unpacking
 from mlx_adapters.surgery import calls
 from mlx_adapters.system.door import DoRALinear, LoRALinear, LoRASwitchLinear, SwitchLinear, nn
@@ -86,7 +86,7 @@ def test_value_and_gradients_are_mlx_lms(kind, dropout, bits, bias):
 @pytest.mark.parametrize("rank", [1, 3, 6, 8])
 def test_experts_of_any_rank_are_trained_on_cuda_too(rank, monkeypatch):
     """Where the tokens are not sorted, MLX 0.32.4 ends with "misaligned address" at ranks that are no multiple of 4."""
-    monkeypatch.setattr(adapted, "on_cuda", lambda: True)
+    monkeypatch.setattr(low_rank, "on_cuda", lambda: True)
     made = LoRASwitchLinear.from_base(SwitchLinear(INPUTS, OUTPUTS, EXPERTS, False), r=rank, scale=2.0)
     made.lora_b = mx.random.normal(made.lora_b.shape)
     made.train()

@@ -13,7 +13,7 @@ from helpers.adapters import distance, random_adapter
 import mlx_adapters as ma
 from mlx_adapters.errors import ConfigError, FormatError, IncompatibleError, ModelError, NotFoundError
 from mlx_adapters.generation.live import LiveModel, load_model
-from mlx_adapters.models import layers, loading
+from mlx_adapters.models import layers, loading, low_rank
 from mlx_adapters.models.adapter import Adapter, write_adapter
 from mlx_adapters.models.loading import load_model as load_plain_model
 from mlx_adapters.models.metadata import AdapterConfig
@@ -120,6 +120,19 @@ def test_groups_are_laid_together_as_they_are_read(tiny_model):
     wanted.attach(adapter)
     assert mx.get_active_memory() - before < 0.1 * size
     assert distance(model.logits(TOKENS), wanted.logits(TOKENS)) < 1e-4
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_on_cuda_experts_have_a_rank_that_it_computes(rank, tiny_model, monkeypatch):
+    model = load_model(tiny_model("qwen3_moe"))
+    adapter = random_adapter(model, rank=rank)
+    logits = []
+    for cuda in (False, True):
+        monkeypatch.setattr(low_rank, "on_cuda", lambda cuda=cuda: cuda)
+        model.attach(adapter, name=str(cuda))
+        logits.append(model.logits(TOKENS))
+    ranks = [{f.a.shape[-2] for f in e.factors.values() if f.a.ndim == 3} for e in model.pool.attached.values()]
+    assert ranks[-1] == {8} and mx.allclose(*logits, atol=1e-5)
 
 
 def test_a_weight_unpacked_for_many_tokens_computes_the_same(tiny_model, monkeypatch):
