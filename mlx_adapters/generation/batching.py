@@ -195,7 +195,7 @@ class Batcher:
 
     def _admit(self) -> None:
         """Read waiting prompts for a while; those that are read join the batch."""
-        for readings in self.reader.read(self._fits, bool(self.rows)):
+        for readings in self.reader.read(self._fits, self.max_batch - len(self.rows), bool(self.rows)):
             self._join([reading.request for reading in readings], [reading.cache for reading in readings])
 
     def _join(self, requests: Sequence[Request], caches: Sequence[list[Any]]) -> None:

@@ -96,12 +96,13 @@ class Reader:
             log.exception("what was read cannot be kept")
             self.known.clear()
 
-    def read(self, fits: Callable[[Request], bool], hurried: bool) -> Iterator[list[Reading]]:
+    def read(self, fits: Callable[[Request], bool], free: int, hurried: bool) -> Iterator[list[Reading]]:
         """Read for a while; what was read to its end, as it is.
 
-        `fits` says whether a request may join those that are answered and those under way; `hurried`: others wait.
+        `fits` says whether a request may join those that are answered and those under way, beside whom so many places
+        are `free`; `hurried`: others wait.
         """
-        if hurried and self._awaits_company(fits):
+        if hurried and self._awaits_company(fits, free):
             return
         budget = self._while() if hurried else self._most
         aside = budget // 2
@@ -113,9 +114,9 @@ class Reader:
                 yield ready
                 self.readings = [reading for reading in self.readings if reading.left]  # then: `clear` gives back all
 
-    def _awaits_company(self, fits: Callable[[Request], bool]) -> bool:
-        """Whether what waits is left to wait in this step."""
-        alone = not self.readings and 0 < len(self.waiting) < self._rows and fits(self.waiting[0])
+    def _awaits_company(self, fits: Callable[[Request], bool], free: int) -> bool:
+        """Whether what waits is left to wait in this step: for more to come, or for more places."""
+        alone = not self.readings and 0 < min(len(self.waiting), free) < self._rows and fits(self.waiting[0])
         self._waited = (self._waited + 1) % (PATIENCE + 1) if alone else 0
         return self._waited > 0
 

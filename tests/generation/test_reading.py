@@ -108,6 +108,18 @@ def test_while_others_are_answered_a_prompt_waits_a_moment_for_company(tiny_mode
     assert steps == 3 and batcher.reader.idle
 
 
+def test_where_all_places_are_taken_prompts_wait_a_moment_for_a_second_one(tiny_model, passes):
+    model = model_of(tiny_model("llama"))
+    batcher = Batcher(model.module, model.pool, max_batch=3)
+    seen = passes(model.module)
+    for prompt, length in zip(tokens_of(6, *[9] * 20), (3, 4, 30, *[5] * 17), strict=True):
+        batcher.submit(Request(prompt, None, length))
+    while batcher.reader.waiting:
+        batcher.step()
+    read = [rows for rows, width in seen if width > 1]
+    assert sum(read) == 20 and len(read) <= 11  # 18 if each was read at once
+
+
 def test_a_prompt_that_waits_for_another_is_begun_when_that_is_read(tiny_model, monkeypatch):
     model = model_of(tiny_model("llama"))
     batcher = Batcher(model.module, model.pool, cache_bytes=1 << 30, prefill=16)
