@@ -122,6 +122,7 @@ def read_rows(module: nn.Module, caches: Sequence[list[Any]], pieces: Sequence[S
     if any(padding):
         for layer in rows:
             layer.finalize()
+        mx.eval([layer.state for layer in rows])  # at once: to take a row out, each layer looks at its padding
     return [[layer.extract(i) for layer in rows] for i in range(len(caches))]
 
 
