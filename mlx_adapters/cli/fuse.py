@@ -246,7 +246,7 @@ def _show(result: "FuseResult") -> None:
     if result.text and result.method == "calibrated":
         _output.say(f"Calibrated on {result.text['calibration_rows']} rows of {result.text['source']}.")
     for line in result.opened_with:
-        _output.say(line)
+        _output.out(line)  # whole, to be copied
     there = _output.word(result.reference)
     if not result.opened_with:
         _output.next_steps(f'mlx-adapters generate "..." --base {there}', f"mlx-adapters publish {there} USER/REPO")

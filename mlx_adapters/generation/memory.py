@@ -5,11 +5,9 @@ context without evaluating anything (MLX is lazy), and the caches that come out 
 sliding windows and shared layers count as they are. Activations are those of one prefill chunk, estimated.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files as package_files
 from typing import Any
 
 from mlx.utils import tree_flatten
@@ -22,7 +20,7 @@ from mlx_adapters.models.base import Base, BaseLike
 from mlx_adapters.models.dense import weight_shape
 from mlx_adapters.models.layers import adaptable_layers, check_fits
 from mlx_adapters.models.loading import load_module
-from mlx_adapters.sources.bases import resolve_base
+from mlx_adapters.sources.bases import resolve_base, to_begin_with
 from mlx_adapters.sources.lookup import load_adapter
 from mlx_adapters.system.door import make_prompt_cache, mx, nn
 from mlx_adapters.system.machine import on_gpu, usable_memory_bytes
@@ -111,8 +109,7 @@ def known_models() -> Rows[KnownModel]:
         >>> [model.id for model in ma.known_models() if model.parameters < 600_000_000]
         ['demo', 'mlx-community/Qwen2.5-0.5B-Instruct-4bit', 'mlx-community/Qwen3-0.6B-4bit']
     """
-    text = (package_files("mlx_adapters.generation") / "known_models.json").read_text(encoding="utf-8")
-    return Rows(_known(**entry) for entry in json.loads(text))
+    return Rows(_known(**entry) for entry in to_begin_with())
 
 
 def _known(

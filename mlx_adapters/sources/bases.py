@@ -4,14 +4,18 @@ A full fine-tune among the named adapters is a base too: the one it was made of,
 """
 
 import contextlib
+import json
 from collections.abc import Iterable
 from dataclasses import replace
+from importlib.resources import files as package_files
 from pathlib import Path
+from typing import Any
 
 from mlx_adapters.errors import ConfigError, FormatError, HubError, IncompatibleError, NotFoundError, did_you_mean
 from mlx_adapters.models.adapter import Adapter, first_not_finite, weights_file
 from mlx_adapters.models.base import Base, BaseLike
 from mlx_adapters.models.metadata import FULL, base_of, read_config, read_metadata
+from mlx_adapters.sources import hub
 from mlx_adapters.sources.demo_base import DEMO_BASE, demo_base_folder
 from mlx_adapters.sources.lookup import iteration_of, spelled, tell_folder
 from mlx_adapters.sources.references import NAME, hub_id, parse_reference
@@ -121,7 +125,15 @@ def _hint(text: str, folder: Path) -> str | None:
             of = base_of(read_metadata(place)).get("name")
             return f"it is an adapter{f' of {of!r}' if of else ''}: name it with --adapter."
     general = "a model is 'demo', a folder with config.json, or a Hub id such as 'mlx-community/Qwen3-0.6B-4bit'."
+    ids = [entry["id"] for entry in to_begin_with()] + [f"{user}/{name}" for user, name in hub.cached_repositories()]
+    if whole := sorted({one for one in ids if one.rpartition("/")[2].lower().startswith(text.lower())}):
+        return f"did you mean {' or '.join(map(repr, whole[:3]))}? {general}"
     return did_you_mean(text, _models_beside(text, folder), general)
+
+
+def to_begin_with() -> list[dict[str, Any]]:
+    """Bases that people begin with, as the package lists them: `known_models` says what the fields mean."""
+    return json.loads((package_files("mlx_adapters.sources") / "known_models.json").read_text(encoding="utf-8"))
 
 
 def _models_beside(text: str, folder: Path) -> list[str]:

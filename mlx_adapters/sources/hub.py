@@ -228,6 +228,14 @@ def cached(repo: str, revision: str | None) -> Path | None:
     return kept[0] if revision is None and len(kept) == 1 else None
 
 
+def cached_repositories() -> list[tuple[str, str]]:
+    """(user, name) of each model in the cache."""
+    from huggingface_hub import constants
+
+    folders = paths.visible(Path(constants.HF_HUB_CACHE), "models--*--*")
+    return [(user, "--".join(name)) for _, user, *name in (folder.name.split("--") for folder in folders)]
+
+
 def cached_tree(repo: str, commit: str) -> dict[str, int] | None:
     """The files of a commit and their bytes, as the cache has them listed; None if it has not."""
     try:

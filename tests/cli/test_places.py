@@ -23,6 +23,8 @@ def here(tiny_model, tmp_path, monkeypatch):
     (tmp_path / "out" / "base").symlink_to(base)
     (tmp_path / "out" / "text.txt").write_text("x")
     (tmp_path / "rows").mkdir()
+    (tmp_path / "hub" / "models--me--Away--4bit").mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return tmp_path
@@ -65,6 +67,8 @@ def test_what_wins_is_said_once(here):
         ("generate x --base out/text.txt", "it is a file", "config.json"),
         ("generate x --base ./out/text.txt", "it is a file", "config.json"),
         ("generate x --base out/ad", "no config.json in it", "it is an adapter of"),
+        ("generate x --base qwen3-0.6b", "There is no model 'qwen3-0.6b'", "mean 'mlx-community/Qwen3-0.6B-4bit'?"),
+        ("generate x --base away", "There is no model 'away'", "mean 'me/Away--4bit'?"),
         ("serve sql", "There is no model 'sql'", "name it with --adapter"),
         ("show demo", "'demo' is a model, not an adapter.", "--base"),
         ("add rows", "'rows' is no adapter: it has no adapter_config.json", "is it the right folder?"),

@@ -87,7 +87,7 @@ def test_the_parameters_of_the_listed_models_are_those_of_their_shapes():
     import json
     from importlib.resources import files
 
-    known = json.loads((files("mlx_adapters.generation") / "known_models.json").read_text())
+    known = json.loads((files("mlx_adapters.sources") / "known_models.json").read_text())
     heads = {"0.6B": 2048, "1.7B": 2048, "3-4B": 4096, "3-8B": 4096, "14B": 5120, "32B": 8192, "gemma": 1024}
     for m in known:
         h, kv = m["hidden"], m["kv_width"]
