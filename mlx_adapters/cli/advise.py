@@ -100,6 +100,15 @@ def _roughly(seconds: float) -> str:
     return duration(60 * max(1, round(seconds / 60))).removesuffix(" 0 s") if seconds > 30 else "half a minute"
 
 
+def _recorded(ref: str) -> str | None:
+    """The base that the adapter was made for, if it is here and says so."""
+    from mlx_adapters.sources.lookup import load_adapter
+
+    with contextlib.suppress(AdapterError):
+        return load_adapter(ref).base_name
+    return None
+
+
 def _next(choice: str, ref: str, base: str | None) -> str:
     """What to type to have what was chosen."""
     kind, _, rest = choice.partition(":")
@@ -109,7 +118,7 @@ def _next(choice: str, ref: str, base: str | None) -> str:
         into = f" --base {_output.word(base)}" if base else ""
         return f"mlx-adapters fuse {_output.word(adapter)} out/{_output.word(name)}-{bits}bit --bits {bits}{into}"
     if choice == ref:
-        return f"mlx-adapters serve {_output.word(base or 'BASE')} --adapter {_output.word(ref)}"
+        return f"mlx-adapters serve {_output.word(base or _recorded(ref) or 'BASE')} --adapter {_output.word(ref)}"
     return f'mlx-adapters generate "..." --base {_output.word(choice)}'
 
 

@@ -135,9 +135,12 @@ def test_advise_foretells_how_long_it_takes(tiny_model, tmp_path, monkeypatch):
     assert _forecast(["base", "sql"], None, config, None, 2) == ""
 
 
-def test_the_fuse_that_advise_ends_with_names_the_same_base():
+def test_the_fuse_that_advise_ends_with_names_the_same_base(tiny_model):
     assert _next("fuse:sql:4", "sql", "my base").endswith("out/sql-4bit --bits 4 --base 'my base'")
     assert _next("fuse:sql:4", "sql", None).endswith("out/sql-4bit --bits 4")
+    assert _next("sql", "sql", None) == "mlx-adapters serve BASE --adapter sql"
+    registered_adapter(tiny_model("llama"))
+    assert _next("sql", "sql", None) == f"mlx-adapters serve {tiny_model('llama')} --adapter sql"
 
 
 def test_only_what_a_plain_fuse_makes_stands_in_for_it(tiny_model, tmp_path):
