@@ -5,7 +5,6 @@ Commands load on first use, so `--help` is instant. The one door for errors is `
 
 import importlib
 import os
-import re
 import signal
 import sys
 import warnings
@@ -17,9 +16,7 @@ import mlx_adapters
 from mlx_adapters.cli import _output
 from mlx_adapters.cli._help import ALIASES, COMMANDS, GROUPS, TYPED
 from mlx_adapters.cli._notify import notifying
-from mlx_adapters.errors import AdapterError, ConfigError, NotFoundError
-
-SETTING = re.compile(r"(?<![\w'-])[a-z]+(?:_[a-z]+)+(?![\w'=])")  # as the settings are called in a file or in Python
+from mlx_adapters.errors import AdapterError, NotFoundError
 
 
 class LazyGroup(click.Group):
@@ -61,17 +58,6 @@ class LazyGroup(click.Group):
             line = in_our_words(command, ctx.meta[TYPED]) if theirs else None
             said = click.UsageError(f"{error.option_name} is mlx-lm's. Here: {line}", error.ctx) if line else error
             raise said from None
-        except ConfigError as error:
-            flags = self._flags(ctx)
-            texts = [SETTING.sub(lambda m: flags.get(m[0], m[0]), text or "") for text in (error.message, error.hint)]
-            raise type(error)(texts[0], texts[1] or None) from error
-
-    def _flags(self, ctx: click.Context) -> dict[str, str]:
-        """{setting: its option} of the command that was called."""
-        command = self.get_command(ctx, ctx.invoked_subcommand or "")
-        commands = list(command.commands.values()) if isinstance(command, click.Group) else [command]
-        options = [param for one in commands if one for param in one.params if isinstance(param, click.Option)]
-        return {str(option.name): max(option.opts, key=len) for option in options}
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         ctx.meta[TYPED] = args[1:]

@@ -83,7 +83,7 @@ class FuseOptions:
         )
         require(
             self.max_kl is None or self.budget_bits is None,
-            "max_kl and budget_bits do not go together.",
+            "Give --max-kl (max_kl) or --budget-bits (budget_bits), not both.",
         )
         require(
             self.max_kl is None or self.check, "max_kl is a promise that has to be checked.", "leave out --no-check."
