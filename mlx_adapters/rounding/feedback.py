@@ -124,14 +124,14 @@ def nearest_if_better(
     the units of `calibrated`. Of a large matrix some rows are compared, each by itself.
     """
     plain, matrix = to_nearest(weight, packed.quantization, dtype), engine.array(weight)
-    size = matrix.shape[-2] * matrix.shape[-1]
+    size = _size(matrix)
     some = slice(None, None, -(-size // int(min(engine.large, size))))
     felt = None if outputs is None or size > engine.large else damped(outputs, output_damping, engine)
     judge = damped(hessian, damping, engine)
 
     def loss(rounded: Packed) -> Array:
         error = (matrix - engine.array(dequantize(rounded)))[..., some, :].swapaxes(-1, -2)  # (..., in, rows)
-        return error_felt(error, judge, felt) / (error.shape[-2] * error.shape[-1])
+        return error_felt(error, judge, felt) / _size(error)
 
     losses = loss(plain), loss(packed)
     return plain, losses[0], ~(losses[1] <= losses[0])  # (also where a device computed NaN)
@@ -266,9 +266,7 @@ class _BlockedRounder:
         return new.chosen(lambda mine, other: self.engine.select(mask, mine, other), old)
 
     def _keep_if_better(self, outputs: Array | None, factor: Array | None = None) -> None:
-        estimated = factor if self.weight.shape[-2] * self.weight.shape[-1] > ESTIMATED else None
-        loss = error_felt(self._whole(), self.hessian, outputs, estimated)
-        loss = loss / (self.weight.shape[-2] * self.weight.shape[-1])
+        loss = error_felt(self._whole(), self.hessian, outputs, factor) / _size(self.weight)
         better, states = loss < self.best_loss, [state for state in self.states if state is not None]
         pairs = zip(states, self.best or states, strict=True)
         self.best = [self._chosen(better, new, old) for new, old in pairs]
@@ -285,14 +283,21 @@ class _BlockedRounder:
 def error_felt(errors: Array, hessian: Array, outputs: Array | None = None, factor: Array | None = None) -> Array:
     """tr(G Eᵀ H E) of errors (..., in, out), H (..., in, in) and G (..., out, out; None: the identity).
 
-    With a `factor` R of G = R Rᵀ it is estimated: it is the mean over random u of covariance G of what H makes of E u.
+    Of a large matrix it is estimated: with random u of covariance 1, the mean of (E u)ᵀ H E G u; better with the
+    `factor` R of G = R Rᵀ, the mean of what H makes of E R u.
     """
-    if factor is not None:
-        noise = np.random.default_rng(0).standard_normal((factor.shape[-1], PROBES), np.float32)
-        moved = errors @ (factor @ (noise if isinstance(factor, np.ndarray) else mx.array(noise)))  # (..., in, PROBES)
-        return (moved * (hessian @ moved)).sum(axis=(-2, -1)) / PROBES
-    felt = errors if outputs is None else errors @ outputs  # (..., in, out)
-    return (felt * (hessian @ errors)).sum(axis=(-2, -1))
+    if outputs is None or _size(errors) <= ESTIMATED:
+        felt = errors if outputs is None else errors @ outputs  # (..., in, out)
+        return (felt * (hessian @ errors)).sum(axis=(-2, -1))
+    noise: Array = np.random.default_rng(0).standard_normal((errors.shape[-1], PROBES), np.float32)
+    noise = noise if isinstance(errors, np.ndarray) else mx.array(noise)
+    moved = errors @ (noise if factor is None else factor @ noise)  # (..., in, PROBES)
+    felt = moved if factor is not None else errors @ (outputs @ noise)
+    return (felt * (hessian @ moved)).sum(axis=(-2, -1)) / PROBES
+
+
+def _size(matrix: Array) -> int:
+    return matrix.shape[-2] * matrix.shape[-1]
 
 
 def _matrix(numbers: Array) -> Array:
