@@ -14,13 +14,13 @@ from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.data.datasets import Data
 from mlx_adapters.display.tables import Table, flat
 from mlx_adapters.events import OnEvent, log_warnings
-from mlx_adapters.models.adapter import Adapter, AdapterLike, place_of
+from mlx_adapters.models.adapter import Adapter, AdapterLike, place_of, weights_file
 from mlx_adapters.models.base import BaseLike
 from mlx_adapters.models.low_rank import LowRankUpdate, inner, update_of, update_shape
-from mlx_adapters.models.metadata import curve_of, losses_of, read_version
+from mlx_adapters.models.metadata import FULL, curve_of, losses_of, read_version
 from mlx_adapters.sources import lookup, registry
 from mlx_adapters.sources.registry import Entry
-from mlx_adapters.storage import paths
+from mlx_adapters.storage import paths, tensor_files
 from mlx_adapters.storage.tensor_names import natural_order
 
 
@@ -86,8 +86,17 @@ def describe(reference: AdapterLike) -> Details:
     """
     if isinstance(reference, Adapter):
         return _describe(reference)
-    folder = lookup.locate(reference)[0]
+    folder, iteration = lookup.locate(reference)
+    if registry.read_entry(folder).type == FULL:
+        return read_version(folder, lambda: _describe_full(folder, iteration))
     return read_version(folder, lambda: _describe(reference))
+
+
+def _describe_full(folder: Path, iteration: int | None) -> Details:
+    entry, weights = registry.read_entry(folder), tensor_files.read_safetensors(weights_file(folder, iteration))
+    size = sum(array.size for array in weights.values())
+    saved, there = _checkpoints(entry), _files(folder)
+    return Details(entry.name, folder, FULL, 0, 1.0, size, entry.base, (), saved, there, entry.metadata)
 
 
 def _describe(reference: AdapterLike) -> Details:

@@ -9,15 +9,15 @@ from typing import Any
 
 from mlx_adapters.display.tables import Rows, Table, flat
 from mlx_adapters.errors import AdapterError, FormatError, NotFoundError
-from mlx_adapters.models.adapter import Adapter, AdapterLike, place_of, read_adapter
+from mlx_adapters.models.adapter import Adapter, AdapterLike, first_not_finite, place_of, read_adapter, weights_file
 from mlx_adapters.models.base import Base, BaseLike
 from mlx_adapters.models.layers import check_fits, check_made_for
 from mlx_adapters.models.loading import load_module
-from mlx_adapters.models.metadata import base_of
+from mlx_adapters.models.metadata import FULL, base_of
 from mlx_adapters.sources import lookup, registry
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.registry import Entry
-from mlx_adapters.storage import files, paths
+from mlx_adapters.storage import files, paths, tensor_files
 from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CHECKPOINTS_FOLDER
 from mlx_adapters.units import count
 
@@ -93,7 +93,10 @@ def _checks(entry: Entry, iteration: int | None, base: BaseLike | None, modules:
     read: list[Adapter] = []
     for i in (iteration,) if iteration is not None else (None, *entry.iterations):
         what = "tensors" if i is None else f"tensors of @{i}"
-        checks.append(_check(what, partial(_check_tensors, folder, i, read)))
+        look = _check_full if entry.type == FULL else partial(_check_tensors, read=read)
+        checks.append(_check(what, partial(look, folder, i)))
+    if entry.type == FULL:
+        checks.append(_check("base", lambda: _check_whole(folder)))
     if read:
         checks.append(_check("base", lambda: _check_base(read[0], base, modules)))
     return tuple(checks)
@@ -165,6 +168,19 @@ def _check_tensors(folder: Path, iteration: int | None, read: list[Adapter]) -> 
     adapter = read_adapter(folder, iteration, folder.name)
     read.append(adapter)
     return _found(adapter)
+
+
+def _check_full(folder: Path, iteration: int | None) -> str:
+    weights = tensor_files.read_safetensors(weights_file(folder, iteration))
+    if bad := first_not_finite(weights):
+        raise FormatError(f"'{bad}' holds NaN or Inf.", "its training diverged; take an earlier checkpoint.")
+    return f"{count(len(weights), 'tensor')} of a full fine-tune, all finite"
+
+
+def _check_whole(folder: Path) -> str:
+    base = resolve_base(folder, download=False)
+    load_module(base)
+    return "it is the model that was trained, and has all its tensors"
 
 
 def _found(adapter: Adapter) -> str:

@@ -108,7 +108,8 @@ def show_command(ref: str, layers: bool, plot: Path | None, as_json: bool) -> No
     _output.facts(_facts(details))
     _show_losses(details)
     _output.out()
-    _output.table(("LAYERS", "SHAPE", "‖ΔW‖"), _layer_rows(details.layers, layers), right=(2,))
+    if details.layers:
+        _output.table(("LAYERS", "SHAPE", "‖ΔW‖"), _layer_rows(details.layers, layers), right=(2,))
     if details.checkpoints:
         _output.out()
         rows = [
@@ -134,8 +135,8 @@ def _facts(d: "Details") -> list[tuple[str, str]]:
         ("name", d.name),
         ("folder", _output.place(d.folder) if d.folder else "-"),
         ("base", _output.place(d.base) if d.base else "-"),
-        ("type", f"{d.type}, rank {d.rank}, scale {number(d.scale, 6)}"),
-        ("parameters", f"{d.parameters:,} in {count(len(d.layers), 'layer')}"),
+        ("type", f"{d.type}, rank {d.rank}, scale {number(d.scale, 6)}" if d.layers else d.type),
+        ("parameters", f"{d.parameters:,}" + (f" in {count(len(d.layers), 'layer')}" if d.layers else "")),
     ]
     shown = {"name", "base", "type", "rank", "scale", "ranks", "alpha", "checkpoints", "sha256", "versions"}
     rest = {

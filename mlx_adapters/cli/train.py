@@ -91,6 +91,7 @@ def train_command(
     if print_config:
         _print_config(settings)
         return
+    from mlx_adapters.models.metadata import FULL, read_config
     from mlx_adapters.sources.lookup import load_adapter
     from mlx_adapters.system.machine import typed_command
     from mlx_adapters.training.runs import plan_training, train
@@ -131,9 +132,9 @@ def train_command(
     loss = f", validation loss {_output.number(run.best_validation_loss, 4)}" if run.best_validation_loss else ""
     took, where = _output.duration(run.duration_seconds), _output.place(run.folder)
     _output.say(f"{run.best}{loss}; trained {took}, kept in {where}")
-    mine = _output.word(run.reference)
+    mine, full = _output.word(run.reference), read_config(run.folder)["fine_tune_type"] == FULL
     _output.next_steps(
-        f'mlx-adapters generate "..." --adapter {mine}',
+        f'mlx-adapters generate "..." {"--base" if full else "--adapter"} {mine}',
         f"mlx-adapters show {mine}",
         f"mlx-adapters fuse {mine} out/{run.folder.name}-4bit --bits 4",
     )

@@ -66,6 +66,8 @@ def parse_variant(text: str) -> Variant:
         return Variant(text, adapter=reference, fuse_bits=bits)
     if text == "demo":
         return Variant(text, base=text)
+    if lookup.place_of_full(text) is not None:
+        return Variant(text, base=text)
     place = lookup.spelled(text)
     if paths.is_path(place) and (folder := paths.expanded(place)).is_dir():
         is_adapter = (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file()

@@ -14,11 +14,11 @@ from typing import Any
 from mlx_adapters.errors import ConfigError, FormatError, HubError, IncompatibleError, NotFoundError, did_you_mean
 from mlx_adapters.models.adapter import Adapter, first_not_finite, weights_file
 from mlx_adapters.models.base import Base, BaseLike
-from mlx_adapters.models.metadata import FULL, base_of, read_config, read_metadata
+from mlx_adapters.models.metadata import base_of, read_metadata
 from mlx_adapters.sources import hub
 from mlx_adapters.sources.demo_base import DEMO_BASE, demo_base_folder
-from mlx_adapters.sources.lookup import iteration_of, spelled, tell_folder
-from mlx_adapters.sources.references import NAME, hub_id, parse_reference
+from mlx_adapters.sources.lookup import iteration_of, place_of_full, spelled, tell_folder
+from mlx_adapters.sources.references import NAME, hub_id
 from mlx_adapters.sources.registry import adapter_folder
 from mlx_adapters.sources.snapshots import model_snapshot
 from mlx_adapters.storage import files, paths, tensor_files
@@ -72,17 +72,9 @@ def resolve_base(name: BaseLike, download: bool = True, everything: bool = False
 
 def full_fine_tune(text: str) -> Base | None:
     """The model that a full fine-tune is, ours or mlx-lm's, by its name, NAME@ITERATION or folder."""
-    try:
-        reference = parse_reference(spelled(text))
-    except ConfigError:
+    if (place := place_of_full(text)) is None:
         return None
-    if reference.kind == "hub":
-        return None
-    folder = adapter_folder(reference.target) if reference.kind == "name" else paths.expanded(reference.target)
-    if (folder / "config.json").is_file() or not (folder / CONFIG_FILE).is_file():
-        return None
-    if read_config(folder).get("fine_tune_type") != FULL:
-        return None
+    folder, reference = place
     recorded = base_of(read_metadata(folder))
     if not recorded.get("name"):
         raise ConfigError(f"Which model is '{text}' a fine-tune of? It does not say.", "'mlx-adapters extract' asks.")

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from mlx_adapters.config.mapping import require, shown
 from mlx_adapters.errors import ConfigError, NotFoundError, did_you_mean
 from mlx_adapters.events import OnEvent, log, log_warnings
-from mlx_adapters.models.metadata import losses_of
+from mlx_adapters.models.metadata import FULL, losses_of, read_config
 from mlx_adapters.sources.demo_base import DEMO_BASE
 from mlx_adapters.sources.references import CHECKPOINT, NAME, Reference, below, hub_id, parse_reference
 from mlx_adapters.sources.registry import adapter_folder, adapters_folder, names, read_entry
 from mlx_adapters.storage import paths
+from mlx_adapters.storage.tensor_names import CONFIG_FILE
 
 if TYPE_CHECKING:
     from mlx_adapters.models.adapter import Adapter, AdapterLike
@@ -133,6 +134,19 @@ def locate(
             f"No adapter named '{ref.target}'.", did_you_mean(ref.target, names(), "'mlx-adapters list' shows all.")
         )
     return folder, iteration_of(folder, ref)
+
+
+def place_of_full(text: str) -> tuple[Path, Reference] | None:
+    """Where a full fine-tune lies, and how it is spelled; None for anything else."""
+    try:
+        reference = parse_reference(spelled(text))
+    except ConfigError:
+        return None
+    if reference.kind == "hub":
+        return None
+    folder = adapter_folder(reference.target) if reference.kind == "name" else paths.expanded(reference.target)
+    there = (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
+    return (folder, reference) if there and read_config(folder).get("fine_tune_type") == FULL else None
 
 
 def iteration_of(folder: Path, ref: Reference) -> int | None:

@@ -10,6 +10,7 @@ from mlx_adapters import (
     LoraConfig,
     Quantization,
     TrainConfig,
+    describe,
     estimate,
     extract,
     fuse,
@@ -17,7 +18,9 @@ from mlx_adapters import (
     load_adapter,
     load_model,
     train,
+    verify,
 )
+from mlx_adapters.evaluation.variants import parse_variants
 
 FULL = LoraConfig(type="full", num_layers=1)
 SHORT = TrainConfig(iterations=3, batch_size=2, learning_rate=1e-3, eval_every=1, save_every=1, report_every=1)
@@ -53,6 +56,20 @@ def test_what_was_trained_is_a_model_by_its_name(base, home, tmp_path):
     with pytest.raises(AdapterError, match="full fine-tune") as error:
         load_adapter("whole")
     assert "--base" in error.value.hint
+
+
+def test_what_looks_at_adapters_knows_it(base, home):
+    train(base, ROWS, name="whole", lora=FULL, training=SHORT)
+    assert verify("whole").sound and [check.what for check in verify("whole@2").checks][-1] == "base"
+    details = describe("whole")
+    assert (details.type, details.layers, len(details.checkpoints)) == ("full", (), 3) and details.parameters > 1000
+    (variant,) = parse_variants(["whole@2"])
+    assert (variant.base, variant.adapter) == ("whole@2", None)
+    weights = home / "adapters" / "whole" / "0000002_adapters.safetensors"
+    mx.save_safetensors(str(weights), {name: array * mx.nan for name, array in mx.load(str(weights)).items()})
+    assert {check.what for check in verify("whole").problems} >= {"tensors of @2"}
+    with pytest.raises(AdapterError, match="NaN"):
+        load_model("whole@2")
 
 
 def test_an_adapter_is_trained_on_it_and_made_of_it(base, home, tmp_path):
