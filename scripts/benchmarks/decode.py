@@ -13,6 +13,7 @@ import contextlib
 import json
 import statistics
 import time
+from functools import partial
 
 import mlx_adapters  # noqa: F401  (before mlx: it sees to a fast BLAS)
 
@@ -31,7 +32,8 @@ from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.runtime import pool as pool_module
 from mlx_adapters.runtime.additions import ForAll
 from mlx_adapters.runtime.pool import AdapterPool
-from mlx_adapters.runtime.sites import replace_layers
+from mlx_adapters.runtime.sites import at_path, replace_layers
+from mlx_adapters.surgery.calls import intercept
 
 SHAPES = {
     "8b": (
@@ -143,10 +145,43 @@ class Added(Padded):
         return mx.addmm(y, x @ self.one_a, self.one_b)
 
 
+MOST_TOKENS = 16  # with more, the products take longer than Python
+
+
+class Compiled:
+    """Calls a function of hidden states (..., width) as a compiled one, whose constants are weights and factors: once
+    for each set of `sites`' updates. What is changed inside afterwards is not seen; `AdapterPool` has none of this."""
+
+    def __init__(self, sites=()):
+        self.sites, self.of = list(sites), {}
+
+    def __call__(self, function, x):
+        if x.size > MOST_TOKENS * x.shape[-1]:
+            return function(x)
+        key = tuple(site.update for site in self.sites)
+        if key not in self.of:
+            self.of[key] = mx.compile(function)
+        return self.of[key](x)
+
+
+def compile_parts(model, sites=()):
+    """What lies between a model's attentions, compiled: MLPs as a whole, and each other site by itself."""
+    parts = {f"model.layers.{i}.mlp": Compiled() for i in range(len(model.layers))}
+    for path, part in parts.items():
+        intercept(at_path(model, path), part)
+    for site in sites:
+        part = parts.get(site.paths[0].rpartition(".")[0])
+        if part is None:
+            site.outputs = partial(Compiled([site]), site.outputs)
+        else:
+            part.sites.append(site)
+
+
 # Name -> (class of the update, keywords of the pool).
 VARIANTS = {
     "each layer": (ForAll, dict(group=False)),
     "groups": (ForAll, dict(group=True)),
+    "groups compiled": (ForAll, dict(group=True)),
     "groups padded": (Padded, dict(group=True)),
     "groups addmm": (Added, dict(group=True)),
     "groups gather": (Gathered, dict(group=True)),
@@ -193,6 +228,9 @@ def prepare(variant, model, adapters):
     """Attach; give (context for decoding, notes)."""
     if variant == "base":
         return contextlib.nullcontext, {}
+    if variant == "base compiled":
+        compile_parts(model)
+        return contextlib.nullcontext, {}
     if variant == "mlx-lm":
         attach_mlx_lm(model, adapters[0])
         return contextlib.nullcontext, {}
@@ -204,6 +242,8 @@ def prepare(variant, model, adapters):
     pool_module.ForAll = kind
     pool.select(pool.choose("0"))
     pool_module.ForAll = ForAll
+    if variant == "groups compiled":
+        compile_parts(model, set(pool._sites.values()))
     start = time.perf_counter()
     pool.select(())
     pool.select(pool.choose("0"))
@@ -249,7 +289,9 @@ def run(shape, batch, options, clock):
     first = structure(shape, options.bits, dtype)
     mx.eval(first.parameters())
     adapters = random_adapters(first, dtype, ADAPTERS if batch > 1 else 1)
-    names = ["base", "mlx-lm", *VARIANTS] if batch == 1 else ["base", "mlx-lm", "ours", f"ours/{batch}"]
+    names = (
+        ["base", "base compiled", "mlx-lm", *VARIANTS] if batch == 1 else ["base", "mlx-lm", "ours", f"ours/{batch}"]
+    )
     ready, results, reference = {}, {}, None
     for name in [n for n in names if n in (options.only or names)]:
         model = structure(shape, options.bits, dtype)
