@@ -118,7 +118,7 @@ class LiveModel(Model):
         return self._attach(load_adapter(adapter), plain(adapter), any_base, name, use)
 
     def _attach(self, adapter: Adapter, given: Adapter | str, any_base: bool, name: str | None, use: bool) -> str:
-        entry = self._add(adapter, any_base, name)
+        entry = self._add(adapter, any_base, name, spent=not isinstance(given, Adapter))
         self._origins.pop(entry.name, None)
         if not isinstance(given, Adapter):  # one that was given in memory is what it holds
             self._origins[entry.name] = _Origin(given, any_base, version_of(adapter))
@@ -127,11 +127,11 @@ class LiveModel(Model):
             self.adapter = entry.adapter
         return entry.name
 
-    def _add(self, adapter: Adapter, any_base: bool, name: str | None) -> Attached:
+    def _add(self, adapter: Adapter, any_base: bool, name: str | None, spent: bool = False) -> Attached:
         check_fits(adapter, self.pool.layers, f"'{self.base.name}'")
         if not any_base:
             check_made_for(adapter, self.base.name, self.base.fingerprint)
-        return self.pool.add(name or self._own_name(adapter), adapter)
+        return self.pool.add(name or self._own_name(adapter), adapter, spent)
 
     def _own_name(self, adapter: Adapter) -> str:
         """The adapter's name; of one that has none, one that no other has here."""

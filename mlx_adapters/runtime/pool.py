@@ -34,6 +34,7 @@ from mlx_adapters.runtime.sites import (
     wrap,
 )
 from mlx_adapters.runtime.stacks import Stacks, part
+from mlx_adapters.storage.tensor_names import split
 from mlx_adapters.surgery.groups import Arrays, find_groups
 from mlx_adapters.system.door import mx, nn
 from mlx_adapters.system.machine import on_gpu
@@ -83,14 +84,17 @@ class AdapterPool:
 
     # -- coming and going ------------------------------------------------------------------------------
 
-    def add(self, name: str, adapter: Adapter) -> Attached:
-        """Take an adapter in under `name`, in place of one of that name. When this raises, nothing changed."""
+    def add(self, name: str, adapter: Adapter, spent: bool = False) -> Attached:
+        """Take an adapter in under `name`, in place of one of that name. When this raises, nothing changed here.
+
+        spent: it was read for this alone, and its weights may go as they are taken.
+        """
         with self.lock:
             check_fits(adapter, self.layers)
             kernel.is_right(self.dtype)  # here, since it cannot be tried while something is compiled
             before = set(self._sites)
             try:
-                factors = self._factors(adapter, self._install(adapter.config.keys))
+                factors = self._factors(adapter, self._install(adapter.config.keys), spent)
             except BaseException:
                 self._uninstall(self._sites.keys() - before)
                 raise
@@ -102,7 +106,7 @@ class AdapterPool:
             self.touch(entry)
             return entry
 
-    def _factors(self, adapter: Adapter, sites: Sequence[Site]) -> dict[Site, Factors]:
+    def _factors(self, adapter: Adapter, sites: Sequence[Site], spent: bool) -> dict[Site, Factors]:
         """What the adapter adds to each site, evaluated: some at a time, since that takes memory for a moment."""
         made: dict[Site, Factors] = {}
         keys = set(adapter.config.keys)
@@ -113,6 +117,9 @@ class AdapterPool:
                 if factors := site.assemble(prepared):
                     made[site] = factors
             mx.eval([factors.arrays for factors in made.values()])
+            taken = {path for site in sites[start : start + AT_A_TIME] for path in site.paths} if spent else set()
+            for tensor in [tensor for tensor in adapter.weights if split(tensor)[0] in taken]:
+                del adapter.weights[tensor]
         return made
 
     def remove(self, name: str) -> None:

@@ -179,6 +179,22 @@ def test_memory_of_many_adapters(tiny_model):
     assert held_by(model, 9 * size, before)  # slot 0 is the base
 
 
+def test_what_was_read_for_it_goes_as_it_is_taken(tiny_model):
+    """An adapter given by the user keeps its weights; one that was read to be attached is never there twice."""
+    model = load_model(tiny_model("llama"))
+    adapter = random_adapter(model, seed=1)
+    whole = dict(adapter.weights)
+    model.attach(adapter, name="given")
+    assert adapter.weights == whole
+    model.pool.add("read", adapter, spent=True)
+    assert adapter.weights == {}
+    outputs = []
+    for name in ("given", "read"):
+        with model.pool.applied(model.pool.choose(name)):
+            outputs.append(model.module(mx.array([TOKENS])))
+    assert mx.array_equal(*outputs)
+
+
 def test_what_is_detached_leaves_memory_at_once(tiny_model):
     """Whoever still holds its entry, and although the others lay in one stack with it."""
     model = load_model(tiny_model("llama", hidden_size=256, intermediate_size=1024))
