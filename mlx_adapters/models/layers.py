@@ -5,10 +5,10 @@ plain mlx-lm computes.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from mlx_adapters import units
 from mlx_adapters.config.training import LoraConfig
@@ -64,14 +64,15 @@ def _quantizable(layer: nn.Module) -> bool:
 
 def named_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """(path, layer) of all leaves, adapted layers counting as leaves, in natural order of the paths."""
-    leaves = module.leaf_modules()
-    adapted = {path: layer for path, layer in module.named_modules() if isinstance(layer, ADAPTED)}
-    flat = {path: layer for path, layer in _flatten(leaves) if not _inside(path, adapted)} | adapted
+    modules = dict(module.named_modules())
+    adapted = {path: layer for path, layer in modules.items() if isinstance(layer, ADAPTED)}
+    leaves = {path: layer for path, layer in modules.items() if path and _is_leaf(layer)}
+    flat = {path: layer for path, layer in leaves.items() if not _inside(path, adapted)} | adapted
     return [(path, flat[path]) for path in sorted(flat, key=tensor_names.natural_order)]
 
 
-def _flatten(leaves: dict) -> Iterable[tuple[str, nn.Module]]:
-    return tree_flatten(leaves, is_leaf=nn.Module.is_module)
+def _is_leaf(module: nn.Module) -> bool:
+    return not any(isinstance(value, dict | list) for value in module.values()) or not module.children()
 
 
 def _inside(path: str, adapted: dict[str, nn.Module]) -> bool:
