@@ -43,6 +43,7 @@ from mlx_adapters.system.door import make_prompt_cache, mx, nn
 from mlx_adapters.system.limits import as_little_memory_as_will_do
 from mlx_adapters.system.machine import on_gpu, usable_memory_bytes
 
+AHEAD = 0.2  # of what a step needs: with it a GPU works ahead; without it waits, and takes up to twice as long
 PROBED_TOKENS, MOST_TOKENS = 16, 64  # of what a model says; of a row that it is tried on
 
 
@@ -57,19 +58,26 @@ class Prober:
     rounding: Rounding | None = None
     memory: MemoryPlan = field(default_factory=MemoryPlan)
 
-    def step_bytes(self, draw: Draw, blocks: int) -> float:
-        """Bytes that one step needs above what lies in memory all the time, for `blocks` adapted blocks.
+    def step_bytes(self, draw: Draw, blocks: int) -> tuple[float, float]:
+        """(bytes that one step needs above what lies in memory all the time, for `blocks` adapted blocks; how many more
+        a GPU takes that waits where AHEAD says).
 
         The first step holds less than those after it, and a GPU frees what it has done with at its own time, so there
         the least of three later ones counts; a CPU's first step tells enough. What there is no room for takes all that
         there is, or more.
         """
         steps = (1, 3) if on_gpu() else (0, 1)
+        seen: list[tuple[int, float, int]] = []
+
+        def need(count: int) -> int:
+            seen.append(self._measure(draw, count, *steps))
+            return seen[-1][0]
+
         try:
             with as_little_memory_as_will_do():
-                return _through(self._counts(blocks), lambda n: self._measure(draw, n, *steps)[0], blocks)
+                return _through(self._counts(blocks), need, blocks), seen[-1][2]
         except OutOfMemoryError:
-            return usable_memory_bytes()
+            return usable_memory_bytes(), 0
 
     def seconds(self, draw: Draw, blocks: int, warm_up: int = 3, timed: int = 3) -> float:
         """Median time of a step after `warm_up` steps, for `blocks` adapted blocks."""
@@ -126,20 +134,29 @@ class Prober:
             memory=self.memory,
         )
 
-    def _measure(self, draw: Draw, blocks: int, warm_up: int, timed: int) -> tuple[int, float]:
-        """(the least bytes at the peak above what lay there before, median seconds) of the steps after the warm-up."""
+    def _measure(self, draw: Draw, blocks: int, warm_up: int, timed: int) -> tuple[int, float, int]:
+        """(the least bytes at the peak above what lay there before, median seconds) of the steps after the warm-up, and
+        how many bytes more steps take on a GPU that may be ahead."""
         train_step = self._train_step(blocks)
         mx.eval(train_step.weights, train_step.optimizer.arrays())
         gc.collect()
         mx.clear_cache()
         before, seconds, peaks = mx.get_active_memory(), [], []
-        for _ in range(warm_up + timed):
-            mx.reset_peak_memory()
-            start = time.perf_counter()
-            train_step.take(draw, 1e-12, rounding=self.training.fuse_aware is not None)
-            seconds.append(time.perf_counter() - start)
-            peaks.append(mx.get_peak_memory() - before)
-        return min(peaks[warm_up:]), statistics.median(seconds[warm_up:])
+
+        def steps(count: int) -> None:
+            for _ in range(count):
+                mx.reset_peak_memory()
+                start = time.perf_counter()
+                train_step.take(draw, 1e-12, rounding=self.training.fuse_aware is not None)
+                seconds.append(time.perf_counter() - start)
+                peaks.append(mx.get_peak_memory() - before)
+
+        steps(warm_up + timed)
+        needed, median = min(peaks[warm_up:]), statistics.median(seconds[warm_up:])
+        if on_gpu():
+            train_step.memory = replace(self.memory, near=int((1 + AHEAD) * (before + needed)))
+            steps(2)
+        return needed, median, max(min(peaks[-2:]) - needed, 0) if on_gpu() else 0
 
 
 def _through(counts: list[int], measure: Callable[[int], float], wanted: int) -> float:

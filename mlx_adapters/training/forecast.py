@@ -30,7 +30,7 @@ from mlx_adapters.models.layers import named_layers
 from mlx_adapters.models.loading import load_module, load_tokenizer_of
 from mlx_adapters.optimization.distributed import World
 from mlx_adapters.optimization.feed import bins_of, largest_draw, make_feed
-from mlx_adapters.optimization.probe import Prober, adapter_bytes, first_block, weight_bytes
+from mlx_adapters.optimization.probe import AHEAD, Prober, adapter_bytes, first_block, weight_bytes
 from mlx_adapters.optimization.step import Again, MemoryPlan, chunk_rows
 from mlx_adapters.optimization.through_rounding import plan_rounding
 from mlx_adapters.sources.bases import resolve_base
@@ -43,7 +43,7 @@ from mlx_adapters.units import bytes_of, count, size
 
 @dataclass(frozen=True)
 class Parts:
-    """Bytes in memory at the peak of a training step, by what they are for; `ahead_bytes`: see AHEAD."""
+    """Bytes in memory at the peak of a training step, by what they are for; `ahead_bytes`: of a GPU."""
 
     weights_bytes: int
     adapter_bytes: int
@@ -61,7 +61,6 @@ class Parts:
 
 WAYS: tuple[Again, ...] = ("nothing", "mlp", "blocks")
 SLOWER = {"nothing": "", "mlp": "about a fifth more time", "blocks": "about a third more time"}
-AHEAD = 0.2  # of what a step needs: with it a GPU works ahead; without it waits, and takes up to twice as long
 ROOM = 0.95  # of the memory there is, for what MLX itself holds, and for what a forecast is off by
 
 
@@ -191,7 +190,7 @@ def settle_memory(
 
 
 def _near(memory: MemoryPlan, parts: Parts, training: TrainConfig) -> MemoryPlan:
-    return replace(memory, near=min(parts.peak_bytes, _usable(training)))
+    return replace(memory, near=min(int((1 + AHEAD) * (parts.peak_bytes - parts.ahead_bytes)), _usable(training)))
 
 
 def _predicted(parts: Parts, training: TrainConfig, told: bool) -> str:
@@ -279,12 +278,13 @@ def forecast(
     weights = weight_bytes(module, training.dtype)
     del module  # its files are closed before the prober opens them
     with refusals(setup.cannot_train):
-        step = int(prober.step_bytes(draw, max(reached, 1)))
+        step, over = map(int, prober.step_bytes(draw, max(reached, 1)))
     logits = min(_logits_bytes(largest, prober.vocabulary, training), max(step - adapter, 0))
     activations = max(step - adapter - logits, 0)
     needed = Parts(weights, adapter, optimizer, adapter, activations, logits)
     room = int(ROOM * _usable(training)) - needed.peak_bytes
-    return replace(needed, ahead_bytes=max(min(int(AHEAD * needed.peak_bytes), room), 0) if on_gpu() else 0), largest
+    ahead = max(over, min(int(AHEAD * needed.peak_bytes), room)) if on_gpu() else 0
+    return replace(needed, ahead_bytes=ahead), largest
 
 
 def _prober(base: Base, lora: LoraConfig, training: TrainConfig, memory: MemoryPlan) -> Prober:
