@@ -5,7 +5,8 @@ embeddings and `experts(y, x, indices, sorted_indices)` for mixtures. y, what th
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 
 from mlx_adapters.errors import IncompatibleError
 from mlx_adapters.runtime import kernel
@@ -13,6 +14,7 @@ from mlx_adapters.runtime.factors import Factors
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.machine import on_gpu
 
+Product = Callable[[mx.array], mx.array]
 MANY_TOKENS = 256  # from here on a GPU, too, is faster with a product that adds, and with a weight unpacked for it
 
 
@@ -35,6 +37,7 @@ class ForAll:
             self.one_a, self.one_b = self.a[None], self.b[None]
             self.kernel_a, self.kernel_b = a.reshape(1, -1, *factors.a.shape[-2:]), factors.b[None]  # one slot
         self.adds = not on_gpu() and self.b.dtype == mx.float32  # a product that adds is one operation less
+        self._compiled: Callable[[mx.array], list[mx.array]] | None = None
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -57,6 +60,13 @@ class ForAll:
         adds = self.adds or x.size > MANY_TOKENS * x.shape[-1]
         parts = zip(split(y, widths), split(z, [rank] * len(widths)), split(b, widths), strict=True)
         return [mx.addmm(part, low, high) if adds else part + low @ high for part, low, high in parts]
+
+    def compiled(self, product: Product, widths: Sequence[int]) -> Callable[[mx.array], list[mx.array]]:
+        """`linears` of what `product` gives for its argument, compiled; gone with this object, as its constants are."""
+        if self._compiled is None:
+            twin = copy(self)  # not this one, which holds it
+            self._compiled = mx.compile(lambda x: twin.linears(product(x), x, widths))
+        return self._compiled
 
     def lookup(self, y: mx.array, ids: mx.array) -> mx.array:
         """y (..., dim) and ids (...)."""
@@ -180,3 +190,13 @@ class InTurn:
 
 
 Addition = ForAll | PerRow | InTurn
+
+
+def outputs_of(update: Addition, product: Product, x: mx.array, widths: Sequence[int]) -> list[mx.array]:
+    """The outputs of linear layers on x (..., in), of which `product` gives the base's.
+
+    For one token on a GPU by a compiled function: Python takes longer to build the operations than a GPU to do them.
+    """
+    if x.size == x.shape[-1] and isinstance(update, ForAll) and kernel.serves(x, x, update.factors.b):
+        return update.compiled(product, widths)(x)
+    return update.linears(product(x), x, widths)

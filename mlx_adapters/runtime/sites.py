@@ -13,9 +13,9 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mlx_adapters.models.dense import dense_layer, dense_weight
+from mlx_adapters.models.dense import dense_layer, dense_weight, weight_shape
 from mlx_adapters.models.layers import EMBEDDING, SWITCH, AdapterLayer
-from mlx_adapters.runtime.additions import MANY_TOKENS, Addition
+from mlx_adapters.runtime.additions import MANY_TOKENS, Addition, outputs_of
 from mlx_adapters.runtime.factors import Factors, below_each_other
 from mlx_adapters.storage.tensor_names import BIAS, QUANTIZED_LEAVES, WEIGHT
 from mlx_adapters.surgery.calls import intercept
@@ -41,8 +41,7 @@ class Site:
         """The output of each of its linear layers, with the update."""
         if self.update is None:
             return [self.layers[0](x)]
-        y = self.product(x)
-        return self.update.linears(y, x, (y.shape[-1],))
+        return outputs_of(self.update, self.product, x, (weight_shape(self.layers[0])[0],))
 
     def linear(self, x: mx.array, index: int = 0) -> mx.array:
         """The output of the linear layer number `index`."""
@@ -66,7 +65,7 @@ class Group(Site):
         """See Site."""
         if self.update is None:
             return [layer(x) for layer in self.layers]
-        return self.update.linears(self.product(x), x, self.widths)
+        return outputs_of(self.update, self.product, x, self.widths)
 
     def linear(self, x: mx.array, index: int = 0) -> mx.array:
         """See Site. The parts live until they are taken or x dies, whichever comes first."""

@@ -4,6 +4,8 @@ What it computes is compared with products wherever it is first used (`kernel.is
 adapters at run time on a GPU.
 """
 
+import weakref
+
 import mlx.core as mx
 import pytest
 
@@ -56,6 +58,38 @@ def added(tokens=1):
         Factors(mx.random.normal((2, 4, 32), key=keys[2]), mx.random.normal((24, 4), key=keys[3]))
     )
     return mx.concatenate(update.linears(y, x, [16, 8]), axis=-1)
+
+
+def test_one_token_is_computed_by_a_compiled_function_that_goes_with_the_update(gpu):
+    """A site's product and factors are its constants: another adapter has another function, and nothing is left."""
+    made = []
+
+    def compiling(function):
+        made.append(weakref.ref(function))
+        return function
+
+    gpu.setattr(kernel, "add_update", honest)
+    gpu.setattr(additions.mx, "compile", compiling)
+    keys = mx.random.split(mx.random.key(2), 3)
+    weight = mx.random.normal((24, 32), key=keys[2])
+
+    def outputs(update, tokens):
+        x = mx.random.normal((tokens, 32), key=keys[0])
+        got = additions.outputs_of(update, lambda x: x @ weight.T, x, [16, 8])
+        expected = update.linears(x @ weight.T, x, [16, 8])
+        assert all(mx.allclose(a, b, atol=1e-5) for a, b in zip(got, expected, strict=True))
+
+    updates = [
+        additions.ForAll(Factors(mx.random.normal((2, 4, 32), key=key), mx.random.normal((24, 4), key=key)))
+        for key in keys[:2]
+    ]
+    for update in updates:
+        for tokens in (1, 1, 2):
+            outputs(update, tokens)
+    assert len(made) == 2 and all(function() is not None for function in made)
+    updates.clear()
+    del update
+    assert all(function() is None for function in made)
 
 
 def test_a_kernel_that_is_right_is_used_for_few_tokens(gpu):
