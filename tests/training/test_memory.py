@@ -13,6 +13,8 @@ from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.models.layers import named_layers
 from mlx_adapters.models.loading import load_model
 from mlx_adapters.optimization.optimizers import Optimizer
+from mlx_adapters.optimization.probe import Prober
+from mlx_adapters.optimization.step import MemoryPlan
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.limits import as_little_memory_as_will_do
@@ -96,8 +98,26 @@ def test_forecast_is_within_15_percent(case, tiny_model):
     lora, training, length = CASES[case]
     folder = tiny_model("llama", **DEEP)
     given = rows_for(training, length)
-    peak = forecast.forecast(resolve_base(folder), given, lora, training)[0].peak_bytes
-    assert peak == pytest.approx(measured(folder, given, lora, training), rel=0.15)
+    parts, _ = forecast.forecast(resolve_base(folder), given, lora, training)
+    needed = parts.peak_bytes - parts.ahead_bytes
+    assert needed == pytest.approx(measured(folder, given, lora, training), rel=0.15)
+
+
+@pytest.mark.parametrize("over", [0, 10**9])
+def test_a_gpu_takes_a_fifth_more_or_what_it_holds_beyond_its_limit(over, tiny_model, monkeypatch):
+    """And no more than there is, but for what was measured; it waits at a fifth more in any case."""
+    monkeypatch.setattr(forecast, "on_gpu", lambda: True)
+    monkeypatch.setattr(Prober, "step_bytes", lambda *_: (5e8, over))
+    base = resolve_base(tiny_model("llama", **DEEP))
+    monkeypatch.setattr(forecast, "usable_memory_bytes", lambda: 10**15)
+    parts, _ = forecast.forecast(base, rows(50), LORA, TRAINING)
+    needed = parts.peak_bytes - parts.ahead_bytes
+    assert parts.ahead_bytes == max(over, int(0.2 * needed))
+    assert forecast._near(MemoryPlan(), parts, TRAINING).near == int(1.2 * needed)
+    tight = replace(TRAINING, memory_limit=f"{1.1 * needed / 1e6:.0f}MB")
+    parts, _ = forecast.forecast(base, rows(50), LORA, tight)
+    assert parts.ahead_bytes == pytest.approx(max(over, 0.045 * needed), rel=0.01)
+    assert forecast._near(MemoryPlan(), parts, tight).near == pytest.approx(1.1 * needed, rel=0.01)
 
 
 def test_parts_are_counted_exactly(tiny_model):
