@@ -18,7 +18,7 @@ from mlx_adapters.models.metadata import base_of, read_metadata
 from mlx_adapters.sources import hub
 from mlx_adapters.sources.demo_base import DEMO_BASE, demo_base_folder
 from mlx_adapters.sources.lookup import iteration_of, place_of_full, spelled, tell_folder
-from mlx_adapters.sources.references import NAME, hub_id
+from mlx_adapters.sources.references import NAME, Reference, hub_id
 from mlx_adapters.sources.registry import adapter_folder
 from mlx_adapters.sources.snapshots import model_snapshot
 from mlx_adapters.storage import files, paths, tensor_files
@@ -71,18 +71,27 @@ def resolve_base(name: BaseLike, download: bool = True, everything: bool = False
 
 
 def full_fine_tune(text: str) -> Base | None:
-    """The model that a full fine-tune is, ours or mlx-lm's, by its name, NAME@ITERATION or folder."""
-    if (place := place_of_full(text)) is None:
+    """The model that a full fine-tune is, ours or mlx-lm's, by its name, NAME@ITERATION or folder; it may be one of
+    another. Raises FormatError for one that is a fine-tune of itself, IncompatibleError for one whose base changed."""
+    made_of: list[tuple[str, Path, Reference, dict]] = []
+    while (place := place_of_full(text)) is not None:
+        folder, reference = place
+        if any(folder == other for _, other, *_ in made_of):
+            raise FormatError(f"'{text}' is a fine-tune of itself: it took its own base's name.", "train it anew.")
+        made_of.append((text, folder, reference, base_of(read_metadata(folder))))
+        if not (name := made_of[-1][-1].get("name")):
+            why = f"Which model is '{text}' a fine-tune of? It does not say."
+            raise ConfigError(why, "'mlx-adapters extract' asks.")
+        text = name
+    if not made_of:
         return None
-    folder, reference = place
-    recorded = base_of(read_metadata(folder))
-    if not recorded.get("name"):
-        raise ConfigError(f"Which model is '{text}' a fine-tune of? It does not say.", "'mlx-adapters extract' asks.")
-    base = resolve_base(recorded["name"])
-    if recorded.get("fingerprint", base.fingerprint) != base.fingerprint:
-        why = f"'{text}' was trained on other weights than '{base.name}' holds now."
-        raise IncompatibleError(why, "put them back.")
-    return tuned(base, folder, iteration_of(folder, reference), text)
+    base = resolve_base(text)
+    for called, folder, reference, recorded in reversed(made_of):
+        if recorded.get("fingerprint", base.fingerprint) != base.fingerprint:
+            why = f"'{called}' was trained on other weights than '{base.name}' holds now."
+            raise IncompatibleError(why, "put them back.")
+        base = tuned(base, folder, iteration_of(folder, reference), called)
+    return base
 
 
 def tuned(base: Base, folder: Path, iteration: int | None = None, name: str | None = None) -> Base:

@@ -18,7 +18,7 @@ from mlx_adapters.models.loading import load_model, load_tokenizer_of
 from mlx_adapters.optimization import distributed
 from mlx_adapters.optimization.feed import bins_of
 from mlx_adapters.sources.bases import resolve_base
-from mlx_adapters.sources.lookup import load_adapter
+from mlx_adapters.sources.lookup import load_adapter, place_of_full
 from mlx_adapters.sources.references import Reference
 from mlx_adapters.sources.registry import training_lock
 from mlx_adapters.storage import replacing
@@ -217,6 +217,9 @@ def _new(asked: Asked, watched: Watched) -> Request:
 
 def _begin(request: Request, reference: Reference, path: Path, overwrite: bool, held: contextlib.ExitStack) -> Loop:
     folder = RunFolder(reference, path, {}, held, writes=request.writes, overwrite=overwrite)
+
+    own = place_of_full(request.base.name)
+    require(own is None or own[0] != path, f"'{reference}' is what the run would start from.", "give it another name.")
 
     def claim() -> None:  # before the model loads: of two runs of one new name the later one ends here
         held.enter_context(training_lock(path))

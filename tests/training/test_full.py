@@ -89,6 +89,21 @@ def test_an_adapter_is_trained_on_it_and_made_of_it(base, home, tmp_path):
         load_model("whole", "on-it")
 
 
+def test_one_of_another_is_that_one_and_none_of_itself(base, home):
+    train(base, ROWS, name="first", lora=FULL, training=SHORT)
+    train("first", ROWS, name="second", lora=LoraConfig(type="full", target_modules=("norm",)), training=SHORT)
+    assert mx.array_equal(load_model("second").module.model.layers[1].mlp.up_proj.weight, up_of("first"))
+    with pytest.raises(AdapterError, match="would start from"):
+        train("first", ROWS, name="first", lora=FULL, training=SHORT, overwrite=True)
+    train("second", ROWS, name="first", lora=FULL, training=SHORT, overwrite=True)
+    with pytest.raises(AdapterError, match="of itself"):
+        load_model("first")
+
+
+def up_of(model):
+    return load_model(model).module.model.layers[1].mlp.up_proj.weight
+
+
 def test_the_last_blocks_alone_are_trained_packed_ones_as_dense_ones(tiny_model, home):
     base = tiny_model(architecture="llama", bits=4, group_size=32)
     train(base, ROWS, name="whole", lora=FULL, training=SHORT)
