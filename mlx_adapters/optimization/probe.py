@@ -43,7 +43,7 @@ from mlx_adapters.system.door import make_prompt_cache, mx, nn
 from mlx_adapters.system.limits import as_little_memory_as_will_do
 from mlx_adapters.system.machine import on_gpu, usable_memory_bytes
 
-AHEAD = 0.2  # of what a step needs: with it a GPU works ahead; without it waits, and takes up to twice as long
+AHEAD = 0.25  # of what a step needs: with it a GPU works ahead; without it waits, and takes up to twice as long
 PROBED_TOKENS, MOST_TOKENS = 16, 64  # of what a model says; of a row that it is tried on
 
 

@@ -4,7 +4,7 @@ What lies in memory all the time (weights, adapter, optimizer) is counted from s
 is measured on this device with a few of the model's blocks, at the shape of the largest batch, and extended to
 all: each block that the backward pass reaches keeps its activations, the blocks before keep nothing. So a
 model that does not fit can be judged too. On a GPU MLX works some 300 operations ahead as long as there is room; a run
-lets it do so in a fifth of what a step needs, if there is as much, and no further.
+lets it do so in a quarter of what a step needs, if there is as much, and no further.
 
 `settle_memory` chooses, before a run begins, the cheapest way that fits: keep all, compute the MLPs again in the
 backward pass, or whole blocks, and, if that is not enough, take batches in parts.

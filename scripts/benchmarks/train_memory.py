@@ -275,7 +275,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--mixed", type=int, default=0, metavar="N", help="N batches of rows of many lengths")
     parser.add_argument("--ahead", action="store_true", help="let a GPU work ahead as far as it likes")
-    parser.add_argument("--near", type=float, default=1.2, help="of what a step needs, where a GPU waits")
+    parser.add_argument("--near", type=float, default=1.25, help="of what a step needs, where a GPU waits")
     parser.add_argument("--ways", nargs="*", default=[*THEIRS, *OURS], choices=[*THEIRS, *OURS], metavar="WAY")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -104,16 +104,16 @@ def test_forecast_is_within_15_percent(case, tiny_model):
 
 
 @pytest.mark.parametrize("over", [0, 10**9])
-def test_a_gpu_takes_a_fifth_more_or_what_it_holds_beyond_its_limit(over, tiny_model, monkeypatch):
-    """And no more than there is, but for what was measured; it waits at a fifth more in any case."""
+def test_a_gpu_takes_a_quarter_more_or_what_it_holds_beyond_its_limit(over, tiny_model, monkeypatch):
+    """And no more than there is, but for what was measured; it waits at a quarter more in any case."""
     monkeypatch.setattr(forecast, "on_gpu", lambda: True)
     monkeypatch.setattr(Prober, "step_bytes", lambda *_: (5e8, over))
     base = resolve_base(tiny_model("llama", **DEEP))
     monkeypatch.setattr(forecast, "usable_memory_bytes", lambda: 10**15)
     parts, _ = forecast.forecast(base, rows(50), LORA, TRAINING)
     needed = parts.peak_bytes - parts.ahead_bytes
-    assert parts.ahead_bytes == max(over, int(0.2 * needed))
-    assert forecast._near(MemoryPlan(), parts, TRAINING).near == int(1.2 * needed)
+    assert parts.ahead_bytes == max(over, int(0.25 * needed))
+    assert forecast._near(MemoryPlan(), parts, TRAINING).near == int(1.25 * needed)
     tight = replace(TRAINING, memory_limit=f"{1.1 * needed / 1e6:.0f}MB")
     parts, _ = forecast.forecast(base, rows(50), LORA, tight)
     assert parts.ahead_bytes == pytest.approx(max(over, 0.045 * needed), rel=0.01)
