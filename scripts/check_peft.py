@@ -36,7 +36,10 @@ SETTINGS = {  # what mlx-lm and transformers take for granted differently
     "afmoe": {"mup_enabled": True, "route_scale": 2.0, "global_attn_every_n_layers": 1},
     "falcon_h1": STEPS | {"mlp_multipliers": [0.7, 1.3], "ssm_multipliers": [0.9, 0.8, 0.7, 1.1, 1.2]},
     "granitemoehybrid": STEPS | {"position_embedding_type": "rope"},
-    "longcat_flash": {"zero_expert_num": 0},  # (transformers 5.24 makes gate_up_proj for the others as well)
+    "longcat_flash": {
+        "zero_expert_num": 0,
+        "head_dim": 32,
+    },  # (transformers 5.24 makes gate_up_proj for the others as well)
     "laguna": {"rope_parameters": {"full_attention": WHOLE, "sliding_attention": WHOLE}},
 }
 PARTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "router")

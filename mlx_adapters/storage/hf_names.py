@@ -101,8 +101,12 @@ PEFT_UNHEEDED = {
     **dict.fromkeys(("falcon_h1", "mamba2", "nemotron_h"), ("out_proj", "conv1d")),
     **dict.fromkeys(("mamba", "falcon_mamba"), ("out_proj", "conv1d", "dt_proj")),
     "jamba": ("dt_proj",),
+    "longcat_flash": ("classifier",),
 }
-PEFT_UNCALLED = ("dt_proj",)  # of these, what is read so on every device; the others by a GPU's kernels alone
+PEFT_UNCALLED = (
+    "dt_proj",
+    "classifier",
+)  # of these, what is read so on every device; the others by a GPU's kernels alone
 
 
 def is_embedding(path: str) -> bool:

@@ -239,10 +239,12 @@ def test_names_are_those_of_the_class_that_peft_users_load(tmp_path: Path):
     ("architecture", "keys", "reason"),
     [
         ("falcon_h1", "mamba.out_proj", "reads the weight of 'model.layers.0.mamba.out_proj' itself"),
+        ("longcat_flash", "classifier", "reads the weight of 'model.layers.0.mlp.router.classifier' itself"),
     ],
 )
 def test_what_peft_would_take_and_not_heed_is_refused(architecture: str, keys: str, reason: str, tmp_path: Path):
     base = FIXTURES / architecture / "base"
+    base = base if base.is_dir() else tiny_base(tmp_path / "base", architecture)
     adapter = picked_adapter(base, lambda key: key.endswith(keys))
     with pytest.raises(FormatError, match=reason):
         export_peft(adapter, tmp_path / "out", base=base)
