@@ -28,7 +28,7 @@ NAMES = (
     *("nemotron_h", "mixtral", "deepseek_v2", "dots1", "jamba", "olmoe", "phimoe", "ernie4_5_moe", "mistral4"),
     *("hunyuan_v1_dense", "exaone_moe", "afmoe", "mellum", "longcat_flash", "dbrx", "falcon_h1", "qwen3_vl"),
     *("qwen3_vl_moe", "gpt_neox", "minicpm3", "kimi_linear", "laguna", "olmo_hybrid", "gptj", "cohere2", "glm_moe_dsa"),
-    *("mamba", "mamba2"),
+    "mamba",
 )
 STEPS = {"time_step_limit": [0.0, 100.0]}
 WHOLE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
