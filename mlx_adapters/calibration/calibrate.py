@@ -26,7 +26,7 @@ from mlx_adapters.storage.tensor_files import as_numpy
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.machine import on_gpu
 
-EXPERT_BYTES = 1 << 31  # of the experts that are rounded together, and of their moments
+EXPERT_BYTES = 1 << 30  # of the experts that are rounded together, and of their moments
 TOGETHER_BYTES = 4 << 30  # of the layers that are
 FEW_SWEEPS = 1  # to a precision that is only to choose from
 

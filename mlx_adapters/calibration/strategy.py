@@ -43,7 +43,7 @@ THROUGH = (
     "then. Judge by the loss: the KL is from the adapter before rounding, which it was not trained to equal. After a "
     "short training, compare with --method calibrated."
 )
-GPU_TOKENS = (4096, 1024, 256)  # at a time: fewer, where memory is short
+GPU_TOKENS = (2048, 1024, 256)  # at a time: fewer, where memory is short
 JUDGING_ROWS = 8  # at least, and a tenth of the calibration rows
 NEAREST = "on the calibration rows that keeps more of the adapter than calibration does; more rows may help"
 UNKNOWN = "calibration does not see what it computes of which token"

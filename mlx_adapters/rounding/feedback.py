@@ -25,6 +25,7 @@ Matrices are transposed, (in, out), float32; axes before those are a batch of ma
 an engine of MLX. The engine of NumPy takes one matrix.
 """
 
+import functools
 import itertools
 from types import ModuleType
 
@@ -289,11 +290,15 @@ def error_felt(errors: Array, hessian: Array, outputs: Array | None = None, fact
     if outputs is None or _size(errors) <= ESTIMATED:
         felt = errors if outputs is None else errors @ outputs  # (..., in, out)
         return (felt * (hessian @ errors)).sum(axis=(-2, -1))
-    noise: Array = np.random.default_rng(0).standard_normal((errors.shape[-1], PROBES), np.float32)
-    noise = noise if isinstance(errors, np.ndarray) else mx.array(noise)
+    noise = _noise(errors.shape[-1]) if isinstance(errors, np.ndarray) else mx.array(_noise(errors.shape[-1]))
     moved = errors @ (noise if factor is None else factor @ noise)  # (..., in, PROBES)
     felt = moved if factor is not None else errors @ (outputs @ noise)
     return (felt * (hessian @ moved)).sum(axis=(-2, -1)) / PROBES
+
+
+@functools.cache
+def _noise(rows: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((rows, PROBES), np.float32)
 
 
 def _size(matrix: Array) -> int:
