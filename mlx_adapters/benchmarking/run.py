@@ -115,7 +115,7 @@ def benchmark(
         own = trained_on(parsed)
         prompts, judged = at_hand(data, folder / "prompts", own), at_hand(quality, folder / "quality", own)
         check_data(prompts, judged, score, own)
-        report = run(parsed, replace(config, data=prompts), on_event, folder, own)
+        report = run(parsed, replace(config, data=prompts), on_event, folder, own=own)
         report = replace(report, config=replace(config, data=source_of(data)))
         if report.interrupted:
             raise BenchmarkInterrupted(report)
@@ -177,6 +177,7 @@ def run(
     config: BenchmarkConfig,
     on_event: OnEvent,
     folder: Path,
+    *,
     own: DataConfig = DEFAULTS,
     worker: Sequence[str] = WORKER,
 ) -> Report:

@@ -109,7 +109,8 @@ def forked(cpu_time):
     def run_worker(variant, config, own, folder, _):
         job, result = folder / "job.json", folder / "result.json"
         result.unlink(missing_ok=True)
-        files.write_json(job, {"variant": to_mapping(variant), "config": to_mapping(config), "data": to_mapping(own)})
+        settings = {"variant": to_mapping(variant), "config": to_mapping(config), "data": to_mapping(own)}
+        files.write_json(job, settings | {"trust_remote_code": False})
         server.stdin.write(json.dumps([str(job), str(result)]) + "\n")
         server.stdin.flush()
         server.stdout.readline()
@@ -146,7 +147,7 @@ def repeat(options, model, folder):
             seed=len(reports),
         )
         variants = [Variant(name, str(model)) for name in ("one", "two", "slow")]
-        reports.append(running.run(variants, config, lambda _: None, folder, arguments))
+        reports.append(running.run(variants, config, lambda _: None, folder, worker=arguments))
         twins, slow = claims(reports[-1])
         print(f"{len(reports)}: twins differ {twins}, slow {words.phrase('decode_tps', slow)}", flush=True)
     return reports

@@ -13,6 +13,7 @@ from helpers.fusing import visible_adapter
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from mlx_adapters.checkpoints.left_out import left_out
+from mlx_adapters.cli.fuse import _show
 from mlx_adapters.config.fusing import FuseOptions, opened_by
 from mlx_adapters.errors import ConfigError
 from mlx_adapters.fusion.fuse import fuse
@@ -115,12 +116,14 @@ def test_what_ollamas_language_cannot_say_is_told(tiny_model, tmp_path):
         assert any("left out of the Modelfile" in note or "today's date" in note for note in made.notes)
 
 
-def test_lm_studio_looks_two_folders_down(tiny_model, tmp_path, monkeypatch):
+def test_lm_studio_looks_two_folders_down(tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     base = tiny_model("llama")
     made = make(base, Path(), "lmstudio", format="gguf")
     assert f"ln -s {tmp_path}/Out ~" in made.opened_with[0] and made.opened_with[1] == "lms load local/Out"
+    _show(made)
+    assert "\n".join(made.opened_with) in capsys.readouterr().out  # as it is: of a shorter path it links to itself
     models = tmp_path / ".lmstudio/models"
     options = FuseOptions(method="nearest", check=False, program="lmstudio")
     made = fuse(base, visible_adapter(base), models / "me/sql", options=options)
