@@ -27,7 +27,7 @@ from mlx_adapters.gguf_format.architectures import architecture_of
 from mlx_adapters.gguf_format.hyperparameters import settings_of
 from mlx_adapters.gguf_format.tensors import EXACT, Layout, Place
 from mlx_adapters.gguf_format.tokenizer import check_strings, read_tokenizer
-from mlx_adapters.models.adapter import template_of
+from mlx_adapters.models.adapter import templates_of
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.loading import load_tokenizer_of
 from mlx_adapters.rounding.grids import to_numpy
@@ -114,7 +114,7 @@ class GgufWriter:
         base, layout = assembly.base, self._layout
         loaded = load_tokenizer_of(base)
         tokenizer = read_tokenizer(base.tokenizer or base.folder, layout.config["vocab_size"], loaded)
-        templates = {template_of(adapter).chat_template for adapter, _ in assembly.updates.adapters}
+        templates = {one.chat_template for one in templates_of(base, [a for a, _ in assembly.updates.adapters])}
         if len(templates) == 1 and (own := templates.pop()):
             tokenizer = replace(tokenizer, template=own)
         for text in check_strings(tokenizer, loaded):

@@ -29,7 +29,7 @@ from mlx_adapters.data.batches import TokenBatch, TokenRow, make_batches
 from mlx_adapters.data.datasets import spread
 from mlx_adapters.errors import AdapterError, ConfigError, ModelError
 from mlx_adapters.events import Event, Note, OnEvent, Progress
-from mlx_adapters.models.adapter import template_of
+from mlx_adapters.models.adapter import templates_of
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.loading import load_tokenizer_of
 from mlx_adapters.rounding.packed import dequantize, to_nearest
@@ -82,7 +82,7 @@ class Strategy:
         adapters = [adapter for adapter, _ in self.assembly.updates.adapters]
         o = self.options
         try:
-            tokenizer = load_tokenizer_of(self.assembly.base, template_of(adapters[0]) if adapters else None)
+            tokenizer = load_tokenizer_of(self.assembly.base, templates_of(self.assembly.base, adapters)[0])
             text = choose_text(
                 o.calibration, adapters, tokenizer, o.calibration_rows, o.check_rows, self.assembly.base.positions
             )

@@ -29,7 +29,7 @@ from mlx_adapters.fusion import recipe as recipes
 from mlx_adapters.fusion.handover import check_program, hand_over
 from mlx_adapters.fusion.recipe import Recipe
 from mlx_adapters.fusion.result import FuseResult, report
-from mlx_adapters.models.adapter import Adapter, AdapterLike, template_of
+from mlx_adapters.models.adapter import Adapter, AdapterLike, templates_of
 from mlx_adapters.models.base import Base, BaseLike, Named
 from mlx_adapters.models.loading import load_tokenizer_of
 from mlx_adapters.sources.bases import NAME_IT, full_fine_tune, recorded_base, resolve_base
@@ -126,7 +126,7 @@ def fuse(
     with keeping as spool, files.atomic_folder(out, overwrite, ours) as folder:  # locked before drafts are swept
         strategy.round(spool)
         written = writer.write(assembly, folder, spool.get, on_event)
-        template_notes = _write_template(folder, [adapter for adapter, _ in updates.adapters], options.format)
+        template_notes = _write_template(folder, resolved, [a for a, _ in updates.adapters], options.format)
         opened, unsaid = _hand_over(options, folder, out, resolved, updates)
         template_notes += unsaid
         for note in (*written.notes, *template_notes):
@@ -199,9 +199,9 @@ def _notes(assembly: Assembly, on_event: OnEvent) -> tuple[str, ...]:
     return notes
 
 
-def _write_template(folder: Path, adapters: Sequence[Adapter], form: str) -> list[str]:
+def _write_template(folder: Path, base: Base, adapters: Sequence[Adapter], form: str) -> list[str]:
     """Put the chat template that the adapters were trained with in place of the base's; what to tell of it."""
-    texts = {template_of(adapter).chat_template for adapter in adapters}
+    texts = {one.chat_template for one in templates_of(base, adapters)}
     text = texts.pop() if len(texts) == 1 else None
     if text is None:
         return ["the adapters were trained with different chat templates: the base's own is kept"] if texts else []
@@ -216,8 +216,8 @@ def _hand_over(
 ) -> tuple[list[str], list[str]]:
     if options.program is None:
         return [], []
-    templates = [template_of(adapter) for adapter, _ in updates.adapters]
-    same = templates[0] if templates and all(one == templates[0] for one in templates) else None
+    templates = templates_of(base, [adapter for adapter, _ in updates.adapters])
+    same = templates[0] if all(one == templates[0] for one in templates) else None
     return hand_over(options.program, folder, out, load_tokenizer_of(base, same))
 
 
@@ -276,7 +276,7 @@ def fuse_again(
     base, adapters = recipes.ingredients(recipe)
     options = from_mapping(FuseOptions, recipe.options, "the fuse recipe")
     if recipe.text is not None:
-        tokenizer = load_tokenizer_of(base, template_of(adapters[0]) if adapters else None)
+        tokenizer = load_tokenizer_of(base, templates_of(base, adapters)[0])
         text = choose_text(
             options.calibration, adapters, tokenizer, options.calibration_rows, options.check_rows, base.positions
         )

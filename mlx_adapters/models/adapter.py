@@ -6,7 +6,7 @@ modules are adapted; the config holds rank, scale and type.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -228,6 +228,11 @@ AdapterOrBase = AdapterLike | Base  # where a model will do as well
 def template_of(adapter: Adapter) -> TemplateConfig:
     """How the adapter was trained to see conversations."""
     return data_config(adapter.metadata).template
+
+
+def templates_of(base: Base, adapters: Iterable[Adapter]) -> list[TemplateConfig]:
+    """How each adapter was trained to see conversations; without any, how what the base holds was."""
+    return [template_of(adapter) for adapter in adapters] or [base.template]
 
 
 def first_not_finite(weights: Mapping[str, mx.array]) -> str | None:

@@ -115,7 +115,8 @@ class Base:
     `parameters` are what `load_module` puts in place of the folder's own, by name: biases and norms, or what a full
     fine-tune trained, of which `tuned` is a hash. `untied`: the output layer becomes a matrix of its own, equal to the
     embedding that the folder's model uses for both. `rows`: the vocabulary is cut to so many tokens, or grows to them
-    by `appended`, by layer path. `tokenizer`: the folder of one that takes the place of the folder's own.
+    by `appended`, by layer path. `tokenizer`: the folder of one that takes the place of the folder's own. `taught`: how
+    a full fine-tune was trained to see conversations.
     """
 
     name: str
@@ -127,6 +128,7 @@ class Base:
     appended: dict[str, mx.array] = field(default_factory=dict, repr=False, compare=False)
     tokenizer: Path | None = None
     tuned: str | None = None
+    taught: TemplateConfig | None = None
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -164,7 +166,10 @@ class Base:
 
     @cached_property
     def template(self) -> TemplateConfig:
-        """How the adapters that were fused into it were trained to see conversations, if its recipe says so."""
+        """How a full fine-tune, or the adapters that were fused into it, were trained to see conversations, if its
+        record says so."""
+        if self.taught is not None:
+            return self.taught
         with contextlib.suppress(AdapterError, AttributeError, TypeError):
             entries = files.read_json(self.folder / FUSE_RECIPE_FILE)["adapters"]
             arguments = [entry.get("chat_template_args") for entry in entries]

@@ -104,6 +104,15 @@ def up_of(model):
     return load_model(model).module.model.layers[1].mlp.up_proj.weight
 
 
+def test_it_is_asked_in_the_template_that_it_was_trained_with(base, home, tmp_path):
+    template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    train(base, ROWS, name="whole", lora=FULL, training=TrainConfig(iterations=1, batch_size=2, chat_template=template))
+    out = fuse(None, "whole", tmp_path / "out").folder
+    assert (out / "chat_template.jinja").read_text() == template
+    for model in map(load_model, ("whole", out)):
+        assert model.tokenizer.decode(model.encode("hi")) == "<hi>"
+
+
 def test_the_last_blocks_alone_are_trained_packed_ones_as_dense_ones(tiny_model, home):
     base = tiny_model(architecture="llama", bits=4, group_size=32)
     train(base, ROWS, name="whole", lora=FULL, training=SHORT)
