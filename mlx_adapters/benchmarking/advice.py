@@ -66,6 +66,9 @@ def advise(
     """
     rows = {row.label: row for row in report.rows if row.error is None}
     mine = rows.get(label_of(adapter, rows))
+    failed = {row.label: row.error for row in report.rows if row.error is not None}
+    if mine is None and (why := failed.get(label_of(adapter, failed))):
+        raise ConfigError(f"'{adapter}' could not be measured: {why}")
     if mine is None or not mine.adapter_bytes:
         raise ConfigError(f"The report has no adapter '{adapter}'.", f"it has: {', '.join(rows) or 'nothing'}.")
     judge = _Judge(report, rows, mine, batch, memory_bytes, tolerance)

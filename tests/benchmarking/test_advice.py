@@ -43,6 +43,13 @@ def test_a_report_without_figures_to_compare_is_refused():
         advise(dataclasses.replace(measured, runs=tuple(runs)), "sql")
 
 
+def test_an_adapter_that_could_not_be_measured_is_told_with_its_error():
+    measured = fused_report((300, 220, 280, 300))
+    runs = [dataclasses.replace(run, result={"error": "its base is gone"}) for run in measured.runs]
+    with pytest.raises(ConfigError, match="'sql' could not be measured: its base is gone"):
+        advise(dataclasses.replace(measured, runs=tuple(runs)), "sql")
+
+
 def test_no_gain_means_no_fusing():
     advice = advise(fused_report((300, 300, 300, 300)), "sql")
     assert advice.choice == "sql" and "no fused variant was seen to decode faster" in advice.decision
