@@ -296,9 +296,9 @@ def attach(module: nn.Module, adapter: Adapter) -> None:
     add_adapter_layers(module, adapter.config)
     wide = {key for key in adapter.config.keys if layers[key].weight.dtype == mx.float32}
     weights = [
-        (name, array.astype(mx.float32) if tensor_names.split(name)[0] in wide else array)
+        (name, mx.contiguous(array.astype(mx.float32) if tensor_names.split(name)[0] in wide else array))
         for name, array in adapter.weights.items()
-    ]
+    ]  # contiguous: a product of experts copies other factors each time, and on CUDA fails on copies of some ranks
     module.load_weights(weights, strict=False)
     module.eval()
 

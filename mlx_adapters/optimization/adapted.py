@@ -17,6 +17,8 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
+
 from mlx_adapters.models.dense import weight_shape
 from mlx_adapters.models.low_rank import filled
 from mlx_adapters.storage.tensor_names import BIAS, LORA_A, LORA_B, join
@@ -92,8 +94,8 @@ def _experts(layer: nn.Module) -> Call:
     return call
 
 
-def _of_experts(indices: mx.array, ordered: bool, scale: float, kept: float) -> Call:
-    """`_low_rank` for y (..., 1, out), x (..., 1, in), A (experts, r, in) and B (experts, out, r), as `indices` say."""
+def _of_experts_in(indices: mx.array, ordered: bool, scale: float) -> Call:
+    """d (..., 1, in), A and B -> what their products add, (..., 1, out)."""
 
     def added(d: mx.array, a: mx.array, b: mx.array) -> mx.array:
         a, b = filled(a, b)
@@ -101,6 +103,23 @@ def _of_experts(indices: mx.array, ordered: bool, scale: float, kept: float) -> 
             turned = factor.astype(d.dtype).swapaxes(-1, -2)  # (experts, in, r), (experts, r, out)
             d = mx.gather_mm(d, turned, rhs_indices=indices, sorted_indices=ordered)
         return d
+
+    return added
+
+
+def _of_experts(indices: mx.array, ordered: bool, scale: float, kept: float) -> Call:
+    """`_low_rank` for y (..., 1, out), x (..., 1, in), A (experts, r, in) and B (experts, out, r), as `indices` say."""
+
+    added = _of_experts_in(indices, ordered, scale)
+
+    def added_in_order(d: mx.array, a: mx.array, b: mx.array) -> mx.array:
+        """The same, the entries sorted by expert: back through others MLX 0.32.4 has no kernel that starts on CUDA."""
+        shape = (*np.broadcast_shapes(d.shape[:-2], indices.shape), 1)
+        chosen = mx.broadcast_to(indices, shape[:-1]).flatten()
+        order = mx.argsort(chosen)
+        d = mx.broadcast_to(d, (*shape, d.shape[-1])).reshape(-1, 1, d.shape[-1])[order]
+        y = _of_experts_in(chosen[order], True, scale)(d, a, b)  # (entries, 1, out)
+        return y[mx.argsort(order)].reshape(*shape, -1)
 
     @mx.custom_function
     def product(y: mx.array, x: mx.array, a: mx.array, b: mx.array, *key: mx.array) -> mx.array:
@@ -111,7 +130,8 @@ def _of_experts(indices: mx.array, ordered: bool, scale: float, kept: float) -> 
     def backward(primals: tuple, dy: mx.array, output: mx.array) -> tuple:
         _, x, a, b, *key = primals
         given = [_dropped(x, kept, key).astype(mx.float32), a, b]
-        _, (dd, da, db) = mx.vjp(added, given, [dy.astype(mx.float32)])
+        sorts = on_cuda() and not ordered and x.shape[-2] == 1
+        _, (dd, da, db) = mx.vjp(added_in_order if sorts else added, given, [dy.astype(mx.float32)])
         return dy, _dropped(dd, kept, key).astype(x.dtype), da, db, *map(mx.zeros_like, key)
 
     return product

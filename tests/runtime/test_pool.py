@@ -131,7 +131,7 @@ def test_on_cuda_experts_have_a_rank_that_it_computes(rank, tiny_model, monkeypa
         monkeypatch.setattr(low_rank, "on_cuda", lambda cuda=cuda: cuda)
         model.attach(adapter, name=str(cuda))
         logits.append(model.logits(TOKENS))
-    ranks = [{f.a.shape[-2] for f in e.factors.values() if f.a.ndim == 3} for e in model.pool.attached.values()]
+    ranks = [{f.a.shape[-2] for f in e.factors.values() if f.b.ndim == 3} for e in model.pool.attached.values()]
     assert ranks[-1] == {8} and mx.allclose(*logits, atol=1e-5)
 
 
