@@ -98,6 +98,10 @@ class Places:
                 return into
         return []
 
+    def known(self, path: str) -> bool:
+        """Whether the weight of `path` comes into the model, as a layer or otherwise."""
+        return bool(self.look_up(path)[0] or self.without_layer(path))
+
     def without_layer(self, path: str) -> list[Piece]:
         """How all of the weight of `path` comes into the model, where that is no layer that an adapter takes (a router
         that is a bare matrix, the matrices of each head in MLA); nothing if it is, or if it does not."""

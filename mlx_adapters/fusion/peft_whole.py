@@ -70,7 +70,7 @@ def whole_tensors(
             raise IncompatibleError(f"The base model has no place for '{name}' of the PEFT adapter.", OWN_BASE)
         array = _as_stored(array, layout.shapes[pieces[0].source])
         for piece in pieces:
-            _put(piece, name, array, layers, shapes, whole)
+            _put(piece, name, array, layout.shapes[piece.source], weight_layers(module), shapes, whole)
     for path, rows in peft.token_rows.items():
         for onto in (path, *(_own_heads(path, peft, layers) if one_for_both else ())):
             key, array = _with_token_rows(peft, path, rows, places, onto, whole)
@@ -135,6 +135,7 @@ def _put(
     piece: Piece,
     name: str,
     array: mx.array,
+    source: tuple[int, ...],
     layers: Mapping[str, nn.Module],
     shapes: Mapping[str, tuple[int, ...]],
     whole: WholeTensors,
@@ -143,9 +144,11 @@ def _put(
     layer = layers.get(path) if leaf == WEIGHT else None
     wanted = shapes[piece.target] if layer is None else weight_shape(layer)
     wanted = wanted if piece.index is None else wanted[1:]
-    if array.ndim != len(piece.select) or piece.shape(tuple(array.shape)) != wanted:
+    given = tuple(array.shape)
+    cut = piece.split is not None and given != source
+    if array.ndim != len(source) or cut or piece.shape(given) != wanted:
         raise IncompatibleError(
-            f"'{name}' of the PEFT adapter is {tuple(array.shape)}, the base's is {wanted}.",
+            f"'{name}' of the PEFT adapter is {given}, the base's is {source if piece.split else wanted}.",
             OWN_BASE,
         )
     made = piece.apply(array)

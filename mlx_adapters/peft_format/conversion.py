@@ -89,7 +89,7 @@ def prepared(peft: PeftAdapter, module: Any, layout: Layout, text_only: bool) ->
     places = Places(adaptable_layers(module), layout)
     known = [path for path in peft.modules if not (hf_names.is_end(path) or hf_names.is_of_experts(path))]
     names = {tensor_names.split(name)[0] for name in layout.shapes} | set(places.layers)
-    beginnings = tensor_names.other_beginning(known, lambda path: bool(places.look_up(path)[0]), names)
+    beginnings = tensor_names.other_beginning(known, places.known, names)
     peft = peft if beginnings in (None, ("", "")) else peft.renamed(*beginnings)
     parts = _other_parts(peft, places)
     if not parts:
@@ -192,6 +192,7 @@ def other_vocabulary(peft: PeftAdapter, layers: Mapping[str, nn.Module], base: s
 def record(peft: PeftAdapter, converted: Converted, source: str) -> dict[str, Any]:
     """What export needs for the way back: the config as it was, how paths and experts were written, and what loading
     multiplied the weights by."""
+    tying = {"repeated": converted.repeated} if peft.settings.raw.get("ensure_weight_tying") else {}
     extra = {
         "tied": converted.tied,
         "paths": converted.paths,
@@ -204,6 +205,7 @@ def record(peft: PeftAdapter, converted: Converted, source: str) -> dict[str, An
         "config": peft.settings.raw,
         "renames": [list(pair) for pair in converted.renames],
         "experts": converted.experts,
+        **tying,
     } | {name: value for name, value in extra.items() if value}
 
 

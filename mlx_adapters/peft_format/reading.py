@@ -25,9 +25,10 @@ from mlx_adapters.storage.hf_names import (
     PEFT_CLASSIFIERS,
     PEFT_PREFIX,
     PEFT_SCALE,
+    POSITIONS,
     is_end,
 )
-from mlx_adapters.storage.tensor_names import CONFIG_FILE
+from mlx_adapters.storage.tensor_names import CONFIG_FILE, WEIGHT
 
 DTYPES = ("F32", "F16", "BF16")
 WHOLE, AGAIN = "is the file whole?", "save the adapter again with PEFT."
@@ -106,7 +107,7 @@ class PeftAdapter:
         weights = {path: array.shape[0] for path, array in self.base_copies.items()}
         for name, array in self.dense.items():
             path, leaf = tensor_names.split(name)
-            weights |= {path: array.shape[0]} if leaf == tensor_names.WEIGHT else {}
+            weights |= {path: array.shape[0]} if leaf == WEIGHT else {}
         weights |= {path: (m.a.shape[1] if m.embedding else m.b.shape[0]) for path, m in self.modules.items()}
         ends = {path: rows for path, rows in weights.items() if path.rpartition(".")[2] in EMBEDDINGS + HEADS}
         if len(set(ends.values())) > 1:
@@ -220,6 +221,9 @@ def _module(path: str, leaves: dict[str, mx.array], kinds: set[bool], settings: 
     if a is None or b is None or len(kinds) != 1:
         raise FormatError(f"The PEFT adapter lacks one of the two factors of '{path}'.", WHOLE)
     embedding = kinds.pop()
+    rows = path.rpartition(".")[2] in EMBEDDINGS + POSITIONS
+    if rows and not embedding and m is None and settings.names_parameter(tensor_names.join(path, WEIGHT)):
+        a, b, embedding = b.T, a.T, True  # the same matrix, named as a parameter
     if embedding and m is not None:
         raise FormatError(
             f"The PEFT adapter has DoRA on the embedding '{path}', normed over the vocabulary.",
@@ -251,16 +255,16 @@ def _set_apart(name: str, array: mx.array, peft: PeftAdapter) -> None:
         return
     if leaf == TOKEN_ROWS:
         peft.token_rows[path.removesuffix(".token_adapter")] = array
-    elif leaf == tensor_names.WEIGHT and holder == ORIGINAL:  # beside the same module's trained weight
+    elif leaf == WEIGHT and holder == ORIGINAL:  # beside the same module's trained weight
         peft.base_copies[own] = array
     elif holder == TRAINED:
         _set_apart(tensor_names.join(PEFT_PREFIX + own, leaf), array, peft)
     elif path.endswith(".lora_B") or ".lora_B." in path:
         raise FormatError(f"The PEFT adapter has lora_bias: '{name}'.", MERGE_THERE)
-    elif leaf == tensor_names.WEIGHT and path.endswith(".base_layer"):
+    elif leaf == WEIGHT and path.endswith(".base_layer"):
         peft.base_copies[path.removesuffix(".base_layer").removesuffix(".token_adapter")] = array
     elif "lora_" not in name and (
-        leaf in (tensor_names.WEIGHT, tensor_names.BIAS)
+        leaf in (WEIGHT, tensor_names.BIAS)
         or any(f".{module}." in f".{name}" for module in peft.settings.modules_to_save)
     ):
         peft.dense[tensor_names.join(path.removesuffix(".base_layer"), leaf)] = array

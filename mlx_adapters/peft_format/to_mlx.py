@@ -42,14 +42,15 @@ class Converted:
     """The adapter, the renames its paths took, the layout of its experts (`fused`: see `fused_updates`; `lost`: see
     `lost_bits`, by layer).
 
-    `tied`: an update that PEFT has at one end of a tied embedding only was taken at both. `paths` and `folds` as in
-    `Places`.
+    `tied`: an update that PEFT has at one end of a tied embedding only was taken at both; `repeated`: PEFT has it at
+    both. `paths` and `folds` as in `Places`.
     """
 
     adapter: Adapter
     renames: Renames
     experts: str | None
     tied: bool
+    repeated: bool
     paths: dict[str, str]
     folds: dict[str, Fold]
     fused: dict[str, Any]
@@ -83,7 +84,8 @@ def to_mlx(peft: PeftAdapter, layers: Mapping[str, nn.Module], layout: Layout, t
     _refuse_missing(peft, places, {update.key for update in updates})
     adapter, lost = _assemble(updates, peft)
     form = FUSED if fused else PER_EXPERT if experts else None
-    return Converted(adapter, tuple(places.renames), form, bool(ends), places.paths, places.folds, record, lost)
+    both = repeated is not None
+    return Converted(adapter, tuple(places.renames), form, bool(ends), both, places.paths, places.folds, record, lost)
 
 
 def _plain_updates(module: PeftModule, peft: PeftAdapter, places: Places) -> list[LayerFactors]:
@@ -93,12 +95,11 @@ def _plain_updates(module: PeftModule, peft: PeftAdapter, places: Places) -> lis
             f"The factors of '{module.path}' have ranks {module.a.shape[0]} and {module.b.shape[1]}.", AGAIN
         )
     _refuse_uncalled(module, places.layout.model_type)
-    scale = strength(peft, module, module.a.shape[0])
     try:
         pieces = places.find(module.path, module.path)
     except FormatError as error:
         raise FormatError(error.message, FUSE_HINT if places.without_layer(module.path) else error.hint) from None
-    updates = []
+    updates, scale = [], strength(peft, module, module.a.shape[0])
     for piece in pieces:
         key = tensor_names.split(piece.target)[0]
         layer = places.layers[key]

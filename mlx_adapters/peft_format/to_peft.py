@@ -18,9 +18,9 @@ from mlx_adapters.peft_format.own_form import Facts, PeftForm, own_form, tensors
 from mlx_adapters.peft_format.settings import PeftSettings
 from mlx_adapters.peft_format.to_mlx import FUSED
 from mlx_adapters.peft_format.updates import DamagedBitsError, joined_experts, regained, steps_of
-from mlx_adapters.storage import hf_names
+from mlx_adapters.storage import hf_names, tensor_names
 from mlx_adapters.storage.hf_names import EMBEDDINGS, FUSED_GATE_UP, HEADS, POSITIONS, Renames
-from mlx_adapters.storage.tensor_names import LORA_A, LORA_B
+from mlx_adapters.storage.tensor_names import LORA_A, LORA_B, WEIGHT
 
 LM_HEAD = HEADS[0]
 
@@ -55,6 +55,7 @@ def _as_it_came(adapter: Adapter, origin: Mapping[str, Any]) -> PeftForm:
     stacked = {key for parameters in fused.values() for entry in parameters.values() for key in entry["rows"]}
     if origin.get("experts") == FUSED and not fused:
         raise _NotAsItCame  # taken in by an older version
+    repeated = origin.get("repeated", settings.raw.get("ensure_weight_tying"))  # older records do not say
     tensors: dict[str, mx.array] = {}
     stacks: dict[str, tuple[mx.array, mx.array]] = {}
     for key, a, b, m in adapter.layers():
@@ -70,8 +71,9 @@ def _as_it_came(adapter: Adapter, origin: Mapping[str, Any]) -> PeftForm:
         else:
             embedding = path.rpartition(".")[2] in EMBEDDINGS + POSITIONS
             a, b, m = _cut(adapter, settings, path, a, b, m, folds.get(key), embedding=embedding, lost=lost.get(key))
-            tensors |= tensors_of(path, a, b, m, embedding)
-            if embedding and settings.raw.get("ensure_weight_tying"):
+            turned = embedding and settings.names_parameter(tensor_names.join(path, WEIGHT))
+            tensors |= tensors_of(path, b.T, a.T, m, False) if turned else tensors_of(path, a, b, m, embedding)
+            if embedding and repeated:
                 tensors |= tensors_of(LM_HEAD, b.T, a.T, None, False)
     for path, parameters in fused.items():
         tensors |= _fused(adapter, settings, path, parameters, stacks, lost)

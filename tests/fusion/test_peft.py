@@ -138,15 +138,20 @@ def test_tokens_need_a_config_that_says_whether_both_ends_are_one(kind: str, ref
     assert says_tied(config | {"text_config": {"tie_word_embeddings": True}}) is True
 
 
-@pytest.mark.parametrize("dora", [False, True])
-def test_a_weight_that_mlx_lm_cuts_into_matrices_of_each_head_is_updated_as_a_whole(dora: bool, tmp_path: Path):
+@pytest.mark.parametrize("form", ["lora", "dora", "body", "saved"])
+def test_a_weight_that_mlx_lm_cuts_into_matrices_of_each_head_is_updated_as_a_whole(form: str, tmp_path: Path):
+    """body: trained without the model around it, so that names lack its beginning. saved: by modules_to_save."""
+    dora, saved = form == "dora", form == "saved"
     base, adapter, name = tiny_base(tmp_path / "base", "deepseek_v3"), tmp_path / "peft", "layers.1.self_attn.kv_b_proj"
     shape = (4 * 48, 64)  # of each head 32 rows of keys and 16 of values
     a, b, m = mx.random.normal((2, shape[1])), mx.random.normal((shape[0], 2)), 1 + mx.random.uniform(shape=shape[:1])
     leaves = {"lora_A.weight": a, "lora_B.weight": b} | ({"lora_magnitude_vector": m} if dora else {})
-    tensors = {f"base_model.model.model.{name}.{leaf}": array for leaf, array in leaves.items()}
+    leaves = {"weight": m[:, None] * b @ a} if saved else leaves
+    prefix = "base_model.model." if form == "body" else "base_model.model.model."
+    tensors = {f"{prefix}{name}.{leaf}": array for leaf, array in leaves.items()}
     tensor_files.write_safetensors(adapter / "adapter_model.safetensors", tensors)
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": [name], "use_dora": dora}
+    config |= {"target_modules": ["o_proj"], "modules_to_save": [name]} if saved else {}
     files.write_json(adapter / "adapter_config.json", config)
     options = FuseOptions(method="nearest", check=False, format="hf")
     nothing = picked_adapter(base, lambda key: key == "lm_head", scale=1e-30)
@@ -155,7 +160,7 @@ def test_a_weight_that_mlx_lm_cuts_into_matrices_of_each_head_is_updated_as_a_wh
     before, after = (
         mx.load(str(tmp_path / n / "model.safetensors"))[f"model.{name}.weight"] for n in ("before", "after")
     )
-    wanted = before + 3 * b @ a
+    wanted = leaves["weight"] if saved else before + 3 * b @ a
     wanted = m[:, None] * wanted / mx.linalg.norm(wanted, axis=1, keepdims=True) if dora else wanted
     assert mx.allclose(after, wanted, atol=1e-4) and not mx.allclose(after, before, atol=0.1)
 
