@@ -25,7 +25,7 @@ class Fidelity:
     """Figures over `tokens` judged tokens of `rows` rows. Losses and KL in nats per token.
 
     `kl_*`: KL(adapter ‖ fused). `same_top`: share of tokens where both put the same token first. `base_kl` is
-    KL(adapter ‖ base), for scale: what fusing badly could cost at most.
+    KL(adapter ‖ base), for scale: what fusing badly could cost at most; None where the base alone was fused.
     """
 
     rows: int
@@ -51,17 +51,27 @@ class Fidelity:
         return math.exp(min(self.loss_fused, 700))
 
     @property
+    def judged_by(self) -> str:
+        """What the fused model is compared with: the base with an "adapter", or a "model" that is fused by itself."""
+        return "model" if self.base_kl is None else "adapter"
+
+    @property
+    def reference(self) -> str:
+        """`judged_by` in a sentence."""
+        return "the model before rounding" if self.base_kl is None else "the adapter model"
+
+    @property
     def verdict(self) -> str:
         """What the figures say, in a sentence."""
         like = "like" if self.same_top >= 0.99 else "nearly like" if self.same_top >= 0.95 else "otherwise than"
         base = f" (base {self.base_kl:.3g})" if self.base_kl is not None else ""
-        return f"Answers {like} the adapter: same token {self.same_top:.1%}, KL {self.kl_mean:.2g}{base}."
+        return f"Answers {like} the {self.judged_by}: same token {self.same_top:.1%}, KL {self.kl_mean:.2g}{base}."
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Headers and lines for people."""
         headers = ("MODEL", "KL", "MEDIAN", "99 %", "SAME TOP", "LOSS", "PERPLEXITY")
         lines: list[tuple[str, ...]] = [
-            ("adapter", "", "", "", "", f"{self.loss_adapter:.4f}", f"{self.perplexity_adapter:.3f}"),
+            (self.judged_by, "", "", "", "", f"{self.loss_adapter:.4f}", f"{self.perplexity_adapter:.3f}"),
             (
                 "fused",
                 f"{self.kl_mean:.5f}",

@@ -83,9 +83,7 @@ class Strategy:
         o = self.options
         try:
             tokenizer = load_tokenizer_of(self.assembly.base, templates_of(self.assembly.base, adapters)[0])
-            text = choose_text(
-                o.calibration, adapters, tokenizer, o.calibration_rows, o.check_rows, self.assembly.base.positions
-            )
+            text = choose_text(o.calibration, adapters, tokenizer, o.calibration_rows, o.check_rows, self.assembly.base)
             for tokens, _ in [*text.calibration, *text.check]:
                 self.assembly.base.check_tokens(tokens, text.source)
             return text
@@ -287,7 +285,8 @@ class Strategy:
         )
         batches = batches_of(self.text.check, assembly.base)
         exact = BlockwiseModel(assembly.base, assembly.updates)
-        return measure_fidelity(exact, fused, BlockwiseModel(assembly.base, beside=exact), batches, self.on_event)
+        base = BlockwiseModel(assembly.base, beside=exact) if assembly.updates.paths() else None  # else `exact` again
+        return measure_fidelity(exact, fused, base, batches, self.on_event)
 
 
 def trained_through(updates: Updates, targets: set[Quantization]) -> bool:

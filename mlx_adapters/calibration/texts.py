@@ -19,6 +19,7 @@ from mlx_adapters.data.datasets import PYTHON, Data, DataSet, RawRow, read_again
 from mlx_adapters.data.tokenizing import tokenize_row
 from mlx_adapters.errors import AdapterError, FormatError, NotFoundError
 from mlx_adapters.models.adapter import Adapter
+from mlx_adapters.models.base import Base, Trained
 from mlx_adapters.models.metadata import data_config
 from mlx_adapters.storage import paths
 from mlx_adapters.system.origin import made_here
@@ -61,15 +62,18 @@ def choose_text(
     tokenizer: Any,
     calibration_rows: int,
     check_rows: int,
-    positions: int | None = None,
+    base: Base | None = None,
 ) -> Text:
-    """The text to use, tokenized, rows cut to 512 tokens, or to the `positions` of a model that learned each.
+    """The text to use, tokenized, rows cut to 512 tokens, or to the positions of a `base` that learned each.
+
+    Without adapters a full fine-tune's own data, `base`'s, counts as theirs.
 
     `asked` is what `read_data` takes, a .txt file, GENERAL, or None. Raises NotFoundError or FormatError
     if a text that was asked for is missing, malformed or too short; the adapters' own data then only gives way.
     """
 
-    length = MAX_LENGTH if positions is None else min(MAX_LENGTH, positions)
+    length = min(MAX_LENGTH, (base.positions if base else None) or MAX_LENGTH)
+    records: list[Adapter | Trained] = [*adapters] or ([base.trained] if base and base.trained else [])
 
     def tokens_of(rows: list[RawRow]) -> list[TokenRow]:
         return _tokenize(rows, tokenizer, length)
@@ -78,11 +82,11 @@ def choose_text(
         return _prepare(source, *_apart(*rows, source), tokens_of, calibration_rows, check_rows, why)
 
     if asked is not None and not (isinstance(asked, str) and asked == GENERAL):
-        return prepare(*_read_asked(asked, adapters))
+        return prepare(*_read_asked(asked, records))
     why = None
     if asked is None:
         try:
-            return prepare(*_own_data(adapters))
+            return prepare(*_own_data(records))
         except AdapterError as error:
             why = error.message
     return prepare(GENERAL, _split_paragraphs(general_text(), GENERAL), why)
@@ -113,8 +117,8 @@ def _prepare(
 Rows = tuple[list[RawRow], list[RawRow]]  # to calibrate on, to check on (perhaps none)
 
 
-def _read_asked(asked: Data, adapters: Sequence[Adapter]) -> tuple[str, Rows]:
-    """(source, rows) of a text that was asked for, read as the first adapter's own; columns that it does not have go
+def _read_asked(asked: Data, records: Sequence[Adapter | Trained]) -> tuple[str, Rows]:
+    """(source, rows) of a text that was asked for, read as the first record's own; columns that it does not have go
     by their usual names."""
     if isinstance(asked, str | Path):
         if str(asked) == PYTHON:  # of a recipe
@@ -122,7 +126,7 @@ def _read_asked(asked: Data, adapters: Sequence[Adapter]) -> tuple[str, Rows]:
         path = paths.expanded(asked)
         if path.suffix == ".txt" and not path.is_dir():
             return str(asked), _read_paragraphs(path, str(asked))
-    data = read_as_trained(asked, data_config(adapters[0].metadata) if adapters else DataConfig())
+    data = read_as_trained(asked, data_config(records[0].metadata) if records else DataConfig())
     return str(asked) if isinstance(asked, str | Path) else data.source, _parts(data)
 
 
@@ -154,24 +158,24 @@ def _split_paragraphs(text: str, source: str) -> Rows:
     return rows, []
 
 
-def _own_data(adapters: Sequence[Adapter]) -> tuple[str, Rows]:
-    """(sources, rows) of the training data of adapters trained here, as far as it can be read. Raises AdapterError."""
+def _own_data(records: Sequence[Adapter | Trained]) -> tuple[str, Rows]:
+    """(sources, rows) of the training data of what was trained here, as far as it can be read. Raises AdapterError."""
     train: list[RawRow] = []
     held: list[RawRow] = []
     sources: list[str] = []
-    reason: AdapterError = NotFoundError("The adapter does not say what it was trained on.")
-    for adapter in adapters:
-        source = data_source(adapter)
+    reason: AdapterError = NotFoundError(f"The {_called(records)} does not say what it was trained on.")
+    for record in records:
+        source = _source_of(record)
         if source is None:
             continue
-        if not made_here(source, adapter.metadata.get("signature")):
-            why = f"The adapter names '{source}' as its data, but "
-            unsigned = adapter.metadata.get("signature") is None  # so were all before 0.2
+        if not made_here(source, record.metadata.get("signature")):
+            why = f"The {_called(records)} names '{source}' as its data, but "
+            unsigned = record.metadata.get("signature") is None  # so were all before 0.2
             why += "does not prove that it was trained here" if unsigned else "was not trained on this machine"
             reason = NotFoundError(f"{why}; --calibration {source} takes it all the same.")
             continue
         try:
-            rows = _parts(read_again(source, adapter.folder, read=data_config(adapter.metadata)))
+            rows = _parts(read_again(source, record.folder, read=data_config(record.metadata)))
         except AdapterError as error:
             reason = error
             continue
@@ -181,12 +185,16 @@ def _own_data(adapters: Sequence[Adapter]) -> tuple[str, Rows]:
     return ", ".join(dict.fromkeys(sources)), (train, held)
 
 
-def data_source(adapter: Adapter) -> str | None:
-    """Where the adapter's metadata says that its training data lies."""
-    record = adapter.metadata.get("data") or adapter.metadata.get("dataset")
-    if isinstance(record, dict):
-        record = record.get("source") or record.get("path")
-    return record if isinstance(record, str) else None
+def _called(records: Sequence[Adapter | Trained]) -> str:
+    return "adapter" if any(isinstance(record, Adapter) for record in records) else "model"
+
+
+def _source_of(record: Adapter | Trained) -> str | None:
+    """Where its metadata says that the training data lies."""
+    data = record.metadata.get("data") or record.metadata.get("dataset")
+    if isinstance(data, dict):
+        data = data.get("source") or data.get("path")
+    return data if isinstance(data, str) else None
 
 
 def _apart(train: list[RawRow], held: list[RawRow], source: str) -> tuple[list[RawRow], list[RawRow]]:

@@ -72,7 +72,7 @@ def _forecast(
     own, adapter = trained_on(parsed), next(v for v in parsed if v.adapter and not v.problem)
     on, loaded = resolve_base(adapter.base or ""), load_adapter(adapter.adapter or "")
     tokenizer = load_tokenizer_of(on, template_of(loaded))
-    text = choose_text(None, [loaded], tokenizer, defaults.calibration_rows, defaults.check_rows, on.positions)
+    text = choose_text(None, [loaded], tokenizer, defaults.calibration_rows, defaults.check_rows, on)
     rows = choose_rows(quality, EvaluationConfig(max_rows=max_rows, **vars(own)))[0] if quality else []
     with workspace() as folder:
         result = run_worker(adapter, PROBE, own, folder, WORKER)

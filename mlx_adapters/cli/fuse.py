@@ -235,13 +235,15 @@ def _check_only(
 
 
 def _show(result: "FuseResult") -> None:
+    from mlx_adapters.fusion import result as results
+
     if result.fidelity:
         _show_verdict(result.fidelity, result.text)
     how = f"{result.method} rounding, {result.bits_per_weight:.2f} bits per weight (scales and unquantized tensors too)"
     folder = _output.place(result.folder)
     _output.say(
         f"{folder}: {'unquantized' if result.method == 'none' else how}, {_output.size(result.size_bytes)}, "
-        f"{count(len(result.survival), 'layer')} changed, made in {_output.duration(result.seconds)}"
+        f"{results.changed(result)}made in {_output.duration(result.seconds)}"
     )
     if result.text and result.method == "calibrated":
         _output.say(f"Calibrated on {result.text['calibration_rows']} rows of {result.text['source']}.")
@@ -258,7 +260,7 @@ def _show_verdict(fidelity: "Fidelity", text: dict[str, Any] | None) -> None:
     where = f" of {text['source']}" if text else ""
     _output.say(fidelity.verdict)
     _output.say(
-        f"KL is the mean distance from the adapter model in nats per token: on {fidelity.tokens:,} tokens of "
+        f"KL is the mean distance from {fidelity.reference} in nats per token: on {fidelity.tokens:,} tokens of "
         f"{count(fidelity.rows, 'row')} kept aside{where}."
     )
     if text and text["why"]:

@@ -94,9 +94,7 @@ def check_fused(
     survival = measure_survival(assembly.source, BaseWeights.of(load_module(fused)[0]), updates, fused.name)
     tokenizer = load_tokenizer_of(unfused)
     loaded = [adapter for adapter, _ in updates.adapters]
-    text = choose_text(
-        options.calibration, loaded, tokenizer, options.calibration_rows, options.check_rows, unfused.positions
-    )
+    text = choose_text(options.calibration, loaded, tokenizer, options.calibration_rows, options.check_rows, unfused)
     assembly.close()
     exact = BlockwiseModel(unfused, updates)
     variants = exact, BlockwiseModel(fused, None, lambda _: True), BlockwiseModel(unfused, beside=exact)

@@ -277,9 +277,7 @@ def fuse_again(
     options = from_mapping(FuseOptions, recipe.options, "the fuse recipe")
     if recipe.text is not None:
         tokenizer = load_tokenizer_of(base, templates_of(base, adapters)[0])
-        text = choose_text(
-            options.calibration, adapters, tokenizer, options.calibration_rows, options.check_rows, base.positions
-        )
+        text = choose_text(options.calibration, adapters, tokenizer, options.calibration_rows, options.check_rows, base)
         if text.sha256 != recipe.text.get("sha256"):
             raise IncompatibleError(f"The text '{text.source}' is not the one of the recipe any more.", recipes.ANEW)
     weights = [entry["weight"] for entry in recipe.adapters]

@@ -129,7 +129,7 @@ def html(result: FuseResult) -> str:
     drawn = distance_charts(result.fidelity)
     if bits:
         drawn["Bits"] = charts.stacked({"bits per weight": bits}, "Bits per weight by part", "bits per weight", number)
-    how = f"{result.method} rounding, {count(len(result.survival), 'layer')} changed, in {duration(result.seconds)}."
+    how = f"{result.method} rounding, {changed(result)}in {duration(result.seconds)}."
     text = result.text if result.method == "calibrated" else None
     on_text = [f"Calibrated on {text['calibration_rows']} rows of {text['source']}."] if text else []
     return page.html(
@@ -142,6 +142,11 @@ def html(result: FuseResult) -> str:
         layers(result.survival, result.quantization),
         page.section("How it was made", page.paragraphs([how, *on_text, *result.opened_with])),
     )
+
+
+def changed(result: FuseResult) -> str:
+    """How many layers the adapters changed, for a list of facts; empty where there was no adapter."""
+    return f"{count(len(result.survival), 'layer')} changed, " if result.survival else ""
 
 
 def _of_bits(result: FuseResult, parts: dict[str, float]) -> list[str]:
@@ -183,7 +188,7 @@ def distance_charts(fidelity: Fidelity | None) -> dict[str, Chart]:
     if fidelity is None:
         return {}
     models = {
-        "adapter": (fidelity.loss_adapter, 0.0),
+        fidelity.judged_by: (fidelity.loss_adapter, 0.0),
         "fused": (fidelity.loss_fused, fidelity.kl_mean),
         "base": (fidelity.loss_base, fidelity.base_kl),
     }
@@ -198,15 +203,17 @@ def check_parts(fidelity: Fidelity | None, text: dict[str, Any] | None) -> list[
     where = f" of {text['source']}" if text else ""
     said = (
         f"On {fidelity.tokens:,} tokens of {count(fidelity.rows, 'row')} kept aside{where}. KL is the mean distance "
-        "from the adapter model in nats per token, 0 where nothing was lost; SAME TOP the share of tokens where both "
-        "put the same one first."
+        f"from {fidelity.reference} in nats per token, 0 where nothing was lost; SAME TOP the share of tokens where "
+        "both put the same one first."
     )
     why = [f"That is the general text, because: {text['why']}"] if text and text.get("why") else []
     return [page.section("The check", page.table(*fidelity.table()), page.paragraphs([said, *why]))]
 
 
 def layers(survival: tuple[Survival, ...], quantization: dict[str, Any] | None) -> str:
-    """Every changed layer, with its bits and what the stored weights hold of the update."""
+    """Every changed layer, with its bits and what the stored weights hold of the update; empty where none is."""
+    if not survival:
+        return ""
 
     def bits(path: str) -> str:
         own = (quantization or {}).get(path, quantization)

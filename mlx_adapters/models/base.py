@@ -16,6 +16,7 @@ import numpy as np
 from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.errors import AdapterError, FormatError, ModelError, NotFoundError, refusals
+from mlx_adapters.models.metadata import data_config
 from mlx_adapters.storage import files, tensor_files
 from mlx_adapters.storage.tensor_names import FUSE_RECIPE_FILE
 from mlx_adapters.system.door import TRUST_IT, load_config, logits_shape, mx, packed_by, trusts_remote_code
@@ -100,6 +101,14 @@ class Named(Protocol):
         """How the adapter or model is spelled."""
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What a full fine-tune's record says, and the folder that it lies in: an adapter's in all but the weights."""
+
+    metadata: dict[str, Any]
+    folder: Path | None
+
+
 class Loaded(Protocol):
     """A model in memory: where a base is asked for, it stands for the one that it was loaded from."""
 
@@ -115,8 +124,8 @@ class Base:
     `parameters` are what `load_module` puts in place of the folder's own, by name: biases and norms, or what a full
     fine-tune trained, of which `tuned` is a hash. `untied`: the output layer becomes a matrix of its own, equal to the
     embedding that the folder's model uses for both. `rows`: the vocabulary is cut to so many tokens, or grows to them
-    by `appended`, by layer path. `tokenizer`: the folder of one that takes the place of the folder's own. `taught`: how
-    a full fine-tune was trained to see conversations.
+    by `appended`, by layer path. `tokenizer`: the folder of one that takes the place of the folder's own. `trained`:
+    what a full fine-tune says of its training.
     """
 
     name: str
@@ -128,7 +137,7 @@ class Base:
     appended: dict[str, mx.array] = field(default_factory=dict, repr=False, compare=False)
     tokenizer: Path | None = None
     tuned: str | None = None
-    taught: TemplateConfig | None = None
+    trained: Trained | None = None
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -168,8 +177,8 @@ class Base:
     def template(self) -> TemplateConfig:
         """How a full fine-tune, or the adapters that were fused into it, were trained to see conversations, if its
         record says so."""
-        if self.taught is not None:
-            return self.taught
+        if self.trained is not None:
+            return data_config(self.trained.metadata).template
         with contextlib.suppress(AdapterError, AttributeError, TypeError):
             entries = files.read_json(self.folder / FUSE_RECIPE_FILE)["adapters"]
             arguments = [entry.get("chat_template_args") for entry in entries]

@@ -220,7 +220,7 @@ def fidelity(subject: Subject, facts: Facts) -> str:
         parts.append(f"calibrated on {text['calibration_rows']:,} rows of `{text.get('source')}`")
     if report.get("bits_per_weight"):
         parts.append(f"{report['bits_per_weight']:.2f} bits per weight over the whole model")
-    if report.get("update_survival") is not None:
+    if report.get("update_survival") is not None and report.get("survival") != []:
         parts.append(f"share of the update that survived {report['update_survival']:.4f} (mean cosine)")
     sections = ["## What fusing changed", ", ".join(parts) + "."]
     if measured and measured.get("tokens") and measured.get("rows"):
@@ -229,8 +229,10 @@ def fidelity(subject: Subject, facts: Facts) -> str:
 
 
 def _fidelity_table(measured: Mapping[str, Any], source: str) -> str:
+    alone = measured.get("base_kl") is None  # a full fine-tune: no adapter
+    judged_by = "model before rounding" if alone else "base with the adapter"
     rows = [
-        ("base with the adapter", "0", "0", "0", "1", measured.get("loss_adapter")),
+        (judged_by, "0", "0", "0", "1", measured.get("loss_adapter")),
         (
             "**this model**",
             measured.get("kl_mean"),
@@ -240,12 +242,12 @@ def _fidelity_table(measured: Mapping[str, Any], source: str) -> str:
             measured.get("loss_fused"),
         ),
         ("base alone", measured.get("base_kl"), None, None, measured.get("base_same_top"), measured.get("loss_base")),
-    ]
+    ][: 2 if alone else 3]
     cells = [[cell if isinstance(cell, str) else number(cell, 4) for cell in row] for row in rows]
     headers = ("model", "KL", "KL median", "KL 99 %", "same top token", "loss")
     return (
         f"Measured on {measured.get('tokens'):,} tokens of {measured.get('rows'):,} rows of {source} that calibration "
-        "never saw. KL is KL(base with the adapter ‖ model) in nats per token, loss is in nats per token.\n\n"
+        "never saw. KL is KL({judged_by} ‖ model) in nats per token, loss is in nats per token.\n\n"
         f"{table(headers, cells)}"
     )
 

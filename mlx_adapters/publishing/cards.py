@@ -228,7 +228,8 @@ def _chart(subject: Subject) -> Chart | None:
     known = {key: value for key, value in found.items() if isinstance(value, int | float)}
     if "kl_mean" not in known or "loss_fused" not in known:
         return None
-    kinds = {"adapter": ("loss_adapter", ""), "this model": ("loss_fused", "kl_mean"), "base": ("loss_base", "base_kl")}
+    first = "adapter" if "base_kl" in known else "before rounding"
+    kinds = {first: ("loss_adapter", ""), "this model": ("loss_fused", "kl_mean"), "base": ("loss_base", "base_kl")}
     return charts.distances(
         {name: (known.get(loss), known.get(kl) if kl else 0.0) for name, (loss, kl) in kinds.items()}
     )

@@ -13,8 +13,8 @@ from typing import Any
 
 from mlx_adapters.errors import ConfigError, FormatError, HubError, IncompatibleError, NotFoundError, did_you_mean
 from mlx_adapters.models.adapter import Adapter, first_not_finite, weights_file
-from mlx_adapters.models.base import Base, BaseLike
-from mlx_adapters.models.metadata import base_of, data_config, read_metadata
+from mlx_adapters.models.base import Base, BaseLike, Trained
+from mlx_adapters.models.metadata import base_of, read_metadata
 from mlx_adapters.sources import hub
 from mlx_adapters.sources.demo_base import DEMO_BASE, demo_base_folder
 from mlx_adapters.sources.lookup import iteration_of, place_of_full, spelled, tell_folder
@@ -100,9 +100,9 @@ def tuned(base: Base, folder: Path, iteration: int | None = None, name: str | No
     weights = tensor_files.read_safetensors(path)
     if bad := first_not_finite(weights):
         raise FormatError(f"The full fine-tune '{folder.name}' holds NaN or Inf in '{bad}'.", "take an earlier one.")
-    digest, taught = (base.tuned or "") + files.sha256(path), data_config(read_metadata(folder)).template
+    digest, record = (base.tuned or "") + files.sha256(path), Trained(read_metadata(folder), folder)
     parameters = base.parameters | weights
-    return replace(base, name=name or base.name, parameters=parameters, tuned=digest, taught=taught)
+    return replace(base, name=name or base.name, parameters=parameters, tuned=digest, trained=record)
 
 
 def recorded_base(adapters: Iterable[Adapter], everything: bool = False) -> Base:

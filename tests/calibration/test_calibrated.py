@@ -605,7 +605,7 @@ def test_no_row_reaches_past_the_positions_that_a_model_learned(gpu, tiny_model,
     """Past them lies foreign memory. Rows are longer than the positions, and on a GPU padded to more."""
     base = resolve_base(tiny_model("gpt2", n_positions=40, n_ctx=40))
     monkeypatch.setattr(strategy, "on_gpu", lambda: gpu)
-    text = choose_text(GENERAL, [], load_model(resolve_base(base)).tokenizer, 8, 8, base.positions)
+    text = choose_text(GENERAL, [], load_model(resolve_base(base)).tokenizer, 8, 8, base)
     batches = strategy.batches_of(text.calibration, base) + strategy.batches_of(text.check, base)
     assert max(batch.tokens.shape[1] for batch in batches) == 40
     assert all(batch.judged.max().item() < batch.tokens.size for batch in batches)

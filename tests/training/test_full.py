@@ -14,6 +14,7 @@ from mlx_adapters import (
     estimate,
     extract,
     fuse,
+    fuse_again,
     list_adapters,
     load_adapter,
     load_model,
@@ -21,6 +22,7 @@ from mlx_adapters import (
     verify,
 )
 from mlx_adapters.evaluation.variants import parse_variants
+from mlx_adapters.fusion.result import html
 
 FULL = LoraConfig(type="full", num_layers=1)
 SHORT = TrainConfig(iterations=3, batch_size=2, learning_rate=1e-3, eval_every=1, save_every=1, report_every=1)
@@ -111,6 +113,19 @@ def test_it_is_asked_in_the_template_that_it_was_trained_with(base, home, tmp_pa
     assert (out / "chat_template.jinja").read_text() == template
     for model in map(load_model, ("whole", out)):
         assert model.tokenizer.decode(model.encode("hi")) == "<hi>"
+
+
+def test_its_own_rows_calibrate_and_judge_it_and_it_is_called_a_model(base, home, tmp_path):
+    line = "the cat sat on the mat and looked at the rain {} times, "
+    data = {split: [{"text": line.format(f"{split} {i}") * 6} for i in range(12)] for split in ("train", "valid")}
+    train(base, data, name="whole", lora=FULL, training=TrainConfig(iterations=1, batch_size=2))
+    fused = fuse(None, "whole", tmp_path / "out", quantization=4)
+    assert (fused.text["source"], fused.text["why"], fused.method) == ("Python", None, "calibrated")
+    assert fused.fidelity.base_kl is None and "the model: same token" in fused.fidelity.verdict
+    page = html(fused)
+    assert "from the model before rounding" in page and "adapter model" not in page and "0 layers" not in page
+    again = fuse_again(tmp_path / "out", tmp_path / "again")
+    assert again.identical and again.text["source"] == fused.text["source"]
 
 
 def test_the_last_blocks_alone_are_trained_packed_ones_as_dense_ones(tiny_model, home):
