@@ -17,7 +17,7 @@ from mlx_adapters.models.base import Base, BaseLike, Trained
 from mlx_adapters.models.metadata import base_of, read_metadata
 from mlx_adapters.sources import hub
 from mlx_adapters.sources.demo_base import DEMO_BASE, demo_base_folder
-from mlx_adapters.sources.lookup import iteration_of, place_of_full, spelled, tell_folder
+from mlx_adapters.sources.lookup import iteration_of, place_of_full, spelled
 from mlx_adapters.sources.references import NAME, Reference, hub_id
 from mlx_adapters.sources.registry import adapter_folder
 from mlx_adapters.sources.snapshots import model_snapshot
@@ -53,8 +53,6 @@ def resolve_base(name: BaseLike, download: bool = True, everything: bool = False
                 "no config.json in it" if folder.is_dir() else "it is a file" if folder.exists() else "no such folder"
             )
             raise NotFoundError(f"There is no model at '{text}': {what}.", _hint(text, folder))
-        if not isinstance(name, Path):
-            tell_folder(text)
         return Base(str(folder), folder)
     if not (named := hub_id(text)):
         raise NotFoundError(f"There is no model '{text}'.", _hint(text, folder))

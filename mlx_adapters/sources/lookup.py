@@ -37,7 +37,7 @@ def spelled(given: "str | Path | Named") -> str:
     known = not text or paths.is_path(text) or (NAME.fullmatch(place) and _is_registered(place))
     if known or not (_is_there(place) if "/" in place else _is_folder(place)):
         return text
-    tell_folder(place)
+    _tell_folder(place)
     return f"{paths.expanded(place)}{at}{iteration}"
 
 
@@ -46,7 +46,7 @@ def reference_of(given: "str | Path | Named") -> Reference:
     return parse_reference(spelled(given))
 
 
-def tell_folder(text: str) -> None:
+def _tell_folder(text: str) -> None:
     """Note that a name which could be one on the Hub is taken for the folder that is here."""
     if hub_id(text):
         log.info(

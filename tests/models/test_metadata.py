@@ -270,7 +270,7 @@ def test_what_is_pruned_while_it_is_looked_at_is_not_shown(base, monkeypatch):
 
     def late(place):
         entry = read(place)
-        (folder / "0000100_adapters.safetensors").unlink()
+        (folder / "0000100_adapters.safetensors").unlink(missing_ok=True)
         return entry
 
     monkeypatch.setattr(registry, "read_entry", late)
