@@ -210,9 +210,10 @@ def _new(asked: Asked, watched: Watched) -> Request:
         text = f"The reference is the base alone; reference='{adapter.name}' would be what training starts from."
         watched.on_event(Note(text))
     lora = asked.lora or (setup.lora_of(adapter) if adapter else LoraConfig())
-    training = setup.with_template_of(training, adapter)
+    base = resolve_base(asked.base)
+    training = setup.with_template_of(training, adapter, base)
     rows, held_against = read_data(asked.data, read=training), load_adapter(judge) if judge is not None else None
-    return Request(resolve_base(asked.base), rows, lora, training, adapter, held_against, asked.command, watched)
+    return Request(base, rows, lora, training, adapter, held_against, asked.command, watched)
 
 
 def _begin(request: Request, reference: Reference, path: Path, overwrite: bool, held: contextlib.ExitStack) -> Loop:

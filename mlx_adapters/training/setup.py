@@ -169,9 +169,11 @@ def lora_of(adapter: Adapter) -> LoraConfig:
     return LoraConfig(rank=c.rank, scale=c.scale, dropout=c.dropout, target_modules=c.keys, type=c.type)  # type: ignore[arg-type]
 
 
-def with_template_of(training: TrainConfig, adapter: Adapter | None) -> TrainConfig:
-    """Settings to train on from an adapter: conversations look as they did to it, unless others are asked for."""
-    return training if adapter is None else replace(training, **vars(training.template.over(template_of(adapter))))
+def with_template_of(training: TrainConfig, adapter: Adapter | None, base: Base) -> TrainConfig:
+    """Settings to train on from an adapter, or from a base that was trained: conversations look as they did to it,
+    unless others are asked for."""
+    before = base.template if adapter is None else template_of(adapter)
+    return replace(training, **vars(training.template.over(before)))
 
 
 @contextlib.contextmanager

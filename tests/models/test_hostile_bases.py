@@ -7,13 +7,14 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
 
 from mlx_adapters.errors import AdapterError, FormatError, ModelError, refusals
 from mlx_adapters.generation.live import load_model
-from mlx_adapters.models.loading import load_module, load_tokenizer_of
+from mlx_adapters.models.loading import load_module, load_tokenizer_of, require_numbers
 from mlx_adapters.sources.bases import resolve_base
 
 
@@ -123,6 +124,19 @@ def test_a_weight_that_is_no_number_is_named(broken):
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     with pytest.raises(ModelError, match=r"computes NaN or Inf: its 'model\.norm\.weight' holds it"):
         load_model(resolve_base(folder))
+
+
+@pytest.mark.parametrize(("rows", "asked"), [(1, [0]), (2, [0, 1]), (3, [1, 2]), (9, [3, 4, 5])])
+def test_a_model_is_tried_with_tokens_that_it_has(rows, asked):
+    """The row after the last would be foreign memory."""
+    seen = []
+
+    def module(tokens):
+        seen.extend(tokens[0].tolist())
+        return mx.zeros((*tokens.shape, rows))
+
+    require_numbers(module, SimpleNamespace(vocabulary=rows))
+    assert seen == asked
 
 
 @pytest.mark.parametrize("settings", [{"rope_theta": 0.5}, {"rms_norm_eps": 1e30}], ids=str)

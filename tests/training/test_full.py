@@ -23,6 +23,7 @@ from mlx_adapters import (
 )
 from mlx_adapters.evaluation.variants import parse_variants
 from mlx_adapters.fusion.result import html
+from mlx_adapters.models.adapter import template_of
 
 FULL = LoraConfig(type="full", num_layers=1)
 SHORT = TrainConfig(iterations=3, batch_size=2, learning_rate=1e-3, eval_every=1, save_every=1, report_every=1)
@@ -113,6 +114,8 @@ def test_it_is_asked_in_the_template_that_it_was_trained_with(base, home, tmp_pa
     assert (out / "chat_template.jinja").read_text() == template
     for model in map(load_model, ("whole", out)):
         assert model.tokenizer.decode(model.encode("hi")) == "<hi>"
+    run = train("whole", ROWS, name="on-it", training=TrainConfig(iterations=1, batch_size=2))
+    assert template_of(load_adapter(run)).chat_template == template
 
 
 def test_its_own_rows_calibrate_and_judge_it_and_it_is_called_a_model(base, home, tmp_path):
