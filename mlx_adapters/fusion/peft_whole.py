@@ -151,7 +151,8 @@ def _put(
             f"'{name}' of the PEFT adapter is {given}, the base's is {source if piece.split else wanted}.",
             OWN_BASE,
         )
-    made = piece.apply(array)
+    changed = piece.offset or not (isinstance(piece.scale, float) and piece.scale == 1)
+    made = piece.apply(array.astype(mx.float32) if changed else array)  # 1 + w would lose bits of a w of 16
     if piece.index is not None and layer is not None:
         stack = whole.replaced.get(path)
         stack = dense_weight(layer, mx.float32) if stack is None else stack

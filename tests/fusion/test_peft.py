@@ -74,6 +74,20 @@ def test_the_fused_model_computes_what_peft_computes(name: str, tmp_path: Path):
     assert mx.abs(fused - expected).max().item() < 1e-4
 
 
+def test_what_loading_adds_to_weights_of_16_bits_is_not_rounded(tmp_path: Path):
+    """Qwen3-Next's norms are stored less one; the same numbers in 16 or 32 bits make the same model."""
+    adapter, models = tmp_path / "peft", []
+    source = FIXTURES / "qwen3_next" / "refused" / "norms-to-save"
+    shutil.copytree(source, adapter)
+    narrow = {n: w.astype(mx.bfloat16) for n, w in mx.load(str(source / "adapter_model.safetensors")).items()}
+    for dtype in (mx.bfloat16, mx.float32):
+        tensors = {n: w.astype(dtype) for n, w in narrow.items()}
+        tensor_files.write_safetensors(adapter / "adapter_model.safetensors", tensors)
+        fuse_peft(adapter, tmp_path / str(dtype), base=base_of(source), options=QUIET)
+        models.append(mx.load(str(tmp_path / str(dtype) / "model.safetensors")))
+    assert all(mx.array_equal(w, models[0][n].astype(w.dtype)) for n, w in models[1].items())
+
+
 @pytest.mark.parametrize(
     "folder", [f for f in ADAPTERS if f.name in ("dora", "fused", "tied-embedding", "linear")], ids=case
 )
