@@ -87,6 +87,7 @@ def pack(
         with files.draft_beside(target) as place:
             own = source.name.partition("@")[0].rpartition("/")[2]  # the folder's name in the pack
             return pack(write_adapter(source, place / own), target, overwrite=overwrite, on_event=on_event)
+    lookup.refuse_full(source)
     folder, iteration = (source.folder, None) if isinstance(source, Base) else lookup.locate(source)
     if not folder.is_dir():
         raise NotFoundError(

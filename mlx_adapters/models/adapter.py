@@ -331,7 +331,7 @@ def read_adapter(folder: str | Path, iteration: int | None = None, name: str | N
 def _read(folder: Path, iteration: int | None, name: str | None) -> Adapter:
     path = weights_file(folder, iteration)
     raw = read_config(folder)
-    check_config(raw, f"'{folder}'")
+    check_config(raw, f"'{name or folder}'")
     weights = tensor_files.read_safetensors(path)
     config = parse_config(raw, keys_of(weights), f"'{folder}'")
     metadata = read_metadata(folder) | ({"name": name} if name else {})

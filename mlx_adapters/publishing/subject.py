@@ -18,7 +18,7 @@ from mlx_adapters.models.adapter import Adapter, AdapterOrBase, place_of, read_a
 from mlx_adapters.models.base import INDEX_FILE, OTHER_FILE, WEIGHT_FILES, Base
 from mlx_adapters.models.metadata import RECIPE_KINDS, REPORT_KINDS, fit, read_config, read_metadata
 from mlx_adapters.publishing.cleaning import clean
-from mlx_adapters.sources.lookup import load_adapter, locate, spelled
+from mlx_adapters.sources.lookup import load_adapter, locate, refuse_full, spelled
 from mlx_adapters.sources.references import parse_reference
 from mlx_adapters.storage import files, paths
 from mlx_adapters.storage.hf_names import PEFT_WEIGHTS_FILE
@@ -185,6 +185,7 @@ def read_subject(
             raise NotFoundError(f"No folder holds '{source.name}' as it is in memory.", hint)
         folder, iteration = source.folder, source.iteration
     else:
+        refuse_full(source)
         # Nothing is published from the Hub to the Hub: what has a slash is a folder.
         text = source.name if isinstance(source, Base) else spelled(source)
         bare = "/" in text and not paths.is_path(text)

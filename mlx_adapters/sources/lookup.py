@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_adapters.config.mapping import require, shown
 from mlx_adapters.errors import ConfigError, NotFoundError, did_you_mean
 from mlx_adapters.events import OnEvent, log, log_warnings
-from mlx_adapters.models.metadata import FULL, losses_of, read_config
+from mlx_adapters.models.metadata import FULL, losses_of, no_adapter, read_config
 from mlx_adapters.sources.demo_base import DEMO_BASE
 from mlx_adapters.sources.references import CHECKPOINT, NAME, Reference, below, hub_id, parse_reference
 from mlx_adapters.sources.registry import adapter_folder, adapters_folder, names, read_entry
@@ -18,7 +18,7 @@ from mlx_adapters.storage.tensor_names import CONFIG_FILE
 
 if TYPE_CHECKING:
     from mlx_adapters.models.adapter import Adapter, AdapterLike
-    from mlx_adapters.models.base import BaseLike, Named
+    from mlx_adapters.models.base import Base, BaseLike, Named
 
 
 def spelled(given: "str | Path | Named") -> str:
@@ -147,6 +147,15 @@ def place_of_full(text: str) -> tuple[Path, Reference] | None:
     folder = adapter_folder(reference.target) if reference.kind == "name" else paths.expanded(reference.target)
     there = (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
     return (folder, reference) if there and read_config(folder).get("fine_tune_type") == FULL else None
+
+
+def refuse_full(given: "str | Path | Named | Base") -> None:
+    """Raise FormatError for a full fine-tune, by the name it was given by: only what fuse writes of it can go away."""
+    from mlx_adapters.models.base import Base
+
+    text = given.name if isinstance(given, Base) else spelled(given)
+    if given.tuned if isinstance(given, Base) else place_of_full(text):
+        raise no_adapter(f"'{text}'")
 
 
 def iteration_of(folder: Path, ref: Reference) -> int | None:

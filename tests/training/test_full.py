@@ -18,12 +18,15 @@ from mlx_adapters import (
     list_adapters,
     load_adapter,
     load_model,
+    make_card,
+    pack,
     train,
     verify,
 )
 from mlx_adapters.evaluation.variants import parse_variants
 from mlx_adapters.fusion.result import html
 from mlx_adapters.models.adapter import template_of
+from mlx_adapters.sources.bases import resolve_base
 
 FULL = LoraConfig(type="full", num_layers=1)
 SHORT = TrainConfig(iterations=3, batch_size=2, learning_rate=1e-3, eval_every=1, save_every=1, report_every=1)
@@ -61,8 +64,12 @@ def test_what_was_trained_is_a_model_by_its_name(base, home, tmp_path):
     assert "--base" in error.value.hint
 
 
-def test_what_looks_at_adapters_knows_it(base, home):
+def test_what_looks_at_adapters_knows_it(base, home, tmp_path):
     train(base, ROWS, name="whole", lora=FULL, training=SHORT)
+    for given in ("whole", resolve_base("whole")):
+        for refused in (make_card, lambda one: pack(one, tmp_path / "whole.tar.gz")):
+            with pytest.raises(AdapterError, match=r"^'whole' holds a full fine-tune"):
+                refused(given)
     assert verify("whole").sound and [check.what for check in verify("whole@2").checks][-1] == "base"
     details = describe("whole")
     assert (details.type, details.layers, len(details.checkpoints)) == ("full", (), 3) and details.parameters > 1000
