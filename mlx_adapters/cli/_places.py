@@ -17,28 +17,29 @@ def word(text: str | os.PathLike[str]) -> str:
     return shlex.quote(short if short == str(text) or os.sep in short else f"./{short}")  # never taken for a name
 
 
-def shortened(text: str) -> str:
-    """A text in which the absolute paths below here and below the home are as people write them."""
-    for top, mark in _tops():
+def shortened(text: str, home: bool = True) -> str:
+    """A text in which the absolute paths below here and, with `home`, below the home are as people write them."""
+    for top, mark in _tops(home):
         if len(top) > 1:
             text = re.sub(rf"(?<![\w.~/-]){re.escape(top)}/(?=[^\s'/])", mark, text)
     return text
 
 
-def _tops() -> Iterator[tuple[str, str]]:
+def _tops(home: bool) -> Iterator[tuple[str, str]]:
     """The folders that paths may begin at, and how that is written; here may have been removed."""
     with suppress(OSError):
         yield os.getcwd(), ""
-    yield os.path.expanduser("~"), "~/"
+    if home:
+        yield os.path.expanduser("~"), "~/"
 
 
-def place(path: str | os.PathLike[str]) -> str:
-    """A path as people write it: an absolute one from here, or from their home, where that is shorter."""
+def place(path: str | os.PathLike[str], home: bool = True) -> str:
+    """A path as people write it: an absolute one from here or, with `home`, from their home, where that is shorter."""
     if not os.path.isabs(path):  # typed so, or a name or an id of the Hub
         return str(path)
     whole = os.path.abspath(path)
     shorter = [whole]
-    for top, mark in _tops():
+    for top, mark in _tops(home):
         inside = os.path.relpath(whole, top)
         if top != os.sep and not inside.startswith(os.pardir) and inside != os.curdir:
             shorter.append(mark + inside)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -90,6 +91,17 @@ def test_texts_name_paths_as_they_are_typed(here, monkeypatch):
     text = f"'{here}/out/ad' and {here}/x, line 3, /var{here}/y, {here}, {here}x/z, /home/me/data, '/home/me'."
     kept = f"/var{here}/y, {here}, {here}x/z"
     assert _places.shortened(text) == f"'out/ad' and x, line 3, {kept}, ~/data, '/home/me'."
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_program_that_reads_the_output_gets_no_paths_from_the_home(here, monkeypatch, capsys, terminal):
+    """A shell expands no ~ in $(…)."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    _output.say("Kept in /home/me/out.")
+    _output.out(_output.place("/home/me/out"))
+    home = "~" if terminal else "/home/me"
+    assert capsys.readouterr().out == f"Kept in {home}/out.\n{home}/out\n"
 
 
 def test_a_text_is_told_where_here_is_gone(here, monkeypatch):
