@@ -20,10 +20,10 @@ from typing import Any, NoReturn
 
 import click
 
-from mlx_adapters.cli import _places
 from mlx_adapters.cli._json import json_for
 from mlx_adapters.cli._json import plain as plain  # the commands take it from here
 from mlx_adapters.cli._places import carrying, shortened
+from mlx_adapters.cli._places import place as place
 from mlx_adapters.cli._places import word as word
 from mlx_adapters.display.screen import facts_as_text, pace, prose
 from mlx_adapters.display.screen import middle_out as middle_out
@@ -181,14 +181,8 @@ def facts(pairs: Iterable[tuple[str, str]]) -> None:
     out(facts_as_text(pairs, columns() if sys.stdout.isatty() else None))
 
 
-def place(path: str | os.PathLike[str]) -> str:
-    """A path for stdout as people write it; only on a terminal from their home: a shell expands no ~ in $(…)."""
-    return _places.place(path, home=sys.stdout.isatty())
-
-
 def _fitted(text: str, stream: Any) -> str:
-    text = shortened(text, home=stream.isatty())
-    return prose(text, columns()) if stream.isatty() else text
+    return prose(shortened(text), columns()) if stream.isatty() else shortened(text, home=False)
 
 
 def _styled(text: str) -> str:

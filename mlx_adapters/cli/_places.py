@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -13,7 +14,7 @@ CARRIED = "mlx_adapters.carried"  # in a context's meta: an option without which
 
 def word(text: str | os.PathLike[str]) -> str:
     """What a shell takes as this one word; a path as short as it goes."""
-    short = place(text) if os.path.isabs(text) else str(text)
+    short = place(text, home=True) if os.path.isabs(text) else str(text)
     return shlex.quote(short if short == str(text) or os.sep in short else f"./{short}")  # never taken for a name
 
 
@@ -33,8 +34,12 @@ def _tops(home: bool) -> Iterator[tuple[str, str]]:
         yield os.path.expanduser("~"), "~/"
 
 
-def place(path: str | os.PathLike[str], home: bool = True) -> str:
-    """A path as people write it: an absolute one from here or, with `home`, from their home, where that is shorter."""
+def place(path: str | os.PathLike[str], home: bool | None = None) -> str:
+    """A path as people write it: an absolute one from here or, with `home`, from their home, where that is shorter.
+
+    home: None: where stdout is a terminal, for a shell expands no ~ that it reads from a program.
+    """
+    home = sys.stdout.isatty() if home is None else home
     if not os.path.isabs(path):  # typed so, or a name or an id of the Hub
         return str(path)
     whole = os.path.abspath(path)

@@ -165,7 +165,8 @@ def check_config(raw: Mapping[str, Any], where: str) -> None:
     """Raise FormatError, saying what is missing or wrong, unless this is mlx-lm's form of an adapter's settings."""
     kind, parameters, layers = _kind(raw), raw.get("lora_parameters"), raw.get("num_layers")
     if kind == FULL:
-        raise no_adapter(where)
+        way = "it is a model: name it with --base, or write it with 'mlx-adapters fuse'; 'extract' makes an adapter."
+        raise FormatError(f"{where} holds a full fine-tune, not a low-rank adapter.", way)
     if "peft_type" in raw:
         raise FormatError(f"{where} is a PEFT adapter.", "take it in with 'mlx-adapters import-peft'.")
     if kind not in ("lora", "dora") or not isinstance(parameters, Mapping):
@@ -182,12 +183,6 @@ def check_config(raw: Mapping[str, Any], where: str) -> None:
         if not right:
             there = "which is missing" if value is None else f"not {str(value)[:40]!r}"
             raise FormatError(f"{where}: {CONFIG_FILE} needs {what} as '{name}', {there}.", to_mend(name, value))
-
-
-def no_adapter(where: str) -> FormatError:
-    """The refusal of a full fine-tune where an adapter, or a model's folder, is asked for."""
-    way = "it is a model: name it with --base, or write it with 'mlx-adapters fuse'; 'extract' makes an adapter."
-    return FormatError(f"{where} holds a full fine-tune, not a low-rank adapter.", way)
 
 
 def _kind(raw: Mapping[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_adapters.config.mapping import require, shown
 from mlx_adapters.errors import ConfigError, NotFoundError, did_you_mean
 from mlx_adapters.events import OnEvent, log, log_warnings
-from mlx_adapters.models.metadata import FULL, losses_of, no_adapter, read_config
+from mlx_adapters.models.metadata import FULL, check_config, losses_of, read_config
 from mlx_adapters.sources.demo_base import DEMO_BASE
 from mlx_adapters.sources.references import CHECKPOINT, NAME, Reference, below, hub_id, parse_reference
 from mlx_adapters.sources.registry import adapter_folder, adapters_folder, names, read_entry
@@ -153,9 +153,11 @@ def refuse_full(given: "str | Path | Named | Base") -> None:
     """Raise FormatError for a full fine-tune, by the name it was given by: only what fuse writes of it can go away."""
     from mlx_adapters.models.base import Base
 
+    if isinstance(given, Base) and given.tuned is None:
+        return
     text = given.name if isinstance(given, Base) else spelled(given)
-    if given.tuned if isinstance(given, Base) else place_of_full(text):
-        raise no_adapter(f"'{text}'")
+    if (there := place_of_full(text)) is not None:
+        check_config(read_config(there[0]), f"'{text}'")
 
 
 def iteration_of(folder: Path, ref: Reference) -> int | None:

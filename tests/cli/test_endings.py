@@ -12,7 +12,7 @@ from helpers.benchmarks import synthetic
 from helpers.public import LEAVES
 
 from mlx_adapters.benchmarking import run
-from mlx_adapters.cli import _notify, _output, _places, cli, publish
+from mlx_adapters.cli import _notify, _output, cli, publish
 from mlx_adapters.demo.catalog import write_demo_data
 from mlx_adapters.publishing import uploads
 from mlx_adapters.system import machine
@@ -129,7 +129,7 @@ def test_only_what_is_absolute_is_a_path_to_be_told_shorter(monkeypatch):
     monkeypatch.chdir("/")
     monkeypatch.setenv("HOME", "/home/me")
     names = ("demo", "mlx-community/Qwen3-0.6B-4bit", "./out", "/home/me/out")
-    assert [_places.place(name) for name in names] == [*names[:3], "~/out"]
+    assert [_output.place(name, home=True) for name in names] == [*names[:3], "~/out"]
 
 
 @pytest.mark.parametrize(
