@@ -247,7 +247,7 @@ def _fidelity_table(measured: Mapping[str, Any], source: str) -> str:
     headers = ("model", "KL", "KL median", "KL 99 %", "same top token", "loss")
     return (
         f"Measured on {measured.get('tokens'):,} tokens of {measured.get('rows'):,} rows of {source} that calibration "
-        "never saw. KL is KL({judged_by} ‖ model) in nats per token, loss is in nats per token.\n\n"
+        f"never saw. KL is KL({judged_by} ‖ model) in nats per token, loss is in nats per token.\n\n"
         f"{table(headers, cells)}"
     )
 

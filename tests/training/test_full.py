@@ -133,6 +133,7 @@ def test_its_own_rows_calibrate_and_judge_it_and_it_is_called_a_model(base, home
     assert (fused.text["source"], fused.text["why"], fused.method) == ("Python", None, "calibrated")
     assert fused.fidelity.base_kl is None and "the model: same token" in fused.fidelity.verdict
     page = html(fused)
+    assert "KL(model before rounding ‖ model)" in str(make_card(fused.folder))
     assert "from the model before rounding" in page and "adapter model" not in page and "0 layers" not in page
     again = fuse_again(tmp_path / "out", tmp_path / "again")
     assert again.identical and again.text["source"] == fused.text["source"]
