@@ -173,7 +173,7 @@ def test_data_that_nobody_named_is_read_as_it_was_trained_on_and_may_be_damaged(
     columns = TrainConfig(iterations=1, batch_size=1, prompt_column="q", completion_column="a")
     train(tiny_model("llama"), data, name="sql", lora=LoraConfig(rank=2), training=columns)
 
-    def stop(variants, *_):
+    def stop(variants, *_, **__):
         asked.append([variant.label for variant in variants])
         raise StorageError("Measured enough.")
 
