@@ -139,7 +139,7 @@ def locate(
 def place_of_full(text: str) -> tuple[Path, Reference] | None:
     """Where a full fine-tune lies, and how it is spelled; None for anything else."""
     try:
-        reference = parse_reference(spelled(text))
+        reference = reference_of(text)
     except ConfigError:
         return None
     if reference.kind == "hub":
