@@ -81,29 +81,41 @@ def main() -> None:
     if options.one:
         print(json.dumps(one(options.one, options.work, options.shape, options.packed)))
         return
+    begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         if not (work / "adapter").exists():
             write_adapter(base_folder(options.shape, work), work / "adapter")
+        print(f"{options.shape} written, {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
         runs: dict[str, list[dict]] = {way: [] for way in WAYS}
         flags = ["--shape", options.shape, "--work", str(work), *(["--packed"] if options.packed else [])]
         for number in range(options.rounds + 1):
             for way in WAYS:
                 command = [sys.executable, __file__, *flags, "--one", way]
                 out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-                runs[way] += [json.loads(out.splitlines()[-1])] if number else []
-        base = runs["mlx-lm"][0]["after"]
-        print("| | seconds | of mlx-lm's | peak MB | base and adapter MB | of both |")
-        print("| --- | ---: | ---: | ---: | ---: | ---: |")
-        for way, seen in runs.items():
-            seconds = statistics.median(run["seconds"] for run in seen)
-            beside = runs[way.replace("ours", "mlx-lm")]
-            ratio = seconds / statistics.median(run["seconds"] for run in beside)
-            both = base + int(seen[0]["bytes"]["true"])
-            peak = seen[0]["peak"]
-            print(
-                f"| {way} | {seconds:.2f} | {ratio:.2f} | {peak / 1e6:,.0f} | {both / 1e6:,.0f} | {peak / both:.3f} |"
-            )
+                seen = json.loads(out.splitlines()[-1])
+                runs[way] += [seen] if number else []
+                told = f"round {number}, {way}: {seen['seconds']:.2f} s, peak {seen['peak'] / 1e6:,.0f} MB"
+                print(f"{told}, after {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+            if number:
+                print(table(runs), flush=True)
+
+
+def table(runs: dict[str, list[dict]]) -> str:
+    """The figures of the rounds until now, and their ratios."""
+    base = runs["mlx-lm"][0]["after"]
+    lines = [
+        "| | seconds | of mlx-lm's | peak MB | base and adapter MB | of both |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for way, seen in runs.items():
+        seconds = statistics.median(run["seconds"] for run in seen)
+        ratio = seconds / statistics.median(run["seconds"] for run in runs[way.replace("ours", "mlx-lm")])
+        both, peak = base + int(seen[0]["bytes"]["true"]), max(run["peak"] for run in seen)
+        lines.append(
+            f"| {way} | {seconds:.2f} | {ratio:.2f} | {peak / 1e6:,.0f} | {both / 1e6:,.0f} | {peak / both:.3f} |"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

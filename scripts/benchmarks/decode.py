@@ -32,7 +32,7 @@ from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.runtime import pool as pool_module
 from mlx_adapters.runtime.additions import ForAll
 from mlx_adapters.runtime.pool import AdapterPool
-from mlx_adapters.runtime.sites import at_path, replace_layers
+from mlx_adapters.runtime.sites import Concatenated, at_path, replace_layers
 from mlx_adapters.surgery.calls import intercept
 
 SHAPES = {
@@ -177,6 +177,14 @@ def compile_parts(model, sites=()):
             part.sites.append(site)
 
 
+def unpack_for_prompts(model):
+    """A fused model whose packed matrices are unpacked for prompts, as those with an adapter are."""
+    for layer in adaptable_layers(model).values():
+        if isinstance(layer, nn.QuantizedLinear):
+            product = Concatenated([layer], layer)
+            intercept(layer, lambda original, x, product=product: product(x))
+
+
 # Name -> (class of the update, keywords of the pool).
 VARIANTS = {
     "each layer": (ForAll, dict(group=False)),
@@ -230,6 +238,9 @@ def prepare(variant, model, adapters):
         return contextlib.nullcontext, {}
     if variant == "base compiled":
         compile_parts(model)
+        return contextlib.nullcontext, {}
+    if variant == "base unpacked":
+        unpack_for_prompts(model)
         return contextlib.nullcontext, {}
     if variant == "mlx-lm":
         attach_mlx_lm(model, adapters[0])
@@ -290,7 +301,9 @@ def run(shape, batch, options, clock):
     mx.eval(first.parameters())
     adapters = random_adapters(first, dtype, ADAPTERS if batch > 1 else 1)
     names = (
-        ["base", "base compiled", "mlx-lm", *VARIANTS] if batch == 1 else ["base", "mlx-lm", "ours", f"ours/{batch}"]
+        ["base", "base compiled", "base unpacked", "mlx-lm", *VARIANTS]
+        if batch == 1
+        else ["base", "mlx-lm", "ours", f"ours/{batch}"]
     )
     ready, results, reference = {}, {}, None
     for name in [n for n in names if n in (options.only or names)]:

@@ -221,9 +221,11 @@ def measure(module, way: str, options: argparse.Namespace) -> dict:
     module.freeze()
     began = time.perf_counter()
     updates = ours(module, options, OURS[way]) if way in OURS else theirs(module, options, THEIRS[way])
-    losses = [update()[0] for update in (updates if options.mixed else updates * WARM_UP)]
+    losses = []
+    for update in updates if options.mixed else updates * WARM_UP:
+        losses.append(update()[0])
+        print(f"{way}: warm-up {len(losses)}, {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     ready = time.perf_counter() - began
-    print(f"{way}: ready after {ready:.0f} s", file=sys.stderr, flush=True)
     gc.collect()
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -234,6 +236,7 @@ def measure(module, way: str, options: argparse.Namespace) -> dict:
         losses.append(loss)
         tokens += read
         seconds.append(time.perf_counter() - start)
+        print(f"{way}: {1e3 * seconds[-1]:.0f} ms, {read} tokens", file=sys.stderr, flush=True)
     figures = {
         "way": way,
         "ms": 1e3 * statistics.median(seconds),
