@@ -71,14 +71,19 @@ def chunked(
 
     `head` holds the trainable weights outside the blocks (an adapted lm_head or embedding), often none.
     """
-    hidden = calls.hidden_states(module, body, batch.tokens[:, :-1], cache)
-    hidden = hidden.reshape(-1, hidden.shape[-1])[batch.positions]
+    hidden = trained_states(module, body, batch, cache)
 
     def piece(head: Weights, hidden: mx.array, targets: mx.array) -> mx.array:
         set_weights(module, head)
         return picked(calls.head_logits(module, body, hidden), targets)
 
     return _chunked(piece, chunk)(head, hidden, batch.targets)
+
+
+def trained_states(module: nn.Module, body: nn.Module, batch: Arrays, cache: Any = None) -> mx.array:
+    """(n, hidden) states of the trained positions, as the head gets them."""
+    hidden = calls.hidden_states(module, body, batch.tokens[:, :-1], cache)
+    return hidden.reshape(-1, hidden.shape[-1])[batch.positions]
 
 
 def _chunked(piece: Callable[..., mx.array], chunk: int) -> Callable[..., mx.array]:
