@@ -12,12 +12,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_adapters.config.training import TrainConfig
+from mlx_adapters.data.batches import Batch
 from mlx_adapters.models.adapter import Weights
+from mlx_adapters.storage.tensor_names import block_index
 from mlx_adapters.surgery import calls
+from mlx_adapters.surgery.blocks import find_body
+from mlx_adapters.surgery.segments import segmented_caches
 from mlx_adapters.system.door import mx, nn
 
 # Logits of one chunk. MLX runs about ten operations ahead, so several chunks' worth of memory is in use.
 CHUNK_BYTES = 16 << 20
+EQUAL = 1e-4  # relative; float32 sums in another order differ by less
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,20 @@ class Arrays:
     answers: mx.array | None = None
     labels: mx.array | None = None
     reference: mx.array | None = None
+
+
+@dataclass(frozen=True)
+class LossPlan:
+    """How the loss is computed: `body` None means the plain way; `chunk` is in logit rows."""
+
+    body: nn.Module | None
+    chunk: int
+
+
+def device_batch(batch: Batch) -> dict[str, mx.array]:
+    """The batch as MLX arrays, by the names in `Arrays`; what it has not is left out."""
+    given = {name: getattr(batch, name) for name in Arrays.__dataclass_fields__}
+    return {name: mx.array(array) for name, array in given.items() if array is not None}
 
 
 def picked(logits: mx.array, targets: mx.array) -> mx.array:
@@ -132,3 +152,44 @@ def set_weights(module: nn.Module, weights: Weights) -> None:
     """Set the named parameters of the module."""
     if weights:
         module.load_weights(list(weights.items()), strict=False)
+
+
+def token_log_probabilities(module: nn.Module, plan: LossPlan, batch: Arrays, weights: Weights) -> mx.array:
+    """(n,) log p of the batch's trained tokens, with these trainable weights, as `plan` says."""
+    set_weights(module, weights)
+    cache = None if batch.segments is None else segmented_caches(module, batch.segments[:, :-1])
+    if plan.body is None:
+        return plain(module, batch, cache)
+    head = {name: w for name, w in weights.items() if block_index(name) is None}
+    return chunked(module, plan.body, batch, head, plan.chunk, cache)
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """How many logit rows a chunk holds: a multiple of 64, as the trained positions are on a GPU."""
+    return max(64, CHUNK_BYTES // (4 * vocabulary) // 64 * 64)
+
+
+def plan_loss(module: nn.Module, config: TrainConfig, vocabulary: int, probe: Batch) -> LossPlan:
+    """The chunked loss where the model's logits are what its head gives for the hidden states, else the plain one."""
+    body = find_body(module) if config.chunked_loss != "off" else None
+    if body is not None and not _is_split_by(module, body, probe):
+        body = None
+    return LossPlan(body, chunk_rows(vocabulary))
+
+
+def _is_split_by(module: nn.Module, body: nn.Module, probe: Batch) -> bool:
+    """Asked of logits: in 16 bits a likely token's log p of nearly 0 is off by more than itself."""
+    module.eval()
+    batch = Arrays(**device_batch(probe))
+    logits = module(batch.tokens[:, :-1])
+    logits = logits.reshape(-1, logits.shape[-1])[batch.positions]
+    try:
+        split = calls.head_logits(module, body, trained_states(module, body, batch))
+    except (ValueError, TypeError, IndexError, AttributeError):
+        return False
+    if split.shape != logits.shape:
+        return False
+    rounding = EQUAL if logits.dtype == mx.float32 else 100 * EQUAL
+    said = mx.isfinite(logits)  # there are tokens that a model never says
+    split, logits = (mx.where(said, x, 0).astype(mx.float32) for x in (split, logits))
+    return bool((mx.linalg.norm(split - logits) <= rounding * mx.linalg.norm(logits)).item())

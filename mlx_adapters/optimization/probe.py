@@ -21,18 +21,9 @@ from mlx_adapters.models.loading import load_module, set_precision
 from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.optimization import log_probabilities
 from mlx_adapters.optimization.feed import Draw
-from mlx_adapters.optimization.log_probabilities import Arrays
+from mlx_adapters.optimization.log_probabilities import EQUAL, Arrays, LossPlan, chunk_rows, device_batch
 from mlx_adapters.optimization.optimizers import Optimizer
-from mlx_adapters.optimization.step import (
-    EQUAL,
-    Again,
-    LossPlan,
-    MemoryPlan,
-    OutOfMemoryError,
-    TrainStep,
-    chunk_rows,
-    device_batch,
-)
+from mlx_adapters.optimization.step import Again, MemoryPlan, OutOfMemoryError, TrainStep
 from mlx_adapters.optimization.through_rounding import Rounding
 from mlx_adapters.storage.tensor_names import block_index
 from mlx_adapters.surgery.blocks import find_body, keep_blocks

@@ -20,27 +20,17 @@ from mlx_adapters.optimization import log_probabilities, through_rounding
 from mlx_adapters.optimization.adapted import kept_parts, saving_calls, unpacking_calls
 from mlx_adapters.optimization.distributed import World
 from mlx_adapters.optimization.feed import Draw, draw_of
-from mlx_adapters.optimization.log_probabilities import Arrays
+from mlx_adapters.optimization.log_probabilities import Arrays, LossPlan, device_batch, token_log_probabilities
 from mlx_adapters.optimization.objectives import Figures, Shares, loss_of, sums_of_lines
 from mlx_adapters.optimization.optimizers import Optimizer, compiled, compiles
 from mlx_adapters.optimization.through_rounding import Rounding
 from mlx_adapters.storage.tensor_names import block_index
 from mlx_adapters.surgery import calls
-from mlx_adapters.surgery.blocks import evaluate_in_order, find_body, noting_outputs
+from mlx_adapters.surgery.blocks import evaluate_in_order, noting_outputs
 from mlx_adapters.surgery.recomputation import Again, FeedForward, computed_again, find_feed_forwards
-from mlx_adapters.surgery.segments import begun_anew, segmented_caches
+from mlx_adapters.surgery.segments import begun_anew
 from mlx_adapters.system.door import mx, nn
 from mlx_adapters.system.limits import memory_near, out_of_memory
-
-EQUAL = 1e-4  # relative; float32 sums in another order differ by less
-
-
-@dataclass(frozen=True)
-class LossPlan:
-    """How the loss is computed: `body` None means the plain way; `chunk` is in logit rows."""
-
-    body: nn.Module | None
-    chunk: int
 
 
 @dataclass(frozen=True)
@@ -54,12 +44,6 @@ class MemoryPlan:
     again: Again = "nothing"
     positions: int | None = None
     near: int | None = None
-
-
-def device_batch(batch: Batch) -> dict[str, mx.array]:
-    """The batch as MLX arrays, by the names in `Arrays`; what it has not is left out."""
-    given = {name: getattr(batch, name) for name in Arrays.__dataclass_fields__}
-    return {name: mx.array(array) for name, array in given.items() if array is not None}
 
 
 class OutOfMemoryError(Exception):
@@ -304,48 +288,7 @@ def shares_of(draw: Draw) -> Shares:
     return Shares(*(mx.array(number, mx.float32) for number in numbers))
 
 
-def token_log_probabilities(module: nn.Module, plan: LossPlan, batch: Arrays, weights: Weights) -> mx.array:
-    """(n,) log p of the batch's trained tokens, with these trainable weights, as `plan` says."""
-    log_probabilities.set_weights(module, weights)
-    cache = None if batch.segments is None else segmented_caches(module, batch.segments[:, :-1])
-    if plan.body is None:
-        return log_probabilities.plain(module, batch, cache)
-    head = {name: w for name, w in weights.items() if block_index(name) is None}
-    return log_probabilities.chunked(module, plan.body, batch, head, plan.chunk, cache)
-
-
 def answer_log_probabilities(module: nn.Module, plan: LossPlan, batch: Arrays, weights: Weights) -> mx.array:
     """(lines,) log p of each line's answer."""
     line = batch.positions // (batch.tokens.shape[1] - 1)
     return sums_of_lines(token_log_probabilities(module, plan, batch, weights), line, batch)[0]
-
-
-def chunk_rows(vocabulary: int) -> int:
-    """How many logit rows a chunk holds: a multiple of 64, as the trained positions are on a GPU."""
-    return max(64, log_probabilities.CHUNK_BYTES // (4 * vocabulary) // 64 * 64)
-
-
-def plan_loss(module: nn.Module, config: TrainConfig, vocabulary: int, probe: Batch) -> LossPlan:
-    """The chunked loss where the model's logits are what its head gives for the hidden states, else the plain one."""
-    body = find_body(module) if config.chunked_loss != "off" else None
-    if body is not None and not _is_split_by(module, body, probe):
-        body = None
-    return LossPlan(body, chunk_rows(vocabulary))
-
-
-def _is_split_by(module: nn.Module, body: nn.Module, probe: Batch) -> bool:
-    """Asked of logits: in 16 bits a likely token's log p of nearly 0 is off by more than itself."""
-    module.eval()
-    batch = Arrays(**device_batch(probe))
-    logits = module(batch.tokens[:, :-1])
-    logits = logits.reshape(-1, logits.shape[-1])[batch.positions]
-    try:
-        split = calls.head_logits(module, body, log_probabilities.trained_states(module, body, batch))
-    except (ValueError, TypeError, IndexError, AttributeError):
-        return False
-    if split.shape != logits.shape:
-        return False
-    rounding = EQUAL if logits.dtype == mx.float32 else 100 * EQUAL
-    said = mx.isfinite(logits)  # there are tokens that a model never says
-    split, logits = (mx.where(said, x, 0).astype(mx.float32) for x in (split, logits))
-    return bool((mx.linalg.norm(split - logits) <= rounding * mx.linalg.norm(logits)).item())

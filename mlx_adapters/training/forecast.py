@@ -30,8 +30,9 @@ from mlx_adapters.models.layers import named_layers
 from mlx_adapters.models.loading import load_module, load_tokenizer_of
 from mlx_adapters.optimization.distributed import World
 from mlx_adapters.optimization.feed import bins_of, largest_draw, make_feed
+from mlx_adapters.optimization.log_probabilities import chunk_rows
 from mlx_adapters.optimization.probe import AHEAD, Prober, adapter_bytes, first_block, weight_bytes
-from mlx_adapters.optimization.step import Again, MemoryPlan, chunk_rows
+from mlx_adapters.optimization.step import Again, MemoryPlan
 from mlx_adapters.optimization.through_rounding import plan_rounding
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.starts.ranks import trained_parameters

@@ -22,10 +22,10 @@ from mlx_adapters.events import OnEvent, Progress
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.model import Model
 from mlx_adapters.optimization.feed import Feed
-from mlx_adapters.optimization.log_probabilities import Arrays
+from mlx_adapters.optimization.log_probabilities import Arrays, LossPlan, device_batch, plan_loss
 from mlx_adapters.optimization.optimizers import compiled
 from mlx_adapters.optimization.probe import probe_of
-from mlx_adapters.optimization.step import LossPlan, answer_log_probabilities, device_batch, plan_loss
+from mlx_adapters.optimization.step import answer_log_probabilities
 from mlx_adapters.sources.lookup import load_adapter
 from mlx_adapters.sources.registry import adapter_folder
 from mlx_adapters.storage import tensor_files

@@ -31,6 +31,7 @@ from mlx_adapters.models.metadata import FULL, AdapterConfig
 from mlx_adapters.models.model import Model
 from mlx_adapters.optimization.distributed import World
 from mlx_adapters.optimization.feed import Feed, make_feed
+from mlx_adapters.optimization.log_probabilities import plan_loss
 from mlx_adapters.optimization.probe import (
     computes_as_generated,
     packing_is_exact,
@@ -38,7 +39,7 @@ from mlx_adapters.optimization.probe import (
     settle_recomputing,
     short_rows,
 )
-from mlx_adapters.optimization.step import MemoryPlan, TrainStep, plan_loss
+from mlx_adapters.optimization.step import MemoryPlan, TrainStep
 from mlx_adapters.optimization.through_rounding import plan_rounding
 from mlx_adapters.starts.begin import begin
 from mlx_adapters.starts.factors import start_from_principal

@@ -128,7 +128,8 @@ def ours(module, options: argparse.Namespace, again: str, world=None) -> list[Ca
     from mlx_adapters.models.layers import add_adapter_layers, named_layers, resolve_target_modules
     from mlx_adapters.models.metadata import AdapterConfig
     from mlx_adapters.optimization.feed import make_feed
-    from mlx_adapters.optimization.step import LossPlan, MemoryPlan, TrainStep, chunk_rows
+    from mlx_adapters.optimization.log_probabilities import LossPlan, chunk_rows
+    from mlx_adapters.optimization.step import MemoryPlan, TrainStep
     from mlx_adapters.surgery.blocks import find_body
     from mlx_adapters.system.door import mx
     from mlx_adapters.system.limits import as_little_memory_as_will_do

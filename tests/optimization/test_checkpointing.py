@@ -18,8 +18,9 @@ from mlx_adapters.models.layers import named_layers
 from mlx_adapters.models.loading import load_model
 from mlx_adapters.optimization import step as engines
 from mlx_adapters.optimization.feed import draw_of
+from mlx_adapters.optimization.log_probabilities import LossPlan
 from mlx_adapters.optimization.probe import settle_recomputing
-from mlx_adapters.optimization.step import LossPlan, MemoryPlan, TrainStep, shares_of
+from mlx_adapters.optimization.step import MemoryPlan, TrainStep, shares_of
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.surgery import calls
 from mlx_adapters.system.machine import on_gpu

@@ -20,7 +20,8 @@ from mlx_adapters.models.layers import named_layers, updated_weight
 from mlx_adapters.models.loading import load_model, load_module
 from mlx_adapters.optimization import through_rounding
 from mlx_adapters.optimization.feed import draw_of
-from mlx_adapters.optimization.step import LossPlan, TrainStep, shares_of
+from mlx_adapters.optimization.log_probabilities import LossPlan
+from mlx_adapters.optimization.step import TrainStep, shares_of
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.system.machine import on_gpu
 from mlx_adapters.training import setup

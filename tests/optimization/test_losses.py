@@ -14,9 +14,8 @@ from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.models.layers import adaptable_layers, named_layers
 from mlx_adapters.models.loading import load_model
 from mlx_adapters.optimization import log_probabilities
-from mlx_adapters.optimization.log_probabilities import Arrays
+from mlx_adapters.optimization.log_probabilities import Arrays, device_batch, plan_loss
 from mlx_adapters.optimization.probe import packing_is_exact
-from mlx_adapters.optimization.step import device_batch, plan_loss
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.storage.tensor_names import block_index
 from mlx_adapters.surgery import calls
@@ -120,6 +119,19 @@ def test_the_plain_loss_is_taken_where_the_split_is_not_exact(tiny_model, monkey
     assert plan_loss(model.module, TrainConfig(chunked_loss="off"), VOCABULARY, probe).body is None
     monkeypatch.setattr(calls, "head_logits", lambda module, body, hidden: 2 * hidden @ mx.ones((64, VOCABULARY)))
     assert plan_loss(model.module, TrainConfig(), VOCABULARY, probe).body is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "off", "splits"), [(mx.float32, 1e-3, False), (mx.bfloat16, 3e-3, True), (mx.bfloat16, 0.05, False)]
+)
+def test_the_split_may_be_off_by_what_its_type_rounds(tiny_model, monkeypatch, dtype, off, splits):
+    """A GPU sums few rows in another order than many: in 16 bits that is a few thousandths of a logit."""
+    model, _ = adapted(tiny_model(), LoraConfig(rank=4, scale=2.0))
+    model.module.set_dtype(dtype)
+    own = calls.head_logits
+    monkeypatch.setattr(calls, "head_logits", lambda *given: own(*given) * mx.array(1 + off, dtype))
+    plan = plan_loss(model.module, TrainConfig(), VOCABULARY, make_batch([[r] for r in ROWS]))
+    assert (plan.body is not None) == splits
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))

@@ -13,8 +13,8 @@ from mlx_adapters.models.layers import named_layers
 from mlx_adapters.models.loading import load_model
 from mlx_adapters.optimization import log_probabilities
 from mlx_adapters.optimization.feed import draw_of
-from mlx_adapters.optimization.log_probabilities import Arrays
-from mlx_adapters.optimization.step import LossPlan, MemoryPlan, TrainStep, device_batch, shares_of
+from mlx_adapters.optimization.log_probabilities import Arrays, LossPlan, device_batch
+from mlx_adapters.optimization.step import MemoryPlan, TrainStep, shares_of
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.surgery import calls
 from mlx_adapters.system.machine import on_gpu

@@ -16,8 +16,9 @@ from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.models.layers import named_layers
 from mlx_adapters.models.loading import load_model
 from mlx_adapters.optimization.feed import Draw, make_feed
+from mlx_adapters.optimization.log_probabilities import plan_loss
 from mlx_adapters.optimization.objectives import means, with_sums
-from mlx_adapters.optimization.step import TrainStep, plan_loss
+from mlx_adapters.optimization.step import TrainStep
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.system.interrupt import Interrupt, InterruptedWork
 from mlx_adapters.training import reference_model, setup
