@@ -23,7 +23,7 @@ from mlx_adapters.models.dense import weight_shape
 from mlx_adapters.models.low_rank import filled
 from mlx_adapters.storage.tensor_names import BIAS, LORA_A, LORA_B, join
 from mlx_adapters.surgery import calls
-from mlx_adapters.system.door import DoRALinear, LoRALinear, LoRASwitchLinear, mx, nn
+from mlx_adapters.system.door import DoRALinear, LoRALinear, LoRASwitchLinear, SwitchLinear, mx, nn
 from mlx_adapters.system.machine import on_cuda, on_gpu
 
 Call = Callable[..., mx.array]
@@ -31,7 +31,7 @@ Call = Callable[..., mx.array]
 
 def saving_calls(adapted: Iterable[nn.Module]) -> list[tuple[nn.Module, Call]]:
     """(adapter layer, what to `calls.intercept` its calls with) of each that computes as this file says."""
-    kinds = {LoRALinear: _lora, DoRALinear: _dora, LoRASwitchLinear: _experts}
+    kinds = {LoRALinear: _lora, DoRALinear: _dora, LoRASwitchLinear: _experts, SwitchLinear: _whole_experts}
     return [(layer, make(layer)) for layer in adapted for kind, make in kinds.items() if isinstance(layer, kind)]
 
 
@@ -94,6 +94,28 @@ def _experts(layer: nn.Module) -> Call:
     return call
 
 
+def _in_order(product: Call, x: mx.array, indices: mx.array) -> mx.array:
+    """`product(x, indices)`, (..., 1, out), of x (..., 1, in) and indices (...) by entries that are sorted by expert:
+    back through others MLX 0.32.4 has no kernel that starts on CUDA."""
+    shape = (*np.broadcast_shapes(x.shape[:-2], indices.shape), 1)
+    chosen = mx.broadcast_to(indices, shape[:-1]).flatten()
+    order = mx.argsort(chosen)
+    x = mx.broadcast_to(x, (*shape, x.shape[-1])).reshape(-1, 1, x.shape[-1])[order]
+    y = product(x, chosen[order])  # (entries, 1, out)
+    return y[mx.argsort(order)].reshape(*shape, -1)
+
+
+def _whole_experts(layer: nn.Module) -> Call:
+    """Experts that are trained themselves."""
+
+    def call(original: Call, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        if sorted_indices or x.shape[-2] != 1 or not on_cuda():
+            return original(x, indices, sorted_indices=sorted_indices)
+        return _in_order(lambda x, chosen: original(x, chosen, sorted_indices=True), x, indices)
+
+    return call
+
+
 def _of_experts_in(indices: mx.array, ordered: bool, scale: float) -> Call:
     """d (..., 1, in), A and B -> what their products add, (..., 1, out)."""
 
@@ -113,13 +135,7 @@ def _of_experts(indices: mx.array, ordered: bool, scale: float, kept: float) -> 
     added = _of_experts_in(indices, ordered, scale)
 
     def added_in_order(d: mx.array, a: mx.array, b: mx.array) -> mx.array:
-        """The same, the entries sorted by expert: back through others MLX 0.32.4 has no kernel that starts on CUDA."""
-        shape = (*np.broadcast_shapes(d.shape[:-2], indices.shape), 1)
-        chosen = mx.broadcast_to(indices, shape[:-1]).flatten()
-        order = mx.argsort(chosen)
-        d = mx.broadcast_to(d, (*shape, d.shape[-1])).reshape(-1, 1, d.shape[-1])[order]
-        y = _of_experts_in(chosen[order], True, scale)(d, a, b)  # (entries, 1, out)
-        return y[mx.argsort(order)].reshape(*shape, -1)
+        return _in_order(lambda d, chosen: _of_experts_in(chosen, True, scale)(d, a, b), d, indices)
 
     @mx.custom_function
     def product(y: mx.array, x: mx.array, a: mx.array, b: mx.array, *key: mx.array) -> mx.array:

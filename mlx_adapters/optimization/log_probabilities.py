@@ -193,3 +193,10 @@ def _is_split_by(module: nn.Module, body: nn.Module, probe: Batch) -> bool:
     said = mx.isfinite(logits)  # there are tokens that a model never says
     split, logits = (mx.where(said, x, 0).astype(mx.float32) for x in (split, logits))
     return bool((mx.linalg.norm(split - logits) <= rounding * mx.linalg.norm(logits)).item())
+
+
+def logits_bytes(batch: Batch, vocabulary: int, config: TrainConfig) -> int:
+    """Logits, softmax and gradient, float32, of a chunk or (plain) of every position."""
+    every = batch.tokens.shape[0] * (batch.tokens.shape[1] - 1)
+    chunk = min(len(batch.positions), chunk_rows(vocabulary))
+    return 3 * 4 * vocabulary * (every if config.chunked_loss == "off" else chunk)

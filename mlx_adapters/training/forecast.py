@@ -30,7 +30,7 @@ from mlx_adapters.models.layers import named_layers
 from mlx_adapters.models.loading import load_module, load_tokenizer_of
 from mlx_adapters.optimization.distributed import World
 from mlx_adapters.optimization.feed import bins_of, largest_draw, make_feed
-from mlx_adapters.optimization.log_probabilities import chunk_rows
+from mlx_adapters.optimization.log_probabilities import logits_bytes
 from mlx_adapters.optimization.probe import AHEAD, Prober, adapter_bytes, first_block, weight_bytes
 from mlx_adapters.optimization.step import Again, MemoryPlan
 from mlx_adapters.optimization.through_rounding import plan_rounding
@@ -280,7 +280,7 @@ def forecast(
     del module  # its files are closed before the prober opens them
     with refusals(setup.cannot_train):
         step, over = map(int, prober.step_bytes(draw, max(reached, 1)))
-    logits = min(_logits_bytes(largest, prober.vocabulary, training), max(step - adapter, 0))
+    logits = min(logits_bytes(largest, prober.vocabulary, training), max(step - adapter, 0))
     activations = max(step - adapter - logits, 0)
     needed = Parts(weights, adapter, optimizer, adapter, activations, logits)
     room = int(ROOM * _usable(training)) - needed.peak_bytes
@@ -295,13 +295,6 @@ def _prober(base: Base, lora: LoraConfig, training: TrainConfig, memory: MemoryP
     setup.require_loadable(module, adapter)
     rounding = None if asked is None else plan_rounding(module, adapter.keys, asked)
     return Prober(base, adapter, training, int(config.get("vocab_size", 1 << 16)), rounding, memory)
-
-
-def _logits_bytes(batch: Batch, vocabulary: int, training: TrainConfig) -> int:
-    """Logits, softmax and gradient, float32, of a chunk or (plain) of every position."""
-    every = batch.tokens.shape[0] * (batch.tokens.shape[1] - 1)
-    chunk = min(len(batch.positions), chunk_rows(vocabulary))
-    return 3 * 4 * vocabulary * (every if training.chunked_loss == "off" else chunk)
 
 
 def _seconds(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig, memory: MemoryPlan) -> float:
