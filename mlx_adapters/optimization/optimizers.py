@@ -5,7 +5,8 @@ state. Weights are flat dictionaries from tensor names to arrays.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mlx import optimizers
@@ -77,58 +78,119 @@ def _make(kind: str, decay: float) -> optimizers.Optimizer:
     }[kind]()
 
 
+BY_NUMBER = ("adam", "adamw", "sgd")  # kinds that treat each number by itself
+SMALL, ALIGNED = 1 << 20, 64  # numbers: larger weights fill a GPU alone; kernels read whole vectors
+LINE = "line"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Weights that one of mlx's optimizers is for. `line`: (name, shape) of those laid one after the other."""
+
+    optimizer: optimizers.Optimizer
+    ratio: float
+    names: list[str]
+    line: list[tuple[str, tuple[int, ...]]]
+
+    def laid(self, arrays: Mapping[str, mx.array]) -> Weights:
+        """The group's of `arrays`, those of the line as one array, (numbers,)."""
+        together = {name for name, _ in self.line}
+        made = {name: arrays[name] for name in self.names if name not in together}
+        return made | {LINE: self.in_line(arrays)} if together else made
+
+    def in_line(self, arrays: Mapping[str, mx.array]) -> mx.array:
+        """Those of the line, one after the other."""
+        return mx.concatenate([arrays[name].reshape(-1) for name, _ in self.line])
+
+    def parted(self, laid: Mapping[str, mx.array]) -> Weights:
+        """What was laid together, by its names: views of it."""
+        made = {name: array for name, array in laid.items() if name != LINE}
+        start = 0
+        for name, shape in self.line:
+            stop = start + math.prod(shape)
+            made[name], start = laid[LINE][start:stop].reshape(shape), stop
+        return made
+
+
 class Optimizer:
     """One of mlx's optimizers for each group of weights: LoRA+ gives lora_b a rate of its own, and Muon,
-    which is for matrices, leaves vectors and stacks of experts to AdamW."""
+    which is for matrices, leaves vectors and stacks of experts to AdamW.
 
-    def __init__(self, config: TrainConfig, weights: Mapping[str, mx.array]) -> None:
+    `together`: small weights are laid in a line, where the rule allows it, since a GPU takes as long for one of them as
+    for all; by default on a GPU. The numbers are the same but for the last bits of the norms.
+    """
+
+    def __init__(self, config: TrainConfig, weights: Mapping[str, mx.array], together: bool | None = None) -> None:
         self.config = config
+        together = compiles() if together is None else together
         groups: dict[tuple[str, float], list[str]] = {}
         for name, weight in weights.items():
             kind = "adamw" if config.optimizer == "muon" and weight.ndim != 2 else config.optimizer
             ratio = config.lora_plus_ratio if split(name)[1] == LORA_B else 1.0
             groups.setdefault((kind, ratio), []).append(name)
-        self._groups = [
-            (_make(kind, config.weight_decay), ratio, names) for (kind, ratio), names in sorted(groups.items())
-        ]
-        for optimizer, _, names in self._groups:
-            optimizer.init({name: weights[name] for name in names})
-        self._step = compiled(self._update, self._states)
+        self._groups: list[Group] = []
+        for (kind, ratio), names in sorted(groups.items()):
+            small = [name for name in names if weights[name].size <= SMALL and weights[name].size % ALIGNED == 0]
+            line = small if together and kind in BY_NUMBER and len(small) > 1 else []
+            shaped = [(name, weights[name].shape) for name in line]
+            self._groups.append(Group(_make(kind, config.weight_decay), ratio, names, shaped))
+        for group in self._groups:
+            group.optimizer.init(group.laid(weights))
+        self._given: tuple[Weights, list[Weights]] = ({}, [])  # the newest weights, by name and laid
+        self._step = compiled(self._update, self.states)
 
     @property
-    def _states(self) -> list[dict]:
-        return [optimizer.state for optimizer, _, _ in self._groups]
+    def states(self) -> list[dict]:
+        """What must be evaluated, as it lies in memory."""
+        return [group.optimizer.state for group in self._groups]
 
     def apply(self, weights: Weights, gradients: Weights, rate: float) -> tuple[Weights, mx.array, mx.array]:
         """(new weights, norm of the gradient before clipping, norm of the new weights)."""
-        return self._step(weights, gradients, mx.array(rate, mx.float32))
+        given, laid = self._given
+        if not laid or any(weights[name] is not array for name, array in given.items()):
+            laid = [group.laid(weights) for group in self._groups]
+        new, laid, *norms = self._step(laid, gradients, mx.array(rate, mx.float32))
+        new = {name: new[name] for name in weights}
+        self._given = dict(new), laid  # whoever has `new` may put other arrays there
+        return new, *norms
 
-    def _update(self, weights: Weights, gradients: Weights, rate: mx.array) -> tuple[Weights, mx.array, mx.array]:
-        norm = _norm(gradients)
+    def _update(self, weights: list[Weights], gradients: Weights, rate: mx.array) -> tuple:
+        laid = [group.laid(gradients) for group in self._groups]
+        norm = _norm(laid)
         if self.config.max_grad_norm is not None:
             shrink = mx.minimum(self.config.max_grad_norm / (norm + 1e-6), 1.0)
-            gradients = {name: (g * shrink).astype(g.dtype) for name, g in gradients.items()}
-        new: Weights = {}
-        for optimizer, ratio, names in self._groups:
-            optimizer.learning_rate = rate * ratio
-            new |= optimizer.apply_gradients({n: gradients[n] for n in names}, {n: weights[n] for n in names})
-        new = {name: new[name] for name in weights}  # one order for ever: the norms are summed in it
-        return new, norm, _norm(new)
+            laid = [{name: (g * shrink).astype(g.dtype) for name, g in each.items()} for each in laid]
+        new: list[Weights] = []
+        for group, own, gradient in zip(self._groups, weights, laid, strict=True):
+            group.optimizer.learning_rate = rate * group.ratio
+            new.append(group.optimizer.apply_gradients(gradient, own))
+        named = {n: w for group, own in zip(self._groups, new, strict=True) for n, w in group.parted(own).items()}
+        return named, new, norm, _norm(new)
 
     def arrays(self) -> Weights:
         """The whole state, flat, to be saved."""
-        return dict(_flat({str(index): state for index, state in enumerate(self._states)}))
+        states = zip(self._groups, self.states, strict=True)
+        named = {str(index): self._named(group, state) for index, (group, state) in enumerate(states)}
+        return dict(_flat(named))
 
     def restore(self, arrays: Mapping[str, mx.array]) -> None:
         """Take back what `arrays` gave. Raises KeyError if a part is missing."""
-        for index, state in enumerate(self._states):
-            mine = {name: arrays[f"{index}/{name}"] for name, _ in _flat(state)}
-            for name, value in mine.items():
-                _place(state, name.split("/"), value)
+        for index, (group, state) in enumerate(zip(self._groups, self.states, strict=True)):
+            for leaf in state.get(LINE, {}):
+                state[LINE][leaf] = group.in_line({name: arrays[f"{index}/{name}/{leaf}"] for name, _ in group.line})
+            for name, _ in _flat({name: part for name, part in state.items() if name != LINE}):
+                _place(state, name.split("/"), arrays[f"{index}/{name}"])
+
+    @staticmethod
+    def _named(group: Group, state: dict) -> dict:
+        """The state of one of mlx's optimizers with that of each weight by its name."""
+        line = {leaf: group.parted({LINE: array}) for leaf, array in state.get(LINE, {}).items()}
+        own = {name: {leaf: parts[name] for leaf, parts in line.items()} for name, _ in group.line}
+        return {name: part for name, part in state.items() if name != LINE} | own
 
 
-def _norm(arrays: Weights) -> mx.array:
-    return mx.sqrt(sum(mx.square(array.astype(mx.float32)).sum() for array in arrays.values()))
+def _norm(laid: Sequence[Weights]) -> mx.array:
+    return mx.sqrt(sum(mx.square(array.astype(mx.float32)).sum() for each in laid for array in each.values()))
 
 
 def _flat(state: dict, prefix: str = "") -> list[tuple[str, mx.array]]:

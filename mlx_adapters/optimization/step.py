@@ -152,7 +152,7 @@ class TrainStep:
             self._evaluate_in_order(from_batch)
         summed = self.world.sum_all({"loss": loss} | {f"figure {n}": f for n, f in figures.items()} | gradients)
         norms = self.update({name: summed[name] for name in gradients}, rate)
-        mx.eval(summed, norms, self.weights, self.optimizer.arrays(), mx.random.state)
+        mx.eval(summed, norms, self.weights, self.optimizer.states, mx.random.state)
         return Taken(summed["loss"], *norms, self._figures(summed, figures, shares))
 
     def evaluate(self, draw: Draw, rounding: bool = False) -> tuple[float, dict[str, list[float]]]:
