@@ -129,11 +129,11 @@ class Optimizer:
             ratio = config.lora_plus_ratio if split(name)[1] == LORA_B else 1.0
             groups.setdefault((kind, ratio), []).append(name)
         self._groups: list[Group] = []
-        for (kind, ratio), names in sorted(groups.items()):
+        for (rule, ratio), names in sorted(groups.items()):
             small = [name for name in names if weights[name].size <= SMALL and weights[name].size % ALIGNED == 0]
-            line = small if together and kind in BY_NUMBER and len(small) > 1 else []
+            line = small if together and rule in BY_NUMBER and len(small) > 1 else []
             shaped = [(name, weights[name].shape) for name in line]
-            self._groups.append(Group(_make(kind, config.weight_decay), ratio, names, shaped))
+            self._groups.append(Group(_make(rule, config.weight_decay), ratio, names, shaped))
         for group in self._groups:
             group.optimizer.init(group.laid(weights))
         self._given: tuple[Weights, list[Weights]] = ({}, [])  # the newest weights, by name and laid
