@@ -24,6 +24,7 @@ from mlx_adapters.rounding.packed import Packed
 from mlx_adapters.rounding.workers import Done, Task, Way, Workers, stacked, worker_count
 from mlx_adapters.storage.tensor_files import as_numpy
 from mlx_adapters.system.door import mx
+from mlx_adapters.system.limits import out_of_memory
 from mlx_adapters.system.machine import on_gpu
 
 EXPERT_BYTES = 1 << 30  # of the experts that are rounded together, and of their moments
@@ -127,7 +128,7 @@ def _together(
     try:
         done = stacked(tasks).run_each(engine)
     except RuntimeError as error:
-        if not lacks_memory(error):
+        if not out_of_memory(error):
             raise
     if done is None:  # after the block: the error holds what took the memory
         mx.clear_cache()
@@ -158,7 +159,7 @@ class _Layer:
             try:
                 begun += [workers.submit(task) for task in self.tasks(a, b, ways, engine)]
             except RuntimeError as error:
-                if not lacks_memory(error) or b - a < 2:
+                if not out_of_memory(error) or b - a < 2:
                     raise
                 mx.clear_cache()
                 middle = (a + b) // 2
@@ -210,11 +211,6 @@ class _Layer:
             mine, first = (None if part is None else part[e] for part in (update, start))
             h, unit, doubt = as_numpy(hessian[e]), units[e].item(), doubts[e].item()
             yield Task(weight[e], h, ways, self.dtype, first, unit, update=mine, doubt=doubt)
-
-
-def lacks_memory(error: RuntimeError) -> bool:
-    """Whether MLX raised this for want of memory; Metal's and CUDA's words for it differ."""
-    return any(word in str(error).lower() for word in ("out of memory", "outofmemory", "insufficient memory", "malloc"))
 
 
 def _for(engine: Engine, matrix: mx.array | None) -> Any:

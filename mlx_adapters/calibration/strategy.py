@@ -1,15 +1,16 @@
 """The part of a fuse that reads text: which method and precision, calibration, and the check."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from mlx_adapters.assembly.tensors import Assembly
 from mlx_adapters.assembly.weights import Updates
 from mlx_adapters.assembly.writing import dtype_name
 from mlx_adapters.calibration.blockwise import BlockwiseModel
-from mlx_adapters.calibration.calibrate import lacks_memory, round_layers
+from mlx_adapters.calibration.calibrate import round_layers
 from mlx_adapters.calibration.collecting import FORWARD
 from mlx_adapters.calibration.fidelity import Fidelity, measure_fidelity
 from mlx_adapters.calibration.mixed import (
@@ -28,22 +29,25 @@ from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.data.batches import TokenBatch, TokenRow, make_batches
 from mlx_adapters.data.datasets import spread
 from mlx_adapters.errors import AdapterError, ConfigError, ModelError
-from mlx_adapters.events import Event, Note, OnEvent, Progress
+from mlx_adapters.events import Event, Note, OnEvent, Progress, log_warnings
 from mlx_adapters.models.adapter import templates_of
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.loading import load_tokenizer_of
 from mlx_adapters.rounding.packed import dequantize, to_nearest
 from mlx_adapters.system.door import mx
+from mlx_adapters.system.limits import out_of_memory
 from mlx_adapters.system.machine import on_gpu
 from mlx_adapters.units import count
 
 Method = Literal["none", "nearest", "calibrated", "auto"]
+Found = TypeVar("Found")
+Variants = tuple[BlockwiseModel, BlockwiseModel, BlockwiseModel | None]  # exact, fused, base
 THROUGH = (
     "The adapter was trained through this rounding (--fuse-aware), so its layers are rounded to nearest, as they were "
     "then. Judge by the loss: the KL is from the adapter before rounding, which it was not trained to equal. After a "
     "short training, compare with --method calibrated."
 )
-GPU_TOKENS = (2048, 1024, 256)  # at a time: fewer, where memory is short
+TOKENS = (2048, 1024, 256)  # at a time: fewer, where memory is short
 JUDGING_ROWS = 8  # at least, and a tenth of the calibration rows
 NEAREST = "on the calibration rows that keeps more of the adapter than calibration does; more rows may help"
 UNKNOWN = "calibration does not see what it computes of which token"
@@ -155,18 +159,18 @@ class Strategy:
             self._round_to_nearest(spool, NEAREST)
 
     def _round_layers(self, spool: Spool, rows: list[TokenRow]) -> list[str] | None:
-        """Fill `spool`, with fewer rows at a time where the GPU's memory is too small for more: `round_layers`, or None
-        where the model has no gradient to calibrate by."""
-        assembly, options, dtype = self.assembly, self.options, self.assembly.scale_dtype
+        """Fill `spool`: `round_layers`, or None where the model has no gradient to calibrate by."""
+        assembly, options = self.assembly, self.options
         assembly.close()
-        for most in GPU_TOKENS:
+
+        def run(batches: list[TokenBatch]) -> list[str] | None:
             try:
                 return round_layers(
                     assembly.base,
                     assembly.updates,
                     assembly.plans,
-                    batches_of(rows, assembly.base, most),
-                    dtype,
+                    batches,
+                    assembly.scale_dtype,
                     spool,
                     self._foretelling(rows),
                     self._finer(),
@@ -178,14 +182,8 @@ class Strategy:
                     raise
                 self._round_to_nearest(spool, error.message.rstrip("."))
                 return None
-            except RuntimeError as error:
-                if not lacks_memory(error):
-                    raise
-                mx.clear_cache()
-        raise ModelError(
-            "The GPU has too little memory to calibrate even a few rows at a time.",
-            "close what else uses it and add --continue, or take --method nearest.",
-        )
+
+        return as_memory_allows(run, rows, assembly.base)
 
     def _foretelling(self, rows: list[TokenRow]) -> OnEvent:
         """`on_event`, told with the progress of rounding what judging will take, by the pace of the forward pass: it
@@ -230,21 +228,24 @@ class Strategy:
             packed = spool.get(path, targets.get(path))
             return None if packed is None else dequantize(packed)
 
-        def nearest(path: str) -> mx.array | None:
-            target = targets.get(path)
-            if target is None:
-                return None
-            return dequantize(to_nearest(plain.source.fused(path, assembly.updates), target, dtype))
+        def variants() -> Variants:
+            exact = BlockwiseModel(assembly.base, assembly.updates)
+
+            def nearest(path: str) -> mx.array | None:
+                target = targets.get(path)
+                if target is None:
+                    return None
+                return dequantize(to_nearest(plain.source.fused(path, assembly.updates), target, assembly.scale_dtype))
+
+            fused, plain = (
+                BlockwiseModel(assembly.base, assembly.updates, touched.__contains__, stored, exact)
+                for stored in (calibrated, nearest)
+            )
+            return exact, fused, plain
 
         touched = set(targets) | assembly.updates.paths()
-        dtype = assembly.scale_dtype
         assembly.close()
-        exact = BlockwiseModel(assembly.base, assembly.updates)
-        fused, plain = (
-            BlockwiseModel(assembly.base, assembly.updates, touched.__contains__, f, exact)
-            for f in (calibrated, nearest)
-        )
-        fidelity = measure_fidelity(exact, fused, plain, batches_of(rows, assembly.base))
+        fidelity = measured(variants, rows, assembly.base)
         return fidelity.base_kl is not None and fidelity.base_kl < fidelity.kl_mean
 
     def _choose_targets(self, spool: Spool) -> dict[str, Quantization | None]:
@@ -255,7 +256,7 @@ class Strategy:
             return targets_after(within_budget(steps, int(spare)))
         start = self._rounded(spool)
         total = sum(spool.losses[path, target] for path, target in start.items() if target is not None)
-        batches = batches_of(self.text.check, assembly.base) if self.text else []
+        rows = self.text.check if self.text else []
 
         def measure(targets: dict[str, Quantization | None]) -> float:
             chosen = start | targets
@@ -264,12 +265,14 @@ class Strategy:
                 packed = spool.get(path, chosen.get(path))
                 return None if packed is None else dequantize(packed)
 
+            def variants() -> Variants:
+                exact = BlockwiseModel(assembly.base, updates)
+                return exact, BlockwiseModel(assembly.base, updates, touched.__contains__, stored, exact), None
+
             assembly.close()
             updates = assembly.updates
             touched = set(chosen) | updates.paths()
-            exact = BlockwiseModel(assembly.base, updates)
-            fused = BlockwiseModel(assembly.base, updates, lambda path: path in touched, stored, exact)
-            return measure_fidelity(exact, fused, None, batches).kl_mean
+            return measured(variants, rows, assembly.base).kl_mean
 
         enough = until_promise(steps, total, options.max_kl or 0.0, measure, self.on_event)
         return targets_after(steps[:enough])
@@ -280,13 +283,15 @@ class Strategy:
             return None
         assembly = self.assembly
         changed = {plan.path for plan in assembly.plans if not plan.copied}
-        fused = BlockwiseModel(
-            Base(str(folder), folder), None, changed.__contains__ if assembly.dtype is None else lambda _: True
-        )
-        batches = batches_of(self.text.check, assembly.base)
-        exact = BlockwiseModel(assembly.base, assembly.updates)
-        base = BlockwiseModel(assembly.base, beside=exact) if assembly.updates.paths() else None  # else `exact` again
-        return measure_fidelity(exact, fused, base, batches, self.on_event)
+
+        def variants() -> Variants:
+            whole = Base(str(folder), folder)
+            fused = BlockwiseModel(whole, None, changed.__contains__ if assembly.dtype is None else lambda _: True)
+            exact = BlockwiseModel(assembly.base, assembly.updates)
+            base = BlockwiseModel(assembly.base, beside=exact) if assembly.updates.paths() else None  # `exact` again
+            return exact, fused, base
+
+        return measured(variants, self.text.check, assembly.base, self.on_event)
 
 
 def trained_through(updates: Updates, targets: set[Quantization]) -> bool:
@@ -301,9 +306,31 @@ def trained_through(updates: Updates, targets: set[Quantization]) -> bool:
     return rounded and [to_mapping(target) for target in targets] == [training.get("fuse_aware")]
 
 
-def batches_of(rows: list[TokenRow], base: Base, most: int = GPU_TOKENS[0]) -> list[TokenBatch]:
-    """Batches of rows; on a GPU of at most `most` tokens, padded to few shapes: each new one is compiled for seconds.
+def batches_of(rows: list[TokenRow], base: Base, most: int = TOKENS[0]) -> list[TokenBatch]:
+    """Batches of rows, of at most `most` tokens; on a GPU padded to few shapes: each new one is compiled for seconds.
 
     Never to more tokens than a model with learned positions has: the next ones would be foreign memory.
     """
-    return make_batches(rows, most, 64, base.positions) if on_gpu() else make_batches(rows)
+    return make_batches(rows, most, 64, base.positions) if on_gpu() else make_batches(rows, most)
+
+
+def as_memory_allows(work: Callable[[list[TokenBatch]], Found], rows: list[TokenRow], base: Base) -> Found:
+    """`work` of batches of `rows`, with fewer rows at a time where memory is too small for more. Raises ModelError."""
+    for most in TOKENS:
+        try:
+            return work(batches_of(rows, base, most))
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        mx.clear_cache()  # after the block: the error holds what took the memory
+    raise ModelError(
+        "There is too little memory even for a few rows at a time.",
+        "close what else uses it and try again; --method nearest takes the least.",
+    )
+
+
+def measured(
+    variants: Callable[[], Variants], rows: list[TokenRow], base: Base, on_event: OnEvent = log_warnings
+) -> Fidelity:
+    """`measure_fidelity` of new variants (they go through their blocks once) on rows, as memory allows."""
+    return as_memory_allows(lambda batches: measure_fidelity(*variants(), batches, on_event), rows, base)

@@ -124,8 +124,8 @@ def main() -> None:
         # click leaves by SystemExit when the reader of a pipe is gone, its own wrapper around stdout
         gone = isinstance(error, BrokenPipeError) or type(sys.stdout).__name__.endswith("PacifyFlushWrapper")
         code = 0 if gone else error.code  # type: ignore[union-attr]
-    except (AdapterError, OSError, UnicodeError, MemoryError) as error:
-        if _output.debugging():
+    except (AdapterError, OSError, UnicodeError, MemoryError, RuntimeError) as error:
+        if _output.debugging() or not _expected(error):
             raise
         _output.error(*_said(error))
         code = getattr(error, "exit_code", 1)
@@ -133,11 +133,18 @@ def main() -> None:
     sys.exit(code if isinstance(code, int | str) else 0)
 
 
+def _expected(error: Exception) -> bool:
+    """Whether this is no fault of ours; of MLX's errors, that there is no room for an array."""
+    from mlx_adapters.system.limits import out_of_memory
+
+    return not isinstance(error, RuntimeError) or out_of_memory(error)
+
+
 def _said(error: Exception) -> tuple[str, str | None]:
     """Message and hint of what ends the program: our errors, and what the machine refused."""
     if isinstance(error, AdapterError):
         return error.message, error.hint
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError | RuntimeError):
         return "There is not enough memory.", "'mlx-adapters estimate' forecasts what a model takes."
     if isinstance(error, UnicodeError):
         return f"A text is not valid Unicode: {error}.", "is its file UTF-8?"

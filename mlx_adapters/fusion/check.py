@@ -10,8 +10,8 @@ from mlx_adapters.assembly.survival import Survival, SurvivalSum, mean_cosine, s
 from mlx_adapters.assembly.tensors import open_assembly
 from mlx_adapters.assembly.weights import BaseWeights, Updates, chunks
 from mlx_adapters.calibration.blockwise import BlockwiseModel
-from mlx_adapters.calibration.fidelity import Fidelity, measure_fidelity
-from mlx_adapters.calibration.strategy import batches_of
+from mlx_adapters.calibration.fidelity import Fidelity
+from mlx_adapters.calibration.strategy import Variants, measured
 from mlx_adapters.calibration.texts import choose_text
 from mlx_adapters.config.fusing import DEFAULTS, FuseOptions, with_calibration
 from mlx_adapters.config.quantization import KEEP
@@ -96,11 +96,12 @@ def check_fused(
     loaded = [adapter for adapter, _ in updates.adapters]
     text = choose_text(options.calibration, loaded, tokenizer, options.calibration_rows, options.check_rows, unfused)
     assembly.close()
-    exact = BlockwiseModel(unfused, updates)
-    variants = exact, BlockwiseModel(fused, None, lambda _: True), BlockwiseModel(unfused, beside=exact)
-    return Checked(
-        fused.name, measure_fidelity(*variants, batches_of(text.check, unfused), on_event), survival, text.describe()
-    )
+
+    def variants() -> Variants:
+        exact = BlockwiseModel(unfused, updates)
+        return exact, BlockwiseModel(fused, None, lambda _: True), BlockwiseModel(unfused, beside=exact)
+
+    return Checked(fused.name, measured(variants, text.check, unfused, on_event), survival, text.describe())
 
 
 def measure_survival(base: BaseWeights, fused: BaseWeights, updates: Updates, name: str) -> tuple[Survival, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 from mlx_adapters.errors import ModelError
 from mlx_adapters.surgery.calls import intercept
 from mlx_adapters.system.door import SwitchLinear, mx, nn
+from mlx_adapters.system.limits import out_of_memory
 
 
 @dataclass
@@ -67,6 +68,8 @@ def tapped_vjp(
     try:
         _, gradients = mx.vjp(function, probes if whole else [hidden, *probes], [sent])
     except (ValueError, RuntimeError) as error:  # such as a kernel for Metal that has no vjp
+        if isinstance(error, RuntimeError) and out_of_memory(error):
+            raise
         raise ModelError(f"mlx-lm's code for this model has no gradient on this device: {error}") from error
     gradients = [mx.zeros(1), *gradients] if whole else gradients
     noted = [(*note, g) for note, g in zip(tape.notes, gradients[1:], strict=True)]

@@ -54,8 +54,10 @@ def wire_memory() -> int:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether MLX found no room for an array. (Metal ends the process instead.)"""
-    return "alloc" in str(error).lower() or "out of memory" in str(error).lower()
+    """Whether MLX found no room for an array; Metal's and CUDA's words for it differ. (Metal may end the process.)"""
+    return any(
+        words in str(error).lower() for words in ("alloc", "out of memory", "outofmemory", "insufficient memory")
+    )
 
 
 @contextlib.contextmanager

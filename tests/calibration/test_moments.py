@@ -8,7 +8,7 @@ import pytest
 from helpers.fusing import some_rows, visible_adapter
 
 from mlx_adapters.assembly.weights import Updates
-from mlx_adapters.calibration import calibrate, moments, strategy
+from mlx_adapters.calibration import calibrate, moments, spool, strategy
 from mlx_adapters.calibration.blockwise import BlockwiseModel
 from mlx_adapters.calibration.collecting import Collector
 from mlx_adapters.calibration.fidelity import measure_fidelity
@@ -194,6 +194,32 @@ def test_fewer_experts_and_fewer_rows_where_memory_is_short(tiny_model, tmp_path
     Full(monkeypatch, most=99, tokens=0)
     with pytest.raises(ModelError, match="too little memory"):
         fuse(folder, adapter, tmp_path / "none", quantization=4, options=options)
+
+
+def test_judging_and_check_take_fewer_rows_where_memory_is_short_and_a_fuse_that_fails_there_goes_on(
+    tiny_model, tmp_path, monkeypatch
+):
+    folder = tiny_model("llama", bits=4)
+    ingredients = folder, visible_adapter(folder)
+    options = FuseOptions(calibration_rows=8, check_rows=4)
+    measure, put, largest, rounded = strategy.measure_fidelity, Spool.put, [], []
+    refused = [3]  # of three calls, so many
+
+    def full(exact, fused, base, batches, on_event):
+        largest.append(max(batch.tokens.size for batch in batches))
+        if (len(largest) - 1) % 3 < refused[0]:
+            raise RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory")
+        return measure(exact, fused, base, batches, on_event)
+
+    monkeypatch.setattr(Spool, "put", lambda kept, path, done: rounded.append(path) or put(kept, path, done))
+    monkeypatch.setattr(strategy, "measure_fidelity", full)
+    monkeypatch.setattr(spool, "WORTH_KEEPING", 0.0)
+    with pytest.raises(ModelError, match="too little memory"):
+        fuse(*ingredients, tmp_path / "out", quantization=4, options=options)
+    assert largest == sorted(largest, reverse=True) and largest[0] > largest[2] and rounded
+    refused[0], _, _ = 2, largest.clear(), rounded.clear()
+    fused = fuse(*ingredients, tmp_path / "out", quantization=4, options=options, resume=True)
+    assert fused.fidelity and len(largest) == 6 and not rounded  # twice judged, at the third try
 
 
 def test_layers_that_are_alike_are_rounded_in_one_batch_and_one_by_one_where_memory_is_short(

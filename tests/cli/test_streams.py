@@ -88,6 +88,7 @@ def test_the_system_s_refusals_are_said_in_a_sentence(monkeypatch, capsys):
         (OSError("odd"), "Error: The system refused: odd.\n"),
         (UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"), "Error: A text is not valid Unicode"),
         (MemoryError(), "Error: There is not enough memory.\n"),
+        (RuntimeError("[malloc] Unable to allocate 9 bytes."), "Error: There is not enough memory.\n"),
     ]
     for error, said in refusals:
 
