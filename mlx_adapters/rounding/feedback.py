@@ -39,7 +39,7 @@ from mlx_adapters.rounding.grids import Array, identity_of, make_grid
 from mlx_adapters.rounding.packed import Packed, dequantize, to_nearest
 
 DAMPING, OUTPUT_DAMPING = 0.01, 0.1
-ROW_BLOCKS = 8
+ROW_BLOCKS, FEW_BLOCKS, MANY_ROWS = 8, 4, 2048  # a GPU is as long over a few rows as over many
 ESTIMATED, PROBES = 1 << 23, 256  # weights from which on an error is estimated, and from how many samples
 SWEEPS = 6  # row by row
 NOTABLE_LOSS, MOST_AIM = 0.01, 1.0  # of an update's length
@@ -139,11 +139,12 @@ def nearest_if_better(
 
 
 def row_blocks(rows: int) -> list[np.ndarray]:
-    """Indices of the rows in each block: at most ROW_BLOCKS blocks of at least 64, neighbors far apart.
+    """Indices of the rows in each block: at most ROW_BLOCKS blocks (of many rows, FEW_BLOCKS) of at least 64,
+    neighbors far apart.
 
     Rows near each other (one head's) are felt alike; apart, they can cancel each other's errors.
     """
-    count = max(1, min(ROW_BLOCKS, rows // 64))
+    count = max(1, min(FEW_BLOCKS if rows >= MANY_ROWS else ROW_BLOCKS, rows // 64))
     return [np.arange(b, rows, count) for b in range(count)]
 
 
