@@ -6,18 +6,22 @@ distribution over the next token. KL(adapter ‖ fused), in nats, is what is los
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from mlx_adapters.calibration.blockwise import BlockwiseModel
-from mlx_adapters.data.batches import TokenBatch
+from mlx_adapters.calibration.texts import as_memory_allows
+from mlx_adapters.data.batches import TokenBatch, TokenRow
 from mlx_adapters.errors import FormatError
 from mlx_adapters.events import OnEvent, Progress, log_warnings
+from mlx_adapters.models.base import Base
 from mlx_adapters.storage.tensor_files import as_numpy
 from mlx_adapters.surgery.blocks import Call
 from mlx_adapters.system.door import mx
+
+Variants = tuple[BlockwiseModel, BlockwiseModel, BlockwiseModel | None]  # exact, fused, base
 
 
 @dataclass(frozen=True)
@@ -205,3 +209,10 @@ def _summary(
         base_kl=tallies[0].mean("kl") if has_base else None,
         base_same_top=tallies[0].mean("same") if has_base else None,
     )
+
+
+def measured(
+    variants: Callable[[], Variants], rows: list[TokenRow], base: Base, on_event: OnEvent = log_warnings
+) -> Fidelity:
+    """`measure_fidelity` of new variants (they go through their blocks once) on rows, as memory allows."""
+    return as_memory_allows(lambda batches: measure_fidelity(*variants(), batches, on_event), rows, base)

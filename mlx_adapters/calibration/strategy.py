@@ -1,10 +1,9 @@
 """The part of a fuse that reads text: which method and precision, calibration, and the check."""
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 from mlx_adapters.assembly.tensors import Assembly
 from mlx_adapters.assembly.weights import Updates
@@ -12,7 +11,7 @@ from mlx_adapters.assembly.writing import dtype_name
 from mlx_adapters.calibration.blockwise import BlockwiseModel
 from mlx_adapters.calibration.calibrate import round_layers
 from mlx_adapters.calibration.collecting import FORWARD
-from mlx_adapters.calibration.fidelity import Fidelity, measure_fidelity
+from mlx_adapters.calibration.fidelity import Fidelity, Variants, measured
 from mlx_adapters.calibration.mixed import (
     finer,
     layer_bytes,
@@ -22,32 +21,27 @@ from mlx_adapters.calibration.mixed import (
     within_budget,
 )
 from mlx_adapters.calibration.spool import Spool
-from mlx_adapters.calibration.texts import Text, choose_text, tokens_in
+from mlx_adapters.calibration.texts import Text, as_memory_allows, choose_text, tokens_in
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.config.mapping import to_mapping
 from mlx_adapters.config.quantization import Quantization
-from mlx_adapters.data.batches import TokenBatch, TokenRow, make_batches
+from mlx_adapters.data.batches import TokenBatch, TokenRow
 from mlx_adapters.data.datasets import spread
 from mlx_adapters.errors import AdapterError, ConfigError, ModelError
-from mlx_adapters.events import Event, Note, OnEvent, Progress, log_warnings
+from mlx_adapters.events import Event, Note, OnEvent, Progress
 from mlx_adapters.models.adapter import templates_of
 from mlx_adapters.models.base import Base
 from mlx_adapters.models.loading import load_tokenizer_of
 from mlx_adapters.rounding.packed import dequantize, to_nearest
 from mlx_adapters.system.door import mx
-from mlx_adapters.system.limits import out_of_memory
-from mlx_adapters.system.machine import on_gpu
 from mlx_adapters.units import count
 
 Method = Literal["none", "nearest", "calibrated", "auto"]
-Found = TypeVar("Found")
-Variants = tuple[BlockwiseModel, BlockwiseModel, BlockwiseModel | None]  # exact, fused, base
 THROUGH = (
     "The adapter was trained through this rounding (--fuse-aware), so its layers are rounded to nearest, as they were "
     "then. Judge by the loss: the KL is from the adapter before rounding, which it was not trained to equal. After a "
     "short training, compare with --method calibrated."
 )
-TOKENS = (2048, 1024, 256)  # at a time: fewer, where memory is short
 JUDGING_ROWS = 8  # at least, and a tenth of the calibration rows
 NEAREST = "on the calibration rows that keeps more of the adapter than calibration does; more rows may help"
 UNKNOWN = "calibration does not see what it computes of which token"
@@ -304,33 +298,3 @@ def trained_through(updates: Updates, targets: set[Quantization]) -> bool:
         return False
     rounded = adapter.iteration is None or adapter.iteration > training.get("fuse_aware_from", 0)
     return rounded and [to_mapping(target) for target in targets] == [training.get("fuse_aware")]
-
-
-def batches_of(rows: list[TokenRow], base: Base, most: int = TOKENS[0]) -> list[TokenBatch]:
-    """Batches of rows, of at most `most` tokens; on a GPU padded to few shapes: each new one is compiled for seconds.
-
-    Never to more tokens than a model with learned positions has: the next ones would be foreign memory.
-    """
-    return make_batches(rows, most, 64, base.positions) if on_gpu() else make_batches(rows, most)
-
-
-def as_memory_allows(work: Callable[[list[TokenBatch]], Found], rows: list[TokenRow], base: Base) -> Found:
-    """`work` of batches of `rows`, with fewer rows at a time where memory is too small for more. Raises ModelError."""
-    for most in TOKENS:
-        try:
-            return work(batches_of(rows, base, most))
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-        mx.clear_cache()  # after the block: the error holds what took the memory
-    raise ModelError(
-        "There is too little memory even for a few rows at a time.",
-        "close what else uses it and try again; --method nearest takes the least.",
-    )
-
-
-def measured(
-    variants: Callable[[], Variants], rows: list[TokenRow], base: Base, on_event: OnEvent = log_warnings
-) -> Fidelity:
-    """`measure_fidelity` of new variants (they go through their blocks once) on rows, as memory allows."""
-    return as_memory_allows(lambda batches: measure_fidelity(*variants(), batches, on_event), rows, base)

@@ -2,6 +2,7 @@
 
 In this order: what the caller names; the data that the adapter was trained on, if that was on this machine (a
 stranger's record may name anything), it is still there and long enough; a small general text of the package.
+The rows are taken in batches as memory allows.
 """
 
 import hashlib
@@ -9,26 +10,31 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from mlx_adapters.config.data import DataConfig
-from mlx_adapters.data.batches import TokenRow
+from mlx_adapters.data.batches import TokenBatch, TokenRow, make_batches
 from mlx_adapters.data.datasets import PYTHON, Data, DataSet, RawRow, read_again, read_as_trained, spread
 from mlx_adapters.data.tokenizing import tokenize_row
-from mlx_adapters.errors import AdapterError, FormatError, NotFoundError
+from mlx_adapters.errors import AdapterError, FormatError, ModelError, NotFoundError
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.models.base import Base, Trained
 from mlx_adapters.models.metadata import data_config
 from mlx_adapters.storage import paths
+from mlx_adapters.system.door import mx
+from mlx_adapters.system.limits import out_of_memory
+from mlx_adapters.system.machine import on_gpu
 from mlx_adapters.system.origin import made_here
 
 GENERAL = "general text of the package"
 MAX_LENGTH = 512
 LEAST_TOKENS = 256
 LEAST_CHARACTERS = 4 * LEAST_TOKENS
+TOKENS = (2048, 1024, 256)  # at a time: fewer, where memory is short
 Tokenize = Callable[[list[RawRow]], list[TokenRow]]
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -230,3 +236,26 @@ def _tokenize(rows: list[RawRow], tokenizer: Any, length: int) -> list[TokenRow]
         if row.trained.any():
             tokenized.append((np.asarray(row.tokens), np.asarray(row.trained)))
     return tokenized
+
+
+def batches_of(rows: list[TokenRow], base: Base, most: int = TOKENS[0]) -> list[TokenBatch]:
+    """Batches of rows, of at most `most` tokens; on a GPU padded to few shapes: each new one is compiled for seconds.
+
+    Never to more tokens than a model with learned positions has: the next ones would be foreign memory.
+    """
+    return make_batches(rows, most, 64, base.positions) if on_gpu() else make_batches(rows, most)
+
+
+def as_memory_allows(work: Callable[[list[TokenBatch]], Found], rows: list[TokenRow], base: Base) -> Found:
+    """`work` of batches of `rows`, with fewer rows at a time where memory is too small for more. Raises ModelError."""
+    for most in TOKENS:
+        try:
+            return work(batches_of(rows, base, most))
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        mx.clear_cache()  # after the block: the error holds what took the memory
+    raise ModelError(
+        "There is too little memory even for a few rows at a time.",
+        "close what else uses it and try again; --method nearest takes the least.",
+    )

@@ -10,8 +10,7 @@ from mlx_adapters.assembly.survival import Survival, SurvivalSum, mean_cosine, s
 from mlx_adapters.assembly.tensors import open_assembly
 from mlx_adapters.assembly.weights import BaseWeights, Updates, chunks
 from mlx_adapters.calibration.blockwise import BlockwiseModel
-from mlx_adapters.calibration.fidelity import Fidelity
-from mlx_adapters.calibration.strategy import Variants, measured
+from mlx_adapters.calibration.fidelity import Fidelity, Variants, measured
 from mlx_adapters.calibration.texts import choose_text
 from mlx_adapters.config.fusing import DEFAULTS, FuseOptions, with_calibration
 from mlx_adapters.config.quantization import KEEP

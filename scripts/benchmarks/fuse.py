@@ -40,7 +40,7 @@ class Judge:
     def __init__(self, base, adapter, text):
         from mlx_adapters.assembly.weights import Updates
         from mlx_adapters.calibration.blockwise import BlockwiseModel
-        from mlx_adapters.calibration.strategy import batches_of
+        from mlx_adapters.calibration.texts import batches_of
         from mlx_adapters.sources.bases import resolve_base
 
         its_base, updates = resolve_base(base), Updates(((adapter, 1.0),))

@@ -30,8 +30,7 @@ from mlx.utils import tree_flatten
 from mlx_adapters.assembly.weights import Updates
 from mlx_adapters.calibration.blockwise import BlockwiseModel
 from mlx_adapters.calibration.fidelity import measure_fidelity
-from mlx_adapters.calibration.strategy import batches_of
-from mlx_adapters.calibration.texts import choose_text
+from mlx_adapters.calibration.texts import batches_of, choose_text
 from mlx_adapters.config.fusing import FuseOptions
 from mlx_adapters.config.training import LoraConfig
 from mlx_adapters.events import Note, Progress

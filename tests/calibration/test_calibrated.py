@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 from mlx_adapters import TrainConfig, errors, load_adapter, train
 from mlx_adapters.assembly.plan import LayerPlan
 from mlx_adapters.assembly.weights import Updates
-from mlx_adapters.calibration import mixed, strategy
+from mlx_adapters.calibration import fidelity, mixed, texts
 from mlx_adapters.calibration.blockwise import BlockwiseModel
 from mlx_adapters.calibration.collecting import Collector, HiddenStates, fisher_probe
 from mlx_adapters.calibration.fidelity import measure_fidelity
@@ -604,9 +604,9 @@ def test_an_adapter_that_was_trained_through_the_rounding_is_rounded_the_same_wa
 def test_no_row_reaches_past_the_positions_that_a_model_learned(gpu, tiny_model, tmp_path, monkeypatch):
     """Past them lies foreign memory. Rows are longer than the positions, and on a GPU padded to more."""
     base = resolve_base(tiny_model("gpt2", n_positions=40, n_ctx=40))
-    monkeypatch.setattr(strategy, "on_gpu", lambda: gpu)
+    monkeypatch.setattr(texts, "on_gpu", lambda: gpu)
     text = choose_text(GENERAL, [], load_model(resolve_base(base)).tokenizer, 8, 8, base)
-    batches = strategy.batches_of(text.calibration, base) + strategy.batches_of(text.check, base)
+    batches = texts.batches_of(text.calibration, base) + texts.batches_of(text.check, base)
     assert max(batch.tokens.shape[1] for batch in batches) == 40
     assert all(batch.judged.max().item() < batch.tokens.size for batch in batches)
 
@@ -626,7 +626,7 @@ def test_calibration_is_never_worse_than_rounding_to_nearest_on_its_own_rows(
     base = tiny_model(architecture, bits=bits, **shape)
     adapter, its_base, results = visible_adapter(base, strength=strength), resolve_base(base), {}
     text = choose_text(data, [], load_model(resolve_base(base)).tokenizer, 8, 8)
-    batches = strategy.batches_of(text.calibration, its_base)
+    batches = texts.batches_of(text.calibration, its_base)
     for method in ("nearest", "calibrated"):
         options = FuseOptions(method=method, calibration=str(data), calibration_rows=8, check=False)
         result = fuse(base, adapter, tmp_path / method, quantization=quantization, options=options)
@@ -650,7 +650,7 @@ def test_mixed_precision_is_held_against_rounding_to_nearest_too(tiny_model, dat
         judged.append(fidelity)
         return replace(fidelity, base_kl=0.0) if len(judged) == 1 else fidelity  # as if nearest were better
 
-    monkeypatch.setattr(strategy, "measure_fidelity", judge)
+    monkeypatch.setattr(fidelity, "measure_fidelity", judge)
     nearest = fuse(base, visible_adapter(base), tmp_path / "other", options=FuseOptions(**asked))
     assert (calibrated.method, nearest.method) == ("calibrated", "nearest")
     assert 0 < judged[0].kl_mean < judged[0].base_kl

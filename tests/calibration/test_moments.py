@@ -8,7 +8,7 @@ import pytest
 from helpers.fusing import some_rows, visible_adapter
 
 from mlx_adapters.assembly.weights import Updates
-from mlx_adapters.calibration import calibrate, moments, spool, strategy
+from mlx_adapters.calibration import calibrate, fidelity, moments, spool, texts
 from mlx_adapters.calibration.blockwise import BlockwiseModel
 from mlx_adapters.calibration.collecting import Collector
 from mlx_adapters.calibration.fidelity import measure_fidelity
@@ -104,7 +104,7 @@ def test_a_mixture_of_moments_is_one_of_traces():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_adapted_head_is_calibrated_in_every_batch(tiny_model, tmp_path, tied, monkeypatch):
-    monkeypatch.setattr(strategy, "batches_of", lambda rows, *_: make_batches(rows, 48))
+    monkeypatch.setattr(texts, "batches_of", lambda rows, *_: make_batches(rows, 48))
     folder = tiny_model("llama", bits=4, tie_word_embeddings=tied)
     options = FuseOptions(calibration_rows=8, check=False)
     fused = fuse(folder, visible_adapter(folder), tmp_path / "out", quantization=3, options=options)
@@ -175,7 +175,7 @@ class Full:
 
         monkeypatch.setattr(Task, "run", full_run)
         monkeypatch.setattr(Collector, "run", full_collect)
-        monkeypatch.setattr(strategy, "batches_of", lambda rows, base, most=0: make_batches(rows, most or 48))
+        monkeypatch.setattr(texts, "batches_of", lambda rows, base, most=0: make_batches(rows, most or 48))
         monkeypatch.setattr(calibrate, "on_gpu", lambda: True)
 
 
@@ -202,7 +202,7 @@ def test_judging_and_check_take_fewer_rows_where_memory_is_short_and_a_fuse_that
     folder = tiny_model("llama", bits=4)
     ingredients = folder, visible_adapter(folder)
     options = FuseOptions(calibration_rows=8, check_rows=4)
-    measure, put, largest, rounded = strategy.measure_fidelity, Spool.put, [], []
+    measure, put, largest, rounded = fidelity.measure_fidelity, Spool.put, [], []
     refused = [3]  # of three calls, so many
 
     def full(exact, fused, base, batches, on_event):
@@ -212,7 +212,7 @@ def test_judging_and_check_take_fewer_rows_where_memory_is_short_and_a_fuse_that
         return measure(exact, fused, base, batches, on_event)
 
     monkeypatch.setattr(Spool, "put", lambda kept, path, done: rounded.append(path) or put(kept, path, done))
-    monkeypatch.setattr(strategy, "measure_fidelity", full)
+    monkeypatch.setattr(fidelity, "measure_fidelity", full)
     monkeypatch.setattr(spool, "WORTH_KEEPING", 0.0)
     with pytest.raises(ModelError, match="too little memory"):
         fuse(*ingredients, tmp_path / "out", quantization=4, options=options)
@@ -229,7 +229,7 @@ def test_layers_that_are_alike_are_rounded_in_one_batch_and_one_by_one_where_mem
     adapter, options = visible_adapter(folder), FuseOptions(calibration_rows=8, check_rows=4, check=False)
     run_each, batches, spools = Task.run_each, [], []
     monkeypatch.setattr(calibrate, "on_gpu", lambda: True)
-    monkeypatch.setattr(strategy, "batches_of", lambda rows, base, most=0: make_batches(rows))
+    monkeypatch.setattr(texts, "batches_of", lambda rows, base, most=0: make_batches(rows))
 
     def full(task, engine):
         batches.append(len(task.weight))
