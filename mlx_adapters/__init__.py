@@ -4,10 +4,9 @@ Public names load on first use, so importing the package is instant. On Linux th
 MLX gets a fast BLAS if there is one, and everywhere that its float32 products are float32 (see `blas`).
 """
 
-from typing import TYPE_CHECKING
-
 from mlx_adapters.system.blas import keep_float32, load_before_mlx
 
+TYPE_CHECKING = False  # type checkers take it for `typing`'s, whose import costs more than all the rest here
 if TYPE_CHECKING:  # what editors and type checkers read
     from mlx_adapters.adapters.adding import add as add
     from mlx_adapters.adapters.inspecting import compare as compare

@@ -5,7 +5,6 @@ Commands load on first use, so `--help` is instant. The one door for errors is `
 
 import importlib
 import os
-import signal
 import sys
 import warnings
 from typing import Any
@@ -17,6 +16,7 @@ from mlx_adapters.cli import _output
 from mlx_adapters.cli._help import ALIASES, COMMANDS, GROUPS, TYPED
 from mlx_adapters.cli._notify import notifying
 from mlx_adapters.errors import AdapterError, NotFoundError
+from mlx_adapters.system.interrupt import raise_again, raising
 
 
 class LazyGroup(click.Group):
@@ -104,9 +104,9 @@ def cli(home: str | None, debug: bool, quiet: bool) -> None:
 
 def main() -> None:
     """Run the program; every error of ours becomes `Error: …`, `Hint: …` and an exit status."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    raising()
     _output.open_streams()
-    sys.unraisablehook = lambda what: _output.debugging() and sys.__unraisablehook__(what)  # at a library's clearing up
+    sys.unraisablehook = _at_clearing_up
     warnings.showwarning = lambda message, *_, **__: _output.warn(str(message))
     if "_MLX_ADAPTERS_COMPLETE" in os.environ:
         importlib.import_module("mlx_adapters.cli.completion")  # registers the shells
@@ -152,5 +152,9 @@ def _said(error: Exception) -> tuple[str, str | None]:
     return (f"'{file}': {why}." if file else f"The system refused: {why}."), None
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+def _at_clearing_up(what: Any) -> None:
+    """What was raised where it leads nowhere, as when an object is let go: a Ctrl-C comes once more, later."""
+    if isinstance(what.exc_value, KeyboardInterrupt):
+        raise_again(what.exc_value)
+    elif _output.debugging():
+        sys.__unraisablehook__(what)

@@ -192,7 +192,7 @@ def _styled(text: str) -> str:
 def _talk(text: str, newline: bool = True, clear: bool = True, live: bool = False) -> None:
     global _line_open, _said
     _line_open, _said = live, True
-    with contextlib.suppress(OSError, ValueError):  # nobody listens: the work goes on
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # nobody listens, or a signal came in a write
         click.echo(("\r\x1b[K" if clear and _redraws() else "") + _styled(printable(text)), nl=newline, err=True)
 
 

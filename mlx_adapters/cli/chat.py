@@ -32,6 +32,7 @@ from mlx_adapters.config.mapping import require
 from mlx_adapters.config.quantization import CacheQuantization
 from mlx_adapters.config.sampling import Drafting
 from mlx_adapters.errors import AdapterError
+from mlx_adapters.system.interrupt import Terminated
 
 if TYPE_CHECKING:
     from mlx_adapters.generation.chat import Chat
@@ -117,8 +118,8 @@ def _talk(chat: "Chat", any_base: bool, sampling: dict[str, Any]) -> None:
                 _answer(chat, line, sampling)
         except AdapterError as error:
             _output.error(error.message, error.hint)
-        except KeyboardInterrupt:  # lets go of the line, or of the answer
-            if not sys.stdin.isatty():
+        except KeyboardInterrupt as stop:  # lets go of the line, or of the answer
+            if isinstance(stop, Terminated) or not sys.stdin.isatty():
                 raise
             _output.note("Ctrl-D ends the chat.")
 

@@ -103,6 +103,7 @@ def serve_command(
         lambda address, _: _tell_address(address, engine.catalog.names[-1]),
         listener,
         _output.leave_interrupted,
+        _tell_leaving,
     )
 
 
@@ -110,3 +111,8 @@ def _tell_address(address: str, model: str) -> None:
     _output.note(f"Listening on {address} (Ctrl-C ends it): open it to chat, or ask from a shell:")
     asked = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
     _output.note(f"  curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(asked)}")
+
+
+def _tell_leaving(seconds: float) -> None:
+    what = f"Answering on for {seconds:g} s" if seconds else "Finishing what is under way"
+    _output.note(f"{what}; Ctrl-C {'ends that' if seconds else 'drops it'}.")

@@ -93,9 +93,11 @@ class Server:
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
         """Start the engine; at the end let it finish what is under way."""
         self.engine.start()
-        yield
-        self.answering.tokenizing.stop()
-        await asyncio.to_thread(self.engine.stop)
+        try:
+            yield
+        finally:  # however the loop ends: an engine that computes while Python ends would bring the process down
+            self.answering.tokenizing.stop()
+            await asyncio.to_thread(self.engine.stop)
 
     def guarded(self, handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         """The handler behind the API key, its refusals as OpenAI's errors."""

@@ -82,6 +82,11 @@ class Engine:
         return self._thread.is_alive() and self.failed is None
 
     @property
+    def busy(self) -> bool:
+        """Whether anybody waits for an answer."""
+        return bool(self._open or self._asked)
+
+    @property
     def in_turn(self) -> bool:
         """Whether requests are decoded one after another although more were allowed."""
         return self.settings.max_batch > 1 and not self._batcher.can_batch

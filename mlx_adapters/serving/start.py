@@ -9,9 +9,7 @@ import resource
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from mlx_adapters.config.data import TemplateConfig
@@ -27,6 +25,7 @@ from mlx_adapters.serving.residents import Served
 from mlx_adapters.serving.settings import ServeSettings, check_names
 from mlx_adapters.sources.lookup import reference_of
 from mlx_adapters.sources.references import check_name
+from mlx_adapters.system.interrupt import handling
 
 OTHER_FILES = 200  # that are open beside connections: shards of a base, adapters that are read, libraries
 
@@ -93,12 +92,15 @@ def run_server(
     on_start: Callable[[str, Callable[[], None]], None],
     listener: socket.socket | None = None,
     on_second_interrupt: Callable[[], None] = lambda: None,
+    on_leaving: Callable[[float], None] = lambda seconds: None,
 ) -> None:
-    """Listen until interrupted, then finish what is under way.
+    """Listen until a signal of `interrupt.STOPS` comes, then finish what is under way.
 
-    An interrupt that comes before `drain_seconds` are over ends them. `on_second_interrupt` is called, in the signal's
-    handler, by one that comes when nothing more is accepted. `on_start` gets
-    the address and a function that ends the server, when it is about to listen. `listener`: what `bind` gave, where
+    One that comes before `drain_seconds` are over ends them. `on_second_interrupt` is called, in the signal's
+    handler, by one that comes when nothing more is accepted. `on_leaving` hears for how many seconds it still answers,
+    and with 0 that only what is under way is finished, where there is anything. `on_start` gets
+    the address and a function that ends the server, when it listens: a signal is heard from then on, also in
+    `on_start` itself. `listener`: what `bind` gave, where
     an address that is taken must be known before the model is loaded.
 
     Raises ConfigError if the extra `serve` is missing or the address is taken.
@@ -111,10 +113,11 @@ def run_server(
     settings = engine.settings
     listener = listener or bind(settings.host, settings.port)
     site, once = Server(engine), OncePerSecond()
+    app = site.app()
     for name in ("uvicorn.error", "asyncio", log.name):
         logging.getLogger(name).addFilter(once)
     config: Any = uvicorn.Config(
-        site.app(),
+        app,
         http=connections(settings),
         log_level="warning",
         access_log=False,
@@ -127,29 +130,38 @@ def run_server(
     host, port = listener.getsockname()[:2]
 
     class Listening(uvicorn.Server):
-        drained: tuple[float, Callable[[], None]] | None = None
+        drained: float | None = None  # when it ends, if it answers on until then
 
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        def capture_signals(self) -> Any:
+            return contextlib.nullcontext()  # they are ours, from before anybody was told that we listen
+
+        def interrupt(self, *_: Any) -> None:
             if self.should_exit:
                 on_second_interrupt()
-            end = partial(super().handle_exit, sig, frame)
-            if site.leaving or not settings.drain_seconds:
-                end()
-            else:
-                self.drained = time.monotonic() + settings.drain_seconds, end
+            self.should_exit = site.leaving or not settings.drain_seconds
             site.leaving = True
 
         async def on_tick(self, counter: int) -> bool:
-            if self.drained is not None and time.monotonic() > self.drained[0] and not self.should_exit:
-                self.drained[1]()
+            if site.leaving and self.drained is None:
+                self.drained = time.monotonic() + settings.drain_seconds
+                if not self.should_exit:
+                    on_leaving(settings.drain_seconds)
+            self.should_exit |= self.drained is not None and time.monotonic() > self.drained
             return await super().on_tick(counter)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            if engine.busy:
+                on_leaving(0)
+            await super().shutdown(sockets)
 
     server = Listening(config)
     with _address_errors(host, port):
         listener.listen(1024)  # not in `bind`: clients would wait for the model to be loaded
-    on_start(f"http://{'[' + host + ']' if ':' in host else host}:{port}", lambda: setattr(server, "should_exit", True))
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn gives the signal on when it has ended
+    address = f"http://{'[' + host + ']' if ':' in host else host}:{port}"
+    with handling(server.interrupt):
+        on_start(address, lambda: setattr(server, "should_exit", True))
         server.run(sockets=[listener])
+        app.log.close()
 
 
 def check_extra() -> None:

@@ -30,6 +30,7 @@ from mlx_adapters.storage import files
 
 BODY_SECONDS = 30
 ALIVE_SECONDS = 10.0  # of silence, before a reader is told that the answer is still coming
+CLOSING_SECONDS = 5.0  # for the access log's last lines
 METHODS = "GET, POST, DELETE, OPTIONS"
 
 
@@ -86,14 +87,22 @@ class AccessLog:
     def __init__(self, path: Path | None, as_json: bool) -> None:
         self._path, self._as_json = path, as_json
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._thread = None
         if path is not None:
-            threading.Thread(target=self._write, args=(path,), name="access log", daemon=True).start()
+            self._thread = threading.Thread(target=self._write, args=(path,), name="access log", daemon=True)
+            self._thread.start()
 
     def note(self, record: dict[str, Any]) -> None:
         """Write a request down."""
         if self._path is not None:
             text = " ".join(f"{key}={_plain(value)}" for key, value in record.items() if value is not None)
             self._lines.put(json.dumps(record) if self._as_json else text)
+
+    def close(self) -> None:
+        """Wait until all is written, but for no slow disk."""
+        self._lines.put(None)
+        if self._thread is not None:
+            self._thread.join(CLOSING_SECONDS)
 
     def _write(self, path: Path) -> None:
         while (line := self._lines.get()) is not None:

@@ -3,13 +3,52 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 from mlx_adapters.events import Event, OnEvent, wants_to_stop
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a shutdown, a closed terminal
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP: the program is to end, also where a Ctrl-C would end less, as in a chat."""
+
+
+def raising() -> None:
+    """From now on the signals of STOPS raise KeyboardInterrupt, but for those that the caller has ignored."""
+    for number in STOPS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _terminate)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def raise_again(lost: KeyboardInterrupt) -> None:
+    """Send the signal of an exception that led nowhere once more, in a moment."""
+    number = signal.SIGTERM if isinstance(lost, Terminated) else signal.SIGINT
+    again = threading.Timer(0.02, signal.pthread_kill, (threading.main_thread().ident, number))
+    again.daemon = True
+    again.start()
+
+
+@contextlib.contextmanager
+def handling(handle: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Within the block `handle` gets the signals of STOPS (only the main thread can take them); under `nohup` a closed
+    terminal stays ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+    before = {number: signal.signal(number, handle) for number in STOPS if number not in ignored}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class InterruptedWork(Exception):
@@ -69,16 +108,6 @@ class Interrupt:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator["Interrupt"]:
-        """Take over the signals within the block (only the main thread can); under `nohup` a
-        closed terminal stays ignored."""
-        if threading.current_thread() is not threading.main_thread():
+        """Take over the signals within the block, see `handling`."""
+        with handling(self._handle):
             yield self
-            return
-        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
-        heeded = [number for number in STOPS if number not in ignored]
-        before = {number: signal.signal(number, self._handle) for number in heeded}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

@@ -176,7 +176,7 @@ def test_a_second_interrupt_drops_what_is_under_way(tiny_model):
             list(lines)
         assert server.wait(10) == 130
         said = server.stderr.read().strip().splitlines()  # how to ask, and how it ended
-        assert "curl" in said[0] and said[1:] == ["Interrupted."]
+        assert "curl" in said[0] and said[1:] == ["Finishing what is under way; Ctrl-C drops it.", "Interrupted."]
     finally:
         server.kill()
         server.wait()

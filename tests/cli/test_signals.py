@@ -1,0 +1,82 @@
+"""Ctrl-C and other signals, from the first moment of the program to its last."""
+
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from mlx_adapters import cli
+from mlx_adapters.cli import _output
+from mlx_adapters.cli import chat as chat_module
+from mlx_adapters.system.interrupt import STOPS, Terminated
+
+
+@pytest.fixture
+def handlers():
+    """The program sets some; they are put back."""
+    before = {number: signal.getsignal(number) for number in STOPS}, sys.unraisablehook
+    yield
+    for number, handler in before[0].items():
+        signal.signal(number, handler)
+    sys.unraisablehook = before[1]
+
+
+def program(before: str, *arguments: str) -> subprocess.CompletedProcess:
+    """The program after these statements of Python."""
+    code = f"import os, signal, sys; sys.argv = ['mlx-adapters', *{arguments!r}]\n{before}\n"
+    code += "from mlx_adapters.__main__ import main; main()"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_program_is_loaded_ends_it_in_a_word(number):
+    found = f"lambda name, *_: os.kill(os.getpid(), {number:d}) if name == 'click' else None"
+    ended = program(f"sys.meta_path.insert(0, type('Finder', (), {{'find_spec': {found}}}))", "list")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "Interrupted.\n")
+
+
+def test_a_signal_after_the_work_is_done_changes_nothing():
+    late = "import atexit; [atexit.register(os.kill, os.getpid(), n) for n in (1, 2, 15)]"
+    ended = program(late, "--version")
+    assert ended.returncode == 0 and ended.stdout.startswith("mlx-adapters") and ended.stderr == ""
+
+
+def test_a_thread_that_still_computes_does_not_bring_the_program_down_as_it_ends():
+    """Python would let it run into MLX, which aborts; its clearing up is left out."""
+    busy = "import atexit, threading, time; threading.Thread(target=time.sleep, args=(60,), daemon=True).start()"
+    ended = program(f"{busy}; atexit.register(print, 'clearing up')", "--nonsense")
+    assert ended.returncode == 2 and ended.stdout == "" and "--nonsense" in ended.stderr
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_signal_that_comes_while_a_library_clears_up_is_not_lost(number, handlers, monkeypatch):
+    class Cleared:
+        def __del__(self):
+            signal.raise_signal(number)
+
+    def work(**_):
+        Cleared()
+        time.sleep(5)
+
+    def left():
+        raise SystemExit(130)
+
+    monkeypatch.setattr(cli.cli, "main", work)
+    monkeypatch.setattr(_output, "leave_interrupted", left)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130
+
+
+def test_a_chat_ends_by_a_signal_that_is_no_ctrl_c(monkeypatch):
+    def read(_):
+        raise Terminated
+
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(chat_module, "Prompt", lambda: SimpleNamespace(read=read))
+    monkeypatch.setattr(chat_module, "_who", lambda _: "base")
+    with pytest.raises(Terminated):
+        chat_module._talk(None, False, {})
