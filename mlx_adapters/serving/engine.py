@@ -46,8 +46,8 @@ class Engine:
         self.metrics = Metrics()
         self.failed: BaseException | None = None
         self._commands: queue.Queue[Callable[[], None]] = queue.Queue()
-        kept = settings.prompt_cache_bytes
-        kept = usable_memory_bytes() // CACHE_SHARE if kept is None else kept
+        if (kept := settings.prompt_cache_bytes) is None:
+            kept = usable_memory_bytes() // CACHE_SHARE
         self._batcher = Batcher(
             model.module, model.pool, settings.max_batch, cache_bytes=kept, make=model.new_layers, drafter=model.drafter
         )
@@ -119,13 +119,11 @@ class Engine:
         return vector
 
     def _embed(self, name: str, ids: Sequence[int]) -> list[float] | Future[Adapter]:
-        served, attached = self.catalog.adapter(name), None
-        if served is not None:
-            attached = self._bring_in(served)
-            if attached is None and served.reading is not None:
+        attached = None
+        if (served := self.catalog.adapter(name)) is not None and (attached := self._bring_in(served)) is None:
+            if served.reading is not None:
                 return served.reading
-            if attached is None:
-                raise ApiError(503, NO_ROOM, kind="server_error")
+            raise ApiError(503, NO_ROOM, kind="server_error")
         with self.model.pool.routed([attached]):
             vector = self.model.embedding(list(ids))
             mx.eval(vector)
@@ -219,12 +217,10 @@ class Engine:
     def _obey(self) -> None:
         """Carry out the commands that are there; wait for one if there is nothing else to do."""
         wait = self._batcher.idle and not self.residents.leaving
-        try:
+        with contextlib.suppress(queue.Empty):
             self._commands.get(timeout=0.5 if wait else None, block=wait)()
             while True:
                 self._commands.get_nowait()()
-        except queue.Empty:
-            return
 
     def _step(self) -> None:
         now = time.monotonic()
@@ -302,18 +298,17 @@ class Engine:
         return served
 
     def _hand_out(self, token: Token) -> None:
-        job = self._jobs.get(token.request.number)
-        if job is None:  # one of several tokens of a step, after a stop text
+        if (job := self._jobs.get(token.request.number)) is None:  # one of several of a step, after a stop text
             return
         if job.first is None and not token.of_prompt:
             job.begun(self.metrics)
-        event = job.take(token)
+        if (event := job.take(token)) is None:
+            return
         if isinstance(event, ApiError):
             self._drop(job, "error")
-        elif event is not None and event.finish_reason is not None:
+        elif event.finish_reason is not None:
             self._drop(job, "ok")  # counted before the client can know that it ended
-        if event is not None:
-            job.send(event)
+        job.send(event)
 
     def _drop(self, job: Job, outcome: str) -> None:
         """Take a job out, wherever it stands; nothing if it is out already."""
