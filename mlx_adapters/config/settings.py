@@ -14,6 +14,7 @@ errors for values out of range are made of it. Choices are the annotation's `Lit
 """
 
 import dataclasses
+import functools
 import math
 import operator
 import textwrap
@@ -123,6 +124,7 @@ def setting(
     return dataclasses.field(default=default, repr=not secret, metadata=told)
 
 
+@functools.cache  # each request has settings, and is checked
 def settings_of(cls: type) -> dict[str, Setting]:
     """All settings of a class by name, in its order."""
     hints, known = typing.get_type_hints(cls), dict[str, Setting]()

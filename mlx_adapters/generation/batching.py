@@ -21,8 +21,9 @@ from mlx_adapters.generation.requests import Request, Row, Token
 from mlx_adapters.models.model import Model
 from mlx_adapters.prompt_caches.quantized import new_layers, reaching, require_quantizable
 from mlx_adapters.runtime.attached import Attached
+from mlx_adapters.runtime.cuda import generating
 from mlx_adapters.runtime.pool import AdapterPool
-from mlx_adapters.surgery.caches import batches
+from mlx_adapters.surgery.caches import batches, merged
 from mlx_adapters.system.door import TokenizerWrapper, make_prompt_cache, mx, nn
 
 DRAFTED_ROWS = 4  # beyond, a device has enough to do with one token of each
@@ -108,6 +109,10 @@ class Batcher:
 
     def step(self) -> list[Token]:
         """Read what fits of the waiting prompts, compute one step, give the tokens of the step before."""
+        with generating():
+            return self._step()
+
+    def _step(self) -> list[Token]:
         self._admit()
         tokens, self.reader.told = self.reader.told, []
         if self._inputs is None:
@@ -200,12 +205,12 @@ class Batcher:
 
     def _join(self, requests: Sequence[Request], caches: Sequence[list[Any]]) -> None:
         last = mx.array([request.prompt[-1] for request in requests], dtype=mx.uint32)
-        merged = [layers[0].merge(layers) for layers in zip(*caches, strict=True)] if self.can_batch else caches[0]
+        new = merged(caches) if self.can_batch else caches[0]
         if self._inputs is None:
-            self._caches, self._inputs, self._logprobs = merged, last, None
+            self._caches, self._inputs, self._logprobs = new, last, None
         else:
-            for mine, new in zip(self._caches, merged, strict=True):
-                mine.extend(new)
+            for mine, more in zip(self._caches, new, strict=True):
+                mine.extend(more)
             self._inputs = mx.concatenate([self._inputs.astype(mx.uint32), last])
             if self._logprobs is not None:
                 self._logprobs = mx.pad(self._logprobs, [(0, len(requests)), (0, 0)])

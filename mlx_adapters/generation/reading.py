@@ -26,6 +26,7 @@ log = logging.getLogger("mlx_adapters.generation.reading")
 
 LEAST_TOKENS = 32  # of a piece, however slow the device is
 STALL_SECONDS = 0.25  # for which others may wait for a piece
+MOMENT = 0.05  # seconds of reading that the next step is prepared meanwhile, not waited for
 SCORED_TOKENS = 128  # of a prompt whose log-probabilities are told, in one piece: (tokens, vocabulary) is large
 TOGETHER = 8  # prompts in one pass
 PATIENCE = 2  # steps of others that a prompt waits for company
@@ -187,13 +188,16 @@ class Reader:
                 caches = read_rows(self.module, [reading.cache for reading in group], pieces)
                 for reading, cache in zip(group, caches, strict=True):
                     reading.cache = cache
-            mx.eval([layer.state for reading in group for layer in reading.cache])
+            states = [layer.state for reading in group for layer in reading.cache]
+            tokens = len(group) * max(map(len, pieces))
+            waits = not 0 < self._pace * tokens < MOMENT
+            mx.eval(states) if waits else mx.async_eval(states)
         for reading, piece in zip(group, pieces, strict=True):
             reading.done += len(piece)
             if reading.left == 0 or reading.done in reading.stops:
                 self.remember(reading.request, reading.request.prompt[: reading.done], reading.cache)
-        tokens = len(group) * max(map(len, pieces))
-        self._note(tokens, time.perf_counter() - begun)
+        if waits:
+            self._note(tokens, time.perf_counter() - begun)
         return tokens
 
     def _note(self, tokens: int, seconds: float) -> None:

@@ -41,7 +41,8 @@ class Sampler:
         tokenizer: Any = None,
         read: Sequence[int] = (),
     ) -> None:
-        replaced = [name for name in CHOICE if getattr(sampling, name) != getattr(Sampling(), name)]
+        usual = Sampling()
+        replaced = [name for name in CHOICE if getattr(sampling, name) != getattr(usual, name)]
         if choose is not None and replaced:
             raise ConfigError(f"A sampler of your own takes the place of {replaced[0]}.", "give one or the other.")
         self.sampling, self.choose = sampling, choose

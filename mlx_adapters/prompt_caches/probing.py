@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mlx_adapters.prompt_caches.tree import PrefixTree
-from mlx_adapters.surgery.caches import same_function
+from mlx_adapters.surgery.caches import merged, same_function
 from mlx_adapters.system.door import mx, nn
 
 READ, NEXT = [5, 6, 7, 8, 9, 10], 11
@@ -35,7 +35,7 @@ def _read(module: nn.Module, make: Callable[[], list[Any]], together: bool) -> l
     if not together:
         return cache
     module(mx.array([READ[1:3]]), cache=other)
-    rows = [layer.merge([layer]) for layer in cache]
-    for mine, new in zip(rows, other, strict=True):
-        mine.extend(new.merge([new]))
+    rows = merged([cache])
+    for mine, new in zip(rows, merged([other]), strict=True):
+        mine.extend(new)
     return [layer.extract(0) for layer in rows]

@@ -10,7 +10,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from mlx_adapters.surgery.calls import intercept
-from mlx_adapters.system.door import make_prompt_cache, mx, nn
+from mlx_adapters.surgery.padded import PaddedCache
+from mlx_adapters.system.door import KVCache, make_prompt_cache, mx, nn
 
 Make = Callable[[], list[Any]]  # gives empty caches
 
@@ -100,11 +101,18 @@ def read_prompt(module: nn.Module, prompt: Sequence[int], make: Make | None = No
 
 def read_together(module: nn.Module, prompts: Sequence[Sequence[int]], make: Make | None = None) -> list[Any]:
     """Caches of a batch whose rows hold these prompts, each read alone."""
-    together, *others = ([layer.merge([layer]) for layer in read_prompt(module, prompt, make)] for prompt in prompts)
+    together, *others = (merged([read_prompt(module, prompt, make)]) for prompt in prompts)
     for other in others:
         for mine, new in zip(together, other, strict=True):
             mine.extend(new)
     return together
+
+
+def merged(caches: Sequence[list[Any]]) -> list[Any]:
+    """Caches of a batch, each of these its row."""
+    return [
+        (PaddedCache if type(layers[0]) is KVCache else layers[0]).merge(layers) for layers in zip(*caches, strict=True)
+    ]
 
 
 def read_rows(module: nn.Module, caches: Sequence[list[Any]], pieces: Sequence[Sequence[int]]) -> list[list[Any]]:
@@ -114,7 +122,7 @@ def read_rows(module: nn.Module, caches: Sequence[list[Any]], pieces: Sequence[S
         return list(caches)
     lengths = [len(piece) for piece in pieces]
     padding = [max(lengths) - length for length in lengths]
-    rows = [layers[0].merge(layers) for layers in zip(*caches, strict=True)]
+    rows = merged(caches)
     if any(padding):
         for layer in rows:
             layer.prepare(lengths=lengths, right_padding=padding)
@@ -122,7 +130,8 @@ def read_rows(module: nn.Module, caches: Sequence[list[Any]], pieces: Sequence[S
     if any(padding):
         for layer in rows:
             layer.finalize()
-        mx.eval([layer.state for layer in rows])  # at once: to take a row out, each layer looks at its padding
+        if not all(type(layer) is PaddedCache for layer in rows):
+            mx.eval([layer.state for layer in rows])  # at once: to take a row out, mlx-lm's look at their padding
     return [[layer.extract(i) for layer in rows] for i in range(len(caches))]
 
 

@@ -62,7 +62,7 @@ try:
         from mlx_lm.generate import TextStateMachine, generate_step, make_text_state_machine
         from mlx_lm.models import base as attention
         from mlx_lm.models import gated_delta, ssm
-        from mlx_lm.models.cache import make_prompt_cache
+        from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
         from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
         from mlx_lm.tokenizer_utils import TokenizerWrapper, _infer_tool_parser
         from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
@@ -297,8 +297,10 @@ def harness_model(module: nn.Module, tokenizer: TokenizerWrapper, batch_size: in
 
 
 __all__ = [
+    "BatchKVCache",
     "DoRAEmbedding",
     "DoRALinear",
+    "KVCache",
     "LoRAEmbedding",
     "LoRALinear",
     "LoRASwitchLinear",

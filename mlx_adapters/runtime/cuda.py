@@ -1,0 +1,83 @@
+"""What MLX's CUDA build is slow at where text is generated, computed otherwise: the same but for rounding.
+
+Seen in 0.32.4 on an H200, at the shapes of a 4B model in 4 bits. A product with a packed matrix reads it anew for each
+row of a batch: 16 rows of one token took 118 to 328 us, 16 tokens in one row 20 to 36; from some hundred tokens on the
+matrix is better unpacked first. And attention over several tokens is cuDNN's, which is compiled for each new shape, in
+75 to 230 ms; prompts that join a batch nearly always have one.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from mlx_adapters.runtime.additions import MANY_TOKENS
+from mlx_adapters.surgery.calls import function_call_as
+from mlx_adapters.system.door import mx
+from mlx_adapters.system.machine import on_cuda
+
+MOST_SCORES = 1 << 26  # numbers between tokens that may be in memory; cuDNN keeps none of them
+
+
+@contextlib.contextmanager
+def generating() -> Iterator[None]:
+    """Within the block, in this thread, what a CUDA device is slow at is computed otherwise."""
+    if not on_cuda():
+        yield
+        return
+    with (
+        function_call_as(mx, "quantized_matmul", as_one_row),
+        function_call_as(mx.fast, "scaled_dot_product_attention", by_products),
+    ):
+        yield
+
+
+def as_one_row(
+    original: Callable[..., mx.array],
+    x: mx.array,
+    w: mx.array,
+    scales: mx.array,
+    biases: mx.array | None = None,
+    transpose: bool = True,
+    **kind: Any,
+) -> mx.array:
+    """`mx.quantized_matmul` of x (rows, tokens, in) with one matrix w (out, in), of all rows' tokens at once."""
+    tokens = x.size // x.shape[-1]
+    if w.ndim == 2 and transpose and tokens > MANY_TOKENS and kind.get("mode", "affine") == "affine":
+        return x @ mx.dequantize(w, scales, biases, **kind, dtype=x.dtype).T
+    if w.ndim > 2 or x.ndim < 3 or tokens == x.shape[-2]:
+        return original(x, w, scales, biases, transpose, **kind)
+    y = original(x.reshape(tokens, x.shape[-1]), w, scales, biases, transpose, **kind)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def by_products(
+    original: Callable[..., mx.array],
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    *,
+    scale: float,
+    mask: Any = None,
+    **others: Any,
+) -> mx.array:
+    """`mx.fast.scaled_dot_product_attention` of some tokens, unless their scores would take too much memory.
+
+    queries (rows, heads, tokens, width); keys and values (rows, key heads, length, width); the mask broadcasts to
+    (rows, heads, tokens, length), True where a token is seen, or is added to the scores.
+    """
+    rows, heads, tokens, width = queries.shape
+    shared, length = keys.shape[1:3]
+    few = tokens > 1 and rows * heads * tokens * length <= MOST_SCORES
+    if not few or queries.dtype == mx.float32 or any(other is not None for other in others.values()):
+        return original(queries, keys, values, scale=scale, mask=mask, **others)
+    scores = (queries * scale).reshape(rows, shared, -1, tokens, width) @ keys[:, :, None].swapaxes(-1, -2)
+    if isinstance(mask, str):  # "causal"
+        mask = mx.arange(length - tokens, length)[:, None] >= mx.arange(length)
+    if mask is not None:
+        if mask.ndim > 3 and mask.shape[-3] > 1:  # another for each head
+            mask = mask.reshape(mask.shape[0], shared, -1, *mask.shape[-2:])
+        elif mask.ndim > 3:
+            mask = mask[:, :, None]
+        scores = mx.where(mask, scores, mx.finfo(scores.dtype).min) if mask.dtype == mx.bool_ else scores + mask
+    weights = mx.softmax(scores, axis=-1, precise=True)  # (rows, shared, heads / shared, tokens, length)
+    return (weights @ values[:, :, None]).reshape(rows, heads, tokens, -1)

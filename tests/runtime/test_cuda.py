@@ -1,0 +1,82 @@
+"""What is computed otherwise on CUDA where text is generated: held against MLX's own functions, here on the CPU."""
+
+import mlx.core as mx
+import pytest
+
+from mlx_adapters.runtime import cuda
+
+LENGTH, HEADS, SHARED, WIDTH = 7, 4, 2, 8
+
+
+def normal(*shape, seed=0):
+    return mx.random.normal(shape, key=mx.random.key(seed))
+
+
+@pytest.mark.parametrize("shape", [(64,), (3, 64), (1, 5, 64), (3, 1, 64), (2, 5, 64), (3, 2, 2, 64), (2, 129, 64)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_packed_matrix_is_read_once_for_all_rows(shape, bits):
+    packed = mx.quantize(normal(32, 64), group_size=32, bits=bits)
+    kind = {"group_size": 32, "bits": bits, "mode": "affine"}
+    read = []
+
+    def original(x, *args, **options):
+        read.append(x.shape)
+        return mx.quantized_matmul(x, *args, **options)
+
+    x = normal(*shape, seed=1)
+    y = cuda.as_one_row(original, x, packed[0], scales=packed[1], biases=packed[2], transpose=True, **kind)
+    assert mx.allclose(y, mx.quantized_matmul(x, *packed, transpose=True, **kind), atol=1e-4)
+    many = x.size // 64 > cuda.MANY_TOKENS
+    assert read == ([] if many else [shape if len(shape) < 3 or shape[0] == 1 else (x.size // 64, 64)])
+
+
+def test_other_products_are_left_alone():
+    several = mx.quantize(normal(2, 32, 64), group_size=32, bits=4)
+    x = normal(2, 3, 64, seed=1)
+    kind = {"group_size": 32, "bits": 4}
+    expected = mx.quantized_matmul(x, *several, **kind)
+    assert mx.array_equal(cuda.as_one_row(mx.quantized_matmul, x, *several, **kind), expected)
+    across = mx.quantize(normal(300, 64), group_size=32, bits=4)
+    x = normal(2, 3, 300, seed=1)
+    expected = mx.quantized_matmul(x, *across, transpose=False, **kind)
+    assert mx.allclose(cuda.as_one_row(mx.quantized_matmul, x, *across, transpose=False, **kind), expected, atol=1e-4)
+
+
+def masks(rows, tokens):
+    seen = mx.arange(LENGTH - tokens, LENGTH)[:, None] >= mx.arange(LENGTH)
+    padded = seen & (mx.array([0, 2])[:rows, None, None, None] <= mx.arange(LENGTH))
+    return [None, "causal", seen, padded, normal(rows, HEADS, tokens, LENGTH).astype(mx.float16)]
+
+
+@pytest.mark.parametrize("tokens", [2, LENGTH])
+def test_attention_by_products_is_attention(tokens):
+    q, k, v = (
+        normal(2, n, t, w, seed=t) for n, t, w in ((HEADS, tokens, WIDTH), (SHARED, LENGTH, WIDTH), (SHARED, LENGTH, 5))
+    )
+    for mask in masks(2, tokens):
+        expected = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask=mask)
+        halves = (x.astype(mx.float16) for x in (q, k, v))
+        made = cuda.by_products(None, *halves, scale=0.3, mask=mask)
+        assert made.dtype == mx.float16 and mx.allclose(made, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("how", ["one token", "many scores", "sinks", "float32"])
+def test_other_attention_is_mlxs(how, monkeypatch):
+    monkeypatch.setattr(cuda, "MOST_SCORES", 2 * HEADS * 3 * LENGTH - (how == "many scores"))
+    q, k = normal(2, HEADS, 1 if how == "one token" else 3, WIDTH), normal(2, SHARED, LENGTH, WIDTH)
+    if how != "float32":
+        q = q.astype(mx.float16)
+    sinks = {"sinks": mx.zeros((HEADS,))} if how == "sinks" else {}
+    assert cuda.by_products(lambda *args, **options: (len(args), *options), q, k, k, scale=1.0, **sinks)[0] == 3
+
+
+def test_it_holds_within_the_block_and_on_cuda_alone(monkeypatch):
+    packed, x = mx.quantize(normal(32, 64), group_size=32, bits=4), normal(2, 3, 64)
+    calls = []
+    monkeypatch.setattr(cuda, "as_one_row", lambda original, *args, **options: calls.append(original(*args, **options)))
+    for on in (False, True):
+        monkeypatch.setattr(cuda, "on_cuda", lambda on=on: on)
+        with cuda.generating():
+            mx.quantized_matmul(x, *packed, group_size=32, bits=4)
+        mx.quantized_matmul(x, *packed, group_size=32, bits=4)
+        assert len(calls) == on
