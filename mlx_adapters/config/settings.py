@@ -14,7 +14,6 @@ errors for values out of range are made of it. Choices are the annotation's `Lit
 """
 
 import dataclasses
-import functools
 import math
 import operator
 import textwrap
@@ -124,9 +123,17 @@ def setting(
     return dataclasses.field(default=default, repr=not secret, metadata=told)
 
 
-@functools.cache  # each request has settings, and is checked
+_known: dict[type, dict[str, Setting]] = {}  # each request of a server has settings that are checked
+
+
 def settings_of(cls: type) -> dict[str, Setting]:
     """All settings of a class by name, in its order."""
+    if cls not in _known:
+        _known[cls] = _read_settings(cls)
+    return _known[cls]
+
+
+def _read_settings(cls: type) -> dict[str, Setting]:
     hints, known = typing.get_type_hints(cls), dict[str, Setting]()
     for field in sorted(
         dataclasses.fields(cls), key=lambda field: field.kw_only is True

@@ -28,7 +28,8 @@ LEAST_TOKENS = 32  # of a piece, however slow the device is
 STALL_SECONDS = 0.25  # for which others may wait for a piece
 MOMENT = 0.05  # seconds of reading that the next step is prepared meanwhile, not waited for
 SCORED_TOKENS = 128  # of a prompt whose log-probabilities are told, in one piece: (tokens, vocabulary) is large
-TOGETHER = 8  # prompts in one pass
+TOGETHER = 16 if on_gpu() else 8  # prompts in one pass
+WORTH_KEEPING = 256 if on_gpu() else 1  # tokens that were read, before their answer is there and kept with them
 PATIENCE = 2  # steps of others that a prompt waits for company
 MOST_TOKENS = 2048 if on_gpu() else 512  # in one step
 
@@ -194,7 +195,8 @@ class Reader:
             mx.eval(states) if waits else mx.async_eval(states)
         for reading, piece in zip(group, pieces, strict=True):
             reading.done += len(piece)
-            if reading.left == 0 or reading.done in reading.stops:
+            soon = reading.done - reading.request.cached_tokens < WORTH_KEEPING and not self.waiting
+            if reading.done in reading.stops or (reading.left == 0 and not soon):
                 self.remember(reading.request, reading.request.prompt[: reading.done], reading.cache)
         if waits:
             self._note(tokens, time.perf_counter() - begun)
