@@ -78,11 +78,15 @@ class SurvivalSum:
 
     def add(self, base: mx.array, fused: mx.array, stored: mx.array) -> None:
         """Rows of W, W' and Ŵ, float32."""
-        base_, fused_, stored_ = (as_numpy(rows).reshape(-1) for rows in (base, fused, stored))
+        rows = (base, fused, stored) if on_gpu() else (as_numpy(part).reshape(-1) for part in (base, fused, stored))
+        base_, fused_, stored_ = rows
         with np.errstate(over="ignore", invalid="ignore"):  # `result` refuses what comes of it
             wanted, kept = fused_ - base_, stored_ - base_
             pairs = [(wanted, kept), (wanted, wanted), (kept, kept), (base_, base_)]
-            self._sums += [float(np.einsum("i,i->", x, y)) for x, y in pairs]  # (np.dot wakes BLAS threads)
+            if on_gpu():
+                self._sums += mx.stack([(x * y).sum() for x, y in pairs]).tolist()
+            else:
+                self._sums += [float(np.einsum("i,i->", x, y)) for x, y in pairs]  # (np.dot wakes BLAS threads)
 
     def result(self, path: str) -> Survival:
         """The layer's two numbers; a layer with no update keeps all of it. Raises FormatError for NaN or Inf."""

@@ -11,8 +11,9 @@ from mlx_adapters.models.dense import dense_weight, quantization_of
 from mlx_adapters.models.layers import EMBEDDING, updated_weight, weight_layers
 from mlx_adapters.rounding.packed import Packed, dequantize
 from mlx_adapters.system.door import mx, nn
+from mlx_adapters.system.machine import on_gpu
 
-CHUNK = 1 << 22  # weights handled at once: 16 MB in float32
+CHUNK, GPU_CHUNK = 1 << 22, 1 << 26  # weights handled at once: 16 and 256 MB in float32
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,6 @@ def common_dtype(module: nn.Module) -> mx.Dtype:
 
 
 def chunks(shape: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Ranges of the first axis with at most CHUNK weights each."""
-    step = max(1, CHUNK // math.prod(shape[1:]))
+    """Ranges of the first axis with at most CHUNK weights each; on a GPU, which waits at each, GPU_CHUNK."""
+    step = max(1, (GPU_CHUNK if on_gpu() else CHUNK) // math.prod(shape[1:]))
     return [(i, min(i + step, shape[0])) for i in range(0, shape[0], step)]

@@ -17,6 +17,7 @@ from mlx_adapters.models.base import Base
 from mlx_adapters.storage import files, paths, tensor_files
 from mlx_adapters.storage.tensor_files import StoredTensor
 from mlx_adapters.system.door import mx
+from mlx_adapters.system.limits import trim_cache
 
 SHARD_BYTES = 5 << 30
 TOKENIZER_CONFIG, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
@@ -98,7 +99,7 @@ def write_weights(
                 mx.eval(made)
                 while made:
                     yield made.pop(0)
-                mx.clear_cache()
+                trim_cache()
                 on_event(Progress("write", next(done), len(units), "layer"))
 
         tensor_files.stream_safetensors(folder / name, layout, arrays(), {"format": made_by})

@@ -10,6 +10,7 @@ from mlx_adapters.models.dense import dense_layer
 from mlx_adapters.models.loading import load_module
 from mlx_adapters.surgery.blocks import Blocks
 from mlx_adapters.system.door import mx, nn
+from mlx_adapters.system.limits import trim_cache
 
 
 class BlockwiseModel:
@@ -93,7 +94,7 @@ class BlockwiseModel:
             self._dense.pop(path, None)
         for part in (self._part(index), *(self.source.layers[path] for path in paths)):
             part.update(tree_map(lambda _: mx.zeros((0,)), part.parameters()))
-        mx.clear_cache()
+        trim_cache()
 
 
 class _Outside:

@@ -1,8 +1,9 @@
 """Calibrated rounding of a whole model, block by block, each result put on the disk at once."""
 
+import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from mlx_adapters.assembly.plan import LayerPlan
@@ -69,8 +70,11 @@ def round_layers(
                 spool.put(path, _joined(dones, len(shapes[path])))
             on_event(Progress("calibrate: round", len(spool.losses), total, "layer"))
 
-    with Workers(0 if on_gpu() else worker_count(shapes.values()), engine=engine) as workers:
+    count = 0 if on_gpu() else worker_count(shapes.values())
+    with Workers(count, engine=engine) as workers, ThreadPoolExecutor(1) as beside:
+        trying = beside.submit(_try_kernels, engine, set(itertools.chain(*targets.values())), dtype)
         for _, moments in Collector(forward, backward, set(targets), batches, spool.folder).run(on_event, seed):
+            trying.result()
             while moments:
                 path = max(moments, key=lambda each: shapes[each][-1])  # the largest moments are soon gone
                 paths = [path] if engine is NUMPY else _alike(path, moments, backward, wanted, targets)
@@ -87,6 +91,11 @@ def round_layers(
         on_event(Note(f"{engine.note[0].upper()}{engine.note[1:]}.", "warning"))
     known = {path for path, _ in spool.losses}
     return [path for path in wanted if path not in known]
+
+
+def _try_kernels(engine: Engine, quantizations: Iterable[Quantization], dtype: mx.Dtype) -> None:
+    if isinstance(engine, MlxEngine):
+        engine.try_kernels(quantizations, dtype)
 
 
 def _alike(

@@ -11,6 +11,7 @@ One forward pass puts the hidden state before each block on the disk; then block
 the first, so that memory holds the weights and the activations of one block, however many there are.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -32,11 +33,13 @@ FORWARD = "calibrate: forward"
 
 
 class HiddenStates:
-    """Lists of arrays on the disk, put in one after the other and taken out from the last to the first."""
+    """Lists of arrays on the disk, put in one after the other and taken out from the last to the first; the next one to
+    be taken is read beside other work."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: list[Path] = []
+        self._reader, self._ahead = ThreadPoolExecutor(1), deque[Future[list[mx.array]]]()
 
     def put(self, arrays: list[mx.array]) -> None:
         """Write one list. Raises StorageError when the disk refuses."""
@@ -45,7 +48,12 @@ class HiddenStates:
 
     def take(self) -> list[mx.array]:
         """The list put in last, read into memory; its file is deleted."""
-        path = self._files.pop()
+        while self._files and len(self._ahead) < 2:
+            self._ahead.append(self._reader.submit(self._read, self._files.pop()))
+        return self._ahead.popleft().result()
+
+    @staticmethod
+    def _read(path: Path) -> list[mx.array]:
         states = tensor_files.read_safetensors(path)
         arrays = [states[name] for name in sorted(states)]
         mx.eval(arrays)

@@ -20,6 +20,7 @@ from mlx_adapters.models.base import Base
 from mlx_adapters.storage.tensor_files import as_numpy
 from mlx_adapters.surgery.blocks import Call
 from mlx_adapters.system.door import mx
+from mlx_adapters.system.limits import trim_cache
 
 Variants = tuple[BlockwiseModel, BlockwiseModel, BlockwiseModel | None]  # exact, fused, base
 
@@ -162,17 +163,19 @@ def measure_fidelity(
     """Judge `fused` (and, for scale, `base`) by `adapter`. Raises FormatError for NaN or Inf logits."""
     models = [v for v in (base, adapter, fused) if v is not None]
     hidden = hidden_states(models, batches, on_event)
-    reference = models.index(adapter)
+    reference, outside = models.index(adapter), len(adapter.blocks)
+    twins = [_twin(models, v, outside, range(v)) for v in range(len(models))]  # whose head is the same: it is large
+    heads = [models[v if twin is None else twin] for v, twin in enumerate(twins)]
     tallies = [_Tally([], [], []) for _ in models]
     for b, batch in enumerate(batches):
         done = 0
         for positions in adapter.blocks.pieces(hidden[reference][b], batch.judged):
-            logs = [_log_probabilities(v, h[b], positions) for v, h in zip(models, hidden, strict=True)]
+            logs = [_log_probabilities(head, h[b], positions) for head, h in zip(heads, hidden, strict=True)]
             targets = batch.targets[done : done + positions.shape[0]]
             for tally, log in zip(tallies, logs, strict=True):
                 _judge(tally, logs[reference], log, targets)
             done += positions.shape[0]
-            mx.clear_cache()
+            trim_cache()
     return _summary(tallies, models.index(fused), reference, base is not None, batches)
 
 

@@ -105,6 +105,7 @@ class ExpertMoments:
     def of(self, start: int, stop: int) -> Moments:
         """The moments of experts start…stop."""
         if self._pooled is None:
+            self._join_calls()
             plain, fisher = self._sums(0, self.experts)
             total = max(int(self.tokens.sum()), 1)
             self._pooled = plain / total, fisher / total
@@ -112,9 +113,16 @@ class ExpertMoments:
         for expert in range(start, stop):
             own = self._sums(expert, expert + 1)
             sums.append([part + SHRINKAGE * width * pooled for part, pooled in zip(own, self._pooled, strict=True)])
-            mx.eval(sums[-1])
+            mx.async_eval(sums[-1])
         plain, fisher = (mx.stack(parts) for parts in zip(*sums, strict=True))
         return Moments(plain, fisher, tokens=self.tokens[start:stop])
+
+    def _join_calls(self) -> None:
+        """Make one of all calls: an expert's tokens are then gathered at once."""
+        inputs, rows, chosen, weights = zip(*self._calls, strict=True)
+        before = np.cumsum([0, *(len(x) for x in inputs)])
+        at = np.concatenate([part + first for part, first in zip(rows, before, strict=False)])
+        self._calls = [(mx.concatenate(inputs), at, np.concatenate(chosen), mx.concatenate(weights))]
 
     def _sums(self, start: int, stop: int) -> tuple[mx.array, mx.array]:
         """Σ x xᵀ and Σ |g|² x xᵀ over what experts start…stop saw."""
@@ -126,7 +134,8 @@ class ExpertMoments:
                 pairs = some[a : a + MOST_ROWS]
                 seen = x[mx.array(rows[pairs].astype(np.int32))]  # (pairs, in)
                 plain, fisher = plain + gram(seen), fisher + gram(seen * weights[mx.array(pairs.astype(np.int32))])
-                mx.eval(plain, fisher)
+                if len(some) > MOST_ROWS:
+                    mx.eval(plain, fisher)
         return plain, fisher
 
 

@@ -26,7 +26,7 @@ from mlx_adapters.models.dense import weight_shape
 from mlx_adapters.models.loading import load_module, load_tokenizer_of
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.sources.lookup import several
-from mlx_adapters.system.door import mx
+from mlx_adapters.system.limits import trim_cache
 
 
 @dataclass(frozen=True)
@@ -121,5 +121,5 @@ def measure_survival(base: BaseWeights, fused: BaseWeights, updates: Updates, na
             rows = plain, base.update(path, plain, updates, start, stop), fused.rows(path, start, stop)
             total.add(*(part[sample(stop - start)] for part in rows))
         results.append(total.result(path))
-        mx.clear_cache()
+        trim_cache()
     return tuple(results)

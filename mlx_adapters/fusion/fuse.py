@@ -8,6 +8,7 @@ what it cost is measured on other text (see `fidelity`).
 
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -123,9 +124,11 @@ def fuse(
     calibrates = strategy.method == "calibrated" and strategy.text is not None
     require(calibrates or not resume, "Only a calibrated fuse can be continued.", "leave --continue out.")
     keeping = spooled(out, key, resume, on_event) if calibrates else nullcontext(Spool(out))
-    with keeping as spool, files.atomic_folder(out, overwrite, ours) as folder:  # locked before drafts are swept
+    folders = files.atomic_folder(out, overwrite, ours)
+    with keeping as spool, folders as folder, ThreadPoolExecutor(1) as hashing:  # locked before drafts are swept
         strategy.round(spool)
         written = writer.write(assembly, folder, spool.get, on_event)
+        hashes = hashing.submit(recipes.weights_sha256, folder)
         template_notes = _write_template(folder, resolved, [a for a, _ in updates.adapters], options.format)
         opened, unsaid = _hand_over(options, folder, out, resolved, updates)
         template_notes += unsaid
@@ -149,7 +152,7 @@ def fuse(
             opened_with=tuple(opened),
         )
         _refuse_unfaithful(result, options)
-        made = replace(_recipe(strategy, writer, given, dtype), weights_sha256=recipes.weights_sha256(folder))
+        made = replace(_recipe(strategy, writer, given, dtype), weights_sha256=hashes.result())
         files.write_json(folder / FUSE_RECIPE_FILE, {"format": 1} | asdict(made))
         files.write_json(folder / REPORT_FILE, report(result) | {"files": recipes.written_in(folder)})
     return result

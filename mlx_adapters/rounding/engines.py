@@ -7,17 +7,18 @@ asked (see `kernels`); plain operations anywhere else, or where a kernel does no
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_adapters.config.quantization import Quantization
 from mlx_adapters.errors import ModelError
 from mlx_adapters.rounding import cholesky, kernels
 from mlx_adapters.rounding.columns import again, forward
-from mlx_adapters.rounding.grids import AffineGrid, Array, FloatGrid, Grid, identity_of, to_numpy
+from mlx_adapters.rounding.grids import AffineGrid, Array, FloatGrid, Grid, identity_of, make_grid, to_numpy
 from mlx_adapters.system.machine import on_gpu
 
 MORE_DAMPING, MOST_DAMPING = 0.01, 1e4  # of a matrix whose mean diagonal is 1
@@ -223,6 +224,11 @@ class MlxEngine:
 
     def __init__(self) -> None:
         self.note: str | None = None
+
+    def try_kernels(self, quantizations: Iterable[Quantization], dtype: mx.Dtype) -> None:
+        """Compile and try what rounding to these needs on a GPU: seconds, in which another thread has work for it."""
+        for grid in (None, *(make_grid(quantization, dtype, mx) for quantization in quantizations)):
+            self._has_kernels(grid)
 
     def step(self, grid: Grid) -> int:
         group = grid.quantization.group_size

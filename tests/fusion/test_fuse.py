@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import astuple
 
 import mlx.core as mx
 import numpy as np
@@ -23,6 +24,7 @@ from mlx_adapters.models.layers import adaptable_layers, updated_weight
 from mlx_adapters.models.loading import load_model, load_module
 from mlx_adapters.sources import registry
 from mlx_adapters.sources.bases import resolve_base
+from mlx_adapters.system.machine import on_gpu
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -233,7 +235,7 @@ def test_fuses_from_the_command_line(tiny_model, tmp_path, home):
     assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
-def test_survival_looks_at_some_rows_of_a_tall_layer_and_tells_the_same():
+def test_survival_looks_at_some_rows_of_a_tall_layer_and_tells_the_same_on_a_gpu_too(monkeypatch):
     rng = np.random.default_rng(0)
     base, update, noise = (mx.array(rng.standard_normal((1024, 64)).astype(np.float32)) for _ in range(3))
     rows = base, base + 0.1 * update, base + 0.1 * update + 0.05 * noise
@@ -242,6 +244,10 @@ def test_survival_looks_at_some_rows_of_a_tall_layer_and_tells_the_same():
     some.add(*(part[sample(1024)] for part in rows))
     assert rows[0][sample(1024)].shape[0] == 256 and sample(100) == slice(None, None, 1)
     assert some.result("x").cosine == pytest.approx(whole.result("x").cosine, rel=0.02)
+    monkeypatch.setattr("mlx_adapters.assembly.survival.on_gpu", lambda: not on_gpu())
+    other = SurvivalSum()
+    other.add(*rows)
+    assert astuple(other.result("x"))[1:] == pytest.approx(astuple(whole.result("x"))[1:], rel=1e-4)
 
 
 def test_a_mistyped_model_folder_is_named_with_the_one_that_was_meant(tiny_model, home, tmp_path, monkeypatch):
