@@ -128,15 +128,13 @@ FLOAT = """
       }
       const int code = order[low];
       const float value = s * levels[code];"""
-# A group's errors move the groups after it. Many numbers are asked of memory at once: one after the other took five
-# times as long.
+# A group's errors move the groups after it; of memory many numbers are asked at once, or each is waited for.
 FEED = """for (int p = OWN; p < COLUMNS && 32 * p < left; ++p) {
     float fed_on = later[p];
     for (int q = 0; q < OWN; ++q) {
       UNROLL
-      for (int l = 0; l < WIDTH; ++l) {
+      for (int l = 0; l < WIDTH; ++l)
         fed_on += block[corner + (32 * q + l) * columns + 32 * p] * SHUFFLE(ALL taken[q], l);
-      }
     }
     later[p] = fed_on;
   }
