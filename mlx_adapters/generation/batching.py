@@ -21,9 +21,9 @@ from mlx_adapters.generation.requests import Request, Row, Token
 from mlx_adapters.models.model import Model
 from mlx_adapters.prompt_caches.quantized import new_layers, reaching, require_quantizable
 from mlx_adapters.runtime.attached import Attached
-from mlx_adapters.runtime.cuda import generating
 from mlx_adapters.runtime.pool import AdapterPool
 from mlx_adapters.surgery.caches import batches, merged
+from mlx_adapters.surgery.cuda import generating
 from mlx_adapters.system.door import TokenizerWrapper, make_prompt_cache, mx, nn
 
 DRAFTED_ROWS = 4  # beyond, a device has enough to do with one token of each

@@ -1,20 +1,24 @@
-"""What MLX's CUDA build is slow at where text is generated, computed otherwise: the same but for rounding.
+"""What MLX's CUDA build computes wrong, or slowly where text is generated, computed otherwise.
 
-Seen in 0.32.4 on an H200, at the shapes of a 4B model in 4 bits. A product with a packed matrix reads it anew for each
-row of a batch: 16 rows of one token took 118 to 328 us, 16 tokens in one row 20 to 36; from some hundred tokens on the
-matrix is better unpacked first. And attention over several tokens is cuDNN's, which is compiled for each new shape, in
-75 to 230 ms; prompts that join a batch nearly always have one.
+MLX 0.32.4 starts too many blocks there for a sum along an axis whose numbers do not lie side by side, and they read and
+write past the array's end: a state space's decays (`segsum` of mlx-lm's `ssm`) spoilt other arrays now and then. So
+`mx.cumsum` is replaced: it sums a copy in which they do, and so does its gradient.
+
+A product with a packed matrix reads it anew for each row of a batch (a 4B model's in 4 bits on an H200: 16 rows of one
+token took 118 to 328 us, 16 tokens in one row 20 to 36), and from some hundred tokens on the matrix is better unpacked
+first. Attention over several tokens is cuDNN's, which is compiled for each new shape, in 75 to 230 ms; prompts that
+join a batch nearly always have one.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mlx_adapters.runtime.additions import MANY_TOKENS
 from mlx_adapters.surgery.calls import function_call_as
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.machine import on_cuda
 
+MANY_TOKENS = 256  # from here on a product is faster with an unpacked matrix
 MOST_SCORES = 1 << 26  # numbers between tokens that may be in memory; cuDNN keeps none of them
 
 
@@ -81,3 +85,27 @@ def by_products(
         scores = mx.where(mask, scores, mx.finfo(scores.dtype).min) if mask.dtype == mx.bool_ else scores + mask
     weights = mx.softmax(scores, axis=-1, precise=True)  # (rows, shared, heads / shared, tokens, length)
     return (weights @ values[:, :, None]).reshape(rows, heads, tokens, -1)
+
+
+plain = mx.cumsum
+
+
+def cumsum(
+    a: mx.array, axis: int | None = None, *, reverse: bool = False, inclusive: bool = True, **more: Any
+) -> mx.array:
+    """`mx.cumsum`."""
+    if axis is None or a.ndim < 2 or not on_cuda():
+        return plain(a, axis, reverse=reverse, inclusive=inclusive, **more)
+
+    @mx.custom_function
+    def along_last(a: mx.array) -> mx.array:
+        return plain(mx.contiguous(a), -1, reverse=reverse, inclusive=inclusive, **more)
+
+    @along_last.vjp
+    def backward(a: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+        return plain(mx.contiguous(cotangent), -1, reverse=not reverse, inclusive=inclusive, **more)
+
+    return along_last(a.swapaxes(axis, -1)).swapaxes(axis, -1)
+
+
+mx.cumsum = cumsum
