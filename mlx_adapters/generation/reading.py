@@ -26,7 +26,7 @@ log = logging.getLogger("mlx_adapters.generation.reading")
 
 LEAST_TOKENS = 32  # of a piece, however slow the device is
 STALL_SECONDS = 0.25  # for which others may wait for a piece
-MOMENT = 0.05  # seconds of reading that the next step is prepared meanwhile, not waited for
+MOMENT = 0.1  # seconds of reading that the next step is prepared meanwhile, not waited for
 SCORED_TOKENS = 128  # of a prompt whose log-probabilities are told, in one piece: (tokens, vocabulary) is large
 TOGETHER = 16 if on_gpu() else 8  # prompts in one pass
 WORTH_KEEPING = 256 if on_gpu() else 1  # tokens that were read, before their answer is there and kept with them

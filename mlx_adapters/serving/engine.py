@@ -21,7 +21,7 @@ from mlx_adapters.generation.requests import Token
 from mlx_adapters.models.adapter import Adapter
 from mlx_adapters.protocols.errors import ApiError, told_as
 from mlx_adapters.runtime.attached import Attached
-from mlx_adapters.serving.jobs import Job, log
+from mlx_adapters.serving.jobs import Job, Piece, log, send_all
 from mlx_adapters.serving.metrics import Metrics
 from mlx_adapters.serving.residents import Catalog, Residents, Served
 from mlx_adapters.serving.settings import ServeSettings
@@ -248,8 +248,7 @@ class Engine:
             return
         if self._batcher.rows:
             self.metrics.observe("batch_size", len(self._batcher.rows))
-        for token in tokens:
-            self._hand_out(token)
+        send_all([told for token in tokens if (told := self._told(token)) is not None])
 
     def _is_read(self, job: Job) -> bool:
         """Whether the job waits for its adapter's files."""
@@ -297,18 +296,19 @@ class Engine:
         self.catalog.served[served.name] = served
         return served
 
-    def _hand_out(self, token: Token) -> None:
+    def _told(self, token: Token) -> tuple[Job, Piece | ApiError] | None:
+        """Whom to tell what of a token."""
         if (job := self._jobs.get(token.request.number)) is None:  # one of several of a step, after a stop text
-            return
+            return None
         if job.first is None and not token.of_prompt:
             job.begun(self.metrics)
         if (event := job.take(token)) is None:
-            return
+            return None
         if isinstance(event, ApiError):
             self._drop(job, "error")
         elif event.finish_reason is not None:
             self._drop(job, "ok")  # counted before the client can know that it ended
-        job.send(event)
+        return job, event
 
     def _drop(self, job: Job, outcome: str) -> None:
         """Take a job out, wherever it stands; nothing if it is out already."""

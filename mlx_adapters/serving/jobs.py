@@ -4,6 +4,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from mlx_adapters.config.sampling import Sampling
@@ -116,10 +117,24 @@ class Job:
 
     def send(self, event: Piece | ApiError) -> None:
         """Hand an event to the web side."""
+        send_all([(self, event)])
+
+
+def send_all(told: Iterable[tuple[Job, Piece | ApiError]]) -> None:
+    """Hand events to the web side. Each loop is woken once: who wakes a thread of Python's may have to wait for it."""
+    of_loop: dict[asyncio.AbstractEventLoop, list[tuple[Job, Piece | ApiError]]] = {}
+    for job, event in told:
+        of_loop.setdefault(job.loop, []).append((job, event))
+    for loop, pairs in of_loop.items():
         try:
-            self.loop.call_soon_threadsafe(self.events.put_nowait, (self, event))
+            loop.call_soon_threadsafe(_put, pairs)
         except RuntimeError:  # the loop is closed: nobody listens any more
-            log.debug("an event came after the loop was closed")
+            log.debug("events came after the loop was closed")
+
+
+def _put(pairs: Sequence[tuple[Job, Piece | ApiError]]) -> None:
+    for pair in pairs:
+        pair[0].events.put_nowait(pair)
 
 
 class OncePerSecond(logging.Filter):

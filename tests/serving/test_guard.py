@@ -11,7 +11,8 @@ import httpx
 import pytest
 from helpers.serving import eventually, running
 
-from mlx_adapters.serving.jobs import Job, OncePerSecond
+from mlx_adapters.serving import engine
+from mlx_adapters.serving.jobs import OncePerSecond
 from mlx_adapters.serving.settings import ServeSettings
 from mlx_adapters.serving.start import connections
 from mlx_adapters.storage import files
@@ -223,13 +224,13 @@ def test_a_huge_prompt_keeps_no_small_one_waiting(tiny_model):
 def test_a_request_is_counted_before_its_answer_ends(server, monkeypatch):
     """Who has read a whole answer finds it in the metrics."""
     counts, counted = [], server[1].metrics._values["requests_total"]
-    send = Job.send
+    send_all = engine.send_all
 
-    def watched(job, piece):
-        counts.append((getattr(piece, "finish_reason", None), sum(counted.values())))
-        send(job, piece)
+    def watched(told):
+        counts.extend((getattr(piece, "finish_reason", None), sum(counted.values())) for _, piece in told)
+        send_all(told)
 
-    monkeypatch.setattr(Job, "send", watched)
+    monkeypatch.setattr(engine, "send_all", watched)
     before = sum(counted.values())
     assert httpx.post(server[0] + PATH, json=CHAT).status_code == 200
     assert [count for reason, count in counts if reason] == [before + 1]
