@@ -1,6 +1,7 @@
 """Chats of several clients with this server and with mlx-lm's, in one run on one machine.
 
     python scripts/benchmarks/chats.py [--base demo] [base long adapter mixed structured] [--rounds 3] [--json FILE]
+    python scripts/benchmarks/chats.py --shape 4b            # random weights of that shape, 4 bits on a GPU
 
 Each client has a chat of five turns: it sends what was said so far and a new text of its own, and reads the answer as
 it is written, a fixed number of tokens (the end tokens are forbidden by `logit_bias`). In each round all sides of a leg
@@ -18,6 +19,7 @@ import argparse
 import asyncio
 import json
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -207,6 +209,34 @@ def structured(ours, options):
     return {"structured, 4 clients": figures}
 
 
+def random_base(shape, folder):
+    """A folder with random weights of the shape and the demo's tokenizer."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx.utils import tree_map
+    from mlx_lm.utils import save_model
+    from train_memory import QWEN3, SHAPES
+
+    from mlx_adapters.sources.bases import resolve_base
+    from mlx_adapters.system.door import make_module
+    from mlx_adapters.system.machine import on_gpu
+
+    demo = resolve_base("demo").folder
+    own = json.loads((demo / "config.json").read_text())
+    config = QWEN3 | SHAPES[shape] | {name: own.get(name) for name in ("vocab_size", "eos_token_id")}
+    module = make_module(config)
+    if on_gpu():
+        module.update(tree_map(lambda array: array.astype(mx.bfloat16), module.parameters()))
+        nn.quantize(module, 64, 4)
+        config["quantization"] = {"group_size": 64, "bits": 4}
+    save_model(folder, module)
+    (folder / "config.json").write_text(json.dumps(config))
+    for file in demo.iterdir():
+        if file.is_file() and file.suffix != ".safetensors" and not (folder / file.name).exists():
+            shutil.copy(file, folder / file.name)
+    return folder
+
+
 def prepare(place, options):
     """A base that both can load, and adapters on it."""
     from race import dense_copy
@@ -217,8 +247,11 @@ def prepare(place, options):
     from mlx_adapters.sources.bases import resolve_base
     from mlx_adapters.system.machine import on_gpu
 
-    base = resolve_base(options.base)
-    folder = base.folder if on_gpu() else dense_copy(base, place / "base")
+    if options.shape:
+        folder = random_base(options.shape, place / "base")
+    else:
+        base = resolve_base(options.base)
+        folder = base.folder if on_gpu() else dense_copy(base, place / "base")
     model = load_model(str(folder))
     for i, name in enumerate(ADAPTERS):
         write_adapter(random_adapter(model, options.rank, i), place / name)
@@ -257,6 +290,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("legs", nargs="*", default=["base", "long", "adapter", "mixed", "structured"])
     parser.add_argument("--base", default="demo")
+    parser.add_argument("--shape", help="instead of a base, random weights of a shape of train_memory.py's")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 4, 16])
     parser.add_argument("--tokens", type=int, default=24)
@@ -279,7 +313,7 @@ def main():
                 else:
                     results |= race(name, ours, base, place, options)
     print(
-        f"\n{options.base}, rank {options.rank}; turns of {options.words} words, answers of {options.tokens} tokens, ",
+        f"\n{options.shape or options.base}, rank {options.rank}; turns of {options.words} words, answers of {options.tokens} tokens, ",
         end="",
     )
     print(f"{options.rounds} rounds; {environment()}\n")
