@@ -25,9 +25,10 @@ class Padding:
 
     def offsets(self, end: int) -> mx.array:
         """(rows,) how many tokens of each row stand before place `end`."""
-        if self._offsets[0] != end:
-            self._offsets = end, mx.array([end - free for free in self.left])
-        return self._offsets[1]
+        known = self._offsets  # at once: another thread may put its own there
+        if known[0] != end:
+            known = self._offsets = end, mx.array([end - free for free in self.left])
+        return known[1]
 
 
 @lru_cache(64)
