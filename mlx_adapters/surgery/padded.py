@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
 from mlx_adapters.system.door import BatchKVCache, KVCache, attention, mx
 
 STEP = 256  # places
@@ -40,7 +42,7 @@ def padding(left: tuple[int, ...]) -> Padding:
 @lru_cache(64)
 def _moved(behind: tuple[int, ...], places: int) -> mx.array:
     """(rows, 1, places, 1) which place each one is taken from where rows move to the right by `behind`."""
-    return ((mx.arange(places) - mx.array(behind)[:, None]) % places)[:, None, :, None]
+    return mx.array((np.arange(places) - np.array(behind)[:, None])[:, None, :, None] % places)  # nothing to compute
 
 
 class PaddedCache(BatchKVCache):

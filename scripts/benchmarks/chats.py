@@ -312,11 +312,10 @@ def main():
                     results |= structured(ours, options)
                 else:
                     results |= race(name, ours, base, place, options)
+    turns = f"turns of {options.words} words, answers of {options.tokens} tokens"
     print(
-        f"\n{options.shape or options.base}, rank {options.rank}; turns of {options.words} words, answers of {options.tokens} tokens, ",
-        end="",
+        f"\n{options.shape or options.base}, rank {options.rank}; {turns}, {options.rounds} rounds; {environment()}\n"
     )
-    print(f"{options.rounds} rounds; {environment()}\n")
     print("| chats | | tokens/s | first token, s | of later turns, s |\n| --- | --- | --- | --- | --- |")
     for name, figures in results.items():
         show(name, figures)
