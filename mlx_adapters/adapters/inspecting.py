@@ -85,29 +85,31 @@ def describe(reference: AdapterLike) -> Details:
         ('lora', 4)
     """
     if isinstance(reference, Adapter):
-        return _describe(reference)
+        place = reference.folder if place_of(reference) else None
+        return _describe(reference, None if place is None else registry.read_entry(place))
     folder, iteration = lookup.locate(reference)
-    if registry.read_entry(folder).type == FULL:
-        return read_version(folder, lambda: _describe_full(folder, iteration))
-    return read_version(folder, lambda: _describe(reference))
+
+    def read() -> Details:
+        entry = registry.read_entry(folder)
+        if entry.type == FULL:
+            return _describe_full(entry, weights_file(folder, iteration))
+        return _describe(lookup.load_adapter(reference), entry)
+
+    return read_version(folder, read)
 
 
-def _describe_full(folder: Path, iteration: int | None) -> Details:
-    entry, weights = registry.read_entry(folder), tensor_files.read_safetensors(weights_file(folder, iteration))
-    size = sum(array.size for array in weights.values())
-    saved, there = _checkpoints(entry), _files(folder)
-    return Details(entry.name, folder, FULL, 0, 1.0, size, entry.base, (), saved, there, entry.metadata)
+def _describe_full(entry: Entry, weights: Path) -> Details:
+    size = sum(array.size for array in tensor_files.read_safetensors(weights).values())
+    saved, there = _checkpoints(entry), _files(entry.folder)
+    return Details(entry.name, entry.folder, FULL, 0, 1.0, size, entry.base, (), saved, there, entry.metadata)
 
 
-def _describe(reference: AdapterLike) -> Details:
-    adapter = lookup.load_adapter(reference)
-    folder = adapter.folder if not isinstance(reference, Adapter) or place_of(adapter) else None
-    entry = registry.read_entry(folder) if folder else None
+def _describe(adapter: Adapter, entry: Entry | None) -> Details:
     config = adapter.config
     layers = tuple(Layer(key, update_shape(a, b), update_of(adapter, key).norm()) for key, a, b, _ in adapter.layers())
     return Details(
         adapter.name,
-        folder,
+        entry.folder if entry else None,
         config.type,
         config.rank,
         config.scale,

@@ -248,15 +248,19 @@ def emit_json(value: Any) -> None:
         click.echo(json_for(text, getattr(sys.stdout, "encoding", None) or "utf-8"))
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> None:
-    """A table to stdout; the columns in `right` are aligned right. Too wide for a terminal, it is folded there."""
+def table(
+    headers: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = (), whole: bool = False
+) -> None:
+    """A table to stdout; the columns in `right` are aligned right. Too wide for a terminal, it is folded there;
+    `whole`: but for the first column, which is to be copied."""
     heads = [printable(head, line=True) for head in headers]
     lines = [[printable(str(cell), line=True) for cell in row] for row in rows]
     text = format_table(heads, lines, right)
     if sys.stdout.isatty() and max(map(text_columns, text.splitlines())) > columns():
-        from mlx_adapters.display.screen import folded_table
+        from mlx_adapters.display.screen import folded_table, named_table
 
-        folded = folded_table(heads, lines, right, sys.stdout, columns(), colored(sys.stdout))
+        folded = named_table(heads, lines, right, columns()) if whole else None
+        folded = folded or folded_table(heads, lines, right, sys.stdout, columns(), colored(sys.stdout))
         text = folded.replace("\x1b", _OUR_ESCAPE)
     out(text)
 

@@ -96,8 +96,10 @@ def _forecast(
 
 
 def _roughly(seconds: float) -> str:
-    """So many minutes, or less than one; no forecast knows more."""
-    return duration(60 * max(1, round(seconds / 60))).removesuffix(" 0 s") if seconds > 30 else "half a minute"
+    """So many minutes, or seconds to one digit; no forecast knows more."""
+    if seconds < 55:
+        return f"{max(float(f'{seconds:.0e}'), 1):.0f} s"
+    return duration(60 * round(seconds / 60)).removesuffix(" 0 s")
 
 
 def _recorded(ref: str) -> str | None:

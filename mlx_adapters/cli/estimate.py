@@ -193,7 +193,7 @@ def models_command(as_json: bool) -> None:
         for m in models
         for fits in [["yes" if need <= memory else "no" for need in (m.running_bytes, m.training_bytes)]]
     ]
-    _output.table(("MODEL", "PARAMS", "DISK", "LICENSE", "YEAR", "RUN", "TRAIN"), rows, right=(1, 2))
+    _output.table(("MODEL", "PARAMS", "DISK", "LICENSE", "YEAR", "RUN", "TRAIN"), rows, right=(1, 2), whole=True)
     trained = [m for m in models if m.training_bytes <= memory]
     largest = f"'{trained[-1].id}' is the largest of them that trains in it" if trained else "none of them trains in it"
     _output.say(f"{size(memory)} of memory can be used now; {largest}.")

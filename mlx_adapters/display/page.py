@@ -13,7 +13,7 @@ STYLE = """
   --line: #2c323a; --warn: #f2c661; --warn-page: #2d2614; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1040px; margin: 0 auto; padding: 20px 16px 48px; }
+main { max-width: 1160px; margin: 0 auto; padding: 20px 16px 48px; }
 h1 { font-size: clamp(1.1rem, 2.4vw + .6rem, 1.4rem); line-height: 1.35; margin: 0; }
 h2 { font-size: 1.05rem; margin: 0 0 10px; }
 p, ul { margin: 0 0 8px; overflow-wrap: anywhere; }
@@ -26,8 +26,10 @@ section, .warn { background: var(--card); border: 1px solid var(--line); border-
   margin-top: 14px; }
 .plots section { margin: 0; } section .plots { margin-top: 0; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { padding: 6px 12px 6px 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th { color: var(--soft); font-weight: 600; }
+th, td { padding: 6px 0 6px 14px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { color: var(--soft); font-weight: 600; white-space: normal; vertical-align: bottom; }
+th:first-child, td:first-child { padding-left: 0; text-align: left; position: sticky; left: 0;
+  background: var(--card); } td:first-child { min-width: 7em; white-space: normal; overflow-wrap: anywhere; }
 svg { display: block; width: 100%; max-width: 520px !important; height: auto; margin: 0 auto; }
 svg, svg text { fill: var(--ink); }
 pre { overflow-x: auto; font-size: .8rem; } summary { cursor: pointer; font-weight: 600; }

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mlx_adapters.events import Progress
-from mlx_adapters.units import columns, count, cut, duration, number
+from mlx_adapters.units import columns, count, cut, duration, format_table, number
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,6 +64,16 @@ def folded_table(
     for row in rows:
         table.add_row(*(Text(_wrapped(cell, room)) for cell, room in zip(row, widths, strict=True)))
     return _stripped(_text(console, table))
+
+
+def named_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Iterable[int], width: int) -> str | None:
+    """A table whose first cells, to be copied, have lines of their own, each row's others below; None if too wide."""
+    others = [row[1:] for row in rows]
+    lines = format_table(headers[1:], others, [column - 1 for column in right]).splitlines()
+    text = "\n".join(
+        f"{first}\n  {rest}" for first, rest in zip([headers[0], *(r[0] for r in rows)], lines, strict=True)
+    )
+    return text if max(map(columns, text.splitlines())) <= width else None
 
 
 def _wrapped(cell: str, width: int) -> str:

@@ -35,9 +35,9 @@ def spelled(given: "str | Path | Named") -> str:
         raise ConfigError(f"{shown(given)} is no adapter and no model.", hint)
     place, at, iteration = text.rpartition("@") if CHECKPOINT.fullmatch(text) else (text, "", "")
     known = not text or paths.is_path(text) or (NAME.fullmatch(place) and _is_registered(place))
-    if known or not (_is_there(place) if "/" in place else _is_folder(place)):
+    if known or (kind := _kind_here(place)) is None or (kind == "file" and "/" not in place):
         return text
-    _tell_folder(place)
+    _tell_folder(place, kind)
     return f"{paths.expanded(place)}{at}{iteration}"
 
 
@@ -46,30 +46,23 @@ def reference_of(given: "str | Path | Named") -> Reference:
     return parse_reference(spelled(given))
 
 
-def _tell_folder(text: str) -> None:
+def _tell_folder(text: str, kind: str) -> None:
     """Note that a name which could be one on the Hub is taken for the folder that is here."""
     if hub_id(text):
-        log.info(
-            f"'{text}' is the {'folder' if _is_folder(text) else 'file'} ./{text} here, not a repository of the Hub."
-        )
+        log.info(f"'{text}' is the {kind} ./{text} here, not a repository of the Hub.")
 
 
 def _is_registered(name: str) -> bool:
     return os.path.lexists(adapter_folder(name))
 
 
-def _is_folder(text: str) -> bool:
+def _kind_here(text: str) -> str | None:
+    """Whether a "folder" or a "file" of this name is there."""
     try:
-        return Path(text).is_dir()
+        path = Path(text)
+        return "folder" if path.is_dir() else "file" if path.exists() else None
     except (OSError, ValueError):
-        return False
-
-
-def _is_there(text: str) -> bool:
-    try:
-        return Path(text).exists()
-    except (OSError, ValueError):
-        return False
+        return None
 
 
 def plain(given: "AdapterLike") -> "Adapter | str":

@@ -17,7 +17,7 @@ from mlx_adapters.benchmarking import trials
 from mlx_adapters.benchmarking.advice import advise
 from mlx_adapters.benchmarking.schedule import BenchmarkConfig, Pace
 from mlx_adapters.cli import cli
-from mlx_adapters.cli.advise import PROBE, _forecast, _next
+from mlx_adapters.cli.advise import PROBE, _forecast, _next, _roughly
 from mlx_adapters.errors import ConfigError, FormatError, IncompatibleError, StorageError
 from mlx_adapters.fusion.recipe import fused_here
 from mlx_adapters.generation import memory
@@ -137,7 +137,9 @@ def test_advise_foretells_how_long_it_takes(tiny_model, tmp_path, monkeypatch):
     assert pace.fusing(False, 5_000_000, 2000, 1000) == pytest.approx(2 + 3)
     said = _forecast(["base", "sql", "fuse:sql:4", "fuse:sql:8"], None, config, str(rows), 2)
     assert "measuring 5 min" in said and 12 * pace.process(config) == pytest.approx(286, abs=1)
-    assert re.fullmatch(r"This takes about \d+ min: fusing (\d+ min|half a minute), .*, judging half a minute\.", said)
+    assert re.fullmatch(r"This takes about \d+ min: fusing (\d+ min|\d0 s), .*, judging 9 s\.", said)
+    told = {0.02: "1 s", 1.2: "1 s", 7.6: "8 s", 31: "30 s", 54: "50 s", 56: "1 min", 100: "2 min", 3700: "1 h 2 min"}
+    assert {seconds: _roughly(seconds) for seconds in told} == told
     monkeypatch.setattr("mlx_adapters.benchmarking.run.run_worker", lambda *_: {"error": "no memory"})
     assert _forecast(["base", "sql"], None, config, None, 2) == ""
 

@@ -10,11 +10,15 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from helpers.benchmarks import SIZES, fused_report, synthetic
+from helpers.browser import BROWSER
+from helpers.browser import Page as Browser
 
 from mlx_adapters.benchmarking import page, words
 from mlx_adapters.benchmarking.measurements import Run
 from mlx_adapters.display import png, svg
 from mlx_adapters.display.layout import Dot, Label
+
+TABLES = "[...document.querySelectorAll('section > .wide')]"
 
 
 class Page(HTMLParser):
@@ -218,3 +222,21 @@ def test_a_variant_that_could_not_be_judged_is_told_and_has_no_mark():
     assert "&#x27;f4&#x27; failed: no tokens" in page.html(report)
     texts = [m.text for m in page.overview(report)["Quality and size"].marks if isinstance(m, Label)]
     assert "f8" in texts and "f4" not in texts
+
+
+@pytest.mark.skipif(BROWSER is None, reason="Chromium or Chrome draws it")
+def test_all_columns_are_seen_on_a_screen_and_the_names_stay_on_a_phone(tmp_path):
+    report = fused_report(
+        [14.5, 12.3, 11.8, 10.2], kl=(2.469, 0.0, 0.002469, 0.2469), scores=[0.0, 0.875, 0.863, 0.812]
+    )
+    evaluations = [e | {"loss": e["kl"], "same_top": e["score"]} for e in report.quality["evaluations"]]
+    quality = report.quality | {"score": "accuracy", "evaluations": evaluations}
+    (tmp_path / "page.html").write_text(page.html(dataclasses.replace(report, quality=quality)))
+    with Browser((tmp_path / "page.html").as_uri()) as browser:
+        browser.look(1200, 800)
+        assert browser.evaluate(f"{TABLES}.every(one => one.scrollWidth <= one.clientWidth)")
+        browser.look(390, 800)
+        browser.evaluate(f"{TABLES}[0].scrollLeft = 1000")
+        left = "document.querySelector('td').getBoundingClientRect().left"
+        assert browser.evaluate("document.body.scrollWidth <= 390") and browser.evaluate(f"{left} > 0")
+        assert browser.evaluate(f"{TABLES}[0].scrollLeft > 0")

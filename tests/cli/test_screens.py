@@ -12,6 +12,7 @@ from mlx_adapters.cli import _output, cli
 from mlx_adapters.cli.train import Watch
 from mlx_adapters.demo.catalog import write_demo_data
 from mlx_adapters.events import Progress, TrainReport
+from mlx_adapters.generation.memory import known_models
 
 LONG = "an-adapter-with-a-rather-long-name-for-a-terminal"
 LINES = f"""\
@@ -62,6 +63,8 @@ def test_no_line_is_wider_than_the_terminal(width, place, monkeypatch):
         assert done.exit_code == 0, f"{line}\n{done.output}\n{done.exception}"
         shown = [ESCAPE.sub("", text.rpartition("\r")[2]) for text in done.output.splitlines()]
         wide += [f"{line}: {text}" for text in shown if len(text) > width and not _stays(text)]
+        for model in known_models() if line == "models" else ():
+            assert re.search(rf"^{re.escape(model.id)}(\s|$)", "\n".join(shown), re.M), "an id is whole, to be copied"
     assert not wide, "\n".join(wide)
 
 

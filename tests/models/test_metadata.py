@@ -266,12 +266,13 @@ def test_a_pipe_or_a_folder_in_place_of_a_file_is_reported_and_not_waited_for(ba
 
 def test_what_is_pruned_while_it_is_looked_at_is_not_shown(base, monkeypatch):
     folder = make_run(base, "sql")
-    read = registry.read_entry
+    read, times = registry.read_entry, []
 
     def late(place):
         entry = read(place)
+        times.append(place)
         (folder / "0000100_adapters.safetensors").unlink(missing_ok=True)
         return entry
 
     monkeypatch.setattr(registry, "read_entry", late)
-    assert [one.iteration for one in inspecting.describe("sql").checkpoints] == [200, 300]
+    assert [one.iteration for one in inspecting.describe("sql").checkpoints] == [200, 300] and len(times) == 1
