@@ -160,6 +160,8 @@ def test_module_keeps_to_its_room(path: Path):
     if module(path) != "storage.tensor_names":
         spelled = [s for s in strings(tree) if s in ("lora_a", "lora_b") or s.endswith((".lora_a", ".lora_b"))]
         assert not spelled, "only tensor_names.py spells tensor names"
+    else:
+        assert not {"os", "pathlib"} & {name for name, *_ in imports(tree)}, "names touch no disk"
 
 
 def test_every_room_has_a_layer():

@@ -18,13 +18,13 @@ from mlx_adapters.sources.intake import write_own_form
 from mlx_adapters.storage import files, paths, replacing
 from mlx_adapters.storage.hf_names import NPZ
 from mlx_adapters.storage.replacing import Output
+from mlx_adapters.storage.tensor_files import iterations_of
 from mlx_adapters.storage.tensor_names import (
     ADAPTER_FILE,
     ADAPTER_OUTPUT,
     CONFIG_FILE,
     METADATA_FILE,
     checkpoint_file,
-    iterations_of,
 )
 from mlx_adapters.storage.unpacking import MAX_BYTES, TEMPLATES, unpack
 

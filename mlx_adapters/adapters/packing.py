@@ -24,13 +24,13 @@ from mlx_adapters.models.base import Base
 from mlx_adapters.models.metadata import read_config, read_version
 from mlx_adapters.sources import lookup
 from mlx_adapters.storage import files, paths, replacing
+from mlx_adapters.storage.tensor_files import iterations_of
 from mlx_adapters.storage.tensor_names import (
     ADAPTER_FILE,
     CONFIG_FILE,
     EXTRAS,
     METADATA_FILE,
     checkpoint_file,
-    iterations_of,
 )
 from mlx_adapters.storage.unpacking import BLOCK, CHUNK, TEMPLATES, is_safe
 

@@ -9,15 +9,15 @@ from typing import Any
 
 from mlx_adapters.display.tables import Rows, Table, flat
 from mlx_adapters.errors import AdapterError, FormatError, NotFoundError
-from mlx_adapters.models.adapter import Adapter, AdapterLike, first_not_finite, place_of, read_adapter, weights_file
+from mlx_adapters.models.adapter import Adapter, AdapterLike, place_of, read_adapter
 from mlx_adapters.models.base import Base, BaseLike
 from mlx_adapters.models.layers import check_fits, check_made_for
 from mlx_adapters.models.loading import load_module
 from mlx_adapters.models.metadata import FULL, base_of
 from mlx_adapters.sources import lookup, registry
-from mlx_adapters.sources.bases import resolve_base
+from mlx_adapters.sources.bases import full_weights, resolve_base
 from mlx_adapters.sources.registry import Entry
-from mlx_adapters.storage import files, paths, tensor_files
+from mlx_adapters.storage import files, paths
 from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CHECKPOINTS_FOLDER
 from mlx_adapters.units import count
 
@@ -171,10 +171,7 @@ def _check_tensors(folder: Path, iteration: int | None, read: list[Adapter]) -> 
 
 
 def _check_full(folder: Path, iteration: int | None) -> str:
-    weights = tensor_files.read_safetensors(weights_file(folder, iteration))
-    if bad := first_not_finite(weights):
-        raise FormatError(f"'{bad}' holds NaN or Inf.", "its training diverged; take an earlier checkpoint.")
-    return f"{count(len(weights), 'tensor')} of a full fine-tune, all finite"
+    return f"{count(len(full_weights(folder, iteration)), 'tensor')} of a full fine-tune, all finite"
 
 
 def _check_whole(folder: Path) -> str:

@@ -257,10 +257,9 @@ def table(
     lines = [[printable(str(cell), line=True) for cell in row] for row in rows]
     text = format_table(heads, lines, right)
     if sys.stdout.isatty() and max(map(text_columns, text.splitlines())) > columns():
-        from mlx_adapters.display.screen import folded_table, named_table
+        from mlx_adapters.display.screen import folded_table
 
-        folded = named_table(heads, lines, right, columns()) if whole else None
-        folded = folded or folded_table(heads, lines, right, sys.stdout, columns(), colored(sys.stdout))
+        folded = folded_table(heads, lines, right, sys.stdout, columns(), colored(sys.stdout), whole)
         text = folded.replace("\x1b", _OUR_ESCAPE)
     out(text)
 

@@ -36,15 +36,19 @@ def folded_table(
     stream: TextIO,
     width: int,
     color: bool,
+    whole: bool = False,
 ) -> str:
     """A table of at most `width` columns: cells that are too long go on in the next line, and nothing is cut.
 
+    `whole`: what is first in a row is to be copied, and stands in a line of its own if the others fit into one below.
     What is aligned right, numbers, is folded between words alone. Where there is no room for that, each row becomes a
     block with a line for each cell.
     """
     from rich.table import Table
     from rich.text import Text
 
+    if whole and (named := _named_table(headers, rows, right, width)):
+        return named
     console, flush = _console(stream, width, color), set(right)
     rows = [[re.sub(r"(?<=\d) (?=[kMGT]?B\b)", JOINED, cell) for cell in row] for row in rows]
     widths = _widths([headers, *rows], flush, width)
@@ -66,8 +70,7 @@ def folded_table(
     return _stripped(_text(console, table))
 
 
-def named_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Iterable[int], width: int) -> str | None:
-    """A table whose first cells, to be copied, have lines of their own, each row's others below; None if too wide."""
+def _named_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Iterable[int], width: int) -> str | None:
     others = [row[1:] for row in rows]
     lines = format_table(headers[1:], others, [column - 1 for column in right]).splitlines()
     text = "\n".join(

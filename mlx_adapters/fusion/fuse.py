@@ -243,7 +243,7 @@ def _recipe(strategy: Strategy, writer: Writer, given: Sequence[AdapterLike], dt
         options = replace(options, calibration=str(path))
     described = [recipes.describe_adapter(g, a, w) for g, (a, w) in zip(given, updates.adapters, strict=True)]
     return Recipe(
-        base=strategy.assembly.base.record(),
+        base=recipes.describe_base(strategy.assembly.base),
         adapters=described,
         quantization=writer.precision.to_json(),
         dtype=dtype,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_adapters.config.data import TemplateConfig
 from mlx_adapters.config.mapping import require
 from mlx_adapters.config.quantization import Precision
 from mlx_adapters.errors import AdapterError, ConfigError, FormatError, IncompatibleError
@@ -62,15 +63,17 @@ def describe_adapter(given: AdapterLike, adapter: Adapter, weight: float) -> dic
         reference = str(paths.expanded(text)) if path else text
     else:
         reference = place_of(adapter)
-    arguments = template_of(adapter).chat_template_args
-    seen = {"chat_template_args": arguments} if arguments else {}
-    return {
-        "reference": reference,
-        "name": adapter.name,
-        "fingerprint": adapter.fingerprint,
-        "weight": weight,
-        **seen,
-    }
+    told = {"reference": reference, "name": adapter.name, "fingerprint": adapter.fingerprint, "weight": weight}
+    return told | _seen(template_of(adapter))
+
+
+def describe_base(base: Base) -> dict[str, Any]:
+    """What a recipe says of the base; of a full fine-tune also how it was trained to see conversations."""
+    return base.record() | _seen(base.template)
+
+
+def _seen(template: TemplateConfig) -> dict[str, Any]:
+    return {"chat_template_args": template.chat_template_args} if template.chat_template_args else {}
 
 
 def weights_sha256(folder: Path) -> dict[str, str]:

@@ -180,8 +180,8 @@ class Base:
         if self.trained is not None:
             return data_config(self.trained.metadata).template
         with contextlib.suppress(AdapterError, AttributeError, TypeError):
-            entries = files.read_json(self.folder / FUSE_RECIPE_FILE)["adapters"]
-            arguments = [entry.get("chat_template_args") for entry in entries]
+            recipe = files.read_json(self.folder / FUSE_RECIPE_FILE)
+            arguments = [entry.get("chat_template_args") for entry in recipe["adapters"] or [recipe["base"]]]
             if arguments and isinstance(arguments[0], dict) and all(one == arguments[0] for one in arguments):
                 return TemplateConfig(chat_template_args=arguments[0])
         return TemplateConfig()

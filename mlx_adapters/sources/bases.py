@@ -4,6 +4,7 @@ A full fine-tune among the named adapters is a base too: the one it was made of,
 """
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import replace
@@ -11,7 +12,15 @@ from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
-from mlx_adapters.errors import ConfigError, FormatError, HubError, IncompatibleError, NotFoundError, did_you_mean
+from mlx_adapters.errors import (
+    AdapterError,
+    ConfigError,
+    FormatError,
+    HubError,
+    IncompatibleError,
+    NotFoundError,
+    did_you_mean,
+)
 from mlx_adapters.models.adapter import Adapter, first_not_finite, weights_file
 from mlx_adapters.models.base import Base, BaseLike, Trained
 from mlx_adapters.models.metadata import base_of, read_metadata
@@ -95,12 +104,43 @@ def full_fine_tune(text: str) -> Base | None:
 def tuned(base: Base, folder: Path, iteration: int | None = None, name: str | None = None) -> Base:
     """`base` with the weights of the full fine-tune in `folder`, ours or mlx-lm's. Raises FormatError."""
     path = weights_file(folder, iteration)
-    weights = tensor_files.read_safetensors(path)
-    if bad := first_not_finite(weights):
-        raise FormatError(f"The full fine-tune '{folder.name}' holds NaN or Inf in '{bad}'.", "take an earlier one.")
-    digest, record = (base.tuned or "") + files.sha256(path), Trained(read_metadata(folder), folder)
+    if (digest := _known_digest(path)) is None:
+        version, weights, digest = _version(path), full_weights(folder, iteration), files.sha256(path)
+        with contextlib.suppress(AdapterError):  # a full disk: it is read again next time
+            files.write_json(_kept_digest(path), {"version": version, "sha256": digest})
+    else:
+        weights = tensor_files.read_safetensors(path)
+    tuned, record = (base.tuned or "") + digest, Trained(read_metadata(folder), folder)
     parameters = base.parameters | weights
-    return replace(base, name=name or base.name, parameters=parameters, tuned=digest, trained=record)
+    return replace(base, name=name or base.name, parameters=parameters, tuned=tuned, trained=record)
+
+
+def full_weights(folder: Path, iteration: int | None = None) -> dict[str, Any]:
+    """The tensors of the full fine-tune in `folder`, all read. Raises FormatError for NaN or Inf."""
+    weights = tensor_files.read_safetensors(weights_file(folder, iteration))
+    if bad := first_not_finite(weights):
+        why = f"The full fine-tune '{folder.name}' holds NaN or Inf in '{bad}'."
+        raise FormatError(why, "its training diverged; take an earlier checkpoint.")
+    return weights
+
+
+def _known_digest(path: Path) -> str | None:
+    """The SHA-256 of weights that were read before, and had no NaN; None where they may have changed since."""
+    with contextlib.suppress(AdapterError):
+        known = files.read_json(_kept_digest(path))
+        if known.get("version") == _version(path) and isinstance(known.get("sha256"), str):
+            return known["sha256"]
+    return None
+
+
+def _version(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_ino, stat.st_size, stat.st_mtime_ns]
+
+
+def _kept_digest(path: Path) -> Path:
+    name = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]
+    return paths.home() / "checks" / f"full-{name}.json"
 
 
 def recorded_base(adapters: Iterable[Adapter], everything: bool = False) -> Base:

@@ -20,6 +20,8 @@ from typing import Any
 from mlx_adapters.errors import FormatError, NotFoundError
 from mlx_adapters.storage.files import atomic_file
 from mlx_adapters.storage.paths import refuse_pointer, require_free_space, undrafted, unreadable, why_gone
+from mlx_adapters.storage.replacing import stat_of
+from mlx_adapters.storage.tensor_names import ADAPTER_FILE, CHECKPOINT_FILE, checkpoint_file
 
 BLOCK = 16 << 20  # bytes copied at once
 HASHED_LATER = 32  # tensors that may wait, written, for their hash
@@ -307,3 +309,28 @@ def copy_tensors(path: Path, tensors: Mapping[str, StoredTensor], metadata: Mapp
         for name in names:
             for block in tensors[name].blocks():
                 stream.write(block)
+
+
+def chosen_iteration(folder: Path, recorded: int | None) -> int | None:
+    """The checkpoint that `adapters.safetensors` is: a hard link to it or, on a disk without links, its copy.
+
+    A copy is known by its size and time. Where several could be meant, or none, it is the one `recorded`.
+    """
+    weights = stat_of(folder / ADAPTER_FILE)
+    if weights is None:
+        return recorded
+    links, copies = set(), set()
+    for iteration in iterations_of(folder):
+        stat = stat_of(folder / checkpoint_file(iteration))
+        if stat and os.path.samestat(stat, weights):
+            links.add(iteration)
+        elif stat and (stat.st_size, stat.st_mtime_ns) == (weights.st_size, weights.st_mtime_ns):
+            copies.add(iteration)
+    likely = links or copies
+    return recorded if recorded in likely or len(likely) != 1 else likely.pop()
+
+
+def iterations_of(folder: Path) -> tuple[int, ...]:
+    """The iterations that the folder has checkpoints of, ascending."""
+    matches = (CHECKPOINT_FILE.fullmatch(path.name) for path in Path(folder).iterdir())
+    return tuple(sorted(int(match.group(1)) for match in matches if match))

@@ -11,13 +11,11 @@ MLX dialect (mlx-lm 0.32): an adapter's tensors are `{module path}.{leaf}`.
 A quantized layer's weight is three tensors: packed codes, scales and, for the mode `affine`, biases.
 """
 
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 from mlx_adapters.errors import FormatError
-from mlx_adapters.storage.replacing import Output, stat_of
+from mlx_adapters.storage.replacing import Output
 
 LORA_A, LORA_B, MAGNITUDE = "lora_a", "lora_b", "m"
 ADAPTER_LEAVES = (LORA_A, LORA_B, MAGNITUDE)
@@ -153,28 +151,3 @@ def gguf_spellings(name: str) -> list[str]:
         name = name.replace(old, new)
     bare = name.removeprefix("model.")
     return [name, bare, f"transformer.{bare}", f"gpt_neox.{bare}", f"gpt_neox.{bare.replace('h.', 'layers.', 1)}"]
-
-
-def chosen_iteration(folder: Path, recorded: int | None) -> int | None:
-    """The checkpoint that `adapters.safetensors` is: a hard link to it or, on a disk without links, its copy.
-
-    A copy is known by its size and time. Where several could be meant, or none, it is the one `recorded`.
-    """
-    weights = stat_of(folder / ADAPTER_FILE)
-    if weights is None:
-        return recorded
-    links, copies = set(), set()
-    for iteration in iterations_of(folder):
-        stat = stat_of(folder / checkpoint_file(iteration))
-        if stat and os.path.samestat(stat, weights):
-            links.add(iteration)
-        elif stat and (stat.st_size, stat.st_mtime_ns) == (weights.st_size, weights.st_mtime_ns):
-            copies.add(iteration)
-    likely = links or copies
-    return recorded if recorded in likely or len(likely) != 1 else likely.pop()
-
-
-def iterations_of(folder: Path) -> tuple[int, ...]:
-    """The iterations that the folder has checkpoints of, ascending."""
-    matches = (CHECKPOINT_FILE.fullmatch(path.name) for path in Path(folder).iterdir())
-    return tuple(sorted(int(match.group(1)) for match in matches if match))

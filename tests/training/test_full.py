@@ -1,5 +1,7 @@
 """Full fine-tuning: a model's own weights are trained, and what comes of it is a model like any other."""
 
+import os
+
 import mlx.core as mx
 import mlx_lm
 import pytest
@@ -7,6 +9,7 @@ from mlx.utils import tree_flatten
 
 from mlx_adapters import (
     AdapterError,
+    FormatError,
     LoraConfig,
     Quantization,
     TrainConfig,
@@ -27,6 +30,7 @@ from mlx_adapters.evaluation.variants import parse_variants
 from mlx_adapters.fusion.result import html
 from mlx_adapters.models.adapter import template_of
 from mlx_adapters.sources.bases import resolve_base
+from mlx_adapters.storage import files
 
 FULL = LoraConfig(type="full", num_layers=1)
 SHORT = TrainConfig(iterations=3, batch_size=2, learning_rate=1e-3, eval_every=1, save_every=1, report_every=1)
@@ -115,14 +119,38 @@ def up_of(model):
 
 
 def test_it_is_asked_in_the_template_that_it_was_trained_with(base, home, tmp_path):
-    template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
-    train(base, ROWS, name="whole", lora=FULL, training=TrainConfig(iterations=1, batch_size=2, chat_template=template))
+    template = "{% for m in messages %}<{{ m.content }}{{ mark }}>{% endfor %}"
+    once = {"iterations": 1, "batch_size": 2}
+    seen = {"chat_template": template, "chat_template_args": {"mark": "!"}}
+    train(base, ROWS, name="whole", lora=FULL, training=TrainConfig(**once, **seen))
     out = fuse(None, "whole", tmp_path / "out").folder
     assert (out / "chat_template.jinja").read_text() == template
     for model in map(load_model, ("whole", out)):
-        assert model.tokenizer.decode(model.encode("hi")) == "<hi>"
-    run = train("whole", ROWS, name="on-it", training=TrainConfig(iterations=1, batch_size=2))
+        assert model.tokenizer.decode(model.encode("hi")) == "<hi!>"
+    run = train("whole", ROWS, name="on-it", training=TrainConfig(**once))
     assert template_of(load_adapter(run)).chat_template == template
+
+
+def test_its_weights_are_looked_at_once_until_they_change(base, home, monkeypatch):
+    run = train(base, ROWS, name="whole", lora=FULL, training=TrainConfig(iterations=1, batch_size=2))
+    read, real = [], files.sha256
+    monkeypatch.setattr(files, "sha256", lambda path: read.append(path) or real(path))
+    first, again = resolve_base("whole"), resolve_base("whole")
+    assert first.fingerprint == again.fingerprint and len(read) == 1
+    path = run.folder / "adapters.safetensors"
+    weights = mx.load(str(path))
+    name = next(iter(weights))
+    for other in (weights[name] + 1, weights[name] + mx.nan):
+        stat = path.stat()
+        mx.save_safetensors(str(path.with_name("new.safetensors")), weights | {name: other})
+        path.with_name("new.safetensors").replace(path)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        if mx.isnan(other).any():
+            for _ in range(2):
+                with pytest.raises(FormatError, match="NaN or Inf"):
+                    resolve_base("whole")
+        else:
+            assert resolve_base("whole").fingerprint != first.fingerprint and len(read) == 2
 
 
 def test_its_own_rows_calibrate_and_judge_it_and_it_is_called_a_model(base, home, tmp_path):
