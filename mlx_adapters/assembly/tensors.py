@@ -29,6 +29,7 @@ from mlx_adapters.assembly.weights import BaseWeights, Updates, chunks
 from mlx_adapters.assembly.writing import Unit, Written, dtype_name
 from mlx_adapters.config.mapping import require
 from mlx_adapters.config.quantization import Precision, Quantization, default_group_size
+from mlx_adapters.errors import FormatError
 from mlx_adapters.events import OnEvent
 from mlx_adapters.models.base import Base, quantization_in
 from mlx_adapters.models.layers import check_fits, check_made_for
@@ -131,6 +132,8 @@ class Assembly:
             value = held.pop()
             made = [value.astype(dtype)]
             mx.eval(made)
+            if floating and mx.isnan(made[0]).any().item():
+                raise FormatError(f"The base's '{name}' holds NaN.", "is the base whole?")
             if dtype != value.dtype:  # what was Inf already is the base's own
                 require_finite(name, mx.where(mx.isfinite(value), made[0], 0))
             if owner is not None and leaf in owner:
