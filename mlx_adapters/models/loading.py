@@ -6,6 +6,7 @@ arithmetic is ten times slower there); on a GPU it stays as stored.
 
 import contextlib
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +50,9 @@ from mlx_adapters.templates.habits import check_arguments
 
 NOT_ITS_OWN = "are its weights and its config.json of one model? Copy or download both again."
 WHOLE_MODEL = "copy or download the whole model."
+ROUTED = re.compile(
+    r"\w*experts_per_tok\w*|moe_(top_?)?k|top_k(_experts)?"
+)  # settings for how many experts a token has
 
 
 def load_model(
@@ -81,6 +85,7 @@ def load_model(
         groups = lay_groups_together(module, adaptable_layers(module)) if together else {}
         mx.eval(module.parameters())
     wrong = set(replace_miscomputed(module, compute_dtype(module), gradients) if on_gpu() else ())
+    require_experts(module, base)
     require_numbers(module, base)
     model = Model(module, load_tokenizer_of(base, template), base, config, template=template or TemplateConfig())
     model.together = {paths: arrays for paths, arrays in groups.items() if wrong.isdisjoint(paths)}
@@ -97,6 +102,16 @@ def lay_experts_out(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, SWITCH) and not is_quantized(layer):
             layer.weight = mx.contiguous(layer.weight)
+
+
+def require_experts(module: nn.Module, base: Base) -> None:
+    """Raise ModelError if tokens go to less than one of the experts: mlx-lm's routers would take 0 for all of them."""
+    inner = base.config.get("text_config")
+    settings = {**base.config, **(inner if isinstance(inner, dict) else {})}
+    none = [n for n, value in settings.items() if ROUTED.fullmatch(n) and isinstance(value, int) and value < 1]
+    if none and any(isinstance(layer, SWITCH) for layer in module.modules()):
+        why = f"'{base.name}' sends a token to {settings[none[0]]} experts: '{none[0]}' in its config.json."
+        raise ModelError(why, "what does the model's own config.json say? It is at least 1.")
 
 
 def require_numbers(module: nn.Module, base: Base) -> None:

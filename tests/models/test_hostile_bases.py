@@ -117,6 +117,13 @@ def test_a_model_that_computes_no_numbers_is_refused_when_it_is_loaded(broken, s
     assert "rope_theta" in refused.value.hint
 
 
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
+def test_experts_that_no_token_goes_to_are_refused(architecture, broken):
+    with pytest.raises(ModelError, match="sends a token to 0 experts: 'num_experts_per_tok'"):
+        load_model(resolve_base(broken("config.json", architecture, num_experts_per_tok=0)))
+    load_model(resolve_base(broken("config.json", num_experts_per_tok=0)))  # of no experts
+
+
 def test_a_weight_that_is_no_number_is_named(broken):
     folder = broken("config.json")
     weights = mx.load(str(folder / "model.safetensors"))
