@@ -29,6 +29,11 @@ def gram(rows: mx.array) -> mx.array:
     return mx.array(array.T @ array)
 
 
+def _begin(*arrays: mx.array) -> None:
+    """Compute arrays; a GPU does while Python goes on."""
+    (mx.async_eval if on_gpu() else mx.eval)(*arrays)
+
+
 @dataclass
 class Moments:
     """Sums over calibration tokens for one layer. Shapes (in, in); of some experts (experts, in, in)."""
@@ -44,14 +49,14 @@ class Moments:
         self.plain = plain if self.plain is None else self.plain + plain
         self.fisher = fisher if self.fisher is None else self.fisher + fisher
         self.tokens = self.tokens + tokens
-        mx.eval(self.plain, self.fisher)
+        _begin(self.plain, self.fisher)
 
     def add_outputs(self, g: mx.array) -> None:
         """Add gradients (tokens, out) at the output."""
         product = gram(g)
         self.outputs = product if self.outputs is None else self.outputs + product
         self.output_tokens += g.shape[0]
-        mx.eval(self.outputs)
+        _begin(self.outputs)
 
 
 def mix(plain: mx.array, fisher: mx.array, share: float = FISHER_SHARE) -> mx.array:
