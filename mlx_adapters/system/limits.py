@@ -9,7 +9,7 @@ import functools
 import resource
 from collections.abc import Iterator
 
-from mlx_adapters.system.machine import on_gpu
+from mlx_adapters.system.machine import memory_bytes, on_gpu
 from mlx_adapters.units import count
 
 CACHED = (
@@ -67,7 +67,7 @@ def trim_cache() -> None:
     """Give back what MLX holds for its next arrays, if it is much (on a CPU it holds nothing)."""
     import mlx.core as mx
 
-    if mx.get_cache_memory() > CACHED:
+    if mx.get_cache_memory() > min(CACHED, memory_bytes() // 4):
         mx.clear_cache()
 
 
