@@ -12,9 +12,7 @@ from collections.abc import Iterator
 from mlx_adapters.system.machine import memory_bytes, on_gpu
 from mlx_adapters.units import count
 
-CACHED = (
-    8 << 30
-)  # bytes that are worth keeping at hand: to give them back and take them anew takes a GPU 0.1 s a gigabyte
+CACHED = 8 << 30  # bytes, and at most a quarter of the memory: a gigabyte taken anew costs a GPU 0.1 s
 MOST_FILES = 10_240  # macOS refuses more, also where the hard limit is "unlimited"
 
 
