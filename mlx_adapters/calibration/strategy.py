@@ -155,6 +155,7 @@ class Strategy:
     def _round_layers(self, spool: Spool, rows: list[TokenRow]) -> list[str] | None:
         """Fill `spool`: `round_layers`, or None where the model has no gradient to calibrate by."""
         assembly, options = self.assembly, self.options
+        dtype = assembly.scale_dtype  # which opens the files
         assembly.close()
 
         def run(batches: list[TokenBatch]) -> list[str] | None:
@@ -164,7 +165,7 @@ class Strategy:
                     assembly.updates,
                     assembly.plans,
                     batches,
-                    assembly.scale_dtype,
+                    dtype,
                     spool,
                     self._foretelling(rows),
                     self._finer(),

@@ -33,7 +33,6 @@ from mlx_adapters.models.model import Model
 from mlx_adapters.models.quantized_check import replace_miscomputed
 from mlx_adapters.storage.paths import refuse_pointer
 from mlx_adapters.storage.tensor_names import WEIGHT, split
-from mlx_adapters.surgery import cuda  # noqa: F401  (it mends what models call)
 from mlx_adapters.surgery.caches import compute_as_generated, trace
 from mlx_adapters.surgery.groups import lay_groups_together
 from mlx_adapters.system.door import (

@@ -55,18 +55,24 @@ class LayerCheck:
     right: bool
 
 
-def replace_miscomputed(module: nn.Module, dtype: mx.Dtype, gradients: bool = False) -> list[str]:
-    """Make dense what this device computes wrong in activations of `dtype`, in place; the paths. Warns once for all.
+def replace_miscomputed(module: nn.Module, dtype: mx.Dtype, gradients: bool = False, say: bool = True) -> list[str]:
+    """Make dense what this device computes wrong in activations of `dtype`, in place; the paths. `say`: warn once for
+    all.
 
     gradients: what goes back through a layer counts as well, which other kernels compute. Raises ModelError if the
     dense layers would not fit the memory.
     """
+    wrong = miscomputed(module, dtype, gradients)
+    if wrong:
+        _make_dense(module, wrong, dtype, say)
+    return list(wrong)
+
+
+def miscomputed(module: nn.Module, dtype: mx.Dtype, gradients: bool = False) -> dict[str, nn.Module]:
+    """The quantized layers, by path, that this device computes wrong in activations of `dtype`."""
     layers = {path: layer for path, layer in weight_layers(module).items() if is_quantized(layer)}
     rights = are_right(list(layers.values()), dtype, gradients)
-    wrong = {path: layer for (path, layer), right in zip(layers.items(), rights, strict=True) if not right}
-    if wrong:
-        _make_dense(module, wrong, dtype)
-    return list(wrong)
+    return {path: layer for (path, layer), right in zip(layers.items(), rights, strict=True) if not right}
 
 
 def are_right(layers: Sequence[nn.Module], dtype: mx.Dtype, gradients: bool = False) -> list[bool]:
@@ -92,7 +98,7 @@ def remembered(kind: str, measure: Callable[[], float]) -> float:
     return error
 
 
-def _make_dense(module: nn.Module, wrong: dict[str, nn.Module], dtype: mx.Dtype) -> None:
+def _make_dense(module: nn.Module, wrong: dict[str, nn.Module], dtype: mx.Dtype, say: bool) -> None:
     needed = sum(dtype.size * math.prod(weight_shape(layer)) for layer in wrong.values())
     first = next(iter(wrong))
     what = f"MLX {version('mlx')} computes {count(len(wrong), 'quantized layer')} wrong on this device ('{first}'"
@@ -103,8 +109,9 @@ def _make_dense(module: nn.Module, wrong: dict[str, nn.Module], dtype: mx.Dtype)
         dense = dense_layer(layer, dense_weight(layer, dtype))
         mx.eval(dense.parameters())
         module.update_modules(tree_unflatten([(path, dense)]))
-    text = f"{what}. They are computed unquantized here ({size(needed)}); plain mlx-lm would answer wrong."
-    warnings.warn(text, MiscomputedWarning, stacklevel=4)
+    if say:
+        text = f"{what}. They are computed unquantized here ({size(needed)}); plain mlx-lm would answer wrong."
+        warnings.warn(text, MiscomputedWarning, stacklevel=4)
 
 
 def kind_of(layer: nn.Module, dtype: mx.Dtype) -> str:

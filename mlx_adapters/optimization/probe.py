@@ -15,10 +15,11 @@ from mlx_adapters.config.training import TrainConfig
 from mlx_adapters.data.batches import Batch, make_batch
 from mlx_adapters.data.tokenizing import Row
 from mlx_adapters.models.base import Base
-from mlx_adapters.models.dense import is_quantized, weight_shape
+from mlx_adapters.models.dense import compute_dtype, is_quantized, weight_shape
 from mlx_adapters.models.layers import add_adapter_layers, expected_shapes, named_layers
-from mlx_adapters.models.loading import load_module, set_precision
+from mlx_adapters.models.loading import lay_experts_out, load_module, set_precision
 from mlx_adapters.models.metadata import AdapterConfig
+from mlx_adapters.models.quantized_check import miscomputed, replace_miscomputed
 from mlx_adapters.optimization import log_probabilities
 from mlx_adapters.optimization.feed import Draw
 from mlx_adapters.optimization.log_probabilities import EQUAL, Arrays, LossPlan, chunk_rows, device_batch
@@ -109,6 +110,9 @@ class Prober:
         if rounding is not None:  # of the adapted layers only: the others are rounded before the first step
             rounding = replace(rounding, targets={key: rounding.targets[there[key]] for key in keys})
         set_precision(module, self.training.dtype)
+        if on_gpu():  # as it is loaded for training
+            lay_experts_out(module)
+            replace_miscomputed(module, compute_dtype(module), gradients=True, say=False)
         module.freeze()
         config = AdapterConfig(self.adapter.rank, self.adapter.scale, keys, self.adapter.type, self.adapter.dropout)
         add_adapter_layers(module, config)
@@ -169,8 +173,12 @@ def first_block(adapter: AdapterConfig, blocks: int) -> int:
 def weight_bytes(module: nn.Module, dtype: str) -> int:
     """Bytes of the frozen weights once they are loaded for training in `dtype`."""
     item = {"auto": None if on_gpu() else 4, "float32": 4, "bfloat16": 2, "float16": 2}[dtype]
-    dense = {} if on_gpu() else {path: layer for path, layer in named_layers(module) if is_quantized(layer)}
-    total = sum((item or 4) * math.prod(weight_shape(layer)) for layer in dense.values())
+    if on_gpu():
+        set_precision(module, dtype)  # lazily
+        dense = miscomputed(module, compute_dtype(module), gradients=True)
+    else:
+        dense = {path: layer for path, layer in named_layers(module) if is_quantized(layer)}
+    total = sum((item or compute_dtype(module).size) * math.prod(weight_shape(layer)) for layer in dense.values())
     for name, array in tree_flatten(module.parameters()):
         path, _, leaf = name.rpartition(".")
         if path in dense and leaf in ("weight", "scales", "biases"):

@@ -1,8 +1,4 @@
-"""What MLX's CUDA build computes wrong, or slowly where text is generated, computed otherwise.
-
-MLX 0.32.4 starts too many blocks there for a sum along an axis whose numbers do not lie side by side, and they read and
-write past the array's end: a state space's decays (`segsum` of mlx-lm's `ssm`) spoilt other arrays now and then. So
-`mx.cumsum` is replaced: it sums a copy in which they do, and so does its gradient.
+"""What MLX's CUDA build is slow at where text is generated, computed otherwise.
 
 A product with a packed matrix reads it anew for each row of a batch (a 4B model's in 4 bits on an H200: 16 rows of one
 token took 118 to 328 us, 16 tokens in one row 20 to 36), and from some hundred tokens on the matrix is better unpacked
@@ -85,27 +81,3 @@ def by_products(
         scores = mx.where(mask, scores, mx.finfo(scores.dtype).min) if mask.dtype == mx.bool_ else scores + mask
     weights = mx.softmax(scores, axis=-1, precise=True)  # (rows, shared, heads / shared, tokens, length)
     return (weights @ values[:, :, None]).reshape(rows, heads, tokens, -1)
-
-
-plain = mx.cumsum
-
-
-def cumsum(
-    a: mx.array, axis: int | None = None, *, reverse: bool = False, inclusive: bool = True, **more: Any
-) -> mx.array:
-    """`mx.cumsum`."""
-    if axis is None or a.ndim < 2 or not on_cuda():
-        return plain(a, axis, reverse=reverse, inclusive=inclusive, **more)
-
-    @mx.custom_function
-    def along_last(a: mx.array) -> mx.array:
-        return plain(mx.contiguous(a), -1, reverse=reverse, inclusive=inclusive, **more)
-
-    @along_last.vjp
-    def backward(a: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
-        return plain(mx.contiguous(cotangent), -1, reverse=not reverse, inclusive=inclusive, **more)
-
-    return along_last(a.swapaxes(axis, -1)).swapaxes(axis, -1)
-
-
-mx.cumsum = cumsum

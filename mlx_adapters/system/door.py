@@ -23,6 +23,7 @@ from typing import Any
 from jinja2 import Template
 
 from mlx_adapters.errors import ModelError
+from mlx_adapters.system.gpu_kernels import cumsum
 from mlx_adapters.system.limits import raise_open_files
 from mlx_adapters.system.templates import Bounded
 
@@ -109,6 +110,7 @@ def _check() -> None:
 
 _check()
 raise_open_files()
+mx.cumsum = cumsum
 chat_template_utils.ImmutableSandboxedEnvironment = Bounded  # the sandbox of chat templates, with limits
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers.fusing import visible_adapter
 from helpers.training_tools import write_data
+from mlx.utils import tree_flatten
 from mlx_lm.models.mla import MultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
@@ -18,8 +19,10 @@ from mlx_adapters.generation.live import load_model as load_live_model
 from mlx_adapters.models import quantized_check
 from mlx_adapters.models.dense import dense_layer, dense_weight, is_quantized
 from mlx_adapters.models.layers import weight_layers
-from mlx_adapters.models.loading import load_model
+from mlx_adapters.models.loading import load_model, load_module
+from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.models.quantized_check import LayerCheck, MiscomputedWarning, check_layer, kind_of
+from mlx_adapters.optimization import probe
 from mlx_adapters.sources.bases import resolve_base
 from mlx_adapters.system.machine import on_gpu
 
@@ -232,9 +235,18 @@ def test_training_computes_layers_of_wrong_gradients_unquantized(tiny_model, tmp
     wrong = LayerCheck("wrong", 1.0, False)
     right = LayerCheck("right", 0.0, True)
     monkeypatch.setattr(quantized_check, "check_layer", lambda *a: wrong if a[2] else right)
-    data = write_data(tmp_path / "data", rows=4, valid=2)
+    data, base = write_data(tmp_path / "data", rows=4, valid=2), tiny_model("llama", bits=4)
     with warnings.catch_warnings():
         warnings.simplefilter("error", MiscomputedWarning)
-        load_model(resolve_base(tiny_model("llama", bits=4)))
+        load_model(resolve_base(base))
     with pytest.warns(MiscomputedWarning):
-        train(tiny_model("llama", bits=4), data, name="x", training=TrainConfig(iterations=1, batch_size=2))
+        train(base, data, name="x", training=TrainConfig(iterations=1, batch_size=2))
+
+    monkeypatch.setattr(probe, "on_gpu", lambda: True)
+    config = AdapterConfig(4, 1.0, ("model.layers.0.self_attn.q_proj",))
+    with warnings.catch_warnings():  # the memory of a step is measured on the same layers, which were told of
+        warnings.simplefilter("error", MiscomputedWarning)
+        tried = probe.Prober(resolve_base(base), config, TrainConfig(dtype="float32"), 320)._train_step(2).module
+        counted = probe.weight_bytes(load_module(resolve_base(base))[0], "float32")
+    assert not any(is_quantized(layer) for layer in weight_layers(tried).values())
+    assert counted == sum(array.nbytes for name, array in tree_flatten(tried.parameters()) if "lora" not in name)
