@@ -122,6 +122,9 @@ def _other_parts(peft: PeftAdapter, places: Places) -> dict[str, list[str]]:
             sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(root, steps, strict=False))) for root in roots
         )
         if any(steps[: len(root)] == root for root in roots):
+            path, leaf = tensor_names.split(name)
+            if leaf != WEIGHT and places.tensor(tensor_names.join(path, WEIGHT)):
+                raise IncompatibleError(f"The base's '{path}' has no {leaf}, which the PEFT adapter has.", OWN_BASE)
             places.find(".".join(steps), ".".join(steps))  # says what is wrong with it
             return {}
         parts.setdefault(".".join(steps[: shared + 1]), []).append(name)

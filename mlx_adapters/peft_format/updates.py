@@ -25,6 +25,8 @@ from mlx_adapters.storage import hf_names
 from mlx_adapters.storage.hf_names import FUSED_DOWN, FUSED_GATE_UP, PEFT_TURNED, is_head
 from mlx_adapters.storage.tensor_files import as_numpy
 
+KNOWN = (FUSED_GATE_UP, FUSED_DOWN)
+
 
 @dataclass(frozen=True)
 class LayerFactors:
@@ -193,6 +195,12 @@ def fused_updates(
         names = peft.settings.names_parameter
         gate_up = inner if both else names(f"{block}.experts.{FUSED_GATE_UP}")
         clear = both or (not inner and gate_up != names(f"{block}.experts.{FUSED_DOWN}"))
+        others = {name.rpartition(".")[2] for name in peft.settings.target_parameters if ".experts." in f".{name}"}
+        if other := sorted(name for name in others if names(f"{block}.experts.{name}") and name not in KNOWN):
+            why = (
+                f"The PEFT adapter updates '{block}.experts.{other[0]}'; experts of that form are not taken from PEFT."
+            )
+            raise FormatError(why, MERGE_THERE)
         if not clear or module.m is not None or module.embedding:
             raise FormatError(f"The PEFT adapter does not say which parameter of the experts '{path}' is.", MEND)
         parameter = FUSED_GATE_UP if gate_up else FUSED_DOWN

@@ -8,7 +8,8 @@ from helpers.peft import FIXTURES, picked_adapter
 
 from mlx_adapters.adapters.peft_export import export_peft
 from mlx_adapters.adapters.peft_import import import_peft
-from mlx_adapters.errors import FormatError
+from mlx_adapters.errors import FormatError, IncompatibleError
+from mlx_adapters.fusion.peft import fuse_peft
 from mlx_adapters.storage import files
 
 
@@ -47,3 +48,30 @@ def test_a_convolution_named_as_a_parameter_is_refused_for_what_it_is(tmp_path: 
     files.write_json(config, files.read_json(config) | named)
     with pytest.raises(FormatError, match=r"'model.layers.0.conv.conv'.*is no linear layer"):
         import_peft(folder, base=base, name="it")
+
+
+@pytest.mark.parametrize("named", [["experts.up_proj"], ["experts.up_proj", "experts.down_proj"]], ids=len)
+def test_experts_of_another_form_are_refused_by_the_name_that_the_config_has(named: list[str], tmp_path: Path):
+    """Experts without a gate, as Nemotron-H's: the config does say which parameter it is."""
+    folder, base = tmp_path / "peft", FIXTURES / "qwen3_moe" / "base"
+    export_peft(picked_adapter(base, lambda key: key.endswith("q_proj")), folder, base_model="a/b")
+    place, config = "base_model.model.model.layers.0.mlp.experts", folder / "adapter_config.json"
+    places = [place, f"{place}.base_layer"][: len(named)]
+    tensors = {
+        f"{place}.lora_{x}.weight": mx.ones((32, 64) if x == "A" else (64, 32)) for place in places for x in "AB"
+    }
+    mx.save_safetensors(str(folder / "adapter_model.safetensors"), tensors)
+    files.write_json(config, files.read_json(config) | {"target_modules": [], "target_parameters": named})
+    with pytest.raises(FormatError, match=r"updates 'model\.layers\.0\.mlp\.experts\.up_proj'; experts of that form"):
+        import_peft(folder, base=base, name="it")
+
+
+def test_a_bias_that_the_base_has_not_is_told_as_such(tmp_path: Path):
+    folder, base = tmp_path / "peft", FIXTURES / "lfm2_moe" / "base"
+    export_peft(picked_adapter(base, lambda key: key.endswith("q_proj")), folder, base_model="a/b")
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    bias = {"base_model.model.model.layers.0.conv.conv.bias": mx.ones((32,))}
+    mx.save_safetensors(str(weights), mx.load(str(weights)) | bias)
+    files.write_json(config, files.read_json(config) | {"bias": "all"})
+    with pytest.raises(IncompatibleError, match=r"The base's 'model\.layers\.0\.conv\.conv' has no bias"):
+        fuse_peft(folder, tmp_path / "out", base=base)
