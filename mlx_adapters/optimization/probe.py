@@ -22,12 +22,12 @@ from mlx_adapters.models.metadata import AdapterConfig
 from mlx_adapters.models.quantized_check import miscomputed, replace_miscomputed
 from mlx_adapters.optimization import log_probabilities
 from mlx_adapters.optimization.feed import Draw
-from mlx_adapters.optimization.log_probabilities import EQUAL, Arrays, LossPlan, chunk_rows, device_batch
+from mlx_adapters.optimization.log_probabilities import EQUAL, Arrays, device_batch, plan_loss
 from mlx_adapters.optimization.optimizers import Optimizer
 from mlx_adapters.optimization.step import Again, MemoryPlan, OutOfMemoryError, TrainStep
 from mlx_adapters.optimization.through_rounding import Rounding
 from mlx_adapters.storage.tensor_names import block_index
-from mlx_adapters.surgery.blocks import find_body, keep_blocks
+from mlx_adapters.surgery.blocks import keep_blocks
 from mlx_adapters.surgery.caches import same_function
 from mlx_adapters.surgery.calls import call_as
 from mlx_adapters.surgery.segments import begun_anew, segmented_caches
@@ -41,11 +41,12 @@ PROBED_TOKENS, MOST_TOKENS = 16, 64  # of what a model says; of a row that it is
 
 @dataclass(frozen=True)
 class Prober:
-    """A run whose steps are measured. `vocabulary` is the number of logits."""
+    """A run whose steps are measured. `probe`: a few of its tokens; `vocabulary`: the number of logits."""
 
     base: Base
     adapter: AdapterConfig
     training: TrainConfig
+    probe: Batch
     vocabulary: int
     rounding: Rounding | None = None
     memory: MemoryPlan = field(default_factory=MemoryPlan)
@@ -118,8 +119,7 @@ class Prober:
         add_adapter_layers(module, config)
         mx.eval(module.parameters())
         layers = dict(module.named_modules())
-        body = None if self.training.chunked_loss == "off" else find_body(module)
-        plan = LossPlan(body, chunk_rows(self.vocabulary))
+        plan = plan_loss(module, self.training, self.vocabulary, self.probe)
         return TrainStep(
             module,
             {key: layers[key] for key in keys},

@@ -31,7 +31,7 @@ from mlx_adapters.models.loading import load_module, load_tokenizer_of
 from mlx_adapters.optimization.distributed import World
 from mlx_adapters.optimization.feed import bins_of, largest_draw, make_feed
 from mlx_adapters.optimization.log_probabilities import logits_bytes
-from mlx_adapters.optimization.probe import AHEAD, Prober, adapter_bytes, first_block, weight_bytes
+from mlx_adapters.optimization.probe import AHEAD, Prober, adapter_bytes, first_block, probe_of, weight_bytes
 from mlx_adapters.optimization.step import Again, MemoryPlan
 from mlx_adapters.optimization.through_rounding import plan_rounding
 from mlx_adapters.sources.bases import resolve_base
@@ -270,7 +270,7 @@ def forecast(
 ) -> tuple[Parts, Batch]:
     """Predict the peak, part by part, and give the largest batch."""
     memory = memory or MemoryPlan(_asked(training)[0])
-    prober = _prober(base, lora, training, memory)
+    prober = _prober(base, rows, lora, training, memory)
     draw = largest_draw(rows, training, on_gpu(), memory.positions)
     largest = max(draw.batches, key=lambda batch: batch.tokens.size)
     module, _ = load_module(base)
@@ -288,18 +288,18 @@ def forecast(
     return replace(needed, ahead_bytes=ahead), largest
 
 
-def _prober(base: Base, lora: LoraConfig, training: TrainConfig, memory: MemoryPlan) -> Prober:
+def _prober(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig, memory: MemoryPlan) -> Prober:
     setup.require_together(lora, training)
     module, config = load_module(base)
     adapter, asked = setup.adapter_config(module, lora), training.fuse_aware
     setup.require_loadable(module, adapter)
     rounding = None if asked is None else plan_rounding(module, adapter.keys, asked)
-    return Prober(base, adapter, training, int(config.get("vocab_size", 1 << 16)), rounding, memory)
+    return Prober(base, adapter, training, probe_of(rows), int(config.get("vocab_size", 1 << 16)), rounding, memory)
 
 
 def _seconds(base: Base, rows: Sequence[Row], lora: LoraConfig, training: TrainConfig, memory: MemoryPlan) -> float:
     blocks = len(load_module(base)[0].layers)
-    prober = _prober(base, lora, training, memory)
+    prober = _prober(base, rows, lora, training, memory)
     feed = replace(make_feed(rows, training, gpu=on_gpu()), most=memory.positions)
     order = np.argsort(feed.lengths)
     middle = max(len(order) // 2 - training.batch_size // 2, 0)

@@ -16,6 +16,7 @@ from mlx_adapters.optimization.optimizers import Optimizer
 from mlx_adapters.optimization.probe import Prober
 from mlx_adapters.optimization.step import MemoryPlan
 from mlx_adapters.sources.bases import resolve_base
+from mlx_adapters.surgery import calls
 from mlx_adapters.system.door import mx
 from mlx_adapters.system.limits import as_little_memory_as_will_do
 from mlx_adapters.training import forecast, setup
@@ -101,6 +102,15 @@ def test_forecast_is_within_15_percent(case, tiny_model):
     parts, _ = forecast.forecast(resolve_base(folder), given, lora, training)
     needed = parts.peak_bytes - parts.ahead_bytes
     assert needed == pytest.approx(measured(folder, given, lora, training), rel=0.15)
+
+
+@pytest.mark.parametrize("splits", [True, False])
+def test_a_step_is_tried_with_the_loss_that_the_run_will_take(splits, tiny_model, monkeypatch):
+    """Where the logits cannot be made in chunks, all of them lie in memory at once."""
+    if not splits:
+        monkeypatch.setattr(calls, "head_logits", lambda module, body, hidden: hidden)
+    prober = forecast._prober(resolve_base(tiny_model("llama", **DEEP)), rows(20), LORA, TRAINING, MemoryPlan())
+    assert (prober._train_step(2).plan.body is not None) == splits
 
 
 @pytest.mark.parametrize("over", [0, 10**9])
