@@ -2,11 +2,15 @@
 
 The learning rate of an iteration is a pure function of the settings, so a resumed run needs no schedule
 state. Weights are flat dictionaries from tensor names to arrays.
+
+On a GPU small tensors lie side by side in one vector, for the optimizer and the sums over processes, since starting
+work on each takes longer than doing it: there were 504 factors at the shape of a 4B model.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from mlx import optimizers
@@ -78,119 +82,132 @@ def _make(kind: str, decay: float) -> optimizers.Optimizer:
     }[kind]()
 
 
-BY_NUMBER = ("adam", "adamw", "sgd")  # kinds that treat each number by itself
-SMALL, ALIGNED = 1 << 20, 64  # numbers: larger weights fill a GPU alone; kernels read whole vectors
-LINE = "line"
+ELEMENTWISE = ("adam", "adamw", "sgd")  # what they do to a number has nothing to do with its place
+ALIGNED = 64  # numbers, since kernels read several at once
+
+
+def small_size() -> int:
+    """Tensors of fewer numbers are small: starting work on one takes a GPU longer than doing it."""
+    return 1 << 20 if on_gpu() else 0
 
 
 @dataclass(frozen=True)
-class Group:
-    """Weights that one of mlx's optimizers is for. `line`: (name, shape) of those laid one after the other."""
+class Packing:
+    """Where tensors lie that are packed into vectors: `shapes` of all, by name; `vectors`: by its own name, the names
+    of those that lie in it."""
 
-    optimizer: optimizers.Optimizer
-    ratio: float
-    names: list[str]
-    line: list[tuple[str, tuple[int, ...]]]
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    vectors: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def laid(self, arrays: Mapping[str, mx.array]) -> Weights:
-        """The group's of `arrays`, those of the line as one array, (numbers,)."""
-        together = {name for name, _ in self.line}
-        made = {name: arrays[name] for name in self.names if name not in together}
-        return made | {LINE: self.in_line(arrays)} if together else made
+    def pack(self, tensors: Mapping[str, mx.array]) -> Weights:
+        """The vectors, and what lies in none."""
+        vectors = {
+            vector: self.join(vector, [tensors[name] for name in names]) for vector, names in self.vectors.items()
+        }
+        inside = {name for names in self.vectors.values() for name in names}
+        return vectors | {name: tensor for name, tensor in tensors.items() if name not in inside}
 
-    def in_line(self, arrays: Mapping[str, mx.array]) -> mx.array:
-        """Those of the line, one after the other."""
-        return mx.concatenate([arrays[name].reshape(-1) for name, _ in self.line])
+    def unpack(self, packed: Mapping[str, mx.array]) -> Weights:
+        """What `pack` was given, in its order."""
+        found = {name: part for vector in self.vectors for name, part in self.parts(vector, packed[vector]).items()}
+        return {name: found[name] if name in found else packed[name] for name in self.shapes}
 
-    def parted(self, laid: Mapping[str, mx.array]) -> Weights:
-        """What was laid together, by its names: views of it."""
-        made = {name: array for name, array in laid.items() if name != LINE}
-        start = 0
-        for name, shape in self.line:
-            stop = start + math.prod(shape)
-            made[name], start = laid[LINE][start:stop].reshape(shape), stop
-        return made
+    def join(self, vector: str, tensors: Sequence[mx.array]) -> mx.array:
+        """The tensors of a vector, one after the other, each from a multiple of ALIGNED on."""
+        pieces: list[mx.array] = []
+        for tensor in tensors:
+            pieces.append(tensor.reshape(-1))
+            if tensor.size % ALIGNED:
+                pieces.append(mx.zeros(-tensor.size % ALIGNED, tensor.dtype))
+        return mx.concatenate(pieces)
+
+    def parts(self, vector: str, joined: mx.array) -> Weights:
+        """The tensors of a vector, by name; no number is copied."""
+        shapes = [self.shapes[name] for name in self.vectors[vector]]
+        ends = list(accumulate(math.prod(shape) + -math.prod(shape) % ALIGNED for shape in shapes))
+        pieces = zip(mx.split(joined, ends[:-1]), shapes, strict=True)
+        cut = [piece[: math.prod(shape)].reshape(shape) for piece, shape in pieces]
+        return dict(zip(self.vectors[vector], cut, strict=True))
 
 
 class Optimizer:
     """One of mlx's optimizers for each group of weights: LoRA+ gives lora_b a rate of its own, and Muon,
-    which is for matrices, leaves vectors and stacks of experts to AdamW.
+    which is for matrices, leaves vectors and stacks of experts to AdamW. `packing`: how weights and gradients are given
+    to it."""
 
-    `together`: small weights are laid in a line, where the rule allows it, since a GPU takes as long for one of them as
-    for all; by default on a GPU. The numbers are the same but for the last bits of the norms.
-    """
-
-    def __init__(self, config: TrainConfig, weights: Mapping[str, mx.array], together: bool | None = None) -> None:
+    def __init__(self, config: TrainConfig, weights: Mapping[str, mx.array]) -> None:
         self.config = config
-        together = compiles() if together is None else together
-        groups: dict[tuple[str, float], list[str]] = {}
+        groups: dict[tuple[Any, float], list[str]] = {}
         for name, weight in weights.items():
             kind = "adamw" if config.optimizer == "muon" and weight.ndim != 2 else config.optimizer
             ratio = config.lora_plus_ratio if split(name)[1] == LORA_B else 1.0
             groups.setdefault((kind, ratio), []).append(name)
-        self._groups: list[Group] = []
-        for (rule, ratio), names in sorted(groups.items()):
-            small = [name for name in names if weights[name].size <= SMALL and weights[name].size % ALIGNED == 0]
-            line = small if together and rule in BY_NUMBER and len(small) > 1 else []
-            shaped = [(name, weights[name].shape) for name in line]
-            self._groups.append(Group(_make(rule, config.weight_decay), ratio, names, shaped))
-        for group in self._groups:
-            group.optimizer.init(group.laid(weights))
-        self._given: tuple[Weights, list[Weights]] = ({}, [])  # the newest weights, by name and laid
+        shapes, vectors = {name: tuple(weight.shape) for name, weight in weights.items()}, {}
+        for number, ((kind, _), names) in enumerate(sorted(groups.items())):
+            small = [name for name in names if math.prod(shapes[name]) < small_size()]
+            if kind in ELEMENTWISE and len(small) > 1:
+                vectors[f"small {number}"] = tuple(small)
+        self.packing = Packing(shapes, vectors)
+        packed = self.packing.pack(weights)
+        self._groups: list[tuple[optimizers.Optimizer, float, list[str]]] = []
+        for number, ((kind, ratio), names) in enumerate(sorted(groups.items())):
+            given = [name for name in packed if name == f"small {number}" or name in names]
+            made = _make(kind, config.weight_decay)
+            made.init({name: packed[name] for name in given})
+            self._groups.append((made, ratio, given))
         self._step = compiled(self._update, self.states)
 
     @property
     def states(self) -> list[dict]:
-        """What must be evaluated, as it lies in memory."""
-        return [group.optimizer.state for group in self._groups]
+        """What is to be evaluated, as it lies in memory."""
+        return [optimizer.state for optimizer, _, _ in self._groups]
 
     def apply(self, weights: Weights, gradients: Weights, rate: float) -> tuple[Weights, mx.array, mx.array]:
-        """(new weights, norm of the gradient before clipping, norm of the new weights)."""
-        given, laid = self._given
-        if not laid or any(weights[name] is not array for name, array in given.items()):
-            laid = [group.laid(weights) for group in self._groups]
-        new, laid, *norms = self._step(laid, gradients, mx.array(rate, mx.float32))
-        new = {name: new[name] for name in weights}
-        self._given = dict(new), laid  # whoever has `new` may put other arrays there
-        return new, *norms
+        """(new weights, norm of the gradient before clipping, norm of the new weights); both packed."""
+        return self._step(weights, gradients, mx.array(rate, mx.float32))
 
-    def _update(self, weights: list[Weights], gradients: Weights, rate: mx.array) -> tuple:
-        laid = [group.laid(gradients) for group in self._groups]
-        norm = _norm(laid)
+    def _update(self, weights: Weights, gradients: Weights, rate: mx.array) -> tuple[Weights, mx.array, mx.array]:
+        norm = _norm(gradients)
         if self.config.max_grad_norm is not None:
             shrink = mx.minimum(self.config.max_grad_norm / (norm + 1e-6), 1.0)
-            laid = [{name: (g * shrink).astype(g.dtype) for name, g in each.items()} for each in laid]
-        new: list[Weights] = []
-        for group, own, gradient in zip(self._groups, weights, laid, strict=True):
-            group.optimizer.learning_rate = rate * group.ratio
-            new.append(group.optimizer.apply_gradients(gradient, own))
-        named = {n: w for group, own in zip(self._groups, new, strict=True) for n, w in group.parted(own).items()}
-        return named, new, norm, _norm(new)
+            gradients = {name: (g * shrink).astype(g.dtype) for name, g in gradients.items()}
+        new: Weights = {}
+        for optimizer, ratio, names in self._groups:
+            optimizer.learning_rate = rate * ratio
+            new |= optimizer.apply_gradients({n: gradients[n] for n in names}, {n: weights[n] for n in names})
+        new = {name: new[name] for name in weights}  # one order for ever: the norms are summed in it
+        return new, norm, _norm(new)
 
     def arrays(self) -> Weights:
-        """The whole state, flat, to be saved."""
-        states = zip(self._groups, self.states, strict=True)
-        named = {str(index): self._named(group, state) for index, (group, state) in enumerate(states)}
-        return dict(_flat(named))
+        """The whole state, flat and by the tensors' own names, to be saved."""
+        arrays: Weights = {}
+        for index, state in enumerate(self.states):
+            for name, value in state.items():
+                if name in self.packing.vectors:
+                    for leaf, joined in value.items():
+                        parts = self.packing.parts(name, joined)
+                        arrays |= {f"{index}/{tensor}/{leaf}": part for tensor, part in parts.items()}
+                else:
+                    arrays |= _flat({name: value}, f"{index}/")
+        return arrays
 
     def restore(self, arrays: Mapping[str, mx.array]) -> None:
         """Take back what `arrays` gave. Raises KeyError if a part is missing."""
-        for index, (group, state) in enumerate(zip(self._groups, self.states, strict=True)):
-            for leaf in state.get(LINE, {}):
-                state[LINE][leaf] = group.in_line({name: arrays[f"{index}/{name}/{leaf}"] for name, _ in group.line})
-            for name, _ in _flat({name: part for name, part in state.items() if name != LINE}):
-                _place(state, name.split("/"), arrays[f"{index}/{name}"])
+        for index, state in enumerate(self.states):
+            found: dict[str, mx.array] = {}
+            for path, _ in _flat(state):
+                name, _, leaf = path.rpartition("/")
+                if name in self.packing.vectors:
+                    tensors = [arrays[f"{index}/{tensor}/{leaf}"] for tensor in self.packing.vectors[name]]
+                    found[path] = self.packing.join(name, tensors)
+                else:
+                    found[path] = arrays[f"{index}/{path}"]
+            for path, value in found.items():
+                _place(state, path.split("/"), value)
 
-    @staticmethod
-    def _named(group: Group, state: dict) -> dict:
-        """The state of one of mlx's optimizers with that of each weight by its name."""
-        line = {leaf: group.parted({LINE: array}) for leaf, array in state.get(LINE, {}).items()}
-        own = {name: {leaf: parts[name] for leaf, parts in line.items()} for name, _ in group.line}
-        return {name: part for name, part in state.items() if name != LINE} | own
 
-
-def _norm(laid: Sequence[Weights]) -> mx.array:
-    return mx.sqrt(sum(mx.square(array.astype(mx.float32)).sum() for each in laid for array in each.values()))
+def _norm(arrays: Weights) -> mx.array:
+    return mx.sqrt(sum(mx.square(array.astype(mx.float32)).sum() for array in arrays.values()))
 
 
 def _flat(state: dict, prefix: str = "") -> list[tuple[str, mx.array]]:

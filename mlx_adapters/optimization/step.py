@@ -65,9 +65,9 @@ class Taken:
 class TrainStep:
     """A module with adapter layers, and what trains them.
 
-    `weights` are float32, whatever type the module computes in. `adapted` maps paths to the adapted layers;
-    `rounding` is what fuse-aware training goes through. `kept`: where the weights are not trained, by name. `heed`:
-    called while a step is computed; it may raise to end it.
+    `weights` are float32, whatever type the module computes in; the step has them packed, as its optimizer says.
+    `adapted` maps paths to the adapted layers; `rounding` is what fuse-aware training goes through. `heed`: called
+    while a step is computed; it may raise to end it.
     """
 
     module: nn.Module
@@ -77,8 +77,6 @@ class TrainStep:
     world: World = field(default_factory=World)
     rounding: Rounding | None = None
     memory: MemoryPlan = field(default_factory=MemoryPlan)
-    weights: Weights = field(init=False)
-    kept: Weights = field(init=False)
     feed_forwards: list[FeedForward] = field(init=False)
     optimizer: Optimizer = field(init=False)
     heed: Callable[[], None] = field(default_factory=lambda: lambda: None, init=False)
@@ -88,9 +86,10 @@ class TrainStep:
     def __post_init__(self) -> None:
         own = dict(tree_flatten(self.module.trainable_parameters()))
         self._types = {name: weight.dtype for name, weight in own.items()}
-        self.weights = {name: weight.astype(mx.float32) for name, weight in own.items()}
-        self.kept = dict(pair for path, layer in self.adapted.items() for pair in kept_parts(path, layer))
-        self.optimizer = Optimizer(self.config, self.weights)
+        weights = {name: weight.astype(mx.float32) for name, weight in own.items()}
+        self.optimizer = Optimizer(self.config, weights)
+        self.weights = weights
+        self._kept = self._packed_masks()
         layers = [layer for _, layer in named_layers(self.module)]
         self._calls = unpacking_calls(map(base_layer, layers)) + saving_calls(self.adapted.values())
         if self.config.packing:
@@ -103,25 +102,47 @@ class TrainStep:
         self._evaluate = {rounding: compiled(self._make_evaluate(rounding)) for rounding in (False, True)}
         self._gain = {rounding: compiled(self._make_gain(rounding)) for rounding in (False, True)}
 
+    @property
+    def weights(self) -> Weights:
+        """By name."""
+        return self.optimizer.packing.unpack(self._packed)
+
+    @weights.setter
+    def weights(self, weights: Weights) -> None:
+        self._packed = self.optimizer.packing.pack(weights)
+
+    def _packed_masks(self) -> Weights:
+        """Where weights are not trained, packed, of what holds any such."""
+        packing = self.optimizer.packing
+        kept = dict(pair for path, layer in self.adapted.items() for pair in kept_parts(path, layer))
+        if not kept:
+            return {}
+        masks = {n: mx.broadcast_to(kept.get(n, mx.array(False)), shape) for n, shape in packing.shapes.items()}
+        return {n: mask for n, mask in packing.pack(masks).items() if kept.keys() & {n, *packing.vectors.get(n, ())}}
+
     def gradient(self, batch: Batch, shares: Shares, rounding: bool = False) -> tuple[mx.array, Figures, Weights]:
-        """(the batch's part of the update's loss, its figures, the loss's gradient)."""
+        """(the batch's part of the update's loss, its figures, the loss's gradient by name)."""
+        loss, figures, gradients = self._part(batch, shares, rounding)
+        return loss, figures, self.optimizer.packing.unpack(gradients)
+
+    def _part(self, batch: Batch, shares: Shares, rounding: bool) -> tuple[mx.array, Figures, Weights]:
         self._round_frozen_once(rounding)
-        return self._gradient[rounding](self.weights, device_batch(batch), *vars(shares).values())
+        return self._gradient[rounding](self._packed, device_batch(batch), *vars(shares).values())
 
     def restore(self, weights: Weights, optimizer: Weights) -> None:
         """Take back saved arrays, in its own order: norms are summed in it, and a file has another.
 
         Raises KeyError if one is missing.
         """
-        self.weights = {name: weights[name] for name in self.weights}
+        self.weights = {name: weights[name] for name in self.optimizer.packing.shapes}
         self.optimizer.restore(optimizer)
 
-    def update(self, gradients: Weights, rate: float) -> tuple[mx.array, mx.array]:
+    def _update(self, gradients: Weights, rate: float) -> tuple[mx.array, mx.array]:
         """Change the weights; return the norms of the gradient before clipping and of the new weights."""
-        before = self.weights
-        gradients = gradients | {n: mx.where(kept, 0, gradients[n]) for n, kept in self.kept.items()}
-        self.weights, gradient_norm, weight_norm = self.optimizer.apply(before, gradients, rate)
-        self.weights |= {n: mx.where(kept, before[n], self.weights[n]) for n, kept in self.kept.items()}
+        before = self._packed
+        gradients = gradients | {n: mx.where(kept, 0, gradients[n]) for n, kept in self._kept.items()}
+        self._packed, gradient_norm, weight_norm = self.optimizer.apply(before, gradients, rate)
+        self._packed |= {n: mx.where(kept, before[n], self._packed[n]) for n, kept in self._kept.items()}
         return gradient_norm, weight_norm
 
     def take(self, draw: Draw, rate: float, rounding: bool = False) -> Taken:
@@ -143,16 +164,16 @@ class TrainStep:
 
     def _take(self, draw: Draw, rate: float, rounding: bool) -> Taken:
         shares = self._shares(draw, rounding)
-        loss, figures, gradients = self.gradient(draw.batches[0], shares, rounding)
+        loss, figures, gradients = self._part(draw.batches[0], shares, rounding)
         self._evaluate_in_order(gradients)
         for batch in draw.batches[1:]:
             mx.eval(loss, figures, gradients)
-            more, others, from_batch = self.gradient(batch, shares, rounding)
+            more, others, from_batch = self._part(batch, shares, rounding)
             loss, figures, gradients = loss + more, _added(figures, others), _added(gradients, from_batch)
             self._evaluate_in_order(from_batch)
         summed = self.world.sum_all({"loss": loss} | {f"figure {n}": f for n, f in figures.items()} | gradients)
-        norms = self.update({name: summed[name] for name in gradients}, rate)
-        mx.eval(summed, norms, self.weights, self.optimizer.states, mx.random.state)
+        norms = self._update({name: summed[name] for name in gradients}, rate)
+        mx.eval(summed, norms, self._packed, self.optimizer.states, mx.random.state)
         return Taken(summed["loss"], *norms, self._figures(summed, figures, shares))
 
     def evaluate(self, draw: Draw, rounding: bool = False) -> tuple[float, dict[str, list[float]]]:
@@ -162,7 +183,7 @@ class TrainStep:
         loss, figures = mx.array(0.0), Figures()
         for batch in draw.batches:
             with memory_near(self.memory.near):
-                more, others = self._evaluate[rounding](self.weights, device_batch(batch), *vars(shares).values())
+                more, others = self._evaluate[rounding](self._packed, device_batch(batch), *vars(shares).values())
                 self._evaluate_in_order({})
                 loss, figures = loss + more, _added(figures, others)
                 mx.eval(loss, figures)
@@ -174,36 +195,39 @@ class TrainStep:
         kept that mlx-lm's code makes; `in_float32`: see `recompute_between`."""
         key, shares = calls.random_key(), shares_of(draw_of(probe))
         gradient = self._make_gradient(False, again, in_float32)
-        _, _, gradients = gradient(self.weights, device_batch(probe), *vars(shares).values())
+        _, _, gradients = gradient(self._packed, device_batch(probe), *vars(shares).values())
         self._evaluate_in_order(gradients)
         mx.eval(gradients)
         calls.set_random_key(key)
-        return gradients
+        return self.optimizer.packing.unpack(gradients)
 
     def _make_gradient(self, rounding: bool, again: Again | None, in_float32: bool = True):
         def loss(weights: Weights, batch: Arrays, shares: Shares) -> tuple:
             return *self._loss(weights, batch, shares), calls.random_key()
 
-        def gradient(weights: Weights, arrays: dict[str, mx.array], *shares: mx.array) -> tuple:
+        def gradient(packed: Weights, arrays: dict[str, mx.array], *shares: mx.array) -> tuple:
             self.module.train()
+            weights = self.optimizer.packing.unpack(packed)
             with self._at_work(rounding, again, in_float32):  # the backward pass calls blocks again
                 (value, figures, key), gradients = mx.value_and_grad(loss)(weights, Arrays(**arrays), Shares(*shares))
             calls.set_random_key(key)  # as the forward pass left it
-            return value, figures, gradients
+            return value, figures, self.optimizer.packing.pack(gradients)
 
         return gradient
 
     def _make_evaluate(self, rounding: bool):
-        def evaluate(weights: Weights, arrays: dict[str, mx.array], *shares: mx.array) -> tuple[mx.array, Figures]:
+        def evaluate(packed: Weights, arrays: dict[str, mx.array], *shares: mx.array) -> tuple[mx.array, Figures]:
             self.module.eval()
+            weights = self.optimizer.packing.unpack(packed)
             with self._at_work(rounding, None):
                 return self._loss(weights, Arrays(**arrays), Shares(*shares))
 
         return evaluate
 
     def _make_gain(self, rounding: bool):
-        def gain(weights: Weights, arrays: dict[str, mx.array]) -> mx.array:
+        def gain(packed: Weights, arrays: dict[str, mx.array]) -> mx.array:
             self.module.eval()
+            weights = self.optimizer.packing.unpack(packed)
             with self._at_work(rounding, None):
                 batch = Arrays(**arrays)
                 with self._noting():
@@ -220,7 +244,7 @@ class TrainStep:
             return shares
         gain = mx.array(0.0)
         for batch in draw.aside:
-            gain = gain + self._gain[rounding](self.weights, device_batch(batch))
+            gain = gain + self._gain[rounding](self._packed, device_batch(batch))
             self._evaluate_in_order({})
             mx.eval(gain)
         return replace(shares, kl=mx.maximum(self.world.sum(gain) * shares.examples, 0))

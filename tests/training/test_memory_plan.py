@@ -170,15 +170,15 @@ def test_a_resume_keeps_the_way_unless_another_is_asked_for(deep, monkeypatch):
 
 def no_room_for(most: int, monkeypatch) -> None:
     """Let MLX find no room for batches of more predictions than `most`."""
-    true = TrainStep.gradient
+    true = TrainStep._part
 
-    def gradient(self, batch, *args):
+    def part(self, batch, *args):
         mx.random.uniform()
         if batch.tokens[:, 1:].size > most:
             raise RuntimeError("[malloc] Unable to allocate 12345678 bytes.")
         return true(self, batch, *args)
 
-    monkeypatch.setattr(TrainStep, "gradient", gradient)
+    monkeypatch.setattr(TrainStep, "_part", part)
     monkeypatch.setattr(forecast, "on_gpu", lambda: False)  # else it is foreseen
 
 
