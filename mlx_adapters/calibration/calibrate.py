@@ -195,12 +195,13 @@ class _Layer:
         assert moments.plain is not None and moments.fisher is not None
         hessian, outputs = _for(engine, mix(moments.plain, moments.fisher)), _for(engine, moments.outputs)
         # Few tokens know little of how outputs are felt together.
-        damping = OUTPUT_DAMPING + weight.shape[0] / max(moments.output_tokens, 1)
+        tokens = max(int(moments.tokens), 1)
+        damping = OUTPUT_DAMPING + weight.shape[0] / tokens
         unit = weight.size * _mean_diagonal(moments.fisher).item()
         if engine is not NUMPY:
             mx.eval(hessian)
         moments.plain = moments.fisher = moments.outputs = None  # they are large
-        doubt, update = DAMPING + weight.shape[1] / max(int(moments.tokens), 1), self.model.change(self.path, 0, None)
+        doubt, update = DAMPING + weight.shape[1] / tokens, self.model.change(self.path, 0, None)
         yield Task(weight, hessian, ways, self.dtype, self.start, unit, outputs, damping, update, doubt)
 
     def _experts(self, a: int, b: int, ways: tuple[Way, ...], engine: Engine) -> Iterator[Task]:

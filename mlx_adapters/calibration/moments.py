@@ -15,7 +15,6 @@ from mlx_adapters.system.door import mx
 from mlx_adapters.system.machine import on_gpu
 
 FISHER_SHARE = 0.7
-OUTPUT_STRIDE = 2  # every second token is enough for the moments of the outputs
 MOST_OUTPUTS = 16384  # a vocabulary's would not fit
 SHRINKAGE = 0.125  # tokens of the whole layer for each input of an expert
 MOST_ROWS = 8192  # pairs of token and expert that are multiplied at once
@@ -40,9 +39,8 @@ class Moments:
 
     plain: mx.array | None = None
     fisher: mx.array | None = None
-    outputs: mx.array | None = None  # (out, out): second moments of the gradients at the output
+    outputs: mx.array | None = None  # (out, out): second moments of the gradients at the output, see `add_outputs`
     tokens: int | np.ndarray = 0  # for experts: how many each one saw
-    output_tokens: int = 0
 
     def add(self, plain: mx.array, fisher: mx.array, tokens: int) -> None:
         """Add one batch's sums."""
@@ -51,11 +49,14 @@ class Moments:
         self.tokens = self.tokens + tokens
         _begin(self.plain, self.fisher)
 
-    def add_outputs(self, g: mx.array) -> None:
-        """Add gradients (tokens, out) at the output."""
-        product = gram(g)
+    def add_outputs(self, x: mx.array, g: mx.array) -> None:
+        """Add the gradients g (tokens, out) at the output, each as long as its input x (tokens, in) makes it.
+
+        An error E costs (gᵀ E x)² at a token. The product of one factor for inputs, Σ |g|² x xᵀ, and one for outputs,
+        Σ |x|² g gᵀ, stands for that: unweighted, tokens whose input is small would count like the others.
+        """
+        product = gram(g * mx.sqrt(x.square().mean(axis=-1, keepdims=True)))  # (out, out)
         self.outputs = product if self.outputs is None else self.outputs + product
-        self.output_tokens += g.shape[0]
         _begin(self.outputs)
 
 
@@ -209,4 +210,4 @@ def _add_linear(
         products[shared] = gram(x)
     moments.add(products[shared], gram(weighted), x.shape[0])
     if g.shape[-1] <= MOST_OUTPUTS:
-        moments.add_outputs(g[::OUTPUT_STRIDE])
+        moments.add_outputs(x, g)

@@ -17,7 +17,7 @@ the grid's steps loses most: in every layer the same share in the same direction
 So the first pass measures what it kept of the update D, r = <D', D> / <D, D> under H and G, and the later ones
 aim at W + D / r.
 
-Errors of different outputs are felt together: with G = Σ g gᵀ, g the gradient at the layer's output, the loss in
+Errors of different outputs are felt together: with G = Σ |x|² g gᵀ, g the gradient at the layer's output, the loss in
 KL is about tr(G E H Eᵀ), a Kronecker product. So rows feed their errors on too: the rows are cut into blocks, and
 each block aims at what best cancels the errors of the others (two-sided feedback, as in YAQA, arXiv 2505.22988).
 

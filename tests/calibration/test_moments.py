@@ -260,3 +260,12 @@ def test_layers_that_are_alike_are_rounded_in_one_batch_and_one_by_one_where_mem
         # A GPU adds a stack's products in another order, and each code that differs moves all that follow in its row:
         # from 0.45 to 0.59 of them were alike there; by chance it is an eighth.
         assert alike > (0.3 if on_gpu() else 0.7)
+
+
+def test_outputs_count_as_much_as_their_inputs_are_large():
+    x, g = (mx.random.normal((30, n), key=mx.random.key(n)) for n in (6, 5))
+    seen = moments.Moments()
+    for some in (slice(0, 10), slice(10, None)):
+        seen.add_outputs(x[some], g[some])
+    wanted = sum(np.square(a).mean() * np.outer(b, b) for a, b in zip(np.array(x), np.array(g), strict=True))
+    np.testing.assert_allclose(np.array(seen.outputs), wanted, rtol=1e-4, atol=1e-5)
