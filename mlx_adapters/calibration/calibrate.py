@@ -30,6 +30,7 @@ from mlx_adapters.system.machine import on_gpu
 
 EXPERT_BYTES = 1 << 30  # of the experts that are rounded together, and of their moments
 TOGETHER_BYTES = 4 << 30  # of the layers that are
+PUTTING = 16  # rounded layers that may wait for the disk
 FEW_SWEEPS = 1  # to a precision that is only to choose from
 
 
@@ -62,16 +63,23 @@ def round_layers(
     under_way: deque[tuple[str, list[Future[list[Done]]]]] = deque()
     engine: Engine = MlxEngine() if on_gpu() else NUMPY
 
-    def collect(most: int) -> None:
-        """Take finished layers off the queue, waiting until at most so many are left."""
-        while under_way and (len(under_way) > most or all(part.done() for part in under_way[0][1])):
-            path, parts = under_way.popleft()
-            for dones in zip(*(part.result() for part in parts), strict=True):
-                spool.put(path, _joined(dones, len(shapes[path])))
-            on_event(Progress("calibrate: round", len(spool.losses), total, "layer"))
-
     count = 0 if on_gpu() else worker_count(shapes.values())
     with Workers(count, engine=engine) as workers, ThreadPoolExecutor(1) as beside:
+        putting: deque[Future[None]] = deque()
+        rounded = itertools.count(len(spool.losses) + 1)
+
+        def collect(most: int) -> None:
+            """Take finished layers off the queue, waiting until at most so many are left."""
+            while under_way and (len(under_way) > most or all(part.done() for part in under_way[0][1])):
+                path, parts = under_way.popleft()
+                for dones in zip(*(part.result() for part in parts), strict=True):
+                    done = _joined(dones, len(shapes[path]))
+                    mx.eval(done.packed.tensors)  # (the other thread cannot)
+                    putting.append(beside.submit(spool.put, path, done))
+                    on_event(Progress("calibrate: round", next(rounded), total, "layer"))
+                while putting and (len(putting) > PUTTING or putting[0].done()):
+                    putting.popleft().result()
+
         trying = beside.submit(_try_kernels, engine, set(itertools.chain(*targets.values())), dtype)
         for _, moments in Collector(forward, backward, set(targets), batches, spool.folder).run(on_event, seed):
             trying.result()
@@ -87,6 +95,8 @@ def round_layers(
                 del layers  # and with them the block's weights
                 collect(most=2 * workers.count)
         collect(most=0)
+        for put in putting:
+            put.result()
     if isinstance(engine, MlxEngine) and engine.note:
         on_event(Note(f"{engine.note[0].upper()}{engine.note[1:]}.", "warning"))
     known = {path for path, _ in spool.losses}
