@@ -64,7 +64,9 @@ class BlockwiseModel:
         part = self._part(index)
         part.update(tree_map(_to_float32, part.parameters()))
         if index < len(self.blocks):
-            mx.eval([layer.parameters() for _, layer in dense], part.parameters())
+            for _, layer in dense:
+                mx.eval(layer.parameters())  # one by one: a GPU would hold what leads to all of them
+            mx.eval(part.parameters())
 
     def _part(self, index: int) -> nn.Module:
         if index < len(self.blocks):

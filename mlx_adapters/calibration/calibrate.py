@@ -28,9 +28,9 @@ from mlx_adapters.system.door import mx
 from mlx_adapters.system.limits import out_of_memory
 from mlx_adapters.system.machine import on_gpu
 
-EXPERT_BYTES = 1 << 30  # of the experts that are rounded together, and of their moments
+EXPERT_BYTES = 3 << 28  # of the experts that are rounded together, and of their moments
 TOGETHER_BYTES = 4 << 30  # of the layers that are
-PUTTING = 16  # rounded layers that may wait for the disk
+PUTTING = 2  # rounded layers that may wait for the disk
 FEW_SWEEPS = 1  # to a precision that is only to choose from
 
 
@@ -224,6 +224,8 @@ class _Layer:
         doubts = DAMPING + self.weight.shape[-1] / mx.maximum(mx.array(moments.tokens), 1)
         update, start = self.model.change(self.path, a, b), None if self.start is None else self.start[a:b]
         weight = self.weight[a:b]
+        mx.eval(hessian, units, doubts)
+        moments.plain = moments.fisher = None  # they are large
         if engine is not NUMPY:
             yield Task(weight, hessian, ways, self.dtype, start, units, update=update, doubt=doubts)
             return

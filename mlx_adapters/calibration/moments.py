@@ -17,6 +17,7 @@ from mlx_adapters.system.machine import on_gpu
 FISHER_SHARE = 0.7
 MOST_OUTPUTS = 16384  # a vocabulary's would not fit
 SHRINKAGE = 0.125  # tokens of the whole layer for each input of an expert
+SMALL = 1 << 27  # bytes
 MOST_ROWS = 8192  # pairs of token and expert that are multiplied at once
 
 
@@ -29,8 +30,9 @@ def gram(rows: mx.array) -> mx.array:
 
 
 def _begin(*arrays: mx.array) -> None:
-    """Compute arrays; a GPU does while Python goes on."""
-    (mx.async_eval if on_gpu() else mx.eval)(*arrays)
+    """Compute arrays; a GPU does while Python goes on, if they are small: it would hold all that leads to them."""
+    small = all(array.nbytes <= SMALL for array in arrays)
+    (mx.async_eval if small and on_gpu() else mx.eval)(*arrays)
 
 
 @dataclass
